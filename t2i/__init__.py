@@ -1,0 +1,30 @@
+"""The maintained home of unCLIP: text-to-image in the way of DALL-E 2.
+
+Public names are imported when they are first used, so that `import t2i` and `t2i --help` need no torch.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Autoencoder": "t2i.autoencoder",
+    "CLIP": "t2i.clip",
+    "Decoder": "t2i.decoder",
+    "InputError": "t2i.errors",
+    "Prior": "t2i.prior",
+    "Text2ImagePipeline": "pipelines",
+    "UNetDecoder": "t2i.unet_decoder",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 't2i' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

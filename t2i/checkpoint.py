@@ -1,0 +1,147 @@
+"""Checkpoints that are whole or absent: safetensors and JSON, listed with their hashes, moved into place at the end."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from t2i.errors import InputError
+
+MANIFEST = "manifest.json"
+
+Loaded = TypeVar("Loaded")
+
+
+@dataclass
+class Checkpoint:
+    path: Path
+    tensors: dict[str, dict[str, Tensor]]  # by file: "model" -> {name: tensor}
+    state: dict[str, Any]  # JSON: the step, the configuration, ...
+
+
+def save_checkpoint(
+    folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int
+) -> Path:
+    """Write `folder/step-NNNNNNNN` so that a crash at any point leaves the older checkpoints as they were."""
+    final = folder / f"step-{step:08}"
+    unfinished = folder / f"{final.name}.unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    for name, group in tensors.items():
+        save_file({key: tensor.contiguous() for key, tensor in group.items()}, unfinished / f"{name}.safetensors")
+    (unfinished / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
+    manifest = {path.name: digest(path) for path in sorted(unfinished.iterdir())}
+    (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    publish(unfinished, final)
+    leftovers = [path for suffix in ("unfinished", "replaced") for path in folder.glob(f"step-*.{suffix}")]
+    for old in [*complete(folder)[:-keep], *leftovers]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def load_latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that verifies, and what is wrong with each newer one."""
+    problems: list[str] = []
+    for path in reversed(complete(folder)):
+        if problem := verify(path):
+            problems.append(problem)
+            continue
+        tensors = {file.stem: load_file(file) for file in path.glob("*.safetensors")}
+        return Checkpoint(path, tensors, json.loads((path / "state.json").read_text())), problems
+    return None, problems
+
+
+def verify(path: Path) -> str | None:
+    """What is wrong with a checkpoint folder, or None."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        for name, expected in manifest.items():
+            if digest(path / name) != expected:
+                return f"{path / name} does not match its SHA-256"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{path} is not a whole checkpoint ({error})"
+    return None
+
+
+def complete(folder: Path) -> list[Path]:
+    """Checkpoint folders that were moved into place, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit())
+
+
+def digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def publish(unfinished: Path, final: Path) -> None:
+    """Put a finished folder in its place: everything on disk first, then one rename, then the parent on disk.
+
+    A folder already there is moved aside until the new one stands. Files get the permissions that the user's umask
+    gives (safetensors makes them private).
+    """
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in [*unfinished.rglob("*"), unfinished]:
+        if path.is_file():
+            path.chmod(0o666 & ~mask)
+        sync(path)
+    aside = final.with_name(f"{final.name}.replaced")
+    shutil.rmtree(aside, ignore_errors=True)
+    if final.exists():
+        os.rename(final, aside)
+    os.rename(unfinished, final)
+    sync(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def export_model(model: Any, folder: Path, name: str = "model") -> None:
+    """Save a diffusers model or scheduler as `folder/name`, whole or not at all, replacing an older one."""
+    unfinished = folder / f"{name}.unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished)
+    publish(unfinished, folder / name)
+
+
+def load_model(classes: Any, folder: str | Path) -> Any:
+    """A model that `export_model` saved in a run's folder, or a folder that is a model itself.
+
+    Of several classes, the one that the folder's config.json names. Raises InputError, in one line, if the model is
+    missing, incomplete, truncated or of another class.
+    """
+    path = Path(folder)
+    path = path / "model" if (path / "model").is_dir() else path
+    known = {one.__name__: one for one in (classes if isinstance(classes, tuple) else (classes,))}
+    wanted = " or ".join(known)
+    try:
+        name = json.loads((path / "config.json").read_text())["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"no trained {wanted} in {str(folder)!r} ({error}); train that stage first") from error
+    if name not in known:
+        raise InputError(f"{str(path)!r} holds a {name}; it must be a {wanted}")
+    return loaded(known[name].from_pretrained, path)
+
+
+def loaded(load: Callable[[Path], Loaded], path: Path) -> Loaded:
+    """`load(path)`, with what can be wrong with the folder said in one line."""
+    try:
+        return load(path)
+    except InputError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{str(path)!r} does not load: {error}") from error

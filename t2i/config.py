@@ -1,0 +1,107 @@
+"""YAML files and command-line overrides become checked dataclasses."""
+
+import math
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from t2i.errors import InputError
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+Config = TypeVar("Config")
+
+
+@dataclass
+class DataConfig:
+    path: str = "???"  # a folder with metadata.jsonl; "???" marks a value that the YAML file must give
+    image_size: int = 256  # pixels; pictures are resized on the short side and cropped to a square
+    num_workers: int = 2  # processes that decode pictures, per training process; 0 decodes in the training process
+
+    def __post_init__(self) -> None:
+        check_range("data.image_size", self.image_size, 8, 4096)
+        check_range("data.num_workers", self.num_workers, 0, 256)
+
+
+@dataclass
+class TrainConfig:
+    output: str = "???"  # folder of the run: the trained model, its checkpoints and metrics.jsonl
+    steps: int = 100_000  # optimizer steps
+    batch_size: int = 32  # pictures per process and micro-batch
+    gradient_accumulation: int = 1  # micro-batches per optimizer step
+    learning_rate: float = 1e-4
+    warmup_steps: int = 1_000  # linear from zero
+    decay_steps: int = 0  # the last steps, a cosine down to zero; the rate is constant in between
+    weight_decay: float = 0.01  # of matrices and kernels; not of biases, norms and embeddings of one dimension
+    adam_beta2: float = 0.99
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.999  # of the averaged weights, which are what is saved; approached from below at first
+    mixed_precision: str = "auto"  # no, fp16, bf16, or auto: bf16 where the hardware computes in it
+    compile: bool = False  # torch.compile the model: slower to start, faster after
+    log_every: int = 50
+    save_every: int = 1_000
+    keep: int = 2  # checkpoints
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "gradient_accumulation", "log_every", "save_every", "keep"):
+            check_range(f"train.{name}", getattr(self, name), 1, 10**9)
+        for name in ("warmup_steps", "decay_steps"):
+            check_range(f"train.{name}", getattr(self, name), 0, self.steps)
+        check_range("train.learning_rate", self.learning_rate, 0, 1)
+        check_range("train.weight_decay", self.weight_decay, 0, 1)
+        check_range("train.adam_beta2", self.adam_beta2, 0, 1)
+        check_range("train.ema_decay", self.ema_decay, 0, 1)
+        check_range("train.max_grad_norm", self.max_grad_norm, 0, 1e9)
+        check_range("train.seed", self.seed, 0, 2**32 - 1)
+        if self.mixed_precision == "False":  # YAML 1.1 reads a bare `no` as false
+            self.mixed_precision = "no"
+        check_choice("train.mixed_precision", self.mixed_precision, ("auto", "no", "fp16", "bf16"))
+
+
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """Refuse a number outside [low, high], NaN included."""
+    if isinstance(value, bool) or not math.isfinite(value) or not low <= value <= high:
+        raise InputError(f"{name} must be from {low:g} to {high:g}, got {value}")
+
+
+def check_choice(name: str, value: Any, choices: tuple) -> None:
+    if value not in choices:
+        raise InputError(f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}")
+
+
+def load_config(config_class: type[Config], stage: str, arguments: list[str] | None = None) -> Config:
+    """Read `[FILE.yaml] [key=value ...]`, later values winning, into a `config_class`.
+
+    Without a file: `configs/emoji/{stage}.yaml`. Raises InputError for a key that does not exist, a value of the wrong
+    type or out of range, or one that is required and missing.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    has_file = bool(arguments) and "=" not in arguments[0]
+    path = Path(arguments.pop(0)) if has_file else CONFIGS / "emoji" / f"{stage}.yaml"
+    if not path.is_file():
+        raise InputError(f"no configuration file {str(path)!r}; give one, such as configs/emoji/{stage}.yaml")
+    for argument in arguments:
+        if "=" not in argument:
+            raise InputError(f"{argument!r} is not of the form key=value; an override looks like train.steps=100")
+    try:
+        merged = OmegaConf.merge(
+            OmegaConf.structured(config_class), OmegaConf.load(path), OmegaConf.from_dotlist(arguments)
+        )
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise InputError(f"{path}: {explain(error, config_class)}") from error
+
+
+def explain(error: Exception, config_class: type) -> str:
+    """One line of what OmegaConf says: the key, what is wrong, and the keys there are."""
+    message = next(line for line in str(error).splitlines() if line.strip())
+    key = getattr(error, "full_key", None)
+    return (
+        f"{message} (key {key}; top-level keys: {', '.join(f.name for f in fields(config_class))})" if key else message
+    )

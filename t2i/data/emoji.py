@@ -1,0 +1,140 @@
+"""The emoji of Unicode, drawn from the Noto Color Emoji font: real pictures with real captions.
+
+Names, groups and order come from Unicode's `emoji-test.txt`, keywords from CLDR's annotations.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import xml.etree.ElementTree as ElementTree
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont, features
+
+from t2i.errors import InputError
+
+FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
+NAMES = Path("/usr/share/unicode/emoji/emoji-test.txt")
+ANNOTATIONS = Path("/usr/share/unicode/cldr/common")
+STRIKE = 109  # the font holds bitmaps of this one size, 136 x 128 pixels
+EMOJI_PRESENTATION = "\ufe0f"  # CLDR leaves it out of its keys
+
+
+@dataclass
+class Emoji:
+    characters: str
+    text: str  # the name, as in "man: dark skin tone, red hair"
+    group: str
+    subgroup: str
+    keywords: list[str] = field(default_factory=list)
+    split: str = "train"
+
+    @property
+    def file_name(self) -> str:
+        return "-".join(f"{ord(character):x}" for character in self.characters) + ".png"
+
+    @property
+    def parts(self) -> list[str]:
+        """What a composition is composed of: "man: dark skin tone, red hair" -> man, dark skin tone, red hair."""
+        base, _, modifiers = self.text.partition(": ")
+        return [base, *modifiers.split(", ")] if modifiers else [base]
+
+
+def render_emoji(folder: str | Path, size: int = 128, font: Path = FONT, names: Path = NAMES) -> list[Emoji]:
+    """Draw every fully-qualified emoji into `folder` (which must be new or empty) at `size` x `size` on white.
+
+    Writes one PNG each and `metadata.jsonl` in the imagefolder convention; the folder appears whole or not at all.
+    Raises InputError if the font or a data file is missing, or if Pillow lacks raqm.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{str(folder)!r} exists and is not an empty folder; give a new one")
+    if not 16 <= size <= 1024:
+        raise InputError(f"size must be an integer from 16 to 1024, got {size}")
+    if not features.check("raqm"):
+        raise InputError("Pillow lacks raqm, which joins emoji sequences; install Pillow from its wheel")
+    for path, package in {font: "fonts-noto-color-emoji", names: "unicode-data"}.items():
+        if not path.is_file():
+            raise InputError(f"no file {str(path)!r}; install the package {package} (apt-get install {package})")
+
+    emoji = read_names(names)
+    keywords = read_keywords(ANNOTATIONS)
+    for one in emoji:
+        one.keywords = keywords.get(one.characters.replace(EMOJI_PRESENTATION, ""), [])
+    hold_out(emoji)
+
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    face = ImageFont.truetype(str(font), STRIKE, layout_engine=ImageFont.Layout.RAQM)
+    with open(unfinished / "metadata.jsonl", "w", encoding="utf-8") as metadata:
+        for one in emoji:
+            draw(one.characters, face, size).save(unfinished / one.file_name, optimize=True)
+            row: dict[str, object] = {
+                "file_name": one.file_name,
+                "text": one.text,
+                "group": one.group,
+                "subgroup": one.subgroup,
+            }
+            row |= {"keywords": one.keywords, "split": one.split}
+            metadata.write(json.dumps(row, ensure_ascii=False) + "\n")
+    if folder.exists():
+        folder.rmdir()
+    os.replace(unfinished, folder)
+    return emoji
+
+
+def read_names(path: Path) -> list[Emoji]:
+    """Every fully-qualified emoji of an `emoji-test.txt`."""
+    emoji, group, subgroup = [], "", ""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith("# group: "):
+            group = line.removeprefix("# group: ")
+        elif line.startswith("# subgroup: "):
+            subgroup = line.removeprefix("# subgroup: ")
+        elif "; fully-qualified" in line:
+            codes, _, comment = line.partition(";")
+            characters = "".join(chr(int(code, 16)) for code in codes.split())
+            name = comment.split("#", 1)[1].split(maxsplit=2)[2]  # "😀 E1.0 grinning face"
+            emoji.append(Emoji(characters, name, group, subgroup))
+    return emoji
+
+
+def read_keywords(folder: Path) -> dict[str, list[str]]:
+    """CLDR's English keywords by emoji."""
+    keywords = {}
+    for path in (folder / "annotations/en.xml", folder / "annotationsDerived/en.xml"):
+        if not path.is_file():
+            package = "unicode-cldr-core"
+            raise InputError(f"no file {str(path)!r}; install the package {package} (apt-get install {package})")
+        for element in ElementTree.parse(path).iter("annotation"):
+            if element.get("type") != "tts" and element.text:
+                keywords[element.attrib["cp"]] = [word.strip() for word in element.text.split("|")]
+    return keywords
+
+
+def hold_out(emoji: list[Emoji], one_in: int = 16) -> None:
+    """Mark about one composition in 16, chosen by a hash of its caption, if all its parts occur in training.
+
+    A composition is a person or body part with modifiers: skin tones, hair, genders.
+    """
+    compositions = [one for one in emoji if one.group == "People & Body" and len(one.parts) > 1]
+    for one in compositions:
+        if int(hashlib.sha256(one.text.encode()).hexdigest(), 16) % one_in == 0:
+            one.split = "held_out"
+    known = {part for one in emoji if one.split == "train" for part in one.parts}
+    for one in compositions:
+        if not known.issuperset(one.parts):
+            one.split = "train"
+
+
+def draw(characters: str, face: ImageFont.FreeTypeFont, size: int) -> Image.Image:
+    """One emoji, centred on a white square."""
+    left, top, right, bottom = (int(edge) for edge in face.getbbox(characters))
+    side = max(right - left, bottom - top, 136)
+    canvas = Image.new("RGB", (side, side), "white")
+    corner = ((side - right - left) // 2, (side - bottom - top) // 2)
+    ImageDraw.Draw(canvas).text(corner, characters, font=face, embedded_color=True)
+    return canvas.resize((size, size), Image.Resampling.LANCZOS)

@@ -1,0 +1,253 @@
+"""The training loop that every stage shares. A stage brings a model, a loss, a data set, and its way to export."""
+
+import contextlib
+import copy
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from t2i.checkpoint import load_latest, save_checkpoint
+from t2i.config import TrainConfig
+from t2i.data import Batch, batches
+from t2i.errors import InputError
+
+Loss = Callable[[nn.Module, Batch], dict[str, Tensor]]  # "loss" is minimised; the rest is logged beside it
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """The rate of optimizer step 0, 1, ...: linear warm-up, constant, then a cosine to zero over `decay_steps`."""
+    rate = config.learning_rate
+    if step < config.warmup_steps:
+        rate *= (step + 1) / config.warmup_steps
+    if step >= config.steps - config.decay_steps:
+        done = (step + 1 - (config.steps - config.decay_steps)) / config.decay_steps
+        rate *= (1 + math.cos(math.pi * done)) / 2
+    return rate
+
+
+def start(config: TrainConfig) -> Accelerator:
+    """Set up devices, precision and seeds."""
+    Path(config.output).mkdir(parents=True, exist_ok=True)
+    precision = best_precision() if config.mixed_precision == "auto" else config.mixed_precision
+    accelerator = Accelerator(mixed_precision=precision)
+    if accelerator.device.type == "cpu":  # `accelerate launch` leaves each process one thread
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // accelerator.num_processes))
+    torch.manual_seed(config.seed)  # the same initial weights on every process
+    return accelerator
+
+
+def best_precision() -> str:
+    """bf16 where the hardware computes in it, else fp32."""
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "no"
+
+
+def fit(
+    accelerator: Accelerator,
+    model: nn.Module,
+    loss_fn: Loss,
+    dataset: Dataset,
+    config: TrainConfig,
+    export: Callable[[nn.Module], None],
+    num_workers: int = 0,
+) -> nn.Module:
+    """Train `model` to lower `loss_fn(model, batch)["loss"]`; return the moving average of its weights.
+
+    Continues from the newest checkpoint in the output folder. `export(average)` runs on the main process beside every
+    checkpoint, so that a run can be used before it ends. A resumed run is the unbroken one, bit for bit: the order of
+    the data, the noise and the learning rate are functions of (seed, step, process).
+    """
+    average = copy.deepcopy(model).eval().requires_grad_(False).to(accelerator.device)
+    optimizer: Optimizer = AdamW(parameter_groups(model, config), betas=(0.9, config.adam_beta2), fused=True)
+    if config.compile:
+        model.compile()
+    model, optimizer = accelerator.prepare(model, optimizer)
+    bare = accelerator.unwrap_model(model, keep_torch_compile=False)
+    step = resume(accelerator, bare, average, optimizer, config)
+
+    per_step = config.batch_size * config.gradient_accumulation * accelerator.num_processes
+    log = Log(accelerator, config, step, per_step)
+    loader = batches(
+        dataset,
+        num_workers,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        position=step * per_step,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+    )
+    model.train()
+    while step < config.steps:
+        rate = learning_rate(step, config)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        for micro in range(config.gradient_accumulation):
+            last = micro == config.gradient_accumulation - 1
+            batch = to_device(next(loader), accelerator.device)
+            seed_noise(config.seed, step * config.gradient_accumulation + micro, accelerator)
+            with contextlib.nullcontext() if last else accelerator.no_sync(model), accelerator.autocast():
+                metrics = loss_fn(model, batch)
+            accelerator.backward(metrics["loss"] / config.gradient_accumulation)
+            log.add(metrics)
+        norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        update_average(average, bare, min(config.ema_decay, step / (step + 10)))
+
+        log.step(step, rate, norm)
+        if step % config.save_every == 0 or step == config.steps:
+            save(accelerator, step, bare, average, optimizer, config, export)
+    log.close()
+    return average
+
+
+def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+    """Weight decay for matrices and kernels only."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """average <- decay * average + (1 - decay) * model, in fp32; buffers are copied."""
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+    for mine, theirs in zip(average.buffers(), model.buffers()):
+        mine.copy_(theirs)
+
+
+def seed_noise(seed: int, micro_step: int, accelerator: Accelerator) -> None:
+    """Make the noise of a step a function of the seed, the step and the process alone."""
+    torch.manual_seed((seed << 40) + micro_step * accelerator.num_processes + accelerator.process_index)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    batch.index = batch.index.to(device, non_blocking=True)
+    batch.image = None if batch.image is None else batch.image.to(device, non_blocking=True)
+    return batch
+
+
+def save(
+    accelerator: Accelerator,
+    step: int,
+    model: nn.Module,
+    average: nn.Module,
+    optimizer: Optimizer,
+    config: TrainConfig,
+    export: Callable[[nn.Module], None],
+) -> None:
+    """A checkpoint and the exported average; the other processes wait."""
+    if accelerator.is_main_process:
+        tensors = {"model": model.state_dict(), "ema": average.state_dict(), "optimizer": flatten(optimizer)}
+        state: dict[str, Any] = {"config": asdict(config), "num_processes": accelerator.num_processes}
+        if accelerator.scaler is not None:
+            state["scaler"] = accelerator.scaler.state_dict()
+        save_checkpoint(Path(config.output) / "checkpoints", step, tensors, state, config.keep)
+        export(average)
+    accelerator.wait_for_everyone()
+
+
+# What decides which samples and which noise a step sees, or what the optimizer's state means.
+UNCHANGEABLE = ("batch_size", "gradient_accumulation", "seed")
+
+
+def resume(
+    accelerator: Accelerator, model: nn.Module, average: nn.Module, optimizer: Optimizer, config: TrainConfig
+) -> int:
+    """Restore the newest checkpoint that verifies; the number of steps it has done, 0 without one."""
+    checkpoint, problems = load_latest(Path(config.output) / "checkpoints")
+    for problem in problems:
+        accelerator.print(f"skipped: {problem}")
+    steps = [checkpoint.state["step"] if checkpoint else 0]
+    if broadcast_object_list(steps)[0] != (checkpoint.state["step"] if checkpoint else 0):
+        raise InputError(f"the processes see different checkpoints in {config.output!r}; it must be one shared folder")
+    if checkpoint is None:
+        return 0
+    before = {**checkpoint.state["config"], "num_processes": checkpoint.state["num_processes"]}
+    now = {**asdict(config), "num_processes": accelerator.num_processes}
+    for name in (*UNCHANGEABLE, "num_processes"):
+        if before[name] != now[name]:
+            raise InputError(
+                f"{checkpoint.path} was trained with {name}={before[name]}, now {now[name]}; "
+                "keep it, or start in another train.output"
+            )
+    try:
+        model.load_state_dict(checkpoint.tensors["model"])
+        average.load_state_dict(checkpoint.tensors["ema"])
+        unflatten(optimizer, checkpoint.tensors["optimizer"])
+    except (RuntimeError, KeyError, SafetensorError) as error:
+        raise InputError(f"{checkpoint.path} is of another model: {error}; start in another train.output") from error
+    if accelerator.scaler is not None and "scaler" in checkpoint.state:
+        accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
+    accelerator.print(f"resuming from {checkpoint.path}")
+    return checkpoint.state["step"]
+
+
+def flatten(optimizer: Optimizer) -> dict[str, Tensor]:
+    """An optimizer's tensors by "index.name"; its rates and decays belong to the configuration."""
+    state = optimizer.state_dict()["state"]
+    return {f"{index}.{name}": value for index, values in state.items() for name, value in values.items()}
+
+
+def unflatten(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+class Log:
+    """Means between two lines of `metrics.jsonl`, and a progress bar on the main process."""
+
+    def __init__(self, accelerator: Accelerator, config: TrainConfig, step: int, samples_per_step: int):
+        self.accelerator, self.config, self.samples_per_step = accelerator, config, samples_per_step
+        self.sums: dict[str, Tensor] = {}
+        self.count, self.logged, self.time = 0, step, time.perf_counter()
+        shown = accelerator.is_main_process
+        self.bar = tqdm(total=config.steps, initial=step, disable=not shown, mininterval=5, dynamic_ncols=True)
+        self.bar.set_description(Path(config.output).name)
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        """Sums stay on the device: no step waits for the host."""
+        for name, value in metrics.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach().float()
+        self.count += 1
+
+    def step(self, step: int, rate: float, norm: Tensor | None) -> None:
+        self.bar.update()
+        if step % self.config.log_every and step != self.config.steps:
+            return
+        names = sorted(self.sums)
+        means = self.accelerator.reduce(torch.stack([self.sums[name] for name in names]) / self.count, "mean")
+        now = time.perf_counter()
+        speed = (step - self.logged) * self.samples_per_step / (now - self.time)
+        row = {"step": step, **dict(zip(names, means.tolist())), "learning_rate": rate, "samples_per_second": speed}
+        if norm is not None:
+            row["gradient_norm"] = float(norm)
+        if self.accelerator.is_main_process:
+            with open(Path(self.config.output) / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps({name: float(f"{value:.6g}") for name, value in row.items()}) + "\n")
+            self.bar.set_postfix({name: f"{row[name]:.4g}" for name in names})
+        self.sums, self.count, self.logged, self.time = {}, 0, step, now
+
+    def close(self) -> None:
+        self.bar.close()
