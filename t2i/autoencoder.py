@@ -1,0 +1,96 @@
+"""Between pictures and latents. The one place that knows how latents are scaled: outside, they have unit variance."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Tensor
+
+from t2i.checkpoint import load_model, loaded
+
+
+class Autoencoder(ModelMixin, ConfigMixin):
+    """diffusers' AutoencoderKL, with pictures optionally cut into patches first, and latents of unit variance.
+
+    Args:
+        vae: arguments of `AutoencoderKL`; its channels in and out are 3 * patch_size**2.
+        patch_size: side of the squares of pixels that become channels (space to depth). 1 leaves pictures as they are;
+            4 spares the convolutions at full resolution, which cost most.
+    """
+
+    @register_to_config
+    def __init__(self, vae: dict, patch_size: int = 1):
+        super().__init__()
+        channels = 3 * patch_size**2
+        self.coder = AutoencoderKL(**{**vae, "in_channels": channels, "out_channels": channels})
+        self.register_buffer("mean", torch.zeros(self.channels))
+        self.register_buffer("std", torch.ones(self.channels))
+
+    @classmethod
+    def from_vae(cls, vae: AutoencoderKL) -> "Autoencoder":
+        """Take over a pretrained diffusers VAE and the scale that it was published with."""
+        autoencoder = cls({key: value for key, value in vae.config.items() if not key.startswith("_")})
+        autoencoder.coder.load_state_dict(vae.state_dict())
+        autoencoder.std.fill_(1 / vae.config.scaling_factor)
+        autoencoder.mean.fill_(vae.config.shift_factor or 0.0)
+        return autoencoder
+
+    @property
+    def channels(self) -> int:
+        return self.coder.config.latent_channels
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent, along a side."""
+        return self.config.patch_size * 2 ** (len(self.coder.config.block_out_channels) - 1)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W) -> its reconstruction from a sampled latent, and the KL divergence from N(0, 1) per pixel."""
+        posterior = self.coder.encode(self.to_patches(image)).latent_dist
+        reconstruction = self.to_pixels(self.coder.decode(posterior.sample()).sample)
+        return reconstruction, posterior.kl() / image[0].numel()
+
+    @apply_forward_hook
+    def encode(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, C, H / factor, W / factor), unit variance: the mean of the posterior."""
+        latents = self.coder.encode(self.to_patches(image)).latent_dist.mode()
+        return (latents - self.mean[:, None, None]) / self.std[:, None, None]
+
+    @apply_forward_hook
+    def decode(self, latents: Tensor) -> Tensor:
+        """The reverse; values may leave [-1, 1] a little."""
+        return self.to_pixels(self.coder.decode(latents * self.std[:, None, None] + self.mean[:, None, None]).sample)
+
+    def to_patches(self, image: Tensor) -> Tensor:
+        return F.pixel_unshuffle(image, self.config.patch_size).contiguous(memory_format=torch.channels_last)
+
+    def to_pixels(self, patches: Tensor) -> Tensor:
+        return F.pixel_shuffle(patches, self.config.patch_size)
+
+    @torch.no_grad()
+    def measure(self, images: Iterable[Tensor]) -> None:
+        """Set the mean and standard deviation of each latent channel from pictures, (B, 3, H, W) at a time."""
+        self.mean.zero_()
+        self.std.fill_(1)
+        latents = torch.cat([self.encode(image.to(self.device)).double().cpu() for image in images])
+        self.mean.copy_(latents.mean(dim=(0, 2, 3)))
+        self.std.copy_(latents.std(dim=(0, 2, 3)))
+
+
+def load_autoencoder(name: str | Path) -> Autoencoder:
+    """An autoencoder by the name that configurations give it.
+
+    A folder that `train_autoencoder.py` wrote, or a diffusers VAE: its folder or its repository on the hub.
+    """
+    folder = Path(name)
+    config = folder / "config.json"
+    if not folder.exists() or (
+        config.is_file() and json.loads(config.read_text()).get("_class_name") == "AutoencoderKL"
+    ):
+        return loaded(lambda path: Autoencoder.from_vae(AutoencoderKL.from_pretrained(path)), folder)
+    return load_model(Autoencoder, folder)

@@ -1,0 +1,216 @@
+"""The CLIP pair: captions and pictures in one embedding space. open_clip's models, saved and loaded as diffusers'.
+
+Also the owner of a CLIP's identity: a prior and a decoder understand the embeddings of one CLIP only, and a fingerprint
+of its weights and preprocessing tells which.
+"""
+
+import copy
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from huggingface_hub import snapshot_download
+from open_clip.transformer import text_global_pool
+from torch import Tensor
+from torchvision.transforms.v2.functional import center_crop, resize
+
+from t2i.checkpoint import load_model
+from t2i.condition import TextEncoding
+from t2i.errors import InputError
+from t2i.tokenizer import CaptionTokenizer, PublicTokenizer, load_tokenizer, public_tokenizer
+
+
+class CLIP(ModelMixin, ConfigMixin):
+    """An open_clip model with its preprocessing and its tokenizer.
+
+    Args:
+        model: open_clip's model configuration (`embed_dim`, `vision_cfg`, `text_cfg`, ...).
+        preprocess: `size`, `mean` and `std` of the pictures that the vision tower sees.
+        tokenizer_kind: "captions" (a vocabulary of our own), "clip" (open_clip's) or "transformers".
+        fingerprint: of weights and preprocessing; written on saving, checked on loading.
+    """
+
+    tokenizer: CaptionTokenizer | PublicTokenizer
+
+    @register_to_config
+    def __init__(self, model: dict, preprocess: dict, tokenizer_kind: str = "captions", fingerprint: str | None = None):
+        super().__init__()
+        self.net = build(model)
+        size = preprocess["size"]
+        self.size = size if isinstance(size, int) else size[0]
+        self.register_buffer("mean", torch.tensor(preprocess["mean"]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(preprocess["std"]).view(3, 1, 1), persistent=False)
+
+    @classmethod
+    def from_open_clip(cls, name: str, tag: str | None = None) -> "CLIP":
+        """A public pair: an open_clip name and tag, "hf-hub:org/name" or "local-dir:/path"."""
+        config = open_clip_config(name)
+        weights = open_clip.get_pretrained_cfg(name, tag) if tag else {}
+        if tag and not weights:
+            tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
+            raise InputError(f"open_clip has no weights {tag!r} for {name!r}; it has {tags}")
+        if weights and weights.get("quick_gelu", False) != config.get("quick_gelu", False):
+            other = name + "-quickgelu" if weights.get("quick_gelu") else name.removesuffix("-quickgelu")
+            raise InputError(f"{name!r} with {tag!r} mixes GELU and QuickGELU, which ruins embeddings; use {other!r}")
+        net = open_clip.create_model(name, pretrained=tag, require_pretrained=True)
+        preprocess = net.visual.preprocess_cfg
+        tokenizer, kind = public_tokenizer(name)
+        clip = cls(config, {key: preprocess[key] for key in ("size", "mean", "std")}, kind)
+        clip.net.load_state_dict(net.state_dict())
+        clip.tokenizer = tokenizer
+        return clip
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "CLIP":
+        path = Path(pretrained_model_name_or_path)
+        if not path.is_dir():
+            path = Path(snapshot_download(str(pretrained_model_name_or_path)))
+        clip = super().from_pretrained(path, **kwargs)
+        folder = path / (kwargs.get("subfolder") or "")
+        clip.tokenizer = load_tokenizer(folder, clip.config.tokenizer_kind, clip.context_length)
+        expected = clip.config.fingerprint
+        if expected and clip.dtype in (torch.float32, torch.float16) and clip.fingerprint() != expected:
+            raise InputError(f"the weights in {str(folder)!r} are not those of fingerprint {expected} in its config")
+        return clip
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        if self.config.fingerprint is None:
+            self.register_to_config(fingerprint=self.fingerprint())
+        super().save_pretrained(save_directory, **kwargs)
+        self.tokenizer.save(Path(save_directory))
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits for these weights and this preprocessing, the same in fp32 and fp16."""
+        # From the weights as fp16: what a folder saved in half precision still has.
+        hasher = hashlib.sha256(json.dumps(self.config.preprocess, sort_keys=True).encode())
+        for name, tensor in sorted(self.net.state_dict().items()):
+            hasher.update(name.encode())
+            hasher.update(tensor.detach().cpu().half().contiguous().numpy().tobytes())
+        return hasher.hexdigest()[:16]
+
+    @property
+    def identity(self) -> str:
+        """The fingerprint as it was when this CLIP was saved."""
+        return self.config.fingerprint or self.fingerprint()
+
+    @property
+    def embed_dim(self) -> int:
+        return self.config.model["embed_dim"]
+
+    @property
+    def context_length(self) -> int:
+        return self.text_tower.context_length
+
+    @property
+    def text_width(self) -> int:
+        return self.text_tower.ln_final.normalized_shape[0]
+
+    @property
+    def text_tower(self) -> torch.nn.Module:
+        return getattr(self.net, "text", self.net)
+
+    def forward(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """z_i, z_t and the scale of the logits, at most 100 as in CLIP."""
+        return self.encode_image(image), self.encode_tokens(tokens).embedding, self.net.logit_scale.exp().clamp(max=100)
+
+    @apply_forward_hook
+    def encode_image(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, D), unit length: z_i."""
+        if image.shape[-2:] != (self.size, self.size):
+            image = center_crop(resize(image, [self.size], interpolation=3, antialias=True), [self.size])
+        image = ((image + 1) / 2 - self.mean) / self.std
+        return self.net.encode_image(image.to(self.mean.dtype), normalize=True)
+
+    def encode_text(self, texts: list[str]) -> TextEncoding:
+        return self.encode_tokens(self.tokenizer(texts).to(self.device))
+
+    @apply_forward_hook
+    def encode_tokens(self, tokens: Tensor) -> TextEncoding:
+        """(B, context_length), int64 -> z_t and a state per token."""
+        tower = self.text_tower
+        if getattr(tower, "attn_mask", None) is None or getattr(tower, "cls_emb", None) is not None:
+            return self.encode_tokens_whole(tokens)
+        # Causal: what comes after the end of a caption changes nothing before it, so the batch is trimmed first.
+        end = tokens.argmax(dim=-1) if self.pools_at_highest else (tokens == self.end_token).int().argmax(dim=-1)
+        length = int(end.max()) + 1
+        tokens = tokens[:, :length]
+        states = tower.token_embedding(tokens) + tower.positional_embedding[:length]
+        states = tower.ln_final(tower.transformer(states, attn_mask=tower.attn_mask[:length, :length]))
+        pool = "argmax" if self.pools_at_highest else "eos"
+        pooled = text_global_pool(states, tokens, pool, eos_token_id=self.end_token)
+        mask = torch.arange(length, device=tokens.device) <= end[:, None]
+        return TextEncoding(F.normalize(project(tower.text_projection, pooled), dim=-1), states, mask)
+
+    def encode_tokens_whole(self, tokens: Tensor) -> TextEncoding:
+        """For towers that see the padding (SigLIP, CoCa, those of transformers)."""
+        tower = self.text_tower
+        tower.output_tokens = True
+        pooled, states = tower(tokens)
+        return TextEncoding(F.normalize(pooled, dim=-1), states, tokens != getattr(tower, "pad_id", 0))
+
+    @property
+    def pools_at_highest(self) -> bool:
+        """open_clip pools where the token's number is highest, or at a given end token."""
+        tower = self.text_tower
+        return getattr(tower, "text_pool_type", getattr(tower, "pool_type", "argmax")) == "argmax"
+
+    @property
+    def end_token(self) -> int | None:
+        return getattr(self.text_tower, "text_eos_id", getattr(self.text_tower, "eos_id", None))
+
+
+def project(projection: torch.nn.Module | Tensor | None, pooled: Tensor) -> Tensor:
+    if projection is None:
+        return pooled
+    return projection(pooled) if isinstance(projection, torch.nn.Module) else pooled @ projection
+
+
+def build(config: dict) -> torch.nn.Module:
+    """The open_clip model of a configuration, with random weights."""
+    config = copy.deepcopy(dict(config))
+    text, vision = config["text_cfg"], config["vision_cfg"]
+    custom = config.pop("custom_text", False) or "hf_model_name" in text
+    if "hf_model_name" in text:
+        text["hf_model_pretrained"] = False
+    if "timm_model_name" in vision:
+        vision["timm_model_pretrained"] = False
+    if "multimodal_cfg" in config:
+        return open_clip.CoCa(**config)
+    return (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config)
+
+
+def open_clip_config(name: str) -> dict:
+    """open_clip's configuration of a model, by name or from the folder or repository that `name` points to."""
+    if name.startswith("local-dir:"):
+        path = Path(name.removeprefix("local-dir:")) / "open_clip_config.json"
+    elif name.startswith("hf-hub:"):
+        repository = name.removeprefix("hf-hub:")
+        path = Path(snapshot_download(repository, allow_patterns="open_clip_config.json")) / "open_clip_config.json"
+    elif config := open_clip.get_model_config(name):
+        return config
+    else:
+        raise InputError(f"open_clip knows no model {name!r}; `open_clip.list_models()` lists them")
+    if not path.is_file():
+        raise InputError(f"no {str(path)!r}; a local-dir: or hf-hub: model has one")
+    return json.loads(path.read_text())["model_cfg"]
+
+
+def load_clip(name: str | Path) -> CLIP:
+    """A CLIP by the name that configurations give it.
+
+    A folder that `train_clip.py` wrote, or a public pair: "ViT-L-14:openai" (open_clip's name and tag),
+    "hf-hub:org/name", "local-dir:/path".
+    """
+    name = str(name)
+    if name.startswith(("hf-hub:", "local-dir:")):
+        return CLIP.from_open_clip(name)
+    if ":" in name and not Path(name).exists():
+        return CLIP.from_open_clip(*name.split(":", 1))
+    return load_model(CLIP, name)

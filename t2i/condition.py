@@ -1,0 +1,83 @@
+"""What denoisers are conditioned on. "Nothing" is a value of the same type (a denoiser's `null`), never a switch:
+dropping a condition in training chooses between two values, guidance extrapolates from one to the other.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass
+class Condition:
+    """Tensors, or other conditions, that agree in their first dimension, B. None where a model takes no such thing."""
+
+    def __len__(self) -> int:
+        return next(len(value) for value in vars(self).values() if value is not None)
+
+    def zipped(self, other: Self, function: Callable[[Tensor, Tensor], Tensor]) -> Self:
+        """`function` of each pair of tensors."""
+
+        def one(mine: Any, theirs: Any) -> Any:
+            if mine is None:
+                return None
+            return mine.zipped(theirs, function) if isinstance(mine, Condition) else function(mine, theirs)
+
+        return replace(self, **{f.name: one(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)})
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """`function` of every tensor."""
+        return self.zipped(self, lambda tensor, _: function(tensor))
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Self:
+        """On a device, floating-point tensors in a dtype."""
+        return self.map(lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None))
+
+    def repeat(self, count: int) -> Self:
+        """Each of the B conditions `count` times in a row."""
+        return self.map(lambda tensor: tensor.repeat_interleave(count, dim=0))
+
+    def fitted(self, other: Self) -> Self:
+        """Padded so that it can stand in one batch with `other`."""
+        return self
+
+    def where(self, keep: Tensor, other: Self) -> Self:
+        """(B,) bool: this condition where `keep`, else `other`."""
+
+        def choose(mine: Tensor, theirs: Tensor) -> Tensor:
+            return torch.where(keep.view(-1, *[1] * (mine.ndim - 1)), mine, theirs)
+
+        return self.fitted(other).zipped(other.fitted(self), choose)
+
+    def cat(self, other: Self) -> Self:
+        """One batch of both."""
+        return self.fitted(other).zipped(other.fitted(self), lambda mine, theirs: torch.cat([mine, theirs]))
+
+
+@dataclass
+class TextEncoding(Condition):
+    """What CLIP says of B captions, trimmed to the longest: the condition of the prior."""
+
+    embedding: Tensor  # (B, D), unit length: z_t
+    states: Tensor  # (B, L, W): one vector a token, after the last norm
+    mask: Tensor  # (B, L), bool: True where there is a token
+
+    def fitted(self, other: Self) -> Self:
+        extra = max(0, other.mask.shape[1] - self.mask.shape[1])
+        return replace(self, states=F.pad(self.states, (0, 0, 0, extra)), mask=F.pad(self.mask, (0, extra)))
+
+
+@dataclass
+class ImageCondition(Condition):
+    """What a picture is to show: the condition of the decoder."""
+
+    embedding: Tensor  # (B, D), unit length or zero: z_i
+    text: TextEncoding | None = None  # the caption, for decoders that read it too
+
+    def fitted(self, other: Self) -> Self:
+        if self.text is None or other.text is None:
+            return self
+        return replace(self, text=self.text.fitted(other.text))

@@ -1,0 +1,154 @@
+"""The decoder: latents of a picture that shows what an image embedding says (DALL-E 2, section 2.1).
+
+A transformer over patches of latents. The image embedding conditions it twice, as in the paper: added to the timestep
+(here it modulates every block: adaptive layer norm, Peebles and Xie 2023) and as a few extra tokens to attend to.
+A caption may be attended to as well.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Tensor, nn
+
+from t2i.condition import ImageCondition, TextEncoding
+from t2i.layers import Attention, KeyValue, TimeEmbedding, feed_forward, split_heads
+
+
+@dataclass
+class DecoderContext:
+    """What depends on the condition alone."""
+
+    image: Tensor  # (B, condition_width): z_i, to be added to the timestep
+    past: list[KeyValue]  # one pair a block: keys and values of the extra tokens
+    mask: Tensor | None  # (B, extra tokens), bool; None where all count
+
+
+class Decoder(ModelMixin, ConfigMixin):
+    """Denoises latents of unit variance, given an ImageCondition.
+
+    Args:
+        embed_dim: dimensions D of z_i.
+        latent_channels, latent_size: shape (C, S, S) of the latents it is trained on.
+        width, depth, heads: of the transformer.
+        patch_size: latents per token, along a side.
+        condition_width: dimensions of the vector that modulates the blocks.
+        image_tokens: extra tokens made from z_i.
+        text_width: dimensions of a caption's token states; None if it reads no captions.
+        clip_fingerprint: of the CLIP that it was trained with.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        embed_dim: int,
+        latent_channels: int,
+        latent_size: int,
+        width: int,
+        depth: int,
+        heads: int,
+        patch_size: int = 1,
+        condition_width: int = 128,
+        image_tokens: int = 4,
+        text_width: int | None = None,
+        clip_fingerprint: str | None = None,
+    ):
+        super().__init__()
+        side, channels = latent_size // patch_size, latent_channels * patch_size**2
+        self.from_latents = nn.Linear(channels, width)
+        self.positions = nn.Parameter(grid_embedding(side, width))
+        self.from_time = TimeEmbedding(width, condition_width)
+        self.from_image = nn.Linear(embed_dim, condition_width)
+        self.to_tokens = nn.Linear(embed_dim, image_tokens * condition_width)
+        self.from_text = None if text_width is None else nn.Linear(text_width, condition_width)
+        self.blocks = nn.ModuleList(DecoderBlock(width, heads, condition_width) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.modulation = zeroed(nn.Linear(condition_width, 2 * width))
+        self.to_latents = zeroed(nn.Linear(width, channels))
+
+    def forward(self, x: Tensor, t: Tensor, condition: ImageCondition) -> Tensor:
+        """x: (B, C, H, W) noisy latents; t: (B,) timesteps -> (B, C, H, W), the prediction."""
+        return self.step(x, t, self.prepare(condition))
+
+    @apply_forward_hook
+    def prepare(self, condition: ImageCondition) -> DecoderContext:
+        z_i = condition.embedding * self.config.embed_dim**0.5  # unit variance
+        tokens, mask = self.to_tokens(z_i).unflatten(-1, (self.config.image_tokens, -1)), None
+        if self.from_text is not None:
+            if condition.text is None:
+                raise ValueError("this decoder reads captions: its condition needs a text")
+            tokens = torch.cat([tokens, self.from_text(condition.text.states)], dim=1)
+            mask = F.pad(condition.text.mask, (self.config.image_tokens, 0), value=True)
+        return DecoderContext(self.from_image(z_i), [block.key_value(tokens) for block in self.blocks], mask)
+
+    @apply_forward_hook
+    def step(self, x: Tensor, t: Tensor, context: DecoderContext) -> Tensor:
+        patch = self.config.patch_size
+        height, width = x.shape[-2] // patch, x.shape[-1] // patch
+        tokens = F.pixel_unshuffle(x, patch).flatten(2).transpose(1, 2)
+        tokens = self.from_latents(tokens) + self.positions_for(height, width)
+        condition = F.silu(self.from_time(t) + context.image)
+        mask = None
+        if context.mask is not None:
+            mask = F.pad(context.mask, (0, tokens.shape[1]), value=True)[:, None, None, :]
+        for block, past in zip(self.blocks, context.past):
+            tokens = block(tokens, condition, past, mask)
+        scale, shift = self.modulation(condition)[:, None].chunk(2, dim=-1)
+        tokens = self.to_latents(self.norm(tokens) * (1 + scale) + shift)
+        return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(-1, (height, width)), patch)
+
+    def null(self, count: int) -> ImageCondition:
+        """The zero embedding, and a caption of no tokens."""
+        z_i = self.positions.new_zeros(count, self.config.embed_dim)
+        if self.from_text is None:
+            return ImageCondition(z_i)
+        states = z_i.new_zeros(count, 1, self.config.text_width)
+        return ImageCondition(z_i, TextEncoding(z_i, states, states.new_zeros(count, 1, dtype=torch.bool)))
+
+    def positions_for(self, height: int, width: int) -> Tensor:
+        """(height * width, C): the learned grid, resized for pictures of another size or shape."""
+        side = self.config.latent_size // self.config.patch_size
+        if (height, width) == (side, side):
+            return self.positions
+        grid = self.positions.T.unflatten(-1, (side, side))[None]
+        return F.interpolate(grid, (height, width), mode="bicubic")[0].flatten(1).T
+
+
+class DecoderBlock(nn.Module):
+    def __init__(self, width: int, heads: int, condition_width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.attention = Attention(width, heads)
+        self.mlp = feed_forward(width)
+        self.modulation = zeroed(nn.Linear(condition_width, 6 * width))
+        self.to_key_value = nn.Linear(condition_width, 2 * width)
+
+    def key_value(self, tokens: Tensor) -> KeyValue:
+        """Keys and values of the extra tokens."""
+        key, value = split_heads(self.to_key_value(tokens), 2 * self.attention.heads).chunk(2, dim=1)
+        return key, value
+
+    def forward(self, x: Tensor, condition: Tensor, past: KeyValue, mask: Tensor | None) -> Tensor:
+        scale_1, shift_1, gate_1, scale_2, shift_2, gate_2 = self.modulation(condition)[:, None].chunk(6, dim=-1)
+        attended, _ = self.attention(torch.addcmul(shift_1, self.norm(x), 1 + scale_1), mask, past)
+        x = torch.addcmul(x, gate_1, attended)
+        return torch.addcmul(x, gate_2, self.mlp(torch.addcmul(shift_2, self.norm(x), 1 + scale_2)))
+
+
+def zeroed(layer: nn.Linear) -> nn.Linear:
+    """Starts as nothing, so that every block starts as the identity."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def grid_embedding(side: int, width: int) -> Tensor:
+    """(side * side, width): cosines and sines of rows and columns, where learned positions start."""
+    at = torch.arange(side, dtype=torch.float32)
+    frequencies = 1 / 100 ** (torch.arange(width // 4) / (width // 4))  # a grid is short: wavelengths of 6 to 600
+    waves = torch.cat([(at[:, None] * frequencies).cos(), (at[:, None] * frequencies).sin()], dim=-1)
+    rows, columns = waves[:, None].expand(-1, side, -1), waves[None].expand(side, -1, -1)
+    return torch.cat([rows, columns], dim=-1).flatten(0, 1)

@@ -1,0 +1,123 @@
+"""Training and sampling, the same for every denoiser.
+
+A denoiser is a module with
+
+    context    = denoiser.prepare(condition)      all that depends on neither x nor t, once per picture
+    prediction = denoiser.step(x, t, context)     every step
+    denoiser(x, t, condition)                     the same in one pass: what training calls
+    denoiser.null(n)                              n conditions that say nothing
+
+Guidance is a function that returns a `Predict`; sampling takes one. What the prediction is of (noise, clean sample or
+velocity) is the scheduler's `prediction_type`.
+"""
+
+from collections.abc import Callable, Iterable
+from inspect import signature
+from typing import Any, Protocol
+
+import torch
+from diffusers import SchedulerMixin
+from torch import Generator, Tensor
+
+from t2i.condition import Condition
+
+Predict = Callable[[Tensor, Tensor], Tensor]  # x: (B, ...), t: () -> the model's prediction, like x
+
+
+class Denoiser(Protocol):
+    dtype: torch.dtype
+
+    def __call__(self, x: Tensor, t: Tensor, condition: Any) -> Tensor: ...
+    def prepare(self, condition: Any) -> Any: ...
+    def step(self, x: Tensor, t: Tensor, context: Any) -> Tensor: ...
+    def null(self, count: int) -> Any: ...
+
+
+def denoise(
+    model: Callable[..., Tensor], scheduler: SchedulerMixin, x: Tensor, condition: Condition, shift: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Noise clean `x` by random amounts and let the model undo it: (prediction, target, noisy x, t), in fp32.
+
+    shift > 1 draws high noise more often (t -> shift t / (1 + (shift - 1) t) for uniform t in [0, 1]); 1 is uniform.
+    """
+    x = x.float()
+    noise = torch.randn_like(x)
+    uniform = torch.rand(len(x), device=x.device)
+    steps = scheduler.config.num_train_timesteps
+    t = (shift * uniform / (1 + (shift - 1) * uniform) * steps).long().clamp(max=steps - 1)
+    noisy = scheduler.add_noise(x, noise, t)
+    return model(noisy, t, condition).float(), target(scheduler, x, noise, t), noisy, t
+
+
+def target(scheduler: SchedulerMixin, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """What the model is to predict, of x_t = sqrt(abar_t) x + sqrt(1 - abar_t) noise."""
+    match scheduler.config.prediction_type:
+        case "epsilon":
+            return noise
+        case "sample":
+            return x
+        case "v_prediction":  # sqrt(abar_t) noise - sqrt(1 - abar_t) x
+            return scheduler.get_velocity(x, noise, t)
+        case other:
+            raise ValueError(f"unknown prediction_type {other!r}; use 'epsilon', 'sample' or 'v_prediction'")
+
+
+def drop(condition: Condition, null: Condition, probability: float) -> Condition:
+    """Each condition replaced by the one that says nothing, with this probability: what makes guidance possible."""
+    device = next(value.device for value in vars(condition).values() if isinstance(value, Tensor))
+    return condition.where(torch.rand(len(condition), device=device) >= probability, null)
+
+
+def conditional(denoiser: Denoiser, condition: Condition) -> Predict:
+    """The model's own prediction."""
+    context = denoiser.prepare(condition)
+    return lambda x, t: denoiser.step(x.to(denoiser.dtype), t.expand(len(x)), context).to(x.dtype)
+
+
+def guided(denoiser: Denoiser, condition: Condition, negative: Condition, scale: float) -> Predict:
+    """Classifier-free guidance: negative + scale (conditional - negative), in one batch.
+
+    1 is off. (Papers that write (1 + w) cond - w uncond mean the same with w = scale - 1.) `negative` is the model's
+    null, or any other condition to move away from.
+    """
+    if scale == 1:
+        return conditional(denoiser, condition)
+    context = denoiser.prepare(negative.cat(condition))
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        twice = torch.cat([x, x]).to(denoiser.dtype)
+        away, towards = denoiser.step(twice, t.expand(2 * len(x)), context).to(x.dtype).chunk(2)
+        return away.lerp(towards, scale)
+
+    return predict
+
+
+@torch.no_grad()
+def sample(
+    predict: Predict,
+    scheduler: SchedulerMixin,
+    noise: Tensor,
+    steps: int,
+    generators: list[Generator] | None = None,
+    progress: Callable[[Iterable], Iterable] = iter,
+    on_step: Callable[[int, Tensor, Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Denoise from `noise`, (B, ...) of unit variance, to a sample, step by step, in the noise's dtype.
+
+    generators: one a sample, for schedulers that add noise. on_step(i, t, x) runs after each step and may change x.
+    """
+    scheduler.set_timesteps(steps, device=noise.device)
+    accepted = signature(scheduler.step).parameters
+    extra = {"generator": generators} if "generator" in accepted else {}
+    x = noise * scheduler.init_noise_sigma
+    for i, t in enumerate(progress(scheduler.timesteps)):
+        prediction = predict(scheduler.scale_model_input(x, t), t)
+        x = scheduler.step(prediction, t, x, **extra).prev_sample
+        if on_step is not None:
+            x = on_step(i, t, x)
+    return x
+
+
+def draw_noise(shape: tuple[int, ...], generators: list[Generator], device: torch.device) -> Tensor:
+    """(len(generators), *shape), fp32: every sample's noise from its own generator, so that no batch changes it."""
+    return torch.stack([torch.randn(shape, generator=one, device=one.device).to(device) for one in generators])

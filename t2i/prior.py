@@ -1,0 +1,138 @@
+"""The diffusion prior: from a caption's encoding to an image embedding (DALL-E 2, section 2.2).
+
+A causal transformer over [caption tokens, z_t, timestep, noisy z_i, query]; the query's output is the clean z_i.
+Its arithmetic contains diffusers' PriorTransformer: same order, pre-norm, learned positions.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Tensor, nn
+
+from t2i.condition import TextEncoding
+from t2i.layers import Attention, KeyValue, TimeEmbedding, feed_forward
+
+
+@dataclass
+class PriorContext:
+    """What depends on the caption alone: under a causal mask, keys and values of all that stands before the time."""
+
+    past: list[KeyValue]  # one pair a block
+    mask: Tensor  # (B, L + 1), bool: the caption's tokens and z_t
+
+
+class Prior(ModelMixin, ConfigMixin):
+    """Denoises z_i, scaled to zero mean and unit variance, given a TextEncoding.
+
+    Args:
+        embed_dim: dimensions D of z_t and z_i.
+        text_width: dimensions of a caption's token states.
+        context_length: longest caption, in tokens.
+        width, depth, heads: of the transformer.
+        clip_fingerprint: of the CLIP that it was trained with.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        embed_dim: int,
+        text_width: int,
+        context_length: int,
+        width: int,
+        depth: int,
+        heads: int,
+        clip_fingerprint: str | None = None,
+    ):
+        super().__init__()
+        self.from_states = nn.Linear(text_width, width)
+        self.from_text = nn.Linear(embed_dim, width)
+        self.from_time = TimeEmbedding(width, width)
+        self.from_image = nn.Linear(embed_dim, width)
+        self.query = nn.Parameter(torch.zeros(width))
+        self.positions = nn.Parameter(torch.randn(context_length + 4, width) * 0.01)
+        self.blocks = nn.ModuleList(PriorBlock(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.to_image = nn.Linear(width, embed_dim)
+        # The statistics of z_i, and the encoding of the empty caption (start and end): set by `train_prior.py`.
+        self.register_buffer("mean", torch.zeros(embed_dim))
+        self.register_buffer("std", torch.full((embed_dim,), embed_dim**-0.5))
+        self.register_buffer("null_embedding", torch.zeros(embed_dim))
+        self.register_buffer("null_states", torch.zeros(2, text_width))
+
+    def forward(self, x: Tensor, t: Tensor, text: TextEncoding) -> Tensor:
+        """x: (B, D) noisy scaled z_i; t: (B,) timesteps -> (B, D), the clean one. What training calls: one pass."""
+        tokens = torch.cat([self.caption_tokens(text), self.image_tokens(x, t)], dim=1)
+        length = tokens.shape[1]
+        mask = torch.cat([text.mask, text.mask.new_ones(len(x), 4)], dim=1)[:, None, None, :]
+        mask = mask & torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
+        for block in self.blocks:
+            tokens, _ = block(tokens, mask)
+        return self.to_image(self.norm(tokens[:, -1]))
+
+    @apply_forward_hook
+    def prepare(self, text: TextEncoding) -> PriorContext:
+        """The part of `forward` that depends on neither x nor t."""
+        tokens = self.caption_tokens(text)
+        length = tokens.shape[1]
+        known = torch.cat([text.mask, text.mask.new_ones(len(text), 1)], dim=1)
+        mask = known[:, None, None, :] & torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()
+        past = []
+        for block in self.blocks:
+            tokens, key_value = block(tokens, mask)
+            past.append(key_value)
+        return PriorContext(past, known)
+
+    @apply_forward_hook
+    def step(self, x: Tensor, t: Tensor, context: PriorContext) -> Tensor:
+        """The rest of it: three tokens instead of the whole sequence."""
+        tokens = self.image_tokens(x, t)
+        known = context.mask[:, None, None, :].expand(-1, -1, 3, -1)
+        causal = torch.ones(3, 3, dtype=torch.bool, device=x.device).tril().expand(len(x), 1, 3, 3)
+        mask = torch.cat([known, causal], dim=-1)
+        for block, past in zip(self.blocks, context.past):
+            tokens, _ = block(tokens, mask, past)
+        return self.to_image(self.norm(tokens[:, -1]))
+
+    def null(self, count: int) -> TextEncoding:
+        """The encoding of the empty caption, `count` times."""
+        mask = torch.ones(1, len(self.null_states), dtype=torch.bool, device=self.null_states.device)
+        return TextEncoding(self.null_embedding[None], self.null_states[None], mask).repeat(count)
+
+    def scale(self, z_i: Tensor) -> Tensor:
+        """Unit-length z_i -> what the prior denoises: zero mean and unit variance in each dimension."""
+        return (z_i - self.mean) / self.std
+
+    def unscale(self, x: Tensor) -> Tensor:
+        """The reverse, of unit length whatever x is."""
+        return F.normalize(x * self.std + self.mean, dim=-1)
+
+    def caption_tokens(self, text: TextEncoding) -> Tensor:
+        """[caption, z_t] at their positions: (B, L + 1, width). z_t keeps its place however short the captions are."""
+        length, last = text.mask.shape[1], self.config.context_length
+        if length > last:
+            raise ValueError(f"a caption has {length} tokens, the prior takes at most {last}")
+        caption = self.from_states(text.states) + self.positions[:length]
+        z_t = self.from_text(text.embedding * self.config.embed_dim**0.5) + self.positions[last]
+        return torch.cat([caption, z_t[:, None]], dim=1)
+
+    def image_tokens(self, x: Tensor, t: Tensor) -> Tensor:
+        """[time, noisy z_i, query] at their positions: (B, 3, width)."""
+        tokens = torch.stack([self.from_time(t), self.from_image(x), self.query.expand(len(x), -1)], dim=1)
+        return tokens + self.positions[-3:]
+
+
+class PriorBlock(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = Attention(width, heads)
+        self.mlp = feed_forward(width)
+
+    def forward(self, x: Tensor, mask: Tensor, past: KeyValue | None = None) -> tuple[Tensor, KeyValue]:
+        attended, key_value = self.attention(self.norm_1(x), mask, past)
+        x = x + attended
+        return x + self.mlp(self.norm_2(x)), key_value

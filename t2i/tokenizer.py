@@ -1,0 +1,105 @@
+"""Captions to token numbers: a byte-pair vocabulary of the project's own, or the tokenizer of a public CLIP."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import open_clip
+import torch
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
+
+from t2i.errors import InputError
+
+PAD, START, END = "<pad>", "<start>", "<end>"
+
+
+class CaptionTokenizer:
+    """A byte-pair vocabulary trained on captions, so that a small text tower has no rows that it never uses.
+
+    Lower-cased; any text can be encoded, for single bytes are in the vocabulary. The text of a special token is text.
+    Token 0 pads, 1 starts, and the highest ends a caption, as open_clip's pooling expects.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, context_length: int):
+        self.tokenizer, self.context_length = tokenizer, context_length
+        self.tokenizer.encode_special_tokens = True  # in a caption they are text like any other
+        self.end = tokenizer.token_to_id(END)
+
+    @classmethod
+    def train(cls, captions: Iterable[str], vocab_size: int, context_length: int) -> "CaptionTokenizer":
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size - 1,
+            special_tokens=[PAD, START],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(captions, trainer)
+        tokenizer.add_special_tokens([END])
+        return cls(tokenizer, context_length)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokenizer.get_vocab_size()
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        """-> (B, context_length), int64; what does not fit is cut."""
+        tokens = torch.zeros(len(texts), self.context_length, dtype=torch.int64)
+        for row, encoding in zip(tokens, self.tokenizer.encode_batch(texts, add_special_tokens=False)):
+            ids = [1, *encoding.ids[: self.context_length - 2], self.end]
+            row[: len(ids)] = torch.tensor(ids)
+        return tokens
+
+    def cut(self, text: str) -> str:
+        """The end of a text that does not fit, empty if all does."""
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        rest = encoding.offsets[self.context_length - 2 :]
+        return text[rest[0][0] :].strip() if rest else ""
+
+    def save(self, folder: Path) -> None:
+        self.tokenizer.save(str(folder / "tokenizer.json"))
+
+
+class PublicTokenizer:
+    """The tokenizer of an open_clip model, with the same three methods."""
+
+    def __init__(self, tokenizer: SimpleTokenizer | HFTokenizer):
+        self.tokenizer, self.context_length = tokenizer, tokenizer.context_length
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        return self.tokenizer(texts)
+
+    def cut(self, text: str) -> str:
+        if isinstance(self.tokenizer, SimpleTokenizer):
+            return self.tokenizer.decode(self.tokenizer.encode(text)[self.context_length - 2 :]).strip()
+        ids = self.tokenizer.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.tokenizer.tokenizer.decode(ids[self.context_length - 2 :]).strip()
+
+    def save(self, folder: Path) -> None:
+        if isinstance(self.tokenizer, HFTokenizer):  # CLIP's own vocabulary comes with open_clip
+            self.tokenizer.tokenizer.save_pretrained(folder / "tokenizer")
+
+
+def load_tokenizer(folder: Path, kind: str, context_length: int) -> CaptionTokenizer | PublicTokenizer:
+    """The tokenizer saved in a CLIP folder. Raises InputError if its file is missing or damaged."""
+    if kind == "clip":
+        return PublicTokenizer(SimpleTokenizer(context_length=context_length))
+    if kind == "transformers":
+        return PublicTokenizer(HFTokenizer(str(folder / "tokenizer"), context_length=context_length))
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise InputError(f"no {str(path)!r}; it is the vocabulary that this CLIP was trained with")
+    try:
+        return CaptionTokenizer(Tokenizer.from_file(str(path)), context_length)
+    except Exception as error:  # the tokenizers library raises nothing more specific
+        raise InputError(f"{str(path)!r} is not a tokenizer ({error})") from error
+
+
+def public_tokenizer(name: str) -> tuple[PublicTokenizer, str]:
+    """The tokenizer of an open_clip model by its name, and its kind."""
+    tokenizer = open_clip.get_tokenizer(name)
+    return PublicTokenizer(tokenizer), "clip" if isinstance(tokenizer, SimpleTokenizer) else "transformers"

@@ -1,0 +1,87 @@
+"""The decoder as a U-Net: diffusers' UNet2DConditionModel behind the contract of `t2i.diffusion`."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Tensor, nn
+
+from t2i.condition import ImageCondition, TextEncoding
+
+
+@dataclass
+class UNetContext:
+    embedding: Tensor  # (B, D): z_i of unit variance, added to the timestep
+    tokens: Tensor  # (B, L, context_width), to attend to
+    mask: Tensor | None  # (B, L), bool
+
+
+class UNetDecoder(ModelMixin, ConfigMixin):
+    """Denoises latents of unit variance, given an ImageCondition.
+
+    Args:
+        embed_dim: dimensions D of z_i.
+        latent_channels, latent_size: shape (C, S, S) of the latents it is trained on.
+        unet: further arguments of `UNet2DConditionModel`.
+        context_width: dimensions of the tokens that it attends to.
+        image_tokens: tokens made from z_i.
+        text_width: dimensions of a caption's token states; None if it reads no captions.
+        clip_fingerprint: of the CLIP that it was trained with.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        embed_dim: int,
+        latent_channels: int,
+        latent_size: int,
+        unet: dict,
+        context_width: int = 128,
+        image_tokens: int = 4,
+        text_width: int | None = None,
+        clip_fingerprint: str | None = None,
+    ):
+        super().__init__()
+        self.to_tokens = nn.Linear(embed_dim, image_tokens * context_width)
+        self.from_text = None if text_width is None else nn.Linear(text_width, context_width)
+        self.net = UNet2DConditionModel(
+            sample_size=latent_size,
+            in_channels=latent_channels,
+            out_channels=latent_channels,
+            cross_attention_dim=context_width,
+            class_embed_type="projection",
+            projection_class_embeddings_input_dim=embed_dim,
+            **unet,
+        )
+
+    def forward(self, x: Tensor, t: Tensor, condition: ImageCondition) -> Tensor:
+        """x: (B, C, H, W) noisy latents; t: (B,) timesteps -> (B, C, H, W), the prediction."""
+        return self.step(x, t, self.prepare(condition))
+
+    @apply_forward_hook
+    def prepare(self, condition: ImageCondition) -> UNetContext:
+        z_i = condition.embedding * self.config.embed_dim**0.5
+        tokens, mask = self.to_tokens(z_i).unflatten(-1, (self.config.image_tokens, -1)), None
+        if self.from_text is not None:
+            if condition.text is None:
+                raise ValueError("this decoder reads captions: its condition needs a text")
+            tokens = torch.cat([tokens, self.from_text(condition.text.states)], dim=1)
+            mask = F.pad(condition.text.mask, (self.config.image_tokens, 0), value=True)
+        return UNetContext(z_i, tokens, mask)
+
+    @apply_forward_hook
+    def step(self, x: Tensor, t: Tensor, context: UNetContext) -> Tensor:
+        return self.net(
+            x, t, context.tokens, class_labels=context.embedding, encoder_attention_mask=context.mask
+        ).sample
+
+    def null(self, count: int) -> ImageCondition:
+        """The zero embedding, and a caption of no tokens."""
+        z_i = self.to_tokens.weight.new_zeros(count, self.config.embed_dim)
+        if self.from_text is None:
+            return ImageCondition(z_i)
+        states = z_i.new_zeros(count, 1, self.config.text_width)
+        return ImageCondition(z_i, TextEncoding(z_i, states, states.new_zeros(count, 1, dtype=torch.bool)))

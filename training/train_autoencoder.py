@@ -1,0 +1,55 @@
+"""Train the autoencoder between pictures and latents.
+
+accelerate launch training/train_autoencoder.py configs/emoji/autoencoder.yaml train.steps=1000
+"""
+
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from t2i.autoencoder import Autoencoder
+from t2i.checkpoint import export_model
+from t2i.config import DataConfig, TrainConfig, load_config
+from t2i.data import Batch, CaptionedPictures
+from t2i.errors import reported
+from t2i.loop import fit, start
+
+MEASURED = 2048  # pictures that set the scale of the latents, at most
+
+
+@dataclass
+class Config:
+    model: dict[str, Any] = field(default_factory=dict)  # arguments of t2i.autoencoder.Autoencoder
+    kl_weight: float = 1e-3  # of the divergence from N(0, 1), in nats per pixel value
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def main(config: Config) -> None:
+    dataset = CaptionedPictures(config.data)
+    accelerator = start(config.train)
+    autoencoder = Autoencoder(**config.model).to(memory_format=torch.channels_last)
+
+    def loss(model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        reconstruction, kl = model(batch.image)
+        reconstruction = reconstruction.float()
+        absolute = F.l1_loss(reconstruction, batch.image)
+        squared = F.mse_loss(reconstruction.detach().clamp(-1, 1), batch.image)
+        psnr = 10 * torch.log10(4 / squared)  # dB; pictures span 2
+        return {"loss": absolute + config.kl_weight * kl.float().mean(), "kl": kl.mean(), "psnr": psnr}
+
+    def export(average: torch.nn.Module) -> None:
+        size = 64
+        average.measure(islice(dataset.in_order(size), MEASURED // size))
+        export_model(average, Path(config.train.output))
+
+    fit(accelerator, autoencoder, loss, dataset, config.train, export, config.data.num_workers)
+
+
+if __name__ == "__main__":
+    with reported():
+        main(load_config(Config, "autoencoder"))

@@ -1,0 +1,61 @@
+"""Train the CLIP pair on captioned pictures.
+
+accelerate launch training/train_clip.py configs/emoji/clip.yaml train.steps=1000
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from open_clip import ClipLoss
+
+from t2i.checkpoint import export_model
+from t2i.clip import CLIP
+from t2i.config import DataConfig, TrainConfig, load_config
+from t2i.data import Batch, CaptionedPictures
+from t2i.errors import reported
+from t2i.loop import fit, start
+from t2i.tokenizer import CaptionTokenizer
+
+
+@dataclass
+class Config:
+    model: dict[str, Any] = field(default_factory=dict)  # open_clip's configuration; vocab_size is an upper bound
+    preprocess: dict[str, Any] = field(default_factory=dict)  # size, mean, std
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def main(config: Config) -> None:
+    dataset = CaptionedPictures(config.data)
+    text = config.model["text_cfg"]
+    corpus = [" ".join([record.text, *record.keywords]) for record in dataset.records]
+    tokenizer = CaptionTokenizer.train(corpus, text["vocab_size"], text["context_length"])
+    text["vocab_size"] = tokenizer.vocab_size
+
+    accelerator = start(config.train)
+    clip = CLIP(config.model, config.preprocess)
+    contrastive_loss = ClipLoss(
+        local_loss=True,
+        gather_with_grad=True,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+
+    def loss(model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        z_i, z_t, scale = model(batch.image, tokenizer(batch.captions).to(accelerator.device))
+        z_i, z_t = z_i.float(), z_t.float()
+        found = (z_t @ z_i.T).argmax(dim=1) == torch.arange(len(z_t), device=z_t.device)
+        return {"loss": contrastive_loss(z_i, z_t, scale), "found": found.float().mean(), "scale": scale}
+
+    def export(average: torch.nn.Module) -> None:
+        average.tokenizer = tokenizer
+        export_model(average, Path(config.train.output))
+
+    fit(accelerator, clip, loss, dataset, config.train, export, config.data.num_workers)
+
+
+if __name__ == "__main__":
+    with reported():
+        main(load_config(Config, "clip"))

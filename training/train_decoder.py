@@ -1,0 +1,95 @@
+"""Train the decoder: image embedding -> latents.
+
+accelerate launch training/train_decoder.py configs/emoji/decoder.yaml train.steps=1000
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler
+
+from t2i.autoencoder import Autoencoder, load_autoencoder
+from t2i.checkpoint import export_model
+from t2i.clip import CLIP, load_clip
+from t2i.condition import ImageCondition
+from t2i.config import DataConfig, TrainConfig, check_choice, check_range, load_config
+from t2i.data import Batch, CaptionedPictures, encode_all
+from t2i.decoder import Decoder
+from t2i.diffusion import denoise, drop
+from t2i.errors import reported
+from t2i.loop import fit, start
+from t2i.unet_decoder import UNetDecoder
+
+ARCHITECTURES = {"transformer": Decoder, "unet": UNetDecoder}
+
+
+@dataclass
+class Config:
+    clip: str = "???"  # folder of a trained CLIP, or a public one: ViT-L-14:openai, hf-hub:org/name, local-dir:/path
+    autoencoder: str = "???"  # folder of a trained autoencoder, or a diffusers VAE: a folder or a hub name
+    architecture: str = "transformer"  # or unet
+    model: dict[str, Any] = field(default_factory=dict)  # its arguments, but for what CLIP and the autoencoder tell
+    scheduler: dict[str, Any] = field(default_factory=dict)  # arguments of diffusers' DDIMScheduler
+    reads_captions: bool = False  # caption tokens as a second condition
+    embedding_dropout: float = 0.1
+    caption_dropout: float = 0.5
+    timestep_shift: float = 1.0  # above 1, high noise is drawn more often
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        check_choice("architecture", self.architecture, tuple(ARCHITECTURES))
+        check_range("embedding_dropout", self.embedding_dropout, 0, 1)
+        check_range("caption_dropout", self.caption_dropout, 0, 1)
+        check_range("timestep_shift", self.timestep_shift, 0.01, 100)
+
+
+def main(config: Config) -> None:
+    dataset = CaptionedPictures(config.data)
+    clip, autoencoder = load_clip(config.clip), load_autoencoder(config.autoencoder)
+    accelerator = start(config.train)
+    clip = clip.to(accelerator.device).eval().requires_grad_(False)
+    autoencoder = autoencoder.to(accelerator.device).eval().requires_grad_(False)
+    embeddings = encode_all(dataset, clip.encode_image, accelerator, "image embeddings")
+    latents = encode_all(dataset, autoencoder.encode, accelerator, "latents")
+    decoder = ARCHITECTURES[config.architecture](**config.model, **decoder_arguments(config, clip, autoencoder))
+    decoder.to(accelerator.device)
+    scheduler = DDIMScheduler(**config.scheduler)
+    dataset.pictures = False  # from here on embeddings and latents stand for them
+
+    def loss(model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        index = batch.index.cpu()
+        z_i, x = embeddings[index].to(accelerator.device), latents[index].to(accelerator.device)
+        text = clip.encode_text(batch.captions) if config.reads_captions else None
+        null = decoder.null(len(x))
+        if text is not None:
+            text = drop(text, null.text, config.caption_dropout)
+        condition = drop(ImageCondition(z_i), ImageCondition(null.embedding), config.embedding_dropout)
+        condition = ImageCondition(condition.embedding, text)
+        prediction, target, _, _ = denoise(model, scheduler, x, condition, config.timestep_shift)
+        return {"loss": F.mse_loss(prediction, target)}
+
+    def export(average: torch.nn.Module) -> None:
+        export_model(average, Path(config.train.output))
+        export_model(scheduler, Path(config.train.output), "scheduler")
+
+    fit(accelerator, decoder, loss, dataset, config.train, export, config.data.num_workers)
+
+
+def decoder_arguments(config: Config, clip: CLIP, autoencoder: Autoencoder) -> dict[str, Any]:
+    """What a decoder takes over from the models that it is trained with."""
+    return {
+        "embed_dim": clip.embed_dim,
+        "latent_channels": autoencoder.channels,
+        "latent_size": config.data.image_size // autoencoder.factor,
+        "text_width": clip.text_width if config.reads_captions else None,
+        "clip_fingerprint": clip.identity,
+    }
+
+
+if __name__ == "__main__":
+    with reported():
+        main(load_config(Config, "decoder"))

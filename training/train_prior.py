@@ -1,0 +1,86 @@
+"""Train the diffusion prior: a caption's encoding -> image embedding.
+
+accelerate launch training/train_prior.py configs/emoji/prior.yaml train.steps=1000
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler
+
+from t2i.checkpoint import export_model
+from t2i.clip import CLIP, load_clip
+from t2i.config import DataConfig, TrainConfig, check_range, load_config
+from t2i.data import Batch, CaptionedPictures, encode_all
+from t2i.diffusion import denoise, drop
+from t2i.errors import reported
+from t2i.loop import fit, start
+from t2i.prior import Prior
+
+
+@dataclass
+class Config:
+    clip: str = "???"  # folder of a trained CLIP, or a public one: ViT-L-14:openai, hf-hub:org/name, local-dir:/path
+    model: dict[str, Any] = field(default_factory=dict)  # arguments of t2i.prior.Prior, but for what CLIP tells
+    scheduler: dict[str, Any] = field(default_factory=dict)  # arguments of diffusers' DDIMScheduler
+    caption_dropout: float = 0.1
+    timestep_shift: float = 1.0  # above 1, high noise is drawn more often
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        check_range("caption_dropout", self.caption_dropout, 0, 1)
+        check_range("timestep_shift", self.timestep_shift, 0.01, 100)
+
+
+def main(config: Config) -> None:
+    dataset = CaptionedPictures(config.data)
+    clip = load_clip(config.clip)
+    accelerator = start(config.train)
+    clip = clip.to(accelerator.device).eval().requires_grad_(False)
+    embeddings = encode_all(dataset, clip.encode_image, accelerator, "image embeddings")
+    prior = Prior(**config.model, **prior_arguments(clip))
+    prior.mean.copy_(embeddings.mean(dim=0))
+    prior.std.copy_(embeddings.std(dim=0))
+    nothing = clip.encode_text([""])
+    prior.null_embedding.copy_(nothing.embedding[0])
+    prior.null_states.copy_(nothing.states[0])
+    prior.to(accelerator.device)
+    scheduler = DDIMScheduler(**config.scheduler)
+    dataset.pictures = False  # from here on the embeddings stand for them
+
+    def loss(model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        text, z_i = clip.encode_text(batch.captions), embeddings[batch.index.cpu()].to(accelerator.device)
+        condition = drop(text, prior.null(len(text)), config.caption_dropout)
+        prediction, target, _, _ = denoise(model, scheduler, prior.scale(z_i), condition, config.timestep_shift)
+        metrics = {
+            "loss": F.mse_loss(prediction, target),
+            "cosine_text": F.cosine_similarity(text.embedding, z_i).mean(),
+        }
+        if config.scheduler["prediction_type"] == "sample":
+            metrics["cosine"] = F.cosine_similarity(prior.unscale(prediction.detach()), z_i).mean()
+        return metrics
+
+    def export(average: torch.nn.Module) -> None:
+        export_model(average, Path(config.train.output))
+        export_model(scheduler, Path(config.train.output), "scheduler")
+
+    fit(accelerator, prior, loss, dataset, config.train, export, config.data.num_workers)
+
+
+def prior_arguments(clip: CLIP) -> dict[str, Any]:
+    """What a prior takes over from the CLIP that it is trained with."""
+    return {
+        "embed_dim": clip.embed_dim,
+        "text_width": clip.text_width,
+        "context_length": clip.context_length,
+        "clip_fingerprint": clip.identity,
+    }
+
+
+if __name__ == "__main__":
+    with reported():
+        main(load_config(Config, "prior"))
