@@ -1,0 +1,363 @@
+"""A caption in, pictures out."""
+
+import json
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import BaseOutput
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from PIL import Image
+from torch import Generator, Tensor
+
+from t2i.autoencoder import Autoencoder
+from t2i.checkpoint import loaded
+from t2i.clip import CLIP
+from t2i.condition import ImageCondition, TextEncoding
+from t2i.config import check_choice, check_range
+from t2i.decoder import Decoder
+from t2i.diffusion import draw_noise, guided, sample
+from t2i.errors import InputError
+from t2i.prior import Prior
+from t2i.unet_decoder import UNetDecoder
+
+logger = logging.getLogger(__name__)
+
+MAX_STEPS, MAX_SCALE, MAX_IMAGES, MAX_CHARACTERS = 1000, 1000, 1024, 4096
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+StepCallback = Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
+
+
+@dataclass
+class Text2ImagePipelineOutput(BaseOutput):
+    """What the pipeline returns.
+
+    images: PIL pictures; or, by `output_type`, (N, H, W, 3) numpy or (N, 3, H, W) torch in [0, 1], or latents.
+    image_embeds: (N, D), unit length: the z_i that were drawn.
+    """
+
+    images: list[Image.Image] | np.ndarray | Tensor
+    image_embeds: Tensor
+
+
+class Text2ImagePipeline(DiffusionPipeline):
+    """Caption -> z_t -> (prior) -> z_i -> (decoder) -> latents -> (autoencoder) -> picture."""
+
+    model_cpu_offload_seq = "clip->prior->decoder->autoencoder"
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        clip: CLIP,
+        prior: Prior,
+        prior_scheduler: SchedulerMixin,
+        decoder: Decoder | UNetDecoder,
+        decoder_scheduler: SchedulerMixin,
+        autoencoder: Autoencoder,
+    ):
+        super().__init__()
+        for name, model in {"prior": prior, "decoder": decoder}.items():
+            theirs = model.config.clip_fingerprint
+            if theirs is not None and theirs != clip.identity:
+                raise InputError(f"the {name} was trained with the CLIP {theirs}, this pipeline has {clip.identity}")
+        self.register_modules(
+            clip=clip,
+            prior=prior,
+            prior_scheduler=prior_scheduler,
+            decoder=decoder,
+            decoder_scheduler=decoder_scheduler,
+            autoencoder=autoencoder,
+        )
+        self.image_processor = VaeImageProcessor(vae_scale_factor=autoencoder.factor)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "Text2ImagePipeline":
+        """A folder that `save_pretrained` or `t2i assemble` wrote, or the name of a repository on the hub.
+
+        Raises InputError, in one line, if it is missing, incomplete, truncated or made of parts of different CLIPs.
+        """
+        path = Path(pretrained_model_name_or_path)
+        if path.exists():
+            check_folder(path)
+        return loaded(lambda folder: super(Text2ImagePipeline, cls).from_pretrained(folder, **kwargs), path)
+
+    @classmethod
+    def download(cls, pretrained_model_name: str | Path, **kwargs: Any) -> str:
+        """Fetch a whole repository: diffusers' own download refuses components of other packages."""
+        accepted = ("revision", "cache_dir", "token", "local_files_only", "force_download")
+        options = {name: kwargs[name] for name in accepted if kwargs.get(name) is not None}
+        try:
+            return snapshot_download(str(pretrained_model_name), allow_patterns=["*.json", "*.safetensors"], **options)
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            raise InputError(
+                f"no folder {str(pretrained_model_name)!r}, and no such model on the hub, or no hub ({error})"
+            ) from error
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        prior_num_inference_steps: int = 25,
+        prior_guidance_scale: float = 2.0,
+        num_inference_steps: int = 30,
+        guidance_scale: float = 2.0,
+        generator: Generator | list[Generator] | None = None,
+        prior_latents: Tensor | None = None,
+        latents: Tensor | None = None,
+        image_embeds: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+    ) -> Text2ImagePipelineOutput | tuple:
+        """Draw `num_images_per_prompt` pictures for each prompt: N in all, those of one prompt in a row.
+
+        Args:
+            prompt: a text or a list; may be left out if `image_embeds` is given.
+            negative_prompt: what the prior is guided away from; one for all or one a prompt.
+            prior_num_inference_steps, num_inference_steps: of the prior and the decoder, 1 to 1000.
+            prior_guidance_scale, guidance_scale: of the prior and the decoder; 1 is off.
+            generator: one for all, or one a picture. A picture depends on its own seed alone, not on the batch.
+            prior_latents: (N, D), the noise that the prior starts from.
+            latents: (N, C, h, w), the noise that the decoder starts from.
+            image_embeds: (N, D), z_i to draw instead of the prior's; normalised to unit length.
+            output_type: "pil", "np", "pt" or "latent".
+            return_dict: False returns the tuple (images, image_embeds).
+            callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}) after each step of the decoder;
+                what it returns under "latents" is used.
+
+        Raises:
+            InputError: for a value that is not allowed, before any work starts.
+        """
+        prompts = self.check_inputs(
+            prompt,
+            negative_prompt,
+            num_images_per_prompt,
+            prior_num_inference_steps,
+            prior_guidance_scale,
+            num_inference_steps,
+            guidance_scale,
+            output_type,
+            image_embeds,
+            callback_on_step_end_tensor_inputs,
+        )
+        count = len(prompts) * num_images_per_prompt if image_embeds is None else len(image_embeds)
+        prior_generators, decoder_generators = split_generators(generator, count)
+        config = self.decoder.config
+        self.check_noise("prior_latents", prior_latents, (count, self.clip.embed_dim))
+        self.check_noise("latents", latents, (count, config.latent_channels, config.latent_size, config.latent_size))
+
+        text = self.encode_prompt(prompts).repeat(num_images_per_prompt) if prompts else None
+        if image_embeds is None:
+            assert text is not None, "check_inputs wants prompts or embeddings"
+            negative = None
+            if negative_prompt is not None:
+                negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
+                negative = self.encode_prompt(negatives).repeat(num_images_per_prompt)
+            z_i = self.sample_prior(
+                text, negative, prior_num_inference_steps, prior_guidance_scale, prior_generators, prior_latents
+            )
+        else:
+            z_i = torch.nn.functional.normalize(image_embeds.to(self._execution_device).float(), dim=-1)
+
+        def on_step(step: int, timestep: Tensor, latents: Tensor) -> Tensor:
+            if callback_on_step_end is None:
+                return latents
+            return callback_on_step_end(self, step, timestep, {"latents": latents}).pop("latents", latents)
+
+        x = self.sample_decoder(z_i, text, num_inference_steps, guidance_scale, decoder_generators, latents, on_step)
+        images = x if output_type == "latent" else self.decode(x, output_type)
+        self.maybe_free_model_hooks()
+        return Text2ImagePipelineOutput(images, z_i) if return_dict else (images, z_i)
+
+    def check_inputs(
+        self,
+        prompt: str | list[str] | None,
+        negative_prompt: str | list[str] | None,
+        num_images_per_prompt: int,
+        prior_num_inference_steps: int,
+        prior_guidance_scale: float,
+        num_inference_steps: int,
+        guidance_scale: float,
+        output_type: str,
+        image_embeds: Tensor | None,
+        tensor_inputs: list[str] | None,
+    ) -> list[str]:
+        """Refuse what is not allowed; the prompts as a list."""
+        check_settings(
+            negative_prompt,
+            num_images_per_prompt,
+            prior_num_inference_steps,
+            prior_guidance_scale,
+            num_inference_steps,
+            guidance_scale,
+            output_type,
+        )
+        if unknown := set(tensor_inputs or []) - set(self._callback_tensor_inputs):
+            raise InputError(
+                f"callback_on_step_end_tensor_inputs may hold {self._callback_tensor_inputs}; got {unknown}"
+            )
+        if prompt is None and image_embeds is None:
+            raise InputError("prompt is missing; give a text, a list of texts, or image_embeds")
+        prompts = [] if prompt is None else [prompt] if isinstance(prompt, str) else prompt
+        check_texts("prompt", prompts, empty=False)
+        if isinstance(negative_prompt, list) and len(negative_prompt) != len(prompts):
+            raise InputError(f"negative_prompt has {len(negative_prompt)} texts for {len(prompts)} prompts")
+        if image_embeds is not None:
+            self.check_noise("image_embeds", image_embeds, (len(image_embeds), self.clip.embed_dim))
+            if prompts and len(prompts) * num_images_per_prompt != len(image_embeds):
+                raise InputError(
+                    f"image_embeds has {len(image_embeds)} rows; prompts ask for another number of pictures"
+                )
+        return list(prompts)
+
+    def check_noise(self, name: str, value: Tensor | None, shape: tuple[int, ...]) -> None:
+        if value is None:
+            return
+        if not isinstance(value, Tensor) or value.shape != shape or not value.isfinite().all():
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise InputError(f"{name} must be a finite tensor of shape {shape}, got {got}")
+
+    def encode_prompt(self, prompts: list[str]) -> TextEncoding:
+        """Says in the log what of a prompt does not fit."""
+        for prompt in prompts:
+            if cut := self.clip.tokenizer.cut(prompt):
+                longest = self.clip.context_length - 2
+                logger.warning("a prompt is longer than %d tokens; this was cut: %r", longest, cut)
+        tokens = self.clip.tokenizer(prompts).to(self._execution_device)
+        return self.clip.encode_tokens(tokens)
+
+    def sample_prior(
+        self,
+        text: TextEncoding,
+        negative: TextEncoding | None,
+        steps: int,
+        scale: float,
+        generators: list[Generator],
+        noise: Tensor | None,
+    ) -> Tensor:
+        """z_i of unit length, (N, D), fp32."""
+        prior, device = self.prior, self._execution_device
+        text = text.to(device, prior.dtype)
+        negative = prior.null(len(text)) if negative is None else negative
+        predict = guided(prior, text, negative.to(device, prior.dtype), scale)
+        if noise is None:
+            noise = draw_noise((self.clip.embed_dim,), generators, device)
+        x = sample(predict, self.prior_scheduler, noise.to(device).float(), steps, generators, self.progress_bar)
+        return check_finite("prior", prior.unscale(x))
+
+    def sample_decoder(
+        self,
+        z_i: Tensor,
+        text: TextEncoding | None,
+        steps: int,
+        scale: float,
+        generators: list[Generator],
+        noise: Tensor | None,
+        on_step: Callable[[int, Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """Latents of unit variance, (N, C, h, w), fp32."""
+        decoder, device = self.decoder, self._execution_device
+        null = decoder.null(len(z_i))
+        condition = ImageCondition(z_i, null.text if text is None or null.text is None else text)
+        predict = guided(decoder, condition.to(device, decoder.dtype), null.to(device, decoder.dtype), scale)
+        if noise is None:
+            size = decoder.config.latent_size
+            noise = draw_noise((decoder.config.latent_channels, size, size), generators, device)
+        noise = noise.to(device).float()
+        x = sample(predict, self.decoder_scheduler, noise, steps, generators, self.progress_bar, on_step)
+        return check_finite("decoder", x)
+
+    def decode(self, latents: Tensor, output_type: str = "pil") -> list[Image.Image] | np.ndarray | Tensor:
+        images = self.autoencoder.decode(latents.to(self._execution_device, self.autoencoder.dtype)).float()
+        return self.image_processor.postprocess(check_finite("autoencoder", images), output_type)
+
+
+def check_folder(path: Path) -> None:
+    """A pipeline folder has its index and every component that the index names."""
+    index = path / "model_index.json"
+    if not index.is_file():
+        raise InputError(f"no model_index.json in {str(path)!r}; a model folder is what `t2i assemble` writes")
+    try:
+        components = {name: entry for name, entry in json.loads(index.read_text()).items() if isinstance(entry, list)}
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{str(index)!r} is not a JSON object ({error})") from error
+    if missing := [name for name in components if not (path / name).is_dir()]:
+        raise InputError(f"{str(path)!r} is incomplete: it lacks the folders {', '.join(missing)}")
+
+
+def check_settings(
+    negative_prompt: str | list[str] | None = None,
+    num_images_per_prompt: int = 1,
+    prior_num_inference_steps: int = 1,
+    prior_guidance_scale: float = 1.0,
+    num_inference_steps: int = 1,
+    guidance_scale: float = 1.0,
+    output_type: str = "pil",
+) -> None:
+    """What can be refused without a model."""
+    check_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES)
+    check_integer("prior_num_inference_steps", prior_num_inference_steps, 1, MAX_STEPS)
+    check_integer("num_inference_steps", num_inference_steps, 1, MAX_STEPS)
+    check_number("prior_guidance_scale", prior_guidance_scale, 0, MAX_SCALE)
+    check_number("guidance_scale", guidance_scale, 0, MAX_SCALE)
+    check_choice("output_type", output_type, OUTPUT_TYPES)
+    if negative_prompt is not None:
+        check_texts("negative_prompt", [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt)
+
+
+def check_integer(name: str, value: Any, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise InputError(f"{name} must be an integer from {low} to {high}, got {value!r}")
+
+
+def check_number(name: str, value: Any, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise InputError(f"{name} must be a number from {low:g} to {high:g}, got {value!r}")
+    check_range(name, value, low, high)
+
+
+def check_texts(name: str, texts: Any, empty: bool = True) -> None:
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise InputError(f"{name} must be a text or a list of texts, got {texts!r:.80}")
+    for text in texts:
+        if not empty and not text.strip():
+            raise InputError(f"{name} must not be empty, got {text!r}")
+        if len(text) > MAX_CHARACTERS:
+            raise InputError(f"{name} must have at most {MAX_CHARACTERS} characters, got {len(text)}: {text[:40]!r}...")
+
+
+def check_finite(stage: str, x: Tensor) -> Tensor:
+    if not x.isfinite().all():
+        raise ValueError(f"the {stage} returned values that are not finite; its weights or the precision are at fault")
+    return x
+
+
+def split_generators(generator: Generator | list[Generator] | None, count: int) -> tuple[list[Generator], ...]:
+    """Generators of each picture for the prior and for the decoder.
+
+    Two streams, so that a picture's decoder noise does not depend on the prior's steps. From one generator the seeds of
+    all pictures are drawn in order, so the first pictures of a larger batch are those of a smaller one.
+    """
+    if generator is None:
+        generator = Generator().manual_seed(torch.seed())
+    generators = [generator] * count if isinstance(generator, Generator) else generator
+    if not isinstance(generators, list) or not all(isinstance(one, Generator) for one in generators):
+        raise InputError(f"generator must be a torch.Generator or a list of them, got {generator!r:.80}")
+    if len(generators) != count:
+        raise InputError(f"generator has {len(generators)} generators for {count} pictures; give one, or one a picture")
+    seeds = [
+        [int(torch.randint(2**62, (1,), generator=one, device=one.device)) for _ in range(2)] for one in generators
+    ]
+    return tuple([Generator().manual_seed(pair[stage]) for pair in seeds] for stage in range(2))

@@ -1,0 +1,170 @@
+"""The `t2i` command. Imports what a command needs when it runs, so that `t2i --help` is quick."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Argument, Option
+
+from t2i.errors import InputError, reported
+
+SHIPPED = Path(__file__).resolve().parent.parent / "models" / "emoji"
+STAGES = ("clip", "autoencoder", "prior", "decoder")
+
+app = typer.Typer(
+    help="Text to image in the way of DALL-E 2 (unCLIP): draw, train, evaluate.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data = typer.Typer(help="Make and look at data.")
+evaluation = typer.Typer(help="Measure a model.")
+app.add_typer(data, name="data")
+app.add_typer(evaluation, name="eval")
+
+
+def main() -> None:
+    """Entry point: bad input of any kind becomes one line and exit status 2."""
+    status = 0
+    with reported():
+        try:
+            status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        except typer.TyperException as error:
+            raise InputError(error.format_message() + given(error)) from error
+        except typer.Abort:
+            status = 130
+    sys.exit(status)
+
+
+def given(error: typer.TyperException) -> str:
+    """The value that a message about an option leaves out."""
+    for name in getattr(getattr(error, "param", None), "opts", []):
+        if name in sys.argv[:-1]:
+            return f", got {sys.argv[sys.argv.index(name) + 1]!r}"
+    return ""
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str] | None, Argument(help="What to draw.", show_default=False)] = None,
+    file: Annotated[Path | None, Option("--file", "-f", help="A file with a prompt a line.")] = None,
+    out: Annotated[Path, Option(help="Folder for the pictures, or a .png for one.")] = Path("out"),
+    model: Annotated[str, Option(help="A model folder, or a repository on the hub.")] = str(SHIPPED),
+    count: Annotated[int, Option("--count", "-n", help="Pictures per prompt.")] = 1,
+    seed: Annotated[int | None, Option(help="Of the first picture; the next has the next. Random if left out.")] = None,
+    negative_prompt: Annotated[str | None, Option(help="What to move away from.")] = None,
+    steps: Annotated[int | None, Option(help="Steps of the decoder.")] = None,
+    guidance_scale: Annotated[float | None, Option(help="Of the decoder; 1 is off.")] = None,
+    prior_steps: Annotated[int | None, Option(help="Steps of the prior.")] = None,
+    prior_guidance_scale: Annotated[float | None, Option(help="Of the prior; 1 is off.")] = None,
+    device: Annotated[str, Option(help="auto, cpu, cuda, mps.")] = "auto",
+) -> None:
+    """Draw pictures for prompts; prints their paths."""
+    from pipelines.generation import generate_files
+
+    settings = {
+        "negative_prompt": negative_prompt,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance_scale,
+        "prior_num_inference_steps": prior_steps,
+        "prior_guidance_scale": prior_guidance_scale,
+    }
+    settings = {name: value for name, value in settings.items() if value is not None}
+    for path in generate_files(read_prompts(prompts, file), out, model, count, seed, device, settings):
+        print(path)
+
+
+def read_prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
+    """The prompts of the command line and of a file, in this order."""
+    found = list(prompts or [])
+    if file is not None:
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read the prompts in {str(file)!r} ({error}); it is a text file") from error
+        found += [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise InputError("no prompts; give some, or a --file with one a line")
+    return found
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def train(
+    stage: Annotated[str, Argument(help=f"One of {', '.join(STAGES)}.")],
+    arguments: Annotated[list[str] | None, Argument(help="[FILE.yaml] [key=value ...]", show_default=False)] = None,
+) -> None:
+    """Train a stage in this process. For several: accelerate launch training/train_STAGE.py with the same arguments."""
+    if stage not in STAGES:
+        raise InputError(f"stage must be one of {', '.join(STAGES)}; got {stage!r}")
+    from importlib import import_module
+
+    from t2i.config import load_config
+
+    script = import_module(f"training.train_{stage}")
+    script.main(load_config(script.Config, stage, arguments or []))
+
+
+@data.command()
+def emoji(
+    folder: Annotated[Path, Argument(help="A new folder.")],
+    size: Annotated[int, Option(help="Side of the pictures, in pixels.")] = 128,
+) -> None:
+    """Draw every emoji from the Noto Color Emoji font, with its name and keywords."""
+    from t2i.data.emoji import render_emoji
+
+    drawn = render_emoji(folder, size)
+    held_out = sum(one.split == "held_out" for one in drawn)
+    print(
+        f"{folder}: {len(drawn)} pictures of {size} x {size}, {len(drawn) - held_out} to train on, {held_out} held out"
+    )
+
+
+@app.command()
+def assemble(
+    runs: Annotated[Path, Argument(help="The folder of the trained stages, such as runs/emoji.")],
+    folder: Annotated[Path, Argument(help="A new folder for the pipeline.")],
+    clip: Annotated[str | None, Option(help="A public CLIP, where none was trained: ViT-L-14:openai.")] = None,
+    autoencoder: Annotated[str | None, Option(help="A public diffusers VAE, where none was trained.")] = None,
+    fp16: Annotated[bool, Option("--fp16", help="Half-precision weights: half the size.")] = False,
+) -> None:
+    """Put trained stages together into one pipeline folder."""
+    from pipelines.assemble import assemble_folder
+
+    print(assemble_folder(runs, folder, fp16, clip, autoencoder))
+
+
+@evaluation.command(name="emoji")
+def evaluate_emoji(
+    folder: Annotated[Path, Argument(help="What `t2i data emoji` drew.")],
+    model: Annotated[str, Option(help="A model folder, or a repository on the hub.")] = str(SHIPPED),
+    out: Annotated[Path, Option(help="Folder for the figures and contact sheets.")] = Path("out/eval"),
+    true_embeddings: Annotated[bool, Option("--true-embeddings", help="Draw each emoji's own embedding.")] = False,
+    device: Annotated[str, Option(help="auto, cpu, cuda, mps.")] = "auto",
+) -> None:
+    """Draw an emoji for its caption: is the nearest of all real emoji the right one?"""
+    from pipelines.generation import load_pipeline
+    from t2i.data import read_records
+    from t2i.evaluation.emoji import evaluate
+
+    read_records(folder, split=None)  # complain before the model loads
+    scores = evaluate(load_pipeline(model, device), folder, out, true_embeddings)
+    for split in ("train", "held_out"):
+        score = scores[split]
+        print(
+            f"{split}: of {score['captions']} captions, nearest is the very emoji {score['exact']:.1%}, "
+            f"the same name up to the modifier {score['same_name']:.1%}"
+        )
+    print(f"figures and pictures are in {out}")
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, devices, and what is missing."""
+    from t2i.doctor import report
+
+    lines, problems = report()
+    print("\n".join(lines))
+    if problems:
+        print("\n".join(f"problem: {problem}" for problem in problems))
+        raise typer.Exit(1)
+    print("ready")

@@ -1,0 +1,58 @@
+"""What is installed and what is missing: the text of `t2i doctor`."""
+
+import importlib
+import os
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+
+from t2i import __version__
+from t2i.data.emoji import ANNOTATIONS, FONT, NAMES
+
+PACKAGES = [
+    *("torch", "torchvision", "open_clip_torch", "diffusers", "transformers", "accelerate", "datasets"),
+    *("safetensors", "huggingface_hub", "omegaconf", "typer", "pillow", "numpy"),
+]
+
+
+def report() -> tuple[list[str], list[str]]:
+    """Lines to show, and problems that keep the project from working."""
+    problems: list[str] = []
+    lines = [f"t2i {__version__}, Python {platform.python_version()}, {platform.platform()}"]
+    for package in PACKAGES:
+        try:
+            lines.append(f"  {package} {version(package)}")
+        except PackageNotFoundError:
+            problems.append(f"{package} is not installed; pip install {package}")
+    for module in ("torch", "torchvision", "open_clip", "diffusers", "transformers"):
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # a broken pair of torch and torchvision raises many things
+            problems.append(f"{module} does not import ({error}); install torch and torchvision together")
+    if not problems:
+        lines += devices()
+    for path, package in {
+        FONT: "fonts-noto-color-emoji",
+        NAMES: "unicode-data",
+        ANNOTATIONS: "unicode-cldr-core",
+    }.items():
+        if not path.exists():
+            lines.append(f"  for `t2i data emoji`: the package {package} is missing ({path})")
+    return lines, problems
+
+
+def devices() -> list[str]:
+    import torch
+
+    from t2i.loop import best_precision
+
+    free = shutil.disk_usage(".").free / 1e9
+    lines = [f"  {os.cpu_count()} CPU cores, {free:.0f} GB of disk free here"]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        lines.append(f"  cuda:{index} {properties.name}, {properties.total_memory / 1e9:.0f} GB")
+    if torch.backends.mps.is_available():
+        lines.append("  mps")
+    if torch.cuda.device_count() == 0 and shutil.which("nvidia-smi"):
+        lines.append("  an NVIDIA driver is here, but this torch sees no GPU: is it a build for CPUs?")
+    return [*lines, f"  training precision (mixed_precision: auto): {best_precision()}"]

@@ -1,0 +1,139 @@
+"""Is it the right picture for the text? Draw an emoji for its caption and find the nearest of all real emoji."""
+
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Generator, Tensor
+from torchvision.transforms.functional import to_pil_image
+
+from t2i.data import open_picture, read_records, to_tensor
+from t2i.data.pictures import Record
+
+SIZE = 128
+TRAINING_CAPTIONS = 200
+SHEET = 48  # pictures on a contact sheet: the first ones, none chosen by hand
+
+
+@dataclass
+class Score:
+    """Shares of captions whose picture is nearest to ..."""
+
+    captions: int
+    exact: float  # ... the very emoji
+    same_name: float  # ... one of the same name up to the modifier ("waving hand" of "waving hand: dark skin tone")
+
+
+def features(images: Tensor) -> Tensor:
+    """(B, 3, H, W) in [-1, 1] -> (B, 1152), to be compared by Euclidean distance.
+
+    Colour, averaged over a 16 x 16 grid, and the absolute horizontal and vertical gradients of the 32 x 32 reduction,
+    averaged over 8 x 8: what is where, and where its edges are.
+    """
+    small = F.adaptive_avg_pool2d(images, 32)
+    color = F.adaptive_avg_pool2d(images, 16).flatten(1)
+    horizontal = F.pad((small[..., :, 1:] - small[..., :, :-1]).abs(), (0, 1))
+    vertical = F.pad((small[..., 1:, :] - small[..., :-1, :]).abs(), (0, 0, 0, 1))
+    edges = [F.adaptive_avg_pool2d(one, 8).flatten(1) for one in (horizontal, vertical)]
+    return torch.cat([color, *edges], dim=1)
+
+
+def base_name(text: str) -> str:
+    """The name up to the modifier."""
+    return text.split(": ")[0]
+
+
+def choose(records: list[Record], count: int = TRAINING_CAPTIONS) -> dict[str, list[Record]]:
+    """The captions to draw: `count` of the training split, the same ones every time, and all that were held out."""
+    training = [record for record in records if record.split == "train"]
+    held_out = [record for record in records if record.split == "held_out"]
+    return {"train": random.Random(0).sample(training, min(count, len(training))), "held_out": held_out}
+
+
+def evaluate(
+    pipeline: Any,
+    folder: str | Path,
+    out: str | Path,
+    true_embeddings: bool = False,
+    batch_size: int = 32,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Draw one picture for each chosen caption (seeds 0, 1, ...) and score them.
+
+    Writes `out/emoji.json` and a contact sheet for each split. `true_embeddings` draws each emoji's own z_i instead of
+    the prior's: what the decoder can do alone. `settings` go to the pipeline; without any its defaults are measured.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    records = read_records(folder, split=None)
+    real = torch.cat([features(batch) for batch in stacked([record.path for record in records])])
+    scores: dict[str, Any] = {}
+    for split, chosen in choose(records).items():
+        images = torch.cat(list(draw(pipeline, chosen, true_embeddings, batch_size, settings)))
+        nearest = [records[i] for i in torch.cdist(features(images * 2 - 1), real).argmin(dim=1).tolist()]
+        found = [record.path == other.path for record, other in zip(chosen, nearest)]
+        related = [base_name(record.text) == base_name(other.text) for record, other in zip(chosen, nearest)]
+        scores[split] = asdict(Score(len(chosen), mean(found), mean(related)))
+        pictures = [to_pil_image(image) for image in images[:SHEET]]
+        contact_sheet(pictures, [record.text for record in chosen]).save(out / f"{split}.png", optimize=True)
+    scores |= {"true_embeddings": true_embeddings, "settings": settings}
+    (out / "emoji.json").write_text(json.dumps(scores, indent=1) + "\n")
+    return scores
+
+
+def draw(
+    pipeline: Any, records: list[Record], true_embeddings: bool, batch_size: int, settings: dict[str, Any]
+) -> Iterator[Tensor]:
+    """(B, 3, H, W) in [0, 1] at a time; caption i has seed i."""
+    pipeline.set_progress_bar_config(disable=True)
+    for start in range(0, len(records), batch_size):
+        part = records[start : start + batch_size]
+        what: dict[str, Any] = {"prompt": [record.text for record in part]}
+        if true_embeddings:
+            pictures = next(stacked([record.path for record in part]))
+            with torch.no_grad():
+                what["image_embeds"] = pipeline.clip.encode_image(pictures.to(pipeline.device, pipeline.clip.dtype))
+        seeds = [Generator().manual_seed(start + i) for i in range(len(part))]
+        yield pipeline(**what, generator=seeds, output_type="pt", **settings).images.float().cpu()
+
+
+def stacked(paths: list[Path], batch_size: int = 256) -> Iterator[Tensor]:
+    for start in range(0, len(paths), batch_size):
+        yield torch.stack([to_tensor(open_picture(path), SIZE) for path in paths[start : start + batch_size]])
+
+
+def mean(values: list[bool]) -> float:
+    return round(sum(values) / max(1, len(values)), 4)
+
+
+def contact_sheet(images: list[Image.Image], captions: list[str], columns: int = 8) -> Image.Image:
+    """Pictures in rows on white, each over its caption."""
+    width, height = images[0].size
+    cell, line = width + 8, 13
+    font = ImageFont.load_default(size=11)
+    sheet = Image.new("RGB", (columns * cell, -(-len(images) // columns) * (height + 2 * line + 8)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (image, caption) in enumerate(zip(images, captions)):
+        left, top = i % columns * cell + 4, i // columns * (height + 2 * line + 8) + 4
+        sheet.paste(image, (left, top))
+        for row, text in enumerate(wrapped(caption, font, width)):
+            pen.text((left, top + height + row * line), text, fill="black", font=font)
+    return sheet
+
+
+def wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """At most two lines that fit; the rest of the text is left out."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines[:2]

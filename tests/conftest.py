@@ -1,0 +1,84 @@
+"""Real components at tiny sizes: a folder of drawings, the four stages trained on it for a few steps, a pipeline."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may look for a model on the hub
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """36 captioned drawings, 4 of them held out."""
+    folder = tmp_path_factory.mktemp("data") / "shapes"
+    folder.mkdir()
+    rows = []
+    for i in range(36):
+        color, shape = ("red", "green", "blue")[i % 3], ("circle", "square")[i // 3 % 2]
+        image = Image.new("RGB", (32, 32), "white")
+        draw = ImageDraw.Draw(image)
+        box = (4 + i // 6, 4, 20 + i // 6, 20)
+        (draw.ellipse if shape == "circle" else draw.rectangle)(box, fill=color)
+        image.save(folder / f"{i:02}.png")
+        split = "held_out" if i % 9 == 8 else "train"
+        row = {"file_name": f"{i:02}.png", "text": f"{color} {shape}", "keywords": [color, shape, "drawing"]}
+        rows.append(json.dumps(row | {"split": split}))
+    (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def arguments(stage: str, data: Path, runs: Path, steps: int = 3, **overrides: object) -> list[str]:
+    """Of a stage's tiny configuration, on `data`, into `runs/stage`."""
+    frozen = {"prior": ["clip"], "decoder": ["clip", "autoencoder"]}.get(stage, [])
+    settings = {"data.path": data, "train.output": runs / stage, "train.steps": steps, "train.decay_steps": 0}
+    settings |= {"train.warmup_steps": 0, "train.batch_size": 8, "train.save_every": 1000}
+    settings |= {part: runs / part for part in frozen} | overrides
+    return [str(CONFIGS / "tiny" / f"{stage}.yaml"), *(f"{key}={value}" for key, value in settings.items())]
+
+
+def train(stage: str, data: Path, runs: Path, steps: int = 3, **overrides: object) -> None:
+    from importlib import import_module
+
+    from t2i.config import load_config
+
+    script = import_module(f"training.train_{stage}")
+    script.main(load_config(script.Config, stage, arguments(stage, data, runs, steps, **overrides)))
+
+
+@pytest.fixture(scope="session")
+def runs(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All four stages, trained for three steps."""
+    folder = tmp_path_factory.mktemp("runs")
+    for stage in ("clip", "autoencoder", "prior", "decoder"):
+        train(stage, shapes, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from pipelines.assemble import assemble_folder
+
+    return assemble_folder(runs, tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def pipeline(pipeline_folder: Path):
+    from t2i import Text2ImagePipeline
+
+    pipeline = Text2ImagePipeline.from_pretrained(pipeline_folder)
+    for part in (pipeline.prior, pipeline.decoder):  # three steps leave layers that started at zero almost there
+        generator = torch.Generator().manual_seed(0)
+        for parameter in part.parameters():
+            parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def seeds(*numbers: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(number) for number in numbers]

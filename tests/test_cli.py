@@ -1,0 +1,118 @@
+"""The command line, as a user meets it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from t2i import cli
+
+QUICK = ["--steps", "3", "--prior-steps", "2"]
+
+
+def run(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
+    """Exit status, standard output, standard error."""
+    monkeypatch.setattr(sys, "argv", ["t2i", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    captured = capsys.readouterr()
+    return caught.value.code or 0, captured.out, captured.err
+
+
+def test_help_imports_no_torch():
+    code = "import sys; sys.argv = ['t2i', '--help']\nfrom t2i.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+    code += "assert 'torch' not in sys.modules, 'torch'"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for command in ("generate", "train", "data", "assemble", "eval", "doctor"):
+        assert command in result.stdout
+
+
+def test_generate_writes_pictures_that_know_how_they_were_made(monkeypatch, capsys, pipeline_folder, tmp_path):
+    (tmp_path / "prompts.txt").write_text("blue square\n\ngreen circle\n")
+    common = ["--model", pipeline_folder, "--out", tmp_path / "out", "--seed", 4, *QUICK]
+    status, out, _ = run(monkeypatch, capsys, "generate", "red circle", "--file", tmp_path / "prompts.txt", *common)
+    assert status == 0
+    paths = [Path(line) for line in out.splitlines()]
+    assert [path.name for path in paths] == ["red-circle-4.png", "blue-square-5.png", "green-circle-6.png"]
+    with Image.open(paths[1]) as image:
+        assert image.size == (32, 32)
+        settings = json.loads(image.info["t2i"])
+        assert settings["prompt"] == "blue square" and settings["seed"] == 5 and settings["num_inference_steps"] == 3
+        assert image.info["parameters"].startswith("blue square\n")
+    # The same seed alone gives the same picture, under another name: nothing is overwritten.
+    before = paths[1].read_bytes()
+    again = ["--model", pipeline_folder, "--out", tmp_path / "out", "--seed", 5, *QUICK]
+    status, out, _ = run(monkeypatch, capsys, "generate", "blue square", *again)
+    assert status == 0 and Path(out.strip()).name == "blue-square-5-2.png"
+    assert paths[1].read_bytes() == before
+    with Image.open(paths[1]) as first, Image.open(out.strip()) as second:
+        difference = max(abs(a - b) for a, b in zip(first.tobytes(), second.tobytes()))
+    assert difference <= 1
+    assert len(list((tmp_path / "out").iterdir())) == 4
+
+
+def test_a_named_file_is_written_once(monkeypatch, capsys, pipeline_folder, tmp_path):
+    command = ["generate", "red circle", "--model", pipeline_folder, "--out", tmp_path / "x.png", *QUICK]
+    assert run(monkeypatch, capsys, *command)[0] == 0
+    before = (tmp_path / "x.png").read_bytes()
+    status, _, err = run(monkeypatch, capsys, *command)
+    assert status == 2 and "exists and is not overwritten" in err
+    assert (tmp_path / "x.png").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate"], "no prompts"),
+        (["generate", ""], "prompt must not be empty"),
+        (["generate", "cat", "--seed", "-1"], "seed must be an integer from 0"),
+        (["generate", "cat", "--seed", 2**63], "seed must be an integer from 0"),
+        (
+            ["generate", "cat", "--seed", "nan"],
+            "'--seed': Input should be a valid integer, unable to parse string as an integer, got 'nan'",
+        ),
+        (["generate", "cat", "--steps", "0"], "num_inference_steps must be an integer from 1 to 1000, got 0"),
+        (["generate", "cat", "--guidance-scale", "nan"], "guidance_scale must be a number"),
+        (["generate", "cat", "--count", "0"], "count must be an integer from 1"),
+        (["generate", "cat", "--device", "tpu"], "device must be one of"),
+        (["generate", "cat", "--file", "nowhere.txt"], "nowhere.txt"),
+        (["generate", "cat", "--model", "no/such/model"], "no/such/model"),
+        (["generate", "cat", "dog", "--out", "one.png"], "2 pictures are asked for"),
+        (["train", "everything"], "stage must be one of clip, autoencoder, prior, decoder"),
+        (["train", "prior", "nowhere.yaml"], "no configuration file"),
+        (["train", "prior", "clip=nowhere"], "nowhere"),
+        (["assemble", "nowhere", "out"], "nowhere"),
+        (["data", "emoji", "new", "--size", "3"], "size must be an integer from 16"),
+        (["eval", "emoji", "nowhere"], "no data folder"),
+        (["draw", "cat"], "No such command 'draw'"),
+        (["generate", "cat", "--sed", "3"], "No such option"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_status_2(monkeypatch, capsys, tmp_path, shapes, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    if arguments[:2] == ["train", "prior"]:
+        arguments = [*arguments, f"data.path={shapes}", "train.output=run"]
+    status, _, err = run(monkeypatch, capsys, *arguments)
+    assert status == 2 and message in err and err.startswith("error: ")
+    assert len(err.strip().splitlines()) == 1 and "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []  # nothing half-written
+
+
+def test_a_picture_that_does_not_decode_stops_training_by_name(monkeypatch, capsys, shapes, tmp_path):
+    import shutil
+
+    shutil.copytree(shapes, tmp_path / "data")
+    (tmp_path / "data" / "03.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    config = Path(__file__).parent.parent / "configs/tiny/autoencoder.yaml"
+    command = ["train", "autoencoder", config, f"data.path={tmp_path / 'data'}", f"train.output={tmp_path / 'run'}"]
+    status, _, err = run(monkeypatch, capsys, *command, "train.decay_steps=0", "train.batch_size=8")
+    assert status == 2 and "03.png" in err.splitlines()[-1] and "Traceback" not in err
+
+
+def test_doctor_finds_everything_in_place(monkeypatch, capsys):
+    status, out, _ = run(monkeypatch, capsys, "doctor")
+    assert status == 0 and "torch" in out and out.strip().endswith("ready")

@@ -1,0 +1,103 @@
+"""Configurations: every one that ships is one that its script accepts, and mistakes are refused in one line."""
+
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+from t2i.autoencoder import Autoencoder
+from t2i.clip import CLIP
+from t2i.config import CONFIGS, load_config
+from t2i.errors import InputError
+from t2i.prior import Prior
+from training.train_decoder import ARCHITECTURES
+
+SHIPPED = sorted(CONFIGS.glob("*/*.yaml"))
+
+
+def sibling(path: Path, stage: str) -> Path:
+    """Of the same size; a folder may hold one stage alone, beside those of configs/emoji."""
+    here = path.with_name(f"{stage}.yaml")
+    return here if here.exists() else CONFIGS / "emoji" / here.name
+
+
+def config_of(path: Path):
+    return load_config(import_module(f"training.train_{path.stem}").Config, path.stem, [str(path)])
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_shipped_configuration_builds_its_model(path):
+    config = config_of(path)
+    clip = load_config(import_module("training.train_clip").Config, "clip", [str(sibling(path, "clip"))])
+    embed_dim, text = clip.model["embed_dim"], clip.model["text_cfg"]
+    with torch.device("meta"):
+        match path.stem:
+            case "clip":
+                model = CLIP(config.model, config.preprocess)
+            case "autoencoder":
+                model = Autoencoder(**config.model)
+            case "prior":
+                model = Prior(
+                    embed_dim=embed_dim, text_width=text["width"], context_length=text["context_length"], **config.model
+                )
+            case "decoder":
+                autoencoder = Autoencoder(**config_of(sibling(path, "autoencoder")).model)
+                model = ARCHITECTURES[config.architecture](
+                    embed_dim=embed_dim,
+                    latent_channels=autoencoder.channels,
+                    latent_size=config.data.image_size // autoencoder.factor,
+                    text_width=text["width"] if config.reads_captions else None,
+                    **config.model,
+                )
+    assert sum(parameter.numel() for parameter in model.parameters()) > 1000
+
+
+def test_configurations_exist_for_every_stage_and_size():
+    assert {path.parent.name for path in SHIPPED} == {"tiny", "emoji", "emoji-unet", "base"}
+    for size in ("tiny", "emoji", "base"):
+        assert {path.stem for path in SHIPPED if path.parent.name == size} == {
+            "clip",
+            "autoencoder",
+            "prior",
+            "decoder",
+        }
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.learning_rat=1", "learning_rat"),
+        ("traim.steps=1", "traim"),
+        ("train.steps=many", "many"),
+        ("train.steps=0", "train.steps must be from 1"),
+        ("train.learning_rate=nan", "train.learning_rate must be from 0 to 1, got nan"),
+        ("train.mixed_precision=int8", "must be one of auto, no, fp16, bf16"),
+        ("data.image_size=-8", "data.image_size must be from 8"),
+        ("caption_dropout=1.5", "caption_dropout must be from 0 to 1"),
+        ("nonsense", "not of the form key=value"),
+    ],
+)
+def test_a_mistake_is_refused_in_one_line_that_names_it(override, message):
+    from training.train_prior import Config
+
+    with pytest.raises(InputError, match=message) as caught:
+        load_config(Config, "prior", [str(CONFIGS / "tiny/prior.yaml"), override])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_required_value_and_a_missing_file_are_refused(tmp_path):
+    from training.train_prior import Config
+
+    (tmp_path / "half.yaml").write_text("clip: somewhere\n")
+    with pytest.raises(InputError, match="path"):
+        load_config(Config, "prior", [str(tmp_path / "half.yaml")])
+    with pytest.raises(InputError, match="no configuration file"):
+        load_config(Config, "prior", [str(tmp_path / "none.yaml")])
+
+
+def test_yaml_no_is_not_false():
+    from training.train_prior import Config
+
+    config = load_config(Config, "prior", [str(CONFIGS / "tiny/prior.yaml"), "train.mixed_precision=no"])
+    assert config.train.mixed_precision == "no"

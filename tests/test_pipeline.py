@@ -1,0 +1,242 @@
+"""The pipeline: what it draws, what it refuses, and what its folder holds."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler
+
+from pipelines.assemble import assemble, assemble_folder
+from t2i import InputError, Text2ImagePipeline
+
+from .conftest import seeds, train
+
+QUICK = {"prior_num_inference_steps": 3, "num_inference_steps": 4}
+
+
+def draw(pipeline, prompt, generator, **settings):
+    return pipeline(prompt, generator=generator, output_type="pt", **{**QUICK, **settings}).images
+
+
+def test_a_picture_depends_on_its_own_seed_alone(pipeline):
+    """Alone, in batches of 2, 3 and 8, at every position, whatever the other prompts and their lengths are."""
+    alone = draw(pipeline, "red circle", seeds(5))
+    for count in (2, 3, 8):
+        for position in range(count):
+            prompts = [f"a long caption of a green square {i}" for i in range(count)]
+            prompts[position] = "red circle"
+            generators = seeds(*range(100, 100 + count))
+            generators[position] = seeds(5)[0]
+            together = draw(pipeline, prompts, generators)
+            torch.testing.assert_close(together[position : position + 1], alone, atol=1e-5, rtol=0)
+    assert (together[0] - alone[0]).abs().max() > 1e-3
+
+
+def test_one_generator_draws_the_same_first_pictures_for_any_number(pipeline):
+    one = draw(pipeline, "red circle", torch.Generator().manual_seed(5))
+    three = draw(pipeline, "red circle", torch.Generator().manual_seed(5), num_images_per_prompt=3)
+    torch.testing.assert_close(three[:1], one, atol=1e-5, rtol=0)
+    assert (three[1] - three[0]).abs().max() > 1e-3
+
+
+def test_pictures_of_one_prompt_stand_in_a_row(pipeline):
+    both = draw(pipeline, ["red circle", "blue square"], seeds(1, 2, 3, 4), num_images_per_prompt=2)
+    torch.testing.assert_close(both[1:2], draw(pipeline, "red circle", seeds(2)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(both[2:3], draw(pipeline, "blue square", seeds(3)), atol=1e-5, rtol=0)
+
+
+def test_noise_and_embeddings_can_be_given(pipeline):
+    noise, embeddings = torch.randn(2, 4, 8, 8), torch.randn(2, 32)
+    given = {"latents": noise, "image_embeds": embeddings}
+    first, second = (pipeline(generator=seeds(*s), output_type="latent", **QUICK, **given) for s in ((1, 2), (3, 4)))
+    torch.testing.assert_close(first.images, second.images)
+    torch.testing.assert_close(first.image_embeds, torch.nn.functional.normalize(embeddings, dim=-1))
+    prior_noise = torch.randn(1, 32)
+    a, b = (pipeline("x", generator=seeds(s), prior_latents=prior_noise, **QUICK).image_embeds for s in (1, 2))
+    torch.testing.assert_close(a, b)
+
+
+def test_output_types(pipeline):
+    def images(kind, **more):
+        return pipeline("red circle", generator=seeds(1), output_type=kind, **QUICK, **more)
+
+    picture, array, tensor = images("pil").images[0], images("np").images, images("pt").images
+    assert picture.size == (32, 32) and array.shape == (1, 32, 32, 3) and tensor.shape == (1, 3, 32, 32)
+    np.testing.assert_allclose(np.asarray(picture) / 255, array[0], atol=1 / 255)
+    latents = images("latent").images
+    torch.testing.assert_close(pipeline.decode(latents, "pt"), tensor)
+    assert isinstance(images("np", return_dict=False), tuple)
+
+
+def test_guidance_and_negative_prompts_change_the_picture(pipeline):
+    plain = draw(pipeline, "red circle", seeds(1), guidance_scale=1.0, prior_guidance_scale=1.0)
+    for settings in (
+        {"guidance_scale": 3.0, "prior_guidance_scale": 1.0},
+        {"guidance_scale": 1.0, "prior_guidance_scale": 3.0},
+    ):
+        assert (draw(pipeline, "red circle", seeds(1), **settings) - plain).abs().max() > 1e-4
+    away = {"prior_guidance_scale": 3.0, "negative_prompt": "blue square"}
+    guided = draw(pipeline, "red circle", seeds(1), prior_guidance_scale=3.0)
+    assert (draw(pipeline, "red circle", seeds(1), **away) - guided).abs().max() > 1e-4
+
+
+def test_other_schedulers_draw(pipeline):
+    pipeline.decoder_scheduler = DPMSolverMultistepScheduler.from_config(pipeline.decoder_scheduler.config)
+    assert draw(pipeline, "red circle", seeds(1)).isfinite().all()
+
+
+def test_a_callback_sees_every_step_and_may_change_the_latents(pipeline):
+    steps = []
+
+    def callback(pipe, step, timestep, tensors):
+        steps.append(step)
+        return {"latents": torch.zeros_like(tensors["latents"])}
+
+    images = pipeline(
+        "red circle", generator=seeds(1), output_type="latent", callback_on_step_end=callback, **QUICK
+    ).images
+    assert steps == [0, 1, 2, 3] and images.abs().max() == 0
+
+
+def test_a_folder_saves_loads_in_a_fresh_process_and_draws_the_same_picture(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "saved")
+    expected = draw(pipeline, "red circle", seeds(7))
+    code = (
+        "import sys, torch; from t2i import Text2ImagePipeline as P;"
+        "p = P.from_pretrained(sys.argv[1]);"
+        "x = p('red circle', generator=[torch.Generator().manual_seed(7)], output_type='pt',"
+        " prior_num_inference_steps=3, num_inference_steps=4).images;"
+        "torch.save(x, sys.argv[2])"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "saved"), str(tmp_path / "x.pt")]
+    subprocess.run(command, check=True, cwd=Path(__file__).parent.parent, capture_output=True)
+    torch.testing.assert_close(torch.load(tmp_path / "x.pt"), expected, atol=1e-6, rtol=0)
+
+
+def test_the_folder_format_is_pinned(pipeline_folder):
+    index = json.loads((pipeline_folder / "model_index.json").read_text())
+    assert index.pop("_diffusers_version")
+    assert index == {
+        "_class_name": "Text2ImagePipeline",
+        "autoencoder": ["t2i.autoencoder", "Autoencoder"],
+        "clip": ["t2i.clip", "CLIP"],
+        "decoder": ["t2i.decoder", "Decoder"],
+        "decoder_scheduler": ["diffusers", "DDIMScheduler"],
+        "prior": ["t2i.prior", "Prior"],
+        "prior_scheduler": ["diffusers", "DDIMScheduler"],
+    }
+    files = {str(path.relative_to(pipeline_folder)) for path in pipeline_folder.rglob("*") if path.is_file()}
+    models = {"autoencoder", "clip", "decoder", "prior"}
+    assert files == {
+        "model_index.json",
+        "clip/tokenizer.json",
+        "decoder_scheduler/scheduler_config.json",
+        "prior_scheduler/scheduler_config.json",
+        *(f"{name}/config.json" for name in models),
+        *(f"{name}/diffusion_pytorch_model.safetensors" for name in models),
+    }
+
+
+def test_half_precision_folders_are_half_the_size_and_draw_nearly_the_same(runs, pipeline_folder, tmp_path):
+    half = assemble_folder(runs, tmp_path / "half", fp16=True)
+    weights = "decoder/diffusion_pytorch_model.safetensors"
+    assert (half / weights).stat().st_size < 0.6 * (pipeline_folder / weights).stat().st_size
+    pictures = []
+    for folder in (pipeline_folder, half):
+        one = Text2ImagePipeline.from_pretrained(folder)
+        one.set_progress_bar_config(disable=True)
+        pictures.append(draw(one, "red circle", seeds(1)))
+    torch.testing.assert_close(*pictures, atol=0.02, rtol=0)
+
+
+def test_it_runs_in_bfloat16(pipeline_folder):
+    pipeline = Text2ImagePipeline.from_pretrained(pipeline_folder, dtype=torch.bfloat16)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.decoder.dtype == torch.bfloat16
+    assert draw(pipeline, "red circle", seeds(1)).isfinite().all()
+
+
+def test_stages_of_another_clip_are_refused(shapes, runs, tmp_path):
+    shutil.copytree(runs, tmp_path / "runs", ignore=shutil.ignore_patterns("checkpoints"))
+    shutil.rmtree(tmp_path / "runs" / "clip")
+    train("clip", shapes, tmp_path / "runs", 1, **{"train.seed": 9})
+    with pytest.raises(InputError, match="trained with the CLIP"):
+        assemble(tmp_path / "runs")
+
+
+@pytest.mark.parametrize("damage", ["empty", "no folder", "truncated", "no component", "bad index", "other clip"])
+def test_a_damaged_folder_is_refused_in_one_line(pipeline_folder, tmp_path, damage):
+    folder = tmp_path / "model"
+    shutil.copytree(pipeline_folder, folder)
+    match damage:
+        case "empty":
+            shutil.rmtree(folder)
+            folder.mkdir()
+        case "no folder":
+            shutil.rmtree(folder)
+        case "truncated":
+            weights = folder / "decoder/diffusion_pytorch_model.safetensors"
+            weights.write_bytes(weights.read_bytes()[:1000])
+        case "no component":
+            shutil.rmtree(folder / "prior")
+        case "bad index":
+            (folder / "model_index.json").write_text("{")
+        case "other clip":
+            config = json.loads((folder / "prior/config.json").read_text())
+            (folder / "prior/config.json").write_text(json.dumps(config | {"clip_fingerprint": "0" * 16}))
+    with pytest.raises(InputError, match=str(folder) if damage != "other clip" else "0000000000000000"):
+        Text2ImagePipeline.from_pretrained(folder)
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prompt": ""}, "prompt must not be empty"),
+        ({"prompt": ["cat", "  "]}, "prompt must not be empty"),
+        ({"prompt": 7}, "prompt must be a text or a list of texts, got 7"),
+        ({"prompt": ["cat", None]}, "prompt must be a text or a list"),
+        ({"prompt": None}, "prompt is missing"),
+        ({"prompt": "x" * 5000}, "at most 4096 characters, got 5000"),
+        ({"negative_prompt": ["a", "b"]}, "negative_prompt has 2 texts for 1 prompts"),
+        ({"negative_prompt": 3}, "negative_prompt must be a text"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt must be an integer from 1"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be an integer from 1 to 1000, got 0"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps must be an integer"),
+        ({"num_inference_steps": True}, "num_inference_steps must be an integer"),
+        ({"prior_num_inference_steps": 1001}, "prior_num_inference_steps must be"),
+        ({"guidance_scale": NAN}, "guidance_scale must be a number from 0 to 1000, got nan"),
+        ({"guidance_scale": -1.0}, "guidance_scale must be from 0"),
+        ({"prior_guidance_scale": float("inf")}, "prior_guidance_scale must be"),
+        ({"output_type": "jpg"}, "output_type must be one of pil, np, pt, latent"),
+        ({"generator": []}, "0 generators for 1 pictures"),
+        ({"generator": 5}, "generator must be a torch.Generator"),
+        ({"latents": torch.zeros(1, 4, 9, 9)}, r"latents must be a finite tensor of shape \(1, 4, 8, 8\)"),
+        ({"prior_latents": torch.full((1, 32), NAN)}, "prior_latents must be a finite tensor"),
+        ({"image_embeds": torch.zeros(2, 5)}, "image_embeds must be a finite tensor"),
+        ({"callback_on_step_end_tensor_inputs": ["z"]}, "may hold"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(pipeline, monkeypatch, settings, message):
+    monkeypatch.setattr(pipeline.clip, "encode_tokens", lambda *_: pytest.fail("work has started"))
+    with pytest.raises(InputError, match=message) as caught:
+        pipeline(**{"prompt": "red circle", **settings})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_prompt_beyond_the_context_says_what_was_cut(pipeline, caplog):
+    draw(pipeline, "red circle " * 20 + "on the moon", seeds(1))
+    assert "this was cut" in caplog.text and "on the moon" in caplog.text
+
+
+def test_values_that_are_not_finite_name_the_stage(pipeline):
+    pipeline.decoder.to_latents.bias.data[0] = NAN
+    with pytest.raises(ValueError, match="the decoder returned values that are not finite"):
+        draw(pipeline, "red circle", seeds(1))

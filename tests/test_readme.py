@@ -1,0 +1,74 @@
+"""The README's commands and its Python run as written."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from t2i.cli import app
+from t2i.config import load_config
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    shlex.split(line, comments=True)
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.replace("\\\n", " ").splitlines()
+    if line.strip() and not line.lstrip().startswith("#")
+]
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_there_is_something_to_run():
+    assert len(COMMANDS) >= 8 and len(PYTHON) >= 1
+
+
+@pytest.mark.parametrize("code", PYTHON)
+def test_python_blocks_run(code, tmp_path):
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_commands_are_right(command, tmp_path, monkeypatch):
+    match command:
+        case ["git", "clone", *_] | ["cd", _] | ["apt-get", "install", *_]:
+            return
+        case ["make", target]:
+            assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        case ["accelerate", "launch", *options]:
+            script = next(option for option in options if option.endswith(".py"))
+            arguments = options[options.index(script) + 1 :]
+            check_training(ROOT / script, arguments, monkeypatch)
+        case [program, "train", stage, *arguments] if program.endswith("t2i"):
+            check_training(ROOT / f"training/train_{stage}.py", arguments, monkeypatch)
+        case [program, "generate", *_] if program.endswith("t2i"):
+            program = [sys.executable, "-c", "from t2i.cli import main; main()"]
+            environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+            result = subprocess.run(
+                [*program, *command[1:]], cwd=tmp_path, env=environment, capture_output=True, text=True
+            )
+            assert result.returncode == 0, result.stderr[-2000:]
+            assert all((tmp_path / line).is_file() for line in result.stdout.splitlines())
+        case [program, *arguments] if program.endswith("t2i"):
+            known = {group.name for group in app.registered_groups} | {"assemble", "doctor"}
+            assert arguments[0] in known
+            if arguments[0] in ("data", "eval"):
+                assert arguments[1] == "emoji"
+        case _:
+            pytest.fail(f"no check for {command}")
+
+
+def check_training(script: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script exists and takes these arguments."""
+    assert script.is_file()
+    monkeypatch.chdir(ROOT)
+    stage = script.stem.removeprefix("train_")
+    load_config(import_module(f"training.{script.stem}").Config, stage, arguments)
