@@ -15,41 +15,39 @@ from t2i.errors import InputError
 from t2i.prior import Prior
 from t2i.unet_decoder import UNetDecoder
 
+STAGES = ("clip", "autoencoder", "prior", "decoder")
 
-def assemble(runs: str | Path, clip: str | None = None, autoencoder: str | None = None) -> Text2ImagePipeline:
+
+def assemble(runs: str | Path, **elsewhere: str | None) -> Text2ImagePipeline:
     """The pipeline of the stages trained in `runs/clip`, `runs/autoencoder`, `runs/prior` and `runs/decoder`.
 
-    `clip` and `autoencoder` name public models where none were trained, as in the training configurations.
+    A stage's keyword names the folder it is in instead; for `clip` and `autoencoder` also a public model, as in the
+    training configurations.
     """
-    runs = Path(runs)
+    found = {stage: elsewhere.get(stage) or Path(runs) / stage for stage in STAGES}
+    prior, decoder = Path(found["prior"]), Path(found["decoder"])
     return Text2ImagePipeline(
-        clip=load_clip(clip or runs / "clip"),
-        prior=load_model(Prior, runs / "prior"),
-        prior_scheduler=loaded(DDIMScheduler.from_pretrained, runs / "prior" / "scheduler"),
-        decoder=load_model((Decoder, UNetDecoder), runs / "decoder"),
-        decoder_scheduler=loaded(DDIMScheduler.from_pretrained, runs / "decoder" / "scheduler"),
-        autoencoder=load_autoencoder(autoencoder or runs / "autoencoder"),
+        clip=load_clip(found["clip"]),
+        prior=load_model(Prior, prior),
+        prior_scheduler=loaded(DDIMScheduler.from_pretrained, prior / "scheduler"),
+        decoder=load_model((Decoder, UNetDecoder), decoder),
+        decoder_scheduler=loaded(DDIMScheduler.from_pretrained, decoder / "scheduler"),
+        autoencoder=load_autoencoder(found["autoencoder"]),
     )
 
 
-def assemble_folder(
-    runs: str | Path,
-    folder: str | Path,
-    fp16: bool = False,
-    clip: str | None = None,
-    autoencoder: str | None = None,
-) -> Path:
+def assemble_folder(runs: str | Path, folder: str | Path, fp16: bool = False, **elsewhere: str | None) -> Path:
     """Write the pipeline of `runs` as a new folder: whole or not at all, never over an older one."""
     folder = Path(folder)
     if folder.exists():
         raise InputError(f"{str(folder)!r} exists; give a new folder")
-    pipeline = assemble(runs, clip, autoencoder)
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    pipeline = assemble(runs, **elsewhere)
     if fp16:
         for part in pipeline.components.values():
             if isinstance(part, torch.nn.Module):
                 part.half()
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
     pipeline.save_pretrained(unfinished)
     publish(unfinished, folder)
     return folder

@@ -123,14 +123,16 @@ def emoji(
 def assemble(
     runs: Annotated[Path, Argument(help="The folder of the trained stages, such as runs/emoji.")],
     folder: Annotated[Path, Argument(help="A new folder for the pipeline.")],
-    clip: Annotated[str | None, Option(help="A public CLIP, where none was trained: ViT-L-14:openai.")] = None,
-    autoencoder: Annotated[str | None, Option(help="A public diffusers VAE, where none was trained.")] = None,
+    clip: Annotated[str | None, Option(help="Instead of RUNS/clip: a folder, or a public ViT-L-14:openai.")] = None,
+    autoencoder: Annotated[str | None, Option(help="Instead of RUNS/autoencoder: a folder, or a public VAE.")] = None,
+    prior: Annotated[str | None, Option(help="Instead of RUNS/prior.")] = None,
+    decoder: Annotated[str | None, Option(help="Instead of RUNS/decoder.")] = None,
     fp16: Annotated[bool, Option("--fp16", help="Half-precision weights: half the size.")] = False,
 ) -> None:
     """Put trained stages together into one pipeline folder."""
     from pipelines.assemble import assemble_folder
 
-    print(assemble_folder(runs, folder, fp16, clip, autoencoder))
+    print(assemble_folder(runs, folder, fp16, clip=clip, autoencoder=autoencoder, prior=prior, decoder=decoder))
 
 
 @evaluation.command(name="emoji")

@@ -26,6 +26,8 @@ from t2i.condition import TextEncoding
 from t2i.errors import InputError
 from t2i.tokenizer import CaptionTokenizer, PublicTokenizer, load_tokenizer, public_tokenizer
 
+EXACT = (torch.float32, torch.float16)  # dtypes that keep what the fingerprint is made from
+
 
 class CLIP(ModelMixin, ConfigMixin):
     """An open_clip model with its preprocessing and its tokenizer.
@@ -76,12 +78,12 @@ class CLIP(ModelMixin, ConfigMixin):
         folder = path / (kwargs.get("subfolder") or "")
         clip.tokenizer = load_tokenizer(folder, clip.config.tokenizer_kind, clip.context_length)
         expected = clip.config.fingerprint
-        if expected and clip.dtype in (torch.float32, torch.float16) and clip.fingerprint() != expected:
+        if expected and clip.dtype in EXACT and clip.fingerprint() != expected:
             raise InputError(f"the weights in {str(folder)!r} are not those of fingerprint {expected} in its config")
         return clip
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        if self.config.fingerprint is None:
+        if self.config.fingerprint is None or self.dtype in EXACT:
             self.register_to_config(fingerprint=self.fingerprint())
         super().save_pretrained(save_directory, **kwargs)
         self.tokenizer.save(Path(save_directory))
@@ -97,7 +99,7 @@ class CLIP(ModelMixin, ConfigMixin):
 
     @property
     def identity(self) -> str:
-        """The fingerprint as it was when this CLIP was saved."""
+        """The fingerprint as it was when this CLIP was last saved, or as it is if it never was."""
         return self.config.fingerprint or self.fingerprint()
 
     @property

@@ -1,7 +1,6 @@
 """YAML files and command-line overrides become checked dataclasses."""
 
 import math
-import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -75,13 +74,13 @@ def check_choice(name: str, value: Any, choices: tuple) -> None:
         raise InputError(f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}")
 
 
-def load_config(config_class: type[Config], stage: str, arguments: list[str] | None = None) -> Config:
+def load_config(config_class: type[Config], stage: str, arguments: list[str]) -> Config:
     """Read `[FILE.yaml] [key=value ...]`, later values winning, into a `config_class`.
 
     Without a file: `configs/emoji/{stage}.yaml`. Raises InputError for a key that does not exist, a value of the wrong
     type or out of range, or one that is required and missing.
     """
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    arguments = list(arguments)
     has_file = bool(arguments) and "=" not in arguments[0]
     path = Path(arguments.pop(0)) if has_file else CONFIGS / "emoji" / f"{stage}.yaml"
     if not path.is_file():

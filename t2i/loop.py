@@ -79,6 +79,9 @@ def fit(
     model, optimizer = accelerator.prepare(model, optimizer)
     bare = accelerator.unwrap_model(model, keep_torch_compile=False)
     step = resume(accelerator, bare, average, optimizer, config)
+    if step >= config.steps and accelerator.is_main_process:
+        accelerator.print(f"{config.output} is already trained for {step} steps")
+        export(average)
 
     per_step = config.batch_size * config.gradient_accumulation * accelerator.num_processes
     log = Log(accelerator, config, step, per_step)
@@ -213,6 +216,10 @@ def unflatten(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for parameter, values in optimizer.state.items():  # in the parameter's memory format, which fused kernels expect
+        for name, value in values.items():
+            if value.shape == parameter.shape:
+                values[name] = torch.empty_like(parameter).copy_(value)
 
 
 class Log:

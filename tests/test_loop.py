@@ -132,7 +132,7 @@ def test_two_processes_end_with_equal_weights(stage, shapes, runs, tmp_path):
         "from accelerate import PartialState\n"
         "from safetensors.torch import save_file\n"
         f"import t2i.loop, training.train_{stage} as stage\n"
-        "from t2i.config import load_config\n"
+        "from t2i.launch import run\n"
         "def fit(accelerator, model, *rest, original=t2i.loop.fit):\n"
         "    average = original(accelerator, model, *rest)\n"
         "    both = {f'ema.{k}': v for k, v in average.state_dict().items()}\n"
@@ -140,10 +140,10 @@ def test_two_processes_end_with_equal_weights(stage, shapes, runs, tmp_path):
         "    both = {k: v.contiguous().clone() for k, v in both.items()}\n"
         "    save_file(both, f'{sys.argv[1]}/{PartialState().process_index}.safetensors')\n"
         "stage.fit = fit\n"
-        f"stage.main(load_config(stage.Config, {stage!r}, sys.argv[2:]))\n"
+        f"run(stage.main, stage.Config, {stage!r}, sys.argv[2:])\n"
     )
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
-    command += ["--main_process_port", "0", str(script), str(tmp_path), *arguments(stage, shapes, tmp_path, 3)]
+    command += [str(script), str(tmp_path), *arguments(stage, shapes, tmp_path, 3)]
     result = subprocess.run(
         command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300
     )

@@ -3,6 +3,7 @@
 accelerate launch training/train_autoencoder.py configs/emoji/autoencoder.yaml train.steps=1000
 """
 
+import sys
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -13,9 +14,9 @@ import torch.nn.functional as F
 
 from t2i.autoencoder import Autoencoder
 from t2i.checkpoint import export_model
-from t2i.config import DataConfig, TrainConfig, load_config
+from t2i.config import DataConfig, TrainConfig
 from t2i.data import Batch, CaptionedPictures
-from t2i.errors import reported
+from t2i.launch import run
 from t2i.loop import fit, start
 
 MEASURED = 2048  # pictures that set the scale of the latents, at most
@@ -51,5 +52,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    with reported():
-        main(load_config(Config, "autoencoder"))
+    run(main, Config, "autoencoder", sys.argv[1:])

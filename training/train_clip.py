@@ -3,6 +3,7 @@
 accelerate launch training/train_clip.py configs/emoji/clip.yaml train.steps=1000
 """
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ from open_clip import ClipLoss
 
 from t2i.checkpoint import export_model
 from t2i.clip import CLIP
-from t2i.config import DataConfig, TrainConfig, load_config
+from t2i.config import DataConfig, TrainConfig
 from t2i.data import Batch, CaptionedPictures
-from t2i.errors import reported
+from t2i.launch import run
 from t2i.loop import fit, start
 from t2i.tokenizer import CaptionTokenizer
 
@@ -57,5 +58,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    with reported():
-        main(load_config(Config, "clip"))
+    run(main, Config, "clip", sys.argv[1:])

@@ -3,6 +3,7 @@
 accelerate launch training/train_decoder.py configs/emoji/decoder.yaml train.steps=1000
 """
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ from t2i.autoencoder import Autoencoder, load_autoencoder
 from t2i.checkpoint import export_model
 from t2i.clip import CLIP, load_clip
 from t2i.condition import ImageCondition
-from t2i.config import DataConfig, TrainConfig, check_choice, check_range, load_config
+from t2i.config import DataConfig, TrainConfig, check_choice, check_range
 from t2i.data import Batch, CaptionedPictures, encode_all
 from t2i.decoder import Decoder
 from t2i.diffusion import denoise, drop
-from t2i.errors import reported
+from t2i.launch import run
 from t2i.loop import fit, start
 from t2i.unet_decoder import UNetDecoder
 
@@ -91,5 +92,4 @@ def decoder_arguments(config: Config, clip: CLIP, autoencoder: Autoencoder) -> d
 
 
 if __name__ == "__main__":
-    with reported():
-        main(load_config(Config, "decoder"))
+    run(main, Config, "decoder", sys.argv[1:])

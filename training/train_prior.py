@@ -3,6 +3,7 @@
 accelerate launch training/train_prior.py configs/emoji/prior.yaml train.steps=1000
 """
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ from diffusers import DDIMScheduler
 
 from t2i.checkpoint import export_model
 from t2i.clip import CLIP, load_clip
-from t2i.config import DataConfig, TrainConfig, check_range, load_config
+from t2i.config import DataConfig, TrainConfig, check_range
 from t2i.data import Batch, CaptionedPictures, encode_all
 from t2i.diffusion import denoise, drop
-from t2i.errors import reported
+from t2i.launch import run
 from t2i.loop import fit, start
 from t2i.prior import Prior
 
@@ -82,5 +83,4 @@ def prior_arguments(clip: CLIP) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    with reported():
-        main(load_config(Config, "prior"))
+    run(main, Config, "prior", sys.argv[1:])

@@ -1,0 +1,45 @@
+"""How a training script starts: on as many processes as were asked for, with errors in one line."""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+import psutil
+
+from t2i.config import load_config
+from t2i.errors import reported
+
+Config = TypeVar("Config")
+
+
+def run(main: Callable[[Config], None], config_class: type[Config], stage: str, arguments: list[str]) -> None:
+    """What a script does when it is executed: read its configuration from the command line and train."""
+    count = forgotten_processes()
+    if count > 1:
+        relaunch(count)
+    with reported():
+        main(load_config(config_class, stage, arguments))
+
+
+def forgotten_processes() -> int:
+    """The N of `accelerate launch --cpu --num_processes N`, of which accelerate (1.15) starts only one; else 1."""
+    parent = psutil.Process().parent()
+    command = parent.cmdline() if parent else []
+    launched = any(part.endswith(("launch", "launch.py")) for part in command)
+    if "RANK" in os.environ or not launched or "--cpu" not in command:
+        return 1
+    for option, value in zip(command, [*command[1:], ""]):
+        name, _, joined = option.replace("-", "_").partition("=")
+        if name == "__num_processes" and (joined or value).isdigit():
+            return int(joined or value)
+    return 1
+
+
+def relaunch(count: int) -> None:
+    """Become torchrun with this script and `count` processes."""
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    # Else a restarted group may read stale addresses from the store it shares with the one before.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", *sys.argv]
+    os.execv(sys.executable, command)
