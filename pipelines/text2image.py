@@ -110,7 +110,7 @@ class Text2ImagePipeline(DiffusionPipeline):
         num_images_per_prompt: int = 1,
         prior_num_inference_steps: int = 25,
         prior_guidance_scale: float = 2.0,
-        num_inference_steps: int = 30,
+        num_inference_steps: int = 25,
         guidance_scale: float = 2.0,
         generator: Generator | list[Generator] | None = None,
         prior_latents: Tensor | None = None,

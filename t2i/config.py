@@ -57,7 +57,7 @@ class TrainConfig:
         check_range("train.adam_beta2", self.adam_beta2, 0, 1)
         check_range("train.ema_decay", self.ema_decay, 0, 1)
         check_range("train.max_grad_norm", self.max_grad_norm, 0, 1e9)
-        check_range("train.seed", self.seed, 0, 2**32 - 1)
+        check_range("train.seed", self.seed, 0, 2**20 - 1)
         if self.mixed_precision == "False":  # YAML 1.1 reads a bare `no` as false
             self.mixed_precision = "no"
         check_choice("train.mixed_precision", self.mixed_precision, ("auto", "no", "fp16", "bf16"))

@@ -5,7 +5,6 @@ accelerate launch training/train_autoencoder.py configs/emoji/autoencoder.yaml t
 
 import sys
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +43,7 @@ def main(config: Config) -> None:
         return {"loss": absolute + config.kl_weight * kl.float().mean(), "kl": kl.mean(), "psnr": psnr}
 
     def export(average: torch.nn.Module) -> None:
-        size = 64
-        average.measure(islice(dataset.in_order(size), MEASURED // size))
+        average.measure(dataset.sample(MEASURED, batch_size=64))
         export_model(average, Path(config.train.output))
 
     fit(accelerator, autoencoder, loss, dataset, config.train, export, config.data.num_workers)

@@ -124,10 +124,11 @@ class CaptionedPictures(Dataset):
         """(3, H, W)"""
         return to_tensor(open_picture(self.records[index].path), self.size)
 
-    def in_order(self, batch_size: int) -> Iterator[Tensor]:
-        """Every picture once, (B, 3, H, W) at a time."""
-        for start in range(0, len(self), batch_size):
-            yield torch.stack([self.picture(i) for i in range(start, min(start + batch_size, len(self)))])
+    def sample(self, count: int, batch_size: int) -> Iterator[Tensor]:
+        """About `count` pictures (all, if there are fewer) from all over the data, (B, 3, H, W) at a time."""
+        chosen = range(0, len(self), max(1, len(self) // count))
+        for start in range(0, len(chosen), batch_size):
+            yield torch.stack([self.picture(i) for i in chosen[start : start + batch_size]])
 
 
 def collate(rows: list[tuple[int, str, Tensor | None]]) -> Batch:
