@@ -1,6 +1,5 @@
 """Put trained stages together into one pipeline folder."""
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -8,7 +7,7 @@ from diffusers import DDIMScheduler
 
 from pipelines.text2image import Text2ImagePipeline
 from t2i.autoencoder import load_autoencoder
-from t2i.checkpoint import load_model, loaded, publish
+from t2i.checkpoint import load_model, loaded, new_folder
 from t2i.clip import load_clip
 from t2i.decoder import Decoder
 from t2i.errors import InputError
@@ -46,8 +45,6 @@ def assemble_folder(runs: str | Path, folder: str | Path, fp16: bool = False, **
         for part in pipeline.components.values():
             if isinstance(part, torch.nn.Module):
                 part.half()
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    pipeline.save_pretrained(unfinished)
-    publish(unfinished, folder)
+    with new_folder(folder) as unfinished:
+        pipeline.save_pretrained(unfinished)
     return folder

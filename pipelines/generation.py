@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 from collections.abc import Iterator
+from inspect import signature
 from io import BytesIO
 from itertools import count as counting
 from pathlib import Path
@@ -24,6 +25,17 @@ from t2i.errors import InputError
 BATCH = 16
 MAX_SEED = 2**63 - 1
 MAX_PER_PROMPT = 1024
+
+SETTINGS = ("num_inference_steps", "guidance_scale", "prior_num_inference_steps", "prior_guidance_scale")
+DEFAULTS = {name: signature(Text2ImagePipeline.__call__).parameters[name].default for name in SETTINGS}
+LABELS = {  # as other tools call them
+    "Steps": "num_inference_steps",
+    "CFG scale": "guidance_scale",
+    "Prior steps": "prior_num_inference_steps",
+    "Prior CFG scale": "prior_guidance_scale",
+    "Seed": "seed",
+    "Model": "model",
+}
 
 
 def load_pipeline(model: str, device: str = "auto") -> Text2ImagePipeline:
@@ -69,9 +81,8 @@ def generate_files(
         generators = [Generator().manual_seed(one) for one in seeds]
         images = pipeline(part, generator=generators, **settings).images
         for prompt, one, image in zip(part, seeds, images):
-            yield write_new(
-                out, prompt, one, to_png(image, {"prompt": prompt, "seed": one, "model": model, **settings})
-            )
+            used = {"prompt": prompt, "seed": one, "model": Path(model).name, **DEFAULTS, **settings}
+            yield write_new(out, prompt, one, to_png(image, used))
 
 
 def check_out(out: Path, total: int) -> None:
@@ -82,15 +93,20 @@ def check_out(out: Path, total: int) -> None:
             raise InputError(f"{str(out)!r} exists and is not overwritten; give another name")
     elif out.exists() and not out.is_dir():
         raise InputError(f"out is {str(out)!r}, which is a file; give a folder, or a name that ends in .png")
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(out if out.is_dir() else parent, os.W_OK):
+        raise InputError(f"out is {str(out)!r}, where nothing can be written; give a folder that is yours")
 
 
 def to_png(image: Image.Image, settings: dict[str, Any]) -> bytes:
     """A PNG with the settings in it: as JSON under "t2i", and in the form that other tools read under "parameters"."""
     info = PngInfo()
-    prompt = settings["prompt"]
-    rest = {name: value for name, value in settings.items() if name not in ("prompt", "negative_prompt")}
-    lines = [prompt, f"Negative prompt: {settings['negative_prompt']}"] if "negative_prompt" in settings else [prompt]
-    lines.append(", ".join(f"{name.replace('_', ' ').capitalize()}: {value}" for name, value in rest.items()))
+    lines = [settings["prompt"]]
+    if "negative_prompt" in settings:
+        lines.append(f"Negative prompt: {settings['negative_prompt']}")
+    known = {label: settings[name] for label, name in LABELS.items()}
+    known |= {"Size": f"{image.width}x{image.height}", "Version": f"t2i {__version__}"}
+    lines.append(", ".join(f"{label}: {value}" for label, value in known.items()))
     info.add_itxt("parameters", "\n".join(lines))
     info.add_itxt("t2i", json.dumps({"version": __version__, **settings}, ensure_ascii=False))
     buffer = BytesIO()

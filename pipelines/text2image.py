@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from t2i.autoencoder import Autoencoder
-from t2i.checkpoint import loaded
+from t2i.checkpoint import check_weights, loaded
 from t2i.clip import CLIP
 from t2i.condition import ImageCondition, TextEncoding
 from t2i.config import check_choice, check_range
@@ -69,6 +69,9 @@ class Text2ImagePipeline(DiffusionPipeline):
             theirs = model.config.clip_fingerprint
             if theirs is not None and theirs != clip.identity:
                 raise InputError(f"the {name} was trained with the CLIP {theirs}, this pipeline has {clip.identity}")
+        if decoder.config.latent_channels != autoencoder.channels:
+            channels = f"{decoder.config.latent_channels} channels, the autoencoder's have {autoencoder.channels}"
+            raise InputError(f"the decoder's latents have {channels}; they were not trained together")
         self.register_modules(
             clip=clip,
             prior=prior,
@@ -86,9 +89,15 @@ class Text2ImagePipeline(DiffusionPipeline):
         Raises InputError, in one line, if it is missing, incomplete, truncated or made of parts of different CLIPs.
         """
         path = Path(pretrained_model_name_or_path)
-        if path.exists():
-            check_folder(path)
-        return loaded(lambda folder: super(Text2ImagePipeline, cls).from_pretrained(folder, **kwargs), path)
+        if not path.exists():
+            path = Path(cls.download(str(path), **kwargs))
+        check_folder(path)
+        settings = {"use_safetensors": True, **kwargs}
+        pipeline = loaded(lambda folder: super(Text2ImagePipeline, cls).from_pretrained(folder, **settings), path)
+        for name, part in pipeline.components.items():
+            if isinstance(part, torch.nn.Module) and name not in kwargs:
+                check_weights(part, path / name)
+        return pipeline
 
     @classmethod
     def download(cls, pretrained_model_name: str | Path, **kwargs: Any) -> str:
@@ -208,13 +217,15 @@ class Text2ImagePipeline(DiffusionPipeline):
             raise InputError(
                 f"callback_on_step_end_tensor_inputs may hold {self._callback_tensor_inputs}; got {unknown}"
             )
-        if prompt is None and image_embeds is None:
+        if image_embeds is None and (prompt is None or prompt == []):
             raise InputError("prompt is missing; give a text, a list of texts, or image_embeds")
         prompts = [] if prompt is None else [prompt] if isinstance(prompt, str) else prompt
         check_texts("prompt", prompts, empty=False)
         if isinstance(negative_prompt, list) and len(negative_prompt) != len(prompts):
             raise InputError(f"negative_prompt has {len(negative_prompt)} texts for {len(prompts)} prompts")
         if image_embeds is not None:
+            if not isinstance(image_embeds, Tensor) or image_embeds.ndim != 2 or not len(image_embeds):
+                raise InputError(f"image_embeds must be a tensor (N, {self.clip.embed_dim}), got {image_embeds!r:.80}")
             self.check_noise("image_embeds", image_embeds, (len(image_embeds), self.clip.embed_dim))
             if prompts and len(prompts) * num_images_per_prompt != len(image_embeds):
                 raise InputError(
@@ -225,13 +236,15 @@ class Text2ImagePipeline(DiffusionPipeline):
     def check_noise(self, name: str, value: Tensor | None, shape: tuple[int, ...]) -> None:
         if value is None:
             return
-        if not isinstance(value, Tensor) or value.shape != shape or not value.isfinite().all():
+        if not isinstance(value, Tensor) or value.shape != shape:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise InputError(f"{name} must be a finite tensor of shape {shape}, got {got}")
+            raise InputError(f"{name} must be a tensor of shape {shape}, got {got}")
+        if not value.isfinite().all():
+            raise InputError(f"{name} must be finite, got NaN or infinity")
 
     def encode_prompt(self, prompts: list[str]) -> TextEncoding:
         """Says in the log what of a prompt does not fit."""
-        for prompt in prompts:
+        for prompt in dict.fromkeys(prompts):
             if cut := self.clip.tokenizer.cut(prompt):
                 longest = self.clip.context_length - 2
                 logger.warning("a prompt is longer than %d tokens; this was cut: %r", longest, cut)
@@ -351,7 +364,7 @@ def split_generators(generator: Generator | list[Generator] | None, count: int) 
     all pictures are drawn in order, so the first pictures of a larger batch are those of a smaller one.
     """
     if generator is None:
-        generator = Generator().manual_seed(torch.seed())
+        generator = Generator().manual_seed(int(torch.randint(2**62, (1,))))
     generators = [generator] * count if isinstance(generator, Generator) else generator
     if not isinstance(generators, list) or not all(isinstance(one, Generator) for one in generators):
         raise InputError(f"generator must be a torch.Generator or a list of them, got {generator!r:.80}")

@@ -1,6 +1,5 @@
 """Between pictures and latents. The one place that knows how latents are scaled: outside, they have unit variance."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -50,7 +49,7 @@ class Autoencoder(ModelMixin, ConfigMixin):
         return self.config.patch_size * 2 ** (len(self.coder.config.block_out_channels) - 1)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, H, W) -> its reconstruction from a sampled latent, and the KL divergence from N(0, 1) per pixel."""
+        """(B, 3, H, W) -> its reconstruction from a sampled latent, and the KL divergence per pixel value."""
         posterior = self.coder.encode(self.to_patches(image)).latent_dist
         reconstruction = self.to_pixels(self.coder.decode(posterior.sample()).sample)
         return reconstruction, posterior.kl() / image[0].numel()
@@ -77,7 +76,7 @@ class Autoencoder(ModelMixin, ConfigMixin):
         """Set the mean and standard deviation of each latent channel from pictures, (B, 3, H, W) at a time."""
         self.mean.zero_()
         self.std.fill_(1)
-        latents = torch.cat([self.encode(image.to(self.device)).double().cpu() for image in images])
+        latents = torch.cat([self.encode(image.to(self.device)).cpu().double() for image in images])
         self.mean.copy_(latents.mean(dim=(0, 2, 3)))
         self.std.copy_(latents.std(dim=(0, 2, 3)))
 
@@ -87,10 +86,8 @@ def load_autoencoder(name: str | Path) -> Autoencoder:
 
     A folder that `train_autoencoder.py` wrote, or a diffusers VAE: its folder or its repository on the hub.
     """
-    folder = Path(name)
-    config = folder / "config.json"
-    if not folder.exists() or (
-        config.is_file() and json.loads(config.read_text()).get("_class_name") == "AutoencoderKL"
-    ):
-        return loaded(lambda path: Autoencoder.from_vae(AutoencoderKL.from_pretrained(path)), folder)
-    return load_model(Autoencoder, folder)
+    if Path(name).exists():
+        model = load_model((Autoencoder, AutoencoderKL), name)
+    else:  # a name on the hub, or a stage that was not trained
+        model = loaded(lambda path: AutoencoderKL.from_pretrained(path, use_safetensors=True), Path(name))
+    return Autoencoder.from_vae(model) if isinstance(model, AutoencoderKL) else model

@@ -4,14 +4,16 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import Module
 
 from t2i.errors import InputError
 
@@ -32,18 +34,16 @@ def save_checkpoint(
 ) -> Path:
     """Write `folder/step-NNNNNNNN` so that a crash at any point leaves the older checkpoints as they were."""
     final = folder / f"step-{step:08}"
-    unfinished = folder / f"{final.name}.unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    for name, group in tensors.items():
-        save_file({key: tensor.contiguous() for key, tensor in group.items()}, unfinished / f"{name}.safetensors")
-    (unfinished / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
-    manifest = {path.name: digest(path) for path in sorted(unfinished.iterdir())}
-    (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    publish(unfinished, final)
+    with new_folder(final) as unfinished:
+        for name, group in tensors.items():
+            save_file({key: tensor.contiguous() for key, tensor in group.items()}, unfinished / f"{name}.safetensors")
+        (unfinished / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
+        manifest = {path.name: digest(path) for path in sorted(unfinished.iterdir())}
+        (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    older = [path for path in complete(folder) if path.name <= final.name]
     leftovers = [path for suffix in ("unfinished", "replaced") for path in folder.glob(f"step-*.{suffix}")]
-    for old in [*complete(folder)[:-keep], *leftovers]:
-        shutil.rmtree(old, ignore_errors=True)
+    for path in [*older[:-keep], *leftovers]:
+        shutil.rmtree(path, ignore_errors=True)
     return final
 
 
@@ -54,7 +54,8 @@ def load_latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
         if problem := verify(path):
             problems.append(problem)
             continue
-        tensors = {file.stem: load_file(file) for file in path.glob("*.safetensors")}
+        names = [name for name in json.loads((path / MANIFEST).read_text()) if name.endswith(".safetensors")]
+        tensors = {Path(name).stem: load_file(path / name) for name in names}
         return Checkpoint(path, tensors, json.loads((path / "state.json").read_text())), problems
     return None, problems
 
@@ -63,6 +64,8 @@ def verify(path: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
+        if "state.json" not in manifest:
+            return f"{path / MANIFEST} does not list state.json"
         for name, expected in manifest.items():
             if digest(path / name) != expected:
                 return f"{path / name} does not match its SHA-256"
@@ -79,6 +82,20 @@ def complete(folder: Path) -> list[Path]:
 def digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `final` at the end, or is gone if anything fails."""
+    unfinished = final.with_name(f"{final.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    publish(unfinished, final)
 
 
 def publish(unfinished: Path, final: Path) -> None:
@@ -112,10 +129,8 @@ def sync(path: Path) -> None:
 
 def export_model(model: Any, folder: Path, name: str = "model") -> None:
     """Save a diffusers model or scheduler as `folder/name`, whole or not at all, replacing an older one."""
-    unfinished = folder / f"{name}.unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished)
-    publish(unfinished, folder / name)
+    with new_folder(folder / name) as unfinished:
+        model.save_pretrained(unfinished)
 
 
 def load_model(classes: Any, folder: str | Path) -> Any:
@@ -134,7 +149,28 @@ def load_model(classes: Any, folder: str | Path) -> Any:
         raise InputError(f"no trained {wanted} in {str(folder)!r} ({error}); train that stage first") from error
     if name not in known:
         raise InputError(f"{str(path)!r} holds a {name}; it must be a {wanted}")
-    return loaded(known[name].from_pretrained, path)
+    model = loaded(lambda folder: known[name].from_pretrained(folder, use_safetensors=True), path)
+    check_weights(model, path)
+    return model
+
+
+def weights_digest(model: Module, more: str = "") -> str:
+    """16 hexadecimal digits for a model's weights (and some text), the same in fp32 and fp16."""
+    hasher = hashlib.sha256(more.encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        hasher.update(name.encode())
+        hasher.update(tensor.detach().cpu().half().contiguous().numpy().tobytes())
+    return hasher.hexdigest()[:16]
+
+
+def check_weights(model: Module, folder: Path) -> None:
+    """Refuse a folder that lacks some of the model's tensors, which diffusers would leave at random values."""
+    held: set[str] = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            held.update(file.keys())
+    if missing := sorted(set(model.state_dict()) - held):
+        raise InputError(f"{str(folder)!r} lacks {len(missing)} of the model's tensors, the first is {missing[0]!r}")
 
 
 def loaded(load: Callable[[Path], Loaded], path: Path) -> Loaded:

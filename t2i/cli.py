@@ -10,7 +10,7 @@ from typer import Argument, Option
 from t2i.errors import InputError, reported
 
 SHIPPED = Path(__file__).resolve().parent.parent / "models" / "emoji"
-STAGES = ("clip", "autoencoder", "prior", "decoder")
+STAGES = ("clip", "autoencoder", "prior", "decoder")  # in the order of training
 
 app = typer.Typer(
     help="Text to image in the way of DALL-E 2 (unCLIP): draw, train, evaluate.",
@@ -123,7 +123,7 @@ def emoji(
 def assemble(
     runs: Annotated[Path, Argument(help="The folder of the trained stages, such as runs/emoji.")],
     folder: Annotated[Path, Argument(help="A new folder for the pipeline.")],
-    clip: Annotated[str | None, Option(help="Instead of RUNS/clip: a folder, or a public ViT-L-14:openai.")] = None,
+    clip: Annotated[str | None, Option(help="Instead of RUNS/clip: a folder, or a public NAME:TAG.")] = None,
     autoencoder: Annotated[str | None, Option(help="Instead of RUNS/autoencoder: a folder, or a public VAE.")] = None,
     prior: Annotated[str | None, Option(help="Instead of RUNS/prior.")] = None,
     decoder: Annotated[str | None, Option(help="Instead of RUNS/decoder.")] = None,

@@ -5,7 +5,6 @@ of its weights and preprocessing tells which.
 """
 
 import copy
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,13 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from huggingface_hub import snapshot_download
+from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH
 from open_clip.transformer import text_global_pool
+from safetensors import safe_open
 from torch import Tensor
 from torchvision.transforms.v2.functional import center_crop, resize
 
-from t2i.checkpoint import load_model
+from t2i.checkpoint import load_model, loaded, weights_digest
 from t2i.condition import TextEncoding
 from t2i.errors import InputError
 from t2i.tokenizer import CaptionTokenizer, PublicTokenizer, load_tokenizer, public_tokenizer
@@ -62,9 +63,9 @@ class CLIP(ModelMixin, ConfigMixin):
             other = name + "-quickgelu" if weights.get("quick_gelu") else name.removesuffix("-quickgelu")
             raise InputError(f"{name!r} with {tag!r} mixes GELU and QuickGELU, which ruins embeddings; use {other!r}")
         net = open_clip.create_model(name, pretrained=tag, require_pretrained=True)
-        preprocess = net.visual.preprocess_cfg
         tokenizer, kind = public_tokenizer(name)
-        clip = cls(config, {key: preprocess[key] for key in ("size", "mean", "std")}, kind)
+        preprocess = {key: net.visual.preprocess_cfg[key] for key in ("size", "mean", "std")}
+        clip = cls(config, preprocess, kind)
         clip.net.load_state_dict(net.state_dict())
         clip.tokenizer = tokenizer
         return clip
@@ -73,12 +74,14 @@ class CLIP(ModelMixin, ConfigMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "CLIP":
         path = Path(pretrained_model_name_or_path)
         if not path.is_dir():
-            path = Path(snapshot_download(str(pretrained_model_name_or_path)))
-        clip = super().from_pretrained(path, **kwargs)
+            path = Path(
+                snapshot_download(str(pretrained_model_name_or_path), allow_patterns=["*.json", "*.safetensors"])
+            )
+        clip = super().from_pretrained(path, **{"use_safetensors": True, **kwargs})
         folder = path / (kwargs.get("subfolder") or "")
-        clip.tokenizer = load_tokenizer(folder, clip.config.tokenizer_kind, clip.context_length)
+        clip.tokenizer = load_tokenizer(folder, clip.config.tokenizer_kind, clip.config.model["text_cfg"])
         expected = clip.config.fingerprint
-        if expected and clip.dtype in EXACT and clip.fingerprint() != expected:
+        if expected and clip.dtype in EXACT and saved_exactly(folder) and clip.fingerprint() != expected:
             raise InputError(f"the weights in {str(folder)!r} are not those of fingerprint {expected} in its config")
         return clip
 
@@ -90,12 +93,7 @@ class CLIP(ModelMixin, ConfigMixin):
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits for these weights and this preprocessing, the same in fp32 and fp16."""
-        # From the weights as fp16: what a folder saved in half precision still has.
-        hasher = hashlib.sha256(json.dumps(self.config.preprocess, sort_keys=True).encode())
-        for name, tensor in sorted(self.net.state_dict().items()):
-            hasher.update(name.encode())
-            hasher.update(tensor.detach().cpu().half().contiguous().numpy().tobytes())
-        return hasher.hexdigest()[:16]
+        return weights_digest(self.net, json.dumps(self.config.preprocess, sort_keys=True))
 
     @property
     def identity(self) -> str:
@@ -108,11 +106,12 @@ class CLIP(ModelMixin, ConfigMixin):
 
     @property
     def context_length(self) -> int:
-        return self.text_tower.context_length
+        return self.config.model["text_cfg"].get("context_length", DEFAULT_CONTEXT_LENGTH)
 
     @property
     def text_width(self) -> int:
-        return self.text_tower.ln_final.normalized_shape[0]
+        tower = self.text_tower
+        return tower.ln_final.normalized_shape[0] if hasattr(tower, "ln_final") else tower.config.hidden_size
 
     @property
     def text_tower(self) -> torch.nn.Module:
@@ -155,7 +154,9 @@ class CLIP(ModelMixin, ConfigMixin):
         tower = self.text_tower
         tower.output_tokens = True
         pooled, states = tower(tokens)
-        return TextEncoding(F.normalize(pooled, dim=-1), states, tokens != getattr(tower, "pad_id", 0))
+        mask = tokens != getattr(tower, "pad_id", getattr(getattr(tower, "config", None), "pad_token_id", 0))
+        length = int(mask.sum(dim=1).max())
+        return TextEncoding(F.normalize(pooled, dim=-1), states[:, :length], mask[:, :length])
 
     @property
     def pools_at_highest(self) -> bool:
@@ -166,6 +167,14 @@ class CLIP(ModelMixin, ConfigMixin):
     @property
     def end_token(self) -> int | None:
         return getattr(self.text_tower, "text_eos_id", getattr(self.text_tower, "eos_id", None))
+
+
+def saved_exactly(folder: Path) -> bool:
+    """Whether the weights in a folder have a dtype that keeps the fingerprint."""
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            return all(file.get_slice(name).get_dtype() in ("F32", "F16") for name in file.keys())  # noqa: SIM118
+    return False
 
 
 def project(projection: torch.nn.Module | Tensor | None, pooled: Tensor) -> Tensor:
@@ -207,12 +216,12 @@ def open_clip_config(name: str) -> dict:
 def load_clip(name: str | Path) -> CLIP:
     """A CLIP by the name that configurations give it.
 
-    A folder that `train_clip.py` wrote, or a public pair: "ViT-L-14:openai" (open_clip's name and tag),
+    A folder that `train_clip.py` wrote, or a public pair: "ViT-L-14:datacomp_xl_s13b_b90k" (open_clip's name
+    and tag),
     "hf-hub:org/name", "local-dir:/path".
     """
     name = str(name)
-    if name.startswith(("hf-hub:", "local-dir:")):
-        return CLIP.from_open_clip(name)
-    if ":" in name and not Path(name).exists():
-        return CLIP.from_open_clip(*name.split(":", 1))
-    return load_model(CLIP, name)
+    if ":" not in name or Path(name).exists():
+        return load_model(CLIP, name)
+    parts = (name,) if name.startswith(("hf-hub:", "local-dir:")) else name.split(":", 1)
+    return loaded(lambda _: CLIP.from_open_clip(*parts), Path(name))

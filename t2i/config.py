@@ -1,12 +1,13 @@
 """YAML files and command-line overrides become checked dataclasses."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from t2i.errors import InputError
@@ -14,6 +15,7 @@ from t2i.errors import InputError
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 Config = TypeVar("Config")
+Built = TypeVar("Built")
 
 
 @dataclass
@@ -51,10 +53,11 @@ class TrainConfig:
         for name in ("steps", "batch_size", "gradient_accumulation", "log_every", "save_every", "keep"):
             check_range(f"train.{name}", getattr(self, name), 1, 10**9)
         for name in ("warmup_steps", "decay_steps"):
-            check_range(f"train.{name}", getattr(self, name), 0, self.steps)
+            check_range(f"train.{name}", getattr(self, name), 0, 10**9)
+            setattr(self, name, min(getattr(self, name), self.steps))  # so that train.steps=100 alone is a short run
         check_range("train.learning_rate", self.learning_rate, 0, 1)
         check_range("train.weight_decay", self.weight_decay, 0, 1)
-        check_range("train.adam_beta2", self.adam_beta2, 0, 1)
+        check_range("train.adam_beta2", self.adam_beta2, 0, 0.9999999)
         check_range("train.ema_decay", self.ema_decay, 0, 1)
         check_range("train.max_grad_norm", self.max_grad_norm, 0, 1e9)
         check_range("train.seed", self.seed, 0, 2**20 - 1)
@@ -74,6 +77,11 @@ def check_choice(name: str, value: Any, choices: tuple) -> None:
         raise InputError(f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}")
 
 
+def check_keys(name: str, value: dict[str, Any], needed: tuple[str, ...]) -> None:
+    if missing := [key for key in needed if key not in value]:
+        raise InputError(f"{name} lacks {', '.join(missing)}; it needs {', '.join(needed)}")
+
+
 def load_config(config_class: type[Config], stage: str, arguments: list[str]) -> Config:
     """Read `[FILE.yaml] [key=value ...]`, later values winning, into a `config_class`.
 
@@ -89,12 +97,15 @@ def load_config(config_class: type[Config], stage: str, arguments: list[str]) ->
         if "=" not in argument:
             raise InputError(f"{argument!r} is not of the form key=value; an override looks like train.steps=100")
     try:
-        merged = OmegaConf.merge(
-            OmegaConf.structured(config_class), OmegaConf.load(path), OmegaConf.from_dotlist(arguments)
-        )
+        file = OmegaConf.load(path)
+        if not isinstance(file, DictConfig):
+            raise InputError(f"{path} holds no keys; it must be a YAML mapping")
+        merged = OmegaConf.merge(OmegaConf.structured(config_class), file, OmegaConf.from_dotlist(arguments))
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
+    except OmegaConfBaseException as error:
         raise InputError(f"{path}: {explain(error, config_class)}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise InputError(f"{path} is not YAML: {error}") from error
 
 
 def explain(error: Exception, config_class: type) -> str:
@@ -104,3 +115,14 @@ def explain(error: Exception, config_class: type) -> str:
     return (
         f"{message} (key {key}; top-level keys: {', '.join(f.name for f in fields(config_class))})" if key else message
     )
+
+
+def build(factory: Callable[..., Built], name: str, arguments: dict[str, Any], **more: Any) -> Built:
+    """`factory(**arguments, **more)`; what is wrong with arguments that a user wrote under `name`, in one line."""
+    try:
+        return factory(**arguments, **more)
+    except InputError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, ZeroDivisionError, AssertionError) as error:
+        message = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
+        raise InputError(f"{name} does not make a {factory.__name__}: {message}") from error

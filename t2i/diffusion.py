@@ -35,8 +35,8 @@ class Denoiser(Protocol):
 
 def denoise(
     model: Callable[..., Tensor], scheduler: SchedulerMixin, x: Tensor, condition: Condition, shift: float = 1.0
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Noise clean `x` by random amounts and let the model undo it: (prediction, target, noisy x, t), in fp32.
+) -> tuple[Tensor, Tensor]:
+    """Noise clean `x` by random amounts and let the model undo it: its prediction and the target, in fp32.
 
     shift > 1 draws high noise more often (t -> shift t / (1 + (shift - 1) t) for uniform t in [0, 1]); 1 is uniform.
     """
@@ -45,8 +45,8 @@ def denoise(
     uniform = torch.rand(len(x), device=x.device)
     steps = scheduler.config.num_train_timesteps
     t = (shift * uniform / (1 + (shift - 1) * uniform) * steps).long().clamp(max=steps - 1)
-    noisy = scheduler.add_noise(x, noise, t)
-    return model(noisy, t, condition).float(), target(scheduler, x, noise, t), noisy, t
+    prediction = model(scheduler.add_noise(x, noise, t), t, condition)
+    return prediction.float(), target(scheduler, x, noise, t)
 
 
 def target(scheduler: SchedulerMixin, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:

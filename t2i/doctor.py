@@ -46,6 +46,7 @@ def devices() -> list[str]:
 
     from t2i.loop import best_precision
 
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
     free = shutil.disk_usage(".").free / 1e9
     lines = [f"  {os.cpu_count()} CPU cores, {free:.0f} GB of disk free here"]
     for index in range(torch.cuda.device_count()):
@@ -55,4 +56,4 @@ def devices() -> list[str]:
         lines.append("  mps")
     if torch.cuda.device_count() == 0 and shutil.which("nvidia-smi"):
         lines.append("  an NVIDIA driver is here, but this torch sees no GPU: is it a build for CPUs?")
-    return [*lines, f"  training precision (mixed_precision: auto): {best_precision()}"]
+    return [*lines, f"  training precision (mixed_precision: auto): {best_precision(kind)}"]

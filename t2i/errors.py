@@ -14,6 +14,6 @@ def reported() -> Iterator[None]:
     """Show an `InputError` as one line on standard error and exit with status 2, as command-line programs do."""
     try:
         yield
-    except InputError as error:
+    except (InputError, OSError) as error:  # an OSError names the file and what is wrong with it
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

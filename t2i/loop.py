@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -41,20 +41,25 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 def start(config: TrainConfig) -> Accelerator:
     """Set up devices, precision and seeds."""
-    Path(config.output).mkdir(parents=True, exist_ok=True)
-    precision = best_precision() if config.mixed_precision == "auto" else config.mixed_precision
+    if Path(config.output).exists() and not Path(config.output).is_dir():
+        raise InputError(f"train.output is {config.output!r}, which is a file; give a folder")
+    device = PartialState().device.type
+    precision = best_precision(device) if config.mixed_precision == "auto" else config.mixed_precision
+    if precision == "fp16" and device == "cpu":
+        raise InputError("train.mixed_precision=fp16 needs a GPU, this process runs on the CPU; use bf16, no or auto")
     accelerator = Accelerator(mixed_precision=precision)
-    if accelerator.device.type == "cpu":  # `accelerate launch` leaves each process one thread
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // accelerator.num_processes))
+    if device == "cpu":  # `accelerate launch` leaves each process one thread
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // accelerator.num_processes))
     torch.manual_seed(config.seed)  # the same initial weights on every process
     return accelerator
 
 
-def best_precision() -> str:
-    """bf16 where the hardware computes in it, else fp32."""
-    if torch.cuda.is_available():
+def best_precision(device: str) -> str:
+    """bf16 where the hardware computes in it, fp16 on older GPUs, else fp32."""
+    if device == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "no"
+    return "bf16" if device == "cpu" and torch.cpu._is_avx512_bf16_supported() else "no"
 
 
 def fit(
@@ -64,13 +69,16 @@ def fit(
     dataset: Dataset,
     config: TrainConfig,
     export: Callable[[nn.Module], None],
-    num_workers: int = 0,
+    num_workers: int,
+    made_from: dict[str, str],
 ) -> nn.Module:
     """Train `model` to lower `loss_fn(model, batch)["loss"]`; return the moving average of its weights.
 
     Continues from the newest checkpoint in the output folder. `export(average)` runs on the main process beside every
     checkpoint, so that a run can be used before it ends. A resumed run is the unbroken one, bit for bit: the order of
-    the data, the noise and the learning rate are functions of (seed, step, process).
+    the data, the noise and the learning rate are functions of (seed, step, process). `made_from` names what the run
+    depends on beside its configuration (the data, the models before it); a checkpoint made from anything else is
+    refused.
     """
     average = copy.deepcopy(model).eval().requires_grad_(False).to(accelerator.device)
     optimizer: Optimizer = AdamW(parameter_groups(model, config), betas=(0.9, config.adam_beta2), fused=True)
@@ -78,7 +86,7 @@ def fit(
         model.compile()
     model, optimizer = accelerator.prepare(model, optimizer)
     bare = accelerator.unwrap_model(model, keep_torch_compile=False)
-    step = resume(accelerator, bare, average, optimizer, config)
+    step = resume(accelerator, bare, average, optimizer, config, made_from)
     if step >= config.steps and accelerator.is_main_process:
         accelerator.print(f"{config.output} is already trained for {step} steps")
         export(average)
@@ -95,6 +103,7 @@ def fit(
         world=accelerator.num_processes,
     )
     model.train()
+    finite = torch.ones((), dtype=torch.bool, device=accelerator.device)
     while step < config.steps:
         rate = learning_rate(step, config)
         for group in optimizer.param_groups:
@@ -108,6 +117,8 @@ def fit(
             accelerator.backward(metrics["loss"] / config.gradient_accumulation)
             log.add(metrics)
         norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        if accelerator.scaler is None:  # fp16's scaler skips such steps itself
+            finite &= torch.isfinite(norm)
         optimizer.step()
         optimizer.zero_grad()
         step += 1
@@ -115,7 +126,12 @@ def fit(
 
         log.step(step, rate, norm)
         if step % config.save_every == 0 or step == config.steps:
-            save(accelerator, step, bare, average, optimizer, config, export)
+            if not finite:
+                raise FloatingPointError(
+                    f"a gradient was not finite in the last {config.save_every} steps before {step}, which are not "
+                    f"saved; lower train.learning_rate or look at the data. {config.output} keeps what was before"
+                )
+            save(accelerator, step, bare, average, optimizer, config, export, made_from)
     log.close()
     return average
 
@@ -143,7 +159,6 @@ def seed_noise(seed: int, micro_step: int, accelerator: Accelerator) -> None:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    batch.index = batch.index.to(device, non_blocking=True)
     batch.image = None if batch.image is None else batch.image.to(device, non_blocking=True)
     return batch
 
@@ -156,11 +171,13 @@ def save(
     optimizer: Optimizer,
     config: TrainConfig,
     export: Callable[[nn.Module], None],
+    made_from: dict[str, str],
 ) -> None:
     """A checkpoint and the exported average; the other processes wait."""
     if accelerator.is_main_process:
         tensors = {"model": model.state_dict(), "ema": average.state_dict(), "optimizer": flatten(optimizer)}
-        state: dict[str, Any] = {"config": asdict(config), "num_processes": accelerator.num_processes}
+        state: dict[str, Any] = {"config": asdict(config), "made_from": made_from}
+        state["num_processes"] = accelerator.num_processes
         if accelerator.scaler is not None:
             state["scaler"] = accelerator.scaler.state_dict()
         save_checkpoint(Path(config.output) / "checkpoints", step, tensors, state, config.keep)
@@ -168,12 +185,17 @@ def save(
     accelerator.wait_for_everyone()
 
 
-# What decides which samples and which noise a step sees, or what the optimizer's state means.
+# What decides, with the data, which samples and which noise a step sees.
 UNCHANGEABLE = ("batch_size", "gradient_accumulation", "seed")
 
 
 def resume(
-    accelerator: Accelerator, model: nn.Module, average: nn.Module, optimizer: Optimizer, config: TrainConfig
+    accelerator: Accelerator,
+    model: nn.Module,
+    average: nn.Module,
+    optimizer: Optimizer,
+    config: TrainConfig,
+    made_from: dict[str, str],
 ) -> int:
     """Restore the newest checkpoint that verifies; the number of steps it has done, 0 without one."""
     checkpoint, problems = load_latest(Path(config.output) / "checkpoints")
@@ -192,6 +214,9 @@ def resume(
                 f"{checkpoint.path} was trained with {name}={before[name]}, now {now[name]}; "
                 "keep it, or start in another train.output"
             )
+    for name, value in made_from.items():
+        if checkpoint.state.get("made_from", made_from).get(name) != value:
+            raise InputError(f"{checkpoint.path} was trained with another {name}; start in another train.output")
     try:
         model.load_state_dict(checkpoint.tensors["model"])
         average.load_state_dict(checkpoint.tensors["ema"])
@@ -251,6 +276,7 @@ class Log:
         if norm is not None:
             row["gradient_norm"] = float(norm)
         if self.accelerator.is_main_process:
+            Path(self.config.output).mkdir(parents=True, exist_ok=True)
             with open(Path(self.config.output) / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps({name: float(f"{value:.6g}") for name, value in row.items()}) + "\n")
             self.bar.set_postfix({name: f"{row[name]:.4g}" for name in names})

@@ -33,6 +33,7 @@ class Prior(ModelMixin, ConfigMixin):
         text_width: dimensions of a caption's token states.
         context_length: longest caption, in tokens.
         width, depth, heads: of the transformer.
+        null_length: tokens of the empty caption; a start and an end for most CLIPs.
         clip_fingerprint: of the CLIP that it was trained with.
     """
 
@@ -45,6 +46,7 @@ class Prior(ModelMixin, ConfigMixin):
         width: int,
         depth: int,
         heads: int,
+        null_length: int = 2,
         clip_fingerprint: str | None = None,
     ):
         super().__init__()
@@ -57,11 +59,11 @@ class Prior(ModelMixin, ConfigMixin):
         self.blocks = nn.ModuleList(PriorBlock(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.to_image = nn.Linear(width, embed_dim)
-        # The statistics of z_i, and the encoding of the empty caption (start and end): set by `train_prior.py`.
+        # The statistics of z_i, and the encoding of the empty caption: set by `train_prior.py`.
         self.register_buffer("mean", torch.zeros(embed_dim))
         self.register_buffer("std", torch.full((embed_dim,), embed_dim**-0.5))
         self.register_buffer("null_embedding", torch.zeros(embed_dim))
-        self.register_buffer("null_states", torch.zeros(2, text_width))
+        self.register_buffer("null_states", torch.zeros(null_length, text_width))
 
     def forward(self, x: Tensor, t: Tensor, text: TextEncoding) -> Tensor:
         """x: (B, D) noisy scaled z_i; t: (B,) timesteps -> (B, D), the clean one. What training calls: one pass."""

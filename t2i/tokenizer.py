@@ -1,11 +1,13 @@
 """Captions to token numbers: a byte-pair vocabulary of the project's own, or the tokenizer of a public CLIP."""
 
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
-from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer, SimpleTokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
@@ -63,6 +65,10 @@ class CaptionTokenizer:
     def save(self, folder: Path) -> None:
         self.tokenizer.save(str(folder / "tokenizer.json"))
 
+    def digest(self) -> str:
+        """16 hexadecimal digits for the vocabulary."""
+        return hashlib.sha256(self.tokenizer.to_str().encode()).hexdigest()[:16]
+
 
 class PublicTokenizer:
     """The tokenizer of an open_clip model, with the same three methods."""
@@ -84,12 +90,17 @@ class PublicTokenizer:
             self.tokenizer.tokenizer.save_pretrained(folder / "tokenizer")
 
 
-def load_tokenizer(folder: Path, kind: str, context_length: int) -> CaptionTokenizer | PublicTokenizer:
-    """The tokenizer saved in a CLIP folder. Raises InputError if its file is missing or damaged."""
+def load_tokenizer(folder: Path, kind: str, text_cfg: dict[str, Any]) -> CaptionTokenizer | PublicTokenizer:
+    """The tokenizer saved in a CLIP folder, for a text tower of open_clip's configuration `text_cfg`.
+
+    Raises InputError if its file is missing or damaged.
+    """
+    context_length = text_cfg.get("context_length", DEFAULT_CONTEXT_LENGTH)
     if kind == "clip":
         return PublicTokenizer(SimpleTokenizer(context_length=context_length))
     if kind == "transformers":
-        return PublicTokenizer(HFTokenizer(str(folder / "tokenizer"), context_length=context_length))
+        options = {"tokenizer_mode": text_cfg.get("tokenizer_mode"), **text_cfg.get("tokenizer_kwargs", {})}
+        return PublicTokenizer(HFTokenizer(str(folder / "tokenizer"), context_length, **options))
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise InputError(f"no {str(path)!r}; it is the vocabulary that this CLIP was trained with")

@@ -42,7 +42,8 @@ def test_generate_writes_pictures_that_know_how_they_were_made(monkeypatch, caps
         assert image.size == (32, 32)
         settings = json.loads(image.info["t2i"])
         assert settings["prompt"] == "blue square" and settings["seed"] == 5 and settings["num_inference_steps"] == 3
-        assert image.info["parameters"].startswith("blue square\n")
+        assert settings["guidance_scale"] > 1  # defaults are recorded too
+        assert image.info["parameters"].startswith("blue square\nSteps: 3, CFG scale: ")
     # The same seed alone gives the same picture, under another name: nothing is overwritten.
     before = paths[1].read_bytes()
     again = ["--model", pipeline_folder, "--out", tmp_path / "out", "--seed", 5, *QUICK]
@@ -102,15 +103,20 @@ def test_bad_input_is_one_line_and_exit_status_2(monkeypatch, capsys, tmp_path, 
     assert list(tmp_path.iterdir()) == []  # nothing half-written
 
 
-def test_a_picture_that_does_not_decode_stops_training_by_name(monkeypatch, capsys, shapes, tmp_path):
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # on a machine with one core
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_picture_that_does_not_decode_stops_training_by_name(monkeypatch, capsys, shapes, tmp_path, workers):
     import shutil
 
     shutil.copytree(shapes, tmp_path / "data")
-    (tmp_path / "data" / "03.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    picture = tmp_path / "data" / "03.png"
+    picture.write_bytes(picture.read_bytes()[: -30 if workers else 10])  # cut, or no header at all
     config = Path(__file__).parent.parent / "configs/tiny/autoencoder.yaml"
     command = ["train", "autoencoder", config, f"data.path={tmp_path / 'data'}", f"train.output={tmp_path / 'run'}"]
-    status, _, err = run(monkeypatch, capsys, *command, "train.decay_steps=0", "train.batch_size=8")
+    status, _, err = run(monkeypatch, capsys, *command, "train.decay_steps=0", f"data.num_workers={workers}")
     assert status == 2 and "03.png" in err.splitlines()[-1] and "Traceback" not in err
+    if not workers:
+        assert not (tmp_path / "run").exists()  # a picture without a header is found before any work
 
 
 def test_doctor_finds_everything_in_place(monkeypatch, capsys):

@@ -35,6 +35,11 @@ def test_our_text_encoding_equals_open_clips(pooling):
     encoding = clip.encode_text(CAPTIONS)
     tokens = clip.tokenizer(CAPTIONS)
     torch.testing.assert_close(encoding.embedding, clip.net.encode_text(tokens, normalize=True), atol=1e-6, rtol=1e-5)
+    states = []
+    hook = clip.net.ln_final.register_forward_hook(lambda _, __, out: states.append(out))
+    clip.net.encode_text(tokens)
+    hook.remove()
+    torch.testing.assert_close(encoding.states, states[0][:, : encoding.states.shape[1]], atol=1e-5, rtol=1e-5)
     assert encoding.mask.sum(dim=1).tolist() == (tokens != 0).sum(dim=1).tolist()
     assert encoding.states.shape[1] == encoding.mask.sum(dim=1).max()
 
@@ -89,7 +94,7 @@ def test_weights_that_are_not_those_of_the_fingerprint_are_refused(tmp_path):
         load_clip(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "no tokenizer", "another class"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "no tokenizer", "another class", "a tensor less", "pickle"])
 def test_a_damaged_folder_is_refused_in_one_line(tmp_path, damage):
     make().save_pretrained(tmp_path)
     weights = tmp_path / "diffusion_pytorch_model.safetensors"
@@ -97,13 +102,21 @@ def test_a_damaged_folder_is_refused_in_one_line(tmp_path, damage):
         weights.unlink()
     elif damage == "truncated":
         weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "a tensor less":
+        tensors = load_file(weights)
+        del tensors["net.ln_final.weight"]
+        save_file(tensors, weights)
+    elif damage == "pickle":
+        torch.save(load_file(weights), tmp_path / "diffusion_pytorch_model.bin")
+        weights.unlink()
     elif damage == "no tokenizer":
         (tmp_path / "tokenizer.json").unlink()
     else:
         config = json.loads((tmp_path / "config.json").read_text())
         (tmp_path / "config.json").write_text(json.dumps(config | {"_class_name": "Prior"}))
-    with pytest.raises(InputError, match=str(tmp_path)):
+    with pytest.raises(InputError, match=str(tmp_path)) as caught:
         load_clip(tmp_path)
+    assert len(str(caught.value).split("\n")) == 1 or damage == "truncated"
 
 
 def local_dir(folder, model) -> str:
@@ -125,6 +138,21 @@ def test_a_public_pair_loads_from_a_local_folder_and_is_saved_as_ours(tmp_path):
     clip.save_pretrained(tmp_path / "ours")
     again = load_clip(tmp_path / "ours")
     torch.testing.assert_close(again.encode_text(CAPTIONS).embedding, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_bfloat16_folders_keep_their_identity(tmp_path):
+    clip = make()
+    clip.save_pretrained(tmp_path / "full")
+    clip.bfloat16().save_pretrained(tmp_path / "half")
+    assert load_clip(tmp_path / "half").identity == load_clip(tmp_path / "full").identity
+
+
+def test_an_export_in_mid_training_does_not_fix_the_identity(tmp_path):
+    clip = make()
+    clip.save_pretrained(tmp_path / "early")
+    clip.net.token_embedding.weight.data += 1
+    clip.save_pretrained(tmp_path / "late")
+    assert load_clip(tmp_path / "late").identity != load_clip(tmp_path / "early").identity
 
 
 def test_the_quickgelu_mismatch_is_an_error_and_unknown_names_are_refused():

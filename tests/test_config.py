@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 from t2i.autoencoder import Autoencoder
 from t2i.clip import CLIP
@@ -12,6 +13,8 @@ from t2i.config import CONFIGS, load_config
 from t2i.errors import InputError
 from t2i.prior import Prior
 from training.train_decoder import ARCHITECTURES
+
+from .conftest import train
 
 SHIPPED = sorted(CONFIGS.glob("*/*.yaml"))
 
@@ -38,10 +41,12 @@ def test_every_shipped_configuration_builds_its_model(path):
             case "autoencoder":
                 model = Autoencoder(**config.model)
             case "prior":
+                make_scheduler(config)
                 model = Prior(
                     embed_dim=embed_dim, text_width=text["width"], context_length=text["context_length"], **config.model
                 )
             case "decoder":
+                make_scheduler(config)
                 autoencoder = Autoencoder(**config_of(sibling(path, "autoencoder")).model)
                 model = ARCHITECTURES[config.architecture](
                     embed_dim=embed_dim,
@@ -53,8 +58,13 @@ def test_every_shipped_configuration_builds_its_model(path):
     assert sum(parameter.numel() for parameter in model.parameters()) > 1000
 
 
+def make_scheduler(config) -> None:
+    with torch.device("cpu"):
+        assert DDIMScheduler(**config.scheduler).config.prediction_type in ("sample", "v_prediction")
+
+
 def test_configurations_exist_for_every_stage_and_size():
-    assert {path.parent.name for path in SHIPPED} == {"tiny", "emoji", "emoji-unet", "base"}
+    assert {path.parent.name for path in SHIPPED} == {"tiny", "emoji", "emoji-transformer", "base"}
     for size in ("tiny", "emoji", "base"):
         assert {path.stem for path in SHIPPED if path.parent.name == size} == {
             "clip",
@@ -92,8 +102,47 @@ def test_a_missing_required_value_and_a_missing_file_are_refused(tmp_path):
     (tmp_path / "half.yaml").write_text("clip: somewhere\n")
     with pytest.raises(InputError, match="path"):
         load_config(Config, "prior", [str(tmp_path / "half.yaml")])
+    from training.train_clip import Config as ClipConfig
+
+    (tmp_path / "half.yaml").write_text("model: {embed_dim: 3}\n")
+    with pytest.raises(InputError, match="model lacks vision_cfg, text_cfg"):
+        load_config(ClipConfig, "clip", [str(tmp_path / "half.yaml")])
+    (tmp_path / "half.yaml").write_text("- a list\n")
+    with pytest.raises(InputError, match="it must be a YAML mapping"):
+        load_config(ClipConfig, "clip", [str(tmp_path / "half.yaml")])
     with pytest.raises(InputError, match="no configuration file"):
         load_config(Config, "prior", [str(tmp_path / "none.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("stage", "override", "message"),
+    [
+        ("clip", "model.vision_cfg.widht=3", "model does not make a CLIP.*widht"),
+        ("autoencoder", "model.vae.latent_chanels=3", "model does not make a Autoencoder.*latent_chanels"),
+        ("autoencoder", "kl_weight=nan", "kl_weight must be from 0"),
+        ("prior", "model.widht=3", "model does not make a Prior.*widht"),
+        ("prior", "scheduler.predicton_type=sample", "scheduler does not make a DDIMScheduler.*predicton_type"),
+        ("decoder", "model.widht=3", "model does not make a Decoder.*widht"),
+        ("decoder", "architecture=gan", "architecture must be one of transformer, unet"),
+    ],
+)
+def test_a_mistake_in_a_models_own_arguments_is_refused_before_any_work(
+    stage, override, message, runs, shapes, tmp_path, monkeypatch
+):
+    key, value = override.split("=", 1)
+    for name in ("prior", "decoder"):
+        monkeypatch.setattr(f"training.train_{name}.encode_all", lambda *_: pytest.fail("work has started"))
+    elsewhere = {part: runs / part for part in {"prior": ["clip"], "decoder": ["clip", "autoencoder"]}.get(stage, [])}
+    with pytest.raises(InputError, match=message) as caught:
+        train(stage, shapes, tmp_path, **elsewhere, **{key: value})
+    assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
+
+
+def test_a_short_run_shortens_warm_up_and_decay():
+    from training.train_prior import Config
+
+    config = load_config(Config, "prior", [str(CONFIGS / "emoji/prior.yaml"), "train.steps=10"])
+    assert config.train.warmup_steps == config.train.decay_steps == 10
 
 
 def test_yaml_no_is_not_false():

@@ -94,6 +94,8 @@ def test_a_picture_that_does_not_decode_or_is_too_large_is_refused(tmp_path, mon
         ("not json", "metadata.jsonl:1"),
         ('{"file_name": "gone.png", "text": "x"}', "1 of 1 pictures are missing"),
         ('{"file_name": "../a.png", "text": "x"}', "inside the folder"),
+        ('{"file_name": "a.png", "text": " "}', "text must be a string that is not empty"),
+        ('{"file_name": "a.png", "text": "x", "keywords": "a, b"}', "keywords must be a list"),
     ],
 )
 def test_a_data_folder_that_cannot_be_used_is_refused(tmp_path, content, message):

@@ -10,11 +10,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
+from safetensors.torch import load_file, save_file
 
 from pipelines.assemble import assemble, assemble_folder
 from t2i import InputError, Text2ImagePipeline
+from t2i.config import load_config
+from t2i.unet_decoder import UNetDecoder
+from training import train_decoder
 
-from .conftest import seeds, train
+from .conftest import CONFIGS, arguments, seeds, train
 
 QUICK = {"prior_num_inference_steps": 3, "num_inference_steps": 4}
 
@@ -154,11 +158,40 @@ def test_half_precision_folders_are_half_the_size_and_draw_nearly_the_same(runs,
     torch.testing.assert_close(*pictures, atol=0.02, rtol=0)
 
 
-def test_it_runs_in_bfloat16(pipeline_folder):
-    pipeline = Text2ImagePipeline.from_pretrained(pipeline_folder, dtype=torch.bfloat16)
+def test_bfloat16_draws_nearly_the_same(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "full")
+    expected = draw(pipeline, "red circle", seeds(1))
+    half = Text2ImagePipeline.from_pretrained(tmp_path / "full", dtype=torch.bfloat16)
+    half.set_progress_bar_config(disable=True)
+    assert half.decoder.dtype == torch.bfloat16
+    torch.testing.assert_close(draw(half, "red circle", seeds(1)), expected, atol=0.1, rtol=0)
+
+
+def test_drawing_without_a_generator_follows_torchs_seed_and_leaves_it_usable(pipeline):
+    pictures = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        pictures.append(draw(pipeline, "red circle", None))
+    torch.testing.assert_close(*pictures)
+    assert (draw(pipeline, "red circle", None) - pictures[0]).abs().max() > 1e-3
+
+
+def test_the_unet_is_a_decoder_like_the_other(shapes, runs, tmp_path):
+    unet = {"block_out_channels": "[32, 32]", "layers_per_block": 1, "attention_head_dim": 8, "norm_num_groups": 8}
+    unet |= {"down_block_types": "[CrossAttnDownBlock2D, DownBlock2D]"}
+    unet |= {"up_block_types": "[UpBlock2D, CrossAttnUpBlock2D]"}
+    settings = ", ".join(f"{key}: {value}" for key, value in unet.items())
+    config = tmp_path / "decoder.yaml"
+    text = (CONFIGS / "tiny/decoder.yaml").read_text()
+    model = next(line for line in text.splitlines() if line.startswith("model:"))
+    config.write_text(text.replace(model, f"model: {{unet: {{{settings}}}}}").replace("transformer", "unet"))
+    arguments_ = arguments("decoder", shapes, tmp_path, clip=runs / "clip", autoencoder=runs / "autoencoder")
+    train_decoder.main(load_config(train_decoder.Config, "decoder", [str(config), *arguments_[1:]]))
+    folder = assemble_folder(runs, tmp_path / "unet", decoder=str(tmp_path / "decoder"))
+    pipeline = Text2ImagePipeline.from_pretrained(folder)
+    assert isinstance(pipeline.decoder, UNetDecoder)
     pipeline.set_progress_bar_config(disable=True)
-    assert pipeline.decoder.dtype == torch.bfloat16
-    assert draw(pipeline, "red circle", seeds(1)).isfinite().all()
+    assert draw(pipeline, "red circle", seeds(1)).shape == (1, 3, 32, 32)
 
 
 def test_stages_of_another_clip_are_refused(shapes, runs, tmp_path):
@@ -169,7 +202,9 @@ def test_stages_of_another_clip_are_refused(shapes, runs, tmp_path):
         assemble(tmp_path / "runs")
 
 
-@pytest.mark.parametrize("damage", ["empty", "no folder", "truncated", "no component", "bad index", "other clip"])
+@pytest.mark.parametrize(
+    "damage", ["empty", "no folder", "truncated", "no component", "bad index", "other clip", "a tensor less"]
+)
 def test_a_damaged_folder_is_refused_in_one_line(pipeline_folder, tmp_path, damage):
     folder = tmp_path / "model"
     shutil.copytree(pipeline_folder, folder)
@@ -182,6 +217,11 @@ def test_a_damaged_folder_is_refused_in_one_line(pipeline_folder, tmp_path, dama
         case "truncated":
             weights = folder / "decoder/diffusion_pytorch_model.safetensors"
             weights.write_bytes(weights.read_bytes()[:1000])
+        case "a tensor less":
+            weights = folder / "decoder/diffusion_pytorch_model.safetensors"
+            tensors = load_file(weights)
+            del tensors["to_tokens.bias"]
+            save_file(tensors, weights)
         case "no component":
             shutil.rmtree(folder / "prior")
         case "bad index":
@@ -204,6 +244,10 @@ NAN = float("nan")
         ({"prompt": 7}, "prompt must be a text or a list of texts, got 7"),
         ({"prompt": ["cat", None]}, "prompt must be a text or a list"),
         ({"prompt": None}, "prompt is missing"),
+        ({"prompt": []}, "prompt is missing"),
+        ({"image_embeds": 3}, "image_embeds must be a tensor"),
+        ({"image_embeds": torch.zeros(0, 32)}, "image_embeds must be a tensor"),
+        ({"latents": torch.full((1, 4, 8, 8), NAN)}, "latents must be finite"),
         ({"prompt": "x" * 5000}, "at most 4096 characters, got 5000"),
         ({"negative_prompt": ["a", "b"]}, "negative_prompt has 2 texts for 1 prompts"),
         ({"negative_prompt": 3}, "negative_prompt must be a text"),
@@ -218,9 +262,9 @@ NAN = float("nan")
         ({"output_type": "jpg"}, "output_type must be one of pil, np, pt, latent"),
         ({"generator": []}, "0 generators for 1 pictures"),
         ({"generator": 5}, "generator must be a torch.Generator"),
-        ({"latents": torch.zeros(1, 4, 9, 9)}, r"latents must be a finite tensor of shape \(1, 4, 8, 8\)"),
-        ({"prior_latents": torch.full((1, 32), NAN)}, "prior_latents must be a finite tensor"),
-        ({"image_embeds": torch.zeros(2, 5)}, "image_embeds must be a finite tensor"),
+        ({"latents": torch.zeros(1, 4, 9, 9)}, r"latents must be a tensor of shape \(1, 4, 8, 8\)"),
+        ({"prior_latents": torch.full((1, 32), NAN)}, "prior_latents must be finite"),
+        ({"image_embeds": torch.zeros(2, 5)}, "image_embeds must be a tensor"),
         ({"callback_on_step_end_tensor_inputs": ["z"]}, "may hold"),
     ],
 )

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from t2i.autoencoder import Autoencoder
 from t2i.checkpoint import export_model
-from t2i.config import DataConfig, TrainConfig
+from t2i.config import DataConfig, TrainConfig, build, check_range
 from t2i.data import Batch, CaptionedPictures
 from t2i.launch import run
 from t2i.loop import fit, start
@@ -28,11 +28,14 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
+    def __post_init__(self) -> None:
+        check_range("kl_weight", self.kl_weight, 0, 1e6)
+
 
 def main(config: Config) -> None:
     dataset = CaptionedPictures(config.data)
     accelerator = start(config.train)
-    autoencoder = Autoencoder(**config.model).to(memory_format=torch.channels_last)
+    autoencoder = build(Autoencoder, "model", config.model).to(memory_format=torch.channels_last)
 
     def loss(model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         reconstruction, kl = model(batch.image)
@@ -46,7 +49,8 @@ def main(config: Config) -> None:
         average.measure(dataset.sample(MEASURED, batch_size=64))
         export_model(average, Path(config.train.output))
 
-    fit(accelerator, autoencoder, loss, dataset, config.train, export, config.data.num_workers)
+    made_from = {"data": dataset.digest()}
+    fit(accelerator, autoencoder, loss, dataset, config.train, export, config.data.num_workers, made_from)
 
 
 if __name__ == "__main__":

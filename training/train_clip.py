@@ -13,7 +13,7 @@ from open_clip import ClipLoss
 
 from t2i.checkpoint import export_model
 from t2i.clip import CLIP
-from t2i.config import DataConfig, TrainConfig
+from t2i.config import DataConfig, TrainConfig, build, check_keys
 from t2i.data import Batch, CaptionedPictures
 from t2i.launch import run
 from t2i.loop import fit, start
@@ -27,6 +27,11 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
+    def __post_init__(self) -> None:
+        check_keys("model", self.model, ("embed_dim", "vision_cfg", "text_cfg"))
+        check_keys("model.text_cfg", self.model["text_cfg"], ("vocab_size", "context_length"))
+        check_keys("preprocess", self.preprocess, ("size", "mean", "std"))
+
 
 def main(config: Config) -> None:
     dataset = CaptionedPictures(config.data)
@@ -36,7 +41,7 @@ def main(config: Config) -> None:
     text["vocab_size"] = tokenizer.vocab_size
 
     accelerator = start(config.train)
-    clip = CLIP(config.model, config.preprocess)
+    clip = build(CLIP, "model", {"model": config.model, "preprocess": config.preprocess})
     contrastive_loss = ClipLoss(
         local_loss=True,
         gather_with_grad=True,
@@ -54,7 +59,8 @@ def main(config: Config) -> None:
         average.tokenizer = tokenizer
         export_model(average, Path(config.train.output))
 
-    fit(accelerator, clip, loss, dataset, config.train, export, config.data.num_workers)
+    made_from = {"data": dataset.digest(), "vocabulary": tokenizer.digest()}
+    fit(accelerator, clip, loss, dataset, config.train, export, config.data.num_workers, made_from)
 
 
 if __name__ == "__main__":

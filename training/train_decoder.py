@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler
 
 from t2i.autoencoder import Autoencoder, load_autoencoder
-from t2i.checkpoint import export_model
+from t2i.checkpoint import export_model, weights_digest
 from t2i.clip import CLIP, load_clip
 from t2i.condition import ImageCondition
-from t2i.config import DataConfig, TrainConfig, check_choice, check_range
+from t2i.config import DataConfig, TrainConfig, build, check_choice, check_range
 from t2i.data import Batch, CaptionedPictures, encode_all
 from t2i.decoder import Decoder
 from t2i.diffusion import denoise, drop
@@ -29,9 +29,11 @@ ARCHITECTURES = {"transformer": Decoder, "unet": UNetDecoder}
 
 @dataclass
 class Config:
-    clip: str = "???"  # folder of a trained CLIP, or a public one: ViT-L-14:openai, hf-hub:org/name, local-dir:/path
+    clip: str = (
+        "???"  # folder of a trained CLIP, or a public one: ViT-L-14:laion2b_s32b_b82k, hf-hub:name, local-dir:path
+    )
     autoencoder: str = "???"  # folder of a trained autoencoder, or a diffusers VAE: a folder or a hub name
-    architecture: str = "transformer"  # or unet
+    architecture: str = "unet"  # or transformer
     model: dict[str, Any] = field(default_factory=dict)  # its arguments, but for what CLIP and the autoencoder tell
     scheduler: dict[str, Any] = field(default_factory=dict)  # arguments of diffusers' DDIMScheduler
     reads_captions: bool = False  # caption tokens as a second condition
@@ -54,30 +56,31 @@ def main(config: Config) -> None:
     accelerator = start(config.train)
     clip = clip.to(accelerator.device).eval().requires_grad_(False)
     autoencoder = autoencoder.to(accelerator.device).eval().requires_grad_(False)
+    scheduler = build(DDIMScheduler, "scheduler", config.scheduler)
+    architecture = ARCHITECTURES[config.architecture]
+    decoder = build(architecture, "model", config.model, **decoder_arguments(config, clip, autoencoder))
+    decoder.to(accelerator.device)
     embeddings = encode_all(dataset, clip.encode_image, accelerator, "image embeddings")
     latents = encode_all(dataset, autoencoder.encode, accelerator, "latents")
-    decoder = ARCHITECTURES[config.architecture](**config.model, **decoder_arguments(config, clip, autoencoder))
-    decoder.to(accelerator.device)
-    scheduler = DDIMScheduler(**config.scheduler)
     dataset.pictures = False  # from here on embeddings and latents stand for them
 
     def loss(model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        index = batch.index.cpu()
-        z_i, x = embeddings[index].to(accelerator.device), latents[index].to(accelerator.device)
+        z_i, x = (what[batch.index].to(accelerator.device) for what in (embeddings, latents))
         text = clip.encode_text(batch.captions) if config.reads_captions else None
         null = decoder.null(len(x))
         if text is not None:
             text = drop(text, null.text, config.caption_dropout)
         condition = drop(ImageCondition(z_i), ImageCondition(null.embedding), config.embedding_dropout)
         condition = ImageCondition(condition.embedding, text)
-        prediction, target, _, _ = denoise(model, scheduler, x, condition, config.timestep_shift)
+        prediction, target = denoise(model, scheduler, x, condition, config.timestep_shift)
         return {"loss": F.mse_loss(prediction, target)}
 
     def export(average: torch.nn.Module) -> None:
         export_model(average, Path(config.train.output))
         export_model(scheduler, Path(config.train.output), "scheduler")
 
-    fit(accelerator, decoder, loss, dataset, config.train, export, config.data.num_workers)
+    made_from = {"data": dataset.digest(), "clip": clip.identity, "autoencoder": weights_digest(autoencoder)}
+    fit(accelerator, decoder, loss, dataset, config.train, export, config.data.num_workers, made_from)
 
 
 def decoder_arguments(config: Config, clip: CLIP, autoencoder: Autoencoder) -> dict[str, Any]:

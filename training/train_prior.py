@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler
 
 from t2i.checkpoint import export_model
 from t2i.clip import CLIP, load_clip
-from t2i.config import DataConfig, TrainConfig, check_range
+from t2i.config import DataConfig, TrainConfig, build, check_range
 from t2i.data import Batch, CaptionedPictures, encode_all
 from t2i.diffusion import denoise, drop
 from t2i.launch import run
@@ -24,7 +24,9 @@ from t2i.prior import Prior
 
 @dataclass
 class Config:
-    clip: str = "???"  # folder of a trained CLIP, or a public one: ViT-L-14:openai, hf-hub:org/name, local-dir:/path
+    clip: str = (
+        "???"  # folder of a trained CLIP, or a public one: ViT-L-14:laion2b_s32b_b82k, hf-hub:name, local-dir:path
+    )
     model: dict[str, Any] = field(default_factory=dict)  # arguments of t2i.prior.Prior, but for what CLIP tells
     scheduler: dict[str, Any] = field(default_factory=dict)  # arguments of diffusers' DDIMScheduler
     caption_dropout: float = 0.1
@@ -42,26 +44,26 @@ def main(config: Config) -> None:
     clip = load_clip(config.clip)
     accelerator = start(config.train)
     clip = clip.to(accelerator.device).eval().requires_grad_(False)
-    embeddings = encode_all(dataset, clip.encode_image, accelerator, "image embeddings")
-    prior = Prior(**config.model, **prior_arguments(clip))
-    prior.mean.copy_(embeddings.mean(dim=0))
-    prior.std.copy_(embeddings.std(dim=0))
+    scheduler = build(DDIMScheduler, "scheduler", config.scheduler)
     nothing = clip.encode_text([""])
+    prior = build(Prior, "model", config.model, **prior_arguments(clip), null_length=nothing.states.shape[1])
     prior.null_embedding.copy_(nothing.embedding[0])
     prior.null_states.copy_(nothing.states[0])
+    embeddings = encode_all(dataset, clip.encode_image, accelerator, "image embeddings")
+    prior.mean.copy_(embeddings.mean(dim=0))
+    prior.std.copy_(embeddings.std(dim=0))
     prior.to(accelerator.device)
-    scheduler = DDIMScheduler(**config.scheduler)
     dataset.pictures = False  # from here on the embeddings stand for them
 
     def loss(model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        text, z_i = clip.encode_text(batch.captions), embeddings[batch.index.cpu()].to(accelerator.device)
+        text, z_i = clip.encode_text(batch.captions), embeddings[batch.index].to(accelerator.device)
         condition = drop(text, prior.null(len(text)), config.caption_dropout)
-        prediction, target, _, _ = denoise(model, scheduler, prior.scale(z_i), condition, config.timestep_shift)
+        prediction, target = denoise(model, scheduler, prior.scale(z_i), condition, config.timestep_shift)
         metrics = {
             "loss": F.mse_loss(prediction, target),
             "cosine_text": F.cosine_similarity(text.embedding, z_i).mean(),
         }
-        if config.scheduler["prediction_type"] == "sample":
+        if scheduler.config.prediction_type == "sample":
             metrics["cosine"] = F.cosine_similarity(prior.unscale(prediction.detach()), z_i).mean()
         return metrics
 
@@ -69,7 +71,8 @@ def main(config: Config) -> None:
         export_model(average, Path(config.train.output))
         export_model(scheduler, Path(config.train.output), "scheduler")
 
-    fit(accelerator, prior, loss, dataset, config.train, export, config.data.num_workers)
+    made_from = {"data": dataset.digest(), "clip": clip.identity}
+    fit(accelerator, prior, loss, dataset, config.train, export, config.data.num_workers, made_from)
 
 
 def prior_arguments(clip: CLIP) -> dict[str, Any]:

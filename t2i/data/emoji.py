@@ -5,14 +5,13 @@ Names, groups and order come from Unicode's `emoji-test.txt`, keywords from CLDR
 
 import hashlib
 import json
-import os
-import shutil
 import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, features
 
+from t2i.checkpoint import new_folder
 from t2i.errors import InputError
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
@@ -48,7 +47,7 @@ def render_emoji(folder: str | Path, size: int = 128, font: Path = FONT, names: 
     Writes one PNG each and `metadata.jsonl` in the imagefolder convention; the folder appears whole or not at all.
     Raises InputError if the font or a data file is missing, or if Pillow lacks raqm.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{str(folder)!r} exists and is not an empty folder; give a new one")
     if not 16 <= size <= 1024:
@@ -65,11 +64,8 @@ def render_emoji(folder: str | Path, size: int = 128, font: Path = FONT, names: 
         one.keywords = keywords.get(one.characters.replace(EMOJI_PRESENTATION, ""), [])
     hold_out(emoji)
 
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
     face = ImageFont.truetype(str(font), STRIKE, layout_engine=ImageFont.Layout.RAQM)
-    with open(unfinished / "metadata.jsonl", "w", encoding="utf-8") as metadata:
+    with new_folder(folder) as unfinished, open(unfinished / "metadata.jsonl", "w", encoding="utf-8") as metadata:
         for one in emoji:
             draw(one.characters, face, size).save(unfinished / one.file_name, optimize=True)
             row: dict[str, object] = {
@@ -80,9 +76,6 @@ def render_emoji(folder: str | Path, size: int = 128, font: Path = FONT, names: 
             }
             row |= {"keywords": one.keywords, "split": one.split}
             metadata.write(json.dumps(row, ensure_ascii=False) + "\n")
-    if folder.exists():
-        folder.rmdir()
-    os.replace(unfinished, folder)
     return emoji
 
 

@@ -1,4 +1,7 @@
-"""What frozen models say of every picture, computed once before training and kept in memory."""
+"""What frozen models say of every picture, computed once before training and kept in memory.
+
+For data that memory holds: 4 KB a picture for latents of 8 x 8 x 16, 16 KB for 32 x 32 x 4.
+"""
 
 from collections.abc import Callable
 

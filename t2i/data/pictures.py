@@ -3,9 +3,13 @@
 Pictures are (3, H, W), float32, in [-1, 1] everywhere outside the models.
 """
 
+import hashlib
 import json
 import random
+import struct
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,8 +52,8 @@ def read_records(folder: str | Path, split: str | None = "train") -> list[Record
             record = Record(folder / row["file_name"], row["text"], row.get("keywords", []), row.get("split", "train"))
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{metadata}:{number}: not a JSON object with file_name and text ({error!r})") from error
-        if not isinstance(record.text, str) or not record.path.resolve().is_relative_to(folder.resolve()):
-            raise InputError(f"{metadata}:{number}: text must be a string and file_name stay inside the folder")
+        if problem := wrong(record, folder):
+            raise InputError(f"{metadata}:{number}: {problem}")
         if split is None or record.split == split:
             records.append(record)
     if not records:
@@ -59,17 +63,45 @@ def read_records(folder: str | Path, split: str | None = "train") -> list[Record
     return records
 
 
+def wrong(record: Record, folder: Path) -> str | None:
+    """What is wrong with a record, if anything."""
+    if not isinstance(record.text, str) or not record.text.strip():
+        return f"text must be a string that is not empty, got {record.text!r}"
+    if not isinstance(record.keywords, list) or not all(isinstance(word, str) and word for word in record.keywords):
+        return f"keywords must be a list of strings, got {record.keywords!r}"
+    if not record.path.resolve().is_relative_to(folder.resolve()):
+        return f"file_name must stay inside the folder, got {str(record.path)!r}"
+    return None
+
+
 def open_picture(path: str | Path) -> Image.Image:
     """An RGB picture, upright, transparency on white. Raises InputError if it does not decode or is too large."""
+    with decoding(path) as file:
+        image: Image.Image = ImageOps.exif_transpose(file)
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        return image.convert("RGB")
+
+
+@contextmanager
+def decoding(path: str | Path) -> Iterator[Image.Image]:
+    """An open picture whose header has been read; what is wrong with it, also later, as an InputError."""
     try:
         with Image.open(path) as file:
             if file.width * file.height > MAX_PIXELS:
                 raise InputError(f"{str(path)!r} has {file.width} x {file.height} pixels; at most {MAX_PIXELS:,}")
-            image: Image.Image = ImageOps.exif_transpose(file)
-            if image.has_transparency_data:
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            return image.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            yield file
+    except InputError:
+        raise
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        EOFError,
+        struct.error,
+        zlib.error,
+        Image.DecompressionBombError,
+    ) as error:
         raise InputError(f"{str(path)!r} does not decode as a picture ({error})") from error
 
 
@@ -111,6 +143,9 @@ class CaptionedPictures(Dataset):
     def __init__(self, config: DataConfig, split: str | None = "train", pictures: bool = True):
         self.records = read_records(config.path, split)
         self.size, self.pictures = config.image_size, pictures
+        for record in self.records:
+            with decoding(record.path):  # the header: quick, and before any work
+                pass
 
     def __len__(self) -> int:
         return len(self.records)
@@ -123,6 +158,11 @@ class CaptionedPictures(Dataset):
     def picture(self, index: int) -> Tensor:
         """(3, H, W)"""
         return to_tensor(open_picture(self.records[index].path), self.size)
+
+    def digest(self) -> str:
+        """16 hexadecimal digits for the records and their order."""
+        rows = [[record.path.name, record.text, record.keywords] for record in self.records]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
     def sample(self, count: int, batch_size: int) -> Iterator[Tensor]:
         """About `count` pictures (all, if there are fewer) from all over the data, (B, 3, H, W) at a time."""
@@ -165,4 +205,7 @@ class Order(Sampler[list[tuple[int, int]]]):
 def batches(dataset: Dataset, num_workers: int, **order: int) -> Iterator[Batch]:
     """Endless batches of a dataset; the keyword arguments are those of `Order`."""
     sampler = Order(len(dataset), **order)  # type: ignore[arg-type]
-    return iter(DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers, collate_fn=collate))
+    try:
+        yield from DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers, collate_fn=collate)
+    except InputError as error:  # a worker's error comes with its traceback as text
+        raise InputError(str(error).rsplit("InputError: ", 1)[-1]) from error

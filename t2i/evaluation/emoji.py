@@ -15,6 +15,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from t2i.data import open_picture, read_records, to_tensor
 from t2i.data.pictures import Record
+from t2i.errors import InputError
 
 SIZE = 128
 TRAINING_CAPTIONS = 200
@@ -45,14 +46,16 @@ def features(images: Tensor) -> Tensor:
 
 
 def base_name(text: str) -> str:
-    """The name up to the modifier."""
-    return text.split(": ")[0]
+    """The name up to the modifier. What follows "flag:" and "keycap:" is no modifier but what is shown."""
+    return text if text.startswith(("flag: ", "keycap: ")) else text.split(": ")[0]
 
 
 def choose(records: list[Record], count: int = TRAINING_CAPTIONS) -> dict[str, list[Record]]:
     """The captions to draw: `count` of the training split, the same ones every time, and all that were held out."""
     training = [record for record in records if record.split == "train"]
     held_out = [record for record in records if record.split == "held_out"]
+    if not training or not held_out:
+        raise InputError(f"{len(training)} training and {len(held_out)} held-out pictures; both kinds are needed")
     return {"train": random.Random(0).sample(training, min(count, len(training))), "held_out": held_out}
 
 
@@ -72,9 +75,10 @@ def evaluate(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     records = read_records(folder, split=None)
+    captions = choose(records)
     real = torch.cat([features(batch) for batch in stacked([record.path for record in records])])
     scores: dict[str, Any] = {}
-    for split, chosen in choose(records).items():
+    for split, chosen in captions.items():
         images = torch.cat(list(draw(pipeline, chosen, true_embeddings, batch_size, settings)))
         nearest = [records[i] for i in torch.cdist(features(images * 2 - 1), real).argmin(dim=1).tolist()]
         found = [record.path == other.path for record, other in zip(chosen, nearest)]
