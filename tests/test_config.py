@@ -104,7 +104,7 @@ def test_a_missing_required_value_and_a_missing_file_are_refused(tmp_path):
         load_config(Config, "prior", [str(tmp_path / "half.yaml")])
     from training.train_clip import Config as ClipConfig
 
-    (tmp_path / "half.yaml").write_text("model: {embed_dim: 3}\n")
+    (tmp_path / "half.yaml").write_text("model: {embed_dim: 3}\ndata: {path: x}\ntrain: {output: y}\n")
     with pytest.raises(InputError, match="model lacks vision_cfg, text_cfg"):
         load_config(ClipConfig, "clip", [str(tmp_path / "half.yaml")])
     (tmp_path / "half.yaml").write_text("- a list\n")
