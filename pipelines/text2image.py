@@ -149,8 +149,7 @@ class Text2ImagePipeline(DiffusionPipeline):
         Raises:
             InputError: for a value that is not allowed, before any work starts.
         """
-        prompts = self.check_inputs(
-            prompt,
+        check_settings(
             negative_prompt,
             num_images_per_prompt,
             prior_num_inference_steps,
@@ -158,18 +157,20 @@ class Text2ImagePipeline(DiffusionPipeline):
             num_inference_steps,
             guidance_scale,
             output_type,
-            image_embeds,
             callback_on_step_end_tensor_inputs,
         )
+        prompts = self.check_prompts(prompt, negative_prompt, num_images_per_prompt, image_embeds)
         count = len(prompts) * num_images_per_prompt if image_embeds is None else len(image_embeds)
         prior_generators, decoder_generators = split_generators(generator, count)
         config = self.decoder.config
         self.check_noise("prior_latents", prior_latents, (count, self.clip.embed_dim))
         self.check_noise("latents", latents, (count, config.latent_channels, config.latent_size, config.latent_size))
 
+        if negative_prompt is not None and (prior_guidance_scale == 1 or image_embeds is not None):
+            logger.warning("negative_prompt has no effect: it guides the prior, which is not guided or not used here")
         text = self.encode_prompt(prompts).repeat(num_images_per_prompt) if prompts else None
         if image_embeds is None:
-            assert text is not None, "check_inputs wants prompts or embeddings"
+            assert text is not None, "check_prompts wants prompts or embeddings"
             negative = None
             if negative_prompt is not None:
                 negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
@@ -190,33 +191,14 @@ class Text2ImagePipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return Text2ImagePipelineOutput(images, z_i) if return_dict else (images, z_i)
 
-    def check_inputs(
+    def check_prompts(
         self,
         prompt: str | list[str] | None,
         negative_prompt: str | list[str] | None,
         num_images_per_prompt: int,
-        prior_num_inference_steps: int,
-        prior_guidance_scale: float,
-        num_inference_steps: int,
-        guidance_scale: float,
-        output_type: str,
         image_embeds: Tensor | None,
-        tensor_inputs: list[str] | None,
     ) -> list[str]:
-        """Refuse what is not allowed; the prompts as a list."""
-        check_settings(
-            negative_prompt,
-            num_images_per_prompt,
-            prior_num_inference_steps,
-            prior_guidance_scale,
-            num_inference_steps,
-            guidance_scale,
-            output_type,
-        )
-        if unknown := set(tensor_inputs or []) - set(self._callback_tensor_inputs):
-            raise InputError(
-                f"callback_on_step_end_tensor_inputs may hold {self._callback_tensor_inputs}; got {unknown}"
-            )
+        """Refuse what does not go together; the prompts as a list."""
         if image_embeds is None and (prompt is None or prompt == []):
             raise InputError("prompt is missing; give a text, a list of texts, or image_embeds")
         prompts = [] if prompt is None else [prompt] if isinstance(prompt, str) else prompt
@@ -228,9 +210,8 @@ class Text2ImagePipeline(DiffusionPipeline):
                 raise InputError(f"image_embeds must be a tensor (N, {self.clip.embed_dim}), got {image_embeds!r:.80}")
             self.check_noise("image_embeds", image_embeds, (len(image_embeds), self.clip.embed_dim))
             if prompts and len(prompts) * num_images_per_prompt != len(image_embeds):
-                raise InputError(
-                    f"image_embeds has {len(image_embeds)} rows; prompts ask for another number of pictures"
-                )
+                asked = len(prompts) * num_images_per_prompt
+                raise InputError(f"image_embeds has {len(image_embeds)} rows, the prompts ask for {asked} pictures")
         return list(prompts)
 
     def check_noise(self, name: str, value: Tensor | None, shape: tuple[int, ...]) -> None:
@@ -318,6 +299,7 @@ def check_settings(
     num_inference_steps: int = 1,
     guidance_scale: float = 1.0,
     output_type: str = "pil",
+    tensor_inputs: list[str] | None = None,
 ) -> None:
     """What can be refused without a model."""
     check_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES)
@@ -326,6 +308,8 @@ def check_settings(
     check_number("prior_guidance_scale", prior_guidance_scale, 0, MAX_SCALE)
     check_number("guidance_scale", guidance_scale, 0, MAX_SCALE)
     check_choice("output_type", output_type, OUTPUT_TYPES)
+    if unknown := sorted(set(tensor_inputs or []) - {"latents"}):
+        raise InputError(f"callback_on_step_end_tensor_inputs may hold 'latents', got {', '.join(unknown)}")
     if negative_prompt is not None:
         check_texts("negative_prompt", [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -43,11 +43,13 @@ def start(config: TrainConfig) -> Accelerator:
     """Set up devices, precision and seeds."""
     if Path(config.output).exists() and not Path(config.output).is_dir():
         raise InputError(f"train.output is {config.output!r}, which is a file; give a folder")
-    device = PartialState().device.type
+    # Said in full, for accelerate takes processes of torchrun on a machine without a GPU for lone ones.
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not (torch.cuda.is_available() or torch.mps.is_available())
+    device = PartialState(cpu=cpu).device.type
     precision = best_precision(device) if config.mixed_precision == "auto" else config.mixed_precision
     if precision == "fp16" and device == "cpu":
         raise InputError("train.mixed_precision=fp16 needs a GPU, this process runs on the CPU; use bf16, no or auto")
-    accelerator = Accelerator(mixed_precision=precision)
+    accelerator = Accelerator(cpu=cpu, mixed_precision=precision)
     if device == "cpu":  # `accelerate launch` leaves each process one thread
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // accelerator.num_processes))

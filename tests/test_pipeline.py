@@ -122,6 +122,19 @@ def test_a_folder_saves_loads_in_a_fresh_process_and_draws_the_same_picture(pipe
     torch.testing.assert_close(torch.load(tmp_path / "x.pt"), expected, atol=1e-6, rtol=0)
 
 
+def test_a_repository_on_the_hub_is_fetched_whole_and_without_pickles(pipeline_folder, monkeypatch):
+    asked = {}
+
+    def snapshot_download(name, **options):
+        asked.update(options, name=name)
+        return str(pipeline_folder)
+
+    monkeypatch.setattr("pipelines.text2image.snapshot_download", snapshot_download)
+    pipeline = Text2ImagePipeline.from_pretrained("someone/model", revision="v1")
+    assert pipeline.clip.embed_dim == 32
+    assert asked == {"name": "someone/model", "revision": "v1", "allow_patterns": ["*.json", "*.safetensors"]}
+
+
 def test_the_folder_format_is_pinned(pipeline_folder):
     index = json.loads((pipeline_folder / "model_index.json").read_text())
     assert index.pop("_diffusers_version")
