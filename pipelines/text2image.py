@@ -32,6 +32,14 @@ from t2i.unet_decoder import UNetDecoder
 logger = logging.getLogger(__name__)
 
 MAX_STEPS, MAX_SCALE, MAX_IMAGES, MAX_CHARACTERS = 1000, 1000, 1024, 4096
+HOMES = {  # where a folder's components may come from; a part of the file format
+    "clip": ("t2i.clip",),
+    "prior": ("t2i.prior",),
+    "prior_scheduler": ("diffusers",),
+    "decoder": ("t2i.decoder", "t2i.unet_decoder"),
+    "decoder_scheduler": ("diffusers",),
+    "autoencoder": ("t2i.autoencoder",),
+}
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 StepCallback = Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
@@ -287,7 +295,10 @@ def check_folder(path: Path) -> None:
         components = {name: entry for name, entry in json.loads(index.read_text()).items() if isinstance(entry, list)}
     except (ValueError, AttributeError) as error:
         raise InputError(f"{str(index)!r} is not a JSON object ({error})") from error
-    if missing := [name for name in components if not (path / name).is_dir()]:
+    for name, entry in components.items():
+        if name not in HOMES or entry[:1] not in [[home] for home in HOMES[name]]:
+            raise InputError(f"{str(index)!r} asks for {entry} as {name}; only this project's own parts are loaded")
+    if missing := [name for name in HOMES if not (path / name).is_dir()]:
         raise InputError(f"{str(path)!r} is incomplete: it lacks the folders {', '.join(missing)}")
 
 

@@ -216,7 +216,7 @@ def test_stages_of_another_clip_are_refused(shapes, runs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "damage", ["empty", "no folder", "truncated", "no component", "bad index", "other clip", "a tensor less"]
+    "damage", ["empty", "no folder", "truncated", "no component", "bad index", "other clip", "a tensor less", "foreign"]
 )
 def test_a_damaged_folder_is_refused_in_one_line(pipeline_folder, tmp_path, damage):
     folder = tmp_path / "model"
@@ -237,6 +237,9 @@ def test_a_damaged_folder_is_refused_in_one_line(pipeline_folder, tmp_path, dama
             save_file(tensors, weights)
         case "no component":
             shutil.rmtree(folder / "prior")
+        case "foreign":  # a class of any other module would be imported and built
+            index = json.loads((folder / "model_index.json").read_text())
+            (folder / "model_index.json").write_text(json.dumps(index | {"clip": ["subprocess", "Popen"]}))
         case "bad index":
             (folder / "model_index.json").write_text("{")
         case "other clip":
