@@ -40,11 +40,13 @@ LABELS = {  # as other tools call them
 
 def load_pipeline(model: str, device: str = "auto") -> Text2ImagePipeline:
     """A pipeline on a device; auto takes a GPU if there is one."""
-    check_choice("device", device.split(":")[0], ("auto", "cpu", "cuda", "mps"))
+    kind, colon, index = device.partition(":")
+    check_choice("device", kind, ("auto", "cpu", "cuda", "mps"))
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if device == "auto":
         device = next(name for name in ("cuda", "mps", "cpu") if available[name])
-    if not available[device.split(":")[0]]:
+    numbered = kind == "cuda" and index.isdigit() and int(index) < torch.cuda.device_count()
+    if not available.get(kind, True) or (colon and not numbered):
         raise InputError(f"device {device!r} is not available here; `t2i doctor` tells what is")
     return Text2ImagePipeline.from_pretrained(model).to(device)
 
@@ -93,8 +95,8 @@ def check_out(out: Path, total: int) -> None:
             raise InputError(f"{str(out)!r} exists and is not overwritten; give another name")
     elif out.exists() and not out.is_dir():
         raise InputError(f"out is {str(out)!r}, which is a file; give a folder, or a name that ends in .png")
-    parent = next(folder for folder in out.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(out if out.is_dir() else parent, os.W_OK):
+    parent = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"out is {str(out)!r}, where nothing can be written; give a folder that is yours")
 
 
@@ -122,7 +124,8 @@ def write_new(out: Path, prompt: str, seed: int, content: bytes) -> Path:
         out.mkdir(parents=True, exist_ok=True)
         stem = f"{re.sub('[^a-z0-9]+', '-', prompt.lower()).strip('-')[:40] or 'picture'}-{seed}"
         names = (out / f"{stem}{'' if i == 1 else f'-{i}'}.png" for i in counting(1))
-    unfinished = out.parent / f".t2i-{os.getpid()}-{secrets.token_hex(4)}.unfinished"
+    folder = out.parent if out.suffix == ".png" else out
+    unfinished = folder / f".t2i-{os.getpid()}-{secrets.token_hex(4)}.unfinished"
     try:
         unfinished.write_bytes(content)
         for path in names:

@@ -22,7 +22,7 @@ from t2i.autoencoder import Autoencoder
 from t2i.checkpoint import check_weights, loaded
 from t2i.clip import CLIP
 from t2i.condition import ImageCondition, TextEncoding
-from t2i.config import check_choice, check_range
+from t2i.config import check_choice, check_integer, check_range
 from t2i.decoder import Decoder
 from t2i.diffusion import draw_noise, guided, sample
 from t2i.errors import InputError
@@ -325,11 +325,6 @@ def check_settings(
         check_texts("negative_prompt", [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt)
 
 
-def check_integer(name: str, value: Any, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise InputError(f"{name} must be an integer from {low} to {high}, got {value!r}")
-
-
 def check_number(name: str, value: Any, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise InputError(f"{name} must be a number from {low:g} to {high:g}, got {value!r}")
@@ -342,6 +337,8 @@ def check_texts(name: str, texts: Any, empty: bool = True) -> None:
     for text in texts:
         if not empty and not text.strip():
             raise InputError(f"{name} must not be empty, got {text!r}")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise InputError(f"{name} is not valid text (it was not UTF-8), got {text!r:.80}")
         if len(text) > MAX_CHARACTERS:
             raise InputError(f"{name} must have at most {MAX_CHARACTERS} characters, got {len(text)}: {text[:40]!r}...")
 

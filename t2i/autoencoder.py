@@ -10,7 +10,8 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
-from t2i.checkpoint import load_model, loaded
+from t2i.checkpoint import class_name, load_model, loaded
+from t2i.errors import InputError
 
 
 class Autoencoder(ModelMixin, ConfigMixin):
@@ -78,7 +79,7 @@ class Autoencoder(ModelMixin, ConfigMixin):
         self.std.fill_(1)
         latents = torch.cat([self.encode(image.to(self.device)).cpu().double() for image in images])
         self.mean.copy_(latents.mean(dim=(0, 2, 3)))
-        self.std.copy_(latents.std(dim=(0, 2, 3)))
+        self.std.copy_(latents.std(dim=(0, 2, 3), correction=0).clamp(min=1e-6))
 
 
 def load_autoencoder(name: str | Path) -> Autoencoder:
@@ -86,8 +87,11 @@ def load_autoencoder(name: str | Path) -> Autoencoder:
 
     A folder that `train_autoencoder.py` wrote, or a diffusers VAE: its folder or its repository on the hub.
     """
-    if Path(name).exists():
-        model = load_model((Autoencoder, AutoencoderKL), name)
-    else:  # a name on the hub, or a stage that was not trained
-        model = loaded(lambda path: AutoencoderKL.from_pretrained(path, use_safetensors=True), Path(name))
-    return Autoencoder.from_vae(model) if isinstance(model, AutoencoderKL) else model
+    folder = Path(name)
+    if folder.exists() and class_name(folder) != "AutoencoderKL":
+        return load_model(Autoencoder, folder)
+    settings = {"use_safetensors": True, "output_loading_info": True}
+    vae, info = loaded(lambda path: AutoencoderKL.from_pretrained(path, **settings), folder)
+    if missing := info["missing_keys"]:
+        raise InputError(f"{str(name)!r} lacks {len(missing)} of the VAE's tensors, the first is {missing[0]!r}")
+    return Autoencoder.from_vae(vae)

@@ -92,10 +92,10 @@ def new_folder(final: Path) -> Iterator[Path]:
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
+        publish(unfinished, final)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
-    publish(unfinished, final)
 
 
 def publish(unfinished: Path, final: Path) -> None:
@@ -114,7 +114,12 @@ def publish(unfinished: Path, final: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     if final.exists():
         os.rename(final, aside)
-    os.rename(unfinished, final)
+    try:
+        os.rename(unfinished, final)
+    except OSError:
+        if aside.exists():
+            os.rename(aside, final)
+        raise
     sync(final.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
@@ -143,10 +148,9 @@ def load_model(classes: Any, folder: str | Path) -> Any:
     path = path / "model" if (path / "model").is_dir() else path
     known = {one.__name__: one for one in (classes if isinstance(classes, tuple) else (classes,))}
     wanted = " or ".join(known)
-    try:
-        name = json.loads((path / "config.json").read_text())["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"no trained {wanted} in {str(folder)!r} ({error}); train that stage first") from error
+    name = class_name(path)
+    if name is None:
+        raise InputError(f"no trained {wanted} in {str(folder)!r}, it has no config.json; train that stage first")
     if name not in known:
         raise InputError(f"{str(path)!r} holds a {name}; it must be a {wanted}")
     model = loaded(lambda folder: known[name].from_pretrained(folder, use_safetensors=True), path)
@@ -171,6 +175,14 @@ def check_weights(model: Module, folder: Path) -> None:
             held.update(file.keys())
     if missing := sorted(set(model.state_dict()) - held):
         raise InputError(f"{str(folder)!r} lacks {len(missing)} of the model's tensors, the first is {missing[0]!r}")
+
+
+def class_name(folder: Path) -> str | None:
+    """The class that a model folder's config.json names, if it does."""
+    try:
+        return json.loads((folder / "config.json").read_text())["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def loaded(load: Callable[[Path], Loaded], path: Path) -> Loaded:

@@ -146,9 +146,11 @@ def evaluate_emoji(
     """Draw an emoji for its caption: is the nearest of all real emoji the right one?"""
     from pipelines.generation import load_pipeline
     from t2i.data import read_records
-    from t2i.evaluation.emoji import evaluate
+    from t2i.evaluation.emoji import choose, evaluate
 
-    read_records(folder, split=None)  # complain before the model loads
+    choose(read_records(folder, split=None))  # complain before the model loads
+    if out.exists() and not out.is_dir():
+        raise InputError(f"out is {str(out)!r}, which is a file; give a folder")
     scores = evaluate(load_pipeline(model, device), folder, out, true_embeddings)
     for split in ("train", "held_out"):
         score = scores[split]

@@ -18,15 +18,17 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from huggingface_hub import snapshot_download
 from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH
 from open_clip.transformer import text_global_pool
-from safetensors import safe_open
 from torch import Tensor
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import center_crop, resize
 
 from t2i.checkpoint import load_model, loaded, weights_digest
 from t2i.condition import TextEncoding
+from t2i.config import check_choice
 from t2i.errors import InputError
 from t2i.tokenizer import CaptionTokenizer, PublicTokenizer, load_tokenizer, public_tokenizer
 
+RESIZING = {"interpolation": "bicubic", "resize_mode": "shortest"}  # CLIP's own
 EXACT = (torch.float32, torch.float16)  # dtypes that keep what the fingerprint is made from
 
 
@@ -35,17 +37,29 @@ class CLIP(ModelMixin, ConfigMixin):
 
     Args:
         model: open_clip's model configuration (`embed_dim`, `vision_cfg`, `text_cfg`, ...).
-        preprocess: `size`, `mean` and `std` of the pictures that the vision tower sees.
+        preprocess: `size`, `mean` and `std` of the pictures that the vision tower sees; how they are resized, if not as
+            CLIP's: `interpolation` "bicubic" or "bilinear", `resize_mode` "shortest" (then cropped) or "squash".
         tokenizer_kind: "captions" (a vocabulary of our own), "clip" (open_clip's) or "transformers".
         fingerprint: of weights and preprocessing; written on saving, checked on loading.
+        rounded: the weights went through a dtype that does not keep the fingerprint, such as bfloat16.
     """
 
     tokenizer: CaptionTokenizer | PublicTokenizer
 
     @register_to_config
-    def __init__(self, model: dict, preprocess: dict, tokenizer_kind: str = "captions", fingerprint: str | None = None):
+    def __init__(
+        self,
+        model: dict,
+        preprocess: dict,
+        tokenizer_kind: str = "captions",
+        fingerprint: str | None = None,
+        rounded: bool = False,
+    ):
         super().__init__()
         self.net = build(model)
+        self.resizing = {key: preprocess.get(key, usual) for key, usual in RESIZING.items()}
+        check_choice("preprocess.interpolation", self.resizing["interpolation"], ("bicubic", "bilinear"))
+        check_choice("preprocess.resize_mode", self.resizing["resize_mode"], ("shortest", "squash"))
         size = preprocess["size"]
         self.size = size if isinstance(size, int) else size[0]
         self.register_buffer("mean", torch.tensor(preprocess["mean"]).view(3, 1, 1), persistent=False)
@@ -65,6 +79,7 @@ class CLIP(ModelMixin, ConfigMixin):
         net = open_clip.create_model(name, pretrained=tag, require_pretrained=True)
         tokenizer, kind = public_tokenizer(name)
         preprocess = {key: net.visual.preprocess_cfg[key] for key in ("size", "mean", "std")}
+        preprocess |= {key: net.visual.preprocess_cfg.get(key, usual) for key, usual in RESIZING.items()}
         clip = cls(config, preprocess, kind)
         clip.net.load_state_dict(net.state_dict())
         clip.tokenizer = tokenizer
@@ -81,13 +96,17 @@ class CLIP(ModelMixin, ConfigMixin):
         folder = path / (kwargs.get("subfolder") or "")
         clip.tokenizer = load_tokenizer(folder, clip.config.tokenizer_kind, clip.config.model["text_cfg"])
         expected = clip.config.fingerprint
-        if expected and clip.dtype in EXACT and saved_exactly(folder) and clip.fingerprint() != expected:
+        if clip.dtype not in EXACT:
+            clip.register_to_config(rounded=True)
+        elif expected and not clip.config.rounded and clip.fingerprint() != expected:
             raise InputError(f"the weights in {str(folder)!r} are not those of fingerprint {expected} in its config")
         return clip
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        if self.config.fingerprint is None or self.dtype in EXACT:
+        if self.config.fingerprint is None or (self.dtype in EXACT and not self.config.rounded):
             self.register_to_config(fingerprint=self.fingerprint())
+        if self.dtype not in EXACT:
+            self.register_to_config(rounded=True)
         super().save_pretrained(save_directory, **kwargs)
         self.tokenizer.save(Path(save_directory))
 
@@ -125,7 +144,9 @@ class CLIP(ModelMixin, ConfigMixin):
     def encode_image(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, D), unit length: z_i."""
         if image.shape[-2:] != (self.size, self.size):
-            image = center_crop(resize(image, [self.size], interpolation=3, antialias=True), [self.size])
+            side = [self.size] if self.resizing["resize_mode"] == "shortest" else [self.size, self.size]
+            mode = InterpolationMode(self.resizing["interpolation"])
+            image = center_crop(resize(image, side, interpolation=mode, antialias=True), [self.size])
         image = ((image + 1) / 2 - self.mean) / self.std
         return self.net.encode_image(image.to(self.mean.dtype), normalize=True)
 
@@ -167,14 +188,6 @@ class CLIP(ModelMixin, ConfigMixin):
     @property
     def end_token(self) -> int | None:
         return getattr(self.text_tower, "text_eos_id", getattr(self.text_tower, "eos_id", None))
-
-
-def saved_exactly(folder: Path) -> bool:
-    """Whether the weights in a folder have a dtype that keeps the fingerprint."""
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            return all(file.get_slice(name).get_dtype() in ("F32", "F16") for name in file.keys())  # noqa: SIM118
-    return False
 
 
 def project(projection: torch.nn.Module | Tensor | None, pooled: Tensor) -> Tensor:

@@ -77,6 +77,16 @@ def check_choice(name: str, value: Any, choices: tuple) -> None:
         raise InputError(f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}")
 
 
+def check_integer(name: str, value: Any, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise InputError(f"{name} must be an integer from {low} to {high}, got {value!r}")
+
+
+def check_multiple(name: str, value: int, of: int) -> None:
+    if value % of:
+        raise InputError(f"{name} must be a multiple of {of}, got {value}")
+
+
 def check_keys(name: str, value: dict[str, Any], needed: tuple[str, ...]) -> None:
     if missing := [key for key in needed if key not in value]:
         raise InputError(f"{name} lacks {', '.join(missing)}; it needs {', '.join(needed)}")
@@ -97,10 +107,14 @@ def load_config(config_class: type[Config], stage: str, arguments: list[str]) ->
         if "=" not in argument:
             raise InputError(f"{argument!r} is not of the form key=value; an override looks like train.steps=100")
     try:
+        overrides = OmegaConf.from_dotlist(arguments)
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise InputError(f"{' '.join(arguments)!r} does not parse: {error}") from error
+    try:
         file = OmegaConf.load(path)
         if not isinstance(file, DictConfig):
             raise InputError(f"{path} holds no keys; it must be a YAML mapping")
-        merged = OmegaConf.merge(OmegaConf.structured(config_class), file, OmegaConf.from_dotlist(arguments))
+        merged = OmegaConf.merge(OmegaConf.structured(config_class), file, overrides)
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise InputError(f"{path}: {explain(error, config_class)}") from error

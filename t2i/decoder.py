@@ -57,6 +57,10 @@ class Decoder(ModelMixin, ConfigMixin):
         clip_fingerprint: str | None = None,
     ):
         super().__init__()
+        if latent_size % patch_size or width % 4:
+            raise ValueError(
+                f"patch_size must divide latent_size {latent_size}, and 4 width; got {patch_size} and {width}"
+            )
         side, channels = latent_size // patch_size, latent_channels * patch_size**2
         self.from_latents = nn.Linear(channels, width)
         self.positions = nn.Parameter(grid_embedding(side, width))

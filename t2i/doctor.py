@@ -7,7 +7,6 @@ import shutil
 from importlib.metadata import PackageNotFoundError, version
 
 from t2i import __version__
-from t2i.data.emoji import ANNOTATIONS, FONT, NAMES
 
 PACKAGES = [
     *("torch", "torchvision", "open_clip_torch", "diffusers", "transformers", "accelerate", "datasets"),
@@ -30,15 +29,19 @@ def report() -> tuple[list[str], list[str]]:
         except Exception as error:  # a broken pair of torch and torchvision raises many things
             problems.append(f"{module} does not import ({error}); install torch and torchvision together")
     if not problems:
-        lines += devices()
-    for path, package in {
-        FONT: "fonts-noto-color-emoji",
-        NAMES: "unicode-data",
-        ANNOTATIONS: "unicode-cldr-core",
-    }.items():
-        if not path.exists():
-            lines.append(f"  for `t2i data emoji`: the package {package} is missing ({path})")
+        lines += devices() + emoji_packages()
     return lines, problems
+
+
+def emoji_packages() -> list[str]:
+    """The packages that `t2i data emoji` lacks; nothing else needs them."""
+    from PIL import features
+
+    from t2i.data.emoji import ANNOTATIONS, FONT, NAMES
+
+    found = {"fonts-noto-color-emoji": FONT.exists(), "unicode-data": NAMES.exists()}
+    found |= {"unicode-cldr-core": ANNOTATIONS.exists(), "libfribidi0": bool(features.check("raqm"))}
+    return [f"  for `t2i data emoji`: the package {name} is missing" for name, there in found.items() if not there]
 
 
 def devices() -> list[str]:

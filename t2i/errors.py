@@ -8,12 +8,24 @@ from contextlib import contextmanager
 class InputError(ValueError):
     """Bad input: one line that names the thing, its value and what is allowed. Raised before any work starts."""
 
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))
+
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Show an `InputError` as one line on standard error and exit with status 2, as command-line programs do."""
+    """Errors as one line on standard error: exit status 2 for bad input, 1 for a run that failed, 130 for Ctrl-C."""
     try:
         yield
     except (InputError, OSError) as error:  # an OSError names the file and what is wrong with it
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        complain(error)
         sys.exit(2)
+    except FloatingPointError as error:  # not the input's fault
+        complain(error)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def complain(error: Exception) -> None:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

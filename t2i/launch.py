@@ -24,8 +24,11 @@ def run(main: Callable[[Config], None], config_class: type[Config], stage: str, 
 
 def forgotten_processes() -> int:
     """The N of `accelerate launch --cpu --num_processes N`, of which accelerate (1.15) starts only one; else 1."""
-    parent = psutil.Process().parent()
-    command = parent.cmdline() if parent else []
+    try:
+        parent = psutil.Process().parent()
+        command = parent.cmdline() if parent else []
+    except psutil.Error:
+        return 1
     launched = any(part.endswith(("launch", "launch.py")) for part in command)
     if "RANK" in os.environ or not launched or "--cpu" not in command:
         return 1

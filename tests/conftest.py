@@ -4,11 +4,13 @@ import json
 import os
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may look for a model on the hub
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is bit for bit is so on a CPU
+os.environ["ACCELERATE_USE_CPU"] = "true"
+
 import pytest
 import torch
 from PIL import Image, ImageDraw
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may look for a model on the hub
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 

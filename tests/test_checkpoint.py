@@ -40,7 +40,6 @@ def killed_at(call: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 137
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_save_killed_anywhere_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
     deaths = 0
     for call in range(1, 200):

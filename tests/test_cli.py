@@ -1,6 +1,7 @@
 """The command line, as a user meets it."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,9 @@ from PIL import Image
 
 from t2i import cli
 
+from .conftest import arguments
+
+ROOT = Path(__file__).resolve().parent.parent
 QUICK = ["--steps", "3", "--prior-steps", "2"]
 
 
@@ -80,6 +84,8 @@ def test_a_named_file_is_written_once(monkeypatch, capsys, pipeline_folder, tmp_
         (["generate", "cat", "--guidance-scale", "nan"], "guidance_scale must be a number"),
         (["generate", "cat", "--count", "0"], "count must be an integer from 1"),
         (["generate", "cat", "--device", "tpu"], "device must be one of"),
+        (["generate", "cat", "--device", "auto:1"], "device 'auto:1' is not available"),
+        (["generate", "cat", "--device", "cuda:99"], "device 'cuda:99' is not available"),
         (["generate", "cat", "--file", "nowhere.txt"], "nowhere.txt"),
         (["generate", "cat", "--model", "no/such/model"], "no/such/model"),
         (["generate", "cat", "dog", "--out", "one.png"], "2 pictures are asked for"),
@@ -117,6 +123,38 @@ def test_a_picture_that_does_not_decode_stops_training_by_name(monkeypatch, caps
     assert status == 2 and "03.png" in err.splitlines()[-1] and "Traceback" not in err
     if not workers:
         assert not (tmp_path / "run").exists()  # a picture without a header is found before any work
+
+
+def test_every_stage_trains_assembles_and_is_evaluated_from_the_command_line(monkeypatch, capsys, shapes, tmp_path):
+    for stage in cli.STAGES:
+        status, _, err = run(monkeypatch, capsys, "train", stage, *arguments(stage, shapes, tmp_path / "runs", 2))
+        assert status == 0, err
+    status, out, _ = run(monkeypatch, capsys, "assemble", tmp_path / "runs", tmp_path / "model", "--fp16")
+    assert status == 0 and out.strip() == str(tmp_path / "model")
+    command = ["eval", "emoji", shapes, "--model", tmp_path / "model", "--out", tmp_path / "eval"]
+    for more in ([], ["--true-embeddings"]):
+        status, out, _ = run(monkeypatch, capsys, *command, *more)
+        assert status == 0 and "held_out: of 4 captions" in out
+        assert json.loads((tmp_path / "eval/emoji.json").read_text())["true_embeddings"] == bool(more)
+    status, _, err = run(monkeypatch, capsys, "assemble", tmp_path / "runs", tmp_path / "model")
+    assert status == 2 and "exists; give a new folder" in err
+
+
+def test_a_script_trains_under_accelerate(shapes, runs, tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "training/train_prior.py")]
+    command += [*arguments("prior", shapes, tmp_path, 2), f"clip={runs / 'clip'}"]
+    result = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert (tmp_path / "prior/model/config.json").is_file() and (tmp_path / "prior/metrics.jsonl").is_file()
+
+
+def test_doctor_says_what_a_broken_torch_is(tmp_path):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    command = [sys.executable, "-c", "import sys; sys.argv = ['t2i', 'doctor']; from t2i.cli import main; main()"]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 1 and "problem: torch does not import" in result.stdout and not result.stderr
 
 
 def test_doctor_finds_everything_in_place(monkeypatch, capsys):

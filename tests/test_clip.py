@@ -116,7 +116,7 @@ def test_a_damaged_folder_is_refused_in_one_line(tmp_path, damage):
         (tmp_path / "config.json").write_text(json.dumps(config | {"_class_name": "Prior"}))
     with pytest.raises(InputError, match=str(tmp_path)) as caught:
         load_clip(tmp_path)
-    assert len(str(caught.value).split("\n")) == 1 or damage == "truncated"
+    assert "\n" not in str(caught.value)
 
 
 def local_dir(folder, model) -> str:
@@ -190,7 +190,7 @@ def test_latents_have_unit_variance_and_decode_to_what_was_encoded():
     latents = autoencoder.encode(images)
     assert latents.shape == (8, 4, 8, 8) and autoencoder.factor == 4
     torch.testing.assert_close(latents.mean(dim=(0, 2, 3)), torch.zeros(4), atol=1e-5, rtol=0)
-    torch.testing.assert_close(latents.std(dim=(0, 2, 3)), torch.ones(4), atol=1e-4, rtol=0)
+    torch.testing.assert_close(latents.std(dim=(0, 2, 3), correction=0), torch.ones(4), atol=1e-4, rtol=0)
     torch.testing.assert_close(autoencoder.decode(latents), raw, atol=1e-4, rtol=1e-4)
 
 

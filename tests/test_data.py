@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
 from t2i.config import DataConfig
 from t2i.data import CaptionedPictures, batches, open_picture, read_records, to_tensor
@@ -151,6 +151,7 @@ def test_an_existing_folder_is_not_drawn_over(tmp_path):
 
 
 @pytest.mark.skipif(not emoji_module.FONT.exists(), reason="needs the package fonts-noto-color-emoji")
+@pytest.mark.skipif(not features.check("raqm"), reason="needs the package libfribidi0")
 @pytest.mark.skipif(not emoji_module.ANNOTATIONS.exists(), reason="needs the package unicode-cldr-core")
 def test_emoji_are_drawn_in_colour_with_keywords(tmp_path):
     (tmp_path / "names.txt").write_text(NAMES)

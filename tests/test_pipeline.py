@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from pipelines.assemble import assemble, assemble_folder
 from t2i import InputError, Text2ImagePipeline
 from t2i.config import load_config
-from t2i.unet_decoder import UNetDecoder
+from t2i.decoder import Decoder
 from training import train_decoder
 
 from .conftest import CONFIGS, arguments, seeds, train
@@ -142,7 +142,7 @@ def test_the_folder_format_is_pinned(pipeline_folder):
         "_class_name": "Text2ImagePipeline",
         "autoencoder": ["t2i.autoencoder", "Autoencoder"],
         "clip": ["t2i.clip", "CLIP"],
-        "decoder": ["t2i.decoder", "Decoder"],
+        "decoder": ["t2i.unet_decoder", "UNetDecoder"],
         "decoder_scheduler": ["diffusers", "DDIMScheduler"],
         "prior": ["t2i.prior", "Prior"],
         "prior_scheduler": ["diffusers", "DDIMScheduler"],
@@ -189,20 +189,17 @@ def test_drawing_without_a_generator_follows_torchs_seed_and_leaves_it_usable(pi
     assert (draw(pipeline, "red circle", None) - pictures[0]).abs().max() > 1e-3
 
 
-def test_the_unet_is_a_decoder_like_the_other(shapes, runs, tmp_path):
-    unet = {"block_out_channels": "[32, 32]", "layers_per_block": 1, "attention_head_dim": 8, "norm_num_groups": 8}
-    unet |= {"down_block_types": "[CrossAttnDownBlock2D, DownBlock2D]"}
-    unet |= {"up_block_types": "[UpBlock2D, CrossAttnUpBlock2D]"}
-    settings = ", ".join(f"{key}: {value}" for key, value in unet.items())
-    config = tmp_path / "decoder.yaml"
+def test_the_transformer_is_a_decoder_like_the_unet(shapes, runs, tmp_path):
     text = (CONFIGS / "tiny/decoder.yaml").read_text()
-    model = next(line for line in text.splitlines() if line.startswith("model:"))
-    config.write_text(text.replace(model, f"model: {{unet: {{{settings}}}}}").replace("transformer", "unet"))
-    arguments_ = arguments("decoder", shapes, tmp_path, clip=runs / "clip", autoencoder=runs / "autoencoder")
-    train_decoder.main(load_config(train_decoder.Config, "decoder", [str(config), *arguments_[1:]]))
-    folder = assemble_folder(runs, tmp_path / "unet", decoder=str(tmp_path / "decoder"))
+    start, end = text.index("model:"), text.index("scheduler:")
+    model = "model: {width: 64, depth: 2, heads: 2, condition_width: 32}\n"
+    config = tmp_path / "decoder.yaml"
+    config.write_text((text[:start] + model + text[end:]).replace("unet", "transformer"))
+    settings = arguments("decoder", shapes, tmp_path, clip=runs / "clip", autoencoder=runs / "autoencoder")
+    train_decoder.main(load_config(train_decoder.Config, "decoder", [str(config), *settings[1:]]))
+    folder = assemble_folder(runs, tmp_path / "transformer", decoder=str(tmp_path / "decoder"))
     pipeline = Text2ImagePipeline.from_pretrained(folder)
-    assert isinstance(pipeline.decoder, UNetDecoder)
+    assert isinstance(pipeline.decoder, Decoder)
     pipeline.set_progress_bar_config(disable=True)
     assert draw(pipeline, "red circle", seeds(1)).shape == (1, 3, 32, 32)
 
@@ -264,6 +261,7 @@ NAN = float("nan")
         ({"image_embeds": 3}, "image_embeds must be a tensor"),
         ({"image_embeds": torch.zeros(0, 32)}, "image_embeds must be a tensor"),
         ({"latents": torch.full((1, 4, 8, 8), NAN)}, "latents must be finite"),
+        ({"prompt": "\udcff"}, "prompt is not valid text"),
         ({"prompt": "x" * 5000}, "at most 4096 characters, got 5000"),
         ({"negative_prompt": ["a", "b"]}, "negative_prompt has 2 texts for 1 prompts"),
         ({"negative_prompt": 3}, "negative_prompt must be a text"),
@@ -297,6 +295,6 @@ def test_a_prompt_beyond_the_context_says_what_was_cut(pipeline, caplog):
 
 
 def test_values_that_are_not_finite_name_the_stage(pipeline):
-    pipeline.decoder.to_latents.bias.data[0] = NAN
+    pipeline.decoder.net.conv_out.bias.data[0] = NAN
     with pytest.raises(ValueError, match="the decoder returned values that are not finite"):
         draw(pipeline, "red circle", seeds(1))

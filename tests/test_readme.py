@@ -44,7 +44,7 @@ def test_commands_are_right(command, tmp_path, monkeypatch):
             return
         case ["make", target]:
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        case ["accelerate", "launch", *options]:
+        case [program, "launch", *options] if program.endswith("accelerate"):
             script = next(option for option in options if option.endswith(".py"))
             arguments = options[options.index(script) + 1 :]
             check_training(ROOT / script, arguments, monkeypatch)

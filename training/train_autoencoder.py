@@ -13,12 +13,12 @@ import torch.nn.functional as F
 
 from t2i.autoencoder import Autoencoder
 from t2i.checkpoint import export_model
-from t2i.config import DataConfig, TrainConfig, build, check_range
+from t2i.config import DataConfig, TrainConfig, build, check_multiple, check_range
 from t2i.data import Batch, CaptionedPictures
 from t2i.launch import run
 from t2i.loop import fit, start
 
-MEASURED = 2048  # pictures that set the scale of the latents, at most
+MEASURED = 4096  # pictures that set the scale of the latents, at most
 
 
 @dataclass
@@ -36,6 +36,8 @@ def main(config: Config) -> None:
     dataset = CaptionedPictures(config.data)
     accelerator = start(config.train)
     autoencoder = build(Autoencoder, "model", config.model).to(memory_format=torch.channels_last)
+
+    check_multiple("data.image_size", config.data.image_size, autoencoder.factor)
 
     def loss(model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         reconstruction, kl = model(batch.image)

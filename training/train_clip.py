@@ -12,12 +12,15 @@ import torch
 from open_clip import ClipLoss
 
 from t2i.checkpoint import export_model
-from t2i.clip import CLIP
-from t2i.config import DataConfig, TrainConfig, build, check_keys
+from t2i.clip import CLIP, RESIZING
+from t2i.config import DataConfig, TrainConfig, build, check_integer, check_keys
 from t2i.data import Batch, CaptionedPictures
+from t2i.errors import InputError
 from t2i.launch import run
 from t2i.loop import fit, start
 from t2i.tokenizer import CaptionTokenizer
+
+LIMITS = {"vocab_size": (300, 1_000_000), "context_length": (3, 1024)}  # 256 bytes, special tokens, and some words
 
 
 @dataclass
@@ -30,7 +33,13 @@ class Config:
     def __post_init__(self) -> None:
         check_keys("model", self.model, ("embed_dim", "vision_cfg", "text_cfg"))
         check_keys("model.text_cfg", self.model["text_cfg"], ("vocab_size", "context_length"))
+        for name in ("vocab_size", "context_length"):
+            check_integer(f"model.text_cfg.{name}", self.model["text_cfg"][name], *LIMITS[name])
         check_keys("preprocess", self.preprocess, ("size", "mean", "std"))
+        if unknown := set(self.preprocess) - {"size", "mean", "std", *RESIZING}:
+            raise InputError(
+                f"preprocess has no {', '.join(sorted(unknown))}; it has size, mean, std, {', '.join(RESIZING)}"
+            )
 
 
 def main(config: Config) -> None:

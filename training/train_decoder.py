@@ -16,7 +16,7 @@ from t2i.autoencoder import Autoencoder, load_autoencoder
 from t2i.checkpoint import export_model, weights_digest
 from t2i.clip import CLIP, load_clip
 from t2i.condition import ImageCondition
-from t2i.config import DataConfig, TrainConfig, build, check_choice, check_range
+from t2i.config import DataConfig, TrainConfig, build, check_choice, check_multiple, check_range
 from t2i.data import Batch, CaptionedPictures, encode_all
 from t2i.decoder import Decoder
 from t2i.diffusion import denoise, drop
@@ -56,6 +56,7 @@ def main(config: Config) -> None:
     accelerator = start(config.train)
     clip = clip.to(accelerator.device).eval().requires_grad_(False)
     autoencoder = autoencoder.to(accelerator.device).eval().requires_grad_(False)
+    check_multiple("data.image_size", config.data.image_size, autoencoder.factor)
     scheduler = build(DDIMScheduler, "scheduler", config.scheduler)
     architecture = ARCHITECTURES[config.architecture]
     decoder = build(architecture, "model", config.model, **decoder_arguments(config, clip, autoencoder))

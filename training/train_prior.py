@@ -51,7 +51,7 @@ def main(config: Config) -> None:
     prior.null_states.copy_(nothing.states[0])
     embeddings = encode_all(dataset, clip.encode_image, accelerator, "image embeddings")
     prior.mean.copy_(embeddings.mean(dim=0))
-    prior.std.copy_(embeddings.std(dim=0))
+    prior.std.copy_(embeddings.std(dim=0, correction=0).clamp(min=1e-6))
     prior.to(accelerator.device)
     dataset.pictures = False  # from here on the embeddings stand for them
 

@@ -52,11 +52,11 @@ def render_emoji(folder: str | Path, size: int = 128, font: Path = FONT, names: 
         raise InputError(f"{str(folder)!r} exists and is not an empty folder; give a new one")
     if not 16 <= size <= 1024:
         raise InputError(f"size must be an integer from 16 to 1024, got {size}")
-    if not features.check("raqm"):
-        raise InputError("Pillow lacks raqm, which joins emoji sequences; install Pillow from its wheel")
     for path, package in {font: "fonts-noto-color-emoji", names: "unicode-data"}.items():
         if not path.is_file():
             raise InputError(f"no file {str(path)!r}; install the package {package} (apt-get install {package})")
+    if not features.check("raqm"):  # joins the characters of a sequence; Pillow's wheels carry it, but not fribidi
+        raise InputError("Pillow finds no raqm; install the package libfribidi0 (apt-get install libfribidi0)")
 
     emoji = read_names(names)
     keywords = read_keywords(ANNOTATIONS)

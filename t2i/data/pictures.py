@@ -23,6 +23,7 @@ from t2i.config import DataConfig
 from t2i.errors import InputError
 
 MAX_PIXELS = 40_000_000  # a larger picture is refused from its header
+READ_WHOLE = 20_000  # pictures that are decoded once before training; of more, the headers are read
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,12 @@ def read_records(folder: str | Path, split: str | None = "train") -> list[Record
         raise InputError(f"no data folder {str(folder)!r}; `t2i data emoji {folder}` draws one")
     if not metadata.is_file():
         raise InputError(f"no metadata.jsonl in {str(folder)!r}; it holds a line {{file_name, text}} per picture")
+    try:
+        lines = metadata.read_text(encoding="utf-8").split("\n")  # JSON strings may hold the other line separators
+    except UnicodeDecodeError as error:
+        raise InputError(f"{str(metadata)!r} is not UTF-8 ({error})") from error
     records = []
-    for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
@@ -143,9 +148,10 @@ class CaptionedPictures(Dataset):
     def __init__(self, config: DataConfig, split: str | None = "train", pictures: bool = True):
         self.records = read_records(config.path, split)
         self.size, self.pictures = config.image_size, pictures
-        for record in self.records:
-            with decoding(record.path):  # the header: quick, and before any work
-                pass
+        for record in self.records:  # before any work
+            with decoding(record.path) as file:
+                if len(self) <= READ_WHOLE:
+                    file.load()
 
     def __len__(self) -> int:
         return len(self.records)
@@ -165,8 +171,8 @@ class CaptionedPictures(Dataset):
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
     def sample(self, count: int, batch_size: int) -> Iterator[Tensor]:
-        """About `count` pictures (all, if there are fewer) from all over the data, (B, 3, H, W) at a time."""
-        chosen = range(0, len(self), max(1, len(self) // count))
+        """At most `count` pictures from all over the data, (B, 3, H, W) at a time."""
+        chosen = range(0, len(self), -(-len(self) // count))
         for start in range(0, len(chosen), batch_size):
             yield torch.stack([self.picture(i) for i in chosen[start : start + batch_size]])
 

@@ -73,9 +73,9 @@ def evaluate(
     the prior's: what the decoder can do alone. `settings` go to the pipeline; without any its defaults are measured.
     """
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
     records = read_records(folder, split=None)
     captions = choose(records)
+    out.mkdir(parents=True, exist_ok=True)
     real = torch.cat([features(batch) for batch in stacked([record.path for record in records])])
     scores: dict[str, Any] = {}
     for split, chosen in captions.items():
