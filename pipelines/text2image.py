@@ -128,7 +128,7 @@ class Text2ImagePipeline(DiffusionPipeline):
         prior_num_inference_steps: int = 25,
         prior_guidance_scale: float = 2.0,
         num_inference_steps: int = 25,
-        guidance_scale: float = 2.0,
+        guidance_scale: float = 1.5,
         generator: Generator | list[Generator] | None = None,
         prior_latents: Tensor | None = None,
         latents: Tensor | None = None,

@@ -32,7 +32,9 @@ def test_there_is_something_to_run():
 @pytest.mark.parametrize("code", PYTHON)
 def test_python_blocks_run(code, tmp_path):
     (tmp_path / "models").symlink_to(ROOT / "models")
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     assert list(tmp_path.glob("*.png"))
 
