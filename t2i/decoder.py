@@ -6,6 +6,7 @@ A caption may be attended to as well.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -79,13 +80,7 @@ class Decoder(ModelMixin, ConfigMixin):
 
     @apply_forward_hook
     def prepare(self, condition: ImageCondition) -> DecoderContext:
-        z_i = condition.embedding * self.config.embed_dim**0.5  # unit variance
-        tokens, mask = self.to_tokens(z_i).unflatten(-1, (self.config.image_tokens, -1)), None
-        if self.from_text is not None:
-            if condition.text is None:
-                raise ValueError("this decoder reads captions: its condition needs a text")
-            tokens = torch.cat([tokens, self.from_text(condition.text.states)], dim=1)
-            mask = F.pad(condition.text.mask, (self.config.image_tokens, 0), value=True)
+        z_i, tokens, mask = condition_tokens(self, condition)
         return DecoderContext(self.from_image(z_i), [block.key_value(tokens) for block in self.blocks], mask)
 
     @apply_forward_hook
@@ -106,11 +101,7 @@ class Decoder(ModelMixin, ConfigMixin):
 
     def null(self, count: int) -> ImageCondition:
         """The zero embedding, and a caption of no tokens."""
-        z_i = self.positions.new_zeros(count, self.config.embed_dim)
-        if self.from_text is None:
-            return ImageCondition(z_i)
-        states = z_i.new_zeros(count, 1, self.config.text_width)
-        return ImageCondition(z_i, TextEncoding(z_i, states, states.new_zeros(count, 1, dtype=torch.bool)))
+        return no_condition(self, count)
 
     def positions_for(self, height: int, width: int) -> Tensor:
         """(height * width, C): the learned grid, resized for pictures of another size or shape."""
@@ -119,6 +110,31 @@ class Decoder(ModelMixin, ConfigMixin):
             return self.positions
         grid = self.positions.T.unflatten(-1, (side, side))[None]
         return F.interpolate(grid, (height, width), mode="bicubic")[0].flatten(1).T
+
+
+def condition_tokens(decoder: Any, condition: ImageCondition) -> tuple[Tensor, Tensor, Tensor | None]:
+    """z_i of unit variance; the tokens made from it, followed by the caption's; which of them count, None for all.
+
+    Both decoders have `to_tokens` and, if they read captions, `from_text`.
+    """
+    z_i = condition.embedding * decoder.config.embed_dim**0.5
+    count = decoder.config.image_tokens
+    tokens = decoder.to_tokens(z_i).unflatten(-1, (count, -1))
+    if decoder.from_text is None:
+        return z_i, tokens, None
+    if condition.text is None:
+        raise ValueError("this decoder reads captions: its condition needs a text")
+    tokens = torch.cat([tokens, decoder.from_text(condition.text.states)], dim=1)
+    return z_i, tokens, F.pad(condition.text.mask, (count, 0), value=True)
+
+
+def no_condition(decoder: Any, count: int) -> ImageCondition:
+    """The zero embedding, and a caption of no tokens for decoders that read captions."""
+    z_i = decoder.to_tokens.weight.new_zeros(count, decoder.config.embed_dim)
+    if decoder.from_text is None:
+        return ImageCondition(z_i)
+    states = z_i.new_zeros(count, 1, decoder.config.text_width)
+    return ImageCondition(z_i, TextEncoding(z_i, states, states.new_zeros(count, 1, dtype=torch.bool)))
 
 
 class DecoderBlock(nn.Module):

@@ -2,14 +2,13 @@
 
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from t2i.condition import ImageCondition, TextEncoding
+from t2i.condition import ImageCondition
+from t2i.decoder import condition_tokens, no_condition
 
 
 @dataclass
@@ -63,13 +62,7 @@ class UNetDecoder(ModelMixin, ConfigMixin):
 
     @apply_forward_hook
     def prepare(self, condition: ImageCondition) -> UNetContext:
-        z_i = condition.embedding * self.config.embed_dim**0.5
-        tokens, mask = self.to_tokens(z_i).unflatten(-1, (self.config.image_tokens, -1)), None
-        if self.from_text is not None:
-            if condition.text is None:
-                raise ValueError("this decoder reads captions: its condition needs a text")
-            tokens = torch.cat([tokens, self.from_text(condition.text.states)], dim=1)
-            mask = F.pad(condition.text.mask, (self.config.image_tokens, 0), value=True)
+        z_i, tokens, mask = condition_tokens(self, condition)
         return UNetContext(z_i, tokens, mask)
 
     @apply_forward_hook
@@ -80,8 +73,4 @@ class UNetDecoder(ModelMixin, ConfigMixin):
 
     def null(self, count: int) -> ImageCondition:
         """The zero embedding, and a caption of no tokens."""
-        z_i = self.to_tokens.weight.new_zeros(count, self.config.embed_dim)
-        if self.from_text is None:
-            return ImageCondition(z_i)
-        states = z_i.new_zeros(count, 1, self.config.text_width)
-        return ImageCondition(z_i, TextEncoding(z_i, states, states.new_zeros(count, 1, dtype=torch.bool)))
+        return no_condition(self, count)
