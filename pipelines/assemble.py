@@ -6,6 +6,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from pipelines.text2image import Text2ImagePipeline
+from t2i import STAGES
 from t2i.autoencoder import load_autoencoder
 from t2i.checkpoint import load_model, loaded, new_folder
 from t2i.clip import load_clip
@@ -13,8 +14,6 @@ from t2i.decoder import Decoder
 from t2i.errors import InputError
 from t2i.prior import Prior
 from t2i.unet_decoder import UNetDecoder
-
-STAGES = ("clip", "autoencoder", "prior", "decoder")
 
 
 def assemble(runs: str | Path, **elsewhere: str | None) -> Text2ImagePipeline:

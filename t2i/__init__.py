@@ -8,6 +8,8 @@ from typing import Any
 
 __version__ = "0.1.0"
 
+STAGES = ("clip", "autoencoder", "prior", "decoder")  # in the order of training
+
 _HOMES = {
     "Autoencoder": "t2i.autoencoder",
     "CLIP": "t2i.clip",

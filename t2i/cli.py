@@ -7,10 +7,10 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
+from t2i import STAGES
 from t2i.errors import InputError, reported
 
 SHIPPED = Path(__file__).resolve().parent.parent / "models" / "emoji"
-STAGES = ("clip", "autoencoder", "prior", "decoder")  # in the order of training
 
 app = typer.Typer(
     help="Text to image in the way of DALL-E 2 (unCLIP): draw, train, evaluate.",

@@ -145,9 +145,10 @@ class Batch:
 class CaptionedPictures(Dataset):
     """Records as (index, caption, picture). Indexed by (index, draw): `draw` chooses the caption's variation."""
 
-    def __init__(self, config: DataConfig, split: str | None = "train", pictures: bool = True):
+    def __init__(self, config: DataConfig, split: str | None = "train"):
         self.records = read_records(config.path, split)
-        self.size, self.pictures = config.image_size, pictures
+        self.size = config.image_size
+        self.pictures = True  # False: captions alone, where something computed before stands for the pictures
         for record in self.records:  # before any work
             with decoding(record.path) as file:
                 if len(self) <= READ_WHOLE:
