@@ -112,7 +112,7 @@ def fit(
             group["lr"] = rate
         for micro in range(config.gradient_accumulation):
             last = micro == config.gradient_accumulation - 1
-            batch = to_device(next(loader), accelerator.device)
+            batch = next(loader).to(accelerator.device)
             seed_noise(config.seed, step * config.gradient_accumulation + micro, accelerator)
             with contextlib.nullcontext() if last else accelerator.no_sync(model), accelerator.autocast():
                 metrics = loss_fn(model, batch)
@@ -158,11 +158,6 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
 def seed_noise(seed: int, micro_step: int, accelerator: Accelerator) -> None:
     """Make the noise of a step a function of the seed, the step and the process alone."""
     torch.manual_seed((seed << 40) + micro_step * accelerator.num_processes + accelerator.process_index)
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    batch.image = None if batch.image is None else batch.image.to(device, non_blocking=True)
-    return batch
 
 
 def save(

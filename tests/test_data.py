@@ -12,16 +12,17 @@ from PIL import Image, features
 from t2i.config import DataConfig
 from t2i.data import CaptionedPictures, batches, open_picture, read_records, to_tensor
 from t2i.data import emoji as emoji_module
+from t2i.data.dataset import Order, Record, vary
 from t2i.data.emoji import Emoji, hold_out, read_names, render_emoji
-from t2i.data.pictures import Order, Record, vary
 from t2i.errors import InputError
 
 
 def test_pictures_are_floats_in_minus_one_to_one_and_held_out_ones_stay_out(shapes):
     dataset = CaptionedPictures(DataConfig(str(shapes), 32, 0))
     assert len(dataset) == 32 and len(read_records(shapes, None)) == 36
-    index, _, image = dataset[3, 7]
-    assert index == 3 and image.shape == (3, 32, 32) and image.dtype == torch.float32
+    batch = dataset.__getitems__([(3, 7)])
+    image = batch.image[0]
+    assert batch.index.tolist() == [3] and image.shape == (3, 32, 32) and image.dtype == torch.float32
     assert image.min() >= -1 and image.max() == 1
     assert all(record.split == "train" for record in dataset.records)
 

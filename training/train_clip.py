@@ -45,8 +45,7 @@ class Config:
 def main(config: Config) -> None:
     dataset = CaptionedPictures(config.data)
     text = config.model["text_cfg"]
-    corpus = [" ".join([record.text, *record.keywords]) for record in dataset.records]
-    tokenizer = CaptionTokenizer.train(corpus, text["vocab_size"], text["context_length"])
+    tokenizer = CaptionTokenizer.train(dataset.corpus(), text["vocab_size"], text["context_length"])
     text["vocab_size"] = tokenizer.vocab_size
 
     accelerator = start(config.train)

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from t2i.data.pictures import CaptionedPictures
+from t2i.data.dataset import CaptionedPictures
 
 BATCH = 64
 

@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from t2i.data import open_picture, read_records, to_tensor
-from t2i.data.pictures import Record
+from t2i.data.dataset import Record
 from t2i.errors import InputError
 
 SIZE = 128
