@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,19 +35,29 @@ class TrainConfig:
     steps: int = 100_000  # optimizer steps
     batch_size: int = 32  # pictures per process and micro-batch
     gradient_accumulation: int = 1  # micro-batches per optimizer step
+    optimizer: str = "adamw"  # or adamw8bit: bitsandbytes' (the extra 8bit), a quarter of the optimizer's memory
     learning_rate: float = 1e-4
     warmup_steps: int = 1_000  # linear from zero
     decay_steps: int = 0  # the last steps, a cosine down to zero; the rate is constant in between
+    schedule_offset: int = 0  # steps of the rate's schedule that count as done: for a run that goes on from another's
     weight_decay: float = 0.01  # of matrices and kernels; not of biases, norms and embeddings of one dimension
     adam_beta2: float = 0.99
     max_grad_norm: float = 1.0
     ema_decay: float = 0.999  # of the averaged weights, which are what is saved; approached from below at first
     mixed_precision: str = "auto"  # no, fp16, bf16, or auto: bf16 where the hardware computes in it
+    gradient_checkpointing: bool = False  # compute activations twice instead of keeping them: a third slower
     compile: bool = False  # torch.compile the model: slower to start, faster after
     log_every: int = 50
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])  # beside metrics.jsonl; also wandb, trackio
+    sample_every: int = 1_000  # steps between two pictures of what the model does; 0 is never
+    validate_every: int = 500  # steps between two losses on what is held out; 0 is never
+    validation_samples: int = 512  # at most
     save_every: int = 1_000
     keep: int = 2  # checkpoints
+    resume: str = "latest"  # checkpoint to go on from; or the name of one, such as step-00001000
+    stall_timeout: float = 600  # seconds that a process waits for the others before it says which is missing and ends
     seed: int = 0
+    dry_run: bool = False  # take three steps, say what the run would cost, and write nothing
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "gradient_accumulation", "log_every", "save_every", "keep"):
@@ -55,15 +65,22 @@ class TrainConfig:
         for name in ("warmup_steps", "decay_steps"):
             check_range(f"train.{name}", getattr(self, name), 0, 10**9)
             setattr(self, name, min(getattr(self, name), self.steps))  # so that train.steps=100 alone is a short run
+        for name in ("schedule_offset", "sample_every", "validate_every"):
+            check_range(f"train.{name}", getattr(self, name), 0, 10**9)
+        check_range("train.validation_samples", self.validation_samples, 1, 10**6)
         check_range("train.learning_rate", self.learning_rate, 0, 1)
         check_range("train.weight_decay", self.weight_decay, 0, 1)
         check_range("train.adam_beta2", self.adam_beta2, 0, 0.9999999)
         check_range("train.ema_decay", self.ema_decay, 0, 1)
         check_range("train.max_grad_norm", self.max_grad_norm, 0, 1e9)
+        check_range("train.stall_timeout", self.stall_timeout, 1, 1e6)
         check_range("train.seed", self.seed, 0, 2**20 - 1)
         if self.mixed_precision == "False":  # YAML 1.1 reads a bare `no` as false
             self.mixed_precision = "no"
         check_choice("train.mixed_precision", self.mixed_precision, ("auto", "no", "fp16", "bf16"))
+        check_choice("train.optimizer", self.optimizer, ("adamw", "adamw8bit"))
+        for name in self.trackers:
+            check_choice("train.trackers", name, ("tensorboard", "wandb", "trackio"))
 
 
 def check_range(name: str, value: float, low: float, high: float) -> None:

@@ -1,8 +1,10 @@
-"""The one error that means "the user asked for something that cannot be done"."""
+"""What can go wrong, by whose fault it is, and how a program ends then."""
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+RESUMABLE = 75  # exit status of a run that was asked to stop and can go on (EX_TEMPFAIL of sysexits.h)
 
 
 class InputError(ValueError):
@@ -12,20 +14,41 @@ class InputError(ValueError):
         super().__init__(" ".join(message.split()))
 
 
+class RunError(RuntimeError):
+    """A run that failed and not by its input: one line with what happened and what is kept."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))
+
+
+class Stopped(Exception):
+    """A run that was asked to stop and has saved its state. `status` is what the program exits with."""
+
+    def __init__(self, message: str, status: int = RESUMABLE):
+        super().__init__(message)
+        self.status = status
+
+
 @contextmanager
 def reported() -> Iterator[None]:
-    """Errors as one line on standard error: exit status 2 for bad input, 1 for a run that failed, 130 for Ctrl-C."""
+    """Errors as one line on standard error.
+
+    Exit status 2 for bad input, 1 for a run that failed, 75 for one that was stopped and can go on, 130 for Ctrl-C.
+    """
     try:
         yield
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(stopped.status)
     except (InputError, OSError) as error:  # an OSError names the file and what is wrong with it
         complain(error)
         sys.exit(2)
-    except FloatingPointError as error:  # not the input's fault
+    except RunError as error:
         complain(error)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def complain(error: Exception) -> None:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+def complain(error: object) -> None:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)

@@ -1,38 +1,59 @@
 """The training loop that every stage shares. A stage brings a model, a loss, a data set, and its way to export."""
 
 import contextlib
-import copy
 import json
 import math
 import os
+import signal
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list, parse_flag_from_env
-from safetensors import SafetensorError
+from accelerate.utils import parse_flag_from_env
+from PIL import Image
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from t2i.checkpoint import load_latest, save_checkpoint
 from t2i.config import TrainConfig
 from t2i.data import Batch, batches
-from t2i.errors import InputError
+from t2i.ema import Average, full
+from t2i.errors import RESUMABLE, InputError, RunError, Stopped
+from t2i.health import Health
+from t2i.processes import StopRequest, Watch, check_same, on_main
+from t2i.state import State, locked
 
 Loss = Callable[[nn.Module, Batch], dict[str, Tensor]]  # "loss" is minimised; the rest is logged beside it
+
+MAX_FAILED_SAVES = 3  # in a row
+DRY_STEPS = 3
+
+
+@dataclass
+class Stage:
+    """What a training script brings to the loop."""
+
+    model: nn.Module
+    loss: Loss
+    dataset: Dataset  # gives whole batches, and `key(index)`, the name of a sample
+    export: Callable[[nn.Module], None]  # saves the averaged model; on the main process, beside every checkpoint
+    made_from: dict[str, str]  # what the run depends on beside its configuration: the data, the models before it
+    num_workers: int = 0
+    validation: Dataset | None = None  # what is held out
+    preview: Callable[[nn.Module], Image.Image] | None = None  # a picture of what the averaged model does
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
     """The rate of optimizer step 0, 1, ...: linear warm-up, constant, then a cosine to zero over `decay_steps`."""
     rate = config.learning_rate
-    if step < config.warmup_steps:
-        rate *= (step + 1) / config.warmup_steps
+    if step + config.schedule_offset < config.warmup_steps:
+        rate *= (step + config.schedule_offset + 1) / config.warmup_steps
     if step >= config.steps - config.decay_steps:
         done = (step + 1 - (config.steps - config.decay_steps)) / config.decay_steps
         rate *= (1 + math.cos(math.pi * done)) / 2
@@ -64,78 +85,254 @@ def best_precision(device: str) -> str:
     return "bf16" if device == "cpu" and torch.cpu._is_avx512_bf16_supported() else "no"
 
 
-def fit(
-    accelerator: Accelerator,
-    model: nn.Module,
-    loss_fn: Loss,
-    dataset: Dataset,
-    config: TrainConfig,
-    export: Callable[[nn.Module], None],
-    num_workers: int,
-    made_from: dict[str, str],
-) -> nn.Module:
-    """Train `model` to lower `loss_fn(model, batch)["loss"]`; return the moving average of its weights.
+def fit(accelerator: Accelerator, stage: Stage, config: TrainConfig) -> None:
+    """Train a stage's model to lower `loss(model, batch)["loss"]`, and export the moving average of its weights.
 
-    Continues from the newest checkpoint in the output folder. `export(average)` runs on the main process beside every
-    checkpoint, so that a run can be used before it ends. A resumed run is the unbroken one, bit for bit: the order of
-    the data, the noise and the learning rate are functions of (seed, step, process). `made_from` names what the run
-    depends on beside its configuration (the data, the models before it); a checkpoint made from anything else is
-    refused.
+    Continues from the newest checkpoint in the output folder. A resumed run is the unbroken one, bit for bit: the order
+    of the data, the noise and the learning rate are functions of (seed, step, process).
+
+    Raises InputError before the first step for what cannot be done, RunError for a run that fails, and Stopped after
+    SIGTERM or Ctrl-C, when its state is saved.
     """
-    average = copy.deepcopy(model).eval().requires_grad_(False).to(accelerator.device)
-    optimizer: Optimizer = AdamW(parameter_groups(model, config), betas=(0.9, config.adam_beta2), fused=True)
+    check(accelerator, stage, config)
+    if config.dry_run:
+        estimate(accelerator, stage, prepare(accelerator, stage, config))
+        return
+    with locked(accelerator, Path(config.output)):
+        state = prepare(accelerator, stage, config)
+        if state.step < config.steps:
+            train(accelerator, stage, state)
+        else:
+            accelerator.print(f"{config.output} is already trained for {state.step} steps")
+            export(accelerator, stage, state)
+
+
+def check(accelerator: Accelerator, stage: Stage, config: TrainConfig) -> None:
+    """What can be refused before any work."""
+    size, world = len(stage.dataset), accelerator.num_processes  # type: ignore[arg-type]
+    check_same(accelerator, {**asdict(config), **stage.made_from, "the number of samples": size})
+    if size < world:
+        raise InputError(f"there are {world} processes for {size} samples; start at most {size}")
+
+
+def prepare(accelerator: Accelerator, stage: Stage, config: TrainConfig) -> State:
+    """Model, average and optimizer on their devices, as the newest checkpoint has them."""
+    if config.gradient_checkpointing:
+        stage.model.enable_gradient_checkpointing()
+    plain = type(stage.model)
+    optimizer = make_optimizer(stage.model, config)
     if config.compile:
-        model.compile()
-    model, optimizer = accelerator.prepare(model, optimizer)
-    bare = accelerator.unwrap_model(model, keep_torch_compile=False)
-    step = resume(accelerator, bare, average, optimizer, config, made_from)
-    if step >= config.steps and accelerator.is_main_process:
-        accelerator.print(f"{config.output} is already trained for {step} steps")
-        export(average)
+        stage.model.compile()
+    stage.model, optimizer = accelerator.prepare(stage.model, optimizer)
+    bare = accelerator.unwrap_model(stage.model, keep_torch_compile=False)
+    state = State(accelerator, config, bare, plain, Average(bare), optimizer, stage.made_from)
+    if not config.dry_run:
+        state.load()
+        on_main(accelerator, state.check_space)
+    return state
 
-    per_step = config.batch_size * config.gradient_accumulation * accelerator.num_processes
-    log = Log(accelerator, config, step, per_step)
-    loader = batches(
-        dataset,
-        num_workers,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        position=step * per_step,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
+
+def train(accelerator: Accelerator, stage: Stage, state: State) -> None:
+    """From the state's step to the last one."""
+    config, stop = state.config, StopRequest()
+    log = Log(accelerator, config, state.step, state.samples_per_step)
+    watch = Watch(accelerator, config.stall_timeout, state.advice)
+    health = Health(accelerator, stage.dataset, config.output)
+    loader, failed_saves = read(stage, state), 0
+    try:
+        while state.step < config.steps:
+            rate = learning_rate(state.step, config)
+            norm = gradient(accelerator, stage, state, loader, log, watch, health)
+            with watch.waiting():
+                healthy, stopping = health.verdict(state.step + 1, norm, stop.signal)
+            update(accelerator, state, rate, healthy)
+            health.check_skipped(state.skipped)
+            log.step(state.step, rate, norm)
+            done = state.step == config.steps
+            if stopping or done or state.step % config.save_every == 0:
+                with watch.waiting():
+                    failed_saves = save(accelerator, stage, state, failed_saves, must=bool(stopping) or done)
+            if stopping and not done:
+                what = f"stopped at step {state.step} of {config.steps}, which {config.output} holds"
+                status = 128 + stopping if stopping == signal.SIGINT else RESUMABLE
+                raise Stopped(f"{what}; the same command goes on from there", status)
+            with watch.waiting():
+                look(accelerator, stage, state, log)
+    except torch.OutOfMemoryError as error:
+        half, twice = max(1, config.batch_size // 2), 2 * config.gradient_accumulation
+        raise RunError(
+            f"out of memory in step {state.step + 1} with train.batch_size={config.batch_size}; the same samples "
+            f"a step take less with train.batch_size={half} train.gradient_accumulation={twice}, "
+            f"or with train.gradient_checkpointing=true. {state.advice()}"
+        ) from error
+    finally:
+        watch.close()
+        stop.close()
+        log.close()
+
+
+def read(stage: Stage, state: State) -> Iterator[Batch]:
+    """The batches of this process, from the state's position on."""
+    return batches(
+        stage.dataset,
+        stage.num_workers,
+        batch_size=state.config.batch_size,
+        seed=state.config.seed,
+        position=state.step * state.samples_per_step,
+        rank=state.accelerator.process_index,
+        world=state.accelerator.num_processes,
     )
-    model.train()
-    finite = torch.ones((), dtype=torch.bool, device=accelerator.device)
-    while step < config.steps:
-        rate = learning_rate(step, config)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        for micro in range(config.gradient_accumulation):
-            last = micro == config.gradient_accumulation - 1
-            batch = next(loader).to(accelerator.device)
-            seed_noise(config.seed, step * config.gradient_accumulation + micro, accelerator)
-            with contextlib.nullcontext() if last else accelerator.no_sync(model), accelerator.autocast():
-                metrics = loss_fn(model, batch)
-            accelerator.backward(metrics["loss"] / config.gradient_accumulation)
-            log.add(metrics)
-        norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        if accelerator.scaler is None:  # fp16's scaler skips such steps itself
-            finite &= torch.isfinite(norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        step += 1
-        update_average(average, bare, min(config.ema_decay, step / (step + 10)))
 
-        log.step(step, rate, norm)
-        if step % config.save_every == 0 or step == config.steps:
-            if not finite:
-                raise FloatingPointError(
-                    f"a gradient was not finite in the last {config.save_every} steps before {step}, which are not "
-                    f"saved; lower train.learning_rate or look at the data. {config.output} keeps what was before"
-                )
-            save(accelerator, step, bare, average, optimizer, config, export, made_from)
-    log.close()
-    return average
+
+def gradient(
+    accelerator: Accelerator,
+    stage: Stage,
+    state: State,
+    loader: Iterator[Batch],
+    log: "Log",
+    watch: Watch,
+    health: Health,
+) -> Tensor | None:
+    """Losses and gradients of a step's micro-batches; the norm of the clipped gradient."""
+    config, model = state.config, stage.model
+    model.train()
+    for micro in range(config.gradient_accumulation):
+        last = micro == config.gradient_accumulation - 1
+        batch = next(loader).to(accelerator.device)
+        seed_noise(config.seed, state.step * config.gradient_accumulation + micro, accelerator)
+        with watch.waiting(), contextlib.nullcontext() if last else accelerator.no_sync(model):
+            with accelerator.autocast():
+                metrics = stage.loss(model, batch)
+            accelerator.backward(metrics["loss"] / config.gradient_accumulation)
+        log.add(metrics)
+        health.add(batch, metrics["loss"])
+    with watch.waiting():
+        norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        return None if norm is None else full(norm)
+
+
+def update(accelerator: Accelerator, state: State, rate: float, healthy: bool) -> None:
+    """One optimizer step; or none, weights, average and optimizer unchanged, if something was not finite."""
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+    scaler = accelerator.scaler
+    if healthy or scaler is not None:  # the scaler of fp16 skips by itself, and lowers its scale
+        state.optimizer.step()
+    if healthy:
+        state.average.update(min(state.config.ema_decay, (state.step + 1) / (state.step + 11)))
+    state.optimizer.zero_grad()
+    state.step += 1
+    searching = scaler is not None and scaler.get_scale() > 1  # fp16 starts with a scale that is too large
+    state.skipped = 0 if healthy or searching else state.skipped + 1
+
+
+def save(accelerator: Accelerator, stage: Stage, state: State, failed: int, must: bool) -> int:
+    """A checkpoint and the exported average; how often in a row it could not be written."""
+    try:
+        state.save()
+        export(accelerator, stage, state)
+        return 0
+    except OSError as error:
+        message = f"step {state.step} could not be saved: {error}. {state.advice()}"
+        if must or failed + 1 >= MAX_FAILED_SAVES:
+            raise RunError(message) from error
+        accelerator.print(f"warning: {message}")
+        return failed + 1
+
+
+def export(accelerator: Accelerator, stage: Stage, state: State) -> None:
+    with state.averaged() as average:
+        on_main(accelerator, lambda: stage.export(average))
+
+
+def look(accelerator: Accelerator, stage: Stage, state: State, log: "Log") -> None:
+    """The loss on what is held out, and a picture of what the model does, when they are due."""
+    config, last = state.config, state.step == state.config.steps
+    if stage.validation is not None and is_due(state.step, config.validate_every, last):
+        log.write(state.step, validate(accelerator, stage, state))
+    if stage.preview is not None and is_due(state.step, config.sample_every, last):
+        preview = stage.preview
+        with state.averaged() as average, torch.no_grad():
+            if image := on_main(accelerator, lambda: preview(average)):
+                log.images(state.step, {Path(config.output).name: image})
+
+
+def is_due(step: int, every: int, last: bool) -> bool:
+    return every > 0 and (step % every == 0 or last)
+
+
+@torch.no_grad()
+def validate(accelerator: Accelerator, stage: Stage, state: State) -> dict[str, float]:
+    """The averaged model's metrics on held-out samples, the same ones with the same noise and timesteps every time."""
+    config, world = state.config, accelerator.num_processes
+    count = min(len(stage.validation), config.validation_samples)  # type: ignore[arg-type]
+    batch_size = max(1, min(config.batch_size, count // world))
+    loader = batches(stage.validation, 0, batch_size=batch_size, seed=0, rank=accelerator.process_index, world=world)
+    sums: dict[str, Tensor] = {}
+    number = max(1, count // (batch_size * world))
+    with state.average.swapped() as model:
+        for i in range(number):
+            seed_noise(0, i, accelerator)
+            with accelerator.autocast():
+                metrics = stage.loss(model, next(loader).to(accelerator.device))
+            for name, value in metrics.items():
+                sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value.float() / number
+    names = sorted(sums)
+    means = accelerator.reduce(torch.stack([sums[name] for name in names]), "mean").tolist()
+    return {f"validation_{name}": value for name, value in zip(names, means)}
+
+
+def estimate(accelerator: Accelerator, stage: Stage, state: State) -> None:
+    """What `train.dry_run` prints: the cost of the run, from a few real steps that nothing is kept of."""
+    config = state.config
+    log, watch = Log(accelerator, config, 0, state.samples_per_step, silent=True), Watch(accelerator, 600, str)
+    health, loader, times = Health(accelerator, stage.dataset, config.output), read(stage, state), []
+    for _ in range(DRY_STEPS):
+        start = time.perf_counter()
+        norm = gradient(accelerator, stage, state, loader, log, watch, health)
+        update(accelerator, state, 0.0, healthy=bool(norm is None or torch.isfinite(norm)))
+        times.append(time.perf_counter() - start)
+    watch.close()
+    seconds = min(times[1:])
+    trained = sum(one.numel() for one in state.average.parameters.values())
+    total = sum(one.numel() for one in state.model.parameters())
+    size, a_step = len(stage.dataset), state.samples_per_step  # type: ignore[arg-type]
+    where = f"{accelerator.num_processes} on {accelerator.device.type}, precision {accelerator.mixed_precision}"
+    accelerator.print(
+        f"parameters: {trained:,} trained of {total:,}\n"
+        f"processes: {where}\n"
+        f"samples: {size:,}, {a_step} a step; {config.steps:,} steps see each {config.steps * a_step / size:,.1f} x\n"
+        f"memory: {memory_gb(accelerator):.2f} GB a process at the peak of a step\n"
+        f"disk: {state.checkpoint_bytes() / 1e6:,.1f} MB a checkpoint, {config.keep} are kept\n"
+        f"time: {seconds:.3g} s a step, {duration(seconds * config.steps)} for all; nothing was written"
+    )
+
+
+def memory_gb(accelerator: Accelerator) -> float:
+    """The most that this process has held: of the GPU, or of the machine where there is none."""
+    if accelerator.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return psutil.Process().memory_info().rss / 1e9
+
+
+def duration(seconds: float) -> str:
+    """As a person says it: 45 s, 12 min, 3.4 h, 2.1 days."""
+    for unit, length in (("days", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
+    """AdamW, fused, with weight decay for matrices and kernels only."""
+    groups, betas = parameter_groups(model, config), (0.9, config.adam_beta2)
+    if config.optimizer == "adamw":
+        return AdamW(groups, betas=betas, fused=True)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise InputError("train.optimizer=adamw8bit needs bitsandbytes; pip install 't2i[8bit]'") from error
+    return AdamW8bit(groups, betas=betas)
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
@@ -147,111 +344,21 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
     ]
 
 
-@torch.no_grad()
-def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """average <- decay * average + (1 - decay) * model, in fp32; buffers are copied."""
-    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
-    for mine, theirs in zip(average.buffers(), model.buffers()):
-        mine.copy_(theirs)
-
-
 def seed_noise(seed: int, micro_step: int, accelerator: Accelerator) -> None:
     """Make the noise of a step a function of the seed, the step and the process alone."""
     torch.manual_seed((seed << 40) + micro_step * accelerator.num_processes + accelerator.process_index)
 
 
-def save(
-    accelerator: Accelerator,
-    step: int,
-    model: nn.Module,
-    average: nn.Module,
-    optimizer: Optimizer,
-    config: TrainConfig,
-    export: Callable[[nn.Module], None],
-    made_from: dict[str, str],
-) -> None:
-    """A checkpoint and the exported average; the other processes wait."""
-    if accelerator.is_main_process:
-        tensors = {"model": model.state_dict(), "ema": average.state_dict(), "optimizer": flatten(optimizer)}
-        state: dict[str, Any] = {"config": asdict(config), "made_from": made_from}
-        state["num_processes"] = accelerator.num_processes
-        if accelerator.scaler is not None:
-            state["scaler"] = accelerator.scaler.state_dict()
-        save_checkpoint(Path(config.output) / "checkpoints", step, tensors, state, config.keep)
-        export(average)
-    accelerator.wait_for_everyone()
-
-
-# What decides, with the data, which samples and which noise a step sees.
-UNCHANGEABLE = ("batch_size", "gradient_accumulation", "seed")
-
-
-def resume(
-    accelerator: Accelerator,
-    model: nn.Module,
-    average: nn.Module,
-    optimizer: Optimizer,
-    config: TrainConfig,
-    made_from: dict[str, str],
-) -> int:
-    """Restore the newest checkpoint that verifies; the number of steps it has done, 0 without one."""
-    checkpoint, problems = load_latest(Path(config.output) / "checkpoints")
-    for problem in problems:
-        accelerator.print(f"skipped: {problem}")
-    steps = [checkpoint.state["step"] if checkpoint else 0]
-    if broadcast_object_list(steps)[0] != (checkpoint.state["step"] if checkpoint else 0):
-        raise InputError(f"the processes see different checkpoints in {config.output!r}; it must be one shared folder")
-    if checkpoint is None:
-        return 0
-    before = {**checkpoint.state["config"], "num_processes": checkpoint.state["num_processes"]}
-    now = {**asdict(config), "num_processes": accelerator.num_processes}
-    for name in (*UNCHANGEABLE, "num_processes"):
-        if before[name] != now[name]:
-            raise InputError(
-                f"{checkpoint.path} was trained with {name}={before[name]}, now {now[name]}; "
-                "keep it, or start in another train.output"
-            )
-    for name, value in made_from.items():
-        if checkpoint.state.get("made_from", made_from).get(name) != value:
-            raise InputError(f"{checkpoint.path} was trained with another {name}; start in another train.output")
-    try:
-        model.load_state_dict(checkpoint.tensors["model"])
-        average.load_state_dict(checkpoint.tensors["ema"])
-        unflatten(optimizer, checkpoint.tensors["optimizer"])
-    except (RuntimeError, KeyError, SafetensorError) as error:
-        raise InputError(f"{checkpoint.path} is of another model: {error}; start in another train.output") from error
-    if accelerator.scaler is not None and "scaler" in checkpoint.state:
-        accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
-    accelerator.print(f"resuming from {checkpoint.path}")
-    return checkpoint.state["step"]
-
-
-def flatten(optimizer: Optimizer) -> dict[str, Tensor]:
-    """An optimizer's tensors by "index.name"; its rates and decays belong to the configuration."""
-    state = optimizer.state_dict()["state"]
-    return {f"{index}.{name}": value for index, values in state.items() for name, value in values.items()}
-
-
-def unflatten(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    for parameter, values in optimizer.state.items():  # in the parameter's memory format, which fused kernels expect
-        for name, value in values.items():
-            if value.shape == parameter.shape:
-                values[name] = torch.empty_like(parameter).copy_(value)
-
-
 class Log:
     """Means between two lines of `metrics.jsonl`, and a progress bar on the main process."""
 
-    def __init__(self, accelerator: Accelerator, config: TrainConfig, step: int, samples_per_step: int):
+    def __init__(
+        self, accelerator: Accelerator, config: TrainConfig, step: int, samples_per_step: int, silent: bool = False
+    ):
         self.accelerator, self.config, self.samples_per_step = accelerator, config, samples_per_step
         self.sums: dict[str, Tensor] = {}
         self.count, self.logged, self.time = 0, step, time.perf_counter()
-        shown = accelerator.is_main_process
+        shown = accelerator.is_main_process and not silent
         self.bar = tqdm(total=config.steps, initial=step, disable=not shown, mininterval=5, dynamic_ncols=True)
         self.bar.set_description(Path(config.output).name)
 
@@ -278,6 +385,14 @@ class Log:
                 file.write(json.dumps({name: float(f"{value:.6g}") for name, value in row.items()}) + "\n")
             self.bar.set_postfix({name: f"{row[name]:.4g}" for name in names})
         self.sums, self.count, self.logged, self.time = {}, 0, step, now
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        if self.accelerator.is_main_process:
+            with open(Path(self.config.output) / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def images(self, step: int, images: dict[str, Image.Image]) -> None:
+        pass
 
     def close(self) -> None:
         self.bar.close()

@@ -6,12 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from t2i.checkpoint import load_latest, save_checkpoint
+from t2i.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
 
 
 def save(folder: Path, step: int, keep: int = 1) -> None:
     group = {"a": torch.full((5,), float(step)), "b": torch.full((2, 2), float(step))}
     save_checkpoint(folder, step, {"model": group, "ema": group}, {"note": f"of step {step}"}, keep)
+
+
+def load_latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    path, problems = newest_checkpoint(folder)
+    return path and load_checkpoint(path), problems
 
 
 def die_at(call: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from t2i.checkpoint import export_model
 from t2i.config import DataConfig, TrainConfig, build, check_multiple, check_range
 from t2i.data import Batch, CaptionedPictures
 from t2i.launch import run
-from t2i.loop import fit, start
+from t2i.loop import Stage, fit, start
 
 MEASURED = 4096  # pictures that set the scale of the latents, at most
 
@@ -52,7 +52,8 @@ def main(config: Config) -> None:
         export_model(average, Path(config.train.output))
 
     made_from = {"data": dataset.digest()}
-    fit(accelerator, autoencoder, loss, dataset, config.train, export, config.data.num_workers, made_from)
+    stage = Stage(autoencoder, loss, dataset, export, made_from, config.data.num_workers)
+    fit(accelerator, stage, config.train)
 
 
 if __name__ == "__main__":

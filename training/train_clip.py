@@ -17,7 +17,7 @@ from t2i.config import DataConfig, TrainConfig, build, check_integer, check_keys
 from t2i.data import Batch, CaptionedPictures
 from t2i.errors import InputError
 from t2i.launch import run
-from t2i.loop import fit, start
+from t2i.loop import Stage, fit, start
 from t2i.tokenizer import CaptionTokenizer
 
 LIMITS = {"vocab_size": (300, 1_000_000), "context_length": (3, 1024)}  # 256 bytes, special tokens, and some words
@@ -68,7 +68,8 @@ def main(config: Config) -> None:
         export_model(average, Path(config.train.output))
 
     made_from = {"data": dataset.digest(), "vocabulary": tokenizer.digest()}
-    fit(accelerator, clip, loss, dataset, config.train, export, config.data.num_workers, made_from)
+    stage = Stage(clip, loss, dataset, export, made_from, config.data.num_workers)
+    fit(accelerator, stage, config.train)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from t2i.data import Batch, CaptionedPictures, encode_all
 from t2i.decoder import Decoder
 from t2i.diffusion import denoise, drop
 from t2i.launch import run
-from t2i.loop import fit, start
+from t2i.loop import Stage, fit, start
 from t2i.unet_decoder import UNetDecoder
 
 ARCHITECTURES = {"transformer": Decoder, "unet": UNetDecoder}
@@ -81,7 +81,8 @@ def main(config: Config) -> None:
         export_model(scheduler, Path(config.train.output), "scheduler")
 
     made_from = {"data": dataset.digest(), "clip": clip.identity, "autoencoder": weights_digest(autoencoder)}
-    fit(accelerator, decoder, loss, dataset, config.train, export, config.data.num_workers, made_from)
+    stage = Stage(decoder, loss, dataset, export, made_from, config.data.num_workers)
+    fit(accelerator, stage, config.train)
 
 
 def decoder_arguments(config: Config, clip: CLIP, autoencoder: Autoencoder) -> dict[str, Any]:

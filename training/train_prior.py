@@ -18,7 +18,7 @@ from t2i.config import DataConfig, TrainConfig, build, check_range
 from t2i.data import Batch, CaptionedPictures, encode_all
 from t2i.diffusion import denoise, drop
 from t2i.launch import run
-from t2i.loop import fit, start
+from t2i.loop import Stage, fit, start
 from t2i.prior import Prior
 
 
@@ -72,7 +72,8 @@ def main(config: Config) -> None:
         export_model(scheduler, Path(config.train.output), "scheduler")
 
     made_from = {"data": dataset.digest(), "clip": clip.identity}
-    fit(accelerator, prior, loss, dataset, config.train, export, config.data.num_workers, made_from)
+    stage = Stage(prior, loss, dataset, export, made_from, config.data.num_workers)
+    fit(accelerator, stage, config.train)
 
 
 def prior_arguments(clip: CLIP) -> dict[str, Any]:

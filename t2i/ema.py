@@ -1,0 +1,54 @@
+"""A moving average of the weights that training changes (EMA), which is what is saved and drawn with."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+class Average:
+    """average <- decay * average + (1 - decay) * weights, in the weights' dtype (fp32), sharded as they are.
+
+    Buffers are not averaged: the model's own belong to it. Holds the model's trained parameters; make it after
+    `accelerator.prepare`.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.parameters = {name: one for name, one in model.named_parameters() if one.requires_grad}
+        self.values = {name: one.detach().clone() for name, one in self.parameters.items()}
+        self.model = model
+
+    @torch.no_grad()
+    def update(self, decay: float) -> None:
+        torch._foreach_lerp_(local(self.values), local(self.parameters), 1 - decay)
+
+    @contextmanager
+    def swapped(self) -> Iterator[nn.Module]:
+        """The model with the averages as its weights, not in training mode; its own weights come back bit for bit."""
+        training = self.model.training
+        self.swap()
+        self.model.eval()
+        try:
+            yield self.model
+        finally:
+            self.model.train(training)
+            self.swap()
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        for mine, theirs in zip(local(self.values), local(self.parameters)):
+            held = theirs.clone()
+            theirs.copy_(mine)
+            mine.copy_(held)
+
+
+def local(tensors: dict[str, Tensor]) -> list[Tensor]:
+    """The part of each tensor that this process holds: all of it, unless the model is sharded."""
+    return [one.to_local() if isinstance(one, DTensor) else one for one in tensors.values()]
+
+
+def full(tensor: Tensor) -> Tensor:
+    """A whole tensor from its shards, which every process has to ask for."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

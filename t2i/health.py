@@ -1,0 +1,99 @@
+"""What may go wrong with single samples and single steps: told apart from what must end a run."""
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from t2i.data import Batch
+from t2i.errors import RunError
+
+MAX_SKIPPED = 10  # steps in a row without a finite loss and gradient
+MAX_REJECTED = 0.01  # of the samples read ...
+ENOUGH = 1_000  # ... or of so many, before they are
+SHOWN = 5  # keys in a message
+
+
+class Health:
+    """The samples of a step on all processes: which could not be read, and which made the loss not finite.
+
+    All processes come to the same verdict, from one exchange of five numbers a step.
+    """
+
+    def __init__(self, accelerator: Accelerator, dataset: Any, output: str):
+        self.accelerator, self.dataset, self.output = accelerator, dataset, Path(output)
+        self.seen = self.rejected = self.read = 0
+        self.reasons: Counter[str] = Counter()  # of this process
+        self.new: list[tuple[str, str]] = []
+        self.batches: list[Batch] = []
+        self.losses: list[Tensor] = []
+
+    def add(self, batch: Batch, loss: Tensor) -> None:
+        """A micro-batch and its loss."""
+        self.batches.append(batch)
+        self.losses.append(loss.detach())
+        self.new += batch.rejected
+        self.reasons.update(reason for _, reason in batch.rejected)
+
+    def verdict(self, step: int, norm: Tensor | None, signal: int) -> tuple[bool, int]:
+        """Whether the step is finite everywhere, and the signal that asks any of the processes to stop, or 0."""
+        finite = torch.isfinite(torch.stack(self.losses))
+        norm_finite = True if norm is None else bool(torch.isfinite(norm))
+        count = sum(len(batch.index) for batch in self.batches)
+        mine = [float(not finite.all()), float(not norm_finite), signal, count, len(self.new)]
+        all_of = self.accelerator.gather(torch.tensor([mine], device=self.accelerator.device)).tolist()
+        bad_loss, bad_norm, signals, seen, rejected = zip(*all_of)
+        self.seen += int(sum(seen))
+        self.rejected += int(sum(rejected))
+        if any(rejected):
+            self.report_rejected(step, all_of_them=sum(rejected) == sum(seen))
+        healthy = not any(bad_loss) and not any(bad_norm)
+        if not healthy:
+            self.report_skipped(step, finite.tolist(), any(bad_loss), norm)
+        self.batches, self.losses, self.new = [], [], []
+        return healthy, int(max(signals))
+
+    def report_rejected(self, step: int, all_of_them: bool) -> None:
+        """Name the samples for which others stood in; stop if they are too many."""
+        rows = [{"step": step, "key": key, "reason": reason} for key, reason in self.new]
+        self.write("rejected.jsonl", gather_object(rows) if self.accelerator.num_processes > 1 else rows)
+        if not all_of_them and self.rejected <= MAX_REJECTED * max(self.seen, ENOUGH):
+            return
+        counts = [dict(self.reasons)]
+        every = gather_object(counts) if self.accelerator.num_processes > 1 else counts
+        total: Counter[str] = sum((Counter(one) for one in every), Counter())
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in total.most_common())
+        raise RunError(
+            f"{self.rejected} of the {self.seen} samples read so far are bad, more than {MAX_REJECTED:.0%}: {reasons}; "
+            f"{self.output / 'rejected.jsonl'} names them. `t2i data check` looks at all of them"
+        )
+
+    def report_skipped(self, step: int, finite: list[bool], losses: bool, norm: Tensor | None) -> None:
+        """Name the samples of the micro-batches that were not finite; of all, if only the gradient was not."""
+        chosen = [batch for batch, good in zip(self.batches, finite) if not (good and losses)]
+        keys = [self.dataset.key(int(index)) for batch in chosen for index in batch.index]
+        keys = gather_object(keys) if self.accelerator.num_processes > 1 else keys
+        value = math.nan if norm is None else float(norm)
+        what = "loss" if losses else "gradient"
+        self.write("skipped.jsonl", [{"step": step, "not_finite": what, "gradient_norm": str(value), "keys": keys}])
+        shown = ", ".join(keys[:SHOWN]) + (f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else "")
+        self.last = f"the {what} of step {step} was not finite, with the samples {shown}"
+        self.accelerator.print(f"skipped: {self.last}")
+
+    def check_skipped(self, in_a_row: int) -> None:
+        if in_a_row >= MAX_SKIPPED:
+            raise RunError(
+                f"{in_a_row} steps in a row were not finite and were skipped; at last {self.last}. "
+                f"{self.output / 'skipped.jsonl'} names all. Lower train.learning_rate, or look at these samples"
+            )
+
+    def write(self, name: str, rows: list[dict[str, Any]]) -> None:
+        if self.accelerator.is_main_process:
+            with open(self.output / name, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -1,0 +1,179 @@
+"""What the processes of one run owe each other: the same inputs, the same decisions, and a word when one is gone."""
+
+import contextlib
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from t2i.errors import InputError, RunError, complain
+
+Result = TypeVar("Result")
+
+TICK = 1.0  # seconds between two signs of life
+SILENCE = 3  # ticks without one, and a process is taken for dead
+AFTER_SIGNAL = 5.0  # seconds for the others to come, once the launcher has asked us to end
+
+
+def on_main(accelerator: Accelerator, function: Callable[[], Result]) -> Result:
+    """`function()` of the main process, on every process; its InputError, RunError or OSError too."""
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = function()
+        except (InputError, RunError, OSError) as error:
+            outcome[1] = error
+    if accelerator.num_processes > 1:
+        outcome = broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def check_same(accelerator: Accelerator, what: dict[str, Any]) -> None:
+    """Refuse to start if the processes were given different things."""
+    if accelerator.num_processes == 1:
+        return
+    everyone: list[dict[str, Any]] = [{}] * accelerator.num_processes
+    torch.distributed.all_gather_object(everyone, what)
+    for rank, other in enumerate(everyone):
+        for name, value in everyone[0].items():
+            if other.get(name) != value:
+                raise InputError(
+                    f"process {rank} has {name}={other.get(name)!r}, process 0 has {value!r}; "
+                    "all processes of a run need the same configuration and data"
+                )
+
+
+class StopRequest:
+    """Whether SIGTERM or Ctrl-C has asked this process to save and end. A second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.signal, self.time, self.owner = 0, 0.0, os.getpid()
+        self.before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def receive(self, number: int, frame: Any) -> None:
+        if os.getpid() != self.owner:  # a worker that decodes pictures: it ends with its parent
+            return
+        if self.signal:
+            os._exit(128 + number)
+        self.signal = number
+
+    def close(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+class Watch:
+    """Ends a process that waits for one that is dead or hangs, and says which.
+
+    Every process tells the group's store, from a thread, that it lives, and how many waits it has come to. `waiting()`
+    is around everything that waits for the others. Does nothing in a run of one process.
+    """
+
+    def __init__(self, accelerator: Accelerator, stall_timeout: float, advice: Callable[[], str]):
+        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        self.stall_timeout, self.advice = stall_timeout, advice
+        self.place, self.beat, self.since, self.asked_to_end = 0, 0, 0.0, 0.0
+        self.closed = threading.Event()
+        self.thread: threading.Thread | None = None
+        if self.world > 1:
+            self.store = torch.distributed.distributed_c10d._get_default_store()
+            self.tell("reached", 0)
+            self.tell("lives", 0)
+            accelerator.wait_for_everyone()
+            self.reader, self.writer = os.pipe()  # a signal arrives here also while the main thread is inside a kernel
+            os.set_blocking(self.writer, False)
+            self.wakeup = signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
+            self.thread = threading.Thread(target=self.look, daemon=True)
+            self.thread.start()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what cannot end before every process has come to the same place."""
+        if self.thread is None:
+            yield
+            return
+        self.place += 1
+        self.tell("reached", self.place)
+        self.since = time.monotonic()
+        try:
+            yield
+        except RuntimeError:  # the connection to a dead process breaks
+            if gone := self.silent():
+                self.end(self.describe(gone, "died"))
+            raise
+        finally:
+            self.since = 0.0
+
+    def look(self) -> None:
+        """The thread: a sign of life every second, and an eye on how long the main thread waits."""
+        while not self.closed.is_set():
+            ready, _, _ = select.select([self.reader], [], [], TICK)
+            if ready and signal.SIGTERM in os.read(self.reader, 4096):
+                self.asked_to_end = self.asked_to_end or time.monotonic()
+            with contextlib.suppress(RuntimeError):  # the store may end with process 0, of which the main thread hears
+                self.live()
+                self.judge()
+
+    def judge(self) -> None:
+        now, since = time.monotonic(), self.since
+        if not since or self.closed.is_set():
+            return
+        if self.asked_to_end and now - max(since, self.asked_to_end) > AFTER_SIGNAL and (gone := self.silent()):
+            self.end(self.describe(gone, "died"))
+        elif now - since > self.stall_timeout:
+            late = [rank for rank in range(self.world) if self.told("reached", rank) < self.place]
+            if late and self.since == since:
+                self.end(self.describe(late, f"did not come within {self.stall_timeout:g} s"))
+
+    def silent(self) -> list[int]:
+        """The processes that give no sign of life; process 0 keeps the store, without which nobody can."""
+        try:
+            before = [self.told("lives", rank) for rank in range(self.world)]
+            for _ in range(SILENCE):
+                time.sleep(TICK)
+                if threading.current_thread() is self.thread:
+                    self.live()
+            after = [self.told("lives", rank) for rank in range(self.world)]
+        except RuntimeError:
+            return [0] if self.rank else []
+        return [rank for rank in range(self.world) if rank != self.rank and before[rank] == after[rank]]
+
+    def live(self) -> None:
+        self.beat += 1
+        self.tell("lives", self.beat)
+
+    def tell(self, what: str, value: int) -> None:
+        self.store.set(f"t2i/{what}/{self.rank}", str(value))
+
+    def told(self, what: str, rank: int) -> int:
+        return int(self.store.get(f"t2i/{what}/{rank}"))
+
+    def describe(self, ranks: list[int], what: str) -> str:
+        names = ", ".join(map(str, ranks))
+        return f"process {names} of {self.world} {what}, says process {self.rank}. {self.advice()}"
+
+    def end(self, message: str) -> None:
+        complain(message)
+        os._exit(1)
+
+    def close(self) -> None:
+        if self.thread is not None:
+            self.closed.set()
+            signal.set_wakeup_fd(self.wakeup)
+            os.write(self.writer, b"\0")
+            self.thread.join()
+            os.close(self.reader)
+            os.close(self.writer)
+            self.thread = None
