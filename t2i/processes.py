@@ -133,9 +133,10 @@ class Watch:
         if self.asked_to_end and now - max(since, self.asked_to_end) > AFTER_SIGNAL and (gone := self.silent()):
             self.end(self.describe(gone, "died"))
         elif now - since > self.stall_timeout:
-            late = [rank for rank in range(self.world) if self.told("reached", rank) < self.place]
-            if late and self.since == since:
-                self.end(self.describe(late, f"did not come within {self.stall_timeout:g} s"))
+            late = [rank for rank in range(self.world) if self.told("reached", rank) < self.place] or self.silent()
+            if self.since == since:
+                what = f"did not come within {self.stall_timeout:g} s (train.stall_timeout)"
+                self.end(self.describe(late, what) if late else f"the processes {what} of each other. {self.advice()}")
 
     def silent(self) -> list[int]:
         """The processes that give no sign of life; process 0 keeps the store, without which nobody can."""
