@@ -29,10 +29,19 @@ CALLS = ("fsync", "rename", "mkdir", "unlink", "rmdir", "open")  # of os: what c
 FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
 
 
-def start(folder: Path, *arguments: str, processes: int = 1, limit: Callable[[], None] | None = None, **more: str):
+def start(
+    folder: Path,
+    *arguments: str,
+    processes: int = 1,
+    restarts: int = 0,
+    limit: Callable[[], None] | None = None,
+    **more: str,
+) -> subprocess.Popen:
+    """A tiny run in processes of its own."""
     command = [sys.executable, str(SCRIPT), str(folder), *arguments]
     if processes > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        launcher.append(f"--max-restarts={restarts}")
         command = [sys.executable, *launcher, *command[1:]]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **more}
     return subprocess.Popen(

@@ -1,0 +1,171 @@
+"""Numbers that are not finite, and processes that die, hang or disagree (faults D of the study)."""
+
+import json
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from t2i.checkpoint import load_checkpoint, newest_checkpoint
+from t2i.errors import RunError
+
+from . import tiny_run
+from .record import record
+from .test_checkpoint_faults import contents, finish, start
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def state(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    """Weights, averages and optimizer after a step, by name."""
+    checkpoint = load_checkpoint(folder / "checkpoints" / f"step-{step:08}")
+    groups = checkpoint.tensors.items()
+    return {f"{group}.{name}": value.clone() for group, tensors in groups for name, value in tensors.items()}
+
+
+@pytest.mark.parametrize("fault", ["nan", "inf"])
+def test_a_step_that_is_not_finite_changes_nothing_and_names_its_samples(tmp_path, fault):
+    tiny_run.run(tmp_path, f"{fault}:0:5", "save_every=1", "keep=99")
+    before, after = state(tmp_path, 4), state(tmp_path, 5)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert any(not torch.equal(after[name], value) for name, value in state(tmp_path, 6).items())
+    assert all(value.isfinite().all() for value in state(tmp_path, 12).values())
+    [row] = rows(tmp_path / "skipped.jsonl")
+    assert row["step"] == 5 and row["not_finite"] == "loss"
+    assert len(row["keys"]) == 3 and all(key.startswith("number-") for key in row["keys"])
+    record(f"D1 {fault} in one sample", 1, 1)
+
+
+def test_nan_on_one_process_is_skipped_by_both(tmp_path):
+    status, output = finish(start(tmp_path, "nan:1:5", "save_every=1", "keep=99", processes=2))
+    assert status == 0, output
+    before, after = state(tmp_path, 4), state(tmp_path, 5)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(value.isfinite().all() for value in state(tmp_path, 12).values())
+    [row] = rows(tmp_path / "skipped.jsonl")
+    assert row["step"] == 5 and len(row["keys"]) == 3  # those of process 1 alone
+    record("D1 NaN on one of two processes", 1, 1)
+
+
+def test_ten_steps_in_a_row_that_are_not_finite_stop_the_run_with_what_it_saw(tmp_path):
+    with pytest.raises(RunError, match=r"10 steps in a row .* with the samples number-\d+, .*skipped\.jsonl"):
+        tiny_run.run(tmp_path, "nans:0:4", "steps=40")
+    assert [row["step"] for row in rows(tmp_path / "skipped.jsonl")] == list(range(4, 14))
+    path, problems = newest_checkpoint(tmp_path / "checkpoints")
+    assert not problems and all(value.isfinite().all() for value in load_checkpoint(path).tensors["model"].values())
+
+
+def test_a_spike_of_the_loss_is_seen_and_survived(tmp_path):
+    tiny_run.run(tmp_path, "spike:0:5")
+    losses = [row["loss"] for row in rows(tmp_path / "metrics.jsonl")]
+    assert losses[4] > 20 * max(losses[:4]) and losses[-1] < 3 * max(losses[:4])
+    record("D2 a loss of a hundred times", 1, 1)
+
+
+def test_running_out_of_memory_says_what_takes_less(tmp_path):
+    with pytest.raises(RunError, match=r"batch_size=1 train\.gradient_accumulation=2.*step-00000003 is kept"):
+        tiny_run.run(tmp_path, "memory:0:5")
+
+
+def test_more_than_one_percent_of_bad_samples_stops_the_run_with_the_counts(tmp_path):
+    with pytest.raises(RunError, match=r"\d+ of the \d+ samples .* more than 1%: \d+ x gone; .*rejected\.jsonl"):
+        tiny_run.run(tmp_path, "rejected=0.05", "steps=1000", "save_every=1000")
+    assert len(rows(tmp_path / "rejected.jsonl")) >= 10
+    with pytest.raises(RunError, match="3 of the 3 samples"):
+        tiny_run.run(tmp_path / "all", "rejected=1")
+
+
+def test_less_than_one_percent_of_bad_samples_is_logged(tmp_path):
+    tiny_run.run(tmp_path, "rejected=0.003", "steps=400", "save_every=1000")
+    assert 1 <= len(rows(tmp_path / "rejected.jsonl")) <= 10
+    assert {"step", "key", "reason"} == set(rows(tmp_path / "rejected.jsonl")[0])
+
+
+def test_a_killed_process_ends_the_run_within_ten_seconds_by_number(tmp_path):
+    process = start(tmp_path, "die:1:5", "stall_timeout=60", processes=2)
+    while not (tmp_path / "died").exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    died = time.monotonic()
+    status, output = finish(process, 40)
+    seconds = time.monotonic() - died
+    assert status != 0 and seconds < 10, (seconds, output)
+    assert re.search(r"error: process 1 of 2 died, says process 0\. .*step-00000003 is kept", output), output
+    record("D5 a process is killed", 1, 1)
+
+
+def test_processes_that_disagree_or_are_too_many_are_refused_before_step_1(tmp_path):
+    status, output = finish(start(tmp_path / "a", "disagree:1:1", processes=2))
+    assert status != 0 and "process 1 has data='other', process 0 has '0'" in output
+    status, output = finish(start(tmp_path / "b", "size=1", processes=2))
+    assert status != 0 and "there are 2 processes for 1 samples" in output
+    assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
+    record("D10 processes disagree, or are more than samples", 2, 2)
+
+
+def test_a_signal_to_one_process_saves_and_stops_all(tmp_path):
+    status, output = finish(start(tmp_path, "signal:1:5", processes=2))
+    assert status != 0 and "stopped at step 5 of 12" in output
+    path, problems = newest_checkpoint(tmp_path / "checkpoints")
+    assert path.name == "step-00000005" and not problems
+    status, _ = finish(start(tmp_path, processes=2))
+    assert status == 0
+    assert finish(start(tmp_path / "unbroken", processes=2))[0] == 0
+    assert contents(tmp_path) == contents(tmp_path / "unbroken")
+    record("A15 SIGTERM to one of two processes, resumed bit for bit", 1, 1)
+
+
+@pytest.mark.faults
+def test_the_error_of_one_process_is_shown_first(tmp_path):
+    begun = time.monotonic()
+    status, output = finish(start(tmp_path, "raise:1:5", processes=2))
+    assert status != 0 and time.monotonic() - begun < 60
+    assert output.index("error: the picture of process 1 is bad") < output.index("error: process 1 of 2 died")
+    record("D6 a process raises", 1, 1)
+
+
+@pytest.mark.faults
+def test_data_that_do_not_divide_by_the_processes_never_hang_one(tmp_path):
+    ended = 0
+    for size in (37, 41, 43):
+        ended += finish(start(tmp_path / str(size), f"size={size}", "steps=40", processes=2), 60)[0] == 0
+    record("D7 samples that do not divide by processes and batches", 3, ended)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("fault", "word"), [("sleep:1:5", "did not come within 5 s"), ("stop:1:5", "process 1 of 2")])
+def test_a_process_that_hangs_is_named(tmp_path, fault, word):
+    process = start(tmp_path, fault, "stall_timeout=5", processes=2)
+    status, output = finish(process, 90)  # the launcher itself waits 30 s for one that does not react
+    assert status != 0 and "error: process 1 of 2" in output and word in output, output
+    record(f"D8 a process hangs ({fault.split(':')[0]})", 1, 1)
+
+
+@pytest.mark.faults
+def test_a_restarted_group_of_processes_ends_bit_for_bit_like_an_undisturbed_one(tmp_path):
+    assert finish(start(tmp_path / "unbroken", processes=2))[0] == 0
+    survived = 0
+    for i in range(15):
+        folder = tmp_path / str(i)
+        status, output = finish(start(folder, f"die:{i % 2}:{3 + i % 7}", processes=2, restarts=1))
+        assert status == 0, output
+        survived += contents(folder) == contents(tmp_path / "unbroken")
+    record("D9 a killed process, restarted by the launcher, bit for bit", 15, survived)
+
+
+@pytest.mark.faults
+def test_a_port_in_use_is_said(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        command = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", tiny_run.__file__]
+        result = subprocess.run([sys.executable, *command, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert result.returncode != 0 and "EADDRINUSE" in result.stderr and str(port) in result.stderr
