@@ -9,6 +9,7 @@ from os.path import commonpath
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -25,6 +26,7 @@ from t2i.data.sources import (
     keywords_of,
     printable,
     relative,
+    rows_of,
     split_of,
     splits_by_name,
 )
@@ -99,7 +101,9 @@ def copy_rows(table: Path, columns: Columns, copy: Path) -> None:
         with pa.OSFile(str(copy), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
             for batch in parquet.iter_batches(AT_ONCE, columns=schema.names):
                 writer.write_batch(batch.select(schema.names))
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
+        if getattr(error, "errno", None):  # the disk's, such as no space left
+            raise
         raise InputError(f"{str(table)!r} does not read to its end: {error}") from error
 
 
@@ -147,13 +151,15 @@ def indexed_rows(
     number = 0
     for batch in pa.ipc.open_stream(whole):
         more = [key for key in (columns.caption, *MORE_COLUMNS) if key in batch.schema.names]
-        for picture, row in zip(batch.column(columns.image), batch.select(more).to_pylist()):
+        pictures = batch.column(columns.image)
+        for picture, place, row in zip(pictures, places(pictures, whole), rows_of(batch.select(more))):
             sample = Sample(f"{name}/{number}", split=split)
             number += 1
             try:
-                place = picture_buffer(picture)
-                sample.file, sample.offset, sample.size = file, place.address - whole.address, place.size
-                assert 0 <= sample.offset <= whole.size - place.size
+                if isinstance(row, Rejected):
+                    raise row
+                require_bytes(picture)
+                sample.file, (sample.offset, sample.size) = file, place
                 sample.captions = captions_of(row[columns.caption])
                 sample.keywords = keywords_of(row.get("keywords"))
                 sample.split = split_of(row.get("split")) or split
@@ -162,8 +168,20 @@ def indexed_rows(
             yield sample
 
 
-def picture_buffer(picture: Any) -> pa.Buffer:
-    """The bytes in a cell, where they lie. Raises Rejected."""
+def places(pictures: pa.Array, whole: pa.Buffer) -> Iterator[tuple[int, int]]:
+    """Offset and size of each cell's bytes in the mapped file."""
+    if pa.types.is_struct(pictures.type):
+        pictures = pictures.field("bytes")
+    _, edges, values = pictures.buffers()
+    kind = np.int64 if pa.types.is_large_binary(pictures.type) else np.int32
+    ends = np.frombuffer(edges, kind)[pictures.offset :][: len(pictures) + 1].tolist()
+    start = values.address - whole.address if values is not None else 0
+    assert 0 <= start <= whole.size, "the file was copied to be read, so its offsets are not known"
+    return ((start + first, last - first) for first, last in zip(ends, ends[1:]))
+
+
+def require_bytes(picture: Any) -> None:
+    """Raises Rejected if a cell holds no bytes."""
     if isinstance(picture, pa.StructScalar) and picture.is_valid:
         if not picture["bytes"].is_valid and "path" in picture and picture["path"].is_valid:
             path = printable(repr(picture["path"].as_py())[:100])
@@ -171,4 +189,3 @@ def picture_buffer(picture: Any) -> pa.Buffer:
         picture = picture["bytes"]
     if not picture.is_valid:
         raise Rejected(Reason.no_picture)
-    return picture.as_buffer()

@@ -329,10 +329,21 @@ def metadata_rows(table: Path) -> Iterator[tuple[int, dict[str, Any] | Rejected]
             raise InputError(f"{str(table)!r} is not CSV in UTF-8: {error}") from error
     else:
         try:
-            batches = pq.ParquetFile(table).iter_batches(1_000)
-            yield from enumerate(chain.from_iterable(batch.to_pylist() for batch in batches))
+            yield from enumerate(chain.from_iterable(map(rows_of, pq.ParquetFile(table).iter_batches(1_000))))
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{str(table)!r} does not read as parquet: {error}") from error
+
+
+def rows_of(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | Rejected]:
+    """The rows of a batch; Arrow takes any bytes for text until somebody looks at them."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for number in range(len(batch)):
+            try:
+                yield batch.slice(number, 1).to_pylist()[0]
+            except UnicodeDecodeError as error:
+                yield Rejected(Reason.caption_not_text, str(error))
 
 
 def json_rows(lines: BinaryIO) -> Iterator[tuple[int, dict[str, Any] | Rejected]]:
