@@ -328,9 +328,14 @@ def test_text_files_that_cannot_be_used_have_a_reason(tmp_path, content, reason)
     assert reason != "ok" or rows["a.png"]["captions"] == ["café"]
 
 
-def test_a_source_that_is_not_there_or_holds_no_pictures_is_refused(tmp_path):
+def test_a_source_that_is_not_there_or_holds_no_pictures_is_refused(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="no file or folder"):
         check(tmp_path / "none")
+    with pytest.raises(InputError, match="names no data set"):
+        check("hub:")
+    monkeypatch.chdir(tmp_path.parent)
+    with pytest.raises(InputError, match="no file or folder"):  # not looked for on the hub
+        check(f"{tmp_path.name}/typo")
     with pytest.raises(InputError, match="no pictures in"):
         check(tmp_path)
     (tmp_path / "a.zip").write_bytes(b"PK")

@@ -12,7 +12,7 @@ from t2i.data.reasons import Reason
 from t2i.data.sources import Notes
 
 SIDES = (8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096)  # lower edges of the bins
-SHAPES = {"tall": 0.6, "4:5": 0.9, "square": 1.1, "5:4": 1.6, "wide": float("inf")}  # width / height below
+SHAPES = {"tall": 0.6, "3:4": 0.9, "square": 1.1, "4:3": 1.6, "wide": float("inf")}  # width / height below
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Report:
 
     def write(self, folder: Path) -> None:
         (folder / "report.json").write_text(json.dumps(self.as_json(), indent=1, ensure_ascii=False) + "\n", "utf-8")
-        draw_sizes(self).save(folder / "sizes.png", optimize=True)
+        draw_sizes(self).save(folder / "sizes.png")
 
     def as_json(self) -> dict[str, Any]:
         rejected = {

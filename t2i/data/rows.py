@@ -109,6 +109,8 @@ def copy_rows(table: Path, columns: Columns, copy: Path) -> None:
 
 def open_hub(name: str, columns: Columns) -> Source:
     """A data set of the hub, or a folder that `datasets` can load. Its pictures are not decoded."""
+    if not name:
+        raise InputError("'hub:' names no data set; give hub:ORGANISATION/NAME")
     import datasets
 
     try:
@@ -145,6 +147,7 @@ def indexed_rows(
     path: Path, root: Path, name: str, columns: Columns, split: str | None, notes: Notes
 ) -> Iterator[Sample]:
     """Where in an Arrow file each picture's bytes lie."""
+    assert columns.image and columns.caption
     file = relative(path, root)
     whole = pa.memory_map(str(path)).read_buffer()
     notes.containers[file] = whole.size

@@ -86,7 +86,8 @@ def open_source(name: str, columns: Columns) -> Source:
     from t2i.data import rows, tars
 
     path = Path(name)
-    if name.startswith("hub:") or (not path.exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)):
+    here = path.exists() or path.parts[:1] and Path(path.parts[0]).exists()  # data/typo is no name on the hub
+    if name.startswith("hub:") or (not here and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)):
         return rows.open_hub(name.removeprefix("hub:"), columns)
     if not path.exists():
         raise InputError(f"no file or folder {name!r}; give one, or hub:ORGANISATION/NAME")

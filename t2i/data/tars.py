@@ -149,7 +149,7 @@ class Shard:
                     if tar.offset <= end or member.size < 0:
                         raise tarfile.ReadError(f"{printable(member.name)!r} has a size of {member.size:,}")
                     end = tar.offset
-                    tar.members = []  # tarfile would keep them all
+                    tar.members = []  # type: ignore[attr-defined]  # it would keep them all
                     self.add(member)
                     if end > self.size:
                         break
