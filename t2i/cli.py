@@ -105,6 +105,29 @@ def train(
 
 
 @data.command()
+def check(
+    source: Annotated[str, Argument(help="A folder, a .tar or .parquet file, or hub:ORGANISATION/NAME.")],
+    out: Annotated[Path | None, Option(help="Folder for the manifest and the report; SOURCE/t2i if left out.")] = None,
+    image_column: Annotated[str | None, Option(help="Of parquet files and the hub; else found by its type.")] = None,
+    caption_column: Annotated[str | None, Option(help="Found by its name: text or caption.")] = None,
+    held_out: Annotated[float, Option(help="Share to hold out where the source names no split.")] = 0.01,
+    min_size: Annotated[int, Option(help="Pixels; a picture with a smaller short side is rejected.")] = 8,
+    drop_duplicates: Annotated[bool, Option("--drop-duplicates", help="Reject further copies of a picture.")] = False,
+) -> None:
+    """Read every picture and caption once; write the manifest that training reads, and say what was left out."""
+    from t2i.config import check_range
+    from t2i.data.manifest import write_manifest
+    from t2i.data.sources import Columns
+
+    check_range("held-out", held_out, 0, 0.5)
+    check_range("min-size", min_size, 1, 4096)
+    report = write_manifest(source, out, Columns(image_column, caption_column), held_out, min_size, drop_duplicates)
+    print("\n".join(report.lines()))
+    if complaint := report.complaint():
+        raise InputError(complaint)
+
+
+@data.command()
 def emoji(
     folder: Annotated[Path, Argument(help="A new folder.")],
     size: Annotated[int, Option(help="Side of the pictures, in pixels.")] = 128,
@@ -145,10 +168,9 @@ def evaluate_emoji(
 ) -> None:
     """Draw an emoji for its caption: is the nearest of all real emoji the right one?"""
     from pipelines.generation import load_pipeline
-    from t2i.data import read_records
-    from t2i.evaluation.emoji import choose, evaluate
+    from t2i.evaluation.emoji import choose, evaluate, read_emoji
 
-    choose(read_records(folder, split=None))  # complain before the model loads
+    choose(read_emoji(folder)[1])  # complain before the model loads
     if out.exists() and not out.is_dir():
         raise InputError(f"out is {str(out)!r}, which is a file; give a folder")
     scores = evaluate(load_pipeline(model, device), folder, out, true_embeddings)

@@ -20,7 +20,7 @@ Built = TypeVar("Built")
 
 @dataclass
 class DataConfig:
-    path: str = "???"  # a folder with metadata.jsonl; "???" marks a value that the YAML file must give
+    path: str = "???"  # what `t2i data check` read or wrote; "???" marks a value that the YAML file must give
     image_size: int = 256  # pixels; pictures are resized on the short side and cropped to a square
     num_workers: int = 2  # processes that decode pictures, per training process; 0 decodes in the training process
 

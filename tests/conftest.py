@@ -18,6 +18,8 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """36 captioned drawings, 4 of them held out."""
+    from t2i.data.manifest import write_manifest
+
     folder = tmp_path_factory.mktemp("data") / "shapes"
     folder.mkdir()
     rows = []
@@ -32,6 +34,7 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         row = {"file_name": f"{i:02}.png", "text": f"{color} {shape}", "keywords": [color, shape, "drawing"]}
         rows.append(json.dumps(row | {"split": split}))
     (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+    write_manifest(folder, quiet=True)
     return folder
 
 

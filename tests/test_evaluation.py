@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import torch
 from PIL import Image
 
-from t2i.data import open_picture, read_records, to_tensor
-from t2i.evaluation.emoji import base_name, choose, contact_sheet, evaluate, features
+from t2i.data.manifest import write_manifest
+from t2i.evaluation.emoji import base_name, choose, contact_sheet, evaluate, features, read_emoji
 
 
 class Copier:
@@ -15,8 +15,8 @@ class Copier:
 
     device = torch.device("cpu")
 
-    def __init__(self, drawn):
-        self.drawn = {record.text: to_tensor(open_picture(record.path), 128) for record in drawn}
+    def __init__(self, dataset, drawn):
+        self.drawn = {record.text: dataset.picture(record.index) for record in drawn}
         self.asked = []
 
     def set_progress_bar_config(self, **_):
@@ -38,12 +38,13 @@ def folder(tmp_path):
             split = "held_out" if (name, color) == ("box", "blue") else "train"
             rows.append({"file_name": f"{name}-{color}.png", "text": f"{name}: {color}", "split": split})
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_manifest(tmp_path, quiet=True)
     return tmp_path
 
 
 def test_the_real_pictures_score_one_and_swapped_colours_only_the_name(tmp_path):
-    records = read_records(folder(tmp_path), None)
-    copier = Copier(records)
+    dataset, records = read_emoji(folder(tmp_path))
+    copier = Copier(dataset, records)
     scores = evaluate(copier, tmp_path, tmp_path / "out")
     assert scores["train"] == {"captions": 5, "exact": 1.0, "same_name": 1.0}
     assert scores["held_out"] == {"captions": 1, "exact": 1.0, "same_name": 1.0}
@@ -68,7 +69,7 @@ def test_features_are_colours_and_edges():
 
 
 def test_the_same_training_captions_are_chosen_every_time(shapes):
-    records = read_records(shapes, None)
+    _, records = read_emoji(shapes)
     first, second = choose(records, 10), choose(records, 10)
     assert first == second and len(first["train"]) == 10 and len(first["held_out"]) == 4
     assert base_name("waving hand: dark skin tone") == "waving hand"

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from t2i.config import TrainConfig
+from t2i.data.manifest import write_manifest
 from t2i.errors import InputError
 from t2i.loop import learning_rate
 
@@ -113,6 +114,7 @@ def test_resuming_with_other_data_or_another_clip_is_refused(shapes, runs, tmp_p
     shutil.copytree(shapes, other)
     lines = (other / "metadata.jsonl").read_text().splitlines()
     (other / "metadata.jsonl").write_text("\n".join(reversed(lines)))
+    write_manifest(other, quiet=True)
     with pytest.raises(InputError, match="trained with another data"):
         train("prior", other, tmp_path, 4)
     shutil.rmtree(tmp_path / "clip")

@@ -1,11 +1,11 @@
-"""Captioned pictures for training: an imagefolder, in an order that is a function of the seed."""
+"""Captioned pictures for training: what a manifest lists, in an order that is a function of the seed."""
 
 import hashlib
 import json
 import random
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,77 +13,38 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from t2i.condition import TextEncoding
 from t2i.config import DataConfig
-from t2i.data.pictures import decoding, open_picture, to_tensor
+from t2i.data.manifest import Manifest
+from t2i.data.pictures import decode, silent, to_tensor
+from t2i.data.reasons import Rejected
 from t2i.errors import InputError
 
-READ_WHOLE = 20_000  # pictures that are decoded once before training; of more, the headers are read
+TRIES = 100  # pictures in a row that cannot be read, after which it is the disk's fault
 
 Key = tuple[int, int]  # index of a record, and the draw that chooses among its captions
 
 
 @dataclass(frozen=True)
 class Record:
-    """One line of `metadata.jsonl`."""
+    """A sample, for people and for evaluation."""
 
-    path: Path
-    text: str
-    keywords: list[str] = field(default_factory=list)
-    split: str = "train"
-
-
-def read_records(folder: str | Path, split: str | None = "train") -> list[Record]:
-    """The records of `folder/metadata.jsonl` in its order: those of one split, or of all with `split=None`."""
-    folder = Path(folder)
-    metadata = folder / "metadata.jsonl"
-    if not folder.is_dir():
-        raise InputError(f"no data folder {str(folder)!r}; `t2i data emoji {folder}` draws one")
-    if not metadata.is_file():
-        raise InputError(f"no metadata.jsonl in {str(folder)!r}; it holds a line {{file_name, text}} per picture")
-    try:
-        lines = metadata.read_text(encoding="utf-8").split("\n")  # JSON strings may hold the other line separators
-    except UnicodeDecodeError as error:
-        raise InputError(f"{str(metadata)!r} is not UTF-8 ({error})") from error
-    records = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            record = Record(folder / row["file_name"], row["text"], row.get("keywords", []), row.get("split", "train"))
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{metadata}:{number}: not a JSON object with file_name and text ({error!r})") from error
-        if problem := wrong(record, folder):
-            raise InputError(f"{metadata}:{number}: {problem}")
-        if split is None or record.split == split:
-            records.append(record)
-    if not records:
-        raise InputError(f"no pictures of split {split!r} in {str(metadata)!r}; it needs at least one")
-    if missing := [str(record.path) for record in records if not record.path.is_file()]:
-        raise InputError(f"{len(missing)} of {len(records)} pictures are missing, the first is {missing[0]!r}")
-    return records
+    index: int
+    key: str
+    text: str  # the first caption
+    keywords: list[str]
+    split: str
 
 
-def wrong(record: Record, folder: Path) -> str | None:
-    """What is wrong with a record, if anything."""
-    if not isinstance(record.text, str) or not record.text.strip():
-        return f"text must be a string that is not empty, got {record.text!r}"
-    if not isinstance(record.keywords, list) or not all(isinstance(word, str) and word for word in record.keywords):
-        return f"keywords must be a list of strings, got {record.keywords!r}"
-    if not record.path.resolve().is_relative_to(folder.resolve()):
-        return f"file_name must stay inside the folder, got {str(record.path)!r}"
-    return None
-
-
-def vary(record: Record, rng: random.Random) -> str:
-    """A caption for one use in training: the text, the text and some keywords, or keywords; an article now and then."""
-    if not record.keywords:
-        return record.text
-    keywords = rng.sample(record.keywords, rng.randint(1, min(4, len(record.keywords))))
+def vary(captions: list[str], keywords: list[str], rng: random.Random) -> str:
+    """A caption for one use in training: one, one with some keywords, or keywords; an article now and then."""
+    text = captions[0] if len(captions) == 1 else rng.choice(captions)
+    if not keywords:
+        return text
+    keywords = rng.sample(keywords, rng.randint(1, min(4, len(keywords))))
     kind = rng.random()
     if kind < 0.5:
-        caption = record.text
+        caption = text
     elif kind < 0.8:
-        caption = " ".join([record.text, *keywords])
+        caption = " ".join([text, *keywords])
     else:
         caption = " ".join(keywords)
     if rng.random() < 0.2:
@@ -111,51 +72,85 @@ class Batch:
 
 
 class CaptionedPictures(Dataset):
-    """Records as (index, caption, picture). Indexed by (index, draw): `draw` chooses the caption's variation."""
+    """The samples of a split of a manifest. Indexed by (index, draw): `draw` chooses the caption's variation."""
 
     def __init__(self, config: DataConfig, split: str | None = "train"):
-        self.records = read_records(config.path, split)
+        self.manifest = Manifest(config.path, split)
         self.size = config.image_size
         self.pictures = True  # False: captions alone, where something computed before stands for the pictures
-        for record in self.records:  # before any work
-            with decoding(record.path) as file:
-                if len(self) <= READ_WHOLE:
-                    file.load()
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self.manifest)
 
     def __getitems__(self, keys: list[Key]) -> Batch:
-        """The batch of these records; what a DataLoader calls."""
-        index = [index for index, _ in keys]
-        image = torch.stack([self.picture(i) for i in index]) if self.pictures else None
-        return Batch(torch.tensor(index), [self.caption(*key) for key in keys], image)
+        """The batch of these samples; what a DataLoader calls.
 
-    def caption(self, index: int, draw: int) -> str:
-        return vary(self.records[index], random.Random(draw))
+        In the place of one whose picture is gone or changed stands the next that is as it was, and `rejected` says so.
+        Raises InputError if a hundred in a row are bad, or all.
+        """
+        if not self.pictures:
+            return Batch(torch.tensor([index for index, _ in keys]), [self.caption(*key) for key in keys])
+        rejected: list[tuple[str, str]] = []
+        found = [self.readable(index, rejected) for index, _ in keys]
+        captions = [self.caption(index, draw) for (index, _), (_, draw) in zip(found, keys)]
+        image = torch.stack([picture for _, picture in found])
+        return Batch(torch.tensor([index for index, _ in found]), captions, image, rejected=rejected)
 
-    def key(self, index: int) -> str:
-        """The name of a record, for people."""
-        return self.records[index].path.name
+    def readable(self, index: int, rejected: list[tuple[str, str]]) -> tuple[int, Tensor]:
+        """The first sample from `index` on that can be read, and its picture; the others are added to `rejected`."""
+        tries = min(TRIES, len(self))
+        for i in (number % len(self) for number in range(index, index + tries)):
+            try:
+                return i, self.read(i)
+            except Rejected as error:
+                rejected.append((self.key(i), error.reason.name))
+        counts = Counter(reason for _, reason in rejected[-tries:])
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+        raise InputError(f"{tries} pictures in a row cannot be read ({reasons}), the first is {rejected[-tries][0]!r}")
 
-    def corpus(self) -> Iterator[str]:
-        """All words of each record, to train a tokenizer on."""
-        return (" ".join([record.text, *record.keywords]) for record in self.records)
+    def read(self, index: int) -> Tensor:
+        """(3, H, W). Raises Rejected."""
+        data = self.manifest.read(index)
+        with silent():
+            return to_tensor(decode(data), self.size)
 
     def picture(self, index: int) -> Tensor:
-        """(3, H, W)"""
-        return to_tensor(open_picture(self.records[index].path), self.size)
+        """(3, H, W). Raises InputError with the sample's key."""
+        try:
+            return self.read(index)
+        except Rejected as error:
+            raise InputError(f"{self.key(index)!r}: {error}; `t2i data check` again leaves it out") from error
+
+    def caption(self, index: int, draw: int) -> str:
+        captions, keywords = (self.manifest.value(column, index) for column in ("captions", "keywords"))
+        return vary(captions, keywords, random.Random(draw))
+
+    def key(self, index: int) -> str:
+        """The name of a sample, for people."""
+        return self.manifest.value("key", index)
+
+    def record(self, index: int) -> Record:
+        key, captions, keywords, split = (
+            self.manifest.value(column, index) for column in ("key", "captions", "keywords", "split")
+        )
+        return Record(index, key, captions[0], keywords, split)
+
+    def corpus(self) -> Iterator[str]:
+        """All words of each sample, to train a tokenizer on."""
+        return (" ".join([*row["captions"], *row["keywords"]]) for row in self.manifest.rows("captions", "keywords"))
 
     def digest(self) -> str:
-        """16 hexadecimal digits for the records and their order."""
-        rows = [[record.path.name, record.text, record.keywords] for record in self.records]
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+        """16 hexadecimal digits for the pictures, captions and keywords, and their order; not for where they lie."""
+        hasher = hashlib.sha256()
+        for row in self.manifest.rows("sha256", "captions", "keywords"):
+            hasher.update(json.dumps([row["sha256"].hex(), row["captions"], row["keywords"]]).encode())
+        return hasher.hexdigest()[:16]
 
     def sample(self, count: int, batch_size: int) -> Iterator[Tensor]:
         """At most `count` pictures from all over the data, (B, 3, H, W) at a time."""
         chosen = range(0, len(self), -(-len(self) // count))
         for start in range(0, len(chosen), batch_size):
-            yield torch.stack([self.picture(i) for i in chosen[start : start + batch_size]])
+            yield torch.stack([self.readable(i, [])[1] for i in chosen[start : start + batch_size]])
 
 
 class Order(Sampler[list[Key]]):

@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont, features
 
 from t2i.checkpoint import new_folder
+from t2i.data.manifest import write_manifest
 from t2i.errors import InputError
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
@@ -45,6 +46,7 @@ def render_emoji(folder: str | Path, size: int = 128, font: Path = FONT, names: 
     """Draw every fully-qualified emoji into `folder` (which must be new or empty) at `size` x `size` on white.
 
     Writes one PNG each and `metadata.jsonl` in the imagefolder convention; the folder appears whole or not at all.
+    Then the manifest is written into it.
     Raises InputError if the font or a data file is missing, or if Pillow lacks raqm.
     """
     folder = Path(folder).resolve()
@@ -76,6 +78,7 @@ def render_emoji(folder: str | Path, size: int = 128, font: Path = FONT, names: 
             }
             row |= {"keywords": one.keywords, "split": one.split}
             metadata.write(json.dumps(row, ensure_ascii=False) + "\n")
+    write_manifest(folder, quiet=True)
     return emoji
 
 

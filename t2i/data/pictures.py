@@ -1,52 +1,128 @@
-"""Pictures: files in, tensors out.
+"""Pictures: bytes in, tensors out.
 
 Pictures are (3, H, W), float32, in [-1, 1] everywhere outside the models.
 """
 
-import struct
-import zlib
+import io
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from PIL import Image, ImageOps
+import numpy as np
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import v2
 
+from t2i.data.reasons import Reason, Rejected
 from t2i.errors import InputError
 
 MAX_PIXELS = 40_000_000  # a larger picture is refused from its header
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")  # of eight bits a channel
+# What Pillow may try. It knows some forty formats; of these, some run other programs (EPS) or are rarely looked after.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+PngImagePlugin.MAX_TEXT_MEMORY = 2**23  # what the text in a PNG may unpack to; Pillow allows eight times as much
+# First bytes of what is often found instead.
+KNOWN = {
+    b"\xff\xd8\xff": (Reason.damaged, "a JPEG whose header does not decode"),
+    b"\x89PNG": (Reason.damaged, "a PNG whose header does not decode"),
+    b"GIF8": (Reason.damaged, "a GIF whose header does not decode"),
+    b"%!PS": (Reason.unsupported_format, "EPS"),
+    b"\xc5\xd0\xd3\xc6": (Reason.unsupported_format, "EPS"),
+    b"%PDF": (Reason.unsupported_format, "PDF"),
+    b"8BPS": (Reason.unsupported_format, "PSD"),
+    b"<svg": (Reason.unsupported_format, "SVG"),
+    b"<?xml": (Reason.unsupported_format, "XML, perhaps SVG"),
+    b"<!DOCTYPE": (Reason.not_a_picture, "a web page"),
+    b"<!doctype": (Reason.not_a_picture, "a web page"),
+    b"<html": (Reason.not_a_picture, "a web page"),
+}
 
 
 def open_picture(path: str | Path) -> Image.Image:
     """An RGB picture, upright, transparency on white. Raises InputError if it does not decode or is too large."""
-    with decoding(path) as file:
-        image: Image.Image = ImageOps.exif_transpose(file)
-        if image.has_transparency_data:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        return image.convert("RGB")
+    try:
+        with silent():
+            return decode(Path(path).read_bytes())
+    except Rejected as error:
+        raise InputError(f"{str(path)!r}: {error}") from error
 
 
 @contextmanager
-def decoding(path: str | Path) -> Iterator[Image.Image]:
-    """An open picture whose header has been read; what is wrong with it, also later, as an InputError."""
+def silent() -> Iterator[None]:
+    """Pillow's remarks on odd metadata and sizes are not shown: what matters becomes a reason. Enter it once for all
+    threads, for Python keeps its list of warnings for the whole process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield
+
+
+def decode(data: bytes) -> Image.Image:
+    """The same from the bytes of a file. Raises Rejected."""
+    if not data:
+        raise Rejected(Reason.empty_file)
+    Image.init()
     try:
-        with Image.open(path) as file:
-            if file.width * file.height > MAX_PIXELS:
-                raise InputError(f"{str(path)!r} has {file.width} x {file.height} pixels; at most {MAX_PIXELS:,}")
-            yield file
-    except InputError:
+        with Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN]) as file:
+            check_header(file)
+            file.load()
+            ImageOps.exif_transpose(file, in_place=True)
+            return to_rgb(file)
+    except Rejected:
         raise
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        EOFError,
-        struct.error,
-        zlib.error,
-        Image.DecompressionBombError,
-    ) as error:
-        raise InputError(f"{str(path)!r} does not decode as a picture ({error})") from error
+    except UnidentifiedImageError as error:
+        raise unidentified(data) from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise Rejected(Reason.too_many_pixels, "more than twice as many") from error
+    except Exception as error:  # a decoder on damaged data may raise anything
+        early = isinstance(error, EOFError) or "truncat" in str(error).lower()
+        reason = Reason.truncated if early else Reason.damaged
+        raise Rejected(reason, f"{str(error) or type(error).__name__}"[:200]) from error
+
+
+def check_header(file: Image.Image) -> None:
+    """Refuse what the header shows, before a pixel is decoded."""
+    if file.width * file.height > MAX_PIXELS:
+        raise Rejected(Reason.too_many_pixels, f"{file.width} x {file.height}")
+    # Phones put a second view or a depth map behind the picture and call the file MPO: it is a still all the same.
+    if file.format != "MPO" and (frames := getattr(file, "n_frames", 1)) > 1:
+        raise Rejected(Reason.animated, f"{file.format} of {frames} frames")
+    if file.mode not in MODES and not file.mode.startswith("I"):
+        raise Rejected(Reason.unsupported_format, f"{file.format} of mode {file.mode}")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB, transparency on white, 16-bit grey scaled down."""
+    if image.mode.startswith("I"):
+        image = grey(image)
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def grey(image: Image.Image) -> Image.Image:
+    """16-bit grey -> 8 bits. Pillow's own conversion would clip it to white."""
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise Rejected(Reason.unsupported_format, f"{image.format} of 32 bits a pixel")
+    small = ((values + 128) // 257).astype(np.uint8)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        small[values == transparent] = 255
+    return Image.fromarray(small)
+
+
+def unidentified(data: bytes) -> Rejected:
+    """What bytes are that no format claims."""
+    start = data[:64].lstrip(b"\xef\xbb\xbf \t\r\n")
+    for prefix, (reason, detail) in KNOWN.items():
+        if start.startswith(prefix):
+            return Rejected(reason, detail)
+    if data[4:12] == b"ftypavif":
+        return Rejected(Reason.damaged, "an AVIF that does not decode")
+    if data[4:8] == b"ftyp":
+        return Rejected(Reason.unsupported_format, f"{data[8:12].decode('ascii', 'replace')}, such as HEIC or a video")
+    return Rejected(Reason.not_a_picture, f"it starts with {data[:8]!r}")
 
 
 def to_tensor(image: Image.Image, size: int) -> Tensor:

@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Generator, Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from t2i.data import open_picture, read_records, to_tensor
-from t2i.data.dataset import Record
+from t2i.config import DataConfig
+from t2i.data import CaptionedPictures, Record
 from t2i.errors import InputError
 
 SIZE = 128
@@ -50,6 +50,12 @@ def base_name(text: str) -> str:
     return text if text.startswith(("flag: ", "keycap: ")) else text.split(": ")[0]
 
 
+def read_emoji(folder: str | Path) -> tuple[CaptionedPictures, list[Record]]:
+    """Every real emoji, trained on or held out. Raises InputError without a manifest."""
+    dataset = CaptionedPictures(DataConfig(str(folder), SIZE, 0), split=None)
+    return dataset, [dataset.record(index) for index in range(len(dataset))]
+
+
 def choose(records: list[Record], count: int = TRAINING_CAPTIONS) -> dict[str, list[Record]]:
     """The captions to draw: `count` of the training split, the same ones every time, and all that were held out."""
     training = [record for record in records if record.split == "train"]
@@ -73,15 +79,15 @@ def evaluate(
     the prior's: what the decoder can do alone. `settings` go to the pipeline; without any its defaults are measured.
     """
     out = Path(out)
-    records = read_records(folder, split=None)
+    dataset, records = read_emoji(folder)
     captions = choose(records)
     out.mkdir(parents=True, exist_ok=True)
-    real = torch.cat([features(batch) for batch in stacked([record.path for record in records])])
+    real = torch.cat([features(batch) for batch in stacked(dataset, records)])
     scores: dict[str, Any] = {}
     for split, chosen in captions.items():
-        images = torch.cat(list(draw(pipeline, chosen, true_embeddings, batch_size, settings)))
+        images = torch.cat(list(draw(pipeline, dataset, chosen, true_embeddings, batch_size, settings)))
         nearest = [records[i] for i in torch.cdist(features(images * 2 - 1), real).argmin(dim=1).tolist()]
-        found = [record.path == other.path for record, other in zip(chosen, nearest)]
+        found = [record.index == other.index for record, other in zip(chosen, nearest)]
         related = [base_name(record.text) == base_name(other.text) for record, other in zip(chosen, nearest)]
         scores[split] = asdict(Score(len(chosen), mean(found), mean(related)))
         pictures = [to_pil_image(image) for image in images[:SHEET]]
@@ -93,7 +99,12 @@ def evaluate(
 
 
 def draw(
-    pipeline: Any, records: list[Record], true_embeddings: bool, batch_size: int, settings: dict[str, Any]
+    pipeline: Any,
+    dataset: CaptionedPictures,
+    records: list[Record],
+    true_embeddings: bool,
+    batch_size: int,
+    settings: dict[str, Any],
 ) -> Iterator[Tensor]:
     """(B, 3, H, W) in [0, 1] at a time; caption i has seed i."""
     pipeline.set_progress_bar_config(disable=True)
@@ -101,16 +112,16 @@ def draw(
         part = records[start : start + batch_size]
         what: dict[str, Any] = {"prompt": [record.text for record in part]}
         if true_embeddings:
-            pictures = next(stacked([record.path for record in part]))
+            pictures = next(stacked(dataset, part))
             with torch.no_grad():
                 what["image_embeds"] = pipeline.clip.encode_image(pictures.to(pipeline.device, pipeline.clip.dtype))
         seeds = [Generator().manual_seed(start + i) for i in range(len(part))]
         yield pipeline(**what, generator=seeds, output_type="pt", **settings).images.float().cpu()
 
 
-def stacked(paths: list[Path], batch_size: int = 256) -> Iterator[Tensor]:
-    for start in range(0, len(paths), batch_size):
-        yield torch.stack([to_tensor(open_picture(path), SIZE) for path in paths[start : start + batch_size]])
+def stacked(dataset: CaptionedPictures, records: list[Record], batch_size: int = 256) -> Iterator[Tensor]:
+    for start in range(0, len(records), batch_size):
+        yield torch.stack([dataset.picture(record.index) for record in records[start : start + batch_size]])
 
 
 def mean(values: list[bool]) -> float:
