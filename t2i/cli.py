@@ -92,16 +92,26 @@ def read_prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
 def train(
     stage: Annotated[str, Argument(help=f"One of {', '.join(STAGES)}.")],
     arguments: Annotated[list[str] | None, Argument(help="[FILE.yaml] [key=value ...]", show_default=False)] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Say what the run would cost, and write nothing.")] = False,
+    num_processes: Annotated[int, Option(help="On this machine: GPUs, or shares of the CPU.")] = 1,
+    max_restarts: Annotated[int, Option(help="How often processes that died are started again, if several.")] = 0,
 ) -> None:
-    """Train a stage in this process. For several: accelerate launch training/train_STAGE.py with the same arguments."""
+    """Train a stage. Stopped, it goes on from where it was; on several machines use accelerate launch."""
     if stage not in STAGES:
         raise InputError(f"stage must be one of {', '.join(STAGES)}; got {stage!r}")
     from importlib import import_module
 
-    from t2i.config import load_config
+    from t2i.config import check_range, load_config
+    from t2i.launch import become, begin
 
+    check_range("num-processes", num_processes, 1, 1024)
+    check_range("max-restarts", max_restarts, 0, 1000)
+    given = [*(arguments or []), *(["train.dry_run=true"] if dry_run else [])]
     script = import_module(f"training.train_{stage}")
-    script.main(load_config(script.Config, stage, arguments or []))
+    config = load_config(script.Config, stage, given)
+    if num_processes > 1:
+        become([str(script.__file__), *given], num_processes, max_restarts)
+    begin(script.main, config)
 
 
 @data.command()

@@ -139,6 +139,11 @@ def load_config(config_class: type[Config], stage: str, arguments: list[str]) ->
         raise InputError(f"{path} is not YAML: {error}") from error
 
 
+def as_yaml(config: Any) -> str:
+    """Every key of a configuration with its value."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config)).rstrip()
+
+
 def explain(error: Exception, config_class: type) -> str:
     """One line of what OmegaConf says: the key, what is wrong, and the keys there are."""
     message = next(line for line in str(error).splitlines() if line.strip())

@@ -3,11 +3,11 @@
 import os
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import psutil
 
-from t2i.config import load_config
+from t2i.config import as_yaml, load_config
 from t2i.errors import reported
 
 Config = TypeVar("Config")
@@ -15,11 +15,18 @@ Config = TypeVar("Config")
 
 def run(main: Callable[[Config], None], config_class: type[Config], stage: str, arguments: list[str]) -> None:
     """What a script does when it is executed: read its configuration from the command line and train."""
-    count = forgotten_processes()
-    if count > 1:
-        relaunch(count)
+    if (count := forgotten_processes()) > 1:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+        become(sys.argv, count)
     with reported():
-        main(load_config(config_class, stage, arguments))
+        begin(main, load_config(config_class, stage, arguments))
+
+
+def begin(main: Callable[[Config], None], config: Config) -> None:
+    """Train; of a dry run, show the whole configuration first."""
+    if config.train.dry_run and os.environ.get("RANK", "0") == "0":  # type: ignore[attr-defined]
+        print(as_yaml(config), flush=True)
+    main(config)
 
 
 def forgotten_processes() -> int:
@@ -39,10 +46,9 @@ def forgotten_processes() -> int:
     return 1
 
 
-def relaunch(count: int) -> None:
-    """Become torchrun with this script and `count` processes."""
-    os.environ["ACCELERATE_USE_CPU"] = "true"
-    # Else a restarted group may read stale addresses from the store it shares with the one before.
+def become(script: list[str], processes: int, restarts: int = 0) -> NoReturn:
+    """Become torchrun with a script, its arguments, and a number of processes on this machine."""
+    # Else a restarted group may read stale addresses from the store that it shares with the one before.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", *sys.argv]
-    os.execv(sys.executable, command)
+    options = ["--standalone", f"--nproc_per_node={processes}", f"--max-restarts={restarts}"]
+    os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", *options, *script])
