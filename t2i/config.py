@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from t2i.errors import InputError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+TRACKERS = ("tensorboard", "wandb", "trackio")
 
 Config = TypeVar("Config")
 Built = TypeVar("Built")
@@ -45,6 +46,8 @@ class TrainConfig:
     mixed_precision: str = "auto"  # no, fp16, bf16, or auto: bf16 where the hardware computes in it
     compile: bool = False  # torch.compile the model: slower to start, faster after
     log_every: int = 50
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])  # of tensorboard, wandb, trackio
+    sample_every: int = 1_000  # steps between two sample pictures; 0 draws none
     save_every: int = 1_000
     keep: int = 2  # checkpoints
     seed: int = 0
@@ -52,6 +55,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "gradient_accumulation", "log_every", "save_every", "keep"):
             check_range(f"train.{name}", getattr(self, name), 1, 10**9)
+        check_range("train.sample_every", self.sample_every, 0, 10**9)
+        for tracker in self.trackers:
+            check_choice("train.trackers", tracker, TRACKERS)
+        self.trackers = list(dict.fromkeys(self.trackers))
         for name in ("warmup_steps", "decay_steps"):
             check_range(f"train.{name}", getattr(self, name), 0, 10**9)
             setattr(self, name, min(getattr(self, name), self.steps))  # so that train.steps=100 alone is a short run

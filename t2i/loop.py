@@ -21,7 +21,7 @@ from t2i.checkpoint import load_latest, save_checkpoint
 from t2i.config import TrainConfig
 from t2i.data import Batch, batches
 from t2i.errors import InputError
-from t2i.log import Log
+from t2i.log import Log, check_trackers
 
 Loss = Callable[[nn.Module, Batch], dict[str, Tensor]]  # "loss" is minimised; the rest is logged beside it
 
@@ -41,6 +41,7 @@ def start(config: TrainConfig) -> Accelerator:
     """Set up devices, precision and seeds."""
     if Path(config.output).exists() and not Path(config.output).is_dir():
         raise InputError(f"train.output is {config.output!r}, which is a file; give a folder")
+    check_trackers(config.trackers)
     # Said in full, for accelerate takes processes of torchrun on a machine without a GPU for lone ones.
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not (torch.cuda.is_available() or torch.mps.is_available())
     device = PartialState(cpu=cpu).device.type
