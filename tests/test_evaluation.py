@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import torch
 from PIL import Image
 
+from t2i.contact_sheet import contact_sheet
 from t2i.data import open_picture, read_records, to_tensor
-from t2i.evaluation.emoji import base_name, choose, contact_sheet, evaluate, features
+from t2i.evaluation.emoji import base_name, choose, evaluate, features
 
 
 class Copier:
