@@ -1,6 +1,6 @@
 """Many pictures as one: with captions, with labelled rows, or as a matrix of similarities. Pillow alone draws."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -26,7 +26,7 @@ def contact_sheet(images: list[Image.Image], captions: list[str], columns: int =
     return sheet
 
 
-def labelled_rows(rows: dict[str, Sequence[Image.Image | None]], captions: list[str]) -> Image.Image:
+def labelled_rows(rows: Mapping[str, Sequence[Image.Image | None]], captions: list[str]) -> Image.Image:
     """Rows of square pictures of one size, each with its label on the left; captions under the columns.
 
     None, and what a row lacks at its end, leaves a blank cell. Of more than ten columns, bands one below the other.

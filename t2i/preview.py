@@ -234,7 +234,10 @@ class Preview:
         z_i = draw_embeddings(self.columns, self.config, prior, scheduler)
         images = {"embeddings": prior_preview(self.columns, z_i)}
         if trained := still(self.load_decoder, prior.device):
-            images["pictures"] = decoder_preview(self.columns, self.config, *trained, z_i)
+            decoder, decoder_scheduler, autoencoder = trained
+            images["pictures"] = decoder_preview(
+                self.columns, self.config, decoder, decoder_scheduler, autoencoder, z_i
+            )
         return {name: image for name, image in images.items() if image is not None}
 
     def draw_trained(self, device: torch.device) -> Tensor | None:
