@@ -17,10 +17,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Generator
 
-from pipelines.text2image import Text2ImagePipeline, check_settings, check_texts
+from pipelines.text2image import Text2ImagePipeline, check_settings
 from t2i import __version__
 from t2i.config import check_choice
 from t2i.errors import InputError
+from t2i.sampling import check_texts
 
 BATCH = 16
 MAX_SEED = 2**63 - 1

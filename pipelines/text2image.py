@@ -21,17 +21,17 @@ from torch import Generator, Tensor
 from t2i.autoencoder import Autoencoder
 from t2i.checkpoint import check_weights, loaded
 from t2i.clip import CLIP
-from t2i.condition import ImageCondition, TextEncoding
+from t2i.condition import TextEncoding
 from t2i.config import check_choice, check_integer, check_range
 from t2i.decoder import Decoder
-from t2i.diffusion import draw_noise, guided, sample
 from t2i.errors import InputError
 from t2i.prior import Prior
+from t2i.sampling import MAX_SCALE, MAX_STEPS, check_texts, sample_decoder, sample_prior, split_generators
 from t2i.unet_decoder import UNetDecoder
 
 logger = logging.getLogger(__name__)
 
-MAX_STEPS, MAX_SCALE, MAX_IMAGES, MAX_CHARACTERS = 1000, 1000, 1024, 4096
+MAX_IMAGES = 1024
 HOMES = {  # where a folder's components may come from; a part of the file format
     "clip": ("t2i.clip",),
     "prior": ("t2i.prior",),
@@ -250,14 +250,9 @@ class Text2ImagePipeline(DiffusionPipeline):
         noise: Tensor | None,
     ) -> Tensor:
         """z_i of unit length, (N, D), fp32."""
-        prior, device = self.prior, self._execution_device
-        text = text.to(device, prior.dtype)
-        negative = prior.null(len(text)) if negative is None else negative
-        predict = guided(prior, text, negative.to(device, prior.dtype), scale)
-        if noise is None:
-            noise = draw_noise((self.clip.embed_dim,), generators, device)
-        x = sample(predict, self.prior_scheduler, noise.to(device).float(), steps, generators, self.progress_bar)
-        return check_finite("prior", prior.unscale(x))
+        text = text.to(self._execution_device, self.prior.dtype)
+        settings = (steps, scale, generators, noise, self.progress_bar)
+        return check_finite("prior", sample_prior(self.prior, self.prior_scheduler, text, negative, *settings))
 
     def sample_decoder(
         self,
@@ -270,15 +265,8 @@ class Text2ImagePipeline(DiffusionPipeline):
         on_step: Callable[[int, Tensor, Tensor], Tensor],
     ) -> Tensor:
         """Latents of unit variance, (N, C, h, w), fp32."""
-        decoder, device = self.decoder, self._execution_device
-        null = decoder.null(len(z_i))
-        condition = ImageCondition(z_i, null.text if text is None or null.text is None else text)
-        predict = guided(decoder, condition.to(device, decoder.dtype), null.to(device, decoder.dtype), scale)
-        if noise is None:
-            size = decoder.config.latent_size
-            noise = draw_noise((decoder.config.latent_channels, size, size), generators, device)
-        noise = noise.to(device).float()
-        x = sample(predict, self.decoder_scheduler, noise, steps, generators, self.progress_bar, on_step)
+        settings = (steps, scale, generators, noise, self.progress_bar, on_step)
+        x = sample_decoder(self.decoder, self.decoder_scheduler, z_i.to(self._execution_device), text, *settings)
         return check_finite("decoder", x)
 
     def decode(self, latents: Tensor, output_type: str = "pil") -> list[Image.Image] | np.ndarray | Tensor:
@@ -331,38 +319,7 @@ def check_number(name: str, value: Any, low: float, high: float) -> None:
     check_range(name, value, low, high)
 
 
-def check_texts(name: str, texts: Any, empty: bool = True) -> None:
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise InputError(f"{name} must be a text or a list of texts, got {texts!r:.80}")
-    for text in texts:
-        if not empty and not text.strip():
-            raise InputError(f"{name} must not be empty, got {text!r}")
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise InputError(f"{name} is not valid text (it was not UTF-8), got {text!r:.80}")
-        if len(text) > MAX_CHARACTERS:
-            raise InputError(f"{name} must have at most {MAX_CHARACTERS} characters, got {len(text)}: {text[:40]!r}...")
-
-
 def check_finite(stage: str, x: Tensor) -> Tensor:
     if not x.isfinite().all():
         raise ValueError(f"the {stage} returned values that are not finite; its weights or the precision are at fault")
     return x
-
-
-def split_generators(generator: Generator | list[Generator] | None, count: int) -> tuple[list[Generator], ...]:
-    """Generators of each picture for the prior and for the decoder.
-
-    Two streams, so that a picture's decoder noise does not depend on the prior's steps. From one generator the seeds of
-    all pictures are drawn in order, so the first pictures of a larger batch are those of a smaller one.
-    """
-    if generator is None:
-        generator = Generator().manual_seed(int(torch.randint(2**62, (1,))))
-    generators = [generator] * count if isinstance(generator, Generator) else generator
-    if not isinstance(generators, list) or not all(isinstance(one, Generator) for one in generators):
-        raise InputError(f"generator must be a torch.Generator or a list of them, got {generator!r:.80}")
-    if len(generators) != count:
-        raise InputError(f"generator has {len(generators)} generators for {count} pictures; give one, or one a picture")
-    seeds = [
-        [int(torch.randint(2**62, (1,), generator=one, device=one.device)) for _ in range(2)] for one in generators
-    ]
-    return tuple([Generator().manual_seed(pair[stage]) for pair in seeds] for stage in range(2))

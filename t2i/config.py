@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from t2i.errors import InputError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+TRACKERS = ("tensorboard", "wandb", "trackio")
 
 Config = TypeVar("Config")
 Built = TypeVar("Built")
@@ -62,6 +63,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "gradient_accumulation", "log_every", "save_every", "keep"):
             check_range(f"train.{name}", getattr(self, name), 1, 10**9)
+        check_range("train.sample_every", self.sample_every, 0, 10**9)
+        for tracker in self.trackers:
+            check_choice("train.trackers", tracker, TRACKERS)
+        self.trackers = list(dict.fromkeys(self.trackers))
         for name in ("warmup_steps", "decay_steps"):
             check_range(f"train.{name}", getattr(self, name), 0, 10**9)
             setattr(self, name, min(getattr(self, name), self.steps))  # so that train.steps=100 alone is a short run

@@ -1,7 +1,6 @@
 """The training loop that every stage shares. A stage brings a model, a loss, a data set, and its way to export."""
 
 import contextlib
-import json
 import math
 import os
 import signal
@@ -11,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import parse_flag_from_env
@@ -19,13 +17,13 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from t2i.config import TrainConfig
 from t2i.data import Batch, batches
 from t2i.ema import Average, full
 from t2i.errors import RESUMABLE, InputError, RunError, Stopped
 from t2i.health import Health
+from t2i.log import Log, check_trackers, duration, peak_memory
 from t2i.processes import StopRequest, Watch, check_same, on_main
 from t2i.state import State, locked
 
@@ -46,7 +44,7 @@ class Stage:
     made_from: dict[str, str]  # what the run depends on beside its configuration: the data, the models before it
     num_workers: int = 0
     validation: Dataset | None = None  # what is held out
-    preview: Callable[[nn.Module], Image.Image] | None = None  # a picture of what the averaged model does
+    preview: Callable[[nn.Module], dict[str, Image.Image]] | None = None  # pictures of what the averaged model does
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -64,6 +62,7 @@ def start(config: TrainConfig) -> Accelerator:
     """Set up devices, precision and seeds."""
     if Path(config.output).exists() and not Path(config.output).is_dir():
         raise InputError(f"train.output is {config.output!r}, which is a file; give a folder")
+    check_trackers(config.trackers)
     # Said in full, for accelerate takes processes of torchrun on a machine without a GPU for lone ones.
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not (torch.cuda.is_available() or torch.mps.is_available())
     device = PartialState(cpu=cpu).device.type
@@ -147,8 +146,9 @@ def train(accelerator: Accelerator, stage: Stage, state: State) -> None:
                 healthy, stopping = health.verdict(state.step + 1, norm, stop.signal)
             update(accelerator, state, rate, healthy)
             health.check_skipped(state.skipped)
-            log.step(state.step, rate, norm)
             done = state.step == config.steps
+            with watch.waiting():
+                log.step(state.step, rate, norm, validate(accelerator, stage, state))
             if stopping or done or state.step % config.save_every == 0:
                 with watch.waiting():
                     failed_saves = save(accelerator, stage, state, failed_saves, must=bool(stopping) or done)
@@ -157,7 +157,7 @@ def train(accelerator: Accelerator, stage: Stage, state: State) -> None:
                 status = 128 + stopping if stopping == signal.SIGINT else RESUMABLE
                 raise Stopped(f"{what}; the same command goes on from there", status)
             with watch.waiting():
-                look(accelerator, stage, state, log)
+                draw(accelerator, stage, state, log)
     except torch.OutOfMemoryError as error:
         half, twice = max(1, config.batch_size // 2), 2 * config.gradient_accumulation
         raise RunError(
@@ -189,7 +189,7 @@ def gradient(
     stage: Stage,
     state: State,
     loader: Iterator[Batch],
-    log: "Log",
+    log: Log | None,
     watch: Watch,
     health: Health,
 ) -> Tensor | None:
@@ -204,7 +204,8 @@ def gradient(
             with accelerator.autocast():
                 metrics = stage.loss(model, batch)
             accelerator.backward(metrics["loss"] / config.gradient_accumulation)
-        log.add(metrics)
+        if log is not None:
+            log.add(metrics)
         health.add(batch, metrics["loss"])
     with watch.waiting():
         norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
@@ -245,38 +246,38 @@ def export(accelerator: Accelerator, stage: Stage, state: State) -> None:
         on_main(accelerator, lambda: stage.export(average))
 
 
-def look(accelerator: Accelerator, stage: Stage, state: State, log: "Log") -> None:
-    """The loss on what is held out, and a picture of what the model does, when they are due."""
-    config, last = state.config, state.step == state.config.steps
-    if stage.validation is not None and is_due(state.step, config.validate_every, last):
-        log.write(state.step, validate(accelerator, stage, state))
-    if stage.preview is not None and is_due(state.step, config.sample_every, last):
-        preview = stage.preview
-        with state.averaged() as average, torch.no_grad():
-            if image := on_main(accelerator, lambda: preview(average)):
-                log.images(state.step, {Path(config.output).name: image})
+def is_due(state: State, every: int) -> bool:
+    return every > 0 and (state.step % every == 0 or state.step == state.config.steps)
 
 
-def is_due(step: int, every: int, last: bool) -> bool:
-    return every > 0 and (step % every == 0 or last)
+def draw(accelerator: Accelerator, stage: Stage, state: State, log: Log) -> None:
+    """Pictures of what the averaged model does, when they are due."""
+    if stage.preview is None or not is_due(state, state.config.sample_every):
+        return
+    preview = stage.preview
+    with state.averaged() as average, torch.no_grad():
+        on_main(accelerator, lambda: log.images(state.step, preview(average)))
 
 
 @torch.no_grad()
-def validate(accelerator: Accelerator, stage: Stage, state: State) -> dict[str, float]:
-    """The averaged model's metrics on held-out samples, the same ones with the same noise and timesteps every time."""
+def validate(accelerator: Accelerator, stage: Stage, state: State) -> dict[str, float] | None:
+    """When it is due, the averaged model's metrics on held-out samples: the same ones every time, with the same noise
+    and timesteps."""
     config, world = state.config, accelerator.num_processes
+    if stage.validation is None or not is_due(state, config.validate_every):
+        return None
     count = min(len(stage.validation), config.validation_samples)  # type: ignore[arg-type]
     batch_size = max(1, min(config.batch_size, count // world))
     loader = batches(stage.validation, 0, batch_size=batch_size, seed=0, rank=accelerator.process_index, world=world)
-    sums: dict[str, Tensor] = {}
     number = max(1, count // (batch_size * world))
+    sums: dict[str, Tensor] = {}
     with state.average.swapped() as model:
         for i in range(number):
             seed_noise(0, i, accelerator)
             with accelerator.autocast():
                 metrics = stage.loss(model, next(loader).to(accelerator.device))
             for name, value in metrics.items():
-                sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value.float() / number
+                sums[name] = sums.get(name, 0) + value.float() / number
     names = sorted(sums)
     means = accelerator.reduce(torch.stack([sums[name] for name in names]), "mean").tolist()
     return {f"validation_{name}": value for name, value in zip(names, means)}
@@ -285,11 +286,11 @@ def validate(accelerator: Accelerator, stage: Stage, state: State) -> dict[str, 
 def estimate(accelerator: Accelerator, stage: Stage, state: State) -> None:
     """What `train.dry_run` prints: the cost of the run, from a few real steps that nothing is kept of."""
     config = state.config
-    log, watch = Log(accelerator, config, 0, state.samples_per_step, silent=True), Watch(accelerator, 600, str)
+    watch = Watch(accelerator, config.stall_timeout, str)
     health, loader, times = Health(accelerator, stage.dataset, config.output), read(stage, state), []
     for _ in range(DRY_STEPS):
         start = time.perf_counter()
-        norm = gradient(accelerator, stage, state, loader, log, watch, health)
+        norm = gradient(accelerator, stage, state, loader, None, watch, health)
         update(accelerator, state, 0.0, healthy=bool(norm is None or torch.isfinite(norm)))
         times.append(time.perf_counter() - start)
     watch.close()
@@ -302,25 +303,10 @@ def estimate(accelerator: Accelerator, stage: Stage, state: State) -> None:
         f"parameters: {trained:,} trained of {total:,}\n"
         f"processes: {where}\n"
         f"samples: {size:,}, {a_step} a step; {config.steps:,} steps see each {config.steps * a_step / size:,.1f} x\n"
-        f"memory: {memory_gb(accelerator):.2f} GB a process at the peak of a step\n"
+        f"memory: {peak_memory(accelerator):.2f} GB a process after a step, at the peak on a GPU\n"
         f"disk: {state.checkpoint_bytes() / 1e6:,.1f} MB a checkpoint, {config.keep} are kept\n"
         f"time: {seconds:.3g} s a step, {duration(seconds * config.steps)} for all; nothing was written"
     )
-
-
-def memory_gb(accelerator: Accelerator) -> float:
-    """The most that this process has held: of the GPU, or of the machine where there is none."""
-    if accelerator.device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    return psutil.Process().memory_info().rss / 1e9
-
-
-def duration(seconds: float) -> str:
-    """As a person says it: 45 s, 12 min, 3.4 h, 2.1 days."""
-    for unit, length in (("days", 86_400), ("h", 3_600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
@@ -347,52 +333,3 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
 def seed_noise(seed: int, micro_step: int, accelerator: Accelerator) -> None:
     """Make the noise of a step a function of the seed, the step and the process alone."""
     torch.manual_seed((seed << 40) + micro_step * accelerator.num_processes + accelerator.process_index)
-
-
-class Log:
-    """Means between two lines of `metrics.jsonl`, and a progress bar on the main process."""
-
-    def __init__(
-        self, accelerator: Accelerator, config: TrainConfig, step: int, samples_per_step: int, silent: bool = False
-    ):
-        self.accelerator, self.config, self.samples_per_step = accelerator, config, samples_per_step
-        self.sums: dict[str, Tensor] = {}
-        self.count, self.logged, self.time = 0, step, time.perf_counter()
-        shown = accelerator.is_main_process and not silent
-        self.bar = tqdm(total=config.steps, initial=step, disable=not shown, mininterval=5, dynamic_ncols=True)
-        self.bar.set_description(Path(config.output).name)
-
-    def add(self, metrics: dict[str, Tensor]) -> None:
-        """Sums stay on the device: no step waits for the host."""
-        for name, value in metrics.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach().float()
-        self.count += 1
-
-    def step(self, step: int, rate: float, norm: Tensor | None) -> None:
-        self.bar.update()
-        if step % self.config.log_every and step != self.config.steps:
-            return
-        names = sorted(self.sums)
-        means = self.accelerator.reduce(torch.stack([self.sums[name] for name in names]) / self.count, "mean")
-        now = time.perf_counter()
-        speed = (step - self.logged) * self.samples_per_step / (now - self.time)
-        row = {"step": step, **dict(zip(names, means.tolist())), "learning_rate": rate, "samples_per_second": speed}
-        if norm is not None:
-            row["gradient_norm"] = float(norm)
-        if self.accelerator.is_main_process:
-            Path(self.config.output).mkdir(parents=True, exist_ok=True)
-            with open(Path(self.config.output) / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({name: float(f"{value:.6g}") for name, value in row.items()}) + "\n")
-            self.bar.set_postfix({name: f"{row[name]:.4g}" for name in names})
-        self.sums, self.count, self.logged, self.time = {}, 0, step, now
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        if self.accelerator.is_main_process:
-            with open(Path(self.config.output) / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
-
-    def images(self, step: int, images: dict[str, Image.Image]) -> None:
-        pass
-
-    def close(self) -> None:
-        self.bar.close()

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import torch
 from PIL import Image
 
+from t2i.contact_sheet import contact_sheet
 from t2i.data.manifest import write_manifest
-from t2i.evaluation.emoji import base_name, choose, contact_sheet, evaluate, features, read_emoji
+from t2i.evaluation.emoji import base_name, choose, evaluate, features, read_emoji
 
 
 class Copier:

@@ -123,18 +123,6 @@ def test_resuming_with_other_data_or_another_clip_is_refused(shapes, runs, tmp_p
         train("prior", shapes, tmp_path, 4)
 
 
-def test_gradients_that_are_not_finite_stop_the_run_and_are_never_saved(shapes, tmp_path, monkeypatch):
-    train("autoencoder", shapes, tmp_path, 2)
-    before = weights(tmp_path / "autoencoder")
-    real = torch.nn.functional.l1_loss
-    monkeypatch.setattr("torch.nn.functional.l1_loss", lambda *images: real(*images) * float("nan"))
-    with pytest.raises(FloatingPointError, match="not finite"):
-        train("autoencoder", shapes, tmp_path, 4)
-    monkeypatch.undo()
-    assert weights(tmp_path / "autoencoder") == before
-    assert [path.name for path in (tmp_path / "autoencoder/checkpoints").iterdir()] == ["step-00000002"]
-
-
 def test_metrics_are_logged(shapes, runs):
     row = metrics(runs / "prior")[-1]
     assert {"step", "loss", "learning_rate", "samples_per_second", "cosine", "cosine_text"} <= set(row)

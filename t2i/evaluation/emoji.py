@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
 from torch import Generator, Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from t2i.config import DataConfig
+from t2i.contact_sheet import contact_sheet
 from t2i.data import CaptionedPictures, Record
 from t2i.errors import InputError
 
@@ -126,30 +126,3 @@ def stacked(dataset: CaptionedPictures, records: list[Record], batch_size: int =
 
 def mean(values: list[bool]) -> float:
     return round(sum(values) / max(1, len(values)), 4)
-
-
-def contact_sheet(images: list[Image.Image], captions: list[str], columns: int = 8) -> Image.Image:
-    """Pictures in rows on white, each over its caption."""
-    width, height = images[0].size
-    cell, line = width + 8, 13
-    font = ImageFont.load_default(size=11)
-    sheet = Image.new("RGB", (columns * cell, -(-len(images) // columns) * (height + 2 * line + 8)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, (image, caption) in enumerate(zip(images, captions)):
-        left, top = i % columns * cell + 4, i // columns * (height + 2 * line + 8) + 4
-        sheet.paste(image, (left, top))
-        for row, text in enumerate(wrapped(caption, font, width)):
-            pen.text((left, top + height + row * line), text, fill="black", font=font)
-    return sheet
-
-
-def wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """At most two lines that fit; the rest of the text is left out."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return lines[:2]

@@ -1,0 +1,140 @@
+"""Many pictures as one: with captions, with labelled rows, or as a matrix of similarities. Pillow alone draws."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+INK, FAINT, GREEN, RED, BLUE = (30, 30, 30), (244, 244, 244), (20, 140, 60), (200, 50, 40), (40, 90, 160)
+SMALLEST, LARGEST = 96, 256  # sides of a picture in `labelled_rows`: where captions fit, and screens
+COLUMNS = 10  # of `labelled_rows`, before it starts another band
+GAP, LINE = 8, 14
+FONT = ImageFont.load_default(size=11)
+
+
+def contact_sheet(images: list[Image.Image], captions: list[str], columns: int = 8) -> Image.Image:
+    """Pictures in rows on white, each over its caption."""
+    width, height = images[0].size
+    cell, line = width + 8, 13
+    sheet = Image.new("RGB", (columns * cell, -(-len(images) // columns) * (height + 2 * line + 8)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (image, caption) in enumerate(zip(images, captions)):
+        left, top = i % columns * cell + 4, i // columns * (height + 2 * line + 8) + 4
+        sheet.paste(image, (left, top))
+        write(pen, (left, top + height), wrapped(caption, width), line, fill="black")
+    return sheet
+
+
+def labelled_rows(rows: Mapping[str, Sequence[Image.Image | None]], captions: list[str]) -> Image.Image:
+    """Rows of square pictures of one size, each with its label on the left; captions under the columns.
+
+    None, and what a row lacks at its end, leaves a blank cell. Of more than ten columns, bands one below the other.
+    """
+    side = next(image.width for row in rows.values() for image in row if image is not None)
+    shown = min(max(side, SMALLEST), LARGEST)
+    gutter, cell = 120, shown + GAP
+    bands = -(-len(captions) // COLUMNS)
+    columns = -(-len(captions) // bands)
+    under = max(len(wrapped(caption, shown, 3)) for caption in captions) * LINE + GAP
+    sheet = Image.new("RGB", (gutter + columns * cell + GAP, GAP + bands * (len(rows) * cell + under)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for start in range(0, len(captions), columns):
+        top = GAP + start // columns * (len(rows) * cell + under)
+        part = captions[start : start + columns]
+        for label, row in rows.items():
+            lines = wrapped(label, gutter - 2 * GAP, 4)
+            write(pen, (GAP, top + (shown - len(lines) * LINE) // 2), lines)
+            for i in range(len(part)):
+                at = (gutter + i * cell, top)
+                image = row[start + i] if start + i < len(row) else None
+                if image is None:
+                    pen.rectangle((*at, at[0] + shown - 1, at[1] + shown - 1), fill=FAINT)
+                else:
+                    sheet.paste(resized(image, shown), at)
+            top += cell
+        for i, caption in enumerate(part):
+            write(pen, (gutter + i * cell, top - GAP // 2), wrapped(caption, shown, 3))
+    return sheet
+
+
+def similarity_matrix(cosines: Tensor, images: Sequence[Image.Image], captions: list[str], label: str) -> Image.Image:
+    """Cosines, (N, N), of captions (rows) with pictures (columns) as shades of blue; a caption's own is framed.
+
+    Green is the frame where it is the largest of its row, else red. `label` says what is compared. `images` may be
+    empty.
+    """
+    count, values = len(captions), cosines.detach().float().cpu().nan_to_num(0.0, 0.0, 0.0)
+    cell = min(64, max(20, 1024 // count))
+    left, top = 170, (cell if images else 0) + 2 * GAP
+    sheet = Image.new("RGB", (left + count * cell + GAP, top + count * cell + 3 * LINE), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, image in enumerate(images):
+        sheet.paste(resized(image, cell - 4), (left + i * cell + 2, GAP))
+    low, high = values.min().item(), values.max().item()
+    shades = ((values - low) / max(high - low, 1e-6)).tolist()
+    nearest = values.argmax(dim=1).tolist()
+    for i, caption in enumerate(captions):
+        lines = wrapped(caption, left - 2 * GAP, 1 if cell < 2 * LINE else 2)
+        write(pen, (GAP, top + i * cell + (cell - len(lines) * LINE) // 2), lines)
+        for j in range(count):
+            x, y = left + j * cell, top + i * cell
+            color = tuple(round(255 + (ink - 255) * shades[i][j]) for ink in BLUE)
+            pen.rectangle((x, y, x + cell - 2, y + cell - 2), fill=color)
+            if cell >= 40:
+                ink = "white" if shades[i][j] > 0.6 else INK
+                pen.text((x + cell / 2, y + cell / 2), f"{values[i, j]:z.2f}", fill=ink, font=FONT, anchor="mm")
+        own = (left + i * cell, top + i * cell, left + (i + 1) * cell - 2, top + (i + 1) * cell - 2)
+        pen.rectangle(own, outline=GREEN if nearest[i] == i else RED, width=3)
+    found = sum(nearest[i] == i for i in range(count))
+    said = (
+        f"{label}: {low:z.2f} (white) to {high:z.2f} (blue); {found} of {count} captions are nearest to their picture"
+    )
+    write(pen, (GAP, top + count * cell + GAP), wrapped(said, sheet.width - 2 * GAP, 2))
+    return sheet
+
+
+def to_images(pictures: Tensor) -> list[Image.Image]:
+    """(N, 3, H, W) in [-1, 1], clamped; black where a value is not finite."""
+    pixels = (pictures.detach().float() / 2 + 0.5).nan_to_num(0.0, 0.0, 0.0).clamp(0, 1)
+    rows = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(row) for row in rows]
+
+
+def resized(image: Image.Image, side: int) -> Image.Image:
+    """A square of this side; enlarged pixels stay squares."""
+    if image.size == (side, side):
+        return image
+    return image.resize((side, side), Image.Resampling.NEAREST if image.width < side else Image.Resampling.LANCZOS)
+
+
+def write(
+    pen: ImageDraw.ImageDraw, at: tuple[int, int], lines: list[str], spacing: int = LINE, fill: object = INK
+) -> None:
+    for i, text in enumerate(lines):
+        pen.text((at[0], at[1] + i * spacing), text, fill=fill, font=FONT)  # type: ignore[arg-type]
+
+
+def wrapped(text: str, width: int, lines: int = 2) -> list[str]:
+    """The text in at most `lines` lines of this width; what does not fit is left out, which an ellipsis says."""
+    found = [""]
+    for word in text.encode(errors="replace").decode().split():
+        longer = f"{found[-1]} {word}".strip()
+        if not found[-1] or FONT.getlength(longer[:500]) <= width:
+            found[-1] = longer
+        elif len(found) < lines:
+            found.append(word)
+        else:
+            found[-1] += "…"
+            break
+    return [shortened(line, width) for line in found]
+
+
+def shortened(line: str, width: int) -> str:
+    """The line, or its beginning and an ellipsis."""
+    line = line[:500]  # more fits in no picture
+    if FONT.getlength(line) <= width:
+        return line
+    while line and FONT.getlength(line + "…") > width:
+        line = line[:-1]
+    return line + "…"

@@ -1,0 +1,101 @@
+"""From a caption's encoding to z_i, and from z_i to latents: what pipeline and trainers sample with."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from diffusers import SchedulerMixin
+from torch import Generator, Tensor
+
+from t2i.condition import ImageCondition, TextEncoding
+from t2i.decoder import Decoder
+from t2i.diffusion import draw_noise, guided, sample
+from t2i.errors import InputError
+from t2i.prior import Prior
+from t2i.unet_decoder import UNetDecoder
+
+MAX_STEPS, MAX_SCALE, MAX_CHARACTERS = 1000, 1000, 4096
+
+
+@torch.no_grad()
+def sample_prior(
+    prior: Prior,
+    scheduler: SchedulerMixin,
+    text: TextEncoding,
+    negative: TextEncoding | None,
+    steps: int,
+    scale: float,
+    generators: list[Generator],
+    noise: Tensor | None = None,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> Tensor:
+    """z_i of unit length, (N, D), fp32, on the device of `text`.
+
+    negative: what is guided away from; None is the prior's null. noise: (N, D), else drawn from the generators, one a
+    picture.
+    """
+    device = text.embedding.device
+    text = text.to(device, prior.dtype)
+    negative = prior.null(len(text)) if negative is None else negative
+    predict = guided(prior, text, negative.to(device, prior.dtype), scale)
+    if noise is None:
+        noise = draw_noise((prior.config.embed_dim,), generators, device)
+    return prior.unscale(sample(predict, scheduler, noise.to(device).float(), steps, generators, progress))
+
+
+@torch.no_grad()
+def sample_decoder(
+    decoder: Decoder | UNetDecoder,
+    scheduler: SchedulerMixin,
+    z_i: Tensor,
+    text: TextEncoding | None,
+    steps: int,
+    scale: float,
+    generators: list[Generator],
+    noise: Tensor | None = None,
+    progress: Callable[[Iterable], Iterable] = iter,
+    on_step: Callable[[int, Tensor, Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Latents of unit variance, (N, C, h, w), fp32, on the device of `z_i`, (N, D).
+
+    text: for decoders that read captions; None says nothing. noise: (N, C, h, w), else drawn from the generators, one a
+    picture.
+    """
+    device, null = z_i.device, decoder.null(len(z_i))
+    condition = ImageCondition(z_i, null.text if text is None or null.text is None else text)
+    predict = guided(decoder, condition.to(device, decoder.dtype), null.to(device, decoder.dtype), scale)
+    if noise is None:
+        size = decoder.config.latent_size
+        noise = draw_noise((decoder.config.latent_channels, size, size), generators, device)
+    return sample(predict, scheduler, noise.to(device).float(), steps, generators, progress, on_step)
+
+
+def split_generators(generator: Generator | list[Generator] | None, count: int) -> tuple[list[Generator], ...]:
+    """Generators of each picture for the prior and for the decoder.
+
+    Two streams, so that a picture's decoder noise does not depend on the prior's steps. From one generator the seeds of
+    all pictures are drawn in order, so the first pictures of a larger batch are those of a smaller one.
+    """
+    if generator is None:
+        generator = Generator().manual_seed(int(torch.randint(2**62, (1,))))
+    generators = [generator] * count if isinstance(generator, Generator) else generator
+    if not isinstance(generators, list) or not all(isinstance(one, Generator) for one in generators):
+        raise InputError(f"generator must be a torch.Generator or a list of them, got {generator!r:.80}")
+    if len(generators) != count:
+        raise InputError(f"generator has {len(generators)} generators for {count} pictures; give one, or one a picture")
+    seeds = [
+        [int(torch.randint(2**62, (1,), generator=one, device=one.device)) for _ in range(2)] for one in generators
+    ]
+    return tuple([Generator().manual_seed(pair[stage]) for pair in seeds] for stage in range(2))
+
+
+def check_texts(name: str, texts: Any, empty: bool = True) -> None:
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise InputError(f"{name} must be a text or a list of texts, got {texts!r:.80}")
+    for text in texts:
+        if not empty and not text.strip():
+            raise InputError(f"{name} must not be empty, got {text!r}")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise InputError(f"{name} is not valid text (it was not UTF-8), got {text!r:.80}")
+        if len(text) > MAX_CHARACTERS:
+            raise InputError(f"{name} must have at most {MAX_CHARACTERS} characters, got {len(text)}: {text[:40]!r}...")
