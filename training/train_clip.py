@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import DistributedType
 from open_clip import ClipLoss
 
 from t2i.checkpoint import export_model
@@ -49,6 +50,8 @@ def main(config: Config) -> None:
     text["vocab_size"] = tokenizer.vocab_size
 
     accelerator = start(config.train)
+    if accelerator.distributed_type == DistributedType.FSDP:  # which cannot split one number, the scale of the logits
+        raise InputError("CLIP does not train under FSDP; use several whole copies, configs/accelerate/gpus.yaml")
     clip = build(CLIP, "model", {"model": config.model, "preprocess": config.preprocess})
     contrastive_loss = ClipLoss(
         local_loss=True,
