@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from diffusers import DDIMScheduler
 
 from t2i.autoencoder import Autoencoder, load_autoencoder
 from t2i.checkpoint import export_model, weights_digest
@@ -19,7 +17,7 @@ from t2i.condition import ImageCondition
 from t2i.config import DataConfig, TrainConfig, build, check_choice, check_multiple, check_range
 from t2i.data import Batch, CaptionedPictures, encode_all
 from t2i.decoder import Decoder
-from t2i.diffusion import denoise, drop
+from t2i.diffusion import WEIGHTINGS, denoise, drop, loss_weight, noise_scheduler, weighted_mse
 from t2i.launch import run
 from t2i.loop import fit, start
 from t2i.unet_decoder import UNetDecoder
@@ -40,6 +38,8 @@ class Config:
     embedding_dropout: float = 0.1
     caption_dropout: float = 0.5
     timestep_shift: float = 1.0  # above 1, high noise is drawn more often
+    loss_weighting: str = "none"  # or min_snr, which lets the steps of low noise count less
+    min_snr_gamma: float = 5.0
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
@@ -48,6 +48,9 @@ class Config:
         check_range("embedding_dropout", self.embedding_dropout, 0, 1)
         check_range("caption_dropout", self.caption_dropout, 0, 1)
         check_range("timestep_shift", self.timestep_shift, 0.01, 100)
+        check_choice("loss_weighting", self.loss_weighting, WEIGHTINGS)
+        check_range("min_snr_gamma", self.min_snr_gamma, 0.01, 1000)
+        noise_scheduler(self.scheduler)
 
 
 def main(config: Config) -> None:
@@ -57,7 +60,7 @@ def main(config: Config) -> None:
     clip = clip.to(accelerator.device).eval().requires_grad_(False)
     autoencoder = autoencoder.to(accelerator.device).eval().requires_grad_(False)
     check_multiple("data.image_size", config.data.image_size, autoencoder.factor)
-    scheduler = build(DDIMScheduler, "scheduler", config.scheduler)
+    scheduler = noise_scheduler(config.scheduler)
     architecture = ARCHITECTURES[config.architecture]
     decoder = build(architecture, "model", config.model, **decoder_arguments(config, clip, autoencoder))
     decoder.to(accelerator.device)
@@ -73,8 +76,9 @@ def main(config: Config) -> None:
             text = drop(text, null.text, config.caption_dropout)
         condition = drop(ImageCondition(z_i), ImageCondition(null.embedding), config.embedding_dropout)
         condition = ImageCondition(condition.embedding, text)
-        prediction, target = denoise(model, scheduler, x, condition, config.timestep_shift)
-        return {"loss": F.mse_loss(prediction, target)}
+        prediction, target, t = denoise(model, scheduler, x, condition, config.timestep_shift)
+        weight = loss_weight(scheduler, t, config.loss_weighting, config.min_snr_gamma)
+        return {"loss": weighted_mse(prediction, target, weight)}
 
     def export(average: torch.nn.Module) -> None:
         export_model(average, Path(config.train.output))

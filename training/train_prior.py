@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler
 
 from t2i.checkpoint import export_model
 from t2i.clip import CLIP, load_clip
-from t2i.config import DataConfig, TrainConfig, build, check_range
+from t2i.config import DataConfig, TrainConfig, build, check_choice, check_range
 from t2i.data import Batch, CaptionedPictures, encode_all
-from t2i.diffusion import denoise, drop
+from t2i.diffusion import WEIGHTINGS, denoise, drop, loss_weight, noise_scheduler, weighted_mse
 from t2i.launch import run
 from t2i.loop import fit, start
 from t2i.prior import Prior
@@ -31,12 +30,17 @@ class Config:
     scheduler: dict[str, Any] = field(default_factory=dict)  # arguments of diffusers' DDIMScheduler
     caption_dropout: float = 0.1
     timestep_shift: float = 1.0  # above 1, high noise is drawn more often
+    loss_weighting: str = "none"  # or min_snr, which lets the steps of low noise count less
+    min_snr_gamma: float = 5.0
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
         check_range("caption_dropout", self.caption_dropout, 0, 1)
         check_range("timestep_shift", self.timestep_shift, 0.01, 100)
+        check_choice("loss_weighting", self.loss_weighting, WEIGHTINGS)
+        check_range("min_snr_gamma", self.min_snr_gamma, 0.01, 1000)
+        noise_scheduler(self.scheduler)
 
 
 def main(config: Config) -> None:
@@ -44,7 +48,7 @@ def main(config: Config) -> None:
     clip = load_clip(config.clip)
     accelerator = start(config.train)
     clip = clip.to(accelerator.device).eval().requires_grad_(False)
-    scheduler = build(DDIMScheduler, "scheduler", config.scheduler)
+    scheduler = noise_scheduler(config.scheduler)
     nothing = clip.encode_text([""])
     prior = build(Prior, "model", config.model, **prior_arguments(clip), null_length=nothing.states.shape[1])
     prior.null_embedding.copy_(nothing.embedding[0])
@@ -58,9 +62,10 @@ def main(config: Config) -> None:
     def loss(model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         text, z_i = clip.encode_text(batch.captions), embeddings[batch.index].to(accelerator.device)
         condition = drop(text, prior.null(len(text)), config.caption_dropout)
-        prediction, target = denoise(model, scheduler, prior.scale(z_i), condition, config.timestep_shift)
+        prediction, target, t = denoise(model, scheduler, prior.scale(z_i), condition, config.timestep_shift)
+        weight = loss_weight(scheduler, t, config.loss_weighting, config.min_snr_gamma)
         metrics = {
-            "loss": F.mse_loss(prediction, target),
+            "loss": weighted_mse(prediction, target, weight),
             "cosine_text": F.cosine_similarity(text.embedding, z_i).mean(),
         }
         if scheduler.config.prediction_type == "sample":
