@@ -109,7 +109,7 @@ def test_checkpointing_keeps_less_and_changes_no_gradient(kind):
     model.enable_gradient_checkpointing()
     assert model.is_gradient_checkpointing
     less_loss, same_gradients, less = gradients_of(kind, model)
-    assert len(runs) >= 3 * once - 1  # once more in the backward pass, but for one of diffusers' in the middle of the U-Net
+    assert len(runs) >= 3 * once - 1  # again in the backward pass, but for one in the middle of the U-Net
     assert less < 0.7 * kept
     assert torch.equal(less_loss, loss)
     torch.testing.assert_close(same_gradients, gradients, rtol=1e-5, atol=1e-6)
