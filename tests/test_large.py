@@ -1,20 +1,33 @@
 """Large training: activations computed twice instead of kept, weights in shards, real sizes on the meta device."""
 
+import argparse
+import re
 from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
 
+import open_clip
 import pytest
 import torch
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
+from accelerate.utils.launch import prepare_multi_gpu_env
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from t2i import STAGES
 from t2i.autoencoder import Autoencoder
 from t2i.clip import CLIP
 from t2i.condition import Condition, ImageCondition, TextEncoding
+from t2i.config import CONFIGS, load_config
 from t2i.decoder import Decoder
 from t2i.prior import Prior
 from t2i.unet_decoder import UNetDecoder
+from training.train_decoder import ARCHITECTURES
 
 from .test_decoder import UNET
 
@@ -175,3 +188,89 @@ def test_the_null_of_a_model_in_shards_is_whole(kind, one_process):
                 assert torch.equal(getattr(sharded, name), value)
 
     check(model.null(2), whole)
+
+
+BASE = sorted(path for path in (CONFIGS / "base").glob("*.yaml") if path.stem.split("-")[0] in STAGES)
+
+
+def real(path: Path) -> tuple[str, nn.Module, tuple]:
+    """A configuration's model on the meta device, for a public ViT-L/14 and an 8x VAE of 4 channels; its inputs."""
+    stage = path.stem.split("-")[0]
+    config = load_config(import_module(f"training.train_{stage}").Config, stage, [str(path)])
+    towers = open_clip.get_model_config("ViT-L-14")
+    embed_dim, width, length = (towers["embed_dim"], *(towers["text_cfg"][k] for k in ("width", "context_length")))
+    assert (embed_dim, width, length) == (768, 768, 77)
+    with torch.device("meta"):
+        text = TextEncoding(torch.randn(2, 768), torch.randn(2, 77, 768), torch.ones(2, 77, dtype=torch.bool))
+        t = torch.tensor([3, 500])
+        match stage:
+            case "clip":
+                assert config.model["text_cfg"]["width"] == width
+                tokens = torch.zeros(2, length, dtype=torch.int64)
+                model = CLIP(config.model, config.preprocess)
+                return stage, model, (torch.randn(2, 3, config.data.image_size, config.data.image_size), tokens)
+            case "autoencoder":
+                model = Autoencoder(**config.model)
+                assert (model.channels, model.factor) == (4, 8)
+                return stage, model, (torch.randn(2, 3, config.data.image_size, config.data.image_size),)
+            case "prior":
+                return stage, Prior(768, 768, 77, **config.model), (torch.randn(2, 768), t, text)
+        side = config.data.image_size // 8
+        model = ARCHITECTURES[config.architecture](
+            768, 4, side, text_width=768 if config.reads_captions else None, **config.model
+        )
+        return stage, model, (torch.randn(2, 4, side, side), t, ImageCondition(torch.randn(2, 768), text))
+
+
+@pytest.mark.parametrize("path", BASE, ids=lambda path: path.stem)
+def test_a_real_size_is_what_its_file_says_and_runs(path):
+    stage, model, inputs = real(path)
+    said = re.search(r"([\d.]+) ([MB]) parameters", path.read_text())
+    assert said is not None
+    expected = float(said[1]) * {"M": 1e6, "B": 1e9}[said[2]]
+    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(expected, rel=0.02)
+    if stage == "clip":  # where a batch of captions ends is read from the tokens, which meta tensors do not have
+        assert model.encode_image(inputs[0]).shape == (2, 768)
+        return
+    out = model(*inputs)
+    out = out[0] if stage == "autoencoder" else out
+    assert out.device.type == "meta" and out.shape == inputs[0].shape
+    if stage in ("prior", "decoder"):
+        x, t = (torch.cat([one, one]) for one in inputs[:2])  # as guidance does
+        assert model.step(x, t, model.prepare(model.null(2).cat(inputs[2]))).shape == x.shape
+
+
+def test_the_real_sizes_are_those_that_were_promised():
+    assert {path.stem for path in BASE} == {"clip", "autoencoder", "prior", "prior-1b", "decoder", "decoder-900m"}
+
+
+def launched(name: str) -> argparse.Namespace:
+    """What `accelerate launch --config_file configs/accelerate/NAME.yaml` makes of it."""
+    path = str(CONFIGS / "accelerate" / f"{name}.yaml")
+    return _validate_launch_command(launch_command_parser().parse_args(["--config_file", path, "script.py"]))[0]
+
+
+@pytest.mark.parametrize("name", ["gpus", "machines", "fsdp"])
+def test_accelerate_takes_every_way_to_launch(name):
+    config = load_config_from_file(str(CONFIGS / "accelerate" / f"{name}.yaml"))
+    arguments = launched(name)
+    assert arguments.num_processes == config.num_processes == {"gpus": 8, "machines": 16, "fsdp": 8}[name]
+    assert arguments.num_machines == (2 if name == "machines" else 1)
+    assert (arguments.multi_gpu, arguments.use_fsdp) == (name != "fsdp", name == "fsdp")
+    assert arguments.mixed_precision == "no"  # the training configuration decides
+
+
+@pytest.mark.parametrize("kind", ["autoencoder", "prior", "transformer", "unet"])
+def test_accelerate_finds_the_blocks_to_shard(kind, monkeypatch):
+    arguments = launched("fsdp")
+    for name, value in prepare_multi_gpu_env(arguments).items():
+        if name.startswith("FSDP_"):
+            monkeypatch.setenv(name, value)
+    plugin, model = FullyShardedDataParallelPlugin(), make(kind)
+    assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
+    plugin.set_auto_wrap_policy(model)
+    policy = fsdp2_prepare_auto_wrap_policy(plugin, model)
+    wrapped = [layer for layer in model.modules() if policy(layer)]
+    inside = {parameter for layer in wrapped for parameter in layer.parameters()}
+    assert len(wrapped) > 2 and {type(layer).__name__ for layer in wrapped} == set(model._no_split_modules)
+    assert sum(p.numel() for p in inside) > 0.5 * sum(p.numel() for p in model.parameters())

@@ -16,7 +16,7 @@ from t2i.prior import Prior
 from t2i.unet_decoder import UNetDecoder
 
 from .conftest import arguments, train
-from .test_large import D, captions, loss_of, make
+from .test_large import D, captions, loss_of, make, one_process, shard  # noqa: F401
 
 DENOISERS = ("prior", "transformer", "unet")
 
@@ -107,6 +107,20 @@ def test_adapters_checkpoint_gradients_too():
     model.enable_gradient_checkpointing()
     two = torch.autograd.grad(loss_of("transformer", model), [p for p in model.parameters() if p.requires_grad])
     torch.testing.assert_close(two, one)
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("kind", DENOISERS)
+def test_adapters_learn_beside_weights_in_shards(kind):
+    model = adapted(kind)
+    loss_of(kind, model).backward()
+    whole = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    shard(model)
+    loss_of(kind, model).backward()
+    sharded = {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
+    assert whole and all(".lora_" in name for name in whole)
+    torch.testing.assert_close(sharded, whole, rtol=1e-4, atol=1e-6)
 
 
 def test_targets_are_chosen_by_the_ends_of_names():
