@@ -7,7 +7,7 @@ A caption may be attended to as well.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from t2i.condition import ImageCondition, TextEncoding
 from t2i.layers import Attention, KeyValue, TimeEmbedding, checkpointed, feed_forward, split_heads
 
-Extra = KeyValue | Tensor  # the tokens: (B, L, condition_width)
+Extra: TypeAlias = KeyValue | Tensor  # the tokens: (B, L, condition_width)
 
 
 @dataclass
