@@ -23,6 +23,9 @@ class Autoencoder(ModelMixin, ConfigMixin):
             4 spares the convolutions at full resolution, which cost most.
     """
 
+    _supports_gradient_checkpointing = True  # diffusers' blocks do it
+    _no_split_modules = ["ResnetBlock2D"]  # what FSDP shards as one
+
     @register_to_config
     def __init__(self, vae: dict, patch_size: int = 1):
         super().__init__()

@@ -17,7 +17,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from huggingface_hub import snapshot_download
 from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH
-from open_clip.transformer import text_global_pool
+from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentionBlock, text_global_pool
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import center_crop, resize
@@ -29,6 +29,7 @@ from t2i.errors import InputError
 from t2i.tokenizer import CaptionTokenizer, PublicTokenizer, load_tokenizer, public_tokenizer
 
 RESIZING = {"interpolation": "bicubic", "resize_mode": "shortest"}  # CLIP's own
+BLOCKS = (ResidualAttentionBlock, CustomResidualAttentionBlock)
 EXACT = (torch.float32, torch.float16)  # dtypes that keep what the fingerprint is made from
 
 
@@ -44,6 +45,7 @@ class CLIP(ModelMixin, ConfigMixin):
         rounded: the weights went through a dtype that does not keep the fingerprint, such as bfloat16.
     """
 
+    _supports_gradient_checkpointing = True
     tokenizer: CaptionTokenizer | PublicTokenizer
 
     @register_to_config
@@ -56,7 +58,11 @@ class CLIP(ModelMixin, ConfigMixin):
         rounded: bool = False,
     ):
         super().__init__()
+        self.gradient_checkpointing = False
         self.net = build(model)
+        # What FSDP shards as one: the blocks of open_clip's own towers.
+        blocks = {type(layer).__name__ for layer in self.net.modules() if isinstance(layer, BLOCKS)}
+        self._no_split_modules = sorted(blocks)
         self.resizing = {key: preprocess.get(key, usual) for key, usual in RESIZING.items()}
         check_choice("preprocess.interpolation", self.resizing["interpolation"], ("bicubic", "bilinear"))
         check_choice("preprocess.resize_mode", self.resizing["resize_mode"], ("shortest", "squash"))
@@ -135,6 +141,11 @@ class CLIP(ModelMixin, ConfigMixin):
     @property
     def text_tower(self) -> torch.nn.Module:
         return getattr(self.net, "text", self.net)
+
+    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Any = None) -> None:
+        """What `enable_gradient_checkpointing` and its reverse call; open_clip has a switch of its own."""
+        self.gradient_checkpointing = enable
+        self.net.set_grad_checkpointing(enable)
 
     def forward(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z_i, z_t and the scale of the logits, at most 100 as in CLIP."""

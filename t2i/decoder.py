@@ -5,8 +5,9 @@ A transformer over patches of latents. The image embedding conditions it twice, 
 A caption may be attended to as well.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,9 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from t2i.condition import ImageCondition, TextEncoding
-from t2i.layers import Attention, KeyValue, TimeEmbedding, feed_forward, split_heads
+from t2i.layers import Attention, KeyValue, TimeEmbedding, checkpointed, feed_forward, split_heads
+
+Extra: TypeAlias = KeyValue | Tensor  # the tokens: (B, L, condition_width)
 
 
 @dataclass
@@ -24,7 +27,7 @@ class DecoderContext:
     """What depends on the condition alone."""
 
     image: Tensor  # (B, condition_width): z_i, to be added to the timestep
-    past: list[KeyValue]  # one pair a block: keys and values of the extra tokens
+    extra: Sequence[Extra]  # one a block: keys and values of the extra tokens, or the tokens themselves
     mask: Tensor | None  # (B, extra tokens), bool; None where all count
 
 
@@ -42,6 +45,10 @@ class Decoder(ModelMixin, ConfigMixin):
         clip_fingerprint: of the CLIP that it was trained with.
     """
 
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["DecoderBlock"]  # what FSDP shards as one
+    lora_targets = ("to_qkv", "to_out", "to_key_value")
+
     @register_to_config
     def __init__(
         self,
@@ -58,6 +65,7 @@ class Decoder(ModelMixin, ConfigMixin):
         clip_fingerprint: str | None = None,
     ):
         super().__init__()
+        self.gradient_checkpointing = False
         if latent_size % patch_size or width % 4:
             raise ValueError(
                 f"patch_size must divide latent_size {latent_size}, and 4 width; got {patch_size} and {width}"
@@ -76,7 +84,9 @@ class Decoder(ModelMixin, ConfigMixin):
 
     def forward(self, x: Tensor, t: Tensor, condition: ImageCondition) -> Tensor:
         """x: (B, C, H, W) noisy latents; t: (B,) timesteps -> (B, C, H, W), the prediction."""
-        return self.step(x, t, self.prepare(condition))
+        z_i, tokens, mask = condition_tokens(self, condition)
+        # In one pass each block makes its own keys and values: FSDP has its weights only while it runs.
+        return self.step(x, t, DecoderContext(self.from_image(z_i), [tokens] * len(self.blocks), mask))
 
     @apply_forward_hook
     def prepare(self, condition: ImageCondition) -> DecoderContext:
@@ -93,8 +103,8 @@ class Decoder(ModelMixin, ConfigMixin):
         mask = None
         if context.mask is not None:
             mask = F.pad(context.mask, (0, tokens.shape[1]), value=True)[:, None, None, :]
-        for block, past in zip(self.blocks, context.past):
-            tokens = block(tokens, condition, past, mask)
+        for block, extra in zip(self.blocks, context.extra):
+            tokens = checkpointed(self, block, tokens, condition, extra, mask)
         scale, shift = self.modulation(condition)[:, None].chunk(2, dim=-1)
         tokens = self.to_latents(self.norm(tokens) * (1 + scale) + shift)
         return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(-1, (height, width)), patch)
@@ -130,7 +140,7 @@ def condition_tokens(decoder: Any, condition: ImageCondition) -> tuple[Tensor, T
 
 def no_condition(decoder: Any, count: int) -> ImageCondition:
     """The zero embedding, and a caption of no tokens for decoders that read captions."""
-    z_i = decoder.to_tokens.weight.new_zeros(count, decoder.config.embed_dim)
+    z_i = torch.zeros(count, decoder.config.embed_dim, device=decoder.device, dtype=decoder.dtype)
     if decoder.from_text is None:
         return ImageCondition(z_i)
     states = z_i.new_zeros(count, 1, decoder.config.text_width)
@@ -151,7 +161,8 @@ class DecoderBlock(nn.Module):
         key, value = split_heads(self.to_key_value(tokens), 2 * self.attention.heads).chunk(2, dim=1)
         return key, value
 
-    def forward(self, x: Tensor, condition: Tensor, past: KeyValue, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor, extra: Extra, mask: Tensor | None) -> Tensor:
+        past = self.key_value(extra) if isinstance(extra, Tensor) else extra
         scale_1, shift_1, gate_1, scale_2, shift_2, gate_2 = self.modulation(condition)[:, None].chunk(6, dim=-1)
         attended, _ = self.attention(torch.addcmul(shift_1, self.norm(x), 1 + scale_1), mask, past)
         x = torch.addcmul(x, gate_1, attended)

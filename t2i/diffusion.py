@@ -16,10 +16,14 @@ from inspect import signature
 from typing import Any, Protocol
 
 import torch
-from diffusers import SchedulerMixin
+from diffusers import DDIMScheduler, SchedulerMixin
 from torch import Generator, Tensor
 
 from t2i.condition import Condition
+from t2i.config import build, check_choice
+from t2i.errors import InputError
+
+WEIGHTINGS = ("none", "min_snr")
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # x: (B, ...), t: () -> the model's prediction, like x
 
@@ -33,10 +37,22 @@ class Denoiser(Protocol):
     def null(self, count: int) -> Any: ...
 
 
+def noise_scheduler(arguments: dict[str, Any]) -> DDIMScheduler:
+    """The schedule of the noise, by its configuration. Raises InputError for one that cannot be trained with."""
+    scheduler = build(DDIMScheduler, "scheduler", arguments)
+    kind = scheduler.config.prediction_type
+    check_choice("scheduler.prediction_type", kind, ("sample", "v_prediction", "epsilon"))
+    if scheduler.config.rescale_betas_zero_snr and kind == "epsilon":  # pure noise says nothing of the clean sample
+        raise InputError(
+            "scheduler.rescale_betas_zero_snr needs scheduler.prediction_type sample or v_prediction, got epsilon"
+        )
+    return scheduler
+
+
 def denoise(
     model: Callable[..., Tensor], scheduler: SchedulerMixin, x: Tensor, condition: Condition, shift: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """Noise clean `x` by random amounts and let the model undo it: its prediction and the target, in fp32.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Noise clean `x` by random amounts and let the model undo it: its prediction and the target, fp32; t, (B,).
 
     shift > 1 draws high noise more often (t -> shift t / (1 + (shift - 1) t) for uniform t in [0, 1]); 1 is uniform.
     """
@@ -46,7 +62,7 @@ def denoise(
     steps = scheduler.config.num_train_timesteps
     t = (shift * uniform / (1 + (shift - 1) * uniform) * steps).long().clamp(max=steps - 1)
     prediction = model(scheduler.add_noise(x, noise, t), t, condition)
-    return prediction.float(), target(scheduler, x, noise, t)
+    return prediction.float(), target(scheduler, x, noise, t), t
 
 
 def target(scheduler: SchedulerMixin, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -60,6 +76,31 @@ def target(scheduler: SchedulerMixin, x: Tensor, noise: Tensor, t: Tensor) -> Te
             return scheduler.get_velocity(x, noise, t)
         case other:
             raise ValueError(f"unknown prediction_type {other!r}; use 'epsilon', 'sample' or 'v_prediction'")
+
+
+def loss_weight(scheduler: SchedulerMixin, t: Tensor, weighting: str, gamma: float) -> Tensor:
+    """(B,) timesteps -> (B,), fp32: how much the squared error of each sample counts.
+
+    "none": all the same. "min_snr" (Hang et al. 2023): an error in the clean sample counts min(SNR, gamma) with
+    SNR = abar / (1 - abar), so that the many steps of low noise do not outvote the rest; divided by SNR for noise and
+    by SNR + 1 for velocity, whose errors are those of the clean sample in other units.
+    """
+    if weighting == "none":
+        return torch.ones(len(t), device=t.device)
+    abar = scheduler.alphas_cumprod.to(t.device)[t]
+    snr = abar / (1 - abar)
+    match scheduler.config.prediction_type:
+        case "epsilon":
+            return snr.clamp(max=gamma) / snr
+        case "v_prediction":
+            return snr.clamp(max=gamma) / (snr + 1)
+        case _:
+            return snr.clamp(max=gamma)
+
+
+def weighted_mse(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """(B, ...), (B, ...), (B,) -> the mean over samples of weight times mean squared error."""
+    return (weight * (prediction - target).square().flatten(1).mean(dim=1)).mean()
 
 
 def drop(condition: Condition, null: Condition, probability: float) -> Condition:

@@ -1,6 +1,7 @@
 """Building blocks that the denoisers share."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +47,16 @@ class Attention(nn.Module):
         keys, values = (key, value) if past is None else (torch.cat(pair, dim=2) for pair in zip(past, (key, value)))
         out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
         return self.to_out(out.transpose(1, 2).flatten(2)), (key, value)
+
+
+def checkpointed(model: Any, block: nn.Module, *inputs: Any) -> Any:
+    """`block(*inputs)`; where the model checkpoints gradients, the backward pass computes what is inside once more.
+
+    The switch is diffusers' `model.enable_gradient_checkpointing()`.
+    """
+    if model.gradient_checkpointing and torch.is_grad_enabled():
+        return model._gradient_checkpointing_func(block, *inputs)
+    return block(*inputs)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -14,7 +14,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from t2i.condition import TextEncoding
-from t2i.layers import Attention, KeyValue, TimeEmbedding, feed_forward
+from t2i.layers import Attention, KeyValue, TimeEmbedding, checkpointed, feed_forward
 
 
 @dataclass
@@ -37,6 +37,10 @@ class Prior(ModelMixin, ConfigMixin):
         clip_fingerprint: of the CLIP that it was trained with.
     """
 
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["PriorBlock"]  # what FSDP shards as one
+    lora_targets = ("to_qkv", "to_out")
+
     @register_to_config
     def __init__(
         self,
@@ -50,6 +54,7 @@ class Prior(ModelMixin, ConfigMixin):
         clip_fingerprint: str | None = None,
     ):
         super().__init__()
+        self.gradient_checkpointing = False
         self.from_states = nn.Linear(text_width, width)
         self.from_text = nn.Linear(embed_dim, width)
         self.from_time = TimeEmbedding(width, width)
@@ -72,7 +77,7 @@ class Prior(ModelMixin, ConfigMixin):
         mask = torch.cat([text.mask, text.mask.new_ones(len(x), 4)], dim=1)[:, None, None, :]
         mask = mask & torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
         for block in self.blocks:
-            tokens, _ = block(tokens, mask)
+            tokens = checkpointed(self, block, tokens, mask)
         return self.to_image(self.norm(tokens[:, -1]))
 
     @apply_forward_hook
@@ -84,7 +89,7 @@ class Prior(ModelMixin, ConfigMixin):
         mask = known[:, None, None, :] & torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()
         past = []
         for block in self.blocks:
-            tokens, key_value = block(tokens, mask)
+            tokens, key_value = block.with_key_value(tokens, mask)
             past.append(key_value)
         return PriorContext(past, known)
 
@@ -96,7 +101,7 @@ class Prior(ModelMixin, ConfigMixin):
         causal = torch.ones(3, 3, dtype=torch.bool, device=x.device).tril().expand(len(x), 1, 3, 3)
         mask = torch.cat([known, causal], dim=-1)
         for block, past in zip(self.blocks, context.past):
-            tokens, _ = block(tokens, mask, past)
+            tokens = block(tokens, mask, past)
         return self.to_image(self.norm(tokens[:, -1]))
 
     def null(self, count: int) -> TextEncoding:
@@ -134,7 +139,11 @@ class PriorBlock(nn.Module):
         self.attention = Attention(width, heads)
         self.mlp = feed_forward(width)
 
-    def forward(self, x: Tensor, mask: Tensor, past: KeyValue | None = None) -> tuple[Tensor, KeyValue]:
+    def forward(self, x: Tensor, mask: Tensor, past: KeyValue | None = None) -> Tensor:
+        return self.with_key_value(x, mask, past)[0]
+
+    def with_key_value(self, x: Tensor, mask: Tensor, past: KeyValue | None = None) -> tuple[Tensor, KeyValue]:
+        """Also the keys and values of x; training, which has no use for them, does not keep them."""
         attended, key_value = self.attention(self.norm_1(x), mask, past)
         x = x + attended
         return x + self.mlp(self.norm_2(x)), key_value

@@ -31,6 +31,10 @@ class UNetDecoder(ModelMixin, ConfigMixin):
         clip_fingerprint: of the CLIP that it was trained with.
     """
 
+    _supports_gradient_checkpointing = True  # diffusers' blocks do it
+    _no_split_modules = ["BasicTransformerBlock", "ResnetBlock2D"]  # what FSDP shards as one
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+
     @register_to_config
     def __init__(
         self,

@@ -7,7 +7,19 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 from t2i.condition import Condition, TextEncoding
-from t2i.diffusion import conditional, denoise, draw_noise, drop, guided, sample
+from t2i.diffusion import (
+    conditional,
+    denoise,
+    draw_noise,
+    drop,
+    guided,
+    loss_weight,
+    noise_scheduler,
+    sample,
+    target,
+    weighted_mse,
+)
+from t2i.errors import InputError
 
 SCHEDULERS = [DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler]
 
@@ -79,10 +91,10 @@ def test_guidance_is_unconditional_conditional_and_extrapolated(scale):
 def test_an_oracle_has_no_loss_and_another_model_has(prediction_type):
     scheduler = make(DDIMScheduler, prediction_type)
     x = torch.randn(64, 8)
-    prediction, target = denoise(Oracle(scheduler), scheduler, x, Answer(x))
-    torch.testing.assert_close(prediction, target, atol=2e-3, rtol=1e-3)
-    wrong, target = denoise(Oracle(scheduler), scheduler, x, Answer(-x))
-    assert (wrong - target).abs().mean() > 0.1
+    prediction, wanted, _ = denoise(Oracle(scheduler), scheduler, x, Answer(x))
+    torch.testing.assert_close(prediction, wanted, atol=2e-3, rtol=1e-3)
+    wrong, wanted, _ = denoise(Oracle(scheduler), scheduler, x, Answer(-x))
+    assert (wrong - wanted).abs().mean() > 0.1
 
 
 def test_a_shift_draws_high_noise_more_often():
@@ -97,6 +109,70 @@ def test_a_shift_draws_high_noise_more_often():
     means = drawn
     assert abs(means[0] - 499.5) < 20
     assert abs(means[1] - 1000 * (1.5 - 0.75 * torch.log(torch.tensor(3.0)))) < 20  # the integral of 3u / (1 + 2u)
+
+
+@pytest.mark.parametrize("prediction_type", ["sample", "epsilon", "v_prediction"])
+def test_min_snr_is_its_closed_form(prediction_type):
+    scheduler, t = make(DDIMScheduler, prediction_type), torch.arange(1000)
+    snr = [abar / (1 - abar) for abar in scheduler.alphas_cumprod.double().tolist()]
+    closed = {
+        "sample": [min(s, 5) for s in snr],
+        "epsilon": [min(s, 5) / s for s in snr],
+        "v_prediction": [min(s, 5) / (s + 1) for s in snr],
+    }[prediction_type]
+    weight = loss_weight(scheduler, t, "min_snr", 5.0)
+    torch.testing.assert_close(weight, torch.tensor(closed), rtol=1e-3, atol=1e-9)  # 1 - abar is rounded
+    assert loss_weight(scheduler, t, "none", 5.0).eq(1).all()
+
+
+def test_min_snr_weighs_the_same_error_the_same_whatever_is_predicted():
+    """One wrong clean sample, said as a sample, as noise and as velocity: one loss."""
+    torch.manual_seed(0)
+    x, noise, t = torch.randn(200, 8).double(), torch.randn(200, 8).double(), torch.arange(100, 900, 4)
+    losses = []
+    for prediction_type in ("sample", "epsilon", "v_prediction"):
+        scheduler = make(DDIMScheduler, prediction_type)
+        oracle = Oracle(scheduler)
+        wrong = oracle.step(scheduler.add_noise(x, noise, t), t, x + 0.1)
+        weight = loss_weight(scheduler, t, "min_snr", 5.0)
+        losses.append(weighted_mse(wrong, target(scheduler, x, noise, t), weight))
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=0)
+    torch.testing.assert_close(losses[2], losses[0], rtol=1e-4, atol=0)
+
+
+def test_a_weight_counts_for_its_own_sample_alone():
+    prediction, wanted = torch.tensor([[1.0, 3.0], [2.0, 2.0]]), torch.zeros(2, 2)
+    assert weighted_mse(prediction, wanted, torch.tensor([1.0, 0.0])) == 2.5  # (1 + 9) / 2, over two samples
+    assert weighted_mse(prediction, wanted, torch.tensor([1.0, 1.0])) == ((prediction - wanted) ** 2).mean()
+
+
+ZERO_SNR = {"beta_schedule": "squaredcos_cap_v2", "clip_sample": False, "timestep_spacing": "trailing"}
+ZERO_SNR |= {"rescale_betas_zero_snr": True}
+
+
+@pytest.mark.parametrize("weighting", ["none", "min_snr"])
+@pytest.mark.parametrize("prediction_type", ["sample", "v_prediction"])
+def test_a_schedule_that_ends_in_pure_noise_trains_and_samples(prediction_type, weighting):
+    scheduler = noise_scheduler({**ZERO_SNR, "prediction_type": prediction_type})
+    assert scheduler.alphas_cumprod[-1] == 0
+    x = torch.randn(16, 8)
+    prediction, wanted, t = denoise(Oracle(scheduler), scheduler, x, Answer(-x), shift=1e9)
+    assert t.eq(999).all()  # the last step alone
+    wanted_there = {"sample": x, "v_prediction": -x}[prediction_type]  # v = sqrt(abar) noise - sqrt(1 - abar) x
+    torch.testing.assert_close(wanted, wanted_there)
+    assert weighted_mse(prediction, wanted, loss_weight(scheduler, t, weighting, 5.0)).isfinite()
+    every = loss_weight(scheduler, torch.arange(1000), weighting, 5.0)
+    assert every.isfinite().all() and every[:-1].gt(0).all()
+    answer = torch.randn(3, 8)
+    drawn = sample(conditional(Oracle(scheduler), Answer(answer)), scheduler, torch.randn(3, 8), 20)
+    torch.testing.assert_close(drawn, answer, atol=1e-4, rtol=0)
+
+
+def test_noise_cannot_be_predicted_from_pure_noise_and_the_schedule_says_so():
+    with pytest.raises(InputError, match="rescale_betas_zero_snr needs .* sample or v_prediction, got epsilon"):
+        noise_scheduler({**ZERO_SNR, "prediction_type": "epsilon"})
+    with pytest.raises(InputError, match="prediction_type must be one of sample, v_prediction, epsilon; got 'score'"):
+        noise_scheduler({"prediction_type": "score"})
 
 
 def test_noise_of_a_sample_does_not_depend_on_its_batch():

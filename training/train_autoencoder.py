@@ -11,10 +11,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from t2i.autoencoder import Autoencoder
-from t2i.checkpoint import export_model
+from t2i.autoencoder import Autoencoder, load_autoencoder
+from t2i.checkpoint import export_model, weights_digest
 from t2i.config import DataConfig, TrainConfig, build, check_multiple, check_range
 from t2i.data import Batch, CaptionedPictures
+from t2i.finetuning import start_from
 from t2i.launch import run
 from t2i.loop import Stage, fit, start
 
@@ -24,6 +25,8 @@ MEASURED = 4096  # pictures that set the scale of the latents, at most
 @dataclass
 class Config:
     model: dict[str, Any] = field(default_factory=dict)  # arguments of t2i.autoencoder.Autoencoder
+    init: str | None = None  # folder of a trained autoencoder to start from, instead of random weights;
+    # or a diffusers VAE: a folder or a hub name
     kl_weight: float = 1e-3  # of the divergence from N(0, 1), in nats per pixel value
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -35,8 +38,13 @@ class Config:
 def main(config: Config) -> None:
     dataset = CaptionedPictures(config.data)
     accelerator = start(config.train)
-    autoencoder = build(Autoencoder, "model", config.model).to(memory_format=torch.channels_last)
-
+    made_from = {"data": dataset.digest()}
+    if config.init is None:
+        autoencoder = build(Autoencoder, "model", config.model)
+    else:
+        autoencoder = start_from(load_autoencoder, config.init, config.model)
+        made_from["init"] = weights_digest(autoencoder)
+    autoencoder.to(memory_format=torch.channels_last)
     check_multiple("data.image_size", config.data.image_size, autoencoder.factor)
 
     def loss(model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
@@ -51,7 +59,6 @@ def main(config: Config) -> None:
         average.measure(dataset.sample(MEASURED, batch_size=64))
         export_model(average, Path(config.train.output))
 
-    made_from = {"data": dataset.digest()}
     stage = Stage(autoencoder, loss, dataset, export, made_from, config.data.num_workers)
     fit(accelerator, stage, config.train)
 

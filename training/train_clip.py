@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import DistributedType
 from open_clip import ClipLoss
 
-from t2i.checkpoint import export_model
-from t2i.clip import CLIP, RESIZING
+from t2i.checkpoint import export_model, weights_digest
+from t2i.clip import CLIP, RESIZING, load_clip
 from t2i.config import DataConfig, TrainConfig, build, check_integer, check_keys
 from t2i.data import Batch, CaptionedPictures
 from t2i.errors import InputError
+from t2i.finetuning import start_from
 from t2i.launch import run
 from t2i.loop import Stage, fit, start
 from t2i.tokenizer import CaptionTokenizer
@@ -26,30 +28,43 @@ LIMITS = {"vocab_size": (300, 1_000_000), "context_length": (3, 1024)}  # 256 by
 @dataclass
 class Config:
     model: dict[str, Any] = field(default_factory=dict)  # open_clip's configuration; vocab_size is an upper bound
+    init: str | None = None  # folder of a trained CLIP to start from, instead of random weights;
+    # or a public one: ViT-L-14:laion2b_s32b_b82k, hf-hub:name, local-dir:path
     preprocess: dict[str, Any] = field(default_factory=dict)  # size, mean, std
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
+        if unknown := set(self.preprocess) - {"size", "mean", "std", *RESIZING}:
+            raise InputError(
+                f"preprocess has no {', '.join(sorted(unknown))}; it has size, mean, std, {', '.join(RESIZING)}"
+            )
+        if self.init is not None:  # the model's own
+            return
         check_keys("model", self.model, ("embed_dim", "vision_cfg", "text_cfg"))
         check_keys("model.text_cfg", self.model["text_cfg"], ("vocab_size", "context_length"))
         for name in ("vocab_size", "context_length"):
             check_integer(f"model.text_cfg.{name}", self.model["text_cfg"][name], *LIMITS[name])
         check_keys("preprocess", self.preprocess, ("size", "mean", "std"))
-        if unknown := set(self.preprocess) - {"size", "mean", "std", *RESIZING}:
-            raise InputError(
-                f"preprocess has no {', '.join(sorted(unknown))}; it has size, mean, std, {', '.join(RESIZING)}"
-            )
 
 
 def main(config: Config) -> None:
     dataset = CaptionedPictures(config.data)
-    text = config.model["text_cfg"]
-    tokenizer = CaptionTokenizer.train(dataset.corpus(), text["vocab_size"], text["context_length"])
-    text["vocab_size"] = tokenizer.vocab_size
-
     accelerator = start(config.train)
-    clip = build(CLIP, "model", {"model": config.model, "preprocess": config.preprocess})
+    if accelerator.distributed_type == DistributedType.FSDP:  # which cannot split one number, the scale of the logits
+        raise InputError("CLIP does not train under FSDP; use several whole copies, configs/accelerate/gpus.yaml")
+    made_from = {"data": dataset.digest()}
+    if config.init is None:
+        text = config.model["text_cfg"]
+        tokenizer = CaptionTokenizer.train(dataset.corpus(), text["vocab_size"], text["context_length"])
+        text["vocab_size"] = tokenizer.vocab_size
+        clip = build(CLIP, "model", {"model": config.model, "preprocess": config.preprocess})
+        made_from["vocabulary"] = tokenizer.digest()
+    else:
+        config.model.get("text_cfg", {}).pop("vocab_size", None)  # an upper bound; the vocabulary is the model's own
+        clip = start_from(load_clip, config.init, {"model": config.model, "preprocess": config.preprocess})
+        tokenizer, made_from["init"] = clip.tokenizer, weights_digest(clip)
+        clip.register_to_config(fingerprint=None, rounded=False)  # training makes it another CLIP
     contrastive_loss = ClipLoss(
         local_loss=True,
         gather_with_grad=True,
@@ -67,7 +82,6 @@ def main(config: Config) -> None:
         average.tokenizer = tokenizer
         export_model(average, Path(config.train.output))
 
-    made_from = {"data": dataset.digest(), "vocabulary": tokenizer.digest()}
     stage = Stage(clip, loss, dataset, export, made_from, config.data.num_workers)
     fit(accelerator, stage, config.train)
 

@@ -5,23 +5,24 @@ accelerate launch training/train_decoder.py configs/emoji/decoder.yaml train.ste
 
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from diffusers import DDIMScheduler
 
 from t2i.autoencoder import Autoencoder, load_autoencoder
-from t2i.checkpoint import export_model, weights_digest
+from t2i.checkpoint import export_model, load_model, weights_digest
 from t2i.clip import CLIP, load_clip
 from t2i.condition import ImageCondition
 from t2i.config import DataConfig, TrainConfig, build, check_choice, check_multiple, check_range
 from t2i.data import Batch, CaptionedPictures, encode_all
 from t2i.decoder import Decoder
-from t2i.diffusion import denoise, drop
+from t2i.diffusion import WEIGHTINGS, denoise, drop, loss_weight, noise_scheduler, weighted_mse
+from t2i.finetuning import check_prediction, start_from
 from t2i.launch import run
 from t2i.loop import Stage, fit, start
+from t2i.lora import LoraConfig, add_adapters, check_lora, export_adapted
 from t2i.unet_decoder import UNetDecoder
 
 ARCHITECTURES = {"transformer": Decoder, "unet": UNetDecoder}
@@ -35,11 +36,15 @@ class Config:
     autoencoder: str = "???"  # folder of a trained autoencoder, or a diffusers VAE: a folder or a hub name
     architecture: str = "unet"  # or transformer
     model: dict[str, Any] = field(default_factory=dict)  # its arguments, but for what CLIP and the autoencoder tell
+    init: str | None = None  # folder of a trained decoder to start from, instead of random weights; of its architecture
+    lora: LoraConfig | None = None  # train adapters of this rank on `init`, not its weights: rank, alpha, targets
     scheduler: dict[str, Any] = field(default_factory=dict)  # arguments of diffusers' DDIMScheduler
     reads_captions: bool = False  # caption tokens as a second condition
     embedding_dropout: float = 0.1
     caption_dropout: float = 0.5
     timestep_shift: float = 1.0  # above 1, high noise is drawn more often
+    loss_weighting: str = "none"  # or min_snr, which lets the steps of low noise count less
+    min_snr_gamma: float = 5.0
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
@@ -48,6 +53,10 @@ class Config:
         check_range("embedding_dropout", self.embedding_dropout, 0, 1)
         check_range("caption_dropout", self.caption_dropout, 0, 1)
         check_range("timestep_shift", self.timestep_shift, 0.01, 100)
+        check_choice("loss_weighting", self.loss_weighting, WEIGHTINGS)
+        check_range("min_snr_gamma", self.min_snr_gamma, 0.01, 1000)
+        noise_scheduler(self.scheduler)
+        check_lora(self.lora, self.init)
 
 
 def main(config: Config) -> None:
@@ -57,9 +66,19 @@ def main(config: Config) -> None:
     clip = clip.to(accelerator.device).eval().requires_grad_(False)
     autoencoder = autoencoder.to(accelerator.device).eval().requires_grad_(False)
     check_multiple("data.image_size", config.data.image_size, autoencoder.factor)
-    scheduler = build(DDIMScheduler, "scheduler", config.scheduler)
-    architecture = ARCHITECTURES[config.architecture]
-    decoder = build(architecture, "model", config.model, **decoder_arguments(config, clip, autoencoder))
+    scheduler = noise_scheduler(config.scheduler)
+    made_from = {"data": dataset.digest(), "clip": clip.identity, "autoencoder": weights_digest(autoencoder)}
+    needed = decoder_arguments(config, clip, autoencoder)
+    if config.init is None:
+        decoder = build(ARCHITECTURES[config.architecture], "model", config.model, **needed)
+    else:
+        check_prediction(config.init, scheduler)
+        load = partial(load_model, tuple(ARCHITECTURES.values()))
+        decoder = start_from(load, config.init, config.model, **needed)
+        made_from["init"] = weights_digest(decoder)
+    if config.lora is not None:
+        add_adapters(decoder, config.lora)
+        made_from["lora"] = str(config.lora)
     decoder.to(accelerator.device)
     embeddings = encode_all(dataset, clip.encode_image, accelerator, "image embeddings")
     latents = encode_all(dataset, autoencoder.encode, accelerator, "latents")
@@ -73,14 +92,14 @@ def main(config: Config) -> None:
             text = drop(text, null.text, config.caption_dropout)
         condition = drop(ImageCondition(z_i), ImageCondition(null.embedding), config.embedding_dropout)
         condition = ImageCondition(condition.embedding, text)
-        prediction, target = denoise(model, scheduler, x, condition, config.timestep_shift)
-        return {"loss": F.mse_loss(prediction, target)}
+        prediction, target, t = denoise(model, scheduler, x, condition, config.timestep_shift)
+        weight = loss_weight(scheduler, t, config.loss_weighting, config.min_snr_gamma)
+        return {"loss": weighted_mse(prediction, target, weight)}
 
     def export(average: torch.nn.Module) -> None:
-        export_model(average, Path(config.train.output))
+        export_adapted(average, Path(config.train.output))
         export_model(scheduler, Path(config.train.output), "scheduler")
 
-    made_from = {"data": dataset.digest(), "clip": clip.identity, "autoencoder": weights_digest(autoencoder)}
     stage = Stage(decoder, loss, dataset, export, made_from, config.data.num_workers)
     fit(accelerator, stage, config.train)
 
