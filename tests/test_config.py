@@ -17,6 +17,7 @@ from training.train_decoder import ARCHITECTURES
 from .conftest import train
 
 SHIPPED = sorted(CONFIGS.glob("*/*.yaml"))
+MODELS = [path for path in SHIPPED if path.stem != "cache"]
 
 
 def sibling(path: Path, stage: str) -> Path:
@@ -26,10 +27,11 @@ def sibling(path: Path, stage: str) -> Path:
 
 
 def config_of(path: Path):
-    return load_config(import_module(f"training.train_{path.stem}").Config, path.stem, [str(path)])
+    script = "cache_data" if path.stem == "cache" else f"train_{path.stem}"
+    return load_config(import_module(f"training.{script}").Config, path.stem, [str(path)])
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_shipped_configuration_builds_its_model(path):
     config = config_of(path)
     clip = load_config(import_module("training.train_clip").Config, "clip", [str(sibling(path, "clip"))])
@@ -69,9 +71,20 @@ def test_configurations_exist_for_every_stage_and_size():
         assert {path.stem for path in SHIPPED if path.parent.name == size} == {
             "clip",
             "autoencoder",
+            "cache",
             "prior",
             "decoder",
         }
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*/cache.yaml")), ids=lambda path: path.parent.name)
+def test_every_shipped_cache_is_of_the_pictures_that_its_stages_train_on(path):
+    cache = config_of(path)
+    for stage in ("prior", "decoder"):
+        config = config_of(path.with_name(f"{stage}.yaml"))
+        assert config.data.path == cache.data.path and config.data.image_size == cache.data.image_size
+        if config.cache is not None:
+            assert (config.cache, config.clip) == (cache.output, cache.clip)
 
 
 @pytest.mark.parametrize(
@@ -137,8 +150,8 @@ def test_a_mistake_in_a_models_own_arguments_is_refused_before_any_work(
     stage, override, message, runs, shapes, tmp_path, monkeypatch
 ):
     key, value = override.split("=", 1)
-    for name in ("prior", "decoder"):
-        monkeypatch.setattr(f"training.train_{name}.encode_all", lambda *_: pytest.fail("work has started"))
+    for work in ("training.train_prior.fit", "training.train_decoder.fit", "t2i.data.source.FrozenModels.statistics"):
+        monkeypatch.setattr(work, lambda *_: pytest.fail("work has started"))
     elsewhere = {part: runs / part for part in {"prior": ["clip"], "decoder": ["clip", "autoencoder"]}.get(stage, [])}
     with pytest.raises(InputError, match=message) as caught:
         train(stage, shapes, tmp_path, **elsewhere, **{key: value})

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler
 
-from t2i.autoencoder import Autoencoder, load_autoencoder
-from t2i.checkpoint import export_model, weights_digest
-from t2i.clip import CLIP, load_clip
+from t2i.checkpoint import export_model
 from t2i.condition import ImageCondition
 from t2i.config import DataConfig, TrainConfig, build, check_choice, check_multiple, check_range
-from t2i.data import Batch, CaptionedPictures, encode_all
+from t2i.data import Batch
+from t2i.data.cache import AutoencoderFacts, ClipFacts
+from t2i.data.source import open_source
 from t2i.decoder import Decoder
 from t2i.diffusion import denoise, drop
 from t2i.launch import run
@@ -33,6 +33,7 @@ class Config:
         "???"  # folder of a trained CLIP, or a public one: ViT-L-14:laion2b_s32b_b82k, hf-hub:name, local-dir:path
     )
     autoencoder: str = "???"  # folder of a trained autoencoder, or a diffusers VAE: a folder or a hub name
+    cache: str | None = None  # folder that `t2i data cache` wrote; without one, pictures are encoded in every step
     architecture: str = "unet"  # or transformer
     model: dict[str, Any] = field(default_factory=dict)  # its arguments, but for what CLIP and the autoencoder tell
     scheduler: dict[str, Any] = field(default_factory=dict)  # arguments of diffusers' DDIMScheduler
@@ -51,23 +52,18 @@ class Config:
 
 
 def main(config: Config) -> None:
-    dataset = CaptionedPictures(config.data)
-    clip, autoencoder = load_clip(config.clip), load_autoencoder(config.autoencoder)
+    source = open_source(config.cache, config.data, config.clip, config.autoencoder, config.reads_captions)
     accelerator = start(config.train)
-    clip = clip.to(accelerator.device).eval().requires_grad_(False)
-    autoencoder = autoencoder.to(accelerator.device).eval().requires_grad_(False)
-    check_multiple("data.image_size", config.data.image_size, autoencoder.factor)
+    source.to(accelerator.device)
+    check_multiple("data.image_size", config.data.image_size, source.autoencoder.factor)
     scheduler = build(DDIMScheduler, "scheduler", config.scheduler)
     architecture = ARCHITECTURES[config.architecture]
-    decoder = build(architecture, "model", config.model, **decoder_arguments(config, clip, autoencoder))
-    decoder.to(accelerator.device)
-    embeddings = encode_all(dataset, clip.encode_image, accelerator, "image embeddings")
-    latents = encode_all(dataset, autoencoder.encode, accelerator, "latents")
-    dataset.pictures = False  # from here on embeddings and latents stand for them
+    arguments = decoder_arguments(config, source.clip, source.autoencoder)
+    decoder = build(architecture, "model", config.model, **arguments).to(accelerator.device)
 
     def loss(model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        z_i, x = (what[batch.index].to(accelerator.device) for what in (embeddings, latents))
-        text = clip.encode_text(batch.captions) if config.reads_captions else None
+        batch = source.encode(batch)
+        z_i, x, text = batch.image_embeds, batch.latents, batch.text
         null = decoder.null(len(x))
         if text is not None:
             text = drop(text, null.text, config.caption_dropout)
@@ -80,11 +76,10 @@ def main(config: Config) -> None:
         export_model(average, Path(config.train.output))
         export_model(scheduler, Path(config.train.output), "scheduler")
 
-    made_from = {"data": dataset.digest(), "clip": clip.identity, "autoencoder": weights_digest(autoencoder)}
-    fit(accelerator, decoder, loss, dataset, config.train, export, config.data.num_workers, made_from)
+    fit(accelerator, decoder, loss, source.dataset, config.train, export, config.data.num_workers, source.made_from)
 
 
-def decoder_arguments(config: Config, clip: CLIP, autoencoder: Autoencoder) -> dict[str, Any]:
+def decoder_arguments(config: Config, clip: ClipFacts, autoencoder: AutoencoderFacts) -> dict[str, Any]:
     """What a decoder takes over from the models that it is trained with."""
     return {
         "embed_dim": clip.embed_dim,

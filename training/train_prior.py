@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler
 
 from t2i.checkpoint import export_model
-from t2i.clip import CLIP, load_clip
 from t2i.config import DataConfig, TrainConfig, build, check_range
-from t2i.data import Batch, CaptionedPictures, encode_all
+from t2i.data import Batch
+from t2i.data.cache import ClipFacts
+from t2i.data.source import open_source
 from t2i.diffusion import denoise, drop
 from t2i.launch import run
 from t2i.loop import fit, start
@@ -27,6 +28,7 @@ class Config:
     clip: str = (
         "???"  # folder of a trained CLIP, or a public one: ViT-L-14:laion2b_s32b_b82k, hf-hub:name, local-dir:path
     )
+    cache: str | None = None  # folder that `t2i data cache` wrote; without one, pictures are encoded in every step
     model: dict[str, Any] = field(default_factory=dict)  # arguments of t2i.prior.Prior, but for what CLIP tells
     scheduler: dict[str, Any] = field(default_factory=dict)  # arguments of diffusers' DDIMScheduler
     caption_dropout: float = 0.1
@@ -40,23 +42,22 @@ class Config:
 
 
 def main(config: Config) -> None:
-    dataset = CaptionedPictures(config.data)
-    clip = load_clip(config.clip)
+    source = open_source(config.cache, config.data, config.clip)
     accelerator = start(config.train)
-    clip = clip.to(accelerator.device).eval().requires_grad_(False)
+    source.to(accelerator.device)
     scheduler = build(DDIMScheduler, "scheduler", config.scheduler)
-    nothing = clip.encode_text([""])
-    prior = build(Prior, "model", config.model, **prior_arguments(clip), null_length=nothing.states.shape[1])
+    nothing = source.null()
+    prior = build(Prior, "model", config.model, **prior_arguments(source.clip), null_length=nothing.states.shape[1])
     prior.null_embedding.copy_(nothing.embedding[0])
     prior.null_states.copy_(nothing.states[0])
-    embeddings = encode_all(dataset, clip.encode_image, accelerator, "image embeddings")
-    prior.mean.copy_(embeddings.mean(dim=0))
-    prior.std.copy_(embeddings.std(dim=0, correction=0).clamp(min=1e-6))
+    mean, std = source.statistics()
+    prior.mean.copy_(mean)
+    prior.std.copy_(std.clamp(min=1e-6))
     prior.to(accelerator.device)
-    dataset.pictures = False  # from here on the embeddings stand for them
 
     def loss(model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        text, z_i = clip.encode_text(batch.captions), embeddings[batch.index].to(accelerator.device)
+        batch = source.encode(batch)
+        text, z_i = batch.text, batch.image_embeds
         condition = drop(text, prior.null(len(text)), config.caption_dropout)
         prediction, target = denoise(model, scheduler, prior.scale(z_i), condition, config.timestep_shift)
         metrics = {
@@ -71,11 +72,10 @@ def main(config: Config) -> None:
         export_model(average, Path(config.train.output))
         export_model(scheduler, Path(config.train.output), "scheduler")
 
-    made_from = {"data": dataset.digest(), "clip": clip.identity}
-    fit(accelerator, prior, loss, dataset, config.train, export, config.data.num_workers, made_from)
+    fit(accelerator, prior, loss, source.dataset, config.train, export, config.data.num_workers, source.made_from)
 
 
-def prior_arguments(clip: CLIP) -> dict[str, Any]:
+def prior_arguments(clip: ClipFacts) -> dict[str, Any]:
     """What a prior takes over from the CLIP that it is trained with."""
     return {
         "embed_dim": clip.embed_dim,
