@@ -26,7 +26,9 @@ from t2i.config import DataConfig, TrainConfig, check_choice, check_multiple, ch
 from t2i.data import CaptionedPictures, read_records
 from t2i.data.cache import (
     SPLITS,
+    AutoencoderFacts,
     CachedPairs,
+    ClipFacts,
     damage,
     finish,
     new_file,
@@ -88,18 +90,16 @@ class Shard:
 def main(config: Config) -> None:
     folder = Path(config.output)
     datasets = splits(config.data)
-    clip = load_clip(config.clip) if config.clip is not None else None
-    autoencoder = load_autoencoder(config.autoencoder) if config.autoencoder is not None else None
-    if autoencoder is not None:
+    clip, autoencoder = None, None
+    facts: dict[str, ClipFacts | AutoencoderFacts | None] = {"clip": None, "autoencoder": None}
+    if config.clip is not None:
+        clip = load_clip(config.clip)
+        facts["clip"] = facts_of_clip(config.clip, clip)
+    if config.autoencoder is not None:
+        autoencoder = load_autoencoder(config.autoencoder)
+        facts["autoencoder"] = facts_of_autoencoder(config.autoencoder, autoencoder)
         check_multiple("data.image_size", config.data.image_size, autoencoder.factor)
-    facts = {
-        "clip": facts_of_clip(config.clip, clip) if clip is not None else None,
-        "autoencoder": facts_of_autoencoder(config.autoencoder, autoencoder) if autoencoder is not None else None,
-    }
-    key: dict[str, Any] = {name: fact and fact.identity for name, fact in facts.items()}
-    key["data"] = {split: dataset.digest() for split, dataset in datasets.items()}
-    key["image_size"] = config.data.image_size
-    key |= {name: getattr(config, name) for name in ("text", "variations", "shard_size", "dtype", "mixed_precision")}
+    key = key_of(config, facts, datasets)
     refuse_another(folder, key)
 
     accelerator = start(TrainConfig(output=config.output, mixed_precision=config.mixed_precision))
@@ -117,6 +117,16 @@ def main(config: Config) -> None:
         training = [shard.path(folder) for shard in shards if shard.split == "train"]
         finish(folder, key, described, encoder.shared(training), counts)
         print(summary(folder, counts))
+
+
+def key_of(config: Config, facts: dict[str, Any], datasets: dict[str, CaptionedPictures]) -> dict[str, Any]:
+    """All that decides what is in the shards."""
+    key: dict[str, Any] = {name: fact and fact.identity for name, fact in facts.items()}
+    key |= {"data": {split: dataset.digest() for split, dataset in datasets.items()}}
+    key |= {"image_size": config.data.image_size}
+    return key | {
+        name: getattr(config, name) for name in ("text", "variations", "shard_size", "dtype", "mixed_precision")
+    }
 
 
 def splits(config: DataConfig) -> dict[str, CaptionedPictures]:
@@ -210,9 +220,11 @@ class Encoder:
         tensors = {name: torch.cat(part).contiguous() for name, part in parts.items()}
         tensors["keys"] = torch.frombuffer(bytearray(b"".join(names)), dtype=torch.uint8)
         tensors["key_offsets"] = offsets(map(len, names))
-        return tensors | self.encode_captions(dataset, pictures) if self.config.text else tensors
+        if self.clip is not None and self.config.text:
+            tensors |= self.encode_captions(self.clip, dataset, pictures)
+        return tensors
 
-    def encode_captions(self, dataset: CaptionedPictures, pictures: range) -> dict[str, Tensor]:
+    def encode_captions(self, clip: CLIP, dataset: CaptionedPictures, pictures: range) -> dict[str, Tensor]:
         known: dict[str, int] = {}  # each caption once
         choice = [
             [known.setdefault(dataset.caption(index, draw), len(known)) for draw in range(self.config.variations)]
@@ -222,7 +234,7 @@ class Encoder:
         embeds, states, lengths = [], [], []
         for first in range(0, len(captions), self.config.batch_size):
             with self.accelerator.autocast():
-                text = self.clip.encode_text(captions[first : first + self.config.batch_size])
+                text = clip.encode_text(captions[first : first + self.config.batch_size])
             tokens, counts = trim(text)
             embeds.append(text.embedding.float().cpu())
             states.append(tokens.to("cpu", self.dtype))

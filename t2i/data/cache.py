@@ -155,7 +155,7 @@ class CachedPairs(Dataset):
 
 def gather(shard: dict[str, Tensor], row: Tensor, draw: Tensor) -> dict[str, Tensor]:
     """Rows of a shard; of the captions, the tokens end to end and how many each has."""
-    found = {name: shard[name][row].float() for name in ("image_embeds", "latents") if name in shard}
+    found: dict[str, Tensor] = {name: shard[name][row].float() for name in ("image_embeds", "latents") if name in shard}
     if "choice" in shard:
         caption = shard["choice"][row, draw]
         start = shard["text_offsets"][caption]

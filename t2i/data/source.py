@@ -6,7 +6,7 @@ Both ways fill the same fields of a batch, so that a loss does not know which it
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -47,10 +47,12 @@ class FrozenModels:
     def __init__(self, data: DataConfig, clip: str, autoencoder: str | None, reads_captions: bool):
         self.dataset = CaptionedPictures(data)
         self.encoder = load_clip(clip).eval().requires_grad_(False)
-        self.coder = load_autoencoder(autoencoder).eval().requires_grad_(False) if autoencoder is not None else None
         self.reads_captions = reads_captions
         self.clip = facts_of_clip(clip, self.encoder)
-        self.autoencoder = facts_of_autoencoder(autoencoder, self.coder) if self.coder is not None else None
+        self.coder, self.autoencoder = None, None
+        if autoencoder is not None:
+            self.coder = load_autoencoder(autoencoder).eval().requires_grad_(False)
+            self.autoencoder = facts_of_autoencoder(autoencoder, self.coder)
         self.made_from = identities(self.dataset.digest(), self.clip, self.autoencoder)
 
     def to(self, device: torch.device) -> None:
@@ -125,7 +127,7 @@ def refuse_stale(cache: CachedPairs, data: DataConfig, clip: str, autoencoder: s
 
     Models and data that are folders of this machine are compared by their content, others by their names.
     """
-    pairs = {"data.image_size": (cache.made_from["image_size"], data.image_size)}
+    pairs: dict[str, tuple[Any, Any]] = {"data.image_size": (cache.made_from["image_size"], data.image_size)}
     pairs["clip"] = compared(clip, "CLIP", cache.clip, stored_fingerprint)
     if autoencoder is not None:
         pairs["autoencoder"] = compared(autoencoder, "Autoencoder", cache.autoencoder, stored_digest)
