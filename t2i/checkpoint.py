@@ -202,8 +202,20 @@ def load_model(classes: Any, folder: str | Path) -> Any:
 
 def weights_digest(model: Module, more: str = "") -> str:
     """16 hexadecimal digits for a model's weights (and some text), the same in fp32 and fp16."""
+    return tensors_digest(model.state_dict(), more)
+
+
+def stored_digest(folder: Path) -> str:
+    """`weights_digest` of the model saved in a folder, without building it."""
+    tensors: dict[str, Tensor] = {}
+    for path in folder.glob("*.safetensors"):
+        tensors |= loaded(load_file, path)
+    return tensors_digest(tensors)
+
+
+def tensors_digest(tensors: dict[str, Tensor], more: str = "") -> str:
     hasher = hashlib.sha256(more.encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         hasher.update(name.encode())
         hasher.update(tensor.detach().cpu().half().contiguous().numpy().tobytes())
     return hasher.hexdigest()[:16]

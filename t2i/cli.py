@@ -152,6 +152,20 @@ def emoji(
     )
 
 
+@data.command(context_settings={"ignore_unknown_options": True})
+def cache(
+    arguments: Annotated[list[str] | None, Argument(help="[FILE.yaml] [key=value ...]", show_default=False)] = None,
+) -> None:
+    """Encode every picture and caption once, for priors and decoders to train from, in this process.
+
+    For several: accelerate launch training/cache_data.py with the same arguments. Goes on where it stopped.
+    """
+    from t2i.config import load_config
+    from training import cache_data
+
+    cache_data.main(load_config(cache_data.Config, "cache", arguments or []))
+
+
 @app.command()
 def assemble(
     runs: Annotated[Path, Argument(help="The folder of the trained stages, such as runs/emoji.")],

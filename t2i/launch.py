@@ -24,7 +24,8 @@ def run(main: Callable[[Config], None], config_class: type[Config], stage: str, 
 
 def begin(main: Callable[[Config], None], config: Config) -> None:
     """Train; of a dry run, show the whole configuration first."""
-    if config.train.dry_run and os.environ.get("RANK", "0") == "0":  # type: ignore[attr-defined]
+    training = getattr(config, "train", None)  # making a cache has none
+    if training is not None and training.dry_run and os.environ.get("RANK", "0") == "0":
         print(as_yaml(config), flush=True)
     main(config)
 

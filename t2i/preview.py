@@ -24,6 +24,8 @@ from t2i.condition import TextEncoding
 from t2i.config import check_integer, check_range
 from t2i.contact_sheet import labelled_rows, similarity_matrix, to_images
 from t2i.data import Batch, CaptionedPictures
+from t2i.data.dataset import Key
+from t2i.data.source import Source
 from t2i.decoder import Decoder
 from t2i.errors import InputError
 from t2i.prior import Prior
@@ -65,8 +67,13 @@ class SampleConfig:
 
 def fixed_records(dataset: CaptionedPictures, count: int) -> Batch | None:
     """At most `count` records from all over a data set, the same ones every time; None for no records."""
-    count = min(count, len(dataset))
-    return dataset.__getitems__([(i * len(dataset) // count, 0) for i in range(count)]) if count else None
+    keys = fixed_keys(len(dataset), count)
+    return dataset.__getitems__(keys) if keys else None
+
+
+def fixed_keys(size: int, count: int) -> list[Key]:
+    count = min(count, size)
+    return [(i * size // count, 0) for i in range(count)]
 
 
 @dataclass
@@ -84,8 +91,8 @@ class Columns:
 
 
 @torch.no_grad()
-def encode_columns(records: Batch | None, prompts: list[str], clip: CLIP) -> Columns | None:
-    """Columns of records and further prompts, on the CPU; CLIP encodes what the batch does not hold already.
+def encode_columns(records: Batch | None, prompts: list[str], clip: CLIP | None) -> Columns | None:
+    """Columns of records and further prompts, on the CPU; CLIP encodes what the batch does not hold already, if any.
 
     None if there are neither.
     """
@@ -93,18 +100,29 @@ def encode_columns(records: Batch | None, prompts: list[str], clip: CLIP) -> Col
     if not captions and not prompts:
         return None
     if records is not None and records.text is not None:
-        text = records.text.to(clip.device, torch.float32)
-        text = text.cat(clip.encode_text(prompts)) if prompts else text
+        text = records.text.to(torch.device("cpu"), torch.float32)
+        if prompts:
+            assert clip is not None, "somebody has to encode the prompts"
+            text = text.cat(clip.encode_text(prompts).to(torch.device("cpu"), torch.float32))
     else:
+        assert clip is not None, "somebody has to encode the captions"
         text = clip.encode_text([*captions, *prompts])
     if records is None:
-        z_i, pictures = torch.zeros(0, clip.embed_dim), None
+        z_i, pictures = torch.zeros(0, text.embedding.shape[1]), None
     else:
         z_i, pictures = records.image_embeds, records.image
         if z_i is None:
-            assert pictures is not None, "a batch holds pictures or their embeddings"
+            assert clip is not None and pictures is not None, "a batch holds pictures or their embeddings"
             z_i = clip.encode_image(pictures.to(clip.device, clip.dtype))
     return Columns([*captions, *prompts], text, z_i.float(), pictures).to(torch.device("cpu"))
+
+
+def choose_columns(source: Source, config: SampleConfig) -> Columns | None:
+    """The columns of a prior's or a decoder's run, encoded by where it gets its batches from."""
+    dataset = source.validation or source.dataset
+    keys = fixed_keys(len(dataset), config.count)
+    clip = source.load_clip() if config.prompts else None
+    return encode_columns(source.records(keys) if keys else None, config.prompts, clip)
 
 
 @torch.no_grad()
@@ -218,11 +236,16 @@ class Preview:
         self.load_decoder()
 
     def of_decoder(
-        self, decoder: Decoder | UNetDecoder, scheduler: SchedulerMixin, autoencoder: Autoencoder
+        self, decoder: Decoder | UNetDecoder, scheduler: SchedulerMixin, load_autoencoder: Callable[[], Autoencoder]
     ) -> dict[str, Image]:
         """Pictures by name, perhaps none."""
         if self.columns is None:
             return {}
+        with torch.random.fork_rng(devices=[]):
+            found = still(lambda: (load_autoencoder(),), decoder.device)
+        if found is None:
+            return {}
+        [autoencoder] = found
         z_i = self.draw_trained(decoder.device)
         image = decoder_preview(self.columns, self.config, decoder, scheduler, autoencoder, z_i)
         return {} if image is None else {"pictures": image}

@@ -104,6 +104,14 @@ class Prior(ModelMixin, ConfigMixin):
             tokens = block(tokens, mask, past)
         return self.to_image(self.norm(tokens[:, -1]))
 
+    @torch.no_grad()
+    def set_encodings(self, null: TextEncoding, mean: Tensor, std: Tensor) -> None:
+        """Take over the encoding of the empty caption, and each dimension's mean and deviation of z_i, (D,)."""
+        self.null_embedding.copy_(null.embedding[0])
+        self.null_states.copy_(null.states[0])
+        self.mean.copy_(mean)
+        self.std.copy_(std.clamp(min=1e-6))
+
     def null(self, count: int) -> TextEncoding:
         """The encoding of the empty caption, `count` times."""
         mask = torch.ones(1, len(self.null_states), dtype=torch.bool, device=self.null_states.device)

@@ -42,6 +42,7 @@ def arguments(stage: str, data: Path, runs: Path, steps: int = 3, **overrides: o
     """Of a stage's tiny configuration, on `data`, into `runs/stage`."""
     frozen = {"prior": ["clip"], "decoder": ["clip", "autoencoder"]}.get(stage, [])
     settings = {"data.path": data, "train.output": runs / stage, "train.steps": steps, "train.decay_steps": 0}
+    settings |= {"train.trackers": [], "train.sample_every": 0, "train.validate_every": 0}
     settings |= {"train.warmup_steps": 0, "train.batch_size": 8, "train.save_every": 1000}
     settings |= {part: runs / part for part in frozen} | overrides
     return [str(CONFIGS / "tiny" / f"{stage}.yaml"), *(f"{key}={value}" for key, value in settings.items())]

@@ -91,7 +91,12 @@ def test_a_named_file_is_written_once(monkeypatch, capsys, pipeline_folder, tmp_
         (["generate", "cat", "dog", "--out", "one.png"], "2 pictures are asked for"),
         (["train", "everything"], "stage must be one of clip, autoencoder, prior, decoder"),
         (["train", "prior", "nowhere.yaml"], "no configuration file"),
-        (["train", "prior", "clip=nowhere"], "nowhere"),
+        (["train", "prior", "cache=null", "clip=nowhere"], "nowhere"),
+        (
+            ["train", "prior", "cache=nowhere"],
+            "no cache 'nowhere'; `t2i data cache FILE.yaml output=nowhere` makes one",
+        ),
+        (["data", "cache", "nowhere.yaml"], "no configuration file"),
         (["assemble", "nowhere", "out"], "nowhere"),
         (["data", "emoji", "new", "--size", "3"], "size must be an integer from 16"),
         (["eval", "emoji", "nowhere"], "no manifest in 'nowhere'"),

@@ -17,6 +17,7 @@ from training.train_decoder import ARCHITECTURES
 from .conftest import train
 
 SHIPPED = sorted(path for path in CONFIGS.glob("*/*.yaml") if path.parent.name != "accelerate")
+MODELS = [path for path in SHIPPED if path.stem != "cache"]
 
 
 def stage_of(path: Path) -> str:
@@ -31,10 +32,11 @@ def sibling(path: Path, stage: str) -> Path:
 
 
 def config_of(path: Path):
-    return load_config(import_module(f"training.train_{stage_of(path)}").Config, stage_of(path), [str(path)])
+    script = "cache_data" if path.stem == "cache" else f"train_{stage_of(path)}"
+    return load_config(import_module(f"training.{script}").Config, stage_of(path), [str(path)])
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_shipped_configuration_builds_its_model(path):
     config = config_of(path)
     clip = load_config(import_module("training.train_clip").Config, "clip", [str(sibling(path, "clip"))])
@@ -74,9 +76,20 @@ def test_configurations_exist_for_every_stage_and_size():
         assert {stage_of(path) for path in SHIPPED if path.parent.name == size} == {
             "clip",
             "autoencoder",
+            "cache",
             "prior",
             "decoder",
         }
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*/cache.yaml")), ids=lambda path: path.parent.name)
+def test_every_shipped_cache_is_of_the_pictures_that_its_stages_train_on(path):
+    cache = config_of(path)
+    for stage in ("prior", "decoder"):
+        config = config_of(path.with_name(f"{stage}.yaml"))
+        assert config.data.path == cache.data.path and config.data.image_size == cache.data.image_size
+        if config.cache is not None:
+            assert (config.cache, config.clip) == (cache.output, cache.clip)
 
 
 @pytest.mark.parametrize(
@@ -142,8 +155,8 @@ def test_a_mistake_in_a_models_own_arguments_is_refused_before_any_work(
     stage, override, message, runs, shapes, tmp_path, monkeypatch
 ):
     key, value = override.split("=", 1)
-    for name in ("prior", "decoder"):
-        monkeypatch.setattr(f"training.train_{name}.encode_all", lambda *_: pytest.fail("work has started"))
+    for work in ("training.train_prior.fit", "training.train_decoder.fit", "t2i.data.source.FrozenModels.statistics"):
+        monkeypatch.setattr(work, lambda *_: pytest.fail("work has started"))
     elsewhere = {part: runs / part for part in {"prior": ["clip"], "decoder": ["clip", "autoencoder"]}.get(stage, [])}
     with pytest.raises(InputError, match=message) as caught:
         train(stage, shapes, tmp_path, **elsewhere, **{key: value})

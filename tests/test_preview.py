@@ -218,7 +218,7 @@ def test_previews_leave_random_numbers_models_and_schedulers_as_they_were(datase
     scheduler = pipeline.decoder_scheduler
     records = fixed_records(dataset, 3)
     preview = preview_of(runs, encode_columns(records, ["a cat"], pipeline.clip), pipeline.clip)
-    images = preview.of_decoder(pipeline.decoder, scheduler, pipeline.autoencoder)
+    images = preview.of_decoder(pipeline.decoder, scheduler, lambda: pipeline.autoencoder)
     images |= preview.of_prior(pipeline.prior, pipeline.prior_scheduler)
     clip_preview(pipeline.clip, records.image, records.captions)
     autoencoder_preview(pipeline.autoencoder, records.image)
@@ -233,13 +233,13 @@ def test_previews_leave_random_numbers_models_and_schedulers_as_they_were(datase
 def test_the_same_weights_give_the_same_picture_and_others_another(columns, runs, pipeline):
     preview = preview_of(runs, columns, pipeline.clip)
     parts = (pipeline.decoder, pipeline.decoder_scheduler, pipeline.autoencoder)
-    first, torch_state = preview.of_decoder(*parts)["pictures"], torch.get_rng_state()
+    first, torch_state = preview.of_decoder(*parts[:2], lambda: parts[2])["pictures"], torch.get_rng_state()
     torch.manual_seed(99)
-    assert preview.of_decoder(*parts)["pictures"] == first
+    assert preview.of_decoder(*parts[:2], lambda: parts[2])["pictures"] == first
     torch.set_rng_state(torch_state)
     for parameter in pipeline.decoder.parameters():
         parameter.data *= 1.5
-    assert preview.of_decoder(*parts)["pictures"] != first
+    assert preview.of_decoder(*parts[:2], lambda: parts[2])["pictures"] != first
 
 
 def test_a_prior_without_a_decoder_shows_its_embeddings_and_nothing_to_draw_is_no_picture(columns, runs, pipeline):
@@ -248,7 +248,7 @@ def test_a_prior_without_a_decoder_shows_its_embeddings_and_nothing_to_draw_is_n
     assert set(alone.of_prior(*prior)) == {"embeddings"}
     nothing = preview_of(runs, None, pipeline.clip)
     assert nothing.of_prior(*prior) == {}
-    assert nothing.of_decoder(pipeline.decoder, pipeline.decoder_scheduler, pipeline.autoencoder) == {}
+    assert nothing.of_decoder(pipeline.decoder, pipeline.decoder_scheduler, lambda: pipeline.autoencoder) == {}
 
 
 def test_a_stage_that_does_not_fit_is_refused_at_the_start(columns, shapes, runs, pipeline, tmp_path):
@@ -271,9 +271,9 @@ def test_a_stage_that_goes_away_during_the_run_is_left_out_and_named(columns, ru
     shutil.copytree(runs / "prior", tmp_path / "prior")
     preview = preview_of(runs, columns, pipeline.clip, prior=str(tmp_path / "prior"))
     parts = (pipeline.decoder, pipeline.decoder_scheduler, pipeline.autoencoder)
-    whole = preview.of_decoder(*parts)["pictures"]
+    whole = preview.of_decoder(*parts[:2], lambda: parts[2])["pictures"]
     shutil.rmtree(tmp_path / "prior")
-    assert preview.of_decoder(*parts)["pictures"].height < whole.height
+    assert preview.of_decoder(*parts[:2], lambda: parts[2])["pictures"].height < whole.height
     assert "sample pictures lack a stage: no trained Prior" in caplog.text
 
 

@@ -10,14 +10,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL.Image import Image
 
 from t2i.autoencoder import Autoencoder, load_autoencoder
 from t2i.checkpoint import export_model, weights_digest
 from t2i.config import DataConfig, TrainConfig, build, check_multiple, check_range
-from t2i.data import Batch, CaptionedPictures
+from t2i.data import Batch, CaptionedPictures, held_out_pictures
 from t2i.finetuning import start_from
 from t2i.launch import run
 from t2i.loop import Stage, fit, start
+from t2i.preview import SampleConfig, autoencoder_preview, fixed_records
 
 MEASURED = 4096  # pictures that set the scale of the latents, at most
 
@@ -30,13 +32,14 @@ class Config:
     kl_weight: float = 1e-3  # of the divergence from N(0, 1), in nats per pixel value
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)  # what is drawn every train.sample_every steps
 
     def __post_init__(self) -> None:
         check_range("kl_weight", self.kl_weight, 0, 1e6)
 
 
 def main(config: Config) -> None:
-    dataset = CaptionedPictures(config.data)
+    dataset, held_out = CaptionedPictures(config.data), held_out_pictures(config.data)
     accelerator = start(config.train)
     made_from = {"data": dataset.digest()}
     if config.init is None:
@@ -59,7 +62,13 @@ def main(config: Config) -> None:
         average.measure(dataset.sample(MEASURED, batch_size=64))
         export_model(average, Path(config.train.output))
 
-    stage = Stage(autoencoder, loss, dataset, export, made_from, config.data.num_workers)
+    records = fixed_records(held_out or dataset, config.sample.count)
+
+    def preview(average: torch.nn.Module) -> dict[str, Image]:
+        return {"reconstructions": autoencoder_preview(average, records.image)} if records else {}
+
+    workers = config.data.num_workers
+    stage = Stage(autoencoder, loss, dataset, export, made_from, workers, held_out, preview)
     fit(accelerator, stage, config.train)
 
 

@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from accelerate import DistributedType
 from open_clip import ClipLoss
+from PIL.Image import Image
 
 from t2i.checkpoint import export_model, weights_digest
 from t2i.clip import CLIP, RESIZING, load_clip
 from t2i.config import DataConfig, TrainConfig, build, check_integer, check_keys
-from t2i.data import Batch, CaptionedPictures
+from t2i.data import Batch, CaptionedPictures, held_out_pictures
 from t2i.errors import InputError
 from t2i.finetuning import start_from
 from t2i.launch import run
 from t2i.loop import Stage, fit, start
+from t2i.preview import SampleConfig, clip_preview, fixed_records
 from t2i.tokenizer import CaptionTokenizer
 
 LIMITS = {"vocab_size": (300, 1_000_000), "context_length": (3, 1024)}  # 256 bytes, special tokens, and some words
@@ -33,6 +35,7 @@ class Config:
     preprocess: dict[str, Any] = field(default_factory=dict)  # size, mean, std
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)  # what is drawn every train.sample_every steps
 
     def __post_init__(self) -> None:
         if unknown := set(self.preprocess) - {"size", "mean", "std", *RESIZING}:
@@ -49,7 +52,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    dataset = CaptionedPictures(config.data)
+    dataset, held_out = CaptionedPictures(config.data), held_out_pictures(config.data)
     accelerator = start(config.train)
     if accelerator.distributed_type == DistributedType.FSDP:  # which cannot split one number, the scale of the logits
         raise InputError("CLIP does not train under FSDP; use several whole copies, configs/accelerate/gpus.yaml")
@@ -82,7 +85,14 @@ def main(config: Config) -> None:
         average.tokenizer = tokenizer
         export_model(average, Path(config.train.output))
 
-    stage = Stage(clip, loss, dataset, export, made_from, config.data.num_workers)
+    records = fixed_records(held_out or dataset, config.sample.count)
+
+    def preview(average: torch.nn.Module) -> dict[str, Image]:
+        average.tokenizer = tokenizer
+        return {"similarity": clip_preview(average, records.image, records.captions)} if records else {}
+
+    workers = config.data.num_workers
+    stage = Stage(clip, loss, dataset, export, made_from, workers, held_out, preview)
     fit(accelerator, stage, config.train)
 
 

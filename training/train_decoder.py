@@ -11,18 +11,19 @@ from typing import Any
 
 import torch
 
-from t2i.autoencoder import Autoencoder, load_autoencoder
 from t2i.checkpoint import export_model, load_model, weights_digest
-from t2i.clip import CLIP, load_clip
 from t2i.condition import ImageCondition
 from t2i.config import DataConfig, TrainConfig, build, check_choice, check_multiple, check_range
-from t2i.data import Batch, CaptionedPictures, encode_all
+from t2i.data import Batch
+from t2i.data.cache import AutoencoderFacts, ClipFacts
+from t2i.data.source import open_source
 from t2i.decoder import Decoder
 from t2i.diffusion import WEIGHTINGS, denoise, drop, loss_weight, noise_scheduler, weighted_mse
 from t2i.finetuning import check_prediction, start_from
 from t2i.launch import run
 from t2i.loop import Stage, fit, start
 from t2i.lora import LoraConfig, add_adapters, check_lora, export_adapted
+from t2i.preview import Preview, SampleConfig, choose_columns
 from t2i.unet_decoder import UNetDecoder
 
 ARCHITECTURES = {"transformer": Decoder, "unet": UNetDecoder}
@@ -34,6 +35,7 @@ class Config:
         "???"  # folder of a trained CLIP, or a public one: ViT-L-14:laion2b_s32b_b82k, hf-hub:name, local-dir:path
     )
     autoencoder: str = "???"  # folder of a trained autoencoder, or a diffusers VAE: a folder or a hub name
+    cache: str | None = None  # folder that `t2i data cache` wrote; without one, pictures are encoded in every step
     architecture: str = "unet"  # or transformer
     model: dict[str, Any] = field(default_factory=dict)  # its arguments, but for what CLIP and the autoencoder tell
     init: str | None = None  # folder of a trained decoder to start from, instead of random weights; of its architecture
@@ -47,6 +49,7 @@ class Config:
     min_snr_gamma: float = 5.0
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)  # what is drawn every train.sample_every steps
 
     def __post_init__(self) -> None:
         check_choice("architecture", self.architecture, tuple(ARCHITECTURES))
@@ -60,15 +63,13 @@ class Config:
 
 
 def main(config: Config) -> None:
-    dataset = CaptionedPictures(config.data)
-    clip, autoencoder = load_clip(config.clip), load_autoencoder(config.autoencoder)
+    source = open_source(config.cache, config.data, config.clip, config.autoencoder, config.reads_captions)
     accelerator = start(config.train)
-    clip = clip.to(accelerator.device).eval().requires_grad_(False)
-    autoencoder = autoencoder.to(accelerator.device).eval().requires_grad_(False)
-    check_multiple("data.image_size", config.data.image_size, autoencoder.factor)
+    source.to(accelerator.device)
+    check_multiple("data.image_size", config.data.image_size, source.autoencoder.factor)
     scheduler = noise_scheduler(config.scheduler)
-    made_from = {"data": dataset.digest(), "clip": clip.identity, "autoencoder": weights_digest(autoencoder)}
-    needed = decoder_arguments(config, clip, autoencoder)
+    made_from = dict(source.made_from)
+    needed = decoder_arguments(config, source.clip, source.autoencoder)
     if config.init is None:
         decoder = build(ARCHITECTURES[config.architecture], "model", config.model, **needed)
     else:
@@ -80,13 +81,10 @@ def main(config: Config) -> None:
         add_adapters(decoder, config.lora)
         made_from["lora"] = str(config.lora)
     decoder.to(accelerator.device)
-    embeddings = encode_all(dataset, clip.encode_image, accelerator, "image embeddings")
-    latents = encode_all(dataset, autoencoder.encode, accelerator, "latents")
-    dataset.pictures = False  # from here on embeddings and latents stand for them
 
     def loss(model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        z_i, x = (what[batch.index].to(accelerator.device) for what in (embeddings, latents))
-        text = clip.encode_text(batch.captions) if config.reads_captions else None
+        batch = source.encode(batch)
+        z_i, x, text = batch.image_embeds, batch.latents, batch.text
         null = decoder.null(len(x))
         if text is not None:
             text = drop(text, null.text, config.caption_dropout)
@@ -100,11 +98,15 @@ def main(config: Config) -> None:
         export_adapted(average, Path(config.train.output))
         export_model(scheduler, Path(config.train.output), "scheduler")
 
-    stage = Stage(decoder, loss, dataset, export, made_from, config.data.num_workers)
+    preview = None
+    if config.train.sample_every:
+        drawn = Preview(config.sample, choose_columns(source, config.sample), source.clip.identity)
+        preview = partial(drawn.of_decoder, scheduler=scheduler, load_autoencoder=source.load_autoencoder)
+    stage = Stage(decoder, loss, source.dataset, export, made_from, config.data.num_workers, source.validation, preview)
     fit(accelerator, stage, config.train)
 
 
-def decoder_arguments(config: Config, clip: CLIP, autoencoder: Autoencoder) -> dict[str, Any]:
+def decoder_arguments(config: Config, clip: ClipFacts, autoencoder: AutoencoderFacts) -> dict[str, Any]:
     """What a decoder takes over from the models that it is trained with."""
     return {
         "embed_dim": clip.embed_dim,

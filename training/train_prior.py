@@ -13,14 +13,16 @@ import torch
 import torch.nn.functional as F
 
 from t2i.checkpoint import export_model, load_model, weights_digest
-from t2i.clip import CLIP, load_clip
 from t2i.config import DataConfig, TrainConfig, build, check_choice, check_range
-from t2i.data import Batch, CaptionedPictures, encode_all
+from t2i.data import Batch
+from t2i.data.cache import ClipFacts
+from t2i.data.source import open_source
 from t2i.diffusion import WEIGHTINGS, denoise, drop, loss_weight, noise_scheduler, weighted_mse
 from t2i.finetuning import check_prediction, start_from
 from t2i.launch import run
 from t2i.loop import Stage, fit, start
 from t2i.lora import LoraConfig, add_adapters, check_lora, export_adapted
+from t2i.preview import Preview, SampleConfig, choose_columns
 from t2i.prior import Prior
 
 
@@ -29,6 +31,7 @@ class Config:
     clip: str = (
         "???"  # folder of a trained CLIP, or a public one: ViT-L-14:laion2b_s32b_b82k, hf-hub:name, local-dir:path
     )
+    cache: str | None = None  # folder that `t2i data cache` wrote; without one, pictures are encoded in every step
     model: dict[str, Any] = field(default_factory=dict)  # arguments of t2i.prior.Prior, but for what CLIP tells
     init: str | None = None  # folder of a trained prior to start from, instead of random weights
     lora: LoraConfig | None = None  # train adapters of this rank on `init`, not its weights: rank, alpha, targets
@@ -39,6 +42,7 @@ class Config:
     min_snr_gamma: float = 5.0
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)  # what is drawn every train.sample_every steps
 
     def __post_init__(self) -> None:
         check_range("caption_dropout", self.caption_dropout, 0, 1)
@@ -50,33 +54,27 @@ class Config:
 
 
 def main(config: Config) -> None:
-    dataset = CaptionedPictures(config.data)
-    clip = load_clip(config.clip)
+    source = open_source(config.cache, config.data, config.clip)
     accelerator = start(config.train)
-    clip = clip.to(accelerator.device).eval().requires_grad_(False)
+    source.to(accelerator.device)
     scheduler = noise_scheduler(config.scheduler)
-    made_from = {"data": dataset.digest(), "clip": clip.identity}
+    made_from = dict(source.made_from)
+    needed = prior_arguments(source.clip)
     if config.init is None:
-        nothing = clip.encode_text([""])
-        prior = build(Prior, "model", config.model, **prior_arguments(clip), null_length=nothing.states.shape[1])
-        prior.null_embedding.copy_(nothing.embedding[0])
-        prior.null_states.copy_(nothing.states[0])
+        prior = build(Prior, "model", config.model, **needed, null_length=source.null().states.shape[1])
+        prior.set_encodings(source.null(), *source.statistics())
     else:  # its null and its scale are part of what it learned
         check_prediction(config.init, scheduler)
-        prior = start_from(partial(load_model, Prior), config.init, config.model, **prior_arguments(clip))
+        prior = start_from(partial(load_model, Prior), config.init, config.model, **needed)
         made_from["init"] = weights_digest(prior)
-    embeddings = encode_all(dataset, clip.encode_image, accelerator, "image embeddings")
-    if config.init is None:
-        prior.mean.copy_(embeddings.mean(dim=0))
-        prior.std.copy_(embeddings.std(dim=0, correction=0).clamp(min=1e-6))
     if config.lora is not None:
         add_adapters(prior, config.lora)
         made_from["lora"] = str(config.lora)
     prior.to(accelerator.device)
-    dataset.pictures = False  # from here on the embeddings stand for them
 
     def loss(model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        text, z_i = clip.encode_text(batch.captions), embeddings[batch.index].to(accelerator.device)
+        batch = source.encode(batch)
+        text, z_i = batch.text, batch.image_embeds
         condition = drop(text, prior.null(len(text)), config.caption_dropout)
         prediction, target, t = denoise(model, scheduler, prior.scale(z_i), condition, config.timestep_shift)
         weight = loss_weight(scheduler, t, config.loss_weighting, config.min_snr_gamma)
@@ -92,11 +90,15 @@ def main(config: Config) -> None:
         export_adapted(average, Path(config.train.output))
         export_model(scheduler, Path(config.train.output), "scheduler")
 
-    stage = Stage(prior, loss, dataset, export, made_from, config.data.num_workers)
+    preview = None
+    if config.train.sample_every:
+        drawn = Preview(config.sample, choose_columns(source, config.sample), source.clip.identity)
+        preview = partial(drawn.of_prior, scheduler=scheduler)
+    stage = Stage(prior, loss, source.dataset, export, made_from, config.data.num_workers, source.validation, preview)
     fit(accelerator, stage, config.train)
 
 
-def prior_arguments(clip: CLIP) -> dict[str, Any]:
+def prior_arguments(clip: ClipFacts) -> dict[str, Any]:
     """What a prior takes over from the CLIP that it is trained with."""
     return {
         "embed_dim": clip.embed_dim,

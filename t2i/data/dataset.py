@@ -153,6 +153,11 @@ class CaptionedPictures(Dataset):
             yield torch.stack([self.readable(i, [])[1] for i in chosen[start : start + batch_size]])
 
 
+def held_out_pictures(config: DataConfig) -> CaptionedPictures | None:
+    """What the manifest holds out, to validate with; None where it holds out nothing."""
+    return CaptionedPictures(config, "held_out") if "held_out" in Manifest(config.path, None).splits() else None
+
+
 class Order(Sampler[list[Key]]):
     """Endless batches in an order that is a function of the seed: pass after pass, each shuffled anew.
 

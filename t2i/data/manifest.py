@@ -254,6 +254,9 @@ class Manifest:
     def value(self, column: str, index: int) -> Any:
         return self.table[column][index].as_py()
 
+    def splits(self) -> list[str]:
+        return sorted(self.table["split"].unique().to_pylist())
+
     def rows(self, *columns: str) -> Iterator[dict[str, Any]]:
         """All rows in order, a few at a time in memory."""
         for batch in self.table.select(columns).to_batches(max_chunksize=ROW_GROUP):

@@ -1,0 +1,317 @@
+"""A cache: what frozen models say of every picture and caption, computed once and kept in safetensors shards.
+
+`training/cache_data.py` makes one; priors and decoders train from it without the models. A folder with
+
+    key.json                   what it is made from, and
+    config.yaml                how: both written first
+    train-00000.safetensors    a shard, and
+    train-00000.json           its SHA-256 and sizes, written after it
+    shared.safetensors         mean and std of the image embeddings, and the encoding of the empty caption
+    cache.json                 all of that, written last: without it a cache is not finished
+
+A shard holds n pictures with m different captions of T tokens in all:
+
+    image_embeds   (n, D), float32, unit length           keys           bytes, the names of the pictures end to end
+    latents        (n, C, h, w), unit variance            key_offsets    (n + 1,), int64
+    text_embeds    (m, D), float32, unit length           text_states    (T, W), captions end to end
+    choice         (n, V), int64: the caption that        text_offsets   (m + 1,), int64
+                   draw 0, ..., V - 1 of a picture gives
+"""
+
+import hashlib
+import json
+import os
+import shlex
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from t2i.checkpoint import digest, loaded, sync
+from t2i.condition import TextEncoding
+from t2i.data.dataset import Batch, Key
+from t2i.errors import InputError
+
+FORMAT = 1
+SPLITS = ("train", "held_out")
+
+
+@dataclass(frozen=True)
+class ClipFacts:
+    """What models trained on the encodings of a CLIP need to know of it."""
+
+    name: str  # as in the configuration
+    identity: str
+    embed_dim: int
+    text_width: int
+    context_length: int
+
+
+@dataclass(frozen=True)
+class AutoencoderFacts:
+    """What models trained on the latents of an autoencoder need to know of it."""
+
+    name: str  # as in the configuration
+    identity: str
+    channels: int
+    factor: int  # pixels per latent, along a side
+
+
+class CachedPairs(Dataset):
+    """The pictures and captions of one split of a cache, encoded. Indexed by (index, draw) as CaptionedPictures are.
+
+    Shards are mapped into memory when they are first read. Raises InputError if the cache is not there, not finished,
+    or not as its cache.json says; the content of a shard is compared by `t2i data cache` alone.
+    """
+
+    def __init__(self, folder: str | Path, split: str = "train", latents: bool = True, text: bool = True):
+        """`latents` and `text`: give them, where the cache holds them."""
+        self.folder, self.latents, self.text = Path(folder), latents, text
+        finished = read_finished(self.folder)
+        loaded(lambda _: self.read(finished, split), self.folder / "cache.json")
+        self.opened: dict[int, dict[str, Tensor]] = {}
+
+    def read(self, finished: dict[str, Any], split: str) -> None:
+        """Take over what cache.json says, and compare the files with it."""
+        self.made_from: dict[str, Any] = finished["key"]
+        self.clip = finished["clip"] and ClipFacts(**finished["clip"])
+        self.autoencoder = finished["autoencoder"] and AutoencoderFacts(**finished["autoencoder"])
+        self.shard_size, self.variations = int(self.made_from["shard_size"]), int(self.made_from["variations"])
+        self.latents, self.text = self.latents and self.autoencoder is not None, self.text and self.made_from["text"]
+        self.splits = splits = finished["splits"]
+        if split not in splits:
+            raise InputError(f"the cache {str(self.folder)!r} has no split {split!r}; it has {', '.join(splits)}")
+        self.rows: list[dict[str, Any]] = splits[split]
+        self.paths = [shard_path(self.folder, split, number) for number in range(len(self.rows))]
+        self.size = sum(int(row["pictures"]) for row in self.rows)
+        for path, row in zip(self.paths, self.rows):
+            check_size(path, row["bytes"])
+        shared = self.folder / "shared.safetensors"
+        check_size(shared, finished["shared"]["bytes"])
+        if digest(shared) != finished["shared"]["sha256"]:
+            raise InputError(f"{str(shared)!r} does not match its SHA-256; {remedy(self.folder)}")
+        self.shared = open_tensors(shared)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitems__(self, keys: list[Key]) -> Batch:
+        """The batch of these records, in float32; what a DataLoader calls."""
+        order = sorted(range(len(keys)), key=lambda position: keys[position][0] // self.shard_size)
+        parts = []
+        for number, positions in groupby(order, key=lambda position: keys[position][0] // self.shard_size):
+            chosen = [keys[position] for position in positions]
+            row = torch.tensor([index % self.shard_size for index, _ in chosen])
+            draw = torch.tensor([draw % self.variations for _, draw in chosen])
+            parts.append(gather(self.shard(number), row, draw))
+        batch = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        text = pad(batch["text_embeds"], batch["text_states"], batch["lengths"]) if self.text else None
+        embeds, latents = batch.get("image_embeds"), batch.get("latents")
+        if len(parts) > 1:  # back from the order of the shards
+            back = torch.tensor(order).argsort()
+            embeds, latents = (None if one is None else one[back] for one in (embeds, latents))
+            text = text and text.map(lambda tensor: tensor[back])
+        return Batch(torch.tensor([index for index, _ in keys]), image_embeds=embeds, latents=latents, text=text)
+
+    def shard(self, number: int) -> dict[str, Tensor]:
+        if number not in self.opened:
+            tensors, row = open_tensors(self.paths[number]), self.rows[number]
+            needed = {"keys": None, "key_offsets": row["pictures"] + 1}
+            needed |= {"image_embeds": row["pictures"]} if self.clip else {}
+            needed |= {"latents": row["pictures"]} if self.latents else {}
+            if self.text:
+                needed |= {"text_embeds": row["captions"], "text_offsets": row["captions"] + 1}
+                needed |= {"text_states": None, "choice": row["pictures"]}
+            for name, count in needed.items():
+                if name not in tensors or count not in (None, len(tensors[name])):
+                    raise InputError(f"{str(self.paths[number])!r} is no shard of this cache: it lacks {name}")
+            self.opened[number] = {name: tensors[name] for name in needed}
+        return self.opened[number]
+
+    def key(self, index: int) -> str:
+        """The name of a record, for people."""
+        shard, row = self.shard(index // self.shard_size), index % self.shard_size
+        start, end = shard["key_offsets"][row : row + 2].tolist()
+        return bytes(shard["keys"][start:end].tolist()).decode()
+
+    def digest(self) -> str:
+        """16 hexadecimal digits for the content of all shards."""
+        hashes = [row["sha256"] for row in self.rows]
+        return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]
+
+    @property
+    def null(self) -> TextEncoding:
+        """The encoding of the empty caption."""
+        states = self.shared["null_states"]
+        return TextEncoding(self.shared["null_embedding"], states, torch.ones(states.shape[:2], dtype=torch.bool))
+
+
+def gather(shard: dict[str, Tensor], row: Tensor, draw: Tensor) -> dict[str, Tensor]:
+    """Rows of a shard; of the captions, the tokens end to end and how many each has."""
+    found: dict[str, Tensor] = {name: shard[name][row].float() for name in ("image_embeds", "latents") if name in shard}
+    if "choice" in shard:
+        caption = shard["choice"][row, draw]
+        start = shard["text_offsets"][caption]
+        length = shard["text_offsets"][caption + 1] - start
+        before = length.cumsum(0) - length
+        token = torch.arange(int(length.sum())) + (start - before).repeat_interleave(length)
+        found |= {"text_embeds": shard["text_embeds"][caption], "lengths": length}
+        found["text_states"] = shard["text_states"][token].float()
+    return found
+
+
+def pad(embeds: Tensor, states: Tensor, lengths: Tensor) -> TextEncoding:
+    """Captions whose tokens lie end to end, (T, W), as a batch padded to the longest."""
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    padded = states.new_zeros(*mask.shape, states.shape[1])
+    padded[mask] = states
+    return TextEncoding(embeds, padded, mask)
+
+
+def trim(text: TextEncoding) -> tuple[Tensor, Tensor]:
+    """The reverse: tokens end to end, (T, W), and how many each caption has, (B,)."""
+    lengths = text.mask.sum(dim=1)
+    positions = torch.arange(text.mask.shape[1], device=lengths.device)
+    assert torch.equal(text.mask, positions < lengths[:, None]), "tokens come before the padding"
+    return text.states[text.mask], lengths
+
+
+def offsets(lengths: Iterable[int]) -> Tensor:
+    """(N + 1,), int64: where each of N things that lie end to end begins, and the end."""
+    return torch.tensor([0, *lengths]).cumsum(0)
+
+
+def statistics(embeds: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation, (D,), float64, of embeddings, (n, D) at a time."""
+    count, total, squares = 0, torch.zeros(()), torch.zeros(())
+    for part in embeds:
+        part = part.double()
+        count, total, squares = count + len(part), total + part.sum(dim=0), squares + part.square().sum(dim=0)
+    mean = total / count
+    return mean, (squares / count - mean.square()).clamp(min=0).sqrt()
+
+
+def shard_path(folder: Path, split: str, number: int) -> Path:
+    return folder / f"{split}-{number:05}.safetensors"
+
+
+def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A shard and, after it, the file that says it is whole."""
+    with new_file(path) as unfinished:
+        save_file(tensors, unfinished)
+        row = {"sha256": digest(unfinished), "bytes": unfinished.stat().st_size}
+    row |= {"pictures": len(tensors["key_offsets"]) - 1, "captions": len(tensors.get("text_embeds", ()))}
+    write_json(path.with_suffix(".json"), row)
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a shard that was written, or None."""
+    try:
+        if digest(path) != json.loads(path.with_suffix(".json").read_text())["sha256"]:
+            return f"{path} does not match its SHA-256"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{path} is not whole ({error})"
+    return None
+
+
+def finish(folder: Path, key: dict[str, Any], facts: dict[str, Any], shared: dict[str, Tensor], counts: dict) -> None:
+    """Write what stands beside the shards, of which each split has `counts[split]`; cache.json is the last."""
+    with new_file(folder / "shared.safetensors") as unfinished:
+        save_file(shared, unfinished)
+        row = {"sha256": digest(unfinished), "bytes": unfinished.stat().st_size}
+    splits = {
+        split: [
+            json.loads(shard_path(folder, split, number).with_suffix(".json").read_text()) for number in range(count)
+        ]
+        for split, count in counts.items()
+    }
+    write_json(folder / "cache.json", {"format": FORMAT, "key": key, **facts, "shared": row, "splits": splits})
+    for leftover in folder.glob(".*.unfinished"):
+        leftover.unlink(missing_ok=True)
+
+
+def read_finished(folder: Path) -> dict[str, Any]:
+    """cache.json of a finished cache."""
+    if not (folder / "key.json").is_file():
+        raise InputError(f"no cache {str(folder)!r}; `t2i data cache FILE.yaml output={folder}` makes one")
+    if not (folder / "cache.json").is_file():
+        raise InputError(f"the cache {str(folder)!r} is not finished; {remedy(folder)}")
+    finished = read_json(folder / "cache.json")
+    missing = {"format", "key", "clip", "autoencoder", "shared", "splits"} - finished.keys()
+    if missing or finished["format"] != FORMAT:
+        what = f"lacks {', '.join(sorted(missing))}" if missing else f"is of format {finished['format']}"
+        raise InputError(f"{str(folder / 'cache.json')!r} {what}; this version reads format {FORMAT}")
+    return finished
+
+
+def remedy(folder: Path) -> str:
+    """The command that finishes or mends a cache, wherever it was moved."""
+    command = ["t2i", "data", "cache", str(folder / "config.yaml"), f"output={folder}"]
+    return f"`{shlex.join(command)}` finishes it"
+
+
+def check_size(path: Path, size: int) -> None:
+    found = path.stat().st_size if path.is_file() else None
+    if found != size:
+        what = "is missing" if found is None else f"has {found} bytes, not {size}"
+        raise InputError(f"{str(path)!r} {what}; {remedy(path.parent)}")
+
+
+def open_tensors(path: Path) -> dict[str, Tensor]:
+    """Of a safetensors file, mapped into memory."""
+    return loaded(load_file, path)
+
+
+def refuse_another(folder: Path, key: dict[str, Any]) -> None:
+    """Refuse to write a cache with `key` into a folder that holds a cache made from anything else, or other files."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output is {str(folder)!r}, which is a file; give a folder")
+    if not (folder / "key.json").is_file():
+        if folder.exists() and any(not path.name.endswith(".unfinished") for path in folder.iterdir()):
+            raise InputError(f"output is {str(folder)!r}, which holds other things than a cache; give a new folder")
+        return
+    before = read_json(folder / "key.json")
+    for name, value in key.items():
+        if before.get(name) != value:
+            raise InputError(
+                f"the cache {str(folder)!r} was made with another {name}: {before.get(name)}, now {value}; "
+                "give another output or delete it"
+            )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    def read(path: Path) -> dict[str, Any]:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it is no JSON object")
+        return content
+
+    return loaded(read, path)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    with new_file(path) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def new_file(final: Path) -> Iterator[Path]:
+    """A file to write, which takes the place of `final` at the end, or is gone if anything fails."""
+    unfinished = final.with_name(f".{final.name}.{os.getpid()}.unfinished")
+    mask = os.umask(0)
+    os.umask(mask)
+    try:
+        yield unfinished
+        unfinished.chmod(0o666 & ~mask)  # safetensors makes files private
+        sync(unfinished)
+        os.replace(unfinished, final)
+        sync(final.parent)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -1,0 +1,220 @@
+"""Where a prior or a decoder gets encoded pictures and captions from: a cache, or frozen models in every step.
+
+Both ways fill the same fields of a batch, so that a loss does not know which it is.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from t2i.autoencoder import Autoencoder, load_autoencoder
+from t2i.checkpoint import class_name, stored_digest, weights_digest
+from t2i.clip import CLIP, load_clip
+from t2i.condition import TextEncoding
+from t2i.config import DataConfig
+from t2i.data.cache import AutoencoderFacts, CachedPairs, ClipFacts, read_json, statistics
+from t2i.data.dataset import Batch, CaptionedPictures, Key, held_out_pictures
+from t2i.errors import InputError
+
+MEASURED = 4096  # pictures that set mean and std of the embeddings without a cache, at most
+
+
+class Source(Protocol):
+    dataset: CaptionedPictures | CachedPairs  # the training split
+    validation: CaptionedPictures | CachedPairs | None  # what is held out
+    clip: ClipFacts
+    autoencoder: AutoencoderFacts | None
+    made_from: dict[str, str]
+
+    def to(self, device: torch.device) -> None: ...
+
+    def encode(self, batch: Batch) -> Batch:
+        """Fill image_embeds, latents and text, as far as the stage needs them: float32, on the batch's device."""
+
+    def null(self) -> TextEncoding:
+        """The encoding of the empty caption."""
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the image embeddings, (D,), float64."""
+
+    def records(self, keys: list[Key]) -> Batch:
+        """Of what is held out, or of the training split if nothing is: encodings, captions, and pictures if at hand."""
+
+    def load_clip(self) -> CLIP: ...
+    def load_autoencoder(self) -> Autoencoder: ...
+
+
+class FrozenModels:
+    """Encodes what the data set reads, in the step."""
+
+    def __init__(self, data: DataConfig, clip: str, autoencoder: str | None, reads_captions: bool):
+        self.dataset, self.validation = CaptionedPictures(data), held_out_pictures(data)
+        self.encoder = load_clip(clip).eval().requires_grad_(False)
+        self.reads_captions = reads_captions
+        self.clip = facts_of_clip(clip, self.encoder)
+        self.coder, self.autoencoder = None, None
+        if autoencoder is not None:
+            self.coder = load_autoencoder(autoencoder).eval().requires_grad_(False)
+            self.autoencoder = facts_of_autoencoder(autoencoder, self.coder)
+        self.made_from = identities(self.dataset.digest(), self.clip, self.autoencoder)
+
+    def to(self, device: torch.device) -> None:
+        self.encoder.to(device)
+        if self.coder is not None:
+            self.coder.to(device)
+
+    @torch.no_grad()
+    def encode(self, batch: Batch) -> Batch:
+        assert batch.image is not None
+        with torch.autocast(batch.image.device.type, enabled=False):  # as exact as a cache
+            filled = replace(batch, image_embeds=self.encoder.encode_image(batch.image).float())
+            if self.coder is not None:
+                latents = self.coder.encode(batch.image).float()
+                filled.latents = latents.contiguous()  # the layout decides which element gets which noise
+            if self.reads_captions:
+                filled.text = self.encoder.encode_text(batch.captions).to(batch.image.device, torch.float32)
+        return filled
+
+    @torch.no_grad()
+    def null(self) -> TextEncoding:
+        return self.encoder.encode_text([""])
+
+    @torch.no_grad()
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        pictures = self.dataset.sample(MEASURED, batch_size=64)
+        return statistics(self.encoder.encode_image(image.to(self.encoder.device)).cpu() for image in pictures)
+
+    @torch.no_grad()
+    def records(self, keys: list[Key]) -> Batch:
+        batch = (self.validation or self.dataset).__getitems__(keys).to(self.encoder.device)
+        return replace(self.encode(batch), text=self.encoder.encode_text(batch.captions))
+
+    def load_clip(self) -> CLIP:
+        return self.encoder
+
+    def load_autoencoder(self) -> Autoencoder:
+        assert self.coder is not None
+        return self.coder
+
+
+class Cached:
+    """Nothing is left to do: the data set reads encodings."""
+
+    def __init__(
+        self,
+        dataset: CachedPairs,
+        validation: CachedPairs | None,
+        data: DataConfig,
+        names: tuple[str, str | None],
+    ):
+        """`names`: of the CLIP and of the autoencoder, which are loaded for sample pictures alone."""
+        assert dataset.clip is not None
+        self.dataset, self.validation, self.data, self.names = dataset, validation, data, names
+        self.clip = clip = dataset.clip
+        self.autoencoder = autoencoder = None if names[1] is None else dataset.autoencoder
+        self.made_from = identities(dataset.made_from["data"]["train"], clip, autoencoder)
+        self.made_from["cache"] = dataset.digest()
+
+    def to(self, device: torch.device) -> None:
+        pass
+
+    def encode(self, batch: Batch) -> Batch:
+        return batch
+
+    def null(self) -> TextEncoding:
+        return self.dataset.null
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        return self.dataset.shared["mean"], self.dataset.shared["std"]
+
+    @torch.no_grad()
+    def records(self, keys: list[Key]) -> Batch:
+        split = "train" if self.validation is None else "held_out"
+        cached = CachedPairs(self.dataset.folder, split, latents=False)
+        batch = cached.__getitems__(keys)
+        if Path(self.data.path).exists():
+            seen = CaptionedPictures(self.data, split).__getitems__(keys)
+            batch.captions, batch.image = seen.captions, seen.image
+        else:
+            batch.captions = [cached.key(index) for index, _ in keys]
+        return batch if batch.text else replace(batch, text=self.load_clip().encode_text(batch.captions))
+
+    def load_clip(self) -> CLIP:
+        return load_clip(self.names[0]).eval()
+
+    def load_autoencoder(self) -> Autoencoder:
+        assert self.names[1] is not None
+        return load_autoencoder(self.names[1]).eval()
+
+
+def open_source(
+    cache: str | None, data: DataConfig, clip: str, autoencoder: str | None = None, reads_captions: bool = True
+) -> Source:
+    """The training split, encoded by `clip`, by `autoencoder` if one is named, and with its captions if they are read.
+
+    Raises InputError for a cache that lacks something of this, or was made from anything else.
+    """
+    if cache is None:
+        return FrozenModels(data, clip, autoencoder, reads_captions)
+    dataset = CachedPairs(cache, latents=autoencoder is not None, text=reads_captions)
+    held = {"clip": dataset.clip, "autoencoder": dataset.autoencoder, "text": dataset.made_from["text"]}
+    needed = {"clip": True, "autoencoder": autoencoder is not None, "text": reads_captions}
+    if missing := [name for name in needed if needed[name] and not held[name]]:
+        raise InputError(f"the cache {cache!r} was made without {' and '.join(missing)}; make one with it")
+    refuse_stale(dataset, data, clip, autoencoder)
+    validation = None
+    if "held_out" in dataset.splits:
+        validation = CachedPairs(cache, "held_out", latents=autoencoder is not None, text=reads_captions)
+    return Cached(dataset, validation, data, (clip, autoencoder))
+
+
+def refuse_stale(cache: CachedPairs, data: DataConfig, clip: str, autoencoder: str | None) -> None:
+    """Refuse a cache that was made from anything else than what is named here.
+
+    Models and data that are folders of this machine are compared by their content, others by their names.
+    """
+    pairs: dict[str, tuple[Any, Any]] = {"data.image_size": (cache.made_from["image_size"], data.image_size)}
+    pairs["clip"] = compared(clip, "CLIP", cache.clip, stored_fingerprint)
+    if autoencoder is not None:
+        pairs["autoencoder"] = compared(autoencoder, "Autoencoder", cache.autoencoder, stored_digest)
+    if Path(data.path).exists():
+        pairs["data"] = (cache.made_from["data"]["train"], CaptionedPictures(data).digest())
+    for name, (before, now) in pairs.items():
+        if before != now:
+            raise InputError(
+                f"the cache {str(cache.folder)!r} is stale: it was made with another {name}, {before}, now {now}; "
+                "make another, or give what it was made with"
+            )
+
+
+def compared(
+    name: str, wanted: str, facts: ClipFacts | AutoencoderFacts | None, identify: Callable[[Path], str]
+) -> tuple[str, str]:
+    """What a cache was made with, and what the configuration names now."""
+    assert facts is not None
+    folder = Path(name) / "model" if (Path(name) / "model").is_dir() else Path(name)
+    if class_name(folder) == wanted:
+        return facts.identity, identify(folder)
+    return facts.name, name
+
+
+def stored_fingerprint(folder: Path) -> str:
+    """Of a CLIP in a folder, without loading it."""
+    return read_json(folder / "config.json").get("fingerprint", "none")
+
+
+def identities(data: str, clip: ClipFacts, autoencoder: AutoencoderFacts | None) -> dict[str, str]:
+    found = {"data": data, "clip": clip.identity}
+    return found if autoencoder is None else {**found, "autoencoder": autoencoder.identity}
+
+
+def facts_of_clip(name: str, clip: CLIP) -> ClipFacts:
+    return ClipFacts(name, clip.identity, clip.embed_dim, clip.text_width, clip.context_length)
+
+
+def facts_of_autoencoder(name: str, autoencoder: Autoencoder) -> AutoencoderFacts:
+    return AutoencoderFacts(name, weights_digest(autoencoder), autoencoder.channels, autoencoder.factor)

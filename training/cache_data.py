@@ -1,0 +1,266 @@
+"""Compute what CLIP and the autoencoder say of every picture and caption, once, for priors and decoders to train from.
+
+accelerate launch training/cache_data.py configs/emoji/cache.yaml data.path=data/emoji
+
+Stopping is harmless: the same command keeps the shards that are whole and makes the others.
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from t2i.autoencoder import Autoencoder, load_autoencoder
+from t2i.clip import CLIP, load_clip
+from t2i.config import DataConfig, TrainConfig, check_choice, check_multiple, check_range
+from t2i.data import CaptionedPictures
+from t2i.data.cache import (
+    SPLITS,
+    AutoencoderFacts,
+    CachedPairs,
+    ClipFacts,
+    damage,
+    finish,
+    new_file,
+    offsets,
+    open_tensors,
+    refuse_another,
+    shard_path,
+    statistics,
+    trim,
+    write_json,
+    write_shard,
+)
+from t2i.data.manifest import Manifest
+from t2i.data.source import facts_of_autoencoder, facts_of_clip
+from t2i.errors import InputError
+from t2i.launch import run
+from t2i.loop import start
+
+DTYPES = {"float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass
+class Config:
+    output: str = "???"  # folder of the cache
+    clip: str | None = None  # folder of a trained CLIP, or a public one; null caches latents alone
+    autoencoder: str | None = None  # folder of a trained autoencoder, or a diffusers VAE; null caches no latents
+    text: bool = True  # captions too: priors need them, and decoders that read captions
+    variations: int = 1  # captions of a picture: what the first draws give
+    batch_size: int = 64  # pictures or captions at a time, per process
+    shard_size: int = 4096  # pictures in a file
+    dtype: str = "float16"  # of latents and token states, or float32; embeddings are float32
+    mixed_precision: str = "no"  # exact; else as in training: fp16, bf16 or auto
+    data: DataConfig = field(default_factory=DataConfig)
+
+    def __post_init__(self) -> None:
+        if self.mixed_precision == "False":  # YAML 1.1 reads a bare `no` as false
+            self.mixed_precision = "no"
+        check_choice("mixed_precision", self.mixed_precision, ("auto", "no", "fp16", "bf16"))
+        check_choice("dtype", self.dtype, tuple(DTYPES))
+        check_range("variations", self.variations, 1, 1024)
+        check_range("batch_size", self.batch_size, 1, 65_536)
+        check_range("shard_size", self.shard_size, 1, 1_000_000)
+        if self.clip is None and self.autoencoder is None:
+            raise InputError("clip and autoencoder are both null; give at least one of them")
+        self.text = self.text and self.clip is not None
+
+
+@dataclass(frozen=True, order=True)
+class Shard:
+    split: str
+    number: int
+    first: int  # index of its first picture
+    end: int
+
+    def path(self, folder: Path) -> Path:
+        return shard_path(folder, self.split, self.number)
+
+
+@torch.no_grad()
+def main(config: Config) -> None:
+    folder = Path(config.output)
+    datasets = splits(config.data)
+    clip, autoencoder = None, None
+    facts: dict[str, ClipFacts | AutoencoderFacts | None] = {"clip": None, "autoencoder": None}
+    if config.clip is not None:
+        clip = load_clip(config.clip)
+        facts["clip"] = facts_of_clip(config.clip, clip)
+    if config.autoencoder is not None:
+        autoencoder = load_autoencoder(config.autoencoder)
+        facts["autoencoder"] = facts_of_autoencoder(config.autoencoder, autoencoder)
+        check_multiple("data.image_size", config.data.image_size, autoencoder.factor)
+    key = key_of(config, facts, datasets)
+    refuse_another(folder, key)
+
+    accelerator = start(TrainConfig(output=config.output, mixed_precision=config.mixed_precision))
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        with new_file(folder / "config.yaml") as unfinished:
+            unfinished.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+        write_json(folder / "key.json", key)
+    encoder = Encoder(config, accelerator, clip, autoencoder)
+    shards = [shard for split, dataset in datasets.items() for shard in divide(split, len(dataset), config.shard_size)]
+    write_shards(folder, datasets, shards, encoder, accelerator)
+    if accelerator.is_main_process:
+        counts = {split: sum(shard.split == split for shard in shards) for split in datasets}
+        described = {name: fact and asdict(fact) for name, fact in facts.items()}
+        training = [shard.path(folder) for shard in shards if shard.split == "train"]
+        finish(folder, key, described, encoder.shared(training), counts)
+        print(summary(folder, counts))
+
+
+def key_of(config: Config, facts: dict[str, Any], datasets: dict[str, CaptionedPictures]) -> dict[str, Any]:
+    """All that decides what is in the shards."""
+    key: dict[str, Any] = {name: fact and fact.identity for name, fact in facts.items()}
+    key |= {"data": {split: dataset.digest() for split, dataset in datasets.items()}}
+    key |= {"image_size": config.data.image_size}
+    return key | {
+        name: getattr(config, name) for name in ("text", "variations", "shard_size", "dtype", "mixed_precision")
+    }
+
+
+def splits(config: DataConfig) -> dict[str, CaptionedPictures]:
+    """The data set of each split that has pictures."""
+    there = {*Manifest(config.path, None).splits(), "train"}
+    return {split: CaptionedPictures(config, split) for split in SPLITS if split in there}
+
+
+def divide(split: str, count: int, size: int) -> list[Shard]:
+    return [Shard(split, i, first, min(first + size, count)) for i, first in enumerate(range(0, count, size))]
+
+
+def write_shards(
+    folder: Path,
+    datasets: dict[str, CaptionedPictures],
+    shards: list[Shard],
+    encoder: "Encoder",
+    accelerator: Accelerator,
+) -> None:
+    """Make the shards that are missing or damaged; the processes take them in turn."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    missing = [shard for shard in shards[rank::world] if not is_whole(shard.path(folder))]
+    missing = sorted(gather_object(missing), key=shards.index)
+    if missing and accelerator.is_main_process:
+        (folder / "cache.json").unlink(missing_ok=True)  # from here on it is not finished
+    accelerator.wait_for_everyone()
+    mine = missing[rank::world]
+    images = read_images(datasets, mine, encoder.config)
+    total = sum(shard.end - shard.first for shard in mine)
+    with tqdm(total=total, disable=not accelerator.is_main_process, mininterval=5, desc=folder.name) as bar:
+        for shard in mine:
+            dataset, pictures = datasets[shard.split], range(shard.first, shard.end)
+            tensors = encoder.encode(dataset, pictures, images)
+            write_shard(shard.path(folder), tensors)
+            bar.update(len(pictures))
+    accelerator.wait_for_everyone()
+
+
+def is_whole(path: Path) -> bool:
+    if not path.exists() and not path.with_suffix(".json").exists():
+        return False
+    if problem := damage(path):
+        print(f"made again: {problem}")
+    return problem is None
+
+
+class Images(Dataset):
+    """Pictures by (split, indices)."""
+
+    def __init__(self, datasets: dict[str, CaptionedPictures]):
+        self.datasets = datasets
+
+    def __getitem__(self, batch: tuple[str, range]) -> Tensor:
+        split, indices = batch
+        return torch.stack([self.datasets[split].picture(index) for index in indices])
+
+
+def read_images(datasets: dict[str, CaptionedPictures], shards: list[Shard], config: Config) -> Iterator[Tensor]:
+    """The pictures of these shards, (B, 3, H, W) at a time; no batch reaches into the next shard."""
+    order = [
+        (shard.split, range(start, min(start + config.batch_size, shard.end)))
+        for shard in shards
+        for start in range(shard.first, shard.end, config.batch_size)
+    ]
+    try:
+        yield from DataLoader(Images(datasets), sampler=order, batch_size=None, num_workers=config.data.num_workers)  # type: ignore[call-overload]
+    except InputError as error:  # a worker's error comes with its traceback as text
+        raise InputError(str(error).rsplit("InputError: ", 1)[-1]) from error
+
+
+class Encoder:
+    """The frozen models and how to cast what they say."""
+
+    def __init__(self, config: Config, accelerator: Accelerator, clip: CLIP | None, autoencoder: Autoencoder | None):
+        self.config, self.accelerator = config, accelerator
+        self.clip = clip.to(accelerator.device).eval() if clip is not None else None
+        self.autoencoder = autoencoder.to(accelerator.device).eval() if autoencoder is not None else None
+        self.dtype = DTYPES[config.dtype]
+
+    def encode(self, dataset: CaptionedPictures, pictures: range, images: Iterator[Tensor]) -> dict[str, Tensor]:
+        """The tensors of a shard; `images` goes on with its pictures."""
+        parts: dict[str, list[Tensor]] = {}
+        for batch in islice(images, -(-len(pictures) // self.config.batch_size)):
+            with self.accelerator.autocast():
+                batch = batch.to(self.accelerator.device)
+                if self.clip is not None:
+                    parts.setdefault("image_embeds", []).append(self.clip.encode_image(batch).float().cpu())
+                if self.autoencoder is not None:
+                    parts.setdefault("latents", []).append(self.autoencoder.encode(batch).to("cpu", self.dtype))
+        names = [dataset.key(index).encode() for index in pictures]
+        tensors = {name: torch.cat(part).contiguous() for name, part in parts.items()}
+        tensors["keys"] = torch.frombuffer(bytearray(b"".join(names)), dtype=torch.uint8)
+        tensors["key_offsets"] = offsets(map(len, names))
+        if self.clip is not None and self.config.text:
+            tensors |= self.encode_captions(self.clip, dataset, pictures)
+        return tensors
+
+    def encode_captions(self, clip: CLIP, dataset: CaptionedPictures, pictures: range) -> dict[str, Tensor]:
+        known: dict[str, int] = {}  # each caption once
+        choice = [
+            [known.setdefault(dataset.caption(index, draw), len(known)) for draw in range(self.config.variations)]
+            for index in pictures
+        ]
+        captions = list(known)
+        embeds, states, lengths = [], [], []
+        for first in range(0, len(captions), self.config.batch_size):
+            with self.accelerator.autocast():
+                text = clip.encode_text(captions[first : first + self.config.batch_size])
+            tokens, counts = trim(text)
+            embeds.append(text.embedding.float().cpu())
+            states.append(tokens.to("cpu", self.dtype))
+            lengths += counts.tolist()
+        return {
+            "choice": torch.tensor(choice),
+            "text_embeds": torch.cat(embeds),
+            "text_states": torch.cat(states),
+            "text_offsets": offsets(lengths),
+        }
+
+    def shared(self, shards: list[Path]) -> dict[str, Tensor]:
+        """Statistics of the training split, and the encoding of the empty caption."""
+        if self.clip is None:
+            return {}
+        mean, std = statistics(open_tensors(path)["image_embeds"] for path in shards)
+        nothing = self.clip.encode_text([""])
+        null = {"null_embedding": nothing.embedding.float().cpu(), "null_states": nothing.states.float().cpu()}
+        return {"mean": mean, "std": std, **null}
+
+
+def summary(folder: Path, counts: dict[str, int]) -> str:
+    found = ", ".join(f"{len(CachedPairs(folder, split))} pictures of {split}" for split in counts)
+    return f"{folder}: {found}; {sum(path.stat().st_size for path in folder.iterdir()) / 1e6:.1f} MB"
+
+
+if __name__ == "__main__":
+    run(main, Config, "cache", sys.argv[1:])
