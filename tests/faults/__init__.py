@@ -1,0 +1,1 @@
+"""Faults, each injected for real."""
