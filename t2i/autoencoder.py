@@ -100,7 +100,8 @@ def load_autoencoder(name: str | Path) -> Autoencoder:
         AutoencoderKL.from_config(config)
     settings = {"use_safetensors": True, "output_loading_info": True}
     vae, info = loaded(lambda path: AutoencoderKL.from_pretrained(path, **settings), folder)
-    if missing := info["missing_keys"]:  # after loading, which renames the tensors of older files
-        raise InputError(f"{str(name)!r} lacks {len(missing)} of the VAE's tensors, the first is {missing[0]!r}")
+    for fault in ("missing", "unexpected"):  # after loading, which renames the tensors of older files
+        if names := sorted(info[f"{fault}_keys"]):
+            raise InputError(f"{str(name)!r} has {len(names)} {fault} tensors for a VAE, the first is {names[0]!r}")
     check_finite(vae, folder)
     return loaded(lambda _: Autoencoder.from_vae(vae), folder)

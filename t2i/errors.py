@@ -9,7 +9,7 @@ class InputError(ValueError):
     """Bad input: one line that names the thing, its value and what is allowed. Raised before any work starts."""
 
     def __init__(self, message: str):
-        super().__init__(" ".join(message.split()))
+        super().__init__(" ".join(message.split())[:1000])  # what it quotes may be a whole file
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from t2i.config import check_integer
 from t2i.errors import InputError
-from t2i.untrusted import MAX_TOKENIZER, check_files, read_json
+from t2i.untrusted import MAX_TABLE, MAX_TOKENIZER, check_files, check_size, read_json
 
 PAD, START, END = "<pad>", "<start>", "<end>"
 SETTINGS = {"clean", "strip_sep_token", "language"}  # of a public tokenizer, that a configuration may choose
@@ -125,8 +125,7 @@ def load_tokenizer(folder: Path, kind: str, text_cfg: dict[str, Any]) -> Caption
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise InputError(f"no {str(path)!r}; it is the vocabulary that this CLIP was trained with")
-    if path.stat().st_size > MAX_TOKENIZER:
-        raise InputError(f"{str(path)!r} has more than {MAX_TOKENIZER:,} bytes, which no vocabulary needs")
+    check_size(path, MAX_TOKENIZER)
     try:
         tokenizer = Tokenizer.from_file(str(path))
         other = [key for key, value in settings(untrained()).items() if settings(tokenizer).get(key) != value]
@@ -136,7 +135,7 @@ def load_tokenizer(folder: Path, kind: str, text_cfg: dict[str, Any]) -> Caption
     rows, highest = text_cfg.get("vocab_size", 0), max(numbers, default=0)
     if other:  # such as a padding to millions of tokens, or a pattern that takes for ever
         raise InputError(f"{str(path)!r} has another {other[0]} than a vocabulary of captions has")
-    if [tokenizer.token_to_id(token) for token in (PAD, START, END)] != [0, 1, highest] or highest >= rows:
+    if [tokenizer.token_to_id(token) for token in (PAD, START, END)] != [0, 1, highest] or highest != rows - 1:
         raise InputError(f"{str(path)!r} is not the vocabulary of a text tower with {rows} tokens, the end the last")
     return CaptionTokenizer(tokenizer, context_length)
 
@@ -148,7 +147,8 @@ def check_tokenizer(folder: Path, text_cfg: dict[str, Any]) -> None:
     if folder.is_dir():
         check_files(folder)
         for path in folder.glob("*.json"):
-            if "auto_map" in read_json(path, MAX_TOKENIZER):
+            check_size(path, MAX_TOKENIZER)
+            if path.name in ("config.json", "tokenizer_config.json") and "auto_map" in read_json(path, MAX_TABLE):
                 raise InputError(f"{str(path)!r} has 'auto_map'; only this project's own code is run")
 
 

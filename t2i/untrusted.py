@@ -28,10 +28,12 @@ MAX_TABLE = 2_000_000  # bytes of a safetensors header or index: some 20,000 ten
 MAX_TOKENIZER = 64_000_000  # bytes of one file of a tokenizer
 MAX_NUMBER = 10_000_000  # in a configuration; the largest vocabularies have a tenth of it
 MAX_TIMESTEPS = 100_000  # any number in a scheduler's configuration
+MAX_DEPTH = 16  # of the nesting of a configuration
 SPARE = 2**24  # elements that a model may make beyond those in its files: masks and the like
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz", ".joblib")
 CODE = ("auto_map", "custom_pipeline", "quantization_config", "trust_remote_code")  # keys that make libraries import
+SIGNED = ("init_logit_bias",)  # integers that may be negative
 FLOATS = ("F16", "BF16", "F32", "F64")
 DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{i}" for port in ("COM", "LPT") for i in range(10))}  # on Windows
 
@@ -74,16 +76,19 @@ def fetched(name: str | Path, patterns: list[str], **options: Any) -> Path:
 
 def read_json(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
     """A JSON object from a file of at most `limit` bytes. Raises InputError for anything else, or a key given twice."""
-    if not path.is_file():  # a pipe would block
-        raise InputError(f"no file {str(path)!r}")
+    check_size(path, limit)
     try:
-        with open(path, "rb") as file:
-            content = file.read(limit + 1)
+        return parse_json(path.read_bytes(), path)
     except OSError as error:
         raise InputError(f"{str(path)!r} cannot be read ({error})") from error
-    if len(content) > limit:
-        raise InputError(f"{str(path)!r} has more than {limit:,} bytes, which no such file needs")
-    return parse_json(content, path)
+
+
+def check_size(path: Path, limit: int) -> None:
+    """Refuse what is no file, or a file of more than `limit` bytes."""
+    if not path.is_file():  # a pipe would block
+        raise InputError(f"no file {str(path)!r}")
+    if (size := path.stat().st_size) > limit:
+        raise InputError(f"{str(path)!r} has {size:,} bytes; no such file needs more than {limit:,}")
 
 
 def parse_json(content: bytes, path: Path) -> dict[str, Any]:
@@ -114,22 +119,23 @@ def read_config(path: Path, largest: int = MAX_NUMBER) -> dict[str, Any]:
     config = read_json(path)
     if code := [key for key in CODE if key in config]:
         raise InputError(f"{str(path)!r} has {code[0]!r}; only this project's own code is run")
-    try:
-        for key, value in numbers("", config):
-            if not abs(value) <= largest:  # also of infinity
-                raise InputError(f"{str(path)!r} has {key} = {value:.6g}; at most {largest:,} makes sense")
-    except RecursionError as error:
-        raise InputError(f"{str(path)!r} is nested too deeply") from error
+    for keys, value in numbers(config):
+        least = -largest if isinstance(value, float) or keys[-1] in SIGNED else 0
+        if len(keys) > MAX_DEPTH or not least <= value <= largest:  # nor infinity
+            found = f"{'.'.join(keys[:MAX_DEPTH])} = {value}"
+            raise InputError(f"{str(path)!r} has {found:.200}; numbers from {least:,} to {largest:,} make sense")
     return config
 
 
-def numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
-    """Every number in a JSON value, with the keys that lead there."""
+def numbers(value: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], float]]:
+    """Every number in a JSON value after the keys that lead there; 0 for what is nested deeper than MAX_DEPTH."""
     if isinstance(value, int | float):
-        yield name, value
+        yield keys, value
+    elif len(keys) > MAX_DEPTH:
+        yield keys, 0
     elif isinstance(value, dict | list):
         for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from numbers(f"{name}.{key}" if name else str(key), part)
+            yield from numbers(part, (*keys, str(key)))
 
 
 def check_files(folder: Path, root: Path | None = None) -> None:
@@ -143,7 +149,10 @@ def check_files(folder: Path, root: Path | None = None) -> None:
 
 def check_inside(path: Path, root: Path) -> None:
     """Refuse a link that leaves `root`; in a snapshot of the hub's cache, files link to the blobs beside it."""
-    home, target = root.resolve(), path.resolve()
+    try:
+        home, target = root.resolve(), path.resolve()
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{str(path)!r} is a link that leads nowhere ({error})") from error
     repository = home.parent.parent
     cached = home.parent.name == "snapshots" and repository.name.startswith("models--")
     if not target.is_relative_to(home) and not (cached and target.parent == repository / "blobs"):
