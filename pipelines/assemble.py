@@ -3,12 +3,11 @@
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler
 
 from pipelines.text2image import Text2ImagePipeline
 from t2i import STAGES
 from t2i.autoencoder import load_autoencoder
-from t2i.checkpoint import load_model, loaded, new_folder
+from t2i.checkpoint import load_model, load_scheduler, new_folder
 from t2i.clip import load_clip
 from t2i.decoder import Decoder
 from t2i.errors import InputError
@@ -27,9 +26,9 @@ def assemble(runs: str | Path, **elsewhere: str | None) -> Text2ImagePipeline:
     return Text2ImagePipeline(
         clip=load_clip(found["clip"]),
         prior=load_model(Prior, prior),
-        prior_scheduler=loaded(DDIMScheduler.from_pretrained, prior / "scheduler"),
+        prior_scheduler=load_scheduler(prior / "scheduler"),
         decoder=load_model((Decoder, UNetDecoder), decoder),
-        decoder_scheduler=loaded(DDIMScheduler.from_pretrained, decoder / "scheduler"),
+        decoder_scheduler=load_scheduler(decoder / "scheduler"),
         autoencoder=load_autoencoder(found["autoencoder"]),
     )
 

@@ -1,6 +1,5 @@
 """A caption in, pictures out."""
 
-import json
 import logging
 import math
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from t2i.autoencoder import Autoencoder
-from t2i.checkpoint import check_weights, loaded
+from t2i.checkpoint import loaded
 from t2i.clip import CLIP
 from t2i.condition import TextEncoding
 from t2i.config import check_choice, check_integer, check_range
@@ -28,17 +27,18 @@ from t2i.errors import InputError
 from t2i.prior import Prior
 from t2i.sampling import MAX_SCALE, MAX_STEPS, check_texts, sample_decoder, sample_prior, split_generators
 from t2i.unet_decoder import UNetDecoder
+from t2i.untrusted import check_files, check_model, check_scheduler, is_folder, read_config
 
 logger = logging.getLogger(__name__)
 
 MAX_IMAGES = 1024
-HOMES = {  # where a folder's components may come from; a part of the file format
-    "clip": ("t2i.clip",),
-    "prior": ("t2i.prior",),
-    "prior_scheduler": ("diffusers",),
-    "decoder": ("t2i.decoder", "t2i.unet_decoder"),
-    "decoder_scheduler": ("diffusers",),
-    "autoencoder": ("t2i.autoencoder",),
+PARTS: dict[str, tuple[type, ...]] = {  # what a folder's components may be; a part of the file format
+    "clip": (CLIP,),
+    "prior": (Prior,),
+    "prior_scheduler": (SchedulerMixin,),
+    "decoder": (Decoder, UNetDecoder),
+    "decoder_scheduler": (SchedulerMixin,),
+    "autoencoder": (Autoencoder,),
 }
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -97,15 +97,11 @@ class Text2ImagePipeline(DiffusionPipeline):
         Raises InputError, in one line, if it is missing, incomplete, truncated or made of parts of different CLIPs.
         """
         path = Path(pretrained_model_name_or_path)
-        if not path.exists():
+        if not is_folder(path):
             path = Path(cls.download(str(path), **kwargs))
-        check_folder(path)
-        settings = {"use_safetensors": True, **kwargs}
-        pipeline = loaded(lambda folder: super(Text2ImagePipeline, cls).from_pretrained(folder, **settings), path)
-        for name, part in pipeline.components.items():
-            if isinstance(part, torch.nn.Module) and name not in kwargs:
-                check_weights(part, path / name)
-        return pipeline
+        check_folder(path, [name for name in PARTS if name not in kwargs], kwargs.get("variant"))
+        settings = {**kwargs, "use_safetensors": True}
+        return loaded(lambda folder: super(Text2ImagePipeline, cls).from_pretrained(folder, **settings), path)
 
     @classmethod
     def download(cls, pretrained_model_name: str | Path, **kwargs: Any) -> str:
@@ -113,10 +109,12 @@ class Text2ImagePipeline(DiffusionPipeline):
         accepted = ("revision", "cache_dir", "token", "local_files_only", "force_download")
         options = {name: kwargs[name] for name in accepted if kwargs.get(name) is not None}
         try:
+            if Path(pretrained_model_name).exists():
+                raise InputError(f"{str(pretrained_model_name)!r} is a file; give the folder of a model")
             return snapshot_download(str(pretrained_model_name), allow_patterns=["*.json", "*.safetensors"], **options)
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             raise InputError(
-                f"no folder {str(pretrained_model_name)!r}, and no such model on the hub, or no hub ({error})"
+                f"no folder {str(pretrained_model_name)!r:.200}, and no such model on the hub, or no hub ({error})"
             ) from error
 
     @torch.no_grad()
@@ -274,20 +272,28 @@ class Text2ImagePipeline(DiffusionPipeline):
         return self.image_processor.postprocess(check_finite("autoencoder", images), output_type)
 
 
-def check_folder(path: Path) -> None:
-    """A pipeline folder has its index and every component that the index names."""
+def check_folder(path: Path, names: list[str], variant: str | None = None) -> None:
+    """Refuse a folder that is no whole pipeline of this project's own parts, or where one of `names` is not sound."""
     index = path / "model_index.json"
     if not index.is_file():
         raise InputError(f"no model_index.json in {str(path)!r}; a model folder is what `t2i assemble` writes")
-    try:
-        components = {name: entry for name, entry in json.loads(index.read_text()).items() if isinstance(entry, list)}
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"{str(index)!r} is not a JSON object ({error})") from error
-    for name, entry in components.items():
-        if name not in HOMES or entry[:1] not in [[home] for home in HOMES[name]]:
-            raise InputError(f"{str(index)!r} asks for {entry} as {name}; only this project's own parts are loaded")
-    if missing := [name for name in HOMES if not (path / name).is_dir()]:
+    check_files(path)
+    entries = read_config(index)
+    if unknown := sorted(key for key in entries.keys() - PARTS.keys() if not key.startswith("_")):
+        raise InputError(f"{str(index)!r} has {unknown[0]!r:.80}; it may have {', '.join(PARTS)}")
+    if entries.get("_class_name") != "Text2ImagePipeline":
+        raise InputError(f"{str(index)!r} is of {entries.get('_class_name')!r:.80}; it must be a Text2ImagePipeline")
+    if missing := [name for name in PARTS if name not in entries or not is_folder(path / name)]:
         raise InputError(f"{str(path)!r} is incomplete: it lacks the folders {', '.join(missing)}")
+    for name in names:
+        home, kind = entry if isinstance(entry := entries[name], list) and len(entry) == 2 else (None, None)
+        if PARTS[name] == (SchedulerMixin,) and home == "diffusers":
+            check_scheduler(path / name, kind, path)
+        elif part := next((part for part in PARTS[name] if [home, kind] == [part.__module__, part.__name__]), None):
+            check_model(part, path / name, path, variant)
+        else:
+            allowed = f"{str(entry)[:80]} as {name}; only this project's own parts are loaded"
+            raise InputError(f"{str(index)!r} asks for {allowed}")
 
 
 def check_settings(

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from t2i.checkpoint import class_name, load_model, loaded
 from t2i.errors import InputError
+from t2i.untrusted import check_files, check_finite, fetched, outline, read_config, read_header, weight_files
+
+VAE_FILES = ["config.json", "diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model*.index.json"]
 
 
 class Autoencoder(ModelMixin, ConfigMixin):
@@ -90,11 +93,18 @@ def load_autoencoder(name: str | Path) -> Autoencoder:
 
     A folder that `train_autoencoder.py` wrote, or a diffusers VAE: its folder or its repository on the hub.
     """
-    folder = Path(name)
-    if folder.exists() and class_name(folder) != "AutoencoderKL":
+    folder = fetched(name, VAE_FILES)
+    if class_name(folder) != "AutoencoderKL":
         return load_model(Autoencoder, folder)
+    check_files(folder)
+    config = read_config(folder / "config.json")
+    held = {name: stored for path in weight_files(folder) for name, stored in read_header(path).items()}
+    with outline(held, folder):
+        AutoencoderKL.from_config(config)
     settings = {"use_safetensors": True, "output_loading_info": True}
     vae, info = loaded(lambda path: AutoencoderKL.from_pretrained(path, **settings), folder)
-    if missing := info["missing_keys"]:
-        raise InputError(f"{str(name)!r} lacks {len(missing)} of the VAE's tensors, the first is {missing[0]!r}")
-    return Autoencoder.from_vae(vae)
+    for fault in ("missing", "unexpected"):  # after loading, which renames the tensors of older files
+        if names := sorted(info[f"{fault}_keys"]):
+            raise InputError(f"{str(name)!r} has {len(names)} {fault} tensors for a VAE, the first is {names[0]!r}")
+    check_finite(vae, folder)
+    return loaded(lambda _: Autoencoder.from_vae(vae), folder)

@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors import SafetensorError, safe_open
+from diffusers import DDIMScheduler
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import Module
 
 from t2i import __version__
 from t2i.errors import InputError
+from t2i.untrusted import check_finite, check_model, check_scheduler, described, is_folder, read_json
 
 MANIFEST = "manifest.json"
 FORMAT = 1  # of checkpoints; a newer one is refused
@@ -184,20 +186,27 @@ def load_model(classes: Any, folder: str | Path) -> Any:
     """A model that `export_model` saved in a run's folder, or a folder that is a model itself.
 
     Of several classes, the one that the folder's config.json names. Raises InputError, in one line, if the model is
-    missing, incomplete, truncated or of another class.
+    missing, incomplete, truncated, not finite or of another class; see `t2i.untrusted` for what else.
     """
     path = Path(folder)
-    path = path / "model" if (path / "model").is_dir() else path
+    path = path / "model" if is_folder(path / "model") else path
     known = {one.__name__: one for one in (classes if isinstance(classes, tuple) else (classes,))}
     wanted = " or ".join(known)
-    name = class_name(path)
+    name = class_name(path) if is_folder(path) else None
     if name is None:
         raise InputError(f"no trained {wanted} in {str(folder)!r}, it has no config.json; train that stage first")
     if name not in known:
-        raise InputError(f"{str(path)!r} holds a {name}; it must be a {wanted}")
+        raise InputError(f"{str(path)!r} holds a {name:.80}; it must be a {wanted}")
+    check_model(known[name], path, Path(folder))
     model = loaded(lambda folder: known[name].from_pretrained(folder, use_safetensors=True), path)
-    check_weights(model, path)
+    check_finite(model, path)
     return model
+
+
+def load_scheduler(folder: Path) -> DDIMScheduler:
+    """The scheduler that a prior or a decoder was trained with."""
+    check_scheduler(folder)
+    return loaded(DDIMScheduler.from_pretrained, folder)
 
 
 def weights_digest(model: Module, more: str = "") -> str:
@@ -221,22 +230,10 @@ def tensors_digest(tensors: dict[str, Tensor], more: str = "") -> str:
     return hasher.hexdigest()[:16]
 
 
-def check_weights(model: Module, folder: Path) -> None:
-    """Refuse a folder that lacks some of the model's tensors, which diffusers would leave at random values."""
-    held: set[str] = set()
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            held.update(file.keys())
-    if missing := sorted(set(model.state_dict()) - held):
-        raise InputError(f"{str(folder)!r} lacks {len(missing)} of the model's tensors, the first is {missing[0]!r}")
-
-
 def class_name(folder: Path) -> str | None:
-    """The class that a model folder's config.json names, if it does."""
-    try:
-        return json.loads((folder / "config.json").read_text())["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    """The class that a model folder's config.json names; None if it has no such file."""
+    path = folder / "config.json"
+    return str(read_json(path).get("_class_name")) if path.exists() else None
 
 
 def loaded(load: Callable[[Path], Loaded], path: Path) -> Loaded:
@@ -245,5 +242,5 @@ def loaded(load: Callable[[Path], Loaded], path: Path) -> Loaded:
         return load(path)
     except InputError:
         raise
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{str(path)!r} does not load: {error}") from error
+    except Exception as error:  # whatever a library makes of a damaged file
+        raise InputError(f"{str(path)!r} does not load: {described(error)}") from error

@@ -6,6 +6,7 @@ of its weights and preprocessing tells which.
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
-from huggingface_hub import snapshot_download
 from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH
 from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentionBlock, text_global_pool
 from torch import Tensor
@@ -24,13 +24,16 @@ from torchvision.transforms.v2.functional import center_crop, resize
 
 from t2i.checkpoint import load_model, loaded, weights_digest
 from t2i.condition import TextEncoding
-from t2i.config import check_choice
+from t2i.config import check_choice, check_integer
 from t2i.errors import InputError
-from t2i.tokenizer import CaptionTokenizer, PublicTokenizer, load_tokenizer, public_tokenizer
+from t2i.tokenizer import CaptionTokenizer, PublicTokenizer, check_tokenizer, load_tokenizer, public_tokenizer
+from t2i.untrusted import PICKLES, check_files, check_finite, fetched, is_folder, outline, read_config, read_header
 
 RESIZING = {"interpolation": "bicubic", "resize_mode": "shortest"}  # CLIP's own
 BLOCKS = (ResidualAttentionBlock, CustomResidualAttentionBlock)
 EXACT = (torch.float32, torch.float16)  # dtypes that keep what the fingerprint is made from
+OPEN_CLIP_FILES = ["open_clip_config.json", "open_clip_model.safetensors", "tokenizer*.json"]
+MAX_TABLE = 2**26  # values of the positions that open_clip computes in NumPy, whatever the device
 
 
 class CLIP(ModelMixin, ConfigMixin):
@@ -68,13 +71,14 @@ class CLIP(ModelMixin, ConfigMixin):
         check_choice("preprocess.resize_mode", self.resizing["resize_mode"], ("shortest", "squash"))
         size = preprocess["size"]
         self.size = size if isinstance(size, int) else size[0]
+        check_integer("preprocess.size", self.size, 1, 4096)
         self.register_buffer("mean", torch.tensor(preprocess["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(preprocess["std"]).view(3, 1, 1), persistent=False)
 
     @classmethod
     def from_open_clip(cls, name: str, tag: str | None = None) -> "CLIP":
         """A public pair: an open_clip name and tag, "hf-hub:org/name" or "local-dir:/path"."""
-        config = open_clip_config(name)
+        source, config = open_clip_source(name)
         weights = open_clip.get_pretrained_cfg(name, tag) if tag else {}
         if tag and not weights:
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
@@ -82,8 +86,11 @@ class CLIP(ModelMixin, ConfigMixin):
         if weights and weights.get("quick_gelu", False) != config.get("quick_gelu", False):
             other = name + "-quickgelu" if weights.get("quick_gelu") else name.removesuffix("-quickgelu")
             raise InputError(f"{name!r} with {tag!r} mixes GELU and QuickGELU, which ruins embeddings; use {other!r}")
-        net = open_clip.create_model(name, pretrained=tag, require_pretrained=True)
-        tokenizer, kind = public_tokenizer(name)
+        if tag and Path(path := open_clip.download_pretrained(weights)).suffix != ".safetensors":
+            raise InputError(f"{tag!r} of {name!r} comes as {Path(path).name!r}; only .safetensors is loaded")
+        net = open_clip.create_model(source, pretrained=tag, require_pretrained=True)
+        check_finite(net, name)
+        tokenizer, kind = public_tokenizer(name, config["text_cfg"])
         preprocess = {key: net.visual.preprocess_cfg[key] for key in ("size", "mean", "std")}
         preprocess |= {key: net.visual.preprocess_cfg.get(key, usual) for key, usual in RESIZING.items()}
         clip = cls(config, preprocess, kind)
@@ -93,11 +100,7 @@ class CLIP(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "CLIP":
-        path = Path(pretrained_model_name_or_path)
-        if not path.is_dir():
-            path = Path(
-                snapshot_download(str(pretrained_model_name_or_path), allow_patterns=["*.json", "*.safetensors"])
-            )
+        path = fetched(pretrained_model_name_or_path, ["*.json", "*.safetensors"])
         clip = super().from_pretrained(path, **{"use_safetensors": True, **kwargs})
         folder = path / (kwargs.get("subfolder") or "")
         clip.tokenizer = load_tokenizer(folder, clip.config.tokenizer_kind, clip.config.model["text_cfg"])
@@ -211,6 +214,7 @@ def build(config: dict) -> torch.nn.Module:
     """The open_clip model of a configuration, with random weights."""
     config = copy.deepcopy(dict(config))
     text, vision = config["text_cfg"], config["vision_cfg"]
+    check_towers(text, vision)
     custom = config.pop("custom_text", False) or "hf_model_name" in text
     if "hf_model_name" in text:
         text["hf_model_pretrained"] = False
@@ -221,20 +225,45 @@ def build(config: dict) -> torch.nn.Module:
     return (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config)
 
 
-def open_clip_config(name: str) -> dict:
-    """open_clip's configuration of a model, by name or from the folder or repository that `name` points to."""
-    if name.startswith("local-dir:"):
-        path = Path(name.removeprefix("local-dir:")) / "open_clip_config.json"
-    elif name.startswith("hf-hub:"):
-        repository = name.removeprefix("hf-hub:")
-        path = Path(snapshot_download(repository, allow_patterns="open_clip_config.json")) / "open_clip_config.json"
+def check_towers(text: dict, vision: dict) -> None:
+    """Refuse towers by names that are paths, and positions that would not fit in memory."""
+    for key, name, form in (
+        ("hf_model_name", text.get("hf_model_name", ""), r"([\w.-]+/)?[\w.-]*"),
+        ("timm_model_name", vision.get("timm_model_name", ""), r"[\w.-]*"),
+    ):
+        if not isinstance(name, str) or not re.fullmatch(form, name) or name.startswith("."):
+            raise InputError(f"{key} must be the name of a public model, got {name!r:.80}")
+    if vision.get("pos_embed_type") == "sin_cos_2d":
+        grid = vision["image_size"] // vision["patch_size"]
+        check_integer("values of the table of positions", grid**2 * vision["width"], 1, MAX_TABLE)
+
+
+def open_clip_source(name: str) -> tuple[str, dict]:
+    """What open_clip builds a model from, and its configuration: a name that it knows, or a folder that was checked.
+
+    A repository of the hub is fetched first: only JSON and safetensors.
+    """
+    if name.startswith("hf-hub:"):
+        folder = fetched(name.removeprefix("hf-hub:"), OPEN_CLIP_FILES)
+    elif name.startswith("local-dir:"):
+        folder = Path(name.removeprefix("local-dir:"))
     elif config := open_clip.get_model_config(name):
-        return config
+        return name, config
     else:
-        raise InputError(f"open_clip knows no model {name!r}; `open_clip.list_models()` lists them")
-    if not path.is_file():
-        raise InputError(f"no {str(path)!r}; a local-dir: or hf-hub: model has one")
-    return json.loads(path.read_text())["model_cfg"]
+        raise InputError(f"open_clip knows no model {name!r:.200}; `open_clip.list_models()` lists them")
+    if not is_folder(folder) or not (folder / "open_clip_config.json").exists():
+        raise InputError(f"no open_clip_config.json in {str(folder)!r:.200}; a local-dir: or hf-hub: model has one")
+    check_files(folder)
+    config = read_config(folder / "open_clip_config.json").get("model_cfg")
+    if not isinstance(config, dict):
+        raise InputError(f"{str(folder / 'open_clip_config.json')!r} has no model_cfg")
+    weights = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", *PICKLES))
+    if [path.suffix for path in weights] != [".safetensors"]:  # of several, open_clip takes its own name first
+        weights = [folder / "open_clip_model.safetensors"]
+    with outline(read_header(weights[0]), folder):
+        build(config)
+    check_tokenizer(folder, config["text_cfg"])
+    return f"local-dir:{folder}", config
 
 
 def load_clip(name: str | Path) -> CLIP:
@@ -245,7 +274,7 @@ def load_clip(name: str | Path) -> CLIP:
     "hf-hub:org/name", "local-dir:/path".
     """
     name = str(name)
-    if ":" not in name or Path(name).exists():
+    if ":" not in name or is_folder(name):
         return load_model(CLIP, name)
     parts = (name,) if name.startswith(("hf-hub:", "local-dir:")) else name.split(":", 1)
     return loaded(lambda _: CLIP.from_open_clip(*parts), Path(name))

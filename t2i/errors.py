@@ -11,7 +11,10 @@ class InputError(ValueError):
     """Bad input: one line that names the thing, its value and what is allowed. Raised before any work starts."""
 
     def __init__(self, message: str):
-        super().__init__(" ".join(message.split()))
+        line = " ".join(message.split())
+        if len(line) > 1000:  # what it quotes may be a whole file
+            line = f"{line[:490]} ... {line[-500:]}"
+        super().__init__(line)
 
 
 class RunError(RuntimeError):

@@ -35,7 +35,7 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int):
         super().__init__()
-        if width % heads:
+        if heads < 1 or width % heads:
             raise ValueError(f"heads must divide width {width}, got {heads}")
         self.heads = heads
         self.to_qkv = nn.Linear(width, 3 * width)

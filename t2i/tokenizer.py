@@ -1,6 +1,7 @@
 """Captions to token numbers: a byte-pair vocabulary of the project's own, or the tokenizer of a public CLIP."""
 
 import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,12 @@ from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer, SimpleToken
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
+from t2i.config import check_integer
 from t2i.errors import InputError
+from t2i.untrusted import MAX_TABLE, MAX_TOKENIZER, check_files, check_size, read_json
 
 PAD, START, END = "<pad>", "<start>", "<end>"
+SETTINGS = {"clean", "strip_sep_token", "language"}  # of a public tokenizer, that a configuration may choose
 
 
 class CaptionTokenizer:
@@ -30,10 +34,7 @@ class CaptionTokenizer:
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int, context_length: int) -> "CaptionTokenizer":
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer = untrained()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size - 1,
             special_tokens=[PAD, START],
@@ -70,6 +71,23 @@ class CaptionTokenizer:
         return hashlib.sha256(self.tokenizer.to_str().encode()).hexdigest()[:16]
 
 
+def untrained() -> Tokenizer:
+    """How captions become bytes; without a vocabulary."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def settings(tokenizer: Tokenizer) -> dict[str, Any]:
+    """All of a tokenizer but its vocabulary."""
+    found = json.loads(tokenizer.to_str())
+    model = found.pop("model")
+    found.pop("added_tokens")
+    return {**found, **{f"model.{key}": value for key, value in model.items() if key not in ("vocab", "merges")}}
+
+
 class PublicTokenizer:
     """The tokenizer of an open_clip model, with the same three methods."""
 
@@ -93,24 +111,49 @@ class PublicTokenizer:
 def load_tokenizer(folder: Path, kind: str, text_cfg: dict[str, Any]) -> CaptionTokenizer | PublicTokenizer:
     """The tokenizer saved in a CLIP folder, for a text tower of open_clip's configuration `text_cfg`.
 
-    Raises InputError if its file is missing or damaged.
+    Raises InputError if its file is missing or damaged, or does not fit the text tower.
     """
     context_length = text_cfg.get("context_length", DEFAULT_CONTEXT_LENGTH)
+    check_integer("context_length", context_length, 3, 100_000)
     if kind == "clip":
         return PublicTokenizer(SimpleTokenizer(context_length=context_length))
     if kind == "transformers":
+        check_tokenizer(folder / "tokenizer", text_cfg)
         options = {"tokenizer_mode": text_cfg.get("tokenizer_mode"), **text_cfg.get("tokenizer_kwargs", {})}
-        return PublicTokenizer(HFTokenizer(str(folder / "tokenizer"), context_length, **options))
+        folder = folder / "tokenizer"
+        return PublicTokenizer(HFTokenizer(str(folder), context_length, trust_remote_code=False, **options))
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise InputError(f"no {str(path)!r}; it is the vocabulary that this CLIP was trained with")
+    check_size(path, MAX_TOKENIZER)
     try:
-        return CaptionTokenizer(Tokenizer.from_file(str(path)), context_length)
+        tokenizer = Tokenizer.from_file(str(path))
+        other = [key for key, value in settings(untrained()).items() if settings(tokenizer).get(key) != value]
     except Exception as error:  # the tokenizers library raises nothing more specific
         raise InputError(f"{str(path)!r} is not a tokenizer ({error})") from error
+    numbers = tokenizer.get_vocab().values()
+    rows, highest = text_cfg.get("vocab_size", 0), max(numbers, default=0)
+    if other:  # such as a padding to millions of tokens, or a pattern that takes for ever
+        raise InputError(f"{str(path)!r} has another {other[0]} than a vocabulary of captions has")
+    if [tokenizer.token_to_id(token) for token in (PAD, START, END)] != [0, 1, highest] or highest != rows - 1:
+        raise InputError(f"{str(path)!r} is not the vocabulary of a text tower with {rows} tokens, the end the last")
+    return CaptionTokenizer(tokenizer, context_length)
 
 
-def public_tokenizer(name: str) -> tuple[PublicTokenizer, str]:
+def check_tokenizer(folder: Path, text_cfg: dict[str, Any]) -> None:
+    """Refuse a public tokenizer's folder or settings that would run code."""
+    if other := sorted(text_cfg.get("tokenizer_kwargs", {}).keys() - SETTINGS):
+        raise InputError(f"tokenizer_kwargs has {other[0]!r}; only {', '.join(sorted(SETTINGS))} are taken")
+    if folder.is_dir():
+        check_files(folder)
+        for path in folder.glob("*.json"):
+            check_size(path, MAX_TOKENIZER)
+            if path.name in ("config.json", "tokenizer_config.json") and "auto_map" in read_json(path, MAX_TABLE):
+                raise InputError(f"{str(path)!r} has 'auto_map'; only this project's own code is run")
+
+
+def public_tokenizer(name: str, text_cfg: dict[str, Any]) -> tuple[PublicTokenizer, str]:
     """The tokenizer of an open_clip model by its name, and its kind."""
-    tokenizer = open_clip.get_tokenizer(name)
+    options = {"trust_remote_code": False} if text_cfg.get("hf_tokenizer_name") else {}
+    tokenizer = open_clip.get_tokenizer(name, **options)
     return PublicTokenizer(tokenizer), "clip" if isinstance(tokenizer, SimpleTokenizer) else "transformers"

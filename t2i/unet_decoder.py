@@ -8,6 +8,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from t2i.condition import ImageCondition
+from t2i.config import check_integer
 from t2i.decoder import condition_tokens, no_condition
 
 
@@ -48,6 +49,7 @@ class UNetDecoder(ModelMixin, ConfigMixin):
         clip_fingerprint: str | None = None,
     ):
         super().__init__()
+        check_integer("latent_size", latent_size, 1, 1024)  # no tensor has this size
         self.to_tokens = nn.Linear(embed_dim, image_tokens * context_width)
         self.from_text = None if text_width is None else nn.Linear(text_width, context_width)
         self.net = UNet2DConditionModel(

@@ -136,7 +136,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(shapes, runs, finishe
     slow = tmp_path / "sitecustomize.py"
     slow.write_text(
         "import PIL.Image, time\nread = PIL.Image.open\n"
-        "def late(*given):\n    time.sleep(0.02)\n    return read(*given)\nPIL.Image.open = late\n"
+        "def late(*given, **more):\n    time.sleep(0.02)\n    return read(*given, **more)\nPIL.Image.open = late\n"
     )
     broken = {**environment, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     process = subprocess.Popen(command, env=broken, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -41,6 +41,7 @@ from t2i.data.cache import (
     write_json,
     write_shard,
 )
+from t2i.data.dataset import from_workers
 from t2i.data.manifest import Manifest
 from t2i.data.source import facts_of_autoencoder, facts_of_clip
 from t2i.errors import InputError
@@ -192,10 +193,8 @@ def read_images(datasets: dict[str, CaptionedPictures], shards: list[Shard], con
         for shard in shards
         for start in range(shard.first, shard.end, config.batch_size)
     ]
-    try:
+    with from_workers():
         yield from DataLoader(Images(datasets), sampler=order, batch_size=None, num_workers=config.data.num_workers)  # type: ignore[call-overload]
-    except InputError as error:  # a worker's error comes with its traceback as text
-        raise InputError(str(error).rsplit("InputError: ", 1)[-1]) from error
 
 
 class Encoder:

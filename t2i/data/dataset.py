@@ -5,6 +5,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -187,9 +188,16 @@ class Order(Sampler[list[Key]]):
 def batches(dataset: Dataset, num_workers: int, **order: int) -> Iterator[Batch]:
     """Endless batches of a dataset; the keyword arguments are those of `Order`."""
     sampler = Order(len(dataset), **order)  # type: ignore[arg-type]
-    try:
+    with from_workers():
         yield from DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers, collate_fn=whole)
-    except InputError as error:  # a worker's error comes with its traceback as text
+
+
+@contextmanager
+def from_workers() -> Iterator[None]:
+    """A worker's error comes with its traceback as text; what is left is its message."""
+    try:
+        yield
+    except InputError as error:
         raise InputError(str(error).rsplit("InputError: ", 1)[-1]) from error
 
 
