@@ -126,7 +126,7 @@ def test_pictures_that_have_all_changed_stop_training_with_their_number(monkeypa
     config = Path(__file__).parent.parent / "configs/tiny/autoencoder.yaml"
     command = ["train", "autoencoder", config, f"data.path={tmp_path / 'data'}", f"train.output={tmp_path / 'run'}"]
     status, _, err = run(monkeypatch, capsys, *command, "train.decay_steps=0", f"data.num_workers={workers}")
-    assert status == 2 and "32 pictures in a row cannot be read (32 changed)" in err.splitlines()[-1]
+    assert status == 2 and "4 pictures in a row cannot be read (4 changed)" in err.splitlines()[-1]
     assert "Traceback" not in err
 
 

@@ -85,7 +85,8 @@ def main(config: Config) -> None:
         average.tokenizer = tokenizer
         export_model(average, Path(config.train.output))
 
-    records = fixed_records(held_out or dataset, config.sample.count)
+    count = config.sample.count if config.train.sample_every else 0
+    records = fixed_records(held_out or dataset, count)
 
     def preview(average: torch.nn.Module) -> dict[str, Image]:
         average.tokenizer = tokenizer
