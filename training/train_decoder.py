@@ -16,7 +16,7 @@ from t2i.condition import ImageCondition
 from t2i.config import DataConfig, TrainConfig, build, check_choice, check_multiple, check_range
 from t2i.data import Batch
 from t2i.data.cache import AutoencoderFacts, ClipFacts
-from t2i.data.source import open_source
+from t2i.data.source import Source, open_source
 from t2i.decoder import Decoder
 from t2i.diffusion import WEIGHTINGS, denoise, drop, loss_weight, noise_scheduler, weighted_mse
 from t2i.finetuning import check_prediction, start_from
@@ -65,7 +65,12 @@ class Config:
 def main(config: Config) -> None:
     source = open_source(config.cache, config.data, config.clip, config.autoencoder, config.reads_captions)
     accelerator = start(config.train)
-    source.to(accelerator.device)
+    fit(accelerator, make_stage(config, source, accelerator.device), config.train)
+
+
+def make_stage(config: Config, source: Source, device: torch.device) -> Stage:
+    source.to(device)
+    assert source.autoencoder is not None
     check_multiple("data.image_size", config.data.image_size, source.autoencoder.factor)
     scheduler = noise_scheduler(config.scheduler)
     made_from = dict(source.made_from)
@@ -80,7 +85,7 @@ def main(config: Config) -> None:
     if config.lora is not None:
         add_adapters(decoder, config.lora)
         made_from["lora"] = str(config.lora)
-    decoder.to(accelerator.device)
+    decoder.to(device)
 
     def loss(model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         batch = source.encode(batch)
@@ -102,8 +107,7 @@ def main(config: Config) -> None:
     if config.train.sample_every:
         drawn = Preview(config.sample, choose_columns(source, config.sample), source.clip.identity)
         preview = partial(drawn.of_decoder, scheduler=scheduler, load_autoencoder=source.load_autoencoder)
-    stage = Stage(decoder, loss, source.dataset, export, made_from, config.data.num_workers, source.validation, preview)
-    fit(accelerator, stage, config.train)
+    return Stage(decoder, loss, source.dataset, export, made_from, config.data.num_workers, source.validation, preview)
 
 
 def decoder_arguments(config: Config, clip: ClipFacts, autoencoder: AutoencoderFacts) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from t2i.checkpoint import export_model, load_model, weights_digest
 from t2i.config import DataConfig, TrainConfig, build, check_choice, check_range
 from t2i.data import Batch
 from t2i.data.cache import ClipFacts
-from t2i.data.source import open_source
+from t2i.data.source import Source, open_source
 from t2i.diffusion import WEIGHTINGS, denoise, drop, loss_weight, noise_scheduler, weighted_mse
 from t2i.finetuning import check_prediction, start_from
 from t2i.launch import run
@@ -56,7 +56,11 @@ class Config:
 def main(config: Config) -> None:
     source = open_source(config.cache, config.data, config.clip)
     accelerator = start(config.train)
-    source.to(accelerator.device)
+    fit(accelerator, make_stage(config, source, accelerator.device), config.train)
+
+
+def make_stage(config: Config, source: Source, device: torch.device) -> Stage:
+    source.to(device)
     scheduler = noise_scheduler(config.scheduler)
     made_from = dict(source.made_from)
     needed = prior_arguments(source.clip)
@@ -70,7 +74,7 @@ def main(config: Config) -> None:
     if config.lora is not None:
         add_adapters(prior, config.lora)
         made_from["lora"] = str(config.lora)
-    prior.to(accelerator.device)
+    prior.to(device)
 
     def loss(model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         batch = source.encode(batch)
@@ -94,8 +98,7 @@ def main(config: Config) -> None:
     if config.train.sample_every:
         drawn = Preview(config.sample, choose_columns(source, config.sample), source.clip.identity)
         preview = partial(drawn.of_prior, scheduler=scheduler)
-    stage = Stage(prior, loss, source.dataset, export, made_from, config.data.num_workers, source.validation, preview)
-    fit(accelerator, stage, config.train)
+    return Stage(prior, loss, source.dataset, export, made_from, config.data.num_workers, source.validation, preview)
 
 
 def prior_arguments(clip: ClipFacts) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""What is fast and how fast, measured. Each is a program; none is imported by the library."""

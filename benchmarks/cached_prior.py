@@ -1,0 +1,73 @@
+"""What a cache is worth: a prior's training steps with pictures and captions encoded on the fly, and from a cache.
+
+    python -m benchmarks.cached_prior configs/emoji/prior.yaml [key=value ...]
+
+The configuration names the cache. Both ways train the same model in one process, in turns; prints one JSON line.
+"""
+
+import json
+import statistics
+import sys
+import time
+from typing import Any
+
+import torch
+
+from benchmarks.training_step import wait
+from t2i.config import load_config
+from t2i.data.source import open_source
+from t2i.health import Health
+from t2i.loop import gradient, prepare, read, start, update
+from t2i.processes import Watch
+from training.train_prior import Config, make_stage
+
+ROUNDS = 5
+STEPS = {"live": 4, "cached": 40}  # a round
+
+
+def measure(arguments: list[str]) -> dict[str, Any]:
+    settings = ["train.output=unused", "train.trackers=[]", "train.sample_every=0", "train.dry_run=true"]
+    config = load_config(Config, "prior", [*arguments, *settings])
+    accelerator = start(config.train)
+    ways = {}
+    for name, cache in {"live": None, "cached": config.cache}.items():
+        source = open_source(cache, config.data, config.clip)
+        stage = make_stage(config, source, accelerator.device)
+        state = prepare(accelerator, stage, config.train)
+        health = Health(accelerator, stage.dataset, "unused")
+        ways[name] = (stage, state, read(stage, state), Watch(accelerator, 600, str), health)
+
+    def run(name: str, steps: int) -> float:
+        """Samples per second."""
+        stage, state, loader, watch, health = ways[name]
+        wait(accelerator.device)
+        begun = time.perf_counter()
+        for _ in range(steps):
+            norm = gradient(accelerator, stage, state, loader, None, watch, health)
+            health.verdict(state.step, norm, 0)
+            update(accelerator, state, 1e-5, True)
+        wait(accelerator.device)
+        return steps * state.samples_per_step / (time.perf_counter() - begun)
+
+    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    for name in ways:
+        run(name, STEPS[name])  # warm
+    for _ in range(ROUNDS):
+        for name, found in speeds.items():
+            found.append(run(name, STEPS[name]))
+    ratios = [cached / live for live, cached in zip(speeds["live"], speeds["cached"])]
+    return {
+        "samples_per_second": {name: round(statistics.median(found), 1) for name, found in speeds.items()},
+        "ratio": round(statistics.median(ratios), 1),
+        "from": round(min(ratios), 1),
+        "to": round(max(ratios), 1),
+        "precision": accelerator.mixed_precision,
+        "workers": config.data.num_workers,
+        "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(sys.argv[1:])))
