@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -60,18 +61,38 @@ class Numbers(torch.utils.data.Dataset):
 
 
 class Layers(nn.Module):
-    def __init__(self) -> None:
+    config = {"scaled": True}
+
+    def __init__(self, scaled: bool = True) -> None:
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
-        self.scale = nn.Parameter(torch.ones(()))
+        self.scale = nn.Parameter(torch.ones(())) if scaled else 1.0  # sharding knows no single numbers
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layers(x) * self.scale
+
+    @classmethod
+    def from_config(cls, config: dict) -> "Layers":
+        return cls(**config)
+
+
+def shard(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """What accelerate's `prepare` does for FSDP2, which it does on GPUs alone."""
+    model.config = {"scaled": False}
+    for part in (*model.layers, model):
+        if list(part.parameters()):
+            fully_shard(part)
+    groups = optimizer.param_groups
+    weights = [p for p in model.parameters() if p.ndim > 1], [p for p in model.parameters() if p.ndim <= 1]
+    for group, parameters in zip(groups, weights):
+        group["params"] = parameters
+    return model, optimizer
 
 
 def run(output: Path, *arguments: str) -> None:
     faults = [argument.split(":") for argument in arguments if ":" in argument]
     pairs = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    sharded = bool(pairs.pop("sharded", ""))
     size, rejected = int(pairs.pop("size", SIZE)), float(pairs.pop("rejected", 0))
     workers = int(pairs.pop("workers", 0))
     types = {name: type(value) for name, value in vars(TrainConfig(output="x")).items()}
@@ -97,7 +118,9 @@ def run(output: Path, *arguments: str) -> None:
         made_from = {"data": "other"}
     if faults and faults[0][0] == "sleep" and int(faults[0][1]) == accelerator.process_index:
         data.sleeps = 20
-    fit(accelerator, Stage(Layers(), loss, data, export, made_from, workers), config)
+    if sharded:
+        accelerator.prepare = shard
+    fit(accelerator, Stage(Layers(not sharded), loss, data, export, made_from, workers), config)
 
 
 def broken(fault: str, value: torch.Tensor, now: bool, output: Path) -> torch.Tensor:
