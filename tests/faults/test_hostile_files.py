@@ -794,6 +794,7 @@ def test_vocabularies_that_do_more_than_split_captions_are_refused(runs, tmp_pat
         {"decoder": None},
         {"model": sound["model"] | {"dropout": 0.5}},
         {"model": sound["model"] | {"vocab": {}, "merges": []}},
+        {"model": sound["model"] | {"vocab": sound["model"]["vocab"] | {"far": 2**32 - 1}}},
         {"added_tokens": []},
         {"added_tokens": more},
         {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}},
