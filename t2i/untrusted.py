@@ -63,7 +63,7 @@ def is_folder(name: str | Path) -> bool:
         return False
 
 
-def reach(name: str) -> dict[str, bool]:
+def reach(name: str) -> dict[str, Any]:
     """Options of `snapshot_download`, which waits without end for a hub that does not answer: then the cache alone."""
     if constants.HF_HUB_OFFLINE:
         return {}
