@@ -27,7 +27,7 @@ from t2i.errors import InputError
 from t2i.prior import Prior
 from t2i.sampling import MAX_SCALE, MAX_STEPS, check_texts, sample_decoder, sample_prior, split_generators
 from t2i.unet_decoder import UNetDecoder
-from t2i.untrusted import check_files, check_model, check_scheduler, is_folder, read_config
+from t2i.untrusted import check_files, check_model, check_scheduler, is_folder, reach, read_config
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +111,7 @@ class Text2ImagePipeline(DiffusionPipeline):
         try:
             if Path(pretrained_model_name).exists():
                 raise InputError(f"{str(pretrained_model_name)!r} is a file; give the folder of a model")
+            options = {**reach(str(pretrained_model_name)), **options}
             return snapshot_download(str(pretrained_model_name), allow_patterns=["*.json", "*.safetensors"], **options)
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             raise InputError(

@@ -128,15 +128,15 @@ def load_tokenizer(folder: Path, kind: str, text_cfg: dict[str, Any]) -> Caption
     check_size(path, MAX_TOKENIZER)
     try:
         tokenizer = Tokenizer.from_file(str(path))
-        other = [key for key, value in settings(untrained()).items() if settings(tokenizer).get(key) != value]
     except Exception as error:  # the tokenizers library raises nothing more specific
         raise InputError(f"{str(path)!r} is not a tokenizer ({error})") from error
-    numbers = tokenizer.get_vocab().values()
-    rows, highest = text_cfg.get("vocab_size", 0), max(numbers, default=0)
-    if other:  # such as a padding to millions of tokens, or a pattern that takes for ever
-        raise InputError(f"{str(path)!r} has another {other[0]} than a vocabulary of captions has")
+    rows, highest = text_cfg.get("vocab_size", 0), max(tokenizer.get_vocab().values(), default=0)
     if [tokenizer.token_to_id(token) for token in (PAD, START, END)] != [0, 1, highest] or highest != rows - 1:
         raise InputError(f"{str(path)!r} is not the vocabulary of a text tower with {rows} tokens, the end the last")
+    found = settings(tokenizer)  # after the numbers: the library counts up to the highest
+    if other := [key for key, value in settings(untrained()).items() if found.get(key) != value]:
+        # such as a padding to millions of tokens, or a pattern that takes for ever
+        raise InputError(f"{str(path)!r} has another {other[0]} than a vocabulary of captions has")
     return CaptionTokenizer(tokenizer, context_length)
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import diffusers
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -29,6 +29,7 @@ MAX_TOKENIZER = 64_000_000  # bytes of one file of a tokenizer
 MAX_NUMBER = 10_000_000  # in a configuration; the largest vocabularies have a tenth of it
 MAX_TIMESTEPS = 100_000  # any number in a scheduler's configuration
 MAX_DEPTH = 16  # of the nesting of a configuration
+PATIENCE = 4.0  # seconds that the hub may take to answer
 SPARE = 2**24  # elements that a model may make beyond those in its files: masks and the like
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz", ".joblib")
@@ -62,14 +63,27 @@ def is_folder(name: str | Path) -> bool:
         return False
 
 
-def fetched(name: str | Path, patterns: list[str], **options: Any) -> Path:
+def reach(name: str) -> dict[str, Any]:
+    """Options of `snapshot_download`, which waits without end for a hub that does not answer: then the cache alone."""
+    if constants.HF_HUB_OFFLINE:
+        return {}
+    try:
+        HfApi().model_info(name, timeout=PATIENCE)
+    except (HfHubHTTPError, HFValidationError):
+        return {}  # an answer
+    except Exception:  # the client's own errors differ between versions of the hub's library
+        return {"local_files_only": True}
+    return {}
+
+
+def fetched(name: str | Path, patterns: list[str]) -> Path:
     """A folder; or, if there is none of this name, what matches `patterns` in the hub's repository of that name."""
     if is_folder(name):
         return Path(name)
     try:
         if Path(name).exists():
             raise InputError(f"{str(name)!r} is a file; give the folder of a model")
-        return Path(snapshot_download(str(name), allow_patterns=patterns, **options))
+        return Path(snapshot_download(str(name), allow_patterns=patterns, **reach(str(name))))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise InputError(f"no folder {str(name)!r:.200}, and no such model on the hub, or no hub ({error})") from error
 
