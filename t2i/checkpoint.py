@@ -146,8 +146,8 @@ def publish(unfinished: Path, final: Path) -> None:
             path.chmod(0o666 & ~mask)
         sync(path)
     aside = final.with_name(f"{final.name}.replaced")
-    shutil.rmtree(aside, ignore_errors=True)
     if final.exists():
+        shutil.rmtree(aside, ignore_errors=True)
         os.rename(final, aside)
     try:
         os.rename(unfinished, final)
@@ -189,7 +189,10 @@ def load_model(classes: Any, folder: str | Path) -> Any:
     missing, incomplete, truncated, not finite or of another class; see `t2i.untrusted` for what else.
     """
     path = Path(folder)
-    path = path / "model" if is_folder(path / "model") else path
+    for name in ("model", "model.replaced"):  # the second, if a process died while it replaced the first
+        if is_folder(path / name):
+            path = path / name
+            break
     known = {one.__name__: one for one in (classes if isinstance(classes, tuple) else (classes,))}
     wanted = " or ".join(known)
     name = class_name(path) if is_folder(path) else None

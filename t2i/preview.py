@@ -222,8 +222,9 @@ def prior_preview(columns: Columns, prior_z_i: Tensor) -> Image | None:
 class Preview:
     """Previews of a prior or a decoder in training, with the other stages from their folders where those are given.
 
-    Loads the other stages once at the start, to refuse in time what does not fit, and again whenever it draws; between
-    two drawings they take no memory. One that no longer loads then is left out, which the log says.
+    Loads the other stages that are there once at the start, to refuse in time what does not fit, and again whenever it
+    draws; between two drawings they take no memory. One that does not load then, or is not there yet, is left out, which
+    the log says.
 
     Args:
         columns: what to draw; None draws nothing.
@@ -232,8 +233,10 @@ class Preview:
 
     def __init__(self, config: SampleConfig, columns: Columns | None, fingerprint: str):
         self.config, self.columns, self.fingerprint = config, columns, fingerprint
-        self.load_prior()
-        self.load_decoder()
+        if exists(config.prior):
+            self.load_prior()
+        if exists(config.decoder):
+            self.load_decoder()
 
     def of_decoder(
         self, decoder: Decoder | UNetDecoder, scheduler: SchedulerMixin, load_autoencoder: Callable[[], Autoencoder]
@@ -296,6 +299,10 @@ class Preview:
                 f"sample.{name} is {folder!r}, trained with the CLIP {theirs}; this run has {self.fingerprint}"
             )
         return model, scheduler
+
+
+def exists(name: str | None) -> bool:
+    return name is not None and Path(name).exists()
 
 
 def still(load: Callable[[], tuple | None], device: torch.device) -> tuple | None:

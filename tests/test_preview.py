@@ -252,8 +252,6 @@ def test_a_prior_without_a_decoder_shows_its_embeddings_and_nothing_to_draw_is_n
 
 
 def test_a_stage_that_does_not_fit_is_refused_at_the_start(columns, shapes, runs, pipeline, tmp_path):
-    with pytest.raises(InputError, match="no trained Prior in .*nowhere"):
-        preview_of(runs, columns, pipeline.clip, prior=str(tmp_path / "nowhere"))
     with pytest.raises(InputError, match="holds a UNetDecoder; it must be a Prior"):
         preview_of(runs, columns, pipeline.clip, prior=str(runs / "decoder"))
     with pytest.raises(InputError, match="sample.prior is .*, trained with the CLIP [0-9a-f]+; this run has other"):
@@ -265,6 +263,17 @@ def test_a_stage_that_does_not_fit_is_refused_at_the_start(columns, shapes, runs
     train("autoencoder", shapes, tmp_path, 1, **{"model.vae.latent_channels": 8})
     with pytest.raises(InputError, match="of 8 channels; those of sample.decoder's latents are 4"):
         preview_of(runs, columns, pipeline.clip, autoencoder=str(tmp_path / "autoencoder"))
+
+
+def test_a_stage_that_is_not_trained_yet_is_left_out_and_drawn_once_it_is_there(
+    columns, runs, pipeline, tmp_path, caplog
+):
+    preview = preview_of(runs, columns, pipeline.clip, prior=str(tmp_path / "prior"))
+    parts = (pipeline.decoder, pipeline.decoder_scheduler, lambda: pipeline.autoencoder)
+    without = preview.of_decoder(*parts)["pictures"]
+    assert "sample pictures lack a stage: no trained Prior" in caplog.text
+    shutil.copytree(runs / "prior", tmp_path / "prior")
+    assert preview.of_decoder(*parts)["pictures"].height > without.height
 
 
 def test_a_stage_that_goes_away_during_the_run_is_left_out_and_named(columns, runs, pipeline, tmp_path, caplog):
