@@ -223,8 +223,8 @@ class Preview:
     """Previews of a prior or a decoder in training, with the other stages from their folders where those are given.
 
     Loads the other stages that are there once at the start, to refuse in time what does not fit, and again whenever it
-    draws; between two drawings they take no memory. One that does not load then, or is not there yet, is left out, which
-    the log says.
+    draws; between two drawings they take no memory. One that does not load then, or is not there yet, is left out,
+    which the log says.
 
     Args:
         columns: what to draw; None draws nothing.

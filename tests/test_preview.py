@@ -265,9 +265,7 @@ def test_a_stage_that_does_not_fit_is_refused_at_the_start(columns, shapes, runs
         preview_of(runs, columns, pipeline.clip, autoencoder=str(tmp_path / "autoencoder"))
 
 
-def test_a_stage_that_is_not_trained_yet_is_left_out_and_drawn_once_it_is_there(
-    columns, runs, pipeline, tmp_path, caplog
-):
+def test_a_stage_that_is_not_trained_yet_is_left_out_until_it_is_there(columns, runs, pipeline, tmp_path, caplog):
     preview = preview_of(runs, columns, pipeline.clip, prior=str(tmp_path / "prior"))
     parts = (pipeline.decoder, pipeline.decoder_scheduler, lambda: pipeline.autoencoder)
     without = preview.of_decoder(*parts)["pictures"]
