@@ -189,10 +189,8 @@ def load_model(classes: Any, folder: str | Path) -> Any:
     missing, incomplete, truncated, not finite or of another class; see `t2i.untrusted` for what else.
     """
     path = Path(folder)
-    for name in ("model", "model.replaced"):  # the second, if a process died while it replaced the first
-        if is_folder(path / name):
-            path = path / name
-            break
+    # The second, if a process died while it replaced the first.
+    path = next((path / part for part in ("model", "model.replaced") if is_folder(path / part)), path)
     known = {one.__name__: one for one in (classes if isinstance(classes, tuple) else (classes,))}
     wanted = " or ".join(known)
     name = class_name(path) if is_folder(path) else None

@@ -26,8 +26,11 @@ class Average:
 
     @contextmanager
     def swapped(self) -> Iterator[nn.Module]:
-        """The model with the averages as its weights, not in training mode; its own weights come back bit for bit."""
-        training = self.model.training
+        """The model with the averages as its weights, not in training mode.
+
+        Its own weights come back bit for bit, and so do its buffers, which may be changed meanwhile.
+        """
+        training, buffers = self.model.training, [(one, one.clone()) for one in self.model.buffers()]
         self.swap()
         self.model.eval()
         try:
@@ -35,6 +38,9 @@ class Average:
         finally:
             self.model.train(training)
             self.swap()
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
 
     @torch.no_grad()
     def swap(self) -> None:

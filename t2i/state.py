@@ -37,7 +37,7 @@ class State:
     accelerator: Accelerator
     config: TrainConfig
     model: nn.Module  # bare: neither wrapped nor compiled
-    plain: type  # its class; sharding changes that
+    plain: Any  # its class; sharding changes that
     average: Average
     optimizer: Optimizer
     made_from: dict[str, str]  # what the run depends on beside its configuration: the data, the models before it
@@ -95,10 +95,10 @@ class State:
 
     def find(self) -> Path | None:
         if self.config.resume != "latest":
-            path = self.folder / Path(self.config.resume).name
-            if problem := verify(path):
-                raise RunError(f"train.resume asks for {path}, but {problem}")
-            return path
+            asked = self.folder / Path(self.config.resume).name
+            if problem := verify(asked):
+                raise RunError(f"train.resume asks for {asked}, but {problem}")
+            return asked
         path, problems = newest_checkpoint(self.folder)
         for problem in problems:
             self.accelerator.print(f"skipped: {problem}")
