@@ -28,15 +28,15 @@ class Health:
 
     def __init__(self, accelerator: Accelerator, dataset: Any, output: str):
         self.accelerator, self.dataset, self.output = accelerator, dataset, Path(output)
-        self.seen = self.rejected = self.read = 0
+        self.seen = self.rejected = 0
         self.reasons: Counter[str] = Counter()  # of this process
         self.new: list[tuple[str, str]] = []
-        self.batches: list[Batch] = []
+        self.read: list[Tensor] = []  # the indices of each micro-batch
         self.losses: list[Tensor] = []
 
     def add(self, batch: Batch, loss: Tensor) -> None:
         """A micro-batch and its loss."""
-        self.batches.append(batch)
+        self.read.append(batch.index)
         self.losses.append(loss.detach())
         self.new += batch.rejected
         self.reasons.update(reason for _, reason in batch.rejected)
@@ -45,7 +45,7 @@ class Health:
         """Whether the step is finite everywhere, and the signal that asks any of the processes to stop, or 0."""
         finite = torch.isfinite(torch.stack(self.losses))
         norm_finite = True if norm is None else bool(torch.isfinite(norm))
-        count = sum(len(batch.index) for batch in self.batches)
+        count = sum(map(len, self.read))
         mine = [float(not finite.all()), float(not norm_finite), signal, count, len(self.new)]
         all_of = self.accelerator.gather(torch.tensor([mine], device=self.accelerator.device)).tolist()
         bad_loss, bad_norm, signals, seen, rejected = zip(*all_of)
@@ -56,7 +56,7 @@ class Health:
         healthy = not any(bad_loss) and not any(bad_norm)
         if not healthy:
             self.report_skipped(step, finite.tolist(), any(bad_loss), norm)
-        self.batches, self.losses, self.new = [], [], []
+        self.read, self.losses, self.new = [], [], []
         return healthy, int(max(signals))
 
     def report_rejected(self, step: int, all_of_them: bool) -> None:
@@ -76,8 +76,8 @@ class Health:
 
     def report_skipped(self, step: int, finite: list[bool], losses: bool, norm: Tensor | None) -> None:
         """Name the samples of the micro-batches that were not finite; of all, if only the gradient was not."""
-        chosen = [batch for batch, good in zip(self.batches, finite) if not (good and losses)]
-        keys = [self.dataset.key(int(index)) for batch in chosen for index in batch.index]
+        chosen = [indices for indices, good in zip(self.read, finite) if not (good and losses)]
+        keys = [self.dataset.key(index) for indices in chosen for index in indices.tolist()]
         keys = gather_object(keys) if self.accelerator.num_processes > 1 else keys
         value = math.nan if norm is None else float(norm)
         what = "loss" if losses else "gradient"
