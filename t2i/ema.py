@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 
@@ -16,9 +17,13 @@ class Average:
     """
 
     def __init__(self, model: nn.Module):
-        self.parameters = {name: one for name, one in model.named_parameters() if one.requires_grad}
-        self.values = {name: one.detach().clone() for name, one in self.parameters.items()}
         self.model = model
+        self.values = {name: one.detach().clone() for name, one in self.parameters.items()}
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """The trained ones, as shards if the model is sharded."""
+        return {name: one for name, one in self.model.named_parameters() if one.requires_grad}
 
     @torch.no_grad()
     def update(self, decay: float) -> None:
@@ -44,10 +49,17 @@ class Average:
 
     @torch.no_grad()
     def swap(self) -> None:
+        self.reshard()
         for mine, theirs in zip(local(self.values), local(self.parameters)):
             held = theirs.clone()
             theirs.copy_(mine)
             mine.copy_(held)
+
+    def reshard(self) -> None:
+        """Give up what FSDP has gathered: a forward pass after this one must not see the weights from before."""
+        for part in self.model.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
 
 
 def local(tensors: dict[str, Tensor]) -> list[Tensor]:

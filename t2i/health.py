@@ -1,6 +1,5 @@
 """What may go wrong with single samples and single steps: told apart from what must end a run."""
 
-import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from t2i.data import Batch
 from t2i.errors import RunError
+from t2i.log import append_rows
 
 MAX_SKIPPED = 10  # steps in a row without a finite loss and gradient
 MAX_REJECTED = 0.01  # of the samples read ...
@@ -38,8 +38,13 @@ class Health:
         """A micro-batch and its loss."""
         self.read.append(batch.index)
         self.losses.append(loss.detach())
-        self.new += batch.rejected
-        self.reasons.update(reason for _, reason in batch.rejected)
+        self.new += dict(batch.rejected).items()  # each once, however often it was tried
+        self.reasons.update(dict(batch.rejected).values())
+
+    @property
+    def loss_was_finite(self) -> bool:
+        """In the last verdict."""
+        return not self.bad_loss
 
     def verdict(self, step: int, norm: Tensor | None, signal: int) -> tuple[bool, int]:
         """Whether the step is finite everywhere, and the signal that asks any of the processes to stop, or 0."""
@@ -52,18 +57,19 @@ class Health:
         self.seen += int(sum(seen))
         self.rejected += int(sum(rejected))
         if any(rejected):
-            self.report_rejected(step, all_of_them=sum(rejected) == sum(seen))
-        healthy = not any(bad_loss) and not any(bad_norm)
+            self.report_rejected(step)
+        self.bad_loss = any(bad_loss)
+        healthy = not self.bad_loss and not any(bad_norm)
         if not healthy:
             self.report_skipped(step, finite.tolist(), any(bad_loss), norm)
         self.read, self.losses, self.new = [], [], []
         return healthy, int(max(signals))
 
-    def report_rejected(self, step: int, all_of_them: bool) -> None:
+    def report_rejected(self, step: int) -> None:
         """Name the samples for which others stood in; stop if they are too many."""
         rows = [{"step": step, "key": key, "reason": reason} for key, reason in self.new]
         self.write("rejected.jsonl", gather_object(rows) if self.accelerator.num_processes > 1 else rows)
-        if not all_of_them and self.rejected <= MAX_REJECTED * max(self.seen, ENOUGH):
+        if self.rejected <= MAX_REJECTED * max(self.seen, ENOUGH):
             return
         counts = [dict(self.reasons)]
         every = gather_object(counts) if self.accelerator.num_processes > 1 else counts
@@ -95,5 +101,4 @@ class Health:
 
     def write(self, name: str, rows: list[dict[str, Any]]) -> None:
         if self.accelerator.is_main_process:
-            with open(self.output / name, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            append_rows(self.output / name, rows)

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from importlib import metadata
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -41,11 +42,8 @@ class Log:
         self.folder = Path(config.output)
         self.sums: dict[str, Tensor] = {}
         self.count, self.memory = 0, 0.0
+        self.start = step
         self.trackers: list[GeneralTracker] = []
-        if accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            drop_rows(self.folder / "metrics.jsonl", step)
-            self.trackers = [open_tracker(name, config, step) for name in config.trackers]
         self.bar = tqdm(
             total=config.steps,
             initial=step,
@@ -56,6 +54,13 @@ class Log:
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
         )
         self.rows = deque([(step, time.perf_counter())], maxlen=RECENT)  # (step, time) of the last ones
+
+    def open(self) -> None:
+        """On the main process, before the first row. Raises InputError if a tracker does not start."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in ("metrics.jsonl", "skipped.jsonl", "rejected.jsonl"):
+            drop_rows(self.folder / name, self.start)
+        self.trackers = [open_tracker(name, self.config, self.start) for name in self.config.trackers]
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         """The metrics of a micro-batch, ()-shaped. Sums stay on the device: no step waits for the host."""
@@ -93,8 +98,7 @@ class Log:
         return dict(zip(names, means.tolist()))
 
     def write(self, step: int, row: dict[str, float]) -> None:
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step} | {name: rounded(value) for name, value in row.items()}) + "\n")
+        append_rows(self.folder / "metrics.jsonl", [{"step": step} | {k: rounded(value) for k, value in row.items()}])
         for tracker in self.trackers:
             tracker.log(row, step=step)
         apart = ("learning_rate", "samples_per_second", "memory_gb", "seconds_left")
@@ -181,6 +185,15 @@ def track_image(tracker: GeneralTracker, name: str, image: Image.Image, step: in
             import trackio
 
             tracker.log({name: trackio.Image(image)}, step=step)
+
+
+def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Add lines of JSON. A disk without space is a warning: it must not end a run that could still save."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    except OSError as error:
+        print(f"warning: {path} lacks {len(rows)} rows ({error})", flush=True)
 
 
 def drop_rows(path: Path, step: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import DistributedType, parse_flag_from_env
 from PIL import Image
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -25,7 +25,7 @@ from t2i.errors import RESUMABLE, InputError, RunError, Stopped
 from t2i.health import Health
 from t2i.log import Log, check_trackers, duration, peak_memory
 from t2i.processes import StopRequest, Watch, check_same, on_main
-from t2i.state import State, locked
+from t2i.state import State, flat, locked
 
 Loss = Callable[[nn.Module, Batch], dict[str, Tensor]]  # "loss" is minimised; the rest is logged beside it
 
@@ -42,6 +42,7 @@ class Stage:
     dataset: Dataset  # gives whole batches, and `key(index)`, the name of a sample
     export: Callable[[nn.Module], None]  # saves the averaged model; on the main process, beside every checkpoint
     made_from: dict[str, str]  # what the run depends on beside its configuration: the data, the models before it
+    config: dict[str, Any]  # the stage's whole configuration; what decides about the model must not change in a run
     num_workers: int = 0
     validation: Dataset | None = None  # what is held out
     preview: Callable[[nn.Module], dict[str, Image.Image]] | None = None  # pictures of what the averaged model does
@@ -94,22 +95,34 @@ def fit(accelerator: Accelerator, stage: Stage, config: TrainConfig) -> None:
     SIGTERM or Ctrl-C, when its state is saved.
     """
     check(accelerator, stage, config)
-    if config.dry_run:
-        estimate(accelerator, stage, prepare(accelerator, stage, config))
-        return
-    with locked(accelerator, Path(config.output)):
-        state = prepare(accelerator, stage, config)
-        if state.step < config.steps:
-            train(accelerator, stage, state)
-        else:
-            accelerator.print(f"{config.output} is already trained for {state.step} steps")
-            export(accelerator, stage, state)
+    try:
+        if config.dry_run:
+            estimate(accelerator, stage, prepare(accelerator, stage, config))
+            return
+        with locked(accelerator, Path(config.output)):
+            state = prepare(accelerator, stage, config)
+            state.load()
+            if state.step < config.steps:
+                on_main(accelerator, state.check_space)
+                train(accelerator, stage, state)
+            else:
+                accelerator.print(f"{config.output} is already trained for {state.step} steps")
+                export(accelerator, stage, state)
+    except torch.OutOfMemoryError as error:
+        half, twice = max(1, config.batch_size // 2), 2 * config.gradient_accumulation
+        raise RunError(
+            f"out of memory with train.batch_size={config.batch_size}; the same samples a step take less with "
+            f"train.batch_size={half} train.gradient_accumulation={twice}, or with "
+            "train.gradient_checkpointing=true. The last checkpoint is kept"
+        ) from error
 
 
 def check(accelerator: Accelerator, stage: Stage, config: TrainConfig) -> None:
     """What can be refused before any work."""
     size, world = len(stage.dataset), accelerator.num_processes  # type: ignore[arg-type]
-    check_same(accelerator, {**asdict(config), **stage.made_from, "the number of samples": size})
+    check_same(
+        accelerator, {**flat(stage.config), **flat({"train": asdict(config)}), **stage.made_from, "samples": size}
+    )
     if size < world:
         raise InputError(f"there are {world} processes for {size} samples; start at most {size}")
 
@@ -118,53 +131,48 @@ def prepare(accelerator: Accelerator, stage: Stage, config: TrainConfig) -> Stat
     """Model, average and optimizer on their devices, as the newest checkpoint has them."""
     if config.gradient_checkpointing:
         stage.model.enable_gradient_checkpointing()
+    if hasattr(stage.model, "peft_config") and accelerator.distributed_type == DistributedType.FSDP:
+        raise InputError(
+            "lora does not train under FSDP; its adapters are small, use configs/accelerate/gpus.yaml (DDP)"
+        )
     plain = type(stage.model)
     optimizer = make_optimizer(stage.model, config)
     if config.compile:
         stage.model.compile()
     stage.model, optimizer = accelerator.prepare(stage.model, optimizer)
     bare = accelerator.unwrap_model(stage.model, keep_torch_compile=False)
-    state = State(accelerator, config, bare, plain, Average(bare), optimizer, stage.made_from)
-    if not config.dry_run:
-        state.load()
-        on_main(accelerator, state.check_space)
-    return state
+    return State(accelerator, config, bare, plain, Average(bare), optimizer, stage.made_from, stage.config)
 
 
 def train(accelerator: Accelerator, stage: Stage, state: State) -> None:
     """From the state's step to the last one."""
     config, stop = state.config, StopRequest()
-    log = Log(accelerator, config, state.step, state.samples_per_step)
     watch = Watch(accelerator, config.stall_timeout, state.advice)
+    log = Log(accelerator, config, state.step, state.samples_per_step)
     health = Health(accelerator, stage.dataset, config.output)
     loader, failed_saves = read(stage, state), 0
     try:
+        with watch.waiting(busy=True):
+            on_main(accelerator, log.open)
         while state.step < config.steps:
             rate = learning_rate(state.step, config)
             norm = gradient(accelerator, stage, state, loader, log, watch, health)
             with watch.waiting():
                 healthy, stopping = health.verdict(state.step + 1, norm, stop.signal)
-            update(accelerator, state, rate, healthy)
+            update(accelerator, state, rate, healthy, health.loss_was_finite)
             health.check_skipped(state.skipped)
             done = state.step == config.steps
             with watch.waiting():
                 log.step(state.step, rate, norm, validate(accelerator, stage, state))
             if stopping or done or state.step % config.save_every == 0:
-                with watch.waiting():
+                with watch.waiting(busy=True):
                     failed_saves = save(accelerator, stage, state, failed_saves, must=bool(stopping) or done)
             if stopping and not done:
                 what = f"stopped at step {state.step} of {config.steps}, which {config.output} holds"
                 status = 128 + stopping if stopping == signal.SIGINT else RESUMABLE
                 raise Stopped(f"{what}; the same command goes on from there", status)
-            with watch.waiting():
+            with watch.waiting(busy=True):
                 draw(accelerator, stage, state, log)
-    except torch.OutOfMemoryError as error:
-        half, twice = max(1, config.batch_size // 2), 2 * config.gradient_accumulation
-        raise RunError(
-            f"out of memory in step {state.step + 1} with train.batch_size={config.batch_size}; the same samples "
-            f"a step take less with train.batch_size={half} train.gradient_accumulation={twice}, "
-            f"or with train.gradient_checkpointing=true. {state.advice()}"
-        ) from error
     finally:
         watch.close()
         stop.close()
@@ -212,18 +220,19 @@ def gradient(
         return None if norm is None else full(norm)
 
 
-def update(accelerator: Accelerator, state: State, rate: float, healthy: bool) -> None:
+def update(accelerator: Accelerator, state: State, rate: float, healthy: bool, loss_was_finite: bool = True) -> None:
     """One optimizer step; or none, weights, average and optimizer unchanged, if something was not finite."""
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     scaler = accelerator.scaler
-    if healthy or scaler is not None:  # the scaler of fp16 skips by itself, and lowers its scale
-        state.optimizer.step()
     if healthy:
+        state.optimizer.step()
         state.average.update(min(state.config.ema_decay, (state.step + 1) / (state.step + 11)))
+    elif scaler is not None:
+        scaler.update()  # lowers the scale
     state.optimizer.zero_grad()
     state.step += 1
-    searching = scaler is not None and scaler.get_scale() > 1  # fp16 starts with a scale that is too large
+    searching = scaler is not None and scaler.get_scale() > 1 and loss_was_finite  # fp16's scale starts too large
     state.skipped = 0 if healthy or searching else state.skipped + 1
 
 
@@ -255,8 +264,15 @@ def draw(accelerator: Accelerator, stage: Stage, state: State, log: Log) -> None
     if stage.preview is None or not is_due(state, state.config.sample_every):
         return
     preview = stage.preview
+
+    def show() -> None:
+        try:
+            log.images(state.step, preview(average))
+        except (OSError, torch.OutOfMemoryError) as error:  # no reason to end a run
+            accelerator.print(f"warning: no sample pictures of step {state.step}: {error}")
+
     with state.averaged() as average, torch.no_grad():
-        on_main(accelerator, lambda: log.images(state.step, preview(average)))
+        on_main(accelerator, show)
 
 
 @torch.no_grad()

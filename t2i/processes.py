@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +21,7 @@ Result = TypeVar("Result")
 
 TICK = 1.0  # seconds between two signs of life
 SILENCE = 3  # ticks without one, and a process is taken for dead
+REPEATED = 2.0  # seconds in which a signal may come again: launchers pass on what reached the whole group anyway
 AFTER_SIGNAL = 5.0  # seconds for the others to come, once the launcher has asked us to end
 
 
@@ -45,8 +47,8 @@ def check_same(accelerator: Accelerator, what: dict[str, Any]) -> None:
     everyone: list[dict[str, Any]] = [{}] * accelerator.num_processes
     torch.distributed.all_gather_object(everyone, what)
     for rank, other in enumerate(everyone):
-        for name, value in everyone[0].items():
-            if other.get(name) != value:
+        for name in sorted({**everyone[0], **other}):
+            if other.get(name) != (value := everyone[0].get(name)):
                 raise InputError(
                     f"process {rank} has {name}={other.get(name)!r}, process 0 has {value!r}; "
                     "all processes of a run need the same configuration and data"
@@ -54,20 +56,20 @@ def check_same(accelerator: Accelerator, what: dict[str, Any]) -> None:
 
 
 class StopRequest:
-    """Whether SIGTERM or Ctrl-C has asked this process to save and end. A second one ends it at once."""
+    """Whether SIGTERM or Ctrl-C has asked this process to save and end. A second one, later, ends it at once."""
 
     def __init__(self) -> None:
-        self.signal, self.time, self.owner = 0, 0.0, os.getpid()
+        self.signal, self.time = 0, 0.0
         self.before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
             self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def receive(self, number: int, frame: Any) -> None:
-        if os.getpid() != self.owner:  # a worker that decodes pictures: it ends with its parent
-            return
-        if self.signal:
+        now = time.monotonic()
+        if not self.signal:
+            self.signal, self.time = number, now
+        elif now - self.time > REPEATED:
             os._exit(128 + number)
-        self.signal = number
 
     def close(self) -> None:
         for number, handler in self.before.items():
@@ -84,11 +86,12 @@ class Watch:
     def __init__(self, accelerator: Accelerator, stall_timeout: float, advice: Callable[[], str]):
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.stall_timeout, self.advice = stall_timeout, advice
-        self.place, self.beat, self.since, self.asked_to_end = 0, 0, 0.0, 0.0
+        self.place, self.beat, self.since, self.asked_to_end, self.busy = 0, 0, 0.0, 0.0, False
         self.closed = threading.Event()
         self.thread: threading.Thread | None = None
         if self.world > 1:
             self.store = torch.distributed.distributed_c10d._get_default_store()
+            self.store.set_timeout(timedelta(seconds=SILENCE * TICK))
             self.tell("reached", 0)
             self.tell("lives", 0)
             accelerator.wait_for_everyone()
@@ -99,16 +102,21 @@ class Watch:
             self.thread.start()
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around what cannot end before every process has come to the same place."""
+    def waiting(self, busy: bool = False) -> Iterator[None]:
+        """Around what cannot end before every process has come to the same place.
+
+        busy: process 0 works there for as long as it takes, so that only its death counts.
+        """
         if self.thread is None:
             yield
             return
         self.place += 1
         self.tell("reached", self.place)
-        self.since = time.monotonic()
+        self.since, self.busy = time.monotonic(), busy
         try:
             yield
+        except RunError:
+            raise
         except RuntimeError:  # the connection to a dead process breaks
             if gone := self.silent():
                 self.end(self.describe(gone, "died"))
@@ -122,9 +130,9 @@ class Watch:
             ready, _, _ = select.select([self.reader], [], [], TICK)
             if ready and signal.SIGTERM in os.read(self.reader, 4096):
                 self.asked_to_end = self.asked_to_end or time.monotonic()
-            with contextlib.suppress(RuntimeError):  # the store may end with process 0, of which the main thread hears
+            with contextlib.suppress(RuntimeError):  # the store ends with process 0, or hangs with it
                 self.live()
-                self.judge()
+            self.judge()
 
     def judge(self) -> None:
         now, since = time.monotonic(), self.since
@@ -132,8 +140,11 @@ class Watch:
             return
         if self.asked_to_end and now - max(since, self.asked_to_end) > AFTER_SIGNAL and (gone := self.silent()):
             self.end(self.describe(gone, "died"))
-        elif now - since > self.stall_timeout:
-            late = [rank for rank in range(self.world) if self.told("reached", rank) < self.place] or self.silent()
+        elif now - since > self.stall_timeout and (not self.busy or self.silent()):
+            try:
+                late = [rank for rank in range(self.world) if self.told("reached", rank) < self.place] or self.silent()
+            except RuntimeError:
+                late = [0]  # which keeps the store
             if self.since == since:
                 what = f"did not come within {self.stall_timeout:g} s (train.stall_timeout)"
                 self.end(self.describe(late, what) if late else f"the processes {what} of each other. {self.advice()}")

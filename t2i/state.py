@@ -27,6 +27,8 @@ try:
 except ImportError:  # Windows: two trainers in one folder go unnoticed there
     fcntl = None  # type: ignore[assignment]
 
+LASTING = ("seed", "optimizer")  # of TrainConfig
+PASSING = ("train.", "sample.", "data.path", "data.num_workers", "clip", "autoencoder", "cache", "init")
 COPIES = 4  # of the trained weights in a checkpoint: themselves, their average, and AdamW's two moments
 
 
@@ -41,6 +43,7 @@ class State:
     average: Average
     optimizer: Optimizer
     made_from: dict[str, str]  # what the run depends on beside its configuration: the data, the models before it
+    stage_config: dict[str, Any]  # the stage's whole configuration
     step: int = 0
     skipped: int = 0  # steps in a row whose loss or gradient was not finite
 
@@ -60,6 +63,7 @@ class State:
             "optimizer": whole(self.accelerator, flatten(self.optimizer)),
         }
         state: dict[str, Any] = {"config": asdict(self.config), "made_from": self.made_from, "skipped": self.skipped}
+        state["stage"] = self.stage_config
         state["samples_per_step"] = self.samples_per_step
         state["num_processes"] = self.accelerator.num_processes
         if self.accelerator.scaler is not None:
@@ -98,6 +102,11 @@ class State:
             asked = self.folder / Path(self.config.resume).name
             if problem := verify(asked):
                 raise RunError(f"train.resume asks for {asked}, but {problem}")
+            if newer := [path.name for path in complete(self.folder) if path.name > asked.name]:
+                raise InputError(
+                    f"train.resume asks for {asked}, but there are newer ones: {', '.join(newer)}; move them out of "
+                    f"{self.folder} to go on from there, or leave train.resume out to go on from the newest"
+                )
             return asked
         path, problems = newest_checkpoint(self.folder)
         for problem in problems:
@@ -111,11 +120,14 @@ class State:
     def check(self, checkpoint: Checkpoint) -> None:
         """Refuse what would make a resumed run another run: other samples, other noise, other data or models."""
         state, config = checkpoint.state, self.config
-        if state["config"]["seed"] != config.seed:
-            raise InputError(
-                f"{checkpoint.path} was trained with train.seed={state['config']['seed']}, now {config.seed}; "
-                "keep it, or start in another train.output"
-            )
+        before = {**lasting(state["stage"]), **{f"train.{name}": state["config"][name] for name in LASTING}}
+        now = {**lasting(self.stage_config), **{f"train.{name}": getattr(config, name) for name in LASTING}}
+        for name in sorted({**before, **now}):
+            if before.get(name) != now.get(name):
+                raise InputError(
+                    f"{checkpoint.path} was trained with {name}={before.get(name)!r}, now {now.get(name)!r}; "
+                    "keep it, or start in another train.output"
+                )
         if state["samples_per_step"] != self.samples_per_step:
             raise InputError(
                 f"{checkpoint.path} was trained with {state['samples_per_step']} samples a step (batch_size "
@@ -233,6 +245,20 @@ def unflatten(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
             raise ValueError(f"its optimizer's {key} has shape {tuple(value.shape)}, not {tuple(parameter.shape)}")
         else:
             state[name] = value.to(parameter.device)
+
+
+def flat(config: dict[str, Any], name: str = "") -> dict[str, Any]:
+    """{"data.path": ...} of {"data": {"path": ...}}"""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        inside = isinstance(value, dict) and value
+        found |= flat(value, f"{name}{key}.") if inside else {f"{name}{key}": value}
+    return found
+
+
+def lasting(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a stage's configuration that decides what it learns, not where things lie and how it is shown."""
+    return {name: value for name, value in flat(config).items() if not name.startswith(PASSING)}
 
 
 @contextmanager

@@ -103,7 +103,7 @@ def test_resuming_with_what_would_change_the_samples_is_refused(shapes, tmp_path
     train("autoencoder", shapes, tmp_path, 2)
     with pytest.raises(InputError, match="8 samples a step .* now 4 x 1 x 1 = 4"):
         train("autoencoder", shapes, tmp_path, 4, **{"train.batch_size": 4})
-    with pytest.raises(InputError, match="another model"):
+    with pytest.raises(InputError, match="was trained with model.patch_size=2, now 4"):
         train("autoencoder", shapes, tmp_path, 4, **{"model.patch_size": 4})
 
 

@@ -4,7 +4,7 @@ accelerate launch training/train_autoencoder.py configs/emoji/autoencoder.yaml t
 """
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ def main(config: Config) -> None:
         return {"reconstructions": autoencoder_preview(average, records.image)} if records else {}
 
     workers = config.data.num_workers
-    stage = Stage(autoencoder, loss, dataset, export, made_from, workers, held_out, preview)
+    stage = Stage(autoencoder, loss, dataset, export, made_from, asdict(config), workers, held_out, preview)
     fit(accelerator, stage, config.train)
 
 

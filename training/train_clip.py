@@ -4,7 +4,7 @@ accelerate launch training/train_clip.py configs/emoji/clip.yaml train.steps=100
 """
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ def main(config: Config) -> None:
         return {"similarity": clip_preview(average, records.image, records.captions)} if records else {}
 
     workers = config.data.num_workers
-    stage = Stage(clip, loss, dataset, export, made_from, workers, held_out, preview)
+    stage = Stage(clip, loss, dataset, export, made_from, asdict(config), workers, held_out, preview)
     fit(accelerator, stage, config.train)
 
 

@@ -4,7 +4,7 @@ accelerate launch training/train_decoder.py configs/emoji/decoder.yaml train.ste
 """
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,17 @@ def make_stage(config: Config, source: Source, device: torch.device) -> Stage:
     if config.train.sample_every:
         drawn = Preview(config.sample, choose_columns(source, config.sample), source.clip.identity)
         preview = partial(drawn.of_decoder, scheduler=scheduler, load_autoencoder=source.load_autoencoder)
-    return Stage(decoder, loss, source.dataset, export, made_from, config.data.num_workers, source.validation, preview)
+    return Stage(
+        decoder,
+        loss,
+        source.dataset,
+        export,
+        made_from,
+        asdict(config),
+        config.data.num_workers,
+        source.validation,
+        preview,
+    )
 
 
 def decoder_arguments(config: Config, clip: ClipFacts, autoencoder: AutoencoderFacts) -> dict[str, Any]:

@@ -4,7 +4,7 @@ accelerate launch training/train_prior.py configs/emoji/prior.yaml train.steps=1
 """
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,17 @@ def make_stage(config: Config, source: Source, device: torch.device) -> Stage:
     if config.train.sample_every:
         drawn = Preview(config.sample, choose_columns(source, config.sample), source.clip.identity)
         preview = partial(drawn.of_prior, scheduler=scheduler)
-    return Stage(prior, loss, source.dataset, export, made_from, config.data.num_workers, source.validation, preview)
+    return Stage(
+        prior,
+        loss,
+        source.dataset,
+        export,
+        made_from,
+        asdict(config),
+        config.data.num_workers,
+        source.validation,
+        preview,
+    )
 
 
 def prior_arguments(clip: ClipFacts) -> dict[str, Any]:

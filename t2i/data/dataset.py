@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -189,7 +190,15 @@ def batches(dataset: Dataset, num_workers: int, **order: int) -> Iterator[Batch]
     """Endless batches of a dataset; the keyword arguments are those of `Order`."""
     sampler = Order(len(dataset), **order)  # type: ignore[arg-type]
     with from_workers():
-        yield from DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers, collate_fn=whole)
+        yield from DataLoader(
+            dataset, batch_sampler=sampler, num_workers=num_workers, collate_fn=whole, worker_init_fn=outlive_signals
+        )
+
+
+def outlive_signals(worker: int) -> None:
+    """A worker ends with its parent, which has to save first when a signal comes to the whole group."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager

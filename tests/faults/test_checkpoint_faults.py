@@ -22,7 +22,7 @@ from t2i.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint, 
 from t2i.errors import RESUMABLE, InputError, RunError, Stopped
 
 from . import tiny_run
-from .record import record
+from .record import fault, record
 
 SCRIPT = Path(tiny_run.__file__)
 CALLS = ("fsync", "rename", "mkdir", "unlink", "rmdir", "open")  # of os: what changes the disk, and shutil's way to it
@@ -274,6 +274,7 @@ def test_a_file_that_is_cut_missing_or_garbage_is_named_and_the_previous_checkpo
     record("A5 A7 a file of a checkpoint is cut, missing or garbage", injected, survived)
 
 
+@fault("A7 a manifest that names files elsewhere", 3)
 def test_a_manifest_that_points_elsewhere_is_refused(tmp_path):
     save(tmp_path, 1, 1)
     secret = tmp_path / "secret"
@@ -284,6 +285,7 @@ def test_a_manifest_that_points_elsewhere_is_refused(tmp_path):
         assert "not a file beside it" in verify(manifest.parent) or "whole checkpoint" in verify(manifest.parent)
 
 
+@fault("A5 a damaged newest checkpoint")
 def test_a_run_that_is_damaged_goes_on_from_the_previous_checkpoint_but_not_if_it_was_asked_for(
     tmp_path, unbroken, capsys
 ):
@@ -297,6 +299,7 @@ def test_a_run_that_is_damaged_goes_on_from_the_previous_checkpoint_but_not_if_i
     assert contents(tmp_path) == unbroken
 
 
+@fault("A5 no whole checkpoint")
 def test_a_run_without_a_whole_checkpoint_does_not_start_anew_in_silence(tmp_path):
     tiny_run.run(tmp_path, "steps=3")
     (tmp_path / "checkpoints/step-00000003/model.safetensors").unlink()
@@ -304,11 +307,12 @@ def test_a_run_without_a_whole_checkpoint_does_not_start_anew_in_silence(tmp_pat
         tiny_run.run(tmp_path)
 
 
+@fault("A9 A10 a checkpoint of another model, of a newer version", 2)
 def test_a_checkpoint_of_another_model_or_a_newer_version_is_refused_with_names(tmp_path, monkeypatch):
     tiny_run.run(tmp_path, "steps=3")
     with monkeypatch.context() as patch:
-        patch.setattr(tiny_run.Layers, "__init__", lambda self: wider(self))
-        with pytest.raises(InputError, match=r"another model.*layers.0.weight \(32, 8\) instead of \(16, 8\)"):
+        patch.setattr(tiny_run.Layers, "__init__", wider)
+        with pytest.raises(InputError, match=r"another model.*0\.weight \(32, 8\) instead of \(16, 8\)"):
             tiny_run.run(tmp_path)
     folder = tmp_path / "checkpoints/step-00000003"
     state = json.loads((folder / "state.json").read_text())
@@ -320,7 +324,7 @@ def test_a_checkpoint_of_another_model_or_a_newer_version_is_refused_with_names(
         tiny_run.run(tmp_path)
 
 
-def wider(self: tiny_run.Layers) -> None:
+def wider(self: tiny_run.Layers, scaled: bool = True) -> None:
     torch.nn.Module.__init__(self)
     self.layers = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 8))
     self.scale = torch.nn.Parameter(torch.ones(()))
@@ -329,6 +333,7 @@ def wider(self: tiny_run.Layers) -> None:
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # on a machine with one core
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("workers", [0, 2])
+@fault("A11 stopped in a pass and an accumulation, bit for bit")
 def test_a_stopped_run_ends_bit_for_bit_like_the_unbroken_one(tmp_path, workers, accumulation):
     """SIGTERM in the middle of a pass and of an accumulation; and a control that differs, so that this can fail."""
     settings = [f"gradient_accumulation={accumulation}", f"workers={workers}"]
@@ -363,6 +368,7 @@ def test_a_run_killed_by_force_ends_bit_for_bit_like_the_unbroken_one(tmp_path, 
     record(f"A11 killed and resumed bit for bit: {kind}", 3, survived)
 
 
+@fault("A12 1 process, 2, and 1 again", 2)
 def test_the_number_of_processes_may_change_if_a_step_keeps_its_samples(tmp_path):
     """Two processes with 3 samples each, then one with 6: the same samples a step; else it is refused."""
     tiny_run.run(tmp_path, "steps=3", "batch_size=6")
@@ -373,6 +379,7 @@ def test_the_number_of_processes_may_change_if_a_step_keeps_its_samples(tmp_path
         tiny_run.run(tmp_path)
 
 
+@fault("A14 a second trainer in the same folder")
 def test_a_second_trainer_in_the_same_folder_is_refused(tmp_path):
     first = start(tmp_path, "sleep:0:1")
     wait_for(lambda: (tmp_path / "metrics.jsonl").exists(), first)
@@ -381,9 +388,9 @@ def test_a_second_trainer_in_the_same_folder_is_refused(tmp_path):
     first.communicate()
     assert status == 2 and f"locked by process {first.pid} on" in output
     assert finish(start(tmp_path, "steps=3"))[0] == 0  # the lock went with the process
-    record("A14 a second trainer in the same folder", 1, 1)
 
 
+@fault("A15 a second signal")
 def test_a_second_signal_ends_at_once_and_a_valid_checkpoint_stays(tmp_path):
     process = start(tmp_path, "sleep:0:1")
     wait_for(lambda: (tmp_path / "checkpoints/step-00000006").exists(), process)
@@ -396,6 +403,7 @@ def test_a_second_signal_ends_at_once_and_a_valid_checkpoint_stays(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@fault("A15 SIGTERM and Ctrl-C")
 def test_a_signal_at_any_time_saves_within_a_step_and_tells_by_the_status(tmp_path, number, unbroken):
     process = start(tmp_path, "workers=2")
     wait_for(lambda: (tmp_path / "metrics.jsonl").exists(), process)
@@ -411,6 +419,7 @@ def test_a_signal_at_any_time_saves_within_a_step_and_tells_by_the_status(tmp_pa
     assert contents(tmp_path) == unbroken
 
 
+@fault("A3 the disk is full during a save", 3)
 def test_a_full_disk_keeps_the_older_checkpoint_and_ends_the_run_after_three_tries(tmp_path):
     assert finish(start(tmp_path, "steps=3"))[0] == 0
 
@@ -424,10 +433,10 @@ def test_a_full_disk_keeps_the_older_checkpoint_and_ends_the_run_after_three_tri
     assert verify(tmp_path / "checkpoints/step-00000003") is None
     status, output = finish(start(tmp_path))
     assert status == 0 and "resuming from" in output
-    record("A3 the disk is full during a save", 3, 3)
 
 
 @pytest.mark.faults
+@fault("A3 a file system without space")
 def test_a_file_system_without_space_keeps_the_older_checkpoint(tmp_path):
     mount = f"mount -t tmpfs -o size=60k none {tmp_path}"
     if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
@@ -438,9 +447,9 @@ def test_a_file_system_without_space_keeps_the_older_checkpoint(tmp_path):
     result = subprocess.run(["unshare", "-rm", "sh", "-c", both], capture_output=True, text=True)
     assert "step-00000003" in result.stdout, result.stdout + result.stderr
     assert "status 2" in result.stdout and "too little disk" in result.stderr
-    record("A3 a file system without space", 1, 1)
 
 
+@fault("A3 too little disk, before the first step")
 def test_too_little_disk_is_said_before_the_first_step_with_the_numbers(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
@@ -450,11 +459,13 @@ def test_too_little_disk_is_said_before_the_first_step_with_the_numbers(tmp_path
 
 
 @pytest.mark.parametrize("folder", ["/proc/t2i", "/dev/null/run"])
+@fault("A4 an output that cannot be written")
 def test_an_output_that_cannot_be_written_is_refused_before_the_first_step(folder):
     with pytest.raises(InputError, match="cannot be written|which is a file"):
         tiny_run.run(Path(folder))
 
 
+@fault("A16 a finished run")
 def test_a_finished_run_says_so(tmp_path, capsys):
     tiny_run.run(tmp_path)
     before = contents(tmp_path)
@@ -463,6 +474,7 @@ def test_a_finished_run_says_so(tmp_path, capsys):
     assert contents(tmp_path) == before
 
 
+@fault("A17 the average comes back")
 def test_an_average_is_not_the_weights_and_comes_back(tmp_path, unbroken):
     tiny_run.run(tmp_path, "steps=6")
     checkpoint = load_checkpoint(newest_checkpoint(tmp_path / "checkpoints")[0])
@@ -472,6 +484,7 @@ def test_an_average_is_not_the_weights_and_comes_back(tmp_path, unbroken):
     assert contents(tmp_path) == unbroken
 
 
+@fault("A13 a leftover of the same step")
 def test_a_leftover_of_the_same_step_is_overwritten(tmp_path, unbroken):
     tiny_run.run(tmp_path, "steps=3")
     leftover = tmp_path / "checkpoints/step-00000006.unfinished"
@@ -481,6 +494,7 @@ def test_a_leftover_of_the_same_step_is_overwritten(tmp_path, unbroken):
     assert contents(tmp_path) == unbroken and not leftover.exists()
 
 
+@fault("A19 an old checkpoint that cannot be deleted")
 def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(tmp_path, monkeypatch, capsys):
     real = shutil.rmtree
 
@@ -495,6 +509,7 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(tmp_path, monkeyp
     assert (tmp_path / "checkpoints/step-00000012").exists()
 
 
+@fault("A18 a umask of 022")
 def test_checkpoints_are_readable_by_others(tmp_path):
     before = os.umask(0o022)
     try:

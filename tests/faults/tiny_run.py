@@ -3,7 +3,7 @@
     python tests/faults/tiny_run.py OUTPUT [key=value ...] [fault:rank:step ...]
 
 Faults of one process in one step: nan, nans (from then on), spike, raise, die, stop (SIGSTOP), sleep (in reading data),
-signal (SIGTERM to itself), memory, disagree.
+signal (SIGTERM to itself), memory, disagree, twist; inf and huge (finite, but its gradient's norm is not).
 """
 
 import os
@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
@@ -66,7 +67,7 @@ class Layers(nn.Module):
     def __init__(self, scaled: bool = True) -> None:
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
-        self.scale = nn.Parameter(torch.ones(())) if scaled else 1.0  # sharding knows no single numbers
+        self.scale = nn.Parameter(torch.ones(() if scaled else 8))  # sharding knows no single numbers
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layers(x) * self.scale
@@ -92,9 +93,9 @@ def shard(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module
 def run(output: Path, *arguments: str) -> None:
     faults = [argument.split(":") for argument in arguments if ":" in argument]
     pairs = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
-    sharded = bool(pairs.pop("sharded", ""))
+    sharded, scaler = bool(pairs.pop("sharded", "")), bool(pairs.pop("scaler", ""))
     size, rejected = int(pairs.pop("size", SIZE)), float(pairs.pop("rejected", 0))
-    workers = int(pairs.pop("workers", 0))
+    workers, kind = int(pairs.pop("workers", 0)), pairs.pop("kind", "plain")
     types = {name: type(value) for name, value in vars(TrainConfig(output="x")).items()}
     config = TrainConfig(output=str(output), **{**SETTINGS, **{k: types[k](v) for k, v in pairs.items()}})
     accelerator = start(config)
@@ -102,9 +103,9 @@ def run(output: Path, *arguments: str) -> None:
 
     def loss(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         nonlocal step
-        step += 1  # of this process: micro-batches since it started
+        step += model.training  # of this process: micro-batches since it started
         value = (model(batch.image + torch.randn_like(batch.image)) - batch.image).square().mean()
-        for fault, rank, when in faults:
+        for fault, rank, when in faults if model.training else ():
             if int(rank) == accelerator.process_index and step >= int(when):
                 value = broken(fault, value, step == int(when), output)
         return {"loss": value}
@@ -120,7 +121,18 @@ def run(output: Path, *arguments: str) -> None:
         data.sleeps = 20
     if sharded:
         accelerator.prepare = shard
-    fit(accelerator, Stage(Layers(not sharded), loss, data, export, made_from, workers), config)
+    if scaler:
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)  # fp16's, for which there is no GPU here
+
+    def preview(model: nn.Module) -> dict[str, Image.Image]:
+        torch.randn(3)
+        return {"picture": Image.new("L", (4, 4), int(model(torch.ones(1, 8)).sum().item()) % 256)}
+
+    stage_config = {"twist": int(any(fault == "twist" for fault, *_ in faults) and accelerator.process_index == 1)}
+    stage_config["kind"] = kind
+    model, held_out = Layers(not sharded), Numbers(7)
+    stage = Stage(model, loss, data, export, made_from, stage_config, workers, held_out, preview)
+    fit(accelerator, stage, config)
 
 
 def broken(fault: str, value: torch.Tensor, now: bool, output: Path) -> torch.Tensor:
@@ -132,6 +144,8 @@ def broken(fault: str, value: torch.Tensor, now: bool, output: Path) -> torch.Te
             return value / 0
         case "nans":
             return value * float("nan")
+        case "huge" if now:
+            return value * 1e30
         case "spike" if now:
             return value * 100
         case "raise" if now:
