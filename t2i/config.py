@@ -40,7 +40,7 @@ class TrainConfig:
     learning_rate: float = 1e-4
     warmup_steps: int = 1_000  # linear from zero
     decay_steps: int = 0  # the last steps, a cosine down to zero; the rate is constant in between
-    schedule_offset: int = 0  # steps of the rate's schedule that count as done: for a run that goes on from another's
+    schedule_offset: int = 0  # steps of the warm-up that count as done: for a run that goes on from another's
     weight_decay: float = 0.01  # of matrices and kernels; not of biases, norms and embeddings of one dimension
     adam_beta2: float = 0.99
     max_grad_norm: float = 1.0
@@ -63,7 +63,6 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "gradient_accumulation", "log_every", "save_every", "keep"):
             check_range(f"train.{name}", getattr(self, name), 1, 10**9)
-        check_range("train.sample_every", self.sample_every, 0, 10**9)
         for tracker in self.trackers:
             check_choice("train.trackers", tracker, TRACKERS)
         self.trackers = list(dict.fromkeys(self.trackers))
@@ -84,8 +83,6 @@ class TrainConfig:
             self.mixed_precision = "no"
         check_choice("train.mixed_precision", self.mixed_precision, ("auto", "no", "fp16", "bf16"))
         check_choice("train.optimizer", self.optimizer, ("adamw", "adamw8bit"))
-        for name in self.trackers:
-            check_choice("train.trackers", name, ("tensorboard", "wandb", "trackio"))
 
 
 def check_range(name: str, value: float, low: float, high: float) -> None:

@@ -20,7 +20,7 @@ from diffusers import DDIMScheduler, SchedulerMixin
 from torch import Generator, Tensor
 
 from t2i.condition import Condition
-from t2i.config import build, check_choice
+from t2i.config import build, check_choice, check_integer
 from t2i.errors import InputError
 
 WEIGHTINGS = ("none", "min_snr")
@@ -39,14 +39,33 @@ class Denoiser(Protocol):
 
 def noise_scheduler(arguments: dict[str, Any]) -> DDIMScheduler:
     """The schedule of the noise, by its configuration. Raises InputError for one that cannot be trained with."""
+    check_integer("scheduler.num_train_timesteps", arguments.get("num_train_timesteps", 1000), 1, 100_000)
     scheduler = build(DDIMScheduler, "scheduler", arguments)
+    abar = scheduler.alphas_cumprod
+    falls = (abar.diff() <= 0).all()
+    if not (abar.isfinite().all() and abar.min() >= 0 and abar.max() <= 1 and falls):
+        raise InputError(
+            f"scheduler does not turn pictures into noise: their share goes from {abar[0]:g} to {abar[-1]:g}; it must "
+            "fall within 1 and 0, see its beta_start, beta_end and trained_betas"
+        )
     kind = scheduler.config.prediction_type
     check_choice("scheduler.prediction_type", kind, ("sample", "v_prediction", "epsilon"))
-    if scheduler.config.rescale_betas_zero_snr and kind == "epsilon":  # pure noise says nothing of the clean sample
+    if abar[-1] == 0 and kind == "epsilon":  # pure noise says nothing of the clean sample
         raise InputError(
-            "scheduler.rescale_betas_zero_snr needs scheduler.prediction_type sample or v_prediction, got epsilon"
+            "a schedule that ends in pure noise, as with scheduler.rescale_betas_zero_snr, needs "
+            "scheduler.prediction_type sample or v_prediction, got epsilon"
         )
     return scheduler
+
+
+def check_weighting(scheduler: SchedulerMixin, weighting: str) -> None:
+    """Refuse to leave untrained the step that sampling starts with."""
+    check_choice("loss_weighting", weighting, WEIGHTINGS)
+    if weighting == "min_snr" and scheduler.alphas_cumprod[-1] == 0:
+        raise InputError(
+            "loss_weighting=min_snr gives no weight to pure noise, where scheduler.rescale_betas_zero_snr ends and "
+            "sampling starts; leave one of the two"
+        )
 
 
 def denoise(

@@ -40,8 +40,13 @@ def check_same(name: str, ours: Any, theirs: Any, init: str) -> None:
 
 def check_prediction(init: str | None, scheduler: SchedulerMixin) -> None:
     """Refuse to let a model that learned to predict one thing predict another, if its run says what it learned."""
-    path = Path(init or "") / "scheduler" / "scheduler_config.json"
-    if init is None or not path.is_file():
+    if init is None:
+        return
+    folder = Path(init)  # of a run, of the model in a run, or of a part of a pipeline
+    places = (folder / "scheduler", folder.parent / "scheduler", folder.parent / f"{folder.name}_scheduler")
+    path = next((file for place in places if (file := place / "scheduler_config.json").is_file()), None)
+    if path is None:
+        print(f"init={init!r} does not say what it learned to predict; scheduler.prediction_type has to be that")
         return
     theirs = loaded(lambda path: json.loads(path.read_text())["prediction_type"], path)
     check_same("scheduler.prediction_type", scheduler.config.prediction_type, theirs, init)

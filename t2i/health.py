@@ -37,7 +37,11 @@ class Health:
     def add(self, batch: Batch, loss: Tensor) -> None:
         """A micro-batch and its loss."""
         self.read.append(batch.index)
+        self.reject(batch)
         self.losses.append(loss.detach())
+
+    def reject(self, batch: Batch) -> None:
+        """Note the samples for which others stand in."""
         self.new += dict(batch.rejected).items()  # each once, however often it was tried
         self.reasons.update(dict(batch.rejected).values())
 

@@ -163,7 +163,7 @@ def train(accelerator: Accelerator, stage: Stage, state: State) -> None:
             health.check_skipped(state.skipped)
             done = state.step == config.steps
             with watch.waiting():
-                log.step(state.step, rate, norm, validate(accelerator, stage, state))
+                log.step(state.step, rate, norm, validate(accelerator, stage, state, health))
             if stopping or done or state.step % config.save_every == 0:
                 with watch.waiting(busy=True):
                     failed_saves = save(accelerator, stage, state, failed_saves, must=bool(stopping) or done)
@@ -276,7 +276,7 @@ def draw(accelerator: Accelerator, stage: Stage, state: State, log: Log) -> None
 
 
 @torch.no_grad()
-def validate(accelerator: Accelerator, stage: Stage, state: State) -> dict[str, float] | None:
+def validate(accelerator: Accelerator, stage: Stage, state: State, health: Health) -> dict[str, float] | None:
     """When it is due, the averaged model's metrics on held-out samples: the same ones every time, with the same noise
     and timesteps."""
     config, world = state.config, accelerator.num_processes
@@ -290,8 +290,10 @@ def validate(accelerator: Accelerator, stage: Stage, state: State) -> dict[str, 
     with state.average.swapped() as model:
         for i in range(number):
             seed_noise(0, i, accelerator)
+            batch = next(loader)
+            health.reject(batch)
             with accelerator.autocast():
-                metrics = stage.loss(model, next(loader).to(accelerator.device))
+                metrics = stage.loss(model, batch.to(accelerator.device))
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0) + value.float() / number
     names = sorted(sums)

@@ -8,6 +8,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 
 from t2i.condition import Condition, TextEncoding
 from t2i.diffusion import (
+    check_weighting,
     conditional,
     denoise,
     draw_noise,
@@ -169,7 +170,7 @@ def test_a_schedule_that_ends_in_pure_noise_trains_and_samples(prediction_type, 
 
 
 def test_noise_cannot_be_predicted_from_pure_noise_and_the_schedule_says_so():
-    with pytest.raises(InputError, match="rescale_betas_zero_snr needs .* sample or v_prediction, got epsilon"):
+    with pytest.raises(InputError, match="rescale_betas_zero_snr, needs .* sample or v_prediction, got epsilon"):
         noise_scheduler({**ZERO_SNR, "prediction_type": "epsilon"})
     with pytest.raises(InputError, match="prediction_type must be one of sample, v_prediction, epsilon; got 'score'"):
         noise_scheduler({"prediction_type": "score"})
@@ -208,3 +209,23 @@ def test_conditions_repeat_and_join():
 def assert_same(a: TextEncoding, b: TextEncoding) -> None:
     for name, value in vars(a).items():
         torch.testing.assert_close(value, getattr(b, name))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_train_timesteps": 0}, "num_train_timesteps must be an integer from 1 to 100000, got 0"),
+        ({"beta_start": 5.0}, "does not turn pictures into noise"),
+        ({"trained_betas": [0.1, 1.0], "prediction_type": "epsilon"}, "ends in pure noise"),
+    ],
+)
+def test_a_schedule_that_is_none_is_refused(arguments, message):
+    with pytest.raises(InputError, match=message):
+        noise_scheduler(arguments)
+
+
+def test_a_weighting_that_leaves_pure_noise_untrained_is_refused():
+    scheduler = noise_scheduler({"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"})
+    check_weighting(scheduler, "none")
+    with pytest.raises(InputError, match="leave one of the two"):
+        check_weighting(scheduler, "min_snr")

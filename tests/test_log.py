@@ -25,6 +25,7 @@ def config_of(folder, **settings) -> TrainConfig:
 def run(config: TrainConfig, first: int, last: int, loss=float, **more) -> None:
     """Steps `first` to `last`, whose loss is a function of the step, 8 samples each."""
     log = Log(Accelerator(cpu=True), config, first - 1, 8)
+    log.open()
     for step in range(first, last + 1):
         log.add({"loss": torch.tensor(loss(step)), "half": torch.tensor(loss(step) / 2)})
         log.step(step, 0.1, torch.tensor(3.0), more.get(f"at_{step}"))
@@ -46,6 +47,7 @@ def test_a_row_holds_the_means_since_the_last_one_and_the_last_step_has_one(tmp_
 def test_speed_memory_and_time_left_are_those_of_the_process(tmp_path):
     config = config_of(tmp_path, steps=40)
     log = Log(Accelerator(cpu=True), config, 0, 8)
+    log.open()
     began = time.perf_counter()
     for step in range(1, 11):
         time.sleep(0.02)
@@ -104,6 +106,7 @@ def test_rows_are_dropped_only_where_they_must_be(tmp_path):
 
 def test_pictures_are_whole_files_named_by_step(tmp_path):
     log = Log(Accelerator(cpu=True), config_of(tmp_path), 0, 8)
+    log.open()
     for color in ("red", "blue"):
         log.images(7, {"pictures": Image.new("RGB", (6, 4), color), "more": Image.new("RGB", (2, 2))})
     log.close()
@@ -117,6 +120,7 @@ def test_tensorboard_has_every_row_once_after_a_resume_and_the_pictures(tmp_path
     run(config, 1, 15)
     run(config, 8, 20)
     log = Log(Accelerator(cpu=True), config, 20, 8)
+    log.open()
     log.images(20, {"pictures": Image.new("RGB", (6, 4), "red")})
     log.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))

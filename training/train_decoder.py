@@ -18,7 +18,7 @@ from t2i.data import Batch
 from t2i.data.cache import AutoencoderFacts, ClipFacts
 from t2i.data.source import Source, open_source
 from t2i.decoder import Decoder
-from t2i.diffusion import WEIGHTINGS, denoise, drop, loss_weight, noise_scheduler, weighted_mse
+from t2i.diffusion import check_weighting, denoise, drop, loss_weight, noise_scheduler, weighted_mse
 from t2i.finetuning import check_prediction, start_from
 from t2i.launch import run
 from t2i.loop import Stage, fit, start
@@ -56,9 +56,8 @@ class Config:
         check_range("embedding_dropout", self.embedding_dropout, 0, 1)
         check_range("caption_dropout", self.caption_dropout, 0, 1)
         check_range("timestep_shift", self.timestep_shift, 0.01, 100)
-        check_choice("loss_weighting", self.loss_weighting, WEIGHTINGS)
         check_range("min_snr_gamma", self.min_snr_gamma, 0.01, 1000)
-        noise_scheduler(self.scheduler)
+        check_weighting(noise_scheduler(self.scheduler), self.loss_weighting)
         check_lora(self.lora, self.init)
 
 

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 
 from t2i.checkpoint import export_model, load_model, weights_digest
-from t2i.config import DataConfig, TrainConfig, build, check_choice, check_range
+from t2i.config import DataConfig, TrainConfig, build, check_range
 from t2i.data import Batch
 from t2i.data.cache import ClipFacts
 from t2i.data.source import Source, open_source
-from t2i.diffusion import WEIGHTINGS, denoise, drop, loss_weight, noise_scheduler, weighted_mse
+from t2i.diffusion import check_weighting, denoise, drop, loss_weight, noise_scheduler, weighted_mse
 from t2i.finetuning import check_prediction, start_from
 from t2i.launch import run
 from t2i.loop import Stage, fit, start
@@ -47,9 +47,8 @@ class Config:
     def __post_init__(self) -> None:
         check_range("caption_dropout", self.caption_dropout, 0, 1)
         check_range("timestep_shift", self.timestep_shift, 0.01, 100)
-        check_choice("loss_weighting", self.loss_weighting, WEIGHTINGS)
         check_range("min_snr_gamma", self.min_snr_gamma, 0.01, 1000)
-        noise_scheduler(self.scheduler)
+        check_weighting(noise_scheduler(self.scheduler), self.loss_weighting)
         check_lora(self.lora, self.init)
 
 

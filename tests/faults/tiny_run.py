@@ -6,6 +6,7 @@ Faults of one process in one step: nan, nans (from then on), spike, raise, die, 
 signal (SIGTERM to itself), memory, disagree, twist; inf and huge (finite, but its gradient's norm is not).
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -122,7 +123,9 @@ def run(output: Path, *arguments: str) -> None:
     if sharded:
         accelerator.prepare = shard
     if scaler:
-        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)  # fp16's, for which there is no GPU here
+        # fp16's loss scaling, for which there is no GPU here, with the arithmetic left in fp32.
+        accelerator.scaler, accelerator.native_amp = torch.amp.GradScaler("cpu", init_scale=2.0**20), True
+        accelerator.state._mixed_precision, accelerator.autocast = "fp16", contextlib.nullcontext
 
     def preview(model: nn.Module) -> dict[str, Image.Image]:
         torch.randn(3)
