@@ -12,9 +12,11 @@ import time
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
-from safetensors.torch import load_file
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
 
 from t2i.autoencoder import load_autoencoder
 from t2i.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, stored_digest, weights_digest
@@ -24,7 +26,7 @@ from t2i.config import DataConfig, load_config
 from t2i.data import CaptionedPictures
 from t2i.data.cache import CachedPairs, pad, statistics, trim
 from t2i.data.manifest import write_manifest
-from t2i.data.source import FrozenModels
+from t2i.data.source import FrozenModels, open_source
 from t2i.errors import InputError
 from training import cache_data
 
@@ -276,6 +278,65 @@ def test_a_stale_cache_is_refused_by_name(override, message, shapes, runs, other
     with pytest.raises(InputError, match=f"the cache {str(finished)!r} is stale: .*{message}") as caught:
         train("decoder", shapes, tmp_path, **settings)
     assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="session")
+def public(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A CLIP and an autoencoder in folders as others write them."""
+    folder = tmp_path_factory.mktemp("public")
+    AutoencoderKL(block_out_channels=[32], latent_channels=4).save_pretrained(folder / "vae")
+    model = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+        "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+    }
+    (folder / "clip").mkdir()
+    preprocess = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+    (folder / "clip/open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": preprocess}))
+    save_file(open_clip.CLIP(**model).state_dict(), folder / "clip/open_clip_model.safetensors")
+    return f"local-dir:{folder / 'clip'}", str(folder / "vae")
+
+
+@pytest.mark.parametrize(
+    ("file", "what"),
+    [
+        ("vae/diffusion_pytorch_model.safetensors", "autoencoder"),
+        ("vae/config.json", "autoencoder"),
+        ("clip/open_clip_model.safetensors", "clip"),
+    ],
+)
+def test_other_weights_in_the_folder_of_a_public_model_make_a_cache_stale(file, what, public, shapes, runs, tmp_path):
+    clip, vae = public
+    cache = make(shapes, runs, tmp_path / "cache", clip=clip, autoencoder=vae)
+    data = DataConfig(str(shapes), 32, 0)
+    open_source(str(cache), data, clip, vae)
+    changed = Path(vae).parent / file
+    before = changed.read_bytes()
+    try:
+        if changed.suffix == ".json":
+            changed.write_bytes(before.replace(b"0.18215", b"0.5"))
+        else:
+            flip(changed)
+        with pytest.raises(InputError, match=f"is stale: it was made with another {what}, [0-9a-f]{{16}}, now"):
+            open_source(str(cache), data, clip, vae)
+        with pytest.raises(InputError, match="was made with another"):
+            make(shapes, runs, cache, clip=clip, autoencoder=vae)
+    finally:
+        changed.write_bytes(before)
+
+
+def test_another_tokenizer_of_the_same_clip_makes_a_cache_stale(shapes, runs, finished, tmp_path):
+    shutil.copytree(runs / "clip/model", tmp_path / "clip")
+    data = DataConfig(str(shapes), 32, 0)
+    open_source(str(finished), data, str(tmp_path / "clip"))
+    tokenizer = tmp_path / "clip/tokenizer.json"
+    content = json.loads(tokenizer.read_text())
+    content["model"]["merges"].pop()
+    tokenizer.write_text(json.dumps(content))
+    with pytest.raises(
+        InputError, match="is stale: it was made with another tokenizer, [0-9a-f]{16}, now [0-9a-f]{16}"
+    ):
+        open_source(str(finished), data, str(tmp_path / "clip"))
 
 
 @pytest.mark.parametrize(

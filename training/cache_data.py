@@ -43,7 +43,7 @@ from t2i.data.cache import (
 )
 from t2i.data.dataset import from_workers
 from t2i.data.manifest import Manifest
-from t2i.data.source import facts_of_autoencoder, facts_of_clip
+from t2i.data.source import facts_of_autoencoder, facts_of_clip, stored
 from t2i.errors import InputError
 from t2i.launch import run
 from t2i.loop import start
@@ -125,6 +125,7 @@ def key_of(config: Config, facts: dict[str, Any], datasets: dict[str, CaptionedP
     """All that decides what is in the shards."""
     key: dict[str, Any] = {name: fact and fact.identity for name, fact in facts.items()}
     key |= {"data": {split: dataset.digest() for split, dataset in datasets.items()}}
+    key |= {"stored": stored(config.clip, config.autoencoder)}
     key |= {"image_size": config.data.image_size}
     return key | {
         name: getattr(config, name) for name in ("text", "variations", "shard_size", "dtype", "mixed_precision")

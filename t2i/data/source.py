@@ -12,14 +12,17 @@ import torch
 from torch import Tensor
 
 from t2i.autoencoder import Autoencoder, load_autoencoder
-from t2i.checkpoint import class_name, stored_digest, weights_digest
+from t2i.checkpoint import class_name, files_digest, stored_digest, weights_digest
 from t2i.clip import CLIP, load_clip
 from t2i.condition import TextEncoding
 from t2i.config import DataConfig
 from t2i.data.cache import AutoencoderFacts, CachedPairs, ClipFacts, read_json, statistics
 from t2i.data.dataset import Batch, CaptionedPictures, Key, held_out_pictures
 from t2i.errors import InputError
+from t2i.untrusted import is_folder
 
+TOKENIZER = ("tokenizer.json", "tokenizer/*")  # files of a CLIP folder that are its tokenizer
+PUBLIC = ("*.safetensors", "*.json", "*.txt", "*.model")  # a folder as others write it: weights, settings, tokenizer
 MEASURED = 4096  # pictures that set mean and std of the embeddings without a cache, at most
 
 
@@ -175,12 +178,17 @@ def open_source(
 def refuse_stale(cache: CachedPairs, data: DataConfig, clip: str, autoencoder: str | None) -> None:
     """Refuse a cache that was made from anything else than what is named here.
 
-    Models and data that are folders of this machine are compared by their content, others by their names.
+    Models and data that are folders of this machine are compared by their content, other models by their names.
     """
     pairs: dict[str, tuple[Any, Any]] = {"data.image_size": (cache.made_from["image_size"], data.image_size)}
-    pairs["clip"] = compared(clip, "CLIP", cache.clip, stored_fingerprint)
+    files = cache.made_from.get("stored", {})
+    pairs["clip"] = compared(clip, "CLIP", cache.clip, stored_fingerprint, files.get("clip"))
+    if local_folder(clip) is not None:
+        pairs["tokenizer"] = (files.get("tokenizer"), stored_tokenizer(clip))
     if autoencoder is not None:
-        pairs["autoencoder"] = compared(autoencoder, "Autoencoder", cache.autoencoder, stored_digest)
+        pairs["autoencoder"] = compared(
+            autoencoder, "Autoencoder", cache.autoencoder, stored_digest, files.get("autoencoder")
+        )
     if Path(data.path).exists():
         pairs["data"] = (cache.made_from["data"]["train"], CaptionedPictures(data).digest())
     for name, (before, now) in pairs.items():
@@ -192,14 +200,47 @@ def refuse_stale(cache: CachedPairs, data: DataConfig, clip: str, autoencoder: s
 
 
 def compared(
-    name: str, wanted: str, facts: ClipFacts | AutoencoderFacts | None, identify: Callable[[Path], str]
-) -> tuple[str, str]:
-    """What a cache was made with, and what the configuration names now."""
+    name: str,
+    wanted: str,
+    facts: ClipFacts | AutoencoderFacts | None,
+    identify: Callable[[Path], str],
+    stored: str | None,
+) -> tuple[str | None, str | None]:
+    """What a cache was made with, and what the configuration names now; `stored` as in the cache's key."""
     assert facts is not None
-    folder = Path(name) / "model" if (Path(name) / "model").is_dir() else Path(name)
+    folder = local_folder(name)
+    if folder is None:
+        return facts.name, name
     if class_name(folder) == wanted:
         return facts.identity, identify(folder)
-    return facts.name, name
+    return stored, stored_model(name, wanted)
+
+
+def local_folder(name: str) -> Path | None:
+    """The folder of this machine that holds a model, None if the name is a public one's."""
+    path = Path(name if is_folder(name) else name.removeprefix("local-dir:"))
+    return next((folder for folder in (path / "model", path / "model.replaced", path) if is_folder(folder)), None)
+
+
+def stored_model(name: str, wanted: str) -> str | None:
+    """Of a model of others in a folder: of all its files. Our own, of class `wanted`, have an identity."""
+    folder = local_folder(name)
+    return None if folder is None or class_name(folder) == wanted else files_digest(folder, PUBLIC)
+
+
+def stored_tokenizer(name: str) -> str | None:
+    """Of the tokenizer in a CLIP's folder, None for a public CLIP."""
+    folder = local_folder(name)
+    return None if folder is None else files_digest(folder, TOKENIZER)
+
+
+def stored(clip: str | None, autoencoder: str | None) -> dict[str, str | None]:
+    """What a cache's key says of the files in folders of this machine, beside the identities of our own models."""
+    return {
+        "clip": clip and stored_model(clip, "CLIP"),
+        "tokenizer": clip and stored_tokenizer(clip),
+        "autoencoder": autoencoder and stored_model(autoencoder, "Autoencoder"),
+    }
 
 
 def stored_fingerprint(folder: Path) -> str:
