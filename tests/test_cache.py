@@ -325,6 +325,45 @@ def test_other_weights_in_the_folder_of_a_public_model_make_a_cache_stale(file, 
         changed.write_bytes(before)
 
 
+def test_a_changed_caption_of_a_held_out_picture_makes_a_cache_stale(shapes, runs, finished, tmp_path):
+    data = Path(shutil.copytree(shapes, tmp_path / "shapes"))
+    rows = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
+    next(row for row in rows if row.get("split") == "held_out")["text"] = "another caption"
+    (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_manifest(data, quiet=True)
+    with pytest.raises(InputError, match="is stale: it was made with another held-out data, [0-9a-f]{16}, now"):
+        open_source(str(finished), DataConfig(str(data), 32, 0), str(runs / "clip"))
+
+
+def test_records_are_refused_where_pictures_have_other_names(shapes, runs, finished, tmp_path):
+    data = Path(shutil.copytree(shapes, tmp_path / "shapes"))
+    lines = (data / "metadata.jsonl").read_text().splitlines()
+    for line in lines:
+        name = json.loads(line)["file_name"]
+        (data / name).rename(data / f"new-{name}")
+    renamed = [json.loads(line) | {"file_name": "new-" + json.loads(line)["file_name"]} for line in lines]
+    (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, renamed)))
+    write_manifest(data, quiet=True)
+    source = open_source(str(finished), DataConfig(str(data), 32, 0), str(runs / "clip"))
+    with pytest.raises(InputError, match="is stale: its picture 1 of held_out is '.*', in the data 'new-"):
+        source.records([(1, 0)])
+
+
+def test_data_without_a_manifest_are_said_not_to_be_compared(shapes, runs, finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    open_source(str(finished), DataConfig("hub:org/shapes", 32, 0), str(runs / "clip"))
+    assert f"'hub:org/shapes': the cache {str(finished)!r} is not compared" in capsys.readouterr().out
+    shutil.copytree(shapes, tmp_path / "data/shapes")
+    lines = (tmp_path / "data/shapes/metadata.jsonl").read_text().splitlines()
+    (tmp_path / "data/shapes/metadata.jsonl").write_text("\n".join(reversed(lines)))
+    write_manifest(tmp_path / "data/shapes", quiet=True)
+    shutil.move(tmp_path / "data/shapes/t2i/manifest.parquet", tmp_path / "data/shapes/manifest.parquet")
+    with pytest.raises(InputError, match="another data, "):
+        open_source(str(finished), DataConfig("hub:org/shapes", 32, 0), str(runs / "clip"))
+    open_source(str(finished), DataConfig(str(shapes), 32, 0), str(runs / "clip"))
+    assert capsys.readouterr().out == ""
+
+
 def test_another_tokenizer_of_the_same_clip_makes_a_cache_stale(shapes, runs, finished, tmp_path):
     shutil.copytree(runs / "clip/model", tmp_path / "clip")
     data = DataConfig(str(shapes), 32, 0)

@@ -3,6 +3,7 @@
 Both ways fill the same fields of a batch, so that a loss does not know which it is.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,9 @@ from t2i.checkpoint import class_name, files_digest, stored_digest, weights_dige
 from t2i.clip import CLIP, load_clip
 from t2i.condition import TextEncoding
 from t2i.config import DataConfig
-from t2i.data.cache import AutoencoderFacts, CachedPairs, ClipFacts, read_json, statistics
+from t2i.data.cache import SPLITS, AutoencoderFacts, CachedPairs, ClipFacts, read_json, statistics
 from t2i.data.dataset import Batch, CaptionedPictures, Key, held_out_pictures
+from t2i.data.manifest import Manifest, find_manifest
 from t2i.errors import InputError
 from t2i.untrusted import is_folder
 
@@ -139,8 +141,15 @@ class Cached:
         split = "train" if self.validation is None else "held_out"
         cached = CachedPairs(self.dataset.folder, split, latents=False)
         batch = cached.__getitems__(keys)
-        if Path(self.data.path).exists():
-            seen = CaptionedPictures(self.data, split).__getitems__(keys)
+        if has_manifest(self.data):
+            pictures = CaptionedPictures(self.data, split)
+            for index, _ in keys:
+                if cached.key(index) != pictures.key(index):
+                    raise InputError(
+                        f"the cache {str(cached.folder)!r} is stale: its picture {index} of {split} is "
+                        f"{cached.key(index)!r}, in the data {pictures.key(index)!r}; make another"
+                    )
+            seen = pictures.__getitems__(keys)
             batch.captions, batch.image = seen.captions, seen.image
         else:
             batch.captions = [cached.key(index) for index, _ in keys]
@@ -189,14 +198,32 @@ def refuse_stale(cache: CachedPairs, data: DataConfig, clip: str, autoencoder: s
         pairs["autoencoder"] = compared(
             autoencoder, "Autoencoder", cache.autoencoder, stored_digest, files.get("autoencoder")
         )
-    if Path(data.path).exists():
-        pairs["data"] = (cache.made_from["data"]["train"], CaptionedPictures(data).digest())
+    if has_manifest(data):
+        now, before = digests(data), cache.made_from["data"]
+        pairs |= {what: (before.get(split), now.get(split)) for what, split in zip(("data", "held-out data"), SPLITS)}
+    elif os.environ.get("RANK", "0") == "0":
+        print(f"no manifest in data.path={data.path!r}: the cache {str(cache.folder)!r} is not compared with its data")
     for name, (before, now) in pairs.items():
         if before != now:
             raise InputError(
                 f"the cache {str(cache.folder)!r} is stale: it was made with another {name}, {before}, now {now}; "
                 "make another, or give what it was made with"
             )
+
+
+def has_manifest(data: DataConfig) -> bool:
+    """Whether the pictures are at hand; a cache does without."""
+    try:
+        find_manifest(Path(data.path))
+    except InputError:
+        return False
+    return True
+
+
+def digests(data: DataConfig) -> dict[str, str]:
+    """Of each split that has pictures."""
+    there = Manifest(data.path, None).splits()
+    return {split: CaptionedPictures(data, split).digest() for split in SPLITS if split in there}
 
 
 def compared(
