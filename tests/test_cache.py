@@ -24,7 +24,7 @@ from t2i.clip import load_clip
 from t2i.condition import TextEncoding
 from t2i.config import DataConfig, load_config
 from t2i.data import CaptionedPictures
-from t2i.data.cache import CachedPairs, pad, statistics, trim
+from t2i.data.cache import CachedPairs, pad, statistics, trim, write_shard
 from t2i.data.manifest import write_manifest
 from t2i.data.source import FrozenModels, open_source
 from t2i.errors import InputError
@@ -408,6 +408,36 @@ def test_a_folder_with_anything_else_in_it_is_not_written_to(shapes, runs, tmp_p
     with pytest.raises(InputError, match="which is a file"):
         make(shapes, runs, tmp_path / "mine" / "file")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("output", ["file/cache", "file/far/cache", "/proc/cache"])
+def test_a_folder_that_cannot_be_written_is_refused_before_a_model_is_loaded(output, shapes, runs, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    output = tmp_path / output  # /proc stays as it is
+    with pytest.raises(InputError, match=f"^output='{output}' cannot be written") as caught:
+        make(shapes, runs, output, clip="nowhere")
+    assert "\n" not in str(caught.value) and [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_it_is_said_where_pictures_have_more_captions_than_are_cached(shapes, runs, tmp_path, capsys):
+    make(shapes, runs, tmp_path / "one", autoencoder="null", variations=1)
+    assert re.search(r"caches 1 of up to [2-9] captions of a picture", capsys.readouterr().out)
+    make(shapes, runs, tmp_path / "all", autoencoder="null", variations=64)
+    assert "captions of a picture" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "picture"),
+    [("image_embeds", 4, 4), ("latents", 2, 2), ("text_embeds", -1, 5), ("text_states", -1, 5)],
+)
+def test_a_shard_with_a_value_that_is_not_finite_is_not_written(name, row, picture, finished, tmp_path):
+    tensors = load_file(finished / "train-00000.safetensors")
+    write_shard(tmp_path / "good.safetensors", tensors)
+    key = CachedPairs(finished).key(picture)
+    tensors[name][row] = torch.tensor(1e6).half()  # infinity
+    with pytest.raises(InputError, match=f"^bad.safetensors would hold NaN or infinity in {name}, first of '{key}'"):
+        write_shard(tmp_path / "bad.safetensors", tensors)
+    assert not list(tmp_path.glob("*bad*"))
 
 
 @pytest.mark.parametrize(

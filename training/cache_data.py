@@ -29,6 +29,7 @@ from t2i.data.cache import (
     AutoencoderFacts,
     CachedPairs,
     ClipFacts,
+    check_writable,
     damage,
     finish,
     new_file,
@@ -91,6 +92,7 @@ class Shard:
 @torch.no_grad()
 def main(config: Config) -> None:
     folder = Path(config.output)
+    check_writable(folder)
     datasets = splits(config.data)
     clip, autoencoder = None, None
     facts: dict[str, ClipFacts | AutoencoderFacts | None] = {"clip": None, "autoencoder": None}
@@ -110,6 +112,9 @@ def main(config: Config) -> None:
         with new_file(folder / "config.yaml") as unfinished:
             unfinished.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
         write_json(folder / "key.json", key)
+        most = max(most_captions(dataset) for dataset in datasets.values())
+        if config.text and most > config.variations:
+            print(f"caches {config.variations} of up to {most} captions of a picture; `variations` sets how many")
     encoder = Encoder(config, accelerator, clip, autoencoder)
     shards = [shard for split, dataset in datasets.items() for shard in divide(split, len(dataset), config.shard_size)]
     write_shards(folder, datasets, shards, encoder, accelerator)
@@ -130,6 +135,11 @@ def key_of(config: Config, facts: dict[str, Any], datasets: dict[str, CaptionedP
     return key | {
         name: getattr(config, name) for name in ("text", "variations", "shard_size", "dtype", "mixed_precision")
     }
+
+
+def most_captions(dataset: CaptionedPictures) -> int:
+    """Captions and keywords of the picture that has most of them."""
+    return max(len(row["captions"]) + len(row["keywords"]) for row in dataset.manifest.rows("captions", "keywords"))
 
 
 def splits(config: DataConfig) -> dict[str, CaptionedPictures]:
