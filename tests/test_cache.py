@@ -33,6 +33,7 @@ from training import cache_data
 from .conftest import CONFIGS, train
 
 ROOT = Path(__file__).resolve().parent.parent
+PASSING = ("config.yaml", "run.lock")  # of a cache, that say who made it
 KEYS = [(31, 2), (0, 0), (7, 3), (6, 1), (31, 0), (12, 2), (5, 3)]  # in five shards, out of order, one twice
 STAGES = {"prior": ("clip",), "decoder": ("clip", "autoencoder")}
 
@@ -49,7 +50,7 @@ def make(data: Path, runs: Path, output: Path, **overrides: object) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "config.yaml"}
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name not in PASSING}
 
 
 @pytest.fixture(scope="session")
@@ -417,6 +418,18 @@ def test_a_folder_that_cannot_be_written_is_refused_before_a_model_is_loaded(out
     with pytest.raises(InputError, match=f"^output='{output}' cannot be written") as caught:
         make(shapes, runs, output, clip="nowhere")
     assert "\n" not in str(caught.value) and [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_two_makers_do_not_work_in_one_folder(shapes, runs, cache):
+    hold = "import fcntl, sys; file = open(sys.argv[1], 'a'); fcntl.lockf(file, fcntl.LOCK_EX); "
+    hold += "print('held', flush=True); input()"
+    command = [sys.executable, "-c", hold, str(cache / "run.lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match=f"^output='{cache}' is locked by "):
+            make(shapes, runs, cache)
+        other.communicate("\n")
+    make(shapes, runs, cache)
 
 
 def test_it_is_said_where_pictures_have_more_captions_than_are_cached(shapes, runs, tmp_path, capsys):

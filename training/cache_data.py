@@ -48,6 +48,7 @@ from t2i.data.source import facts_of_autoencoder, facts_of_clip, stored
 from t2i.errors import InputError
 from t2i.launch import run
 from t2i.loop import start
+from t2i.state import locked
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
@@ -107,23 +108,25 @@ def main(config: Config) -> None:
     refuse_another(folder, key)
 
     accelerator = start(TrainConfig(output=config.output, mixed_precision=config.mixed_precision))
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        with new_file(folder / "config.yaml") as unfinished:
-            unfinished.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
-        write_json(folder / "key.json", key)
-        most = max(most_captions(dataset) for dataset in datasets.values())
-        if config.text and most > config.variations:
-            print(f"caches {config.variations} of up to {most} captions of a picture; `variations` sets how many")
-    encoder = Encoder(config, accelerator, clip, autoencoder)
-    shards = [shard for split, dataset in datasets.items() for shard in divide(split, len(dataset), config.shard_size)]
-    write_shards(folder, datasets, shards, encoder, accelerator)
-    if accelerator.is_main_process:
-        counts = {split: sum(shard.split == split for shard in shards) for split in datasets}
-        described = {name: fact and asdict(fact) for name, fact in facts.items()}
-        training = [shard.path(folder) for shard in shards if shard.split == "train"]
-        finish(folder, key, described, encoder.shared(training), counts)
-        print(summary(folder, counts))
+    with locked(accelerator, folder, "output"):
+        if accelerator.is_main_process:
+            with new_file(folder / "config.yaml") as unfinished:
+                unfinished.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+            write_json(folder / "key.json", key)
+            most = max(most_captions(dataset) for dataset in datasets.values())
+            if config.text and most > config.variations:
+                print(f"caches {config.variations} of up to {most} captions of a picture; `variations` sets how many")
+        encoder = Encoder(config, accelerator, clip, autoencoder)
+        shards = [
+            shard for split, dataset in datasets.items() for shard in divide(split, len(dataset), config.shard_size)
+        ]
+        write_shards(folder, datasets, shards, encoder, accelerator)
+        if accelerator.is_main_process:
+            counts = {split: sum(shard.split == split for shard in shards) for split in datasets}
+            described = {name: fact and asdict(fact) for name, fact in facts.items()}
+            training = [shard.path(folder) for shard in shards if shard.split == "train"]
+            finish(folder, key, described, encoder.shared(training), counts)
+            print(summary(folder, counts))
 
 
 def key_of(config: Config, facts: dict[str, Any], datasets: dict[str, CaptionedPictures]) -> dict[str, Any]:

@@ -306,7 +306,7 @@ def refuse_another(folder: Path, key: dict[str, Any]) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output is {str(folder)!r}, which is a file; give a folder")
     if not (folder / "key.json").is_file():
-        if folder.exists() and any(not path.name.endswith(".unfinished") for path in folder.iterdir()):
+        if folder.exists() and any(not path.name.endswith((".unfinished", ".lock")) for path in folder.iterdir()):
             raise InputError(f"output is {str(folder)!r}, which holds other things than a cache; give a new folder")
         return
     before = read_json(folder / "key.json")
