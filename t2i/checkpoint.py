@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,9 +218,16 @@ def weights_digest(model: Module, more: str = "") -> str:
 def stored_digest(folder: Path) -> str:
     """`weights_digest` of the model saved in a folder, without building it."""
     tensors: dict[str, Tensor] = {}
-    for path in folder.glob("*.safetensors"):
+    for path in sorted(folder.glob("*.safetensors")):
         tensors |= loaded(load_file, path)
     return tensors_digest(tensors)
+
+
+def files_digest(folder: Path, patterns: Iterable[str]) -> str:
+    """16 hexadecimal digits for the names and bytes of the files in a folder that match any of `patterns`."""
+    paths = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    found = {path.relative_to(folder).as_posix(): digest(path) for path in paths}
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def tensors_digest(tensors: dict[str, Tensor], more: str = "") -> str:

@@ -262,8 +262,8 @@ def lasting(config: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def locked(accelerator: Accelerator, folder: Path) -> Iterator[None]:
-    """The folder for this run alone, as long as it lasts: a second trainer in it is refused."""
+def locked(accelerator: Accelerator, folder: Path, setting: str = "train.output") -> Iterator[None]:
+    """The folder for this run alone, as long as it lasts: a second one in it is refused."""
     held: list[Any] = []
 
     def lock() -> None:
@@ -272,7 +272,7 @@ def locked(accelerator: Accelerator, folder: Path) -> Iterator[None]:
             file = open(folder / "run.lock", "a+", encoding="utf-8")  # noqa: SIM115  held until the run ends
         except OSError as error:
             raise InputError(
-                f"train.output={str(folder)!r} cannot be written ({error}); give a folder that is yours"
+                f"{setting}={str(folder)!r} cannot be written ({error}); give a folder that is yours"
             ) from error
         held.append(file)
         if fcntl is not None:
@@ -281,9 +281,7 @@ def locked(accelerator: Accelerator, folder: Path) -> Iterator[None]:
             except (BlockingIOError, PermissionError) as error:
                 file.seek(0)
                 holder = file.read().strip() or "another process"
-                raise InputError(
-                    f"train.output={str(folder)!r} is locked by {holder}; wait for it or stop it"
-                ) from error
+                raise InputError(f"{setting}={str(folder)!r} is locked by {holder}; wait for it or stop it") from error
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()

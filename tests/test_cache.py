@@ -12,9 +12,11 @@ import time
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
-from safetensors.torch import load_file
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
 
 from t2i.autoencoder import load_autoencoder
 from t2i.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, stored_digest, weights_digest
@@ -22,15 +24,16 @@ from t2i.clip import load_clip
 from t2i.condition import TextEncoding
 from t2i.config import DataConfig, load_config
 from t2i.data import CaptionedPictures
-from t2i.data.cache import CachedPairs, pad, statistics, trim
+from t2i.data.cache import CachedPairs, pad, statistics, trim, write_shard
 from t2i.data.manifest import write_manifest
-from t2i.data.source import FrozenModels
+from t2i.data.source import FrozenModels, open_source
 from t2i.errors import InputError
 from training import cache_data
 
 from .conftest import CONFIGS, train
 
 ROOT = Path(__file__).resolve().parent.parent
+PASSING = ("config.yaml", "run.lock")  # of a cache, that say who made it
 KEYS = [(31, 2), (0, 0), (7, 3), (6, 1), (31, 0), (12, 2), (5, 3)]  # in five shards, out of order, one twice
 STAGES = {"prior": ("clip",), "decoder": ("clip", "autoencoder")}
 
@@ -47,7 +50,7 @@ def make(data: Path, runs: Path, output: Path, **overrides: object) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "config.yaml"}
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name not in PASSING}
 
 
 @pytest.fixture(scope="session")
@@ -278,6 +281,104 @@ def test_a_stale_cache_is_refused_by_name(override, message, shapes, runs, other
     assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
 
 
+@pytest.fixture(scope="session")
+def public(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A CLIP and an autoencoder in folders as others write them."""
+    folder = tmp_path_factory.mktemp("public")
+    AutoencoderKL(block_out_channels=[32], latent_channels=4).save_pretrained(folder / "vae")
+    model = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+        "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+    }
+    (folder / "clip").mkdir()
+    preprocess = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+    (folder / "clip/open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": preprocess}))
+    save_file(open_clip.CLIP(**model).state_dict(), folder / "clip/open_clip_model.safetensors")
+    return f"local-dir:{folder / 'clip'}", str(folder / "vae")
+
+
+@pytest.mark.parametrize(
+    ("file", "what"),
+    [
+        ("vae/diffusion_pytorch_model.safetensors", "autoencoder"),
+        ("vae/config.json", "autoencoder"),
+        ("clip/open_clip_model.safetensors", "clip"),
+    ],
+)
+def test_other_weights_in_the_folder_of_a_public_model_make_a_cache_stale(file, what, public, shapes, runs, tmp_path):
+    clip, vae = public
+    cache = make(shapes, runs, tmp_path / "cache", clip=clip, autoencoder=vae)
+    data = DataConfig(str(shapes), 32, 0)
+    open_source(str(cache), data, clip, vae)
+    changed = Path(vae).parent / file
+    before = changed.read_bytes()
+    try:
+        if changed.suffix == ".json":
+            changed.write_bytes(before.replace(b"0.18215", b"0.5"))
+        else:
+            flip(changed)
+        with pytest.raises(InputError, match=f"is stale: it was made with another {what}, [0-9a-f]{{16}}, now"):
+            open_source(str(cache), data, clip, vae)
+        with pytest.raises(InputError, match="was made with another"):
+            make(shapes, runs, cache, clip=clip, autoencoder=vae)
+    finally:
+        changed.write_bytes(before)
+
+
+def test_a_changed_caption_of_a_held_out_picture_makes_a_cache_stale(shapes, runs, finished, tmp_path):
+    data = Path(shutil.copytree(shapes, tmp_path / "shapes"))
+    rows = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
+    next(row for row in rows if row.get("split") == "held_out")["text"] = "another caption"
+    (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_manifest(data, quiet=True)
+    with pytest.raises(InputError, match="is stale: it was made with another held-out data, [0-9a-f]{16}, now"):
+        open_source(str(finished), DataConfig(str(data), 32, 0), str(runs / "clip"))
+
+
+def test_records_are_refused_where_pictures_have_other_names(shapes, runs, finished, tmp_path):
+    data = Path(shutil.copytree(shapes, tmp_path / "shapes"))
+    lines = (data / "metadata.jsonl").read_text().splitlines()
+    for line in lines:
+        name = json.loads(line)["file_name"]
+        (data / name).rename(data / f"new-{name}")
+    renamed = [json.loads(line) | {"file_name": "new-" + json.loads(line)["file_name"]} for line in lines]
+    (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, renamed)))
+    write_manifest(data, quiet=True)
+    source = open_source(str(finished), DataConfig(str(data), 32, 0), str(runs / "clip"))
+    with pytest.raises(InputError, match="is stale: its picture 1 of held_out is '.*', in the data 'new-"):
+        source.records([(1, 0)])
+
+
+def test_data_without_a_manifest_are_said_not_to_be_compared(shapes, runs, finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    open_source(str(finished), DataConfig("hub:org/shapes", 32, 0), str(runs / "clip"))
+    assert f"'hub:org/shapes': the cache {str(finished)!r} is not compared" in capsys.readouterr().out
+    shutil.copytree(shapes, tmp_path / "data/shapes")
+    lines = (tmp_path / "data/shapes/metadata.jsonl").read_text().splitlines()
+    (tmp_path / "data/shapes/metadata.jsonl").write_text("\n".join(reversed(lines)))
+    write_manifest(tmp_path / "data/shapes", quiet=True)
+    shutil.move(tmp_path / "data/shapes/t2i/manifest.parquet", tmp_path / "data/shapes/manifest.parquet")
+    with pytest.raises(InputError, match="another data, "):
+        open_source(str(finished), DataConfig("hub:org/shapes", 32, 0), str(runs / "clip"))
+    open_source(str(finished), DataConfig(str(shapes), 32, 0), str(runs / "clip"))
+    assert capsys.readouterr().out == ""
+
+
+def test_another_tokenizer_of_the_same_clip_makes_a_cache_stale(shapes, runs, finished, tmp_path):
+    shutil.copytree(runs / "clip/model", tmp_path / "clip")
+    data = DataConfig(str(shapes), 32, 0)
+    open_source(str(finished), data, str(tmp_path / "clip"))
+    tokenizer = tmp_path / "clip/tokenizer.json"
+    content = json.loads(tokenizer.read_text())
+    content["model"]["merges"].pop()
+    tokenizer.write_text(json.dumps(content))
+    with pytest.raises(
+        InputError, match="is stale: it was made with another tokenizer, [0-9a-f]{16}, now [0-9a-f]{16}"
+    ):
+        open_source(str(finished), data, str(tmp_path / "clip"))
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -308,6 +409,48 @@ def test_a_folder_with_anything_else_in_it_is_not_written_to(shapes, runs, tmp_p
     with pytest.raises(InputError, match="which is a file"):
         make(shapes, runs, tmp_path / "mine" / "file")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("output", ["file/cache", "file/far/cache", "/proc/cache"])
+def test_a_folder_that_cannot_be_written_is_refused_before_a_model_is_loaded(output, shapes, runs, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    output = tmp_path / output  # /proc stays as it is
+    with pytest.raises(InputError, match=f"^output='{output}' cannot be written") as caught:
+        make(shapes, runs, output, clip="nowhere")
+    assert "\n" not in str(caught.value) and [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_two_makers_do_not_work_in_one_folder(shapes, runs, cache):
+    hold = "import fcntl, sys; file = open(sys.argv[1], 'a'); fcntl.lockf(file, fcntl.LOCK_EX); "
+    hold += "print('held', flush=True); input()"
+    command = [sys.executable, "-c", hold, str(cache / "run.lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match=f"^output='{cache}' is locked by "):
+            make(shapes, runs, cache)
+        other.communicate("\n")
+    make(shapes, runs, cache)
+
+
+def test_it_is_said_where_pictures_have_more_captions_than_are_cached(shapes, runs, tmp_path, capsys):
+    make(shapes, runs, tmp_path / "one", autoencoder="null", variations=1)
+    assert re.search(r"caches 1 of up to [2-9] captions of a picture", capsys.readouterr().out)
+    make(shapes, runs, tmp_path / "all", autoencoder="null", variations=64)
+    assert "captions of a picture" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "picture"),
+    [("image_embeds", 4, 4), ("latents", 2, 2), ("text_embeds", -1, 5), ("text_states", -1, 5)],
+)
+def test_a_shard_with_a_value_that_is_not_finite_is_not_written(name, row, picture, finished, tmp_path):
+    tensors = load_file(finished / "train-00000.safetensors")
+    write_shard(tmp_path / "good.safetensors", tensors)
+    key = CachedPairs(finished).key(picture)
+    tensors[name][row] = torch.tensor(1e6).half()  # infinity
+    with pytest.raises(InputError, match=f"^bad.safetensors would hold NaN or infinity in {name}, first of '{key}'"):
+        write_shard(tmp_path / "bad.safetensors", tensors)
+    assert not list(tmp_path.glob("*bad*"))
 
 
 @pytest.mark.parametrize(

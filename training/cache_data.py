@@ -29,6 +29,7 @@ from t2i.data.cache import (
     AutoencoderFacts,
     CachedPairs,
     ClipFacts,
+    check_writable,
     damage,
     finish,
     new_file,
@@ -43,10 +44,11 @@ from t2i.data.cache import (
 )
 from t2i.data.dataset import from_workers
 from t2i.data.manifest import Manifest
-from t2i.data.source import facts_of_autoencoder, facts_of_clip
+from t2i.data.source import facts_of_autoencoder, facts_of_clip, stored
 from t2i.errors import InputError
 from t2i.launch import run
 from t2i.loop import start
+from t2i.state import locked
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
@@ -91,6 +93,7 @@ class Shard:
 @torch.no_grad()
 def main(config: Config) -> None:
     folder = Path(config.output)
+    check_writable(folder)
     datasets = splits(config.data)
     clip, autoencoder = None, None
     facts: dict[str, ClipFacts | AutoencoderFacts | None] = {"clip": None, "autoencoder": None}
@@ -105,30 +108,41 @@ def main(config: Config) -> None:
     refuse_another(folder, key)
 
     accelerator = start(TrainConfig(output=config.output, mixed_precision=config.mixed_precision))
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        with new_file(folder / "config.yaml") as unfinished:
-            unfinished.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
-        write_json(folder / "key.json", key)
-    encoder = Encoder(config, accelerator, clip, autoencoder)
-    shards = [shard for split, dataset in datasets.items() for shard in divide(split, len(dataset), config.shard_size)]
-    write_shards(folder, datasets, shards, encoder, accelerator)
-    if accelerator.is_main_process:
-        counts = {split: sum(shard.split == split for shard in shards) for split in datasets}
-        described = {name: fact and asdict(fact) for name, fact in facts.items()}
-        training = [shard.path(folder) for shard in shards if shard.split == "train"]
-        finish(folder, key, described, encoder.shared(training), counts)
-        print(summary(folder, counts))
+    with locked(accelerator, folder, "output"):
+        if accelerator.is_main_process:
+            with new_file(folder / "config.yaml") as unfinished:
+                unfinished.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+            write_json(folder / "key.json", key)
+            most = max(most_captions(dataset) for dataset in datasets.values())
+            if config.text and most > config.variations:
+                print(f"caches {config.variations} of up to {most} captions of a picture; `variations` sets how many")
+        encoder = Encoder(config, accelerator, clip, autoencoder)
+        shards = [
+            shard for split, dataset in datasets.items() for shard in divide(split, len(dataset), config.shard_size)
+        ]
+        write_shards(folder, datasets, shards, encoder, accelerator)
+        if accelerator.is_main_process:
+            counts = {split: sum(shard.split == split for shard in shards) for split in datasets}
+            described = {name: fact and asdict(fact) for name, fact in facts.items()}
+            training = [shard.path(folder) for shard in shards if shard.split == "train"]
+            finish(folder, key, described, encoder.shared(training), counts)
+            print(summary(folder, counts))
 
 
 def key_of(config: Config, facts: dict[str, Any], datasets: dict[str, CaptionedPictures]) -> dict[str, Any]:
     """All that decides what is in the shards."""
     key: dict[str, Any] = {name: fact and fact.identity for name, fact in facts.items()}
     key |= {"data": {split: dataset.digest() for split, dataset in datasets.items()}}
+    key |= {"stored": stored(config.clip, config.autoencoder)}
     key |= {"image_size": config.data.image_size}
     return key | {
         name: getattr(config, name) for name in ("text", "variations", "shard_size", "dtype", "mixed_precision")
     }
+
+
+def most_captions(dataset: CaptionedPictures) -> int:
+    """Captions and keywords of the picture that has most of them."""
+    return max(len(row["captions"]) + len(row["keywords"]) for row in dataset.manifest.rows("captions", "keywords"))
 
 
 def splits(config: DataConfig) -> dict[str, CaptionedPictures]:

@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -202,8 +203,27 @@ def shard_path(folder: Path, split: str, number: int) -> Path:
     return folder / f"{split}-{number:05}.safetensors"
 
 
+def check_values(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Refuse a shard with NaN or infinity, by the name of its first picture with one."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or (finite := tensor.isfinite().flatten(1).all(dim=1)).all():
+            continue
+        row = (~finite).nonzero()[:, 0]
+        if name == "text_states":  # a row is a token
+            row = torch.searchsorted(tensors["text_offsets"], row, right=True) - 1
+        if name.startswith("text_"):  # a row is a caption
+            row = torch.isin(tensors["choice"], row).any(dim=1).nonzero()[:, 0]
+        start, end = tensors["key_offsets"][int(row[0]) : int(row[0]) + 2].tolist()
+        key = bytes(tensors["keys"][start:end].tolist()).decode()
+        raise InputError(
+            f"{path.name} would hold NaN or infinity in {name}, first of {key!r}; dtype=float32 and "
+            "mixed_precision=no hold larger values"
+        )
+
+
 def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
-    """A shard and, after it, the file that says it is whole."""
+    """A shard and, after it, the file that says it is whole. Raises InputError for values that are not finite."""
+    check_values(path, tensors)
     with new_file(path) as unfinished:
         save_file(tensors, unfinished)
         row = {"sha256": digest(unfinished), "bytes": unfinished.stat().st_size}
@@ -269,12 +289,24 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
     return loaded(load_file, path)
 
 
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be written or made; leaves nothing."""
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if parent == folder and not folder.is_dir():
+        return  # a file, which `refuse_another` names
+    try:
+        with TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise InputError(f"output={str(folder)!r} cannot be written ({error}); give another folder") from error
+
+
 def refuse_another(folder: Path, key: dict[str, Any]) -> None:
     """Refuse to write a cache with `key` into a folder that holds a cache made from anything else, or other files."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output is {str(folder)!r}, which is a file; give a folder")
     if not (folder / "key.json").is_file():
-        if folder.exists() and any(not path.name.endswith(".unfinished") for path in folder.iterdir()):
+        if folder.exists() and any(not path.name.endswith((".unfinished", ".lock")) for path in folder.iterdir()):
             raise InputError(f"output is {str(folder)!r}, which holds other things than a cache; give a new folder")
         return
     before = read_json(folder / "key.json")

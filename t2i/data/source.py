@@ -3,6 +3,7 @@
 Both ways fill the same fields of a batch, so that a loss does not know which it is.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,14 +13,18 @@ import torch
 from torch import Tensor
 
 from t2i.autoencoder import Autoencoder, load_autoencoder
-from t2i.checkpoint import class_name, stored_digest, weights_digest
+from t2i.checkpoint import class_name, files_digest, stored_digest, weights_digest
 from t2i.clip import CLIP, load_clip
 from t2i.condition import TextEncoding
 from t2i.config import DataConfig
-from t2i.data.cache import AutoencoderFacts, CachedPairs, ClipFacts, read_json, statistics
+from t2i.data.cache import SPLITS, AutoencoderFacts, CachedPairs, ClipFacts, read_json, statistics
 from t2i.data.dataset import Batch, CaptionedPictures, Key, held_out_pictures
+from t2i.data.manifest import Manifest, find_manifest
 from t2i.errors import InputError
+from t2i.untrusted import is_folder
 
+TOKENIZER = ("tokenizer.json", "tokenizer/*")  # files of a CLIP folder that are its tokenizer
+PUBLIC = ("*.safetensors", "*.json", "*.txt", "*.model")  # a folder as others write it: weights, settings, tokenizer
 MEASURED = 4096  # pictures that set mean and std of the embeddings without a cache, at most
 
 
@@ -136,8 +141,15 @@ class Cached:
         split = "train" if self.validation is None else "held_out"
         cached = CachedPairs(self.dataset.folder, split, latents=False)
         batch = cached.__getitems__(keys)
-        if Path(self.data.path).exists():
-            seen = CaptionedPictures(self.data, split).__getitems__(keys)
+        if has_manifest(self.data):
+            pictures = CaptionedPictures(self.data, split)
+            for index, _ in keys:
+                if cached.key(index) != pictures.key(index):
+                    raise InputError(
+                        f"the cache {str(cached.folder)!r} is stale: its picture {index} of {split} is "
+                        f"{cached.key(index)!r}, in the data {pictures.key(index)!r}; make another"
+                    )
+            seen = pictures.__getitems__(keys)
             batch.captions, batch.image = seen.captions, seen.image
         else:
             batch.captions = [cached.key(index) for index, _ in keys]
@@ -175,14 +187,22 @@ def open_source(
 def refuse_stale(cache: CachedPairs, data: DataConfig, clip: str, autoencoder: str | None) -> None:
     """Refuse a cache that was made from anything else than what is named here.
 
-    Models and data that are folders of this machine are compared by their content, others by their names.
+    Models and data that are folders of this machine are compared by their content, other models by their names.
     """
     pairs: dict[str, tuple[Any, Any]] = {"data.image_size": (cache.made_from["image_size"], data.image_size)}
-    pairs["clip"] = compared(clip, "CLIP", cache.clip, stored_fingerprint)
+    files = cache.made_from.get("stored", {})
+    pairs["clip"] = compared(clip, "CLIP", cache.clip, stored_fingerprint, files.get("clip"))
+    if local_folder(clip) is not None:
+        pairs["tokenizer"] = (files.get("tokenizer"), stored_tokenizer(clip))
     if autoencoder is not None:
-        pairs["autoencoder"] = compared(autoencoder, "Autoencoder", cache.autoencoder, stored_digest)
-    if Path(data.path).exists():
-        pairs["data"] = (cache.made_from["data"]["train"], CaptionedPictures(data).digest())
+        pairs["autoencoder"] = compared(
+            autoencoder, "Autoencoder", cache.autoencoder, stored_digest, files.get("autoencoder")
+        )
+    if has_manifest(data):
+        now, before = digests(data), cache.made_from["data"]
+        pairs |= {what: (before.get(split), now.get(split)) for what, split in zip(("data", "held-out data"), SPLITS)}
+    elif os.environ.get("RANK", "0") == "0":
+        print(f"no manifest in data.path={data.path!r}: the cache {str(cache.folder)!r} is not compared with its data")
     for name, (before, now) in pairs.items():
         if before != now:
             raise InputError(
@@ -191,15 +211,63 @@ def refuse_stale(cache: CachedPairs, data: DataConfig, clip: str, autoencoder: s
             )
 
 
+def has_manifest(data: DataConfig) -> bool:
+    """Whether the pictures are at hand; a cache does without."""
+    try:
+        find_manifest(Path(data.path))
+    except InputError:
+        return False
+    return True
+
+
+def digests(data: DataConfig) -> dict[str, str]:
+    """Of each split that has pictures."""
+    there = Manifest(data.path, None).splits()
+    return {split: CaptionedPictures(data, split).digest() for split in SPLITS if split in there}
+
+
 def compared(
-    name: str, wanted: str, facts: ClipFacts | AutoencoderFacts | None, identify: Callable[[Path], str]
-) -> tuple[str, str]:
-    """What a cache was made with, and what the configuration names now."""
+    name: str,
+    wanted: str,
+    facts: ClipFacts | AutoencoderFacts | None,
+    identify: Callable[[Path], str],
+    stored: str | None,
+) -> tuple[str | None, str | None]:
+    """What a cache was made with, and what the configuration names now; `stored` as in the cache's key."""
     assert facts is not None
-    folder = Path(name) / "model" if (Path(name) / "model").is_dir() else Path(name)
+    folder = local_folder(name)
+    if folder is None:
+        return facts.name, name
     if class_name(folder) == wanted:
         return facts.identity, identify(folder)
-    return facts.name, name
+    return stored, stored_model(name, wanted)
+
+
+def local_folder(name: str) -> Path | None:
+    """The folder of this machine that holds a model, None if the name is a public one's."""
+    path = Path(name if is_folder(name) else name.removeprefix("local-dir:"))
+    return next((folder for folder in (path / "model", path / "model.replaced", path) if is_folder(folder)), None)
+
+
+def stored_model(name: str, wanted: str) -> str | None:
+    """Of a model of others in a folder: of all its files. Our own, of class `wanted`, have an identity."""
+    folder = local_folder(name)
+    return None if folder is None or class_name(folder) == wanted else files_digest(folder, PUBLIC)
+
+
+def stored_tokenizer(name: str) -> str | None:
+    """Of the tokenizer in a CLIP's folder, None for a public CLIP."""
+    folder = local_folder(name)
+    return None if folder is None else files_digest(folder, TOKENIZER)
+
+
+def stored(clip: str | None, autoencoder: str | None) -> dict[str, str | None]:
+    """What a cache's key says of the files in folders of this machine, beside the identities of our own models."""
+    return {
+        "clip": clip and stored_model(clip, "CLIP"),
+        "tokenizer": clip and stored_tokenizer(clip),
+        "autoencoder": autoencoder and stored_model(autoencoder, "Autoencoder"),
+    }
 
 
 def stored_fingerprint(folder: Path) -> str:
