@@ -125,6 +125,21 @@ def test_other_peoples_folders_are_never_replaced(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "mine"]
 
 
+def test_a_folder_of_ours_that_holds_the_source_or_anything_else_is_not_replaced(tmp_path):
+    out = tmp_path / "out"
+    write_manifest(folder_of(tmp_path / "folder", "abc"), out, quiet=True)
+    write_manifest(tmp_path / "folder", out, quiet=True)
+    folder_of(out / "pictures", "abc")
+    for source, target, message in (
+        (out / "pictures", out, "holds the source"),
+        (tmp_path / "folder", tmp_path / "folder", "holds the source"),
+        (tmp_path / "folder", out, "holds 'pictures', which no check wrote"),
+    ):
+        with pytest.raises(InputError, match=message):
+            write_manifest(source, target, quiet=True)
+    assert len(list((out / "pictures").iterdir())) == 6 and (out / "manifest.parquet").exists()
+
+
 def test_a_check_that_fails_leaves_what_was_there(tmp_path):
     pq.write_table(pa.table({"image": [picture("red")], "text": ["red"]}), tmp_path / "a.parquet")
     write_manifest(tmp_path, quiet=True)

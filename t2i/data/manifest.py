@@ -24,6 +24,7 @@ from t2i.errors import InputError
 
 NAME = "manifest.parquet"
 FOLDER = "t2i"  # below a source folder
+WRITTEN = {NAME, "report.json", "sizes.png", "rows"}  # all that a check leaves in its folder
 SCHEMA = pa.schema(
     {
         "key": pa.string(),
@@ -86,7 +87,7 @@ def write_manifest(
     """
     out = out or default_folder(str(name))
     source = open_source(str(name), columns or Columns())
-    check_target(out)
+    check_target(out, str(name))
     report = Report(str(name), str(out / NAME))
     out = out.resolve()
     with new_folder(out) as unfinished, silent():
@@ -124,10 +125,15 @@ def default_folder(name: str) -> Path:
     return Path("data") / name.rsplit("/", 1)[-1].removeprefix("hub:")
 
 
-def check_target(out: Path) -> None:
-    """Refuse to replace what no check wrote, and what cannot be written."""
+def check_target(out: Path, source: str) -> None:
+    """Refuse to replace the source, what no check wrote, and what cannot be written."""
+    path = Path(source.removeprefix("hub:"))
+    if path.exists() and path.resolve().is_relative_to(out.resolve()):
+        raise InputError(f"{str(out)!r} is or holds the source {source!r}; give another folder with --out")
     if out.is_dir() and any(out.iterdir()) and not written_by_check(out):
         raise InputError(f"{str(out)!r} is not empty and holds no manifest; give another folder with --out")
+    if out.is_dir() and (others := {path.name for path in out.iterdir()} - WRITTEN):
+        raise InputError(f"{str(out)!r} holds {min(others)!r}, which no check wrote; give another folder with --out")
     if out.exists() and not out.is_dir():
         raise InputError(f"{str(out)!r} is a file; give a folder with --out")
     parent = next(parent for parent in out.resolve().parents if parent.exists())
