@@ -99,6 +99,18 @@ def test_metadata_in_folders_of_splits(tmp_path):
     assert {key: row["split"] for key, row in rows.items()} == {"train/x.png": "train", "validation/x.png": "held_out"}
 
 
+def test_a_caption_cut_by_a_comma_and_a_repeated_column_are_not_read(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.png").write_bytes(picture("red"))
+    (tmp_path / "metadata.csv").write_text('file_name,text\na.png,red, not blue\nb.png,"red, not blue"\n')
+    rows, report = check(tmp_path)
+    assert rows["metadata.csv:2"]["status"] == "bad_row" and "quotes" in rows["metadata.csv:2"]["detail"]
+    assert rows["b.png"]["captions"] == ["red, not blue"] and report.ok == 1
+    (tmp_path / "metadata.csv").write_text("file_name,text,text\na.png,red,blue\n")
+    with pytest.raises(InputError, match="column 'text' .* twice"):
+        check(tmp_path)
+
+
 def test_bad_rows_of_metadata_are_left_out_by_name(tmp_path):
     for name in ("ok.png", "b.png", "c.png", "d.png", "e.svg"):
         (tmp_path / name).write_bytes(picture("red"))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -325,7 +325,7 @@ def metadata_rows(table: Path) -> Iterator[tuple[int, dict[str, Any] | Rejected]
     elif table.suffix == ".csv":
         try:
             with open(table, encoding="utf-8-sig", newline="") as text:
-                yield from ((number, dict(row)) for number, row in enumerate(csv.DictReader(text), start=2))
+                yield from csv_rows(text, table)
         except (csv.Error, UnicodeDecodeError) as error:
             raise InputError(f"{str(table)!r} is not CSV in UTF-8: {error}") from error
     else:
@@ -333,6 +333,18 @@ def metadata_rows(table: Path) -> Iterator[tuple[int, dict[str, Any] | Rejected]
             yield from enumerate(chain.from_iterable(map(rows_of, pq.ParquetFile(table).iter_batches(1_000))))
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{str(table)!r} does not read as parquet: {error}") from error
+
+
+def csv_rows(text: TextIO, table: Path) -> Iterator[tuple[int, dict[str, Any] | Rejected]]:
+    reader = csv.DictReader(text)
+    names = reader.fieldnames or []
+    if repeated := [name for name, count in Counter(names).items() if count > 1]:
+        raise InputError(f"column {repeated[0]!r} of {str(table)!r} is there twice; columns need names of their own")
+    for number, row in enumerate(reader, start=2):
+        if None in row:  # what a comma without quotes cuts off
+            yield number, Rejected(Reason.bad_row, f"more than {len(names)} values; a text with commas needs quotes")
+        else:
+            yield number, dict(row)
 
 
 def rows_of(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | Rejected]:
