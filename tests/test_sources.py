@@ -59,6 +59,19 @@ def test_pictures_with_text_files(tmp_path):
     assert assert_paired(tmp_path) == report.ok
 
 
+def test_two_pictures_cannot_share_a_text_file(tmp_path):
+    for name in ("a.png", "a.jpg", "b.png", "b.jpg", "c.png"):
+        (tmp_path / name).write_bytes(picture("red"))
+    (tmp_path / "a.txt").write_text("red")
+    (tmp_path / "c.txt").write_text("red")
+    assert reasons(check(tmp_path)[0]) == {
+        "a.jpg": "repeated_key",
+        "a.png": "repeated_key",
+        "b.jpg": "no_caption",
+        "b.png": "no_caption",
+    }
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 def test_pictures_with_metadata(tmp_path, kind):
     rows = []

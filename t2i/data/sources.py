@@ -152,7 +152,7 @@ def open_sidecars(root: Path, files: list[Path], notes: Notes) -> Source:
         kinds = "name.png with name.txt, pictures with metadata.jsonl or .csv, .tar or .parquet files"
         raise InputError(f"no pictures in {str(root)!r}; it can hold {kinds}")
     texts = {file.with_suffix("") for file in files if file.suffix.lower() in CAPTIONS}
-    pictured = {file.with_suffix("") for file in pictures}
+    pictured = Counter(file.with_suffix("") for file in pictures)
     for file in files:
         if file.suffix.lower() not in CAPTIONS and not is_picture(file):
             ignore(file, notes)
@@ -166,6 +166,8 @@ def open_sidecars(root: Path, files: list[Path], notes: Notes) -> Source:
                 try:
                     if picture.with_suffix("") not in texts:
                         raise Rejected(Reason.no_caption, f"no {picture.stem}.txt")
+                    if (count := pictured[picture.with_suffix("")]) > 1:
+                        raise Rejected(Reason.repeated_key, f"{count} pictures {picture.stem} with one text")
                     sample.captions = read_sidecar(root, picture)
                 except Rejected as error:
                     sample.problem = error
