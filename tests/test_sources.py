@@ -125,12 +125,13 @@ def test_a_caption_cut_by_a_comma_and_a_repeated_column_are_not_read(tmp_path):
 
 
 def test_bad_rows_of_metadata_are_left_out_by_name(tmp_path):
-    for name in ("ok.png", "b.png", "c.png", "d.png", "e.svg"):
+    for name in ("ok.png", "twice.png", "b.png", "c.png", "d.png", "e.svg"):
         (tmp_path / name).write_bytes(picture("red"))
     (tmp_path / "folder.png").mkdir()
     lines = [
         '{"file_name": "ok.png", "text": "fine"}',
-        '{"file_name": "ok.png", "text": "again"}',
+        '{"file_name": "twice.png", "text": "once"}',
+        '{"file_name": "./twice.png", "text": "again"}',
         "not json",
         "[" * 100_000,
         '{"text": "no name"}',
@@ -151,12 +152,13 @@ def test_bad_rows_of_metadata_are_left_out_by_name(tmp_path):
     found = [(row["key"], row["status"]) for row in pq.read_table(report.manifest).to_pylist()]
     assert found == [
         ("ok.png", "ok"),
-        ("ok.png", "repeated_key"),
-        ("metadata.jsonl:3", "bad_row"),
+        ("twice.png", "repeated_key"),
+        ("twice.png", "repeated_key"),
         ("metadata.jsonl:4", "bad_row"),
         ("metadata.jsonl:5", "bad_row"),
-        ("metadata.jsonl:6", "outside_folder"),
+        ("metadata.jsonl:6", "bad_row"),
         ("metadata.jsonl:7", "outside_folder"),
+        ("metadata.jsonl:8", "outside_folder"),
         ("gone.png", "missing_file"),
         ("nul\\0.png", "bad_name"),
         ("b.png", "empty_caption"),
@@ -164,7 +166,7 @@ def test_bad_rows_of_metadata_are_left_out_by_name(tmp_path):
         ("d.png", "bad_row"),
         ("e.svg", "unsupported_format"),
         ("folder.png", "not_a_file"),
-        ("metadata.jsonl:15", "bad_row"),
+        ("metadata.jsonl:16", "bad_row"),
     ]
 
 

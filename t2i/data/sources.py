@@ -275,18 +275,20 @@ def open_metadata(root: Path, files: list[Path], notes: Notes, columns: Columns)
         if not is_picture(file) and file not in column:
             ignore(file, notes)
 
-    def samples(work: Path) -> Iterator[Sample]:
-        left = {relative(file, root) for file in files if is_picture(file)}
-        named: set[str] = set()
+    def named() -> Iterator[Sample]:
         for table, split in zip(tables, splits):
             folder = "" if table.parent == root else relative(table.parent, root) + "/"
             for number, row in metadata_rows(table):
-                sample = metadata_sample(folder, f"{relative(table, root)}:{number}", row, column[table], split)
-                if sample.file and sample.file in named:
-                    sample.problem = Rejected(Reason.repeated_key, f"again in row {number}; captions can be a list")
-                named.add(sample.file)
-                left.discard(sample.file)
-                yield sample
+                yield metadata_sample(folder, f"{relative(table, root)}:{number}", row, column[table], split)
+
+    def samples(work: Path) -> Iterator[Sample]:
+        left = {relative(file, root) for file in files if is_picture(file)}
+        rows = Counter(sample.file for sample in named() if sample.file)  # the metadata is read twice, not held
+        for sample in named():
+            if (count := rows[sample.file]) > 1:
+                sample.problem = Rejected(Reason.repeated_key, f"in {count} rows; captions can be a list")
+            left.discard(sample.file)
+            yield sample
         for name in sorted(left):
             sample = located(name)
             sample.problem = sample.problem or Rejected(Reason.no_caption, "the metadata does not name it")
