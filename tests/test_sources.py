@@ -234,6 +234,16 @@ def test_files_of_a_sample_need_not_be_neighbours_but_must_be_one_of_a_kind(tmp_
     assert assert_paired(tmp_path / "a.tar") == 2
 
 
+def test_a_tar_behind_a_tar_is_reported(tmp_path):
+    shard(tmp_path / "a.tar", COLORS[:1])
+    shard(tmp_path / "b.tar", COLORS[1:2])
+    both = (tmp_path / "a.tar").read_bytes() + (tmp_path / "b.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(both)
+    _, report = check(tmp_path)
+    assert report.ok == 2 and len(report.notes.shards) == 1
+    assert f"of {len(both):,}; what follows, such as another tar, is not read" in report.notes.shards[0]
+
+
 @pytest.mark.parametrize("name", ["a.tar.gz", "a.tar"])
 def test_compressed_tars_are_refused(tmp_path, name):
     with tarfile.open(tmp_path / name, "w:gz") as tar:

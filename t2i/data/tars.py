@@ -160,6 +160,9 @@ class Shard:
         if self.file.read(512) != bytes(512):
             place = f"byte {min(end, self.size):,} of {self.size:,}"
             self.notes.shards.append(f"{self.name}: truncated or damaged at {place}, no end-of-archive mark is there")
+        elif any(block.strip(b"\0") for block in iter(lambda: self.file.read(MAX_READ), b"")):
+            place = f"byte {end:,} of {self.size:,}"
+            self.notes.shards.append(f"{self.name}: ends at {place}; what follows, such as another tar, is not read")
 
     def add(self, member: tarfile.TarInfo) -> None:
         path = PurePosixPath(member.name)
