@@ -103,6 +103,20 @@ def test_several_captions_in_a_list_and_a_column_by_name(tmp_path):
     assert rows["a.png"]["captions"] == ["one", "two"]
 
 
+@pytest.mark.parametrize("kind", ["sidecars", "metadata.jsonl", "a.tar"])
+def test_columns_that_say_nothing_are_refused(tmp_path, kind):
+    (tmp_path / "a.png").write_bytes(picture("red"))
+    (tmp_path / "a.txt").write_text("red")
+    if kind == "metadata.jsonl":
+        (tmp_path / kind).write_text('{"file_name": "a.png", "text": "red"}')
+    elif kind == "a.tar":
+        shard(tmp_path / kind, COLORS)
+    for columns in [Columns(image="x")] + [Columns(caption="x")] * (kind == "sidecars"):
+        with pytest.raises(InputError, match="-column 'x' says nothing here"):
+            check(tmp_path, columns=columns)
+    assert check(tmp_path)[1].ok
+
+
 def test_metadata_in_folders_of_splits(tmp_path):
     for folder, color in (("train", "red"), ("validation", "blue")):
         (tmp_path / folder).mkdir()

@@ -109,7 +109,12 @@ def open_source(name: str, columns: Columns) -> Source:
         return tars.open_tars(path, files, columns, notes)
     if any(file.suffix.lower() == ".parquet" for file in files):
         return rows.open_parquet(path, files, columns, notes)
-    return open_sidecars(path, files, notes)
+    return open_sidecars(path, files, notes, columns)
+
+
+def refuse_column(what: str, given: str | None, where: str) -> None:
+    if given is not None:
+        raise InputError(f"--{what}-column {given!r} says nothing here: {where}")
 
 
 def walk(root: Path, notes: Notes) -> Iterator[Path]:
@@ -145,8 +150,10 @@ def ignore(path: Path, notes: Notes) -> None:
 # ---- a picture and a text file of the same name ----
 
 
-def open_sidecars(root: Path, files: list[Path], notes: Notes) -> Source:
+def open_sidecars(root: Path, files: list[Path], notes: Notes, columns: Columns) -> Source:
     """`name.png` with `name.txt` or `name.caption`, each line of which is a caption."""
+    for what, given in (("image", columns.image), ("caption", columns.caption)):
+        refuse_column(what, given, "pictures with text files have no columns")
     pictures = [file for file in files if is_picture(file)]
     if not pictures:
         kinds = "name.png with name.txt, pictures with metadata.jsonl or .csv, .tar or .parquet files"
@@ -265,6 +272,7 @@ def texts_of(value: Any, reason: Reason) -> list[str]:
 
 def open_metadata(root: Path, files: list[Path], notes: Notes, columns: Columns) -> Source:
     """Rows of file_name (relative to the metadata), text or caption, and keywords and split if there are any."""
+    refuse_column("image", columns.image, "metadata names its pictures in file_name")
     tables = [file for file in files if file.name in METADATA]
     for first, second in zip(tables, tables[1:]):
         if first.parent == second.parent:

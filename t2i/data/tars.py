@@ -30,6 +30,7 @@ from t2i.data.sources import (
     ignore,
     open_inside,
     printable,
+    refuse_column,
     relative,
     splits_by_name,
 )
@@ -54,6 +55,7 @@ def is_compressed(file: Path) -> bool:
 
 def open_tars(root: Path, files: list[Path], columns: Columns, notes: Notes | None = None) -> Source:
     """Shards of pictures with .txt (else .json) captions. Raises InputError for compressed ones."""
+    refuse_column("image", columns.image, "tars hold pictures as files")
     notes = notes or Notes()
     shards = [file for file in files if is_tar(file)]
     for shard in shards:
