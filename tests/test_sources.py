@@ -258,6 +258,28 @@ def test_a_tar_behind_a_tar_is_reported(tmp_path):
     assert f"of {len(both):,}; what follows, such as another tar, is not read" in report.notes.shards[0]
 
 
+def test_a_stray_tar_or_table_beside_pairs_is_passed_over_and_one_of_pictures_is_read(tmp_path):
+    sidecars(tmp_path)
+    with tarfile.open(tmp_path / "backup.tar", "w") as tar:
+        add(tar, "notes.txt", b"none")
+    (tmp_path / "broken.tar").write_bytes(b"no tar")
+    pq.write_table(pa.table({"x": [1]}), tmp_path / "numbers.parquet")
+    _, report = check(tmp_path)
+    assert report.ok == len(COLORS) and report.notes.ignored == {".tar": 2, ".parquet": 1}
+    shard(tmp_path / "backup.tar", COLORS[:2])
+    assert check(tmp_path)[1].ok == 2
+
+
+def test_a_check_that_finds_no_sample_says_what_is_there_and_keeps_the_manifest(tmp_path):
+    shard(tmp_path / "a.tar", COLORS)
+    before = Path(check(tmp_path)[1].manifest)
+    (tmp_path / "a.tar").write_bytes(b"no tar")
+    (tmp_path / "a.png").write_bytes(picture("red"))
+    with pytest.raises(InputError, match=r"no pictures in .*, read from a\.tar; a\.tar: not a tar.*; ignored files: 1 \.png"):
+        check(tmp_path)
+    assert len(checked(before)) == len(COLORS)
+
+
 @pytest.mark.parametrize("name", ["a.tar.gz", "a.tar"])
 def test_compressed_tars_are_refused(tmp_path, name):
     with tarfile.open(tmp_path / name, "w:gz") as tar:

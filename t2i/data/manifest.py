@@ -83,7 +83,7 @@ def write_manifest(
     """Read every sample of a source once and write the folder `out`: manifest.parquet, report.json, sizes.png.
 
     The folder appears whole or not at all, and replaces one that an earlier check wrote. Raises InputError if there is
-    no source to read or `out` cannot be written; whatever is wrong with single samples stands in the manifest.
+    no source to read, no sample in it, or `out` cannot be written; whatever is wrong with single samples stands in the manifest.
     """
     out = out or default_folder(str(name))
     source = open_source(str(name), columns or Columns())
@@ -111,6 +111,8 @@ def write_manifest(
             writer.add_key_value_metadata({METADATA: json.dumps(about).encode()})
         assert report.ok + report.rejected == report.indexed == pq.read_metadata(unfinished / NAME).num_rows
         report.notes, report.duplicates = source.notes, find_duplicates(unfinished / NAME)
+        if not report.indexed and (complaint := report.complaint()):
+            raise InputError(complaint)  # what an earlier check found stays
         report.write(unfinished)
     return report
 

@@ -62,6 +62,14 @@ def open_parquet(root: Path, files: list[Path], columns: Columns, notes: Notes |
     return Source(None, samples, notes, total)
 
 
+def holds_pictures(table: Path) -> bool:
+    """Whether a parquet file has a column of bytes."""
+    try:
+        return any(holds_bytes(column.type) for column in open_table(table).schema_arrow)
+    except InputError:
+        return False
+
+
 def open_table(path: Path) -> pq.ParquetFile:
     if not path.is_file():
         raise InputError(f"{str(path)!r} is no ordinary file")

@@ -105,9 +105,12 @@ def open_source(name: str, columns: Columns) -> Source:
     files = list(walk(path, notes := Notes()))
     if any(file.name in METADATA for file in files):
         return open_metadata(path, files, notes, columns)
-    if any(tars.is_tar(file) for file in files):
+    shards = [file for file in files if tars.is_tar(file)]
+    tables = [file for file in files if file.suffix.lower() == ".parquet"]
+    pairs = has_pairs(files)  # then a .tar or .parquet may have strayed in
+    if shards and (not pairs or any(map(tars.holds_pictures, shards))):
         return tars.open_tars(path, files, columns, notes)
-    if any(file.suffix.lower() == ".parquet" for file in files):
+    if tables and (not pairs or any(map(rows.holds_pictures, tables))):
         return rows.open_parquet(path, files, columns, notes)
     return open_sidecars(path, files, notes, columns)
 
@@ -181,6 +184,12 @@ def open_sidecars(root: Path, files: list[Path], notes: Notes, columns: Columns)
             yield sample
 
     return Source(root, samples, notes, len(pictures))
+
+
+def has_pairs(files: list[Path]) -> bool:
+    """Whether any picture has a text file of its name."""
+    texts = {file.with_suffix("") for file in files if file.suffix.lower() in CAPTIONS}
+    return any(is_picture(file) and file.with_suffix("") in texts for file in files)
 
 
 def is_picture(file: Path) -> bool:

@@ -53,6 +53,19 @@ def is_compressed(file: Path) -> bool:
         return file.name.lower().endswith(COMPRESSED_NAMES) or (is_tar(file) and start.read(6).startswith(COMPRESSED))
 
 
+def holds_pictures(file: Path) -> bool:
+    """Whether a tar has a picture in it; a compressed one is not looked into, and is refused later."""
+    if is_compressed(file):
+        return True
+    try:
+        with open_inside(file.parent, file.name) as opened:
+            shard = Shard(file.name, opened, Notes())
+            shard.index()
+            return any(group.picture for group in shard.members.values())
+    except Rejected:
+        return False
+
+
 def open_tars(root: Path, files: list[Path], columns: Columns, notes: Notes | None = None) -> Source:
     """Shards of pictures with .txt (else .json) captions. Raises InputError for compressed ones."""
     refuse_column("image", columns.image, "tars hold pictures as files")
