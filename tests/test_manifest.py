@@ -13,7 +13,7 @@ from PIL import Image
 from t2i import cli
 from t2i.config import DataConfig
 from t2i.data import CaptionedPictures, batches
-from t2i.data.manifest import METADATA, SCHEMA, VERSION, Manifest, write_manifest
+from t2i.data.manifest import METADATA, SCHEMA, VERSION, Manifest, default_folder, write_manifest
 from t2i.errors import InputError
 
 from .samples import COLORS, add, checked, picture, reasons
@@ -78,6 +78,11 @@ def test_training_finds_the_manifest(tmp_path, place):
     assert [dataset.key(index) for index in range(3)] == ["a.png", "b.png", "c.png"]
     assert list(dataset.corpus()) == ["picture a", "picture b", "picture c"]
     assert sum(len(part) for part in dataset.sample(2, 1)) == 2
+
+
+def test_data_sets_of_one_name_have_folders_of_their_own():
+    names = ("hub:one/birds", "two/birds", "hub:birds")
+    assert [str(default_folder(name)) for name in names] == ["data/one--birds", "data/two--birds", "data/birds"]
 
 
 def test_data_without_a_manifest_of_ours_is_refused(tmp_path):

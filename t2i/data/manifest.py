@@ -118,13 +118,13 @@ def write_manifest(
 
 
 def default_folder(name: str) -> Path:
-    """Where the manifest of a source goes."""
+    """Where the manifest of a source goes; for hub:ORGANISATION/NAME, data/ORGANISATION--NAME."""
     path = Path(name)
     if path.is_dir():
         return path / FOLDER
     if path.is_file():
         return path.with_name(f"{path.stem}-{FOLDER}")
-    return Path("data") / name.rsplit("/", 1)[-1].removeprefix("hub:")
+    return Path("data") / "--".join(name.removeprefix("hub:").strip("/").split("/")[-2:])
 
 
 def check_target(out: Path, source: str) -> None:
