@@ -15,7 +15,7 @@ from PIL import Image
 from t2i.config import DataConfig
 from t2i.data import CaptionedPictures
 from t2i.data.manifest import write_manifest
-from t2i.data.sources import Columns, captions_of
+from t2i.data.sources import Columns, captions_of, split_of
 from t2i.errors import InputError
 
 from .samples import COLORS, add, checked, color_of, picture, reasons
@@ -136,6 +136,16 @@ def test_a_caption_cut_by_a_comma_and_a_repeated_column_are_not_read(tmp_path):
     (tmp_path / "metadata.csv").write_text("file_name,text,text\na.png,red,blue\n")
     with pytest.raises(InputError, match="column 'text' .* twice"):
         check(tmp_path)
+
+
+def test_captions_end_at_line_feeds_alone(tmp_path):
+    (tmp_path / "a.png").write_bytes(picture("red"))
+    (tmp_path / "a.txt").write_bytes("a\fb\u2028c\x85d\r\nnext\n".encode())
+    assert check(tmp_path)[0]["a.png"]["captions"] == ["a\fb\u2028c\x85d", "next"]
+
+
+def test_splits_are_known_in_any_case():
+    assert [split_of(name) for name in ("Train", "TEST", "Validation", "")] == ["train", "held_out", "held_out", None]
 
 
 def test_bad_rows_of_metadata_are_left_out_by_name(tmp_path):

@@ -246,7 +246,7 @@ def captions_of_bytes(data: bytes) -> list[str]:
     if len(data) > MAX_CAPTIONS:
         raise Rejected(Reason.caption_too_long, f"more than {MAX_CAPTIONS:,} bytes of text")
     try:
-        return captions_of(data.decode("utf-8-sig").splitlines() or [""])
+        return captions_of(data.decode("utf-8-sig").split("\n"))
     except UnicodeDecodeError as error:
         raise Rejected(Reason.caption_not_text, str(error)) from error
 
@@ -427,9 +427,10 @@ def split_of(value: Any) -> str | None:
     """train or held_out for the names in use; None for nothing. Raises Rejected."""
     if value is None or value == "":
         return None
-    if value == "train":
+    name = value.lower() if isinstance(value, str) else value
+    if name == "train":
         return "train"
-    if isinstance(value, str) and value in HELD_OUT:
+    if isinstance(name, str) and name in HELD_OUT:
         return "held_out"
     raise Rejected(Reason.bad_row, f"split must be train or one of {', '.join(sorted(HELD_OUT))}, got {value!r}"[:200])
 
