@@ -53,8 +53,8 @@ def test_pictures_with_text_files(tmp_path):
     rows, report = check(tmp_path)
     assert rows["deep/red.v1.JPG"]["captions"] == ["all red", "a square of red"]
     assert rows["blue.png"]["captions"] == ["only blue"]
-    assert (report.ok, report.indexed, report.captions) == (len(COLORS) + 1, len(COLORS) + 1, 2 * len(COLORS) + 1)
-    assert report.notes.lone_captions == ["lone.txt"]
+    assert (report.ok, report.indexed, report.captions) == (len(COLORS) + 1, len(COLORS) + 2, 2 * len(COLORS) + 1)
+    assert reasons(rows) == {"lone.txt": "no_picture"}
     assert report.notes.ignored == {".xlsx": 1, "hidden files": 1}
     assert assert_paired(tmp_path) == report.ok
 

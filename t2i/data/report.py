@@ -80,7 +80,6 @@ class Report:
             "captions": self.captions,
             "rejected": rejected,
             "duplicates": vars(self.duplicates),
-            "lone_captions": {"count": len(self.notes.lone_captions), "examples": self.notes.lone_captions[:10]},
             "ignored": dict(self.notes.ignored.most_common()),
             "shards": self.notes.shards,
             "short_sides": {str(edge): self.sides[edge] for edge in sorted(self.sides)},
@@ -103,9 +102,6 @@ class Report:
             lines.append(f"duplicates: {same.copies:,} copies of {same.groups:,} pictures: {some}")
             if same.in_both_splits:
                 lines.append(f"  {same.in_both_splits:,} of these pictures are held out and also trained on")
-        if lone := self.notes.lone_captions:
-            some = ", ".join(map(readable, lone[: self.EXAMPLES]))
-            lines.append(f"captions without a picture: {len(lone):,}: {some}")
         if self.notes.ignored:
             lines.append(f"ignored files: {self.ignored()}")
         if shards := self.notes.shards:

@@ -58,7 +58,6 @@ class Notes:
     """What a source saw beside its samples."""
 
     ignored: Counter[str] = field(default_factory=Counter)  # files by suffix
-    lone_captions: list[str] = field(default_factory=list)  # text files without a picture
     shards: list[str] = field(default_factory=list)  # what is wrong with which shard
     containers: dict[str, int] = field(default_factory=dict)  # files that hold many pictures, with their sizes
 
@@ -163,11 +162,10 @@ def open_sidecars(root: Path, files: list[Path], notes: Notes, columns: Columns)
         raise InputError(f"no pictures in {str(root)!r}; it can hold {kinds}")
     texts = {file.with_suffix("") for file in files if file.suffix.lower() in CAPTIONS}
     pictured = Counter(file.with_suffix("") for file in pictures)
+    lone = [file for file in files if file.suffix.lower() in CAPTIONS and file.with_suffix("") not in pictured]
     for file in files:
         if file.suffix.lower() not in CAPTIONS and not is_picture(file):
             ignore(file, notes)
-        elif file.suffix.lower() in CAPTIONS and file.with_suffix("") not in pictured:
-            notes.lone_captions.append(relative(file, root))
 
     def samples(work: Path) -> Iterator[Sample]:
         for picture in pictures:
@@ -182,8 +180,10 @@ def open_sidecars(root: Path, files: list[Path], notes: Notes, columns: Columns)
                 except Rejected as error:
                     sample.problem = error
             yield sample
+        for file in lone:
+            yield Sample(printable(relative(file, root)), problem=Rejected(Reason.no_picture))
 
-    return Source(root, samples, notes, len(pictures))
+    return Source(root, samples, notes, len(pictures) + len(lone))
 
 
 def has_pairs(files: list[Path]) -> bool:
