@@ -3,6 +3,8 @@
 import json
 import os
 import sys
+import tomllib
+from pathlib import Path
 
 import psutil
 import pyarrow as pa
@@ -14,6 +16,7 @@ from t2i import cli
 from t2i.config import DataConfig
 from t2i.data import CaptionedPictures, batches
 from t2i.data.manifest import METADATA, SCHEMA, VERSION, Manifest, default_folder, write_manifest
+from t2i.doctor import PACKAGES
 from t2i.errors import InputError
 
 from .samples import COLORS, add, checked, picture, reasons
@@ -213,6 +216,11 @@ def test_memory_stays_flat_over_a_thousand_steps_on_a_hundred_thousand_rows(tmp_
     for _ in range(1_000):
         assert len(next(loader).captions) == 32
     assert psutil.Process().memory_info().rss - before < 20e6
+
+
+def test_the_doctor_asks_for_every_package_that_the_project_needs():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert sorted(PACKAGES) == sorted(line.split(">=")[0] for line in project["dependencies"])
 
 
 def test_pictures_are_checked_in_order_with_few_in_memory(tmp_path, monkeypatch):
