@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -285,7 +286,9 @@ def test_a_check_that_finds_no_sample_says_what_is_there_and_keeps_the_manifest(
     before = Path(check(tmp_path)[1].manifest)
     (tmp_path / "a.tar").write_bytes(b"no tar")
     (tmp_path / "a.png").write_bytes(picture("red"))
-    with pytest.raises(InputError, match=r"no pictures in .*, read from a\.tar; a\.tar: not a tar.*; ignored files: 1 \.png"):
+    with pytest.raises(
+        InputError, match=r"no pictures in .*, read from a\.tar; a\.tar: not a tar.*; ignored files: 1 \.png"
+    ):
         check(tmp_path)
     assert len(checked(before)) == len(COLORS)
 
@@ -316,6 +319,19 @@ def test_parquet_files(tmp_path, struct):
     assert rows["data/train-00000-of-00001.parquet/0"]["captions"] == [f"all {COLORS[0]}"]
     os.rename(source, tmp_path / "moved")  # what the check wrote moves with it
     assert assert_paired(tmp_path / "moved") == report.ok
+
+
+def test_parquet_files_that_the_disk_cannot_hold_are_refused(tmp_path, monkeypatch):
+    rows = table(COLORS, ignored=[b"x" * 10_000] * len(COLORS))
+    pq.write_table(rows, tmp_path / "a.parquet", compression="zstd", use_dictionary=False)
+    needed = sum(len(picture(color)) for color in COLORS)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
+    with pytest.raises(InputError, match=r"copied uncompressed into .*: 0\.0 GB, and 0\.0 GB of disk are free"):
+        check(tmp_path, columns=Columns("image"))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.parquet"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2 * needed))
+    assert check(tmp_path, columns=Columns("image"))[1].ok == len(COLORS)
 
 
 def test_rows_without_a_picture_or_a_caption_are_left_out(tmp_path):
