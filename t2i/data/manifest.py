@@ -83,7 +83,8 @@ def write_manifest(
     """Read every sample of a source once and write the folder `out`: manifest.parquet, report.json, sizes.png.
 
     The folder appears whole or not at all, and replaces one that an earlier check wrote. Raises InputError if there is
-    no source to read, no sample in it, or `out` cannot be written; whatever is wrong with single samples stands in the manifest.
+    no source to read, no sample in it, or `out` cannot be written; whatever is wrong with single samples stands in the
+    manifest.
     """
     out = out or default_folder(str(name))
     source = open_source(str(name), columns or Columns())
