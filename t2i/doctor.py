@@ -11,6 +11,7 @@ from t2i import __version__
 PACKAGES = [
     *("torch", "torchvision", "open_clip_torch", "diffusers", "transformers", "accelerate", "datasets"),
     *("safetensors", "huggingface_hub", "omegaconf", "typer", "pillow", "numpy"),
+    *("pyarrow", "psutil", "pyyaml", "tensorboard", "tokenizers", "tqdm"),
 ]
 
 

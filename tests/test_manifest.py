@@ -3,6 +3,8 @@
 import json
 import os
 import sys
+import tomllib
+from pathlib import Path
 
 import psutil
 import pyarrow as pa
@@ -13,7 +15,8 @@ from PIL import Image
 from t2i import cli
 from t2i.config import DataConfig
 from t2i.data import CaptionedPictures, batches
-from t2i.data.manifest import METADATA, SCHEMA, VERSION, Manifest, write_manifest
+from t2i.data.manifest import METADATA, SCHEMA, VERSION, Manifest, default_folder, write_manifest
+from t2i.doctor import PACKAGES
 from t2i.errors import InputError
 
 from .samples import COLORS, add, checked, picture, reasons
@@ -80,6 +83,11 @@ def test_training_finds_the_manifest(tmp_path, place):
     assert sum(len(part) for part in dataset.sample(2, 1)) == 2
 
 
+def test_data_sets_of_one_name_have_folders_of_their_own():
+    names = ("hub:one/birds", "two/birds", "hub:birds")
+    assert [str(default_folder(name)) for name in names] == ["data/one--birds", "data/two--birds", "data/birds"]
+
+
 def test_data_without_a_manifest_of_ours_is_refused(tmp_path):
     folder_of(tmp_path / "folder", "abc")
     with pytest.raises(InputError, match="no manifest in .*folder'; `t2i data check .*folder` writes one"):
@@ -123,6 +131,21 @@ def test_other_peoples_folders_are_never_replaced(tmp_path):
             write_manifest(tmp_path / "folder", out, quiet=True)
     assert (tmp_path / "mine/thesis.txt").read_text() == "years"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "mine"]
+
+
+def test_a_folder_of_ours_that_holds_the_source_or_anything_else_is_not_replaced(tmp_path):
+    out = tmp_path / "out"
+    write_manifest(folder_of(tmp_path / "folder", "abc"), out, quiet=True)
+    write_manifest(tmp_path / "folder", out, quiet=True)
+    folder_of(out / "pictures", "abc")
+    for source, target, message in (
+        (out / "pictures", out, "holds the source"),
+        (tmp_path / "folder", tmp_path / "folder", "holds the source"),
+        (tmp_path / "folder", out, "holds 'pictures', which no check wrote"),
+    ):
+        with pytest.raises(InputError, match=message):
+            write_manifest(source, target, quiet=True)
+    assert len(list((out / "pictures").iterdir())) == 6 and (out / "manifest.parquet").exists()
 
 
 def test_a_check_that_fails_leaves_what_was_there(tmp_path):
@@ -193,6 +216,11 @@ def test_memory_stays_flat_over_a_thousand_steps_on_a_hundred_thousand_rows(tmp_
     for _ in range(1_000):
         assert len(next(loader).captions) == 32
     assert psutil.Process().memory_info().rss - before < 20e6
+
+
+def test_the_doctor_asks_for_every_package_that_the_project_needs():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert sorted(PACKAGES) == sorted(line.split(">=")[0] for line in project["dependencies"])
 
 
 def test_pictures_are_checked_in_order_with_few_in_memory(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from PIL import Image
 from t2i.config import DataConfig
 from t2i.data import CaptionedPictures
 from t2i.data.manifest import write_manifest
-from t2i.data.sources import Columns, captions_of
+from t2i.data.sources import Columns, captions_of, split_of
 from t2i.errors import InputError
 
 from .samples import COLORS, add, checked, color_of, picture, reasons
@@ -53,10 +54,23 @@ def test_pictures_with_text_files(tmp_path):
     rows, report = check(tmp_path)
     assert rows["deep/red.v1.JPG"]["captions"] == ["all red", "a square of red"]
     assert rows["blue.png"]["captions"] == ["only blue"]
-    assert (report.ok, report.indexed, report.captions) == (len(COLORS) + 1, len(COLORS) + 1, 2 * len(COLORS) + 1)
-    assert report.notes.lone_captions == ["lone.txt"]
+    assert (report.ok, report.indexed, report.captions) == (len(COLORS) + 1, len(COLORS) + 2, 2 * len(COLORS) + 1)
+    assert reasons(rows) == {"lone.txt": "no_picture"}
     assert report.notes.ignored == {".xlsx": 1, "hidden files": 1}
     assert assert_paired(tmp_path) == report.ok
+
+
+def test_two_pictures_cannot_share_a_text_file(tmp_path):
+    for name in ("a.png", "a.jpg", "b.png", "b.jpg", "c.png"):
+        (tmp_path / name).write_bytes(picture("red"))
+    (tmp_path / "a.txt").write_text("red")
+    (tmp_path / "c.txt").write_text("red")
+    assert reasons(check(tmp_path)[0]) == {
+        "a.jpg": "repeated_key",
+        "a.png": "repeated_key",
+        "b.jpg": "no_caption",
+        "b.png": "no_caption",
+    }
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
@@ -90,6 +104,20 @@ def test_several_captions_in_a_list_and_a_column_by_name(tmp_path):
     assert rows["a.png"]["captions"] == ["one", "two"]
 
 
+@pytest.mark.parametrize("kind", ["sidecars", "metadata.jsonl", "a.tar"])
+def test_columns_that_say_nothing_are_refused(tmp_path, kind):
+    (tmp_path / "a.png").write_bytes(picture("red"))
+    (tmp_path / "a.txt").write_text("red")
+    if kind == "metadata.jsonl":
+        (tmp_path / kind).write_text('{"file_name": "a.png", "text": "red"}')
+    elif kind == "a.tar":
+        shard(tmp_path / kind, COLORS)
+    for columns in [Columns(image="x")] + [Columns(caption="x")] * (kind == "sidecars"):
+        with pytest.raises(InputError, match="-column 'x' says nothing here"):
+            check(tmp_path, columns=columns)
+    assert check(tmp_path)[1].ok
+
+
 def test_metadata_in_folders_of_splits(tmp_path):
     for folder, color in (("train", "red"), ("validation", "blue")):
         (tmp_path / folder).mkdir()
@@ -99,13 +127,36 @@ def test_metadata_in_folders_of_splits(tmp_path):
     assert {key: row["split"] for key, row in rows.items()} == {"train/x.png": "train", "validation/x.png": "held_out"}
 
 
+def test_a_caption_cut_by_a_comma_and_a_repeated_column_are_not_read(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.png").write_bytes(picture("red"))
+    (tmp_path / "metadata.csv").write_text('file_name,text\na.png,red, not blue\nb.png,"red, not blue"\n')
+    rows, report = check(tmp_path)
+    assert rows["metadata.csv:2"]["status"] == "bad_row" and "quotes" in rows["metadata.csv:2"]["detail"]
+    assert rows["b.png"]["captions"] == ["red, not blue"] and report.ok == 1
+    (tmp_path / "metadata.csv").write_text("file_name,text,text\na.png,red,blue\n")
+    with pytest.raises(InputError, match="column 'text' .* twice"):
+        check(tmp_path)
+
+
+def test_captions_end_at_line_feeds_alone(tmp_path):
+    (tmp_path / "a.png").write_bytes(picture("red"))
+    (tmp_path / "a.txt").write_bytes("a\fb\u2028c\x85d\r\nnext\n".encode())
+    assert check(tmp_path)[0]["a.png"]["captions"] == ["a\fb\u2028c\x85d", "next"]
+
+
+def test_splits_are_known_in_any_case():
+    assert [split_of(name) for name in ("Train", "TEST", "Validation", "")] == ["train", "held_out", "held_out", None]
+
+
 def test_bad_rows_of_metadata_are_left_out_by_name(tmp_path):
-    for name in ("ok.png", "b.png", "c.png", "d.png", "e.svg"):
+    for name in ("ok.png", "twice.png", "b.png", "c.png", "d.png", "e.svg"):
         (tmp_path / name).write_bytes(picture("red"))
     (tmp_path / "folder.png").mkdir()
     lines = [
         '{"file_name": "ok.png", "text": "fine"}',
-        '{"file_name": "ok.png", "text": "again"}',
+        '{"file_name": "twice.png", "text": "once"}',
+        '{"file_name": "./twice.png", "text": "again"}',
         "not json",
         "[" * 100_000,
         '{"text": "no name"}',
@@ -126,12 +177,13 @@ def test_bad_rows_of_metadata_are_left_out_by_name(tmp_path):
     found = [(row["key"], row["status"]) for row in pq.read_table(report.manifest).to_pylist()]
     assert found == [
         ("ok.png", "ok"),
-        ("ok.png", "repeated_key"),
-        ("metadata.jsonl:3", "bad_row"),
+        ("twice.png", "repeated_key"),
+        ("twice.png", "repeated_key"),
         ("metadata.jsonl:4", "bad_row"),
         ("metadata.jsonl:5", "bad_row"),
-        ("metadata.jsonl:6", "outside_folder"),
+        ("metadata.jsonl:6", "bad_row"),
         ("metadata.jsonl:7", "outside_folder"),
+        ("metadata.jsonl:8", "outside_folder"),
         ("gone.png", "missing_file"),
         ("nul\\0.png", "bad_name"),
         ("b.png", "empty_caption"),
@@ -139,7 +191,7 @@ def test_bad_rows_of_metadata_are_left_out_by_name(tmp_path):
         ("d.png", "bad_row"),
         ("e.svg", "unsupported_format"),
         ("folder.png", "not_a_file"),
-        ("metadata.jsonl:15", "bad_row"),
+        ("metadata.jsonl:16", "bad_row"),
     ]
 
 
@@ -207,6 +259,40 @@ def test_files_of_a_sample_need_not_be_neighbours_but_must_be_one_of_a_kind(tmp_
     assert assert_paired(tmp_path / "a.tar") == 2
 
 
+def test_a_tar_behind_a_tar_is_reported(tmp_path):
+    shard(tmp_path / "a.tar", COLORS[:1])
+    shard(tmp_path / "b.tar", COLORS[1:2])
+    both = (tmp_path / "a.tar").read_bytes() + (tmp_path / "b.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(both)
+    _, report = check(tmp_path)
+    assert report.ok == 2 and len(report.notes.shards) == 1
+    assert f"of {len(both):,}; what follows, such as another tar, is not read" in report.notes.shards[0]
+
+
+def test_a_stray_tar_or_table_beside_pairs_is_passed_over_and_one_of_pictures_is_read(tmp_path):
+    sidecars(tmp_path)
+    with tarfile.open(tmp_path / "backup.tar", "w") as tar:
+        add(tar, "notes.txt", b"none")
+    (tmp_path / "broken.tar").write_bytes(b"no tar")
+    pq.write_table(pa.table({"x": [1]}), tmp_path / "numbers.parquet")
+    _, report = check(tmp_path)
+    assert report.ok == len(COLORS) and report.notes.ignored == {".tar": 2, ".parquet": 1}
+    shard(tmp_path / "backup.tar", COLORS[:2])
+    assert check(tmp_path)[1].ok == 2
+
+
+def test_a_check_that_finds_no_sample_says_what_is_there_and_keeps_the_manifest(tmp_path):
+    shard(tmp_path / "a.tar", COLORS)
+    before = Path(check(tmp_path)[1].manifest)
+    (tmp_path / "a.tar").write_bytes(b"no tar")
+    (tmp_path / "a.png").write_bytes(picture("red"))
+    with pytest.raises(
+        InputError, match=r"no pictures in .*, read from a\.tar; a\.tar: not a tar.*; ignored files: 1 \.png"
+    ):
+        check(tmp_path)
+    assert len(checked(before)) == len(COLORS)
+
+
 @pytest.mark.parametrize("name", ["a.tar.gz", "a.tar"])
 def test_compressed_tars_are_refused(tmp_path, name):
     with tarfile.open(tmp_path / name, "w:gz") as tar:
@@ -233,6 +319,19 @@ def test_parquet_files(tmp_path, struct):
     assert rows["data/train-00000-of-00001.parquet/0"]["captions"] == [f"all {COLORS[0]}"]
     os.rename(source, tmp_path / "moved")  # what the check wrote moves with it
     assert assert_paired(tmp_path / "moved") == report.ok
+
+
+def test_parquet_files_that_the_disk_cannot_hold_are_refused(tmp_path, monkeypatch):
+    rows = table(COLORS, ignored=[b"x" * 10_000] * len(COLORS))
+    pq.write_table(rows, tmp_path / "a.parquet", compression="zstd", use_dictionary=False)
+    needed = sum(len(picture(color)) for color in COLORS)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
+    with pytest.raises(InputError, match=r"copied uncompressed into .*: 0\.0 GB, and 0\.0 GB of disk are free"):
+        check(tmp_path, columns=Columns("image"))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.parquet"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2 * needed))
+    assert check(tmp_path, columns=Columns("image"))[1].ok == len(COLORS)
 
 
 def test_rows_without_a_picture_or_a_caption_are_left_out(tmp_path):

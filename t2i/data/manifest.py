@@ -24,6 +24,7 @@ from t2i.errors import InputError
 
 NAME = "manifest.parquet"
 FOLDER = "t2i"  # below a source folder
+WRITTEN = {NAME, "report.json", "sizes.png", "rows"}  # all that a check leaves in its folder
 SCHEMA = pa.schema(
     {
         "key": pa.string(),
@@ -82,11 +83,12 @@ def write_manifest(
     """Read every sample of a source once and write the folder `out`: manifest.parquet, report.json, sizes.png.
 
     The folder appears whole or not at all, and replaces one that an earlier check wrote. Raises InputError if there is
-    no source to read or `out` cannot be written; whatever is wrong with single samples stands in the manifest.
+    no source to read, no sample in it, or `out` cannot be written; whatever is wrong with single samples stands in the
+    manifest.
     """
     out = out or default_folder(str(name))
     source = open_source(str(name), columns or Columns())
-    check_target(out)
+    check_target(out, str(name))
     report = Report(str(name), str(out / NAME))
     out = out.resolve()
     with new_folder(out) as unfinished, silent():
@@ -110,24 +112,31 @@ def write_manifest(
             writer.add_key_value_metadata({METADATA: json.dumps(about).encode()})
         assert report.ok + report.rejected == report.indexed == pq.read_metadata(unfinished / NAME).num_rows
         report.notes, report.duplicates = source.notes, find_duplicates(unfinished / NAME)
+        if not report.indexed and (complaint := report.complaint()):
+            raise InputError(complaint)  # what an earlier check found stays
         report.write(unfinished)
     return report
 
 
 def default_folder(name: str) -> Path:
-    """Where the manifest of a source goes."""
+    """Where the manifest of a source goes; for hub:ORGANISATION/NAME, data/ORGANISATION--NAME."""
     path = Path(name)
     if path.is_dir():
         return path / FOLDER
     if path.is_file():
         return path.with_name(f"{path.stem}-{FOLDER}")
-    return Path("data") / name.rsplit("/", 1)[-1].removeprefix("hub:")
+    return Path("data") / "--".join(name.removeprefix("hub:").strip("/").split("/")[-2:])
 
 
-def check_target(out: Path) -> None:
-    """Refuse to replace what no check wrote, and what cannot be written."""
+def check_target(out: Path, source: str) -> None:
+    """Refuse to replace the source, what no check wrote, and what cannot be written."""
+    path = Path(source.removeprefix("hub:"))
+    if path.exists() and path.resolve().is_relative_to(out.resolve()):
+        raise InputError(f"{str(out)!r} is or holds the source {source!r}; give another folder with --out")
     if out.is_dir() and any(out.iterdir()) and not written_by_check(out):
         raise InputError(f"{str(out)!r} is not empty and holds no manifest; give another folder with --out")
+    if out.is_dir() and (others := {path.name for path in out.iterdir()} - WRITTEN):
+        raise InputError(f"{str(out)!r} holds {min(others)!r}, which no check wrote; give another folder with --out")
     if out.exists() and not out.is_dir():
         raise InputError(f"{str(out)!r} is a file; give a folder with --out")
     parent = next(parent for parent in out.resolve().parents if parent.exists())

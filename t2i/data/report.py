@@ -80,7 +80,6 @@ class Report:
             "captions": self.captions,
             "rejected": rejected,
             "duplicates": vars(self.duplicates),
-            "lone_captions": {"count": len(self.notes.lone_captions), "examples": self.notes.lone_captions[:10]},
             "ignored": dict(self.notes.ignored.most_common()),
             "shards": self.notes.shards,
             "short_sides": {str(edge): self.sides[edge] for edge in sorted(self.sides)},
@@ -103,23 +102,25 @@ class Report:
             lines.append(f"duplicates: {same.copies:,} copies of {same.groups:,} pictures: {some}")
             if same.in_both_splits:
                 lines.append(f"  {same.in_both_splits:,} of these pictures are held out and also trained on")
-        if lone := self.notes.lone_captions:
-            some = ", ".join(map(readable, lone[: self.EXAMPLES]))
-            lines.append(f"captions without a picture: {len(lone):,}: {some}")
         if self.notes.ignored:
-            kinds = ", ".join(f"{count:,} {readable(kind)}" for kind, count in self.notes.ignored.most_common(10))
-            lines.append(f"ignored files: {kinds}")
+            lines.append(f"ignored files: {self.ignored()}")
         if shards := self.notes.shards:
             lines.append(f"shards with problems: {len(shards):,}")
             lines += [f"  {readable(shard)}" for shard in shards[:10]] + ["  ..."] * (len(shards) > 10)
         return [*lines, f"manifest: {self.manifest}"]
+
+    def ignored(self) -> str:
+        return ", ".join(f"{count:,} {readable(kind)}" for kind, count in self.notes.ignored.most_common(10))
 
     def complaint(self) -> str | None:
         """One line if nothing can be used."""
         if self.ok:
             return None
         if not self.indexed:
-            return f"no pictures in {self.source!r}" + (f"; {self.notes.shards[0]}" if self.notes.shards else "")
+            shard = f"; {readable(self.notes.shards[0])}" if self.notes.shards else ""
+            there = f"; ignored files: {self.ignored()}" if self.notes.ignored else ""
+            read = ", ".join(map(readable, list(self.notes.containers)[: self.EXAMPLES]))
+            return f"no pictures in {self.source!r}" + (f", read from {read}" if read else "") + shard + there
         name, count = self.reasons.most_common(1)[0]
         first = self.examples[name][0]
         return (

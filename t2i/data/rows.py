@@ -4,6 +4,7 @@ Parquet cannot be read row by row, Arrow files can: their bytes lie in them as t
 Arrow files beside the manifest; those of the hub are in the cache of `datasets` already.
 """
 
+import shutil
 from collections.abc import Iterator
 from os.path import commonpath
 from pathlib import Path
@@ -44,14 +45,18 @@ def open_parquet(root: Path, files: list[Path], columns: Columns, notes: Notes |
     for file in files:
         if file not in tables:
             ignore(file, notes)
-    total = 0
+    total = needed = 0
     for table in tables:
         parquet = open_table(table)
-        choose_columns(parquet.schema_arrow, columns, table)  # complain before any work
+        chosen = choose_columns(parquet.schema_arrow, columns, table)  # complain before any work
         total += parquet.metadata.num_rows
+        needed += uncompressed(parquet.metadata, used_columns(parquet, chosen))
     names = [relative(table, root) for table in tables]
 
     def samples(work: Path) -> Iterator[Sample]:
+        if (free := shutil.disk_usage(work).free) < needed:
+            numbers = f"{needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB of disk are free"
+            raise InputError(f"the rows of {str(root)!r} are copied uncompressed into {str(work.parent)!r}: {numbers}")
         for number, (table, name, split) in enumerate(zip(tables, names, splits_by_name(names))):
             copy = work / "rows" / f"{number:05}.arrow"
             copy.parent.mkdir(exist_ok=True)
@@ -60,6 +65,14 @@ def open_parquet(root: Path, files: list[Path], columns: Columns, notes: Notes |
             yield from indexed_rows(copy, work, printable(name), chosen, split, notes)
 
     return Source(None, samples, notes, total)
+
+
+def holds_pictures(table: Path) -> bool:
+    """Whether a parquet file has a column of bytes."""
+    try:
+        return any(holds_bytes(column.type) for column in open_table(table).schema_arrow)
+    except InputError:
+        return False
 
 
 def open_table(path: Path) -> pq.ParquetFile:
@@ -92,11 +105,23 @@ def holds_bytes(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
+def used_columns(parquet: pq.ParquetFile, columns: Columns) -> list[str]:
+    assert columns.image and columns.caption
+    more = [name for name in MORE_COLUMNS if name in parquet.schema_arrow.names]
+    return list(dict.fromkeys([columns.image, columns.caption, *more]))
+
+
+def uncompressed(metadata: pq.FileMetaData, names: list[str]) -> int:
+    """Bytes of columns, by the file's own account."""
+    groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
+    parts = (group.column(number) for group in groups for number in range(group.num_columns))
+    return sum(part.total_uncompressed_size for part in parts if part.path_in_schema.split(".")[0] in names)
+
+
 def copy_rows(table: Path, columns: Columns, copy: Path) -> None:
     """The columns that are used, as an uncompressed Arrow stream."""
     parquet = open_table(table)
-    wanted = [columns.image, columns.caption, *(name for name in MORE_COLUMNS if name in parquet.schema_arrow.names)]
-    schema = pa.schema([parquet.schema_arrow.field(name) for name in dict.fromkeys(wanted)])
+    schema = pa.schema([parquet.schema_arrow.field(name) for name in used_columns(parquet, columns)])
     try:
         with pa.OSFile(str(copy), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
             for batch in parquet.iter_batches(AT_ONCE, columns=schema.names):

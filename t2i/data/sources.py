@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -58,7 +58,6 @@ class Notes:
     """What a source saw beside its samples."""
 
     ignored: Counter[str] = field(default_factory=Counter)  # files by suffix
-    lone_captions: list[str] = field(default_factory=list)  # text files without a picture
     shards: list[str] = field(default_factory=list)  # what is wrong with which shard
     containers: dict[str, int] = field(default_factory=dict)  # files that hold many pictures, with their sizes
 
@@ -105,11 +104,19 @@ def open_source(name: str, columns: Columns) -> Source:
     files = list(walk(path, notes := Notes()))
     if any(file.name in METADATA for file in files):
         return open_metadata(path, files, notes, columns)
-    if any(tars.is_tar(file) for file in files):
+    shards = [file for file in files if tars.is_tar(file)]
+    tables = [file for file in files if file.suffix.lower() == ".parquet"]
+    pairs = has_pairs(files)  # then a .tar or .parquet may have strayed in
+    if shards and (not pairs or any(map(tars.holds_pictures, shards))):
         return tars.open_tars(path, files, columns, notes)
-    if any(file.suffix.lower() == ".parquet" for file in files):
+    if tables and (not pairs or any(map(rows.holds_pictures, tables))):
         return rows.open_parquet(path, files, columns, notes)
-    return open_sidecars(path, files, notes)
+    return open_sidecars(path, files, notes, columns)
+
+
+def refuse_column(what: str, given: str | None, where: str) -> None:
+    if given is not None:
+        raise InputError(f"--{what}-column {given!r} says nothing here: {where}")
 
 
 def walk(root: Path, notes: Notes) -> Iterator[Path]:
@@ -145,19 +152,20 @@ def ignore(path: Path, notes: Notes) -> None:
 # ---- a picture and a text file of the same name ----
 
 
-def open_sidecars(root: Path, files: list[Path], notes: Notes) -> Source:
+def open_sidecars(root: Path, files: list[Path], notes: Notes, columns: Columns) -> Source:
     """`name.png` with `name.txt` or `name.caption`, each line of which is a caption."""
+    for what, given in (("image", columns.image), ("caption", columns.caption)):
+        refuse_column(what, given, "pictures with text files have no columns")
     pictures = [file for file in files if is_picture(file)]
     if not pictures:
         kinds = "name.png with name.txt, pictures with metadata.jsonl or .csv, .tar or .parquet files"
         raise InputError(f"no pictures in {str(root)!r}; it can hold {kinds}")
     texts = {file.with_suffix("") for file in files if file.suffix.lower() in CAPTIONS}
-    pictured = {file.with_suffix("") for file in pictures}
+    pictured = Counter(file.with_suffix("") for file in pictures)
+    lone = [file for file in files if file.suffix.lower() in CAPTIONS and file.with_suffix("") not in pictured]
     for file in files:
         if file.suffix.lower() not in CAPTIONS and not is_picture(file):
             ignore(file, notes)
-        elif file.suffix.lower() in CAPTIONS and file.with_suffix("") not in pictured:
-            notes.lone_captions.append(relative(file, root))
 
     def samples(work: Path) -> Iterator[Sample]:
         for picture in pictures:
@@ -166,12 +174,22 @@ def open_sidecars(root: Path, files: list[Path], notes: Notes) -> Source:
                 try:
                     if picture.with_suffix("") not in texts:
                         raise Rejected(Reason.no_caption, f"no {picture.stem}.txt")
+                    if (count := pictured[picture.with_suffix("")]) > 1:
+                        raise Rejected(Reason.repeated_key, f"{count} pictures {picture.stem} with one text")
                     sample.captions = read_sidecar(root, picture)
                 except Rejected as error:
                     sample.problem = error
             yield sample
+        for file in lone:
+            yield Sample(printable(relative(file, root)), problem=Rejected(Reason.no_picture))
 
-    return Source(root, samples, notes, len(pictures))
+    return Source(root, samples, notes, len(pictures) + len(lone))
+
+
+def has_pairs(files: list[Path]) -> bool:
+    """Whether any picture has a text file of its name."""
+    texts = {file.with_suffix("") for file in files if file.suffix.lower() in CAPTIONS}
+    return any(is_picture(file) and file.with_suffix("") in texts for file in files)
 
 
 def is_picture(file: Path) -> bool:
@@ -228,7 +246,7 @@ def captions_of_bytes(data: bytes) -> list[str]:
     if len(data) > MAX_CAPTIONS:
         raise Rejected(Reason.caption_too_long, f"more than {MAX_CAPTIONS:,} bytes of text")
     try:
-        return captions_of(data.decode("utf-8-sig").splitlines() or [""])
+        return captions_of(data.decode("utf-8-sig").split("\n"))
     except UnicodeDecodeError as error:
         raise Rejected(Reason.caption_not_text, str(error)) from error
 
@@ -263,6 +281,7 @@ def texts_of(value: Any, reason: Reason) -> list[str]:
 
 def open_metadata(root: Path, files: list[Path], notes: Notes, columns: Columns) -> Source:
     """Rows of file_name (relative to the metadata), text or caption, and keywords and split if there are any."""
+    refuse_column("image", columns.image, "metadata names its pictures in file_name")
     tables = [file for file in files if file.name in METADATA]
     for first, second in zip(tables, tables[1:]):
         if first.parent == second.parent:
@@ -273,18 +292,20 @@ def open_metadata(root: Path, files: list[Path], notes: Notes, columns: Columns)
         if not is_picture(file) and file not in column:
             ignore(file, notes)
 
-    def samples(work: Path) -> Iterator[Sample]:
-        left = {relative(file, root) for file in files if is_picture(file)}
-        named: set[str] = set()
+    def named() -> Iterator[Sample]:
         for table, split in zip(tables, splits):
             folder = "" if table.parent == root else relative(table.parent, root) + "/"
             for number, row in metadata_rows(table):
-                sample = metadata_sample(folder, f"{relative(table, root)}:{number}", row, column[table], split)
-                if sample.file and sample.file in named:
-                    sample.problem = Rejected(Reason.repeated_key, f"again in row {number}; captions can be a list")
-                named.add(sample.file)
-                left.discard(sample.file)
-                yield sample
+                yield metadata_sample(folder, f"{relative(table, root)}:{number}", row, column[table], split)
+
+    def samples(work: Path) -> Iterator[Sample]:
+        left = {relative(file, root) for file in files if is_picture(file)}
+        rows = Counter(sample.file for sample in named() if sample.file)  # the metadata is read twice, not held
+        for sample in named():
+            if (count := rows[sample.file]) > 1:
+                sample.problem = Rejected(Reason.repeated_key, f"in {count} rows; captions can be a list")
+            left.discard(sample.file)
+            yield sample
         for name in sorted(left):
             sample = located(name)
             sample.problem = sample.problem or Rejected(Reason.no_caption, "the metadata does not name it")
@@ -325,7 +346,7 @@ def metadata_rows(table: Path) -> Iterator[tuple[int, dict[str, Any] | Rejected]
     elif table.suffix == ".csv":
         try:
             with open(table, encoding="utf-8-sig", newline="") as text:
-                yield from ((number, dict(row)) for number, row in enumerate(csv.DictReader(text), start=2))
+                yield from csv_rows(text, table)
         except (csv.Error, UnicodeDecodeError) as error:
             raise InputError(f"{str(table)!r} is not CSV in UTF-8: {error}") from error
     else:
@@ -333,6 +354,18 @@ def metadata_rows(table: Path) -> Iterator[tuple[int, dict[str, Any] | Rejected]
             yield from enumerate(chain.from_iterable(map(rows_of, pq.ParquetFile(table).iter_batches(1_000))))
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{str(table)!r} does not read as parquet: {error}") from error
+
+
+def csv_rows(text: TextIO, table: Path) -> Iterator[tuple[int, dict[str, Any] | Rejected]]:
+    reader = csv.DictReader(text)
+    names = reader.fieldnames or []
+    if repeated := [name for name, count in Counter(names).items() if count > 1]:
+        raise InputError(f"column {repeated[0]!r} of {str(table)!r} is there twice; columns need names of their own")
+    for number, row in enumerate(reader, start=2):
+        if None in row:  # what a comma without quotes cuts off
+            yield number, Rejected(Reason.bad_row, f"more than {len(names)} values; a text with commas needs quotes")
+        else:
+            yield number, dict(row)
 
 
 def rows_of(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | Rejected]:
@@ -394,9 +427,10 @@ def split_of(value: Any) -> str | None:
     """train or held_out for the names in use; None for nothing. Raises Rejected."""
     if value is None or value == "":
         return None
-    if value == "train":
+    name = value.lower() if isinstance(value, str) else value
+    if name == "train":
         return "train"
-    if isinstance(value, str) and value in HELD_OUT:
+    if isinstance(name, str) and name in HELD_OUT:
         return "held_out"
     raise Rejected(Reason.bad_row, f"split must be train or one of {', '.join(sorted(HELD_OUT))}, got {value!r}"[:200])
 

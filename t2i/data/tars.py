@@ -30,6 +30,7 @@ from t2i.data.sources import (
     ignore,
     open_inside,
     printable,
+    refuse_column,
     relative,
     splits_by_name,
 )
@@ -52,8 +53,22 @@ def is_compressed(file: Path) -> bool:
         return file.name.lower().endswith(COMPRESSED_NAMES) or (is_tar(file) and start.read(6).startswith(COMPRESSED))
 
 
+def holds_pictures(file: Path) -> bool:
+    """Whether a tar has a picture in it; a compressed one is not looked into, and is refused later."""
+    if is_compressed(file):
+        return True
+    try:
+        with open_inside(file.parent, file.name) as opened:
+            shard = Shard(file.name, opened, Notes())
+            shard.index()
+            return any(group.picture for group in shard.members.values())
+    except Rejected:
+        return False
+
+
 def open_tars(root: Path, files: list[Path], columns: Columns, notes: Notes | None = None) -> Source:
     """Shards of pictures with .txt (else .json) captions. Raises InputError for compressed ones."""
+    refuse_column("image", columns.image, "tars hold pictures as files")
     notes = notes or Notes()
     shards = [file for file in files if is_tar(file)]
     for shard in shards:
@@ -160,6 +175,9 @@ class Shard:
         if self.file.read(512) != bytes(512):
             place = f"byte {min(end, self.size):,} of {self.size:,}"
             self.notes.shards.append(f"{self.name}: truncated or damaged at {place}, no end-of-archive mark is there")
+        elif any(block.strip(b"\0") for block in iter(lambda: self.file.read(MAX_READ), b"")):
+            place = f"byte {end:,} of {self.size:,}"
+            self.notes.shards.append(f"{self.name}: ends at {place}; what follows, such as another tar, is not read")
 
     def add(self, member: tarfile.TarInfo) -> None:
         path = PurePosixPath(member.name)

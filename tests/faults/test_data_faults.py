@@ -453,7 +453,11 @@ def test_damaged_tars_and_pictures_are_always_accounted_for(tmp_path):
         for _ in range(rng.randrange(1, 20)):
             data[rng.randrange(len(data))] = rng.randrange(256)
         (tmp_path / "0.tar").write_bytes(data)
-        _, report = check(tmp_path)  # asserts that the numbers add up
+        try:
+            _, report = check(tmp_path)  # asserts that the numbers add up
+        except InputError as error:  # nothing is left of the shard
+            survived += "no pictures in" in str(error)
+            continue
         survived += report.indexed <= len(COLORS) and "Traceback" not in "\n".join(report.lines())
     record("C12 damaged tars accounted for", tries, survived)
 
