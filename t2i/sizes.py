@@ -98,7 +98,7 @@ SMALL = Size(
         "decoder": {"context_width": 96, "image_tokens": 4, "unet": unet([96, 160], layers=1, heads=4)},
     },
     schedules={
-        "clip": Schedule(128, passes=40, least=200, most=2_000, rate=1e-3),
+        "clip": Schedule(128, passes=40, least=100, most=2_000, rate=1e-3),
         "autoencoder": Schedule(32, passes=24, least=1_000, most=6_000, rate=1e-3),
         "prior": Schedule(64, passes=87, least=1_000, most=6_000, rate=1e-3),
         "decoder": Schedule(64, passes=87, least=1_500, most=10_000, rate=1e-3),
@@ -120,7 +120,7 @@ MEDIUM = Size(  # configs/emoji
         "decoder": {"context_width": 128, "image_tokens": 4, "unet": unet([128, 192], layers=1, heads=4)},
     },
     schedules={
-        "clip": Schedule(256, passes=40, least=300, most=2_200, rate=1e-3),
+        "clip": Schedule(256, passes=40, least=200, most=2_200, rate=1e-3),
         "autoencoder": Schedule(32, passes=24, least=1_500, most=10_000, rate=1e-3),
         "prior": Schedule(128, passes=87, least=1_500, most=10_000, rate=1e-3),
         "decoder": Schedule(64, passes=87, least=2_500, most=20_000, rate=1e-3),

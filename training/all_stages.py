@@ -215,7 +215,7 @@ class Trainer:
         if self.signal:  # it came while the process started
             self.child.send_signal(self.signal)
         status = self.child.wait()
-        if self.signal and (status <= 0 or several):  # it was done just then; a cache saves nothing; torchrun says 1
+        if self.signal and (status <= 0 or several):  # it had ended; a cache does not catch it; torchrun says 1
             return 128 + signal.SIGINT if self.signal == signal.SIGINT else RESUMABLE
         if status < 0:
             name = signal.Signals(-status).name
