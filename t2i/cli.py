@@ -1,5 +1,6 @@
 """The `t2i` command. Imports what a command needs when it runs, so that `t2i --help` is quick."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -88,17 +89,61 @@ def read_prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
     return found
 
 
+@app.command()
+def init(
+    run: Annotated[Path, Argument(help="A new folder for the configurations and all that is trained with them.")],
+    source: Annotated[str, Option("--data", help="The pictures, as for `t2i data check`.")],
+    clip: Annotated[str | None, Option(help="Trained or public, instead of one of your own.")] = None,
+    autoencoder: Annotated[str | None, Option(help="Trained or public, instead of one of your own.")] = None,
+    device: Annotated[str, Option(help="To train on: auto, cpu, cuda.")] = "auto",
+    image_size: Annotated[int | None, Option(help="Side of the pictures, in pixels; chosen if left out.")] = None,
+    held_out: Annotated[float | None, Option(help="Share to hold out, where the source names no split.")] = None,
+) -> None:
+    """Write a configuration for every stage, with sizes chosen from the pictures and the device."""
+    from t2i.recipe import check_run, compose, find_device, read_facts
+
+    check_run(run, source)
+    machine = find_device(device)
+    checked(source, held_out)
+    recipe = compose(run, read_facts(source), machine, clip, autoencoder, image_size)
+    recipe.write(run)
+    print("\n".join(recipe.lines))
+    folder = shlex.quote(str(run))
+    print(f"next: t2i train all {folder} --dry-run   tells what it will cost\n      t2i train all {folder}")
+
+
+def checked(source: str, held_out: float | None) -> None:
+    """Make sure that a source has a manifest, and that nothing has changed since."""
+    from t2i.data.freshness import changes
+    from t2i.data.manifest import find_manifest
+
+    try:
+        manifest = find_manifest(Path(source))
+    except InputError:
+        check(source, held_out=0.05 if held_out is None else held_out)
+        return
+    if held_out is not None:
+        raise InputError(f"held-out is {held_out}, but {str(manifest)!r} has decided it; `t2i data check` decides anew")
+    if found := changes(source):
+        raise InputError(f"{source!r} is not what was checked: {found}; `t2i data check {source}` reads it again")
+
+
 @app.command(context_settings={"ignore_unknown_options": True})
 def train(
-    stage: Annotated[str, Argument(help=f"One of {', '.join(STAGES)}.")],
-    arguments: Annotated[list[str] | None, Argument(help="[FILE.yaml] [key=value ...]", show_default=False)] = None,
+    stage: Annotated[str, Argument(help=f"One of {', '.join(STAGES)}, or all.")],
+    arguments: Annotated[
+        list[str] | None, Argument(help="[FILE.yaml] [key=value ...]; of all, the folder.", show_default=False)
+    ] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Say what the run would cost, and write nothing.")] = False,
     num_processes: Annotated[int, Option(help="On this machine: GPUs, or shares of the CPU.")] = 1,
     max_restarts: Annotated[int, Option(help="How often processes that died are started again, if several.")] = 0,
 ) -> None:
-    """Train a stage. Stopped, it goes on from where it was; on several machines use accelerate launch."""
-    if stage not in STAGES:
-        raise InputError(f"stage must be one of {', '.join(STAGES)}; got {stage!r}")
+    """Train a stage, or all stages of what `t2i init` wrote. Stopped, it goes on from where it was.
+
+    On several machines use accelerate launch.
+    """
+    if stage not in (*STAGES, "all"):
+        raise InputError(f"stage must be one of {', '.join(STAGES)}, all; got {stage!r}")
     from importlib import import_module
 
     from t2i.config import check_range, load_config
@@ -106,12 +151,25 @@ def train(
 
     check_range("num-processes", num_processes, 1, 1024)
     check_range("max-restarts", max_restarts, 0, 1000)
+    if stage == "all":
+        raise typer.Exit(train_all(arguments or [], num_processes, max_restarts, dry_run))
     given = [*(arguments or []), *(["train.dry_run=true"] if dry_run else [])]
     script = import_module(f"training.train_{stage}")
     config = load_config(script.Config, stage, given)
     if num_processes > 1:
         become([str(script.__file__), *given], num_processes, max_restarts)
     begin(script.main, config)
+
+
+def train_all(arguments: list[str], num_processes: int, max_restarts: int, dry_run: bool) -> int:
+    """The exit status."""
+    from training.all_stages import Run, Trainer
+
+    if len(arguments) != 1:
+        what = f"{arguments[1]!r} belongs into its configurations" if arguments[1:] else "none is given"
+        raise InputError(f"train all takes one folder that `t2i init` wrote; {what}")
+    trainer = Trainer(Run.read(Path(arguments[0])), num_processes, max_restarts)
+    return trainer.estimate() if dry_run else trainer.train()
 
 
 @data.command()

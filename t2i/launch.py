@@ -49,7 +49,12 @@ def forgotten_processes() -> int:
 
 def become(script: list[str], processes: int, restarts: int = 0) -> NoReturn:
     """Become torchrun with a script, its arguments, and a number of processes on this machine."""
+    os.execv(sys.executable, torchrun(script, processes, restarts))
+
+
+def torchrun(script: list[str], processes: int, restarts: int = 0) -> list[str]:
+    """The command that starts a script with its arguments in a number of processes on this machine."""
     # Else a restarted group may read stale addresses from the store that it shares with the one before.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     options = ["--standalone", f"--nproc_per_node={processes}", f"--max-restarts={restarts}"]
-    os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", *options, *script])
+    return [sys.executable, "-m", "torch.distributed.run", *options, *script]
