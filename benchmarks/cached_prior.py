@@ -2,8 +2,8 @@
 
     python -m benchmarks.cached_prior configs/emoji/prior.yaml [key=value ...]
 
-The configuration names the cache. Both ways train the same model in one process, in turns; prints one JSON line: samples a
-second of whole training steps, and of getting the encoded samples alone, which is the part that a cache takes over.
+The configuration names the cache. Both ways train the same model in one process, in turns. Prints one JSON line:
+samples a second of whole training steps, and of getting the encoded samples alone, the part that a cache takes over.
 """
 
 import json
