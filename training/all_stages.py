@@ -35,7 +35,8 @@ SCRIPTS = {
 OPTIONAL = ("clip", "autoencoder")  # where a public one is named
 DONE = "done.json"  # by stage: what it was made from and what it left, as hashes
 PIPELINE = "pipeline"
-STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+HANGUP = getattr(signal, "SIGHUP", None)  # a closed terminal; Windows has none
+STOP = [number for number in (signal.SIGTERM, signal.SIGINT, HANGUP) if number is not None]
 
 
 @dataclass(frozen=True)
@@ -224,7 +225,7 @@ class Trainer:
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         """Pass a signal on; a closed terminal asks to stop as SIGTERM does."""
-        self.signal = signal.SIGTERM if number == signal.SIGHUP else number
+        self.signal = signal.SIGTERM if number == HANGUP else number
         if self.child is not None and self.child.poll() is None:
             self.child.send_signal(self.signal)
 
