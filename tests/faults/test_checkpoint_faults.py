@@ -151,12 +151,12 @@ def deaths(folder: Path) -> list[Callable[[], None]]:
     smaller = 0
     for name in FILES[:3]:
         header = sizes[name] - 4 * 64 * 4 ** FILES.index(name)
-        at = [0, 1, 7, 8, header - 1, header, header + 1, sizes[name] // 2, sizes[name] - 1]
-        ways += [lambda n=n: die_at_byte(n) for n in at if n >= smaller]
+        at = {0, 1, 7, 8, header - 1, header, header + 1, sizes[name] - 1, *range(0, sizes[name], sizes[name] // 8)}
+        ways += [lambda n=n: die_at_byte(n) for n in sorted(at) if n >= smaller]
         smaller = sizes[name]
     for name in FILES[3:]:
-        at = [0, 1, sizes[name] // 2, sizes[name] - 1]
-        ways += [lambda name=name, n=n: die_in_text(name, n) for n in at]
+        at = {0, 1, sizes[name] - 1, *range(0, sizes[name], sizes[name] // 5)}
+        ways += [lambda name=name, n=n: die_in_text(name, n) for n in sorted(at)]
     return ways
 
 
