@@ -83,7 +83,6 @@ def make_stage(config: Config, source: Source, device: torch.device) -> Stage:
         made_from["init"] = weights_digest(decoder)
     if config.lora is not None:
         add_adapters(decoder, config.lora)
-        made_from["lora"] = str(config.lora)
     decoder.to(device)
 
     def loss(model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:

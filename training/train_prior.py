@@ -72,7 +72,6 @@ def make_stage(config: Config, source: Source, device: torch.device) -> Stage:
         made_from["init"] = weights_digest(prior)
     if config.lora is not None:
         add_adapters(prior, config.lora)
-        made_from["lora"] = str(config.lora)
     prior.to(device)
 
     def loss(model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
