@@ -54,6 +54,8 @@ def test_commands_are_right(command, tmp_path, monkeypatch):
             folders = [words[words.index("init") + 1] for words in COMMANDS if "init" in words]
             assert folder.removesuffix("/pipeline") in folders  # trained before, which takes long
         case [program, "train", stage, *arguments] if program.endswith("t2i"):
+            context = get_command(app).commands["train"].make_context("train", [stage, *arguments])
+            arguments = context.params["arguments"]  # without the options, which exist
             check_training(ROOT / f"training/train_{stage}.py", arguments, monkeypatch)
         case [program, "generate", *_] if program.endswith("t2i"):
             program = [sys.executable, "-c", "from t2i.cli import main; main()"]
