@@ -354,11 +354,11 @@ def test_data_without_a_manifest_are_said_not_to_be_compared(shapes, runs, finis
     monkeypatch.chdir(tmp_path)
     open_source(str(finished), DataConfig("hub:org/shapes", 32, 0), str(runs / "clip"))
     assert f"'hub:org/shapes': the cache {str(finished)!r} is not compared" in capsys.readouterr().out
-    shutil.copytree(shapes, tmp_path / "data/shapes")
-    lines = (tmp_path / "data/shapes/metadata.jsonl").read_text().splitlines()
-    (tmp_path / "data/shapes/metadata.jsonl").write_text("\n".join(reversed(lines)))
-    write_manifest(tmp_path / "data/shapes", quiet=True)
-    shutil.move(tmp_path / "data/shapes/t2i/manifest.parquet", tmp_path / "data/shapes/manifest.parquet")
+    shutil.copytree(shapes, tmp_path / "data/org--shapes")
+    lines = (tmp_path / "data/org--shapes/metadata.jsonl").read_text().splitlines()
+    (tmp_path / "data/org--shapes/metadata.jsonl").write_text("\n".join(reversed(lines)))
+    write_manifest(tmp_path / "data/org--shapes", quiet=True)
+    shutil.move(tmp_path / "data/org--shapes/t2i/manifest.parquet", tmp_path / "data/org--shapes/manifest.parquet")
     with pytest.raises(InputError, match="another data, "):
         open_source(str(finished), DataConfig("hub:org/shapes", 32, 0), str(runs / "clip"))
     open_source(str(finished), DataConfig(str(shapes), 32, 0), str(runs / "clip"))

@@ -225,7 +225,7 @@ def test_data_that_do_not_divide_by_the_processes_never_hang_one(tmp_path):
 @fault("D8 a process hangs")
 def test_a_process_that_hangs_is_named(tmp_path, what, word):
     process = start(tmp_path, what, "stall_timeout=5", processes=2)
-    status, output = finish(process, 90)  # the launcher itself waits 30 s for one that does not react
+    status, output = finish(process, 150)  # the launcher itself waits 30 s for one that does not react
     assert status != 0 and f"error: {word}" in output and "did not come within 5 s" in output, output
 
 
