@@ -28,6 +28,9 @@ def begin(main: Callable[[Config], None], config: Config) -> None:
     if training is not None and training.dry_run and os.environ.get("RANK", "0") == "0":
         print(as_yaml(config), flush=True)
     main(config)
+    from accelerate import PartialState
+
+    PartialState().destroy_process_group()  # else its threads may outlive what they use when the process ends
 
 
 def forgotten_processes() -> int:

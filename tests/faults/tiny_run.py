@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from PIL import Image
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -168,3 +169,4 @@ def broken(fault: str, value: torch.Tensor, now: bool, output: Path) -> torch.Te
 if __name__ == "__main__":
     with reported():
         run(Path(sys.argv[1]), *sys.argv[2:])
+        PartialState().destroy_process_group()
