@@ -18,12 +18,9 @@ class Average:
 
     def __init__(self, model: nn.Module):
         self.model = model
+        # FSDP puts others in their place while it gathers; these, the shards, are what the optimizer holds too.
+        self.parameters = {name: one for name, one in model.named_parameters() if one.requires_grad}
         self.values = {name: one.detach().clone() for name, one in self.parameters.items()}
-
-    @property
-    def parameters(self) -> dict[str, Tensor]:
-        """The trained ones, as shards if the model is sharded."""
-        return {name: one for name, one in self.model.named_parameters() if one.requires_grad}
 
     @torch.no_grad()
     def update(self, decay: float) -> None:

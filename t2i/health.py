@@ -33,6 +33,7 @@ class Health:
         self.new: list[tuple[str, str]] = []
         self.read: list[Tensor] = []  # the indices of each micro-batch
         self.losses: list[Tensor] = []
+        self.loss_was_finite, self.last = True, ""  # in the last verdict; what was skipped last
 
     def add(self, batch: Batch, loss: Tensor) -> None:
         """A micro-batch and its loss."""
@@ -44,11 +45,6 @@ class Health:
         """Note the samples for which others stand in."""
         self.new += dict(batch.rejected).items()  # each once, however often it was tried
         self.reasons.update(dict(batch.rejected).values())
-
-    @property
-    def loss_was_finite(self) -> bool:
-        """In the last verdict."""
-        return not self.bad_loss
 
     def verdict(self, step: int, norm: Tensor | None, signal: int) -> tuple[bool, int]:
         """Whether the step is finite everywhere, and the signal that asks any of the processes to stop, or 0."""
@@ -62,10 +58,10 @@ class Health:
         self.rejected += int(sum(rejected))
         if any(rejected):
             self.report_rejected(step)
-        self.bad_loss = any(bad_loss)
-        healthy = not self.bad_loss and not any(bad_norm)
+        self.loss_was_finite = not any(bad_loss)
+        healthy = self.loss_was_finite and not any(bad_norm)
         if not healthy:
-            self.report_skipped(step, finite.tolist(), any(bad_loss), norm)
+            self.report_skipped(step, finite.tolist(), norm)
         self.read, self.losses, self.new = [], [], []
         return healthy, int(max(signals))
 
@@ -84,13 +80,13 @@ class Health:
             f"{self.output / 'rejected.jsonl'} names them. `t2i data check` looks at all of them"
         )
 
-    def report_skipped(self, step: int, finite: list[bool], losses: bool, norm: Tensor | None) -> None:
+    def report_skipped(self, step: int, finite: list[bool], norm: Tensor | None) -> None:
         """Name the samples of the micro-batches that were not finite; of all, if only the gradient was not."""
-        chosen = [indices for indices, good in zip(self.read, finite) if not (good and losses)]
+        chosen = [indices for indices, good in zip(self.read, finite) if self.loss_was_finite or not good]
         keys = [self.dataset.key(index) for indices in chosen for index in indices.tolist()]
         keys = gather_object(keys) if self.accelerator.num_processes > 1 else keys
         value = math.nan if norm is None else float(norm)
-        what = "loss" if losses else "gradient"
+        what = "gradient" if self.loss_was_finite else "loss"
         self.write("skipped.jsonl", [{"step": step, "not_finite": what, "gradient_norm": str(value), "keys": keys}])
         shown = ", ".join(keys[:SHOWN]) + (f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else "")
         self.last = f"the {what} of step {step} was not finite, with the samples {shown}"

@@ -1,12 +1,12 @@
 """A checkpoint is the new one or the older one, never a mixture and never none, wherever the process dies."""
 
-import os
 from pathlib import Path
 
-import pytest
 import torch
 
 from t2i.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
+
+from .faults.test_checkpoint_faults import die_at_call, in_child
 
 
 def save(folder: Path, step: int, keep: int = 1) -> None:
@@ -19,38 +19,22 @@ def load_latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     return path and load_checkpoint(path), problems
 
 
-def die_at(call: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """End the process without any clean-up at the n-th call that changes what is on disk."""
-    count = 0
-    for name in ("fsync", "rename", "mkdir", "unlink", "rmdir", "open"):
-        real = getattr(os, name)
-
-        def counted(*arguments, real=real, **options):
-            nonlocal count
-            count += 1
-            if count == call:
-                os._exit(137)
-            return real(*arguments, **options)
-
-        monkeypatch.setattr(os, name, counted)
-
-
-def killed_at(call: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> bool:
+def killed_at(call: int, folder: Path) -> bool:
     """Save step 2 in a child that dies at the n-th call; whether it did."""
-    child = os.fork()
-    if child == 0:
-        die_at(call, monkeypatch)
+
+    def action() -> None:
+        die_at_call(call)
         save(folder, 2)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 137
+
+    return in_child(action)
 
 
-def test_a_save_killed_anywhere_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
+def test_a_save_killed_anywhere_leaves_a_whole_checkpoint(tmp_path):
     deaths = 0
     for call in range(1, 200):
         folder = tmp_path / str(call)
         save(folder, 1)
-        killed = killed_at(call, folder, monkeypatch)
+        killed = killed_at(call, folder)
         checkpoint, problems = load_latest(folder)
         assert checkpoint is not None and not problems
         step = checkpoint.state["step"]

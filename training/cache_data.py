@@ -43,7 +43,7 @@ from t2i.data.cache import (
     write_shard,
 )
 from t2i.data.dataset import from_workers
-from t2i.data.manifest import Manifest
+from t2i.data.manifest import splits_of
 from t2i.data.source import facts_of_autoencoder, facts_of_clip, stored
 from t2i.errors import InputError
 from t2i.launch import run
@@ -147,7 +147,7 @@ def most_captions(dataset: CaptionedPictures) -> int:
 
 def splits(config: DataConfig) -> dict[str, CaptionedPictures]:
     """The data set of each split that has pictures."""
-    there = {*Manifest(config.path, None).splits(), "train"}
+    there = {*splits_of(config.path), "train"}
     return {split: CaptionedPictures(config, split) for split in SPLITS if split in there}
 
 

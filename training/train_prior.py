@@ -96,17 +96,8 @@ def make_stage(config: Config, source: Source, device: torch.device) -> Stage:
     if config.train.sample_every:
         drawn = Preview(config.sample, choose_columns(source, config.sample), source.clip.identity)
         preview = partial(drawn.of_prior, scheduler=scheduler)
-    return Stage(
-        prior,
-        loss,
-        source.dataset,
-        export,
-        made_from,
-        asdict(config),
-        config.data.num_workers,
-        source.validation,
-        preview,
-    )
+    workers, held_out = config.data.num_workers, source.validation
+    return Stage(prior, loss, source.dataset, export, made_from, asdict(config), workers, held_out, preview)
 
 
 def prior_arguments(clip: ClipFacts) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from t2i.condition import TextEncoding
 from t2i.config import DataConfig
-from t2i.data.manifest import Manifest
+from t2i.data.manifest import Manifest, splits_of
 from t2i.data.pictures import decode, silent, to_tensor
 from t2i.data.reasons import Rejected
 from t2i.errors import InputError
@@ -157,7 +157,7 @@ class CaptionedPictures(Dataset):
 
 def held_out_pictures(config: DataConfig) -> CaptionedPictures | None:
     """What the manifest holds out, to validate with; None where it holds out nothing."""
-    return CaptionedPictures(config, "held_out") if "held_out" in Manifest(config.path, None).splits() else None
+    return CaptionedPictures(config, "held_out") if "held_out" in splits_of(config.path) else None
 
 
 class Order(Sampler[list[Key]]):

@@ -263,9 +263,6 @@ class Manifest:
     def value(self, column: str, index: int) -> Any:
         return self.table[column][index].as_py()
 
-    def splits(self) -> list[str]:
-        return sorted(self.table["split"].unique().to_pylist())
-
     def rows(self, *columns: str) -> Iterator[dict[str, Any]]:
         """All rows in order, a few at a time in memory."""
         for batch in self.table.select(columns).to_batches(max_chunksize=ROW_GROUP):
@@ -278,6 +275,13 @@ class Manifest:
         if hashlib.sha256(data).digest() != self.value("sha256", index):
             raise Rejected(Reason.changed)
         return data
+
+
+def splits_of(path: str | Path) -> list[str]:
+    """The splits that a manifest has accepted samples of."""
+    file = find_manifest(Path(path))
+    table = pq.read_table(file, columns=["split"], filters=[("status", "=", OK)], partitioning=None)
+    return sorted(table["split"].unique().to_pylist())
 
 
 def find_manifest(path: Path) -> Path:
