@@ -19,7 +19,7 @@ from t2i.condition import TextEncoding
 from t2i.config import DataConfig
 from t2i.data.cache import SPLITS, AutoencoderFacts, CachedPairs, ClipFacts, read_json, statistics
 from t2i.data.dataset import Batch, CaptionedPictures, Key, held_out_pictures
-from t2i.data.manifest import Manifest, find_manifest
+from t2i.data.manifest import find_manifest, splits_of
 from t2i.errors import InputError
 from t2i.untrusted import is_folder
 
@@ -222,7 +222,7 @@ def has_manifest(data: DataConfig) -> bool:
 
 def digests(data: DataConfig) -> dict[str, str]:
     """Of each split that has pictures."""
-    there = Manifest(data.path, None).splits()
+    there = splits_of(data.path)
     return {split: CaptionedPictures(data, split).digest() for split in SPLITS if split in there}
 
 
