@@ -5,7 +5,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -174,12 +174,13 @@ def train(accelerator: Accelerator, stage: Stage, state: State) -> None:
             with watch.waiting(busy=True):
                 draw(accelerator, stage, state, log)
     finally:
+        loader.close()
         watch.close()
         stop.close()
         log.close()
 
 
-def read(stage: Stage, state: State) -> Iterator[Batch]:
+def read(stage: Stage, state: State) -> Generator[Batch, None, None]:
     """The batches of this process, from the state's position on."""
     return batches(
         stage.dataset,
@@ -311,6 +312,7 @@ def estimate(accelerator: Accelerator, stage: Stage, state: State) -> None:
         norm = gradient(accelerator, stage, state, loader, None, watch, health)
         update(accelerator, state, 0.0, healthy=bool(norm is None or torch.isfinite(norm)))
         times.append(time.perf_counter() - start)
+    loader.close()
     watch.close()
     seconds = min(times[1:])
     trained = sum(one.numel() for one in state.average.parameters.values())

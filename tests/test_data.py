@@ -4,6 +4,8 @@ import io
 import json
 import random
 import shutil
+import subprocess
+import sys
 from itertools import islice
 from pathlib import Path
 
@@ -58,6 +60,23 @@ def test_workers_change_nothing(shapes):
     alone, helped = (list(islice(batches(dataset, workers, batch_size=5, seed=2), 4)) for workers in (0, 2))
     for a, b in zip(alone, helped):
         assert a.captions == b.captions and a.index.equal(b.index) and a.image.equal(b.image)
+
+
+LEFT_OPEN = """
+import sys
+from t2i.config import DataConfig
+from t2i.data import CaptionedPictures, batches
+loader = batches(CaptionedPictures(DataConfig(sys.argv[1], 16, 0)), 2, batch_size=5, seed=2)
+next(loader)
+sys.kept = [loader]
+sys.kept.append(sys.kept)
+"""
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+def test_a_program_ends_though_it_left_its_batches_open(shapes):
+    """Its workers outlive signals, but not those of multiprocessing, which waits for them without end."""
+    subprocess.run([sys.executable, "-c", LEFT_OPEN, str(shapes)], check=True, timeout=60)
 
 
 def test_captions_vary_and_repeat_for_the_same_draw():

@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import os
 import random
 import signal
+import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -186,8 +188,8 @@ class Order(Sampler[list[Key]]):
             start += self.batch_size * self.world
 
 
-def batches(dataset: Dataset, num_workers: int, **order: int) -> Iterator[Batch]:
-    """Endless batches of a dataset; the keyword arguments are those of `Order`."""
+def batches(dataset: Dataset, num_workers: int, **order: int) -> Generator[Batch, None, None]:
+    """Endless batches of a dataset; the keyword arguments are those of `Order`. Closed, its workers end."""
     sampler = Order(len(dataset), **order)  # type: ignore[arg-type]
     with from_workers():
         yield from DataLoader(
@@ -196,9 +198,17 @@ def batches(dataset: Dataset, num_workers: int, **order: int) -> Iterator[Batch]
 
 
 def outlive_signals(worker: int) -> None:
-    """A worker ends with its parent, which has to save first when a signal comes to the whole group."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    """A worker ends when its parent says so, which has to save first when a signal comes to the whole group."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # elsewhere torch's handler stays: it ends at a signal from anyone
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=end_by_parent, daemon=True).start()
+
+
+def end_by_parent() -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 @contextmanager
