@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -76,30 +76,43 @@ class StopRequest:
             signal.signal(number, handler or signal.SIG_DFL)
 
 
+@dataclass
+class Sign:
+    """What another process last told, and when that was new here."""
+
+    lives: int
+    reached: int
+    new: float
+
+
 class Watch:
     """Ends a process that waits for one that is dead or hangs, and says which.
 
-    Every process tells the group's store, from a thread, that it lives, and how many waits it has come to. `waiting()`
-    is around everything that waits for the others. Does nothing in a run of one process.
+    One thread exchanges with the others, by the group's store, how often each has said that it lives and how many waits
+    it has come to; a step itself tells nothing. The store is kept by process 0 and hangs with it, for which its
+    timeouts are no help: so another thread judges, from what is known here. `waiting()` is around everything that waits
+    for the others. Does nothing in a run of one process.
     """
 
     def __init__(self, accelerator: Accelerator, stall_timeout: float, advice: Callable[[], str]):
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
-        self.stall_timeout, self.advice = stall_timeout, advice
+        self.stall_timeout, self.advice = max(stall_timeout, SILENCE * TICK), advice
         self.place, self.beat, self.since, self.asked_to_end, self.busy = 0, 0, 0.0, 0.0, False
         self.closed = threading.Event()
-        self.thread: threading.Thread | None = None
+        self.others = [rank for rank in range(self.world) if rank != self.rank]
+        self.signs: dict[int, Sign] = {}
+        self.answered = time.monotonic()  # the store, for the last time
+        self.threads: list[threading.Thread] = []
         if self.world > 1:
             self.store = torch.distributed.distributed_c10d._get_default_store()
-            self.store.set_timeout(timedelta(seconds=SILENCE * TICK))
-            self.tell("reached", 0)
-            self.tell("lives", 0)
+            self.tell()
             accelerator.wait_for_everyone()
             self.reader, self.writer = os.pipe()  # a signal arrives here also while the main thread is inside a kernel
             os.set_blocking(self.writer, False)
             self.wakeup = signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
-            self.thread = threading.Thread(target=self.look, daemon=True)
-            self.thread.start()
+            self.threads = [threading.Thread(target=work, daemon=True) for work in (self.exchange, self.look)]
+            for thread in self.threads:
+                thread.start()
 
     @contextmanager
     def waiting(self, busy: bool = False) -> Iterator[None]:
@@ -107,31 +120,49 @@ class Watch:
 
         busy: process 0 works there for as long as it takes, so that only its death counts.
         """
-        if self.thread is None:
+        if not self.threads:
             yield
             return
         self.place += 1
-        self.tell("reached", self.place)
         self.since, self.busy = time.monotonic(), busy
         try:
             yield
         except RunError:
             raise
         except RuntimeError:  # the connection to a dead process breaks
-            if gone := self.silent():
+            if not self.closed.wait((SILENCE + 2) * TICK) and (gone := self.silent()):
                 self.end(self.describe(gone, "died"))
             raise
         finally:
             self.since = 0.0
 
+    def exchange(self) -> None:
+        """A thread: a sign of life every second; those of the others while the main thread waits for them."""
+        while not self.closed.wait(TICK):
+            with contextlib.suppress(RuntimeError):  # the store ends with process 0
+                self.tell()
+                if self.since:
+                    self.ask()
+                self.answered = time.monotonic()
+
+    def tell(self) -> None:
+        self.beat += 1
+        self.store.set(f"t2i/{self.rank}", f"{self.beat} {self.place}")
+
+    def ask(self) -> None:
+        values = self.store.multi_get([f"t2i/{rank}" for rank in self.others])
+        for rank, value in zip(self.others, values):
+            lives, reached = map(int, value.split())
+            known = self.signs.get(rank)
+            new = time.monotonic() if known is None or known.lives != lives else known.new
+            self.signs[rank] = Sign(lives, reached, new)
+
     def look(self) -> None:
-        """The thread: a sign of life every second, and an eye on how long the main thread waits."""
+        """A thread: an eye on how long the main thread waits."""
         while not self.closed.is_set():
             ready, _, _ = select.select([self.reader], [], [], TICK)
             if ready and signal.SIGTERM in os.read(self.reader, 4096):
                 self.asked_to_end = self.asked_to_end or time.monotonic()
-            with contextlib.suppress(RuntimeError):  # the store ends with process 0, or hangs with it
-                self.live()
             self.judge()
 
     def judge(self) -> None:
@@ -141,36 +172,17 @@ class Watch:
         if self.asked_to_end and now - max(since, self.asked_to_end) > AFTER_SIGNAL and (gone := self.silent()):
             self.end(self.describe(gone, "died"))
         elif now - since > self.stall_timeout and (not self.busy or self.silent()):
-            try:
-                late = [rank for rank in range(self.world) if self.told("reached", rank) < self.place] or self.silent()
-            except RuntimeError:
-                late = [0]  # which keeps the store
+            late = self.silent() or [rank for rank, sign in self.signs.items() if sign.reached < self.place]
             if self.since == since:
                 what = f"did not come within {self.stall_timeout:g} s (train.stall_timeout)"
                 self.end(self.describe(late, what) if late else f"the processes {what} of each other. {self.advice()}")
 
     def silent(self) -> list[int]:
-        """The processes that give no sign of life; process 0 keeps the store, without which nobody can."""
-        try:
-            before = [self.told("lives", rank) for rank in range(self.world)]
-            for _ in range(SILENCE):
-                time.sleep(TICK)
-                if threading.current_thread() is self.thread:
-                    self.live()
-            after = [self.told("lives", rank) for rank in range(self.world)]
-        except RuntimeError:
+        """The processes that have given no sign of life while this one waited; without process 0 no other can."""
+        now = time.monotonic()
+        if now - self.answered > SILENCE * TICK:
             return [0] if self.rank else []
-        return [rank for rank in range(self.world) if rank != self.rank and before[rank] == after[rank]]
-
-    def live(self) -> None:
-        self.beat += 1
-        self.tell("lives", self.beat)
-
-    def tell(self, what: str, value: int) -> None:
-        self.store.set(f"t2i/{what}/{self.rank}", str(value))
-
-    def told(self, what: str, rank: int) -> int:
-        return int(self.store.get(f"t2i/{what}/{rank}"))
+        return [rank for rank, sign in self.signs.items() if now - max(sign.new, self.since) > SILENCE * TICK]
 
     def describe(self, ranks: list[int], what: str) -> str:
         names = ", ".join(map(str, ranks))
@@ -181,11 +193,12 @@ class Watch:
         os._exit(1)
 
     def close(self) -> None:
-        if self.thread is not None:
+        if self.threads:
             self.closed.set()
             signal.set_wakeup_fd(self.wakeup)
             os.write(self.writer, b"\0")
-            self.thread.join()
+            for thread in self.threads:
+                thread.join(SILENCE * TICK)
             os.close(self.reader)
             os.close(self.writer)
-            self.thread = None
+            self.threads = []

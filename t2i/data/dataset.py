@@ -191,17 +191,30 @@ class Order(Sampler[list[Key]]):
 def batches(dataset: Dataset, num_workers: int, **order: int) -> Generator[Batch, None, None]:
     """Endless batches of a dataset; the keyword arguments are those of `Order`. Closed, its workers end."""
     sampler = Order(len(dataset), **order)  # type: ignore[arg-type]
+    settings = {"num_workers": num_workers, "collate_fn": whole, "worker_init_fn": obey_parent}
     with from_workers():
-        yield from DataLoader(
-            dataset, batch_sampler=sampler, num_workers=num_workers, collate_fn=whole, worker_init_fn=outlive_signals
-        )
+        with signals_held():
+            loader = iter(DataLoader(dataset, batch_sampler=sampler, **settings))
+        yield from loader
 
 
-def outlive_signals(worker: int) -> None:
-    """A worker ends when its parent says so, which has to save first when a signal comes to the whole group."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # elsewhere torch's handler stays: it ends at a signal from anyone
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Around the start of workers, all of whose threads are deaf to signals from then on: one that comes to the whole
+    group is for their parent, which has to save first."""
+    if not hasattr(signal, "sigwaitinfo"):  # without it they could not tell who sent one
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def obey_parent(worker: int) -> None:
+    """End a worker by the signal that multiprocessing ends its children with, if it is their parent's."""
+    if hasattr(signal, "sigwaitinfo"):
         threading.Thread(target=end_by_parent, daemon=True).start()
 
 
