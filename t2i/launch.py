@@ -28,9 +28,21 @@ def begin(main: Callable[[Config], None], config: Config) -> None:
     if training is not None and training.dry_run and os.environ.get("RANK", "0") == "0":
         print(as_yaml(config), flush=True)
     main(config)
+    end_group()
+
+
+def end_group() -> None:
+    """After a run of several processes: end this one at once.
+
+    The group's threads may outlive what they use, and abort a process that takes its interpreter apart under them.
+    """
     from accelerate import PartialState
 
-    PartialState().destroy_process_group()  # else its threads may outlive what they use when the process ends
+    if PartialState().num_processes > 1:
+        PartialState().destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def forgotten_processes() -> int:

@@ -21,7 +21,7 @@ from .record import record
 from .test_checkpoint_faults import contents, finish, start, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 150
+STEPS = 40
 
 
 def launch(stage: str, data: Path, folder: Path, runs: Path, processes: int, workers: int, **more: object):

@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from PIL import Image
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -24,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from t2i.config import TrainConfig  # noqa: E402
 from t2i.data import Batch  # noqa: E402
 from t2i.errors import InputError, reported  # noqa: E402
+from t2i.launch import end_group  # noqa: E402
 from t2i.loop import Stage, fit, start  # noqa: E402
 
 SIZE = 40
@@ -169,4 +169,4 @@ def broken(fault: str, value: torch.Tensor, now: bool, output: Path) -> torch.Te
 if __name__ == "__main__":
     with reported():
         run(Path(sys.argv[1]), *sys.argv[2:])
-        PartialState().destroy_process_group()
+        end_group()
