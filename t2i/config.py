@@ -77,7 +77,7 @@ class TrainConfig:
         check_range("train.adam_beta2", self.adam_beta2, 0, 0.9999999)
         check_range("train.ema_decay", self.ema_decay, 0, 1)
         check_range("train.max_grad_norm", self.max_grad_norm, 0, 1e9)
-        check_range("train.stall_timeout", self.stall_timeout, 1, 1e6)
+        check_range("train.stall_timeout", self.stall_timeout, 5, 1e6)
         check_range("train.seed", self.seed, 0, 2**20 - 1)
         if self.mixed_precision == "False":  # YAML 1.1 reads a bare `no` as false
             self.mixed_precision = "no"

@@ -307,13 +307,15 @@ def estimate(accelerator: Accelerator, stage: Stage, state: State) -> None:
     config = state.config
     watch = Watch(accelerator, config.stall_timeout, str)
     health, loader, times = Health(accelerator, stage.dataset, config.output), read(stage, state), []
-    for _ in range(DRY_STEPS):
-        start = time.perf_counter()
-        norm = gradient(accelerator, stage, state, loader, None, watch, health)
-        update(accelerator, state, 0.0, healthy=bool(norm is None or torch.isfinite(norm)))
-        times.append(time.perf_counter() - start)
-    loader.close()
-    watch.close()
+    try:
+        for _ in range(DRY_STEPS):
+            start = time.perf_counter()
+            norm = gradient(accelerator, stage, state, loader, None, watch, health)
+            update(accelerator, state, 0.0, healthy=bool(norm is None or torch.isfinite(norm)))
+            times.append(time.perf_counter() - start)
+    finally:
+        loader.close()
+        watch.close()
     seconds = min(times[1:])
     trained = sum(one.numel() for one in state.average.parameters.values())
     total = sum(one.numel() for one in state.model.parameters())

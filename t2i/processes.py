@@ -89,19 +89,20 @@ class Watch:
     """Ends a process that waits for one that is dead or hangs, and says which.
 
     One thread exchanges with the others, by the group's store, how often each has said that it lives and how many waits
-    it has come to; a step itself tells nothing. The store is kept by process 0 and hangs with it, for which its
-    timeouts are no help: so another thread judges, from what is known here. `waiting()` is around everything that waits
-    for the others. Does nothing in a run of one process.
+    it has come to; a step itself tells nothing. The store is kept by process 0 or by the launcher and hangs with it,
+    against which its timeouts are no help: so another thread judges, from what is known here. `waiting()` is around
+    everything that waits for the others. Does nothing in a run of one process.
     """
 
     def __init__(self, accelerator: Accelerator, stall_timeout: float, advice: Callable[[], str]):
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
-        self.stall_timeout, self.advice = max(stall_timeout, SILENCE * TICK), advice
+        self.stall_timeout, self.advice = stall_timeout, advice
         self.place, self.beat, self.since, self.asked_to_end, self.busy = 0, 0, 0.0, 0.0, False
         self.closed = threading.Event()
-        self.others = [rank for rank in range(self.world) if rank != self.rank]
-        self.signs: dict[int, Sign] = {}
-        self.answered = time.monotonic()  # the store, for the last time
+        now = time.monotonic()
+        self.signs = {rank: Sign(0, 0, now) for rank in range(self.world) if rank != self.rank}
+        self.answered = now  # the store, for the last time
+        self.awake = now  # since when this process has not been stopped itself
         self.threads: list[threading.Thread] = []
         if self.world > 1:
             self.store = torch.distributed.distributed_c10d._get_default_store()
@@ -130,7 +131,8 @@ class Watch:
         except RunError:
             raise
         except RuntimeError:  # the connection to a dead process breaks
-            if not self.closed.wait((SILENCE + 2) * TICK) and (gone := self.silent()):
+            time.sleep((SILENCE + 2) * TICK)  # until a dead one is silent for certain
+            if gone := self.silent():
                 self.end(self.describe(gone, "died"))
             raise
         finally:
@@ -143,24 +145,28 @@ class Watch:
                 self.tell()
                 if self.since:
                     self.ask()
-                self.answered = time.monotonic()
 
     def tell(self) -> None:
         self.beat += 1
         self.store.set(f"t2i/{self.rank}", f"{self.beat} {self.place}")
 
     def ask(self) -> None:
-        values = self.store.multi_get([f"t2i/{rank}" for rank in self.others])
-        for rank, value in zip(self.others, values):
-            lives, reached = map(int, value.split())
-            known = self.signs.get(rank)
-            new = time.monotonic() if known is None or known.lives != lives else known.new
-            self.signs[rank] = Sign(lives, reached, new)
+        values = self.store.multi_get([f"t2i/{rank}" for rank in self.signs])
+        self.answered = time.monotonic()
+        for sign, value in zip(self.signs.values(), values):
+            lives, sign.reached = map(int, value.split())
+            if lives != sign.lives:
+                sign.lives, sign.new = lives, self.answered
 
     def look(self) -> None:
         """A thread: an eye on how long the main thread waits."""
+        last = time.monotonic()
         while not self.closed.is_set():
             ready, _, _ = select.select([self.reader], [], [], TICK)
+            now = time.monotonic()
+            if now - last > SILENCE * TICK:  # the others may have been stopped with it
+                self.awake = now
+            last = now
             if ready and signal.SIGTERM in os.read(self.reader, 4096):
                 self.asked_to_end = self.asked_to_end or time.monotonic()
             self.judge()
@@ -169,9 +175,10 @@ class Watch:
         now, since = time.monotonic(), self.since
         if not since or self.closed.is_set():
             return
-        if self.asked_to_end and now - max(since, self.asked_to_end) > AFTER_SIGNAL and (gone := self.silent()):
+        start = max(since, self.awake)
+        if self.asked_to_end and now - max(start, self.asked_to_end) > AFTER_SIGNAL and (gone := self.silent()):
             self.end(self.describe(gone, "died"))
-        elif now - since > self.stall_timeout and (not self.busy or self.silent()):
+        elif now - start > self.stall_timeout and (not self.busy or self.silent()):
             late = self.silent() or [rank for rank, sign in self.signs.items() if sign.reached < self.place]
             if self.since == since:
                 what = f"did not come within {self.stall_timeout:g} s (train.stall_timeout)"
@@ -179,10 +186,10 @@ class Watch:
 
     def silent(self) -> list[int]:
         """The processes that have given no sign of life while this one waited; without process 0 no other can."""
-        now = time.monotonic()
-        if now - self.answered > SILENCE * TICK:
+        long_ago, start = time.monotonic() - SILENCE * TICK, max(self.since, self.awake)
+        if max(self.answered, start) < long_ago:
             return [0] if self.rank else []
-        return [rank for rank, sign in self.signs.items() if now - max(sign.new, self.since) > SILENCE * TICK]
+        return [rank for rank, sign in self.signs.items() if max(sign.new, start) < long_ago]
 
     def describe(self, ranks: list[int], what: str) -> str:
         names = ", ".join(map(str, ranks))

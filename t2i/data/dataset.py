@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -189,7 +190,8 @@ class Order(Sampler[list[Key]]):
 
 
 def batches(dataset: Dataset, num_workers: int, **order: int) -> Generator[Batch, None, None]:
-    """Endless batches of a dataset; the keyword arguments are those of `Order`. Closed, its workers end."""
+    """Endless batches of a dataset; the keyword arguments are those of `Order`. Closed, its workers end; after an error
+    they end with what holds it."""
     sampler = Order(len(dataset), **order)  # type: ignore[arg-type]
     settings = {"num_workers": num_workers, "collate_fn": whole, "worker_init_fn": obey_parent}
     with from_workers():
@@ -202,7 +204,7 @@ def batches(dataset: Dataset, num_workers: int, **order: int) -> Generator[Batch
 def signals_held() -> Iterator[None]:
     """Around the start of workers, all of whose threads are deaf to signals from then on: one that comes to the whole
     group is for their parent, which has to save first."""
-    if not hasattr(signal, "sigwaitinfo"):  # without it they could not tell who sent one
+    if not hasattr(signal, "sigwaitinfo"):
         yield
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
@@ -214,12 +216,16 @@ def signals_held() -> Iterator[None]:
 
 def obey_parent(worker: int) -> None:
     """End a worker by the signal that multiprocessing ends its children with, if it is their parent's."""
-    if hasattr(signal, "sigwaitinfo"):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # elsewhere nobody can tell who sent a signal, and torch's handler stays
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # for start methods that lose the mask
         threading.Thread(target=end_by_parent, daemon=True).start()
 
 
 def end_by_parent() -> None:
-    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+    parent, starter = multiprocessing.parent_process(), os.getppid()  # a fork server starts, but does not end
+    assert parent is not None
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent.pid and os.getppid() == starter:
         pass
     os._exit(0)
 

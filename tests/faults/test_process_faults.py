@@ -214,17 +214,18 @@ def test_data_that_do_not_divide_by_the_processes_never_hang_one(tmp_path):
 
 @pytest.mark.faults
 @pytest.mark.parametrize(
-    ("what", "word"),
+    ("what", "word", "own_store"),
     [
-        ("sleep:1:5", "process 1 of 2"),
-        ("sleep:0:5", "process 0 of 2"),
-        ("stop:1:5", "process 1"),
-        ("stop:0:5", "process 0"),
+        ("sleep:1:5", "process 1 of 2", "1"),
+        ("sleep:0:5", "process 0 of 2", "1"),
+        ("stop:1:5", "process 1", "1"),
+        ("stop:0:5", "process 0", "1"),
+        ("stop:0:5", "process 0", "0"),  # the launcher keeps the store
     ],
 )
 @fault("D8 a process hangs")
-def test_a_process_that_hangs_is_named(tmp_path, what, word):
-    process = start(tmp_path, what, "stall_timeout=5", processes=2)
+def test_a_process_that_hangs_is_named(tmp_path, what, word, own_store):
+    process = start(tmp_path, what, "stall_timeout=5", processes=2, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=own_store)
     status, output = finish(process, 150)  # the launcher itself waits 30 s for one that does not react
     assert status != 0 and f"error: {word}" in output and "did not come within 5 s" in output, output
 
