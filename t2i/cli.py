@@ -9,9 +9,8 @@ import typer
 from typer import Argument, Option
 
 from t2i import STAGES
+from t2i.commands import drawing, evaluation
 from t2i.errors import InputError, reported
-
-SHIPPED = Path(__file__).resolve().parent.parent / "models" / "emoji"
 
 app = typer.Typer(
     help="Text to image in the way of DALL-E 2 (unCLIP): draw, train, evaluate.",
@@ -19,9 +18,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 data = typer.Typer(help="Make and look at data.")
-evaluation = typer.Typer(help="Measure a model.")
+app.add_typer(drawing.app)
 app.add_typer(data, name="data")
-app.add_typer(evaluation, name="eval")
+app.add_typer(evaluation.app, name="eval")
 
 
 def main() -> None:
@@ -43,50 +42,6 @@ def given(error: typer.TyperException) -> str:
         if name in sys.argv[:-1]:
             return f", got {sys.argv[sys.argv.index(name) + 1]!r}"
     return ""
-
-
-@app.command()
-def generate(
-    prompts: Annotated[list[str] | None, Argument(help="What to draw.", show_default=False)] = None,
-    file: Annotated[Path | None, Option("--file", "-f", help="A file with a prompt a line.")] = None,
-    out: Annotated[Path, Option(help="Folder for the pictures, or a .png for one.")] = Path("out"),
-    model: Annotated[str, Option(help="A model folder, or a repository on the hub.")] = str(SHIPPED),
-    count: Annotated[int, Option("--count", "-n", help="Pictures per prompt.")] = 1,
-    seed: Annotated[int | None, Option(help="Of the first picture; the next has the next. Random if left out.")] = None,
-    negative_prompt: Annotated[str | None, Option(help="What to move away from.")] = None,
-    steps: Annotated[int | None, Option(help="Steps of the decoder.")] = None,
-    guidance_scale: Annotated[float | None, Option(help="Of the decoder; 1 is off.")] = None,
-    prior_steps: Annotated[int | None, Option(help="Steps of the prior.")] = None,
-    prior_guidance_scale: Annotated[float | None, Option(help="Of the prior; 1 is off.")] = None,
-    device: Annotated[str, Option(help="auto, cpu, cuda, mps.")] = "auto",
-) -> None:
-    """Draw pictures for prompts; prints their paths."""
-    from pipelines.generation import generate_files
-
-    settings = {
-        "negative_prompt": negative_prompt,
-        "num_inference_steps": steps,
-        "guidance_scale": guidance_scale,
-        "prior_num_inference_steps": prior_steps,
-        "prior_guidance_scale": prior_guidance_scale,
-    }
-    settings = {name: value for name, value in settings.items() if value is not None}
-    for path in generate_files(read_prompts(prompts, file), out, model, count, seed, device, settings):
-        print(path)
-
-
-def read_prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
-    """The prompts of the command line and of a file, in this order."""
-    found = list(prompts or [])
-    if file is not None:
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot read the prompts in {str(file)!r} ({error}); it is a text file") from error
-        found += [line.strip() for line in lines if line.strip()]
-    if not found:
-        raise InputError("no prompts; give some, or a --file with one a line")
-    return found
 
 
 @app.command()
@@ -238,31 +193,6 @@ def assemble(
     from pipelines.assemble import assemble_folder
 
     print(assemble_folder(runs, folder, fp16, clip=clip, autoencoder=autoencoder, prior=prior, decoder=decoder))
-
-
-@evaluation.command(name="emoji")
-def evaluate_emoji(
-    folder: Annotated[Path, Argument(help="What `t2i data emoji` drew.")],
-    model: Annotated[str, Option(help="A model folder, or a repository on the hub.")] = str(SHIPPED),
-    out: Annotated[Path, Option(help="Folder for the figures and contact sheets.")] = Path("out/eval"),
-    true_embeddings: Annotated[bool, Option("--true-embeddings", help="Draw each emoji's own embedding.")] = False,
-    device: Annotated[str, Option(help="auto, cpu, cuda, mps.")] = "auto",
-) -> None:
-    """Draw an emoji for its caption: is the nearest of all real emoji the right one?"""
-    from pipelines.generation import load_pipeline
-    from t2i.evaluation.emoji import choose, evaluate, read_emoji
-
-    choose(read_emoji(folder)[1])  # complain before the model loads
-    if out.exists() and not out.is_dir():
-        raise InputError(f"out is {str(out)!r}, which is a file; give a folder")
-    scores = evaluate(load_pipeline(model, device), folder, out, true_embeddings)
-    for split in ("train", "held_out"):
-        score = scores[split]
-        print(
-            f"{split}: of {score['captions']} captions, nearest is the very emoji {score['exact']:.1%}, "
-            f"the same name up to the modifier {score['same_name']:.1%}"
-        )
-    print(f"figures and pictures are in {out}")
 
 
 @app.command()

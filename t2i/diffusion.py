@@ -97,6 +97,48 @@ def target(scheduler: SchedulerMixin, x: Tensor, noise: Tensor, t: Tensor) -> Te
             raise ValueError(f"unknown prediction_type {other!r}; use 'epsilon', 'sample' or 'v_prediction'")
 
 
+def levels(scheduler: SchedulerMixin, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """sqrt(abar_t) and sqrt(1 - abar_t), the shares of sample and noise in an x_t like `like`; t: () or (B,).
+
+    A time below 0 is the clean sample, as diffusers' schedulers count. Times between the trained ones are interpolated
+    in the logarithm of the signal-to-noise ratio.
+    """
+    abar = scheduler.alphas_cumprod.to(like.device, torch.float64)
+    t = torch.as_tensor(t, device=like.device)
+    if t.is_floating_point() and not (t == t.round()).all():
+        low = t.floor().long().clamp(0, len(abar) - 1)
+        high, share = (low + 1).clamp(max=len(abar) - 1), (t - low).clamp(min=0)
+        at = torch.sigmoid(torch.lerp(torch.logit(abar[low]), torch.logit(abar[high]), share.double()))
+    else:
+        at = torch.where(t < 0, 1.0, abar[t.long().clamp(0, len(abar) - 1)])
+    at = at.view(-1, *[1] * (like.ndim - 1)) if at.ndim else at
+    return at.sqrt().to(like.dtype), (1 - at).sqrt().to(like.dtype)
+
+
+def clean(scheduler: SchedulerMixin, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    """The clean sample that a prediction at x_t stands for, like x. Where all is noise, epsilon says nothing of it."""
+    alpha, sigma = levels(scheduler, t, x)
+    match scheduler.config.prediction_type:
+        case "sample":
+            return prediction
+        case "epsilon":
+            return (x - sigma * prediction) / alpha
+        case _:  # velocity
+            return alpha * x - sigma * prediction
+
+
+def said(scheduler: SchedulerMixin, sample: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    """The prediction that says that x_t comes from this clean sample: the reverse of `clean`."""
+    alpha, sigma = levels(scheduler, t, x)
+    match scheduler.config.prediction_type:
+        case "sample":
+            return sample
+        case "epsilon":
+            return (x - alpha * sample) / sigma
+        case _:  # velocity
+            return (alpha * x - sample) / sigma
+
+
 def loss_weight(scheduler: SchedulerMixin, t: Tensor, weighting: str, gamma: float) -> Tensor:
     """(B,) timesteps -> (B,), fp32: how much the squared error of each sample counts.
 
