@@ -1,5 +1,7 @@
 """Inference pipelines."""
 
-from pipelines.text2image import Text2ImagePipeline, Text2ImagePipelineOutput
+from pipelines.base import UnCLIPPipelineOutput
+from pipelines.progress import Interrupted, Preview
+from pipelines.text2image import Text2ImagePipeline
 
-__all__ = ["Text2ImagePipeline", "Text2ImagePipelineOutput"]
+__all__ = ["Interrupted", "Preview", "Text2ImagePipeline", "UnCLIPPipelineOutput"]

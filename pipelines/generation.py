@@ -5,30 +5,37 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator
-from inspect import signature
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from io import BytesIO
 from itertools import count as counting
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Generator
 
-from pipelines.text2image import Text2ImagePipeline, check_settings
+from pipelines.base import UnCLIPPipeline
+from pipelines.options import DecoderOptions, PriorOptions, split_options
+from pipelines.text2image import Text2ImagePipeline
 from t2i import __version__
 from t2i.config import check_choice
 from t2i.errors import InputError
+from t2i.guidance import Guidance
 from t2i.sampling import check_texts
 
 BATCH = 16
 MAX_SEED = 2**63 - 1
 MAX_PER_PROMPT = 1024
 
-SETTINGS = ("num_inference_steps", "guidance_scale", "prior_num_inference_steps", "prior_guidance_scale")
-DEFAULTS = {name: signature(Text2ImagePipeline.__call__).parameters[name].default for name in SETTINGS}
+RECORDED = (  # of a pipeline's options, in every picture
+    "num_inference_steps",
+    "guidance_scale",
+    "prior_num_inference_steps",
+    "prior_guidance_scale",
+)
 LABELS = {  # as other tools call them
     "Steps": "num_inference_steps",
     "CFG scale": "guidance_scale",
@@ -39,17 +46,20 @@ LABELS = {  # as other tools call them
 }
 
 
-def load_pipeline(model: str, device: str = "auto") -> Text2ImagePipeline:
+Pipeline = TypeVar("Pipeline", bound=UnCLIPPipeline)
+
+
+def load_pipeline(model: str, device: str = "auto", kind: type[Pipeline] = Text2ImagePipeline) -> Pipeline:
     """A pipeline on a device; auto takes a GPU if there is one."""
-    kind, colon, index = device.partition(":")
-    check_choice("device", kind, ("auto", "cpu", "cuda", "mps"))
+    family, colon, index = device.partition(":")
+    check_choice("device", family, ("auto", "cpu", "cuda", "mps"))
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if device == "auto":
         device = next(name for name in ("cuda", "mps", "cpu") if available[name])
-    numbered = kind == "cuda" and index.isdigit() and int(index) < torch.cuda.device_count()
-    if not available.get(kind, True) or (colon and not numbered):
+    numbered = family == "cuda" and index.isdigit() and int(index) < torch.cuda.device_count()
+    if not available.get(family, True) or (colon and not numbered):
         raise InputError(f"device {device!r} is not available here; `t2i doctor` tells what is")
-    return Text2ImagePipeline.from_pretrained(model).to(device)
+    return kind.from_pretrained(model).to(device)
 
 
 def generate_files(
@@ -66,26 +76,59 @@ def generate_files(
     Picture i has seed `seed + i`; prompt, seed and settings are written into the PNG.
     """
     total = len(prompts) * count
+    seed = check_seed(seed, count, total)
+    check_texts("prompt", prompts, empty=False)
+    for name in ("negative_prompt", "decoder_negative_prompt"):
+        check_texts(name, [settings[name]] if name in settings else [])
+    split_options({name: value for name, value in settings.items() if not name.endswith("negative_prompt")})
+    check_out(out, total)
+    pipeline: Text2ImagePipeline = load_pipeline(model, device)
+
+    def draw(records: list[dict[str, Any]], generators: list[Generator]) -> list[Image.Image]:
+        return pipeline([one["prompt"] for one in records], generator=generators, **settings).images
+
+    pipeline.set_progress_bar_config(disable=True)
+    records = [{"prompt": prompt} for prompt in prompts for _ in range(count)]
+    yield from write_drawn(draw, records, seed, out, model, settings)
+
+
+def write_drawn(
+    draw: Callable[[list[dict[str, Any]], list[Generator]], list[Image.Image]],
+    records: list[dict[str, Any]],
+    seed: int,
+    out: Path,
+    model: str,
+    settings: dict[str, Any],
+) -> Iterator[Path]:
+    """Draw a picture for each record, in batches, and write each as soon as its batch is done.
+
+    Picture i has seed `seed + i`; its record (the prompt, the names of pictures), seed and settings are written into
+    the PNG, and its first value names the file.
+    """
+    for start in range(0, len(records), BATCH):
+        part = records[start : start + BATCH]
+        seeds = [seed + start + i for i in range(len(part))]
+        images = draw(part, [Generator().manual_seed(one) for one in seeds])
+        for record, one, image in zip(part, seeds, images):
+            used = {**record, "seed": one, "model": Path(model).name, **recorded(settings)}
+            yield write_new(out, str(next(iter(record.values()))), one, to_png(image, used))
+
+
+def check_seed(seed: int | None, count: int, total: int) -> int:
+    """The first of `total` seeds, random for None; `count` is of pictures for each input."""
     if not 1 <= count <= MAX_PER_PROMPT:
         raise InputError(f"count must be an integer from 1 to {MAX_PER_PROMPT}, got {count}")
     seed = secrets.randbelow(2**32) if seed is None else seed
     if not 0 <= seed <= MAX_SEED - total:
         raise InputError(f"seed must be an integer from 0 to {MAX_SEED - total}, got {seed}")
-    check_texts("prompt", prompts, empty=False)
-    check_settings(**settings)
-    check_out(out, total)
-    pipeline = load_pipeline(model, device)
-    pipeline.set_progress_bar_config(disable=True)
-    every = [prompt for prompt in prompts for _ in range(count)]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for start in range(0, total, BATCH):
-        part = every[start : start + BATCH]
-        seeds = [seed + start + i for i in range(len(part))]
-        generators = [Generator().manual_seed(one) for one in seeds]
-        images = pipeline(part, generator=generators, **settings).images
-        for prompt, one, image in zip(part, seeds, images):
-            used = {"prompt": prompt, "seed": one, "model": Path(model).name, **DEFAULTS, **settings}
-            yield write_new(out, prompt, one, to_png(image, used))
+    return seed
+
+
+def recorded(settings: dict[str, Any]) -> dict[str, Any]:
+    """What is written into a picture: all that was asked for, and the defaults of the rest."""
+    defaults = {**asdict(PriorOptions()), **asdict(DecoderOptions())}
+    known = {name: defaults[name] for name in RECORDED} | settings
+    return {name: asdict(value) if isinstance(value, Guidance) else value for name, value in known.items()}
 
 
 def check_out(out: Path, total: int) -> None:
@@ -104,10 +147,10 @@ def check_out(out: Path, total: int) -> None:
 def to_png(image: Image.Image, settings: dict[str, Any]) -> bytes:
     """A PNG with the settings in it: as JSON under "t2i", and in the form that other tools read under "parameters"."""
     info = PngInfo()
-    lines = [settings["prompt"]]
+    lines = [settings.get("prompt", "")]
     if "negative_prompt" in settings:
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
-    known = {label: settings[name] for label, name in LABELS.items()}
+    known = {label: scale_of(settings[name]) for label, name in LABELS.items() if name in settings}
     known |= {"Size": f"{image.width}x{image.height}", "Version": f"t2i {__version__}"}
     lines.append(", ".join(f"{label}: {value}" for label, value in known.items()))
     info.add_itxt("parameters", "\n".join(lines))
@@ -117,12 +160,17 @@ def to_png(image: Image.Image, settings: dict[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
+def scale_of(value: Any) -> Any:
+    """Of guidance, the scale."""
+    return value["scale"] if isinstance(value, dict) else value
+
+
 def write_new(out: Path, prompt: str, seed: int, content: bytes) -> Path:
     """Write a file that did not exist before, whole or not at all; in a folder, under a free name."""
+    (out.parent if out.suffix == ".png" else out).mkdir(parents=True, exist_ok=True)
     if out.suffix == ".png":
         names: Iterator[Path] = iter([out])
     else:
-        out.mkdir(parents=True, exist_ok=True)
         stem = f"{re.sub('[^a-z0-9]+', '-', prompt.lower()).strip('-')[:40] or 'picture'}-{seed}"
         names = (out / f"{stem}{'' if i == 1 else f'-{i}'}.png" for i in counting(1))
     folder = out.parent if out.suffix == ".png" else out

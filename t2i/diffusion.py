@@ -176,24 +176,6 @@ def conditional(denoiser: Denoiser, condition: Condition) -> Predict:
     return lambda x, t: denoiser.step(x.to(denoiser.dtype), t.expand(len(x)), context).to(x.dtype)
 
 
-def guided(denoiser: Denoiser, condition: Condition, negative: Condition, scale: float) -> Predict:
-    """Classifier-free guidance: negative + scale (conditional - negative), in one batch.
-
-    1 is off. (Papers that write (1 + w) cond - w uncond mean the same with w = scale - 1.) `negative` is the model's
-    null, or any other condition to move away from.
-    """
-    if scale == 1:
-        return conditional(denoiser, condition)
-    context = denoiser.prepare(negative.cat(condition))
-
-    def predict(x: Tensor, t: Tensor) -> Tensor:
-        twice = torch.cat([x, x]).to(denoiser.dtype)
-        away, towards = denoiser.step(twice, t.expand(2 * len(x)), context).to(x.dtype).chunk(2)
-        return away.lerp(towards, scale)
-
-    return predict
-
-
 @torch.no_grad()
 def sample(
     predict: Predict,

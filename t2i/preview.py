@@ -28,8 +28,9 @@ from t2i.data.dataset import Key
 from t2i.data.source import Source
 from t2i.decoder import Decoder
 from t2i.errors import InputError
+from t2i.guidance import MAX_SCALE
 from t2i.prior import Prior
-from t2i.sampling import MAX_SCALE, MAX_STEPS, check_texts, sample_decoder, sample_prior, split_generators
+from t2i.sampling import MAX_STEPS, check_texts, sample_decoder, sample_prior, split_generators
 from t2i.unet_decoder import UNetDecoder
 
 logger = logging.getLogger(__name__)

@@ -9,12 +9,16 @@ from torch import Generator, Tensor
 
 from t2i.condition import ImageCondition, TextEncoding
 from t2i.decoder import Decoder
-from t2i.diffusion import draw_noise, guided, sample
+from t2i.diffusion import Predict, draw_noise, sample
 from t2i.errors import InputError
+from t2i.guidance import Guidance, guided
 from t2i.prior import Prior
 from t2i.unet_decoder import UNetDecoder
 
-MAX_STEPS, MAX_SCALE, MAX_CHARACTERS = 1000, 1000, 4096
+MAX_STEPS, MAX_CHARACTERS = 1000, 4096
+
+Wrap = Callable[[Predict], Predict]
+OnStep = Callable[[int, Tensor, Tensor], Tensor]  # step, t, x -> x; see `sample`
 
 
 @torch.no_grad()
@@ -24,23 +28,27 @@ def sample_prior(
     text: TextEncoding,
     negative: TextEncoding | None,
     steps: int,
-    scale: float,
+    guidance: float | Guidance,
     generators: list[Generator],
     noise: Tensor | None = None,
     progress: Callable[[Iterable], Iterable] = iter,
+    on_step: OnStep | None = None,
+    wrap: Wrap | None = None,
 ) -> Tensor:
     """z_i of unit length, (N, D), fp32, on the device of `text`.
 
     negative: what is guided away from; None is the prior's null. noise: (N, D), else drawn from the generators, one a
-    picture.
+    picture. wrap: a further function of the guided `Predict`.
     """
     device = text.embedding.device
     text = text.to(device, prior.dtype)
     negative = prior.null(len(text)) if negative is None else negative
-    predict = guided(prior, text, negative.to(device, prior.dtype), scale)
+    predict = guided(prior, text, negative.to(device, prior.dtype), guidance, scheduler)
+    if wrap is not None:
+        predict = wrap(predict)
     if noise is None:
         noise = draw_noise((prior.config.embed_dim,), generators, device)
-    return prior.unscale(sample(predict, scheduler, noise.to(device).float(), steps, generators, progress))
+    return prior.unscale(sample(predict, scheduler, noise.to(device).float(), steps, generators, progress, on_step))
 
 
 @torch.no_grad()
@@ -50,24 +58,44 @@ def sample_decoder(
     z_i: Tensor,
     text: TextEncoding | None,
     steps: int,
-    scale: float,
+    guidance: float | Guidance,
     generators: list[Generator],
     noise: Tensor | None = None,
     progress: Callable[[Iterable], Iterable] = iter,
-    on_step: Callable[[int, Tensor, Tensor], Tensor] | None = None,
+    on_step: OnStep | None = None,
+    wrap: Wrap | None = None,
+    negative: ImageCondition | None = None,
 ) -> Tensor:
     """Latents of unit variance, (N, C, h, w), fp32, on the device of `z_i`, (N, D).
 
     text: for decoders that read captions; None says nothing. noise: (N, C, h, w), else drawn from the generators, one a
-    picture.
+    picture. wrap: a further function of the guided `Predict`. negative: what is guided away from; None is the decoder's
+    null.
     """
-    device, null = z_i.device, decoder.null(len(z_i))
-    condition = ImageCondition(z_i, null.text if text is None or null.text is None else text)
-    predict = guided(decoder, condition.to(device, decoder.dtype), null.to(device, decoder.dtype), scale)
+    predict = decoder_predict(decoder, scheduler, z_i, text, guidance, negative)
+    if wrap is not None:
+        predict = wrap(predict)
     if noise is None:
         size = decoder.config.latent_size
-        noise = draw_noise((decoder.config.latent_channels, size, size), generators, device)
-    return sample(predict, scheduler, noise.to(device).float(), steps, generators, progress, on_step)
+        noise = draw_noise((decoder.config.latent_channels, size, size), generators, z_i.device)
+    return sample(predict, scheduler, noise.to(z_i.device).float(), steps, generators, progress, on_step)
+
+
+def decoder_predict(
+    decoder: Decoder | UNetDecoder,
+    scheduler: SchedulerMixin,
+    z_i: Tensor,
+    text: TextEncoding | None,
+    guidance: float | Guidance,
+    negative: ImageCondition | None = None,
+) -> Predict:
+    """What the guided decoder predicts of latents that show z_i, (N, D), on the device of `z_i`."""
+    device, null = z_i.device, decoder.null(len(z_i))
+    condition = ImageCondition(z_i, null.text if text is None or null.text is None else text)
+    if negative is None or negative.text is None or null.text is None:
+        negative = null if negative is None else ImageCondition(negative.embedding, null.text)
+    dtype = decoder.dtype
+    return guided(decoder, condition.to(device, dtype), negative.to(device, dtype), guidance, scheduler)
 
 
 def split_generators(generator: Generator | list[Generator] | None, count: int) -> tuple[list[Generator], ...]:

@@ -9,13 +9,15 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from t2i.condition import Condition, TextEncoding
 from t2i.diffusion import (
     check_weighting,
+    clean,
     conditional,
     denoise,
     draw_noise,
     drop,
-    guided,
+    levels,
     loss_weight,
     noise_scheduler,
+    said,
     sample,
     target,
     weighted_mse,
@@ -80,12 +82,26 @@ def test_ddim_reaches_the_oracles_answer_exactly(steps):
     torch.testing.assert_close(x, answer, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
-def test_guidance_is_unconditional_conditional_and_extrapolated(scale):
-    oracle, answer = Oracle(make(DDIMScheduler, "sample")), torch.randn(2, 8)
-    negative = torch.randn(2, 8)
-    predict = guided(oracle, Answer(answer), Answer(negative), scale)
-    torch.testing.assert_close(predict(torch.randn(2, 8), torch.tensor(5)), negative + scale * (answer - negative))
+@pytest.mark.parametrize("prediction_type", ["sample", "epsilon", "v_prediction"])
+def test_a_prediction_and_the_clean_sample_that_it_stands_for_say_the_same(prediction_type):
+    scheduler, x = make(DDIMScheduler, prediction_type), torch.randn(5, 8).double()
+    noise, t = torch.randn(5, 8).double(), torch.tensor([0, 30, 400, 800, 990])
+    noisy = scheduler.add_noise(x, noise, t)
+    prediction = target(scheduler, x, noise, t)
+    torch.testing.assert_close(clean(scheduler, prediction, noisy, t), x, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(said(scheduler, x, noisy, t), prediction, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        clean(scheduler, prediction[:1], noisy[:1], torch.tensor(-1)),
+        noisy[:1] if prediction_type != "sample" else prediction[:1],
+    )
+
+
+def test_levels_between_two_timesteps_lie_between_theirs():
+    scheduler, like = make(DDIMScheduler, "sample"), torch.zeros(1, dtype=torch.float64)
+    (low, _), (between, rest), (high, _) = (levels(scheduler, torch.tensor(t), like) for t in (500, 500.5, 501))
+    assert high < between < low
+    torch.testing.assert_close(between**2 + rest**2, torch.ones_like(between))
+    torch.testing.assert_close(levels(scheduler, torch.tensor(500.0), like)[0], low)
 
 
 @pytest.mark.parametrize("prediction_type", ["sample", "epsilon", "v_prediction"])

@@ -12,10 +12,12 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from safetensors.torch import load_file, save_file
 
+from pipelines import Interrupted
 from pipelines.assemble import assemble, assemble_folder
 from t2i import InputError, Text2ImagePipeline
 from t2i.config import load_config
 from t2i.decoder import Decoder
+from t2i.guidance import Guidance
 from training import train_decoder
 
 from .conftest import CONFIGS, arguments, seeds, train
@@ -89,6 +91,78 @@ def test_guidance_and_negative_prompts_change_the_picture(pipeline):
     assert (draw(pipeline, "red circle", seeds(1), **away) - guided).abs().max() > 1e-4
 
 
+def test_a_guidance_is_a_scale_that_knows_more(pipeline):
+    plain = draw(pipeline, "red circle", seeds(1), guidance_scale=3.0)
+    torch.testing.assert_close(draw(pipeline, "red circle", seeds(1), guidance_scale=Guidance(3.0)), plain)
+    for tamed in (Guidance(3.0, interval=(0.2, 0.8)), Guidance(3.0, rescale=0.7), Guidance(3.0, parallel=0.0)):
+        assert (draw(pipeline, "red circle", seeds(1), guidance_scale=tamed) - plain).abs().max() > 1e-5
+        assert (draw(pipeline, "red circle", seeds(1), prior_guidance_scale=tamed) - plain).abs().max() > 1e-5
+
+
+def test_the_decoder_has_a_negative_prompt_of_its_own(pipeline):
+    plain = draw(pipeline, "red circle", seeds(1), guidance_scale=3.0)
+    away = draw(pipeline, "red circle", seeds(1), guidance_scale=3.0, decoder_negative_prompt="blue square")
+    assert (away - plain).abs().max() > 1e-4
+    same = draw(
+        pipeline,
+        "red circle",
+        seeds(1),
+        guidance_scale=3.0,
+        decoder_negative_prompt="red circle",
+        prior_guidance_scale=1.0,
+    )
+    unguided = draw(pipeline, "red circle", seeds(1), guidance_scale=1.0, prior_guidance_scale=1.0)
+    torch.testing.assert_close(same, unguided, atol=1e-4, rtol=0)  # away from what it goes to: nowhere
+
+
+def test_pipelines_share_their_stages(pipeline):
+    other = Text2ImagePipeline.from_pipe(pipeline)
+    assert all(other.components[name] is part for name, part in pipeline.components.items())
+    torch.testing.assert_close(draw(other, "red circle", seeds(1)), draw(pipeline, "red circle", seeds(1)))
+
+
+def test_a_pipeline_without_a_prior_draws_embeddings_and_says_what_it_lacks(pipeline, tmp_path):
+    bare = Text2ImagePipeline.from_pipe(pipeline, prior=None, prior_scheduler=None)
+    bare.save_pretrained(tmp_path / "bare")
+    bare = Text2ImagePipeline.from_pretrained(tmp_path / "bare")
+    bare.set_progress_bar_config(disable=True)
+    z_i = torch.randn(1, 32)
+    torch.testing.assert_close(
+        draw(bare, None, seeds(1), image_embeds=z_i), draw(pipeline, None, seeds(1), image_embeds=z_i)
+    )
+
+
+def test_previews_of_both_stages_end_with_what_they_end_with(pipeline):
+    seen = []
+    drawn = pipeline("red circle", generator=seeds(1), output_type="latent", on_preview=seen.append, **QUICK)
+    assert [(one.stage, one.step, one.steps) for one in seen] == [
+        *(("prior", i, 3) for i in (1, 2, 3)),
+        *(("decoder", i, 4) for i in (1, 2, 3, 4)),
+    ]
+    torch.testing.assert_close(seen[2].estimate, drawn.image_embeds)
+    torch.testing.assert_close(seen[-1].estimate, drawn.images)
+    assert [one.images()[0].size for one in (seen[0], seen[3])] == [(32, 32)] * 2
+    assert pipeline.interrupted is False
+    few = []
+    pipeline("red circle", generator=seeds(1), on_preview=few.append, preview_every=3, **QUICK)
+    assert [(one.stage, one.step) for one in few] == [("prior", 3), ("decoder", 3), ("decoder", 4)]
+
+
+@pytest.mark.parametrize("stage", ["prior", "decoder"])
+def test_a_drawing_is_interrupted_between_two_steps_and_the_next_one_is_whole(pipeline, stage):
+    expected, steps = draw(pipeline, "red circle", seeds(1)), []
+
+    def stop(preview):
+        steps.append((preview.stage, preview.step))
+        if (preview.stage, preview.step) == (stage, 2):
+            pipeline.interrupt()
+
+    with pytest.raises(Interrupted, match=f"after step 2 of . of the {stage}"):
+        draw(pipeline, "red circle", seeds(1), on_preview=stop)
+    assert steps[-1] == (stage, 2)
+    torch.testing.assert_close(draw(pipeline, "red circle", seeds(1)), expected)
+
+
 def test_other_schedulers_draw(pipeline):
     pipeline.decoder_scheduler = DPMSolverMultistepScheduler.from_config(pipeline.decoder_scheduler.config)
     assert draw(pipeline, "red circle", seeds(1)).isfinite().all()
@@ -129,7 +203,7 @@ def test_a_repository_on_the_hub_is_fetched_whole_and_without_pickles(pipeline_f
         asked.update(options, name=name)
         return str(pipeline_folder)
 
-    monkeypatch.setattr("pipelines.text2image.snapshot_download", snapshot_download)
+    monkeypatch.setattr("pipelines.base.snapshot_download", snapshot_download)
     pipeline = Text2ImagePipeline.from_pretrained("someone/model", revision="v1")
     assert pipeline.clip.embed_dim == 32
     assert asked == {"name": "someone/model", "revision": "v1", "allow_patterns": ["*.json", "*.safetensors"]}
@@ -272,6 +346,10 @@ NAN = float("nan")
         ({"prior_num_inference_steps": 1001}, "prior_num_inference_steps must be"),
         ({"guidance_scale": NAN}, "guidance_scale must be a number from 0 to 1000, got nan"),
         ({"guidance_scale": -1.0}, "guidance_scale must be from 0"),
+        ({"guidance_scale": Guidance(2.0, interval=(0.8, 0.2))}, "guidance_scale.interval is upside down"),
+        ({"prior_guidance_scale": Guidance(2.0, rescale=2.0)}, "prior_guidance_scale.rescale must be from 0 to 1"),
+        ({"decoder_negative_prompt": ["a", "b"]}, "decoder_negative_prompt has 2 texts for 1 prompts"),
+        ({"preview_every": 0}, "preview_every must be an integer from 1"),
         ({"prior_guidance_scale": float("inf")}, "prior_guidance_scale must be"),
         ({"output_type": "jpg"}, "output_type must be one of pil, np, pt, latent"),
         ({"generator": []}, "0 generators for 1 pictures"),

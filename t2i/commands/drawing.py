@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from t2i.commands import SHIPPED
+from t2i.commands import SHIPPED, options
 from t2i.errors import InputError
 
 app = typer.Typer()
@@ -16,29 +16,32 @@ app = typer.Typer()
 def generate(
     prompts: Annotated[list[str] | None, Argument(help="What to draw.", show_default=False)] = None,
     file: Annotated[Path | None, Option("--file", "-f", help="A file with a prompt a line.")] = None,
-    out: Annotated[Path, Option(help="Folder for the pictures, or a .png for one.")] = Path("out"),
-    model: Annotated[str, Option(help="A model folder, or a repository on the hub.")] = str(SHIPPED),
-    count: Annotated[int, Option("--count", "-n", help="Pictures per prompt.")] = 1,
-    seed: Annotated[int | None, Option(help="Of the first picture; the next has the next. Random if left out.")] = None,
-    negative_prompt: Annotated[str | None, Option(help="What to move away from.")] = None,
-    steps: Annotated[int | None, Option(help="Steps of the decoder.")] = None,
-    guidance_scale: Annotated[float | None, Option(help="Of the decoder; 1 is off.")] = None,
-    prior_steps: Annotated[int | None, Option(help="Steps of the prior.")] = None,
-    prior_guidance_scale: Annotated[float | None, Option(help="Of the prior; 1 is off.")] = None,
-    device: Annotated[str, Option(help="auto, cpu, cuda, mps.")] = "auto",
+    out: options.Out = Path("out"),
+    model: options.Model = str(SHIPPED),
+    count: options.Count = 1,
+    seed: options.Seed = None,
+    negative_prompt: Annotated[str | None, Option(help="What the prior moves away from.")] = None,
+    decoder_negative_prompt: Annotated[str | None, Option(help="What the decoder moves away from.")] = None,
+    steps: options.Steps = None,
+    guidance_scale: options.Scale = None,
+    guidance: options.Settings = None,
+    prior_steps: options.PriorSteps = None,
+    prior_guidance_scale: options.PriorScale = None,
+    prior_guidance: options.Settings = None,
+    device: options.Device = "auto",
 ) -> None:
     """Draw pictures for prompts; prints their paths."""
     from pipelines.generation import generate_files
 
-    settings = {
-        "negative_prompt": negative_prompt,
-        "num_inference_steps": steps,
-        "guidance_scale": guidance_scale,
-        "prior_num_inference_steps": prior_steps,
-        "prior_guidance_scale": prior_guidance_scale,
-    }
-    settings = {name: value for name, value in settings.items() if value is not None}
-    for path in generate_files(read_prompts(prompts, file), out, model, count, seed, device, settings):
+    texts = read_prompts(prompts, file)
+    settings = options.given(
+        negative_prompt=negative_prompt,
+        decoder_negative_prompt=decoder_negative_prompt,
+        num_inference_steps=steps,
+        prior_num_inference_steps=prior_steps,
+    )
+    settings |= options.guidance(guidance_scale, guidance, prior_guidance_scale, prior_guidance)
+    for path in generate_files(texts, out, model, count, seed, device, settings):
         print(path)
 
 

@@ -1,0 +1,316 @@
+"""What all pipelines share: the stages, how they are loaded, and each stage as a method."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import BaseOutput
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from PIL import Image
+from torch import Generator, Tensor
+
+from pipelines.folder import OPTIONAL, PARTS, check_folder
+from pipelines.options import DecoderOptions, PriorOptions
+from pipelines.progress import Interrupted, Preview
+from t2i.autoencoder import Autoencoder
+from t2i.checkpoint import loaded
+from t2i.clip import CLIP
+from t2i.condition import ImageCondition, TextEncoding
+from t2i.decoder import Decoder
+from t2i.diffusion import Predict, clean
+from t2i.errors import InputError
+from t2i.prior import Prior
+from t2i.sampling import OnStep, Wrap, check_texts, sample_decoder, sample_prior
+from t2i.unet_decoder import UNetDecoder
+from t2i.untrusted import is_folder, reach
+
+logger = logging.getLogger(__name__)
+
+MAX_IMAGES = 1024
+PREVIEW_STEPS = 4  # of the decoder, for a preview of the prior
+
+
+@dataclass
+class UnCLIPPipelineOutput(BaseOutput):
+    """What a pipeline returns.
+
+    images: PIL pictures; or, by `output_type`, (N, H, W, 3) numpy or (N, 3, H, W) torch in [0, 1], or latents.
+    image_embeds: (N, D), unit length: the z_i that were drawn.
+    """
+
+    images: list[Image.Image] | np.ndarray | Tensor
+    image_embeds: Tensor
+
+
+class UnCLIPPipeline(DiffusionPipeline):
+    """The stages of unCLIP. Each subclass is a `__call__`; all load from the same folders and, by `from_pipe`, share
+    their stages without copying them."""
+
+    model_cpu_offload_seq = "clip->prior->decoder->autoencoder"
+    _callback_tensor_inputs = ["latents"]
+    _optional_components = list(OPTIONAL)
+
+    def __init__(
+        self,
+        clip: CLIP,
+        decoder: Decoder | UNetDecoder,
+        decoder_scheduler: SchedulerMixin,
+        autoencoder: Autoencoder,
+        prior: Prior | None = None,
+        prior_scheduler: SchedulerMixin | None = None,
+    ):
+        super().__init__()
+        for name, model in {"prior": prior, "decoder": decoder}.items():
+            theirs = None if model is None else model.config.clip_fingerprint
+            if theirs is not None and theirs != clip.identity:
+                raise InputError(f"the {name} was trained with the CLIP {theirs}, this pipeline has {clip.identity}")
+        if (prior is None) != (prior_scheduler is None):
+            raise InputError("prior and prior_scheduler go together; one of them is missing")
+        if decoder.config.latent_channels != autoencoder.channels:
+            channels = f"{decoder.config.latent_channels} channels, the autoencoder's have {autoencoder.channels}"
+            raise InputError(f"the decoder's latents have {channels}; they were not trained together")
+        self.register_modules(
+            clip=clip,
+            decoder=decoder,
+            decoder_scheduler=decoder_scheduler,
+            autoencoder=autoencoder,
+            prior=prior,
+            prior_scheduler=prior_scheduler,
+        )
+        self.image_processor = VaeImageProcessor(vae_scale_factor=autoencoder.factor)
+        self.interrupted = False
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
+        """A folder that `save_pretrained` or `t2i assemble` wrote, or the name of a repository on the hub.
+
+        Raises InputError, in one line, if it is missing, incomplete, truncated or made of parts of different CLIPs.
+        """
+        path = Path(pretrained_model_name_or_path)
+        if not is_folder(path):
+            path = Path(cls.download(str(path), **kwargs))
+        check_folder(path, [name for name in PARTS if name not in kwargs], kwargs.get("variant"))
+        settings = {**kwargs, "use_safetensors": True}
+        # Told by name, for diffusers looks for the class that the folder names, in itself.
+        return loaded(lambda folder: super(UnCLIPPipeline, cls).from_pretrained(folder, **settings), path)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **components: Any) -> Self:
+        """The same stages behind another `__call__`, as they are; `components` replace some."""
+        made = cls(**{**pipeline.components, **components})
+        made.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
+        made.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
+        return made
+
+    @classmethod
+    def download(cls, pretrained_model_name: str | Path, **kwargs: Any) -> str:
+        """Fetch a whole repository: diffusers' own download refuses components of other packages."""
+        accepted = ("revision", "cache_dir", "token", "local_files_only", "force_download")
+        options = {name: kwargs[name] for name in accepted if kwargs.get(name) is not None}
+        try:
+            if Path(pretrained_model_name).exists():
+                raise InputError(f"{str(pretrained_model_name)!r} is a file; give the folder of a model")
+            options = {**reach(str(pretrained_model_name)), **options}
+            return snapshot_download(str(pretrained_model_name), allow_patterns=["*.json", "*.safetensors"], **options)
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            raise InputError(
+                f"no folder {str(pretrained_model_name)!r:.200}, and no such model on the hub, or no hub ({error})"
+            ) from error
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of the pictures that the decoder was trained on."""
+        config = self.decoder.config
+        return config.latent_channels, config.latent_size, config.latent_size
+
+    @property
+    def image_size(self) -> int:
+        """The side, in pixels, of the pictures that the decoder was trained on."""
+        return self.decoder.config.latent_size * self.autoencoder.factor
+
+    def interrupt(self) -> None:
+        """End the drawing that is going on, from a callback or another thread: its step raises `Interrupted`."""
+        self.interrupted = True
+
+    # What comes in
+
+    def check_prompts(self, name: str, prompt: str | list[str] | None, count: int | None = None) -> list[str]:
+        """Texts as a list; one stands for all `count`. Raises InputError for what is no text."""
+        prompts = [] if prompt is None else [prompt] if isinstance(prompt, str) else prompt
+        check_texts(name, prompts)
+        if count is None or not prompts:
+            return list(prompts)
+        if isinstance(prompt, list) and len(prompts) != count:
+            raise InputError(f"{name} has {len(prompts)} texts for {count} prompts")
+        return list(prompts) if isinstance(prompt, list) else prompts * count
+
+    def check_tensor(self, name: str, value: Tensor | None, shape: tuple[int, ...]) -> None:
+        if value is None:
+            return
+        if not isinstance(value, Tensor) or value.shape != shape:
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise InputError(f"{name} must be a tensor of shape {shape}, got {got}")
+        if not value.isfinite().all():
+            raise InputError(f"{name} must be finite, got NaN or infinity")
+
+    def check_noise(self, prior: PriorOptions | None, decoder: DecoderOptions, count: int) -> None:
+        """Of both stages, for `count` pictures."""
+        if prior is not None:
+            self.check_tensor("prior_latents", prior.prior_latents, (count, self.clip.embed_dim))
+        self.check_tensor("latents", decoder.latents, (count, *self.latent_shape))
+
+    # The stages
+
+    def encode_prompt(self, prompts: list[str]) -> TextEncoding:
+        """Says in the log what of a prompt does not fit."""
+        for prompt in dict.fromkeys(prompts):
+            if cut := self.clip.tokenizer.cut(prompt):
+                longest = self.clip.context_length - 2
+                logger.warning("a prompt is longer than %d tokens; this was cut: %r", longest, cut)
+        tokens = self.clip.tokenizer(prompts).to(self._execution_device)
+        return self.clip.encode_tokens(tokens)
+
+    @torch.no_grad()
+    def encode_image(self, pictures: Tensor) -> Tensor:
+        """(N, 3, H, W) in [-1, 1] -> z_i, (N, D), unit length, fp32."""
+        z_i = self.clip.encode_image(pictures.to(self._execution_device, self.clip.dtype))
+        return F.normalize(check_finite("CLIP", z_i.float()), dim=-1)
+
+    @torch.no_grad()
+    def encode_latents(self, pictures: Tensor) -> Tensor:
+        """(N, 3, H, W) in [-1, 1] -> latents of unit variance, (N, C, h, w), fp32."""
+        latents = self.autoencoder.encode(pictures.to(self._execution_device, self.autoencoder.dtype))
+        return check_finite("autoencoder", latents.float())
+
+    def draw_embeddings(
+        self,
+        text: TextEncoding,
+        negative: TextEncoding | None,
+        options: PriorOptions,
+        generators: list[Generator],
+        decoding: DecoderOptions,
+    ) -> Tensor:
+        """z_i of unit length for captions, (N, D), fp32; `decoding` says who watches."""
+        if self.prior is None or self.prior_scheduler is None:
+            raise InputError("this pipeline has no prior; give image_embeds or pictures")
+        text = text.to(self._execution_device, self.prior.dtype)
+        prior, steps = self.prior, options.prior_num_inference_steps
+
+        def pictures(z_i: Tensor) -> list[Image.Image]:
+            fresh = [Generator().manual_seed(0) for _ in z_i]
+            quick = DecoderOptions(num_inference_steps=PREVIEW_STEPS, guidance_scale=1.0)
+            return self.draw(z_i, text, quick, fresh)
+
+        wrap, on_step = self.watched(
+            "prior", self.prior_scheduler, steps, decoding, lambda x: prior.unscale(x).float(), pictures
+        )
+        guidance, noise = options.prior_guidance_scale, options.prior_latents
+        settings = (steps, guidance, generators, noise, self.progress_bar, on_step, wrap)
+        return check_finite("prior", sample_prior(prior, self.prior_scheduler, text, negative, *settings))
+
+    def sample_decoder(
+        self,
+        z_i: Tensor,
+        text: TextEncoding | None,
+        options: DecoderOptions,
+        generators: list[Generator],
+        negative: ImageCondition | None = None,
+        wrap: Wrap | None = None,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Latents of unit variance, (N, C, h, w), fp32. `wrap` and `on_step` come before those of who watches."""
+        steps = options.num_inference_steps
+        watch, report = self.watched("decoder", self.decoder_scheduler, steps, options, lambda x: x, self.decode)
+
+        def wrapped(predict: Predict) -> Predict:
+            return watch(predict if wrap is None else wrap(predict))
+
+        def stepped(step: int, t: Tensor, x: Tensor) -> Tensor:
+            x = x if on_step is None else on_step(step, t, x)
+            if options.callback_on_step_end is not None:
+                x = options.callback_on_step_end(self, step, t, {"latents": x}).pop("latents", x)
+            return report(step, t, x)
+
+        x = sample_decoder(
+            self.decoder,
+            self.decoder_scheduler,
+            z_i.to(self._execution_device),
+            text,
+            steps,
+            options.guidance_scale,
+            generators,
+            options.latents,
+            self.progress_bar,
+            stepped,
+            wrapped,
+            negative,
+        )
+        return check_finite("decoder", x)
+
+    def draw(
+        self, z_i: Tensor, text: TextEncoding | None, options: DecoderOptions, generators: list[Generator], **more: Any
+    ) -> Any:
+        """Pictures that show z_i, (N, D), as `output_type` says; `more` goes to `sample_decoder`."""
+        return self.decode(self.sample_decoder(z_i, text, options, generators, **more), options.output_type)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, output_type: str = "pil") -> Any:
+        if output_type == "latent":
+            return latents
+        images = self.autoencoder.decode(latents.to(self._execution_device, self.autoencoder.dtype)).float()
+        return self.image_processor.postprocess(check_finite("autoencoder", images), output_type)
+
+    def finish(self, images: Any, z_i: Tensor, return_dict: bool) -> UnCLIPPipelineOutput | tuple:
+        self.maybe_free_model_hooks()
+        return UnCLIPPipelineOutput(images, z_i) if return_dict else (images, z_i)
+
+    def watched(
+        self,
+        stage: str,
+        scheduler: SchedulerMixin,
+        steps: int,
+        options: DecoderOptions,
+        to_estimate: Callable[[Tensor], Tensor],
+        to_images: Callable[[Tensor], list[Image.Image]],
+    ) -> tuple[Wrap, OnStep]:
+        """What a stage's sampling passes its predictions and steps through, for previews and `interrupt`."""
+        seen: dict[str, Tensor] = {}
+        self.interrupted = False
+
+        def wrap(predict: Predict) -> Predict:
+            def watching(x: Tensor, t: Tensor) -> Tensor:
+                prediction = predict(x, t)
+                seen["clean"] = clean(scheduler, prediction, x, t)
+                return prediction
+
+            return predict if options.on_preview is None else watching
+
+        def report(step: int, t: Tensor, x: Tensor) -> Tensor:
+            if options.on_preview is not None and ((step + 1) % options.preview_every == 0 or step + 1 == steps):
+                estimate = to_estimate(x if step + 1 == steps else seen["clean"])
+                options.on_preview(Preview(stage, step + 1, steps, estimate, lambda: to_images(estimate)))
+            if self.interrupted:
+                self.interrupted = False
+                raise Interrupted(f"interrupted after step {step + 1} of {steps} of the {stage}")
+            return x
+
+        return wrap, report
+
+
+def check_finite(stage: str, x: Tensor) -> Tensor:
+    if not x.isfinite().all():
+        raise ValueError(f"the {stage} returned values that are not finite; its weights or the precision are at fault")
+    return x
+
+
+def repeated(values: Sequence[Any], count: int) -> list[Any]:
+    """Each `count` times in a row."""
+    return [value for value in values for _ in range(count)]

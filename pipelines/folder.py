@@ -1,0 +1,59 @@
+"""The pipeline folder: what its parts may be, and what is refused before anything of it is loaded."""
+
+from pathlib import Path
+from typing import Any
+
+from diffusers import SchedulerMixin
+
+from t2i.autoencoder import Autoencoder
+from t2i.clip import CLIP
+from t2i.decoder import Decoder
+from t2i.errors import InputError
+from t2i.prior import Prior
+from t2i.unet_decoder import UNetDecoder
+from t2i.untrusted import check_files, check_model, check_scheduler, is_folder, read_config
+
+PARTS: dict[str, tuple[type, ...]] = {  # what a folder's components may be; a part of the file format
+    "clip": (CLIP,),
+    "prior": (Prior,),
+    "prior_scheduler": (SchedulerMixin,),
+    "decoder": (Decoder, UNetDecoder),
+    "decoder_scheduler": (SchedulerMixin,),
+    "autoencoder": (Autoencoder,),
+}
+OPTIONAL: tuple[str, ...] = ("prior", "prior_scheduler")  # what a folder may do without
+PIPELINES = ("Text2ImagePipeline",)  # whose folders these may be; all load in each of them
+
+
+def check_folder(path: Path, names: list[str], variant: str | None = None) -> None:
+    """Refuse a folder that is no whole pipeline of this project's own parts, or where one of `names` is not sound."""
+    index = path / "model_index.json"
+    if not index.is_file():
+        raise InputError(f"no model_index.json in {str(path)!r}; a model folder is what `t2i assemble` writes")
+    check_files(path)
+    entries = read_config(index)
+    if unknown := sorted(key for key in entries.keys() - PARTS.keys() if not key.startswith("_")):
+        raise InputError(f"{str(index)!r} has {unknown[0]!r:.80}; it may have {', '.join(PARTS)}")
+    if entries.get("_class_name") not in PIPELINES:
+        raise InputError(
+            f"{str(index)!r} is of {entries.get('_class_name')!r:.80}; it must be a {' or '.join(PIPELINES)}"
+        )
+    absent = [name for name in OPTIONAL if entries.get(name, [None, None]) == [None, None]]
+    needed = [name for name in PARTS if name not in absent]
+    if missing := [name for name in needed if name not in entries or not is_folder(path / name)]:
+        raise InputError(f"{str(path)!r} is incomplete: it lacks the folders {', '.join(missing)}")
+    for name in names:
+        if name not in absent:
+            check_part(path, name, entries[name], variant)
+
+
+def check_part(path: Path, name: str, entry: Any, variant: str | None) -> None:
+    """Refuse a component of a class that is not one of ours, or whose files are not sound."""
+    home, kind = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+    if PARTS[name] == (SchedulerMixin,) and home == "diffusers":
+        check_scheduler(path / name, kind, path)
+    elif part := next((part for part in PARTS[name] if [home, kind] == [part.__module__, part.__name__]), None):
+        check_model(part, path / name, path, variant)
+    else:
+        allowed = f"{str(entry)[:80]} as {name}; only this project's own parts are loaded"
+        raise InputError(f"{str(path / 'model_index.json')!r} asks for {allowed}")

@@ -1,0 +1,89 @@
+"""What every pipeline knows of its stages: the keyword arguments that all of them take."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from pipelines.progress import Preview
+from t2i.config import check_choice, check_integer
+from t2i.errors import InputError
+from t2i.guidance import Guidance, check_guidance
+from t2i.sampling import MAX_STEPS
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+StepCallback = Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
+
+
+@dataclass
+class PriorOptions:
+    """How z_i is drawn for captions.
+
+    prior_num_inference_steps: 1 to 1000.
+    prior_guidance_scale: a scale, where 1 is off, or a `Guidance`.
+    prior_latents: (N, D), the noise that the prior starts from.
+    """
+
+    prior_num_inference_steps: int = 25
+    prior_guidance_scale: float | Guidance = 2.0
+    prior_latents: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        check_integer("prior_num_inference_steps", self.prior_num_inference_steps, 1, MAX_STEPS)
+        check_guidance("prior_guidance_scale", self.prior_guidance_scale)
+
+
+@dataclass
+class DecoderOptions:
+    """How pictures are drawn for z_i.
+
+    num_inference_steps: 1 to 1000.
+    guidance_scale: a scale, where 1 is off, or a `Guidance`.
+    latents: (N, C, h, w), the noise that the decoder starts from.
+    output_type: "pil", "np", "pt" or "latent".
+    callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}) after each step of the decoder; what it
+        returns under "latents" is used.
+    on_preview: called with a `Preview` after every `preview_every` steps of each stage.
+    """
+
+    num_inference_steps: int = 25
+    guidance_scale: float | Guidance = 1.5
+    latents: Tensor | None = None
+    output_type: str = "pil"
+    callback_on_step_end: StepCallback | None = None
+    callback_on_step_end_tensor_inputs: list[str] | None = None
+    on_preview: Callable[[Preview], None] | None = None
+    preview_every: int = 1
+
+    def __post_init__(self) -> None:
+        check_integer("num_inference_steps", self.num_inference_steps, 1, MAX_STEPS)
+        check_guidance("guidance_scale", self.guidance_scale)
+        check_choice("output_type", self.output_type, OUTPUT_TYPES)
+        check_integer("preview_every", self.preview_every, 1, MAX_STEPS)
+        if unknown := sorted(set(self.callback_on_step_end_tensor_inputs or []) - {"latents"}):
+            raise InputError(f"callback_on_step_end_tensor_inputs may hold 'latents', got {', '.join(unknown)}")
+
+
+def split_options(options: dict[str, Any]) -> tuple[PriorOptions, DecoderOptions]:
+    """Those of the prior and those of the decoder. Raises InputError for values that are not allowed."""
+    prior = {one.name for one in fields(PriorOptions)}
+    return (
+        PriorOptions(**{name: value for name, value in options.items() if name in prior}),
+        decoder_options({name: value for name, value in options.items() if name not in prior}),
+    )
+
+
+def decoder_options(options: dict[str, Any]) -> DecoderOptions:
+    """Those of a pipeline that uses no prior. Raises TypeError for names that there are not."""
+    known = {one.name for one in fields(DecoderOptions)}
+    if unknown := sorted(options.keys() - known):
+        raise TypeError(f"unknown argument {unknown[0]!r}; see pipelines.options")
+    return DecoderOptions(**options)
+
+
+def plain(options: PriorOptions | DecoderOptions, names: tuple[str, ...]) -> dict[str, Any]:
+    """The values that are plain text and numbers, to be written into a picture."""
+    return {name: getattr(options, name) for name in names}
