@@ -9,6 +9,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 STAGES = ("clip", "autoencoder", "prior", "decoder")  # in the order of training
+EXTRA_STAGES = ("upsampler",)  # which a pipeline can do without
 
 _HOMES = {
     "Autoencoder": "t2i.autoencoder",
@@ -18,6 +19,7 @@ _HOMES = {
     "Prior": "t2i.prior",
     "Text2ImagePipeline": "pipelines",
     "UNetDecoder": "t2i.unet_decoder",
+    "Upsampler": "t2i.upsampler",
 }
 __all__ = sorted(_HOMES)
 

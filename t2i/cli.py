@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from t2i import STAGES
+from t2i import EXTRA_STAGES, STAGES
 from t2i.commands import drawing, evaluation
 from t2i.errors import InputError, reported
 
@@ -85,7 +85,7 @@ def checked(source: str, held_out: float | None) -> None:
 
 @app.command(context_settings={"ignore_unknown_options": True})
 def train(
-    stage: Annotated[str, Argument(help=f"One of {', '.join(STAGES)}, or all.")],
+    stage: Annotated[str, Argument(help=f"One of {', '.join((*STAGES, *EXTRA_STAGES))}, or all.")],
     arguments: Annotated[
         list[str] | None, Argument(help="[FILE.yaml] [key=value ...]; of all, the folder.", show_default=False)
     ] = None,
@@ -97,8 +97,9 @@ def train(
 
     On several machines use accelerate launch.
     """
-    if stage not in (*STAGES, "all"):
-        raise InputError(f"stage must be one of {', '.join(STAGES)}, all; got {stage!r}")
+    stages = (*STAGES, *EXTRA_STAGES)
+    if stage not in (*stages, "all"):
+        raise InputError(f"stage must be one of {', '.join(stages)}, all; got {stage!r}")
     from importlib import import_module
 
     from t2i.config import check_range, load_config

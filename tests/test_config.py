@@ -12,6 +12,7 @@ from t2i.clip import CLIP
 from t2i.config import CONFIGS, load_config
 from t2i.errors import InputError
 from t2i.prior import Prior
+from t2i.upsampler import Upsampler
 from training.train_decoder import ARCHITECTURES
 
 from .conftest import train
@@ -52,6 +53,10 @@ def test_every_shipped_configuration_builds_its_model(path):
                 model = Prior(
                     embed_dim=embed_dim, text_width=text["width"], context_length=text["context_length"], **config.model
                 )
+            case "upsampler":
+                make_scheduler(config)
+                model = Upsampler(config.factor, config.crop_size // config.factor, **config.model)
+                assert config.crop_size % max(model.multiple, config.factor) == 0
             case "decoder":
                 make_scheduler(config)
                 autoencoder = Autoencoder(**config_of(sibling(path, "autoencoder")).model)
@@ -79,6 +84,7 @@ def test_configurations_exist_for_every_stage_and_size():
             "cache",
             "prior",
             "decoder",
+            "upsampler",
         }
 
 

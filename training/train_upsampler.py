@@ -1,0 +1,189 @@
+"""Train an upsampler: a picture in low resolution -> the picture. It learns on crops.
+
+accelerate launch training/train_upsampler.py configs/emoji/upsampler.yaml train.steps=1000
+"""
+
+import random
+import sys
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import SchedulerMixin
+from PIL.Image import Image
+from torch import Generator, Tensor
+
+from t2i.checkpoint import export_model, load_model, weights_digest
+from t2i.config import DataConfig, TrainConfig, build, check_multiple, check_range
+from t2i.contact_sheet import labelled_rows, to_images
+from t2i.data import Batch, CaptionedPictures, held_out_pictures
+from t2i.data.cache import CachedPairs
+from t2i.data.dataset import Key
+from t2i.diffusion import check_weighting, denoise, loss_weight, noise_scheduler, weighted_mse
+from t2i.errors import InputError
+from t2i.finetuning import check_prediction, start_from
+from t2i.launch import run
+from t2i.loop import Stage, fit, start
+from t2i.preview import SampleConfig, fixed_records
+from t2i.upsampler import LowResolution, Upsampler, augment, enlarged, reduced
+from t2i.upsampling import sample_upsampler
+
+
+@dataclass
+class Config:
+    model: dict[str, Any] = field(default_factory=dict)  # arguments of t2i.upsampler.Upsampler, but for what is below
+    factor: int = 4  # the high resolution's side by the low one's: 2 or 4
+    crop_size: int = 256  # pixels of the high resolution that a step sees; data.image_size is the whole picture's
+    cache: str | None = None  # folder that `t2i data cache` wrote with a CLIP: its z_i become a second condition
+    embedding_dropout: float = 0.1  # of z_i
+    blur_probability: float = 0.5  # of the low resolution, which is not always as sharp as a reduced picture
+    max_blur: float = 0.6  # its standard deviation is drawn up to this, in pixels of the low resolution
+    init: str | None = None  # folder of a trained upsampler to start from, instead of random weights
+    scheduler: dict[str, Any] = field(default_factory=dict)  # arguments of diffusers' DDIMScheduler
+    timestep_shift: float = 1.0  # above 1, high noise is drawn more often
+    loss_weighting: str = "none"  # or min_snr, which lets the steps of low noise count less
+    min_snr_gamma: float = 5.0
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sample: SampleConfig = field(default_factory=lambda: SampleConfig(num_inference_steps=8))  # count, seed, steps
+
+    def __post_init__(self) -> None:
+        check_range("crop_size", self.crop_size, 8, self.data.image_size)
+        for name in ("embedding_dropout", "blur_probability"):
+            check_range(name, getattr(self, name), 0, 1)
+        check_range("max_blur", self.max_blur, 0, 10)
+        check_range("timestep_shift", self.timestep_shift, 0.01, 100)
+        check_range("min_snr_gamma", self.min_snr_gamma, 0.01, 1000)
+        check_weighting(noise_scheduler(self.scheduler), self.loss_weighting)
+
+
+class Crops(CaptionedPictures):
+    """Random squares of the pictures, a function of the seed and the position in the data; with z_i, if given."""
+
+    def __init__(self, config: Config, split: str = "train"):
+        super().__init__(config.data, split)
+        self.crop_size, self.embeddings = config.crop_size, None
+        if config.cache is not None:
+            self.embeddings = CachedPairs(config.cache, split, latents=False, text=False)
+            if self.embeddings.clip is None or self.embeddings.made_from["data"].get(split) != self.digest():
+                raise InputError(
+                    f"the cache {config.cache!r} has no image embeddings of {split} of {config.data.path!r}"
+                )
+
+    def __getitems__(self, keys: list[Key]) -> Batch:
+        batch = super().__getitems__(keys)
+        assert batch.image is not None
+        crops = [self.crop(picture, draw) for picture, (_, draw) in zip(batch.image, keys)]
+        z_i = None
+        if self.embeddings is not None:
+            z_i = self.embeddings.__getitems__([(index, 0) for index in batch.index.tolist()]).image_embeds
+        return replace(batch, image=torch.stack(crops), image_embeds=z_i)
+
+    def crop(self, picture: Tensor, draw: int) -> Tensor:
+        rng, room = random.Random(draw), picture.shape[-1] - self.crop_size
+        top, left = rng.randint(0, room), rng.randint(0, room)
+        return picture[:, top : top + self.crop_size, left : left + self.crop_size]
+
+
+def main(config: Config) -> None:
+    dataset = Crops(config)
+    held_out = None if held_out_pictures(config.data) is None else Crops(config, "held_out")
+    accelerator = start(config.train)
+    scheduler = noise_scheduler(config.scheduler)
+    made_from = {"data": dataset.digest()}
+    needed = upsampler_arguments(config, dataset)
+    if config.init is None:
+        upsampler = build(Upsampler, "model", config.model, **needed)
+    else:
+        check_prediction(config.init, scheduler)
+        upsampler = start_from(partial(load_model, Upsampler), config.init, config.model, **needed)
+        made_from["init"] = weights_digest(upsampler)
+    check_multiple("crop_size", config.crop_size, max(upsampler.multiple, config.factor))
+    upsampler.to(accelerator.device, memory_format=torch.channels_last)
+
+    def loss(model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
+        assert batch.image is not None
+        condition = degraded(config, upsampler, batch.image, batch.image_embeds)
+        prediction, target, t = denoise(model, scheduler, batch.image, condition, config.timestep_shift)
+        weight = loss_weight(scheduler, t, config.loss_weighting, config.min_snr_gamma)
+        return {"loss": weighted_mse(prediction, target, weight)}
+
+    def export(average: torch.nn.Module) -> None:
+        export_model(average, Path(config.train.output))
+        export_model(scheduler, Path(config.train.output), "scheduler")
+
+    preview = None
+    count = config.sample.count if config.train.sample_every else 0
+    if records := fixed_records(held_out_pictures(config.data) or CaptionedPictures(config.data), count):
+        preview = partial(draw_preview, pictures=records.image, scheduler=scheduler, config=config.sample)
+    workers = config.data.num_workers
+    stage = Stage(upsampler, loss, dataset, export, made_from, asdict(config), workers, held_out, preview)
+    fit(accelerator, stage, config.train)
+
+
+def upsampler_arguments(config: Config, dataset: Crops) -> dict[str, Any]:
+    """What the configuration and the data decide about the model."""
+    clip = dataset.embeddings and dataset.embeddings.clip
+    return {
+        "factor": config.factor,
+        "low_size": config.crop_size // config.factor,
+        "adds_detail": noise_scheduler(config.scheduler).config.prediction_type == "sample",
+        "embed_dim": clip.embed_dim if clip else None,
+        "clip_fingerprint": clip.identity if clip else None,
+    }
+
+
+def degraded(config: Config, upsampler: Upsampler, picture: Tensor, z_i: Tensor | None) -> LowResolution:
+    """The condition of a step: the pictures reduced, some of them blurred, all of them noised by a random level."""
+    count, device = len(picture), picture.device
+    sigma = config.max_blur * torch.rand(count, device=device)
+    sigma = sigma * (torch.rand(count, device=device) < config.blur_probability)
+    low = blurred(reduced(picture, config.factor), sigma)
+    level = upsampler.config.max_level * torch.rand(count, device=device)
+    if z_i is not None:
+        z_i = z_i * (torch.rand(count, 1, device=device) >= config.embedding_dropout)  # the null is zero
+    return LowResolution(augment(low, level, torch.randn_like(low)), level, z_i)
+
+
+def blurred(pictures: Tensor, sigma: Tensor) -> Tensor:
+    """(B, C, h, w) under a Gaussian of a standard deviation a picture, (B,), in pixels; 0 leaves it as it is."""
+    count, channels, height, width = pictures.shape
+    reach = max(1, round(3 * float(sigma.max())))
+    place = torch.arange(-reach, reach + 1, device=pictures.device)
+    kernel = torch.exp(-place.square() / (2 * sigma.clamp(min=1e-3)[:, None].square()))
+    kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(channels, dim=0)[:, None]
+    each = F.pad(pictures, (reach,) * 4, mode="replicate").view(
+        1, count * channels, *(2 * reach + s for s in (height, width))
+    )
+    each = F.conv2d(
+        F.conv2d(each, kernel[:, :, None], groups=count * channels), kernel[..., None], groups=count * channels
+    )
+    return each.view(pictures.shape)
+
+
+@torch.no_grad()
+def draw_preview(
+    upsampler: Upsampler, pictures: Tensor, scheduler: SchedulerMixin, config: SampleConfig
+) -> dict[str, Image]:
+    """Whole pictures, (K, 3, H, W), resized and upsampled from low resolution; below, how near both are, in dB."""
+    factor = upsampler.config.factor
+    side = pictures.shape[-1] // factor * factor
+    pictures = pictures[..., :side, :side]
+    low = reduced(pictures, factor)
+    generators = [Generator().manual_seed(config.seed + i) for i in range(len(low))]
+    drawn = sample_upsampler(upsampler, scheduler, low, generators, steps=config.num_inference_steps).cpu()
+    rows = {"bicubic": enlarged(low, factor).clamp(-1, 1), "upsampled": drawn}
+    psnr = {name: 10 * torch.log10(4 / (row - pictures).square().mean(dim=(1, 2, 3))) for name, row in rows.items()}
+    labels = [f"{a:.1f} dB, {b:.1f} dB" for a, b in zip(*(value.tolist() for value in psnr.values()))]
+    return {
+        "upsampled": labelled_rows(
+            {name: to_images(row) for name, row in (rows | {"picture": pictures}).items()}, labels
+        )
+    }
+
+
+if __name__ == "__main__":
+    run(main, Config, "upsampler", sys.argv[1:])
