@@ -11,7 +11,7 @@ from t2i.decoder import Decoder
 from t2i.errors import InputError
 from t2i.prior import Prior
 from t2i.unet_decoder import UNetDecoder
-from t2i.untrusted import check_files, check_model, check_scheduler, is_folder, read_config
+from t2i.untrusted import SCHEDULERS, check_files, check_model, check_scheduler, is_folder, read_config
 
 PARTS: dict[str, tuple[type, ...]] = {  # what a folder's components may be; a part of the file format
     "clip": (CLIP,),
@@ -50,8 +50,8 @@ def check_folder(path: Path, names: list[str], variant: str | None = None) -> No
 def check_part(path: Path, name: str, entry: Any, variant: str | None) -> None:
     """Refuse a component of a class that is not one of ours, or whose files are not sound."""
     home, kind = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
-    if PARTS[name] == (SchedulerMixin,) and home == "diffusers":
-        check_scheduler(path / name, kind, path)
+    if PARTS[name] == (SchedulerMixin,) and home in ("diffusers", *SCHEDULERS):
+        check_scheduler(path / name, kind, path, home)
     elif part := next((part for part in PARTS[name] if [home, kind] == [part.__module__, part.__name__]), None):
         check_model(part, path / name, path, variant)
     else:

@@ -43,6 +43,7 @@ class Decoder(ModelMixin, ConfigMixin):
         image_tokens: extra tokens made from z_i.
         text_width: dimensions of a caption's token states; None if it reads no captions.
         clip_fingerprint: of the CLIP that it was trained with.
+        learned_variance: it also predicts the variance of the reverse steps, as further C channels.
     """
 
     _supports_gradient_checkpointing = True
@@ -63,6 +64,7 @@ class Decoder(ModelMixin, ConfigMixin):
         image_tokens: int = 4,
         text_width: int | None = None,
         clip_fingerprint: str | None = None,
+        learned_variance: bool = False,
     ):
         super().__init__()
         self.gradient_checkpointing = False
@@ -80,10 +82,10 @@ class Decoder(ModelMixin, ConfigMixin):
         self.blocks = nn.ModuleList(DecoderBlock(width, heads, condition_width) for _ in range(depth))
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.modulation = zeroed(nn.Linear(condition_width, 2 * width))
-        self.to_latents = zeroed(nn.Linear(width, channels))
+        self.to_latents = zeroed(nn.Linear(width, channels * (2 if learned_variance else 1)))
 
     def forward(self, x: Tensor, t: Tensor, condition: ImageCondition) -> Tensor:
-        """x: (B, C, H, W) noisy latents; t: (B,) timesteps -> (B, C, H, W), the prediction."""
+        """x: (B, C, H, W) noisy latents; t: (B,) timesteps -> (B, C, H, W), the prediction; or (B, 2C, H, W)."""
         z_i, tokens, mask = condition_tokens(self, condition)
         # In one pass each block makes its own keys and values: FSDP has its weights only while it runs.
         return self.step(x, t, DecoderContext(self.from_image(z_i), [tokens] * len(self.blocks), mask))

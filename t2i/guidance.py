@@ -1,7 +1,8 @@
 """Guidance: functions that return a `Predict` which goes further than the model's own.
 
 Classifier-free guidance moves from one condition to another; steering adds the gradient of a score. Both work on the
-clean sample that a prediction stands for, so that it does not matter what the model predicts.
+clean sample that a prediction stands for, so that it does not matter what the model predicts. A learned variance stays
+that of the wanted condition.
 """
 
 import math
@@ -14,7 +15,7 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 from t2i.condition import Condition
-from t2i.diffusion import Denoiser, Predict, clean, conditional, levels, said
+from t2i.diffusion import Denoiser, Predict, clean, conditional, levels, said, split, with_variance
 from t2i.errors import InputError
 
 MAX_SCALE = 1000
@@ -130,7 +131,8 @@ def guided(
         if outside is not None and not low <= t <= high:
             return outside(x, t)
         twice = torch.cat([x, x]).to(denoiser.dtype)
-        away, wanted = denoiser.step(twice, t.expand(2 * len(x)), context).to(x.dtype).chunk(2)
+        both = denoiser.step(twice, t.expand(2 * len(x)), context).to(x.dtype).chunk(2)
+        (away, _), (wanted, _) = (split(one, x) for one in both)
         if combine is None:
             prediction = away.lerp(wanted, guidance.scale)
         else:
@@ -141,7 +143,7 @@ def guided(
         if guidance.threshold < 1:
             sample, usual = (clean(scheduler, one, x, t) for one in (prediction, wanted))
             prediction = said(scheduler, thresholded(sample, usual, guidance.threshold), x, t)
-        return prediction
+        return with_variance(prediction, both[1])
 
     return predict
 
@@ -205,6 +207,6 @@ def steered(predict: Predict, scheduler: SchedulerMixin, score: Score, scale: fl
         prediction = prediction.detach()
         alpha, sigma = levels(scheduler, t, x)
         moved = clean(scheduler, prediction, x, t) + scale * sigma.square() / alpha.clamp(min=MIN_ALPHA) * gradient
-        return said(scheduler, moved, x, t)
+        return with_variance(said(scheduler, moved, x, t), prediction)
 
     return predicted

@@ -35,6 +35,7 @@ class Prior(ModelMixin, ConfigMixin):
         width, depth, heads: of the transformer.
         null_length: tokens of the empty caption; a start and an end for most CLIPs.
         clip_fingerprint: of the CLIP that it was trained with.
+        learned_variance: it also predicts the variance of the reverse steps, as further D dimensions.
     """
 
     _supports_gradient_checkpointing = True
@@ -52,6 +53,7 @@ class Prior(ModelMixin, ConfigMixin):
         heads: int,
         null_length: int = 2,
         clip_fingerprint: str | None = None,
+        learned_variance: bool = False,
     ):
         super().__init__()
         self.gradient_checkpointing = False
@@ -63,7 +65,7 @@ class Prior(ModelMixin, ConfigMixin):
         self.positions = nn.Parameter(torch.randn(context_length + 4, width) * 0.01)
         self.blocks = nn.ModuleList(PriorBlock(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
-        self.to_image = nn.Linear(width, embed_dim)
+        self.to_image = nn.Linear(width, embed_dim * (2 if learned_variance else 1))
         # The statistics of z_i, and the encoding of the empty caption: set by `train_prior.py`.
         self.register_buffer("mean", torch.zeros(embed_dim))
         self.register_buffer("std", torch.full((embed_dim,), embed_dim**-0.5))
@@ -71,7 +73,7 @@ class Prior(ModelMixin, ConfigMixin):
         self.register_buffer("null_states", torch.zeros(null_length, text_width))
 
     def forward(self, x: Tensor, t: Tensor, text: TextEncoding) -> Tensor:
-        """x: (B, D) noisy scaled z_i; t: (B,) timesteps -> (B, D), the clean one. What training calls: one pass."""
+        """x: (B, D) noisy scaled z_i; t: (B,) timesteps -> (B, D), the clean one; or (B, 2D). What training calls."""
         tokens = torch.cat([self.caption_tokens(text), self.image_tokens(x, t)], dim=1)
         length = tokens.shape[1]
         mask = torch.cat([text.mask, text.mask.new_ones(len(x), 4)], dim=1)[:, None, None, :]

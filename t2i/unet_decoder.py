@@ -30,6 +30,7 @@ class UNetDecoder(ModelMixin, ConfigMixin):
         image_tokens: tokens made from z_i.
         text_width: dimensions of a caption's token states; None if it reads no captions.
         clip_fingerprint: of the CLIP that it was trained with.
+        learned_variance: it also predicts the variance of the reverse steps, as further C channels.
     """
 
     _supports_gradient_checkpointing = True  # diffusers' blocks do it
@@ -47,6 +48,7 @@ class UNetDecoder(ModelMixin, ConfigMixin):
         image_tokens: int = 4,
         text_width: int | None = None,
         clip_fingerprint: str | None = None,
+        learned_variance: bool = False,
     ):
         super().__init__()
         check_integer("latent_size", latent_size, 1, 1024)  # no tensor has this size
@@ -55,7 +57,7 @@ class UNetDecoder(ModelMixin, ConfigMixin):
         self.net = UNet2DConditionModel(
             sample_size=latent_size,
             in_channels=latent_channels,
-            out_channels=latent_channels,
+            out_channels=latent_channels * (2 if learned_variance else 1),
             cross_attention_dim=context_width,
             class_embed_type="projection",
             projection_class_embeddings_input_dim=embed_dim,
@@ -63,7 +65,7 @@ class UNetDecoder(ModelMixin, ConfigMixin):
         )
 
     def forward(self, x: Tensor, t: Tensor, condition: ImageCondition) -> Tensor:
-        """x: (B, C, H, W) noisy latents; t: (B,) timesteps -> (B, C, H, W), the prediction."""
+        """x: (B, C, H, W) noisy latents; t: (B,) timesteps -> (B, C, H, W), the prediction; or (B, 2C, H, W)."""
         return self.step(x, t, self.prepare(condition))
 
     @apply_forward_hook

@@ -35,6 +35,10 @@ SPARE = 2**24  # elements that a model may make beyond those in its files: masks
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz", ".joblib")
 CODE = ("auto_map", "custom_pipeline", "quantization_config", "trust_remote_code")  # keys that make libraries import
 SIGNED = ("init_logit_bias",)  # integers that may be negative
+SCHEDULERS = {  # this project's own, by module
+    "t2i.ddim": ("ExactDDIMScheduler",),
+    "t2i.continuous": ("ProbabilityFlowScheduler", "ReverseSDEScheduler"),
+}
 FLOATS = ("F16", "BF16", "F32", "F64")
 DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{i}" for port in ("COM", "LPT") for i in range(10))}  # on Windows
 
@@ -281,11 +285,14 @@ def check_finite(model: Module, folder: str | Path) -> None:
         raise InputError(f"{str(folder)!r} has NaN or infinity in {len(bad)} tensors, the first is {bad[0]!r}")
 
 
-def check_scheduler(folder: Path, name: Any = "DDIMScheduler", root: Path | None = None) -> None:
-    """Refuse what is not the folder of a diffusers scheduler, or has more timesteps than any."""
+def check_scheduler(
+    folder: Path, name: Any = "DDIMScheduler", root: Path | None = None, home: str = "diffusers"
+) -> None:
+    """Refuse what is not the folder of a scheduler of diffusers or of ours, or has more timesteps than any."""
     found = getattr(diffusers, name, None) if isinstance(name, str) and name.endswith("Scheduler") else None
-    if not isinstance(found, type) or not issubclass(found, diffusers.SchedulerMixin):
-        raise InputError(f"{str(folder)!r} should hold a scheduler of diffusers, got {name!r:.80}")
+    theirs = home == "diffusers" and isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin)
+    if not theirs and name not in SCHEDULERS.get(home, ()):
+        raise InputError(f"{str(folder)!r} should hold a scheduler of diffusers or of ours, got {name!r:.80}")
     check_files(folder, root)
     read_config(folder / "scheduler_config.json", MAX_TIMESTEPS)
 

@@ -18,7 +18,7 @@ from t2i.data import Batch
 from t2i.data.cache import AutoencoderFacts, ClipFacts
 from t2i.data.source import Source, open_source
 from t2i.decoder import Decoder
-from t2i.diffusion import check_weighting, denoise, drop, loss_weight, noise_scheduler, weighted_mse
+from t2i.diffusion import check_weighting, diffusion_loss, drop, noise_scheduler
 from t2i.finetuning import check_prediction, start_from
 from t2i.launch import run
 from t2i.loop import Stage, fit, start
@@ -93,9 +93,8 @@ def make_stage(config: Config, source: Source, device: torch.device) -> Stage:
             text = drop(text, null.text, config.caption_dropout)
         condition = drop(ImageCondition(z_i), ImageCondition(null.embedding), config.embedding_dropout)
         condition = ImageCondition(condition.embedding, text)
-        prediction, target, t = denoise(model, scheduler, x, condition, config.timestep_shift)
-        weight = loss_weight(scheduler, t, config.loss_weighting, config.min_snr_gamma)
-        return {"loss": weighted_mse(prediction, target, weight)}
+        weighting = (config.timestep_shift, config.loss_weighting, config.min_snr_gamma)
+        return diffusion_loss(model, scheduler, x, condition, *weighting)[0]
 
     def export(average: torch.nn.Module) -> None:
         export_adapted(average, Path(config.train.output))

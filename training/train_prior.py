@@ -17,7 +17,7 @@ from t2i.config import DataConfig, TrainConfig, build, check_range
 from t2i.data import Batch
 from t2i.data.cache import ClipFacts
 from t2i.data.source import Source, open_source
-from t2i.diffusion import check_weighting, denoise, drop, loss_weight, noise_scheduler, weighted_mse
+from t2i.diffusion import check_weighting, diffusion_loss, drop, noise_scheduler
 from t2i.finetuning import check_prediction, start_from
 from t2i.launch import run
 from t2i.loop import Stage, fit, start
@@ -78,12 +78,9 @@ def make_stage(config: Config, source: Source, device: torch.device) -> Stage:
         batch = source.encode(batch)
         text, z_i = batch.text, batch.image_embeds
         condition = drop(text, prior.null(len(text)), config.caption_dropout)
-        prediction, target, t = denoise(model, scheduler, prior.scale(z_i), condition, config.timestep_shift)
-        weight = loss_weight(scheduler, t, config.loss_weighting, config.min_snr_gamma)
-        metrics = {
-            "loss": weighted_mse(prediction, target, weight),
-            "cosine_text": F.cosine_similarity(text.embedding, z_i).mean(),
-        }
+        weighting = (config.timestep_shift, config.loss_weighting, config.min_snr_gamma)
+        metrics, prediction = diffusion_loss(model, scheduler, prior.scale(z_i), condition, *weighting)
+        metrics["cosine_text"] = F.cosine_similarity(text.embedding, z_i).mean()
         if scheduler.config.prediction_type == "sample":
             metrics["cosine"] = F.cosine_similarity(prior.unscale(prediction.detach()), z_i).mean()
         return metrics

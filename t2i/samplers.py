@@ -1,0 +1,38 @@
+"""Samplers by name: schedulers that draw from a model with the noise schedule it was trained with."""
+
+from typing import Any
+
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin, UniPCMultistepScheduler
+
+from t2i.config import check_choice
+from t2i.continuous import ProbabilityFlowScheduler, ReverseSDEScheduler
+from t2i.ddim import ExactDDIMScheduler, like
+
+SAMPLERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
+    "ddpm": (DDPMScheduler, {}),  # ancestral (Ho et al. 2020)
+    "ddim": (ExactDDIMScheduler, {}),  # Song et al. 2021; takes eta
+    "dpmsolver++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),  # Lu et al. 2022, 2M
+    "sde-dpmsolver++": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+    "unipc": (UniPCMultistepScheduler, {}),  # Zhao et al. 2023
+    "ode": (ProbabilityFlowScheduler, {}),  # Heun's method in continuous time: 2 steps - 1 evaluations
+    "sde": (ReverseSDEScheduler, {}),  # the reverse SDE in continuous time
+}
+STOCHASTIC = ("ddpm", "sde-dpmsolver++", "sde")  # and ddim with eta > 0
+
+
+def check_sampler(name: str, value: Any) -> None:
+    """Refuse what is no sampler, with the list of those that are."""
+    check_choice(name, value, tuple(SAMPLERS))
+
+
+def make_sampler(name: str, scheduler: SchedulerMixin, learned_variance: bool = False) -> SchedulerMixin:
+    """A new scheduler that samples as `name` says, of the noise schedule and prediction type of `scheduler`.
+
+    learned_variance: the model predicts the variance of the reverse steps, which ddpm then uses and the others ignore.
+    Raises InputError for an unknown name.
+    """
+    check_sampler("sampler", name)
+    kind, settings = SAMPLERS[name]
+    if name == "ddpm" and (learned_variance or scheduler.config.get("variance_type") == "learned_range"):
+        settings = {"variance_type": "learned_range"}
+    return like(kind, scheduler, **settings)
