@@ -12,7 +12,6 @@ from itertools import count as counting
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Generator
@@ -21,7 +20,7 @@ from pipelines.base import UnCLIPPipeline
 from pipelines.options import DecoderOptions, PriorOptions, split_options
 from pipelines.text2image import Text2ImagePipeline
 from t2i import __version__
-from t2i.config import check_choice
+from t2i.devices import find_device
 from t2i.errors import InputError
 from t2i.guidance import Guidance
 from t2i.sampling import check_texts
@@ -51,14 +50,7 @@ Pipeline = TypeVar("Pipeline", bound=UnCLIPPipeline)
 
 def load_pipeline(model: str, device: str = "auto", kind: type[Pipeline] = Text2ImagePipeline) -> Pipeline:
     """A pipeline on a device; auto takes a GPU if there is one."""
-    family, colon, index = device.partition(":")
-    check_choice("device", family, ("auto", "cpu", "cuda", "mps"))
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if device == "auto":
-        device = next(name for name in ("cuda", "mps", "cpu") if available[name])
-    numbered = family == "cuda" and index.isdigit() and int(index) < torch.cuda.device_count()
-    if not available.get(family, True) or (colon and not numbered):
-        raise InputError(f"device {device!r} is not available here; `t2i doctor` tells what is")
+    device = find_device(device)  # complain before the model loads
     return kind.from_pretrained(model).to(device)
 
 

@@ -58,16 +58,19 @@ def labelled_rows(rows: Mapping[str, Sequence[Image.Image | None]], captions: li
     return sheet
 
 
-def similarity_matrix(cosines: Tensor, images: Sequence[Image.Image], captions: list[str], label: str) -> Image.Image:
-    """Cosines, (N, N), of captions (rows) with pictures (columns) as shades of blue; a caption's own is framed.
+def similarity_matrix(
+    cosines: Tensor, images: Sequence[Image.Image], captions: list[str], label: str, paired: bool = True
+) -> Image.Image:
+    """Cosines, (M, N), of M captions (rows) with N pictures (columns) as shades of blue.
 
-    Green is the frame where it is the largest of its row, else red. `label` says what is compared. `images` may be
-    empty.
+    paired: caption i belongs to picture i, and M = N. A caption's own is framed, green where it is the largest of its
+    row, else red; if not paired, the largest of a row is framed. `label` says what is compared. `images` may be empty.
     """
-    count, values = len(captions), cosines.detach().float().cpu().nan_to_num(0.0, 0.0, 0.0)
-    cell = min(64, max(20, 1024 // count))
+    values = cosines.detach().float().cpu().nan_to_num(0.0, 0.0, 0.0)
+    rows, columns = values.shape
+    cell = min(64, max(20, 1024 // max(rows, columns)))
     left, top = 170, (cell if images else 0) + 2 * GAP
-    sheet = Image.new("RGB", (left + count * cell + GAP, top + count * cell + 3 * LINE), "white")
+    sheet = Image.new("RGB", (left + columns * cell + GAP, top + rows * cell + 3 * LINE), "white")
     pen = ImageDraw.Draw(sheet)
     for i, image in enumerate(images):
         sheet.paste(resized(image, cell - 4), (left + i * cell + 2, GAP))
@@ -77,20 +80,20 @@ def similarity_matrix(cosines: Tensor, images: Sequence[Image.Image], captions: 
     for i, caption in enumerate(captions):
         lines = wrapped(caption, left - 2 * GAP, 1 if cell < 2 * LINE else 2)
         write(pen, (GAP, top + i * cell + (cell - len(lines) * LINE) // 2), lines)
-        for j in range(count):
+        for j in range(columns):
             x, y = left + j * cell, top + i * cell
             color = tuple(round(255 + (ink - 255) * shades[i][j]) for ink in BLUE)
             pen.rectangle((x, y, x + cell - 2, y + cell - 2), fill=color)
             if cell >= 40:
                 ink = "white" if shades[i][j] > 0.6 else INK
                 pen.text((x + cell / 2, y + cell / 2), f"{values[i, j]:z.2f}", fill=ink, font=FONT, anchor="mm")
-        own = (left + i * cell, top + i * cell, left + (i + 1) * cell - 2, top + (i + 1) * cell - 2)
-        pen.rectangle(own, outline=GREEN if nearest[i] == i else RED, width=3)
-    found = sum(nearest[i] == i for i in range(count))
-    said = (
-        f"{label}: {low:z.2f} (white) to {high:z.2f} (blue); {found} of {count} captions are nearest to their picture"
-    )
-    write(pen, (GAP, top + count * cell + GAP), wrapped(said, sheet.width - 2 * GAP, 2))
+        framed = i if paired else nearest[i]
+        own = (left + framed * cell, top + i * cell, left + (framed + 1) * cell - 2, top + (i + 1) * cell - 2)
+        pen.rectangle(own, outline=GREEN if nearest[i] == framed else RED, width=3)
+    said = f"{label}: {low:z.2f} (white) to {high:z.2f} (blue); "
+    found = sum(nearest[i] == i for i in range(rows))
+    said += f"{found} of {rows} captions are nearest to their picture" if paired else "the largest of a row is framed"
+    write(pen, (GAP, top + rows * cell + GAP), wrapped(said, sheet.width - 2 * GAP, 2))
     return sheet
 
 
