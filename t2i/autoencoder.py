@@ -72,6 +72,12 @@ class Autoencoder(ModelMixin, ConfigMixin):
         """The reverse; values may leave [-1, 1] a little."""
         return self.to_pixels(self.coder.decode(latents * self.std[:, None, None] + self.mean[:, None, None]).sample)
 
+    def freeze_encoder(self) -> None:
+        """Leave the way from pictures to latents as it is: only the decoder's weights are trained from here on."""
+        for part in (self.coder.encoder, self.coder.quant_conv):
+            if part is not None:  # some VAEs have no convolution there
+                part.requires_grad_(False)
+
     def to_patches(self, image: Tensor) -> Tensor:
         return F.pixel_unshuffle(image, self.config.patch_size).contiguous(memory_format=torch.channels_last)
 

@@ -157,12 +157,15 @@ class CLIP(ModelMixin, ConfigMixin):
     @apply_forward_hook
     def encode_image(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, D), unit length: z_i."""
+        return self.net.encode_image(self.preprocess(image), normalize=True)
+
+    def preprocess(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, 3, size, size), scaled as the vision tower knows pictures."""
         if image.shape[-2:] != (self.size, self.size):
             side = [self.size] if self.resizing["resize_mode"] == "shortest" else [self.size, self.size]
             mode = InterpolationMode(self.resizing["interpolation"])
             image = center_crop(resize(image, side, interpolation=mode, antialias=True), [self.size])
-        image = ((image + 1) / 2 - self.mean) / self.std
-        return self.net.encode_image(image.to(self.mean.dtype), normalize=True)
+        return (((image + 1) / 2 - self.mean) / self.std).to(self.mean.dtype)
 
     def encode_text(self, texts: list[str]) -> TextEncoding:
         return self.encode_tokens(self.tokenizer(texts).to(self.device))

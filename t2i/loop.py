@@ -34,6 +34,19 @@ DRY_STEPS = 3
 
 
 @dataclass
+class Critic:
+    """A second model that learns beside a stage's and against it: clipped by itself, not averaged, not exported.
+
+    The stage's loss calls it and gives "critic_loss" too. The gradient of that must reach the critic's weights alone,
+    and the gradient of "loss" must not reach them: both are taken in one pass.
+    """
+
+    model: nn.Module
+    betas: tuple[float, float]  # of its Adam; rate and weight decay are the run's
+    step: int = 0  # of the run, for the loss to know
+
+
+@dataclass
 class Stage:
     """What a training script brings to the loop."""
 
@@ -46,6 +59,7 @@ class Stage:
     num_workers: int = 0
     validation: Dataset | None = None  # what is held out
     preview: Callable[[nn.Module], dict[str, Image.Image]] | None = None  # pictures of what the averaged model does
+    critic: Critic | None = None
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -135,13 +149,19 @@ def prepare(accelerator: Accelerator, stage: Stage, config: TrainConfig) -> Stat
         raise InputError(
             "lora does not train under FSDP; its adapters are small, use configs/accelerate/gpus.yaml (DDP)"
         )
-    plain = type(stage.model)
-    optimizer = make_optimizer(stage.model, config)
+    if stage.critic is not None and accelerator.distributed_type == DistributedType.FSDP:
+        raise InputError("two models do not train under FSDP; use whole copies, configs/accelerate/gpus.yaml (DDP)")
+    plain, critic = type(stage.model), stage.critic and stage.critic.model
+    optimizer = make_optimizer(stage, config)
     if config.compile:
         stage.model.compile()
     stage.model, optimizer = accelerator.prepare(stage.model, optimizer)
     bare = accelerator.unwrap_model(stage.model, keep_torch_compile=False)
-    return State(accelerator, config, bare, plain, Average(bare), optimizer, stage.made_from, stage.config)
+    if stage.critic is not None:
+        stage.critic.model = accelerator.prepare(stage.critic.model)
+    return State(
+        accelerator, config, bare, plain, Average(bare), optimizer, stage.made_from, stage.config, critic=critic
+    )
 
 
 def train(accelerator: Accelerator, stage: Stage, state: State) -> None:
@@ -202,22 +222,32 @@ def gradient(
     watch: Watch,
     health: Health,
 ) -> Tensor | None:
-    """Losses and gradients of a step's micro-batches; the norm of the clipped gradient."""
-    config, model = state.config, stage.model
+    """Losses and gradients of a step's micro-batches; the norm of the clipped gradient, or a critic's if not finite."""
+    config, model, critic = state.config, stage.model, stage.critic
+    models = [model] if critic is None else [model, critic.model]
+    if critic is not None:
+        critic.step = state.step
+        critic.model.train()
     model.train()
     for micro in range(config.gradient_accumulation):
         last = micro == config.gradient_accumulation - 1
         batch = next(loader).to(accelerator.device)
         seed_noise(config.seed, state.step * config.gradient_accumulation + micro, accelerator)
-        with watch.waiting(), contextlib.nullcontext() if last else accelerator.no_sync(model):
+        with watch.waiting(), contextlib.ExitStack() as unshared:
+            for one in () if last else models:
+                unshared.enter_context(accelerator.no_sync(one))
             with accelerator.autocast():
                 metrics = stage.loss(model, batch)
-            accelerator.backward(metrics["loss"] / config.gradient_accumulation)
+            total = metrics["loss"] + metrics.get("critic_loss", 0)
+            accelerator.backward(total / config.gradient_accumulation)
         if log is not None:
             log.add(metrics)
-        health.add(batch, metrics["loss"])
+        health.add(batch, total)
     with watch.waiting():
         norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        if critic is not None and norm is not None:  # not by accelerate, which under fp16 would unscale a second time
+            critic_norm = nn.utils.clip_grad_norm_(critic.model.parameters(), config.max_grad_norm)
+            norm = torch.where(torch.isfinite(critic_norm), norm, critic_norm)
         return None if norm is None else full(norm)
 
 
@@ -319,10 +349,11 @@ def estimate(accelerator: Accelerator, stage: Stage, state: State) -> None:
     seconds = min(times[1:])
     trained = sum(one.numel() for one in state.average.parameters.values())
     total = sum(one.numel() for one in state.model.parameters())
+    more = 0 if state.critic is None else sum(one.numel() for one in state.critic.parameters())
     size, a_step = len(stage.dataset), state.samples_per_step  # type: ignore[arg-type]
     where = f"{accelerator.num_processes} on {accelerator.device.type}, precision {accelerator.mixed_precision}"
     accelerator.print(
-        f"parameters: {trained:,} trained of {total:,}\n"
+        f"parameters: {trained:,} trained of {total:,}{f', and {more:,} of its critic' if more else ''}\n"
         f"processes: {where}\n"
         f"samples: {size:,}, {a_step} a step; {config.steps:,} steps see each {config.steps * a_step / size:,.1f} x\n"
         f"memory: {peak_memory(accelerator):.2f} GB a process after a step, at the peak on a GPU\n"
@@ -331,9 +362,15 @@ def estimate(accelerator: Accelerator, stage: Stage, state: State) -> None:
     )
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
-    """AdamW, fused, with weight decay for matrices and kernels only."""
-    groups, betas = parameter_groups(model, config), (0.9, config.adam_beta2)
+def make_optimizer(stage: Stage, config: TrainConfig) -> Optimizer:
+    """AdamW, fused, with weight decay for matrices and kernels only.
+
+    AdamW knows nothing but single weights, so that one of several groups is as many optimizers, with one scale of the
+    gradients in fp16: a critic's weights are groups with betas of their own.
+    """
+    groups, betas = parameter_groups(stage.model, config), (0.9, config.adam_beta2)
+    if stage.critic is not None:
+        groups += [group | {"betas": stage.critic.betas} for group in parameter_groups(stage.critic.model, config)]
     if config.optimizer == "adamw":
         return AdamW(groups, betas=betas, fused=True)
     try:

@@ -28,7 +28,8 @@ except ImportError:  # Windows: two trainers in one folder go unnoticed there
     fcntl = None  # type: ignore[assignment]
 
 LASTING = ("seed", "optimizer")  # of TrainConfig
-PASSING = ("train.", "sample.", "data.path", "data.num_workers", "clip", "autoencoder", "cache", "init")
+PLACES = ("clip", "autoencoder", "cache", "init", "perceptual_clip")  # of models; what they are is in `made_from`
+PASSING = ("train.", "sample.", "data.path", "data.num_workers", *PLACES)
 COPIES = 4  # of the trained weights in a checkpoint: themselves, their average, and AdamW's two moments
 
 
@@ -46,6 +47,7 @@ class State:
     stage_config: dict[str, Any]  # the stage's whole configuration
     step: int = 0
     skipped: int = 0  # steps in a row whose loss or gradient was not finite
+    critic: nn.Module | None = None  # bare; its weights are in the optimizer, and not averaged
 
     @property
     def folder(self) -> Path:
@@ -62,6 +64,8 @@ class State:
             "ema": whole(self.accelerator, self.average.values),
             "optimizer": whole(self.accelerator, flatten(self.optimizer)),
         }
+        if self.critic is not None:
+            tensors["critic"] = whole(self.accelerator, self.critic.state_dict())
         state: dict[str, Any] = {"config": asdict(self.config), "made_from": self.made_from, "skipped": self.skipped}
         state["stage"] = self.stage_config
         state["samples_per_step"] = self.samples_per_step
@@ -89,6 +93,8 @@ class State:
         try:
             restore(dict(self.model.state_dict()), checkpoint.tensors["model"])
             restore(self.average.values, checkpoint.tensors["ema"])
+            if self.critic is not None:
+                restore(self.critic.state_dict(), checkpoint.tensors["critic"])
             unflatten(self.optimizer, checkpoint.tensors["optimizer"])
         except (RuntimeError, KeyError, ValueError, SafetensorError) as error:
             raise InputError(f"{path} is of another model: {error}; start in another train.output") from error
@@ -123,6 +129,8 @@ class State:
         before = {**lasting(state["stage"]), **{f"train.{name}": state["config"][name] for name in LASTING}}
         now = {**lasting(self.stage_config), **{f"train.{name}": getattr(config, name) for name in LASTING}}
         for name in sorted({**before, **now}):
+            if name not in before and "." not in name and not now[name]:
+                continue  # an option that came later, and is off
             if before.get(name) != now.get(name):
                 raise InputError(
                     f"{checkpoint.path} was trained with {name}={before.get(name)!r}, now {now.get(name)!r}; "
@@ -164,7 +172,8 @@ class State:
 
     def checkpoint_bytes(self) -> int:
         trained = sum(one.numel() * one.element_size() for one in self.average.parameters.values())
-        return (COPIES - 1) * trained + self.model_bytes()
+        critic = 0 if self.critic is None else sum(one.nbytes for one in self.critic.state_dict().values())
+        return (COPIES - 1) * (trained + critic) + self.model_bytes()  # a critic has no average
 
     def model_bytes(self) -> int:
         return sum(one.numel() * one.element_size() for one in self.model.state_dict().values())

@@ -1,4 +1,4 @@
-"""Train the autoencoder between pictures and latents.
+"""Train the autoencoder between pictures and latents, if asked against a discriminator: docs/autoencoder.md.
 
 accelerate launch training/train_autoencoder.py configs/emoji/autoencoder.yaml train.steps=1000
 """
@@ -11,14 +11,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL.Image import Image
+from torch import Tensor
 
 from t2i.autoencoder import Autoencoder, load_autoencoder
 from t2i.checkpoint import export_model, weights_digest
+from t2i.clip import load_clip
 from t2i.config import DataConfig, TrainConfig, build, check_multiple, check_range
 from t2i.data import Batch, CaptionedPictures, held_out_pictures
+from t2i.discriminator import BETAS, Discriminator, adaptive_weight, frozen_logits, hinge_loss
+from t2i.errors import InputError
 from t2i.finetuning import start_from
 from t2i.launch import run
-from t2i.loop import Stage, fit, start
+from t2i.loop import Critic, Stage, fit, start
+from t2i.perceptual import Perceptual
 from t2i.preview import SampleConfig, autoencoder_preview, fixed_records
 
 MEASURED = 4096  # pictures that set the scale of the latents, at most
@@ -29,13 +34,75 @@ class Config:
     model: dict[str, Any] = field(default_factory=dict)  # arguments of t2i.autoencoder.Autoencoder
     init: str | None = None  # folder of a trained autoencoder to start from, instead of random weights;
     # or a diffusers VAE: a folder or a hub name
+    freeze_encoder: bool = False  # train the way back to pictures alone: latents, and all that was trained on
+    # them, stay valid. With init
     kl_weight: float = 1e-3  # of the divergence from N(0, 1), in nats per pixel value
+    perceptual_weight: float = 0.0  # of the distance in a frozen CLIP's features, beside that of the pixels
+    perceptual_clip: str | None = None  # folder of a trained CLIP or a public one, for these features
+    adversarial_weight: float = 0.0  # of the discriminator's verdict, beside what the reconstruction lacks; that is,
+    adversarial_fixed: bool = False  # times the ratio of both gradients at the last layer; or as it is
+    adversarial_start: int = 0  # step from which the verdict counts; the discriminator learns from the first
+    discriminator: dict[str, Any] = field(default_factory=dict)  # arguments of t2i.discriminator.Discriminator
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)  # what is drawn every train.sample_every steps
 
     def __post_init__(self) -> None:
         check_range("kl_weight", self.kl_weight, 0, 1e6)
+        check_range("perceptual_weight", self.perceptual_weight, 0, 1e6)
+        check_range("adversarial_weight", self.adversarial_weight, 0, 1e6)
+        check_range("adversarial_start", self.adversarial_start, 0, 10**9)
+        if self.freeze_encoder and self.init is None:
+            raise InputError("freeze_encoder=true needs init: a random encoder has nothing to keep")
+        if self.perceptual_weight and self.perceptual_clip is None:
+            raise InputError(
+                f"perceptual_weight={self.perceptual_weight:g} needs perceptual_clip, such as runs/emoji/clip"
+            )
+        if self.adversarial_weight and not self.adversarial_fixed and self.train.compile:
+            raise InputError(
+                "train.compile=true knows one gradient a step; adversarial_weight takes three without "
+                "adversarial_fixed=true"
+            )
+
+
+class ReconstructionLoss:
+    """L1, KL divergence, perceptual distance, and a discriminator's verdict: as VQGAN and latent diffusion are trained.
+
+    See Rombach et al. 2022, equation 25, with L1 instead of its likelihood.
+    """
+
+    def __init__(self, config: Config, autoencoder: Autoencoder, perceptual: Perceptual | None, critic: Critic | None):
+        self.config, self.perceptual, self.critic = config, perceptual, critic
+        self.discriminator = critic and critic.model  # bare
+        self.last_layer = autoencoder.coder.decoder.conv_out.weight
+
+    def __call__(self, model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
+        reconstruction, kl = model(batch.image)
+        reconstruction = reconstruction.float()
+        likeness = F.l1_loss(reconstruction, batch.image)
+        squared = F.mse_loss(reconstruction.detach().clamp(-1, 1), batch.image)
+        metrics = {"kl": kl.mean(), "psnr": 10 * torch.log10(4 / squared)}  # dB; pictures span 2
+        if self.perceptual is not None:
+            metrics["perceptual"] = self.perceptual(reconstruction, batch.image).mean()
+            likeness = likeness + self.config.perceptual_weight * metrics["perceptual"]
+        metrics["loss"] = likeness + self.config.kl_weight * kl.float().mean()
+        if self.critic is not None and torch.is_grad_enabled():  # the game is over where nobody learns
+            metrics |= self.play(likeness, reconstruction, batch.image)
+            metrics["loss"] = metrics["loss"] + metrics["adversarial_weight"] * metrics["adversarial"]
+        return metrics
+
+    def play(self, likeness: Tensor, reconstruction: Tensor, image: Tensor) -> dict[str, Tensor]:
+        """The discriminator's loss, the autoencoder's against it, and the weight of the latter."""
+        assert self.critic is not None and self.discriminator is not None
+        logits = self.critic.model(torch.cat([image, reconstruction.detach()]))
+        metrics = {"critic_loss": hinge_loss(*logits.chunk(2))}
+        weight = likeness.new_tensor(self.config.adversarial_weight)
+        if self.critic.step < self.config.adversarial_start:
+            return metrics | {"adversarial": torch.zeros_like(likeness), "adversarial_weight": 0 * weight}
+        metrics["adversarial"] = -frozen_logits(self.discriminator, reconstruction).float().mean()
+        if not self.config.adversarial_fixed:
+            weight = weight * adaptive_weight(likeness, metrics["adversarial"], self.last_layer)
+        return metrics | {"adversarial_weight": weight}
 
 
 def main(config: Config) -> None:
@@ -49,17 +116,20 @@ def main(config: Config) -> None:
         made_from["init"] = weights_digest(autoencoder)
     autoencoder.to(memory_format=torch.channels_last)
     check_multiple("data.image_size", config.data.image_size, autoencoder.factor)
-
-    def loss(model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        reconstruction, kl = model(batch.image)
-        reconstruction = reconstruction.float()
-        absolute = F.l1_loss(reconstruction, batch.image)
-        squared = F.mse_loss(reconstruction.detach().clamp(-1, 1), batch.image)
-        psnr = 10 * torch.log10(4 / squared)  # dB; pictures span 2
-        return {"loss": absolute + config.kl_weight * kl.float().mean(), "kl": kl.mean(), "psnr": psnr}
+    if config.freeze_encoder:
+        autoencoder.freeze_encoder()
+    perceptual, critic = None, None
+    if config.perceptual_weight:
+        clip = load_clip(str(config.perceptual_clip))
+        made_from["perceptual_clip"] = clip.identity
+        perceptual = Perceptual(clip.float()).to(accelerator.device)
+    if config.adversarial_weight:
+        critic = Critic(make_discriminator(config), BETAS)
+    loss = ReconstructionLoss(config, autoencoder, perceptual, critic)
 
     def export(average: torch.nn.Module) -> None:
-        average.measure(dataset.sample(MEASURED, batch_size=64))
+        if not config.freeze_encoder:
+            average.measure(dataset.sample(MEASURED, batch_size=64))
         export_model(average, Path(config.train.output))
 
     count = config.sample.count if config.train.sample_every else 0
@@ -69,8 +139,19 @@ def main(config: Config) -> None:
         return {"reconstructions": autoencoder_preview(average, records.image)} if records else {}
 
     workers = config.data.num_workers
-    stage = Stage(autoencoder, loss, dataset, export, made_from, asdict(config), workers, held_out, preview)
+    stage = Stage(autoencoder, loss, dataset, export, made_from, asdict(config), workers, held_out, preview, critic)
     fit(accelerator, stage, config.train)
+
+
+def make_discriminator(config: Config) -> Discriminator:
+    """Raises InputError for arguments that make none, and pictures that are smaller than a patch."""
+    discriminator = build(Discriminator, "discriminator", config.discriminator)
+    if config.data.image_size < (smallest := discriminator.smallest):
+        raise InputError(
+            f"data.image_size={config.data.image_size} gives this discriminator no patch; at least {smallest}, or a "
+            "smaller discriminator.depth"
+        )
+    return discriminator.to(memory_format=torch.channels_last)
 
 
 if __name__ == "__main__":
