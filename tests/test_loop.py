@@ -138,7 +138,7 @@ def test_saved_files_are_readable_by_others(runs):
             assert path.stat().st_mode & 0o777 == 0o666 & ~mask, path
 
 
-@pytest.mark.parametrize("stage", ["clip", "prior", "decoder"])
+@pytest.mark.parametrize("stage", ["clip", "prior", "decoder", "autoencoder"])
 def test_two_processes_end_with_equal_weights(stage, shapes, runs, tmp_path):
     for part in ("clip", "autoencoder"):
         if part != stage:
@@ -156,13 +156,17 @@ def test_two_processes_end_with_equal_weights(stage, shapes, runs, tmp_path):
         "    original(accelerator, task, *rest)\n"
         "    both = {f'ema.{k}': v for k, v in kept[0].average.values.items()}\n"
         "    both |= {f'model.{k}': v for k, v in kept[0].model.state_dict().items()}\n"
+        "    critic = kept[0].critic.state_dict() if kept[0].critic else {}\n"
+        "    both |= {f'critic.{k}': v for k, v in critic.items()}\n"
         "    both = {k: v.contiguous().clone() for k, v in both.items()}\n"
         "    save_file(both, f'{sys.argv[1]}/{PartialState().process_index}.safetensors')\n"
         "stage.fit = fit\n"
         f"run(stage.main, stage.Config, {stage!r}, sys.argv[2:])\n"
     )
+    against = {"adversarial_weight": 0.5, "discriminator.width": 8, "discriminator.depth": 1}
+    more = {**against, "train.gradient_accumulation": 2} if stage == "autoencoder" else {}
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
-    command += [str(script), str(tmp_path), *arguments(stage, shapes, tmp_path, 3)]
+    command += [str(script), str(tmp_path), *arguments(stage, shapes, tmp_path, 3, **more)]
     result = subprocess.run(
         command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300
     )
@@ -170,6 +174,7 @@ def test_two_processes_end_with_equal_weights(stage, shapes, runs, tmp_path):
     first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
     assert first.keys() == second.keys() and len(first) > 10
     assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(name.startswith("critic.") for name in first) == (stage == "autoencoder")
     saved = load_file(tmp_path / stage / "model" / "diffusion_pytorch_model.safetensors")
     expected = {name: first.get(f"ema.{name}", first[f"model.{name}"]) for name in saved}  # buffers are not averaged
     assert all(torch.equal(expected[name], value) for name, value in saved.items())
