@@ -108,6 +108,7 @@ def test_one_pass_trains_both_models_as_two_optimizers_in_turn_do(shapes, runs, 
               lr=config.train.learning_rate, betas=betas)
         for net, betas in ((model, (0.9, config.train.adam_beta2)), (discriminator, (0.5, 0.9)))
     ]  # fmt: skip
+    begun = [{name: value.clone() for name, value in net.state_dict().items()} for net in (model, discriminator)]
     loader = batches(CaptionedPictures(config.data), 0, batch_size=8, seed=0)
     last = model.coder.decoder.conv_out.weight
     for step in range(4):
@@ -126,10 +127,11 @@ def test_one_pass_trains_both_models_as_two_optimizers_in_turn_do(shapes, runs, 
         hinge_loss(discriminator(image), discriminator(reconstruction.detach())).backward()
         for optimizer in optimizers:
             optimizer.step()
-    for name, value in model.state_dict().items():
-        assert torch.allclose(found[name], value, atol=1e-4), name
-    for name, value in discriminator.state_dict().items():
-        assert torch.allclose(critic[name], value, atol=1e-4), name
+    # Compared by how far each model went: where a gradient is zero, Adam makes steps of its rounding.
+    for net, start_of, end in ((model, begun[0], found), (discriminator, begun[1], critic)):
+        off = sum((end[name] - value).square().sum() for name, value in net.state_dict().items())
+        went = sum((start_of[name] - value).square().sum() for name, value in net.state_dict().items())
+        assert went > 0.01 and off < 1e-4 * went
 
 
 def test_a_frozen_encoder_gives_the_same_latents_bit_for_bit(shapes, runs, tmp_path):

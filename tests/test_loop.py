@@ -177,6 +177,8 @@ def test_two_processes_end_with_equal_weights(stage, shapes, runs, tmp_path):
     assert any(name.startswith("critic.") for name in first) == (stage == "autoencoder")
     saved = load_file(tmp_path / stage / "model" / "diffusion_pytorch_model.safetensors")
     expected = {name: first.get(f"ema.{name}", first[f"model.{name}"]) for name in saved}  # buffers are not averaged
+    if stage == "autoencoder":  # measured when it is saved
+        del saved["mean"], saved["std"]
     assert all(torch.equal(expected[name], value) for name, value in saved.items())
     if stage == "clip":  # negatives come from all processes: one process with the whole batch learns the same
         train("clip", shapes, tmp_path / "alone", 3, **{"train.batch_size": 16})

@@ -118,13 +118,12 @@ def main(config: Config) -> None:
     check_multiple("data.image_size", config.data.image_size, autoencoder.factor)
     if config.freeze_encoder:
         autoencoder.freeze_encoder()
-    perceptual, critic = None, None
+    critic = Critic(make_discriminator(config), BETAS) if config.adversarial_weight else None
+    perceptual = None
     if config.perceptual_weight:
         clip = load_clip(str(config.perceptual_clip))
         made_from["perceptual_clip"] = clip.identity
         perceptual = Perceptual(clip.float()).to(accelerator.device)
-    if config.adversarial_weight:
-        critic = Critic(make_discriminator(config), BETAS)
     loss = ReconstructionLoss(config, autoencoder, perceptual, critic)
 
     def export(average: torch.nn.Module) -> None:
