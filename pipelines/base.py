@@ -25,10 +25,10 @@ from t2i.checkpoint import loaded
 from t2i.clip import CLIP
 from t2i.condition import ImageCondition, TextEncoding
 from t2i.decoder import Decoder
-from t2i.diffusion import Predict, clean
+from t2i.diffusion import Predict, clean, draw_noise, sample
 from t2i.errors import InputError
 from t2i.prior import Prior
-from t2i.sampling import OnStep, Wrap, check_texts, sample_decoder, sample_prior
+from t2i.sampling import OnStep, Wrap, check_texts, decoder_predict, sample_prior
 from t2i.unet_decoder import UNetDecoder
 from t2i.untrusted import is_folder, reach
 
@@ -223,15 +223,25 @@ class UnCLIPPipeline(DiffusionPipeline):
         options: DecoderOptions,
         generators: list[Generator],
         negative: ImageCondition | None = None,
-        wrap: Wrap | None = None,
+        predict: Predict | None = None,
         on_step: OnStep | None = None,
+        original: Tensor | None = None,
+        strength: float = 1.0,
     ) -> Tensor:
-        """Latents of unit variance, (N, C, h, w), fp32. `wrap` and `on_step` come before those of who watches."""
-        steps = options.num_inference_steps
-        watch, report = self.watched("decoder", self.decoder_scheduler, steps, options, lambda x: x, self.decode)
+        """Latents of unit variance, (N, C, h, w), fp32, that show z_i, (N, D).
 
-        def wrapped(predict: Predict) -> Predict:
-            return watch(predict if wrap is None else wrap(predict))
+        negative: what is guided away from; None is the decoder's null. predict: instead of the decoder's own of z_i.
+        on_step: runs before those of who watches. original, strength: latents to start from; see `sample`.
+        """
+        z_i, scheduler = z_i.to(self._execution_device), self.decoder_scheduler
+        if predict is None:
+            predict = decoder_predict(self.decoder, scheduler, z_i, text, options.guidance_scale, negative)
+        noise = options.latents
+        if noise is None:
+            noise = draw_noise(self.latent_shape, generators, z_i.device)
+        noise = noise.to(z_i.device).float()
+        steps = options.num_inference_steps
+        watch, report = self.watched("decoder", scheduler, steps, options, lambda x: x, self.decode)
 
         def stepped(step: int, t: Tensor, x: Tensor) -> Tensor:
             x = x if on_step is None else on_step(step, t, x)
@@ -239,21 +249,29 @@ class UnCLIPPipeline(DiffusionPipeline):
                 x = options.callback_on_step_end(self, step, t, {"latents": x}).pop("latents", x)
             return report(step, t, x)
 
-        x = sample_decoder(
-            self.decoder,
-            self.decoder_scheduler,
-            z_i.to(self._execution_device),
-            text,
-            steps,
-            options.guidance_scale,
-            generators,
-            options.latents,
-            self.progress_bar,
-            stepped,
-            wrapped,
-            negative,
-        )
+        start = {"original": original, "strength": strength}
+        x = sample(watch(predict), scheduler, noise, steps, generators, self.progress_bar, stepped, **start)
         return check_finite("decoder", x)
+
+    def embed(
+        self,
+        prompts: list[str],
+        negatives: list[str],
+        pictures: Tensor,
+        each: int,
+        prior: PriorOptions,
+        generators: list[Generator],
+        decoder: DecoderOptions,
+    ) -> tuple[Tensor, TextEncoding | None]:
+        """z_i as the prior draws them of captions, with these; or, where there are none, those of the pictures.
+
+        `each` of every caption or picture, (P, 3, H, W) in [-1, 1].
+        """
+        if not prompts:
+            return self.encode_image(pictures).repeat_interleave(each, dim=0), None
+        text = self.encode_prompt(prompts).repeat(each)
+        negative = self.encode_prompt(negatives).repeat(each) if negatives else None
+        return self.draw_embeddings(text, negative, prior, generators, decoder), text
 
     def draw(
         self, z_i: Tensor, text: TextEncoding | None, options: DecoderOptions, generators: list[Generator], **more: Any
@@ -265,8 +283,13 @@ class UnCLIPPipeline(DiffusionPipeline):
     def decode(self, latents: Tensor, output_type: str = "pil") -> Any:
         if output_type == "latent":
             return latents
-        images = self.autoencoder.decode(latents.to(self._execution_device, self.autoencoder.dtype)).float()
-        return self.image_processor.postprocess(check_finite("autoencoder", images), output_type)
+        return self.image_processor.postprocess(self.decode_pictures(latents), output_type)
+
+    @torch.no_grad()
+    def decode_pictures(self, latents: Tensor) -> Tensor:
+        """(N, 3, H, W), fp32, about in [-1, 1]."""
+        images = self.autoencoder.decode(latents.to(self._execution_device, self.autoencoder.dtype))
+        return check_finite("autoencoder", images.float())
 
     def finish(self, images: Any, z_i: Tensor, return_dict: bool) -> UnCLIPPipelineOutput | tuple:
         self.maybe_free_model_hooks()

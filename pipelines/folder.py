@@ -22,7 +22,12 @@ PARTS: dict[str, tuple[type, ...]] = {  # what a folder's components may be; a p
     "autoencoder": (Autoencoder,),
 }
 OPTIONAL: tuple[str, ...] = ("prior", "prior_scheduler")  # what a folder may do without
-PIPELINES = ("Text2ImagePipeline",)  # whose folders these may be; all load in each of them
+PIPELINES = (  # whose folders these may be; all load in each of them
+    "Text2ImagePipeline",
+    "ImageToImagePipeline",
+    "InpaintPipeline",
+    "OutpaintPipeline",
+)
 
 
 def check_folder(path: Path, names: list[str], variant: str | None = None) -> None:

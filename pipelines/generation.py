@@ -20,6 +20,7 @@ from pipelines.base import UnCLIPPipeline
 from pipelines.options import DecoderOptions, PriorOptions, split_options
 from pipelines.text2image import Text2ImagePipeline
 from t2i import __version__
+from t2i.data.pictures import open_picture
 from t2i.devices import find_device
 from t2i.errors import InputError
 from t2i.guidance import Guidance
@@ -104,6 +105,37 @@ def write_drawn(
         for record, one, image in zip(part, seeds, images):
             used = {**record, "seed": one, "model": Path(model).name, **recorded(settings)}
             yield write_new(out, str(next(iter(record.values()))), one, to_png(image, used))
+
+
+def redraw_files(
+    kind: type[UnCLIPPipeline],
+    pictures: list[Path],
+    out: Path,
+    model: str,
+    count: int,
+    seed: int | None,
+    device: str,
+    settings: dict[str, Any],
+) -> Iterator[Path]:
+    """Draw `count` pictures from each picture file by a pipeline whose `image` it is, and write them.
+
+    `settings` are its other arguments. Raises InputError for them before the model loads where that can be.
+    """
+    total = len(pictures) * count
+    seed = check_seed(seed, count, total)
+    check_out(out, total)
+    read = [open_picture(path) for path in pictures]
+    pipeline = load_pipeline(model, device, kind)
+    pipeline.set_progress_bar_config(disable=True)
+
+    pending = (picture for picture in read for _ in range(count))
+
+    def draw(records: list[dict[str, Any]], generators: list[Generator]) -> list[Image.Image]:
+        # One at a time, for they may be of any sizes.
+        return [pipeline(next(pending), generator=[one], **settings).images[0] for one in generators]
+
+    records = [{"image": path.name} for path in pictures for _ in range(count)]
+    yield from write_drawn(draw, records, seed, out, model, settings)
 
 
 def check_seed(seed: int | None, count: int, total: int) -> int:

@@ -76,6 +76,7 @@ class ImageCondition(Condition):
 
     embedding: Tensor  # (B, D), unit length or zero: z_i
     text: TextEncoding | None = None  # the caption, for decoders that read it too
+    known: Tensor | None = None  # (B, C + 1, h, w): the latents that stay and the mask, for decoders that read them
 
     def fitted(self, other: Self) -> Self:
         if self.text is None or other.text is None:

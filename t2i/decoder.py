@@ -29,6 +29,7 @@ class DecoderContext:
     image: Tensor  # (B, condition_width): z_i, to be added to the timestep
     extra: Sequence[Extra]  # one a block: keys and values of the extra tokens, or the tokens themselves
     mask: Tensor | None  # (B, extra tokens), bool; None where all count
+    known: Tensor | None = None  # (B, C + 1, h, w), to stand beside the noisy latents
 
 
 class Decoder(ModelMixin, ConfigMixin):
@@ -44,6 +45,7 @@ class Decoder(ModelMixin, ConfigMixin):
         text_width: dimensions of a caption's token states; None if it reads no captions.
         clip_fingerprint: of the CLIP that it was trained with.
         learned_variance: it also predicts the variance of the reverse steps, as further C channels.
+        reads_masks: it sees what is to stay of a picture; see `t2i.inpainting`.
     """
 
     _supports_gradient_checkpointing = True
@@ -65,6 +67,7 @@ class Decoder(ModelMixin, ConfigMixin):
         text_width: int | None = None,
         clip_fingerprint: str | None = None,
         learned_variance: bool = False,
+        reads_masks: bool = False,
     ):
         super().__init__()
         self.gradient_checkpointing = False
@@ -73,7 +76,8 @@ class Decoder(ModelMixin, ConfigMixin):
                 f"patch_size must divide latent_size {latent_size}, and 4 width; got {patch_size} and {width}"
             )
         side, channels = latent_size // patch_size, latent_channels * patch_size**2
-        self.from_latents = nn.Linear(channels, width)
+        read = input_channels(latent_channels, reads_masks) * patch_size**2
+        self.from_latents = nn.Linear(read, width)
         self.positions = nn.Parameter(grid_embedding(side, width))
         self.from_time = TimeEmbedding(width, condition_width)
         self.from_image = nn.Linear(embed_dim, condition_width)
@@ -88,17 +92,21 @@ class Decoder(ModelMixin, ConfigMixin):
         """x: (B, C, H, W) noisy latents; t: (B,) timesteps -> (B, C, H, W), the prediction; or (B, 2C, H, W)."""
         z_i, tokens, mask = condition_tokens(self, condition)
         # In one pass each block makes its own keys and values: FSDP has its weights only while it runs.
-        return self.step(x, t, DecoderContext(self.from_image(z_i), [tokens] * len(self.blocks), mask))
+        known = known_of(self, condition)
+        return self.step(x, t, DecoderContext(self.from_image(z_i), [tokens] * len(self.blocks), mask, known))
 
     @apply_forward_hook
     def prepare(self, condition: ImageCondition) -> DecoderContext:
         z_i, tokens, mask = condition_tokens(self, condition)
-        return DecoderContext(self.from_image(z_i), [block.key_value(tokens) for block in self.blocks], mask)
+        extra = [block.key_value(tokens) for block in self.blocks]
+        return DecoderContext(self.from_image(z_i), extra, mask, known_of(self, condition))
 
     @apply_forward_hook
     def step(self, x: Tensor, t: Tensor, context: DecoderContext) -> Tensor:
         patch = self.config.patch_size
         height, width = x.shape[-2] // patch, x.shape[-1] // patch
+        if context.known is not None:
+            x = torch.cat([x, context.known], dim=1)
         tokens = F.pixel_unshuffle(x, patch).flatten(2).transpose(1, 2)
         tokens = self.from_latents(tokens) + self.positions_for(height, width)
         condition = F.silu(self.from_time(t) + context.image)
@@ -138,6 +146,23 @@ def condition_tokens(decoder: Any, condition: ImageCondition) -> tuple[Tensor, T
         raise ValueError("this decoder reads captions: its condition needs a text")
     tokens = torch.cat([tokens, decoder.from_text(condition.text.states)], dim=1)
     return z_i, tokens, F.pad(condition.text.mask, (count, 0), value=True)
+
+
+def input_channels(latent_channels: int, reads_masks: bool) -> int:
+    """The noisy latents; beside them those that stay, and the mask."""
+    return 2 * latent_channels + 1 if reads_masks else latent_channels
+
+
+def known_of(decoder: Any, condition: ImageCondition) -> Tensor | None:
+    """What is to stay of the picture, for decoders that read it; without a word of it, nothing stays."""
+    if not decoder.config.reads_masks:
+        return None
+    if condition.known is not None:
+        return condition.known
+    size, channels = decoder.config.latent_size, decoder.config.latent_channels
+    nothing = condition.embedding.new_zeros(len(condition), channels + 1, size, size)
+    nothing[:, -1] = 1
+    return nothing
 
 
 def no_condition(decoder: Any, count: int) -> ImageCondition:

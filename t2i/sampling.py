@@ -63,18 +63,13 @@ def sample_decoder(
     noise: Tensor | None = None,
     progress: Callable[[Iterable], Iterable] = iter,
     on_step: OnStep | None = None,
-    wrap: Wrap | None = None,
-    negative: ImageCondition | None = None,
 ) -> Tensor:
     """Latents of unit variance, (N, C, h, w), fp32, on the device of `z_i`, (N, D).
 
     text: for decoders that read captions; None says nothing. noise: (N, C, h, w), else drawn from the generators, one a
-    picture. wrap: a further function of the guided `Predict`. negative: what is guided away from; None is the decoder's
-    null.
+    picture.
     """
-    predict = decoder_predict(decoder, scheduler, z_i, text, guidance, negative)
-    if wrap is not None:
-        predict = wrap(predict)
+    predict = decoder_predict(decoder, scheduler, z_i, text, guidance)
     if noise is None:
         size = decoder.config.latent_size
         noise = draw_noise((decoder.config.latent_channels, size, size), generators, z_i.device)
@@ -88,12 +83,17 @@ def decoder_predict(
     text: TextEncoding | None,
     guidance: float | Guidance,
     negative: ImageCondition | None = None,
+    known: Tensor | None = None,
 ) -> Predict:
-    """What the guided decoder predicts of latents that show z_i, (N, D), on the device of `z_i`."""
+    """What the guided decoder predicts of latents that show z_i, (N, D), on the device of `z_i`.
+
+    known: what is to stay of the picture, for decoders that read it; see `t2i.inpainting.known_latents`.
+    """
     device, null = z_i.device, decoder.null(len(z_i))
-    condition = ImageCondition(z_i, null.text if text is None or null.text is None else text)
-    if negative is None or negative.text is None or null.text is None:
-        negative = null if negative is None else ImageCondition(negative.embedding, null.text)
+    known = known if decoder.config.reads_masks else None
+    condition = ImageCondition(z_i, null.text if text is None or null.text is None else text, known)
+    away = null if negative is None else negative
+    negative = ImageCondition(away.embedding, null.text if null.text is None else away.text or null.text, known)
     dtype = decoder.dtype
     return guided(decoder, condition.to(device, dtype), negative.to(device, dtype), guidance, scheduler)
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from t2i.condition import ImageCondition
 from t2i.config import check_integer
-from t2i.decoder import condition_tokens, no_condition
+from t2i.decoder import condition_tokens, input_channels, known_of, no_condition
 
 
 @dataclass
@@ -17,6 +18,7 @@ class UNetContext:
     embedding: Tensor  # (B, D): z_i of unit variance, added to the timestep
     tokens: Tensor  # (B, L, context_width), to attend to
     mask: Tensor | None  # (B, L), bool
+    known: Tensor | None = None  # (B, C + 1, h, w), to stand beside the noisy latents
 
 
 class UNetDecoder(ModelMixin, ConfigMixin):
@@ -31,6 +33,7 @@ class UNetDecoder(ModelMixin, ConfigMixin):
         text_width: dimensions of a caption's token states; None if it reads no captions.
         clip_fingerprint: of the CLIP that it was trained with.
         learned_variance: it also predicts the variance of the reverse steps, as further C channels.
+        reads_masks: it sees what is to stay of a picture; see `t2i.inpainting`.
     """
 
     _supports_gradient_checkpointing = True  # diffusers' blocks do it
@@ -49,6 +52,7 @@ class UNetDecoder(ModelMixin, ConfigMixin):
         text_width: int | None = None,
         clip_fingerprint: str | None = None,
         learned_variance: bool = False,
+        reads_masks: bool = False,
     ):
         super().__init__()
         check_integer("latent_size", latent_size, 1, 1024)  # no tensor has this size
@@ -56,7 +60,7 @@ class UNetDecoder(ModelMixin, ConfigMixin):
         self.from_text = None if text_width is None else nn.Linear(text_width, context_width)
         self.net = UNet2DConditionModel(
             sample_size=latent_size,
-            in_channels=latent_channels,
+            in_channels=input_channels(latent_channels, reads_masks),
             out_channels=latent_channels * (2 if learned_variance else 1),
             cross_attention_dim=context_width,
             class_embed_type="projection",
@@ -71,10 +75,12 @@ class UNetDecoder(ModelMixin, ConfigMixin):
     @apply_forward_hook
     def prepare(self, condition: ImageCondition) -> UNetContext:
         z_i, tokens, mask = condition_tokens(self, condition)
-        return UNetContext(z_i, tokens, mask)
+        return UNetContext(z_i, tokens, mask, known_of(self, condition))
 
     @apply_forward_hook
     def step(self, x: Tensor, t: Tensor, context: UNetContext) -> Tensor:
+        if context.known is not None:
+            x = torch.cat([x, context.known], dim=1)
         return self.net(
             x, t, context.tokens, class_labels=context.embedding, encoder_attention_mask=context.mask
         ).sample

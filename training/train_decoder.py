@@ -20,6 +20,7 @@ from t2i.data.source import Source, open_source
 from t2i.decoder import Decoder
 from t2i.diffusion import check_weighting, diffusion_loss, drop, noise_scheduler
 from t2i.finetuning import check_prediction, start_from
+from t2i.inpainting import known_latents, random_masks
 from t2i.launch import run
 from t2i.loop import Stage, fit, start
 from t2i.lora import LoraConfig, add_adapters, check_lora, export_adapted
@@ -44,6 +45,7 @@ class Config:
     reads_captions: bool = False  # caption tokens as a second condition
     embedding_dropout: float = 0.1
     caption_dropout: float = 0.5
+    reads_masks: bool = False  # inpainting: the decoder sees the latents that are to stay beside the noisy ones
     timestep_shift: float = 1.0  # above 1, high noise is drawn more often
     loss_weighting: str = "none"  # or min_snr, which lets the steps of low noise count less
     min_snr_gamma: float = 5.0
@@ -78,7 +80,7 @@ def make_stage(config: Config, source: Source, device: torch.device) -> Stage:
         decoder = build(ARCHITECTURES[config.architecture], "model", config.model, **needed)
     else:
         check_prediction(config.init, scheduler)
-        load = partial(load_model, tuple(ARCHITECTURES.values()))
+        load = partial(load_decoder, reads_masks=config.reads_masks)
         decoder = start_from(load, config.init, config.model, **needed)
         made_from["init"] = weights_digest(decoder)
     if config.lora is not None:
@@ -92,7 +94,10 @@ def make_stage(config: Config, source: Source, device: torch.device) -> Stage:
         if text is not None:
             text = drop(text, null.text, config.caption_dropout)
         condition = drop(ImageCondition(z_i), ImageCondition(null.embedding), config.embedding_dropout)
-        condition = ImageCondition(condition.embedding, text)
+        known = None
+        if config.reads_masks:
+            known = known_latents(x, random_masks(len(x), *x.shape[-2:], x.device))
+        condition = ImageCondition(condition.embedding, text, known)
         weighting = (config.timestep_shift, config.loss_weighting, config.min_snr_gamma)
         return diffusion_loss(model, scheduler, x, condition, *weighting)[0]
 
@@ -108,6 +113,24 @@ def make_stage(config: Config, source: Source, device: torch.device) -> Stage:
     return Stage(decoder, loss, source.dataset, export, made_from, asdict(config), workers, held_out, preview)
 
 
+def load_decoder(folder: str, reads_masks: bool) -> Decoder | UNetDecoder:
+    """A trained decoder; one that reads no masks learns it: what it reads them with starts at zero."""
+    decoder = load_model(tuple(ARCHITECTURES.values()), folder)
+    if not reads_masks or decoder.config.reads_masks:
+        return decoder
+    arguments = {key: value for key, value in decoder.config.items() if not key.startswith("_")}
+    wider = type(decoder)(**{**arguments, "reads_masks": True})
+    weights, patch = decoder.state_dict(), getattr(decoder.config, "patch_size", 1)
+    name = "net.conv_in.weight" if isinstance(decoder, UNetDecoder) else "from_latents.weight"
+    extra = wider.state_dict()[name].shape[1] - weights[name].shape[1]
+    assert extra == (decoder.config.latent_channels + 1) * patch**2, "further channels come after the latents'"
+    weights[name] = torch.cat(
+        [weights[name], weights[name].new_zeros(len(weights[name]), extra, *weights[name].shape[2:])], dim=1
+    )
+    wider.load_state_dict(weights)
+    return wider
+
+
 def decoder_arguments(config: Config, clip: ClipFacts, autoencoder: AutoencoderFacts) -> dict[str, Any]:
     """What a decoder takes over from the models that it is trained with."""
     return {
@@ -116,6 +139,7 @@ def decoder_arguments(config: Config, clip: ClipFacts, autoencoder: AutoencoderF
         "latent_size": config.data.image_size // autoencoder.factor,
         "text_width": clip.text_width if config.reads_captions else None,
         "clip_fingerprint": clip.identity,
+        "reads_masks": config.reads_masks,
     }
 
 

@@ -45,6 +45,89 @@ def generate(
         print(path)
 
 
+Pictures = Annotated[list[Path], Argument(help="Picture files.", show_default=False)]
+Prompt = Annotated[str | None, Option(help="What the whole picture is to show; what it shows, if left out.")]
+
+
+@app.command()
+def image_to_image(
+    pictures: Pictures,
+    prompt: Prompt = None,
+    strength: Annotated[float, Option(help="Share of the steps that are taken: 1 keeps nothing.")] = 0.6,
+    negative_prompt: Annotated[str | None, Option(help="What the prior moves away from.")] = None,
+    out: options.Out = Path("out"),
+    model: options.Model = str(SHIPPED),
+    count: options.Count = 1,
+    seed: options.Seed = None,
+    steps: options.Steps = None,
+    guidance_scale: options.Scale = None,
+    guidance: options.Settings = None,
+    device: options.Device = "auto",
+) -> None:
+    """Draw pictures that start from others; prints their paths."""
+    from pipelines.generation import redraw_files
+    from pipelines.image_to_image import ImageToImagePipeline
+
+    settings = options.given(prompt=prompt, negative_prompt=negative_prompt, strength=strength)
+    settings |= options.given(num_inference_steps=steps) | options.guidance(guidance_scale, guidance)
+    for path in redraw_files(ImageToImagePipeline, pictures, out, model, count, seed, device, settings):
+        print(path)
+
+
+@app.command()
+def inpaint(
+    picture: Annotated[Path, Argument(help="A picture file.")],
+    mask: Annotated[Path, Argument(help="A picture of its size: what is white is painted anew.")],
+    prompt: Prompt = None,
+    negative_prompt: Annotated[str | None, Option(help="What the prior moves away from.")] = None,
+    out: options.Out = Path("out"),
+    model: options.Model = str(SHIPPED),
+    count: options.Count = 1,
+    seed: options.Seed = None,
+    steps: options.Steps = None,
+    guidance_scale: options.Scale = None,
+    guidance: options.Settings = None,
+    device: options.Device = "auto",
+) -> None:
+    """Paint a part of a picture anew; the rest stays pixel for pixel."""
+    from pipelines.generation import redraw_files
+    from pipelines.inpaint import InpaintPipeline
+
+    settings = options.given(prompt=prompt, negative_prompt=negative_prompt, mask_image=str(mask))
+    settings |= options.given(num_inference_steps=steps) | options.guidance(guidance_scale, guidance)
+    for path in redraw_files(InpaintPipeline, [picture], out, model, count, seed, device, settings):
+        print(path)
+
+
+@app.command()
+def outpaint(
+    picture: Annotated[Path, Argument(help="A picture file.")],
+    left: Annotated[int, Option(help="Pixels to paint beside it.")] = 0,
+    right: Annotated[int, Option(help="Pixels to paint beside it.")] = 0,
+    top: Annotated[int, Option(help="Pixels to paint above it.")] = 0,
+    bottom: Annotated[int, Option(help="Pixels to paint below it.")] = 0,
+    prompt: Prompt = None,
+    negative_prompt: Annotated[str | None, Option(help="What the prior moves away from.")] = None,
+    out: options.Out = Path("out"),
+    model: options.Model = str(SHIPPED),
+    count: options.Count = 1,
+    seed: options.Seed = None,
+    steps: options.Steps = None,
+    guidance_scale: options.Scale = None,
+    guidance: options.Settings = None,
+    device: options.Device = "auto",
+) -> None:
+    """Paint around a picture; what was there stays pixel for pixel."""
+    from pipelines.generation import redraw_files
+    from pipelines.inpaint import OutpaintPipeline
+
+    settings = options.given(prompt=prompt, negative_prompt=negative_prompt)
+    settings |= {"left": left, "right": right, "top": top, "bottom": bottom}
+    settings |= options.given(num_inference_steps=steps) | options.guidance(guidance_scale, guidance)
+    for path in redraw_files(OutpaintPipeline, [picture], out, model, count, seed, device, settings):
+        print(path)
+
+
 def read_prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
     """The prompts of the command line and of a file, in this order."""
     found = list(prompts or [])

@@ -1,0 +1,64 @@
+"""A picture in, pictures like it out: the decoder starts from its latents instead of noise."""
+
+from typing import Any
+
+import torch
+from torch import Generator
+
+from pipelines.base import MAX_IMAGES, UnCLIPPipeline, UnCLIPPipelineOutput
+from pipelines.options import split_options
+from pipelines.pictures import Pictures, read_pictures
+from t2i.config import check_integer
+from t2i.guidance import check_number
+from t2i.sampling import check_texts, split_generators
+
+
+class ImageToImagePipeline(UnCLIPPipeline):
+    """Picture -> latents -> noised as far as `strength` says -> (decoder, told what to show) -> picture."""
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: Pictures,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        strength: float = 0.6,
+        num_images_per_prompt: int = 1,
+        generator: Generator | list[Generator] | None = None,
+        return_dict: bool = True,
+        **options: Any,
+    ) -> UnCLIPPipelineOutput | tuple:
+        """Draw `num_images_per_prompt` pictures for each picture: those of one in a row.
+
+        Args:
+            image: pictures, see `pipelines.pictures.read_pictures`; resized and cropped to the size that the decoder
+                draws.
+            prompt: what they are to show; one for all or one a picture. None is what the pictures show.
+            negative_prompt: what the prior is guided away from.
+            strength: share of the steps that are taken, in (0, 1]: 1 leaves nothing of the picture but what it shows.
+            generator: one for all, or one a drawn picture.
+            return_dict: False returns the tuple (images, image_embeds).
+            options: those of `pipelines.options.PriorOptions` and `DecoderOptions`.
+
+        Raises:
+            InputError: for a value that is not allowed, before any work starts.
+        """
+        check_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES)
+        check_strength(strength)
+        prior, decoder = split_options(options)
+        pictures = read_pictures(image, self.image_size)
+        prompts = self.check_prompts("prompt", prompt, len(pictures))
+        check_texts("prompt", prompts, empty=False)
+        negatives = self.check_prompts("negative_prompt", negative_prompt, len(pictures))
+        count = len(pictures) * num_images_per_prompt
+        prior_generators, generators = split_generators(generator, count)
+        self.check_noise(prior, decoder, count)
+
+        z_i, text = self.embed(prompts, negatives, pictures, num_images_per_prompt, prior, prior_generators, decoder)
+        latents = self.encode_latents(pictures).repeat_interleave(num_images_per_prompt, dim=0)
+        images = self.draw(z_i, text, decoder, generators, original=latents, strength=strength)
+        return self.finish(images, z_i, return_dict)
+
+
+def check_strength(strength: float) -> None:
+    check_number("strength", strength, 0.001, 1)

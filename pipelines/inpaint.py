@@ -1,0 +1,176 @@
+"""Painting a part of a picture anew, and beyond its borders. A mask is white (1) where there is to be painted; whatever
+it leaves comes back pixel for pixel."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from pipelines.base import MAX_IMAGES, UnCLIPPipeline, UnCLIPPipelineOutput
+from pipelines.image_to_image import check_strength
+from pipelines.options import DecoderOptions, split_options
+from pipelines.pictures import Pictures, read_masks, read_pictures
+from t2i.condition import TextEncoding
+from t2i.config import check_integer
+from t2i.diffusion import Predict, draw_noise
+from t2i.errors import InputError
+from t2i.inpainting import blend, known_latents, latent_mask, windowed, windows
+from t2i.sampling import check_texts, decoder_predict, split_generators
+
+MAX_MARGIN = 4096
+
+
+class InpaintPipeline(UnCLIPPipeline):
+    """Picture and mask -> picture, of any size from the decoder's own on; larger ones in overlapping windows."""
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: Pictures,
+        mask_image: Pictures,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        strength: float = 1.0,
+        num_images_per_prompt: int = 1,
+        generator: Generator | list[Generator] | None = None,
+        return_dict: bool = True,
+        **options: Any,
+    ) -> UnCLIPPipelineOutput | tuple:
+        """Paint where the mask is white, `num_images_per_prompt` times for each picture: those of one in a row.
+
+        Args:
+            image: pictures of one size; see `pipelines.pictures.read_pictures`. They are not resized.
+            mask_image: one for all or one a picture, of the pictures' size: white, from half the range on, is painted.
+            prompt: what the whole pictures are to show; one for all or one a picture. None is what they show now.
+            negative_prompt: what the prior is guided away from.
+            strength: share of the steps that are taken, in (0, 1]; below 1, something of what is painted over stays.
+            generator: one for all, or one a drawn picture.
+            return_dict: False returns the tuple (images, image_embeds).
+            options: those of `pipelines.options.PriorOptions` and `DecoderOptions`. `latents` have the pictures' size.
+
+        Raises:
+            InputError: for a value that is not allowed, before any work starts.
+        """
+        pictures = read_pictures(image)
+        self.check_canvas(pictures)
+        masks = read_masks(mask_image, len(pictures), pictures.shape[-2:])
+        settings = (prompt, negative_prompt, strength, num_images_per_prompt, generator, options)
+        return self.paint(pictures, pictures, masks, *settings, return_dict=return_dict)
+
+    def paint(
+        self,
+        shown: Tensor,
+        pictures: Tensor,
+        masks: Tensor,
+        prompt: str | list[str] | None,
+        negative_prompt: str | list[str] | None,
+        strength: float,
+        each: int,
+        generator: Generator | list[Generator] | None,
+        options: dict[str, Any],
+        return_dict: bool,
+    ) -> UnCLIPPipelineOutput | tuple:
+        """Without a prompt, pictures show what `shown`, (P, 3, ...), shows."""
+        check_integer("num_images_per_prompt", each, 1, MAX_IMAGES)
+        check_strength(strength)
+        prior, decoder = split_options(options)
+        prompts = self.check_prompts("prompt", prompt, len(pictures))
+        check_texts("prompt", prompts, empty=False)
+        negatives = self.check_prompts("negative_prompt", negative_prompt, len(pictures))
+        count = len(pictures) * each
+        prior_generators, generators = split_generators(generator, count)
+        canvas, mask = (self.whole_cells(one).to(self._execution_device) for one in (pictures, masks))
+        height, width = (side // self.autoencoder.factor for side in canvas.shape[-2:])
+        self.check_tensor("prior_latents", prior.prior_latents, (count, self.clip.embed_dim))
+        self.check_tensor("latents", decoder.latents, (count, self.latent_shape[0], height, width))
+
+        z_i, text = self.embed(prompts, negatives, shown, each, prior, prior_generators, decoder)
+        x = self.paint_latents(z_i, text, canvas, mask, strength, decoder, generators)
+        if decoder.output_type == "latent":
+            return self.finish(x, z_i, return_dict)
+        pictures, masks = (one.repeat_interleave(each, dim=0).to(x.device) for one in (pictures, masks))
+        painted = self.decode_pictures(x)[..., : pictures.shape[-2], : pictures.shape[-1]]
+        merged = torch.where(masks > 0, painted, pictures)
+        return self.finish(self.image_processor.postprocess(merged, decoder.output_type), z_i, return_dict)
+
+    def paint_latents(
+        self,
+        z_i: Tensor,
+        text: TextEncoding | None,
+        canvas: Tensor,
+        mask: Tensor,
+        strength: float,
+        options: DecoderOptions,
+        generators: list[Generator],
+    ) -> Tensor:
+        """(N, C, h, w) for N generators and canvases and masks, (P, ., H, W), where P divides N."""
+        each = len(generators) // len(canvas)
+        latents = self.encode_latents(canvas).repeat_interleave(each, dim=0)
+        mask = latent_mask(mask, self.autoencoder.factor).repeat_interleave(each, dim=0)
+        if options.latents is None:
+            options.latents = draw_noise(latents.shape[1:], generators, latents.device)
+        noise = options.latents.to(latents.device).float()
+        hold = blend(self.decoder_scheduler, latents, mask, noise)
+        predict = self.predict_canvas(z_i, text, known_latents(latents, mask), options)
+        start = {"original": latents, "strength": strength} if strength < 1 else {}
+        return self.sample_decoder(z_i, text, options, generators, predict=predict, on_step=hold, **start)
+
+    def predict_canvas(self, z_i: Tensor, text: TextEncoding | None, known: Tensor, options: DecoderOptions) -> Predict:
+        """What the guided decoder predicts of a canvas of any size; known: (N, C + 1, h, w)."""
+        places = windows(*known.shape[-2:], self.latent_shape[-1])
+        settings = (self.decoder, self.decoder_scheduler, z_i.to(known.device), text, options.guidance_scale, None)
+        if self.decoder.config.reads_masks:
+            return windowed([decoder_predict(*settings, place.of(known)) for place in places], places)
+        return windowed([decoder_predict(*settings)] * len(places), places)
+
+    def whole_cells(self, x: Tensor) -> Tensor:
+        """(P, ., H, W), continued by its border to whole latents; of a mask, by nothing."""
+        right, bottom = (-side % self.autoencoder.factor for side in (x.shape[-1], x.shape[-2]))
+        if x.shape[1] == 1:
+            return F.pad(x, (0, right, 0, bottom))
+        return F.pad(x, (0, right, 0, bottom), mode="replicate")
+
+    def check_canvas(self, pictures: Tensor) -> None:
+        height, width = pictures.shape[-2:]
+        if min(height, width) < self.image_size:
+            raise InputError(
+                f"image is {width} x {height} pixels; this model paints pictures of {self.image_size} x "
+                f"{self.image_size} or more: enlarge it, or outpaint it to that size"
+            )
+
+
+class OutpaintPipeline(InpaintPipeline):
+    """Picture -> a larger picture around it."""
+
+    @torch.no_grad()
+    def __call__(  # type: ignore[override]
+        self,
+        image: Pictures,
+        left: int = 0,
+        right: int = 0,
+        top: int = 0,
+        bottom: int = 0,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        generator: Generator | list[Generator] | None = None,
+        return_dict: bool = True,
+        **options: Any,
+    ) -> UnCLIPPipelineOutput | tuple:
+        """Paint `left`, `right`, `top` and `bottom` pixels around each picture; the rest is as for `InpaintPipeline`.
+
+        Raises:
+            InputError: for a value that is not allowed, before any work starts.
+        """
+        margins = {"left": left, "right": right, "top": top, "bottom": bottom}
+        for name, value in margins.items():
+            check_integer(name, value, 0, MAX_MARGIN)
+        if not any(margins.values()):
+            raise InputError("left, right, top and bottom are 0; give the pixels to paint on one side at least")
+        pictures = read_pictures(image)
+        canvas = F.pad(pictures, tuple(margins.values()), mode="replicate")
+        self.check_canvas(canvas)
+        mask = F.pad(torch.zeros_like(pictures[:, :1]), tuple(margins.values()), value=1.0)
+        settings = (prompt, negative_prompt, 1.0, num_images_per_prompt, generator, options)
+        return self.paint(pictures, canvas, mask, *settings, return_dict=return_dict)
