@@ -118,7 +118,7 @@ class InpaintPipeline(UnCLIPPipeline):
 
     def predict_canvas(self, z_i: Tensor, text: TextEncoding | None, known: Tensor, options: DecoderOptions) -> Predict:
         """What the guided decoder predicts of a canvas of any size; known: (N, C + 1, h, w)."""
-        places = windows(*known.shape[-2:], self.latent_shape[-1])
+        places = windows(known.shape[-2], known.shape[-1], self.latent_shape[-1])
         settings = (self.decoder, self.decoder_scheduler, z_i.to(known.device), text, options.guidance_scale, None)
         if self.decoder.config.reads_masks:
             return windowed([decoder_predict(*settings, place.of(known)) for place in places], places)
@@ -163,14 +163,19 @@ class OutpaintPipeline(InpaintPipeline):
         Raises:
             InputError: for a value that is not allowed, before any work starts.
         """
-        margins = {"left": left, "right": right, "top": top, "bottom": bottom}
-        for name, value in margins.items():
-            check_integer(name, value, 0, MAX_MARGIN)
-        if not any(margins.values()):
-            raise InputError("left, right, top and bottom are 0; give the pixels to paint on one side at least")
+        margins = check_margins(left=left, right=right, top=top, bottom=bottom)
         pictures = read_pictures(image)
-        canvas = F.pad(pictures, tuple(margins.values()), mode="replicate")
+        canvas = F.pad(pictures, margins, mode="replicate")
         self.check_canvas(canvas)
-        mask = F.pad(torch.zeros_like(pictures[:, :1]), tuple(margins.values()), value=1.0)
+        mask = F.pad(torch.zeros_like(pictures[:, :1]), margins, value=1.0)
         settings = (prompt, negative_prompt, 1.0, num_images_per_prompt, generator, options)
         return self.paint(pictures, canvas, mask, *settings, return_dict=return_dict)
+
+
+def check_margins(**margins: int) -> tuple[int, ...]:
+    """Pixels on each side, in the order of the arguments."""
+    for name, value in margins.items():
+        check_integer(name, value, 0, MAX_MARGIN)
+    if not any(margins.values()):
+        raise InputError("left, right, top and bottom are 0; give the pixels to paint on one side at least")
+    return tuple(margins.values())

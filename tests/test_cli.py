@@ -165,3 +165,26 @@ def test_doctor_says_what_a_broken_torch_is(tmp_path):
 def test_doctor_finds_everything_in_place(monkeypatch, capsys):
     status, out, _ = run(monkeypatch, capsys, "doctor")
     assert status == 0 and "torch" in out and out.strip().endswith("ready")
+
+
+def test_pictures_are_painted_anew_in_part_around_and_as_a_whole(monkeypatch, capsys, pipeline_folder, tmp_path):
+    Image.new("RGB", (40, 32), "red").save(tmp_path / "a.png")
+    mask = Image.new("L", (40, 32), 0)
+    mask.paste(255, (0, 0, 10, 10))
+    mask.save(tmp_path / "mask.png")
+    common = ["--model", pipeline_folder, "--out", tmp_path / "out", "--seed", 4, "--steps", 2]
+    a = tmp_path / "a.png"
+    expected = {
+        ("inpaint", a, tmp_path / "mask.png"): (40, 32),
+        ("outpaint", a, "--left", 5, "--bottom", 3): (45, 35),
+        ("image-to-image", a, "--strength", "0.5", "--count", 2): (32, 32),
+    }
+    for command, size in expected.items():
+        status, out, error = run(monkeypatch, capsys, *command, *common)
+        assert status == 0, error
+        for line in out.splitlines():
+            with Image.open(line) as image:
+                assert image.size == size and json.loads(image.info["t2i"])["image"] == "a.png"
+    assert [Path(line).name for line in out.splitlines()] == ["a-png-4-3.png", "a-png-5.png"]
+    status, _, error = run(monkeypatch, capsys, "outpaint", a, *common)
+    assert status == 2 and "left, right, top and bottom are 0" in error and error.count("\n") == 1

@@ -66,8 +66,9 @@ def image_to_image(
 ) -> None:
     """Draw pictures that start from others; prints their paths."""
     from pipelines.generation import redraw_files
-    from pipelines.image_to_image import ImageToImagePipeline
+    from pipelines.image_to_image import ImageToImagePipeline, check_strength
 
+    check_strength(strength)
     settings = options.given(prompt=prompt, negative_prompt=negative_prompt, strength=strength)
     settings |= options.given(num_inference_steps=steps) | options.guidance(guidance_scale, guidance)
     for path in redraw_files(ImageToImagePipeline, pictures, out, model, count, seed, device, settings):
@@ -119,10 +120,11 @@ def outpaint(
 ) -> None:
     """Paint around a picture; what was there stays pixel for pixel."""
     from pipelines.generation import redraw_files
-    from pipelines.inpaint import OutpaintPipeline
+    from pipelines.inpaint import OutpaintPipeline, check_margins
 
-    settings = options.given(prompt=prompt, negative_prompt=negative_prompt)
-    settings |= {"left": left, "right": right, "top": top, "bottom": bottom}
+    margins = {"left": left, "right": right, "top": top, "bottom": bottom}
+    check_margins(**margins)
+    settings = options.given(prompt=prompt, negative_prompt=negative_prompt) | margins
     settings |= options.given(num_inference_steps=steps) | options.guidance(guidance_scale, guidance)
     for path in redraw_files(OutpaintPipeline, [picture], out, model, count, seed, device, settings):
         print(path)
