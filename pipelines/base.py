@@ -29,6 +29,7 @@ from t2i.diffusion import Predict, clean, draw_noise, sample
 from t2i.errors import InputError
 from t2i.prior import Prior
 from t2i.sampling import OnStep, Wrap, check_texts, decoder_predict, sample_prior
+from t2i.steering import check_steering, steering_wrap
 from t2i.unet_decoder import UNetDecoder
 from t2i.untrusted import is_folder, reach
 
@@ -162,7 +163,9 @@ class UnCLIPPipeline(DiffusionPipeline):
             raise InputError(f"{name} must be finite, got NaN or infinity")
 
     def check_noise(self, prior: PriorOptions | None, decoder: DecoderOptions, count: int) -> None:
-        """Of both stages, for `count` pictures."""
+        """Of both stages, for `count` pictures; and what is to steer them."""
+        if decoder.steering is not None:
+            check_steering("steering", decoder.steering, self.clip, self.autoencoder, count)
         if prior is not None:
             self.check_tensor("prior_latents", prior.prior_latents, (count, self.clip.embed_dim))
         self.check_tensor("latents", decoder.latents, (count, *self.latent_shape))
@@ -236,6 +239,9 @@ class UnCLIPPipeline(DiffusionPipeline):
         z_i, scheduler = z_i.to(self._execution_device), self.decoder_scheduler
         if predict is None:
             predict = decoder_predict(self.decoder, scheduler, z_i, text, options.guidance_scale, negative)
+        if options.steering is not None:
+            steer = steering_wrap(options.steering, scheduler, self.clip, self.autoencoder, len(z_i), z_i.device)
+            predict = steer(predict)
         noise = options.latents
         if noise is None:
             noise = draw_noise(self.latent_shape, generators, z_i.device)

@@ -12,6 +12,7 @@ from t2i.config import check_choice, check_integer
 from t2i.errors import InputError
 from t2i.guidance import Guidance, check_guidance
 from t2i.sampling import MAX_STEPS
+from t2i.steering import Steering
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -43,6 +44,7 @@ class DecoderOptions:
     num_inference_steps: 1 to 1000.
     guidance_scale: a scale, where 1 is off, or a `Guidance`.
     latents: (N, C, h, w), the noise that the decoder starts from.
+    steering: a `Steering` towards a class, a text or a picture, beside the guidance.
     output_type: "pil", "np", "pt" or "latent".
     callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}) after each step of the decoder; what it
         returns under "latents" is used.
@@ -52,6 +54,7 @@ class DecoderOptions:
     num_inference_steps: int = 25
     guidance_scale: float | Guidance = 1.5
     latents: Tensor | None = None
+    steering: Steering | None = None
     output_type: str = "pil"
     callback_on_step_end: StepCallback | None = None
     callback_on_step_end_tensor_inputs: list[str] | None = None

@@ -9,7 +9,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 STAGES = ("clip", "autoencoder", "prior", "decoder")  # in the order of training
-EXTRA_STAGES = ("upsampler",)  # which a pipeline can do without
+EXTRA_STAGES = ("upsampler", "classifier")  # which a pipeline can do without
 
 _HOMES = {
     "Autoencoder": "t2i.autoencoder",
@@ -18,8 +18,10 @@ _HOMES = {
     "ImageToImagePipeline": "pipelines",
     "InpaintPipeline": "pipelines",
     "InputError": "t2i.errors",
+    "LatentClassifier": "t2i.classifier",
     "OutpaintPipeline": "pipelines",
     "Prior": "t2i.prior",
+    "Steering": "t2i.steering",
     "Text2ImagePipeline": "pipelines",
     "UNetDecoder": "t2i.unet_decoder",
     "Upsampler": "t2i.upsampler",

@@ -135,6 +135,7 @@ def check(
     out: Annotated[Path | None, Option(help="Folder for the manifest and the report; SOURCE/t2i if left out.")] = None,
     image_column: Annotated[str | None, Option(help="Of parquet files and the hub; else found by its type.")] = None,
     caption_column: Annotated[str | None, Option(help="Found by its name: text or caption.")] = None,
+    label_column: Annotated[str | None, Option(help="Of one label a picture, for classifiers.")] = None,
     held_out: Annotated[float, Option(help="Share to hold out where the source names no split.")] = 0.01,
     min_size: Annotated[int, Option(help="Pixels; a picture with a smaller short side is rejected.")] = 8,
     drop_duplicates: Annotated[bool, Option("--drop-duplicates", help="Reject further copies of a picture.")] = False,
@@ -146,7 +147,8 @@ def check(
 
     check_range("held-out", held_out, 0, 0.5)
     check_range("min-size", min_size, 1, 4096)
-    report = write_manifest(source, out, Columns(image_column, caption_column), held_out, min_size, drop_duplicates)
+    columns = Columns(image_column, caption_column, label_column)
+    report = write_manifest(source, out, columns, held_out, min_size, drop_duplicates)
     print("\n".join(report.lines()))
     if complaint := report.complaint():
         raise InputError(complaint)

@@ -67,10 +67,11 @@ class Batch:
     image_embeds: Tensor | None = None  # (B, D), unit length: z_i
     latents: Tensor | None = None  # (B, C, h, w), unit variance
     text: TextEncoding | None = None
+    labels: Tensor | None = None  # (B,), int64: which class, for classifiers
     rejected: list[tuple[str, str]] = field(default_factory=list)  # (key, reason): read in vain, another stands for it
 
     def to(self, device: torch.device) -> "Batch":
-        tensors = {name: getattr(self, name) for name in ("image", "image_embeds", "latents")}
+        tensors = {name: getattr(self, name) for name in ("image", "image_embeds", "latents", "labels")}
         moved = {name: value.to(device, non_blocking=True) for name, value in tensors.items() if value is not None}
         text = self.text and self.text.map(lambda tensor: tensor.to(device, non_blocking=True))
         return replace(self, text=text, **moved)

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont, features
 
 from t2i.checkpoint import new_folder
 from t2i.data.manifest import write_manifest
+from t2i.data.sources import Columns
 from t2i.errors import InputError
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
@@ -78,7 +79,7 @@ def render_emoji(folder: str | Path, size: int = 128, font: Path = FONT, names: 
             }
             row |= {"keywords": one.keywords, "split": one.split}
             metadata.write(json.dumps(row, ensure_ascii=False) + "\n")
-    write_manifest(folder, quiet=True)
+    write_manifest(folder, columns=Columns(label="group"), quiet=True)
     return emoji
 
 

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from t2i.checkpoint import new_folder
+from t2i.data.labels import LABELS, label_of, write_labels
 from t2i.data.pictures import decode, silent
 from t2i.data.reasons import Reason, Rejected
 from t2i.data.report import Duplicates, Report
@@ -24,7 +25,7 @@ from t2i.errors import InputError
 
 NAME = "manifest.parquet"
 FOLDER = "t2i"  # below a source folder
-WRITTEN = {NAME, "report.json", "sizes.png", "rows"}  # all that a check leaves in its folder
+WRITTEN = {NAME, LABELS, "report.json", "sizes.png", "rows"}  # all that a check leaves in its folder
 SCHEMA = pa.schema(
     {
         "key": pa.string(),
@@ -80,14 +81,16 @@ def write_manifest(
     drop_duplicates: bool = False,
     quiet: bool = False,
 ) -> Report:
-    """Read every sample of a source once and write the folder `out`: manifest.parquet, report.json, sizes.png.
+    """Read every sample of a source once and write the folder `out`: manifest.parquet, report.json, sizes.png; and
+    labels.parquet, if `columns` names a column of labels.
 
     The folder appears whole or not at all, and replaces one that an earlier check wrote. Raises InputError if there is
-    no source to read, no sample in it, or `out` cannot be written; whatever is wrong with single samples stands in the
-    manifest.
+    no source to read, no sample in it, a picture without a label or with two, or `out` cannot be written; whatever else
+    is wrong with single samples stands in the manifest.
     """
     out = out or default_folder(str(name))
-    source = open_source(str(name), columns or Columns())
+    columns, labels = columns or Columns(), {}
+    source = open_source(str(name), columns)
     check_target(out, str(name))
     report = Report(str(name), str(out / NAME))
     out = out.resolve()
@@ -97,6 +100,8 @@ def write_manifest(
         def samples() -> Iterator[Sample]:
             for sample in source.samples(unfinished):
                 report.indexed += 1
+                if columns.label is not None and sample.problem is None:
+                    labels[sample.key] = label_of(sample, columns.label)
                 yield sample
 
         rows = in_order(lambda sample: examine(sample, root, held_out, min_size), samples())
@@ -111,6 +116,8 @@ def write_manifest(
             about["containers"] = source.notes.containers
             writer.add_key_value_metadata({METADATA: json.dumps(about).encode()})
         assert report.ok + report.rejected == report.indexed == pq.read_metadata(unfinished / NAME).num_rows
+        if columns.label is not None:
+            write_labels(unfinished, columns.label, labels)
         report.notes, report.duplicates = source.notes, find_duplicates(unfinished / NAME)
         if not report.indexed and (complaint := report.complaint()):
             raise InputError(complaint)  # what an earlier check found stays

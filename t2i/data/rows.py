@@ -25,6 +25,7 @@ from t2i.data.sources import (
     choose_column,
     ignore,
     keywords_of,
+    labels_of,
     printable,
     relative,
     rows_of,
@@ -96,7 +97,8 @@ def choose_columns(schema: pa.Schema, columns: Columns, where: Path | str) -> Co
     if image is None and not pictures:
         raise InputError(f"no column of {str(where)!r} holds pictures; its columns: {', '.join(schema.names)}")
     image = choose_column("image", image, IMAGE_COLUMNS, names, where)
-    return Columns(image, choose_column("caption", columns.caption, CAPTION_COLUMNS, schema.names, where))
+    caption = choose_column("caption", columns.caption, CAPTION_COLUMNS, schema.names, where)
+    return Columns(image, caption, columns.label and choose_column("label", columns.label, (), schema.names, where))
 
 
 def holds_bytes(kind: pa.DataType) -> bool:
@@ -107,7 +109,7 @@ def holds_bytes(kind: pa.DataType) -> bool:
 
 def used_columns(parquet: pq.ParquetFile, columns: Columns) -> list[str]:
     assert columns.image and columns.caption
-    more = [name for name in MORE_COLUMNS if name in parquet.schema_arrow.names]
+    more = [name for name in (columns.label, *MORE_COLUMNS) if name in parquet.schema_arrow.names]
     return list(dict.fromkeys([columns.image, columns.caption, *more]))
 
 
@@ -178,7 +180,9 @@ def indexed_rows(
     notes.containers[file] = whole.size
     number = 0
     for batch in pa.ipc.open_stream(whole):
-        more = [key for key in (columns.caption, *MORE_COLUMNS) if key in batch.schema.names]
+        more = [
+            key for key in dict.fromkeys([columns.caption, columns.label, *MORE_COLUMNS]) if key in batch.schema.names
+        ]
         pictures = batch.column(columns.image)
         for picture, place, row in zip(pictures, places(pictures, whole), rows_of(batch.select(more))):
             sample = Sample(f"{name}/{number}", split=split)
@@ -190,6 +194,7 @@ def indexed_rows(
                 sample.file, (sample.offset, sample.size) = file, place
                 sample.captions = captions_of(row[columns.caption])
                 sample.keywords = keywords_of(row.get("keywords"))
+                sample.labels = labels_of(row[columns.label]) if columns.label else []
                 sample.split = split_of(row.get("split")) or split
             except Rejected as error:
                 sample.problem = error

@@ -49,6 +49,7 @@ class Sample:
     size: int | None = None  # None: the whole file
     captions: list[str] = field(default_factory=list)
     keywords: list[str] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)  # of a column that the user names
     split: str | None = None  # train, held_out, or None if the source does not say
     problem: Rejected | None = None
 
@@ -78,6 +79,7 @@ class Columns:
 
     image: str | None = None
     caption: str | None = None
+    label: str | None = None  # None: there are no labels
 
 
 def open_source(name: str, columns: Columns) -> Source:
@@ -154,7 +156,7 @@ def ignore(path: Path, notes: Notes) -> None:
 
 def open_sidecars(root: Path, files: list[Path], notes: Notes, columns: Columns) -> Source:
     """`name.png` with `name.txt` or `name.caption`, each line of which is a caption."""
-    for what, given in (("image", columns.image), ("caption", columns.caption)):
+    for what, given in (("image", columns.image), ("caption", columns.caption), ("label", columns.label)):
         refuse_column(what, given, "pictures with text files have no columns")
     pictures = [file for file in files if is_picture(file)]
     if not pictures:
@@ -296,7 +298,8 @@ def open_metadata(root: Path, files: list[Path], notes: Notes, columns: Columns)
         for table, split in zip(tables, splits):
             folder = "" if table.parent == root else relative(table.parent, root) + "/"
             for number, row in metadata_rows(table):
-                yield metadata_sample(folder, f"{relative(table, root)}:{number}", row, column[table], split)
+                chosen = Columns(caption=column[table], label=columns.label)
+                yield metadata_sample(folder, f"{relative(table, root)}:{number}", row, chosen, split)
 
     def samples(work: Path) -> Iterator[Sample]:
         left = {relative(file, root) for file in files if is_picture(file)}
@@ -319,6 +322,8 @@ def caption_column(table: Path, columns: Columns) -> str:
     names = list(dict.fromkeys(map(str, chain.from_iterable(rows))))
     if names and "file_name" not in names:
         raise InputError(f"no column file_name in {str(table)!r}; its columns: {', '.join(map(printable, names))}")
+    if columns.label is not None:
+        choose_column("label", columns.label, (), names, table)
     return choose_column("caption", columns.caption, CAPTION_COLUMNS, names, table) if names else "text"
 
 
@@ -396,7 +401,9 @@ def json_rows(lines: BinaryIO) -> Iterator[tuple[int, dict[str, Any] | Rejected]
                 yield number, Rejected(Reason.bad_row, str(error)[:200])
 
 
-def metadata_sample(folder: str, place: str, row: dict[str, Any] | Rejected, caption: str, split: str | None) -> Sample:
+def metadata_sample(
+    folder: str, place: str, row: dict[str, Any] | Rejected, columns: Columns, split: str | None
+) -> Sample:
     sample = Sample(place)
     try:
         if isinstance(row, Rejected):
@@ -408,8 +415,9 @@ def metadata_sample(folder: str, place: str, row: dict[str, Any] | Rejected, cap
             raise Rejected(Reason.outside_folder, printable(name))
         sample = located(folder + PurePosixPath(name).as_posix())
         if sample.problem is None:
-            sample.captions = captions_of(row.get(caption))
+            sample.captions = captions_of(row.get(str(columns.caption)))
             sample.keywords = keywords_of(row.get("keywords"))
+            sample.labels = labels_of(row.get(columns.label)) if columns.label else []
             sample.split = split_of(row.get("split")) or split
     except Rejected as error:
         sample.problem = error
@@ -421,6 +429,12 @@ def keywords_of(value: Any) -> list[str]:
     if value is None:
         return []
     return texts_of(value.split(",") if isinstance(value, str) else value, Reason.bad_row)
+
+
+def labels_of(value: Any) -> list[str]:
+    """A text or a whole number, or a list of them; none for nothing."""
+    values = value if isinstance(value, list) else [value]
+    return texts_of([str(one) if isinstance(one, int) else one for one in values if one is not None], Reason.bad_row)
 
 
 def split_of(value: Any) -> str | None:

@@ -69,6 +69,7 @@ def holds_pictures(file: Path) -> bool:
 def open_tars(root: Path, files: list[Path], columns: Columns, notes: Notes | None = None) -> Source:
     """Shards of pictures with .txt (else .json) captions. Raises InputError for compressed ones."""
     refuse_column("image", columns.image, "tars hold pictures as files")
+    refuse_column("label", columns.label, "tars hold no labels")
     notes = notes or Notes()
     shards = [file for file in files if is_tar(file)]
     for shard in shards:

@@ -1,0 +1,128 @@
+"""Train a classifier of noisy latents, for classifier guidance and CLIP guidance.
+
+accelerate launch training/train_classifier.py configs/emoji/classifier.yaml train.steps=1000
+"""
+
+import hashlib
+import json
+import sys
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from t2i.checkpoint import export_model
+from t2i.classifier import LatentClassifier, noise_level
+from t2i.config import DataConfig, TrainConfig, build, check_multiple, check_range
+from t2i.data import Batch
+from t2i.data.dataset import Key
+from t2i.data.labels import Labels
+from t2i.data.manifest import find_manifest
+from t2i.data.source import Source, open_source
+from t2i.diffusion import noise_scheduler
+from t2i.launch import run
+from t2i.loop import Stage, fit, start
+
+LEVELS = 4  # parts of the schedule that the accuracy is logged of
+
+
+@dataclass
+class Config:
+    clip: str = "???"  # folder of a trained CLIP, or a public one, as the decoder's
+    autoencoder: str = "???"  # folder of a trained autoencoder, or a diffusers VAE, as the decoder's
+    cache: str | None = None  # folder that `t2i data cache` wrote; without one, pictures are encoded in every step
+    model: dict[str, Any] = field(default_factory=dict)  # widths, depth, ... of t2i.classifier.LatentClassifier
+    scheduler: dict[str, Any] = field(default_factory=dict)  # arguments of diffusers' DDIMScheduler
+    embedding_weight: float = 1.0  # of 1 - cosine to z_i, beside the cross-entropy; 0 trains the classes alone
+    data: DataConfig = field(default_factory=DataConfig)  # its labels lie beside the manifest
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        check_range("embedding_weight", self.embedding_weight, 0, 1000)
+        noise_scheduler(self.scheduler)
+
+
+class Labelled(Dataset):
+    """A data set that gives whole batches, pictures or cached encodings, with a class for each sample."""
+
+    def __init__(self, dataset: Any, labels: Labels):
+        self.dataset, self.numbers = dataset, labels.of(dataset)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, keys: list[Key]) -> Batch:
+        batch = self.dataset.__getitems__(keys)
+        return replace(batch, labels=self.numbers[batch.index])  # of the sample that was read, if another stands in
+
+    def key(self, index: int) -> str:
+        return self.dataset.key(index)
+
+    def digest(self, classes: list[str]) -> str:
+        """16 hexadecimal digits for the class of every sample."""
+        content = json.dumps([classes, self.numbers.tolist()])
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def main(config: Config) -> None:
+    labels = Labels(find_manifest(Path(config.data.path)))
+    source = open_source(config.cache, config.data, config.clip, config.autoencoder, reads_captions=False)
+    accelerator = start(config.train)
+    fit(accelerator, make_stage(config, source, labels, accelerator.device), config.train)
+
+
+def make_stage(config: Config, source: Source, labels: Labels, device: torch.device) -> Stage:
+    source.to(device)
+    assert source.autoencoder is not None
+    check_multiple("data.image_size", config.data.image_size, source.autoencoder.factor)
+    scheduler = noise_scheduler(config.scheduler)
+    dataset = Labelled(source.dataset, labels)
+    validation = None if source.validation is None else Labelled(source.validation, labels)
+    made_from = {**source.made_from, "labels": dataset.digest(labels.classes)}
+    needed = {
+        "classes": labels.classes,
+        "latent_channels": source.autoencoder.channels,
+        "latent_size": config.data.image_size // source.autoencoder.factor,
+        "embed_dim": source.clip.embed_dim,
+        "autoencoder_fingerprint": source.autoencoder.identity,
+        "clip_fingerprint": source.clip.identity,
+    }
+    classifier = build(LatentClassifier, "model", config.model, **needed).to(device)
+
+    def loss(model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
+        batch = source.encode(batch)
+        assert batch.latents is not None and batch.image_embeds is not None and batch.labels is not None
+        x, count = batch.latents.float(), len(batch.index)
+        # One timestep from each of as many parts of the schedule as there are samples: every batch has every level.
+        share = (torch.arange(count, device=x.device) + torch.rand(count, device=x.device)) / count
+        steps = scheduler.config.num_train_timesteps
+        t = (share * steps).long().clamp(max=steps - 1)
+        noisy = scheduler.add_noise(x, torch.randn_like(x), t)
+        logits, embedding = model(noisy, noise_level(scheduler, t, x))
+        entropy = F.cross_entropy(logits.float(), batch.labels)
+        cosine = F.cosine_similarity(embedding.float(), batch.image_embeds).mean()
+        right = (logits.argmax(dim=1) == batch.labels).float()
+        metrics = {"loss": entropy + config.embedding_weight * (1 - cosine), "cross_entropy": entropy.detach()}
+        metrics |= {"accuracy": right.mean(), "cosine": cosine.detach()}
+        return metrics | accuracies(right)
+
+    def export(average: torch.nn.Module) -> None:
+        export_model(average, Path(config.train.output))
+        export_model(scheduler, Path(config.train.output), "scheduler")
+
+    workers = config.data.num_workers
+    return Stage(classifier, loss, dataset, export, made_from, asdict(config), workers, validation)
+
+
+def accuracies(right: Tensor) -> dict[str, Tensor]:
+    """(B,), by rising noise -> the mean of each part of the schedule that has samples; 1 is the part of least noise."""
+    parts = right.tensor_split(LEVELS)
+    return {f"accuracy_level_{i}": part.mean() for i, part in enumerate(parts, 1) if len(part)}
+
+
+if __name__ == "__main__":
+    run(main, Config, "classifier", sys.argv[1:])
