@@ -12,6 +12,7 @@ from itertools import count as counting
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Generator
@@ -25,6 +26,7 @@ from t2i.devices import find_device
 from t2i.errors import InputError
 from t2i.guidance import Guidance
 from t2i.sampling import check_texts
+from t2i.steering import Steering
 
 BATCH = 16
 MAX_SEED = 2**63 - 1
@@ -66,9 +68,10 @@ def generate_files(
 ) -> Iterator[Path]:
     """Draw `count` pictures for each prompt and write each as soon as its batch is done. Nothing is overwritten.
 
-    Picture i has seed `seed + i`; prompt, seed and settings are written into the PNG.
+    Picture i has seed `seed + i`; prompt, seed and settings are written into the PNG. Without prompts the decoder is
+    told nothing, and `settings["steering"]` decides what is drawn.
     """
-    total = len(prompts) * count
+    total = max(1, len(prompts)) * count
     seed = check_seed(seed, count, total)
     check_texts("prompt", prompts, empty=False)
     for name in ("negative_prompt", "decoder_negative_prompt"):
@@ -76,12 +79,17 @@ def generate_files(
     split_options({name: value for name, value in settings.items() if not name.endswith("negative_prompt")})
     check_out(out, total)
     pipeline: Text2ImagePipeline = load_pipeline(model, device)
+    if not prompts:
+        settings = {"guidance_scale": 1.0, **settings}  # there is nothing to be guided to
 
     def draw(records: list[dict[str, Any]], generators: list[Generator]) -> list[Image.Image]:
-        return pipeline([one["prompt"] for one in records], generator=generators, **settings).images
+        if prompts:
+            return pipeline([one["prompt"] for one in records], generator=generators, **settings).images
+        nothing = torch.zeros(len(records), pipeline.clip.embed_dim)
+        return pipeline(image_embeds=nothing, generator=generators, **settings).images
 
     pipeline.set_progress_bar_config(disable=True)
-    records = [{"prompt": prompt} for prompt in prompts for _ in range(count)]
+    records = [{"prompt": prompt} for prompt in prompts for _ in range(count)] or [{"prompt": ""}] * count
     yield from write_drawn(draw, records, seed, out, model, settings)
 
 
@@ -152,7 +160,14 @@ def recorded(settings: dict[str, Any]) -> dict[str, Any]:
     """What is written into a picture: all that was asked for, and the defaults of the rest."""
     defaults = {**asdict(PriorOptions()), **asdict(DecoderOptions())}
     known = {name: defaults[name] for name in RECORDED} | settings
-    return {name: asdict(value) if isinstance(value, Guidance) else value for name, value in known.items()}
+    return {name: plain_value(value) for name, value in known.items()}
+
+
+def plain_value(value: Any) -> Any:
+    """What JSON can hold."""
+    if isinstance(value, Steering):
+        return value.described()
+    return asdict(value) if isinstance(value, Guidance) else value
 
 
 def check_out(out: Path, total: int) -> None:

@@ -5,6 +5,7 @@ models and on those whose condition says nothing, for it leaves the model as it 
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from t2i.autoencoder import Autoencoder
 from t2i.checkpoint import load_model, weights_digest
 from t2i.classifier import LatentClassifier, noise_level
 from t2i.clip import CLIP
+from t2i.data.pictures import open_picture, to_tensor
 from t2i.diffusion import Predict
 from t2i.errors import InputError
 from t2i.guidance import Score, check_number, steered
@@ -93,10 +95,8 @@ def check_classifier(classifier: LatentClassifier, clip: CLIP, autoencoder: Auto
     """Refuse a classifier of another latent space or, where its embeddings are used, of another CLIP."""
     theirs = classifier.config.autoencoder_fingerprint
     if theirs is not None and autoencoder.dtype in EXACT and theirs != (ours := weights_digest(autoencoder)):
-        raise InputError(
-            f"the classifier is of another latent space: it was trained with the autoencoder {theirs}, this pipeline has "
-            f"{ours}"
-        )
+        trained = f"it was trained with the autoencoder {theirs}, this pipeline has {ours}"
+        raise InputError(f"the classifier is of another latent space: {trained}")
     if classifier.config.latent_channels != autoencoder.channels:
         channels = f"{classifier.config.latent_channels} channels, this pipeline's have {autoencoder.channels}"
         raise InputError(f"the classifier is of another latent space: its latents have {channels}")
@@ -105,7 +105,13 @@ def check_classifier(classifier: LatentClassifier, clip: CLIP, autoencoder: Auto
         raise InputError(f"the classifier's embeddings are of the CLIP {theirs}, this pipeline has {clip.identity}")
 
 
-def load_classifier(folder: str) -> LatentClassifier:
+def picture_tensor(path: Path) -> Tensor:
+    """A picture file as (1, 3, S, S) in [-1, 1], its middle square. Raises InputError if it cannot be read."""
+    image = open_picture(path)
+    return to_tensor(image, min(image.size))[None]
+
+
+def load_classifier(folder: str | Path) -> LatentClassifier:
     """What `t2i train classifier` wrote. Raises InputError, in one line, if there is none that loads."""
     return load_model(LatentClassifier, folder).eval()
 

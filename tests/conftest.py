@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may look for a model on the hub
@@ -71,6 +73,43 @@ def pipeline_folder(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     from pipelines.assemble import assemble_folder
 
     return assemble_folder(runs, tmp_path_factory.mktemp("models") / "tiny")
+
+
+def relabel(folder: Path, change: Callable[[dict, int], object]) -> Path:
+    """`change(row, number)` of every row of a folder's metadata."""
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    for number, row in enumerate(rows):
+        change(row, number)
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def colored(shapes: Path, target: Path) -> Path:
+    """A copy of the drawings whose metadata names their colours."""
+    shutil.copytree(shapes, target, ignore=shutil.ignore_patterns("t2i"))
+    return relabel(target, lambda row, number: row.update(color=row["text"].split()[0]))
+
+
+@pytest.fixture(scope="session")
+def labelled(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The drawings, labelled with their colours."""
+    from t2i.data.manifest import write_manifest
+    from t2i.data.sources import Columns
+
+    folder = colored(shapes, tmp_path_factory.mktemp("labelled") / "shapes")
+    write_manifest(folder, columns=Columns(label="color"), quiet=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def classifier_folder(labelled: Path, runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier, trained until it sees colours."""
+    folder, models = tmp_path_factory.mktemp("classifier"), {part: runs / part for part in ("clip", "autoencoder")}
+    settings = {"train.learning_rate": 3e-3, "train.log_every": 10, "train.ema_decay": 0.9}
+    train(
+        "classifier", labelled, folder, 60, **models, **settings | {"train.batch_size": 32, "train.validate_every": 60}
+    )
+    return folder / "classifier"
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from t2i.autoencoder import Autoencoder
+from t2i.classifier import LatentClassifier
 from t2i.clip import CLIP
 from t2i.config import CONFIGS, load_config
 from t2i.errors import InputError
@@ -53,6 +54,11 @@ def test_every_shipped_configuration_builds_its_model(path):
                 model = Prior(
                     embed_dim=embed_dim, text_width=text["width"], context_length=text["context_length"], **config.model
                 )
+            case "classifier":
+                make_scheduler(config)
+                coder = Autoencoder(**config_of(sibling(path, "autoencoder")).model)
+                size = config.data.image_size // coder.factor
+                model = LatentClassifier(["a", "b"], coder.channels, size, embed_dim, **config.model)
             case "upsampler":
                 make_scheduler(config)
                 model = Upsampler(config.factor, config.crop_size // config.factor, **config.model)
@@ -85,6 +91,7 @@ def test_configurations_exist_for_every_stage_and_size():
             "prior",
             "decoder",
             "upsampler",
+            "classifier",
         }
 
 

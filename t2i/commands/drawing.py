@@ -28,13 +28,19 @@ def generate(
     prior_steps: options.PriorSteps = None,
     prior_guidance_scale: options.PriorScale = None,
     prior_guidance: options.Settings = None,
+    steer_class: options.SteerClass = None,
+    steer_text: options.SteerText = None,
+    steer_picture: options.SteerPicture = None,
+    steer_scale: options.SteerScale = None,
+    classifier: options.Classifier = None,
     device: options.Device = "auto",
 ) -> None:
-    """Draw pictures for prompts; prints their paths."""
+    """Draw pictures for prompts, or for none if they are steered; prints their paths."""
     from pipelines.generation import generate_files
 
-    texts = read_prompts(prompts, file)
-    settings = options.given(
+    steering = options.steering(steer_class, steer_text, steer_picture, classifier, steer_scale)
+    texts = read_prompts(prompts, file, required=not steering)
+    settings = steering | options.given(
         negative_prompt=negative_prompt,
         decoder_negative_prompt=decoder_negative_prompt,
         num_inference_steps=steps,
@@ -130,7 +136,7 @@ def outpaint(
         print(path)
 
 
-def read_prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
+def read_prompts(prompts: list[str] | None, file: Path | None, required: bool = True) -> list[str]:
     """The prompts of the command line and of a file, in this order."""
     found = list(prompts or [])
     if file is not None:
@@ -139,6 +145,6 @@ def read_prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"cannot read the prompts in {str(file)!r} ({error}); it is a text file") from error
         found += [line.strip() for line in lines if line.strip()]
-    if not found:
+    if not found and required:
         raise InputError("no prompts; give some, or a --file with one a line")
     return found

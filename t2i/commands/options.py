@@ -17,6 +17,11 @@ Settings = Annotated[
 ]
 PriorSteps = Annotated[int | None, Option(help="Steps of the prior.")]
 PriorScale = Annotated[float | None, Option(help="Guidance of the prior; 1 is off.")]
+SteerClass = Annotated[str | None, Option(help="A class of the classifier to steer towards.")]
+SteerText = Annotated[str | None, Option(help="A text to steer towards, as CLIP sees it.")]
+SteerPicture = Annotated[Path | None, Option(help="A picture to steer towards, as CLIP sees it.")]
+SteerScale = Annotated[float | None, Option(help="How much the gradient counts; 1 if left out, 0 is off.")]
+Classifier = Annotated[Path | None, Option(help="What `t2i train classifier` wrote; a text or a picture needs none.")]
 Device = Annotated[str, Option(help="auto, cpu, cuda, mps.")]
 
 
@@ -44,3 +49,31 @@ def guidance(
         if number is not None:
             found[name] = parse_guidance(name, number, texts) if texts else number
     return found
+
+
+def steering(
+    class_name: str | None, text: str | None, picture: Path | None, classifier: Path | None, scale: float | None
+) -> dict[str, Any]:
+    """`steering` of a pipeline, if there is anything to steer towards. Raises InputError for several at once."""
+    from t2i.errors import InputError
+
+    goals = {"--steer-class": class_name, "--steer-text": text, "--steer-picture": picture}
+    asked = [name for name, value in goals.items() if value is not None]
+    if len(asked) > 1:
+        raise InputError(f"{' and '.join(asked)} are given; a picture is steered towards one of them")
+    if not asked:
+        useless = {"--classifier": classifier, "--steer-scale": scale}
+        if name := next((name for name, value in useless.items() if value is not None), None):
+            raise InputError(f"{name} is given without {', '.join(goals)}; give one of them")
+        return {}
+    if class_name is not None and classifier is None:
+        raise InputError(f"--steer-class {class_name!r} needs a --classifier, which `t2i train classifier` makes")
+    from t2i.guidance import check_number
+    from t2i.steering import MAX_SCALE, Steering, load_classifier, picture_tensor
+
+    check_number("--steer-scale", 1.0 if scale is None else scale, 0, MAX_SCALE)
+    seen = None if picture is None else picture_tensor(picture)
+    judge = None if classifier is None else load_classifier(classifier)
+    if class_name is not None and judge is not None:
+        judge.number_of(class_name)
+    return {"steering": Steering(1.0 if scale is None else scale, judge, class_name, text, seen)}
