@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Generator, Tensor
 
 from pipelines.generation import load_pipeline
+from pipelines.text2image import Text2ImagePipeline
 from t2i.commands import SHIPPED
 from t2i.contact_sheet import labelled_rows, to_images
 from t2i.evaluation.emoji import features, read_emoji, stacked
@@ -30,7 +31,8 @@ TEXTS = ("red heart", "pizza", "sunflower", "soccer ball", "blue circle", "cat f
 
 class Bench:
     def __init__(self, data: Path, model: str, classifier: Path, steps: int):
-        self.pipeline, self.classifier, self.steps = load_pipeline(model, "cpu"), load_classifier(classifier), steps
+        self.pipeline: Text2ImagePipeline = load_pipeline(model, "cpu")
+        self.classifier, self.steps = load_classifier(classifier), steps
         self.pipeline.set_progress_bar_config(disable=True)
         dataset, self.records = read_emoji(data)
         self.real = torch.cat([features(batch) for batch in stacked(dataset, self.records)])
@@ -52,7 +54,11 @@ class Bench:
 
     def towards_classes(self, gamma: float, each: int) -> tuple[dict[str, Any], Tensor]:
         """Figures, and the first picture of each class."""
-        classes, right, spread, first, seconds = self.classifier.config.classes, [], [], [], 0.0
+        classes: list[str] = self.classifier.config.classes
+        right: list[float] = []
+        spread: list[Tensor] = []
+        first: list[Tensor] = []
+        seconds = 0.0
         for name in classes:
             pictures, took = self.draw(each, Steering(gamma, self.classifier, name))
             seen = features(pictures)
@@ -133,7 +139,8 @@ def main(data: Path, classifier: Path, model: str, docs: Path, each: int, steps:
     plot(by_gamma, docs / "images/steering.png")
     show(sheets, list(bench.classifier.config.classes), docs / "images/steering-classes.png")
     print("| gradient | scale | CLIP cosine | real emoji that are nearer | s a picture |\n|---|---|---|---|---|")
-    texts, rows = [], {}
+    texts: list[dict[str, Any]] = []
+    rows: dict[str, Tensor] = {}
     for noise_aware in (False, True):
         for scale in SCALES[1:] if noise_aware else SCALES:
             row, pictures = bench.towards_texts(scale, noise_aware)

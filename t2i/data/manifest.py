@@ -89,8 +89,8 @@ def write_manifest(
     is wrong with single samples stands in the manifest.
     """
     out = out or default_folder(str(name))
-    columns, labels = columns or Columns(), {}
-    source = open_source(str(name), columns)
+    label, labels = columns and columns.label, dict[str, str]()
+    source = open_source(str(name), columns or Columns())
     check_target(out, str(name))
     report = Report(str(name), str(out / NAME))
     out = out.resolve()
@@ -100,8 +100,8 @@ def write_manifest(
         def samples() -> Iterator[Sample]:
             for sample in source.samples(unfinished):
                 report.indexed += 1
-                if columns.label is not None and sample.problem is None:
-                    labels[sample.key] = label_of(sample, columns.label)
+                if label and sample.problem is None:
+                    labels[sample.key] = label_of(sample, label)
                 yield sample
 
         rows = in_order(lambda sample: examine(sample, root, held_out, min_size), samples())
@@ -116,8 +116,8 @@ def write_manifest(
             about["containers"] = source.notes.containers
             writer.add_key_value_metadata({METADATA: json.dumps(about).encode()})
         assert report.ok + report.rejected == report.indexed == pq.read_metadata(unfinished / NAME).num_rows
-        if columns.label is not None:
-            write_labels(unfinished, columns.label, labels)
+        if label:
+            write_labels(unfinished, label, labels)
         report.notes, report.duplicates = source.notes, find_duplicates(unfinished / NAME)
         if not report.indexed and (complaint := report.complaint()):
             raise InputError(complaint)  # what an earlier check found stays

@@ -109,8 +109,13 @@ def holds_bytes(kind: pa.DataType) -> bool:
 
 def used_columns(parquet: pq.ParquetFile, columns: Columns) -> list[str]:
     assert columns.image and columns.caption
-    more = [name for name in (columns.label, *MORE_COLUMNS) if name in parquet.schema_arrow.names]
+    more = [name for name in more_columns(columns) if name in parquet.schema_arrow.names]
     return list(dict.fromkeys([columns.image, columns.caption, *more]))
+
+
+def more_columns(columns: Columns) -> list[str]:
+    """Beside the picture's and the caption's; those that are not there are done without, but for the label's."""
+    return [*([columns.label] if columns.label else []), *MORE_COLUMNS]
 
 
 def uncompressed(metadata: pq.FileMetaData, names: list[str]) -> int:
@@ -180,9 +185,8 @@ def indexed_rows(
     notes.containers[file] = whole.size
     number = 0
     for batch in pa.ipc.open_stream(whole):
-        more = [
-            key for key in dict.fromkeys([columns.caption, columns.label, *MORE_COLUMNS]) if key in batch.schema.names
-        ]
+        wanted = dict.fromkeys([columns.caption, *more_columns(columns)])
+        more = [key for key in wanted if key in batch.schema.names]
         pictures = batch.column(columns.image)
         for picture, place, row in zip(pictures, places(pictures, whole), rows_of(batch.select(more))):
             sample = Sample(f"{name}/{number}", split=split)
