@@ -1,11 +1,11 @@
 """What autoencoders keep of pictures, side by side: nearness in pixels, and what a picture looks like.
 
     python -m benchmarks.autoencoders data/emoji shipped=models/emoji/autoencoder l1=runs/x adversarial=runs/y \
-        [--clip models/emoji/clip] [--picture docs/images/autoencoder.png]
+        [--clip models/emoji/clip] [--count 1024] [--picture docs/images/autoencoder.png]
 
-Prints a Markdown table. Of what is held out, each picture by itself: PSNR, L1, perceptual distance. Of all pictures,
-as a distribution: the Fréchet distance of CLIP's embeddings; the sliced Wasserstein distance of patches; how much of
-the fine detail's energy is there. `--picture` writes the most detailed parts of some, enlarged.
+Prints a Markdown table. Of what is held out, each picture by itself: PSNR, L1, perceptual distance. Of pictures from
+all over the data, as a distribution: the Fréchet distance of CLIP's embeddings; the sliced Wasserstein distance of
+patches; how much of the fine detail's energy is there. `--picture` writes the most detailed parts of some, enlarged.
 """
 
 import sys
@@ -26,12 +26,11 @@ from t2i.perceptual import Perceptual
 BATCH = 64
 CROP, ENLARGED, COLUMNS = 48, 144, 7
 PATCH, PATCHES, PROJECTIONS = 8, 64, 256  # side; a picture; directions
-COLUMN_NAMES = ("PSNR, dB", "L1", "perceptual", "Fréchet", "patches", "fine detail")
+COLUMN_NAMES = ("PSNR, dB", "L1", "perceptual x 1000", "Fréchet x 1000", "patches x 1000", "fine detail")
 
 
-def read(path: str, split: str | None, size: int) -> Tensor:
-    dataset = CaptionedPictures(DataConfig(path, size), split)
-    return torch.cat(list(dataset.sample(10**6, BATCH)))
+def read(path: str, split: str | None, size: int, count: int) -> Tensor:
+    return torch.cat(list(CaptionedPictures(DataConfig(path, size), split).sample(count, BATCH)))
 
 
 def batched(function, *tensors: Tensor) -> Tensor:
@@ -79,10 +78,10 @@ def measure(pictures: Tensor, held_out: Tensor, autoencoder: Autoencoder, percep
     return [
         f"{(10 * torch.log10(4 / squared)).mean():.2f}",
         f"{(other - held_out).abs().mean():.4f}",
-        f"{batched(perceptual, other, held_out).mean():.4f}",
-        f"{frechet(*embeddings):.4f}",
-        f"{patches:.4f}",
-        f"{fine_energy(again).sum() / fine_energy(pictures).sum():.2f}",
+        f"{1000 * batched(perceptual, other, held_out).mean():.2f}",
+        f"{1000 * frechet(*embeddings):.3f}",
+        f"{1000 * patches:.2f}",
+        f"{fine_energy(again).sum() / fine_energy(pictures).sum():.3f}",
     ]
 
 
@@ -107,7 +106,7 @@ def draw(held_out: Tensor, autoencoders: dict[str, Autoencoder], path: str) -> N
 
 @torch.no_grad()
 def main(arguments: list[str]) -> None:
-    options = {"--clip": "models/emoji/clip", "--picture": ""}
+    options = {"--clip": "models/emoji/clip", "--count": "1024", "--picture": ""}
     for option in options:
         if option in arguments:
             at = arguments.index(option)
@@ -117,8 +116,9 @@ def main(arguments: list[str]) -> None:
     autoencoders = {
         name: load_autoencoder(folder).float() for name, folder in (one.split("=", 1) for one in arguments[1:])
     }
-    held_out, pictures = (read(arguments[0], split, perceptual.clip.size) for split in ("held_out", None))
-    print(f"{len(held_out)} pictures held out, {len(pictures)} in all\n")
+    count, size = int(options["--count"]), perceptual.clip.size
+    held_out, pictures = (read(arguments[0], split, size, count) for split in ("held_out", None))
+    print(f"{len(held_out)} pictures held out, {len(pictures)} from all\n")
     print("| | " + " | ".join(COLUMN_NAMES) + " |\n|---" + "|---" * len(COLUMN_NAMES) + "|")
     for name, autoencoder in autoencoders.items():
         print(f"| {name} | {' | '.join(measure(pictures, held_out, autoencoder, perceptual))} |", flush=True)
