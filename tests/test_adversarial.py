@@ -13,7 +13,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 from benchmarks.autoencoders import fine_energy, frechet, patch_projections
 from t2i.autoencoder import load_autoencoder
 from t2i.checkpoint import MANIFEST, digest
-from t2i.clip import load_clip
+from t2i.clip import CLIP, load_clip
 from t2i.config import DataConfig, TrainConfig, load_config
 from t2i.data import CaptionedPictures, batches
 from t2i.discriminator import Discriminator, adaptive_weight, frozen_logits, hinge_loss
@@ -87,6 +87,15 @@ def test_a_perceptual_network_is_frozen_and_lets_gradients_through(runs):
     perceptual(image, torch.rand(2, 3, 32, 32)).sum().backward()
     assert image.grad.abs().sum() > 0 and not perceptual.clip.training
     assert all(one.grad is None for one in perceptual.parameters())
+
+
+def test_a_convolutional_tower_tells_its_layers_too():
+    vision, text = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8}, {"vocab_size": 99, "width": 32, "layers": 1}
+    model = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": {**text, "context_length": 8, "heads": 2}}
+    perceptual = Perceptual(CLIP(model, {"size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}))
+    image = torch.rand(2, 3, 32, 32)
+    assert len(perceptual.features(image)) == 5  # its stem and four stages
+    assert perceptual(image, image).tolist() == [0, 0] and (perceptual(image, image.flip(3)) > 0).all()
 
 
 def test_one_pass_trains_both_models_as_two_optimizers_in_turn_do(shapes, runs, tmp_path):
