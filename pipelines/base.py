@@ -28,6 +28,7 @@ from t2i.decoder import Decoder
 from t2i.diffusion import Predict, clean, draw_noise, sample
 from t2i.errors import InputError
 from t2i.prior import Prior
+from t2i.samplers import make_sampler
 from t2i.sampling import OnStep, Wrap, check_texts, decoder_predict, sample_prior
 from t2i.steering import check_steering, steering_wrap
 from t2i.unet_decoder import UNetDecoder
@@ -230,13 +231,16 @@ class UnCLIPPipeline(DiffusionPipeline):
         on_step: OnStep | None = None,
         original: Tensor | None = None,
         strength: float = 1.0,
+        eta: float | None = None,
     ) -> Tensor:
         """Latents of unit variance, (N, C, h, w), fp32, that show z_i, (N, D).
 
         negative: what is guided away from; None is the decoder's null. predict: instead of the decoder's own of z_i.
         on_step: runs before those of who watches. original, strength: latents to start from; see `sample`.
+        eta: draw by DDIM with it; None draws by the pipeline's own scheduler.
         """
         z_i, scheduler = z_i.to(self._execution_device), self.decoder_scheduler
+        scheduler = scheduler if eta is None else make_sampler("ddim", scheduler)
         if predict is None:
             predict = decoder_predict(self.decoder, scheduler, z_i, text, options.guidance_scale, negative)
         if options.steering is not None:
@@ -255,7 +259,7 @@ class UnCLIPPipeline(DiffusionPipeline):
                 x = options.callback_on_step_end(self, step, t, {"latents": x}).pop("latents", x)
             return report(step, t, x)
 
-        start = {"original": original, "strength": strength}
+        start = {"original": original, "strength": strength, "eta": eta}
         x = sample(watch(predict), scheduler, noise, steps, generators, self.progress_bar, stepped, **start)
         return check_finite("decoder", x)
 

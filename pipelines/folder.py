@@ -27,6 +27,9 @@ PIPELINES = (  # whose folders these may be; all load in each of them
     "ImageToImagePipeline",
     "InpaintPipeline",
     "OutpaintPipeline",
+    "ImageVariationPipeline",
+    "InterpolationPipeline",
+    "TextDiffPipeline",
 )
 
 

@@ -124,11 +124,13 @@ def read_picture(image: Picture, size: int | None, name: str = "image") -> Tenso
             return sized(to_rgb(image), size)
         except (InputError, OSError, ValueError) as error:
             raise InputError(f"{name} cannot be read: {error}") from error
-    values = torch.from_numpy(np.ascontiguousarray(image)) if isinstance(image, np.ndarray) else image.detach().cpu()
+    values = torch.from_numpy(np.array(image)) if isinstance(image, np.ndarray) else image.detach().cpu()
     channels = -1 if isinstance(image, np.ndarray) else 0
     if values.shape[channels] != 3:
         raise InputError(f"{name} has the shape {tuple(values.shape)}; {SHAPES}")
-    return fitted(in_range(values.movedim(channels, 0), name), size, name)
+    values = values.movedim(channels, 0)
+    check_pixels(name, values.shape[2], values.shape[1])
+    return fitted(in_range(values, name), size)
 
 
 def sized(image: Image.Image, size: int | None) -> Tensor:
@@ -147,11 +149,9 @@ def in_range(values: Tensor, name: str) -> Tensor:
     return values.float() * 2 - 1
 
 
-def fitted(values: Tensor, size: int | None, name: str) -> Tensor:
+def fitted(values: Tensor, size: int | None) -> Tensor:
     """(3, H, W) -> (3, size, size), as `to_tensor` does it with PIL pictures, without rounding to bytes."""
-    height, width = values.shape[1:]
-    check_pixels(name, width, height)
-    if size is None or (height, width) == (size, size):
+    if size is None or values.shape[1:] == (size, size):
         return values
     resize = v2.Resize(size, v2.InterpolationMode.BICUBIC, antialias=True)
     return v2.Compose([resize, v2.CenterCrop(size)])(values).clamp(-1, 1)

@@ -1,0 +1,89 @@
+"""From pictures and texts to the pictures between them, as files: what `t2i interpolate` does."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Generator
+
+from pipelines.generation import check_out, check_seed, load_pipeline, recorded, to_png, write_new
+from pipelines.interpolation import InterpolationPipeline, check_anchors, mixing_weights
+from pipelines.inversion import INVERSION
+from pipelines.options import split_options
+from t2i.data.pictures import open_picture
+from t2i.errors import InputError
+from t2i.guidance import check_number
+
+SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+def interpolate_files(
+    arguments: list[str],
+    out: Path,
+    model: str,
+    weights: list[float] | None,
+    frames: int,
+    strip: bool,
+    video: Path | None,
+    fps: float,
+    inverted: bool,
+    seed: int | None,
+    device: str,
+    settings: dict[str, Any],
+) -> Iterator[Path]:
+    """Draw the way between pictures (names of files) and texts, or their mix, and write it. Nothing is overwritten.
+
+    As frames; as one picture of all of them with `strip`; and as a moving picture, if `video` names one. Raises
+    InputError for what is not allowed, before the model loads where that can be.
+    """
+    anchors = [anchor_of(one) for one in arguments]
+    check_anchors(anchors)
+    total = len(mixing_weights(len(anchors), weights, frames))
+    if inverted and not all(isinstance(anchor, str) for anchor in anchors):
+        settings = INVERSION | settings
+    split_options(settings)
+    seed = check_seed(seed, 1, total)
+    check_out(out, 1 if strip else total)
+    check_number("fps", fps, 0.1, 100)
+    if video is not None and video.exists():
+        raise InputError(f"{str(video)!r} exists and is not overwritten; give another name")
+    known = [anchor if isinstance(anchor, str) else open_picture(anchor) for anchor in anchors]
+    pipeline = load_pipeline(model, device, InterpolationPipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = Generator().manual_seed(seed)
+    images = pipeline(known, weights, frames, inverted, generator, **settings).images
+
+    used: dict[str, Any] = {"anchors": [Path(one).name if isinstance(one, Path) else one for one in anchors]}
+    used |= {"weights": weights, "seed": seed, "model": Path(model).name, "inverted": inverted, **recorded(settings)}
+    name = "strip" if strip else "mix" if weights else "frame"
+    shown = [side_by_side(images)] if strip else images
+    for i, image in enumerate(shown):
+        number = f" {i + 1:0{len(str(total))}}" if len(shown) > 1 else ""
+        yield write_new(out, f"{name}{number} of {arguments[0]} to {arguments[-1]}", seed, to_png(image, used))
+    if video is not None:
+        from t2i.video import write_video
+
+        yield write_video(images, video, fps)
+
+
+def anchor_of(argument: str) -> str | Path:
+    """A picture where there is a file of this name, else a text. Raises InputError for a picture that is not there."""
+    path = Path(argument)
+    try:
+        found = path.is_file()
+    except OSError:  # too long for a name
+        found = False
+    if not found and path.suffix.lower() in SUFFIXES:
+        raise InputError(f"no picture {argument!r}; an anchor is a picture's file or a text")
+    return path if found else argument
+
+
+def side_by_side(images: list[Image.Image]) -> Image.Image:
+    """All in one row."""
+    strip = Image.new("RGB", (sum(image.width for image in images), max(image.height for image in images)), "white")
+    left = 0
+    for image in images:
+        strip.paste(image, (left, 0))
+        left += image.width
+    return strip

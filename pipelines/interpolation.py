@@ -1,0 +1,179 @@
+"""Pictures between pictures and texts (DALL-E 2, section 3.2)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Generator, Tensor
+
+from pipelines.base import MAX_IMAGES, UnCLIPPipelineOutput
+from pipelines.inversion import INVERSION, BipartiteLatent, InvertingPipeline
+from pipelines.options import DecoderOptions, PriorOptions, split_options
+from pipelines.pictures import Picture, read_pictures
+from t2i.condition import TextEncoding
+from t2i.config import check_integer
+from t2i.diffusion import draw_noise
+from t2i.errors import InputError
+from t2i.geometry import check_weights, spherical_mean
+from t2i.sampling import check_texts, split_generators
+
+BATCH = 16  # frames that are drawn at a time
+MAX_ANCHORS = 64
+
+Anchor: TypeAlias = Picture | str  # a str is a text, a Path a picture
+
+
+@dataclass
+class Anchors:
+    """What is mixed, K of them."""
+
+    image_embeds: Tensor  # (K, D), unit length
+    latents: Tensor  # (K, C, h, w)
+    text: TextEncoding | None  # what the decoder reads, nothing for pictures; None for decoders that read no captions
+
+
+class InterpolationPipeline(InvertingPipeline):
+    """Pictures and texts -> their (z_i, x_T) -> those in between, on great circles -> pictures."""
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        anchors: Sequence[Anchor],
+        weights: Sequence[float] | Sequence[Sequence[float]] | Tensor | None = None,
+        frames: int = 8,
+        inverted: bool = True,
+        generator: Generator | None = None,
+        return_dict: bool = True,
+        **options: Any,
+    ) -> UnCLIPPipelineOutput | tuple:
+        """Draw the way from each anchor to the next, or the mixes that `weights` ask for.
+
+        Both z_i and x_T are interpolated: between two by slerp, between more by the weighted spherical mean.
+
+        Args:
+            anchors: texts (str), which pass through the prior, and pictures: paths (Path), PIL pictures, arrays
+                (H, W, 3), tensors (3, H, W); see `pipelines.pictures.read_pictures`.
+            weights: (K,), one an anchor, for one mix; or (N, K), a row for each of N mixes. None is the whole way.
+            frames: pictures from each anchor to the next, both included: (K - 1) (frames - 1) + 1 in all.
+            inverted: start from the pictures' own noise, so that the way begins and ends with them; else all start from
+                one new noise, as texts do in any case.
+            generator: of the noise of texts, and of the prior.
+            return_dict: False returns the tuple (images, image_embeds).
+            options: those of `pipelines.options.PriorOptions` and `DecoderOptions`. If pictures are inverted, 50 steps
+                and no guidance of the decoder are the default, and the inversion uses the same. A decoder that reads
+                captions reads that of the anchor with the largest weight: its text; nothing, if it is a picture.
+
+        Raises:
+            InputError: for a value that is not allowed, before any work starts.
+        """
+        found = check_anchors(anchors)
+        rows = mixing_weights(len(found), weights, frames)
+        inverted = inverted and not all(isinstance(anchor, str) for anchor in found)
+        if options.get("latents") is not None:
+            raise InputError("latents is one noise, here it is interpolated; give a generator")
+        prior, decoder = split_options(INVERSION | options if inverted else options)
+        texts = [anchor for anchor in found if isinstance(anchor, str)]
+        if texts and self.prior is None:
+            raise InputError(f"this pipeline has no prior, so {texts[0]!r:.80} cannot be an anchor; give pictures")
+        self.check_tensor("prior_latents", prior.prior_latents, (len(texts), self.clip.embed_dim))
+        pictures = [anchor for anchor in found if not isinstance(anchor, str)]
+        read = read_pictures(pictures, self.image_size, "anchors") if pictures else None
+        held = self.hold(found, read, inverted, prior, decoder, generator)
+
+        mixed = [spherical_mean(held.image_embeds, row) for row in rows]
+        noise = [spherical_mean(held.latents.flatten(1), row).view(self.latent_shape) for row in rows]
+        z_i, x_T, images = torch.stack(mixed), torch.stack(noise), []
+        for start in range(0, len(rows), BATCH):
+            part = slice(start, start + BATCH)
+            text = None if held.text is None else chosen(held.text, rows[part].argmax(dim=1))
+            fresh = [Generator().manual_seed(0) for _ in rows[part]]  # DDIM without eta asks them for nothing
+            images.append(self.redraw(BipartiteLatent(z_i[part], x_T[part]), text, decoder, fresh))
+        return self.finish(joined(images), z_i, return_dict)
+
+    def hold(
+        self,
+        anchors: list[Anchor],
+        pictures: Tensor | None,
+        inverted: bool,
+        prior: PriorOptions,
+        decoder: DecoderOptions,
+        generator: Generator | None,
+    ) -> Anchors:
+        """z_i and x_T of each anchor; texts, and pictures that are not inverted, have one noise in common."""
+        is_text = torch.tensor([isinstance(anchor, str) for anchor in anchors])
+        (prior_generator,), (noise_generator,) = split_generators(generator, 1)
+        noise = draw_noise(self.latent_shape, [noise_generator], self._execution_device)
+        latents = noise.repeat(len(anchors), 1, 1, 1)
+        z_i = latents.new_empty(len(anchors), self.clip.embed_dim)
+        read = self.decoder.null(len(anchors)).text
+        if is_text.any():
+            places = is_text.nonzero()[:, 0]
+            text = self.encode_prompt([anchor for anchor in anchors if isinstance(anchor, str)])
+            _, generators = split_generators(prior_generator, len(places))
+            z_i[is_text] = self.draw_embeddings(text, None, prior, generators, decoder)
+            read = None if read is None else placed(text, places, read)
+        if pictures is not None and inverted:
+            z_i[~is_text], latents[~is_text] = self.invert_pictures(pictures, None, decoder)
+        elif pictures is not None:
+            z_i[~is_text] = self.encode_image(pictures)
+        return Anchors(z_i, latents, read)
+
+
+def check_anchors(anchors: Any) -> list[Anchor]:
+    """One by one. Raises InputError for none, for too many, and for texts that say nothing."""
+    if isinstance(anchors, str | Path | Image.Image):
+        anchors = [anchors]
+    if not isinstance(anchors, Sequence | np.ndarray | Tensor):
+        raise InputError(f"anchors must be a list of texts and pictures, got {type(anchors).__name__}")
+    if not len(anchors):
+        raise InputError("anchors are missing; give texts and pictures, two or more for a way between them")
+    if len(anchors) > MAX_ANCHORS:
+        raise InputError(f"anchors are {len(anchors)}; at most {MAX_ANCHORS} are taken")
+    check_texts("anchors", [anchor for anchor in anchors if isinstance(anchor, str)], empty=False)
+    return list(anchors)
+
+
+def mixing_weights(count: int, weights: Any, frames: int) -> Tensor:
+    """(N, count), fp64, each row summing to 1: how much of each anchor is in each picture. Raises InputError."""
+    if weights is not None:
+        try:
+            given = torch.as_tensor(weights, dtype=torch.float64)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"weights must be numbers, one for each anchor, got {weights!r:.80}") from error
+        rows = given[None] if given.ndim == 1 else given
+        if rows.ndim != 2 or not 1 <= len(rows) <= MAX_IMAGES:
+            raise InputError(f"weights have the shape {tuple(given.shape)}; they are ({count},), or (N, {count})")
+        return torch.stack([check_weights(row, count) for row in rows])
+    check_integer("frames", frames, 2, MAX_IMAGES)
+    if count < 2:
+        raise InputError("anchors are one, and there is no way from it; give another, or weights")
+    if (total := (count - 1) * (frames - 1) + 1) > MAX_IMAGES:
+        raise InputError(
+            f"frames {frames} between {count} anchors are {total} pictures; at most {MAX_IMAGES} are drawn"
+        )
+    at = torch.linspace(0, count - 1, total, dtype=torch.float64)
+    return (1 - (at[:, None] - torch.arange(count)).abs()).clamp(min=0)
+
+
+def placed(text: TextEncoding, places: Tensor, others: TextEncoding) -> TextEncoding:
+    """`others`, K of them, with the captions of `text` in these places."""
+    order = torch.zeros(len(others), dtype=torch.long)
+    order[places] = torch.arange(len(places))
+    keep = torch.zeros(len(others), dtype=torch.bool).index_fill(0, places, True)
+    return chosen(text, order).where(keep.to(text.mask.device), others)
+
+
+def chosen(text: TextEncoding, indices: Tensor) -> TextEncoding:
+    """The captions at these places."""
+    return text.map(lambda values: values[indices.to(values.device)])
+
+
+def joined(parts: list[Any]) -> Any:
+    """Batches of pictures, of any output type, as one."""
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts)
+    return np.concatenate(parts) if isinstance(parts[0], np.ndarray) else [image for part in parts for image in part]

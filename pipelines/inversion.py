@@ -1,0 +1,97 @@
+"""Pictures as bipartite latents (DALL-E 2, section 3): z_i, what is seen in them, and x_T, the noise with the rest."""
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from pipelines.base import UnCLIPPipeline
+from pipelines.options import DecoderOptions, decoder_options
+from pipelines.pictures import Pictures, read_pictures
+from t2i.condition import TextEncoding
+from t2i.config import check_integer
+from t2i.ddim import invert
+from t2i.errors import InputError
+from t2i.guidance import Guidance, check_guidance
+from t2i.sampling import MAX_STEPS, decoder_predict
+
+INVERSION = {"num_inference_steps": 50, "guidance_scale": 1.0}  # defaults where pictures are to come back
+
+
+class BipartiteLatent(NamedTuple):
+    """A picture, as the decoder has it."""
+
+    image_embeds: Tensor  # (N, D), unit length: z_i
+    latents: Tensor  # (N, C, h, w), about unit variance: x_T
+
+
+class InvertingPipeline(UnCLIPPipeline):
+    """What variations, interpolations and edits of given pictures share."""
+
+    @torch.no_grad()
+    def invert(
+        self,
+        image: Pictures,
+        prompt: str | list[str] | None = None,
+        num_inference_steps: int = INVERSION["num_inference_steps"],  # type: ignore[assignment]
+        guidance_scale: float | Guidance = INVERSION["guidance_scale"],
+    ) -> BipartiteLatent:
+        """N pictures -> (z_i, x_T), from which DDIM draws them again, up to what the autoencoder loses.
+
+        Args:
+            image: see `pipelines.pictures.read_pictures`; resized and cropped to the size that the decoder draws.
+            prompt: what caption-reading decoders read meanwhile, one for all or one a picture; None is nothing.
+            num_inference_steps, guidance_scale: the same as when they are drawn again. Guidance makes it less exact.
+
+        Raises:
+            InputError: for a value that is not allowed, before any work starts.
+        """
+        check_integer("num_inference_steps", num_inference_steps, 1, MAX_STEPS)
+        check_guidance("guidance_scale", guidance_scale)
+        pictures = read_pictures(image, self.image_size)
+        prompts = self.check_prompts("prompt", prompt, len(pictures))
+        text = self.encode_prompt(prompts) if prompts else None
+        return self.invert_pictures(pictures, text, DecoderOptions(num_inference_steps, guidance_scale))
+
+    def given(self, image: Pictures | BipartiteLatent) -> tuple[Tensor | BipartiteLatent, int]:
+        """Pictures, (N, 3, H, W) in [-1, 1], or what they are to the decoder, checked; and N."""
+        if not isinstance(image, BipartiteLatent):
+            pictures = read_pictures(image, self.image_size)
+            return pictures, len(pictures)
+        count = len(image.image_embeds)
+        self.check_tensor("image_embeds", image.image_embeds, (count, self.clip.embed_dim))
+        self.check_tensor("latents", image.latents, (count, *self.latent_shape))
+        return BipartiteLatent(*(one.to(self._execution_device).float() for one in image)), count
+
+    def inverted(
+        self, given: Tensor | BipartiteLatent, text: TextEncoding | None, options: DecoderOptions
+    ) -> BipartiteLatent:
+        return given if isinstance(given, BipartiteLatent) else self.invert_pictures(given, text, options)
+
+    @torch.no_grad()
+    def invert_pictures(self, pictures: Tensor, text: TextEncoding | None, options: DecoderOptions) -> BipartiteLatent:
+        """The same of (N, 3, H, W) in [-1, 1]."""
+        z_i, scheduler = self.encode_image(pictures), self.decoder_scheduler
+        predict = decoder_predict(self.decoder, scheduler, z_i, text, options.guidance_scale)
+        steps = options.num_inference_steps
+        noise = invert(predict, scheduler, self.encode_latents(pictures), steps, progress=self.progress_bar)
+        return BipartiteLatent(z_i, noise)
+
+    def redraw(
+        self,
+        latent: BipartiteLatent,
+        text: TextEncoding | None,
+        options: DecoderOptions,
+        generators: list[Generator],
+        eta: float = 0.0,
+    ) -> Any:
+        """The pictures that DDIM draws from (z_i, x_T), as `output_type` says; `eta` adds fresh noise in each step."""
+        return self.draw(latent.image_embeds, text, replace(options, latents=latent.latents), generators, eta=eta)
+
+
+def inversion_options(options: dict[str, Any]) -> DecoderOptions:
+    """Those of the decoder where the noise is that of given pictures."""
+    if options.get("latents") is not None:
+        raise InputError("latents is the noise to start from, which is that of the picture here; leave it out")
+    return decoder_options(INVERSION | options)

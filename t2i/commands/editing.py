@@ -1,0 +1,121 @@
+"""What draws from given pictures: variations, what lies between them, edits by captions."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Argument, Option
+
+from t2i.commands import SHIPPED, options
+from t2i.errors import InputError
+
+app = typer.Typer()
+
+Pictures = Annotated[list[Path], Argument(help="Picture files.", show_default=False)]
+
+
+@app.command()
+def variations(
+    pictures: Pictures,
+    eta: Annotated[
+        float | None,
+        Option(
+            help="Start from the picture's own noise and roam so far: 0 gives it back, 1 is far. New noise if left out."
+        ),
+    ] = None,
+    prompt: Annotated[str | None, Option(help="What decoders read that read captions.")] = None,
+    out: options.Out = Path("out"),
+    model: options.Model = str(SHIPPED),
+    count: options.Count = 1,
+    seed: options.Seed = None,
+    steps: options.Steps = None,
+    guidance_scale: options.Scale = None,
+    guidance: options.Settings = None,
+    device: options.Device = "auto",
+) -> None:
+    """Draw pictures of what others show; prints their paths."""
+    from pipelines.generation import redraw_files
+    from pipelines.image_variation import ImageVariationPipeline
+    from pipelines.inversion import INVERSION
+    from pipelines.options import decoder_options
+    from t2i.guidance import check_number
+
+    settings = options.given(num_inference_steps=steps) | options.guidance(guidance_scale, guidance)
+    if eta is not None:
+        check_number("eta", eta, 0, 1)
+        settings = INVERSION | settings
+    decoder_options(settings)
+    settings |= options.given(eta=eta, prompt=prompt)
+    for path in redraw_files(ImageVariationPipeline, pictures, out, model, count, seed, device, settings):
+        print(path)
+
+
+@app.command()
+def interpolate(
+    anchors: Annotated[list[str], Argument(help="Pictures (their files) and texts.", show_default=False)],
+    weights: Annotated[str | None, Option(help="Numbers with commas, one an anchor: one mix, not the way.")] = None,
+    frames: Annotated[int, Option(help="Pictures from each anchor to the next, both included.")] = 8,
+    strip: Annotated[bool, Option("--strip", help="One picture with all of them in a row.")] = False,
+    video: Annotated[Path | None, Option(help="A moving picture of them too: .mp4, .webp, .png, .gif.")] = None,
+    fps: Annotated[float, Option(help="Of the video, frames a second.")] = 12.0,
+    inverted: Annotated[
+        bool, Option("--inverted/--new-noise", help="Begin and end with the very pictures, or with variations.")
+    ] = True,
+    out: options.Out = Path("out"),
+    model: options.Model = str(SHIPPED),
+    seed: options.Seed = None,
+    steps: options.Steps = None,
+    guidance_scale: options.Scale = None,
+    guidance: options.Settings = None,
+    prior_steps: options.PriorSteps = None,
+    prior_guidance_scale: options.PriorScale = None,
+    prior_guidance: options.Settings = None,
+    device: options.Device = "auto",
+) -> None:
+    """Draw what lies between pictures and texts; prints the paths."""
+    from pipelines.frames import interpolate_files
+
+    settings = options.given(num_inference_steps=steps, prior_num_inference_steps=prior_steps)
+    settings |= options.guidance(guidance_scale, guidance, prior_guidance_scale, prior_guidance)
+    numbers = None if weights is None else parse_weights(weights)
+    for path in interpolate_files(
+        anchors, out, model, numbers, frames, strip, video, fps, inverted, seed, device, settings
+    ):
+        print(path)
+
+
+@app.command()
+def edit(
+    picture: Annotated[Path, Argument(help="A picture file.")],
+    source: Annotated[str, Option("--from", help="What it shows.")],
+    target: Annotated[str, Option("--to", help="What it is to show.")],
+    theta: Annotated[float | None, Option(help="How far to go: 0 is nowhere, 1 is all the way.")] = None,
+    out: options.Out = Path("out"),
+    model: options.Model = str(SHIPPED),
+    steps: options.Steps = None,
+    guidance_scale: options.Scale = None,
+    guidance: options.Settings = None,
+    device: options.Device = "auto",
+) -> None:
+    """Change a picture by the direction from one caption to another; prints its path."""
+    from pipelines.generation import redraw_files
+    from pipelines.inversion import INVERSION
+    from pipelines.options import decoder_options
+    from pipelines.text_diff import THETA, TextDiffPipeline, check_pair
+    from t2i.guidance import check_number
+
+    theta = THETA if theta is None else theta
+    check_number("theta", theta, 0, 1)
+    check_pair(source, target)
+    settings = INVERSION | options.given(num_inference_steps=steps) | options.guidance(guidance_scale, guidance)
+    decoder_options(settings)
+    settings |= {"source": source, "target": target, "theta": theta}
+    for path in redraw_files(TextDiffPipeline, [picture], out, model, 1, 0, device, settings):
+        print(path)
+
+
+def parse_weights(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"weights must be numbers with commas between them, such as 1,2,1; got {text!r}") from error
