@@ -5,6 +5,7 @@ Its arithmetic contains diffusers' PriorTransformer: same order, pre-norm, learn
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +75,7 @@ class Prior(ModelMixin, ConfigMixin):
 
     def forward(self, x: Tensor, t: Tensor, text: TextEncoding) -> Tensor:
         """x: (B, D) noisy scaled z_i; t: (B,) timesteps -> (B, D), the clean one; or (B, 2D). What training calls."""
-        tokens = torch.cat([self.caption_tokens(text), self.image_tokens(x, t)], dim=1)
+        tokens = torch.cat([caption_tokens(self, text), self.image_tokens(x, t)], dim=1)
         length = tokens.shape[1]
         mask = torch.cat([text.mask, text.mask.new_ones(len(x), 4)], dim=1)[:, None, None, :]
         mask = mask & torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
@@ -85,7 +86,7 @@ class Prior(ModelMixin, ConfigMixin):
     @apply_forward_hook
     def prepare(self, text: TextEncoding) -> PriorContext:
         """The part of `forward` that depends on neither x nor t."""
-        tokens = self.caption_tokens(text)
+        tokens = caption_tokens(self, text)
         length = tokens.shape[1]
         known = torch.cat([text.mask, text.mask.new_ones(len(text), 1)], dim=1)
         mask = known[:, None, None, :] & torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()
@@ -127,27 +128,29 @@ class Prior(ModelMixin, ConfigMixin):
         """The reverse, of unit length whatever x is."""
         return F.normalize(x * self.std + self.mean, dim=-1)
 
-    def caption_tokens(self, text: TextEncoding) -> Tensor:
-        """[caption, z_t] at their positions: (B, L + 1, width). z_t keeps its place however short the captions are."""
-        length, last = text.mask.shape[1], self.config.context_length
-        if length > last:
-            raise ValueError(f"a caption has {length} tokens, the prior takes at most {last}")
-        caption = self.from_states(text.states) + self.positions[:length]
-        z_t = self.from_text(text.embedding * self.config.embed_dim**0.5) + self.positions[last]
-        return torch.cat([caption, z_t[:, None]], dim=1)
-
     def image_tokens(self, x: Tensor, t: Tensor) -> Tensor:
         """[time, noisy z_i, query] at their positions: (B, 3, width)."""
         tokens = torch.stack([self.from_time(t), self.from_image(x), self.query.expand(len(x), -1)], dim=1)
         return tokens + self.positions[-3:]
 
 
+def caption_tokens(prior: Any, text: TextEncoding) -> Tensor:
+    """[caption, z_t] at their positions: (B, L + 1, width). z_t keeps its place however short the captions are."""
+    length, last = text.mask.shape[1], prior.config.context_length
+    if length > last:
+        raise ValueError(f"a caption has {length} tokens, the prior takes at most {last}")
+    caption = prior.from_states(text.states) + prior.positions[:length]
+    z_t = prior.from_text(text.embedding * prior.config.embed_dim**0.5) + prior.positions[last]
+    return torch.cat([caption, z_t[:, None]], dim=1)
+
+
 class PriorBlock(nn.Module):
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, dropout: float = 0.0):
         super().__init__()
         self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = Attention(width, heads)
         self.mlp = feed_forward(width)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, mask: Tensor, past: KeyValue | None = None) -> Tensor:
         return self.with_key_value(x, mask, past)[0]
@@ -155,5 +158,5 @@ class PriorBlock(nn.Module):
     def with_key_value(self, x: Tensor, mask: Tensor, past: KeyValue | None = None) -> tuple[Tensor, KeyValue]:
         """Also the keys and values of x; training, which has no use for them, does not keep them."""
         attended, key_value = self.attention(self.norm_1(x), mask, past)
-        x = x + attended
-        return x + self.mlp(self.norm_2(x)), key_value
+        x = x + self.dropout(attended)
+        return x + self.dropout(self.mlp(self.norm_2(x))), key_value

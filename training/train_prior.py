@@ -1,6 +1,8 @@
-"""Train the diffusion prior: a caption's encoding -> image embedding.
+"""Train a prior: a caption's encoding -> image embedding.
 
 accelerate launch training/train_prior.py configs/emoji/prior.yaml train.steps=1000
+
+`architecture` says which: diffusion, autoregressive, or a regression (linear, mlp) as a baseline.
 """
 
 import sys
@@ -11,9 +13,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import Module
 
+from t2i.autoregressive_prior import AutoregressivePrior, components_for
 from t2i.checkpoint import export_model, load_model, weights_digest
-from t2i.config import DataConfig, TrainConfig, build, check_range
+from t2i.condition import TextEncoding
+from t2i.config import DataConfig, TrainConfig, build, check_choice, check_range
 from t2i.data import Batch
 from t2i.data.cache import ClipFacts
 from t2i.data.source import Source, open_source
@@ -24,6 +30,14 @@ from t2i.loop import Stage, fit, start
 from t2i.lora import LoraConfig, add_adapters, check_lora, export_adapted
 from t2i.preview import Preview, SampleConfig, choose_columns
 from t2i.prior import Prior
+from t2i.regression_prior import KINDS, RegressionPrior
+
+ARCHITECTURES: dict[str, Any] = {
+    "diffusion": Prior,
+    "autoregressive": AutoregressivePrior,
+    "linear": RegressionPrior,
+    "mlp": RegressionPrior,
+}
 
 
 @dataclass
@@ -32,22 +46,32 @@ class Config:
         "???"  # folder of a trained CLIP, or a public one: ViT-L-14:laion2b_s32b_b82k, hf-hub:name, local-dir:path
     )
     cache: str | None = None  # folder that `t2i data cache` wrote; without one, pictures are encoded in every step
-    model: dict[str, Any] = field(default_factory=dict)  # arguments of t2i.prior.Prior, but for what CLIP tells
+    architecture: str = "diffusion"  # or autoregressive, linear, mlp
+    model: dict[str, Any] = field(default_factory=dict)  # arguments of that prior in t2i, but for what CLIP tells
     init: str | None = None  # folder of a trained prior to start from, instead of random weights
     lora: LoraConfig | None = None  # train adapters of this rank on `init`, not its weights: rank, alpha, targets
+    caption_dropout: float = 0.1  # of diffusion and autoregressive, whose guidance needs it
+    # of diffusion
     scheduler: dict[str, Any] = field(default_factory=dict)  # arguments of diffusers' DDIMScheduler
-    caption_dropout: float = 0.1
     timestep_shift: float = 1.0  # above 1, high noise is drawn more often
     loss_weighting: str = "none"  # or min_snr, which lets the steps of low noise count less
     min_snr_gamma: float = 5.0
+    # of autoregressive
+    explained_variance: float = 0.99  # of z_i, by the components that are drawn, unless model.components says how many
+    label_smoothing: float = 0.0  # standard deviation, in buckets, of the target around the true one
+    code_noise: float = 0.0  # standard deviation, in ranges of a component, of noise on the codes that are read
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)  # what is drawn every train.sample_every steps
 
     def __post_init__(self) -> None:
+        check_choice("architecture", self.architecture, tuple(ARCHITECTURES))
         check_range("caption_dropout", self.caption_dropout, 0, 1)
         check_range("timestep_shift", self.timestep_shift, 0.01, 100)
         check_range("min_snr_gamma", self.min_snr_gamma, 0.01, 1000)
+        check_range("explained_variance", self.explained_variance, 0.01, 1)
+        check_range("label_smoothing", self.label_smoothing, 0, 100)
+        check_range("code_noise", self.code_noise, 0, 1)
         check_weighting(noise_scheduler(self.scheduler), self.loss_weighting)
         check_lora(self.lora, self.init)
 
@@ -60,34 +84,37 @@ def main(config: Config) -> None:
 
 def make_stage(config: Config, source: Source, device: torch.device) -> Stage:
     source.to(device)
-    scheduler = noise_scheduler(config.scheduler)
+    scheduler = noise_scheduler(config.scheduler) if config.architecture == "diffusion" else None
     made_from = dict(source.made_from)
-    needed = prior_arguments(source.clip)
     if config.init is None:
-        prior = build(Prior, "model", config.model, **needed, null_length=source.null().states.shape[1])
-        prior.set_encodings(source.null(), *source.statistics())
+        prior = make_prior(config, source)
     else:  # its null and its scale are part of what it learned
-        check_prediction(config.init, scheduler)
-        prior = start_from(partial(load_model, Prior), config.init, config.model, **needed)
+        if scheduler is not None:
+            check_prediction(config.init, scheduler)
+        load = partial(load_model, ARCHITECTURES[config.architecture])
+        prior = start_from(load, config.init, stated(config), **prior_arguments(config, source.clip))
         made_from["init"] = weights_digest(prior)
     if config.lora is not None:
         add_adapters(prior, config.lora)
     prior.to(device)
 
-    def loss(model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    def loss(model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
         batch = source.encode(batch)
         text, z_i = batch.text, batch.image_embeds
-        condition = drop(text, prior.null(len(text)), config.caption_dropout)
-        weighting = (config.timestep_shift, config.loss_weighting, config.min_snr_gamma)
-        metrics, prediction = diffusion_loss(model, scheduler, prior.scale(z_i), condition, *weighting)
-        metrics["cosine_text"] = F.cosine_similarity(text.embedding, z_i).mean()
-        if scheduler.config.prediction_type == "sample":
-            metrics["cosine"] = F.cosine_similarity(prior.unscale(prediction.detach()), z_i).mean()
-        return metrics
+        assert text is not None and z_i is not None, "a prior is trained on pairs"
+        metrics = {"cosine_text": F.cosine_similarity(text.embedding, z_i).mean()}
+        match config.architecture:
+            case "diffusion":
+                return metrics | denoising_loss(config, model, prior, scheduler, text, z_i)
+            case "autoregressive":
+                return metrics | autoregressive_loss(config, model, prior, text, z_i)
+            case _:
+                return metrics | regression_loss(model, prior, text, z_i)
 
     def export(average: torch.nn.Module) -> None:
         export_adapted(average, Path(config.train.output))
-        export_model(scheduler, Path(config.train.output), "scheduler")
+        if scheduler is not None:
+            export_model(scheduler, Path(config.train.output), "scheduler")
 
     preview = None
     if config.train.sample_every:
@@ -97,14 +124,81 @@ def make_stage(config: Config, source: Source, device: torch.device) -> Stage:
     return Stage(prior, loss, source.dataset, export, made_from, asdict(config), workers, held_out, preview)
 
 
-def prior_arguments(clip: ClipFacts) -> dict[str, Any]:
+def make_prior(config: Config, source: Source) -> Any:
+    """With random weights, and the data's null and statistics. Bad arguments are refused before the data are read."""
+    made, needed = stated(config), prior_arguments(config, source.clip)
+    kind = ARCHITECTURES[config.architecture]
+    if config.architecture in KINDS:
+        prior = build(kind, "model", made, **needed)
+        prior.set_encodings(*source.statistics())
+        return prior
+    needed["null_length"] = source.null().states.shape[1]
+    if config.architecture == "diffusion":
+        prior = build(kind, "model", made, **needed)
+        prior.set_encodings(source.null(), *source.statistics())
+        return prior
+    with torch.device("meta"):
+        build(kind, "model", {"components": 1} | made, **needed)
+    embeddings = source.embeddings()
+    made = {"components": components_for(embeddings, config.explained_variance)} | made
+    prior = build(kind, "model", made, **needed)
+    prior.set_encodings(source.null(), embeddings)
+    return prior
+
+
+def denoising_loss(
+    config: Config, model: Module, prior: Prior, scheduler: Any, text: TextEncoding, z_i: Tensor
+) -> dict[str, Tensor]:
+    condition = drop(text, prior.null(len(text)), config.caption_dropout)
+    weighting = (config.timestep_shift, config.loss_weighting, config.min_snr_gamma)
+    metrics, prediction = diffusion_loss(model, scheduler, prior.scale(z_i), condition, *weighting)
+    if scheduler.config.prediction_type == "sample":
+        metrics["cosine"] = F.cosine_similarity(prior.unscale(prediction.detach()), z_i).mean()
+    return metrics
+
+
+def autoregressive_loss(
+    config: Config, model: Module, prior: AutoregressivePrior, text: TextEncoding, z_i: Tensor
+) -> dict[str, Tensor]:
+    """Cross-entropy of each code given the true ones before it, in nats a code."""
+    codes = prior.quantise(text.embedding, z_i)
+    condition = drop(text, prior.null(len(text)), config.caption_dropout)
+    read = codes
+    if config.code_noise and model.training:  # drawn codes are never as true as those of the data
+        noise = config.code_noise * prior.config.buckets * torch.randn(codes.shape, device=codes.device)
+        read = (codes + noise.round().long()).clamp(0, prior.config.buckets - 1)
+    logits = model(condition, read).float()
+    losses = cross_entropy(logits, codes, config.label_smoothing if model.training else 0.0)
+    return {"loss": losses.mean(), "loss_dot": losses[:, 0].mean().detach(), "loss_first": losses[:, 1:9].mean().detach()}
+
+
+def cross_entropy(logits: Tensor, codes: Tensor, smoothing: float) -> Tensor:
+    """(B, L, buckets), (B, L) -> (B, L); the target is spread over the neighbours of the true bucket."""
+    if smoothing == 0:
+        return F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="none").view_as(codes)
+    distance = (torch.arange(logits.shape[-1], device=codes.device) - codes[..., None]) / smoothing
+    return -((-0.5 * distance.square()).softmax(dim=-1) * logits.log_softmax(dim=-1)).sum(dim=-1)
+
+
+def regression_loss(model: Module, prior: RegressionPrior, text: TextEncoding, z_i: Tensor) -> dict[str, Tensor]:
+    prediction = model(text).float()
+    cosine = F.cosine_similarity(prior.unscale(prediction.detach()), z_i).mean()
+    return {"loss": F.mse_loss(prediction, prior.scale(z_i)), "cosine": cosine}
+
+
+def stated(config: Config) -> dict[str, Any]:
+    """What the configuration says of the model."""
+    return config.model | ({"kind": config.architecture} if config.architecture in KINDS else {})
+
+
+def prior_arguments(config: Config, clip: ClipFacts) -> dict[str, Any]:
     """What a prior takes over from the CLIP that it is trained with."""
-    return {
+    arguments = {
         "embed_dim": clip.embed_dim,
         "text_width": clip.text_width,
-        "context_length": clip.context_length,
         "clip_fingerprint": clip.identity,
     }
+    return arguments if config.architecture in KINDS else arguments | {"context_length": clip.context_length}
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Both ways fill the same fields of a batch, so that a loss does not know which it
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +26,7 @@ from t2i.untrusted import is_folder
 TOKENIZER = ("tokenizer.json", "tokenizer/*")  # files of a CLIP folder that are its tokenizer
 PUBLIC = ("*.safetensors", "*.json", "*.txt", "*.model")  # a folder as others write it: weights, settings, tokenizer
 MEASURED = 4096  # pictures that set mean and std of the embeddings without a cache, at most
+SPREAD = 16_384  # of a cache, that set the principal components
 
 
 class Source(Protocol):
@@ -45,6 +46,9 @@ class Source(Protocol):
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the image embeddings, (D,), float64."""
+
+    def embeddings(self) -> Tensor:
+        """Image embeddings from all over the training split, (n, D), fp32, on the CPU."""
 
     def records(self, keys: list[Key]) -> Batch:
         """Of what is held out, or of the training split if nothing is: encodings, captions, and pictures if at hand."""
@@ -88,10 +92,16 @@ class FrozenModels:
     def null(self) -> TextEncoding:
         return self.encoder.encode_text([""])
 
-    @torch.no_grad()
     def statistics(self) -> tuple[Tensor, Tensor]:
-        pictures = self.dataset.sample(MEASURED, batch_size=64)
-        return statistics(self.encoder.encode_image(image.to(self.encoder.device)).cpu() for image in pictures)
+        return statistics(self.encoded())
+
+    def embeddings(self) -> Tensor:
+        return torch.cat(list(self.encoded()))
+
+    @torch.no_grad()
+    def encoded(self) -> Iterator[Tensor]:
+        for image in self.dataset.sample(MEASURED, batch_size=64):
+            yield self.encoder.encode_image(image.to(self.encoder.device)).float().cpu()
 
     @torch.no_grad()
     def records(self, keys: list[Key]) -> Batch:
@@ -135,6 +145,11 @@ class Cached:
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         return self.dataset.shared["mean"], self.dataset.shared["std"]
+
+    def embeddings(self) -> Tensor:
+        size = self.dataset.shard_size
+        chosen = range(0, len(self.dataset), -(-len(self.dataset) // SPREAD))
+        return torch.stack([self.dataset.shard(i // size)["image_embeds"][i % size] for i in chosen]).float()
 
     @torch.no_grad()
     def records(self, keys: list[Key]) -> Batch:
