@@ -11,7 +11,7 @@ from t2i.checkpoint import load_model, load_scheduler, new_folder
 from t2i.clip import load_clip
 from t2i.decoder import Decoder
 from t2i.errors import InputError
-from t2i.prior import Prior
+from t2i.priors import load_prior
 from t2i.unet_decoder import UNetDecoder
 
 
@@ -19,14 +19,15 @@ def assemble(runs: str | Path, **elsewhere: str | None) -> Text2ImagePipeline:
     """The pipeline of the stages trained in `runs/clip`, `runs/autoencoder`, `runs/prior` and `runs/decoder`.
 
     A stage's keyword names the folder it is in instead; for `clip` and `autoencoder` also a public model, as in the
-    training configurations.
+    training configurations. prior="none" leaves the prior out.
     """
     found = {stage: elsewhere.get(stage) or Path(runs) / stage for stage in STAGES}
-    prior, decoder = Path(found["prior"]), Path(found["decoder"])
+    prior, prior_scheduler = load_prior(found["prior"])
+    decoder = Path(found["decoder"])
     return Text2ImagePipeline(
         clip=load_clip(found["clip"]),
-        prior=load_model(Prior, prior),
-        prior_scheduler=load_scheduler(prior / "scheduler"),
+        prior=prior,
+        prior_scheduler=prior_scheduler,
         decoder=load_model((Decoder, UNetDecoder), decoder),
         decoder_scheduler=load_scheduler(decoder / "scheduler"),
         autoencoder=load_autoencoder(found["autoencoder"]),

@@ -21,15 +21,16 @@ from pipelines.folder import OPTIONAL, PARTS, check_folder
 from pipelines.options import DecoderOptions, PriorOptions
 from pipelines.progress import Interrupted, Preview
 from t2i.autoencoder import Autoencoder
+from t2i.autoregressive_prior import AutoregressivePrior
 from t2i.checkpoint import loaded
 from t2i.clip import CLIP
 from t2i.condition import ImageCondition, TextEncoding
 from t2i.decoder import Decoder
 from t2i.diffusion import Predict, clean, draw_noise, sample
 from t2i.errors import InputError
-from t2i.prior import Prior
+from t2i.priors import UNSCHEDULED, AnyPrior, draw_embeddings, nearest
 from t2i.samplers import make_sampler
-from t2i.sampling import OnStep, Wrap, check_texts, decoder_predict, sample_prior
+from t2i.sampling import OnStep, Wrap, check_texts, decoder_predict
 from t2i.steering import check_steering, steering_wrap
 from t2i.unet_decoder import UNetDecoder
 from t2i.untrusted import is_folder, reach
@@ -66,7 +67,7 @@ class UnCLIPPipeline(DiffusionPipeline):
         decoder: Decoder | UNetDecoder,
         decoder_scheduler: SchedulerMixin,
         autoencoder: Autoencoder,
-        prior: Prior | None = None,
+        prior: AnyPrior | None = None,
         prior_scheduler: SchedulerMixin | None = None,
     ):
         super().__init__()
@@ -74,8 +75,10 @@ class UnCLIPPipeline(DiffusionPipeline):
             theirs = None if model is None else model.config.clip_fingerprint
             if theirs is not None and theirs != clip.identity:
                 raise InputError(f"the {name} was trained with the CLIP {theirs}, this pipeline has {clip.identity}")
-        if (prior is None) != (prior_scheduler is None):
-            raise InputError("prior and prior_scheduler go together; one of them is missing")
+        if (prior is None or isinstance(prior, UNSCHEDULED)) != (prior_scheduler is None):
+            what = "no prior" if prior is None else f"as prior a {type(prior).__name__}"
+            has = "no prior_scheduler" if prior_scheduler is None else "a prior_scheduler"
+            raise InputError(f"this pipeline has {what} and {has}; only the diffusion prior goes with a scheduler")
         if decoder.config.latent_channels != autoencoder.channels:
             channels = f"{decoder.config.latent_channels} channels, the autoencoder's have {autoencoder.channels}"
             raise InputError(f"the decoder's latents have {channels}; they were not trained together")
@@ -202,23 +205,43 @@ class UnCLIPPipeline(DiffusionPipeline):
         generators: list[Generator],
         decoding: DecoderOptions,
     ) -> Tensor:
-        """z_i of unit length for captions, (N, D), fp32; `decoding` says who watches."""
-        if self.prior is None or self.prior_scheduler is None:
-            raise InputError("this pipeline has no prior; give image_embeds or pictures")
-        text = text.to(self._execution_device, self.prior.dtype)
+        """z_i of unit length for captions, (N, D), fp32; `decoding` says who watches.
+
+        Without a prior the decoder gets the captions' own z_t, which is there to compare priors with.
+        """
         prior, steps = self.prior, options.prior_num_inference_steps
+        text = text.to(self._execution_device, self.clip.dtype if prior is None else prior.dtype)
+        if prior is None:
+            logger.warning("this pipeline has no prior: the decoder gets the embedding of the text")
+        elif isinstance(prior, AutoregressivePrior):
+            steps = prior.length
+
+        def estimate(x: Tensor) -> Tensor:
+            z_i = x if isinstance(prior, UNSCHEDULED) else prior.unscale(x)
+            return nearest(z_i.float(), text.embedding)
 
         def pictures(z_i: Tensor) -> list[Image.Image]:
             fresh = [Generator().manual_seed(0) for _ in z_i]
             quick = DecoderOptions(num_inference_steps=PREVIEW_STEPS, guidance_scale=1.0)
             return self.draw(z_i, text, quick, fresh)
 
-        wrap, on_step = self.watched(
-            "prior", self.prior_scheduler, steps, decoding, lambda x: prior.unscale(x).float(), pictures
+        wrap, on_step = self.watched("prior", self.prior_scheduler, steps, decoding, estimate, pictures)
+        z_i = draw_embeddings(
+            prior,
+            self.prior_scheduler,
+            text,
+            negative,
+            steps,
+            options.prior_guidance_scale,
+            generators,
+            options.prior_candidates,
+            options.prior_latents,
+            options.prior_temperature,
+            self.progress_bar,
+            on_step,
+            wrap,
         )
-        guidance, noise = options.prior_guidance_scale, options.prior_latents
-        settings = (steps, guidance, generators, noise, self.progress_bar, on_step, wrap)
-        return check_finite("prior", sample_prior(prior, self.prior_scheduler, text, negative, *settings))
+        return check_finite("prior", z_i)
 
     def sample_decoder(
         self,
@@ -328,7 +351,7 @@ class UnCLIPPipeline(DiffusionPipeline):
 
         def report(step: int, t: Tensor, x: Tensor) -> Tensor:
             if options.on_preview is not None and ((step + 1) % options.preview_every == 0 or step + 1 == steps):
-                estimate = to_estimate(x if step + 1 == steps else seen["clean"])
+                estimate = to_estimate(x if step + 1 == steps else seen.get("clean", x))
                 options.on_preview(Preview(stage, step + 1, steps, estimate, lambda: to_images(estimate)))
             if self.interrupted:
                 self.interrupted = False

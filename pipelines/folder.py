@@ -9,13 +9,13 @@ from t2i.autoencoder import Autoencoder
 from t2i.clip import CLIP
 from t2i.decoder import Decoder
 from t2i.errors import InputError
-from t2i.prior import Prior
+from t2i.priors import PRIORS
 from t2i.unet_decoder import UNetDecoder
 from t2i.untrusted import SCHEDULERS, check_files, check_model, check_scheduler, is_folder, read_config
 
 PARTS: dict[str, tuple[type, ...]] = {  # what a folder's components may be; a part of the file format
     "clip": (CLIP,),
-    "prior": (Prior,),
+    "prior": PRIORS,
     "prior_scheduler": (SchedulerMixin,),
     "decoder": (Decoder, UNetDecoder),
     "decoder_scheduler": (SchedulerMixin,),

@@ -37,6 +37,7 @@ RECORDED = (  # of a pipeline's options, in every picture
     "guidance_scale",
     "prior_num_inference_steps",
     "prior_guidance_scale",
+    "prior_candidates",
 )
 LABELS = {  # as other tools call them
     "Steps": "num_inference_steps",

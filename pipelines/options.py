@@ -8,9 +8,10 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from pipelines.progress import Preview
-from t2i.config import check_choice, check_integer
+from t2i.config import check_choice, check_integer, check_range
 from t2i.errors import InputError
 from t2i.guidance import Guidance, check_guidance
+from t2i.priors import MAX_CANDIDATES
 from t2i.sampling import MAX_STEPS
 from t2i.steering import Steering
 
@@ -25,16 +26,23 @@ class PriorOptions:
 
     prior_num_inference_steps: 1 to 1000.
     prior_guidance_scale: a scale, where 1 is off, or a `Guidance`.
-    prior_latents: (N, D), the noise that the prior starts from.
+    prior_latents: (N, D), the noise that the diffusion prior starts from; the only candidate then.
+    prior_candidates: 1 to 64; of so many the one nearest to the caption's own embedding is taken.
+    prior_temperature: of the autoregressive prior, 0 to 10; 0 takes the likeliest, None is the model's own.
     """
 
     prior_num_inference_steps: int = 25
     prior_guidance_scale: float | Guidance = 2.0
     prior_latents: Tensor | None = None
+    prior_candidates: int = 2
+    prior_temperature: float | None = None
 
     def __post_init__(self) -> None:
         check_integer("prior_num_inference_steps", self.prior_num_inference_steps, 1, MAX_STEPS)
         check_guidance("prior_guidance_scale", self.prior_guidance_scale)
+        check_integer("prior_candidates", self.prior_candidates, 1, MAX_CANDIDATES)
+        if self.prior_temperature is not None:
+            check_range("prior_temperature", self.prior_temperature, 0, 10)
 
 
 @dataclass

@@ -194,7 +194,9 @@ class AutoregressivePrior(ModelMixin, ConfigMixin):
         """
         temperature = self.config.temperature if temperature is None else temperature
         device, count = text.embedding.device, len(text)
-        uniform = torch.stack([torch.rand(self.length, generator=one, device=one.device).to(device) for one in generators])
+        uniform = torch.stack(
+            [torch.rand(self.length, generator=one, device=one.device).to(device) for one in generators]
+        )
         text = text.to(device, self.dtype)
         if scale == 1:
             context = self.prepare(text)

@@ -190,7 +190,7 @@ def assemble(
     folder: Annotated[Path, Argument(help="A new folder for the pipeline.")],
     clip: Annotated[str | None, Option(help="Instead of RUNS/clip: a folder, or a public NAME:TAG.")] = None,
     autoencoder: Annotated[str | None, Option(help="Instead of RUNS/autoencoder: a folder, or a public VAE.")] = None,
-    prior: Annotated[str | None, Option(help="Instead of RUNS/prior.")] = None,
+    prior: Annotated[str | None, Option(help="Instead of RUNS/prior; none leaves it out.")] = None,
     decoder: Annotated[str | None, Option(help="Instead of RUNS/decoder.")] = None,
     fp16: Annotated[bool, Option("--fp16", help="Half-precision weights: half the size.")] = False,
 ) -> None:

@@ -29,8 +29,9 @@ from t2i.data.source import Source
 from t2i.decoder import Decoder
 from t2i.errors import InputError
 from t2i.guidance import MAX_SCALE
-from t2i.prior import Prior
-from t2i.sampling import MAX_STEPS, check_texts, sample_decoder, sample_prior, split_generators
+from t2i.priors import MAX_CANDIDATES, PRIORS, UNSCHEDULED, AnyPrior
+from t2i.priors import draw_embeddings as draw_any
+from t2i.sampling import MAX_STEPS, check_texts, sample_decoder, split_generators
 from t2i.unet_decoder import UNetDecoder
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class SampleConfig:
     autoencoder: str | None = None  # ... and of its autoencoder, or a diffusers VAE
     prior_num_inference_steps: int = 25
     prior_guidance_scale: float = 2.0
+    prior_candidates: int = 2
     num_inference_steps: int = 25
     guidance_scale: float = 1.5
 
@@ -57,6 +59,7 @@ class SampleConfig:
         check_texts("sample.prompts", self.prompts, empty=False)
         if len(self.prompts) > MAX_PROMPTS:
             raise InputError(f"sample.prompts has {len(self.prompts)} texts; at most {MAX_PROMPTS}")
+        check_integer("sample.prior_candidates", self.prior_candidates, 1, MAX_CANDIDATES)
         check_integer("sample.seed", self.seed, 0, 2**62)
         for name in ("prior_num_inference_steps", "num_inference_steps"):
             check_integer(f"sample.{name}", getattr(self, name), 1, MAX_STEPS)
@@ -144,15 +147,17 @@ def clip_preview(clip: CLIP, pictures: Tensor, captions: list[str]) -> Image:
     return similarity_matrix(z_t @ z_i.T, to_images(pictures), captions, "cosine of caption and picture")
 
 
-def draw_embeddings(columns: Columns, config: SampleConfig, prior: Prior, scheduler: SchedulerMixin) -> Tensor:
+def draw_embeddings(
+    columns: Columns, config: SampleConfig, prior: AnyPrior, scheduler: SchedulerMixin | None
+) -> Tensor:
     """The prior's z_i for every column, (N, D), unit length, fp32, on the CPU."""
     scheduler, device = copy.deepcopy(scheduler), prior.device  # setting its steps would change the trainer's
-    steps, scale = config.prior_num_inference_steps, config.prior_guidance_scale
+    steps, scale, candidates = config.prior_num_inference_steps, config.prior_guidance_scale, config.prior_candidates
     generators, _ = generators_of(columns, config)
 
     def draw(part: slice) -> Tensor:
         text = columns.text.map(lambda tensor: tensor[part].to(device))
-        return sample_prior(prior, scheduler, text, None, steps, scale, generators[part]).cpu()
+        return draw_any(prior, scheduler, text, None, steps, scale, generators[part], candidates).cpu()
 
     return torch.cat([draw(part) for part in parts(len(columns.captions))])
 
@@ -254,7 +259,7 @@ class Preview:
         image = decoder_preview(self.columns, self.config, decoder, scheduler, autoencoder, z_i)
         return {} if image is None else {"pictures": image}
 
-    def of_prior(self, prior: Prior, scheduler: SchedulerMixin) -> dict[str, Image]:
+    def of_prior(self, prior: AnyPrior, scheduler: SchedulerMixin | None) -> dict[str, Image]:
         """Pictures by name, perhaps none."""
         if self.columns is None:
             return {}
@@ -273,8 +278,8 @@ class Preview:
         trained = still(self.load_prior, device)
         return None if trained is None else draw_embeddings(self.columns, self.config, *trained)
 
-    def load_prior(self) -> tuple[Prior, SchedulerMixin] | None:
-        return None if self.config.prior is None else self.load("prior", self.config.prior, Prior)
+    def load_prior(self) -> tuple[AnyPrior, SchedulerMixin | None] | None:
+        return None if self.config.prior is None else self.load("prior", self.config.prior, PRIORS)
 
     def load_decoder(self) -> tuple[Decoder | UNetDecoder, SchedulerMixin, Autoencoder] | None:
         if self.config.decoder is None or self.config.autoencoder is None:
@@ -289,11 +294,12 @@ class Preview:
             )
         return decoder, scheduler, autoencoder
 
-    def load(self, name: str, folder: str, classes: Any) -> tuple[Any, SchedulerMixin]:
-        """A trained stage and its scheduler. Raises InputError if it was trained with another CLIP."""
+    def load(self, name: str, folder: str, classes: Any) -> tuple[Any, SchedulerMixin | None]:
+        """A trained stage and its scheduler, if it has one. Raises InputError if it was trained with another CLIP."""
         with torch.random.fork_rng(devices=[]):  # a model is built at random before it is filled
             model = load_model(classes, folder).eval()
-        scheduler = loaded(DDIMScheduler.from_pretrained, Path(folder) / "scheduler")
+        scheduled = not isinstance(model, UNSCHEDULED)
+        scheduler = loaded(DDIMScheduler.from_pretrained, Path(folder) / "scheduler") if scheduled else None
         theirs = model.config.clip_fingerprint
         if theirs is not None and theirs != self.fingerprint:
             raise InputError(

@@ -169,7 +169,11 @@ def autoregressive_loss(
         read = (codes + noise.round().long()).clamp(0, prior.config.buckets - 1)
     logits = model(condition, read).float()
     losses = cross_entropy(logits, codes, config.label_smoothing if model.training else 0.0)
-    return {"loss": losses.mean(), "loss_dot": losses[:, 0].mean().detach(), "loss_first": losses[:, 1:9].mean().detach()}
+    return {
+        "loss": losses.mean(),
+        "loss_dot": losses[:, 0].mean().detach(),
+        "loss_first": losses[:, 1:9].mean().detach(),
+    }
 
 
 def cross_entropy(logits: Tensor, codes: Tensor, smoothing: float) -> Tensor:

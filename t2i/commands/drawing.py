@@ -33,6 +33,7 @@ def generate(
     steer_picture: options.SteerPicture = None,
     steer_scale: options.SteerScale = None,
     classifier: options.Classifier = None,
+    candidates: options.Candidates = None,
     device: options.Device = "auto",
 ) -> None:
     """Draw pictures for prompts, or for none if they are steered; prints their paths."""
@@ -45,6 +46,7 @@ def generate(
         decoder_negative_prompt=decoder_negative_prompt,
         num_inference_steps=steps,
         prior_num_inference_steps=prior_steps,
+        prior_candidates=candidates,
     )
     settings |= options.guidance(guidance_scale, guidance, prior_guidance_scale, prior_guidance)
     for path in generate_files(texts, out, model, count, seed, device, settings):

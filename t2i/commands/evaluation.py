@@ -35,3 +35,44 @@ def evaluate_emoji(
             f"the same name up to the modifier {score['same_name']:.1%}"
         )
     print(f"figures and pictures are in {out}")
+
+
+@app.command(name="prior")
+def evaluate_prior(
+    cache: Annotated[Path, Argument(help="What `t2i data cache` wrote.")],
+    prior: Annotated[str, Option(help="A folder of a trained prior or of a pipeline; none: the text itself.")] = str(
+        SHIPPED
+    ),
+    count: Annotated[int, Option(help="Captions of each split, at most.")] = 512,
+    steps: Annotated[int, Option(help="Of a diffusion prior.")] = 25,
+    guidance_scale: Annotated[float, Option(help="1 is off.")] = 2.0,
+    candidates: Annotated[int, Option(help="For each caption; the nearest to it is taken.")] = 2,
+    temperature: Annotated[float | None, Option(help="Of an autoregressive prior.")] = None,
+    seed: Annotated[int, Option(help="Of the first caption; the next has the next.")] = 0,
+    out: Annotated[Path | None, Option(help="A file for the figures.")] = None,
+) -> None:
+    """How near does a prior come to the image embeddings of the captions? Prints JSON."""
+    import json
+
+    from t2i.config import check_integer, check_range
+    from t2i.evaluation.priors import evaluate_prior, open_cache
+    from t2i.guidance import MAX_SCALE
+    from t2i.priors import MAX_CANDIDATES, load_prior
+    from t2i.sampling import MAX_STEPS
+
+    check_integer("count", count, 1, 10_000_000)
+    check_integer("steps", steps, 1, MAX_STEPS)
+    check_integer("candidates", candidates, 1, MAX_CANDIDATES)
+    check_integer("seed", seed, 0, 2**62)
+    check_range("guidance-scale", guidance_scale, 0, MAX_SCALE)
+    check_range("temperature", 0 if temperature is None else temperature, 0, 10)
+    model, scheduler = load_prior(prior)
+    model = None if model is None else model.float()
+    settings = {"steps": steps, "guidance": guidance_scale, "candidates": candidates, "temperature": temperature}
+    scores = evaluate_prior(model, scheduler, open_cache(cache, model), count, **settings, seed=seed)
+    kind = "none" if model is None else type(model).__name__
+    text = json.dumps({"prior": prior, "kind": kind, **settings, "seed": seed, "scores": scores}, indent=1)
+    print(text)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text + "\n")

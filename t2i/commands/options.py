@@ -22,6 +22,7 @@ SteerText = Annotated[str | None, Option(help="A text to steer towards, as CLIP 
 SteerPicture = Annotated[Path | None, Option(help="A picture to steer towards, as CLIP sees it.")]
 SteerScale = Annotated[float | None, Option(help="How much the gradient counts; 1 if left out, 0 is off.")]
 Classifier = Annotated[Path | None, Option(help="What `t2i train classifier` wrote; a text or a picture needs none.")]
+Candidates = Annotated[int | None, Option(help="Of the prior, for each picture; the nearest to the prompt is drawn.")]
 Device = Annotated[str, Option(help="auto, cpu, cuda, mps.")]
 
 

@@ -1,0 +1,104 @@
+"""Priors of every kind, or none: how they are loaded, and one function that draws z_i with any of them."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import SchedulerMixin
+from torch import Generator, Tensor
+
+from t2i.autoregressive_prior import AutoregressivePrior
+from t2i.checkpoint import load_model, load_scheduler
+from t2i.condition import TextEncoding
+from t2i.errors import InputError
+from t2i.guidance import Guidance
+from t2i.prior import Prior
+from t2i.regression_prior import RegressionPrior
+from t2i.sampling import OnStep, Wrap, sample_prior
+
+UNSCHEDULED = (AutoregressivePrior, RegressionPrior)  # priors that have no scheduler
+PRIORS = (Prior, *UNSCHEDULED)  # what a pipeline's prior may be, or none at all
+MAX_CANDIDATES = 64
+
+AnyPrior = Prior | AutoregressivePrior | RegressionPrior
+
+
+def load_prior(folder: str | Path) -> tuple[AnyPrior | None, SchedulerMixin | None]:
+    """The prior of a run or of a pipeline, with its scheduler if it has one; of "none" neither."""
+    if str(folder) == "none":
+        return None, None
+    path = Path(folder)
+    in_pipeline = (path / "model_index.json").is_file()
+    prior = load_model(PRIORS, path / "prior" if in_pipeline else path).eval()
+    if isinstance(prior, UNSCHEDULED):
+        return prior, None
+    return prior, load_scheduler(path / ("prior_scheduler" if in_pipeline else "scheduler"))
+
+
+@torch.no_grad()
+def draw_embeddings(
+    prior: AnyPrior | None,
+    scheduler: SchedulerMixin | None,
+    text: TextEncoding,
+    negative: TextEncoding | None,
+    steps: int,
+    guidance: float | Guidance,
+    generators: list[Generator],
+    candidates: int = 1,
+    noise: Tensor | None = None,
+    temperature: float | None = None,
+    progress: Callable[[Iterable], Iterable] = iter,
+    on_step: OnStep | None = None,
+    wrap: Wrap | None = None,
+) -> Tensor:
+    """z_i of unit length for captions, (N, D), fp32, by any prior; without one, the captions' own z_t.
+
+    Of `candidates` drawn for each caption the one nearest to z_t is taken (DALL-E 2, section 2.2). The first of them is
+    the one that is drawn alone; a regression knows one only.
+
+    scheduler, steps, noise, wrap: of the diffusion prior, see `sample_prior`; the candidates of a given noise are that
+    one alone. temperature: of the autoregressive prior. on_step(i, t, x): x has a row for each candidate, those of a
+    caption together, and is of the autoregressive prior z_i as far as it is known.
+    """
+    if prior is None:
+        return F.normalize(text.embedding.float(), dim=-1)
+    if isinstance(prior, RegressionPrior):
+        return prior.draw(text)
+    candidates = 1 if noise is not None else candidates
+    several = text.repeat(candidates)
+    away = None if negative is None else negative.repeat(candidates)
+    streams = [stream for one in generators for stream in candidate_generators(one, candidates)]
+    if isinstance(prior, AutoregressivePrior):
+        check_plain(guidance)
+        scale = Guidance.of(guidance).scale
+
+        def after(i: int, z_i: Tensor) -> None:
+            if on_step is not None:
+                on_step(i, torch.tensor(prior.length - 1 - i), z_i)
+
+        z_i = prior.draw(several, away, scale, streams, temperature, progress, after)
+    else:
+        assert scheduler is not None, "a diffusion prior has a scheduler"
+        z_i = sample_prior(prior, scheduler, several, away, steps, guidance, streams, noise, progress, on_step, wrap)
+    return nearest(z_i, text.embedding)
+
+
+def candidate_generators(generator: Generator, candidates: int) -> list[Generator]:
+    """The picture's own for the first candidate, and one for each other, seeded from a copy of its state."""
+    copy = generator.clone_state()
+    seeds = [int(torch.randint(2**62, (1,), generator=copy, device=copy.device)) for _ in range(candidates - 1)]
+    return [generator, *(Generator().manual_seed(seed) for seed in seeds)]
+
+
+def nearest(z_i: Tensor, z_t: Tensor) -> Tensor:
+    """Of the candidates of each caption, (N * candidates, D), the one of the largest dot product with z_t, (N, D)."""
+    groups = z_i.view(len(z_t), -1, z_i.shape[-1])
+    best = (groups @ z_t.to(groups)[..., None])[..., 0].argmax(dim=1)
+    return groups[torch.arange(len(groups), device=groups.device), best]
+
+
+def check_plain(guidance: float | Guidance) -> None:
+    """Refuse what is of noise levels and samples for a prior that has neither."""
+    if Guidance.of(guidance) != Guidance(Guidance.of(guidance).scale):
+        raise InputError(f"prior_guidance_scale of an autoregressive prior must be a scale alone, got {guidance}")
