@@ -11,10 +11,12 @@ from t2i.autoencoder import Autoencoder
 from t2i.classifier import LatentClassifier
 from t2i.clip import CLIP
 from t2i.config import CONFIGS, load_config
+from t2i.data.cache import ClipFacts
 from t2i.errors import InputError
-from t2i.prior import Prior
 from t2i.upsampler import Upsampler
 from training.train_decoder import ARCHITECTURES
+from training.train_prior import ARCHITECTURES as PRIORS
+from training.train_prior import prior_arguments, stated
 
 from .conftest import train
 
@@ -50,10 +52,7 @@ def test_every_shipped_configuration_builds_its_model(path):
             case "autoencoder":
                 model = Autoencoder(**config.model)
             case "prior":
-                make_scheduler(config)
-                model = Prior(
-                    embed_dim=embed_dim, text_width=text["width"], context_length=text["context_length"], **config.model
-                )
+                model = make_prior(config, embed_dim, text)
             case "classifier":
                 make_scheduler(config)
                 coder = Autoencoder(**config_of(sibling(path, "autoencoder")).model)
@@ -74,6 +73,16 @@ def test_every_shipped_configuration_builds_its_model(path):
                     **config.model,
                 )
     assert sum(parameter.numel() for parameter in model.parameters()) > 1000
+
+
+def make_prior(config, embed_dim: int, text: dict):
+    facts = ClipFacts("", "", embed_dim, text["width"], text["context_length"])
+    arguments = stated(config) | prior_arguments(config, facts)
+    if config.architecture == "diffusion":
+        make_scheduler(config)
+    if config.architecture == "autoregressive":  # the data say how many
+        arguments = {"components": 4} | arguments
+    return PRIORS[config.architecture](**arguments)
 
 
 def make_scheduler(config) -> None:
