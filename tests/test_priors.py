@@ -347,7 +347,7 @@ def test_candidates_reach_the_pipeline(pipeline):
     assert (two >= one - 1e-6).all() and (six >= one - 1e-6).all() and six.mean() > one.mean()
     default = pipeline("red circle", generator=seeds(*range(8)), num_images_per_prompt=8, **settings)
     torch.testing.assert_close(default.image_embeds, drawn[1].image_embeds)
-    with pytest.raises(InputError, match="prior_candidates must be from 1 to 64, got 0"):
+    with pytest.raises(InputError, match="prior_candidates must be an integer from 1 to 64, got 0"):
         pipeline("red circle", prior_candidates=0)
 
 
