@@ -2,6 +2,9 @@
 
 z_i is rotated to its principal components, of which those that matter are quantised, in the order of decreasing
 variance. A causal transformer over [caption tokens, z_t, z_t . z_i, codes] predicts each code from those before it.
+
+Beside the paper, every code's token is told a linear guess of the component that comes next, from z_t: which of K linear
+functions a position needs is what a small transformer on little data learns last.
 """
 
 from collections.abc import Callable, Iterable
@@ -25,6 +28,7 @@ class AutoregressiveContext:
 
     past: list[KeyValue]  # one pair a block
     mask: Tensor  # (B, tokens so far), bool
+    guess: Tensor  # (B, K), of the components
     logits: Tensor  # (B, buckets), of the next code
 
 
@@ -75,6 +79,8 @@ class AutoregressivePrior(ModelMixin, ConfigMixin):
         self.positions = nn.Parameter(torch.randn(context_length + 1 + components, width) * 0.01)
         # A code is read as the number that it stands for, so that neighbours are alike.
         self.directions = nn.Parameter(torch.randn(components, width))
+        self.guess = nn.Linear(embed_dim, components)
+        self.guess_directions = nn.Parameter(torch.randn(components, width) * 0.5)
         self.blocks = nn.ModuleList(PriorBlock(width, heads, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.to_logits = nn.Linear(width, buckets)
@@ -130,7 +136,8 @@ class AutoregressivePrior(ModelMixin, ConfigMixin):
     def forward(self, text: TextEncoding, codes: Tensor) -> Tensor:
         """codes: (B, K + 1) -> logits, (B, K + 1, buckets), of each given those before it. What training calls."""
         count = codes.shape[1]
-        tokens = torch.cat([caption_tokens(self, text), self.code_tokens(codes[:, :-1], 0)], dim=1)
+        read = self.code_tokens(codes[:, :-1], 0, self.guessed(text))
+        tokens = torch.cat([caption_tokens(self, text), read], dim=1)
         mask = torch.cat([text.mask, text.mask.new_ones(len(codes), count)], dim=1)[:, None, None, :]
         mask = mask & causal(tokens)
         for block in self.blocks:
@@ -146,12 +153,12 @@ class AutoregressivePrior(ModelMixin, ConfigMixin):
         for block in self.blocks:
             tokens, key_value = block.with_key_value(tokens, mask)
             past.append(key_value)
-        return AutoregressiveContext(past, known, self.to_logits(self.norm(tokens[:, -1])))
+        return AutoregressiveContext(past, known, self.guessed(text), self.to_logits(self.norm(tokens[:, -1])))
 
     @apply_forward_hook
     def step(self, codes: Tensor, position: int, context: AutoregressiveContext) -> None:
         """The code at a position, (B,), read after those before it; changes `context`."""
-        tokens = self.code_tokens(codes[:, None], position)
+        tokens = self.code_tokens(codes[:, None], position, context.guess)
         context.mask = torch.cat([context.mask, context.mask.new_ones(len(codes), 1)], dim=1)
         for i, block in enumerate(self.blocks):
             past = context.past[i]
@@ -159,11 +166,16 @@ class AutoregressivePrior(ModelMixin, ConfigMixin):
             context.past[i] = (torch.cat([past[0], new[0]], dim=2), torch.cat([past[1], new[1]], dim=2))
         context.logits = self.to_logits(self.norm(tokens[:, -1]))
 
-    def code_tokens(self, codes: Tensor, first: int) -> Tensor:
+    def guessed(self, text: TextEncoding) -> Tensor:
+        """(B, K): what z_t alone says of the components."""
+        return self.guess(text.embedding * self.config.embed_dim**0.5)
+
+    def code_tokens(self, codes: Tensor, first: int, guess: Tensor) -> Tensor:
         """Codes, (B, n), of the positions from `first` on -> (B, n, width)."""
         here = slice(first, first + codes.shape[1])
         number = (codes.to(self.directions.dtype) + 0.5) * (2 / self.config.buckets) - 1
-        return number[..., None] * self.directions[here] + self.positions[self.config.context_length + 1 :][here]
+        tokens = number[..., None] * self.directions[here] + guess[:, here, None] * self.guess_directions[here]
+        return tokens + self.positions[self.config.context_length + 1 :][here]
 
     def null(self, count: int) -> TextEncoding:
         """The encoding of the empty caption, `count` times."""
