@@ -3,8 +3,8 @@
 z_i is rotated to its principal components, of which those that matter are quantised, in the order of decreasing
 variance. A causal transformer over [caption tokens, z_t, z_t . z_i, codes] predicts each code from those before it.
 
-Beside the paper, every code's token is told a linear guess of the component that comes next, from z_t: which of K linear
-functions a position needs is what a small transformer on little data learns last.
+Beside the paper, every code's token is told a linear guess of the component that comes next, from z_t: which of K
+linear functions a position needs is what a small transformer on little data learns last.
 """
 
 from collections.abc import Callable, Iterable

@@ -1,7 +1,7 @@
 """What measures: `t2i eval`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
@@ -68,7 +68,12 @@ def evaluate_prior(
     check_range("temperature", 0 if temperature is None else temperature, 0, 10)
     model, scheduler = load_prior(prior)
     model = None if model is None else model.float()
-    settings = {"steps": steps, "guidance": guidance_scale, "candidates": candidates, "temperature": temperature}
+    settings: dict[str, Any] = {
+        "steps": steps,
+        "guidance": guidance_scale,
+        "candidates": candidates,
+        "temperature": temperature,
+    }
     scores = evaluate_prior(model, scheduler, open_cache(cache, model), count, **settings, seed=seed)
     kind = "none" if model is None else type(model).__name__
     text = json.dumps({"prior": prior, "kind": kind, **settings, "seed": seed, "scores": scores}, indent=1)
