@@ -3,12 +3,14 @@
 z_i is rotated to its principal components, of which those that matter are quantised, in the order of decreasing
 variance. A causal transformer over [caption tokens, z_t, z_t . z_i, codes] predicts each code from those before it.
 
-Beside the paper, every code's token is told a linear guess of the component that comes next, from z_t: which of K
-linear functions a position needs is what a small transformer on little data learns last.
+Beside the paper, it may start from a trained regression: the logits of a code are then those of a Gaussian around what
+the regression says of it, and the transformer learns the rest. Which of K functions of the caption a position needs is
+what a small transformer on little data learns last.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,7 @@ from torch import Generator, Tensor, nn
 from t2i.condition import TextEncoding
 from t2i.layers import KeyValue, checkpointed
 from t2i.prior import PriorBlock, caption_tokens
+from t2i.regression_prior import RegressionPrior
 
 
 @dataclass
@@ -28,7 +31,7 @@ class AutoregressiveContext:
 
     past: list[KeyValue]  # one pair a block
     mask: Tensor  # (B, tokens so far), bool
-    guess: Tensor  # (B, K), of the components
+    guess: Tensor | None  # (B, K + 1, buckets), logits by the regression, if there is one
     logits: Tensor  # (B, buckets), of the next code
 
 
@@ -43,6 +46,7 @@ class AutoregressivePrior(ModelMixin, ConfigMixin):
         components: K, principal components of z_i that are drawn; the others keep their mean.
         buckets: values that a component is quantised to, between the least and the largest of the training data.
         dropout: share of what each block adds that is left out in training.
+        regression: arguments of the `RegressionPrior` that it starts from, if any.
         temperature: of the codes when they are drawn; below 1, likely values become likelier.
         null_length: tokens of the empty caption; a start and an end for most CLIPs.
         clip_fingerprint: of the CLIP that it was trained with.
@@ -64,6 +68,7 @@ class AutoregressivePrior(ModelMixin, ConfigMixin):
         components: int,
         buckets: int = 1024,
         dropout: float = 0.0,
+        regression: dict[str, Any] | None = None,
         temperature: float = 1.0,
         null_length: int = 2,
         clip_fingerprint: str | None = None,
@@ -79,11 +84,15 @@ class AutoregressivePrior(ModelMixin, ConfigMixin):
         self.positions = nn.Parameter(torch.randn(context_length + 1 + components, width) * 0.01)
         # A code is read as the number that it stands for, so that neighbours are alike.
         self.directions = nn.Parameter(torch.randn(components, width))
-        self.guess = nn.Linear(embed_dim, components)
-        self.guess_directions = nn.Parameter(torch.randn(components, width) * 0.5)
         self.blocks = nn.ModuleList(PriorBlock(width, heads, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.to_logits = nn.Linear(width, buckets)
+        self.regression = None
+        if regression is not None:
+            self.regression = RegressionPrior(embed_dim, text_width, **regression).requires_grad_(False)
+            self.log_width = nn.Parameter(torch.full((components,), 0.1).log())
+            nn.init.zeros_(self.to_logits.weight)  # the Gaussian alone
+            nn.init.zeros_(self.to_logits.bias)
         # The components and their range, and the encoding of the empty caption: set by `train_prior.py`.
         self.register_buffer("mean", torch.zeros(embed_dim))
         self.register_buffer("basis", torch.eye(embed_dim)[:components].clone())
@@ -136,13 +145,13 @@ class AutoregressivePrior(ModelMixin, ConfigMixin):
     def forward(self, text: TextEncoding, codes: Tensor) -> Tensor:
         """codes: (B, K + 1) -> logits, (B, K + 1, buckets), of each given those before it. What training calls."""
         count = codes.shape[1]
-        read = self.code_tokens(codes[:, :-1], 0, self.guessed(text))
-        tokens = torch.cat([caption_tokens(self, text), read], dim=1)
+        tokens = torch.cat([caption_tokens(self, text), self.code_tokens(codes[:, :-1], 0)], dim=1)
         mask = torch.cat([text.mask, text.mask.new_ones(len(codes), count)], dim=1)[:, None, None, :]
         mask = mask & causal(tokens)
         for block in self.blocks:
             tokens = checkpointed(self, block, tokens, mask)
-        return self.to_logits(self.norm(tokens[:, -count:]))
+        logits, guess = self.to_logits(self.norm(tokens[:, -count:])), self.guess(text)
+        return logits if guess is None else logits + guess
 
     @apply_forward_hook
     def prepare(self, text: TextEncoding) -> AutoregressiveContext:
@@ -153,29 +162,39 @@ class AutoregressivePrior(ModelMixin, ConfigMixin):
         for block in self.blocks:
             tokens, key_value = block.with_key_value(tokens, mask)
             past.append(key_value)
-        return AutoregressiveContext(past, known, self.guessed(text), self.to_logits(self.norm(tokens[:, -1])))
+        logits, guess = self.to_logits(self.norm(tokens[:, -1])), self.guess(text)
+        return AutoregressiveContext(past, known, guess, logits if guess is None else logits + guess[:, 0])
 
     @apply_forward_hook
     def step(self, codes: Tensor, position: int, context: AutoregressiveContext) -> None:
         """The code at a position, (B,), read after those before it; changes `context`."""
-        tokens = self.code_tokens(codes[:, None], position, context.guess)
+        tokens = self.code_tokens(codes[:, None], position)
         context.mask = torch.cat([context.mask, context.mask.new_ones(len(codes), 1)], dim=1)
         for i, block in enumerate(self.blocks):
             past = context.past[i]
             tokens, new = block.with_key_value(tokens, context.mask[:, None, None, :], past)
             context.past[i] = (torch.cat([past[0], new[0]], dim=2), torch.cat([past[1], new[1]], dim=2))
         context.logits = self.to_logits(self.norm(tokens[:, -1]))
+        if context.guess is not None:
+            context.logits = context.logits + context.guess[:, position + 1]
 
-    def guessed(self, text: TextEncoding) -> Tensor:
-        """(B, K): what z_t alone says of the components."""
-        return self.guess(text.embedding * self.config.embed_dim**0.5)
+    def guess(self, text: TextEncoding) -> Tensor | None:
+        """(B, K + 1, buckets): the logits of Gaussians around the regression's answer; none for the dot product."""
+        if self.regression is None:
+            return None
+        answer = self.regression.draw(text.map(Tensor.detach))
+        values = (answer - self.mean.float()) @ self.basis.float().T
+        where = 2 * (values - self.low) / (self.high - self.low) - 1
+        buckets = self.config.buckets
+        centres = (torch.arange(buckets, device=where.device) + 0.5) * (2 / buckets) - 1
+        distance = (centres - where[..., None]) / self.log_width.exp()[:, None]
+        return F.pad(-0.5 * distance.square(), (0, 0, 1, 0)).to(text.embedding.dtype)
 
-    def code_tokens(self, codes: Tensor, first: int, guess: Tensor) -> Tensor:
+    def code_tokens(self, codes: Tensor, first: int) -> Tensor:
         """Codes, (B, n), of the positions from `first` on -> (B, n, width)."""
         here = slice(first, first + codes.shape[1])
         number = (codes.to(self.directions.dtype) + 0.5) * (2 / self.config.buckets) - 1
-        tokens = number[..., None] * self.directions[here] + guess[:, here, None] * self.guess_directions[here]
-        return tokens + self.positions[self.config.context_length + 1 :][here]
+        return number[..., None] * self.directions[here] + self.positions[self.config.context_length + 1 :][here]
 
     def null(self, count: int) -> TextEncoding:
         """The encoding of the empty caption, `count` times."""

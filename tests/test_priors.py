@@ -99,6 +99,21 @@ def test_logits_with_the_cache_are_those_of_one_pass():
             prior.step(codes[:, i], i, context)
 
 
+def test_before_it_learns_it_is_the_regression_that_it_starts_from():
+    torch.manual_seed(0)
+    prior = AutoregressivePrior(D, W, LENGTH, 32, 2, 4, D, 4096, regression={"kind": "mlp", "width": 32}).eval()
+    null = TextEncoding(torch.zeros(1, D), torch.zeros(1, 2, W), torch.ones(1, 2, dtype=torch.bool))
+    prior.set_encodings(null, unit(300, D))
+    text, codes = captions(7, 3), torch.randint(4096, (2, prior.length))
+    likeliest = prior.draw(text, None, 1.0, seeds(0, 1), temperature=0)
+    torch.testing.assert_close(likeliest, prior.regression.draw(text), atol=2e-3, rtol=0)
+    shaken(prior)
+    expected, context = prior(text, codes), prior.prepare(text)
+    for i in range(prior.length - 1):
+        torch.testing.assert_close(context.logits, expected[:, i], atol=1e-4, rtol=1e-4)
+        prior.step(codes[:, i], i, context)
+
+
 def test_no_code_is_seen_before_it_is_drawn():
     prior, text = autoregressive(), captions(4)
     codes = torch.randint(32, (1, prior.length))
@@ -382,7 +397,13 @@ def test_a_prior_that_knows_the_answer_has_cosine_and_retrieval_1_and_one_that_m
     }  # fmt: skip
 
 
-def test_a_model_of_impossible_size_is_refused_before_the_data_are_read(shapes, runs, tmp_path):
+def test_a_regression_is_taken_over_and_what_fits_nothing_is_refused(shapes, runs, tmp_path):
+    regression = train_kind("mlp", shapes, runs, tmp_path)
+    prior = load_prior(train_kind("autoregressive", shapes, runs, tmp_path, regression=regression))[0]
+    started = load_prior(regression)[0].state_dict()  # it is not changed
+    assert all(torch.equal(one, started[name]) for name, one in prior.regression.state_dict().items())
+    with pytest.raises(InputError, match="regression is of the autoregressive prior"):
+        train_kind("linear", shapes, runs, tmp_path, regression=regression)
     for setting, message in (("heads=3", "heads must divide"), ("components=99", "components must be from 1")):
         name, value = setting.split("=")
         with pytest.raises(InputError, match=message):

@@ -24,6 +24,7 @@ from t2i.data import Batch
 from t2i.data.cache import ClipFacts
 from t2i.data.source import Source, open_source
 from t2i.diffusion import check_weighting, diffusion_loss, drop, noise_scheduler
+from t2i.errors import InputError
 from t2i.finetuning import check_prediction, start_from
 from t2i.launch import run
 from t2i.loop import Stage, fit, start
@@ -58,6 +59,7 @@ class Config:
     min_snr_gamma: float = 5.0
     # of autoregressive
     explained_variance: float = 0.99  # of z_i, by the components that are drawn, unless model.components says how many
+    regression: str | None = None  # folder of a trained linear or mlp prior that it starts from
     label_smoothing: float = 0.0  # standard deviation, in buckets, of the target around the true one
     code_noise: float = 0.0  # standard deviation, in ranges of a component, of noise on the codes that are read
     data: DataConfig = field(default_factory=DataConfig)
@@ -72,6 +74,8 @@ class Config:
         check_range("explained_variance", self.explained_variance, 0.01, 1)
         check_range("label_smoothing", self.label_smoothing, 0, 100)
         check_range("code_noise", self.code_noise, 0, 1)
+        if self.regression is not None and self.architecture != "autoregressive":
+            raise InputError(f"regression is of the autoregressive prior, but architecture is {self.architecture}")
         check_weighting(noise_scheduler(self.scheduler), self.loss_weighting)
         check_lora(self.lora, self.init)
 
@@ -88,6 +92,8 @@ def make_stage(config: Config, source: Source, device: torch.device) -> Stage:
     made_from = dict(source.made_from)
     if config.init is None:
         prior = make_prior(config, source)
+        if config.regression is not None:
+            made_from["regression"] = weights_digest(prior.regression)
     else:  # its null and its scale are part of what it learned
         if scheduler is not None:
             check_prediction(config.init, scheduler)
@@ -137,13 +143,26 @@ def make_prior(config: Config, source: Source) -> Any:
         prior = build(kind, "model", made, **needed)
         prior.set_encodings(source.null(), *source.statistics())
         return prior
+    regression = None
+    if config.regression is not None:
+        regression = load_model(RegressionPrior, config.regression)
+        check_same_clip(config.regression, regression, source.clip)
+        made |= {"regression": {name: regression.config[name] for name in ("kind", "width", "depth", "dropout")}}
     with torch.device("meta"):
         build(kind, "model", {"components": 1} | made, **needed)
     embeddings = source.embeddings()
     made = {"components": components_for(embeddings, config.explained_variance)} | made
     prior = build(kind, "model", made, **needed)
     prior.set_encodings(source.null(), embeddings)
+    if regression is not None:
+        prior.regression.load_state_dict(regression.state_dict())
     return prior
+
+
+def check_same_clip(folder: str, regression: RegressionPrior, clip: ClipFacts) -> None:
+    theirs = regression.config.clip_fingerprint
+    if theirs is not None and theirs != clip.identity:
+        raise InputError(f"regression={folder!r} was trained with the CLIP {theirs}, this run has {clip.identity}")
 
 
 def denoising_loss(
