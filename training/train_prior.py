@@ -147,7 +147,7 @@ def make_prior(config: Config, source: Source) -> Any:
     if config.regression is not None:
         regression = load_model(RegressionPrior, config.regression)
         check_same_clip(config.regression, regression, source.clip)
-        made |= {"regression": {name: regression.config[name] for name in ("kind", "width", "depth", "dropout")}}
+        made |= {"regression": {name: regression.config[name] for name in ("kind", "width", "depth")}}
     with torch.device("meta"):
         build(kind, "model", {"components": 1} | made, **needed)
     embeddings = source.embeddings()
