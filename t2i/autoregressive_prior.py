@@ -87,9 +87,9 @@ class AutoregressivePrior(ModelMixin, ConfigMixin):
         self.blocks = nn.ModuleList(PriorBlock(width, heads, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.to_logits = nn.Linear(width, buckets)
-        self.regression = None
+        self.regressor = None
         if regression is not None:
-            self.regression = RegressionPrior(embed_dim, text_width, **regression).requires_grad_(False)
+            self.regressor = RegressionPrior(embed_dim, text_width, **regression).requires_grad_(False)
             self.log_width = nn.Parameter(torch.full((components,), 0.1).log())
             nn.init.zeros_(self.to_logits.weight)  # the Gaussian alone
             nn.init.zeros_(self.to_logits.bias)
@@ -180,9 +180,9 @@ class AutoregressivePrior(ModelMixin, ConfigMixin):
 
     def guess(self, text: TextEncoding) -> Tensor | None:
         """(B, K + 1, buckets): the logits of Gaussians around the regression's answer; none for the dot product."""
-        if self.regression is None:
+        if self.regressor is None:
             return None
-        answer = self.regression.draw(text.map(Tensor.detach))
+        answer = self.regressor.draw(text.map(Tensor.detach))
         values = (answer - self.mean.float()) @ self.basis.float().T
         where = 2 * (values - self.low) / (self.high - self.low) - 1
         buckets = self.config.buckets

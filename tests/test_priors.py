@@ -106,7 +106,7 @@ def test_before_it_learns_it_is_the_regression_that_it_starts_from():
     prior.set_encodings(null, unit(300, D))
     text, codes = captions(7, 3), torch.randint(4096, (2, prior.length))
     likeliest = prior.draw(text, None, 1.0, seeds(0, 1), temperature=0)
-    torch.testing.assert_close(likeliest, prior.regression.draw(text), atol=2e-3, rtol=0)
+    torch.testing.assert_close(likeliest, prior.regressor.draw(text), atol=2e-3, rtol=0)
     shaken(prior)
     expected, context = prior(text, codes), prior.prepare(text)
     for i in range(prior.length - 1):
@@ -401,7 +401,7 @@ def test_a_regression_is_taken_over_and_what_fits_nothing_is_refused(shapes, run
     regression = train_kind("mlp", shapes, runs, tmp_path)
     prior = load_prior(train_kind("autoregressive", shapes, runs, tmp_path, regression=regression))[0]
     started = load_prior(regression)[0].state_dict()  # it is not changed
-    assert all(torch.equal(one, started[name]) for name, one in prior.regression.state_dict().items())
+    assert all(torch.equal(one, started[name]) for name, one in prior.regressor.state_dict().items())
     with pytest.raises(InputError, match="regression is of the autoregressive prior"):
         train_kind("linear", shapes, runs, tmp_path, regression=regression)
     for setting, message in (("heads=3", "heads must divide"), ("components=99", "components must be from 1")):

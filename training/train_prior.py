@@ -93,7 +93,7 @@ def make_stage(config: Config, source: Source, device: torch.device) -> Stage:
     if config.init is None:
         prior = make_prior(config, source)
         if config.regression is not None:
-            made_from["regression"] = weights_digest(prior.regression)
+            made_from["regression"] = weights_digest(prior.regressor)
     else:  # its null and its scale are part of what it learned
         if scheduler is not None:
             check_prediction(config.init, scheduler)
@@ -155,7 +155,7 @@ def make_prior(config: Config, source: Source) -> Any:
     prior = build(kind, "model", made, **needed)
     prior.set_encodings(source.null(), embeddings)
     if regression is not None:
-        prior.regression.load_state_dict(regression.state_dict())
+        prior.regressor.load_state_dict(regression.state_dict())
     return prior
 
 
