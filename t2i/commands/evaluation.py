@@ -6,10 +6,11 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from t2i.commands import SHIPPED
+from t2i.commands import SHIPPED, quality
 from t2i.errors import InputError
 
 app = typer.Typer(help="Measure a model.")
+app.add_typer(quality.app)
 
 
 @app.command(name="emoji")

@@ -1,0 +1,108 @@
+"""How far two sets of pictures are apart, by their features: torch-fidelity's own arithmetic on tensors.
+
+Frechet distance (Heusel et al. 2017: FID on Inception features), kernel distance (Binkowski et al. 2018: KID),
+precision and recall (Kynkaanniemi et al. 2019). Features are (N, D), float32.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from t2i.config import check_choice, check_integer
+from t2i.errors import InputError
+
+METRICS = ("fd", "kid", "prc")  # Frechet distance; kernel distance; precision and recall
+BLOCK = 2_000  # rows of a matrix of distances at a time
+
+Moments = tuple[Tensor, Tensor]  # mean (D,), covariance (D, D)
+
+
+@dataclass(frozen=True)
+class MetricSettings:
+    """kid_subset_size: pictures of each of the `kid_subsets` draws, which `seed` decides; neighbours: of a picture, how
+    many its ball of precision and recall reaches."""
+
+    metrics: tuple[str, ...] = METRICS
+    kid_subset_size: int = 1000
+    kid_subsets: int = 100
+    neighbours: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.metrics:
+            raise InputError(f"no metrics; give some of {', '.join(METRICS)}")
+        for metric in self.metrics:
+            check_choice("metrics", metric, METRICS)
+        check_integer("kid-subset-size", self.kid_subset_size, 2, 100_000)
+        check_integer("kid-subsets", self.kid_subsets, 1, 100_000)
+        check_integer("neighbours", self.neighbours, 1, 1_000)
+        check_integer("seed", self.seed, 0, 2**32 - 1)
+
+    def check_counts(self, counts: dict[str, int], dim: int) -> None:
+        """Refuse sets of pictures that are too small for what is to be measured."""
+        for name, count in counts.items():
+            if "fd" in self.metrics and count <= dim:
+                needed = f"a covariance of {dim} features has full rank from {dim + 1:,} pictures on"
+                raise InputError(f"{name}: {count:,} pictures are too few, {needed}; or leave fd out of --metrics")
+            if "kid" in self.metrics and count < self.kid_subset_size:
+                needed = f"--kid-subset-size is {self.kid_subset_size:,}"
+                raise InputError(f"{name}: {count:,} pictures are too few, {needed}; give more or a smaller one")
+            if "prc" in self.metrics and count <= self.neighbours:
+                raise InputError(f"{name}: {count:,} pictures are too few for {self.neighbours} neighbours of each")
+
+
+def fidelity() -> Any:
+    """torch-fidelity, an extra."""
+    try:
+        import torch_fidelity
+        import torch_fidelity.metric_fid
+        import torch_fidelity.metric_kid
+        import torch_fidelity.metric_prc
+    except ImportError as error:
+        raise InputError(f"torch-fidelity is not installed ({error}); pip install 't2i[eval]'") from error
+    return torch_fidelity
+
+
+def moments(features: Tensor) -> Moments:
+    found = fidelity().metric_fid.fid_features_to_statistics(features.float())
+    return torch.as_tensor(found["mu"]), torch.as_tensor(found["sigma"])
+
+
+def frechet_distance(drawn: Moments, real: Moments) -> float:
+    """|mean - mean'|^2 + trace(C + C' - 2 (C C')^(1/2))."""
+    both = [{"mu": mean.numpy(), "sigma": covariance.numpy()} for mean, covariance in (drawn, real)]
+    return fidelity().metric_fid.fid_statistics_to_metric(*both, verbose=False)["frechet_inception_distance"]
+
+
+def kernel_distance(drawn: Tensor, real: Tensor, settings: MetricSettings) -> tuple[float, float]:
+    """Mean and standard deviation over the subsets of the squared maximum mean discrepancy."""
+    found = fidelity().metric_kid.kid_features_to_metric(
+        drawn,
+        real,
+        kid_subsets=settings.kid_subsets,
+        kid_subset_size=settings.kid_subset_size,
+        rng_seed=settings.seed,
+        verbose=False,
+    )
+    return found["kernel_inception_distance_mean"], found["kernel_inception_distance_std"]
+
+
+def precision_recall(drawn: Tensor, real: Tensor, neighbours: int) -> tuple[float, float]:
+    """The share of drawn pictures within the real ones' balls, and the reverse. In float64: distances may be equal."""
+    settings = {"prc_neighborhood": neighbours, "prc_batch_size": BLOCK, "save_cpu_ram": True, "verbose": False}
+    found = fidelity().metric_prc.prc_features_to_metric(drawn.double(), real.double(), **settings)
+    return found["precision"], found["recall"]
+
+
+def compare(drawn: Tensor, real: Tensor, real_moments: Moments, settings: MetricSettings) -> dict[str, float]:
+    """All that `settings.metrics` asks for."""
+    found: dict[str, float] = {}
+    if "fd" in settings.metrics:
+        found["frechet_distance"] = frechet_distance(moments(drawn), real_moments)
+    if "kid" in settings.metrics:
+        found["kernel_distance"], found["kernel_distance_std"] = kernel_distance(drawn, real, settings)
+    if "prc" in settings.metrics:
+        found["precision"], found["recall"] = precision_recall(drawn, real, settings.neighbours)
+    return found
