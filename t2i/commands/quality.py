@@ -138,7 +138,7 @@ def measure(what: Asked, settings: "MetricSettings", statistics: Path | None, ou
     extractor = load_extractor(what.features, what.inception, device)
     scorer = None if what.clip_score is None else load_clip(what.clip_score).to(device).eval()
     files = None if what.folder is None else FolderPictures(what.folder, what.image_size)
-    pipeline = None if files is not None else load_model(what, device)
+    pipeline: Any = None if files is not None else load_model(what, device)
     size = pipeline.image_size if files is None else files.size
     real: Reference
     drawn: PictureSet
