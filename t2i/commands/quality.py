@@ -165,7 +165,7 @@ def measure(what: Asked, settings: "MetricSettings", statistics: Path | None, ou
 def load_model(what: Asked, device: str) -> Any:
     from pipelines.generation import load_pipeline
 
-    pipeline = load_pipeline(what.model or str(SHIPPED), device)
+    pipeline: Any = load_pipeline(what.model or str(SHIPPED), device)
     if what.image_size not in (None, pipeline.image_size):
         raise InputError(f"image-size is {what.image_size}, the model draws {pipeline.image_size}; leave it out")
     return pipeline

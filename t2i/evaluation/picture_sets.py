@@ -131,7 +131,7 @@ class DrawnPictures:
     def about(self) -> dict[str, Any]:
         model = self.pipeline.config.get("_name_or_path")
         seeds = {"first": self.seed, "last": self.seed + len(self) - 1}
-        return {"model": model, "count": len(self), "seeds": seeds, "settings": self.settings}
+        return {"model": str(model), "count": len(self), "seeds": seeds, "settings": self.settings}
 
 
 def open_reference(path: Path, size: int, split: str | None) -> SourcePictures | FolderPictures:
