@@ -134,7 +134,8 @@ def measure(what: Asked, settings: "MetricSettings", statistics: Path | None, ou
     if kept and what.folder is None:
         raise InputError(f"{str(what.reference)!r} holds statistics, which have no captions to draw; give --pictures")
     state = PartialState(cpu=device == "cpu")
-    device = find_device(device) if state.num_processes == 1 else str(state.device)
+    here = "cpu" if state.device.type == "cpu" else str(state.device)  # of this process among several
+    device = find_device(device) if state.num_processes == 1 else here
     extractor = load_extractor(what.features, what.inception, device)
     scorer = None if what.clip_score is None else load_clip(what.clip_score).to(device).eval()
     files = None if what.folder is None else FolderPictures(what.folder, what.image_size)
