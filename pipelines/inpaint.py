@@ -15,7 +15,7 @@ from t2i.condition import TextEncoding
 from t2i.config import check_integer
 from t2i.diffusion import Predict, draw_noise
 from t2i.errors import InputError
-from t2i.inpainting import blend, known_latents, latent_mask, windowed, windows
+from t2i.inpainting import blend, joined, known_latents, latent_mask, windowed, windows
 from t2i.sampling import check_texts, decoder_predict, split_generators
 
 MAX_MARGIN = 4096
@@ -91,8 +91,8 @@ class InpaintPipeline(UnCLIPPipeline):
             return self.finish(x, z_i, return_dict)
         pictures, masks = (one.repeat_interleave(each, dim=0).to(x.device) for one in (pictures, masks))
         painted = self.decode_pictures(x)[..., : pictures.shape[-2], : pictures.shape[-1]]
-        merged = torch.where(masks > 0, painted, pictures)
-        return self.finish(self.image_processor.postprocess(merged, decoder.output_type), z_i, return_dict)
+        images = self.image_processor.postprocess(joined(painted, pictures, masks), decoder.output_type)
+        return self.finish(images, z_i, return_dict)
 
     def paint_latents(
         self,

@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from diffusers import SchedulerMixin
 from torch import Tensor
+from torchvision.transforms.v2.functional import gaussian_blur
 
 from t2i.diffusion import Predict
 
+SEAM = 1.0  # deviation in pixels of the blur that hides the border; more shows it more, docs/inpainting.md
 PLAIN = 0.25  # of the masks in training cover everything, so that the decoder still draws whole pictures
 
 
@@ -59,6 +61,17 @@ def blend(
         return torch.where(mask > 0, x, known)
 
     return on_step
+
+
+def joined(painted: Tensor, pictures: Tensor, mask: Tensor) -> Tensor:
+    """What is painted, in what stays: (N, 3, H, W) each, mask: (N, 1, H, W).
+
+    The autoencoder returns no picture exactly, so that a step would show at the border; what is painted next to it is
+    shifted by the error that the kept pixels beside it have.
+    """
+    size = 2 * round(3 * SEAM) + 1
+    error = gaussian_blur((pictures - painted) * (1 - mask), [size, size], [SEAM, SEAM])
+    return torch.where(mask > 0, painted + 2 * error, pictures)  # half of a blur at a border is of the other side
 
 
 @dataclass(frozen=True)

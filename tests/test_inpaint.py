@@ -15,7 +15,7 @@ from t2i.checkpoint import load_model
 from t2i.condition import Condition, ImageCondition
 from t2i.decoder import Decoder
 from t2i.diffusion import conditional, said, sample
-from t2i.inpainting import Window, blend, known_latents, latent_mask, random_masks, windowed, windows
+from t2i.inpainting import Window, blend, joined, known_latents, latent_mask, random_masks, windowed, windows
 from t2i.unet_decoder import UNetDecoder
 
 from .conftest import seeds, train
@@ -156,6 +156,16 @@ def test_a_latent_is_painted_if_any_of_its_pixels_is():
     mask = torch.zeros(1, 1, 8, 8)
     mask[0, 0, 3, 4] = 1
     assert latent_mask(mask, 4)[0, 0].tolist() == [[0, 1], [0, 0]]
+
+
+def test_what_is_painted_beside_the_border_takes_over_the_error_of_what_stays():
+    pictures, mask = torch.zeros(1, 3, 20, 20), torch.zeros(1, 1, 20, 20)
+    mask[..., 10:] = 1
+    images = joined(torch.full_like(pictures, 0.1), pictures, mask)
+    assert images[..., :10].abs().max() == 0
+    beside, next_to_it, far = images[0, 0, 5, 10], images[0, 0, 5, 11], images[0, 0, 5, 16]
+    assert 0 <= beside < 0.05 < next_to_it < far
+    torch.testing.assert_close(far, torch.tensor(0.1))
 
 
 def test_masks_of_training_are_of_all_sizes_and_a_quarter_paint_everything():
