@@ -29,7 +29,7 @@ from t2i.decoder import Decoder
 from t2i.diffusion import Predict, clean, draw_noise, sample
 from t2i.errors import InputError
 from t2i.priors import UNSCHEDULED, AnyPrior, draw_embeddings, nearest
-from t2i.samplers import make_sampler
+from t2i.samplers import chosen, evaluations
 from t2i.sampling import OnStep, Wrap, check_texts, decoder_predict
 from t2i.steering import check_steering, steering_wrap
 from t2i.unet_decoder import UNetDecoder
@@ -216,6 +216,12 @@ class UnCLIPPipeline(DiffusionPipeline):
         elif isinstance(prior, AutoregressivePrior):
             steps = prior.length
 
+        scheduler = self.prior_scheduler
+        if scheduler is not None and prior is not None and not isinstance(prior, UNSCHEDULED):
+            scheduler = chosen(options.prior_sampler, scheduler, prior)
+        elif options.prior_sampler is not None:
+            raise InputError(f"prior_sampler is of a diffusion prior, which this is not; got {options.prior_sampler!r}")
+
         def estimate(x: Tensor) -> Tensor:
             z_i = x if isinstance(prior, UNSCHEDULED) else prior.unscale(x)
             return nearest(z_i.float(), text.embedding)
@@ -225,10 +231,10 @@ class UnCLIPPipeline(DiffusionPipeline):
             quick = DecoderOptions(num_inference_steps=PREVIEW_STEPS, guidance_scale=1.0)
             return self.draw(z_i, text, quick, fresh)
 
-        wrap, on_step = self.watched("prior", self.prior_scheduler, steps, decoding, estimate, pictures)
+        wrap, on_step = self.watched("prior", scheduler, steps, decoding, estimate, pictures)
         z_i = draw_embeddings(
             prior,
-            self.prior_scheduler,
+            scheduler,
             text,
             negative,
             steps,
@@ -254,16 +260,14 @@ class UnCLIPPipeline(DiffusionPipeline):
         on_step: OnStep | None = None,
         original: Tensor | None = None,
         strength: float = 1.0,
-        eta: float | None = None,
     ) -> Tensor:
         """Latents of unit variance, (N, C, h, w), fp32, that show z_i, (N, D).
 
         negative: what is guided away from; None is the decoder's null. predict: instead of the decoder's own of z_i.
         on_step: runs before those of who watches. original, strength: latents to start from; see `sample`.
-        eta: draw by DDIM with it; None draws by the pipeline's own scheduler.
         """
-        z_i, scheduler = z_i.to(self._execution_device), self.decoder_scheduler
-        scheduler = scheduler if eta is None else make_sampler("ddim", scheduler)
+        z_i = z_i.to(self._execution_device)
+        scheduler = chosen(options.sampler, self.decoder_scheduler, self.decoder)
         if predict is None:
             predict = decoder_predict(self.decoder, scheduler, z_i, text, options.guidance_scale, negative)
         if options.steering is not None:
@@ -282,7 +286,7 @@ class UnCLIPPipeline(DiffusionPipeline):
                 x = options.callback_on_step_end(self, step, t, {"latents": x}).pop("latents", x)
             return report(step, t, x)
 
-        start = {"original": original, "strength": strength, "eta": eta}
+        start = {"eta": options.eta, "original": original, "strength": strength}
         x = sample(watch(predict), scheduler, noise, steps, generators, self.progress_bar, stepped, **start)
         return check_finite("decoder", x)
 
@@ -339,6 +343,7 @@ class UnCLIPPipeline(DiffusionPipeline):
     ) -> tuple[Wrap, OnStep]:
         """What a stage's sampling passes its predictions and steps through, for previews and `interrupt`."""
         seen: dict[str, Tensor] = {}
+        steps = evaluations(scheduler, steps)
         self.interrupted = False
 
         def wrap(predict: Predict) -> Predict:

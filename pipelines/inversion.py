@@ -87,7 +87,8 @@ class InvertingPipeline(UnCLIPPipeline):
         eta: float = 0.0,
     ) -> Any:
         """The pictures that DDIM draws from (z_i, x_T), as `output_type` says; `eta` adds fresh noise in each step."""
-        return self.draw(latent.image_embeds, text, replace(options, latents=latent.latents), generators, eta=eta)
+        options = replace(options, latents=latent.latents, sampler="ddim", eta=eta)
+        return self.draw(latent.image_embeds, text, options, generators)
 
 
 def inversion_options(options: dict[str, Any]) -> DecoderOptions:

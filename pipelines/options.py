@@ -12,6 +12,7 @@ from t2i.config import check_choice, check_integer, check_range
 from t2i.errors import InputError
 from t2i.guidance import Guidance, check_guidance
 from t2i.priors import MAX_CANDIDATES
+from t2i.samplers import check_sampler
 from t2i.sampling import MAX_STEPS
 from t2i.steering import Steering
 
@@ -29,6 +30,7 @@ class PriorOptions:
     prior_latents: (N, D), the noise that the diffusion prior starts from; the only candidate then.
     prior_candidates: 1 to 64; of so many the one nearest to the caption's own embedding is taken.
     prior_temperature: of the autoregressive prior, 0 to 10; 0 takes the likeliest, None is the model's own.
+    prior_sampler: a name of `t2i.samplers.SAMPLERS`; None is the model's own scheduler.
     """
 
     prior_num_inference_steps: int = 25
@@ -36,6 +38,7 @@ class PriorOptions:
     prior_latents: Tensor | None = None
     prior_candidates: int = 2
     prior_temperature: float | None = None
+    prior_sampler: str | None = None
 
     def __post_init__(self) -> None:
         check_integer("prior_num_inference_steps", self.prior_num_inference_steps, 1, MAX_STEPS)
@@ -43,6 +46,8 @@ class PriorOptions:
         check_integer("prior_candidates", self.prior_candidates, 1, MAX_CANDIDATES)
         if self.prior_temperature is not None:
             check_range("prior_temperature", self.prior_temperature, 0, 10)
+        if self.prior_sampler is not None:
+            check_sampler("prior_sampler", self.prior_sampler)
 
 
 @dataclass
@@ -56,6 +61,8 @@ class DecoderOptions:
     output_type: "pil", "np", "pt" or "latent".
     callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}) after each step of the decoder; what it
         returns under "latents" is used.
+    sampler: a name of `t2i.samplers.SAMPLERS`; None is the model's own scheduler.
+    eta: of the sampler ddim: 0 adds no noise, 1 as much as ancestral sampling.
     on_preview: called with a `Preview` after every `preview_every` steps of each stage.
     """
 
@@ -64,6 +71,8 @@ class DecoderOptions:
     latents: Tensor | None = None
     steering: Steering | None = None
     output_type: str = "pil"
+    sampler: str | None = None
+    eta: float | None = None
     callback_on_step_end: StepCallback | None = None
     callback_on_step_end_tensor_inputs: list[str] | None = None
     on_preview: Callable[[Preview], None] | None = None
@@ -72,6 +81,12 @@ class DecoderOptions:
     def __post_init__(self) -> None:
         check_integer("num_inference_steps", self.num_inference_steps, 1, MAX_STEPS)
         check_guidance("guidance_scale", self.guidance_scale)
+        if self.sampler is not None:
+            check_sampler("sampler", self.sampler)
+        if self.eta is not None:
+            check_range("eta", self.eta, 0, 1)
+            if self.sampler not in (None, "ddim"):
+                raise InputError(f"eta is of the sampler ddim, got eta={self.eta:g} with {self.sampler}")
         check_choice("output_type", self.output_type, OUTPUT_TYPES)
         check_integer("preview_every", self.preview_every, 1, MAX_STEPS)
         if unknown := sorted(set(self.callback_on_step_end_tensor_inputs or []) - {"latents"}):

@@ -333,7 +333,7 @@ def start(
     if original is None:
         return noise * scheduler.init_noise_sigma, timesteps
     check_range("strength", strength, 0, 1)
-    first = (steps - max(1, min(round(steps * strength), steps))) * scheduler.order
+    first = (steps - max(1, min(round(steps * strength), steps))) * getattr(scheduler, "order", 1)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(first)
     timesteps = timesteps[first:]

@@ -25,6 +25,18 @@ def check_sampler(name: str, value: Any) -> None:
     check_choice(name, value, tuple(SAMPLERS))
 
 
+def chosen(name: str | None, scheduler: SchedulerMixin, model: Any) -> SchedulerMixin:
+    """The sampler of this name for a model that `scheduler` belongs to; for None that scheduler itself."""
+    if name is None:
+        return scheduler
+    return make_sampler(name, scheduler, bool(model.config.get("learned_variance", False)))
+
+
+def evaluations(scheduler: SchedulerMixin, steps: int) -> int:
+    """How often a sampling of so many steps asks the model."""
+    return (steps - 1) * getattr(scheduler, "order", 1) + 1
+
+
 def make_sampler(name: str, scheduler: SchedulerMixin, learned_variance: bool = False) -> SchedulerMixin:
     """A new scheduler that samples as `name` says, of the noise schedule and prediction type of `scheduler`.
 

@@ -223,3 +223,38 @@ def test_a_scheduler_that_is_not_one_of_ours_is_refused(pipeline, tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(InputError, match="should hold a scheduler of diffusers or of ours, got 'invert'"):
         type(pipeline).from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_pipeline_draws_with_any_sampler_and_a_picture_depends_on_its_seed_alone(name, pipeline):
+    settings = {"num_inference_steps": 4, "prior_num_inference_steps": 4, "output_type": "latent"}
+    settings |= {"sampler": name, "prior_sampler": name}
+    saved, steps = pipeline.decoder_scheduler, []
+    seen = {"on_preview": lambda preview: steps.append((preview.stage, preview.step, preview.steps))}
+    together = pipeline(["red circle", "blue square"], generator=seeds(1, 2), **settings, **seen).images
+    alone = pipeline("blue square", generator=seeds(2), **settings).images
+    torch.testing.assert_close(together[1:], alone, atol=1e-4, rtol=1e-4)
+    count = 7 if name == "ode" else 4
+    assert steps == [(stage, i + 1, count) for stage in ("prior", "decoder") for i in range(count)]
+    assert pipeline.decoder_scheduler is saved
+
+
+def test_eta_reaches_the_decoder(pipeline):
+    def draw(**settings):
+        return pipeline(
+            "red circle", generator=seeds(1), num_inference_steps=4, output_type="latent", **settings
+        ).images
+
+    assert (draw(sampler="ddim", eta=0.8) - draw(sampler="ddim")).abs().max() > 1e-3
+    torch.testing.assert_close(draw(sampler="ddim", eta=0.8), draw(eta=0.8), atol=1e-4, rtol=1e-4)
+    for settings in ({"sampler": "unipc", "eta": 0.5}, {"eta": 2.0}, {"prior_sampler": "euler"}):
+        with pytest.raises(
+            InputError, match="eta is of the sampler ddim|eta must be from 0|prior_sampler must be one of"
+        ):
+            draw(**settings)
+
+
+def test_the_command_line_names_every_sampler():
+    from t2i.commands import options
+
+    assert all(name in options.SAMPLERS for name in SAMPLERS)

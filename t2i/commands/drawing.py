@@ -34,6 +34,9 @@ def generate(
     steer_scale: options.SteerScale = None,
     classifier: options.Classifier = None,
     candidates: options.Candidates = None,
+    sampler: options.Sampler = None,
+    prior_sampler: options.PriorSampler = None,
+    eta: options.Eta = None,
     device: options.Device = "auto",
 ) -> None:
     """Draw pictures for prompts, or for none if they are steered; prints their paths."""
@@ -47,6 +50,9 @@ def generate(
         num_inference_steps=steps,
         prior_num_inference_steps=prior_steps,
         prior_candidates=candidates,
+        sampler=sampler,
+        prior_sampler=prior_sampler,
+        eta=eta,
     )
     settings |= options.guidance(guidance_scale, guidance, prior_guidance_scale, prior_guidance)
     for path in generate_files(texts, out, model, count, seed, device, settings):

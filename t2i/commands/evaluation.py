@@ -82,3 +82,33 @@ def evaluate_prior(
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text + "\n")
+
+
+@app.command(name="likelihood")
+def evaluate_likelihood(
+    folder: Annotated[Path, Argument(help="A data folder, as `t2i data check` leaves it.")],
+    model: Annotated[str, Option(help="A model folder, or a repository on the hub.")] = str(SHIPPED),
+    out: Annotated[Path, Option(help="File for the figures.")] = Path("out/eval/likelihood.json"),
+    count: Annotated[int, Option("--count", "-n", help="Pictures of each split.")] = 32,
+    terms: Annotated[int, Option(help="Of the bound, evaluated at random times.")] = 100,
+    steps: Annotated[int, Option(help="Of the ODE.")] = 25,
+    seed: Annotated[int, Option(help="Of the first picture; the next has the next.")] = 0,
+    stage: Annotated[list[str] | None, Option(help="prior, decoder; both if left out.")] = None,
+    device: Annotated[str, Option(help="auto, cpu, cuda, mps.")] = "auto",
+) -> None:
+    """Bits per dimension of the true latents and embeddings: the variational bound and the ODE's likelihood."""
+    from pipelines.generation import load_pipeline
+    from t2i.evaluation.likelihood import SPLITS, STAGES, check_settings, evaluate
+
+    stages = tuple(stage or STAGES)
+    check_settings(out, count, terms, steps, seed, stages)
+    result = evaluate(load_pipeline(model, device), folder, out, count, terms, steps, seed, stages)
+    for split in SPLITS:
+        for name, figures in result[split].items():
+            bound, ode, normal = (figures[key] for key in ("bound", "ode", "gaussian"))
+            print(
+                f"{split}, {name} ({figures['dimensions']} dimensions): bound {bound['bits']:.3f} "
+                f"+- {bound['standard_error']:.3f}, ODE {ode['bits']:.3f} +- {ode['standard_error']:.3f}, "
+                f"N(0, 1) {normal['bits']:.3f} bits per dimension"
+            )
+    print(f"the figures are in {out}")

@@ -23,6 +23,10 @@ SteerPicture = Annotated[Path | None, Option(help="A picture to steer towards, a
 SteerScale = Annotated[float | None, Option(help="How much the gradient counts; 1 if left out, 0 is off.")]
 Classifier = Annotated[Path | None, Option(help="What `t2i train classifier` wrote; a text or a picture needs none.")]
 Candidates = Annotated[int | None, Option(help="Of the prior, for each picture; the nearest to the prompt is drawn.")]
+SAMPLERS = "ddpm, ddim, dpmsolver++, sde-dpmsolver++, unipc, ode or sde; the model's own if left out."
+Sampler = Annotated[str | None, Option(help=f"Of the decoder: {SAMPLERS}")]
+PriorSampler = Annotated[str | None, Option(help=f"Of the prior: {SAMPLERS}")]
+Eta = Annotated[float | None, Option(help="Noise of the sampler ddim, 0 to 1.")]
 Device = Annotated[str, Option(help="auto, cpu, cuda, mps.")]
 
 

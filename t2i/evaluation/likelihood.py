@@ -1,0 +1,151 @@
+"""How many bits a dimension of the true latents and image embeddings takes under a pipeline's two denoisers."""
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import SchedulerMixin
+from torch import Generator, Tensor
+
+from t2i import __version__
+from t2i.config import DataConfig, check_choice, check_integer
+from t2i.data import CaptionedPictures
+from t2i.diffusion import Predict, conditional
+from t2i.errors import InputError
+from t2i.likelihood import ode_bits, variational_bound
+from t2i.sampling import decoder_predict
+
+STAGES = ("prior", "decoder")
+SPLITS = ("train", "held_out")
+BATCH = 16
+NOTE = (
+    "Bits per dimension of a continuous density: of latents, and of image embeddings scaled to unit variance, not of "
+    "pictures. Negative is possible; half the deviation takes a bit less. The ODE's is that of data with the noise of "
+    "the lowest trained level."
+)
+
+
+def evaluate(
+    pipeline: Any,
+    folder: str | Path,
+    out: str | Path,
+    count: int = 32,
+    terms: int = 100,
+    steps: int = 25,
+    seed: int = 0,
+    stages: tuple[str, ...] = STAGES,
+) -> dict[str, Any]:
+    """Measure `count` pictures of each split, spread over it; writes `out`, a JSON file, and returns what is in it.
+
+    The decoder is asked for the latents given the true z_i, the prior for z_i given the caption, both unguided. Picture
+    i has the seed `seed + i`. terms: of the variational bound; steps: of the ODE. InputError for too few pictures.
+    """
+    check_settings(out, count, terms, steps, seed, stages)
+    config = DataConfig(str(folder), pipeline.image_size, 0)
+    splits = {split: CaptionedPictures(config, split) for split in SPLITS}
+    for split, dataset in splits.items():
+        if len(dataset) < count:
+            raise InputError(f"{str(folder)!r} has {len(dataset)} pictures in {split}, count asks for {count}")
+    result: dict[str, Any] = {
+        "what": "likelihood",
+        "note": NOTE,
+        "model": str(pipeline.config.get("_name_or_path")),
+        "data": str(folder),
+        "settings": {"count": count, "terms": terms, "steps": steps, "seed": seed},
+        "versions": {
+            "t2i": __version__,
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    for split, dataset in splits.items():
+        result[split] = measure(pipeline, dataset, count, terms, steps, seed, stages)
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    Path(out).write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def check_settings(out: str | Path, count: int, terms: int, steps: int, seed: int, stages: tuple[str, ...]) -> None:
+    """What can be refused before a model is loaded."""
+    for name, value, high in (("count", count, 100_000), ("terms", terms, 100_000), ("steps", steps, 10_000)):
+        check_integer(name, value, 2, high)
+    check_integer("seed", seed, 0, 2**62)
+    for stage in stages:
+        check_choice("stage", stage, STAGES)
+    if Path(out).is_dir():
+        raise InputError(f"out is {str(out)!r}, which is a folder; give the name of a file")
+
+
+def measure(
+    pipeline: Any,
+    dataset: CaptionedPictures,
+    count: int,
+    terms: int,
+    steps: int,
+    seed: int,
+    stages: tuple[str, ...],
+) -> dict[str, Any]:
+    """The figures of one split."""
+    found: dict[str, dict[str, list[Tensor]]] = {stage: {} for stage in stages}
+    dimensions = {}
+    chosen = [i * len(dataset) // count for i in range(count)]
+    for start in range(0, count, BATCH):
+        part = chosen[start : start + BATCH]
+        seeds = [seed + start + i for i in range(len(part))]
+        for stage in stages:
+            x, scheduler, predict = subject(pipeline, dataset, part, stage)
+            dimensions[stage] = x[0].numel()
+            for name, values in figures(predict, scheduler, x, seeds, terms, steps).items():
+                found[stage].setdefault(name, []).append(values.double().cpu())
+    return {
+        stage: {"dimensions": dimensions[stage], **{name: summary(torch.cat(rows)) for name, rows in values.items()}}
+        for stage, values in found.items()
+    }
+
+
+@torch.no_grad()
+def subject(
+    pipeline: Any, dataset: CaptionedPictures, indices: list[int], stage: str
+) -> tuple[Tensor, SchedulerMixin, Predict]:
+    """The data that a stage is asked for, (B, ...), its scheduler, and what it predicts."""
+    pictures = torch.stack([dataset.picture(index) for index in indices])
+    z_i = pipeline.encode_image(pictures)
+    text = pipeline.encode_prompt([dataset.record(index).text for index in indices])
+    if stage == "decoder":
+        predict = decoder_predict(pipeline.decoder, pipeline.decoder_scheduler, z_i, text, 1.0)
+        return pipeline.encode_latents(pictures), pipeline.decoder_scheduler, predict
+    if pipeline.prior is None or pipeline.prior_scheduler is None:
+        raise InputError("this model has no diffusion prior; measure the decoder alone, with --stage decoder")
+    prior = pipeline.prior
+    return prior.scale(z_i), pipeline.prior_scheduler, conditional(prior, text.to(z_i.device, prior.dtype))
+
+
+def figures(
+    predict: Predict, scheduler: SchedulerMixin, x: Tensor, seeds: list[int], terms: int, steps: int
+) -> dict[str, Tensor]:
+    """Bits per dimension, (B,) each; `gaussian` is N(0, 1), which knows nothing."""
+
+    def fresh() -> list[Generator]:
+        return [Generator().manual_seed(one) for one in seeds]
+
+    bound = variational_bound(predict, scheduler, x, fresh(), terms=terms, variance="large")
+    normal = torch.distributions.Normal(0.0, 1.0)
+    return {
+        "bound": bound.total,
+        "bound_prior": bound.prior,
+        "bound_steps": bound.steps.sum(dim=1),
+        "bound_data": bound.data,
+        "ode": ode_bits(predict, scheduler, x, fresh(), steps),
+        "gaussian": -normal.log_prob(x).flatten(1).mean(dim=1) / torch.tensor(2.0, device=x.device).log(),
+    }
+
+
+def summary(values: Tensor) -> dict[str, float]:
+    return {
+        "bits": round(values.mean().item(), 4),
+        "standard_error": round(float(values.std() / len(values) ** 0.5), 4),
+    }
