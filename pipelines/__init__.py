@@ -9,6 +9,7 @@ from pipelines.inversion import BipartiteLatent
 from pipelines.progress import Interrupted, Preview
 from pipelines.text2image import Text2ImagePipeline
 from pipelines.text_diff import TextDiffPipeline
+from pipelines.upsample import UpsamplePipeline
 
 __all__ = [
     "BipartiteLatent",
@@ -22,4 +23,5 @@ __all__ = [
     "Text2ImagePipeline",
     "TextDiffPipeline",
     "UnCLIPPipelineOutput",
+    "UpsamplePipeline",
 ]

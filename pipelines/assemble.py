@@ -13,13 +13,14 @@ from t2i.decoder import Decoder
 from t2i.errors import InputError
 from t2i.priors import load_prior
 from t2i.unet_decoder import UNetDecoder
+from t2i.upsampler import Upsampler
 
 
-def assemble(runs: str | Path, **elsewhere: str | None) -> Text2ImagePipeline:
+def assemble(runs: str | Path, upsampler: str | None = None, **elsewhere: str | None) -> Text2ImagePipeline:
     """The pipeline of the stages trained in `runs/clip`, `runs/autoencoder`, `runs/prior` and `runs/decoder`.
 
     A stage's keyword names the folder it is in instead; for `clip` and `autoencoder` also a public model, as in the
-    training configurations. prior="none" leaves the prior out.
+    training configurations. prior="none" leaves the prior out. `upsampler`: the folder of one, else there is none.
     """
     found = {stage: elsewhere.get(stage) or Path(runs) / stage for stage in STAGES}
     prior, prior_scheduler = load_prior(found["prior"])
@@ -31,6 +32,8 @@ def assemble(runs: str | Path, **elsewhere: str | None) -> Text2ImagePipeline:
         decoder=load_model((Decoder, UNetDecoder), decoder),
         decoder_scheduler=load_scheduler(decoder / "scheduler"),
         autoencoder=load_autoencoder(found["autoencoder"]),
+        upsampler=None if upsampler is None else load_model(Upsampler, upsampler),
+        upsampler_scheduler=None if upsampler is None else load_scheduler(Path(upsampler) / "scheduler"),
     )
 
 

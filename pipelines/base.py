@@ -25,6 +25,7 @@ from t2i.autoregressive_prior import AutoregressivePrior
 from t2i.checkpoint import loaded
 from t2i.clip import CLIP
 from t2i.condition import ImageCondition, TextEncoding
+from t2i.config import check_range
 from t2i.decoder import Decoder
 from t2i.diffusion import Predict, clean, draw_noise, sample
 from t2i.errors import InputError
@@ -34,6 +35,8 @@ from t2i.sampling import OnStep, Wrap, check_texts, decoder_predict
 from t2i.steering import check_steering, steering_wrap
 from t2i.unet_decoder import UNetDecoder
 from t2i.untrusted import is_folder, reach
+from t2i.upsampler import Upsampler
+from t2i.upsampling import check_size, sample_upsampler, upsampling_generators
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +60,7 @@ class UnCLIPPipeline(DiffusionPipeline):
     """The stages of unCLIP. Each subclass is a `__call__`; all load from the same folders and, by `from_pipe`, share
     their stages without copying them."""
 
-    model_cpu_offload_seq = "clip->prior->decoder->autoencoder"
+    model_cpu_offload_seq = "clip->prior->decoder->autoencoder->upsampler"
     _callback_tensor_inputs = ["latents"]
     _optional_components = list(OPTIONAL)
 
@@ -69,9 +72,11 @@ class UnCLIPPipeline(DiffusionPipeline):
         autoencoder: Autoencoder,
         prior: AnyPrior | None = None,
         prior_scheduler: SchedulerMixin | None = None,
+        upsampler: Upsampler | None = None,
+        upsampler_scheduler: SchedulerMixin | None = None,
     ):
         super().__init__()
-        for name, model in {"prior": prior, "decoder": decoder}.items():
+        for name, model in {"prior": prior, "decoder": decoder, "upsampler": upsampler}.items():
             theirs = None if model is None else model.config.clip_fingerprint
             if theirs is not None and theirs != clip.identity:
                 raise InputError(f"the {name} was trained with the CLIP {theirs}, this pipeline has {clip.identity}")
@@ -79,6 +84,8 @@ class UnCLIPPipeline(DiffusionPipeline):
             what = "no prior" if prior is None else f"as prior a {type(prior).__name__}"
             has = "no prior_scheduler" if prior_scheduler is None else "a prior_scheduler"
             raise InputError(f"this pipeline has {what} and {has}; only the diffusion prior goes with a scheduler")
+        if (upsampler is None) != (upsampler_scheduler is None):
+            raise InputError("upsampler and upsampler_scheduler go together; one of them is missing")
         if decoder.config.latent_channels != autoencoder.channels:
             channels = f"{decoder.config.latent_channels} channels, the autoencoder's have {autoencoder.channels}"
             raise InputError(f"the decoder's latents have {channels}; they were not trained together")
@@ -89,6 +96,8 @@ class UnCLIPPipeline(DiffusionPipeline):
             autoencoder=autoencoder,
             prior=prior,
             prior_scheduler=prior_scheduler,
+            upsampler=upsampler,
+            upsampler_scheduler=upsampler_scheduler,
         )
         self.image_processor = VaeImageProcessor(vae_scale_factor=autoencoder.factor)
         self.interrupted = False
@@ -314,7 +323,41 @@ class UnCLIPPipeline(DiffusionPipeline):
         self, z_i: Tensor, text: TextEncoding | None, options: DecoderOptions, generators: list[Generator], **more: Any
     ) -> Any:
         """Pictures that show z_i, (N, D), as `output_type` says; `more` goes to `sample_decoder`."""
-        return self.decode(self.sample_decoder(z_i, text, options, generators, **more), options.output_type)
+        self.check_upsampling(options)
+        latents = self.sample_decoder(z_i, text, options, generators, **more)
+        if not options.upsample:
+            return self.decode(latents, options.output_type)
+        pictures = 2 * self.decode(latents, "pt") - 1
+        return self.image_processor.postprocess(self.upsample(pictures, z_i, options, generators), options.output_type)
+
+    def check_upsampling(self, options: DecoderOptions) -> None:
+        """What can be refused before pictures are drawn."""
+        if options.upsample:
+            if self.upsampler is None:
+                raise InputError(f"upsample is {options.upsample}, but this pipeline has no upsampler; load one")
+            check_range("upsample_level", options.upsample_level, 0, self.upsampler.config.max_level)
+            check_size(self.upsampler, self.image_size, self.image_size, options.upsample)
+
+    def upsample(
+        self, pictures: Tensor, z_i: Tensor | None, options: DecoderOptions, generators: list[Generator]
+    ) -> Tensor:
+        """(N, 3, H, W) in [-1, 1], enlarged `options.upsample` times; fp32. `generators` are those of the decoder."""
+        assert self.upsampler is not None and self.upsampler_scheduler is not None, "checked before"
+        steps, level = options.upsample_steps, options.upsample_level
+        for own in upsampling_generators(generators, options.upsample):
+            sides = [self.upsampler.config.factor * side for side in pictures.shape[-2:]]
+
+            def shown(x: Tensor, sides: list[int] = sides) -> Tensor:
+                return x[..., : sides[0], : sides[1]].clamp(-1, 1)
+
+            wrap, on_step = self.watched(
+                "upsampler", self.upsampler_scheduler, steps, options, shown, self.image_processor.postprocess
+            )
+            watched = {"progress": self.progress_bar, "on_step": on_step, "wrap": wrap}
+            settings = (pictures, own, z_i, steps, level)
+            pictures = sample_upsampler(self.upsampler, self.upsampler_scheduler, *settings, **watched)
+            pictures = check_finite("upsampler", pictures)
+        return pictures
 
     @torch.no_grad()
     def decode(self, latents: Tensor, output_type: str = "pil") -> Any:

@@ -12,6 +12,7 @@ from t2i.errors import InputError
 from t2i.priors import PRIORS
 from t2i.unet_decoder import UNetDecoder
 from t2i.untrusted import SCHEDULERS, check_files, check_model, check_scheduler, is_folder, read_config
+from t2i.upsampler import Upsampler
 
 PARTS: dict[str, tuple[type, ...]] = {  # what a folder's components may be; a part of the file format
     "clip": (CLIP,),
@@ -20,8 +21,11 @@ PARTS: dict[str, tuple[type, ...]] = {  # what a folder's components may be; a p
     "decoder": (Decoder, UNetDecoder),
     "decoder_scheduler": (SchedulerMixin,),
     "autoencoder": (Autoencoder,),
+    "upsampler": (Upsampler,),
+    "upsampler_scheduler": (SchedulerMixin,),
 }
-OPTIONAL: tuple[str, ...] = ("prior", "prior_scheduler")  # what a folder may do without
+# What a folder may do without.
+OPTIONAL: tuple[str, ...] = ("prior", "prior_scheduler", "upsampler", "upsampler_scheduler")
 PIPELINES = (  # whose folders these may be; all load in each of them
     "Text2ImagePipeline",
     "ImageToImagePipeline",

@@ -7,12 +7,14 @@ import re
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from inspect import signature
 from io import BytesIO
 from itertools import count as counting
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Generator
@@ -20,6 +22,7 @@ from torch import Generator
 from pipelines.base import UnCLIPPipeline
 from pipelines.options import DecoderOptions, PriorOptions, split_options
 from pipelines.text2image import Text2ImagePipeline
+from pipelines.upsample import UpsamplePipeline
 from t2i import __version__
 from t2i.data.pictures import open_picture
 from t2i.devices import find_device
@@ -27,6 +30,7 @@ from t2i.errors import InputError
 from t2i.guidance import Guidance
 from t2i.sampling import check_texts
 from t2i.steering import Steering
+from t2i.upsampling import check_size
 
 BATCH = 16
 MAX_SEED = 2**63 - 1
@@ -49,7 +53,7 @@ LABELS = {  # as other tools call them
 }
 
 
-Pipeline = TypeVar("Pipeline", bound=UnCLIPPipeline)
+Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
 
 def load_pipeline(model: str, device: str = "auto", kind: type[Pipeline] = Text2ImagePipeline) -> Pipeline:
@@ -66,11 +70,13 @@ def generate_files(
     seed: int | None,
     device: str,
     settings: dict[str, Any],
+    upsampler: str | None = None,
 ) -> Iterator[Path]:
     """Draw `count` pictures for each prompt and write each as soon as its batch is done. Nothing is overwritten.
 
     Picture i has seed `seed + i`; prompt, seed and settings are written into the PNG. Without prompts the decoder is
-    told nothing, and `settings["steering"]` decides what is drawn.
+    told nothing, and `settings["steering"]` decides what is drawn. `upsampler`: a folder, in place of the
+    model's own.
     """
     total = max(1, len(prompts)) * count
     seed = check_seed(seed, count, total)
@@ -82,6 +88,10 @@ def generate_files(
     pipeline: Text2ImagePipeline = load_pipeline(model, device)
     if not prompts:
         settings = {"guidance_scale": 1.0, **settings}  # there is nothing to be guided to
+    if upsampler is not None:
+        parts = UpsamplePipeline.from_pretrained(upsampler).to(pipeline.device).components
+        names = ("upsampler", "upsampler_scheduler")
+        pipeline = Text2ImagePipeline.from_pipe(pipeline, **{name: parts[name] for name in names})
 
     def draw(records: list[dict[str, Any]], generators: list[Generator]) -> list[Image.Image]:
         if prompts:
@@ -92,6 +102,28 @@ def generate_files(
     pipeline.set_progress_bar_config(disable=True)
     records = [{"prompt": prompt} for prompt in prompts for _ in range(count)] or [{"prompt": ""}] * count
     yield from write_drawn(draw, records, seed, out, model, settings)
+
+
+def upsample_files(
+    pictures: list[Path], out: Path, upsampler: str, times: int, seed: int | None, device: str, settings: dict[str, Any]
+) -> Iterator[Path]:
+    """Enlarge each picture and write it as soon as it is done. Nothing is overwritten.
+
+    Picture i has seed `seed + i`. settings: of `UpsamplePipeline`.
+    """
+    check_out(out, len(pictures))
+    seed = check_seed(seed, 1, len(pictures))
+    read = [open_picture(path) for path in pictures]  # complain before the model loads
+    pipeline: UpsamplePipeline = load_pipeline(upsampler, device, UpsamplePipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    for picture in read:
+        check_size(pipeline.upsampler, *picture.size, times)
+    defaults = signature(UpsamplePipeline.__call__).parameters
+    used = {name: settings.get(name, defaults[name].default) for name in ("num_inference_steps", "level")}
+    for i, (path, picture) in enumerate(zip(pictures, read)):
+        drawn = pipeline(picture, times, generator=Generator().manual_seed(seed + i), **settings).images[0]
+        record = {"picture": path.name, "seed": seed + i, "model": Path(upsampler).name, "upsample": times, **used}
+        yield write_new(out, path.stem, seed + i, to_png(drawn, record))
 
 
 def write_drawn(

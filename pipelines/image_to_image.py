@@ -53,6 +53,7 @@ class ImageToImagePipeline(UnCLIPPipeline):
         count = len(pictures) * num_images_per_prompt
         prior_generators, generators = split_generators(generator, count)
         self.check_noise(prior, decoder, count)
+        self.check_upsampling(decoder)
 
         z_i, text = self.embed(prompts, negatives, pictures, num_images_per_prompt, prior, prior_generators, decoder)
         latents = self.encode_latents(pictures).repeat_interleave(num_images_per_prompt, dim=0)

@@ -75,6 +75,8 @@ class InpaintPipeline(UnCLIPPipeline):
         check_integer("num_images_per_prompt", each, 1, MAX_IMAGES)
         check_strength(strength)
         prior, decoder = split_options(options)
+        if decoder.upsample:
+            raise InputError("upsample is not for inpainting, which keeps pixels as they are; upsample its pictures")
         prompts = self.check_prompts("prompt", prompt, len(pictures))
         check_texts("prompt", prompts, empty=False)
         negatives = self.check_prompts("negative_prompt", negative_prompt, len(pictures))

@@ -15,6 +15,7 @@ from t2i.priors import MAX_CANDIDATES
 from t2i.samplers import check_sampler
 from t2i.sampling import MAX_STEPS
 from t2i.steering import Steering
+from t2i.upsampling import MAX_TIMES
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -59,6 +60,9 @@ class DecoderOptions:
     latents: (N, C, h, w), the noise that the decoder starts from.
     steering: a `Steering` towards a class, a text or a picture, beside the guidance.
     output_type: "pil", "np", "pt" or "latent".
+    upsample: how many times the pictures pass through the upsampler; 0 is not at all.
+    upsample_steps: of the upsampler, each time.
+    upsample_level: of the noise that they get first, so that more of them is redrawn; see `sample_upsampler`.
     callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}) after each step of the decoder; what it
         returns under "latents" is used.
     sampler: a name of `t2i.samplers.SAMPLERS`; None is the model's own scheduler.
@@ -73,6 +77,9 @@ class DecoderOptions:
     output_type: str = "pil"
     sampler: str | None = None
     eta: float | None = None
+    upsample: int = 0
+    upsample_steps: int = 4
+    upsample_level: float = 0.0
     callback_on_step_end: StepCallback | None = None
     callback_on_step_end_tensor_inputs: list[str] | None = None
     on_preview: Callable[[Preview], None] | None = None
@@ -88,6 +95,11 @@ class DecoderOptions:
             if self.sampler not in (None, "ddim"):
                 raise InputError(f"eta is of the sampler ddim, got eta={self.eta:g} with {self.sampler}")
         check_choice("output_type", self.output_type, OUTPUT_TYPES)
+        check_integer("upsample", self.upsample, 0, MAX_TIMES)
+        check_integer("upsample_steps", self.upsample_steps, 1, MAX_STEPS)
+        check_range("upsample_level", self.upsample_level, 0, 1)
+        if self.upsample and self.output_type == "latent":
+            raise InputError("upsample is of pictures, output_type is latent; one of the two")
         check_integer("preview_every", self.preview_every, 1, MAX_STEPS)
         if unknown := sorted(set(self.callback_on_step_end_tensor_inputs or []) - {"latents"}):
             raise InputError(f"callback_on_step_end_tensor_inputs may hold 'latents', got {', '.join(unknown)}")

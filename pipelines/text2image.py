@@ -61,6 +61,7 @@ class Text2ImagePipeline(UnCLIPPipeline):
             count = self.check_embeddings(image_embeds, count)
         prior_generators, decoder_generators = split_generators(generator, count)
         self.check_noise(prior, decoder, count)
+        self.check_upsampling(decoder)
         if negatives and (Guidance.of(prior.prior_guidance_scale).is_off or image_embeds is not None):
             logger.warning("negative_prompt has no effect: it guides the prior, which is not guided or not used here")
         if decoder_negatives and Guidance.of(decoder.guidance_scale).is_off:

@@ -27,6 +27,7 @@ _HOMES = {
     "Text2ImagePipeline": "pipelines",
     "TextDiffPipeline": "pipelines",
     "UNetDecoder": "t2i.unet_decoder",
+    "UpsamplePipeline": "pipelines",
     "Upsampler": "t2i.upsampler",
 }
 __all__ = sorted(_HOMES)

@@ -192,12 +192,14 @@ def assemble(
     autoencoder: Annotated[str | None, Option(help="Instead of RUNS/autoencoder: a folder, or a public VAE.")] = None,
     prior: Annotated[str | None, Option(help="Instead of RUNS/prior; none leaves it out.")] = None,
     decoder: Annotated[str | None, Option(help="Instead of RUNS/decoder.")] = None,
+    upsampler: Annotated[str | None, Option(help="A trained upsampler's folder; left out, there is none.")] = None,
     fp16: Annotated[bool, Option("--fp16", help="Half-precision weights: half the size.")] = False,
 ) -> None:
     """Put trained stages together into one pipeline folder."""
     from pipelines.assemble import assemble_folder
 
-    print(assemble_folder(runs, folder, fp16, clip=clip, autoencoder=autoencoder, prior=prior, decoder=decoder))
+    parts = {"clip": clip, "autoencoder": autoencoder, "prior": prior, "decoder": decoder, "upsampler": upsampler}
+    print(assemble_folder(runs, folder, fp16, **parts))
 
 
 @app.command()

@@ -1,7 +1,6 @@
 """Pictures in low resolution in, pictures in high resolution out, in few steps and in bounded memory."""
 
 from collections.abc import Callable, Iterable, Iterator
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -13,10 +12,12 @@ from t2i.config import check_integer, check_multiple, check_range
 from t2i.data.pictures import MAX_PIXELS
 from t2i.diffusion import Predict, draw_noise, levels, sample
 from t2i.errors import InputError
-from t2i.sampling import MAX_STEPS
+from t2i.sampling import MAX_STEPS, OnStep, Wrap
 from t2i.upsampler import LowResolution, Upsampler, augment, enlarged
 
 TILE = 512  # pixels of the high resolution
+MAX_TIMES = 8  # that a picture is enlarged
+STRIDE = 0x9E3779B97F4A7C15  # between the seeds of each time: 2^64 by the golden ratio, as in SplitMix64
 
 
 @torch.no_grad()
@@ -26,11 +27,13 @@ def sample_upsampler(
     low: Tensor,
     generators: list[Generator],
     z_i: Tensor | None = None,
-    steps: int = 8,
+    steps: int = 4,
     level: float = 0.0,
     tile: int = TILE,
     overlap: int | None = None,
     progress: Callable[[Iterable], Iterable] = iter,
+    on_step: OnStep | None = None,
+    wrap: Wrap | None = None,
 ) -> Tensor:
     """(N, 3, factor h, factor w) in [-1, 1], fp32, on the upsampler's device, from `low`, (N, 3, h, w) in [-1, 1].
 
@@ -45,6 +48,7 @@ def sample_upsampler(
         tile, overlap: larger pictures are denoised in overlapping windows of `tile` x `tile` pixels of the high
             resolution, whose predictions are blended in every step. What a step takes is bounded by the window.
             Both are multiples of the upsampler's `multiple`; the overlap is an eighth of the window if left out.
+        on_step, wrap: as for the decoder; x has the sides that the network takes, the picture its upper left part.
 
     Raises InputError, in one line, for a picture that is too small or too large, and values out of range.
     """
@@ -64,12 +68,12 @@ def sample_upsampler(
         part = x[..., rows, columns].to(dtype)
         return upsampler.step(part, t.expand(len(x)), context.window(rows, columns)).to(x.dtype)
 
-    scheduler = deepcopy(scheduler)
     scheduler.set_timesteps(steps, device=device)
     start = enlarged(low, factor)
     alpha, sigma = levels(scheduler, scheduler.timesteps[0], start)
     x = alpha * start + sigma * draw_noise(start.shape[1:], generators, device)
-    x = sample(tiled(window, tile, overlap), scheduler, x, steps, generators, progress)
+    predict = tiled(window, tile, overlap)
+    x = sample(predict if wrap is None else wrap(predict), scheduler, x, steps, generators, progress, on_step)
     return x[..., : factor * height, : factor * width].clamp(-1, 1)
 
 
@@ -158,8 +162,8 @@ def check_tiles(tile: Any, overlap: Any, multiple: int) -> int:
     return overlap
 
 
-def upsampling_generators(generators: Iterable[Generator], stage: int = 0) -> Iterator[Generator]:
-    """A stream of its own for each picture and each time that it is enlarged, from the seed of the decoder's stream:
+def upsampling_generators(generators: list[Generator], times: int) -> Iterator[list[Generator]]:
+    """For each time that pictures are enlarged, a stream of its own for each picture, from the seed of the decoder's:
     what was drawn without upsampling stays as it is."""
-    for one in generators:
-        yield Generator().manual_seed((one.initial_seed() + 0x9E3779B97F4A7C15 * (stage + 1)) % 2**63)
+    for stage in range(1, times + 1):
+        yield [Generator().manual_seed((one.initial_seed() + STRIDE * stage) % 2**63) for one in generators]

@@ -220,6 +220,8 @@ def test_the_folder_format_is_pinned(pipeline_folder):
         "decoder_scheduler": ["diffusers", "DDIMScheduler"],
         "prior": ["t2i.prior", "Prior"],
         "prior_scheduler": ["diffusers", "DDIMScheduler"],
+        "upsampler": [None, None],
+        "upsampler_scheduler": [None, None],
     }
     files = {str(path.relative_to(pipeline_folder)) for path in pipeline_folder.rglob("*") if path.is_file()}
     models = {"autoencoder", "clip", "decoder", "prior"}

@@ -37,6 +37,8 @@ def generate(
     sampler: options.Sampler = None,
     prior_sampler: options.PriorSampler = None,
     eta: options.Eta = None,
+    upsample: Annotated[int | None, Option(help="Times that pictures pass through the upsampler.")] = None,
+    upsampler: options.Upsampler = None,
     device: options.Device = "auto",
 ) -> None:
     """Draw pictures for prompts, or for none if they are steered; prints their paths."""
@@ -53,9 +55,35 @@ def generate(
         sampler=sampler,
         prior_sampler=prior_sampler,
         eta=eta,
+        upsample=upsample,
     )
     settings |= options.guidance(guidance_scale, guidance, prior_guidance_scale, prior_guidance)
-    for path in generate_files(texts, out, model, count, seed, device, settings):
+    for path in generate_files(texts, out, model, count, seed, device, settings, upsampler):
+        print(path)
+
+
+@app.command()
+def upsample(
+    pictures: Annotated[list[Path], Argument(help="What to enlarge.", show_default=False)],
+    out: options.Out = Path("out"),
+    model: options.Model = str(SHIPPED),
+    upsampler: options.Upsampler = None,
+    times: Annotated[int, Option(help="That pictures pass through the upsampler.")] = 1,
+    steps: Annotated[int | None, Option(help="Of the upsampler, each time.")] = None,
+    level: Annotated[float | None, Option(help="Of noise put on first: more lets flaws be redrawn.")] = None,
+    tile: Annotated[int | None, Option(help="Side of the windows of larger pictures, in pixels.")] = None,
+    seed: options.Seed = None,
+    device: options.Device = "auto",
+) -> None:
+    """Enlarge pictures with the upsampler of a model; prints their paths."""
+    from pipelines.generation import upsample_files
+    from t2i.config import check_integer, check_range
+    from t2i.upsampling import MAX_TIMES
+
+    check_integer("times", times, 1, MAX_TIMES)
+    check_range("level", level or 0, 0, 1)
+    settings = options.given(num_inference_steps=steps, level=level, tile=tile)
+    for path in upsample_files(pictures, out, upsampler or model, times, seed, device, settings):
         print(path)
 
 

@@ -7,6 +7,9 @@ from typer import Option
 
 Out = Annotated[Path, Option(help="Folder for the pictures, or a .png for one.")]
 Model = Annotated[str, Option(help="A model folder, or a repository on the hub.")]
+Upsampler = Annotated[
+    str | None, Option(help="A folder that `t2i train upsampler` wrote, or a model that has one; else the model's own.")
+]
 Count = Annotated[int, Option("--count", "-n", help="Pictures for each input.")]
 Seed = Annotated[int | None, Option(help="Of the first picture; the next has the next. Random if left out.")]
 Steps = Annotated[int | None, Option(help="Steps of the decoder.")]

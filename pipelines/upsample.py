@@ -1,0 +1,137 @@
+"""Pictures in, larger pictures out."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import BaseOutput
+from PIL import Image
+from torch import Generator, Tensor
+
+from pipelines.base import UnCLIPPipeline
+from pipelines.folder import check_part
+from pipelines.pictures import Pictures, read_picture, split_pictures
+from t2i.checkpoint import load_model, load_scheduler
+from t2i.clip import CLIP
+from t2i.config import check_choice, check_integer, check_range
+from t2i.errors import InputError
+from t2i.sampling import MAX_STEPS, split_generators
+from t2i.untrusted import check_files, is_folder, read_config
+from t2i.upsampler import Upsampler
+from t2i.upsampling import MAX_TIMES, TILE, check_size, check_tiles, sample_upsampler, upsampling_generators
+
+OUTPUT_TYPES = ("pil", "pt")
+
+
+@dataclass
+class UpsamplePipelineOutput(BaseOutput):
+    """images: a list of PIL pictures, or of (3, H, W) torch in [0, 1], by `output_type`."""
+
+    images: list[Image.Image] | list[Tensor]
+
+
+class UpsamplePipeline(DiffusionPipeline):
+    """Pictures of any size, through the upsampler any number of times.
+
+    `clip` is needed by upsamplers alone that take z_i, which is then that of the picture.
+    """
+
+    model_cpu_offload_seq = "clip->upsampler"
+    _optional_components = ["clip"]
+
+    def __init__(self, upsampler: Upsampler, upsampler_scheduler: SchedulerMixin, clip: CLIP | None = None):
+        super().__init__()
+        theirs = upsampler.config.clip_fingerprint
+        if clip is not None and theirs not in (None, clip.identity):
+            raise InputError(f"the upsampler was trained with the CLIP {theirs}, this pipeline has {clip.identity}")
+        self.register_modules(upsampler=upsampler, upsampler_scheduler=upsampler_scheduler, clip=clip)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
+        """What `training/train_upsampler.py` wrote; or the folder, or the repository on the hub, of a whole pipeline
+        that has an upsampler. Raises InputError, in one line."""
+        path = Path(pretrained_model_name_or_path)
+        if not is_folder(path):
+            path = Path(UnCLIPPipeline.download(str(path), **kwargs))
+        if not (path / "model_index.json").is_file():
+            return cls(load_model(Upsampler, path), load_scheduler(path / "scheduler"))
+        check_files(path)
+        entries = read_config(path / "model_index.json")
+        if not is_folder(path / "upsampler") or not is_folder(path / "upsampler_scheduler"):
+            raise InputError(f"the pipeline {str(path)!r} has no upsampler; name one that `t2i train upsampler` wrote")
+        for name in ("upsampler", "upsampler_scheduler"):
+            check_part(path, name, entries.get(name), kwargs.get("variant"))
+        upsampler, clip = load_model(Upsampler, path / "upsampler"), None
+        if upsampler.config.embed_dim is not None and is_folder(path / "clip"):
+            check_part(path, "clip", entries.get("clip"), None)
+            clip = load_model(CLIP, path / "clip")
+        return cls(upsampler, load_scheduler(path / "upsampler_scheduler"), clip)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **components: Any) -> Self:
+        """The upsampler of another pipeline, and its CLIP."""
+        names = ("upsampler", "upsampler_scheduler", "clip")
+        found = {name: pipeline.components.get(name) for name in names} | components
+        if found["upsampler"] is None:
+            raise InputError("this pipeline has no upsampler; load one with upsampler=... and upsampler_scheduler=...")
+        return cls(**found)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: Pictures,
+        times: int = 1,
+        num_inference_steps: int = 4,
+        level: float = 0.0,
+        generator: Generator | list[Generator] | None = None,
+        tile: int = TILE,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> UpsamplePipelineOutput | tuple:
+        """Enlarge each picture by the upsampler's factor, `times` times.
+
+        Args:
+            image: one or several, of any sizes; what they may be is said in `pipelines.pictures.read_pictures`.
+            times: 1 to 8.
+            num_inference_steps: each time, 1 to 1000.
+            level: of the noise that is put on the picture first (`Upsampler.config.max_level` at most): 0 trusts every
+                pixel; more lets flaws be redrawn.
+            generator: one for all, or one a picture. A picture depends on its own alone.
+            tile: larger pictures are denoised in windows of so many pixels, which bounds the memory.
+            output_type: "pil" or "pt".
+
+        Raises:
+            InputError: for a picture that is too small or becomes too large, and for values that are not allowed.
+        """
+        check_integer("times", times, 1, MAX_TIMES)
+        check_integer("num_inference_steps", num_inference_steps, 1, MAX_STEPS)
+        check_range("level", level, 0, self.upsampler.config.max_level)
+        check_tiles(tile, None, self.upsampler.multiple)
+        check_choice("output_type", output_type, OUTPUT_TYPES)
+        pictures = [read_picture(one, None) for one in split_pictures(image)]
+        if not pictures:
+            raise InputError("image has no pictures; give one or more")
+        for one in pictures:
+            check_size(self.upsampler, one.shape[-1], one.shape[-2], times)
+        generators = split_generators(generator, len(pictures))[1]
+        images: list = []
+        for one, own in zip(pictures, generators):
+            x = one[None].to(self._execution_device)
+            z_i = self.embedding(x)
+            for streams in upsampling_generators([own], times):
+                settings = (streams, z_i, num_inference_steps, level, tile)
+                x = sample_upsampler(self.upsampler, self.upsampler_scheduler, x, *settings, progress=self.progress_bar)
+            images += list(self.image_processor.postprocess(x.cpu(), output_type))
+        self.maybe_free_model_hooks()
+        return UpsamplePipelineOutput(images) if return_dict else (images,)
+
+    def embedding(self, picture: Tensor) -> Tensor | None:
+        """z_i for upsamplers that take it, where there is a CLIP."""
+        if self.clip is None or self.upsampler.config.embed_dim is None:
+            return None
+        return F.normalize(self.clip.encode_image(picture.to(self.clip.dtype)).float(), dim=-1)
