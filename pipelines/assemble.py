@@ -12,6 +12,7 @@ from t2i.clip import load_clip
 from t2i.decoder import Decoder
 from t2i.errors import InputError
 from t2i.priors import load_prior
+from t2i.text_encoder import held_by, load_text_encoder
 from t2i.unet_decoder import UNetDecoder
 from t2i.upsampler import Upsampler
 
@@ -20,11 +21,13 @@ def assemble(runs: str | Path, upsampler: str | None = None, **elsewhere: str | 
     """The pipeline of the stages trained in `runs/clip`, `runs/autoencoder`, `runs/prior` and `runs/decoder`.
 
     A stage's keyword names the folder it is in instead; for `clip` and `autoencoder` also a public model, as in the
-    training configurations. prior="none" leaves the prior out. `upsampler`: the folder of one, else there is none.
+    training configurations. prior="none" leaves the prior out. `upsampler`: the folder of one, else there is none. The
+    text encoder of a decoder that has its own is in the decoder's folder.
     """
     found = {stage: elsewhere.get(stage) or Path(runs) / stage for stage in STAGES}
     prior, prior_scheduler = load_prior(found["prior"])
     decoder = Path(found["decoder"])
+    text_encoder = held_by(decoder)
     return Text2ImagePipeline(
         clip=load_clip(found["clip"]),
         prior=prior,
@@ -34,6 +37,7 @@ def assemble(runs: str | Path, upsampler: str | None = None, **elsewhere: str | 
         autoencoder=load_autoencoder(found["autoencoder"]),
         upsampler=None if upsampler is None else load_model(Upsampler, upsampler),
         upsampler_scheduler=None if upsampler is None else load_scheduler(Path(upsampler) / "scheduler"),
+        text_encoder=None if text_encoder is None else load_text_encoder(text_encoder),
     )
 
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,6 +33,7 @@ from t2i.priors import UNSCHEDULED, AnyPrior, draw_embeddings, nearest
 from t2i.samplers import chosen, evaluations
 from t2i.sampling import OnStep, Wrap, check_texts, decoder_predict
 from t2i.steering import check_steering, steering_wrap
+from t2i.text_encoder import TextEncoder
 from t2i.unet_decoder import UNetDecoder
 from t2i.untrusted import is_folder, reach
 from t2i.upsampler import Upsampler
@@ -60,7 +61,7 @@ class UnCLIPPipeline(DiffusionPipeline):
     """The stages of unCLIP. Each subclass is a `__call__`; all load from the same folders and, by `from_pipe`, share
     their stages without copying them."""
 
-    model_cpu_offload_seq = "clip->prior->decoder->autoencoder->upsampler"
+    model_cpu_offload_seq = "clip->text_encoder->prior->decoder->autoencoder->upsampler"
     _callback_tensor_inputs = ["latents"]
     _optional_components = list(OPTIONAL)
 
@@ -74,12 +75,14 @@ class UnCLIPPipeline(DiffusionPipeline):
         prior_scheduler: SchedulerMixin | None = None,
         upsampler: Upsampler | None = None,
         upsampler_scheduler: SchedulerMixin | None = None,
+        text_encoder: TextEncoder | None = None,
     ):
         super().__init__()
         for name, model in {"prior": prior, "decoder": decoder, "upsampler": upsampler}.items():
             theirs = None if model is None else model.config.clip_fingerprint
             if theirs is not None and theirs != clip.identity:
                 raise InputError(f"the {name} was trained with the CLIP {theirs}, this pipeline has {clip.identity}")
+        check_text_encoder(decoder, text_encoder)
         if (prior is None or isinstance(prior, UNSCHEDULED)) != (prior_scheduler is None):
             what = "no prior" if prior is None else f"as prior a {type(prior).__name__}"
             has = "no prior_scheduler" if prior_scheduler is None else "a prior_scheduler"
@@ -98,6 +101,7 @@ class UnCLIPPipeline(DiffusionPipeline):
             prior_scheduler=prior_scheduler,
             upsampler=upsampler,
             upsampler_scheduler=upsampler_scheduler,
+            text_encoder=text_encoder,
         )
         self.image_processor = VaeImageProcessor(vae_scale_factor=autoencoder.factor)
         self.interrupted = False
@@ -186,13 +190,22 @@ class UnCLIPPipeline(DiffusionPipeline):
     # The stages
 
     def encode_prompt(self, prompts: list[str]) -> TextEncoding:
-        """Says in the log what of a prompt does not fit."""
+        """What CLIP says, for the prior, and the decoder's text encoder, if it has one of its own.
+
+        Says in the log what of a prompt does not fit.
+        """
         for prompt in dict.fromkeys(prompts):
             if cut := self.clip.tokenizer.cut(prompt):
                 longest = self.clip.context_length - 2
                 logger.warning("a prompt is longer than %d tokens; this was cut: %r", longest, cut)
+            if self.text_encoder is not None and (cut := self.text_encoder.cut(prompt)):
+                longest = self.text_encoder.config.context_length
+                logger.warning("a prompt has more than the text encoder's %d tokens; this was cut: %r", longest, cut)
         tokens = self.clip.tokenizer(prompts).to(self._execution_device)
-        return self.clip.encode_tokens(tokens)
+        text = self.clip.encode_tokens(tokens)
+        if self.text_encoder is None:
+            return text
+        return replace(text, decoder_tokens=self.text_encoder.encode(prompts, self._execution_device))
 
     @torch.no_grad()
     def encode_image(self, pictures: Tensor) -> Tensor:
@@ -407,6 +420,15 @@ class UnCLIPPipeline(DiffusionPipeline):
             return x
 
         return wrap, report
+
+
+def check_text_encoder(decoder: Decoder | UNetDecoder, text_encoder: TextEncoder | None) -> None:
+    """Refuse another text encoder than the decoder was trained with, one that it does not read, or none."""
+    theirs = decoder.config.get("text_encoder_fingerprint")
+    ours = None if text_encoder is None else text_encoder.identity
+    if ours != theirs:
+        wanted = f"captions from the text encoder {theirs}" if theirs else "no text encoder's captions"
+        raise InputError(f"the decoder was trained with {wanted}, this pipeline has {ours or 'no text encoder'}")
 
 
 def check_finite(stage: str, x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from t2i.clip import CLIP
 from t2i.decoder import Decoder
 from t2i.errors import InputError
 from t2i.priors import PRIORS
+from t2i.text_encoder import TextEncoder
 from t2i.unet_decoder import UNetDecoder
 from t2i.untrusted import SCHEDULERS, check_files, check_model, check_scheduler, is_folder, read_config
 from t2i.upsampler import Upsampler
@@ -23,9 +24,10 @@ PARTS: dict[str, tuple[type, ...]] = {  # what a folder's components may be; a p
     "autoencoder": (Autoencoder,),
     "upsampler": (Upsampler,),
     "upsampler_scheduler": (SchedulerMixin,),
+    "text_encoder": (TextEncoder,),
 }
 # What a folder may do without.
-OPTIONAL: tuple[str, ...] = ("prior", "prior_scheduler", "upsampler", "upsampler_scheduler")
+OPTIONAL: tuple[str, ...] = ("prior", "prior_scheduler", "upsampler", "upsampler_scheduler", "text_encoder")
 PIPELINES = (  # whose folders these may be; all load in each of them
     "Text2ImagePipeline",
     "ImageToImagePipeline",

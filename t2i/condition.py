@@ -13,7 +13,10 @@ from torch import Tensor
 
 @dataclass
 class Condition:
-    """Tensors, or other conditions, that agree in their first dimension, B. None where a model takes no such thing."""
+    """Tensors, or other conditions, that agree in their first dimension, B. None where a model takes no such thing.
+
+    Of two conditions together, what one of them lacks is None.
+    """
 
     def __len__(self) -> int:
         return next(len(value) for value in vars(self).values() if value is not None)
@@ -22,7 +25,7 @@ class Condition:
         """`function` of each pair of tensors."""
 
         def one(mine: Any, theirs: Any) -> Any:
-            if mine is None:
+            if mine is None or theirs is None:
                 return None
             return mine.zipped(theirs, function) if isinstance(mine, Condition) else function(mine, theirs)
 
@@ -64,21 +67,50 @@ class TextEncoding(Condition):
     embedding: Tensor  # (B, D), unit length: z_t
     states: Tensor  # (B, L, W): one vector a token, after the last norm
     mask: Tensor  # (B, L), bool: True where there is a token
+    decoder_tokens: "TokenStates | None" = None  # of a decoder's own text encoder
+
+    @property
+    def tokens(self) -> "TokenStates":
+        """What a decoder reads."""
+        return TokenStates(self.states, self.mask) if self.decoder_tokens is None else self.decoder_tokens
 
     def fitted(self, other: Self) -> Self:
-        extra = max(0, other.mask.shape[1] - self.mask.shape[1])
-        return replace(self, states=F.pad(self.states, (0, 0, 0, extra)), mask=F.pad(self.mask, (0, extra)))
+        mine, theirs = self.decoder_tokens, other.decoder_tokens
+        mine = mine if mine is None or theirs is None else mine.fitted(theirs)
+        return replace(padded(self, other), decoder_tokens=mine)
+
+
+def padded(text: Any, other: Any) -> Any:
+    """An encoding with as many tokens as another, if that has more."""
+    extra = max(0, other.mask.shape[1] - text.mask.shape[1])
+    return replace(text, states=F.pad(text.states, (0, 0, 0, extra)), mask=F.pad(text.mask, (0, extra)))
+
+
+@dataclass
+class TokenStates(Condition):
+    """What a text encoder says of B captions, token by token: what a decoder reads of them."""
+
+    states: Tensor  # (B, L, W): one vector a token
+    mask: Tensor  # (B, L), bool: True where there is a token
+
+    def fitted(self, other: Self) -> Self:
+        return padded(self, other)
 
 
 @dataclass
 class ImageCondition(Condition):
-    """What a picture is to show: the condition of the decoder."""
+    """What a picture is to show: the condition of the decoder. Of a TextEncoding it keeps what a decoder reads."""
 
     embedding: Tensor  # (B, D), unit length or zero: z_i
-    text: TextEncoding | None = None  # the caption, for decoders that read it too
+    text: TokenStates | TextEncoding | None = None  # the caption, for decoders that read it too
     known: Tensor | None = None  # (B, C + 1, h, w): the latents that stay and the mask, for decoders that read them
 
+    def __post_init__(self) -> None:
+        if isinstance(self.text, TextEncoding):
+            self.text = self.text.tokens
+
     def fitted(self, other: Self) -> Self:
-        if self.text is None or other.text is None:
+        mine, theirs = self.text, other.text
+        if not isinstance(mine, TokenStates) or not isinstance(theirs, TokenStates):
             return self
-        return replace(self, text=self.text.fitted(other.text))
+        return replace(self, text=mine.fitted(theirs))

@@ -16,7 +16,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from t2i.condition import ImageCondition, TextEncoding
+from t2i.condition import ImageCondition, TokenStates
 from t2i.layers import Attention, KeyValue, TimeEmbedding, checkpointed, feed_forward, split_heads
 
 Extra: TypeAlias = KeyValue | Tensor  # the tokens: (B, L, condition_width)
@@ -46,6 +46,7 @@ class Decoder(ModelMixin, ConfigMixin):
         clip_fingerprint: of the CLIP that it was trained with.
         learned_variance: it also predicts the variance of the reverse steps, as further C channels.
         reads_masks: it sees what is to stay of a picture; see `t2i.inpainting`.
+        text_encoder_fingerprint: of the text encoder that its captions come from; None if they come from CLIP.
     """
 
     _supports_gradient_checkpointing = True
@@ -68,6 +69,7 @@ class Decoder(ModelMixin, ConfigMixin):
         clip_fingerprint: str | None = None,
         learned_variance: bool = False,
         reads_masks: bool = False,
+        text_encoder_fingerprint: str | None = None,
     ):
         super().__init__()
         self.gradient_checkpointing = False
@@ -171,7 +173,7 @@ def no_condition(decoder: Any, count: int) -> ImageCondition:
     if decoder.from_text is None:
         return ImageCondition(z_i)
     states = z_i.new_zeros(count, 1, decoder.config.text_width)
-    return ImageCondition(z_i, TextEncoding(z_i, states, states.new_zeros(count, 1, dtype=torch.bool)))
+    return ImageCondition(z_i, TokenStates(states, states.new_zeros(count, 1, dtype=torch.bool)))
 
 
 class DecoderBlock(nn.Module):

@@ -7,7 +7,8 @@ mode.
 import copy
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,14 @@ from t2i.config import check_integer, check_range
 from t2i.contact_sheet import labelled_rows, similarity_matrix, to_images
 from t2i.data import Batch, CaptionedPictures
 from t2i.data.dataset import Key
-from t2i.data.source import Source
+from t2i.data.source import Source, encoded_text
 from t2i.decoder import Decoder
 from t2i.errors import InputError
 from t2i.guidance import MAX_SCALE
 from t2i.priors import MAX_CANDIDATES, PRIORS, UNSCHEDULED, AnyPrior
 from t2i.priors import draw_embeddings as draw_any
 from t2i.sampling import MAX_STEPS, check_texts, sample_decoder, split_generators
+from t2i.text_encoder import TextEncoder, load_text_encoder
 from t2i.unet_decoder import UNetDecoder
 
 logger = logging.getLogger(__name__)
@@ -95,8 +97,11 @@ class Columns:
 
 
 @torch.no_grad()
-def encode_columns(records: Batch | None, prompts: list[str], clip: CLIP | None) -> Columns | None:
-    """Columns of records and further prompts, on the CPU; CLIP encodes what the batch does not hold already, if any.
+def encode_columns(
+    records: Batch | None, prompts: list[str], clip: CLIP | None, reader: TextEncoder | None = None
+) -> Columns | None:
+    """Columns of records and further prompts, on the CPU; CLIP encodes what the batch does not hold already, if any,
+    and `reader`, the decoder's text encoder if it has its own.
 
     None if there are neither.
     """
@@ -107,10 +112,10 @@ def encode_columns(records: Batch | None, prompts: list[str], clip: CLIP | None)
         text = records.text.to(torch.device("cpu"), torch.float32)
         if prompts:
             assert clip is not None, "somebody has to encode the prompts"
-            text = text.cat(clip.encode_text(prompts).to(torch.device("cpu"), torch.float32))
+            text = text.cat(encoded_text(clip, reader, prompts).to(torch.device("cpu"), torch.float32))
     else:
         assert clip is not None, "somebody has to encode the captions"
-        text = clip.encode_text([*captions, *prompts])
+        text = encoded_text(clip, reader, [*captions, *prompts])
     if records is None:
         z_i, pictures = torch.zeros(0, text.embedding.shape[1]), None
     else:
@@ -126,7 +131,19 @@ def choose_columns(source: Source, config: SampleConfig) -> Columns | None:
     dataset = source.validation or source.dataset
     keys = fixed_keys(len(dataset), config.count)
     clip = source.load_clip() if config.prompts else None
-    return encode_columns(source.records(keys) if keys else None, config.prompts, clip)
+    reader = source.load_text_encoder() if config.prompts and source.text_encoder is not None else None
+    return encode_columns(source.records(keys) if keys else None, config.prompts, clip, reader)
+
+
+@torch.no_grad()
+def read_by(text_encoder: TextEncoder | None, columns: Columns) -> Columns:
+    """The columns with what a decoder's own text encoder says of their captions."""
+    if text_encoder is None:
+        return columns
+    tokens = [text_encoder.encode(columns.captions[part]) for part in parts(len(columns.captions))]
+    tokens = [one.to(torch.device("cpu"), torch.float32) for one in tokens]
+    found = reduce(lambda one, other: one.cat(other), tokens)
+    return replace(columns, text=replace(columns.text, decoder_tokens=found))
 
 
 @torch.no_grad()
@@ -266,10 +283,9 @@ class Preview:
         z_i = draw_embeddings(self.columns, self.config, prior, scheduler)
         images = {"embeddings": prior_preview(self.columns, z_i)}
         if trained := still(self.load_decoder, prior.device):
-            decoder, decoder_scheduler, autoencoder = trained
-            images["pictures"] = decoder_preview(
-                self.columns, self.config, decoder, decoder_scheduler, autoencoder, z_i
-            )
+            decoder, decoder_scheduler, autoencoder, text_encoder = trained
+            columns = read_by(text_encoder, self.columns)
+            images["pictures"] = decoder_preview(columns, self.config, decoder, decoder_scheduler, autoencoder, z_i)
         return {name: image for name, image in images.items() if image is not None}
 
     def draw_trained(self, device: torch.device) -> Tensor | None:
@@ -281,7 +297,7 @@ class Preview:
     def load_prior(self) -> tuple[AnyPrior, SchedulerMixin | None] | None:
         return None if self.config.prior is None else self.load("prior", self.config.prior, PRIORS)
 
-    def load_decoder(self) -> tuple[Decoder | UNetDecoder, SchedulerMixin, Autoencoder] | None:
+    def load_decoder(self) -> tuple[Decoder | UNetDecoder, SchedulerMixin, Autoencoder, TextEncoder | None] | None:
         if self.config.decoder is None or self.config.autoencoder is None:
             return None
         decoder, scheduler = self.load("decoder", self.config.decoder, (Decoder, UNetDecoder))
@@ -292,7 +308,13 @@ class Preview:
                 f"sample.autoencoder is {self.config.autoencoder!r}, of {autoencoder.channels} channels; those of "
                 f"sample.decoder's latents are {decoder.config.latent_channels}, they were not trained together"
             )
-        return decoder, scheduler, autoencoder
+        text_encoder = None
+        if (wanted := decoder.config.text_encoder_fingerprint) is not None:
+            with torch.random.fork_rng(devices=[]):
+                text_encoder = load_text_encoder(self.config.decoder)
+            if text_encoder.identity != wanted:
+                raise InputError(f"sample.decoder is {self.config.decoder!r}, which lacks its text encoder {wanted}")
+        return decoder, scheduler, autoencoder, text_encoder
 
     def load(self, name: str, folder: str, classes: Any) -> tuple[Any, SchedulerMixin | None]:
         """A trained stage and its scheduler, if it has one. Raises InputError if it was trained with another CLIP."""

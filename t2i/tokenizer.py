@@ -1,8 +1,8 @@
-"""Captions to token numbers: a byte-pair vocabulary of the project's own, or the tokenizer of a public CLIP."""
+"""Captions to token numbers: a byte-pair vocabulary of the project's own, or the tokenizer of a public model."""
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,12 @@ from t2i.errors import InputError
 from t2i.untrusted import MAX_TABLE, MAX_TOKENIZER, check_files, check_size, read_json
 
 PAD, START, END = "<pad>", "<start>", "<end>"
+PATTERNS = {  # of public tokenizers; any other may take for ever
+    r"\s+",
+    " {2,}",
+    r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
+}
+LENGTHENING = ("Replace", "Prepend")  # steps that may put more in the place of less
 SETTINGS = {"clean", "strip_sep_token", "language"}  # of a public tokenizer, that a configuration may choose
 
 
@@ -157,3 +163,84 @@ def public_tokenizer(name: str, text_cfg: dict[str, Any]) -> tuple[PublicTokeniz
     options = {"trust_remote_code": False} if text_cfg.get("hf_tokenizer_name") else {}
     tokenizer = open_clip.get_tokenizer(name, **options)
     return PublicTokenizer(tokenizer), "clip" if isinstance(tokenizer, SimpleTokenizer) else "transformers"
+
+
+class TextTokenizer:
+    """The tokenizer of a text encoder, from its tokenizer.json, with the special tokens that it puts around a text."""
+
+    def __init__(self, tokenizer: Tokenizer, context_length: int, pad: int):
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(context_length)
+        tokenizer.encode_special_tokens = True  # in a caption they are text like any other
+        self.tokenizer, self.context_length, self.pad = tokenizer, context_length, pad
+
+    def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """-> tokens, (B, L), int64, and which are not padding, (B, L), bool; L is that of the longest, at least 1."""
+        found = [encoding.ids for encoding in self.tokenizer.encode_batch(texts)]
+        lengths = torch.tensor([len(ids) for ids in found])
+        mask = torch.arange(max(1, int(lengths.max()))) < lengths[:, None]
+        tokens = torch.full(mask.shape, self.pad)
+        tokens[mask] = torch.tensor([number for ids in found for number in ids], dtype=torch.int64)
+        return tokens, mask
+
+    def cut(self, text: str) -> str:
+        """The end of a text that does not fit, empty if all does."""
+        for rest in self.tokenizer.encode(text).overflowing:
+            starts = [start for (start, _), special in zip(rest.offsets, rest.special_tokens_mask) if not special]
+            return text[starts[0] :].strip() if starts else ""
+        return ""
+
+    def save(self, folder: Path) -> None:
+        self.tokenizer.save(str(folder / "tokenizer.json"))
+
+    def digest(self) -> str:
+        """64 hexadecimal digits for the vocabulary."""
+        return hashlib.sha256(json.dumps(sorted(self.tokenizer.get_vocab().items())).encode()).hexdigest()
+
+
+def load_text_tokenizer(folder: Path, context_length: int, pad: int, vocab_size: int) -> TextTokenizer:
+    """The tokenizer.json in the folder of a text encoder with `vocab_size` tokens.
+
+    Raises InputError if it is missing or damaged, does not fit, or asks for more than the known tokenizers do.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        how = "AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER) of transformers writes it"
+        raise InputError(f"no 'tokenizer.json' in {str(folder)!r}; {how}")
+    check_text_tokenizer(path)
+    try:
+        tokenizer = TextTokenizer(Tokenizer.from_file(str(path)), context_length, pad)
+        tokenizer(["", "a picture"])
+    except BaseException as error:  # the library raises nothing more specific, and panics are no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise InputError(f"{str(path)!r} is not a tokenizer ({str(error)[:200]})") from error
+    if (highest := max(tokenizer.tokenizer.get_vocab().values(), default=0)) >= vocab_size:
+        raise InputError(f"{str(path)!r} has a token {highest}; the text encoder knows {vocab_size}, from 0 on")
+    if (added := tokenizer.tokenizer.num_special_tokens_to_add(False)) > 8:
+        raise InputError(f"{str(path)!r} adds {added} tokens to every text; no text encoder needs more than 8")
+    return tokenizer
+
+
+def check_text_tokenizer(path: Path) -> None:
+    """Refuse a tokenizer with patterns that nobody knows, with steps that blow texts up, or with dice."""
+    content = read_json(path, MAX_TOKENIZER)
+    model = content.get("model")
+    if not isinstance(model, dict) or model.get("dropout"):
+        raise InputError(f"{str(path)!r} has no model, or one with dropout; captions must give the same tokens always")
+    steps = list(objects([content.get(part) for part in ("normalizer", "pre_tokenizer", "post_processor")]))
+    for step in steps:
+        if (pattern := step.get("Regex")) is not None and pattern not in PATTERNS:
+            raise InputError(f"{str(path)!r} has the pattern {str(pattern)[:80]!r}; only those of T5, BERT and CLIP")
+    longer = [step for step in steps if step.get("type") in LENGTHENING]
+    if len(longer) > 3 or any(len(str(step.get("content", step.get("prepend", "")))) > 3 for step in longer):
+        raise InputError(f"{str(path)!r} replaces text by much longer text; no tokenizer of T5, BERT or CLIP does")
+
+
+def objects(value: Any) -> Iterator[dict[str, Any]]:
+    """Every JSON object in a JSON value."""
+    if isinstance(value, dict):
+        yield value
+    if isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from objects(part)

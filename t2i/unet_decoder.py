@@ -34,6 +34,7 @@ class UNetDecoder(ModelMixin, ConfigMixin):
         clip_fingerprint: of the CLIP that it was trained with.
         learned_variance: it also predicts the variance of the reverse steps, as further C channels.
         reads_masks: it sees what is to stay of a picture; see `t2i.inpainting`.
+        text_encoder_fingerprint: of the text encoder that its captions come from; None if they come from CLIP.
     """
 
     _supports_gradient_checkpointing = True  # diffusers' blocks do it
@@ -53,6 +54,7 @@ class UNetDecoder(ModelMixin, ConfigMixin):
         clip_fingerprint: str | None = None,
         learned_variance: bool = False,
         reads_masks: bool = False,
+        text_encoder_fingerprint: str | None = None,
     ):
         super().__init__()
         check_integer("latent_size", latent_size, 1, 1024)  # no tensor has this size

@@ -177,11 +177,14 @@ def check_inside(path: Path, root: Path) -> None:
         raise InputError(f"{str(path)!r} is a link out of {str(root)!r}, which is not followed; copy the files")
 
 
-def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
-    """The safetensors files that diffusers loads from a model folder: those of its index, or the one."""
+def weight_files(folder: Path, variant: str | None = None, stem: str = "diffusion_pytorch_model") -> list[Path]:
+    """The safetensors files of a model folder: those of its index, or the one.
+
+    `stem`: the name that diffusers gives them; transformers' is "model".
+    """
     middle = f".{variant}" if variant else ""
-    index = folder / f"diffusion_pytorch_model.safetensors.index{middle}.json"
-    single = folder / f"diffusion_pytorch_model{middle}.safetensors"
+    index = folder / f"{stem}.safetensors.index{middle}.json"
+    single = folder / f"{stem}{middle}.safetensors"
     if index.exists():
         shards = read_json(index, MAX_TABLE).get("weight_map")
         if not isinstance(shards, dict) or not shards:
@@ -191,7 +194,7 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
                 raise InputError(f"{str(index)!r} asks for {name!r}; only .safetensors is loaded")
         return [folder / name for name in sorted(set(map(str, shards.values())))]
     if variant and not single.exists():
-        return weight_files(folder)
+        return weight_files(folder, stem=stem)
     return [single]
 
 

@@ -59,7 +59,7 @@ class Step:
         """The files that later stages read."""
         if self.name == "cache":
             return [self.output / "cache.json"]  # it holds the hashes of the others
-        return files_below(self.output / "model") + files_below(self.output / "scheduler")
+        return [path for part in ("model", "scheduler", "text_encoder") for path in files_below(self.output / part)]
 
 
 @dataclass(frozen=True)

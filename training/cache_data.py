@@ -6,7 +6,7 @@ Stopping is harmless: the same command keeps the shards that are whole and makes
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from t2i.autoencoder import Autoencoder, load_autoencoder
 from t2i.clip import CLIP, load_clip
+from t2i.condition import TextEncoding, TokenStates
 from t2i.config import DataConfig, TrainConfig, check_choice, check_multiple, check_range
 from t2i.data import CaptionedPictures
 from t2i.data.cache import (
@@ -29,6 +30,7 @@ from t2i.data.cache import (
     AutoencoderFacts,
     CachedPairs,
     ClipFacts,
+    TextEncoderFacts,
     check_writable,
     damage,
     finish,
@@ -44,11 +46,13 @@ from t2i.data.cache import (
 )
 from t2i.data.dataset import from_workers
 from t2i.data.manifest import splits_of
-from t2i.data.source import facts_of_autoencoder, facts_of_clip, stored
+from t2i.data.source import facts_of_autoencoder, facts_of_clip, facts_of_text_encoder, read, stored
 from t2i.errors import InputError
 from t2i.launch import run
 from t2i.loop import start
 from t2i.state import locked
+from t2i.text_encoder import DTYPES as TEXT_DTYPES
+from t2i.text_encoder import MAX_TOKENS, TextEncoder, load_text_encoder
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
@@ -59,6 +63,9 @@ class Config:
     clip: str | None = None  # folder of a trained CLIP, or a public one; null caches latents alone
     autoencoder: str | None = None  # folder of a trained autoencoder, or a diffusers VAE; null caches no latents
     text: bool = True  # captions too: priors need them, and decoders that read captions
+    text_encoder: str | None = None  # its states too, for decoders that read captions through it; as they name it
+    text_encoder_tokens: int = 128  # both as in the decoder's configuration
+    text_encoder_dtype: str = "float32"
     variations: int = 1  # captions of a picture: what the first draws give
     batch_size: int = 64  # pictures or captions at a time, per process
     shard_size: int = 4096  # pictures in a file
@@ -71,6 +78,8 @@ class Config:
             self.mixed_precision = "no"
         check_choice("mixed_precision", self.mixed_precision, ("auto", "no", "fp16", "bf16"))
         check_choice("dtype", self.dtype, tuple(DTYPES))
+        check_range("text_encoder_tokens", self.text_encoder_tokens, 3, MAX_TOKENS)
+        check_choice("text_encoder_dtype", self.text_encoder_dtype, tuple(TEXT_DTYPES))
         check_range("variations", self.variations, 1, 1024)
         check_range("batch_size", self.batch_size, 1, 65_536)
         check_range("shard_size", self.shard_size, 1, 1_000_000)
@@ -95,8 +104,8 @@ def main(config: Config) -> None:
     folder = Path(config.output)
     check_writable(folder)
     datasets = splits(config.data)
-    clip, autoencoder = None, None
-    facts: dict[str, ClipFacts | AutoencoderFacts | None] = {"clip": None, "autoencoder": None}
+    clip, autoencoder, text_encoder = None, None, None
+    facts: dict[str, ClipFacts | AutoencoderFacts | TextEncoderFacts | None] = {"clip": None, "autoencoder": None}
     if config.clip is not None:
         clip = load_clip(config.clip)
         facts["clip"] = facts_of_clip(config.clip, clip)
@@ -104,6 +113,10 @@ def main(config: Config) -> None:
         autoencoder = load_autoencoder(config.autoencoder)
         facts["autoencoder"] = facts_of_autoencoder(config.autoencoder, autoencoder)
         check_multiple("data.image_size", config.data.image_size, autoencoder.factor)
+    if config.text_encoder is not None:
+        settings = (config.text_encoder_tokens, TEXT_DTYPES[config.text_encoder_dtype])
+        text_encoder = load_text_encoder(config.text_encoder, *settings)
+        facts["text_encoder"] = facts_of_text_encoder(text_encoder)
     key = key_of(config, facts, datasets)
     refuse_another(folder, key)
 
@@ -114,9 +127,9 @@ def main(config: Config) -> None:
                 unfinished.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
             write_json(folder / "key.json", key)
             most = max(most_captions(dataset) for dataset in datasets.values())
-            if config.text and most > config.variations:
+            if (config.text or config.text_encoder) and most > config.variations:
                 print(f"caches {config.variations} of up to {most} captions of a picture; `variations` sets how many")
-        encoder = Encoder(config, accelerator, clip, autoencoder)
+        encoder = Encoder(config, accelerator, clip, autoencoder, text_encoder)
         shards = [
             shard for split, dataset in datasets.items() for shard in divide(split, len(dataset), config.shard_size)
         ]
@@ -214,10 +227,18 @@ def read_images(datasets: dict[str, CaptionedPictures], shards: list[Shard], con
 class Encoder:
     """The frozen models and how to cast what they say."""
 
-    def __init__(self, config: Config, accelerator: Accelerator, clip: CLIP | None, autoencoder: Autoencoder | None):
+    def __init__(
+        self,
+        config: Config,
+        accelerator: Accelerator,
+        clip: CLIP | None,
+        autoencoder: Autoencoder | None,
+        text_encoder: TextEncoder | None = None,
+    ):
         self.config, self.accelerator = config, accelerator
         self.clip = clip.to(accelerator.device).eval() if clip is not None else None
         self.autoencoder = autoencoder.to(accelerator.device).eval() if autoencoder is not None else None
+        self.text_encoder = text_encoder.to(accelerator.device) if text_encoder is not None else None
         self.dtype = DTYPES[config.dtype]
 
     def encode(self, dataset: CaptionedPictures, pictures: range, images: Iterator[Tensor]) -> dict[str, Tensor]:
@@ -234,31 +255,44 @@ class Encoder:
         tensors = {name: torch.cat(part).contiguous() for name, part in parts.items()}
         tensors["keys"] = torch.frombuffer(bytearray(b"".join(names)), dtype=torch.uint8)
         tensors["key_offsets"] = offsets(map(len, names))
-        if self.clip is not None and self.config.text:
-            tensors |= self.encode_captions(self.clip, dataset, pictures)
+        if self.config.text or self.text_encoder is not None:
+            tensors |= self.encode_captions(dataset, pictures)
         return tensors
 
-    def encode_captions(self, clip: CLIP, dataset: CaptionedPictures, pictures: range) -> dict[str, Tensor]:
+    def encode_captions(self, dataset: CaptionedPictures, pictures: range) -> dict[str, Tensor]:
         known: dict[str, int] = {}  # each caption once
         choice = [
             [known.setdefault(dataset.caption(index, draw), len(known)) for draw in range(self.config.variations)]
             for index in pictures
         ]
-        captions = list(known)
-        embeds, states, lengths = [], [], []
-        for first in range(0, len(captions), self.config.batch_size):
+        captions, size = list(known), self.config.batch_size
+        batches = [captions[first : first + size] for first in range(0, len(captions), size)]
+        tensors = {"choice": torch.tensor(choice)}
+        if self.clip is not None and self.config.text:
+            embeds: list[Tensor] = []
+            tensors |= self.end_to_end("text", self.read_clip(self.clip, batches, embeds))
+            tensors["text_embeds"] = torch.cat(embeds)
+        if self.text_encoder is not None:
+            with torch.autocast(self.accelerator.device.type, enabled=False):
+                tensors |= self.end_to_end("text_encoder", (read(self.text_encoder, batch) for batch in batches))
+        return tensors
+
+    def read_clip(self, clip: CLIP, batches: list[list[str]], embeds: list[Tensor]) -> Iterator[TextEncoding]:
+        """What CLIP says of the captions; of each batch the embedding is added to `embeds`."""
+        for batch in batches:
             with self.accelerator.autocast():
-                text = clip.encode_text(captions[first : first + self.config.batch_size])
-            tokens, counts = trim(text)
+                text = clip.encode_text(batch)
             embeds.append(text.embedding.float().cpu())
+            yield text
+
+    def end_to_end(self, of: str, texts: Iterable[TextEncoding | TokenStates]) -> dict[str, Tensor]:
+        """The token states of captions, without padding, and where each caption's are."""
+        states, lengths = [], []
+        for text in texts:
+            tokens, counts = trim(text)
             states.append(tokens.to("cpu", self.dtype))
             lengths += counts.tolist()
-        return {
-            "choice": torch.tensor(choice),
-            "text_embeds": torch.cat(embeds),
-            "text_states": torch.cat(states),
-            "text_offsets": offsets(lengths),
-        }
+        return {f"{of}_states": torch.cat(states), f"{of}_offsets": offsets(lengths)}
 
     def shared(self, shards: list[Path]) -> dict[str, Tensor]:
         """Statistics of the training split, and the encoding of the empty caption."""

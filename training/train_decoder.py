@@ -3,7 +3,9 @@
 accelerate launch training/train_decoder.py configs/emoji/decoder.yaml train.steps=1000
 """
 
+import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,16 +17,17 @@ from t2i.checkpoint import export_model, load_model, weights_digest
 from t2i.condition import ImageCondition
 from t2i.config import DataConfig, TrainConfig, build, check_choice, check_multiple, check_range
 from t2i.data import Batch
-from t2i.data.cache import AutoencoderFacts, ClipFacts
-from t2i.data.source import Source, open_source
+from t2i.data.source import Source, open_source, stored_fingerprint
 from t2i.decoder import Decoder
 from t2i.diffusion import check_weighting, diffusion_loss, drop, noise_scheduler
+from t2i.errors import InputError
 from t2i.finetuning import check_prediction, start_from
 from t2i.inpainting import known_latents, random_masks
 from t2i.launch import run
 from t2i.loop import Stage, fit, start
 from t2i.lora import LoraConfig, add_adapters, check_lora, export_adapted
 from t2i.preview import Preview, SampleConfig, choose_columns
+from t2i.text_encoder import DTYPES, MAX_TOKENS, TextEncoder, held_by, load_text_encoder
 from t2i.unet_decoder import UNetDecoder
 
 ARCHITECTURES = {"transformer": Decoder, "unet": UNetDecoder}
@@ -43,6 +46,9 @@ class Config:
     lora: LoraConfig | None = None  # train adapters of this rank on `init`, not its weights: rank, alpha, targets
     scheduler: dict[str, Any] = field(default_factory=dict)  # arguments of diffusers' DDIMScheduler
     reads_captions: bool = False  # caption tokens as a second condition
+    text_encoder: str | None = None  # where they come from: T5, BERT, ... (a folder, or a hub name); null is CLIP
+    text_encoder_tokens: int = 128  # of a caption at most, fewer if the encoder knows fewer; what is longer is cut
+    text_encoder_dtype: str = "float32"  # or bfloat16, which takes half the memory, or float16
     embedding_dropout: float = 0.1
     caption_dropout: float = 0.5
     reads_masks: bool = False  # inpainting: the decoder sees the latents that are to stay beside the noisy ones
@@ -61,10 +67,21 @@ class Config:
         check_range("min_snr_gamma", self.min_snr_gamma, 0.01, 1000)
         check_weighting(noise_scheduler(self.scheduler), self.loss_weighting)
         check_lora(self.lora, self.init)
+        check_range("text_encoder_tokens", self.text_encoder_tokens, 3, MAX_TOKENS)
+        check_choice("text_encoder_dtype", self.text_encoder_dtype, tuple(DTYPES))
+        if self.text_encoder is not None and not self.reads_captions:
+            raise InputError(f"text_encoder={self.text_encoder!r} is for a decoder with reads_captions=true")
+
+    @property
+    def load_text_encoder(self) -> Callable[[], TextEncoder] | None:
+        if self.text_encoder is None:
+            return None
+        return partial(load_text_encoder, self.text_encoder, self.text_encoder_tokens, DTYPES[self.text_encoder_dtype])
 
 
 def main(config: Config) -> None:
-    source = open_source(config.cache, config.data, config.clip, config.autoencoder, config.reads_captions)
+    names = (config.clip, config.autoencoder, config.reads_captions)
+    source = open_source(config.cache, config.data, *names, config.load_text_encoder)
     accelerator = start(config.train)
     fit(accelerator, make_stage(config, source, accelerator.device), config.train)
 
@@ -75,7 +92,7 @@ def make_stage(config: Config, source: Source, device: torch.device) -> Stage:
     check_multiple("data.image_size", config.data.image_size, source.autoencoder.factor)
     scheduler = noise_scheduler(config.scheduler)
     made_from = dict(source.made_from)
-    needed = decoder_arguments(config, source.clip, source.autoencoder)
+    needed = decoder_arguments(config, source)
     if config.init is None:
         decoder = build(ARCHITECTURES[config.architecture], "model", config.model, **needed)
     else:
@@ -89,10 +106,10 @@ def make_stage(config: Config, source: Source, device: torch.device) -> Stage:
 
     def loss(model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         batch = source.encode(batch)
-        z_i, x, text = batch.image_embeds, batch.latents, batch.text
+        z_i, x, text = batch.image_embeds, batch.latents, batch.tokens or batch.text
         null = decoder.null(len(x))
         if text is not None:
-            text = drop(text, null.text, config.caption_dropout)
+            text = drop(ImageCondition(z_i, text).text, null.text, config.caption_dropout)
         condition = drop(ImageCondition(z_i), ImageCondition(null.embedding), config.embedding_dropout)
         known = None
         if config.reads_masks:
@@ -104,6 +121,7 @@ def make_stage(config: Config, source: Source, device: torch.device) -> Stage:
     def export(average: torch.nn.Module) -> None:
         export_adapted(average, Path(config.train.output))
         export_model(scheduler, Path(config.train.output), "scheduler")
+        export_text_encoder(source, Path(config.train.output))
 
     preview = None
     if config.train.sample_every:
@@ -131,15 +149,29 @@ def load_decoder(folder: str, reads_masks: bool) -> Decoder | UNetDecoder:
     return wider
 
 
-def decoder_arguments(config: Config, clip: ClipFacts, autoencoder: AutoencoderFacts) -> dict[str, Any]:
+def export_text_encoder(source: Source, output: Path) -> None:
+    """Once, for it does not change; without one, an older run's goes."""
+    folder = held_by(output)
+    if source.text_encoder is None:
+        if folder is not None:
+            shutil.rmtree(folder)
+    elif folder is None or stored_fingerprint(folder) != source.text_encoder.identity:
+        export_model(source.load_text_encoder(), output, "text_encoder")
+
+
+def decoder_arguments(config: Config, source: Source) -> dict[str, Any]:
     """What a decoder takes over from the models that it is trained with."""
+    clip, autoencoder, text_encoder = source.clip, source.autoencoder, source.text_encoder
+    assert autoencoder is not None
+    text_width = clip.text_width if text_encoder is None else text_encoder.width
     return {
         "embed_dim": clip.embed_dim,
         "latent_channels": autoencoder.channels,
         "latent_size": config.data.image_size // autoencoder.factor,
-        "text_width": clip.text_width if config.reads_captions else None,
+        "text_width": text_width if config.reads_captions else None,
         "clip_fingerprint": clip.identity,
         "reads_masks": config.reads_masks,
+        "text_encoder_fingerprint": text_encoder and text_encoder.identity,
     }
 
 

@@ -15,7 +15,8 @@ A shard holds n pictures with m different captions of T tokens in all:
     latents        (n, C, h, w), unit variance            key_offsets    (n + 1,), int64
     text_embeds    (m, D), float32, unit length           text_states    (T, W), captions end to end
     choice         (n, V), int64: the caption that        text_offsets   (m + 1,), int64
-                   draw 0, ..., V - 1 of a picture gives
+                   draw 0, ..., V - 1 of a picture gives  text_encoder_states, text_encoder_offsets: the same of a
+                                                          decoder's own text encoder
 """
 
 import hashlib
@@ -36,8 +37,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from t2i.checkpoint import digest, loaded, sync
-from t2i.condition import TextEncoding
-from t2i.data.dataset import Batch, Key
+from t2i.condition import TextEncoding, TokenStates
+from t2i.data.dataset import Batch, CaptionedPictures, Key
 from t2i.errors import InputError
 
 FORMAT = 1
@@ -65,6 +66,14 @@ class AutoencoderFacts:
     factor: int  # pixels per latent, along a side
 
 
+@dataclass(frozen=True)
+class TextEncoderFacts:
+    """What a decoder trained on the states of a text encoder needs to know of it."""
+
+    identity: str
+    width: int
+
+
 class CachedPairs(Dataset):
     """The pictures and captions of one split of a cache, encoded. Indexed by (index, draw) as CaptionedPictures are.
 
@@ -72,9 +81,12 @@ class CachedPairs(Dataset):
     or not as its cache.json says; the content of a shard is compared by `t2i data cache` alone.
     """
 
-    def __init__(self, folder: str | Path, split: str = "train", latents: bool = True, text: bool = True):
-        """`latents` and `text`: give them, where the cache holds them."""
-        self.folder, self.latents, self.text = Path(folder), latents, text
+    def __init__(
+        self, folder: str | Path, split: str = "train", latents: bool = True, text: bool = True, tokens: bool = False
+    ):
+        """`latents` and `text`: give them, where the cache holds them. `tokens`: as text, those of the text encoder."""
+        self.folder, self.latents, self.text, self.tokens = Path(folder), latents, text, tokens
+        self.captions: CaptionedPictures | None = None  # to give the captions themselves
         finished = read_finished(self.folder)
         loaded(lambda _: self.read(finished, split), self.folder / "cache.json")
         self.opened: dict[int, dict[str, Tensor]] = {}
@@ -85,7 +97,10 @@ class CachedPairs(Dataset):
         self.clip = finished["clip"] and ClipFacts(**finished["clip"])
         self.autoencoder = finished["autoencoder"] and AutoencoderFacts(**finished["autoencoder"])
         self.shard_size, self.variations = int(self.made_from["shard_size"]), int(self.made_from["variations"])
-        self.latents, self.text = self.latents and self.autoencoder is not None, self.text and self.made_from["text"]
+        self.text_encoder = finished.get("text_encoder") and TextEncoderFacts(**finished["text_encoder"])
+        self.latents = self.latents and self.autoencoder is not None
+        self.tokens = self.tokens and self.text_encoder is not None
+        self.text = self.text and self.made_from["text"] and not self.tokens
         self.splits = splits = finished["splits"]
         if split not in splits:
             raise InputError(f"the cache {str(self.folder)!r} has no split {split!r}; it has {', '.join(splits)}")
@@ -113,13 +128,16 @@ class CachedPairs(Dataset):
             draw = torch.tensor([draw % self.variations for _, draw in chosen])
             parts.append(gather(self.shard(number), row, draw))
         batch = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        text = pad(batch["text_embeds"], batch["text_states"], batch["lengths"]) if self.text else None
+        text = pad(batch["text_embeds"], batch["states"], batch["lengths"]) if self.text else None
+        tokens = pad_tokens(batch["states"], batch["lengths"]) if self.tokens else None
         embeds, latents = batch.get("image_embeds"), batch.get("latents")
         if len(parts) > 1:  # back from the order of the shards
             back = torch.tensor(order).argsort()
             embeds, latents = (None if one is None else one[back] for one in (embeds, latents))
             text = text and text.map(lambda tensor: tensor[back])
-        return Batch(torch.tensor([index for index, _ in keys]), image_embeds=embeds, latents=latents, text=text)
+            tokens = tokens and tokens.map(lambda tensor: tensor[back])
+        captions = [] if self.captions is None else [self.captions.caption(*key) for key in keys]
+        return Batch(torch.tensor([index for index, _ in keys]), captions, None, embeds, latents, text, tokens)
 
     def shard(self, number: int) -> dict[str, Tensor]:
         if number not in self.opened:
@@ -130,6 +148,9 @@ class CachedPairs(Dataset):
             if self.text:
                 needed |= {"text_embeds": row["captions"], "text_offsets": row["captions"] + 1}
                 needed |= {"text_states": None, "choice": row["pictures"]}
+            if self.tokens:
+                needed |= {"text_encoder_states": None, "text_encoder_offsets": row["captions"] + 1}
+                needed |= {"choice": row["pictures"]}
             for name, count in needed.items():
                 if name not in tensors or count not in (None, len(tensors[name])):
                     raise InputError(f"{str(self.paths[number])!r} is no shard of this cache: it lacks {name}")
@@ -159,24 +180,31 @@ def gather(shard: dict[str, Tensor], row: Tensor, draw: Tensor) -> dict[str, Ten
     found: dict[str, Tensor] = {name: shard[name][row].float() for name in ("image_embeds", "latents") if name in shard}
     if "choice" in shard:
         caption = shard["choice"][row, draw]
-        start = shard["text_offsets"][caption]
-        length = shard["text_offsets"][caption + 1] - start
+        if "text_embeds" in shard:
+            found["text_embeds"] = shard["text_embeds"][caption]
+        of = "text" if "text_embeds" in shard else "text_encoder"
+        start = shard[f"{of}_offsets"][caption]
+        length = shard[f"{of}_offsets"][caption + 1] - start
         before = length.cumsum(0) - length
         token = torch.arange(int(length.sum())) + (start - before).repeat_interleave(length)
-        found |= {"text_embeds": shard["text_embeds"][caption], "lengths": length}
-        found["text_states"] = shard["text_states"][token].float()
+        found |= {"states": shard[f"{of}_states"][token].float(), "lengths": length}
     return found
 
 
 def pad(embeds: Tensor, states: Tensor, lengths: Tensor) -> TextEncoding:
     """Captions whose tokens lie end to end, (T, W), as a batch padded to the longest."""
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    tokens = pad_tokens(states, lengths)
+    return TextEncoding(embeds, tokens.states, tokens.mask)
+
+
+def pad_tokens(states: Tensor, lengths: Tensor) -> TokenStates:
+    mask = torch.arange(max(1, int(lengths.max()))) < lengths[:, None]
     padded = states.new_zeros(*mask.shape, states.shape[1])
     padded[mask] = states
-    return TextEncoding(embeds, padded, mask)
+    return TokenStates(padded, mask)
 
 
-def trim(text: TextEncoding) -> tuple[Tensor, Tensor]:
+def trim(text: TextEncoding | TokenStates) -> tuple[Tensor, Tensor]:
     """The reverse: tokens end to end, (T, W), and how many each caption has, (B,)."""
     lengths = text.mask.sum(dim=1)
     positions = torch.arange(text.mask.shape[1], device=lengths.device)
@@ -209,8 +237,8 @@ def check_values(path: Path, tensors: dict[str, Tensor]) -> None:
         if not tensor.is_floating_point() or (finite := tensor.isfinite().flatten(1).all(dim=1)).all():
             continue
         row = (~finite).nonzero()[:, 0]
-        if name == "text_states":  # a row is a token
-            row = torch.searchsorted(tensors["text_offsets"], row, right=True) - 1
+        if name.endswith("_states"):  # a row is a token
+            row = torch.searchsorted(tensors[name.replace("states", "offsets")], row, right=True) - 1
         if name.startswith("text_"):  # a row is a caption
             row = torch.isin(tensors["choice"], row).any(dim=1).nonzero()[:, 0]
         start, end = tensors["key_offsets"][int(row[0]) : int(row[0]) + 2].tolist()
@@ -227,7 +255,8 @@ def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
     with new_file(path) as unfinished:
         save_file(tensors, unfinished)
         row = {"sha256": digest(unfinished), "bytes": unfinished.stat().st_size}
-    row |= {"pictures": len(tensors["key_offsets"]) - 1, "captions": len(tensors.get("text_embeds", ()))}
+    captions = tensors.get("text_offsets", tensors.get("text_encoder_offsets", [0]))
+    row |= {"pictures": len(tensors["key_offsets"]) - 1, "captions": len(captions) - 1}
     write_json(path.with_suffix(".json"), row)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from t2i.condition import TextEncoding
+from t2i.condition import TextEncoding, TokenStates
 from t2i.config import DataConfig
 from t2i.data.manifest import Manifest, splits_of
 from t2i.data.pictures import decode, silent, to_tensor
@@ -68,13 +68,15 @@ class Batch:
     latents: Tensor | None = None  # (B, C, h, w), unit variance
     text: TextEncoding | None = None
     labels: Tensor | None = None  # (B,), int64: which class, for classifiers
+    tokens: TokenStates | None = None  # of a decoder's own text encoder
     rejected: list[tuple[str, str]] = field(default_factory=list)  # (key, reason): read in vain, another stands for it
 
     def to(self, device: torch.device) -> "Batch":
         tensors = {name: getattr(self, name) for name in ("image", "image_embeds", "latents", "labels")}
         moved = {name: value.to(device, non_blocking=True) for name, value in tensors.items() if value is not None}
         text = self.text and self.text.map(lambda tensor: tensor.to(device, non_blocking=True))
-        return replace(self, text=text, **moved)
+        tokens = self.tokens and self.tokens.map(lambda tensor: tensor.to(device, non_blocking=True))
+        return replace(self, text=text, tokens=tokens, **moved)
 
 
 class CaptionedPictures(Dataset):

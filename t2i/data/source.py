@@ -3,6 +3,7 @@
 Both ways fill the same fields of a batch, so that a loss does not know which it is.
 """
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,16 +16,28 @@ from torch import Tensor
 from t2i.autoencoder import Autoencoder, load_autoencoder
 from t2i.checkpoint import class_name, files_digest, stored_digest, weights_digest
 from t2i.clip import CLIP, load_clip
-from t2i.condition import TextEncoding
+from t2i.condition import TextEncoding, TokenStates
 from t2i.config import DataConfig
-from t2i.data.cache import SPLITS, AutoencoderFacts, CachedPairs, ClipFacts, read_json, statistics
+from t2i.data.cache import (
+    SPLITS,
+    AutoencoderFacts,
+    CachedPairs,
+    ClipFacts,
+    TextEncoderFacts,
+    read_json,
+    statistics,
+)
 from t2i.data.dataset import Batch, CaptionedPictures, Key, held_out_pictures
 from t2i.data.manifest import find_manifest, splits_of
 from t2i.errors import InputError
+from t2i.text_encoder import TextEncoder
 from t2i.untrusted import is_folder
+
+logger = logging.getLogger(__name__)
 
 TOKENIZER = ("tokenizer.json", "tokenizer/*")  # files of a CLIP folder that are its tokenizer
 PUBLIC = ("*.safetensors", "*.json", "*.txt", "*.model")  # a folder as others write it: weights, settings, tokenizer
+LoadTextEncoder = Callable[[], TextEncoder]
 MEASURED = 4096  # pictures that set mean and std of the embeddings without a cache, at most
 SPREAD = 16_384  # of a cache, that set the principal components
 
@@ -34,6 +47,7 @@ class Source(Protocol):
     validation: CaptionedPictures | CachedPairs | None  # what is held out
     clip: ClipFacts
     autoencoder: AutoencoderFacts | None
+    text_encoder: TextEncoderFacts | None  # of a decoder that reads its captions through one
     made_from: dict[str, str]
 
     def to(self, device: torch.device) -> None: ...
@@ -55,12 +69,20 @@ class Source(Protocol):
 
     def load_clip(self) -> CLIP: ...
     def load_autoencoder(self) -> Autoencoder: ...
+    def load_text_encoder(self) -> TextEncoder: ...
 
 
 class FrozenModels:
     """Encodes what the data set reads, in the step."""
 
-    def __init__(self, data: DataConfig, clip: str, autoencoder: str | None, reads_captions: bool):
+    def __init__(
+        self,
+        data: DataConfig,
+        clip: str,
+        autoencoder: str | None,
+        reads_captions: bool,
+        load_text_encoder: LoadTextEncoder | None = None,
+    ):
         self.dataset, self.validation = CaptionedPictures(data), held_out_pictures(data)
         self.encoder = load_clip(clip).eval().requires_grad_(False)
         self.reads_captions = reads_captions
@@ -69,12 +91,14 @@ class FrozenModels:
         if autoencoder is not None:
             self.coder = load_autoencoder(autoencoder).eval().requires_grad_(False)
             self.autoencoder = facts_of_autoencoder(autoencoder, self.coder)
-        self.made_from = identities(self.dataset.digest(), self.clip, self.autoencoder)
+        self.reader = None if load_text_encoder is None else load_text_encoder()
+        self.text_encoder = None if self.reader is None else facts_of_text_encoder(self.reader)
+        self.made_from = identities(self.dataset.digest(), self.clip, self.autoencoder, self.text_encoder)
 
     def to(self, device: torch.device) -> None:
-        self.encoder.to(device)
-        if self.coder is not None:
-            self.coder.to(device)
+        for model in (self.encoder, self.coder, self.reader):
+            if model is not None:
+                model.to(device)
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> Batch:
@@ -84,7 +108,9 @@ class FrozenModels:
             if self.coder is not None:
                 latents = self.coder.encode(batch.image).float()
                 filled.latents = latents.contiguous()  # the layout decides which element gets which noise
-            if self.reads_captions:
+            if self.reader is not None:
+                filled.tokens = read(self.reader, batch.captions).to(batch.image.device, torch.float32)
+            elif self.reads_captions:
                 filled.text = self.encoder.encode_text(batch.captions).to(batch.image.device, torch.float32)
         return filled
 
@@ -106,7 +132,7 @@ class FrozenModels:
     @torch.no_grad()
     def records(self, keys: list[Key]) -> Batch:
         batch = (self.validation or self.dataset).__getitems__(keys).to(self.encoder.device)
-        return replace(self.encode(batch), text=self.encoder.encode_text(batch.captions))
+        return replace(self.encode(batch), text=encoded_text(self.encoder, self.reader, batch.captions))
 
     def load_clip(self) -> CLIP:
         return self.encoder
@@ -115,9 +141,14 @@ class FrozenModels:
         assert self.coder is not None
         return self.coder
 
+    def load_text_encoder(self) -> TextEncoder:
+        assert self.reader is not None
+        return self.reader
+
 
 class Cached:
-    """Nothing is left to do: the data set reads encodings."""
+    """Nothing is left to do: the data set reads encodings. But for captions that are to be read by a text encoder whose
+    states the cache does not hold: these are encoded in the step."""
 
     def __init__(
         self,
@@ -125,20 +156,49 @@ class Cached:
         validation: CachedPairs | None,
         data: DataConfig,
         names: tuple[str, str | None],
+        load_text_encoder: LoadTextEncoder | None = None,
     ):
         """`names`: of the CLIP and of the autoencoder, which are loaded for sample pictures alone."""
         assert dataset.clip is not None
         self.dataset, self.validation, self.data, self.names = dataset, validation, data, names
         self.clip = clip = dataset.clip
         self.autoencoder = autoencoder = None if names[1] is None else dataset.autoencoder
-        self.made_from = identities(dataset.made_from["data"]["train"], clip, autoencoder)
+        self.open_text_encoder, self.text_encoder, self.reader = load_text_encoder, None, None
+        if load_text_encoder is not None:
+            reader = load_text_encoder()
+            self.text_encoder = facts_of_text_encoder(reader)
+            self.reader = None if dataset.tokens else reader
+            self.give_captions()
+        self.made_from = identities(dataset.made_from["data"]["train"], clip, autoencoder, self.text_encoder)
         self.made_from["cache"] = dataset.digest()
 
-    def to(self, device: torch.device) -> None:
-        pass
+    def give_captions(self) -> None:
+        """Let the data sets say the captions that are encoded in the step, or refuse states of another encoder."""
+        folder, ours, held = str(self.dataset.folder), self.text_encoder, self.dataset.text_encoder
+        if self.reader is None:
+            if ours != held:
+                raise InputError(f"the cache {folder!r} is stale: it was made with another text encoder; make another")
+        elif not has_manifest(self.data):
+            raise InputError(
+                f"the cache {folder!r} holds no states of a text encoder, and data.path={self.data.path!r} no captions "
+                "to encode in the step; make the cache with text_encoder, or give the data"
+            )
+        else:
+            for pairs, split in ((self.dataset, "train"), (self.validation, "held_out")):
+                if pairs is not None:
+                    pairs.captions = CaptionedPictures(self.data, split)
 
+    def to(self, device: torch.device) -> None:
+        if self.reader is not None:
+            self.reader.to(device)
+
+    @torch.no_grad()
     def encode(self, batch: Batch) -> Batch:
-        return batch
+        if self.reader is None:
+            return batch
+        device = batch.index.device if batch.latents is None else batch.latents.device
+        with torch.autocast(device.type, enabled=False):  # as exact as a cache
+            return replace(batch, tokens=read(self.reader, batch.captions).to(device, torch.float32))
 
     def null(self) -> TextEncoding:
         return self.dataset.null
@@ -168,7 +228,13 @@ class Cached:
             batch.captions, batch.image = seen.captions, seen.image
         else:
             batch.captions = [cached.key(index) for index, _ in keys]
-        return batch if batch.text else replace(batch, text=self.load_clip().encode_text(batch.captions))
+        if batch.text is None:
+            batch.text = self.load_clip().encode_text(batch.captions)
+        if self.text_encoder is not None:
+            held = CachedPairs(cached.folder, split, latents=False, tokens=True).__getitems__(keys).tokens
+            tokens = held if self.reader is None else self.reader.encode(batch.captions)
+            batch.text = replace(batch.text, decoder_tokens=tokens)
+        return batch
 
     def load_clip(self) -> CLIP:
         return load_clip(self.names[0]).eval()
@@ -177,17 +243,28 @@ class Cached:
         assert self.names[1] is not None
         return load_autoencoder(self.names[1]).eval()
 
+    def load_text_encoder(self) -> TextEncoder:
+        assert self.open_text_encoder is not None
+        return self.reader or self.open_text_encoder()
+
 
 def open_source(
-    cache: str | None, data: DataConfig, clip: str, autoencoder: str | None = None, reads_captions: bool = True
+    cache: str | None,
+    data: DataConfig,
+    clip: str,
+    autoencoder: str | None = None,
+    reads_captions: bool = True,
+    load_text_encoder: LoadTextEncoder | None = None,
 ) -> Source:
-    """The training split, encoded by `clip`, by `autoencoder` if one is named, and with its captions if they are read.
+    """The training split, encoded by `clip`, by `autoencoder` if one is named, and with its captions if they are read:
+    by the text encoder, if one is given, else by `clip`.
 
     Raises InputError for a cache that lacks something of this, or was made from anything else.
     """
     if cache is None:
-        return FrozenModels(data, clip, autoencoder, reads_captions)
-    dataset = CachedPairs(cache, latents=autoencoder is not None, text=reads_captions)
+        return FrozenModels(data, clip, autoencoder, reads_captions, load_text_encoder)
+    tokens, reads_captions = load_text_encoder is not None, reads_captions and load_text_encoder is None
+    dataset = CachedPairs(cache, "train", autoencoder is not None, reads_captions, tokens)
     held = {"clip": dataset.clip, "autoencoder": dataset.autoencoder, "text": dataset.made_from["text"]}
     needed = {"clip": True, "autoencoder": autoencoder is not None, "text": reads_captions}
     if missing := [name for name in needed if needed[name] and not held[name]]:
@@ -195,8 +272,25 @@ def open_source(
     refuse_stale(dataset, data, clip, autoencoder)
     validation = None
     if "held_out" in dataset.splits:
-        validation = CachedPairs(cache, "held_out", latents=autoencoder is not None, text=reads_captions)
-    return Cached(dataset, validation, data, (clip, autoencoder))
+        validation = CachedPairs(cache, "held_out", autoencoder is not None, reads_captions, tokens)
+    return Cached(dataset, validation, data, (clip, autoencoder), load_text_encoder)
+
+
+def read(reader: TextEncoder, captions: list[str]) -> TokenStates:
+    """What the text encoder says of captions; the log tells of the first that does not fit."""
+    if not reader.warned and (cut := next(filter(None, map(reader.cut, captions)), "")):
+        longest = reader.config.context_length
+        logger.warning(
+            "a caption has more than the text encoder's %d tokens; this was cut, and so on: %r", longest, cut
+        )
+        reader.warned = True
+    return reader.encode(captions)
+
+
+def encoded_text(clip: CLIP, reader: TextEncoder | None, captions: list[str]) -> TextEncoding:
+    """What CLIP says of captions, and a decoder's own text encoder, if there is one."""
+    text = clip.encode_text(captions)
+    return text if reader is None else replace(text, decoder_tokens=reader.encode(captions))
 
 
 def refuse_stale(cache: CachedPairs, data: DataConfig, clip: str, autoencoder: str | None) -> None:
@@ -290,9 +384,12 @@ def stored_fingerprint(folder: Path) -> str:
     return read_json(folder / "config.json").get("fingerprint", "none")
 
 
-def identities(data: str, clip: ClipFacts, autoencoder: AutoencoderFacts | None) -> dict[str, str]:
+def identities(
+    data: str, clip: ClipFacts, autoencoder: AutoencoderFacts | None, text_encoder: TextEncoderFacts | None = None
+) -> dict[str, str]:
     found = {"data": data, "clip": clip.identity}
-    return found if autoencoder is None else {**found, "autoencoder": autoencoder.identity}
+    others = {"autoencoder": autoencoder, "text_encoder": text_encoder}
+    return found | {name: facts.identity for name, facts in others.items() if facts is not None}
 
 
 def facts_of_clip(name: str, clip: CLIP) -> ClipFacts:
@@ -301,3 +398,7 @@ def facts_of_clip(name: str, clip: CLIP) -> ClipFacts:
 
 def facts_of_autoencoder(name: str, autoencoder: Autoencoder) -> AutoencoderFacts:
     return AutoencoderFacts(name, weights_digest(autoencoder), autoencoder.channels, autoencoder.factor)
+
+
+def facts_of_text_encoder(encoder: TextEncoder) -> TextEncoderFacts:
+    return TextEncoderFacts(encoder.identity, encoder.width)
