@@ -28,7 +28,7 @@ except ImportError:  # Windows: two trainers in one folder go unnoticed there
     fcntl = None  # type: ignore[assignment]
 
 LASTING = ("seed", "optimizer")  # of TrainConfig
-PLACES = ("clip", "autoencoder", "cache", "init", "perceptual_clip")  # of models; what they are is in `made_from`
+PLACES = ("clip", "autoencoder", "text_encoder", "cache", "init", "perceptual_clip")  # what they are is in `made_from`
 PASSING = ("train.", "sample.", "data.path", "data.num_workers", *PLACES)
 COPIES = 4  # of the trained weights in a checkpoint: themselves, their average, and AdamW's two moments
 

@@ -258,9 +258,7 @@ def read_settings(folder: Path) -> tuple[str, dict[str, Any]]:
         raise InputError(f"{str(folder / 'config.json')!r} is of no text encoder")
     check_architecture(kind)
     model = {key: value for key, value in config.items() if key in SETTINGS}
-    defaults = inspect.signature(
-        ARCHITECTURES[kind].config
-    ).parameters  # all of them, whatever later versions default to
+    defaults = inspect.signature(ARCHITECTURES[kind].config).parameters  # later versions may have others
     return kind, {**{key: one.default for key, one in defaults.items() if key in SETTINGS}, **model}
 
 

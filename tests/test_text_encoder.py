@@ -88,6 +88,16 @@ def test_a_decoder_trains_on_the_states_and_its_run_holds_the_encoder_for_ever(s
     assert decoder.config.text_width == encoder.width == 16 and decoder.from_text.weight.shape[1] == 16
 
 
+def test_a_run_goes_on_with_the_encoder_that_it_holds_and_with_no_other(stages, shapes, runs, folders, tmp_path):
+    shutil.copytree(stages / "decoder", tmp_path / "decoder")
+    frozen = {stage: runs / stage for stage in ("clip", "autoencoder")}
+    for other in (folders["bert"], "null"):
+        with pytest.raises(InputError, match="was trained with another text_encoder"):
+            train("decoder", shapes, tmp_path, steps=4, **frozen, text_encoder=other)
+    train("decoder", shapes, tmp_path, steps=4, **frozen, text_encoder=tmp_path / "decoder")
+    assert load_model(UNetDecoder, tmp_path / "decoder").config.text_width == 16
+
+
 def cached(shapes: Path, runs: Path, output: Path, **settings: object) -> Path:
     from training.cache_data import Config, main
 

@@ -91,7 +91,7 @@ def make_stage(config: Config, source: Source, device: torch.device) -> Stage:
     assert source.autoencoder is not None
     check_multiple("data.image_size", config.data.image_size, source.autoencoder.factor)
     scheduler = noise_scheduler(config.scheduler)
-    made_from = dict(source.made_from)
+    made_from: dict[str, Any] = {"text_encoder": None, **source.made_from}
     needed = decoder_arguments(config, source)
     if config.init is None:
         decoder = build(ARCHITECTURES[config.architecture], "model", config.model, **needed)
