@@ -506,7 +506,7 @@ def test_a_stage_trains_from_a_cache_with_no_other_model_and_no_picture(
     cached, live = (newest(folder / stage) for folder in (tmp_path, tmp_path / "live"))
     made_from = dict(cached.state["made_from"])
     assert made_from.pop("cache") == CachedPairs(finished).digest() and made_from == live.state["made_from"]
-    assert len(made_from) == 1 + len(parts)
+    assert len([value for value in made_from.values() if value]) == 1 + len(parts)
     for name in ("mean", "std", "null_embedding", "null_states") if stage == "prior" else ():
         torch.testing.assert_close(cached.tensors["model"][name], live.tensors["model"][name], atol=1e-6, rtol=1e-5)
     configs = [

@@ -222,6 +222,7 @@ def test_the_folder_format_is_pinned(pipeline_folder):
         "prior_scheduler": ["diffusers", "DDIMScheduler"],
         "upsampler": [None, None],
         "upsampler_scheduler": [None, None],
+        "text_encoder": [None, None],
     }
     files = {str(path.relative_to(pipeline_folder)) for path in pipeline_folder.rglob("*") if path.is_file()}
     models = {"autoencoder", "clip", "decoder", "prior"}

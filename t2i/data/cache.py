@@ -137,7 +137,8 @@ class CachedPairs(Dataset):
             text = text and text.map(lambda tensor: tensor[back])
             tokens = tokens and tokens.map(lambda tensor: tensor[back])
         captions = [] if self.captions is None else [self.captions.caption(*key) for key in keys]
-        return Batch(torch.tensor([index for index, _ in keys]), captions, None, embeds, latents, text, tokens)
+        index = torch.tensor([index for index, _ in keys])
+        return Batch(index, captions, image_embeds=embeds, latents=latents, text=text, tokens=tokens)
 
     def shard(self, number: int) -> dict[str, Tensor]:
         if number not in self.opened:
