@@ -15,7 +15,7 @@ from t2i.data.pictures import open_picture
 from t2i.errors import InputError
 from t2i.guidance import check_number
 
-SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+PICTURES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 def interpolate_files(
@@ -46,8 +46,8 @@ def interpolate_files(
     seed = check_seed(seed, 1, total)
     check_out(out, 1 if strip else total)
     check_number("fps", fps, 0.1, 100)
-    if video is not None and video.exists():
-        raise InputError(f"{str(video)!r} exists and is not overwritten; give another name")
+    if video is not None:
+        check_video(video)
     known = [anchor if isinstance(anchor, str) else open_picture(anchor) for anchor in anchors]
     pipeline = load_pipeline(model, device, InterpolationPipeline)
     pipeline.set_progress_bar_config(disable=True)
@@ -74,9 +74,21 @@ def anchor_of(argument: str) -> str | Path:
         found = path.is_file()
     except OSError:  # too long for a name
         found = False
-    if not found and path.suffix.lower() in SUFFIXES:
+    if not found and path.suffix.lower() in PICTURES:
         raise InputError(f"no picture {argument!r}; an anchor is a picture's file or a text")
     return path if found else argument
+
+
+def check_video(path: Path) -> None:
+    """Refuse what could not be written, before anything is drawn."""
+    from t2i.video import SUFFIXES, check_extra
+
+    if path.exists():
+        raise InputError(f"{str(path)!r} exists and is not overwritten; give another name")
+    if path.suffix.lower() not in SUFFIXES:
+        raise InputError(f"video must end in {', '.join(SUFFIXES)}; got {str(path)!r}")
+    if path.suffix.lower() == ".mp4":
+        check_extra(path)
 
 
 def side_by_side(images: list[Image.Image]) -> Image.Image:

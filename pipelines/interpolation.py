@@ -14,7 +14,7 @@ from pipelines.base import MAX_IMAGES, UnCLIPPipelineOutput
 from pipelines.inversion import INVERSION, BipartiteLatent, InvertingPipeline
 from pipelines.options import DecoderOptions, PriorOptions, split_options
 from pipelines.pictures import Picture, read_pictures
-from t2i.condition import TextEncoding
+from t2i.condition import ImageCondition, TextEncoding
 from t2i.config import check_integer
 from t2i.diffusion import draw_noise
 from t2i.errors import InputError
@@ -109,13 +109,14 @@ class InterpolationPipeline(InvertingPipeline):
         noise = draw_noise(self.latent_shape, [noise_generator], self._execution_device)
         latents = noise.repeat(len(anchors), 1, 1, 1)
         z_i = latents.new_empty(len(anchors), self.clip.embed_dim)
-        read = self.decoder.null(len(anchors)).text
+        nothing = self.decoder.null(len(anchors))
+        read = nothing.text
         if is_text.any():
             places = is_text.nonzero()[:, 0]
             text = self.encode_prompt([anchor for anchor in anchors if isinstance(anchor, str)])
             _, generators = split_generators(prior_generator, len(places))
             z_i[is_text] = self.draw_embeddings(text, None, prior, generators, decoder)
-            read = None if read is None else placed(text, places, read)
+            read = None if read is None else placed(text, places, nothing)
         if pictures is not None and inverted:
             z_i[~is_text], latents[~is_text] = self.invert_pictures(pictures, None, decoder)
         elif pictures is not None:
@@ -159,12 +160,13 @@ def mixing_weights(count: int, weights: Any, frames: int) -> Tensor:
     return (1 - (at[:, None] - torch.arange(count)).abs()).clamp(min=0)
 
 
-def placed(text: TextEncoding, places: Tensor, others: TextEncoding) -> TextEncoding:
-    """`others`, K of them, with the captions of `text` in these places."""
-    order = torch.zeros(len(others), dtype=torch.long)
+def placed(text: TextEncoding, places: Tensor, nothing: ImageCondition) -> Any:
+    """What a decoder reads of K anchors: the captions of `text` in these places, else nothing."""
+    order = torch.zeros(len(nothing), dtype=torch.long)
     order[places] = torch.arange(len(places))
-    keep = torch.zeros(len(others), dtype=torch.bool).index_fill(0, places, True)
-    return chosen(text, order).where(keep.to(text.mask.device), others)
+    keep = torch.zeros(len(nothing), dtype=torch.bool).index_fill(0, places, True)
+    said = ImageCondition(nothing.embedding, chosen(text, order))
+    return said.where(keep.to(nothing.embedding.device), nothing).text
 
 
 def chosen(text: TextEncoding, indices: Tensor) -> TextEncoding:
