@@ -1,12 +1,13 @@
 # make demo   install, then draw "a cat" with the model in models/emoji
 # make test   install, then run the tests
 # make lint   ruff and mypy
+# make gallery draw every picture of docs/gallery.md (five minutes; needs data/emoji)
 # make faults every fault test, a half hour's worth, and a table of what was injected and survived
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format faults clean
+.PHONY: demo test lint format faults gallery clean
 
 demo: $(VENV)/installed
 	@$(BIN)/t2i generate "a cat" --seed 0
@@ -23,6 +24,9 @@ faults: $(VENV)/installed
 	@mkdir -p build && rm -f build/faults.jsonl
 	T2I_FAULTS=$(CURDIR)/build/faults.jsonl $(BIN)/python -m pytest tests/faults -m "faults or not faults"; status=$$?; \
 	$(BIN)/python tests/faults/table.py build/faults.jsonl; exit $$status
+
+gallery: $(VENV)/installed
+	$(BIN)/python -m benchmarks.gallery
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .

@@ -53,23 +53,33 @@ def measure(cache: str, named: list[str], count: int) -> Iterator[dict[str, Any]
 
 
 def pictures(model: str, data: str) -> Iterator[dict[str, Any]]:
+    """CLIP scores of the held-out captions' pictures; `gain` is over one candidate, picture by picture."""
     from pipelines.generation import load_pipeline
     from t2i.evaluation.emoji import choose, read_emoji
 
     pipeline = load_pipeline(model, "cpu")
     pipeline.set_progress_bar_config(disable=True)
     captions = [record.text for record in choose(read_emoji(data)[1])["held_out"]]
-    for candidates in (1, 2):
-        near = []
-        for start in range(0, len(captions), BATCH):
-            part = captions[start : start + BATCH]
-            seeds = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
-            drawn = pipeline(part, generator=seeds, prior_candidates=candidates, output_type="pt").images
-            z_t = pipeline.encode_prompt(part).embedding
-            near.append(F.cosine_similarity(pipeline.encode_image(drawn * 2 - 1), z_t))
-        scores = torch.cat(near)
-        error = scores.std() / len(scores) ** 0.5
-        yield {"candidates": candidates, "clip_score": round(float(scores.mean()), 4), "error": round(float(error), 4)}
+    for scale in (1.0, 2.0):
+        alone = None
+        for candidates in (1, 2, 8):
+            scores = clip_scores(pipeline, captions, prior_candidates=candidates, prior_guidance_scale=scale)
+            alone = scores if alone is None else alone
+            gain, error = scores - alone, (scores - alone).std() / len(scores) ** 0.5
+            row = {"guidance": scale, "candidates": candidates, "clip_score": round(float(scores.mean()), 4)}
+            yield row | {"gain": round(float(gain.mean()), 4), "error": round(float(error), 4)}
+
+
+def clip_scores(pipeline: Any, captions: list[str], **settings: Any) -> torch.Tensor:
+    """Cosine of each caption with its picture, (N,); picture i has seed i."""
+    found = []
+    for start in range(0, len(captions), BATCH):
+        part = captions[start : start + BATCH]
+        seeds = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
+        drawn = pipeline(part, generator=seeds, output_type="pt", num_inference_steps=10, **settings).images
+        z_t = pipeline.encode_prompt(part).embedding
+        found.append(F.cosine_similarity(pipeline.encode_image(drawn * 2 - 1), z_t))
+    return torch.cat(found)
 
 
 if __name__ == "__main__":

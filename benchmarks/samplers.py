@@ -25,6 +25,7 @@ from t2i.commands import SHIPPED
 from t2i.data import CaptionedPictures, Record
 from t2i.evaluation.emoji import base_name, choose, features, read_emoji, stacked
 from t2i.evaluation.metrics import frechet_distance, moments
+from t2i.priors import usual_guidance
 from t2i.samplers import SAMPLERS, make_sampler
 from t2i.sampling import sample_decoder, sample_prior, split_generators
 
@@ -52,7 +53,7 @@ class Bench:
         self.text = self.pipeline.encode_prompt([record.text for record in self.chosen])
         scheduler = self.pipeline.prior_scheduler
         options, (prior, _) = PriorOptions(), self.generators()
-        settings = (options.prior_num_inference_steps, options.prior_guidance_scale, prior)
+        settings = (options.prior_num_inference_steps, usual_guidance(self.pipeline.prior), prior)
         self.z_i = sample_prior(self.pipeline.prior, scheduler, self.text, None, *settings)
 
     def generators(self) -> tuple[list[Generator], ...]:

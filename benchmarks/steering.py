@@ -2,7 +2,8 @@
 
 Classes: how often a picture's nearest real emoji is of the class, and how different the pictures of a class are,
 against gamma. Nearest is meant in colours and edges (`t2i.evaluation.emoji.features`), of which the classifier knows
-nothing. Texts: CLIP's own cosine, and how near the picture is to the real emoji of that caption, in the same features.
+nothing; diversity is one minus the mean cosine of CLIP's embeddings, for a distance in colours grows with the contrast
+alone. Texts: CLIP's own cosine, and how near the picture is to the real emoji of that caption, in the same features.
 Writes docs/steering.json, and the plot and the pictures of docs/steering.md. Picture i of every row has seed i.
 """
 
@@ -24,7 +25,7 @@ from t2i.contact_sheet import labelled_rows, to_images
 from t2i.evaluation.emoji import features, read_emoji, stacked
 from t2i.steering import Steering, load_classifier
 
-GAMMAS = (0, 1, 4, 16, 64)
+GAMMAS = (0, 1, 2, 4, 8, 16)
 SCALES = (0, 0.5, 2)  # of CLIP
 TEXTS = ("red heart", "pizza", "sunflower", "soccer ball", "blue circle", "cat face", "house", "green apple")
 
@@ -57,6 +58,7 @@ class Bench:
         classes: list[str] = self.classifier.config.classes
         right: list[float] = []
         spread: list[Tensor] = []
+        contrast: list[Tensor] = []
         first: list[Tensor] = []
         seconds = 0.0
         for name in classes:
@@ -64,10 +66,14 @@ class Bench:
             seen = features(pictures)
             nearest = torch.cdist(seen, self.real).argmin(dim=1).tolist()
             right.append(sum(self.group[self.records[i].key] == name for i in nearest) / each)
-            spread.append(F.pdist(seen).mean())
+            z_i = self.pipeline.encode_image(pictures)
+            others = (each * each - (z_i @ z_i.T).sum()) / (each * (each - 1))  # one minus the cosine, of all pairs
+            spread.append(others)
+            contrast.append(F.pdist(seen).mean())
             first.append(pictures[0])
             seconds += took / len(classes)
         figures = {"gamma": gamma, "accuracy": sum(right) / len(right), "diversity": float(torch.stack(spread).mean())}
+        figures["colours"] = float(torch.stack(contrast).mean())
         figures |= {"by_class": dict(zip(classes, right)), "seconds_a_picture": seconds}
         return rounded(figures), torch.stack(first)
 
@@ -97,7 +103,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     font = ImageFont.load_default(size=15)
     panels = (
         ("accuracy", "class of the nearest real emoji is right", "#2a6f4e"),
-        ("diversity", "mean distance in a class", "#a03d2e"),
+        ("diversity", "diversity in a class", "#a03d2e"),
     )
     for left, (name, title, color) in zip((60, 510), panels):
         pen, right, top, bottom = ImageDraw.Draw(sheet), left + 340, 50, 260
@@ -125,13 +131,14 @@ def show(rows: dict[str, Tensor], labels: list[str], path: Path) -> None:
 
 def main(data: Path, classifier: Path, model: str, docs: Path, each: int, steps: int) -> None:
     bench = Bench(data, model, classifier, steps)
-    print("| gamma | class right | diversity | s a picture |\n|---|---|---|---|")
+    print("| gamma | class right | diversity | colours | s a picture |\n|---|---|---|---|---|")
     by_gamma: list[dict[str, Any]] = []
     sheets: dict[str, Tensor] = {}
     for gamma in GAMMAS:
         row, first = bench.towards_classes(gamma, each)
         print(
-            f"| {gamma:g} | {row['accuracy']:.1%} | {row['diversity']:.2f} | {row['seconds_a_picture']:.2f} |",
+            f"| {gamma:g} | {row['accuracy']:.1%} | {row['diversity']:.3f} | {row['colours']:.2f} "
+            f"| {row['seconds_a_picture']:.2f} |",
             flush=True,
         )
         by_gamma.append(row)
@@ -165,6 +172,6 @@ if __name__ == "__main__":
     parser.add_argument("classifier", type=Path)
     parser.add_argument("--model", default=str(SHIPPED))
     parser.add_argument("--docs", type=Path, default=Path("docs"))
-    parser.add_argument("--each", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--each", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=25)
     main(**vars(parser.parse_args()))

@@ -29,7 +29,8 @@ from t2i.config import check_range
 from t2i.decoder import Decoder
 from t2i.diffusion import Predict, clean, draw_noise, sample
 from t2i.errors import InputError
-from t2i.priors import UNSCHEDULED, AnyPrior, draw_embeddings, nearest
+from t2i.guidance import Guidance
+from t2i.priors import UNSCHEDULED, AnyPrior, draw_embeddings, nearest, usual_guidance
 from t2i.samplers import chosen, evaluations
 from t2i.sampling import OnStep, Wrap, check_texts, decoder_predict
 from t2i.steering import check_steering, steering_wrap
@@ -219,6 +220,10 @@ class UnCLIPPipeline(DiffusionPipeline):
         latents = self.autoencoder.encode(pictures.to(self._execution_device, self.autoencoder.dtype))
         return check_finite("autoencoder", latents.float())
 
+    def prior_guidance(self, options: PriorOptions) -> Guidance:
+        scale = options.prior_guidance_scale
+        return Guidance.of(usual_guidance(self.prior) if scale is None else scale)
+
     def draw_embeddings(
         self,
         text: TextEncoding,
@@ -260,7 +265,7 @@ class UnCLIPPipeline(DiffusionPipeline):
             text,
             negative,
             steps,
-            options.prior_guidance_scale,
+            self.prior_guidance(options),
             generators,
             options.prior_candidates,
             options.prior_latents,

@@ -28,6 +28,7 @@ from t2i.data.pictures import open_picture
 from t2i.devices import find_device
 from t2i.errors import InputError
 from t2i.guidance import Guidance
+from t2i.priors import usual_guidance
 from t2i.sampling import check_texts
 from t2i.steering import Steering
 from t2i.upsampling import check_size
@@ -86,6 +87,7 @@ def generate_files(
     split_options({name: value for name, value in settings.items() if not name.endswith("negative_prompt")})
     check_out(out, total)
     pipeline: Text2ImagePipeline = load_pipeline(model, device)
+    settings = {"prior_guidance_scale": usual_guidance(pipeline.prior), **settings}
     if not prompts:
         settings = {"guidance_scale": 1.0, **settings}  # there is nothing to be guided to
     if upsampler is not None:

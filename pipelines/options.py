@@ -27,7 +27,7 @@ class PriorOptions:
     """How z_i is drawn for captions.
 
     prior_num_inference_steps: 1 to 1000.
-    prior_guidance_scale: a scale, where 1 is off, or a `Guidance`.
+    prior_guidance_scale: a scale, where 1 is off, or a `Guidance`; None is usual for the prior: 2 for diffusion.
     prior_latents: (N, D), the noise that the diffusion prior starts from; the only candidate then.
     prior_candidates: 1 to 64; of so many the one nearest to the caption's own embedding is taken.
     prior_temperature: of the autoregressive prior, 0 to 10; 0 takes the likeliest, None is the model's own.
@@ -35,7 +35,7 @@ class PriorOptions:
     """
 
     prior_num_inference_steps: int = 25
-    prior_guidance_scale: float | Guidance = 2.0
+    prior_guidance_scale: float | Guidance | None = None
     prior_latents: Tensor | None = None
     prior_candidates: int = 2
     prior_temperature: float | None = None
@@ -43,7 +43,8 @@ class PriorOptions:
 
     def __post_init__(self) -> None:
         check_integer("prior_num_inference_steps", self.prior_num_inference_steps, 1, MAX_STEPS)
-        check_guidance("prior_guidance_scale", self.prior_guidance_scale)
+        if self.prior_guidance_scale is not None:
+            check_guidance("prior_guidance_scale", self.prior_guidance_scale)
         check_integer("prior_candidates", self.prior_candidates, 1, MAX_CANDIDATES)
         if self.prior_temperature is not None:
             check_range("prior_temperature", self.prior_temperature, 0, 10)

@@ -62,7 +62,7 @@ class Text2ImagePipeline(UnCLIPPipeline):
         prior_generators, decoder_generators = split_generators(generator, count)
         self.check_noise(prior, decoder, count)
         self.check_upsampling(decoder)
-        if negatives and (Guidance.of(prior.prior_guidance_scale).is_off or image_embeds is not None):
+        if negatives and (self.prior_guidance(prior).is_off or image_embeds is not None):
             logger.warning("negative_prompt has no effect: it guides the prior, which is not guided or not used here")
         if decoder_negatives and Guidance.of(decoder.guidance_scale).is_off:
             logger.warning("decoder_negative_prompt has no effect: the decoder is not guided")

@@ -16,6 +16,7 @@ from t2i.guidance import Guidance
 from t2i.prior import Prior
 from t2i.regression_prior import RegressionPrior
 from t2i.sampling import OnStep, Wrap, sample_prior
+from t2i.untrusted import is_folder
 
 UNSCHEDULED = (AutoregressivePrior, RegressionPrior)  # priors that have no scheduler
 PRIORS = (Prior, *UNSCHEDULED)  # what a pipeline's prior may be, or none at all
@@ -29,11 +30,17 @@ def load_prior(folder: str | Path) -> tuple[AnyPrior | None, SchedulerMixin | No
     if str(folder) == "none":
         return None, None
     path = Path(folder)
-    in_pipeline = (path / "model_index.json").is_file()
+    in_pipeline = is_folder(path) and (path / "model_index.json").is_file()
     prior = load_model(PRIORS, path / "prior" if in_pipeline else path).eval()
     if isinstance(prior, UNSCHEDULED):
         return prior, None
     return prior, load_scheduler(path / ("prior_scheduler" if in_pipeline else "scheduler"))
+
+
+def usual_guidance(prior: AnyPrior | None) -> float:
+    """What a prior is guided by if nothing is said: 2; or 1, which is off, for one that starts from a regression:
+    guidance takes it too far (docs/priors.md)."""
+    return 1.0 if isinstance(prior, AutoregressivePrior) and prior.config.regression is not None else 2.0
 
 
 @torch.no_grad()

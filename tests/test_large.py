@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from t2i import STAGES
 from t2i.autoencoder import Autoencoder
+from t2i.autoregressive_prior import AutoregressivePrior
 from t2i.clip import CLIP
 from t2i.condition import Condition, ImageCondition, TextEncoding
 from t2i.config import CONFIGS, load_config
@@ -183,6 +184,8 @@ def test_the_null_of_a_model_in_shards_is_whole(kind, one_process):
         for name, value in vars(whole).items():
             if isinstance(value, Condition):
                 check(getattr(sharded, name), value)
+            elif value is None:
+                assert getattr(sharded, name) is None
             else:
                 assert not isinstance(getattr(sharded, name), DTensor)
                 assert torch.equal(getattr(sharded, name), value)
@@ -213,6 +216,9 @@ def real(path: Path) -> tuple[str, nn.Module, tuple]:
                 model = Autoencoder(**config.model)
                 assert (model.channels, model.factor) == (4, 8)
                 return stage, model, (torch.randn(2, 3, config.data.image_size, config.data.image_size),)
+            case "prior" if config.architecture == "autoregressive":
+                model = AutoregressivePrior(768, 768, 77, components=319, **config.model)  # as many as in the paper
+                return stage, model, (text, torch.zeros(2, 320, dtype=torch.int64))
             case "prior":
                 return stage, Prior(768, 768, 77, **config.model), (torch.randn(2, 768), t, text)
         side = config.data.image_size // 8
@@ -233,6 +239,9 @@ def test_a_real_size_is_what_its_file_says_and_runs(path):
         assert model.encode_image(inputs[0]).shape == (2, 768)
         return
     out = model(*inputs)
+    if isinstance(model, AutoregressivePrior):
+        assert out.device.type == "meta" and out.shape == (2, 320, 1024)
+        return
     out = out[0] if stage == "autoencoder" else out
     assert out.device.type == "meta" and out.shape == inputs[0].shape
     if stage in ("prior", "decoder"):
@@ -241,7 +250,9 @@ def test_a_real_size_is_what_its_file_says_and_runs(path):
 
 
 def test_the_real_sizes_are_those_that_were_promised():
-    assert {path.stem for path in BASE} == {"clip", "autoencoder", "prior", "prior-1b", "decoder", "decoder-900m"}
+    priors = {"prior", "prior-1b", "prior-autoregressive"}
+    decoders = {"decoder", "decoder-900m", "decoder-t5"}
+    assert {path.stem for path in BASE} == {"clip", "autoencoder"} | priors | decoders
 
 
 def launched(name: str) -> argparse.Namespace:

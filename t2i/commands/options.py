@@ -45,13 +45,14 @@ def guidance(
     prior_settings: list[str] | None = None,
 ) -> dict[str, Any]:
     """`guidance_scale` and `prior_guidance_scale` of a pipeline, as far as they were given."""
-    from pipelines.options import DecoderOptions, PriorOptions
+    from pipelines.options import DecoderOptions
     from t2i.guidance import Guidance, parse_guidance
+    from t2i.priors import usual_guidance
 
     found: dict[str, Any] = {}
     for name, default, number, texts in (
         ("guidance_scale", DecoderOptions().guidance_scale, scale, settings),
-        ("prior_guidance_scale", PriorOptions().prior_guidance_scale, prior_scale, prior_settings),
+        ("prior_guidance_scale", usual_guidance(None), prior_scale, prior_settings),
     ):
         number = Guidance.of(default).scale if number is None and texts else number
         if number is not None:
