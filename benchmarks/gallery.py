@@ -395,7 +395,7 @@ SIMILARITY = """## CLIP at work
 
 Cosines of captions with pictures; naming and searching pictures is in [clip.md](clip.md).
 
-    t2i similarity cat.png apple.png --texts "cat face" --texts "red apple" --out matrix.png
+    t2i similarity cat.png apple.png --text "cat face" --text "red apple" --out matrix.png
 
 ![Cosines of captions with pictures](images/gallery-similarity.png)
 """

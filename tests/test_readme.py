@@ -58,6 +58,7 @@ def test_commands_are_right(command, tmp_path, monkeypatch):
             arguments = context.params["arguments"]  # without the options, which exist
             check_training(ROOT / f"training/train_{stage}.py", arguments, monkeypatch)
         case [program, "generate", *_] if program.endswith("t2i"):
+            (tmp_path / "models").symlink_to(ROOT / "models")
             program = [sys.executable, "-c", "from t2i.cli import main; main()"]
             environment = {**os.environ, "PYTHONPATH": str(ROOT)}
             result = subprocess.run(
