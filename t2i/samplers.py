@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin, UniPCMultistepScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin, UniPCMultistepScheduler
 
 from t2i.config import check_choice
 from t2i.continuous import ProbabilityFlowScheduler, ReverseSDEScheduler
@@ -26,9 +26,12 @@ def check_sampler(name: str, value: Any) -> None:
 
 
 def chosen(name: str | None, scheduler: SchedulerMixin, model: Any) -> SchedulerMixin:
-    """The sampler of this name for a model that `scheduler` belongs to; for None that scheduler itself."""
+    """The sampler of this name for a model that `scheduler` belongs to; for None that scheduler itself.
+
+    diffusers' plain DDIM becomes the exact one, which is the same where the number of steps divides the training's.
+    """
     if name is None:
-        return scheduler
+        return make_sampler("ddim", scheduler) if type(scheduler) is DDIMScheduler else scheduler
     return make_sampler(name, scheduler, bool(model.config.get("learned_variance", False)))
 
 

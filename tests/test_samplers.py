@@ -10,7 +10,7 @@ from t2i.continuous import ProbabilityFlowScheduler, ReverseSDEScheduler
 from t2i.ddim import ExactDDIMScheduler, invert
 from t2i.diffusion import sample
 from t2i.errors import InputError
-from t2i.samplers import SAMPLERS, STOCHASTIC, make_sampler
+from t2i.samplers import SAMPLERS, STOCHASTIC, chosen, make_sampler
 from tests.conftest import seeds
 from tests.gaussian import PREDICTIONS, SCHEDULES, Gaussian, schedule
 
@@ -88,6 +88,18 @@ def test_ddim_takes_each_of_its_steps_to_the_next(steps):
     assert steps == 1 or scheduler.timesteps.diff().max() < 0
     ends = [int(scheduler.previous_timestep(t)) for t in scheduler.timesteps]
     assert ends == [*scheduler.timesteps[1:].tolist(), -1]
+
+
+def test_without_a_name_diffusers_ddim_is_exact_and_the_same_where_steps_divide_the_training():
+    gaussian, saved = Gaussian(), schedule()
+    usual = chosen(None, saved, None)
+    noise = last(gaussian, saved, 4000)
+    drawn = [sample(gaussian.denoiser(saved), one, noise, 25) for one in (usual, saved)]
+    torch.testing.assert_close(*drawn, atol=1e-4, rtol=0)
+    exact, inexact = (misses(gaussian, sample(gaussian.denoiser(saved), one, noise, 600))[1] for one in (usual, saved))
+    assert exact < 0.1 < inexact
+    other = make_sampler("unipc", saved)
+    assert chosen(None, other, None) is other
 
 
 @pytest.mark.parametrize("name", ["ddpm", "dpmsolver++", "unipc"])
