@@ -287,14 +287,17 @@ class UnCLIPPipeline(DiffusionPipeline):
         on_step: OnStep | None = None,
         original: Tensor | None = None,
         strength: float = 1.0,
+        scheduler: SchedulerMixin | None = None,
     ) -> Tensor:
         """Latents of unit variance, (N, C, h, w), fp32, that show z_i, (N, D).
 
         negative: what is guided away from; None is the decoder's null. predict: instead of the decoder's own of z_i.
-        on_step: runs before those of who watches. original, strength: latents to start from; see `sample`.
+        on_step: runs before those of who watches. original, strength: latents to start from; see `sample`. scheduler:
+        the one that the options choose, for who has chosen it already.
         """
         z_i = z_i.to(self._execution_device)
-        scheduler = chosen(options.sampler, self.decoder_scheduler, self.decoder)
+        if scheduler is None:
+            scheduler = chosen(options.sampler, self.decoder_scheduler, self.decoder)
         if predict is None:
             predict = decoder_predict(self.decoder, scheduler, z_i, text, options.guidance_scale, negative)
         if options.steering is not None:

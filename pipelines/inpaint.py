@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers import SchedulerMixin
 from torch import Generator, Tensor
 
 from pipelines.base import MAX_IMAGES, UnCLIPPipeline, UnCLIPPipelineOutput
@@ -16,6 +17,7 @@ from t2i.config import check_integer
 from t2i.diffusion import Predict, draw_noise
 from t2i.errors import InputError
 from t2i.inpainting import blend, joined, known_latents, latent_mask, windowed, windows
+from t2i.samplers import chosen
 from t2i.sampling import check_texts, decoder_predict, split_generators
 
 MAX_MARGIN = 4096
@@ -113,18 +115,26 @@ class InpaintPipeline(UnCLIPPipeline):
         if options.latents is None:
             options.latents = draw_noise(latents.shape[1:], generators, latents.device)
         noise = options.latents.to(latents.device).float()
-        hold = blend(self.decoder_scheduler, latents, mask, noise)
-        predict = self.predict_canvas(z_i, text, known_latents(latents, mask), options)
-        start = {"original": latents, "strength": strength} if strength < 1 else {}
-        return self.sample_decoder(z_i, text, options, generators, predict=predict, on_step=hold, **start)
+        scheduler = chosen(options.sampler, self.decoder_scheduler, self.decoder)
+        hold = blend(scheduler, latents, mask, noise)
+        predict = self.predict_canvas(z_i, text, known_latents(latents, mask), options, scheduler)
+        more: dict[str, Any] = {"original": latents, "strength": strength} if strength < 1 else {}
+        more |= {"predict": predict, "on_step": hold, "scheduler": scheduler}
+        return self.sample_decoder(z_i, text, options, generators, **more)
 
-    def predict_canvas(self, z_i: Tensor, text: TextEncoding | None, known: Tensor, options: DecoderOptions) -> Predict:
+    def predict_canvas(
+        self,
+        z_i: Tensor,
+        text: TextEncoding | None,
+        known: Tensor,
+        options: DecoderOptions,
+        scheduler: SchedulerMixin,
+    ) -> Predict:
         """What the guided decoder predicts of a canvas of any size; known: (N, C + 1, h, w)."""
         places = windows(known.shape[-2], known.shape[-1], self.latent_shape[-1])
-        settings = (self.decoder, self.decoder_scheduler, z_i.to(known.device), text, options.guidance_scale, None)
-        if self.decoder.config.reads_masks:
-            return windowed([decoder_predict(*settings, place.of(known)) for place in places], places)
-        return windowed([decoder_predict(*settings)] * len(places), places)
+        settings = (self.decoder, scheduler, z_i.to(known.device), text, options.guidance_scale, None)
+        # One a window, for guidance with momentum remembers what it saw.
+        return windowed([decoder_predict(*settings, place.of(known)) for place in places], places)
 
     def whole_cells(self, x: Tensor) -> Tensor:
         """(P, ., H, W), continued by its border to whole latents; of a mask, by nothing."""

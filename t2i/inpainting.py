@@ -14,7 +14,7 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from t2i.diffusion import Predict
+from t2i.diffusion import Predict, levels
 
 SEAM = 1.0  # deviation in pixels of the blur that hides the border; more shows it more, docs/inpainting.md
 PLAIN = 0.25  # of the masks in training cover everything, so that the decoder still draws whole pictures
@@ -50,14 +50,20 @@ def blend(
 ) -> Callable[[int, Tensor, Tensor], Tensor]:
     """What runs after each step of sampling: where nothing is painted, the known latents at the level of the next step.
 
-    latents, noise: (B, C, h, w), the noise that sampling started from; mask: (B, 1, h, w).
+    scheduler: the one that is sampled with, of levels as `t2i.diffusion.levels` has them. latents, noise: (B, C, h, w),
+    the noise that sampling started from; mask: (B, 1, h, w).
     """
+    left = torch.zeros(0)
 
     def on_step(step: int, t: Tensor, x: Tensor) -> Tensor:
-        later = scheduler.timesteps[scheduler.timesteps < t]
+        nonlocal left
+        if step == 0:  # below full strength, sampling starts in the middle of the timesteps
+            times = scheduler.timesteps[scheduler.timesteps >= 0]
+            left = times[int((times == t).nonzero()[-1]) + 1 :]
         known = latents
-        if len(later) and later[0] >= 0:
-            known = scheduler.add_noise(latents, noise, later[0].expand(len(latents)))
+        if step < len(left):  # by number and not by time: Heun's method visits each twice
+            alpha, sigma = levels(scheduler, left[step], latents)
+            known = alpha * latents + sigma * noise
         return torch.where(mask > 0, x, known)
 
     return on_step

@@ -10,12 +10,15 @@ from PIL import Image
 
 from pipelines import InpaintPipeline, OutpaintPipeline
 from pipelines.assemble import assemble
+from pipelines.options import DecoderOptions
 from t2i import InputError
 from t2i.checkpoint import load_model
 from t2i.condition import Condition, ImageCondition
 from t2i.decoder import Decoder
-from t2i.diffusion import conditional, said, sample
+from t2i.diffusion import conditional, levels, said, sample
+from t2i.guidance import Guidance
 from t2i.inpainting import Window, blend, joined, known_latents, latent_mask, random_masks, windowed, windows
+from t2i.samplers import SAMPLERS
 from t2i.unet_decoder import UNetDecoder
 
 from .conftest import seeds, train
@@ -126,6 +129,39 @@ def test_blending_holds_the_known_latents_and_paints_the_answer():
     for (_, held), (later, _) in zip(seen, seen[1:]):  # at the level of the next step
         expected = scheduler.add_noise(latents, noise, later.expand(2))
         torch.testing.assert_close(held[..., 3:], expected[..., 3:])
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+@pytest.mark.parametrize("sampler", [None, *SAMPLERS])
+def test_what_is_kept_has_the_level_of_the_next_step_whatever_samples(inpaint, sampler, strength):
+    before, mask, noise = picture(), mask_of((0, 0, 32, 12)), torch.randn(1, 4, 8, 8)
+    known = inpaint.encode_latents(torch.from_numpy(np.array(before)).permute(2, 0, 1)[None] / 127.5 - 1)
+    seen = []
+
+    def watch(_, step, t, tensors):
+        seen.append((t, tensors["latents"].clone()))
+        return {}
+
+    settings = {"strength": strength, "latents": noise, "generator": seeds(1), "output_type": "latent"}
+    inpaint(before, mask, num_inference_steps=7, **settings)  # leaves timesteps of its own
+    settings |= {"sampler": sampler, "callback_on_step_end": watch, "num_inference_steps": 4}
+    after = inpaint(before, mask, **settings).images
+    torch.testing.assert_close(after[..., 3:, :], known[..., 3:, :], atol=1e-5, rtol=0)
+    taken = round(4 * strength)
+    assert len(seen) == (2 * taken - 1 if sampler == "ode" else taken)
+    for (_, held), (later, _) in zip(seen, seen[1:]):
+        alpha, sigma = levels(inpaint.decoder_scheduler, later, noise)
+        torch.testing.assert_close(held[..., 3:, :], (alpha * known + sigma * noise)[..., 3:, :], atol=1e-5, rtol=0)
+
+
+def test_a_window_remembers_nothing_of_the_others(inpaint):
+    z_i, known = torch.nn.functional.normalize(torch.randn(1, 32), dim=-1), torch.zeros(1, 5, 8, 20)
+    x, t, scheduler = torch.randn(1, 4, 8, 20), torch.tensor(500), inpaint.decoder_scheduler
+    first, plain = (
+        inpaint.predict_canvas(z_i, None, known, DecoderOptions(guidance_scale=Guidance(3.0, **one)), scheduler)(x, t)
+        for one in ({"momentum": -0.5}, {})
+    )
+    torch.testing.assert_close(first, plain, atol=1e-4, rtol=1e-4)  # there is no step before the first
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (9, 8), (8, 21), (30, 17)])
