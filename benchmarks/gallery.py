@@ -389,7 +389,8 @@ def main() -> None:
 HEAD = """# Gallery
 
 Everything that the pipelines can do, drawn by `make gallery` with the models in `models/` on pictures of `data/emoji`
-(`t2i data emoji data/emoji`). Nothing was selected: the seeds are 0, 1, ...
+(`t2i data emoji data/emoji`). The seeds are 0, 1, ..., not selected; the prompts are ones that
+the model knows, which are not all: [its card](../models/emoji/README.md).
 """
 SIMILARITY = """## CLIP at work
 
