@@ -55,7 +55,8 @@ def interpolate_files(
     images = pipeline(known, weights, frames, inverted, generator, **settings).images
 
     used: dict[str, Any] = {"anchors": [Path(one).name if isinstance(one, Path) else one for one in anchors]}
-    used |= {"weights": weights, "seed": seed, "model": Path(model).name, "inverted": inverted, **recorded(settings)}
+    used |= {"weights": weights, "seed": seed, "model": Path(model).name, "inverted": inverted}
+    used |= recorded(settings, pipeline.prior if any(isinstance(anchor, str) for anchor in anchors) else None)
     name = "strip" if strip else "mix" if weights else "frame"
     shown = [side_by_side(images)] if strip else images
     for i, image in enumerate(shown):

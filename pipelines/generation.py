@@ -20,6 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Generator
 
 from pipelines.base import UnCLIPPipeline
+from pipelines.inversion import InvertingPipeline
 from pipelines.options import DecoderOptions, PriorOptions, split_options
 from pipelines.text2image import Text2ImagePipeline
 from pipelines.upsample import UpsamplePipeline
@@ -28,7 +29,7 @@ from t2i.data.pictures import open_picture
 from t2i.devices import find_device
 from t2i.errors import InputError
 from t2i.guidance import Guidance
-from t2i.priors import usual_guidance
+from t2i.priors import AnyPrior, usual_guidance
 from t2i.sampling import check_texts
 from t2i.steering import Steering
 from t2i.upsampling import check_size
@@ -37,13 +38,8 @@ BATCH = 16
 MAX_SEED = 2**63 - 1
 MAX_PER_PROMPT = 1024
 
-RECORDED = (  # of a pipeline's options, in every picture
-    "num_inference_steps",
-    "guidance_scale",
-    "prior_num_inference_steps",
-    "prior_guidance_scale",
-    "prior_candidates",
-)
+RECORDED = ("num_inference_steps", "guidance_scale")  # of a pipeline's options, in every picture
+RECORDED_OF_PRIOR = ("prior_num_inference_steps", "prior_guidance_scale", "prior_candidates")  # where a prior ran
 LABELS = {  # as other tools call them
     "Steps": "num_inference_steps",
     "CFG scale": "guidance_scale",
@@ -87,7 +83,6 @@ def generate_files(
     split_options({name: value for name, value in settings.items() if not name.endswith("negative_prompt")})
     check_out(out, total)
     pipeline: Text2ImagePipeline = load_pipeline(model, device)
-    settings = {"prior_guidance_scale": usual_guidance(pipeline.prior), **settings}
     if not prompts:
         settings = {"guidance_scale": 1.0, **settings}  # there is nothing to be guided to
     if upsampler is not None:
@@ -103,7 +98,10 @@ def generate_files(
 
     pipeline.set_progress_bar_config(disable=True)
     records = [{"prompt": prompt} for prompt in prompts for _ in range(count)] or [{"prompt": ""}] * count
-    yield from write_drawn(draw, records, seed, out, model, settings)
+    used = recorded(settings, pipeline.prior if prompts else None)
+    if upsampler is not None:
+        used["upsampler"] = Path(upsampler).name
+    yield from write_drawn(draw, records, seed, out, model, used)
 
 
 def upsample_files(
@@ -134,20 +132,20 @@ def write_drawn(
     seed: int,
     out: Path,
     model: str,
-    settings: dict[str, Any],
+    used: dict[str, Any],
 ) -> Iterator[Path]:
     """Draw a picture for each record, in batches, and write each as soon as its batch is done.
 
-    Picture i has seed `seed + i`; its record (the prompt, the names of pictures), seed and settings are written into
-    the PNG, and its first value names the file.
+    Picture i has seed `seed + i`; its record (the prompt, the names of pictures), seed and what was `used`, see
+    `recorded`, are written into the PNG, and its first value names the file.
     """
     for start in range(0, len(records), BATCH):
         part = records[start : start + BATCH]
         seeds = [seed + start + i for i in range(len(part))]
         images = draw(part, [Generator().manual_seed(one) for one in seeds])
         for record, one, image in zip(part, seeds, images):
-            used = {**record, "seed": one, "model": Path(model).name, **recorded(settings)}
-            yield write_new(out, str(next(iter(record.values()))), one, to_png(image, used))
+            written = {**record, "seed": one, "model": Path(model).name, **used}
+            yield write_new(out, str(next(iter(record.values()))), one, to_png(image, written))
 
 
 def redraw_files(
@@ -178,7 +176,9 @@ def redraw_files(
         return [pipeline(next(pending), generator=[one], **settings).images[0] for one in generators]
 
     records = [{"image": path.name} for path in pictures for _ in range(count)]
-    yield from write_drawn(draw, records, seed, out, model, settings)
+    by_prior = settings.get("prompt") is not None and not issubclass(kind, InvertingPipeline)
+    used = recorded(settings, pipeline.prior if by_prior else None)
+    yield from write_drawn(draw, records, seed, out, model, used)
 
 
 def check_seed(seed: int | None, count: int, total: int) -> int:
@@ -191,11 +191,18 @@ def check_seed(seed: int | None, count: int, total: int) -> int:
     return seed
 
 
-def recorded(settings: dict[str, Any]) -> dict[str, Any]:
-    """What is written into a picture: all that was asked for, and the defaults of the rest."""
-    defaults = {**asdict(PriorOptions()), **asdict(DecoderOptions())}
-    known = {name: defaults[name] for name in RECORDED} | settings
-    return {name: plain_value(value) for name, value in known.items()}
+def recorded(settings: dict[str, Any], prior: AnyPrior | None) -> dict[str, Any]:
+    """What is written into a picture: all that was asked for, and the defaults of the rest.
+
+    prior: the one that ran; for None nothing is said of its options.
+    """
+    of_prior = asdict(PriorOptions()) | {"prior_guidance_scale": usual_guidance(prior)}
+    defaults = {name: asdict(DecoderOptions())[name] for name in RECORDED}
+    if prior is None:
+        settings = {name: value for name, value in settings.items() if name not in of_prior}
+    else:
+        defaults |= {name: of_prior[name] for name in RECORDED_OF_PRIOR}
+    return {name: plain_value(value) for name, value in (defaults | settings).items()}
 
 
 def plain_value(value: Any) -> Any:

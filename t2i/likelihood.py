@@ -5,6 +5,7 @@ pictures of 256 levels. What has half the deviation takes a bit per dimension le
 """
 
 import math
+import random
 from dataclasses import dataclass
 
 import torch
@@ -58,13 +59,15 @@ def variational_bound(
     variance: str = "small",
     terms: int | None = None,
     pictures: bool = False,
+    seed: int = 0,
 ) -> Bound:
     """The bound of `x_0`, (B, ...): noise is drawn once for each term.
 
     variance: of the reverse steps, "small" or "large"; a model that has learned its own uses that. terms: of the T - 1
     steps, so many are evaluated, one at random in each stretch of them, and stand for it: no bias, and less work; None
     evaluates all. pictures: the data are in [-1, 1] in 256 levels, whose probability L_0 is (eq. 13), not a density.
-    Costs terms + 1 evaluations. generators: one a sample; the first also chooses the times.
+    Costs terms + 1 evaluations. generators: one a sample, of its noise. seed: of the choice of the times, which are the
+    same for all samples, so that the bound of one does not depend on those beside it.
     """
     check_choice("variance", variance, tuple(VARIANCES))
     last = scheduler.config.num_train_timesteps - 1
@@ -75,7 +78,8 @@ def variational_bound(
     edges = torch.maximum(edges, torch.arange(1, count + 2)).clamp(max=last + 1)
     edges = torch.minimum(edges, last + 1 - torch.arange(count, -1, -1))
     sizes = edges.diff()
-    chosen = torch.rand(count, generator=generators[0], device=generators[0].device).cpu()
+    draws = random.Random(seed)
+    chosen = torch.tensor([draws.random() for _ in range(count)], dtype=torch.float64)
     times = edges[:-1] + (chosen * sizes).long().clamp(max=sizes - 1)
 
     def step(t: Tensor) -> tuple[Tensor, Tensor]:

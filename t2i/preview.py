@@ -51,7 +51,7 @@ class SampleConfig:
     decoder: str | None = None  # folder of a trained decoder, for pictures of a prior in training ...
     autoencoder: str | None = None  # ... and of its autoencoder, or a diffusers VAE
     prior_num_inference_steps: int = 25
-    prior_guidance_scale: float = 2.0
+    prior_guidance_scale: float | None = None  # what is usual for the prior
     prior_candidates: int = 2
     num_inference_steps: int = 25
     guidance_scale: float = 1.5
@@ -66,7 +66,8 @@ class SampleConfig:
         for name in ("prior_num_inference_steps", "num_inference_steps"):
             check_integer(f"sample.{name}", getattr(self, name), 1, MAX_STEPS)
         for name in ("prior_guidance_scale", "guidance_scale"):
-            check_range(f"sample.{name}", getattr(self, name), 0, MAX_SCALE)
+            if (scale := getattr(self, name)) is not None:
+                check_range(f"sample.{name}", scale, 0, MAX_SCALE)
         if (self.decoder is None) != (self.autoencoder is None):
             raise InputError("sample.decoder and sample.autoencoder go together; give both or none")
 

@@ -1,5 +1,6 @@
 """Priors of every kind, or none: how they are loaded, and one function that draws z_i with any of them."""
 
+import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from t2i.prior import Prior
 from t2i.regression_prior import RegressionPrior
 from t2i.sampling import OnStep, Wrap, sample_prior
 from t2i.untrusted import is_folder
+
+logger = logging.getLogger(__name__)
 
 UNSCHEDULED = (AutoregressivePrior, RegressionPrior)  # priors that have no scheduler
 PRIORS = (Prior, *UNSCHEDULED)  # what a pipeline's prior may be, or none at all
@@ -38,9 +41,11 @@ def load_prior(folder: str | Path) -> tuple[AnyPrior | None, SchedulerMixin | No
 
 
 def usual_guidance(prior: AnyPrior | None) -> float:
-    """What a prior is guided by if nothing is said: 2; or 1, which is off, for one that starts from a regression:
-    guidance takes it too far (docs/priors.md)."""
-    return 1.0 if isinstance(prior, AutoregressivePrior) and prior.config.regression is not None else 2.0
+    """What a prior is guided by if nothing is said: 2; or 1, which is off, for a regression, which is never guided, and
+    for one that starts from a regression: guidance takes it too far (docs/priors.md)."""
+    if isinstance(prior, AutoregressivePrior):
+        return 1.0 if prior.config.regression is not None else 2.0
+    return 1.0 if isinstance(prior, RegressionPrior) else 2.0
 
 
 @torch.no_grad()
@@ -50,7 +55,7 @@ def draw_embeddings(
     text: TextEncoding,
     negative: TextEncoding | None,
     steps: int,
-    guidance: float | Guidance,
+    guidance: float | Guidance | None,
     generators: list[Generator],
     candidates: int = 1,
     noise: Tensor | None = None,
@@ -65,14 +70,17 @@ def draw_embeddings(
     the one that is drawn alone; a regression knows one only.
 
     scheduler, steps, noise, wrap: of the diffusion prior, see `sample_prior`; the candidates of a given noise are that
-    one alone. temperature: of the autoregressive prior. on_step(i, t, x): x has a row for each candidate, those of a
-    caption together, and is of the autoregressive prior z_i as far as it is known.
+    one alone. guidance: None is the usual one. temperature: of the autoregressive prior. What has no effect on a prior
+    is said in the log. on_step(i, t, x): x has a row for each candidate, those of a caption together, and is of the
+    autoregressive prior z_i as far as it is known.
     """
     if prior is None:
         return F.normalize(text.embedding.float(), dim=-1)
+    guidance = usual_guidance(prior) if guidance is None else guidance
+    warn_unused(prior, negative, guidance, noise, temperature)
     if isinstance(prior, RegressionPrior):
         return prior.draw(text)
-    candidates = 1 if noise is not None else candidates
+    candidates = 1 if noise is not None and isinstance(prior, Prior) else candidates
     several = text.repeat(candidates)
     away = None if negative is None else negative.repeat(candidates)
     streams = [stream for one in generators for stream in candidate_generators(one, candidates)]
@@ -89,6 +97,29 @@ def draw_embeddings(
         assert scheduler is not None, "a diffusion prior has a scheduler"
         z_i = sample_prior(prior, scheduler, several, away, steps, guidance, streams, noise, progress, on_step, wrap)
     return nearest(z_i, text.embedding)
+
+
+def warn_unused(
+    prior: AnyPrior,
+    negative: TextEncoding | None,
+    guidance: float | Guidance,
+    noise: Tensor | None,
+    temperature: float | None,
+) -> None:
+    """Say in the log, as a pipeline calls them, which options do nothing with this prior."""
+    of_regression = isinstance(prior, RegressionPrior)
+    unused = {
+        "prior_latents": (noise is not None and not isinstance(prior, Prior), "is the noise of a diffusion prior"),
+        "prior_temperature": (
+            temperature is not None and not isinstance(prior, AutoregressivePrior),
+            "is of an autoregressive prior",
+        ),
+        "prior_guidance_scale": (of_regression and not Guidance.of(guidance).is_off, "cannot guide a regression"),
+        "negative_prompt": (of_regression and negative is not None, "cannot guide a regression"),
+    }
+    for name, (given, reason) in unused.items():
+        if given:
+            logger.warning("%s has no effect: it %s; this prior is a %s", name, reason, type(prior).__name__)
 
 
 def candidate_generators(generator: Generator, candidates: int) -> list[Generator]:

@@ -49,7 +49,12 @@ class Steering:
 
     def described(self) -> dict[str, Any]:
         """As plain text and numbers, to be written into a picture."""
+        given: dict[str, Any]
         given = {"class": self.class_name, "text": self.text, "picture": None if self.picture is None else "a picture"}
+        if self.classifier is not None:
+            folder = Path(self.classifier.config.get("_name_or_path") or "")
+            folder = folder.parent if folder.name == "model" else folder  # of a run
+            given["classifier"] = {"folder": folder.name or None, "fingerprint": weights_digest(self.classifier)}
         return {"scale": self.scale, **{name: value for name, value in given.items() if value is not None}}
 
 
@@ -89,6 +94,9 @@ def check_picture(name: str, picture: Any, count: int | None) -> None:
         raise InputError(f"{name}.picture has {len(picture)} pictures for {count}; give one, or one a picture")
     if not picture.isfinite().all():
         raise InputError(f"{name}.picture must be finite, got NaN or infinity")
+    low, high = picture.min().item(), picture.max().item()
+    if low < -1 or high > 1:
+        raise InputError(f"{name}.picture must have values from -1 to 1, got {low:g} to {high:g}")
 
 
 def check_classifier(classifier: LatentClassifier, clip: CLIP, autoencoder: Autoencoder, embeds: bool) -> None:

@@ -60,6 +60,27 @@ def test_generate_writes_pictures_that_know_how_they_were_made(monkeypatch, caps
     assert len(list((tmp_path / "out").iterdir())) == 4
 
 
+def test_a_picture_tells_of_the_prior_where_one_ran_and_only_there(monkeypatch, capsys, pipeline_folder, tmp_path):
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "a.png")
+    common = ["--model", pipeline_folder, "--out", tmp_path / "out", "--steps", 2]
+    for words, ran in (
+        (["image-to-image", tmp_path / "a.png", "--prompt", "blue square"], True),
+        (["image-to-image", tmp_path / "a.png"], False),
+        (["variations", tmp_path / "a.png", "--prompt", "blue square"], False),
+        (["interpolate", tmp_path / "a.png", "red circle", "--weights", "1,1"], True),
+        (["generate", "--steer-text", "red"], False),
+        (["generate", "red circle"], True),
+    ):
+        status, out, err = run(monkeypatch, capsys, *words, *common)
+        assert status == 0, err
+        with Image.open(out.strip()) as image:
+            settings, parameters = json.loads(image.info["t2i"]), image.info["parameters"]
+        of_prior = {name: value for name, value in settings.items() if name.startswith("prior_")}
+        usual = {"prior_num_inference_steps": 25, "prior_guidance_scale": 2.0, "prior_candidates": 2}
+        assert of_prior == (usual if ran else {}), words
+        assert ("Prior CFG scale: 2.0" in parameters) == ran and "None" not in parameters
+
+
 def test_a_named_file_is_written_once(monkeypatch, capsys, pipeline_folder, tmp_path):
     command = ["generate", "red circle", "--model", pipeline_folder, "--out", tmp_path / "x.png", *QUICK]
     assert run(monkeypatch, capsys, *command)[0] == 0
@@ -104,6 +125,11 @@ def test_a_named_file_is_written_once(monkeypatch, capsys, pipeline_folder, tmp_
         (["eval", "prior", "nowhere", "--prior", "none"], "no cache 'nowhere'"),
         (["eval", "prior", "nowhere", "--prior", "lost"], "no trained Prior or AutoregressivePrior or RegressionPrior"),
         (["eval", "prior", "nowhere", "--temperature", "nan"], "temperature must be from 0 to 10, got nan"),
+        (["eval", "prior", "nowhere", "--prior", "lost", "--out", "/proc/a/b.json"], "'/proc/a' cannot be written"),
+        (
+            ["eval", "likelihood", "nowhere", "--model", "lost", "--out", "/proc/a/b.json"],
+            "'/proc/a' cannot be written",
+        ),
         (["data", "check", "nowhere"], "no file or folder 'nowhere'"),
         (["draw", "cat"], "No such command 'draw'"),
         (["generate", "cat", "--sed", "3"], "No such option"),

@@ -142,6 +142,17 @@ def test_the_bound_of_pictures_counts_levels():
     assert density.data.max() < -4
 
 
+def test_the_bound_of_a_sample_does_not_depend_on_those_beside_it():
+    gaussian, scheduler = axes(Gaussian((4.0, 1.0, 0.6))), schedule()
+    x, predict = gaussian.draw(3), gaussian.denoiser(scheduler)
+    for seed in (0, 1):
+        together = variational_bound(predict, scheduler, x, generators(3), terms=20, seed=seed)
+        alone = variational_bound(predict, scheduler, x[1:2], generators(3)[1:2], terms=20, seed=seed)
+        torch.testing.assert_close(alone.total[0], together.total[1])
+        assert alone.times.tolist() == together.times.tolist()
+    assert variational_bound(predict, scheduler, x, generators(3), terms=20).times.tolist() != alone.times.tolist()
+
+
 def test_a_shipped_model_is_measured(pipeline, shapes, tmp_path):
     from t2i.evaluation.likelihood import evaluate
 

@@ -17,6 +17,7 @@ from t2i.config import load_config
 from t2i.errors import InputError
 from t2i.evaluation.priors import evaluate_prior
 from t2i.guidance import Guidance
+from t2i.preview import SampleConfig
 from t2i.prior import Prior
 from t2i.priors import candidate_generators, draw_embeddings, load_prior, nearest
 from t2i.regression_prior import RegressionPrior
@@ -275,6 +276,41 @@ def test_a_given_noise_is_the_only_candidate():
     text, noise = captions(4, 6), torch.randn(2, D)
     one = draw_any("diffusion", text, [1, 2], 1, noise=noise)
     torch.testing.assert_close(draw_any("diffusion", text, [8, 9], 5, noise=noise), one)
+
+
+def test_what_has_no_effect_on_a_prior_is_said_once_and_changes_nothing(caplog):
+    text = captions(4, 6)
+    regression = shaken(RegressionPrior(D, W, "mlp", 8))
+    cases = (
+        (*diffusion(), {"temperature": 0.5}, ["prior_temperature"]),
+        (autoregressive(), None, {"noise": torch.randn(2, D), "candidates": 8}, ["prior_latents"]),
+        (
+            regression,
+            None,
+            {"noise": torch.randn(2, D), "temperature": 1.0, "guidance": 3.0, "negative": text},
+            ["prior_latents", "prior_temperature", "prior_guidance_scale", "negative_prompt"],
+        ),
+    )
+    for prior, scheduler, unused, names in cases:
+        plain = {"negative": None, "steps": 2, "guidance": None, "candidates": unused.get("candidates", 1)}
+        expected = draw_embeddings(prior, scheduler, text, generators=seeds(0, 1), **plain)
+        assert not caplog.records
+        drawn = draw_embeddings(prior, scheduler, text, generators=seeds(0, 1), **{**plain, **unused})
+        assert torch.equal(drawn, expected)
+        assert [record.message.split()[0] for record in caplog.records] == names
+        caplog.clear()
+
+
+def test_an_evaluation_and_a_preview_guide_a_prior_as_the_pipeline_does_if_nothing_is_said():
+    torch.manual_seed(0)
+    prior = AutoregressivePrior(D, W, LENGTH, 32, 2, 4, 6, 32, regression={"kind": "mlp", "width": 8})
+    null = TextEncoding(torch.zeros(1, D), torch.zeros(1, 2, W), torch.ones(1, 2, dtype=torch.bool))
+    prior.set_encodings(null, unit(300, D))
+    shaken(prior)
+    pairs = {"train": Pairs(unit(10, D), unit(10, D, seed=3))}
+    default, one, two = (evaluate_prior(prior, None, pairs, guidance=scale) for scale in (None, 1.0, 2.0))
+    assert default == one != two
+    assert SampleConfig().prior_guidance_scale is None and SampleConfig(prior_guidance_scale=1.5).prior_guidance_scale
 
 
 def test_without_a_prior_the_text_embedding_is_drawn():

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from t2i.checkpoint import weights_digest
 from t2i.classifier import LatentClassifier, noise_level
 from t2i.diffusion import sample
 from t2i.errors import InputError
@@ -146,6 +147,7 @@ def test_what_cannot_steer_is_refused_before_any_work(pipeline, classifier, monk
             r"steering.picture must be a tensor \(1 or N, 3, H, W\), got \(3, 8, 8\)",
         ),
         (Steering(picture=picture / 0), "steering.picture must be finite"),
+        (Steering(picture=picture + 255), "steering.picture must have values from -1 to 1, got 255 to 255"),
     ]:
         with pytest.raises(InputError, match=message) as caught:
             draw(pipeline, steering)
@@ -182,7 +184,8 @@ def test_the_command_draws_towards_a_class_without_a_prompt(
     status, out, err = run(monkeypatch, capsys, *common, *steer)
     assert status == 0, err
     with Image.open(out.split()[0]) as image:
-        assert json.loads(image.info["t2i"])["steering"] == {"scale": 8.0, "class": "red"}
+        by = {"folder": classifier_folder.name, "fingerprint": weights_digest(load_classifier(classifier_folder))}
+        assert json.loads(image.info["t2i"])["steering"] == {"scale": 8.0, "class": "red", "classifier": by}
     status, out, err = run(monkeypatch, capsys, *common, "a circle", "--steer-text", "red", "--prior-steps", 2)
     assert status == 0 and len(out.split()) == 2
     for wrong, message in [

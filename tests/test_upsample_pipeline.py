@@ -174,6 +174,7 @@ def test_the_commands_upsample_assemble_and_draw(
     for model in (["--model", whole_folder], ["--model", pipeline_folder, "--upsampler", upsampler_folder]):
         status, said, err = command(monkeypatch, capsys, *draw, *model)
         assert status == 0 and opened(said.strip())[0] == (64, 64), err
+    assert opened(said.strip())[1]["upsampler"] == upsampler_folder.name
     refusals = {
         "no upsampler": ["upsample", pictures[0], "--model", pipeline_folder],
         "times must be": ["upsample", pictures[0], "--times", 0],

@@ -66,7 +66,7 @@ def generate(
 def upsample(
     pictures: Annotated[list[Path], Argument(help="What to enlarge.", show_default=False)],
     out: options.Out = Path("out"),
-    model: options.Model = str(SHIPPED),
+    model: Annotated[str | None, Option(help="A model with an upsampler, if no --upsampler is named.")] = None,
     upsampler: options.Upsampler = None,
     times: Annotated[int, Option(help="That pictures pass through the upsampler.")] = 1,
     steps: Annotated[int | None, Option(help="Of the upsampler, each time.")] = None,
@@ -75,7 +75,7 @@ def upsample(
     seed: options.Seed = None,
     device: options.Device = "auto",
 ) -> None:
-    """Enlarge pictures with the upsampler of a model; prints their paths."""
+    """Enlarge pictures with the upsampler of a model, or models/emoji-upsampler; prints their paths."""
     from pipelines.generation import upsample_files
     from t2i.config import check_integer, check_range
     from t2i.upsampling import MAX_TIMES
@@ -83,7 +83,8 @@ def upsample(
     check_integer("times", times, 1, MAX_TIMES)
     check_range("level", level or 0, 0, 1)
     settings = options.given(num_inference_steps=steps, level=level, tile=tile)
-    for path in upsample_files(pictures, out, upsampler or model, times, seed, device, settings):
+    named = upsampler or model or str(SHIPPED.with_name("emoji-upsampler"))
+    for path in upsample_files(pictures, out, named, times, seed, device, settings):
         print(path)
 
 

@@ -7,7 +7,6 @@ import typer
 from typer import Argument, Option
 
 from t2i.commands import SHIPPED, quality
-from t2i.errors import InputError
 
 app = typer.Typer(help="Measure a model.")
 app.add_typer(quality.app)
@@ -24,10 +23,10 @@ def evaluate_emoji(
     """Draw an emoji for its caption: is the nearest of all real emoji the right one?"""
     from pipelines.generation import load_pipeline
     from t2i.evaluation.emoji import choose, evaluate, read_emoji
+    from t2i.evaluation.results import check_folder
 
     choose(read_emoji(folder)[1])  # complain before the model loads
-    if out.exists() and not out.is_dir():
-        raise InputError(f"out is {str(out)!r}, which is a file; give a folder")
+    check_folder(out)
     scores = evaluate(load_pipeline(model, device), folder, out, true_embeddings)
     for split in ("train", "held_out"):
         score = scores[split]
@@ -46,7 +45,7 @@ def evaluate_prior(
     ),
     count: Annotated[int, Option(help="Captions of each split, at most.")] = 512,
     steps: Annotated[int, Option(help="Of a diffusion prior.")] = 25,
-    guidance_scale: Annotated[float, Option(help="1 is off.")] = 2.0,
+    guidance_scale: Annotated[float | None, Option(help="1 is off; what is usual for the prior, if left out.")] = None,
     candidates: Annotated[int, Option(help="For each caption; the nearest to it is taken.")] = 2,
     temperature: Annotated[float | None, Option(help="Of an autoregressive prior.")] = None,
     seed: Annotated[int, Option(help="Of the first caption; the next has the next.")] = 0,
@@ -57,31 +56,34 @@ def evaluate_prior(
 
     from t2i.config import check_integer, check_range
     from t2i.evaluation.priors import evaluate_prior, open_cache
+    from t2i.evaluation.results import check_result, versions, write_result
     from t2i.guidance import MAX_SCALE
-    from t2i.priors import MAX_CANDIDATES, load_prior
+    from t2i.priors import MAX_CANDIDATES, load_prior, usual_guidance
     from t2i.sampling import MAX_STEPS
 
     check_integer("count", count, 1, 10_000_000)
     check_integer("steps", steps, 1, MAX_STEPS)
     check_integer("candidates", candidates, 1, MAX_CANDIDATES)
     check_integer("seed", seed, 0, 2**62)
-    check_range("guidance-scale", guidance_scale, 0, MAX_SCALE)
+    if guidance_scale is not None:
+        check_range("guidance-scale", guidance_scale, 0, MAX_SCALE)
     check_range("temperature", 0 if temperature is None else temperature, 0, 10)
+    if out is not None:
+        check_result(out)
     model, scheduler = load_prior(prior)
     model = None if model is None else model.float()
     settings: dict[str, Any] = {
         "steps": steps,
-        "guidance": guidance_scale,
+        "guidance": usual_guidance(model) if guidance_scale is None else guidance_scale,
         "candidates": candidates,
         "temperature": temperature,
     }
     scores = evaluate_prior(model, scheduler, open_cache(cache, model), count, **settings, seed=seed)
     kind = "none" if model is None else type(model).__name__
-    text = json.dumps({"prior": prior, "kind": kind, **settings, "seed": seed, "scores": scores}, indent=1)
-    print(text)
+    result = {"prior": prior, "kind": kind, **settings, "seed": seed, "scores": scores, "versions": versions()}
+    print(json.dumps(result, indent=1))
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text + "\n")
+        write_result(result, out)
 
 
 @app.command(name="likelihood")

@@ -49,6 +49,7 @@ def evaluate_quality(
     """
     from t2i.config import check_choice, check_range
     from t2i.evaluation.metrics import MetricSettings
+    from t2i.evaluation.results import check_result
 
     drawing = options.given(
         num_inference_steps=steps,
@@ -63,8 +64,7 @@ def evaluate_quality(
         check_choice("split", split, ("train", "held_out"))
     if image_size is not None:
         check_range("image-size", image_size, 8, 4096)
-    if out.is_dir():
-        raise InputError(f"out is {str(out)!r}, which is a folder; give a file")
+    check_result(out)
     if num_processes > 1:
         from t2i.launch import become
 
@@ -127,7 +127,8 @@ def measure(what: Asked, settings: "MetricSettings", statistics: Path | None, ou
     from t2i.devices import find_device
     from t2i.evaluation.features import load_extractor
     from t2i.evaluation.picture_sets import FolderPictures, open_reference
-    from t2i.evaluation.quality import measure_quality, measure_reference, read_reference, write_result
+    from t2i.evaluation.quality import measure_quality, measure_reference, read_reference
+    from t2i.evaluation.results import write_result
     from t2i.launch import end_group
 
     kept = what.reference.suffix == ".safetensors" and what.reference.is_file()

@@ -1,6 +1,5 @@
 """Is it the right picture for the text? Draw an emoji for its caption and find the nearest of all real emoji."""
 
-import json
 import random
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from t2i.config import DataConfig
 from t2i.contact_sheet import contact_sheet
 from t2i.data import CaptionedPictures, Record
 from t2i.errors import InputError
+from t2i.evaluation.results import check_folder, versions, write_result
 
 SIZE = 128
 TRAINING_CAPTIONS = 200
@@ -79,6 +79,7 @@ def evaluate(
     the prior's: what the decoder can do alone. `settings` go to the pipeline; without any its defaults are measured.
     """
     out = Path(out)
+    check_folder(out)
     dataset, records = read_emoji(folder)
     captions = choose(records)
     out.mkdir(parents=True, exist_ok=True)
@@ -93,8 +94,8 @@ def evaluate(
         pictures = [to_pil_image(image) for image in images[:SHEET]]
         sheet = contact_sheet(pictures, [record.text for record in chosen])
         sheet.quantize(256).save(out / f"{split}.png", optimize=True)  # a fifth of the size, and looks the same
-    scores |= {"true_embeddings": true_embeddings, "settings": settings}
-    (out / "emoji.json").write_text(json.dumps(scores, indent=1) + "\n")
+    scores |= {"true_embeddings": true_embeddings, "settings": settings, "first_seed": 0, "versions": versions()}
+    write_result(scores, out / "emoji.json")
     return scores
 
 

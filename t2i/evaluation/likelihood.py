@@ -1,20 +1,17 @@
 """How many bits a dimension of the true latents and image embeddings takes under a pipeline's two denoisers."""
 
-import json
-import platform
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import SchedulerMixin
 from torch import Generator, Tensor
 
-from t2i import __version__
 from t2i.config import DataConfig, check_choice, check_integer
 from t2i.data import CaptionedPictures
 from t2i.diffusion import Predict, conditional
 from t2i.errors import InputError
+from t2i.evaluation.results import check_result, versions, write_result
 from t2i.likelihood import ode_bits, variational_bound
 from t2i.sampling import decoder_predict
 
@@ -41,7 +38,8 @@ def evaluate(
     """Measure `count` pictures of each split, spread over it; writes `out`, a JSON file, and returns what is in it.
 
     The decoder is asked for the latents given the true z_i, the prior for z_i given the caption, both unguided. Picture
-    i has the seed `seed + i`. terms: of the variational bound; steps: of the ODE. InputError for too few pictures.
+    i has the seed `seed + i`, the bound's times have `seed`. terms: of the variational bound; steps: of the ODE.
+    InputError for too few pictures.
     """
     check_settings(out, count, terms, steps, seed, stages)
     config = DataConfig(str(folder), pipeline.image_size, 0)
@@ -55,17 +53,11 @@ def evaluate(
         "model": str(pipeline.config.get("_name_or_path")),
         "data": str(folder),
         "settings": {"count": count, "terms": terms, "steps": steps, "seed": seed},
-        "versions": {
-            "t2i": __version__,
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
     }
     for split, dataset in splits.items():
         result[split] = measure(pipeline, dataset, count, terms, steps, seed, stages)
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    Path(out).write_text(json.dumps(result, indent=1) + "\n")
+    write_result(result, Path(out))
     return result
 
 
@@ -76,8 +68,7 @@ def check_settings(out: str | Path, count: int, terms: int, steps: int, seed: in
     check_integer("seed", seed, 0, 2**62)
     for stage in stages:
         check_choice("stage", stage, STAGES)
-    if Path(out).is_dir():
-        raise InputError(f"out is {str(out)!r}, which is a folder; give the name of a file")
+    check_result(Path(out))
 
 
 def measure(
@@ -99,7 +90,7 @@ def measure(
         for stage in stages:
             x, scheduler, predict = subject(pipeline, dataset, part, stage)
             dimensions[stage] = x[0].numel()
-            for name, values in figures(predict, scheduler, x, seeds, terms, steps).items():
+            for name, values in figures(predict, scheduler, x, seeds, terms, steps, seed).items():
                 found[stage].setdefault(name, []).append(values.double().cpu())
     return {
         stage: {"dimensions": dimensions[stage], **{name: summary(torch.cat(rows)) for name, rows in values.items()}}
@@ -125,14 +116,14 @@ def subject(
 
 
 def figures(
-    predict: Predict, scheduler: SchedulerMixin, x: Tensor, seeds: list[int], terms: int, steps: int
+    predict: Predict, scheduler: SchedulerMixin, x: Tensor, seeds: list[int], terms: int, steps: int, seed: int
 ) -> dict[str, Tensor]:
     """Bits per dimension, (B,) each; `gaussian` is N(0, 1), which knows nothing."""
 
     def fresh() -> list[Generator]:
         return [Generator().manual_seed(one) for one in seeds]
 
-    bound = variational_bound(predict, scheduler, x, fresh(), terms=terms, variance="large")
+    bound = variational_bound(predict, scheduler, x, fresh(), terms=terms, variance="large", seed=seed)
     normal = torch.distributions.Normal(0.0, 1.0)
     return {
         "bound": bound.total,

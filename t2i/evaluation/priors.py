@@ -33,12 +33,12 @@ def evaluate_prior(
     splits: dict[str, CachedPairs],
     count: int = 512,
     steps: int = 25,
-    guidance: float | Guidance = 2.0,
+    guidance: float | Guidance | None = None,
     candidates: int = 2,
     temperature: float | None = None,
     seed: int = 0,
 ) -> dict[str, dict[str, float]]:
-    """For each split, of at most `count` captions from all over it, each with its own seed:
+    """For each split, of at most `count` captions from all over it, each with its own seed; guidance None is the usual:
 
     cosine: with the true z_i, the mean. retrieval: how often the true z_i is the nearest of all in the cache.
     text: the dot product with z_t, the mean; that of the true z_i is true_text.

@@ -4,7 +4,6 @@ Runs in any number of processes, each with its share of the pictures (index modu
 exactly once, whatever their number.
 """
 
-import json
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 from t2i import __version__
 from t2i.clip import CLIP
-from t2i.data.cache import check_writable, new_file
+from t2i.data.cache import check_writable
 from t2i.errors import InputError
 from t2i.evaluation.features import Extractor
 from t2i.evaluation.metrics import MetricSettings, Moments, compare, moments
@@ -171,9 +170,3 @@ def measure_quality(
 def same(scorer: str, conditioning: str | None) -> bool | None:
     """Whether it is the same CLIP; None if nobody knows."""
     return None if conditioning is None else scorer == conditioning
-
-
-def write_result(result: dict[str, Any], out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with new_file(out) as unfinished:
-        unfinished.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
