@@ -1,5 +1,6 @@
 """What all pipelines share: the stages, how they are loaded, and each stage as a method."""
 
+import copy
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -27,10 +28,10 @@ from t2i.clip import CLIP
 from t2i.condition import ImageCondition, TextEncoding
 from t2i.config import check_range
 from t2i.decoder import Decoder
-from t2i.diffusion import Predict, clean, draw_noise, sample
+from t2i.diffusion import Predict, check_eta, clean, draw_noise, sample
 from t2i.errors import InputError
 from t2i.guidance import Guidance
-from t2i.priors import UNSCHEDULED, AnyPrior, draw_embeddings, nearest, usual_guidance
+from t2i.priors import UNSCHEDULED, AnyPrior, check_plain, draw_embeddings, nearest, usual_guidance
 from t2i.samplers import chosen, evaluations
 from t2i.sampling import OnStep, Wrap, check_texts, decoder_predict
 from t2i.steering import check_steering, steering_wrap
@@ -181,12 +182,28 @@ class UnCLIPPipeline(DiffusionPipeline):
             raise InputError(f"{name} must be finite, got NaN or infinity")
 
     def check_noise(self, prior: PriorOptions | None, decoder: DecoderOptions, count: int) -> None:
-        """Of both stages, for `count` pictures; and what is to steer them."""
+        """Of both stages, for `count` pictures; what is to steer them; and what the stages are asked for."""
+        self.check_stages(prior, decoder)
         if decoder.steering is not None:
             check_steering("steering", decoder.steering, self.clip, self.autoencoder, count)
         if prior is not None:
             self.check_tensor("prior_latents", prior.prior_latents, (count, self.clip.embed_dim))
         self.check_tensor("latents", decoder.latents, (count, *self.latent_shape))
+
+    def check_stages(self, prior: PriorOptions | None, decoder: DecoderOptions) -> None:
+        """Refuse what these models and schedulers cannot do; `prior` is None where the prior is not used."""
+        if prior is not None:
+            if self.prior_scheduler is not None:
+                scheduler = chosen(prior.prior_sampler, self.prior_scheduler, self.prior)
+                check_steps("prior_num_inference_steps", prior.prior_num_inference_steps, scheduler)
+            elif prior.prior_sampler is not None:
+                other = f"which this is not; got {prior.prior_sampler!r}"
+                raise InputError(f"prior_sampler is of a diffusion prior, {other}")
+            if isinstance(self.prior, AutoregressivePrior):
+                check_plain(self.prior_guidance(prior))
+        scheduler = chosen(decoder.sampler, self.decoder_scheduler, self.decoder)
+        check_eta(scheduler, decoder.eta)
+        check_steps("num_inference_steps", decoder.num_inference_steps, scheduler)
 
     # The stages
 
@@ -246,8 +263,6 @@ class UnCLIPPipeline(DiffusionPipeline):
         scheduler = self.prior_scheduler
         if scheduler is not None and prior is not None and not isinstance(prior, UNSCHEDULED):
             scheduler = chosen(options.prior_sampler, scheduler, prior)
-        elif options.prior_sampler is not None:
-            raise InputError(f"prior_sampler is of a diffusion prior, which this is not; got {options.prior_sampler!r}")
 
         def estimate(x: Tensor) -> Tensor:
             z_i = x if isinstance(prior, UNSCHEDULED) else prior.unscale(x)
@@ -354,10 +369,11 @@ class UnCLIPPipeline(DiffusionPipeline):
     def check_upsampling(self, options: DecoderOptions) -> None:
         """What can be refused before pictures are drawn."""
         if options.upsample:
-            if self.upsampler is None:
+            if self.upsampler is None or self.upsampler_scheduler is None:
                 raise InputError(f"upsample is {options.upsample}, but this pipeline has no upsampler; load one")
             check_range("upsample_level", options.upsample_level, 0, self.upsampler.config.max_level)
             check_size(self.upsampler, self.image_size, self.image_size, options.upsample)
+            check_steps("upsample_steps", options.upsample_steps, self.upsampler_scheduler)
 
     def upsample(
         self, pictures: Tensor, z_i: Tensor | None, options: DecoderOptions, generators: list[Generator]
@@ -437,6 +453,14 @@ def check_text_encoder(decoder: Decoder | UNetDecoder, text_encoder: TextEncoder
     if ours != theirs:
         wanted = f"captions from the text encoder {theirs}" if theirs else "no text encoder's captions"
         raise InputError(f"the decoder was trained with {wanted}, this pipeline has {ours or 'no text encoder'}")
+
+
+def check_steps(name: str, steps: int, scheduler: SchedulerMixin) -> None:
+    """Refuse more steps than a scheduler takes: most take no more than there were timesteps in training."""
+    try:
+        copy.deepcopy(scheduler).set_timesteps(steps)
+    except ValueError as error:
+        raise InputError(f"{name} is {steps}, which {type(scheduler).__name__} refuses: {error}") from error
 
 
 def check_finite(stage: str, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Generator
 
 from pipelines.base import MAX_IMAGES, UnCLIPPipelineOutput
-from pipelines.inversion import BipartiteLatent, InvertingPipeline, inversion_options
+from pipelines.inversion import BipartiteLatent, InvertingPipeline, check_inversion, inversion_options
 from pipelines.options import decoder_options
 from pipelines.pictures import Pictures
 from t2i.config import check_integer
@@ -53,12 +53,15 @@ class ImageVariationPipeline(InvertingPipeline):
         check_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES)
         if eta is not None:
             check_number("eta", eta, 0, 1)
-        decoder = decoder_options(options) if eta is None else inversion_options(options)
+        decoder = decoder_options(options) if eta is None else inversion_options(options, eta)
         given, count = self.given(image)
+        if eta is not None and not isinstance(given, BipartiteLatent):
+            check_inversion(decoder)
         prompts = self.check_prompts("prompt", prompt, count)
         each = num_images_per_prompt
         _, generators = split_generators(generator, count * each)
         self.check_noise(None, decoder, len(generators))
+        self.check_upsampling(decoder)
         if eta == 0 and each > 1:
             logger.warning("num_images_per_prompt is %d, but with eta 0 they are all the same", each)
 
@@ -66,7 +69,7 @@ class ImageVariationPipeline(InvertingPipeline):
         many = None if text is None else text.repeat(each)
         if eta is not None:
             z_i, noise = (one.repeat_interleave(each, dim=0) for one in self.inverted(given, text, decoder))
-            images = self.redraw(BipartiteLatent(z_i, noise), many, decoder, generators, eta)
+            images = self.redraw(BipartiteLatent(z_i, noise), many, decoder, generators)
         else:
             z_i = given.image_embeds if isinstance(given, BipartiteLatent) else self.encode_image(given)
             z_i = z_i.repeat_interleave(each, dim=0)

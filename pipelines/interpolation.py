@@ -1,7 +1,7 @@
 """Pictures between pictures and texts (DALL-E 2, section 3.2)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -11,15 +11,16 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from pipelines.base import MAX_IMAGES, UnCLIPPipelineOutput
-from pipelines.inversion import INVERSION, BipartiteLatent, InvertingPipeline
+from pipelines.inversion import INVERSION, BipartiteLatent, InvertingPipeline, by_ddim, check_inversion
 from pipelines.options import DecoderOptions, PriorOptions, split_options
-from pipelines.pictures import Picture, read_pictures
+from pipelines.pictures import Picture, read_pictures, split_pictures
 from t2i.condition import ImageCondition, TextEncoding
 from t2i.config import check_integer
 from t2i.diffusion import draw_noise
 from t2i.errors import InputError
 from t2i.geometry import check_weights, spherical_mean
 from t2i.sampling import check_texts, split_generators
+from t2i.steering import Steering
 
 BATCH = 16  # frames that are drawn at a time
 MAX_ANCHORS = 64
@@ -34,6 +35,7 @@ class Anchors:
     image_embeds: Tensor  # (K, D), unit length
     latents: Tensor  # (K, C, h, w)
     text: TextEncoding | None  # what the decoder reads, nothing for pictures; None for decoders that read no captions
+    seed: int  # of the noise that a sampler adds
 
 
 class InterpolationPipeline(InvertingPipeline):
@@ -61,11 +63,12 @@ class InterpolationPipeline(InvertingPipeline):
             frames: pictures from each anchor to the next, both included: (K - 1) (frames - 1) + 1 in all.
             inverted: start from the pictures' own noise, so that the way begins and ends with them; else all start from
                 one new noise, as texts do in any case.
-            generator: of the noise of texts, and of the prior.
+            generator: of the noise of texts, of the prior, and of what a sampler or the upsampler adds.
             return_dict: False returns the tuple (images, image_embeds).
             options: those of `pipelines.options.PriorOptions` and `DecoderOptions`. If pictures are inverted, 50 steps
-                and no guidance of the decoder are the default, and the inversion uses the same. A decoder that reads
-                captions reads that of the anchor with the largest weight: its text; nothing, if it is a picture.
+                and no guidance of the decoder are the default, the inversion uses the same, and the sampler is ddim;
+                else that is the default. What steers may be one a drawn picture. A decoder that reads captions reads
+                that of the anchor with the largest weight: its text; nothing, if it is a picture.
 
         Raises:
             InputError: for a value that is not allowed, before any work starts.
@@ -76,10 +79,16 @@ class InterpolationPipeline(InvertingPipeline):
         if options.get("latents") is not None:
             raise InputError("latents is one noise, here it is interpolated; give a generator")
         prior, decoder = split_options(INVERSION | options if inverted else options)
+        decoder = by_ddim(decoder) if inverted else replace(decoder, sampler=decoder.sampler or "ddim")
+        if inverted:
+            check_inversion(decoder)
         texts = [anchor for anchor in found if isinstance(anchor, str)]
         if texts and self.prior is None:
             raise InputError(f"this pipeline has no prior, so {texts[0]!r:.80} cannot be an anchor; give pictures")
         self.check_tensor("prior_latents", prior.prior_latents, (len(texts), self.clip.embed_dim))
+        self.check_stages(prior if texts else None, decoder)
+        self.check_noise(None, decoder, len(rows))
+        self.check_upsampling(decoder)
         pictures = [anchor for anchor in found if not isinstance(anchor, str)]
         read = read_pictures(pictures, self.image_size, "anchors") if pictures else None
         held = self.hold(found, read, inverted, prior, decoder, generator)
@@ -90,8 +99,9 @@ class InterpolationPipeline(InvertingPipeline):
         for start in range(0, len(rows), BATCH):
             part = slice(start, start + BATCH)
             text = None if held.text is None else chosen(held.text, rows[part].argmax(dim=1))
-            fresh = [Generator().manual_seed(0) for _ in rows[part]]  # DDIM without eta asks them for nothing
-            images.append(self.redraw(BipartiteLatent(z_i[part], x_T[part]), text, decoder, fresh))
+            fresh = [Generator().manual_seed(held.seed) for _ in rows[part]]  # what is added is the same for all
+            settings = replace(decoder, steering=steering_of(decoder.steering, part))
+            images.append(self.redraw(BipartiteLatent(z_i[part], x_T[part]), text, settings, fresh))
         return self.finish(joined(images), z_i, return_dict)
 
     def hold(
@@ -107,6 +117,7 @@ class InterpolationPipeline(InvertingPipeline):
         is_text = torch.tensor([isinstance(anchor, str) for anchor in anchors])
         (prior_generator,), (noise_generator,) = split_generators(generator, 1)
         noise = draw_noise(self.latent_shape, [noise_generator], self._execution_device)
+        seed = int(torch.randint(2**62, (1,), generator=noise_generator))
         latents = noise.repeat(len(anchors), 1, 1, 1)
         z_i = latents.new_empty(len(anchors), self.clip.embed_dim)
         nothing = self.decoder.null(len(anchors))
@@ -121,7 +132,7 @@ class InterpolationPipeline(InvertingPipeline):
             z_i[~is_text], latents[~is_text] = self.invert_pictures(pictures, None, decoder)
         elif pictures is not None:
             z_i[~is_text] = self.encode_image(pictures)
-        return Anchors(z_i, latents, read)
+        return Anchors(z_i, latents, read, seed)
 
 
 def check_anchors(anchors: Any) -> list[Anchor]:
@@ -135,6 +146,9 @@ def check_anchors(anchors: Any) -> list[Anchor]:
     if len(anchors) > MAX_ANCHORS:
         raise InputError(f"anchors are {len(anchors)}; at most {MAX_ANCHORS} are taken")
     check_texts("anchors", [anchor for anchor in anchors if isinstance(anchor, str)], empty=False)
+    for i, anchor in enumerate(anchors):
+        if (found := len(split_pictures(anchor, f"anchors {i + 1}"))) != 1:
+            raise InputError(f"anchors {i + 1} must be a text or one picture, got {found} pictures in one")
     return list(anchors)
 
 
@@ -172,6 +186,18 @@ def placed(text: TextEncoding, places: Tensor, nothing: ImageCondition) -> Any:
 def chosen(text: TextEncoding, indices: Tensor) -> TextEncoding:
     """The captions at these places."""
     return text.map(lambda values: values[indices.to(values.device)])
+
+
+def steering_of(steering: Steering | None, part: slice) -> Steering | None:
+    """What steers a part of the pictures: of what is one a picture, theirs."""
+
+    def cut(value: Any) -> Any:
+        return value[part] if isinstance(value, list | Tensor) and len(value) > 1 else value
+
+    if steering is None:
+        return None
+    goals = {name: cut(getattr(steering, name)) for name in ("class_name", "text", "picture")}
+    return replace(steering, **goals)
 
 
 def joined(parts: list[Any]) -> Any:

@@ -49,10 +49,13 @@ class InvertingPipeline(UnCLIPPipeline):
         """
         check_integer("num_inference_steps", num_inference_steps, 1, MAX_STEPS)
         check_guidance("guidance_scale", guidance_scale)
+        options = DecoderOptions(num_inference_steps, guidance_scale, sampler="ddim")
+        check_inversion(options)
+        self.check_stages(None, options)
         pictures = read_pictures(image, self.image_size)
         prompts = self.check_prompts("prompt", prompt, len(pictures))
         text = self.encode_prompt(prompts) if prompts else None
-        return self.invert_pictures(pictures, text, DecoderOptions(num_inference_steps, guidance_scale))
+        return self.invert_pictures(pictures, text, options)
 
     def given(self, image: Pictures | BipartiteLatent) -> tuple[Tensor | BipartiteLatent, int]:
         """Pictures, (N, 3, H, W) in [-1, 1], or what they are to the decoder, checked; and N."""
@@ -84,15 +87,31 @@ class InvertingPipeline(UnCLIPPipeline):
         text: TextEncoding | None,
         options: DecoderOptions,
         generators: list[Generator],
-        eta: float = 0.0,
     ) -> Any:
-        """The pictures that DDIM draws from (z_i, x_T), as `output_type` says; `eta` adds fresh noise in each step."""
-        options = replace(options, latents=latent.latents, sampler="ddim", eta=eta)
-        return self.draw(latent.image_embeds, text, options, generators)
+        """The pictures that are drawn from (z_i, x_T), as `output_type` says: by DDIM, for those to come back."""
+        return self.draw(latent.image_embeds, text, replace(options, latents=latent.latents), generators)
 
 
-def inversion_options(options: dict[str, Any]) -> DecoderOptions:
-    """Those of the decoder where the noise is that of given pictures."""
+def inversion_options(options: dict[str, Any], eta: float = 0.0) -> DecoderOptions:
+    """Those of the decoder where the noise is that of given pictures: of DDIM with this eta."""
     if options.get("latents") is not None:
         raise InputError("latents is the noise to start from, which is that of the picture here; leave it out")
-    return decoder_options(INVERSION | options)
+    return by_ddim(decoder_options(INVERSION | options), eta)
+
+
+def by_ddim(options: DecoderOptions, eta: float = 0.0) -> DecoderOptions:
+    """The same with the sampler that pictures come back by. Raises InputError if another, or another eta, is given."""
+    if options.sampler not in (None, "ddim"):
+        raise InputError(
+            f"sampler must be ddim here, for pictures are drawn from their own noise; got {options.sampler}"
+        )
+    if options.eta is not None and options.eta != eta:
+        raise InputError(f"eta must be {eta:g} here, for pictures are drawn from their own noise; got {options.eta:g}")
+    return replace(options, sampler="ddim", eta=eta)
+
+
+def check_inversion(options: DecoderOptions) -> None:
+    """Refuse guidance that remembers its steps: the inversion asks several times in each."""
+    guidance = Guidance.of(options.guidance_scale)
+    if guidance.momentum and not guidance.is_off:
+        raise InputError(f"guidance_scale.momentum must be 0 where pictures are inverted, got {guidance.momentum:g}")

@@ -37,11 +37,12 @@ class Text2ImagePipeline(UnCLIPPipeline):
 
         Args:
             prompt: a text or a list; may be left out if `image_embeds` is given.
-            negative_prompt: what the prior is guided away from; one for all or one a prompt.
+            negative_prompt: what the prior is guided away from; one for all or one a prompt (or a row of `image_embeds`
+                where there are no prompts).
             generator: one for all, or one a picture. A picture depends on its own seed alone, not on the batch.
             image_embeds: (N, D), z_i to draw instead of the prior's; normalised to unit length.
             decoder_negative_prompt: what the decoder is guided away from, as the prior imagines it from the same noise;
-                one for all or one a prompt.
+                one for all or one a prompt, as `negative_prompt`.
             return_dict: False returns the tuple (images, image_embeds).
             options: those of `pipelines.options.PriorOptions` and `DecoderOptions`.
 
@@ -54,13 +55,13 @@ class Text2ImagePipeline(UnCLIPPipeline):
             raise InputError("prompt is missing; give a text, a list of texts, or image_embeds")
         prompts = self.check_prompts("prompt", prompt)
         check_texts("prompt", prompts, empty=False)
-        negatives = self.check_prompts("negative_prompt", negative_prompt, len(prompts))
-        decoder_negatives = self.check_prompts("decoder_negative_prompt", decoder_negative_prompt, len(prompts))
-        count = len(prompts) * num_images_per_prompt
+        count, each = len(prompts) * num_images_per_prompt, num_images_per_prompt if prompts else 1
         if image_embeds is not None:
             count = self.check_embeddings(image_embeds, count)
+        negatives = self.check_prompts("negative_prompt", negative_prompt, count // each)
+        decoder_negatives = self.check_prompts("decoder_negative_prompt", decoder_negative_prompt, count // each)
         prior_generators, decoder_generators = split_generators(generator, count)
-        self.check_noise(prior, decoder, count)
+        self.check_noise(prior if image_embeds is None or decoder_negatives else None, decoder, count)
         self.check_upsampling(decoder)
         if negatives and (self.prior_guidance(prior).is_off or image_embeds is not None):
             logger.warning("negative_prompt has no effect: it guides the prior, which is not guided or not used here")
@@ -69,16 +70,16 @@ class Text2ImagePipeline(UnCLIPPipeline):
             decoder_negatives = []
 
         same_noise = [one.clone_state() for one in prior_generators]
-        text = self.encode_prompt(prompts).repeat(num_images_per_prompt) if prompts else None
+        text = self.encode_prompt(prompts).repeat(each) if prompts else None
         if image_embeds is None:
             assert text is not None, "there are prompts or embeddings"
-            negative = self.encode_prompt(negatives).repeat(num_images_per_prompt) if negatives else None
+            negative = self.encode_prompt(negatives).repeat(each) if negatives else None
             z_i = self.draw_embeddings(text, negative, prior, prior_generators, decoder)
         else:
             z_i = F.normalize(image_embeds.to(self._execution_device).float(), dim=-1)
         away = None
         if decoder_negatives:
-            said = self.encode_prompt(decoder_negatives).repeat(num_images_per_prompt)
+            said = self.encode_prompt(decoder_negatives).repeat(each)
             away = ImageCondition(self.draw_embeddings(said, None, prior, same_noise, decoder), said)
         return self.finish(self.draw(z_i, text, decoder, decoder_generators, negative=away), z_i, return_dict)
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from pipelines.base import UnCLIPPipelineOutput
-from pipelines.inversion import BipartiteLatent, InvertingPipeline, inversion_options
+from pipelines.inversion import BipartiteLatent, InvertingPipeline, check_inversion, inversion_options
 from pipelines.pictures import Pictures
 from t2i.errors import InputError
 from t2i.geometry import slerp
@@ -55,12 +55,16 @@ class TextDiffPipeline(InvertingPipeline):
         check_number("theta", theta, 0, 1)
         decoder = inversion_options(options)
         given, count = self.given(image)
+        if not isinstance(given, BipartiteLatent):
+            check_inversion(decoder)
         sources, targets = (
             self.check_captions(name, value, count) for name, value in (("source", source), ("target", target))
         )
         for one, other in zip(sources, targets):
             check_pair(one, other)
         _, generators = split_generators(generator, count)
+        self.check_noise(None, decoder, count)
+        self.check_upsampling(decoder)
         direction = self.direction(sources, targets)
 
         z_i, noise = self.inverted(given, None, decoder)

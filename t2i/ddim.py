@@ -103,7 +103,8 @@ def invert(
     step started from solves x_t = (x_s + sin(d) v(x_t, t)) / cos(d). Taking v at x_s instead, the usual inversion, is
     off by O(d^2) a step; here the equation is solved by `refinements` evaluations a step, so this costs refinements *
     steps evaluations; 1 is the usual inversion and costs as much as sampling. The rate is d times how fast v changes:
-    strong guidance or few steps may need more. Clipping and thresholding, which cannot be undone, are left out.
+    strong guidance or few steps may need more. Clipping and thresholding, which cannot be undone, are left out; so must
+    be a `predict` that keeps a state, for it is asked several times a step.
     """
     check_integer("refinements", refinements, 1, 100)
     exact = like(ExactDDIMScheduler, scheduler)

@@ -14,6 +14,7 @@ from pipelines import BipartiteLatent, ImageVariationPipeline
 from pipelines.inversion import inversion_options
 from pipelines.pictures import read_pictures
 from t2i import InputError, Text2ImagePipeline
+from t2i.guidance import Guidance
 
 from .conftest import seeds
 
@@ -100,6 +101,9 @@ def test_a_decoder_that_reads_captions_reads_the_prompt_there_and_back(vary):
         ({"num_images_per_prompt": 0}, "num_images_per_prompt must be an integer from 1"),
         ({"image": []}, "image has no pictures"),
         ({"prompt": ["a", "b"]}, "prompt has 2 texts for 1"),
+        ({"upsample": 1}, "this pipeline has no upsampler"),
+        ({"eta": 0.0, "sampler": "ode"}, "sampler must be ddim here"),
+        ({"eta": 0.0, "guidance_scale": Guidance(2.0, momentum=-0.5)}, "guidance_scale.momentum must be 0 where"),
         (
             {"image": BipartiteLatent(torch.zeros(1, 3), torch.zeros(1, 4, 8, 8))},
             "image_embeds must be a tensor of shape",
@@ -111,6 +115,11 @@ def test_what_is_not_allowed_is_refused_in_one_line_before_work_starts(vary, mon
     with pytest.raises(InputError, match=message) as caught:
         vary(**{"image": picture(), **arguments})
     assert "\n" not in str(caught.value)
+
+
+def test_to_invert_with_guidance_that_remembers_is_refused(vary):
+    with pytest.raises(InputError, match="guidance_scale.momentum must be 0 where pictures are inverted, got -0.5"):
+        vary.invert(picture(), guidance_scale=Guidance(2.0, momentum=-0.5))
 
 
 def test_the_command_draws_variations_and_writes_how_into_them(pipeline_folder, tmp_path, monkeypatch, capsys):

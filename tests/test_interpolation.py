@@ -14,6 +14,8 @@ from pipelines import InterpolationPipeline, interpolation
 from pipelines.pictures import read_pictures
 from t2i import InputError, Text2ImagePipeline
 from t2i.geometry import slerp, spherical_mean
+from t2i.guidance import Guidance
+from t2i.steering import Steering
 
 QUICK = {"num_inference_steps": 8, "prior_num_inference_steps": 2, "output_type": "latent"}
 
@@ -124,6 +126,11 @@ def test_a_decoder_that_reads_captions_reads_that_of_the_nearest_anchor(between,
         ({"frames": 1024, "anchors": ["a", "b", "c"]}, "frames 1024 between 3 anchors are 2047 pictures"),
         ({"latents": torch.zeros(1)}, "latents is one noise"),
         ({"anchors": ["a", Path("missing.png")]}, "missing.png"),
+        ({"anchors": ["a", torch.zeros(2, 3, 32, 32)]}, "anchors 2 must be a text or one picture, got 2 pictures"),
+        ({"anchors": ["a", picture()], "sampler": "ode"}, "sampler must be ddim here"),
+        ({"anchors": ["a", picture()], "guidance_scale": Guidance(2.0, momentum=-0.5)}, "momentum must be 0 where"),
+        ({"frames": 2, "steering": Steering(text=["red"] * 3)}, "steering.text has 3 texts for 2 pictures"),
+        ({"upsample": 1}, "this pipeline has no upsampler"),
     ],
 )
 def test_what_is_not_allowed_is_refused_in_one_line_before_work_starts(between, monkeypatch, arguments, message):
@@ -138,6 +145,26 @@ def test_a_pipeline_without_a_prior_takes_no_texts(pipeline):
     with pytest.raises(InputError, match="no prior, so 'a' cannot be an anchor"):
         alone(["a", picture()], **QUICK)
     assert len(alone([picture(1), picture(2)], frames=3, **QUICK).images) == 3
+
+
+def test_what_steers_is_given_one_a_frame_and_cut_as_the_batches_are(between, monkeypatch):
+    texts = ["red circle", "blue square", "red circle"]
+    settings = {"frames": 3, **QUICK}
+    whole = between([picture(1), picture(2)], steering=Steering(50.0, text=texts), **settings).images
+    monkeypatch.setattr(interpolation, "BATCH", 2)
+    parts = between([picture(1), picture(2)], steering=Steering(50.0, text=texts), **settings).images
+    torch.testing.assert_close(parts, whole, atol=1e-3, rtol=0)
+
+
+def test_where_nothing_is_inverted_the_sampler_is_the_one_that_is_asked_for(between):
+    settings = {"frames": 2, "inverted": False, **QUICK}
+    drawn = [
+        between([picture(1), picture(2)], generator=torch.Generator().manual_seed(1), sampler=name, **settings).images
+        for name in (None, "ddim", "ode", "ddpm", "ddpm")
+    ]
+    torch.testing.assert_close(drawn[0], drawn[1])
+    torch.testing.assert_close(drawn[3], drawn[4])
+    assert min((drawn[0] - drawn[i]).abs().max() for i in (2, 3)) > 1e-3
 
 
 def run(monkeypatch, *arguments: object) -> int:

@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from safetensors.torch import load_file, save_file
 
 from pipelines import Interrupted
 from pipelines.assemble import assemble, assemble_folder
 from t2i import InputError, Text2ImagePipeline
 from t2i.config import load_config
+from t2i.ddim import like
 from t2i.decoder import Decoder
 from t2i.guidance import Guidance
 from training import train_decoder
@@ -161,6 +162,36 @@ def test_a_drawing_is_interrupted_between_two_steps_and_the_next_one_is_whole(pi
         draw(pipeline, "red circle", seeds(1), on_preview=stop)
     assert steps[-1] == (stage, 2)
     torch.testing.assert_close(draw(pipeline, "red circle", seeds(1)), expected)
+
+
+def test_without_prompts_what_to_avoid_goes_for_every_given_embedding(pipeline, caplog):
+    embeddings = torch.randn(2, 32, generator=torch.Generator().manual_seed(1))
+    settings = {"image_embeds": embeddings, "generator": seeds(1, 2), "output_type": "latent", "guidance_scale": 3.0}
+    plain = pipeline(**settings, **QUICK).images
+    settings["generator"] = seeds(1, 2)
+    away = pipeline(**settings, decoder_negative_prompt="cat", negative_prompt="dog", **QUICK).images
+    assert min((one - other).abs().max() for one, other in zip(plain, away)) > 1e-3
+    assert "negative_prompt has no effect" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_inference_steps": 60, "sampler": "ddpm"}, "num_inference_steps is 60, which DDPMScheduler refuses"),
+        ({"prior_num_inference_steps": 60}, "prior_num_inference_steps is 60, which .*Scheduler refuses"),
+        ({"eta": 0.5}, "eta is of the sampler ddim; DPMSolverMultistepScheduler does not take it"),
+    ],
+)
+def test_what_a_scheduler_cannot_do_is_refused_in_one_line_before_work_starts(
+    pipeline, monkeypatch, arguments, message
+):
+    pipeline.prior_scheduler = like(DDIMScheduler, pipeline.prior_scheduler, num_train_timesteps=50)
+    kind = DPMSolverMultistepScheduler
+    pipeline.decoder_scheduler = like(kind, pipeline.decoder_scheduler, num_train_timesteps=50)
+    monkeypatch.setattr(pipeline, "encode_prompt", lambda *_: pytest.fail("work has started"))
+    with pytest.raises(InputError, match=message) as caught:
+        pipeline("red circle", **arguments)
+    assert "\n" not in str(caught.value)
 
 
 def test_other_schedulers_draw(pipeline):

@@ -14,6 +14,8 @@ from PIL import Image
 from pipelines import TextDiffPipeline
 from pipelines.pictures import read_pictures
 from t2i import InputError, Text2ImagePipeline
+from t2i.guidance import Guidance
+from t2i.steering import Steering
 
 QUICK = {"num_inference_steps": 8, "output_type": "latent"}
 
@@ -77,10 +79,16 @@ def test_a_picture_inverted_once_is_edited_many_times(edit):
         ({"target": " "}, "target must not be empty"),
         ({"source": []}, "source is missing"),
         ({"latents": torch.zeros(1, 4, 8, 8)}, "latents is the noise to start from"),
+        ({"sampler": "ode"}, "sampler must be ddim here, for pictures are drawn from their own noise; got ode"),
+        ({"eta": 0.5}, "eta must be 0 here"),
+        ({"guidance_scale": Guidance(2.0, momentum=-0.5)}, "guidance_scale.momentum must be 0 where pictures are"),
+        ({"steering": Steering()}, "steering needs a class_name, a text or a picture"),
+        ({"upsample": 1}, "this pipeline has no upsampler"),
     ],
 )
 def test_what_is_not_allowed_is_refused_in_one_line_before_work_starts(edit, monkeypatch, arguments, message):
-    monkeypatch.setattr(edit.clip, "encode_image", lambda *_: pytest.fail("work has started"))
+    for work in ("encode_image", "encode_tokens"):
+        monkeypatch.setattr(edit.clip, work, lambda *_: pytest.fail("work has started"))
     with pytest.raises(InputError, match=message) as caught:
         edit(**{"image": picture(), "source": "red circle", "target": "blue square", **arguments})
     assert "\n" not in str(caught.value)
