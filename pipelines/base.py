@@ -303,12 +303,14 @@ class UnCLIPPipeline(DiffusionPipeline):
         original: Tensor | None = None,
         strength: float = 1.0,
         scheduler: SchedulerMixin | None = None,
+        to_images: Callable[[Tensor], list[Image.Image]] | None = None,
     ) -> Tensor:
         """Latents of unit variance, (N, C, h, w), fp32, that show z_i, (N, D).
 
         negative: what is guided away from; None is the decoder's null. predict: instead of the decoder's own of z_i.
         on_step: runs before those of who watches. original, strength: latents to start from; see `sample`. scheduler:
-        the one that the options choose, for who has chosen it already.
+        the one that the options choose, for who has chosen it already. to_images: of latents, for previews; None
+        decodes them.
         """
         z_i = z_i.to(self._execution_device)
         if scheduler is None:
@@ -323,7 +325,7 @@ class UnCLIPPipeline(DiffusionPipeline):
             noise = draw_noise(self.latent_shape, generators, z_i.device)
         noise = noise.to(z_i.device).float()
         steps = options.num_inference_steps
-        watch, report = self.watched("decoder", scheduler, steps, options, lambda x: x, self.decode)
+        watch, report = self.watched("decoder", scheduler, steps, options, lambda x: x, to_images or self.decode)
 
         def stepped(step: int, t: Tensor, x: Tensor) -> Tensor:
             x = x if on_step is None else on_step(step, t, x)

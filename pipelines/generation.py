@@ -157,15 +157,22 @@ def redraw_files(
     seed: int | None,
     device: str,
     settings: dict[str, Any],
+    check: Callable[[Image.Image], object] | None = None,
 ) -> Iterator[Path]:
     """Draw `count` pictures from each picture file by a pipeline whose `image` it is, and write them.
 
-    `settings` are its other arguments. Raises InputError for them before the model loads where that can be.
+    `settings` are its other arguments. Raises InputError for them before the model loads where that can be; `check`
+    does so for what must go with each picture.
     """
+    own = signature(kind.__call__).parameters
+    split_options({name: value for name, value in settings.items() if name not in own})
     total = len(pictures) * count
     seed = check_seed(seed, count, total)
     check_out(out, total)
     read = [open_picture(path) for path in pictures]
+    if check is not None:
+        for picture in read:
+            check(picture)
     pipeline = load_pipeline(model, device, kind)
     pipeline.set_progress_bar_config(disable=True)
 

@@ -1,17 +1,20 @@
 """Painting a part of a picture anew, and beyond its borders. A mask is white (1) where there is to be painted; whatever
 it leaves comes back pixel for pixel."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import SchedulerMixin
+from PIL import Image
 from torch import Generator, Tensor
 
 from pipelines.base import MAX_IMAGES, UnCLIPPipeline, UnCLIPPipelineOutput
 from pipelines.image_to_image import check_strength
 from pipelines.options import DecoderOptions, split_options
-from pipelines.pictures import Pictures, read_masks, read_pictures
+from pipelines.pictures import Pictures, check_pixels, read_masks, read_pictures
 from t2i.condition import TextEncoding
 from t2i.config import check_integer
 from t2i.diffusion import Predict, draw_noise
@@ -86,16 +89,17 @@ class InpaintPipeline(UnCLIPPipeline):
         prior_generators, generators = split_generators(generator, count)
         canvas, mask = (self.whole_cells(one).to(self._execution_device) for one in (pictures, masks))
         height, width = (side // self.autoencoder.factor for side in canvas.shape[-2:])
-        self.check_tensor("prior_latents", prior.prior_latents, (count, self.clip.embed_dim))
+        self.check_noise(prior, replace(decoder, latents=None), count)
         self.check_tensor("latents", decoder.latents, (count, self.latent_shape[0], height, width))
+        whole, inside = (one.repeat_interleave(each, dim=0).to(canvas.device) for one in (pictures, masks))
+
+        def to_images(latents: Tensor, output_type: str = "pil") -> Any:
+            painted = self.decode_pictures(latents)[..., : whole.shape[-2], : whole.shape[-1]]
+            return self.image_processor.postprocess(joined(painted, whole, inside), output_type)
 
         z_i, text = self.embed(prompts, negatives, shown, each, prior, prior_generators, decoder)
-        x = self.paint_latents(z_i, text, canvas, mask, strength, decoder, generators)
-        if decoder.output_type == "latent":
-            return self.finish(x, z_i, return_dict)
-        pictures, masks = (one.repeat_interleave(each, dim=0).to(x.device) for one in (pictures, masks))
-        painted = self.decode_pictures(x)[..., : pictures.shape[-2], : pictures.shape[-1]]
-        images = self.image_processor.postprocess(joined(painted, pictures, masks), decoder.output_type)
+        x = self.paint_latents(z_i, text, canvas, mask, strength, decoder, generators, to_images)
+        images = x if decoder.output_type == "latent" else to_images(x, decoder.output_type)
         return self.finish(images, z_i, return_dict)
 
     def paint_latents(
@@ -107,8 +111,10 @@ class InpaintPipeline(UnCLIPPipeline):
         strength: float,
         options: DecoderOptions,
         generators: list[Generator],
+        to_images: Callable[[Tensor], list[Image.Image]],
     ) -> Tensor:
-        """(N, C, h, w) for N generators and canvases and masks, (P, ., H, W), where P divides N."""
+        """(N, C, h, w) for N generators and canvases and masks, (P, ., H, W), where P divides N; `to_images` is for
+        previews."""
         each = len(generators) // len(canvas)
         latents = self.encode_latents(canvas).repeat_interleave(each, dim=0)
         mask = latent_mask(mask, self.autoencoder.factor).repeat_interleave(each, dim=0)
@@ -119,7 +125,7 @@ class InpaintPipeline(UnCLIPPipeline):
         hold = blend(scheduler, latents, mask, noise)
         predict = self.predict_canvas(z_i, text, known_latents(latents, mask), options, scheduler)
         more: dict[str, Any] = {"original": latents, "strength": strength} if strength < 1 else {}
-        more |= {"predict": predict, "on_step": hold, "scheduler": scheduler}
+        more |= {"predict": predict, "on_step": hold, "scheduler": scheduler, "to_images": to_images}
         return self.sample_decoder(z_i, text, options, generators, **more)
 
     def predict_canvas(
@@ -177,6 +183,7 @@ class OutpaintPipeline(InpaintPipeline):
         """
         margins = check_margins(left=left, right=right, top=top, bottom=bottom)
         pictures = read_pictures(image)
+        check_enlarged(pictures.shape[-1], pictures.shape[-2], *margins)
         canvas = F.pad(pictures, margins, mode="replicate")
         self.check_canvas(canvas)
         mask = F.pad(torch.zeros_like(pictures[:, :1]), margins, value=1.0)
@@ -191,3 +198,8 @@ def check_margins(**margins: int) -> tuple[int, ...]:
     if not any(margins.values()):
         raise InputError("left, right, top and bottom are 0; give the pixels to paint on one side at least")
     return tuple(margins.values())
+
+
+def check_enlarged(width: int, height: int, left: int, right: int, top: int, bottom: int) -> None:
+    """Refuse margins that make of a picture one larger than is taken."""
+    check_pixels("image with its margins", width + left + right, height + top + bottom)

@@ -18,6 +18,7 @@ from t2i.errors import InputError
 MAX_PICTURES = 1024
 MAX_SIZE = 4096
 SHAPES = "an array is (H, W, 3), a tensor is (3, H, W), or several of them in one"
+MASK_SHAPES = "a mask is (H, W), as an array (H, W, 1 or 3), as a tensor (1 or 3, H, W); give several as a list"
 
 Picture: TypeAlias = Image.Image | str | Path | np.ndarray | Tensor
 Pictures: TypeAlias = Picture | Sequence[Picture]
@@ -56,12 +57,13 @@ def read_masks(masks: Pictures, count: int, size: tuple[int, int], name: str = "
     """-> (count, 1, H, W), fp32, of 0 and 1: 1, what is to be painted, from half the range on.
 
     Args:
-        masks: one for all or one a picture: as pictures, or with one channel, or without: (H, W).
+        masks: one for all or one a picture: as pictures, or with one channel, or without: (H, W). Three dimensions are
+            one mask with channels; several masks without them are a list.
         count: of pictures.
         size: (H, W) of the pictures.
 
     Raises:
-        InputError: for masks of another number or size, and for those that paint nothing or everything.
+        InputError: for masks of another number, shape or size, and for those that paint nothing or everything.
     """
     found = split_pictures(masks, name, least=2)
     if len(found) not in (1, count):
@@ -86,7 +88,10 @@ def read_mask(mask: Picture, name: str) -> Tensor:
     else:
         values = np.asarray(mask) if isinstance(mask, np.ndarray) else mask.detach().cpu().numpy()
         if values.ndim == 3:
-            values = values.mean(axis=-1 if isinstance(mask, np.ndarray) else 0).astype(values.dtype)
+            channels = -1 if isinstance(mask, np.ndarray) else 0
+            if values.shape[channels] not in (1, 3):
+                raise InputError(f"{name} has the shape {values.shape}; {MASK_SHAPES}")
+            values = values.mean(axis=channels).astype(values.dtype)
         check_pixels(name, values.shape[-1], values.shape[-2])
     if values.dtype == bool:
         return torch.from_numpy(values)[None].float()

@@ -207,6 +207,7 @@ def test_pictures_are_painted_anew_in_part_around_and_as_a_whole(monkeypatch, ca
     expected = {
         ("inpaint", a, tmp_path / "mask.png"): (40, 32),
         ("outpaint", a, "--left", 5, "--bottom", 3): (45, 35),
+        ("inpaint", a, tmp_path / "mask.png", "--strength", "0.5"): (40, 32),
         ("image-to-image", a, "--strength", "0.5", "--count", 2): (32, 32),
     }
     for command, size in expected.items():
@@ -215,6 +216,30 @@ def test_pictures_are_painted_anew_in_part_around_and_as_a_whole(monkeypatch, ca
         for line in out.splitlines():
             with Image.open(line) as image:
                 assert image.size == size and json.loads(image.info["t2i"])["image"] == "a.png"
-    assert [Path(line).name for line in out.splitlines()] == ["a-png-4-3.png", "a-png-5.png"]
+    assert [Path(line).name for line in out.splitlines()] == ["a-png-4-4.png", "a-png-5.png"]
     status, _, error = run(monkeypatch, capsys, "outpaint", a, *common)
     assert status == 2 and "left, right, top and bottom are 0" in error and error.count("\n") == 1
+
+
+def test_what_cannot_be_painted_is_refused_before_the_model_loads(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("pipelines.generation.load_pipeline", lambda *_: pytest.fail("the model loads"))
+    a = tmp_path / "a.png"
+    Image.new("RGB", (40, 32), "red").save(a)
+    for color in ("white", "black"):
+        Image.new("L", (40, 32), color).save(tmp_path / f"{color}.png")
+    Image.new("L", (4, 3), "white").save(tmp_path / "small.png")
+    monkeypatch.setattr("pipelines.pictures.MAX_PIXELS", 41 * 32)
+    expected = {
+        ("inpaint", a, tmp_path / "none.png"): "none.png",
+        ("inpaint", a, tmp_path / "small.png"): "mask_image is 4 x 3, the picture is 40 x 32",
+        ("inpaint", a, tmp_path / "white.png"): "mask_image is all white",
+        ("inpaint", a, tmp_path / "black.png"): "mask_image is all black",
+        ("inpaint", a, tmp_path / "white.png", "--strength", 2): "strength must be from 0.001 to 1, got 2",
+        ("outpaint", a, "--left", 2): "image with its margins is 42 x 32",
+        ("outpaint", a, "--left", 1, "--steps", 0): "num_inference_steps must be an integer",
+        ("image-to-image", a, "--guidance-scale", -1): "guidance_scale must be from 0",
+        ("image-to-image", a, "--prompt", ""): "prompt must not be empty",
+    }
+    for command, message in expected.items():
+        status, _, error = run(monkeypatch, capsys, *command, "--out", tmp_path / "out")
+        assert status == 2 and message in error and error.count("\n") == 1, error

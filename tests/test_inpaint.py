@@ -19,6 +19,7 @@ from t2i.diffusion import conditional, levels, said, sample
 from t2i.guidance import Guidance
 from t2i.inpainting import Window, blend, joined, known_latents, latent_mask, random_masks, windowed, windows
 from t2i.samplers import SAMPLERS
+from t2i.steering import Steering
 from t2i.unet_decoder import UNetDecoder
 
 from .conftest import seeds, train
@@ -164,6 +165,16 @@ def test_a_window_remembers_nothing_of_the_others(inpaint):
     torch.testing.assert_close(first, plain, atol=1e-4, rtol=1e-4)  # there is no step before the first
 
 
+def test_previews_show_the_picture_with_what_is_painted(inpaint):
+    before, mask, seen = picture(45, 33), mask_of((5, 7, 20, 25), 45, 33), []
+    settings = {"generator": seeds(1), "on_preview": lambda one: seen.append(one.images()[0]), **QUICK}
+    after = inpaint(before, mask, **settings).images[0]
+    assert len(seen) == 3 and (np.asarray(seen[-1]) == np.asarray(after)).all()
+    painted = np.asarray(mask) > 0
+    for one in seen:
+        assert one.size == before.size and (np.asarray(one)[~painted] == np.asarray(before)[~painted]).all()
+
+
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (9, 8), (8, 21), (30, 17)])
 def test_windows_cover_a_canvas_and_overlap_by_half(height, width):
     places = windows(height, width, 8)
@@ -282,6 +293,12 @@ def test_a_decoder_learns_to_read_masks_from_one_that_does_not(shapes, runs, tmp
         ({"num_images_per_prompt": 0}, "num_images_per_prompt must be an integer"),
         ({"generator": seeds(1, 2)}, "2 generators for 1 pictures"),
         ({"latents": torch.zeros(1, 4, 9, 9)}, "latents must be a tensor of shape"),
+        ({"steering": Steering()}, "steering needs a class_name, a text or a picture"),
+        (
+            {"image": [picture()] * 2, "mask_image": torch.eye(32).expand(2, -1, -1)},
+            r"mask_image has the shape \(2, 32, 32\); a mask is \(H, W\)",
+        ),
+        ({"mask_image": np.zeros((3, 32, 32))}, r"mask_image has the shape \(3, 32, 32\); a mask is \(H, W\)"),
     ],
 )
 def test_bad_input_is_refused_before_any_work(inpaint, monkeypatch, settings, message):
@@ -291,7 +308,7 @@ def test_bad_input_is_refused_before_any_work(inpaint, monkeypatch, settings, me
         inpaint(**{"image": picture(), "mask_image": mask_of((0, 0, 9, 9)), **settings})
 
 
-def test_margins_that_make_no_sense_are_refused(outpaint):
+def test_margins_that_make_no_sense_are_refused(outpaint, monkeypatch):
     for margins, message in (
         ({}, "are 0; give"),
         ({"left": -1}, "left must be an integer"),
@@ -299,3 +316,6 @@ def test_margins_that_make_no_sense_are_refused(outpaint):
     ):
         with pytest.raises(InputError, match=message):
             outpaint(picture(), **margins)
+    monkeypatch.setattr("pipelines.pictures.MAX_PIXELS", 40 * 32)
+    with pytest.raises(InputError, match="image with its margins is 41 x 32"):
+        outpaint(picture(), left=4, right=5)

@@ -1,7 +1,7 @@
 """What draws: `t2i generate` and its like."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
@@ -112,8 +112,7 @@ def image_to_image(
     from pipelines.image_to_image import ImageToImagePipeline, check_strength
 
     check_strength(strength)
-    settings = options.given(prompt=prompt, negative_prompt=negative_prompt, strength=strength)
-    settings |= options.given(num_inference_steps=steps) | options.guidance(guidance_scale, guidance)
+    settings = redraw_settings(prompt, negative_prompt, steps, guidance_scale, guidance) | {"strength": strength}
     for path in redraw_files(ImageToImagePipeline, pictures, out, model, count, seed, device, settings):
         print(path)
 
@@ -123,6 +122,7 @@ def inpaint(
     picture: Annotated[Path, Argument(help="A picture file.")],
     mask: Annotated[Path, Argument(help="A picture of its size: what is white is painted anew.")],
     prompt: Prompt = None,
+    strength: Annotated[float, Option(help="Share of the steps that are taken: less leaves something.")] = 1.0,
     negative_prompt: Annotated[str | None, Option(help="What the prior moves away from.")] = None,
     out: options.Out = Path("out"),
     model: options.Model = str(SHIPPED),
@@ -134,12 +134,21 @@ def inpaint(
     device: options.Device = "auto",
 ) -> None:
     """Paint a part of a picture anew; the rest stays pixel for pixel."""
-    from pipelines.generation import redraw_files
-    from pipelines.inpaint import InpaintPipeline
+    from PIL.Image import Image
 
-    settings = options.given(prompt=prompt, negative_prompt=negative_prompt, mask_image=str(mask))
-    settings |= options.given(num_inference_steps=steps) | options.guidance(guidance_scale, guidance)
-    for path in redraw_files(InpaintPipeline, [picture], out, model, count, seed, device, settings):
+    from pipelines.generation import redraw_files
+    from pipelines.image_to_image import check_strength
+    from pipelines.inpaint import InpaintPipeline
+    from pipelines.pictures import read_masks
+
+    check_strength(strength)
+    settings = redraw_settings(prompt, negative_prompt, steps, guidance_scale, guidance)
+    settings |= {"mask_image": str(mask), "strength": strength}
+
+    def check(image: Image) -> None:
+        read_masks(str(mask), 1, (image.height, image.width))
+
+    for path in redraw_files(InpaintPipeline, [picture], out, model, count, seed, device, settings, check):
         print(path)
 
 
@@ -162,15 +171,36 @@ def outpaint(
     device: options.Device = "auto",
 ) -> None:
     """Paint around a picture; what was there stays pixel for pixel."""
+    from PIL.Image import Image
+
     from pipelines.generation import redraw_files
-    from pipelines.inpaint import OutpaintPipeline, check_margins
+    from pipelines.inpaint import OutpaintPipeline, check_enlarged, check_margins
 
     margins = {"left": left, "right": right, "top": top, "bottom": bottom}
     check_margins(**margins)
-    settings = options.given(prompt=prompt, negative_prompt=negative_prompt) | margins
-    settings |= options.given(num_inference_steps=steps) | options.guidance(guidance_scale, guidance)
-    for path in redraw_files(OutpaintPipeline, [picture], out, model, count, seed, device, settings):
+    settings = redraw_settings(prompt, negative_prompt, steps, guidance_scale, guidance) | margins
+
+    def check(image: Image) -> None:
+        check_enlarged(image.width, image.height, **margins)
+
+    for path in redraw_files(OutpaintPipeline, [picture], out, model, count, seed, device, settings, check):
         print(path)
+
+
+def redraw_settings(
+    prompt: str | None,
+    negative_prompt: str | None,
+    steps: int | None,
+    guidance_scale: float | None,
+    guidance: list[str] | None,
+) -> dict[str, Any]:
+    """Those of a pipeline that starts from a picture. Raises InputError for texts that none takes."""
+    from t2i.sampling import check_texts
+
+    check_texts("prompt", [] if prompt is None else [prompt], empty=False)
+    check_texts("negative_prompt", [] if negative_prompt is None else [negative_prompt])
+    settings = options.given(prompt=prompt, negative_prompt=negative_prompt, num_inference_steps=steps)
+    return settings | options.guidance(guidance_scale, guidance)
 
 
 def read_prompts(prompts: list[str] | None, file: Path | None, required: bool = True) -> list[str]:
