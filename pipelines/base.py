@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -28,7 +28,7 @@ from t2i.clip import CLIP
 from t2i.condition import ImageCondition, TextEncoding
 from t2i.config import check_range
 from t2i.decoder import Decoder
-from t2i.diffusion import Predict, check_eta, clean, draw_noise, sample
+from t2i.diffusion import Predict, check_eta, clean, draw_noise, sample, steps_left
 from t2i.errors import InputError
 from t2i.guidance import Guidance
 from t2i.priors import UNSCHEDULED, AnyPrior, check_plain, draw_embeddings, nearest, usual_guidance
@@ -157,7 +157,7 @@ class UnCLIPPipeline(DiffusionPipeline):
         return self.decoder.config.latent_size * self.autoencoder.factor
 
     def interrupt(self) -> None:
-        """End the drawing that is going on, from a callback or another thread: its step raises `Interrupted`."""
+        """End the call that is going on, from a callback or another thread: its next step raises `Interrupted`."""
         self.interrupted = True
 
     # What comes in
@@ -325,7 +325,8 @@ class UnCLIPPipeline(DiffusionPipeline):
             noise = draw_noise(self.latent_shape, generators, z_i.device)
         noise = noise.to(z_i.device).float()
         steps = options.num_inference_steps
-        watch, report = self.watched("decoder", scheduler, steps, options, lambda x: x, to_images or self.decode)
+        left = steps if original is None else steps_left(steps, strength)
+        watch, report = self.watched("decoder", scheduler, left, options, lambda x: x, to_images or self.decode)
 
         def stepped(step: int, t: Tensor, x: Tensor) -> Tensor:
             x = x if on_step is None else on_step(step, t, x)
@@ -426,7 +427,6 @@ class UnCLIPPipeline(DiffusionPipeline):
         """What a stage's sampling passes its predictions and steps through, for previews and `interrupt`."""
         seen: dict[str, Tensor] = {}
         steps = evaluations(scheduler, steps)
-        self.interrupted = False
 
         def wrap(predict: Predict) -> Predict:
             def watching(x: Tensor, t: Tensor) -> Tensor:
@@ -469,8 +469,3 @@ def check_finite(stage: str, x: Tensor) -> Tensor:
     if not x.isfinite().all():
         raise ValueError(f"the {stage} returned values that are not finite; its weights or the precision are at fault")
     return x
-
-
-def repeated(values: Sequence[Any], count: int) -> list[Any]:
-    """Each `count` times in a row."""
-    return [value for value in values for _ in range(count)]

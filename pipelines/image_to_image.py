@@ -43,6 +43,7 @@ class ImageToImagePipeline(UnCLIPPipeline):
         Raises:
             InputError: for a value that is not allowed, before any work starts.
         """
+        self.interrupted = False
         check_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES)
         check_strength(strength)
         prior, decoder = split_options(options)

@@ -50,6 +50,7 @@ class ImageVariationPipeline(InvertingPipeline):
         Raises:
             InputError: for a value that is not allowed, before any work starts.
         """
+        self.interrupted = False
         check_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES)
         if eta is not None:
             check_number("eta", eta, 0, 1)

@@ -77,6 +77,7 @@ class InpaintPipeline(UnCLIPPipeline):
         return_dict: bool,
     ) -> UnCLIPPipelineOutput | tuple:
         """Without a prompt, pictures show what `shown`, (P, 3, ...), shows."""
+        self.interrupted = False
         check_integer("num_images_per_prompt", each, 1, MAX_IMAGES)
         check_strength(strength)
         prior, decoder = split_options(options)

@@ -57,8 +57,8 @@ class InterpolationPipeline(InvertingPipeline):
         Both z_i and x_T are interpolated: between two by slerp, between more by the weighted spherical mean.
 
         Args:
-            anchors: texts (str), which pass through the prior, and pictures: paths (Path), PIL pictures, arrays
-                (H, W, 3), tensors (3, H, W); see `pipelines.pictures.read_pictures`.
+            anchors: texts (str), which pass through the prior if there is one, and pictures: paths (Path), PIL
+                pictures, arrays (H, W, 3), tensors (3, H, W); see `pipelines.pictures.read_pictures`.
             weights: (K,), one an anchor, for one mix; or (N, K), a row for each of N mixes. None is the whole way.
             frames: pictures from each anchor to the next, both included: (K - 1) (frames - 1) + 1 in all.
             inverted: start from the pictures' own noise, so that the way begins and ends with them; else all start from
@@ -73,6 +73,7 @@ class InterpolationPipeline(InvertingPipeline):
         Raises:
             InputError: for a value that is not allowed, before any work starts.
         """
+        self.interrupted = False
         found = check_anchors(anchors)
         rows = mixing_weights(len(found), weights, frames)
         inverted = inverted and not all(isinstance(anchor, str) for anchor in found)
@@ -83,8 +84,6 @@ class InterpolationPipeline(InvertingPipeline):
         if inverted:
             check_inversion(decoder)
         texts = [anchor for anchor in found if isinstance(anchor, str)]
-        if texts and self.prior is None:
-            raise InputError(f"this pipeline has no prior, so {texts[0]!r:.80} cannot be an anchor; give pictures")
         self.check_tensor("prior_latents", prior.prior_latents, (len(texts), self.clip.embed_dim))
         self.check_stages(prior if texts else None, decoder)
         self.check_noise(None, decoder, len(rows))

@@ -14,6 +14,7 @@ from t2i.config import check_integer
 from t2i.ddim import invert
 from t2i.errors import InputError
 from t2i.guidance import Guidance, check_guidance
+from t2i.samplers import chosen
 from t2i.sampling import MAX_STEPS, decoder_predict
 
 INVERSION = {"num_inference_steps": 50, "guidance_scale": 1.0}  # defaults where pictures are to come back
@@ -47,6 +48,7 @@ class InvertingPipeline(UnCLIPPipeline):
         Raises:
             InputError: for a value that is not allowed, before any work starts.
         """
+        self.interrupted = False
         check_integer("num_inference_steps", num_inference_steps, 1, MAX_STEPS)
         check_guidance("guidance_scale", guidance_scale)
         options = DecoderOptions(num_inference_steps, guidance_scale, sampler="ddim")
@@ -78,7 +80,10 @@ class InvertingPipeline(UnCLIPPipeline):
         z_i, scheduler = self.encode_image(pictures), self.decoder_scheduler
         predict = decoder_predict(self.decoder, scheduler, z_i, text, options.guidance_scale)
         steps = options.num_inference_steps
-        noise = invert(predict, scheduler, self.encode_latents(pictures), steps, progress=self.progress_bar)
+        exact = chosen("ddim", scheduler, self.decoder)
+        _, on_step = self.watched("inversion", exact, steps, options, lambda x: x, self.decode)
+        latents = self.encode_latents(pictures)
+        noise = invert(predict, scheduler, latents, steps, progress=self.progress_bar, on_step=on_step)
         return BipartiteLatent(z_i, noise)
 
     def redraw(

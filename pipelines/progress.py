@@ -15,9 +15,10 @@ class Interrupted(RuntimeError):
 class Preview:
     """What a stage expects to end with, as it sees it after a step.
 
-    stage: "prior", "decoder" or "upsampler". step: from 1 to steps. estimate: the clean sample: z_i of unit length,
-    (N, D); latents, (N, C, h, w); or pictures, (N, 3, H, W) in [-1, 1]. images(): N pictures of it, made when they are
-    asked for: of latents as the autoencoder decodes them, of z_i as the decoder draws them in a few steps.
+    stage: "inversion", "prior", "decoder" or "upsampler". step: from 1 to steps. estimate: the clean sample: z_i of
+    unit length, (N, D); latents, (N, C, h, w), of the inversion as noisy as they are by then; or pictures,
+    (N, 3, H, W) in [-1, 1]. images(): N pictures of it, made when they are asked for: of latents as the autoencoder
+    decodes them, of z_i as the decoder draws them in a few steps.
     """
 
     stage: str

@@ -1,6 +1,7 @@
 """A caption in, pictures out."""
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ class Text2ImagePipeline(UnCLIPPipeline):
         Raises:
             InputError: for a value that is not allowed, before any work starts.
         """
+        self.interrupted = False
         check_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES)
         prior, decoder = split_options(options)
         if image_embeds is None and (prompt is None or prompt == []):
@@ -80,7 +82,8 @@ class Text2ImagePipeline(UnCLIPPipeline):
         away = None
         if decoder_negatives:
             said = self.encode_prompt(decoder_negatives).repeat(each)
-            away = ImageCondition(self.draw_embeddings(said, None, prior, same_noise, decoder), said)
+            unseen = replace(decoder, on_preview=None)  # previews are of what is wanted
+            away = ImageCondition(self.draw_embeddings(said, None, prior, same_noise, unseen), said)
         return self.finish(self.draw(z_i, text, decoder, decoder_generators, negative=away), z_i, return_dict)
 
     def check_embeddings(self, image_embeds: Tensor, asked: int) -> int:
@@ -91,8 +94,3 @@ class Text2ImagePipeline(UnCLIPPipeline):
         if asked and asked != len(image_embeds):
             raise InputError(f"image_embeds has {len(image_embeds)} rows, the prompts ask for {asked} pictures")
         return len(image_embeds)
-
-    def warn(self, given: bool, unused: bool, stage: str) -> None:
-        if given and unused:
-            name = "negative_prompt" if stage == "prior" else "decoder_negative_prompt"
-            logger.warning(f"{name} has no effect: it guides the {stage}, which is not guided or not used here")

@@ -52,6 +52,7 @@ class TextDiffPipeline(InvertingPipeline):
         Raises:
             InputError: for a value that is not allowed, before any work starts.
         """
+        self.interrupted = False
         check_number("theta", theta, 0, 1)
         decoder = inversion_options(options)
         given, count = self.given(image)

@@ -96,6 +96,7 @@ def invert(
     steps: int,
     refinements: int = 3,
     progress: Callable[[Iterable], Iterable] = iter,
+    on_step: Callable[[int, Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """The noise, like `x_0`, from which DDIM with eta 0 and as many steps draws `x_0`, (B, ...).
 
@@ -104,19 +105,20 @@ def invert(
     off by O(d^2) a step; here the equation is solved by `refinements` evaluations a step, so this costs refinements *
     steps evaluations; 1 is the usual inversion and costs as much as sampling. The rate is d times how fast v changes:
     strong guidance or few steps may need more. Clipping and thresholding, which cannot be undone, are left out; so must
-    be a `predict` that keeps a state, for it is asked several times a step.
+    be a `predict` that keeps a state, for it is asked several times a step. on_step(i, t, x) runs after each step, with
+    x at t, and may change x.
     """
     check_integer("refinements", refinements, 1, 100)
     exact = like(ExactDDIMScheduler, scheduler)
     exact.set_timesteps(steps, device=x_0.device)
     x, velocity = x_0, None
     previous = exact.timesteps.new_tensor(-1)
-    for t in progress(exact.timesteps.flip(0)):
+    for i, t in enumerate(progress(exact.timesteps.flip(0))):
         (alpha, sigma), (alpha_s, sigma_s) = levels(exact, t, x), levels(exact, previous, x)
         cosine, sine = alpha * alpha_s + sigma * sigma_s, sigma * alpha_s - alpha * sigma_s
         guess = x if velocity is None else (x + sine * velocity) / cosine
         for _ in range(refinements):
             velocity = (alpha * guess - clean(exact, predict(guess, t), guess, t)) / sigma
             guess = (x + sine * velocity) / cosine
-        x, previous = guess, t
+        x, previous = guess if on_step is None else on_step(i, t, guess), t
     return x

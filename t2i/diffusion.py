@@ -333,11 +333,16 @@ def start(
     if original is None:
         return noise * scheduler.init_noise_sigma, timesteps
     check_range("strength", strength, 0, 1)
-    first = (steps - max(1, min(round(steps * strength), steps))) * getattr(scheduler, "order", 1)
+    first = (steps - steps_left(steps, strength)) * getattr(scheduler, "order", 1)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(first)
     timesteps = timesteps[first:]
     return scheduler.add_noise(original.to(noise), noise, timesteps[:1].expand(len(noise))), timesteps
+
+
+def steps_left(steps: int, strength: float) -> int:
+    """How many of the steps are taken: the last `strength` of them, and one at least."""
+    return max(1, min(round(steps * strength), steps))
 
 
 def check_eta(scheduler: SchedulerMixin, eta: float | None) -> None:

@@ -32,6 +32,16 @@ def test_the_less_strength_the_nearer_to_the_picture(redraw):
     assert distances[0] < distances[1] < distances[2]
 
 
+@pytest.mark.parametrize(("strength", "count"), [(0.01, 1), (0.4, 4), (1.0, 10)])
+def test_previews_count_the_steps_that_are_taken_and_end_with_the_picture(redraw, strength, count):
+    seen = []
+    settings = {"strength": strength, "output_type": "latent", "preview_every": 3, "on_preview": seen.append}
+    drawn = redraw(picture(), generator=seeds(1), **settings, **QUICK).images
+    steps = [(one.step, one.steps) for one in seen if one.stage == "decoder"]
+    assert steps == [*((i, count) for i in range(3, count, 3)), (count, count)]
+    torch.testing.assert_close(seen[-1].estimate, drawn)
+
+
 def test_a_prompt_says_what_to_show_instead_of_the_picture(redraw):
     settings = {"generator": seeds(1), "output_type": "pt", **QUICK}
     plain, told = redraw(picture(), **settings), redraw(picture(), "red circle", **settings)

@@ -140,10 +140,11 @@ def test_what_is_not_allowed_is_refused_in_one_line_before_work_starts(between, 
     assert "\n" not in str(caught.value)
 
 
-def test_a_pipeline_without_a_prior_takes_no_texts(pipeline):
+def test_without_a_prior_texts_are_their_own_embeddings(pipeline, caplog):
     alone = InterpolationPipeline.from_pipe(pipeline, prior=None, prior_scheduler=None)
-    with pytest.raises(InputError, match="no prior, so 'a' cannot be an anchor"):
-        alone(["a", picture()], **QUICK)
+    found = alone(["red circle", picture()], frames=2, **QUICK).image_embeds
+    torch.testing.assert_close(found[:1], alone.encode_prompt(["red circle"]).embedding, atol=1e-5, rtol=0)
+    assert "this pipeline has no prior" in caplog.text
     assert len(alone([picture(1), picture(2)], frames=3, **QUICK).images) == 3
 
 

@@ -164,6 +164,25 @@ def test_a_drawing_is_interrupted_between_two_steps_and_the_next_one_is_whole(pi
     torch.testing.assert_close(draw(pipeline, "red circle", seeds(1)), expected)
 
 
+def test_what_is_interrupted_before_the_first_step_ends_at_it_and_before_the_call_not_at_all(pipeline, monkeypatch):
+    pipeline.interrupt()
+    expected, encode = draw(pipeline, "red circle", seeds(1)), pipeline.encode_prompt
+    monkeypatch.setattr(pipeline, "encode_prompt", lambda prompts: pipeline.interrupt() or encode(prompts))
+    with pytest.raises(Interrupted, match="after step 1 of 3 of the prior"):
+        draw(pipeline, "red circle", seeds(1))
+    monkeypatch.setattr(pipeline, "encode_prompt", encode)
+    torch.testing.assert_close(draw(pipeline, "red circle", seeds(1)), expected)
+
+
+def test_what_the_decoder_is_to_avoid_is_not_previewed(pipeline):
+    seen = []
+    settings = {"decoder_negative_prompt": "blue square", "on_preview": seen.append}
+    z_i = pipeline("red circle", generator=seeds(1), output_type="latent", **settings, **QUICK).image_embeds
+    priors = [one for one in seen if one.stage == "prior"]
+    assert [one.step for one in priors] == [1, 2, 3]
+    torch.testing.assert_close(priors[-1].estimate, z_i)
+
+
 def test_without_prompts_what_to_avoid_goes_for_every_given_embedding(pipeline, caplog):
     embeddings = torch.randn(2, 32, generator=torch.Generator().manual_seed(1))
     settings = {"image_embeds": embeddings, "generator": seeds(1, 2), "output_type": "latent", "guidance_scale": 3.0}

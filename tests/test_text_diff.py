@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from pipelines import TextDiffPipeline
+from pipelines import Interrupted, TextDiffPipeline
 from pipelines.pictures import read_pictures
 from t2i import InputError, Text2ImagePipeline
 from t2i.guidance import Guidance
@@ -92,6 +92,22 @@ def test_what_is_not_allowed_is_refused_in_one_line_before_work_starts(edit, mon
     with pytest.raises(InputError, match=message) as caught:
         edit(**{"image": picture(), "source": "red circle", "target": "blue square", **arguments})
     assert "\n" not in str(caught.value)
+
+
+def test_the_inversion_is_previewed_and_can_be_interrupted(edit):
+    seen = []
+
+    def stop(preview):
+        seen.append(preview)
+        if preview.step == 5:
+            edit.interrupt()
+
+    with pytest.raises(Interrupted, match="after step 5 of 8 of the inversion"):
+        edit(picture(), "red circle", "blue square", on_preview=stop, **QUICK)
+    assert [(one.stage, one.step, one.steps) for one in seen] == [("inversion", i, 8) for i in range(1, 6)]
+    assert seen[0].images()[0].size == (32, 32)
+    away = [(one.estimate - edit.encode_latents(read_pictures(picture(), 32))).square().mean() for one in seen]
+    assert away == sorted(away)  # from the picture to noise
 
 
 def test_captions_that_say_the_same_to_the_model_are_refused(edit):
