@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image
 from torch import Generator
 
-from pipelines.generation import check_out, check_seed, load_pipeline, recorded, to_png, write_new
+from pipelines.generation import check_out, check_seed, load_pipeline, recorded, to_png, with_upsampler, write_new
 from pipelines.interpolation import InterpolationPipeline, check_anchors, mixing_weights
 from pipelines.inversion import INVERSION
 from pipelines.options import split_options
@@ -31,6 +31,7 @@ def interpolate_files(
     seed: int | None,
     device: str,
     settings: dict[str, Any],
+    upsampler: str | None = None,
 ) -> Iterator[Path]:
     """Draw the way between pictures (names of files) and texts, or their mix, and write it. Nothing is overwritten.
 
@@ -49,14 +50,15 @@ def interpolate_files(
     if video is not None:
         check_video(video)
     known = [anchor if isinstance(anchor, str) else open_picture(anchor) for anchor in anchors]
-    pipeline = load_pipeline(model, device, InterpolationPipeline)
+    pipeline = with_upsampler(load_pipeline(model, device, InterpolationPipeline), upsampler)
     pipeline.set_progress_bar_config(disable=True)
     generator = Generator().manual_seed(seed)
     images = pipeline(known, weights, frames, inverted, generator, **settings).images
 
     used: dict[str, Any] = {"anchors": [Path(one).name if isinstance(one, Path) else one for one in anchors]}
     used |= {"weights": weights, "seed": seed, "model": Path(model).name, "inverted": inverted}
-    used |= recorded(settings, pipeline.prior if any(isinstance(anchor, str) for anchor in anchors) else None)
+    by_prior = any(isinstance(anchor, str) for anchor in anchors)
+    used |= recorded(settings, pipeline.prior if by_prior else None, upsampler)
     name = "strip" if strip else "mix" if weights else "frame"
     shown = [side_by_side(images)] if strip else images
     for i, image in enumerate(shown):

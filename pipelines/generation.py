@@ -51,12 +51,22 @@ LABELS = {  # as other tools call them
 
 
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
+Drawing = TypeVar("Drawing", bound=UnCLIPPipeline)
 
 
 def load_pipeline(model: str, device: str = "auto", kind: type[Pipeline] = Text2ImagePipeline) -> Pipeline:
     """A pipeline on a device; auto takes a GPU if there is one."""
     device = find_device(device)  # complain before the model loads
     return kind.from_pretrained(model).to(device)
+
+
+def with_upsampler(pipeline: Drawing, folder: str | None) -> Drawing:
+    """The pipeline with the upsampler of a folder, if one is named."""
+    if folder is None:
+        return pipeline
+    parts = UpsamplePipeline.from_pretrained(folder).to(pipeline.device).components
+    names = ("upsampler", "upsampler_scheduler")
+    return type(pipeline).from_pipe(pipeline, **{name: parts[name] for name in names})
 
 
 def generate_files(
@@ -85,10 +95,7 @@ def generate_files(
     pipeline: Text2ImagePipeline = load_pipeline(model, device)
     if not prompts:
         settings = {"guidance_scale": 1.0, **settings}  # there is nothing to be guided to
-    if upsampler is not None:
-        parts = UpsamplePipeline.from_pretrained(upsampler).to(pipeline.device).components
-        names = ("upsampler", "upsampler_scheduler")
-        pipeline = Text2ImagePipeline.from_pipe(pipeline, **{name: parts[name] for name in names})
+    pipeline = with_upsampler(pipeline, upsampler)
 
     def draw(records: list[dict[str, Any]], generators: list[Generator]) -> list[Image.Image]:
         if prompts:
@@ -98,9 +105,7 @@ def generate_files(
 
     pipeline.set_progress_bar_config(disable=True)
     records = [{"prompt": prompt} for prompt in prompts for _ in range(count)] or [{"prompt": ""}] * count
-    used = recorded(settings, pipeline.prior if prompts else None)
-    if upsampler is not None:
-        used["upsampler"] = Path(upsampler).name
+    used = recorded(settings, pipeline.prior if prompts else None, upsampler)
     yield from write_drawn(draw, records, seed, out, model, used)
 
 
@@ -158,11 +163,12 @@ def redraw_files(
     device: str,
     settings: dict[str, Any],
     check: Callable[[Image.Image], object] | None = None,
+    upsampler: str | None = None,
 ) -> Iterator[Path]:
     """Draw `count` pictures from each picture file by a pipeline whose `image` it is, and write them.
 
     `settings` are its other arguments. Raises InputError for them before the model loads where that can be; `check`
-    does so for what must go with each picture.
+    does so for what must go with each picture. `upsampler`: a folder, in place of the model's own.
     """
     own = signature(kind.__call__).parameters
     split_options({name: value for name, value in settings.items() if name not in own})
@@ -173,7 +179,7 @@ def redraw_files(
     if check is not None:
         for picture in read:
             check(picture)
-    pipeline = load_pipeline(model, device, kind)
+    pipeline = with_upsampler(load_pipeline(model, device, kind), upsampler)
     pipeline.set_progress_bar_config(disable=True)
 
     pending = (picture for picture in read for _ in range(count))
@@ -184,7 +190,7 @@ def redraw_files(
 
     records = [{"image": path.name} for path in pictures for _ in range(count)]
     by_prior = settings.get("prompt") is not None and not issubclass(kind, InvertingPipeline)
-    used = recorded(settings, pipeline.prior if by_prior else None)
+    used = recorded(settings, pipeline.prior if by_prior else None, upsampler)
     yield from write_drawn(draw, records, seed, out, model, used)
 
 
@@ -198,10 +204,10 @@ def check_seed(seed: int | None, count: int, total: int) -> int:
     return seed
 
 
-def recorded(settings: dict[str, Any], prior: AnyPrior | None) -> dict[str, Any]:
+def recorded(settings: dict[str, Any], prior: AnyPrior | None, upsampler: str | None) -> dict[str, Any]:
     """What is written into a picture: all that was asked for, and the defaults of the rest.
 
-    prior: the one that ran; for None nothing is said of its options.
+    prior: the one that ran; for None nothing is said of its options. upsampler: a folder, if it was named.
     """
     of_prior = asdict(PriorOptions()) | {"prior_guidance_scale": usual_guidance(prior)}
     defaults = {name: asdict(DecoderOptions())[name] for name in RECORDED}
@@ -209,6 +215,8 @@ def recorded(settings: dict[str, Any], prior: AnyPrior | None) -> dict[str, Any]
         settings = {name: value for name, value in settings.items() if name not in of_prior}
     else:
         defaults |= {name: of_prior[name] for name in RECORDED_OF_PRIOR}
+    if upsampler is not None:
+        settings = settings | {"upsampler": Path(upsampler).name}
     return {name: plain_value(value) for name, value in (defaults | settings).items()}
 
 

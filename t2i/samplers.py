@@ -17,7 +17,6 @@ SAMPLERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
     "ode": (ProbabilityFlowScheduler, {}),  # Heun's method in continuous time: 2 steps - 1 evaluations
     "sde": (ReverseSDEScheduler, {}),  # the reverse SDE in continuous time
 }
-STOCHASTIC = ("ddpm", "sde-dpmsolver++", "sde")  # and ddim with eta > 0
 
 
 def check_sampler(name: str, value: Any) -> None:

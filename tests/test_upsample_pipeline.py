@@ -1,6 +1,7 @@
 """Upsampling as a part of pipelines, and on its own."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from pipelines import Text2ImagePipeline, UpsamplePipeline
 from pipelines.assemble import assemble_folder
 from t2i import cli
 from t2i.checkpoint import load_scheduler
+from t2i.commands import drawing
 from t2i.errors import InputError
 from t2i.upsampler import Upsampler
 
@@ -175,7 +177,24 @@ def test_the_commands_upsample_assemble_and_draw(
         status, said, err = command(monkeypatch, capsys, *draw, *model)
         assert status == 0 and opened(said.strip())[0] == (64, 64), err
     assert opened(said.strip())[1]["upsampler"] == upsampler_folder.name
+    monkeypatch.setattr(drawing, "SHIPPED", tmp_path / "models" / "emoji")
+    shutil.copytree(upsampler_folder, tmp_path / "models" / "emoji-upsampler")
+    status, said, err = command(monkeypatch, capsys, "upsample", pictures[0], "--steps", 1, "--out", out)
+    assert status == 0 and opened(said.strip())[1]["model"] == "emoji-upsampler", err
+    few = ["--steps", 2, "--upsample", 1, "--model", pipeline_folder, "--upsampler", upsampler_folder, "--out", out]
+    steer = ["--steer-text", "red"]
+    for words, asked in (
+        (["variations", pictures[0], "--sampler", "unipc"], {"sampler": "unipc"}),
+        (["edit", pictures[0], "--from", "red circle", "--to", "blue square"], {}),
+        (["interpolate", pictures[0], "red circle", "--weights", "1,1", "--candidates", 3], {"prior_candidates": 3}),
+    ):
+        status, said, err = command(monkeypatch, capsys, *words, *steer, *few)
+        size, written = opened(said.strip())
+        assert status == 0 and size == (64, 64), err
+        asked = asked | {"upsampler": upsampler_folder.name, "steering": {"scale": 1.0, "text": "red"}}
+        assert asked.items() <= written.items()
     refusals = {
+        "sampler must be ddim here": ["variations", pictures[0], "--eta", 0.5, "--sampler", "ode"],
         "no upsampler": ["upsample", pictures[0], "--model", pipeline_folder],
         "times must be": ["upsample", pictures[0], "--times", 0],
         "no such": ["upsample", tmp_path / "c.png"],

@@ -40,6 +40,18 @@ ARCHITECTURES: dict[str, Any] = {
     "mlp": RegressionPrior,
 }
 
+OPTIONS_OF = {
+    "caption_dropout": ("diffusion", "autoregressive"),
+    "scheduler": ("diffusion",),
+    "timestep_shift": ("diffusion",),
+    "loss_weighting": ("diffusion",),
+    "min_snr_gamma": ("diffusion",),
+    "explained_variance": ("autoregressive",),
+    "regression": ("autoregressive",),
+    "label_smoothing": ("autoregressive",),
+    "code_noise": ("autoregressive",),
+}
+
 
 @dataclass
 class Config:
@@ -74,8 +86,17 @@ class Config:
         check_range("explained_variance", self.explained_variance, 0.01, 1)
         check_range("label_smoothing", self.label_smoothing, 0, 100)
         check_range("code_noise", self.code_noise, 0, 1)
-        if self.regression is not None and self.architecture != "autoregressive":
-            raise InputError(f"regression is of the autoregressive prior, but architecture is {self.architecture}")
+        for name, architectures in OPTIONS_OF.items():
+            usual = getattr(Config, name, {})  # a factory leaves no attribute
+            if self.architecture not in architectures and getattr(self, name) != usual:
+                whose = " and ".join(architectures)
+                raise InputError(
+                    f"{name} is of the {whose} prior, but architecture is {self.architecture}; leave it out"
+                )
+        if self.regression is not None and self.init is not None:
+            raise InputError(
+                f"regression={self.regression!r} is for new weights, init={self.init!r} has its own; give one"
+            )
         check_weighting(noise_scheduler(self.scheduler), self.loss_weighting)
         check_lora(self.lora, self.init)
 

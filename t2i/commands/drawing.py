@@ -37,7 +37,8 @@ def generate(
     sampler: options.Sampler = None,
     prior_sampler: options.PriorSampler = None,
     eta: options.Eta = None,
-    upsample: Annotated[int | None, Option(help="Times that pictures pass through the upsampler.")] = None,
+    prior_temperature: options.PriorTemperature = None,
+    upsample: options.Upsample = None,
     upsampler: options.Upsampler = None,
     device: options.Device = "auto",
 ) -> None:
@@ -55,6 +56,7 @@ def generate(
         sampler=sampler,
         prior_sampler=prior_sampler,
         eta=eta,
+        prior_temperature=prior_temperature,
         upsample=upsample,
     )
     settings |= options.guidance(guidance_scale, guidance, prior_guidance_scale, prior_guidance)

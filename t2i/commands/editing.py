@@ -31,22 +31,34 @@ def variations(
     steps: options.Steps = None,
     guidance_scale: options.Scale = None,
     guidance: options.Settings = None,
+    steer_class: options.SteerClass = None,
+    steer_text: options.SteerText = None,
+    steer_picture: options.SteerPicture = None,
+    steer_scale: options.SteerScale = None,
+    classifier: options.Classifier = None,
+    sampler: options.Sampler = None,
+    upsample: options.Upsample = None,
+    upsampler: options.Upsampler = None,
     device: options.Device = "auto",
 ) -> None:
     """Draw pictures of what others show; prints their paths."""
     from pipelines.generation import redraw_files
     from pipelines.image_variation import ImageVariationPipeline
-    from pipelines.inversion import INVERSION
+    from pipelines.inversion import INVERSION, inversion_options
     from pipelines.options import decoder_options
     from t2i.guidance import check_number
 
-    settings = options.given(num_inference_steps=steps) | options.guidance(guidance_scale, guidance)
+    settings = options.given(num_inference_steps=steps, sampler=sampler, upsample=upsample)
+    settings |= options.guidance(guidance_scale, guidance)
+    settings |= options.steering(steer_class, steer_text, steer_picture, classifier, steer_scale)
     if eta is not None:
         check_number("eta", eta, 0, 1)
         settings = INVERSION | settings
-    decoder_options(settings)
+    decoder_options(settings) if eta is None else inversion_options(settings, eta)
     settings |= options.given(eta=eta, prompt=prompt)
-    for path in redraw_files(ImageVariationPipeline, pictures, out, model, count, seed, device, settings):
+    for path in redraw_files(
+        ImageVariationPipeline, pictures, out, model, count, seed, device, settings, upsampler=upsampler
+    ):
         print(path)
 
 
@@ -70,16 +82,38 @@ def interpolate(
     prior_steps: options.PriorSteps = None,
     prior_guidance_scale: options.PriorScale = None,
     prior_guidance: options.Settings = None,
+    steer_class: options.SteerClass = None,
+    steer_text: options.SteerText = None,
+    steer_picture: options.SteerPicture = None,
+    steer_scale: options.SteerScale = None,
+    classifier: options.Classifier = None,
+    candidates: options.Candidates = None,
+    sampler: options.Sampler = None,
+    prior_sampler: options.PriorSampler = None,
+    eta: options.Eta = None,
+    prior_temperature: options.PriorTemperature = None,
+    upsample: options.Upsample = None,
+    upsampler: options.Upsampler = None,
     device: options.Device = "auto",
 ) -> None:
     """Draw what lies between pictures and texts; prints the paths."""
     from pipelines.frames import interpolate_files
 
-    settings = options.given(num_inference_steps=steps, prior_num_inference_steps=prior_steps)
+    settings = options.given(
+        num_inference_steps=steps,
+        prior_num_inference_steps=prior_steps,
+        prior_candidates=candidates,
+        sampler=sampler,
+        prior_sampler=prior_sampler,
+        eta=eta,
+        prior_temperature=prior_temperature,
+        upsample=upsample,
+    )
+    settings |= options.steering(steer_class, steer_text, steer_picture, classifier, steer_scale)
     settings |= options.guidance(guidance_scale, guidance, prior_guidance_scale, prior_guidance)
     numbers = None if weights is None else parse_weights(weights)
     for path in interpolate_files(
-        anchors, out, model, numbers, frames, strip, video, fps, inverted, seed, device, settings
+        anchors, out, model, numbers, frames, strip, video, fps, inverted, seed, device, settings, upsampler
     ):
         print(path)
 
@@ -95,6 +129,13 @@ def edit(
     steps: options.Steps = None,
     guidance_scale: options.Scale = None,
     guidance: options.Settings = None,
+    steer_class: options.SteerClass = None,
+    steer_text: options.SteerText = None,
+    steer_picture: options.SteerPicture = None,
+    steer_scale: options.SteerScale = None,
+    classifier: options.Classifier = None,
+    upsample: options.Upsample = None,
+    upsampler: options.Upsampler = None,
     device: options.Device = "auto",
 ) -> None:
     """Change a picture by the direction from one caption to another; prints its path."""
@@ -107,10 +148,12 @@ def edit(
     theta = THETA if theta is None else theta
     check_number("theta", theta, 0, 1)
     check_pair(source, target)
-    settings = INVERSION | options.given(num_inference_steps=steps) | options.guidance(guidance_scale, guidance)
+    settings = INVERSION | options.given(num_inference_steps=steps, upsample=upsample)
+    settings |= options.guidance(guidance_scale, guidance)
+    settings |= options.steering(steer_class, steer_text, steer_picture, classifier, steer_scale)
     decoder_options(settings)
     settings |= {"source": source, "target": target, "theta": theta}
-    for path in redraw_files(TextDiffPipeline, [picture], out, model, 1, 0, device, settings):
+    for path in redraw_files(TextDiffPipeline, [picture], out, model, 1, 0, device, settings, upsampler=upsampler):
         print(path)
 
 

@@ -30,6 +30,10 @@ SAMPLERS = "ddpm, ddim, dpmsolver++, sde-dpmsolver++, unipc, ode or sde; the mod
 Sampler = Annotated[str | None, Option(help=f"Of the decoder: {SAMPLERS}")]
 PriorSampler = Annotated[str | None, Option(help=f"Of the prior: {SAMPLERS}")]
 Eta = Annotated[float | None, Option(help="Noise of the sampler ddim, 0 to 1.")]
+PriorTemperature = Annotated[
+    float | None, Option(help="Of an autoregressive prior: 0 takes the likeliest; the model's own if left out.")
+]
+Upsample = Annotated[int | None, Option(help="Times that pictures pass through the upsampler.")]
 Device = Annotated[str, Option(help="auto, cpu, cuda, mps.")]
 
 

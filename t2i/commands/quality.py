@@ -38,6 +38,9 @@ def evaluate_quality(
     guidance_scale: options.Scale = None,
     prior_steps: options.PriorSteps = None,
     prior_guidance_scale: options.PriorScale = None,
+    candidates: options.Candidates = None,
+    sampler: options.Sampler = None,
+    eta: options.Eta = None,
     statistics: Annotated[Path | None, Option(help="File of the reference's statistics, if not in its folder.")] = None,
     out: Annotated[Path, Option(help="File for the result, replaced.")] = Path("out/quality.json"),
     num_processes: Annotated[int, Option(help="On this machine: GPUs, or shares of the CPU.")] = 1,
@@ -56,6 +59,9 @@ def evaluate_quality(
         guidance_scale=guidance_scale,
         prior_num_inference_steps=prior_steps,
         prior_guidance_scale=prior_guidance_scale,
+        prior_candidates=candidates,
+        sampler=sampler,
+        eta=eta,
     )
     settings = MetricSettings(split_names(metrics), kid_subset_size, neighbours=neighbours, seed=seed)
     check_range("num-processes", num_processes, 1, 1024)
