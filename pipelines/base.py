@@ -39,7 +39,7 @@ from t2i.text_encoder import TextEncoder
 from t2i.unet_decoder import UNetDecoder
 from t2i.untrusted import is_folder, reach
 from t2i.upsampler import Upsampler
-from t2i.upsampling import check_size, sample_upsampler, upsampling_generators
+from t2i.upsampling import TILE, check_size, sample_upsampler, upsampling_generators
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,75 @@ class UnCLIPPipelineOutput(BaseOutput):
     image_embeds: Tensor
 
 
-class UnCLIPPipeline(DiffusionPipeline):
+class WatchedPipeline(DiffusionPipeline):
+    """What can be seen of a drawing while it is made, and how it is stopped; and the stage that every pipeline has."""
+
+    interrupted = False
+
+    def interrupt(self) -> None:
+        """End the call that is going on, from a callback or another thread: its next step raises `Interrupted`."""
+        self.interrupted = True
+
+    def watched(
+        self,
+        stage: str,
+        scheduler: SchedulerMixin,
+        steps: int,
+        options: DecoderOptions,
+        to_estimate: Callable[[Tensor], Tensor],
+        to_images: Callable[[Tensor], list[Image.Image]],
+    ) -> tuple[Wrap, OnStep]:
+        """What a stage's sampling passes its predictions and steps through, for previews and `interrupt`."""
+        seen: dict[str, Tensor] = {}
+        steps = evaluations(scheduler, steps)
+
+        def wrap(predict: Predict) -> Predict:
+            def watching(x: Tensor, t: Tensor) -> Tensor:
+                prediction = predict(x, t)
+                seen["clean"] = clean(scheduler, prediction, x, t)
+                return prediction
+
+            return predict if options.on_preview is None else watching
+
+        def report(step: int, t: Tensor, x: Tensor) -> Tensor:
+            if options.on_preview is not None and ((step + 1) % options.preview_every == 0 or step + 1 == steps):
+                estimate = to_estimate(x if step + 1 == steps else seen.get("clean", x))
+                options.on_preview(Preview(stage, step + 1, steps, estimate, lambda: to_images(estimate)))
+            if self.interrupted:
+                self.interrupted = False
+                raise Interrupted(f"interrupted after step {step + 1} of {steps} of the {stage}")
+            return x
+
+        return wrap, report
+
+    def upsample(
+        self,
+        pictures: Tensor,
+        z_i: Tensor | None,
+        options: DecoderOptions,
+        generators: list[Generator],
+        tile: int = TILE,
+    ) -> Tensor:
+        """(N, 3, H, W) in [-1, 1], enlarged `options.upsample` times; fp32. `generators` are those of the decoder."""
+        assert self.upsampler is not None and self.upsampler_scheduler is not None, "checked before"
+        steps, level = options.upsample_steps, options.upsample_level
+        for own in upsampling_generators(generators, options.upsample):
+            sides = [self.upsampler.config.factor * side for side in pictures.shape[-2:]]
+
+            def shown(x: Tensor, sides: list[int] = sides) -> Tensor:
+                return x[..., : sides[0], : sides[1]].clamp(-1, 1)
+
+            wrap, on_step = self.watched(
+                "upsampler", self.upsampler_scheduler, steps, options, shown, self.image_processor.postprocess
+            )
+            watched = {"progress": self.progress_bar, "on_step": on_step, "wrap": wrap}
+            settings = (pictures, own, z_i, steps, level, tile)
+            pictures = sample_upsampler(self.upsampler, self.upsampler_scheduler, *settings, **watched)
+            pictures = check_finite("upsampler", pictures)
+        return pictures
+
+
+class UnCLIPPipeline(WatchedPipeline):
     """The stages of unCLIP. Each subclass is a `__call__`; all load from the same folders and, by `from_pipe`, share
     their stages without copying them."""
 
@@ -106,7 +174,6 @@ class UnCLIPPipeline(DiffusionPipeline):
             text_encoder=text_encoder,
         )
         self.image_processor = VaeImageProcessor(vae_scale_factor=autoencoder.factor)
-        self.interrupted = False
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
@@ -155,10 +222,6 @@ class UnCLIPPipeline(DiffusionPipeline):
     def image_size(self) -> int:
         """The side, in pixels, of the pictures that the decoder was trained on."""
         return self.decoder.config.latent_size * self.autoencoder.factor
-
-    def interrupt(self) -> None:
-        """End the call that is going on, from a callback or another thread: its next step raises `Interrupted`."""
-        self.interrupted = True
 
     # What comes in
 
@@ -378,27 +441,6 @@ class UnCLIPPipeline(DiffusionPipeline):
             check_size(self.upsampler, self.image_size, self.image_size, options.upsample)
             check_steps("upsample_steps", options.upsample_steps, self.upsampler_scheduler)
 
-    def upsample(
-        self, pictures: Tensor, z_i: Tensor | None, options: DecoderOptions, generators: list[Generator]
-    ) -> Tensor:
-        """(N, 3, H, W) in [-1, 1], enlarged `options.upsample` times; fp32. `generators` are those of the decoder."""
-        assert self.upsampler is not None and self.upsampler_scheduler is not None, "checked before"
-        steps, level = options.upsample_steps, options.upsample_level
-        for own in upsampling_generators(generators, options.upsample):
-            sides = [self.upsampler.config.factor * side for side in pictures.shape[-2:]]
-
-            def shown(x: Tensor, sides: list[int] = sides) -> Tensor:
-                return x[..., : sides[0], : sides[1]].clamp(-1, 1)
-
-            wrap, on_step = self.watched(
-                "upsampler", self.upsampler_scheduler, steps, options, shown, self.image_processor.postprocess
-            )
-            watched = {"progress": self.progress_bar, "on_step": on_step, "wrap": wrap}
-            settings = (pictures, own, z_i, steps, level)
-            pictures = sample_upsampler(self.upsampler, self.upsampler_scheduler, *settings, **watched)
-            pictures = check_finite("upsampler", pictures)
-        return pictures
-
     @torch.no_grad()
     def decode(self, latents: Tensor, output_type: str = "pil") -> Any:
         if output_type == "latent":
@@ -414,38 +456,6 @@ class UnCLIPPipeline(DiffusionPipeline):
     def finish(self, images: Any, z_i: Tensor, return_dict: bool) -> UnCLIPPipelineOutput | tuple:
         self.maybe_free_model_hooks()
         return UnCLIPPipelineOutput(images, z_i) if return_dict else (images, z_i)
-
-    def watched(
-        self,
-        stage: str,
-        scheduler: SchedulerMixin,
-        steps: int,
-        options: DecoderOptions,
-        to_estimate: Callable[[Tensor], Tensor],
-        to_images: Callable[[Tensor], list[Image.Image]],
-    ) -> tuple[Wrap, OnStep]:
-        """What a stage's sampling passes its predictions and steps through, for previews and `interrupt`."""
-        seen: dict[str, Tensor] = {}
-        steps = evaluations(scheduler, steps)
-
-        def wrap(predict: Predict) -> Predict:
-            def watching(x: Tensor, t: Tensor) -> Tensor:
-                prediction = predict(x, t)
-                seen["clean"] = clean(scheduler, prediction, x, t)
-                return prediction
-
-            return predict if options.on_preview is None else watching
-
-        def report(step: int, t: Tensor, x: Tensor) -> Tensor:
-            if options.on_preview is not None and ((step + 1) % options.preview_every == 0 or step + 1 == steps):
-                estimate = to_estimate(x if step + 1 == steps else seen.get("clean", x))
-                options.on_preview(Preview(stage, step + 1, steps, estimate, lambda: to_images(estimate)))
-            if self.interrupted:
-                self.interrupted = False
-                raise Interrupted(f"interrupted after step {step + 1} of {steps} of the {stage}")
-            return x
-
-        return wrap, report
 
 
 def check_text_encoder(decoder: Decoder | UNetDecoder, text_encoder: TextEncoder | None) -> None:

@@ -121,8 +121,3 @@ def decoder_options(options: dict[str, Any]) -> DecoderOptions:
     if unknown := sorted(options.keys() - known):
         raise TypeError(f"unknown argument {unknown[0]!r}; see pipelines.options")
     return DecoderOptions(**options)
-
-
-def plain(options: PriorOptions | DecoderOptions, names: tuple[str, ...]) -> dict[str, Any]:
-    """The values that are plain text and numbers, to be written into a picture."""
-    return {name: getattr(options, name) for name in names}

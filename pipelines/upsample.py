@@ -1,5 +1,6 @@
 """Pictures in, larger pictures out."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -12,9 +13,11 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Generator, Tensor
 
-from pipelines.base import UnCLIPPipeline
+from pipelines.base import UnCLIPPipeline, WatchedPipeline, check_steps
 from pipelines.folder import check_part
+from pipelines.options import DecoderOptions
 from pipelines.pictures import Pictures, read_picture, split_pictures
+from pipelines.progress import Preview
 from t2i.checkpoint import load_model, load_scheduler
 from t2i.clip import CLIP
 from t2i.config import check_choice, check_integer, check_range
@@ -22,7 +25,7 @@ from t2i.errors import InputError
 from t2i.sampling import MAX_STEPS, split_generators
 from t2i.untrusted import check_files, is_folder, read_config
 from t2i.upsampler import Upsampler
-from t2i.upsampling import MAX_TIMES, TILE, check_size, check_tiles, sample_upsampler, upsampling_generators
+from t2i.upsampling import MAX_TIMES, TILE, check_size, check_tiles
 
 OUTPUT_TYPES = ("pil", "pt")
 
@@ -34,7 +37,7 @@ class UpsamplePipelineOutput(BaseOutput):
     images: list[Image.Image] | list[Tensor]
 
 
-class UpsamplePipeline(DiffusionPipeline):
+class UpsamplePipeline(WatchedPipeline):
     """Pictures of any size, through the upsampler any number of times.
 
     `clip` is needed by upsamplers alone that take z_i, which is then that of the picture.
@@ -92,6 +95,8 @@ class UpsamplePipeline(DiffusionPipeline):
         tile: int = TILE,
         output_type: str = "pil",
         return_dict: bool = True,
+        on_preview: Callable[[Preview], None] | None = None,
+        preview_every: int = 1,
     ) -> UpsamplePipelineOutput | tuple:
         """Enlarge each picture by the upsampler's factor, `times` times.
 
@@ -104,15 +109,25 @@ class UpsamplePipeline(DiffusionPipeline):
             generator: one for all, or one a picture. A picture depends on its own alone.
             tile: larger pictures are denoised in windows of so many pixels, which bounds the memory.
             output_type: "pil" or "pt".
+            on_preview: called with a `Preview` of one picture after every `preview_every` steps of each enlargement.
 
         Raises:
             InputError: for a picture that is too small or becomes too large, and for values that are not allowed.
         """
+        self.interrupted = False
         check_integer("times", times, 1, MAX_TIMES)
         check_integer("num_inference_steps", num_inference_steps, 1, MAX_STEPS)
+        check_steps("num_inference_steps", num_inference_steps, self.upsampler_scheduler)
         check_range("level", level, 0, self.upsampler.config.max_level)
         check_tiles(tile, None, self.upsampler.multiple)
         check_choice("output_type", output_type, OUTPUT_TYPES)
+        options = DecoderOptions(
+            upsample=times,
+            upsample_steps=num_inference_steps,
+            upsample_level=level,
+            on_preview=on_preview,
+            preview_every=preview_every,
+        )
         pictures = [read_picture(one, None) for one in split_pictures(image)]
         if not pictures:
             raise InputError("image has no pictures; give one or more")
@@ -122,10 +137,7 @@ class UpsamplePipeline(DiffusionPipeline):
         images: list = []
         for one, own in zip(pictures, generators):
             x = one[None].to(self._execution_device)
-            z_i = self.embedding(x)
-            for streams in upsampling_generators([own], times):
-                settings = (streams, z_i, num_inference_steps, level, tile)
-                x = sample_upsampler(self.upsampler, self.upsampler_scheduler, x, *settings, progress=self.progress_bar)
+            x = self.upsample(x, self.embedding(x), options, [own], tile)
             images += list(self.image_processor.postprocess(x.cpu(), output_type))
         self.maybe_free_model_hooks()
         return UpsamplePipelineOutput(images) if return_dict else (images,)

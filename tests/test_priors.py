@@ -323,6 +323,22 @@ def test_guidance_by_noise_levels_is_refused_by_a_prior_that_has_none():
         draw_embeddings(autoregressive(), None, captions(4), None, 4, Guidance(2.0, rescale=0.5), seeds(1))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prior_guidance_scale": Guidance(2.0, rescale=0.5)}, "autoregressive prior must be a scale alone"),
+        ({"prior_sampler": "ddim"}, "prior_sampler is of a diffusion prior, which this is not; got 'ddim'"),
+    ],
+)
+def test_what_is_of_diffusion_is_refused_by_a_pipeline_of_another_prior_before_work_starts(
+    pipeline, monkeypatch, arguments, message
+):
+    other = Text2ImagePipeline.from_pipe(pipeline, prior=autoregressive(), prior_scheduler=None)
+    monkeypatch.setattr(other, "encode_prompt", lambda *_: pytest.fail("work has started"))
+    with pytest.raises(InputError, match=message):
+        other("red circle", **arguments)
+
+
 # Trained, saved, loaded, measured
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines import Text2ImagePipeline, UpsamplePipeline
+from pipelines import Interrupted, Text2ImagePipeline, UpsamplePipeline
 from pipelines.assemble import assemble_folder
 from t2i import cli
 from t2i.checkpoint import load_scheduler
@@ -86,6 +86,18 @@ def test_previews_of_the_upsampler_have_the_size_of_the_picture(whole_folder):
         on_preview=lambda preview: seen.append((preview.stage, preview.step, preview.images()[0].size[0])),
     )
     assert seen[-3:] == [("upsampler", step, 64) for step in (1, 2, 3)] and seen[0][0] == "prior"
+
+
+def test_pictures_that_are_enlarged_alone_are_previewed_and_can_be_interrupted(upsampler_folder):
+    pipeline, seen = lively(UpsamplePipeline.from_pretrained(upsampler_folder)), []
+    picture = Image.new("RGB", (13, 21), "red")
+    pipeline.interrupt()
+    drawn = pipeline(picture, 2, 3, generator=seeds(1), output_type="pt", on_preview=seen.append).images[0]
+    assert [(one.step, one.steps) for one in seen] == [(1, 3), (2, 3), (3, 3)] * 2
+    torch.testing.assert_close(seen[-1].estimate[0] / 2 + 0.5, drawn)
+    assert [seen[i].images()[0].size for i in (0, -1)] == [(26, 42), (52, 84)]
+    with pytest.raises(Interrupted, match="after step 1 of 3 of the upsampler"):
+        pipeline(picture, 2, 3, on_preview=lambda _: pipeline.interrupt())
 
 
 def test_pictures_of_several_sizes_are_upsampled_each_by_itself(upsampler_folder):
