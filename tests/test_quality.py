@@ -2,7 +2,11 @@
 
 import json
 import math
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -322,6 +326,23 @@ def test_a_model_is_measured_with_every_picture_once(monkeypatch, capsys, shapes
     assert one["drawn"]["count"] == count and one["drawn"]["seeds"] == {"first": 0, "last": count - 1}
     assert one["metrics"]["clip_score_by"]["is_conditioning_clip"] is True and one["versions"]["torch"]
     assert math.isfinite(one["metrics"]["kernel_distance"]) and one["reference"]["count"] == 36
+
+
+def test_two_processes_measure_what_one_does(monkeypatch, capsys, shapes, pipeline_folder, tmp_path):
+    more = ["--count", 5, "--metrics", "prc", "--statistics", tmp_path / "kept.safetensors"]
+    more += ["--sampler", "ddim", "--eta", 0.5, "--candidates", 1, "--clip-score", pipeline_folder / "clip"]
+    status, _, err = run(monkeypatch, capsys, *command(shapes, pipeline_folder, tmp_path / "one.json", *more))
+    assert status == 0, err
+    words = command(shapes, pipeline_folder, tmp_path / "two.json", *more, "--num-processes", 2)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(
+        [sys.executable, "-m", "t2i", *map(str, words)], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert (one["processes"], two["processes"]) == (1, 2) and one["drawn"] == two["drawn"]
+    assert one["drawn"]["settings"].items() >= {"sampler": "ddim", "eta": 0.5, "prior_candidates": 1}.items()
+    assert two["metrics"]["clip_score"] == pytest.approx(one["metrics"]["clip_score"], abs=1e-4)
 
 
 def test_drawn_files_know_their_captions_and_seeds(monkeypatch, capsys, shapes, pipeline_folder, clip_folder, tmp_path):
