@@ -32,6 +32,7 @@ from t2i.errors import InputError
 from t2i.guidance import MAX_SCALE
 from t2i.priors import MAX_CANDIDATES, PRIORS, UNSCHEDULED, AnyPrior
 from t2i.priors import draw_embeddings as draw_any
+from t2i.samplers import chosen
 from t2i.sampling import MAX_STEPS, check_texts, sample_decoder, split_generators
 from t2i.text_encoder import TextEncoder, load_text_encoder
 from t2i.unet_decoder import UNetDecoder
@@ -170,6 +171,7 @@ def draw_embeddings(
 ) -> Tensor:
     """The prior's z_i for every column, (N, D), unit length, fp32, on the CPU."""
     scheduler, device = copy.deepcopy(scheduler), prior.device  # setting its steps would change the trainer's
+    scheduler = None if scheduler is None else chosen(None, scheduler, prior)  # as the pipeline draws
     steps, scale, candidates = config.prior_num_inference_steps, config.prior_guidance_scale, config.prior_candidates
     generators, _ = generators_of(columns, config)
 
@@ -193,7 +195,7 @@ def draw_pictures(
 
     A column's noise is the same for any z_i, and that of the pipeline with the column's seed.
     """
-    scheduler, device = copy.deepcopy(scheduler), decoder.device
+    scheduler, device = chosen(None, copy.deepcopy(scheduler), decoder), decoder.device
     steps, scale = config.num_inference_steps, config.guidance_scale
     count = len(z_i)
     generators, texts = generators_of(columns, config)[1][:count], columns.text.map(lambda tensor: tensor[:count])
