@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from t2i.cli import app
+from t2i.cli import app, main
 from t2i.config import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,7 +40,7 @@ def test_python_blocks_run(code, tmp_path):
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_commands_are_right(command, tmp_path, monkeypatch):
+def test_commands_are_right(command, tmp_path, monkeypatch, capsys):
     match command:
         case ["git", "clone", *_] | ["cd", _] | ["apt-get", "install", *_]:
             return
@@ -59,13 +59,13 @@ def test_commands_are_right(command, tmp_path, monkeypatch):
             check_training(ROOT / f"training/train_{stage}.py", arguments, monkeypatch)
         case [program, "generate", *_] if program.endswith("t2i"):
             (tmp_path / "models").symlink_to(ROOT / "models")
-            program = [sys.executable, "-c", "from t2i.cli import main; main()"]
-            environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-            result = subprocess.run(
-                [*program, *command[1:]], cwd=tmp_path, env=environment, capture_output=True, text=True
-            )
-            assert result.returncode == 0, result.stderr[-2000:]
-            pictures = result.stdout.splitlines()
+            monkeypatch.chdir(tmp_path)
+            monkeypatch.setattr(sys, "argv", ["t2i", *command[1:]])
+            with pytest.raises(SystemExit) as caught:
+                main()
+            said = capsys.readouterr()
+            assert not caught.value.code, said.err[-2000:]
+            pictures = said.out.splitlines()
             assert pictures and all((tmp_path / line).is_file() for line in pictures)
         case [program, *arguments] if program.endswith("t2i"):
             command = get_command(app)
