@@ -1,0 +1,1 @@
+"""Public unCLIP models behind the contracts of this project's own."""
