@@ -1,4 +1,4 @@
-"""Folders in the public layouts, written by diffusers' and transformers' own classes, at tiny sizes with random weights.
+"""Folders in the public layouts, at tiny sizes with random weights, written by diffusers' and transformers' classes.
 
 Each family's builders are here. A builder marked `built` runs once a process and returns its folder, which no test may
 change: `shutil.copytree` it first.
@@ -95,7 +95,7 @@ def tiny_tokenizer(pad: str = "!") -> CLIPTokenizer:
 
 
 def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """As the public repositories have it: vocab.json and merges.txt, not the tokenizer.json that transformers 5 writes."""
+    """As the public repositories have it: vocab.json and merges.txt, not transformers 5's tokenizer.json."""
     folder.mkdir(parents=True)
     (folder / "vocab.json").write_text(json.dumps(clip_vocabulary()))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES]) + "\n")
