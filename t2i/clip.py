@@ -49,6 +49,7 @@ class CLIP(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
+    unit_length = True  # of the embeddings, z_t and z_i
     tokenizer: CaptionTokenizer | PublicTokenizer
 
     @register_to_config
