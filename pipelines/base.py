@@ -20,7 +20,7 @@ from torch import Generator, Tensor
 
 from pipelines.folder import OPTIONAL, PARTS, check_folder
 from pipelines.options import DecoderOptions, PriorOptions
-from pipelines.progress import Interrupted, Preview
+from pipelines.watched import WatchedPipeline, check_finite
 from t2i.autoencoder import Autoencoder
 from t2i.autoregressive_prior import AutoregressivePrior
 from t2i.checkpoint import loaded
@@ -28,23 +28,24 @@ from t2i.clip import CLIP
 from t2i.condition import ImageCondition, TextEncoding
 from t2i.config import check_range
 from t2i.decoder import Decoder
-from t2i.diffusion import Predict, check_eta, clean, draw_noise, sample, steps_left
+from t2i.diffusion import Predict, check_eta, draw_noise, sample, steps_left
 from t2i.errors import InputError
 from t2i.guidance import Guidance
 from t2i.priors import UNSCHEDULED, AnyPrior, check_plain, draw_embeddings, nearest, usual_guidance
-from t2i.samplers import chosen, evaluations
-from t2i.sampling import OnStep, Wrap, check_texts, decoder_predict
+from t2i.samplers import chosen
+from t2i.sampling import OnStep, check_texts, decoder_predict
 from t2i.steering import check_steering, steering_wrap
 from t2i.text_encoder import TextEncoder
 from t2i.unet_decoder import UNetDecoder
 from t2i.untrusted import is_folder, reach
 from t2i.upsampler import Upsampler
-from t2i.upsampling import TILE, check_size, sample_upsampler, upsampling_generators
+from t2i.upsampling import check_size, derived_generators
 
 logger = logging.getLogger(__name__)
 
 MAX_IMAGES = 1024
 PREVIEW_STEPS = 4  # of the decoder, for a preview of the prior
+SUPER_RESOLUTION = -1  # number of its stream of noise; those of the upsampler count from 1
 
 
 @dataclass
@@ -52,79 +53,11 @@ class UnCLIPPipelineOutput(BaseOutput):
     """What a pipeline returns.
 
     images: PIL pictures; or, by `output_type`, (N, H, W, 3) numpy or (N, 3, H, W) torch in [0, 1], or latents.
-    image_embeds: (N, D), unit length: the z_i that were drawn.
+    image_embeds: (N, D): the z_i that were drawn, of unit length if the CLIP's `unit_length`.
     """
 
     images: list[Image.Image] | np.ndarray | Tensor
     image_embeds: Tensor
-
-
-class WatchedPipeline(DiffusionPipeline):
-    """What can be seen of a drawing while it is made, and how it is stopped; and the stage that every pipeline has."""
-
-    interrupted = False
-
-    def interrupt(self) -> None:
-        """End the call that is going on, from a callback or another thread: its next step raises `Interrupted`."""
-        self.interrupted = True
-
-    def watched(
-        self,
-        stage: str,
-        scheduler: SchedulerMixin,
-        steps: int,
-        options: DecoderOptions,
-        to_estimate: Callable[[Tensor], Tensor],
-        to_images: Callable[[Tensor], list[Image.Image]],
-    ) -> tuple[Wrap, OnStep]:
-        """What a stage's sampling passes its predictions and steps through, for previews and `interrupt`."""
-        seen: dict[str, Tensor] = {}
-        steps = evaluations(scheduler, steps)
-
-        def wrap(predict: Predict) -> Predict:
-            def watching(x: Tensor, t: Tensor) -> Tensor:
-                prediction = predict(x, t)
-                seen["clean"] = clean(scheduler, prediction, x, t)
-                return prediction
-
-            return predict if options.on_preview is None else watching
-
-        def report(step: int, t: Tensor, x: Tensor) -> Tensor:
-            if options.on_preview is not None and ((step + 1) % options.preview_every == 0 or step + 1 == steps):
-                estimate = to_estimate(x if step + 1 == steps else seen.get("clean", x))
-                options.on_preview(Preview(stage, step + 1, steps, estimate, lambda: to_images(estimate)))
-            if self.interrupted:
-                self.interrupted = False
-                raise Interrupted(f"interrupted after step {step + 1} of {steps} of the {stage}")
-            return x
-
-        return wrap, report
-
-    def upsample(
-        self,
-        pictures: Tensor,
-        z_i: Tensor | None,
-        options: DecoderOptions,
-        generators: list[Generator],
-        tile: int = TILE,
-    ) -> Tensor:
-        """(N, 3, H, W) in [-1, 1], enlarged `options.upsample` times; fp32. `generators` are those of the decoder."""
-        assert self.upsampler is not None and self.upsampler_scheduler is not None, "checked before"
-        steps, level = options.upsample_steps, options.upsample_level
-        for own in upsampling_generators(generators, options.upsample):
-            sides = [self.upsampler.config.factor * side for side in pictures.shape[-2:]]
-
-            def shown(x: Tensor, sides: list[int] = sides) -> Tensor:
-                return x[..., : sides[0], : sides[1]].clamp(-1, 1)
-
-            wrap, on_step = self.watched(
-                "upsampler", self.upsampler_scheduler, steps, options, shown, self.image_processor.postprocess
-            )
-            watched = {"progress": self.progress_bar, "on_step": on_step, "wrap": wrap}
-            settings = (pictures, own, z_i, steps, level, tile)
-            pictures = sample_upsampler(self.upsampler, self.upsampler_scheduler, *settings, **watched)
-            pictures = check_finite("upsampler", pictures)
-        return pictures
 
 
 class UnCLIPPipeline(WatchedPipeline):
@@ -152,6 +85,7 @@ class UnCLIPPipeline(WatchedPipeline):
             theirs = None if model is None else model.config.clip_fingerprint
             if theirs is not None and theirs != clip.identity:
                 raise InputError(f"the {name} was trained with the CLIP {theirs}, this pipeline has {clip.identity}")
+        check_widths(clip, prior, decoder)
         check_text_encoder(decoder, text_encoder)
         if (prior is None or isinstance(prior, UNSCHEDULED)) != (prior_scheduler is None):
             what = "no prior" if prior is None else f"as prior a {type(prior).__name__}"
@@ -219,6 +153,11 @@ class UnCLIPPipeline(WatchedPipeline):
         return config.latent_channels, config.latent_size, config.latent_size
 
     @property
+    def usual(self) -> dict[str, Any]:
+        """Options of the decoder, where nothing is said."""
+        return {"num_inference_steps": self.decoder.usual_steps, "guidance_scale": self.decoder.usual_guidance}
+
+    @property
     def image_size(self) -> int:
         """The side, in pixels, of the pictures that the decoder was trained on."""
         return self.decoder.config.latent_size * self.autoencoder.factor
@@ -252,6 +191,7 @@ class UnCLIPPipeline(WatchedPipeline):
         if prior is not None:
             self.check_tensor("prior_latents", prior.prior_latents, (count, self.clip.embed_dim))
         self.check_tensor("latents", decoder.latents, (count, *self.latent_shape))
+        self.check_tensor("super_res_latents", decoder.super_res_latents, (count, 3, self.image_size, self.image_size))
 
     def check_stages(self, prior: PriorOptions | None, decoder: DecoderOptions) -> None:
         """Refuse what these models and schedulers cannot do; `prior` is None where the prior is not used."""
@@ -290,9 +230,13 @@ class UnCLIPPipeline(WatchedPipeline):
 
     @torch.no_grad()
     def encode_image(self, pictures: Tensor) -> Tensor:
-        """(N, 3, H, W) in [-1, 1] -> z_i, (N, D), unit length, fp32."""
+        """(N, 3, H, W) in [-1, 1] -> z_i, (N, D), fp32."""
         z_i = self.clip.encode_image(pictures.to(self._execution_device, self.clip.dtype))
-        return F.normalize(check_finite("CLIP", z_i.float()), dim=-1)
+        return self.sized(check_finite("CLIP", z_i.float()))
+
+    def sized(self, z_i: Tensor) -> Tensor:
+        """(N, D), of the length that the models know: unit length, or as it is."""
+        return F.normalize(z_i, dim=-1) if self.clip.unit_length else z_i
 
     @torch.no_grad()
     def encode_latents(self, pictures: Tensor) -> Tensor:
@@ -312,7 +256,7 @@ class UnCLIPPipeline(WatchedPipeline):
         generators: list[Generator],
         decoding: DecoderOptions,
     ) -> Tensor:
-        """z_i of unit length for captions, (N, D), fp32; `decoding` says who watches.
+        """z_i for captions, (N, D), fp32; `decoding` says who watches.
 
         Without a prior the decoder gets the captions' own z_t, which is there to compare priors with.
         """
@@ -334,7 +278,7 @@ class UnCLIPPipeline(WatchedPipeline):
         def pictures(z_i: Tensor) -> list[Image.Image]:
             fresh = [Generator().manual_seed(0) for _ in z_i]
             quick = DecoderOptions(num_inference_steps=PREVIEW_STEPS, guidance_scale=1.0)
-            return self.draw(z_i, text, quick, fresh)
+            return self.decode(self.sample_decoder(z_i, text, quick, fresh))
 
         wrap, on_step = self.watched("prior", scheduler, steps, decoding, estimate, pictures)
         z_i = draw_embeddings(
@@ -428,8 +372,8 @@ class UnCLIPPipeline(WatchedPipeline):
         self.check_upsampling(options)
         latents = self.sample_decoder(z_i, text, options, generators, **more)
         if not options.upsample:
-            return self.decode(latents, options.output_type)
-        pictures = 2 * self.decode(latents, "pt") - 1
+            return self.decode(latents, options.output_type, options, generators)
+        pictures = 2 * self.decode(latents, "pt", options, generators) - 1
         return self.image_processor.postprocess(self.upsample(pictures, z_i, options, generators), options.output_type)
 
     def check_upsampling(self, options: DecoderOptions) -> None:
@@ -442,20 +386,50 @@ class UnCLIPPipeline(WatchedPipeline):
             check_steps("upsample_steps", options.upsample_steps, self.upsampler_scheduler)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, output_type: str = "pil") -> Any:
+    def decode(
+        self,
+        latents: Tensor,
+        output_type: str = "pil",
+        options: DecoderOptions | None = None,
+        generators: list[Generator] | None = None,
+    ) -> Any:
+        """Pictures of latents, as `output_type` says; the rest is for `decode_pictures`."""
         if output_type == "latent":
             return latents
-        return self.image_processor.postprocess(self.decode_pictures(latents), output_type)
+        return self.image_processor.postprocess(self.decode_pictures(latents, options, generators), output_type)
 
     @torch.no_grad()
-    def decode_pictures(self, latents: Tensor) -> Tensor:
-        """(N, 3, H, W), fp32, about in [-1, 1]."""
-        images = self.autoencoder.decode(latents.to(self._execution_device, self.autoencoder.dtype))
-        return check_finite("autoencoder", images.float())
+    def decode_pictures(
+        self, latents: Tensor, options: DecoderOptions | None = None, generators: list[Generator] | None = None
+    ) -> Tensor:
+        """(N, 3, H, W), fp32, about in [-1, 1]. Where decoding is a diffusion (Karlo's), it is one with options and
+        generators of the decoder; without, as for previews, the latents are only enlarged."""
+        latents = latents.to(self._execution_device, self.autoencoder.dtype)
+        if options is None or generators is None or not self.is_cascade:
+            return check_finite("autoencoder", self.autoencoder.decode(latents).float())
+        steps, scheduler = options.super_res_num_inference_steps, self.autoencoder.scheduler
+        shown = self.image_processor.postprocess
+        wrap, on_step = self.watched("super_resolution", scheduler, steps, options, lambda x: x.clamp(-1, 1), shown)
+        own, noise = derived_generators(generators, SUPER_RESOLUTION), options.super_res_latents
+        images = self.autoencoder.draw(latents, own, steps, noise, self.progress_bar, on_step, wrap)
+        return check_finite("super-resolution", images.float())
+
+    @property
+    def is_cascade(self) -> bool:
+        """Whether decoding is a diffusion of its own."""
+        return hasattr(self.autoencoder, "draw")
 
     def finish(self, images: Any, z_i: Tensor, return_dict: bool) -> UnCLIPPipelineOutput | tuple:
         self.maybe_free_model_hooks()
         return UnCLIPPipelineOutput(images, z_i) if return_dict else (images, z_i)
+
+
+def check_widths(clip: CLIP, prior: AnyPrior | None, decoder: Decoder | UNetDecoder) -> None:
+    """Refuse stages whose embeddings have other dimensions than the CLIP's."""
+    for name, model in {"prior": prior, "decoder": decoder}.items():
+        if model is not None and model.config.embed_dim != clip.embed_dim:
+            ours = f"the CLIP's have {clip.embed_dim}"
+            raise InputError(f"the {name}'s embeddings have {model.config.embed_dim} dimensions, {ours}: another CLIP")
 
 
 def check_text_encoder(decoder: Decoder | UNetDecoder, text_encoder: TextEncoder | None) -> None:
@@ -473,9 +447,3 @@ def check_steps(name: str, steps: int, scheduler: SchedulerMixin) -> None:
         copy.deepcopy(scheduler).set_timesteps(steps)
     except ValueError as error:
         raise InputError(f"{name} is {steps}, which {type(scheduler).__name__} refuses: {error}") from error
-
-
-def check_finite(stage: str, x: Tensor) -> Tensor:
-    if not x.isfinite().all():
-        raise ValueError(f"the {stage} returned values that are not finite; its weights or the precision are at fault")
-    return x

@@ -58,7 +58,7 @@ def interpolate_files(
     used: dict[str, Any] = {"anchors": [Path(one).name if isinstance(one, Path) else one for one in anchors]}
     used |= {"weights": weights, "seed": seed, "model": Path(model).name, "inverted": inverted}
     by_prior = any(isinstance(anchor, str) for anchor in anchors)
-    used |= recorded(settings, pipeline.prior if by_prior else None, upsampler)
+    used |= recorded(settings, pipeline.usual, pipeline.prior if by_prior else None, upsampler)
     name = "strip" if strip else "mix" if weights else "frame"
     shown = [side_by_side(images)] if strip else images
     for i, image in enumerate(shown):

@@ -21,7 +21,7 @@ from torch import Generator
 
 from pipelines.base import UnCLIPPipeline
 from pipelines.inversion import InvertingPipeline
-from pipelines.options import DecoderOptions, PriorOptions, split_options
+from pipelines.options import PriorOptions, split_options
 from pipelines.text2image import Text2ImagePipeline
 from pipelines.upsample import UpsamplePipeline
 from t2i import __version__
@@ -105,7 +105,7 @@ def generate_files(
 
     pipeline.set_progress_bar_config(disable=True)
     records = [{"prompt": prompt} for prompt in prompts for _ in range(count)] or [{"prompt": ""}] * count
-    used = recorded(settings, pipeline.prior if prompts else None, upsampler)
+    used = recorded(settings, pipeline.usual, pipeline.prior if prompts else None, upsampler)
     yield from write_drawn(draw, records, seed, out, model, used)
 
 
@@ -190,7 +190,7 @@ def redraw_files(
 
     records = [{"image": path.name} for path in pictures for _ in range(count)]
     by_prior = settings.get("prompt") is not None and not issubclass(kind, InvertingPipeline)
-    used = recorded(settings, pipeline.prior if by_prior else None, upsampler)
+    used = recorded(settings, pipeline.usual, pipeline.prior if by_prior else None, upsampler)
     yield from write_drawn(draw, records, seed, out, model, used)
 
 
@@ -204,13 +204,16 @@ def check_seed(seed: int | None, count: int, total: int) -> int:
     return seed
 
 
-def recorded(settings: dict[str, Any], prior: AnyPrior | None, upsampler: str | None) -> dict[str, Any]:
+def recorded(
+    settings: dict[str, Any], usual: dict[str, Any], prior: AnyPrior | None, upsampler: str | None
+) -> dict[str, Any]:
     """What is written into a picture: all that was asked for, and the defaults of the rest.
 
-    prior: the one that ran; for None nothing is said of its options. upsampler: a folder, if it was named.
+    usual: options of the pipeline's decoder. prior: the one that ran; for None nothing is said of its options.
+    upsampler: a folder, if it was named.
     """
     of_prior = asdict(PriorOptions()) | {"prior_guidance_scale": usual_guidance(prior)}
-    defaults = {name: asdict(DecoderOptions())[name] for name in RECORDED}
+    defaults = {name: usual[name] for name in RECORDED}
     if prior is None:
         settings = {name: value for name, value in settings.items() if name not in of_prior}
     else:

@@ -46,7 +46,7 @@ class ImageToImagePipeline(UnCLIPPipeline):
         self.interrupted = False
         check_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES)
         check_strength(strength)
-        prior, decoder = split_options(options)
+        prior, decoder = split_options(self.usual | options)
         pictures = read_pictures(image, self.image_size)
         prompts = self.check_prompts("prompt", prompt, len(pictures))
         check_texts("prompt", prompts, empty=False)

@@ -54,7 +54,7 @@ class ImageVariationPipeline(InvertingPipeline):
         check_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES)
         if eta is not None:
             check_number("eta", eta, 0, 1)
-        decoder = decoder_options(options) if eta is None else inversion_options(options, eta)
+        decoder = decoder_options(self.usual | options) if eta is None else inversion_options(options, eta)
         given, count = self.given(image)
         if eta is not None and not isinstance(given, BipartiteLatent):
             check_inversion(decoder)

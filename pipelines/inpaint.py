@@ -80,7 +80,7 @@ class InpaintPipeline(UnCLIPPipeline):
         self.interrupted = False
         check_integer("num_images_per_prompt", each, 1, MAX_IMAGES)
         check_strength(strength)
-        prior, decoder = split_options(options)
+        prior, decoder = split_options(self.usual | options)
         if decoder.upsample:
             raise InputError("upsample is not for inpainting, which keeps pixels as they are; upsample its pictures")
         prompts = self.check_prompts("prompt", prompt, len(pictures))
@@ -90,17 +90,18 @@ class InpaintPipeline(UnCLIPPipeline):
         prior_generators, generators = split_generators(generator, count)
         canvas, mask = (self.whole_cells(one).to(self._execution_device) for one in (pictures, masks))
         height, width = (side // self.autoencoder.factor for side in canvas.shape[-2:])
-        self.check_noise(prior, replace(decoder, latents=None), count)
+        self.check_noise(prior, replace(decoder, latents=None, super_res_latents=None), count)
         self.check_tensor("latents", decoder.latents, (count, self.latent_shape[0], height, width))
+        self.check_tensor("super_res_latents", decoder.super_res_latents, (count, 3, *canvas.shape[-2:]))
         whole, inside = (one.repeat_interleave(each, dim=0).to(canvas.device) for one in (pictures, masks))
 
-        def to_images(latents: Tensor, output_type: str = "pil") -> Any:
-            painted = self.decode_pictures(latents)[..., : whole.shape[-2], : whole.shape[-1]]
+        def to_images(latents: Tensor, output_type: str = "pil", *last: Any) -> Any:
+            painted = self.decode_pictures(latents, *last)[..., : whole.shape[-2], : whole.shape[-1]]
             return self.image_processor.postprocess(joined(painted, whole, inside), output_type)
 
         z_i, text = self.embed(prompts, negatives, shown, each, prior, prior_generators, decoder)
         x = self.paint_latents(z_i, text, canvas, mask, strength, decoder, generators, to_images)
-        images = x if decoder.output_type == "latent" else to_images(x, decoder.output_type)
+        images = x if decoder.output_type == "latent" else to_images(x, decoder.output_type, decoder, generators)
         return self.finish(images, z_i, return_dict)
 
     def paint_latents(

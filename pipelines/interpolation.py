@@ -79,7 +79,7 @@ class InterpolationPipeline(InvertingPipeline):
         inverted = inverted and not all(isinstance(anchor, str) for anchor in found)
         if options.get("latents") is not None:
             raise InputError("latents is one noise, here it is interpolated; give a generator")
-        prior, decoder = split_options(INVERSION | options if inverted else options)
+        prior, decoder = split_options(self.usual | (INVERSION if inverted else {}) | options)
         decoder = by_ddim(decoder) if inverted else replace(decoder, sampler=decoder.sampler or "ddim")
         if inverted:
             check_inversion(decoder)

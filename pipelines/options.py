@@ -56,14 +56,16 @@ class PriorOptions:
 class DecoderOptions:
     """How pictures are drawn for z_i.
 
-    num_inference_steps: 1 to 1000.
-    guidance_scale: a scale, where 1 is off, or a `Guidance`.
+    num_inference_steps: 1 to 1000; left out, usual for the decoder: 25 for ours.
+    guidance_scale: a scale, where 1 is off, or a `Guidance`; left out, usual for the decoder: 1.5 for ours.
     latents: (N, C, h, w), the noise that the decoder starts from.
     steering: a `Steering` towards a class, a text or a picture, beside the guidance.
     output_type: "pil", "np", "pt" or "latent".
     upsample: how many times the pictures pass through the upsampler; 0 is not at all.
     upsample_steps: of the upsampler, each time.
     upsample_level: of the noise that they get first, so that more of them is redrawn; see `sample_upsampler`.
+    super_res_num_inference_steps: of the diffusion that a cascade's pictures (Karlo's) always pass through at the end.
+    super_res_latents: (N, 3, H, W), the noise that it starts from.
     callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}) after each step of the decoder; what it
         returns under "latents" is used.
     sampler: a name of `t2i.samplers.SAMPLERS`; None is the model's own scheduler.
@@ -81,6 +83,8 @@ class DecoderOptions:
     upsample: int = 0
     upsample_steps: int = 4
     upsample_level: float = 0.0
+    super_res_num_inference_steps: int = 7
+    super_res_latents: Tensor | None = None
     callback_on_step_end: StepCallback | None = None
     callback_on_step_end_tensor_inputs: list[str] | None = None
     on_preview: Callable[[Preview], None] | None = None
@@ -101,6 +105,7 @@ class DecoderOptions:
         check_range("upsample_level", self.upsample_level, 0, 1)
         if self.upsample and self.output_type == "latent":
             raise InputError("upsample is of pictures, output_type is latent; one of the two")
+        check_integer("super_res_num_inference_steps", self.super_res_num_inference_steps, 1, MAX_STEPS)
         check_integer("preview_every", self.preview_every, 1, MAX_STEPS)
         if unknown := sorted(set(self.callback_on_step_end_tensor_inputs or []) - {"latents"}):
             raise InputError(f"callback_on_step_end_tensor_inputs may hold 'latents', got {', '.join(unknown)}")

@@ -5,11 +5,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from pipelines.base import MAX_IMAGES, UnCLIPPipeline, UnCLIPPipelineOutput
-from pipelines.options import split_options
+from pipelines.options import DecoderOptions, PriorOptions, split_options
 from t2i.condition import ImageCondition
 from t2i.config import check_integer
 from t2i.errors import InputError
@@ -30,6 +29,7 @@ class Text2ImagePipeline(UnCLIPPipeline):
         num_images_per_prompt: int = 1,
         generator: Generator | list[Generator] | None = None,
         image_embeds: Tensor | None = None,
+        negative_image_embeds: Tensor | None = None,
         decoder_negative_prompt: str | list[str] | None = None,
         return_dict: bool = True,
         **options: Any,
@@ -41,7 +41,8 @@ class Text2ImagePipeline(UnCLIPPipeline):
             negative_prompt: what the prior is guided away from; one for all or one a prompt (or a row of `image_embeds`
                 where there are no prompts).
             generator: one for all, or one a picture. A picture depends on its own seed alone, not on the batch.
-            image_embeds: (N, D), z_i to draw instead of the prior's; normalised to unit length.
+            image_embeds: (N, D), z_i to draw instead of the prior's; normalised if the CLIP's `unit_length`.
+            negative_image_embeds: (N, D), z_i that the decoder is guided away from, instead of its null.
             decoder_negative_prompt: what the decoder is guided away from, as the prior imagines it from the same noise;
                 one for all or one a prompt, as `negative_prompt`.
             return_dict: False returns the tuple (images, image_embeds).
@@ -52,7 +53,7 @@ class Text2ImagePipeline(UnCLIPPipeline):
         """
         self.interrupted = False
         check_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES)
-        prior, decoder = split_options(options)
+        prior, decoder = split_options(self.usual | options)
         if image_embeds is None and (prompt is None or prompt == []):
             raise InputError("prompt is missing; give a text, a list of texts, or image_embeds")
         prompts = self.check_prompts("prompt", prompt)
@@ -62,6 +63,7 @@ class Text2ImagePipeline(UnCLIPPipeline):
             count = self.check_embeddings(image_embeds, count)
         negatives = self.check_prompts("negative_prompt", negative_prompt, count // each)
         decoder_negatives = self.check_prompts("decoder_negative_prompt", decoder_negative_prompt, count // each)
+        self.check_tensor("negative_image_embeds", negative_image_embeds, (count, self.clip.embed_dim))
         prior_generators, decoder_generators = split_generators(generator, count)
         self.check_noise(prior if image_embeds is None or decoder_negatives else None, decoder, count)
         self.check_upsampling(decoder)
@@ -78,13 +80,27 @@ class Text2ImagePipeline(UnCLIPPipeline):
             negative = self.encode_prompt(negatives).repeat(each) if negatives else None
             z_i = self.draw_embeddings(text, negative, prior, prior_generators, decoder)
         else:
-            z_i = F.normalize(image_embeds.to(self._execution_device).float(), dim=-1)
-        away = None
-        if decoder_negatives:
-            said = self.encode_prompt(decoder_negatives).repeat(each)
-            unseen = replace(decoder, on_preview=None)  # previews are of what is wanted
-            away = ImageCondition(self.draw_embeddings(said, None, prior, same_noise, unseen), said)
+            z_i = self.sized(image_embeds.to(self._execution_device).float())
+        away = self.away(negative_image_embeds, decoder_negatives, each, prior, same_noise, decoder)
         return self.finish(self.draw(z_i, text, decoder, decoder_generators, negative=away), z_i, return_dict)
+
+    def away(
+        self,
+        z_i: Tensor | None,
+        negatives: list[str],
+        each: int,
+        prior: PriorOptions,
+        generators: list[Generator],
+        decoder: DecoderOptions,
+    ) -> ImageCondition | None:
+        """What the decoder is guided away from: given z_i, (N, D), and texts; None is its null."""
+        said = self.encode_prompt(negatives).repeat(each) if negatives else None
+        if z_i is not None:
+            return ImageCondition(self.sized(z_i.to(self._execution_device).float()), said)
+        if said is None:
+            return None
+        unseen = replace(decoder, on_preview=None)  # previews are of what is wanted
+        return ImageCondition(self.draw_embeddings(said, None, prior, generators, unseen), said)
 
     def check_embeddings(self, image_embeds: Tensor, asked: int) -> int:
         """How many there are; `asked` is how many pictures the prompts ask for, 0 for no prompts."""

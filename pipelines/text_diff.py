@@ -69,7 +69,7 @@ class TextDiffPipeline(InvertingPipeline):
         direction = self.direction(sources, targets)
 
         z_i, noise = self.inverted(given, None, decoder)
-        z_i = slerp(z_i, direction.to(z_i), theta)
+        z_i = slerp(z_i, direction.to(z_i) * z_i.norm(dim=-1, keepdim=True), theta)
         images = self.redraw(BipartiteLatent(z_i, noise), None, decoder, generators)
         return self.finish(images, z_i, return_dict)
 

@@ -64,7 +64,7 @@ class Condition:
 class TextEncoding(Condition):
     """What CLIP says of B captions, trimmed to the longest: the condition of the prior."""
 
-    embedding: Tensor  # (B, D), unit length: z_t
+    embedding: Tensor  # (B, D): z_t, of unit length if the CLIP's `unit_length`
     states: Tensor  # (B, L, W): one vector a token, after the last norm
     mask: Tensor  # (B, L), bool: True where there is a token
     decoder_tokens: "TokenStates | None" = None  # of a decoder's own text encoder
@@ -72,7 +72,9 @@ class TextEncoding(Condition):
     @property
     def tokens(self) -> "TokenStates":
         """What a decoder reads."""
-        return TokenStates(self.states, self.mask) if self.decoder_tokens is None else self.decoder_tokens
+        return (
+            TokenStates(self.states, self.mask, self.embedding) if self.decoder_tokens is None else self.decoder_tokens
+        )
 
     def fitted(self, other: Self) -> Self:
         mine, theirs = self.decoder_tokens, other.decoder_tokens
@@ -92,6 +94,7 @@ class TokenStates(Condition):
 
     states: Tensor  # (B, L, W): one vector a token
     mask: Tensor  # (B, L), bool: True where there is a token
+    pooled: Tensor | None = None  # (B, D): one vector for the caption, for decoders that read it
 
     def fitted(self, other: Self) -> Self:
         return padded(self, other)
@@ -101,7 +104,7 @@ class TokenStates(Condition):
 class ImageCondition(Condition):
     """What a picture is to show: the condition of the decoder. Of a TextEncoding it keeps what a decoder reads."""
 
-    embedding: Tensor  # (B, D), unit length or zero: z_i
+    embedding: Tensor  # (B, D), unit length (if the CLIP's `unit_length`) or zero: z_i
     text: TokenStates | TextEncoding | None = None  # the caption, for decoders that read it too
     known: Tensor | None = None  # (B, C + 1, h, w): the latents that stay and the mask, for decoders that read them
 

@@ -52,6 +52,7 @@ class Decoder(ModelMixin, ConfigMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["DecoderBlock"]  # what FSDP shards as one
     lora_targets = ("to_qkv", "to_out", "to_key_value")
+    usual_guidance, usual_steps = 1.5, 25  # of a pipeline, if nothing is said
 
     @register_to_config
     def __init__(

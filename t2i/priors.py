@@ -130,9 +130,9 @@ def candidate_generators(generator: Generator, candidates: int) -> list[Generato
 
 
 def nearest(z_i: Tensor, z_t: Tensor) -> Tensor:
-    """Of the candidates of each caption, (N * candidates, D), the one of the largest dot product with z_t, (N, D)."""
+    """Of the candidates of each caption, (N * candidates, D), the one of the largest cosine with z_t, (N, D)."""
     groups = z_i.view(len(z_t), -1, z_i.shape[-1])
-    best = (groups @ z_t.to(groups)[..., None])[..., 0].argmax(dim=1)
+    best = F.cosine_similarity(groups, z_t.to(groups)[:, None], dim=-1).argmax(dim=1)
     return groups[torch.arange(len(groups), device=groups.device), best]
 
 

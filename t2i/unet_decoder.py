@@ -40,6 +40,7 @@ class UNetDecoder(ModelMixin, ConfigMixin):
     _supports_gradient_checkpointing = True  # diffusers' blocks do it
     _no_split_modules = ["BasicTransformerBlock", "ResnetBlock2D"]  # what FSDP shards as one
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    usual_guidance, usual_steps = 1.5, 25  # of a pipeline, if nothing is said
 
     @register_to_config
     def __init__(

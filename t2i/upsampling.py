@@ -166,4 +166,9 @@ def upsampling_generators(generators: list[Generator], times: int) -> Iterator[l
     """For each time that pictures are enlarged, a stream of its own for each picture, from the seed of the decoder's:
     what was drawn without upsampling stays as it is."""
     for stage in range(1, times + 1):
-        yield [Generator().manual_seed((one.initial_seed() + STRIDE * stage) % 2**63) for one in generators]
+        yield derived_generators(generators, stage)
+
+
+def derived_generators(generators: list[Generator], stage: int) -> list[Generator]:
+    """A stream for a stage after the decoder, whose generators these are; `stage` is any number but 0."""
+    return [Generator().manual_seed((one.initial_seed() + STRIDE * stage) % 2**63) for one in generators]

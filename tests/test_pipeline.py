@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from safetensors.torch import load_file, save_file
 
@@ -429,3 +430,25 @@ def test_values_that_are_not_finite_name_the_stage(pipeline):
     pipeline.decoder.net.conv_out.bias.data[0] = NAN
     with pytest.raises(ValueError, match="the decoder returned values that are not finite"):
         draw(pipeline, "red circle", seeds(1))
+
+
+def test_a_decoder_is_guided_away_from_given_embeddings(pipeline) -> None:
+    z_i = F.normalize(torch.randn(3, pipeline.clip.embed_dim, generator=seeds(5)[0]), dim=-1)
+    options = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "latent"}
+    plain = pipeline(image_embeds=z_i[:2], generator=seeds(1, 2), **options).images
+    null = pipeline.decoder.null(2).embedding
+    away = pipeline(image_embeds=z_i[:2], negative_image_embeds=z_i[2:].expand(2, -1), generator=seeds(1, 2), **options)
+    assert not torch.allclose(plain, away.images, atol=1e-4)
+    itself = pipeline(image_embeds=z_i[:2], negative_image_embeds=z_i[:2], generator=seeds(1, 2), **options).images
+    off = pipeline(image_embeds=z_i[:2], generator=seeds(1, 2), **options | {"guidance_scale": 1.0}).images
+    torch.testing.assert_close(itself, off, atol=1e-4, rtol=1e-4)  # the way from a point to itself is no way
+    assert not null.any(), "a guided drawing goes away from nothing by default"
+
+
+def test_stages_of_other_dimensions_are_refused(pipeline) -> None:
+    from t2i import Text2ImagePipeline
+
+    config = {**pipeline.decoder.config, "embed_dim": 5}
+    other = type(pipeline.decoder)(**{key: value for key, value in config.items() if not key.startswith("_")})
+    with pytest.raises(InputError, match="the decoder's embeddings have 5 dimensions"):
+        Text2ImagePipeline.from_pipe(pipeline, decoder=other)

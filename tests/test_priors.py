@@ -46,11 +46,11 @@ def shaken(model):
     return model.eval()
 
 
-def autoregressive(components: int = 6, buckets: int = 32) -> AutoregressivePrior:
+def autoregressive(components: int = 6, buckets: int = 32, embed_dim: int = D) -> AutoregressivePrior:
     torch.manual_seed(0)
-    prior = AutoregressivePrior(D, W, LENGTH, 32, 2, 4, components, buckets)
-    null = TextEncoding(torch.zeros(1, D), torch.zeros(1, 2, W), torch.ones(1, 2, dtype=torch.bool))
-    prior.set_encodings(null, unit(300, D))
+    prior = AutoregressivePrior(embed_dim, W, LENGTH, 32, 2, 4, components, buckets)
+    null = TextEncoding(torch.zeros(1, embed_dim), torch.zeros(1, 2, W), torch.ones(1, 2, dtype=torch.bool))
+    prior.set_encodings(null, unit(300, embed_dim))
     return shaken(prior)
 
 
@@ -231,11 +231,13 @@ def test_the_mlp_reads_the_mean_of_the_tokens_that_there_are():
 # Candidates
 
 
-def test_the_nearest_candidate_has_the_largest_dot_product():
+def test_the_nearest_candidate_has_the_largest_cosine():
     z_t = torch.tensor([[1.0, 0], [0, 1]])
     z_i = torch.tensor([[0.6, 0.8], [0.8, 0.6], [-1, 0], [1, 0], [0, 1], [0, -1]])
     assert nearest(z_i, z_t).tolist() == [[0.800000011920929, 0.6000000238418579], [0, 1]]
     assert torch.equal(nearest(z_t, z_t), z_t)
+    long = torch.tensor([[9.0, 9], [0.5, 0]])  # of embeddings that are not of unit length
+    assert nearest(long, z_t[:1]).tolist() == [[0.5, 0]]
 
 
 def draw_any(kind: str, text: TextEncoding, numbers: list[int], candidates: int, **more) -> torch.Tensor:
@@ -333,7 +335,9 @@ def test_guidance_by_noise_levels_is_refused_by_a_prior_that_has_none():
 def test_what_is_of_diffusion_is_refused_by_a_pipeline_of_another_prior_before_work_starts(
     pipeline, monkeypatch, arguments, message
 ):
-    other = Text2ImagePipeline.from_pipe(pipeline, prior=autoregressive(), prior_scheduler=None)
+    other = Text2ImagePipeline.from_pipe(
+        pipeline, prior=autoregressive(embed_dim=pipeline.clip.embed_dim), prior_scheduler=None
+    )
     monkeypatch.setattr(other, "encode_prompt", lambda *_: pytest.fail("work has started"))
     with pytest.raises(InputError, match=message):
         other("red circle", **arguments)
