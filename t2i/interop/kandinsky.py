@@ -113,9 +113,9 @@ class KandinskyDecoder(ModelMixin, ConfigMixin):
     def prepare(self, condition: ImageCondition) -> KandinskyContext:
         known, text = known_of(self, condition), None
         if self.config.text_width is not None:
-            text = condition.text
-            if not isinstance(text, TokenStates) or text.pooled is None:
+            if not isinstance(condition.text, TokenStates) or condition.text.pooled is None:
                 raise ValueError("this decoder reads captions: its condition needs a text with its pooled vector")
+            text = condition.text
         if known is not None:  # the public models have 1 where the picture stays
             known = torch.cat([known[:, :-1], 1 - known[:, -1:]], dim=1)
         return KandinskyContext(condition.embedding, text, known)
