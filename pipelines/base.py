@@ -26,7 +26,7 @@ from t2i.autoregressive_prior import AutoregressivePrior
 from t2i.checkpoint import loaded
 from t2i.clip import CLIP
 from t2i.condition import ImageCondition, TextEncoding
-from t2i.config import check_range
+from t2i.config import check_multiple, check_range
 from t2i.decoder import Decoder
 from t2i.diffusion import Predict, check_eta, draw_noise, sample, steps_left
 from t2i.errors import InputError
@@ -157,6 +157,11 @@ class UnCLIPPipeline(WatchedPipeline):
         """Options of the decoder, where nothing is said."""
         return {"num_inference_steps": self.decoder.usual_steps, "guidance_scale": self.decoder.usual_guidance}
 
+    def shape_of(self, options: DecoderOptions) -> tuple[int, int, int]:
+        """(C, h, w) of the pictures that the options ask for."""
+        sides = ((side or self.image_size) // self.autoencoder.factor for side in (options.height, options.width))
+        return self.latent_shape[0], *sides  # type: ignore[return-value]
+
     @property
     def image_size(self) -> int:
         """The side, in pixels, of the pictures that the decoder was trained on."""
@@ -183,15 +188,34 @@ class UnCLIPPipeline(WatchedPipeline):
         if not value.isfinite().all():
             raise InputError(f"{name} must be finite, got NaN or infinity")
 
-    def check_noise(self, prior: PriorOptions | None, decoder: DecoderOptions, count: int) -> None:
-        """Of both stages, for `count` pictures; what is to steer them; and what the stages are asked for."""
+    def check_noise(
+        self, prior: PriorOptions | None, decoder: DecoderOptions, count: int, any_size: bool = False
+    ) -> None:
+        """Of both stages, for `count` pictures; what is to steer them; and what the stages are asked for.
+
+        any_size: they may have another size than the decoder was trained on.
+        """
         self.check_stages(prior, decoder)
+        self.check_sides(decoder, any_size)
+        channels, height, width = self.shape_of(decoder)
+        sides = (height * self.autoencoder.factor, width * self.autoencoder.factor)
         if decoder.steering is not None:
             check_steering("steering", decoder.steering, self.clip, self.autoencoder, count)
         if prior is not None:
             self.check_tensor("prior_latents", prior.prior_latents, (count, self.clip.embed_dim))
-        self.check_tensor("latents", decoder.latents, (count, *self.latent_shape))
-        self.check_tensor("super_res_latents", decoder.super_res_latents, (count, 3, self.image_size, self.image_size))
+        self.check_tensor("latents", decoder.latents, (count, channels, height, width))
+        self.check_tensor("super_res_latents", decoder.super_res_latents, (count, 3, *sides))
+
+    def check_sides(self, options: DecoderOptions, any_size: bool) -> None:
+        """Of the pictures that are to be drawn."""
+        for name, side in {"height": options.height, "width": options.width}.items():
+            if side in (None, self.image_size):
+                continue
+            if not any_size:
+                raise InputError(f"{name} is {side}, but here pictures have the size of those that are given; leave it")
+            if options.steering is not None:
+                raise InputError(f"{name} must be {self.image_size} where pictures are steered, got {side}")
+            check_multiple(name, side, self.autoencoder.factor * sides_divide(self.decoder))
 
     def check_stages(self, prior: PriorOptions | None, decoder: DecoderOptions) -> None:
         """Refuse what these models and schedulers cannot do; `prior` is None where the prior is not used."""
@@ -329,7 +353,7 @@ class UnCLIPPipeline(WatchedPipeline):
             predict = steer(predict)
         noise = options.latents
         if noise is None:
-            noise = draw_noise(self.latent_shape, generators, z_i.device)
+            noise = draw_noise(self.shape_of(options), generators, z_i.device)
         noise = noise.to(z_i.device).float()
         steps = options.num_inference_steps
         left = steps if original is None else steps_left(steps, strength)
@@ -382,7 +406,9 @@ class UnCLIPPipeline(WatchedPipeline):
             if self.upsampler is None or self.upsampler_scheduler is None:
                 raise InputError(f"upsample is {options.upsample}, but this pipeline has no upsampler; load one")
             check_range("upsample_level", options.upsample_level, 0, self.upsampler.config.max_level)
-            check_size(self.upsampler, self.image_size, self.image_size, options.upsample)
+            _, height, width = self.shape_of(options)
+            factor = self.autoencoder.factor
+            check_size(self.upsampler, width * factor, height * factor, options.upsample)
             check_steps("upsample_steps", options.upsample_steps, self.upsampler_scheduler)
 
     @torch.no_grad()
@@ -422,6 +448,13 @@ class UnCLIPPipeline(WatchedPipeline):
     def finish(self, images: Any, z_i: Tensor, return_dict: bool) -> UnCLIPPipelineOutput | tuple:
         self.maybe_free_model_hooks()
         return UnCLIPPipelineOutput(images, z_i) if return_dict else (images, z_i)
+
+
+def sides_divide(decoder: Any) -> int:
+    """What divides the sides of the latents that a decoder takes: a U-Net halves them, a transformer cuts patches."""
+    parts = dict(decoder.named_children())
+    net = parts.get("net", parts.get("unet"))
+    return decoder.config.get("patch_size", 1) if net is None else 2 ** (len(net.config.block_out_channels) - 1)
 
 
 def check_widths(clip: CLIP, prior: AnyPrior | None, decoder: Decoder | UNetDecoder) -> None:

@@ -61,7 +61,7 @@ class ImageVariationPipeline(InvertingPipeline):
         prompts = self.check_prompts("prompt", prompt, count)
         each = num_images_per_prompt
         _, generators = split_generators(generator, count * each)
-        self.check_noise(None, decoder, len(generators))
+        self.check_noise(None, decoder, len(generators), any_size=eta is None)
         self.check_upsampling(decoder)
         if eta == 0 and each > 1:
             logger.warning("num_images_per_prompt is %d, but with eta 0 they are all the same", each)

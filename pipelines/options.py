@@ -17,6 +17,7 @@ from t2i.sampling import MAX_STEPS
 from t2i.steering import Steering
 from t2i.upsampling import MAX_TIMES
 
+MAX_SIDE = 4096  # of a picture, in pixels
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 StepCallback = Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
@@ -64,6 +65,7 @@ class DecoderOptions:
     upsample: how many times the pictures pass through the upsampler; 0 is not at all.
     upsample_steps: of the upsampler, each time.
     upsample_level: of the noise that they get first, so that more of them is redrawn; see `sample_upsampler`.
+    height, width: of the pictures, in pixels, where none are given; left out, those that the decoder was trained on.
     super_res_num_inference_steps: of the diffusion that a cascade's pictures (Karlo's) always pass through at the end.
     super_res_latents: (N, 3, H, W), the noise that it starts from.
     callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}) after each step of the decoder; what it
@@ -83,6 +85,8 @@ class DecoderOptions:
     upsample: int = 0
     upsample_steps: int = 4
     upsample_level: float = 0.0
+    height: int | None = None
+    width: int | None = None
     super_res_num_inference_steps: int = 7
     super_res_latents: Tensor | None = None
     callback_on_step_end: StepCallback | None = None
@@ -105,6 +109,9 @@ class DecoderOptions:
         check_range("upsample_level", self.upsample_level, 0, 1)
         if self.upsample and self.output_type == "latent":
             raise InputError("upsample is of pictures, output_type is latent; one of the two")
+        for name in ("height", "width"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), 1, MAX_SIDE)
         check_integer("super_res_num_inference_steps", self.super_res_num_inference_steps, 1, MAX_STEPS)
         check_integer("preview_every", self.preview_every, 1, MAX_STEPS)
         if unknown := sorted(set(self.callback_on_step_end_tensor_inputs or []) - {"latents"}):

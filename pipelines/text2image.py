@@ -65,7 +65,7 @@ class Text2ImagePipeline(UnCLIPPipeline):
         decoder_negatives = self.check_prompts("decoder_negative_prompt", decoder_negative_prompt, count // each)
         self.check_tensor("negative_image_embeds", negative_image_embeds, (count, self.clip.embed_dim))
         prior_generators, decoder_generators = split_generators(generator, count)
-        self.check_noise(prior if image_embeds is None or decoder_negatives else None, decoder, count)
+        self.check_noise(prior if image_embeds is None or decoder_negatives else None, decoder, count, any_size=True)
         self.check_upsampling(decoder)
         if negatives and (self.prior_guidance(prior).is_off or image_embeds is not None):
             logger.warning("negative_prompt has no effect: it guides the prior, which is not guided or not used here")

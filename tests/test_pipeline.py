@@ -452,3 +452,24 @@ def test_stages_of_other_dimensions_are_refused(pipeline) -> None:
     other = type(pipeline.decoder)(**{key: value for key, value in config.items() if not key.startswith("_")})
     with pytest.raises(InputError, match="the decoder's embeddings have 5 dimensions"):
         Text2ImagePipeline.from_pipe(pipeline, decoder=other)
+
+
+def test_pictures_may_have_other_sides_than_those_of_training(pipeline) -> None:
+    side, step = pipeline.image_size, pipeline.autoencoder.factor
+    given = {"num_inference_steps": 2, "generator": seeds(3)}
+    assert pipeline("red circle", width=2 * side, **given).images[0].size == (2 * side, side)
+    plain = pipeline("red circle", **given | {"generator": seeds(3)}).images[0]
+    same = pipeline("red circle", height=side, width=side, **given | {"generator": seeds(3)}).images[0]
+    assert np.array_equal(np.asarray(plain), np.asarray(same))
+    with pytest.raises(InputError, match=f"height must be a multiple of .*, got {side + step // 2}"):
+        pipeline("red circle", height=side + step // 2)
+    with pytest.raises(InputError, match="width must be an integer from 1 to 4096, got 0"):
+        pipeline("red circle", width=0)
+
+
+def test_where_pictures_are_given_they_decide_the_size(pipeline) -> None:
+    from t2i import ImageToImagePipeline
+
+    redraw = ImageToImagePipeline.from_pipe(pipeline)
+    with pytest.raises(InputError, match="height is 64, but here pictures have the size of those that are given"):
+        redraw(np.zeros((32, 32, 3), dtype=np.uint8), "red circle", height=64)

@@ -18,6 +18,8 @@ Settings = Annotated[
     list[str] | None,
     Option(help="KEY=VALUE, again and again: interval=LOW:HIGH, rescale, threshold, parallel, norm, momentum."),
 ]
+Height = Annotated[int | None, Option(help="Of the pictures, in pixels; as in training if left out.")]
+Width = Annotated[int | None, Option(help="The same.")]
 PriorSteps = Annotated[int | None, Option(help="Steps of the prior.")]
 PriorScale = Annotated[float | None, Option(help="Guidance of the prior; 1 is off.")]
 SteerClass = Annotated[str | None, Option(help="A class of the classifier to steer towards.")]
