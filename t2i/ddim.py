@@ -83,6 +83,8 @@ def like(kind: type[SchedulerMixin], scheduler: SchedulerMixin, **settings: Any)
     known = {key: scheduler.config[key] for key in signature(kind.__init__).parameters if key in scheduler.config}
     if "beta_schedule" not in known:  # such as UnCLIPScheduler, which has but one
         known["trained_betas"] = scheduler.betas.tolist()
+    if "timestep_spacing" in signature(kind.__init__).parameters:
+        known.setdefault("timestep_spacing", "linspace")  # the timesteps that UnCLIPScheduler takes
     if "clip_sample" in signature(kind.__init__).parameters:
         known.setdefault("clip_sample", False)
     return kind(**{**{key: value for key, value in known.items() if key not in OWN}, **settings})

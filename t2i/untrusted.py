@@ -38,6 +38,7 @@ SIGNED = ("init_logit_bias",)  # integers that may be negative
 SCHEDULERS = {  # this project's own, by module
     "t2i.ddim": ("ExactDDIMScheduler",),
     "t2i.continuous": ("ProbabilityFlowScheduler", "ReverseSDEScheduler"),
+    "t2i.interop.scheduler": ("UnCLIPRespacedScheduler",),
 }
 FLOATS = ("F16", "BF16", "F32", "F64")
 DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{i}" for port in ("COM", "LPT") for i in range(10))}  # on Windows
