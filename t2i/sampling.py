@@ -91,11 +91,17 @@ def decoder_predict(
     """
     device, null = z_i.device, decoder.null(len(z_i))
     known = known if decoder.config.reads_masks else None
-    condition = ImageCondition(z_i, null.text if text is None or null.text is None else text, known)
+    condition = ImageCondition(told(decoder, z_i), null.text if text is None or null.text is None else text, known)
     away = null if negative is None else negative
-    negative = ImageCondition(away.embedding, null.text if null.text is None else away.text or null.text, known)
+    embedding = told(decoder, away.embedding.to(device))
+    negative = ImageCondition(embedding, null.text if null.text is None else away.text or null.text, known)
     dtype = decoder.dtype
     return guided(decoder, condition.to(device, dtype), negative.to(device, dtype), guidance, scheduler)
+
+
+def told(decoder: Any, z_i: Tensor, noise: Tensor | None = None, level: int = 0) -> Tensor:
+    """What a decoder is told of z_i, (N, D): Stable unCLIP's noises it to a level first, with `noise` like z_i."""
+    return decoder.noised(z_i, noise, level) if hasattr(decoder, "noised") else z_i
 
 
 def split_generators(generator: Generator | list[Generator] | None, count: int) -> tuple[list[Generator], ...]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers
 from accelerate import init_empty_weights
 from diffusers import ConfigMixin, ModelMixin
@@ -99,6 +100,7 @@ class TextEncoder(ModelMixin, ConfigMixin):
         context_length: tokens of a caption at most, special ones included; what is longer is cut.
         fingerprint: of weights, vocabulary and context length; written on saving, checked on loading.
         rounded: the weights went through a dtype that does not keep the fingerprint, such as bfloat16.
+        padded: captions are padded to the context length, and the padding is read as well, as in Stable Diffusion.
     """
 
     tokenizer: TextTokenizer
@@ -112,6 +114,7 @@ class TextEncoder(ModelMixin, ConfigMixin):
         context_length: int = 128,
         fingerprint: str | None = None,
         rounded: bool = False,
+        padded: bool = False,
     ):
         super().__init__()
         self.net = build(architecture, model, context_length)
@@ -181,7 +184,8 @@ class TextEncoder(ModelMixin, ConfigMixin):
     @property
     def reading(self) -> str:
         """What decides the states beside the weights."""
-        return f"{self.config.context_length} {self.tokenizer.digest()}"
+        padding = f" padded with {self.tokenizer.pad}" if self.config.padded else ""
+        return f"{self.config.context_length} {self.tokenizer.digest()}{padding}"
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits for weights, vocabulary and context length, the same in fp32 and fp16."""
@@ -202,12 +206,17 @@ class TextEncoder(ModelMixin, ConfigMixin):
         return self.tokenizer.cut(text)
 
     def encode(self, texts: list[str], device: torch.device | None = None) -> TokenStates:
-        """Captions -> a state a token, (B, L, width), in the encoder's dtype; L is that of the longest caption.
+        """Captions -> a state a token, (B, L, width), in the encoder's dtype; L is that of the longest caption, or
+        the context length if the encoder is `padded`.
 
         A caption's states do not depend on the others, but for rounding. `device`: where the encoder computes, if it is
         elsewhere now (offloading). Raises ValueError if float16 overflows.
         """
-        tokens, mask = (tensor.to(device or self.device) for tensor in self.tokenizer(texts))
+        tokens, mask = self.tokenizer(texts)
+        if self.config.padded:
+            tokens = F.pad(tokens, (0, self.config.context_length - tokens.shape[1]), value=self.tokenizer.pad)
+            mask = torch.ones_like(tokens, dtype=torch.bool)
+        tokens, mask = (tensor.to(device or self.device) for tensor in (tokens, mask))
         return TokenStates(self.encode_tokens(tokens, mask), mask)
 
     @apply_forward_hook
@@ -250,7 +259,11 @@ def check_architecture(name: Any) -> None:
 def read_settings(folder: Path) -> tuple[str, dict[str, Any]]:
     """The architecture and the settings in a folder of transformers'; refused, if its weights do not fit them."""
     check_files(folder)
-    config: Any = read_config(folder / "config.json")
+    return known_settings(read_config(folder / "config.json"), folder)
+
+
+def known_settings(config: Any, folder: Path) -> tuple[str, dict[str, Any]]:
+    """The same of a configuration that was read from a folder."""
     kind = config.get("model_type")
     if kind == "clip":  # both towers
         kind, config = "clip_text_model", config.get("text_config")

@@ -21,6 +21,7 @@ PATTERNS = {  # of public tokenizers; any other may take for ever
     r"\s+",
     " {2,}",
     r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
 }
 LENGTHENING = ("Replace", "Prepend")  # steps that may put more in the place of less
 SETTINGS = {"clean", "strip_sep_token", "language"}  # of a public tokenizer, that a configuration may choose
