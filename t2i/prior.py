@@ -37,6 +37,9 @@ class Prior(ModelMixin, ConfigMixin):
         null_length: tokens of the empty caption; a start and an end for most CLIPs.
         clip_fingerprint: of the CLIP that it was trained with.
         learned_variance: it also predicts the variance of the reverse steps, as further D dimensions.
+        unit_length: of the CLIP's embeddings: z_t comes scaled to unit variance then, and z_i goes out of unit length.
+            False for the public priors, which know embeddings as they are.
+        usual_guidance: the guidance scale, if nothing is said; 4 for the public priors.
     """
 
     _supports_gradient_checkpointing = True
@@ -55,6 +58,8 @@ class Prior(ModelMixin, ConfigMixin):
         null_length: int = 2,
         clip_fingerprint: str | None = None,
         learned_variance: bool = False,
+        unit_length: bool = True,
+        usual_guidance: float = 2.0,
     ):
         super().__init__()
         self.gradient_checkpointing = False
@@ -121,12 +126,13 @@ class Prior(ModelMixin, ConfigMixin):
         return TextEncoding(self.null_embedding[None], self.null_states[None], mask).repeat(count)
 
     def scale(self, z_i: Tensor) -> Tensor:
-        """Unit-length z_i -> what the prior denoises: zero mean and unit variance in each dimension."""
+        """z_i -> what the prior denoises: zero mean and unit variance in each dimension."""
         return (z_i - self.mean) / self.std
 
     def unscale(self, x: Tensor) -> Tensor:
-        """The reverse, of unit length whatever x is."""
-        return F.normalize(x * self.std + self.mean, dim=-1)
+        """The reverse, of unit length (if the CLIP's embeddings are) whatever x is."""
+        z_i = x * self.std + self.mean
+        return F.normalize(z_i, dim=-1) if self.config.unit_length else z_i
 
     def image_tokens(self, x: Tensor, t: Tensor) -> Tensor:
         """[time, noisy z_i, query] at their positions: (B, 3, width)."""
@@ -140,7 +146,8 @@ def caption_tokens(prior: Any, text: TextEncoding) -> Tensor:
     if length > last:
         raise ValueError(f"a caption has {length} tokens, the prior takes at most {last}")
     caption = prior.from_states(text.states) + prior.positions[:length]
-    z_t = prior.from_text(text.embedding * prior.config.embed_dim**0.5) + prior.positions[last]
+    scale = prior.config.embed_dim**0.5 if prior.config.get("unit_length", True) else 1.0
+    z_t = prior.from_text(text.embedding * scale) + prior.positions[last]
     return torch.cat([caption, z_t[:, None]], dim=1)
 
 

@@ -14,6 +14,7 @@ from t2i.checkpoint import load_model, load_scheduler
 from t2i.condition import TextEncoding
 from t2i.errors import InputError
 from t2i.guidance import Guidance
+from t2i.interop.eclipse import EclipsePrior
 from t2i.prior import Prior
 from t2i.regression_prior import RegressionPrior
 from t2i.sampling import OnStep, Wrap, sample_prior
@@ -21,11 +22,11 @@ from t2i.untrusted import is_folder
 
 logger = logging.getLogger(__name__)
 
-UNSCHEDULED = (AutoregressivePrior, RegressionPrior)  # priors that have no scheduler
+UNSCHEDULED = (AutoregressivePrior, RegressionPrior, EclipsePrior)  # priors that have no scheduler
 PRIORS = (Prior, *UNSCHEDULED)  # what a pipeline's prior may be, or none at all
 MAX_CANDIDATES = 64
 
-AnyPrior = Prior | AutoregressivePrior | RegressionPrior
+AnyPrior = Prior | AutoregressivePrior | RegressionPrior | EclipsePrior
 
 
 def load_prior(folder: str | Path) -> tuple[AnyPrior | None, SchedulerMixin | None]:
@@ -41,11 +42,14 @@ def load_prior(folder: str | Path) -> tuple[AnyPrior | None, SchedulerMixin | No
 
 
 def usual_guidance(prior: AnyPrior | None) -> float:
-    """What a prior is guided by if nothing is said: 2; or 1, which is off, for a regression, which is never guided, and
-    for one that starts from a regression: guidance takes it too far (docs/priors.md)."""
+    """What a prior is guided by if nothing is said: what its configuration says, or 2; or 1, which is off, for one of a
+    single pass, which is never guided, and for one that starts from a regression: guidance takes it too far
+    (docs/priors.md)."""
     if isinstance(prior, AutoregressivePrior):
         return 1.0 if prior.config.regression is not None else 2.0
-    return 1.0 if isinstance(prior, RegressionPrior) else 2.0
+    if isinstance(prior, UNSCHEDULED):
+        return 1.0
+    return 2.0 if prior is None else prior.config.get("usual_guidance", 2.0)
 
 
 @torch.no_grad()
@@ -64,15 +68,16 @@ def draw_embeddings(
     on_step: OnStep | None = None,
     wrap: Wrap | None = None,
 ) -> Tensor:
-    """z_i of unit length for captions, (N, D), fp32, by any prior; without one, the captions' own z_t.
+    """z_i for captions, (N, D), fp32, by any prior, of unit length unless the prior's `unit_length` is False; without
+    one, the captions' own z_t.
 
     Of `candidates` drawn for each caption the one nearest to z_t is taken (DALL-E 2, section 2.2). The first of them is
     the one that is drawn alone; a regression knows one only.
 
-    scheduler, steps, noise, wrap: of the diffusion prior, see `sample_prior`; the candidates of a given noise are that
-    one alone. guidance: None is the usual one. temperature: of the autoregressive prior. What has no effect on a prior
-    is said in the log. on_step(i, t, x): x has a row for each candidate, those of a caption together, and is of the
-    autoregressive prior z_i as far as it is known.
+    scheduler, steps, noise, wrap: of the diffusion prior, see `sample_prior`; the candidates of a given noise (also of
+    an EclipsePrior) are that one alone. guidance: None is the usual one. temperature: of the autoregressive prior. What
+    has no effect on a prior is said in the log. on_step(i, t, x): x has a row for each candidate, those of a caption
+    together, and is of the autoregressive prior z_i as far as it is known.
     """
     if prior is None:
         return F.normalize(text.embedding.float(), dim=-1)
@@ -80,7 +85,7 @@ def draw_embeddings(
     warn_unused(prior, negative, guidance, noise, temperature)
     if isinstance(prior, RegressionPrior):
         return prior.draw(text)
-    candidates = 1 if noise is not None and isinstance(prior, Prior) else candidates
+    candidates = 1 if noise is not None and not isinstance(prior, AutoregressivePrior) else candidates
     several = text.repeat(candidates)
     away = None if negative is None else negative.repeat(candidates)
     streams = [stream for one in generators for stream in candidate_generators(one, candidates)]
@@ -93,6 +98,8 @@ def draw_embeddings(
                 on_step(i, torch.tensor(prior.length - 1 - i), z_i)
 
         z_i = prior.draw(several, away, scale, streams, temperature, progress, after)
+    elif isinstance(prior, EclipsePrior):
+        z_i = prior.draw(several, streams, noise)
     else:
         assert scheduler is not None, "a diffusion prior has a scheduler"
         z_i = sample_prior(prior, scheduler, several, away, steps, guidance, streams, noise, progress, on_step, wrap)
@@ -107,15 +114,18 @@ def warn_unused(
     temperature: float | None,
 ) -> None:
     """Say in the log, as a pipeline calls them, which options do nothing with this prior."""
-    of_regression = isinstance(prior, RegressionPrior)
+    of_one_pass = isinstance(prior, RegressionPrior | EclipsePrior)
     unused = {
-        "prior_latents": (noise is not None and not isinstance(prior, Prior), "is the noise of a diffusion prior"),
+        "prior_latents": (
+            noise is not None and isinstance(prior, AutoregressivePrior | RegressionPrior),
+            "is the noise of a diffusion prior",
+        ),
         "prior_temperature": (
             temperature is not None and not isinstance(prior, AutoregressivePrior),
             "is of an autoregressive prior",
         ),
-        "prior_guidance_scale": (of_regression and not Guidance.of(guidance).is_off, "cannot guide a regression"),
-        "negative_prompt": (of_regression and negative is not None, "cannot guide a regression"),
+        "prior_guidance_scale": (of_one_pass and not Guidance.of(guidance).is_off, "cannot guide a prior of one pass"),
+        "negative_prompt": (of_one_pass and negative is not None, "cannot guide a prior of one pass"),
     }
     for name, (given, reason) in unused.items():
         if given:

@@ -24,6 +24,7 @@ from diffusers import (
     VQModel,
 )
 from diffusers.pipelines.kandinsky.text_encoder import MCLIPConfig, MultilingualCLIP
+from safetensors.torch import save_file
 from torch import nn
 from transformers import (
     CLIPImageProcessor,
@@ -437,3 +438,19 @@ def karlo_variations(folder: Path) -> None:
         "feature_extractor": ("transformers", tiny_image_processor()),
     }
     save_parts(folder, "UnCLIPImageVariationPipeline", **image, **karlo_parts())
+
+
+def save_eclipse_prior(folder: Path, **changed: Any) -> PriorTransformer:
+    """As ECLIPSE's: a PriorTransformer's files without the time. What is returned has the time, which no token sees."""
+    prior = tiny_prior_transformer(**changed)
+    time = prior.config.num_embeddings + 1  # the place of its token
+    prior.causal_attention_mask[:, :time, time] = prior.causal_attention_mask[:, time + 1 :, time] = -10000.0
+    folder.mkdir(parents=True)
+    tensors = {name: one for name, one in prior.state_dict().items() if not name.startswith("time_embedding.")}
+    places = tensors["positional_embedding"]
+    tensors["positional_embedding"] = torch.cat([places[:, :time], places[:, time + 1 :]], dim=1)
+    save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
+    config = {key: value for key, value in prior.config.items() if not key.startswith("time_embed")}
+    config |= {"_class_name": "PriorTransformer", "additional_embeddings": 3}
+    (folder / "config.json").write_text(json.dumps(config))
+    return prior
