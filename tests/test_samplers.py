@@ -102,6 +102,20 @@ def test_without_a_name_diffusers_ddim_is_exact_and_the_same_where_steps_divide_
     assert chosen(None, other, None) is other
 
 
+@pytest.mark.parametrize("offset", [0, 1])
+def test_without_set_alpha_to_one_ddim_ends_where_that_of_diffusers_does_and_inverts_from_there(offset):
+    """As the schedulers of public models have it."""
+    settings = {"timestep_spacing": "leading", "steps_offset": offset}
+    saved, whole = (schedule(set_alpha_to_one=clean, **settings) for clean in (False, True))
+    gaussian, noise = Gaussian(), torch.randn(50, 3, dtype=torch.float64)
+    predict, exact = gaussian.denoiser(saved), chosen(None, saved, None)
+    theirs, mine = (sample(predict, one, noise, 25) for one in (saved, exact))
+    torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=0)
+    assert (mine - sample(predict, whole, noise, 25)).abs().max() > 1e-5
+    again = sample(predict, exact, invert(predict, saved, mine, 25, refinements=20), 25)
+    torch.testing.assert_close(again, mine, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("name", ["ddpm", "dpmsolver++", "unipc"])
 def test_no_step_leads_beyond_the_clean_sample(name):
     """diffusers' trailing timesteps for 61 steps are 62, and the last is -1."""
