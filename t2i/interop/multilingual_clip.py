@@ -37,7 +37,7 @@ class MultilingualCLIP(ModelMixin, ConfigMixin):
     """
 
     tokenizer: TextTokenizer
-    known_identity: str | None = None
+    known_identity = ""
 
     @register_to_config
     def __init__(
@@ -106,7 +106,7 @@ class MultilingualCLIP(ModelMixin, ConfigMixin):
     @property
     def identity(self) -> str:
         """The fingerprint as it was when this encoder was last saved; else computed once, for it reads all weights."""
-        if self.config.fingerprint is None and self.known_identity is None:
+        if not self.config.fingerprint and not self.known_identity:
             self.known_identity = self.fingerprint()
         return self.config.fingerprint or self.known_identity
 
