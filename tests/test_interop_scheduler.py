@@ -7,6 +7,7 @@ import torch
 from diffusers import UnCLIPScheduler
 from torch import Tensor
 
+import t2i.interop.scheduler
 from t2i.diffusion import sample
 from t2i.errors import InputError
 from t2i.interop.scheduler import UnCLIPRespacedScheduler
@@ -55,6 +56,7 @@ def test_more_steps_than_timesteps_are_refused():
 
 
 def test_a_scheduler_keeps_its_configuration_in_a_folder_that_is_accepted(tmp_path: Path):
+    assert hasattr(t2i.interop.scheduler, "SchedulerMixin")  # diffusers' pipelines look there for how to load it
     saved = UnCLIPRespacedScheduler(clip_sample_range=5.0, prediction_type="sample")
     saved.save_pretrained(tmp_path)
     check_scheduler(tmp_path, "UnCLIPRespacedScheduler", home="t2i.interop.scheduler")

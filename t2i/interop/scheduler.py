@@ -3,13 +3,15 @@
 from typing import Any
 
 import torch
-from diffusers import UnCLIPScheduler
+from diffusers import SchedulerMixin, UnCLIPScheduler
 from torch import Generator, Tensor
 
 from t2i.config import check_integer
 
 
-class UnCLIPRespacedScheduler(UnCLIPScheduler):
+class UnCLIPRespacedScheduler(
+    UnCLIPScheduler, SchedulerMixin
+):  # named: diffusers loads what has its mixin in the module
     """diffusers' UnCLIPScheduler, which knows where each of its steps leads to. Same arguments.
 
     DDPM (Ho et al. 2020) over a few of the timesteps, from the last to 0: what a step takes away is computed from the
