@@ -39,10 +39,15 @@ class ExactDDIMScheduler(DDIMScheduler):
         self.num_inference_steps = num_inference_steps
         self.timesteps = (self.config.num_train_timesteps * left).round().long().sub(1).to(device)
 
+    @property
+    def end(self) -> int:
+        """Where the last step leads: -1 is the clean sample; 0, without `set_alpha_to_one`, leaves the least noise."""
+        return -1 if self.config.set_alpha_to_one else 0
+
     def previous_timestep(self, timestep: Tensor | int) -> Tensor:
-        """The timestep that a step from this one leads to; -1, the clean sample, from the last."""
+        """The timestep that a step from this one leads to; from the last, `end`."""
         after = (self.timesteps == timestep).nonzero()[-1, 0] + 1
-        return self.timesteps[after] if after < len(self.timesteps) else self.timesteps.new_tensor(-1)
+        return self.timesteps[after] if after < len(self.timesteps) else self.timesteps.new_tensor(self.end)
 
     def limited(self, sample: Tensor) -> Tensor:
         """The clean sample as the configuration bounds it: `thresholding`, `clip_sample`, or not at all."""
@@ -114,7 +119,7 @@ def invert(
     exact = like(ExactDDIMScheduler, scheduler)
     exact.set_timesteps(steps, device=x_0.device)
     x, velocity = x_0, None
-    previous = exact.timesteps.new_tensor(-1)
+    previous = exact.timesteps.new_tensor(exact.end)
     for i, t in enumerate(progress(exact.timesteps.flip(0))):
         (alpha, sigma), (alpha_s, sigma_s) = levels(exact, t, x), levels(exact, previous, x)
         cosine, sine = alpha * alpha_s + sigma * sigma_s, sigma * alpha_s - alpha * sigma_s

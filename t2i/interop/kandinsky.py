@@ -48,7 +48,8 @@ class KandinskyDecoder(ModelMixin, ConfigMixin):
         learned_variance: it also predicts the variance of the reverse steps, as further C channels.
         reads_masks: it sees what is to stay of a picture; see `t2i.inpainting`.
         text_width: dimensions of a caption's token states; None if it reads no captions, as 2.2.
-        clip_fingerprint, text_encoder_fingerprint: None, for the public files do not say what they were trained with.
+        clip_fingerprint: None, for the public files do not say what they were trained with.
+        text_encoder_fingerprint: of the text encoder that said the empty caption of the null; None of 2.2.
     """
 
     usual_guidance, usual_steps = 4.0, 100  # of the reference's pipelines
@@ -104,6 +105,7 @@ class KandinskyDecoder(ModelMixin, ConfigMixin):
             empty = text_encoder.encode([""])
             self.null_states.copy_(empty.states[0])
             self.null_pooled.copy_(empty.pooled[0])
+            self.register_to_config(text_encoder_fingerprint=text_encoder.identity)
 
     def forward(self, x: Tensor, t: Tensor, condition: ImageCondition) -> Tensor:
         """x: (B, C, H, W) noisy latents; t: (B,) timesteps -> (B, C, H, W), the prediction; or (B, 2C, H, W)."""

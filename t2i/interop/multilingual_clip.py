@@ -21,6 +21,7 @@ from t2i.tokenizer import TextTokenizer, load_text_tokenizer
 from t2i.untrusted import fetched
 
 CONTEXT = 77  # tokens; the decoder attends to all of them, padding too
+EXACT = (torch.float32, torch.float16)  # dtypes that keep what the fingerprint is made from
 UNUSED = ("transformer.embeddings.position_ids", "transformer.embeddings.token_type_ids")  # of older files
 
 
@@ -31,12 +32,22 @@ class MultilingualCLIP(ModelMixin, ConfigMixin):
         model: transformers' configuration of the XLM-RoBERTa, as far as `t2i.text_encoder.SETTINGS` name it.
         pooled_width: dimensions of the projection.
         context_length: tokens of a caption, special ones and padding included; what is longer is cut.
+        fingerprint: of weights, vocabulary and context length; written on saving, checked on loading.
+        rounded: the weights went through a dtype that does not keep the fingerprint, such as bfloat16.
     """
 
     tokenizer: TextTokenizer
+    known_identity = ""
 
     @register_to_config
-    def __init__(self, model: dict[str, Any], pooled_width: int = 768, context_length: int = CONTEXT):
+    def __init__(
+        self,
+        model: dict[str, Any],
+        pooled_width: int = 768,
+        context_length: int = CONTEXT,
+        fingerprint: str | None = None,
+        rounded: bool = False,
+    ):
         super().__init__()
         if unknown := sorted(set(model) - SETTINGS):
             raise InputError(f"model has {unknown[0]!r:.80}; a text encoder's may have {', '.join(sorted(SETTINGS))}")
@@ -68,10 +79,18 @@ class MultilingualCLIP(ModelMixin, ConfigMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
         path = fetched(pretrained_model_name_or_path, ["*.json", "*.safetensors"])
         encoder = super().from_pretrained(path, **{"use_safetensors": True, **kwargs})
-        encoder.tokenizer = encoder.load_tokenizer(path / (kwargs.get("subfolder") or ""))
+        folder = path / (kwargs.get("subfolder") or "")
+        encoder.tokenizer = encoder.load_tokenizer(folder)
+        expected = encoder.config.fingerprint
+        if encoder.dtype not in EXACT:
+            encoder.register_to_config(rounded=True)
+        elif expected and not encoder.config.rounded and encoder.fingerprint() != expected:
+            raise InputError(f"the weights in {str(folder)!r} are not those of fingerprint {expected} in its config")
         return encoder.requires_grad_(False)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        rounded = self.config.rounded or self.dtype not in EXACT
+        self.register_to_config(fingerprint=self.identity, rounded=rounded)
         super().save_pretrained(save_directory, **kwargs)
         self.tokenizer.save(Path(save_directory))
 
@@ -80,10 +99,16 @@ class MultilingualCLIP(ModelMixin, ConfigMixin):
         check_integer("pad_token_id", config.pad_token_id, 0, config.vocab_size - 1)
         return load_text_tokenizer(folder, self.config.context_length, config.pad_token_id, config.vocab_size)
 
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits for weights, vocabulary and context length, the same in fp32 and fp16."""
+        return weights_digest(self, f"{self.config.context_length} {self.tokenizer.digest()}")
+
     @property
     def identity(self) -> str:
-        """16 hexadecimal digits for weights, vocabulary and context length."""
-        return weights_digest(self, f"{self.config.context_length} {self.tokenizer.digest()}")
+        """The fingerprint as it was when this encoder was last saved; else computed once, for it reads all weights."""
+        if not self.config.fingerprint and not self.known_identity:
+            self.known_identity = self.fingerprint()
+        return self.config.fingerprint or self.known_identity
 
     @property
     def width(self) -> int:
