@@ -26,14 +26,14 @@ from t2i.autoregressive_prior import AutoregressivePrior
 from t2i.checkpoint import loaded
 from t2i.clip import CLIP
 from t2i.condition import ImageCondition, TextEncoding
-from t2i.config import check_multiple, check_range
+from t2i.config import check_integer, check_multiple, check_range
 from t2i.decoder import Decoder
 from t2i.diffusion import Predict, check_eta, draw_noise, sample, steps_left
 from t2i.errors import InputError
 from t2i.guidance import Guidance
 from t2i.priors import UNSCHEDULED, AnyPrior, check_plain, draw_embeddings, nearest, usual_guidance
 from t2i.samplers import chosen
-from t2i.sampling import OnStep, check_texts, decoder_predict
+from t2i.sampling import OnStep, check_texts, decoder_predict, told
 from t2i.steering import check_steering, steering_wrap
 from t2i.text_encoder import TextEncoder
 from t2i.unet_decoder import UNetDecoder
@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 MAX_IMAGES = 1024
 PREVIEW_STEPS = 4  # of the decoder, for a preview of the prior
-SUPER_RESOLUTION = -1  # number of its stream of noise; those of the upsampler count from 1
+SUPER_RESOLUTION, NOISING = -1, -2  # numbers of their streams of noise; those of the upsampler count from 1
 
 
 @dataclass
@@ -205,6 +205,7 @@ class UnCLIPPipeline(WatchedPipeline):
             self.check_tensor("prior_latents", prior.prior_latents, (count, self.clip.embed_dim))
         self.check_tensor("latents", decoder.latents, (count, channels, height, width))
         self.check_tensor("super_res_latents", decoder.super_res_latents, (count, 3, *sides))
+        self.check_tensor("image_embeds_noise", decoder.image_embeds_noise, (count, self.clip.embed_dim))
 
     def check_sides(self, options: DecoderOptions, any_size: bool) -> None:
         """Of the pictures that are to be drawn."""
@@ -228,6 +229,12 @@ class UnCLIPPipeline(WatchedPipeline):
                 raise InputError(f"prior_sampler is of a diffusion prior, {other}")
             if isinstance(self.prior, AutoregressivePrior):
                 check_plain(self.prior_guidance(prior))
+        levels = getattr(self.decoder, "noise_levels", None)
+        if levels is not None:
+            check_integer("noise_level", decoder.noise_level, 0, levels - 1)
+        elif decoder.noise_level or decoder.image_embeds_noise is not None:
+            name = "noise_level" if decoder.noise_level else "image_embeds_noise"
+            raise InputError(f"{name} is of Stable unCLIP, whose decoder noises image_embeds first; this one does not")
         scheduler = chosen(decoder.sampler, self.decoder_scheduler, self.decoder)
         check_eta(scheduler, decoder.eta)
         check_steps("num_inference_steps", decoder.num_inference_steps, scheduler)
@@ -237,8 +244,11 @@ class UnCLIPPipeline(WatchedPipeline):
     def encode_prompt(self, prompts: list[str]) -> TextEncoding:
         """What CLIP says, for the prior, and the decoder's text encoder, if it has one of its own.
 
-        Says in the log what of a prompt does not fit.
+        Says in the log what of a prompt does not fit. Raises InputError for a CLIP without a text tower.
         """
+        if not hasattr(self.clip, "tokenizer"):
+            lacks = "no text encoder of its CLIP" if self.prior else "no prior and no text encoder of its CLIP"
+            raise InputError(f"this model has {lacks}: it draws from pictures or image_embeds, not from texts")
         for prompt in dict.fromkeys(prompts):
             if cut := self.clip.tokenizer.cut(prompt):
                 longest = self.clip.context_length - 2
@@ -251,6 +261,12 @@ class UnCLIPPipeline(WatchedPipeline):
         if self.text_encoder is None:
             return text
         return replace(text, decoder_tokens=self.text_encoder.encode(prompts, self._execution_device))
+
+    def read_prompt(self, prompts: list[str]) -> Any:
+        """What the decoder reads of captions: a text encoder of its own does without CLIP's, which may be missing."""
+        if hasattr(self.clip, "tokenizer") or self.text_encoder is None:
+            return self.encode_prompt(prompts)
+        return self.text_encoder.encode(prompts, self._execution_device)
 
     @torch.no_grad()
     def encode_image(self, pictures: Tensor) -> Tensor:
@@ -347,7 +363,11 @@ class UnCLIPPipeline(WatchedPipeline):
         if scheduler is None:
             scheduler = chosen(options.sampler, self.decoder_scheduler, self.decoder)
         if predict is None:
-            predict = decoder_predict(self.decoder, scheduler, z_i, text, options.guidance_scale, negative)
+            if negative is not None:
+                away = self.told(negative.embedding.to(z_i), options, generators)
+                negative = replace(negative, embedding=away)
+            settings = (text, options.guidance_scale, negative)
+            predict = decoder_predict(self.decoder, scheduler, self.told(z_i, options, generators), *settings)
         if options.steering is not None:
             steer = steering_wrap(options.steering, scheduler, self.clip, self.autoencoder, len(z_i), z_i.device)
             predict = steer(predict)
@@ -368,6 +388,15 @@ class UnCLIPPipeline(WatchedPipeline):
         start = {"eta": options.eta, "original": original, "strength": strength}
         x = sample(watch(predict), scheduler, noise, steps, generators, self.progress_bar, stepped, **start)
         return check_finite("decoder", x)
+
+    def told(self, z_i: Tensor, options: DecoderOptions, generators: list[Generator]) -> Tensor:
+        """What the decoder is told of z_i, (N, D): Stable unCLIP's noises it, each picture's by a stream of its own."""
+        if not hasattr(self.decoder, "noised"):
+            return z_i
+        noise = options.image_embeds_noise
+        if noise is None:
+            noise = draw_noise(z_i.shape[1:], derived_generators(generators, NOISING), z_i.device)
+        return told(self.decoder, z_i, noise, options.noise_level)
 
     def embed(
         self,

@@ -66,7 +66,7 @@ class ImageVariationPipeline(InvertingPipeline):
         if eta == 0 and each > 1:
             logger.warning("num_images_per_prompt is %d, but with eta 0 they are all the same", each)
 
-        text = self.encode_prompt(prompts) if prompts else None
+        text = self.read_prompt(prompts) if prompts else None
         many = None if text is None else text.repeat(each)
         if eta is not None:
             z_i, noise = (one.repeat_interleave(each, dim=0) for one in self.inverted(given, text, decoder))

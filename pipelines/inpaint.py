@@ -125,7 +125,8 @@ class InpaintPipeline(UnCLIPPipeline):
         noise = options.latents.to(latents.device).float()
         scheduler = chosen(options.sampler, self.decoder_scheduler, self.decoder)
         hold = blend(scheduler, latents, mask, noise)
-        predict = self.predict_canvas(z_i, text, known_latents(latents, mask), options, scheduler)
+        told = self.told(z_i.to(latents.device), options, generators)
+        predict = self.predict_canvas(told, text, known_latents(latents, mask), options, scheduler)
         more: dict[str, Any] = {"original": latents, "strength": strength} if strength < 1 else {}
         more |= {"predict": predict, "on_step": hold, "scheduler": scheduler, "to_images": to_images}
         return self.sample_decoder(z_i, text, options, generators, **more)

@@ -79,6 +79,8 @@ class InterpolationPipeline(InvertingPipeline):
         inverted = inverted and not all(isinstance(anchor, str) for anchor in found)
         if options.get("latents") is not None:
             raise InputError("latents is one noise, here it is interpolated; give a generator")
+        if options.get("image_embeds_noise") is not None:
+            raise InputError("image_embeds_noise is of single pictures, here all have one in common; give a generator")
         prior, decoder = split_options(self.usual | (INVERSION if inverted else {}) | options)
         decoder = by_ddim(decoder) if inverted else replace(decoder, sampler=decoder.sampler or "ddim")
         if inverted:

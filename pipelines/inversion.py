@@ -56,7 +56,7 @@ class InvertingPipeline(UnCLIPPipeline):
         self.check_stages(None, options)
         pictures = read_pictures(image, self.image_size)
         prompts = self.check_prompts("prompt", prompt, len(pictures))
-        text = self.encode_prompt(prompts) if prompts else None
+        text = self.read_prompt(prompts) if prompts else None
         return self.invert_pictures(pictures, text, options)
 
     def given(self, image: Pictures | BipartiteLatent) -> tuple[Tensor | BipartiteLatent, int]:
@@ -94,7 +94,10 @@ class InvertingPipeline(UnCLIPPipeline):
         generators: list[Generator],
     ) -> Any:
         """The pictures that are drawn from (z_i, x_T), as `output_type` says: by DDIM, for those to come back."""
-        return self.draw(latent.image_embeds, text, replace(options, latents=latent.latents), generators)
+        # As it was told of z_i when it was inverted: without noise.
+        noise = torch.zeros_like(latent.image_embeds) if options.noise_level == 0 else None
+        settings = replace(options, latents=latent.latents, image_embeds_noise=noise)
+        return self.draw(latent.image_embeds, text, settings, generators)
 
 
 def inversion_options(options: dict[str, Any], eta: float = 0.0) -> DecoderOptions:
@@ -112,6 +115,8 @@ def by_ddim(options: DecoderOptions, eta: float = 0.0) -> DecoderOptions:
         )
     if options.eta is not None and options.eta != eta:
         raise InputError(f"eta must be {eta:g} here, for pictures are drawn from their own noise; got {options.eta:g}")
+    if options.noise_level or options.image_embeds_noise is not None:
+        raise InputError("noise_level must be 0 here, without image_embeds_noise, for pictures are to come back")
     return replace(options, sampler="ddim", eta=eta)
 
 

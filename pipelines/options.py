@@ -15,6 +15,7 @@ from t2i.priors import MAX_CANDIDATES
 from t2i.samplers import check_sampler
 from t2i.sampling import MAX_STEPS
 from t2i.steering import Steering
+from t2i.untrusted import MAX_TIMESTEPS
 from t2i.upsampling import MAX_TIMES
 
 MAX_SIDE = 4096  # of a picture, in pixels
@@ -66,6 +67,9 @@ class DecoderOptions:
     upsample_steps: of the upsampler, each time.
     upsample_level: of the noise that they get first, so that more of them is redrawn; see `sample_upsampler`.
     height, width: of the pictures, in pixels, where none are given; left out, those that the decoder was trained on.
+    noise_level: how far a decoder that noises z_i first (Stable unCLIP's) does so, 0 to 999 there: the more, the more
+        the pictures differ from what z_i says.
+    image_embeds_noise: (N, D), what it noises z_i with.
     super_res_num_inference_steps: of the diffusion that a cascade's pictures (Karlo's) always pass through at the end.
     super_res_latents: (N, 3, H, W), the noise that it starts from.
     callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}) after each step of the decoder; what it
@@ -87,6 +91,8 @@ class DecoderOptions:
     upsample_level: float = 0.0
     height: int | None = None
     width: int | None = None
+    noise_level: int = 0
+    image_embeds_noise: Tensor | None = None
     super_res_num_inference_steps: int = 7
     super_res_latents: Tensor | None = None
     callback_on_step_end: StepCallback | None = None
@@ -112,6 +118,7 @@ class DecoderOptions:
         for name in ("height", "width"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1, MAX_SIDE)
+        check_integer("noise_level", self.noise_level, 0, MAX_TIMESTEPS)
         check_integer("super_res_num_inference_steps", self.super_res_num_inference_steps, 1, MAX_STEPS)
         check_integer("preview_every", self.preview_every, 1, MAX_STEPS)
         if unknown := sorted(set(self.callback_on_step_end_tensor_inputs or []) - {"latents"}):

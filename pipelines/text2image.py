@@ -74,7 +74,8 @@ class Text2ImagePipeline(UnCLIPPipeline):
             decoder_negatives = []
 
         same_noise = [one.clone_state() for one in prior_generators]
-        text = self.encode_prompt(prompts).repeat(each) if prompts else None
+        read = self.encode_prompt if image_embeds is None else self.read_prompt
+        text = read(prompts).repeat(each) if prompts else None
         if image_embeds is None:
             assert text is not None, "there are prompts or embeddings"
             negative = self.encode_prompt(negatives).repeat(each) if negatives else None
@@ -94,7 +95,8 @@ class Text2ImagePipeline(UnCLIPPipeline):
         decoder: DecoderOptions,
     ) -> ImageCondition | None:
         """What the decoder is guided away from: given z_i, (N, D), and texts; None is its null."""
-        said = self.encode_prompt(negatives).repeat(each) if negatives else None
+        read = self.encode_prompt if z_i is None else self.read_prompt
+        said = read(negatives).repeat(each) if negatives else None
         if z_i is not None:
             return ImageCondition(self.sized(z_i.to(self._execution_device).float()), said)
         if said is None:

@@ -39,6 +39,7 @@ def generate(
     sampler: options.Sampler = None,
     prior_sampler: options.PriorSampler = None,
     eta: options.Eta = None,
+    noise_level: options.NoiseLevel = None,
     prior_temperature: options.PriorTemperature = None,
     upsample: options.Upsample = None,
     upsampler: options.Upsampler = None,
@@ -60,6 +61,7 @@ def generate(
         sampler=sampler,
         prior_sampler=prior_sampler,
         eta=eta,
+        noise_level=noise_level,
         prior_temperature=prior_temperature,
         upsample=upsample,
     )

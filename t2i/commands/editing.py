@@ -37,6 +37,7 @@ def variations(
     steer_scale: options.SteerScale = None,
     classifier: options.Classifier = None,
     sampler: options.Sampler = None,
+    noise_level: options.NoiseLevel = None,
     upsample: options.Upsample = None,
     upsampler: options.Upsampler = None,
     device: options.Device = "auto",
@@ -48,7 +49,7 @@ def variations(
     from pipelines.options import decoder_options
     from t2i.guidance import check_number
 
-    settings = options.given(num_inference_steps=steps, sampler=sampler, upsample=upsample)
+    settings = options.given(num_inference_steps=steps, sampler=sampler, noise_level=noise_level, upsample=upsample)
     settings |= options.guidance(guidance_scale, guidance)
     settings |= options.steering(steer_class, steer_text, steer_picture, classifier, steer_scale)
     if eta is not None:

@@ -31,6 +31,9 @@ Candidates = Annotated[int | None, Option(help="Of the prior, for each picture; 
 SAMPLERS = "ddpm, ddim, dpmsolver++, sde-dpmsolver++, unipc, ode or sde; the model's own if left out."
 Sampler = Annotated[str | None, Option(help=f"Of the decoder: {SAMPLERS}")]
 PriorSampler = Annotated[str | None, Option(help=f"Of the prior: {SAMPLERS}")]
+NoiseLevel = Annotated[
+    int | None, Option(help="Of Stable unCLIP: how far z_i is noised, 0 to 999; more is more variety.")
+]
 Eta = Annotated[float | None, Option(help="Noise of the sampler ddim, 0 to 1.")]
 PriorTemperature = Annotated[
     float | None, Option(help="Of an autoregressive prior: 0 takes the likeliest; the model's own if left out.")

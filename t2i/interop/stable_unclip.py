@@ -22,7 +22,7 @@ from t2i.config import check_integer
 from t2i.errors import InputError
 from t2i.interop.clip_tokenizer import CLIPTokenizer
 from t2i.interop.component import Component, filled, plain
-from t2i.text_encoder import TextEncoder, known_settings
+from t2i.text_encoder import EXACT, TextEncoder, known_settings
 from t2i.tokenizer import TextTokenizer
 from t2i.untrusted import check_scheduler, read_config
 
@@ -52,7 +52,8 @@ class StableUnCLIPDecoder(ModelMixin, ConfigMixin):
         latent_channels, latent_size: shape (C, S, S) of the latents.
         text_width: dimensions W of a caption's token states.
         context_length: tokens of a caption, padding included.
-        clip_fingerprint, text_encoder_fingerprint: of what it was trained with; None for public files.
+        clip_fingerprint: of the CLIP that it was trained with; None, for the public files do not say.
+        text_encoder_fingerprint: of the text encoder that said the empty caption of the null.
         learned_variance, reads_masks: False; no such model is known.
     """
 
@@ -120,12 +121,13 @@ class StableUnCLIPDecoder(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def take_null(self, clip: Any, text_encoder: TextEncoder) -> None:
-        """Keep what the text encoder says of the empty caption: what is guided away from."""
+        """Keep what the text encoder says of the empty caption, what is guided away from, and which encoder it is."""
         states = text_encoder.encode([""]).states[0]
         if states.shape != self.null_states.shape:
             got, wanted = tuple(states.shape), tuple(self.null_states.shape)
             raise InputError(f"the text encoder gives a caption {got} values, the decoder reads {wanted}")
         self.null_states.copy_(states)
+        self.register_to_config(text_encoder_fingerprint=text_encoder.identity)
 
     @property
     def noising(self) -> DDPMScheduler:
@@ -210,6 +212,7 @@ def caption_encoder(text_encoder: Component, tokenizer: Path, dtype: torch.dtype
         unused=("net.text_model.embeddings.position_ids", "net.embeddings.position_ids"),
     )
     encoder.tokenizer = TextTokenizer(words.tokenizer, length, words.pad)
+    encoder.register_to_config(fingerprint=encoder.fingerprint(), rounded=encoder.dtype not in EXACT)
     return encoder
 
 

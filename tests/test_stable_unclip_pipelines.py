@@ -1,0 +1,189 @@
+"""Stable unCLIP in this project's pipelines and in diffusers': with the same noise the same pictures."""
+
+import functools
+from inspect import signature
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, StableUnCLIPImg2ImgPipeline
+from PIL import Image
+from torch import Generator, Tensor
+
+from pipelines.image_variation import ImageVariationPipeline
+from pipelines.inpaint import InpaintPipeline
+from pipelines.interpolation import InterpolationPipeline
+from pipelines.text2image import Text2ImagePipeline
+from t2i.errors import InputError
+from t2i.interop.component import Component
+from t2i.interop.transformers_clip import TransformersCLIP
+from t2i.sampling import split_generators
+from tests.interop_folders import EMBED_DIM
+from tests.interop_stable_folders import stable_unclip, stable_unclip_images
+from tests.test_interop_stable_unclip import drawn, ours, reference
+
+PROMPTS = ["a red cat and a dog", "cat"]
+SCHEDULERS = {"own": None, "ddim": DDIMScheduler, "ddpm": DDPMScheduler}
+
+
+@functools.cache
+def stable(images: bool = False):
+    decoder, text_encoder, autoencoder = ours(images)
+    if images:
+        folder = stable_unclip_images()
+        tower = Component(folder / "image_encoder", folder, stem="model")
+        clip = TransformersCLIP.from_components(vision=tower, processor=folder / "feature_extractor", root=folder)
+    else:
+        folder = stable_unclip()
+        tower = Component(folder / "prior_text_encoder", folder, stem="model")
+        clip = TransformersCLIP.from_components(text=tower, tokenizer=folder / "prior_tokenizer", root=folder)
+    scheduler = reference(images).scheduler
+    own = type(scheduler).from_config(scheduler.config)
+    made = Text2ImagePipeline(clip, decoder, own, autoencoder, text_encoder=text_encoder)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def with_scheduler(name: str, images: bool):
+    """Both pipelines with another scheduler, of the same noise schedule."""
+    theirs, mine = reference(images), stable(images)
+    if (kind := SCHEDULERS[name]) is not None:
+        original = theirs.scheduler
+        theirs = type(theirs)(**{**theirs.components, "scheduler": kind.from_config(original.config)})
+        theirs.set_progress_bar_config(disable=True)
+        mine = type(mine).from_pipe(mine, decoder_scheduler=kind.from_config(original.config))
+    return theirs, mine
+
+
+def same_noise(monkeypatch, theirs, noise: Tensor) -> None:
+    """What diffusers noises embeddings with; its pipeline has no argument for it."""
+    plain = type(theirs).noise_image_embeddings
+    monkeypatch.setattr(
+        type(theirs),
+        "noise_image_embeddings",
+        lambda self, image_embeds, noise_level, generator=None: plain(self, image_embeds, noise_level, noise),
+    )
+
+
+@pytest.mark.parametrize("level", [0, 400])
+@pytest.mark.parametrize("scale", [1.0, 10.0])
+@pytest.mark.parametrize(("count", "scheduler"), [(1, "own"), (2, "own"), (2, "ddim")])
+def test_given_embeddings_become_the_pictures_of_diffusers(monkeypatch, level, scale, count, scheduler):
+    theirs, mine = with_scheduler(scheduler, True)
+    z_i, noise, x = drawn(count, 20), drawn(count, 20, seed=1), drawn(count, 4, 8, 8, seed=2)
+    same_noise(monkeypatch, theirs, noise)
+    settings = {"num_inference_steps": 4, "guidance_scale": scale, "latents": x, "noise_level": level}
+    prompts = PROMPTS[:count]
+    wanted = theirs(prompt=prompts, image_embeds=z_i, output_type="pt", **settings).images
+    got = mine(prompts, image_embeds=z_i, image_embeds_noise=noise, output_type="pt", **settings).images
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_the_small_variant_reads_captions_and_embeddings_as_diffusers_does(monkeypatch):
+    """Its own scheduler is PNDM; diffusers draws its embeddings itself, so that of its prior is replaced."""
+    theirs, mine = reference(), stable()
+    z_i, noise, x = drawn(2, EMBED_DIM), drawn(2, EMBED_DIM, seed=1), drawn(2, 4, 8, 8, seed=2)
+    same_noise(monkeypatch, theirs, noise)
+    monkeypatch.setattr(theirs.prior, "post_process_latents", lambda latents: z_i)
+    settings = {"num_inference_steps": 5, "latents": x, "noise_level": 90}
+    wanted = theirs(PROMPTS, output_type="pt", prior_num_inference_steps=2, **settings).images
+    got = mine(PROMPTS, image_embeds=z_i, image_embeds_noise=noise, output_type="pt", **settings).images
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+def pictures(count: int) -> list[Image.Image]:
+    values = torch.rand(count, 16, 16, 3, generator=Generator().manual_seed(5))
+    return [Image.fromarray((255 * one).byte().numpy()) for one in values]
+
+
+@pytest.mark.parametrize("prompts", [None, PROMPTS])
+@pytest.mark.parametrize("scheduler", ["own", "ddpm"])
+def test_variations_are_those_of_diffusers(monkeypatch, prompts, scheduler):
+    theirs, mine = with_scheduler(scheduler, True)
+    noise, x = drawn(2, 20, seed=1), drawn(2, 4, 8, 8, seed=2)
+    same_noise(monkeypatch, theirs, noise)
+    settings = {"num_inference_steps": 4, "latents": x, "noise_level": 30, "output_type": "pt"}
+    generators = [Generator().manual_seed(seed) for seed in (1, 2)]
+    _, own = split_generators([one.clone_state() for one in generators], 2)
+    wanted = theirs(pictures(2), prompts, generator=own, **settings).images
+    mine = ImageVariationPipeline.from_pipe(mine)
+    got = mine(pictures(2), prompts, generator=generators, image_embeds_noise=noise, **settings).images
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_negative_prompt_of_diffusers_is_one_of_the_decoder_with_zero_embeddings(monkeypatch):
+    theirs, mine = reference(True), stable(True)
+    z_i, noise, x = drawn(2, 20), drawn(2, 20, seed=1), drawn(2, 4, 8, 8, seed=2)
+    same_noise(monkeypatch, theirs, noise)
+    settings = {"num_inference_steps": 3, "guidance_scale": 4.0, "latents": x, "output_type": "pt"}
+    wanted = theirs(prompt=PROMPTS, image_embeds=z_i, negative_prompt=["a dog", "red"], **settings).images
+    nothing = torch.zeros(2, 20)
+    settings |= {"decoder_negative_prompt": ["a dog", "red"], "negative_image_embeds": nothing}
+    got = mine(PROMPTS, image_embeds=z_i, image_embeds_noise=noise, **settings).images
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_usual_steps_and_guidance_are_those_of_diffusers():
+    defaults = signature(StableUnCLIPImg2ImgPipeline.__call__).parameters
+    usual = stable(True).usual
+    assert {name: defaults[name].default for name in usual} == usual
+
+
+def test_the_noise_of_a_picture_is_its_own_whatever_the_batch():
+    mine, z_i = stable(True), drawn(3, 20)
+    settings = {"num_inference_steps": 2, "noise_level": 500, "output_type": "pt"}
+    seeds = [Generator().manual_seed(seed) for seed in (1, 2, 3)]
+    together = mine(image_embeds=z_i, generator=seeds, **settings).images
+    alone = mine(image_embeds=z_i[1:2], generator=[Generator().manual_seed(2)], **settings).images
+    torch.testing.assert_close(together[1:2], alone, atol=1e-5, rtol=1e-5)
+    same = {"image_embeds": z_i[:1].repeat(2, 1), "latents": drawn(1, 4, 8, 8).repeat(2, 1, 1, 1), **settings}
+    first, second = mine(generator=seeds[:2], **same).images
+    assert (first - second).abs().max() > 1e-4  # of the noise of z_i alone
+
+
+def test_what_cannot_be_is_said():
+    mine, variations = stable(True), ImageVariationPipeline.from_pipe(stable(True))
+    with pytest.raises(InputError, match="no prior and no text encoder of its CLIP: it draws from pictures"):
+        mine("a red cat")
+    with pytest.raises(InputError, match="no image encoder in the folder"):
+        ImageVariationPipeline.from_pipe(stable())(pictures(1))
+    for level in (-1, 1000, 2.5):
+        with pytest.raises(InputError, match=f"noise_level must be an integer from 0 to .*, got {level}"):
+            variations(pictures(1), noise_level=level)
+    with pytest.raises(InputError, match=r"image_embeds_noise must be a tensor of shape \(1, 20\), got \(2, 20\)"):
+        variations(pictures(1), image_embeds_noise=drawn(2, 20))
+    with pytest.raises(InputError, match="noise_level must be 0 here"):
+        variations(pictures(1), eta=0.0, noise_level=3)
+
+
+def test_a_decoder_without_noising_refuses_its_options(pipeline):
+    with pytest.raises(InputError, match="noise_level is of Stable unCLIP, whose decoder noises image_embeds first"):
+        pipeline("a red circle", noise_level=3)
+    with pytest.raises(InputError, match="image_embeds_noise is of Stable unCLIP"):
+        pipeline("a red circle", image_embeds_noise=torch.zeros(1, pipeline.clip.embed_dim))
+
+
+def test_a_picture_is_inverted_and_drawn_again_by_the_same_condition(monkeypatch):
+    mine, told = ImageVariationPipeline.from_pipe(stable(True)), []
+    step = mine.decoder.step
+
+    def watched(x: Tensor, t: Tensor, context) -> Tensor:
+        told.append(context.labels)
+        return step(x, t, context)
+
+    monkeypatch.setattr(mine.decoder, "step", watched)
+    mine(pictures(2), eta=0.0, num_inference_steps=20, output_type="latent")
+    assert len(told) > 40 and all(torch.equal(labels, told[0]) for labels in told)
+
+
+def test_pictures_are_interpolated_and_inpainted():
+    mine = InterpolationPipeline.from_pipe(stable(True))
+    settings = {"num_inference_steps": 2, "noise_level": 100, "generator": Generator().manual_seed(0)}
+    assert len(mine(pictures(2), frames=3, inverted=False, **settings).images) == 3
+    with pytest.raises(InputError, match="image_embeds_noise is of single pictures"):
+        mine(pictures(2), frames=3, image_embeds_noise=drawn(3, 20))
+    mask = np.zeros((16, 16), np.uint8)
+    mask[4:9, 4:9] = 255
+    painted = InpaintPipeline.from_pipe(mine)(pictures(1)[0], mask, **settings).images[0]
+    kept = np.asarray(pictures(1)[0])[mask == 0]
+    assert np.array_equal(np.asarray(painted)[mask == 0], kept)
