@@ -336,7 +336,7 @@ class UnCLIPPipeline(WatchedPipeline):
             on_step,
             wrap,
         )
-        return check_finite("prior", z_i)
+        return check_finite("prior", z_i if prior is not None else self.sized(z_i))
 
     def sample_decoder(
         self,

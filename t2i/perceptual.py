@@ -24,8 +24,9 @@ class Perceptual(nn.Module):
 
     def __init__(self, clip: CLIP):
         super().__init__()
-        if not hasattr(clip.net.visual, "forward_intermediates"):
-            raise InputError(f"perceptual_clip has a vision tower ({type(clip.net.visual).__name__}) without layers")
+        tower = clip.net.visual if isinstance(clip, CLIP) else clip
+        if not hasattr(tower, "forward_intermediates"):
+            raise InputError(f"perceptual_clip has a vision tower ({type(tower).__name__}) without layers")
         self.clip = clip.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "Perceptual":

@@ -80,7 +80,7 @@ def draw_embeddings(
     together, and is of the autoregressive prior z_i as far as it is known.
     """
     if prior is None:
-        return F.normalize(text.embedding.float(), dim=-1)
+        return text.embedding.float()
     guidance = usual_guidance(prior) if guidance is None else guidance
     warn_unused(prior, negative, guidance, noise, temperature)
     if isinstance(prior, RegressionPrior):

@@ -70,6 +70,8 @@ def embed_labels(clip: CLIP, labels: list[str], templates: Sequence[str] = ("{}"
 
 def classify(clip: CLIP, z_i: Tensor, labels: list[str], templates: Sequence[str] = ("{}",)) -> Tensor:
     """z_i (N, D) -> (N, L), fp32: the probability of each label, which a softmax over scaled cosines gives."""
+    if not isinstance(clip, CLIP):
+        raise InputError("a public pipeline's CLIP has no scale of the logits; name an open_clip model, or train one")
     scale = clip.net.logit_scale.detach().float().exp().clamp(max=100)
     cosines = z_i @ embed_labels(clip, labels, templates).to(z_i.device).T
     return (scale.to(z_i.device) * cosines).softmax(dim=-1)

@@ -199,6 +199,8 @@ def test_one_tower_is_enough_and_the_other_is_named_when_it_is_missed(tmp_path: 
         mute.encode_text(["a cat"])
     with pytest.raises(InputError, match="no text encoder in the folder"):
         _ = mute.context_length
+    with pytest.raises(InputError, match="no text encoder in the folder"):
+        mute.tokenizer(["a cat"])
     assert blind.embed_dim == mute.embed_dim == 16
     mute.save_pretrained(tmp_path)
     assert TransformersCLIP.from_pretrained(tmp_path).image_encoder is not None
@@ -241,3 +243,22 @@ def test_a_tokenizer_without_its_merges_is_refused(tmp_path: Path) -> None:
     (tmp_path / "public" / "tokenizer" / "merges.txt").unlink()
     with pytest.raises(InputError, match="merges.txt"):
         load(tmp_path / "public")
+
+
+def test_pictures_are_searched_and_measured_by_a_public_clip(tmp_path: Path) -> None:
+    from t2i.evaluation.features import CLIPFeatures
+    from t2i.retrieval import classify, embed_pictures, open_index, search
+
+    clip, pixels = load(clip_folder()), (noise(3, 16, 16, 3) * 127.5 + 127.5).round().to(torch.uint8)
+    for i, one in enumerate(pixels):
+        Image.fromarray(one.numpy()).save(tmp_path / f"{i}.png")
+    image = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+    wanted = clip.encode_image(image)
+    torch.testing.assert_close(CLIPFeatures(clip)(image), wanted, atol=1e-5, rtol=0)
+    found = embed_pictures(clip, sorted(tmp_path.glob("*.png")))
+    torch.testing.assert_close(found, torch.nn.functional.normalize(wanted, dim=-1), atol=1e-5, rtol=0)
+    index = open_index(clip, tmp_path)
+    assert search(clip, index, None, tmp_path / "1.png", 1)[0][0] == "1.png"
+    assert len(search(clip, index, "a cat", None, 2)) == 2
+    with pytest.raises(InputError, match="no scale of the logits"):
+        classify(clip, found, ["cat", "dog"])

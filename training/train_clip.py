@@ -66,6 +66,10 @@ def main(config: Config) -> None:
     else:
         config.model.get("text_cfg", {}).pop("vocab_size", None)  # an upper bound; the vocabulary is the model's own
         clip = start_from(load_clip, config.init, {"model": config.model, "preprocess": config.preprocess})
+        if not isinstance(clip, CLIP):
+            raise InputError(
+                f"init={config.init!r} is the CLIP of a public pipeline, which only draws; it is not trained"
+            )
         tokenizer, made_from["init"] = clip.tokenizer, weights_digest(clip)
         clip.register_to_config(fingerprint=None, rounded=False)  # training makes it another CLIP
     contrastive_loss = ClipLoss(

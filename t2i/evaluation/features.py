@@ -56,6 +56,8 @@ class CLIPFeatures:
     @torch.no_grad()
     def __call__(self, pictures: Tensor) -> Tensor:
         clip = self.clip
+        if not clip.unit_length:
+            return clip.encode_image(pictures.to(clip.device, clip.dtype)).float().cpu()
         seen = clip.preprocess(pictures.to(clip.device, clip.dtype))
         return clip.net.encode_image(seen, normalize=False).float().cpu()
 

@@ -62,7 +62,7 @@ class TransformersCLIP(ModelMixin, ConfigMixin):
     """
 
     unit_length = False
-    tokenizer: CLIPTokenizer
+    words: CLIPTokenizer | None = None
 
     @register_to_config
     def __init__(
@@ -125,7 +125,7 @@ class TransformersCLIP(ModelMixin, ConfigMixin):
         unused = tuple(name for name in POSITIONS if name in held)
         clip = filled(lambda: cls(**config), parts, dtype, unused=unused)
         if text is not None:
-            clip.tokenizer = tokens
+            clip.words = tokens
             clip.check_end()
         return clip
 
@@ -136,7 +136,7 @@ class TransformersCLIP(ModelMixin, ConfigMixin):
         folder = path / (kwargs.get("subfolder") or "")
         if clip.config.text is not None:
             words = clip.config.text["vocab_size"]
-            clip.tokenizer = CLIPTokenizer.load(folder / "tokenizer", clip.config.context_length, words, path)
+            clip.words = CLIPTokenizer.load(folder / "tokenizer", clip.config.context_length, words, path)
             clip.check_end()
         expected = clip.config.fingerprint
         if clip.dtype not in EXACT:
@@ -181,6 +181,25 @@ class TransformersCLIP(ModelMixin, ConfigMixin):
         self.check_text_encoder()
         return self.config.context_length
 
+    @property
+    def tokenizer(self) -> CLIPTokenizer:
+        self.check_text_encoder()
+        assert self.words is not None, "set by what loads a text encoder"
+        return self.words
+
+    @property
+    def size(self) -> int:
+        """The side of the pictures that the vision tower sees."""
+        self.check_image_encoder()
+        return self.config.vision["image_size"]
+
+    @property
+    def resizing(self) -> dict[str, str]:
+        """How a picture comes to that size, as `t2i.clip.CLIP` says it."""
+        steps = self.config.preprocess
+        mode = "squash" if steps["crop"] is None else "shortest"
+        return {"interpolation": steps["resample"], "resize_mode": mode}
+
     def check_text_encoder(self) -> None:
         if self.text_encoder is None:
             raise InputError("no text encoder in the folder: this model cannot read captions, only pictures")
@@ -210,8 +229,7 @@ class TransformersCLIP(ModelMixin, ConfigMixin):
     def zero_embedding(self) -> Tensor:
         """(1, D): the embedding of pixel values of zero, which Kandinsky's decoders take for no picture at all."""
         self.check_image_encoder()
-        side = self.config.vision["image_size"]
-        zeros = torch.zeros(1, 3, side, side, device=self.device, dtype=self.dtype)
+        zeros = torch.zeros(1, 3, self.size, self.size, device=self.device, dtype=self.dtype)
         return self.image_encoder(pixel_values=zeros).image_embeds
 
     def preprocess(self, image: Tensor) -> Tensor:
