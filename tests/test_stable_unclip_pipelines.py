@@ -16,6 +16,7 @@ from pipelines.interpolation import InterpolationPipeline
 from pipelines.text2image import Text2ImagePipeline
 from t2i.errors import InputError
 from t2i.interop.component import Component
+from t2i.interop.prior_transformer import load_prior_transformer
 from t2i.interop.transformers_clip import TransformersCLIP
 from t2i.sampling import split_generators
 from tests.interop_folders import EMBED_DIM
@@ -37,9 +38,13 @@ def stable(images: bool = False):
         folder = stable_unclip()
         tower = Component(folder / "prior_text_encoder", folder, stem="model")
         clip = TransformersCLIP.from_components(text=tower, tokenizer=folder / "prior_tokenizer", root=folder)
-    scheduler = reference(images).scheduler
-    own = type(scheduler).from_config(scheduler.config)
-    made = Text2ImagePipeline(clip, decoder, own, autoencoder, text_encoder=text_encoder)
+    theirs = reference(images)
+    own = type(theirs.scheduler).from_config(theirs.scheduler.config)
+    prior = {}
+    if not images:
+        prior["prior"] = load_prior_transformer(Component(folder / "prior", folder), clip)
+        prior["prior_scheduler"] = DDPMScheduler.from_config(theirs.prior_scheduler.config)
+    made = Text2ImagePipeline(clip, decoder, own, autoencoder, text_encoder=text_encoder, **prior)
     made.set_progress_bar_config(disable=True)
     return made
 
@@ -49,9 +54,11 @@ def with_scheduler(name: str, images: bool):
     theirs, mine = reference(images), stable(images)
     if (kind := SCHEDULERS[name]) is not None:
         original = theirs.scheduler
-        theirs = type(theirs)(**{**theirs.components, "scheduler": kind.from_config(original.config)})
+        theirs = type(theirs)(
+            **{**theirs.components, "scheduler": kind.from_config(original.config, clip_sample=False)}
+        )
         theirs.set_progress_bar_config(disable=True)
-        mine = type(mine).from_pipe(mine, decoder_scheduler=kind.from_config(original.config))
+        mine = type(mine).from_pipe(mine, decoder_scheduler=kind.from_config(original.config, clip_sample=False))
     return theirs, mine
 
 
@@ -79,16 +86,28 @@ def test_given_embeddings_become_the_pictures_of_diffusers(monkeypatch, level, s
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_the_small_variant_reads_captions_and_embeddings_as_diffusers_does(monkeypatch):
-    """Its own scheduler is PNDM; diffusers draws its embeddings itself, so that of its prior is replaced."""
-    theirs, mine = reference(), stable()
-    z_i, noise, x = drawn(2, EMBED_DIM), drawn(2, EMBED_DIM, seed=1), drawn(2, 4, 8, 8, seed=2)
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("scheduler", ["own", "ddim"])
+def test_prompts_become_the_pictures_of_diffusers(monkeypatch, count, scale, scheduler):
+    """Through a Karlo prior, sampled by diffusers' DDPM; the small variant's own scheduler is PNDM."""
+    theirs, mine = with_scheduler(scheduler, False)
+    noise, x = drawn(count, EMBED_DIM, seed=1), drawn(count, 4, 8, 8, seed=2)
     same_noise(monkeypatch, theirs, noise)
-    monkeypatch.setattr(theirs.prior, "post_process_latents", lambda latents: z_i)
-    settings = {"num_inference_steps": 5, "latents": x, "noise_level": 90}
-    wanted = theirs(PROMPTS, output_type="pt", prior_num_inference_steps=2, **settings).images
-    got = mine(PROMPTS, image_embeds=z_i, image_embeds_noise=noise, output_type="pt", **settings).images
-    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+    settings = {"num_inference_steps": 5, "latents": x, "noise_level": 90, "output_type": "pt"}
+    settings |= {"prior_num_inference_steps": 5, "prior_latents": drawn(count, EMBED_DIM, seed=3)}
+    settings |= {"prior_guidance_scale": scale, "guidance_scale": 2.5 * scale if scale > 1 else 1.0}
+    generators = [Generator().manual_seed(seed) for seed in range(count)]
+    own, _ = split_generators([one.clone_state() for one in generators], count)
+    embeddings = []
+    finish = type(theirs.prior).post_process_latents
+    monkeypatch.setattr(
+        theirs.prior, "post_process_latents", lambda x: embeddings.append(finish(theirs.prior, x)) or embeddings[0]
+    )
+    wanted = theirs(PROMPTS[:count], generator=own, **settings).images
+    got = mine(PROMPTS[:count], generator=generators, image_embeds_noise=noise, **settings)
+    torch.testing.assert_close(got.image_embeds, embeddings[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got.images, wanted, atol=1e-5, rtol=1e-5)
 
 
 def pictures(count: int) -> list[Image.Image]:
