@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import UnCLIPScheduler, UNet2DConditionModel, UNet2DModel
 from diffusers.pipelines.deprecated.unclip import UnCLIPTextProjModel
 from torch import Tensor
@@ -149,6 +150,24 @@ def test_a_step_of_super_resolution_can_be_watched_and_changed():
     drawn = model.draw(noise(1, 3, 8, 8), seeds(1), 3, on_step=on_step, wrap=lambda predict: predict)
     assert [step for step, _ in seen] == [0, 1, 2] and seen[0][1] == 999 and seen[-1][1] == 0
     assert drawn.abs().max() == 0
+
+
+def test_weights_that_are_only_there_while_they_are_needed_change_nothing():
+    """As with sequential offload: between the calls they are on no device."""
+    decoder, model = our_decoder(karlo()), our_super_resolution(karlo())
+    z_i, x, text = noise(1, EMBED_DIM), noise(1, 3, 8, 8), Said().encode_text(ONE)
+
+    def draw() -> Tensor:
+        scheduler = UnCLIPRespacedScheduler(variance_type="learned_range")
+        with torch.no_grad():
+            predict = decoder_predict(decoder, scheduler, z_i, text, 8.0)
+            return model.draw(sample(predict, scheduler, x, 2, seeds(1)), seeds(1), 2)
+
+    expected = draw()
+    for part in (decoder, model):
+        cpu_offload(part, torch.device("cpu"))
+        assert {parameter.device.type for parameter in part.parameters()} == {"meta"}
+    torch.testing.assert_close(draw(), expected)
 
 
 # What is refused
