@@ -18,8 +18,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from PIL import Image
 from torch import Generator, Tensor
 
-from pipelines.folder import OPTIONAL, PARTS, check_folder
+from pipelines.folder import OPTIONAL, PARTS, check_folder, is_ours
 from pipelines.options import DecoderOptions, PriorOptions
+from pipelines.public import public_components, with_prior
 from pipelines.watched import WatchedPipeline, check_finite
 from t2i.autoencoder import Autoencoder
 from t2i.autoregressive_prior import AutoregressivePrior
@@ -44,6 +45,7 @@ from t2i.upsampling import check_size, derived_generators
 logger = logging.getLogger(__name__)
 
 MAX_IMAGES = 1024
+FILES = ["*.json", "*.safetensors", "*.txt"]  # of a repository; of text, the pairs of a CLIP's vocabulary
 PREVIEW_STEPS = 4  # of the decoder, for a preview of the prior
 SUPER_RESOLUTION, NOISING = -1, -2  # numbers of their streams of noise; those of the upsampler count from 1
 
@@ -111,13 +113,23 @@ class UnCLIPPipeline(WatchedPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
-        """A folder that `save_pretrained` or `t2i assemble` wrote, or the name of a repository on the hub.
+        """A folder that `save_pretrained` or `t2i assemble` wrote, or one in a public layout (`t2i.interop.layouts`), or
+        the name of a repository on the hub.
+
+        Of a public model that comes in two parts, `prior` names the folder or the repository of the other part; of a
+        decoder's repository whose prior's is known, it may be left out. `clip` names that of the CLIP, if it is in
+        neither. As components, too, they replace those of the folder.
 
         Raises InputError, in one line, if it is missing, incomplete, truncated or made of parts of different CLIPs.
         """
         path = Path(pretrained_model_name_or_path)
         if not is_folder(path):
             path = Path(cls.download(str(path), **kwargs))
+        if not is_ours(path):
+            made = cls(**public_components(str(pretrained_model_name_or_path), path, cls.download, **kwargs))
+            made.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
+            return made
+        kwargs = with_prior(kwargs)
         check_folder(path, [name for name in PARTS if name not in kwargs], kwargs.get("variant"))
         settings = {**kwargs, "use_safetensors": True}
         # Told by name, for diffusers looks for the class that the folder names, in itself.
@@ -140,7 +152,7 @@ class UnCLIPPipeline(WatchedPipeline):
             if Path(pretrained_model_name).exists():
                 raise InputError(f"{str(pretrained_model_name)!r} is a file; give the folder of a model")
             options = {**reach(str(pretrained_model_name)), **options}
-            return snapshot_download(str(pretrained_model_name), allow_patterns=["*.json", "*.safetensors"], **options)
+            return snapshot_download(str(pretrained_model_name), allow_patterns=FILES, **options)
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             raise InputError(
                 f"no folder {str(pretrained_model_name)!r:.200}, and no such model on the hub, or no hub ({error})"

@@ -9,6 +9,7 @@ from t2i.autoencoder import Autoencoder
 from t2i.clip import CLIP
 from t2i.decoder import Decoder
 from t2i.errors import InputError
+from t2i.interop.layouts import BY_CLASS, class_of
 from t2i.priors import PRIORS
 from t2i.text_encoder import TextEncoder
 from t2i.unet_decoder import UNetDecoder
@@ -37,6 +38,15 @@ PIPELINES = (  # whose folders these may be; all load in each of them
     "InterpolationPipeline",
     "TextDiffPipeline",
 )
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a folder is in this project's own layout, or is no pipeline's at all: a part of one, or damaged."""
+    index = path / "model_index.json"
+    if not index.is_file():
+        return class_of(path) not in BY_CLASS
+    entries = read_config(index)
+    return entries.get("_class_name") in PIPELINES
 
 
 def check_folder(path: Path, names: list[str], variant: str | None = None) -> None:

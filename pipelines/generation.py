@@ -54,10 +54,12 @@ Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 Drawing = TypeVar("Drawing", bound=UnCLIPPipeline)
 
 
-def load_pipeline(model: str, device: str = "auto", kind: type[Pipeline] = Text2ImagePipeline) -> Pipeline:
-    """A pipeline on a device; auto takes a GPU if there is one."""
+def load_pipeline(
+    model: str, device: str = "auto", kind: type[Pipeline] = Text2ImagePipeline, prior: str | None = None
+) -> Pipeline:
+    """A pipeline on a device; auto takes a GPU if there is one. prior: where that of a public model is."""
     device = find_device(device)  # complain before the model loads
-    return kind.from_pretrained(model).to(device)
+    return kind.from_pretrained(model, **({} if prior is None else {"prior": prior})).to(device)
 
 
 def with_upsampler(pipeline: Drawing, folder: str | None) -> Drawing:
@@ -78,12 +80,13 @@ def generate_files(
     device: str,
     settings: dict[str, Any],
     upsampler: str | None = None,
+    prior: str | None = None,
 ) -> Iterator[Path]:
     """Draw `count` pictures for each prompt and write each as soon as its batch is done. Nothing is overwritten.
 
     Picture i has seed `seed + i`; prompt, seed and settings are written into the PNG. Without prompts the decoder is
     told nothing, and `settings["steering"]` decides what is drawn. `upsampler`: a folder, in place of the
-    model's own.
+    model's own; `prior` likewise.
     """
     total = max(1, len(prompts)) * count
     seed = check_seed(seed, count, total)
@@ -92,7 +95,7 @@ def generate_files(
         check_texts(name, [settings[name]] if name in settings else [])
     split_options({name: value for name, value in settings.items() if not name.endswith("negative_prompt")})
     check_out(out, total)
-    pipeline: Text2ImagePipeline = load_pipeline(model, device)
+    pipeline: Text2ImagePipeline = load_pipeline(model, device, Text2ImagePipeline, prior)
     if not prompts:
         settings = {"guidance_scale": 1.0, **settings}  # there is nothing to be guided to
     pipeline = with_upsampler(pipeline, upsampler)
@@ -105,7 +108,7 @@ def generate_files(
 
     pipeline.set_progress_bar_config(disable=True)
     records = [{"prompt": prompt} for prompt in prompts for _ in range(count)] or [{"prompt": ""}] * count
-    used = recorded(settings, pipeline.usual, pipeline.prior if prompts else None, upsampler)
+    used = recorded(settings, pipeline.usual, pipeline.prior if prompts else None, upsampler, prior)
     yield from write_drawn(draw, records, seed, out, model, used)
 
 
@@ -164,11 +167,12 @@ def redraw_files(
     settings: dict[str, Any],
     check: Callable[[Image.Image], object] | None = None,
     upsampler: str | None = None,
+    prior: str | None = None,
 ) -> Iterator[Path]:
     """Draw `count` pictures from each picture file by a pipeline whose `image` it is, and write them.
 
     `settings` are its other arguments. Raises InputError for them before the model loads where that can be; `check`
-    does so for what must go with each picture. `upsampler`: a folder, in place of the model's own.
+    does so for what must go with each picture. `upsampler`, `prior`: a folder, in place of the model's own.
     """
     own = signature(kind.__call__).parameters
     split_options({name: value for name, value in settings.items() if name not in own})
@@ -179,7 +183,7 @@ def redraw_files(
     if check is not None:
         for picture in read:
             check(picture)
-    pipeline = with_upsampler(load_pipeline(model, device, kind), upsampler)
+    pipeline = with_upsampler(load_pipeline(model, device, kind, prior), upsampler)
     pipeline.set_progress_bar_config(disable=True)
 
     pending = (picture for picture in read for _ in range(count))
@@ -190,7 +194,7 @@ def redraw_files(
 
     records = [{"image": path.name} for path in pictures for _ in range(count)]
     by_prior = settings.get("prompt") is not None and not issubclass(kind, InvertingPipeline)
-    used = recorded(settings, pipeline.usual, pipeline.prior if by_prior else None, upsampler)
+    used = recorded(settings, pipeline.usual, pipeline.prior if by_prior else None, upsampler, prior)
     yield from write_drawn(draw, records, seed, out, model, used)
 
 
@@ -205,12 +209,16 @@ def check_seed(seed: int | None, count: int, total: int) -> int:
 
 
 def recorded(
-    settings: dict[str, Any], usual: dict[str, Any], prior: AnyPrior | None, upsampler: str | None
+    settings: dict[str, Any],
+    usual: dict[str, Any],
+    prior: AnyPrior | None,
+    upsampler: str | None,
+    named: str | None = None,
 ) -> dict[str, Any]:
     """What is written into a picture: all that was asked for, and the defaults of the rest.
 
     usual: options of the pipeline's decoder. prior: the one that ran; for None nothing is said of its options.
-    upsampler: a folder, if it was named.
+    upsampler: a folder, if it was named; `named` that of the prior.
     """
     of_prior = asdict(PriorOptions()) | {"prior_guidance_scale": usual_guidance(prior)}
     defaults = {name: usual[name] for name in RECORDED}
@@ -220,6 +228,8 @@ def recorded(
         defaults |= {name: of_prior[name] for name in RECORDED_OF_PRIOR}
     if upsampler is not None:
         settings = settings | {"upsampler": Path(upsampler).name}
+    if named is not None:
+        settings = settings | {"prior": Path(named).name}
     return {name: plain_value(value) for name, value in (defaults | settings).items()}
 
 

@@ -18,6 +18,7 @@ def generate(
     file: Annotated[Path | None, Option("--file", "-f", help="A file with a prompt a line.")] = None,
     out: options.Out = Path("out"),
     model: options.Model = str(SHIPPED),
+    prior: options.Prior = None,
     count: options.Count = 1,
     seed: options.Seed = None,
     negative_prompt: Annotated[str | None, Option(help="What the prior moves away from.")] = None,
@@ -66,7 +67,7 @@ def generate(
         upsample=upsample,
     )
     settings |= options.guidance(guidance_scale, guidance, prior_guidance_scale, prior_guidance)
-    for path in generate_files(texts, out, model, count, seed, device, settings, upsampler):
+    for path in generate_files(texts, out, model, count, seed, device, settings, upsampler, prior):
         print(path)
 
 
@@ -108,6 +109,7 @@ def image_to_image(
     negative_prompt: Annotated[str | None, Option(help="What the prior moves away from.")] = None,
     out: options.Out = Path("out"),
     model: options.Model = str(SHIPPED),
+    prior: options.Prior = None,
     count: options.Count = 1,
     seed: options.Seed = None,
     steps: options.Steps = None,
@@ -121,7 +123,7 @@ def image_to_image(
 
     check_strength(strength)
     settings = redraw_settings(prompt, negative_prompt, steps, guidance_scale, guidance) | {"strength": strength}
-    for path in redraw_files(ImageToImagePipeline, pictures, out, model, count, seed, device, settings):
+    for path in redraw_files(ImageToImagePipeline, pictures, out, model, count, seed, device, settings, prior=prior):
         print(path)
 
 
@@ -134,6 +136,7 @@ def inpaint(
     negative_prompt: Annotated[str | None, Option(help="What the prior moves away from.")] = None,
     out: options.Out = Path("out"),
     model: options.Model = str(SHIPPED),
+    prior: options.Prior = None,
     count: options.Count = 1,
     seed: options.Seed = None,
     steps: options.Steps = None,
@@ -156,7 +159,7 @@ def inpaint(
     def check(image: Image) -> None:
         read_masks(str(mask), 1, (image.height, image.width))
 
-    for path in redraw_files(InpaintPipeline, [picture], out, model, count, seed, device, settings, check):
+    for path in redraw_files(InpaintPipeline, [picture], out, model, count, seed, device, settings, check, prior=prior):
         print(path)
 
 
@@ -171,6 +174,7 @@ def outpaint(
     negative_prompt: Annotated[str | None, Option(help="What the prior moves away from.")] = None,
     out: options.Out = Path("out"),
     model: options.Model = str(SHIPPED),
+    prior: options.Prior = None,
     count: options.Count = 1,
     seed: options.Seed = None,
     steps: options.Steps = None,
@@ -191,7 +195,9 @@ def outpaint(
     def check(image: Image) -> None:
         check_enlarged(image.width, image.height, **margins)
 
-    for path in redraw_files(OutpaintPipeline, [picture], out, model, count, seed, device, settings, check):
+    for path in redraw_files(
+        OutpaintPipeline, [picture], out, model, count, seed, device, settings, check, prior=prior
+    ):
         print(path)
 
 

@@ -26,6 +26,7 @@ def variations(
     prompt: Annotated[str | None, Option(help="What decoders read that read captions.")] = None,
     out: options.Out = Path("out"),
     model: options.Model = str(SHIPPED),
+    prior: options.Prior = None,
     count: options.Count = 1,
     seed: options.Seed = None,
     steps: options.Steps = None,
@@ -58,7 +59,7 @@ def variations(
     decoder_options(settings) if eta is None else inversion_options(settings, eta)
     settings |= options.given(eta=eta, prompt=prompt)
     for path in redraw_files(
-        ImageVariationPipeline, pictures, out, model, count, seed, device, settings, upsampler=upsampler
+        ImageVariationPipeline, pictures, out, model, count, seed, device, settings, upsampler=upsampler, prior=prior
     ):
         print(path)
 
@@ -76,6 +77,7 @@ def interpolate(
     ] = True,
     out: options.Out = Path("out"),
     model: options.Model = str(SHIPPED),
+    prior: options.Prior = None,
     seed: options.Seed = None,
     steps: options.Steps = None,
     guidance_scale: options.Scale = None,
@@ -114,7 +116,7 @@ def interpolate(
     settings |= options.guidance(guidance_scale, guidance, prior_guidance_scale, prior_guidance)
     numbers = None if weights is None else parse_weights(weights)
     for path in interpolate_files(
-        anchors, out, model, numbers, frames, strip, video, fps, inverted, seed, device, settings, upsampler
+        anchors, out, model, numbers, frames, strip, video, fps, inverted, seed, device, settings, upsampler, prior
     ):
         print(path)
 
@@ -127,6 +129,7 @@ def edit(
     theta: Annotated[float | None, Option(help="How far to go: 0 is nowhere, 1 is all the way.")] = None,
     out: options.Out = Path("out"),
     model: options.Model = str(SHIPPED),
+    prior: options.Prior = None,
     steps: options.Steps = None,
     guidance_scale: options.Scale = None,
     guidance: options.Settings = None,
@@ -154,7 +157,9 @@ def edit(
     settings |= options.steering(steer_class, steer_text, steer_picture, classifier, steer_scale)
     decoder_options(settings)
     settings |= {"source": source, "target": target, "theta": theta}
-    for path in redraw_files(TextDiffPipeline, [picture], out, model, 1, 0, device, settings, upsampler=upsampler):
+    for path in redraw_files(
+        TextDiffPipeline, [picture], out, model, 1, 0, device, settings, upsampler=upsampler, prior=prior
+    ):
         print(path)
 
 

@@ -1,0 +1,62 @@
+"""How pipelines load public models: what is fetched, and which arguments mean what."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipelines.folder import PARTS
+from t2i.errors import InputError
+from t2i.interop.component import listed
+from t2i.interop.layouts import USUAL_PRIORS
+from t2i.interop.loading import load_components, own_prior
+from t2i.untrusted import is_folder
+
+FETCHING = ("revision", "cache_dir", "token", "local_files_only", "force_download")
+# Of diffusers: they say what is so anyway.
+WITHOUT_EFFECT = ("use_safetensors", "low_cpu_mem_usage")
+
+
+def public_components(
+    name: str, path: Path, download: Callable[..., str], torch_dtype: torch.dtype | None = None, **kwargs: Any
+) -> dict[str, Any]:
+    """The components of a public model by the arguments of `from_pretrained`.
+
+    name: as it was given; path: its folder. `prior` and `clip` are components, or name folders or repositories. A
+    decoder's repository of which it is known where its prior is needs no `prior`. Raises InputError.
+    """
+    fetching = {key: kwargs.pop(key) for key in FETCHING if key in kwargs}
+    variant = kwargs.pop("variant", None)
+    for key in WITHOUT_EFFECT:
+        kwargs.pop(key, None)
+    if unknown := sorted(kwargs.keys() - PARTS.keys()):
+        raise InputError(
+            f"{unknown[0]!r} is no argument for a model in a public layout, which takes {', '.join(PARTS)}"
+        )
+    if torch_dtype is not None and not isinstance(torch_dtype, torch.dtype):
+        raise InputError(f"torch_dtype must be a torch.dtype, got {torch_dtype!r:.80}")
+    usual = USUAL_PRIORS.get(name)
+    if kwargs.get("prior") is None and usual is not None:
+        kwargs["prior"] = usual
+
+    def folder(part: str) -> Path | None:
+        """Of what is named instead of given."""
+        if not isinstance(kwargs.get(part), str | Path):
+            return None
+        place = str(kwargs.pop(part))
+        return Path(place if is_folder(place) else download(place, variant=variant, **fetching))
+
+    prior = folder("prior")
+    if prior is not None and usual is not None and kwargs.get("clip") is None and not listed(prior):
+        kwargs["clip"] = usual  # a prior alone
+    clip = folder("clip")
+    given = {part: one for part, one in kwargs.items() if one is not None}
+    return load_components(path, prior, clip, torch_dtype, variant, given)
+
+
+def with_prior(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments for a folder of this project's own, where `prior` may name the folder of another one."""
+    if not isinstance(kwargs.get("prior"), str | Path):
+        return kwargs
+    return kwargs | own_prior(kwargs["prior"])

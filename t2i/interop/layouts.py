@@ -1,0 +1,224 @@
+"""The layouts of public unCLIP models: which one a folder is, what is where in it, and what is refused of it.
+
+A layout is a table from what a part is for to the name of its folder. Nothing is imported by a name that a file gives:
+classes are compared with the ones that a part may be of.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from diffusers import SchedulerMixin, UnCLIPScheduler
+
+from t2i.checkpoint import loaded
+from t2i.errors import InputError
+from t2i.interop.component import Component, listed
+from t2i.interop.scheduler import UnCLIPRespacedScheduler
+from t2i.untrusted import check_files, check_scheduler, is_folder, read_config
+
+CLASSES: dict[str, tuple[str, ...]] = {  # what each part may be; schedulers are any of diffusers'
+    "prior": ("PriorTransformer",),
+    "text_tower": ("CLIPTextModelWithProjection",),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "image_tower": ("CLIPVisionModelWithProjection",),
+    "image_processor": ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPFeatureExtractor"),
+    "unet": ("UNet2DConditionModel",),
+    "projection": ("UnCLIPTextProjModel",),
+    "super_res_first": ("UNet2DModel",),
+    "super_res_last": ("UNet2DModel",),
+    "movq": ("VQModel",),
+    "vae": ("AutoencoderKL",),
+    "normalizer": ("StableUnCLIPImageNormalizer",),
+    "multilingual_clip": ("MultilingualCLIP",),
+    "multilingual_tokenizer": ("XLMRobertaTokenizer", "XLMRobertaTokenizerFast"),
+    "text_encoder": ("CLIPTextModel",),
+    "text_tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+}
+OF_TRANSFORMERS = ("text_tower", "image_tower", "multilingual_clip", "text_encoder")  # their files are named otherwise
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A public layout.
+
+    name: as `t2i convert --to` calls it. family: of the decoder, "" if it has none. places: the folder of each part.
+    optional: parts that a folder of this layout may do without. usual: what holds the rest of it on the hub.
+    """
+
+    name: str
+    title: str
+    classes: tuple[str, ...]
+    family: str
+    places: dict[str, str]
+    optional: tuple[str, ...] = ()
+
+
+PRIOR = {name: name for name in ("prior", "prior_scheduler")}
+KANDINSKY_PRIOR = {
+    "prior": "prior",
+    "prior_scheduler": "scheduler",
+    "text_tower": "text_encoder",
+    "tokenizer": "tokenizer",
+    "image_tower": "image_encoder",
+    "image_processor": "image_processor",
+}
+KARLO = {
+    "text_tower": "text_encoder",
+    "tokenizer": "tokenizer",
+    "projection": "text_proj",
+    "unet": "decoder",
+    "decoder_scheduler": "decoder_scheduler",
+    "super_res_first": "super_res_first",
+    "super_res_last": "super_res_last",
+    "super_res_scheduler": "super_res_scheduler",
+}
+KANDINSKY = {"unet": "unet", "decoder_scheduler": "scheduler", "movq": "movq"}
+KANDINSKY_2_1 = KANDINSKY | {"multilingual_clip": "text_encoder", "multilingual_tokenizer": "tokenizer"}
+STABLE = {
+    "unet": "unet",
+    "decoder_scheduler": "scheduler",
+    "vae": "vae",
+    "text_encoder": "text_encoder",
+    "text_tokenizer": "tokenizer",
+    "normalizer": "image_normalizer",
+    "noising_scheduler": "image_noising_scheduler",
+}
+STABLE_PRIOR = PRIOR | {"text_tower": "prior_text_encoder", "tokenizer": "prior_tokenizer"}
+IMAGES = {"image_tower": "image_encoder", "image_processor": "feature_extractor"}
+
+
+def kinds(stem: str, *kinds: str) -> tuple[str, ...]:
+    return tuple(f"{stem}{kind}Pipeline" for kind in kinds)
+
+
+def combined(places: dict[str, str]) -> dict[str, str]:
+    return {part: f"prior_{place}" for part, place in places.items()}
+
+
+WAYS = ("", "Img2Img", "Inpaint")
+BOTH = ("Combined", "Img2ImgCombined", "InpaintCombined")
+LAYOUTS = (
+    Layout("karlo", "Karlo", ("UnCLIPPipeline",), "karlo", PRIOR | KARLO),
+    Layout("karlo-variations", "Karlo", ("UnCLIPImageVariationPipeline",), "karlo", KARLO | IMAGES),
+    Layout("kandinsky-2-2", "Kandinsky 2.2", kinds("KandinskyV22", *WAYS), "kandinsky", KANDINSKY),
+    Layout("kandinsky-2-2-prior", "Kandinsky 2.2", kinds("KandinskyV22Prior", "", "Emb2Emb"), "", KANDINSKY_PRIOR),
+    Layout(
+        "kandinsky-2-2-combined",
+        "Kandinsky 2.2",
+        kinds("KandinskyV22", *BOTH),
+        "kandinsky",
+        KANDINSKY | combined(KANDINSKY_PRIOR),
+    ),
+    Layout("kandinsky-2-1", "Kandinsky 2.1", kinds("Kandinsky", *WAYS), "kandinsky", KANDINSKY_2_1),
+    Layout("kandinsky-2-1-prior", "Kandinsky 2.1", ("KandinskyPriorPipeline",), "", KANDINSKY_PRIOR),
+    Layout(
+        "kandinsky-2-1-combined",
+        "Kandinsky 2.1",
+        kinds("Kandinsky", *BOTH),
+        "kandinsky",
+        KANDINSKY_2_1 | combined(KANDINSKY_PRIOR),
+    ),
+    Layout("stable-unclip", "Stable unCLIP", ("StableUnCLIPImg2ImgPipeline",), "stable", STABLE | IMAGES),
+    Layout("stable-unclip-text", "Stable unCLIP", ("StableUnCLIPPipeline",), "stable", STABLE | STABLE_PRIOR),
+    Layout("prior-transformer", "a prior alone", ("PriorTransformer",), "", {"prior": "."}),
+)
+BY_CLASS = {name: layout for layout in LAYOUTS for name in layout.classes}
+BY_NAME = {layout.name: layout for layout in LAYOUTS}
+USUAL_PRIORS = {  # of decoders on the hub, the repository that holds the CLIP and the prior
+    "kandinsky-community/kandinsky-2-1": "kandinsky-community/kandinsky-2-1-prior",
+    "kandinsky-community/kandinsky-2-1-inpaint": "kandinsky-community/kandinsky-2-1-prior",
+    "kandinsky-community/kandinsky-2-2-decoder": "kandinsky-community/kandinsky-2-2-prior",
+    "kandinsky-community/kandinsky-2-2-decoder-inpaint": "kandinsky-community/kandinsky-2-2-prior",
+    "stabilityai/stable-diffusion-2-1-unclip-small": "kakaobrain/karlo-v1-alpha",
+}
+
+
+def class_of(folder: Path) -> Any:
+    """What the folder says that it is: the class in its model_index.json, or in its config.json; None if neither."""
+    if not is_folder(folder):
+        raise InputError(f"no folder {str(folder)!r:.200}")
+    check_files(folder)
+    if index := listed(folder):
+        return index.get("_class_name")
+    path = folder / "config.json"
+    return read_config(path).get("_class_name") if path.is_file() else None
+
+
+def recognised(folder: Path) -> Layout:
+    """The public layout of a folder. Raises InputError for any other, saying what was found and which there are."""
+    name = class_of(folder)
+    if isinstance(name, str) and name in BY_CLASS:
+        return BY_CLASS[name]
+    if name is None:
+        held = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+        found = f"has neither a model_index.json nor a config.json, but {held}"
+    else:
+        found = f"is of {name!r:.80}"
+    known = "; ".join(f"{layout.name} ({', '.join(layout.classes)})" for layout in LAYOUTS)
+    raise InputError(f"{str(folder)!r} {found}; the layouts that load are this project's own, and {known}")
+
+
+class PublicFolder:
+    """A folder in a public layout, all of whose parts are there and of the classes that they should be of.
+
+    Args:
+        path: of the folder.
+        variant: such as "fp16", of the weights' files.
+
+    Raises InputError, in one line, for an unknown layout, and for a part that is missing or of another class.
+    """
+
+    def __init__(self, path: Path, variant: str | None = None):
+        self.path, self.variant = path, variant
+        self.layout = recognised(path)
+        index = listed(path)
+        if not index:
+            return
+        for part, place in self.layout.places.items():
+            entry = index.get(place)
+            if not isinstance(entry, list) or len(entry) != 2 or entry == [None, None]:
+                self.refuse(f"lacks {place!r} in its model_index.json")
+            kind = str(entry[1])
+            if part.endswith("scheduler"):
+                fits = isinstance(getattr(diffusers, kind, None), type) and kind.endswith("Scheduler")
+                wanted = "a scheduler of diffusers"
+            else:
+                fits, wanted = kind in CLASSES[part], " or ".join(CLASSES[part])
+            if not fits:
+                self.refuse(f"has as {place} a {kind[:80]!r}; it must be {wanted}")
+            if not is_folder(path / place):
+                self.refuse(f"lacks the folder {place!r}")
+
+    def refuse(self, fault: str) -> None:
+        names = ", ".join(dict.fromkeys(self.layout.places.values()))
+        raise InputError(f"{str(self.path)!r}, {self.layout.title}, {fault}; its parts are {names}")
+
+    def __contains__(self, part: str) -> bool:
+        return part in self.layout.places
+
+    def folder(self, part: str) -> Path:
+        return self.path / self.layout.places[part]
+
+    def component(self, part: str) -> Component:
+        """A model, checked but for its tensors. Raises InputError for one of another class."""
+        stem = "model" if part in OF_TRANSFORMERS else "diffusion_pytorch_model"
+        component = Component(self.folder(part), self.path, self.variant, stem)
+        named = component.config.get("_class_name") or component.config.get("architectures")
+        given = named if isinstance(named, list) else [named]
+        if named and not any(name in (*CLASSES[part], *self.older(part)) for name in given):
+            self.refuse(f"holds in {self.layout.places[part]} a {str(given[0])[:80]!r}, not {CLASSES[part][0]}")
+        return component
+
+    def older(self, part: str) -> tuple[str, ...]:
+        """Other names that public configurations have: of the model that a tower was taken out of."""
+        return ("CLIPModel", "CLIPTextModel", "CLIPVisionModel") if part.endswith("tower") else ()
+
+    def scheduler(self, part: str) -> SchedulerMixin:
+        """As the folder says; an UnCLIPScheduler becomes one that knows its own previous timestep."""
+        folder = self.folder(part)
+        entry = listed(self.path).get(self.layout.places[part])
+        kind = entry[1] if isinstance(entry, list) else None
+        check_scheduler(folder, kind, self.path)
+        made = loaded(getattr(diffusers, str(kind)).from_pretrained, folder)
+        return UnCLIPRespacedScheduler.from_config(made.config) if isinstance(made, UnCLIPScheduler) else made

@@ -1,0 +1,234 @@
+"""A public model as the components of this project's pipelines, from the folder or the folders that it comes in."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from t2i.errors import InputError
+from t2i.interop.component import Component
+from t2i.interop.kandinsky import KandinskyDecoder
+from t2i.interop.karlo import KarloDecoder
+from t2i.interop.layouts import BY_CLASS, USUAL_PRIORS, PublicFolder, class_of
+from t2i.interop.movq import MoVQ
+from t2i.interop.multilingual_clip import MultilingualCLIP
+from t2i.interop.prior_transformer import load_prior_transformer
+from t2i.interop.stable_unclip import StableUnCLIPDecoder, caption_encoder, latent_autoencoder
+from t2i.interop.super_resolution import SuperResolution
+from t2i.interop.transformers_clip import TransformersCLIP
+from t2i.priors import load_prior
+
+TOWERS = ("text_tower", "image_tower")
+WAYS = "name the folder or repository of the other as prior=... (--prior)"
+
+
+def load_components(
+    folder: str | Path,
+    prior: str | Path | None = None,
+    clip: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    variant: str | None = None,
+    given: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The components of `pipelines.base.UnCLIPPipeline`, by its argument names, of a model in a public layout.
+
+    Args:
+        folder: of the decoder, or of the whole model.
+        prior: the folder that holds the prior, where it is another; of the two either may be `folder`. A prior alone,
+            public or of this project, draws embeddings of the CLIP in the other folder.
+        clip: the folder that the CLIP is in, if it is in neither.
+        dtype: of the weights; None leaves each as it is stored.
+        variant: of the weights' files, such as "fp16".
+        given: components that the caller has, instead of those of the folders.
+
+    At most one tensor is held beyond the components. Raises InputError, in one line, for folders that are no whole
+    model together, or that do not belong together.
+    """
+    found = dict(given or {})
+    ours = None if prior is None or class_of(Path(prior)) in BY_CLASS else prior
+    paths = [path for path in (folder, None if ours else prior, clip) if path is not None]
+    sources = Sources([PublicFolder(Path(path), variant) for path in paths], skipped=set(found))
+    sources.check()
+    if "clip" not in found:
+        found["clip"] = clip_of(sources, dtype)
+    if "text_encoder" not in found:
+        found["text_encoder"] = text_encoder_of(sources.decoder, dtype)
+    if "prior" not in found:
+        found |= prior_of(sources, found["clip"], dtype) if ours is None else own_prior(ours)
+    if "decoder" not in found:
+        found["decoder"] = decoder_of(sources.decoder, dtype)
+        found["decoder"].take_null(found["clip"], found["text_encoder"])
+    if "decoder_scheduler" not in found:
+        found["decoder_scheduler"] = sources.decoder.scheduler("decoder_scheduler")
+    if "autoencoder" not in found:
+        found["autoencoder"] = autoencoder_of(sources.decoder, dtype)
+    return found
+
+
+def clip_of(sources: "Sources", dtype: torch.dtype | None) -> TransformersCLIP:
+    text, image = (sources.tower(part) for part in TOWERS)
+    return TransformersCLIP.from_components(
+        text=None if text is None else text.component("text_tower"),
+        tokenizer=None if text is None else text.folder("tokenizer"),
+        vision=None if image is None else image.component("image_tower"),
+        processor=None if image is None else image.folder("image_processor"),
+        dtype=dtype,
+        root=None if text is None else text.path,
+    )
+
+
+def prior_of(sources: "Sources", clip: Any, dtype: torch.dtype | None) -> dict[str, Any]:
+    """The prior, told what its CLIP says of the empty caption, and its scheduler; nothing where there is none."""
+    if sources.prior is None:
+        return {}
+    prior = load_prior_transformer(sources.prior.component("prior"), clip, dtype)
+    if not hasattr(prior, "unscale"):  # it draws in one pass
+        return {"prior": prior}
+    home = next((one for one in [sources.prior, *sources.folders] if "prior_scheduler" in one), None)
+    if home is None:
+        raise InputError(f"{str(sources.prior.path)!r} is a diffusion prior without a scheduler; name its pipeline")
+    return {"prior": prior, "prior_scheduler": home.scheduler("prior_scheduler")}
+
+
+def own_prior(folder: str | Path) -> dict[str, Any]:
+    """One of this project's, such as what `t2i convert` wrote or a fine-tuned one, and its scheduler if it has one."""
+    prior, scheduler = load_prior(folder)
+    return {"prior": prior, "prior_scheduler": scheduler}
+
+
+def decoder_of(source: PublicFolder, dtype: torch.dtype | None) -> Any:
+    match source.layout.family:
+        case "karlo":
+            return KarloDecoder.from_components(source.component("unet"), source.component("projection"), dtype)
+        case "kandinsky":
+            return KandinskyDecoder.from_component(source.component("unet"), dtype)
+        case _:
+            noising = dict(source.scheduler("noising_scheduler").config)
+            parts = (source.component("unet"), source.component("normalizer"))
+            return StableUnCLIPDecoder.from_components(*parts, noising, dtype)
+
+
+def text_encoder_of(source: PublicFolder, dtype: torch.dtype | None) -> Any:
+    """The decoder's own; None where it reads CLIP's tokens or none."""
+    if "multilingual_clip" in source:
+        part, tokenizer = source.component("multilingual_clip"), source.folder("multilingual_tokenizer")
+        return MultilingualCLIP.from_component(part, tokenizer, dtype)
+    if "text_encoder" in source:
+        return caption_encoder(source.component("text_encoder"), source.folder("text_tokenizer"), dtype)
+    return None
+
+
+def autoencoder_of(source: PublicFolder, dtype: torch.dtype | None) -> Any:
+    match source.layout.family:
+        case "karlo":
+            first, last = source.component("super_res_first"), source.component("super_res_last")
+            scheduler = dict(source.scheduler("super_res_scheduler").config)
+            low_size = source.component("unet").config.get("sample_size")
+            return SuperResolution.from_components(first, last, scheduler, low_size, dtype)
+        case "kandinsky":
+            return MoVQ.from_component(source.component("movq"), dtype)
+        case _:
+            return latent_autoencoder(source.component("vae"), dtype)
+
+
+class Sources:
+    """The folders that a model comes in, and which of them has what.
+
+    decoder: the first that has one. prior: the second folder's, for it is named as the prior's, or else the first's.
+    """
+
+    decoder: PublicFolder
+
+    def __init__(self, folders: list[PublicFolder], skipped: set[str]):
+        self.folders, self.skipped = folders, skipped
+        self.prior = next((one for one in [*folders[1:2], *folders] if "prior" in one), None)
+        decoder = next((one for one in folders if one.layout.family), None)
+        if decoder is None:
+            first = folders[0]
+            raise InputError(f"{str(first.path)!r}, {first.layout.title}, holds no decoder; {WAYS}")
+        self.decoder = decoder
+
+    def tower(self, part: str) -> PublicFolder | None:
+        """Where a tower of CLIP is: beside the prior that was trained with it, if it is there."""
+        order = [*self.folders[2:], *([self.prior] if self.prior else []), *self.folders]
+        return next((one for one in order if part in one), None)
+
+    def check(self) -> None:
+        """Refuse what is no whole model, or does not belong together. Reads towers that several folders have."""
+        if "clip" in self.skipped:
+            return
+        first = self.folders[0]
+        if not any(self.tower(part) for part in TOWERS):
+            usual = next((prior for name, prior in USUAL_PRIORS.items() if name.endswith(first.layout.name)), None)
+            hint = f", such as {usual}" if usual else ""
+            raise InputError(f"{str(first.path)!r}, {first.layout.title}, holds no prior and no CLIP; {WAYS}{hint}")
+        if self.prior is not None and self.tower("text_tower") is None:
+            raise InputError(f"{str(self.prior.path)!r} is a prior without a text encoder; clip=... names its folder")
+        for part in TOWERS:
+            self.check_same(part)
+        sizes = self.sizes()
+        for what, size in sizes[1:]:
+            if size != sizes[0][1]:
+                raise InputError(
+                    f"{sizes[0][0]} reads embeddings of {sizes[0][1]} dimensions, {what} makes them of {size}; "
+                    "they were not trained together"
+                )
+
+    def sizes(self) -> list[tuple[str, Any]]:
+        """What reads or makes z_i, and of how many dimensions."""
+        found = [(f"the decoder in {str(self.decoder.path)!r}", decoder_size(self.decoder))]
+        if self.prior is not None:
+            size = self.prior.component("prior").config.get("embedding_dim", 768)
+            found.append((f"the prior in {str(self.prior.path)!r}", size))
+        for part in TOWERS:
+            if (home := self.tower(part)) is not None:
+                found.append((f"the CLIP in {str(home.path)!r}", tower_size(home, part)))
+        return found
+
+    def check_same(self, part: str) -> None:
+        """Refuse folders with different towers, each in its place."""
+        homes = [one for one in self.folders if part in one]
+        digests = [tower_digest(home.component(part)) for home in homes] if len(homes) > 1 else []
+        for home, digest in zip(homes[1:], digests[1:]):
+            if digest != digests[0]:
+                pair = f"{str(homes[0].path)!r} and {str(home.path)!r}"
+                which = "text encoders" if part == "text_tower" else "image encoders"
+                raise InputError(
+                    f"{pair} are of different CLIPs: their {which} are {digests[0]} and {digest}; "
+                    "they were not trained together"
+                )
+
+
+def decoder_size(source: PublicFolder) -> Any:
+    """Dimensions of the z_i that a decoder reads, by its configuration and its header."""
+    match source.layout.family:
+        case "karlo":
+            return source.component("projection").config.get("clip_embeddings_dim", 768)
+        case "kandinsky":
+            return side_of(source.component("unet"), "add_embedding.image_proj.weight", 1)
+        case _:
+            return source.component("normalizer").config.get("embedding_dim", 768)
+
+
+def tower_size(source: PublicFolder, part: str) -> int:
+    name = "text_projection.weight" if part == "text_tower" else "visual_projection.weight"
+    return side_of(source.component(part), name, 0)
+
+
+def side_of(component: Component, name: str, axis: int) -> int:
+    """A side of a matrix that must be there."""
+    if name not in component.held or len(component.held[name].shape) != 2:
+        raise InputError(f"{str(component.folder)!r} has no matrix {name!r}, which tells the size of its embeddings")
+    return component.held[name].shape[axis]
+
+
+def tower_digest(component: Component) -> str:
+    """16 hexadecimal digits for a tower's weights, the same in fp32 and fp16."""
+    each = {
+        name: hashlib.sha256(tensor.half().contiguous().numpy().tobytes()).hexdigest()
+        for name, tensor in component.tensors()
+        if tensor.is_floating_point()
+    }
+    return hashlib.sha256("".join(f"{name}{each[name]}" for name in sorted(each)).encode()).hexdigest()[:16]
