@@ -113,7 +113,7 @@ class UnCLIPPipeline(WatchedPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
-        """A folder that `save_pretrained` or `t2i assemble` wrote, or one in a public layout (`t2i.interop.layouts`), or
+        """A folder that `save_pretrained` or `t2i assemble` wrote, one in a public layout (`t2i.interop.layouts`), or
         the name of a repository on the hub.
 
         Of a public model that comes in two parts, `prior` names the folder or the repository of the other part; of a

@@ -9,7 +9,7 @@ import typer
 from typer import Argument, Option
 
 from t2i import EXTRA_STAGES, STAGES
-from t2i.commands import drawing, editing, evaluation, seeing
+from t2i.commands import conversion, drawing, editing, evaluation, seeing
 from t2i.errors import InputError, reported
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ data = typer.Typer(help="Make and look at data.")
 app.add_typer(drawing.app)
 app.add_typer(editing.app)
 app.add_typer(seeing.app)
+app.add_typer(conversion.app)
 app.add_typer(data, name="data")
 app.add_typer(evaluation.app, name="eval")
 

@@ -202,8 +202,10 @@ def weight_files(folder: Path, variant: str | None = None, stem: str = "diffusio
 def read_header(path: Path) -> dict[str, Stored]:
     """The tensors of a safetensors file by name. Raises InputError if the file is anything else, or is damaged."""
     if not path.is_file():
-        others = sorted(other.name for other in path.parent.iterdir() if other.suffix in PICKLES)
-        found = f"; it has {others[0]}, but only .safetensors is loaded" if others else ""
+        others = [other.name for other in path.parent.glob("*.bin.index.json")]
+        others += sorted(other.name for other in path.parent.iterdir() if other.suffix in PICKLES)
+        how = f"`t2i convert {path.with_name(others[0])}` makes that of it" if others else ""
+        found = f"; it has {others[0]}, but only .safetensors is loaded; {how}" if others else ""
         raise InputError(f"no file {path.name!r} in {str(path.parent)!r}{found}")
     try:
         with open(path, "rb") as file:

@@ -1,0 +1,206 @@
+"""This project's components written in the public layouts again: what was read from one, or trained from it."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from diffusers import DDPMScheduler, SchedulerMixin, UnCLIPScheduler
+from safetensors.torch import save_file
+from torch import nn
+
+from t2i.autoencoder import Autoencoder
+from t2i.checkpoint import as_oserror
+from t2i.errors import InputError
+from t2i.interop.eclipse import EclipsePrior
+from t2i.interop.kandinsky import KandinskyDecoder
+from t2i.interop.karlo import KarloDecoder
+from t2i.interop.layouts import BY_NAME, CLASSES, OF_TRANSFORMERS, Layout
+from t2i.interop.movq import MoVQ
+from t2i.interop.multilingual_clip import MultilingualCLIP
+from t2i.interop.prior_transformer import to_prior_transformer
+from t2i.interop.scheduler import UnCLIPRespacedScheduler
+from t2i.interop.stable_unclip import StableUnCLIPDecoder
+from t2i.interop.super_resolution import SuperResolution
+from t2i.interop.transformers_clip import TransformersCLIP
+from t2i.prior import Prior
+from t2i.text_encoder import TextEncoder
+
+# What a layout's parts are made of here, and why nothing else will do.
+DECODERS = {"karlo": KarloDecoder, "kandinsky": KandinskyDecoder, "stable": StableUnCLIPDecoder}
+AUTOENCODERS = {"karlo": SuperResolution, "kandinsky": MoVQ, "stable": Autoencoder}
+
+
+def export_layout(components: Mapping[str, Any], folder: Path, name: str) -> None:
+    """Write a pipeline's components into a folder in a public layout, the name of which is in `BY_NAME`.
+
+    Raises InputError, before anything is written, as `check_exportable` does.
+    """
+    layout = check_exportable(components, name)
+    index: dict[str, Any] = {"_class_name": layout.classes[0], "_diffusers_version": diffusers.__version__}
+    for part, place in layout.places.items():
+        target = folder if place == "." else folder / place
+        kind = WRITERS[part](components, target)
+        library = (
+            "transformers" if part in OF_TRANSFORMERS or part.endswith(("tokenizer", "processor")) else "diffusers"
+        )
+        index[place] = [MODULES.get(part, library), kind]
+    if "." not in layout.places.values():
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2))
+
+
+def check_exportable(components: Mapping[str, Any], name: str) -> Layout:
+    """Refuse components whose arithmetic the classes of a public layout do not have, saying which and why."""
+    layout = BY_NAME[name]
+    found = {part: components.get(part) for part in ("clip", "prior", "decoder", "autoencoder", "text_encoder")}
+    wanted: dict[str, tuple[type, ...]] = {}
+    if layout.family:
+        wanted |= {"decoder": (DECODERS[layout.family],), "autoencoder": (AUTOENCODERS[layout.family],)}
+    if "prior" in layout.places:
+        wanted["prior"] = (Prior, EclipsePrior) if "prior_scheduler" not in layout.places else (Prior,)
+    if {"text_tower", "image_tower"} & layout.places.keys():
+        wanted["clip"] = (TransformersCLIP,)
+    if "multilingual_clip" in layout.places:
+        wanted["text_encoder"] = (MultilingualCLIP,)
+    if "text_encoder" in layout.places:
+        wanted["text_encoder"] = (TextEncoder,)
+    for part, classes in wanted.items():
+        if not isinstance(found[part], classes):
+            ours = "nothing" if found[part] is None else f"a {type(found[part]).__name__}"
+            names = " or ".join(one.__name__ for one in classes)
+            raise InputError(
+                f"the {part.replace('_', ' ')} is {ours}; {name} holds the weights of a {names}, whose arithmetic is "
+                "another, so that no file of that layout draws the same"
+            )
+    check_kind(found, layout)
+    if isinstance(found["prior"], Prior) and "prior" in layout.places:
+        to_prior_transformer(found["prior"])  # which says why, if it cannot
+    return layout
+
+
+def check_kind(found: Mapping[str, Any], layout: Layout) -> None:
+    """Refuse what is of the right class, but another of its kinds."""
+    clip, decoder = found["clip"], found["decoder"]
+    for part, tower in (("text_tower", "text_encoder"), ("image_tower", "image_encoder")):
+        if part in layout.places and getattr(clip, tower) is None:
+            raise InputError(f"this pipeline's CLIP has no {tower.replace('_', ' ')}, which {layout.name} holds")
+    if layout.family == "kandinsky":
+        reads = decoder.config.text_width is not None
+        if reads != ("multilingual_clip" in layout.places):
+            raise InputError(
+                f"the decoder reads {'captions' if reads else 'no captions'}; that of {layout.name} does not"
+            )
+
+
+def save_own(model: Any, target: Path) -> str:
+    """One of diffusers' or transformers' own models."""
+    model.save_pretrained(target)
+    return type(model).__name__
+
+
+def save_plain(model: nn.Module, target: Path, config: dict[str, Any], stem: str = "diffusion_pytorch_model") -> None:
+    """A model whose public class is not in the libraries any more, or only inside a pipeline."""
+    target.mkdir(parents=True, exist_ok=True)
+    (target / "config.json").write_text(json.dumps(config, indent=2))
+    with as_oserror():
+        tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+        save_file(tensors, target / f"{stem}.safetensors", metadata={"format": "pt"})
+
+
+def save_prior(components: Mapping[str, Any], target: Path) -> str:
+    return save_own(to_prior_transformer(components["prior"]), target)
+
+
+def save_scheduler(scheduler: SchedulerMixin, target: Path) -> str:
+    if isinstance(scheduler, UnCLIPRespacedScheduler):
+        scheduler = UnCLIPScheduler.from_config(scheduler.config)
+    if not hasattr(diffusers, type(scheduler).__name__):
+        raise InputError(f"the scheduler is a {type(scheduler).__name__}, which public pipelines do not know")
+    return save_own(scheduler, target)
+
+
+def save_tokenizer(tokenizer: Any, target: Path, kind: str) -> str:
+    target.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(target)
+    return kind
+
+
+def save_processor(components: Mapping[str, Any], target: Path) -> str:
+    """The preprocessor_config.json of what this project's CLIP does with pictures."""
+    steps, side = components["clip"].config.preprocess, components["clip"].config.vision["image_size"]
+    size, crop = steps["resize"], steps["crop"]
+    found: dict[str, Any] = {"image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True, "do_rescale": True}
+    found |= {"do_resize": size is not None, "do_center_crop": crop is not None, "do_normalize": True}
+    size = [side] if size is None else size
+    found["size"] = {"shortest_edge": size[0]} if len(size) == 1 else {"height": size[0], "width": size[1]}
+    found |= {"crop_size": {"height": side, "width": side}, "rescale_factor": 1 / 255}
+    found |= {"resample": {"bilinear": 2, "bicubic": 3}[steps["resample"]]}
+    found |= {"image_mean": list(steps["mean"]), "image_std": list(steps["std"])}
+    target.mkdir(parents=True, exist_ok=True)
+    (target / "preprocessor_config.json").write_text(json.dumps(found, indent=2))
+    return "CLIPImageProcessor"
+
+
+def save_projection(components: Mapping[str, Any], target: Path) -> str:
+    decoder = components["decoder"]
+    config = {
+        "_class_name": "UnCLIPTextProjModel",
+        "clip_extra_context_tokens": decoder.config.extra_tokens,
+        "clip_embeddings_dim": decoder.config.embed_dim,
+        "time_embed_dim": decoder.unet.time_embedding.linear_2.out_features,
+        "cross_attention_dim": decoder.config.context_width,
+    }
+    save_plain(decoder.text_proj, target, config)
+    return "UnCLIPTextProjModel"
+
+
+def save_normalizer(components: Mapping[str, Any], target: Path) -> str:
+    decoder = components["decoder"]
+    config = {"_class_name": "StableUnCLIPImageNormalizer", "embedding_dim": decoder.config.embed_dim}
+    save_plain(decoder.normalizer, target, config)
+    return "StableUnCLIPImageNormalizer"
+
+
+def save_multilingual(components: Mapping[str, Any], target: Path) -> str:
+    encoder = components["text_encoder"]
+    config = encoder.transformer.config.to_dict() | {
+        "model_type": "M-CLIP",
+        "architectures": ["MultilingualCLIP"],
+        "numDims": encoder.config.pooled_width,
+        "transformerDimensions": encoder.width,
+    }
+    save_plain(encoder, target, config, "model")
+    return "MultilingualCLIP"
+
+
+Writer = Callable[[Mapping[str, Any], Path], str]
+MODULES = {  # the pipeline's module that a class is looked for in
+    "projection": "unclip",
+    "normalizer": "stable_diffusion",
+    "multilingual_clip": "kandinsky",
+}
+WRITERS: dict[str, Writer] = {
+    "prior": save_prior,
+    "prior_scheduler": lambda c, target: save_scheduler(c["prior_scheduler"], target),
+    "text_tower": lambda c, target: save_own(c["clip"].text_encoder, target),
+    "tokenizer": lambda c, target: save_tokenizer(c["clip"].tokenizer, target, "CLIPTokenizer"),
+    "image_tower": lambda c, target: save_own(c["clip"].image_encoder, target),
+    "image_processor": save_processor,
+    "unet": lambda c, target: save_own(c["decoder"].unet, target),
+    "decoder_scheduler": lambda c, target: save_scheduler(c["decoder_scheduler"], target),
+    "projection": save_projection,
+    "super_res_first": lambda c, target: save_own(c["autoencoder"].super_res_first, target),
+    "super_res_last": lambda c, target: save_own(c["autoencoder"].super_res_last, target),
+    "super_res_scheduler": lambda c, target: save_scheduler(c["autoencoder"].scheduler, target),
+    "movq": lambda c, target: save_own(c["autoencoder"].coder, target),
+    "vae": lambda c, target: save_own(c["autoencoder"].coder, target),
+    "normalizer": save_normalizer,
+    "noising_scheduler": lambda c, target: save_own(DDPMScheduler(**c["decoder"].config.noising), target),
+    "multilingual_clip": save_multilingual,
+    "multilingual_tokenizer": lambda c, target: save_tokenizer(
+        c["text_encoder"].tokenizer, target, CLASSES["multilingual_tokenizer"][0]
+    ),
+    "text_encoder": lambda c, target: save_own(c["text_encoder"].net, target),
+    "text_tokenizer": lambda c, target: save_tokenizer(c["text_encoder"].tokenizer, target, "CLIPTokenizer"),
+}
