@@ -1,0 +1,301 @@
+"""The same noise and conditions through this project and through diffusers, stage by stage: how far apart they end.
+
+The reference is made of diffusers' and transformers' own classes: their public pipelines for Kandinsky and Stable
+unCLIP. Karlo's is not public any more, so its loops are here, written from its description over diffusers' models;
+its projection of the condition, which no library has now, is this project's on both sides. So is the prior's loop.
+Each stage of ours starts from what the reference's stage before ended with, so that a difference is of one stage alone.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    KandinskyPipeline,
+    KandinskyV22Pipeline,
+    PriorTransformer,
+    StableUnCLIPImg2ImgPipeline,
+    UnCLIPScheduler,
+    UNet2DConditionModel,
+    UNet2DModel,
+    VQModel,
+)
+from diffusers.pipelines.kandinsky.text_encoder import MultilingualCLIP
+from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
+from torch import Generator, Tensor
+from transformers import (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+    XLMRobertaTokenizer,
+)
+
+from t2i.condition import ImageCondition, TextEncoding
+from t2i.errors import InputError
+from t2i.interop.layouts import PublicFolder
+from t2i.interop.loading import Sources
+
+Difference = tuple[str, float]
+
+
+class Parity:
+    """A public model through both.
+
+    Args:
+        pipeline: of this project, loaded from the folders, in fp32.
+        sources: the folders.
+        prompts: B captions, of any lengths.
+        steps: of every stage.
+        seed: of the first picture; each has its own.
+        scale: of the guidance of every stage that has it; 1 is off.
+    """
+
+    def __init__(self, pipeline: Any, sources: Sources, prompts: list[str], steps: int, seed: int, scale: float):
+        self.pipeline, self.sources, self.decoder = pipeline, sources, sources.decoder
+        self.prompts, self.steps, self.seed, self.scale = prompts, steps, seed, scale
+        if type(pipeline.prior).__name__ not in ("Prior", "NoneType"):
+            raise InputError(f"the prior is a {type(pipeline.prior).__name__}, which diffusers' pipelines do not draw with")
+
+    def noise(self, shape: tuple[int, ...], stage: int) -> Tensor:
+        return torch.randn((len(self.prompts), *shape), generator=Generator().manual_seed(self.seed + 1000 * stage))
+
+    def generators(self) -> list[Generator]:
+        return [Generator().manual_seed(self.seed + number) for number in range(len(self.prompts))]
+
+    @torch.no_grad()
+    def stages(self) -> Iterator[Difference]:
+        """Each stage's name, and the largest difference of a number that it ends with."""
+        z_i = self.noise((self.pipeline.clip.embed_dim,), 0)
+        if self.pipeline.prior is not None:
+            theirs = self.prior_reference()
+            yield "prior embedding", apart(self.prior_ours(), theirs)
+            z_i = theirs
+        latents, pictures = self.references(z_i)
+        theirs = latents()
+        yield "decoder output", apart(self.decoder_ours(z_i), theirs)
+        if self.pipeline.is_cascade:
+            noise = self.noise(self.large_shape(theirs), 3)
+            generators = self.generators()
+            ours = self.pipeline.autoencoder.draw(theirs, generators, self.steps, noise)
+            drawn = pictures(theirs)
+            yield "super-resolution", apart(ours, drawn)
+        else:
+            ours, drawn = self.pipeline.autoencoder.decode(theirs), pictures(theirs)
+        to_bits = self.pipeline.image_processor.postprocess
+        yield "final picture", apart(to_bits(ours, "pt"), (drawn / 2 + 0.5).clamp(0, 1))
+
+    def large_shape(self, latents: Tensor) -> tuple[int, ...]:
+        factor = self.pipeline.autoencoder.factor
+        return latents.shape[1], factor * latents.shape[2], factor * latents.shape[3]
+
+    # Ours
+
+    def prior_ours(self) -> Tensor:
+        from t2i.priors import draw_embeddings
+
+        pipeline, noise = self.pipeline, self.noise((self.pipeline.clip.embed_dim,), 1)
+        text = pipeline.encode_prompt(self.prompts)
+        settings = (text, None, self.steps, self.scale, self.generators(), 1, noise)
+        return draw_embeddings(pipeline.prior, pipeline.prior_scheduler, *settings)
+
+    def decoder_ours(self, z_i: Tensor) -> Tensor:
+        from t2i.diffusion import sample
+        from t2i.sampling import decoder_predict
+
+        pipeline, generators = self.pipeline, self.generators()
+        text: TextEncoding | Any = None
+        if pipeline.text_encoder is not None:
+            text = pipeline.text_encoder.encode(self.prompts)
+        elif pipeline.clip.config.text is not None:
+            text = pipeline.encode_prompt(self.prompts)
+        if hasattr(pipeline.decoder, "noised"):  # the reference draws this noise first, even for level 0
+            first = torch.stack([torch.randn(z_i.shape[1:], generator=one) for one in generators])
+            z_i = pipeline.decoder.noised(z_i, first, 0)
+        scheduler = pipeline.decoder_scheduler
+        predict = decoder_predict(pipeline.decoder, scheduler, z_i, text, self.scale)
+        return sample(predict, scheduler, self.noise(pipeline.latent_shape, 2), self.steps, generators)
+
+    # The reference
+
+    def captions(self, source: PublicFolder) -> tuple[Tensor, Tensor, Tensor]:
+        """Of no caption B times, then of the captions: z_t, states and mask, padded to the longest that there can be."""
+        tokenizer = CLIPTokenizer.from_pretrained(source.folder("tokenizer"))
+        tower = own(CLIPTextModelWithProjection, source, "text_tower")
+        texts = [""] * len(self.prompts) + self.prompts
+        longest = tower.config.max_position_embeddings
+        found = tokenizer(texts, padding="max_length", max_length=longest, truncation=True, return_tensors="pt")
+        said = tower(found.input_ids)
+        return said.text_embeds, said.last_hidden_state, found.attention_mask.bool()
+
+    def guided(self, predict: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """From a prediction for no caption and captions at once; a variance that was learned is the captions'."""
+        empty, full = predict(torch.cat([x, x])).chunk(2)
+        if self.scale == 1:
+            return full
+        mean, given = empty[:, : x.shape[1]], full[:, : x.shape[1]]
+        return torch.cat([mean + self.scale * (given - mean), full[:, x.shape[1] :]], dim=1)
+
+    def descend(self, scheduler: UnCLIPScheduler, x: Tensor, predict: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        generators = self.generators()
+        scheduler.set_timesteps(self.steps)
+        for t, after in zip(scheduler.timesteps, [*scheduler.timesteps[1:], None]):
+            x = scheduler.step(predict(x, t), t, x, prev_timestep=after, generator=generators).prev_sample
+        return x
+
+    def prior_reference(self) -> Tensor:
+        source, tower = self.sources.prior, self.sources.tower("text_tower")
+        assert source is not None and tower is not None, "there is a prior"
+        z_t, states, mask = self.captions(tower)
+        prior = own(PriorTransformer, source, "prior")
+        home = next(one for one in [source, *self.sources.folders] if "prior_scheduler" in one)
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            def both(pair: Tensor) -> Tensor:
+                said = {"proj_embedding": z_t, "encoder_hidden_states": states, "attention_mask": mask}
+                return prior(pair, timestep=t, **said).predicted_image_embedding
+
+            return self.guided(both, x)
+
+        scheduler = UnCLIPScheduler.from_pretrained(home.folder("prior_scheduler"))
+        drawn = self.descend(scheduler, self.noise((prior.config.embedding_dim,), 1), predict)
+        return prior.post_process_latents(drawn)
+
+    def references(self, z_i: Tensor) -> tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]:
+        """What draws latents that show z_i, and what makes pictures of latents."""
+        match self.decoder.layout.family:
+            case "karlo":
+                return lambda: self.karlo(z_i), self.karlo_pictures
+            case "kandinsky":
+                return lambda: self.kandinsky(z_i), self.kandinsky_pictures
+            case _:
+                return lambda: self.stable(z_i), self.stable_pictures
+
+    def karlo(self, z_i: Tensor) -> Tensor:
+        tower = self.sources.tower("text_tower")
+        assert tower is not None, "Karlo's folders have one"
+        z_t, states, mask = self.captions(tower)
+        projection = self.pipeline.decoder.text_proj
+        from t2i.condition import TokenStates
+
+        nothing = projection.learned_classifier_free_guidance_embeddings.expand(len(z_i), -1)
+        told = projection(torch.cat([nothing, z_i]), z_t, TokenStates(states, mask))
+        unet = own(UNet2DConditionModel, self.decoder, "unet")
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            said = {"encoder_hidden_states": told.tokens, "class_labels": told.embedding, "attention_mask": told.mask}
+            return self.guided(lambda pair: unet(pair, t, **said).sample, x)
+
+        scheduler = UnCLIPScheduler.from_pretrained(self.decoder.folder("decoder_scheduler"))
+        return self.descend(scheduler, self.noise(self.pipeline.latent_shape, 2), predict)
+
+    def karlo_pictures(self, latents: Tensor) -> Tensor:
+        first, last = (own(UNet2DModel, self.decoder, part) for part in ("super_res_first", "super_res_last"))
+        scheduler = UnCLIPScheduler.from_pretrained(self.decoder.folder("super_res_scheduler"))
+        shape = self.large_shape(latents)
+        small = F.interpolate(latents.clamp(-1, 1), size=shape[1:], mode="bicubic", antialias=True)
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            network = last if t == scheduler.timesteps[-1] else first
+            return network(torch.cat([x, small], dim=1), t).sample
+
+        return self.descend(scheduler, self.noise(shape, 3), predict).clamp(-1, 1)
+
+    def nothing(self, count: int) -> Tensor:
+        """CLIP's embedding of a zero picture, `count` times: what Kandinsky is guided away from."""
+        source = self.sources.tower("image_tower")
+        if source is None:
+            raise InputError("no folder has an image encoder; Kandinsky is guided away from what it says of a zero picture")
+        tower = own(CLIPVisionModelWithProjection, source, "image_tower")
+        side = tower.config.image_size
+        return tower(torch.zeros(1, 3, side, side)).image_embeds.expand(count, -1)
+
+    def kandinsky(self, z_i: Tensor) -> Tensor:
+        """The last latents, as the pipeline's callback sees them."""
+        parts: dict[str, Any] = {
+            "unet": own(UNet2DConditionModel, self.decoder, "unet"),
+            "movq": own(VQModel, self.decoder, "movq"),
+            "scheduler": self.decoder.scheduler("decoder_scheduler"),
+        }
+        seen: list[Tensor] = []
+        side = self.pipeline.latent_shape[1] * self.pipeline.autoencoder.factor
+        settings = {
+            "image_embeds": z_i,
+            "negative_image_embeds": self.nothing(len(z_i)),
+            "latents": self.noise(self.pipeline.latent_shape, 2),
+            "generator": self.generators(),
+            "num_inference_steps": self.steps,
+            "guidance_scale": self.scale,
+            "height": side,
+            "width": side,
+            "output_type": "pt",
+        }
+        if self.pipeline.decoder.config.reads_masks:
+            raise InputError("this is a decoder for inpainting; its parity is tested in tests/test_interop_kandinsky.py")
+        if "multilingual_clip" in self.decoder:
+            parts["text_encoder"] = own(MultilingualCLIP, self.decoder, "multilingual_clip")
+            parts["tokenizer"] = XLMRobertaTokenizer.from_pretrained(self.decoder.folder("multilingual_tokenizer"))
+            quiet(KandinskyPipeline(**parts))(
+                self.prompts, callback=lambda step, t, latents: seen.append(latents), **settings
+            )
+            return seen[-1]
+        return quiet(KandinskyV22Pipeline(**parts))(**settings | {"output_type": "latent"}).images
+
+    def kandinsky_pictures(self, latents: Tensor) -> Tensor:
+        return own(VQModel, self.decoder, "movq").decode(latents, force_not_quantize=True).sample
+
+    def stable(self, z_i: Tensor) -> Tensor:
+        folder = self.decoder
+        pipeline = StableUnCLIPImg2ImgPipeline(
+            feature_extractor=None,
+            image_encoder=None,
+            image_normalizer=StableUnCLIPImageNormalizer.from_pretrained(folder.folder("normalizer")),
+            image_noising_scheduler=DDPMScheduler.from_pretrained(folder.folder("noising_scheduler")),
+            tokenizer=CLIPTokenizer.from_pretrained(folder.folder("text_tokenizer")),
+            text_encoder=own(CLIPTextModel, folder, "text_encoder"),
+            unet=own(UNet2DConditionModel, folder, "unet"),
+            scheduler=folder.scheduler("decoder_scheduler"),
+            vae=own(AutoencoderKL, folder, "vae"),
+        )
+        drawn = quiet(pipeline)(
+            prompt=self.prompts,
+            image_embeds=z_i,
+            latents=self.noise(self.pipeline.latent_shape, 2),
+            generator=self.generators(),
+            num_inference_steps=self.steps,
+            guidance_scale=self.scale,
+            output_type="latent",
+        ).images
+        return self.to_ours(drawn)
+
+    def to_ours(self, latents: Tensor) -> Tensor:
+        """The reference's latents are of unit variance as they come out of the sampling, as ours are."""
+        return latents
+
+    def stable_pictures(self, latents: Tensor) -> Tensor:
+        vae = own(AutoencoderKL, self.decoder, "vae")
+        return vae.decode(latents / vae.config.scaling_factor).sample
+
+
+def own(kind: Any, source: PublicFolder, part: str) -> Any:
+    """A part as its library loads it, in fp32."""
+    settings: dict[str, Any] = {"use_safetensors": True, "torch_dtype": torch.float32}
+    if source.variant:
+        settings["variant"] = source.variant
+    return kind.from_pretrained(Path(source.folder(part)), **settings).eval()
+
+
+def quiet(pipeline: Any) -> Any:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def apart(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference of two tensors of one shape."""
+    if ours.shape != theirs.shape:
+        raise InputError(f"ours ends with {tuple(ours.shape)}, the reference with {tuple(theirs.shape)}")
+    return (ours.float() - theirs.float()).abs().max().item()
