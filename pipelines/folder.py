@@ -4,12 +4,19 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import SchedulerMixin
+from t2i.interop.stable_unclip import StableUnCLIPDecoder
 
 from t2i.autoencoder import Autoencoder
 from t2i.clip import CLIP
 from t2i.decoder import Decoder
 from t2i.errors import InputError
+from t2i.interop.kandinsky import KandinskyDecoder
+from t2i.interop.karlo import KarloDecoder
 from t2i.interop.layouts import BY_CLASS, class_of
+from t2i.interop.movq import MoVQ
+from t2i.interop.multilingual_clip import MultilingualCLIP
+from t2i.interop.super_resolution import SuperResolution
+from t2i.interop.transformers_clip import TransformersCLIP
 from t2i.priors import PRIORS
 from t2i.text_encoder import TextEncoder
 from t2i.unet_decoder import UNetDecoder
@@ -17,15 +24,15 @@ from t2i.untrusted import SCHEDULERS, check_files, check_model, check_scheduler,
 from t2i.upsampler import Upsampler
 
 PARTS: dict[str, tuple[type, ...]] = {  # what a folder's components may be; a part of the file format
-    "clip": (CLIP,),
+    "clip": (CLIP, TransformersCLIP),
     "prior": PRIORS,
     "prior_scheduler": (SchedulerMixin,),
-    "decoder": (Decoder, UNetDecoder),
+    "decoder": (Decoder, UNetDecoder, KarloDecoder, KandinskyDecoder, StableUnCLIPDecoder),
     "decoder_scheduler": (SchedulerMixin,),
-    "autoencoder": (Autoencoder,),
+    "autoencoder": (Autoencoder, MoVQ, SuperResolution),
     "upsampler": (Upsampler,),
     "upsampler_scheduler": (SchedulerMixin,),
-    "text_encoder": (TextEncoder,),
+    "text_encoder": (TextEncoder, MultilingualCLIP),
 }
 # What a folder may do without.
 OPTIONAL: tuple[str, ...] = ("prior", "prior_scheduler", "upsampler", "upsampler_scheduler", "text_encoder")

@@ -23,8 +23,7 @@ def public_components(
 ) -> dict[str, Any]:
     """The components of a public model by the arguments of `from_pretrained`.
 
-    name: as it was given; path: its folder. `prior` and `clip` are components, or name folders or repositories. A
-    decoder's repository of which it is known where its prior is needs no `prior`. Raises InputError.
+    name: as it was given; path: its folder. Raises InputError.
     """
     fetching = {key: kwargs.pop(key) for key in FETCHING if key in kwargs}
     variant = kwargs.pop("variant", None)
@@ -36,23 +35,36 @@ def public_components(
         )
     if torch_dtype is not None and not isinstance(torch_dtype, torch.dtype):
         raise InputError(f"torch_dtype must be a torch.dtype, got {torch_dtype!r:.80}")
-    usual = USUAL_PRIORS.get(name)
-    if kwargs.get("prior") is None and usual is not None:
-        kwargs["prior"] = usual
-
-    def folder(part: str) -> Path | None:
-        """Of what is named instead of given."""
-        if not isinstance(kwargs.get(part), str | Path):
-            return None
-        place = str(kwargs.pop(part))
-        return Path(place if is_folder(place) else download(place, variant=variant, **fetching))
-
-    prior = folder("prior")
-    if prior is not None and usual is not None and kwargs.get("clip") is None and not listed(prior):
-        kwargs["clip"] = usual  # a prior alone
-    clip = folder("clip")
+    named = {part: kwargs.pop(part) for part in ("prior", "clip") if isinstance(kwargs.get(part), str | Path)}
     given = {part: one for part, one in kwargs.items() if one is not None}
+    wanted = [named.get(part, given.get(part)) for part in ("prior", "clip")]
+    _, prior, clip = located(name, *wanted, download, variant, path=path, **fetching)
     return load_components(path, prior, clip, torch_dtype, variant, given)
+
+
+def located(
+    name: str,
+    prior: Any,
+    clip: Any,
+    download: Callable[..., str],
+    variant: str | None = None,
+    path: Path | None = None,
+    **fetching: Any,
+) -> tuple[Path, Path | None, Path | None]:
+    """The folders of a public model, of its prior and of its CLIP; None for those that are not named, but given.
+
+    A decoder's repository of which it is known where its prior is needs no `prior`.
+    """
+
+    def folder(place: str | Path) -> Path:
+        return Path(place if is_folder(place) else download(str(place), variant=variant, **fetching))
+
+    usual = USUAL_PRIORS.get(name)
+    prior = usual if prior is None else prior
+    found = folder(prior) if isinstance(prior, str | Path) else None
+    if clip is None and usual is not None and found is not None and not listed(found):
+        clip = usual  # for a prior alone
+    return path or folder(name), found, folder(clip) if isinstance(clip, str | Path) else None
 
 
 def with_prior(kwargs: dict[str, Any]) -> dict[str, Any]:

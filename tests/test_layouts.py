@@ -2,15 +2,13 @@
 
 import inspect
 import json
-import pickle
 from pathlib import Path
 
 import diffusers
 import pytest
-import torch
 
 from t2i.errors import InputError
-from t2i.interop.layouts import BY_CLASS, LAYOUTS, PublicFolder, recognised
+from t2i.interop.layouts import BY_CLASS, LAYOUTS, recognised
 
 PIPELINES = [name for name in BY_CLASS if name.endswith("Pipeline")]
 

@@ -37,3 +37,30 @@ def convert(
     from pipelines.convert import convert_folder
 
     print(convert_folder(source, out, to, prior, variant, fp16))
+
+
+@app.command()
+def parity(
+    folder: Annotated[str, Argument(help="A public model: its folder, or a repository on the hub.")],
+    prior: options.Prior = None,
+    prompt: Annotated[list[str] | None, Option(help="Again and again for a batch.")] = None,
+    steps: Annotated[int, Option(help="Of every stage.")] = 4,
+    guidance_scale: Annotated[float, Option(help="Of every stage; 1 is off.")] = 4.0,
+    variant: Annotated[str | None, Option(help="Of the files, such as fp16; computed in fp32 all the same.")] = None,
+    seed: Annotated[int, Option(help="Of the noise.")] = 0,
+    tolerance: Annotated[float, Option(help="The largest difference that is none.")] = 1e-4,
+) -> None:
+    """Draw with this project and with diffusers from the same noise; print the largest difference of each stage.
+
+    Exit status 1 if one is beyond the tolerance. Holds the model twice, in fp32, on the CPU.
+    """
+    from pipelines.parity import compare
+
+    apart = 0.0
+    prompts = prompt or ["a red cat", "a photograph of a lighthouse on a cliff in the evening"]
+    for stage, difference in compare(folder, prior, prompts, steps, guidance_scale, variant, seed):
+        print(f"{stage:18} {difference:.2e}", flush=True)
+        apart = max(apart, difference)
+    if not apart <= tolerance:  # nor NaN
+        print(f"beyond the tolerance of {tolerance:g}")
+        raise typer.Exit(1)

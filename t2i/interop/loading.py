@@ -1,7 +1,7 @@
 """A public model as the components of this project's pipelines, from the folder or the folders that it comes in."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ def load_components(
     found = dict(given or {})
     ours = None if prior is None or class_of(Path(prior)) in BY_CLASS else prior
     paths = [path for path in (folder, None if ours else prior, clip) if path is not None]
-    sources = Sources([PublicFolder(Path(path), variant) for path in paths], skipped=set(found))
+    sources = Sources([PublicFolder(Path(path), variant) for path in paths], found)
     sources.check()
     if "clip" not in found:
         found["clip"] = clip_of(sources, dtype)
@@ -144,8 +144,8 @@ class Sources:
 
     decoder: PublicFolder
 
-    def __init__(self, folders: list[PublicFolder], skipped: set[str]):
-        self.folders, self.skipped = folders, skipped
+    def __init__(self, folders: list[PublicFolder], given: Collection[str] = ()):
+        self.folders, self.given = folders, given
         self.prior = next((one for one in [*folders[1:2], *folders] if "prior" in one), None)
         decoder = next((one for one in folders if one.layout.family), None)
         if decoder is None:
@@ -160,7 +160,7 @@ class Sources:
 
     def check(self) -> None:
         """Refuse what is no whole model, or does not belong together. Reads towers that several folders have."""
-        if "clip" in self.skipped:
+        if "clip" in self.given:
             return
         first = self.folders[0]
         if not any(self.tower(part) for part in TOWERS):

@@ -35,7 +35,7 @@ from transformers import (
     XLMRobertaTokenizer,
 )
 
-from t2i.condition import ImageCondition, TextEncoding
+from t2i.condition import TextEncoding
 from t2i.errors import InputError
 from t2i.interop.layouts import PublicFolder
 from t2i.interop.loading import Sources
@@ -59,7 +59,9 @@ class Parity:
         self.pipeline, self.sources, self.decoder = pipeline, sources, sources.decoder
         self.prompts, self.steps, self.seed, self.scale = prompts, steps, seed, scale
         if type(pipeline.prior).__name__ not in ("Prior", "NoneType"):
-            raise InputError(f"the prior is a {type(pipeline.prior).__name__}, which diffusers' pipelines do not draw with")
+            raise InputError(
+                f"the prior is a {type(pipeline.prior).__name__}, which diffusers' pipelines do not draw with"
+            )
 
     def noise(self, shape: tuple[int, ...], stage: int) -> Tensor:
         return torch.randn((len(self.prompts), *shape), generator=Generator().manual_seed(self.seed + 1000 * stage))
@@ -123,7 +125,7 @@ class Parity:
     # The reference
 
     def captions(self, source: PublicFolder) -> tuple[Tensor, Tensor, Tensor]:
-        """Of no caption B times, then of the captions: z_t, states and mask, padded to the longest that there can be."""
+        """Of no caption B times, then of the captions: z_t, states and mask, all tokens that there can be."""
         tokenizer = CLIPTokenizer.from_pretrained(source.folder("tokenizer"))
         tower = own(CLIPTextModelWithProjection, source, "text_tower")
         texts = [""] * len(self.prompts) + self.prompts
@@ -209,7 +211,9 @@ class Parity:
         """CLIP's embedding of a zero picture, `count` times: what Kandinsky is guided away from."""
         source = self.sources.tower("image_tower")
         if source is None:
-            raise InputError("no folder has an image encoder; Kandinsky is guided away from what it says of a zero picture")
+            raise InputError(
+                "no folder has an image encoder; Kandinsky is guided away from what it says of a zero picture"
+            )
         tower = own(CLIPVisionModelWithProjection, source, "image_tower")
         side = tower.config.image_size
         return tower(torch.zeros(1, 3, side, side)).image_embeds.expand(count, -1)
@@ -235,7 +239,9 @@ class Parity:
             "output_type": "pt",
         }
         if self.pipeline.decoder.config.reads_masks:
-            raise InputError("this is a decoder for inpainting; its parity is tested in tests/test_interop_kandinsky.py")
+            raise InputError(
+                "this is a decoder for inpainting; its parity is tested in tests/test_interop_kandinsky.py"
+            )
         if "multilingual_clip" in self.decoder:
             parts["text_encoder"] = own(MultilingualCLIP, self.decoder, "multilingual_clip")
             parts["tokenizer"] = XLMRobertaTokenizer.from_pretrained(self.decoder.folder("multilingual_tokenizer"))
@@ -261,7 +267,7 @@ class Parity:
             scheduler=folder.scheduler("decoder_scheduler"),
             vae=own(AutoencoderKL, folder, "vae"),
         )
-        drawn = quiet(pipeline)(
+        return quiet(pipeline)(
             prompt=self.prompts,
             image_embeds=z_i,
             latents=self.noise(self.pipeline.latent_shape, 2),
@@ -270,11 +276,6 @@ class Parity:
             guidance_scale=self.scale,
             output_type="latent",
         ).images
-        return self.to_ours(drawn)
-
-    def to_ours(self, latents: Tensor) -> Tensor:
-        """The reference's latents are of unit variance as they come out of the sampling, as ours are."""
-        return latents
 
     def stable_pictures(self, latents: Tensor) -> Tensor:
         vae = own(AutoencoderKL, self.decoder, "vae")

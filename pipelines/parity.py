@@ -1,0 +1,31 @@
+"""`t2i parity`: a public model loaded here, beside diffusers' classes on the same files."""
+
+from collections.abc import Iterator
+
+import torch
+
+from pipelines.public import located
+from pipelines.text2image import Text2ImagePipeline
+from t2i.config import check_integer
+from t2i.guidance import check_guidance
+from t2i.interop.layouts import PublicFolder
+from t2i.interop.loading import Sources
+from t2i.interop.parity import Difference, Parity
+from t2i.sampling import MAX_STEPS, check_texts
+
+
+def compare(
+    folder: str, prior: str | None, prompts: list[str], steps: int, scale: float, variant: str | None, seed: int
+) -> Iterator[Difference]:
+    """Each stage's name and the largest difference of its result; see `t2i.interop.parity`."""
+    check_texts("prompt", prompts, empty=False)
+    check_integer("steps", steps, 2, MAX_STEPS)  # the reference's scheduler cannot take one
+    check_guidance("guidance-scale", scale)
+    check_integer("seed", seed, 0, 2**32)
+    places = located(folder, prior, None, Text2ImagePipeline.download, variant)
+    settings = {"torch_dtype": torch.float32, "variant": variant}
+    named = {name: str(place) for name, place in zip(("prior", "clip"), places[1:]) if place is not None}
+    pipeline = Text2ImagePipeline.from_pretrained(places[0], **settings, **named)
+    pipeline.set_progress_bar_config(disable=True)
+    sources = Sources([PublicFolder(place, variant) for place in places if place is not None])
+    yield from Parity(pipeline, sources, prompts, steps, seed, float(scale)).stages()
