@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import SchedulerMixin
-from t2i.interop.stable_unclip import StableUnCLIPDecoder
 
 from t2i.autoencoder import Autoencoder
 from t2i.clip import CLIP
@@ -15,6 +14,7 @@ from t2i.interop.karlo import KarloDecoder
 from t2i.interop.layouts import BY_CLASS, class_of
 from t2i.interop.movq import MoVQ
 from t2i.interop.multilingual_clip import MultilingualCLIP
+from t2i.interop.stable_unclip import StableUnCLIPDecoder
 from t2i.interop.super_resolution import SuperResolution
 from t2i.interop.transformers_clip import TransformersCLIP
 from t2i.priors import PRIORS

@@ -18,7 +18,7 @@ from t2i.interop.karlo import KarloDecoder
 from t2i.interop.layouts import BY_NAME, CLASSES, OF_TRANSFORMERS, Layout
 from t2i.interop.movq import MoVQ
 from t2i.interop.multilingual_clip import MultilingualCLIP
-from t2i.interop.prior_transformer import export_prior
+from t2i.interop.prior_transformer import to_prior_transformer
 from t2i.interop.scheduler import UnCLIPRespacedScheduler
 from t2i.interop.stable_unclip import StableUnCLIPDecoder
 from t2i.interop.super_resolution import SuperResolution
@@ -74,7 +74,7 @@ def check_exportable(components: Mapping[str, Any], name: str) -> Layout:
             )
     check_kind(found, layout)
     if isinstance(found["prior"], Prior) and "prior" in layout.places:
-        export_prior(found["prior"])  # which says why, if it cannot
+        to_prior_transformer(found["prior"])  # which says why, if it cannot
     return layout
 
 
@@ -108,7 +108,7 @@ def save_plain(model: nn.Module, target: Path, config: dict[str, Any], stem: str
 
 
 def save_prior(components: Mapping[str, Any], target: Path) -> str:
-    return save_own(export_prior(components["prior"]), target)
+    return save_own(to_prior_transformer(components["prior"]), target)
 
 
 def save_scheduler(scheduler: SchedulerMixin, target: Path) -> str:

@@ -214,11 +214,14 @@ class PublicFolder:
         """Other names that public configurations have: of the model that a tower was taken out of."""
         return ("CLIPModel", "CLIPTextModel", "CLIPVisionModel") if part.endswith("tower") else ()
 
-    def scheduler(self, part: str) -> SchedulerMixin:
-        """As the folder says; an UnCLIPScheduler becomes one that knows its own previous timestep."""
-        folder = self.folder(part)
+    def scheduler_class(self, part: str) -> Any:
+        """The class of diffusers that the index names for a scheduler, whose folder is checked first."""
         entry = listed(self.path).get(self.layout.places[part])
         kind = entry[1] if isinstance(entry, list) else None
-        check_scheduler(folder, kind, self.path)
-        made = loaded(getattr(diffusers, str(kind)).from_pretrained, folder)
+        check_scheduler(self.folder(part), kind, self.path)
+        return getattr(diffusers, str(kind))
+
+    def scheduler(self, part: str) -> SchedulerMixin:
+        """As the folder says; an UnCLIPScheduler becomes one that knows its own previous timestep."""
+        made = loaded(self.scheduler_class(part).from_pretrained, self.folder(part))
         return UnCLIPRespacedScheduler.from_config(made.config) if isinstance(made, UnCLIPScheduler) else made

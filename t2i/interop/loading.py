@@ -15,7 +15,7 @@ from t2i.interop.karlo import KarloDecoder
 from t2i.interop.layouts import BY_CLASS, USUAL_PRIORS, PublicFolder, class_of
 from t2i.interop.movq import MoVQ
 from t2i.interop.multilingual_clip import MultilingualCLIP
-from t2i.interop.prior_transformer import import_prior
+from t2i.interop.prior_transformer import load_prior_transformer
 from t2i.interop.stable_unclip import StableUnCLIPDecoder, caption_encoder, latent_autoencoder
 from t2i.interop.super_resolution import SuperResolution
 from t2i.interop.transformers_clip import TransformersCLIP
@@ -84,11 +84,9 @@ def prior_of(sources: "Sources", clip: Any, dtype: torch.dtype | None) -> dict[s
     """The prior, told what its CLIP says of the empty caption, and its scheduler; nothing where there is none."""
     if sources.prior is None:
         return {}
-    part = sources.prior.component("prior")
-    if part.config.get("additional_embeddings") == 3:  # no time: it draws in one pass
-        return {"prior": EclipsePrior.from_component(part, dtype)}
-    prior = import_prior(part, dtype)
-    prior.set_encodings(clip.encode_text([""]), prior.mean, prior.std)
+    prior = load_prior_transformer(sources.prior.component("prior"), clip, dtype)
+    if isinstance(prior, EclipsePrior):  # it draws in one pass
+        return {"prior": prior}
     home = next((one for one in [sources.prior, *sources.folders] if "prior_scheduler" in one), None)
     if home is None:
         raise InputError(f"{str(sources.prior.path)!r} is a diffusion prior without a scheduler; name its pipeline")

@@ -35,10 +35,13 @@ from transformers import (
     XLMRobertaTokenizer,
 )
 
-from t2i.condition import TextEncoding
+from t2i.condition import TextEncoding, TokenStates
+from t2i.diffusion import sample
 from t2i.errors import InputError
 from t2i.interop.layouts import PublicFolder
 from t2i.interop.loading import Sources
+from t2i.priors import draw_embeddings
+from t2i.sampling import decoder_predict
 
 Difference = tuple[str, float]
 
@@ -98,17 +101,12 @@ class Parity:
     # Ours
 
     def prior_ours(self) -> Tensor:
-        from t2i.priors import draw_embeddings
-
         pipeline, noise = self.pipeline, self.noise((self.pipeline.clip.embed_dim,), 1)
         text = pipeline.encode_prompt(self.prompts)
         settings = (text, None, self.steps, self.scale, self.generators(), 1, noise)
         return draw_embeddings(pipeline.prior, pipeline.prior_scheduler, *settings)
 
     def decoder_ours(self, z_i: Tensor) -> Tensor:
-        from t2i.diffusion import sample
-        from t2i.sampling import decoder_predict
-
         pipeline, generators = self.pipeline, self.generators()
         text: TextEncoding | Any = None
         if pipeline.text_encoder is not None:
@@ -125,10 +123,10 @@ class Parity:
     # The reference
 
     def captions(self, source: PublicFolder) -> tuple[Tensor, Tensor, Tensor]:
-        """Of no caption B times, then of the captions: z_t, states and mask, all tokens that there can be."""
+        """z_t, states and mask, all tokens that there can be: with guidance of no caption B times, then of captions."""
         tokenizer = CLIPTokenizer.from_pretrained(source.folder("tokenizer"))
         tower = own(CLIPTextModelWithProjection, source, "text_tower")
-        texts = [""] * len(self.prompts) + self.prompts
+        texts = self.prompts if self.scale == 1 else [""] * len(self.prompts) + self.prompts
         longest = tower.config.max_position_embeddings
         found = tokenizer(texts, padding="max_length", max_length=longest, truncation=True, return_tensors="pt")
         said = tower(found.input_ids)
@@ -136,17 +134,19 @@ class Parity:
 
     def guided(self, predict: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """From a prediction for no caption and captions at once; a variance that was learned is the captions'."""
-        empty, full = predict(torch.cat([x, x])).chunk(2)
         if self.scale == 1:
-            return full
+            return predict(x)
+        empty, full = predict(torch.cat([x, x])).chunk(2)
         mean, given = empty[:, : x.shape[1]], full[:, : x.shape[1]]
         return torch.cat([mean + self.scale * (given - mean), full[:, x.shape[1] :]], dim=1)
 
-    def descend(self, scheduler: UnCLIPScheduler, x: Tensor, predict: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        generators = self.generators()
+    def descend(self, source: PublicFolder, part: str, x: Tensor, predict: Callable[..., Tensor]) -> Tensor:
+        """From noise to a sample, by a scheduler of diffusers; `predict` of (x, t, is_last)."""
+        generators, scheduler = self.generators(), source.scheduler_class(part).from_pretrained(source.folder(part))
         scheduler.set_timesteps(self.steps)
         for t, after in zip(scheduler.timesteps, [*scheduler.timesteps[1:], None]):
-            x = scheduler.step(predict(x, t), t, x, prev_timestep=after, generator=generators).prev_sample
+            told = {"prev_timestep": after} if isinstance(scheduler, UnCLIPScheduler) else {}
+            x = scheduler.step(predict(x, t, after is None), t, x, generator=generators, **told).prev_sample
         return x
 
     def prior_reference(self) -> Tensor:
@@ -156,15 +156,14 @@ class Parity:
         prior = own(PriorTransformer, source, "prior")
         home = next(one for one in [source, *self.sources.folders] if "prior_scheduler" in one)
 
-        def predict(x: Tensor, t: Tensor) -> Tensor:
+        def predict(x: Tensor, t: Tensor, is_last: bool) -> Tensor:
             def both(pair: Tensor) -> Tensor:
                 said = {"proj_embedding": z_t, "encoder_hidden_states": states, "attention_mask": mask}
                 return prior(pair, timestep=t, **said).predicted_image_embedding
 
             return self.guided(both, x)
 
-        scheduler = UnCLIPScheduler.from_pretrained(home.folder("prior_scheduler"))
-        drawn = self.descend(scheduler, self.noise((prior.config.embedding_dim,), 1), predict)
+        drawn = self.descend(home, "prior_scheduler", self.noise((prior.config.embedding_dim,), 1), predict)
         return prior.post_process_latents(drawn)
 
     def references(self, z_i: Tensor) -> tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]:
@@ -182,30 +181,26 @@ class Parity:
         assert tower is not None, "Karlo's folders have one"
         z_t, states, mask = self.captions(tower)
         projection = self.pipeline.decoder.text_proj
-        from t2i.condition import TokenStates
-
         nothing = projection.learned_classifier_free_guidance_embeddings.expand(len(z_i), -1)
-        told = projection(torch.cat([nothing, z_i]), z_t, TokenStates(states, mask))
+        shown = z_i if self.scale == 1 else torch.cat([nothing, z_i])
+        told = projection(shown, z_t, TokenStates(states, mask))
         unet = own(UNet2DConditionModel, self.decoder, "unet")
 
-        def predict(x: Tensor, t: Tensor) -> Tensor:
+        def predict(x: Tensor, t: Tensor, is_last: bool) -> Tensor:
             said = {"encoder_hidden_states": told.tokens, "class_labels": told.embedding, "attention_mask": told.mask}
             return self.guided(lambda pair: unet(pair, t, **said).sample, x)
 
-        scheduler = UnCLIPScheduler.from_pretrained(self.decoder.folder("decoder_scheduler"))
-        return self.descend(scheduler, self.noise(self.pipeline.latent_shape, 2), predict)
+        return self.descend(self.decoder, "decoder_scheduler", self.noise(self.pipeline.latent_shape, 2), predict)
 
     def karlo_pictures(self, latents: Tensor) -> Tensor:
         first, last = (own(UNet2DModel, self.decoder, part) for part in ("super_res_first", "super_res_last"))
-        scheduler = UnCLIPScheduler.from_pretrained(self.decoder.folder("super_res_scheduler"))
         shape = self.large_shape(latents)
         small = F.interpolate(latents.clamp(-1, 1), size=shape[1:], mode="bicubic", antialias=True)
 
-        def predict(x: Tensor, t: Tensor) -> Tensor:
-            network = last if t == scheduler.timesteps[-1] else first
-            return network(torch.cat([x, small], dim=1), t).sample
+        def predict(x: Tensor, t: Tensor, is_last: bool) -> Tensor:
+            return (last if is_last else first)(torch.cat([x, small], dim=1), t).sample
 
-        return self.descend(scheduler, self.noise(shape, 3), predict).clamp(-1, 1)
+        return self.descend(self.decoder, "super_res_scheduler", self.noise(shape, 3), predict).clamp(-1, 1)
 
     def nothing(self, count: int) -> Tensor:
         """CLIP's embedding of a zero picture, `count` times: what Kandinsky is guided away from."""
@@ -255,17 +250,17 @@ class Parity:
         return own(VQModel, self.decoder, "movq").decode(latents, force_not_quantize=True).sample
 
     def stable(self, z_i: Tensor) -> Tensor:
-        folder = self.decoder
+        folder, vae = self.decoder, own(AutoencoderKL, self.decoder, "vae")
         pipeline = StableUnCLIPImg2ImgPipeline(
             feature_extractor=None,
-            image_encoder=None,
+            image_encoder=vae,  # embeddings are given; only its dtype is read
             image_normalizer=StableUnCLIPImageNormalizer.from_pretrained(folder.folder("normalizer")),
             image_noising_scheduler=DDPMScheduler.from_pretrained(folder.folder("noising_scheduler")),
             tokenizer=CLIPTokenizer.from_pretrained(folder.folder("text_tokenizer")),
             text_encoder=own(CLIPTextModel, folder, "text_encoder"),
             unet=own(UNet2DConditionModel, folder, "unet"),
             scheduler=folder.scheduler("decoder_scheduler"),
-            vae=own(AutoencoderKL, folder, "vae"),
+            vae=vae,
         )
         return quiet(pipeline)(
             prompt=self.prompts,
