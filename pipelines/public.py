@@ -37,8 +37,8 @@ def public_components(
         raise InputError(f"torch_dtype must be a torch.dtype, got {torch_dtype!r:.80}")
     named = {part: kwargs.pop(part) for part in ("prior", "clip") if isinstance(kwargs.get(part), str | Path)}
     given = {part: one for part, one in kwargs.items() if one is not None}
-    wanted = [named.get(part, given.get(part)) for part in ("prior", "clip")]
-    _, prior, clip = located(name, *wanted, download, variant, path=path, **fetching)
+    prior, clip = (named.get(part, given.get(part)) for part in ("prior", "clip"))
+    _, prior, clip = located(name, prior, clip, download, variant, path=path, **fetching)
     return load_components(path, prior, clip, torch_dtype, variant, given)
 
 

@@ -177,9 +177,9 @@ class PublicFolder:
             return
         for part, place in self.layout.places.items():
             entry = index.get(place)
-            if not isinstance(entry, list) or len(entry) != 2 or entry == [None, None]:
+            kind = str(entry[1]) if isinstance(entry, list) and len(entry) == 2 else "None"
+            if kind == "None":
                 self.refuse(f"lacks {place!r} in its model_index.json")
-            kind = str(entry[1])
             if part.endswith("scheduler"):
                 fits = isinstance(getattr(diffusers, kind, None), type) and kind.endswith("Scheduler")
                 wanted = "a scheduler of diffusers"
