@@ -257,7 +257,7 @@ def test_a_repository_on_the_hub_is_fetched_whole_and_without_pickles(pipeline_f
     monkeypatch.setattr("pipelines.base.snapshot_download", snapshot_download)
     pipeline = Text2ImagePipeline.from_pretrained("someone/model", revision="v1")
     assert pipeline.clip.embed_dim == 32
-    assert asked == {"name": "someone/model", "revision": "v1", "allow_patterns": ["*.json", "*.safetensors"]}
+    assert asked == {"name": "someone/model", "revision": "v1", "allow_patterns": ["*.json", "*.safetensors", "*.txt"]}
 
 
 def test_the_folder_format_is_pinned(pipeline_folder):
