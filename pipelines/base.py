@@ -261,7 +261,7 @@ class UnCLIPPipeline(WatchedPipeline):
 
         Says in the log what of a prompt does not fit. Raises InputError for a CLIP without a text tower.
         """
-        if not hasattr(self.clip, "tokenizer"):
+        if not self.clip.reads_captions:
             lacks = "no text encoder of its CLIP" if self.prior else "no prior and no text encoder of its CLIP"
             raise InputError(f"this model has {lacks}: it draws from pictures or image_embeds, not from texts")
         for prompt in dict.fromkeys(prompts):
@@ -279,7 +279,7 @@ class UnCLIPPipeline(WatchedPipeline):
 
     def read_prompt(self, prompts: list[str]) -> Any:
         """What the decoder reads of captions: a text encoder of its own does without CLIP's, which may be missing."""
-        if hasattr(self.clip, "tokenizer") or self.text_encoder is None:
+        if self.clip.reads_captions or self.text_encoder is None:
             return self.encode_prompt(prompts)
         return self.text_encoder.encode(prompts, self._execution_device)
 

@@ -50,6 +50,7 @@ class CLIP(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     unit_length = True  # of the embeddings, z_t and z_i
+    reads_captions = True
     tokenizer: CaptionTokenizer | PublicTokenizer
 
     @register_to_config

@@ -14,6 +14,7 @@ from transformers import CLIPTextModel
 
 from t2i.autoencoder import Autoencoder
 from t2i.condition import ImageCondition
+from t2i.diffusion import drop
 from t2i.errors import InputError
 from t2i.interop.component import Component
 from t2i.interop.stable_unclip import StableUnCLIPDecoder, caption_encoder, latent_autoencoder
@@ -146,6 +147,21 @@ def test_a_decoder_and_its_text_encoder_are_the_same_after_saving(tmp_path):
     torch.testing.assert_close(again(x, t, condition), decoder(x, t, condition), atol=1e-6, rtol=1e-5)
     held, kept = again.state_dict(), decoder.state_dict()
     assert held.keys() == kept.keys() and all(torch.equal(held[name], kept[name]) for name in kept)
+
+
+def test_conditions_are_dropped_in_training_and_statistics_stay():
+    decoder, encoder, _ = ours()
+    decoder = StableUnCLIPDecoder.from_folder(stable_unclip()).requires_grad_(True)
+    decoder.take_null(None, encoder)
+    condition = ImageCondition(drawn(3, EMBED_DIM), encoder.encode(PROMPTS))
+    kept = drop(condition, decoder.null(3), 0.0)
+    assert torch.equal(kept.embedding, condition.embedding)
+    dropped = drop(condition, decoder.null(3), 1.0)
+    x, t = drawn(3, 4, 8, 8), torch.tensor([5, 6, 7])
+    torch.testing.assert_close(decoder(x, t, dropped), decoder(x, t, decoder.null(3)), atol=1e-6, rtol=1e-5)
+    decoder(x, t, kept).square().mean().backward()
+    trained = dict(decoder.named_parameters())
+    assert trained and all(name.startswith("unet.") and one.grad is not None for name, one in trained.items())
 
 
 def test_files_of_older_versions_are_read(tmp_path):

@@ -1,5 +1,6 @@
 """Stable unCLIP in this project's pipelines and in diffusers': with the same noise the same pictures."""
 
+import copy
 import functools
 from inspect import signature
 
@@ -140,6 +141,20 @@ def test_a_negative_prompt_of_diffusers_is_one_of_the_decoder_with_zero_embeddin
     settings |= {"decoder_negative_prompt": ["a dog", "red"], "negative_image_embeds": nothing}
     got = mine(PROMPTS, image_embeds=z_i, image_embeds_noise=noise, **settings).images
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_other_sides_and_half_precision(monkeypatch):
+    theirs, mine = reference(True), stable(True)
+    z_i, noise, x = drawn(1, 20), drawn(1, 20, seed=1), drawn(1, 4, 4, 12, seed=2)
+    same_noise(monkeypatch, theirs, noise)
+    settings = {"num_inference_steps": 3, "latents": x, "output_type": "pt", "height": 8, "width": 24}
+    wanted = theirs(prompt="cat", image_embeds=z_i, **settings).images
+    got = mine("cat", image_embeds=z_i, image_embeds_noise=noise, **settings).images
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+    halves = {name: copy.deepcopy(mine.components[name]).bfloat16() for name in ("clip", "decoder", "autoencoder")}
+    half = type(mine).from_pipe(mine, **halves, text_encoder=copy.deepcopy(mine.text_encoder).bfloat16())
+    rounded = half("cat", image_embeds=z_i, image_embeds_noise=noise, **settings).images
+    assert 0 < (rounded.float() - got).abs().mean() < 0.05
 
 
 def test_usual_steps_and_guidance_are_those_of_diffusers():

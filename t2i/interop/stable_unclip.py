@@ -32,8 +32,8 @@ class Normalizer(nn.Module):
 
     def __init__(self, embed_dim: int):
         super().__init__()
-        self.mean = nn.Parameter(torch.zeros(1, embed_dim))
-        self.std = nn.Parameter(torch.ones(1, embed_dim))
+        self.register_buffer("mean", torch.zeros(1, embed_dim))  # statistics: training leaves them
+        self.register_buffer("std", torch.ones(1, embed_dim))
 
 
 @dataclass

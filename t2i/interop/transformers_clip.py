@@ -182,6 +182,11 @@ class TransformersCLIP(ModelMixin, ConfigMixin):
         return self.config.context_length
 
     @property
+    def reads_captions(self) -> bool:
+        """Whether it has a text encoder."""
+        return self.text_encoder is not None
+
+    @property
     def tokenizer(self) -> CLIPTokenizer:
         self.check_text_encoder()
         assert self.words is not None, "set by what loads a text encoder"
