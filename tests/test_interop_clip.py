@@ -262,3 +262,23 @@ def test_pictures_are_searched_and_measured_by_a_public_clip(tmp_path: Path) -> 
     assert len(search(clip, index, "a cat", None, 2)) == 2
     with pytest.raises(InputError, match="no scale of the logits"):
         classify(clip, found, ["cat", "dog"])
+
+
+def test_files_of_the_hub_s_cache_are_links_to_its_blobs_and_no_others_are_followed(tmp_path: Path) -> None:
+    repository = tmp_path / "models--someone--a-model"
+    folder, blobs = repository / "snapshots" / "0123abcd", repository / "blobs"
+    shutil.copytree(clip_folder(), folder)
+    blobs.mkdir()
+    for number, path in enumerate(sorted(path for path in folder.rglob("*") if path.is_file())):
+        path.rename(blobs / str(number))
+        path.symlink_to(blobs / str(number))
+    assert load(folder).identity == load(clip_folder()).identity
+    alone = Component(folder / "image_encoder", folder, stem="model")
+    assert TransformersCLIP.from_components(vision=alone, processor=folder / "image_processor").size == 16
+
+    outside = tmp_path / "elsewhere.json"
+    shutil.copy(folder / "image_processor" / "preprocessor_config.json", outside)
+    (folder / "image_processor" / "preprocessor_config.json").unlink()
+    (folder / "image_processor" / "preprocessor_config.json").symlink_to(outside)
+    with pytest.raises(InputError, match="is a link out of"):
+        load(folder)

@@ -387,7 +387,7 @@ class Described(Component):
     """A component of which only the header is there."""
 
     def __init__(self, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]):
-        self.folder, self.config, self.files = Path("prior"), config, {}
+        self.folder, self.root, self.config, self.files = Path("prior"), None, config, {}
         self.held = {name: Stored("F16", shape) for name, shape in shapes.items()}
 
 

@@ -53,7 +53,7 @@ class Component:
     ):
         if not is_folder(folder):
             raise InputError(f"no folder {folder.name!r} in {str(folder.parent)!r}; the model is not whole")
-        self.folder = folder
+        self.folder, self.root = folder, root
         check_files(folder, root)
         self.config = read_config(folder / "config.json")
         headers = {path: read_header(path) for path in weight_files(folder, variant, stem)}

@@ -6,19 +6,18 @@ quicker than the original: what depends on the caption alone is computed once, a
 
 import inspect
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import init_empty_weights
 from diffusers import PriorTransformer
 from torch import Tensor
 
-from t2i.clip import CLIP
+from t2i.condition import TextEncoding
 from t2i.config import check_integer
 from t2i.errors import InputError
 from t2i.interop.component import Component, filled
 from t2i.interop.eclipse import EclipsePrior
-from t2i.interop.transformers_clip import TransformersCLIP
 from t2i.prior import Prior
 from t2i.untrusted import Stored, check_tensors, outline
 
@@ -34,8 +33,20 @@ WANTED: dict[str, tuple[Any, str]] = {  # what a Prior can express, and why noth
 }
 
 
+class ReadsCaptions(Protocol):
+    """Of a CLIP, or of what is known of it, what a prior asks."""
+
+    @property
+    def unit_length(self) -> bool: ...
+    @property
+    def embed_dim(self) -> int: ...
+    @property
+    def text_width(self) -> int: ...
+    def encode_text(self, texts: list[str]) -> TextEncoding: ...
+
+
 def load_prior_transformer(
-    part: Component, clip: CLIP | TransformersCLIP | None = None, dtype: torch.dtype | None = None
+    part: Component, clip: ReadsCaptions | None = None, dtype: torch.dtype | None = None
 ) -> Prior | EclipsePrior:
     """What draws as a folder's PriorTransformer does, frozen: a Prior; without a token of the time, an EclipsePrior.
 
@@ -147,7 +158,8 @@ class Translated(Component):
     """
 
     def __init__(self, part: Component, names: dict[str, tuple[str, ...]]):
-        self.part, self.folder, self.config, self.files = part, part.folder, part.config, part.files
+        self.part, self.folder, self.root = part, part.folder, part.root
+        self.config, self.files = part.config, part.files
         self.homes = {theirs: ours for ours, parts in names.items() for theirs in parts}
         self.names = names
         self.held = {}

@@ -102,7 +102,8 @@ class TransformersCLIP(ModelMixin, ConfigMixin):
         """The towers of a public pipeline.
 
         tokenizer: the folder of the text tower's. processor: that of the image processor; without one, pictures are
-        made ready as CLIP's usually are. dtype: None is that of the files. root: the pipeline's folder.
+        made ready as CLIP's usually are. dtype: None is that of the files. root: the pipeline's folder,
+        if it is not that of the components.
         """
         parts = {
             name: part for name, part in {"text_encoder.": text, "image_encoder.": vision}.items() if part is not None
@@ -113,12 +114,14 @@ class TransformersCLIP(ModelMixin, ConfigMixin):
             if tokenizer is None:
                 raise InputError(f"{str(text.folder.parent)!r} has a text encoder, but no tokenizer")
             places, words = config["text"]["max_position_embeddings"], config["text"]["vocab_size"]
-            tokens = CLIPTokenizer.load(tokenizer, places, words, root)
+            tokens = CLIPTokenizer.load(tokenizer, places, words, root or text.root)
             config["context_length"] = tokens.context_length
         if vision is not None:
             config["vision"] = read_settings(vision, "clip_vision_model")
             side = config["vision"]["image_size"]
-            config["preprocess"] = usual_preprocess(side) if processor is None else read_preprocess(processor, side)
+            config["preprocess"] = usual_preprocess(side)
+            if processor is not None:
+                config["preprocess"] = read_preprocess(processor, side, root or vision.root)
         if not parts:
             return cls(**config)  # which refuses it
         held = {prefix + name for prefix, part in parts.items() for name in part.held}
@@ -313,14 +316,14 @@ def usual_preprocess(side: int) -> dict[str, Any]:
     return {"resize": [side], "crop": side, "resample": "bicubic", "mean": MEAN, "std": STD}
 
 
-def read_preprocess(folder: Path, side: int) -> dict[str, Any]:
+def read_preprocess(folder: Path, side: int, root: Path | None = None) -> dict[str, Any]:
     """What a CLIPImageProcessor's preprocessor_config.json says, for a vision tower that sees `side` x `side` pixels.
 
     resize: [the shorter side] or [height, width]; None is not at all. crop: the side that is cut out of the middle, or
-    None. resample: "bicubic" or "bilinear". mean, std: of pictures in [0, 1].
+    None. resample: "bicubic" or "bilinear". mean, std: of pictures in [0, 1]. root: the pipeline's folder.
     Raises InputError for what CLIP's image processors do not do.
     """
-    check_files(folder)
+    check_files(folder, root)
     path = folder / "preprocessor_config.json"
     config = read_config(path)
     resizes, crops = config.get("do_resize", True), config.get("do_center_crop", True)
