@@ -47,7 +47,7 @@ class StableUnCLIPDecoder(ModelMixin, ConfigMixin):
 
     Args:
         unet_config: configuration of diffusers' `UNet2DConditionModel`.
-        noising_config: configuration of the `DDPMScheduler` that z_i is noised by.
+        noising: configuration of the `DDPMScheduler` that z_i is noised by.
         embed_dim: dimensions D of z_i.
         latent_channels, latent_size: shape (C, S, S) of the latents.
         text_width: dimensions W of a caption's token states.
@@ -67,7 +67,7 @@ class StableUnCLIPDecoder(ModelMixin, ConfigMixin):
     def __init__(
         self,
         unet_config: dict,
-        noising_config: dict,
+        noising: dict,
         embed_dim: int,
         latent_channels: int,
         latent_size: int,
@@ -81,7 +81,7 @@ class StableUnCLIPDecoder(ModelMixin, ConfigMixin):
         super().__init__()
         check_integer("latent_size", latent_size, 1, 1024)  # no tensor has this size
         check_integer("embed_dim", embed_dim, 1, 100_000)
-        check_integer("noising_config.num_train_timesteps", noising_config.get("num_train_timesteps", 1000), 1, 100_000)
+        check_integer("noising.num_train_timesteps", noising.get("num_train_timesteps", 1000), 1, 100_000)
         check_unet(unet_config, embed_dim)
         self.unet = UNet2DConditionModel.from_config(unet_config)
         self.normalizer = Normalizer(embed_dim)
@@ -99,7 +99,7 @@ class StableUnCLIPDecoder(ModelMixin, ConfigMixin):
         settings = unet.settings()
         arguments = {
             "unet_config": plain(settings),
-            "noising_config": plain({key: value for key, value in noising.items() if not key.startswith("_")}),
+            "noising": plain({key: value for key, value in noising.items() if not key.startswith("_")}),
             "embed_dim": normalizer.settings().get("embedding_dim", 768),
             "latent_channels": settings.get("in_channels", 4),
             "latent_size": settings.get("sample_size"),
@@ -130,13 +130,13 @@ class StableUnCLIPDecoder(ModelMixin, ConfigMixin):
         self.register_to_config(text_encoder_fingerprint=text_encoder.identity)
 
     @property
-    def noising(self) -> DDPMScheduler:
-        return DDPMScheduler.from_config(self.config.noising_config)
+    def noise_schedule(self) -> DDPMScheduler:
+        return DDPMScheduler.from_config(self.config.noising)
 
     @property
     def noise_levels(self) -> int:
         """`noised` takes levels from 0 to one less."""
-        return self.config.noising_config.get("num_train_timesteps", 1000)
+        return self.config.noising.get("num_train_timesteps", 1000)
 
     @apply_forward_hook
     def noised(self, z_i: Tensor, noise: Tensor | None = None, level: int = 0) -> Tensor:
@@ -151,7 +151,7 @@ class StableUnCLIPDecoder(ModelMixin, ConfigMixin):
         levels = torch.full((len(z_i),), level, device=z_i.device)
         mean, std = self.normalizer.mean.to(z_i), self.normalizer.std.to(z_i)
         noise = torch.zeros_like(z_i) if noise is None else noise.to(z_i)
-        noisy = self.noising.add_noise((z_i - mean) / std, noise, levels) * std + mean
+        noisy = self.noise_schedule.add_noise((z_i - mean) / std, noise, levels) * std + mean
         waves = get_timestep_embedding(levels, width, flip_sin_to_cos=True, downscale_freq_shift=0)
         return torch.cat([noisy, waves.to(z_i)], dim=1) * z_i.any(dim=1, keepdim=True)
 
