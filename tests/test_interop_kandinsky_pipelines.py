@@ -9,9 +9,13 @@ import torch
 from diffusers import (
     DiffusionPipeline,
     KandinskyCombinedPipeline,
-    KandinskyInpaintPipeline,
+    KandinskyImg2ImgCombinedPipeline,
+    KandinskyImg2ImgPipeline,
+    KandinskyInpaintCombinedPipeline,
     KandinskyV22CombinedPipeline,
+    KandinskyV22Img2ImgCombinedPipeline,
     KandinskyV22Img2ImgPipeline,
+    KandinskyV22InpaintCombinedPipeline,
     KandinskyV22InpaintPipeline,
 )
 from diffusers.pipelines.kandinsky import pipeline_kandinsky_inpaint
@@ -50,6 +54,8 @@ VERSIONS = ("2.1", "2.2")
 FOLDERS = {"2.1": kandinsky_21_combined, "2.2": kandinsky_22_combined}
 INPAINT = {"2.1": kandinsky_21_inpaint, "2.2": kandinsky_22_inpaint}
 COMBINED = {"2.1": KandinskyCombinedPipeline, "2.2": KandinskyV22CombinedPipeline}
+REDRAWING = {"2.1": KandinskyImg2ImgCombinedPipeline, "2.2": KandinskyV22Img2ImgCombinedPipeline}
+INPAINTING = {"2.1": KandinskyInpaintCombinedPipeline, "2.2": KandinskyV22InpaintCombinedPipeline}
 SCHEDULERS = {"ddpm": kandinsky_scheduler("2.2"), "ddim": kandinsky_scheduler("2.1")}
 PROMPTS = ["a cat", "the red dog and a blue cat on the chair"]
 SIZE = {"height": 16, "width": 16}
@@ -85,10 +91,10 @@ def ours(kind: type, version: str, name: str, masks: bool = False) -> Any:
     return quiet(kind.from_pipe(pipeline(version, masks), decoder_scheduler=SCHEDULERS[name]))
 
 
-def combined(version: str, name: str) -> Any:
+def combined(version: str, name: str, kinds: dict[str, type] = COMBINED, masks: bool = False) -> Any:
     prior = {"prior_" + key: part for key, (_, part) in kandinsky_prior_parts(version).items()}
-    parts = {key: part for key, (_, part) in kandinsky_decoder_parts(version).items()}
-    return quiet(COMBINED[version](**prior, **parts | {"scheduler": SCHEDULERS[name]}))
+    parts = {key: part for key, (_, part) in kandinsky_decoder_parts(version, masks).items()}
+    return quiet(kinds[version](**prior, **parts | {"scheduler": SCHEDULERS[name]}))
 
 
 def decoding(kind: type, version: str, name: str, masks: bool = False) -> Any:
@@ -151,7 +157,15 @@ ALONE = {"prior_candidates": 1}  # as the reference: it does not choose the best
 @pytest.fixture
 def one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     """A picture's decoder goes on with the generator of its prior, as in the combined pipelines."""
-    monkeypatch.setattr("pipelines.text2image.split_generators", lambda generators, count: (generators, generators))
+    for module in ("text2image", "image_to_image", "inpaint"):
+        monkeypatch.setattr(f"pipelines.{module}.split_generators", lambda generators, count: (generators, generators))
+
+
+@pytest.fixture
+def mask_as_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference without its `prepare_mask`, which moves the mask (see test_interop_kandinsky)."""
+    for module in (pipeline_kandinsky_inpaint, pipeline_kandinsky2_2_inpainting):
+        monkeypatch.setattr(module, "prepare_mask", lambda mask: mask)
 
 
 @pytest.mark.usefixtures("one_stream")
@@ -231,31 +245,62 @@ def test_a_picture_is_redrawn_as_diffusers_does(name: str) -> None:
     close(mine.images, theirs.images)
 
 
+@pytest.mark.usefixtures("mask_as_given")
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_picture_is_inpainted_as_diffusers_does(name: str) -> None:
+    image, mask = Image.fromarray(PICTURE), Image.fromarray(MASK)
+    pipe = ours(InpaintPipeline, "2.2", name, masks=True)
+    mine = pipe(image, mask, generator=generators(1), output_type="latent", **QUICK).images
+    own: dict[str, Any] = {"image_embeds": z_i_of("2.2"), "negative_image_embeds": zero("2.2", 1)}
+    own |= {"image": image, "mask_image": mask, "generator": of_stages(1)[1], **QUICK, **SIZE}
+    close(mine, decoding(KandinskyV22InpaintPipeline, "2.2", name, True)(**own, output_type="latent").images)
+
+
+@pytest.mark.usefixtures("mask_as_given", "one_stream")
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_picture_is_inpainted_as_diffusers_does(version: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reference without its `prepare_mask`, which moves the mask (see test_interop_kandinsky).
-
-    Its 2.1 deviates once more: it never puts the known latents back, so that all of the picture changes. Ours does.
-    """
-    for module in (pipeline_kandinsky_inpaint, pipeline_kandinsky2_2_inpainting):
-        monkeypatch.setattr(module, "prepare_mask", lambda mask: mask)
+def test_a_caption_is_painted_into_a_picture_as_in_the_combined_pipeline(
+    version: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference's 2.1 deviates: it never puts the known latents back, and so changes all of the picture."""
     image, mask = Image.fromarray(PICTURE), Image.fromarray(MASK)
     pipe = ours(InpaintPipeline, version, name, masks=True)
-    mine = pipe(image, mask, generator=generators(1), output_type="latent", **QUICK).images
+    settings = {**STEPS, "output_type": "np", "image": image, "mask_image": mask, "prompt": PROMPTS[1]}
+    theirs = combined(version, name, INPAINTING, masks=True)(**settings, **SIZE, generator=generators(1)).images
+    settings |= {**ALONE, "output_type": "latent"}
+    mine = pipe(**settings, generator=generators(1)).images
     kept = pipe.encode_latents(torch.as_tensor(PICTURE).permute(2, 0, 1)[None] / 127.5 - 1)
     close(mine[..., :4], kept[..., :4])
-    own: dict[str, Any] = {"image_embeds": z_i_of(version), "negative_image_embeds": zero(version, 1)}
-    own |= {"image": image, "mask_image": mask, "generator": of_stages(1)[1], **QUICK, **SIZE}
-    if version == "2.2":
-        theirs = decoding(KandinskyV22InpaintPipeline, "2.2", name, True)(**own, output_type="latent")
-        close(mine, theirs.images)
-    else:
-        theirs = decoding(KandinskyInpaintPipeline, "2.1", name, True)([""], **own, output_type="np").images
+    if version == "2.1":
         monkeypatch.setattr("pipelines.inpaint.blend", lambda *_: lambda i, t, x: x)
-        unheld = pipe(image, mask, generator=generators(1), output_type="latent", **QUICK).images
-        close(pipe.decode(unheld, "np"), theirs)
-        assert (unheld - kept)[..., :4].abs().max() > 0.1
+        mine = pipe(**settings, generator=generators(1)).images
+        assert (mine - kept)[..., :4].abs().max() > 0.1
+    close(pipe.decode(mine, "np"), theirs)
+
+
+@pytest.mark.usefixtures("one_stream")
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_picture_is_redrawn_for_a_caption_as_in_the_combined_pipeline(
+    version: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference's 2.1 deviates: it noises the picture by a schedule of its own, not by that of its scheduler, and
+    at another timestep than it then starts from. Told of the level where sampling starts, it agrees."""
+    image, scheduler = Image.fromarray(PICTURE), SCHEDULERS[name]
+    settings = {**STEPS, "output_type": "np", "image": image, "prompt": PROMPTS[1], "strength": 0.5}
+    reference = combined(version, name, REDRAWING)
+    mine = ours(ImageToImagePipeline, version, name)(**settings, **ALONE, generator=generators(1)).images
+    if version == "2.1":
+        unlike = reference(**settings, **SIZE, generator=generators(1)).images
+        assert np.abs(unlike - mine).max() > 0.01
+
+        def noised(self: Any, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+            assert int(t[0]) == 498 != scheduler.timesteps[2]
+            return scheduler.add_noise(x, noise, scheduler.timesteps[2:3])
+
+        monkeypatch.setattr(KandinskyImg2ImgPipeline, "add_noise", noised)
+    theirs = reference(**settings, **SIZE, generator=generators(1)).images
+    close(mine, theirs)
 
 
 @pytest.mark.parametrize("masks", [False, True])

@@ -1,5 +1,7 @@
 """The public Kandinsky models at their real sizes, without memory: every tensor has its published name and shape."""
 
+import math
+
 import pytest
 import torch
 from diffusers import PriorTransformer, UNet2DConditionModel, VQModel
@@ -10,6 +12,8 @@ from torch import nn
 from t2i.interop.kandinsky import KandinskyDecoder, described
 from t2i.interop.movq import MoVQ
 from t2i.interop.multilingual_clip import MultilingualCLIP
+from t2i.interop.prior_transformer import names_of, prior_settings
+from t2i.prior import Prior
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -155,3 +159,13 @@ def test_a_prior_has_the_published_tensors(version: str, dimensions: int) -> Non
             wanted |= linear(f"{block}.attn1.{part}", 2048, 2048)
         wanted |= linear(f"{block}.ff.net.0.proj", 8192, 2048) | linear(f"{block}.ff.net.2", 2048, 8192)
     assert shapes(prior) == wanted and len(wanted) == 338
+    with torch.device("meta"):
+        ours = shapes(Prior(**prior_settings({**settings, "embedding_dim": dimensions})))
+    names = names_of(settings["num_layers"])
+    assert sorted(name for parts in names.values() for name in parts) == sorted(wanted)
+    assert ours.keys() == {*names, "null_embedding", "null_states"}
+    for name, parts in names.items():  # a Prior has no batch of one, and one tensor for query, key and value
+        stacked = sum(math.prod(wanted[part]) for part in parts)
+        assert math.prod(ours[name]) == stacked and ours[name][-1] == wanted[parts[0]][-1] * (
+            len(parts) if len(ours[name]) == 1 else 1
+        )
