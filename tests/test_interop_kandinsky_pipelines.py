@@ -1,6 +1,7 @@
 """Kandinsky in this project's pipelines, whole: what diffusers' combined pipelines draw from the same noise."""
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,20 +30,15 @@ from pipelines.inpaint import InpaintPipeline, OutpaintPipeline
 from pipelines.interpolation import InterpolationPipeline
 from pipelines.text2image import Text2ImagePipeline
 from pipelines.text_diff import TextDiffPipeline
-from t2i.interop.component import Component
-from t2i.interop.kandinsky import KandinskyDecoder
-from t2i.interop.movq import MoVQ
-from t2i.interop.multilingual_clip import MultilingualCLIP
-from t2i.interop.prior_transformer import load_prior_transformer
-from t2i.interop.scheduler import UnCLIPRespacedScheduler
-from t2i.interop.transformers_clip import TransformersCLIP
 from t2i.sampling import split_generators
 from tests.interop_folders import (
     EMBED_DIM,
     kandinsky_21_combined,
     kandinsky_21_inpaint,
+    kandinsky_21_prior,
     kandinsky_22_combined,
     kandinsky_22_inpaint,
+    kandinsky_22_prior,
     kandinsky_decoder_parts,
     kandinsky_prior_parts,
     kandinsky_scheduler,
@@ -52,6 +48,7 @@ from tests.interop_folders import (
 pytestmark = pytest.mark.filterwarnings("ignore:.*callback_steps:FutureWarning")
 VERSIONS = ("2.1", "2.2")
 FOLDERS = {"2.1": kandinsky_21_combined, "2.2": kandinsky_22_combined}
+PRIORS = {"2.1": kandinsky_21_prior, "2.2": kandinsky_22_prior}
 INPAINT = {"2.1": kandinsky_21_inpaint, "2.2": kandinsky_22_inpaint}
 COMBINED = {"2.1": KandinskyCombinedPipeline, "2.2": KandinskyV22CombinedPipeline}
 REDRAWING = {"2.1": KandinskyImg2ImgCombinedPipeline, "2.2": KandinskyV22Img2ImgCombinedPipeline}
@@ -64,27 +61,9 @@ QUICK = {"num_inference_steps": 4, "guidance_scale": 4.0}
 
 @functools.cache
 def pipeline(version: str, masks: bool = False) -> Text2ImagePipeline:
-    folder, unet = FOLDERS[version](), INPAINT[version]() if masks else FOLDERS[version]()
-    clip = TransformersCLIP.from_components(
-        Component(folder / "prior_text_encoder", folder, stem="model"),
-        folder / "prior_tokenizer",
-        Component(folder / "prior_image_encoder", folder, stem="model"),
-        folder / "prior_image_processor",
-    )
-    text_encoder = None
-    if version == "2.1":
-        part = Component(folder / "text_encoder", folder, stem="model")
-        text_encoder = MultilingualCLIP.from_component(part, folder / "tokenizer")
-    decoder = KandinskyDecoder.from_component(Component(unet / "unet", unet))
-    decoder.take_null(clip, text_encoder)
-    movq = MoVQ.from_component(Component(folder / "movq", folder))
-    prior = load_prior_transformer(Component(folder / "prior_prior", folder), clip)
-    scheduler = UnCLIPRespacedScheduler.from_pretrained(folder / "prior_scheduler")
-    made = Text2ImagePipeline(
-        clip, decoder, kandinsky_scheduler(version, masks), movq, prior, scheduler, text_encoder=text_encoder
-    )
-    made.set_progress_bar_config(disable=True)
-    return made
+    """Through the door: the combined folder, or the inpainting decoder's with that of the prior."""
+    settings = {"prior": PRIORS[version]()} if masks else {}
+    return quiet(Text2ImagePipeline.from_pretrained(INPAINT[version]() if masks else FOLDERS[version](), **settings))
 
 
 def ours(kind: type, version: str, name: str, masks: bool = False) -> Any:
@@ -322,3 +301,22 @@ def test_every_pipeline_works_on_them(version: str, masks: bool) -> None:
     sizes = {name: {image.size for image in output.images} for name, output in drawn.items()}
     assert sizes == {name: {(24, 16) if name == "outpainting" else (16, 16)} for name in drawn}
     assert len(drawn["interpolation"].images) == 3
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_saved_it_loads_as_a_pipeline_of_this_project_and_draws_the_same(version: str, tmp_path: Path) -> None:
+    pipe, settings = pipeline(version), {**STEPS, "output_type": "np"}
+    pipe.save_pretrained(tmp_path / "saved")
+    again = quiet(Text2ImagePipeline.from_pretrained(tmp_path / "saved"))
+    drawn = [one(PROMPTS[1], generator=generators(1), **settings).images for one in (pipe, again)]
+    assert np.array_equal(*drawn)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_it_draws_in_half_precision(version: str, dtype: torch.dtype) -> None:
+    pipe = quiet(Text2ImagePipeline.from_pretrained(FOLDERS[version](), torch_dtype=dtype))
+    models = (part for part in pipe.components.values() if isinstance(part, torch.nn.Module))
+    assert {part.dtype for part in models} == {dtype}
+    output = pipe(PROMPTS, generator=generators(), **STEPS, output_type="np")
+    assert output.image_embeds.dtype == torch.float32 and np.isfinite(output.images).all()
