@@ -4,16 +4,16 @@ from pathlib import Path
 
 import torch
 
+from pipelines.folder import PARTS
 from pipelines.text2image import Text2ImagePipeline
 from t2i import STAGES
 from t2i.autoencoder import load_autoencoder
 from t2i.checkpoint import load_model, load_scheduler, new_folder
 from t2i.clip import load_clip
-from t2i.decoder import Decoder
 from t2i.errors import InputError
 from t2i.priors import load_prior
 from t2i.text_encoder import held_by, load_text_encoder
-from t2i.unet_decoder import UNetDecoder
+from t2i.untrusted import is_folder
 from t2i.upsampler import Upsampler
 
 
@@ -22,9 +22,13 @@ def assemble(runs: str | Path, upsampler: str | None = None, **elsewhere: str | 
 
     A stage's keyword names the folder it is in instead; for `clip` and `autoencoder` also a public model, as in the
     training configurations. prior="none" leaves the prior out. `upsampler`: the folder of one, else there is none. The
-    text encoder of a decoder that has its own is in the decoder's folder.
+    text encoder of a decoder that has its own is in the decoder's folder; so are, of a converted model, the autoencoder
+    that goes with a decoder, and the CLIP that goes with a prior.
     """
     found = {stage: elsewhere.get(stage) or Path(runs) / stage for stage in STAGES}
+    for stage, other in (("autoencoder", "decoder"), ("clip", "prior")):
+        if not elsewhere.get(stage) and is_folder(inner := Path(found[other]) / stage):
+            found[stage] = inner
     prior, prior_scheduler = load_prior(found["prior"])
     decoder = Path(found["decoder"])
     text_encoder = held_by(decoder)
@@ -32,9 +36,9 @@ def assemble(runs: str | Path, upsampler: str | None = None, **elsewhere: str | 
         clip=load_clip(found["clip"]),
         prior=prior,
         prior_scheduler=prior_scheduler,
-        decoder=load_model((Decoder, UNetDecoder), decoder),
+        decoder=load_model(PARTS["decoder"], decoder),
         decoder_scheduler=load_scheduler(decoder / "scheduler"),
-        autoencoder=load_autoencoder(found["autoencoder"]),
+        autoencoder=load_autoencoder(found["autoencoder"], PARTS["autoencoder"]),
         upsampler=None if upsampler is None else load_model(Upsampler, upsampler),
         upsampler_scheduler=None if upsampler is None else load_scheduler(Path(upsampler) / "scheduler"),
         text_encoder=None if text_encoder is None else load_text_encoder(text_encoder),

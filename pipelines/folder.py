@@ -9,6 +9,7 @@ from t2i.autoencoder import Autoencoder
 from t2i.clip import CLIP
 from t2i.decoder import Decoder
 from t2i.errors import InputError
+from t2i.interop.dalle2_decoder import DALLE2Cascade, DALLE2Decoder, DALLE2Pixels
 from t2i.interop.kandinsky import KandinskyDecoder
 from t2i.interop.karlo import KarloDecoder
 from t2i.interop.layouts import BY_CLASS, class_of
@@ -27,9 +28,9 @@ PARTS: dict[str, tuple[type, ...]] = {  # what a folder's components may be; a p
     "clip": (CLIP, TransformersCLIP),
     "prior": PRIORS,
     "prior_scheduler": (SchedulerMixin,),
-    "decoder": (Decoder, UNetDecoder, KarloDecoder, KandinskyDecoder, StableUnCLIPDecoder),
+    "decoder": (Decoder, UNetDecoder, KarloDecoder, KandinskyDecoder, StableUnCLIPDecoder, DALLE2Decoder),
     "decoder_scheduler": (SchedulerMixin,),
-    "autoencoder": (Autoencoder, MoVQ, SuperResolution),
+    "autoencoder": (Autoencoder, MoVQ, SuperResolution, DALLE2Pixels, DALLE2Cascade),
     "upsampler": (Upsampler,),
     "upsampler_scheduler": (SchedulerMixin,),
     "text_encoder": (TextEncoder, MultilingualCLIP),

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -94,14 +95,15 @@ class Autoencoder(ModelMixin, ConfigMixin):
         self.std.copy_(latents.std(dim=(0, 2, 3), correction=0).clamp(min=1e-6))
 
 
-def load_autoencoder(name: str | Path) -> Autoencoder:
+def load_autoencoder(name: str | Path, classes: tuple[type, ...] = (Autoencoder,)) -> Any:
     """An autoencoder by the name that configurations give it.
 
-    A folder that `train_autoencoder.py` wrote, or a diffusers VAE: its folder or its repository on the hub.
+    A folder that `train_autoencoder.py` wrote, or a diffusers VAE: its folder or its repository on the hub. `classes`:
+    what else may stand in its place.
     """
     folder = fetched(name, VAE_FILES)
     if class_name(folder) != "AutoencoderKL":
-        return load_model(Autoencoder, folder)
+        return load_model(classes, folder)
     check_files(folder)
     config = read_config(folder / "config.json")
     held = {name: stored for path in weight_files(folder) for name, stored in read_header(path).items()}

@@ -14,6 +14,7 @@ from t2i.checkpoint import load_model, load_scheduler
 from t2i.condition import TextEncoding
 from t2i.errors import InputError
 from t2i.guidance import Guidance
+from t2i.interop.dalle2_prior import DALLE2Prior
 from t2i.interop.eclipse import EclipsePrior
 from t2i.prior import Prior
 from t2i.regression_prior import RegressionPrior
@@ -23,10 +24,10 @@ from t2i.untrusted import is_folder
 logger = logging.getLogger(__name__)
 
 UNSCHEDULED = (AutoregressivePrior, RegressionPrior, EclipsePrior)  # priors that have no scheduler
-PRIORS = (Prior, *UNSCHEDULED)  # what a pipeline's prior may be, or none at all
+PRIORS = (Prior, DALLE2Prior, *UNSCHEDULED)  # what a pipeline's prior may be, or none at all
 MAX_CANDIDATES = 64
 
-AnyPrior = Prior | AutoregressivePrior | RegressionPrior | EclipsePrior
+AnyPrior = Prior | DALLE2Prior | AutoregressivePrior | RegressionPrior | EclipsePrior
 
 
 def load_prior(folder: str | Path) -> tuple[AnyPrior | None, SchedulerMixin | None]:
