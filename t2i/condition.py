@@ -35,8 +35,8 @@ class Condition:
         """`function` of every tensor."""
         return self.zipped(self, lambda tensor, _: function(tensor))
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> Self:
-        """On a device, floating-point tensors in a dtype."""
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Self:
+        """On a device, floating-point tensors in a dtype, if one is given."""
         return self.map(lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None))
 
     def repeat(self, count: int) -> Self:

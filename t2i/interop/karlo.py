@@ -43,14 +43,13 @@ class TextProjection(nn.Module):
         self.encoder_hidden_states_proj = nn.Linear(text_width, context_width)
         self.text_encoder_hidden_states_norm = nn.LayerNorm(context_width)
 
-    def forward(self, z_i: Tensor, z_t: Tensor, states: Tensor, mask: Tensor) -> KarloContext:
-        # Tensors alone, which accelerate can move to where the weights are.
+    def forward(self, z_i: Tensor, z_t: Tensor, text: TokenStates) -> KarloContext:
         time = self.clip_image_embeddings_project_to_time_embeddings(z_i) + self.embedding_proj(z_t)
         # A token's dimensions are not neighbours in what is projected: the first number of every token comes first.
         extra = self.clip_extra_context_tokens_proj(z_i).unflatten(-1, (-1, self.extra_tokens)).mT
-        caption = self.text_encoder_hidden_states_norm(self.encoder_hidden_states_proj(states))
+        caption = self.text_encoder_hidden_states_norm(self.encoder_hidden_states_proj(text.states))
         tokens = torch.cat([extra, caption], dim=1)
-        return KarloContext(time, tokens, F.pad(mask, (self.extra_tokens, 0), value=True))
+        return KarloContext(time, tokens, F.pad(text.mask, (self.extra_tokens, 0), value=True))
 
     @apply_forward_hook
     def null(self, count: int) -> Tensor:
@@ -148,7 +147,7 @@ class KarloDecoder(ModelMixin, ConfigMixin):
         text = condition.text
         if not isinstance(text, TokenStates) or text.pooled is None:
             raise ValueError("Karlo's decoder reads captions: its condition needs a text and its z_t")
-        return self.text_proj(condition.embedding, text.pooled, text.states, text.mask)
+        return self.text_proj(condition.embedding, text.pooled, text)
 
     @apply_forward_hook
     def step(self, x: Tensor, t: Tensor, context: KarloContext) -> Tensor:
