@@ -126,7 +126,10 @@ def warn_unused(
             "is of an autoregressive prior",
         ),
         "prior_guidance_scale": (of_one_pass and not Guidance.of(guidance).is_off, "cannot guide a prior of one pass"),
-        "negative_prompt": (of_one_pass and negative is not None, "cannot guide a prior of one pass"),
+        "negative_prompt": (
+            of_one_pass and negative is not None,
+            "cannot guide a prior of one pass (decoder_negative_prompt is for the decoder)",
+        ),
     }
     for name, (given, reason) in unused.items():
         if given:

@@ -38,6 +38,7 @@ from t2i.priors import draw_embeddings, usual_guidance
 from t2i.untrusted import Stored, check_tensors
 from tests.interop_folders import (
     EMBED_DIM,
+    kandinsky_22_combined,
     kandinsky_22_prior,
     prior_scheduler,
     randomised,
@@ -372,6 +373,34 @@ def test_an_eclipse_prior_is_saved_loaded_and_never_guided(tmp_path: Path, caplo
     torch.testing.assert_close(*draws)
     assert usual_guidance(prior) == 1
     assert "prior_guidance_scale has no effect: it cannot guide a prior of one pass" in caplog.text
+
+
+def test_an_eclipse_prior_draws_in_a_pipeline_and_is_saved_with_it(tmp_path: Path) -> None:
+    """As in ECLIPSE's own use of Kandinsky, what the decoder is guided away from is the prior's own answer."""
+    from pipelines import Text2ImagePipeline
+
+    shutil.copytree(kandinsky_22_combined(), tmp_path / "public")
+    shutil.rmtree(tmp_path / "public" / "prior_prior")
+    theirs = save_eclipse_prior(tmp_path / "public" / "prior_prior")
+    pipe = Text2ImagePipeline.from_pretrained(tmp_path / "public")
+    pipe.set_progress_bar_config(disable=True)
+    assert isinstance(pipe.prior, EclipsePrior) and pipe.prior_scheduler is None
+    x, prompts = noise(2, EMBED_DIM), ["a red cat", "a dog"]
+    with torch.no_grad():
+        wanted, away = (
+            theirs(x, 0, **padded(clip().encode_text(texts))).predicted_image_embedding
+            for texts in (prompts, ["red"] * 2)
+        )
+    settings = {"num_inference_steps": 2, "output_type": "pt", "prior_latents": x}
+    drawn = pipe(prompts, decoder_negative_prompt="red", generator=generators(2), **settings)
+    torch.testing.assert_close(drawn.image_embeds, wanted, atol=1e-5, rtol=0)
+    given = pipe(prompts, negative_image_embeds=away, generator=generators(2), **settings)
+    torch.testing.assert_close(drawn.images, given.images, atol=1e-4, rtol=0)
+    pipe.save_pretrained(tmp_path / "saved")
+    again = Text2ImagePipeline.from_pretrained(tmp_path / "saved")
+    again.set_progress_bar_config(disable=True)
+    embeds = again(prompts, generator=generators(2), **settings).image_embeds
+    torch.testing.assert_close(embeds, wanted, atol=1e-5, rtol=0)
 
 
 def test_a_prior_with_the_time_s_weights_but_not_its_token_is_refused(tmp_path: Path) -> None:
