@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import (
     KandinskyInpaintPipeline,
     KandinskyPipeline,
@@ -19,7 +20,7 @@ from diffusers.pipelines.kandinsky2_2 import pipeline_kandinsky2_2_inpainting
 from torch import Generator, Tensor, nn
 
 from t2i.condition import ImageCondition, TokenStates
-from t2i.diffusion import draw_noise, sample
+from t2i.diffusion import diffusion_loss, draw_noise, drop, noise_scheduler, sample
 from t2i.errors import InputError
 from t2i.inpainting import blend, known_latents
 from t2i.interop.component import Component
@@ -286,6 +287,57 @@ def test_saved_and_loaded_they_are_the_same(tmp_path: Path) -> None:
     again = MultilingualCLIP.from_pretrained(tmp_path)
     assert again.identity == text_encoder().identity
     close(again.encode(PROMPTS).pooled, text_encoder().encode(PROMPTS).pooled)
+
+
+def fresh(version: str) -> KandinskyDecoder:
+    """One that a test may change."""
+    folder = FOLDERS[version, False]()
+    model = KandinskyDecoder.from_component(Component(folder / "unet", folder))
+    model.load_state_dict(decoder(version).state_dict())
+    return model
+
+
+def test_weights_that_are_only_there_while_they_are_needed_change_nothing() -> None:
+    """As with sequential offload: between the calls they are on no device."""
+    folder = kandinsky_22_decoder()
+    model, coder = fresh("2.1"), MoVQ.from_component(Component(folder / "movq", folder))
+    encoder = MultilingualCLIP.from_component(
+        Component(kandinsky_21_decoder() / "text_encoder", stem="model"), kandinsky_21_decoder() / "tokenizer"
+    )
+    noise = random(2, 4, KANDINSKY_LATENTS, KANDINSKY_LATENTS, seed=6)
+
+    def draw() -> Tensor:
+        text = encoder.encode(PROMPTS, torch.device("cpu"))
+        latents = sample(decoder_predict(model, SCHEDULERS["ddim"], Z_I, text, 4.0), SCHEDULERS["ddim"], noise, 2)
+        with torch.no_grad():
+            return coder.decode(latents)
+
+    with torch.no_grad():
+        expected = draw()
+        for part in (model, coder, encoder):
+            cpu_offload(part, torch.device("cpu"))
+            assert {parameter.device.type for parameter in part.parameters()} == {"meta"}
+        close(draw(), expected)
+
+
+@pytest.mark.parametrize("version", ["2.1", "2.2"])
+def test_it_is_trained_as_our_decoders_are_with_its_null_for_what_is_dropped(version: str) -> None:
+    model = fresh(version).train().requires_grad_(True)
+    text = text_encoder().encode(PROMPTS) if version == "2.1" else None
+    condition = drop(ImageCondition(Z_I, text), model.null(2), 0.5)
+    x, gradients = random(2, 4, KANDINSKY_LATENTS, KANDINSKY_LATENTS, seed=8), []
+    for checkpointing in (False, True):
+        model.zero_grad()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        torch.manual_seed(0)
+        losses, _ = diffusion_loss(model, noise_scheduler({"beta_schedule": "linear"}), x, condition)
+        losses["loss"].backward()
+        assert losses.keys() == {"loss", "bound"}
+        gradients.append({name: one.grad.clone() for name, one in model.named_parameters()})
+    assert all(gradient.abs().max() > 0 for name, gradient in gradients[0].items() if name.endswith("to_k.weight"))
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-5, rtol=1e-4)
 
 
 def test_half_precision_is_kept(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ class KandinskyDecoder(ModelMixin, ConfigMixin):
         for key, value in described(model).items():
             if self.config[key] != value:
                 raise InputError(f"{key} is {self.config[key]!r:.80}, but {value!r} follows from the U-Net's settings")
-        self.unet = UNet2DConditionModel(**model)
+        self.unet = UNet2DConditionModel.from_config(dict(model))  # which passes over settings of older versions
         # What guidance goes away from: CLIP's embedding of the zero picture and, of 2.1, the encoding of "".
         self.register_buffer("null_embedding", torch.zeros(embed_dim))
         if text_width is not None:

@@ -36,7 +36,7 @@ class MoVQ(ModelMixin, ConfigMixin):
             raise InputError("lookup_from_codebook is true: latents of a codebook's numbers are no MoVQ's")
         if vq.get("in_channels", 3) != 3 or vq.get("out_channels", 3) != 3:
             raise InputError(f"a MoVQ is of pictures with 3 channels, got {vq['in_channels']} in its configuration")
-        self.coder = VQModel(**vq)
+        self.coder = VQModel.from_config(dict(vq))  # which passes over settings of older versions
 
     @classmethod
     def from_component(cls, part: Component, dtype: torch.dtype | None = None) -> Self:
