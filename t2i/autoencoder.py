@@ -98,12 +98,17 @@ class Autoencoder(ModelMixin, ConfigMixin):
 def load_autoencoder(name: str | Path, classes: tuple[type, ...] = (Autoencoder,)) -> Any:
     """An autoencoder by the name that configurations give it.
 
-    A folder that `train_autoencoder.py` wrote, or a diffusers VAE: its folder or its repository on the hub. `classes`:
-    what else may stand in its place.
+    A folder that `train_autoencoder.py` wrote, or a diffusers VAE: its folder or its repository on the hub; or a public
+    pipeline, Kandinsky's with a MoVQ, or Karlo's with its super-resolution, which keep the contract of an Autoencoder.
+    `classes`: what else may stand in its place.
     """
+    from t2i.interop.starting import AUTOENCODERS, public_autoencoder
+
+    if (public := public_autoencoder(str(name))) is not None:
+        return public
     folder = fetched(name, VAE_FILES)
     if class_name(folder) != "AutoencoderKL":
-        return load_model(classes, folder)
+        return load_model(tuple(dict.fromkeys((*classes, Autoencoder, *AUTOENCODERS))), folder)
     check_files(folder)
     config = read_config(folder / "config.json")
     held = {name: stored for path in weight_files(folder) for name, stored in read_header(path).items()}

@@ -274,12 +274,15 @@ def open_clip_source(name: str) -> tuple[str, dict]:
 def load_clip(name: str | Path) -> CLIP:
     """A CLIP by the name that configurations give it.
 
-    A folder that `train_clip.py` wrote, or a public pair: "ViT-L-14:datacomp_xl_s13b_b90k" (open_clip's name
-    and tag),
-    "hf-hub:org/name", "local-dir:/path".
+    A folder that `train_clip.py` wrote, or a public pair: "ViT-L-14:datacomp_xl_s13b_b90k" (open_clip's name and tag),
+    "hf-hub:org/name", "local-dir:/path"; or that of a public pipeline, by its folder or name on the hub, which keeps
+    the contract of a CLIP (`t2i.interop.transformers_clip`).
     """
     name = str(name)
     if ":" not in name or is_folder(name):
-        return load_model(CLIP, name)
+        from t2i.interop.starting import public_clip
+        from t2i.interop.transformers_clip import TransformersCLIP
+
+        return public_clip(name) or load_model((CLIP, TransformersCLIP), name)
     parts = (name,) if name.startswith(("hf-hub:", "local-dir:")) else name.split(":", 1)
     return loaded(lambda _: CLIP.from_open_clip(*parts), Path(name))

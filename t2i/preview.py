@@ -303,7 +303,9 @@ class Preview:
     def load_decoder(self) -> tuple[Decoder | UNetDecoder, SchedulerMixin, Autoencoder, TextEncoder | None] | None:
         if self.config.decoder is None or self.config.autoencoder is None:
             return None
-        decoder, scheduler = self.load("decoder", self.config.decoder, (Decoder, UNetDecoder))
+        from t2i.interop.starting import DECODERS
+
+        decoder, scheduler = self.load("decoder", self.config.decoder, (Decoder, UNetDecoder, *DECODERS))
         with torch.random.fork_rng(devices=[]):
             autoencoder = load_autoencoder(self.config.autoencoder).eval()
         if decoder.config.latent_channels != autoencoder.channels:

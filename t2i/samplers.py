@@ -2,14 +2,7 @@
 
 from typing import Any
 
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    PNDMScheduler,
-    SchedulerMixin,
-    UniPCMultistepScheduler,
-)
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin, UniPCMultistepScheduler
 
 from t2i.config import check_choice
 from t2i.continuous import ProbabilityFlowScheduler, ReverseSDEScheduler
@@ -43,8 +36,7 @@ def chosen(name: str | None, scheduler: SchedulerMixin, model: Any) -> Scheduler
 
 def evaluations(scheduler: SchedulerMixin, steps: int) -> int:
     """How often a sampling of so many steps asks the model."""
-    twice = isinstance(scheduler, PNDMScheduler) and steps > 1  # at the second timestep
-    return (steps - 1) * getattr(scheduler, "order", 1) + 1 + twice
+    return (steps - 1) * getattr(scheduler, "order", 1) + 1
 
 
 def make_sampler(name: str, scheduler: SchedulerMixin, learned_variance: bool = False) -> SchedulerMixin:

@@ -11,12 +11,15 @@
 
 A shard holds n pictures with m different captions of T tokens in all:
 
-    image_embeds   (n, D), float32, unit length           keys           bytes, the names of the pictures end to end
-    latents        (n, C, h, w), unit variance            key_offsets    (n + 1,), int64
-    text_embeds    (m, D), float32, unit length           text_states    (T, W), captions end to end
+    image_embeds   (n, D), float32                        keys           bytes, the names of the pictures end to end
+    latents        (n, C, h, w)                           key_offsets    (n + 1,), int64
+    text_embeds    (m, D), float32                        text_states    (T, W), captions end to end
     choice         (n, V), int64: the caption that        text_offsets   (m + 1,), int64
                    draw 0, ..., V - 1 of a picture gives  text_encoder_states, text_encoder_offsets: the same of a
                                                           decoder's own text encoder
+
+Embeddings and latents are as the models say them: our own CLIPs' are of unit length and our own autoencoders' of unit
+variance, public ones' are not.
 """
 
 import hashlib
@@ -54,6 +57,7 @@ class ClipFacts:
     embed_dim: int
     text_width: int
     context_length: int
+    unit_length: bool = True  # of the embeddings; older caches are of such CLIPs
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from t2i.data.cache import (
 from t2i.data.dataset import Batch, CaptionedPictures, Key, held_out_pictures
 from t2i.data.manifest import find_manifest, splits_of
 from t2i.errors import InputError
+from t2i.interop.transformers_clip import TransformersCLIP
 from t2i.text_encoder import TextEncoder
 from t2i.untrusted import is_folder
 
@@ -37,6 +38,11 @@ logger = logging.getLogger(__name__)
 
 TOKENIZER = ("tokenizer.json", "tokenizer/*")  # files of a CLIP folder that are its tokenizer
 PUBLIC = ("*.safetensors", "*.json", "*.txt", "*.model")  # a folder as others write it: weights, settings, tokenizer
+OURS = {"CLIP": ("CLIP", "TransformersCLIP"), "Autoencoder": ("Autoencoder", "MoVQ", "SuperResolution")}  # that we save
+PIPELINE_PARTS = {  # folders of public pipelines
+    "CLIP": ("*text_encoder", "*tokenizer", "*image_encoder", "*image_processor", "feature_extractor"),
+    "Autoencoder": ("movq", "vae", "super_res_*"),
+}
 LoadTextEncoder = Callable[[], TextEncoder]
 MEASURED = 4096  # pictures that set mean and std of the embeddings without a cache, at most
 SPREAD = 16_384  # of a cache, that set the principal components
@@ -347,7 +353,7 @@ def compared(
     folder = local_folder(name)
     if folder is None:
         return facts.name, name
-    if class_name(folder) == wanted:
+    if class_name(folder) in OURS[wanted]:
         return facts.identity, identify(folder)
     return stored, stored_model(name, wanted)
 
@@ -359,9 +365,13 @@ def local_folder(name: str) -> Path | None:
 
 
 def stored_model(name: str, wanted: str) -> str | None:
-    """Of a model of others in a folder: of all its files. Our own, of class `wanted`, have an identity."""
+    """Of a model of others in a folder: of all its files; of a public pipeline's, those of the parts in question. Our
+    own, of the classes that `wanted` is of, have an identity."""
     folder = local_folder(name)
-    return None if folder is None or class_name(folder) == wanted else files_digest(folder, PUBLIC)
+    if folder is None or class_name(folder) in OURS[wanted]:
+        return None
+    places = PIPELINE_PARTS[wanted] if (folder / "model_index.json").is_file() else ()
+    return files_digest(folder, (*PUBLIC, *(f"{place}/{pattern}" for place in places for pattern in PUBLIC)))
 
 
 def stored_tokenizer(name: str) -> str | None:
@@ -393,7 +403,10 @@ def identities(
 
 
 def facts_of_clip(name: str, clip: CLIP) -> ClipFacts:
-    return ClipFacts(name, clip.identity, clip.embed_dim, clip.text_width, clip.context_length)
+    """Raises InputError, before any work, for a public CLIP that lacks a tower."""
+    if isinstance(clip, TransformersCLIP):
+        clip.check_image_encoder()
+    return ClipFacts(name, clip.identity, clip.embed_dim, clip.text_width, clip.context_length, clip.unit_length)
 
 
 def facts_of_autoencoder(name: str, autoencoder: Autoencoder) -> AutoencoderFacts:

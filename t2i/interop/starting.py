@@ -1,0 +1,169 @@
+"""What training takes from public models: the component that it starts from, and the frozen ones beside it.
+
+`init`, `clip` and `autoencoder` of a configuration name the folder of a public pipeline, the folder of one of its
+components, such as FOLDER/unet, or a repository on the hub.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from t2i.checkpoint import class_name
+from t2i.condition import TextEncoding
+from t2i.errors import InputError
+from t2i.interop.component import Component, listed
+from t2i.interop.kandinsky import KandinskyDecoder
+from t2i.interop.karlo import KarloDecoder
+from t2i.interop.layouts import BY_CLASS, CLASSES, LAYOUTS, OF_TRANSFORMERS, Layout
+from t2i.interop.movq import MoVQ
+from t2i.interop.prior_transformer import load_prior_transformer
+from t2i.interop.super_resolution import SuperResolution
+from t2i.interop.transformers_clip import TransformersCLIP
+from t2i.prior import Prior
+from t2i.untrusted import MAX_TIMESTEPS, fetched, is_folder, read_config
+
+PublicDecoder = KarloDecoder | KandinskyDecoder
+DECODERS, AUTOENCODERS = (KarloDecoder, KandinskyDecoder), (MoVQ, SuperResolution)  # of public models
+
+
+@dataclass(frozen=True)
+class Found:
+    """A part of a public pipeline.
+
+    part: as `t2i.interop.layouts` calls it. folder: of the part. root: of the pipeline, or `folder` again, where the
+    part lies alone. layout: of the pipeline.
+    """
+
+    part: str
+    folder: Path
+    root: Path
+    layout: Layout | None
+
+    def other(self, part: str) -> Path | None:
+        """The folder of another part of the pipeline, if it is there."""
+        place = None if self.layout is None else self.layout.places.get(part)
+        return self.root / place if place is not None and is_folder(self.root / place) else None
+
+    def needed(self, part: str) -> Path:
+        """The same. Raises InputError if it is not there."""
+        folder = self.other(part)
+        if folder is None:
+            missing = part if self.layout is None else self.layout.places.get(part, part)
+            raise InputError(
+                f"{str(self.folder)!r} goes with the folder {missing!r} of its pipeline, which is not there; name the "
+                "folder of a whole pipeline, or of a part in one"
+            )
+        return folder
+
+    def component(self, part: str | None = None) -> Component:
+        """This part, or another one, checked but for its tensors. Raises InputError if it is not there."""
+        stem = "model" if (part or self.part) in OF_TRANSFORMERS else "diffusion_pytorch_model"
+        return Component(self.folder if part is None else self.needed(part), self.root, stem=stem)
+
+
+def find(name: str, parts: tuple[str, ...], others: tuple[str, ...] = ()) -> Found | None:
+    """Where a part of the public model of this name is, the first of `parts` that it has; None for other models.
+
+    Of a repository on the hub these parts alone are fetched, with `others` and all configurations.
+    Raises InputError for a public pipeline without it, or a name that is neither a folder nor on the hub.
+    """
+    if not is_folder(name) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is None:
+        return None
+    path = fetched(name, files_of(*parts, *others)).absolute()
+    layout = layout_of(path)
+    if layout is not None:
+        part = next((part for part in parts if part in layout.places), None)
+        if part is None:
+            held = ", ".join(layout.places.values())
+            missing = " or ".join(parts)
+            raise InputError(f"{name!r} is {layout.title} ({layout.name}): it holds {held}, and no {missing}")
+        return Found(part, path / layout.places[part], path, layout)
+    kind, home = class_name(path), layout_of(path.parent)
+    part = next((part for part in parts if kind in CLASSES[part]), None)
+    if home is not None:
+        part = next((part for part in parts if home.places.get(part) == path.name), part)
+    if part is None or kind not in CLASSES[part]:
+        return None
+    if home is not None and home.places.get(part) == path.name:
+        return Found(part, path, path.parent, home)
+    return Found(part, path, path, None)
+
+
+def layout_of(folder: Path) -> Layout | None:
+    name = listed(folder).get("_class_name")
+    return BY_CLASS.get(name) if isinstance(name, str) else None
+
+
+def files_of(*parts: str) -> list[str]:
+    """Patterns of the files of these parts, and of all configurations, in any layout."""
+    places = sorted({layout.places[part] for layout in LAYOUTS for part in parts if part in layout.places} - {"."})
+    stems = [f"{stem}{end}.safetensors" for stem in ("diffusion_pytorch_model", "model") for end in ("", "-*")]
+    return ["*.json", "*.txt", *(f"{place}/{stem}" for place in places for stem in stems)]  # * matches folders too
+
+
+@dataclass(frozen=True)
+class KnownCLIP:
+    """Of a CLIP what a prior asks, without the CLIP."""
+
+    embed_dim: int
+    text_width: int
+    unit_length: bool
+    null: TextEncoding
+
+    def encode_text(self, texts: list[str]) -> TextEncoding:
+        assert texts == [""], "the empty caption alone is known"
+        return self.null
+
+
+def public_prior(found: Found, clip: KnownCLIP) -> Prior:
+    """A PriorTransformer as this project's Prior, in fp32, to be trained; its null is `clip`'s empty caption."""
+    prior = load_prior_transformer(found.component(), clip, torch.float32)
+    if not isinstance(prior, Prior):
+        raise InputError(
+            f"{str(found.folder)!r} is an ECLIPSE prior, which draws in one pass: there is no noise to train it with; "
+            "start from a diffusion prior (additional_embeddings 4)"
+        )
+    return prior.requires_grad_(True)
+
+
+def public_decoder(found: Found, load_clip: Callable[[], Any], text_encoder: Any = None) -> PublicDecoder:
+    """Karlo's or Kandinsky's decoder in fp32, to be trained; its null is what `load_clip()` says of nothing."""
+    part = found.component()
+    decoder: PublicDecoder
+    match part.config.get("class_embed_type"):
+        case "identity":
+            decoder = KarloDecoder.from_components(part, found.component("projection"), torch.float32)
+        case "projection":
+            raise InputError(f"{str(found.folder)!r} is the U-Net of Stable unCLIP, which is not trained here")
+        case _:
+            decoder = KandinskyDecoder.from_component(part, torch.float32)
+    decoder.take_null(load_clip(), text_encoder)
+    return decoder.requires_grad_(True)
+
+
+def public_autoencoder(name: str) -> MoVQ | SuperResolution | None:
+    """Kandinsky's MoVQ, or Karlo's super-resolution in its place, frozen, in fp32; None for other models."""
+    found = find(name, ("movq", "super_res_first"), ("super_res_last",))
+    if found is None:
+        return None
+    if found.part == "movq":
+        return MoVQ.from_component(found.component(), torch.float32)
+    scheduler = read_config(found.needed("super_res_scheduler") / "scheduler_config.json", MAX_TIMESTEPS)
+    side = read_config(found.needed("unet") / "config.json").get("sample_size")
+    parts = (found.component(), found.component("super_res_last"))
+    return SuperResolution.from_components(*parts, scheduler, side, torch.float32)
+
+
+def public_clip(name: str) -> TransformersCLIP | None:
+    """The CLIP of a public pipeline, with the towers that it holds, frozen, in fp32; None for other models."""
+    towers = ("text_tower", "image_tower")
+    found = find(name, towers, towers)
+    if found is None or found.layout is None:
+        return None
+    text, vision = (found.component(part) if found.other(part) is not None else None for part in towers)
+    folders = (found.other("tokenizer"), vision, found.other("image_processor"))
+    return TransformersCLIP.from_components(text, *folders, torch.float32, found.root)
