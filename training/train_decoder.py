@@ -21,8 +21,9 @@ from t2i.data.source import Source, open_source, stored_fingerprint
 from t2i.decoder import Decoder
 from t2i.diffusion import check_weighting, diffusion_loss, drop, noise_scheduler
 from t2i.errors import InputError
-from t2i.finetuning import check_prediction, start_from
+from t2i.finetuning import start_from, starting_scheduler
 from t2i.inpainting import known_latents, random_masks
+from t2i.interop.starting import DECODERS, Found, find, public_decoder
 from t2i.launch import run
 from t2i.loop import Stage, fit, start
 from t2i.lora import LoraConfig, add_adapters, check_lora, export_adapted
@@ -38,13 +39,16 @@ class Config:
     clip: str = (
         "???"  # folder of a trained CLIP, or a public one: ViT-L-14:laion2b_s32b_b82k, hf-hub:name, local-dir:path
     )
-    autoencoder: str = "???"  # folder of a trained autoencoder, or a diffusers VAE: a folder or a hub name
+    # Folder of a trained autoencoder; a diffusers VAE, or the public pipeline that `init` is of: a folder or a hub name
+    autoencoder: str = "???"
     cache: str | None = None  # folder that `t2i data cache` wrote; without one, pictures are encoded in every step
     architecture: str = "unet"  # or transformer
     model: dict[str, Any] = field(default_factory=dict)  # its arguments, but for what CLIP and the autoencoder tell
-    init: str | None = None  # folder of a trained decoder to start from, instead of random weights; of its architecture
+    # Folder of a trained decoder to start from, instead of random weights; or Karlo's or Kandinsky's, by the folder or
+    # hub name of the pipeline. Its architecture stays as it is.
+    init: str | None = None
     lora: LoraConfig | None = None  # train adapters of this rank on `init`, not its weights: rank, alpha, targets
-    scheduler: dict[str, Any] = field(default_factory=dict)  # arguments of diffusers' DDIMScheduler
+    scheduler: dict[str, Any] = field(default_factory=dict)  # arguments of diffusers' DDIMScheduler; else as of `init`
     reads_captions: bool = False  # caption tokens as a second condition
     text_encoder: str | None = None  # where they come from: T5, BERT, ... (a folder, or a hub name); null is CLIP
     text_encoder_tokens: int = 128  # of a caption at most, fewer if the encoder knows fewer; what is longer is cut
@@ -90,14 +94,17 @@ def make_stage(config: Config, source: Source, device: torch.device) -> Stage:
     source.to(device)
     assert source.autoencoder is not None
     check_multiple("data.image_size", config.data.image_size, source.autoencoder.factor)
-    scheduler = noise_scheduler(config.scheduler)
     made_from: dict[str, Any] = {"text_encoder": None, **source.made_from}
     needed = decoder_arguments(config, source)
+    public = None if config.init is None else find(config.init, ("unet",), ("projection",))
+    scheduler = starting_scheduler(config.init, config.scheduler, public and public.other("decoder_scheduler"))
+    check_weighting(scheduler, config.loss_weighting)
     if config.init is None:
         decoder = build(ARCHITECTURES[config.architecture], "model", config.model, **needed)
     else:
-        check_prediction(config.init, scheduler)
-        load = partial(load_decoder, reads_masks=config.reads_masks)
+        load: Callable[[str], Any] = partial(load_decoder, reads_masks=config.reads_masks)
+        if public is not None:
+            load = partial(load_public, public, source)
         decoder = start_from(load, config.init, config.model, **needed)
         made_from["init"] = weights_digest(decoder)
     if config.lora is not None:
@@ -131,10 +138,10 @@ def make_stage(config: Config, source: Source, device: torch.device) -> Stage:
     return Stage(decoder, loss, source.dataset, export, made_from, asdict(config), workers, held_out, preview)
 
 
-def load_decoder(folder: str, reads_masks: bool) -> Decoder | UNetDecoder:
-    """A trained decoder; one that reads no masks learns it: what it reads them with starts at zero."""
-    decoder = load_model(tuple(ARCHITECTURES.values()), folder)
-    if not reads_masks or decoder.config.reads_masks:
+def load_decoder(folder: str, reads_masks: bool) -> Any:
+    """A trained decoder; one of ours that reads no masks learns it: what it reads them with starts at zero."""
+    decoder = load_model((*ARCHITECTURES.values(), *DECODERS), folder)
+    if not reads_masks or decoder.config.reads_masks or isinstance(decoder, DECODERS):
         return decoder
     arguments = {key: value for key, value in decoder.config.items() if not key.startswith("_")}
     wider = type(decoder)(**{**arguments, "reads_masks": True})
@@ -147,6 +154,11 @@ def load_decoder(folder: str, reads_masks: bool) -> Decoder | UNetDecoder:
     )
     wider.load_state_dict(weights)
     return wider
+
+
+def load_public(found: Found, source: Source, init: str) -> Any:
+    """Karlo's or Kandinsky's decoder; its null is what the source's CLIP says of nothing."""
+    return public_decoder(found, source.load_clip)
 
 
 def export_text_encoder(source: Source, output: Path) -> None:

@@ -6,6 +6,7 @@ accelerate launch training/train_prior.py configs/emoji/prior.yaml train.steps=1
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,8 @@ from t2i.data.cache import ClipFacts
 from t2i.data.source import Source, open_source
 from t2i.diffusion import check_weighting, diffusion_loss, drop, noise_scheduler
 from t2i.errors import InputError
-from t2i.finetuning import check_prediction, start_from
+from t2i.finetuning import start_from, starting_scheduler
+from t2i.interop.starting import Found, KnownCLIP, find, public_prior
 from t2i.launch import run
 from t2i.loop import Stage, fit, start
 from t2i.lora import LoraConfig, add_adapters, check_lora, export_adapted
@@ -61,11 +63,13 @@ class Config:
     cache: str | None = None  # folder that `t2i data cache` wrote; without one, pictures are encoded in every step
     architecture: str = "diffusion"  # or autoregressive, linear, mlp
     model: dict[str, Any] = field(default_factory=dict)  # arguments of that prior in t2i, but for what CLIP tells
-    init: str | None = None  # folder of a trained prior to start from, instead of random weights
+    # Folder of a trained prior to start from, instead of random weights; or Karlo's or Kandinsky's, by the folder or
+    # hub name of the pipeline.
+    init: str | None = None
     lora: LoraConfig | None = None  # train adapters of this rank on `init`, not its weights: rank, alpha, targets
     caption_dropout: float = 0.1  # of diffusion and autoregressive, whose guidance needs it
     # of diffusion
-    scheduler: dict[str, Any] = field(default_factory=dict)  # arguments of diffusers' DDIMScheduler
+    scheduler: dict[str, Any] = field(default_factory=dict)  # arguments of diffusers' DDIMScheduler; else as of `init`
     timestep_shift: float = 1.0  # above 1, high noise is drawn more often
     loss_weighting: str = "none"  # or min_snr, which lets the steps of low noise count less
     min_snr_gamma: float = 5.0
@@ -109,16 +113,24 @@ def main(config: Config) -> None:
 
 def make_stage(config: Config, source: Source, device: torch.device) -> Stage:
     source.to(device)
-    scheduler = noise_scheduler(config.scheduler) if config.architecture == "diffusion" else None
-    made_from = dict(source.made_from)
+    diffusion, made_from, public, scheduler = config.architecture == "diffusion", dict(source.made_from), None, None
+    if not diffusion and not source.clip.unit_length:
+        raise InputError(
+            f"architecture={config.architecture} draws embeddings of unit length, those of clip={config.clip!r} have "
+            "other lengths; take diffusion"
+        )
+    if diffusion:
+        public = None if config.init is None else find(config.init, ("prior",))
+        scheduler = starting_scheduler(config.init, config.scheduler, public and public.other("prior_scheduler"))
+        check_weighting(scheduler, config.loss_weighting)
     if config.init is None:
         prior = make_prior(config, source)
         if config.regression is not None:
             made_from["regression"] = weights_digest(prior.regressor)
     else:  # its null and its scale are part of what it learned
-        if scheduler is not None:
-            check_prediction(config.init, scheduler)
-        load = partial(load_model, ARCHITECTURES[config.architecture])
+        load: Callable[[str], Any] = partial(load_model, ARCHITECTURES[config.architecture])
+        if public is not None:
+            load = partial(load_public, public, source)
         prior = start_from(load, config.init, stated(config), **prior_arguments(config, source.clip))
         made_from["init"] = weights_digest(prior)
     if config.lora is not None:
@@ -178,6 +190,12 @@ def make_prior(config: Config, source: Source) -> Any:
     if regression is not None:
         prior.regressor.load_state_dict(regression.state_dict())
     return prior
+
+
+def load_public(found: Found, source: Source, init: str) -> Prior:
+    """A public prior; what its null is the source knows, perhaps without the CLIP."""
+    clip = source.clip
+    return public_prior(found, KnownCLIP(clip.embed_dim, clip.text_width, clip.unit_length, source.null()))
 
 
 def check_same_clip(folder: str, regression: RegressionPrior, clip: ClipFacts) -> None:
@@ -242,7 +260,10 @@ def prior_arguments(config: Config, clip: ClipFacts) -> dict[str, Any]:
         "text_width": clip.text_width,
         "clip_fingerprint": clip.identity,
     }
-    return arguments if config.architecture in KINDS else arguments | {"context_length": clip.context_length}
+    if config.architecture in KINDS:
+        return arguments
+    arguments |= {"context_length": clip.context_length}
+    return arguments | ({"unit_length": clip.unit_length} if config.architecture == "diffusion" else {})
 
 
 if __name__ == "__main__":
