@@ -18,7 +18,7 @@ from inspect import signature
 from typing import Any, Protocol
 
 import torch
-from diffusers import DDIMScheduler, SchedulerMixin
+from diffusers import DDIMScheduler, PNDMScheduler, SchedulerMixin
 from torch import Generator, Tensor
 
 from t2i.condition import Condition
@@ -337,6 +337,10 @@ def start(
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(first)
     timesteps = timesteps[first:]
+    if isinstance(scheduler, PNDMScheduler) and scheduler.config.skip_prk_steps:
+        # Its first step is a step of Heun's method, which asks at the second of the timesteps once more.
+        left = scheduler.timesteps.unique_consecutive()[first:]
+        scheduler.timesteps = timesteps = torch.cat([left[:2], left[1:]])
     return scheduler.add_noise(original.to(noise), noise, timesteps[:1].expand(len(noise))), timesteps
 
 

@@ -2,7 +2,14 @@
 
 from typing import Any
 
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin, UniPCMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    PNDMScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
 
 from t2i.config import check_choice
 from t2i.continuous import ProbabilityFlowScheduler, ReverseSDEScheduler
@@ -36,7 +43,8 @@ def chosen(name: str | None, scheduler: SchedulerMixin, model: Any) -> Scheduler
 
 def evaluations(scheduler: SchedulerMixin, steps: int) -> int:
     """How often a sampling of so many steps asks the model."""
-    return (steps - 1) * getattr(scheduler, "order", 1) + 1
+    twice = isinstance(scheduler, PNDMScheduler) and steps > 1  # at the second timestep
+    return (steps - 1) * getattr(scheduler, "order", 1) + 1 + twice
 
 
 def make_sampler(name: str, scheduler: SchedulerMixin, learned_variance: bool = False) -> SchedulerMixin:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from t2i.errors import InputError
 from t2i.interop.component import Component
@@ -282,3 +283,35 @@ def test_files_of_the_hub_s_cache_are_links_to_its_blobs_and_no_others_are_follo
     (folder / "image_processor" / "preprocessor_config.json").symlink_to(outside)
     with pytest.raises(InputError, match="is a link out of"):
         load(folder)
+
+
+TOWERS = {  # of Karlo and Kandinsky 2.1 (ViT-L), and of Kandinsky 2.2 (ViT-bigG): text and image
+    "ViT-L": ((768, 12, 12, 3072), (1024, 24, 16, 4096), 768, "quick_gelu"),
+    "ViT-bigG": ((1280, 32, 20, 5120), (1664, 48, 16, 8192), 1280, "gelu"),
+}
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_the_published_towers_have_transformers_names_and_shapes(name: str) -> None:
+    text, image, dim, activation = TOWERS[name]
+    keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    shared = {"projection_dim": dim, "hidden_act": activation, "layer_norm_eps": 1e-5}
+    words = shared | {"vocab_size": 49408, "max_position_embeddings": 77, "eos_token_id": 2}
+    pixels = shared | {"num_channels": 3, "image_size": 224, "patch_size": 14}
+    config = {"text": dict(zip(keys, text)) | words, "vision": dict(zip(keys, image)) | pixels}
+    with torch.device("meta"):
+        clip = TransformersCLIP(**config)
+        towers = (
+            CLIPTextModelWithProjection(CLIPTextConfig(**config["text"])),
+            CLIPVisionModelWithProjection(CLIPVisionConfig(**config["vision"])),
+        )
+    wanted = {
+        f"{place}.{key}": one.shape
+        for place, tower in zip(("text_encoder", "image_encoder"), towers)
+        for key, one in tower.state_dict().items()
+    }
+    assert {key: one.shape for key, one in clip.state_dict().items()} == wanted
+    assert wanted["text_encoder.text_projection.weight"] == (dim, text[0])
+    assert (clip.embed_dim, clip.text_width, clip.context_length, clip.size) == (dim, text[0], 77, 224)
+    layers = 16 * (text[1] + image[1])  # two norms, four projections and two layers of an MLP, with their biases
+    assert len(wanted) == layers + 5 + 8

@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, UnCLIPScheduler
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, PNDMScheduler, UnCLIPScheduler
 
 from t2i.continuous import ProbabilityFlowScheduler, ReverseSDEScheduler
 from t2i.ddim import ExactDDIMScheduler, invert
-from t2i.diffusion import sample
+from t2i.diffusion import levels, sample
 from t2i.errors import InputError
-from t2i.samplers import SAMPLERS, chosen, make_sampler
+from t2i.samplers import SAMPLERS, chosen, evaluations, make_sampler
 from tests.conftest import seeds
 from tests.gaussian import PREDICTIONS, SCHEDULES, Gaussian, schedule
 
@@ -284,3 +284,23 @@ def test_the_command_line_names_every_sampler():
     from t2i.commands import options
 
     assert all(name in options.SAMPLERS for name in SAMPLERS)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.8, 0.5, 0.2])
+def test_pndm_finds_what_is_sure_from_any_step_on(strength):
+    """Stable Diffusion's own: it asks twice at its second timestep, which below full strength is another one."""
+    scheduler = PNDMScheduler(skip_prk_steps=True, set_alpha_to_one=True, steps_offset=1)
+    original, noise = (torch.randn(2, 3, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    asked = []
+
+    def predict(x, t):
+        asked.append(int(t))
+        alpha, sigma = levels(scheduler, t, x)
+        return (x - alpha * original) / sigma
+
+    steps = round(10 * strength)
+    x = sample(predict, scheduler, noise, 10, original=None if strength == 1 else original, strength=strength)
+    assert len(asked) == evaluations(scheduler, steps)
+    assert asked[1:2] == asked[2:3] and len(set(asked)) == steps
+    if strength < 1:  # from pure noise, what is said of the clean sample is not that it is this one
+        torch.testing.assert_close(x, original, atol=1e-4, rtol=1e-4)

@@ -218,6 +218,12 @@ def test_pictures_are_interpolated_and_inpainted():
         mine(pictures(2), frames=3, image_embeds_noise=drawn(3, 20))
     mask = np.zeros((16, 16), np.uint8)
     mask[4:9, 4:9] = 255
-    painted = InpaintPipeline.from_pipe(mine)(pictures(1)[0], mask, **settings).images[0]
-    kept = np.asarray(pictures(1)[0])[mask == 0]
-    assert np.array_equal(np.asarray(painted)[mask == 0], kept)
+    picture = pictures(1)[0]
+    for model, more in ((mine, {}), (stable(), {"prompt": "a dog", "strength": 0.5, "prior_num_inference_steps": 2})):
+        seen = []
+        watch = {"on_preview": lambda preview, seen=seen: seen.append(preview.step == preview.steps)}
+        painted = InpaintPipeline.from_pipe(model)(
+            picture, mask, **settings | {"num_inference_steps": 4} | more | watch
+        )
+        assert np.array_equal(np.asarray(painted.images[0])[mask == 0], np.asarray(picture)[mask == 0])
+        assert seen[-1]
