@@ -32,6 +32,7 @@ from t2i.decoder import Decoder
 from t2i.diffusion import Predict, check_eta, draw_noise, sample, steps_left
 from t2i.errors import InputError
 from t2i.guidance import Guidance
+from t2i.inpainting import known_latents
 from t2i.interop.kandinsky import KandinskyDecoder
 from t2i.interop.stable_unclip import StableUnCLIPDecoder
 from t2i.priors import UNSCHEDULED, AnyPrior, check_plain, draw_embeddings, nearest, usual_guidance
@@ -236,6 +237,8 @@ class UnCLIPPipeline(WatchedPipeline):
     def check_stages(self, prior: PriorOptions | None, decoder: DecoderOptions) -> None:
         """Refuse what these models and schedulers cannot do; `prior` is None where the prior is not used."""
         if prior is not None:
+            if self.prior is None and self.clip.reads_captions and not self.clip.unit_length:
+                raise InputError("this model has no prior: name the folder of one as prior=..., or give image_embeds")
             if self.prior_scheduler is not None:
                 scheduler = chosen(prior.prior_sampler, self.prior_scheduler, self.prior)
                 check_steps("prior_num_inference_steps", prior.prior_num_inference_steps, scheduler)
@@ -377,19 +380,19 @@ class UnCLIPPipeline(WatchedPipeline):
         z_i = z_i.to(self._execution_device)
         if scheduler is None:
             scheduler = chosen(options.sampler, self.decoder_scheduler, self.decoder)
-        if predict is None:
-            if negative is not None:
-                away = self.told(negative.embedding.to(z_i), options, generators)
-                negative = replace(negative, embedding=away)
-            settings = (text, options.guidance_scale, negative)
-            predict = decoder_predict(self.decoder, scheduler, self.told(z_i, options, generators), *settings)
-        if options.steering is not None:
-            steer = steering_wrap(options.steering, scheduler, self.clip, self.autoencoder, len(z_i), z_i.device)
-            predict = steer(predict)
         noise = options.latents
         if noise is None:
             noise = draw_noise(self.shape_of(options), generators, z_i.device)
         noise = noise.to(z_i.device).float()
+        if predict is None:
+            if negative is not None:
+                away = self.told(negative.embedding.to(z_i), options, generators)
+                negative = replace(negative, embedding=away)
+            settings = (text, options.guidance_scale, negative, nothing_known(noise))
+            predict = decoder_predict(self.decoder, scheduler, self.told(z_i, options, generators), *settings)
+        if options.steering is not None:
+            steer = steering_wrap(options.steering, scheduler, self.clip, self.autoencoder, len(z_i), z_i.device)
+            predict = steer(predict)
         steps = options.num_inference_steps
         left = steps if original is None else steps_left(steps, strength)
         watch, report = self.watched("decoder", scheduler, left, options, lambda x: x, to_images or self.decode)
@@ -492,6 +495,11 @@ class UnCLIPPipeline(WatchedPipeline):
     def finish(self, images: Any, z_i: Tensor, return_dict: bool) -> UnCLIPPipelineOutput | tuple:
         self.maybe_free_model_hooks()
         return UnCLIPPipelineOutput(images, z_i) if return_dict else (images, z_i)
+
+
+def nothing_known(noise: Tensor) -> Tensor:
+    """What a decoder that reads masks reads where all is to be painted, for noise (N, C, h, w)."""
+    return known_latents(torch.zeros_like(noise), torch.ones_like(noise[:, :1]))
 
 
 def sides_divide(decoder: Any) -> int:

@@ -53,7 +53,7 @@ class ImageToImagePipeline(UnCLIPPipeline):
         negatives = self.check_prompts("negative_prompt", negative_prompt, len(pictures))
         count = len(pictures) * num_images_per_prompt
         prior_generators, generators = split_generators(generator, count)
-        self.check_noise(prior, decoder, count)
+        self.check_noise(prior if prompts else None, decoder, count)
         self.check_upsampling(decoder)
 
         z_i, text = self.embed(prompts, negatives, pictures, num_images_per_prompt, prior, prior_generators, decoder)

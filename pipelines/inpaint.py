@@ -90,7 +90,7 @@ class InpaintPipeline(UnCLIPPipeline):
         prior_generators, generators = split_generators(generator, count)
         canvas, mask = (self.whole_cells(one).to(self._execution_device) for one in (pictures, masks))
         height, width = (side // self.autoencoder.factor for side in canvas.shape[-2:])
-        self.check_noise(prior, replace(decoder, latents=None, super_res_latents=None), count)
+        self.check_noise(prior if prompts else None, replace(decoder, latents=None, super_res_latents=None), count)
         self.check_tensor("latents", decoder.latents, (count, self.latent_shape[0], height, width))
         self.check_tensor("super_res_latents", decoder.super_res_latents, (count, 3, *canvas.shape[-2:]))
         whole, inside = (one.repeat_interleave(each, dim=0).to(canvas.device) for one in (pictures, masks))

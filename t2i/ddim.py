@@ -18,8 +18,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
 from t2i.config import check_integer
-from t2i.diffusion import Predict, clean, levels, transition
+from t2i.diffusion import Predict, clean, levels, split, transition
 
+MIN_ALPHA = 0.02  # nearer to pure noise a velocity is not made of a predicted noise
 OWN = ("variance_type", "algorithm_type", "solver_order", "solver_type")  # a class's own, though others share the names
 
 
@@ -108,24 +109,29 @@ def invert(
     """The noise, like `x_0`, from which DDIM with eta 0 and as many steps draws `x_0`, (B, ...).
 
     To draw it again: `sample(predict, make_sampler("ddim", scheduler), noise, steps)` with the same predict. What a
-    step started from solves x_t = (x_s + sin(d) v(x_t, t)) / cos(d). Taking v at x_s instead, the usual inversion, is
-    off by O(d^2) a step; here the equation is solved by `refinements` evaluations a step, so this costs refinements *
-    steps evaluations; 1 is the usual inversion and costs as much as sampling. The rate is d times how fast v changes:
-    strong guidance or few steps may need more. Clipping and thresholding, which cannot be undone, are left out; so must
-    be a `predict` that keeps a state, for it is asked several times a step. on_step(i, t, x) runs after each step, with
-    x at t, and may change x.
+    step started from solves x_t = (x_s + sin(d) v(x_t, t)) / cos(d). For a model of the noise that is the same as
+    x_t = (alpha_t x_s + sin(d) noise(x_t, t)) / alpha_s, which converges more slowly, but stays bounded where alpha_t,
+    which v is divided by, is almost zero. Taking v at x_s instead, the usual inversion, is off by O(d^2) a step; here
+    the equation is solved by `refinements` evaluations a step, so this costs refinements * steps evaluations; 1 is the
+    usual inversion and costs as much as sampling. The rate is d times how fast v changes: strong guidance or few steps
+    may need more. Clipping and thresholding, which cannot be undone, are left out; so must be a `predict` that keeps a
+    state, for it is asked several times a step. on_step(i, t, x) runs after each step, with x at t, and may change x.
     """
     check_integer("refinements", refinements, 1, 100)
     exact = like(ExactDDIMScheduler, scheduler)
     exact.set_timesteps(steps, device=x_0.device)
     x, velocity = x_0, None
+    of_noise = exact.config.prediction_type == "epsilon"
     previous = exact.timesteps.new_tensor(exact.end)
     for i, t in enumerate(progress(exact.timesteps.flip(0))):
         (alpha, sigma), (alpha_s, sigma_s) = levels(exact, t, x), levels(exact, previous, x)
         cosine, sine = alpha * alpha_s + sigma * sigma_s, sigma * alpha_s - alpha * sigma_s
         guess = x if velocity is None else (x + sine * velocity) / cosine
         for _ in range(refinements):
-            velocity = (alpha * guess - clean(exact, predict(guess, t), guess, t)) / sigma
+            prediction, _ = split(predict(guess, t), guess)
+            velocity = (alpha * guess - clean(exact, prediction, guess, t)) / sigma
             guess = (x + sine * velocity) / cosine
+            if of_noise and alpha < MIN_ALPHA:  # a velocity made of noise and x is divided by it
+                guess = (alpha * x + sine * prediction) / alpha_s
         x, previous = guess if on_step is None else on_step(i, t, guess), t
     return x

@@ -4,7 +4,13 @@ import json
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, PNDMScheduler, UnCLIPScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    PNDMScheduler,
+    UnCLIPScheduler,
+)
 
 from t2i.continuous import ProbabilityFlowScheduler, ReverseSDEScheduler
 from t2i.ddim import ExactDDIMScheduler, invert
@@ -142,6 +148,15 @@ def test_more_refinements_invert_more_exactly():
         for count in (1, 2, 3, 6)
     ]
     assert errors[0] > 10 * errors[1] > 100 * errors[2] and errors[3] < 1e-7
+
+
+@pytest.mark.parametrize("beta_schedule", ["squaredcos_cap_v2", "scaled_linear"])
+def test_the_noise_of_a_model_of_noise_is_bounded_where_the_schedule_ends_in_noise_alone(beta_schedule):
+    """Whatever the model says: here, noise of unit variance that has nothing to do with x."""
+    scheduler = DDIMScheduler(beta_schedule=beta_schedule, prediction_type="epsilon", timestep_spacing="linspace")
+    said = torch.randn(4, 3, generator=seeds(1)[0])
+    start = invert(lambda x, t: said, scheduler, torch.randn(4, 3, generator=seeds(2)[0]), 10)
+    assert start.abs().max() < 1.01 * said.abs().max() + 0.2
 
 
 def test_inversion_finds_noise():
