@@ -1,0 +1,314 @@
+"""Every public layout through the one door: it draws, is saved and loads again, in any dtype; and what is refused."""
+
+import gc
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+
+from pipelines.image_variation import ImageVariationPipeline
+from pipelines.text2image import Text2ImagePipeline
+from t2i.errors import InputError
+from t2i.interop.component import Component
+from t2i.interop.layouts import USUAL_PRIORS
+from tests.interop_folders import (
+    kandinsky_21_combined,
+    kandinsky_21_decoder,
+    kandinsky_21_prior,
+    kandinsky_22_combined,
+    kandinsky_22_decoder,
+    kandinsky_22_inpaint,
+    kandinsky_22_prior,
+    karlo,
+    karlo_variations,
+    save_eclipse_prior,
+    tiny_prior_transformer,
+    tiny_text_tower,
+)
+from tests.interop_stable_folders import stable_unclip
+
+WHOLE = {
+    "karlo": (karlo, None),
+    "karlo variations with karlo's prior": (karlo_variations, karlo),
+    "kandinsky 2.2": (kandinsky_22_decoder, kandinsky_22_prior),
+    "kandinsky 2.2, the prior first": (kandinsky_22_prior, kandinsky_22_decoder),
+    "kandinsky 2.2 combined": (kandinsky_22_combined, None),
+    "kandinsky 2.2 inpainting": (kandinsky_22_inpaint, kandinsky_22_prior),
+    "kandinsky 2.1": (kandinsky_21_decoder, kandinsky_21_prior),
+    "kandinsky 2.1 combined": (kandinsky_21_combined, None),
+    "stable unclip": (stable_unclip, None),
+}
+ONE_EACH = ("karlo", "kandinsky 2.2", "kandinsky 2.1", "stable unclip")
+PROMPTS = ["a red cat", "dog"]
+
+
+def load(name: str, **settings: Any) -> Text2ImagePipeline:
+    folder, prior = WHOLE[name]
+    named = {} if prior is None else {"prior": prior()}
+    return still(Text2ImagePipeline.from_pretrained(folder(), **named | settings))
+
+
+def still(pipeline: Any) -> Any:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw(pipeline: Text2ImagePipeline, **settings: Any) -> torch.Tensor:
+    generators = [torch.Generator().manual_seed(number) for number in (5, 6)]
+    steps = {"prior_num_inference_steps": 2, "num_inference_steps": 2}
+    if pipeline.is_cascade:
+        steps["super_res_num_inference_steps"] = 2
+    return pipeline(PROMPTS, generator=generators, output_type="pt", **steps | settings).images
+
+
+def copied(folder: Path, target: Path) -> Path:
+    return Path(shutil.copytree(folder, target))
+
+
+def rewrite(path: Path, change: Callable[[dict], object]) -> None:
+    """A JSON file changed in place."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_model_draws_and_draws_the_same_after_saving(name: str, tmp_path: Path) -> None:
+    pipeline = load(name)
+    drawn = draw(pipeline)
+    assert drawn.shape[:2] == (2, 3) and drawn.std() > 0.01 and (drawn[0] != drawn[1]).any()
+    pipeline.save_pretrained(tmp_path / "ours")
+    again = still(Text2ImagePipeline.from_pretrained(tmp_path / "ours"))
+    torch.testing.assert_close(draw(again), drawn, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_weights_are_read_in_the_dtype_that_is_asked_for(name: str) -> None:
+    pipeline = load(name, torch_dtype=torch.bfloat16)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            held = [tensor for tensor in part.state_dict().values() if tensor.is_floating_point()]
+            assert {tensor.dtype for tensor in held} == {torch.bfloat16}
+    assert draw(pipeline).isfinite().all()
+
+
+def test_files_of_a_variant_are_read_as_they_are_stored(tmp_path: Path) -> None:
+    folder = copied(kandinsky_22_combined(), tmp_path / "model")
+    for place, stem in (("unet", "diffusion_pytorch_model"), ("prior_text_encoder", "model")):
+        half = {name: tensor.half() for name, tensor in load_file(folder / place / f"{stem}.safetensors").items()}
+        save_file(half, folder / place / f"{stem}.fp16.safetensors", metadata={"format": "pt"})
+        (folder / place / f"{stem}.safetensors").unlink()
+    pipeline = Text2ImagePipeline.from_pretrained(folder, variant="fp16")
+    assert pipeline.decoder.dtype == torch.float16 and pipeline.autoencoder.dtype == torch.float32
+
+
+def test_weights_in_several_files_with_an_index_are_the_same(tmp_path: Path) -> None:
+    folder = copied(kandinsky_22_combined(), tmp_path / "model")
+    UNet2DConditionModel.from_pretrained(folder / "unet").save_pretrained(tmp_path / "unet", max_shard_size="20KB")
+    shutil.rmtree(folder / "unet")
+    (tmp_path / "unet").rename(folder / "unet")
+    assert len(list((folder / "unet").glob("*.safetensors"))) > 2
+    whole, parts = load("kandinsky 2.2 combined").decoder, Text2ImagePipeline.from_pretrained(folder).decoder
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(parts.state_dict()[name], tensor)
+
+
+def test_components_that_are_given_replace_those_of_the_folder() -> None:
+    scheduler, decoder = DDIMScheduler(), load("kandinsky 2.2").decoder
+    pipeline = load("kandinsky 2.2", decoder=decoder, decoder_scheduler=scheduler)
+    assert pipeline.decoder is decoder and pipeline.decoder_scheduler is scheduler
+
+
+def test_a_decoder_on_the_hub_finds_its_usual_prior(monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = {"kandinsky-community/kandinsky-2-2-decoder": kandinsky_22_decoder()}
+    folders["kandinsky-community/kandinsky-2-2-prior"] = kandinsky_22_prior()
+    monkeypatch.setattr(Text2ImagePipeline, "download", lambda name, **_: str(folders[name]))
+    assert USUAL_PRIORS["kandinsky-community/kandinsky-2-2-decoder"] in folders
+    pipeline = Text2ImagePipeline.from_pretrained("kandinsky-community/kandinsky-2-2-decoder")
+    assert pipeline.prior is not None and pipeline.clip.image_encoder is not None
+
+
+def test_a_prior_alone_takes_the_place_of_a_models_own(tmp_path: Path) -> None:
+    tiny_prior_transformer(seed=9).save_pretrained(tmp_path / "prior")
+    own, other = load("kandinsky 2.2 combined"), load("kandinsky 2.2 combined", prior=tmp_path / "prior")
+    assert not torch.equal(own.prior.query, other.prior.query)
+    assert type(other.prior_scheduler) is type(own.prior_scheduler)
+    settings = {"prior": str(tmp_path / "prior"), "clip": str(kandinsky_22_prior())}
+    apart = Text2ImagePipeline.from_pretrained(kandinsky_22_decoder(), **settings)
+    assert torch.equal(apart.prior.query, other.prior.query)
+
+
+def test_a_model_without_a_prior_varies_pictures() -> None:
+    pipeline = still(ImageVariationPipeline.from_pretrained(karlo_variations()))
+    picture = torch.rand(1, 3, 16, 16)
+    steps = {"num_inference_steps": 2, "super_res_num_inference_steps": 2}
+    assert pipeline.prior is None
+    images = pipeline(picture, generator=torch.Generator().manual_seed(0), output_type="pt", **steps).images
+    assert images.isfinite().all()
+
+
+class Recorder(ModelHook):
+    """Writes down whose turn it is, as accelerate's offloading hook moves it to the device."""
+
+    def __init__(self, name: str, turns: list[str]):
+        self.name, self.turns = name, turns
+
+    def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self.turns[-1:] != [self.name]:
+            self.turns.append(self.name)
+        return args, kwargs
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_components_take_their_turns_in_the_order_of_offloading(name: str) -> None:
+    pipeline, turns = load(name), []
+    order = pipeline.model_cpu_offload_seq.split("->")
+    used = [part for part in order if getattr(pipeline, part, None) is not None]
+    for part in used:
+        add_hook_to_module(getattr(pipeline, part), Recorder(part, turns))
+    draw(pipeline)
+    assert turns == used
+
+
+def test_an_eclipse_prior_draws_with_a_kandinsky_decoder(tmp_path: Path) -> None:
+    save_eclipse_prior(tmp_path / "prior")
+    pipeline = load("kandinsky 2.2 combined", prior=tmp_path / "prior")
+    assert type(pipeline.prior).__name__ == "EclipsePrior" and pipeline.prior_scheduler is None
+    assert draw(pipeline).isfinite().all()
+
+
+def living() -> int:
+    """Bytes of all tensors that Python holds, each storage once; none of meta tensors, which have none."""
+    held = {}
+    for one in gc.get_objects():
+        if issubclass(type(one), torch.Tensor) and one.device.type == "cpu":
+            held[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
+    return sum(held.values())
+
+
+def test_loading_holds_no_second_copy_of_a_component(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All bytes that are alive are counted while a prior of 25 MB is read, at every eighth of its tensors."""
+    folder = copied(kandinsky_22_combined(), tmp_path / "model")
+    prior = tiny_prior_transformer(num_attention_heads=8, attention_head_dim=64, num_layers=4)
+    prior.half().save_pretrained(folder / "prior_prior")
+    size = sum(tensor.nbytes for tensor in prior.state_dict().values())
+    largest = max(tensor.nbytes for tensor in prior.state_dict().values())
+    del prior
+    gc.collect()
+    before, peak = living(), 0
+    tensors = Component.tensors
+
+    def counted(part: Component, dtype: torch.dtype | None = None) -> Any:
+        nonlocal peak
+        for number, (name, tensor) in enumerate(tensors(part, dtype)):
+            yield name, tensor
+            if part.folder.name == "prior_prior" and number % 8 == 0:
+                peak = max(peak, living())
+
+    monkeypatch.setattr(Component, "tensors", counted)
+    pipeline = Text2ImagePipeline.from_pretrained(folder)
+    assert pipeline.prior.dtype == torch.float16
+    final = living()
+    assert final - before > size > 20e6
+    # Queries, keys and values wait for each other, and are joined: at most six of the largest tensors are under way.
+    assert peak - before < final - before + 6 * largest
+    assert 6 * largest < size / 2
+
+
+Change = Callable[[Path], object]
+
+
+def pickled(folder: Path) -> None:
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+
+
+def outside(folder: Path) -> None:
+    names = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    table = {"metadata": {}, "weight_map": {name: "../../secret.safetensors" for name in names}}
+    (folder / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(table))
+
+
+def linked(folder: Path) -> None:
+    (folder / "movq" / "config.json").unlink()
+    (folder / "movq" / "config.json").symlink_to(kandinsky_22_decoder() / "movq" / "config.json")
+
+
+def other_size(folder: Path) -> None:
+    shutil.rmtree(folder / "prior_prior")
+    tiny_prior_transformer(embed_dim=24).save_pretrained(folder / "prior_prior")
+
+
+INDEX = "model_index.json"
+FAULTS: dict[str, tuple[Change, str]] = {
+    "a part that the index lacks": (
+        lambda folder: rewrite(folder / INDEX, lambda index: index.pop("movq")),
+        "lacks 'movq' in its model_index.json; its parts are unet, scheduler, movq",
+    ),
+    "a part without a folder": (lambda folder: shutil.rmtree(folder / "movq"), "lacks the folder 'movq'"),
+    "another class in the index": (
+        lambda folder: rewrite(folder / INDEX, lambda index: index.update(movq=["diffusers", "AutoencoderKL"])),
+        "has as movq a 'AutoencoderKL'; it must be VQModel",
+    ),
+    "a class that is no scheduler": (
+        lambda folder: rewrite(folder / INDEX, lambda index: index.update(scheduler=["diffusers", "UNet2DModel"])),
+        "has as scheduler a 'UNet2DModel'; it must be a scheduler of diffusers",
+    ),
+    "another class in a part": (
+        lambda folder: rewrite(folder / "unet" / "config.json", lambda one: one.update(_class_name="UNet2DModel")),
+        "holds in unet a 'UNet2DModel', not UNet2DConditionModel",
+    ),
+    "other shapes than the configuration": (
+        lambda folder: rewrite(folder / "unet" / "config.json", lambda one: one.update(block_out_channels=[16, 32])),
+        "unet' has misshapen tensors",
+    ),
+    "pickles alone": (pickled, r"only .safetensors is loaded; `t2i convert \S+/unet/diffusion_pytorch_model.bin`"),
+    "an index that points outside": (outside, "must be a plain name"),
+    "a link out of the folder": (linked, "is a link out of"),
+    "remote code in a part": (
+        lambda folder: rewrite(folder / "movq" / "config.json", lambda one: one.update(auto_map={"a": "b"})),
+        "has 'auto_map'; only this project's own code is run",
+    ),
+    "code beside the weights": (lambda folder: (folder / "unet" / "unet.py").touch(), "is code"),
+    "a prior of other embeddings": (other_size, "reads embeddings of 16 dimensions, the prior in .* of 24"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_folder_is_refused_in_one_line(fault: str, tmp_path: Path) -> None:
+    folder = copied(kandinsky_22_combined(), tmp_path / "model")
+    change, said = FAULTS[fault]
+    change(folder)
+    with pytest.raises(InputError, match=said) as refused:
+        Text2ImagePipeline.from_pretrained(folder)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_half_of_a_model_says_which_argument_to_give() -> None:
+    with pytest.raises(InputError, match=r"holds no prior and no CLIP; name .* as prior=\.\.\. \(--prior\)"):
+        Text2ImagePipeline.from_pretrained(kandinsky_22_decoder())
+    with pytest.raises(InputError, match="holds no decoder; name"):
+        Text2ImagePipeline.from_pretrained(kandinsky_22_prior())
+
+
+def test_a_prior_of_another_clip_is_refused(tmp_path: Path) -> None:
+    folder = copied(karlo(), tmp_path / "karlo")
+    shutil.rmtree(folder / "text_encoder")
+    tiny_text_tower(seed=77).save_pretrained(folder / "text_encoder")
+    with pytest.raises(InputError, match=r"are of different CLIPs: their text encoders are [0-9a-f]{16} and"):
+        Text2ImagePipeline.from_pretrained(karlo_variations(), prior=folder)
+
+
+def test_arguments_that_mean_nothing_here_are_refused() -> None:
+    with pytest.raises(InputError, match="'device_map' is no argument for a model in a public layout"):
+        load("karlo", device_map="balanced")
+    with pytest.raises(InputError, match="torch_dtype must be a torch.dtype, got 'float16'"):
+        load("karlo", torch_dtype="float16")
