@@ -87,8 +87,9 @@ def check_kind(found: Mapping[str, Any], layout: Layout) -> None:
     if layout.family == "kandinsky":
         reads = decoder.config.text_width is not None
         if reads != ("multilingual_clip" in layout.places):
+            ours, theirs = ("captions", "none") if reads else ("no captions", "them")
             raise InputError(
-                f"the decoder reads {'captions' if reads else 'no captions'}; that of {layout.name} does not"
+                f"the decoder reads {ours}, that of {layout.name} reads {theirs}: it is another Kandinsky's"
             )
 
 

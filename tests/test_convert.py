@@ -1,0 +1,202 @@
+"""`t2i convert` and `t2i parity`: models in other layouts, weights out of pickles, and the reference beside them."""
+
+import json
+import pickle
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, KandinskyV22CombinedPipeline, PriorTransformer
+from safetensors.torch import load_file
+
+from pipelines.convert import convert_folder
+from pipelines.text2image import Text2ImagePipeline
+from t2i import cli
+from t2i.errors import InputError
+from t2i.interop.pickles import convert_weights, read_pickle
+from tests.interop_folders import (
+    kandinsky_21_combined,
+    kandinsky_22_combined,
+    karlo,
+    karlo_variations,
+)
+from tests.interop_stable_folders import stable_unclip, stable_unclip_images
+
+BUILDERS: dict[str, Callable[[], Path]] = {
+    "karlo": karlo,
+    "karlo-variations": karlo_variations,
+    "kandinsky-2-2-combined": kandinsky_22_combined,
+    "kandinsky-2-1-combined": kandinsky_21_combined,
+    "stable-unclip": stable_unclip_images,
+    "stable-unclip-text": stable_unclip,
+}
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["t2i", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_a_model_comes_back_from_this_projects_layout_with_every_tensor(name: str, tmp_path: Path) -> None:
+    source = BUILDERS[name]()
+    ours = convert_folder(str(source), tmp_path / "ours")
+    back = convert_folder(str(ours), tmp_path / "back", name)
+    index = json.loads((back / "model_index.json").read_text())
+    wanted = json.loads((source / "model_index.json").read_text())
+    assert {key: value for key, value in index.items() if key[0] != "_"} == {
+        key: value for key, value in wanted.items() if key[0] != "_"
+    }
+    compared = 0
+    for path in source.rglob("*.safetensors"):
+        before, after = load_file(path), load_file(back / path.relative_to(source))
+        assert before.keys() == after.keys(), path
+        for key, tensor in before.items():
+            assert torch.equal(after[key], tensor), (path, key)
+            compared += 1
+    assert compared > 100
+    Text2ImagePipeline.from_pretrained(back)
+
+
+def test_what_is_written_for_kandinsky_loads_in_diffusers_and_draws_the_same(tmp_path: Path) -> None:
+    source = kandinsky_22_combined()
+    back = convert_folder(str(source), tmp_path / "back", "kandinsky-2-2-combined")
+    pictures = []
+    for folder in (source, back):
+        pipeline = DiffusionPipeline.from_pretrained(folder)
+        assert isinstance(pipeline, KandinskyV22CombinedPipeline)
+        generator = torch.Generator().manual_seed(0)
+        z_i, nothing = pipeline.prior_pipe("a cat", num_inference_steps=2, generator=generator, return_dict=False)
+        settings = {"num_inference_steps": 2, "height": 16, "width": 16, "output_type": "pt"}
+        drawn = pipeline.decoder_pipe(z_i, nothing, generator=generator, **settings).images
+        pictures.append(drawn)
+    torch.testing.assert_close(*pictures)
+
+
+def test_parts_are_exported_alone(tmp_path: Path) -> None:
+    """A combined Kandinsky as its prior's folder, and as a PriorTransformer."""
+    folder = convert_folder(str(kandinsky_22_combined()), tmp_path / "prior", "kandinsky-2-2-prior")
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == [
+        "image_encoder",
+        "image_processor",
+        "prior",
+        "scheduler",
+        "text_encoder",
+        "tokenizer",
+    ]
+    alone = convert_folder(str(kandinsky_22_combined()), tmp_path / "alone", "prior-transformer", fp16=True)
+    assert PriorTransformer.from_pretrained(alone, torch_dtype=torch.float16).dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("source", "to", "said"),
+    [
+        (
+            karlo,
+            "kandinsky-2-2",
+            "the decoder is a KarloDecoder; kandinsky-2-2 holds the weights of a KandinskyDecoder",
+        ),
+        (karlo, "karlo-variations", "CLIP has no image encoder, which karlo-variations holds"),
+        (karlo_variations, "karlo", "the prior is nothing; karlo holds the weights of a Prior"),
+        (kandinsky_22_combined, "kandinsky-2-1", "the text encoder is nothing"),
+        (kandinsky_21_combined, "kandinsky-2-2", "the decoder reads captions, that of kandinsky-2-2 reads none"),
+        (karlo, "dall-e", "no layout 'dall-e'; there are t2i"),
+    ],
+)
+def test_what_no_layout_can_hold_is_refused_with_the_reason(
+    source: Callable[[], Path], to: str, said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=said):
+        convert_folder(str(source()), tmp_path / "new", to)
+    assert not list(tmp_path.iterdir())
+
+
+def test_this_projects_own_decoder_is_in_no_public_layout(pipeline_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="the decoder is a UNetDecoder; karlo holds the weights of a KarloDecoder"):
+        convert_folder(str(pipeline_folder), tmp_path / "new", "karlo")
+
+
+@pytest.mark.parametrize("wrapper", [None, "state_dict"])
+def test_weights_of_a_pickle_become_safetensors_by_which_the_model_loads(
+    wrapper: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(kandinsky_22_combined(), tmp_path / "model"))
+    weights = folder / "movq" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    torch.save({wrapper: tensors} if wrapper else tensors, weights.with_suffix(".bin"))
+    weights.unlink()
+    with pytest.raises(InputError, match="`t2i convert "):
+        Text2ImagePipeline.from_pretrained(folder)
+    assert run(monkeypatch, "convert", weights.with_suffix(".bin")) == 0
+    for key, tensor in load_file(weights).items():
+        assert torch.equal(tensor, tensors[key])
+    Text2ImagePipeline.from_pretrained(folder)
+
+
+def test_shards_of_a_pickle_are_converted_by_their_index(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model-00001-of-00002.bin")
+    torch.save({"b": torch.zeros(2)}, tmp_path / "pytorch_model-00002-of-00002.bin")
+    table = {"a": "pytorch_model-00001-of-00002.bin", "b": "pytorch_model-00002-of-00002.bin"}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": table}))
+    made = convert_weights(tmp_path / "pytorch_model.bin.index.json")
+    assert made.name == "model.safetensors.index.json"
+    assert json.loads(made.read_text())["weight_map"]["b"] == "model-00002-of-00002.safetensors"
+    assert torch.equal(load_file(tmp_path / "model-00002-of-00002.safetensors")["b"], torch.zeros(2))
+
+
+class Trap:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+def test_a_pickle_with_code_is_refused_and_nothing_of_it_runs(tmp_path: Path) -> None:
+    sprung = tmp_path / "sprung"
+    torch.save({"weight": torch.ones(1), "trap": Trap(sprung)}, tmp_path / "model.bin")
+    (tmp_path / "plain.ckpt").write_bytes(pickle.dumps(Trap(sprung)))
+    for name in ("model.bin", "plain.ckpt"):
+        with pytest.raises(InputError, match="holds more than weights, or is damaged; nothing of it was run"):
+            read_pickle(tmp_path / name)
+    assert not sprung.exists()
+
+
+def test_other_things_than_tensors_are_named(tmp_path: Path) -> None:
+    torch.save({"weight": torch.ones(1), "step": 3}, tmp_path / "model.bin")
+    with pytest.raises(InputError, match="has 'step', a int, where only tensors belong"):
+        convert_weights(tmp_path / "model.bin")
+    torch.save([1], tmp_path / "list.pt")
+    with pytest.raises(InputError, match="holds a list, not the tensors of a model by name"):
+        convert_weights(tmp_path / "list.pt")
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_parity_finds_no_difference_with_and_without_guidance(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for scale in (4, 1):
+        assert run(monkeypatch, "parity", BUILDERS[name](), "--steps", 3, "--guidance-scale", scale) == 0
+        stages = [line.rsplit(maxsplit=1)[0] for line in capsys.readouterr().out.splitlines()]
+        assert stages[-1] == "final picture" and "decoder output" in stages
+        assert ("super-resolution" in stages) == name.startswith("karlo")
+
+
+def test_parity_finds_a_difference_and_ends_with_status_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from t2i.interop.movq import MoVQ
+
+    decode = MoVQ.decode
+    monkeypatch.setattr(MoVQ, "decode", lambda self, latents: decode(self, latents) + 0.001)
+    assert run(monkeypatch, "parity", kandinsky_22_combined(), "--steps", 2) == 1
+    printed = capsys.readouterr().out
+    assert "beyond the tolerance of 0.0001" in printed
+    assert float(printed.split("final picture")[1].split()[0]) > 2e-4
