@@ -76,7 +76,6 @@ def clip_of(sources: "Sources", dtype: torch.dtype | None) -> TransformersCLIP:
         vision=None if image is None else image.component("image_tower"),
         processor=None if image is None else image.folder("image_processor"),
         dtype=dtype,
-        root=None if text is None else text.path,
     )
 
 
