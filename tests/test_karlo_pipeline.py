@@ -187,7 +187,7 @@ EDITS: dict[str, tuple[type, tuple, dict[str, Any], tuple[int, int, int]]] = {
 def test_pictures_are_edited_by_it(edit: str):
     kind, given, settings, (count, height, width) = EDITS[edit]
     steps = {"num_inference_steps": 3, "super_res_num_inference_steps": 2, "output_type": "pt"}
-    pipeline = quiet(kind.from_pretrained(karlo_variations()))
+    pipeline = quiet(kind.from_pretrained(karlo_variations(), prior=karlo()))  # with all that Karlo has
     images = pipeline(*given, generator=Generator().manual_seed(1), **settings, **steps).images
     assert images.shape == (count, 3, height, width) and images.isfinite().all()
 
