@@ -109,3 +109,15 @@ def stable_unclip_images(folder: Path) -> None:
         image_encoder=("transformers", tiny_image_tower(20)),
         **stable_parts(20, "v_prediction", DDIMScheduler),
     )
+
+
+@built
+def stable_unclip_small(folder: Path) -> None:
+    """As `-small` is published: no prior, but an image encoder of the CLIP that Karlo's prior belongs to."""
+    save_parts(
+        folder,
+        "StableUnCLIPImg2ImgPipeline",
+        feature_extractor=("transformers", tiny_image_processor()),
+        image_encoder=("transformers", tiny_image_tower()),
+        **stable_parts(EMBED_DIM, "epsilon", PNDMScheduler),
+    )
