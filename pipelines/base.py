@@ -407,6 +407,11 @@ class UnCLIPPipeline(WatchedPipeline):
         x = sample(watch(predict), scheduler, noise, steps, generators, self.progress_bar, stepped, **start)
         return check_finite("decoder", x)
 
+    def away_from(self, z_i: Tensor | None, count: int) -> ImageCondition | None:
+        """What the decoder is guided away from, for given z_i, (N, D). Raises InputError for another shape."""
+        self.check_tensor("negative_image_embeds", z_i, (count, self.clip.embed_dim))
+        return None if z_i is None else ImageCondition(self.sized(z_i.to(self._execution_device).float()))
+
     def told(self, z_i: Tensor, options: DecoderOptions, generators: list[Generator]) -> Tensor:
         """What the decoder is told of z_i, (N, D): Stable unCLIP's noises it, each picture's by a stream of its own."""
         if not hasattr(self.decoder, "noised"):

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Generator
+from torch import Generator, Tensor
 
 from pipelines.base import MAX_IMAGES, UnCLIPPipeline, UnCLIPPipelineOutput
 from pipelines.options import split_options
@@ -25,6 +25,7 @@ class ImageToImagePipeline(UnCLIPPipeline):
         strength: float = 0.6,
         num_images_per_prompt: int = 1,
         generator: Generator | list[Generator] | None = None,
+        negative_image_embeds: Tensor | None = None,
         return_dict: bool = True,
         **options: Any,
     ) -> UnCLIPPipelineOutput | tuple:
@@ -37,6 +38,8 @@ class ImageToImagePipeline(UnCLIPPipeline):
             negative_prompt: what the prior is guided away from.
             strength: share of the steps that are taken, in (0, 1]: 1 leaves nothing of the picture but what it shows.
             generator: one for all, or one a drawn picture.
+            negative_image_embeds: (N, D), z_i that the decoder is guided away from, such as those drawn for what is not
+                wanted; None is the decoder's null.
             return_dict: False returns the tuple (images, image_embeds).
             options: those of `pipelines.options.PriorOptions` and `DecoderOptions`.
 
@@ -54,11 +57,12 @@ class ImageToImagePipeline(UnCLIPPipeline):
         count = len(pictures) * num_images_per_prompt
         prior_generators, generators = split_generators(generator, count)
         self.check_noise(prior if prompts else None, decoder, count)
+        away = self.away_from(negative_image_embeds, count)
         self.check_upsampling(decoder)
 
         z_i, text = self.embed(prompts, negatives, pictures, num_images_per_prompt, prior, prior_generators, decoder)
         latents = self.encode_latents(pictures).repeat_interleave(num_images_per_prompt, dim=0)
-        images = self.draw(z_i, text, decoder, generators, original=latents, strength=strength)
+        images = self.draw(z_i, text, decoder, generators, negative=away, original=latents, strength=strength)
         return self.finish(images, z_i, return_dict)
 
 

@@ -15,7 +15,7 @@ from pipelines.base import MAX_IMAGES, UnCLIPPipeline, UnCLIPPipelineOutput
 from pipelines.image_to_image import check_strength
 from pipelines.options import DecoderOptions, split_options
 from pipelines.pictures import Pictures, check_pixels, read_masks, read_pictures
-from t2i.condition import TextEncoding
+from t2i.condition import ImageCondition, TextEncoding
 from t2i.config import check_integer
 from t2i.diffusion import Predict, draw_noise
 from t2i.errors import InputError
@@ -39,6 +39,7 @@ class InpaintPipeline(UnCLIPPipeline):
         strength: float = 1.0,
         num_images_per_prompt: int = 1,
         generator: Generator | list[Generator] | None = None,
+        negative_image_embeds: Tensor | None = None,
         return_dict: bool = True,
         **options: Any,
     ) -> UnCLIPPipelineOutput | tuple:
@@ -51,6 +52,8 @@ class InpaintPipeline(UnCLIPPipeline):
             negative_prompt: what the prior is guided away from.
             strength: share of the steps that are taken, in (0, 1]; below 1, something of what is painted over stays.
             generator: one for all, or one a drawn picture.
+            negative_image_embeds: (N, D), z_i that the decoder is guided away from, such as those drawn for what is not
+                wanted; None is the decoder's null.
             return_dict: False returns the tuple (images, image_embeds).
             options: those of `pipelines.options.PriorOptions` and `DecoderOptions`. `latents` have the pictures' size.
 
@@ -60,7 +63,7 @@ class InpaintPipeline(UnCLIPPipeline):
         pictures = read_pictures(image)
         self.check_canvas(pictures)
         masks = read_masks(mask_image, len(pictures), pictures.shape[-2:])
-        settings = (prompt, negative_prompt, strength, num_images_per_prompt, generator, options)
+        settings = (prompt, negative_prompt, strength, num_images_per_prompt, generator, negative_image_embeds, options)
         return self.paint(pictures, pictures, masks, *settings, return_dict=return_dict)
 
     def paint(
@@ -73,6 +76,7 @@ class InpaintPipeline(UnCLIPPipeline):
         strength: float,
         each: int,
         generator: Generator | list[Generator] | None,
+        negative_image_embeds: Tensor | None,
         options: dict[str, Any],
         return_dict: bool,
     ) -> UnCLIPPipelineOutput | tuple:
@@ -93,6 +97,7 @@ class InpaintPipeline(UnCLIPPipeline):
         self.check_noise(prior if prompts else None, replace(decoder, latents=None, super_res_latents=None), count)
         self.check_tensor("latents", decoder.latents, (count, self.latent_shape[0], height, width))
         self.check_tensor("super_res_latents", decoder.super_res_latents, (count, 3, *canvas.shape[-2:]))
+        away = self.away_from(negative_image_embeds, count)
         whole, inside = (one.repeat_interleave(each, dim=0).to(canvas.device) for one in (pictures, masks))
 
         def to_images(latents: Tensor, output_type: str = "pil", *last: Any) -> Any:
@@ -100,7 +105,7 @@ class InpaintPipeline(UnCLIPPipeline):
             return self.image_processor.postprocess(joined(painted, whole, inside), output_type)
 
         z_i, text = self.embed(prompts, negatives, shown, each, prior, prior_generators, decoder)
-        x = self.paint_latents(z_i, text, canvas, mask, strength, decoder, generators, to_images)
+        x = self.paint_latents(z_i, text, canvas, mask, strength, decoder, generators, to_images, away)
         images = x if decoder.output_type == "latent" else to_images(x, decoder.output_type, decoder, generators)
         return self.finish(images, z_i, return_dict)
 
@@ -114,6 +119,7 @@ class InpaintPipeline(UnCLIPPipeline):
         options: DecoderOptions,
         generators: list[Generator],
         to_images: Callable[[Tensor], list[Image.Image]],
+        negative: ImageCondition | None = None,
     ) -> Tensor:
         """(N, C, h, w) for N generators and canvases and masks, (P, ., H, W), where P divides N; `to_images` is for
         previews."""
@@ -126,7 +132,7 @@ class InpaintPipeline(UnCLIPPipeline):
         scheduler = chosen(options.sampler, self.decoder_scheduler, self.decoder)
         hold = blend(scheduler, latents, mask, noise)
         told = self.told(z_i.to(latents.device), options, generators)
-        predict = self.predict_canvas(told, text, known_latents(latents, mask), options, scheduler)
+        predict = self.predict_canvas(told, text, known_latents(latents, mask), options, scheduler, negative)
         more: dict[str, Any] = {"original": latents, "strength": strength} if strength < 1 else {}
         more |= {"predict": predict, "on_step": hold, "scheduler": scheduler, "to_images": to_images}
         return self.sample_decoder(z_i, text, options, generators, **more)
@@ -138,10 +144,11 @@ class InpaintPipeline(UnCLIPPipeline):
         known: Tensor,
         options: DecoderOptions,
         scheduler: SchedulerMixin,
+        negative: ImageCondition | None = None,
     ) -> Predict:
         """What the guided decoder predicts of a canvas of any size; known: (N, C + 1, h, w)."""
         places = windows(known.shape[-2], known.shape[-1], self.latent_shape[-1])
-        settings = (self.decoder, scheduler, z_i.to(known.device), text, options.guidance_scale, None)
+        settings = (self.decoder, scheduler, z_i.to(known.device), text, options.guidance_scale, negative)
         # One a window, for guidance with momentum remembers what it saw.
         return windowed([decoder_predict(*settings, place.of(known)) for place in places], places)
 
@@ -176,6 +183,7 @@ class OutpaintPipeline(InpaintPipeline):
         negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
         generator: Generator | list[Generator] | None = None,
+        negative_image_embeds: Tensor | None = None,
         return_dict: bool = True,
         **options: Any,
     ) -> UnCLIPPipelineOutput | tuple:
@@ -190,7 +198,7 @@ class OutpaintPipeline(InpaintPipeline):
         canvas = F.pad(pictures, margins, mode="replicate")
         self.check_canvas(canvas)
         mask = F.pad(torch.zeros_like(pictures[:, :1]), margins, value=1.0)
-        settings = (prompt, negative_prompt, 1.0, num_images_per_prompt, generator, options)
+        settings = (prompt, negative_prompt, 1.0, num_images_per_prompt, generator, negative_image_embeds, options)
         return self.paint(pictures, canvas, mask, *settings, return_dict=return_dict)
 
 

@@ -30,6 +30,7 @@ from pipelines.inpaint import InpaintPipeline, OutpaintPipeline
 from pipelines.interpolation import InterpolationPipeline
 from pipelines.text2image import Text2ImagePipeline
 from pipelines.text_diff import TextDiffPipeline
+from t2i.errors import InputError
 from t2i.sampling import split_generators
 from tests.interop_folders import (
     EMBED_DIM,
@@ -233,6 +234,26 @@ def test_a_picture_is_inpainted_as_diffusers_does(name: str) -> None:
     own: dict[str, Any] = {"image_embeds": z_i_of("2.2"), "negative_image_embeds": zero("2.2", 1)}
     own |= {"image": image, "mask_image": mask, "generator": of_stages(1)[1], **QUICK, **SIZE}
     close(mine, decoding(KandinskyV22InpaintPipeline, "2.2", name, True)(**own, output_type="latent").images)
+
+
+@pytest.mark.usefixtures("mask_as_given")
+@pytest.mark.parametrize("task", ["redrawn", "inpainted"])
+def test_what_is_not_wanted_guides_the_decoder_of_2_2_away_in_every_task(task: str) -> None:
+    """As in diffusers. Kandinsky's own repository deviates: there, the decoder's negative prompt is only for captions,
+    and a picture is redrawn and inpainted as if there were none."""
+    image, away, masks = Image.fromarray(PICTURE), random(1, EMBED_DIM, seed=9), task == "inpainted"
+    settings: dict[str, Any] = {**QUICK, "output_type": "latent", "image": image}
+    settings |= {"mask_image": Image.fromarray(MASK)} if masks else {"strength": 0.5}
+    kind, theirs = (
+        (InpaintPipeline, KandinskyV22InpaintPipeline) if masks else (ImageToImagePipeline, KandinskyV22Img2ImgPipeline)
+    )
+    pipe = ours(kind, "2.2", "ddim", masks)
+    mine = pipe(**settings, generator=generators(1), negative_image_embeds=away).images
+    own = {"image_embeds": z_i_of("2.2"), "negative_image_embeds": away, "generator": of_stages(1)[1]}
+    close(mine, decoding(theirs, "2.2", "ddim", masks)(**own, **settings, **SIZE).images)
+    assert (mine - pipe(**settings, generator=generators(1)).images).abs().max() > 0.1
+    with pytest.raises(InputError, match="negative_image_embeds must be a tensor of shape"):
+        pipe(**settings, negative_image_embeds=away[0])
 
 
 @pytest.mark.usefixtures("mask_as_given", "one_stream")
