@@ -515,11 +515,15 @@ def sides_divide(decoder: Any) -> int:
 
 
 def check_widths(clip: CLIP, prior: AnyPrior | None, decoder: Decoder | UNetDecoder) -> None:
-    """Refuse stages whose embeddings have other dimensions than the CLIP's."""
+    """Refuse stages whose embeddings have other dimensions than the CLIP's, or its token states, where they say so."""
     for name, model in {"prior": prior, "decoder": decoder}.items():
         if model is not None and model.config.embed_dim != clip.embed_dim:
             ours = f"the CLIP's have {clip.embed_dim}"
             raise InputError(f"the {name}'s embeddings have {model.config.embed_dim} dimensions, {ours}: another CLIP")
+        states = getattr(model, "states_width", None)
+        if states is not None and clip.reads_captions and states != clip.text_width:
+            ours = f"the CLIP's have {clip.text_width}"
+            raise InputError(f"the {name} reads token states of {states} dimensions, {ours}: another CLIP")
 
 
 def check_text_encoder(decoder: Decoder | UNetDecoder, text_encoder: TextEncoder | None) -> None:

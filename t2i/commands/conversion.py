@@ -24,11 +24,22 @@ def convert(
     prior: options.Prior = None,
     variant: Annotated[str | None, Option(help="Of a public model's files, such as fp16.")] = None,
     fp16: Annotated[bool, Option("--fp16", help="Half-precision weights: half the size.")] = False,
+    config: Annotated[
+        Path | None, Option(help="Of a prior or decoder of DALLE2-pytorch (.pth): the JSON it was trained by.")
+    ] = None,
+    release: Annotated[str | None, Option(help="Of DALLE2-pytorch that trained it, such as 1.1.0, if asked.")] = None,
 ) -> None:
     """Write a model in another layout, or weights from a pickle as safetensors, without running what is in it."""
     from t2i.interop.pickles import INDEX, convert_weights
     from t2i.untrusted import PICKLES
 
+    if config is not None or release is not None or (Path(source).suffix == ".pth" and out and not out.suffix):
+        from t2i.interop.dalle2_convert import convert_dalle2
+
+        if out is None:
+            raise InputError("the new folder is missing; t2i convert FILE.pth --config FILE.json NEW_FOLDER")
+        print(convert_dalle2(Path(source), config, out, release, fp16))
+        return
     if Path(source).suffix in PICKLES or source.endswith(INDEX):
         print(convert_weights(Path(source), out))
         return

@@ -74,6 +74,11 @@ class DALLE2Decoder(ModelMixin, ConfigMixin):
         }
         self.net = Unet(**{**unet, **derived})
 
+    @property
+    def states_width(self) -> int | None:
+        """Dimensions of the token states of CLIP that it reads."""
+        return self.config.text_width
+
     def forward(self, x: Tensor, t: Tensor, condition: ImageCondition) -> Tensor:
         """x: (B, C, H, W) noisy pictures; t: (B,) timesteps -> (B, C, H, W), the prediction; or (B, 2C, H, W)."""
         return self.step(x, t, self.prepare(condition))

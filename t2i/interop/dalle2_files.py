@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from t2i.errors import InputError
+from t2i.interop.pickles import read_pickle
 from t2i.untrusted import check_size, described
 
 MAX_FILE = 64 * 2**30  # bytes; the largest published one has a tenth of it
@@ -65,15 +66,12 @@ def read_dalle2(path: Path) -> DALLE2File:
     check_archive(path)
     try:
         unknown = sorted(set(get_unsafe_globals_in_checkpoint(path)) - set(FOREIGN))
-        if unknown:
-            allowed = "only tensors, plain containers and a version are"
-            raise InputError(f"{str(path)!r} holds a {unknown[0]:.80}, which is not loaded; {allowed}")
-        with safe_globals([(Inert, name) for name in FOREIGN]):
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except InputError:
-        raise
     except Exception as error:  # whatever torch makes of a damaged file
         raise InputError(f"{str(path)!r} does not load: {described(error).splitlines()[0]}") from error
+    if unknown:
+        allowed = "only tensors, plain containers and a version are"
+        raise InputError(f"{str(path)!r} holds a {unknown[0]:.80}, which is not loaded; {allowed}")
+    found = read_pickle(path, tuple((Inert, name) for name in FOREIGN))
     if not isinstance(found, dict):
         raise InputError(f"{str(path)!r} holds a {type(found).__name__}, not a model's tensors by name")
     state, taken = chosen(found)

@@ -86,6 +86,11 @@ class DALLE2Prior(ModelMixin, ConfigMixin):
         self.embed_scale = embed_dim**0.5 if embed_scale is None else embed_scale
         self.net = Network(self.config)
 
+    @property
+    def states_width(self) -> int | None:
+        """Dimensions of the token states of CLIP that it reads."""
+        return self.config.embed_dim if self.config.reads_captions else None
+
     def forward(self, x: Tensor, t: Tensor, text: TextEncoding) -> Tensor:
         """x: (B, D) noisy scaled z_i; t: (B,) timesteps -> (B, D), the prediction."""
         return self.step(x, t, self.prepare(text))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.serialization import safe_globals
 
 from t2i.checkpoint import as_oserror
 from t2i.data.cache import new_file
@@ -20,18 +21,21 @@ WRAPPERS = ("state_dict", "model")  # what trainers put weights under
 INDEX = ".bin.index.json"
 
 
-def read_pickle(path: Path) -> Any:
+def read_pickle(path: Path, stand_ins: tuple[tuple[Any, str], ...] = ()) -> Any:
     """What a pickle of torch holds: tensors, on the CPU and mapped from the file, in plain containers.
+
+    stand_ins: classes that are made in the place of others, by the others' names.
 
     Raises InputError for a file that holds anything else, which is not run, or is damaged.
     """
     if path.suffix not in PICKLES or not path.is_file():
         raise InputError(f"{str(path)!r} is no file of weights; one ends in {', '.join(PICKLES[:4])}")
     try:
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # files of before torch 1.6 cannot be mapped
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with safe_globals(list(stand_ins)):
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError:  # files of before torch 1.6 cannot be mapped
+                return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the reader makes of bytes that nobody checked
         said = described(error).splitlines()[0]
         raise InputError(
