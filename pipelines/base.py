@@ -18,17 +18,14 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from PIL import Image
 from torch import Generator, Tensor
 
-from pipelines.folder import OPTIONAL, PARTS, check_folder, is_ours
+from pipelines.folder import OPTIONAL, PARTS, AnyAutoencoder, AnyCLIP, AnyDecoder, AnyTextEncoder, check_folder, is_ours
 from pipelines.options import DecoderOptions, PriorOptions
 from pipelines.public import public_components, with_prior
 from pipelines.watched import WatchedPipeline, check_finite
-from t2i.autoencoder import Autoencoder
 from t2i.autoregressive_prior import AutoregressivePrior
 from t2i.checkpoint import loaded
-from t2i.clip import CLIP
 from t2i.condition import ImageCondition, TextEncoding
 from t2i.config import check_integer, check_multiple, check_range
-from t2i.decoder import Decoder
 from t2i.diffusion import Predict, check_eta, draw_noise, sample, steps_left
 from t2i.errors import InputError
 from t2i.guidance import Guidance
@@ -39,8 +36,6 @@ from t2i.priors import UNSCHEDULED, AnyPrior, check_plain, draw_embeddings, near
 from t2i.samplers import chosen
 from t2i.sampling import OnStep, check_texts, decoder_predict, told
 from t2i.steering import check_steering, steering_wrap
-from t2i.text_encoder import TextEncoder
-from t2i.unet_decoder import UNetDecoder
 from t2i.untrusted import is_folder, reach
 from t2i.upsampler import Upsampler
 from t2i.upsampling import check_size, derived_generators
@@ -76,15 +71,15 @@ class UnCLIPPipeline(WatchedPipeline):
 
     def __init__(
         self,
-        clip: CLIP,
-        decoder: Decoder | UNetDecoder,
+        clip: AnyCLIP,
+        decoder: AnyDecoder,
         decoder_scheduler: SchedulerMixin,
-        autoencoder: Autoencoder,
+        autoencoder: AnyAutoencoder,
         prior: AnyPrior | None = None,
         prior_scheduler: SchedulerMixin | None = None,
         upsampler: Upsampler | None = None,
         upsampler_scheduler: SchedulerMixin | None = None,
-        text_encoder: TextEncoder | None = None,
+        text_encoder: AnyTextEncoder | None = None,
     ):
         super().__init__()
         for name, model in {"prior": prior, "decoder": decoder, "upsampler": upsampler}.items():
@@ -514,7 +509,7 @@ def sides_divide(decoder: Any) -> int:
     return decoder.config.get("patch_size", 1) if net is None else 2 ** (len(net.config.block_out_channels) - 1)
 
 
-def check_widths(clip: CLIP, prior: AnyPrior | None, decoder: Decoder | UNetDecoder) -> None:
+def check_widths(clip: AnyCLIP, prior: AnyPrior | None, decoder: AnyDecoder) -> None:
     """Refuse stages whose embeddings have other dimensions than the CLIP's, or its token states, where they say so."""
     for name, model in {"prior": prior, "decoder": decoder}.items():
         if model is not None and model.config.embed_dim != clip.embed_dim:
@@ -526,7 +521,7 @@ def check_widths(clip: CLIP, prior: AnyPrior | None, decoder: Decoder | UNetDeco
             raise InputError(f"the {name} reads token states of {states} dimensions, {ours}: another CLIP")
 
 
-def check_text_encoder(decoder: Decoder | UNetDecoder, text_encoder: TextEncoder | None) -> None:
+def check_text_encoder(decoder: AnyDecoder, text_encoder: AnyTextEncoder | None) -> None:
     """Refuse another text encoder than the decoder was trained with, one that it does not read, or none."""
     theirs = decoder.config.get("text_encoder_fingerprint")
     if theirs is None and isinstance(decoder, PUBLIC_READERS) and decoder.config.text_width is not None:

@@ -1,7 +1,7 @@
 """The pipeline folder: what its parts may be, and what is refused before anything of it is loaded."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, get_args
 
 from diffusers import SchedulerMixin
 
@@ -24,16 +24,20 @@ from t2i.unet_decoder import UNetDecoder
 from t2i.untrusted import SCHEDULERS, check_files, check_model, check_scheduler, is_folder, read_config
 from t2i.upsampler import Upsampler
 
+AnyCLIP: TypeAlias = CLIP | TransformersCLIP
+AnyDecoder: TypeAlias = Decoder | UNetDecoder | KarloDecoder | KandinskyDecoder | StableUnCLIPDecoder | DALLE2Decoder
+AnyAutoencoder: TypeAlias = Autoencoder | MoVQ | SuperResolution | DALLE2Pixels | DALLE2Cascade
+AnyTextEncoder: TypeAlias = TextEncoder | MultilingualCLIP
 PARTS: dict[str, tuple[type, ...]] = {  # what a folder's components may be; a part of the file format
-    "clip": (CLIP, TransformersCLIP),
+    "clip": get_args(AnyCLIP),
     "prior": PRIORS,
     "prior_scheduler": (SchedulerMixin,),
-    "decoder": (Decoder, UNetDecoder, KarloDecoder, KandinskyDecoder, StableUnCLIPDecoder, DALLE2Decoder),
+    "decoder": get_args(AnyDecoder),
     "decoder_scheduler": (SchedulerMixin,),
-    "autoencoder": (Autoencoder, MoVQ, SuperResolution, DALLE2Pixels, DALLE2Cascade),
+    "autoencoder": get_args(AnyAutoencoder),
     "upsampler": (Upsampler,),
     "upsampler_scheduler": (SchedulerMixin,),
-    "text_encoder": (TextEncoder, MultilingualCLIP),
+    "text_encoder": get_args(AnyTextEncoder),
 }
 # What a folder may do without.
 OPTIONAL: tuple[str, ...] = ("prior", "prior_scheduler", "upsampler", "upsampler_scheduler", "text_encoder")
