@@ -24,7 +24,7 @@ from t2i.untrusted import is_folder
 logger = logging.getLogger(__name__)
 
 UNSCHEDULED = (AutoregressivePrior, RegressionPrior, EclipsePrior)  # priors that have no scheduler
-PRIORS = (Prior, DALLE2Prior, *UNSCHEDULED)  # what a pipeline's prior may be, or none at all
+PRIORS = (Prior, *UNSCHEDULED, DALLE2Prior)  # what a pipeline's prior may be, or none at all
 MAX_CANDIDATES = 64
 
 AnyPrior = Prior | DALLE2Prior | AutoregressivePrior | RegressionPrior | EclipsePrior
