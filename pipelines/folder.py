@@ -12,7 +12,7 @@ from t2i.errors import InputError
 from t2i.interop.dalle2_decoder import DALLE2Cascade, DALLE2Decoder, DALLE2Pixels
 from t2i.interop.kandinsky import KandinskyDecoder
 from t2i.interop.karlo import KarloDecoder
-from t2i.interop.layouts import BY_CLASS, class_of
+from t2i.interop.layouts import BY_CLASS, LAYOUTS, class_of
 from t2i.interop.movq import MoVQ
 from t2i.interop.multilingual_clip import MultilingualCLIP
 from t2i.interop.stable_unclip import StableUnCLIPDecoder
@@ -65,7 +65,10 @@ def check_folder(path: Path, names: list[str], variant: str | None = None) -> No
     """Refuse a folder that is no whole pipeline of this project's own parts, or where one of `names` is not sound."""
     index = path / "model_index.json"
     if not index.is_file():
-        raise InputError(f"no model_index.json in {str(path)!r}; a model folder is what `t2i assemble` writes")
+        known = ", ".join(layout.name for layout in LAYOUTS)
+        raise InputError(
+            f"no model_index.json in {str(path)!r}; a model is what `t2i assemble` writes, or of the layouts {known}"
+        )
     check_files(path)
     entries = read_config(index)
     if unknown := sorted(key for key in entries.keys() - PARTS.keys() if not key.startswith("_")):

@@ -3,6 +3,7 @@
 import gc
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from pipelines.image_variation import ImageVariationPipeline
 from pipelines.text2image import Text2ImagePipeline
+from t2i import cli
 from t2i.errors import InputError
 from t2i.interop.component import Component
 from t2i.interop.layouts import USUAL_PRIORS
@@ -152,6 +155,54 @@ def test_a_model_without_a_prior_varies_pictures() -> None:
     assert pipeline.prior is None
     images = pipeline(picture, generator=torch.Generator().manual_seed(0), output_type="pt", **steps).images
     assert images.isfinite().all()
+
+
+def test_a_prior_that_was_trained_here_takes_the_place_of_a_models_own(tmp_path: Path) -> None:
+    """In a public folder, and in one of this project."""
+    whole = load("kandinsky 2.2 combined")
+    whole.save_pretrained(tmp_path / "ours")
+    whole.prior.query.add_(1)
+    whole.prior.save_pretrained(tmp_path / "run" / "model")
+    DDIMScheduler(prediction_type="sample").save_pretrained(tmp_path / "run" / "scheduler")
+    for pipeline in (
+        load("kandinsky 2.2 combined", prior=tmp_path / "run"),
+        Text2ImagePipeline.from_pretrained(tmp_path / "ours", prior=str(tmp_path / "run")),
+    ):
+        assert torch.equal(pipeline.prior.query, whole.prior.query)
+        assert isinstance(pipeline.prior_scheduler, DDIMScheduler)
+        assert draw(still(pipeline)).isfinite().all()
+
+
+def test_commands_draw_with_a_public_model_in_two_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "red.png")
+    mask = Image.new("L", (16, 16), 255)
+    mask.paste(0, (0, 0, 16, 8))
+    mask.save(tmp_path / "mask.png")
+    model = [
+        "--model",
+        str(kandinsky_22_decoder()),
+        "--prior",
+        str(kandinsky_22_prior()),
+        "--seed",
+        "1",
+        "--steps",
+        "2",
+    ]
+    red = str(tmp_path / "red.png")
+    commands = [
+        ["generate", "a cat", "--prior-steps", "2"],
+        ["variations", red],
+        ["inpaint", red, str(tmp_path / "mask.png")],
+        ["interpolate", red, "a dog", "--frames", "2", "--prior-steps", "2", "--new-noise"],
+    ]
+    for number, command in enumerate(commands):
+        monkeypatch.setattr(sys, "argv", ["t2i", *command, *model, "--out", str(tmp_path / f"out{number}")])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert not ended.value.code, command
+        with Image.open(next((tmp_path / f"out{number}").glob("*.png"))) as drawn:
+            assert drawn.size == (16, 16)
+            assert "kandinsky_22_prior" in "".join(map(str, drawn.info.values()))
 
 
 class Recorder(ModelHook):
@@ -312,3 +363,12 @@ def test_arguments_that_mean_nothing_here_are_refused() -> None:
         load("karlo", device_map="balanced")
     with pytest.raises(InputError, match="torch_dtype must be a torch.dtype, got 'float16'"):
         load("karlo", torch_dtype="float16")
+
+
+def test_a_folder_of_no_layout_is_refused_with_those_that_there_are(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    with pytest.raises(InputError, match="is of 'StableDiffusionPipeline'; the layouts that load are .* karlo"):
+        Text2ImagePipeline.from_pretrained(tmp_path)
+    (tmp_path / "model_index.json").unlink()
+    with pytest.raises(InputError, match="no model_index.json in .* or of the layouts karlo, "):
+        Text2ImagePipeline.from_pretrained(tmp_path)
