@@ -30,8 +30,6 @@ from t2i.diffusion import Predict, check_eta, draw_noise, sample, steps_left
 from t2i.errors import InputError
 from t2i.guidance import Guidance
 from t2i.inpainting import known_latents
-from t2i.interop.kandinsky import KandinskyDecoder
-from t2i.interop.stable_unclip import StableUnCLIPDecoder
 from t2i.priors import UNSCHEDULED, AnyPrior, check_plain, draw_embeddings, nearest, usual_guidance
 from t2i.samplers import chosen
 from t2i.sampling import OnStep, check_texts, decoder_predict, told
@@ -43,7 +41,6 @@ from t2i.upsampling import check_size, derived_generators
 logger = logging.getLogger(__name__)
 
 MAX_IMAGES = 1024
-PUBLIC_READERS = (KandinskyDecoder, StableUnCLIPDecoder)  # of captions, by a text encoder of their own
 FILES = ["*.json", "*.safetensors", "*.txt"]  # of a repository; of text, the pairs of a CLIP's vocabulary
 PREVIEW_STEPS = 4  # of the decoder, for a preview of the prior
 SUPER_RESOLUTION, NOISING = -1, -2  # numbers of their streams of noise; those of the upsampler count from 1
@@ -524,10 +521,6 @@ def check_widths(clip: AnyCLIP, prior: AnyPrior | None, decoder: AnyDecoder) -> 
 def check_text_encoder(decoder: AnyDecoder, text_encoder: AnyTextEncoder | None) -> None:
     """Refuse another text encoder than the decoder was trained with, one that it does not read, or none."""
     theirs = decoder.config.get("text_encoder_fingerprint")
-    if theirs is None and isinstance(decoder, PUBLIC_READERS) and decoder.config.text_width is not None:
-        if text_encoder is None:
-            raise InputError(f"a {type(decoder).__name__} reads captions by a text encoder of its own; it is missing")
-        return  # public files do not say which
     ours = None if text_encoder is None else text_encoder.identity
     if ours != theirs:
         wanted = f"captions from the text encoder {theirs}" if theirs else "no text encoder's captions"
