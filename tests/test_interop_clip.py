@@ -8,15 +8,23 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
+from transformers import CLIPTokenizer as Theirs
 
 from t2i.errors import InputError
+from t2i.interop.clip_tokenizer import CLIPTokenizer
 from t2i.interop.component import Component
 from t2i.interop.transformers_clip import TransformersCLIP, read_preprocess
 from tests.interop_folders import (
     built,
     clip_vocabulary,
     save_parts,
+    save_tokenizer,
     tiny_image_processor,
     tiny_image_tower,
     tiny_text_tower,
@@ -76,6 +84,21 @@ def test_captions_of_mixed_lengths_are_encoded_as_transformers_encodes_them(
     assert short.states.shape[1] == 4  # start, "a", "cat", end
     torch.testing.assert_close(short.embedding, theirs.text_embeds[:2], atol=1e-6, rtol=0)
     torch.testing.assert_close(short.states, theirs.last_hidden_state[:2, :4], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("newer", [False, True])
+@pytest.mark.parametrize("pads", [("<|endoftext|>", "!"), ("!", "<|endoftext|>"), (None, "!"), ("!", None)])
+def test_what_pads_is_what_transformers_takes_of_two_files(pads: tuple, newer: bool, tmp_path: Path) -> None:
+    """Stable Diffusion 2's tokenizer_config.json names another token than its special_tokens_map.json."""
+    save_tokenizer(tiny_tokenizer(), tmp_path / "tokenizer")
+    for name, pad in zip(("tokenizer_config.json", "special_tokens_map.json"), pads):
+        path = tmp_path / "tokenizer" / name
+        content = {key: value for key, value in json.loads(path.read_text()).items() if key != "pad_token"}
+        content |= {} if pad is None else {"pad_token": pad}
+        content |= {"added_tokens_decoder": {}} if newer and name == "tokenizer_config.json" else {}
+        path.write_text(json.dumps(content))
+    theirs = Theirs.from_pretrained(tmp_path / "tokenizer")
+    assert CLIPTokenizer.load(tmp_path / "tokenizer", 77, 1000).pad == theirs.pad_token_id
 
 
 def test_an_exclamation_mark_is_text_though_it_is_the_padding() -> None:

@@ -20,7 +20,7 @@ from t2i.interop.component import Component
 from t2i.interop.stable_unclip import StableUnCLIPDecoder, caption_encoder, latent_autoencoder
 from t2i.sampling import decoder_predict
 from t2i.text_encoder import TextEncoder
-from tests.interop_folders import EMBED_DIM, tiny_text_tower
+from tests.interop_folders import EMBED_DIM, clip_vocabulary, tiny_text_tower
 from tests.interop_stable_folders import stable_unclip, stable_unclip_images
 
 PROMPTS = ["a red cat and a dog", "cat", "a photo of " + "dogs and cats " * 30]  # the last is cut
@@ -101,6 +101,16 @@ def test_captions_of_any_length_are_read_with_their_padding():
     torch.testing.assert_close(encoder.encode([""]).states, empty[:1], atol=1e-5, rtol=1e-5)
     assert read.mask.all() and read.states.shape == (3, 77, encoder.width)
     assert encoder.cut(PROMPTS[2]) and not encoder.cut(PROMPTS[0])
+
+
+def test_an_exclamation_mark_is_read_as_text():
+    """diffusers deviates: its tokenizer takes "!", which pads, out of captions as the padding; OpenCLIP's, which the
+    model was trained with, does not."""
+    _, encoder, _ = ours()
+    tokens, _ = encoder.tokenizer(["cat!"])
+    theirs = reference().tokenizer("cat!").input_ids
+    assert tokens[0, 2] == clip_vocabulary()["!</w>"] and theirs[2] == encoder.tokenizer.pad == 0
+    assert [tokens[0, 0], *tokens[0, [1, 3]]] == [theirs[0], theirs[1], theirs[3]]
 
 
 @pytest.mark.parametrize("images", [False, True])

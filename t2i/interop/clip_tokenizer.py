@@ -64,9 +64,9 @@ class CLIPTokenizer:
         check_files(folder, root)
         vocab, merges = read_pairs(folder)
         about: dict[str, Any] = {}
-        for name in ("tokenizer_config.json", "special_tokens_map.json"):
-            if (folder / name).is_file():
-                about = read_json(folder / name) | about
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):  # of older folders the second counts, if any
+            if (folder / name).is_file() and "added_tokens_decoder" not in about:
+                about |= read_json(folder / name)
         if "auto_map" in about:
             raise InputError(f"{str(folder)!r} has 'auto_map'; only this project's own code is run")
         names = {"pad": about.get("pad_token") or END, "start": about.get("bos_token") or START}
