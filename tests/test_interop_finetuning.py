@@ -12,6 +12,9 @@ import torch
 import yaml
 from diffusers import DDIMScheduler, PriorTransformer, UNet2DConditionModel
 
+from pipelines.assemble import assemble_folder
+from pipelines.convert import convert_folder
+from t2i import Text2ImagePipeline
 from t2i.autoencoder import load_autoencoder
 from t2i.checkpoint import load_model
 from t2i.clip import load_clip
@@ -22,7 +25,7 @@ from t2i.errors import InputError
 from t2i.interop.component import Component
 from t2i.interop.kandinsky import KandinskyDecoder
 from t2i.interop.karlo import KarloDecoder
-from t2i.interop.prior_transformer import load_prior_transformer, to_prior_transformer
+from t2i.interop.prior_transformer import load_prior_transformer
 from t2i.prior import Prior
 
 from .interop_folders import (
@@ -148,7 +151,7 @@ def test_what_was_trained_predicts_the_same_here_and_in_diffusers(kind, trained,
     if kind == "prior":
         text = load_clip(str(names(kind)["clip"])).encode_text(["red circle", ""])
         x = torch.randn(2, model.config.embed_dim, generator=generator)
-        to_prior_transformer(model).save_pretrained(tmp_path / "prior")
+        convert_folder(str(trained(kind)), tmp_path / "prior", "prior-transformer")
         theirs = PriorTransformer.from_pretrained(tmp_path / "prior").eval()
         width = 77 - text.states.shape[1]
         states = torch.nn.functional.pad(text.states, (0, 0, 0, width))
@@ -401,28 +404,31 @@ def test_a_cache_holds_embeddings_as_they_are_and_trains_the_same(shapes, tmp_pa
         tune("prior", shapes, tmp_path / "again", cache=cache, clip=clip)
 
 
+def drawn(pipeline) -> torch.Tensor:
+    pipeline.set_progress_bar_config(disable=True)
+    steps = {"prior_num_inference_steps": 2, "num_inference_steps": 2, "guidance_scale": 3.0}
+    return pipeline("red circle", **steps, generator=torch.Generator().manual_seed(0), output_type="pt").images
+
+
 @pytest.mark.parametrize("kind", ["kandinsky", "karlo"])
 def test_what_was_trained_is_assembled_into_a_pipeline_that_draws(kind, trained, tmp_path):
-    from pipelines.assemble import assemble_folder
-    from t2i import Text2ImagePipeline
-
     given = names(kind)
     stages = {"clip": str(given["clip"]), "autoencoder": str(given["autoencoder"]), "decoder": str(trained(kind))}
     stages["prior"] = str(trained("prior"))
     folder = assemble_folder(tmp_path, tmp_path / "model", **stages)
     pipeline = Text2ImagePipeline.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
     for name in ("prior", "decoder"):
         kept = load_model((Prior, KandinskyDecoder, KarloDecoder), stages[name]).state_dict()
         assert all(torch.equal(value, kept[key]) for key, value in getattr(pipeline, name).state_dict().items())
-    image = pipeline(
-        "red circle",
-        prior_num_inference_steps=2,
-        num_inference_steps=2,
-        generator=torch.Generator().manual_seed(0),
-        output_type="pt",
-    ).images
+    image = drawn(pipeline)
     assert image.shape == (1, 3, 16, 16) and image.std() > 0
+    # In the public layout, and the trained prior beside a public decoder's folder.
+    public = convert_folder(str(folder), tmp_path / "public", {"karlo": "karlo"}.get(kind, "kandinsky-2-2-combined"))
+    unet = UNet2DConditionModel.from_pretrained(public / ("decoder" if kind == "karlo" else "unet"))
+    assert all(torch.equal(value, pipeline.decoder.unet.state_dict()[key]) for key, value in unet.state_dict().items())
+    torch.testing.assert_close(drawn(Text2ImagePipeline.from_pretrained(public)), image, atol=1e-4, rtol=1e-4)
+    mixed = Text2ImagePipeline.from_pretrained(given["init"], prior=stages["prior"], clip=kandinsky_22_prior())
+    assert torch.equal(mixed.prior.to_image.weight, pipeline.prior.to_image.weight)
 
 
 @pytest.mark.parametrize("kind", CLASSES)
