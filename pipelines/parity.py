@@ -4,9 +4,11 @@ from collections.abc import Iterator
 
 import torch
 
+from pipelines.folder import is_ours
 from pipelines.public import located
 from pipelines.text2image import Text2ImagePipeline
 from t2i.config import check_integer
+from t2i.errors import InputError
 from t2i.guidance import check_guidance
 from t2i.interop.layouts import PublicFolder
 from t2i.interop.loading import Sources
@@ -23,6 +25,10 @@ def compare(
     check_guidance("guidance-scale", scale)
     check_integer("seed", seed, 0, 2**32)
     places = located(folder, prior, None, Text2ImagePipeline.download, variant)
+    if is_ours(places[0]):
+        raise InputError(
+            f"{folder!r} is in this project's own layout, of which there is no reference; give a public one"
+        )
     settings = {"torch_dtype": torch.float32, "variant": variant}
     named = {name: str(place) for name, place in zip(("prior", "clip"), places[1:]) if place is not None}
     pipeline = Text2ImagePipeline.from_pretrained(places[0], **settings, **named)

@@ -22,6 +22,7 @@ from tests.interop_folders import (
     kandinsky_22_combined,
     karlo,
     karlo_variations,
+    save_eclipse_prior,
 )
 from tests.interop_stable_folders import stable_unclip, stable_unclip_images
 
@@ -91,6 +92,24 @@ def test_parts_are_exported_alone(tmp_path: Path) -> None:
     ]
     alone = convert_folder(str(kandinsky_22_combined()), tmp_path / "alone", "prior-transformer", fp16=True)
     assert PriorTransformer.from_pretrained(alone, torch_dtype=torch.float16).dtype == torch.float16
+
+
+def test_an_eclipse_prior_is_exported_as_it_came(tmp_path: Path) -> None:
+    save_eclipse_prior(tmp_path / "prior")
+    ours = convert_folder(str(kandinsky_22_combined()), tmp_path / "ours", prior=str(tmp_path / "prior"))
+    back = convert_folder(str(ours), tmp_path / "back", "prior-transformer")
+    before, after = (load_file(folder / "diffusion_pytorch_model.safetensors") for folder in (tmp_path / "prior", back))
+    assert before.keys() == after.keys()
+    for key in before.keys() - {"clip_mean", "clip_std"}:  # which nothing reads
+        assert torch.equal(before[key], after[key]), key
+    Text2ImagePipeline.from_pretrained(kandinsky_22_combined(), prior=back)
+
+
+def test_parity_of_this_projects_own_folder_has_no_reference(
+    pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert run(monkeypatch, "parity", pipeline_folder) == 2
+    assert "is in this project's own layout, of which there is no reference" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -6,19 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
 from diffusers import DDPMScheduler, SchedulerMixin, UnCLIPScheduler
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from t2i.autoencoder import Autoencoder
 from t2i.checkpoint import as_oserror
 from t2i.errors import InputError
+from t2i.interop.eclipse import EclipsePrior
 from t2i.interop.kandinsky import KandinskyDecoder
 from t2i.interop.karlo import KarloDecoder
 from t2i.interop.layouts import BY_NAME, CLASSES, OF_TRANSFORMERS, Layout
 from t2i.interop.movq import MoVQ
 from t2i.interop.multilingual_clip import MultilingualCLIP
-from t2i.interop.prior_transformer import to_prior_transformer
+from t2i.interop.prior_transformer import names_of, to_prior_transformer
 from t2i.interop.scheduler import UnCLIPRespacedScheduler
 from t2i.interop.stable_unclip import StableUnCLIPDecoder
 from t2i.interop.super_resolution import SuperResolution
@@ -27,6 +29,8 @@ from t2i.prior import Prior
 from t2i.text_encoder import TextEncoder
 
 # What a layout's parts are made of here, and why nothing else will do.
+# Tensors of a PriorTransformer that begin with a batch of one, and in how many dimensions.
+BATCHED = {"positional_embedding": 1, "prd_embedding": 2, "clip_mean": 1, "clip_std": 1}
 DECODERS = {"karlo": KarloDecoder, "kandinsky": KandinskyDecoder, "stable": StableUnCLIPDecoder}
 AUTOENCODERS = {"karlo": SuperResolution, "kandinsky": MoVQ, "stable": Autoencoder}
 
@@ -57,7 +61,7 @@ def check_exportable(components: Mapping[str, Any], name: str) -> Layout:
     if layout.family:
         wanted |= {"decoder": (DECODERS[layout.family],), "autoencoder": (AUTOENCODERS[layout.family],)}
     if "prior" in layout.places:
-        wanted["prior"] = (Prior,)
+        wanted["prior"] = (Prior,) if "prior_scheduler" in layout.places else (Prior, EclipsePrior)
     if {"text_tower", "image_tower"} & layout.places.keys():
         wanted["clip"] = (TransformersCLIP,)
     if "multilingual_clip" in layout.places:
@@ -99,17 +103,54 @@ def save_own(model: Any, target: Path) -> str:
     return type(model).__name__
 
 
-def save_plain(model: nn.Module, target: Path, config: dict[str, Any], stem: str = "diffusion_pytorch_model") -> None:
+def save_plain(
+    model: nn.Module,
+    target: Path,
+    config: dict[str, Any],
+    stem: str = "diffusion_pytorch_model",
+    tensors: dict[str, Tensor] | None = None,
+) -> None:
     """A model whose public class is not in the libraries any more, or only inside a pipeline."""
     target.mkdir(parents=True, exist_ok=True)
     (target / "config.json").write_text(json.dumps(config, indent=2))
     with as_oserror():
-        tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-        save_file(tensors, target / f"{stem}.safetensors", metadata={"format": "pt"})
+        held = model.state_dict() if tensors is None else tensors
+        contiguous = {name: tensor.contiguous() for name, tensor in held.items()}
+        save_file(contiguous, target / f"{stem}.safetensors", metadata={"format": "pt"})
 
 
 def save_prior(components: Mapping[str, Any], target: Path) -> str:
-    return save_own(to_prior_transformer(components["prior"]), target)
+    prior = components["prior"]
+    if isinstance(prior, EclipsePrior):
+        save_plain(prior, target, eclipse_config(prior), tensors=eclipse_tensors(prior))
+        return "PriorTransformer"
+    return save_own(to_prior_transformer(prior), target)
+
+
+def eclipse_config(prior: EclipsePrior) -> dict[str, Any]:
+    """Of the PriorTransformer without a time that an EclipsePrior was read from."""
+    config = prior.config
+    return {
+        "_class_name": "PriorTransformer",
+        "num_attention_heads": config.heads,
+        "attention_head_dim": config.width // config.heads,
+        "num_layers": config.depth,
+        "embedding_dim": config.embed_dim,
+        "num_embeddings": config.context_length,
+        "additional_embeddings": 3,
+    }
+
+
+def eclipse_tensors(prior: EclipsePrior) -> dict[str, Tensor]:
+    """By their public names. The statistics of z_i, which nothing reads, are those of no change."""
+    held = prior.state_dict()
+    nothing = {"mean": torch.zeros_like, "std": torch.ones_like}
+    held |= {name: make(held["to_image.bias"]) for name, make in nothing.items()}
+    found = {}
+    for ours, theirs in names_of(prior.config.depth, time=False).items():
+        for name, tensor in zip(theirs, held[ours].chunk(len(theirs))):
+            found[name] = tensor.reshape((1,) * BATCHED.get(name, 0) + tensor.shape).contiguous()
+    return found
 
 
 def save_scheduler(scheduler: SchedulerMixin, target: Path) -> str:

@@ -51,7 +51,7 @@ def load_components(
     ours = None if prior is None or class_of(Path(prior)) in BY_CLASS else prior
     paths = [path for path in (folder, None if ours else prior, clip) if path is not None]
     sources = Sources([PublicFolder(Path(path), variant) for path in paths], found)
-    sources.check()
+    sources.check(WAYS if ours is None else "name a folder or repository that has its CLIP as clip=...")
     if "clip" not in found:
         found["clip"] = clip_of(sources, dtype)
     if "text_encoder" not in found:
@@ -155,15 +155,18 @@ class Sources:
         order = [*self.folders[2:], *([self.prior] if self.prior else []), *self.folders]
         return next((one for one in order if part in one), None)
 
-    def check(self) -> None:
-        """Refuse what is no whole model, or does not belong together. Reads towers that several folders have."""
+    def check(self, ways: str = WAYS) -> None:
+        """Refuse what is no whole model, or does not belong together. Reads towers that several folders have.
+
+        ways: how to name what is missing.
+        """
         if "clip" in self.given:
             return
         first = self.folders[0]
         if not any(self.tower(part) for part in TOWERS):
             usual = next((prior for name, prior in USUAL_PRIORS.items() if name.endswith(first.layout.name)), None)
             hint = f", such as {usual}" if usual else ""
-            raise InputError(f"{str(first.path)!r}, {first.layout.title}, holds no prior and no CLIP; {WAYS}{hint}")
+            raise InputError(f"{str(first.path)!r}, {first.layout.title}, holds no prior and no CLIP; {ways}{hint}")
         if self.prior is not None and self.tower("text_tower") is None:
             raise InputError(f"{str(self.prior.path)!r} is a prior without a text encoder; clip=... names its folder")
         for part in TOWERS:
