@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
@@ -418,6 +419,79 @@ def test_the_averaged_weights_are_taken_where_a_trainer_wrote_both(tmp_path: Pat
     assert torch.equal(load_model(DALLE2Decoder, out).net.to_out.weight, decoder.unets[0].to_out.weight)
 
 
+def old_version(release: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A version as `packaging` pickled it in 2022: of classes that it does not have any more."""
+    import packaging._structures
+    import packaging.version
+
+    class Infinity:
+        pass
+
+    class Version:
+        pass
+
+    parts = namedtuple("_Version", "epoch release dev pre post local")
+    for module, name, one in (
+        (packaging.version, "Version", Version),
+        (packaging.version, "_Version", parts),
+        (packaging._structures, "NegativeInfinityType", Infinity),
+    ):
+        one.__module__, one.__qualname__, one.__name__ = module.__name__, name, name
+        monkeypatch.setattr(module, name, one, raising=False)
+    made = Version()
+    made._version = parts(0, release, None, None, None, None)
+    made._key = (0, release, Infinity(), Infinity())
+    return made
+
+
+def test_the_release_is_read_of_the_version_that_any_packaging_pickled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from packaging.version import Version
+
+    now, state = Version("1.15.6"), {"net.learned_query": torch.zeros(3)}
+    with monkeypatch.context() as patch:
+        torch.save({"model": state, "version": old_version((1, 1, 0), patch)}, tmp_path / "old.pth")
+    torch.save({"model": state, "version": now}, tmp_path / "new.pth")
+    assert read_dalle2(tmp_path / "old.pth").release == (1, 1, 0)
+    assert read_dalle2(tmp_path / "new.pth").release == (1, 15, 6)
+
+
+PUBLISHED: dict[str, tuple[dict, dict]] = {
+    "LAION's prior": (
+        {"dim": 768, "depth": 12, "dim_head": 64, "heads": 12, "max_text_len": 77, "num_timesteps": 1000},
+        {"embed_dim": 768, "depth": 12, "heads": 12, "context_length": 77, "num_timesteps": 1000},
+    ),
+    "LAION's conditioned prior": (
+        {"dim": 768, "depth": 24, "dim_head": 64, "heads": 32, "normformer": True, "num_timesteps": 1000},
+        {"embed_dim": 768, "depth": 24, "heads": 32, "inner_norm": True, "num_timesteps": 1000},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_priors_of_published_sizes_have_the_packages_tensors(name: str) -> None:
+    package, (theirs, ours) = reference(), PUBLISHED[name]
+    with torch.device("meta"):
+        wanted = package.DiffusionPriorNetwork(**theirs).state_dict()
+        found = DALLE2Prior(**ours).net.state_dict()
+    wanted = {name: one for name, one in wanted.items() if "rotary" not in name}  # computed here
+    assert {name: one.shape for name, one in found.items()} == {name: one.shape for name, one in wanted.items()}
+
+
+def test_decoders_of_published_sizes_have_the_packages_tensors() -> None:
+    """The package's own example, and one of more than a billion values that reads captions."""
+    example = {"dim": 128, "cond_dim": 64, "dim_mults": (1, 2, 4, 8)}
+    reader = {"dim": 320, "cond_dim": 512, "dim_mults": (1, 2, 3, 4), "num_resnet_blocks": 4, "attn_dim_head": 64}
+    reader |= {"self_attn": (False, True, True, True), "max_text_len": 77, "text_embed_dim": 768}
+    for unet, reads in ((example, False), (reader, True)):
+        more = {"image_embed_dim": 768, "cond_on_image_embeds": True, "cond_on_text_encodings": reads}
+        with torch.device("meta"):
+            wanted = reference().Unet(**unet, **more, channels_out=6).state_dict()
+            found = DALLE2Decoder(768, 3, 64, unet, text_width=768 if reads else None).net.state_dict()
+        assert {name: one.shape for name, one in found.items()} == {name: one.shape for name, one in wanted.items()}
+
+
 class Foreign:
     """What no file may hold."""
 
@@ -477,6 +551,7 @@ def test_a_file_that_is_damaged_compressed_or_no_file_of_torch_is_refused(tmp_pa
         ({}, {"sampling_clamp_l2norm": True}, "sampling_clamp_l2norm = True is not supported"),
         ({}, {"beta_schedule": "jsd"}, "beta_schedule must be one of cosine, linear, quadratic, got 'jsd'"),
         ({}, {"image_embed_dim": 7}, "image_embed_dim is 7, net.dim 24; they must agree"),
+        ({}, {"net": [1]}, "prior.net must be a mapping"),
         ({"depth": 3}, {}, "lacks tensors"),
         ({"heads": 4}, {}, "has misshapen tensors"),
         ({"depth": 1000}, {}, "asks for a larger model than its weights are|lacks tensors"),

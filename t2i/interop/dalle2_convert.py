@@ -94,6 +94,10 @@ def convert_dalle2(
     settings = settings.get(section, settings)
     if not isinstance(settings, dict) or inner not in settings:
         raise InputError(f"the configuration of a {section} must have {section}.{inner}; it has {list(settings)!r:.80}")
+    sections = [settings[inner]] if is_prior else settings[inner]
+    if not isinstance(sections, list) or not all(isinstance(one, dict) for one in sections) or not sections:
+        form = "a mapping" if is_prior else "a list of mappings"
+        raise InputError(f"{section}.{inner} must be {form}, got {settings[inner]!r:.80}")
     parts = (prior_parts if is_prior else decoder_parts)(file, settings, source)
     if clip := clip_part(file, settings, source):
         parts["clip"] = clip
@@ -109,6 +113,8 @@ def convert_dalle2(
 def prior_parts(file: DALLE2File, settings: dict[str, Any], source: Path) -> dict[str, Any]:
     network = settings["net"]
     refuse_options(settings, network)
+    for key in network.keys() - PRIOR_NAMES.keys() - {*REFUSED, "attn_dropout", "ff_dropout"}:
+        logger.warning("%s: the option %s of a prior's net is unknown and changes nothing", source, key)
     config = {ours: network[name] for name, ours in PRIOR_NAMES.items() if network.get(name) is not None}
     if (width := settings.get("image_embed_dim", network.get("dim"))) != network.get("dim"):
         raise InputError(f"image_embed_dim is {width}, net.dim {network.get('dim')}; they must agree")
@@ -116,27 +122,32 @@ def prior_parts(file: DALLE2File, settings: dict[str, Any], source: Path) -> dic
     rotary = [name for name in held if name.endswith("rotary_emb.freqs")]
     for name in rotary:  # computed here, and the same in every file
         check_rotary(held.pop(name), name, source)
-    learned = "net.null_text_encodings" in held
-    old = False
-    if not learned:
-        release = known(file, source, "net.null_text_embed, as priors before 1.9.0")
-        if release < OLDEST_PRIOR:
-            raise InputError(f"{str(source)!r} is of release {written(release)}; priors before 0.23.3 do not load")
-        old = release < SCALED
+    learned, old = prior_era(file, held, source)
     config |= {
         "learned_null": learned,
         "old_attention": old,
         "reads_captions": settings.get("condition_on_text_encodings", True),
         "embed_scale": settings.get("image_embed_scale"),
     }
-    if not learned:
-        logger.warning("%s was trained before release 1.9.0, where a dropped caption was not dropped: unguided", source)
     prior = filled(lambda: DALLE2Prior(**config), held, source)
     objective = objective_of(settings.get("predict_v", False), settings.get("predict_x_start", True))
     scheduler = schedule(settings.get("beta_schedule", "cosine"), settings.get("timesteps", 1000), objective)
     scheduler["clip_sample"] = objective == "epsilon"
     check_schedule(file.state.get("noise_scheduler.betas"), scheduler, source)
     return {"model": prior, "scheduler": DDIMScheduler(**scheduler)}
+
+
+def prior_era(file: DALLE2File, held: dict[str, Tensor], source: Path) -> tuple[bool, bool]:
+    """Whether a prior knows what it is to be told nothing, and whether its attention is as before release 1.4.3."""
+    if "net.null_text_encodings" in held:
+        if (1, 9, 0) <= (file.release or SCALED) < (1, 10, 4):
+            logger.warning("%s is of a release from 1.9.0 to 1.10.3, which never dropped z_t: do not guide it", source)
+        return True, False
+    release = known(file, source, "net.null_text_embed, as priors before 1.9.0")
+    if release < OLDEST_PRIOR:
+        raise InputError(f"{str(source)!r} is of release {written(release)}; priors before 0.23.3 do not load")
+    logger.warning("%s is of a release before 1.9.0, where nothing was dropped: do not guide it", source)
+    return False, release < SCALED
 
 
 @dataclass

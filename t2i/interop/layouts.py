@@ -153,6 +153,8 @@ def recognised(folder: Path) -> Layout:
     if name is None:
         held = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         found = f"has neither a model_index.json nor a config.json, but {held}"
+        if any(path.suffix == ".pth" for path in folder.iterdir()):
+            found += " (`t2i convert FILE.pth --config FILE.json FOLDER` is for those of DALLE2-pytorch)"
     else:
         found = f"is of {name!r:.80}"
     known = "; ".join(f"{layout.name} ({', '.join(layout.classes)})" for layout in LAYOUTS)
