@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from t2i.autoencoder import Autoencoder
 from t2i.checkpoint import as_oserror
 from t2i.errors import InputError
+from t2i.interop.clip_tokenizer import CLIPTokenizer
 from t2i.interop.eclipse import EclipsePrior
 from t2i.interop.kandinsky import KandinskyDecoder
 from t2i.interop.karlo import KarloDecoder
@@ -167,6 +168,18 @@ def save_tokenizer(tokenizer: Any, target: Path, kind: str) -> str:
     return kind
 
 
+def save_caption_tokenizer(components: Mapping[str, Any], target: Path) -> str:
+    """Of Stable Diffusion's text encoder, with its special tokens: the one that pads is read, too."""
+    tokenizer = components["text_encoder"].tokenizer
+    found = json.loads(tokenizer.tokenizer.to_str())
+    vocab, ends = found["model"]["vocab"], found["post_processor"]
+    split = (pair.split(" ") if isinstance(pair, str) else pair for pair in found["model"]["merges"])
+    pairs = [(first, second) for first, second in split]
+    pad = next(word for word, number in vocab.items() if number == tokenizer.pad)
+    words = CLIPTokenizer(vocab, pairs, tokenizer.context_length, pad, ends["cls"][0], ends["sep"][0])
+    return save_tokenizer(words, target, "CLIPTokenizer")
+
+
 def save_processor(components: Mapping[str, Any], target: Path) -> str:
     """The preprocessor_config.json of what this project's CLIP does with pictures."""
     steps, side = components["clip"].config.preprocess, components["clip"].config.vision["image_size"]
@@ -243,5 +256,5 @@ WRITERS: dict[str, Writer] = {
         c["text_encoder"].tokenizer, target, CLASSES["multilingual_tokenizer"][0]
     ),
     "text_encoder": lambda c, target: save_own(c["text_encoder"].net, target),
-    "text_tokenizer": lambda c, target: save_tokenizer(c["text_encoder"].tokenizer, target, "CLIPTokenizer"),
+    "text_tokenizer": save_caption_tokenizer,
 }
