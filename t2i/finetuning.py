@@ -31,7 +31,7 @@ def start_from(load: Callable[[str], Model], init: str, stated: dict[str, Any], 
     """
     model = load(init)
     if model.config.get("clip_fingerprint", "") is None:
-        needed = {key: value for key, value in needed.items() if not key.endswith("_fingerprint")}
+        needed.pop("clip_fingerprint", None)
     check_same("", {**stated, **needed}, model.config, init)
     return model.float()
 

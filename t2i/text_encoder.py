@@ -286,16 +286,20 @@ def found_names(wanted: dict[str, Tensor], held: dict[str, Stored], kind: Archit
     return found
 
 
-def load_text_encoder(name: str | Path, context_length: int = 128, dtype: torch.dtype = torch.float32) -> TextEncoder:
+def load_text_encoder(name: str | Path, context_length: int = 128, dtype: torch.dtype = torch.float32) -> Any:
     """A text encoder by the name that configurations give it, frozen.
 
     The folder of a decoder's run that holds one, which knows its context length; or a model of transformers: a folder,
-    or a name on the hub.
+    or a name on the hub. Kandinsky 2.1's too, by its pipeline's, which keeps the contract of a TextEncoder.
     """
+    from t2i.interop.starting import MultilingualCLIP, public_text_encoder
+
+    if (public := public_text_encoder(str(name), dtype)) is not None:
+        return public
     folder = fetched(name, FILES)
     folder = held_by(folder) or folder
-    if class_name(folder) == "TextEncoder":
-        encoder = load_model(TextEncoder, folder)
+    if class_name(folder) in ("TextEncoder", "MultilingualCLIP"):
+        encoder = load_model((TextEncoder, MultilingualCLIP), folder)
         encoder.register_to_config(rounded=encoder.config.rounded or dtype not in EXACT)
         return encoder.to(dtype).eval().requires_grad_(False)
     return loaded(lambda path: TextEncoder.from_transformers(path, context_length, dtype), folder)

@@ -27,8 +27,10 @@ from t2i.interop.kandinsky import KandinskyDecoder
 from t2i.interop.karlo import KarloDecoder
 from t2i.interop.prior_transformer import load_prior_transformer
 from t2i.prior import Prior
+from t2i.text_encoder import load_text_encoder
 
 from .interop_folders import (
+    kandinsky_21_decoder,
     kandinsky_21_prior,
     kandinsky_22_decoder,
     kandinsky_22_inpaint,
@@ -39,7 +41,7 @@ from .interop_folders import (
     tiny_text_tower,
 )
 
-CLASSES = {"prior": Prior, "karlo": KarloDecoder, "kandinsky": KandinskyDecoder}
+CLASSES = {"prior": Prior, "karlo": KarloDecoder, "kandinsky": KandinskyDecoder, "kandinsky21": KandinskyDecoder}
 
 
 def names(kind: str) -> dict[str, object]:
@@ -50,6 +52,10 @@ def names(kind: str) -> dict[str, object]:
         case "kandinsky":
             decoder = kandinsky_22_decoder()
             return {"clip": kandinsky_22_prior(), "autoencoder": decoder, "init": decoder}
+        case "kandinsky21":
+            decoder = kandinsky_21_decoder()
+            named = {"clip": kandinsky_21_prior(), "autoencoder": decoder, "init": decoder, "text_encoder": decoder}
+            return named | {"reads_captions": True}
         case _:
             return {"clip": karlo_variations(), "autoencoder": karlo(), "init": karlo(), "reads_captions": True}
 
@@ -95,7 +101,7 @@ def null_of(kind: str):
     """What sampling takes for nothing, from the public model's own encoders."""
     clip = load_clip(str(names(kind)["clip"]))
     with torch.no_grad():
-        return clip.zero_embedding()[0] if kind == "kandinsky" else clip.encode_text([""])
+        return clip.zero_embedding()[0] if kind.startswith("kandinsky") else clip.encode_text([""])
 
 
 def conditions(decoder, count: int = 2):
@@ -116,10 +122,14 @@ def test_a_run_without_a_step_of_its_own_is_the_public_model_with_its_schedule_a
         torch.testing.assert_close(after.null_states, null.states[0])
         assert not after.config.unit_length
     else:
-        part = Component(init / ("unet" if kind == "kandinsky" else "decoder"))
+        part = Component(init / ("decoder" if kind == "karlo" else "unet"))
         before = {f"unet.{name}": tensor for name, tensor in part.tensors()}
-        if kind == "kandinsky":
+        if kind != "karlo":
             torch.testing.assert_close(after.null(1).embedding[0], null_of(kind))
+            if kind == "kandinsky21":
+                reader = load_text_encoder(init)
+                torch.testing.assert_close(after.null(1).text.states, reader.encode([""]).states)
+                torch.testing.assert_close(after.null(1).text.pooled, reader.encode([""]).pooled)
         else:
             learned = dict(Component(init / "text_proj").tensors())["learned_classifier_free_guidance_embeddings"]
             torch.testing.assert_close(after.null(1).embedding[0], learned.view(-1))
@@ -128,12 +138,13 @@ def test_a_run_without_a_step_of_its_own_is_the_public_model_with_its_schedule_a
     state = after.state_dict()
     for name in before.keys() - {"null_embedding", "null_states"}:
         torch.testing.assert_close(state[name], before[name], msg=name)
-    place = {"prior": "scheduler", "kandinsky": "scheduler", "karlo": "decoder_scheduler"}[kind]
+    place = {"karlo": "decoder_scheduler"}.get(kind, "scheduler")
     theirs = json.loads((init / place / "scheduler_config.json").read_text())
     scheduler = DDIMScheduler.from_pretrained(tmp_path / kind / "scheduler")
     assert scheduler.config.prediction_type == ("sample" if kind == "prior" else "epsilon")
-    assert scheduler.config.timestep_spacing == "trailing"
-    for key in ("clip_sample", "thresholding", "sample_max_value", "num_train_timesteps"):
+    ddim = theirs["_class_name"] == "DDIMScheduler"  # which is kept as it is
+    assert scheduler.config.timestep_spacing == (theirs["timestep_spacing"] if ddim else "trailing")
+    for key in ("clip_sample", "thresholding", "sample_max_value", "num_train_timesteps"):  # which bound and count
         assert scheduler.config[key] == theirs.get(key, scheduler.config[key]), key
     if theirs["_class_name"] == "UnCLIPScheduler":
         assert scheduler.config.clip_sample_range == theirs["clip_sample_range"]
@@ -173,8 +184,10 @@ def test_what_was_trained_predicts_the_same_here_and_in_diffusers(kind, trained,
                     x, t, context.tokens, class_labels=context.embedding, encoder_attention_mask=context.mask
                 ).sample
             else:
-                reference = theirs(x, t, None, added_cond_kwargs={"image_embeds": condition.embedding}).sample
-        place = kandinsky_22_decoder() / "unet" if kind == "kandinsky" else karlo() / "decoder"
+                added, text = {"image_embeds": condition.embedding}, condition.text
+                added |= {} if text is None else {"text_embeds": text.pooled}
+                reference = theirs(x, t, None if text is None else text.states, added_cond_kwargs=added).sample
+        place = Path(str(names(kind)["init"])) / ("decoder" if kind == "karlo" else "unet")
         start = UNet2DConditionModel.from_pretrained(place)
         moved = (start.conv_in.weight - theirs.conv_in.weight).abs().max()
     torch.testing.assert_close(ours, reference, atol=1e-4, rtol=1e-4)
@@ -211,7 +224,7 @@ def test_half_of_the_conditions_are_the_null_and_the_others_are_the_pictures_own
             torch.testing.assert_close(
                 condition.states[without][:, :length], null.states.expand(int(without.sum()), -1, -1)
             )
-    if kind == "karlo":  # captions are dropped on their own
+    if kind in ("karlo", "kandinsky21"):  # captions are dropped on their own
         texts = torch.cat([rows(condition.text.pooled, null.text.pooled[0]) for condition, _ in seen])
         assert 16 < int(texts.sum()) < 48 and int((texts & ~dropped).sum()) > 0 and int((~texts & dropped).sum()) > 0
 
@@ -272,12 +285,14 @@ def test_every_shipped_configuration_builds_the_model_that_it_names(path, shapes
     tiny = {
         "kakaobrain/karlo-v1-alpha": karlo,
         "kakaobrain/karlo-v1-alpha-image-variations": karlo_variations,
+        "kandinsky-community/kandinsky-2-1": kandinsky_21_decoder,
         "kandinsky-community/kandinsky-2-1-prior": kandinsky_21_prior,
         "kandinsky-community/kandinsky-2-2-prior": kandinsky_22_prior,
         "kandinsky-community/kandinsky-2-2-decoder": kandinsky_22_decoder,
     }
     written = yaml.safe_load(path.read_text())
-    given = {key: tiny[written[key]]() for key in ("clip", "autoencoder", "init") if key in written}
+    public = ("clip", "autoencoder", "init", "text_encoder")
+    given = {key: tiny[written[key]]() for key in public if written.get(key)}
     given |= {"cache": "null", "data.path": shapes, "data.image_size": 16, "train.sample_every": 0}
     script = import_module(f"training.train_{path.stem}")
     config = load_config(script.Config, path.stem, [str(path), *(f"{key}={value}" for key, value in given.items())])
@@ -296,7 +311,9 @@ def stage(kind: str, config):
     from t2i.data.source import open_source
 
     script = import_module(f"training.train_{stage_of(kind)}")
-    names = (config.clip,) if kind == "prior" else (config.clip, config.autoencoder, config.reads_captions)
+    names = (config.clip,)
+    if kind != "prior":
+        names = (config.clip, config.autoencoder, config.reads_captions, config.load_text_encoder)
     return script.make_stage(config, open_source(config.cache, config.data, *names), torch.device("cpu")).model
 
 
@@ -394,6 +411,8 @@ def test_a_cache_holds_embeddings_as_they_are_and_trains_the_same(shapes, tmp_pa
         tune(kind, shapes, tmp_path / "frozen", steps=1, **more)
         one, other = ([line["loss"] for line in metrics(tmp_path / way / kind)] for way in ("cached", "frozen"))
         assert len(one) == 1 and one == pytest.approx(other, rel=1e-4)
+    with pytest.raises(InputError, match="says a vector of each caption .* leave it out"):
+        cached(shapes, tmp_path / "other", clip=clip, text_encoder=kandinsky_21_decoder())
     movq = decoder / "movq" / "diffusion_pytorch_model.safetensors"
     movq.write_bytes(movq.read_bytes()[:-4] + b"\0\0\0\0")
     with pytest.raises(InputError, match="is stale: it was made with another autoencoder"):
@@ -404,13 +423,20 @@ def test_a_cache_holds_embeddings_as_they_are_and_trains_the_same(shapes, tmp_pa
         tune("prior", shapes, tmp_path / "again", cache=cache, clip=clip)
 
 
+LAYOUTS = {
+    "karlo": "karlo",
+    "kandinsky": "kandinsky-2-2-combined",
+    "kandinsky21": "kandinsky-2-1-combined",
+}
+
+
 def drawn(pipeline) -> torch.Tensor:
     pipeline.set_progress_bar_config(disable=True)
     steps = {"prior_num_inference_steps": 2, "num_inference_steps": 2, "guidance_scale": 3.0}
     return pipeline("red circle", **steps, generator=torch.Generator().manual_seed(0), output_type="pt").images
 
 
-@pytest.mark.parametrize("kind", ["kandinsky", "karlo"])
+@pytest.mark.parametrize("kind", ["kandinsky", "kandinsky21", "karlo"])
 def test_what_was_trained_is_assembled_into_a_pipeline_that_draws(kind, trained, tmp_path):
     given = names(kind)
     stages = {"clip": str(given["clip"]), "autoencoder": str(given["autoencoder"]), "decoder": str(trained(kind))}
@@ -423,7 +449,7 @@ def test_what_was_trained_is_assembled_into_a_pipeline_that_draws(kind, trained,
     image = drawn(pipeline)
     assert image.shape == (1, 3, 16, 16) and image.std() > 0
     # In the public layout, and the trained prior beside a public decoder's folder.
-    public = convert_folder(str(folder), tmp_path / "public", {"karlo": "karlo"}.get(kind, "kandinsky-2-2-combined"))
+    public = convert_folder(str(folder), tmp_path / "public", LAYOUTS[kind])
     unet = UNet2DConditionModel.from_pretrained(public / ("decoder" if kind == "karlo" else "unet"))
     assert all(torch.equal(value, pipeline.decoder.unet.state_dict()[key]) for key, value in unet.state_dict().items())
     torch.testing.assert_close(drawn(Text2ImagePipeline.from_pretrained(public)), image, atol=1e-4, rtol=1e-4)

@@ -48,6 +48,7 @@ from t2i.data.dataset import from_workers
 from t2i.data.manifest import splits_of
 from t2i.data.source import facts_of_autoencoder, facts_of_clip, facts_of_text_encoder, read, stored
 from t2i.errors import InputError
+from t2i.interop.multilingual_clip import MultilingualCLIP
 from t2i.launch import run
 from t2i.loop import start
 from t2i.state import locked
@@ -116,6 +117,11 @@ def main(config: Config) -> None:
     if config.text_encoder is not None:
         settings = (config.text_encoder_tokens, TEXT_DTYPES[config.text_encoder_dtype])
         text_encoder = load_text_encoder(config.text_encoder, *settings)
+        if isinstance(text_encoder, MultilingualCLIP):
+            raise InputError(
+                f"text_encoder={config.text_encoder!r} says a vector of each caption beside its tokens' states, which "
+                "no cache holds; leave it out: the decoder's run encodes captions in the step"
+            )
         facts["text_encoder"] = facts_of_text_encoder(text_encoder)
     key = key_of(config, facts, datasets)
     refuse_another(folder, key)

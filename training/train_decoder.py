@@ -157,8 +157,9 @@ def load_decoder(folder: str, reads_masks: bool) -> Any:
 
 
 def load_public(found: Found, source: Source, init: str) -> Any:
-    """Karlo's or Kandinsky's decoder; its null is what the source's CLIP says of nothing."""
-    return public_decoder(found, source.load_clip)
+    """Karlo's or Kandinsky's decoder; its null is what the source's models say of nothing."""
+    text_encoder = None if source.text_encoder is None else source.load_text_encoder()
+    return public_decoder(found, source.load_clip, text_encoder)
 
 
 def export_text_encoder(source: Source, output: Path) -> None:

@@ -37,6 +37,7 @@ class MultilingualCLIP(ModelMixin, ConfigMixin):
     """
 
     tokenizer: TextTokenizer
+    warned = False  # of captions that do not fit: training says it once
     known_identity = ""
 
     @register_to_config

@@ -20,6 +20,7 @@ from t2i.interop.kandinsky import KandinskyDecoder
 from t2i.interop.karlo import KarloDecoder
 from t2i.interop.layouts import BY_CLASS, CLASSES, LAYOUTS, OF_TRANSFORMERS, Layout
 from t2i.interop.movq import MoVQ
+from t2i.interop.multilingual_clip import MultilingualCLIP
 from t2i.interop.prior_transformer import load_prior_transformer
 from t2i.interop.super_resolution import SuperResolution
 from t2i.interop.transformers_clip import TransformersCLIP
@@ -82,15 +83,14 @@ def find(name: str, parts: tuple[str, ...], others: tuple[str, ...] = ()) -> Fou
             missing = " or ".join(parts)
             raise InputError(f"{name!r} is {layout.title} ({layout.name}): it holds {held}, and no {missing}")
         return Found(part, path / layout.places[part], path, layout)
-    kind, home = class_name(path), layout_of(path.parent)
-    part = next((part for part in parts if kind in CLASSES[part]), None)
+    home, kind = layout_of(path.parent), class_name(path)
     if home is not None:
-        part = next((part for part in parts if home.places.get(part) == path.name), part)
-    if part is None or kind not in CLASSES[part]:
-        return None
-    if home is not None and home.places.get(part) == path.name:
-        return Found(part, path, path.parent, home)
-    return Found(part, path, path, None)
+        part = next((part for part in parts if home.places.get(part) == path.name), None)
+        if part is not None:
+            return Found(part, path, path.parent, home)
+    alone = [part for part in parts if part not in OF_TRANSFORMERS]  # these are nothing without their tokenizer
+    part = next((part for part in alone if kind in CLASSES[part]), None)
+    return None if part is None else Found(part, path, path, None)
 
 
 def layout_of(folder: Path) -> Layout | None:
@@ -143,6 +143,14 @@ def public_decoder(found: Found, load_clip: Callable[[], Any], text_encoder: Any
             decoder = KandinskyDecoder.from_component(part, torch.float32)
     decoder.take_null(load_clip(), text_encoder)
     return decoder.requires_grad_(True)
+
+
+def public_text_encoder(name: str, dtype: torch.dtype) -> MultilingualCLIP | None:
+    """Kandinsky 2.1's text encoder, frozen; None for other models."""
+    found = find(name, ("multilingual_clip",))
+    if found is None:
+        return None
+    return MultilingualCLIP.from_component(found.component(), found.needed("multilingual_tokenizer"), dtype)
 
 
 def public_autoencoder(name: str) -> MoVQ | SuperResolution | None:
