@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import cpu_offload
 from diffusers import DDPMScheduler
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from t2i.interop.dalle2_decoder import DALLE2Cascade, DALLE2Decoder, DALLE2Pixel
 from t2i.interop.dalle2_files import read_dalle2
 from t2i.interop.dalle2_prior import DALLE2Prior
 from t2i.samplers import make_sampler
-from t2i.sampling import sample_prior
+from t2i.sampling import decoder_predict, sample_prior
 from tests.dalle2_reference import Replay, randomised, reference
 
 WIDTH, LONGEST, STEPS = 24, 9, 40  # D, tokens, training timesteps
@@ -333,6 +334,27 @@ def test_a_picture_of_the_cascade_does_not_depend_on_its_batch(tmp_path: Path) -
     # Early steps divide by next to nothing, which enlarges the last bit; another noise would differ by about 1.
     torch.testing.assert_close(both[1:], alone, atol=2e-2, rtol=0)
     assert cascade.encode(cascade.decode(small)).shape == small.shape
+
+
+def test_weights_that_are_only_there_while_they_are_needed_change_nothing(tmp_path: Path) -> None:
+    """As with sequential offload: between the calls they are on no device."""
+    for name in ("prior", "decoder"):
+        (tmp_path / name).mkdir()
+    unets, options = [UNET | UNETS["captions"] | {"sparse_attn": True}, UNET], {"image_sizes": [8, 16]}
+    prior, steps = our_prior(their_prior(), tmp_path / "prior")
+    decoder, scheduler, cascade = our_decoder(their_decoder(unets, **options), tmp_path / "decoder", unets, **options)
+    text = captions(3, 7)
+
+    def draw() -> Tensor:
+        z_i = sample_prior(prior, steps, text, None, 2, 2.0, [torch.Generator().manual_seed(1) for _ in range(2)])
+        x = sample(decoder_predict(decoder, scheduler, z_i, text, 2.0), scheduler, noise(2, 3, 8, 8), 2)
+        return cascade.draw(x, [torch.Generator().manual_seed(1) for _ in range(2)], 2)
+
+    expected = draw()
+    for part in (prior, decoder, cascade):
+        cpu_offload(part, torch.device("cpu"))
+        assert {parameter.device.type for parameter in part.parameters()} == {"meta"}
+    torch.testing.assert_close(draw(), expected)
 
 
 def test_an_upsampler_alone_becomes_a_cascade_without_a_decoder(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from pipelines import (
     InterpolationPipeline,
     Text2ImagePipeline,
 )
+from pipelines.assemble import assemble
 from pipelines.convert import convert_folder
 from t2i import cli
 from t2i.clip import CLIP
@@ -24,7 +25,9 @@ from t2i.errors import InputError
 from t2i.interop.dalle2_convert import convert_dalle2
 from t2i.interop.dalle2_decoder import DALLE2Cascade, DALLE2Decoder
 from t2i.interop.dalle2_prior import DALLE2Prior
-from tests.dalle2_reference import randomised, reference
+from t2i.samplers import make_sampler
+from t2i.tokenizer import PublicTokenizer
+from tests.dalle2_reference import Replay, randomised, reference
 
 WIDTH, STEPS = 24, 40
 TOWERS = {
@@ -144,6 +147,61 @@ def test_text_to_image_does_what_the_stages_of_the_package_do(pipeline: Text2Ima
     assert pipeline.usual == {"num_inference_steps": 100, "guidance_scale": 1.7}
 
 
+@pytest.mark.parametrize("scale", [1.0, 1.7])
+@torch.no_grad()
+def test_the_final_picture_is_the_packages(
+    scale: float, tmp_path: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All stages by ancestral sampling from the same noise, z_i of unit length there too, and no learned variance."""
+    package, unets = reference(), [READER, UNET]
+    prior = randomised(
+        package.DiffusionPrior(
+            package.DiffusionPriorNetwork(**NET),
+            image_embed_dim=WIDTH,
+            timesteps=STEPS,
+            cond_drop_prob=0.1,
+            sampling_final_clamp_l2norm=True,
+        )
+    )
+    shared = {"image_sizes": [8, 16], "timesteps": STEPS, "learned_variance": False}
+    decoder = randomised(package.Decoder([package.Unet(**one) for one in unets], **shared))
+    clip = CLIP(TOWERS, {"size": 16, "mean": [0.5] * 3, "std": [0.5] * 3}, "clip").eval()
+    clip.tokenizer = PublicTokenizer(open_clip.get_tokenizer("tiny"))
+    clip.save_pretrained(tmp_path / "clip")
+    text = clip.encode_text(PROMPTS)
+    stages = [(2, WIDTH), (2, 3, 8, 8), (2, 3, 16, 16)]
+    noises = [[torch.randn(shape) for _ in range(STEPS + 1)] for shape in stages]  # the start, and one a step
+
+    replay = Replay([one for stage in noises for one in stage])
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "randn", replay)
+        patch.setattr(torch, "randn_like", replay)
+        patch.setattr(package, "tqdm", lambda steps, **_: steps)
+        condition = {"text_embed": text.embedding, "text_encodings": text.states * text.mask[..., None]}
+        z_i = prior.p_sample_loop((2, WIDTH), text_cond=condition, cond_scale=scale)
+        encodings = condition["text_encodings"]
+        wanted = decoder.sample(image_embed=z_i, text_encodings=encodings, cond_scale=(scale, 1.0))
+
+    for name, model, settings in (
+        ("prior", prior, {"prior": {"net": NET, "image_embed_dim": WIDTH, "timesteps": STEPS}}),
+        ("decoder", decoder, {"decoder": {"unets": unets, **shared}}),
+    ):
+        torch.save(model.state_dict(), tmp_path / f"{name}.pth")
+        (tmp_path / f"{name}.json").write_text(json.dumps(settings))
+        convert_dalle2(tmp_path / f"{name}.pth", tmp_path / f"{name}.json", tmp_path / name)
+    made = assemble(tmp_path)
+    made.autoencoder.all_schedulers[0] = make_sampler("ddpm", made.autoencoder.scheduler)
+    steps = {"num_inference_steps": STEPS, "prior_num_inference_steps": STEPS, "super_res_num_inference_steps": STEPS}
+    scales = {"guidance_scale": scale, "prior_guidance_scale": scale, "sampler": "ddpm", "prior_sampler": "ddpm"}
+    starts = dict(zip(("prior_latents", "latents", "super_res_latents"), (stage[0] for stage in noises)))
+    with monkeypatch.context() as patch:
+        later = [one for stage in noises for one in stage[1:STEPS]]  # the last step adds none
+        patch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", Replay(later))
+        got = made(PROMPTS, output_type="pt", **steps, **scales, **starts)
+    torch.testing.assert_close(got.image_embeds, z_i, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(got.images, wanted.clamp(0, 1), atol=1e-4, rtol=1e-4)
+
+
 def test_every_pipeline_takes_the_model(pipeline: Text2ImagePipeline, tmp_path: Path) -> None:
     picture = Image.effect_noise((32, 32), 80).convert("RGB")
     side = pipeline.image_size
@@ -187,8 +245,6 @@ def test_a_clip_of_another_width_is_refused(files: Path, tmp_path: Path, tiny: l
     other.tokenizer = CLIP.from_pretrained(tmp_path / "prior" / "clip").tokenizer
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(InputError, match="the prior reads token states of 24 dimensions, the CLIP's have 16"):
-        from pipelines.assemble import assemble
-
         assemble(
             tmp_path,
             prior=str(tmp_path / "prior"),

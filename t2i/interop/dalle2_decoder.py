@@ -16,6 +16,7 @@ from t2i.config import check_integer
 from t2i.ddim import ExactDDIMScheduler
 from t2i.diffusion import draw_noise, sample
 from t2i.errors import InputError
+from t2i.interop.dalle2_layers import nothing
 from t2i.interop.dalle2_unet import Unet
 from t2i.sampling import MAX_STEPS, OnStep, Wrap
 from t2i.upsampler import reduced
@@ -98,7 +99,7 @@ class DALLE2Decoder(ModelMixin, ConfigMixin):
 
     def null(self, count: int) -> ImageCondition:
         """The zero z_i, and a caption of no tokens if it reads captions."""
-        z_i = torch.zeros(count, self.config.embed_dim, device=self.device, dtype=self.dtype)
+        z_i = nothing(self, count)
         if self.config.text_width is None:
             return ImageCondition(z_i)
         states = z_i.new_zeros(count, 1, self.config.text_width)

@@ -1,7 +1,10 @@
 """What DALLE2-pytorch's prior and U-Net share. Names and shapes of the tensors are the files' own."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 KeyValue = tuple[Tensor, Tensor]  # each (B, 1, L, head_width): one head of them for all heads of the queries
@@ -55,6 +58,7 @@ class Attention(nn.Module):
         """(B, L, width) -> the same: every token sees every other."""
         return self.with_key_value(x)[0]
 
+    @apply_forward_hook  # it is called instead of `forward`, where offloading brings the weights
     def with_key_value(
         self, x: Tensor, bias: Tensor | None = None, past: KeyValue | None = None
     ) -> tuple[Tensor, KeyValue]:
@@ -98,3 +102,9 @@ def sinusoids(t: Tensor, width: int) -> Tensor:
     frequencies = 10_000 ** (-torch.arange(half, device=t.device, dtype=torch.float32) / (half - 1))
     angles = t[:, None].float() * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+def nothing(model: Any, count: int) -> Tensor:
+    """(count, D), zeros: the embedding that says nothing. On the CPU while the model's weights are on no device."""
+    device = torch.device("cpu") if model.device.type == "meta" else model.device
+    return torch.zeros(count, model.config.embed_dim, device=device, dtype=model.dtype)

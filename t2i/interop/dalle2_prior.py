@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from t2i.condition import TextEncoding
 from t2i.config import check_integer
-from t2i.interop.dalle2_layers import OLD_BIAS_SCALE, Attention, KeyValue, Norm, sinusoids
+from t2i.interop.dalle2_layers import OLD_BIAS_SCALE, Attention, KeyValue, Norm, nothing, sinusoids
 
 BUCKETS, FARTHEST = 32, 128  # of the relative positions
 
@@ -97,37 +97,24 @@ class DALLE2Prior(ModelMixin, ConfigMixin):
 
     @apply_forward_hook
     def prepare(self, text: TextEncoding) -> DALLE2PriorContext:
-        net, length = self.net, self.config.context_length
-        dropped = (text.embedding == 0).all(dim=-1)
-        hidden = dropped if self.config.learned_null else torch.zeros_like(dropped)
-        states, mask = text.states[:, :length], text.mask[:, :length]
-        if not self.config.reads_captions:
-            mask = torch.zeros_like(mask)
+        length = self.config.context_length
+        dropped = (text.embedding == 0).all(dim=-1) & self.config.learned_null
+        states, mask = text.states[:, :length], text.mask[:, :length] & self.config.reads_captions
         extra = length - mask.shape[1]
         states, mask = F.pad(states, (0, 0, 0, extra)), F.pad(mask, (0, extra))
-        padding = net.null_text_encodings if self.config.learned_null else net.null_text_embed
-        caption = torch.where((mask & ~hidden[:, None])[..., None], states, padding.to(states.dtype))
-        z_t = net.to_text_embeds(text.embedding).unflatten(-1, (self.config.text_tokens, -1))
-        if self.config.learned_null:
-            z_t = torch.where(hidden[:, None, None], net.null_text_embeds.to(z_t.dtype), z_t)
-        _, past = net.causal_transformer(torch.cat([caption, z_t], dim=1))
-        return DALLE2PriorContext(past, hidden)
+        _, past = self.net.causal_transformer(self.net.caption_tokens(text.embedding, states, mask, dropped))
+        return DALLE2PriorContext(past, dropped)
 
     @apply_forward_hook
     def step(self, x: Tensor, t: Tensor, context: DALLE2PriorContext) -> Tensor:
         """The rest of the sequence: time, noisy z_i and query."""
-        net = self.net
-        time = net.time(t).to(x.dtype).unflatten(-1, (self.config.time_tokens, -1))
-        image = net.to_image_embeds(x).unflatten(-1, (self.config.image_tokens, -1))
-        if self.config.learned_null:
-            image = torch.where(context.dropped[:, None, None], net.null_image_embed.to(image.dtype), image)
-        query = net.learned_query.to(x.dtype).expand(len(x), 1, -1)
-        tokens, _ = net.causal_transformer(torch.cat([time, image, query], dim=1), context.past)
-        return net.causal_transformer.finished(tokens[:, -1])
+        tokens = self.net.image_tokens(x, t, context.dropped)
+        tokens, _ = self.net.causal_transformer(tokens, context.past)
+        return self.net.causal_transformer.finished(tokens[:, -1])
 
     def null(self, count: int) -> TextEncoding:
         """The zero z_t, and a caption of no tokens."""
-        z_t = torch.zeros(count, self.config.embed_dim, device=self.device, dtype=self.dtype)
+        z_t = nothing(self, count)
         states = z_t[:, None]
         return TextEncoding(z_t, states, torch.zeros(states.shape[:2], dtype=torch.bool, device=z_t.device))
 
@@ -153,19 +140,33 @@ class Network(nn.Module):
         )
         self.learned_query = nn.Parameter(torch.randn(width))
         self.causal_transformer = CausalTransformer(config)
-        length = config["context_length"]
-        if config["learned_null"]:
+        length, self.learned_null = config["context_length"], config["learned_null"]
+        if self.learned_null:
             self.null_text_encodings = nn.Parameter(torch.randn(1, length, width))
             self.null_text_embeds = nn.Parameter(torch.randn(1, config["text_tokens"], width))
             self.null_image_embed = nn.Parameter(torch.randn(1, width))
         else:
             self.null_text_embed = nn.Parameter(torch.randn(1, length, width))
 
-    def time(self, t: Tensor) -> Tensor:
-        """(B,) -> (B, time_tokens * width)"""
-        if isinstance(self.to_time_embeds[0], nn.Embedding):
-            return self.to_time_embeds(t.long())
-        return self.to_time_embeds(sinusoids(t, self.width).to(self.learned_query.dtype))
+    @apply_forward_hook
+    def caption_tokens(self, z_t: Tensor, states: Tensor, mask: Tensor, dropped: Tensor) -> Tensor:
+        """The caption, (B, L, D), with learned padding, and z_t: (B, L + text_tokens, D). dropped: (B,), of both."""
+        padding = self.null_text_encodings if self.learned_null else self.null_text_embed
+        caption = torch.where((mask & ~dropped[:, None])[..., None], states, padding.to(states.dtype))
+        z_t = self.to_text_embeds(z_t).unflatten(-1, (-1, self.width))
+        if self.learned_null:
+            z_t = torch.where(dropped[:, None, None], self.null_text_embeds.to(z_t.dtype), z_t)
+        return torch.cat([caption, z_t], dim=1)
+
+    @apply_forward_hook
+    def image_tokens(self, x: Tensor, t: Tensor, dropped: Tensor) -> Tensor:
+        """Time, noisy z_i and query."""
+        table = isinstance(self.to_time_embeds[0], nn.Embedding)
+        time = self.to_time_embeds(t.long() if table else sinusoids(t, self.width).to(x.dtype))
+        time, image = (one.unflatten(-1, (-1, self.width)) for one in (time.to(x.dtype), self.to_image_embeds(x)))
+        if self.learned_null:
+            image = torch.where(dropped[:, None, None], self.null_image_embed.to(x.dtype), image)
+        return torch.cat([time, image, self.learned_query.to(x.dtype).expand(len(x), 1, -1)], dim=1)
 
 
 def several(width: int, count: int) -> nn.Module:
@@ -198,7 +199,7 @@ class CausalTransformer(nn.Module):
     def forward(self, x: Tensor, past: list[KeyValue] | None = None) -> tuple[Tensor, list[KeyValue]]:
         """(B, L, width), behind what `past` holds -> the same, before the last norm; keys and values a layer."""
         first = 0 if past is None else past[0][0].shape[2]
-        bias = self.bias_scale * self.rel_pos_bias(first, x.shape[1])
+        bias = self.bias_scale * self.rel_pos_bias(first, x.shape[1], x.device)
         x, found = self.init_norm(x), []
         for i, layer in enumerate(self.layers):
             x, pair = layer(x, bias, None if past is None else past[i])
@@ -248,12 +249,11 @@ class RelativePositions(nn.Module):
         super().__init__()
         self.relative_attention_bias = nn.Embedding(BUCKETS, heads)
 
-    def forward(self, first: int, count: int) -> Tensor:
+    def forward(self, first: int, count: int, device: torch.device) -> Tensor:
         """(heads, count, 1 + first + count), fp32: of the queries from `first` on. Key 0 is the learned one.
 
         It is counted as a position, so that a token is as far from the one before it as from itself.
         """
-        device = self.relative_attention_bias.weight.device
         query = torch.arange(first, first + count, device=device)[:, None]
         key = torch.arange(1 + first + count, device=device)
         distance = (query - key).clamp(min=0)

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from t2i.config import check_integer
@@ -176,6 +177,7 @@ class Unet(nn.Module):
         # The first level's first width is that of the picture's features, to which the last block returns.
         self.final_resnet_block = parts.block(2 * outer, outer, groups[0])
 
+    @apply_forward_hook
     def image_condition(self, z_i: Tensor, dropped: Tensor) -> tuple[Tensor | None, Tensor]:
         """z_i, (B, D), and where there is none, (B,) -> what is added to the time, and tokens, (B, L, cond_dim)."""
         assert self.image_to_tokens is not None, "a U-Net that reads no z_i is not asked"
@@ -186,6 +188,7 @@ class Unet(nn.Module):
         hiddens = self.to_image_hiddens(z_i)
         return torch.where(dropped[:, None], self.null_image_hiddens.to(hiddens.dtype), hiddens), tokens
 
+    @apply_forward_hook
     def text_condition(self, states: Tensor, mask: Tensor) -> Tensor:
         """A caption's states, (B, L, W), and which count -> (B, max_text_len, cond_dim), padded with learned tokens."""
         assert self.text_to_cond is not None, "a U-Net that reads no captions is not asked"
