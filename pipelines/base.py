@@ -1,47 +1,35 @@
-"""What all pipelines share: the stages, how they are loaded, and each stage as a method."""
+"""What all pipelines share: each stage as a method."""
 
-import copy
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline, SchedulerMixin
-from diffusers.image_processor import VaeImageProcessor
+from diffusers import SchedulerMixin
 from diffusers.utils import BaseOutput
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from PIL import Image
 from torch import Generator, Tensor
 
-from pipelines.folder import OPTIONAL, PARTS, AnyAutoencoder, AnyCLIP, AnyDecoder, AnyTextEncoder, check_folder, is_ours
 from pipelines.options import DecoderOptions, PriorOptions
-from pipelines.public import public_components, with_prior
-from pipelines.watched import WatchedPipeline, check_finite
+from pipelines.stages import StagedPipeline
+from pipelines.watched import check_finite
 from t2i.autoregressive_prior import AutoregressivePrior
-from t2i.checkpoint import loaded
 from t2i.condition import ImageCondition, TextEncoding
-from t2i.config import check_integer, check_multiple, check_range
-from t2i.diffusion import Predict, check_eta, draw_noise, sample, steps_left
+from t2i.diffusion import Predict, draw_noise, sample, steps_left
 from t2i.errors import InputError
-from t2i.guidance import Guidance
 from t2i.inpainting import known_latents
-from t2i.priors import UNSCHEDULED, AnyPrior, check_plain, draw_embeddings, nearest, usual_guidance
+from t2i.priors import UNSCHEDULED, draw_embeddings, nearest
 from t2i.samplers import chosen
-from t2i.sampling import OnStep, check_texts, decoder_predict, told
-from t2i.steering import check_steering, steering_wrap
-from t2i.untrusted import is_folder, reach
-from t2i.upsampler import Upsampler
-from t2i.upsampling import check_size, derived_generators
+from t2i.sampling import OnStep, decoder_predict, told
+from t2i.steering import steering_wrap
+from t2i.upsampling import derived_generators
 
 logger = logging.getLogger(__name__)
 
 MAX_IMAGES = 1024
-FILES = ["*.json", "*.safetensors", "*.txt"]  # of a repository; of text, the pairs of a CLIP's vocabulary
 PREVIEW_STEPS = 4  # of the decoder, for a preview of the prior
 SUPER_RESOLUTION, NOISING = -1, -2  # numbers of their streams of noise; those of the upsampler count from 1
 
@@ -58,196 +46,8 @@ class UnCLIPPipelineOutput(BaseOutput):
     image_embeds: Tensor
 
 
-class UnCLIPPipeline(WatchedPipeline):
-    """The stages of unCLIP. Each subclass is a `__call__`; all load from the same folders and, by `from_pipe`, share
-    their stages without copying them."""
-
-    model_cpu_offload_seq = "clip->text_encoder->prior->decoder->autoencoder->upsampler"
-    _callback_tensor_inputs = ["latents"]
-    _optional_components = list(OPTIONAL)
-
-    def __init__(
-        self,
-        clip: AnyCLIP,
-        decoder: AnyDecoder,
-        decoder_scheduler: SchedulerMixin,
-        autoencoder: AnyAutoencoder,
-        prior: AnyPrior | None = None,
-        prior_scheduler: SchedulerMixin | None = None,
-        upsampler: Upsampler | None = None,
-        upsampler_scheduler: SchedulerMixin | None = None,
-        text_encoder: AnyTextEncoder | None = None,
-    ):
-        super().__init__()
-        for name, model in {"prior": prior, "decoder": decoder, "upsampler": upsampler}.items():
-            theirs = None if model is None else model.config.clip_fingerprint
-            if theirs is not None and theirs != clip.identity:
-                raise InputError(f"the {name} was trained with the CLIP {theirs}, this pipeline has {clip.identity}")
-        check_widths(clip, prior, decoder)
-        check_text_encoder(decoder, text_encoder)
-        if (prior is None or isinstance(prior, UNSCHEDULED)) != (prior_scheduler is None):
-            what = "no prior" if prior is None else f"as prior a {type(prior).__name__}"
-            has = "no prior_scheduler" if prior_scheduler is None else "a prior_scheduler"
-            raise InputError(f"this pipeline has {what} and {has}; only the diffusion prior goes with a scheduler")
-        if (upsampler is None) != (upsampler_scheduler is None):
-            raise InputError("upsampler and upsampler_scheduler go together; one of them is missing")
-        if decoder.config.latent_channels != autoencoder.channels:
-            channels = f"{decoder.config.latent_channels} channels, the autoencoder's have {autoencoder.channels}"
-            raise InputError(f"the decoder's latents have {channels}; they were not trained together")
-        self.register_modules(
-            clip=clip,
-            decoder=decoder,
-            decoder_scheduler=decoder_scheduler,
-            autoencoder=autoencoder,
-            prior=prior,
-            prior_scheduler=prior_scheduler,
-            upsampler=upsampler,
-            upsampler_scheduler=upsampler_scheduler,
-            text_encoder=text_encoder,
-        )
-        self.image_processor = VaeImageProcessor(vae_scale_factor=autoencoder.factor)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
-        """A folder that `save_pretrained` or `t2i assemble` wrote, one in a public layout (`t2i.interop.layouts`), or
-        the name of a repository on the hub.
-
-        Of a public model that comes in two parts, `prior` names the folder or the repository of the other part; of a
-        decoder's repository whose prior's is known, it may be left out. `clip` names that of the CLIP, if it is in
-        neither. As components, too, they replace those of the folder.
-
-        Raises InputError, in one line, if it is missing, incomplete, truncated or made of parts of different CLIPs.
-        """
-        path = Path(pretrained_model_name_or_path)
-        if not is_folder(path):
-            path = Path(cls.download(str(path), **kwargs))
-        if not is_ours(path):
-            made = cls(**public_components(str(pretrained_model_name_or_path), path, cls.download, **kwargs))
-            made.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
-            return made
-        kwargs = with_prior(kwargs)
-        check_folder(path, [name for name in PARTS if name not in kwargs], kwargs.get("variant"))
-        settings = {**kwargs, "use_safetensors": True}
-        # Told by name, for diffusers looks for the class that the folder names, in itself.
-        return loaded(lambda folder: super(UnCLIPPipeline, cls).from_pretrained(folder, **settings), path)
-
-    @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **components: Any) -> Self:
-        """The same stages behind another `__call__`, as they are; `components` replace some."""
-        made = cls(**{**pipeline.components, **components})
-        made.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
-        made.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
-        return made
-
-    @classmethod
-    def download(cls, pretrained_model_name: str | Path, **kwargs: Any) -> str:
-        """Fetch a whole repository: diffusers' own download refuses components of other packages."""
-        accepted = ("revision", "cache_dir", "token", "local_files_only", "force_download")
-        options = {name: kwargs[name] for name in accepted if kwargs.get(name) is not None}
-        try:
-            if Path(pretrained_model_name).exists():
-                raise InputError(f"{str(pretrained_model_name)!r} is a file; give the folder of a model")
-            options = {**reach(str(pretrained_model_name)), **options}
-            return snapshot_download(str(pretrained_model_name), allow_patterns=FILES, **options)
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            raise InputError(
-                f"no folder {str(pretrained_model_name)!r:.200}, and no such model on the hub, or no hub ({error})"
-            ) from error
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of the pictures that the decoder was trained on."""
-        config = self.decoder.config
-        return config.latent_channels, config.latent_size, config.latent_size
-
-    @property
-    def usual(self) -> dict[str, Any]:
-        """Options of the decoder, where nothing is said."""
-        return {"num_inference_steps": self.decoder.usual_steps, "guidance_scale": self.decoder.usual_guidance}
-
-    def shape_of(self, options: DecoderOptions) -> tuple[int, int, int]:
-        """(C, h, w) of the pictures that the options ask for."""
-        sides = ((side or self.image_size) // self.autoencoder.factor for side in (options.height, options.width))
-        return self.latent_shape[0], *sides  # type: ignore[return-value]
-
-    @property
-    def image_size(self) -> int:
-        """The side, in pixels, of the pictures that the decoder was trained on."""
-        return self.decoder.config.latent_size * self.autoencoder.factor
-
-    # What comes in
-
-    def check_prompts(self, name: str, prompt: str | list[str] | None, count: int | None = None) -> list[str]:
-        """Texts as a list; one stands for all `count`. Raises InputError for what is no text."""
-        prompts = [] if prompt is None else [prompt] if isinstance(prompt, str) else prompt
-        check_texts(name, prompts)
-        if count is None or not prompts:
-            return list(prompts)
-        if isinstance(prompt, list) and len(prompts) != count:
-            raise InputError(f"{name} has {len(prompts)} texts for {count} prompts")
-        return list(prompts) if isinstance(prompt, list) else prompts * count
-
-    def check_tensor(self, name: str, value: Tensor | None, shape: tuple[int, ...]) -> None:
-        if value is None:
-            return
-        if not isinstance(value, Tensor) or value.shape != shape:
-            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise InputError(f"{name} must be a tensor of shape {shape}, got {got}")
-        if not value.isfinite().all():
-            raise InputError(f"{name} must be finite, got NaN or infinity")
-
-    def check_noise(
-        self, prior: PriorOptions | None, decoder: DecoderOptions, count: int, any_size: bool = False
-    ) -> None:
-        """Of both stages, for `count` pictures; what is to steer them; and what the stages are asked for.
-
-        any_size: they may have another size than the decoder was trained on.
-        """
-        self.check_stages(prior, decoder)
-        self.check_sides(decoder, any_size)
-        channels, height, width = self.shape_of(decoder)
-        sides = (height * self.autoencoder.factor, width * self.autoencoder.factor)
-        if decoder.steering is not None:
-            check_steering("steering", decoder.steering, self.clip, self.autoencoder, count)
-        if prior is not None:
-            self.check_tensor("prior_latents", prior.prior_latents, (count, self.clip.embed_dim))
-        self.check_tensor("latents", decoder.latents, (count, channels, height, width))
-        self.check_tensor("super_res_latents", decoder.super_res_latents, (count, 3, *sides))
-        self.check_tensor("image_embeds_noise", decoder.image_embeds_noise, (count, self.clip.embed_dim))
-
-    def check_sides(self, options: DecoderOptions, any_size: bool) -> None:
-        """Of the pictures that are to be drawn."""
-        for name, side in {"height": options.height, "width": options.width}.items():
-            if side in (None, self.image_size):
-                continue
-            if not any_size:
-                raise InputError(f"{name} is {side}, but here pictures have the size of those that are given; leave it")
-            if options.steering is not None:
-                raise InputError(f"{name} must be {self.image_size} where pictures are steered, got {side}")
-            check_multiple(name, side, self.autoencoder.factor * sides_divide(self.decoder))
-
-    def check_stages(self, prior: PriorOptions | None, decoder: DecoderOptions) -> None:
-        """Refuse what these models and schedulers cannot do; `prior` is None where the prior is not used."""
-        if prior is not None:
-            if self.prior is None and self.clip.reads_captions and not self.clip.unit_length:
-                raise InputError("this model has no prior: name the folder of one as prior=..., or give image_embeds")
-            if self.prior_scheduler is not None:
-                scheduler = chosen(prior.prior_sampler, self.prior_scheduler, self.prior)
-                check_steps("prior_num_inference_steps", prior.prior_num_inference_steps, scheduler)
-            elif prior.prior_sampler is not None:
-                other = f"which this is not; got {prior.prior_sampler!r}"
-                raise InputError(f"prior_sampler is of a diffusion prior, {other}")
-            if isinstance(self.prior, AutoregressivePrior):
-                check_plain(self.prior_guidance(prior))
-        levels = getattr(self.decoder, "noise_levels", None)
-        if levels is not None:
-            check_integer("noise_level", decoder.noise_level, 0, levels - 1)
-        elif decoder.noise_level or decoder.image_embeds_noise is not None:
-            name = "noise_level" if decoder.noise_level else "image_embeds_noise"
-            raise InputError(f"{name} is of Stable unCLIP, whose decoder noises image_embeds first; this one does not")
-        scheduler = chosen(decoder.sampler, self.decoder_scheduler, self.decoder)
-        check_eta(scheduler, decoder.eta)
-        check_steps("num_inference_steps", decoder.num_inference_steps, scheduler)
+class UnCLIPPipeline(StagedPipeline):
+    """Each stage as a method. Each subclass is a `__call__`; by `from_pipe` they share their stages without copies."""
 
     # The stages
 
@@ -293,10 +93,6 @@ class UnCLIPPipeline(WatchedPipeline):
         """(N, 3, H, W) in [-1, 1] -> latents of unit variance, (N, C, h, w), fp32."""
         latents = self.autoencoder.encode(pictures.to(self._execution_device, self.autoencoder.dtype))
         return check_finite("autoencoder", latents.float())
-
-    def prior_guidance(self, options: PriorOptions) -> Guidance:
-        scale = options.prior_guidance_scale
-        return Guidance.of(usual_guidance(self.prior) if scale is None else scale)
 
     def draw_embeddings(
         self,
@@ -444,17 +240,6 @@ class UnCLIPPipeline(WatchedPipeline):
         pictures = 2 * self.decode(latents, "pt", options, generators) - 1
         return self.image_processor.postprocess(self.upsample(pictures, z_i, options, generators), options.output_type)
 
-    def check_upsampling(self, options: DecoderOptions) -> None:
-        """What can be refused before pictures are drawn."""
-        if options.upsample:
-            if self.upsampler is None or self.upsampler_scheduler is None:
-                raise InputError(f"upsample is {options.upsample}, but this pipeline has no upsampler; load one")
-            check_range("upsample_level", options.upsample_level, 0, self.upsampler.config.max_level)
-            _, height, width = self.shape_of(options)
-            factor = self.autoencoder.factor
-            check_size(self.upsampler, width * factor, height * factor, options.upsample)
-            check_steps("upsample_steps", options.upsample_steps, self.upsampler_scheduler)
-
     @torch.no_grad()
     def decode(
         self,
@@ -497,39 +282,3 @@ class UnCLIPPipeline(WatchedPipeline):
 def nothing_known(noise: Tensor) -> Tensor:
     """What a decoder that reads masks reads where all is to be painted, for noise (N, C, h, w)."""
     return known_latents(torch.zeros_like(noise), torch.ones_like(noise[:, :1]))
-
-
-def sides_divide(decoder: Any) -> int:
-    """What divides the sides of the latents that a decoder takes: a U-Net halves them, a transformer cuts patches."""
-    parts = dict(decoder.named_children())
-    net = parts.get("net", parts.get("unet"))
-    return decoder.config.get("patch_size", 1) if net is None else 2 ** (len(net.config.block_out_channels) - 1)
-
-
-def check_widths(clip: AnyCLIP, prior: AnyPrior | None, decoder: AnyDecoder) -> None:
-    """Refuse stages whose embeddings have other dimensions than the CLIP's, or its token states, where they say so."""
-    for name, model in {"prior": prior, "decoder": decoder}.items():
-        if model is not None and model.config.embed_dim != clip.embed_dim:
-            ours = f"the CLIP's have {clip.embed_dim}"
-            raise InputError(f"the {name}'s embeddings have {model.config.embed_dim} dimensions, {ours}: another CLIP")
-        states = getattr(model, "states_width", None)
-        if states is not None and clip.reads_captions and states != clip.text_width:
-            ours = f"the CLIP's have {clip.text_width}"
-            raise InputError(f"the {name} reads token states of {states} dimensions, {ours}: another CLIP")
-
-
-def check_text_encoder(decoder: AnyDecoder, text_encoder: AnyTextEncoder | None) -> None:
-    """Refuse another text encoder than the decoder was trained with, one that it does not read, or none."""
-    theirs = decoder.config.get("text_encoder_fingerprint")
-    ours = None if text_encoder is None else text_encoder.identity
-    if ours != theirs:
-        wanted = f"captions from the text encoder {theirs}" if theirs else "no text encoder's captions"
-        raise InputError(f"the decoder was trained with {wanted}, this pipeline has {ours or 'no text encoder'}")
-
-
-def check_steps(name: str, steps: int, scheduler: SchedulerMixin) -> None:
-    """Refuse more steps than a scheduler takes: most take no more than there were timesteps in training."""
-    try:
-        copy.deepcopy(scheduler).set_timesteps(steps)
-    except ValueError as error:
-        raise InputError(f"{name} is {steps}, which {type(scheduler).__name__} refuses: {error}") from error

@@ -13,11 +13,12 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Generator, Tensor
 
-from pipelines.base import UnCLIPPipeline, check_steps
+from pipelines.base import UnCLIPPipeline
 from pipelines.folder import check_part
 from pipelines.options import DecoderOptions
 from pipelines.pictures import Pictures, read_picture, split_pictures
 from pipelines.progress import Preview
+from pipelines.stages import check_steps
 from pipelines.watched import WatchedPipeline
 from t2i.checkpoint import load_model, load_scheduler
 from t2i.clip import CLIP

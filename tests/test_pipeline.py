@@ -254,7 +254,7 @@ def test_a_repository_on_the_hub_is_fetched_whole_and_without_pickles(pipeline_f
         asked.update(options, name=name)
         return str(pipeline_folder)
 
-    monkeypatch.setattr("pipelines.base.snapshot_download", snapshot_download)
+    monkeypatch.setattr("pipelines.stages.snapshot_download", snapshot_download)
     pipeline = Text2ImagePipeline.from_pretrained("someone/model", revision="v1")
     assert pipeline.clip.embed_dim == 32
     assert asked == {"name": "someone/model", "revision": "v1", "allow_patterns": ["*.json", "*.safetensors", "*.txt"]}
