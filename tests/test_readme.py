@@ -13,6 +13,7 @@ from typer.main import get_command
 
 from t2i.cli import app, main
 from t2i.config import load_config
+from t2i.interop.layouts import USUAL_PRIORS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -22,6 +23,7 @@ COMMANDS = [
     for line in block.replace("\\\n", " ").splitlines()
     if line.strip() and not line.lstrip().startswith("#")
 ]
+PUBLISHED = {*USUAL_PRIORS.keys(), *USUAL_PRIORS.values()}
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -50,6 +52,8 @@ def test_commands_are_right(command, tmp_path, monkeypatch, capsys):
             script = next(option for option in options if option.endswith(".py"))
             arguments = options[options.index(script) + 1 :]
             check_training(ROOT / script, arguments, monkeypatch)
+        case [program, "generate", *words] if program.endswith("t2i") and PUBLISHED & set(words):
+            get_command(app).commands["generate"].make_context("generate", words)  # from the hub, which no test asks
         case [program, "train", "all", folder] | [program, "generate", _, "--model", folder] if program.endswith("t2i"):
             folders = [words[words.index("init") + 1] for words in COMMANDS if "init" in words]
             assert folder.removesuffix("/pipeline") in folders  # trained before, which takes long
