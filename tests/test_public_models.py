@@ -28,6 +28,7 @@ from t2i.guidance import Guidance
 from t2i.samplers import SAMPLERS
 
 from .conftest import seeds
+from .dalle2_folders import dalle2
 from .interop_folders import (
     kandinsky_21_combined,
     kandinsky_21_inpaint,
@@ -63,6 +64,7 @@ MODELS: dict[str, Callable[[], tuple]] = {  # the decoder's folder, and what `pr
     "Kandinsky 2.2 inpainting": lambda: (kandinsky_22_inpaint(), {"prior": kandinsky_22_prior()}),
     "Kandinsky 2.1": lambda: (kandinsky_21_combined(), {}),
     "Kandinsky 2.1 inpainting": lambda: (kandinsky_21_inpaint(), {"prior": kandinsky_21_prior()}),
+    "DALLE2-pytorch and LAION, converted": lambda: (dalle2(), {}),
     "Stable unCLIP small with Karlo's prior": lambda: (stable_unclip_small(), {"prior": karlo()}),
     "Stable unCLIP": lambda: (stable_unclip_images(), {}),
     "ECLIPSE prior, Kandinsky 2.2 decoder": lambda: (
@@ -166,7 +168,8 @@ def test_it_draws_or_says_what_is_missing(model: str, column: str, cell: str):
 def test_it_loads_in_half_precision_and_from_what_it_saved(model: str, cell: str, tmp_path: Path):
     assert cell == "yes"
     folder, others = MODELS[model]()
-    half = Text2ImagePipeline.from_pretrained(folder, torch_dtype=torch.bfloat16, **others)
+    name = "dtype" if model.startswith("DALLE2") else "torch_dtype"  # diffusers' new name, which it asks for itself
+    half = Text2ImagePipeline.from_pretrained(folder, **{name: torch.bfloat16}, **others)
     parts = [part for part in half.components.values() if isinstance(part, torch.nn.Module)]
     assert {tensor.dtype for part in parts for tensor in part.parameters()} == {torch.bfloat16}
     z_i = torch.randn(1, half.clip.embed_dim, generator=seeds(3)[0])
@@ -215,6 +218,9 @@ def test_it_is_trained_further_or_says_why_not(model: str, cell: str, stage: str
     named = {"clip": clip, "init": prior if stage == "prior" else folder}
     if stage == "decoder":
         named |= {"autoencoder": folder, "reads_captions": "2.2" not in model, "reads_masks": "inpainting" in model}
+    if model.startswith("DALLE2"):  # in this project's own layout
+        named = {name: folder / part for name, part in {"clip": "clip", "init": stage}.items()}
+        named |= {"autoencoder": folder / "autoencoder"} if stage == "decoder" else {}
     train = {"output": str(tmp_path / "run"), "steps": 1, "batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 0}
     train |= {"trackers": [], "sample_every": 0, "validate_every": 0, "mixed_precision": "no", "ema_decay": 0.0}
     settings = {"data": {"path": str(shapes), "image_size": 16, "num_workers": 0}, "train": train}
