@@ -218,6 +218,7 @@ def test_it_is_trained_further_or_says_why_not(model: str, cell: str, stage: str
     named = {"clip": clip, "init": prior if stage == "prior" else folder}
     if stage == "decoder":
         named |= {"autoencoder": folder, "reads_captions": "2.2" not in model, "reads_masks": "inpainting" in model}
+        named |= {"text_encoder": folder} if "2.1" in model else {}
     if model.startswith("DALLE2"):  # in this project's own layout
         named = {name: folder / part for name, part in {"clip": "clip", "init": stage}.items()}
         named |= {"autoencoder": folder / "autoencoder"} if stage == "decoder" else {}
