@@ -32,7 +32,7 @@ def convert_folder(
         raise InputError(
             f"no layout {to!r:.80}; there are {OURS}, which is this project's own, and {', '.join(BY_NAME)}"
         )
-    settings: dict[str, Any] = {"prior": prior, "variant": variant, "torch_dtype": torch.float16 if fp16 else None}
+    settings: dict[str, Any] = {"prior": prior, "variant": variant, "dtype": torch.float16 if fp16 else None}
     alone = is_folder(source) and not (Path(source) / "model_index.json").is_file() and to == PRIOR_ALONE
     if alone:
         components: dict[str, Any] = {"prior": load_prior(source)[0]}

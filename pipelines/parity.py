@@ -29,7 +29,7 @@ def compare(
         raise InputError(
             f"{folder!r} is in this project's own layout, of which there is no reference; give a public one"
         )
-    settings = {"torch_dtype": torch.float32, "variant": variant}
+    settings = {"dtype": torch.float32, "variant": variant}
     named = {name: str(place) for name, place in zip(("prior", "clip"), places[1:]) if place is not None}
     pipeline = Text2ImagePipeline.from_pretrained(places[0], **settings, **named)
     pipeline.set_progress_bar_config(disable=True)

@@ -19,12 +19,14 @@ WITHOUT_EFFECT = ("use_safetensors", "low_cpu_mem_usage")
 
 
 def public_components(
-    name: str, path: Path, download: Callable[..., str], torch_dtype: torch.dtype | None = None, **kwargs: Any
+    name: str, path: Path, download: Callable[..., str], dtype: torch.dtype | None = None, **kwargs: Any
 ) -> dict[str, Any]:
     """The components of a public model by the arguments of `from_pretrained`.
 
-    name: as it was given; path: its folder. Raises InputError.
+    name: as it was given; path: its folder. dtype: also as `torch_dtype`, its older name. Raises InputError.
     """
+    older = kwargs.pop("torch_dtype", None)
+    dtype = older if dtype is None else dtype
     fetching = {key: kwargs.pop(key) for key in FETCHING if key in kwargs}
     variant = kwargs.pop("variant", None)
     for key in WITHOUT_EFFECT:
@@ -33,13 +35,13 @@ def public_components(
         raise InputError(
             f"{unknown[0]!r} is no argument for a model in a public layout, which takes {', '.join(PARTS)}"
         )
-    if torch_dtype is not None and not isinstance(torch_dtype, torch.dtype):
-        raise InputError(f"torch_dtype must be a torch.dtype, got {torch_dtype!r:.80}")
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise InputError(f"dtype must be a torch.dtype, got {dtype!r:.80}")
     named = {part: kwargs.pop(part) for part in ("prior", "clip") if isinstance(kwargs.get(part), str | Path)}
     given = {part: one for part, one in kwargs.items() if one is not None}
     prior, clip = (named.get(part, given.get(part)) for part in ("prior", "clip"))
     _, prior, clip = located(name, prior, clip, download, variant, path=path, **fetching)
-    return load_components(path, prior, clip, torch_dtype, variant, given)
+    return load_components(path, prior, clip, dtype, variant, given)
 
 
 def located(

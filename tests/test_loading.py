@@ -94,7 +94,7 @@ def test_a_model_draws_and_draws_the_same_after_saving(name: str, tmp_path: Path
 
 @pytest.mark.parametrize("name", ONE_EACH)
 def test_weights_are_read_in_the_dtype_that_is_asked_for(name: str) -> None:
-    pipeline = load(name, torch_dtype=torch.bfloat16)
+    pipeline = load(name, dtype=torch.bfloat16)
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             held = [tensor for tensor in part.state_dict().values() if tensor.is_floating_point()]
@@ -361,7 +361,7 @@ def test_a_prior_of_another_clip_is_refused(tmp_path: Path) -> None:
 def test_arguments_that_mean_nothing_here_are_refused() -> None:
     with pytest.raises(InputError, match="'device_map' is no argument for a model in a public layout"):
         load("karlo", device_map="balanced")
-    with pytest.raises(InputError, match="torch_dtype must be a torch.dtype, got 'float16'"):
+    with pytest.raises(InputError, match="dtype must be a torch.dtype, got 'float16'"):
         load("karlo", torch_dtype="float16")
 
 
@@ -372,3 +372,7 @@ def test_a_folder_of_no_layout_is_refused_with_those_that_there_are(tmp_path: Pa
     (tmp_path / "model_index.json").unlink()
     with pytest.raises(InputError, match="no model_index.json in .* or of the layouts karlo, "):
         Text2ImagePipeline.from_pretrained(tmp_path)
+
+
+def test_the_older_name_of_the_dtype_is_understood() -> None:
+    assert load("karlo", torch_dtype=torch.bfloat16).decoder.dtype == torch.bfloat16

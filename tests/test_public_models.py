@@ -168,8 +168,7 @@ def test_it_draws_or_says_what_is_missing(model: str, column: str, cell: str):
 def test_it_loads_in_half_precision_and_from_what_it_saved(model: str, cell: str, tmp_path: Path):
     assert cell == "yes"
     folder, others = MODELS[model]()
-    name = "dtype" if model.startswith("DALLE2") else "torch_dtype"  # diffusers' new name, which it asks for itself
-    half = Text2ImagePipeline.from_pretrained(folder, **{name: torch.bfloat16}, **others)
+    half = Text2ImagePipeline.from_pretrained(folder, dtype=torch.bfloat16, **others)
     parts = [part for part in half.components.values() if isinstance(part, torch.nn.Module)]
     assert {tensor.dtype for part in parts for tensor in part.parameters()} == {torch.bfloat16}
     z_i = torch.randn(1, half.clip.embed_dim, generator=seeds(3)[0])
