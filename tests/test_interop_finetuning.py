@@ -4,6 +4,7 @@ here and in diffusers."""
 import functools
 import json
 import shutil
+from fnmatch import fnmatch
 from importlib import import_module
 from pathlib import Path
 
@@ -315,6 +316,26 @@ def stage(kind: str, config):
     if kind != "prior":
         names = (config.clip, config.autoencoder, config.reads_captions, config.load_text_encoder)
     return script.make_stage(config, open_source(config.cache, config.data, *names), torch.device("cpu")).model
+
+
+def test_of_a_repository_on_the_hub_the_parts_in_question_are_fetched_alone(shapes, tmp_path, monkeypatch):
+    hub = {"kandinsky-community/prior": kandinsky_22_prior(), "kandinsky-community/decoder": kandinsky_22_decoder()}
+    asked: dict[str, list[list[str]]] = {}
+
+    def snapshot_download(name: str, allow_patterns: list[str], **_) -> str:
+        asked.setdefault(name, []).append(allow_patterns)
+        return str(hub[name])
+
+    monkeypatch.setattr("t2i.untrusted.snapshot_download", snapshot_download)
+    prior, decoder = hub
+    _, config = configured("kandinsky", shapes, tmp_path, clip=prior, autoencoder=decoder, init=decoder)
+    assert isinstance(stage("kandinsky", config), KandinskyDecoder)
+    for name, wanted in {prior: [("text_encoder", "image_encoder")], decoder: [("movq",), ("unet",)]}.items():
+        for patterns, places in zip(asked[name], wanted, strict=True):
+            files = [path.relative_to(hub[name]).as_posix() for path in hub[name].rglob("*") if path.is_file()]
+            fetched = [file for file in files if any(fnmatch(file, pattern) for pattern in patterns)]
+            assert {file for file in files if file.endswith((".json", ".txt"))} <= set(fetched)
+            assert {Path(file).parent.name for file in fetched if file.endswith(".safetensors")} == set(places)
 
 
 @pytest.mark.parametrize(
