@@ -2,12 +2,13 @@
 # make test   install, then run the tests
 # make lint   ruff and mypy
 # make gallery draw every picture of docs/gallery.md (five minutes; needs data/emoji)
+# make bench  every benchmark of speed, side by side with its peers: a table each, and benchmarks/results
 # make faults every fault test, a half hour's worth, and a table of what was injected and survived
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format faults gallery clean
+.PHONY: demo test lint format faults gallery bench clean
 
 demo: $(VENV)/installed
 	@$(BIN)/t2i generate "a cat" --seed 0
@@ -27,6 +28,9 @@ faults: $(VENV)/installed
 
 gallery: $(VENV)/installed
 	$(BIN)/python -m benchmarks.gallery
+
+bench: $(VENV)/installed
+	$(BIN)/python -m benchmarks
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .

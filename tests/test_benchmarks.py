@@ -1,0 +1,73 @@
+"""Benchmarks of speed at toy size: they run, and what they compare agrees. Never how long anything takes."""
+
+import importlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import peers, side_by_side
+from benchmarks.__main__ import programs
+from benchmarks.side_by_side import alternate, difference, flops, peak_memory, ratio, row, table, write
+from t2i.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def a_small_product_says_what_the_machine_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(side_by_side, "matrix_rate", lambda dtype=torch.float32: 1e9)
+
+
+@pytest.mark.parametrize("name", programs())
+def test_it_runs_at_toy_size_and_its_outputs_agree(name: str) -> None:
+    try:
+        rows = importlib.import_module(f"benchmarks.{name}").main(True)
+    except InputError as missing:
+        pytest.skip(str(missing))
+    assert rows and all(len(one.seconds) == 2 and one.ratio.low > 0 for one in rows)
+
+
+def test_works_take_turns_in_changing_order_and_the_first_rounds_do_not_count() -> None:
+    called: list[str] = []
+    times = alternate({"ours": lambda: called.append("a"), "peer": lambda: called.append("b")}, rounds=3)
+    assert "".join(called) == "ba" + "abbaab"
+    assert {name: len(seconds) for name, seconds in times.seconds.items()} == {"ours": 3, "peer": 3}
+
+
+def test_a_ratio_is_of_the_same_rounds_with_its_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks: Iterator[float] = iter([0, 1, 1, 3, 10, 14, 14, 16, 20, 21, 21, 24])  # a b, b a, a b
+    monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))
+    times = alternate({"ours": lambda: None, "peer": lambda: None}, rounds=3, warm=0)
+    found = ratio(times, "peer")
+    assert (found.median, found.low, found.high) == (2, 2, 3)
+    one = row("what", times, at_least=2, flops={"ours": 1e8, "peer": 3e8})
+    assert one.against == "peer" and one.rate == {"ours": 0.1, "peer": 0.1}
+    assert "| what | peer | 1 | 3 | 2 (2-3) | 2 |" in table([one])
+
+
+def test_outputs_that_differ_are_not_timed() -> None:
+    assert difference(torch.zeros(3), torch.full((3,), 5e-5)) == pytest.approx(5e-5)
+    with pytest.raises(AssertionError, match="outputs differ by 0.001, allowed is 0.0001"):
+        difference(torch.zeros(3), torch.tensor([0, 1e-3, 0]))
+
+
+def test_products_are_counted_and_memory_has_a_peak() -> None:
+    assert flops(lambda: torch.ones(3, 4) @ torch.ones(4, 5)) == 2 * 3 * 4 * 5
+    peak = peak_memory(lambda: torch.ones(64, 1024, 1024).sum())
+    assert peak is None or 250e6 < peak < 400e6
+
+
+def test_what_is_written_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(side_by_side, "RESULTS", tmp_path)
+    times = alternate({"ours": lambda: None, "peer": lambda: None}, rounds=2)
+    write("some", [row("what", times)], {"more": [1]})
+    found = json.loads((tmp_path / "some.json").read_text())
+    assert found["rows"][0]["what"] == "what" and found["more"] == [1] and found["machine"]["versions"]["torch"]
+
+
+def test_a_peer_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "NEEDED", ("no_such_peer",))
+    with pytest.raises(InputError, match="^no_such_peer not installed: .*`make test`"):
+        peers.dalle2_pytorch()
