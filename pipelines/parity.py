@@ -12,7 +12,7 @@ from t2i.errors import InputError
 from t2i.guidance import check_guidance
 from t2i.interop.layouts import PublicFolder
 from t2i.interop.loading import Sources
-from t2i.interop.parity import Difference, Parity
+from t2i.interop.parity import Difference, Parity, check_comparable
 from t2i.sampling import MAX_STEPS, check_texts
 
 
@@ -25,13 +25,16 @@ def compare(
     check_guidance("guidance-scale", scale)
     check_integer("seed", seed, 0, 2**32)
     places = located(folder, prior, None, Text2ImagePipeline.download, variant)
-    if is_ours(places[0]):
-        raise InputError(
-            f"{folder!r} is in this project's own layout, of which there is no reference; give a public one"
-        )
+    for name, place in zip((folder, prior), places):
+        if place is not None and is_ours(place):
+            raise InputError(
+                f"{name!r} is in this project's own layout, of which there is no reference (nor of converted files of "
+                "DALLE2-pytorch, which no public class loads); give a public one"
+            )
+    sources = Sources([PublicFolder(place, variant) for place in places if place is not None])
+    check_comparable(sources)
     settings = {"dtype": torch.float32, "variant": variant}
     named = {name: str(place) for name, place in zip(("prior", "clip"), places[1:]) if place is not None}
     pipeline = Text2ImagePipeline.from_pretrained(places[0], **settings, **named)
     pipeline.set_progress_bar_config(disable=True)
-    sources = Sources([PublicFolder(place, variant) for place in places if place is not None])
     yield from Parity(pipeline, sources, prompts, steps, seed, float(scale)).stages()

@@ -16,10 +16,16 @@ from pipelines.convert import convert_folder
 from pipelines.text2image import Text2ImagePipeline
 from t2i import cli
 from t2i.errors import InputError
+from t2i.inpainting import known_latents
 from t2i.interop.pickles import convert_weights, read_pickle
+from tests.dalle2_folders import dalle2
 from tests.interop_folders import (
     kandinsky_21_combined,
+    kandinsky_21_inpaint,
+    kandinsky_21_prior,
     kandinsky_22_combined,
+    kandinsky_22_inpaint,
+    kandinsky_22_prior,
     karlo,
     karlo_variations,
     save_eclipse_prior,
@@ -197,12 +203,23 @@ def test_other_things_than_tensors_are_named(tmp_path: Path) -> None:
         convert_weights(tmp_path / "list.pt")
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+INPAINTING = {
+    "kandinsky-2-2-inpaint": (kandinsky_22_inpaint, kandinsky_22_prior),
+    "kandinsky-2-1-inpaint": (kandinsky_21_inpaint, kandinsky_21_prior),
+}
+
+
+@pytest.mark.parametrize("name", [*BUILDERS, *INPAINTING])
 def test_parity_finds_no_difference_with_and_without_guidance(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
+    if name in INPAINTING:
+        decoder, prior = INPAINTING[name]
+        places: list[object] = [decoder(), "--prior", prior()]
+    else:
+        places = [BUILDERS[name]()]
     for scale in (4, 1):
-        assert run(monkeypatch, "parity", BUILDERS[name](), "--steps", 3, "--guidance-scale", scale) == 0
+        assert run(monkeypatch, "parity", *places, "--steps", 3, "--guidance-scale", scale) == 0
         stages = [line.rsplit(maxsplit=1)[0] for line in capsys.readouterr().out.splitlines()]
         assert stages[-1] == "final picture" and "decoder output" in stages
         assert ("super-resolution" in stages) == name.startswith("karlo")
@@ -219,3 +236,36 @@ def test_parity_finds_a_difference_and_ends_with_status_1(
     printed = capsys.readouterr().out
     assert "beyond the tolerance of 0.0001" in printed
     assert float(printed.split("final picture")[1].split()[0]) > 2e-4
+
+
+def test_parity_of_a_decoder_that_inpaints_gives_it_half_of_a_picture(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("t2i.interop.parity.known_latents", lambda latents, mask: known_latents(latents, 1 - mask))
+    decoder, prior = kandinsky_22_inpaint(), kandinsky_22_prior()
+    assert run(monkeypatch, "parity", decoder, "--prior", prior, "--steps", 2) == 1
+    found = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines()[:-1])
+    assert float(found["prior embedding"]) < 1e-4 < float(found["decoder output"])
+
+
+def test_parity_refuses_what_no_public_class_draws_before_it_loads_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(Text2ImagePipeline, "from_pretrained", lambda *_, **__: pytest.fail("it was loaded"))
+    save_eclipse_prior(tmp_path / "eclipse")
+    refused = {"which no public class draws with": tmp_path / "eclipse", "nor of converted files of": dalle2()}
+    for said, prior in refused.items():
+        assert run(monkeypatch, "parity", kandinsky_22_combined(), "--prior", prior) == 2
+        captured = capsys.readouterr()
+        assert said in captured.err and not captured.out
+
+
+def test_parity_takes_a_folder_where_only_some_parts_have_the_variant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "karlo"
+    shutil.copytree(karlo(), folder)
+    for weights in folder.glob("*/diffusion_pytorch_model.safetensors"):
+        weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    assert (folder / "text_encoder" / "model.safetensors").is_file()
+    assert run(monkeypatch, "parity", folder, "--variant", "fp16", "--steps", 2) == 0, capsys.readouterr().err

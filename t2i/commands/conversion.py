@@ -63,6 +63,9 @@ def parity(
 ) -> None:
     """Draw with this project and with diffusers from the same noise; print the largest difference of each stage.
 
+    Of a decoder that inpaints, half of a picture is given. Karlo's projection of the condition, which no library has,
+    and the steps of the prior's and Karlo's loops are this project's on both sides.
+
     Exit status 1 if one is beyond the tolerance. Holds the model twice, in fp32, on the CPU.
     """
     from pipelines.parity import compare

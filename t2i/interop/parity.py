@@ -2,7 +2,8 @@
 
 The reference is made of diffusers' and transformers' own classes: their public pipelines for Kandinsky and Stable
 unCLIP. Karlo's is not public any more, so its loops are here, written from its description over diffusers' models;
-its projection of the condition, which no library has now, is this project's on both sides. So is the prior's loop.
+its projection of the condition, which no library has now, is this project's on both sides. So is the prior's loop, and
+that of Kandinsky's inpainting, whose pipelines take pictures alone and change their masks.
 Each stage of ours starts from what the reference's stage before ended with, so that a difference is of one stage alone.
 """
 
@@ -38,12 +39,24 @@ from transformers import (
 from t2i.condition import TextEncoding, TokenStates
 from t2i.diffusion import sample
 from t2i.errors import InputError
+from t2i.inpainting import known_latents
 from t2i.interop.layouts import PublicFolder
 from t2i.interop.loading import Sources
 from t2i.priors import draw_embeddings
 from t2i.sampling import decoder_predict
 
 Difference = tuple[str, float]
+LEARNED = ("learned", "learned_range")  # kinds of variance of a scheduler
+
+
+def check_comparable(sources: Sources) -> None:
+    """Refuse what has no public reference; before it is loaded, for that may take minutes."""
+    source = sources.prior
+    if source is not None and source.component("prior").config.get("additional_embeddings", 4) == 3:
+        raise InputError(
+            f"the prior in {str(source.path)!r} is an ECLIPSE prior, which no public class draws with: there is "
+            "nothing to compare it with"
+        )
 
 
 class Parity:
@@ -61,10 +74,6 @@ class Parity:
     def __init__(self, pipeline: Any, sources: Sources, prompts: list[str], steps: int, seed: int, scale: float):
         self.pipeline, self.sources, self.decoder = pipeline, sources, sources.decoder
         self.prompts, self.steps, self.seed, self.scale = prompts, steps, seed, scale
-        if type(pipeline.prior).__name__ not in ("Prior", "NoneType"):
-            raise InputError(
-                f"the prior is a {type(pipeline.prior).__name__}, which diffusers' pipelines do not draw with"
-            )
 
     def noise(self, shape: tuple[int, ...], stage: int) -> Tensor:
         return torch.randn((len(self.prompts), *shape), generator=Generator().manual_seed(self.seed + 1000 * stage))
@@ -98,6 +107,13 @@ class Parity:
         factor = self.pipeline.autoencoder.factor
         return latents.shape[1], factor * latents.shape[2], factor * latents.shape[3]
 
+    def canvas(self) -> tuple[Tensor, Tensor]:
+        """For a decoder that inpaints: latents of a picture, and 1 where it is painted, in its right half."""
+        latents = self.noise(self.pipeline.latent_shape, 4)
+        mask = torch.zeros_like(latents[:, :1])
+        mask[..., mask.shape[-1] // 2 :] = 1
+        return latents, mask
+
     # Ours
 
     def prior_ours(self) -> Tensor:
@@ -117,7 +133,8 @@ class Parity:
             first = torch.stack([torch.randn(z_i.shape[1:], generator=one) for one in generators])
             z_i = pipeline.decoder.noised(z_i, first, 0)
         scheduler = pipeline.decoder_scheduler
-        predict = decoder_predict(pipeline.decoder, scheduler, z_i, text, self.scale)
+        known = known_latents(*self.canvas()) if pipeline.decoder.config.reads_masks else None
+        predict = decoder_predict(pipeline.decoder, scheduler, z_i, text, self.scale, None, known)
         return sample(predict, scheduler, self.noise(pipeline.latent_shape, 2), self.steps, generators)
 
     # The reference
@@ -172,6 +189,8 @@ class Parity:
             case "karlo":
                 return lambda: self.karlo(z_i), self.karlo_pictures
             case "kandinsky":
+                if self.pipeline.decoder.config.reads_masks:
+                    return lambda: self.kandinsky_inpainting(z_i), self.kandinsky_pictures
                 return lambda: self.kandinsky(z_i), self.kandinsky_pictures
             case _:
                 return lambda: self.stable(z_i), self.stable_pictures
@@ -233,10 +252,6 @@ class Parity:
             "width": side,
             "output_type": "pt",
         }
-        if self.pipeline.decoder.config.reads_masks:
-            raise InputError(
-                "this is a decoder for inpainting; its parity is tested in tests/test_interop_kandinsky.py"
-            )
         if "multilingual_clip" in self.decoder:
             parts["text_encoder"] = own(MultilingualCLIP, self.decoder, "multilingual_clip")
             parts["tokenizer"] = XLMRobertaTokenizer.from_pretrained(self.decoder.folder("multilingual_tokenizer"))
@@ -245,6 +260,31 @@ class Parity:
             )
             return seen[-1]
         return quiet(KandinskyV22Pipeline(**parts))(**settings | {"output_type": "latent"}).images
+
+    def kandinsky_inpainting(self, z_i: Tensor) -> Tensor:
+        """The last latents, from what stays of `canvas`, where the reference's mask is 1."""
+        folder, (latents, mask) = self.decoder, self.canvas()
+        given = torch.cat([latents * (1 - mask), 1 - mask], dim=1)
+        shown = z_i if self.scale == 1 else torch.cat([self.nothing(len(z_i)), z_i])
+        told, states = {"image_embeds": shown}, None
+        if "multilingual_clip" in folder:
+            tokenizer = XLMRobertaTokenizer.from_pretrained(folder.folder("multilingual_tokenizer"))
+            texts = self.prompts if self.scale == 1 else [""] * len(self.prompts) + self.prompts
+            found = tokenizer(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+            encoder = own(MultilingualCLIP, folder, "multilingual_clip")
+            told["text_embeds"], states = encoder(found.input_ids, found.attention_mask)
+        unet = own(UNet2DConditionModel, folder, "unet")
+        learned = folder.scheduler("decoder_scheduler").config.get("variance_type") in LEARNED
+
+        def predict(x: Tensor, t: Tensor, is_last: bool) -> Tensor:
+            def both(pair: Tensor) -> Tensor:
+                seen = torch.cat([pair, given.repeat(len(pair) // len(given), 1, 1, 1)], dim=1)
+                return unet(seen, t, states, added_cond_kwargs=told).sample
+
+            said = self.guided(both, x)
+            return said if learned else said[:, : x.shape[1]]
+
+        return self.descend(folder, "decoder_scheduler", self.noise(self.pipeline.latent_shape, 2), predict)
 
     def kandinsky_pictures(self, latents: Tensor) -> Tensor:
         return own(VQModel, self.decoder, "movq").decode(latents, force_not_quantize=True).sample
@@ -278,11 +318,12 @@ class Parity:
 
 
 def own(kind: Any, source: PublicFolder, part: str) -> Any:
-    """A part as its library loads it, in fp32."""
+    """A part as its library loads it, in fp32; where a part has no files of the variant, the plain ones, as here."""
     settings: dict[str, Any] = {"use_safetensors": True, "torch_dtype": torch.float32}
-    if source.variant:
+    folder = Path(source.folder(part))
+    if source.variant and any(f".{source.variant}." in path.name for path in folder.glob("*.safetensors*")):
         settings["variant"] = source.variant
-    return kind.from_pretrained(Path(source.folder(part)), **settings).eval()
+    return kind.from_pretrained(folder, **settings).eval()
 
 
 def quiet(pipeline: Any) -> Any:
