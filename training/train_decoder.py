@@ -23,7 +23,7 @@ from t2i.diffusion import check_weighting, diffusion_loss, drop, noise_scheduler
 from t2i.errors import InputError
 from t2i.finetuning import start_from, starting_scheduler
 from t2i.inpainting import known_latents, random_masks
-from t2i.interop.starting import DECODERS, Found, find, public_decoder
+from t2i.interop.starting import DECODERS, Found, check_trained, find, public_decoder
 from t2i.launch import run
 from t2i.loop import Stage, fit, start
 from t2i.lora import LoraConfig, add_adapters, check_lora, export_adapted
@@ -84,6 +84,7 @@ class Config:
 
 
 def main(config: Config) -> None:
+    check_trained(config.init, "unet", ("projection",))
     names = (config.clip, config.autoencoder, config.reads_captions)
     source = open_source(config.cache, config.data, *names, config.load_text_encoder)
     accelerator = start(config.train)

@@ -27,7 +27,7 @@ from t2i.data.source import Source, open_source
 from t2i.diffusion import check_weighting, diffusion_loss, drop, noise_scheduler
 from t2i.errors import InputError
 from t2i.finetuning import start_from, starting_scheduler
-from t2i.interop.starting import Found, KnownCLIP, find, public_prior
+from t2i.interop.starting import Found, KnownCLIP, check_trained, find, public_prior
 from t2i.launch import run
 from t2i.loop import Stage, fit, start
 from t2i.lora import LoraConfig, add_adapters, check_lora, export_adapted
@@ -106,6 +106,8 @@ class Config:
 
 
 def main(config: Config) -> None:
+    if config.architecture == "diffusion":
+        check_trained(config.init, "prior")
     source = open_source(config.cache, config.data, config.clip)
     accelerator = start(config.train)
     fit(accelerator, make_stage(config, source, accelerator.device), config.train)

@@ -105,6 +105,24 @@ def files_of(*parts: str) -> list[str]:
     return ["*.json", "*.txt", *(f"{place}/{stem}" for place in places for stem in stems)]  # * matches folders too
 
 
+def check_trained(init: str | None, part: str, others: tuple[str, ...] = ()) -> None:
+    """Refuse to start from a public model that is not trained here, before anything else is loaded."""
+    if init is not None and is_folder(init) and (kind := str(class_name(Path(init)))).startswith("DALLE2"):
+        raise InputError(f"{init!r} is a {kind}: converted models of DALLE2-pytorch are not trained here")
+    found = None if init is None else find(init, (part,), others)
+    config = {} if found is None else found.component().config
+    if part == "unet" and config.get("class_embed_type") == "projection":
+        raise InputError(
+            f"{init!r} has the U-Net of Stable unCLIP, which is not trained here; of public models, Karlo's and "
+            "Kandinsky's decoders are"
+        )
+    if part == "prior" and config.get("additional_embeddings", 4) == 3:
+        raise InputError(
+            f"{init!r} has an ECLIPSE prior, which draws in one pass: there is no noise to train it with; start from a "
+            "diffusion prior (additional_embeddings 4)"
+        )
+
+
 @dataclass(frozen=True)
 class KnownCLIP:
     """Of a CLIP what a prior asks, without the CLIP."""
@@ -122,11 +140,7 @@ class KnownCLIP:
 def public_prior(found: Found, clip: KnownCLIP) -> Prior:
     """A PriorTransformer as this project's Prior, in fp32, to be trained; its null is `clip`'s empty caption."""
     prior = load_prior_transformer(found.component(), clip, torch.float32)
-    if not isinstance(prior, Prior):
-        raise InputError(
-            f"{str(found.folder)!r} is an ECLIPSE prior, which draws in one pass: there is no noise to train it with; "
-            "start from a diffusion prior (additional_embeddings 4)"
-        )
+    assert isinstance(prior, Prior), "others were refused before"
     return prior.requires_grad_(True)
 
 
@@ -137,8 +151,6 @@ def public_decoder(found: Found, load_clip: Callable[[], Any], text_encoder: Any
     match part.config.get("class_embed_type"):
         case "identity":
             decoder = KarloDecoder.from_components(part, found.component("projection"), torch.float32)
-        case "projection":
-            raise InputError(f"{str(found.folder)!r} is the U-Net of Stable unCLIP, which is not trained here")
         case _:
             decoder = KandinskyDecoder.from_component(part, torch.float32)
     decoder.take_null(load_clip(), text_encoder)
