@@ -86,12 +86,17 @@ def check_folder(path: Path, names: list[str], variant: str | None = None) -> No
             check_part(path, name, entries[name], variant)
 
 
+def class_in(name: str, entry: Any) -> Any:
+    """The class, of those that a component may be of, that an entry of the index names; None for any other."""
+    return next((part for part in PARTS[name] if entry == [part.__module__, part.__name__]), None)
+
+
 def check_part(path: Path, name: str, entry: Any, variant: str | None) -> None:
     """Refuse a component of a class that is not one of ours, or whose files are not sound."""
     home, kind = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
     if PARTS[name] == (SchedulerMixin,) and home in ("diffusers", *SCHEDULERS):
         check_scheduler(path / name, kind, path, home)
-    elif part := next((part for part in PARTS[name] if [home, kind] == [part.__module__, part.__name__]), None):
+    elif part := class_in(name, entry):
         check_model(part, path / name, path, variant)
     else:
         allowed = f"{str(entry)[:80]} as {name}; only this project's own parts are loaded"

@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 
-from pipelines.folder import PARTS
+from pipelines.folder import PARTS, check_folder, class_in
+from t2i.checkpoint import loaded
 from t2i.errors import InputError
 from t2i.interop.component import listed
 from t2i.interop.layouts import USUAL_PRIORS
-from t2i.interop.loading import load_components, own_prior
+from t2i.interop.loading import any_prior, load_components
+from t2i.interop.stored import AUTO, check_dtype, check_variant, holds_public, stored_dtypes, variants_of
 from t2i.untrusted import is_folder
 
 FETCHING = ("revision", "cache_dir", "token", "local_files_only", "force_download")
@@ -19,14 +21,14 @@ WITHOUT_EFFECT = ("use_safetensors", "low_cpu_mem_usage")
 
 
 def public_components(
-    name: str, path: Path, download: Callable[..., str], dtype: torch.dtype | None = None, **kwargs: Any
+    name: str, path: Path, download: Callable[..., str], dtype: Any = None, **kwargs: Any
 ) -> dict[str, Any]:
     """The components of a public model by the arguments of `from_pretrained`.
 
     name: as it was given; path: its folder. dtype: also as `torch_dtype`, its older name. Raises InputError.
     """
     older = kwargs.pop("torch_dtype", None)
-    dtype = older if dtype is None else dtype
+    dtype = check_dtype(older if dtype is None else dtype)
     fetching = {key: kwargs.pop(key) for key in FETCHING if key in kwargs}
     variant = kwargs.pop("variant", None)
     for key in WITHOUT_EFFECT:
@@ -35,13 +37,11 @@ def public_components(
         raise InputError(
             f"{unknown[0]!r} is no argument for a model in a public layout, which takes {', '.join(PARTS)}"
         )
-    if dtype is not None and not isinstance(dtype, torch.dtype):
-        raise InputError(f"dtype must be a torch.dtype, got {dtype!r:.80}")
     named = {part: kwargs.pop(part) for part in ("prior", "clip") if isinstance(kwargs.get(part), str | Path)}
     given = {part: one for part, one in kwargs.items() if one is not None}
     prior, clip = (named.get(part, given.get(part)) for part in ("prior", "clip"))
     _, prior, clip = located(name, prior, clip, download, variant, path=path, **fetching)
-    return load_components(path, prior, clip, dtype, variant, given)
+    return load_components(path, prior, clip, None if dtype == AUTO else dtype, variant, given)
 
 
 def located(
@@ -69,8 +69,40 @@ def located(
     return path or folder(name), found, folder(clip) if isinstance(clip, str | Path) else None
 
 
-def with_prior(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments for a folder of this project's own, where `prior` may name the folder of another one."""
-    if not isinstance(kwargs.get("prior"), str | Path):
-        return kwargs
-    return kwargs | own_prior(kwargs["prior"])
+def own_arguments(path: Path, variant: Any = None, dtype: Any = None, **kwargs: Any) -> dict[str, Any]:
+    """The arguments of diffusers' `from_pretrained` for a folder of this project's own layout, which is checked.
+
+    prior: may name the folder of another one, public or of this project; the CLIP is the pipeline's, and so is the
+    scheduler of a PriorTransformer that comes without one. dtype: None is that of the files where they hold a public
+    model, and diffusers' float32 for models that were trained here. variant: its files are read here, for diffusers
+    stumbles over a folder in a part's folder. Raises InputError.
+    """
+    older = kwargs.pop("torch_dtype", None)
+    dtype = older if dtype is None else dtype
+    if not isinstance(dtype, dict):  # by the names of parts, as in diffusers
+        check_dtype(dtype)
+    check_variant(variant, path)
+    check_folder(path, [name for name in PARTS if name not in kwargs], variant)
+    if dtype == AUTO or (dtype is None and holds_public(path)):
+        dtype = stored_dtypes(path, variant)
+
+    def of_part(name: str) -> torch.dtype | None:
+        return dtype.get(name, dtype.get("default")) if isinstance(dtype, dict) else dtype
+
+    def part(name: str) -> Any:
+        kind = class_in(name, listed(path)[name])
+        of_files = variant if variant in variants_of(path / name) else None
+        settings = {"variant": of_files, "dtype": of_part(name), "use_safetensors": True}
+        return loaded(lambda folder: kind.from_pretrained(folder, subfolder=name, **settings), path)
+
+    if variant is not None:
+        absent = [name for name in PARTS if name not in kwargs and class_in(name, listed(path).get(name)) is not None]
+        kwargs |= {name: part(name) for name in absent}
+    if isinstance(named := kwargs.get("prior"), str | Path):
+        kwargs |= {"clip": kwargs["clip"] if "clip" in kwargs else part("clip")}
+        found = any_prior(named, lambda: kwargs["clip"], of_part("prior"), variant)
+        kwargs = {**found, **kwargs, "prior": found["prior"]}
+        if "prior_scheduler" not in kwargs and listed(path).get("prior_scheduler", [None, None]) == [None, None]:
+            lacks = f"{str(named)!r} is a diffusion prior without a scheduler, and {str(path)!r} has none for a prior"
+            raise InputError(f"{lacks}; give prior_scheduler=...")
+    return {**kwargs, "dtype": dtype}

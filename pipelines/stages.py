@@ -10,9 +10,9 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 
-from pipelines.folder import OPTIONAL, PARTS, AnyAutoencoder, AnyCLIP, AnyDecoder, AnyTextEncoder, check_folder, is_ours
+from pipelines.folder import OPTIONAL, AnyAutoencoder, AnyCLIP, AnyDecoder, AnyTextEncoder, is_ours
 from pipelines.options import DecoderOptions, PriorOptions
-from pipelines.public import public_components, with_prior
+from pipelines.public import own_arguments, public_components
 from pipelines.watched import WatchedPipeline
 from t2i.autoregressive_prior import AutoregressivePrior
 from t2i.checkpoint import loaded
@@ -86,9 +86,17 @@ class StagedPipeline(WatchedPipeline):
 
         Of a public model that comes in two parts, `prior` names the folder or the repository of the other part; of a
         decoder's repository whose prior's is known, it may be left out. `clip` names that of the CLIP, if it is in
-        neither. As components, too, they replace those of the folder.
+        neither. As components, too, they replace those of the folder. `prior` may also name a prior alone: a run's
+        folder, or a PriorTransformer.
 
-        Raises InputError, in one line, if it is missing, incomplete, truncated or made of parts of different CLIPs.
+        dtype: of the weights. "auto" is that of the files. None is the same for models in a public layout, and for
+        public models that were saved in this project's; it is float32 for models that were trained here, which may be
+        stored in half precision.
+
+        variant: of the files' names, such as "fp16"; a part that has no such files is read from its plain ones.
+
+        Raises InputError, in one line, if it is missing, incomplete, truncated or made of parts of different CLIPs, and
+        for a variant that no part has.
         """
         path = Path(pretrained_model_name_or_path)
         if not is_folder(path):
@@ -97,9 +105,7 @@ class StagedPipeline(WatchedPipeline):
             made = cls(**public_components(str(pretrained_model_name_or_path), path, cls.download, **kwargs))
             made.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
             return made
-        kwargs = with_prior(kwargs)
-        check_folder(path, [name for name in PARTS if name not in kwargs], kwargs.get("variant"))
-        settings = {**kwargs, "use_safetensors": True}
+        settings = {**own_arguments(path, **kwargs), "use_safetensors": True}
         # Told by name, for diffusers looks for the class that the folder names, in itself.
         return loaded(lambda folder: super(StagedPipeline, cls).from_pretrained(folder, **settings), path)
 

@@ -7,10 +7,11 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, SchedulerMixin
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch.nn import Module
 
 from t2i import __version__
 from t2i.errors import InputError
-from t2i.untrusted import check_finite, check_model, check_scheduler, described, is_folder, read_json
+from t2i.untrusted import SCHEDULERS, check_finite, check_model, check_scheduler, described, is_folder, read_json
 
 MANIFEST = "manifest.json"
 FORMAT = 1  # of checkpoints; a newer one is refused
@@ -204,10 +205,16 @@ def load_model(classes: Any, folder: str | Path) -> Any:
     return model
 
 
-def load_scheduler(folder: Path) -> DDIMScheduler:
-    """The scheduler that a prior or a decoder was trained with."""
-    check_scheduler(folder)
-    return loaded(DDIMScheduler.from_pretrained, folder)
+def load_scheduler(folder: Path, root: Path | None = None) -> SchedulerMixin:
+    """The scheduler that a prior or a decoder was trained with: of the class that its file names, of diffusers or ours.
+
+    root: of the pipeline, which links may lead into.
+    """
+    check_scheduler(folder, root=root)
+    name = read_json(folder / "scheduler_config.json").get("_class_name", DDIMScheduler.__name__)
+    home = next((home for home, names in SCHEDULERS.items() if name in names), "diffusers")
+    check_scheduler(folder, name, root, home)
+    return loaded(getattr(import_module(home), name).from_pretrained, folder)
 
 
 def weights_digest(model: Module, more: str = "") -> str:

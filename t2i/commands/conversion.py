@@ -22,6 +22,9 @@ def convert(
     ] = None,
     to: Annotated[str, Option(help="The layout: t2i, which is this project's, or a public one such as karlo.")] = "t2i",
     prior: options.Prior = None,
+    clip: Annotated[
+        str | None, Option(help="Of a public prior alone, that becomes a run's: the folder of its CLIP, or of a model.")
+    ] = None,
     variant: Annotated[str | None, Option(help="Of a public model's files, such as fp16.")] = None,
     fp16: Annotated[bool, Option("--fp16", help="Half-precision weights: half the size.")] = False,
     config: Annotated[
@@ -47,7 +50,7 @@ def convert(
         raise InputError("the new folder is missing; t2i convert FOLDER NEW_FOLDER")
     from pipelines.convert import convert_folder
 
-    print(convert_folder(source, out, to, prior, variant, fp16))
+    print(convert_folder(source, out, to, prior, variant, fp16, clip))
 
 
 @app.command()

@@ -50,7 +50,10 @@ def export_layout(components: Mapping[str, Any], folder: Path, name: str) -> Non
             "transformers" if part in OF_TRANSFORMERS or part.endswith(("tokenizer", "processor")) else "diffusers"
         )
         index[place] = [MODULES.get(part, library), kind]
-    if "." not in layout.places.values():
+    if "." in layout.places.values():  # a prior alone has no index; its scheduler lies beside it for this project
+        if components.get("prior_scheduler") is not None:
+            save_own(public_scheduler(components["prior_scheduler"]), folder / "scheduler")
+    else:
         (folder / "model_index.json").write_text(json.dumps(index, indent=2))
 
 
@@ -154,9 +157,14 @@ def eclipse_tensors(prior: EclipsePrior) -> dict[str, Tensor]:
     return found
 
 
+def public_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
+    """The scheduler of diffusers that ours stands for, if it does for one."""
+    respaced = isinstance(scheduler, UnCLIPRespacedScheduler)
+    return UnCLIPScheduler.from_config(scheduler.config) if respaced else scheduler
+
+
 def save_scheduler(scheduler: SchedulerMixin, target: Path) -> str:
-    if isinstance(scheduler, UnCLIPRespacedScheduler):
-        scheduler = UnCLIPScheduler.from_config(scheduler.config)
+    scheduler = public_scheduler(scheduler)
     if not hasattr(diffusers, type(scheduler).__name__):
         raise InputError(f"the scheduler is a {type(scheduler).__name__}, which public pipelines do not know")
     return save_own(scheduler, target)

@@ -1,25 +1,32 @@
 """A public model as the components of this project's pipelines, from the folder or the folders that it comes in."""
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import SchedulerMixin, UnCLIPScheduler
 
+from t2i.checkpoint import load_model, load_scheduler
+from t2i.clip import CLIP
 from t2i.errors import InputError
 from t2i.interop.component import Component
 from t2i.interop.eclipse import EclipsePrior
 from t2i.interop.kandinsky import KandinskyDecoder
 from t2i.interop.karlo import KarloDecoder
-from t2i.interop.layouts import BY_CLASS, USUAL_PRIORS, PublicFolder, class_of
+from t2i.interop.layouts import BY_CLASS, USUAL_PRIORS, Layout, PublicFolder, class_of
 from t2i.interop.movq import MoVQ
 from t2i.interop.multilingual_clip import MultilingualCLIP
 from t2i.interop.prior_transformer import load_prior_transformer
+from t2i.interop.scheduler import UnCLIPRespacedScheduler
 from t2i.interop.stable_unclip import StableUnCLIPDecoder, caption_encoder, latent_autoencoder
+from t2i.interop.starting import Found, find, public_clip
+from t2i.interop.stored import check_variant, holds_public, stored_dtypes
 from t2i.interop.super_resolution import SuperResolution
 from t2i.interop.transformers_clip import TransformersCLIP
 from t2i.priors import load_prior
+from t2i.untrusted import is_folder
 
 TOWERS = ("text_tower", "image_tower")
 WAYS = "name the folder or repository of the other as prior=... (--prior)"
@@ -49,15 +56,16 @@ def load_components(
     """
     found = dict(given or {})
     ours = None if prior is None or class_of(Path(prior)) in BY_CLASS else prior
-    paths = [path for path in (folder, None if ours else prior, clip) if path is not None]
-    sources = Sources([PublicFolder(Path(path), variant) for path in paths], found)
+    paths = [Path(path) for path in (folder, None if ours else prior, clip) if path is not None]
+    check_variant(variant, *paths)
+    sources = Sources([PublicFolder(path, variant) for path in paths], found)
     sources.check(WAYS if ours is None else "name a folder or repository that has its CLIP as clip=...")
     if "clip" not in found:
         found["clip"] = clip_of(sources, dtype)
     if "text_encoder" not in found:
         found["text_encoder"] = text_encoder_of(sources.decoder, dtype)
     if "prior" not in found:
-        found |= prior_of(sources, found["clip"], dtype) if ours is None else own_prior(ours)
+        found |= prior_of(sources, found["clip"], dtype) if ours is None else own_prior(ours, dtype)
     if "decoder" not in found:
         found["decoder"] = decoder_of(sources.decoder, dtype)
         found["decoder"].take_null(found["clip"], found["text_encoder"])
@@ -69,7 +77,10 @@ def load_components(
 
 
 def clip_of(sources: "Sources", dtype: torch.dtype | None) -> TransformersCLIP:
-    text, image = (sources.tower(part) for part in TOWERS)
+    return clip_from(sources.tower("text_tower"), sources.tower("image_tower"), dtype)
+
+
+def clip_from(text: PublicFolder | None, image: PublicFolder | None, dtype: torch.dtype | None) -> TransformersCLIP:
     return TransformersCLIP.from_components(
         text=None if text is None else text.component("text_tower"),
         tokenizer=None if text is None else text.folder("tokenizer"),
@@ -86,16 +97,87 @@ def prior_of(sources: "Sources", clip: Any, dtype: torch.dtype | None) -> dict[s
     prior = load_prior_transformer(sources.prior.component("prior"), clip, dtype)
     if isinstance(prior, EclipsePrior):  # it draws in one pass
         return {"prior": prior}
-    home = next((one for one in [sources.prior, *sources.folders] if "prior_scheduler" in one), None)
-    if home is None:
-        raise InputError(f"{str(sources.prior.path)!r} is a diffusion prior without a scheduler; name its pipeline")
-    return {"prior": prior, "prior_scheduler": home.scheduler("prior_scheduler")}
-
-
-def own_prior(folder: str | Path) -> dict[str, Any]:
-    """One of this project's, such as what `t2i convert` wrote or a fine-tuned one, and its scheduler if it has one."""
-    prior, scheduler = load_prior(folder)
+    found = find(str(sources.prior.path), ("prior",))
+    scheduler = None if found is None else prior_scheduler(found)
+    home = next((one for one in sources.folders if "prior_scheduler" in one), None)
+    if scheduler is None and home is not None:
+        scheduler = home.scheduler("prior_scheduler")
+    if scheduler is None and "prior_scheduler" not in sources.given:
+        raise InputError(
+            f"{str(sources.prior.path)!r} is a diffusion prior without a scheduler; name its pipeline, or give "
+            "prior_scheduler=..."
+        )
     return {"prior": prior, "prior_scheduler": scheduler}
+
+
+def own_prior(folder: str | Path, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """One of this project's, such as what `t2i convert` wrote or a fine-tuned one, and its scheduler if it has one.
+
+    dtype: None is float32, or that of the files in a folder that holds a public model.
+    """
+    prior, scheduler = load_prior(folder)
+    if dtype is None and is_folder(folder) and holds_public(Path(folder)):
+        dtype = stored_dtypes(Path(folder)).get("prior")
+    if prior is not None and dtype is not None:
+        prior.to(dtype)
+    return {"prior": prior, "prior_scheduler": scheduler}
+
+
+def any_prior(
+    folder: str | Path, load_clip: Callable[[], Any], dtype: torch.dtype | None = None, variant: str | None = None
+) -> dict[str, Any]:
+    """A prior of this project, or a public one, alone or in its pipeline, for the CLIP of `load_clip()`.
+
+    With its scheduler, as `prior_scheduler`, unless it is a PriorTransformer and none lies beside it.
+    """
+    found = find(str(folder), ("prior",))
+    if found is None:
+        return own_prior(folder, dtype)
+    prior = load_prior_transformer(Component(found.folder, found.root, variant), load_clip(), dtype)
+    if isinstance(prior, EclipsePrior):
+        return {"prior": prior, "prior_scheduler": None}
+    scheduler = prior_scheduler(found)
+    return {"prior": prior} | ({} if scheduler is None else {"prior_scheduler": scheduler})
+
+
+def prior_scheduler(found: Found) -> SchedulerMixin | None:
+    """Of a public prior: its pipeline's, or the one in the folder `scheduler` of an exported one; None without any."""
+    folder = found.other("prior_scheduler") or found.folder / "scheduler"
+    if not is_folder(folder):
+        return None
+    made = load_scheduler(folder, found.root)
+    return UnCLIPRespacedScheduler.from_config(made.config) if isinstance(made, UnCLIPScheduler) else made
+
+
+def any_clip(folder: str | Path) -> Any:
+    """The CLIP of a pipeline, public or of this project, or of a folder that `t2i train clip` wrote; in fp32."""
+    path = Path(folder)
+    in_pipeline = is_folder(path / "clip") and (path / "model_index.json").is_file()
+    found = None if in_pipeline else public_clip(str(folder))
+    return load_model((CLIP, TransformersCLIP), path / "clip" if in_pipeline else path) if found is None else found
+
+
+def half_of(folder: Path, layout: Layout, dtype: torch.dtype | None, variant: str | None) -> dict[str, Any] | None:
+    """Of a public folder what another layout needs, and nothing else; None if the folder has not all of it."""
+    check_variant(variant, folder)
+    source = PublicFolder(folder, variant)
+    parts = layout.places.keys()
+    if not parts <= source.layout.places.keys():
+        return None
+    components: dict[str, Any] = {}
+    if "prior" in parts and (found := find(str(folder), ("prior",))) is not None:
+        # Without its CLIP: what it reads without a caption is not in the files of the layout.
+        components["prior"] = load_prior_transformer(Component(found.folder, found.root, variant), None, dtype)
+        components["prior_scheduler"] = prior_scheduler(found)
+    if {*TOWERS} & parts:
+        text, image = (source if part in parts else None for part in TOWERS)
+        components["clip"] = clip_from(text, image, dtype)
+    if layout.family:
+        components["text_encoder"] = text_encoder_of(source, dtype)
+        components["decoder"] = decoder_of(source, dtype)
+        components["decoder_scheduler"] = source.scheduler("decoder_scheduler")
+        components["autoencoder"] = autoencoder_of(source, dtype)
+    return components
 
 
 def decoder_of(source: PublicFolder, dtype: torch.dtype | None) -> Any:

@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-import transformers
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 from torch.nn.functional import pad
+from transformers import XLMRobertaConfig, XLMRobertaModel
 
 from t2i.checkpoint import weights_digest
 from t2i.condition import TokenStates
@@ -52,10 +52,10 @@ class MultilingualCLIP(ModelMixin, ConfigMixin):
         super().__init__()
         if unknown := sorted(set(model) - SETTINGS):
             raise InputError(f"model has {unknown[0]!r:.80}; a text encoder's may have {', '.join(sorted(SETTINGS))}")
-        config = transformers.XLMRobertaConfig(**model, attn_implementation="sdpa")
+        config = XLMRobertaConfig(**model, attn_implementation="sdpa")
         positions = config.max_position_embeddings - config.pad_token_id - 1
         check_integer(f"context_length of a text encoder with {positions} positions", context_length, 3, positions)
-        self.transformer = transformers.XLMRobertaModel(config)
+        self.transformer = XLMRobertaModel(config)
         self.LinearTransformation = torch.nn.Linear(config.hidden_size, pooled_width)
 
     @classmethod
@@ -89,10 +89,11 @@ class MultilingualCLIP(ModelMixin, ConfigMixin):
             raise InputError(f"the weights in {str(folder)!r} are not those of fingerprint {expected} in its config")
         return encoder.requires_grad_(False)
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | Path, variant: str | None = None, **kwargs: Any) -> None:
+        # The variant by name: diffusers' pipelines look for it in the signature.
         rounded = self.config.rounded or self.dtype not in EXACT
         self.register_to_config(fingerprint=self.identity, rounded=rounded)
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, variant=variant, **kwargs)
         self.tokenizer.save(Path(save_directory))
 
     def load_tokenizer(self, folder: Path) -> TextTokenizer:

@@ -73,7 +73,9 @@ def load_diffusion(part: Component, dtype: torch.dtype | None, unit_length: bool
     """unit_length: of the CLIP's embeddings, of this project's exported prior; public ones know them as they are."""
     settings = read_settings(part, 4)
     check_shapes(part, settings)
-    ours = {**prior_settings(settings), "unit_length": unit_length, "usual_guidance": USUAL_GUIDANCE}
+    ours = {**prior_settings(settings), "unit_length": unit_length}
+    if not unit_length:
+        ours["usual_guidance"] = USUAL_GUIDANCE
     parts: dict[str, Component] = {"": Translated(part, names_of(settings["num_layers"]))}
     prior = filled(lambda: Prior(**ours), parts, dtype, extra=NULLS)
     if not (prior.std > 0).all():

@@ -148,12 +148,13 @@ class TransformersCLIP(ModelMixin, ConfigMixin):
             raise InputError(f"the weights in {str(folder)!r} are not those of fingerprint {expected} in its config")
         return clip.eval().requires_grad_(False)
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | Path, variant: str | None = None, **kwargs: Any) -> None:
+        # The variant by name: diffusers' pipelines look for it in the signature.
         if self.config.fingerprint is None or (self.dtype in EXACT and not self.config.rounded):
             self.register_to_config(fingerprint=self.fingerprint())
         if self.dtype not in EXACT:
             self.register_to_config(rounded=True)
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, variant=variant, **kwargs)
         if self.text_encoder is not None:
             self.tokenizer.save(Path(save_directory) / "tokenizer")
 

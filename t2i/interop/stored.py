@@ -1,0 +1,71 @@
+"""How the weights of a folder are stored: the variants of its files, and the dtype of each part."""
+
+import math
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from t2i.errors import InputError
+from t2i.interop.component import listed
+from t2i.untrusted import check_name, is_folder, read_header, weight_files
+
+STEMS = ("diffusion_pytorch_model", "model")  # diffusers' and transformers' names of weights
+NAMED = re.compile(rf"(?:{'|'.join(STEMS)})\.(?:safetensors\.index\.(.+)\.json|([^.]+)\.safetensors)")
+SHARD = re.compile(r"-\d{5}-of-\d{5}$")
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+AUTO = "auto"
+
+
+def variants_of(folder: Path) -> set[str]:
+    """The variants, such as "fp16", that a model's folder, or a part of a pipeline's, has weights of."""
+    parts = [folder, *(path for path in folder.iterdir() if is_folder(path))]
+    found = (NAMED.fullmatch(path.name) for part in parts for path in part.iterdir())
+    return {SHARD.sub("", one[1] or one[2]) for one in found if one}
+
+
+def check_variant(variant: Any, *folders: Path) -> None:
+    """Refuse a variant that is no plain name, or that no part in any of the folders has, naming those that there are.
+
+    A part without it is read from its plain files, if another one has it.
+    """
+    if variant is None:
+        return
+    check_name("variant", variant)
+    known = sorted(set().union(*map(variants_of, folders)))
+    if variant not in known:
+        places = " and ".join(repr(str(folder)) for folder in folders)
+        there = f"the variants are {', '.join(known)}" if known else "there is none but the plain files"
+        raise InputError(f"no part in {places} has the variant {variant!r}; {there}")
+
+
+def check_dtype(dtype: Any) -> Any:
+    """A torch.dtype, "auto", which is that of the files, or None. Raises InputError for anything else."""
+    if dtype is not None and dtype != AUTO and not isinstance(dtype, torch.dtype):
+        raise InputError(f"dtype must be a torch.dtype or {AUTO!r}, got {dtype!r:.80}")
+    return dtype
+
+
+def holds_public(path: Path) -> bool:
+    """Whether a folder of this project's own layout holds parts of public models."""
+    homes = [str(entry[0]) for entry in listed(path).values() if isinstance(entry, list) and len(entry) == 2]
+    return any(home.startswith("t2i.interop.") and not home.endswith(".scheduler") for home in homes)
+
+
+def stored_dtypes(path: Path, variant: str | None = None) -> dict[str, torch.dtype]:
+    """Of each part of a folder of this project's own layout, the dtype that most of its numbers are stored in."""
+    found = {}
+    for part in (path / name for name in listed(path) if is_folder(path / name)):
+        files = weight_files(part, variant)
+        if not (part / "config.json").is_file() or not all(file.is_file() for file in files):
+            continue  # a scheduler, or what is refused later, with its reason
+        sizes: Counter[str] = Counter()
+        for file in files:
+            for one in read_header(file).values():
+                sizes[one.dtype] += math.prod(one.shape)
+        floats = {DTYPES[kind]: size for kind, size in sizes.items() if kind in DTYPES}
+        if floats:
+            found[part.name] = max(floats, key=lambda dtype: floats[dtype])
+    return found
