@@ -172,7 +172,7 @@ class AutoregressivePrior(ModelMixin, ConfigMixin):
         context.mask = torch.cat([context.mask, context.mask.new_ones(len(codes), 1)], dim=1)
         for i, block in enumerate(self.blocks):
             past = context.past[i]
-            tokens, new = block.with_key_value(tokens, context.mask[:, None, None, :], past)
+            tokens, new = block.with_key_value(tokens, context.mask[:, None, None, :], [past])
             context.past[i] = (torch.cat([past[0], new[0]], dim=2), torch.cat([past[1], new[1]], dim=2))
         context.logits = self.to_logits(self.norm(tokens[:, -1]))
         if context.guess is not None:

@@ -9,7 +9,7 @@ import typer
 from typer import Argument, Option
 
 from t2i import EXTRA_STAGES, STAGES
-from t2i.commands import conversion, drawing, editing, evaluation, seeing
+from t2i.commands import conversion, drawing, editing, evaluation, importing, seeing
 from t2i.errors import InputError, reported
 
 app = typer.Typer(
@@ -113,7 +113,8 @@ def train(
     if stage == "all":
         raise typer.Exit(train_all(arguments or [], num_processes, max_restarts, dry_run))
     given = [*(arguments or []), *(["train.dry_run=true"] if dry_run else [])]
-    script = import_module(f"training.train_{stage}")
+    with importing():
+        script = import_module(f"training.train_{stage}")
     config = load_config(script.Config, stage, given)
     if num_processes > 1:
         become([str(script.__file__), *given], num_processes, max_restarts)

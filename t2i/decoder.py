@@ -194,7 +194,7 @@ class DecoderBlock(nn.Module):
     def forward(self, x: Tensor, condition: Tensor, extra: Extra, mask: Tensor | None) -> Tensor:
         past = self.key_value(extra) if isinstance(extra, Tensor) else extra
         scale_1, shift_1, gate_1, scale_2, shift_2, gate_2 = self.modulation(condition)[:, None].chunk(6, dim=-1)
-        attended, _ = self.attention(torch.addcmul(shift_1, self.norm(x), 1 + scale_1), mask, past)
+        attended, _ = self.attention(torch.addcmul(shift_1, self.norm(x), 1 + scale_1), mask, [past])
         x = torch.addcmul(x, gate_1, attended)
         return torch.addcmul(x, gate_2, self.mlp(torch.addcmul(shift_2, self.norm(x), 1 + scale_2)))
 

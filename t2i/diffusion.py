@@ -34,7 +34,7 @@ class Denoiser(Protocol):
     dtype: torch.dtype
 
     def __call__(self, x: Tensor, t: Tensor, condition: Any) -> Tensor: ...
-    def prepare(self, condition: Any) -> Any: ...
+    def prepare(self, condition: Any, *ahead: Tensor) -> Any: ...
     def step(self, x: Tensor, t: Tensor, context: Any) -> Tensor: ...
     def null(self, count: int) -> Any: ...
 
@@ -281,9 +281,9 @@ def drop(condition: Condition, null: Condition, probability: float) -> Condition
     return condition.where(torch.rand(len(condition), device=device) >= probability, null)
 
 
-def conditional(denoiser: Denoiser, condition: Condition) -> Predict:
-    """The model's own prediction."""
-    context = denoiser.prepare(condition)
+def conditional(denoiser: Denoiser, condition: Condition, *ahead: Tensor) -> Predict:
+    """The model's own prediction. ahead: what else it prepares, such as the timesteps that it will be asked for."""
+    context = denoiser.prepare(condition, *ahead)
     return lambda x, t: denoiser.step(x.to(denoiser.dtype), t.expand(len(x)), context).to(x.dtype)
 
 

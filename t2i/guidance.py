@@ -113,17 +113,18 @@ def guided(
     negative: Condition,
     guidance: float | Guidance,
     scheduler: SchedulerMixin,
+    *ahead: Tensor,
 ) -> Predict:
     """Classifier-free guidance (Ho and Salimans 2022): both conditions in one batch, and from one towards the other.
 
-    `negative` is the model's null, or any other condition to move away from. The result keeps a state if `momentum` is
-    used: make a new one for every sampling.
+    `negative` is the model's null, or any other condition to move away from. `ahead`: what else the denoiser prepares.
+    The result keeps a state if `momentum` is used: make a new one for every sampling.
     """
     guidance = Guidance.of(guidance)
     if guidance.is_off:
-        return conditional(denoiser, condition)
-    context = denoiser.prepare(negative.cat(condition))
-    outside = None if guidance.interval == (0, 1) else conditional(denoiser, condition)
+        return conditional(denoiser, condition, *ahead)
+    context = denoiser.prepare(negative.cat(condition), *ahead)
+    outside = None if guidance.interval == (0, 1) else conditional(denoiser, condition, *ahead)
     low, high = (end * scheduler.config.num_train_timesteps for end in guidance.interval)
     combine = Projection(guidance) if guidance.is_projected else None
 

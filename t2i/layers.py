@@ -1,6 +1,7 @@
 """Building blocks that the denoisers share."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 KeyValue = tuple[Tensor, Tensor]  # each (B, heads, L, width / heads)
+FEW = 4  # queries, for which copying keys and values takes longer than looking at them
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
@@ -41,12 +43,35 @@ class Attention(nn.Module):
         self.to_qkv = nn.Linear(width, 3 * width)
         self.to_out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, past: KeyValue | None = None) -> tuple[Tensor, KeyValue]:
-        """x: (B, L, width); mask: bool, broadcast to (B, heads, L, past + L). Also returns the keys and values of x."""
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, past: Sequence[KeyValue] = (), last: bool = False
+    ) -> tuple[Tensor, KeyValue]:
+        """x: (B, L, width); mask: bool, broadcast to (B, heads, L, past + L). Also returns the keys and values of x.
+
+        past: one behind the other. last: only the last of x asks, (B, 1, width) comes out.
+        """
         query, key, value = split_heads(self.to_qkv(x), 3 * self.heads).chunk(3, dim=1)
-        keys, values = (key, value) if past is None else (torch.cat(pair, dim=2) for pair in zip(past, (key, value)))
-        out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+        if last:
+            query, mask = query[:, :, -1:], None if mask is None else mask[..., -1:, :]
+        out = attend(query, [*past, (key, value)], mask)
         return self.to_out(out.transpose(1, 2).flatten(2)), (key, value)
+
+
+def attend(query: Tensor, pairs: Sequence[KeyValue], mask: Tensor | None) -> Tensor:
+    """Attention to all the keys and values, as if they stood one behind the other in one tensor."""
+    few = query.shape[2] <= FEW and query.device.type == "cpu" and query.dtype == torch.float32
+    if len(pairs) == 1 or not few:
+        keys, values = pairs[0] if len(pairs) == 1 else (torch.cat(parts, dim=2) for parts in zip(*pairs))
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+    query = query * query.shape[-1] ** -0.5
+    scores = torch.cat([query @ keys.transpose(-1, -2) for keys, _ in pairs], dim=-1)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    weights = scores.softmax(dim=-1).split([keys.shape[2] for keys, _ in pairs], dim=-1)
+    out = weights[0] @ pairs[0][1]
+    for weight, (_, values) in zip(weights[1:], pairs[1:]):
+        out = out + weight @ values
+    return out
 
 
 def checkpointed(model: Any, block: nn.Module, *inputs: Any) -> Any:

@@ -4,6 +4,7 @@ A causal transformer over [caption tokens, z_t, timestep, noisy z_i, query]; the
 Its arithmetic contains diffusers' PriorTransformer: same order, pre-norm, learned positions.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +18,18 @@ from torch import Tensor, nn
 from t2i.condition import TextEncoding
 from t2i.layers import Attention, KeyValue, TimeEmbedding, checkpointed, feed_forward
 
+MAX_TIMES = 64  # whose tokens are computed ahead: their keys and values are kept, for every caption
+
 
 @dataclass
 class PriorContext:
-    """What depends on the caption alone: under a causal mask, keys and values of all that stands before the time."""
+    """What depends on the caption and the timestep alone: keys and values of all that stands before the noisy z_i."""
 
-    past: list[KeyValue]  # one pair a block
-    mask: Tensor  # (B, L + 1), bool: the caption's tokens and z_t
+    past: list[KeyValue]  # one pair a block, of the caption's tokens and z_t
+    mask: Tensor  # (B, L + 1), bool
+    times: Tensor  # (S,): the timesteps that are known already
+    at_times: list[KeyValue]  # one pair a block, for U different captions: (U, S, heads, 1, width / heads)
+    rows: Tensor  # (B,): which of the U it is
 
 
 class Prior(ModelMixin, ConfigMixin):
@@ -89,27 +95,43 @@ class Prior(ModelMixin, ConfigMixin):
         return self.to_image(self.norm(tokens[:, -1]))
 
     @apply_forward_hook
-    def prepare(self, text: TextEncoding) -> PriorContext:
-        """The part of `forward` that depends on neither x nor t."""
+    def prepare(self, text: TextEncoding, times: Tensor | None = None) -> PriorContext:
+        """The part of `forward` that does not depend on x, once for each different caption.
+
+        times: (S,), the timesteps that `step` will be asked for, as far as they are known. Their tokens see the caption
+        and themselves alone, so that all are computed together here.
+        """
+        text, rows = distinct(text)
+        times = text.mask.new_zeros(0, dtype=torch.long) if times is None else times[:MAX_TIMES].to(text.mask.device)
         tokens = caption_tokens(self, text)
-        length = tokens.shape[1]
-        known = torch.cat([text.mask, text.mask.new_ones(len(text), 1)], dim=1)
-        mask = known[:, None, None, :] & torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()
-        past = []
+        count, length = tokens.shape[:2]
+        tokens = torch.cat([tokens, (self.from_time(times) + self.positions[-3]).expand(count, -1, -1)], dim=1)
+        known = torch.cat([text.mask, text.mask.new_ones(count, 1)], dim=1)
+        mask = torch.eye(tokens.shape[1], dtype=torch.bool, device=tokens.device).repeat(count, 1, 1, 1)
+        causal = torch.ones(mask.shape[2], length, dtype=torch.bool, device=tokens.device).tril()
+        mask[..., :length] = known[:, None, None, :] & causal
+        past, at_times = [], []
         for block in self.blocks:
-            tokens, key_value = block.with_key_value(tokens, mask)
-            past.append(key_value)
-        return PriorContext(past, known)
+            tokens, pair = block.with_key_value(tokens, mask, last=block is self.blocks[-1])
+            keys, values = pair
+            past.append((keys[rows, :, :length], values[rows, :, :length]))
+            at_times.append((each_alone(keys[:, :, length:]), each_alone(values[:, :, length:])))
+        return PriorContext(past, known[rows], times, at_times, rows)
 
     @apply_forward_hook
     def step(self, x: Tensor, t: Tensor, context: PriorContext) -> Tensor:
-        """The rest of it: three tokens instead of the whole sequence."""
-        tokens = self.image_tokens(x, t)
-        known = context.mask[:, None, None, :].expand(-1, -1, 3, -1)
-        causal = torch.ones(3, 3, dtype=torch.bool, device=x.device).tril().expand(len(x), 1, 3, 3)
-        mask = torch.cat([known, causal], dim=-1)
-        for block, past in zip(self.blocks, context.past):
-            tokens = block(tokens, mask, past)
+        """The rest of it: two tokens instead of the whole sequence, or three at a timestep that was not prepared."""
+        tokens, past = self.image_tokens(x, t), [[pair] for pair in context.past]
+        same = t[:, None] == context.times
+        if same.any(dim=1).all():
+            tokens, at = tokens[:, 1:], (context.rows, same.int().argmax(dim=1))
+            for pairs, (keys, values) in zip(past, context.at_times):
+                pairs.append((keys[at], values[at]))
+        count = tokens.shape[1]
+        mask = torch.cat([context.mask, context.mask.new_ones(len(x), 3)], dim=1)[:, None, None, :]
+        mask = mask & torch.ones(count, mask.shape[-1], dtype=torch.bool, device=x.device).tril(mask.shape[-1] - count)
+        for block, pairs in zip(self.blocks, past):
+            tokens, _ = block.with_key_value(tokens, mask, pairs, last=block is self.blocks[-1])
         return self.to_image(self.norm(tokens[:, -1]))
 
     @torch.no_grad()
@@ -151,6 +173,22 @@ def caption_tokens(prior: Any, text: TextEncoding) -> Tensor:
     return torch.cat([caption, z_t[:, None]], dim=1)
 
 
+def distinct(text: TextEncoding) -> tuple[TextEncoding, Tensor]:
+    """A batch without what is the same as the row before it, and which of them each row is, (B,).
+
+    Neighbours are the same where several pictures are drawn of a caption, and where guidance repeats the null.
+    """
+    columns = (text.embedding, text.states.flatten(1), text.mask)
+    new = torch.stack([(column[1:] != column[:-1]).any(dim=1) for column in columns]).any(dim=0)
+    new = torch.cat([new.new_ones(1), new])
+    return text.map(lambda tensor: tensor[new]), new.cumsum(dim=0) - 1
+
+
+def each_alone(x: Tensor) -> Tensor:
+    """(U, heads, S, width / heads) -> (U, S, heads, 1, width / heads)"""
+    return x.transpose(1, 2).unsqueeze(3).contiguous()
+
+
 class PriorBlock(nn.Module):
     def __init__(self, width: int, heads: int, dropout: float = 0.0):
         super().__init__()
@@ -159,11 +197,16 @@ class PriorBlock(nn.Module):
         self.mlp = feed_forward(width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, mask: Tensor, past: KeyValue | None = None) -> Tensor:
-        return self.with_key_value(x, mask, past)[0]
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.with_key_value(x, mask)[0]
 
-    def with_key_value(self, x: Tensor, mask: Tensor, past: KeyValue | None = None) -> tuple[Tensor, KeyValue]:
-        """Also the keys and values of x; training, which has no use for them, does not keep them."""
-        attended, key_value = self.attention(self.norm_1(x), mask, past)
-        x = x + self.dropout(attended)
+    def with_key_value(
+        self, x: Tensor, mask: Tensor, past: Sequence[KeyValue] = (), last: bool = False
+    ) -> tuple[Tensor, KeyValue]:
+        """Also the keys and values of x; training, which has no use for them, does not keep them.
+
+        last: only what comes out for the last token, (B, 1, width).
+        """
+        attended, key_value = self.attention(self.norm_1(x), mask, past, last)
+        x = (x[:, -1:] if last else x) + self.dropout(attended)
         return x + self.dropout(self.mlp(self.norm_2(x))), key_value

@@ -43,7 +43,9 @@ def sample_prior(
     device = text.embedding.device
     text = text.to(device, prior.dtype)
     negative = prior.null(len(text)) if negative is None else negative
-    predict = guided(prior, text, negative.to(device, prior.dtype), guidance, scheduler)
+    scheduler.set_timesteps(steps, device=device)
+    ahead = [scheduler.timesteps] if isinstance(prior, Prior) else []
+    predict = guided(prior, text, negative.to(device, prior.dtype), guidance, scheduler, *ahead)
     if wrap is not None:
         predict = wrap(predict)
     if noise is None:

@@ -51,36 +51,54 @@ PARTS = (
 
 @dataclass(frozen=True)
 class Architecture:
-    """How to make the encoder of one of transformers' model types, and how to find it in the files of larger models."""
+    """How to make the encoder of one of transformers' model types, and how to find it in the files of larger models.
 
-    config: type
-    encoder: Callable[[Any], torch.nn.Module]
+    Classes are named, not imported: transformers takes its time for each, and a pipeline needs at most one.
+    """
+
+    names: tuple[str, str]  # in transformers, of the configuration's class and of the model's
+    encoder: Callable[[Any, Any], torch.nn.Module]  # of the model's class and a configuration
     prefixes: tuple[str, ...]  # what its tensors' names may begin with
     renamed: tuple[tuple[str, str], ...] = ()  # ours, theirs: tensors that files may know by another name
     offset: int = 0  # positions in its table that no token has, beyond the number of the padding
+
+    @property
+    def config(self) -> Any:
+        return getattr(transformers, self.names[0])
+
+    def make(self, config: Any) -> torch.nn.Module:
+        return self.encoder(getattr(transformers, self.names[1]), config)
 
 
 EMBEDDING = (("embed_tokens.weight", "shared.weight"),)  # that T5's encoder and decoder share
 LAYER_NORM = (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta"))  # files of 2018
 
 
-def t5(config: type, model: type) -> Architecture:
-    return Architecture(config, lambda config: model(config).encoder, ("encoder.",), EMBEDDING)
+def t5(name: str) -> Architecture:
+    names = (f"{name}Config", f"{name}EncoderModel")
+    return Architecture(names, lambda model, config: model(config).encoder, ("encoder.",), EMBEDDING)
 
 
-def bert(config: type, model: type, prefix: str, offset: int = 0) -> Architecture:
-    return Architecture(config, lambda config: model(config, add_pooling_layer=False), ("", prefix), LAYER_NORM, offset)
+def bert(name: str, prefix: str, offset: int = 0) -> Architecture:
+    names = (f"{name}Config", f"{name}Model")
+    return Architecture(
+        names, lambda model, config: model(config, add_pooling_layer=False), ("", prefix), LAYER_NORM, offset
+    )
+
+
+def alone(config: str, model: str, prefix: str) -> Architecture:
+    return Architecture((config, model), lambda model, config: model(config), ("", prefix))
 
 
 ARCHITECTURES = {
-    "t5": t5(transformers.T5Config, transformers.T5EncoderModel),
-    "mt5": t5(transformers.MT5Config, transformers.MT5EncoderModel),
-    "umt5": t5(transformers.UMT5Config, transformers.UMT5EncoderModel),
-    "bert": bert(transformers.BertConfig, transformers.BertModel, "bert."),
-    "roberta": bert(transformers.RobertaConfig, transformers.RobertaModel, "roberta.", 1),
-    "xlm-roberta": bert(transformers.XLMRobertaConfig, transformers.XLMRobertaModel, "roberta.", 1),
-    "distilbert": Architecture(transformers.DistilBertConfig, transformers.DistilBertModel, ("", "distilbert.")),
-    "clip_text_model": Architecture(transformers.CLIPTextConfig, transformers.CLIPTextModel, ("", "text_model.")),
+    "t5": t5("T5"),
+    "mt5": t5("MT5"),
+    "umt5": t5("UMT5"),
+    "bert": bert("Bert", "bert."),
+    "roberta": bert("Roberta", "roberta.", 1),
+    "xlm-roberta": bert("XLMRoberta", "roberta.", 1),
+    "distilbert": alone("DistilBertConfig", "DistilBertModel", "distilbert."),
+    "clip_text_model": alone("CLIPTextConfig", "CLIPTextModel", "text_model."),
 }
 SETTINGS = {  # of transformers' configurations: those that decide what an encoder says, and nothing that imports
     *("vocab_size", "pad_token_id", "max_position_embeddings", "type_vocab_size"),
@@ -244,7 +262,7 @@ def build(architecture: str, model: dict[str, Any], context_length: int) -> torc
     config = kind.config(**model, attn_implementation="sdpa")
     if (places := positions(kind, config)) is not None:
         check_integer(f"context_length of a {architecture} with {places} positions", context_length, 3, places)
-    return kind.encoder(config)
+    return kind.make(config)
 
 
 def positions(kind: Architecture, config: Any) -> int | None:

@@ -34,6 +34,37 @@ def test_prepare_and_step_equal_the_full_pass(lengths):
     torch.testing.assert_close(prior.step(x, t, prior.prepare(text)), prior(x, t, text), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("times", [[3, 500, 900], [3, 3, 3], [3, 4, 900]])  # 4 was not prepared
+@torch.no_grad()
+def test_timesteps_prepared_ahead_change_nothing(times):
+    prior, text, x = make_prior(), captions(10, 3, 7), torch.randn(3, D)
+    context, t = prior.prepare(text, torch.tensor([900, 500, 3])), torch.tensor(times)
+    torch.testing.assert_close(prior.step(x, t, context), prior(x, t, text), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_what_several_pictures_share_is_computed_once(monkeypatch):
+    prior, text, counts = make_prior(), captions(4, 6).repeat(3), []
+    both, x, t = prior.null(6).cat(text), torch.randn(12, D), torch.full((12,), 7)
+    wanted = prior(x, t, both)
+    hook = prior.blocks[0].norm_1.register_forward_pre_hook(lambda _, inputs: counts.append(len(inputs[0])))
+    context = prior.prepare(both, torch.tensor([7]))
+    hook.remove()
+    assert counts == [3]  # the null and two captions
+    torch.testing.assert_close(prior.step(x, t, context), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_step_has_the_gradient_of_the_full_pass():
+    prior, text, t = make_prior(), captions(5, 2), torch.tensor([3, 3])
+    x = torch.randn(2, D, requires_grad=True)
+    with torch.no_grad():
+        context = prior.prepare(text, torch.tensor([3]))
+    (found,), (wanted,) = (
+        torch.autograd.grad(out.square().sum(), x) for out in (prior.step(x, t, context), prior(x, t, text))
+    )
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+
+
 def test_trimmed_captions_equal_padded_ones():
     prior = make_prior()
     x, t = torch.randn(2, D), torch.tensor([3, 900])

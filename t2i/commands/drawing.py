@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from t2i.commands import SHIPPED, options
+from t2i.commands import SHIPPED, importing, options
 from t2i.errors import InputError
 
 app = typer.Typer()
@@ -47,7 +47,8 @@ def generate(
     device: options.Device = "auto",
 ) -> None:
     """Draw pictures for prompts, or for none if they are steered; prints their paths."""
-    from pipelines.generation import generate_files
+    with importing():
+        from pipelines.generation import generate_files
 
     steering = options.steering(steer_class, steer_text, steer_picture, classifier, steer_scale)
     texts = read_prompts(prompts, file, required=not steering)
@@ -85,7 +86,8 @@ def upsample(
     device: options.Device = "auto",
 ) -> None:
     """Enlarge pictures with the upsampler of a model, or models/emoji-upsampler; prints their paths."""
-    from pipelines.generation import upsample_files
+    with importing():
+        from pipelines.generation import upsample_files
     from t2i.config import check_integer, check_range
     from t2i.upsampling import MAX_TIMES
 
@@ -118,7 +120,8 @@ def image_to_image(
     device: options.Device = "auto",
 ) -> None:
     """Draw pictures that start from others; prints their paths."""
-    from pipelines.generation import redraw_files
+    with importing():
+        from pipelines.generation import redraw_files
     from pipelines.image_to_image import ImageToImagePipeline, check_strength
 
     check_strength(strength)
@@ -145,9 +148,10 @@ def inpaint(
     device: options.Device = "auto",
 ) -> None:
     """Paint a part of a picture anew; the rest stays pixel for pixel."""
-    from PIL.Image import Image
+    with importing():
+        from PIL.Image import Image
 
-    from pipelines.generation import redraw_files
+        from pipelines.generation import redraw_files
     from pipelines.image_to_image import check_strength
     from pipelines.inpaint import InpaintPipeline
     from pipelines.pictures import read_masks
@@ -183,9 +187,10 @@ def outpaint(
     device: options.Device = "auto",
 ) -> None:
     """Paint around a picture; what was there stays pixel for pixel."""
-    from PIL.Image import Image
+    with importing():
+        from PIL.Image import Image
 
-    from pipelines.generation import redraw_files
+        from pipelines.generation import redraw_files
     from pipelines.inpaint import OutpaintPipeline, check_enlarged, check_margins
 
     margins = {"left": left, "right": right, "top": top, "bottom": bottom}

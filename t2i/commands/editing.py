@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from t2i.commands import SHIPPED, options
+from t2i.commands import SHIPPED, importing, options
 from t2i.errors import InputError
 
 app = typer.Typer()
@@ -44,7 +44,8 @@ def variations(
     device: options.Device = "auto",
 ) -> None:
     """Draw pictures of what others show; prints their paths."""
-    from pipelines.generation import redraw_files
+    with importing():
+        from pipelines.generation import redraw_files
     from pipelines.image_variation import ImageVariationPipeline
     from pipelines.inversion import INVERSION, inversion_options
     from pipelines.options import decoder_options
@@ -100,7 +101,8 @@ def interpolate(
     device: options.Device = "auto",
 ) -> None:
     """Draw what lies between pictures and texts; prints the paths."""
-    from pipelines.frames import interpolate_files
+    with importing():
+        from pipelines.frames import interpolate_files
 
     settings = options.given(
         num_inference_steps=steps,
@@ -143,7 +145,8 @@ def edit(
     device: options.Device = "auto",
 ) -> None:
     """Change a picture by the direction from one caption to another; prints its path."""
-    from pipelines.generation import redraw_files
+    with importing():
+        from pipelines.generation import redraw_files
     from pipelines.inversion import INVERSION
     from pipelines.options import decoder_options
     from pipelines.text_diff import THETA, TextDiffPipeline, check_pair

@@ -1,6 +1,16 @@
-"""Captioned pictures."""
+"""Captioned pictures. Names are imported when they are first used: who reads one picture needs no Parquet."""
 
-from t2i.data.dataset import Batch, CaptionedPictures, Record, batches, held_out_pictures
-from t2i.data.pictures import open_picture, to_tensor
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from t2i.data.dataset import Batch, CaptionedPictures, Record, batches, held_out_pictures
+    from t2i.data.pictures import open_picture, to_tensor
 
 __all__ = ["Batch", "CaptionedPictures", "Record", "batches", "held_out_pictures", "open_picture", "to_tensor"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 't2i.data' has no attribute {name!r}")
+    return getattr(import_module("t2i.data.pictures" if name in __all__[-2:] else "t2i.data.dataset"), name)

@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+import transformers
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import XLMRobertaConfig, XLMRobertaModel
 
 from t2i.checkpoint import weights_digest
 from t2i.condition import TokenStates
@@ -52,10 +52,10 @@ class MultilingualCLIP(ModelMixin, ConfigMixin):
         super().__init__()
         if unknown := sorted(set(model) - SETTINGS):
             raise InputError(f"model has {unknown[0]!r:.80}; a text encoder's may have {', '.join(sorted(SETTINGS))}")
-        config = XLMRobertaConfig(**model, attn_implementation="sdpa")
+        config = transformers.XLMRobertaConfig(**model, attn_implementation="sdpa")
         positions = config.max_position_embeddings - config.pad_token_id - 1
         check_integer(f"context_length of a text encoder with {positions} positions", context_length, 3, positions)
-        self.transformer = XLMRobertaModel(config)
+        self.transformer = transformers.XLMRobertaModel(config)
         self.LinearTransformation = torch.nn.Linear(config.hidden_size, pooled_width)
 
     @classmethod
