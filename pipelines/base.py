@@ -66,6 +66,7 @@ class UnCLIPPipeline(StagedPipeline):
             if self.text_encoder is not None and (cut := self.text_encoder.cut(prompt)):
                 longest = self.text_encoder.config.context_length
                 logger.warning("a prompt has more than the text encoder's %d tokens; this was cut: %r", longest, cut)
+        self.offload_all_but("clip")
         tokens = self.clip.tokenizer(prompts).to(self._execution_device)
         text = self.clip.encode_tokens(tokens)
         if self.text_encoder is None:
@@ -76,11 +77,13 @@ class UnCLIPPipeline(StagedPipeline):
         """What the decoder reads of captions: a text encoder of its own does without CLIP's, which may be missing."""
         if self.clip.reads_captions or self.text_encoder is None:
             return self.encode_prompt(prompts)
+        self.offload_all_but("text_encoder")
         return self.text_encoder.encode(prompts, self._execution_device)
 
     @torch.no_grad()
     def encode_image(self, pictures: Tensor) -> Tensor:
         """(N, 3, H, W) in [-1, 1] -> z_i, (N, D), fp32."""
+        self.offload_all_but("clip")
         z_i = self.clip.encode_image(pictures.to(self._execution_device, self.clip.dtype))
         return self.sized(check_finite("CLIP", z_i.float()))
 
@@ -91,6 +94,7 @@ class UnCLIPPipeline(StagedPipeline):
     @torch.no_grad()
     def encode_latents(self, pictures: Tensor) -> Tensor:
         """(N, 3, H, W) in [-1, 1] -> latents of unit variance, (N, C, h, w), fp32."""
+        self.offload_all_but("autoencoder")
         latents = self.autoencoder.encode(pictures.to(self._execution_device, self.autoencoder.dtype))
         return check_finite("autoencoder", latents.float())
 
@@ -107,6 +111,7 @@ class UnCLIPPipeline(StagedPipeline):
         Without a prior the decoder gets the captions' own z_t, which is there to compare priors with.
         """
         prior, steps = self.prior, options.prior_num_inference_steps
+        self.offload_all_but("prior")
         text = text.to(self._execution_device, self.clip.dtype if prior is None else prior.dtype)
         if prior is None:
             logger.warning("this pipeline has no prior: the decoder gets the embedding of the text")
@@ -166,6 +171,7 @@ class UnCLIPPipeline(StagedPipeline):
         decodes them.
         """
         z_i = z_i.to(self._execution_device)
+        self.offload_all_but("decoder")
         if scheduler is None:
             scheduler = chosen(options.sampler, self.decoder_scheduler, self.decoder)
         noise = options.latents
@@ -260,6 +266,8 @@ class UnCLIPPipeline(StagedPipeline):
         """(N, 3, H, W), fp32, about in [-1, 1]. Where decoding is a diffusion (Karlo's), it is one with options and
         generators of the decoder; without, as for previews, the latents are only enlarged."""
         latents = latents.to(self._execution_device, self.autoencoder.dtype)
+        if options is not None:  # the last stage, not a preview
+            self.offload_all_but("autoencoder")
         if options is None or generators is None or not self.is_cascade:
             return check_finite("autoencoder", self.autoencoder.decode(latents).float())
         steps, scheduler = options.super_res_num_inference_steps, self.autoencoder.scheduler

@@ -131,6 +131,7 @@ class InpaintPipeline(UnCLIPPipeline):
         noise = options.latents.to(latents.device).float()
         scheduler = chosen(options.sampler, self.decoder_scheduler, self.decoder)
         hold = blend(scheduler, latents, mask, noise)
+        self.offload_all_but("decoder")
         told = self.told(z_i.to(latents.device), options, generators)
         predict = self.predict_canvas(told, text, known_latents(latents, mask), options, scheduler, negative)
         more: dict[str, Any] = {"original": latents, "strength": strength} if strength < 1 else {}

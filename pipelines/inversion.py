@@ -78,11 +78,12 @@ class InvertingPipeline(UnCLIPPipeline):
     def invert_pictures(self, pictures: Tensor, text: TextEncoding | None, options: DecoderOptions) -> BipartiteLatent:
         """The same of (N, 3, H, W) in [-1, 1]."""
         z_i, scheduler = self.encode_image(pictures), self.decoder_scheduler
+        latents = self.encode_latents(pictures)
+        self.offload_all_but("decoder")
         predict = decoder_predict(self.decoder, scheduler, z_i, text, options.guidance_scale)
         steps = options.num_inference_steps
         exact = chosen("ddim", scheduler, self.decoder)
         _, on_step = self.watched("inversion", exact, steps, options, lambda x: x, self.decode)
-        latents = self.encode_latents(pictures)
         noise = invert(predict, scheduler, latents, steps, progress=self.progress_bar, on_step=on_step)
         return BipartiteLatent(z_i, noise)
 

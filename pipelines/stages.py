@@ -20,6 +20,7 @@ from t2i.config import check_integer, check_multiple, check_range
 from t2i.diffusion import check_eta
 from t2i.errors import InputError
 from t2i.guidance import Guidance
+from t2i.interop.component import listed
 from t2i.priors import UNSCHEDULED, AnyPrior, check_plain, usual_guidance
 from t2i.samplers import chosen
 from t2i.sampling import check_texts
@@ -107,7 +108,26 @@ class StagedPipeline(WatchedPipeline):
             return made
         settings = {**own_arguments(path, **kwargs), "use_safetensors": True}
         # Told by name, for diffusers looks for the class that the folder names, in itself.
-        return loaded(lambda folder: super(StagedPipeline, cls).from_pretrained(folder, **settings), path)
+        made = loaded(lambda folder: super(StagedPipeline, cls).from_pretrained(folder, **settings), path)
+        if "clip" not in kwargs:
+            check_saved_clip(path, made.clip)
+        return made
+
+    def save_config(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """The index. It says which CLIP is beside it, for public models do not say which they were trained with."""
+        self.register_to_config(_clip_fingerprint=self.clip.identity)
+        super().save_config(save_directory, *args, **kwargs)
+
+    def offload_all_but(self, *names: str) -> None:
+        """Take the other components off the device, under `enable_model_cpu_offload`, until their next turn.
+
+        Its hooks take off the neighbour in the order alone, which is the one before in a caption's way, but not where
+        CLIP is followed by the autoencoder or the decoder.
+        """
+        kept = [getattr(self, name) for name in names]
+        for hook in getattr(self, "_all_hooks", []):
+            if not any(hook.model is one for one in kept):
+                hook.offload()
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **components: Any) -> Self:
@@ -248,6 +268,16 @@ def sides_divide(decoder: Any) -> int:
     parts = dict(decoder.named_children())
     net = parts.get("net", parts.get("unet"))
     return decoder.config.get("patch_size", 1) if net is None else 2 ** (len(net.config.block_out_channels) - 1)
+
+
+def check_saved_clip(path: Path, clip: AnyCLIP) -> None:
+    """Refuse a folder whose CLIP was replaced by another after it was saved; folders of before do not say."""
+    theirs = listed(path).get("_clip_fingerprint")
+    if theirs is not None and theirs != clip.identity:
+        raise InputError(
+            f"{str(path)!r} was saved with the CLIP {str(theirs)[:40]}, its folder 'clip' has {clip.identity}: another "
+            "CLIP, whose embeddings the other components do not know"
+        )
 
 
 def check_widths(clip: AnyCLIP, prior: AnyPrior | None, decoder: AnyDecoder) -> None:

@@ -1,14 +1,19 @@
 """Each cell of the table in docs/public-models.md, on tiny models in the public layouts."""
 
+import copy
 import functools
+import shutil
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from pipelines.convert import convert_folder
@@ -181,6 +186,78 @@ def test_it_loads_in_half_precision_and_from_what_it_saved(model: str, cell: str
         one(image_embeds=z_i, generator=seeds(4), output_type="pt", **STEPS).images for one in (pipeline, again)
     ]
     torch.testing.assert_close(*pictures, atol=ROUNDING, rtol=0)
+
+
+@pytest.mark.parametrize("model", ["Karlo", "Kandinsky 2.2"])
+def test_another_clip_of_the_same_size_in_what_was_saved_is_refused(model: str, tmp_path: Path):
+    pipeline, own = loaded(model), tmp_path / "own"
+    pipeline.save_pretrained(own)
+    other = copy.deepcopy(pipeline.clip)
+    next(iter(other.text_encoder.parameters())).mul_(1.5)
+    shutil.rmtree(own / "clip")
+    other.register_to_config(fingerprint=None)
+    other.save_pretrained(own / "clip")
+    with pytest.raises(InputError, match=f"was saved with the CLIP {pipeline.clip.identity}, its folder 'clip' has"):
+        Text2ImagePipeline.from_pretrained(own)
+    assert Text2ImagePipeline.from_pretrained(own, clip=other).clip is other
+
+
+class OneAtATime:
+    """Hooks like those of `enable_model_cpu_offload`, on the CPU: who is on the device, and the most that ever were."""
+
+    def __init__(self, pipeline: DiffusionPipeline):
+        self.there: list[str] = []
+        self.most: list[str] = []
+        previous, pipeline._all_hooks = None, []
+        for name in pipeline.model_cpu_offload_seq.split("->"):
+            if isinstance(model := getattr(pipeline, name, None), torch.nn.Module):
+                previous = OffloadHook(name, model, self, previous)
+                add_hook_to_module(model, previous)
+                pipeline._all_hooks.append(previous)
+
+
+class OffloadHook(ModelHook):
+    def __init__(self, name: str, model: torch.nn.Module, held: OneAtATime, previous: "OffloadHook | None"):
+        self.name, self.model, self.held, self.previous = name, model, held, previous
+
+    def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self.previous is not None:
+            self.previous.offload()
+        there = self.held.there
+        there += [self.name] if self.name not in there else []
+        self.held.most = list(there) if len(there) > len(self.held.most) else self.held.most
+        return args, kwargs
+
+    def offload(self) -> None:
+        self.held.there = [name for name in self.held.there if name != self.name]
+
+
+OFFLOADED: dict[str, tuple[type, Callable[[Any], Any]]] = {
+    "text": (Text2ImagePipeline, lambda p: p("a cat", decoder_negative_prompt="a dog", **BOTH)),
+    "variation": (ImageVariationPipeline, lambda p: p(picture(p), "a cat", **STEPS)),
+    "its own noise": (ImageVariationPipeline, lambda p: p(picture(p), eta=0.5, **STEPS)),
+    "inpainting": (InpaintPipeline, lambda p: p(picture(p), upper_half(p), "a cat", **BOTH)),
+    "outpainting": (OutpaintPipeline, lambda p: p(picture(p), left=p.image_size, **STEPS)),
+    "redrawing": (ImageToImagePipeline, lambda p: p(picture(p), **STEPS)),
+    "text diff": (TextDiffPipeline, lambda p: p(picture(p), "a cat", "a dog", **STEPS)),
+    "interpolation": (InterpolationPipeline, lambda p: p([picture(p), "a cat"], frames=2, **BOTH)),
+}
+
+
+@pytest.mark.parametrize("way", OFFLOADED)
+@pytest.mark.parametrize("model", ["Kandinsky 2.1", "Stable unCLIP small with Karlo's prior"])
+def test_one_component_at_a_time_is_on_the_device(model: str, way: str):
+    kind, draw = OFFLOADED[way]
+    pipeline = kind.from_pipe(loaded(model))
+    pipeline.set_progress_bar_config(disable=True)
+    held = OneAtATime(pipeline)
+    try:
+        draw(pipeline)
+    finally:
+        for hook in pipeline._all_hooks:
+            remove_hook_from_module(hook.model)
+        pipeline._all_hooks = []
+    assert len(held.most) == 1, held.most
 
 
 @pytest.mark.parametrize(("model", "cell"), [(model, cell) for model, column, cell in CELLS if column == "export"])
