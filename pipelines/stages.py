@@ -114,8 +114,9 @@ class StagedPipeline(WatchedPipeline):
         return made
 
     def save_config(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """The index. It says which CLIP is beside it, for public models do not say which they were trained with."""
-        self.register_to_config(_clip_fingerprint=self.clip.identity)
+        """The index. It says which CLIP is beside public models, which do not say themselves which is theirs."""
+        if not self.clip.unit_length:
+            self.register_to_config(_clip_fingerprint=self.clip.identity)
         super().save_config(save_directory, *args, **kwargs)
 
     def offload_all_but(self, *names: str) -> None:
