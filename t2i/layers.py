@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,6 +33,45 @@ class TimeEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(embedding)))
 
 
+@dataclass
+class Rows:
+    """Sequences of different lengths as the rows of one matrix, (T, width), one after the other.
+
+    Linear layers run on it as it is, so that padding costs nothing; attention pads it to (B, L), real tokens first:
+    then no token that is causally masked sees padding, and no other mask is needed.
+    """
+
+    lengths: Tensor  # (B,)
+    length: int  # L
+    ends: Tensor  # (B,): the row of each sequence's last token
+    places: Tensor | None  # (T,): where a row stands in the padded batch, flattened; None if T = B L: it is padded
+
+    @classmethod
+    def of(cls, known: Tensor) -> tuple["Rows", Tensor]:
+        """known: (B, L), bool, what is no padding. Also returns which tokens of the flattened batch the rows are."""
+        count, length = known.shape
+        lengths, start = known.sum(dim=1), torch.arange(count, device=known.device)[:, None] * length
+        if known.device.type != "cpu" or torch.compiler.is_compiling():  # the host must not wait for T; static shapes
+            order = known.int().argsort(dim=1, descending=True, stable=True)
+            return cls(lengths, length, start[:, 0] + lengths - 1, None), (order + start).flatten()
+        order, ends = known.flatten().nonzero()[:, 0], lengths.cumsum(dim=0) - 1
+        longest = int(lengths.max())
+        places = known.cumsum(dim=1) - 1 + start // length * longest
+        return cls(lengths, longest, ends, None if len(order) == count * longest else places[known]), order
+
+    def pad(self, x: Tensor) -> Tensor:
+        """(T, width) -> (B, L, width)"""
+        count = len(self.lengths)
+        if self.places is not None:
+            x = x.new_zeros(count * self.length, x.shape[1]).index_copy(0, self.places, x)
+        return x.view(count, self.length, -1)
+
+    def unpad(self, x: Tensor) -> Tensor:
+        """The reverse."""
+        x = x.flatten(0, 1)
+        return x if self.places is None else x.index_select(0, self.places)
+
+
 class Attention(nn.Module):
     """Self-attention that may also look at keys and values computed before."""
 
@@ -55,6 +95,22 @@ class Attention(nn.Module):
             query, mask = query[:, :, -1:], None if mask is None else mask[..., -1:, :]
         out = attend(query, [*past, (key, value)], mask)
         return self.to_out(out.transpose(1, 2).flatten(2)), (key, value)
+
+    def causal(self, x: Tensor, rows: Rows) -> Tensor:
+        """(T, width) -> (T, width): every token looks at those of its sequence before it and at itself."""
+        query, key, value = split_heads(rows.pad(self.to_qkv(x)), 3 * self.heads).chunk(3, dim=1)
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return self.to_out(rows.unpad(out.transpose(1, 2).flatten(2)))
+
+    def of_ends(self, x: Tensor, rows: Rows) -> Tensor:
+        """(T, width) -> (B, width): the same for the last token of each sequence alone, which sees all of it."""
+        width = x.shape[1]
+        qkv = self.to_qkv(x)
+        query = split_heads(qkv[rows.ends, None, :width], self.heads)
+        key, value = split_heads(rows.pad(qkv[:, width:]), 2 * self.heads).chunk(2, dim=1)
+        mask = torch.arange(rows.length, device=x.device) < rows.lengths[:, None]
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None])
+        return self.to_out(out.flatten(1))
 
 
 def attend(query: Tensor, pairs: Sequence[KeyValue], mask: Tensor | None) -> Tensor:

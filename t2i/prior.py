@@ -16,7 +16,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from t2i.condition import TextEncoding
-from t2i.layers import Attention, KeyValue, TimeEmbedding, checkpointed, feed_forward
+from t2i.layers import Attention, KeyValue, Rows, TimeEmbedding, checkpointed, feed_forward
 
 MAX_TIMES = 64  # whose tokens are computed ahead: their keys and values are kept, for every caption
 
@@ -87,12 +87,11 @@ class Prior(ModelMixin, ConfigMixin):
     def forward(self, x: Tensor, t: Tensor, text: TextEncoding) -> Tensor:
         """x: (B, D) noisy scaled z_i; t: (B,) timesteps -> (B, D), the clean one; or (B, 2D). What training calls."""
         tokens = torch.cat([caption_tokens(self, text), self.image_tokens(x, t)], dim=1)
-        length = tokens.shape[1]
-        mask = torch.cat([text.mask, text.mask.new_ones(len(x), 4)], dim=1)[:, None, None, :]
-        mask = mask & torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
-        for block in self.blocks:
-            tokens = checkpointed(self, block, tokens, mask)
-        return self.to_image(self.norm(tokens[:, -1]))
+        rows, order = Rows.of(torch.cat([text.mask, text.mask.new_ones(len(x), 4)], dim=1))
+        tokens = tokens.flatten(0, 1).index_select(0, order)
+        for block in self.blocks[:-1]:
+            tokens = checkpointed(self, block, tokens, rows)
+        return self.to_image(self.norm(checkpointed(self, self.blocks[-1], tokens, rows, True)))
 
     @apply_forward_hook
     def prepare(self, text: TextEncoding, times: Tensor | None = None) -> PriorContext:
@@ -197,8 +196,17 @@ class PriorBlock(nn.Module):
         self.mlp = feed_forward(width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        return self.with_key_value(x, mask)[0]
+    def forward(self, x: Tensor, mask: Tensor | Rows, last: bool = False) -> Tensor:
+        """mask: what x, (B, L, width), may look at; or how x, (T, width), is sequences, which look back.
+
+        last: of sequences, only what comes out for the last token of each, (B, width).
+        """
+        if not isinstance(mask, Rows):
+            return self.with_key_value(x, mask)[0]
+        normed = self.norm_1(x)
+        attended = self.attention.of_ends(normed, mask) if last else self.attention.causal(normed, mask)
+        x = (x[mask.ends] if last else x) + self.dropout(attended)
+        return x + self.dropout(self.mlp(self.norm_2(x)))
 
     def with_key_value(
         self, x: Tensor, mask: Tensor, past: Sequence[KeyValue] = (), last: bool = False

@@ -5,6 +5,7 @@ import torch
 from diffusers import PriorTransformer
 
 from t2i.condition import TextEncoding
+from t2i.layers import Rows
 from t2i.prior import Prior
 
 D, W, LENGTH = 16, 12, 10
@@ -83,6 +84,33 @@ def test_padding_is_never_read():
     torch.testing.assert_close(prior(x, t, text), before)
     text.states[1, 1] += 1
     assert not torch.allclose(prior(x, t, text)[1], before[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_captions_of_different_lengths_are_trained_on_together_as_alone(static, monkeypatch):
+    """Rows end to end, as on a CPU, and padded at the end, as where shapes stay static: outputs and gradients."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: static)
+    prior, text = make_prior(), captions(4, 9, 1, padded_to=LENGTH)
+    x, t = torch.randn(3, D), torch.tensor([3, 900, 500])
+    together = prior(x, t, text)
+    gradients = torch.autograd.grad(together.square().sum(), list(prior.parameters()))
+    alone = []
+    for i in range(3):
+        mask = text.mask[i, None, : int(text.mask[i].sum())]
+        one = TextEncoding(text.embedding[i, None], text.states[i, None, : mask.shape[1]], mask)
+        alone.append(prior(x[i, None], t[i, None], one))
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
+    expected = torch.autograd.grad(torch.cat(alone).square().sum(), list(prior.parameters()))
+    for one, other in zip(gradients, expected):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_rows_are_padded_and_back_wherever_the_padding_was():
+    known = torch.tensor([[False, True, True], [True, False, False]])
+    rows, order = Rows.of(known)
+    x = torch.arange(6.0)[:, None][order]
+    assert rows.pad(x).tolist() == [[[1], [2]], [[3], [0]]]
+    assert torch.equal(rows.unpad(rows.pad(x)), x) and x[rows.ends].tolist() == [[2], [3]]
 
 
 def test_the_arithmetic_is_that_of_diffusers_prior_transformer():
