@@ -49,10 +49,10 @@ class Health:
     def verdict(self, step: int, norm: Tensor | None, signal: int) -> tuple[bool, int]:
         """Whether the step is finite everywhere, and the signal that asks any of the processes to stop, or 0."""
         finite = torch.isfinite(torch.stack(self.losses))
-        norm_finite = True if norm is None else bool(torch.isfinite(norm))
-        count = sum(map(len, self.read))
-        mine = [float(not finite.all()), float(not norm_finite), signal, count, len(self.new)]
-        all_of = self.accelerator.gather(torch.tensor([mine], device=self.accelerator.device)).tolist()
+        norm_finite = torch.ones_like(finite[0]) if norm is None else torch.isfinite(norm)
+        counts = torch.tensor([signal, sum(map(len, self.read)), len(self.new)], device=finite.device)
+        mine = torch.cat([torch.stack([~finite.all(), ~norm_finite]), counts]).float()
+        all_of = self.accelerator.gather(mine[None]).tolist()  # the one place where a step waits for the device
         bad_loss, bad_norm, signals, seen, rejected = zip(*all_of)
         self.seen += int(sum(seen))
         self.rejected += int(sum(rejected))
