@@ -6,44 +6,48 @@ Prints one JSON line: samples per second, memory, and the share of the machine's
 """
 
 import json
+import os
 import sys
-import time
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import Dataset
-from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.side_by_side import alternate, flops, matrix_rate
 from t2i.condition import TextEncoding
-from t2i.config import load_config
+from t2i.config import TrainConfig, load_config
 from t2i.data import Batch
 from t2i.data.cache import AutoencoderFacts, ClipFacts
 from t2i.data.dataset import Key
 from t2i.health import Health
 from t2i.log import peak_memory
-from t2i.loop import gradient, prepare, read, start, update
+from t2i.loop import Stage, gradient, prepare, read, start, update
 from t2i.processes import Watch
 
 WARM_UP = 3
 
 
 class MadeUp(Dataset):
-    """Encodings of nothing, in the shapes of ViT-L/14's and of a VAE of factor 8."""
+    """Encodings of nothing, in the shapes of a CLIP's, ViT-L/14's if nothing is said, and of an autoencoder's.
 
-    clip = ClipFacts("made up", "0" * 16, embed_dim=768, text_width=768, context_length=77)
-    autoencoder = AutoencoderFacts("made up", "0" * 16, channels=4, factor=8)
-    validation, made_from = None, {"data": "made up"}
+    lengths: tokens of each caption; there are as many samples in a batch.
+    """
 
-    def __init__(self, batch_size: int, latent_size: int, tokens: int):
-        self.dataset = self
-        z_i, z_t = (torch.nn.functional.normalize(torch.randn(batch_size, 768), dim=-1) for _ in range(2))
-        mask = torch.ones(batch_size, tokens, dtype=torch.bool)
-        text = TextEncoding(z_t, torch.randn(batch_size, tokens, 768), mask)
-        latents = torch.randn(batch_size, 4, latent_size, latent_size)
-        self.batch = Batch(torch.arange(batch_size), image_embeds=z_i, latents=latents, text=text)
+    validation, text_encoder, made_from = None, None, {"data": "made up"}
+
+    def __init__(self, lengths: list[int], latents: tuple[int, int, int] = (4, 1, 1), width: int = 768):
+        self.clip = ClipFacts("made up", "0" * 16, embed_dim=width, text_width=width, context_length=77)
+        self.autoencoder = AutoencoderFacts("made up", "0" * 16, channels=latents[0], factor=8)
+        self.dataset, count = self, len(lengths)
+        z_i, z_t = (torch.nn.functional.normalize(torch.randn(count, width), dim=-1) for _ in range(2))
+        mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+        text = TextEncoding(z_t, torch.randn(count, max(lengths), width) * mask[..., None], mask)
+        self.batch = Batch(torch.arange(count), image_embeds=z_i, latents=torch.randn(count, *latents), text=text)
 
     def __len__(self) -> int:
         return 1_000_000
@@ -61,44 +65,57 @@ class MadeUp(Dataset):
         return batch
 
     def null(self) -> TextEncoding:
-        return TextEncoding(torch.zeros(1, 768), torch.zeros(1, 2, 768), torch.ones(1, 2, dtype=torch.bool))
+        width = self.clip.embed_dim
+        return TextEncoding(torch.zeros(1, width), torch.zeros(1, 2, width), torch.ones(1, 2, dtype=torch.bool))
 
     def statistics(self) -> tuple[Tensor, Tensor]:
-        return torch.zeros(768), torch.full((768,), 768**-0.5)
+        width = self.clip.embed_dim
+        return torch.zeros(width), torch.full((width,), width**-0.5)
+
+
+QUIET = ["train.output=unused", "train.trackers=[]", "train.sample_every=0", "train.dry_run=true"]  # writes nothing
+
+
+class Steps:
+    """Optimizer steps of the training loop, one a call, without what is saved and logged between them."""
+
+    def __init__(self, accelerator: Accelerator, stage: Stage, config: TrainConfig):
+        self.accelerator, self.stage, self.state = accelerator, stage, prepare(accelerator, stage, config)
+        self.watch, self.health = Watch(accelerator, 600, str), Health(accelerator, stage.dataset, "unused")
+        self.loader = read(stage, self.state)
+
+    def __call__(self) -> None:
+        norm = gradient(self.accelerator, self.stage, self.state, self.loader, None, self.watch, self.health)
+        healthy, _ = self.health.verdict(self.state.step, norm, 0)
+        update(self.accelerator, self.state, 1e-5, healthy)
+
+
+def made_up_steps(path: str, overrides: list[str], lengths: Callable[[int], int]) -> Steps:
+    """Of a configuration, on made-up encodings; lengths: tokens of the caption of each sample in a batch.
+
+    The emoji's are in the shapes of their models, all others in those of ViT-L/14 and a VAE of factor 8.
+    """
+    name = Path(path).stem.split("-")[0]
+    script = import_module(f"training.train_{name}")
+    config = load_config(script.Config, name, [path, *QUIET, "cache=null", *overrides])
+    accelerator = start(config.train)
+    size = config.data.image_size
+    latents, width = ((16, size // 16, size // 16), 192) if "emoji" in path else ((4, size // 8, size // 8), 768)
+    source = MadeUp([lengths(i) for i in range(config.train.batch_size)], latents, width)
+    if not getattr(config, "reads_captions", True):
+        source.batch.text = None
+    return Steps(accelerator, script.make_stage(config, source, accelerator.device), config.train)
 
 
 def measure(path: str, overrides: list[str], tokens: int, steps: int) -> dict[str, Any]:
-    name = Path(path).stem.split("-")[0]
-    script = import_module(f"training.train_{name}")
-    more = ["train.output=unused", "train.trackers=[]", "train.sample_every=0", "train.dry_run=true", "cache=null"]
-    config = load_config(script.Config, name, [path, *more, *overrides])
-    accelerator = start(config.train)
-    source = MadeUp(config.train.batch_size, config.data.image_size // 8, tokens)
-    stage = script.make_stage(config, source, accelerator.device)
-    state = prepare(accelerator, stage, config.train)
-    watch, health = Watch(accelerator, 600, str), Health(accelerator, source, "unused")
-    loader = read(stage, state)
-
-    def step() -> None:
-        norm = gradient(accelerator, stage, state, loader, None, watch, health)
-        health.verdict(state.step, norm, 0)
-        update(accelerator, state, 1e-5, True)
-
+    step = made_up_steps(path, overrides, lambda _: tokens)
+    accelerator, state = step.accelerator, step.state
     step()
-    with FlopCounterMode(display=False) as flops:
-        step()
-    for _ in range(WARM_UP):
-        step()
-    wait(accelerator.device)
-    times = []
-    for _ in range(steps):
-        begun = time.perf_counter()
-        step()
-        wait(accelerator.device)
-        times.append(time.perf_counter() - begun)
-    seconds = sorted(times)[len(times) // 2]
-    rate = flops.get_total_flops() / seconds
-    limit = matrix_rate(accelerator.device, torch.float32 if accelerator.mixed_precision == "no" else torch.bfloat16)
+    operations = flops(step)
+    times = alternate({"ours": step}, rounds=steps, warm=WARM_UP)
+    seconds, each = times.median("ours"), times.seconds["ours"]
+    rate = operations / seconds
+    limit = matrix_rate(torch.float32 if accelerator.mixed_precision == "no" else torch.bfloat16)
     return {
         "config": path,
         "overrides": overrides,
@@ -107,7 +124,7 @@ def measure(path: str, overrides: list[str], tokens: int, steps: int) -> dict[st
         "precision": accelerator.mixed_precision,
         "samples_per_second": round(state.samples_per_step / seconds, 1),
         "seconds_a_step": round(seconds, 5),
-        "spread": round((max(times) - min(times)) / seconds, 2),
+        "spread": round((max(each) - min(each)) / seconds, 2),
         "tflops": round(rate / 1e12, 2),
         "share_of_matrix_product": round(rate / limit, 2),
         "memory_gb": round(peak_memory(accelerator), 2),
@@ -121,20 +138,6 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product: the machine's own limit."""
-    size = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    best = 1e9
-    for _ in range(8):
-        wait(device)
-        begun = time.perf_counter()
-        a @ b
-        wait(device)
-        best = min(best, time.perf_counter() - begun)
-    return 2 * size**3 / best
-
-
 def main(arguments: list[str]) -> None:
     options = {"--tokens": 20, "--steps": 10}
     for option in options:
@@ -142,7 +145,9 @@ def main(arguments: list[str]) -> None:
             at = arguments.index(option)
             options[option] = int(arguments[at + 1])
             del arguments[at : at + 2]
-    print(json.dumps(measure(arguments[0], arguments[1:], options["--tokens"], options["--steps"])), flush=True)
+    found = measure(arguments[0], arguments[1:], options["--tokens"], options["--steps"])
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

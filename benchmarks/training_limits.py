@@ -1,0 +1,116 @@
+"""What holds training back: the matrix rate, and the data. Two kinds of rows, of the training loop's own steps:
+
+- a step against matrix products of as many operations, in turns: the ratio is the share of the machine's matrix rate
+  (operations of convolutions, linear layers and attention count; fp32, and bf16 where the device computes in it);
+- steps that read the real cache against steps on the same batches, held in memory: 1 means that reading costs nothing.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.side_by_side import Row, Times, alternate, device, flops, row, run
+from benchmarks.training_step import QUIET, Steps, made_up_steps
+from t2i.config import load_config
+from t2i.data import Batch
+from t2i.data.dataset import Key
+from t2i.data.source import open_source
+from t2i.loop import best_precision, start
+from training import train_decoder, train_prior
+
+SCRIPTS: dict[str, Any] = {"prior": train_prior, "decoder": train_decoder}
+CACHE = Path("runs/emoji/cache")
+HELD = 4  # batches in memory
+ROUNDS = 3
+
+
+def main(quick: bool) -> list[Row]:
+    folder, rounds = ("tiny", 1) if quick else ("emoji", ROUNDS)
+    rows = [matrix_share(name, folder, precision, rounds) for name in SCRIPTS for precision in precisions(quick)]
+    if quick or not CACHE.is_dir():
+        return rows
+    return rows + [reading(name, rounds) for name in SCRIPTS]
+
+
+def precisions(quick: bool) -> list[str]:
+    best = best_precision(device().type)
+    return ["no"] if quick or best == "no" else ["no", best]
+
+
+def matrix_share(name: str, folder: str, precision: str, rounds: int) -> Row:
+    """A step of a configuration, against products of square matrices of the same type with as many operations."""
+    path = f"configs/{folder}/{name}.yaml"
+    step = made_up_steps(path, [f"train.mixed_precision={precision}"], lambda i: 5 + i % 16)
+    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    step()
+    count = flops(step)
+    repeated = math.ceil(count / (2 * 2048**3))
+    size = math.ceil((count / 2 / repeated) ** (1 / 3) / 16) * 16
+    a, b = (torch.randn(size, size, device=device(), dtype=dtype) for _ in range(2))
+
+    def product() -> None:
+        for _ in range(repeated):
+            a @ b
+
+    times = alternate({"ours": step, "matrix products": product}, rounds=rounds, warm=2)
+    share = count / (2 * repeated * size**3)
+    times = Times(times.seconds | {"matrix products": [one * share for one in times.seconds["matrix products"]]})
+    samples, kind = step.state.samples_per_step, "fp32" if precision == "no" else precision
+    wanted = 0.5 if name == "decoder" else None
+    note = f"{path}, {count / 1e9:.1f} GFLOP in products and convolutions"
+    return row(f"{name} training step, batch {samples}, {kind}", times, wanted, note=note)
+
+
+class Held:
+    """The first batches of a data set, again and again: what reading would cost nothing with."""
+
+    def __init__(self, dataset: Any):
+        self.dataset, self.batches, self.calls = dataset, list[Batch](), 0
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, keys: list[Key]) -> Batch:
+        if len(self.batches) < HELD:
+            self.batches.append(self.dataset.__getitems__(keys))
+            return self.batches[-1]
+        self.calls += 1
+        return self.batches[self.calls % HELD]
+
+    def key(self, index: int) -> str:
+        return self.dataset.key(index)
+
+
+def reading(name: str, rounds: int) -> Row:
+    """HELD steps from the real cache, against as many on batches of it that are in memory."""
+    script, ways = SCRIPTS[name], dict[str, Callable[[], None]]()
+    models = ["clip=models/emoji/clip"] + (["autoencoder=models/emoji/autoencoder"] if name == "decoder" else [])
+    config = load_config(script.Config, name, [f"configs/emoji/{name}.yaml", *QUIET, *models])
+    accelerator = start(config.train)
+    for way in ("ours", "batches in memory"):
+        autoencoder = [config.autoencoder] if name == "decoder" else []
+        reads = [] if name == "prior" else [False]
+        source = open_source(config.cache, config.data, config.clip, *autoencoder, *reads)
+        stage = script.make_stage(config, source, accelerator.device)
+        if way != "ours":
+            stage = replace(stage, dataset=Held(source.dataset))
+        ways[way] = several(Steps(accelerator, stage, config.train))
+    times = alternate(ways, rounds=rounds)
+    title = f"{HELD} {name} training steps from the cache, batch {config.train.batch_size}"
+    return row(title, times, 0.97, note="1 means that reading the data costs nothing")
+
+
+def several(step: Steps) -> Callable[[], None]:
+    def work() -> None:
+        for _ in range(HELD):
+            step()
+
+    return work
+
+
+if __name__ == "__main__":
+    run("training_limits", main)

@@ -1,0 +1,142 @@
+"""How fast a prior trains beside diffusers', with the same weights, and dalle2-pytorch's, of as many parameters.
+
+Ours is the training loop's own step: loss, gradient clipping, checks that all is finite, fused AdamW, moving average.
+
+- diffusers: the step of its examples/kandinsky2_2 (train_text_to_image_prior.py): noise, PriorTransformer, squared
+  error, clipping, `torch.optim.AdamW`; captions padded to 77 tokens, as its tokenizer does. No moving average.
+- dalle2-pytorch: `DiffusionPrior`'s loss, backward, clipping and `torch.optim.AdamW`; its DiffusionPriorTrainer, which
+  adds a moving average, asks for libraries that are not installed here. Captions padded to 77 tokens, as it does.
+
+Losses and gradients of the same weights agree before anything is timed. Peers do without an average: in their favour.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler
+from torch import Tensor, nn
+
+from benchmarks.peers import dalle2_pytorch
+from benchmarks.side_by_side import Row, Work, alternate, difference, flops, row, run
+from benchmarks.training_step import QUIET, MadeUp, Steps
+from t2i.config import load_config
+from t2i.diffusion import target
+from t2i.interop.prior_transformer import to_prior_transformer
+from t2i.loop import start
+from t2i.prior import Prior
+from training.train_prior import Config, make_stage
+
+BATCH, WIDTH, DEPTH, ROUNDS = 64, 512, 6, 3
+EXAMPLE = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "sample"}
+
+
+def main(quick: bool) -> list[Row]:
+    batch, width, depth, rounds = (4, 64, 2, 1) if quick else (BATCH, WIDTH, DEPTH, ROUNDS)
+    torch.manual_seed(0)
+    rows = []
+    captions = {"captions of 5 to 20 tokens": (5, 20, 4.0), "captions of 77 tokens": (77, 77, 1.2)}
+    for what, (shortest, longest, wanted) in captions.items():
+        source = MadeUp([shortest + i % (longest - shortest + 1) for i in range(batch)], width=width)
+        for peer in ("diffusers", "dalle2-pytorch"):
+            deeper = depth if peer == "diffusers" else depth + depth // 6  # its layers are larger
+            ours, prior = our_step(source, width, deeper)
+            if peer == "diffusers":
+                theirs, parameters, worst = diffusers_step(source, prior)
+            else:
+                theirs, parameters, worst = *dalle2_step(source, width, depth), None
+            counts = {"ours": flops(ours)}
+            times = alternate({"ours": ours, peer: theirs}, rounds=rounds)
+            mine = sum(one.numel() for one in prior.parameters())
+            note = (
+                f"{mine / 1e6:.1f} M parameters, {deeper} x {width}; theirs {parameters / 1e6:.1f} M, {depth} x {width}"
+            )
+            title = f"prior training step, batch {batch}, {what}"
+            rows.append(row(title, times, wanted, worst, counts, note=f"fp32, {note}"))
+    return rows
+
+
+def our_step(source: MadeUp, width: int, depth: int) -> tuple[Steps, Prior]:
+    """The loop's step on a new prior: no caption is dropped, for the peers drop none."""
+    model = [f"model.width={width}", f"model.depth={depth}", f"model.heads={width // 64}"]
+    batch = [f"train.batch_size={len(source.batch.index)}", "train.mixed_precision=no", "train.steps=100"]
+    schedule = [f"scheduler.{name}={value}" for name, value in EXAMPLE.items()]
+    config = load_config(Config, "prior", ["clip=made up", *QUIET, *model, *batch, *schedule, "caption_dropout=0"])
+    accelerator = start(config.train)
+    stage = make_stage(config, source, accelerator.device)  # type: ignore[arg-type]
+    step = Steps(accelerator, stage, config.train)
+    return step, stage.model
+
+
+def diffusers_step(source: MadeUp, prior: Prior) -> tuple[Work, int, float]:
+    """Its step, its parameters, and how far its loss and gradients are from ours with the same noise."""
+    theirs = trained(to_prior_transformer(prior), prior.device)
+    scheduler = DDPMScheduler(**EXAMPLE)
+    batch = source.batch.to(prior.device)
+    text, z_i = batch.text, batch.image_embeds
+    assert text is not None and z_i is not None
+    missing = 77 - text.mask.shape[1]
+    states, mask = F.pad(text.states, (0, 0, 0, missing)), F.pad(text.mask, (0, missing))
+    z_t = text.embedding
+
+    def loss() -> Tensor:
+        x = (z_i - theirs.clip_mean) / theirs.clip_std
+        noise = torch.randn_like(x)
+        t = torch.randint(0, scheduler.config.num_train_timesteps, (len(x),), device=x.device)
+        predicted = theirs(scheduler.add_noise(x, noise, t), t, z_t, states, mask).predicted_image_embedding
+        return F.mse_loss(predicted, x)
+
+    def our_loss() -> Tensor:
+        x = prior.scale(z_i)
+        noise = torch.randn_like(x)
+        t = torch.randint(0, scheduler.config.num_train_timesteps, (len(x),), device=x.device)
+        return F.mse_loss(prior(scheduler.add_noise(x, noise, t), t, text), target(scheduler, x, noise, t))
+
+    pairs = [
+        (our_loss, prior.to_image.weight, prior.from_image.weight),
+        (loss, theirs.proj_to_clip_embeddings.weight, theirs.proj_in.weight),
+    ]
+    found = []
+    for one, last, first in pairs:
+        torch.manual_seed(1)
+        value = one()
+        found.append([value.detach(), *torch.autograd.grad(value, (last, first))])
+    worst = max(difference(ours, other) for ours, other in zip(*found))
+    return optimized(theirs, loss), sum(one.numel() for one in theirs.parameters()), worst
+
+
+def dalle2_step(source: MadeUp, width: int, depth: int) -> tuple[Work, int]:
+    """Its step and its parameters."""
+    peer = dalle2_pytorch()
+    net = peer.DiffusionPriorNetwork(
+        dim=width, depth=depth, dim_head=64, heads=width // 64, max_text_len=77, num_timesteps=1000
+    )
+    model = peer.DiffusionPrior(net, image_embed_dim=width, timesteps=1000, cond_drop_prob=0.0)
+    batch = source.batch
+    text, z_i = batch.text, batch.image_embeds
+    assert text is not None
+    model = trained(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    given = {"text_embed": text.embedding, "text_encodings": text.states, "image_embed": z_i}
+    given = {name: value.to(next(model.parameters()).device) for name, value in given.items()}
+    return optimized(model, lambda: model(**given)), sum(one.numel() for one in model.parameters())
+
+
+def trained(model: Any, device: torch.device) -> Any:
+    return model.to(device).train().requires_grad_(True)
+
+
+def optimized(model: nn.Module, loss: Any) -> Work:
+    """A step as both peers' trainers do it."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.01)
+
+    def step() -> None:
+        loss().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+if __name__ == "__main__":
+    run("training_speed", main)
