@@ -36,7 +36,7 @@ def samples_per_second(path: str, count: int) -> float:
     """What `benchmarks.training_step` says of a configuration in so many processes, each on a core."""
     program = ["-m", "benchmarks.training_step", path, "train.mixed_precision=no"]
     several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-    command = [sys.executable, *(several if count > 1 else []), *program, "--steps", "6"]
+    command = [sys.executable, *(several if count > 1 else []), *program, "--steps", "3"]
     cores = sorted(os.sched_getaffinity(0))[:count]
     settings = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     command = ["taskset", "-c", ",".join(map(str, cores)), *command]
