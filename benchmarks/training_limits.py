@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 
 from benchmarks.side_by_side import Row, Times, alternate, device, flops, row, run
 from benchmarks.training_step import QUIET, Steps, made_up_steps
@@ -90,6 +91,7 @@ def reading(name: str, rounds: int) -> Row:
     script, ways = SCRIPTS[name], dict[str, Callable[[], None]]()
     models = ["clip=models/emoji/clip"] + (["autoencoder=models/emoji/autoencoder"] if name == "decoder" else [])
     config = load_config(script.Config, name, [f"configs/emoji/{name}.yaml", *QUIET, *models])
+    AcceleratorState._reset_state()
     accelerator = start(config.train)
     for way in ("ours", "batches in memory"):
         autoencoder = [config.autoencoder] if name == "decoder" else []

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -98,6 +99,7 @@ def made_up_steps(path: str, overrides: list[str], lengths: Callable[[int], int]
     name = Path(path).stem.split("-")[0]
     script = import_module(f"training.train_{name}")
     config = load_config(script.Config, name, [path, *QUIET, "cache=null", *overrides])
+    AcceleratorState._reset_state()  # another precision than a measurement before it
     accelerator = start(config.train)
     size = config.data.image_size
     latents, width = ((16, size // 16, size // 16), 192) if "emoji" in path else ((4, size // 8, size // 8), 768)
