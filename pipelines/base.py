@@ -54,7 +54,8 @@ class UnCLIPPipeline(StagedPipeline):
     def encode_prompt(self, prompts: list[str]) -> TextEncoding:
         """What CLIP says, for the prior, and the decoder's text encoder, if it has one of its own.
 
-        Says in the log what of a prompt does not fit. Raises InputError for a CLIP without a text tower.
+        Each different prompt is encoded once. Says in the log what of a prompt does not fit. Raises InputError for a
+        CLIP without a text tower.
         """
         if not self.clip.reads_captions:
             lacks = "no text encoder of its CLIP" if self.prior else "no prior and no text encoder of its CLIP"
@@ -67,11 +68,12 @@ class UnCLIPPipeline(StagedPipeline):
                 longest = self.text_encoder.config.context_length
                 logger.warning("a prompt has more than the text encoder's %d tokens; this was cut: %r", longest, cut)
         self.offload_all_but("clip")
-        tokens = self.clip.tokenizer(prompts).to(self._execution_device)
-        text = self.clip.encode_tokens(tokens)
-        if self.text_encoder is None:
-            return text
-        return replace(text, decoder_tokens=self.text_encoder.encode(prompts, self._execution_device))
+        different = list(dict.fromkeys(prompts))
+        rows = torch.tensor([different.index(prompt) for prompt in prompts])
+        text = self.clip.encode_tokens(self.clip.tokenizer(different).to(self._execution_device))
+        if self.text_encoder is not None:
+            text = replace(text, decoder_tokens=self.text_encoder.encode(different, self._execution_device))
+        return text.take(rows) if len(different) < len(prompts) else text
 
     def read_prompt(self, prompts: list[str]) -> Any:
         """What the decoder reads of captions: a text encoder of its own does without CLIP's, which may be missing."""

@@ -4,6 +4,7 @@ import copy
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from huggingface_hub import snapshot_download
@@ -16,7 +17,9 @@ from pipelines.public import own_arguments, public_components
 from pipelines.watched import WatchedPipeline
 from t2i.autoregressive_prior import AutoregressivePrior
 from t2i.checkpoint import loaded
+from t2i.compiling import check_compiler, compile_steps
 from t2i.config import check_integer, check_multiple, check_range
+from t2i.devices import check_bf16
 from t2i.diffusion import check_eta
 from t2i.errors import InputError
 from t2i.guidance import Guidance
@@ -92,13 +95,23 @@ class StagedPipeline(WatchedPipeline):
 
         dtype: of the weights. "auto" is that of the files. None is the same for models in a public layout, and for
         public models that were saved in this project's; it is float32 for models that were trained here, which may be
-        stored in half precision.
+        stored in half precision. torch.bfloat16 is refused where nothing here computes in it.
+
+        compile: the decoder's steps are compiled for every size and number of pictures, at the first step of each; the
+        log says how long that took, and so does `decoder.step.warm_up`.
 
         variant: of the files' names, such as "fp16"; a part that has no such files is read from its plain ones.
 
         Raises InputError, in one line, if it is missing, incomplete, truncated or made of parts of different CLIPs, and
         for a variant that no part has.
         """
+        if torch.bfloat16 in (kwargs.get("dtype"), kwargs.get("torch_dtype")):
+            check_bf16()
+        if kwargs.pop("compile", False):
+            check_compiler()
+            made = cls.from_pretrained(pretrained_model_name_or_path, **kwargs)
+            compile_steps(made.decoder)
+            return made
         path = Path(pretrained_model_name_or_path)
         if not is_folder(path):
             path = Path(cls.download(str(path), **kwargs))

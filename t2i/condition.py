@@ -43,6 +43,10 @@ class Condition:
         """Each of the B conditions `count` times in a row."""
         return self.map(lambda tensor: tensor.repeat_interleave(count, dim=0))
 
+    def take(self, rows: Tensor) -> Self:
+        """The conditions of these rows, (N,)."""
+        return self.map(lambda tensor: tensor[rows.to(tensor.device)])
+
     def fitted(self, other: Self) -> Self:
         """Padded so that it can stand in one batch with `other`."""
         return self

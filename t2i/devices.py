@@ -17,3 +17,16 @@ def find_device(name: str) -> str:
     if not available.get(family, True) or (colon and not numbered):
         raise InputError(f"device {name!r} is not available here; `t2i doctor` tells what is")
     return name
+
+
+def computes_in_bf16(device: str) -> bool:
+    """Whether the hardware does so by itself, and not by going through fp32."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def check_bf16() -> None:
+    """Raises InputError where neither a GPU nor the processor computes in bf16."""
+    if not any(computes_in_bf16(one) for one in (["cuda"] if torch.cuda.is_available() else []) + ["cpu"]):
+        raise InputError("dtype bfloat16 is not what this machine computes in; leave it: float32 is faster here")

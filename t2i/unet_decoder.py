@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from t2i.condition import ImageCondition
 from t2i.config import check_integer
 from t2i.decoder import condition_tokens, input_channels, known_of, no_condition
+from t2i.unet_steps import Prepared, prepare, run
 
 
 @dataclass
@@ -19,6 +20,7 @@ class UNetContext:
     tokens: Tensor  # (B, L, context_width), to attend to
     mask: Tensor | None  # (B, L), bool
     known: Tensor | None = None  # (B, C + 1, h, w), to stand beside the noisy latents
+    prepared: Prepared | None = None  # the same, as the U-Net's steps take it; None for one that they do not know
 
 
 class UNetDecoder(ModelMixin, ConfigMixin):
@@ -73,10 +75,17 @@ class UNetDecoder(ModelMixin, ConfigMixin):
 
     def forward(self, x: Tensor, t: Tensor, condition: ImageCondition) -> Tensor:
         """x: (B, C, H, W) noisy latents; t: (B,) timesteps -> (B, C, H, W), the prediction; or (B, 2C, H, W)."""
-        return self.step(x, t, self.prepare(condition))
+        # In one pass each layer makes its own keys and values: FSDP has its weights only while it runs.
+        return self.step(x, t, self.read(condition))
 
     @apply_forward_hook
     def prepare(self, condition: ImageCondition) -> UNetContext:
+        context = self.read(condition)
+        context.prepared = prepare(self.net, context.tokens, context.embedding, None, context.mask)
+        return context
+
+    def read(self, condition: ImageCondition) -> UNetContext:
+        """The condition as the U-Net takes it."""
         z_i, tokens, mask = condition_tokens(self, condition)
         return UNetContext(z_i, tokens, mask, known_of(self, condition))
 
@@ -84,6 +93,8 @@ class UNetDecoder(ModelMixin, ConfigMixin):
     def step(self, x: Tensor, t: Tensor, context: UNetContext) -> Tensor:
         if context.known is not None:
             x = torch.cat([x, context.known], dim=1)
+        if context.prepared is not None:
+            return run(self.net, x, t, context.prepared)
         return self.net(
             x, t, context.tokens, class_labels=context.embedding, encoder_attention_mask=context.mask
         ).sample

@@ -18,6 +18,7 @@ from t2i.config import check_integer
 from t2i.decoder import known_of
 from t2i.errors import InputError
 from t2i.interop.component import Component, filled
+from t2i.unet_steps import Prepared, prepare, run
 
 CONDITIONS = {  # what a U-Net is told, by its addition_embed_type and encoder_hid_dim_type
     ("image", "image_proj"): "2.2",
@@ -29,10 +30,8 @@ EXTRA = ("null_embedding", "null_states", "null_pooled")
 
 @dataclass
 class KandinskyContext:
-    """The condition as the U-Net takes it; its own few layers on it are nothing beside a step."""
-
-    embedding: Tensor  # (B, D): z_i
-    text: TokenStates | None  # of 2.1
+    condition: dict[str, Any]  # as the U-Net's `forward` takes it
+    prepared: Prepared | None  # the same, as its steps take it; None for a U-Net that they do not know
     known: Tensor | None  # (B, C + 1, h, w): the latents that stay, and 1 where they do
 
 
@@ -109,10 +108,17 @@ class KandinskyDecoder(ModelMixin, ConfigMixin):
 
     def forward(self, x: Tensor, t: Tensor, condition: ImageCondition) -> Tensor:
         """x: (B, C, H, W) noisy latents; t: (B,) timesteps -> (B, C, H, W), the prediction; or (B, 2C, H, W)."""
-        return self.step(x, t, self.prepare(condition))
+        # In one pass each layer makes its own keys and values: FSDP has its weights only while it runs.
+        return self.step(x, t, self.read(condition))
 
     @apply_forward_hook
     def prepare(self, condition: ImageCondition) -> KandinskyContext:
+        context = self.read(condition)
+        context.prepared = prepare(self.unet, **context.condition)
+        return context
+
+    def read(self, condition: ImageCondition) -> KandinskyContext:
+        """The condition as the U-Net takes it."""
         known, text = known_of(self, condition), None
         if self.config.text_width is not None:
             if not isinstance(condition.text, TokenStates) or condition.text.pooled is None:
@@ -120,18 +126,17 @@ class KandinskyDecoder(ModelMixin, ConfigMixin):
             text = condition.text
         if known is not None:  # the public models have 1 where the picture stays
             known = torch.cat([known[:, :-1], 1 - known[:, -1:]], dim=1)
-        return KandinskyContext(condition.embedding, text, known)
+        told = {"image_embeds": condition.embedding} | ({} if text is None else {"text_embeds": text.pooled})
+        states = None if text is None else text.states
+        return KandinskyContext({"encoder_hidden_states": states, "added_cond_kwargs": told}, None, known)
 
     @apply_forward_hook
     def step(self, x: Tensor, t: Tensor, context: KandinskyContext) -> Tensor:
-        added = {"image_embeds": context.embedding}
-        states = None
-        if context.text is not None:
-            states = context.text.states
-            added["text_embeds"] = context.text.pooled
         if context.known is not None:
             x = torch.cat([x, context.known], dim=1)
-        return self.unet(x, t, states, added_cond_kwargs=added).sample
+        if context.prepared is not None:
+            return run(self.unet, x, t, context.prepared)
+        return self.unet(x, t, **context.condition).sample
 
     def null(self, count: int) -> ImageCondition:
         """The zero picture's embedding and, of 2.1, the empty caption."""

@@ -19,6 +19,7 @@ from t2i.condition import ImageCondition, TokenStates
 from t2i.config import check_integer
 from t2i.errors import InputError
 from t2i.interop.component import Component, filled, plain
+from t2i.unet_steps import Prepared, prepare, run
 
 DERIVED = ("sample_size", "in_channels", "out_channels", "cross_attention_dim", "class_embed_type")  # of the U-Net
 
@@ -28,6 +29,7 @@ class KarloContext:
     embedding: Tensor  # (B, E): z_i and z_t, added to the timestep
     tokens: Tensor  # (B, L, W), to attend to
     mask: Tensor  # (B, L), bool
+    prepared: Prepared | None = None  # the same, as the U-Net's steps take it; None for one that they do not know
 
 
 class TextProjection(nn.Module):
@@ -140,10 +142,17 @@ class KarloDecoder(ModelMixin, ConfigMixin):
 
     def forward(self, x: Tensor, t: Tensor, condition: ImageCondition) -> Tensor:
         """x: (B, C, H, W) noisy pictures; t: (B,) timesteps -> (B, 2C, H, W): the noise, and of the variance."""
-        return self.step(x, t, self.prepare(condition))
+        # In one pass each layer makes its own keys and values: FSDP has its weights only while it runs.
+        return self.step(x, t, self.read(condition))
 
     @apply_forward_hook
     def prepare(self, condition: ImageCondition) -> KarloContext:
+        context = self.read(condition)
+        context.prepared = prepare(self.unet, context.tokens, context.embedding, None, context.mask)
+        return context
+
+    def read(self, condition: ImageCondition) -> KarloContext:
+        """The condition as the U-Net takes it."""
         text = condition.text
         if not isinstance(text, TokenStates) or text.pooled is None:
             raise ValueError("Karlo's decoder reads captions: its condition needs a text and its z_t")
@@ -151,6 +160,8 @@ class KarloDecoder(ModelMixin, ConfigMixin):
 
     @apply_forward_hook
     def step(self, x: Tensor, t: Tensor, context: KarloContext) -> Tensor:
+        if context.prepared is not None:
+            return run(self.unet, x, t, context.prepared)
         halvings = range(len(self.unet.config.block_out_channels))
         areas = {-(-x.shape[-2] // 2**i) * -(-x.shape[-1] // 2**i) for i in halvings}
         tokens, mask = set_apart(context.tokens, context.mask, areas)

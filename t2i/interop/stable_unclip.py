@@ -24,6 +24,7 @@ from t2i.interop.clip_tokenizer import CLIPTokenizer
 from t2i.interop.component import Component, filled, plain
 from t2i.text_encoder import EXACT, TextEncoder, known_settings
 from t2i.tokenizer import TextTokenizer
+from t2i.unet_steps import Prepared, prepare, run
 from t2i.untrusted import check_scheduler, read_config
 
 
@@ -40,6 +41,7 @@ class Normalizer(nn.Module):
 class StableUnCLIPContext:
     labels: Tensor  # (B, 2D): the noised z_i and its level
     states: Tensor  # (B, L, W): the caption's tokens, to attend to
+    prepared: Prepared | None = None  # the same, as the U-Net's steps take it; None for one that they do not know
 
 
 class StableUnCLIPDecoder(ModelMixin, ConfigMixin):
@@ -157,16 +159,25 @@ class StableUnCLIPDecoder(ModelMixin, ConfigMixin):
 
     def forward(self, x: Tensor, t: Tensor, condition: ImageCondition) -> Tensor:
         """x: (B, C, H, W) noisy latents; t: (B,) timesteps -> (B, C, H, W), the prediction."""
-        return self.step(x, t, self.prepare(condition))
+        # In one pass each layer makes its own keys and values: FSDP has its weights only while it runs.
+        return self.step(x, t, self.read(condition))
 
     @apply_forward_hook
     def prepare(self, condition: ImageCondition) -> StableUnCLIPContext:
+        context = self.read(condition)
+        context.prepared = prepare(self.unet, context.states, context.labels)
+        return context
+
+    def read(self, condition: ImageCondition) -> StableUnCLIPContext:
+        """The condition as the U-Net takes it."""
         if not isinstance(condition.text, TokenStates):
             raise ValueError("this decoder reads captions: its condition needs a text")
         return StableUnCLIPContext(self.noised(condition.embedding), condition.text.states)
 
     @apply_forward_hook
     def step(self, x: Tensor, t: Tensor, context: StableUnCLIPContext) -> Tensor:
+        if context.prepared is not None:
+            return run(self.unet, x, t, context.prepared)
         return self.unet(x, t, context.states, class_labels=context.labels).sample
 
     def null(self, count: int) -> ImageCondition:

@@ -1,0 +1,134 @@
+"""A U-Net decoder shaped as Kandinsky 2.2's, at reduced width, against the denoising loop of diffusers' pipeline.
+
+The same weights, noise, scheduler and guidance; neither decodes latents.
+"""
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, KandinskyV22Pipeline, UNet2DConditionModel, VQModel
+from torch import Generator, Tensor
+
+from benchmarks.side_by_side import Row, alternate, device, difference, flops, peak_memory, row, run
+from t2i.diffusion import draw_noise
+from t2i.guidance import Guidance
+from t2i.interop.kandinsky import KandinskyDecoder, described
+from t2i.sampling import sample_decoder
+
+EMBED, SCALE = 320, 4.0
+SIZES = {  # Kandinsky 2.2 has (384, 768, 1152, 1536), 3 layers a level, heads of 64, latents of 96 and tokens of 768
+    False: {
+        "sample_size": 16,
+        "block_out_channels": (64, 128, 192, 256),
+        "layers_per_block": 3,
+        "attention_head_dim": 32,
+    },
+    True: {  # enough pixels in a group, or its norm divides by almost nothing
+        "sample_size": 16,
+        "block_out_channels": (32, 32, 64, 64),
+        "layers_per_block": 1,
+        "attention_head_dim": 16,
+        "norm_num_groups": 4,
+    },
+}
+INTERVAL, FEWER = (0.1, 0.8), 20  # of guidance, and of steps: the other choice of how to sample
+
+
+def kandinsky_unet(quick: bool) -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        in_channels=4,
+        out_channels=8,
+        down_block_types=("ResnetDownsampleBlock2D", *["SimpleCrossAttnDownBlock2D"] * 3),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        up_block_types=(*["SimpleCrossAttnUpBlock2D"] * 3, "ResnetUpsampleBlock2D"),
+        resnet_time_scale_shift="scale_shift",
+        addition_embed_type="image",
+        encoder_hid_dim_type="image_proj",
+        encoder_hid_dim=EMBED,
+        cross_attention_dim=192,
+        **SIZES[quick],
+    )
+    return unet.eval().requires_grad_(False).to(device())
+
+
+def kandinsky_scheduler() -> DDPMScheduler:
+    return DDPMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        variance_type="learned_range",
+        thresholding=True,
+        sample_max_value=2.0,
+        clip_sample=False,
+    )
+
+
+def ours(
+    decoder: KandinskyDecoder, z_i: Tensor, steps: int, guidance: float | Guidance = SCALE
+) -> Callable[[], Tensor]:
+    def work() -> Tensor:
+        return sample_decoder(
+            decoder, kandinsky_scheduler(), z_i, None, steps, guidance, generators(len(z_i)), noise(z_i, decoder)
+        )
+
+    return work
+
+
+def diffusers(decoder: KandinskyDecoder, z_i: Tensor, steps: int) -> Callable[[], Tensor]:
+    pipeline = KandinskyV22Pipeline(decoder.unet, kandinsky_scheduler(), VQModel(block_out_channels=(32, 32, 32, 32)))
+    pipeline.set_progress_bar_config(disable=True)
+    pixels = decoder.config.latent_size * pipeline.movq_scale_factor
+    away = decoder.null_embedding.expand_as(z_i)
+
+    def work() -> Tensor:
+        settings: dict[str, Any] = {"height": pixels, "width": pixels, "guidance_scale": SCALE, "output_type": "latent"}
+        own = generators(len(z_i))
+        latents = noise(z_i, decoder)
+        return pipeline(z_i, away, num_inference_steps=steps, generator=own, latents=latents, **settings).images
+
+    return work
+
+
+def generators(count: int) -> list[Generator]:
+    return [Generator().manual_seed(number) for number in range(count)]
+
+
+def noise(z_i: Tensor, decoder: KandinskyDecoder) -> Tensor:
+    size = decoder.config.latent_size
+    return draw_noise((4, size, size), [Generator().manual_seed(100 + one) for one in range(len(z_i))], z_i.device)
+
+
+def main(quick: bool) -> list[Row]:
+    unet = kandinsky_unet(quick)
+    settings = dict(unet.config)
+    decoder = KandinskyDecoder(settings, **described(settings)).to(device()).eval().requires_grad_(False)
+    decoder.unet = unet
+    decoder.null_embedding.copy_(0.5 * torch.randn(EMBED, generator=Generator().manual_seed(1)))
+    rows, steps = [], 2 if quick else 50
+    for batch in (1, 2) if quick else (1, 4):
+        z_i = torch.randn(batch, EMBED, generator=Generator().manual_seed(2)).to(device())
+        what = f"Kandinsky-2.2-shaped decoder, {steps} steps with guidance, batch {batch}"
+        for guidance, fewer, wanted in ((SCALE, steps, 1.2), (Guidance(SCALE, INTERVAL), 2 if quick else FEWER, 3.0)):
+            works = {"ours": ours(decoder, z_i, fewer, guidance), "diffusers": diffusers(decoder, z_i, steps)}
+            equal = guidance == SCALE
+            worst = difference(*(work() for work in works.values())) if equal else None
+            count = steps * flops(ours(decoder, z_i, 1)) if equal else 0
+            counts = {name: count for name in works} if equal else None
+            if not equal:
+                what = (
+                    f"the same, guided within {INTERVAL[0]:g} to {INTERVAL[1]:g}, {fewer} steps; not the same picture"
+                )
+            times = alternate(works, rounds=2 if quick or batch > 1 else 3, warm=0)
+            memory = {}
+            if equal:
+                one_step = {"ours": ours(decoder, z_i, 1), "diffusers": diffusers(decoder, z_i, 1)}
+                memory = {name: peak for name, work in one_step.items() if (peak := peak_memory(work)) is not None}
+            rows.append(row(what, times, wanted, worst, counts, memory))
+            gc.collect()
+    return rows
+
+
+if __name__ == "__main__":
+    run("decoder_speed", main)

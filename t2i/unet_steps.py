@@ -1,0 +1,269 @@
+"""diffusers' UNet2DConditionModel, run so that what depends on the condition alone is computed once per picture.
+
+`prepare` projects the condition, makes the keys and values that every attention has of its tokens and, on a CPU, puts
+the weights of the convolutions in the order in which oneDNN reads them, which it would do in every step otherwise.
+`step` runs the model's own layers on that. A U-Net of other layers than these runs by its own `forward`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import Transformer2DModel, UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention, AttnAddedKVProcessor2_0, AttnProcessor2_0
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.unets import unet_2d_blocks as blocks
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor, nn
+
+from t2i.layers import KeyValue, split_heads
+
+BLOCKS = (
+    blocks.DownBlock2D,
+    blocks.CrossAttnDownBlock2D,
+    blocks.ResnetDownsampleBlock2D,
+    blocks.SimpleCrossAttnDownBlock2D,
+    blocks.UNetMidBlock2DCrossAttn,
+    blocks.UNetMidBlock2DSimpleCrossAttn,
+    blocks.UpBlock2D,
+    blocks.CrossAttnUpBlock2D,
+    blocks.ResnetUpsampleBlock2D,
+    blocks.SimpleCrossAttnUpBlock2D,
+)
+FREE_U = ("s1", "s2", "b1", "b2")  # what diffusers' FreeU sets in a block
+SETTINGS: dict[str, tuple[Any, ...]] = {  # of a U-Net, that `run` knows
+    "center_input_sample": (False,),
+    "class_embeddings_concat": (False,),
+    "addition_embed_type": (None, "image", "text_image"),
+    "encoder_hid_dim_type": (None, "text_proj", "image_proj", "text_image_proj"),
+}
+
+
+@dataclass
+class Prepared:
+    """What a step needs of the condition, in place of the condition itself."""
+
+    added: Tensor | None  # (B, E), to the timestep's embedding
+    keys: dict[nn.Module, KeyValue]  # of each attention that looks at the tokens
+    mask: Tensor | None  # (B, 1, 1, L), bool: which tokens count
+    packed: dict[nn.Module, Tensor] = field(default_factory=dict)  # the convolutions' weights, as oneDNN reads them
+
+
+def prepare(
+    unet: UNet2DConditionModel,
+    encoder_hidden_states: Tensor | None = None,
+    class_labels: Tensor | None = None,
+    added_cond_kwargs: dict[str, Tensor] | None = None,
+    encoder_attention_mask: Tensor | None = None,
+) -> Prepared | None:
+    """Of a condition as `unet.forward` takes it; the mask: bool, (B, L). None for a U-Net that `run` does not know."""
+    if not is_known(unet):
+        return None
+    states, labels, told, mask = encoder_hidden_states, class_labels, added_cond_kwargs or {}, encoder_attention_mask
+    given = [value for value in (states, labels, mask, *told.values()) if value is not None]
+    first, rows = distinct(given)
+    states, labels, mask = (None if one is None else one[first] for one in (states, labels, mask))
+    told, like = {name: value[first] for name, value in told.items()}, next(one for one in given if one is not mask)
+    embedding = unet.get_class_embed(like, labels)
+    extra = unet.get_aug_embed(like, states, told)
+    both = [one for one in (embedding, extra) if one is not None]
+    tokens = unet.process_encoder_hidden_states(states, told)
+    keys = {one: keys_of(one, tokens) for one in unet.modules() if isinstance(one, Attention) and reads_tokens(one)}
+    allowed = None if mask is None else mask[rows, None, None, :]
+    packed = {} if torch.is_grad_enabled() else packed_weights(unet, like)
+    keys = {one: (key[rows], value[rows]) for one, (key, value) in keys.items()}
+    return Prepared(sum(both[1:], both[0])[rows] if both else None, keys, allowed, packed)
+
+
+def distinct(columns: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Of tensors with B rows: which rows are not the same as the one before, (P,); and which of them each is, (B,).
+
+    Guidance repeats the null for every picture; what is the same is prepared once.
+    """
+    new = torch.stack([(one[1:] != one[:-1]).flatten(1).any(dim=1) for one in columns]).any(dim=0)
+    new = torch.cat([new.new_ones(1), new])
+    return new.nonzero()[:, 0], new.cumsum(dim=0) - 1
+
+
+def run(unet: UNet2DConditionModel, x: Tensor, t: Tensor, context: Prepared) -> Tensor:
+    """What `unet(x, t, ...)` predicts: x: (B, C, H, W), t: (B,)."""
+    time = unet.time_embedding(unet.time_proj(t).to(x.dtype))
+    if context.added is not None:
+        time = time + context.added
+    if unet.time_embed_act is not None:
+        time = unet.time_embed_act(time)
+    if context.packed:
+        x = x.contiguous(memory_format=torch.channels_last)
+    x = convolved(unet.conv_in, x, context)
+    skips = [x]
+    for block in unet.down_blocks:
+        for i in range(len(block.resnets)):
+            skips.append(x := layer(block, i, i, x, time, context))
+        for sampler in block.downsamplers or ():
+            skips.append(x := resampled(sampler, x, time, None, context))
+    if unet.mid_block is not None:
+        x = residual(unet.mid_block.resnets[0], x, time, context)
+        for i in range(len(unet.mid_block.attentions)):
+            x = attended(unet.mid_block.attentions[i], x, context)
+            x = residual(unet.mid_block.resnets[i + 1], x, time, context)
+    for block in unet.up_blocks:
+        for i in range(len(block.resnets)):
+            x = layer(block, i, i, torch.cat([x, skips.pop()], dim=1), time, context)
+        for sampler in block.upsamplers or ():
+            x = resampled(sampler, x, time, skips[-1].shape[-2:], context)
+    if unet.conv_norm_out is not None:
+        x = activated(unet.conv_act, unet.conv_norm_out(x))
+    return convolved(unet.conv_out, x, context)
+
+
+def layer(block: nn.Module, resnet: int, attention: int, x: Tensor, time: Tensor, context: Prepared) -> Tensor:
+    x = residual(block.resnets[resnet], x, time, context)
+    return attended(block.attentions[attention], x, context) if hasattr(block, "attentions") else x
+
+
+def resampled(sampler: nn.Module, x: Tensor, time: Tensor, size: torch.Size | None, context: Prepared) -> Tensor:
+    """Half the sides, or those of `size`."""
+    if isinstance(sampler, ResnetBlock2D):
+        return residual(sampler, x, time, context)
+    return sampler(x, size) if isinstance(sampler, Upsample2D) else sampler(x)
+
+
+def residual(block: ResnetBlock2D, x: Tensor, time: Tensor, context: Prepared) -> Tensor:
+    hidden = activated(block.nonlinearity, block.norm1(x))
+    for resample in (block.upsample, block.downsample):
+        if resample is not None:
+            x, hidden = resample(x), resample(hidden)
+    hidden = convolved(block.conv1, hidden, context)
+    moved = block.time_emb_proj(time if block.skip_time_act else block.nonlinearity(time))[:, :, None, None]
+    if block.time_embedding_norm == "scale_shift":
+        scale, shift = moved.chunk(2, dim=1)
+        hidden = torch.addcmul(shift, block.norm2(hidden), 1 + scale)
+    else:
+        hidden = block.norm2(hidden + moved)
+    hidden = convolved(block.conv2, block.dropout(activated(block.nonlinearity, hidden)), context)
+    if block.conv_shortcut is not None:
+        x = convolved(block.conv_shortcut, x, context)
+    hidden = x + hidden
+    return hidden if block.output_scale_factor == 1 else hidden / block.output_scale_factor
+
+
+def attended(attention: nn.Module, x: Tensor, context: Prepared) -> Tensor:
+    """Pixels look at each other and at the tokens."""
+    height, width = x.shape[-2:]
+    if isinstance(attention, Attention):  # at both at once
+        pixels = attention.group_norm(x).flatten(2).transpose(1, 2)
+        past = context.keys[attention]
+        mask = context.mask
+        if attention.only_cross_attention:
+            keys, values = past
+        else:
+            own = keys_of(attention, pixels, own=True)
+            keys, values = (torch.cat(pair, dim=2) for pair in zip(past, own))
+            mask = None if mask is None else F.pad(mask, (0, pixels.shape[1]), value=True)
+        pixels = looked(attention, pixels, (keys, values), mask)
+        return pixels.transpose(1, 2).unflatten(2, (height, width)) + x
+    assert isinstance(attention, Transformer2DModel), "is_known has looked"
+    hidden = attention.norm(x)
+    if not attention.use_linear_projection:
+        hidden = convolved(attention.proj_in, hidden, context)
+    pixels = hidden.flatten(2).transpose(1, 2)
+    if attention.use_linear_projection:
+        pixels = attention.proj_in(pixels)
+    for block in attention.transformer_blocks:
+        normed = block.norm1(pixels)
+        pixels = pixels + looked(block.attn1, normed, keys_of(block.attn1, normed), None)
+        pixels = pixels + looked(block.attn2, block.norm2(pixels), context.keys[block.attn2], context.mask)
+        pixels = pixels + block.ff(block.norm3(pixels))
+    if attention.use_linear_projection:
+        pixels = attention.proj_out(pixels)
+    hidden = pixels.transpose(1, 2).unflatten(2, (height, width))
+    return x + (hidden if attention.use_linear_projection else convolved(attention.proj_out, hidden, context))
+
+
+def looked(attention: Attention, x: Tensor, seen: KeyValue, mask: Tensor | None) -> Tensor:
+    """(B, L, C), of what their queries find."""
+    query = split_heads(attention.to_q(x), attention.heads)
+    found = F.scaled_dot_product_attention(query, *seen, attn_mask=mask)
+    return attention.to_out[1](attention.to_out[0](found.transpose(1, 2).flatten(2)))
+
+
+def keys_of(attention: Attention, x: Tensor, own: bool = False) -> KeyValue:
+    """Keys and values of (B, L, C). own: of the pixels, where an attention has others for the tokens."""
+    if attention.added_kv_proj_dim is not None and not own:
+        key, value = attention.add_k_proj(x), attention.add_v_proj(x)
+    else:
+        key, value = attention.to_k(x), attention.to_v(x)
+    return split_heads(key, attention.heads), split_heads(value, attention.heads)
+
+
+def convolved(layer: nn.Module, x: Tensor, context: Prepared) -> Tensor:
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():  # what is packed has no gradient
+        return layer(x)
+    weight = context.packed.get(layer)
+    if weight is None:
+        return layer(x)
+    sizes = (layer.padding, layer.stride, layer.dilation, layer.groups)
+    return torch.ops.mkldnn._convolution_pointwise(x, weight, layer.bias, *sizes, "none", [], "")
+
+
+def activated(function: nn.Module, x: Tensor) -> Tensor:
+    """`function` of what nobody else holds."""
+    return F.silu(x, inplace=not torch.is_grad_enabled()) if isinstance(function, nn.SiLU) else function(x)
+
+
+@torch.no_grad()
+def packed_weights(unet: nn.Module, like: Tensor) -> dict[nn.Module, Tensor]:
+    """The weights of the convolutions in oneDNN's order; none where it does not run, or where they come and go."""
+    one_dnn = torch.backends.mkldnn.enabled and torch.backends.mkldnn.is_available()
+    if like.device.type != "cpu" or like.dtype not in (torch.float32, torch.bfloat16) or not one_dnn:
+        return {}
+    packed = {}
+    for conv in unet.modules():
+        if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+            continue
+        if hasattr(conv, "_hf_hook") or conv.weight.device.type != "cpu" or conv.weight.dtype != like.dtype:
+            return {}
+        weight = conv.weight.detach().contiguous(memory_format=torch.channels_last)
+        sizes = (conv.padding, conv.stride, conv.dilation, conv.groups)
+        packed[conv] = torch.ops.mkldnn._reorder_convolution_weight(weight, *sizes)
+    return packed
+
+
+def is_known(unet: UNet2DConditionModel) -> bool:
+    """Whether `run` computes what the U-Net's own `forward` does."""
+    if any(unet.config.get(key, allowed[0]) not in allowed for key, allowed in SETTINGS.items()):
+        return False
+    parts = [*unet.down_blocks, *([] if unet.mid_block is None else [unet.mid_block]), *unet.up_blocks]
+    if any(type(part) not in BLOCKS or any(getattr(part, name, None) for name in FREE_U) for part in parts):
+        return False
+    return all(is_known_layer(one) for part in parts for one in part.modules())
+
+
+def is_known_layer(one: nn.Module) -> bool:
+    match one:
+        case ResnetBlock2D():
+            return one.time_emb_proj is not None
+        case Upsample2D():
+            return one.norm is None and not one.use_conv_transpose and one.interpolate
+        case Downsample2D():
+            return one.norm is None
+        case Transformer2DModel():
+            return one.is_input_continuous and getattr(one, "caption_projection", None) is None
+        case BasicTransformerBlock():
+            plain = one.norm_type == "layer_norm" and one.attn2 is not None and one.pos_embed is None
+            return plain and not one.only_cross_attention and one._chunk_size is None and reads_tokens(one.attn2)
+        case Attention():
+            if one.norm_cross or one.spatial_norm is not None or one.norm_q is not None or one.norm_k is not None:
+                return False
+            if one.added_kv_proj_dim is not None:
+                return type(one.processor) is AttnAddedKVProcessor2_0
+            usual = one.group_norm is None and not one.residual_connection and one.rescale_output_factor == 1
+            return usual and type(one.processor) is AttnProcessor2_0
+    return True
+
+
+def reads_tokens(attention: Attention) -> bool:
+    return attention.added_kv_proj_dim is not None or attention.is_cross_attention

@@ -1,0 +1,116 @@
+"""U-Nets whose condition is prepared once: what they predict is what diffusers' own `forward` does."""
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention, AttnAddedKVProcessor
+from torch import Tensor, nn
+
+from t2i.unet_steps import prepare, run
+from tests.interop_folders import EMBED_DIM, KANDINSKY_TEXT, randomised, tiny_kandinsky_unet
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def tiny_unet() -> UNet2DConditionModel:
+    """As `t2i.unet_decoder` has it: transformers between pixels and tokens, and a class."""
+    torch.manual_seed(0)
+    made = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 24),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=4,
+        norm_num_groups=4,
+        cross_attention_dim=12,
+        class_embed_type="projection",
+        projection_class_embeddings_input_dim=EMBED_DIM,
+    )
+    return randomised(made)
+
+
+IMAGES = {"image_embeds": random(3, EMBED_DIM, seed=1)}
+MASK = torch.tensor([[True] * 5, [True] * 3 + [False] * 2, [True] * 4 + [False]])
+CASES = {
+    "2.2": (lambda: tiny_kandinsky_unet("2.2"), {"added_cond_kwargs": IMAGES}),
+    "2.1": (
+        lambda: tiny_kandinsky_unet("2.1"),
+        {
+            "encoder_hidden_states": random(3, 7, KANDINSKY_TEXT, seed=2),
+            "added_cond_kwargs": IMAGES | {"text_embeds": random(3, EMBED_DIM, seed=3)},
+        },
+    ),
+    "ours": (
+        tiny_unet,
+        {
+            "encoder_hidden_states": random(3, 5, 12, seed=4),
+            "class_labels": random(3, EMBED_DIM, seed=5),
+            "encoder_attention_mask": MASK,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("gradient", [False, True])
+def test_a_step_is_the_forward_of_diffusers(case: str, gradient: bool) -> None:
+    unet, condition = CASES[case][0](), CASES[case][1]
+    x, t = random(3, 4, 8, 8, seed=6).requires_grad_(gradient), torch.tensor([400, 20, 999])
+    with torch.set_grad_enabled(gradient):
+        context = prepare(unet, **condition)
+        assert context is not None and bool(context.packed) != gradient
+        mine, theirs = run(unet, x, t, context), unet(x, t, **{"encoder_hidden_states": None} | condition).sample
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+        if gradient:
+            wanted = [torch.autograd.grad(one.square().sum(), x, retain_graph=True)[0] for one in (mine, theirs)]
+            torch.testing.assert_close(*wanted, atol=1e-3, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_sides_that_do_not_halve_are_those_of_diffusers() -> None:
+    unet, condition = tiny_unet(), CASES["ours"][1]
+    x, t = random(3, 4, 7, 10, seed=6), torch.tensor([400, 20, 999])
+    torch.testing.assert_close(
+        run(unet, x, t, prepare(unet, **condition)), unet(x, t, **condition).sample, atol=1e-5, rtol=1e-5
+    )
+
+
+@torch.no_grad()
+def test_nothing_of_the_condition_is_computed_in_a_step_and_the_same_condition_only_once() -> None:
+    unet, rows = tiny_kandinsky_unet("2.1"), []
+    condition = CASES["2.1"][1]
+    same = torch.tensor([0, 0, 0, 1])
+    added = {name: value[same] for name, value in condition["added_cond_kwargs"].items()}
+    parts = [unet.encoder_hid_proj, unet.add_embedding]
+    parts += [part for one in unet.modules() if isinstance(one, Attention) for part in (one.add_k_proj, one.add_v_proj)]
+    for part in parts:
+        part.register_forward_hook(lambda _, __, out: rows.append(len(out)))
+    context = prepare(unet, condition["encoder_hidden_states"][same], added_cond_kwargs=added)
+    assert len(rows) >= len(parts) and set(rows) == {2}
+    rows.clear()
+    assert context is not None
+    out = run(unet, random(1, 4, 8, 8, seed=6).expand(4, -1, -1, -1), torch.full((4,), 100), context)
+    assert not rows
+    assert out[0].equal(out[1]) and not torch.allclose(out[0], out[3])
+
+
+def of_another_attention(unet: nn.Module) -> None:
+    unet.set_attn_processor(AttnAddedKVProcessor())
+
+
+def of_another_block(unet: nn.Module) -> None:
+    unet.mid_block = nn.Identity()
+
+
+def free(unet: nn.Module) -> None:
+    unet.up_blocks[0].b1 = 1.2
+
+
+@pytest.mark.parametrize("change", [of_another_attention, of_another_block, free])
+def test_a_u_net_that_the_steps_do_not_know_is_left_to_diffusers(change) -> None:
+    unet = tiny_kandinsky_unet("2.2")
+    change(unet)
+    assert prepare(unet, **CASES["2.2"][1]) is None
