@@ -1,11 +1,12 @@
 """diffusers' UNet2DConditionModel, run so that what depends on the condition alone is computed once per picture.
 
-`prepare` projects the condition, makes the keys and values that every attention has of its tokens and, on a CPU, puts
-the weights of the convolutions in the order in which oneDNN reads them, which it would do in every step otherwise.
-`step` runs the model's own layers on that. A U-Net of other layers than these runs by its own `forward`.
+`prepare` projects the condition and makes the keys and values that every attention has of its tokens. `run` calls the
+model's own layers with that. On a CPU each convolution's weights are put, at the first step, in the order in which
+oneDNN reads them for pictures of that size, which it would do in every step otherwise. A U-Net of other layers than
+these runs by its own `forward`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,7 +50,8 @@ class Prepared:
     added: Tensor | None  # (B, E), to the timestep's embedding
     keys: dict[nn.Module, KeyValue]  # of each attention that looks at the tokens
     mask: Tensor | None  # (B, 1, 1, L), bool: which tokens count
-    packed: dict[nn.Module, Tensor] = field(default_factory=dict)  # the convolutions' weights, as oneDNN reads them
+    # Convolutions' weights as oneDNN reads them for an x of a shape; None where that is not done.
+    packed: dict[tuple[nn.Module, torch.Size], Tensor] | None = None
 
 
 def prepare(
@@ -73,9 +75,8 @@ def prepare(
     tokens = unet.process_encoder_hidden_states(states, told)
     keys = {one: keys_of(one, tokens) for one in unet.modules() if isinstance(one, Attention) and reads_tokens(one)}
     allowed = None if mask is None else mask[rows, None, None, :]
-    packed = {} if torch.is_grad_enabled() else packed_weights(unet, like)
     keys = {one: (key[rows], value[rows]) for one, (key, value) in keys.items()}
-    return Prepared(sum(both[1:], both[0])[rows] if both else None, keys, allowed, packed)
+    return Prepared(sum(both[1:], both[0])[rows] if both else None, keys, allowed, {} if packs(unet, like) else None)
 
 
 def distinct(columns: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -95,7 +96,7 @@ def run(unet: UNet2DConditionModel, x: Tensor, t: Tensor, context: Prepared) -> 
         time = time + context.added
     if unet.time_embed_act is not None:
         time = unet.time_embed_act(time)
-    if context.packed:
+    if context.packed is not None:
         x = x.contiguous(memory_format=torch.channels_last)
     x = convolved(unet.conv_in, x, context)
     skips = [x]
@@ -154,7 +155,7 @@ def attended(attention: nn.Module, x: Tensor, context: Prepared) -> Tensor:
     """Pixels look at each other and at the tokens."""
     height, width = x.shape[-2:]
     if isinstance(attention, Attention):  # at both at once
-        pixels = attention.group_norm(x).flatten(2).transpose(1, 2)
+        pixels = attention.group_norm(x).flatten(2).transpose(1, 2).contiguous()  # read three times
         past = context.keys[attention]
         mask = context.mask
         if attention.only_cross_attention:
@@ -164,7 +165,7 @@ def attended(attention: nn.Module, x: Tensor, context: Prepared) -> Tensor:
             keys, values = (torch.cat(pair, dim=2) for pair in zip(past, own))
             mask = None if mask is None else F.pad(mask, (0, pixels.shape[1]), value=True)
         pixels = looked(attention, pixels, (keys, values), mask)
-        return pixels.transpose(1, 2).unflatten(2, (height, width)) + x
+        return x + pixels.transpose(1, 2).unflatten(2, (height, width))
     assert isinstance(attention, Transformer2DModel), "is_known has looked"
     hidden = attention.norm(x)
     if not attention.use_linear_projection:
@@ -200,36 +201,33 @@ def keys_of(attention: Attention, x: Tensor, own: bool = False) -> KeyValue:
 
 
 def convolved(layer: nn.Module, x: Tensor, context: Prepared) -> Tensor:
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():  # what is packed has no gradient
-        return layer(x)
-    weight = context.packed.get(layer)
-    if weight is None:
+    plain = type(layer) is not nn.Conv2d or layer.padding_mode != "zeros" or isinstance(layer.padding, str)
+    # What is packed has no gradient, and a compiler packs by itself.
+    if plain or context.packed is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return layer(x)
     sizes = (layer.padding, layer.stride, layer.dilation, layer.groups)
-    return torch.ops.mkldnn._convolution_pointwise(x, weight, layer.bias, *sizes, "none", [], "")
+    packed = context.packed.get((layer, x.shape))
+    if packed is None:
+        weight = layer.weight.detach().contiguous(memory_format=torch.channels_last)
+        packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *sizes, list(x.shape))
+        context.packed[layer, x.shape] = packed
+    return torch.ops.mkldnn._convolution_pointwise(x, packed, layer.bias, *sizes, "none", [], "")
+
+
+def packs(unet: nn.Module, like: Tensor) -> bool:
+    """Whether oneDNN convolves, in a dtype that it packs, with weights that stay where they are."""
+    if not torch.backends.mkldnn.enabled or not torch.backends.mkldnn.is_available():
+        return False
+    if like.device.type != "cpu" or like.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    convolutions = [one for one in unet.modules() if isinstance(one, nn.Conv2d)]
+    here = all(one.weight.device.type == "cpu" and one.weight.dtype == like.dtype for one in convolutions)
+    return here and not any(hasattr(one, "_hf_hook") for one in convolutions)
 
 
 def activated(function: nn.Module, x: Tensor) -> Tensor:
     """`function` of what nobody else holds."""
     return F.silu(x, inplace=not torch.is_grad_enabled()) if isinstance(function, nn.SiLU) else function(x)
-
-
-@torch.no_grad()
-def packed_weights(unet: nn.Module, like: Tensor) -> dict[nn.Module, Tensor]:
-    """The weights of the convolutions in oneDNN's order; none where it does not run, or where they come and go."""
-    one_dnn = torch.backends.mkldnn.enabled and torch.backends.mkldnn.is_available()
-    if like.device.type != "cpu" or like.dtype not in (torch.float32, torch.bfloat16) or not one_dnn:
-        return {}
-    packed = {}
-    for conv in unet.modules():
-        if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-            continue
-        if hasattr(conv, "_hf_hook") or conv.weight.device.type != "cpu" or conv.weight.dtype != like.dtype:
-            return {}
-        weight = conv.weight.detach().contiguous(memory_format=torch.channels_last)
-        sizes = (conv.padding, conv.stride, conv.dilation, conv.groups)
-        packed[conv] = torch.ops.mkldnn._reorder_convolution_weight(weight, *sizes)
-    return packed
 
 
 def is_known(unet: UNet2DConditionModel) -> bool:
