@@ -127,3 +127,9 @@ def pipeline(pipeline_folder: Path):
 
 def seeds(*numbers: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(number) for number in numbers]
+
+
+@pytest.fixture(autouse=True)
+def any_machine_takes_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that lack it compute it slowly, and rightly: what becomes of dtypes is tested everywhere."""
+    monkeypatch.setattr("t2i.devices.computes_in_bf16", lambda device: True)
