@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import re
 import secrets
@@ -10,6 +11,7 @@ from dataclasses import asdict
 from inspect import signature
 from io import BytesIO
 from itertools import count as counting
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,21 +22,26 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Generator
 
 from pipelines.base import UnCLIPPipeline
+from pipelines.batches import AUTO, Record, check_batch_size, draw_fitting, in_order, split, there_already
 from pipelines.inversion import InvertingPipeline
 from pipelines.options import PriorOptions, split_options
 from pipelines.text2image import Text2ImagePipeline
 from pipelines.upsample import UpsamplePipeline
 from t2i import __version__
+from t2i.config import check_choice
 from t2i.data.pictures import open_picture
 from t2i.devices import find_device
 from t2i.errors import InputError
 from t2i.guidance import Guidance
 from t2i.priors import AnyPrior, usual_guidance
 from t2i.sampling import check_texts
+from t2i.shares import ALONE, Share, this_share
 from t2i.steering import Steering
 from t2i.upsampling import check_size
 
-BATCH = 16
+DTYPES = ("float32", "bfloat16", "float16")
+logger = logging.getLogger(__name__)
+
 MAX_SEED = 2**63 - 1
 MAX_PER_PROMPT = 1024
 
@@ -55,11 +62,22 @@ Drawing = TypeVar("Drawing", bound=UnCLIPPipeline)
 
 
 def load_pipeline(
-    model: str, device: str = "auto", kind: type[Pipeline] = Text2ImagePipeline, prior: str | None = None
+    model: str,
+    device: str = "auto",
+    kind: type[Pipeline] = Text2ImagePipeline,
+    prior: str | None = None,
+    dtype: str | None = None,
 ) -> Pipeline:
-    """A pipeline on a device; auto takes a GPU if there is one. prior: where that of a public model is."""
+    """A pipeline on a device; auto takes a GPU if there is one.
+
+    prior: where that of a public model is. dtype: one of `DTYPES`; the weights' own, if left out.
+    """
     device = find_device(device)  # complain before the model loads
-    return kind.from_pretrained(model, **({} if prior is None else {"prior": prior})).to(device)
+    options: dict[str, Any] = {} if prior is None else {"prior": prior}
+    if dtype is not None:
+        check_choice("dtype", dtype, DTYPES)
+        options["dtype"] = getattr(torch, dtype)
+    return kind.from_pretrained(model, **options).to(device)
 
 
 def with_upsampler(pipeline: Drawing, folder: str | None) -> Drawing:
@@ -81,13 +99,21 @@ def generate_files(
     settings: dict[str, Any],
     upsampler: str | None = None,
     prior: str | None = None,
+    batch_size: str | int | None = None,
+    resume: bool = False,
+    dtype: str | None = None,
 ) -> Iterator[Path]:
     """Draw `count` pictures for each prompt and write each as soon as its batch is done. Nothing is overwritten.
 
     Picture i has seed `seed + i`; prompt, seed and settings are written into the PNG. Without prompts the decoder is
     told nothing, and `settings["steering"]` decides what is drawn. `upsampler`: a folder, in place of the
-    model's own; `prior` likewise.
+    model's own; `prior` likewise. batch_size: pictures at once, or "auto", which is as many as fit. resume: what is
+    in `out` already is not drawn again. Of several processes each draws its share (`t2i.shares`).
     """
+    size = check_batch_size(batch_size)
+    share = this_share()
+    if seed is None and share.count > 1:
+        raise InputError(f"seed is missing; {share.count} processes share the pictures and need the same")
     total = max(1, len(prompts)) * count
     seed = check_seed(seed, count, total)
     check_texts("prompt", prompts, empty=False)
@@ -95,12 +121,12 @@ def generate_files(
         check_texts(name, [settings[name]] if name in settings else [])
     split_options({name: value for name, value in settings.items() if not name.endswith("negative_prompt")})
     check_out(out, total)
-    pipeline: Text2ImagePipeline = load_pipeline(model, device, Text2ImagePipeline, prior)
+    pipeline: Text2ImagePipeline = load_pipeline(model, share.device(device), Text2ImagePipeline, prior, dtype)
     if not prompts:
         settings = {"guidance_scale": 1.0, **settings}  # there is nothing to be guided to
     pipeline = with_upsampler(pipeline, upsampler)
 
-    def draw(records: list[dict[str, Any]], generators: list[Generator]) -> list[Image.Image]:
+    def draw(records: list[Record], generators: list[Generator]) -> list[Image.Image]:
         if prompts:
             return pipeline([one["prompt"] for one in records], generator=generators, **settings).images
         nothing = torch.zeros(len(records), pipeline.clip.embed_dim)
@@ -109,7 +135,9 @@ def generate_files(
     pipeline.set_progress_bar_config(disable=True)
     records = [{"prompt": prompt} for prompt in prompts for _ in range(count)] or [{"prompt": ""}] * count
     used = recorded(settings, pipeline.usual, pipeline.prior if prompts else None, upsampler, prior)
-    yield from write_drawn(draw, records, seed, out, model, used)
+    if dtype is not None:
+        used["dtype"] = dtype
+    yield from write_drawn(draw, records, seed, out, model, used, size, resume, share)
 
 
 def upsample_files(
@@ -135,25 +163,43 @@ def upsample_files(
 
 
 def write_drawn(
-    draw: Callable[[list[dict[str, Any]], list[Generator]], list[Image.Image]],
-    records: list[dict[str, Any]],
+    draw: Callable[[list[Record], list[Generator]], list[Image.Image]],
+    records: list[Record],
     seed: int,
     out: Path,
     model: str,
     used: dict[str, Any],
+    batch_size: int | None = None,
+    resume: bool = False,
+    share: Share = ALONE,
 ) -> Iterator[Path]:
-    """Draw a picture for each record, in batches, and write each as soon as its batch is done.
+    """Draw a picture for each record, in batches, and write each as soon as its batch is done; paths in order.
 
     Picture i has seed `seed + i`; its record (the prompt, the names of pictures), seed and what was `used`, see
-    `recorded`, are written into the PNG, and its first value names the file.
+    `recorded`, are written into the PNG, and its first value names the file. batch_size: None is as many as fit.
+    resume: not what `out` holds already. share: of the batches, with several processes.
     """
-    for start in range(0, len(records), BATCH):
-        part = records[start : start + BATCH]
-        seeds = [seed + start + i for i in range(len(part))]
-        images = draw(part, [Generator().manual_seed(one) for one in seeds])
-        for record, one, image in zip(part, seeds, images):
-            written = {**record, "seed": one, "model": Path(model).name, **used}
-            yield write_new(out, str(next(iter(record.values()))), one, to_png(image, written))
+    written = [{**one, "seed": seed + i, "model": Path(model).name, **used} for i, one in enumerate(records)]
+    size = min(batch_size or AUTO, -(-len(records) // share.count))  # each has something to do
+    # Batches are made before anything is left out, for all processes to make the same.
+    batches = split(list(range(len(records))), size, lambda i: len(str(records[i].get("prompt", ""))))
+    mine = [i for batch in islice(batches, share.number, None, share.count) for i in batch]
+    there = there_already(out, written) if resume else {}
+    left = [i for i in mine if i not in there]
+    if len(left) < len(mine):
+        logger.warning("%d of %d pictures are in %s already", len(mine) - len(left), len(mine), out)
+
+    def drawn(part: list[int]) -> list[Image.Image]:
+        return draw([records[i] for i in part], [Generator().manual_seed(seed + i) for i in part])
+
+    def found() -> Iterator[tuple[int, Path]]:
+        for start in range(0, len(left), size):
+            part = left[start : start + size]
+            for i, image in zip(part, draw_fitting(drawn, part, batch_size is None)):
+                name = str(next(iter(records[i].values())))
+                yield i, write_new(out, name, seed + i, to_png(image, written[i]))
+
+    yield from in_order(found(), sorted(left))
 
 
 def redraw_files(
@@ -188,14 +234,14 @@ def redraw_files(
 
     pending = (picture for picture in read for _ in range(count))
 
-    def draw(records: list[dict[str, Any]], generators: list[Generator]) -> list[Image.Image]:
+    def draw(records: list[Record], generators: list[Generator]) -> list[Image.Image]:
         # One at a time, for they may be of any sizes.
         return [pipeline(next(pending), generator=[one], **settings).images[0] for one in generators]
 
     records = [{"image": path.name} for path in pictures for _ in range(count)]
     by_prior = settings.get("prompt") is not None and not issubclass(kind, InvertingPipeline)
     used = recorded(settings, pipeline.usual, pipeline.prior if by_prior else None, upsampler, prior)
-    yield from write_drawn(draw, records, seed, out, model, used)
+    yield from write_drawn(draw, records, seed, out, model, used, batch_size=1)
 
 
 def check_seed(seed: int | None, count: int, total: int) -> int:

@@ -1,5 +1,6 @@
 """What draws: `t2i generate` and its like."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,9 @@ app = typer.Typer()
 @app.command()
 def generate(
     prompts: Annotated[list[str] | None, Argument(help="What to draw.", show_default=False)] = None,
-    file: Annotated[Path | None, Option("--file", "-f", help="A file with a prompt a line.")] = None,
+    file: Annotated[
+        Path | None, Option("--prompts", "--file", "-f", help="A file with a prompt a line; goes on where it stopped.")
+    ] = None,
     out: options.Out = Path("out"),
     model: options.Model = str(SHIPPED),
     prior: options.Prior = None,
@@ -44,9 +47,19 @@ def generate(
     prior_temperature: options.PriorTemperature = None,
     upsample: options.Upsample = None,
     upsampler: options.Upsampler = None,
+    batch_size: Annotated[str | None, Option(help="Pictures at once; auto: as many as fit.")] = None,
+    dtype: options.Dtype = None,
     device: options.Device = "auto",
 ) -> None:
-    """Draw pictures for prompts, or for none if they are steered; prints their paths."""
+    """Draw pictures for prompts, or for none if they are steered; prints their paths.
+
+    With a file the seed is 0 if left out, and what is in the folder already is not drawn again. Several processes
+    share the pictures: torchrun or accelerate launch, with -m t2i generate ...
+    """
+    from t2i.launch import become, forgotten_processes
+
+    if (processes := forgotten_processes()) > 1:
+        become(["-m", "t2i", *sys.argv[1:]], processes)
     with importing():
         from pipelines.generation import generate_files
 
@@ -68,8 +81,11 @@ def generate(
         upsample=upsample,
     )
     settings |= options.guidance(guidance_scale, guidance, prior_guidance_scale, prior_guidance)
-    for path in generate_files(texts, out, model, count, seed, device, settings, upsampler, prior):
-        print(path)
+    resume = file is not None
+    seed = 0 if resume and seed is None else seed
+    more = (upsampler, prior, batch_size, resume, dtype)
+    for path in generate_files(texts, out, model, count, seed, device, settings, *more):
+        print(path, flush=True)
 
 
 @app.command()
@@ -232,5 +248,5 @@ def read_prompts(prompts: list[str] | None, file: Path | None, required: bool = 
             raise InputError(f"cannot read the prompts in {str(file)!r} ({error}); it is a text file") from error
         found += [line.strip() for line in lines if line.strip()]
     if not found and required:
-        raise InputError("no prompts; give some, or a --file with one a line")
+        raise InputError("no prompts; give some, or a file with one a line (--prompts)")
     return found

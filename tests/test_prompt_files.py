@@ -1,0 +1,164 @@
+"""Drawing from a file of prompts: batches, processes, going on."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipelines import batches, generation
+from pipelines.batches import draw_fitting, in_order, split, there_already
+from t2i.errors import InputError
+
+from .test_cli import QUICK, run
+
+PROMPTS = ["red circle", "a green square that is rather large", "blue", "a red square", "green circle"]
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+
+
+@pytest.fixture
+def command(monkeypatch, pipeline_folder, tmp_path):
+    """Arguments that draw PROMPTS into a folder."""
+    for name in LAUNCHER:
+        monkeypatch.delenv(name, raising=False)
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n\n".join(PROMPTS) + "\n")
+    common = ["--model", pipeline_folder, *QUICK]
+    return lambda out, *more: ["generate", "--prompts", file, "--out", tmp_path / out, *common, *more]
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image).astype(int)
+
+
+def test_similar_lengths_are_together_and_nothing_is_lost():
+    texts = ["a" * n for n in (9, 1, 8, 2, 7, 3)]
+    found = list(split(texts, 2, len))
+    assert found == [["a", "aa"], ["aaa", "a" * 7], ["a" * 8, "a" * 9]]
+    many = list(range(100))
+    assert sorted(sum(split(many, 3, lambda i: -i), [])) == many
+    assert list(split(many, 3, lambda i: -i))[0] == [23, 22, 21]  # of the first batches only: those are written first
+
+
+def test_what_is_done_in_any_order_comes_in_order():
+    assert list(in_order([(2, "c"), (0, "a"), (5, "f"), (1, "b")], [0, 1, 2, 5])) == ["a", "b", "c", "f"]
+
+
+def test_pictures_come_in_the_order_of_the_file_and_do_not_depend_on_batches_or_processes(
+    monkeypatch, capsys, command, tmp_path
+):
+    status, out, err = run(monkeypatch, capsys, *command("one", "--batch-size", 2))
+    assert status == 0, err
+    names = [Path(line).name for line in out.splitlines()]
+    assert names[0] == "red-circle-0.png" and names[2] == "blue-2.png" and len(names) == 5
+    shares = []
+    for rank in range(2):
+        for name, value in zip(LAUNCHER, (rank, 2, rank)):
+            monkeypatch.setenv(name, str(value))
+        status, out, err = run(monkeypatch, capsys, *command("two", "--seed", 0))
+        assert status == 0, err
+        shares.append([Path(line).name for line in out.splitlines()])
+    assert all(shares) and sorted(sum(shares, [])) == sorted(names)
+    for share in shares:
+        assert share == [name for name in names if name in share]
+    for name in names:
+        assert abs(pixels(tmp_path / "one" / name) - pixels(tmp_path / "two" / name)).max() <= 1
+
+
+def test_what_is_there_already_is_not_drawn_again(monkeypatch, capsys, caplog, command, tmp_path):
+    assert run(monkeypatch, capsys, *command("out"))[0] == 0
+    files = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    lost, damaged, renamed = sorted(files)[:3]
+    lost.unlink()
+    damaged.write_bytes(b"\x89PNG and no more")
+    renamed.rename(tmp_path / "out" / "another name.png")
+    with caplog.at_level(logging.WARNING):
+        status, out, _ = run(monkeypatch, capsys, *command("out"))
+    assert status == 0 and len(out.splitlines()) == 2 and "3 of 5 pictures are in" in caplog.text
+    assert (pixels(lost).shape == (32, 32, 3)) and str(lost) in out.splitlines()
+    drawn = next(path for path in map(Path, out.splitlines()) if path != lost)
+    assert drawn.name == f"{damaged.stem}-2.png"  # nothing is overwritten
+    # Other settings are other pictures.
+    status, out, _ = run(monkeypatch, capsys, *command("out", "--guidance-scale", 3))
+    assert status == 0 and len(out.splitlines()) == 5
+
+
+def test_a_folder_of_anything_is_looked_through(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "plain.png")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "folder.png").mkdir()
+    record = {"prompt": "a cat", "seed": 3}
+    (tmp_path / "said.png").write_bytes(generation.to_png(Image.new("RGB", (4, 4)), record))
+    assert there_already(tmp_path, [{"prompt": "a dog", "seed": 3}, record]) == {1: tmp_path / "said.png"}
+    assert there_already(tmp_path / "nowhere", [record]) == {}
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has 1 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 2684354560 bytes."),
+        MemoryError(),
+    ],
+)
+def test_a_batch_that_does_not_fit_is_halved_or_said(failure):
+    sizes = []
+
+    def draw(items):
+        sizes.append(len(items))
+        if len(items) > 2:
+            raise failure
+        return [item * 10 for item in items]
+
+    assert draw_fitting(draw, [1, 2, 3, 4, 5], automatic=True) == [10, 20, 30, 40, 50]
+    assert sizes == [5, 3, 2, 1, 2]
+    amount = "an unknown amount more" if isinstance(failure, MemoryError) else "2.50 GiB more"
+    said = rf"a batch of 6 does not fit into memory: it needs {amount} at once, [\d.]+ GiB of [\d.]+ GiB are free"
+    with pytest.raises(InputError, match=said + "; give --batch-size 3 or auto"):
+        draw_fitting(draw, [0] * 6, automatic=False)
+
+
+def test_one_picture_that_does_not_fit_and_other_failures_are_not_tried_again():
+    def draw(items):
+        raise MemoryError
+
+    with pytest.raises(InputError, match="a batch of 1 does not fit .*; ask for smaller pictures"):
+        draw_fitting(draw, [1], automatic=True)
+
+    def broken(items):
+        raise RuntimeError("a size does not match")
+
+    with pytest.raises(RuntimeError, match="a size does not match"):
+        draw_fitting(broken, [1, 2], automatic=True)
+
+
+@pytest.mark.parametrize(
+    ("more", "launched", "message"),
+    [
+        (["--batch-size", "0"], (), "batch-size must be auto or an integer from 1 to 1024, got '0'"),
+        (["--batch-size", "many"], (), "batch-size must be auto or an integer from 1 to 1024, got 'many'"),
+        (["--dtype", "int8"], (), "dtype must be one of float32, bfloat16, float16; got 'int8'"),
+        ([], ("2", "2", "0"), "RANK must be from 0 to WORLD_SIZE - 1 = 1, got 2"),
+        ([], ("one", "2", "0"), "RANK, WORLD_SIZE, LOCAL_RANK must be integers"),
+    ],
+)
+def test_bad_input_is_one_line(monkeypatch, capsys, command, tmp_path, more, launched, message):
+    for name, value in zip(LAUNCHER, launched):
+        monkeypatch.setenv(name, value)
+    status, out, err = run(monkeypatch, capsys, *command("out", *more))
+    assert status == 2 and out == "" and err.count("\n") == 1 and message in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_processes_that_share_need_one_seed(monkeypatch, capsys, pipeline_folder, tmp_path):
+    for name, value in zip(LAUNCHER, ("0", "2", "0")):
+        monkeypatch.setenv(name, value)
+    status, _, err = run(monkeypatch, capsys, "generate", "a", "b", "--model", pipeline_folder, "--out", tmp_path)
+    assert status == 2 and "seed is missing; 2 processes share the pictures and need the same" in err
+
+
+def test_the_largest_batch_is_a_number_of_its_own():
+    assert batches.check_batch_size("auto") is None and batches.check_batch_size("7") == 7
