@@ -42,7 +42,7 @@ PriorTemperature = Annotated[
     float | None, Option(help="Of an autoregressive prior: 0 takes the likeliest; the model's own if left out.")
 ]
 Upsample = Annotated[int | None, Option(help="Times that pictures pass through the upsampler.")]
-Dtype = Annotated[str | None, Option(help="Of the weights: float32, bfloat16, float16; as stored if left out.")]
+Dtype = Annotated[str | None, Option(help="Of the weights: float32, bfloat16 or float16.")]
 Device = Annotated[str, Option(help="auto, cpu, cuda, mps.")]
 
 
