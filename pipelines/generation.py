@@ -112,8 +112,8 @@ def generate_files(
     """
     size = check_batch_size(batch_size)
     share = this_share()
-    if seed is None and share.count > 1:
-        raise InputError(f"seed is missing; {share.count} processes share the pictures and need the same")
+    if seed is None and share.processes > 1:
+        raise InputError(f"seed is missing; {share.processes} processes share the pictures and need the same")
     total = max(1, len(prompts)) * count
     seed = check_seed(seed, count, total)
     check_texts("prompt", prompts, empty=False)
@@ -180,10 +180,10 @@ def write_drawn(
     resume: not what `out` holds already. share: of the batches, with several processes.
     """
     written = [{**one, "seed": seed + i, "model": Path(model).name, **used} for i, one in enumerate(records)]
-    size = min(batch_size or AUTO, -(-len(records) // share.count))  # each has something to do
+    size = min(batch_size or AUTO, -(-len(records) // share.processes))  # each has something to do
     # Batches are made before anything is left out, for all processes to make the same.
     batches = split(list(range(len(records))), size, lambda i: len(str(records[i].get("prompt", ""))))
-    mine = [i for batch in islice(batches, share.number, None, share.count) for i in batch]
+    mine = [i for batch in islice(batches, share.number, None, share.processes) for i in batch]
     there = there_already(out, written) if resume else {}
     left = [i for i in mine if i not in there]
     if len(left) < len(mine):

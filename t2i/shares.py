@@ -7,10 +7,10 @@ from t2i.errors import InputError
 
 
 class Share(NamedTuple):
-    """Of the work of `count` processes, that of the one with this number; `local` is its number on its machine."""
+    """Of the work of so many `processes`, that of the one with this number; `local` is its number on its machine."""
 
     number: int = 0
-    count: int = 1
+    processes: int = 1
     local: int = 0
 
     def device(self, name: str) -> str:
@@ -18,7 +18,7 @@ class Share(NamedTuple):
         import torch
 
         gpus = torch.cuda.device_count()
-        return f"cuda:{self.local % gpus}" if self.count > 1 and name in ("auto", "cuda") and gpus else name
+        return f"cuda:{self.local % gpus}" if self.processes > 1 and name in ("auto", "cuda") and gpus else name
 
 
 ALONE = Share()
@@ -31,6 +31,6 @@ def this_share() -> Share:
         share = Share(*(int(os.environ.get(name, default)) for name, default in zip(names, ALONE)))
     except ValueError as error:
         raise InputError(f"{', '.join(names)} must be integers, as a launcher sets them ({error})") from error
-    if not 0 <= share.number < share.count:
-        raise InputError(f"RANK must be from 0 to WORLD_SIZE - 1 = {share.count - 1}, got {share.number}")
+    if not 0 <= share.number < share.processes:
+        raise InputError(f"RANK must be from 0 to WORLD_SIZE - 1 = {share.processes - 1}, got {share.number}")
     return share
