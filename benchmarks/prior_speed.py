@@ -7,6 +7,8 @@ noise and generators. dalle2-pytorch: a prior of as many layers and as wide; oth
 in `tests/test_interop_dalle2.py`, where its weights are converted. Both pad captions to 77 tokens, as they do.
 """
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from diffusers import KandinskyV22PriorPipeline, UnCLIPScheduler
 from torch import Generator, Tensor, nn
 
 from benchmarks.peers import dalle2_pytorch
-from benchmarks.side_by_side import Row, Work, alternate, device, difference, flops, peak_memory, row, run
+from benchmarks.side_by_side import Row, alternate, device, difference, flops, peak_memory, row, run
 from t2i.condition import TextEncoding
 from t2i.errors import InputError
 from t2i.interop.prior_transformer import to_prior_transformer
@@ -24,8 +26,8 @@ from t2i.sampling import sample_prior
 
 STEPS, SCALE, PADDED = 25, 4.0, 77
 AT_LEAST = {"diffusers": {1: 5.0, 8: 16.0, 32: 20.0}, "dalle2-pytorch": {1: 5.0, 8: 12.0, 32: 15.0}}
-# A peer's steps all cost the same. Where 25 of them take minutes, so many are timed and the time is multiplied.
-PEER_STEPS, ROUNDS = {1: 25, 8: 5, 32: 2}, {1: 7, 8: 5, 32: 3}
+# A peer's steps all cost the same: so many of the 25 are run, and the time is multiplied.
+PEER_STEPS, ROUNDS = {1: 5, 8: 3, 32: 2}, {1: 5, 8: 4, 32: 2}
 SCHEDULE = {"variance_type": "fixed_small_log", "prediction_type": "sample", "clip_sample_range": 10.0}
 
 
@@ -110,30 +112,35 @@ def dalle2_loop(prior: Any, text: TextEncoding) -> Any:
     return draw
 
 
-def compare(name: str, batch: int, mine: Work, theirs: Any, worst: float | None, quick: bool, note: str) -> Row:
-    timed = PEER_STEPS[batch]
-    times = alternate({"ours": mine, name: lambda: theirs(timed)}, rounds=1 if quick else ROUNDS[batch])
+def compare(name: str, batch: int, mine: Any, theirs: Any, same: bool, quick: bool, note: str = "") -> Row:
+    """mine and theirs: steps -> z_i. same: the weights are, so the outputs must be."""
+    timed, found, memory = PEER_STEPS[batch], {}, {}
+
+    def first(draw: Any, steps: int) -> int:
+        return flops(lambda: found.update({draw: draw(steps)}))
+
+    counts = {"ours": float(first(mine, STEPS)), name: 0.0}
+    memory["ours"] = peak_memory(lambda: mine(STEPS)) or 0
+    memory[name] = peak_memory(lambda: counts.update({name: first(theirs, timed) * STEPS / timed})) or 0
+    worst = difference(mine(timed), found[theirs]) if same else None
+    works = {"ours": lambda: mine(STEPS), name: lambda: theirs(timed)}
+    times = alternate(works, 1 if quick else ROUNDS[batch], warm=0)  # both have run
     times.seconds[name] = [STEPS / timed * seconds for seconds in times.seconds[name]]
-    counts = {"ours": flops(mine), name: STEPS / timed * flops(lambda: theirs(timed))}
-    memory = {"ours": peak_memory(mine) or 0, name: peak_memory(lambda: theirs(2)) or 0}
-    more = "" if timed == STEPS else f"{timed} of the peer's {STEPS} steps timed"
+    note = "; ".join(filter(None, (note, f"{timed} of the peer's {STEPS} steps timed")))
     what = f"prior, {STEPS} steps with guidance, batch {batch}"
-    return row(what, times, AT_LEAST[name][batch], worst, counts, memory, "; ".join(filter(None, (note, more))))
+    return row(what, times, AT_LEAST[name][batch], worst, counts, memory, note)
 
 
 @torch.no_grad()
-def main(quick: bool, batches: tuple[int, ...] = (1, 8, 32), peers: tuple[str, ...] = tuple(AT_LEAST)) -> list[Row]:
+def main(quick: bool, batches: Sequence[int] = (1, 8, 32), peers: Sequence[str] = tuple(AT_LEAST)) -> list[Row]:
     width, depth = (16, 2) if quick else (768, 12)
     prior, rows = make_prior(width, depth, width), []
     for batch in batches:
         text = captions(batch, width)
         noise = torch.randn(batch, width, generator=Generator().manual_seed(batch)).to(device())
-        mine = lambda: ours(prior, text, noise)  # noqa: B023, E731
+        mine = partial(ours, prior, text, noise)
         if "diffusers" in peers:
-            theirs = diffusers_loop(prior, text, noise)
-            steps = STEPS if batch < 32 else 3
-            worst = difference(ours(prior, text, noise, steps), theirs(steps))
-            rows.append(compare("diffusers", batch, mine, theirs, worst, quick, ""))
+            rows.append(compare("diffusers", batch, mine, diffusers_loop(prior, text, noise), True, quick))
         if "dalle2-pytorch" in peers:
             try:
                 other = dalle2_prior(width, depth)
@@ -142,7 +149,7 @@ def main(quick: bool, batches: tuple[int, ...] = (1, 8, 32), peers: tuple[str, .
                 continue
             sizes = [sum(one.numel() for one in model.parameters()) / 1e6 for model in (prior, other)]
             note = f"{sizes[0]:.0f} M and {sizes[1]:.0f} M parameters"
-            rows.append(compare("dalle2-pytorch", batch, mine, dalle2_loop(other, text), None, quick, note))
+            rows.append(compare("dalle2-pytorch", batch, mine, dalle2_loop(other, text), False, quick, note))
     return rows
 
 
