@@ -2,7 +2,7 @@
 # make test   install, then run the tests
 # make lint   ruff and mypy
 # make gallery draw every picture of docs/gallery.md (five minutes; needs data/emoji)
-# make bench   every benchmark of speed, side by side with its peers: a table each, and benchmarks/results
+# make bench every benchmark of speed, side by side with its peers: a table each, and benchmarks/results
 # make faults every fault test, a half hour's worth, and a table of what was injected and survived
 PYTHON ?= python3
 VENV := .venv
