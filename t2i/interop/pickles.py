@@ -4,6 +4,8 @@ A pickle can run any code. torch's `weights_only` reader takes tensors and plain
 """
 
 import json
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch.serialization import safe_globals
 from t2i.checkpoint import as_oserror
 from t2i.data.cache import new_file
 from t2i.errors import InputError
-from t2i.untrusted import MAX_TABLE, PICKLES, check_name, described, read_json
+from t2i.untrusted import MAX_TABLE, PICKLES, check_name, read_json
 
 WRAPPERS = ("state_dict", "model")  # what trainers put weights under
 INDEX = ".bin.index.json"
@@ -31,16 +33,23 @@ def read_pickle(path: Path, stand_ins: tuple[tuple[Any, str], ...] = ()) -> Any:
     if path.suffix not in PICKLES or not path.is_file():
         raise InputError(f"{str(path)!r} is no file of weights; one ends in {', '.join(PICKLES[:4])}")
     try:
-        with safe_globals(list(stand_ins)):
+        with safe_globals(list(stand_ins)), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the age of a file that is only looked at
             try:
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             except RuntimeError:  # files of before torch 1.6 cannot be mapped
                 return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the reader makes of bytes that nobody checked
-        said = described(error).splitlines()[0]
-        raise InputError(
-            f"{str(path)!r} holds more than weights, or is damaged; nothing of it was run ({said})"
-        ) from error
+        name = refused(error)
+        fault = f"holds a {name!r:.80}, which is no weights" if name else "holds more than weights, or is damaged"
+        raise InputError(f"{str(path)!r} {fault}; nothing of it was run") from error
+
+
+def refused(error: Exception) -> str | None:
+    """The object that torch's reader would not make. Nothing else is told of what it says, for it recommends to read
+    the file without care."""
+    found = re.search(r"(?:GLOBAL|unsupported class|unrecognized function) (\S+)", str(error))
+    return found[1] if found else None
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
