@@ -208,6 +208,9 @@ def load_text_tokenizer(folder: Path, context_length: int, pad: int, vocab_size:
     if not path.is_file():
         how = "AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER) of transformers writes it"
         raise InputError(f"no 'tokenizer.json' in {str(folder)!r}; {how}")
+    about = folder / "tokenizer_config.json"
+    if about.is_file() and "auto_map" in read_json(about, MAX_TABLE):
+        raise InputError(f"{str(about)!r} has 'auto_map'; only this project's own code is run")
     check_text_tokenizer(path)
     try:
         tokenizer = TextTokenizer(Tokenizer.from_file(str(path)), context_length, pad)

@@ -313,6 +313,18 @@ FAULTS: dict[str, tuple[Change, str]] = {
         lambda folder: rewrite(folder / INDEX, lambda index: index.update(scheduler=["diffusers", "UNet2DModel"])),
         "has as scheduler a 'UNet2DModel'; it must be a scheduler of diffusers",
     ),
+    "a class of a foreign library": (
+        lambda folder: rewrite(folder / INDEX, lambda index: index.update(movq=["evil", "VQModel"])),
+        r"has in its model_index.json 'movq' = \['evil', 'VQModel'\], which is not a class of diffusers, transformers",
+    ),
+    "an extra part of a foreign library": (
+        lambda folder: rewrite(folder / INDEX, lambda index: index.update(helper=["transformers_modules.x", "Y"])),
+        "has in its model_index.json 'helper' = ",
+    ),
+    "an extra entry that is no part": (
+        lambda folder: rewrite(folder / INDEX, lambda index: index.update(helper={"run": "this"})),
+        "has in its model_index.json 'helper' = ",
+    ),
     "another class in a part": (
         lambda folder: rewrite(folder / "unet" / "config.json", lambda one: one.update(_class_name="UNet2DModel")),
         "holds in unet a 'UNet2DModel', not UNet2DConditionModel",
@@ -341,6 +353,28 @@ def test_a_folder_is_refused_in_one_line(fault: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=said) as refused:
         Text2ImagePipeline.from_pretrained(folder)
     assert "\n" not in str(refused.value)
+
+
+def test_remote_code_beside_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    folder = copied(kandinsky_21_combined(), tmp_path / "model")
+    (folder / "tokenizer" / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": "evil.Tokenizer"}}')
+    with pytest.raises(InputError, match="tokenizer_config.json' has 'auto_map'; only this project's own code is run"):
+        Text2ImagePipeline.from_pretrained(folder)
+
+
+def test_what_public_indices_have_beside_the_parts_is_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = copied(kandinsky_22_combined(), tmp_path / "model")
+    more = {
+        "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+        "requires_safety_checker": False,
+        "feature_extractor": [None, None],
+    }
+    rewrite(folder / INDEX, lambda index: index.update(more))
+    Text2ImagePipeline.from_pretrained(folder)
+    said = [record.message for record in caplog.records if "not used" in record.message]
+    assert len(said) == 1 and "'safety_checker', a StableDiffusionSafetyChecker" in said[0]
 
 
 def test_a_half_of_a_model_says_which_argument_to_give() -> None:

@@ -4,6 +4,7 @@ A layout is a table from what a part is for to the name of its folder. Nothing i
 classes are compared with the ones that a part may be of.
 """
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,19 @@ from t2i.interop.component import Component, listed
 from t2i.interop.scheduler import UnCLIPRespacedScheduler
 from t2i.untrusted import check_files, check_scheduler, is_folder, read_config
 
+logger = logging.getLogger(__name__)
+
+# What an index may name as the home of a class: nothing is imported by it, but another one asks for other code. Beside
+# the libraries, diffusers' own folders of pipelines.
+LIBRARIES = (
+    "diffusers",
+    "transformers",
+    "unclip",
+    "stable_diffusion",
+    "kandinsky",
+    "kandinsky2_2",
+    "multilingual_clip",
+)
 CLASSES: dict[str, tuple[str, ...]] = {  # what each part may be; schedulers are any of diffusers'
     "prior": ("PriorTransformer",),
     "text_tower": ("CLIPTextModelWithProjection",),
@@ -177,6 +191,7 @@ class PublicFolder:
         index = listed(path)
         if not index:
             return
+        self.check_entries(index)
         for part, place in self.layout.places.items():
             entry = index.get(place)
             kind = str(entry[1]) if isinstance(entry, list) and len(entry) == 2 else "None"
@@ -191,6 +206,20 @@ class PublicFolder:
                 self.refuse(f"has as {place} a {kind[:80]!r}; it must be {wanted}")
             if not is_folder(path / place):
                 self.refuse(f"lacks the folder {place!r}")
+
+    def check_entries(self, index: dict[str, Any]) -> None:
+        """Refuse classes of libraries that nobody knows; say in the log which other entries are passed over."""
+        places = self.layout.places.values()
+        for name, entry in index.items():
+            if name.startswith("_") or (
+                name not in places and (entry is None or isinstance(entry, bool | int | float))
+            ):
+                continue
+            if not isinstance(entry, list) or len(entry) != 2 or entry[0] not in (None, *LIBRARIES):
+                known = f"a class of {', '.join(LIBRARIES)}"
+                self.refuse(f"has in its model_index.json {name[:80]!r} = {str(entry)[:80]}, which is not {known}")
+            if name not in places and entry[1] is not None:
+                logger.warning("%s has %.80r, a %.80s, which is not used", self.path, name, entry[1])
 
     def refuse(self, fault: str) -> None:
         names = ", ".join(dict.fromkeys(self.layout.places.values()))
