@@ -1,5 +1,6 @@
 """The pipeline folder: what its parts may be, and what is refused before anything of it is loaded."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias, get_args
 
@@ -12,7 +13,7 @@ from t2i.errors import InputError
 from t2i.interop.dalle2_decoder import DALLE2Cascade, DALLE2Decoder, DALLE2Pixels
 from t2i.interop.kandinsky import KandinskyDecoder
 from t2i.interop.karlo import KarloDecoder
-from t2i.interop.layouts import BY_CLASS, LAYOUTS, class_of
+from t2i.interop.layouts import BY_CLASS, class_of, recognised
 from t2i.interop.movq import MoVQ
 from t2i.interop.multilingual_clip import MultilingualCLIP
 from t2i.interop.stable_unclip import StableUnCLIPDecoder
@@ -65,10 +66,7 @@ def check_folder(path: Path, names: list[str], variant: str | None = None) -> No
     """Refuse a folder that is no whole pipeline of this project's own parts, or where one of `names` is not sound."""
     index = path / "model_index.json"
     if not index.is_file():
-        known = ", ".join(layout.name for layout in LAYOUTS)
-        raise InputError(
-            f"no model_index.json in {str(path)!r}; a model is what `t2i assemble` writes, or of the layouts {known}"
-        )
+        recognised(path)  # which says what the folder is instead
     check_files(path)
     entries = read_config(index)
     if unknown := sorted(key for key in entries.keys() - PARTS.keys() if not key.startswith("_")):
@@ -89,6 +87,15 @@ def check_folder(path: Path, names: list[str], variant: str | None = None) -> No
 def class_in(name: str, entry: Any) -> Any:
     """The class, of those that a component may be of, that an entry of the index names; None for any other."""
     return next((part for part in PARTS[name] if entry == [part.__module__, part.__name__]), None)
+
+
+def check_components(components: Mapping[str, Any]) -> None:
+    """Refuse objects of other classes than the parts have, by name; None is no part."""
+    for name, one in components.items():
+        found = getattr(one, "_orig_mod", one)  # of what torch.compile made of it
+        if one is not None and not isinstance(found, PARTS[name]):
+            allowed = " or ".join(part.__name__ for part in PARTS[name])
+            raise InputError(f"{name} must be a {allowed}, got {one!r:.80}, a {type(one).__name__}")
 
 
 def check_part(path: Path, name: str, entry: Any, variant: str | None) -> None:

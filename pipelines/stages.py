@@ -11,7 +11,16 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 
-from pipelines.folder import OPTIONAL, AnyAutoencoder, AnyCLIP, AnyDecoder, AnyTextEncoder, is_ours
+from pipelines.folder import (
+    OPTIONAL,
+    PARTS,
+    AnyAutoencoder,
+    AnyCLIP,
+    AnyDecoder,
+    AnyTextEncoder,
+    check_components,
+    is_ours,
+)
 from pipelines.options import DecoderOptions, PriorOptions
 from pipelines.public import own_arguments, public_components
 from pipelines.watched import WatchedPipeline
@@ -25,7 +34,7 @@ from t2i.errors import InputError
 from t2i.guidance import Guidance
 from t2i.interop.component import listed
 from t2i.priors import UNSCHEDULED, AnyPrior, check_plain, usual_guidance
-from t2i.samplers import chosen
+from t2i.samplers import check_drawing, chosen
 from t2i.sampling import check_texts
 from t2i.steering import check_steering
 from t2i.untrusted import is_folder, reach
@@ -55,6 +64,13 @@ class StagedPipeline(WatchedPipeline):
         text_encoder: AnyTextEncoder | None = None,
     ):
         super().__init__()
+        check_components({"clip": clip, "prior": prior, "decoder": decoder, "autoencoder": autoencoder})
+        schedulers = {"decoder_scheduler": decoder_scheduler, "prior_scheduler": prior_scheduler}
+        check_components({**schedulers, "upsampler_scheduler": upsampler_scheduler, "upsampler": upsampler})
+        check_components({"text_encoder": text_encoder})
+        for name, scheduler in schedulers.items():
+            if scheduler is not None:
+                check_drawing(name, scheduler)
         for name, model in {"prior": prior, "decoder": decoder, "upsampler": upsampler}.items():
             theirs = None if model is None else model.config.clip_fingerprint
             if theirs is not None and theirs != clip.identity:
@@ -112,6 +128,8 @@ class StagedPipeline(WatchedPipeline):
             made = cls.from_pretrained(pretrained_model_name_or_path, **kwargs)
             compile_steps(made.decoder)
             return made
+        named = [part for part in ("prior", "clip") if isinstance(kwargs.get(part), str | Path)]
+        check_components({part: kwargs[part] for part in PARTS if part in kwargs and part not in named})
         path = Path(pretrained_model_name_or_path)
         if not is_folder(path):
             path = Path(cls.download(str(path), **kwargs))

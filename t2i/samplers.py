@@ -1,7 +1,9 @@
 """Samplers by name: schedulers that draw from a model with the noise schedule it was trained with."""
 
+import copy
 from typing import Any
 
+import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -14,6 +16,17 @@ from diffusers import (
 from t2i.config import check_choice
 from t2i.continuous import ProbabilityFlowScheduler, ReverseSDEScheduler
 from t2i.ddim import ExactDDIMScheduler, like
+from t2i.diffusion import sample
+from t2i.errors import InputError
+from t2i.untrusted import described
+
+TRIAL = 4  # steps
+LEARNED = ("learned", "learned_range")
+CHOICES = {  # of settings that schedulers do not all check; the first where they have none
+    "prediction_type": ("epsilon", "sample", "v_prediction"),
+    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", *LEARNED),
+    "timestep_spacing": ("leading", "linspace", "trailing"),
+}
 
 SAMPLERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
     "ddpm": (DDPMScheduler, {}),  # ancestral (Ho et al. 2020)
@@ -58,3 +71,26 @@ def make_sampler(name: str, scheduler: SchedulerMixin, learned_variance: bool = 
     if name == "ddpm" and (learned_variance or scheduler.config.get("variance_type") == "learned_range"):
         settings = {"variance_type": "learned_range"}
     return like(kind, scheduler, **settings)
+
+
+def check_drawing(name: str, scheduler: SchedulerMixin) -> None:
+    """Refuse a scheduler that `t2i.diffusion.sample` cannot draw by: it draws four numbers in a few steps.
+
+    name: what the message calls it.
+    """
+    config, kind = scheduler.config, type(scheduler).__name__
+    for key, allowed in CHOICES.items():
+        if (value := config.get(key, allowed[0])) not in allowed:
+            raise InputError(f"the {name}, a {kind}, has {key} {value!r:.80}; it may be {', '.join(map(str, allowed))}")
+    trial = copy.deepcopy(scheduler)
+    learned = config.get("variance_type") in LEARNED
+    noise, generators = torch.ones(1, 1, 2, 2), [torch.Generator().manual_seed(0)]
+    try:
+        steps = min(TRIAL, config.num_train_timesteps)
+        drawn = sample(lambda x, _: torch.cat([x, x], 1) / 2 if learned else x / 2, trial, noise, steps, generators)
+        falls = trial.timesteps[0] >= trial.timesteps[-1] and trial.alphas_cumprod.isfinite().all()
+    except Exception as error:  # whatever a library makes of a configuration that nobody checked
+        raise InputError(f"nothing can be drawn by the {name}, a {kind} ({described(error)})") from error
+    if not falls or not drawn.isfinite().all():
+        what = "its timesteps do not fall" if drawn.isfinite().all() else "what it draws is not finite"
+        raise InputError(f"nothing can be drawn by the {name}, a {kind}: {what}")

@@ -355,6 +355,59 @@ def test_a_folder_is_refused_in_one_line(fault: str, tmp_path: Path) -> None:
     assert "\n" not in str(refused.value)
 
 
+SCHEDULER = "scheduler_config.json"
+SETTINGS_FAULTS: dict[str, tuple[Change, str]] = {
+    "an unknown variance": (
+        lambda folder: rewrite(folder / "decoder_scheduler" / SCHEDULER, lambda one: one.update(variance_type="evil")),
+        "decoder_scheduler in .* has variance_type 'evil'; it may be",
+    ),
+    "a prediction that its class does not make": (
+        lambda folder: rewrite(
+            folder / "prior_scheduler" / SCHEDULER, lambda one: one.update(prediction_type="v_prediction")
+        ),
+        "nothing can be drawn by the prior_scheduler.*, a UnCLIPRespacedScheduler",
+    ),
+    "a scheduler of flows": (
+        lambda folder: rewrite(
+            folder / INDEX, lambda index: index.update(prior_scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"])
+        ),
+        "nothing can be drawn by the prior_scheduler.*, a FlowMatchEulerDiscreteScheduler",
+    ),
+    "a scheduler that is driven otherwise": (
+        lambda folder: rewrite(
+            folder / INDEX, lambda index: index.update(decoder_scheduler=["diffusers", "KarrasVeScheduler"])
+        ),
+        "nothing can be drawn by the decoder_scheduler in .*, a KarrasVeScheduler",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", SETTINGS_FAULTS)
+def test_a_scheduler_that_cannot_draw_is_refused_in_one_line(fault: str, tmp_path: Path) -> None:
+    folder = copied(karlo(), tmp_path / "model")
+    change, said = SETTINGS_FAULTS[fault]
+    change(folder)
+    with pytest.raises(InputError, match=said) as refused:
+        Text2ImagePipeline.from_pretrained(folder)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("factor", ["a", 0, True])
+def test_a_vae_without_a_scale_is_refused(factor: object, tmp_path: Path) -> None:
+    folder = copied(stable_unclip(), tmp_path / "model")
+    rewrite(folder / "vae" / "config.json", lambda one: one.update(scaling_factor=factor))
+    with pytest.raises(InputError, match="has scaling_factor .*; it must be a number above 0"):
+        Text2ImagePipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("given", [{"decoder": 5}, {"decoder_scheduler": "x"}, {"clip": 5}, {"autoencoder": "x"}])
+def test_an_object_that_is_no_component_is_refused_by_name(given: dict[str, Any], tmp_path: Path) -> None:
+    (name,) = given
+    for folder in (kandinsky_22_combined(), tmp_path):
+        with pytest.raises(InputError, match=f"^{name} must be a .*, got (5|'x'), a (int|str)$"):
+            Text2ImagePipeline.from_pretrained(folder, **given)
+
+
 def test_remote_code_beside_a_tokenizer_is_refused(tmp_path: Path) -> None:
     folder = copied(kandinsky_21_combined(), tmp_path / "model")
     (folder / "tokenizer" / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": "evil.Tokenizer"}}')
@@ -404,8 +457,24 @@ def test_a_folder_of_no_layout_is_refused_with_those_that_there_are(tmp_path: Pa
     with pytest.raises(InputError, match="is of 'StableDiffusionPipeline'; the layouts that load are .* karlo"):
         Text2ImagePipeline.from_pretrained(tmp_path)
     (tmp_path / "model_index.json").unlink()
-    with pytest.raises(InputError, match="no model_index.json in .* or of the layouts karlo, "):
+    with pytest.raises(InputError, match="neither a model_index.json nor a config.json, but nothing; .* karlo"):
         Text2ImagePipeline.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
+    with pytest.raises(InputError, match="is of 'FluxTransformer2DModel'; the layouts that load are .* karlo"):
+        Text2ImagePipeline.from_pretrained(tmp_path)
+    with pytest.raises(InputError, match="is of 'UNet2DConditionModel', a part of the pipeline in "):
+        Text2ImagePipeline.from_pretrained(kandinsky_22_decoder() / "unet")
+
+
+def test_a_folder_of_dalle2_pytorch_is_told_how_it_is_converted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "latest.pth").touch()
+    monkeypatch.setattr(sys, "argv", ["t2i", "generate", "a cat", "--model", str(tmp_path), "--out", "nowhere"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert "t2i convert FILE.pth --config FILE.json FOLDER" in capsys.readouterr().err
 
 
 def test_the_older_name_of_the_dtype_is_understood() -> None:

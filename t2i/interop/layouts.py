@@ -16,6 +16,7 @@ from t2i.checkpoint import loaded
 from t2i.errors import InputError
 from t2i.interop.component import Component, listed
 from t2i.interop.scheduler import UnCLIPRespacedScheduler
+from t2i.samplers import check_drawing
 from t2i.untrusted import check_files, check_scheduler, is_folder, read_config
 
 logger = logging.getLogger(__name__)
@@ -171,8 +172,13 @@ def recognised(folder: Path) -> Layout:
             found += " (`t2i convert FILE.pth --config FILE.json FOLDER` is for those of DALLE2-pytorch)"
     else:
         found = f"is of {name!r:.80}"
+        home = listed(folder.absolute().parent).get("_class_name")
+        if home is not None and folder.absolute().name in listed(folder.absolute().parent):
+            found += f", a part of the pipeline in {str(folder.parent)!r}, which loads as a whole"
     known = "; ".join(f"{layout.name} ({', '.join(layout.classes)})" for layout in LAYOUTS)
-    raise InputError(f"{str(folder)!r} {found}; the layouts that load are this project's own, and {known}")
+    raise InputError(
+        f"{str(folder)!r} {found}; the layouts that load are this project's own (`t2i assemble` writes it), and {known}"
+    )
 
 
 class PublicFolder:
@@ -255,4 +261,7 @@ class PublicFolder:
     def scheduler(self, part: str) -> SchedulerMixin:
         """As the folder says; an UnCLIPScheduler becomes one that knows its own previous timestep."""
         made = loaded(self.scheduler_class(part).from_pretrained, self.folder(part))
-        return UnCLIPRespacedScheduler.from_config(made.config) if isinstance(made, UnCLIPScheduler) else made
+        if isinstance(made, UnCLIPScheduler):
+            made = UnCLIPRespacedScheduler.from_config(made.config)
+        check_drawing(f"{part} in {str(self.folder(part))!r}", made)
+        return made

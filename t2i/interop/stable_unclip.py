@@ -230,6 +230,11 @@ def caption_encoder(text_encoder: Component, tokenizer: Path, dtype: torch.dtype
 def latent_autoencoder(vae: Component, dtype: torch.dtype | None = None) -> Autoencoder:
     """Stable Diffusion's VAE, of the folder `vae`, in the scale that it was published with."""
     settings, extra = plain(vae.settings()), ("mean", "std")
+    scale, shift = settings.get("scaling_factor", 1.0), settings.get("shift_factor") or 0.0
+    for name, value in {"scaling_factor": scale, "shift_factor": shift}.items():
+        if type(value) not in (int, float) or not (value > 0 or name == "shift_factor"):
+            wanted = "a number above 0" if name == "scaling_factor" else "a number"
+            raise InputError(f"{str(vae.folder)!r} has {name} {value!r:.80}; it must be {wanted}")
     autoencoder = filled(lambda: Autoencoder(settings), {"coder.": vae}, dtype, rename=current_name, extra=extra)
     published = autoencoder.coder.config
     autoencoder.std.fill_(1 / published.scaling_factor)
