@@ -33,6 +33,7 @@ def interpolate_files(
     settings: dict[str, Any],
     upsampler: str | None = None,
     prior: str | None = None,
+    clip: str | None = None,
 ) -> Iterator[Path]:
     """Draw the way between pictures (names of files) and texts, or their mix, and write it. Nothing is overwritten.
 
@@ -51,7 +52,7 @@ def interpolate_files(
     if video is not None:
         check_video(video)
     known = [anchor if isinstance(anchor, str) else open_picture(anchor) for anchor in anchors]
-    pipeline = with_upsampler(load_pipeline(model, device, InterpolationPipeline, prior), upsampler)
+    pipeline = with_upsampler(load_pipeline(model, device, InterpolationPipeline, prior, clip=clip), upsampler)
     pipeline.set_progress_bar_config(disable=True)
     generator = Generator().manual_seed(seed)
     images = pipeline(known, weights, frames, inverted, generator, **settings).images
@@ -59,7 +60,7 @@ def interpolate_files(
     used: dict[str, Any] = {"anchors": [Path(one).name if isinstance(one, Path) else one for one in anchors]}
     used |= {"weights": weights, "seed": seed, "model": Path(model).name, "inverted": inverted}
     by_prior = any(isinstance(anchor, str) for anchor in anchors)
-    used |= recorded(settings, pipeline.usual, pipeline.prior if by_prior else None, upsampler, prior)
+    used |= recorded(settings, pipeline.usual, pipeline.prior if by_prior else None, upsampler, prior, clip)
     name = "strip" if strip else "mix" if weights else "frame"
     shown = [side_by_side(images)] if strip else images
     for i, image in enumerate(shown):

@@ -67,13 +67,14 @@ def load_pipeline(
     kind: type[Pipeline] = Text2ImagePipeline,
     prior: str | None = None,
     dtype: str | None = None,
+    clip: str | None = None,
 ) -> Pipeline:
     """A pipeline on a device; auto takes a GPU if there is one.
 
-    prior: where that of a public model is. dtype: one of `DTYPES`; the weights' own, if left out.
+    prior, clip: where those of a public model are. dtype: one of `DTYPES`; the weights' own, if left out.
     """
     device = find_device(device)  # complain before the model loads
-    options: dict[str, Any] = {} if prior is None else {"prior": prior}
+    options: dict[str, Any] = {name: one for name, one in {"prior": prior, "clip": clip}.items() if one is not None}
     if dtype is not None:
         check_choice("dtype", dtype, DTYPES)
         options["dtype"] = getattr(torch, dtype)
@@ -102,13 +103,14 @@ def generate_files(
     batch_size: str | int | None = None,
     resume: bool = False,
     dtype: str | None = None,
+    clip: str | None = None,
 ) -> Iterator[Path]:
     """Draw `count` pictures for each prompt and write each as soon as its batch is done. Nothing is overwritten.
 
     Picture i has seed `seed + i`; prompt, seed and settings are written into the PNG. Without prompts the decoder is
-    told nothing, and `settings["steering"]` decides what is drawn. `upsampler`: a folder, in place of the
-    model's own; `prior` likewise. batch_size: pictures at once, or "auto", which is as many as fit. resume: what is
-    in `out` already is not drawn again. Of several processes each draws its share (`t2i.shares`).
+    told nothing, and `settings["steering"]` decides what is drawn. `upsampler`: a folder, in place of the model's own;
+    `prior` and `clip` likewise. batch_size: pictures at once, or "auto", which is as many as fit. resume: what is in
+    `out` already is not drawn again. Of several processes each draws its share (`t2i.shares`).
     """
     size = check_batch_size(batch_size)
     share = this_share()
@@ -121,7 +123,7 @@ def generate_files(
         check_texts(name, [settings[name]] if name in settings else [])
     split_options({name: value for name, value in settings.items() if not name.endswith("negative_prompt")})
     check_out(out, total)
-    pipeline: Text2ImagePipeline = load_pipeline(model, share.device(device), Text2ImagePipeline, prior, dtype)
+    pipeline: Text2ImagePipeline = load_pipeline(model, share.device(device), Text2ImagePipeline, prior, dtype, clip)
     if not prompts:
         settings = {"guidance_scale": 1.0, **settings}  # there is nothing to be guided to
     pipeline = with_upsampler(pipeline, upsampler)
@@ -134,7 +136,7 @@ def generate_files(
 
     pipeline.set_progress_bar_config(disable=True)
     records = [{"prompt": prompt} for prompt in prompts for _ in range(count)] or [{"prompt": ""}] * count
-    used = recorded(settings, pipeline.usual, pipeline.prior if prompts else None, upsampler, prior)
+    used = recorded(settings, pipeline.usual, pipeline.prior if prompts else None, upsampler, prior, clip)
     if dtype is not None:
         used["dtype"] = dtype
     yield from write_drawn(draw, records, seed, out, model, used, size, resume, share)
@@ -214,11 +216,12 @@ def redraw_files(
     check: Callable[[Image.Image], object] | None = None,
     upsampler: str | None = None,
     prior: str | None = None,
+    clip: str | None = None,
 ) -> Iterator[Path]:
     """Draw `count` pictures from each picture file by a pipeline whose `image` it is, and write them.
 
     `settings` are its other arguments. Raises InputError for them before the model loads where that can be; `check`
-    does so for what must go with each picture. `upsampler`, `prior`: a folder, in place of the model's own.
+    does so for what must go with each picture. `upsampler`, `prior`, `clip`: a folder, in place of the model's own.
     """
     own = signature(kind.__call__).parameters
     split_options({name: value for name, value in settings.items() if name not in own})
@@ -229,7 +232,7 @@ def redraw_files(
     if check is not None:
         for picture in read:
             check(picture)
-    pipeline = with_upsampler(load_pipeline(model, device, kind, prior), upsampler)
+    pipeline = with_upsampler(load_pipeline(model, device, kind, prior, clip=clip), upsampler)
     pipeline.set_progress_bar_config(disable=True)
 
     pending = (picture for picture in read for _ in range(count))
@@ -240,7 +243,7 @@ def redraw_files(
 
     records = [{"image": path.name} for path in pictures for _ in range(count)]
     by_prior = settings.get("prompt") is not None and not issubclass(kind, InvertingPipeline)
-    used = recorded(settings, pipeline.usual, pipeline.prior if by_prior else None, upsampler, prior)
+    used = recorded(settings, pipeline.usual, pipeline.prior if by_prior else None, upsampler, prior, clip)
     yield from write_drawn(draw, records, seed, out, model, used, batch_size=1)
 
 
@@ -260,11 +263,12 @@ def recorded(
     prior: AnyPrior | None,
     upsampler: str | None,
     named: str | None = None,
+    clip: str | None = None,
 ) -> dict[str, Any]:
     """What is written into a picture: all that was asked for, and the defaults of the rest.
 
     usual: options of the pipeline's decoder. prior: the one that ran; for None nothing is said of its options.
-    upsampler: a folder, if it was named; `named` that of the prior.
+    upsampler: a folder, if it was named; `named`, `clip` those of the prior and the CLIP.
     """
     of_prior = asdict(PriorOptions()) | {"prior_guidance_scale": usual_guidance(prior)}
     defaults = {name: usual[name] for name in RECORDED}
@@ -276,6 +280,8 @@ def recorded(
         settings = settings | {"upsampler": Path(upsampler).name}
     if named is not None:
         settings = settings | {"prior": Path(named).name}
+    if clip is not None:
+        settings = settings | {"clip": Path(clip).name}
     return {name: plain_value(value) for name, value in (defaults | settings).items()}
 
 

@@ -17,14 +17,21 @@ from t2i.sampling import MAX_STEPS, check_texts
 
 
 def compare(
-    folder: str, prior: str | None, prompts: list[str], steps: int, scale: float, variant: str | None, seed: int
+    folder: str,
+    prior: str | None,
+    prompts: list[str],
+    steps: int,
+    scale: float,
+    variant: str | None,
+    seed: int,
+    clip: str | None = None,
 ) -> Iterator[Difference]:
     """Each stage's name and the largest difference of its result; see `t2i.interop.parity`."""
     check_texts("prompt", prompts, empty=False)
     check_integer("steps", steps, 2, MAX_STEPS)  # the reference's scheduler cannot take one
     check_guidance("guidance-scale", scale)
     check_integer("seed", seed, 0, 2**32)
-    places = located(folder, prior, None, Text2ImagePipeline.download, variant)
+    places = located(folder, prior, clip, Text2ImagePipeline.download, variant)
     for name, place in zip((folder, prior), places):
         if place is not None and is_ours(place):
             raise InputError(

@@ -10,7 +10,7 @@ from pipelines.folder import PARTS, check_folder, class_in
 from t2i.checkpoint import loaded
 from t2i.errors import InputError
 from t2i.interop.component import listed
-from t2i.interop.layouts import USUAL_PRIORS
+from t2i.interop.layouts import BY_CLASS, USUAL_PRIORS
 from t2i.interop.loading import any_prior, load_components
 from t2i.interop.stored import AUTO, check_dtype, check_variant, holds_public, stored_dtypes, variants_of
 from t2i.untrusted import is_folder
@@ -63,20 +63,31 @@ def located(
 
     usual = USUAL_PRIORS.get(name)
     prior = usual if prior is None else prior
-    found = folder(prior) if isinstance(prior, str | Path) else None
+    found = whole(folder(prior)) if isinstance(prior, str | Path) else None
     if clip is None and usual is not None and found is not None and not listed(found):
         clip = usual  # for a prior alone
     return path or folder(name), found, folder(clip) if isinstance(clip, str | Path) else None
 
 
-def own_arguments(path: Path, variant: Any = None, dtype: Any = None, **kwargs: Any) -> dict[str, Any]:
+def whole(prior: Path) -> Path:
+    """The folder of the pipeline that this is the prior's folder of, which has its CLIP too; else the folder itself."""
+    home = prior.absolute().parent
+    layout = BY_CLASS.get(str(listed(home).get("_class_name")))
+    return home if layout is not None and layout.places.get("prior") == prior.name else prior
+
+
+def own_arguments(
+    path: Path, download: Callable[..., str], variant: Any = None, dtype: Any = None, **kwargs: Any
+) -> dict[str, Any]:
     """The arguments of diffusers' `from_pretrained` for a folder of this project's own layout, which is checked.
 
-    prior: may name the folder of another one, public or of this project; the CLIP is the pipeline's, and so is the
+    prior: may name another one, public or of this project, on the hub too; the CLIP is the pipeline's, and so is the
     scheduler of a PriorTransformer that comes without one. dtype: None is that of the files where they hold a public
     model, and diffusers' float32 for models that were trained here. variant: its files are read here, for diffusers
     stumbles over a folder in a part's folder. Raises InputError.
     """
+    if isinstance(kwargs.get("clip"), str | Path):
+        raise InputError(f"clip is {str(kwargs['clip'])!r:.200}, but this project's own models hold their CLIP")
     older = kwargs.pop("torch_dtype", None)
     dtype = older if dtype is None else dtype
     if not isinstance(dtype, dict):  # by the names of parts, as in diffusers
@@ -99,6 +110,8 @@ def own_arguments(path: Path, variant: Any = None, dtype: Any = None, **kwargs: 
         absent = [name for name in PARTS if name not in kwargs and class_in(name, listed(path).get(name)) is not None]
         kwargs |= {name: part(name) for name in absent}
     if isinstance(named := kwargs.get("prior"), str | Path):
+        if not Path(named).exists() and str(named).count("/") == 1:  # a word without an owner is no repository's name
+            named = download(str(named), **{key: kwargs[key] for key in FETCHING if key in kwargs})
         kwargs |= {"clip": kwargs["clip"] if "clip" in kwargs else part("clip")}
         found = any_prior(named, lambda: kwargs["clip"], of_part("prior"), variant)
         kwargs = {**found, **kwargs, "prior": found["prior"]}

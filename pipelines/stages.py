@@ -137,7 +137,7 @@ class StagedPipeline(WatchedPipeline):
             made = cls(**public_components(str(pretrained_model_name_or_path), path, cls.download, **kwargs))
             made.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
             return made
-        settings = {**own_arguments(path, **kwargs), "use_safetensors": True}
+        settings = {**own_arguments(path, cls.download, **kwargs), "use_safetensors": True}
         # Told by name, for diffusers looks for the class that the folder names, in itself.
         made = loaded(lambda folder: super(StagedPipeline, cls).from_pretrained(folder, **settings), path)
         if "clip" not in kwargs:

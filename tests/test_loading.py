@@ -437,6 +437,50 @@ def test_a_half_of_a_model_says_which_argument_to_give() -> None:
         Text2ImagePipeline.from_pretrained(kandinsky_22_prior())
 
 
+def test_an_eclipse_prior_beside_a_decoder_says_that_the_clip_is_missing_and_draws_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    save_eclipse_prior(tmp_path / "prior")
+    command = ["t2i", "generate", "a cat", "--model", str(kandinsky_22_decoder()), "--prior", str(tmp_path / "prior")]
+    command += ["--steps", "2", "--out", str(tmp_path / "out")]
+    for clip, status in (([], 2), (["--clip", str(kandinsky_22_prior())], 0)):
+        monkeypatch.setattr(sys, "argv", [*command, *clip])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert (ended.value.code or 0) == status
+        said = capsys.readouterr().err
+        assert ("holds a CLIP; name a folder or repository that has it as clip=... (--clip)" in said) == bool(status)
+    with Image.open(next((tmp_path / "out").glob("*.png"))) as drawn:
+        assert "kandinsky_22_prior" in "".join(map(str, drawn.info.values()))
+
+
+def test_the_prior_in_a_pipelines_folder_is_used_with_the_clip_beside_it() -> None:
+    whole = Text2ImagePipeline.from_pretrained(kandinsky_22_decoder(), prior=kandinsky_22_prior())
+    part = Text2ImagePipeline.from_pretrained(kandinsky_22_decoder(), prior=kandinsky_22_prior() / "prior")
+    assert torch.equal(part.prior.query, whole.prior.query) and part.clip.identity == whole.clip.identity
+
+
+def test_a_folder_that_is_no_prior_is_described(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="neither a model_index.json nor a config.json, but nothing"):
+        Text2ImagePipeline.from_pretrained(kandinsky_22_decoder(), prior=tmp_path)
+
+
+def test_an_own_model_takes_a_prior_from_the_hub_and_no_other_clip(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = load("kandinsky 2.2 combined")
+    whole.save_pretrained(tmp_path / "ours")
+    whole.prior.query.add_(1)
+    whole.prior.save_pretrained(tmp_path / "run" / "model")
+    DDIMScheduler(prediction_type="sample").save_pretrained(tmp_path / "run" / "scheduler")
+    folders = {"someone/prior": str(tmp_path / "run")}
+    monkeypatch.setattr(Text2ImagePipeline, "download", lambda name, **_: folders[name])
+    pipeline = Text2ImagePipeline.from_pretrained(tmp_path / "ours", prior="someone/prior")
+    assert torch.equal(pipeline.prior.query, whole.prior.query)
+    with pytest.raises(InputError, match="clip is 'x', but this project's own models hold their CLIP"):
+        Text2ImagePipeline.from_pretrained(tmp_path / "ours", clip="x")
+
+
 def test_a_prior_of_another_clip_is_refused(tmp_path: Path) -> None:
     folder = copied(karlo(), tmp_path / "karlo")
     shutil.rmtree(folder / "text_encoder")

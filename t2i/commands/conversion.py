@@ -57,6 +57,7 @@ def convert(
 def parity(
     folder: Annotated[str, Argument(help="A public model: its folder, or a repository on the hub.")],
     prior: options.Prior = None,
+    clip: options.Clip = None,
     prompt: Annotated[list[str] | None, Option(help="Again and again for a batch.")] = None,
     steps: Annotated[int, Option(help="Of every stage.")] = 4,
     guidance_scale: Annotated[float, Option(help="Of every stage; 1 is off.")] = 4.0,
@@ -75,7 +76,7 @@ def parity(
 
     apart = 0.0
     prompts = prompt or ["a red cat", "a photograph of a lighthouse on a cliff in the evening"]
-    for stage, difference in compare(folder, prior, prompts, steps, guidance_scale, variant, seed):
+    for stage, difference in compare(folder, prior, prompts, steps, guidance_scale, variant, seed, clip):
         print(f"{stage:18} {difference:.2e}", flush=True)
         apart = max(apart, difference)
     if not apart <= tolerance:  # nor NaN

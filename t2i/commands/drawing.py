@@ -22,6 +22,7 @@ def generate(
     out: options.Out = Path("out"),
     model: options.Model = str(SHIPPED),
     prior: options.Prior = None,
+    clip: options.Clip = None,
     count: options.Count = 1,
     seed: options.Seed = None,
     negative_prompt: Annotated[str | None, Option(help="What the prior moves away from.")] = None,
@@ -83,7 +84,7 @@ def generate(
     settings |= options.guidance(guidance_scale, guidance, prior_guidance_scale, prior_guidance)
     resume = file is not None
     seed = 0 if resume and seed is None else seed
-    more = (upsampler, prior, batch_size, resume, dtype)
+    more = (upsampler, prior, batch_size, resume, dtype, clip)
     for path in generate_files(texts, out, model, count, seed, device, settings, *more):
         print(path, flush=True)
 
@@ -128,6 +129,7 @@ def image_to_image(
     out: options.Out = Path("out"),
     model: options.Model = str(SHIPPED),
     prior: options.Prior = None,
+    clip: options.Clip = None,
     count: options.Count = 1,
     seed: options.Seed = None,
     steps: options.Steps = None,
@@ -142,7 +144,9 @@ def image_to_image(
 
     check_strength(strength)
     settings = redraw_settings(prompt, negative_prompt, steps, guidance_scale, guidance) | {"strength": strength}
-    for path in redraw_files(ImageToImagePipeline, pictures, out, model, count, seed, device, settings, prior=prior):
+    for path in redraw_files(
+        ImageToImagePipeline, pictures, out, model, count, seed, device, settings, prior=prior, clip=clip
+    ):
         print(path)
 
 
@@ -156,6 +160,7 @@ def inpaint(
     out: options.Out = Path("out"),
     model: options.Model = str(SHIPPED),
     prior: options.Prior = None,
+    clip: options.Clip = None,
     count: options.Count = 1,
     seed: options.Seed = None,
     steps: options.Steps = None,
@@ -179,7 +184,9 @@ def inpaint(
     def check(image: Image) -> None:
         read_masks(str(mask), 1, (image.height, image.width))
 
-    for path in redraw_files(InpaintPipeline, [picture], out, model, count, seed, device, settings, check, prior=prior):
+    for path in redraw_files(
+        InpaintPipeline, [picture], out, model, count, seed, device, settings, check, prior=prior, clip=clip
+    ):
         print(path)
 
 
@@ -195,6 +202,7 @@ def outpaint(
     out: options.Out = Path("out"),
     model: options.Model = str(SHIPPED),
     prior: options.Prior = None,
+    clip: options.Clip = None,
     count: options.Count = 1,
     seed: options.Seed = None,
     steps: options.Steps = None,
@@ -217,7 +225,7 @@ def outpaint(
         check_enlarged(image.width, image.height, **margins)
 
     for path in redraw_files(
-        OutpaintPipeline, [picture], out, model, count, seed, device, settings, check, prior=prior
+        OutpaintPipeline, [picture], out, model, count, seed, device, settings, check, prior=prior, clip=clip
     ):
         print(path)
 

@@ -27,6 +27,7 @@ def variations(
     out: options.Out = Path("out"),
     model: options.Model = str(SHIPPED),
     prior: options.Prior = None,
+    clip: options.Clip = None,
     count: options.Count = 1,
     seed: options.Seed = None,
     steps: options.Steps = None,
@@ -60,7 +61,17 @@ def variations(
     decoder_options(settings) if eta is None else inversion_options(settings, eta)
     settings |= options.given(eta=eta, prompt=prompt)
     for path in redraw_files(
-        ImageVariationPipeline, pictures, out, model, count, seed, device, settings, upsampler=upsampler, prior=prior
+        ImageVariationPipeline,
+        pictures,
+        out,
+        model,
+        count,
+        seed,
+        device,
+        settings,
+        upsampler=upsampler,
+        prior=prior,
+        clip=clip,
     ):
         print(path)
 
@@ -79,6 +90,7 @@ def interpolate(
     out: options.Out = Path("out"),
     model: options.Model = str(SHIPPED),
     prior: options.Prior = None,
+    clip: options.Clip = None,
     seed: options.Seed = None,
     steps: options.Steps = None,
     guidance_scale: options.Scale = None,
@@ -118,7 +130,21 @@ def interpolate(
     settings |= options.guidance(guidance_scale, guidance, prior_guidance_scale, prior_guidance)
     numbers = None if weights is None else parse_weights(weights)
     for path in interpolate_files(
-        anchors, out, model, numbers, frames, strip, video, fps, inverted, seed, device, settings, upsampler, prior
+        anchors,
+        out,
+        model,
+        numbers,
+        frames,
+        strip,
+        video,
+        fps,
+        inverted,
+        seed,
+        device,
+        settings,
+        upsampler,
+        prior,
+        clip,
     ):
         print(path)
 
@@ -132,6 +158,7 @@ def edit(
     out: options.Out = Path("out"),
     model: options.Model = str(SHIPPED),
     prior: options.Prior = None,
+    clip: options.Clip = None,
     steps: options.Steps = None,
     guidance_scale: options.Scale = None,
     guidance: options.Settings = None,
@@ -161,7 +188,7 @@ def edit(
     decoder_options(settings)
     settings |= {"source": source, "target": target, "theta": theta}
     for path in redraw_files(
-        TextDiffPipeline, [picture], out, model, 1, 0, device, settings, upsampler=upsampler, prior=prior
+        TextDiffPipeline, [picture], out, model, 1, 0, device, settings, upsampler=upsampler, prior=prior, clip=clip
     ):
         print(path)
 

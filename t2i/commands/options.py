@@ -10,6 +10,9 @@ Model = Annotated[str, Option(help="A model folder, or a repository on the hub."
 Prior = Annotated[
     str | None, Option(help="The prior of a public model, if it is elsewhere: a folder, or a repository on the hub.")
 ]
+Clip = Annotated[
+    str | None, Option(help="The CLIP of a public model, if it is in neither: a folder, or a repository on the hub.")
+]
 Upsampler = Annotated[
     str | None, Option(help="A folder that `t2i train upsampler` wrote, or a model that has one; else the model's own.")
 ]

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from diffusers import SchedulerMixin, UnCLIPScheduler
 
-from t2i.checkpoint import load_model, load_scheduler
+from t2i.checkpoint import class_name, load_model, load_scheduler
 from t2i.clip import CLIP
 from t2i.errors import InputError
 from t2i.interop.component import Component
 from t2i.interop.eclipse import EclipsePrior
 from t2i.interop.kandinsky import KandinskyDecoder
 from t2i.interop.karlo import KarloDecoder
-from t2i.interop.layouts import BY_CLASS, USUAL_PRIORS, Layout, PublicFolder, class_of
+from t2i.interop.layouts import BY_CLASS, USUAL_PRIORS, Layout, PublicFolder, class_of, recognised
 from t2i.interop.movq import MoVQ
 from t2i.interop.multilingual_clip import MultilingualCLIP
 from t2i.interop.prior_transformer import load_prior_transformer
@@ -25,10 +25,11 @@ from t2i.interop.starting import Found, find, public_clip
 from t2i.interop.stored import check_variant, holds_public, stored_dtypes
 from t2i.interop.super_resolution import SuperResolution
 from t2i.interop.transformers_clip import TransformersCLIP
-from t2i.priors import load_prior
+from t2i.priors import PRIORS, load_prior
 from t2i.untrusted import is_folder
 
 TOWERS = ("text_tower", "image_tower")
+CLIP_WAYS = "name a folder or repository that has it as clip=... (--clip)"
 WAYS = "name the folder or repository of the other as prior=... (--prior)"
 
 
@@ -56,10 +57,12 @@ def load_components(
     """
     found = dict(given or {})
     ours = None if prior is None or class_of(Path(prior)) in BY_CLASS else prior
+    if ours is not None:
+        check_own(Path(ours))
     paths = [Path(path) for path in (folder, None if ours else prior, clip) if path is not None]
     check_variant(variant, *paths)
     sources = Sources([PublicFolder(path, variant) for path in paths], found)
-    sources.check(WAYS if ours is None else "name a folder or repository that has its CLIP as clip=...")
+    sources.check(ours)
     if "clip" not in found:
         found["clip"] = clip_of(sources, dtype)
     if "text_encoder" not in found:
@@ -108,6 +111,13 @@ def prior_of(sources: "Sources", clip: Any, dtype: torch.dtype | None) -> dict[s
             "prior_scheduler=..."
         )
     return {"prior": prior, "prior_scheduler": scheduler}
+
+
+def check_own(folder: Path) -> None:
+    """Refuse a folder that is neither a prior of this project nor in a public layout, saying what it is."""
+    known = {prior.__name__ for prior in PRIORS}
+    if not any(is_folder(part) and class_name(part) in known for part in (folder, folder / "model", folder / "prior")):
+        recognised(folder)
 
 
 def own_prior(folder: str | Path, dtype: torch.dtype | None = None) -> dict[str, Any]:
@@ -237,20 +247,25 @@ class Sources:
         order = [*self.folders[2:], *([self.prior] if self.prior else []), *self.folders]
         return next((one for one in order if part in one), None)
 
-    def check(self, ways: str = WAYS) -> None:
+    def check(self, own: str | Path | None = None) -> None:
         """Refuse what is no whole model, or does not belong together. Reads towers that several folders have.
 
-        ways: how to name what is missing.
+        own: a prior of this project's.
         """
         if "clip" in self.given:
             return
-        first = self.folders[0]
+        first, prior = self.folders[0], own or (None if self.prior is None else self.prior.path)
         if not any(self.tower(part) for part in TOWERS):
             usual = next((prior for name, prior in USUAL_PRIORS.items() if name.endswith(first.layout.name)), None)
             hint = f", such as {usual}" if usual else ""
-            raise InputError(f"{str(first.path)!r}, {first.layout.title}, holds no prior and no CLIP; {ways}{hint}")
-        if self.prior is not None and self.tower("text_tower") is None:
-            raise InputError(f"{str(self.prior.path)!r} is a prior without a text encoder; clip=... names its folder")
+            if prior is None:
+                raise InputError(f"{str(first.path)!r}, {first.layout.title}, holds no prior and no CLIP; {WAYS}{hint}")
+            raise InputError(
+                f"neither {str(first.path)!r}, {first.layout.title}, nor the prior in {str(prior)!r} holds a CLIP; "
+                f"{CLIP_WAYS}{hint}"
+            )
+        if prior is not None and self.tower("text_tower") is None:
+            raise InputError(f"{str(prior)!r} is a prior, for which there is no text encoder of its CLIP; {CLIP_WAYS}")
         for part in TOWERS:
             self.check_same(part)
         sizes = self.sizes()
