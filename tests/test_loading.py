@@ -369,9 +369,10 @@ SETTINGS_FAULTS: dict[str, tuple[Change, str]] = {
     ),
     "a scheduler of flows": (
         lambda folder: rewrite(
-            folder / INDEX, lambda index: index.update(prior_scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"])
+            folder / INDEX,
+            lambda index: index.update(decoder_scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"]),
         ),
-        "nothing can be drawn by the prior_scheduler.*, a FlowMatchEulerDiscreteScheduler",
+        "nothing can be drawn by the decoder_scheduler.*, a FlowMatchEulerDiscreteScheduler",
     ),
     "a scheduler that is driven otherwise": (
         lambda folder: rewrite(
