@@ -122,7 +122,7 @@ class Prior(ModelMixin, ConfigMixin):
         """The rest of it: two tokens instead of the whole sequence, or three at a timestep that was not prepared."""
         tokens, past = self.image_tokens(x, t), [[pair] for pair in context.past]
         same = t[:, None] == context.times
-        if same.any(dim=1).all():
+        if len(context.times) and same.any(dim=1).all():
             tokens, at = tokens[:, 1:], (context.rows, same.int().argmax(dim=1))
             for pairs, (keys, values) in zip(past, context.at_times):
                 pairs.append((keys[at], values[at]))
@@ -177,6 +177,8 @@ def distinct(text: TextEncoding) -> tuple[TextEncoding, Tensor]:
 
     Neighbours are the same where several pictures are drawn of a caption, and where guidance repeats the null.
     """
+    if text.mask.is_meta:  # shapes alone, which do not say what is the same
+        return text, torch.arange(len(text), device=text.mask.device)
     columns = (text.embedding, text.states.flatten(1), text.mask)
     new = torch.stack([(column[1:] != column[:-1]).any(dim=1) for column in columns]).any(dim=0)
     new = torch.cat([new.new_ones(1), new])
