@@ -44,7 +44,7 @@ def convert_folder(
             f"no layout {to!r:.80}; there are {OURS}, which is this project's own, and {', '.join(BY_NAME)}"
         )
     dtype = torch.float16 if fp16 else None
-    path = Path(source if is_folder(source) else Text2ImagePipeline.download(source))
+    path = Path(source if is_folder(source) else Text2ImagePipeline.download(source, variant=variant))
     if not (path / "model_index.json").is_file() and prior is None:
         return convert_prior(path, out, to, clip, variant, dtype)
     components = None if to == OURS or prior or is_ours(path) else half_of(path, BY_NAME[to], dtype, variant)

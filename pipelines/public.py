@@ -111,7 +111,7 @@ def own_arguments(
         kwargs |= {name: part(name) for name in absent}
     if isinstance(named := kwargs.get("prior"), str | Path):
         if not Path(named).exists() and str(named).count("/") == 1:  # a word without an owner is no repository's name
-            named = download(str(named), **{key: kwargs[key] for key in FETCHING if key in kwargs})
+            named = download(str(named), variant=variant, **{key: kwargs[key] for key in FETCHING if key in kwargs})
         kwargs |= {"clip": kwargs["clip"] if "clip" in kwargs else part("clip")}
         found = any_prior(named, lambda: kwargs["clip"], of_part("prior"), variant)
         kwargs = {**found, **kwargs, "prior": found["prior"]}

@@ -7,8 +7,6 @@ from typing import Any, Self
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 
 from pipelines.folder import (
@@ -22,7 +20,7 @@ from pipelines.folder import (
     is_ours,
 )
 from pipelines.options import DecoderOptions, PriorOptions
-from pipelines.public import own_arguments, public_components
+from pipelines.public import FETCHING, own_arguments, public_components
 from pipelines.watched import WatchedPipeline
 from t2i.autoregressive_prior import AutoregressivePrior
 from t2i.checkpoint import loaded
@@ -33,15 +31,14 @@ from t2i.diffusion import check_eta
 from t2i.errors import InputError
 from t2i.guidance import Guidance
 from t2i.interop.component import listed
+from t2i.interop.fetching import fetched_model
 from t2i.priors import UNSCHEDULED, AnyPrior, check_plain, usual_guidance
 from t2i.samplers import check_drawing, chosen
 from t2i.sampling import check_texts
 from t2i.steering import check_steering
-from t2i.untrusted import is_folder, reach
+from t2i.untrusted import is_folder
 from t2i.upsampler import Upsampler
 from t2i.upsampling import check_size
-
-FILES = ["*.json", "*.safetensors", "*.txt"]  # of a repository; of text, the pairs of a CLIP's vocabulary
 
 
 class StagedPipeline(WatchedPipeline):
@@ -171,18 +168,9 @@ class StagedPipeline(WatchedPipeline):
 
     @classmethod
     def download(cls, pretrained_model_name: str | Path, **kwargs: Any) -> str:
-        """Fetch a whole repository: diffusers' own download refuses components of other packages."""
-        accepted = ("revision", "cache_dir", "token", "local_files_only", "force_download")
-        options = {name: kwargs[name] for name in accepted if kwargs.get(name) is not None}
-        try:
-            if Path(pretrained_model_name).exists():
-                raise InputError(f"{str(pretrained_model_name)!r} is a file; give the folder of a model")
-            options = {**reach(str(pretrained_model_name)), **options}
-            return snapshot_download(str(pretrained_model_name), allow_patterns=FILES, **options)
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            raise InputError(
-                f"no folder {str(pretrained_model_name)!r:.200}, and no such model on the hub, or no hub ({error})"
-            ) from error
+        """Fetch what is read of a repository: diffusers' own download refuses components of other packages."""
+        options = {name: kwargs[name] for name in FETCHING if kwargs.get(name) is not None}
+        return str(fetched_model(pretrained_model_name, variant=kwargs.get("variant"), **options))
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

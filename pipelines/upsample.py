@@ -62,7 +62,7 @@ class UpsamplePipeline(WatchedPipeline):
         that has an upsampler. Raises InputError, in one line."""
         path = Path(pretrained_model_name_or_path)
         if not is_folder(path):
-            path = Path(UnCLIPPipeline.download(str(path), **kwargs))
+            path = Path(UnCLIPPipeline.download(str(path), **kwargs | {"variant": None}))  # plain files are read below
         if not (path / "model_index.json").is_file():
             return cls(load_model(Upsampler, path), load_scheduler(path / "scheduler"))
         check_files(path)

@@ -7,7 +7,7 @@ are, so a configuration that asks for more is refused before anything of that si
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,29 +68,41 @@ def is_folder(name: str | Path) -> bool:
         return False
 
 
-def reach(name: str) -> dict[str, Any]:
-    """Options of `snapshot_download`, which waits without end for a hub that does not answer: then the cache alone."""
+def reach(
+    name: str, revision: str | None = None, token: str | bool | None = None
+) -> tuple[dict[str, Any], set[str] | None]:
+    """Options of `snapshot_download`, which waits without end for a hub that does not answer: then the cache alone.
+
+    And the names of the repository's files; None where the hub does not say.
+    """
     if constants.HF_HUB_OFFLINE:
-        return {}
+        return {}, None
     try:
-        HfApi().model_info(name, timeout=PATIENCE)
+        found = HfApi().model_info(name, revision=revision, timeout=PATIENCE, token=token)
     except (HfHubHTTPError, HFValidationError):
-        return {}  # an answer
+        return {}, None  # an answer
     except Exception:  # the client's own errors differ between versions of the hub's library
-        return {"local_files_only": True}
-    return {}
+        return {"local_files_only": True}, None
+    return {}, None if found.siblings is None else {file.rfilename for file in found.siblings}
+
+
+@contextmanager
+def asking(name: str) -> Iterator[None]:
+    """What the hub's library raises, in one line. Raises InputError, too, for the name of a file."""
+    try:
+        if Path(name).exists():
+            raise InputError(f"{name!r} is a file; give the folder of a model")
+        yield
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise InputError(f"no folder {name!r:.200}, and no such model on the hub, or no hub ({error})") from error
 
 
 def fetched(name: str | Path, patterns: list[str]) -> Path:
     """A folder; or, if there is none of this name, what matches `patterns` in the hub's repository of that name."""
     if is_folder(name):
         return Path(name)
-    try:
-        if Path(name).exists():
-            raise InputError(f"{str(name)!r} is a file; give the folder of a model")
-        return Path(snapshot_download(str(name), allow_patterns=patterns, **reach(str(name))))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise InputError(f"no folder {str(name)!r:.200}, and no such model on the hub, or no hub ({error})") from error
+    with asking(str(name)):
+        return Path(snapshot_download(str(name), allow_patterns=patterns, **reach(str(name))[0]))
 
 
 def read_json(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
@@ -178,15 +190,20 @@ def check_inside(path: Path, root: Path) -> None:
         raise InputError(f"{str(path)!r} is a link out of {str(root)!r}, which is not followed; copy the files")
 
 
-def weight_files(folder: Path, variant: str | None = None, stem: str = "diffusion_pytorch_model") -> list[Path]:
+def weight_files(
+    folder: Path,
+    variant: str | None = None,
+    stem: str = "diffusion_pytorch_model",
+    exists: Callable[[Path], bool] = Path.exists,
+) -> list[Path]:
     """The safetensors files of a model folder: those of its index, or the one.
 
-    `stem`: the name that diffusers gives them; transformers' is "model".
+    `stem`: the name that diffusers gives them; transformers' is "model". `exists`: of files that are yet to be fetched.
     """
     middle = f".{variant}" if variant else ""
     index = folder / f"{stem}.safetensors.index{middle}.json"
     single = folder / f"{stem}{middle}.safetensors"
-    if index.exists():
+    if exists(index):
         shards = read_json(index, MAX_TABLE).get("weight_map")
         if not isinstance(shards, dict) or not shards:
             raise InputError(f"{str(index)!r} has no weight_map that names files")
@@ -194,8 +211,8 @@ def weight_files(folder: Path, variant: str | None = None, stem: str = "diffusio
             if not check_name(f"a file in {str(index)!r}", name).endswith(".safetensors"):
                 raise InputError(f"{str(index)!r} asks for {name!r}; only .safetensors is loaded")
         return [folder / name for name in sorted(set(map(str, shards.values())))]
-    if variant and not single.exists():
-        return weight_files(folder, stem=stem)
+    if variant and not exists(single):
+        return weight_files(folder, stem=stem, exists=exists)
     return [single]
 
 

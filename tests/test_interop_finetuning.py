@@ -326,7 +326,7 @@ def test_of_a_repository_on_the_hub_the_parts_in_question_are_fetched_alone(shap
         asked.setdefault(name, []).append(allow_patterns)
         return str(hub[name])
 
-    monkeypatch.setattr("t2i.untrusted.snapshot_download", snapshot_download)
+    monkeypatch.setattr("t2i.interop.fetching.snapshot_download", snapshot_download)
     prior, decoder = hub
     _, config = configured("kandinsky", shapes, tmp_path, clip=prior, autoencoder=decoder, init=decoder)
     assert isinstance(stage("kandinsky", config), KandinskyDecoder)

@@ -247,17 +247,17 @@ def test_a_folder_saves_loads_in_a_fresh_process_and_draws_the_same_picture(pipe
     torch.testing.assert_close(torch.load(tmp_path / "x.pt"), expected, atol=1e-6, rtol=0)
 
 
-def test_a_repository_on_the_hub_is_fetched_whole_and_without_pickles(pipeline_folder, monkeypatch):
+def test_a_repository_of_unknown_files_is_fetched_whole_and_without_pickles(pipeline_folder, monkeypatch):
     asked = {}
 
     def snapshot_download(name, **options):
         asked.update(options, name=name)
         return str(pipeline_folder)
 
-    monkeypatch.setattr("pipelines.stages.snapshot_download", snapshot_download)
+    monkeypatch.setattr("t2i.interop.fetching.snapshot_download", snapshot_download)
     pipeline = Text2ImagePipeline.from_pretrained("someone/model", revision="v1")
     assert pipeline.clip.embed_dim == 32
-    assert asked == {"name": "someone/model", "revision": "v1", "allow_patterns": ["*.json", "*.safetensors", "*.txt"]}
+    assert asked == {"name": "someone/model", "revision": "v1", "allow_patterns": ["*.json", "*.txt", "*.safetensors"]}
 
 
 def test_the_folder_format_is_pinned(pipeline_folder):

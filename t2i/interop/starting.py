@@ -16,6 +16,7 @@ from t2i.checkpoint import class_name
 from t2i.condition import TextEncoding
 from t2i.errors import InputError
 from t2i.interop.component import Component, listed
+from t2i.interop.fetching import fetched_model
 from t2i.interop.kandinsky import KandinskyDecoder
 from t2i.interop.karlo import KarloDecoder
 from t2i.interop.layouts import BY_CLASS, CLASSES, LAYOUTS, OF_TRANSFORMERS, Layout
@@ -25,7 +26,7 @@ from t2i.interop.prior_transformer import load_prior_transformer
 from t2i.interop.super_resolution import SuperResolution
 from t2i.interop.transformers_clip import TransformersCLIP
 from t2i.prior import Prior
-from t2i.untrusted import MAX_TIMESTEPS, fetched, is_folder, read_config
+from t2i.untrusted import MAX_TIMESTEPS, is_folder, read_config
 
 PublicDecoder = KarloDecoder | KandinskyDecoder
 DECODERS, AUTOENCODERS = (KarloDecoder, KandinskyDecoder), (MoVQ, SuperResolution)  # of public models
@@ -74,7 +75,7 @@ def find(name: str, parts: tuple[str, ...], others: tuple[str, ...] = ()) -> Fou
     """
     if not is_folder(name) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is None:
         return None
-    path = fetched(name, files_of(*parts, *others)).absolute()
+    path = fetched_model(name, (*parts, *others), otherwise=files_of(*parts, *others)).absolute()
     layout = layout_of(path)
     if layout is not None:
         part = next((part for part in parts if part in layout.places), None)
@@ -99,7 +100,7 @@ def layout_of(folder: Path) -> Layout | None:
 
 
 def files_of(*parts: str) -> list[str]:
-    """Patterns of the files of these parts, and of all configurations, in any layout."""
+    """Patterns of the files of these parts, and of all configurations, in any layout: where no list of them is had."""
     places = sorted({layout.places[part] for layout in LAYOUTS for part in parts if part in layout.places} - {"."})
     stems = [f"{stem}{end}.safetensors" for stem in ("diffusion_pytorch_model", "model") for end in ("", "-*")]
     return ["*.json", "*.txt", *(f"{place}/{stem}" for place in places for stem in stems)]  # * matches folders too

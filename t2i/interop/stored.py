@@ -3,6 +3,7 @@
 import math
 import re
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,12 @@ AUTO = "auto"
 def variants_of(folder: Path) -> set[str]:
     """The variants, such as "fp16", that a model's folder, or a part of a pipeline's, has weights of."""
     parts = [folder, *(path for path in folder.iterdir() if is_folder(path))]
-    found = (NAMED.fullmatch(path.name) for part in parts for path in part.iterdir())
+    return variants_in(path.name for part in parts for path in part.iterdir())
+
+
+def variants_in(names: Iterable[str]) -> set[str]:
+    """The variants that there are weights of in files of these names, which may be in folders."""
+    found = (NAMED.fullmatch(name.rpartition("/")[2]) for name in names)
     return {SHARD.sub("", one[1] or one[2]) for one in found if one}
 
 
