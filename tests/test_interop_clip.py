@@ -86,6 +86,15 @@ def test_captions_of_mixed_lengths_are_encoded_as_transformers_encodes_them(
     torch.testing.assert_close(short.states, theirs.last_hidden_state[:2, :4], atol=1e-6, rtol=0)
 
 
+def test_letters_are_composed_as_transformers_composes_them() -> None:
+    """An accent after its letter, Korean's single sounds and the sign of a unit are written as one letter first."""
+    captions = ["cafe\u0301 dog", "\u1100\u1161\u11a8", "A\u030a \u212b", "\ufb01x"]  # the last stays: a ligature
+    theirs = tiny_tokenizer()(captions, padding="max_length", return_tensors="pt").input_ids
+    ours = load(clip_folder()).tokenizer
+    assert (ours(captions) == theirs).all()
+    assert (ours(["cafe\u0301"]) == ours(["caf\u00e9"])).all()
+
+
 @pytest.mark.parametrize("newer", [False, True])
 @pytest.mark.parametrize("pads", [("<|endoftext|>", "!"), ("!", "<|endoftext|>"), (None, "!"), ("!", None)])
 def test_what_pads_is_what_transformers_takes_of_two_files(pads: tuple, newer: bool, tmp_path: Path) -> None:
@@ -146,6 +155,8 @@ def test_a_picture_s_gradient_comes_through_the_resizing() -> None:
         {"size": {"height": 16, "width": 16}, "do_center_crop": False},
         {"size": {"shortest_edge": 18}, "crop_size": {"height": 16, "width": 16}, "do_normalize": False},
         {"size": {"shortest_edge": 12}, "crop_size": {"height": 16, "width": 16}},
+        {"size": {"shortest_edge": 13}, "crop_size": {"height": 16, "width": 16}},  # one row above, two below
+        {"size": {"shortest_edge": 7}, "crop_size": {"height": 16, "width": 16}},  # a frame
         {
             "do_resize": False,
             "crop_size": {"height": 16, "width": 16},
@@ -308,9 +319,12 @@ def test_files_of_the_hub_s_cache_are_links_to_its_blobs_and_no_others_are_follo
         load(folder)
 
 
-TOWERS = {  # of Karlo and Kandinsky 2.1 (ViT-L), and of Kandinsky 2.2 (ViT-bigG): text and image
+# Text and image towers of Karlo and Kandinsky 2.1 (ViT-L), of Kandinsky 2.2 (ViT-bigG), and of Stable unCLIP's
+# variations (ViT-H), which have no text tower.
+TOWERS: dict[str, tuple] = {
     "ViT-L": ((768, 12, 12, 3072), (1024, 24, 16, 4096), 768, "quick_gelu"),
     "ViT-bigG": ((1280, 32, 20, 5120), (1664, 48, 16, 8192), 1280, "gelu"),
+    "ViT-H": (None, (1280, 32, 16, 5120), 1024, "gelu"),
 }
 
 
@@ -321,20 +335,21 @@ def test_the_published_towers_have_transformers_names_and_shapes(name: str) -> N
     shared = {"projection_dim": dim, "hidden_act": activation, "layer_norm_eps": 1e-5}
     words = shared | {"vocab_size": 49408, "max_position_embeddings": 77, "eos_token_id": 2}
     pixels = shared | {"num_channels": 3, "image_size": 224, "patch_size": 14}
-    config = {"text": dict(zip(keys, text)) | words, "vision": dict(zip(keys, image)) | pixels}
+    configs = {"vision": dict(zip(keys, image)) | pixels}
+    if text is not None:
+        configs["text"] = dict(zip(keys, text)) | words
     with torch.device("meta"):
-        clip = TransformersCLIP(**config)
-        towers = (
-            CLIPTextModelWithProjection(CLIPTextConfig(**config["text"])),
-            CLIPVisionModelWithProjection(CLIPVisionConfig(**config["vision"])),
-        )
-    wanted = {
-        f"{place}.{key}": one.shape
-        for place, tower in zip(("text_encoder", "image_encoder"), towers)
-        for key, one in tower.state_dict().items()
-    }
+        clip = TransformersCLIP(**configs)
+        towers = {"image_encoder": CLIPVisionModelWithProjection(CLIPVisionConfig(**configs["vision"]))}
+        if text is not None:
+            towers["text_encoder"] = CLIPTextModelWithProjection(CLIPTextConfig(**configs["text"]))
+    wanted = {f"{place}.{key}": one.shape for place, tower in towers.items() for key, one in tower.state_dict().items()}
     assert {key: one.shape for key, one in clip.state_dict().items()} == wanted
-    assert wanted["text_encoder.text_projection.weight"] == (dim, text[0])
-    assert (clip.embed_dim, clip.text_width, clip.context_length, clip.size) == (dim, text[0], 77, 224)
-    layers = 16 * (text[1] + image[1])  # two norms, four projections and two layers of an MLP, with their biases
-    assert len(wanted) == layers + 5 + 8
+    assert wanted["image_encoder.visual_projection.weight"] == (dim, image[0])
+    assert (clip.embed_dim, clip.size, clip.reads_captions) == (dim, 224, text is not None)
+    layers, others = image[1], 8
+    if text is not None:
+        assert wanted["text_encoder.text_projection.weight"] == (dim, text[0])
+        assert (clip.text_width, clip.context_length) == (text[0], 77)
+        layers, others = layers + text[1], others + 5
+    assert len(wanted) == 16 * layers + others  # two norms, four projections, an MLP's two layers; all with biases
