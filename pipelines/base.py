@@ -279,11 +279,6 @@ class UnCLIPPipeline(StagedPipeline):
         images = self.autoencoder.draw(latents, own, steps, noise, self.progress_bar, on_step, wrap)
         return check_finite("super-resolution", images.float())
 
-    @property
-    def is_cascade(self) -> bool:
-        """Whether decoding is a diffusion of its own."""
-        return hasattr(self.autoencoder, "draw")
-
     def finish(self, images: Any, z_i: Tensor, return_dict: bool) -> UnCLIPPipelineOutput | tuple:
         self.maybe_free_model_hooks()
         return UnCLIPPipelineOutput(images, z_i) if return_dict else (images, z_i)

@@ -96,7 +96,7 @@ class InpaintPipeline(UnCLIPPipeline):
         height, width = (side // self.autoencoder.factor for side in canvas.shape[-2:])
         self.check_noise(prior if prompts else None, replace(decoder, latents=None, super_res_latents=None), count)
         self.check_tensor("latents", decoder.latents, (count, self.latent_shape[0], height, width))
-        self.check_tensor("super_res_latents", decoder.super_res_latents, (count, 3, *canvas.shape[-2:]))
+        self.check_super_resolution(decoder, (count, 3, *canvas.shape[-2:]))
         away = self.away_from(negative_image_embeds, count)
         whole, inside = (one.repeat_interleave(each, dim=0).to(canvas.device) for one in (pictures, masks))
 

@@ -70,7 +70,8 @@ class DecoderOptions:
     noise_level: how far a decoder that noises z_i first (Stable unCLIP's) does so, 0 to 999 there: the more, the more
         the pictures differ from what z_i says.
     image_embeds_noise: (N, D), what it noises z_i with.
-    super_res_num_inference_steps: of the diffusion that a cascade's pictures (Karlo's) always pass through at the end.
+    super_res_num_inference_steps: of the diffusion that a cascade's pictures (Karlo's) always pass through at the end;
+        another number than the default, and super_res_latents, are refused where the model is none.
     super_res_latents: (N, 3, H, W), the noise that it starts from.
     callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}) after each step of the decoder; what it
         returns under "latents" is used.

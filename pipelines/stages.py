@@ -179,6 +179,11 @@ class StagedPipeline(WatchedPipeline):
         return config.latent_channels, config.latent_size, config.latent_size
 
     @property
+    def is_cascade(self) -> bool:
+        """Whether decoding is a diffusion of its own."""
+        return hasattr(self.autoencoder, "draw")
+
+    @property
     def usual(self) -> dict[str, Any]:
         """Options of the decoder, where nothing is said."""
         return {"num_inference_steps": self.decoder.usual_steps, "guidance_scale": self.decoder.usual_guidance}
@@ -234,8 +239,17 @@ class StagedPipeline(WatchedPipeline):
         if prior is not None:
             self.check_tensor("prior_latents", prior.prior_latents, (count, self.clip.embed_dim))
         self.check_tensor("latents", decoder.latents, (count, channels, height, width))
-        self.check_tensor("super_res_latents", decoder.super_res_latents, (count, 3, *sides))
+        self.check_super_resolution(decoder, (count, 3, *sides))
         self.check_tensor("image_embeds_noise", decoder.image_embeds_noise, (count, self.clip.embed_dim))
+
+    def check_super_resolution(self, options: DecoderOptions, shape: tuple[int, ...]) -> None:
+        """Of a cascade, for pictures of this shape; a model that is none is asked for nothing of it."""
+        given = [] if options.super_res_latents is None else ["super_res_latents"]
+        if options.super_res_num_inference_steps != DecoderOptions.super_res_num_inference_steps:
+            given.append("super_res_num_inference_steps")
+        if given and not self.is_cascade:
+            raise InputError(f"{given[0]} is of a cascade (Karlo's), which draws again at the end; this model does not")
+        self.check_tensor("super_res_latents", options.super_res_latents, shape)
 
     def check_sides(self, options: DecoderOptions, any_size: bool) -> None:
         """Of the pictures that are to be drawn."""

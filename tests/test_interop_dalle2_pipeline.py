@@ -41,7 +41,7 @@ UNET = {"dim": 8, "cond_dim": 6, "dim_mults": [1, 2], "attn_dim_head": 4, "attn_
 READER = {**UNET, "cond_on_text_encodings": True, "text_embed_dim": WIDTH, "max_text_len": 77, "image_embed_dim": WIDTH}
 CLIP_CONFIG = {"make": "openai", "model": "ViT-L/14"}
 PROMPTS = ["a red cat", "a photograph of a lighthouse on a cliff in the evening"]
-QUICK = {"num_inference_steps": 3, "prior_num_inference_steps": 2, "super_res_num_inference_steps": 2}
+QUICK = {"num_inference_steps": 3, "prior_num_inference_steps": 2}
 
 
 @pytest.fixture
@@ -136,12 +136,17 @@ def test_captions_are_read_as_the_package_reads_them(files: Path, tmp_path: Path
     assert not theirs.text_encodings[:, length:].any()
 
 
+def few(pipeline: Text2ImagePipeline) -> dict[str, int]:
+    """Steps of every stage that it has."""
+    return QUICK | ({"super_res_num_inference_steps": 2} if pipeline.is_cascade else {})
+
+
 def test_text_to_image_does_what_the_stages_of_the_package_do(pipeline: Text2ImagePipeline) -> None:
-    both = pipeline(PROMPTS, generator=generators(1, 2), output_type="pt", **QUICK)
+    both = pipeline(PROMPTS, generator=generators(1, 2), output_type="pt", **few(pipeline))
     side = 16 if isinstance(pipeline.autoencoder, DALLE2Cascade) else 8
     assert both.images.shape == (2, 3, side, side) and both.images.std() > 0.05
     torch.testing.assert_close(both.image_embeds.norm(dim=-1), torch.ones(2))
-    alone = pipeline(PROMPTS[0], generator=generators(1), output_type="pt", **QUICK)
+    alone = pipeline(PROMPTS[0], generator=generators(1), output_type="pt", **few(pipeline))
     torch.testing.assert_close(alone.image_embeds, both.image_embeds[:1], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(alone.images, both.images[:1], atol=2e-2, rtol=0)  # see the test of the cascade
     assert pipeline.usual == {"num_inference_steps": 100, "guidance_scale": 1.7}
@@ -205,19 +210,24 @@ def test_the_final_picture_is_the_packages(
 def test_every_pipeline_takes_the_model(pipeline: Text2ImagePipeline, tmp_path: Path) -> None:
     picture = Image.effect_noise((32, 32), 80).convert("RGB")
     side = pipeline.image_size
-    quick = {name: value for name, value in QUICK.items() if name != "prior_num_inference_steps"}
+    quick = {name: value for name, value in few(pipeline).items() if name != "prior_num_inference_steps"}
     varied = ImageVariationPipeline.from_pipe(pipeline)(picture, generator=generators(1), **quick)
     assert varied.images[0].size == (side, side)
-    mixed = InterpolationPipeline.from_pipe(pipeline)(PROMPTS, frames=3, generator=generators(1)[0], **QUICK)
+    mixed = InterpolationPipeline.from_pipe(pipeline)(PROMPTS, frames=3, generator=generators(1)[0], **few(pipeline))
     assert len(mixed.images) == 3
     mask = Image.new("L", (32, 32), 0)
     mask.paste(255, (0, 0, 16, 32))
-    painted = InpaintPipeline.from_pipe(pipeline)(picture, mask, PROMPTS[0], generator=generators(1), **QUICK)
+    painted = InpaintPipeline.from_pipe(pipeline)(picture, mask, PROMPTS[0], generator=generators(1), **few(pipeline))
     assert painted.images[0].size == (32, 32)
     box = (17, 0, 32, 32)
     assert painted.images[0].crop(box).tobytes() == picture.crop(box).tobytes()
     pipeline(
-        PROMPTS[0], negative_prompt="a dog", guidance_scale=3.0, sampler="dpmsolver++", prior_candidates=2, **QUICK
+        PROMPTS[0],
+        negative_prompt="a dog",
+        guidance_scale=3.0,
+        sampler="dpmsolver++",
+        prior_candidates=2,
+        **few(pipeline),
     )
 
 
@@ -228,7 +238,7 @@ def test_a_bfloat16_pipeline_is_saved_and_loaded(pipeline: Text2ImagePipeline, t
     assert "Expected types" not in capfd.readouterr().err  # diffusers compares with the constructor's
     assert isinstance(again.prior, DALLE2Prior) and isinstance(again.decoder, DALLE2Decoder)
     assert again.prior.dtype == again.decoder.dtype == torch.bfloat16
-    assert again(PROMPTS, generator=generators(1, 2), output_type="pt", **QUICK).images.isfinite().all()
+    assert again(PROMPTS, generator=generators(1, 2), output_type="pt", **few(pipeline)).images.isfinite().all()
 
 
 def test_no_public_layout_holds_these_models(pipeline: Text2ImagePipeline, tmp_path: Path) -> None:

@@ -412,6 +412,8 @@ NAN = float("nan")
         ({"prior_latents": torch.full((1, 32), NAN)}, "prior_latents must be finite"),
         ({"image_embeds": torch.zeros(2, 5)}, "image_embeds must be a tensor"),
         ({"callback_on_step_end_tensor_inputs": ["z"]}, "may hold"),
+        ({"super_res_latents": torch.zeros(1, 3, 64, 64)}, "super_res_latents is of a cascade"),
+        ({"super_res_num_inference_steps": 3}, "super_res_num_inference_steps is of a cascade"),
     ],
 )
 def test_bad_input_is_refused_before_any_work(pipeline, monkeypatch, settings, message):
@@ -473,3 +475,14 @@ def test_where_pictures_are_given_they_decide_the_size(pipeline) -> None:
     redraw = ImageToImagePipeline.from_pipe(pipeline)
     with pytest.raises(InputError, match="height is 64, but here pictures have the size of those that are given"):
         redraw(np.zeros((32, 32, 3), dtype=np.uint8), "red circle", height=64)
+
+
+def test_where_the_mask_s_canvas_decides_the_size_nothing_is_asked_of_a_cascade_that_is_none(pipeline) -> None:
+    from t2i import InpaintPipeline
+
+    mask = torch.ones(1, 64, 64)
+    mask[:, :32] = 0
+    painter, canvas = InpaintPipeline.from_pipe(pipeline), (torch.zeros(3, 64, 64), mask)
+    for given in ({"super_res_latents": torch.zeros(1, 3, 64, 64)}, {"super_res_num_inference_steps": 3}):
+        with pytest.raises(InputError, match=f"{[*given][0]} is of a cascade"):
+            painter(*canvas, "red circle", **given)
