@@ -8,9 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, StableUnCLIPImg2ImgPipeline, StableUnCLIPPipeline
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableUnCLIPImg2ImgPipeline,
+    StableUnCLIPPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from t2i.autoencoder import Autoencoder
 from t2i.condition import ImageCondition
@@ -20,6 +28,7 @@ from t2i.interop.component import Component
 from t2i.interop.stable_unclip import StableUnCLIPDecoder, caption_encoder, latent_autoencoder
 from t2i.sampling import decoder_predict
 from t2i.text_encoder import TextEncoder
+from t2i.untrusted import check_scheduler, read_config
 from tests.interop_folders import EMBED_DIM, clip_vocabulary, tiny_text_tower
 from tests.interop_stable_folders import stable_unclip, stable_unclip_images
 
@@ -66,9 +75,16 @@ def ours(images: bool = False) -> tuple:
     """Decoder, text encoder, autoencoder."""
     folder = stable_unclip_images() if images else stable_unclip()
     text_encoder = caption_encoder(Component(folder / "text_encoder", folder, stem="model"), folder / "tokenizer")
-    decoder = StableUnCLIPDecoder.from_folder(folder)
+    decoder = decoder_of(folder)
     decoder.take_null(None, text_encoder)
     return decoder, text_encoder, latent_autoencoder(Component(folder / "vae", folder))
+
+
+def decoder_of(folder: Path) -> StableUnCLIPDecoder:
+    check_scheduler(folder / "image_noising_scheduler", "DDPMScheduler", folder)
+    noising = read_config(folder / "image_noising_scheduler" / "scheduler_config.json")
+    unet, normalizer = (Component(folder / name, folder) for name in ("unet", "image_normalizer"))
+    return StableUnCLIPDecoder.from_components(unet, normalizer, noising)
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -161,7 +177,7 @@ def test_a_decoder_and_its_text_encoder_are_the_same_after_saving(tmp_path):
 
 def test_conditions_are_dropped_in_training_and_statistics_stay():
     decoder, encoder, _ = ours()
-    decoder = StableUnCLIPDecoder.from_folder(stable_unclip()).requires_grad_(True)
+    decoder = decoder_of(stable_unclip()).requires_grad_(True)
     decoder.take_null(None, encoder)
     condition = ImageCondition(drawn(3, EMBED_DIM), encoder.encode(PROMPTS))
     kept = drop(condition, decoder.null(3), 0.0)
@@ -215,14 +231,14 @@ def test_parts_that_do_not_fit_are_refused(file, changed, said, tmp_path):
     folder = Path(shutil.copytree(stable_unclip(), tmp_path / "model"))
     change(folder / file, **changed)
     with pytest.raises(InputError, match=said):
-        StableUnCLIPDecoder.from_folder(folder)
+        decoder_of(folder)
 
 
 def test_a_text_encoder_of_another_kind_or_width_is_refused(tmp_path):
     folder = Path(shutil.copytree(stable_unclip(), tmp_path / "model"))
     with pytest.raises(InputError, match=r"\(77, 16\) values, the decoder reads \(77, 24\)"):
         encoder = caption_encoder(Component(plain_tower(folder), folder, stem="model"), folder / "tokenizer")
-        StableUnCLIPDecoder.from_folder(folder).take_null(None, encoder)
+        decoder_of(folder).take_null(None, encoder)
     change(folder / "text_encoder" / "config.json", model_type="t5")
     with pytest.raises(InputError, match="is a t5; Stable Diffusion reads captions by a clip_text_model"):
         caption_encoder(Component(folder / "text_encoder", folder, stem="model"), folder / "tokenizer")
@@ -236,23 +252,26 @@ def plain_tower(folder: Path) -> Path:
 
 @pytest.mark.parametrize(("embed_dim", "labels"), [(768, 1536), (1024, 2048)])
 def test_real_configurations_have_the_published_tensors(embed_dim, labels):
-    """Those of stable-diffusion-2-1-unclip-small and stable-diffusion-2-1-unclip: names, shapes, and how many."""
+    """Those of stable-diffusion-2-1-unclip-small and stable-diffusion-2-1-unclip: every name and shape, as diffusers'
+    and transformers' classes have them; and how many, as the published files have."""
     with torch.device("meta"):
         unet = {**REAL_UNET, "projection_class_embeddings_input_dim": labels}
         decoder = StableUnCLIPDecoder(unet, {"beta_schedule": "squaredcos_cap_v2"}, embed_dim, 4, 96, 1024)
         encoder = TextEncoder("clip_text_model", REAL_TEXT, 77, padded=True)
         autoencoder = Autoencoder(REAL_VAE)
-    shapes = {name: tuple(one.shape) for name, one in decoder.state_dict().items()}
-    classes = {
-        name.removeprefix("unet.class_embedding."): shapes[name] for name in shapes if ".class_embedding" in name
-    }
-    linears = {"linear_1.weight": (1280, labels), "linear_1.bias": (1280,)}
-    assert classes == {**linears, "linear_2.weight": (1280, 1280), "linear_2.bias": (1280,)}
-    assert shapes["normalizer.mean"] == shapes["normalizer.std"] == (1, embed_dim)
-    assert shapes["null_states"] == (77, 1024)
-    unet_only = {name: one for name, one in decoder.unet.state_dict().items() if not name.startswith("class_embedding")}
-    assert len(unet_only) == 686 and sum(one.numel() for one in unet_only.values()) == 865_910_724
-    tower = encoder.net.state_dict()
-    assert len(tower) == 372 and sum(one.numel() for one in tower.values()) == 340_387_840
-    coder = autoencoder.coder.state_dict()
-    assert len(coder) == 248 and sum(one.numel() for one in coder.values()) == 83_653_863
+        parts = {"unet.": UNet2DConditionModel(**unet), "normalizer.": StableUnCLIPImageNormalizer(embed_dim)}
+        tower, vae = CLIPTextModel(CLIPTextConfig(**REAL_TEXT)), AutoencoderKL(**REAL_VAE)
+    assert shapes({"": decoder}) == {**shapes(parts), "null_states": (77, 1024)}
+    assert shapes({"": encoder}) == shapes({"net.": tower})
+    assert shapes({"": autoencoder}) == {**shapes({"coder.": vae}), "mean": (4,), "std": (4,)}
+    sizes = [count(one) for one in (decoder.unet, encoder.net, autoencoder.coder)]
+    told = 1280 * (labels + 1 + 1280 + 1)  # two layers make a vector of what stands for a class
+    assert sizes == [(690, 865_910_724 + told), (372, 340_387_840), (248, 83_653_863)]
+
+
+def shapes(models: dict[str, torch.nn.Module]) -> dict[str, tuple[int, ...]]:
+    return {prefix + name: tuple(x.shape) for prefix, model in models.items() for name, x in model.state_dict().items()}
+
+
+def count(model: torch.nn.Module) -> tuple[int, int]:
+    return len(model.state_dict()), sum(one.numel() for one in model.state_dict().values())

@@ -57,8 +57,8 @@ OF_TRANSFORMERS = ("text_tower", "image_tower", "multilingual_clip", "text_encod
 class Layout:
     """A public layout.
 
-    name: as `t2i convert --to` calls it. family: of the decoder, "" if it has none. places: the folder of each part.
-    optional: parts that a folder of this layout may do without. usual: what holds the rest of it on the hub.
+    name: as `t2i convert --to` calls it. title: of the family, in messages. classes: of the pipelines that it is of.
+    family: of the decoder, "" if it has none. places: the folder of each part.
     """
 
     name: str
@@ -66,7 +66,6 @@ class Layout:
     classes: tuple[str, ...]
     family: str
     places: dict[str, str]
-    optional: tuple[str, ...] = ()
 
 
 PRIOR = {name: name for name in ("prior", "prior_scheduler")}

@@ -25,7 +25,6 @@ from t2i.interop.component import Component, filled, plain
 from t2i.text_encoder import EXACT, TextEncoder, known_settings
 from t2i.tokenizer import TextTokenizer
 from t2i.unet_steps import Prepared, prepare, run
-from t2i.untrusted import check_scheduler, read_config
 
 
 class Normalizer(nn.Module):
@@ -110,16 +109,6 @@ class StableUnCLIPDecoder(ModelMixin, ConfigMixin):
         check_unet(settings, arguments["embed_dim"], unet.folder)
         parts = {"unet.": unet, "normalizer.": normalizer}
         return filled(lambda: cls(**arguments), parts, dtype, extra=("null_states",))
-
-    @classmethod
-    def from_folder(
-        cls, folder: Path, dtype: torch.dtype | None = None, variant: str | None = None
-    ) -> "StableUnCLIPDecoder":
-        """Of a pipeline's folder in the public layout."""
-        check_scheduler(folder / "image_noising_scheduler", "DDPMScheduler", folder)
-        noising = read_config(folder / "image_noising_scheduler" / "scheduler_config.json")
-        unet, normalizer = (Component(folder / name, folder, variant) for name in ("unet", "image_normalizer"))
-        return cls.from_components(unet, normalizer, noising, dtype)
 
     @torch.no_grad()
     def take_null(self, clip: Any, text_encoder: TextEncoder) -> None:
