@@ -39,8 +39,8 @@ format: $(VENV)/installed
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is %d.%d" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps dalle2-pytorch || echo "without dalle2-pytorch: the tests that compare with it are skipped"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,reference]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps dalle2-pytorch || echo "without dalle2-pytorch: tests that compare with it are skipped (CONTRIBUTING.md)"
 	touch $@
 
 clean:

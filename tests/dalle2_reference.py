@@ -3,6 +3,7 @@
 How it is imported, and why with stand-ins, is said in `benchmarks/peers.py`.
 """
 
+import os
 from typing import Any
 
 import diffusers  # noqa: F401  (before the stand-ins: it looks for some of those libraries)
@@ -15,10 +16,13 @@ from t2i.errors import InputError
 
 
 def reference() -> Any:
-    """The module `dalle2_pytorch.dalle2_pytorch`; the tests that ask are skipped where it is not installed."""
+    """The module `dalle2_pytorch.dalle2_pytorch`; where it is not installed, the tests that ask are skipped, or fail if
+    T2I_REFERENCE=required says so."""
     try:
         return dalle2_pytorch()
     except InputError as missing:
+        if os.environ.get("T2I_REFERENCE") == "required":
+            pytest.fail(str(missing), pytrace=False)
         pytest.skip(str(missing))
 
 

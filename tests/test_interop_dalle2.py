@@ -25,6 +25,7 @@ from t2i.interop.dalle2_files import read_dalle2
 from t2i.interop.dalle2_prior import DALLE2Prior
 from t2i.samplers import make_sampler
 from t2i.sampling import decoder_predict, sample_prior
+from tests import dalle2_reference
 from tests.dalle2_reference import Replay, randomised, reference
 
 WIDTH, LONGEST, STEPS = 24, 9, 40  # D, tokens, training timesteps
@@ -604,3 +605,17 @@ def test_a_decoders_configuration_that_no_model_here_computes_is_refused(
     config = {"unets": [UNET | unet], "timesteps": STEPS, "image_size": 8} | options
     with pytest.raises(InputError, match=message):
         converted(state, {"decoder": config}, tmp_path)
+
+
+@pytest.mark.parametrize("required", [False, True])
+def test_without_the_package_what_compares_is_skipped_and_fails_where_it_is_required(
+    required: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing() -> None:
+        raise InputError("dalle2_pytorch not installed")
+
+    monkeypatch.setattr(dalle2_reference, "dalle2_pytorch", missing)
+    monkeypatch.setenv("T2I_REFERENCE", "required" if required else "")
+    ending = pytest.fail.Exception if required else pytest.skip.Exception
+    with pytest.raises(ending, match="dalle2_pytorch not installed"):
+        reference()
