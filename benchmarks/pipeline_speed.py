@@ -21,6 +21,7 @@ from t2i.devices import computes_in_bf16
 from t2i.evaluation.emoji import choose, features, read_emoji, stacked
 from t2i.sampling import split_generators
 from tests import interop_folders as public
+from tests.interop_kandinsky_folders import kandinsky_decoder_parts, kandinsky_prior_parts
 
 ROOT = Path(__file__).resolve().parents[1]
 EMOJI, PICTURES = ROOT / "models" / "emoji", ROOT / "data" / "emoji"
@@ -33,7 +34,7 @@ PRIOR = {  # the public one has 32 heads of 64 and 20 layers
 
 def parts_of_kandinsky(quick: bool) -> dict[str, tuple[str, Any]]:
     """Its components at reduced width, with random weights, as `tests.interop_folders.save_parts` takes them."""
-    parts = public.kandinsky_prior_parts("2.2", "prior_") | public.kandinsky_decoder_parts("2.2")
+    parts = kandinsky_prior_parts("2.2", "prior_") | kandinsky_decoder_parts("2.2")
     return parts | {
         "prior_prior": ("diffusers", public.tiny_prior_transformer(EMBED, **PRIOR[quick])),
         "prior_text_encoder": ("transformers", public.tiny_text_tower(EMBED, EMBED)),

@@ -16,7 +16,8 @@ from t2i.interop.karlo import KarloDecoder
 from t2i.interop.scheduler import UnCLIPRespacedScheduler
 from t2i.interop.super_resolution import SuperResolution
 from t2i.samplers import make_sampler
-from tests.interop_folders import karlo_super_resolution, karlo_text_proj, karlo_unet, tiny_text_tower, tiny_tokenizer
+from tests.interop_folders import tiny_text_tower, tiny_tokenizer
+from tests.interop_karlo_folders import karlo_super_resolution, karlo_text_proj, karlo_unet
 
 CLOSE = {"atol": 5e-5, "rtol": 5e-5}
 

@@ -11,7 +11,8 @@ from t2i.compiling import check_compiler, compile_steps
 from t2i.condition import ImageCondition
 from t2i.errors import InputError
 from t2i.interop.kandinsky import KandinskyDecoder, described
-from tests.interop_folders import EMBED_DIM, tiny_kandinsky_unet
+from tests.interop_folders import EMBED_DIM
+from tests.interop_kandinsky_folders import tiny_kandinsky_unet
 
 EMOJI = Path(__file__).parents[1] / "models" / "emoji"
 

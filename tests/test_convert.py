@@ -20,17 +20,16 @@ from t2i.errors import InputError
 from t2i.inpainting import known_latents
 from t2i.interop.pickles import convert_weights, read_pickle
 from tests.dalle2_folders import dalle2
-from tests.interop_folders import (
+from tests.interop_folders import save_eclipse_prior
+from tests.interop_kandinsky_folders import (
     kandinsky_21_combined,
     kandinsky_21_inpaint,
     kandinsky_21_prior,
     kandinsky_22_combined,
     kandinsky_22_inpaint,
     kandinsky_22_prior,
-    karlo,
-    karlo_variations,
-    save_eclipse_prior,
 )
+from tests.interop_karlo_folders import karlo, karlo_variations
 from tests.interop_stable_folders import stable_unclip, stable_unclip_images
 
 BUILDERS: dict[str, Callable[[], Path]] = {

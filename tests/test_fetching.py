@@ -14,12 +14,8 @@ from pipelines.text2image import Text2ImagePipeline
 from t2i.errors import InputError
 from t2i.interop.fetching import fetched_model
 from t2i.interop.starting import find
-from tests.interop_folders import (
-    kandinsky_22_combined,
-    kandinsky_22_decoder,
-    tiny_kandinsky_unet,
-    tiny_prior_transformer,
-)
+from tests.interop_folders import tiny_prior_transformer
+from tests.interop_kandinsky_folders import kandinsky_22_combined, kandinsky_22_decoder, tiny_kandinsky_unet
 
 NAME = "someone/model"
 

@@ -30,17 +30,15 @@ from t2i.interop.prior_transformer import load_prior_transformer
 from t2i.prior import Prior
 from t2i.text_encoder import load_text_encoder
 
-from .interop_folders import (
+from .interop_folders import tiny_prior_transformer, tiny_text_tower
+from .interop_kandinsky_folders import (
     kandinsky_21_decoder,
     kandinsky_21_prior,
     kandinsky_22_decoder,
     kandinsky_22_inpaint,
     kandinsky_22_prior,
-    karlo,
-    karlo_variations,
-    tiny_prior_transformer,
-    tiny_text_tower,
 )
+from .interop_karlo_folders import karlo, karlo_variations
 
 CLASSES = {"prior": Prior, "karlo": KarloDecoder, "kandinsky": KandinskyDecoder, "kandinsky21": KandinskyDecoder}
 

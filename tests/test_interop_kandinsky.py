@@ -28,8 +28,8 @@ from t2i.interop.kandinsky import KandinskyDecoder
 from t2i.interop.movq import MoVQ
 from t2i.interop.multilingual_clip import MultilingualCLIP
 from t2i.sampling import decoder_predict
-from tests.interop_folders import (
-    EMBED_DIM,
+from tests.interop_folders import EMBED_DIM
+from tests.interop_kandinsky_folders import (
     KANDINSKY_LATENTS,
     kandinsky_21_decoder,
     kandinsky_21_inpaint,

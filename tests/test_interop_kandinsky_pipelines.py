@@ -32,8 +32,8 @@ from pipelines.text2image import Text2ImagePipeline
 from pipelines.text_diff import TextDiffPipeline
 from t2i.errors import InputError
 from t2i.sampling import split_generators
-from tests.interop_folders import (
-    EMBED_DIM,
+from tests.interop_folders import EMBED_DIM
+from tests.interop_kandinsky_folders import (
     kandinsky_21_combined,
     kandinsky_21_inpaint,
     kandinsky_21_prior,

@@ -21,7 +21,8 @@ from t2i.interop.scheduler import UnCLIPRespacedScheduler
 from t2i.interop.super_resolution import SuperResolution
 from t2i.sampling import decoder_predict
 from tests.conftest import seeds
-from tests.interop_folders import EMBED_DIM, karlo, super_resolution_scheduler
+from tests.interop_folders import EMBED_DIM
+from tests.interop_karlo_folders import karlo, super_resolution_scheduler
 from tests.karlo_reference import (
     CLOSE,
     Said,

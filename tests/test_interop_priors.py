@@ -38,8 +38,6 @@ from t2i.priors import draw_embeddings, usual_guidance
 from t2i.untrusted import Stored, check_tensors
 from tests.interop_folders import (
     EMBED_DIM,
-    kandinsky_22_combined,
-    kandinsky_22_prior,
     prior_scheduler,
     randomised,
     save_eclipse_prior,
@@ -49,6 +47,7 @@ from tests.interop_folders import (
     tiny_text_tower,
     tiny_tokenizer,
 )
+from tests.interop_kandinsky_folders import kandinsky_22_combined, kandinsky_22_prior
 
 EMOJI = Path(__file__).parents[1] / "models" / "emoji"
 CAPTIONS = ["a cat", "two red dogs and a cat, " * 3, "", "red dog"]

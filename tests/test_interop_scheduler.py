@@ -14,7 +14,7 @@ from t2i.interop.scheduler import UnCLIPRespacedScheduler
 from t2i.samplers import make_sampler
 from t2i.untrusted import check_scheduler
 from tests.conftest import seeds
-from tests.interop_folders import karlo
+from tests.interop_karlo_folders import karlo
 from tests.karlo_reference import noise, stepped
 
 

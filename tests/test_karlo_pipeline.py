@@ -26,14 +26,12 @@ from t2i.guidance import Guidance
 from tests.conftest import seeds
 from tests.interop_folders import (
     EMBED_DIM,
-    karlo,
-    karlo_parts,
-    karlo_variations,
     prior_scheduler,
     tiny_image_processor,
     tiny_image_tower,
     tiny_prior_transformer,
 )
+from tests.interop_karlo_folders import karlo, karlo_parts, karlo_variations
 from tests.karlo_reference import noise
 
 ONE, MIXED = ["a red cat"], ["cat", "a red dog and a red cat", "dog"]

@@ -21,7 +21,8 @@ from t2i import cli
 from t2i.errors import InputError
 from t2i.interop.component import Component
 from t2i.interop.layouts import USUAL_PRIORS
-from tests.interop_folders import (
+from tests.interop_folders import save_eclipse_prior, tiny_prior_transformer, tiny_text_tower
+from tests.interop_kandinsky_folders import (
     kandinsky_21_combined,
     kandinsky_21_decoder,
     kandinsky_21_prior,
@@ -29,12 +30,8 @@ from tests.interop_folders import (
     kandinsky_22_decoder,
     kandinsky_22_inpaint,
     kandinsky_22_prior,
-    karlo,
-    karlo_variations,
-    save_eclipse_prior,
-    tiny_prior_transformer,
-    tiny_text_tower,
 )
+from tests.interop_karlo_folders import karlo, karlo_variations
 from tests.interop_stable_folders import stable_unclip
 
 WHOLE = {

@@ -20,15 +20,15 @@ from t2i.errors import InputError
 from t2i.interop.scheduler import UnCLIPRespacedScheduler
 from t2i.priors import load_prior
 from tests.conftest import seeds
-from tests.interop_folders import (
+from tests.interop_folders import save_eclipse_prior
+from tests.interop_kandinsky_folders import (
     kandinsky_21_combined,
     kandinsky_21_decoder,
     kandinsky_21_prior,
     kandinsky_22_decoder,
     kandinsky_22_prior,
-    karlo,
-    save_eclipse_prior,
 )
+from tests.interop_karlo_folders import karlo
 from tests.interop_stable_folders import stable_unclip
 
 EMOJI = Path(__file__).parents[1] / "models" / "emoji"  # whose token states are as wide as its embeddings

@@ -34,18 +34,16 @@ from t2i.samplers import SAMPLERS
 
 from .conftest import seeds
 from .dalle2_folders import dalle2
-from .interop_folders import (
+from .interop_folders import save_eclipse_prior, session_folder
+from .interop_kandinsky_folders import (
     kandinsky_21_combined,
     kandinsky_21_inpaint,
     kandinsky_21_prior,
     kandinsky_22_decoder,
     kandinsky_22_inpaint,
     kandinsky_22_prior,
-    karlo,
-    karlo_variations,
-    save_eclipse_prior,
-    session_folder,
 )
+from .interop_karlo_folders import karlo, karlo_variations
 from .interop_stable_folders import stable_unclip_images, stable_unclip_small
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "public-models.md"

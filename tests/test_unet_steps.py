@@ -7,7 +7,8 @@ from diffusers.models.attention_processor import Attention, AttnAddedKVProcessor
 from torch import Tensor, nn
 
 from t2i.unet_steps import prepare, run
-from tests.interop_folders import EMBED_DIM, KANDINSKY_TEXT, randomised, tiny_kandinsky_unet
+from tests.interop_folders import EMBED_DIM, randomised
+from tests.interop_kandinsky_folders import KANDINSKY_TEXT, tiny_kandinsky_unet
 
 
 def random(*shape: int, seed: int) -> Tensor:
