@@ -74,55 +74,26 @@ class Unet(nn.Module):
         old_downsample: bool = False,
     ):
         super().__init__()
-        check_integer("dim", dim, 4, 65_536)
-        check_integer("max_text_len", max_text_len, 1, 1024)
-        if cond_on_text_encodings and text_embed_dim is None:
-            raise InputError("a U-Net with cond_on_text_encodings needs text_embed_dim, got none")
-        if cond_on_image_embeds and image_embed_dim is None:
-            raise InputError("a U-Net with cond_on_image_embeds needs image_embed_dim, got none")
+        states = needed("text_embed_dim", text_embed_dim, "cond_on_text_encodings", cond_on_text_encodings)
+        embeds = needed("image_embed_dim", image_embed_dim, "cond_on_image_embeds", cond_on_image_embeds)
+        check_sizes(dim, max_text_len, cond_dim or dim, embeds)
         self.dim, self.skip_scale = dim, 2**-0.5 if scale_skip_connection else 1.0
-        cond, time, first = cond_dim or dim, 4 * dim, init_dim or dim
-        if cond_on_image_embeds and image_embed_dim == cond:
-            raise InputError(f"image_embed_dim and cond_dim are both {cond}: such a U-Net fails in DALLE2-pytorch too")
-        seen_embeds = image_embed_dim if cond_on_image_embeds else None
-        self.condition(dim, cond, seen_embeds, add_image_embeds_to_time, num_image_tokens, num_time_tokens)
-        self.text_to_cond = nn.Linear(int(text_embed_dim or 0), cond) if cond_on_text_encodings else None
-        self.null_text_embed = nn.Parameter(torch.randn(1, max_text_len, cond))
-        self.to_lowres_noise_cond = (
-            nn.Sequential(nn.Identity(), nn.Linear(dim, time), nn.GELU(), nn.Linear(time, time))
-            if lowres_noise_cond
-            else None
-        )
+        cond, time, count = cond_dim or dim, 4 * dim, len(dim_mults)
+        self.condition(dim, cond, embeds, add_image_embeds_to_time, num_image_tokens, num_time_tokens)
+        self.captions(cond, states, max_text_len)
+        self.to_lowres_noise_cond = level_layers(dim, time) if lowres_noise_cond else None
+        widths = [init_dim or dim, *(dim * factor for factor in dim_mults)]
         read = channels * (2 if lowres_cond else 1)
-        self.init_conv = (
-            CrossEmbedding(read, first, init_cross_embed_kernel_sizes, stride=1)
-            if init_cross_embed
-            else nn.Conv2d(read, first, init_conv_kernel_size, padding=init_conv_kernel_size // 2)
-        )
-        self.levels(
-            [first, *(dim * factor for factor in dim_mults)],
-            Parts(
-                cond,
-                time,
-                cosine_sim_cross_attn,
-                (attn_heads, attn_dim_head),
-                cosine_sim_self_attn,
-                old_attention,
-                sparse_attn,
-                tuple(cross_embed_downsample_kernel_sizes) if cross_embed_downsample else (),
-                old_downsample,
-                pixel_shuffle_upsample,
-            ),
-            each(self_attn, len(dim_mults)),
-            each(num_resnet_blocks, len(dim_mults)),
-            each(resnet_groups, len(dim_mults)),
-            memory_efficient,
-        )
+        several = init_cross_embed_kernel_sizes if init_cross_embed else None
+        self.init_conv = first_layer(read, widths[0], several, init_conv_kernel_size)
+        attention = (attn_heads, attn_dim_head), cosine_sim_self_attn, old_attention, sparse_attn
+        halving = tuple(cross_embed_downsample_kernel_sizes) if cross_embed_downsample else ()
+        parts = Parts(cond, time, cosine_sim_cross_attn, *attention, halving, old_downsample, pixel_shuffle_upsample)
+        attends, blocks, groups = (each(value, count) for value in (self_attn, num_resnet_blocks, resnet_groups))
+        self.levels(widths, parts, attends, blocks, groups, memory_efficient)
         seen = dim + (channels if lowres_cond else 0)
-        self.to_out = nn.Conv2d(
-            seen, channels_out or channels, final_conv_kernel_size, padding=final_conv_kernel_size // 2
-        )
-        self.multiple = 2 ** (len(dim_mults) - (0 if memory_efficient else 1))
+        self.to_out = same_size(seen, channels_out or channels, final_conv_kernel_size)
+        self.multiple = 2 ** (count - (0 if memory_efficient else 1))
 
     def condition(self, dim: int, cond: int, embed_dim: int | None, added: bool, images: int, times: int) -> None:
         """The layers that make tokens and vectors of the time and of z_i."""
@@ -139,6 +110,11 @@ class Unet(nn.Module):
         self.norm_cond, self.norm_mid_cond = nn.LayerNorm(cond), nn.LayerNorm(cond)
         self.null_image_embed = nn.Parameter(torch.randn(1, images, cond))
         self.null_image_hiddens = nn.Parameter(torch.randn(1, time))
+
+    def captions(self, cond: int, states: int | None, length: int) -> None:
+        """The layer that makes tokens of a caption's states, and the tokens that pad them."""
+        self.text_to_cond = None if states is None else nn.Linear(states, cond)
+        self.null_text_embed = nn.Parameter(torch.randn(1, length, cond))
 
     def levels(self, widths: list[int], parts: "Parts", attends: list, blocks: list, groups: list, early: bool) -> None:
         """The way down, the middle, and the way up. early: a level begins with its downsampling."""
@@ -247,3 +223,31 @@ class Unet(nn.Module):
                 x = block(torch.cat([x, skips.pop() * self.skip_scale], dim=1), vector, tokens)
             x = after(attention(x))
         return x
+
+
+def needed(name: str, value: int | None, reader: str, reads: bool) -> int | None:
+    """The dimensions of what is read; None if it is not."""
+    if reads and value is None:
+        raise InputError(f"a U-Net with {reader} needs {name}, got none")
+    return value if reads else None
+
+
+def check_sizes(dim: int, max_text_len: int, cond: int, embed_dim: int | None) -> None:
+    check_integer("dim", dim, 4, 65_536)
+    check_integer("max_text_len", max_text_len, 1, 1024)
+    if embed_dim == cond:
+        raise InputError(f"image_embed_dim and cond_dim are both {cond}: such a U-Net fails in DALLE2-pytorch too")
+
+
+def level_layers(dim: int, time: int) -> nn.Module:
+    """They make a vector of how much the small picture was noised."""
+    return nn.Sequential(nn.Identity(), nn.Linear(dim, time), nn.GELU(), nn.Linear(time, time))
+
+
+def same_size(width: int, out: int, kernel: int) -> nn.Module:
+    return nn.Conv2d(width, out, kernel, padding=kernel // 2)
+
+
+def first_layer(width: int, out: int, several: Any, kernel: int) -> nn.Module:
+    """Convolutions of several sizes side by side; without such, of one."""
+    return same_size(width, out, kernel) if several is None else CrossEmbedding(width, out, several, stride=1)
