@@ -58,7 +58,7 @@ def random(*shape: int, seed: int) -> Tensor:
 
 
 def generators(count: int = 2) -> list[Generator]:
-    return [Generator().manual_seed(7 + number) for number in range(count)]
+    return [Generator().manual_seed(37 + number) for number in range(count)]
 
 
 @functools.cache
@@ -121,9 +121,10 @@ def close(mine: Tensor, theirs: Tensor, within: float = 1e-5) -> None:
     torch.testing.assert_close(mine, theirs, atol=within, rtol=1e-5)
 
 
-def same_pictures(latents: Tensor, theirs: Tensor, within: float = 1e-4) -> None:
-    """Rounding grows with guidance; measured, most are within 2e-5."""
-    close(movq().decode(latents), theirs, within)
+def same_pictures(latents: Tensor, theirs: Tensor) -> None:
+    """Rounding grows with guidance, and where all is noise, for DDIM divides by the little that is left of the sample:
+    most are within 2e-5."""
+    close(movq().decode(latents), theirs, 1e-4)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -186,8 +187,7 @@ def test_2_2_inpaints_as_diffusers_does(name: str, scale: float) -> None:
     noise = draw_noise(latents.shape[1:], generators(1), torch.device("cpu"))
     hold = blend(SCHEDULERS[name], latents, mask, noise)
     mine = ours("2.2", name, scale, known_latents(latents, mask), count=1, on_step=hold)
-    # Where all is noise, DDIM divides by the little that is left of the sample: rounding grows a hundredfold.
-    same_pictures(mine, theirs, 3e-4 if name == "ddim" and scale > 1 else 1e-4)
+    same_pictures(mine, theirs)
 
 
 @pytest.mark.usefixtures("mask_as_given")

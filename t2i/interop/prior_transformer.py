@@ -1,7 +1,7 @@
 """diffusers' PriorTransformer, as Karlo, Kandinsky and ECLIPSE have it, and this project's Prior: each from the other.
 
 The arithmetic is the same; the names differ, and queries, keys and values are one tensor here. An imported prior is
-quicker than the original: what depends on the caption alone is computed once, and a step runs three tokens, not 81.
+quicker than the original: what depends on the caption alone is computed once, and a step runs two tokens, not 81.
 """
 
 import inspect
