@@ -121,3 +121,17 @@ class ImageCondition(Condition):
         if not isinstance(mine, TokenStates) or not isinstance(theirs, TokenStates):
             return self
         return replace(self, text=mine.fitted(theirs))
+
+
+def distinct(columns: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Of tensors with B rows: which rows are not the same as the one before, (P,); and which of them each is, (B,).
+
+    Neighbours are the same where several pictures are drawn of a caption, and where guidance repeats the null: what
+    depends on them is computed once. On the meta device, where values are not known, none are.
+    """
+    if columns[0].is_meta:
+        every = torch.arange(len(columns[0]), device="meta")
+        return every, every
+    new = torch.stack([(one[1:] != one[:-1]).flatten(1).any(dim=1) for one in columns]).any(dim=0)
+    new = torch.cat([new.new_ones(1), new])
+    return new.nonzero()[:, 0], new.cumsum(dim=0) - 1

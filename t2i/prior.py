@@ -15,7 +15,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from t2i.condition import TextEncoding
+from t2i.condition import TextEncoding, distinct
 from t2i.layers import Attention, KeyValue, Rows, TimeEmbedding, checkpointed, feed_forward
 
 MAX_TIMES = 64  # whose tokens are computed ahead: their keys and values are kept, for every caption
@@ -100,7 +100,8 @@ class Prior(ModelMixin, ConfigMixin):
         times: (S,), the timesteps that `step` will be asked for, as far as they are known. Their tokens see the caption
         and themselves alone, so that all are computed together here.
         """
-        text, rows = distinct(text)
+        first, rows = distinct([text.embedding, text.states, text.mask])
+        text = text.take(first)
         times = text.mask.new_zeros(0, dtype=torch.long) if times is None else times[:MAX_TIMES].to(text.mask.device)
         tokens = caption_tokens(self, text)
         count, length = tokens.shape[:2]
@@ -170,19 +171,6 @@ def caption_tokens(prior: Any, text: TextEncoding) -> Tensor:
     scale = prior.config.embed_dim**0.5 if prior.config.get("unit_length", True) else 1.0
     z_t = prior.from_text(text.embedding * scale) + prior.positions[last]
     return torch.cat([caption, z_t[:, None]], dim=1)
-
-
-def distinct(text: TextEncoding) -> tuple[TextEncoding, Tensor]:
-    """A batch without what is the same as the row before it, and which of them each row is, (B,).
-
-    Neighbours are the same where several pictures are drawn of a caption, and where guidance repeats the null.
-    """
-    if text.mask.is_meta:  # shapes alone, which do not say what is the same
-        return text, torch.arange(len(text), device=text.mask.device)
-    columns = (text.embedding, text.states.flatten(1), text.mask)
-    new = torch.stack([(column[1:] != column[:-1]).any(dim=1) for column in columns]).any(dim=0)
-    new = torch.cat([new.new_ones(1), new])
-    return text.map(lambda tensor: tensor[new]), new.cumsum(dim=0) - 1
 
 
 def each_alone(x: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from diffusers.models.unets import unet_2d_blocks as blocks
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
+from t2i.condition import distinct
 from t2i.layers import KeyValue, split_heads
 
 BLOCKS = (
@@ -77,16 +78,6 @@ def prepare(
     allowed = None if mask is None else mask[rows, None, None, :]
     keys = {one: (key[rows], value[rows]) for one, (key, value) in keys.items()}
     return Prepared(sum(both[1:], both[0])[rows] if both else None, keys, allowed, {} if packs(unet, like) else None)
-
-
-def distinct(columns: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Of tensors with B rows: which rows are not the same as the one before, (P,); and which of them each is, (B,).
-
-    Guidance repeats the null for every picture; what is the same is prepared once.
-    """
-    new = torch.stack([(one[1:] != one[:-1]).flatten(1).any(dim=1) for one in columns]).any(dim=0)
-    new = torch.cat([new.new_ones(1), new])
-    return new.nonzero()[:, 0], new.cumsum(dim=0) - 1
 
 
 def run(unet: UNet2DConditionModel, x: Tensor, t: Tensor, context: Prepared) -> Tensor:
