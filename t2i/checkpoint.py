@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from diffusers import DDIMScheduler, SchedulerMixin
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -22,6 +23,7 @@ from t2i.errors import InputError
 from t2i.untrusted import SCHEDULERS, check_finite, check_model, check_scheduler, described, is_folder, read_json
 
 MANIFEST = "manifest.json"
+EXACT = (torch.float32, torch.float16)  # dtypes that keep what a fingerprint is made from
 FORMAT = 1  # of checkpoints; a newer one is refused
 
 Loaded = TypeVar("Loaded")
@@ -243,6 +245,18 @@ def tensors_digest(tensors: dict[str, Tensor], more: str = "") -> str:
         hasher.update(name.encode())
         hasher.update(tensor.detach().cpu().half().contiguous().numpy().tobytes())
     return hasher.hexdigest()[:16]
+
+
+def check_fingerprint(model: Any, folder: Path) -> None:
+    """Refuse a loaded model whose weights are not those of the fingerprint in its configuration.
+
+    One in a dtype that does not keep them is `rounded`: it cannot be compared, now or later.
+    """
+    expected = model.config.fingerprint
+    if model.dtype not in EXACT:
+        model.register_to_config(rounded=True)
+    elif expected and not model.config.rounded and model.fingerprint() != expected:
+        raise InputError(f"the weights in {str(folder)!r} are not those of fingerprint {expected} in its config")
 
 
 def class_name(folder: Path) -> str | None:

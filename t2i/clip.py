@@ -22,7 +22,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import center_crop, resize
 
-from t2i.checkpoint import load_model, loaded, weights_digest
+from t2i.checkpoint import EXACT, check_fingerprint, load_model, loaded, weights_digest
 from t2i.condition import TextEncoding
 from t2i.config import check_choice, check_integer
 from t2i.errors import InputError
@@ -31,7 +31,6 @@ from t2i.untrusted import PICKLES, check_files, check_finite, fetched, is_folder
 
 RESIZING = {"interpolation": "bicubic", "resize_mode": "shortest"}  # CLIP's own
 BLOCKS = (ResidualAttentionBlock, CustomResidualAttentionBlock)
-EXACT = (torch.float32, torch.float16)  # dtypes that keep what the fingerprint is made from
 OPEN_CLIP_FILES = ["open_clip_config.json", "open_clip_model.safetensors", "tokenizer*.json"]
 MAX_TABLE = 2**26  # values of the positions that open_clip computes in NumPy, whatever the device
 
@@ -106,11 +105,7 @@ class CLIP(ModelMixin, ConfigMixin):
         clip = super().from_pretrained(path, **{"use_safetensors": True, **kwargs})
         folder = path / (kwargs.get("subfolder") or "")
         clip.tokenizer = load_tokenizer(folder, clip.config.tokenizer_kind, clip.config.model["text_cfg"])
-        expected = clip.config.fingerprint
-        if clip.dtype not in EXACT:
-            clip.register_to_config(rounded=True)
-        elif expected and not clip.config.rounded and clip.fingerprint() != expected:
-            raise InputError(f"the weights in {str(folder)!r} are not those of fingerprint {expected} in its config")
+        check_fingerprint(clip, folder)
         return clip
 
     def save_pretrained(self, save_directory: str | Path, variant: str | None = None, **kwargs: Any) -> None:

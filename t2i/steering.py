@@ -14,7 +14,7 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 from t2i.autoencoder import Autoencoder
-from t2i.checkpoint import load_model, weights_digest
+from t2i.checkpoint import EXACT, load_model, weights_digest
 from t2i.classifier import LatentClassifier, noise_level
 from t2i.clip import CLIP
 from t2i.data.pictures import open_picture, to_tensor
@@ -25,7 +25,6 @@ from t2i.sampling import Wrap, check_texts
 
 MAX_SCALE = 10_000
 LOGIT_SCALE = 100.0  # CLIP's: a cosine times this is a logit, which goes with the log-probability of a class
-EXACT = (torch.float32, torch.float16)  # dtypes that keep the digest of an autoencoder
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from safetensors import safe_open
 from torch import Tensor
 
-from t2i.checkpoint import class_name, load_model, loaded, tensors_digest, weights_digest
+from t2i.checkpoint import EXACT, check_fingerprint, class_name, load_model, loaded, tensors_digest, weights_digest
 from t2i.condition import TokenStates
 from t2i.config import check_choice, check_integer
 from t2i.errors import InputError
@@ -39,7 +39,6 @@ from t2i.untrusted import (
     weight_files,
 )
 
-EXACT = (torch.float32, torch.float16)  # dtypes that keep what the fingerprint is made from
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_TOKENS = 4096  # of a caption
 FILES = ["config.json", "tokenizer.json", "model*.safetensors", "model.safetensors.index.json"]
@@ -178,11 +177,7 @@ class TextEncoder(ModelMixin, ConfigMixin):
         encoder = super().from_pretrained(path, **{"use_safetensors": True, **kwargs})
         folder = path / (kwargs.get("subfolder") or "")
         encoder.tokenizer = encoder.load_tokenizer(folder)
-        expected = encoder.config.fingerprint
-        if encoder.dtype not in EXACT:
-            encoder.register_to_config(rounded=True)
-        elif expected and not encoder.config.rounded and encoder.fingerprint() != expected:
-            raise InputError(f"the weights in {str(folder)!r} are not those of fingerprint {expected} in its config")
+        check_fingerprint(encoder, folder)
         return encoder.requires_grad_(False)
 
     def save_pretrained(self, save_directory: str | Path, variant: str | None = None, **kwargs: Any) -> None:

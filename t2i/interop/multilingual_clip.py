@@ -11,7 +11,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 from torch.nn.functional import pad
 
-from t2i.checkpoint import weights_digest
+from t2i.checkpoint import EXACT, check_fingerprint, weights_digest
 from t2i.condition import TokenStates
 from t2i.config import check_integer
 from t2i.errors import InputError
@@ -21,7 +21,6 @@ from t2i.tokenizer import TextTokenizer, load_text_tokenizer
 from t2i.untrusted import fetched
 
 CONTEXT = 77  # tokens; the decoder attends to all of them, padding too
-EXACT = (torch.float32, torch.float16)  # dtypes that keep what the fingerprint is made from
 UNUSED = ("transformer.embeddings.position_ids", "transformer.embeddings.token_type_ids")  # of older files
 
 
@@ -82,11 +81,7 @@ class MultilingualCLIP(ModelMixin, ConfigMixin):
         encoder = super().from_pretrained(path, **{"use_safetensors": True, **kwargs})
         folder = path / (kwargs.get("subfolder") or "")
         encoder.tokenizer = encoder.load_tokenizer(folder)
-        expected = encoder.config.fingerprint
-        if encoder.dtype not in EXACT:
-            encoder.register_to_config(rounded=True)
-        elif expected and not encoder.config.rounded and encoder.fingerprint() != expected:
-            raise InputError(f"the weights in {str(folder)!r} are not those of fingerprint {expected} in its config")
+        check_fingerprint(encoder, folder)
         return encoder.requires_grad_(False)
 
     def save_pretrained(self, save_directory: str | Path, variant: str | None = None, **kwargs: Any) -> None:

@@ -17,12 +17,13 @@ from tokenizers.processors import RobertaProcessing
 from torch import Tensor, nn
 
 from t2i.autoencoder import Autoencoder
+from t2i.checkpoint import EXACT
 from t2i.condition import ImageCondition, TokenStates
 from t2i.config import check_integer
 from t2i.errors import InputError
 from t2i.interop.clip_tokenizer import CLIPTokenizer
 from t2i.interop.component import Component, filled, plain
-from t2i.text_encoder import EXACT, TextEncoder, known_settings
+from t2i.text_encoder import TextEncoder, known_settings
 from t2i.tokenizer import TextTokenizer
 from t2i.unet_steps import Prepared, prepare, run
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
-from t2i.checkpoint import tensors_digest
+from t2i.checkpoint import EXACT, check_fingerprint, tensors_digest
 from t2i.condition import TextEncoding
 from t2i.config import check_choice, check_integer
 from t2i.errors import InputError
@@ -28,7 +28,6 @@ from t2i.interop.clip_tokenizer import CLIPTokenizer
 from t2i.interop.component import Component, filled
 from t2i.untrusted import check_files, fetched, read_config
 
-EXACT = (torch.float32, torch.float16)  # dtypes that keep what the fingerprint is made from
 SIZES = ("hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers", "num_attention_heads")
 SHARED = (*SIZES, "hidden_act", "layer_norm_eps")
 TEXT = (*SHARED, "vocab_size", "max_position_embeddings", "eos_token_id")
@@ -141,11 +140,7 @@ class TransformersCLIP(ModelMixin, ConfigMixin):
             words = clip.config.text["vocab_size"]
             clip.words = CLIPTokenizer.load(folder / "tokenizer", clip.config.context_length, words, path)
             clip.check_end()
-        expected = clip.config.fingerprint
-        if clip.dtype not in EXACT:
-            clip.register_to_config(rounded=True)
-        elif expected and not clip.config.rounded and clip.fingerprint() != expected:
-            raise InputError(f"the weights in {str(folder)!r} are not those of fingerprint {expected} in its config")
+        check_fingerprint(clip, folder)
         return clip.eval().requires_grad_(False)
 
     def save_pretrained(self, save_directory: str | Path, variant: str | None = None, **kwargs: Any) -> None:
