@@ -12,6 +12,7 @@ and writes `results/NAME.json`. `python -m benchmarks` (`make bench`) runs all o
 import argparse
 import ctypes
 import json
+import math
 import platform
 import statistics
 import sys
@@ -139,11 +140,26 @@ def matrix_rate(dtype: torch.dtype = torch.float32, size: int | None = None) -> 
     return 2 * size**3 / min(alternate({"product": lambda: a @ b}, rounds=8, warm=2).seconds["product"])
 
 
+def counter() -> FlopCounterMode:
+    """torch's own counter of the operations in products, told of the convolutions whose weights are packed."""
+    packed = {torch.ops.mkldnn._convolution_pointwise: packed_convolution} if has_packed() else {}
+    return FlopCounterMode(display=False, custom_mapping=packed)
+
+
+def has_packed() -> bool:
+    return hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+
+
+def packed_convolution(x: torch.Size, weight: torch.Size, *_: Any, out_shape: torch.Size, **__: Any) -> int:
+    """Operations of a convolution: x (B, C, H, W), weight (O, C / groups, h, w), and what comes out."""
+    return 2 * math.prod(out_shape) * math.prod(weight[1:])
+
+
 def flops(work: Work) -> int:
-    """Floating-point operations of the products in it, by torch's own count."""
-    with FlopCounterMode(display=False) as counter:
+    """Floating-point operations of the products in it."""
+    with counter() as counted:
         work()
-    return counter.get_total_flops()
+    return counted.get_total_flops()
 
 
 def peak_memory(work: Work) -> int | None:

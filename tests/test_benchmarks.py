@@ -12,7 +12,9 @@ import torch
 from benchmarks import peers, side_by_side
 from benchmarks.__main__ import programs
 from benchmarks.side_by_side import alternate, difference, flops, peak_memory, ratio, row, table, write
+from t2i.condition import ImageCondition
 from t2i.errors import InputError
+from t2i.unet_decoder import UNetDecoder
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +59,17 @@ def test_products_are_counted_and_memory_has_a_peak() -> None:
     assert flops(lambda: torch.ones(3, 4) @ torch.ones(4, 5)) == 2 * 3 * 4 * 5
     peak = peak_memory(lambda: torch.ones(64, 1024, 1024).sum())
     assert peak is None or 250e6 < peak < 400e6
+
+
+def test_convolutions_with_packed_weights_are_counted_as_all_others() -> None:
+    kinds = {"down_block_types": ["CrossAttnDownBlock2D"] * 2, "up_block_types": ["CrossAttnUpBlock2D"] * 2}
+    sizes = {"block_out_channels": [16, 24], "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 2}
+    decoder = UNetDecoder(8, 4, 8, kinds | sizes).eval().requires_grad_(False)
+    x, t, condition = torch.randn(2, 4, 8, 8), torch.tensor([5, 5]), ImageCondition(torch.randn(2, 8))
+    with torch.no_grad():
+        prepared = decoder.prepare(condition)
+        ahead = flops(lambda: decoder.prepare(condition))
+        assert ahead + flops(lambda: decoder.step(x, t, prepared)) == flops(lambda: decoder(x, t, condition))
 
 
 def test_what_is_written_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
