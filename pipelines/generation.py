@@ -30,16 +30,18 @@ from pipelines.upsample import UpsamplePipeline
 from t2i import __version__
 from t2i.config import check_choice
 from t2i.data.pictures import open_picture
-from t2i.devices import find_device
+from t2i.devices import check_bf16, find_device
 from t2i.errors import InputError
 from t2i.guidance import Guidance
+from t2i.interop.stored import DTYPED, Dtypes, asks_for_bf16, dtype_of
 from t2i.priors import AnyPrior, usual_guidance
 from t2i.sampling import check_texts
 from t2i.shares import ALONE, Share, this_share
 from t2i.steering import Steering
 from t2i.upsampling import check_size
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 logger = logging.getLogger(__name__)
 
 MAX_SEED = 2**63 - 1
@@ -66,26 +68,50 @@ def load_pipeline(
     device: str = "auto",
     kind: type[Pipeline] = Text2ImagePipeline,
     prior: str | None = None,
-    dtype: str | None = None,
+    dtype: str | dict[str, str] | None = None,
     clip: str | None = None,
 ) -> Pipeline:
     """A pipeline on a device; auto takes a GPU if there is one.
 
-    prior, clip: where those of a public model are. dtype: one of `DTYPES`; the weights' own, if left out.
+    prior, clip: where those of a public model are. dtype: a name of `DTYPES`, or names by parts, see `from_pretrained`.
     """
     device = find_device(device)  # complain before the model loads
     options: dict[str, Any] = {name: one for name, one in {"prior": prior, "clip": clip}.items() if one is not None}
     if dtype is not None:
-        check_choice("dtype", dtype, DTYPES)
-        options["dtype"] = getattr(torch, dtype)
+        options["dtype"] = torchs(dtype)
+        if asks_for_bf16(options["dtype"]):
+            check_bf16(device)
     return kind.from_pretrained(model, **options).to(device)
 
 
-def with_upsampler(pipeline: Drawing, folder: str | None) -> Drawing:
+def read_dtypes(texts: list[str] | None) -> str | dict[str, str] | None:
+    """What `--dtype` says: a name of `DTYPES` for all, or PART=NAME again and again. Raises InputError."""
+    if not texts:
+        return None
+    found = {}
+    for text in texts:
+        part, equals, name = text.rpartition("=")
+        name = SHORT.get(name, name)
+        check_choice("dtype", name, tuple(DTYPES))
+        if equals:
+            check_choice("dtype's part", part, DTYPED)
+        found[part or "default"] = name
+    return found["default"] if list(found) == ["default"] else found
+
+
+def torchs(dtype: str | dict[str, str] | None) -> Dtypes:
+    """The dtypes of these names."""
+    if isinstance(dtype, dict):
+        return {part: DTYPES[name] for part, name in dtype.items()}
+    return None if dtype is None else DTYPES[dtype]
+
+
+def with_upsampler(pipeline: Drawing, folder: str | None, dtype: str | dict[str, str] | None = None) -> Drawing:
     """The pipeline with the upsampler of a folder, if one is named."""
     if folder is None:
         return pipeline
-    parts = UpsamplePipeline.from_pretrained(folder).to(pipeline.device).components
+    loaded = UpsamplePipeline.from_pretrained(folder)
+    parts = loaded.to(pipeline.device, dtype=dtype_of(torchs(dtype), "upsampler")).components
     names = ("upsampler", "upsampler_scheduler")
     return type(pipeline).from_pipe(pipeline, **{name: parts[name] for name in names})
 
@@ -102,7 +128,7 @@ def generate_files(
     prior: str | None = None,
     batch_size: str | int | None = None,
     resume: bool = False,
-    dtype: str | None = None,
+    dtype: str | dict[str, str] | None = None,
     clip: str | None = None,
 ) -> Iterator[Path]:
     """Draw `count` pictures for each prompt and write each as soon as its batch is done. Nothing is overwritten.
@@ -126,7 +152,7 @@ def generate_files(
     pipeline: Text2ImagePipeline = load_pipeline(model, share.device(device), Text2ImagePipeline, prior, dtype, clip)
     if not prompts:
         settings = {"guidance_scale": 1.0, **settings}  # there is nothing to be guided to
-    pipeline = with_upsampler(pipeline, upsampler)
+    pipeline = with_upsampler(pipeline, upsampler, dtype)
 
     def draw(records: list[Record], generators: list[Generator]) -> list[Image.Image]:
         if prompts:

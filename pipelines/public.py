@@ -4,15 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pipelines.folder import PARTS, check_folder, class_in
 from t2i.checkpoint import loaded
 from t2i.errors import InputError
 from t2i.interop.component import listed
 from t2i.interop.layouts import BY_CLASS, USUAL_PRIORS
 from t2i.interop.loading import any_prior, load_components
-from t2i.interop.stored import AUTO, check_dtype, check_variant, holds_public, stored_dtypes, variants_of
+from t2i.interop.stored import AUTO, check_dtype, check_variant, dtype_of, holds_public, stored_dtypes, variants_of
 from t2i.untrusted import is_folder
 
 FETCHING = ("revision", "cache_dir", "token", "local_files_only", "force_download")
@@ -82,28 +80,25 @@ def own_arguments(
     """The arguments of diffusers' `from_pretrained` for a folder of this project's own layout, which is checked.
 
     prior: may name another one, public or of this project, on the hub too; the CLIP is the pipeline's, and so is the
-    scheduler of a PriorTransformer that comes without one. dtype: None is that of the files where they hold a public
-    model, and diffusers' float32 for models that were trained here. variant: its files are read here, for diffusers
-    stumbles over a folder in a part's folder. Raises InputError.
+    scheduler of a PriorTransformer that comes without one. dtype: of all parts or by their names; where nothing is
+    said, that of the files where they hold a public model, and diffusers' float32 for models that were trained here.
+    variant: its files are read here, for diffusers stumbles over a folder in a part's folder. Raises InputError.
     """
     if isinstance(kwargs.get("clip"), str | Path):
         raise InputError(f"clip is {str(kwargs['clip'])!r:.200}, but this project's own models hold their CLIP")
     older = kwargs.pop("torch_dtype", None)
     dtype = older if dtype is None else dtype
-    if not isinstance(dtype, dict):  # by the names of parts, as in diffusers
-        check_dtype(dtype)
+    check_dtype(dtype)
     check_variant(variant, path)
     check_folder(path, [name for name in PARTS if name not in kwargs], variant)
-    if dtype == AUTO or (dtype is None and holds_public(path)):
-        dtype = stored_dtypes(path, variant)
-
-    def of_part(name: str) -> torch.dtype | None:
-        return dtype.get(name, dtype.get("default")) if isinstance(dtype, dict) else dtype
+    by_name = dtype if isinstance(dtype, dict) else {}
+    if dtype == AUTO or (dtype in (None, by_name) and "default" not in by_name and holds_public(path)):
+        dtype = stored_dtypes(path, variant) | by_name
 
     def part(name: str) -> Any:
         kind = class_in(name, listed(path)[name])
         of_files = variant if variant in variants_of(path / name) else None
-        settings = {"variant": of_files, "dtype": of_part(name), "use_safetensors": True}
+        settings = {"variant": of_files, "dtype": dtype_of(dtype, name), "use_safetensors": True}
         return loaded(lambda folder: kind.from_pretrained(folder, subfolder=name, **settings), path)
 
     if variant is not None:
@@ -113,7 +108,7 @@ def own_arguments(
         if not Path(named).exists() and str(named).count("/") == 1:  # a word without an owner is no repository's name
             named = download(str(named), variant=variant, **{key: kwargs[key] for key in FETCHING if key in kwargs})
         kwargs |= {"clip": kwargs["clip"] if "clip" in kwargs else part("clip")}
-        found = any_prior(named, lambda: kwargs["clip"], of_part("prior"), variant)
+        found = any_prior(named, lambda: kwargs["clip"], dtype_of(dtype, "prior"), variant)
         kwargs = {**found, **kwargs, "prior": found["prior"]}
         if "prior_scheduler" not in kwargs and listed(path).get("prior_scheduler", [None, None]) == [None, None]:
             lacks = f"{str(named)!r} is a diffusion prior without a scheduler, and {str(path)!r} has none for a prior"

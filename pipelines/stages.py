@@ -4,7 +4,6 @@ import copy
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
@@ -32,6 +31,7 @@ from t2i.errors import InputError
 from t2i.guidance import Guidance
 from t2i.interop.component import listed
 from t2i.interop.fetching import fetched_model
+from t2i.interop.stored import asks_for_bf16
 from t2i.priors import UNSCHEDULED, AnyPrior, check_plain, usual_guidance
 from t2i.samplers import check_drawing, chosen
 from t2i.sampling import check_texts
@@ -106,9 +106,10 @@ class StagedPipeline(WatchedPipeline):
         neither. As components, too, they replace those of the folder. `prior` may also name a prior alone: a run's
         folder, or a PriorTransformer.
 
-        dtype: of the weights. "auto" is that of the files. None is the same for models in a public layout, and for
-        public models that were saved in this project's; it is float32 for models that were trained here, which may be
-        stored in half precision. torch.bfloat16 is refused where nothing here computes in it.
+        dtype: of the weights, or a dict of them by parts: `t2i.interop.stored.DTYPED`, of which "default" is the rest.
+        "auto" is that of the files. None is the same for models in a public layout, and for public models that were
+        saved in this project's; it is float32 for models that were trained here, which may be stored in half precision.
+        torch.bfloat16 is refused where nothing here computes in it.
 
         compile: the decoder's steps are compiled for every size and number of pictures, at the first step of each; the
         log says how long that took, and so does `decoder.step.warm_up`.
@@ -118,7 +119,7 @@ class StagedPipeline(WatchedPipeline):
         Raises InputError, in one line, if it is missing, incomplete, truncated or made of parts of different CLIPs, and
         for a variant that no part has.
         """
-        if torch.bfloat16 in (kwargs.get("dtype"), kwargs.get("torch_dtype")):
+        if any(asks_for_bf16(kwargs.get(name)) for name in ("dtype", "torch_dtype")):
             check_bf16()
         if kwargs.pop("compile", False):
             check_compiler()

@@ -26,7 +26,9 @@ def computes_in_bf16(device: str) -> bool:
     return device == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
-def check_bf16() -> None:
-    """Raises InputError where neither a GPU nor the processor computes in bf16."""
-    if not any(computes_in_bf16(one) for one in (["cuda"] if torch.cuda.is_available() else []) + ["cpu"]):
-        raise InputError("dtype bfloat16 is not what this machine computes in; leave it: float32 is faster here")
+def check_bf16(device: str | None = None) -> None:
+    """Raises InputError where this device, or for None neither a GPU nor the processor, does not compute in bf16."""
+    here = [device] if device else (["cuda"] if torch.cuda.is_available() else []) + ["cpu"]
+    if not any(computes_in_bf16(one) for one in here):
+        what = f"the device {device!r}" if device else "this machine"
+        raise InputError(f"dtype bfloat16 is not what {what} computes in; leave it: float32 is faster here")

@@ -185,7 +185,8 @@ def test_the_commands_upsample_assemble_and_draw(
     assert (first, second) == ((48, 64), (80, 32))
     assert (written["picture"], written["seed"], written["upsample"], written["level"]) == ("b.png", 6, 2, 0.0)
     draw = ["generate", "red circle", "--steps", 1, "--prior-steps", 1, "--upsample", 1, "--out", out]
-    for model in (["--model", whole_folder], ["--model", pipeline_folder, "--upsampler", upsampler_folder]):
+    named = ["--model", pipeline_folder, "--upsampler", upsampler_folder]
+    for model in (["--model", whole_folder], named, [*named, "--dtype", "bf16"]):
         status, said, err = command(monkeypatch, capsys, *draw, *model)
         assert status == 0 and opened(said.strip())[0] == (64, 64), err
     assert opened(said.strip())[1]["upsampler"] == upsampler_folder.name

@@ -62,7 +62,7 @@ def generate(
     if (processes := forgotten_processes()) > 1:
         become(["-m", "t2i", *sys.argv[1:]], processes)
     with importing():
-        from pipelines.generation import generate_files
+        from pipelines.generation import generate_files, read_dtypes
 
     steering = options.steering(steer_class, steer_text, steer_picture, classifier, steer_scale)
     texts = read_prompts(prompts, file, required=not steering)
@@ -84,7 +84,7 @@ def generate(
     settings |= options.guidance(guidance_scale, guidance, prior_guidance_scale, prior_guidance)
     resume = file is not None
     seed = 0 if resume and seed is None else seed
-    more = (upsampler, prior, batch_size, resume, dtype, clip)
+    more = (upsampler, prior, batch_size, resume, read_dtypes(dtype), clip)
     for path in generate_files(texts, out, model, count, seed, device, settings, *more):
         print(path, flush=True)
 

@@ -45,7 +45,10 @@ PriorTemperature = Annotated[
     float | None, Option(help="Of an autoregressive prior: 0 takes the likeliest; the model's own if left out.")
 ]
 Upsample = Annotated[int | None, Option(help="Times that pictures pass through the upsampler.")]
-Dtype = Annotated[str | None, Option(help="Of the weights: float32, bfloat16 or float16.")]
+Dtype = Annotated[
+    list[str] | None,
+    Option(help="Of the weights: fp32, bf16 or fp16; or PART=DTYPE, again and again, such as decoder=bf16."),
+]
 Device = Annotated[str, Option(help="auto, cpu, cuda, mps.")]
 
 

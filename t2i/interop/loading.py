@@ -22,7 +22,7 @@ from t2i.interop.prior_transformer import load_prior_transformer
 from t2i.interop.scheduler import UnCLIPRespacedScheduler
 from t2i.interop.stable_unclip import StableUnCLIPDecoder, caption_encoder, latent_autoencoder
 from t2i.interop.starting import Found, find, public_clip
-from t2i.interop.stored import check_variant, holds_public, stored_dtypes
+from t2i.interop.stored import Dtypes, check_variant, dtype_of, holds_public, stored_dtypes
 from t2i.interop.super_resolution import SuperResolution
 from t2i.interop.transformers_clip import TransformersCLIP
 from t2i.priors import PRIORS, load_prior
@@ -37,7 +37,7 @@ def load_components(
     folder: str | Path,
     prior: str | Path | None = None,
     clip: str | Path | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: Dtypes = None,
     variant: str | None = None,
     given: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def load_components(
         prior: the folder that holds the prior, where it is another; of the two either may be `folder`. A prior alone,
             public or of this project, draws embeddings of the CLIP in the other folder.
         clip: the folder that the CLIP is in, if it is in neither.
-        dtype: of the weights; None leaves each as it is stored.
+        dtype: of the weights, of all parts or by their names; None, and what is not named, are left as they are stored.
         variant: of the weights' files, such as "fp16".
         given: components that the caller has, instead of those of the folders.
 
@@ -64,18 +64,19 @@ def load_components(
     sources = Sources([PublicFolder(path, variant) for path in paths], found)
     sources.check(ours)
     if "clip" not in found:
-        found["clip"] = clip_of(sources, dtype)
+        found["clip"] = clip_of(sources, dtype_of(dtype, "clip"))
     if "text_encoder" not in found:
-        found["text_encoder"] = text_encoder_of(sources.decoder, dtype)
+        found["text_encoder"] = text_encoder_of(sources.decoder, dtype_of(dtype, "text_encoder"))
     if "prior" not in found:
-        found |= prior_of(sources, found["clip"], dtype) if ours is None else own_prior(ours, dtype)
+        of_prior = dtype_of(dtype, "prior")
+        found |= prior_of(sources, found["clip"], of_prior) if ours is None else own_prior(ours, of_prior)
     if "decoder" not in found:
-        found["decoder"] = decoder_of(sources.decoder, dtype)
+        found["decoder"] = decoder_of(sources.decoder, dtype_of(dtype, "decoder"))
         found["decoder"].take_null(found["clip"], found["text_encoder"])
     if "decoder_scheduler" not in found:
         found["decoder_scheduler"] = sources.decoder.scheduler("decoder_scheduler")
     if "autoencoder" not in found:
-        found["autoencoder"] = autoencoder_of(sources.decoder, dtype)
+        found["autoencoder"] = autoencoder_of(sources.decoder, dtype_of(dtype, "autoencoder"))
     return found
 
 

@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -18,6 +18,9 @@ NAMED = re.compile(rf"(?:{'|'.join(STEMS)})\.(?:safetensors\.index\.(.+)\.json|(
 SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 AUTO = "auto"
+DTYPED = ("clip", "text_encoder", "prior", "decoder", "autoencoder", "upsampler", "default")  # what a dict may name
+
+Dtypes: TypeAlias = torch.dtype | dict[str, torch.dtype] | None  # of all parts, or of those that are named
 
 
 def variants_of(folder: Path) -> set[str]:
@@ -48,10 +51,26 @@ def check_variant(variant: Any, *folders: Path) -> None:
 
 
 def check_dtype(dtype: Any) -> Any:
-    """A torch.dtype, "auto", which is that of the files, or None. Raises InputError for anything else."""
-    if dtype is not None and dtype != AUTO and not isinstance(dtype, torch.dtype):
-        raise InputError(f"dtype must be a torch.dtype or {AUTO!r}, got {dtype!r:.80}")
+    """A torch.dtype, a dict of them by parts, "auto", which is that of the files, or None.
+
+    Raises InputError for anything else.
+    """
+    each = dtype if isinstance(dtype, dict) else {"default": dtype}
+    if unknown := [name for name in each if name not in DTYPED]:
+        raise InputError(f"dtype names the part {unknown[0]!r:.80}; the parts are {', '.join(DTYPED)}")
+    for one in each.values():
+        if not isinstance(one, torch.dtype) and (isinstance(dtype, dict) or one not in (None, AUTO)):
+            raise InputError(f"dtype must be a torch.dtype, a dict of them, or {AUTO!r}, got {one!r:.80}")
     return dtype
+
+
+def dtype_of(dtype: Dtypes, part: str) -> torch.dtype | None:
+    """Of a part; None where nothing is said of it."""
+    return dtype.get(part, dtype.get("default")) if isinstance(dtype, dict) else dtype
+
+
+def asks_for_bf16(dtype: Any) -> bool:
+    return torch.bfloat16 in (dtype.values() if isinstance(dtype, dict) else [dtype])
 
 
 def holds_public(path: Path) -> bool:
