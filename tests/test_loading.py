@@ -490,7 +490,7 @@ def test_a_prior_of_another_clip_is_refused(tmp_path: Path) -> None:
 def test_arguments_that_mean_nothing_here_are_refused() -> None:
     with pytest.raises(InputError, match="'device_map' is no argument for a model in a public layout"):
         load("karlo", device_map="balanced")
-    with pytest.raises(InputError, match="dtype must be a torch.dtype or 'auto', got 'float16'"):
+    with pytest.raises(InputError, match="dtype must be a torch.dtype, a dict of them, or 'auto', got 'float16'"):
         load("karlo", torch_dtype="float16")
 
 
