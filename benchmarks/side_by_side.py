@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from t2i.errors import InputError
+from t2i.linear import AVAILABLE, product
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "dalle2-pytorch", "numpy")
@@ -134,16 +135,32 @@ def synchronize() -> None:
 
 @cache
 def matrix_rate(dtype: torch.dtype = torch.float32, size: int | None = None) -> float:
-    """FLOP/s of a large matrix product, the best of several: the machine's own limit. Measured once in a process."""
+    """FLOP/s of a large matrix product, the best of several: the machine's own limit. Measured once in a process.
+
+    Of the faster of two libraries: in fp32 on a processor, torch's own product may be far from the limit.
+    """
+    return max(product_rate(multiply, dtype, size) for multiply in (torch.matmul, product) if known(multiply, dtype))
+
+
+@cache
+def product_rate(
+    multiply: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype = torch.float32, size: int | None = None
+) -> float:
     size = size or (8192 if device().type == "cuda" else 2048)
     a, b = (torch.randn(size, size, device=device(), dtype=dtype) for _ in range(2))
-    return 2 * size**3 / min(alternate({"product": lambda: a @ b}, rounds=8, warm=2).seconds["product"])
+    return 2 * size**3 / min(alternate({"product": lambda: multiply(a, b)}, rounds=8, warm=2).seconds["product"])
+
+
+def known(multiply: Any, dtype: torch.dtype) -> bool:
+    return multiply is torch.matmul or (AVAILABLE and device().type == "cpu" and dtype == torch.float32)
 
 
 def counter() -> FlopCounterMode:
-    """torch's own counter of the operations in products, told of the convolutions whose weights are packed."""
-    packed = {torch.ops.mkldnn._convolution_pointwise: packed_convolution} if has_packed() else {}
-    return FlopCounterMode(display=False, custom_mapping=packed)
+    """torch's own counter of the operations in products, told of those that oneDNN is asked for by name."""
+    named = {torch.ops.mkldnn._convolution_pointwise: packed_convolution} if has_packed() else {}
+    if AVAILABLE:
+        named[torch.ops.mkldnn._linear_pointwise] = linear
+    return FlopCounterMode(display=False, custom_mapping=named)
 
 
 def has_packed() -> bool:
@@ -153,6 +170,11 @@ def has_packed() -> bool:
 def packed_convolution(x: torch.Size, weight: torch.Size, *_: Any, out_shape: torch.Size, **__: Any) -> int:
     """Operations of a convolution: x (B, C, H, W), weight (O, C / groups, h, w), and what comes out."""
     return 2 * math.prod(out_shape) * math.prod(weight[1:])
+
+
+def linear(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
+    """Operations of a linear layer: x (..., K), weight (N, K)."""
+    return 2 * math.prod(x) * weight[0]
 
 
 def flops(work: Work) -> int:
@@ -198,13 +220,16 @@ def machine() -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
+    gflops = {"fp32": matrix_rate(), "bf16": matrix_rate(torch.bfloat16)}
+    if device().type == "cpu":
+        gflops["fp32 of torch's own product"] = product_rate(torch.matmul)
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": versions,
-        "matrix_gflops": {"fp32": round(matrix_rate() / 1e9), "bf16": round(matrix_rate(torch.bfloat16) / 1e9)},
+        "matrix_gflops": {name: round(rate / 1e9) for name, rate in gflops.items()},
     }
 
 

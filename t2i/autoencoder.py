@@ -13,6 +13,7 @@ from torch import Tensor
 
 from t2i.checkpoint import class_name, load_model, loaded
 from t2i.errors import InputError
+from t2i.linear import multiply_by_onednn
 from t2i.untrusted import check_files, check_finite, fetched, outline, read_config, read_header, weight_files
 
 VAE_FILES = ["config.json", "diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model*.index.json"]
@@ -35,6 +36,7 @@ class Autoencoder(ModelMixin, ConfigMixin):
         super().__init__()
         channels = 3 * patch_size**2
         self.coder = AutoencoderKL(**{**vae, "in_channels": channels, "out_channels": channels})
+        multiply_by_onednn(self.coder)
         self.register_buffer("mean", torch.zeros(self.channels))
         self.register_buffer("std", torch.ones(self.channels))
 

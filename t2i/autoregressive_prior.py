@@ -21,6 +21,7 @@ from torch import Generator, Tensor, nn
 
 from t2i.condition import TextEncoding
 from t2i.layers import KeyValue, checkpointed
+from t2i.linear import Linear
 from t2i.prior import PriorBlock, caption_tokens
 from t2i.regression_prior import RegressionPrior
 
@@ -79,14 +80,14 @@ class AutoregressivePrior(ModelMixin, ConfigMixin):
         if buckets < 2:
             raise ValueError(f"buckets must be at least 2, got {buckets}")
         self.gradient_checkpointing = False
-        self.from_states = nn.Linear(text_width, width)
-        self.from_text = nn.Linear(embed_dim, width)
+        self.from_states = Linear(text_width, width)
+        self.from_text = Linear(embed_dim, width)
         self.positions = nn.Parameter(torch.randn(context_length + 1 + components, width) * 0.01)
         # A code is read as the number that it stands for, so that neighbours are alike.
         self.directions = nn.Parameter(torch.randn(components, width))
         self.blocks = nn.ModuleList(PriorBlock(width, heads, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
-        self.to_logits = nn.Linear(width, buckets)
+        self.to_logits = Linear(width, buckets)
         self.regressor = None
         if regression is not None:
             self.regressor = RegressionPrior(embed_dim, text_width, **regression).requires_grad_(False)

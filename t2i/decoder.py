@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from t2i.condition import ImageCondition, TokenStates
 from t2i.layers import Attention, KeyValue, TimeEmbedding, checkpointed, feed_forward, split_heads
+from t2i.linear import Linear
 
 Extra: TypeAlias = KeyValue | Tensor  # the tokens: (B, L, condition_width)
 
@@ -80,16 +81,16 @@ class Decoder(ModelMixin, ConfigMixin):
             )
         side, channels = latent_size // patch_size, latent_channels * patch_size**2
         read = input_channels(latent_channels, reads_masks) * patch_size**2
-        self.from_latents = nn.Linear(read, width)
+        self.from_latents = Linear(read, width)
         self.positions = nn.Parameter(grid_embedding(side, width))
         self.from_time = TimeEmbedding(width, condition_width)
-        self.from_image = nn.Linear(embed_dim, condition_width)
-        self.to_tokens = nn.Linear(embed_dim, image_tokens * condition_width)
-        self.from_text = None if text_width is None else nn.Linear(text_width, condition_width)
+        self.from_image = Linear(embed_dim, condition_width)
+        self.to_tokens = Linear(embed_dim, image_tokens * condition_width)
+        self.from_text = None if text_width is None else Linear(text_width, condition_width)
         self.blocks = nn.ModuleList(DecoderBlock(width, heads, condition_width) for _ in range(depth))
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
-        self.modulation = zeroed(nn.Linear(condition_width, 2 * width))
-        self.to_latents = zeroed(nn.Linear(width, channels * (2 if learned_variance else 1)))
+        self.modulation = zeroed(Linear(condition_width, 2 * width))
+        self.to_latents = zeroed(Linear(width, channels * (2 if learned_variance else 1)))
 
     def forward(self, x: Tensor, t: Tensor, condition: ImageCondition) -> Tensor:
         """x: (B, C, H, W) noisy latents; t: (B,) timesteps -> (B, C, H, W), the prediction; or (B, 2C, H, W)."""
@@ -183,8 +184,8 @@ class DecoderBlock(nn.Module):
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.attention = Attention(width, heads)
         self.mlp = feed_forward(width)
-        self.modulation = zeroed(nn.Linear(condition_width, 6 * width))
-        self.to_key_value = nn.Linear(condition_width, 2 * width)
+        self.modulation = zeroed(Linear(condition_width, 6 * width))
+        self.to_key_value = Linear(condition_width, 2 * width)
 
     def key_value(self, tokens: Tensor) -> KeyValue:
         """Keys and values of the extra tokens."""
@@ -199,7 +200,7 @@ class DecoderBlock(nn.Module):
         return torch.addcmul(x, gate_2, self.mlp(torch.addcmul(shift_2, self.norm(x), 1 + scale_2)))
 
 
-def zeroed(layer: nn.Linear) -> nn.Linear:
+def zeroed(layer: Linear) -> Linear:
     """Starts as nothing, so that every block starts as the identity."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)

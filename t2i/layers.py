@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from t2i.linear import Linear
+
 KeyValue = tuple[Tensor, Tensor]  # each (B, heads, L, width / heads)
 FEW = 4  # queries, for which copying keys and values takes longer than looking at them
 
@@ -26,7 +28,7 @@ class TimeEmbedding(nn.Module):
     def __init__(self, width: int, out: int):
         super().__init__()
         self.width = width
-        self.linear_1, self.linear_2 = nn.Linear(width, out), nn.Linear(out, out)
+        self.linear_1, self.linear_2 = Linear(width, out), Linear(out, out)
 
     def forward(self, t: Tensor) -> Tensor:
         embedding = timestep_embedding(t, self.width).to(self.linear_1.weight.dtype)
@@ -80,8 +82,8 @@ class Attention(nn.Module):
         if heads < 1 or width % heads:
             raise ValueError(f"heads must divide width {width}, got {heads}")
         self.heads = heads
-        self.to_qkv = nn.Linear(width, 3 * width)
-        self.to_out = nn.Linear(width, width)
+        self.to_qkv = Linear(width, 3 * width)
+        self.to_out = Linear(width, width)
 
     def forward(
         self, x: Tensor, mask: Tensor | None = None, past: Sequence[KeyValue] = (), last: bool = False
@@ -146,4 +148,4 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 
 
 def feed_forward(width: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+    return nn.Sequential(Linear(width, 4 * width), nn.GELU(), Linear(4 * width, width))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from t2i.condition import TextEncoding, distinct
 from t2i.layers import Attention, KeyValue, Rows, TimeEmbedding, checkpointed, feed_forward
+from t2i.linear import Linear
 
 MAX_TIMES = 64  # whose tokens are computed ahead: their keys and values are kept, for every caption
 
@@ -69,15 +70,15 @@ class Prior(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         self.gradient_checkpointing = False
-        self.from_states = nn.Linear(text_width, width)
-        self.from_text = nn.Linear(embed_dim, width)
+        self.from_states = Linear(text_width, width)
+        self.from_text = Linear(embed_dim, width)
         self.from_time = TimeEmbedding(width, width)
-        self.from_image = nn.Linear(embed_dim, width)
+        self.from_image = Linear(embed_dim, width)
         self.query = nn.Parameter(torch.zeros(width))
         self.positions = nn.Parameter(torch.randn(context_length + 4, width) * 0.01)
         self.blocks = nn.ModuleList(PriorBlock(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
-        self.to_image = nn.Linear(width, embed_dim * (2 if learned_variance else 1))
+        self.to_image = Linear(width, embed_dim * (2 if learned_variance else 1))
         # The statistics of z_i, and the encoding of the empty caption: set by `train_prior.py`.
         self.register_buffer("mean", torch.zeros(embed_dim))
         self.register_buffer("std", torch.full((embed_dim,), embed_dim**-0.5))

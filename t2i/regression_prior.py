@@ -7,6 +7,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from t2i.condition import TextEncoding
+from t2i.linear import Linear
 
 KINDS = ("linear", "mlp")
 
@@ -40,13 +41,13 @@ class RegressionPrior(ModelMixin, ConfigMixin):
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
         if kind == "linear":
-            self.layers = nn.Sequential(nn.Linear(embed_dim, embed_dim))
+            self.layers = nn.Sequential(Linear(embed_dim, embed_dim))
         else:
             hidden: list[nn.Module] = []
             for i in range(depth):
                 into = embed_dim + text_width if i == 0 else width
-                hidden += [nn.Linear(into, width), nn.GELU(), nn.Dropout(dropout)]
-            self.layers = nn.Sequential(*hidden, nn.Linear(width, embed_dim))
+                hidden += [Linear(into, width), nn.GELU(), nn.Dropout(dropout)]
+            self.layers = nn.Sequential(*hidden, Linear(width, embed_dim))
         # The statistics of z_i: set by `train_prior.py`.
         self.register_buffer("mean", torch.zeros(embed_dim))
         self.register_buffer("std", torch.full((embed_dim,), embed_dim**-0.5))

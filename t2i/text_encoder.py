@@ -24,6 +24,7 @@ from t2i.checkpoint import EXACT, check_fingerprint, class_name, load_model, loa
 from t2i.condition import TokenStates
 from t2i.config import check_choice, check_integer
 from t2i.errors import InputError
+from t2i.linear import multiply_by_onednn
 from t2i.tokenizer import TextTokenizer, load_text_tokenizer
 from t2i.untrusted import (
     CODE,
@@ -135,6 +136,7 @@ class TextEncoder(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         self.net = build(architecture, model, context_length)
+        multiply_by_onednn(self.net)
 
     @classmethod
     def from_transformers(

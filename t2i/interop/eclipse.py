@@ -11,6 +11,7 @@ from torch import Generator, Tensor, nn
 
 from t2i.condition import TextEncoding
 from t2i.diffusion import draw_noise
+from t2i.linear import Linear
 from t2i.prior import PriorBlock, caption_tokens
 
 
@@ -39,14 +40,14 @@ class EclipsePrior(ModelMixin, ConfigMixin):
         unit_length: bool = False,
     ):
         super().__init__()
-        self.from_states = nn.Linear(text_width, width)
-        self.from_text = nn.Linear(embed_dim, width)
-        self.from_image = nn.Linear(embed_dim, width)
+        self.from_states = Linear(text_width, width)
+        self.from_text = Linear(embed_dim, width)
+        self.from_image = Linear(embed_dim, width)
         self.query = nn.Parameter(torch.zeros(width))
         self.positions = nn.Parameter(torch.zeros(context_length + 3, width))
         self.blocks = nn.ModuleList(PriorBlock(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
-        self.to_image = nn.Linear(width, embed_dim)
+        self.to_image = Linear(width, embed_dim)
 
     def forward(self, noise: Tensor, text: TextEncoding) -> Tensor:
         """noise: (B, D) of unit variance -> z_i, (B, D), of any length."""

@@ -1,0 +1,83 @@
+"""Linear layers in fp32 on processors by oneDNN instead of MKL, which torch calls.
+
+MKL keeps its widest instructions for one maker's processors: on AMD's with AVX-512 oneDNN is two to three times as
+fast, forward and backward, with results equal to rounding (`docs/speed.md`). It reads weights where they are.
+`torch.backends.mkldnn.set_flags(False)` goes back to MKL.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FEW = 2**20  # multiplications, below which what a call costs is most of it
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear`, by the faster of two libraries."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not is_faster(x, self.weight):
+            return F.linear(x, self.weight, self.bias)
+        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
+            return LinearFunction.apply(x, self.weight, self.bias)
+        return product(x, self.weight, self.bias)
+
+
+class LinearFunction(torch.autograd.Function):
+    """`product` with gradients: both are products of the same kind."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        # A gradient that is differentiated again is made of what torch differentiates.
+        times = torch.matmul if torch.is_grad_enabled() else lambda a, b: product(a, b.t())
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        return (
+            times(grad, weight) if of_x else None,
+            times(rows.t(), x.reshape(-1, x.shape[-1])) if of_weight else None,
+            rows.sum(dim=0) if of_bias else None,
+        )
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """(..., K), (N, K), (N,) -> (..., N), without gradients, by oneDNN."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def is_faster(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN multiplies by these weights, and is worth a longer call."""
+    return (
+        x.device.type == weight.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and x.dim() > 1
+        and math.prod(x.shape[:-1]) * weight.numel() >= FEW
+        and AVAILABLE
+        and torch.backends.mkldnn.enabled
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
+def multiply_by_onednn(model: nn.Module) -> None:
+    """Make the linear layers of a foreign model `Linear`, in place; weights and names stay."""
+    for layer in model.modules():
+        if type(layer) is nn.Linear:
+            layer.__class__ = Linear
+
+
+def is_available() -> bool:
+    """Whether torch was built with oneDNN, for a processor that its kernels are written for."""
+    known = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return known and torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+
+
+AVAILABLE = is_available()

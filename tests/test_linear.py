@@ -1,0 +1,141 @@
+"""Linear layers by oneDNN: the same results as torch's, forward and backward, wherever it is asked."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.side_by_side import flops
+from t2i import linear
+from t2i.condition import TextEncoding
+from t2i.linear import FEW, Linear, is_faster, multiply_by_onednn, product
+from t2i.prior import Prior
+
+pytestmark = pytest.mark.skipif(not linear.AVAILABLE, reason="torch has no oneDNN here")
+
+
+def layers(into: int = 192, out: int = 160, bias: bool = True) -> tuple[Linear, nn.Linear]:
+    """Ours and torch's, with the same weights."""
+    torch.manual_seed(0)
+    ours = Linear(into, out, bias)
+    theirs = nn.Linear(into, out, bias)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+@contextmanager
+def without_onednn() -> Iterator[None]:
+    torch.backends.mkldnn.set_flags(_enabled=False)
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.set_flags(_enabled=True)
+
+
+INPUTS = {
+    "rows": lambda x: x.flatten(0, 1),
+    "sequences": lambda x: x,
+    "of other strides": lambda x: x.transpose(0, 1),
+    "a part": lambda x: x[:, ::2],
+    "of four dimensions": lambda x: x.unflatten(0, (2, 2)),
+}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("given", INPUTS)
+def test_outputs_and_gradients_are_those_of_torch(given: str, bias: bool) -> None:
+    ours, theirs = layers(bias=bias)
+    x = INPUTS[given](torch.randn(4, 40, 192)).requires_grad_(True)
+    assert is_faster(x, ours.weight)
+    grad = torch.randn(*x.shape[:-1], 160)
+    found = []
+    for layer in (ours, theirs):
+        out = layer(x)
+        found.append([out, *torch.autograd.grad(out, [x, *layer.parameters()], grad)])
+    for mine, other in zip(*found):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+
+
+def test_only_the_gradients_that_are_needed_are_computed() -> None:
+    ours, _ = layers()
+    x = torch.randn(64, 192, requires_grad=True)
+    ours.weight.requires_grad_(False)
+    ours(x).sum().backward()
+    assert ours.weight.grad is None and ours.bias.grad is not None
+    torch.testing.assert_close(x.grad, ours.weight.sum(dim=0).expand(64, -1), rtol=1e-4, atol=1e-4)
+
+
+def test_a_gradient_can_be_differentiated_again() -> None:
+    ours, theirs = layers()
+    x, found = torch.randn(64, 192, requires_grad=True), []
+    for layer in (ours, theirs):
+        (first,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), [x, layer.weight]))
+    for mine, other in zip(*found):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-3)
+
+
+def refused() -> dict[str, tuple[Tensor, Tensor]]:
+    x, weight = torch.randn(64, 192), torch.randn(160, 192)
+    return {
+        "few operations": (torch.randn(FEW // weight.numel(), 192), weight),
+        "another dtype": (x.bfloat16(), weight.bfloat16()),
+        "a vector": (torch.randn(FEW), torch.randn(1, FEW)),
+        "no memory": (x.to("meta"), weight.to("meta")),
+        "no rows": (x[:0], weight),
+    }
+
+
+@pytest.mark.parametrize("what", refused())
+def test_torch_multiplies_what_is_nothing_for_onednn(what: str) -> None:
+    x, weight = refused()[what]
+    assert not is_faster(x, weight)
+
+
+def test_torch_multiplies_where_onednn_is_off_and_under_autocast() -> None:
+    ours, theirs = layers()
+    x = torch.randn(64, 192)
+    with without_onednn():
+        assert not is_faster(x, ours.weight) and torch.equal(ours(x), theirs(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ours(x).dtype == torch.bfloat16
+
+
+def test_a_foreign_model_keeps_its_weights_and_its_other_layers() -> None:
+    class Other(nn.Linear):
+        pass
+
+    model = nn.Sequential(nn.Linear(192, 160), nn.GELU(), Other(160, 8), nn.Conv2d(1, 1, 1))
+    before, names = copy.deepcopy(model), list(model.state_dict())
+    multiply_by_onednn(model)
+    assert [type(layer) for layer in model] == [Linear, nn.GELU, Other, nn.Conv2d]
+    assert list(model.state_dict()) == names and all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters())
+    )
+    x = torch.randn(64, 192)
+    torch.testing.assert_close(model[0](x), before[0](x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_prior_draws_and_learns_as_with_torchs_products() -> None:
+    torch.manual_seed(0)
+    prior = Prior(256, 256, 20, 256, 2, 4)
+    text = TextEncoding(torch.randn(8, 256), torch.randn(8, 12, 256), torch.arange(12) < torch.arange(5, 13)[:, None])
+    x, t, found = torch.randn(8, 256), torch.full((8,), 300), []
+    for context in (nullcontext, without_onednn):
+        with context():
+            loss = prior(x, t, text).square().mean()
+            gradients = torch.autograd.grad(loss, list(prior.blocks.parameters()))
+            with torch.no_grad():
+                found.append([loss, *gradients, prior.step(x, t, prior.prepare(text, torch.tensor([300])))])
+    for mine, other in zip(*found):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(found[0][-1], found[1][-1]), "both were torch's"
+
+
+def test_products_of_onednn_are_counted() -> None:
+    x, weight = torch.randn(64, 192), torch.randn(160, 192)
+    assert flops(lambda: product(x, weight)) == flops(lambda: F.linear(x, weight)) == 2 * 64 * 192 * 160
