@@ -76,8 +76,8 @@ def ours(
     return work
 
 
-def diffusers(decoder: KandinskyDecoder, z_i: Tensor, steps: int) -> Callable[[], Tensor]:
-    pipeline = KandinskyV22Pipeline(decoder.unet, kandinsky_scheduler(), VQModel(block_out_channels=(32, 32, 32, 32)))
+def diffusers(decoder: KandinskyDecoder, unet: UNet2DConditionModel, z_i: Tensor, steps: int) -> Callable[[], Tensor]:
+    pipeline = KandinskyV22Pipeline(unet, kandinsky_scheduler(), VQModel(block_out_channels=(32, 32, 32, 32)))
     pipeline.set_progress_bar_config(disable=True)
     pixels = decoder.config.latent_size * pipeline.movq_scale_factor
     away = decoder.null_embedding.expand_as(z_i)
@@ -104,7 +104,7 @@ def main(quick: bool) -> list[Row]:
     unet = kandinsky_unet(quick)
     settings = dict(unet.config)
     decoder = KandinskyDecoder(settings, **described(settings)).to(device()).eval().requires_grad_(False)
-    decoder.unet = unet
+    decoder.unet.load_state_dict(unet.state_dict())
     decoder.null_embedding.copy_(0.5 * torch.randn(EMBED, generator=Generator().manual_seed(1)))
     rows, steps = [], 2 if quick else 50
     for batch in (1, 2) if quick else (1, 4):
@@ -114,7 +114,7 @@ def main(quick: bool) -> list[Row]:
         if batch == 1:
             choices.append((Guidance(SCALE, INTERVAL), 2 if quick else FEWER, 3.0))
         for guidance, fewer, wanted in choices:
-            works = {"ours": ours(decoder, z_i, fewer, guidance), "diffusers": diffusers(decoder, z_i, steps)}
+            works = {"ours": ours(decoder, z_i, fewer, guidance), "diffusers": diffusers(decoder, unet, z_i, steps)}
             equal = guidance == SCALE
             worst = difference(*(work() for work in works.values())) if equal else None
             count = steps * flops(ours(decoder, z_i, 1)) if equal else 0
@@ -126,7 +126,7 @@ def main(quick: bool) -> list[Row]:
             times = alternate(works, rounds=2, warm=0)
             memory = {}
             if equal:
-                one_step = {"ours": ours(decoder, z_i, 1), "diffusers": diffusers(decoder, z_i, 1)}
+                one_step = {"ours": ours(decoder, z_i, 1), "diffusers": diffusers(decoder, unet, z_i, 1)}
                 memory = {name: peak for name, work in one_step.items() if (peak := peak_memory(work)) is not None}
             rows.append(row(what, times, wanted, worst, counts, memory))
             gc.collect()

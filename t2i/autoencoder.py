@@ -13,7 +13,7 @@ from torch import Tensor
 
 from t2i.checkpoint import class_name, load_model, loaded
 from t2i.errors import InputError
-from t2i.linear import multiply_by_onednn
+from t2i.linear import by_onednn
 from t2i.untrusted import check_files, check_finite, fetched, outline, read_config, read_header, weight_files
 
 VAE_FILES = ["config.json", "diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model*.index.json"]
@@ -35,8 +35,7 @@ class Autoencoder(ModelMixin, ConfigMixin):
     def __init__(self, vae: dict, patch_size: int = 1):
         super().__init__()
         channels = 3 * patch_size**2
-        self.coder = AutoencoderKL(**{**vae, "in_channels": channels, "out_channels": channels})
-        multiply_by_onednn(self.coder)
+        self.coder = by_onednn(AutoencoderKL(**{**vae, "in_channels": channels, "out_channels": channels}))
         self.register_buffer("mean", torch.zeros(self.channels))
         self.register_buffer("std", torch.ones(self.channels))
 

@@ -26,7 +26,7 @@ from t2i.checkpoint import EXACT, check_fingerprint, load_model, loaded, weights
 from t2i.condition import TextEncoding
 from t2i.config import check_choice, check_integer
 from t2i.errors import InputError
-from t2i.linear import multiply_by_onednn
+from t2i.linear import by_onednn
 from t2i.tokenizer import CaptionTokenizer, PublicTokenizer, check_tokenizer, load_tokenizer, public_tokenizer
 from t2i.untrusted import PICKLES, check_files, check_finite, fetched, is_folder, outline, read_config, read_header
 
@@ -64,8 +64,7 @@ class CLIP(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         self.gradient_checkpointing = False
-        self.net = build(model)
-        multiply_by_onednn(self.net)
+        self.net = by_onednn(build(model))
         # What FSDP shards as one: the blocks of open_clip's own towers.
         blocks = {type(layer).__name__ for layer in self.net.modules() if isinstance(layer, BLOCKS)}
         self._no_split_modules = sorted(blocks)

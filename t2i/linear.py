@@ -6,12 +6,13 @@ fast, forward and backward, with results equal to rounding (`docs/speed.md`). It
 """
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Model = TypeVar("Model", bound=nn.Module)
 FEW = 2**20  # multiplications, below which what a call costs is most of it
 
 
@@ -67,11 +68,12 @@ def is_faster(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def multiply_by_onednn(model: nn.Module) -> None:
-    """Make the linear layers of a foreign model `Linear`, in place; weights and names stay."""
+def by_onednn(model: Model) -> Model:
+    """A foreign model whose linear layers are made `Linear`, in place; weights and names stay."""
     for layer in model.modules():
         if type(layer) is nn.Linear:
             layer.__class__ = Linear
+    return model
 
 
 def is_available() -> bool:

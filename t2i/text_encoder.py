@@ -24,7 +24,7 @@ from t2i.checkpoint import EXACT, check_fingerprint, class_name, load_model, loa
 from t2i.condition import TokenStates
 from t2i.config import check_choice, check_integer
 from t2i.errors import InputError
-from t2i.linear import multiply_by_onednn
+from t2i.linear import by_onednn
 from t2i.tokenizer import TextTokenizer, load_text_tokenizer
 from t2i.untrusted import (
     CODE,
@@ -135,8 +135,7 @@ class TextEncoder(ModelMixin, ConfigMixin):
         padded: bool = False,
     ):
         super().__init__()
-        self.net = build(architecture, model, context_length)
-        multiply_by_onednn(self.net)
+        self.net = by_onednn(build(architecture, model, context_length))
 
     @classmethod
     def from_transformers(

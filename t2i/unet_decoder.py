@@ -11,7 +11,7 @@ from torch import Tensor
 from t2i.condition import ImageCondition
 from t2i.config import check_integer
 from t2i.decoder import condition_tokens, input_channels, known_of, no_condition
-from t2i.linear import Linear, multiply_by_onednn
+from t2i.linear import Linear, by_onednn
 from t2i.unet_steps import Prepared, prepare, run
 
 
@@ -64,16 +64,17 @@ class UNetDecoder(ModelMixin, ConfigMixin):
         check_integer("latent_size", latent_size, 1, 1024)  # no tensor has this size
         self.to_tokens = Linear(embed_dim, image_tokens * context_width)
         self.from_text = None if text_width is None else Linear(text_width, context_width)
-        self.net = UNet2DConditionModel(
-            sample_size=latent_size,
-            in_channels=input_channels(latent_channels, reads_masks),
-            out_channels=latent_channels * (2 if learned_variance else 1),
-            cross_attention_dim=context_width,
-            class_embed_type="projection",
-            projection_class_embeddings_input_dim=embed_dim,
-            **unet,
+        self.net = by_onednn(
+            UNet2DConditionModel(
+                sample_size=latent_size,
+                in_channels=input_channels(latent_channels, reads_masks),
+                out_channels=latent_channels * (2 if learned_variance else 1),
+                cross_attention_dim=context_width,
+                class_embed_type="projection",
+                projection_class_embeddings_input_dim=embed_dim,
+                **unet,
+            )
         )
-        multiply_by_onednn(self.net)
 
     def forward(self, x: Tensor, t: Tensor, condition: ImageCondition) -> Tensor:
         """x: (B, C, H, W) noisy latents; t: (B,) timesteps -> (B, C, H, W), the prediction; or (B, 2C, H, W)."""

@@ -19,7 +19,7 @@ from t2i.condition import Condition
 from t2i.config import check_choice, check_integer, check_range
 from t2i.errors import InputError
 from t2i.layers import TimeEmbedding
-from t2i.linear import multiply_by_onednn
+from t2i.linear import by_onednn
 
 FACTORS = (2, 4)
 
@@ -82,8 +82,7 @@ class Upsampler(ModelMixin, ConfigMixin):
         check_range("max_level", max_level, 0, 1)
         channels = 3 * patch_size**2
         needed = {"in_channels": 2 * channels, "out_channels": channels, "class_embed_type": "identity"}
-        self.net = UNet2DModel(**{"add_attention": False, **unet, **needed})
-        multiply_by_onednn(self.net)
+        self.net = by_onednn(UNet2DModel(**{"add_attention": False, **unet, **needed}))
         nn.init.zeros_(self.net.conv_out.weight)  # so that it starts as the resized low resolution
         nn.init.zeros_(self.net.conv_out.bias)
         width = self.net.config.block_out_channels[0]

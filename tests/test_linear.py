@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from benchmarks.side_by_side import flops
 from t2i import linear
 from t2i.condition import TextEncoding
-from t2i.linear import FEW, Linear, is_faster, multiply_by_onednn, product
+from t2i.linear import FEW, Linear, by_onednn, is_faster, product
 from t2i.prior import Prior
 
 pytestmark = pytest.mark.skipif(not linear.AVAILABLE, reason="torch has no oneDNN here")
@@ -111,7 +111,7 @@ def test_a_foreign_model_keeps_its_weights_and_its_other_layers() -> None:
 
     model = nn.Sequential(nn.Linear(192, 160), nn.GELU(), Other(160, 8), nn.Conv2d(1, 1, 1))
     before, names = copy.deepcopy(model), list(model.state_dict())
-    multiply_by_onednn(model)
+    assert by_onednn(model) is model
     assert [type(layer) for layer in model] == [Linear, nn.GELU, Other, nn.Conv2d]
     assert list(model.state_dict()) == names and all(
         torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters())

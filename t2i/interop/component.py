@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn import Module
 
 from t2i.errors import InputError
-from t2i.linear import multiply_by_onednn
 from t2i.untrusted import (
     Stored,
     check_files,
@@ -109,7 +108,6 @@ def filled(
         check_tensors(asked, mine, part.folder)
     with init_empty_weights(include_buffers=False):
         model = make()
-    multiply_by_onednn(model)
     for prefix, part in parts.items():
         for name, tensor in part.tensors(dtype):
             if prefix + name not in unused:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from t2i.errors import InputError
 from t2i.interop.dalle2_layers import COSINE_SCALE, Attention, Norm
+from t2i.linear import Linear
 
 CROSS_HEADS, CROSS_WIDTH = 8, 64  # of the attention to the condition: no argument sets them
 
@@ -123,7 +124,7 @@ class Block(nn.Module):
 class ResnetBlock(nn.Module):
     def __init__(self, width: int, out: int, time: int, cond: int | None, groups: int, cosine: bool):
         super().__init__()
-        self.time_mlp = nn.Sequential(nn.SiLU(), nn.Linear(time, 2 * out))
+        self.time_mlp = nn.Sequential(nn.SiLU(), Linear(time, 2 * out))
         self.cross_attn = None if cond is None else CrossAttention(out, cond, cosine)
         self.block1, self.block2 = Block(width, out, groups), Block(out, out, groups)
         self.res_conv = nn.Conv2d(width, out, 1) if width != out else nn.Identity()
@@ -148,9 +149,9 @@ class CrossAttention(nn.Module):
         inner = CROSS_HEADS * CROSS_WIDTH
         self.norm = Norm(width)
         self.null_kv = nn.Parameter(torch.randn(2, CROSS_WIDTH))
-        self.to_q = nn.Linear(width, inner, bias=False)
-        self.to_kv = nn.Linear(cond, 2 * inner, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(inner, width, bias=False), Norm(width))
+        self.to_q = Linear(width, inner, bias=False)
+        self.to_kv = Linear(cond, 2 * inner, bias=False)
+        self.to_out = nn.Sequential(Linear(inner, width, bias=False), Norm(width))
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
         query = self.to_q(self.norm(x)).unflatten(-1, (CROSS_HEADS, -1)).transpose(1, 2)

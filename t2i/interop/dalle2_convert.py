@@ -22,7 +22,6 @@ from t2i.interop.dalle2_decoder import DALLE2Cascade, DALLE2Decoder, DALLE2Pixel
 from t2i.interop.dalle2_files import DALLE2File, parse_release, read_dalle2
 from t2i.interop.dalle2_prior import DALLE2Prior
 from t2i.interop.dalle2_unet import Unet
-from t2i.linear import multiply_by_onednn
 from t2i.tokenizer import public_tokenizer
 from t2i.untrusted import Stored, check_finite, check_tensors, described, outline, read_config
 
@@ -290,7 +289,6 @@ def filled(make: Callable[[], Any], held: dict[str, Tensor], source: Path) -> An
     check_tensors(wanted, stored, source)
     with init_empty_weights(include_buffers=False):
         model = make()
-    multiply_by_onednn(model)
     try:
         model.load_state_dict(held, strict=True, assign=True)
     except RuntimeError as error:

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
+from t2i.linear import Linear
+
 KeyValue = tuple[Tensor, Tensor]  # each (B, 1, L, head_width): one head of them for all heads of the queries
 
 COSINE_SCALE = 16.0
@@ -50,9 +52,9 @@ class Attention(nn.Module):
         self.scale = COSINE_SCALE if cosine else head_width ** (-0.5 if old else -1.0)
         self.norm = Norm(width)
         self.null_kv = nn.Parameter(torch.randn(2, head_width))
-        self.to_q = nn.Linear(width, heads * head_width, bias=False)
-        self.to_kv = nn.Linear(width, 2 * head_width, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(heads * head_width, width, bias=False), Norm(width))
+        self.to_q = Linear(width, heads * head_width, bias=False)
+        self.to_kv = Linear(width, 2 * head_width, bias=False)
+        self.to_out = nn.Sequential(Linear(heads * head_width, width, bias=False), Norm(width))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, width) -> the same: every token sees every other."""

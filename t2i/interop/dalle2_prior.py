@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from t2i.condition import TextEncoding
 from t2i.config import check_integer
 from t2i.interop.dalle2_layers import OLD_BIAS_SCALE, Attention, KeyValue, Norm, nothing, sinusoids
+from t2i.linear import Linear
 
 BUCKETS, FARTHEST = 32, 128  # of the relative positions
 
@@ -171,15 +172,15 @@ class Network(nn.Module):
 
 def several(width: int, count: int) -> nn.Module:
     """`count` tokens from a vector; a single one is the vector itself."""
-    return nn.Linear(width, width * count) if count > 1 else nn.Identity()
+    return Linear(width, width * count) if count > 1 else nn.Identity()
 
 
 class TimeNetwork(nn.Module):
     def __init__(self, width: int, out: int):
         super().__init__()
         hidden = 2 * out
-        first, second = (nn.Sequential(nn.Linear(inner, hidden), nn.SiLU()) for inner in (width, hidden))
-        self.net = nn.Sequential(first, second, nn.Linear(hidden, out))
+        first, second = (nn.Sequential(Linear(inner, hidden), nn.SiLU()) for inner in (width, hidden))
+        self.net = nn.Sequential(first, second, Linear(hidden, out))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -194,7 +195,7 @@ class CausalTransformer(nn.Module):
         self.rel_pos_bias = RelativePositions(config["heads"])
         self.layers = nn.ModuleList(Layer(config) for _ in range(config["depth"]))
         self.norm = Norm(width, stable=True) if config["norm_out"] else nn.Identity()
-        self.project_out = nn.Linear(width, width, bias=False) if config["project_out"] else nn.Identity()
+        self.project_out = Linear(width, width, bias=False) if config["project_out"] else nn.Identity()
 
     def forward(self, x: Tensor, past: list[KeyValue] | None = None) -> tuple[Tensor, list[KeyValue]]:
         """(B, L, width), behind what `past` holds -> the same, before the last norm; keys and values a layer."""
@@ -221,11 +222,11 @@ class Layer(nn.ModuleList):
                 Attention(width, config["heads"], config["head_width"], **settings),
                 nn.Sequential(
                     Norm(width),
-                    nn.Linear(width, 2 * inner, bias=False),
+                    Linear(width, 2 * inner, bias=False),
                     SwiGLU(),
                     Norm(inner) if config["inner_norm"] else nn.Identity(),
                     nn.Identity(),
-                    nn.Linear(inner, width, bias=False),
+                    Linear(inner, width, bias=False),
                 ),
             ]
         )

@@ -11,6 +11,7 @@ from t2i.config import check_integer
 from t2i.errors import InputError
 from t2i.interop.dalle2_blocks import CrossEmbedding, Parts, each
 from t2i.interop.dalle2_layers import sinusoids
+from t2i.linear import Linear
 
 
 class Unet(nn.Module):
@@ -98,22 +99,22 @@ class Unet(nn.Module):
     def condition(self, dim: int, cond: int, embed_dim: int | None, added: bool, images: int, times: int) -> None:
         """The layers that make tokens and vectors of the time and of z_i."""
         time = 4 * dim
-        self.to_time_hiddens = nn.Sequential(nn.Identity(), nn.Linear(dim, time), nn.GELU())
-        self.to_time_tokens = nn.Sequential(nn.Linear(time, cond * times), nn.Unflatten(-1, (times, cond)))
-        self.to_time_cond = nn.Sequential(nn.Linear(time, time))
+        self.to_time_hiddens = nn.Sequential(nn.Identity(), Linear(dim, time), nn.GELU())
+        self.to_time_tokens = nn.Sequential(Linear(time, cond * times), nn.Unflatten(-1, (times, cond)))
+        self.to_time_cond = nn.Sequential(Linear(time, time))
         self.image_to_tokens: nn.Module | None = None
         self.to_image_hiddens: nn.Module | None = None
         if embed_dim is not None:
-            self.image_to_tokens = nn.Sequential(nn.Linear(embed_dim, cond * images), nn.Unflatten(-1, (images, cond)))
+            self.image_to_tokens = nn.Sequential(Linear(embed_dim, cond * images), nn.Unflatten(-1, (images, cond)))
             if added:
-                self.to_image_hiddens = nn.Sequential(nn.Linear(embed_dim, time), nn.GELU())
+                self.to_image_hiddens = nn.Sequential(Linear(embed_dim, time), nn.GELU())
         self.norm_cond, self.norm_mid_cond = nn.LayerNorm(cond), nn.LayerNorm(cond)
         self.null_image_embed = nn.Parameter(torch.randn(1, images, cond))
         self.null_image_hiddens = nn.Parameter(torch.randn(1, time))
 
     def captions(self, cond: int, states: int | None, length: int) -> None:
         """The layer that makes tokens of a caption's states, and the tokens that pad them."""
-        self.text_to_cond = None if states is None else nn.Linear(states, cond)
+        self.text_to_cond = None if states is None else Linear(states, cond)
         self.null_text_embed = nn.Parameter(torch.randn(1, length, cond))
 
     def levels(self, widths: list[int], parts: "Parts", attends: list, blocks: list, groups: list, early: bool) -> None:
@@ -241,7 +242,7 @@ def check_sizes(dim: int, max_text_len: int, cond: int, embed_dim: int | None) -
 
 def level_layers(dim: int, time: int) -> nn.Module:
     """They make a vector of how much the small picture was noised."""
-    return nn.Sequential(nn.Identity(), nn.Linear(dim, time), nn.GELU(), nn.Linear(time, time))
+    return nn.Sequential(nn.Identity(), Linear(dim, time), nn.GELU(), Linear(time, time))
 
 
 def same_size(width: int, out: int, kernel: int) -> nn.Module:

@@ -18,6 +18,7 @@ from t2i.config import check_integer
 from t2i.decoder import known_of
 from t2i.errors import InputError
 from t2i.interop.component import Component, filled
+from t2i.linear import by_onednn
 from t2i.unet_steps import Prepared, prepare, run
 
 CONDITIONS = {  # what a U-Net is told, by its addition_embed_type and encoder_hid_dim_type
@@ -73,7 +74,8 @@ class KandinskyDecoder(ModelMixin, ConfigMixin):
         for key, value in described(model).items():
             if self.config[key] != value:
                 raise InputError(f"{key} is {self.config[key]!r:.80}, but {value!r} follows from the U-Net's settings")
-        self.unet = UNet2DConditionModel.from_config(dict(model))  # which passes over settings of older versions
+        # from_config passes over settings of older versions.
+        self.unet = by_onednn(UNet2DConditionModel.from_config(dict(model)))
         # What guidance goes away from: CLIP's embedding of the zero picture and, of 2.1, the encoding of "".
         self.register_buffer("null_embedding", torch.zeros(embed_dim))
         if text_width is not None:

@@ -19,6 +19,7 @@ from t2i.condition import ImageCondition, TokenStates
 from t2i.config import check_integer
 from t2i.errors import InputError
 from t2i.interop.component import Component, filled, plain
+from t2i.linear import Linear, by_onednn
 from t2i.unet_steps import Prepared, prepare, run
 
 DERIVED = ("sample_size", "in_channels", "out_channels", "cross_attention_dim", "class_embed_type")  # of the U-Net
@@ -39,10 +40,10 @@ class TextProjection(nn.Module):
         super().__init__()
         self.extra_tokens = extra_tokens
         self.learned_classifier_free_guidance_embeddings = nn.Parameter(torch.zeros(embed_dim))
-        self.embedding_proj = nn.Linear(embed_dim, time_width)
-        self.clip_image_embeddings_project_to_time_embeddings = nn.Linear(embed_dim, time_width)
-        self.clip_extra_context_tokens_proj = nn.Linear(embed_dim, extra_tokens * context_width)
-        self.encoder_hidden_states_proj = nn.Linear(text_width, context_width)
+        self.embedding_proj = Linear(embed_dim, time_width)
+        self.clip_image_embeddings_project_to_time_embeddings = Linear(embed_dim, time_width)
+        self.clip_extra_context_tokens_proj = Linear(embed_dim, extra_tokens * context_width)
+        self.encoder_hidden_states_proj = Linear(text_width, context_width)
         self.text_encoder_hidden_states_norm = nn.LayerNorm(context_width)
 
     def forward(self, z_i: Tensor, z_t: Tensor, text: TokenStates) -> KarloContext:
@@ -109,9 +110,8 @@ class KarloDecoder(ModelMixin, ConfigMixin):
             "cross_attention_dim": context_width,
             "class_embed_type": "identity",
         }
-        self.unet = UNet2DConditionModel.from_config(
-            {**unet_config, **own}
-        )  # which passes over settings of older versions
+        # from_config passes over settings of older versions.
+        self.unet = by_onednn(UNet2DConditionModel.from_config({**unet_config, **own}))
         if self.unet.time_embedding.linear_2.out_features != time_width:
             ours = self.unet.time_embedding.linear_2.out_features
             raise InputError(f"the U-Net's timesteps have {ours} dimensions, what is added to them {time_width}")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from t2i.errors import InputError
 from t2i.interop.component import Component, filled
+from t2i.linear import by_onednn
 
 # How files of diffusers before 0.17 call the parts of an attention.
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -36,7 +37,7 @@ class MoVQ(ModelMixin, ConfigMixin):
             raise InputError("lookup_from_codebook is true: latents of a codebook's numbers are no MoVQ's")
         if vq.get("in_channels", 3) != 3 or vq.get("out_channels", 3) != 3:
             raise InputError(f"a MoVQ is of pictures with 3 channels, got {vq['in_channels']} in its configuration")
-        self.coder = VQModel.from_config(dict(vq))  # which passes over settings of older versions
+        self.coder = by_onednn(VQModel.from_config(dict(vq)))  # which passes over settings of older versions
 
     @classmethod
     def from_component(cls, part: Component, dtype: torch.dtype | None = None) -> Self:

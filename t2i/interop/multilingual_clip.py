@@ -16,6 +16,7 @@ from t2i.condition import TokenStates
 from t2i.config import check_integer
 from t2i.errors import InputError
 from t2i.interop.component import Component, filled
+from t2i.linear import Linear, by_onednn
 from t2i.text_encoder import SETTINGS
 from t2i.tokenizer import TextTokenizer, load_text_tokenizer
 from t2i.untrusted import fetched
@@ -54,8 +55,8 @@ class MultilingualCLIP(ModelMixin, ConfigMixin):
         config = transformers.XLMRobertaConfig(**model, attn_implementation="sdpa")
         positions = config.max_position_embeddings - config.pad_token_id - 1
         check_integer(f"context_length of a text encoder with {positions} positions", context_length, 3, positions)
-        self.transformer = transformers.XLMRobertaModel(config)
-        self.LinearTransformation = torch.nn.Linear(config.hidden_size, pooled_width)
+        self.transformer = by_onednn(transformers.XLMRobertaModel(config))
+        self.LinearTransformation = Linear(config.hidden_size, pooled_width)
 
     @classmethod
     def from_component(cls, part: Component, tokenizer: Path, dtype: torch.dtype | None = None) -> Self:

@@ -23,6 +23,7 @@ from t2i.config import check_integer
 from t2i.errors import InputError
 from t2i.interop.clip_tokenizer import CLIPTokenizer
 from t2i.interop.component import Component, filled, plain
+from t2i.linear import by_onednn
 from t2i.text_encoder import TextEncoder, known_settings
 from t2i.tokenizer import TextTokenizer
 from t2i.unet_steps import Prepared, prepare, run
@@ -85,7 +86,7 @@ class StableUnCLIPDecoder(ModelMixin, ConfigMixin):
         check_integer("embed_dim", embed_dim, 1, 100_000)
         check_integer("noising.num_train_timesteps", noising.get("num_train_timesteps", 1000), 1, 100_000)
         check_unet(unet_config, embed_dim)
-        self.unet = UNet2DConditionModel.from_config(unet_config)
+        self.unet = by_onednn(UNet2DConditionModel.from_config(unet_config))
         self.normalizer = Normalizer(embed_dim)
         # The encoding of the empty caption, set by `take_null`.
         self.register_buffer("null_states", torch.zeros(context_length, text_width))

@@ -18,6 +18,7 @@ from t2i.diffusion import draw_noise, sample
 from t2i.errors import InputError
 from t2i.interop.component import Component, filled, plain
 from t2i.interop.scheduler import UnCLIPRespacedScheduler
+from t2i.linear import by_onednn
 from t2i.sampling import MAX_STEPS, OnStep, Wrap
 from t2i.upsampler import reduced
 
@@ -44,7 +45,7 @@ class SuperResolution(ModelMixin, ConfigMixin):
         if first["sample_size"] % low_size or first["sample_size"] != last.get("sample_size"):
             sizes = f"{first['sample_size']} and {last.get('sample_size')} for a small picture of {low_size}"
             raise InputError(f"both sample_size must be the same multiple of the small side, got {sizes}")
-        self.super_res_first, self.super_res_last = (UNet2DModel.from_config(one) for one in (first, last))
+        self.super_res_first, self.super_res_last = (by_onednn(UNet2DModel.from_config(one)) for one in (first, last))
         self.scheduler = UnCLIPRespacedScheduler(**scheduler)
 
     @classmethod

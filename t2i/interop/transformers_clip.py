@@ -26,6 +26,7 @@ from t2i.config import check_choice, check_integer
 from t2i.errors import InputError
 from t2i.interop.clip_tokenizer import CLIPTokenizer
 from t2i.interop.component import Component, filled
+from t2i.linear import by_onednn
 from t2i.untrusted import check_files, fetched, read_config
 
 SIZES = ("hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers", "num_attention_heads")
@@ -74,8 +75,8 @@ class TransformersCLIP(ModelMixin, ConfigMixin):
         rounded: bool = False,
     ):
         super().__init__()
-        self.text_encoder: Any = None if text is None else text_tower(text)
-        self.image_encoder: Any = None if vision is None else vision_tower(vision)
+        self.text_encoder: Any = None if text is None else by_onednn(text_tower(text))
+        self.image_encoder: Any = None if vision is None else by_onednn(vision_tower(vision))
         if text is None and vision is None:
             raise InputError("no text encoder and no image encoder in the folder; a CLIP is at least one of them")
         if text and vision and text["projection_dim"] != vision["projection_dim"]:
