@@ -10,12 +10,14 @@ from t2i.errors import InputError
 from t2i.interop.component import listed
 from t2i.interop.layouts import BY_CLASS, USUAL_PRIORS
 from t2i.interop.loading import any_prior, load_components
-from t2i.interop.stored import AUTO, check_dtype, check_variant, dtype_of, holds_public, stored_dtypes, variants_of
+from t2i.interop.stored import AUTO, check_dtype, check_variant, dtype_of, holds_public, stored_dtypes
 from t2i.untrusted import is_folder
+from t2i.weights import read_model
 
 FETCHING = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 # Of diffusers: they say what is so anyway.
 WITHOUT_EFFECT = ("use_safetensors", "low_cpu_mem_usage")
+PLAIN = {*PARTS, *FETCHING, *WITHOUT_EFFECT}
 
 
 def public_components(
@@ -81,8 +83,11 @@ def own_arguments(
 
     prior: may name another one, public or of this project, on the hub too; the CLIP is the pipeline's, and so is the
     scheduler of a PriorTransformer that comes without one. dtype: of all parts or by their names; where nothing is
-    said, that of the files where they hold a public model, and diffusers' float32 for models that were trained here.
-    variant: its files are read here, for diffusers stumbles over a folder in a part's folder. Raises InputError.
+    said, that of the files where they hold a public model, and float32 for models that were trained here. Raises
+    InputError.
+
+    Models are read here: diffusers holds a file beside its model, and stumbles with a variant over a folder in a
+    part's folder.
     """
     if isinstance(kwargs.get("clip"), str | Path):
         raise InputError(f"clip is {str(kwargs['clip'])!r:.200}, but this project's own models hold their CLIP")
@@ -97,11 +102,9 @@ def own_arguments(
 
     def part(name: str) -> Any:
         kind = class_in(name, listed(path)[name])
-        of_files = variant if variant in variants_of(path / name) else None
-        settings = {"variant": of_files, "dtype": dtype_of(dtype, name), "use_safetensors": True}
-        return loaded(lambda folder: kind.from_pretrained(folder, subfolder=name, **settings), path)
+        return loaded(lambda at: read_model(kind, at / name, dtype_of(dtype, name), variant, at), path)
 
-    if variant is not None:
+    if variant is not None or not kwargs.keys() - PLAIN:  # what else diffusers is asked for, it does itself
         absent = [name for name in PARTS if name not in kwargs and class_in(name, listed(path).get(name)) is not None]
         kwargs |= {name: part(name) for name in absent}
     if isinstance(named := kwargs.get("prior"), str | Path):

@@ -21,6 +21,7 @@ from torch.nn import Module
 from t2i import __version__
 from t2i.errors import InputError
 from t2i.untrusted import SCHEDULERS, check_finite, check_model, check_scheduler, described, is_folder, read_json
+from t2i.weights import read_model
 
 MANIFEST = "manifest.json"
 EXACT = (torch.float32, torch.float16)  # dtypes that keep what a fingerprint is made from
@@ -202,7 +203,7 @@ def load_model(classes: Any, folder: str | Path) -> Any:
     if name not in known:
         raise InputError(f"{str(path)!r} holds a {name:.80}; it must be a {wanted}")
     check_model(known[name], path, Path(folder))
-    model = loaded(lambda folder: known[name].from_pretrained(folder, use_safetensors=True), path)
+    model = loaded(lambda folder: read_model(known[name], folder), path)
     check_finite(model, path)
     return model
 
@@ -243,7 +244,7 @@ def tensors_digest(tensors: dict[str, Tensor], more: str = "") -> str:
     hasher = hashlib.sha256(more.encode())
     for name, tensor in sorted(tensors.items()):
         hasher.update(name.encode())
-        hasher.update(tensor.detach().cpu().half().contiguous().numpy().tobytes())
+        hasher.update(tensor.detach().cpu().half().reshape(-1).numpy())
     return hasher.hexdigest()[:16]
 
 

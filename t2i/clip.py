@@ -104,10 +104,13 @@ class CLIP(ModelMixin, ConfigMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "CLIP":
         path = fetched(pretrained_model_name_or_path, ["*.json", "*.safetensors"])
         clip = super().from_pretrained(path, **{"use_safetensors": True, **kwargs})
-        folder = path / (kwargs.get("subfolder") or "")
-        clip.tokenizer = load_tokenizer(folder, clip.config.tokenizer_kind, clip.config.model["text_cfg"])
-        check_fingerprint(clip, folder)
+        clip.read_beside(path / (kwargs.get("subfolder") or ""), path)
         return clip
+
+    def read_beside(self, folder: Path, root: Path) -> None:
+        """What a folder holds beside the weights. Raises InputError, also for weights of another fingerprint."""
+        self.tokenizer = load_tokenizer(folder, self.config.tokenizer_kind, self.config.model["text_cfg"])
+        check_fingerprint(self, folder)
 
     def save_pretrained(self, save_directory: str | Path, variant: str | None = None, **kwargs: Any) -> None:
         # The variant by name: diffusers' pipelines look for it in the signature.

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
-from safetensors import safe_open
 from torch import Tensor
 from torch.nn import Module
 
@@ -27,6 +26,7 @@ from t2i.untrusted import (
     read_header,
     weight_files,
 )
+from t2i.weights import stored_tensors
 
 Model = TypeVar("Model", bound=Module)
 Rename = Callable[[str], str]
@@ -67,10 +67,7 @@ class Component:
     def tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """Each tensor by name; floating-point ones in `dtype`, if one is given, and else as they are stored."""
         for path in dict.fromkeys(self.files.values()):
-            with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118
-                    tensor = file.get_tensor(name)
-                    yield name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+            yield from stored_tensors(path, dtype)
 
 
 def filled(

@@ -328,7 +328,7 @@ def side_of(component: Component, name: str, axis: int) -> int:
 def tower_digest(component: Component) -> str:
     """16 hexadecimal digits for a tower's weights, the same in fp32 and fp16."""
     each = {
-        name: hashlib.sha256(tensor.half().contiguous().numpy().tobytes()).hexdigest()
+        name: hashlib.sha256(tensor.half().reshape(-1).numpy()).hexdigest()
         for name, tensor in component.tensors()
         if tensor.is_floating_point()
     }

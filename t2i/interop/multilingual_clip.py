@@ -80,10 +80,14 @@ class MultilingualCLIP(ModelMixin, ConfigMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
         path = fetched(pretrained_model_name_or_path, ["*.json", "*.safetensors"])
         encoder = super().from_pretrained(path, **{"use_safetensors": True, **kwargs})
-        folder = path / (kwargs.get("subfolder") or "")
-        encoder.tokenizer = encoder.load_tokenizer(folder)
-        check_fingerprint(encoder, folder)
-        return encoder.requires_grad_(False)
+        encoder.read_beside(path / (kwargs.get("subfolder") or ""), path)
+        return encoder
+
+    def read_beside(self, folder: Path, root: Path) -> None:
+        """What a folder holds beside the weights, which freeze. Raises InputError, also for another fingerprint."""
+        self.tokenizer = self.load_tokenizer(folder)
+        check_fingerprint(self, folder)
+        self.requires_grad_(False)
 
     def save_pretrained(self, save_directory: str | Path, variant: str | None = None, **kwargs: Any) -> None:
         # The variant by name: diffusers' pipelines look for it in the signature.

@@ -136,13 +136,17 @@ class TransformersCLIP(ModelMixin, ConfigMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "TransformersCLIP":
         path = fetched(pretrained_model_name_or_path, ["*.json", "*.txt", "*.safetensors"])
         clip = super().from_pretrained(path, **{"use_safetensors": True, **kwargs})
-        folder = path / (kwargs.get("subfolder") or "")
-        if clip.config.text is not None:
-            words = clip.config.text["vocab_size"]
-            clip.words = CLIPTokenizer.load(folder / "tokenizer", clip.config.context_length, words, path)
-            clip.check_end()
-        check_fingerprint(clip, folder)
-        return clip.eval().requires_grad_(False)
+        clip.read_beside(path / (kwargs.get("subfolder") or ""), path)
+        return clip.eval()
+
+    def read_beside(self, folder: Path, root: Path) -> None:
+        """What a folder holds beside the weights, which freeze. Raises InputError, also for another fingerprint."""
+        if self.config.text is not None:
+            words = self.config.text["vocab_size"]
+            self.words = CLIPTokenizer.load(folder / "tokenizer", self.config.context_length, words, root)
+            self.check_end()
+        check_fingerprint(self, folder)
+        self.requires_grad_(False)
 
     def save_pretrained(self, save_directory: str | Path, variant: str | None = None, **kwargs: Any) -> None:
         # The variant by name: diffusers' pipelines look for it in the signature.
