@@ -70,10 +70,12 @@ def load_pipeline(
     prior: str | None = None,
     dtype: str | dict[str, str] | None = None,
     clip: str | None = None,
+    compile: bool = False,
 ) -> Pipeline:
     """A pipeline on a device; auto takes a GPU if there is one.
 
-    prior, clip: where those of a public model are. dtype: a name of `DTYPES`, or names by parts, see `from_pretrained`.
+    prior, clip: where those of a public model are. dtype: a name of `DTYPES`, or names by parts; what it and compile
+    mean, `from_pretrained` says.
     """
     device = find_device(device)  # complain before the model loads
     options: dict[str, Any] = {name: one for name, one in {"prior": prior, "clip": clip}.items() if one is not None}
@@ -81,6 +83,8 @@ def load_pipeline(
         options["dtype"] = torchs(dtype)
         if asks_for_bf16(options["dtype"]):
             check_bf16(device)
+    if compile:
+        options["compile"] = True
     return kind.from_pretrained(model, **options).to(device)
 
 
@@ -130,6 +134,7 @@ def generate_files(
     resume: bool = False,
     dtype: str | dict[str, str] | None = None,
     clip: str | None = None,
+    compile: bool = False,
 ) -> Iterator[Path]:
     """Draw `count` pictures for each prompt and write each as soon as its batch is done. Nothing is overwritten.
 
@@ -149,7 +154,9 @@ def generate_files(
         check_texts(name, [settings[name]] if name in settings else [])
     split_options({name: value for name, value in settings.items() if not name.endswith("negative_prompt")})
     check_out(out, total)
-    pipeline: Text2ImagePipeline = load_pipeline(model, share.device(device), Text2ImagePipeline, prior, dtype, clip)
+    pipeline: Text2ImagePipeline = load_pipeline(
+        model, share.device(device), Text2ImagePipeline, prior, dtype, clip, compile
+    )
     if not prompts:
         settings = {"guidance_scale": 1.0, **settings}  # there is nothing to be guided to
     pipeline = with_upsampler(pipeline, upsampler, dtype)

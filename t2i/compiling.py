@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -29,10 +30,19 @@ class CompiledStep:
         shape = tuple(x.shape)
         if shape in self.warm_up:
             return self.compiled(x, t, context)
+        from torch._dynamo.exc import BackendCompilerFailed  # a second or two, for who compiles alone
+
+        logger.warning("compiling the decoder for noisy latents %s", shape)  # the command line shows warnings
         begun = time.perf_counter()
-        out = self.compiled(x, t, context)
+        try:
+            out = self.compiled(x, t, context)
+        except BackendCompilerFailed as error:
+            why = next(iter(str(error).splitlines()), type(error).__name__)
+            raise InputError(f"the decoder cannot be compiled here ({why:.200}); leave out compile") from error
         self.warm_up[shape] = time.perf_counter() - begun
-        logger.info("compiled the decoder for noisy latents %s: the first step took %.1f s", shape, self.warm_up[shape])
+        logger.warning(
+            "compiled the decoder for noisy latents %s: the first step took %.1f s", shape, self.warm_up[shape]
+        )
         return out
 
 
@@ -47,6 +57,6 @@ def compile_steps(denoiser: Any, backend: str = "inductor") -> CompiledStep:
 
 def check_compiler() -> None:
     """torch writes C++ for processors and needs a compiler of it on GPUs too, where Triton writes the rest."""
-    named = os.environ.get("CXX")
-    if not any(shutil.which(one) for one in ([named] if named else ["g++", "clang++", "c++"])):
-        raise InputError(f"compile needs a C++ compiler, and there is no {named or 'g++ or clang++'} here; install one")
+    named = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # which torch takes
+    if shutil.which(named) is None:
+        raise InputError(f"compile needs a C++ compiler, and there is no {named} here; install one, or name one as CXX")

@@ -1,18 +1,23 @@
 """A decoder's compiled steps, and what a machine without compiler or bf16 is told."""
 
 import logging
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from pipelines import Text2ImagePipeline
-from t2i.compiling import check_compiler, compile_steps
+from t2i.compiling import CompiledStep, check_compiler, compile_steps
 from t2i.condition import ImageCondition
+from t2i.decoder import Decoder
 from t2i.errors import InputError
 from t2i.interop.kandinsky import KandinskyDecoder, described
 from tests.interop_folders import EMBED_DIM
 from tests.interop_kandinsky_folders import tiny_kandinsky_unet
+from tests.test_cli import QUICK, run
 
 EMOJI = Path(__file__).parents[1] / "models" / "emoji"
 
@@ -28,10 +33,11 @@ def test_compiled_steps_are_the_same_and_say_how_long_they_took_to_compile(caplo
     plain = decoder.step(x, t, context)
     compiled = compile_steps(decoder, backend="eager")  # the tracing is torch's; what it writes then takes minutes
     assert compile_steps(decoder) is compiled
-    with caplog.at_level(logging.INFO, "t2i"):
+    with caplog.at_level(logging.WARNING, "t2i"):
         torch.testing.assert_close(decoder.step(x, t, context), plain, atol=1e-5, rtol=1e-5)
         decoder.step(x, t, context)
-    assert [record.message[:44] for record in caplog.records] == ["compiled the decoder for noisy latents (2, 4"]
+    said = [record.message.partition(" for noisy latents (2, 4")[0] for record in caplog.records]
+    assert said == ["compiling the decoder", "compiled the decoder"]
     assert list(compiled.warm_up) == [(2, 4, 8, 8)]
 
 
@@ -41,6 +47,57 @@ def test_no_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         check_compiler()
     with pytest.raises(InputError, match="compile needs"):
         Text2ImagePipeline.from_pretrained("no such folder", compile=True)
+
+
+@pytest.mark.parametrize("without", ["PATH", "CXX"])
+def test_a_command_that_is_to_compile_without_a_compiler_says_so_in_one_line(
+    monkeypatch, capsys, pipeline_folder, tmp_path, without: str
+) -> None:
+    """A PATH of nothing, and a CXX that names nothing."""
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv(without, str(tmp_path / "nowhere"))
+    words = ["generate", "red circle", "--model", pipeline_folder, "--out", tmp_path / "out", "--compile", *QUICK]
+    status, out, err = run(monkeypatch, capsys, *words)
+    assert (status, out) == (2, "") and err.count("\n") == 1
+    assert "compile needs a C++ compiler, and there is no " in err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(shutil.which("false") is None, reason="there is no program that fails")
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiler_that_does_not_compile_is_one_line() -> None:
+    from torch._inductor import config  # seconds, for this test alone
+
+    step = CompiledStep(lambda x, t, context: x.sin() + t)
+    said = (
+        r"the decoder cannot be compiled here \(InvalidCxxCompiler: No working C.. compiler found.*; leave out compile"
+    )
+    with config.patch({"cpp.cxx": (None, shutil.which("false"))}), pytest.raises(InputError, match=said) as raised:
+        step(torch.ones(2, 3), torch.ones(1), None)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no compiler here")
+@pytest.mark.filterwarnings("ignore")
+def test_a_command_draws_the_same_when_compiled(monkeypatch, capsys, caplog, pipeline, tmp_path) -> None:
+    """Truly compiled: one block, in the way that takes the least time."""
+    from torch._inductor import config
+
+    torch.manual_seed(0)
+    decoder = Decoder(pipeline.clip.embed_dim, *pipeline.latent_shape[:2], width=16, depth=1, heads=2)
+    for parameter in decoder.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    Text2ImagePipeline.from_pipe(pipeline, decoder=decoder).save_pretrained(tmp_path / "model")
+    drawn = {}
+    for name, more in {"plain": [], "compiled": ["--compile"]}.items():
+        words = ["generate", "red circle", "--model", tmp_path / "model", "--seed", 1, "--out", tmp_path / name]
+        with config.patch({"compile_threads": 1, "cpp.simdlen": 1, "cpp.vec_isa_ok": True}):
+            status, out, err = run(monkeypatch, capsys, *words, *QUICK, *more)
+        assert status == 0, err
+        with Image.open(out.strip()) as image:
+            drawn[name] = np.asarray(image).astype(int)
+    assert abs(drawn["plain"] - drawn["compiled"]).max() <= 1 and drawn["plain"].std() > 1
+    said = [record.message.split(" for ")[0] for record in caplog.records if record.name.startswith("t2i.")]
+    assert said == ["compiling the decoder", "compiled the decoder"]
 
 
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])

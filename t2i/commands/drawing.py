@@ -50,6 +50,7 @@ def generate(
     upsampler: options.Upsampler = None,
     batch_size: Annotated[str | None, Option(help="Pictures at once; auto: as many as fit.")] = None,
     dtype: options.Dtype = None,
+    compile: options.Compile = False,
     device: options.Device = "auto",
 ) -> None:
     """Draw pictures for prompts, or for none if they are steered; prints their paths.
@@ -84,7 +85,7 @@ def generate(
     settings |= options.guidance(guidance_scale, guidance, prior_guidance_scale, prior_guidance)
     resume = file is not None
     seed = 0 if resume and seed is None else seed
-    more = (upsampler, prior, batch_size, resume, read_dtypes(dtype), clip)
+    more = (upsampler, prior, batch_size, resume, read_dtypes(dtype), clip, compile)
     for path in generate_files(texts, out, model, count, seed, device, settings, *more):
         print(path, flush=True)
 

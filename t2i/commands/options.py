@@ -49,6 +49,9 @@ Dtype = Annotated[
     list[str] | None,
     Option(help="Of the weights: fp32, bf16 or fp16; or PART=DTYPE, again and again, such as decoder=bf16."),
 ]
+Compile = Annotated[
+    bool, Option("--compile", help="Compile the decoder first: for many pictures of one size, in batches of one size.")
+]
 Device = Annotated[str, Option(help="auto, cpu, cuda, mps.")]
 
 
