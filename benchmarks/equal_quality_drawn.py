@@ -1,0 +1,197 @@
+"""Are the pictures as good? Draws every caption by each way of `benchmarks.equal_quality`, and judges them in pairs.
+
+    python -m benchmarks.equal_quality_drawn 4 [--folder data/emoji] [--out out/equal_quality]
+
+4: seeds a caption, of 200 training captions and all that were held out. The prior draws z_i once for a caption and a
+seed; each way gets the same z_i and the same noise. Features are kept in `--out`, a file for 32 pictures, and what is
+there is not drawn again. Writes results/equal_quality_drawn.json.
+
+A choice of ours is of equal quality (written down before a picture was drawn) if
+
+- `very emoji` and `same name` (`t2i eval emoji`) are not lower by more than 1 point, also not at the end of the
+  interval of two standard errors, those of the differences of captions, each the mean of its seeds;
+- the Frechet and the kernel distance (`t2i eval quality --features clip:models/emoji/clip`) to all real emoji are not
+  higher by more than 2 %, or by more than the standard error of the difference (by drawing captions again);
+- the CLIP score is not lower by more than 1 %.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Generator, Tensor
+
+from benchmarks.equal_quality import CHOICES, PEER, STEPS, emoji, ways
+from benchmarks.side_by_side import RESULTS, machine
+from pipelines.options import DecoderOptions, PriorOptions
+from t2i.data import Record
+from t2i.diffusion import draw_noise
+from t2i.evaluation.emoji import base_name, choose, features, read_emoji, stacked
+from t2i.evaluation.features import CLIPFeatures
+from t2i.evaluation.metrics import MetricSettings, compare, moments
+from t2i.evaluation.quality import score
+from t2i.sampling import split_generators
+from t2i.tensor_file import read_tensors, write_tensors
+
+KIND, BATCH = "features of drawn emoji", 32
+TENSORS = ("nearest", "features", "cosine")  # the real emoji that is nearest; CLIP's, (B, D); with the caption
+POINT, DISTANCE, SCORE = 0.01, 0.02, 0.01  # of the criterion
+RESAMPLED = 100
+
+
+@dataclass
+class Drawn:
+    """Of one way: shares and cosines by caption and seed, (captions, seeds); CLIP's features, (captions, seeds, D)."""
+
+    exact: Tensor
+    same_name: Tensor
+    cosine: Tensor
+    features: Tensor
+
+
+class Judge:
+    """The captions, and the real emoji that their pictures are compared with."""
+
+    def __init__(self, folder: Path, captions: int | None = None):
+        """captions: of each split, for a test; None is all that `t2i eval emoji` draws."""
+        self.pipeline = emoji()
+        dataset, self.records = read_emoji(folder)
+        self.chosen: list[Record] = [one for part in choose(self.records).values() for one in part[:captions]]
+        extract = CLIPFeatures(self.pipeline.clip, str(self.pipeline.device))
+        seen = [(features(batch), extract(batch)) for batch in stacked(dataset, self.records)]
+        self.real, self.real_features = (torch.cat(part) for part in zip(*seen))
+        self.extract = extract
+
+    def draw(self, seed: int, out: Path) -> None:
+        """All captions by all ways, but for what is in `out`."""
+        drawn = ways()
+        for start in range(0, len(self.chosen), BATCH):
+            if all(part(out, name, seed, start).exists() for name in drawn):
+                continue
+            begun, records = time.perf_counter(), self.chosen[start : start + BATCH]
+            captions = [record.text for record in records]
+            own = [Generator().manual_seed(1_000_000 * seed + start + i) for i in range(len(records))]
+            prior, decoder = split_generators(own, len(records))
+            text = self.pipeline.encode_prompt(captions)
+            z_i = self.pipeline.draw_embeddings(text, None, PriorOptions(), prior, DecoderOptions())
+            noise = draw_noise(self.pipeline.latent_shape, decoder, z_i.device)
+            for name, way in drawn.items():
+                if not part(out, name, seed, start).exists():
+                    pictures = self.pipeline.decode_pictures(way(z_i, noise)).clamp(-1, 1)
+                    about = {"kind": KIND, "captions": captions}
+                    write_tensors(part(out, name, seed, start), self.seen(pictures, captions), about)
+            print(f"seed {seed}, captions from {start}: {time.perf_counter() - begun:.0f} s", flush=True)
+
+    def seen(self, pictures: Tensor, captions: list[str]) -> dict[str, Tensor]:
+        nearest = torch.cdist(features(pictures.cpu()), self.real).argmin(dim=1)
+        found = (nearest, self.extract(pictures), score(self.pipeline.clip, pictures, captions))
+        return dict(zip(TENSORS, found))
+
+    def read(self, name: str, seeds: int, out: Path) -> Drawn:
+        held = []
+        for seed in range(seeds):
+            starts = range(0, len(self.chosen), BATCH)
+            files = [read_tensors(part(out, name, seed, start), KIND, TENSORS)[0] for start in starts]
+            held.append({key: torch.cat([one[key] for one in files]) for key in TENSORS})
+        nearest, embeds, cosine = (torch.stack([one[key] for one in held], dim=1) for key in TENSORS)
+        wanted = torch.tensor([self.records.index(record) for record in self.chosen])[:, None]
+        names = [base_name(record.text) for record in self.records]
+        number = torch.tensor([names.index(one) for one in names])
+        return Drawn((nearest == wanted).double(), (number[nearest] == number[wanted]).double(), cosine, embeds)
+
+    def distances(self, drawn: Drawn, captions: Tensor) -> dict[str, float]:
+        """Of the pictures of these captions, (n,), which may repeat, to all real emoji."""
+        settings = MetricSettings(("fd", "kid"), kid_subset_size=500, kid_subsets=10)
+        return compare(drawn.features[captions].flatten(0, 1), self.real_features, self.moments(), settings)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        if not hasattr(self, "held"):
+            self.held = moments(self.real_features)
+        return self.held
+
+
+def part(out: Path, name: str, seed: int, start: int) -> Path:
+    return out / f"{name}-{seed}-{start:04}.safetensors"
+
+
+def shares(mine: Drawn, peer: Drawn) -> dict[str, dict[str, float]]:
+    """Of each figure of single pictures: ours, the peer's, the difference and its standard error."""
+    found = {}
+    for key in ("exact", "same_name", "cosine"):
+        ours, theirs = getattr(mine, key).double(), getattr(peer, key).double()
+        differs = (ours - theirs).mean(dim=1)
+        error = differs.std() / len(differs) ** 0.5
+        found[key] = figure(ours.mean().item(), theirs.mean().item(), error.item())
+    return found
+
+
+def figure(ours: float, theirs: float, error: float) -> dict[str, float]:
+    return {"ours": ours, "theirs": theirs, "difference": ours - theirs, "standard_error": error}
+
+
+def sets(judge: Judge, mine: Drawn, peer: Drawn, resampled: int = RESAMPLED) -> dict[str, dict[str, float]]:
+    """The same of distances of sets of pictures."""
+    every = torch.arange(len(mine.exact))
+    ours, theirs = judge.distances(mine, every), judge.distances(peer, every)
+    generator = Generator().manual_seed(0)
+    again = []
+    for _ in range(resampled):
+        captions = torch.randint(len(every), (len(every),), generator=generator)
+        one, other = judge.distances(mine, captions), judge.distances(peer, captions)
+        again.append({key: one[key] - other[key] for key in one})
+    keys = ("frechet_distance", "kernel_distance")
+    errors = {key: torch.tensor([one[key] for one in again]).std().item() for key in keys}
+    return {key: figure(ours[key], theirs[key], errors[key]) for key in keys}
+
+
+def failures(found: dict[str, dict[str, float]]) -> list[str]:
+    """Where a choice falls short of the criterion above."""
+    short = []
+    for key, one in found.items():
+        worse, error = one["difference"], one["standard_error"]
+        if key.endswith("distance"):
+            equal = worse <= max(DISTANCE * one["theirs"], error)
+        elif key == "cosine":
+            equal = worse >= -SCORE * one["theirs"]
+        else:
+            equal = worse - 2 * error >= -POINT
+        if not equal:
+            short.append(key)
+    return short
+
+
+def verdict(found: dict[str, dict[str, float]], captions: int, seeds: int) -> str:
+    short = failures(found)
+    names = {"exact": "very emoji", "same_name": "same name", "cosine": "CLIP score"}
+    said = [f"{names.get(key, key.replace('_', ' '))} {one['ours']:.4g}, theirs {one['theirs']:.4g}"
+            for key, one in found.items()]  # fmt: skip
+    outcome = f"not equal quality ({', '.join(short)})" if short else "equal quality"
+    return f"{outcome}, {captions} captions x {seeds} seeds: {'; '.join(said)}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("seeds", type=int)
+    parser.add_argument("--folder", type=Path, default=Path("data/emoji"))
+    parser.add_argument("--out", type=Path, default=Path("out/equal_quality"))
+    given = parser.parse_args()
+    judge = Judge(given.folder)
+    for seed in range(given.seeds):
+        judge.draw(seed, given.out)
+    peer, choices = judge.read(PEER, given.seeds, given.out), {}
+    for name, choice in CHOICES.items():
+        mine = judge.read(name, given.seeds, given.out)
+        found = shares(mine, peer) | sets(judge, mine, peer)
+        said = verdict(found, len(judge.chosen), given.seeds)
+        choices[name] = {"drawn by": str(choice), "verdict": said, "figures": found}
+        print(f"{choice}: {said}", flush=True)
+    about = {"command": f"python -m benchmarks.equal_quality_drawn {given.seeds}", "machine": machine()}
+    result = about | {"peer": f"{PEER}, {STEPS} steps", "choices": choices}
+    (RESULTS / "equal_quality_drawn.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
