@@ -1,5 +1,5 @@
 """From text to picture: a folder shaped as Kandinsky 2.2's, at reduced width, against diffusers' own two pipelines on
-the same weights and noise; several pictures of one prompt; the shipped emoji model in bf16.
+the same weights and noise; several pictures of one prompt.
 """
 
 import tempfile
@@ -10,21 +10,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import KandinskyV22Pipeline, KandinskyV22PriorPipeline
 from torch import Generator, Tensor
 
 from benchmarks.decoder_speed import EMBED, kandinsky_scheduler, kandinsky_unet
 from benchmarks.side_by_side import Row, alternate, device, difference, row, run
 from pipelines import Text2ImagePipeline
-from t2i.devices import computes_in_bf16
-from t2i.evaluation.emoji import choose, features, read_emoji, stacked
 from t2i.sampling import split_generators
 from tests import interop_folders as public
 from tests.interop_kandinsky_folders import kandinsky_decoder_parts, kandinsky_prior_parts
 
-ROOT = Path(__file__).resolve().parents[1]
-EMOJI, PICTURES = ROOT / "models" / "emoji", ROOT / "data" / "emoji"
 PROMPTS = ["a red cat", "a dog", "the red dog and a cat", "a cat and a red cat and a dog"]
 PRIOR = {  # the public one has 32 heads of 64 and 20 layers
     False: {"num_attention_heads": 8, "attention_head_dim": 32, "num_layers": 6},
@@ -118,36 +113,8 @@ def against_diffusers(quick: bool) -> list[Row]:
     return [*rows, row("four pictures of one prompt", alternate(works, rounds), 1 / 0.9, note=note)]
 
 
-def emoji_in_bf16(quick: bool) -> list[Row]:
-    prompts = ["red apple", "grinning face", "blue heart", "dog face"] * (1 if quick else 4)
-    fp32 = Text2ImagePipeline.from_pretrained(EMOJI).to(device())
-    bf16 = Text2ImagePipeline.from_pretrained(EMOJI).to(device(), torch.bfloat16)
-    for one in (fp32, bf16):
-        one.set_progress_bar_config(disable=True)
-    settings = {"num_inference_steps": 2, "prior_num_inference_steps": 2} if quick else {}
-
-    def draw(pipeline: Text2ImagePipeline, texts: list[str], first: int = 0) -> Tensor:
-        own = [Generator().manual_seed(first + number) for number in range(len(texts))]
-        return pipeline(texts, generator=own, output_type="pt", **settings).images.float().cpu()
-
-    times = alternate({"bf16": partial(draw, bf16, prompts), "fp32": partial(draw, fp32, prompts)}, 2 if quick else 5)
-    note = ""
-    if not quick and (PICTURES / "metadata.jsonl").exists():
-        dataset, records = read_emoji(PICTURES)
-        real = torch.cat([features(batch) for batch in stacked(dataset, records)])
-        texts, same, error = [one.text for one in choose(records)["train"]], 0, 0.0
-        for start in range(0, len(texts), 20):
-            drawn = [draw(one, texts[start : start + 20], start) for one in (bf16, fp32)]
-            nearest = [torch.cdist(features(2 * one - 1), real).argmin(dim=1) for one in drawn]
-            same += int((nearest[0] == nearest[1]).sum())
-            error += float((drawn[0] - drawn[1]).abs().mean()) * len(drawn[0])
-        note = f"the same emoji for {same} of {len(texts)} prompts; pixels in [0, 1] differ by {error / len(texts):.4f}"
-    return [row(f"emoji, {len(prompts)} prompts, bf16 against itself in fp32", times, 1.4, note=note)]
-
-
 def main(quick: bool) -> list[Row]:
-    rows = against_diffusers(quick)
-    return rows + (emoji_in_bf16(quick) if computes_in_bf16(device().type) else [])
+    return against_diffusers(quick)
 
 
 if __name__ == "__main__":
