@@ -15,7 +15,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Generator, Tensor
 
 from benchmarks.side_by_side import RESULTS, Row, alternate, device, difference, row, run
@@ -59,6 +59,15 @@ def emoji() -> Text2ImagePipeline:
     return pipeline
 
 
+@cache
+def unet() -> UNet2DConditionModel:
+    """diffusers' own, of torch's layers, with the decoder's weights."""
+    net = emoji().decoder.net
+    found = UNet2DConditionModel.from_config(net.config)
+    found.load_state_dict(net.state_dict())
+    return found.to(device()).eval().requires_grad_(False)
+
+
 @torch.no_grad()
 def theirs(decoder: UNetDecoder, scheduler: DDIMScheduler, z_i: Tensor, noise: Tensor, steps: int) -> Tensor:
     """Latents, (N, C, h, w), by UNet2DConditionModel's own `forward` in a plain loop of diffusers' scheduler."""
@@ -68,7 +77,7 @@ def theirs(decoder: UNetDecoder, scheduler: DDIMScheduler, z_i: Tensor, noise: T
     x = noise * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
         read = scheduler.scale_model_input(torch.cat([x, x]), t)
-        away, wanted = decoder.net(read, t, tokens, class_labels=labels).sample.chunk(2)
+        away, wanted = unet()(read, t, tokens, class_labels=labels).sample.chunk(2)
         x = scheduler.step(away + SCALE * (wanted - away), t, x).prev_sample
     return x
 
