@@ -25,6 +25,7 @@ from t2i.errors import RESUMABLE, InputError, RunError, Stopped
 from t2i.health import Health
 from t2i.log import Log, check_trackers, duration, peak_memory
 from t2i.processes import StopRequest, Watch, check_same, on_main
+from t2i.processors import keep_memory, short_attention
 from t2i.state import State, flat, locked
 
 Loss = Callable[[nn.Module, Batch], dict[str, Tensor]]  # "loss" is minimised; the rest is logged beside it
@@ -88,6 +89,7 @@ def start(config: TrainConfig) -> Accelerator:
     if device == "cpu":  # `accelerate launch` leaves each process one thread
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // accelerator.num_processes))
+        keep_memory()
     torch.manual_seed(config.seed)  # the same initial weights on every process
     return accelerator
 
@@ -233,9 +235,11 @@ def gradient(
         last = micro == config.gradient_accumulation - 1
         batch = next(loader).to(accelerator.device)
         seed_noise(config.seed, state.step * config.gradient_accumulation + micro, accelerator)
-        with watch.waiting(), contextlib.ExitStack() as unshared:
+        with watch.waiting(), contextlib.ExitStack() as within:
             for one in () if last else models:
-                unshared.enter_context(accelerator.no_sync(one))
+                within.enter_context(accelerator.no_sync(one))
+            repeated = config.compile or config.gradient_checkpointing
+            within.enter_context(short_attention(accelerator.device, accelerator.mixed_precision, repeated))
             with accelerator.autocast():
                 metrics = stage.loss(model, batch)
             total = metrics["loss"] + metrics.get("critic_loss", 0)

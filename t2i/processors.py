@@ -1,0 +1,60 @@
+"""What makes training faster on processors (`docs/speed.md` has the figures)."""
+
+import contextlib
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+SHORT = 256  # queries; beyond, attention in bf16 is the faster one
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
+
+
+def keep_memory() -> bool:
+    """Let this process keep the memory that it frees, until it ends; whether its allocator can be told so.
+
+    Every step of a training run takes and frees the same. glibc gives tensors back to the system at once and asks for
+    them again, and the system fills each page with zeros: a tenth to a fifth of a step.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+class ShortAttention(TorchFunctionMode):
+    """Attention of few queries on a processor in fp32 where it would be in bf16, whichever model asks for it.
+
+    torch's kernel for bf16 is made for long sequences: of 64 queries its backward pass takes two to five times as long.
+    Results come in bf16 as before, rounded once instead of often.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention or not is_short(query := args[0] if args else kwargs["query"]):
+            return func(*args, **kwargs)
+        with torch.autocast("cpu", enabled=False):
+            out = func(*map(raised, args), **{name: raised(one) for name, one in kwargs.items()})
+        return out.to(query.dtype)
+
+
+def is_short(query: Tensor) -> bool:
+    return query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.shape[-2] <= SHORT
+
+
+def raised(one: Any) -> Any:
+    """To fp32, if it is a tensor of numbers."""
+    return one.float() if isinstance(one, Tensor) and one.is_floating_point() else one
+
+
+def short_attention(device: torch.device, precision: str, repeated: bool) -> contextlib.AbstractContextManager[Any]:
+    """`ShortAttention` where it pays: for steps in bf16 on a processor.
+
+    repeated: by a compiler, or by the backward pass with gradient checkpointing; neither knows of it.
+    """
+    pays = device.type == "cpu" and precision == "bf16" and not repeated
+    return ShortAttention() if pays else contextlib.nullcontext()

@@ -1,0 +1,68 @@
+"""What makes training faster on processors: attention of few queries in fp32, and memory that is kept."""
+
+import resource
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.training_step import made_up_steps
+from t2i.processors import SHORT, ShortAttention, keep_memory
+
+
+def inputs(queries: int) -> list[Tensor]:
+    torch.manual_seed(0)
+    shapes = [(1, 2, length, 32) for length in (queries, 40, 40)]
+    return [torch.randn(shape).to(torch.bfloat16).requires_grad_(True) for shape in shapes]
+
+
+def test_attention_of_few_queries_is_that_of_fp32_rounded_once_and_so_are_its_gradients():
+    query, key, value = inputs(SHORT)
+    mask = torch.rand(1, 1, 1, 40) > 0.3
+    wide = [one.detach().float().requires_grad_(True) for one in (query, key, value)]
+    expected = F.scaled_dot_product_attention(*wide, attn_mask=mask)
+    with torch.autocast("cpu", torch.bfloat16), ShortAttention():
+        found = F.scaled_dot_product_attention(query, key, value=value, attn_mask=mask)
+    assert found.dtype == torch.bfloat16 and torch.equal(found, expected.to(torch.bfloat16))
+    grad = torch.randn_like(found)
+    gradients = torch.autograd.grad(found, (query, key, value), grad)
+    for mine, other in zip(gradients, torch.autograd.grad(expected, wide, grad.float())):
+        assert torch.equal(mine, other.to(torch.bfloat16))
+
+
+def test_longer_attention_and_that_of_fp32_stay_as_they_are():
+    for given in (inputs(SHORT + 1), [one.detach().float() for one in inputs(64)]):
+        expected = F.scaled_dot_product_attention(*given)
+        with ShortAttention():
+            assert torch.equal(F.scaled_dot_product_attention(*given), expected)
+
+
+@pytest.mark.parametrize("option", ["", "train.gradient_checkpointing=true"])
+def test_a_step_in_bf16_takes_it_unless_the_backward_pass_computes_again(option, monkeypatch):
+    asked = []
+    plain = ShortAttention.__torch_function__
+
+    def counting(self, func, types, args=(), kwargs=None):
+        asked.append(func is F.scaled_dot_product_attention)
+        return plain(self, func, types, args, kwargs)
+
+    monkeypatch.setattr(ShortAttention, "__torch_function__", counting)
+    made_up_steps("configs/tiny/decoder.yaml", ["train.mixed_precision=bf16", *filter(None, [option])], lambda _: 5)()
+    assert any(asked) == (not option)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+def test_memory_that_was_freed_is_not_asked_for_again():
+    if not keep_memory():
+        pytest.skip("an allocator that cannot be told")
+
+    def faults(megabytes: int) -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(megabytes, 2**18)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    for _ in range(3):
+        faults(256)  # once it has as much as the largest step takes
+    assert sum(faults(64) for _ in range(8)) < 16384  # the pages of one of the eight
