@@ -1,6 +1,7 @@
-"""Lines in panels side by side, drawn by Pillow alone."""
+"""Lines in panels, drawn by Pillow alone."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
@@ -25,23 +26,30 @@ class Panel:
     lines: list[Line]
 
 
-def plot(panels: list[Panel], log_x: bool = False) -> Image.Image:
-    """Panels with the same axes and one legend under them."""
-    points = [point for panel in panels for line in panel.lines for point in line.points]
-    xs, ys = [x for x, _ in points], [y for _, y in points]
-    marks_x = decades(min(xs), max(xs)) if log_x else ticks(min(xs), max(xs))
-    marks_y = ticks(min(ys), max(ys))
-    image = Image.new("RGB", (WIDTH * len(panels), HEIGHT + LEGEND), "white")
+def plot(
+    panels: list[Panel], log_x: bool = False, log_y: bool = False, columns: int | None = None, shared: bool = True
+) -> Image.Image:
+    """Panels in rows, and one legend under them. shared: all have the same axes."""
+    columns = columns or len(panels)
+    bottom = math.ceil(len(panels) / columns) * HEIGHT
+    image = Image.new("RGB", (WIDTH * columns, bottom + LEGEND), "white")
     pen = ImageDraw.Draw(image)
     for i, panel in enumerate(panels):
-        across = Axis(marks_x, i * WIDTH + LEFT, (i + 1) * WIDTH - RIGHT, log_x)
-        draw_panel(pen, panel, across, Axis(marks_y, HEIGHT - BOTTOM, TOP))
+        points = [point for one in (panels if shared else [panel]) for line in one.lines for point in line.points]
+        marks_x, marks_y = (marks_of(values, log) for values, log in zip(zip(*points), (log_x, log_y)))
+        left, top = i % columns * WIDTH, i // columns * HEIGHT
+        across = Axis(marks_x, left + LEFT, left + WIDTH - RIGHT, log_x)
+        draw_panel(pen, panel, across, Axis(marks_y, top + HEIGHT - BOTTOM, top + TOP, log_y), top)
     at = float(LEFT)
     for line in panels[0].lines:
-        pen.line((at, HEIGHT + 8, at + 18, HEIGHT + 8), fill=line.color, width=3)
-        pen.text((at + 22, HEIGHT + 8), line.name, fill=INK, font=FONT, anchor="lm")
+        pen.line((at, bottom + 8, at + 18, bottom + 8), fill=line.color, width=3)
+        pen.text((at + 22, bottom + 8), line.name, fill=INK, font=FONT, anchor="lm")
         at += 40 + FONT.getlength(line.name)
     return image
+
+
+def marks_of(values: Sequence[float], log: bool) -> list[float]:
+    return decades(min(values), max(values)) if log else ticks(min(values), max(values))
 
 
 @dataclass
@@ -57,7 +65,7 @@ class Axis:
         return self.start + (ends[2] - ends[0]) / (ends[1] - ends[0]) * (self.end - self.start)
 
 
-def draw_panel(pen: ImageDraw.ImageDraw, panel: Panel, across: Axis, up: Axis) -> None:
+def draw_panel(pen: ImageDraw.ImageDraw, panel: Panel, across: Axis, up: Axis, top: int = 0) -> None:
     middle = (across.start + across.end) / 2
     for mark in across.marks:
         x = across.place(mark)
@@ -67,8 +75,8 @@ def draw_panel(pen: ImageDraw.ImageDraw, panel: Panel, across: Axis, up: Axis) -
         y = up.place(mark)
         pen.line((across.start, y, across.end, y), fill=GRID)
         pen.text((across.start - 4, y), f"{mark:g}", fill=INK, font=FONT, anchor="rm")
-    pen.text((middle, 8), f"{panel.title}: {panel.y}", fill=INK, font=FONT, anchor="ma")
-    pen.text((middle, HEIGHT - 22), panel.x, fill=INK, font=FONT, anchor="ma")
+    pen.text((middle, top + 8), f"{panel.title}: {panel.y}", fill=INK, font=FONT, anchor="ma")
+    pen.text((middle, top + HEIGHT - 22), panel.x, fill=INK, font=FONT, anchor="ma")
     for line in panel.lines:
         points = [(across.place(x), up.place(y)) for x, y in line.points]
         pen.line(points, fill=line.color, width=2)
@@ -84,9 +92,13 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
     return [round(i * step, 10) for i in range(first, last + 1)]
 
 
-def decades(low: float, high: float) -> list[float]:
-    """1, 2, 5, 10, ... that enclose a range of positive numbers."""
-    marks = [factor * 10.0**power for power in range(-4, 5) for factor in (1, 2, 5)]
-    first = max((mark for mark in marks if mark <= low), default=marks[0])
-    last = min((mark for mark in marks if mark >= high), default=marks[-1])
-    return [mark for mark in marks if first <= mark <= last]
+def decades(low: float, high: float, most: int = 8) -> list[float]:
+    """1, 2, 5, 10, ... that enclose a range of positive numbers, but for a twentieth; of many, the powers of ten."""
+    for factors in ((1, 2, 5), (1,)):
+        every = [factor * 10.0**power for power in range(-4, 7) for factor in factors]
+        first = max((mark for mark in every if mark <= 1.05 * low), default=every[0])
+        last = min((mark for mark in every if mark >= high / 1.05 and mark > first), default=every[-1])
+        found = [mark for mark in every if first <= mark <= last]
+        if len(found) <= most:
+            break
+    return found

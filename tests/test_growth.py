@@ -1,0 +1,71 @@
+"""How cost grows: what is counted, what is fitted, and that the page says what was measured."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from benchmarks import growth_page, side_by_side
+from benchmarks.counting import count
+from benchmarks.growth import FIGURES, VARIED, grow, slope
+from benchmarks.growth_page import FAR, PAGE, PLOT, page, picture
+from benchmarks.plot import decades
+
+
+def test_the_slope_of_a_power_law_is_its_exponent() -> None:
+    assert slope([(x, 0.3 * x**1.7) for x in (1, 2, 5, 40)]) == pytest.approx(1.7)
+    assert slope([(1, 5.0), (10, 5.0)]) == pytest.approx(0)
+    assert slope([(1, 1.0), (2, 2.2), (4, 3.9)]) == pytest.approx(0.98, abs=0.01)  # least squares, not the ends
+
+
+def test_operations_calls_and_living_tensors_are_counted() -> None:
+    x, weight = torch.ones(4, 8), torch.ones(16, 8)
+
+    def work() -> None:
+        y = x @ weight.t()  # 4 x 16, and a view of what was there before
+        y = y.relu()  # both are alive once: 2 x 256 bytes
+        y.add_(1)
+        y.view(8, 8)
+
+    counts = count(work)
+    assert counts.operations == 2 * 4 * 8 * 16 and counts.attention == 0
+    assert counts.calls == 5 and counts.tensors == 2 * 4 * 4 * 16
+
+
+def test_attention_is_counted_apart() -> None:
+    x = torch.ones(2, 3, 5, 8)
+    counts = count(lambda: torch.nn.functional.scaled_dot_product_attention(x, x, x))
+    assert counts.attention == counts.operations == 2 * 2 * (2 * 3 * 5 * 5 * 8)
+
+
+def test_marks_enclose_a_range_and_there_are_not_too_many() -> None:
+    assert decades(3, 40) == [2, 5, 10, 20, 50] and decades(1, 1) == [1, 2]
+    assert decades(0.99, 4e4) == pytest.approx([1, 10, 100, 1000, 10_000, 100_000])
+
+
+def test_every_curve_runs_at_toy_size_and_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(side_by_side, "matrix_rate", lambda dtype=torch.float32: 1e9)
+    curves = [asdict(one) for one in grow(quick=True)]
+    assert [(one["model"], one["varied"]) for one in curves] == [(name, one) for name in VARIED for one in VARIED[name]]
+    for curve in curves:
+        first, last = curve["points"]
+        assert last["operations"] > first["operations"] > 0 and first["seconds"] > 0
+        assert last["tensors"] >= last["weights"] > 0
+    by_name = {(one["model"], one["varied"]): one["slopes"] for one in curves}
+    assert by_name["decoder", "batch"]["operations"] == pytest.approx(1, abs=0.05)
+    assert by_name["decoder", "width"]["operations"] == pytest.approx(2, abs=0.2)
+    result = {"machine": side_by_side.machine(), "curves": curves}
+    text = page(result)
+    assert text.count("\n## ") == len(curves) and picture(result).width > 1000
+
+
+def test_a_slope_that_is_not_as_counted_has_a_reason() -> None:
+    for curve in json.loads(FIGURES.read_text())["curves"]:
+        far = abs(curve["slopes"]["seconds"] - curve["slopes"]["operations"]) > FAR
+        assert ("With limits" in growth_page.why_time(curve)) == far
+
+
+def test_the_page_says_what_was_measured() -> None:
+    assert PAGE.read_text() == page(json.loads(FIGURES.read_text())), "python -m benchmarks.growth --page"
+    assert 0 < PLOT.stat().st_size <= 300_000
