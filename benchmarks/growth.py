@@ -28,6 +28,7 @@ from benchmarks.prior_speed import captions, generators, make_prior, ours
 from benchmarks.side_by_side import RESULTS, Work, alternate, device, machine, peak_memory
 from benchmarks.training_step import Steps, made_up_steps
 from t2i.commands import SHIPPED
+from t2i.linear import Linear
 from t2i.loop import update
 from t2i.sampling import sample_decoder
 from t2i.unet_decoder import UNetDecoder
@@ -175,11 +176,12 @@ def products(rows: float, weights: int, width: int) -> Work:
     """Products alone: `rows` rows with matrices that hold about `weights` weights."""
     x = torch.randn(max(1, round(rows)), width, device=device())
     many = max(1, round(weights / (4 * width**2)))
-    matrices = [torch.randn(4 * width, width, device=device()) for _ in range(many)]
+    layers = [Linear(width, 4 * width, bias=False, device=device()) for _ in range(many)]
 
+    @torch.no_grad()
     def work() -> None:
-        for matrix in matrices:
-            nn.functional.linear(x, matrix)
+        for layer in layers:
+            layer(x)
 
     return work
 
