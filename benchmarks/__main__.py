@@ -13,7 +13,9 @@ def programs() -> list[str]:
 
 if __name__ == "__main__":
     # Each in its own process, so that none finds memory that another left; one that fails does not stop the others.
-    # The last compares with what is counted and not with a peer, and writes docs/speed-growth.md.
+    # growth compares with what is counted and not with a peer.
     names = [*programs(), "growth"]
     commands = [[sys.executable, "-m", f"benchmarks.{name}", *sys.argv[1:]] for name in names]
+    if "--quick" not in sys.argv:  # which writes nothing
+        commands.append([sys.executable, "-m", "benchmarks.report"])
     sys.exit(any([subprocess.run(command).returncode for command in commands]))

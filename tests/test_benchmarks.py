@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import peers, side_by_side
+from benchmarks import peers, report, side_by_side
 from benchmarks.__main__ import programs
 from benchmarks.side_by_side import alternate, difference, flops, peak_memory, ratio, row, table, write
 from t2i.condition import ImageCondition
@@ -84,3 +84,7 @@ def test_a_peer_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(peers, "NEEDED", ("no_such_peer",))
     with pytest.raises(InputError, match="^no_such_peer not installed: .*`make test`"):
         peers.dalle2_pytorch()
+
+
+def test_the_page_of_speed_has_the_tables_that_the_results_make() -> None:
+    assert report.PAGE.read_text() == report.written(report.PAGE.read_text())

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.side_by_side import flops
 from t2i import linear
@@ -58,6 +59,30 @@ def test_outputs_and_gradients_are_those_of_torch(given: str, bias: bool) -> Non
         found.append([out, *torch.autograd.grad(out, [x, *layer.parameters()], grad)])
     for mine, other in zip(*found):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+
+
+class Weights(TorchDispatchMode):
+    """Every second factor that oneDNN is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if function is torch.ops.mkldnn._linear_pointwise.default:
+            self.seen.append(arguments[1])
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("given", INPUTS)
+def test_onednn_is_only_given_weights_that_it_multiplies_by_fast(given: str) -> None:
+    layer, _ = layers()
+    x = INPUTS[given](torch.randn(4, 40, 192)).requires_grad_(True)
+    with Weights() as weights:
+        layer(x).sum().backward()  # a gradient without memory of its own
+        product(x.detach(), torch.randn(320, 384)[::2, ::2])
+    assert len(weights.seen) == 4
+    assert all(weight.is_contiguous() or weight.t().is_contiguous() for weight in weights.seen)
 
 
 def test_only_the_gradients_that_are_needed_are_computed() -> None:
