@@ -4,8 +4,8 @@ the same weights and noise; several pictures of one prompt.
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,19 @@ from diffusers import KandinskyV22Pipeline, KandinskyV22PriorPipeline
 from torch import Generator, Tensor
 
 from benchmarks.decoder_speed import EMBED, kandinsky_scheduler, kandinsky_unet
-from benchmarks.side_by_side import Row, alternate, device, difference, row, run
+from benchmarks.side_by_side import Row, alternate, device, difference, peak_memory, row, run, synchronize
 from pipelines import Text2ImagePipeline
 from t2i.sampling import split_generators
 from tests import interop_folders as public
 from tests.interop_kandinsky_folders import kandinsky_decoder_parts, kandinsky_prior_parts
 
 PROMPTS = ["a red cat", "a dog", "the red dog and a cat", "a cat and a red cat and a dog"]
+STAGES = {  # of a pipeline, by its methods
+    "encode_prompt": "captions",
+    "draw_embeddings": "prior",
+    "sample_decoder": "decoder",
+    "decode": "pictures of latents",
+}
 PRIOR = {  # the public one has 32 heads of 64 and 20 layers
     False: {"num_attention_heads": 8, "attention_head_dim": 32, "num_layers": 6},
     True: {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2},
@@ -74,8 +80,10 @@ def timed(part: Any, name: str) -> Iterator[list[float]]:
     method, seconds = getattr(part, name), []
 
     def wrapped(*arguments: Any, **settings: Any) -> Any:
+        synchronize()
         begun = time.perf_counter()
         out = method(*arguments, **settings)
+        synchronize()
         seconds.append(time.perf_counter() - begun)
         return out
 
@@ -84,6 +92,36 @@ def timed(part: Any, name: str) -> Iterator[list[float]]:
         yield seconds
     finally:
         delattr(part, name)
+
+
+def stage_seconds(pipeline: Text2ImagePipeline, work: Callable[[], Any]) -> dict[str, float]:
+    """Of each stage in one run of `work`, and of what is none of them."""
+    with ExitStack() as stack:
+        calls = {stage: stack.enter_context(timed(pipeline, name)) for name, stage in STAGES.items()}
+        begun = time.perf_counter()
+        work()
+        whole = time.perf_counter() - begun
+    seconds = {stage: sum(one) for stage, one in calls.items()}
+    return seconds | {"the rest": whole - sum(seconds.values())}
+
+
+def shares(pipeline: Text2ImagePipeline, work: Callable[[], Any]) -> str:
+    """Of the stages in our time, as a note."""
+    seconds = stage_seconds(pipeline, work)
+    whole = sum(seconds.values())
+    return "of our time " + ", ".join(f"{stage} {one / whole:.1%}" for stage, one in seconds.items())
+
+
+def peaks(works: Mapping[str, Callable[[], Any]]) -> dict[str, int]:
+    """Peak memory of each, in bytes, where the system tells."""
+    return {name: peak for name, work in works.items() if (peak := peak_memory(work)) is not None}
+
+
+def each_way(pipeline: Text2ImagePipeline, works: Mapping[str, Callable[[], Any]]) -> str:
+    """Seconds of the stages in each of two ways to draw as many pictures, as a note."""
+    found = [stage_seconds(pipeline, work) for work in works.values()]
+    pairs = (f"{stage} {found[0][stage]:.3f} / {found[1][stage]:.3f}" for stage in found[0])
+    return f"a ratio of 1.11 is 0.9 of the time; seconds {' / '.join(works)}: {', '.join(pairs)}"
 
 
 def against_diffusers(quick: bool) -> list[Row]:
@@ -100,17 +138,15 @@ def against_diffusers(quick: bool) -> list[Row]:
         worst = difference(ours(pipeline, prompts, steps), peer(prompts, steps))
         works = {"ours": partial(ours, pipeline, prompts, steps), "diffusers": partial(peer, prompts, steps)}
         times = alternate(works, rounds, warm=0)
-        with timed(pipeline.autoencoder, "decode") as seconds:
-            ours(pipeline, prompts, steps)
-        note = f"the autoencoder's share of ours is {sum(seconds) / times.median('ours'):.1%}"
+        memory = peaks({"ours": partial(ours, pipeline, prompts, 2), "diffusers": partial(peer, prompts, 2)})
         what = f"text to picture, Kandinsky-2.2-shaped, 25 and {steps} steps, {count} prompts"
-        rows.append(row(what, times, 1.5, worst, note=note))
+        rows.append(row(what, times, 1.5, worst, memory=memory, note=shares(pipeline, works["ours"])))
     works = {
         "four of one prompt": partial(ours, pipeline, PROMPTS[2:3], steps, each=4),
         "four prompts": partial(ours, pipeline, PROMPTS, steps),
     }
-    note = "a ratio of 1.11 is 0.9 of the time"
-    return [*rows, row("four pictures of one prompt", alternate(works, rounds), 1 / 0.9, note=note)]
+    times = alternate(works, rounds)
+    return [*rows, row("four pictures of one prompt", times, 1 / 0.9, note=each_way(pipeline, works))]
 
 
 def main(quick: bool) -> list[Row]:

@@ -240,8 +240,9 @@ def processor() -> str:
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown."""
+    """Markdown, with the rows' notes below."""
     head = ("what", "against", "ours, s", "theirs, s", "times as fast", "wanted", "outputs differ by", "matrix rate")
+    head = (*head, "peak memory, MiB, ours / theirs")
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for one in rows:
         seconds = list(one.seconds.values())
@@ -249,8 +250,10 @@ def table(rows: list[Row]) -> str:
         cells.append("" if one.at_least is None else f"{one.at_least:g}")
         cells.append("" if one.difference is None else f"{one.difference:.0e}")
         cells.append(" / ".join(f"{share:.0%}" for share in one.rate.values()))
+        cells.append(" / ".join(f"{peak / 2**20:.0f}" for peak in one.memory.values()))
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    notes = [f"{one.what}, against {one.against}: {one.note}" for one in rows if one.note]
+    return "\n".join([*lines, *([""] if notes else []), *notes])
 
 
 def write(name: str, rows: list[Row], more: dict[str, Any] | None = None) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import Transformer2DModel, UNet2DConditionModel
+from diffusers import Transformer2DModel, UNet2DConditionModel, UNet2DModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention, AttnAddedKVProcessor2_0, AttnProcessor2_0
 from diffusers.models.downsampling import Downsample2D
@@ -28,6 +28,7 @@ BLOCKS = (
     blocks.CrossAttnDownBlock2D,
     blocks.ResnetDownsampleBlock2D,
     blocks.SimpleCrossAttnDownBlock2D,
+    blocks.UNetMidBlock2D,
     blocks.UNetMidBlock2DCrossAttn,
     blocks.UNetMidBlock2DSimpleCrossAttn,
     blocks.UpBlock2D,
@@ -80,12 +81,19 @@ def prepare(
     return Prepared(sum(both[1:], both[0])[rows] if both else None, keys, allowed, {} if packs(unet, like) else None)
 
 
-def run(unet: UNet2DConditionModel, x: Tensor, t: Tensor, context: Prepared) -> Tensor:
+def prepare_unconditional(unet: UNet2DModel, like: Tensor) -> Prepared | None:
+    """For a U-Net that is told nothing but pictures like these; None for one that `run` does not know."""
+    if unet.config.time_embedding_type != "positional" or unet.class_embedding is not None or not is_known(unet):
+        return None
+    return Prepared(None, {}, None, {} if packs(unet, like) else None)
+
+
+def run(unet: UNet2DConditionModel | UNet2DModel, x: Tensor, t: Tensor, context: Prepared) -> Tensor:
     """What `unet(x, t, ...)` predicts: x: (B, C, H, W), t: (B,)."""
     time = unet.time_embedding(unet.time_proj(t).to(x.dtype))
     if context.added is not None:
         time = time + context.added
-    if unet.time_embed_act is not None:
+    if getattr(unet, "time_embed_act", None) is not None:
         time = unet.time_embed_act(time)
     if context.packed is not None:
         x = x.contiguous(memory_format=torch.channels_last)
@@ -99,7 +107,8 @@ def run(unet: UNet2DConditionModel, x: Tensor, t: Tensor, context: Prepared) -> 
     if unet.mid_block is not None:
         x = residual(unet.mid_block.resnets[0], x, time, context)
         for i in range(len(unet.mid_block.attentions)):
-            x = attended(unet.mid_block.attentions[i], x, context)
+            if unet.mid_block.attentions[i] is not None:
+                x = attended(unet.mid_block.attentions[i], x, context)
             x = residual(unet.mid_block.resnets[i + 1], x, time, context)
     for block in unet.up_blocks:
         for i in range(len(block.resnets)):
@@ -221,7 +230,7 @@ def activated(function: nn.Module, x: Tensor) -> Tensor:
     return F.silu(x, inplace=not torch.is_grad_enabled()) if isinstance(function, nn.SiLU) else function(x)
 
 
-def is_known(unet: UNet2DConditionModel) -> bool:
+def is_known(unet: UNet2DConditionModel | UNet2DModel) -> bool:
     """Whether `run` computes what the U-Net's own `forward` does."""
     if any(unet.config.get(key, allowed[0]) not in allowed for key, allowed in SETTINGS.items()):
         return False

@@ -44,9 +44,12 @@ def test_a_ratio_is_of_the_same_rounds_with_its_spread(monkeypatch: pytest.Monke
     times = alternate({"ours": lambda: None, "peer": lambda: None}, rounds=3, warm=0)
     found = ratio(times, "peer")
     assert (found.median, found.low, found.high) == (2, 2, 3)
-    one = row("what", times, at_least=2, flops={"ours": 1e8, "peer": 3e8})
+    memory = {"ours": 2**21, "peer": 2**22}
+    one = row("what", times, at_least=2, flops={"ours": 1e8, "peer": 3e8}, memory=memory, note="why")
     assert one.against == "peer" and one.rate == {"ours": 0.1, "peer": 0.1}
-    assert "| what | peer | 1 | 3 | 2 (2-3) | 2 |" in table([one])
+    lines = table([one, row("bare", times)]).splitlines()
+    assert lines[2] == "| what | peer | 1 | 3 | 2 (2-3) | 2 |  | 10% / 30% | 2 / 4 |"
+    assert lines[3] == "| bare | peer | 1 | 3 | 2 (2-3) |  |  |  |  |" and lines[5:] == ["what, against peer: why"]
 
 
 def test_outputs_that_differ_are_not_timed() -> None:

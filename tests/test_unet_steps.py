@@ -6,9 +6,10 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnAddedKVProcessor
 from torch import Tensor, nn
 
-from t2i.unet_steps import prepare, run
+from t2i.unet_steps import prepare, prepare_unconditional, run
 from tests.interop_folders import EMBED_DIM, randomised
 from tests.interop_kandinsky_folders import KANDINSKY_TEXT, tiny_kandinsky_unet
+from tests.interop_karlo_folders import karlo_super_resolution
 
 
 def random(*shape: int, seed: int) -> Tensor:
@@ -98,6 +99,21 @@ def test_nothing_of_the_condition_is_computed_in_a_step_and_the_same_condition_o
     out = run(unet, random(1, 4, 8, 8, seed=6).expand(4, -1, -1, -1), torch.full((4,), 100), context)
     assert not rows
     assert out[0].equal(out[1]) and not torch.allclose(out[0], out[3])
+
+
+@torch.no_grad()
+def test_a_step_without_a_condition_is_the_forward_of_diffusers() -> None:
+    unet, x = karlo_super_resolution(0), random(2, 6, 16, 16, seed=6)
+    context = prepare_unconditional(unet, x)
+    assert context is not None
+    for t in (torch.tensor([400, 20]), torch.tensor([999, 0])):
+        torch.testing.assert_close(run(unet, x, t, context), unet(x, t).sample, atol=1e-5, rtol=1e-5)
+
+
+def test_a_u_net_that_divides_by_the_time_is_left_to_diffusers() -> None:
+    unet = karlo_super_resolution(0)
+    unet.register_to_config(time_embedding_type="fourier")
+    assert prepare_unconditional(unet, torch.zeros(1)) is None
 
 
 def of_another_attention(unet: nn.Module) -> None:

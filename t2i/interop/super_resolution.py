@@ -20,6 +20,7 @@ from t2i.interop.component import Component, filled, plain
 from t2i.interop.scheduler import UnCLIPRespacedScheduler
 from t2i.linear import by_onednn
 from t2i.sampling import MAX_STEPS, OnStep, Wrap
+from t2i.unet_steps import prepare_unconditional, run
 from t2i.upsampler import reduced
 
 
@@ -103,10 +104,15 @@ class SuperResolution(ModelMixin, ConfigMixin):
         if noise.shape != low.shape:
             raise InputError(f"the noise must be of shape {tuple(low.shape)}, got {tuple(noise.shape)}")
 
+        networks = (self.super_res_first, self.super_res_last)
+        contexts = [prepare_unconditional(network, low.to(self.dtype)) for network in networks]
+
         def predict(x: Tensor, t: Tensor) -> Tensor:
-            is_last = t == scheduler.timesteps[scheduler.timesteps >= 0][-1]
-            network = self.super_res_last if is_last else self.super_res_first
-            return network(torch.cat([x, low], dim=1).to(self.dtype), t).sample.to(x.dtype)
+            is_last = bool(t == scheduler.timesteps[scheduler.timesteps >= 0][-1])
+            network, context = networks[is_last], contexts[is_last]
+            both = torch.cat([x, low], dim=1).to(self.dtype)
+            found = network(both, t).sample if context is None else run(network, both, t.expand(len(both)), context)
+            return found.to(x.dtype)
 
         watched = predict if wrap is None else wrap(predict)
         noise = noise.to(low.device).float()
