@@ -1,9 +1,14 @@
 """Drawing from a file of prompts: batches, processes, going on."""
 
 import logging
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -12,8 +17,10 @@ from pipelines import batches, generation
 from pipelines.batches import draw_fitting, in_order, split, there_already
 from t2i.errors import InputError
 
+from .interop_kandinsky_folders import kandinsky_22_combined
 from .test_cli import QUICK, run
 
+ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ["red circle", "a green square that is rather large", "blue", "a red square", "green circle"]
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
@@ -66,6 +73,37 @@ def test_pictures_come_in_the_order_of_the_file_and_do_not_depend_on_batches_or_
         assert share == [name for name in names if name in share]
     for name in names:
         assert abs(pixels(tmp_path / "one" / name) - pixels(tmp_path / "two" / name)).max() <= 1
+
+
+def test_two_processes_draw_what_one_does_and_go_on_when_one_was_killed(monkeypatch, capsys, tmp_path):
+    for name in LAUNCHER:
+        monkeypatch.delenv(name, raising=False)
+    words = ["a red cat", "a dog", "the dog and a cat", "cat", "a blue dog", "the red dog on a chair"]
+    (tmp_path / "prompts.txt").write_text("\n".join(words))
+    common = ["--prompts", tmp_path / "prompts.txt", "--model", kandinsky_22_combined(), "--steps", 12]
+    common += ["--prior-steps", 4, "--seed", 0, "--batch-size", 1, "--out"]
+    assert run(monkeypatch, capsys, "generate", *common, tmp_path / "alone")[0] == 0
+
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "--module", "t2i"]
+    command += map(str, ["generate", *common, tmp_path / "both"])
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    launched = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while launched.poll() is None and not list((tmp_path / "both").glob("*.png")):
+        time.sleep(0.05)
+    psutil.Process(launched.pid).children()[0].kill()
+    assert launched.wait(120) != 0
+    (lost := min((tmp_path / "both").glob("*.png"))).unlink()
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "both").glob("*.png")}
+
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0, again.stderr[-3000:]
+    drawn = [Path(line) for line in again.stdout.splitlines() if line.endswith(".png")]
+    assert lost in drawn and not kept.keys() & set(drawn) and len(drawn) + len(kept) == len(words)
+    assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
+    names = {path.name for path in (tmp_path / "alone").iterdir()}
+    assert {path.name for path in (tmp_path / "both").glob("*.png")} == names
+    for name in names:
+        assert abs(pixels(tmp_path / "alone" / name) - pixels(tmp_path / "both" / name)).max() <= 1
 
 
 def test_what_is_there_already_is_not_drawn_again(monkeypatch, capsys, caplog, command, tmp_path):
