@@ -117,7 +117,7 @@ def test_super_resolution_draws_what_diffusers_classes_draw(name: str, steps: in
 def test_super_resolution_in_one_step_takes_the_network_of_the_last_alone():
     model, seen = our_super_resolution(karlo()), []
     for name in ("super_res_first", "super_res_last"):
-        getattr(model, name).register_forward_hook(lambda *_, name=name: seen.append(name))
+        getattr(model, name).time_embedding.register_forward_hook(lambda *_, name=name: seen.append(name))
     assert model.draw(noise(1, 3, 8, 8), seeds(1), 1).shape == (1, 3, 16, 16)
     assert seen == ["super_res_last"]
 
