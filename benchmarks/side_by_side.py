@@ -273,7 +273,8 @@ def run(name: str, main: Callable[[bool], list[Row]]) -> None:
     try:
         rows = main(quick)
     except InputError as error:
-        sys.exit(f"{name}: {error}")
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
     if quick:
         print(table(rows))
     else:

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
-import psutil
 import torch
 from PIL import Image
 
+from pipelines.memory import DoesNotFit
 from t2i.errors import InputError
+from t2i.memory import gigabytes, room
 
 AUTO = 16  # pictures at once, to begin with
 MAX_BATCH = 1024
@@ -57,14 +58,18 @@ def draw_fitting(draw: Callable[[list[Item]], list[Drawn]], items: list[Item], a
     """
     try:
         return draw(items)
+    except DoesNotFit as error:  # before anything was drawn
+        said, fewer = error.said, error.fewer
     except (RuntimeError, MemoryError) as error:  # torch's own is a RuntimeError
         if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
             raise
-        said = f"a batch of {len(items)} does not fit into memory: {needed(str(error))}, {free()}"
+        there = room("cuda" if torch.cuda.is_available() else "cpu")
+        said = f"a batch of {len(items)} does not fit into memory: {needed(str(error))}, {there}"
+        fewer = len(items) // 2
     if automatic and len(items) > 1:
         half = (len(items) + 1) // 2
         return [*draw_fitting(draw, items[:half], True), *draw_fitting(draw, items[half:], True)]
-    smaller = f"give --batch-size {len(items) // 2} or auto" if len(items) > 1 else "ask for smaller pictures"
+    smaller = f"give --batch-size {fewer} or auto" if fewer else "ask for smaller pictures"
     raise InputError(f"{said}; {smaller}")
 
 
@@ -75,20 +80,6 @@ def needed(message: str) -> str:
     if amount.endswith("bytes"):
         amount = gigabytes(int(float(amount.split()[0])))
     return f"it needs {amount} more at once"
-
-
-def free() -> str:
-    """What there is."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        here, whole = torch.cuda.mem_get_info()
-        return f"{gigabytes(here)} of {gigabytes(whole)} are free on the device"
-    memory = psutil.virtual_memory()
-    return f"{gigabytes(memory.available)} of {gigabytes(memory.total)} are free"
-
-
-def gigabytes(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB"
 
 
 def there_already(folder: Path, wanted: list[Record]) -> dict[int, Path]:

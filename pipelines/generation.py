@@ -24,6 +24,7 @@ from torch import Generator
 from pipelines.base import UnCLIPPipeline
 from pipelines.batches import AUTO, Record, check_batch_size, draw_fitting, in_order, split, there_already
 from pipelines.inversion import InvertingPipeline
+from pipelines.memory import largest_half
 from pipelines.options import PriorOptions, split_options
 from pipelines.text2image import Text2ImagePipeline
 from pipelines.upsample import UpsamplePipeline
@@ -34,6 +35,7 @@ from t2i.devices import check_bf16, find_device
 from t2i.errors import InputError
 from t2i.guidance import Guidance
 from t2i.interop.stored import DTYPED, Dtypes, asks_for_bf16, dtype_of
+from t2i.memory import MARGIN, room
 from t2i.priors import AnyPrior, usual_guidance
 from t2i.sampling import check_texts
 from t2i.shares import ALONE, Share, this_share
@@ -172,7 +174,16 @@ def generate_files(
     used = recorded(settings, pipeline.usual, pipeline.prior if prompts else None, upsampler, prior, clip)
     if dtype is not None:
         used["dtype"] = dtype
-    yield from write_drawn(draw, records, seed, out, model, used, size, resume, share)
+    prior_options, decoder_options = split_options(
+        pipeline.usual | {name: value for name, value in settings.items() if not name.endswith("negative_prompt")}
+    )
+
+    def fitting(size: int) -> int:
+        there = room(pipeline.device)
+        mine = there.free / MARGIN / (1 if there.on_device else share.processes)  # of a machine, which all share
+        return max(1, largest_half(pipeline, prior_options if prompts else None, decoder_options, size, mine))
+
+    yield from write_drawn(draw, records, seed, out, model, used, size, resume, share, fitting)
 
 
 def upsample_files(
@@ -207,12 +218,14 @@ def write_drawn(
     batch_size: int | None = None,
     resume: bool = False,
     share: Share = ALONE,
+    fitting: Callable[[int], int] = lambda size: size,
 ) -> Iterator[Path]:
     """Draw a picture for each record, in batches, and write each as soon as its batch is done; paths in order.
 
     Picture i has seed `seed + i`; its record (the prompt, the names of pictures), seed and what was `used`, see
     `recorded`, are written into the PNG, and its first value names the file. batch_size: None is as many as fit.
-    resume: not what `out` holds already. share: of the batches, with several processes.
+    resume: not what `out` holds already. share: of the batches, with several processes. fitting: how many of a batch
+    to begin with, where that is ours to choose.
     """
     written = [{**one, "seed": seed + i, "model": Path(model).name, **used} for i, one in enumerate(records)]
     size = min(batch_size or AUTO, -(-len(records) // share.processes))  # each has something to do
@@ -228,8 +241,9 @@ def write_drawn(
         return draw([records[i] for i in part], [Generator().manual_seed(seed + i) for i in part])
 
     def found() -> Iterator[tuple[int, Path]]:
-        for start in range(0, len(left), size):
-            part = left[start : start + size]
+        at_once = size if batch_size is not None or not left else fitting(size)
+        for start in range(0, len(left), at_once):
+            part = left[start : start + at_once]
             for i, image in zip(part, draw_fitting(drawn, part, batch_size is None)):
                 name = str(next(iter(records[i].values())))
                 yield i, write_new(out, name, seed + i, to_png(image, written[i]))

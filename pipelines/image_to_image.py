@@ -6,6 +6,7 @@ import torch
 from torch import Generator, Tensor
 
 from pipelines.base import MAX_IMAGES, UnCLIPPipeline, UnCLIPPipelineOutput
+from pipelines.memory import check_fits
 from pipelines.options import split_options
 from pipelines.pictures import Pictures, read_pictures
 from t2i.config import check_integer
@@ -59,6 +60,7 @@ class ImageToImagePipeline(UnCLIPPipeline):
         self.check_noise(prior if prompts else None, decoder, count)
         away = self.away_from(negative_image_embeds, count)
         self.check_upsampling(decoder)
+        check_fits(self, prior if prompts else None, decoder, count)
 
         z_i, text = self.embed(prompts, negatives, pictures, num_images_per_prompt, prior, prior_generators, decoder)
         latents = self.encode_latents(pictures).repeat_interleave(num_images_per_prompt, dim=0)

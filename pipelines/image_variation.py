@@ -8,6 +8,7 @@ from torch import Generator
 
 from pipelines.base import MAX_IMAGES, UnCLIPPipelineOutput
 from pipelines.inversion import BipartiteLatent, InvertingPipeline, check_inversion, inversion_options
+from pipelines.memory import check_fits
 from pipelines.options import decoder_options
 from pipelines.pictures import Pictures
 from t2i.config import check_integer
@@ -63,6 +64,7 @@ class ImageVariationPipeline(InvertingPipeline):
         _, generators = split_generators(generator, count * each)
         self.check_noise(None, decoder, len(generators), any_size=eta is None)
         self.check_upsampling(decoder)
+        check_fits(self, None, decoder, len(generators))
         if eta == 0 and each > 1:
             logger.warning("num_images_per_prompt is %d, but with eta 0 they are all the same", each)
 

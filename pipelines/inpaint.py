@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 
 from pipelines.base import MAX_IMAGES, UnCLIPPipeline, UnCLIPPipelineOutput
 from pipelines.image_to_image import check_strength
+from pipelines.memory import check_fits
 from pipelines.options import DecoderOptions, split_options
 from pipelines.pictures import Pictures, check_pixels, read_masks, read_pictures
 from t2i.condition import ImageCondition, TextEncoding
@@ -97,6 +98,8 @@ class InpaintPipeline(UnCLIPPipeline):
         self.check_noise(prior if prompts else None, replace(decoder, latents=None, super_res_latents=None), count)
         self.check_tensor("latents", decoder.latents, (count, self.latent_shape[0], height, width))
         self.check_super_resolution(decoder, (count, 3, *canvas.shape[-2:]))
+        sides = dict(zip(("height", "width"), canvas.shape[-2:]))
+        check_fits(self, prior if prompts else None, replace(decoder, **sides), count)
         away = self.away_from(negative_image_embeds, count)
         whole, inside = (one.repeat_interleave(each, dim=0).to(canvas.device) for one in (pictures, masks))
 

@@ -12,6 +12,7 @@ from torch import Generator, Tensor
 
 from pipelines.base import MAX_IMAGES, UnCLIPPipelineOutput
 from pipelines.inversion import INVERSION, BipartiteLatent, InvertingPipeline, by_ddim, check_inversion
+from pipelines.memory import check_fits
 from pipelines.options import DecoderOptions, PriorOptions, split_options
 from pipelines.pictures import Picture, read_pictures, split_pictures
 from t2i.condition import ImageCondition, TextEncoding
@@ -90,6 +91,7 @@ class InterpolationPipeline(InvertingPipeline):
         self.check_stages(prior if texts else None, decoder)
         self.check_noise(None, decoder, len(rows))
         self.check_upsampling(decoder)
+        check_fits(self, None, decoder, min(len(rows), BATCH))
         pictures = [anchor for anchor in found if not isinstance(anchor, str)]
         read = read_pictures(pictures, self.image_size, "anchors") if pictures else None
         held = self.hold(found, read, inverted, prior, decoder, generator)

@@ -8,6 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from pipelines.base import MAX_IMAGES, UnCLIPPipeline, UnCLIPPipelineOutput
+from pipelines.memory import check_fits
 from pipelines.options import DecoderOptions, PriorOptions, split_options
 from t2i.condition import ImageCondition
 from t2i.config import check_integer
@@ -67,6 +68,7 @@ class Text2ImagePipeline(UnCLIPPipeline):
         prior_generators, decoder_generators = split_generators(generator, count)
         self.check_noise(prior if image_embeds is None or decoder_negatives else None, decoder, count, any_size=True)
         self.check_upsampling(decoder)
+        check_fits(self, prior if image_embeds is None else None, decoder, count)
         if negatives and (self.prior_guidance(prior).is_off or image_embeds is not None):
             logger.warning("negative_prompt has no effect: it guides the prior, which is not guided or not used here")
         if decoder_negatives and Guidance.of(decoder.guidance_scale).is_off:

@@ -8,6 +8,7 @@ from torch import Generator, Tensor
 
 from pipelines.base import UnCLIPPipelineOutput
 from pipelines.inversion import BipartiteLatent, InvertingPipeline, check_inversion, inversion_options
+from pipelines.memory import check_fits
 from pipelines.pictures import Pictures
 from t2i.errors import InputError
 from t2i.geometry import slerp
@@ -66,6 +67,7 @@ class TextDiffPipeline(InvertingPipeline):
         _, generators = split_generators(generator, count)
         self.check_noise(None, decoder, count)
         self.check_upsampling(decoder)
+        check_fits(self, None, decoder, count)
         direction = self.direction(sources, targets)
 
         z_i, noise = self.inverted(given, None, decoder)

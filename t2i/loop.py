@@ -24,6 +24,7 @@ from t2i.ema import Average, full
 from t2i.errors import RESUMABLE, InputError, RunError, Stopped
 from t2i.health import Health
 from t2i.log import Log, check_trackers, duration, peak_memory
+from t2i.memory import room
 from t2i.processes import StopRequest, Watch, check_same, on_main
 from t2i.processors import keep_memory, short_attention
 from t2i.state import State, flat, locked
@@ -127,8 +128,8 @@ def fit(accelerator: Accelerator, stage: Stage, config: TrainConfig) -> None:
     except torch.OutOfMemoryError as error:
         half, twice = max(1, config.batch_size // 2), 2 * config.gradient_accumulation
         raise RunError(
-            f"out of memory with train.batch_size={config.batch_size}; the same samples a step take less with "
-            f"train.batch_size={half} train.gradient_accumulation={twice}, or with "
+            f"out of memory with train.batch_size={config.batch_size}, {room(accelerator.device)}; the same samples a "
+            f"step take less with train.batch_size={half} train.gradient_accumulation={twice}, or with "
             "train.gradient_checkpointing=true. The last checkpoint is kept"
         ) from error
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import open_clip
-import psutil
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
@@ -25,6 +24,7 @@ from t2i.config import DataConfig, check_choice
 from t2i.data.dataset import CaptionedPictures
 from t2i.data.manifest import OK, Manifest, find_manifest
 from t2i.errors import InputError
+from t2i.memory import room
 from t2i.prior import Prior
 from t2i.sizes import (
     LARGE,
@@ -111,7 +111,7 @@ def find_device(name: str) -> Device:
         return Device("cuda", cores, memory, count)
     if name == "cuda":
         raise InputError("device is 'cuda', but this torch sees no GPU; `t2i doctor` says what it sees")
-    return Device("cpu", cores, psutil.virtual_memory().total / 1e9)
+    return Device("cpu", cores, room().whole / 1e9)
 
 
 def compose(

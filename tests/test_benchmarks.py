@@ -2,6 +2,9 @@
 
 import importlib
 import json
+import re
+import runpy
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,3 +94,15 @@ def test_a_peer_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatc
 
 def test_the_page_of_speed_has_the_tables_that_the_results_make() -> None:
     assert report.PAGE.read_text() == report.written(report.PAGE.read_text())
+
+
+def test_a_benchmark_without_its_peer_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "dalle2_pytorch", None)  # as where it is not installed
+    monkeypatch.setattr(sys, "argv", ["training_speed", "--quick"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(Path(peers.__file__).with_name("training_speed.py")), run_name="__main__")
+    said = capsys.readouterr()
+    assert ended.value.code == 2 and said.out == ""
+    assert re.fullmatch(r"training_speed: dalle2_pytorch not installed: .*\n", said.err)

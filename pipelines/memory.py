@@ -1,0 +1,121 @@
+"""How much memory a batch of pictures needs, stage by stage, and how many fit. See `t2i.memory`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+from pipelines.options import DecoderOptions, PriorOptions
+from t2i.errors import InputError
+from t2i.guidance import Guidance
+from t2i.memory import gigabytes, peak, room
+from t2i.unet_steps import is_known, packs
+from t2i.upsampler import LowResolution
+from t2i.upsampling import TILE, continued
+
+PLENTY = 12_000  # bytes for each pixel, and for as many for each latent: with so much, nothing needs to be counted
+
+
+class DoesNotFit(InputError):
+    """A batch needs more memory than there is. said: without advice. fewer: how many fit; 0 if not even one does."""
+
+    def __init__(self, said: str, fewer: int):
+        super().__init__(f"{said}; " + (f"draw {fewer} at once" if fewer else "ask for smaller pictures"))
+        self.said, self.fewer = said, fewer
+
+
+def check_fits(pipeline: Any, prior: PriorOptions | None, decoder: DecoderOptions, count: int) -> None:
+    """Refuse a batch of so many pictures before any work, where what is counted is more than what is free."""
+    there = room(pipeline._execution_device)
+    if is_plenty(pipeline, decoder, count, there.free):
+        return
+    needed = bytes_needed(pipeline, prior, decoder, count)
+    if needed <= there.free:
+        return
+    fewer = largest_half(pipeline, prior, decoder, count, there.free)
+    raise DoesNotFit(f"a batch of {count} does not fit into memory: it needs {gigabytes(needed)}, {there}", fewer)
+
+
+def largest_half(pipeline: Any, prior: PriorOptions | None, decoder: DecoderOptions, count: int, free: float) -> int:
+    """The count, halved until so many bytes are enough; 0 if they are not for one."""
+    while not is_plenty(pipeline, decoder, count, free) and bytes_needed(pipeline, prior, decoder, count) > free:
+        if count == 1:
+            return 0
+        count = (count + 1) // 2
+    return count
+
+
+def is_plenty(pipeline: Any, decoder: DecoderOptions, count: int, free: float) -> bool:
+    """Whether so much is free that counting, which takes tenths of a second, would say nothing new."""
+    _, height, width = pipeline.shape_of(decoder)
+    factor = pipeline.autoencoder.factor
+    if decoder.upsample and pipeline.upsampler is not None:
+        factor *= pipeline.upsampler.config.factor**decoder.upsample
+    return count * height * width * (factor**2 + 64) * PLENTY < free
+
+
+def bytes_needed(pipeline: Any, prior: PriorOptions | None, decoder: DecoderOptions, count: int) -> int:
+    """Bytes at the peak of drawing so many pictures, beside the weights: of the stage that needs most.
+
+    A stage that cannot be counted is left out, and so is CLIP, which needs little. Counted once for each count.
+    """
+    shape, guided = pipeline.shape_of(decoder), not Guidance.of(decoder.guidance_scale).is_off
+    of_prior = None if prior is None else (prior.prior_candidates, pipeline.prior_guidance(prior).is_off)
+    models = {name: getattr(pipeline, name) for name in ("prior", "decoder", "autoencoder", "upsampler")}
+    first = [(id(one), next(one.parameters(), None)) for one in models.values() if one is not None]
+    facts = [(which, None if one is None else (one.dtype, one.device)) for which, one in first]
+    key = (count, shape, guided, of_prior, decoder.upsample, *facts)
+    counted = vars(pipeline).setdefault("_bytes_needed", {})
+    if key not in counted:
+        works = works_of(pipeline, prior, decoder, count)
+        peaks = {name: peak(models[name], work) for name, work in works.items()}
+        if peaks["decoder"] is not None:
+            peaks["decoder"] += packed_bytes(pipeline.decoder)
+        counted[key] = max((one for one in peaks.values() if one is not None), default=0)
+    return counted[key]
+
+
+def works_of(
+    pipeline: Any, prior: PriorOptions | None, decoder: DecoderOptions, count: int
+) -> dict[str, Callable[[Any], object]]:
+    """By a component's name, what takes most of its memory; the captions are as short as they can be."""
+    channels, height, width = pipeline.shape_of(decoder)
+    sides = [height * pipeline.autoencoder.factor, width * pipeline.autoencoder.factor]
+
+    def denoise(model: Any, rows: int, *shape: int) -> None:
+        context = model.prepare(model.null(rows))
+        model.step(torch.empty(rows, *shape, dtype=model.dtype), torch.zeros(rows, dtype=torch.long), context)
+
+    def enlarge(model: Any) -> None:
+        last = [side * model.config.factor ** (decoder.upsample - 1) for side in sides]
+        low = continued(torch.empty(count, 3, *last, dtype=model.dtype), model.config.factor, model.multiple)
+        null = model.null(count)
+        context = model.prepare(LowResolution(low, null.level, null.embedding))
+        rows, columns = (slice(0, TILE), slice(0, TILE))
+        x = torch.empty_like(context.low)
+        model.step(x[..., rows, columns], torch.zeros(count, dtype=torch.long), context.window(rows, columns))
+
+    guided = 1 if Guidance.of(decoder.guidance_scale).is_off else 2
+    works: dict[str, Callable[[Any], object]] = {
+        "decoder": lambda model: denoise(model, guided * count, channels, height, width),
+        "autoencoder": lambda model: model.decode(torch.empty(count, channels, height, width, dtype=model.dtype)),
+    }
+    if prior is not None and pipeline.prior is not None:
+        twice = 1 if pipeline.prior_guidance(prior).is_off else 2
+        rows = twice * count * prior.prior_candidates
+        works["prior"] = lambda model: denoise(model, rows, pipeline.clip.embed_dim)
+    if decoder.upsample and pipeline.upsampler is not None:
+        works["upsampler"] = enlarge
+    return works
+
+
+def packed_bytes(decoder: nn.Module) -> int:
+    """Of the copies of convolutions' weights that a U-Net's steps keep in oneDNN's order."""
+    found = 0
+    for unet in decoder.modules():
+        if isinstance(unet, UNet2DConditionModel) and is_known(unet) and packs(unet, next(unet.parameters())):
+            layers = [one for one in unet.modules() if type(one) is nn.Conv2d]
+            found += sum(one.weight.numel() * one.weight.element_size() for one in layers)
+    return found

@@ -1,0 +1,139 @@
+"""How much memory work needs, counted before it is done, and how much there is."""
+
+import copy
+import weakref
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+MARGIN = 2.0  # times what was counted, where the choice is ours: what is freed is not all given back (docs/speed.md)
+
+
+class Room(NamedTuple):
+    """Bytes of a device, or of a machine as far as this process may use it."""
+
+    free: int
+    whole: int
+    on_device: bool = False
+
+    def __str__(self) -> str:
+        return f"{gigabytes(self.free)} of {gigabytes(self.whole)} are free{' on the device' * self.on_device}"
+
+
+def room(device: torch.device | str = "cpu") -> Room:
+    """What there is now: of a GPU, with what torch keeps for itself there; else of the machine, or of the container."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        free, whole = torch.cuda.mem_get_info(device)
+        return Room(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), whole, True)
+    memory = psutil.virtual_memory()
+    free, whole = memory.available, memory.total
+    for limit, used in container_limits():
+        free, whole = min(free, max(0, limit - used)), min(whole, limit)
+    return Room(free, whole)
+
+
+def container_limits(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> Iterator[Any]:
+    """The limit and what is used of it, of each control group that this process is in; pages of files are given back.
+
+    Both versions of Linux's; in a container the path may be that of the machine, and the limit is at the root.
+    """
+    names = {"": ("memory.max", "memory.current", "inactive_file")}
+    names["memory"] = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    for line in groups.read_text().splitlines() if groups.is_file() else []:
+        kind, path = line.split(":", 2)[1:]
+        if kind not in names:
+            continue
+        limit_file, used_file, pages = names[kind]
+        top = root / kind
+        for folder in (top / path.lstrip("/"), *(top / path.lstrip("/")).parents):
+            try:
+                limit, used = (int((folder / name).read_text()) for name in (limit_file, used_file))
+                stat = dict(entry.split() for entry in (folder / "memory.stat").read_text().splitlines())
+            except (OSError, ValueError):  # not there, or "max"
+                continue
+            yield limit, used - int(stat.get(pages, 0))
+
+
+def peak(model: nn.Module, work: Callable[[Any], object]) -> int | None:
+    """Bytes of the tensors that `work(model)` holds at once, beside the weights, counted without memory or arithmetic.
+
+    It runs on a copy of the model on the meta device, where attention is taken to be fused, as it is. None where that
+    does not run: a model that asks for values, or whose weights move between devices. The system may hold more: what
+    was freed and not given back, what kernels need besides.
+    """
+    try:
+        without = on_meta(model)
+        with torch.no_grad(), torch.device("meta"), FusedAttention(), Counting(without) as counting:
+            work(without)
+    except Exception:  # whatever a foreign model does there
+        return None
+    return counting.peak
+
+
+def on_meta(model: nn.Module) -> nn.Module:
+    """A copy whose tensors have no memory, and whose steps are not compiled."""
+    if any(hasattr(one, "_hf_hook") for one in model.modules()):
+        raise ValueError("its weights move between devices")
+    memo: dict[int, Any] = {}
+    for one in chain(model.parameters(), model.buffers()):
+        without = torch.empty_like(one, device="meta", requires_grad=False)
+        memo[id(one)] = nn.Parameter(without, requires_grad=False) if isinstance(one, nn.Parameter) else without
+    compiled = vars(model).get("step")
+    if compiled is not None:
+        memo[id(compiled)] = None
+    made = copy.deepcopy(model, memo)
+    vars(made).pop("step", None)
+    return made
+
+
+class Counting(TorchDispatchMode):
+    """Bytes of the storages that are made and alive: `held` now, `peak` at the most. Not those of a model's weights."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.held = self.peak = 0
+        self.weights = [one.untyped_storage() for one in chain(model.parameters(), model.buffers())]
+        self.known = {storage._cdata for storage in self.weights}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for one in tree_leaves(out):
+            if isinstance(one, Tensor):
+                self.add(one.untyped_storage())
+        return out
+
+    def add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known.add(key)
+            self.held += size
+            self.peak = max(self.peak, self.held)
+            weakref.finalize(storage, self.remove, key, size)
+
+    def remove(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.held -= size
+
+
+class FusedAttention(TorchFunctionMode):
+    """Attention without the table of all pairs."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is F.scaled_dot_product_attention:
+            query, _, value = args[:3]
+            return query.new_empty(*query.shape[:-1], value.shape[-1])
+        return function(*args, **(kwargs or {}))
+
+
+def gigabytes(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB"

@@ -1,0 +1,169 @@
+"""What a batch needs, counted before it is drawn; what there is; and what is refused, or halved, then."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from pipelines.generation import write_drawn
+from pipelines.memory import bytes_needed, largest_half, works_of
+from pipelines.options import split_options
+from t2i.compiling import CompiledStep
+from t2i.errors import InputError
+from t2i.memory import container_limits, on_meta, peak, room
+
+from .test_cli import QUICK, run
+from .test_loading import ONE_EACH, load
+
+FEW = {"num_inference_steps": 2, "prior_num_inference_steps": 2, "prior_candidates": 1}
+
+
+def test_what_is_alive_at_once_is_counted_and_weights_are_not() -> None:
+    layer = nn.Linear(100, 100)
+
+    def work(model: Any) -> None:
+        one = torch.empty(1000, 100)  # 400 000 bytes
+        other = one.view(100_000) + 1
+        del one  # `other` alone is left
+        other.mul_(2)
+        third = model(other.view(1000, 100))
+        del other, third
+        torch.empty(10)
+
+    assert peak(layer, work) == 800_000
+    assert peak(layer, lambda model: model.weight.t()) == 0
+
+
+def test_attention_is_fused_and_needs_no_table_of_all_pairs() -> None:
+    def work(model: Any) -> Tensor:
+        tokens = torch.empty(1, 2, 4096, 8)
+        return F.scaled_dot_product_attention(tokens, tokens, tokens)
+
+    assert peak(nn.Identity(), work) == 2 * 4 * 2 * 4096 * 8
+
+
+def test_a_model_that_asks_for_values_is_not_counted_and_one_that_is_compiled_is(pipeline: Any) -> None:
+    assert peak(nn.Linear(2, 2), lambda model: model(torch.empty(2)).sum().item()) is None
+    decoder = pipeline.decoder
+    decoder.step = CompiledStep(decoder.step, backend="eager")
+    weights = dict(decoder.named_parameters())
+    copied: Any = on_meta(decoder)
+    assert all(one.is_meta for one in copied.parameters()) and "step" not in vars(copied)
+    assert all(decoder.get_parameter(name) is one and not one.is_meta for name, one in weights.items())
+    works = works_of(pipeline, *split_options(pipeline.usual), 2)
+    assert (peak(decoder, works["decoder"]) or 0) > 0
+
+
+@pytest.mark.parametrize(
+    ("line", "folder", "names"),
+    [
+        ("0::/mine/inner", "mine", ("memory.max", "memory.current", "inactive_file")),
+        (
+            "4:memory:/mine/inner",
+            "memory/mine",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ),
+        (
+            "4:memory:/a/path/of/the/machine",
+            "memory",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ),
+    ],
+)
+def test_a_container_bounds_what_there_is(tmp_path: Path, line: str, folder: str, names: tuple[str, ...]) -> None:
+    limit, used, pages = names
+    groups, root = tmp_path / "cgroup", tmp_path / "fs"
+    groups.write_text(f"5:devices:/\n{line}\n")
+    for place in (root / folder, root / folder / "inner"):
+        place.mkdir(parents=True, exist_ok=True)
+        (place / limit).write_text("max\n" if place.name == "inner" else "1000\n")
+        (place / used).write_text("300\n")
+        (place / "memory.stat").write_text(f"anon 200\n{pages} 100\n")
+    assert list(container_limits(groups, root)) == [(1000, 200)]
+    assert list(container_limits(tmp_path / "none", root)) == []
+
+
+def test_there_is_memory_here_and_not_more_than_the_machine_has() -> None:
+    there = room()
+    assert 0 < there.free < there.whole and not there.on_device
+    assert str(there).endswith(f"{there.whole / 2**30:.2f} GiB are free")
+
+
+def allocated(work: Any) -> int:
+    """Bytes at the peak, as torch's allocator has them; the system's own count moves with what else is there."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        work()
+    held = most = 0
+    for event in sorted(seen.profiler.kineto_results.events(), key=lambda one: one.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
+
+
+@pytest.mark.parametrize("name", ["own", *ONE_EACH])
+def test_pictures_that_fit_are_not_refused_for_no_more_is_counted_than_is_taken(name: str, pipeline: Any) -> None:
+    one = pipeline if name == "own" else load(name)
+    one.set_progress_bar_config(disable=True)
+    few = FEW | ({"super_res_num_inference_steps": 2} if one.is_cascade else {})
+    counted = bytes_needed(one, *split_options(one.usual | few), 8)
+    taken = allocated(lambda: one(["red circle"] * 8, output_type="pt", **few))
+    # Where captions are long beside so few pixels, what is the same for all pictures is counted for each.
+    assert counted <= (1.15 if name == "kandinsky 2.1" else 1.05) * taken, (counted, taken)
+    assert one.is_cascade or counted > 0.4 * taken, (counted, taken)
+
+
+def test_more_pictures_need_more_and_halves_are_found(pipeline: Any) -> None:
+    options = split_options(pipeline.usual)
+    needed = {count: bytes_needed(pipeline, *options, count) for count in (1, 2, 4, 8, 16)}
+    assert sorted(needed.values()) == list(needed.values()) and needed[16] > 5 * needed[1] > 0
+    for count in (2, 4, 8, 16):
+        assert largest_half(pipeline, *options, 16, needed[count]) == count
+        assert largest_half(pipeline, *options, 16, needed[count] - 1) == count // 2
+    assert largest_half(pipeline, *options, 16, needed[1] - 1) == 0
+
+
+HUGE = {"height": 4096, "width": 4096}
+
+
+def test_a_pipeline_refuses_what_does_not_fit_in_one_line_and_at_once(pipeline: Any) -> None:
+    said = (
+        r"^a batch of 1024 does not fit into memory: it needs \d{3,}\.\d\d GiB, [\d.]+ of [\d.]+ GiB are free; [^\n]*$"
+    )
+    said = said.replace("[\\d.]+ of", "[\\d.]+ GiB of")
+    with pytest.raises(InputError, match=said):
+        pipeline("red circle", num_images_per_prompt=1024, **HUGE)
+    assert len(pipeline("red circle", num_images_per_prompt=2, **FEW).images) == 2
+
+
+def test_a_command_refuses_a_batch_that_does_not_fit_in_one_line(
+    monkeypatch, capsys, pipeline_folder, tmp_path
+) -> None:
+    words = ["generate", "red circle", "--model", pipeline_folder, "--out", tmp_path / "out", "--count", 1024, *QUICK]
+    status, out, err = run(monkeypatch, capsys, *words, "--height", 4096, "--width", 4096, "--batch-size", 1024)
+    lines = [line for line in err.splitlines() if line.strip() and "Loading" not in line]
+    assert (status, out, len(lines)) == (2, "", 1), err
+    assert not (tmp_path / "out").exists()
+    assert "a batch of 1024 does not fit into memory: it needs " in lines[0] and "are free; " in lines[0]
+
+
+def test_a_batch_that_is_left_to_us_begins_with_what_fits(tmp_path: Path) -> None:
+    from PIL import Image
+
+    def drawn(name: str, batch_size: int | None) -> list[int]:
+        sizes = []
+
+        def draw(records: list, generators: list) -> list[Image.Image]:
+            sizes.append(len(records))
+            return [Image.new("RGB", (4, 4))] * len(records)
+
+        records = [{"prompt": "a"}] * 10
+        list(write_drawn(draw, records, 0, tmp_path / name, "m", {}, batch_size, fitting=lambda size: (size + 2) // 3))
+        return sizes
+
+    assert drawn("auto", None) == [4, 4, 2]
+    assert drawn("given", 10) == [10]
