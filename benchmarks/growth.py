@@ -38,7 +38,7 @@ Sizes = Mapping[str, int]
 
 USUAL: dict[str, Sizes] = {  # what does not vary
     "prior": {"batch": 4, "steps": 10, "caption tokens": 20, "width": 512, "depth": 6},
-    "decoder": {"batch": 4, "steps": 5, "caption tokens": 0, "latent size": 8, "width": 128},
+    "decoder": {"batch": 2, "steps": 5, "caption tokens": 0, "latent size": 8, "width": 128},
     "prior training": {"batch": 64, "caption tokens": 20},
     "decoder training": {"batch": 32, "caption tokens": 20},
 }

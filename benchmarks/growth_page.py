@@ -9,6 +9,7 @@ from benchmarks.plot import Line, Panel, plot
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE, PLOT = DOCS / "speed-growth.md", DOCS / "images" / "growth.png"
+FEW_ROWS = 32  # for which reading the weights is much of a product
 FAR = 0.15  # between two slopes, from where on there must be a reason
 LINES = {  # name: (of a point, colour)
     "seconds": ("time", (200, 60, 40)),
@@ -133,14 +134,18 @@ def points_table(curve: dict[str, Any], rate: float) -> str:
             f"{1e3 * point['seconds']:.4g}",
             f"{1e3 * point['low']:.4g}-{1e3 * point['high']:.4g}",
         ]
-        cells += [f"{point['operations'] / 1e9:.3g}", f"{reached / 1e9:.3g}", f"{reached / rate:.0%}"]
-        cells += [f"{1e3 * point['expected']:.4g}", megabytes(point["memory"]), megabytes(point["tensors"])]
+        cells += [rounded(point["operations"] / 1e9, 3), f"{reached / 1e9:.3g}", f"{reached / rate:.0%}"]
+        cells += [rounded(1e3 * point["expected"], 4), megabytes(point["memory"]), megabytes(point["tensors"])]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def megabytes(size: float | None) -> str:
-    return "" if size is None else f"{size / 1e6:.3g}"
+    return "" if size is None else rounded(size / 1e6, 3)
+
+
+def rounded(value: float, digits: int) -> str:
+    return f"{float(f'{value:.{digits}g}'):g}"
 
 
 def why_time(curve: dict[str, Any]) -> str:
@@ -170,8 +175,10 @@ def products_alone(first: dict[str, Any], last: dict[str, Any]) -> str:
     if max(slow, fast) < 1.25 * min(slow, fast):
         return ""
     text = f"products of {first['rows']:.0f} rows with as many weights reach {slow:.0f} GFLOP/s alone"
-    read = 4 * products_of(first) / (2 * first["rows"]) / first["alone"]  # bytes of weights, as often as they are read
-    return f"{text}, reading weights at {read / 1e9:.1f} GB/s, and those of {last['rows']:.0f} rows {fast:.0f}"
+    if first["rows"] < FEW_ROWS:
+        read = 4 * products_of(first) / (2 * first["rows"]) / first["alone"]  # their bytes, as often as they are read
+        text += f", reading weights at {read / 1e9:.1f} GB/s"
+    return f"{text}, and those of {last['rows']:.0f} rows {fast:.0f}"
 
 
 def share_of(what: str, curve: dict[str, Any], part: Any) -> str:
