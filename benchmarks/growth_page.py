@@ -39,7 +39,7 @@ HEAD = """# How cost grows
     python -m benchmarks.growth              # five minutes: measures, and writes this page, its plot and growth.json
     python -m benchmarks.growth --page       # writes the page from benchmarks/results/growth.json again
 
-{device}, {threads} threads, torch {torch}, fp32, {date}. A product of large matrices reaches {rate} GFLOP/s there,
+{device}, threads: {threads}, torch {torch}, fp32, {date}. A product of large matrices reaches {rate} GFLOP/s there,
 measured in the same run.
 
 - *prior*: {prior}, with guidance. *decoder*: the shape of the shipped emoji U-Net, width that of its first level, with
