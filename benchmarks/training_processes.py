@@ -1,48 +1,122 @@
 """Training in two processes with a thread each (DDP over gloo) against one with one thread: 2 would be perfect.
 
-On a CPU; on GPUs, `accelerate launch -m benchmarks.training_step` tells the rate of as many as there are.
+All three are started once, each on a core of its own where there are two, and take turns: while one kind runs, the
+other waits. What the machine itself allows is measured the same way, with products of matrices that share nothing.
+On GPUs, `accelerate launch -m benchmarks.training_step` tells the rate of as many as there are.
 """
 
-import json
 import os
-import shutil
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 
-from benchmarks.side_by_side import Row, Times, row, run
+import torch
+
+from benchmarks.side_by_side import Row, Times, alternate, ratio, row, run
+from benchmarks.training_step import made_up_steps
 from t2i.errors import InputError
+from t2i.linear import is_faster, product
+
+STEPS = 3  # a turn
+PRODUCTS = 12  # of 2048 x 2048
 
 
 def main(quick: bool) -> list[Row]:
-    if shutil.which("taskset") is None or len(os.sched_getaffinity(0)) < 2:
-        raise InputError("two processes need two cores, and `taskset` to give each its own")
+    if not hasattr(os, "sched_setaffinity") or (len(os.sched_getaffinity(0)) < 2 and not quick):
+        raise InputError("two processes need two cores, and a system that gives each its own")
     if quick:
         return [processes("prior", "tiny", 1)]
-    return [processes(name, "emoji", 2) for name in ("prior", "decoder")]
+    return [processes(name, "emoji", 5) for name in ("prior", "decoder")]
 
 
 def processes(name: str, folder: str, rounds: int) -> Row:
-    """Seconds a sample of two processes with a thread each, against one: weights and batch a process alike."""
-    seconds: dict[str, list[float]] = {"ours": [], "one process": []}
-    for i in range(rounds):
-        for way, count in [("ours", 2), ("one process", 1)][:: 1 if i % 2 else -1]:
-            seconds[way].append(1 / samples_per_second(f"configs/{folder}/{name}.yaml", count))
-    title = f"{name} training, two processes of a thread each, seconds a sample"
-    note = f"configs/{folder}/{name}.yaml, its batch in each process, DDP over gloo"
-    return row(title, Times(seconds), 1.7, note=note)
+    """Seconds of as many samples, in two processes and in one: weights and batch of a process alike."""
+    path = f"configs/{folder}/{name}.yaml"
+    cores = sorted(os.sched_getaffinity(0))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    two = [
+        Trainer(path, core, {"RANK": rank, "WORLD_SIZE": 2}, port) for rank, core in enumerate((cores[0], cores[-1]))
+    ]
+    one = [Trainer(path, cores[0], {}, port)]
+    try:
+        for trainers in (two, one):  # not at once: the first to be ready would wait for the others all the same
+            turn(trainers, "ready")()
+        times = halved(alternate({"ours": turn(two, "steps"), "one process": turn(one, "steps")}, rounds))
+        works = {"ours": turn(two, "products"), "one process": turn(one, "products")}
+        limit = ratio(halved(alternate(works, rounds)), "one process")
+    finally:
+        for trainer in (*two, *one):
+            trainer.end()
+    title = f"{name} training, two processes of a thread each, {STEPS} steps' samples"
+    note = f"{path}, fp32, its batch in each process, DDP over gloo; products that share nothing: {limit}"
+    return row(title, times, 1.7, note=note)
 
 
-def samples_per_second(path: str, count: int) -> float:
-    """What `benchmarks.training_step` says of a configuration in so many processes, each on a core."""
-    program = ["-m", "benchmarks.training_step", path, "train.mixed_precision=no"]
-    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-    command = [sys.executable, *(several if count > 1 else []), *program, "--steps", "3"]
-    cores = sorted(os.sched_getaffinity(0))[:count]
-    settings = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = ["taskset", "-c", ",".join(map(str, cores)), *command]
-    done = subprocess.run(command, env=settings, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])["samples_per_second"]
+def halved(times: Times) -> Times:
+    """Of twice the samples, seconds of as many as the one process had."""
+    return Times(times.seconds | {"ours": [seconds / 2 for seconds in times.seconds["ours"]]})
+
+
+class Trainer:
+    """A process that trains on one core when it is told to."""
+
+    def __init__(self, path: str, core: int, place: dict[str, int], port: int):
+        several = (
+            place | {"LOCAL_RANK": place["RANK"], "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if place else {}
+        )
+        told = {"OMP_NUM_THREADS": 1, "MKL_NUM_THREADS": 1, "ACCELERATE_USE_CPU": "true", **several}
+        settings = os.environ | {name: str(value) for name, value in told.items()}
+        command = [sys.executable, "-m", "benchmarks.training_processes", path, str(core)]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, env=settings, stdin=pipe, stdout=pipe, text=True)
+
+    def ask(self, what: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(what + "\n")
+        self.process.stdin.flush()
+
+    def wait(self) -> None:
+        assert self.process.stdout is not None
+        answer = self.process.stdout.readline()
+        while answer and answer != "done\n":  # what libraries print
+            answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError("a process of the benchmark ended; its message is above")
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def turn(trainers: list[Trainer], what: str) -> Callable[[], None]:
+    def work() -> None:
+        for trainer in trainers:
+            trainer.ask(what)
+        for trainer in trainers:
+            trainer.wait()
+
+    return work
+
+
+def obey(path: str, core: int) -> None:
+    """What a process does: a turn for each line that it reads."""
+    os.sched_setaffinity(0, {core})
+    torch.set_num_threads(1)
+    step = made_up_steps(path, ["train.mixed_precision=no"], lambda i: 5 + i % 16)
+    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    multiply = product if is_faster(a, b) else torch.matmul
+    works = {"ready": (step, 2), "steps": (step, STEPS), "products": (lambda: multiply(a, b), PRODUCTS)}
+    for line in sys.stdin:
+        work, count = works[line.strip()]
+        for _ in range(count):
+            work()
+        print("done", flush=True)
 
 
 if __name__ == "__main__":
-    run("training_processes", main)
+    if len(sys.argv) == 3:
+        obey(sys.argv[1], int(sys.argv[2]))
+    else:
+        run("training_processes", main)
