@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Generator, Tensor
 
-from benchmarks.side_by_side import Row, Times, alternate, device, row, run
+from benchmarks.side_by_side import Row, alternate, device, row, run
 from pipelines import Text2ImagePipeline
 from t2i.devices import check_bf16
 from t2i.evaluation.emoji import choose, features, read_emoji, stacked
@@ -82,8 +82,8 @@ def main(quick: bool) -> list[Row]:
     notes = same_emoji(pipelines, "fp32") if not quick and (PICTURES / "metadata.jsonl").exists() else {}
     rows = []
     for name in CHOICES:
-        pair = Times({one: times.seconds[one] for one in (name, "fp32")})
-        rows.append(row(f"emoji, {len(prompts)} prompts, {name}", pair, 1.4, note=notes.get(name, "")))
+        what = f"emoji, {len(prompts)} prompts, {name}"
+        rows.append(row(what, times.of(name, "fp32"), 1.4, note=notes.get(name, "")))
     return rows
 
 

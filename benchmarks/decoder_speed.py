@@ -11,10 +11,11 @@ import torch
 from diffusers import DDPMScheduler, KandinskyV22Pipeline, UNet2DConditionModel, VQModel
 from torch import Generator, Tensor
 
+from benchmarks.equal_quality import CHOICES, judged
 from benchmarks.side_by_side import Row, alternate, device, difference, flops, peak_memory, row, run
 from t2i.diffusion import draw_noise
-from t2i.guidance import Guidance
 from t2i.interop.kandinsky import KandinskyDecoder, described
+from t2i.samplers import chosen
 from t2i.sampling import sample_decoder
 
 EMBED, SCALE = 320, 4.0
@@ -33,7 +34,7 @@ SIZES = {  # Kandinsky 2.2 has (384, 768, 1152, 1536), 3 layers a level, heads o
         "norm_num_groups": 4,
     },
 }
-INTERVAL, FEWER = (0.1, 0.8), 20  # of guidance, and of steps: the other choice of how to sample
+FEWER = "ten-guided"  # of `equal_quality`, where it is judged on a decoder that is trained
 
 
 def kandinsky_unet(quick: bool) -> UNet2DConditionModel:
@@ -65,13 +66,13 @@ def kandinsky_scheduler() -> DDPMScheduler:
     )
 
 
-def ours(
-    decoder: KandinskyDecoder, z_i: Tensor, steps: int, guidance: float | Guidance = SCALE
-) -> Callable[[], Tensor]:
+def ours(decoder: KandinskyDecoder, z_i: Tensor, steps: int, sampler: str | None = None) -> Callable[[], Tensor]:
+    """sampler: of `t2i.samplers`; None is the scheduler that the peer has too."""
+
     def work() -> Tensor:
-        return sample_decoder(
-            decoder, kandinsky_scheduler(), z_i, None, steps, guidance, generators(len(z_i)), noise(z_i, decoder)
-        )
+        scheduler = chosen(sampler, kandinsky_scheduler(), decoder)
+        own = generators(len(z_i))
+        return sample_decoder(decoder, scheduler, z_i, None, steps, SCALE, own, noise(z_i, decoder))
 
     return work
 
@@ -110,25 +111,24 @@ def main(quick: bool) -> list[Row]:
     for batch in (1, 2) if quick else (1, 4):
         z_i = torch.randn(batch, EMBED, generator=Generator().manual_seed(2)).to(device())
         what = f"Kandinsky-2.2-shaped decoder, {steps} steps with guidance, batch {batch}"
-        choices: list[tuple[float | Guidance, int, float]] = [(SCALE, steps, 1.2)]
+        choices: list[tuple[str, int, str | None, float, str]] = [(what, steps, None, 1.2, "")]
         if batch == 1:
-            choices.append((Guidance(SCALE, INTERVAL), 2 if quick else FEWER, 3.0))
-        for guidance, fewer, wanted in choices:
-            works = {"ours": ours(decoder, z_i, fewer, guidance), "diffusers": diffusers(decoder, unet, z_i, steps)}
-            equal = guidance == SCALE
+            fewer = CHOICES[FEWER]
+            what = f"the same in {fewer.steps} steps of {fewer.sampler}; not the same picture"
+            note = f"on the shipped emoji decoder: {judged(FEWER)}"
+            choices.append((what, 1 if quick else fewer.steps, fewer.sampler, 3.0, note))
+        for what, count, sampler, wanted, note in choices:
+            works = {"ours": ours(decoder, z_i, count, sampler), "diffusers": diffusers(decoder, unet, z_i, steps)}
+            equal = sampler is None
             worst = difference(*(work() for work in works.values())) if equal else None
-            count = steps * flops(ours(decoder, z_i, 1)) if equal else 0
-            counts = {name: count for name in works} if equal else None
-            if not equal:
-                what = (
-                    f"the same, guided within {INTERVAL[0]:g} to {INTERVAL[1]:g}, {fewer} steps; not the same picture"
-                )
+            products = steps * flops(ours(decoder, z_i, 1)) if equal else 0
+            counts = {name: products for name in works} if equal else None
             times = alternate(works, rounds=2, warm=0)
             memory = {}
             if equal:
                 one_step = {"ours": ours(decoder, z_i, 1), "diffusers": diffusers(decoder, unet, z_i, 1)}
                 memory = {name: peak for name, work in one_step.items() if (peak := peak_memory(work)) is not None}
-            rows.append(row(what, times, wanted, worst, counts, memory))
+            rows.append(row(what, times, wanted, worst, counts, memory, note))
             gc.collect()
     return rows
 

@@ -1,8 +1,8 @@
 """Are the pictures as good? Draws every caption by each way of `benchmarks.equal_quality`, and judges them in pairs.
 
-    python -m benchmarks.equal_quality_drawn 4 [--folder data/emoji] [--out out/equal_quality]
+    python -m benchmarks.equal_quality_drawn 2 [--folder data/emoji] [--out out/equal_quality]
 
-4: seeds a caption, of 200 training captions and all that were held out. The prior draws z_i once for a caption and a
+2: seeds a caption, of 200 training captions and all that were held out. The prior draws z_i once for a caption and a
 seed; each way gets the same z_i and the same noise. Features are kept in `--out`, a file for 32 pictures, and what is
 there is not drawn again. Writes results/equal_quality_drawn.json.
 
@@ -164,11 +164,11 @@ def failures(found: dict[str, dict[str, float]]) -> list[str]:
 
 
 def verdict(found: dict[str, dict[str, float]], captions: int, seeds: int) -> str:
-    short = failures(found)
     names = {"exact": "very emoji", "same_name": "same name", "cosine": "CLIP score"}
-    said = [f"{names.get(key, key.replace('_', ' '))} {one['ours']:.4g}, theirs {one['theirs']:.4g}"
-            for key, one in found.items()]  # fmt: skip
-    outcome = f"not equal quality ({', '.join(short)})" if short else "equal quality"
+    names |= {"frechet_distance": "Fréchet distance", "kernel_distance": "kernel distance"}
+    said = [f"{names[key]} {one['ours']:.4g}, theirs {one['theirs']:.4g}" for key, one in found.items()]
+    short = [names[key] for key in failures(found)]
+    outcome = f"not shown to be of equal quality ({', '.join(short)})" if short else "equal quality"
     return f"{outcome}, {captions} captions x {seeds} seeds: {'; '.join(said)}"
 
 

@@ -48,6 +48,10 @@ class Times:
     def median(self, name: str) -> float:
         return statistics.median(self.seconds[name])
 
+    def of(self, ours: str, peer: str) -> "Times":
+        """Of two of those that took turns."""
+        return Times({name: self.seconds[name] for name in (ours, peer)})
+
 
 @dataclass
 class Ratio:
