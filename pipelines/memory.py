@@ -10,7 +10,7 @@ from torch import nn
 from pipelines.options import DecoderOptions, PriorOptions
 from t2i.errors import InputError
 from t2i.guidance import Guidance
-from t2i.memory import gigabytes, peak, room
+from t2i.memory import MARGIN, gigabytes, peak, room
 from t2i.unet_steps import is_known, packs
 from t2i.upsampler import LowResolution
 from t2i.upsampling import TILE, continued
@@ -34,7 +34,8 @@ def check_fits(pipeline: Any, prior: PriorOptions | None, decoder: DecoderOption
     needed = bytes_needed(pipeline, prior, decoder, count)
     if needed <= there.free:
         return
-    fewer = largest_half(pipeline, prior, decoder, count, there.free)
+    safe, least = (largest_half(pipeline, prior, decoder, count, there.free / part) for part in (MARGIN, 1))
+    fewer = safe or least
     raise DoesNotFit(f"a batch of {count} does not fit into memory: it needs {gigabytes(needed)}, {there}", fewer)
 
 

@@ -106,3 +106,11 @@ def test_a_benchmark_without_its_peer_is_one_line(
     said = capsys.readouterr()
     assert ended.value.code == 2 and said.out == ""
     assert re.fullmatch(r"training_speed: dalle2_pytorch not installed: .*\n", said.err)
+
+
+def test_the_other_peer_is_measured_without_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    from benchmarks import prior_speed
+
+    monkeypatch.setitem(sys.modules, "dalle2_pytorch", None)
+    assert [one.against for one in prior_speed.main(True, batches=(1, 8))] == ["diffusers", "diffusers"]
+    assert re.fullmatch(r"dalle2_pytorch not installed: .*\n", capsys.readouterr().err)
