@@ -22,7 +22,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Generator, Tensor, nn
 
-from benchmarks.counting import count
+from benchmarks.counting import count, shares
 from benchmarks.growth_page import write_page
 from benchmarks.prior_speed import captions, generators, make_prior, ours
 from benchmarks.side_by_side import RESULTS, Work, alternate, device, machine, peak_memory
@@ -105,6 +105,7 @@ class Curve:
     call: float  # seconds of an operator's call
     points: list[Point]
     slopes: dict[str, float] = field(default_factory=dict)
+    shares: dict[str, float] = field(default_factory=dict)  # of the last point's time, by kinds of operators
 
 
 def slope(points: Sequence[tuple[float, float]]) -> float:
@@ -226,6 +227,7 @@ def measure(name: str, varied: str, sizes: Sizes, values: Sequence[int], rounds:
             )
         )  # fmt: skip
     curve = Curve(name, varied, {one: size for one, size in sizes.items() if one != varied}, call, points)
+    curve.shares = shares(task.run)
     for what in ("seconds", "expected", "operations", "memory", "tensors"):
         pairs = [(point.at, getattr(point, what)) for point in points]
         curve.slopes[what] = slope([pair for pair in pairs if pair[1]]) if any(pair[1] for pair in pairs) else 0.0

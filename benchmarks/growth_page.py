@@ -94,7 +94,9 @@ def page(result: dict[str, Any]) -> str:
     for curve in curves:
         parts.append(f"## {name_of(curve).capitalize()}\n\n{fixed_sizes(curve)}.\n")
         parts.append(points_table(curve, machine["matrix_gflops"]["fp32"] * 1e9))
-        parts.append(f"{ARITHMETIC[name_of(curve)]} {attention(curve)}{why_time(curve)} {why_memory(curve)}\n")
+        parts.append(
+            f"{ARITHMETIC[name_of(curve)]} {attention(curve)}{why_time(curve)} {why_memory(curve)}{profile(curve)}\n"
+        )
     return "\n".join(parts)
 
 
@@ -131,8 +133,8 @@ def points_table(curve: dict[str, Any], rate: float) -> str:
         reached = point["operations"] / point["seconds"]
         cells = [
             str(point["at"]),
-            f"{1e3 * point['seconds']:.4g}",
-            f"{1e3 * point['low']:.4g}-{1e3 * point['high']:.4g}",
+            rounded(1e3 * point["seconds"], 4),
+            f"{rounded(1e3 * point['low'], 4)}-{rounded(1e3 * point['high'], 4)}",
         ]
         cells += [rounded(point["operations"] / 1e9, 3), f"{reached / 1e9:.3g}", f"{reached / rate:.0%}"]
         cells += [rounded(1e3 * point["expected"], 4), megabytes(point["memory"]), megabytes(point["tensors"])]
@@ -168,6 +170,12 @@ def attention(curve: dict[str, Any]) -> str:
     if shares[1] < shares[0] + 0.05:
         return ""
     return f"Attention is {shares[0]:.0%} of the operations at {first['at']} and {shares[1]:.0%} at {last['at']}. "
+
+
+def profile(curve: dict[str, Any]) -> str:
+    """What operators take at the last point; the rest is Python and small things."""
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in curve.get("shares", {}).items() if share >= 0.02)
+    return f" At {curve['points'][-1]['at']} torch's profiler finds: {shares}." if shares else ""
 
 
 def products_alone(first: dict[str, Any], last: dict[str, Any]) -> str:
