@@ -73,11 +73,11 @@ def peak(model: nn.Module, work: Callable[[Any], object]) -> int | None:
     """
     try:
         without = on_meta(model)
-        with torch.no_grad(), torch.device("meta"), FusedAttention(), Counting(without) as counting:
+        with torch.no_grad(), torch.device("meta"), FusedAttention(), Alive() as alive:
             work(without)
     except Exception:  # whatever a foreign model does there
         return None
-    return counting.peak
+    return alive.peak
 
 
 def on_meta(model: nn.Module) -> nn.Module:
@@ -96,33 +96,40 @@ def on_meta(model: nn.Module) -> nn.Module:
     return made
 
 
-class Counting(TorchDispatchMode):
-    """Bytes of the storages that are made and alive: `held` now, `peak` at the most. Not those of a model's weights."""
+class Alive(TorchDispatchMode):
+    """Counts calls of operators, and the bytes of what they made and is still held: `now`, and `peak` at the most."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self) -> None:
         super().__init__()
-        self.held = self.peak = 0
-        self.weights = [one.untyped_storage() for one in chain(model.parameters(), model.buffers())]
-        self.known = {storage._cdata for storage in self.weights}
+        self.calls = self.now = self.peak = 0
+        self.known: dict[int, weakref.finalize] = {}
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = function(*args, **(kwargs or {}))
-        for one in tree_leaves(out):
-            if isinstance(one, Tensor):
-                self.add(one.untyped_storage())
-        return out
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for one in tree_leaves((args, kwargs)):
+            self.meet(one, new=False)  # weights and inputs, of which an operator may return a view
+        result = func(*args, **(kwargs or {}))
+        self.calls += 1
+        for one in tree_leaves(result):
+            self.meet(one, new=True)
+        self.peak = max(self.peak, self.now)
+        return result
 
-    def add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self.known:
-            self.known.add(key)
-            self.held += size
-            self.peak = max(self.peak, self.held)
-            weakref.finalize(storage, self.remove, key, size)
+    def meet(self, one: Any, new: bool) -> None:
+        if not isinstance(one, Tensor):
+            return
+        packed = one.is_mkldnn  # oneDNN's own order of a convolution's weights has no storage to look at
+        held = one if packed else one.untyped_storage()
+        if id(held) in self.known:
+            return
+        size = (one.numel() * one.element_size() if packed else held.nbytes()) if new else 0
+        self.now += size
+        end = weakref.finalize(held, self.forget, id(held), size)
+        end.atexit = False
+        self.known[id(held)] = end
 
-    def remove(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.held -= size
+    def forget(self, key: int, size: int) -> None:
+        self.now -= size
+        del self.known[key]
 
 
 class FusedAttention(TorchFunctionMode):
