@@ -18,7 +18,7 @@ from benchmarks.training_step import made_up_steps
 from t2i.errors import InputError
 from t2i.linear import is_faster, product
 
-STEPS = 3  # a turn
+STEPS = 6  # a turn: less is mostly noise
 PRODUCTS = 12  # of 2048 x 2048
 
 
@@ -27,7 +27,7 @@ def main(quick: bool) -> list[Row]:
         raise InputError("two processes need two cores, and a system that gives each its own")
     if quick:
         return [processes("prior", "tiny", 1)]
-    return [processes(name, "emoji", 5) for name in ("prior", "decoder")]
+    return [processes(name, "emoji", 9) for name in ("prior", "decoder")]
 
 
 def processes(name: str, folder: str, rounds: int) -> Row:

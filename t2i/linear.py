@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 Model = TypeVar("Model", bound=nn.Module)
 FEW = 2**20  # multiplications, below which what a call costs is most of it
@@ -20,11 +21,12 @@ class Linear(nn.Linear):
     """`torch.nn.Linear`, by the faster of two libraries."""
 
     def forward(self, x: Tensor) -> Tensor:
+        given = (x, self.weight, self.bias)
         if not is_faster(x, self.weight):
-            return F.linear(x, self.weight, self.bias)
-        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
-            return LinearFunction.apply(x, self.weight, self.bias)
-        return product(x, self.weight, self.bias)
+            return F.linear(*given)
+        if torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in given):
+            return LinearFunction.apply(*given)
+        return product(*given)
 
 
 class LinearFunction(torch.autograd.Function):
@@ -59,14 +61,17 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def is_faster(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN multiplies by these weights, and is worth a longer call."""
     return (
-        x.device.type == weight.device.type == "cpu"
+        not torch.compiler.is_compiling()  # first: a compiler would guard what is asked
+        and AVAILABLE
+        and x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and x.dim() > 1
         and math.prod(x.shape[:-1]) * weight.numel() >= FEW
-        and AVAILABLE
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
+        and {type(x), type(weight)} <= {Tensor, nn.Parameter}  # what is quantised or sharded knows F.linear
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.side_by_side import flops
@@ -92,6 +93,44 @@ def test_only_the_gradients_that_are_needed_are_computed() -> None:
     ours(x).sum().backward()
     assert ours.weight.grad is None and ours.bias.grad is not None
     torch.testing.assert_close(x.grad, ours.weight.sum(dim=0).expand(64, -1), rtol=1e-4, atol=1e-4)
+
+
+def test_a_bias_learns_alone() -> None:
+    layer, _ = layers()
+    layer.weight.requires_grad_(False)
+    layer(torch.randn(64, 192)).sum().backward()
+    assert torch.equal(layer.bias.grad, torch.full((160,), 64.0))
+
+
+def test_a_compiler_sees_torchs_product() -> None:
+    ours, theirs = layers()
+    x = torch.randn(64, 192)
+    compiled = torch.compile(ours, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), theirs(x))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:FutureWarning")  # torch uses it itself for jvp
+def test_transforms_of_functions_and_forward_derivatives_go_through_torch() -> None:
+    ours, theirs = layers()
+    x, direction = torch.randn(64, 192), torch.randn(64, 192)
+    for layer in (ours, theirs):
+        layer.requires_grad_(False)
+    derivatives = [torch.func.jvp(layer, (x,), (direction,))[1] for layer in (ours, theirs)]
+    assert torch.equal(*derivatives) and derivatives[0].abs().sum() > 0
+    gradients = [torch.func.grad(lambda x, layer=layer: layer(x).square().sum())(x) for layer in (ours, theirs)]
+    assert torch.equal(*gradients)
+    with forward_ad.dual_level():
+        out = ours(forward_ad.make_dual(x, direction))
+        torch.testing.assert_close(forward_ad.unpack_dual(out).tangent, derivatives[0])
+
+
+class Kept(Tensor):
+    """Of another kind, as quantised weights are."""
+
+
+def test_tensors_of_other_kinds_are_left_to_torch() -> None:
+    x, weight = torch.randn(64, 192), torch.randn(160, 192)
+    assert is_faster(x, weight) and not is_faster(x, weight.as_subclass(Kept))
 
 
 def test_a_gradient_can_be_differentiated_again() -> None:
