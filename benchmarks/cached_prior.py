@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.training_step import wait
+from benchmarks.side_by_side import synchronize
 from t2i.config import load_config
 from t2i.data.source import open_source
 from t2i.health import Health
@@ -41,7 +41,7 @@ def measure(arguments: list[str]) -> dict[str, Any]:
     def run(name: str, what: str) -> float:
         """Samples per second."""
         source, stage, state, loader, watch, health = ways[name]
-        wait(accelerator.device)
+        synchronize()
         begun = time.perf_counter()
         for _ in range(STEPS[name]):
             if what == "encoded samples":
@@ -50,7 +50,7 @@ def measure(arguments: list[str]) -> dict[str, Any]:
                 norm = gradient(accelerator, stage, state, loader, None, watch, health)
                 health.verdict(state.step, norm, 0)
                 update(accelerator, state, 1e-5, True)
-        wait(accelerator.device)
+        synchronize()
         return STEPS[name] * state.samples_per_step / (time.perf_counter() - begun)
 
     result: dict[str, Any] = {}

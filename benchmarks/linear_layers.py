@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from benchmarks.side_by_side import Row, alternate, device, difference, flops, row, run
+from benchmarks.side_by_side import Row, alternate, device, difference, flops, relative_difference, row, run
 from t2i.linear import by_onednn
 
 WIDTH, DEPTH = 768, 12
@@ -35,32 +35,51 @@ def block(width: int) -> list[nn.Linear]:
 
 def compare(
     what: str,
-    work: Callable[[nn.ModuleList, Tensor], Tensor],
+    work: Callable[..., dict[str, Tensor]],
     ours: nn.ModuleList,
     theirs: nn.ModuleList,
     x: Tensor,
     n: int,
 ) -> Row:
     works = {"ours": partial(work, ours, x), "torch": partial(work, theirs, x)}
-    worst = difference(works["ours"](), works["torch"]())
+    found = {name: one(keep=True) for name, one in works.items()}
+    if work is forward:
+        worst = max(difference(out, found["torch"][name]) for name, out in found["ours"].items())
+    else:
+        worst = relative_difference(found["ours"], found["torch"])
+    found.clear()
     counts = dict.fromkeys(works, flops(works["torch"]))
     return row(what, alternate(works, rounds=n), None, worst, counts)
 
 
+def of_width(x: Tensor, width: int) -> Tensor:
+    """As many rows of the same random numbers, contiguous as a network's are."""
+    return x.view(-1)[: len(x) * width].view(len(x), width)
+
+
 @torch.no_grad()
-def forward(layers: nn.ModuleList, x: Tensor) -> Tensor:
-    for layer in layers:
-        out = layer(x[:, : layer.in_features])
-    return out
+def forward(layers: nn.ModuleList, x: Tensor, keep: bool = False) -> dict[str, Tensor]:
+    """Outputs by layer, if they are to be kept."""
+    kept = {}
+    for i, layer in enumerate(layers):
+        out = layer(of_width(x, layer.in_features))
+        if keep:
+            kept[str(i)] = out
+    return kept
 
 
-def backward(layers: nn.ModuleList, x: Tensor) -> Tensor:
-    """The last layer's gradient; all are computed."""
+def backward(layers: nn.ModuleList, x: Tensor, keep: bool = False) -> dict[str, Tensor]:
+    """Gradients of weights, biases and inputs for the output's gradient x, if they are to be kept."""
     layers.zero_grad()
-    for layer in layers:
-        rows = x[:, : layer.in_features].detach().requires_grad_(True)
-        layer(rows).mean().backward()
-    return layer.weight.grad
+    kept = {}
+    for i, layer in enumerate(layers):
+        rows = of_width(x, layer.in_features).detach().requires_grad_(True)
+        layer(rows).backward(of_width(x, layer.out_features))
+        if keep and rows.grad is not None:
+            kept[f"input {i}"] = rows.grad
+    if keep:
+        kept |= {name: one.grad.clone() for name, one in layers.named_parameters() if one.grad is not None}
+    return kept
 
 
 if __name__ == "__main__":

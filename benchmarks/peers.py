@@ -52,3 +52,13 @@ def dalle2_pytorch() -> Any:
     finally:
         for name in absent:
             del sys.modules[name]
+
+
+def is_there() -> bool:
+    """Whether dalle2-pytorch is installed; if not, says so, and the other peer is measured without it."""
+    try:
+        dalle2_pytorch()
+    except InputError as missing:
+        print(missing, file=sys.stderr)
+        return False
+    return True

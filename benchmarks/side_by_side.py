@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from t2i.errors import InputError
@@ -67,7 +67,10 @@ class Ratio:
 
 @dataclass
 class Row:
-    """One comparison. Seconds and bytes are by name: ours first, then the peer."""
+    """One comparison. Seconds and bytes are by name: ours first, then the peer.
+
+    One of memory alone has no seconds; its ratio is how many times as little ours takes.
+    """
 
     what: str
     against: str
@@ -125,6 +128,30 @@ def difference(ours: Tensor, theirs: Tensor, tolerance: float = TOLERANCE) -> fl
     worst = (ours.float() - theirs.float()).abs().max().item()
     assert ours.shape == theirs.shape and worst <= tolerance, f"outputs differ by {worst:g}, allowed is {tolerance:g}"
     return worst
+
+
+def relative_difference(
+    ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], tolerance: float = TOLERANCE
+) -> float:
+    """The largest between tensors of the same names, each relative to the largest value of the peer's tensor.
+
+    For gradients: they may all be far below any absolute tolerance. Raises AssertionError beyond the tolerance.
+    """
+    assert ours.keys() == theirs.keys(), f"one of the two alone has {sorted(ours.keys() ^ theirs.keys())}"
+    found = {}
+    for name, other in theirs.items():
+        assert ours[name].shape == other.shape, f"{name}: {tuple(ours[name].shape)} and {tuple(other.shape)}"
+        least = torch.finfo(torch.float32).tiny  # two tensors of zeros are equal
+        found[name] = ((ours[name] - other).abs().max() / other.abs().max().clamp(min=least)).item()
+    worst = max(found, key=lambda name: found[name])
+    allowed = f"allowed is {tolerance:g} of the largest value"
+    assert found[worst] <= tolerance, f"{worst} differs by {found[worst]:g}, {allowed}"
+    return found[worst]
+
+
+def generators(count: int) -> list[Generator]:
+    """A stream of noise for each of a batch."""
+    return [Generator().manual_seed(number) for number in range(count)]
 
 
 def device() -> torch.device:
@@ -216,6 +243,11 @@ def peak_memory(work: Work) -> int | None:
     return max(0, read("VmHWM") - before)
 
 
+def peaks(works: Mapping[str, Work]) -> dict[str, int]:
+    """Peak memory of each, in bytes, where the system tells."""
+    return {name: peak for name, work in works.items() if (peak := peak_memory(work)) is not None}
+
+
 def machine() -> dict[str, Any]:
     """What was measured on, and with which versions."""
     versions = {}
@@ -249,9 +281,10 @@ def table(rows: list[Row]) -> str:
     head = (*head, "peak memory, MiB, ours / theirs")
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for one in rows:
-        seconds = list(one.seconds.values())
-        cells = [one.what, one.against, f"{seconds[0]:.3g}", f"{seconds[-1]:.3g}", str(one.ratio)]
-        cells.append("" if one.at_least is None else f"{one.at_least:g}")
+        missed = one.at_least is not None and one.ratio.median < one.at_least
+        seconds = [f"{each:.3g}" for each in one.seconds.values()] or ["", ""]
+        cells = [one.what, one.against, seconds[0], seconds[-1], f"{one.ratio}{': missed' * missed}"]
+        cells.append("" if one.at_least is None else f"{one.at_least:.3g}")
         cells.append("" if one.difference is None else f"{one.difference:.0e}")
         cells.append(" / ".join(f"{share:.0%}" for share in one.rate.values()))
         cells.append(" / ".join(f"{peak / 2**20:.0f}" for peak in one.memory.values()))

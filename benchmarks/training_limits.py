@@ -2,11 +2,12 @@
 
 - a step against matrix products of as many operations, in turns, by the faster of torch's two libraries: the ratio is
   the share of the machine's matrix rate (operations of convolutions, linear layers and attention count; fp32, and bf16
-  where the device computes in it);
+  where the device computes in it); each step has captions of other lengths than the one before;
 - steps that read the real cache against steps on the same batches, held in memory: 1 means that reading costs nothing.
 """
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState
 
-from benchmarks.side_by_side import Row, Times, alternate, device, flops, row, run
+from benchmarks.side_by_side import Row, Times, alternate, device, row, run
 from benchmarks.training_step import QUIET, Steps, made_up_steps
 from t2i.config import load_config
 from t2i.data import Batch
@@ -28,20 +29,28 @@ from training import train_decoder, train_prior
 
 SCRIPTS: dict[str, Any] = {"prior": train_prior, "decoder": train_decoder}
 CACHE = Path("runs/emoji/cache")
-HELD = 4  # batches in memory
+HELD = 32  # batches in memory: as many shapes, nearly, as a reader's
+STEPS = 4  # a turn
 ROUNDS = 5
 
 
 def main(quick: bool) -> list[Row]:
     folder, rounds = ("tiny", 1) if quick else ("emoji", ROUNDS)
     rows = [matrix_share(name, folder, precision, rounds) for name in SCRIPTS for precision in precisions(quick)]
-    if quick or not CACHE.is_dir():
-        return rows
+    return rows if quick else rows + readings(rounds)
+
+
+def readings(rounds: int) -> list[Row]:
+    """What reading costs; without a cache of these models a line that says so, and no rows."""
+    if not CACHE.is_dir():
+        made = "`t2i data cache configs/emoji/cache.yaml` makes it"
+        print(f"what reading costs is not measured: {str(CACHE)!r} is not there; {made}", file=sys.stderr)
+        return []
     try:
-        return rows + [reading(name, rounds) for name in SCRIPTS]
+        return [reading(name, rounds) for name in SCRIPTS]
     except InputError as error:  # a cache of other models
-        print(f"what reading costs is not measured: {error}")
-        return rows
+        print(f"what reading costs is not measured: {error}", file=sys.stderr)
+        return []
 
 
 def precisions(quick: bool) -> list[str]:
@@ -53,9 +62,10 @@ def matrix_share(name: str, folder: str, precision: str, rounds: int) -> Row:
     """A step of a configuration, against products of square matrices of the same type with as many operations."""
     path = f"configs/{folder}/{name}.yaml"
     step = made_up_steps(path, [f"train.mixed_precision={precision}"], lambda i: 5 + i % 16)
+    steps = 1 if rounds == 1 else STEPS
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     step()
-    count = flops(step)
+    count = step.operations(steps)
     repeated = math.ceil(count / (2 * 2048**3))
     size = math.ceil((count / 2 / repeated) ** (1 / 3) / 16) * 16
     a, b = (torch.randn(size, size, device=device(), dtype=dtype) for _ in range(2))
@@ -66,13 +76,15 @@ def matrix_share(name: str, folder: str, precision: str, rounds: int) -> Row:
         for _ in range(repeated):
             multiply(a, b)
 
-    times = alternate({"ours": step, "matrix products": products}, rounds=rounds, warm=2)
+    times = alternate(
+        {"ours": several(step, steps), "matrix products": several(products, steps)}, rounds=rounds, warm=1
+    )
     share = count / (2 * repeated * size**3)
     times = Times(times.seconds | {"matrix products": [one * share for one in times.seconds["matrix products"]]})
     samples, kind = step.state.samples_per_step, "fp32" if precision == "no" else precision
     wanted = 0.5 if name == "decoder" else None
     note = f"{path}, {count / 1e9:.1f} GFLOP in products and convolutions"
-    return row(f"{name} training step, batch {samples}, {kind}", times, wanted, note=note)
+    return row(f"{steps} {name} training steps, batch {samples}, {kind}", times, wanted, note=note)
 
 
 class Held:
@@ -96,7 +108,7 @@ class Held:
 
 
 def reading(name: str, rounds: int) -> Row:
-    """HELD steps from the real cache, against as many on batches of it that are in memory."""
+    """Steps from the real cache, against as many on batches of it that are in memory."""
     script, ways = SCRIPTS[name], dict[str, Callable[[], None]]()
     models = ["clip=models/emoji/clip"] + (["autoencoder=models/emoji/autoencoder"] if name == "decoder" else [])
     config = load_config(script.Config, name, [f"configs/emoji/{name}.yaml", *QUIET, *models])
@@ -109,15 +121,19 @@ def reading(name: str, rounds: int) -> Row:
         stage = script.make_stage(config, source, accelerator.device)
         if way != "ours":
             stage = replace(stage, dataset=Held(source.dataset))
-        ways[way] = several(Steps(accelerator, stage, config.train))
+        steps = Steps(accelerator, stage, config.train)
+        if way != "ours":
+            for _ in range(HELD):
+                next(steps.loader)
+        ways[way] = several(steps, STEPS)
     times = alternate(ways, rounds=rounds)
-    title = f"{HELD} {name} training steps from the cache, batch {config.train.batch_size}"
+    title = f"{STEPS} {name} training steps from the cache, batch {config.train.batch_size}"
     return row(title, times, 0.97, note="1 means that reading the data costs nothing")
 
 
-def several(step: Steps) -> Callable[[], None]:
+def several(step: Callable[[], None], steps: int) -> Callable[[], None]:
     def work() -> None:
-        for _ in range(HELD):
+        for _ in range(steps):
             step()
 
     return work

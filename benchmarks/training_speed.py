@@ -4,12 +4,16 @@ Ours is the training loop's own step: loss, gradient clipping, checks that all i
 
 - diffusers: the step of its examples/kandinsky2_2 (train_text_to_image_prior.py): noise, PriorTransformer, squared
   error, clipping, `torch.optim.AdamW`; captions padded to 77 tokens, as its tokenizer does. No moving average.
-- dalle2-pytorch: `DiffusionPrior`'s loss, backward, clipping and `torch.optim.AdamW`; its DiffusionPriorTrainer, which
-  adds a moving average, asks for libraries that are not installed here. Captions padded to 77 tokens, as it does.
+- dalle2-pytorch: `DiffusionPrior`'s loss, backward, clipping and `torch.optim.AdamW`, which is what its
+  DiffusionPriorTrainer does, without that trainer: it adds a moving average and warm-up by libraries of its own, which
+  cost time and change nothing of the step. Captions padded to 77 tokens, as it does.
 
-Losses and gradients of the same weights agree before anything is timed. Peers do without an average: in their favour.
+The loss and all gradients of the same weights agree before anything is timed, each tensor relative to the largest value
+in the peer's. Each step has other captions than the one before. Peers do without an average: in their favour.
 """
 
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,12 +21,13 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
-from benchmarks.peers import dalle2_pytorch
-from benchmarks.side_by_side import Row, Work, alternate, difference, flops, row, run
+from benchmarks.peers import dalle2_pytorch, is_there
+from benchmarks.side_by_side import Row, Work, alternate, difference, relative_difference, row, run
 from benchmarks.training_step import QUIET, MadeUp, Steps
+from t2i.condition import TextEncoding
 from t2i.config import load_config
 from t2i.diffusion import target
-from t2i.interop.prior_transformer import to_prior_transformer
+from t2i.interop.prior_transformer import names_of, to_prior_transformer
 from t2i.loop import start
 from t2i.prior import Prior
 from training.train_prior import Config, make_stage
@@ -34,18 +39,18 @@ EXAMPLE = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "sample"}
 def main(quick: bool) -> list[Row]:
     batch, width, depth = (4, 64, 2) if quick else (BATCH, WIDTH, DEPTH)
     torch.manual_seed(0)
-    rows = []
+    rows, peers = [], ("diffusers", "dalle2-pytorch") if is_there() else ("diffusers",)
     captions = {"captions of 5 to 20 tokens": (5, 20, 4.0, 3), "captions of 77 tokens": (77, 77, 1.2, 7)}
     for what, (shortest, longest, wanted, rounds) in captions.items():
         source = MadeUp([shortest + i % (longest - shortest + 1) for i in range(batch)], width=width)
-        for peer in ("diffusers", "dalle2-pytorch"):
+        for peer in peers:
             deeper = depth if peer == "diffusers" else depth + depth // 6  # its layers are larger
             ours, prior = our_step(source, width, deeper)
             if peer == "diffusers":
                 theirs, parameters, worst = diffusers_step(source, prior)
             else:
                 theirs, parameters, worst = *dalle2_step(source, width, depth), None
-            counts = {"ours": flops(ours)}
+            counts = {"ours": ours.operations(min(8, len(source.batches)))}
             times = alternate({"ours": ours, peer: theirs}, rounds=1 if quick else rounds)
             mine = sum(one.numel() for one in prior.parameters())
             note = (
@@ -59,7 +64,7 @@ def main(quick: bool) -> list[Row]:
 def our_step(source: MadeUp, width: int, depth: int) -> tuple[Steps, Prior]:
     """The loop's step on a new prior: no caption is dropped, for the peers drop none."""
     model = [f"model.width={width}", f"model.depth={depth}", f"model.heads={width // 64}"]
-    batch = [f"train.batch_size={len(source.batch.index)}", "train.mixed_precision=no", "train.steps=100"]
+    batch = [f"train.batch_size={len(source.batches[0].index)}", "train.mixed_precision=no", "train.steps=100"]
     schedule = [f"scheduler.{name}={value}" for name, value in EXAMPLE.items()]
     config = load_config(Config, "prior", ["clip=made up", *QUIET, *model, *batch, *schedule, "caption_dropout=0"])
     accelerator = start(config.train)
@@ -72,37 +77,65 @@ def diffusers_step(source: MadeUp, prior: Prior) -> tuple[Work, int, float]:
     """Its step, its parameters, and how far its loss and gradients are from ours with the same noise."""
     theirs = trained(to_prior_transformer(prior), prior.device)
     scheduler = DDPMScheduler(**EXAMPLE)
-    batch = source.batch.to(prior.device)
-    text, z_i = batch.text, batch.image_embeds
-    assert text is not None and z_i is not None
-    missing = 77 - text.mask.shape[1]
-    states, mask = F.pad(text.states, (0, 0, 0, missing)), F.pad(text.mask, (0, missing))
-    z_t = text.embedding
+    batches = cycled(source, prior.device)
 
     def loss() -> Tensor:
+        text, z_i = next(batches)
         x = (z_i - theirs.clip_mean) / theirs.clip_std
         noise = torch.randn_like(x)
         t = torch.randint(0, scheduler.config.num_train_timesteps, (len(x),), device=x.device)
-        predicted = theirs(scheduler.add_noise(x, noise, t), t, z_t, states, mask).predicted_image_embedding
-        return F.mse_loss(predicted, x)
+        given = text.embedding, text.states, text.mask
+        return F.mse_loss(theirs(scheduler.add_noise(x, noise, t), t, *given).predicted_image_embedding, x)
+
+    first = source.batches[0].to(prior.device)
+    our_text, our_z_i = first.text, first.image_embeds
+    assert our_text is not None and our_z_i is not None
 
     def our_loss() -> Tensor:
-        x = prior.scale(z_i)
+        x = prior.scale(our_z_i)
         noise = torch.randn_like(x)
         t = torch.randint(0, scheduler.config.num_train_timesteps, (len(x),), device=x.device)
-        return F.mse_loss(prior(scheduler.add_noise(x, noise, t), t, text), target(scheduler, x, noise, t))
+        return F.mse_loss(prior(scheduler.add_noise(x, noise, t), t, our_text), target(scheduler, x, noise, t))
 
-    pairs = [
-        (our_loss, prior.to_image.weight, prior.from_image.weight),
-        (loss, theirs.proj_to_clip_embeddings.weight, theirs.proj_in.weight),
-    ]
+    worst = compared(prior, our_loss, theirs, loss)
+    return optimized(theirs, loss), sum(one.numel() for one in theirs.parameters()), worst
+
+
+def compared(prior: Prior, our_loss: Callable[[], Tensor], theirs: nn.Module, loss: Callable[[], Tensor]) -> float:
+    """The largest difference of losses and of all gradients of our parameters, with the same noise."""
     found = []
-    for one, last, first in pairs:
+    for model, one in ((prior, our_loss), (theirs, loss)):
         torch.manual_seed(1)
         value = one()
-        found.append([value.detach(), *torch.autograd.grad(value, (last, first))])
-    worst = max(difference(ours, other) for ours, other in zip(*found))
-    return optimized(theirs, loss), sum(one.numel() for one in theirs.parameters()), worst
+        value.backward()
+        given = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+        model.zero_grad()
+        found.append((value.detach(), given))
+    (mine, gradients), (other, others) = found
+    return max(difference(mine, other), relative_difference(gradients, in_our_names(prior, gradients, others)))
+
+
+def in_our_names(prior: Prior, gradients: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """diffusers' gradients as ours are: queries, keys and values in one, and for z_t of unit length."""
+    names = {
+        ours: parts for ours, parts in names_of(prior.config.depth).items() if parts[0] not in ("clip_mean", "clip_std")
+    }
+    found = {ours: torch.cat([theirs[part].flatten() for part in parts]) for ours, parts in names.items()}
+    if prior.config.unit_length:  # there the weight has the scale of z_t, here z_t itself
+        found["from_text.weight"] *= prior.config.embed_dim**0.5
+    return {name: one.view_as(gradients[name]) for name, one in found.items()}
+
+
+def cycled(source: MadeUp, device: torch.device) -> Iterator[tuple[TextEncoding, Tensor]]:
+    """The same batches, padded ahead to 77 tokens: encodings of captions, and z_i."""
+    made = []
+    for batch in source.batches:
+        text, z_i = batch.text, batch.image_embeds
+        assert text is not None and z_i is not None
+        missing = 77 - text.mask.shape[1]
+        states, mask = F.pad(text.states, (0, 0, 0, missing)), F.pad(text.mask, (0, missing))
+        made.append((TextEncoding(text.embedding, states, mask).to(device), z_i.to(device)))
+    return itertools.cycle(made)
 
 
 def dalle2_step(source: MadeUp, width: int, depth: int) -> tuple[Work, int]:
@@ -112,13 +145,14 @@ def dalle2_step(source: MadeUp, width: int, depth: int) -> tuple[Work, int]:
         dim=width, depth=depth, dim_head=64, heads=width // 64, max_text_len=77, num_timesteps=1000
     )
     model = peer.DiffusionPrior(net, image_embed_dim=width, timesteps=1000, cond_drop_prob=0.0)
-    batch = source.batch
-    text, z_i = batch.text, batch.image_embeds
-    assert text is not None
     model = trained(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    given = {"text_embed": text.embedding, "text_encodings": text.states, "image_embed": z_i}
-    given = {name: value.to(next(model.parameters()).device) for name, value in given.items()}
-    return optimized(model, lambda: model(**given)), sum(one.numel() for one in model.parameters())
+    batches = cycled(source, next(model.parameters()).device)
+
+    def loss() -> Tensor:
+        text, z_i = next(batches)
+        return model(text_embed=text.embedding, text_encodings=text.states, image_embed=z_i)
+
+    return optimized(model, loss), sum(one.numel() for one in model.parameters())
 
 
 def trained(model: Any, device: torch.device) -> Any:

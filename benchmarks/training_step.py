@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.utils.data import Dataset
 
 from benchmarks.side_by_side import alternate, flops, matrix_rate
@@ -31,12 +32,15 @@ from t2i.loop import Stage, gradient, prepare, read, start, update
 from t2i.processes import Watch
 
 WARM_UP = 3
+BATCHES = 64  # made ahead, one after the other
 
 
 class MadeUp(Dataset):
     """Encodings of nothing, in the shapes of a CLIP's, ViT-L/14's if nothing is said, and of an autoencoder's.
 
-    lengths: tokens of each caption; there are as many samples in a batch.
+    lengths: tokens of each caption of the first batch; there are as many samples in each. Where they are not all the
+    same, the next ones have lengths from between the shortest and the longest, so that a step has other shapes than
+    the one before, as real ones have. Each process has its own.
     """
 
     validation, text_encoder, made_from = None, None, {"data": "made up"}
@@ -46,15 +50,25 @@ class MadeUp(Dataset):
         self.autoencoder = AutoencoderFacts("made up", "0" * 16, channels=latents[0], factor=8)
         self.dataset, count = self, len(lengths)
         z_i, z_t = (torch.nn.functional.normalize(torch.randn(count, width), dim=-1) for _ in range(2))
-        mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-        text = TextEncoding(z_t, torch.randn(count, max(lengths), width) * mask[..., None], mask)
-        self.batch = Batch(torch.arange(count), image_embeds=z_i, latents=torch.randn(count, *latents), text=text)
+        states, latent, shortest = torch.randn(count, max(lengths), width), torch.randn(count, *latents), min(lengths)
+        drawn = Generator().manual_seed(int(os.environ.get("RANK", "0")))
+        self.batches, self.calls = list[Batch](), 0
+        for i in range(1 if shortest == max(lengths) else BATCHES):
+            own = torch.randint(shortest, max(lengths) + 1, (count,), generator=drawn) if i else torch.tensor(lengths)
+            mask = torch.arange(int(own.max())) < own[:, None]
+            text = TextEncoding(z_t, states[:, : mask.shape[1]] * mask[..., None], mask)
+            self.batches.append(Batch(torch.arange(count), image_embeds=z_i, latents=latent, text=text))
 
     def __len__(self) -> int:
         return 1_000_000
 
     def __getitems__(self, keys: list[Key]) -> Batch:
-        return self.batch
+        self.calls += 1
+        return self.batches[(self.calls - 1) % len(self.batches)]
+
+    def forget_captions(self) -> None:
+        """For a model that reads none: all batches are the same."""
+        self.batches = [replace(self.batches[0], text=None)]
 
     def key(self, index: int) -> str:
         return str(index)
@@ -90,6 +104,10 @@ class Steps:
         healthy, _ = self.health.verdict(self.state.step, norm, 0)
         update(self.accelerator, self.state, 1e-5, healthy)
 
+    def operations(self, steps: int) -> float:
+        """Of products, on average: steps of captions of several lengths are not all of a size."""
+        return flops(lambda: [self() for _ in range(steps)]) / steps
+
 
 def made_up_steps(path: str, overrides: list[str], lengths: Callable[[int], int]) -> Steps:
     """Of a configuration, on made-up encodings; lengths: tokens of the caption of each sample in a batch.
@@ -105,7 +123,7 @@ def made_up_steps(path: str, overrides: list[str], lengths: Callable[[int], int]
     latents, width = ((16, size // 16, size // 16), 192) if "emoji" in path else ((4, size // 8, size // 8), 768)
     source = MadeUp([lengths(i) for i in range(config.train.batch_size)], latents, width)
     if not getattr(config, "reads_captions", True):
-        source.batch.text = None
+        source.forget_captions()
     return Steps(accelerator, script.make_stage(config, source, accelerator.device), config.train)
 
 
@@ -113,7 +131,7 @@ def measure(path: str, overrides: list[str], tokens: int, steps: int) -> dict[st
     step = made_up_steps(path, overrides, lambda _: tokens)
     accelerator, state = step.accelerator, step.state
     step()
-    operations = flops(step)
+    operations = step.operations(1)
     times = alternate({"ours": step}, rounds=steps, warm=WARM_UP)
     seconds, each = times.median("ours"), times.seconds["ours"]
     rate = operations / seconds
@@ -133,11 +151,6 @@ def measure(path: str, overrides: list[str], tokens: int, steps: int) -> dict[st
         "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "cpu",
         "torch": torch.__version__,
     }
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def main(arguments: list[str]) -> None:

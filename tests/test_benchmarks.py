@@ -1,9 +1,9 @@
 """Benchmarks of speed at toy size: they run, and what they compare agrees. Never how long anything takes."""
 
+import copy
 import importlib
 import json
 import re
-import runpy
 import sys
 import time
 from collections.abc import Iterator
@@ -12,9 +12,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import peers, report, side_by_side
+from benchmarks import linear_layers, peers, report, side_by_side, training_limits, training_speed
 from benchmarks.__main__ import programs
-from benchmarks.side_by_side import alternate, difference, flops, peak_memory, ratio, row, table, write
+from benchmarks.side_by_side import (
+    Ratio,
+    Row,
+    alternate,
+    difference,
+    flops,
+    peak_memory,
+    ratio,
+    relative_difference,
+    row,
+    table,
+    write,
+)
+from benchmarks.training_step import BATCHES, MadeUp
 from t2i.condition import ImageCondition
 from t2i.errors import InputError
 from t2i.unet_decoder import UNetDecoder
@@ -31,7 +44,7 @@ def test_it_runs_at_toy_size_and_its_outputs_agree(name: str) -> None:
         rows = importlib.import_module(f"benchmarks.{name}").main(True)
     except InputError as missing:
         pytest.skip(str(missing))
-    assert rows and all(len(one.seconds) == 2 and one.ratio.low > 0 for one in rows)
+    assert rows and all(len(one.seconds or one.memory) == 2 and one.ratio.low > 0 for one in rows)
 
 
 def test_works_take_turns_in_changing_order_and_the_first_rounds_do_not_count() -> None:
@@ -96,21 +109,79 @@ def test_the_page_of_speed_has_the_tables_that_the_results_make() -> None:
     assert report.PAGE.read_text() == report.written(report.PAGE.read_text())
 
 
-def test_a_benchmark_without_its_peer_is_one_line(
+def test_a_benchmark_that_cannot_run_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "dalle2_pytorch", None)  # as where it is not installed
-    monkeypatch.setattr(sys, "argv", ["training_speed", "--quick"])
+    def main(quick: bool) -> list[Row]:
+        raise InputError("two processes need two cores")
+
+    monkeypatch.setattr(sys, "argv", ["some", "--quick"])
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(Path(peers.__file__).with_name("training_speed.py")), run_name="__main__")
-    said = capsys.readouterr()
-    assert ended.value.code == 2 and said.out == ""
-    assert re.fullmatch(r"training_speed: dalle2_pytorch not installed: .*\n", said.err)
+        side_by_side.run("some", main)
+    assert ended.value.code == 2 and capsys.readouterr() == ("", "some: two processes need two cores\n")
 
 
-def test_the_other_peer_is_measured_without_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    from benchmarks import prior_speed
-
+@pytest.mark.parametrize(("name", "settings"), [("prior_speed", {"batches": (1, 8)}), ("training_speed", {})])
+def test_the_other_peer_is_measured_without_it(
+    name: str, settings: dict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.setitem(sys.modules, "dalle2_pytorch", None)
-    assert [one.against for one in prior_speed.main(True, batches=(1, 8))] == ["diffusers", "diffusers"]
+    found = importlib.import_module(f"benchmarks.{name}").main(True, **settings)
+    assert [one.against for one in found] == ["diffusers", "diffusers"]
     assert re.fullmatch(r"dalle2_pytorch not installed: .*\n", capsys.readouterr().err)
+
+
+def test_gradients_are_compared_relative_to_their_size() -> None:
+    small = {"weight": torch.tensor([2e-9, -1e-9]), "unused": torch.zeros(2)}
+    assert relative_difference(small, small) == 0
+    assert relative_difference(small | {"weight": torch.tensor([2e-9, -1.0001e-9])}, small) < 1e-4
+    for wrong in ({name: 0 * one for name, one in small.items()}, small | {"unused": torch.tensor([0, 1e-12])}):
+        with pytest.raises(AssertionError, match="differs by .*, allowed is 0.0001 of the largest value"):
+            relative_difference(wrong, small)
+    with pytest.raises(AssertionError, match=r"one of the two alone has \['unused'\]"):
+        relative_difference({"weight": small["weight"]}, small)
+
+
+def test_layers_without_gradients_are_not_timed() -> None:
+    theirs = torch.nn.ModuleList(linear_layers.block(8))
+    ours = copy.deepcopy(theirs)
+    for weight in ours[1].parameters():
+        weight.register_hook(lambda gradient: 0 * gradient)
+    with pytest.raises(AssertionError, match="1.(weight|bias) differs by 1"):
+        linear_layers.compare("what", linear_layers.backward, ours, theirs, torch.randn(4, 32), 1)
+
+
+def test_a_prior_without_gradients_is_not_timed() -> None:
+    source = MadeUp([2, 3], width=32)
+    _, prior = training_speed.our_step(source, 64, 1)
+    prior.blocks[0].mlp[0].weight.register_hook(lambda gradient: 0 * gradient)
+    with pytest.raises(AssertionError, match="blocks.0.mlp.0.weight differs by 1"):
+        training_speed.diffusers_step(source, prior)
+
+
+def test_made_up_steps_have_captions_of_other_lengths_each_time() -> None:
+    source = MadeUp([5 + i % 16 for i in range(64)], width=4)
+    texts = [source.__getitems__([]).text for _ in range(2 * BATCHES)]
+    rows = [int(text.mask.sum()) for text in texts if text is not None]
+    assert len(set(rows[:BATCHES])) > BATCHES / 2 and rows[:BATCHES] == rows[BATCHES:]
+    assert texts[1] is not None and not texts[1].states[~texts[1].mask].any()
+    assert len(MadeUp([7, 7], width=4).batches) == 1  # which all have the same shape
+
+
+def test_what_a_benchmark_of_reading_lacks_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(training_limits, "CACHE", tmp_path / "none")
+    assert training_limits.readings(1) == []
+    assert re.fullmatch(
+        r"what reading costs .*none' is not there; `t2i data cache .*` makes it\n", capsys.readouterr().err
+    )
+
+
+def test_a_row_of_memory_has_no_seconds_and_what_is_missed_says_so() -> None:
+    less = Row(
+        "loading", "its weights", Ratio(0.8, 0.7, 0.9), 1 / 1.2, {}, memory={"ours": 5 * 2**20, "weights": 2**22}
+    )
+    assert table([less]).splitlines()[2] == (
+        "| loading | its weights |  |  | 0.8 (0.7-0.9): missed | 0.833 |  |  | 5 / 4 |"
+    )
