@@ -1,10 +1,11 @@
 """Are the pictures as good? Draws every caption by each way of `benchmarks.equal_quality`, and judges them in pairs.
 
     python -m benchmarks.equal_quality_drawn 2 [--folder data/emoji] [--out out/equal_quality]
+    python -m benchmarks.equal_quality_drawn 2 --first 10 --only ten-guided    # judged again, on other seeds
 
 2: seeds a caption, of 200 training captions and all that were held out. The prior draws z_i once for a caption and a
 seed; each way gets the same z_i and the same noise. Features are kept in `--out`, a file for 32 pictures, and what is
-there is not drawn again. Writes results/equal_quality_drawn.json.
+there is not drawn again. Writes results/equal_quality_drawn.json, or equal_quality_drawn_again.json.
 
 A choice of ours is of equal quality (written down before a picture was drawn) if
 
@@ -65,9 +66,9 @@ class Judge:
         self.real, self.real_features = (torch.cat(part) for part in zip(*seen))
         self.extract = extract
 
-    def draw(self, seed: int, out: Path) -> None:
-        """All captions by all ways, but for what is in `out`."""
-        drawn = ways()
+    def draw(self, seed: int, out: Path, names: list[str]) -> None:
+        """All captions by these ways, but for what is in `out`."""
+        drawn = {name: way for name, way in ways().items() if name in names}
         for start in range(0, len(self.chosen), BATCH):
             if all(part(out, name, seed, start).exists() for name in drawn):
                 continue
@@ -90,9 +91,9 @@ class Judge:
         found = (nearest, self.extract(pictures), score(self.pipeline.clip, pictures, captions))
         return dict(zip(TENSORS, found))
 
-    def read(self, name: str, seeds: int, out: Path) -> Drawn:
+    def read(self, name: str, seeds: range, out: Path) -> Drawn:
         held = []
-        for seed in range(seeds):
+        for seed in seeds:
             starts = range(0, len(self.chosen), BATCH)
             files = [read_tensors(part(out, name, seed, start), KIND, TENSORS)[0] for start in starts]
             held.append({key: torch.cat([one[key] for one in files]) for key in TENSORS})
@@ -175,22 +176,27 @@ def verdict(found: dict[str, dict[str, float]], captions: int, seeds: int) -> st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("seeds", type=int)
+    parser.add_argument("--first", type=int, default=0, help="number of the first seed")
+    parser.add_argument("--only", choices=CHOICES, help="one choice of ours, on seeds that it was not chosen by")
     parser.add_argument("--folder", type=Path, default=Path("data/emoji"))
     parser.add_argument("--out", type=Path, default=Path("out/equal_quality"))
     given = parser.parse_args()
-    judge = Judge(given.folder)
-    for seed in range(given.seeds):
-        judge.draw(seed, given.out)
-    peer, choices = judge.read(PEER, given.seeds, given.out), {}
-    for name, choice in CHOICES.items():
-        mine = judge.read(name, given.seeds, given.out)
+    judge, seeds = Judge(given.folder), range(given.first, given.first + given.seeds)
+    names = [given.only] if given.only else list(CHOICES)
+    for seed in seeds:
+        judge.draw(seed, given.out, [PEER, *names])
+    peer, choices = judge.read(PEER, seeds, given.out), {}
+    for name in names:
+        mine = judge.read(name, seeds, given.out)
         found = shares(mine, peer) | sets(judge, mine, peer)
         said = verdict(found, len(judge.chosen), given.seeds)
-        choices[name] = {"drawn by": str(choice), "verdict": said, "figures": found}
-        print(f"{choice}: {said}", flush=True)
-    about = {"command": f"python -m benchmarks.equal_quality_drawn {given.seeds}", "machine": machine()}
+        choices[name] = {"drawn by": str(CHOICES[name]), "verdict": said, "figures": found}
+        print(f"{CHOICES[name]}: {said}", flush=True)
+    options = f" --first {given.first} --only {given.only}" if given.only else ""
+    about = {"command": f"python -m benchmarks.equal_quality_drawn {given.seeds}{options}", "machine": machine()}
     result = about | {"peer": f"{PEER}, {STEPS} steps", "choices": choices}
-    (RESULTS / "equal_quality_drawn.json").write_text(json.dumps(result, indent=1) + "\n")
+    file = f"equal_quality_drawn{'_again' if given.only else ''}.json"
+    (RESULTS / file).write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

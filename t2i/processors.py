@@ -27,7 +27,7 @@ def keep_memory() -> bool:
 class ShortAttention(TorchFunctionMode):
     """Attention of few queries on a processor in fp32 where it would be in bf16, whichever model asks for it.
 
-    torch's kernel for bf16 is made for long sequences: of 64 queries its backward pass takes two to five times as long.
+    torch's kernel for bf16 is made for long sequences: of few queries it takes up to seven times as long.
     Results come in bf16 as before, rounded once instead of often.
     """
 
