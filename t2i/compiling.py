@@ -5,48 +5,73 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
+from itertools import zip_longest
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from t2i.errors import InputError
 
 logger = logging.getLogger(__name__)
 
+MOST = 2**16  # compilations of a step; torch's own limit is 8, beyond which it does not compile and does not say so
+
+# Shape, dtype and device of x, of the timesteps and of what the context holds: captions of another length are another.
+Key: TypeAlias = tuple[tuple[tuple[int, ...], torch.dtype, torch.device], ...]
+
 
 class CompiledStep:
-    """A denoiser's `step`, compiled anew for every shape: static shapes make the fastest code.
+    """A denoiser's `step`, compiled anew for whatever has other shapes: static shapes make the fastest code.
 
-    warm_up: seconds that the first step took of each shape of x; the log says them too.
+    warm_up: seconds that the first step took of each `Key`; the log says them too.
     """
 
-    def __init__(self, step: Callable[..., Tensor], backend: str = "inductor"):
+    def __init__(self, step: Callable[..., Tensor], backend: str | Callable[..., Any] = "inductor"):
         self.compiled = torch.compile(step, dynamic=False, backend=backend)
-        self.warm_up: dict[tuple[int, ...], float] = {}
+        self.warm_up: dict[Key, float] = {}
 
     def __call__(self, x: Tensor, t: Tensor, context: Any) -> Tensor:
-        shape = tuple(x.shape)
-        if shape in self.warm_up:
-            return self.compiled(x, t, context)
-        from torch._dynamo.exc import BackendCompilerFailed  # a second or two, for who compiles alone
+        from torch._dynamo import config  # a second or two, for who compiles alone
+        from torch._dynamo.exc import ShortenTraceback  # what every backend's failure is, and Triton's absence
 
-        logger.warning("compiling the decoder for noisy latents %s", shape)  # the command line shows warnings
-        begun = time.perf_counter()
-        try:
-            out = self.compiled(x, t, context)
-        except BackendCompilerFailed as error:
-            why = next(iter(str(error).splitlines()), type(error).__name__)
-            raise InputError(f"the decoder cannot be compiled here ({why:.200}); leave out compile") from error
-        self.warm_up[shape] = time.perf_counter() - begun
-        logger.warning(
-            "compiled the decoder for noisy latents %s: the first step took %.1f s", shape, self.warm_up[shape]
-        )
+        key: Key = tuple((tuple(one.shape), one.dtype, one.device) for one in tensors((x, t, context)))
+        with config.patch(recompile_limit=MOST, accumulated_recompile_limit=MOST):
+            if key in self.warm_up:
+                return self.compiled(x, t, context)
+            what = self.named(key)
+            logger.warning("compiling the decoder for %s", what)  # the command line shows warnings
+            begun = time.perf_counter()
+            try:
+                out = self.compiled(x, t, context)
+            except ShortenTraceback as error:
+                why = next(iter(str(error).splitlines()), type(error).__name__)
+                raise InputError(f"the decoder cannot be compiled here ({why:.200}); leave out compile") from error
+        self.warm_up[key] = time.perf_counter() - begun
+        logger.warning("compiled the decoder for %s: the first step took %.1f s", what, self.warm_up[key])
         return out
 
+    def named(self, key: Key) -> str:
+        """The noisy latents, and what is new in the context where such latents were compiled before."""
+        text = f"noisy latents {key[0][0]}"
+        before = next((one for one in reversed(self.warm_up) if one[0] == key[0]), None)
+        new = before and next((mine for mine, other in zip_longest(key, before) if mine and mine != other), None)
+        return f"{text} and a context with {new[0]} of {str(new[1]).removeprefix('torch.')}" if new else text
 
-def compile_steps(denoiser: Any, backend: str = "inductor") -> CompiledStep:
+
+def tensors(tree: Any) -> Iterator[Tensor]:
+    """All of them in containers and dataclasses, in their order."""
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            yield from tensors([getattr(leaf, field.name) for field in fields(leaf)])
+
+
+def compile_steps(denoiser: Any, backend: str | Callable[..., Any] = "inductor") -> CompiledStep:
     """Compile a denoiser's steps from now on. Raises InputError where there is no compiler."""
     if backend == "inductor":
         check_compiler()

@@ -2,7 +2,10 @@
 
 import logging
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,7 +41,62 @@ def test_compiled_steps_are_the_same_and_say_how_long_they_took_to_compile(caplo
         decoder.step(x, t, context)
     said = [record.message.partition(" for noisy latents (2, 4")[0] for record in caplog.records]
     assert said == ["compiling the decoder", "compiled the decoder"]
-    assert list(compiled.warm_up) == [(2, 4, 8, 8)]
+    assert [key[0][0] for key in compiled.warm_up] == [(2, 4, 8, 8)]
+
+
+@dataclass
+class Words:
+    """A context as a decoder's that reads captions."""
+
+    tokens: dict[str, tuple[torch.Tensor | None, ...]]
+
+
+def of_length(length: int) -> Words:
+    return Words({"keys": (None, torch.ones(2, length, 3))})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_captions_of_every_length_are_compiled_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    """Of more lengths than torch compiles by itself, which then goes on without a word and without compiling."""
+    made: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        made.append(1)
+        return graph.forward
+
+    step = CompiledStep(lambda x, t, context: x + context.tokens["keys"][1].sum(), backend)
+    x, t = torch.zeros(2, 4), torch.ones(2)
+    with caplog.at_level(logging.WARNING, "t2i"):
+        for length in (*range(1, 12), 3, 11):
+            assert step(x, t, of_length(length))[0, 0] == 6 * length
+    assert len(made) == len(step.warm_up) == 11
+    said = [record.message.partition(": ")[0] for record in caplog.records]
+    assert said[:2] == [f"{what} the decoder for noisy latents (2, 4)" for what in ("compiling", "compiled")]
+    new = "noisy latents (2, 4) and a context with (2, 11, 3) of float32"
+    assert said[-2:] == [f"{what} the decoder for {new}" for what in ("compiling", "compiled")] and len(said) == 22
+
+
+@pytest.mark.parametrize("name", ["TritonMissing", "GPUTooOldForTriton"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_gpu_without_triton_is_one_line_also_for_captions_of_another_length(name: str) -> None:
+    from torch._inductor import exc
+
+    old = SimpleNamespace(name="an old GPU", major=6, minor=1)
+    failure = exc.TritonMissing(None) if name == "TritonMissing" else exc.GPUTooOldForTriton(old, None)
+    failing: list[Exception] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        for one in failing:
+            raise one
+        return graph.forward
+
+    step = CompiledStep(lambda x, t, context: x * context.tokens["keys"][1].sum(), backend)
+    step(torch.zeros(2, 4), torch.ones(2), of_length(1))
+    failing.append(failure)
+    said = r"the decoder cannot be compiled here \((Cannot find a working triton|Found an old GPU).*; leave out compile"
+    with pytest.raises(InputError, match=said) as raised:
+        step(torch.zeros(2, 4), torch.ones(2), of_length(2))
+    assert "\n" not in str(raised.value)
 
 
 def test_no_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
