@@ -22,9 +22,10 @@ from t2i.config import load_config
 from t2i.data import Batch
 from t2i.data.dataset import Key
 from t2i.data.source import open_source
+from t2i.devices import best_precision
 from t2i.errors import InputError
 from t2i.linear import is_faster, product
-from t2i.loop import best_precision, start
+from t2i.loop import start
 from training import train_decoder, train_prior
 
 SCRIPTS: dict[str, Any] = {"prior": train_prior, "decoder": train_decoder}

@@ -25,7 +25,7 @@ from t2i.autoregressive_prior import AutoregressivePrior
 from t2i.checkpoint import loaded
 from t2i.compiling import check_compiler, compile_steps
 from t2i.config import check_integer, check_multiple, check_range
-from t2i.devices import check_bf16
+from t2i.devices import check_bf16, warn_of_bf16
 from t2i.diffusion import check_eta
 from t2i.errors import InputError
 from t2i.guidance import Guidance
@@ -109,10 +109,11 @@ class StagedPipeline(WatchedPipeline):
         dtype: of the weights, or a dict of them by parts: `t2i.interop.stored.DTYPED`, of which "default" is the rest.
         "auto" is that of the files. None is the same for models in a public layout, and for public models that were
         saved in this project's; it is float32 for models that were trained here, which may be stored in half precision.
-        torch.bfloat16 is refused where nothing here computes in it.
+        torch.bfloat16 is refused where nothing here computes in it; of files that hold it, the log says so.
 
-        compile: the decoder's steps are compiled for every size and number of pictures, at the first step of each; the
-        log says how long that took, and so does `decoder.step.warm_up`.
+        compile: the decoder's steps are compiled for every size and number of pictures, and for every length of the
+        captions where it reads them, at the first step of each; the log says how long that took, and so does
+        `decoder.step.warm_up`.
 
         variant: of the files' names, such as "fp16"; a part that has no such files is read from its plain ones.
 
@@ -134,12 +135,14 @@ class StagedPipeline(WatchedPipeline):
         if not is_ours(path):
             made = cls(**public_components(str(pretrained_model_name_or_path), path, cls.download, **kwargs))
             made.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
+            warn_of_bf16(made.components)
             return made
         settings = {**own_arguments(path, cls.download, **kwargs), "use_safetensors": True}
         # Told by name, for diffusers looks for the class that the folder names, in itself.
         made = loaded(lambda folder: super(StagedPipeline, cls).from_pretrained(folder, **settings), path)
         if "clip" not in kwargs:
             check_saved_clip(path, made.clip)
+        warn_of_bf16(made.components)
         return made
 
     def save_config(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:

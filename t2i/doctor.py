@@ -48,7 +48,7 @@ def emoji_packages() -> list[str]:
 def devices() -> list[str]:
     import torch
 
-    from t2i.loop import best_precision
+    from t2i.devices import best_precision
 
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     free = shutil.disk_usage(".").free / 1e9

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 
 from t2i.config import TrainConfig
 from t2i.data import Batch, batches
+from t2i.devices import best_precision
 from t2i.ema import Average, full
 from t2i.errors import RESUMABLE, InputError, RunError, Stopped
 from t2i.health import Health
@@ -93,13 +94,6 @@ def start(config: TrainConfig) -> Accelerator:
         keep_memory()
     torch.manual_seed(config.seed)  # the same initial weights on every process
     return accelerator
-
-
-def best_precision(device: str) -> str:
-    """bf16 where the hardware computes in it, fp16 on older GPUs, else fp32."""
-    if device == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if device == "cpu" and torch.cpu._is_avx512_bf16_supported() else "no"
 
 
 def fit(accelerator: Accelerator, stage: Stage, config: TrainConfig) -> None:

@@ -1,6 +1,7 @@
 """Stages in dtypes of their own: what is loaded in which, what is drawn then, and what is refused."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +111,8 @@ def test_a_command_on_a_processor_without_bf16_says_so_in_one_line(
     monkeypatch, capsys, pipeline_folder, tmp_path, options
 ) -> None:
     monkeypatch.undo()  # of the fixture by which any machine does
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("t2i.devices.processor_has_bf16", lambda: False)
+    monkeypatch.setattr("t2i.devices.here", lambda: ["cpu"])
     common = ["generate", "red circle", "--model", pipeline_folder, "--out", tmp_path / "out", *QUICK]
     status, out, err = run(monkeypatch, capsys, *common, *options)
     assert (status, out) == (2, "") and err.count("\n") == 1
@@ -119,6 +120,30 @@ def test_a_command_on_a_processor_without_bf16_says_so_in_one_line(
     assert not (tmp_path / "out").exists()
     status, _, err = run(monkeypatch, capsys, *common)
     assert status == 0, err
+
+
+def test_files_in_bf16_on_a_machine_without_it_are_one_line_of_warning(
+    monkeypatch, caplog, pipeline_folder, tmp_path
+) -> None:
+    """Nobody asked for it, so nothing is refused."""
+    monkeypatch.undo()  # of the fixture by which any machine does
+    monkeypatch.setattr("t2i.devices.here", lambda: ["cpu"])
+    Text2ImagePipeline.from_pretrained(pipeline_folder).to(BF16).save_pretrained(tmp_path)
+    for has, dtype, expected in ((False, None, 0), (False, "auto", 1), (True, "auto", 0), (False, FP32, 0)):
+        monkeypatch.setattr("t2i.devices.processor_has_bf16", lambda has=has: has)
+        with caplog.at_level(logging.WARNING, "t2i"):
+            Text2ImagePipeline.from_pretrained(tmp_path, dtype=dtype)
+        said = [record.message for record in caplog.records if "bfloat16" in record.message]
+        assert len(said) == expected
+        caplog.clear()
+    public = load("karlo").to(BF16)
+    public.save_pretrained(tmp_path / "public")  # whose own dtype is what is loaded where nothing is said
+    monkeypatch.setattr("t2i.devices.processor_has_bf16", lambda: False)
+    Text2ImagePipeline.from_pretrained(tmp_path / "public")
+    (line,) = [record.message for record in caplog.records if "bfloat16" in record.message]
+    assert "decoder" in line and line.endswith(
+        "slowly, by way of float32; dtype=torch.float32 (--dtype fp32) is faster here"
+    )
 
 
 def test_a_part_that_is_none_is_one_line(monkeypatch, capsys, pipeline_folder, tmp_path) -> None:
