@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,8 @@ def keep_memory() -> bool:
     Every step of a training run takes and frees the same. glibc gives tensors back to the system at once and asks for
     them again, and the system fills each page with zeros: a tenth to a fifth of a step.
     """
+    if not sys.platform.startswith("linux"):  # Windows has no library without a name
+        return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
