@@ -43,6 +43,8 @@ def test_it_runs_at_toy_size_and_its_outputs_agree(name: str) -> None:
     try:
         rows = importlib.import_module(f"benchmarks.{name}").main(True)
     except InputError as missing:
+        if not re.search("^[a-z0-9_, ]+ not installed: |^two processes need two cores", str(missing)):
+            raise
         pytest.skip(str(missing))
     assert rows and all(len(one.seconds or one.memory) == 2 and one.ratio.low > 0 for one in rows)
 
