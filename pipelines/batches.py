@@ -1,7 +1,6 @@
 """Many pictures: which are drawn together, how many fit, and which are there already."""
 
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -11,12 +10,11 @@ from PIL import Image
 
 from pipelines.memory import DoesNotFit
 from t2i.errors import InputError
-from t2i.memory import gigabytes, room
+from t2i.memory import is_out_of_memory, needed, room
 
 AUTO = 16  # pictures at once, to begin with
 MAX_BATCH = 1024
 AHEAD = 8  # batches whose captions are sorted by length together: what is drawn early is written early
-OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 
 Item = TypeVar("Item")
 Drawn = TypeVar("Drawn")
@@ -60,8 +58,8 @@ def draw_fitting(draw: Callable[[list[Item]], list[Drawn]], items: list[Item], a
         return draw(items)
     except DoesNotFit as error:  # before anything was drawn
         said, fewer = error.said, error.fewer
-    except (RuntimeError, MemoryError) as error:  # torch's own is a RuntimeError
-        if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
         there = room("cuda" if torch.cuda.is_available() else "cpu")
         said = f"a batch of {len(items)} does not fit into memory: {needed(str(error))}, {there}"
@@ -71,15 +69,6 @@ def draw_fitting(draw: Callable[[list[Item]], list[Drawn]], items: list[Item], a
         return [*draw_fitting(draw, items[:half], True), *draw_fitting(draw, items[half:], True)]
     smaller = f"give --batch-size {fewer} or auto" if fewer else "ask for smaller pictures"
     raise InputError(f"{said}; {smaller}")
-
-
-def needed(message: str) -> str:
-    """What an allocator says that it was asked for, on top of what it held."""
-    found = re.search(r"allocate ([\d.]+ ?(?:bytes|[KMGT]i?B))", message)
-    amount = found.group(1) if found else "an unknown amount"
-    if amount.endswith("bytes"):
-        amount = gigabytes(int(float(amount.split()[0])))
-    return f"it needs {amount} more at once"
 
 
 def there_already(folder: Path, wanted: list[Record]) -> dict[int, Path]:

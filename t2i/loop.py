@@ -25,7 +25,7 @@ from t2i.ema import Average, full
 from t2i.errors import RESUMABLE, InputError, RunError, Stopped
 from t2i.health import Health
 from t2i.log import Log, check_trackers, duration, peak_memory
-from t2i.memory import room
+from t2i.memory import is_out_of_memory, needed, room, smaller
 from t2i.processes import StopRequest, Watch, check_same, on_main
 from t2i.processors import keep_memory, short_attention
 from t2i.state import State, flat, locked
@@ -119,13 +119,11 @@ def fit(accelerator: Accelerator, stage: Stage, config: TrainConfig) -> None:
             else:
                 accelerator.print(f"{config.output} is already trained for {state.step} steps")
                 export(accelerator, stage, state)
-    except torch.OutOfMemoryError as error:
-        half, twice = max(1, config.batch_size // 2), 2 * config.gradient_accumulation
-        raise RunError(
-            f"out of memory with train.batch_size={config.batch_size}, {room(accelerator.device)}; the same samples a "
-            f"step take less with train.batch_size={half} train.gradient_accumulation={twice}, or with "
-            "train.gradient_checkpointing=true. The last checkpoint is kept"
-        ) from error
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        what = f"out of memory with train.batch_size={config.batch_size}: {needed(str(error))}"
+        raise RunError(f"{what}, {room(accelerator.device)}; {smaller(config)}. The last checkpoint is kept") from error
 
 
 def check(accelerator: Accelerator, stage: Stage, config: TrainConfig) -> None:
@@ -298,7 +296,9 @@ def draw(accelerator: Accelerator, stage: Stage, state: State, log: Log) -> None
     def show() -> None:
         try:
             log.images(state.step, preview(average))
-        except (OSError, torch.OutOfMemoryError) as error:  # no reason to end a run
+        except (OSError, RuntimeError, MemoryError) as error:
+            if not (isinstance(error, OSError) or is_out_of_memory(error)):  # which are no reason to end a run
+                raise
             accelerator.print(f"warning: no sample pictures of step {state.step}: {error}")
 
     with state.averaged() as average, torch.no_grad():

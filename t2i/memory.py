@@ -1,6 +1,7 @@
 """How much memory work needs, counted before it is done, and how much there is."""
 
 import copy
+import re
 import weakref
 from collections.abc import Callable, Iterator
 from itertools import chain
@@ -15,7 +16,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from t2i.config import TrainConfig
+
 MARGIN = 2.0  # times what was counted, where the choice is ours: what is freed is not all given back (docs/speed.md)
+OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 
 
 class Room(NamedTuple):
@@ -140,6 +144,33 @@ class FusedAttention(TorchFunctionMode):
             query, _, value = args[:3]
             return query.new_empty(*query.shape[:-1], value.shape[-1])
         return function(*args, **(kwargs or {}))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of a device, of torch's allocator for processors (both a RuntimeError), or of Python."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
+    )
+
+
+def needed(message: str) -> str:
+    """What an allocator says that it was asked for, on top of what it held."""
+    found = re.search(r"allocate ([\d.]+ ?(?:bytes|[KMGT]i?B))", message)
+    amount = found.group(1) if found else "an unknown amount"
+    if amount.endswith("bytes"):
+        amount = gigabytes(int(float(amount.split()[0])))
+    return f"it needs {amount} more at once"
+
+
+def smaller(config: TrainConfig) -> str:
+    """What to train with in less memory, for as many samples a step."""
+    size = config.batch_size
+    parts = next((count for count in range(2, size + 1) if size % count == 0), None)
+    ways = [] if config.gradient_checkpointing else ["train.gradient_checkpointing=true"]
+    if parts is not None:
+        accumulation = parts * config.gradient_accumulation
+        ways.insert(0, f"train.batch_size={size // parts} train.gradient_accumulation={accumulation}")
+    return f"the same samples a step take less with {', or with '.join(ways)}" if ways else "use a smaller model"
 
 
 def gigabytes(count: float) -> str:

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from t2i.config import TrainConfig
 from t2i.data.manifest import write_manifest
 from t2i.errors import InputError
 from t2i.loop import learning_rate
+from t2i.memory import smaller
 
 from .conftest import arguments, train
 
@@ -40,6 +42,19 @@ def test_the_rate_warms_up_stays_and_decays_to_zero():
     assert set(rates[10:80]) == {1.0}
     assert rates[89] == pytest.approx(0.5) and rates[-1] == pytest.approx(0, abs=1e-9)
     assert all(a >= b for a, b in itertools.pairwise(rates[80:]))
+
+
+def test_what_takes_less_memory_is_as_many_samples_a_step():
+    def advice(batch_size: int, accumulation: int = 1, checkpointing: bool = False) -> str:
+        settings = {"batch_size": batch_size, "gradient_accumulation": accumulation}
+        return smaller(TrainConfig(output="x", **settings, gradient_checkpointing=checkpointing))
+
+    for size in range(2, 50):
+        fewer, often = map(int, re.findall(r"=(\d+)", advice(size, 3)))
+        assert fewer * often == 3 * size and fewer <= size / 2
+    assert advice(1, 8) == "the same samples a step take less with train.gradient_checkpointing=true"
+    assert advice(9, checkpointing=True).endswith("with train.batch_size=3 train.gradient_accumulation=3")
+    assert advice(1, checkpointing=True) == "use a smaller model"
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # on a machine with one core

@@ -88,8 +88,15 @@ def test_a_spike_of_the_loss_is_seen_and_survived(tmp_path):
 
 @fault("D4 out of memory")
 def test_running_out_of_memory_says_what_takes_less(tmp_path):
-    with pytest.raises(RunError, match=r"batch_size=1 train\.gradient_accumulation=2.*checkpoint is kept"):
-        tiny_run.run(tmp_path, "memory:0:5")
+    least = r", or with train\.gradient_checkpointing=true\. The last checkpoint is kept"
+    advice = rf"the same samples a step take less with train\.batch_size=1 train\.gradient_accumulation=3{least}"
+    amounts = {"memory": "2.50 GiB", "allocator": "4194304.00 GiB", "python": "an unknown amount"}
+    for name, amount in amounts.items():  # of a device, of torch's allocator, of Python
+        said = rf"with train\.batch_size=3: it needs {amount} more at once, [\d.]+ GiB of [\d.]+ GiB are free; {advice}"
+        with pytest.raises(RunError, match=said):
+            tiny_run.run(tmp_path / name, f"{name}:0:5")
+    with pytest.raises(RuntimeError, match="^a size does not match"):  # what is no lack of memory stays what it is
+        tiny_run.run(tmp_path / "broken", "broken:0:5")
 
 
 def test_more_than_one_percent_of_bad_samples_stops_the_run_with_the_counts(tmp_path):

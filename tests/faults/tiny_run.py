@@ -162,7 +162,13 @@ def broken(fault: str, value: torch.Tensor, now: bool, output: Path) -> torch.Te
         case "signal" if now:
             os.kill(os.getpid(), signal.SIGTERM)
         case "memory" if now:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB")
+        case "allocator" if now:
+            torch.empty(2**52, dtype=torch.uint8)
+        case "python" if now:
+            bytearray(2**52)
+        case "broken" if now:
+            raise RuntimeError("a size does not match")
     return value
 
 
