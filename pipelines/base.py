@@ -68,8 +68,7 @@ class UnCLIPPipeline(StagedPipeline):
                 longest = self.text_encoder.config.context_length
                 logger.warning("a prompt has more than the text encoder's %d tokens; this was cut: %r", longest, cut)
         self.offload_all_but("clip")
-        different = list(dict.fromkeys(prompts))
-        rows = torch.tensor([different.index(prompt) for prompt in prompts])
+        different, rows = each_once(prompts)
         text = self.clip.encode_tokens(self.clip.tokenizer(different).to(self._execution_device))
         if self.text_encoder is not None:
             text = replace(text, decoder_tokens=self.text_encoder.encode(different, self._execution_device))
@@ -80,7 +79,8 @@ class UnCLIPPipeline(StagedPipeline):
         if self.clip.reads_captions or self.text_encoder is None:
             return self.encode_prompt(prompts)
         self.offload_all_but("text_encoder")
-        return self.text_encoder.encode(prompts, self._execution_device)
+        different, rows = each_once(prompts)
+        return self.text_encoder.encode(different, self._execution_device).take(rows)
 
     @torch.no_grad()
     def encode_image(self, pictures: Tensor) -> Tensor:
@@ -287,3 +287,9 @@ class UnCLIPPipeline(StagedPipeline):
 def nothing_known(noise: Tensor) -> Tensor:
     """What a decoder that reads masks reads where all is to be painted, for noise (N, C, h, w)."""
     return known_latents(torch.zeros_like(noise), torch.ones_like(noise[:, :1]))
+
+
+def each_once(prompts: list[str]) -> tuple[list[str], Tensor]:
+    """The different prompts, and which of them each is, (N,)."""
+    different = list(dict.fromkeys(prompts))
+    return different, torch.tensor([different.index(prompt) for prompt in prompts])
