@@ -36,9 +36,14 @@ ROUNDS = 5
 
 
 def main(quick: bool) -> list[Row]:
-    folder, rounds = ("tiny", 1) if quick else ("emoji", ROUNDS)
-    rows = [matrix_share(name, folder, precision, rounds) for name in SCRIPTS for precision in precisions(quick)]
-    return rows if quick else rows + readings(rounds)
+    if quick:
+        return [matrix_share(name, f"configs/tiny/{name}.yaml", [], "no", 1, 1) for name in SCRIPTS]
+    rows = []
+    for precision in precisions():
+        rows += [matrix_share(name, f"configs/emoji/{name}.yaml", [], precision, ROUNDS, STEPS) for name in SCRIPTS]
+        # A transformer of 309 M parameters, at a batch that fits into memory here.
+        rows.append(matrix_share("decoder", "configs/base/decoder.yaml", ["train.batch_size=4"], precision, 3, 1))
+    return rows + readings(ROUNDS)
 
 
 def readings(rounds: int) -> list[Row]:
@@ -54,16 +59,15 @@ def readings(rounds: int) -> list[Row]:
         return []
 
 
-def precisions(quick: bool) -> list[str]:
+def precisions() -> list[str]:
     best = best_precision(device().type)
-    return ["no"] if quick or best == "no" else ["no", best]
+    return ["no"] if best == "no" else ["no", best]
 
 
-def matrix_share(name: str, folder: str, precision: str, rounds: int) -> Row:
-    """A step of a configuration, against products of square matrices of the same type with as many operations."""
-    path = f"configs/{folder}/{name}.yaml"
-    step = made_up_steps(path, [f"train.mixed_precision={precision}"], lambda i: 5 + i % 16)
-    steps = 1 if rounds == 1 else STEPS
+def matrix_share(name: str, path: str, overrides: list[str], precision: str, rounds: int, steps: int) -> Row:
+    """Steps of a configuration, against products of square matrices of the same type with as many operations."""
+    settings = [*overrides, f"train.mixed_precision={precision}"]
+    step = made_up_steps(path, settings, lambda i: 5 + i % 16)
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     step()
     count = step.operations(steps)
@@ -84,8 +88,9 @@ def matrix_share(name: str, folder: str, precision: str, rounds: int) -> Row:
     times = Times(times.seconds | {"matrix products": [one * share for one in times.seconds["matrix products"]]})
     samples, kind = step.state.samples_per_step, "fp32" if precision == "no" else precision
     wanted = 0.5 if name == "decoder" else None
-    note = f"{path}, {count / 1e9:.1f} GFLOP in products and convolutions"
-    return row(f"{steps} {name} training steps, batch {samples}, {kind}", times, wanted, note=note)
+    size_of_model = sum(one.numel() for one in step.state.model.parameters()) / 1e6
+    note = f"{size_of_model:.1f} M parameters, {count / 1e9:.1f} GFLOP in products and convolutions"
+    return row(f"{steps} {name} training steps of {path}, batch {samples}, {kind}", times, wanted, note=note)
 
 
 class Held:
