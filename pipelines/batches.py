@@ -49,8 +49,13 @@ def in_order(found: Iterable[tuple[int, Drawn]], expected: list[int]) -> Iterato
             number = next(left, None)
 
 
-def draw_fitting(draw: Callable[[list[Item]], list[Drawn]], items: list[Item], automatic: bool) -> list[Drawn]:
-    """`draw(items)`; if memory does not suffice and the batch's size was left to us, in halves.
+def draw_fitting(
+    draw: Callable[[list[Item]], list[Drawn]],
+    items: list[Item],
+    automatic: bool,
+    device: torch.device | str = "cpu",
+) -> list[Drawn]:
+    """`draw(items)`, on a device; if memory does not suffice and the batch's size was left to us, in halves.
 
     Raises InputError, with what was needed and what there is, where it cannot be halved or was asked for as it is.
     """
@@ -61,12 +66,11 @@ def draw_fitting(draw: Callable[[list[Item]], list[Drawn]], items: list[Item], a
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        there = room("cuda" if torch.cuda.is_available() else "cpu")
-        said = f"a batch of {len(items)} does not fit into memory: {needed(str(error))}, {there}"
+        said = f"a batch of {len(items)} does not fit into memory: {needed(str(error))}, {room(device)}"
         fewer = len(items) // 2
     if automatic and len(items) > 1:
         half = (len(items) + 1) // 2
-        return [*draw_fitting(draw, items[:half], True), *draw_fitting(draw, items[half:], True)]
+        return [one for part in (items[:half], items[half:]) for one in draw_fitting(draw, part, True, device)]
     smaller = f"give --batch-size {fewer} or auto" if fewer else "ask for smaller pictures"
     raise InputError(f"{said}; {smaller}")
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from inspect import signature
 from io import BytesIO
+from itertools import chain, islice, repeat
 from itertools import count as counting
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,18 +23,19 @@ from torch import Generator
 
 from pipelines.base import UnCLIPPipeline
 from pipelines.batches import AUTO, Record, check_batch_size, draw_fitting, in_order, split, there_already
+from pipelines.dtypes import check_parts, torchs
 from pipelines.inversion import InvertingPipeline
-from pipelines.memory import largest_half
+from pipelines.memory import check_fits, largest_half
 from pipelines.options import PriorOptions, split_options
 from pipelines.text2image import Text2ImagePipeline
 from pipelines.upsample import UpsamplePipeline
 from t2i import __version__
-from t2i.config import check_choice
+from t2i.checkpoint import brief_digest
 from t2i.data.pictures import open_picture
 from t2i.devices import check_bf16, find_device
 from t2i.errors import InputError
 from t2i.guidance import Guidance
-from t2i.interop.stored import DTYPED, Dtypes, asks_for_bf16, dtype_of
+from t2i.interop.stored import asks_for_bf16, dtype_of
 from t2i.memory import MARGIN, room
 from t2i.priors import AnyPrior, usual_guidance
 from t2i.sampling import check_texts
@@ -42,8 +43,6 @@ from t2i.shares import ALONE, Share, this_share
 from t2i.steering import Steering
 from t2i.upsampling import check_size
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 logger = logging.getLogger(__name__)
 
 MAX_SEED = 2**63 - 1
@@ -51,6 +50,7 @@ MAX_PER_PROMPT = 1024
 
 RECORDED = ("num_inference_steps", "guidance_scale")  # of a pipeline's options, in every picture
 RECORDED_OF_PRIOR = ("prior_num_inference_steps", "prior_guidance_scale", "prior_candidates")  # where a prior ran
+DRAWING = ("prior", "decoder", "autoencoder", "clip", "text_encoder", "upsampler")  # their weights decide
 LABELS = {  # as other tools call them
     "Steps": "num_inference_steps",
     "CFG scale": "guidance_scale",
@@ -76,8 +76,8 @@ def load_pipeline(
 ) -> Pipeline:
     """A pipeline on a device; auto takes a GPU if there is one.
 
-    prior, clip: where those of a public model are. dtype: a name of `DTYPES`, or names by parts; what it and compile
-    mean, `from_pretrained` says.
+    prior, clip: where those of a public model are. dtype: a name of `pipelines.dtypes`, or names by parts; what it and
+    compile mean, `from_pretrained` says.
     """
     device = find_device(device)  # complain before the model loads
     options: dict[str, Any] = {name: one for name, one in {"prior": prior, "clip": clip}.items() if one is not None}
@@ -88,28 +88,6 @@ def load_pipeline(
     if compile:
         options["compile"] = True
     return kind.from_pretrained(model, **options).to(device)
-
-
-def read_dtypes(texts: list[str] | None) -> str | dict[str, str] | None:
-    """What `--dtype` says: a name of `DTYPES` for all, or PART=NAME again and again. Raises InputError."""
-    if not texts:
-        return None
-    found = {}
-    for text in texts:
-        part, equals, name = text.rpartition("=")
-        name = SHORT.get(name, name)
-        check_choice("dtype", name, tuple(DTYPES))
-        if equals:
-            check_choice("dtype's part", part, DTYPED)
-        found[part or "default"] = name
-    return found["default"] if list(found) == ["default"] else found
-
-
-def torchs(dtype: str | dict[str, str] | None) -> Dtypes:
-    """The dtypes of these names."""
-    if isinstance(dtype, dict):
-        return {part: DTYPES[name] for part, name in dtype.items()}
-    return None if dtype is None else DTYPES[dtype]
 
 
 def with_upsampler(pipeline: Drawing, folder: str | None, dtype: str | dict[str, str] | None = None) -> Drawing:
@@ -162,8 +140,17 @@ def generate_files(
     if not prompts:
         settings = {"guidance_scale": 1.0, **settings}  # there is nothing to be guided to
     pipeline = with_upsampler(pipeline, upsampler, dtype)
+    check_parts(pipeline, dtype)
+    prior_options, decoder_options = split_options(
+        pipeline.usual | {name: value for name, value in settings.items() if not name.endswith("negative_prompt")}
+    )
+    counted = (pipeline, prior_options if prompts else None, decoder_options)
+    # The first batch must fit into this process's share; later the others hold theirs, and what is free is less.
+    sharing = chain([share.on_machine], repeat(1))
 
     def draw(records: list[Record], generators: list[Generator]) -> list[Image.Image]:
+        if (processes := next(sharing)) > 1:
+            check_fits(*counted, len(records), processes)
         if prompts:
             return pipeline([one["prompt"] for one in records], generator=generators, **settings).images
         nothing = torch.zeros(len(records), pipeline.clip.embed_dim)
@@ -174,16 +161,14 @@ def generate_files(
     used = recorded(settings, pipeline.usual, pipeline.prior if prompts else None, upsampler, prior, clip)
     if dtype is not None:
         used["dtype"] = dtype
-    prior_options, decoder_options = split_options(
-        pipeline.usual | {name: value for name, value in settings.items() if not name.endswith("negative_prompt")}
-    )
+    used["weights"] = brief_digest({name: getattr(pipeline, name) for name in DRAWING})
 
     def fitting(size: int) -> int:
-        there = room(pipeline.device)
-        mine = there.free / MARGIN / (1 if there.on_device else share.processes)  # of a machine, which all share
-        return max(1, largest_half(pipeline, prior_options if prompts else None, decoder_options, size, mine))
+        free = room(pipeline.device).shared(share.on_machine).free
+        return max(1, largest_half(*counted, size, free / MARGIN))
 
-    yield from write_drawn(draw, records, seed, out, model, used, size, resume, share, fitting)
+    more = (size, resume, share, fitting, pipeline.device)
+    yield from write_drawn(draw, records, seed, out, model, used, *more)
 
 
 def upsample_files(
@@ -219,13 +204,14 @@ def write_drawn(
     resume: bool = False,
     share: Share = ALONE,
     fitting: Callable[[int], int] = lambda size: size,
+    device: torch.device | str = "cpu",
 ) -> Iterator[Path]:
     """Draw a picture for each record, in batches, and write each as soon as its batch is done; paths in order.
 
     Picture i has seed `seed + i`; its record (the prompt, the names of pictures), seed and what was `used`, see
     `recorded`, are written into the PNG, and its first value names the file. batch_size: None is as many as fit.
     resume: not what `out` holds already. share: of the batches, with several processes. fitting: how many of a batch
-    to begin with, where that is ours to choose.
+    to begin with, where that is ours to choose. device: the one that draws.
     """
     written = [{**one, "seed": seed + i, "model": Path(model).name, **used} for i, one in enumerate(records)]
     size = min(batch_size or AUTO, -(-len(records) // share.processes))  # each has something to do
@@ -244,7 +230,7 @@ def write_drawn(
         at_once = size if batch_size is not None or not left else fitting(size)
         for start in range(0, len(left), at_once):
             part = left[start : start + at_once]
-            for i, image in zip(part, draw_fitting(drawn, part, batch_size is None)):
+            for i, image in zip(part, draw_fitting(drawn, part, batch_size is None, device)):
                 name = str(next(iter(records[i].values())))
                 yield i, write_new(out, name, seed + i, to_png(image, written[i]))
 
@@ -291,7 +277,7 @@ def redraw_files(
     records = [{"image": path.name} for path in pictures for _ in range(count)]
     by_prior = settings.get("prompt") is not None and not issubclass(kind, InvertingPipeline)
     used = recorded(settings, pipeline.usual, pipeline.prior if by_prior else None, upsampler, prior, clip)
-    yield from write_drawn(draw, records, seed, out, model, used, batch_size=1)
+    yield from write_drawn(draw, records, seed, out, model, used, batch_size=1, device=pipeline.device)
 
 
 def check_seed(seed: int | None, count: int, total: int) -> int:

@@ -99,7 +99,7 @@ class InpaintPipeline(UnCLIPPipeline):
         self.check_tensor("latents", decoder.latents, (count, self.latent_shape[0], height, width))
         self.check_super_resolution(decoder, (count, 3, *canvas.shape[-2:]))
         sides = dict(zip(("height", "width"), canvas.shape[-2:]))
-        check_fits(self, prior if prompts else None, replace(decoder, **sides), count)
+        check_fits(self, prior if prompts else None, replace(decoder, **sides), count, window=self.latent_shape[-1])
         away = self.away_from(negative_image_embeds, count)
         whole, inside = (one.repeat_interleave(each, dim=0).to(canvas.device) for one in (pictures, masks))
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -25,6 +25,7 @@ from t2i.weights import read_model
 
 MANIFEST = "manifest.json"
 EXACT = (torch.float32, torch.float16)  # dtypes that keep what a fingerprint is made from
+FIRST = 1024  # values of a tensor, that a brief digest reads
 FORMAT = 1  # of checkpoints; a newer one is refused
 
 Loaded = TypeVar("Loaded")
@@ -223,6 +224,19 @@ def load_scheduler(folder: Path, root: Path | None = None) -> SchedulerMixin:
 def weights_digest(model: Module, more: str = "") -> str:
     """16 hexadecimal digits for a model's weights (and some text), the same in fp32 and fp16."""
     return tensors_digest(model.state_dict(), more)
+
+
+def brief_digest(models: Mapping[str, Module | None]) -> str:
+    """16 hexadecimal digits for the weights of models by name: for the names, the shapes and the first `FIRST` values
+    of their tensors, as float32. Cheap for large ones, of which little is read; the same wherever they are."""
+    hasher = hashlib.sha256()
+    for part, model in models.items():
+        weights = {} if model is None else {name: one for name, one in model.state_dict().items() if not one.is_meta}
+        hasher.update(repr([part, [(name, tuple(one.shape)) for name, one in weights.items()]]).encode())
+        first = [one.reshape(-1)[:FIRST].float() for one in weights.values()]
+        if first:
+            hasher.update(torch.cat(first).cpu().numpy().tobytes())
+    return hasher.hexdigest()[:16]
 
 
 def stored_digest(folder: Path) -> str:

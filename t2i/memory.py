@@ -1,9 +1,11 @@
 """How much memory work needs, counted before it is done, and how much there is."""
 
 import copy
+import ctypes
 import re
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +34,16 @@ class Room(NamedTuple):
     def __str__(self) -> str:
         return f"{gigabytes(self.free)} of {gigabytes(self.whole)} are free{' on the device' * self.on_device}"
 
+    def shared(self, processes: int) -> "Room":
+        """The share of one of so many processes of a machine; a device is a process's own."""
+        return self if self.on_device else self._replace(free=self.free // processes)
+
+
+def give_back() -> None:
+    """Let the C library return to the system what was freed here, which it keeps for later; where it is glibc."""
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
 
 def room(device: torch.device | str = "cpu") -> Room:
     """What there is now: of a GPU, with what torch keeps for itself there; else of the machine, or of the container."""
@@ -51,13 +63,15 @@ def container_limits(groups: Path = Path("/proc/self/cgroup"), root: Path = Path
 
     Both versions of Linux's; in a container the path may be that of the machine, and the limit is at the root.
     """
-    names = {"": ("memory.max", "memory.current", "inactive_file")}
-    names["memory"] = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    names = {
+        "": ("memory.max", "memory.current", ""),
+        "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+    }
     for line in groups.read_text().splitlines() if groups.is_file() else []:
         kind, path = line.split(":", 2)[1:]
         if kind not in names:
             continue
-        limit_file, used_file, pages = names[kind]
+        limit_file, used_file, total = names[kind]
         top = root / kind
         for folder in (top / path.lstrip("/"), *(top / path.lstrip("/")).parents):
             try:
@@ -65,7 +79,7 @@ def container_limits(groups: Path = Path("/proc/self/cgroup"), root: Path = Path
                 stat = dict(entry.split() for entry in (folder / "memory.stat").read_text().splitlines())
             except (OSError, ValueError):  # not there, or "max"
                 continue
-            yield limit, used - int(stat.get(pages, 0))
+            yield limit, used - sum(int(stat.get(f"{total}{pages}_file", 0)) for pages in ("active", "inactive"))
 
 
 def peak(model: nn.Module, work: Callable[[Any], object]) -> int | None:

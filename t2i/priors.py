@@ -86,7 +86,7 @@ def draw_embeddings(
     warn_unused(prior, negative, guidance, noise, temperature)
     if isinstance(prior, RegressionPrior):
         return prior.draw(text)
-    candidates = 1 if noise is not None and not isinstance(prior, AutoregressivePrior) else candidates
+    candidates = candidates_drawn(prior, candidates, noise)
     several = text.repeat(candidates)
     away = None if negative is None else negative.repeat(candidates)
     streams = [stream for one in generators for stream in candidate_generators(one, candidates)]
@@ -105,6 +105,11 @@ def draw_embeddings(
         assert scheduler is not None, "a diffusion prior has a scheduler"
         z_i = sample_prior(prior, scheduler, several, away, steps, guidance, streams, noise, progress, on_step, wrap)
     return nearest(z_i, text.embedding)
+
+
+def candidates_drawn(prior: AnyPrior, candidates: int, noise: Tensor | None) -> int:
+    """Of so many that were asked for; a given noise is that of one."""
+    return 1 if noise is not None and not isinstance(prior, AutoregressivePrior) else candidates
 
 
 def warn_unused(

@@ -7,6 +7,7 @@ these runs by its own `forward`.
 """
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -36,6 +37,12 @@ BLOCKS = (
     blocks.ResnetUpsampleBlock2D,
     blocks.SimpleCrossAttnUpBlock2D,
 )
+LAYERS: dict[str, tuple[type[nn.Module], ...]] = {  # of a block's lists, that `run` knows
+    "resnets": (ResnetBlock2D,),
+    "attentions": (Attention, Transformer2DModel),
+    "downsamplers": (Downsample2D, ResnetBlock2D),
+    "upsamplers": (Upsample2D, ResnetBlock2D),
+}
 FREE_U = ("s1", "s2", "b1", "b2")  # what diffusers' FreeU sets in a block
 SETTINGS: dict[str, tuple[Any, ...]] = {  # of a U-Net, that `run` knows
     "center_input_sample": (False,),
@@ -202,6 +209,7 @@ def keys_of(attention: Attention, x: Tensor, own: bool = False) -> KeyValue:
 
 def convolved(layer: nn.Module, x: Tensor, context: Prepared) -> Tensor:
     plain = type(layer) is not nn.Conv2d or layer.padding_mode != "zeros" or isinstance(layer.padding, str)
+    plain = plain or bool(layer._forward_hooks or layer._forward_pre_hooks)  # somebody wants to be called
     # What is packed has no gradient, and a compiler packs by itself.
     if plain or context.packed is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return layer(x)
@@ -237,6 +245,9 @@ def is_known(unet: UNet2DConditionModel | UNet2DModel) -> bool:
     parts = [*unet.down_blocks, *([] if unet.mid_block is None else [unet.mid_block]), *unet.up_blocks]
     if any(type(part) not in BLOCKS or any(getattr(part, name, None) for name in FREE_U) for part in parts):
         return False
+    for part, (name, kinds) in product(parts, LAYERS.items()):
+        if any(one is not None and type(one) not in kinds for one in getattr(part, name, None) or ()):
+            return False
     return all(is_known_layer(one) for part in parts for one in part.modules())
 
 

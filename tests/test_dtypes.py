@@ -150,3 +150,7 @@ def test_a_part_that_is_none_is_one_line(monkeypatch, capsys, pipeline_folder, t
     common = ["generate", "a", "--model", pipeline_folder, "--out", tmp_path / "out"]
     status, out, err = run(monkeypatch, capsys, *common, "--dtype", "vae=bf16")
     assert (status, out) == (2, "") and err.count("\n") == 1 and "dtype's part must be one of clip, " in err
+    status, out, err = run(monkeypatch, capsys, *common, "--dtype", "text_encoder=fp32")
+    lines = [line for line in err.splitlines() if line.strip() and "Loading" not in line]
+    assert (status, out, len(lines)) == (2, "", 1) and not (tmp_path / "out").exists()
+    assert "dtype names the part 'text_encoder', which this model lacks; it has clip, prior, decoder, auto" in lines[0]

@@ -1,7 +1,10 @@
 """Drawing from a file of prompts: batches, processes, going on."""
 
+import json
 import logging
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -12,17 +15,22 @@ import psutil
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from pipelines import batches, generation
 from pipelines.batches import draw_fitting, in_order, split, there_already
+from t2i.checkpoint import brief_digest
 from t2i.errors import InputError
+from t2i.memory import Room
+from t2i.shares import Share, this_share
 
 from .interop_kandinsky_folders import kandinsky_22_combined
 from .test_cli import QUICK, run
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ["red circle", "a green square that is rather large", "blue", "a red square", "green circle"]
-LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
 @pytest.fixture
@@ -34,6 +42,11 @@ def command(monkeypatch, pipeline_folder, tmp_path):
     file.write_text("\n\n".join(PROMPTS) + "\n")
     common = ["--model", pipeline_folder, *QUICK]
     return lambda out, *more: ["generate", "--prompts", file, "--out", tmp_path / out, *common, *more]
+
+
+def said_in(err: str) -> list[str]:
+    """Lines without the bar of the loading."""
+    return [line for line in err.splitlines() if line.strip() and "Loading" not in line]
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -63,7 +76,7 @@ def test_pictures_come_in_the_order_of_the_file_and_do_not_depend_on_batches_or_
     assert names[0] == "red-circle-0.png" and names[2] == "blue-2.png" and len(names) == 5
     shares = []
     for rank in range(2):
-        for name, value in zip(LAUNCHER, (rank, 2, rank)):
+        for name, value in zip(LAUNCHER, (rank, 2, rank, 2)):
             monkeypatch.setenv(name, str(value))
         status, out, err = run(monkeypatch, capsys, *command("two", "--seed", 0))
         assert status == 0, err
@@ -124,6 +137,59 @@ def test_what_is_there_already_is_not_drawn_again(monkeypatch, capsys, caplog, c
     assert status == 0 and len(out.splitlines()) == 5
 
 
+@pytest.mark.parametrize("part", ["prior", "decoder", "autoencoder"])
+def test_another_model_of_the_same_name_draws_its_own(monkeypatch, capsys, command, pipeline_folder, tmp_path, part):
+    said = {}
+    for name in ("a", "b"):
+        shutil.copytree(pipeline_folder, tmp_path / name / "pipeline")
+    (file,) = (tmp_path / "b" / "pipeline" / part).glob("*.safetensors")
+    tensors = load_file(file)
+    for tensor in tensors.values():
+        tensor.view(-1)[:1].mul_(1.5)
+    save_file(tensors, file)
+    for name, new in (("a", 5), ("b", 5), ("b", 0), ("a", 0)):
+        status, out, err = run(monkeypatch, capsys, *command("out", "--model", tmp_path / name / "pipeline"))
+        assert status == 0 and len(out.splitlines()) == new, err
+        for path in out.splitlines():
+            with Image.open(path) as image:
+                said.setdefault(name, set()).add(json.loads(image.info["t2i"])["weights"])
+    assert {name: len(digests) for name, digests in said.items()} == {"a": 1, "b": 1} and said["a"] != said["b"]
+
+
+def test_a_brief_digest_tells_weights_apart_by_their_first_values_names_and_shapes():
+    layer, other = nn.Linear(64, 32), nn.Linear(64, 32)
+    other.load_state_dict(layer.state_dict())
+    digest = brief_digest({"prior": layer, "decoder": None})
+    assert re.fullmatch("[0-9a-f]{16}", digest) and digest == brief_digest({"prior": other, "decoder": None})
+    with torch.no_grad():
+        other.bias[-1] += 1
+    found = {digest, brief_digest({"prior": other, "decoder": None}), brief_digest({"prior": None, "decoder": layer})}
+    square = nn.Linear(64, 32)
+    square.weight = nn.Parameter(layer.weight.detach().view(32 * 2, 32))
+    square.bias = layer.bias
+    assert len(found | {brief_digest({"prior": square, "decoder": None})}) == 4
+
+
+def test_a_process_shares_the_memory_of_its_own_machine(monkeypatch):
+    for name, value in zip(LAUNCHER, ("5", "8", "1", "4")):
+        monkeypatch.setenv(name, value)
+    assert this_share() == Share(5, 8, 1, 4)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert this_share().on_machine == 8  # who does not say has one machine
+    assert Room(1000, 4000).shared(4) == Room(250, 4000) and Room(1000, 4000, True).shared(4).free == 1000
+
+
+def test_a_batch_that_fits_alone_and_not_beside_the_other_processes_is_refused(monkeypatch, capsys, command, tmp_path):
+    for name, value in zip(LAUNCHER, (0, 10**6, 0, 10**6)):
+        monkeypatch.setenv(name, str(value))
+    status, out, err = run(monkeypatch, capsys, *command("out", "--batch-size", 2, "--seed", 0))
+    assert (status, out, len(said_in(err))) == (2, "", 1)
+    assert "GiB are free for each of 1000000 processes; ask for smaller pictures" in err
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # the others have machines of their own
+    status, out, err = run(monkeypatch, capsys, *command("out", "--batch-size", 2, "--seed", 0))
+    assert (status, len(out.splitlines())) == (0, 1), err
+
+
 def test_a_folder_of_anything_is_looked_through(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "plain.png")
     (tmp_path / "broken.png").write_bytes(b"no picture")
@@ -159,6 +225,19 @@ def test_a_batch_that_does_not_fit_is_halved_or_said(failure):
         draw_fitting(draw, [0] * 6, automatic=False)
 
 
+def test_the_memory_that_is_named_is_that_of_the_device_that_draws(monkeypatch):
+    def draw(items):
+        raise MemoryError
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**31))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    for device, said in (("cpu", r"GiB are free; "), ("cuda", r"1\.00 GiB of 2\.00 GiB are free on the device; ")):
+        with pytest.raises(InputError, match=said):
+            draw_fitting(draw, [1], automatic=True, device=device)
+
+
 def test_one_picture_that_does_not_fit_and_other_failures_are_not_tried_again():
     def draw(items):
         raise MemoryError
@@ -178,9 +257,12 @@ def test_one_picture_that_does_not_fit_and_other_failures_are_not_tried_again():
     [
         (["--batch-size", "0"], (), "batch-size must be auto or an integer from 1 to 1024, got '0'"),
         (["--batch-size", "many"], (), "batch-size must be auto or an integer from 1 to 1024, got 'many'"),
-        (["--dtype", "int8"], (), "dtype must be one of float32, bfloat16, float16; got 'int8'"),
+        (["--dtype", "int8"], (), "dtype must be one of fp32, bf16, fp16; got 'int8'"),
+        (["--dtype", "bf16", "--dtype", "fp32"], (), "dtype is given twice for all parts: bfloat16 and float32"),
+        (["--dtype", "prior=fp32", "--dtype", "prior=fp16"], (), "dtype is given twice for prior: float32 and float16"),
         ([], ("2", "2", "0"), "RANK must be from 0 to WORLD_SIZE - 1 = 1, got 2"),
-        ([], ("one", "2", "0"), "RANK, WORLD_SIZE, LOCAL_RANK must be integers"),
+        ([], ("one", "2", "0"), "RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE must be integers"),
+        ([], ("0", "2", "0", "3"), "LOCAL_WORLD_SIZE must be from 1 to WORLD_SIZE = 2, got 3"),
     ],
 )
 def test_bad_input_is_one_line(monkeypatch, capsys, command, tmp_path, more, launched, message):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnAddedKVProcessor
+from diffusers.models.transformers.dual_transformer_2d import DualTransformer2DModel
 from torch import Tensor, nn
 
 from t2i.unet_steps import prepare, prepare_unconditional, run
@@ -116,6 +117,20 @@ def test_a_u_net_that_divides_by_the_time_is_left_to_diffusers() -> None:
     assert prepare_unconditional(unet, torch.zeros(1)) is None
 
 
+@torch.no_grad()
+def test_hooks_of_a_convolution_run_in_a_step() -> None:
+    unet, condition = tiny_unet(), CASES["ours"][1]
+    x, t, seen = random(3, 4, 8, 8, seed=6), torch.tensor([400, 20, 999]), []
+    context = prepare(unet, **condition)
+    assert context is not None
+    run(unet, x, t, context)
+    unet.conv_in.register_forward_pre_hook(lambda *_: seen.append("before"))
+    unet.down_blocks[0].resnets[0].conv1.register_forward_hook(lambda _, __, out: 2 * out)
+    mine, theirs = run(unet, x, t, context), unet(x, t, **condition).sample
+    assert seen == ["before"] * 2
+    torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
 def of_another_attention(unet: nn.Module) -> None:
     unet.set_attn_processor(AttnAddedKVProcessor())
 
@@ -128,7 +143,16 @@ def free(unet: nn.Module) -> None:
     unet.up_blocks[0].b1 = 1.2
 
 
-@pytest.mark.parametrize("change", [of_another_attention, of_another_block, free])
+def of_two_attentions(unet: nn.Module) -> None:
+    """As `dual_cross_attention=True` makes them."""
+    unet.down_blocks[-1].attentions[0] = DualTransformer2DModel(4, 6, 24, norm_num_groups=4)
+
+
+def of_another_resnet(unet: nn.Module) -> None:
+    unet.up_blocks[0].resnets[0] = nn.Identity()
+
+
+@pytest.mark.parametrize("change", [of_another_attention, of_another_block, of_two_attentions, of_another_resnet, free])
 def test_a_u_net_that_the_steps_do_not_know_is_left_to_diffusers(change) -> None:
     unet = tiny_kandinsky_unet("2.2")
     change(unet)

@@ -63,7 +63,8 @@ def generate(
     if (processes := forgotten_processes()) > 1:
         become(["-m", "t2i", *sys.argv[1:]], processes)
     with importing():
-        from pipelines.generation import generate_files, read_dtypes
+        from pipelines.dtypes import read_dtypes
+        from pipelines.generation import generate_files
 
     steering = options.steering(steer_class, steer_text, steer_picture, classifier, steer_scale)
     texts = read_prompts(prompts, file, required=not steering)
