@@ -12,7 +12,7 @@ from diffusers import DDPMScheduler, KandinskyV22Pipeline, UNet2DConditionModel,
 from torch import Generator, Tensor
 
 from benchmarks.equal_quality import CHOICES, judged
-from benchmarks.side_by_side import Row, alternate, device, difference, flops, peak_memory, row, run
+from benchmarks.side_by_side import Row, alternate, device, difference, flops, generators, peaks, row, run
 from t2i.diffusion import draw_noise
 from t2i.interop.kandinsky import KandinskyDecoder, described
 from t2i.samplers import chosen
@@ -92,10 +92,6 @@ def diffusers(decoder: KandinskyDecoder, unet: UNet2DConditionModel, z_i: Tensor
     return work
 
 
-def generators(count: int) -> list[Generator]:
-    return [Generator().manual_seed(number) for number in range(count)]
-
-
 def noise(z_i: Tensor, decoder: KandinskyDecoder) -> Tensor:
     size = decoder.config.latent_size
     return draw_noise((4, size, size), [Generator().manual_seed(100 + one) for one in range(len(z_i))], z_i.device)
@@ -121,13 +117,10 @@ def main(quick: bool) -> list[Row]:
             works = {"ours": ours(decoder, z_i, count, sampler), "diffusers": diffusers(decoder, unet, z_i, steps)}
             equal = sampler is None
             worst = difference(*(work() for work in works.values())) if equal else None
-            products = steps * flops(ours(decoder, z_i, 1)) if equal else 0
-            counts = {name: products for name in works} if equal else None
-            times = alternate(works, rounds=2, warm=0)
-            memory = {}
-            if equal:
-                one_step = {"ours": ours(decoder, z_i, 1), "diffusers": diffusers(decoder, unet, z_i, 1)}
-                memory = {name: peak for name, work in one_step.items() if (peak := peak_memory(work)) is not None}
+            counts = {name: flops(work) for name, work in works.items()} if equal else None  # of all steps
+            times = alternate(works, rounds=1 if quick else 5, warm=0 if quick else 1)
+            one_step = {"ours": ours(decoder, z_i, 1), "diffusers": diffusers(decoder, unet, z_i, 1)}
+            memory = peaks(one_step) if equal else None
             rows.append(row(what, times, wanted, worst, counts, memory, note))
             gc.collect()
     return rows

@@ -24,8 +24,8 @@ from torch import Generator, Tensor, nn
 
 from benchmarks.counting import count, shares
 from benchmarks.growth_page import write_page
-from benchmarks.prior_speed import captions, generators, make_prior, ours
-from benchmarks.side_by_side import RESULTS, Work, alternate, device, machine, peak_memory
+from benchmarks.prior_speed import captions, make_prior, ours
+from benchmarks.side_by_side import RESULTS, Work, alternate, device, generators, machine, peak_memory
 from benchmarks.training_step import Steps, made_up_steps
 from t2i.commands import SHIPPED
 from t2i.linear import Linear
@@ -106,6 +106,7 @@ class Curve:
     points: list[Point]
     slopes: dict[str, float] = field(default_factory=dict)
     shares: dict[str, float] = field(default_factory=dict)  # of the last point's time, by kinds of operators
+    first_shares: dict[str, float] = field(default_factory=dict)  # of the first point's
 
 
 def slope(points: Sequence[tuple[float, float]]) -> float:
@@ -227,16 +228,11 @@ def measure(name: str, varied: str, sizes: Sizes, values: Sequence[int], rounds:
             )
         )  # fmt: skip
     curve = Curve(name, varied, {one: size for one, size in sizes.items() if one != varied}, call, points)
-    curve.shares = shares(task.run)
+    curve.first_shares, curve.shares = (shares(one.run) for one in (found[0][1], found[-1][1]))
     for what in ("seconds", "expected", "operations", "memory", "tensors"):
         pairs = [(point.at, getattr(point, what)) for point in points]
         curve.slopes[what] = slope([pair for pair in pairs if pair[1]]) if any(pair[1] for pair in pairs) else 0.0
     return curve
-
-
-@torch.no_grad()
-def sampled(name: str, varied: str, sizes: Sizes, values: Sequence[int], rounds: int) -> Curve:
-    return measure(name, varied, sizes, values, rounds)
 
 
 def grow(quick: bool = False, only: str = "") -> Iterator[Curve]:

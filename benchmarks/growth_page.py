@@ -154,13 +154,14 @@ def why_time(curve: dict[str, Any]) -> str:
     """What was measured that makes the slope of time another than that of operations."""
     slopes, first, last = curve["slopes"], curve["points"][0], curve["points"][-1]
     text = f"Time grows with a slope of {slopes['seconds']:.2f}, operations with {slopes['operations']:.2f}"
-    if abs(slopes["seconds"] - slopes["operations"]) <= FAR:
+    close = abs(slopes["expected"] - slopes["seconds"]) <= FAR
+    if abs(slopes["seconds"] - slopes["operations"]) <= FAR and close:
         return f"{text}."
     causes = [products_alone(first, last), share_of("calls of operators", curve, calls), share_of_fixed(curve)]
     causes.append(share_of("what limits leave out (copies, attention, what is done element by element)", curve, rest))
     found = "; ".join(filter(None, causes))
-    known = "With limits it is" if abs(slopes["expected"] - slopes["seconds"]) <= FAR else "With limits it would be"
-    return f"{text}: {found}. {known} {slopes['expected']:.2f}."
+    known = "With limits it is" if close else "With limits it would be"
+    return f"{text}{': ' * bool(found)}{found}. {known} {slopes['expected']:.2f}."
 
 
 def attention(curve: dict[str, Any]) -> str:
@@ -173,9 +174,12 @@ def attention(curve: dict[str, Any]) -> str:
 
 
 def profile(curve: dict[str, Any]) -> str:
-    """What operators take at the last point; the rest is Python and small things."""
-    shares = ", ".join(f"{name} {share:.0%}" for name, share in curve.get("shares", {}).items() if share >= 0.02)
-    return f" At {curve['points'][-1]['at']} torch's profiler finds: {shares}." if shares else ""
+    """What operators take at both ends; the rest is Python and small things."""
+    text = ""
+    for at, name in ((0, "first_shares"), (-1, "shares")):
+        shares = ", ".join(f"{kind} {share:.0%}" for kind, share in curve.get(name, {}).items() if share >= 0.02)
+        text += f" At {curve['points'][at]['at']} torch's profiler finds: {shares}." if shares else ""
+    return text
 
 
 def products_alone(first: dict[str, Any], last: dict[str, Any]) -> str:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import KandinskyV22Pipeline, KandinskyV22PriorPipeline
-from torch import Generator, Tensor
+from torch import Tensor
 
 from benchmarks.decoder_speed import EMBED, kandinsky_scheduler, kandinsky_unet
-from benchmarks.side_by_side import Row, alternate, device, difference, peak_memory, row, run, synchronize
+from benchmarks.side_by_side import Row, alternate, device, difference, generators, peaks, row, run, synchronize
 from pipelines import Text2ImagePipeline
 from t2i.sampling import split_generators
 from tests import interop_folders as public
@@ -43,10 +43,6 @@ def parts_of_kandinsky(quick: bool) -> dict[str, tuple[str, Any]]:
         "unet": ("diffusers", kandinsky_unet(quick)),
         "scheduler": ("diffusers", kandinsky_scheduler()),
     }
-
-
-def generators(count: int) -> list[Generator]:
-    return [Generator().manual_seed(number) for number in range(count)]
 
 
 def ours(pipeline: Text2ImagePipeline, prompts: list[str], steps: int, each: int = 1) -> Tensor:
@@ -112,11 +108,6 @@ def shares(pipeline: Text2ImagePipeline, work: Callable[[], Any]) -> str:
     return "of our time " + ", ".join(f"{stage} {one / whole:.1%}" for stage, one in seconds.items())
 
 
-def peaks(works: Mapping[str, Callable[[], Any]]) -> dict[str, int]:
-    """Peak memory of each, in bytes, where the system tells."""
-    return {name: peak for name, work in works.items() if (peak := peak_memory(work)) is not None}
-
-
 def each_way(pipeline: Text2ImagePipeline, works: Mapping[str, Callable[[], Any]]) -> str:
     """Seconds of the stages in each of two ways to draw as many pictures, as a note."""
     found = [stage_seconds(pipeline, work) for work in works.values()]
@@ -125,8 +116,8 @@ def each_way(pipeline: Text2ImagePipeline, works: Mapping[str, Callable[[], Any]
     return f"{shared}; 1.11 is 0.9 of the time; seconds {' / '.join(works)}: {', '.join(pairs)}"
 
 
-def against_diffusers(quick: bool) -> list[Row]:
-    steps, rounds = (2, 2) if quick else (50, 3)
+def main(quick: bool) -> list[Row]:
+    steps, rounds = (2, 1) if quick else (50, 5)
     parts = parts_of_kandinsky(quick)
     with tempfile.TemporaryDirectory() as folder:
         public.save_parts(Path(folder), "KandinskyV22CombinedPipeline", **parts)
@@ -138,7 +129,7 @@ def against_diffusers(quick: bool) -> list[Row]:
         prompts = PROMPTS[:count]
         worst = difference(ours(pipeline, prompts, steps), peer(prompts, steps))
         works = {"ours": partial(ours, pipeline, prompts, steps), "diffusers": partial(peer, prompts, steps)}
-        times = alternate(works, rounds, warm=0)
+        times = alternate(works, rounds, warm=0 if quick else 1)
         memory = peaks({"ours": partial(ours, pipeline, prompts, 2), "diffusers": partial(peer, prompts, 2)})
         what = f"text to picture, Kandinsky-2.2-shaped, 25 and {steps} steps, {count} prompts"
         rows.append(row(what, times, 1.5, worst, memory=memory, note=shares(pipeline, works["ours"])))
@@ -146,12 +137,8 @@ def against_diffusers(quick: bool) -> list[Row]:
         "four of one prompt": partial(ours, pipeline, PROMPTS[2:3], steps, each=4),
         "four prompts": partial(ours, pipeline, PROMPTS, steps),
     }
-    times = alternate(works, rounds)
+    times = alternate(works, rounds, warm=0 if quick else 1)
     return [*rows, row("four pictures of one prompt", times, 1 / 0.9, note=each_way(pipeline, works))]
-
-
-def main(quick: bool) -> list[Row]:
-    return against_diffusers(quick)
 
 
 if __name__ == "__main__":

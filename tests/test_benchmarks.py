@@ -12,7 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import linear_layers, peers, report, side_by_side, training_limits, training_speed
+from benchmarks import (
+    bf16,
+    linear_layers,
+    peers,
+    prior_speed,
+    report,
+    side_by_side,
+    starting,
+    training_limits,
+    training_speed,
+)
 from benchmarks.__main__ import programs
 from benchmarks.side_by_side import (
     Ratio,
@@ -187,3 +197,24 @@ def test_a_row_of_memory_has_no_seconds_and_what_is_missed_says_so() -> None:
     assert table([less]).splitlines()[2] == (
         "| loading | its weights |  |  | 0.8 (0.7-0.9): missed | 0.833 |  |  | 5 / 4 |"
     )
+
+
+def test_steps_that_were_not_run_are_told_by_the_line_through_two_times() -> None:
+    once, twice = [1.0 + 2 * 3, 1.5 + 2 * 3], [1.0 + 2 * 6, 1.5 + 2 * 6]  # 1 or 1.5 seconds, and 2 a step
+    assert prior_speed.extrapolated(once, twice, 3) == pytest.approx([1 + 2 * 25, 1.5 + 2 * 25])
+
+
+def test_pictures_that_are_not_there_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bf16, "PICTURES", tmp_path)
+    assert not bf16.pictures_are_there()
+    assert re.fullmatch(
+        r"which emoji .* is not there; `t2i data emoji data/emoji` makes them\n", capsys.readouterr().err
+    )
+
+
+def test_memory_that_is_not_told_is_no_row(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(starting, "loading", lambda folder: (None, 100))
+    assert starting.loading_row("some model", Path(), 2) is None
+    assert capsys.readouterr().err.startswith("what loading some model takes is not measured: ")

@@ -81,6 +81,13 @@ def test_a_slope_that_is_not_as_counted_has_a_reason_that_was_measured() -> None
     assert told > 0
 
 
+def test_limits_that_are_not_as_the_time_are_told_with_the_profilers_shares() -> None:
+    for curve in json.loads(FIGURES.read_text())["curves"]:
+        far = [abs(curve["slopes"]["seconds"] - curve["slopes"][name]) > FAR for name in ("operations", "expected")]
+        assert ("With limits" in growth_page.why_time(curve)) == any(far)
+        assert not far[1] or "torch's profiler finds" in growth_page.profile(curve)
+
+
 def test_the_page_says_what_was_measured() -> None:
     assert PAGE.read_text() == page(json.loads(FIGURES.read_text())), "python -m benchmarks.growth --page"
     assert 0 < PLOT.stat().st_size <= 300_000
