@@ -81,6 +81,21 @@ def test_a_batch_from_the_cache_equals_encoding_on_the_fly(dtype, tolerance, sha
     assert batch.latents.std() > 0.1 and batch.text.states.std() > 0.1  # the tolerance is small beside the values
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no list of what is mapped")
+def test_embeddings_and_latents_are_read_where_the_file_is_mapped(finished):
+    """A shard is not copied: its tensors lie in the pages of the file, and a batch copies its own rows alone."""
+    pairs = CachedPairs(finished)
+    batch = pairs.__getitems__([(0, 0), (1, 0)])
+    shard = pairs.shard(0)
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if pairs.paths[0].name in line]
+    ranges = [tuple(int(end, 16) for end in line[0].split("-")) for line in lines]
+    for name in ("image_embeds", "latents", "text_states"):
+        first, size = shard[name].data_ptr(), shard[name].nbytes
+        assert any(start <= first and first + size <= end for start, end in ranges), name
+    for tensor in (batch.image_embeds, batch.latents):
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes  # two rows, not the shard
+
+
 def test_every_draw_of_a_picture_has_the_caption_of_that_draw_and_more_draws_begin_anew(shapes, runs, finished):
     dataset, pairs = CaptionedPictures(DataConfig(str(shapes), 32, 0)), CachedPairs(finished)
     clip = load_clip(runs / "clip").eval()

@@ -18,6 +18,9 @@ from .test_loading import draw as draw_public
 
 BF16, FP32 = torch.bfloat16, torch.float32
 STAGES = ("clip", "prior", "decoder", "autoencoder")
+# Of a pixel from 0 to 1, on average: four times what was measured here. Two prompts' pictures differ by 0.07, and what
+# a decoder with weights of three bits draws differs by 0.003.
+ALLOWED = {"clip": 1.2e-4, "prior": 4e-5, "decoder": 1e-3, "autoencoder": 5e-3}
 
 
 def dtypes_of(pipeline: Any) -> dict[str, torch.dtype]:
@@ -39,7 +42,9 @@ def test_one_stage_in_bf16_draws_nearly_what_all_draw_in_fp32(pipeline: Any, tmp
     assert dtypes_of(mixed) == dict.fromkeys(STAGES, FP32) | {part: BF16}
     expected, drawn = draw(pipeline), draw(mixed)
     assert drawn.dtype == FP32
-    assert 0 < (drawn - expected).abs().max() < 0.1
+    error = (drawn - expected).abs()
+    assert 0 < error.mean() < ALLOWED[part] and (error > 0).float().mean() > 0.5  # it is computed in another dtype
+    assert error.max() < 10 * ALLOWED[part] and (expected[0] - expected[1]).abs().mean() > 10 * ALLOWED[part]
 
 
 def test_what_a_dict_does_not_name_is_its_default(pipeline_folder: Path) -> None:
@@ -56,7 +61,8 @@ def test_pictures_are_read_by_stages_of_other_dtypes(pipeline_folder: Path) -> N
         picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
         own = torch.Generator().manual_seed(2)
         drawn.append(pipeline(picture, generator=own, num_inference_steps=3, output_type="pt").images)
-    torch.testing.assert_close(*drawn, atol=0.1, rtol=0)
+    error = (drawn[1] - drawn[0]).abs()
+    assert 0 < error.mean() < ALLOWED["decoder"] and error.max() < 10 * ALLOWED["decoder"]
 
 
 @pytest.mark.parametrize("name", ONE_EACH)

@@ -16,8 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.training_step import made_up_steps
 from t2i.config import TrainConfig
 from t2i.data.manifest import write_manifest
+from t2i.ema import Average
 from t2i.errors import InputError
 from t2i.loop import learning_rate
 from t2i.memory import smaller
@@ -55,6 +57,23 @@ def test_what_takes_less_memory_is_as_many_samples_a_step():
     assert advice(1, 8) == "the same samples a step take less with train.gradient_checkpointing=true"
     assert advice(9, checkpointing=True).endswith("with train.batch_size=3 train.gradient_accumulation=3")
     assert advice(1, checkpointing=True) == "use a smaller model"
+
+
+@pytest.mark.parametrize("stage", ["prior", "decoder"])
+def test_a_step_asks_the_device_for_no_value(stage):
+    """On the meta device, whose tensors have none to give: `.item()` and what needs it raise there."""
+    step = made_up_steps(f"configs/tiny/{stage}.yaml", ["train.mixed_precision=no"], lambda i: 5 + i % 3)
+    model, batch = step.state.model.to("meta"), next(step.loader).to(torch.device("meta"))
+    with pytest.raises(RuntimeError, match="meta"):
+        float(batch.image_embeds.sum())
+    loss = step.stage.loss(model, batch)["loss"]
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    Average(model).update(0.9)
+    step.health.add(batch, loss)
+    assert loss.is_meta and norm.is_meta and all(one.grad.is_meta for one in model.parameters() if one.requires_grad)
+    step.loader.close()
+    step.watch.close()
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # on a machine with one core
