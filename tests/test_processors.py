@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from benchmarks.training_step import made_up_steps
@@ -68,6 +69,7 @@ def test_a_step_in_bf16_takes_it_unless_the_backward_pass_computes_again(option,
     monkeypatch.setattr(ShortAttention, "__torch_function__", counting)
     made_up_steps("configs/tiny/decoder.yaml", ["train.mixed_precision=bf16", *filter(None, [option])], lambda _: 5)()
     assert any(asked) == (not option)
+    AcceleratorState._reset_state()  # later runs in this process are of their own precision
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
