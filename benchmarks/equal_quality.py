@@ -104,10 +104,13 @@ def ways(steps: int = STEPS) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
 
 
 def judged(name: str) -> str:
-    """What was found of the quality of a choice."""
-    path = RESULTS / "equal_quality_drawn.json"
-    found = json.loads(path.read_text())["choices"].get(name) if path.exists() else None
-    return "quality not judged" if found is None else found["verdict"]
+    """What was found of the quality of a choice; also on the seeds that it was not chosen by."""
+    said = []
+    for file, when in {"equal_quality_drawn": "", "equal_quality_drawn_again": "on other seeds: "}.items():
+        path = RESULTS / f"{file}.json"
+        found = json.loads(path.read_text())["choices"].get(name) if path.exists() else None
+        said += [] if found is None else [when + found["verdict"]]
+    return "; ".join(said) or "quality not judged"
 
 
 def main(quick: bool) -> list[Row]:
