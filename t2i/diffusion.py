@@ -283,8 +283,8 @@ def drop(condition: Condition, null: Condition, probability: float) -> Condition
 
 def conditional(denoiser: Denoiser, condition: Condition, *ahead: Tensor) -> Predict:
     """The model's own prediction. ahead: what else it prepares, such as the timesteps that it will be asked for."""
-    context = denoiser.prepare(condition, *ahead)
-    return lambda x, t: denoiser.step(x.to(denoiser.dtype), t.expand(len(x)), context).to(x.dtype)
+    context, dtype = denoiser.prepare(condition, *ahead), denoiser.dtype  # which diffusers looks for in all modules
+    return lambda x, t: denoiser.step(x.to(dtype), t.expand(len(x)), context).to(x.dtype)
 
 
 @torch.no_grad()

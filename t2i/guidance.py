@@ -123,7 +123,7 @@ def guided(
     guidance = Guidance.of(guidance)
     if guidance.is_off:
         return conditional(denoiser, condition, *ahead)
-    context = denoiser.prepare(negative.cat(condition), *ahead)
+    context, dtype = denoiser.prepare(negative.cat(condition), *ahead), denoiser.dtype
     outside = None if guidance.interval == (0, 1) else conditional(denoiser, condition, *ahead)
     low, high = (end * scheduler.config.num_train_timesteps for end in guidance.interval)
     combine = Projection(guidance) if guidance.is_projected else None
@@ -131,7 +131,7 @@ def guided(
     def predict(x: Tensor, t: Tensor) -> Tensor:
         if outside is not None and not low <= t <= high:
             return outside(x, t)
-        twice = torch.cat([x, x]).to(denoiser.dtype)
+        twice = torch.cat([x, x]).to(dtype)
         both = denoiser.step(twice, t.expand(2 * len(x)), context).to(x.dtype).chunk(2)
         (away, _), (wanted, _) = (split(one, x) for one in both)
         if combine is None:

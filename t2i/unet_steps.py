@@ -8,7 +8,7 @@ these runs by its own `forward`.
 
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +63,18 @@ class Prepared:
     packed: dict[tuple[nn.Module, torch.Size], Tensor] | None = None
 
 
+class Times(NamedTuple):
+    """A timestep's embedding, (B, E), and what the activation that nearly all blocks have makes of it."""
+
+    embedding: Tensor
+    silu: Tensor
+
+    def read_by(self, block: ResnetBlock2D) -> Tensor:
+        if block.skip_time_act:
+            return self.embedding
+        return self.silu if isinstance(block.nonlinearity, nn.SiLU) else block.nonlinearity(self.embedding)
+
+
 def prepare(
     unet: UNet2DConditionModel,
     encoder_hidden_states: Tensor | None = None,
@@ -102,56 +114,60 @@ def run(unet: UNet2DConditionModel | UNet2DModel, x: Tensor, t: Tensor, context:
         time = time + context.added
     if getattr(unet, "time_embed_act", None) is not None:
         time = unet.time_embed_act(time)
+    times = Times(time, F.silu(time))
     if context.packed is not None:
         x = x.contiguous(memory_format=torch.channels_last)
     x = convolved(unet.conv_in, x, context)
     skips = [x]
     for block in unet.down_blocks:
         for i in range(len(block.resnets)):
-            skips.append(x := layer(block, i, i, x, time, context))
+            skips.append(x := layer(block, i, i, x, times, context))
         for sampler in block.downsamplers or ():
-            skips.append(x := resampled(sampler, x, time, None, context))
+            skips.append(x := resampled(sampler, x, times, None, context))
     if unet.mid_block is not None:
-        x = residual(unet.mid_block.resnets[0], x, time, context)
+        x = residual(unet.mid_block.resnets[0], x, times, context)
         for i in range(len(unet.mid_block.attentions)):
             if unet.mid_block.attentions[i] is not None:
                 x = attended(unet.mid_block.attentions[i], x, context)
-            x = residual(unet.mid_block.resnets[i + 1], x, time, context)
+            x = residual(unet.mid_block.resnets[i + 1], x, times, context)
     for block in unet.up_blocks:
         for i in range(len(block.resnets)):
-            x = layer(block, i, i, torch.cat([x, skips.pop()], dim=1), time, context)
+            x = layer(block, i, i, torch.cat([x, skips.pop()], dim=1), times, context)
         for sampler in block.upsamplers or ():
-            x = resampled(sampler, x, time, skips[-1].shape[-2:], context)
+            x = resampled(sampler, x, times, skips[-1].shape[-2:], context)
     if unet.conv_norm_out is not None:
         x = activated(unet.conv_act, unet.conv_norm_out(x))
     return convolved(unet.conv_out, x, context)
 
 
-def layer(block: nn.Module, resnet: int, attention: int, x: Tensor, time: Tensor, context: Prepared) -> Tensor:
-    x = residual(block.resnets[resnet], x, time, context)
+def layer(block: nn.Module, resnet: int, attention: int, x: Tensor, times: Times, context: Prepared) -> Tensor:
+    x = residual(block.resnets[resnet], x, times, context)
     return attended(block.attentions[attention], x, context) if hasattr(block, "attentions") else x
 
 
-def resampled(sampler: nn.Module, x: Tensor, time: Tensor, size: torch.Size | None, context: Prepared) -> Tensor:
+def resampled(sampler: nn.Module, x: Tensor, times: Times, size: torch.Size | None, context: Prepared) -> Tensor:
     """Half the sides, or those of `size`."""
     if isinstance(sampler, ResnetBlock2D):
-        return residual(sampler, x, time, context)
+        return residual(sampler, x, times, context)
     return sampler(x, size) if isinstance(sampler, Upsample2D) else sampler(x)
 
 
-def residual(block: ResnetBlock2D, x: Tensor, time: Tensor, context: Prepared) -> Tensor:
+def residual(block: ResnetBlock2D, x: Tensor, times: Times, context: Prepared) -> Tensor:
     hidden = activated(block.nonlinearity, block.norm1(x))
     for resample in (block.upsample, block.downsample):
         if resample is not None:
             x, hidden = resample(x), resample(hidden)
     hidden = convolved(block.conv1, hidden, context)
-    moved = block.time_emb_proj(time if block.skip_time_act else block.nonlinearity(time))[:, :, None, None]
+    moved = block.time_emb_proj(times.read_by(block))[:, :, None, None]
     if block.time_embedding_norm == "scale_shift":
         scale, shift = moved.chunk(2, dim=1)
         hidden = torch.addcmul(shift, block.norm2(hidden), 1 + scale)
     else:
         hidden = block.norm2(hidden + moved)
-    hidden = convolved(block.conv2, block.dropout(activated(block.nonlinearity, hidden)), context)
+    hidden = activated(block.nonlinearity, hidden)
+    if block.dropout.training:
+        hidden = block.dropout(hidden)
+    hidden = convolved(block.conv2, hidden, context)
     if block.conv_shortcut is not None:
         x = convolved(block.conv_shortcut, x, context)
     hidden = x + hidden

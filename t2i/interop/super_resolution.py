@@ -104,13 +104,13 @@ class SuperResolution(ModelMixin, ConfigMixin):
         if noise.shape != low.shape:
             raise InputError(f"the noise must be of shape {tuple(low.shape)}, got {tuple(noise.shape)}")
 
-        networks = (self.super_res_first, self.super_res_last)
-        contexts = [prepare_unconditional(network, low.to(self.dtype)) for network in networks]
+        networks, dtype = (self.super_res_first, self.super_res_last), self.dtype
+        contexts = [prepare_unconditional(network, low.to(dtype)) for network in networks]
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
             is_last = bool(t == scheduler.timesteps[scheduler.timesteps >= 0][-1])
             network, context = networks[is_last], contexts[is_last]
-            both = torch.cat([x, low], dim=1).to(self.dtype)
+            both = torch.cat([x, low], dim=1).to(dtype)
             found = network(both, t).sample if context is None else run(network, both, t.expand(len(both)), context)
             return found.to(x.dtype)
 
