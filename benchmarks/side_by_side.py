@@ -289,7 +289,7 @@ def table(rows: list[Row]) -> str:
         cells.append(" / ".join(f"{share:.0%}" for share in one.rate.values()))
         cells.append(" / ".join(f"{peak / 2**20:.0f}" for peak in one.memory.values()))
         lines.append("| " + " | ".join(cells) + " |")
-    notes = [f"{one.what}, against {one.against}: {one.note}" for one in rows if one.note]
+    notes = [f"- {one.what}, against {one.against}: {one.note}" for one in rows if one.note]
     return "\n".join([*lines, *([""] if notes else []), *notes])
 
 
