@@ -10,7 +10,6 @@ and writes `results/NAME.json`. `python -m benchmarks` (`make bench`) runs all o
 """
 
 import argparse
-import ctypes
 import json
 import math
 import platform
@@ -31,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from t2i.errors import InputError
 from t2i.linear import AVAILABLE, product
+from t2i.memory import give_back
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "dalle2-pytorch", "numpy")
@@ -232,8 +232,7 @@ def peak_memory(work: Work) -> int | None:
         line = next(line for line in status.read_text().splitlines() if line.startswith(name + ":"))
         return 1024 * int(line.split()[1])
 
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)  # or what was freed before would count as there
+    give_back()  # or what was freed before would count as there
     try:
         reset.write_text("5")  # the peak begins anew
     except OSError:

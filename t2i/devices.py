@@ -49,9 +49,9 @@ def processor_has_bf16() -> bool:
 
 def best_precision(device: str) -> str:
     """For training: bf16 where the hardware computes in it, fp16 on older GPUs, else fp32."""
-    if device == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if device == "cpu" and processor_has_bf16() else "no"
+    if device in ("cuda", "cpu") and computes_in_bf16(device):
+        return "bf16"
+    return "fp16" if device == "cuda" else "no"
 
 
 def check_bf16(device: str | None = None) -> None:

@@ -77,7 +77,7 @@ def test_a_ratio_is_of_the_same_rounds_with_its_spread(monkeypatch: pytest.Monke
     assert one.against == "peer" and one.rate == {"ours": 0.1, "peer": 0.1}
     lines = table([one, row("bare", times)]).splitlines()
     assert lines[2] == "| what | peer | 1 | 3 | 2 (2-3) | 2 |  | 10% / 10% | 2 / 4 |"
-    assert lines[3] == "| bare | peer | 1 | 3 | 2 (2-3) |  |  |  |  |" and lines[5:] == ["what, against peer: why"]
+    assert lines[3] == "| bare | peer | 1 | 3 | 2 (2-3) |  |  |  |  |" and lines[5:] == ["- what, against peer: why"]
 
 
 def test_outputs_that_differ_are_not_timed() -> None:
