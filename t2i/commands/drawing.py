@@ -88,7 +88,8 @@ def generate(
     seed = 0 if resume and seed is None else seed
     more = (upsampler, prior, batch_size, resume, read_dtypes(dtype), clip, compile)
     for path in generate_files(texts, out, model, count, seed, device, settings, *more):
-        print(path, flush=True)
+        # With its end in one: a launcher's processes are unbuffered, and two would write into one line.
+        print(f"{path}\n", end="", flush=True)
 
 
 @app.command()
