@@ -13,7 +13,7 @@ from typing import Any
 import open_clip
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
+from diffusers import ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH
@@ -22,9 +22,10 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import center_crop, resize
 
-from t2i.checkpoint import EXACT, check_fingerprint, load_model, loaded, weights_digest
+from t2i.checkpoint import load_model, loaded, weights_digest
 from t2i.condition import TextEncoding
 from t2i.config import check_choice, check_integer
+from t2i.encoder import Encoder
 from t2i.errors import InputError
 from t2i.linear import by_onednn
 from t2i.tokenizer import CaptionTokenizer, PublicTokenizer, check_tokenizer, load_tokenizer, public_tokenizer
@@ -36,7 +37,7 @@ OPEN_CLIP_FILES = ["open_clip_config.json", "open_clip_model.safetensors", "toke
 MAX_TABLE = 2**26  # values of the positions that open_clip computes in NumPy, whatever the device
 
 
-class CLIP(ModelMixin, ConfigMixin):
+class CLIP(Encoder, ModelMixin):
     """An open_clip model with its preprocessing and its tokenizer.
 
     Args:
@@ -49,6 +50,7 @@ class CLIP(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
+    trains = True
     unit_length = True  # of the embeddings, z_t and z_i
     reads_captions = True
     tokenizer: CaptionTokenizer | PublicTokenizer
@@ -100,35 +102,15 @@ class CLIP(ModelMixin, ConfigMixin):
         clip.tokenizer = tokenizer
         return clip
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "CLIP":
-        path = fetched(pretrained_model_name_or_path, ["*.json", "*.safetensors"])
-        clip = super().from_pretrained(path, **{"use_safetensors": True, **kwargs})
-        clip.read_beside(path / (kwargs.get("subfolder") or ""), path)
-        return clip
-
-    def read_beside(self, folder: Path, root: Path) -> None:
-        """What a folder holds beside the weights. Raises InputError, also for weights of another fingerprint."""
+    def read_tokenizer(self, folder: Path, root: Path) -> None:
         self.tokenizer = load_tokenizer(folder, self.config.tokenizer_kind, self.config.model["text_cfg"])
-        check_fingerprint(self, folder)
 
-    def save_pretrained(self, save_directory: str | Path, variant: str | None = None, **kwargs: Any) -> None:
-        # The variant by name: diffusers' pipelines look for it in the signature.
-        if self.config.fingerprint is None or (self.dtype in EXACT and not self.config.rounded):
-            self.register_to_config(fingerprint=self.fingerprint())
-        if self.dtype not in EXACT:
-            self.register_to_config(rounded=True)
-        super().save_pretrained(save_directory, variant=variant, **kwargs)
-        self.tokenizer.save(Path(save_directory))
+    def save_tokenizer(self, folder: Path) -> None:
+        self.tokenizer.save(folder)
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits for these weights and this preprocessing, the same in fp32 and fp16."""
         return weights_digest(self.net, json.dumps(self.config.preprocess, sort_keys=True))
-
-    @property
-    def identity(self) -> str:
-        """The fingerprint as it was when this CLIP was last saved, or as it is if it never was."""
-        return self.config.fingerprint or self.fingerprint()
 
     @property
     def embed_dim(self) -> int:

@@ -14,15 +14,16 @@ import torch
 import torch.nn.functional as F
 import transformers
 from accelerate import init_empty_weights
-from diffusers import ConfigMixin, ModelMixin
+from diffusers import ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from safetensors import safe_open
 from torch import Tensor
 
-from t2i.checkpoint import EXACT, check_fingerprint, class_name, load_model, loaded, tensors_digest, weights_digest
+from t2i.checkpoint import EXACT, class_name, load_model, loaded, tensors_digest, weights_digest
 from t2i.condition import TokenStates
 from t2i.config import check_choice, check_integer
+from t2i.encoder import Encoder
 from t2i.errors import InputError
 from t2i.linear import by_onednn
 from t2i.tokenizer import TextTokenizer, load_text_tokenizer
@@ -109,7 +110,7 @@ SETTINGS = {  # of transformers' configurations: those that decide what an encod
 }
 
 
-class TextEncoder(ModelMixin, ConfigMixin):
+class TextEncoder(Encoder, ModelMixin):
     """An encoder of transformers with its tokenizer.
 
     Args:
@@ -172,27 +173,11 @@ class TextEncoder(ModelMixin, ConfigMixin):
         encoder.register_to_config(fingerprint=tensors_digest(tensors, encoder.reading), rounded=dtype not in EXACT)
         return encoder.eval().requires_grad_(False)
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "TextEncoder":
-        path = fetched(pretrained_model_name_or_path, ["*.json", "*.safetensors"])
-        encoder = super().from_pretrained(path, **{"use_safetensors": True, **kwargs})
-        encoder.read_beside(path / (kwargs.get("subfolder") or ""), path)
-        return encoder
-
-    def read_beside(self, folder: Path, root: Path) -> None:
-        """What a folder holds beside the weights, which freeze. Raises InputError, also for another fingerprint."""
+    def read_tokenizer(self, folder: Path, root: Path) -> None:
         self.tokenizer = self.load_tokenizer(folder)
-        check_fingerprint(self, folder)
-        self.requires_grad_(False)
 
-    def save_pretrained(self, save_directory: str | Path, variant: str | None = None, **kwargs: Any) -> None:
-        # The variant by name: diffusers' pipelines look for it in the signature.
-        if self.config.fingerprint is None:
-            self.register_to_config(fingerprint=self.fingerprint())
-        if self.dtype not in EXACT:
-            self.register_to_config(rounded=True)
-        super().save_pretrained(save_directory, variant=variant, **kwargs)
-        self.tokenizer.save(Path(save_directory))
+    def save_tokenizer(self, folder: Path) -> None:
+        self.tokenizer.save(folder)
 
     def load_tokenizer(self, folder: Path) -> TextTokenizer:
         config = self.net.config
@@ -209,11 +194,6 @@ class TextEncoder(ModelMixin, ConfigMixin):
     def fingerprint(self) -> str:
         """16 hexadecimal digits for weights, vocabulary and context length, the same in fp32 and fp16."""
         return weights_digest(self.net, self.reading)
-
-    @property
-    def identity(self) -> str:
-        """The fingerprint as it was when this encoder was read or saved, or as it is if it never was."""
-        return self.config.fingerprint or self.fingerprint()
 
     @property
     def width(self) -> int:

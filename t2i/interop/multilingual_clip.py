@@ -5,27 +5,27 @@ from typing import Any, Self
 
 import torch
 import transformers
-from diffusers import ConfigMixin, ModelMixin
+from diffusers import ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 from torch.nn.functional import pad
 
-from t2i.checkpoint import EXACT, check_fingerprint, weights_digest
+from t2i.checkpoint import weights_digest
 from t2i.condition import TokenStates
 from t2i.config import check_integer
+from t2i.encoder import Encoder
 from t2i.errors import InputError
 from t2i.interop.component import Component, filled
 from t2i.linear import Linear, by_onednn
 from t2i.text_encoder import SETTINGS
 from t2i.tokenizer import TextTokenizer, load_text_tokenizer
-from t2i.untrusted import fetched
 
 CONTEXT = 77  # tokens; the decoder attends to all of them, padding too
 UNUSED = ("transformer.embeddings.position_ids", "transformer.embeddings.token_type_ids")  # of older files
 
 
-class MultilingualCLIP(ModelMixin, ConfigMixin):
+class MultilingualCLIP(Encoder, ModelMixin):
     """An XLM-RoBERTa with a projection and its tokenizer; the contract of `t2i.text_encoder.TextEncoder`.
 
     Args:
@@ -38,7 +38,6 @@ class MultilingualCLIP(ModelMixin, ConfigMixin):
 
     tokenizer: TextTokenizer
     warned = False  # of captions that do not fit: training says it once
-    known_identity = ""
 
     @register_to_config
     def __init__(
@@ -76,25 +75,11 @@ class MultilingualCLIP(ModelMixin, ConfigMixin):
         encoder.tokenizer = encoder.load_tokenizer(tokenizer)
         return encoder
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
-        path = fetched(pretrained_model_name_or_path, ["*.json", "*.safetensors"])
-        encoder = super().from_pretrained(path, **{"use_safetensors": True, **kwargs})
-        encoder.read_beside(path / (kwargs.get("subfolder") or ""), path)
-        return encoder
-
-    def read_beside(self, folder: Path, root: Path) -> None:
-        """What a folder holds beside the weights, which freeze. Raises InputError, also for another fingerprint."""
+    def read_tokenizer(self, folder: Path, root: Path) -> None:
         self.tokenizer = self.load_tokenizer(folder)
-        check_fingerprint(self, folder)
-        self.requires_grad_(False)
 
-    def save_pretrained(self, save_directory: str | Path, variant: str | None = None, **kwargs: Any) -> None:
-        # The variant by name: diffusers' pipelines look for it in the signature.
-        rounded = self.config.rounded or self.dtype not in EXACT
-        self.register_to_config(fingerprint=self.identity, rounded=rounded)
-        super().save_pretrained(save_directory, variant=variant, **kwargs)
-        self.tokenizer.save(Path(save_directory))
+    def save_tokenizer(self, folder: Path) -> None:
+        self.tokenizer.save(folder)
 
     def load_tokenizer(self, folder: Path) -> TextTokenizer:
         config = self.transformer.config
@@ -104,13 +89,6 @@ class MultilingualCLIP(ModelMixin, ConfigMixin):
     def fingerprint(self) -> str:
         """16 hexadecimal digits for weights, vocabulary and context length, the same in fp32 and fp16."""
         return weights_digest(self, f"{self.config.context_length} {self.tokenizer.digest()}")
-
-    @property
-    def identity(self) -> str:
-        """The fingerprint as it was when this encoder was last saved; else computed once, for it reads all weights."""
-        if not self.config.fingerprint and not self.known_identity:
-            self.known_identity = self.fingerprint()
-        return self.config.fingerprint or self.known_identity
 
     @property
     def width(self) -> int:

@@ -13,21 +13,22 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
-from diffusers import ConfigMixin, ModelMixin
+from diffusers import ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
-from t2i.checkpoint import EXACT, check_fingerprint, tensors_digest
+from t2i.checkpoint import tensors_digest
 from t2i.condition import TextEncoding
 from t2i.config import check_choice, check_integer
+from t2i.encoder import Encoder
 from t2i.errors import InputError
 from t2i.interop.clip_tokenizer import CLIPTokenizer
 from t2i.interop.component import Component, filled
 from t2i.linear import by_onednn
-from t2i.untrusted import check_files, fetched, read_config
+from t2i.untrusted import check_files, read_config
 
 SIZES = ("hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers", "num_attention_heads")
 SHARED = (*SIZES, "hidden_act", "layer_norm_eps")
@@ -48,7 +49,7 @@ MAX_SIDE = 4096  # of a picture that a vision tower sees
 RESAMPLING = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
 
-class TransformersCLIP(ModelMixin, ConfigMixin):
+class TransformersCLIP(Encoder, ModelMixin):
     """transformers' CLIPTextModelWithProjection, CLIPVisionModelWithProjection, or both.
 
     z_t and z_i are the projections as they are, not of unit length: so the public models were trained.
@@ -61,6 +62,7 @@ class TransformersCLIP(ModelMixin, ConfigMixin):
         rounded: the weights went through a dtype that does not keep the fingerprint, such as bfloat16.
     """
 
+    files = ["*.json", "*.txt", "*.safetensors"]
     unit_length = False
     words: CLIPTokenizer | None = None
 
@@ -87,7 +89,6 @@ class TransformersCLIP(ModelMixin, ConfigMixin):
         preprocess = usual_preprocess(224) if preprocess is None else preprocess
         self.register_buffer("mean", torch.tensor(preprocess["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(preprocess["std"]).view(3, 1, 1), persistent=False)
-        self.known_identity: str | None = None
 
     @classmethod
     def from_components(
@@ -132,44 +133,19 @@ class TransformersCLIP(ModelMixin, ConfigMixin):
             clip.check_end()
         return clip
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "TransformersCLIP":
-        path = fetched(pretrained_model_name_or_path, ["*.json", "*.txt", "*.safetensors"])
-        clip = super().from_pretrained(path, **{"use_safetensors": True, **kwargs})
-        clip.read_beside(path / (kwargs.get("subfolder") or ""), path)
-        return clip.eval()
-
-    def read_beside(self, folder: Path, root: Path) -> None:
-        """What a folder holds beside the weights, which freeze. Raises InputError, also for another fingerprint."""
+    def read_tokenizer(self, folder: Path, root: Path) -> None:
         if self.config.text is not None:
             words = self.config.text["vocab_size"]
             self.words = CLIPTokenizer.load(folder / "tokenizer", self.config.context_length, words, root)
             self.check_end()
-        check_fingerprint(self, folder)
-        self.requires_grad_(False)
 
-    def save_pretrained(self, save_directory: str | Path, variant: str | None = None, **kwargs: Any) -> None:
-        # The variant by name: diffusers' pipelines look for it in the signature.
-        if self.config.fingerprint is None or (self.dtype in EXACT and not self.config.rounded):
-            self.register_to_config(fingerprint=self.fingerprint())
-        if self.dtype not in EXACT:
-            self.register_to_config(rounded=True)
-        super().save_pretrained(save_directory, variant=variant, **kwargs)
+    def save_tokenizer(self, folder: Path) -> None:
         if self.text_encoder is not None:
-            self.tokenizer.save(Path(save_directory) / "tokenizer")
+            self.tokenizer.save(folder / "tokenizer")
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits for these weights and this preprocessing, the same in fp32 and fp16."""
         return tensors_digest(self.state_dict(), json.dumps(self.config.preprocess, sort_keys=True))
-
-    @property
-    def identity(self) -> str:
-        """The fingerprint as it was when this CLIP was last saved; else computed once, for it reads all weights."""
-        if self.config.fingerprint is not None:
-            return self.config.fingerprint
-        if self.known_identity is None:
-            self.known_identity = self.fingerprint()
-        return self.known_identity
 
     @property
     def embed_dim(self) -> int:
