@@ -1,7 +1,8 @@
 """Training in two processes with a thread each (DDP over gloo) against one with one thread: 2 would be perfect.
 
-All three are started once, each on a core of its own where there are two, and take turns: while one kind runs, the
-other waits. What the machine itself allows is measured the same way, with products of matrices that share nothing.
+All are started once, each on a core of its own where there are two, and take turns: while one kind runs, the others
+wait. What the machine itself allows is measured the same way: with two that train by themselves, which exchange nothing
+and have only caches and memory in common, and with products of matrices.
 On GPUs, `accelerate launch -m benchmarks.training_step` tells the rate of as many as there are.
 """
 
@@ -13,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.side_by_side import Row, Times, alternate, ratio, row, run
+from benchmarks.side_by_side import Ratio, Row, Times, alternate, ratio, row, run
 from benchmarks.training_step import made_up_steps
 from t2i.errors import InputError
 from t2i.linear import is_faster, product
@@ -39,24 +40,31 @@ def processes(name: str, folder: str, rounds: int) -> Row:
     two = [
         Trainer(path, core, {"RANK": rank, "WORLD_SIZE": 2}, port) for rank, core in enumerate((cores[0], cores[-1]))
     ]
-    one = [Trainer(path, cores[0], {}, port)]
+    alone = [Trainer(path, core, {}, port) for core in (cores[0], cores[-1])]
+    one = alone[:1]
     try:
-        for trainers in (two, one):  # not at once: the first to be ready would wait for the others all the same
+        for trainers in (two, alone):  # not at once: the first to be ready would wait for the others all the same
             turn(trainers, "ready")()
-        times = halved(alternate({"ours": turn(two, "steps"), "one process": turn(one, "steps")}, rounds))
-        works = {"ours": turn(two, "products"), "one process": turn(one, "products")}
-        limit = ratio(halved(alternate(works, rounds)), "one process")
+        works = {"ours": turn(two, "steps"), "one process": turn(one, "steps"), "no exchange": turn(alone, "steps")}
+        times = alternate(works, rounds)
+        products = alternate({"ours": turn(alone, "products"), "one process": turn(one, "products")}, rounds)
     finally:
-        for trainer in (*two, *one):
+        for trainer in (*two, *alone):
             trainer.end()
     title = f"{name} training, two processes of a thread each, {STEPS} steps' samples"
-    note = f"{path}, fp32, its batch in each process, DDP over gloo; products that share nothing: {limit}"
-    return row(title, times, 1.7, note=note)
+    limits = f"two that exchange nothing: {limit(times, 'no exchange')}; products of matrices: {limit(products)}"
+    note = f"{path}, fp32, its batch in each process, DDP over gloo; {limits}"
+    return row(title, halved(times), 1.7, note=note)
 
 
-def halved(times: Times) -> Times:
-    """Of twice the samples, seconds of as many as the one process had."""
-    return Times(times.seconds | {"ours": [seconds / 2 for seconds in times.seconds["ours"]]})
+def halved(times: Times, two: str = "ours") -> Times:
+    """Two processes against the one, which had half their samples: seconds of as many."""
+    one = "one process"
+    return Times({"ours": [seconds / 2 for seconds in times.seconds[two]], one: times.seconds[one]})
+
+
+def limit(times: Times, two: str = "ours") -> Ratio:
+    return ratio(halved(times, two), "one process")
 
 
 class Trainer:

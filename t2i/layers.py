@@ -13,6 +13,7 @@ from t2i.linear import Linear
 
 KeyValue = tuple[Tensor, Tensor]  # each (B, heads, L, width / heads)
 FEW = 4  # queries, for which copying keys and values takes longer than looking at them
+SIZES = 32  # of matrices of rows, between a number and its double
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
@@ -41,6 +42,8 @@ class Rows:
 
     Linear layers run on it as it is, so that padding costs nothing; attention pads it to (B, L), real tokens first:
     then no token that is causally masked sees padding, and no other mask is needed.
+
+    T is rounded up by rows that nobody reads: a library makes and keeps code for each size that it meets.
     """
 
     lengths: Tensor  # (B,)
@@ -58,8 +61,11 @@ class Rows:
             return cls(lengths, length, start[:, 0] + lengths - 1, None), (order + start).flatten()
         order, ends = known.flatten().nonzero()[:, 0], lengths.cumsum(dim=0) - 1
         longest = int(lengths.max())
-        places = known.cumsum(dim=1) - 1 + start // length * longest
-        return cls(lengths, longest, ends, None if len(order) == count * longest else places[known]), order
+        if len(order) == count * longest:
+            return cls(lengths, longest, ends, None), order
+        places = (known.cumsum(dim=1) - 1 + start // length * longest)[known]
+        free = (torch.arange(longest) >= lengths[:, None]).flatten().nonzero()[: unread(len(order)), 0]
+        return cls(lengths, longest, ends, torch.cat([places, free])), torch.cat([order, torch.zeros_like(free)])
 
     def pad(self, x: Tensor) -> Tensor:
         """(T, width) -> (B, L, width)"""
@@ -72,6 +78,12 @@ class Rows:
         """The reverse."""
         x = x.flatten(0, 1)
         return x if self.places is None else x.index_select(0, self.places)
+
+
+def unread(rows: int) -> int:
+    """How many more make one of a few sizes: at most one in `SIZES`."""
+    step = max(1, 2 ** (rows.bit_length() - 1) // SIZES)
+    return -rows % step
 
 
 class Attention(nn.Module):
