@@ -2,7 +2,7 @@
 
 All are started once, each on a core of its own where there are two, and take turns: while one kind runs, the others
 wait. What the machine itself allows is measured the same way: with two that train by themselves, which exchange nothing
-and have only caches and memory in common, and with products of matrices.
+and have only caches and memory in common, and with products of matrices; and what exchanging gradients takes alone.
 On GPUs, `accelerate launch -m benchmarks.training_step` tells the rate of as many as there are.
 """
 
@@ -20,6 +20,7 @@ from t2i.errors import InputError
 from t2i.linear import is_faster, product
 
 STEPS = 6  # a turn: less is mostly noise
+WARM_UP = 20  # until captions of most lengths were met, and memory for them is held
 PRODUCTS = 12  # of 2048 x 2048
 
 
@@ -48,11 +49,14 @@ def processes(name: str, folder: str, rounds: int) -> Row:
         works = {"ours": turn(two, "steps"), "one process": turn(one, "steps"), "no exchange": turn(alone, "steps")}
         times = alternate(works, rounds)
         products = alternate({"ours": turn(alone, "products"), "one process": turn(one, "products")}, rounds)
+        exchange = alternate({"ours": turn(two, "exchange")}, rounds).median("ours")
     finally:
         for trainer in (*two, *alone):
             trainer.end()
     title = f"{name} training, two processes of a thread each, {STEPS} steps' samples"
     limits = f"two that exchange nothing: {limit(times, 'no exchange')}; products of matrices: {limit(products)}"
+    share = exchange / times.median("ours")
+    limits += f"; of their time, exchanging as many gradients takes {share:.1%} by itself"
     note = f"{path}, fp32, its batch in each process, DDP over gloo; {limits}"
     return row(title, halved(times), 1.7, note=note)
 
@@ -115,7 +119,13 @@ def obey(path: str, core: int) -> None:
     step = made_up_steps(path, ["train.mixed_precision=no"], lambda i: 5 + i % 16)
     a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
     multiply = product if is_faster(a, b) else torch.matmul
-    works = {"ready": (step, 2), "steps": (step, STEPS), "products": (lambda: multiply(a, b), PRODUCTS)}
+    gradients = torch.zeros(sum(one.numel() for one in step.state.model.parameters()))
+    works = {
+        "ready": (step, WARM_UP),
+        "steps": (step, STEPS),
+        "products": (lambda: multiply(a, b), PRODUCTS),
+        "exchange": (lambda: torch.distributed.all_reduce(gradients), STEPS),
+    }
     for line in sys.stdin:
         work, count = works[line.strip()]
         for _ in range(count):
