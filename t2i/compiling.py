@@ -1,5 +1,6 @@
 """A denoiser's steps compiled: for many pictures of one size, for compiling takes its time."""
 
+import copy
 import logging
 import os
 import shutil
@@ -31,8 +32,12 @@ class CompiledStep:
     """
 
     def __init__(self, step: Callable[..., Tensor], backend: str | Callable[..., Any] = "inductor"):
+        self.step, self.backend = step, backend
         self.compiled = torch.compile(step, dynamic=False, backend=backend)
         self.warm_up: dict[Key, float] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledStep":
+        return CompiledStep(copy.deepcopy(self.step, memo), self.backend)  # of the copied denoiser
 
     def __call__(self, x: Tensor, t: Tensor, context: Any) -> Tensor:
         from torch._dynamo import config  # a second or two, for who compiles alone

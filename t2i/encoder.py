@@ -48,10 +48,10 @@ class Encoder(ModelMixin, ConfigMixin):
 
     def save_pretrained(self, save_directory: str | Path, variant: str | None = None, **kwargs: Any) -> None:
         # The variant by name: diffusers' pipelines look for it in the signature.
-        if self.config.fingerprint is None or (self.dtype in EXACT and not self.config.rounded):
+        if self.dtype not in EXACT:  # others know it by what it was
+            self.register_to_config(fingerprint=self.identity, rounded=True)
+        elif self.config.fingerprint is None or not self.config.rounded:
             self.register_to_config(fingerprint=self.fingerprint())
-        if self.dtype not in EXACT:
-            self.register_to_config(rounded=True)
         super().save_pretrained(save_directory, variant=variant, **kwargs)
         self.save_tokenizer(Path(save_directory))
 

@@ -2,7 +2,8 @@
 
 MKL keeps its widest instructions for one maker's processors: on AMD's with AVX-512 oneDNN is two to three times as
 fast, forward and backward, with results equal to rounding (`docs/speed.md`). It reads weights where they are.
-`torch.backends.mkldnn.set_flags(False)` goes back to MKL.
+`torch.backends.mkldnn.set_flags(False)` goes back to MKL. Tools that look for `torch.nn.Linear` by its exact class, as
+torch's dynamic quantisation does, need `layer.__class__ = torch.nn.Linear` before.
 """
 
 import math
@@ -34,7 +35,8 @@ class LinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        of_x, of_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
         return product(x, weight, bias)
 
     @staticmethod
@@ -62,10 +64,13 @@ def is_faster(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN multiplies by these weights, and is worth a longer call."""
     return (
         not torch.compiler.is_compiling()  # first: a compiler would guard what is asked
+        and not torch.jit.is_tracing()
         and AVAILABLE
         and x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and x.dim() > 1
+        and x.shape[-1] == weight.shape[1]  # torch says best what is wrong
+        and x.layout == weight.layout == torch.strided
         and math.prod(x.shape[:-1]) * weight.numel() >= FEW
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")

@@ -87,8 +87,8 @@ def start(config: TrainConfig) -> Accelerator:
     precision = best_precision(device) if config.mixed_precision == "auto" else config.mixed_precision
     if precision == "fp16" and device == "cpu":
         raise InputError("train.mixed_precision=fp16 needs a GPU, this process runs on the CPU; use bf16, no or auto")
-    # Gradients lie where they are exchanged from, and are held once; buffers are constants, alike in all processes.
-    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
+    # Without accumulation gradients lie where they are exchanged from, and are held once.
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     accelerator = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[ddp])
     if device == "cpu":  # `accelerate launch` leaves each process one thread
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

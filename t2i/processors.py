@@ -3,13 +3,12 @@
 import contextlib
 import ctypes
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 SHORT = 256  # queries; beyond, attention in bf16 is the faster one
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
@@ -27,22 +26,28 @@ def keep_memory() -> bool:
     return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
-class ShortAttention(TorchFunctionMode):
+@contextlib.contextmanager
+def few_queries_in_fp32() -> Iterator[None]:
     """Attention of few queries on a processor in fp32 where it would be in bf16, whichever model asks for it.
 
     torch's kernel for bf16 is made for long sequences: of few queries it takes up to seven times as long.
     Results come in bf16 as before, rounded once instead of often.
     """
+    attention = F.scaled_dot_product_attention
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention or not is_short(query := args[0] if args else kwargs["query"]):
-            return func(*args, **kwargs)
+    def chosen(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not is_short(query):
+            return attention(query, *args, **kwargs)
         with torch.autocast("cpu", enabled=False):
-            out = func(*map(raised, args), **{name: raised(one) for name, one in kwargs.items()})
+            out = attention(query.float(), *map(raised, args), **{name: raised(one) for name, one in kwargs.items()})
         return out.to(query.dtype)
+
+    # Where torch's own layers look for it too, which a mode of torch's does not reach.
+    F.scaled_dot_product_attention = chosen
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = attention
 
 
 def is_short(query: Tensor) -> bool:
@@ -55,9 +60,9 @@ def raised(one: Any) -> Any:
 
 
 def short_attention(device: torch.device, precision: str, repeated: bool) -> contextlib.AbstractContextManager[Any]:
-    """`ShortAttention` where it pays: for steps in bf16 on a processor.
+    """`few_queries_in_fp32` where it pays: for steps in bf16 on a processor.
 
     repeated: by a compiler, or by the backward pass with gradient checkpointing; neither knows of it.
     """
     pays = device.type == "cpu" and precision == "bf16" and not repeated
-    return ShortAttention() if pays else contextlib.nullcontext()
+    return few_queries_in_fp32() if pays else contextlib.nullcontext()

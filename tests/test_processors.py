@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.training_step import made_up_steps
-from t2i.processors import SHORT, ShortAttention, keep_memory
+from t2i.processors import SHORT, few_queries_in_fp32, keep_memory
 
 KEEPING = """
 import resource, sys, torch
@@ -30,6 +31,19 @@ print(sum(faults(64) for _ in range(8)))
 """
 
 
+class Dtypes(TorchDispatchMode):
+    """In which dtypes torch's kernel of attention runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:
+            self.found.add(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
 def inputs(queries: int) -> list[Tensor]:
     torch.manual_seed(0)
     shapes = [(1, 2, length, 32) for length in (queries, 40, 40)]
@@ -41,7 +55,7 @@ def test_attention_of_few_queries_is_that_of_fp32_rounded_once_and_so_are_its_gr
     mask = torch.rand(1, 1, 1, 40) > 0.3
     wide = [one.detach().float().requires_grad_(True) for one in (query, key, value)]
     expected = F.scaled_dot_product_attention(*wide, attn_mask=mask)
-    with torch.autocast("cpu", torch.bfloat16), ShortAttention():
+    with torch.autocast("cpu", torch.bfloat16), few_queries_in_fp32():
         found = F.scaled_dot_product_attention(query, key, value=value, attn_mask=mask)
     assert found.dtype == torch.bfloat16 and torch.equal(found, expected.to(torch.bfloat16))
     grad = torch.randn_like(found)
@@ -53,22 +67,33 @@ def test_attention_of_few_queries_is_that_of_fp32_rounded_once_and_so_are_its_gr
 def test_longer_attention_and_that_of_fp32_stay_as_they_are():
     for given in (inputs(SHORT + 1), [one.detach().float() for one in inputs(64)]):
         expected = F.scaled_dot_product_attention(*given)
-        with ShortAttention():
+        with few_queries_in_fp32():
             assert torch.equal(F.scaled_dot_product_attention(*given), expected)
 
 
-@pytest.mark.parametrize("option", ["", "train.gradient_checkpointing=true"])
-def test_a_step_in_bf16_takes_it_unless_the_backward_pass_computes_again(option, monkeypatch):
-    asked = []
-    plain = ShortAttention.__torch_function__
+def test_attention_inside_of_torchs_own_layers_takes_it_too():
+    """As in open_clip's towers: of few queries, it is what fp32 gives to its weights and inputs rounded to bf16."""
+    torch.manual_seed(0)
+    layer, x = torch.nn.MultiheadAttention(64, 2, batch_first=True), torch.randn(3, 17, 64)
 
-    def counting(self, func, types, args=(), kwargs=None):
-        asked.append(func is F.scaled_dot_product_attention)
-        return plain(self, func, types, args, kwargs)
+    def kernels() -> set[torch.dtype]:
+        with torch.autocast("cpu", torch.bfloat16), Dtypes() as seen:
+            layer(x, x, x, need_weights=False)
+        return seen.found
 
-    monkeypatch.setattr(ShortAttention, "__torch_function__", counting)
-    made_up_steps("configs/tiny/decoder.yaml", ["train.mixed_precision=bf16", *filter(None, [option])], lambda _: 5)()
-    assert any(asked) == (not option)
+    plain = F.scaled_dot_product_attention
+    with few_queries_in_fp32():
+        assert kernels() == {torch.float32}
+    assert kernels() == {torch.bfloat16} and F.scaled_dot_product_attention is plain
+
+
+@pytest.mark.parametrize("option", [[], ["train.gradient_checkpointing=true"]])
+def test_a_step_in_bf16_takes_it_unless_the_backward_pass_computes_again(option):
+    with Dtypes() as seen:
+        made_up_steps(
+            "configs/tiny/decoder.yaml", ["train.mixed_precision=bf16", *filter(None, [option])], lambda _: 5
+        )()
+    assert seen.found == {torch.bfloat16 if option else torch.float32}
     AcceleratorState._reset_state()  # later runs in this process are of their own precision
 
 
