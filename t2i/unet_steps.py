@@ -9,6 +9,7 @@ these runs by its own `forward`.
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,17 @@ SETTINGS: dict[str, tuple[Any, ...]] = {  # of a U-Net, that `run` knows
 }
 
 
+class Packed(dict[nn.Module, Tensor]):
+    """Weights of convolutions as oneDNN reads them: a second copy, for as long as a context holds it."""
+
+    def __init__(self, of: list[tuple[int, int]]):
+        super().__init__()
+        self.of = of  # the weights as they were
+
+
+HELD: WeakKeyDictionary[nn.Module, "ref[Packed]"] = WeakKeyDictionary()
+
+
 @dataclass
 class Prepared:
     """What a step needs of the condition, in place of the condition itself."""
@@ -59,8 +71,7 @@ class Prepared:
     added: Tensor | None  # (B, E), to the timestep's embedding
     keys: dict[nn.Module, KeyValue]  # of each attention that looks at the tokens
     mask: Tensor | None  # (B, 1, 1, L), bool: which tokens count
-    # Convolutions' weights as oneDNN reads them for an x of a shape; None where that is not done.
-    packed: dict[tuple[nn.Module, torch.Size], Tensor] | None = None
+    packed: Packed | None = None  # where oneDNN convolves
 
 
 class Times(NamedTuple):
@@ -97,14 +108,14 @@ def prepare(
     keys = {one: keys_of(one, tokens) for one in unet.modules() if isinstance(one, Attention) and reads_tokens(one)}
     allowed = None if mask is None else mask[rows, None, None, :]
     keys = {one: (key[rows], value[rows]) for one, (key, value) in keys.items()}
-    return Prepared(sum(both[1:], both[0])[rows] if both else None, keys, allowed, {} if packs(unet, like) else None)
+    return Prepared(sum(both[1:], both[0])[rows] if both else None, keys, allowed, packed_weights(unet, like))
 
 
 def prepare_unconditional(unet: UNet2DModel, like: Tensor) -> Prepared | None:
     """For a U-Net that is told nothing but pictures like these; None for one that `run` does not know."""
     if unet.config.time_embedding_type != "positional" or unet.class_embedding is not None or not is_known(unet):
         return None
-    return Prepared(None, {}, None, {} if packs(unet, like) else None)
+    return Prepared(None, {}, None, packed_weights(unet, like))
 
 
 def run(unet: UNet2DConditionModel | UNet2DModel, x: Tensor, t: Tensor, context: Prepared) -> Tensor:
@@ -230,12 +241,25 @@ def convolved(layer: nn.Module, x: Tensor, context: Prepared) -> Tensor:
     if plain or context.packed is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return layer(x)
     sizes = (layer.padding, layer.stride, layer.dilation, layer.groups)
-    packed = context.packed.get((layer, x.shape))
+    packed = context.packed.get(layer)
     if packed is None:
         weight = layer.weight.detach().contiguous(memory_format=torch.channels_last)
         packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *sizes, list(x.shape))
-        context.packed[layer, x.shape] = packed
+        context.packed[layer] = packed  # for other numbers of pictures too
     return torch.ops.mkldnn._convolution_pointwise(x, packed, layer.bias, *sizes, "none", [], "")
+
+
+def packed_weights(unet: nn.Module, like: Tensor) -> Packed | None:
+    """None where oneDNN does not convolve. Contexts of the same weights share it: guidance in an interval has two."""
+    if not packs(unet, like):
+        return None
+    weights = [one.weight for one in unet.modules() if isinstance(one, nn.Conv2d)]
+    now = [(one.data_ptr(), 0 if one.is_inference() else one._version) for one in weights]
+    held = HELD[unet]() if unet in HELD else None
+    if held is None or held.of != now:
+        held = Packed(now)
+        HELD[unet] = ref(held)
+    return held
 
 
 def packs(unet: nn.Module, like: Tensor) -> bool:

@@ -89,12 +89,11 @@ def test_attention_inside_of_torchs_own_layers_takes_it_too():
 
 @pytest.mark.parametrize("option", [[], ["train.gradient_checkpointing=true"]])
 def test_a_step_in_bf16_takes_it_unless_the_backward_pass_computes_again(option):
+    step = made_up_steps("configs/tiny/decoder.yaml", ["train.mixed_precision=bf16", *option], lambda _: 5)
     with Dtypes() as seen:
-        made_up_steps(
-            "configs/tiny/decoder.yaml", ["train.mixed_precision=bf16", *filter(None, [option])], lambda _: 5
-        )()
-    assert seen.found == {torch.bfloat16 if option else torch.float32}
+        step()
     AcceleratorState._reset_state()  # later runs in this process are of their own precision
+    assert seen.found == {torch.bfloat16 if option else torch.float32}
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")

@@ -1,5 +1,7 @@
 """U-Nets whose condition is prepared once: what they predict is what diffusers' own `forward` does."""
 
+import weakref
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -72,6 +74,28 @@ def test_a_step_is_the_forward_of_diffusers(case: str, gradient: bool) -> None:
         if gradient:
             wanted = [torch.autograd.grad(one.square().sum(), x, retain_graph=True)[0] for one in (mine, theirs)]
             torch.testing.assert_close(*wanted, atol=1e-3, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_contexts_share_packed_weights_until_these_change() -> None:
+    """Of any number of pictures; nothing of them outlives the contexts."""
+    unet, condition = tiny_unet(), CASES["ours"][1]
+    x, t = random(3, 4, 8, 8, seed=6), torch.tensor([400, 20, 999])
+    whole, part = prepare(unet, **condition), prepare(unet, **{name: one[:1] for name, one in condition.items()})
+    assert whole is not None and part is not None
+    if whole.packed is None:
+        pytest.skip("oneDNN does not convolve here")
+    first = run(unet, x, t, whole)
+    torch.testing.assert_close(run(unet, x[:1], t[:1], part), first[:1], atol=1e-5, rtol=1e-5)
+    convolutions = [one for one in unet.modules() if isinstance(one, torch.nn.Conv2d)]
+    assert part.packed is whole.packed and 0 < len(whole.packed) <= len(convolutions)
+    for one in convolutions:
+        one.weight.mul_(2)
+    changed = prepare(unet, **condition)
+    torch.testing.assert_close(run(unet, x, t, changed), unet(x, t, **condition).sample, atol=1e-4, rtol=1e-4)
+    held = weakref.ref(changed.packed)
+    del changed
+    assert held() is None
 
 
 @torch.no_grad()
