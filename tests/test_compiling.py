@@ -1,5 +1,6 @@
 """A decoder's compiled steps, and what a machine without compiler or bf16 is told."""
 
+import copy
 import logging
 import shutil
 from dataclasses import dataclass
@@ -42,6 +43,21 @@ def test_compiled_steps_are_the_same_and_say_how_long_they_took_to_compile(caplo
     said = [record.message.partition(" for noisy latents (2, 4")[0] for record in caplog.records]
     assert said == ["compiling the decoder", "compiled the decoder"]
     assert [key[0][0] for key in compiled.warm_up] == [(2, 4, 8, 8)]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_copy_of_a_compiled_decoder_steps_with_its_own_weights() -> None:
+    settings = dict(tiny_kandinsky_unet("2.2").config)
+    decoder = KandinskyDecoder(settings, **described(settings)).eval()
+    compile_steps(decoder, backend="eager")
+    other = copy.deepcopy(decoder)
+    for one in other.parameters():
+        torch.nn.init.normal_(one, std=0.1)
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([400, 400])
+    with torch.no_grad():
+        context = other.prepare(ImageCondition(torch.randn(2, EMBED_DIM)))
+        expected = KandinskyDecoder.step(other, x, t, context)
+        torch.testing.assert_close(other.step(x, t, context), expected, atol=1e-4, rtol=1e-4)
 
 
 @dataclass

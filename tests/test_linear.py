@@ -38,6 +38,35 @@ def without_onednn() -> Iterator[None]:
         torch.backends.mkldnn.set_flags(_enabled=True)
 
 
+@pytest.mark.parametrize("frozen", ["weight", "x", ""])
+def test_only_what_a_gradient_needs_is_kept(frozen: str) -> None:
+    """As by torch: a frozen layer keeps no input, and the input may change."""
+    layer, x = layers(bias=False)[0], torch.randn(64, 192, requires_grad=frozen != "x")
+    layer.requires_grad_(frozen != "weight")
+    kept: list[tuple[int, ...]] = []
+
+    def keep(one: Tensor) -> Tensor:
+        kept.append(tuple(one.shape))
+        return one
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda one: one):
+        layer(x)
+    assert is_faster(x, layer.weight)
+    assert kept == {"weight": [(160, 192)], "x": [(64, 192)], "": [(64, 192), (160, 192)]}[frozen]
+
+
+def test_an_input_of_another_width_is_refused_in_torchs_words() -> None:
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
+        layers()[0](torch.randn(64, 100))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace.:FutureWarning", "ignore:.torch.jit:DeprecationWarning")
+def test_a_layer_can_be_traced() -> None:
+    ours, theirs = layers()
+    x = torch.randn(64, 192)
+    torch.testing.assert_close(torch.jit.trace(ours, x)(x), theirs(x), atol=1e-5, rtol=1e-5)
+
+
 INPUTS = {
     "rows": lambda x: x.flatten(0, 1),
     "sequences": lambda x: x,

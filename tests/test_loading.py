@@ -272,6 +272,15 @@ def test_loading_holds_no_second_copy_of_a_component(tmp_path: Path, monkeypatch
     assert 6 * largest < size / 2
 
 
+@pytest.mark.parametrize("make", [kandinsky_21_combined, kandinsky_22_combined, karlo])
+def test_a_public_model_that_was_rounded_and_saved_loads_again(make: Callable[[], Path], tmp_path: Path) -> None:
+    """Its parts know each other by fingerprints, which rounded weights no longer have."""
+    pipeline = Text2ImagePipeline.from_pretrained(make()).to(torch.bfloat16)
+    pipeline.save_pretrained(tmp_path)
+    again = Text2ImagePipeline.from_pretrained(tmp_path)
+    assert again.clip.identity == pipeline.clip.identity
+
+
 Change = Callable[[Path], object]
 
 
