@@ -15,12 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.training_step import made_up_steps
 from t2i.config import TrainConfig
 from t2i.data.manifest import write_manifest
 from t2i.ema import Average
 from t2i.errors import InputError
+from t2i.layers import Rows
 from t2i.loop import learning_rate
 from t2i.memory import smaller
 
@@ -59,8 +61,68 @@ def test_what_takes_less_memory_is_as_many_samples_a_step():
     assert advice(1, checkpointing=True) == "use a smaller model"
 
 
+class Asked(TorchDispatchMode):
+    """Counts how often a value of a tensor is asked for: on a GPU each time waits for all that was begun there."""
+
+    VALUES = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)  # of item() and of x[mask]
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        super().__init__()
+        self.count, self.counts = 0, True
+        tolist, of = torch.Tensor.tolist, Rows.of
+
+        def listed(x):  # calls no operator
+            self.count += self.counts
+            return tolist(x)
+
+        def packed(known):  # asks for lengths, on a processor alone
+            self.counts = False
+            try:
+                return of(known)
+            finally:
+                self.counts = True
+
+        monkeypatch.setattr(torch.Tensor, "tolist", listed)
+        monkeypatch.setattr(Rows, "of", packed)
+
+    def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+        self.count += self.counts and operator in self.VALUES
+        return operator(*arguments, **(options or {}))
+
+
 @pytest.mark.parametrize("stage", ["prior", "decoder"])
-def test_a_step_asks_the_device_for_no_value(stage):
+def test_a_step_of_the_loop_asks_the_device_once(stage, monkeypatch):
+    """In the verdict's exchange; one more, in the loss or around the optimizer, is found."""
+    step = made_up_steps(f"configs/tiny/{stage}.yaml", ["train.mixed_precision=no"], lambda i: 5 + i % 3)
+    loader, loss, update = step.loader, step.stage.loss, step.state.optimizer.step
+    step.loader = itertools.repeat(next(loader))  # what reads the data does not count
+    step()  # the optimizer's state is there from now on
+
+    def asked() -> int:
+        with pytest.MonkeyPatch.context() as patch, Asked(patch) as asked:
+            step()
+            step()
+        return asked.count
+
+    assert asked() == 2
+
+    def curious_loss(model, batch):
+        metrics = loss(model, batch)
+        assert metrics["loss"].item() > 0
+        return metrics
+
+    step.stage.loss = curious_loss
+    assert asked() == 4
+    step.stage.loss = loss
+    weight = next(step.state.model.parameters())
+    monkeypatch.setattr(step.state.optimizer, "step", lambda: update() if weight.isfinite().all() else None)
+    assert asked() == 4
+    loader.close()
+    step.watch.close()
+
+
+@pytest.mark.parametrize("stage", ["prior", "decoder"])
+def test_a_loss_and_its_gradient_ask_the_device_for_no_value(stage):
     """On the meta device, whose tensors have none to give: `.item()` and what needs it raise there."""
     step = made_up_steps(f"configs/tiny/{stage}.yaml", ["train.mixed_precision=no"], lambda i: 5 + i % 3)
     model, batch = step.state.model.to("meta"), next(step.loader).to(torch.device("meta"))
