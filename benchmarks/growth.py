@@ -3,8 +3,8 @@
     python -m benchmarks.growth [--quick] [--only TEXT]
 
 Writes results/growth.json, docs/speed-growth.md and docs/images/growth.png. --only measures the curves whose name
-("prior: batch") contains TEXT and leaves the others as they are. The points of a curve are timed in turns, so that a
-machine that becomes slower meanwhile does not make a slope.
+("prior: batch") contains TEXT and prints their slopes alone: what is written is of one run. The points of a curve are
+timed in turns, so that a machine that becomes slower meanwhile does not make a slope.
 
 Beside each point stands what should take as long, measured in the same rounds: products alone of as many rows with as
 many weights, and as many calls of operators as a model of almost no width makes.
@@ -13,10 +13,12 @@ many weights, and as many calls of operators as a model of almost no width makes
 import argparse
 import json
 import math
+import os
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache, lru_cache
+from functools import lru_cache
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler
@@ -104,6 +106,7 @@ class Curve:
     sizes: dict[str, int]
     call: float  # seconds of an operator's call
     points: list[Point]
+    threads: int  # of torch, after all points
     slopes: dict[str, float] = field(default_factory=dict)
     shares: dict[str, float] = field(default_factory=dict)  # of the last point's time, by kinds of operators
     first_shares: dict[str, float] = field(default_factory=dict)  # of the first point's
@@ -188,18 +191,16 @@ def products(rows: float, weights: int, width: int) -> Work:
     return work
 
 
-@cache
-@torch.no_grad()
-def seconds_a_call(name: str) -> float:
-    """Of an operator, in a model that computes almost nothing."""
+def calls_alone(name: str) -> Work:
+    """Calls of operators alone: the model with almost nothing to compute."""
     model = name.split()[0]
     task = TASKS[model]({**USUAL[model], "batch": 1, "steps": 5, "width": NO_WIDTH[model]})
-    calls = count(task.run).calls
-    return alternate({"run": task.run}, rounds=5).median("run") / calls
+    return torch.no_grad()(task.run)
 
 
 def measure(name: str, varied: str, sizes: Sizes, values: Sequence[int], rounds: int = ROUNDS) -> Curve:
-    call, works, found = seconds_a_call(name), dict[str, Work](), []
+    toy, found = calls_alone(name), []
+    works, toy_calls = {"calls": toy}, count(toy).calls
     for value in values:
         task = TASKS[name]({**sizes, varied: value})
         weights = sum(one.numel() for one in task.model.parameters())
@@ -215,7 +216,7 @@ def measure(name: str, varied: str, sizes: Sizes, values: Sequence[int], rounds:
         peak = None if memory is None else kept + memory
         found.append((value, task, counts, rows, kept, peak, kept + counts.tensors))
     times = alternate(works, rounds, warm=0)
-    points = []
+    call, points = times.median("calls") / toy_calls, []
     for value, task, counts, rows, kept, memory, tensors in found:
         each = times.seconds[f"run {value}"]
         alone = task.passes * times.median(f"alone {value}")
@@ -227,7 +228,8 @@ def measure(name: str, varied: str, sizes: Sizes, values: Sequence[int], rounds:
                 counts.operations, counts.attention, counts.calls, rows, alone, kept, memory, tensors,
             )
         )  # fmt: skip
-    curve = Curve(name, varied, {one: size for one, size in sizes.items() if one != varied}, call, points)
+    fixed_sizes = {one: size for one, size in sizes.items() if one != varied}
+    curve = Curve(name, varied, fixed_sizes, call, points, torch.get_num_threads())
     curve.first_shares, curve.shares = (shares(one.run) for one in (found[0][1], found[-1][1]))
     for what in ("seconds", "expected", "operations", "memory", "tensors"):
         pairs = [(point.at, getattr(point, what)) for point in points]
@@ -247,16 +249,14 @@ def grow(quick: bool = False, only: str = "") -> Iterator[Curve]:
                 yield measure(name, varied, sizes, (least, 2 * least) if quick else values, rounds)
 
 
-def write(curve: Curve) -> None:
-    """Into the JSON, in the order of VARIED, beside the curves that are there."""
-    old = json.loads(FIGURES.read_text())["curves"] if FIGURES.exists() else []
-    found = {(one["model"], one["varied"]): one for one in [*old, asdict(curve)]}
-    order = [(name, varied) for name, axes in VARIED.items() for varied in axes]
-    result = {
-        "command": "python -m benchmarks.growth",
-        "machine": machine(),
-        "curves": [found[key] for key in order if key in found],
-    }
+def use_all_cores() -> None:
+    """As the training loop does, before anything is measured: a launcher's OMP_NUM_THREADS may say less."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def write(curves: Sequence[Curve], about: Mapping[str, Any]) -> None:
+    """All curves of a run, and the machine as it was found in that run."""
+    result = {"command": "python -m benchmarks.growth", "machine": about, "curves": [asdict(one) for one in curves]}
     RESULTS.mkdir(exist_ok=True)
     FIGURES.write_text(json.dumps(result, indent=1) + "\n")
 
@@ -265,16 +265,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.growth")
     parser.add_argument("--quick", action="store_true", help="toy sizes: whether it runs; writes nothing")
     parser.add_argument(
-        "--only", default="", metavar="TEXT", help="curves whose name contains it, such as 'prior: batch'"
+        "--only",
+        default="",
+        metavar="TEXT",
+        help="curves whose name contains it, such as 'prior: batch'; writes nothing",
     )
     parser.add_argument("--page", action="store_true", help="measure nothing: write the page from the figures")
     given = parser.parse_args()
-    for curve in () if given.page else grow(given.quick, given.only):
+    if given.page:
+        write_page(json.loads(FIGURES.read_text()))
+        return
+    use_all_cores()
+    print(f"threads: {torch.get_num_threads()}", flush=True)
+    kept = not (given.quick or given.only)
+    about, curves = machine() if kept else {}, []
+    for curve in grow(given.quick, given.only):
         slopes = ", ".join(f"{name} {value:.2f}" for name, value in curve.slopes.items())
         print(f"{curve.model}: {curve.varied}: slopes of {slopes}", flush=True)
-        if not given.quick:
-            write(curve)
-    if not given.quick:
+        curves.append(curve)
+    if kept:
+        write(curves, about)
         write_page(json.loads(FIGURES.read_text()))
 
 

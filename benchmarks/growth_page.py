@@ -11,6 +11,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 PAGE, PLOT = DOCS / "speed-growth.md", DOCS / "images" / "growth.png"
 FEW_ROWS = 32  # for which reading the weights is much of a product
 FAR = 0.15  # between two slopes, from where on there must be a reason
+LEAST, MOST = -0.2, 1.2  # shares of a point's time; one beyond was not measured as the time was, and is no reason
 LINES = {  # name: (of a point, colour)
     "seconds": ("time", (200, 60, 40)),
     "operations": ("operations", (240, 170, 150)),
@@ -157,11 +158,30 @@ def why_time(curve: dict[str, Any]) -> str:
     close = abs(slopes["expected"] - slopes["seconds"]) <= FAR
     if abs(slopes["seconds"] - slopes["operations"]) <= FAR and close:
         return f"{text}."
+    known = f"{'With limits it is' if close else 'With limits it would be'} {slopes['expected']:.2f}."
+    if not is_explained(curve):
+        parts = "; ".join(in_parts(curve, point) for point in (first, last))
+        return f"{text}: not explained by calls and products: {parts}. {known}"
     causes = [products_alone(first, last), share_of("calls of operators", curve, calls), share_of_fixed(curve)]
     causes.append(share_of("what limits leave out (copies, attention, what is done element by element)", curve, rest))
     found = "; ".join(filter(None, causes))
-    known = "With limits it is" if close else "With limits it would be"
-    return f"{text}{': ' * bool(found)}{found}. {known} {slopes['expected']:.2f}."
+    return f"{text}{': ' * bool(found)}{found}. {known}"
+
+
+def is_explained(curve: dict[str, Any]) -> bool:
+    """Whether the measured parts of the time can be parts of it, at both ends."""
+    ends = (curve["points"][0], curve["points"][-1])
+    return all(LEAST <= part / point["seconds"] <= MOST for point in ends for part in parts_of(curve, point))
+
+
+def parts_of(curve: dict[str, Any], point: dict[str, Any]) -> tuple[float, ...]:
+    """Seconds: of products alone, of calls, of what is fixed, and what is left of the time."""
+    return point["alone"], calls(curve, point), fixed(curve, point), rest(curve, point)
+
+
+def in_parts(curve: dict[str, Any], point: dict[str, Any]) -> str:
+    time, alone, called = (rounded(1e3 * one, 3) for one in (point["seconds"], *parts_of(curve, point)[:2]))
+    return f"{time} ms at {point['at']}, where products alone take {alone} ms and calls of operators {called} ms"
 
 
 def attention(curve: dict[str, Any]) -> str:
