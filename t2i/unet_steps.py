@@ -268,6 +268,8 @@ def packs(unet: nn.Module, like: Tensor) -> bool:
         return False
     if like.device.type != "cpu" or like.dtype not in (torch.float32, torch.bfloat16):
         return False
+    if like.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():  # as without AVX-512
+        return False
     convolutions = [one for one in unet.modules() if isinstance(one, nn.Conv2d)]
     here = all(one.weight.device.type == "cpu" and one.weight.dtype == like.dtype for one in convolutions)
     return here and not any(hasattr(one, "_hf_hook") for one in convolutions)

@@ -1,6 +1,10 @@
 """U-Nets whose condition is prepared once: what they predict is what diffusers' own `forward` does."""
 
+import os
+import subprocess
+import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -153,6 +157,32 @@ def test_hooks_of_a_convolution_run_in_a_step() -> None:
     mine, theirs = run(unet, x, t, context), unet(x, t, **condition).sample
     assert seen == ["before"] * 2
     torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+BF16_WITHOUT_AVX512 = """
+import torch
+from t2i.unet_steps import prepare, run
+from tests.test_unet_steps import random, tiny_unet
+
+unet, x, t = tiny_unet().bfloat16(), random(1, 4, 8, 8, seed=6).bfloat16(), torch.tensor([400])
+condition = {"encoder_hidden_states": random(1, 5, 12, seed=4), "class_labels": random(1, 16, seed=5)}
+condition = {name: one.bfloat16() for name, one in condition.items()}
+with torch.no_grad():
+    mine, theirs = run(unet, x, t, prepare(unet, **condition)), unet(x, t, **condition).sample
+torch.testing.assert_close(mine, theirs, atol=0.05, rtol=0.05)
+"""
+
+
+def test_a_step_in_bf16_runs_on_a_processor_without_avx512() -> None:
+    """In a process of its own, for oneDNN looks once."""
+    ended = subprocess.run(
+        [sys.executable, "-c", BF16_WITHOUT_AVX512],
+        env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"},
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr
 
 
 def of_another_attention(unet: nn.Module) -> None:
