@@ -18,9 +18,9 @@ from t2i.upsampler import LowResolution
 from t2i.upsampling import TILE, continued
 
 PLENTY = 12_000  # bytes for each pixel, and for as many for each latent: with so much, nothing needs to be counted
-# What is counted may be more than what is taken, by a tenth where captions are long beside so few pixels (the tests
-# allow 1.05, and 1.15 there): who asks for a batch is refused only what does not fit even so.
-OVERCOUNTED = 1.15
+# What is counted may be more than what is taken: by a ninth where captions are long beside so few pixels, and by more
+# without AVX-512 (tests allow 1.05, and 1.25 there). Who asks for a batch is refused only what does not fit even so.
+OVERCOUNTED = 1.25
 
 
 class DoesNotFit(InputError):

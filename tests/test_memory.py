@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from pipelines.generation import write_drawn
-from pipelines.memory import bytes_needed, check_fits, largest_half, works_of
+from pipelines.memory import OVERCOUNTED, bytes_needed, check_fits, largest_half, works_of
 from pipelines.options import split_options
 from t2i.compiling import CompiledStep
 from t2i.errors import InputError
@@ -123,8 +123,9 @@ def test_pictures_that_fit_are_not_refused_for_no_more_is_counted_than_is_taken(
     few = FEW | ({"super_res_num_inference_steps": 2} if one.is_cascade else {})
     counted = bytes_needed(one, *split_options(one.usual | few), 8)
     taken = allocated(lambda: one(["red circle"] * 8, output_type="pt", **few))
-    # Where captions are long beside so few pixels, what is the same for all pictures is counted for each.
-    assert counted <= (1.15 if name == "kandinsky 2.1" else 1.05) * taken, (counted, taken)
+    # Where captions are long beside so few pixels, what is the same for all pictures is counted for each; and how
+    # much is taken depends on the processor: with AVX-512 more than without.
+    assert counted <= (OVERCOUNTED if name == "kandinsky 2.1" else 1.05) * taken, (counted, taken)
     assert one.is_cascade or counted > 0.4 * taken, (counted, taken)
 
 
@@ -177,7 +178,7 @@ def test_a_given_noise_of_the_prior_is_that_of_one_candidate(pipeline: Any) -> N
 def test_what_is_counted_may_be_more_than_is_taken_and_a_little_too_much_is_not_refused(pipeline: Any) -> None:
     options = split_options(pipeline.usual)
     needed = bytes_needed(pipeline, *options, 64)
-    for part, refused in ((1.1, False), (1.4, True)):  # of a share: what is free here does not move by so much at once
+    for part, refused in ((1.1, False), (1.5, True)):  # of a share: what is free here does not move by so much at once
         processes = round(room().free * part / needed)
         if not refused:
             check_fits(pipeline, *options, 64, processes)
