@@ -28,6 +28,8 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import CANNOT_RUN
+from t2i.devices import computes_in_bf16
 from t2i.errors import InputError
 from t2i.linear import AVAILABLE, product
 from t2i.memory import give_back
@@ -255,7 +257,9 @@ def machine() -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    gflops = {"fp32": matrix_rate(), "bf16": matrix_rate(torch.bfloat16)}
+    gflops = {"fp32": matrix_rate()}
+    if computes_in_bf16(device().type):  # where it does not, ten large products take minutes
+        gflops["bf16"] = matrix_rate(torch.bfloat16)
     if device().type == "cpu":
         gflops["fp32 of torch's own product"] = product_rate(torch.matmul)
     return {
@@ -302,7 +306,10 @@ def write(name: str, rows: list[Row], more: dict[str, Any] | None = None) -> Non
 
 
 def run(name: str, main: Callable[[bool], list[Row]]) -> None:
-    """A benchmark as a program: `--quick` prints its rows at toy size and writes nothing."""
+    """A benchmark as a program: `--quick` prints its rows at toy size and writes nothing.
+
+    What cannot run here is one line, with a status that `python -m benchmarks` does not count as a failure.
+    """
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}")
     parser.add_argument("--quick", action="store_true", help="toy sizes: whether it runs and outputs agree")
     quick = parser.parse_args().quick
@@ -310,7 +317,7 @@ def run(name: str, main: Callable[[bool], list[Row]]) -> None:
         rows = main(quick)
     except InputError as error:
         print(f"{name}: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(CANNOT_RUN)
     if quick:
         print(table(rows))
     else:

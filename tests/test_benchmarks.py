@@ -4,6 +4,7 @@ import copy
 import importlib
 import json
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import __main__ as every
 from benchmarks import (
     bf16,
     linear_layers,
@@ -131,6 +133,33 @@ def test_a_benchmark_that_cannot_run_is_one_line(
     with pytest.raises(SystemExit) as ended:
         side_by_side.run("some", main)
     assert ended.value.code == 2 and capsys.readouterr() == ("", "some: two processes need two cores\n")
+
+
+@pytest.mark.parametrize(("status", "said"), [(2, "cannot run here, why is said above: bf16"), (1, "failed: bf16")])
+def test_a_benchmark_that_cannot_run_here_does_not_fail_all_of_them_and_one_that_fails_does(
+    status: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[list[str]] = []
+
+    def run(command: list[str]) -> subprocess.CompletedProcess:
+        asked.append(command[2:])
+        return subprocess.CompletedProcess(command, status if "benchmarks.bf16" in command else 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--quick"])
+    with pytest.raises(SystemExit) as ended:
+        every.main()
+    assert ended.value.code == (status == 1) and capsys.readouterr().err == said + "\n"
+    assert asked == [[f"benchmarks.{name}", "--quick"] for name in [*programs(), "growth"]]
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_the_rate_in_bf16_is_measured_where_the_machine_computes_in_it(
+    has: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(side_by_side, "computes_in_bf16", lambda device: has)
+    monkeypatch.setattr(side_by_side, "product_rate", lambda multiply: 1e9)
+    assert ("bf16" in side_by_side.machine()["matrix_gflops"]) == has
 
 
 @pytest.mark.parametrize(("name", "settings"), [("prior_speed", {"batches": (1, 8)}), ("training_speed", {})])
