@@ -22,9 +22,9 @@ def find_device(name: str) -> str:
     available = here()
     if name == "auto":
         return available[0]
-    numbered = family == "cuda" and index.isdigit() and int(index) < torch.cuda.device_count()
+    numbered = family == "cuda" and index in map(str, range(torch.cuda.device_count()))
     if family not in ("auto", *available) or (colon and not numbered):
-        raise InputError(f"device {name!r} is not available here; `t2i doctor` tells what is")
+        raise InputError(f"device {name!r:.80} is not available here; `t2i doctor` tells what is")
     return name
 
 

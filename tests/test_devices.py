@@ -57,3 +57,12 @@ def test_metal_has_it_from_macos_14_on(monkeypatch, new: bool) -> None:
     for device in ("mps", None):
         with pytest.raises(InputError, match="dtype bfloat16 is not what (the device 'mps'|this machine) computes in"):
             devices.check_bf16(device)
+
+
+@pytest.mark.parametrize("index", ["2", "²", "١", "01", "9" * 5000, "-1", ""])
+def test_a_number_that_no_gpu_has_is_said_in_a_line(monkeypatch, index: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert devices.find_device("cuda:1") == "cuda:1"
+    with pytest.raises(InputError, match="device 'cuda:.* is not available here; `t2i doctor` tells what is"):
+        devices.find_device(f"cuda:{index}")
