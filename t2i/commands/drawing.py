@@ -254,7 +254,7 @@ def read_prompts(prompts: list[str] | None, file: Path | None, required: bool = 
     found = list(prompts or [])
     if file is not None:
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"cannot read the prompts in {str(file)!r} ({error}); it is a text file") from error
         found += [line.strip() for line in lines if line.strip()]

@@ -60,7 +60,7 @@ def read_labels(labels: str | None, file: Path | None) -> list[str]:
     found = [] if labels is None else [label.strip() for label in labels.split(",")]
     if file is not None:
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"cannot read the labels in {str(file)!r} ({error}); it is a text file") from error
         found += [line.strip() for line in lines if line.strip()]
