@@ -1,6 +1,7 @@
 """Many pictures: which are drawn together, how many fit, and which are there already."""
 
 import json
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -25,9 +26,11 @@ def check_batch_size(value: str | int | None) -> int | None:
     """Pictures at once; None for "auto", and where nothing is said. Raises InputError for anything else."""
     if value is None or value == "auto":
         return None
-    if not str(value).isdecimal() or not 1 <= int(value) <= MAX_BATCH:
-        raise InputError(f"batch-size must be auto or an integer from 1 to {MAX_BATCH}, got {value!r}")
-    return int(value)
+    text = str(value)
+    short = text.isdecimal() and len(text) <= len(str(MAX_BATCH))  # Python refuses to read very long numbers
+    if not short or not 1 <= int(text) <= MAX_BATCH:
+        raise InputError(f"batch-size must be auto or an integer from 1 to {MAX_BATCH}, got {value!r:.80}")
+    return int(text)
 
 
 def split(items: list[Item], size: int, length: Callable[[Item], int]) -> Iterator[list[Item]]:
@@ -78,19 +81,31 @@ def draw_fitting(
 def there_already(folder: Path, wanted: list[Record]) -> dict[int, Path]:
     """By number in `wanted`, the PNG files of a folder that say that they were drawn so; of several, the first.
 
-    What cannot be read, or says nothing, is none of them.
+    What cannot be read to its end, or says nothing, is none of them.
     """
     numbers = {key_of(record): number for number, record in enumerate(wanted)}
     found: dict[int, Path] = {}
     for path in sorted(folder.glob("*.png")) if folder.is_dir() else []:
         try:
-            with Image.open(path, formats=["PNG"]) as image:
-                said = json.loads(image.info.get("t2i", "null"))
-        except (OSError, ValueError, SyntaxError, RecursionError):
+            if (number := number_of(path, numbers)) is not None:
+                found.setdefault(number, path)
+        except (OSError, ValueError, SyntaxError, IndexError, RecursionError, Image.DecompressionBombError):
             continue
-        if isinstance(said, dict) and (number := numbers.get(key_of(said))) is not None:
-            found.setdefault(number, path)
     return found
+
+
+def number_of(path: Path, numbers: dict[str, int]) -> int | None:
+    """The number under the key that a PNG file says, if it is whole; raises what Pillow does for what is no picture."""
+    if not path.is_file():  # a pipe would block
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # nothing is decoded
+        with Image.open(path, formats=["PNG"]) as image:
+            said = json.loads(image.info.get("t2i", "null"))
+            number = numbers.get(key_of(said)) if isinstance(said, dict) else None
+            if number is not None:
+                image.verify()  # the text stands before the pixels, which a crash or a bad disk may have cut or changed
+            return number
 
 
 def key_of(record: Record) -> str:

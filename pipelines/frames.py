@@ -7,7 +7,16 @@ from typing import Any
 from PIL import Image
 from torch import Generator
 
-from pipelines.generation import check_out, check_seed, load_pipeline, recorded, to_png, with_upsampler, write_new
+from pipelines.generation import (
+    check_out,
+    check_seed,
+    load_pipeline,
+    name_of,
+    recorded,
+    to_png,
+    with_upsampler,
+    write_new,
+)
 from pipelines.interpolation import InterpolationPipeline, check_anchors, mixing_weights
 from pipelines.inversion import INVERSION
 from pipelines.options import split_options
@@ -58,7 +67,7 @@ def interpolate_files(
     images = pipeline(known, weights, frames, inverted, generator, **settings).images
 
     used: dict[str, Any] = {"anchors": [Path(one).name if isinstance(one, Path) else one for one in anchors]}
-    used |= {"weights": weights, "seed": seed, "model": Path(model).name, "inverted": inverted}
+    used |= {"weights": weights, "seed": seed, "model": name_of(model), "inverted": inverted}
     by_prior = any(isinstance(anchor, str) for anchor in anchors)
     used |= recorded(settings, pipeline.usual, pipeline.prior if by_prior else None, upsampler, prior, clip)
     name = "strip" if strip else "mix" if weights else "frame"

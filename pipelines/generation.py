@@ -30,7 +30,7 @@ from pipelines.options import PriorOptions, split_options
 from pipelines.text2image import Text2ImagePipeline
 from pipelines.upsample import UpsamplePipeline
 from t2i import __version__
-from t2i.checkpoint import brief_digest
+from t2i.checkpoint import brief_digest, described_schedulers
 from t2i.data.pictures import open_picture
 from t2i.devices import check_bf16, find_device
 from t2i.errors import InputError
@@ -133,7 +133,7 @@ def generate_files(
     for name in ("negative_prompt", "decoder_negative_prompt"):
         check_texts(name, [settings[name]] if name in settings else [])
     split_options({name: value for name, value in settings.items() if not name.endswith("negative_prompt")})
-    check_out(out, total)
+    check_out(out, total, share)
     pipeline: Text2ImagePipeline = load_pipeline(
         model, share.device(device), Text2ImagePipeline, prior, dtype, clip, compile
     )
@@ -161,7 +161,8 @@ def generate_files(
     used = recorded(settings, pipeline.usual, pipeline.prior if prompts else None, upsampler, prior, clip)
     if dtype is not None:
         used["dtype"] = dtype
-    used["weights"] = brief_digest({name: getattr(pipeline, name) for name in DRAWING})
+    weights = {name: getattr(pipeline, name) for name in DRAWING}
+    used["weights"] = brief_digest(weights, described_schedulers(pipeline.components))
 
     def fitting(size: int) -> int:
         free = room(pipeline.device).shared(share.on_machine).free
@@ -189,7 +190,7 @@ def upsample_files(
     used = {name: settings.get(name, defaults[name].default) for name in ("num_inference_steps", "level")}
     for i, (path, picture) in enumerate(zip(pictures, read)):
         drawn = pipeline(picture, times, generator=Generator().manual_seed(seed + i), **settings).images[0]
-        record = {"picture": path.name, "seed": seed + i, "model": Path(upsampler).name, "upsample": times, **used}
+        record = {"picture": path.name, "seed": seed + i, "model": name_of(upsampler), "upsample": times, **used}
         yield write_new(out, path.stem, seed + i, to_png(drawn, record))
 
 
@@ -213,7 +214,7 @@ def write_drawn(
     resume: not what `out` holds already. share: of the batches, with several processes. fitting: how many of a batch
     to begin with, where that is ours to choose. device: the one that draws.
     """
-    written = [{**one, "seed": seed + i, "model": Path(model).name, **used} for i, one in enumerate(records)]
+    written = [{**one, "seed": seed + i, "model": name_of(model), **used} for i, one in enumerate(records)]
     size = min(batch_size or AUTO, -(-len(records) // share.processes))  # each has something to do
     # Batches are made before anything is left out, for all processes to make the same.
     batches = split(list(range(len(records))), size, lambda i: len(str(records[i].get("prompt", ""))))
@@ -310,12 +311,17 @@ def recorded(
     else:
         defaults |= {name: of_prior[name] for name in RECORDED_OF_PRIOR}
     if upsampler is not None:
-        settings = settings | {"upsampler": Path(upsampler).name}
+        settings = settings | {"upsampler": name_of(upsampler)}
     if named is not None:
-        settings = settings | {"prior": Path(named).name}
+        settings = settings | {"prior": name_of(named)}
     if clip is not None:
-        settings = settings | {"clip": Path(clip).name}
+        settings = settings | {"clip": name_of(clip)}
     return {name: plain_value(value) for name, value in (defaults | settings).items()}
+
+
+def name_of(model: str) -> str:
+    """A model's name in a picture: of a folder, its own, also where it was named "."; of the hub's, the last part."""
+    return (Path(model).resolve() if Path(model).is_dir() else Path(model)).name
 
 
 def plain_value(value: Any) -> Any:
@@ -325,15 +331,16 @@ def plain_value(value: Any) -> Any:
     return asdict(value) if isinstance(value, Guidance) else value
 
 
-def check_out(out: Path, total: int) -> None:
+def check_out(out: Path, total: int, share: Share = ALONE) -> None:
     if out.suffix == ".png":
         if total != 1:
             raise InputError(f"out is one file, {str(out)!r}, but {total} pictures are asked for; give a folder")
-        if out.exists():
+        if share.number == 0 and out.exists():  # the only one that draws: others may start when it has
             raise InputError(f"{str(out)!r} exists and is not overwritten; give another name")
     elif out.exists() and not out.is_dir():
         raise InputError(f"out is {str(out)!r}, which is a file; give a folder, or a name that ends in .png")
-    parent = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    folder = out.absolute().parent if out.suffix == ".png" else out.absolute()
+    parent = next(one for one in (folder, *folder.parents) if one.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"out is {str(out)!r}, where nothing can be written; give a folder that is yours")
 

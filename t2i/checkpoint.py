@@ -226,10 +226,11 @@ def weights_digest(model: Module, more: str = "") -> str:
     return tensors_digest(model.state_dict(), more)
 
 
-def brief_digest(models: Mapping[str, Module | None]) -> str:
-    """16 hexadecimal digits for the weights of models by name: for the names, the shapes and the first `FIRST` values
-    of their tensors, as float32. Cheap for large ones, of which little is read; the same wherever they are."""
-    hasher = hashlib.sha256()
+def brief_digest(models: Mapping[str, Module | None], more: str = "") -> str:
+    """16 hexadecimal digits for the weights of models by name (and some text): for the names, the shapes and the first
+    `FIRST` values of their tensors, as float32. Cheap for large ones, of which little is read; the same wherever they
+    are."""
+    hasher = hashlib.sha256(more.encode())
     for part, model in models.items():
         weights = {} if model is None else {name: one for name, one in model.state_dict().items() if not one.is_meta}
         hasher.update(repr([part, [(name, tuple(one.shape)) for name, one in weights.items()]]).encode())
@@ -237,6 +238,16 @@ def brief_digest(models: Mapping[str, Module | None]) -> str:
         if first:
             hasher.update(torch.cat(first).cpu().numpy().tobytes())
     return hasher.hexdigest()[:16]
+
+
+def described_schedulers(components: Mapping[str, object]) -> str:
+    """What the configurations of a pipeline's schedulers say, as JSON; not where they lie or what read them."""
+    said = {
+        name: {"class": type(one).__name__} | {key: value for key, value in one.config.items() if key[0] != "_"}
+        for name, one in components.items()
+        if isinstance(one, SchedulerMixin)
+    }
+    return json.dumps(said, sort_keys=True)
 
 
 def stored_digest(folder: Path) -> str:

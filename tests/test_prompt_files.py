@@ -5,9 +5,11 @@ import logging
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,8 @@ from torch import nn
 from pipelines import batches, generation
 from pipelines.batches import draw_fitting, in_order, split, there_already
 from t2i.checkpoint import brief_digest
+from t2i.commands.drawing import read_prompts
+from t2i.commands.seeing import read_labels
 from t2i.errors import InputError
 from t2i.memory import Room
 from t2i.shares import Share, this_share
@@ -124,32 +128,45 @@ def test_two_processes_draw_what_one_does_and_go_on_when_one_was_killed(monkeypa
 def test_what_is_there_already_is_not_drawn_again(monkeypatch, capsys, caplog, command, tmp_path):
     assert run(monkeypatch, capsys, *command("out"))[0] == 0
     files = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    lost, damaged, renamed = sorted(files)[:3]
+    lost, damaged, renamed, cut = sorted(files)[:4]
     lost.unlink()
     damaged.write_bytes(b"\x89PNG and no more")
+    cut.write_bytes(files[cut][:-100])  # what it is of can be read
     renamed.rename(tmp_path / "out" / "another name.png")
     with caplog.at_level(logging.WARNING):
         status, out, _ = run(monkeypatch, capsys, *command("out"))
-    assert status == 0 and len(out.splitlines()) == 2 and "3 of 5 pictures are in" in caplog.text
+    assert status == 0 and "2 of 5 pictures are in" in caplog.text
     assert (pixels(lost).shape == (32, 32, 3)) and str(lost) in out.splitlines()
-    drawn = next(path for path in map(Path, out.splitlines()) if path != lost)
-    assert drawn.name == f"{damaged.stem}-2.png"  # nothing is overwritten
+    drawn = {path.name for path in map(Path, out.splitlines()) if path != lost}
+    assert drawn == {f"{damaged.stem}-2.png", f"{cut.stem}-2.png"}  # nothing is overwritten
     # Other settings are other pictures.
     status, out, _ = run(monkeypatch, capsys, *command("out", "--guidance-scale", 3))
     assert status == 0 and len(out.splitlines()) == 5
 
 
-@pytest.mark.parametrize("part", ["prior", "decoder", "autoencoder"])
-def test_another_model_of_the_same_name_draws_its_own(monkeypatch, capsys, command, pipeline_folder, tmp_path, part):
-    said = {}
-    for name in ("a", "b"):
-        shutil.copytree(pipeline_folder, tmp_path / name / "pipeline")
-    (file,) = (tmp_path / "b" / "pipeline" / part).glob("*.safetensors")
+def change_weights(folder):
+    (file,) = folder.glob("*.safetensors")
     tensors = load_file(file)
     for tensor in tensors.values():
         tensor.view(-1)[:1].mul_(1.5)
     save_file(tensors, file)
-    for name, new in (("a", 5), ("b", 5), ("b", 0), ("a", 0)):
+
+
+def change_prediction(folder):
+    file = folder / "scheduler_config.json"
+    config = json.loads(file.read_text())
+    config["prediction_type"] = "sample" if config["prediction_type"] == "epsilon" else "epsilon"
+    file.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("part", ["prior", "decoder", "autoencoder", "decoder_scheduler"])
+def test_another_model_of_the_same_name_draws_its_own(monkeypatch, capsys, command, pipeline_folder, tmp_path, part):
+    said = {}
+    for name in ("a", "b", "a elsewhere"):
+        shutil.copytree(pipeline_folder, tmp_path / name / "pipeline")
+    change = change_prediction if part.endswith("scheduler") else change_weights
+    change(tmp_path / "b" / "pipeline" / part)
+    for name, new in (("a", 5), ("b", 5), ("b", 0), ("a elsewhere", 0)):
         status, out, err = run(monkeypatch, capsys, *command("out", "--model", tmp_path / name / "pipeline"))
         assert status == 0 and len(out.splitlines()) == new, err
         for path in out.splitlines():
@@ -200,6 +217,55 @@ def test_a_folder_of_anything_is_looked_through(tmp_path):
     (tmp_path / "said.png").write_bytes(generation.to_png(Image.new("RGB", (4, 4)), record))
     assert there_already(tmp_path, [{"prompt": "a dog", "seed": 3}, record]) == {1: tmp_path / "said.png"}
     assert there_already(tmp_path / "nowhere", [record]) == {}
+
+
+def test_a_picture_whose_pixels_are_damaged_is_not_there(tmp_path):
+    record = {"prompt": "a cat", "seed": 3}
+    whole = generation.to_png(Image.radial_gradient("L"), record)
+    changed = bytearray(whole)
+    changed[whole.index(b"IDAT") + 50] ^= 1
+    for name, content in (("a", whole[: len(whole) // 2]), ("b", changed), ("c", whole[:-12])):
+        (tmp_path / f"{name}.png").write_bytes(content)
+    assert there_already(tmp_path, [record]) == {}
+    (tmp_path / "d.png").write_bytes(whole)
+    assert there_already(tmp_path, [record]) == {0: tmp_path / "d.png"}
+
+
+def test_huge_pictures_and_pipes_of_others_are_passed_over(tmp_path, recwarn):
+    for side in (10_000, 30_000):
+        parts = (b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0), b"IDAT")
+        chunks = [struct.pack(">I", len(one) - 4) + one + struct.pack(">I", zlib.crc32(one)) for one in parts]
+        (tmp_path / f"{side}.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    os.mkfifo(tmp_path / "pipe.png")
+    record = {"prompt": "a cat", "seed": 3}
+    (tmp_path / "said.png").write_bytes(generation.to_png(Image.new("RGB", (4, 4)), record))
+    assert there_already(tmp_path, [record]) == {0: tmp_path / "said.png"}
+    assert not recwarn.list
+
+
+def test_a_mark_of_the_byte_order_is_no_part_of_a_prompt_or_a_label(tmp_path):
+    (file := tmp_path / "texts.txt").write_text("a cat\na dög\n", encoding="utf-8-sig")
+    assert read_prompts([], file) == read_labels(None, file) == ["a cat", "a dög"]
+
+
+def test_of_two_processes_only_the_one_that_draws_needs_a_free_file(monkeypatch, capsys, pipeline_folder, tmp_path):
+    command = ["generate", "red circle", "--seed", 3, "--model", pipeline_folder, "--out", tmp_path / "o.png", *QUICK]
+    for rank, status in ((0, 0), (1, 0), (0, 2)):
+        for name, value in zip(LAUNCHER, (rank, 2, rank, 2)):
+            monkeypatch.setenv(name, str(value))
+        found, out, err = run(monkeypatch, capsys, *command)
+        assert found == status, err
+        assert (len(out.splitlines()), "is not overwritten" in err) == (int(status == rank == 0), status == 2)
+
+
+def test_a_model_has_its_folders_name_however_it_is_named(monkeypatch, capsys, command, pipeline_folder, tmp_path):
+    assert run(monkeypatch, capsys, *command("out"))[0] == 0
+    with Image.open(tmp_path / "out" / "blue-2.png") as image:
+        assert json.loads(image.info["t2i"])["model"] == pipeline_folder.name
+    monkeypatch.chdir(pipeline_folder)
+    status, out, err = run(monkeypatch, capsys, *command("out", "--model", "."))
+    assert (status, out) == (0, ""), err
+    assert generation.name_of("org/a-model") == "a-model"  # the hub's
 
 
 @pytest.mark.parametrize(
@@ -258,6 +324,7 @@ def test_one_picture_that_does_not_fit_and_other_failures_are_not_tried_again():
     ("more", "launched", "message"),
     [
         (["--batch-size", "0"], (), "batch-size must be auto or an integer from 1 to 1024, got '0'"),
+        (["--batch-size", "9" * 5000], (), "batch-size must be auto or an integer from 1 to 1024, got '9999"),
         (["--batch-size", "many"], (), "batch-size must be auto or an integer from 1 to 1024, got 'many'"),
         (["--dtype", "int8"], (), "dtype must be one of fp32, bf16, fp16; got 'int8'"),
         (["--dtype", "bf16", "--dtype", "fp32"], (), "dtype is given twice for all parts: bfloat16 and float32"),
