@@ -7,10 +7,13 @@ On GPUs, `accelerate launch -m benchmarks.training_step` tells the rate of as ma
 """
 
 import os
+import select
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 
@@ -22,6 +25,7 @@ from t2i.linear import is_faster, product
 STEPS = 6  # a turn: less is mostly noise
 WARM_UP = 20  # until captions of most lengths were met, and memory for them is held
 PRODUCTS = 12  # of 2048 x 2048
+PATIENCE = 600  # seconds for a turn; the first has imports and the warm-up
 
 
 def main(quick: bool) -> list[Row]:
@@ -81,33 +85,48 @@ class Trainer:
         told = {"OMP_NUM_THREADS": 1, "MKL_NUM_THREADS": 1, "ACCELERATE_USE_CPU": "true", **several}
         settings = os.environ | {name: str(value) for name, value in told.items()}
         command = [sys.executable, "-m", "benchmarks.training_processes", path, str(core)]
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, env=settings, stdin=pipe, stdout=pipe, text=True)
+        who = f"rank {place['RANK']} of {place['WORLD_SIZE']}" if place else "one alone"
+        self.name = f"{who} on core {core}"
+        self.process = subprocess.Popen(command, bufsize=0, env=settings, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.told, self.answers = self.process.stdin, self.process.stdout
 
     def ask(self, what: str) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(what + "\n")
-        self.process.stdin.flush()
-
-    def wait(self) -> None:
-        assert self.process.stdout is not None
-        answer = self.process.stdout.readline()
-        while answer and answer != "done\n":  # what libraries print
-            answer = self.process.stdout.readline()
-        if not answer:
-            raise RuntimeError("a process of the benchmark ended; its message is above")
+        with suppress(BrokenPipeError):  # of one that ended, as whoever waits for it will find
+            self.told.write(f"{what}\n".encode())
 
     def end(self) -> None:
         self.process.kill()
         self.process.communicate()
 
 
+def wait(trainers: list[Trainer]) -> None:
+    """Until all are done. Raises RuntimeError once one has ended, or where they are not done in time.
+
+    All are looked at together, for where one ends another may wait for it in vain.
+    """
+    said = {trainer.answers: b"" for trainer in trainers}
+    names = {trainer.answers: trainer.name for trainer in trainers}
+    waited_for, deadline = set(said), time.monotonic() + PATIENCE
+    while waited_for:
+        ready = select.select(list(waited_for), [], [], max(0, deadline - time.monotonic()))[0]
+        if not ready:
+            late = ", ".join(names[one] for one in said if one in waited_for)
+            raise RuntimeError(f"not done within {PATIENCE} s: {late}")
+        for one in ready:
+            part = os.read(one.fileno(), 2**16)
+            if not part:
+                raise RuntimeError(f"a process of the benchmark ended, {names[one]}; its message is above")
+            said[one] += part
+            if b"done" in said[one].splitlines() and said[one].endswith(b"\n"):  # besides what libraries print
+                waited_for.remove(one)
+
+
 def turn(trainers: list[Trainer], what: str) -> Callable[[], None]:
     def work() -> None:
         for trainer in trainers:
             trainer.ask(what)
-        for trainer in trainers:
-            trainer.wait()
+        wait(trainers)
 
     return work
 

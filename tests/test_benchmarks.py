@@ -3,6 +3,7 @@
 import copy
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from benchmarks import (
     side_by_side,
     starting,
     training_limits,
+    training_processes,
     training_speed,
 )
 from benchmarks.__main__ import programs
@@ -247,3 +249,26 @@ def test_memory_that_is_not_told_is_no_row(monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setattr(starting, "loading", lambda folder: (None, 100))
     assert starting.loading_row("some model", Path(), 2) is None
     assert capsys.readouterr().err.startswith("what loading some model takes is not measured: ")
+
+
+of_cores = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processes have no cores of their own")
+
+
+@of_cores
+def test_a_process_that_ends_is_told_while_another_is_still_waited_for() -> None:
+    path, core, none = "configs/tiny/prior.yaml", min(os.sched_getaffinity(0)), 10**6
+    waits, ends = trainers = [training_processes.Trainer(path, one, {}, 0) for one in (core, none)]
+    try:
+        ends.ask("ready")
+        with pytest.raises(RuntimeError, match=f"ended, one alone on core {none}; its message is above"):
+            training_processes.wait([waits, ends])
+    finally:
+        for trainer in trainers:
+            trainer.end()
+
+
+@of_cores
+def test_processes_that_are_late_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_processes, "PATIENCE", 0)
+    with pytest.raises(RuntimeError, match=r"^not done within 0 s: rank 0 of 2 on core \d+, rank 1 of 2 on core \d+$"):
+        training_processes.processes("prior", "tiny", 1)
