@@ -21,7 +21,12 @@ from torch.utils._pytree import tree_leaves
 from t2i.config import TrainConfig
 
 MARGIN = 2.0  # times what was counted, where the choice is ours: what is freed is not all given back (docs/speed.md)
-OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
+# The last is oneDNN's. What it says of a primitive's descriptor is of shapes and dtypes that it does not compute.
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|not enough memory|bad_alloc|_STATUS_ALLOC_FAILED"
+    r"|could not (?:create|execute) a primitive(?! descriptor)",
+    re.IGNORECASE,
+)
 
 
 class Room(NamedTuple):
@@ -161,7 +166,7 @@ class FusedAttention(TorchFunctionMode):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of a device, of torch's allocator for processors (both a RuntimeError), or of Python."""
+    """Of a device, of torch's allocator for processors, of the kernels' (all a RuntimeError), or of Python."""
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
     )

@@ -91,7 +91,8 @@ def test_running_out_of_memory_says_what_takes_less(tmp_path):
     least = r", or with train\.gradient_checkpointing=true\. The last checkpoint is kept"
     advice = rf"the same samples a step take less with train\.batch_size=1 train\.gradient_accumulation=3{least}"
     amounts = {"memory": "2.50 GiB", "allocator": "4194304.00 GiB", "python": "an unknown amount"}
-    for name, amount in amounts.items():  # of a device, of torch's allocator, of Python
+    amounts["kernel"] = amounts["python"]
+    for name, amount in amounts.items():  # of a device, of torch's allocator, of Python, of a kernel's
         said = rf"with train\.batch_size=3: it needs {amount} more at once, [\d.]+ GiB of [\d.]+ GiB are free; {advice}"
         with pytest.raises(RunError, match=said):
             tiny_run.run(tmp_path / name, f"{name}:0:5")
