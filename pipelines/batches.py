@@ -55,27 +55,34 @@ def in_order(found: Iterable[tuple[int, Drawn]], expected: list[int]) -> Iterato
 def draw_fitting(
     draw: Callable[[list[Item]], list[Drawn]],
     items: list[Item],
+    size: int,
     automatic: bool,
     device: torch.device | str = "cpu",
-) -> list[Drawn]:
-    """`draw(items)`, on a device; if memory does not suffice and the batch's size was left to us, in halves.
+) -> Iterator[tuple[Item, Drawn]]:
+    """Each item with what `draw` makes of it, on a device, in batches of `size`.
 
-    Raises InputError, with what was needed and what there is, where it cannot be halved or was asked for as it is.
+    Where memory does not suffice and the size was left to us, it is halved, from then on. Raises InputError, with what
+    was needed and what there is, where it cannot be halved or was asked for as it is.
     """
-    try:
-        return draw(items)
-    except DoesNotFit as error:  # before anything was drawn
-        said, fewer = error.said, error.fewer
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        said = f"a batch of {len(items)} does not fit into memory: {needed(str(error))}, {room(device)}"
-        fewer = len(items) // 2
-    if automatic and len(items) > 1:
-        half = (len(items) + 1) // 2
-        return [one for part in (items[:half], items[half:]) for one in draw_fitting(draw, part, True, device)]
-    smaller = f"give --batch-size {fewer} or auto" if fewer else "ask for smaller pictures"
-    raise InputError(f"{said}; {smaller}")
+    start = 0
+    while part := items[start : start + size]:
+        try:
+            made = draw(part)
+        except DoesNotFit as error:  # before anything was drawn
+            said, fewer = error.said, error.fewer
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            said = f"a batch of {len(part)} does not fit into memory: {needed(str(error))}, {room(device)}"
+            fewer = len(part) // 2
+        else:
+            yield from zip(part, made)
+            start += len(part)
+            continue
+        if not automatic or len(part) == 1:
+            smaller = f"give --batch-size {fewer} or auto" if fewer else "ask for smaller pictures"
+            raise InputError(f"{said}; {smaller}")
+        size = (len(part) + 1) // 2
 
 
 def there_already(folder: Path, wanted: list[Record]) -> dict[int, Path]:

@@ -229,11 +229,9 @@ def write_drawn(
 
     def found() -> Iterator[tuple[int, Path]]:
         at_once = size if batch_size is not None or not left else fitting(size)
-        for start in range(0, len(left), at_once):
-            part = left[start : start + at_once]
-            for i, image in zip(part, draw_fitting(drawn, part, batch_size is None, device)):
-                name = str(next(iter(records[i].values())))
-                yield i, write_new(out, name, seed + i, to_png(image, written[i]))
+        for i, image in draw_fitting(drawn, left, at_once, batch_size is None, device):
+            name = str(next(iter(records[i].values())))
+            yield i, write_new(out, name, seed + i, to_png(image, written[i]))
 
     yield from in_order(found(), sorted(left))
 

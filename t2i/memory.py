@@ -51,14 +51,16 @@ def give_back() -> None:
 
 
 def room(device: torch.device | str = "cpu") -> Room:
-    """What there is now: of a GPU, with what torch keeps for itself there; else of the machine, or of the container."""
+    """What there is now: of a GPU, with what torch keeps for itself there; else of the machine, of the container, or
+    of this process alone, whichever has least.
+    """
     device = torch.device(device)
     if device.type == "cuda":
         free, whole = torch.cuda.mem_get_info(device)
         return Room(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), whole, True)
     memory = psutil.virtual_memory()
     free, whole = memory.available, memory.total
-    for limit, used in container_limits():
+    for limit, used in chain(container_limits(), own_limits()):
         free, whole = min(free, max(0, limit - used)), min(whole, limit)
     return Room(free, whole)
 
@@ -85,6 +87,16 @@ def container_limits(groups: Path = Path("/proc/self/cgroup"), root: Path = Path
             except (OSError, ValueError):  # not there, or "max"
                 continue
             yield limit, used - sum(int(stat.get(f"{total}{pages}_file", 0)) for pages in ("active", "inactive"))
+
+
+def own_limits() -> Iterator[tuple[int, int]]:
+    """The limit of this process's addresses (`ulimit -v`), where there is one, and how many it has."""
+    with suppress(ImportError):  # Windows
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit != resource.RLIM_INFINITY:
+            yield limit, psutil.Process().memory_info().vms
 
 
 def peak(model: nn.Module, work: Callable[[Any], object]) -> int | None:

@@ -1,5 +1,7 @@
 """What a batch needs, counted before it is drawn; what there is; and what is refused, or halved, then."""
 
+import platform
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +96,21 @@ def test_there_is_memory_here_and_not_more_than_the_machine_has() -> None:
     assert str(there).endswith(f"{there.whole / 2**30:.2f} GiB are free")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+def test_a_limit_of_the_process_bounds_what_there_is() -> None:
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = psutil.Process().memory_info().vms + 2**29
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    try:
+        there = room()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    assert there.whole == min(limit, room().whole) and 0 < there.free <= 2**29
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are not asked")
 def test_what_was_freed_is_given_back_to_the_system() -> None:
     process = psutil.Process()
     pieces = [torch.ones(2**14) for _ in range(2000)]  # 128 MB, in pieces that the C library keeps for later
@@ -227,3 +244,19 @@ def test_a_batch_that_is_left_to_us_begins_with_what_fits(tmp_path: Path) -> Non
 
     assert drawn("auto", None) == [4, 4, 2]
     assert drawn("given", 10) == [10]
+
+
+def test_after_a_batch_that_was_halved_the_next_begin_with_what_fitted(tmp_path: Path) -> None:
+    from PIL import Image
+
+    sizes = []
+
+    def draw(records: list, generators: list) -> list[Image.Image]:
+        sizes.append(len(records))
+        if len(records) > 4:
+            raise MemoryError
+        return [Image.new("RGB", (4, 4))] * len(records)
+
+    paths = list(write_drawn(draw, [{"prompt": "a"}] * 22, 0, tmp_path, "m", {}))
+    assert sizes == [16, 8, 4, 4, 4, 4, 4, 2]
+    assert [path.stem for path in paths] == [f"a-{seed}" for seed in range(22)]

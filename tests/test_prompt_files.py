@@ -290,12 +290,12 @@ def test_a_batch_that_does_not_fit_is_halved_or_said(failure):
             raise failure
         return [item * 10 for item in items]
 
-    assert draw_fitting(draw, [1, 2, 3, 4, 5], automatic=True) == [10, 20, 30, 40, 50]
-    assert sizes == [5, 3, 2, 1, 2]
+    assert list(draw_fitting(draw, [1, 2, 3, 4, 5], 5, automatic=True)) == [(i, 10 * i) for i in range(1, 6)]
+    assert sizes == [5, 3, 2, 2, 1]
     amount = "2.50 GiB more" if re.search("2.50|2684354560", str(failure)) else "an unknown amount more"
     said = rf"a batch of 6 does not fit into memory: it needs {amount} at once, [\d.]+ GiB of [\d.]+ GiB are free"
     with pytest.raises(InputError, match=said + "; give --batch-size 3 or auto"):
-        draw_fitting(draw, [0] * 6, automatic=False)
+        list(draw_fitting(draw, [0] * 6, 6, automatic=False))
 
 
 def test_the_memory_that_is_named_is_that_of_the_device_that_draws(monkeypatch):
@@ -308,7 +308,7 @@ def test_the_memory_that_is_named_is_that_of_the_device_that_draws(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
     for device, said in (("cpu", r"GiB are free; "), ("cuda", r"1\.00 GiB of 2\.00 GiB are free on the device; ")):
         with pytest.raises(InputError, match=said):
-            draw_fitting(draw, [1], automatic=True, device=device)
+            list(draw_fitting(draw, [1], 1, automatic=True, device=device))
 
 
 def test_one_picture_that_does_not_fit_and_other_failures_are_not_tried_again():
@@ -316,7 +316,7 @@ def test_one_picture_that_does_not_fit_and_other_failures_are_not_tried_again():
         raise MemoryError
 
     with pytest.raises(InputError, match="a batch of 1 does not fit .*; ask for smaller pictures"):
-        draw_fitting(draw, [1], automatic=True)
+        list(draw_fitting(draw, [1], 1, automatic=True))
 
     for said in ("a size does not match", "could not create a primitive descriptor for the matmul primitive"):
 
@@ -324,7 +324,7 @@ def test_one_picture_that_does_not_fit_and_other_failures_are_not_tried_again():
             raise RuntimeError(said)
 
         with pytest.raises(RuntimeError, match=f"^{said}"):
-            draw_fitting(broken, [1, 2], automatic=True)
+            list(draw_fitting(broken, [1, 2], 2, automatic=True))
 
 
 @pytest.mark.parametrize(
