@@ -87,7 +87,7 @@ def load_pipeline(
             check_bf16(device)
     if compile:
         options["compile"] = True
-    return kind.from_pretrained(model, **options).to(device)
+    return kind.from_pretrained(model, **options).to(device, silence_dtype_warnings=True)  # fp16 draws on CPUs too
 
 
 def with_upsampler(pipeline: Drawing, folder: str | None, dtype: str | dict[str, str] | None = None) -> Drawing:
@@ -95,7 +95,8 @@ def with_upsampler(pipeline: Drawing, folder: str | None, dtype: str | dict[str,
     if folder is None:
         return pipeline
     loaded = UpsamplePipeline.from_pretrained(folder)
-    parts = loaded.to(pipeline.device, dtype=dtype_of(torchs(dtype), "upsampler")).components
+    wanted = dtype_of(torchs(dtype), "upsampler")
+    parts = loaded.to(pipeline.device, dtype=wanted, silence_dtype_warnings=True).components
     names = ("upsampler", "upsampler_scheduler")
     return type(pipeline).from_pipe(pipeline, **{name: parts[name] for name in names})
 
@@ -120,8 +121,8 @@ def generate_files(
 
     Picture i has seed `seed + i`; prompt, seed and settings are written into the PNG. Without prompts the decoder is
     told nothing, and `settings["steering"]` decides what is drawn. `upsampler`: a folder, in place of the model's own;
-    `prior` and `clip` likewise. batch_size: pictures at once, or "auto", which is as many as fit. resume: what is in
-    `out` already is not drawn again. Of several processes each draws its share (`t2i.shares`).
+    `prior` and `clip` likewise. batch_size: pictures at once, or "auto": 16, or fewer if they do not fit. resume:
+    what is in `out` already is not drawn again. Of several processes each draws its share (`t2i.shares`).
     """
     size = check_batch_size(batch_size)
     share = this_share()
@@ -210,7 +211,7 @@ def write_drawn(
     """Draw a picture for each record, in batches, and write each as soon as its batch is done; paths in order.
 
     Picture i has seed `seed + i`; its record (the prompt, the names of pictures), seed and what was `used`, see
-    `recorded`, are written into the PNG, and its first value names the file. batch_size: None is as many as fit.
+    `recorded`, are written into the PNG, and its first value names the file. batch_size: None is up to 16.
     resume: not what `out` holds already. share: of the batches, with several processes. fitting: how many of a batch
     to begin with, where that is ours to choose. device: the one that draws.
     """

@@ -11,7 +11,7 @@ from torch import nn
 from pipelines.options import DecoderOptions, PriorOptions
 from t2i.errors import InputError
 from t2i.guidance import Guidance
-from t2i.memory import MARGIN, gigabytes, give_back, peak, room
+from t2i.memory import MARGIN, give_back, in_units, peak, room
 from t2i.priors import candidates_drawn
 from t2i.unet_steps import is_known, packs
 from t2i.upsampler import LowResolution
@@ -55,7 +55,7 @@ def check_fits(
     if needs(count) <= there.free * OVERCOUNTED:
         return
     safe, least = (halved(needs, count, there.free * part) for part in (1 / MARGIN, OVERCOUNTED))
-    said = f"a batch of {count} does not fit into memory: it needs {gigabytes(needs(count))}, {there}"
+    said = f"a batch of {count} does not fit into memory: it needs {in_units(needs(count))}, {there}"
     raise DoesNotFit(said + f" for each of {processes} processes" * (processes > 1), safe or least)
 
 

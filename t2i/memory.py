@@ -37,7 +37,7 @@ class Room(NamedTuple):
     on_device: bool = False
 
     def __str__(self) -> str:
-        return f"{gigabytes(self.free)} of {gigabytes(self.whole)} are free{' on the device' * self.on_device}"
+        return f"{in_units(self.free)} of {in_units(self.whole)} are free{' on the device' * self.on_device}"
 
     def shared(self, processes: int) -> "Room":
         """The share of one of so many processes of a machine; a device is a process's own."""
@@ -189,7 +189,7 @@ def needed(message: str) -> str:
     found = re.search(r"allocate ([\d.]+ ?(?:bytes|[KMGT]i?B))", message)
     amount = found.group(1) if found else "an unknown amount"
     if amount.endswith("bytes"):
-        amount = gigabytes(int(float(amount.split()[0])))
+        amount = in_units(int(float(amount.split()[0])))
     return f"it needs {amount} more at once"
 
 
@@ -204,5 +204,6 @@ def smaller(config: TrainConfig) -> str:
     return f"the same samples a step take less with {', or with '.join(ways)}" if ways else "use a smaller model"
 
 
-def gigabytes(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB"
+def in_units(count: float) -> str:
+    """So many bytes, as said to people."""
+    return f"{count / 2**30:.2f} GiB" if count >= 0.1 * 2**30 else f"{count / 2**20:.2f} MiB"

@@ -112,6 +112,16 @@ def test_a_command_draws_with_the_decoder_in_bf16(monkeypatch, capsys, pipeline_
     assert said == {"all": "bfloat16", "long": "bfloat16", "one": parts, "two": parts | {"default": "float32"}}
 
 
+def test_a_command_draws_in_fp16_on_a_processor_and_does_not_say_that_it_fails(
+    monkeypatch, capsys, caplog, pipeline_folder, tmp_path
+) -> None:
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    words = ["generate", "red circle", "--model", pipeline_folder, "--out", tmp_path, "--dtype", "fp16", *QUICK]
+    status, _, err = run(monkeypatch, capsys, *words)
+    assert status == 0, err
+    assert "cannot run" not in err + caplog.text and len(list(tmp_path.glob("*.png"))) == 1
+
+
 @pytest.mark.parametrize("options", [["--dtype", "bf16"], ["--dtype", "decoder=bf16", "--device", "cpu"]])
 def test_a_command_on_a_processor_without_bf16_says_so_in_one_line(
     monkeypatch, capsys, pipeline_folder, tmp_path, options

@@ -17,7 +17,7 @@ from pipelines.memory import OVERCOUNTED, bytes_needed, check_fits, largest_half
 from pipelines.options import split_options
 from t2i.compiling import CompiledStep
 from t2i.errors import InputError
-from t2i.memory import container_limits, give_back, on_meta, peak, room
+from t2i.memory import Room, container_limits, give_back, needed, on_meta, peak, room
 
 from .test_cli import QUICK, run
 from .test_loading import ONE_EACH, load
@@ -94,6 +94,11 @@ def test_there_is_memory_here_and_not_more_than_the_machine_has() -> None:
     there = room()
     assert 0 < there.free < there.whole and not there.on_device
     assert str(there).endswith(f"{there.whole / 2**30:.2f} GiB are free")
+
+
+def test_little_is_said_in_mebibytes() -> None:
+    assert str(Room(20 * 2**20, 4 * 2**30)) == "20.00 MiB of 4.00 GiB are free"
+    assert needed("you tried to allocate 2097152 bytes") == "it needs 2.00 MiB more at once"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")

@@ -48,7 +48,7 @@ def generate(
     prior_temperature: options.PriorTemperature = None,
     upsample: options.Upsample = None,
     upsampler: options.Upsampler = None,
-    batch_size: Annotated[str | None, Option(help="Pictures at once; auto: as many as fit.")] = None,
+    batch_size: Annotated[str | None, Option(help="Pictures at once; auto: 16, or fewer if they do not fit.")] = None,
     dtype: options.Dtype = None,
     compile: options.Compile = False,
     device: options.Device = "auto",
