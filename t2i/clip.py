@@ -105,9 +105,6 @@ class CLIP(Encoder, ModelMixin):
     def read_tokenizer(self, folder: Path, root: Path) -> None:
         self.tokenizer = load_tokenizer(folder, self.config.tokenizer_kind, self.config.model["text_cfg"])
 
-    def save_tokenizer(self, folder: Path) -> None:
-        self.tokenizer.save(folder)
-
     def fingerprint(self) -> str:
         """16 hexadecimal digits for these weights and this preprocessing, the same in fp32 and fp16."""
         return weights_digest(self.net, json.dumps(self.config.preprocess, sort_keys=True))

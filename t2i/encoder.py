@@ -1,5 +1,6 @@
 """What CLIPs and text encoders have in common: a tokenizer in their folder, and a fingerprint of what they compute."""
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -9,7 +10,7 @@ from t2i.checkpoint import EXACT, check_fingerprint
 from t2i.untrusted import fetched
 
 
-class Encoder(ModelMixin, ConfigMixin):
+class Encoder(ModelMixin, ConfigMixin, ABC):
     """A model of diffusers with more in its folder than weights.
 
     Its configuration has `fingerprint`, written on saving and checked on loading, and `rounded`: the weights went
@@ -20,17 +21,18 @@ class Encoder(ModelMixin, ConfigMixin):
     files: ClassVar[list[str]] = ["*.json", "*.safetensors"]  # that are fetched of a repository on the hub
     trains: ClassVar[bool] = False  # once read
     known_identity: str | None = None
+    tokenizer: Any
 
+    @abstractmethod
     def fingerprint(self) -> str:
         """16 hexadecimal digits for the weights and all else that decides the outputs, the same in fp32 and fp16."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read_tokenizer(self, folder: Path, root: Path) -> None:
         """Of a model's folder; links in it may lead into `root`. Raises InputError."""
-        raise NotImplementedError
 
     def save_tokenizer(self, folder: Path) -> None:
-        raise NotImplementedError
+        self.tokenizer.save(folder)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:

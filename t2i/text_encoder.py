@@ -176,9 +176,6 @@ class TextEncoder(Encoder, ModelMixin):
     def read_tokenizer(self, folder: Path, root: Path) -> None:
         self.tokenizer = self.load_tokenizer(folder)
 
-    def save_tokenizer(self, folder: Path) -> None:
-        self.tokenizer.save(folder)
-
     def load_tokenizer(self, folder: Path) -> TextTokenizer:
         config = self.net.config
         pad = config.pad_token_id if isinstance(config.pad_token_id, int) else 0

@@ -78,9 +78,6 @@ class MultilingualCLIP(Encoder, ModelMixin):
     def read_tokenizer(self, folder: Path, root: Path) -> None:
         self.tokenizer = self.load_tokenizer(folder)
 
-    def save_tokenizer(self, folder: Path) -> None:
-        self.tokenizer.save(folder)
-
     def load_tokenizer(self, folder: Path) -> TextTokenizer:
         config = self.transformer.config
         check_integer("pad_token_id", config.pad_token_id, 0, config.vocab_size - 1)
