@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from t2i.autoencoder import Autoencoder, load_autoencoder
-from t2i.clip import load_clip
 from t2i.config import DataConfig
-from t2i.contact_sheet import labelled_rows, to_images
 from t2i.data import CaptionedPictures
-from t2i.perceptual import Perceptual
+from t2i.evaluation.contact_sheet import labelled_rows, to_images
+from t2i.interop.by_name import load_autoencoder, load_clip
+from t2i.networks.autoencoder import Autoencoder
+from t2i.networks.perceptual import Perceptual
 
 BATCH = 64
 CROP, ENLARGED, COLUMNS = 48, 144, 7

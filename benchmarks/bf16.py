@@ -3,8 +3,10 @@
     python -m benchmarks.bf16
 
 Two choices: the decoder and the autoencoder alone, which is where the time goes, and everything. In both, networks
-alone compute in bf16: latents, z_i, the schedulers' steps and the guidance are fp32 (`t2i.diffusion.conditional`,
-`t2i.guidance.guided`). 200 captions, half of them held out, each with its own seed; a picture shows the real emoji
+alone compute in bf16: latents, z_i, the schedulers' steps and the guidance are fp32
+(`t2i.diffusion.denoiser.conditional`,
+`t2i.diffusion.guidance.guided`). 200 captions, half of them held out, each with its own seed; a picture shows the
+real emoji
 that is nearest by `t2i.evaluation.emoji.features`.
 """
 
@@ -13,12 +15,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from t2i.pipelines import Text2ImagePipeline
 from torch import Generator, Tensor
 
 from benchmarks.side_by_side import Row, alternate, device, row, run
-from pipelines import Text2ImagePipeline
-from t2i.devices import check_bf16
 from t2i.evaluation.emoji import choose, features, read_emoji, stacked
+from t2i.runtime.devices import check_bf16
 
 ROOT = Path(__file__).resolve().parents[1]
 EMOJI, PICTURES = ROOT / "models" / "emoji", ROOT / "data" / "emoji"

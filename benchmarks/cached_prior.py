@@ -13,14 +13,14 @@ import time
 from typing import Any
 
 import torch
+from t2i.training.common.encodings import open_source
+from t2i.training.common.health import Health
+from t2i.training.common.loop import gradient, prepare, read, start, update
+from t2i.training.train_prior import Config, make_stage
 
 from benchmarks.side_by_side import synchronize
 from t2i.config import load_config
-from t2i.data.source import open_source
-from t2i.health import Health
-from t2i.loop import gradient, prepare, read, start, update
-from t2i.processes import Watch
-from training.train_prior import Config, make_stage
+from t2i.runtime.processes import Watch
 
 ROUNDS = 5
 STEPS = {"live": 4, "cached": 20}  # a round

@@ -1,11 +1,11 @@
 """The decoder's steps compiled (`compile=True`) against the same steps as they are, and what the warm-up takes."""
 
+from t2i.pipelines import Text2ImagePipeline
 from torch import Generator, Tensor
 
 from benchmarks.side_by_side import Row, alternate, device, difference, row, run
-from pipelines import Text2ImagePipeline
 from t2i.commands import SHIPPED
-from t2i.compiling import compile_steps
+from t2i.runtime.compiling import compile_steps
 
 PROMPTS = ["a red apple", "a grinning face", "a blue heart", "a dog"]
 

@@ -7,7 +7,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.side_by_side import Work, counter
-from t2i.memory import Alive
+from t2i.runtime.memory import Alive
 
 ATTENTION = ("_scaled_dot_product", "bmm")  # products of two things that both depend on the input
 KINDS = {  # of operators, by what their names contain; the first that fits

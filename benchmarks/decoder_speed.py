@@ -13,10 +13,10 @@ from torch import Generator, Tensor
 
 from benchmarks.equal_quality import CHOICES, judged
 from benchmarks.side_by_side import Row, alternate, device, difference, flops, generators, peaks, row, run
-from t2i.diffusion import draw_noise
-from t2i.interop.kandinsky import KandinskyDecoder, described
-from t2i.samplers import chosen
-from t2i.sampling import sample_decoder
+from t2i.diffusion.denoiser import draw_noise
+from t2i.diffusion.samplers import chosen
+from t2i.networks.public.kandinsky import KandinskyDecoder, described
+from t2i.sampling.sample import sample_decoder
 
 EMBED, SCALE = 320, 4.0
 SIZES = {  # Kandinsky 2.2 has (384, 768, 1152, 1536), 3 layers a level, heads of 64, latents of 96 and tokens of 768
@@ -67,7 +67,7 @@ def kandinsky_scheduler() -> DDPMScheduler:
 
 
 def ours(decoder: KandinskyDecoder, z_i: Tensor, steps: int, sampler: str | None = None) -> Callable[[], Tensor]:
-    """sampler: of `t2i.samplers`; None is the scheduler that the peer has too."""
+    """sampler: of `t2i.diffusion.samplers`; None is the scheduler that the peer has too."""
 
     def work() -> Tensor:
         scheduler = chosen(sampler, kandinsky_scheduler(), decoder)

@@ -23,12 +23,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from t2i.pipelines import ImageVariationPipeline, InterpolationPipeline, TextDiffPipeline
+from t2i.pipelines.inputs import read_pictures
 from torch import Generator, Tensor
 
-from pipelines import ImageVariationPipeline, InterpolationPipeline, TextDiffPipeline
-from pipelines.pictures import read_pictures
-from t2i.contact_sheet import labelled_rows
 from t2i.data.pictures import open_picture
+from t2i.evaluation.contact_sheet import labelled_rows
 from t2i.evaluation.emoji import features
 
 REAL, EDITS, PLAIN, BATCH = 20, 25, 8, 25  # of each split, of each split, of each picture, at a time

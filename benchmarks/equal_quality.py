@@ -16,16 +16,16 @@ from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from t2i.pipelines import Text2ImagePipeline
 from torch import Generator, Tensor
 
 from benchmarks.side_by_side import RESULTS, Row, alternate, device, difference, row, run
-from pipelines import Text2ImagePipeline
-from t2i.decoder import condition_tokens
-from t2i.diffusion import draw_noise
-from t2i.guidance import Guidance
-from t2i.samplers import make_sampler
-from t2i.sampling import sample_decoder
-from t2i.unet_decoder import UNetDecoder
+from t2i.diffusion.denoiser import draw_noise
+from t2i.diffusion.guidance import Guidance
+from t2i.diffusion.samplers import make_sampler
+from t2i.networks.decoder import condition_tokens
+from t2i.networks.unet_decoder import UNetDecoder
+from t2i.sampling.sample import sample_decoder
 
 EMOJI = Path(__file__).resolve().parents[1] / "models" / "emoji"
 STEPS, SCALE = 50, UNetDecoder.usual_guidance  # the peer's

@@ -23,19 +23,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from t2i.pipelines.options import DecoderOptions, PriorOptions
 from torch import Generator, Tensor
 
 from benchmarks.equal_quality import CHOICES, PEER, STEPS, emoji, ways
 from benchmarks.side_by_side import RESULTS, machine
-from pipelines.options import DecoderOptions, PriorOptions
 from t2i.data import Record
-from t2i.diffusion import draw_noise
+from t2i.diffusion.denoiser import draw_noise
 from t2i.evaluation.emoji import base_name, choose, features, read_emoji, stacked
 from t2i.evaluation.features import CLIPFeatures
 from t2i.evaluation.metrics import MetricSettings, compare, moments
 from t2i.evaluation.quality import score
-from t2i.sampling import split_generators
-from t2i.tensor_file import read_tensors, write_tensors
+from t2i.files.tensor_file import read_tensors, write_tensors
+from t2i.sampling.sample import split_generators
 
 KIND, BATCH = "features of drawn emoji", 32
 TENSORS = ("nearest", "features", "cosine")  # the real emoji that is nearest; CLIP's, (B, D); with the caption

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from t2i.training.common.lora import LoraConfig, add_adapters
 from torch import Tensor, nn
 
-from t2i.condition import ImageCondition, TextEncoding, TokenStates
-from t2i.interop.kandinsky import KandinskyDecoder, described
-from t2i.interop.karlo import KarloDecoder, karlo_config
-from t2i.lora import LoraConfig, add_adapters
-from t2i.prior import Prior
+from t2i.diffusion.condition import ImageCondition, TextEncoding, TokenStates
+from t2i.networks.prior import Prior
+from t2i.networks.public.kandinsky import KandinskyDecoder, described
+from t2i.networks.public.karlo import KarloDecoder, karlo_config
 
 UNET = {
     "sample_size": 64,

@@ -11,9 +11,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Generator
-
-from pipelines import (
+from t2i.pipelines import (
     ImageToImagePipeline,
     ImageVariationPipeline,
     InpaintPipeline,
@@ -23,12 +21,14 @@ from pipelines import (
     TextDiffPipeline,
     UpsamplePipeline,
 )
-from t2i.autoregressive_prior import AutoregressivePrior
-from t2i.checkpoint import load_model
-from t2i.contact_sheet import labelled_rows, similarity_matrix
+from torch import Generator
+
 from t2i.data.pictures import open_picture, to_tensor
-from t2i.guidance import Guidance
-from t2i.steering import Steering, load_classifier
+from t2i.diffusion.guidance import Guidance
+from t2i.evaluation.contact_sheet import labelled_rows, similarity_matrix
+from t2i.files.model_folder import load_model
+from t2i.networks.autoregressive_prior import AutoregressivePrior
+from t2i.sampling.steering import Steering, load_classifier
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "models"

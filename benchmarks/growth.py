@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler
+from t2i.training.common.loop import update
 from torch import Generator, Tensor, nn
 
 from benchmarks.counting import count, shares
@@ -30,10 +31,9 @@ from benchmarks.prior_speed import captions, make_prior, ours
 from benchmarks.side_by_side import RESULTS, Work, alternate, device, generators, machine, peak_memory
 from benchmarks.training_step import Steps, made_up_steps
 from t2i.commands import SHIPPED
-from t2i.linear import Linear
-from t2i.loop import update
-from t2i.sampling import sample_decoder
-from t2i.unet_decoder import UNetDecoder
+from t2i.networks.linear import Linear
+from t2i.networks.unet_decoder import UNetDecoder
+from t2i.sampling.sample import sample_decoder
 
 FIGURES, ROUNDS = RESULTS / "growth.json", 3
 Sizes = Mapping[str, int]

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from t2i.pipelines import InpaintPipeline, Text2ImagePipeline
 from torch import Generator
 
-from pipelines import InpaintPipeline, Text2ImagePipeline
-from t2i.checkpoint import load_model
 from t2i.config import DataConfig
 from t2i.data import CaptionedPictures
-from t2i.unet_decoder import UNetDecoder
+from t2i.files.model_folder import load_model
+from t2i.networks.unet_decoder import UNetDecoder
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 from diffusers import UnCLIPScheduler, UNet2DConditionModel, UNet2DModel
+from t2i.pipelines import Text2ImagePipeline
+from t2i.pipelines.base import SUPER_RESOLUTION
 from torch import Generator, Tensor
 
 from benchmarks.pipeline_speed import PROMPTS, each_way, shares
 from benchmarks.side_by_side import Row, alternate, device, difference, generators, peaks, row, run
-from pipelines import Text2ImagePipeline
-from pipelines.base import SUPER_RESOLUTION
-from t2i.diffusion import draw_noise
-from t2i.sampling import split_generators
-from t2i.upsampling import derived_generators
-from tests import interop_folders as public
-from tests.interop_karlo_folders import karlo_parts
+from t2i.diffusion.denoiser import draw_noise
+from t2i.sampling.sample import split_generators
+from t2i.sampling.upsampling import derived_generators
+from tests.helpers import public_folders as public
+from tests.helpers.karlo_folders import karlo_parts
 
 # Karlo has a prior of 20 layers of 32 heads of 64, U-Nets of (320, 640, 960, 1280), three layers a level, 64 and 256
 # pixels, and embeddings of 768.
@@ -42,7 +42,7 @@ class OfOneStage(UnCLIPScheduler):
 
 
 def parts_of_karlo(quick: bool) -> dict[str, tuple[str, Any]]:
-    """Its components with random weights, as `tests.interop_folders.save_parts` takes them."""
+    """Its components with random weights, as `tests.helpers.public_folders.save_parts` takes them."""
     from diffusers.pipelines.deprecated.unclip import UnCLIPTextProjModel
 
     torch.manual_seed(0)

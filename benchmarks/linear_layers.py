@@ -1,4 +1,5 @@
-"""Linear layers alone: `t2i.linear`, by oneDNN, beside torch's own, on the layers of a prior and the same weights."""
+"""Linear layers alone: `t2i.networks.linear`, by oneDNN, beside torch's own, on the layers of a prior and the same
+weights."""
 
 import copy
 from collections.abc import Callable
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.side_by_side import Row, alternate, device, difference, flops, relative_difference, row, run
-from t2i.linear import by_onednn
+from t2i.networks.linear import by_onednn
 
 WIDTH, DEPTH = 768, 12
 ROWS = (4, 64, 512)  # 4: one prompt with guidance, two tokens a step

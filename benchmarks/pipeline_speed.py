@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import KandinskyV22Pipeline, KandinskyV22PriorPipeline
+from t2i.pipelines import Text2ImagePipeline
 from torch import Tensor
 
 from benchmarks.decoder_speed import EMBED, kandinsky_scheduler, kandinsky_unet
 from benchmarks.side_by_side import Row, alternate, device, difference, generators, peaks, row, run, synchronize
-from pipelines import Text2ImagePipeline
-from t2i.sampling import split_generators
-from tests import interop_folders as public
-from tests.interop_kandinsky_folders import kandinsky_decoder_parts, kandinsky_prior_parts
+from t2i.sampling.sample import split_generators
+from tests.helpers import public_folders as public
+from tests.helpers.kandinsky_folders import kandinsky_decoder_parts, kandinsky_prior_parts
 
 PROMPTS = ["a red cat", "a dog", "the red dog and a cat", "a cat and a red cat and a dog"]
 STAGES = {  # of a pipeline, by its methods
@@ -34,7 +34,7 @@ PRIOR = {  # the public one has 32 heads of 64 and 20 layers
 
 
 def parts_of_kandinsky(quick: bool) -> dict[str, tuple[str, Any]]:
-    """Its components at reduced width, with random weights, as `tests.interop_folders.save_parts` takes them."""
+    """Its components at reduced width, with random weights, as `tests.helpers.public_folders.save_parts` takes them."""
     parts = kandinsky_prior_parts("2.2", "prior_") | kandinsky_decoder_parts("2.2")
     return parts | {
         "prior_prior": ("diffusers", public.tiny_prior_transformer(EMBED, **PRIOR[quick])),

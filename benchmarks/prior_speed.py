@@ -18,11 +18,11 @@ from torch import Generator, Tensor, nn
 
 from benchmarks.peers import dalle2_pytorch, is_there
 from benchmarks.side_by_side import Row, Times, alternate, device, difference, flops, generators, peaks, row, run
-from t2i.condition import TextEncoding
+from t2i.diffusion.condition import TextEncoding
+from t2i.diffusion.respaced import UnCLIPRespacedScheduler
 from t2i.interop.prior_transformer import to_prior_transformer
-from t2i.interop.scheduler import UnCLIPRespacedScheduler
-from t2i.prior import Prior
-from t2i.sampling import sample_prior
+from t2i.networks.prior import Prior
+from t2i.sampling.sample import sample_prior
 
 STEPS, SCALE, PADDED = 25, 4.0, 77
 AT_LEAST = {"diffusers": {1: 5.0, 8: 16.0, 32: 20.0}, "dalle2-pytorch": {1: 5.0, 8: 12.0, 32: 15.0}}

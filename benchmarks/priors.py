@@ -17,10 +17,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from t2i.autoregressive_prior import AutoregressivePrior
 from t2i.evaluation.priors import evaluate_prior, open_cache
-from t2i.prior import Prior
-from t2i.priors import load_prior
+from t2i.networks.autoregressive_prior import AutoregressivePrior
+from t2i.networks.prior import Prior
+from t2i.sampling.embeddings import load_prior
 
 SCALES = (1.0, 1.5, 2.0)
 TEMPERATURES = (0.0, 0.5, 1.0)
@@ -54,7 +54,8 @@ def measure(cache: str, named: list[str], count: int) -> Iterator[dict[str, Any]
 
 def pictures(model: str, data: str) -> Iterator[dict[str, Any]]:
     """CLIP scores of the held-out captions' pictures; `gain` is over one candidate, picture by picture."""
-    from pipelines.generation import load_pipeline
+    from t2i.pipelines.jobs.generation import load_pipeline
+
     from t2i.evaluation.emoji import choose, read_emoji
 
     pipeline = load_pipeline(model, "cpu")

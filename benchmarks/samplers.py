@@ -16,18 +16,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from t2i.pipelines.options import PriorOptions
+from t2i.pipelines.text2image import Text2ImagePipeline
 from torch import Generator, Tensor
 
 from benchmarks.plot import Line, Panel, plot
-from pipelines.options import PriorOptions
-from pipelines.text2image import Text2ImagePipeline
 from t2i.commands import SHIPPED
 from t2i.data import CaptionedPictures, Record
+from t2i.diffusion.samplers import SAMPLERS, make_sampler
 from t2i.evaluation.emoji import base_name, choose, features, read_emoji, stacked
 from t2i.evaluation.metrics import frechet_distance, moments
-from t2i.priors import usual_guidance
-from t2i.samplers import SAMPLERS, make_sampler
-from t2i.sampling import sample_decoder, sample_prior, split_generators
+from t2i.sampling.embeddings import usual_guidance
+from t2i.sampling.sample import sample_decoder, sample_prior, split_generators
 
 STEPS = (5, 10, 25)
 GUIDANCE = (1.5, 1.0, 3.0)  # the defaults first: what is measured is reported after each

@@ -29,10 +29,10 @@ from torch import Generator, Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import CANNOT_RUN
-from t2i.devices import computes_in_bf16
 from t2i.errors import InputError
-from t2i.linear import AVAILABLE, product
-from t2i.memory import give_back
+from t2i.networks.linear import AVAILABLE, product
+from t2i.runtime.devices import computes_in_bf16
+from t2i.runtime.memory import give_back
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "dalle2-pytorch", "numpy")

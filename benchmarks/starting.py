@@ -13,19 +13,19 @@ import sys
 import tempfile
 from pathlib import Path
 
+from t2i.pipelines import Text2ImagePipeline
 from torch import nn
 
 from benchmarks.side_by_side import Ratio, Row, alternate, ratio, row, run
-from pipelines import Text2ImagePipeline
 from t2i.commands import SHIPPED
-from t2i.prior import Prior
+from t2i.networks.prior import Prior
 
 IMPORTS = "import torch; from diffusers import DiffusionPipeline"
 COMMAND = "from t2i.cli import main; main()"
 LOADING = """
 import sys
 from benchmarks.side_by_side import peak_memory
-from pipelines.generation import load_pipeline
+from t2i.pipelines.jobs.generation import load_pipeline
 kept = []
 print(peak_memory(lambda: kept.append(load_pipeline(sys.argv[1], "cpu"))))
 models = [part for part in kept[0].components.values() if hasattr(part, "parameters")]

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from t2i.pipelines.jobs.generation import load_pipeline
+from t2i.pipelines.text2image import Text2ImagePipeline
 from torch import Generator, Tensor
 
-from pipelines.generation import load_pipeline
-from pipelines.text2image import Text2ImagePipeline
 from t2i.commands import SHIPPED
-from t2i.contact_sheet import labelled_rows, to_images
+from t2i.evaluation.contact_sheet import labelled_rows, to_images
 from t2i.evaluation.emoji import features, read_emoji, stacked
-from t2i.steering import Steering, load_classifier
+from t2i.sampling.steering import Steering, load_classifier
 
 GAMMAS = (0, 1, 2, 4, 8, 16)
 SCALES = (0, 0.5, 2)  # of CLIP

@@ -15,18 +15,18 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
+from t2i.training import train_decoder, train_prior
+from t2i.training.common.encodings import open_source
+from t2i.training.common.loop import start
 
 from benchmarks.side_by_side import Row, Times, alternate, device, row, run
 from benchmarks.training_step import QUIET, Steps, made_up_steps
 from t2i.config import load_config
 from t2i.data import Batch
 from t2i.data.dataset import Key
-from t2i.data.source import open_source
-from t2i.devices import best_precision
 from t2i.errors import InputError
-from t2i.linear import is_faster, product
-from t2i.loop import start
-from training import train_decoder, train_prior
+from t2i.networks.linear import is_faster, product
+from t2i.runtime.devices import best_precision
 
 SCRIPTS: dict[str, Any] = {"prior": train_prior, "decoder": train_decoder}
 CACHE = Path("runs/emoji/cache")

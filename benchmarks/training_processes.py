@@ -20,7 +20,7 @@ import torch
 from benchmarks.side_by_side import Ratio, Row, Times, alternate, ratio, row, run
 from benchmarks.training_step import made_up_steps
 from t2i.errors import InputError
-from t2i.linear import is_faster, product
+from t2i.networks.linear import is_faster, product
 
 STEPS = 6  # a turn: less is mostly noise
 WARM_UP = 20  # until captions of most lengths were met, and memory for them is held

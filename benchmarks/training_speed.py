@@ -19,18 +19,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
+from t2i.training.common.loop import start
+from t2i.training.train_prior import Config, make_stage
 from torch import Tensor, nn
 
 from benchmarks.peers import dalle2_pytorch, is_there
 from benchmarks.side_by_side import Row, Work, alternate, difference, relative_difference, row, run
 from benchmarks.training_step import QUIET, MadeUp, Steps
-from t2i.condition import TextEncoding
 from t2i.config import load_config
-from t2i.diffusion import target
+from t2i.diffusion.condition import TextEncoding
+from t2i.diffusion.process import target
 from t2i.interop.prior_transformer import names_of, to_prior_transformer
-from t2i.loop import start
-from t2i.prior import Prior
-from training.train_prior import Config, make_stage
+from t2i.networks.prior import Prior
 
 BATCH, WIDTH, DEPTH = 64, 512, 6
 EXAMPLE = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "sample"}

@@ -17,19 +17,19 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from t2i.training.common.health import Health
+from t2i.training.common.log import peak_memory
+from t2i.training.common.loop import Stage, gradient, prepare, read, start, update
 from torch import Generator, Tensor
 from torch.utils.data import Dataset
 
 from benchmarks.side_by_side import alternate, flops, matrix_rate
-from t2i.condition import TextEncoding
 from t2i.config import TrainConfig, load_config
 from t2i.data import Batch
 from t2i.data.cache import AutoencoderFacts, ClipFacts
 from t2i.data.dataset import Key
-from t2i.health import Health
-from t2i.log import peak_memory
-from t2i.loop import Stage, gradient, prepare, read, start, update
-from t2i.processes import Watch
+from t2i.diffusion.condition import TextEncoding
+from t2i.runtime.processes import Watch
 
 WARM_UP = 3
 BATCHES = 64  # made ahead, one after the other
@@ -115,7 +115,7 @@ def made_up_steps(path: str, overrides: list[str], lengths: Callable[[int], int]
     The emoji's are in the shapes of their models, all others in those of ViT-L/14 and a VAE of factor 8.
     """
     name = Path(path).stem.split("-")[0]
-    script = import_module(f"training.train_{name}")
+    script = import_module(f"t2i.training.train_{name}")
     config = load_config(script.Config, name, [path, *QUIET, "cache=null", *overrides])
     AcceleratorState._reset_state()  # another precision than a measurement before it
     accelerator = start(config.train)

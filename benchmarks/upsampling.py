@@ -13,12 +13,13 @@ from diffusers import SchedulerMixin
 from PIL import Image, ImageDraw, ImageFont
 from torch import Generator, Tensor
 
-from t2i.checkpoint import load_model, load_scheduler
 from t2i.config import DataConfig
-from t2i.contact_sheet import labelled_rows, to_images
 from t2i.data import CaptionedPictures, to_tensor
-from t2i.upsampler import Upsampler, enlarged, reduced
-from t2i.upsampling import sample_upsampler
+from t2i.diffusion.stored_schedulers import load_scheduler
+from t2i.evaluation.contact_sheet import labelled_rows, to_images
+from t2i.files.model_folder import load_model
+from t2i.networks.upsampler import Upsampler, enlarged, reduced
+from t2i.sampling.upsampling import sample_upsampler
 
 
 def detail(pictures: Tensor, factor: int) -> Tensor:

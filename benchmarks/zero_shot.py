@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from t2i.clip import load_clip
 from t2i.commands import SHIPPED
-from t2i.retrieval import classify, embed_pictures
+from t2i.evaluation.retrieval import classify, embed_pictures
+from t2i.interop.by_name import load_clip
 
 TEMPLATES = {
     "the label alone": ["{}"],

@@ -11,21 +11,21 @@ import torch.nn.functional as F
 from diffusers import SchedulerMixin
 from diffusers.utils import BaseOutput
 from PIL import Image
+from t2i.pipelines.options import DecoderOptions, PriorOptions
+from t2i.pipelines.stages import StagedPipeline
+from t2i.pipelines.watched import check_finite
 from torch import Generator, Tensor
 
-from pipelines.options import DecoderOptions, PriorOptions
-from pipelines.stages import StagedPipeline
-from pipelines.watched import check_finite
-from t2i.autoregressive_prior import AutoregressivePrior
-from t2i.condition import ImageCondition, TextEncoding
-from t2i.diffusion import Predict, draw_noise, sample, steps_left
+from t2i.diffusion.condition import ImageCondition, TextEncoding
+from t2i.diffusion.denoiser import OnStep, Predict, draw_noise, sample, steps_left
+from t2i.diffusion.inpainting import known_latents
+from t2i.diffusion.samplers import chosen
 from t2i.errors import InputError
-from t2i.inpainting import known_latents
-from t2i.priors import UNSCHEDULED, draw_embeddings, nearest
-from t2i.samplers import chosen
-from t2i.sampling import OnStep, decoder_predict, told
-from t2i.steering import steering_wrap
-from t2i.upsampling import derived_generators
+from t2i.networks.autoregressive_prior import AutoregressivePrior
+from t2i.sampling.embeddings import UNSCHEDULED, draw_embeddings, nearest
+from t2i.sampling.sample import decoder_predict, told
+from t2i.sampling.steering import steering_wrap
+from t2i.sampling.upsampling import derived_generators
 
 logger = logging.getLogger(__name__)
 

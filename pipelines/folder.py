@@ -6,24 +6,25 @@ from typing import Any, TypeAlias, get_args
 
 from diffusers import SchedulerMixin
 
-from t2i.autoencoder import Autoencoder
-from t2i.clip import CLIP
-from t2i.decoder import Decoder
+from t2i.diffusion.stored_schedulers import SCHEDULERS, check_scheduler
 from t2i.errors import InputError
-from t2i.interop.dalle2_decoder import DALLE2Cascade, DALLE2Decoder, DALLE2Pixels
-from t2i.interop.kandinsky import KandinskyDecoder
-from t2i.interop.karlo import KarloDecoder
+from t2i.files.untrusted import check_files, check_model, is_folder, read_config
 from t2i.interop.layouts import BY_CLASS, class_of, recognised
-from t2i.interop.movq import MoVQ
-from t2i.interop.multilingual_clip import MultilingualCLIP
-from t2i.interop.stable_unclip import StableUnCLIPDecoder
-from t2i.interop.super_resolution import SuperResolution
-from t2i.interop.transformers_clip import TransformersCLIP
-from t2i.priors import PRIORS
-from t2i.text_encoder import TextEncoder
-from t2i.unet_decoder import UNetDecoder
-from t2i.untrusted import SCHEDULERS, check_files, check_model, check_scheduler, is_folder, read_config
-from t2i.upsampler import Upsampler
+from t2i.networks.autoencoder import Autoencoder
+from t2i.networks.clip import CLIP
+from t2i.networks.dalle2.decoder import DALLE2Cascade, DALLE2Decoder, DALLE2Pixels
+from t2i.networks.decoder import Decoder
+from t2i.networks.public.kandinsky import KandinskyDecoder
+from t2i.networks.public.karlo import KarloDecoder
+from t2i.networks.public.movq import MoVQ
+from t2i.networks.public.multilingual_clip import MultilingualCLIP
+from t2i.networks.public.stable_unclip import StableUnCLIPDecoder
+from t2i.networks.public.super_resolution import SuperResolution
+from t2i.networks.public.transformers_clip import TransformersCLIP
+from t2i.networks.text_encoder import TextEncoder
+from t2i.networks.unet_decoder import UNetDecoder
+from t2i.networks.upsampler import Upsampler
+from t2i.sampling.embeddings import PRIORS
 
 AnyCLIP: TypeAlias = CLIP | TransformersCLIP
 AnyDecoder: TypeAlias = Decoder | UNetDecoder | KarloDecoder | KandinskyDecoder | StableUnCLIPDecoder | DALLE2Decoder

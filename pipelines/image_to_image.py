@@ -3,15 +3,14 @@
 from typing import Any
 
 import torch
+from t2i.pipelines.base import MAX_IMAGES, UnCLIPPipeline, UnCLIPPipelineOutput
+from t2i.pipelines.inputs import Pictures, read_pictures
+from t2i.pipelines.memory_needed import check_fits
+from t2i.pipelines.options import split_options
 from torch import Generator, Tensor
 
-from pipelines.base import MAX_IMAGES, UnCLIPPipeline, UnCLIPPipelineOutput
-from pipelines.memory import check_fits
-from pipelines.options import split_options
-from pipelines.pictures import Pictures, read_pictures
-from t2i.config import check_integer
-from t2i.guidance import check_number
-from t2i.sampling import check_texts, split_generators
+from t2i.checks import check_integer, check_number, check_texts
+from t2i.sampling.sample import split_generators
 
 
 class ImageToImagePipeline(UnCLIPPipeline):
@@ -33,7 +32,7 @@ class ImageToImagePipeline(UnCLIPPipeline):
         """Draw `num_images_per_prompt` pictures for each picture: those of one in a row.
 
         Args:
-            image: pictures, see `pipelines.pictures.read_pictures`; resized and cropped to the size that the decoder
+            image: pictures, see `t2i.pipelines.inputs.read_pictures`; resized and cropped to the size that the decoder
                 draws.
             prompt: what they are to show; one for all or one a picture. None is what the pictures show.
             negative_prompt: what the prior is guided away from.
@@ -42,7 +41,7 @@ class ImageToImagePipeline(UnCLIPPipeline):
             negative_image_embeds: (N, D), z_i that the decoder is guided away from, such as those drawn for what is not
                 wanted; None is the decoder's null.
             return_dict: False returns the tuple (images, image_embeds).
-            options: those of `pipelines.options.PriorOptions` and `DecoderOptions`.
+            options: those of `t2i.pipelines.options.PriorOptions` and `DecoderOptions`.
 
         Raises:
             InputError: for a value that is not allowed, before any work starts.

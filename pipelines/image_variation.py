@@ -4,16 +4,15 @@ import logging
 from typing import Any
 
 import torch
+from t2i.pipelines.base import MAX_IMAGES, UnCLIPPipelineOutput
+from t2i.pipelines.inputs import Pictures
+from t2i.pipelines.inversion import BipartiteLatent, InvertingPipeline, check_inversion, inversion_options
+from t2i.pipelines.memory_needed import check_fits
+from t2i.pipelines.options import decoder_options
 from torch import Generator
 
-from pipelines.base import MAX_IMAGES, UnCLIPPipelineOutput
-from pipelines.inversion import BipartiteLatent, InvertingPipeline, check_inversion, inversion_options
-from pipelines.memory import check_fits
-from pipelines.options import decoder_options
-from pipelines.pictures import Pictures
-from t2i.config import check_integer
-from t2i.guidance import check_number
-from t2i.sampling import split_generators
+from t2i.checks import check_integer, check_number
+from t2i.sampling.sample import split_generators
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +37,7 @@ class ImageVariationPipeline(InvertingPipeline):
         are the picture itself for eta 0, and roam further the larger eta is.
 
         Args:
-            image: see `pipelines.pictures.read_pictures`; resized and cropped to the size that the decoder draws.
+            image: see `t2i.pipelines.inputs.read_pictures`; resized and cropped to the size that the decoder draws.
                 Or what `invert` has made of pictures.
             prompt: what caption-reading decoders read, one for all or one a picture; None is nothing.
             eta: None starts from new noise. From 0 to 1, starts from the picture's own, and this is how much of the
@@ -46,7 +45,7 @@ class ImageVariationPipeline(InvertingPipeline):
                 guidance, for the picture to come back; the inversion uses the same.
             generator: one for all, or one a drawn picture. A picture depends on its own seed alone, not on the batch.
             return_dict: False returns the tuple (images, image_embeds).
-            options: those of `pipelines.options.DecoderOptions`.
+            options: those of `t2i.pipelines.options.DecoderOptions`.
 
         Raises:
             InputError: for a value that is not allowed, before any work starts.

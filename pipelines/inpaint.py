@@ -9,20 +9,20 @@ import torch
 import torch.nn.functional as F
 from diffusers import SchedulerMixin
 from PIL import Image
+from t2i.pipelines.base import MAX_IMAGES, UnCLIPPipeline, UnCLIPPipelineOutput
+from t2i.pipelines.image_to_image import check_strength
+from t2i.pipelines.inputs import Pictures, check_pixels, read_masks, read_pictures
+from t2i.pipelines.memory_needed import check_fits
+from t2i.pipelines.options import DecoderOptions, split_options
 from torch import Generator, Tensor
 
-from pipelines.base import MAX_IMAGES, UnCLIPPipeline, UnCLIPPipelineOutput
-from pipelines.image_to_image import check_strength
-from pipelines.memory import check_fits
-from pipelines.options import DecoderOptions, split_options
-from pipelines.pictures import Pictures, check_pixels, read_masks, read_pictures
-from t2i.condition import ImageCondition, TextEncoding
-from t2i.config import check_integer
-from t2i.diffusion import Predict, draw_noise
+from t2i.checks import check_integer, check_texts
+from t2i.diffusion.condition import ImageCondition, TextEncoding
+from t2i.diffusion.denoiser import Predict, draw_noise
+from t2i.diffusion.inpainting import blend, joined, known_latents, latent_mask, windowed, windows
+from t2i.diffusion.samplers import chosen
 from t2i.errors import InputError
-from t2i.inpainting import blend, joined, known_latents, latent_mask, windowed, windows
-from t2i.samplers import chosen
-from t2i.sampling import check_texts, decoder_predict, split_generators
+from t2i.sampling.sample import decoder_predict, split_generators
 
 MAX_MARGIN = 4096
 
@@ -47,7 +47,7 @@ class InpaintPipeline(UnCLIPPipeline):
         """Paint where the mask is white, `num_images_per_prompt` times for each picture: those of one in a row.
 
         Args:
-            image: pictures of one size; see `pipelines.pictures.read_pictures`. They are not resized.
+            image: pictures of one size; see `t2i.pipelines.inputs.read_pictures`. They are not resized.
             mask_image: one for all or one a picture, of the pictures' size: white, from half the range on, is painted.
             prompt: what the whole pictures are to show; one for all or one a picture. None is what they show now.
             negative_prompt: what the prior is guided away from.
@@ -56,7 +56,8 @@ class InpaintPipeline(UnCLIPPipeline):
             negative_image_embeds: (N, D), z_i that the decoder is guided away from, such as those drawn for what is not
                 wanted; None is the decoder's null.
             return_dict: False returns the tuple (images, image_embeds).
-            options: those of `pipelines.options.PriorOptions` and `DecoderOptions`. `latents` have the pictures' size.
+            options: those of `t2i.pipelines.options.PriorOptions` and `DecoderOptions`. `latents` have the pictures'
+            size.
 
         Raises:
             InputError: for a value that is not allowed, before any work starts.

@@ -8,20 +8,20 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from PIL import Image
+from t2i.pipelines.base import MAX_IMAGES, UnCLIPPipelineOutput
+from t2i.pipelines.inputs import Picture, read_pictures, split_pictures
+from t2i.pipelines.inversion import INVERSION, BipartiteLatent, InvertingPipeline, by_ddim, check_inversion
+from t2i.pipelines.memory_needed import check_fits
+from t2i.pipelines.options import DecoderOptions, PriorOptions, split_options
 from torch import Generator, Tensor
 
-from pipelines.base import MAX_IMAGES, UnCLIPPipelineOutput
-from pipelines.inversion import INVERSION, BipartiteLatent, InvertingPipeline, by_ddim, check_inversion
-from pipelines.memory import check_fits
-from pipelines.options import DecoderOptions, PriorOptions, split_options
-from pipelines.pictures import Picture, read_pictures, split_pictures
-from t2i.condition import ImageCondition, TextEncoding
-from t2i.config import check_integer
-from t2i.diffusion import draw_noise
+from t2i.checks import check_integer, check_texts
+from t2i.diffusion.condition import ImageCondition, TextEncoding
+from t2i.diffusion.denoiser import draw_noise
+from t2i.diffusion.geometry import check_weights, spherical_mean
 from t2i.errors import InputError
-from t2i.geometry import check_weights, spherical_mean
-from t2i.sampling import check_texts, split_generators
-from t2i.steering import Steering
+from t2i.sampling.sample import split_generators
+from t2i.sampling.steering import Steering
 
 BATCH = 16  # frames that are drawn at a time
 MAX_ANCHORS = 64
@@ -59,14 +59,15 @@ class InterpolationPipeline(InvertingPipeline):
 
         Args:
             anchors: texts (str), which pass through the prior if there is one, and pictures: paths (Path), PIL
-                pictures, arrays (H, W, 3), tensors (3, H, W); see `pipelines.pictures.read_pictures`.
+                pictures, arrays (H, W, 3), tensors (3, H, W); see `t2i.pipelines.inputs.read_pictures`.
             weights: (K,), one an anchor, for one mix; or (N, K), a row for each of N mixes. None is the whole way.
             frames: pictures from each anchor to the next, both included: (K - 1) (frames - 1) + 1 in all.
             inverted: start from the pictures' own noise, so that the way begins and ends with them; else all start from
                 one new noise, as texts do in any case.
             generator: of the noise of texts, of the prior, and of what a sampler or the upsampler adds.
             return_dict: False returns the tuple (images, image_embeds).
-            options: those of `pipelines.options.PriorOptions` and `DecoderOptions`. If pictures are inverted, 50 steps
+            options: those of `t2i.pipelines.options.PriorOptions` and `DecoderOptions`. If pictures are inverted, 50
+            steps
                 and no guidance of the decoder are the default, the inversion uses the same, and the sampler is ddim;
                 else that is the default. What steers may be one a drawn picture. A decoder that reads captions reads
                 that of the anchor with the largest weight: its text; nothing, if it is a picture.

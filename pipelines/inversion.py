@@ -4,18 +4,19 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+from t2i.pipelines.base import UnCLIPPipeline
+from t2i.pipelines.inputs import Pictures, read_pictures
+from t2i.pipelines.options import DecoderOptions, decoder_options
 from torch import Generator, Tensor
 
-from pipelines.base import UnCLIPPipeline
-from pipelines.options import DecoderOptions, decoder_options
-from pipelines.pictures import Pictures, read_pictures
-from t2i.condition import TextEncoding
-from t2i.config import check_integer
-from t2i.ddim import invert
+from t2i.checks import check_integer
+from t2i.diffusion.condition import TextEncoding
+from t2i.diffusion.ddim import invert
+from t2i.diffusion.denoiser import MAX_STEPS
+from t2i.diffusion.guidance import Guidance, check_guidance
+from t2i.diffusion.samplers import chosen
 from t2i.errors import InputError
-from t2i.guidance import Guidance, check_guidance
-from t2i.samplers import chosen
-from t2i.sampling import MAX_STEPS, decoder_predict
+from t2i.sampling.sample import decoder_predict
 
 INVERSION = {"num_inference_steps": 50, "guidance_scale": 1.0}  # defaults where pictures are to come back
 
@@ -41,7 +42,7 @@ class InvertingPipeline(UnCLIPPipeline):
         """N pictures -> (z_i, x_T), from which DDIM draws them again, up to what the autoencoder loses.
 
         Args:
-            image: see `pipelines.pictures.read_pictures`; resized and cropped to the size that the decoder draws.
+            image: see `t2i.pipelines.inputs.read_pictures`; resized and cropped to the size that the decoder draws.
             prompt: what caption-reading decoders read meanwhile, one for all or one a picture; None is nothing.
             num_inference_steps, guidance_scale: the same as when they are drawn again. Guidance makes it less exact.
 

@@ -5,18 +5,18 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from diffusers import DiffusionPipeline
+from t2i.pipelines.progress import Preview
 from torch import Tensor
 
-from pipelines.progress import Preview
-from t2i.config import check_choice, check_integer, check_range
+from t2i.checks import check_choice, check_integer, check_range
+from t2i.diffusion.denoiser import MAX_STEPS
+from t2i.diffusion.guidance import Guidance, check_guidance
+from t2i.diffusion.samplers import check_sampler
 from t2i.errors import InputError
-from t2i.guidance import Guidance, check_guidance
-from t2i.priors import MAX_CANDIDATES
-from t2i.samplers import check_sampler
-from t2i.sampling import MAX_STEPS
-from t2i.steering import Steering
-from t2i.untrusted import MAX_TIMESTEPS
-from t2i.upsampling import MAX_TIMES
+from t2i.files.untrusted import MAX_TIMESTEPS
+from t2i.sampling.embeddings import MAX_CANDIDATES
+from t2i.sampling.steering import Steering
+from t2i.sampling.upsampling import MAX_TIMES
 
 MAX_SIDE = 4096  # of a picture, in pixels
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -33,7 +33,7 @@ class PriorOptions:
     prior_latents: (N, D), the noise that the diffusion prior starts from; the only candidate then.
     prior_candidates: 1 to 64; of so many the one nearest to the caption's own embedding is taken.
     prior_temperature: of the autoregressive prior, 0 to 10; 0 takes the likeliest, None is the model's own.
-    prior_sampler: a name of `t2i.samplers.SAMPLERS`; None is the model's own scheduler.
+    prior_sampler: a name of `t2i.diffusion.samplers.SAMPLERS`; None is the model's own scheduler.
     """
 
     prior_num_inference_steps: int = 25
@@ -75,7 +75,7 @@ class DecoderOptions:
     super_res_latents: (N, 3, H, W), the noise that it starts from.
     callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}) after each step of the decoder; what it
         returns under "latents" is used.
-    sampler: a name of `t2i.samplers.SAMPLERS`; None is the model's own scheduler.
+    sampler: a name of `t2i.diffusion.samplers.SAMPLERS`; None is the model's own scheduler.
     eta: of the sampler ddim: 0 adds no noise, 1 as much as ancestral sampling.
     on_preview: called with a `Preview` after every `preview_every` steps of each stage.
     """

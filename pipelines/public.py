@@ -4,15 +4,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipelines.folder import PARTS, check_folder, class_in
-from t2i.checkpoint import loaded
+from t2i.pipelines.folder import PARTS, check_folder, class_in
+
 from t2i.errors import InputError
-from t2i.interop.component import listed
+from t2i.files.component import listed
+from t2i.files.model_folder import loaded, read_model
+from t2i.files.untrusted import is_folder
 from t2i.interop.layouts import BY_CLASS, USUAL_PRIORS
 from t2i.interop.loading import any_prior, load_components
 from t2i.interop.stored import AUTO, check_dtype, check_variant, dtype_of, holds_public, stored_dtypes
-from t2i.untrusted import is_folder
-from t2i.weights import read_model
 
 FETCHING = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 # Of diffusers: they say what is so anyway.

@@ -6,9 +6,7 @@ from typing import Any, Self
 
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
-from torch import Tensor
-
-from pipelines.folder import (
+from t2i.pipelines.folder import (
     OPTIONAL,
     PARTS,
     AnyAutoencoder,
@@ -18,27 +16,28 @@ from pipelines.folder import (
     check_components,
     is_ours,
 )
-from pipelines.options import DecoderOptions, PriorOptions
-from pipelines.public import FETCHING, own_arguments, public_components
-from pipelines.watched import WatchedPipeline
-from t2i.autoregressive_prior import AutoregressivePrior
-from t2i.checkpoint import loaded
-from t2i.compiling import check_compiler, compile_steps
-from t2i.config import check_integer, check_multiple, check_range
-from t2i.devices import check_bf16, warn_of_bf16
-from t2i.diffusion import check_eta
+from t2i.pipelines.options import DecoderOptions, PriorOptions
+from t2i.pipelines.public import FETCHING, own_arguments, public_components
+from t2i.pipelines.watched import WatchedPipeline
+from torch import Tensor
+
+from t2i.checks import check_integer, check_multiple, check_range, check_texts
+from t2i.diffusion.denoiser import check_eta
+from t2i.diffusion.guidance import Guidance
+from t2i.diffusion.samplers import check_drawing, chosen
 from t2i.errors import InputError
-from t2i.guidance import Guidance
-from t2i.interop.component import listed
+from t2i.files.component import listed
+from t2i.files.model_folder import loaded
+from t2i.files.untrusted import is_folder
 from t2i.interop.fetching import fetched_model
 from t2i.interop.stored import asks_for_bf16
-from t2i.priors import UNSCHEDULED, AnyPrior, check_plain, usual_guidance
-from t2i.samplers import check_drawing, chosen
-from t2i.sampling import check_texts
-from t2i.steering import check_steering
-from t2i.untrusted import is_folder
-from t2i.upsampler import Upsampler
-from t2i.upsampling import check_size
+from t2i.networks.autoregressive_prior import AutoregressivePrior
+from t2i.networks.upsampler import Upsampler
+from t2i.runtime.compiling import check_compiler, compile_steps
+from t2i.runtime.devices import check_bf16, warn_of_bf16
+from t2i.sampling.embeddings import UNSCHEDULED, AnyPrior, check_plain, usual_guidance
+from t2i.sampling.steering import check_steering
+from t2i.sampling.upsampling import check_size
 
 
 class StagedPipeline(WatchedPipeline):

@@ -5,16 +5,16 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from t2i.pipelines.base import MAX_IMAGES, UnCLIPPipeline, UnCLIPPipelineOutput
+from t2i.pipelines.memory_needed import check_fits
+from t2i.pipelines.options import DecoderOptions, PriorOptions, split_options
 from torch import Generator, Tensor
 
-from pipelines.base import MAX_IMAGES, UnCLIPPipeline, UnCLIPPipelineOutput
-from pipelines.memory import check_fits
-from pipelines.options import DecoderOptions, PriorOptions, split_options
-from t2i.condition import ImageCondition
-from t2i.config import check_integer
+from t2i.checks import check_integer, check_texts
+from t2i.diffusion.condition import ImageCondition
+from t2i.diffusion.guidance import Guidance
 from t2i.errors import InputError
-from t2i.guidance import Guidance
-from t2i.sampling import check_texts, split_generators
+from t2i.sampling.sample import split_generators
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Text2ImagePipeline(UnCLIPPipeline):
             decoder_negative_prompt: what the decoder is guided away from, as the prior imagines it from the same noise;
                 one for all or one a prompt, as `negative_prompt`.
             return_dict: False returns the tuple (images, image_embeds).
-            options: those of `pipelines.options.PriorOptions` and `DecoderOptions`.
+            options: those of `t2i.pipelines.options.PriorOptions` and `DecoderOptions`.
 
         Raises:
             InputError: for a value that is not allowed, before any work starts.

@@ -4,16 +4,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from t2i.pipelines.base import UnCLIPPipelineOutput
+from t2i.pipelines.inputs import Pictures
+from t2i.pipelines.inversion import BipartiteLatent, InvertingPipeline, check_inversion, inversion_options
+from t2i.pipelines.memory_needed import check_fits
 from torch import Generator, Tensor
 
-from pipelines.base import UnCLIPPipelineOutput
-from pipelines.inversion import BipartiteLatent, InvertingPipeline, check_inversion, inversion_options
-from pipelines.memory import check_fits
-from pipelines.pictures import Pictures
+from t2i.checks import check_number, check_texts
+from t2i.diffusion.geometry import slerp
 from t2i.errors import InputError
-from t2i.geometry import slerp
-from t2i.guidance import check_number
-from t2i.sampling import check_texts, split_generators
+from t2i.sampling.sample import split_generators
 
 THETA = 0.35
 SAME = 1e-3  # captions whose embeddings are no further apart say the same to this CLIP
@@ -38,7 +38,7 @@ class TextDiffPipeline(InvertingPipeline):
         The drawing starts from the picture's own noise, so that what the captions do not speak of tends to stay.
 
         Args:
-            image: see `pipelines.pictures.read_pictures`; resized and cropped to the size that the decoder draws.
+            image: see `t2i.pipelines.inputs.read_pictures`; resized and cropped to the size that the decoder draws.
                 Or what `invert` has made of pictures.
             source: what the picture shows, one for all or one a picture.
             target: what it is to show.
@@ -46,7 +46,8 @@ class TextDiffPipeline(InvertingPipeline):
                 back; the paper goes up to 0.25 to 0.5, the default is what does best with the emoji.
             generator: decides nothing, for nothing is drawn by chance here; taken as other pipelines take it.
             return_dict: False returns the tuple (images, image_embeds).
-            options: those of `pipelines.options.DecoderOptions`; 50 steps and no guidance if left out. The inversion
+            options: those of `t2i.pipelines.options.DecoderOptions`; 50 steps and no guidance if left out. The
+            inversion
                 uses the same. The captions act through z_i alone: a decoder that reads captions reads nothing here,
                 or it would draw another picture for theta 0 already.
 

@@ -11,23 +11,25 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 from PIL import Image
+from t2i.pipelines.base import UnCLIPPipeline
+from t2i.pipelines.folder import check_part
+from t2i.pipelines.inputs import Pictures, read_picture, split_pictures
+from t2i.pipelines.options import DecoderOptions
+from t2i.pipelines.progress import Preview
+from t2i.pipelines.stages import check_steps
+from t2i.pipelines.watched import WatchedPipeline
 from torch import Generator, Tensor
 
-from pipelines.base import UnCLIPPipeline
-from pipelines.folder import check_part
-from pipelines.options import DecoderOptions
-from pipelines.pictures import Pictures, read_picture, split_pictures
-from pipelines.progress import Preview
-from pipelines.stages import check_steps
-from pipelines.watched import WatchedPipeline
-from t2i.checkpoint import load_model, load_scheduler
-from t2i.clip import CLIP
-from t2i.config import check_choice, check_integer, check_range
+from t2i.checks import check_choice, check_integer, check_range
+from t2i.diffusion.denoiser import MAX_STEPS
+from t2i.diffusion.stored_schedulers import load_scheduler
 from t2i.errors import InputError
-from t2i.sampling import MAX_STEPS, split_generators
-from t2i.untrusted import check_files, is_folder, read_config
-from t2i.upsampler import Upsampler
-from t2i.upsampling import MAX_TIMES, TILE, check_size, check_tiles
+from t2i.files.model_folder import load_model
+from t2i.files.untrusted import check_files, is_folder, read_config
+from t2i.networks.clip import CLIP
+from t2i.networks.upsampler import Upsampler
+from t2i.sampling.sample import split_generators
+from t2i.sampling.upsampling import MAX_TIMES, TILE, check_size, check_tiles
 
 OUTPUT_TYPES = ("pil", "pt")
 
@@ -103,7 +105,7 @@ class UpsamplePipeline(WatchedPipeline):
         """Enlarge each picture by the upsampler's factor, `times` times.
 
         Args:
-            image: one or several, of any sizes; what they may be is said in `pipelines.pictures.read_pictures`.
+            image: one or several, of any sizes; what they may be is said in `t2i.pipelines.inputs.read_pictures`.
             times: 1 to 8.
             num_inference_steps: each time, 1 to 1000.
             level: of the noise that is put on the picture first (`Upsampler.config.max_level` at most): 0 trusts every

@@ -4,14 +4,14 @@ from collections.abc import Callable
 
 from diffusers import DiffusionPipeline, SchedulerMixin
 from PIL import Image
+from t2i.pipelines.options import DecoderOptions
+from t2i.pipelines.progress import Interrupted, Preview
 from torch import Generator, Tensor
 
-from pipelines.options import DecoderOptions
-from pipelines.progress import Interrupted, Preview
-from t2i.diffusion import Predict, clean
-from t2i.samplers import evaluations
-from t2i.sampling import OnStep, Wrap
-from t2i.upsampling import TILE, sample_upsampler, upsampling_generators
+from t2i.diffusion.denoiser import OnStep, Predict, Wrap
+from t2i.diffusion.process import clean
+from t2i.diffusion.samplers import evaluations
+from t2i.sampling.upsampling import TILE, sample_upsampler, upsampling_generators
 
 
 class WatchedPipeline(DiffusionPipeline):

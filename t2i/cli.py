@@ -58,7 +58,7 @@ def init(
     held_out: Annotated[float | None, Option(help="Share to hold out, where the source names no split.")] = None,
 ) -> None:
     """Write a configuration for every stage, with sizes chosen from the pictures and the device."""
-    from t2i.recipe import check_run, compose, find_device, read_facts
+    from t2i.training.recipe.recipe import check_run, compose, find_device, read_facts
 
     check_run(run, source)
     machine = find_device(device)
@@ -105,8 +105,10 @@ def train(
         raise InputError(f"stage must be one of {', '.join(stages)}, all; got {stage!r}")
     from importlib import import_module
 
-    from t2i.config import check_range, load_config
-    from t2i.launch import become, begin
+    from t2i.checks import check_range
+    from t2i.config import load_config
+    from t2i.runtime.launch import become
+    from t2i.training.common.entry import begin
 
     check_range("num-processes", num_processes, 1, 1024)
     check_range("max-restarts", max_restarts, 0, 1000)
@@ -114,7 +116,7 @@ def train(
         raise typer.Exit(train_all(arguments or [], num_processes, max_restarts, dry_run))
     given = [*(arguments or []), *(["train.dry_run=true"] if dry_run else [])]
     with importing():
-        script = import_module(f"training.train_{stage}")
+        script = import_module(f"t2i.training.train_{stage}")
     config = load_config(script.Config, stage, given)
     if num_processes > 1:
         become([str(script.__file__), *given], num_processes, max_restarts)
@@ -123,7 +125,7 @@ def train(
 
 def train_all(arguments: list[str], num_processes: int, max_restarts: int, dry_run: bool) -> int:
     """The exit status."""
-    from training.all_stages import Run, Trainer
+    from t2i.training.all_stages import Run, Trainer
 
     if len(arguments) != 1:
         what = f"{arguments[1]!r} belongs into its configurations" if arguments[1:] else "none is given"
@@ -144,9 +146,9 @@ def check(
     drop_duplicates: Annotated[bool, Option("--drop-duplicates", help="Reject further copies of a picture.")] = False,
 ) -> None:
     """Read every picture and caption once; write the manifest that training reads, and say what was left out."""
-    from t2i.config import check_range
+    from t2i.checks import check_range
     from t2i.data.manifest import write_manifest
-    from t2i.data.sources import Columns
+    from t2i.data.sources.samples import Columns
 
     check_range("held-out", held_out, 0, 0.5)
     check_range("min-size", min_size, 1, 4096)
@@ -181,7 +183,7 @@ def cache(
     For several: accelerate launch training/cache_data.py with the same arguments. Goes on where it stopped.
     """
     from t2i.config import load_config
-    from training import cache_data
+    from t2i.training import cache_data
 
     cache_data.main(load_config(cache_data.Config, "cache", arguments or []))
 
@@ -198,7 +200,7 @@ def assemble(
     fp16: Annotated[bool, Option("--fp16", help="Half-precision weights: half the size.")] = False,
 ) -> None:
     """Put trained stages together into one pipeline folder."""
-    from pipelines.assemble import assemble_folder
+    from t2i.pipelines.jobs.assemble import assemble_folder
 
     parts = {"clip": clip, "autoencoder": autoencoder, "prior": prior, "decoder": decoder, "upsampler": upsampler}
     print(assemble_folder(runs, folder, fp16, **parts))
@@ -207,7 +209,7 @@ def assemble(
 @app.command()
 def doctor() -> None:
     """Versions, devices, and what is missing."""
-    from t2i.doctor import report
+    from t2i.commands.doctor import report
 
     lines, problems = report()
     print("\n".join(lines))

@@ -1,6 +1,5 @@
 """YAML files and command-line overrides become checked dataclasses."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -10,6 +9,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from t2i.checks import check_choice, check_range
 from t2i.errors import InputError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -83,32 +83,6 @@ class TrainConfig:
             self.mixed_precision = "no"
         check_choice("train.mixed_precision", self.mixed_precision, ("auto", "no", "fp16", "bf16"))
         check_choice("train.optimizer", self.optimizer, ("adamw", "adamw8bit"))
-
-
-def check_range(name: str, value: float, low: float, high: float) -> None:
-    """Refuse a number outside [low, high], NaN included."""
-    if isinstance(value, bool) or not math.isfinite(value) or not low <= value <= high:
-        raise InputError(f"{name} must be from {low:g} to {high:g}, got {value}")
-
-
-def check_choice(name: str, value: Any, choices: tuple) -> None:
-    if value not in choices:
-        raise InputError(f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}")
-
-
-def check_integer(name: str, value: Any, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise InputError(f"{name} must be an integer from {low} to {high}, got {value!r}")
-
-
-def check_multiple(name: str, value: int, of: int) -> None:
-    if value % of:
-        raise InputError(f"{name} must be a multiple of {of}, got {value}")
-
-
-def check_keys(name: str, value: dict[str, Any], needed: tuple[str, ...]) -> None:
-    if missing := [key for key in needed if key not in value]:
-        raise InputError(f"{name} lacks {', '.join(missing)}; it needs {', '.join(needed)}")
 
 
 def load_config(config_class: type[Config], stage: str, arguments: list[str]) -> Config:

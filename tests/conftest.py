@@ -55,7 +55,7 @@ def train(stage: str, data: Path, runs: Path, steps: int = 3, **overrides: objec
 
     from t2i.config import load_config
 
-    script = import_module(f"training.train_{stage}")
+    script = import_module(f"t2i.training.train_{stage}")
     script.main(load_config(script.Config, stage, arguments(stage, data, runs, steps, **overrides)))
 
 
@@ -70,7 +70,7 @@ def runs(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def pipeline_folder(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from pipelines.assemble import assemble_folder
+    from t2i.pipelines.jobs.assemble import assemble_folder
 
     return assemble_folder(runs, tmp_path_factory.mktemp("models") / "tiny")
 
@@ -94,7 +94,7 @@ def colored(shapes: Path, target: Path) -> Path:
 def labelled(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The drawings, labelled with their colours."""
     from t2i.data.manifest import write_manifest
-    from t2i.data.sources import Columns
+    from t2i.data.sources.samples import Columns
 
     folder = colored(shapes, tmp_path_factory.mktemp("labelled") / "shapes")
     write_manifest(folder, columns=Columns(label="color"), quiet=True)
@@ -132,4 +132,4 @@ def seeds(*numbers: int) -> list[torch.Generator]:
 @pytest.fixture(autouse=True)
 def any_machine_takes_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that lack it compute it slowly, and rightly: what becomes of dtypes is tested everywhere."""
-    monkeypatch.setattr("t2i.devices.computes_in_bf16", lambda device: True)
+    monkeypatch.setattr("t2i.runtime.devices.computes_in_bf16", lambda device: True)

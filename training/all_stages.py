@@ -15,15 +15,17 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pipelines.assemble import assemble
-from t2i.checkpoint import class_name, digest, new_folder
+from t2i.pipelines.jobs.assemble import assemble
+
 from t2i.config import load_config
-from t2i.data.cache import read_json, write_json
+from t2i.data.cache import read_json
 from t2i.data.freshness import changes
 from t2i.data.manifest import Manifest, find_manifest
 from t2i.data.report import readable
 from t2i.errors import RESUMABLE, InputError, RunError
-from t2i.launch import torchrun
+from t2i.files.atomic import digest, new_folder, write_json
+from t2i.files.model_folder import class_name
+from t2i.runtime.launch import torchrun
 
 SCRIPTS = {
     "clip": "train_clip",
@@ -124,7 +126,7 @@ class Run:
 
 
 def read_step(folder: Path, name: str) -> Step:
-    script, file = import_module(f"training.{SCRIPTS[name]}"), folder / f"{name}.yaml"
+    script, file = import_module(f"t2i.training.{SCRIPTS[name]}"), folder / f"{name}.yaml"
     config = load_config(script.Config, name, [str(file)])
     output = config.output if name == "cache" else config.train.output
     if Path(output).resolve() != (folder / name).resolve():

@@ -16,14 +16,16 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from t2i.training.common.encodings import facts_of_autoencoder, facts_of_clip, facts_of_text_encoder, read, stored
+from t2i.training.common.entry import run
+from t2i.training.common.loop import start
+from t2i.training.common.state import locked
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from t2i.autoencoder import Autoencoder, load_autoencoder
-from t2i.clip import CLIP, load_clip
-from t2i.condition import TextEncoding, TokenStates
-from t2i.config import DataConfig, TrainConfig, check_choice, check_multiple, check_range
+from t2i.checks import check_choice, check_multiple, check_range
+from t2i.config import DataConfig, TrainConfig
 from t2i.data import CaptionedPictures
 from t2i.data.cache import (
     SPLITS,
@@ -31,29 +33,27 @@ from t2i.data.cache import (
     CachedPairs,
     ClipFacts,
     TextEncoderFacts,
-    check_writable,
     damage,
     finish,
-    new_file,
     offsets,
     open_tensors,
     refuse_another,
     shard_path,
     statistics,
     trim,
-    write_json,
     write_shard,
 )
 from t2i.data.dataset import from_workers
 from t2i.data.manifest import splits_of
-from t2i.data.source import facts_of_autoencoder, facts_of_clip, facts_of_text_encoder, read, stored
+from t2i.diffusion.condition import TextEncoding, TokenStates
 from t2i.errors import InputError
-from t2i.interop.multilingual_clip import MultilingualCLIP
-from t2i.launch import run
-from t2i.loop import start
-from t2i.state import locked
-from t2i.text_encoder import DTYPES as TEXT_DTYPES
-from t2i.text_encoder import MAX_TOKENS, TextEncoder, load_text_encoder
+from t2i.files.atomic import check_writable, new_file, write_json
+from t2i.interop.by_name import load_autoencoder, load_clip, load_text_encoder
+from t2i.networks.autoencoder import Autoencoder
+from t2i.networks.clip import CLIP
+from t2i.networks.public.multilingual_clip import MultilingualCLIP
+from t2i.networks.text_encoder import DTYPES as TEXT_DTYPES
+from t2i.networks.text_encoder import MAX_TOKENS, TextEncoder
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 

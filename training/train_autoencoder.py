@@ -11,20 +11,22 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL.Image import Image
+from t2i.training.common.entry import run
+from t2i.training.common.finetuning import start_from
+from t2i.training.common.loop import Critic, Stage, fit, start
+from t2i.training.common.preview import SampleConfig, autoencoder_preview, fixed_records
 from torch import Tensor
 
-from t2i.autoencoder import Autoencoder, load_autoencoder
-from t2i.checkpoint import export_model, weights_digest
-from t2i.clip import load_clip
-from t2i.config import DataConfig, TrainConfig, build, check_multiple, check_range
+from t2i.checks import check_multiple, check_range
+from t2i.config import DataConfig, TrainConfig, build
 from t2i.data import Batch, CaptionedPictures, held_out_pictures
-from t2i.discriminator import BETAS, Discriminator, adaptive_weight, frozen_logits, hinge_loss
 from t2i.errors import InputError
-from t2i.finetuning import start_from
-from t2i.launch import run
-from t2i.loop import Critic, Stage, fit, start
-from t2i.perceptual import Perceptual
-from t2i.preview import SampleConfig, autoencoder_preview, fixed_records
+from t2i.files.fingerprints import weights_digest
+from t2i.files.model_folder import export_model
+from t2i.interop.by_name import load_autoencoder, load_clip
+from t2i.networks.autoencoder import Autoencoder
+from t2i.networks.discriminator import BETAS, Discriminator, adaptive_weight, frozen_logits, hinge_loss
+from t2i.networks.perceptual import Perceptual
 
 MEASURED = 4096  # pictures that set the scale of the latents, at most
 

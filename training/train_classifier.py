@@ -12,20 +12,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from t2i.training.common.encodings import Source, open_source
+from t2i.training.common.entry import run
+from t2i.training.common.loop import Stage, fit, start
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from t2i.checkpoint import export_model
-from t2i.classifier import LatentClassifier, noise_level
-from t2i.config import DataConfig, TrainConfig, build, check_multiple, check_range
+from t2i.checks import check_multiple, check_range
+from t2i.config import DataConfig, TrainConfig, build
 from t2i.data import Batch
 from t2i.data.dataset import Key
 from t2i.data.labels import Labels
 from t2i.data.manifest import find_manifest
-from t2i.data.source import Source, open_source
-from t2i.diffusion import noise_scheduler
-from t2i.launch import run
-from t2i.loop import Stage, fit, start
+from t2i.diffusion.process import noise_scheduler
+from t2i.files.model_folder import export_model
+from t2i.networks.classifier import LatentClassifier, noise_level
 
 LEVELS = 4  # parts of the schedule that the accuracy is logged of
 

@@ -12,17 +12,20 @@ import torch
 from accelerate import DistributedType
 from open_clip import ClipLoss
 from PIL.Image import Image
+from t2i.training.common.entry import run
+from t2i.training.common.finetuning import start_from
+from t2i.training.common.loop import Stage, fit, start
+from t2i.training.common.preview import SampleConfig, clip_preview, fixed_records
 
-from t2i.checkpoint import export_model, weights_digest
-from t2i.clip import CLIP, RESIZING, load_clip
-from t2i.config import DataConfig, TrainConfig, build, check_integer, check_keys
+from t2i.checks import check_integer, check_keys
+from t2i.config import DataConfig, TrainConfig, build
 from t2i.data import Batch, CaptionedPictures, held_out_pictures
 from t2i.errors import InputError
-from t2i.finetuning import start_from
-from t2i.launch import run
-from t2i.loop import Stage, fit, start
-from t2i.preview import SampleConfig, clip_preview, fixed_records
-from t2i.tokenizer import CaptionTokenizer
+from t2i.files.fingerprints import weights_digest
+from t2i.files.model_folder import export_model
+from t2i.interop.by_name import load_clip
+from t2i.networks.clip import CLIP, RESIZING
+from t2i.networks.tokenizer import CaptionTokenizer
 
 LIMITS = {"vocab_size": (300, 1_000_000), "context_length": (3, 1024)}  # 256 bytes, special tokens, and some words
 

@@ -12,24 +12,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from t2i.training.common.encodings import Source, open_source, stored_fingerprint
+from t2i.training.common.entry import run
+from t2i.training.common.finetuning import start_from, starting_scheduler
+from t2i.training.common.loop import Stage, fit, start
+from t2i.training.common.lora import LoraConfig, add_adapters, check_lora, export_adapted
+from t2i.training.common.preview import Preview, SampleConfig, choose_columns
 
-from t2i.checkpoint import export_model, load_model, weights_digest
-from t2i.condition import ImageCondition
-from t2i.config import DataConfig, TrainConfig, build, check_choice, check_multiple, check_range
+from t2i.checks import check_choice, check_multiple, check_range
+from t2i.config import DataConfig, TrainConfig, build
 from t2i.data import Batch
-from t2i.data.source import Source, open_source, stored_fingerprint
-from t2i.decoder import Decoder
-from t2i.diffusion import check_weighting, diffusion_loss, drop, noise_scheduler
+from t2i.diffusion.condition import ImageCondition
+from t2i.diffusion.inpainting import known_latents, random_masks
+from t2i.diffusion.loss import check_weighting, diffusion_loss, drop
+from t2i.diffusion.process import noise_scheduler
 from t2i.errors import InputError
-from t2i.finetuning import start_from, starting_scheduler
-from t2i.inpainting import known_latents, random_masks
-from t2i.interop.starting import DECODERS, Found, check_trained, find, public_decoder
-from t2i.launch import run
-from t2i.loop import Stage, fit, start
-from t2i.lora import LoraConfig, add_adapters, check_lora, export_adapted
-from t2i.preview import Preview, SampleConfig, choose_columns
-from t2i.text_encoder import DTYPES, MAX_TOKENS, TextEncoder, held_by, load_text_encoder
-from t2i.unet_decoder import UNetDecoder
+from t2i.files.fingerprints import weights_digest
+from t2i.files.model_folder import export_model, load_model
+from t2i.interop.by_name import held_by, load_text_encoder
+from t2i.interop.parts import DECODERS, Found, check_trained, find, public_decoder
+from t2i.networks.decoder import Decoder
+from t2i.networks.text_encoder import DTYPES, MAX_TOKENS, TextEncoder
+from t2i.networks.unet_decoder import UNetDecoder
 
 ARCHITECTURES = {"transformer": Decoder, "unet": UNetDecoder}
 

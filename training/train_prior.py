@@ -14,26 +14,29 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from t2i.training.common.encodings import Source, open_source
+from t2i.training.common.entry import run
+from t2i.training.common.finetuning import start_from, starting_scheduler
+from t2i.training.common.loop import Stage, fit, start
+from t2i.training.common.lora import LoraConfig, add_adapters, check_lora, export_adapted
+from t2i.training.common.preview import Preview, SampleConfig, choose_columns
 from torch import Tensor
 from torch.nn import Module
 
-from t2i.autoregressive_prior import AutoregressivePrior, components_for
-from t2i.checkpoint import export_model, load_model, weights_digest
-from t2i.condition import TextEncoding
-from t2i.config import DataConfig, TrainConfig, build, check_choice, check_range
+from t2i.checks import check_choice, check_range
+from t2i.config import DataConfig, TrainConfig, build
 from t2i.data import Batch
 from t2i.data.cache import ClipFacts
-from t2i.data.source import Source, open_source
-from t2i.diffusion import check_weighting, diffusion_loss, drop, noise_scheduler
+from t2i.diffusion.condition import TextEncoding
+from t2i.diffusion.loss import check_weighting, diffusion_loss, drop
+from t2i.diffusion.process import noise_scheduler
 from t2i.errors import InputError
-from t2i.finetuning import start_from, starting_scheduler
-from t2i.interop.starting import Found, KnownCLIP, check_trained, find, public_prior
-from t2i.launch import run
-from t2i.loop import Stage, fit, start
-from t2i.lora import LoraConfig, add_adapters, check_lora, export_adapted
-from t2i.preview import Preview, SampleConfig, choose_columns
-from t2i.prior import Prior
-from t2i.regression_prior import KINDS, RegressionPrior
+from t2i.files.fingerprints import weights_digest
+from t2i.files.model_folder import export_model, load_model
+from t2i.interop.parts import Found, KnownCLIP, check_trained, find, public_prior
+from t2i.networks.autoregressive_prior import AutoregressivePrior, components_for
+from t2i.networks.prior import Prior
+from t2i.networks.regression_prior import KINDS, RegressionPrior
 
 ARCHITECTURES: dict[str, Any] = {
     "diffusion": Prior,

@@ -14,22 +14,25 @@ import torch
 import torch.nn.functional as F
 from diffusers import SchedulerMixin
 from PIL.Image import Image
+from t2i.training.common.entry import run
+from t2i.training.common.finetuning import check_prediction, start_from
+from t2i.training.common.loop import Stage, fit, start
+from t2i.training.common.preview import SampleConfig, fixed_records
 from torch import Generator, Tensor
 
-from t2i.checkpoint import export_model, load_model, weights_digest
-from t2i.config import DataConfig, TrainConfig, build, check_multiple, check_range
-from t2i.contact_sheet import labelled_rows, to_images
+from t2i.checks import check_multiple, check_range
+from t2i.config import DataConfig, TrainConfig, build
 from t2i.data import Batch, CaptionedPictures, held_out_pictures
 from t2i.data.cache import CachedPairs
 from t2i.data.dataset import Key
-from t2i.diffusion import check_weighting, denoise, loss_weight, noise_scheduler, weighted_mse
+from t2i.diffusion.loss import check_weighting, denoise, loss_weight, weighted_mse
+from t2i.diffusion.process import noise_scheduler
 from t2i.errors import InputError
-from t2i.finetuning import check_prediction, start_from
-from t2i.launch import run
-from t2i.loop import Stage, fit, start
-from t2i.preview import SampleConfig, fixed_records
-from t2i.upsampler import LowResolution, Upsampler, augment, enlarged, reduced
-from t2i.upsampling import sample_upsampler
+from t2i.evaluation.contact_sheet import labelled_rows, to_images
+from t2i.files.fingerprints import weights_digest
+from t2i.files.model_folder import export_model, load_model
+from t2i.networks.upsampler import LowResolution, Upsampler, augment, enlarged, reduced
+from t2i.sampling.upsampling import sample_upsampler
 
 
 @dataclass

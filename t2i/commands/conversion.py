@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from t2i.commands import options
+from t2i.commands import flags as options
 from t2i.errors import InputError
 
 app = typer.Typer()
@@ -33,8 +33,8 @@ def convert(
     release: Annotated[str | None, Option(help="Of DALLE2-pytorch that trained it, such as 1.1.0, if asked.")] = None,
 ) -> None:
     """Write a model in another layout, or weights from a pickle as safetensors, without running what is in it."""
+    from t2i.files.untrusted import PICKLES
     from t2i.interop.pickles import INDEX, convert_weights
-    from t2i.untrusted import PICKLES
 
     if config is not None or release is not None or (Path(source).suffix == ".pth" and out and not out.suffix):
         from t2i.interop.dalle2_convert import convert_dalle2
@@ -48,7 +48,7 @@ def convert(
         return
     if out is None:
         raise InputError("the new folder is missing; t2i convert FOLDER NEW_FOLDER")
-    from pipelines.convert import convert_folder
+    from t2i.pipelines.jobs.convert import convert_folder
 
     print(convert_folder(source, out, to, prior, variant, fp16, clip))
 
@@ -72,7 +72,7 @@ def parity(
 
     Exit status 1 if one is beyond the tolerance. Holds the model twice, in fp32, on the CPU.
     """
-    from pipelines.parity import compare
+    from t2i.pipelines.jobs.parity import compare
 
     apart = 0.0
     prompts = prompt or ["a red cat", "a photograph of a lighthouse on a cliff in the evening"]

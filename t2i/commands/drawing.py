@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from t2i.commands import SHIPPED, importing, options
+from t2i.commands import SHIPPED, importing
+from t2i.commands import flags as options
 from t2i.errors import InputError
 
 app = typer.Typer()
@@ -58,13 +59,13 @@ def generate(
     With a file the seed is 0 if left out, and what is in the folder already is not drawn again. Several processes
     share the pictures: torchrun or accelerate launch, with -m t2i generate ...
     """
-    from t2i.launch import become, forgotten_processes
+    from t2i.runtime.launch import become, forgotten_processes
 
     if (processes := forgotten_processes()) > 1:
         become(["-m", "t2i", *sys.argv[1:]], processes)
     with importing():
-        from pipelines.dtypes import read_dtypes
-        from pipelines.generation import generate_files
+        from t2i.pipelines.jobs.dtypes import read_dtypes
+        from t2i.pipelines.jobs.generation import generate_files
 
     steering = options.steering(steer_class, steer_text, steer_picture, classifier, steer_scale)
     texts = read_prompts(prompts, file, required=not steering)
@@ -107,9 +108,9 @@ def upsample(
 ) -> None:
     """Enlarge pictures with the upsampler of a model, or models/emoji-upsampler; prints their paths."""
     with importing():
-        from pipelines.generation import upsample_files
-    from t2i.config import check_integer, check_range
-    from t2i.upsampling import MAX_TIMES
+        from t2i.pipelines.jobs.generation import upsample_files
+    from t2i.checks import check_integer, check_range
+    from t2i.sampling.upsampling import MAX_TIMES
 
     check_integer("times", times, 1, MAX_TIMES)
     check_range("level", level or 0, 0, 1)
@@ -142,8 +143,8 @@ def image_to_image(
 ) -> None:
     """Draw pictures that start from others; prints their paths."""
     with importing():
-        from pipelines.generation import redraw_files
-    from pipelines.image_to_image import ImageToImagePipeline, check_strength
+        from t2i.pipelines.jobs.generation import redraw_files
+    from t2i.pipelines.image_to_image import ImageToImagePipeline, check_strength
 
     check_strength(strength)
     settings = redraw_settings(prompt, negative_prompt, steps, guidance_scale, guidance) | {"strength": strength}
@@ -175,10 +176,10 @@ def inpaint(
     with importing():
         from PIL.Image import Image
 
-        from pipelines.generation import redraw_files
-    from pipelines.image_to_image import check_strength
-    from pipelines.inpaint import InpaintPipeline
-    from pipelines.pictures import read_masks
+        from t2i.pipelines.jobs.generation import redraw_files
+    from t2i.pipelines.image_to_image import check_strength
+    from t2i.pipelines.inpaint import InpaintPipeline
+    from t2i.pipelines.inputs import read_masks
 
     check_strength(strength)
     settings = redraw_settings(prompt, negative_prompt, steps, guidance_scale, guidance)
@@ -217,8 +218,8 @@ def outpaint(
     with importing():
         from PIL.Image import Image
 
-        from pipelines.generation import redraw_files
-    from pipelines.inpaint import OutpaintPipeline, check_enlarged, check_margins
+        from t2i.pipelines.jobs.generation import redraw_files
+    from t2i.pipelines.inpaint import OutpaintPipeline, check_enlarged, check_margins
 
     margins = {"left": left, "right": right, "top": top, "bottom": bottom}
     check_margins(**margins)
@@ -241,7 +242,7 @@ def redraw_settings(
     guidance: list[str] | None,
 ) -> dict[str, Any]:
     """Those of a pipeline that starts from a picture. Raises InputError for texts that none takes."""
-    from t2i.sampling import check_texts
+    from t2i.checks import check_texts
 
     check_texts("prompt", [] if prompt is None else [prompt], empty=False)
     check_texts("negative_prompt", [] if negative_prompt is None else [negative_prompt])

@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from t2i.commands import SHIPPED, importing, options
+from t2i.commands import SHIPPED, importing
+from t2i.commands import flags as options
 from t2i.errors import InputError
 
 app = typer.Typer()
@@ -46,11 +47,11 @@ def variations(
 ) -> None:
     """Draw pictures of what others show; prints their paths."""
     with importing():
-        from pipelines.generation import redraw_files
-    from pipelines.image_variation import ImageVariationPipeline
-    from pipelines.inversion import INVERSION, inversion_options
-    from pipelines.options import decoder_options
-    from t2i.guidance import check_number
+        from t2i.pipelines.jobs.generation import redraw_files
+    from t2i.checks import check_number
+    from t2i.pipelines.image_variation import ImageVariationPipeline
+    from t2i.pipelines.inversion import INVERSION, inversion_options
+    from t2i.pipelines.options import decoder_options
 
     settings = options.given(num_inference_steps=steps, sampler=sampler, noise_level=noise_level, upsample=upsample)
     settings |= options.guidance(guidance_scale, guidance)
@@ -114,7 +115,7 @@ def interpolate(
 ) -> None:
     """Draw what lies between pictures and texts; prints the paths."""
     with importing():
-        from pipelines.frames import interpolate_files
+        from t2i.pipelines.jobs.frames import interpolate_files
 
     settings = options.given(
         num_inference_steps=steps,
@@ -173,11 +174,11 @@ def edit(
 ) -> None:
     """Change a picture by the direction from one caption to another; prints its path."""
     with importing():
-        from pipelines.generation import redraw_files
-    from pipelines.inversion import INVERSION
-    from pipelines.options import decoder_options
-    from pipelines.text_diff import THETA, TextDiffPipeline, check_pair
-    from t2i.guidance import check_number
+        from t2i.pipelines.jobs.generation import redraw_files
+    from t2i.checks import check_number
+    from t2i.pipelines.inversion import INVERSION
+    from t2i.pipelines.options import decoder_options
+    from t2i.pipelines.text_diff import THETA, TextDiffPipeline, check_pair
 
     theta = THETA if theta is None else theta
     check_number("theta", theta, 0, 1)

@@ -21,9 +21,9 @@ def evaluate_emoji(
     device: Annotated[str, Option(help="auto, cpu, cuda, mps.")] = "auto",
 ) -> None:
     """Draw an emoji for its caption: is the nearest of all real emoji the right one?"""
-    from pipelines.generation import load_pipeline
     from t2i.evaluation.emoji import choose, evaluate, read_emoji
     from t2i.evaluation.results import check_folder
+    from t2i.pipelines.jobs.generation import load_pipeline
 
     choose(read_emoji(folder)[1])  # complain before the model loads
     check_folder(out)
@@ -54,12 +54,12 @@ def evaluate_prior(
     """How near does a prior come to the image embeddings of the captions? Prints JSON."""
     import json
 
-    from t2i.config import check_integer, check_range
+    from t2i.checks import check_integer, check_range
+    from t2i.diffusion.denoiser import MAX_STEPS
+    from t2i.diffusion.guidance import MAX_SCALE
     from t2i.evaluation.priors import evaluate_prior, open_cache
     from t2i.evaluation.results import check_result, versions, write_result
-    from t2i.guidance import MAX_SCALE
-    from t2i.priors import MAX_CANDIDATES, load_prior, usual_guidance
-    from t2i.sampling import MAX_STEPS
+    from t2i.sampling.embeddings import MAX_CANDIDATES, load_prior, usual_guidance
 
     check_integer("count", count, 1, 10_000_000)
     check_integer("steps", steps, 1, MAX_STEPS)
@@ -99,8 +99,8 @@ def evaluate_likelihood(
     device: Annotated[str, Option(help="auto, cpu, cuda, mps.")] = "auto",
 ) -> None:
     """Bits per dimension of the true latents and embeddings: the variational bound and the ODE's likelihood."""
-    from pipelines.generation import load_pipeline
     from t2i.evaluation.likelihood import SPLITS, STAGES, check_settings, evaluate
+    from t2i.pipelines.jobs.generation import load_pipeline
 
     stages = tuple(stage or STAGES)
     check_settings(out, count, terms, steps, seed, stages)

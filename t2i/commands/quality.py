@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
-from t2i.commands import SHIPPED, options
+from t2i.commands import SHIPPED
+from t2i.commands import flags as options
 from t2i.errors import InputError
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def evaluate_quality(
 
     Several processes share the pictures: --num-processes, or torchrun -m t2i eval quality ...
     """
-    from t2i.config import check_choice, check_range
+    from t2i.checks import check_choice, check_range
     from t2i.evaluation.metrics import MetricSettings
     from t2i.evaluation.results import check_result
 
@@ -72,7 +73,7 @@ def evaluate_quality(
         check_range("image-size", image_size, 8, 4096)
     check_result(out)
     if num_processes > 1:
-        from t2i.launch import become
+        from t2i.runtime.launch import become
 
         become(["-m", "t2i", *without(sys.argv[1:], "--num-processes")], num_processes)
     what = Asked(reference, model, pictures, features, inception, clip_score, split, count, seed, image_size, drawing)
@@ -102,8 +103,8 @@ def split_names(names: str) -> tuple[str, ...]:
 
 def check_input(model: str | None, pictures: Path | None, count: int | None, drawing: dict[str, Any]) -> None:
     """What to measure is a model or pictures, and options of a model go with a model."""
-    from pipelines.options import split_options
-    from t2i.config import check_integer
+    from t2i.checks import check_integer
+    from t2i.pipelines.options import split_options
 
     if model is not None and pictures is not None:
         raise InputError(f"give --model or --pictures, not both: {model!r}, {str(pictures)!r}")
@@ -129,13 +130,13 @@ def without(arguments: list[str], option: str) -> list[str]:
 def measure(what: Asked, settings: "MetricSettings", statistics: Path | None, out: Path, device: str) -> None:
     from accelerate import PartialState
 
-    from t2i.clip import load_clip
-    from t2i.devices import find_device
     from t2i.evaluation.features import load_extractor
     from t2i.evaluation.picture_sets import FolderPictures, open_reference
     from t2i.evaluation.quality import measure_quality, measure_reference, read_reference
     from t2i.evaluation.results import write_result
-    from t2i.launch import end_group
+    from t2i.interop.by_name import load_clip
+    from t2i.runtime.devices import find_device
+    from t2i.runtime.launch import end_group
 
     kept = what.reference.suffix == ".safetensors" and what.reference.is_file()
     if kept and what.folder is None:
@@ -171,7 +172,7 @@ def measure(what: Asked, settings: "MetricSettings", statistics: Path | None, ou
 
 
 def load_model(what: Asked, device: str) -> Any:
-    from pipelines.generation import load_pipeline
+    from t2i.pipelines.jobs.generation import load_pipeline
 
     pipeline: Any = load_pipeline(what.model or str(SHIPPED), device)
     if what.image_size not in (None, pipeline.image_size):

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Argument, Option
 
-from t2i.commands import SHIPPED, options
+from t2i.commands import SHIPPED
+from t2i.commands import flags as options
 from t2i.errors import InputError
 
 if TYPE_CHECKING:
-    from t2i.clip import CLIP
+    from t2i.networks.clip import CLIP
 
 app = typer.Typer()
 
@@ -20,8 +21,8 @@ Template = Annotated[list[str] | None, Option(help="A sentence with {} for the l
 
 
 def load(clip: str, device: str) -> "CLIP":
-    from t2i.clip import load_clip
-    from t2i.devices import find_device
+    from t2i.interop.by_name import load_clip
+    from t2i.runtime.devices import find_device
 
     return load_clip(clip).to(find_device(device)).eval()
 
@@ -38,9 +39,9 @@ def classify(
     device: options.Device = "auto",
 ) -> None:
     """Name pictures: the probability of each label, which nothing was trained for."""
-    from t2i.config import check_integer
-    from t2i.retrieval import check_labels, check_templates, embed_pictures
-    from t2i.retrieval import classify as classify_pictures
+    from t2i.checks import check_integer
+    from t2i.evaluation.retrieval import check_labels, check_templates, embed_pictures
+    from t2i.evaluation.retrieval import classify as classify_pictures
 
     names = check_labels(read_labels(labels, labels_file))
     templates = check_templates(template or ["{}"])
@@ -81,10 +82,10 @@ def search(
 
     A folder is embedded once: its index is kept in the folder, and only new pictures are added.
     """
-    from t2i.config import check_integer
+    from t2i.checks import check_integer
     from t2i.data.pictures import open_picture
-    from t2i.retrieval import open_index
-    from t2i.retrieval import search as search_index
+    from t2i.evaluation.retrieval import open_index
+    from t2i.evaluation.retrieval import search as search_index
 
     if (text is None) == (picture is None):
         raise InputError("give a text or a --picture to look for, " + ("got none" if text is None else "got both"))
@@ -109,10 +110,10 @@ def similarity(
     """Draw the cosines of pictures with texts, or with each other, as a matrix."""
     import torch
 
-    from t2i.contact_sheet import similarity_matrix, to_images
+    from t2i.checks import check_texts
     from t2i.data.pictures import open_picture, to_tensor
-    from t2i.retrieval import embed_labels, embed_pictures
-    from t2i.sampling import check_texts
+    from t2i.evaluation.contact_sheet import similarity_matrix, to_images
+    from t2i.evaluation.retrieval import embed_labels, embed_pictures
 
     if out.suffix != ".png" or out.exists():
         what = "exists and is not overwritten" if out.exists() else "does not end in .png"

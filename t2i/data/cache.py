@@ -24,14 +24,11 @@ variance, public ones' are not.
 
 import hashlib
 import json
-import os
 import shlex
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -39,10 +36,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from t2i.checkpoint import digest, loaded, sync
-from t2i.condition import TextEncoding, TokenStates
 from t2i.data.dataset import Batch, CaptionedPictures, Key
+from t2i.diffusion.condition import TextEncoding, TokenStates
 from t2i.errors import InputError
+from t2i.files.atomic import digest, new_file, write_json
+from t2i.files.model_folder import loaded
 
 FORMAT = 1
 SPLITS = ("train", "held_out")
@@ -323,18 +321,6 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
     return loaded(load_file, path)
 
 
-def check_writable(folder: Path) -> None:
-    """Refuse a folder that cannot be written or made; leaves nothing."""
-    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if parent == folder and not folder.is_dir():
-        return  # a file, which `refuse_another` names
-    try:
-        with TemporaryFile(dir=parent):
-            pass
-    except OSError as error:
-        raise InputError(f"output={str(folder)!r} cannot be written ({error}); give another folder") from error
-
-
 def refuse_another(folder: Path, key: dict[str, Any]) -> None:
     """Refuse to write a cache with `key` into a folder that holds a cache made from anything else, or other files."""
     if folder.exists() and not folder.is_dir():
@@ -360,24 +346,3 @@ def read_json(path: Path) -> dict[str, Any]:
         return content
 
     return loaded(read, path)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    with new_file(path) as unfinished:
-        unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def new_file(final: Path) -> Iterator[Path]:
-    """A file to write, which takes the place of `final` at the end, or is gone if anything fails."""
-    unfinished = final.with_name(f".{final.name}.{os.getpid()}.unfinished")
-    mask = os.umask(0)
-    os.umask(mask)
-    try:
-        yield unfinished
-        unfinished.chmod(0o666 & ~mask)  # safetensors makes files private
-        sync(unfinished)
-        os.replace(unfinished, final)
-        sync(final.parent)
-    finally:
-        unfinished.unlink(missing_ok=True)

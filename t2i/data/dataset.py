@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from t2i.condition import TextEncoding, TokenStates
 from t2i.config import DataConfig
 from t2i.data.manifest import Manifest, splits_of
 from t2i.data.pictures import decode, silent, to_tensor
 from t2i.data.reasons import Rejected
+from t2i.diffusion.condition import TextEncoding, TokenStates
 from t2i.errors import InputError
 
 TRIES = 100  # pictures in a row that cannot be read, after which it is the disk's fault

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, features
 
-from t2i.checkpoint import new_folder
 from t2i.data.manifest import write_manifest
-from t2i.data.sources import Columns
+from t2i.data.sources.samples import Columns
 from t2i.errors import InputError
+from t2i.files.atomic import new_folder
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 NAMES = Path("/usr/share/unicode/emoji/emoji-test.txt")

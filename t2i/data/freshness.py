@@ -6,7 +6,9 @@ import pyarrow.parquet as pq
 
 from t2i.data.manifest import find_manifest, read_about
 from t2i.data.reasons import Reason
-from t2i.data.sources import METADATA, Columns, Sample, open_source
+from t2i.data.sources.metadata import METADATA
+from t2i.data.sources.open_source import open_source
+from t2i.data.sources.samples import Columns, Sample
 from t2i.errors import InputError
 
 THERE = [("status", "!=", Reason.missing_file.name)]

@@ -15,13 +15,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from t2i.checkpoint import new_folder
 from t2i.data.labels import LABELS, label_of, write_labels
 from t2i.data.pictures import decode, silent
 from t2i.data.reasons import Reason, Rejected
 from t2i.data.report import Duplicates, Report
-from t2i.data.sources import Columns, Sample, Source, open_inside, open_source, read_range, written_by_check
+from t2i.data.sources.open_source import open_source, written_by_check
+from t2i.data.sources.samples import Columns, Sample, Source, open_inside, read_range
 from t2i.errors import InputError
+from t2i.files.atomic import new_folder
 
 NAME = "manifest.parquet"
 FOLDER = "t2i"  # below a source folder

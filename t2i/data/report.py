@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from PIL import Image, ImageDraw, ImageFont
 
 from t2i.data.reasons import Reason
-from t2i.data.sources import Notes
+from t2i.data.sources.samples import Notes
 
 SIDES = (8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096)  # lower edges of the bins
 SHAPES = {"tall": 0.6, "3:4": 0.9, "square": 1.1, "4:3": 1.6, "wide": float("inf")}  # width / height below

@@ -12,9 +12,9 @@ from torch import Generator, Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from t2i.config import DataConfig
-from t2i.contact_sheet import contact_sheet
 from t2i.data import CaptionedPictures, Record
 from t2i.errors import InputError
+from t2i.evaluation.contact_sheet import contact_sheet
 from t2i.evaluation.results import check_folder, versions, write_result
 
 SIZE = 128

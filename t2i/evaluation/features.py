@@ -9,10 +9,12 @@ from huggingface_hub import constants
 from safetensors.torch import load_file
 from torch import Tensor
 
-from t2i.checkpoint import loaded, tensors_digest
-from t2i.clip import CLIP, load_clip
 from t2i.errors import InputError
 from t2i.evaluation.metrics import fidelity
+from t2i.files.fingerprints import tensors_digest
+from t2i.files.model_folder import loaded
+from t2i.interop.by_name import load_clip
+from t2i.networks.clip import CLIP
 
 LAYER = "2048"  # of Inception: the last average pooling, that of FID
 

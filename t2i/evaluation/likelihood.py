@@ -7,13 +7,14 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Generator, Tensor
 
-from t2i.config import DataConfig, check_choice, check_integer
+from t2i.checks import check_choice, check_integer
+from t2i.config import DataConfig
 from t2i.data import CaptionedPictures
-from t2i.diffusion import Predict, conditional
+from t2i.diffusion.denoiser import Predict, conditional
+from t2i.diffusion.likelihood import ode_bits, variational_bound
 from t2i.errors import InputError
 from t2i.evaluation.results import check_result, versions, write_result
-from t2i.likelihood import ode_bits, variational_bound
-from t2i.sampling import decoder_predict
+from t2i.sampling.sample import decoder_predict
 
 STAGES = ("prior", "decoder")
 SPLITS = ("train", "held_out")

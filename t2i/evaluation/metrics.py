@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from t2i.config import check_choice, check_integer
+from t2i.checks import check_choice, check_integer
 from t2i.errors import InputError
 
 METRICS = ("fd", "kid", "prc")  # Frechet distance; kernel distance; precision and recall

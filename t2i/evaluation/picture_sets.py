@@ -13,8 +13,8 @@ from torch import Generator, Tensor
 
 from t2i.config import DataConfig
 from t2i.data import CaptionedPictures
-from t2i.data.folder import file_digest, list_pictures
 from t2i.data.manifest import find_manifest
+from t2i.data.picture_files import file_digest, list_pictures
 from t2i.data.pictures import open_picture, to_tensor
 from t2i.errors import InputError
 

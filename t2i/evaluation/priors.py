@@ -9,9 +9,9 @@ from diffusers import SchedulerMixin
 from torch import Generator, Tensor
 
 from t2i.data.cache import CachedPairs
+from t2i.diffusion.guidance import Guidance
 from t2i.errors import InputError
-from t2i.guidance import Guidance
-from t2i.priors import AnyPrior, draw_embeddings
+from t2i.sampling.embeddings import AnyPrior, draw_embeddings
 
 BATCH = 256
 

@@ -17,14 +17,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from t2i import __version__
-from t2i.clip import CLIP
-from t2i.data.cache import check_writable
 from t2i.errors import InputError
 from t2i.evaluation.features import Extractor
 from t2i.evaluation.metrics import MetricSettings, Moments, compare, moments
 from t2i.evaluation.picture_sets import FolderPictures, PictureSet, SourcePictures
-from t2i.processes import on_main
-from t2i.tensor_file import read_tensors, write_tensors
+from t2i.files.atomic import check_writable
+from t2i.files.tensor_file import read_tensors, write_tensors
+from t2i.networks.clip import CLIP
+from t2i.runtime.processes import on_main
 
 KIND = "statistics of pictures"
 TENSORS = ("features", "mean", "covariance")

@@ -9,8 +9,8 @@ import diffusers
 import torch
 
 from t2i import __version__
-from t2i.data.cache import check_writable, new_file
 from t2i.errors import InputError
+from t2i.files.atomic import check_writable, new_file
 
 
 def check_result(out: Path) -> None:

@@ -14,16 +14,16 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 from torch.nn import Module
 
-from t2i.checkpoint import as_oserror, new_folder
-from t2i.clip import CLIP
-from t2i.config import check_integer
+from t2i.checks import check_integer
 from t2i.errors import InputError
-from t2i.interop.dalle2_decoder import DALLE2Cascade, DALLE2Decoder, DALLE2Pixels
+from t2i.files.atomic import as_oserror, new_folder
+from t2i.files.untrusted import Stored, check_finite, check_tensors, described, outline, read_config
 from t2i.interop.dalle2_files import DALLE2File, parse_release, read_dalle2
-from t2i.interop.dalle2_prior import DALLE2Prior
-from t2i.interop.dalle2_unet import Unet
-from t2i.tokenizer import public_tokenizer
-from t2i.untrusted import Stored, check_finite, check_tensors, described, outline, read_config
+from t2i.networks.clip import CLIP
+from t2i.networks.dalle2.decoder import DALLE2Cascade, DALLE2Decoder, DALLE2Pixels
+from t2i.networks.dalle2.prior import DALLE2Prior
+from t2i.networks.dalle2.unet import Unet
+from t2i.networks.tokenizer import public_tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from t2i.errors import InputError
+from t2i.files.untrusted import check_size, described
 from t2i.interop.pickles import read_pickle
-from t2i.untrusted import check_size, described
 
 MAX_FILE = 64 * 2**30  # bytes; the largest published one has a tenth of it
 MAX_PICKLE = 64 * 2**20  # bytes of what is not tensors

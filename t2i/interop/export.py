@@ -11,23 +11,23 @@ from diffusers import DDPMScheduler, SchedulerMixin, UnCLIPScheduler
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from t2i.autoencoder import Autoencoder
-from t2i.checkpoint import as_oserror
+from t2i.diffusion.respaced import UnCLIPRespacedScheduler
 from t2i.errors import InputError
-from t2i.interop.clip_tokenizer import CLIPTokenizer
-from t2i.interop.eclipse import EclipsePrior
-from t2i.interop.kandinsky import KandinskyDecoder
-from t2i.interop.karlo import KarloDecoder
+from t2i.files.atomic import as_oserror
 from t2i.interop.layouts import BY_NAME, CLASSES, OF_TRANSFORMERS, Layout
-from t2i.interop.movq import MoVQ
-from t2i.interop.multilingual_clip import MultilingualCLIP
 from t2i.interop.prior_transformer import names_of, to_prior_transformer
-from t2i.interop.scheduler import UnCLIPRespacedScheduler
-from t2i.interop.stable_unclip import StableUnCLIPDecoder
-from t2i.interop.super_resolution import SuperResolution
-from t2i.interop.transformers_clip import TransformersCLIP
-from t2i.prior import Prior
-from t2i.text_encoder import TextEncoder
+from t2i.networks.autoencoder import Autoencoder
+from t2i.networks.prior import Prior
+from t2i.networks.public.clip_tokenizer import CLIPTokenizer
+from t2i.networks.public.eclipse import EclipsePrior
+from t2i.networks.public.kandinsky import KandinskyDecoder
+from t2i.networks.public.karlo import KarloDecoder
+from t2i.networks.public.movq import MoVQ
+from t2i.networks.public.multilingual_clip import MultilingualCLIP
+from t2i.networks.public.stable_unclip import StableUnCLIPDecoder
+from t2i.networks.public.super_resolution import SuperResolution
+from t2i.networks.public.transformers_clip import TransformersCLIP
+from t2i.networks.text_encoder import TextEncoder
 
 # What a layout's parts are made of here, and why nothing else will do.
 # Tensors of a PriorTransformer that begin with a batch of one, and in how many dimensions.

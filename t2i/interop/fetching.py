@@ -10,12 +10,13 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
-from t2i.checkpoint import class_name
 from t2i.errors import InputError
-from t2i.interop.component import listed
+from t2i.files.component import listed
+from t2i.files.hub import asking, reach
+from t2i.files.model_folder import class_name
+from t2i.files.untrusted import check_name, is_folder, weight_files
 from t2i.interop.layouts import BY_CLASS, CLASSES, OF_TRANSFORMERS
 from t2i.interop.stored import STEMS, variants_in
-from t2i.untrusted import asking, check_name, is_folder, reach, weight_files
 
 logger = logging.getLogger(__name__)
 

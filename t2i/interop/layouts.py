@@ -12,12 +12,13 @@ from typing import Any
 import diffusers
 from diffusers import SchedulerMixin, UnCLIPScheduler
 
-from t2i.checkpoint import loaded
+from t2i.diffusion.respaced import UnCLIPRespacedScheduler
+from t2i.diffusion.samplers import check_drawing
+from t2i.diffusion.stored_schedulers import check_scheduler
 from t2i.errors import InputError
-from t2i.interop.component import Component, listed
-from t2i.interop.scheduler import UnCLIPRespacedScheduler
-from t2i.samplers import check_drawing
-from t2i.untrusted import check_files, check_scheduler, is_folder, read_config
+from t2i.files.component import Component, listed
+from t2i.files.model_folder import loaded
+from t2i.files.untrusted import check_files, is_folder, read_config
 
 logger = logging.getLogger(__name__)
 

@@ -8,25 +8,27 @@ from typing import Any
 import torch
 from diffusers import SchedulerMixin, UnCLIPScheduler
 
-from t2i.checkpoint import class_name, load_model, load_scheduler
-from t2i.clip import CLIP
+from t2i.diffusion.respaced import UnCLIPRespacedScheduler
+from t2i.diffusion.stored_schedulers import load_scheduler
 from t2i.errors import InputError
-from t2i.interop.component import Component
-from t2i.interop.eclipse import EclipsePrior
-from t2i.interop.kandinsky import KandinskyDecoder
-from t2i.interop.karlo import KarloDecoder
+from t2i.files.component import Component
+from t2i.files.model_folder import class_name, load_model
+from t2i.files.untrusted import is_folder
+from t2i.interop.by_name import public_clip
 from t2i.interop.layouts import BY_CLASS, USUAL_PRIORS, Layout, PublicFolder, class_of, recognised
-from t2i.interop.movq import MoVQ
-from t2i.interop.multilingual_clip import MultilingualCLIP
+from t2i.interop.parts import Found, find
 from t2i.interop.prior_transformer import load_prior_transformer
-from t2i.interop.scheduler import UnCLIPRespacedScheduler
-from t2i.interop.stable_unclip import StableUnCLIPDecoder, caption_encoder, latent_autoencoder
-from t2i.interop.starting import Found, find, public_clip
 from t2i.interop.stored import Dtypes, check_variant, dtype_of, holds_public, stored_dtypes
-from t2i.interop.super_resolution import SuperResolution
-from t2i.interop.transformers_clip import TransformersCLIP
-from t2i.priors import PRIORS, load_prior
-from t2i.untrusted import is_folder
+from t2i.networks.clip import CLIP
+from t2i.networks.public.eclipse import EclipsePrior
+from t2i.networks.public.kandinsky import KandinskyDecoder
+from t2i.networks.public.karlo import KarloDecoder
+from t2i.networks.public.movq import MoVQ
+from t2i.networks.public.multilingual_clip import MultilingualCLIP
+from t2i.networks.public.stable_unclip import StableUnCLIPDecoder, caption_encoder, latent_autoencoder
+from t2i.networks.public.super_resolution import SuperResolution
+from t2i.networks.public.transformers_clip import TransformersCLIP
+from t2i.sampling.embeddings import PRIORS, load_prior
 
 TOWERS = ("text_tower", "image_tower")
 CLIP_WAYS = "name a folder or repository that has it as clip=... (--clip)"
@@ -41,7 +43,7 @@ def load_components(
     variant: str | None = None,
     given: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The components of `pipelines.base.UnCLIPPipeline`, by its argument names, of a model in a public layout.
+    """The components of `t2i.pipelines.base.UnCLIPPipeline`, by its argument names, of a model in a public layout.
 
     Args:
         folder: of the decoder, or of the whole model.

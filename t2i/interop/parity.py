@@ -36,14 +36,14 @@ from transformers import (
     XLMRobertaTokenizer,
 )
 
-from t2i.condition import TextEncoding, TokenStates
-from t2i.diffusion import sample
+from t2i.diffusion.condition import TextEncoding, TokenStates
+from t2i.diffusion.denoiser import sample
+from t2i.diffusion.inpainting import known_latents
 from t2i.errors import InputError
-from t2i.inpainting import known_latents
 from t2i.interop.layouts import PublicFolder
 from t2i.interop.loading import Sources
-from t2i.priors import draw_embeddings
-from t2i.sampling import decoder_predict
+from t2i.sampling.embeddings import draw_embeddings
+from t2i.sampling.sample import decoder_predict
 
 Difference = tuple[str, float]
 LEARNED = ("learned", "learned_range")  # kinds of variance of a scheduler

@@ -14,10 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.serialization import safe_globals
 
-from t2i.checkpoint import as_oserror
-from t2i.data.cache import new_file
 from t2i.errors import InputError
-from t2i.untrusted import MAX_TABLE, PICKLES, check_name, read_json
+from t2i.files.atomic import as_oserror, new_file
+from t2i.files.untrusted import MAX_TABLE, PICKLES, check_name, read_json
 
 WRAPPERS = ("state_dict", "model")  # what trainers put weights under
 INDEX = ".bin.index.json"

@@ -13,13 +13,13 @@ from accelerate import init_empty_weights
 from diffusers import PriorTransformer
 from torch import Tensor
 
-from t2i.condition import TextEncoding
-from t2i.config import check_integer
+from t2i.checks import check_integer
+from t2i.diffusion.condition import TextEncoding
 from t2i.errors import InputError
-from t2i.interop.component import Component, filled
-from t2i.interop.eclipse import EclipsePrior
-from t2i.prior import Prior
-from t2i.untrusted import Stored, check_tensors, outline
+from t2i.files.component import Component, filled
+from t2i.files.untrusted import Stored, check_tensors, outline
+from t2i.networks.prior import Prior
+from t2i.networks.public.eclipse import EclipsePrior
 
 USUAL_GUIDANCE = 4.0  # of Karlo's and Kandinsky's pipelines
 NULLS = ("null_embedding", "null_states")  # of a Prior; a PriorTransformer's pipeline encodes "" each time

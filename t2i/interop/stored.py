@@ -10,8 +10,8 @@ from typing import Any, TypeAlias
 import torch
 
 from t2i.errors import InputError
-from t2i.interop.component import listed
-from t2i.untrusted import check_name, is_folder, read_header, weight_files
+from t2i.files.component import listed
+from t2i.files.untrusted import check_name, is_folder, read_header, weight_files
 
 STEMS = ("diffusion_pytorch_model", "model")  # diffusers' and transformers' names of weights
 NAMED = re.compile(rf"(?:{'|'.join(STEMS)})\.(?:safetensors\.index\.(.+)\.json|([^.]+)\.safetensors)")
@@ -76,7 +76,7 @@ def asks_for_bf16(dtype: Any) -> bool:
 def holds_public(path: Path) -> bool:
     """Whether a folder of this project's own layout holds parts of public models."""
     homes = [str(entry[0]) for entry in listed(path).values() if isinstance(entry, list) and len(entry) == 2]
-    return any(home.startswith("t2i.interop.") and not home.endswith(".scheduler") for home in homes)
+    return any(home.startswith(("t2i.networks.public.", "t2i.networks.dalle2.")) for home in homes)
 
 
 def stored_dtypes(path: Path, variant: str | None = None) -> dict[str, torch.dtype]:

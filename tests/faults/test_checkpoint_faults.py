@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from t2i.training.common.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint, verify
 
-from t2i.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint, verify
 from t2i.errors import RESUMABLE, InputError, RunError, Stopped
-from t2i.processes import REPEATED
+from t2i.runtime.processes import REPEATED
 
 from . import tiny_run
 from .record import fault, record

@@ -21,15 +21,15 @@ import torch
 from diffusers import AutoencoderKL
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
+from t2i.pipelines.jobs.assemble import assemble_folder
 
-from pipelines.assemble import assemble_folder
 from t2i import InputError, Text2ImagePipeline
-from t2i.autoencoder import load_autoencoder
-from t2i.checkpoint import load_model, load_scheduler
-from t2i.clip import load_clip
-from t2i.prior import Prior
-from t2i.unet_decoder import UNetDecoder
-from t2i.untrusted import check_name, read_header
+from t2i.diffusion.stored_schedulers import load_scheduler
+from t2i.files.model_folder import load_model
+from t2i.files.untrusted import check_name, read_header
+from t2i.interop.by_name import load_autoencoder, load_clip
+from t2i.networks.prior import Prior
+from t2i.networks.unet_decoder import UNetDecoder
 
 from .record import record
 
@@ -358,9 +358,9 @@ def test_a_pipelines_index_names_our_own_classes_only(pipeline_folder, tmp_path)
         for entry in (
             ["os", "system"],
             ["subprocess", "Popen"],
-            ["t2i.clip", "load_clip"],
-            ["t2i.clip", "Nothing"],
-            ["t2i.autoencoder", "AutoencoderKL"],
+            ["t2i.networks.clip", "load_clip"],
+            ["t2i.networks.clip", "Nothing"],
+            ["t2i.networks.autoencoder", "AutoencoderKL"],
             ["diffusers", "AutoencoderKL"],
             ["diffusers", "StableDiffusionPipeline"],
             ["diffusers", "os"],
@@ -368,8 +368,8 @@ def test_a_pipelines_index_names_our_own_classes_only(pipeline_folder, tmp_path)
             ["diffusers", "Scheduler"],
             ["diffusers", 7],
             ["diffusers"],
-            ["t2i.clip", "CLIP", "x"],
-            [["t2i.clip"], "CLIP"],
+            ["t2i.networks.clip", "CLIP", "x"],
+            [["t2i.networks.clip"], "CLIP"],
             ["evil", "CLIP"],
             [None, None],
             [],
@@ -380,7 +380,7 @@ def test_a_pipelines_index_names_our_own_classes_only(pipeline_folder, tmp_path)
         )
     ]
     changes += [{key: "evil.py"} for key in ("auto_map", "custom_pipeline", "trust_remote_code", "quantization_config")]
-    changes += [{"../evil": ["t2i.clip", "CLIP"]}, {"safety_checker": ["os", "system"]}, {"vae": 7}]
+    changes += [{"../evil": ["t2i.networks.clip", "CLIP"]}, {"safety_checker": ["os", "system"]}, {"vae": 7}]
     changes += [{"_class_name": name} for name in ("StableDiffusionPipeline", ["evil", "Evil"], None, 7, "os.system")]
     survived = 0
     for change in changes:
@@ -843,7 +843,7 @@ def test_without_a_network_no_loader_waits(tmp_path, monkeypatch, silent):
     """Not told to be offline: the hub is a port where nobody listens, or where nobody answers."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("t2i.untrusted.PATIENCE", 0.5)
+    monkeypatch.setattr("t2i.files.untrusted.PATIENCE", 0.5)
     said = []
     with socket.socket() as hub:
         hub.bind(("127.0.0.1", 0))

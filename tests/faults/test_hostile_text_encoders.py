@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from t2i import Text2ImagePipeline
-from t2i.text_encoder import load_text_encoder
-from tests.text_encoders import SIZE, make
+from t2i.interop.by_name import load_text_encoder
+from tests.helpers.text_encoders import SIZE, make
 
 from .record import record
 from .test_hostile_files import WEIGHTS, bombs, edit, memory, refusal

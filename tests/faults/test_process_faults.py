@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from t2i.training.common.checkpoint import load_checkpoint, newest_checkpoint
 
-from t2i.checkpoint import load_checkpoint, newest_checkpoint
 from t2i.errors import InputError, RunError
 
 from . import tiny_run

@@ -11,9 +11,9 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from t2i.training.common.checkpoint import newest_checkpoint
 
 from t2i import STAGES
-from t2i.checkpoint import newest_checkpoint
 
 from ..conftest import arguments
 from . import tiny_run

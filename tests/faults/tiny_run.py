@@ -20,11 +20,12 @@ from torch.distributed.fsdp import fully_shard
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from t2i.training.common.loop import Stage, fit, start
+
 from t2i.config import TrainConfig  # noqa: E402
 from t2i.data import Batch  # noqa: E402
 from t2i.errors import InputError, reported  # noqa: E402
-from t2i.launch import end_group  # noqa: E402
-from t2i.loop import Stage, fit, start  # noqa: E402
+from t2i.runtime.launch import end_group
 
 SIZE = 40
 SETTINGS = {

@@ -1,0 +1,169 @@
+"""Pictures as arguments: what every pipeline takes, read by one function."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from t2i.checks import check_integer
+from t2i.data.pictures import MAX_PIXELS, open_picture, to_rgb, to_tensor
+from t2i.errors import InputError
+
+MAX_PICTURES = 1024
+MAX_SIZE = 4096
+SHAPES = "an array is (H, W, 3), a tensor is (3, H, W), or several of them in one"
+MASK_SHAPES = "a mask is (H, W), as an array (H, W, 1 or 3), as a tensor (1 or 3, H, W); give several as a list"
+
+Picture: TypeAlias = Image.Image | str | Path | np.ndarray | Tensor
+Pictures: TypeAlias = Picture | Sequence[Picture]
+
+
+def read_pictures(images: Pictures, size: int | None = None, name: str = "image") -> Tensor:
+    """-> (N, 3, size, size), fp32, in [-1, 1]: the short side resized to `size`, the middle cut out.
+
+    Without a size: (N, 3, H, W), pictures of one size as they are.
+
+    Args:
+        images: one picture or a list: PIL pictures; paths; arrays (H, W, 3), of uint8, or of floats in [0, 1]; tensors
+            (3, H, W), likewise. Arrays and tensors may have a first dimension more: several pictures.
+        size: in pixels. A picture that has it already keeps its values.
+        name: of the argument, for the message.
+
+    Raises:
+        InputError: for what is no picture, does not decode, is too large, or has values out of range; for none at all.
+    """
+    if size is not None:
+        check_integer("size", size, 1, MAX_SIZE)
+    found = split_pictures(images, name)
+    if not found:
+        raise InputError(f"{name} has no pictures; give one or more")
+    if len(found) > MAX_PICTURES:
+        raise InputError(f"{name} has {len(found)} pictures; at most {MAX_PICTURES} are taken")
+    several = len(found) > 1
+    read = [read_picture(one, size, f"{name} {i + 1}" if several else name) for i, one in enumerate(found)]
+    for i, one in enumerate(read):
+        if one.shape != read[0].shape:
+            raise InputError(f"{name} {i + 1} is {sides(one)}, the first is {sides(read[0])}; give them of one size")
+    return torch.stack(read)
+
+
+def read_masks(masks: Pictures, count: int, size: tuple[int, int], name: str = "mask_image") -> Tensor:
+    """-> (count, 1, H, W), fp32, of 0 and 1: 1, what is to be painted, from half the range on.
+
+    Args:
+        masks: one for all or one a picture: as pictures, or with one channel, or without: (H, W). Three dimensions are
+            one mask with channels; several masks without them are a list.
+        count: of pictures.
+        size: (H, W) of the pictures.
+
+    Raises:
+        InputError: for masks of another number, shape or size, and for those that paint nothing or everything.
+    """
+    found = split_pictures(masks, name, least=2)
+    if len(found) not in (1, count):
+        raise InputError(f"{name} has {len(found)} masks for {count} pictures; give one, or one a picture")
+    read = [read_mask(one, name) for one in found]
+    for one in read:
+        if one.shape[-2:] != size:
+            raise InputError(f"{name} is {sides(one)}, the picture is {size[1]} x {size[0]}; they must agree")
+        if one.all() or not one.any():
+            what = "white: nothing stays; draw a new picture" if one.all() else "black: there is nothing to paint"
+            raise InputError(f"{name} is all {what}")
+    return torch.stack(read * count if len(read) == 1 else read)
+
+
+def read_mask(mask: Picture, name: str) -> Tensor:
+    """-> (1, H, W), fp32, of 0 and 1."""
+    if isinstance(mask, str | Path):
+        mask = open_picture(mask)
+    if isinstance(mask, Image.Image):
+        check_pixels(name, mask.width, mask.height)
+        values = np.asarray(to_rgb(mask).convert("L"))
+    else:
+        values = np.asarray(mask) if isinstance(mask, np.ndarray) else mask.detach().cpu().numpy()
+        if values.ndim == 3:
+            channels = -1 if isinstance(mask, np.ndarray) else 0
+            if values.shape[channels] not in (1, 3):
+                raise InputError(f"{name} has the shape {values.shape}; {MASK_SHAPES}")
+            values = values.mean(axis=channels).astype(values.dtype)
+        check_pixels(name, values.shape[-1], values.shape[-2])
+    if values.dtype == bool:
+        return torch.from_numpy(values)[None].float()
+    if values.dtype == np.uint8:
+        return torch.from_numpy(values >= 128)[None].float()
+    if not np.issubdtype(values.dtype, np.floating) or not (values.min() >= 0 and values.max() <= 1):
+        raise InputError(f"{name} has values of {values.dtype}; give uint8, bool, or floats in [0, 1]")
+    return torch.from_numpy(values >= 0.5)[None].float()
+
+
+def sides(picture: Tensor) -> str:
+    return f"{picture.shape[-1]} x {picture.shape[-2]}"
+
+
+def split_pictures(images: Any, name: str = "image", least: int = 3) -> list[Any]:
+    """Pictures one by one; `least` is the number of dimensions of one, or one less than of several."""
+    if isinstance(images, Image.Image | str | Path):
+        return [images]
+    if isinstance(images, np.ndarray | Tensor):
+        if not least <= images.ndim <= 4:
+            raise InputError(f"{name} has the shape {tuple(images.shape)}; {SHAPES}")
+        return [images] if images.ndim < 4 else list(images)
+    if isinstance(images, Sequence) and not isinstance(images, bytes | bytearray):
+        return [part for one in images for part in split_pictures(one, name, least)]
+    raise InputError(f"{name} must be a picture or a list of pictures, got {type(images).__name__}")
+
+
+def read_picture(image: Picture, size: int | None, name: str = "image") -> Tensor:
+    """One picture -> (3, size, size), or (3, H, W) without a size; fp32, in [-1, 1]. Raises InputError."""
+    if isinstance(image, str | Path):
+        return sized(open_picture(image), size)
+    if isinstance(image, Image.Image):
+        check_pixels(name, image.width, image.height)
+        try:
+            return sized(to_rgb(image), size)
+        except (InputError, OSError, ValueError) as error:
+            raise InputError(f"{name} cannot be read: {error}") from error
+    values = torch.from_numpy(np.array(image)) if isinstance(image, np.ndarray) else image.detach().cpu()
+    channels = -1 if isinstance(image, np.ndarray) else 0
+    if values.shape[channels] != 3:
+        raise InputError(f"{name} has the shape {tuple(values.shape)}; {SHAPES}")
+    values = values.movedim(channels, 0)
+    check_pixels(name, values.shape[2], values.shape[1])
+    return fitted(in_range(values, name), size)
+
+
+def sized(image: Image.Image, size: int | None) -> Tensor:
+    return to_tensor(image, size) if size is not None else pil_to_tensor(image).float() / 127.5 - 1
+
+
+def in_range(values: Tensor, name: str) -> Tensor:
+    """(3, H, W) of bytes, or of floats in [0, 1] -> fp32 in [-1, 1]."""
+    if values.dtype == torch.uint8:
+        return values.float() / 127.5 - 1
+    if not values.is_floating_point():
+        raise InputError(f"{name} is of {values.dtype}; give uint8, or floats in [0, 1]")
+    low, high = (end.item() for end in values.aminmax()) if values.numel() else (0, 0)
+    if not (low >= 0 and high <= 1):  # NaN is neither
+        raise InputError(f"{name} has values from {low:g} to {high:g}; a picture of floats has values in [0, 1]")
+    return values.float() * 2 - 1
+
+
+def fitted(values: Tensor, size: int | None) -> Tensor:
+    """(3, H, W) -> (3, size, size), as `to_tensor` does it with PIL pictures, without rounding to bytes."""
+    if size is None or values.shape[1:] == (size, size):
+        return values
+    resize = v2.Resize(size, v2.InterpolationMode.BICUBIC, antialias=True)
+    return v2.Compose([resize, v2.CenterCrop(size)])(values).clamp(-1, 1)
+
+
+def check_pixels(name: str, width: int, height: int) -> None:
+    if not width or not height:
+        raise InputError(f"{name} is {width} x {height}: it has no pixels")
+    if width * height > MAX_PIXELS:
+        raise InputError(f"{name} is {width} x {height}; at most {MAX_PIXELS // 10**6} million pixels are taken")

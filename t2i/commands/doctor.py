@@ -1,0 +1,63 @@
+"""What is installed and what is missing: the text of `t2i doctor`."""
+
+import importlib
+import os
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+
+from t2i import __version__
+
+PACKAGES = [
+    *("torch", "torchvision", "open_clip_torch", "diffusers", "transformers", "accelerate", "datasets"),
+    *("safetensors", "huggingface_hub", "omegaconf", "typer", "pillow", "numpy"),
+    *("pyarrow", "psutil", "pyyaml", "tensorboard", "tokenizers", "tqdm"),
+]
+
+
+def report() -> tuple[list[str], list[str]]:
+    """Lines to show, and problems that keep the project from working."""
+    problems: list[str] = []
+    lines = [f"t2i {__version__}, Python {platform.python_version()}, {platform.platform()}"]
+    for package in PACKAGES:
+        try:
+            lines.append(f"  {package} {version(package)}")
+        except PackageNotFoundError:
+            problems.append(f"{package} is not installed; pip install {package}")
+    for module in ("torch", "torchvision", "open_clip", "diffusers", "transformers"):
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # a broken pair of torch and torchvision raises many things
+            problems.append(f"{module} does not import ({error}); install torch and torchvision together")
+    if not problems:
+        lines += devices() + emoji_packages()
+    return lines, problems
+
+
+def emoji_packages() -> list[str]:
+    """The packages that `t2i data emoji` lacks; nothing else needs them."""
+    from PIL import features
+
+    from t2i.data.emoji import ANNOTATIONS, FONT, NAMES
+
+    found = {"fonts-noto-color-emoji": FONT.exists(), "unicode-data": NAMES.exists()}
+    found |= {"unicode-cldr-core": ANNOTATIONS.exists(), "libfribidi0": bool(features.check("raqm"))}
+    return [f"  for `t2i data emoji`: the package {name} is missing" for name, there in found.items() if not there]
+
+
+def devices() -> list[str]:
+    import torch
+
+    from t2i.runtime.devices import best_precision
+
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    free = shutil.disk_usage(".").free / 1e9
+    lines = [f"  {os.cpu_count()} CPU cores, {free:.0f} GB of disk free here"]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        lines.append(f"  cuda:{index} {properties.name}, {properties.total_memory / 1e9:.0f} GB")
+    if torch.backends.mps.is_available():
+        lines.append("  mps")
+    if torch.cuda.device_count() == 0 and shutil.which("nvidia-smi"):
+        lines.append("  an NVIDIA driver is here, but this torch sees no GPU: is it a build for CPUs?")
+    return [*lines, f"  training precision (mixed_precision: auto): {best_precision(kind)}"]

@@ -1,0 +1,35 @@
+"""Pictures of a folder without captions: to be measured, sorted or searched."""
+
+import hashlib
+from pathlib import Path
+
+from t2i.data.manifest import FOLDER, NAME
+from t2i.data.sources.samples import PICTURES
+from t2i.errors import InputError
+
+
+def list_pictures(folder: str | Path) -> list[Path]:
+    """The picture files in a folder and below, sorted. Raises InputError if there is none.
+
+    Hidden ones are left out, and what `t2i data check` wrote.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise InputError(f"no folder {str(folder)!r}; give one with pictures")
+    checked = root / FOLDER if (root / FOLDER / NAME).exists() else None
+    found = [
+        path
+        for path in sorted(root.rglob("*"))
+        if path.suffix.lower() in PICTURES and path.is_file()
+        if not any(part.startswith(".") for part in path.relative_to(root).parts)
+        if checked is None or not path.is_relative_to(checked)
+    ]
+    if not found:
+        raise InputError(f"no pictures in {str(folder)!r}; they end in {', '.join(sorted(PICTURES))}")
+    return found
+
+
+def file_digest(path: Path) -> bytes:
+    """SHA-256, 32 bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()

@@ -1,0 +1,78 @@
+"""Where captioned pictures come from: folders with text files or metadata, tars, parquet files, the hub.
+
+A source gives samples: where the bytes of a picture lie, and its captions. No picture is decoded here. All kinds come
+down to the same three things, a file, an offset and a size, so that one way of reading serves them all.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from t2i.data.sources.metadata import METADATA, open_metadata
+from t2i.data.sources.samples import Columns, Notes, Source
+from t2i.data.sources.sidecars import has_pairs, open_sidecars
+from t2i.errors import InputError
+
+LEFTOVER = (".unfinished", ".replaced")  # of a folder that was being written
+
+
+def open_source(name: str, columns: Columns) -> Source:
+    """The source that a path or a name on the hub stands for. Raises InputError if there is none to read."""
+    from t2i.data.sources import parquet as rows
+    from t2i.data.sources import tars
+
+    path = Path(name)
+    here = path.exists() or path.parts[:1] and Path(path.parts[0]).exists()  # data/typo is no name on the hub
+    if name.startswith("hub:") or (not here and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)):
+        return rows.open_hub(name.removeprefix("hub:"), columns)
+    if not path.exists():
+        raise InputError(f"no file or folder {name!r}; give one, or hub:ORGANISATION/NAME")
+    path = path.resolve()
+    if path.is_file():
+        if tars.is_compressed(path):
+            raise InputError(f"{name!r} is compressed and cannot be read by offset; unpack it to a plain .tar")
+        if path.suffix.lower() == ".tar":
+            return tars.open_tars(path.parent, [path], columns)
+        if path.suffix.lower() == ".parquet":
+            return rows.open_parquet(path.parent, [path], columns)
+        raise InputError(f"{name!r} is neither a .tar nor a .parquet file; give one of them, or a folder")
+    if not path.is_dir():
+        raise InputError(f"{name!r} is no ordinary file and no folder")
+    files = list(walk(path, notes := Notes()))
+    if any(file.name in METADATA for file in files):
+        return open_metadata(path, files, notes, columns)
+    shards = [file for file in files if tars.is_tar(file)]
+    tables = [file for file in files if file.suffix.lower() == ".parquet"]
+    pairs = has_pairs(files)  # then a .tar or .parquet may have strayed in
+    if shards and (not pairs or any(map(tars.holds_pictures, shards))):
+        return tars.open_tars(path, files, columns, notes)
+    if tables and (not pairs or any(map(rows.holds_pictures, tables))):
+        return rows.open_parquet(path, files, columns, notes)
+    return open_sidecars(path, files, notes, columns)
+
+
+def walk(root: Path, notes: Notes) -> Iterator[Path]:
+    """The files below a folder, in order of their names, without hidden ones and those that a check wrote."""
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    for folder, folders, names in os.walk(root, onerror=stop):
+        here = Path(folder)
+        links = [name for name in folders if (here / name).is_symlink()]
+        notes.ignored.update({"linked folders": len(links)} if links else {})
+        folders[:] = sorted(name for name in folders if name not in links and not skipped(here / name))
+        for name in sorted(names):
+            if name.startswith("."):
+                notes.ignored["hidden files"] += 1
+            else:
+                yield here / name
+
+
+def skipped(folder: Path) -> bool:
+    return folder.name.startswith(".") or folder.name.endswith(LEFTOVER) or written_by_check(folder)
+
+
+def written_by_check(folder: Path) -> bool:
+    return (folder / "manifest.parquet").is_file() and (folder / "report.json").is_file()

@@ -1,0 +1,228 @@
+"""Rows with the picture's bytes in a column: parquet files and data sets on the hub.
+
+Parquet cannot be read row by row, Arrow files can: their bytes lie in them as they are. Parquet files are copied into
+Arrow files beside the manifest; those of the hub are in the cache of `datasets` already.
+"""
+
+import shutil
+from collections.abc import Iterator
+from os.path import commonpath
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from t2i.data.reasons import Reason, Rejected
+from t2i.data.sources.samples import (
+    CAPTION_COLUMNS,
+    Columns,
+    Notes,
+    Sample,
+    Source,
+    captions_of,
+    choose_column,
+    ignore,
+    keywords_of,
+    labels_of,
+    printable,
+    relative,
+    rows_of,
+    split_of,
+    splits_by_name,
+)
+from t2i.errors import InputError
+
+IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "jpeg", "png", "webp")
+MORE_COLUMNS = ("keywords", "split")  # used if they are there
+AT_ONCE = 64  # rows
+
+
+def open_parquet(root: Path, files: list[Path], columns: Columns, notes: Notes | None = None) -> Source:
+    """Parquet files of the same columns. Raises InputError with the columns there are."""
+    notes = notes or Notes()
+    tables = [file for file in files if file.suffix.lower() == ".parquet"]
+    for file in files:
+        if file not in tables:
+            ignore(file, notes)
+    total = needed = 0
+    for table in tables:
+        parquet = open_table(table)
+        chosen = choose_columns(parquet.schema_arrow, columns, table)  # complain before any work
+        total += parquet.metadata.num_rows
+        needed += uncompressed(parquet.metadata, used_columns(parquet, chosen))
+    names = [relative(table, root) for table in tables]
+
+    def samples(work: Path) -> Iterator[Sample]:
+        if (free := shutil.disk_usage(work).free) < needed:
+            numbers = f"{needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB of disk are free"
+            raise InputError(f"the rows of {str(root)!r} are copied uncompressed into {str(work.parent)!r}: {numbers}")
+        for number, (table, name, split) in enumerate(zip(tables, names, splits_by_name(names))):
+            copy = work / "rows" / f"{number:05}.arrow"
+            copy.parent.mkdir(exist_ok=True)
+            chosen = choose_columns(open_table(table).schema_arrow, columns, table)
+            copy_rows(table, chosen, copy)
+            yield from indexed_rows(copy, work, printable(name), chosen, split, notes)
+
+    return Source(None, samples, notes, total)
+
+
+def holds_pictures(table: Path) -> bool:
+    """Whether a parquet file has a column of bytes."""
+    try:
+        return any(holds_bytes(column.type) for column in open_table(table).schema_arrow)
+    except InputError:
+        return False
+
+
+def open_table(path: Path) -> pq.ParquetFile:
+    if not path.is_file():
+        raise InputError(f"{str(path)!r} is no ordinary file")
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{str(path)!r} does not read as parquet: {error}") from error
+
+
+def choose_columns(schema: pa.Schema, columns: Columns, where: Path | str) -> Columns:
+    """The columns of the picture and of the caption, by name and type."""
+    pictures = [column.name for column in schema if holds_bytes(column.type)]
+    image = columns.image
+    if image is None and len(pictures) == 1:
+        image = pictures[0]
+    elif image is not None and image in schema.names and image not in pictures:
+        raise InputError(f"column {image!r} of {str(where)!r} holds {schema.field(image).type}; it must hold bytes")
+    names = schema.names if image is not None else [name for name in schema.names if name in pictures]
+    if image is None and not pictures:
+        raise InputError(f"no column of {str(where)!r} holds pictures; its columns: {', '.join(schema.names)}")
+    image = choose_column("image", image, IMAGE_COLUMNS, names, where)
+    caption = choose_column("caption", columns.caption, CAPTION_COLUMNS, schema.names, where)
+    return Columns(image, caption, columns.label and choose_column("label", columns.label, (), schema.names, where))
+
+
+def holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):  # how `datasets` keeps pictures
+        return kind.get_field_index("bytes") >= 0 and holds_bytes(kind.field("bytes").type)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def used_columns(parquet: pq.ParquetFile, columns: Columns) -> list[str]:
+    assert columns.image and columns.caption
+    more = [name for name in more_columns(columns) if name in parquet.schema_arrow.names]
+    return list(dict.fromkeys([columns.image, columns.caption, *more]))
+
+
+def more_columns(columns: Columns) -> list[str]:
+    """Beside the picture's and the caption's; those that are not there are done without, but for the label's."""
+    return [*([columns.label] if columns.label else []), *MORE_COLUMNS]
+
+
+def uncompressed(metadata: pq.FileMetaData, names: list[str]) -> int:
+    """Bytes of columns, by the file's own account."""
+    groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
+    parts = (group.column(number) for group in groups for number in range(group.num_columns))
+    return sum(part.total_uncompressed_size for part in parts if part.path_in_schema.split(".")[0] in names)
+
+
+def copy_rows(table: Path, columns: Columns, copy: Path) -> None:
+    """The columns that are used, as an uncompressed Arrow stream."""
+    parquet = open_table(table)
+    schema = pa.schema([parquet.schema_arrow.field(name) for name in used_columns(parquet, columns)])
+    try:
+        with pa.OSFile(str(copy), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+            for batch in parquet.iter_batches(AT_ONCE, columns=schema.names):
+                writer.write_batch(batch.select(schema.names))
+    except (pa.ArrowException, OSError) as error:
+        if getattr(error, "errno", None):  # the disk's, such as no space left
+            raise
+        raise InputError(f"{str(table)!r} does not read to its end: {error}") from error
+
+
+def open_hub(name: str, columns: Columns) -> Source:
+    """A data set of the hub, or a folder that `datasets` can load. Its pictures are not decoded."""
+    if not name:
+        raise InputError("'hub:' names no data set; give hub:ORGANISATION/NAME")
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(name)
+    except Exception as error:  # of a dozen kinds, from the network to the builder
+        what = str(error) or type(error).__name__
+        raise InputError(f"{name!r} is no file or folder here, and no data set that loads: {what}") from error
+    several = len(loaded) > 1 and "train" in loaded
+    parts: list[tuple[str, Path]] = [
+        (split, Path(file["filename"])) for split in loaded for file in loaded[split].cache_files
+    ]
+    if not parts:
+        raise InputError(f"the data set {name!r} has no files in the cache of `datasets`")
+    root = Path(commonpath([path.parent.resolve() for _, path in parts]))
+    chosen = {path: choose_columns(open_arrow(path).schema, columns, f"{name}, {split}") for split, path in parts}
+    notes = Notes()
+
+    def samples(work: Path) -> Iterator[Sample]:
+        for split, path in parts:
+            held = None if not several else "train" if split == "train" else "held_out"
+            yield from indexed_rows(path.resolve(), root, f"{split}/{path.name}", chosen[path], held, notes)
+
+    return Source(root, samples, notes, sum(part.num_rows for part in loaded.values()))
+
+
+def open_arrow(path: Path) -> pa.RecordBatchStreamReader:
+    try:
+        return pa.ipc.open_stream(pa.memory_map(str(path)).read_buffer())
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{str(path)!r} does not read as an Arrow stream: {error}") from error
+
+
+def indexed_rows(
+    path: Path, root: Path, name: str, columns: Columns, split: str | None, notes: Notes
+) -> Iterator[Sample]:
+    """Where in an Arrow file each picture's bytes lie."""
+    assert columns.image and columns.caption
+    file = relative(path, root)
+    whole = pa.memory_map(str(path)).read_buffer()
+    notes.containers[file] = whole.size
+    number = 0
+    for batch in pa.ipc.open_stream(whole):
+        wanted = dict.fromkeys([columns.caption, *more_columns(columns)])
+        more = [key for key in wanted if key in batch.schema.names]
+        pictures = batch.column(columns.image)
+        for picture, place, row in zip(pictures, places(pictures, whole), rows_of(batch.select(more))):
+            sample = Sample(f"{name}/{number}", split=split)
+            number += 1
+            try:
+                if isinstance(row, Rejected):
+                    raise row
+                require_bytes(picture)
+                sample.file, (sample.offset, sample.size) = file, place
+                sample.captions = captions_of(row[columns.caption])
+                sample.keywords = keywords_of(row.get("keywords"))
+                sample.labels = labels_of(row[columns.label]) if columns.label else []
+                sample.split = split_of(row.get("split")) or split
+            except Rejected as error:
+                sample.problem = error
+            yield sample
+
+
+def places(pictures: pa.Array, whole: pa.Buffer) -> Iterator[tuple[int, int]]:
+    """Offset and size of each cell's bytes in the mapped file."""
+    if pa.types.is_struct(pictures.type):
+        pictures = pictures.field("bytes")
+    _, edges, values = pictures.buffers()
+    kind = np.int64 if pa.types.is_large_binary(pictures.type) else np.int32
+    ends = np.frombuffer(edges, kind)[pictures.offset :][: len(pictures) + 1].tolist()
+    start = values.address - whole.address if values is not None else 0
+    assert 0 <= start <= whole.size, "the file was copied to be read, so its offsets are not known"
+    return ((start + first, last - first) for first, last in zip(ends, ends[1:]))
+
+
+def require_bytes(picture: Any) -> None:
+    """Raises Rejected if a cell holds no bytes."""
+    if isinstance(picture, pa.StructScalar) and picture.is_valid:
+        if not picture["bytes"].is_valid and "path" in picture and picture["path"].is_valid:
+            path = printable(repr(picture["path"].as_py())[:100])
+            raise Rejected(Reason.no_picture, f"only its path, {path}; download the files and check their folder")
+        picture = picture["bytes"]
+    if not picture.is_valid:
+        raise Rejected(Reason.no_picture)

@@ -1,0 +1,259 @@
+"""Sample, source, columns; what is a caption."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+
+from t2i.data.reasons import Reason, Rejected
+from t2i.errors import InputError
+
+PICTURES = {".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+# Pictures too, but in formats that are not read; their files are not opened.
+UNREAD = {".arw", ".cr2", ".cr3", ".dng", ".eps", ".exr", ".heic", ".heif", ".ico", ".jp2", ".jxl", ".nef", ".orf"}
+UNREAD |= {".ai", ".pdf", ".ps", ".psd", ".raf", ".rw2", ".svg", ".svgz", ".tga", ".wmf", ".xcf"}
+PICTURE_SUFFIXES = PICTURES | UNREAD
+CAPTIONS = (".txt", ".caption")  # the first wins
+CAPTION_COLUMNS = ("text", "caption", "captions")
+HELD_OUT = {"held_out", "test", "validation", "valid", "val", "dev", "eval"}
+
+MAX_CAPTION = 4_096  # characters
+MAX_CAPTIONS = 65_536  # bytes of a text file, characters of all captions and keywords of one picture
+MAX_NAME = 1_024
+
+
+@dataclass
+class Sample:
+    """A picture's place and its captions, or why it has none."""
+
+    key: str
+    file: str = ""  # relative to the source's root, POSIX
+    offset: int = 0
+    size: int | None = None  # None: the whole file
+    captions: list[str] = field(default_factory=list)
+    keywords: list[str] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)  # of a column that the user names
+    split: str | None = None  # train, held_out, or None if the source does not say
+    problem: Rejected | None = None
+
+
+@dataclass
+class Notes:
+    """What a source saw beside its samples."""
+
+    ignored: Counter[str] = field(default_factory=Counter)  # files by suffix
+    shards: list[str] = field(default_factory=list)  # what is wrong with which shard
+    containers: dict[str, int] = field(default_factory=dict)  # files that hold many pictures, with their sizes
+
+
+@dataclass
+class Source:
+    """`samples(work)` gives every sample once; a source that must write files of its own does so below `work`."""
+
+    root: Path | None  # what files are relative to; None: the folder of the manifest
+    samples: Callable[[Path], Iterator[Sample]]
+    notes: Notes
+    total: int | None = None  # samples, if known before
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What the user says of the columns; None: found by name."""
+
+    image: str | None = None
+    caption: str | None = None
+    label: str | None = None  # None: there are no labels
+
+
+def refuse_column(what: str, given: str | None, where: str) -> None:
+    if given is not None:
+        raise InputError(f"--{what}-column {given!r} says nothing here: {where}")
+
+
+def ignore(path: Path, notes: Notes) -> None:
+    notes.ignored[path.suffix.lower() or "no suffix"] += 1
+
+
+def is_picture(file: Path) -> bool:
+    return file.suffix.lower() in PICTURE_SUFFIXES
+
+
+def relative(file: Path, root: Path) -> str:
+    return file.relative_to(root).as_posix()
+
+
+def located(name: str) -> Sample:
+    """The sample of a picture with a file of its own."""
+    try:
+        key = checked_name(name)
+    except Rejected as error:
+        return Sample(printable(name), problem=error)
+    sample = Sample(key, key)
+    if Path(name).suffix.lower() in UNREAD:
+        sample.problem = Rejected(Reason.unsupported_format, Path(name).suffix)
+    return sample
+
+
+def checked_name(name: str) -> str:
+    """A name that can be written down. Raises Rejected."""
+    if len(name) > MAX_NAME or "\0" in name or not is_utf8(name):
+        raise Rejected(Reason.bad_name, printable(name))
+    return name
+
+
+def printable(name: str) -> str:
+    return name[:MAX_NAME].encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
+
+
+def is_utf8(text: str) -> bool:
+    """False for lone surrogates: bytes of a file name, or of JSON, that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def captions_of_bytes(data: bytes) -> list[str]:
+    """Each line that is not empty is a caption. Raises Rejected."""
+    if len(data) > MAX_CAPTIONS:
+        raise Rejected(Reason.caption_too_long, f"more than {MAX_CAPTIONS:,} bytes of text")
+    try:
+        return captions_of(data.decode("utf-8-sig").split("\n"))
+    except UnicodeDecodeError as error:
+        raise Rejected(Reason.caption_not_text, str(error)) from error
+
+
+def captions_of(value: Any) -> list[str]:
+    """The captions in the value of a column: a text or a list of them. Raises Rejected."""
+    if value is None or value == []:
+        raise Rejected(Reason.no_caption)
+    captions = texts_of(value, Reason.caption_not_text)
+    if not captions:
+        raise Rejected(Reason.empty_caption)
+    for caption in captions:
+        if len(caption) > MAX_CAPTION:
+            raise Rejected(Reason.caption_too_long, f"{len(caption):,} characters: {caption[:40]} ...")
+    return captions
+
+
+def texts_of(value: Any, reason: Reason) -> list[str]:
+    """The texts that are not empty in a text or a list of them."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise Rejected(reason, f"{printable(repr(value)[:80])} is neither a text nor a list of texts")
+    if any("\0" in text or not is_utf8(text) for text in texts):
+        raise Rejected(reason, "it holds a NUL or half a character")
+    if sum(map(len, texts)) > MAX_CAPTIONS:
+        raise Rejected(Reason.caption_too_long, f"more than {MAX_CAPTIONS:,} characters")
+    return [text.strip() for text in texts if text.strip()]
+
+
+def choose_column(what: str, given: str | None, usual: tuple[str, ...], names: list[str], where: Path | str) -> str:
+    """The column that is given, or the only one with a usual name. Raises InputError with the columns there are."""
+    there = f"the columns of {str(where)!r}: {', '.join(map(printable, names))}"
+    if given is not None:
+        if given not in names:
+            raise InputError(f"no column {given!r}; {there}")
+        return given
+    found = [name for name in names if name.lower() in usual]
+    if len(found) != 1:
+        number = "several columns" if found else "no column"
+        raise InputError(f"{number} that can hold the {what}; give --{what}-column; {there}")
+    return found[0]
+
+
+def rows_of(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | Rejected]:
+    """The rows of a batch; Arrow takes any bytes for text until somebody looks at them."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for number in range(len(batch)):
+            try:
+                yield batch.slice(number, 1).to_pylist()[0]
+            except UnicodeDecodeError as error:
+                yield Rejected(Reason.caption_not_text, str(error))
+
+
+def keywords_of(value: Any) -> list[str]:
+    """A list of texts, or one text with commas."""
+    if value is None:
+        return []
+    return texts_of(value.split(",") if isinstance(value, str) else value, Reason.bad_row)
+
+
+def labels_of(value: Any) -> list[str]:
+    """A text or a whole number, or a list of them; none for nothing."""
+    values = value if isinstance(value, list) else [value]
+    return texts_of([str(one) if isinstance(one, int) else one for one in values if one is not None], Reason.bad_row)
+
+
+def split_of(value: Any) -> str | None:
+    """train or held_out for the names in use; None for nothing. Raises Rejected."""
+    if value is None or value == "":
+        return None
+    name = value.lower() if isinstance(value, str) else value
+    if name == "train":
+        return "train"
+    if isinstance(name, str) and name in HELD_OUT:
+        return "held_out"
+    raise Rejected(Reason.bad_row, f"split must be train or one of {', '.join(sorted(HELD_OUT))}, got {value!r}"[:200])
+
+
+def splits_by_name(names: list[str]) -> list[str | None]:
+    """The splits of files or folders, from names such as test/a.tar and train-00000.parquet.
+
+    None for all if that would leave no picture to train on, or none held out.
+    """
+    splits = [split_by_name(name) for name in names]
+    return splits if "train" in splits and "held_out" in splits else [None] * len(names)
+
+
+def split_by_name(name: str) -> str | None:
+    for part in PurePosixPath(name.lower()).parts:
+        word = re.split(r"[-.]", part)[0]
+        if word == "train" or word in HELD_OUT:
+            return split_of(word)
+    return None
+
+
+# ---- reading ----
+
+
+def open_inside(root: Path, name: str) -> BinaryIO:
+    """An ordinary file below `root` (an absolute path without links), to be read. Raises Rejected.
+
+    Nothing else is ever opened: opening a pipe can hang for ever, and opening a device can do things.
+    """
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise Rejected(Reason.outside_folder, name)
+    try:
+        path = (root / name).resolve(strict=True)
+        if not path.is_relative_to(root):
+            raise Rejected(Reason.outside_folder, f"a link to {path}")
+        if not path.is_file():
+            raise Rejected(Reason.not_a_file, name)
+        return open(path, "rb")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise Rejected(Reason.missing_file, name) from error
+    except (OSError, RuntimeError, ValueError) as error:  # a circle of links, a name too long, no permission
+        raise error if isinstance(error, Rejected) else Rejected(Reason.unreadable, str(error)) from error
+
+
+def read_range(root: Path, name: str, offset: int, size: int | None, limit: int = 2**28) -> bytes:
+    """The bytes of a picture. Raises Rejected."""
+    if size is not None and size > limit:
+        raise Rejected(Reason.too_many_bytes, f"{size:,}")
+    with open_inside(root, name) as file:
+        try:
+            file.seek(offset)
+            data = file.read(limit + 1 if size is None else size)
+        except OSError as error:
+            raise Rejected(Reason.unreadable, str(error)) from error
+    if len(data) > limit:
+        raise Rejected(Reason.too_many_bytes)
+    return data

@@ -1,0 +1,125 @@
+"""Sampling in continuous time, from the same model: the probability-flow ODE and the reverse SDE (Song et al. 2021).
+
+Noise levels between the trained ones are interpolated in the logarithm of the signal-to-noise ratio, and the model is
+asked at fractional timesteps. Both are schedulers as diffusers has them: a drop-in for the saved one.
+"""
+
+import torch
+from diffusers import SchedulerMixin
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Generator, Tensor
+
+from t2i.checks import check_integer
+from t2i.diffusion.ddim import ExactDDIMScheduler
+from t2i.diffusion.process import clean, levels, posterior, signal
+
+SPACING = 1.75
+
+
+class ContinuousScheduler(
+    ExactDDIMScheduler, SchedulerMixin
+):  # named: diffusers loads what has its mixin in the module
+    """What both share: fractional times, noise at them, and the count of steps."""
+
+    def times(self, count: int) -> Tensor:
+        """(count,), fp32, falling: from the last trained timestep, in powers of the angle, denser where noise is low.
+
+        Of the angle and its powers this one served best on Gaussian data, narrow and wide; see docs/likelihood.md.
+        """
+        check_integer("the number of steps", count, 1, 100_000)
+        trained = self.alphas_cumprod.double().sqrt().acos()
+        left = torch.arange(count, 0, -1, dtype=torch.float64) / count
+        angles = trained[0] + (trained[-1] - trained[0]) * left**SPACING
+        # The timestep of each angle, on the straight lines in log(tan), half the log-SNR, that `levels` draws.
+        high = torch.searchsorted(trained, angles).clamp(1, len(trained) - 1)
+        low, at, after = (angle.tan().log() for angle in (trained[high - 1], angles, trained[high]))
+        return (high - 1 + (at - low) / (after - low)).float()
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Start in the middle: at this index of the timesteps."""
+        self.index = begin_index
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t of clean samples, (B, ...), for timesteps (B,), fractional ones too."""
+        alpha, sigma = levels(self, timesteps, original_samples)
+        return alpha * original_samples + sigma * noise
+
+    def time_after(self, index: int) -> Tensor:
+        return self.timesteps[index] if index < len(self.timesteps) else self.timesteps.new_tensor(-1)
+
+
+class ProbabilityFlowScheduler(ContinuousScheduler):
+    """The probability-flow ODE by Heun's method, of second order: 2 steps - 1 evaluations of the model.
+
+    In the angle phi of the noise level (see `t2i.diffusion.ddim`) the ODE is dx / dphi = v, whose right-hand side
+    stays of the
+    size of the data at both ends. (Euler's method for it is DDIM.) The last step, to the clean sample, is Euler's.
+    """
+
+    order = 2
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """Timesteps (2 num_inference_steps - 1,), fp32: each but the first twice, to land on and to leave from."""
+        self.num_inference_steps = num_inference_steps
+        self.timesteps = self.times(num_inference_steps).repeat_interleave(2)[1:].to(device)
+        self.index = 0
+
+    def step(  # type: ignore[override]
+        self, model_output: Tensor, timestep: Tensor, sample: Tensor, return_dict: bool = True
+    ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
+        """Half a step of Heun's: to the next time, or once more with what the model says there."""
+        t = torch.as_tensor(timestep, device=sample.device)
+        x_0 = self.limited(clean(self, model_output, sample, t))
+        alpha, sigma = levels(self, t, sample)
+        velocity = (alpha * sample - x_0) / sigma
+        if self.index % 2 == 0:
+            self.left = (t, sample, velocity)
+            alpha_s, sigma_s = levels(self, self.time_after(self.index + 1), sample)
+            x = (alpha * alpha_s + sigma * sigma_s) * sample - (sigma * alpha_s - alpha * sigma_s) * velocity
+        else:
+            t_left, x_left, velocity_left = self.left
+            half = (self.angle(t_left, sample) - self.angle(t, sample)) / 2
+            # tan(half), not half: then it is exact where sample and noise stay the same.
+            x = x_left - half.tan().to(sample.dtype) * (velocity_left + velocity)
+        self.index += 1
+        return DDIMSchedulerOutput(x, x_0) if return_dict else (x, x_0)
+
+    def angle(self, t: Tensor, like: Tensor) -> Tensor:
+        return signal(self, t, like).sqrt().acos()
+
+
+class ReverseSDEScheduler(ContinuousScheduler):
+    """The reverse SDE by SDE-DPM-Solver++(2M) (Lu et al. 2022) at fractional times: one evaluation a step.
+
+    Each step draws from q(x_s | x_t, x_0), which is the SDE's solution for a clean sample that stays the same; from the
+    second step on, the clean sample is followed along its straight line in the log-SNR.
+    """
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """Timesteps (num_inference_steps,), fp32."""
+        self.num_inference_steps = num_inference_steps
+        self.timesteps = self.times(num_inference_steps).to(device)
+        self.index = 0
+        self.left: tuple[Tensor, Tensor] | None = None  # the last step's log-SNR and clean sample
+
+    def step(  # type: ignore[override]
+        self,
+        model_output: Tensor,
+        timestep: Tensor,
+        sample: Tensor,
+        generator: Generator | list[Generator] | None = None,
+        return_dict: bool = True,
+    ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
+        t = torch.as_tensor(timestep, device=sample.device)
+        previous = self.time_after(self.index + 1)
+        x_0 = self.limited(clean(self, model_output, sample, t))
+        ahead, log_snr = x_0, torch.logit(signal(self, t, sample))
+        if self.left is not None and previous >= 0 and (since := log_snr - self.left[0]).isfinite():
+            share = (torch.logit(signal(self, previous, sample)) - log_snr) / since
+            ahead = x_0 + (share / 2).to(sample.dtype) * (x_0 - self.left[1])
+        mean, variance = posterior(self, ahead, sample, t, previous)
+        fresh = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+        self.left, self.index = (log_snr, x_0), self.index + 1
+        x = mean + variance.sqrt() * fresh
+        return DDIMSchedulerOutput(x, x_0) if return_dict else (x, x_0)

@@ -1,0 +1,207 @@
+"""Guidance: functions that return a `Predict` which goes further than the model's own.
+
+Classifier-free guidance moves from one condition to another; steering adds the gradient of a score. Both work on the
+clean sample that a prediction stands for, so that it does not matter what the model predicts. A learned variance stays
+that of the wanted condition.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from diffusers import SchedulerMixin
+from torch import Tensor
+
+from t2i.checks import check_number
+from t2i.diffusion.condition import Condition
+from t2i.diffusion.denoiser import Denoiser, Predict, conditional
+from t2i.diffusion.process import clean, levels, said, split, with_variance
+from t2i.errors import InputError
+
+MAX_SCALE = 1000
+MIN_ALPHA = 0.02  # nearer to pure noise a score says nothing, but its gradient would be divided by almost zero
+
+Score = Callable[[Tensor, Tensor], Tensor]  # x: (B, ...), t: () -> (B,), such as log p(class | x)
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How far to go from the negative condition to the wanted one, and what keeps it from going too far.
+
+    scale: w in negative + w (wanted - negative); 1 is off. Papers that write (1 + w) cond - w uncond mean w + 1 here.
+    interval: of the training timesteps, as shares: 0 is no noise, 1 is pure noise. Outside, the model is not guided,
+        which costs half (Kynkaanniemi et al. 2024).
+    rescale: share of the way back to the standard deviation of the unguided prediction (Lin et al. 2023, section 3.4).
+    threshold: dynamic thresholding (Saharia et al. 2022, section 2.3): a guided clean sample beyond this quantile of
+        its absolute values is cut there, and shrunk until the quantile is the unguided one's; 1 is off. Where pixels
+        would be bounded by 1, latents are bounded by the unguided sample.
+    parallel, norm, momentum: adaptive projected guidance (Sadat et al. 2024): how much counts of the part of the
+        difference that is parallel to the wanted sample (it saturates; 1 is all), the largest root mean square that the
+        difference may have (None is any), and the momentum of its average over the steps (negative in the paper; 0
+        is off).
+    """
+
+    scale: float = 1.0
+    interval: tuple[float, float] = (0.0, 1.0)
+    rescale: float = 0.0
+    threshold: float = 1.0
+    parallel: float = 1.0
+    norm: float | None = None
+    momentum: float = 0.0
+
+    @classmethod
+    def of(cls, value: "float | Guidance") -> "Guidance":
+        return value if isinstance(value, Guidance) else cls(value)
+
+    @property
+    def is_off(self) -> bool:
+        return self.scale == 1
+
+    @property
+    def is_projected(self) -> bool:
+        return self.parallel != 1 or self.norm is not None or self.momentum != 0
+
+
+RANGES = {"rescale": (0, 1), "threshold": (0.5, 1), "parallel": (-10, 10), "norm": (0, 1e6), "momentum": (-0.99, 0.99)}
+
+
+def check_guidance(name: str, value: Any) -> Guidance:
+    """A scale or a Guidance, under the name of the argument. Raises InputError for values that make no sense."""
+    guidance = Guidance.of(value)
+    check_number(name, guidance.scale, 0, MAX_SCALE)
+    for key, (low, high) in RANGES.items():
+        if key != "norm" or guidance.norm is not None:
+            check_number(f"{name}.{key}", getattr(guidance, key), low, high)
+    if not isinstance(guidance.interval, list | tuple) or len(guidance.interval) != 2:
+        raise InputError(f"{name}.interval must be two numbers, low and high, got {guidance.interval!r:.80}")
+    for end in guidance.interval:
+        check_number(f"{name}.interval", end, 0, 1)
+    low, high = guidance.interval
+    if low >= high:
+        raise InputError(f"{name}.interval is upside down: it goes from {low:g} to {high:g}; give the lower one first")
+    return guidance
+
+
+def parse_guidance(name: str, scale: float, settings: list[str]) -> Guidance:
+    """A Guidance from `key=value` texts, `interval=LOW:HIGH` among them. Raises InputError for other keys."""
+    known = [one.name for one in fields(Guidance) if one.name != "scale"]
+    found: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if key not in known or not equals:
+            raise InputError(f"{name} takes KEY=VALUE with a key of {', '.join(known)}; got {setting!r}")
+        try:
+            numbers = tuple(float(part) for part in value.split(":"))
+        except ValueError:
+            raise InputError(f"{name} {key} must be a number (interval: LOW:HIGH), got {value!r}") from None
+        if len(numbers) != (2 if key == "interval" else 1):
+            raise InputError(f"{name} {key} must be a number (interval: LOW:HIGH), got {value!r}")
+        found[key] = numbers if key == "interval" else numbers[0]
+    return check_guidance(name, Guidance(scale, **found))
+
+
+def guided(
+    denoiser: Denoiser,
+    condition: Condition,
+    negative: Condition,
+    guidance: float | Guidance,
+    scheduler: SchedulerMixin,
+    *ahead: Tensor,
+) -> Predict:
+    """Classifier-free guidance (Ho and Salimans 2022): both conditions in one batch, and from one towards the other.
+
+    `negative` is the model's null, or any other condition to move away from. `ahead`: what else the denoiser prepares.
+    The result keeps a state if `momentum` is used: make a new one for every sampling.
+    """
+    guidance = Guidance.of(guidance)
+    if guidance.is_off:
+        return conditional(denoiser, condition, *ahead)
+    context, dtype = denoiser.prepare(negative.cat(condition), *ahead), denoiser.dtype
+    outside = None if guidance.interval == (0, 1) else conditional(denoiser, condition, *ahead)
+    low, high = (end * scheduler.config.num_train_timesteps for end in guidance.interval)
+    combine = Projection(guidance) if guidance.is_projected else None
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        if outside is not None and not low <= t <= high:
+            return outside(x, t)
+        twice = torch.cat([x, x]).to(dtype)
+        both = denoiser.step(twice, t.expand(2 * len(x)), context).to(x.dtype).chunk(2)
+        (away, _), (wanted, _) = (split(one, x) for one in both)
+        if combine is None:
+            prediction = away.lerp(wanted, guidance.scale)
+        else:
+            ends = (clean(scheduler, one, x, t) for one in (away, wanted))
+            prediction = said(scheduler, combine(*ends), x, t)
+        if guidance.rescale:
+            prediction = rescaled(prediction, wanted, guidance.rescale)
+        if guidance.threshold < 1:
+            sample, usual = (clean(scheduler, one, x, t) for one in (prediction, wanted))
+            prediction = said(scheduler, thresholded(sample, usual, guidance.threshold), x, t)
+        return with_variance(prediction, both[1])
+
+    return predict
+
+
+class Projection:
+    """Adaptive projected guidance of one sampling: it remembers the average of the differences."""
+
+    def __init__(self, guidance: Guidance):
+        self.guidance = guidance
+        self.average: Tensor | float = 0.0
+
+    def __call__(self, away: Tensor, wanted: Tensor) -> Tensor:
+        """Clean samples, (B, ...) -> the guided one: Sadat et al. 2024, algorithm 1."""
+        guidance = self.guidance
+        self.average = difference = wanted - away + guidance.momentum * self.average
+        if guidance.norm is not None:
+            size = difference.flatten(1).square().mean(dim=1).sqrt()
+            difference = difference * like(difference, (guidance.norm / size.clamp(min=1e-12)).clamp(max=1))
+        direction = torch.nn.functional.normalize(wanted.flatten(1), dim=1).view_as(wanted)
+        parallel = direction * like(wanted, (difference * direction).flatten(1).sum(dim=1))
+        return wanted + (guidance.scale - 1) * (difference - parallel + guidance.parallel * parallel)
+
+
+def rescaled(prediction: Tensor, wanted: Tensor, share: float) -> Tensor:
+    """Towards the standard deviation that each sample's unguided prediction has."""
+    ratio = wanted.flatten(1).std(dim=1) / prediction.flatten(1).std(dim=1).clamp(min=1e-12)
+    return prediction * like(prediction, share * ratio + 1 - share)
+
+
+def thresholded(sample: Tensor, wanted: Tensor, quantile: float) -> Tensor:
+    """A clean sample, cut at its own quantile and shrunk to the quantile of the unguided one, if that is smaller."""
+    bound, usual = (one.abs().flatten(1).quantile(quantile, dim=1) for one in (sample, wanted))
+    bound, usual = like(sample, bound.clamp(min=1e-12)), like(sample, usual)
+    return torch.where(bound > usual, sample.clamp(-bound, bound) * (usual / bound), sample)
+
+
+def like(x: Tensor, value: Tensor) -> Tensor:
+    """(B,) -> (B, 1, ...), to go with x."""
+    return value.view(-1, *[1] * (x.ndim - 1))
+
+
+def steered(predict: Predict, scheduler: SchedulerMixin, score: Score, scale: float, of_clean: bool = False) -> Predict:
+    """Add the gradient of a score: classifier guidance (Dhariwal and Nichol 2021, algorithm 2), for any prediction.
+
+    With scale 1 and the score log p(y | x_t) of an exact classifier this samples p(x | y). of_clean: the score judges
+    the clean sample that the model sees in x_t instead, with the gradient through the model, which is dearer but takes
+    any differentiable judge of clean samples.
+    """
+    if scale == 0:
+        return predict
+
+    def predicted(x: Tensor, t: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            if of_clean:
+                prediction = predict(leaf, t)
+                judged = clean(scheduler, prediction, leaf, t)
+            else:
+                prediction, judged = predict(x, t), leaf
+            (gradient,) = torch.autograd.grad(score(judged, t).sum(), leaf)
+        prediction = prediction.detach()
+        alpha, sigma = levels(scheduler, t, x)
+        moved = clean(scheduler, prediction, x, t) + scale * sigma.square() / alpha.clamp(min=MIN_ALPHA) * gradient
+        return with_variance(said(scheduler, moved, x, t), prediction)
+
+    return predicted

@@ -1,0 +1,190 @@
+"""What CLIP can do by itself: name a picture among labels, and find pictures by a text or another picture.
+
+Radford et al. 2021, section 3.1: a label is classified by the embedding of a sentence with it, better by the mean over
+several sentences (a prompt ensemble); nothing is trained.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import InterpolationMode, center_crop, pil_to_tensor, resize
+from tqdm import tqdm
+
+from t2i.checks import check_integer, check_texts
+from t2i.data.cache import CachedPairs, read_finished
+from t2i.data.picture_files import file_digest, list_pictures
+from t2i.data.pictures import open_picture
+from t2i.errors import InputError
+from t2i.files.atomic import check_writable
+from t2i.files.tensor_file import read_tensors, write_tensors
+from t2i.networks.clip import CLIP
+
+BATCH = 64
+INDEX = ".t2i-index.safetensors"  # in a folder that was searched
+KIND = "index of pictures"
+TENSORS = ("image_embeds", "digests", "names", "name_offsets")
+
+
+# Labels
+
+
+def check_labels(labels: list[str]) -> list[str]:
+    """Refuse no labels, empty ones, and one given twice."""
+    if not labels:
+        raise InputError("no labels; give at least two, such as --labels cat,dog")
+    check_texts("label", labels, empty=False)
+    twice = sorted({label for label in labels if labels.count(label) > 1})
+    if twice:
+        raise InputError(f"the label {twice[0]!r} is given twice; each must be there once")
+    if len(labels) < 2:
+        raise InputError(f"one label, {labels[0]!r}, leaves nothing to choose; give at least two")
+    return labels
+
+
+def check_templates(templates: list[str]) -> list[str]:
+    """Refuse a template that has not one place for the label."""
+    for template in templates:
+        if template.count("{}") != 1:
+            raise InputError(f"a template needs {{}} once, where the label goes, got {template!r:.80}")
+    return templates
+
+
+@torch.no_grad()
+def embed_labels(clip: CLIP, labels: list[str], templates: Sequence[str] = ("{}",)) -> Tensor:
+    """(L, D), unit length, fp32: for each label the mean of its sentences' z_t, one for each template."""
+    found = []
+    for start in range(0, len(labels), BATCH):
+        part = labels[start : start + BATCH]
+        each = [
+            F.normalize(clip.encode_text([template.replace("{}", label) for label in part]).embedding.float(), dim=-1)
+            for template in templates
+        ]
+        found.append(F.normalize(torch.stack(each).mean(dim=0), dim=-1))
+    return torch.cat(found)
+
+
+def classify(clip: CLIP, z_i: Tensor, labels: list[str], templates: Sequence[str] = ("{}",)) -> Tensor:
+    """z_i (N, D) -> (N, L), fp32: the probability of each label, which a softmax over scaled cosines gives."""
+    if not isinstance(clip, CLIP):
+        raise InputError("a public pipeline's CLIP has no scale of the logits; name an open_clip model, or train one")
+    scale = clip.net.logit_scale.detach().float().exp().clamp(max=100)
+    cosines = z_i @ embed_labels(clip, labels, templates).to(z_i.device).T
+    return (scale.to(z_i.device) * cosines).softmax(dim=-1)
+
+
+# Pictures
+
+
+def as_seen(clip: CLIP, image: Image.Image) -> Tensor:
+    """A picture of any size as this CLIP sees it: (3, size, size), float32 in [-1, 1]."""
+    side = [clip.size] if clip.resizing["resize_mode"] == "shortest" else [clip.size, clip.size]
+    small = center_crop(resize(image, side, InterpolationMode(clip.resizing["interpolation"])), [clip.size])
+    return pil_to_tensor(small).float() / 127.5 - 1
+
+
+@torch.no_grad()
+def embed_pictures(clip: CLIP, paths: Sequence[Path]) -> Tensor:
+    """Files -> z_i, (N, D), unit length, fp32, on the CPU. Raises InputError with the name of what is no picture."""
+    found = [torch.zeros(0, clip.embed_dim)]
+    for start in tqdm(range(0, len(paths), BATCH), desc="pictures", disable=None if len(paths) > BATCH else True):
+        pictures = torch.stack([as_seen(clip, open_picture(path)) for path in paths[start : start + BATCH]])
+        z_i = clip.encode_image(pictures.to(clip.device, clip.dtype)).float()
+        found.append(F.normalize(z_i, dim=-1).cpu())
+    return torch.cat(found)
+
+
+@dataclass(frozen=True)
+class Index:
+    """Pictures by name with their embeddings, (N, D), unit length, fp32."""
+
+    names: list[str]
+    image_embeds: Tensor
+
+    def nearest(self, query: Tensor, count: int) -> list[tuple[str, float]]:
+        """The names nearest to a query, (D,), and their cosines, the nearest first."""
+        cosines = self.image_embeds @ F.normalize(query.float().cpu(), dim=-1)
+        best = cosines.topk(min(count, len(self.names)))
+        return [(self.names[i], value) for value, i in zip(best.values.tolist(), best.indices.tolist())]
+
+
+def open_index(clip: CLIP, where: str | Path, file: Path | None = None) -> Index:
+    """The pictures of a folder or of a cache.
+
+    A folder's embeddings are kept in `file` (else in the folder, as .t2i-index.safetensors), by the pictures' SHA-256
+    and the CLIP's fingerprint: only what is new or has changed is embedded. Raises InputError for a cache or a `file`
+    of another CLIP.
+    """
+    where = Path(where)
+    if (where / "key.json").is_file():
+        if file is not None:
+            raise InputError(f"{str(where)!r} is a cache, which needs no index {str(file)!r}")
+        return read_cache(clip, where)
+    return index_folder(clip, where, file)
+
+
+def read_cache(clip: CLIP, folder: Path) -> Index:
+    """All pictures of a cache, of every split. Raises InputError if another CLIP made it."""
+    finished = read_finished(folder)
+    theirs = (finished["clip"] or {}).get("identity")
+    if theirs != clip.identity:
+        made = "holds no embeddings" if theirs is None else f"was made with the CLIP {theirs}"
+        raise InputError(f"the cache {str(folder)!r} {made}, this is {clip.identity}; give --clip")
+    names, embeds = [], []
+    for split in finished["splits"]:
+        cached = CachedPairs(folder, split, latents=False, text=False)
+        names += [cached.key(index) for index in range(len(cached))]
+        embeds += [cached.shard(number)["image_embeds"].float() for number in range(len(cached.rows))]
+    return Index(names, F.normalize(torch.cat(embeds), dim=-1))
+
+
+def index_folder(clip: CLIP, folder: Path, file: Path | None = None) -> Index:
+    """See `open_index`."""
+    paths = list_pictures(folder)
+    target = folder / INDEX if file is None else file
+    known: dict[bytes, Tensor] = {}
+    if target.exists():
+        known = read_index(clip, target, own=file is None)
+    digests = [file_digest(path) for path in paths]
+    new = {digest: path for digest, path in zip(digests, paths) if digest not in known}
+    if new:
+        check_writable(target.parent)
+    known |= zip(new, embed_pictures(clip, list(new.values())))
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    index = Index(names, torch.stack([known[digest] for digest in digests]))
+    if new or len(known) > len(set(digests)):
+        encoded = [name.encode(errors="surrogateescape") for name in names]
+        tensors = {
+            "image_embeds": index.image_embeds,
+            "digests": torch.tensor([list(digest) for digest in digests], dtype=torch.uint8),
+            "names": torch.tensor(list(b"".join(encoded)), dtype=torch.uint8),
+            "name_offsets": torch.tensor([0, *map(len, encoded)]).cumsum(0),
+        }
+        write_tensors(target, tensors, {"kind": KIND, "format": 1, "clip": clip.identity})
+    return index
+
+
+def read_index(clip: CLIP, path: Path, own: bool) -> dict[bytes, Tensor]:
+    """Embeddings by the digest of the picture. One of another CLIP is of no use: written anew if it is our `own`."""
+    tensors, about = read_tensors(path, KIND, TENSORS)
+    if about.get("clip") != clip.identity:
+        if own:
+            return {}
+        raise InputError(f"{str(path)!r} is an index of the CLIP {about.get('clip')}, this is {clip.identity}")
+    digests, embeds = tensors["digests"], tensors["image_embeds"]
+    if digests.shape != (len(embeds), 32) or embeds.shape[1:] != (clip.embed_dim,):
+        raise InputError(f"{str(path)!r} is no whole index; delete it, and it is made anew")
+    return {bytes(digest.tolist()): row for digest, row in zip(digests, embeds.float())}
+
+
+def search(clip: CLIP, index: Index, text: str | None, picture: Path | None, count: int) -> list[tuple[str, float]]:
+    """The pictures nearest to a text, or to a picture, and their cosines."""
+    check_integer("top", count, 1, 10_000)
+    if picture is not None:
+        return index.nearest(embed_pictures(clip, [picture])[0], count)
+    assert text is not None, "one of the two is given"
+    return index.nearest(embed_labels(clip, [text])[0], count)

@@ -1,0 +1,35 @@
+"""Tensors and what they are of, in one file: safetensors, with JSON in its header. It is whole or absent."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from t2i.errors import InputError
+from t2i.files.atomic import as_oserror, new_file
+from t2i.files.model_folder import loaded
+from t2i.files.untrusted import parse_json, read_header
+
+KEY = "t2i"  # of our JSON among the metadata
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+    """Replaces the file; `about` is JSON and should name its `kind`. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(path) as unfinished, as_oserror():
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, unfinished, metadata={KEY: json.dumps(about)})
+
+
+def read_tensors(path: Path, kind: str, names: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and what they are of. Raises InputError for any file but one of this kind with these tensors."""
+    held = read_header(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+    about = parse_json(metadata.get(KEY, "{}").encode(), path)
+    if about.get("kind") != kind or set(held) != set(names):
+        raise InputError(f"{str(path)!r} holds no {kind}, but {about.get('kind', 'other tensors')!r:.80}")
+    return loaded(load_file, path), about

@@ -1,0 +1,89 @@
+"""Between pictures and latents. The one place that knows how latents are scaled: outside, they have unit variance."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Tensor
+
+from t2i.networks.linear import by_onednn
+
+
+class Autoencoder(ModelMixin, ConfigMixin):
+    """diffusers' AutoencoderKL, with pictures optionally cut into patches first, and latents of unit variance.
+
+    Args:
+        vae: arguments of `AutoencoderKL`; its channels in and out are 3 * patch_size**2.
+        patch_size: side of the squares of pixels that become channels (space to depth). 1 leaves pictures as they are;
+            4 spares the convolutions at full resolution, which cost most.
+    """
+
+    _supports_gradient_checkpointing = True  # diffusers' blocks do it
+    _no_split_modules = ["ResnetBlock2D"]  # what FSDP shards as one
+
+    @register_to_config
+    def __init__(self, vae: dict, patch_size: int = 1):
+        super().__init__()
+        channels = 3 * patch_size**2
+        self.coder = by_onednn(AutoencoderKL(**{**vae, "in_channels": channels, "out_channels": channels}))
+        self.register_buffer("mean", torch.zeros(self.channels))
+        self.register_buffer("std", torch.ones(self.channels))
+
+    @classmethod
+    def from_vae(cls, vae: AutoencoderKL) -> "Autoencoder":
+        """Take over a pretrained diffusers VAE and the scale that it was published with."""
+        autoencoder = cls({key: value for key, value in vae.config.items() if not key.startswith("_")})
+        autoencoder.coder.load_state_dict(vae.state_dict())
+        autoencoder.std.fill_(1 / vae.config.scaling_factor)
+        autoencoder.mean.fill_(vae.config.shift_factor or 0.0)
+        return autoencoder
+
+    @property
+    def channels(self) -> int:
+        return self.coder.config.latent_channels
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent, along a side."""
+        return self.config.patch_size * 2 ** (len(self.coder.config.block_out_channels) - 1)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W) -> its reconstruction from a sampled latent, and the KL divergence per pixel value."""
+        posterior = self.coder.encode(self.to_patches(image)).latent_dist
+        reconstruction = self.to_pixels(self.coder.decode(posterior.sample()).sample)
+        return reconstruction, posterior.kl() / image[0].numel()
+
+    @apply_forward_hook
+    def encode(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, C, H / factor, W / factor), unit variance: the mean of the posterior."""
+        latents = self.coder.encode(self.to_patches(image)).latent_dist.mode()
+        return (latents - self.mean[:, None, None]) / self.std[:, None, None]
+
+    @apply_forward_hook
+    def decode(self, latents: Tensor) -> Tensor:
+        """The reverse; values may leave [-1, 1] a little."""
+        return self.to_pixels(self.coder.decode(latents * self.std[:, None, None] + self.mean[:, None, None]).sample)
+
+    def freeze_encoder(self) -> None:
+        """Leave the way from pictures to latents as it is: only the decoder's weights are trained from here on."""
+        for part in (self.coder.encoder, self.coder.quant_conv):
+            if part is not None:  # some VAEs have no convolution there
+                part.requires_grad_(False)
+
+    def to_patches(self, image: Tensor) -> Tensor:
+        return F.pixel_unshuffle(image, self.config.patch_size).contiguous(memory_format=torch.channels_last)
+
+    def to_pixels(self, patches: Tensor) -> Tensor:
+        return F.pixel_shuffle(patches, self.config.patch_size)
+
+    @torch.no_grad()
+    def measure(self, images: Iterable[Tensor]) -> None:
+        """Set the mean and standard deviation of each latent channel from pictures, (B, 3, H, W) at a time."""
+        self.mean.zero_()
+        self.std.fill_(1)
+        latents = torch.cat([self.encode(image.to(self.device)).cpu().double() for image in images])
+        self.mean.copy_(latents.mean(dim=(0, 2, 3)))
+        self.std.copy_(latents.std(dim=(0, 2, 3), correction=0).clamp(min=1e-6))

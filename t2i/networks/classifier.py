@@ -1,0 +1,136 @@
+"""A classifier of noisy latents: what classifier guidance takes its gradient from (Dhariwal and Nichol 2021).
+
+It knows how noisy its input is as an angle, not as a timestep, so that it goes with every variance-preserving schedule.
+A second head says which image embedding z_i the clean picture has: a CLIP that sees through noise, for CLIP guidance
+(Liu et al. 2021, "More Control for Free!", section 3.2).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Tensor, nn
+
+from t2i.checks import check_integer, check_range
+from t2i.diffusion.process import levels
+from t2i.errors import InputError
+from t2i.networks.layers import Attention, TimeEmbedding, checkpointed
+
+SHOWN = 8  # class names in a message
+
+
+class LatentClassifier(ModelMixin, ConfigMixin):
+    """Classes and image embeddings of noisy latents, (B, C, S, S), at any level of noise.
+
+    Args:
+        classes: their names.
+        latent_channels, latent_size: shape (C, S, S) of the latents.
+        embed_dim: dimensions of z_i.
+        widths: channels at each resolution; each is half the one before.
+        depth: convolutional blocks at each resolution.
+        heads: of the self-attention at the lowest resolution.
+        dropout: of the features that both heads see.
+        autoencoder_fingerprint: digest of the autoencoder whose latents these are.
+        clip_fingerprint: of the CLIP that z_i is of.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]  # what FSDP shards as one
+
+    @register_to_config
+    def __init__(
+        self,
+        classes: list[str],
+        latent_channels: int,
+        latent_size: int,
+        embed_dim: int,
+        widths: list[int],
+        depth: int = 2,
+        heads: int = 4,
+        dropout: float = 0.1,
+        autoencoder_fingerprint: str | None = None,
+        clip_fingerprint: str | None = None,
+    ):
+        super().__init__()
+        check_integer("latent_size", latent_size, 1, 1024)
+        check_integer("depth", depth, 1, 64)
+        check_range("dropout", dropout, 0, 0.9)
+        if len(set(classes)) != len(classes) or len(classes) < 2:
+            raise InputError(f"classes must be at least two different names, got {len(classes)}")
+        if not widths or latent_size % 2 ** (len(widths) - 1):
+            raise InputError(
+                f"latents of side {latent_size} cannot be halved {len(widths) - 1} times; give less widths"
+            )
+        self.gradient_checkpointing = False
+        condition = 4 * widths[0]
+        self.from_level = TimeEmbedding(widths[0], condition)
+        self.from_latents = nn.Conv2d(latent_channels, widths[0], 3, padding=1)
+        sides = [width for width in widths for _ in range(depth)]
+        before = [widths[0], *sides[:-1]]
+        self.blocks = nn.ModuleList(Block(a, b, condition) for a, b in zip(before, sides))
+        self.norm = nn.LayerNorm(widths[-1])
+        self.attention = Attention(widths[-1], heads)
+        self.pooled = nn.LayerNorm(2 * widths[-1])
+        self.drop = nn.Dropout(dropout)
+        self.to_class = nn.Linear(2 * widths[-1], len(classes))
+        self.to_embedding = nn.Linear(2 * widths[-1], embed_dim)
+
+    def forward(self, x: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+        """x: (B, C, S, S); level: (B,), see `noise_level` -> logits, (B, classes), and z_i of unit length, (B, D)."""
+        condition = F.silu(self.from_level(1000 * level.float()))
+        x = self.from_latents(x)
+        for number, block in enumerate(self.blocks):
+            if number and number % self.config.depth == 0:
+                x = F.avg_pool2d(x, 2)
+            x = checkpointed(self, block, x, condition)
+        tokens = x.flatten(2).transpose(1, 2)
+        tokens = tokens + self.attention(self.norm(tokens))[0]
+        pooled = self.drop(self.pooled(torch.cat([tokens.mean(dim=1), tokens.amax(dim=1)], dim=-1)))
+        return self.to_class(pooled), F.normalize(self.to_embedding(pooled), dim=-1)
+
+    @apply_forward_hook
+    def log_probability(self, x: Tensor, level: Tensor) -> Tensor:
+        """log p(class | x), (B, classes), fp32."""
+        return self(x.to(self.dtype), level)[0].float().log_softmax(dim=-1)
+
+    @apply_forward_hook
+    def embedding(self, x: Tensor, level: Tensor) -> Tensor:
+        """z_i of the clean picture as far as it can be seen, (B, D), unit length, fp32."""
+        return F.normalize(self(x.to(self.dtype), level)[1].float(), dim=-1)
+
+    def number_of(self, name: str) -> int:
+        """Which class that is. Raises InputError with the names there are."""
+        classes = list(self.config.classes)
+        if name not in classes:
+            more = f" and {len(classes) - SHOWN} more" if len(classes) > SHOWN else ""
+            raise InputError(f"no class {name!r:.80}; the classifier knows {', '.join(classes[:SHOWN])}{more}")
+        return classes.index(name)
+
+
+class Block(nn.Module):
+    """Two convolutions with a shortcut; the noise level scales and shifts what is between them."""
+
+    def __init__(self, channels: int, out: int, condition: int):
+        super().__init__()
+        self.norm_1, self.norm_2 = (nn.GroupNorm(math.gcd(8, width), width) for width in (channels, out))
+        self.conv_1, self.conv_2 = nn.Conv2d(channels, out, 3, padding=1), nn.Conv2d(out, out, 3, padding=1)
+        self.modulation = nn.Linear(condition, 2 * out)
+        self.shortcut = nn.Identity() if channels == out else nn.Conv2d(channels, out, 1)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        scale, shift = self.modulation(condition)[..., None, None].chunk(2, dim=1)
+        inner = self.norm_2(self.conv_1(F.silu(self.norm_1(x)))) * (1 + scale) + shift
+        return self.shortcut(x) + self.conv_2(F.silu(inner))
+
+
+def noise_level(scheduler: SchedulerMixin, t: Tensor, like: Tensor) -> Tensor:
+    """(B,), fp32: how noisy an x_t like `like`, (B, ...), is; 0 is clean, 1 is pure noise. t: () or (B,).
+
+    The angle between sample and noise in x_t = cos(a) sample + sin(a) noise, as a share of the right one: the same for
+    the same noise whatever the schedule.
+    """
+    alpha, sigma = levels(scheduler, t, like.float())
+    return (torch.atan2(sigma, alpha) * (2 / math.pi)).flatten().expand(len(like))

@@ -1,0 +1,251 @@
+"""The CLIP pair: captions and pictures in one embedding space. open_clip's models, saved and loaded as diffusers'.
+
+Also the owner of a CLIP's identity: a prior and a decoder understand the embeddings of one CLIP only, and a fingerprint
+of its weights and preprocessing tells which.
+"""
+
+import copy
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from diffusers import ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH
+from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentionBlock, text_global_pool
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2.functional import center_crop, resize
+
+from t2i.checks import check_choice, check_integer
+from t2i.diffusion.condition import TextEncoding
+from t2i.errors import InputError
+from t2i.files.fingerprints import weights_digest
+from t2i.files.hub import fetched
+from t2i.files.untrusted import PICKLES, check_files, check_finite, is_folder, outline, read_config, read_header
+from t2i.networks.encoder import Encoder
+from t2i.networks.linear import by_onednn
+from t2i.networks.tokenizer import CaptionTokenizer, PublicTokenizer, check_tokenizer, load_tokenizer, public_tokenizer
+
+RESIZING = {"interpolation": "bicubic", "resize_mode": "shortest"}  # CLIP's own
+BLOCKS = (ResidualAttentionBlock, CustomResidualAttentionBlock)
+OPEN_CLIP_FILES = ["open_clip_config.json", "open_clip_model.safetensors", "tokenizer*.json"]
+MAX_TABLE = 2**26  # values of the positions that open_clip computes in NumPy, whatever the device
+
+
+class CLIP(Encoder, ModelMixin):
+    """An open_clip model with its preprocessing and its tokenizer.
+
+    Args:
+        model: open_clip's model configuration (`embed_dim`, `vision_cfg`, `text_cfg`, ...).
+        preprocess: `size`, `mean` and `std` of the pictures that the vision tower sees; how they are resized, if not as
+            CLIP's: `interpolation` "bicubic" or "bilinear", `resize_mode` "shortest" (then cropped) or "squash".
+        tokenizer_kind: "captions" (a vocabulary of our own), "clip" (open_clip's) or "transformers".
+        fingerprint: of weights and preprocessing; written on saving, checked on loading.
+        rounded: the weights went through a dtype that does not keep the fingerprint, such as bfloat16.
+    """
+
+    _supports_gradient_checkpointing = True
+    trains = True
+    unit_length = True  # of the embeddings, z_t and z_i
+    reads_captions = True
+    tokenizer: CaptionTokenizer | PublicTokenizer
+
+    @register_to_config
+    def __init__(
+        self,
+        model: dict,
+        preprocess: dict,
+        tokenizer_kind: str = "captions",
+        fingerprint: str | None = None,
+        rounded: bool = False,
+    ):
+        super().__init__()
+        self.gradient_checkpointing = False
+        self.net = by_onednn(build(model))
+        # What FSDP shards as one: the blocks of open_clip's own towers.
+        blocks = {type(layer).__name__ for layer in self.net.modules() if isinstance(layer, BLOCKS)}
+        self._no_split_modules = sorted(blocks)
+        self.resizing = {key: preprocess.get(key, usual) for key, usual in RESIZING.items()}
+        check_choice("preprocess.interpolation", self.resizing["interpolation"], ("bicubic", "bilinear"))
+        check_choice("preprocess.resize_mode", self.resizing["resize_mode"], ("shortest", "squash"))
+        size = preprocess["size"]
+        self.size = size if isinstance(size, int) else size[0]
+        check_integer("preprocess.size", self.size, 1, 4096)
+        self.register_buffer("mean", torch.tensor(preprocess["mean"]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(preprocess["std"]).view(3, 1, 1), persistent=False)
+
+    @classmethod
+    def from_open_clip(cls, name: str, tag: str | None = None) -> "CLIP":
+        """A public pair: an open_clip name and tag, "hf-hub:org/name" or "local-dir:/path"."""
+        source, config = open_clip_source(name)
+        weights = open_clip.get_pretrained_cfg(name, tag) if tag else {}
+        if tag and not weights:
+            tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
+            raise InputError(f"open_clip has no weights {tag!r} for {name!r}; it has {tags}")
+        if weights and weights.get("quick_gelu", False) != config.get("quick_gelu", False):
+            other = name + "-quickgelu" if weights.get("quick_gelu") else name.removesuffix("-quickgelu")
+            raise InputError(f"{name!r} with {tag!r} mixes GELU and QuickGELU, which ruins embeddings; use {other!r}")
+        if tag and Path(path := open_clip.download_pretrained(weights)).suffix != ".safetensors":
+            raise InputError(f"{tag!r} of {name!r} comes as {Path(path).name!r}; only .safetensors is loaded")
+        net = open_clip.create_model(source, pretrained=tag, require_pretrained=True)
+        check_finite(net, name)
+        tokenizer, kind = public_tokenizer(name, config["text_cfg"])
+        preprocess = {key: net.visual.preprocess_cfg[key] for key in ("size", "mean", "std")}
+        preprocess |= {key: net.visual.preprocess_cfg.get(key, usual) for key, usual in RESIZING.items()}
+        clip = cls(config, preprocess, kind)
+        clip.net.load_state_dict(net.state_dict())
+        clip.tokenizer = tokenizer
+        return clip
+
+    def read_tokenizer(self, folder: Path, root: Path) -> None:
+        self.tokenizer = load_tokenizer(folder, self.config.tokenizer_kind, self.config.model["text_cfg"])
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits for these weights and this preprocessing, the same in fp32 and fp16."""
+        return weights_digest(self.net, json.dumps(self.config.preprocess, sort_keys=True))
+
+    @property
+    def embed_dim(self) -> int:
+        return self.config.model["embed_dim"]
+
+    @property
+    def context_length(self) -> int:
+        return self.config.model["text_cfg"].get("context_length", DEFAULT_CONTEXT_LENGTH)
+
+    @property
+    def text_width(self) -> int:
+        tower = self.text_tower
+        return tower.ln_final.normalized_shape[0] if hasattr(tower, "ln_final") else tower.config.hidden_size
+
+    @property
+    def text_tower(self) -> torch.nn.Module:
+        return getattr(self.net, "text", self.net)
+
+    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Any = None) -> None:
+        """What `enable_gradient_checkpointing` and its reverse call; open_clip has a switch of its own."""
+        self.gradient_checkpointing = enable
+        self.net.set_grad_checkpointing(enable)
+
+    def forward(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """z_i, z_t and the scale of the logits, at most 100 as in CLIP."""
+        return self.encode_image(image), self.encode_tokens(tokens).embedding, self.net.logit_scale.exp().clamp(max=100)
+
+    @apply_forward_hook
+    def encode_image(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, D), unit length: z_i."""
+        return self.net.encode_image(self.preprocess(image), normalize=True)
+
+    def preprocess(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, 3, size, size), scaled as the vision tower knows pictures."""
+        if image.shape[-2:] != (self.size, self.size):
+            side = [self.size] if self.resizing["resize_mode"] == "shortest" else [self.size, self.size]
+            mode = InterpolationMode(self.resizing["interpolation"])
+            image = center_crop(resize(image, side, interpolation=mode, antialias=True), [self.size])
+        return (((image + 1) / 2 - self.mean) / self.std).to(self.mean.dtype)
+
+    def encode_text(self, texts: list[str]) -> TextEncoding:
+        return self.encode_tokens(self.tokenizer(texts).to(self.device))
+
+    @apply_forward_hook
+    def encode_tokens(self, tokens: Tensor) -> TextEncoding:
+        """(B, context_length), int64 -> z_t and a state per token."""
+        tower = self.text_tower
+        if getattr(tower, "attn_mask", None) is None or getattr(tower, "cls_emb", None) is not None:
+            return self.encode_tokens_whole(tokens)
+        # Causal: what comes after the end of a caption changes nothing before it, so the batch is trimmed first.
+        end = tokens.argmax(dim=-1) if self.pools_at_highest else (tokens == self.end_token).int().argmax(dim=-1)
+        length = int(end.max()) + 1
+        tokens = tokens[:, :length]
+        states = tower.token_embedding(tokens) + tower.positional_embedding[:length]
+        states = tower.ln_final(tower.transformer(states, attn_mask=tower.attn_mask[:length, :length]))
+        pool = "argmax" if self.pools_at_highest else "eos"
+        pooled = text_global_pool(states, tokens, pool, eos_token_id=self.end_token)
+        mask = torch.arange(length, device=tokens.device) <= end[:, None]
+        return TextEncoding(F.normalize(project(tower.text_projection, pooled), dim=-1), states, mask)
+
+    def encode_tokens_whole(self, tokens: Tensor) -> TextEncoding:
+        """For towers that see the padding (SigLIP, CoCa, those of transformers)."""
+        tower = self.text_tower
+        tower.output_tokens = True
+        pooled, states = tower(tokens)
+        mask = tokens != getattr(tower, "pad_id", getattr(getattr(tower, "config", None), "pad_token_id", 0))
+        length = int(mask.sum(dim=1).max())
+        return TextEncoding(F.normalize(pooled, dim=-1), states[:, :length], mask[:, :length])
+
+    @property
+    def pools_at_highest(self) -> bool:
+        """open_clip pools where the token's number is highest, or at a given end token."""
+        tower = self.text_tower
+        return getattr(tower, "text_pool_type", getattr(tower, "pool_type", "argmax")) == "argmax"
+
+    @property
+    def end_token(self) -> int | None:
+        return getattr(self.text_tower, "text_eos_id", getattr(self.text_tower, "eos_id", None))
+
+
+def project(projection: torch.nn.Module | Tensor | None, pooled: Tensor) -> Tensor:
+    if projection is None:
+        return pooled
+    return projection(pooled) if isinstance(projection, torch.nn.Module) else pooled @ projection
+
+
+def build(config: dict) -> torch.nn.Module:
+    """The open_clip model of a configuration, with random weights."""
+    config = copy.deepcopy(dict(config))
+    text, vision = config["text_cfg"], config["vision_cfg"]
+    check_towers(text, vision)
+    custom = config.pop("custom_text", False) or "hf_model_name" in text
+    if "hf_model_name" in text:
+        text["hf_model_pretrained"] = False
+    if "timm_model_name" in vision:
+        vision["timm_model_pretrained"] = False
+    if "multimodal_cfg" in config:
+        return open_clip.CoCa(**config)
+    return (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config)
+
+
+def check_towers(text: dict, vision: dict) -> None:
+    """Refuse towers by names that are paths, and positions that would not fit in memory."""
+    for key, name, form in (
+        ("hf_model_name", text.get("hf_model_name", ""), r"([\w.-]+/)?[\w.-]*"),
+        ("timm_model_name", vision.get("timm_model_name", ""), r"[\w.-]*"),
+    ):
+        if not isinstance(name, str) or not re.fullmatch(form, name) or name.startswith("."):
+            raise InputError(f"{key} must be the name of a public model, got {name!r:.80}")
+    if vision.get("pos_embed_type") == "sin_cos_2d":
+        grid = vision["image_size"] // vision["patch_size"]
+        check_integer("values of the table of positions", grid**2 * vision["width"], 1, MAX_TABLE)
+
+
+def open_clip_source(name: str) -> tuple[str, dict]:
+    """What open_clip builds a model from, and its configuration: a name that it knows, or a folder that was checked.
+
+    A repository of the hub is fetched first: only JSON and safetensors.
+    """
+    if name.startswith("hf-hub:"):
+        folder = fetched(name.removeprefix("hf-hub:"), OPEN_CLIP_FILES)
+    elif name.startswith("local-dir:"):
+        folder = Path(name.removeprefix("local-dir:"))
+    elif config := open_clip.get_model_config(name):
+        return name, config
+    else:
+        raise InputError(f"open_clip knows no model {name!r:.200}; `open_clip.list_models()` lists them")
+    if not is_folder(folder) or not (folder / "open_clip_config.json").exists():
+        raise InputError(f"no open_clip_config.json in {str(folder)!r:.200}; a local-dir: or hf-hub: model has one")
+    check_files(folder)
+    config = read_config(folder / "open_clip_config.json").get("model_cfg")
+    if not isinstance(config, dict):
+        raise InputError(f"{str(folder / 'open_clip_config.json')!r} has no model_cfg")
+    weights = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", *PICKLES))
+    if [path.suffix for path in weights] != [".safetensors"]:  # of several, open_clip takes its own name first
+        weights = [folder / "open_clip_model.safetensors"]
+    with outline(read_header(weights[0]), folder):
+        build(config)
+    check_tokenizer(folder, config["text_cfg"])
+    return f"local-dir:{folder}", config

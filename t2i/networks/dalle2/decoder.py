@@ -1,0 +1,233 @@
+"""The decoder of DALLE2-pytorch: a U-Net on small pictures, and the further ones of its cascade."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, DDPMScheduler, ModelMixin, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Generator, Tensor, nn
+
+from t2i.checks import check_integer
+from t2i.diffusion.condition import ImageCondition, TokenStates
+from t2i.diffusion.ddim import ExactDDIMScheduler
+from t2i.diffusion.denoiser import MAX_STEPS, OnStep, Wrap, draw_noise, sample
+from t2i.errors import InputError
+from t2i.networks.dalle2.layers import nothing
+from t2i.networks.dalle2.unet import Unet
+from t2i.networks.upsampler import reduced
+
+
+@dataclass
+class DALLE2DecoderContext:
+    hiddens: Tensor | None  # (B, 4 dim): z_i, to be added to the time
+    image: Tensor | None  # (B, L, cond_dim): tokens of z_i
+    text: Tensor | None  # (B, max_text_len, cond_dim): the caption, padded
+
+
+class DALLE2Decoder(ModelMixin, ConfigMixin):
+    """Denoises pictures, (B, 3, S, S) in [-1, 1], given an ImageCondition.
+
+    The condition that says nothing is the zero z_i and a caption of no tokens: they stand for the learned vector and
+    tokens of "no picture", and for the learned padding.
+
+    Args:
+        embed_dim: dimensions D of z_i.
+        latent_channels, latent_size: shape (C, S, S) of the pictures.
+        unet: further arguments of `t2i.networks.dalle2.unet.Unet`.
+        text_width: dimensions of a caption's token states; None if it reads no captions.
+        learned_variance: it also predicts the variance of the reverse steps, as further C channels.
+        reads_masks, clip_fingerprint, text_encoder_fingerprint: as of `t2i.networks.unet_decoder.UNetDecoder`.
+    """
+
+    usual_guidance, usual_steps = 1.7, 100  # the scale is that of LAION's own program for its decoder
+    _no_split_modules = ["ResnetBlock"]
+    lora_targets = ("to_q", "to_kv", "to_out.0")
+
+    @register_to_config
+    def __init__(
+        self,
+        embed_dim: int,
+        latent_channels: int,
+        latent_size: int,
+        unet: dict,
+        text_width: int | None = None,
+        learned_variance: bool = True,
+        reads_masks: bool = False,
+        clip_fingerprint: str | None = None,
+        text_encoder_fingerprint: str | None = None,
+    ):
+        super().__init__()
+        check_integer("latent_size", latent_size, 1, 1024)  # no tensor has this size
+        if reads_masks:
+            raise InputError("DALLE2-pytorch's decoder reads no masks, got reads_masks = true")
+        derived = {
+            "image_embed_dim": embed_dim,
+            "cond_on_image_embeds": True,
+            "text_embed_dim": text_width,
+            "cond_on_text_encodings": text_width is not None,
+            "channels": latent_channels,
+            "channels_out": latent_channels * (2 if learned_variance else 1),
+        }
+        self.net = Unet(**{**unet, **derived})
+
+    @property
+    def states_width(self) -> int | None:
+        """Dimensions of the token states of CLIP that it reads."""
+        return self.config.text_width
+
+    def forward(self, x: Tensor, t: Tensor, condition: ImageCondition) -> Tensor:
+        """x: (B, C, H, W) noisy pictures; t: (B,) timesteps -> (B, C, H, W), the prediction; or (B, 2C, H, W)."""
+        return self.step(x, t, self.prepare(condition))
+
+    @apply_forward_hook
+    def prepare(self, condition: ImageCondition) -> DALLE2DecoderContext:
+        hiddens, image = self.net.image_condition(condition.embedding, (condition.embedding == 0).all(dim=-1))
+        if self.config.text_width is None:
+            return DALLE2DecoderContext(hiddens, image, None)
+        if condition.text is None:
+            raise ValueError("this decoder reads captions: its condition needs a text")
+        return DALLE2DecoderContext(hiddens, image, self.net.text_condition(condition.text.states, condition.text.mask))
+
+    @apply_forward_hook
+    def step(self, x: Tensor, t: Tensor, context: DALLE2DecoderContext) -> Tensor:
+        return self.net(x, t, context.hiddens, context.image, context.text)
+
+    def null(self, count: int) -> ImageCondition:
+        """The zero z_i, and a caption of no tokens if it reads captions."""
+        z_i = nothing(self, count)
+        if self.config.text_width is None:
+            return ImageCondition(z_i)
+        states = z_i.new_zeros(count, 1, self.config.text_width)
+        return ImageCondition(z_i, TokenStates(states, torch.zeros(count, 1, dtype=torch.bool, device=z_i.device)))
+
+
+class DALLE2Pixels(ModelMixin, ConfigMixin):
+    """Stands where pipelines have an autoencoder, for decoders of a single U-Net: their "latents" are the pictures."""
+
+    factor = 1
+
+    @register_to_config
+    def __init__(self, channels: int = 3):
+        super().__init__()
+        self.channels = channels
+        self.nothing = nn.Parameter(torch.zeros(1), requires_grad=False)  # a model has a device and a dtype
+
+    def encode(self, image: Tensor) -> Tensor:
+        return image
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents
+
+    def forward(self, image: Tensor) -> Tensor:
+        return image
+
+
+class DALLE2Cascade(ModelMixin, ConfigMixin):
+    """The further U-Nets: each enlarges what the one before has drawn. They read neither z_i nor captions.
+
+    It stands in the autoencoder's place, with the contract of
+    `t2i.networks.public.super_resolution.SuperResolution`: `encode`
+    and `decode` are quick and without a network, `draw` is the diffusion.
+
+    Args:
+        low_size: side of the pictures of the first U-Net.
+        sizes: sides that the others make of them.
+        unets: arguments of `t2i.networks.dalle2.unet.Unet`, one each.
+        schedulers: arguments of `DDIMScheduler`, one each.
+        noise_levels: timesteps, of a linear schedule of 1,000, that each one's small picture is noised to; None for
+            those that were trained with blurred ones.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        low_size: int,
+        sizes: list[int],
+        unets: list[dict],
+        schedulers: list[dict],
+        noise_levels: list[int | None],
+        channels: int = 3,
+    ):
+        super().__init__()
+        if not len(sizes) == len(unets) == len(schedulers) == len(noise_levels) > 0:
+            raise InputError("sizes, unets, schedulers and noise_levels must be of the same U-Nets, one or more")
+        for before, size in zip([low_size, *sizes], sizes):
+            check_integer("a side of the cascade", size, 1, 4096)
+            if size % before or size == before:
+                raise InputError(f"each side of a cascade must be a multiple of the one before, got {before}, {size}")
+        self.channels = channels
+        read = ({"lowres_cond": True, "lowres_noise_cond": level is not None} for level in noise_levels)
+        self.nets = nn.ModuleList(Unet(**{**unet, "channels": channels, **more}) for unet, more in zip(unets, read))
+        self.all_schedulers = [ExactDDIMScheduler(**arguments) for arguments in schedulers]
+        self.noising = DDPMScheduler(beta_schedule="linear")  # whatever the U-Nets' own schedules are
+
+    @property
+    def factor(self) -> int:
+        """How many times the sides grow."""
+        return self.config.sizes[-1] // self.config.low_size
+
+    @property
+    def scheduler(self) -> SchedulerMixin:
+        """Of the last U-Net."""
+        return self.all_schedulers[-1]
+
+    def encode(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, 3, H / factor, W / factor), bicubic with antialiasing."""
+        return reduced(image, self.factor)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, 3, h, w) -> (B, 3, factor h, factor w): each pixel a square."""
+        return F.interpolate(latents, scale_factor=self.factor, mode="nearest")
+
+    @apply_forward_hook
+    @torch.no_grad()
+    def draw(
+        self,
+        latents: Tensor,
+        generators: list[Generator],
+        steps: int = 100,
+        noise: Tensor | None = None,
+        progress: Callable[[Iterable], Iterable] = iter,
+        on_step: OnStep | None = None,
+        wrap: Wrap | None = None,
+    ) -> Tensor:
+        """(N, 3, factor h, factor w) in [-1, 1], fp32, of small pictures, (N, 3, h, w), on their device.
+
+        generators: one a picture. steps: of each U-Net. noise: what the last one starts from, like the result, else
+        drawn from the generators. on_step, wrap: of the last one; see `t2i.diffusion.denoiser.sample`.
+        """
+        check_integer("steps", steps, 1, MAX_STEPS)
+        x, before = latents.float(), self.config.low_size
+        for i, (net, size, level) in enumerate(zip(self.nets, self.config.sizes, self.config.noise_levels)):
+            last = i == len(self.nets) - 1
+            low = F.interpolate(x, scale_factor=size // before, mode="nearest").clamp(-1, 1)
+            start = noise if last and noise is not None else draw_noise(low.shape[1:], generators, low.device)
+            if start.shape != low.shape:
+                raise InputError(f"the noise must be of shape {tuple(low.shape)}, got {tuple(start.shape)}")
+            predict = self.predict(net, low, level, generators)
+            predict = wrap(predict) if last and wrap is not None else predict
+            scheduler, start = self.all_schedulers[i], start.to(low.device).float()
+            x = sample(predict, scheduler, start, steps, generators, progress, on_step if last else None)
+            before = size
+        return x.clamp(-1, 1)
+
+    def predict(self, net: nn.Module, low: Tensor, level: int | None, generators: list[Generator]) -> Any:
+        """What a U-Net predicts of pictures whose small one is `low`, (N, 3, H, W), enlarged."""
+        levels = None
+        if level is not None:
+            levels = torch.full((len(low),), level, device=low.device)
+            low = self.noising.add_noise(low, draw_noise(low.shape[1:], generators, low.device), levels)
+        low = low.to(self.dtype)
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            return net(x.to(self.dtype), t.expand(len(x)), low=low, level=levels).to(x.dtype)
+
+        return predict
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) -> the same, made small and enlarged without a network."""
+        return self.decode(self.encode(image))

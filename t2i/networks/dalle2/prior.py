@@ -1,0 +1,266 @@
+"""The diffusion prior of DALLE2-pytorch, whose published weights are LAION's.
+
+The same sequence as in the paper (DALL-E 2, section 2.2), but another transformer than `t2i.networks.prior.Prior`:
+relative and
+rotary positions, queries and keys of unit length, one head of keys and values, gated feed-forward layers. It cannot be
+rewritten as the other. Its padding is learned and is attended to.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Tensor, nn
+
+from t2i.checks import check_integer
+from t2i.diffusion.condition import TextEncoding
+from t2i.networks.dalle2.layers import OLD_BIAS_SCALE, Attention, KeyValue, Norm, nothing, sinusoids
+from t2i.networks.linear import Linear
+
+BUCKETS, FARTHEST = 32, 128  # of the relative positions
+
+
+@dataclass
+class DALLE2PriorContext:
+    """What depends on the caption alone."""
+
+    past: list[KeyValue]  # one pair a layer: the caption, padded, and z_t
+    dropped: Tensor  # (B,), bool: the condition says nothing
+
+
+class DALLE2Prior(ModelMixin, ConfigMixin):
+    """Denoises z_i times `embed_scale`, given a TextEncoding.
+
+    The condition that says nothing is the zero z_t: it stands for the learned tokens of "no caption", beside which the
+    noisy z_i is not seen either. Outside, z_t and z_i have unit length; what the reference hands on is not normalised.
+
+    Args:
+        embed_dim: dimensions D of z_t and z_i, of a caption's token states, and of the transformer.
+        depth, heads, head_width, mlp_ratio: of the transformer.
+        context_length: captions are padded to it, in tokens, or cut.
+        num_timesteps: of a table of times; None for a network of their sines and cosines.
+        time_tokens, image_tokens, text_tokens: made from the time, the noisy z_i and z_t.
+        norm_in, norm_out, project_out, inner_norm, rotary: layers that it has.
+        reads_captions: else it reads z_t alone.
+        old_attention: as before release 1.4.3.
+        learned_null: from release 1.9.0 on. Before, "no caption" did nothing: guidance is off by default, and what it
+            goes away from is the zero z_t with nothing but padding, which the model never saw in training.
+        embed_scale: sqrt(embed_dim) if left out.
+        usual_guidance: the scale if none is asked for.
+    """
+
+    _no_split_modules = ["Layer"]
+    lora_targets = ("to_q", "to_kv", "to_out.0")
+
+    @register_to_config
+    def __init__(
+        self,
+        embed_dim: int,
+        depth: int,
+        heads: int = 8,
+        head_width: int = 64,
+        mlp_ratio: int = 4,
+        context_length: int = 256,
+        num_timesteps: int | None = None,
+        time_tokens: int = 1,
+        image_tokens: int = 1,
+        text_tokens: int = 1,
+        norm_in: bool = False,
+        norm_out: bool = True,
+        project_out: bool = True,
+        inner_norm: bool = False,
+        rotary: bool = True,
+        reads_captions: bool = True,
+        old_attention: bool = False,
+        learned_null: bool = True,
+        embed_scale: float | None = None,
+        usual_guidance: float = 1.0,
+        clip_fingerprint: str | None = None,
+        learned_variance: bool = False,
+    ):
+        super().__init__()
+        check_integer("context_length", context_length, 1, 1024)
+        check_integer("depth", depth, 1, 1024)
+        self.embed_scale = embed_dim**0.5 if embed_scale is None else embed_scale
+        self.net = Network(self.config)
+
+    @property
+    def states_width(self) -> int | None:
+        """Dimensions of the token states of CLIP that it reads."""
+        return self.config.embed_dim if self.config.reads_captions else None
+
+    def forward(self, x: Tensor, t: Tensor, text: TextEncoding) -> Tensor:
+        """x: (B, D) noisy scaled z_i; t: (B,) timesteps -> (B, D), the prediction."""
+        return self.step(x, t, self.prepare(text))
+
+    @apply_forward_hook
+    def prepare(self, text: TextEncoding) -> DALLE2PriorContext:
+        length = self.config.context_length
+        dropped = (text.embedding == 0).all(dim=-1) & self.config.learned_null
+        states, mask = text.states[:, :length], text.mask[:, :length] & self.config.reads_captions
+        extra = length - mask.shape[1]
+        states, mask = F.pad(states, (0, 0, 0, extra)), F.pad(mask, (0, extra))
+        _, past = self.net.causal_transformer(self.net.caption_tokens(text.embedding, states, mask, dropped))
+        return DALLE2PriorContext(past, dropped)
+
+    @apply_forward_hook
+    def step(self, x: Tensor, t: Tensor, context: DALLE2PriorContext) -> Tensor:
+        """The rest of the sequence: time, noisy z_i and query."""
+        tokens = self.net.image_tokens(x, t, context.dropped)
+        tokens, _ = self.net.causal_transformer(tokens, context.past)
+        return self.net.causal_transformer.finished(tokens[:, -1])
+
+    def null(self, count: int) -> TextEncoding:
+        """The zero z_t, and a caption of no tokens."""
+        z_t = nothing(self, count)
+        states = z_t[:, None]
+        return TextEncoding(z_t, states, torch.zeros(states.shape[:2], dtype=torch.bool, device=z_t.device))
+
+    def scale(self, z_i: Tensor) -> Tensor:
+        """Unit-length z_i -> what the prior denoises."""
+        return z_i * self.embed_scale
+
+    def unscale(self, x: Tensor) -> Tensor:
+        """The reverse, of unit length whatever x is."""
+        return F.normalize(x, dim=-1)
+
+
+class Network(nn.Module):
+    def __init__(self, config: dict):
+        super().__init__()
+        width = config["embed_dim"]
+        self.to_text_embeds = nn.Sequential(several(width, config["text_tokens"]))
+        self.to_image_embeds = nn.Sequential(several(width, config["image_tokens"]))
+        self.width, total = width, width * config["time_tokens"]
+        steps = config["num_timesteps"]
+        self.to_time_embeds = nn.Sequential(
+            nn.Embedding(steps, total) if steps else nn.Sequential(nn.Identity(), TimeNetwork(width, total))
+        )
+        self.learned_query = nn.Parameter(torch.randn(width))
+        self.causal_transformer = CausalTransformer(config)
+        length, self.learned_null = config["context_length"], config["learned_null"]
+        if self.learned_null:
+            self.null_text_encodings = nn.Parameter(torch.randn(1, length, width))
+            self.null_text_embeds = nn.Parameter(torch.randn(1, config["text_tokens"], width))
+            self.null_image_embed = nn.Parameter(torch.randn(1, width))
+        else:
+            self.null_text_embed = nn.Parameter(torch.randn(1, length, width))
+
+    @apply_forward_hook
+    def caption_tokens(self, z_t: Tensor, states: Tensor, mask: Tensor, dropped: Tensor) -> Tensor:
+        """The caption, (B, L, D), with learned padding, and z_t: (B, L + text_tokens, D). dropped: (B,), of both."""
+        padding = self.null_text_encodings if self.learned_null else self.null_text_embed
+        caption = torch.where((mask & ~dropped[:, None])[..., None], states, padding.to(states.dtype))
+        z_t = self.to_text_embeds(z_t).unflatten(-1, (-1, self.width))
+        if self.learned_null:
+            z_t = torch.where(dropped[:, None, None], self.null_text_embeds.to(z_t.dtype), z_t)
+        return torch.cat([caption, z_t], dim=1)
+
+    @apply_forward_hook
+    def image_tokens(self, x: Tensor, t: Tensor, dropped: Tensor) -> Tensor:
+        """Time, noisy z_i and query."""
+        table = isinstance(self.to_time_embeds[0], nn.Embedding)
+        time = self.to_time_embeds(t.long() if table else sinusoids(t, self.width).to(x.dtype))
+        time, image = (one.unflatten(-1, (-1, self.width)) for one in (time.to(x.dtype), self.to_image_embeds(x)))
+        if self.learned_null:
+            image = torch.where(dropped[:, None, None], self.null_image_embed.to(x.dtype), image)
+        return torch.cat([time, image, self.learned_query.to(x.dtype).expand(len(x), 1, -1)], dim=1)
+
+
+def several(width: int, count: int) -> nn.Module:
+    """`count` tokens from a vector; a single one is the vector itself."""
+    return Linear(width, width * count) if count > 1 else nn.Identity()
+
+
+class TimeNetwork(nn.Module):
+    def __init__(self, width: int, out: int):
+        super().__init__()
+        hidden = 2 * out
+        first, second = (nn.Sequential(Linear(inner, hidden), nn.SiLU()) for inner in (width, hidden))
+        self.net = nn.Sequential(first, second, Linear(hidden, out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class CausalTransformer(nn.Module):
+    def __init__(self, config: dict):
+        super().__init__()
+        width = config["embed_dim"]
+        self.bias_scale = OLD_BIAS_SCALE if config["old_attention"] else 1.0
+        self.init_norm = Norm(width) if config["norm_in"] else nn.Identity()
+        self.rel_pos_bias = RelativePositions(config["heads"])
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config["depth"]))
+        self.norm = Norm(width, stable=True) if config["norm_out"] else nn.Identity()
+        self.project_out = Linear(width, width, bias=False) if config["project_out"] else nn.Identity()
+
+    def forward(self, x: Tensor, past: list[KeyValue] | None = None) -> tuple[Tensor, list[KeyValue]]:
+        """(B, L, width), behind what `past` holds -> the same, before the last norm; keys and values a layer."""
+        first = 0 if past is None else past[0][0].shape[2]
+        bias = self.bias_scale * self.rel_pos_bias(first, x.shape[1], x.device)
+        x, found = self.init_norm(x), []
+        for i, layer in enumerate(self.layers):
+            x, pair = layer(x, bias, None if past is None else past[i])
+            found.append(pair)
+        return x, found
+
+    def finished(self, x: Tensor) -> Tensor:
+        return self.project_out(self.norm(x))
+
+
+class Layer(nn.ModuleList):
+    """Attention and feed-forward, as the members 0 and 1 that the files name."""
+
+    def __init__(self, config: dict):
+        width, inner = config["embed_dim"], int(config["mlp_ratio"] * config["embed_dim"])
+        settings = {"cosine": not config["old_attention"], "old": config["old_attention"], "rotary": config["rotary"]}
+        super().__init__(
+            [
+                Attention(width, config["heads"], config["head_width"], **settings),
+                nn.Sequential(
+                    Norm(width),
+                    Linear(width, 2 * inner, bias=False),
+                    SwiGLU(),
+                    Norm(inner) if config["inner_norm"] else nn.Identity(),
+                    nn.Identity(),
+                    Linear(inner, width, bias=False),
+                ),
+            ]
+        )
+
+    def forward(self, x: Tensor, bias: Tensor, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
+        attended, pair = self[0].with_key_value(x, bias, past)
+        x = x + attended
+        return x + self[1](x), pair
+
+
+class SwiGLU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = x.chunk(2, dim=-1)
+        return value * F.silu(gate)
+
+
+class RelativePositions(nn.Module):
+    """A learned bias for each distance of a key, in buckets that grow with it (as T5's), and none ahead."""
+
+    def __init__(self, heads: int):
+        super().__init__()
+        self.relative_attention_bias = nn.Embedding(BUCKETS, heads)
+
+    def forward(self, first: int, count: int, device: torch.device) -> Tensor:
+        """(heads, count, 1 + first + count), fp32: of the queries from `first` on. Key 0 is the learned one.
+
+        It is counted as a position, so that a token is as far from the one before it as from itself.
+        """
+        query = torch.arange(first, first + count, device=device)[:, None]
+        key = torch.arange(1 + first + count, device=device)
+        distance = (query - key).clamp(min=0)
+        exact = BUCKETS // 2
+        share = (distance.clamp(min=1).float() / exact).log() / math.log(FARTHEST / exact)
+        far = (exact + (share * (BUCKETS - exact)).long()).clamp(max=BUCKETS - 1)
+        bias = self.relative_attention_bias(torch.where(distance < exact, distance, far)).permute(2, 0, 1).float()
+        return bias.masked_fill(key > query + 1, float("-inf"))

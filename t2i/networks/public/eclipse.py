@@ -1,0 +1,69 @@
+"""Priors without diffusion, as ECLIPSE has them (Patel et al. 2023): one pass from a caption and noise to z_i.
+
+They are PriorTransformers without the token of the time; what comes out is z_i itself, not scaled. There is nothing to
+guide: a negative prompt's z_i is what the decoder may be guided away from. `t2i.interop.prior_transformer` reads them.
+"""
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Generator, Tensor, nn
+
+from t2i.diffusion.condition import TextEncoding
+from t2i.diffusion.denoiser import draw_noise
+from t2i.networks.linear import Linear
+from t2i.networks.prior import PriorBlock, caption_tokens
+
+
+class EclipsePrior(ModelMixin, ConfigMixin):
+    """A causal transformer over [caption tokens, z_t, noise, query]; the query's output is z_i.
+
+    Args:
+        embed_dim: dimensions D of z_t and z_i.
+        text_width: dimensions of a caption's token states.
+        context_length: longest caption, in tokens.
+        width, depth, heads: of the transformer.
+        clip_fingerprint: of the CLIP that it was trained with, if that is known.
+        unit_length: False; embeddings are as the public CLIPs have them.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        embed_dim: int,
+        text_width: int,
+        context_length: int,
+        width: int,
+        depth: int,
+        heads: int,
+        clip_fingerprint: str | None = None,
+        unit_length: bool = False,
+    ):
+        super().__init__()
+        self.from_states = Linear(text_width, width)
+        self.from_text = Linear(embed_dim, width)
+        self.from_image = Linear(embed_dim, width)
+        self.query = nn.Parameter(torch.zeros(width))
+        self.positions = nn.Parameter(torch.zeros(context_length + 3, width))
+        self.blocks = nn.ModuleList(PriorBlock(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.to_image = Linear(width, embed_dim)
+
+    def forward(self, noise: Tensor, text: TextEncoding) -> Tensor:
+        """noise: (B, D) of unit variance -> z_i, (B, D), of any length."""
+        image = torch.stack([self.from_image(noise), self.query.expand(len(noise), -1)], dim=1) + self.positions[-2:]
+        tokens = torch.cat([caption_tokens(self, text), image], dim=1)
+        length = tokens.shape[1]
+        mask = torch.cat([text.mask, text.mask.new_ones(len(noise), 3)], dim=1)[:, None, None, :]
+        mask = mask & torch.ones(length, length, dtype=torch.bool, device=noise.device).tril()
+        for block in self.blocks:
+            tokens = block(tokens, mask)
+        return self.to_image(self.norm(tokens[:, -1]))
+
+    @torch.no_grad()
+    def draw(self, text: TextEncoding, generators: list[Generator], noise: Tensor | None = None) -> Tensor:
+        """z_i of any length, (N, D), fp32, on the device of `text`. noise: (N, D), else drawn from the generators."""
+        device = text.embedding.device
+        if noise is None:
+            noise = draw_noise((self.config.embed_dim,), generators, device)
+        return self(noise.to(device, self.dtype), text.to(device, self.dtype)).float()

@@ -1,0 +1,117 @@
+"""Kandinsky 2.1's text encoder: XLM-RoBERTa, whose mean state is projected into CLIP's space (Carlsson et al. 2022)."""
+
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import transformers
+from diffusers import ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Tensor
+from torch.nn.functional import pad
+
+from t2i.checks import check_integer
+from t2i.diffusion.condition import TokenStates
+from t2i.errors import InputError
+from t2i.files.component import Component, filled
+from t2i.files.fingerprints import weights_digest
+from t2i.networks.encoder import Encoder
+from t2i.networks.linear import Linear, by_onednn
+from t2i.networks.text_encoder import SETTINGS
+from t2i.networks.tokenizer import TextTokenizer, load_text_tokenizer
+
+CONTEXT = 77  # tokens; the decoder attends to all of them, padding too
+UNUSED = ("transformer.embeddings.position_ids", "transformer.embeddings.token_type_ids")  # of older files
+
+
+class MultilingualCLIP(Encoder, ModelMixin):
+    """An XLM-RoBERTa with a projection and its tokenizer; the contract of `t2i.networks.text_encoder.TextEncoder`.
+
+    Args:
+        model: transformers' configuration of the XLM-RoBERTa, as far as `t2i.networks.text_encoder.SETTINGS` name it.
+        pooled_width: dimensions of the projection.
+        context_length: tokens of a caption, special ones and padding included; what is longer is cut.
+        fingerprint: of weights, vocabulary and context length; written on saving, checked on loading.
+        rounded: the weights went through a dtype that does not keep the fingerprint, such as bfloat16.
+    """
+
+    tokenizer: TextTokenizer
+    warned = False  # of captions that do not fit: training says it once
+
+    @register_to_config
+    def __init__(
+        self,
+        model: dict[str, Any],
+        pooled_width: int = 768,
+        context_length: int = CONTEXT,
+        fingerprint: str | None = None,
+        rounded: bool = False,
+    ):
+        super().__init__()
+        if unknown := sorted(set(model) - SETTINGS):
+            raise InputError(f"model has {unknown[0]!r:.80}; a text encoder's may have {', '.join(sorted(SETTINGS))}")
+        config = transformers.XLMRobertaConfig(**model, attn_implementation="sdpa")
+        positions = config.max_position_embeddings - config.pad_token_id - 1
+        check_integer(f"context_length of a text encoder with {positions} positions", context_length, 3, positions)
+        self.transformer = by_onednn(transformers.XLMRobertaModel(config))
+        self.LinearTransformation = Linear(config.hidden_size, pooled_width)
+
+    @classmethod
+    def from_component(cls, part: Component, tokenizer: Path, dtype: torch.dtype | None = None) -> Self:
+        """Of a public folder `text_encoder`, a Component with the stem "model", and the folder of its tokenizer.
+
+        Raises InputError, in one line, for one that is no whole MultilingualCLIP.
+        """
+        config = part.config
+        model = {key: value for key, value in config.items() if key in SETTINGS}
+        width, pooled = model.get("hidden_size", 768), config.get("numDims", 768)
+        if config.get("model_type") != "M-CLIP" or config.get("transformerDimensions", 1024) != width:
+            found = f"{config.get('model_type')!r:.80} of {config.get('transformerDimensions')!r:.80} dimensions"
+            raise InputError(
+                f"{str(part.folder)!r} is {found}; it must be M-CLIP of its transformer's hidden_size {width}"
+            )
+        encoder = filled(lambda: cls(model, pooled), {"": part}, dtype, unused=UNUSED)
+        encoder.tokenizer = encoder.load_tokenizer(tokenizer)
+        return encoder
+
+    def read_tokenizer(self, folder: Path, root: Path) -> None:
+        self.tokenizer = self.load_tokenizer(folder)
+
+    def load_tokenizer(self, folder: Path) -> TextTokenizer:
+        config = self.transformer.config
+        check_integer("pad_token_id", config.pad_token_id, 0, config.vocab_size - 1)
+        return load_text_tokenizer(folder, self.config.context_length, config.pad_token_id, config.vocab_size)
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits for weights, vocabulary and context length, the same in fp32 and fp16."""
+        return weights_digest(self, f"{self.config.context_length} {self.tokenizer.digest()}")
+
+    @property
+    def width(self) -> int:
+        """Dimensions of a token's state."""
+        return self.transformer.config.hidden_size
+
+    def cut(self, text: str) -> str:
+        """The end of a text that does not fit, empty if all does."""
+        return self.tokenizer.cut(text)
+
+    def encode(self, texts: list[str], device: torch.device | None = None) -> TokenStates:
+        """Captions -> a state a token, (B, 77, width), and the projected mean of those that are no padding, (B, D).
+
+        The mask is True everywhere: the decoder was trained to attend to the padding too. `device`: where the encoder
+        computes, if it is elsewhere now (offloading).
+        """
+        tokens, mask = (tensor.to(device or self.device) for tensor in self.tokenizer(texts))
+        missing = (0, self.config.context_length - tokens.shape[1])
+        tokens, mask = pad(tokens, missing, value=self.tokenizer.pad), pad(mask, missing)
+        states, pooled = self.encode_tokens(tokens, mask)
+        return TokenStates(states, torch.ones_like(states[..., 0], dtype=torch.bool), pooled)
+
+    @apply_forward_hook
+    def encode_tokens(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, L) int64, (B, L) bool -> (B, L, width), (B, D)."""
+        states = self.transformer(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
+        share = mask.to(states.dtype)[..., None]
+        mean = (states * share).sum(dim=1) / share.sum(dim=1)
+        return states, self.LinearTransformation(mean)

@@ -1,0 +1,122 @@
+"""Karlo's super-resolution, from 64 to 256 pixels: a diffusion in few steps, the last by a network of its own.
+
+It stands in the autoencoder's place: the decoder's "latents" are small pictures, and to decode them is to enlarge them.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin, SchedulerMixin, UNet2DModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Generator, Tensor
+
+from t2i.checks import check_integer
+from t2i.diffusion.denoiser import MAX_STEPS, OnStep, Wrap, draw_noise, sample
+from t2i.diffusion.respaced import UnCLIPRespacedScheduler
+from t2i.errors import InputError
+from t2i.files.component import Component, filled, plain
+from t2i.networks.linear import by_onednn
+from t2i.networks.unet_steps import prepare_unconditional, run
+from t2i.networks.upsampler import reduced
+
+
+class SuperResolution(ModelMixin, ConfigMixin):
+    """Two U-Nets on pictures in [-1, 1] that see the small picture, enlarged, beside the noisy one.
+
+    `encode` and `decode` are quick and without a network, for previews and for pictures that are painted over; `draw`
+    is the diffusion.
+
+    Args:
+        first, last: arguments of `UNet2DModel`: of all steps but the last, and of the last.
+        scheduler: arguments of `UnCLIPScheduler`.
+        low_size: side of the small pictures; that of the large ones is the networks' sample_size.
+    """
+
+    usual_steps = 7
+
+    @register_to_config
+    def __init__(self, first: dict, last: dict, scheduler: dict, low_size: int):
+        super().__init__()
+        check_integer("low_size", low_size, 1, 1024)  # no tensor has this size
+        check_integer("sample_size", first.get("sample_size"), 1, 4096)
+        if first["sample_size"] % low_size or first["sample_size"] != last.get("sample_size"):
+            sizes = f"{first['sample_size']} and {last.get('sample_size')} for a small picture of {low_size}"
+            raise InputError(f"both sample_size must be the same multiple of the small side, got {sizes}")
+        self.super_res_first, self.super_res_last = (by_onednn(UNet2DModel.from_config(one)) for one in (first, last))
+        self.scheduler = UnCLIPRespacedScheduler(**scheduler)
+
+    @classmethod
+    def from_components(
+        cls, first: Component, last: Component, scheduler: dict, low_size: int, dtype: torch.dtype | None = None
+    ) -> Any:
+        """Of a folder's `super_res_first`, `super_res_last`, and what its super_res_scheduler's configuration says."""
+        arguments = {key: value for key, value in scheduler.items() if not key.startswith("_")}
+        config = {"first": plain(first.settings()), "last": plain(last.settings()), "scheduler": plain(arguments)}
+        parts = {"super_res_first.": first, "super_res_last.": last}
+        return filled(lambda: cls(**config, low_size=low_size), parts, dtype)
+
+    @property
+    def channels(self) -> int:
+        return self.super_res_first.config.in_channels // 2
+
+    @property
+    def factor(self) -> int:
+        """How many times the sides grow."""
+        return self.config.first["sample_size"] // self.config.low_size
+
+    def encode(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, 3, H / factor, W / factor), bicubic with antialiasing."""
+        return reduced(image, self.factor)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, 3, h, w) -> (B, 3, factor h, factor w), bicubic: what the networks see of the small picture."""
+        size = [self.factor * side for side in latents.shape[-2:]]
+        # With "antialias", which changes the kernel although nothing is made smaller, as Karlo has it.
+        return F.interpolate(latents.float(), size=size, mode="bicubic", antialias=True).to(latents.dtype)
+
+    @apply_forward_hook
+    @torch.no_grad()
+    def draw(
+        self,
+        latents: Tensor,
+        generators: list[Generator],
+        steps: int = usual_steps,
+        noise: Tensor | None = None,
+        progress: Callable[[Iterable], Iterable] = iter,
+        on_step: OnStep | None = None,
+        wrap: Wrap | None = None,
+        scheduler: SchedulerMixin | None = None,
+    ) -> Tensor:
+        """(N, 3, factor h, factor w) in [-1, 1], fp32, of small pictures, (N, 3, h, w), on their device.
+
+        What of them is beyond [-1, 1] is cut. generators: one a picture. noise: what is started from, like the result,
+        else drawn from the generators. scheduler: another than its own. on_step, wrap: as of the other stages.
+        """
+        check_integer("steps", steps, 1, MAX_STEPS)
+        scheduler = scheduler or self.scheduler
+        low = self.decode(latents.float().clamp(-1, 1))
+        if noise is None:
+            noise = draw_noise(low.shape[1:], generators, low.device)
+        if noise.shape != low.shape:
+            raise InputError(f"the noise must be of shape {tuple(low.shape)}, got {tuple(noise.shape)}")
+
+        networks, dtype = (self.super_res_first, self.super_res_last), self.dtype
+        contexts = [prepare_unconditional(network, low.to(dtype)) for network in networks]
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            is_last = bool(t == scheduler.timesteps[scheduler.timesteps >= 0][-1])
+            network, context = networks[is_last], contexts[is_last]
+            both = torch.cat([x, low], dim=1).to(dtype)
+            found = network(both, t).sample if context is None else run(network, both, t.expand(len(both)), context)
+            return found.to(x.dtype)
+
+        watched = predict if wrap is None else wrap(predict)
+        noise = noise.to(low.device).float()
+        return sample(watched, scheduler, noise, steps, generators, progress, on_step).clamp(-1, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) -> the same, made small and enlarged without a network."""
+        return self.decode(self.encode(image))

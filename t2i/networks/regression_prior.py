@@ -1,0 +1,81 @@
+"""A prior that knows one answer to a caption: z_i as a function of z_t. A baseline to measure priors against."""
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from t2i.diffusion.condition import TextEncoding
+from t2i.networks.linear import Linear
+
+KINDS = ("linear", "mlp")
+
+
+class RegressionPrior(ModelMixin, ConfigMixin):
+    """Predicts z_i, scaled to zero mean and unit variance, from a TextEncoding.
+
+    Args:
+        embed_dim: dimensions D of z_t and z_i.
+        text_width: dimensions of a caption's token states.
+        kind: "linear", of z_t alone; or "mlp", of z_t and the mean of the token states.
+        width, depth: of the hidden layers of an mlp.
+        dropout: share of the hidden values that is left out in training.
+        clip_fingerprint: of the CLIP that it was trained with.
+    """
+
+    lora_targets = ("layers",)
+
+    @register_to_config
+    def __init__(
+        self,
+        embed_dim: int,
+        text_width: int,
+        kind: str = "linear",
+        width: int = 512,
+        depth: int = 2,
+        dropout: float = 0.0,
+        clip_fingerprint: str | None = None,
+    ):
+        super().__init__()
+        if kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+        if kind == "linear":
+            self.layers = nn.Sequential(Linear(embed_dim, embed_dim))
+        else:
+            hidden: list[nn.Module] = []
+            for i in range(depth):
+                into = embed_dim + text_width if i == 0 else width
+                hidden += [Linear(into, width), nn.GELU(), nn.Dropout(dropout)]
+            self.layers = nn.Sequential(*hidden, Linear(width, embed_dim))
+        # The statistics of z_i: set by `train_prior.py`.
+        self.register_buffer("mean", torch.zeros(embed_dim))
+        self.register_buffer("std", torch.full((embed_dim,), embed_dim**-0.5))
+
+    def forward(self, text: TextEncoding) -> Tensor:
+        """(B, D): the scaled z_i."""
+        z_t = text.embedding * self.config.embed_dim**0.5
+        if self.config.kind == "linear":
+            return self.layers(z_t)
+        mask = text.mask[..., None].to(text.states.dtype)
+        pooled = (text.states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+        return self.layers(torch.cat([z_t, pooled], dim=-1))
+
+    @torch.no_grad()
+    def draw(self, text: TextEncoding) -> Tensor:
+        """z_i of unit length, (N, D), fp32, on the device of `text`: always the same."""
+        return self.unscale(self(text.to(text.embedding.device, self.dtype)).float())
+
+    @torch.no_grad()
+    def set_encodings(self, mean: Tensor, std: Tensor) -> None:
+        """Take over each dimension's mean and deviation of z_i, (D,)."""
+        self.mean.copy_(mean)
+        self.std.copy_(std.clamp(min=1e-6))
+
+    def scale(self, z_i: Tensor) -> Tensor:
+        """z_i of unit length -> zero mean and unit variance."""
+        return (z_i - self.mean) / self.std
+
+    def unscale(self, x: Tensor) -> Tensor:
+        """The reverse, of unit length whatever x is."""
+        return F.normalize(x * self.std + self.mean, dim=-1)

@@ -1,0 +1,151 @@
+"""The upsampler: a denoiser of pictures that sees the picture in low resolution.
+
+Ho et al. 2021, "Cascaded Diffusion Models", section 3: the low resolution is resized and concatenated to the noisy
+picture; it is noised a little, in training by a random amount that the network is told, so that what the stage before
+got wrong is redrawn instead of enlarged.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin, UNet2DModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Tensor, nn
+
+from t2i.checks import check_choice, check_integer, check_range
+from t2i.diffusion.condition import Condition
+from t2i.errors import InputError
+from t2i.networks.layers import TimeEmbedding
+from t2i.networks.linear import by_onednn
+
+FACTORS = (2, 4)
+
+
+@dataclass
+class LowResolution(Condition):
+    """The pictures that are to be enlarged: the condition of the upsampler."""
+
+    low: Tensor  # (B, 3, h, w) in [-1, 1], noised by `augment`
+    level: Tensor  # (B,) in [0, 1]: by how much
+    embedding: Tensor | None = None  # (B, D), unit length or zero: z_i, for upsamplers that take it
+
+
+@dataclass
+class UpsamplerContext:
+    low: Tensor  # (B, 3, H, W): the low resolution, resized
+    embedding: Tensor  # (B, E): level and z_i, added to the timestep
+
+    def window(self, rows: slice, columns: slice) -> Self:
+        """What `step` needs for a part of the picture."""
+        return replace(self, low=self.low[..., rows, columns])
+
+
+class Upsampler(ModelMixin, ConfigMixin):
+    """Denoises pictures, (B, 3, H, W) in [-1, 1], given a LowResolution of a `factor`-th of their sides.
+
+    Without attention in `unet` it is convolutional, and works on pictures of any size that `multiple` divides.
+
+    Args:
+        factor: 2 or 4.
+        low_size: side of the low resolution that it is trained on: a crop's, no limit.
+        unet: arguments of `UNet2DModel`; its channels in and out are the patches'.
+        patch_size: side of the squares of pixels that become channels (space to depth), as in the autoencoder.
+        max_level: the largest augmentation that it is trained on.
+        adds_detail: its network predicts what the resized low resolution lacks. For the scheduler's prediction_type
+            `sample`; false for the others.
+        embed_dim: dimensions of z_i; None if it takes none.
+        clip_fingerprint: of the CLIP that z_i is of.
+    """
+
+    _supports_gradient_checkpointing = True  # diffusers' blocks do it
+    _no_split_modules = ["ResnetBlock2D"]  # what FSDP shards as one
+
+    @register_to_config
+    def __init__(
+        self,
+        factor: int,
+        low_size: int,
+        unet: dict,
+        patch_size: int = 1,
+        max_level: float = 0.5,
+        adds_detail: bool = True,
+        embed_dim: int | None = None,
+        clip_fingerprint: str | None = None,
+    ):
+        super().__init__()
+        check_choice("factor", factor, FACTORS)
+        check_integer("low_size", low_size, 4, 4096)
+        check_integer("patch_size", patch_size, 1, 16)
+        check_range("max_level", max_level, 0, 1)
+        channels = 3 * patch_size**2
+        needed = {"in_channels": 2 * channels, "out_channels": channels, "class_embed_type": "identity"}
+        self.net = by_onednn(UNet2DModel(**{"add_attention": False, **unet, **needed}))
+        nn.init.zeros_(self.net.conv_out.weight)  # so that it starts as the resized low resolution
+        nn.init.zeros_(self.net.conv_out.bias)
+        width = self.net.config.block_out_channels[0]
+        self.from_level = TimeEmbedding(width, self.net.time_embedding.linear_2.out_features)
+        self.from_image = None if embed_dim is None else nn.Linear(embed_dim, self.from_level.linear_2.out_features)
+
+    @property
+    def multiple(self) -> int:
+        """What the sides of a picture must be multiples of, in pixels of the high resolution."""
+        return self.config.patch_size * 2 ** (len(self.net.config.block_out_channels) - 1)
+
+    def forward(self, x: Tensor, t: Tensor, condition: LowResolution) -> Tensor:
+        """x: (B, 3, H, W) noisy pictures; t: (B,) timesteps -> (B, 3, H, W), the prediction."""
+        return self.step(x, t, self.prepare(condition))
+
+    @apply_forward_hook
+    def prepare(self, condition: LowResolution) -> UpsamplerContext:
+        embedding = self.from_level(1000 * condition.level)
+        if (condition.embedding is None) != (self.from_image is None):
+            has, takes = "no" if condition.embedding is None else "a", "none" if self.from_image is None else "one"
+            raise InputError(f"the condition has {has} z_i, this upsampler takes {takes}")
+        if self.from_image is not None:  # unit variance a dimension
+            embedding = embedding + self.from_image(condition.embedding * self.config.embed_dim**0.5)
+        return UpsamplerContext(enlarged(condition.low, self.config.factor), embedding)
+
+    @apply_forward_hook
+    def step(self, x: Tensor, t: Tensor, context: UpsamplerContext) -> Tensor:
+        if x.shape != context.low.shape:
+            ours, wanted = "x".join(map(str, x.shape[-2:])), "x".join(map(str, context.low.shape[-2:]))
+            raise InputError(f"the picture has {ours} pixels, the low resolution enlarged {wanted}; they must agree")
+        if any(side % self.multiple or not side for side in x.shape[-2:]):
+            sides = " x ".join(map(str, x.shape[-2:]))
+            raise InputError(f"the picture's sides must be multiples of {self.multiple} pixels, got {sides}")
+        both = torch.cat([self.to_patches(x), self.to_patches(context.low)], dim=1)
+        out = F.pixel_shuffle(self.net(both, t, class_labels=context.embedding).sample, self.config.patch_size)
+        return out + context.low if self.config.adds_detail else out
+
+    def to_patches(self, image: Tensor) -> Tensor:
+        return F.pixel_unshuffle(image, self.config.patch_size).contiguous(memory_format=torch.channels_last)
+
+    def null(self, count: int) -> LowResolution:
+        """Pictures that are all noise at level 1, which keeps nothing of them; of the size that it is trained on."""
+        side, dim = self.config.low_size, self.config.embed_dim
+        options: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
+        embedding = None if dim is None else torch.zeros(count, dim, **options)
+        return LowResolution(torch.zeros(count, 3, side, side, **options), torch.ones(count, **options), embedding)
+
+
+def augment(low: Tensor, level: Tensor, noise: Tensor) -> Tensor:
+    """Noise-conditioning augmentation of (B, 3, h, w) by a level a picture, (B,): 0 changes nothing, 1 leaves noise."""
+    level = level.view(-1, 1, 1, 1)
+    return (1 - level.square()).sqrt() * low + level * noise
+
+
+def enlarged(low: Tensor, factor: int) -> Tensor:
+    """(B, 3, h, w) -> (B, 3, factor h, factor w), bicubic: what there is without a model."""
+    return F.interpolate(low.float(), scale_factor=factor, mode="bicubic").to(low.dtype)
+
+
+def reduced(picture: Tensor, factor: int) -> Tensor:
+    """(B, 3, H, W) -> (B, 3, H / factor, W / factor), bicubic with antialiasing, within [-1, 1]."""
+    height, width = picture.shape[-2:]
+    if height % factor or width % factor:
+        raise InputError(f"the picture's sides must be multiples of the factor {factor}, got {width} x {height}")
+    size = (height // factor, width // factor)
+    return F.interpolate(picture, size=size, mode="bicubic", antialias=True).clamp(-1, 1)

@@ -1,0 +1,209 @@
+"""Steering: where the gradient comes from that moves a sample, beside the condition of its model.
+
+A score is what `t2i.diffusion.guidance.steered` takes: a log-probability of noisy or of clean latents. It works on
+conditional
+models and on those whose condition says nothing, for it leaves the model as it is.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import SchedulerMixin
+from torch import Tensor
+
+from t2i.checks import check_number, check_texts
+from t2i.data.pictures import open_picture, to_tensor
+from t2i.diffusion.denoiser import Predict, Wrap
+from t2i.diffusion.guidance import Score, steered
+from t2i.errors import InputError
+from t2i.files.fingerprints import EXACT, weights_digest
+from t2i.files.model_folder import load_model
+from t2i.networks.autoencoder import Autoencoder
+from t2i.networks.classifier import LatentClassifier, noise_level
+from t2i.networks.clip import CLIP
+
+MAX_SCALE = 10_000
+LOGIT_SCALE = 100.0  # CLIP's: a cosine times this is a logit, which goes with the log-probability of a class
+
+
+@dataclass(frozen=True, eq=False)
+class Steering:
+    """Towards a class, a text or a picture: exactly one of them.
+
+    scale: gamma, of the score's gradient; 0 is off, 1 samples the posterior if model and classifier are exact, more
+        samples what the classifier is surer of, with less diversity (Dhariwal and Nichol 2021, section 4.3).
+    classifier: a `LatentClassifier`, on noisy latents. Classes need one. With one, a text or a picture is sought by its
+        noise-aware image embedding; without, the clean estimate of every step is decoded and seen by CLIP itself, with
+        the gradient through autoencoder and model, which takes several times as long.
+    class_name: one for all pictures, or one a picture; so is text.
+    picture: (1 or N, 3, H, W) in [-1, 1].
+    """
+
+    scale: float = 1.0
+    classifier: LatentClassifier | None = None
+    class_name: str | list[str] | None = None
+    text: str | list[str] | None = None
+    picture: Tensor | None = None
+
+    def described(self) -> dict[str, Any]:
+        """As plain text and numbers, to be written into a picture."""
+        given: dict[str, Any]
+        given = {"class": self.class_name, "text": self.text, "picture": None if self.picture is None else "a picture"}
+        if self.classifier is not None:
+            folder = Path(self.classifier.config.get("_name_or_path") or "")
+            folder = folder.parent if folder.name == "model" else folder  # of a run
+            given["classifier"] = {"folder": folder.name or None, "fingerprint": weights_digest(self.classifier)}
+        return {"scale": self.scale, **{name: value for name, value in given.items() if value is not None}}
+
+
+def check_steering(name: str, steering: Any, clip: CLIP, autoencoder: Autoencoder, count: int | None = None) -> None:
+    """Refuse what cannot steer `count` pictures (any number for None) of this pipeline. Raises InputError."""
+    if not isinstance(steering, Steering):
+        raise InputError(f"{name} must be a Steering, got {steering!r:.80}")
+    check_number(f"{name}.scale", steering.scale, 0, MAX_SCALE)
+    goals = {key: getattr(steering, key) for key in ("class_name", "text", "picture")}
+    given = [key for key, value in goals.items() if value is not None]
+    if len(given) != 1:
+        found = " and ".join(given) or "none of them"
+        raise InputError(f"{name} needs a class_name, a text or a picture, got {found}")
+    if steering.picture is not None:
+        check_picture(name, steering.picture, count)
+    for key in ("class_name", "text"):
+        if goals[key] is not None:
+            texts = [goals[key]] if isinstance(goals[key], str) else goals[key]
+            check_texts(f"{name}.{key}", texts, empty=False)
+            if isinstance(goals[key], list) and count is not None and len(texts) not in (1, count):
+                raise InputError(
+                    f"{name}.{key} has {len(texts)} texts for {count} pictures; give one, or one a picture"
+                )
+    if steering.class_name is not None and steering.classifier is None:
+        raise InputError(f"{name}.class_name needs a classifier; `t2i train classifier` makes one")
+    if steering.classifier is not None:
+        check_classifier(steering.classifier, clip, autoencoder, embeds=steering.class_name is None)
+        for one in listed(steering.class_name):
+            steering.classifier.number_of(one)
+
+
+def check_picture(name: str, picture: Any, count: int | None) -> None:
+    shape = tuple(picture.shape) if isinstance(picture, Tensor) else type(picture).__name__
+    if not isinstance(picture, Tensor) or picture.ndim != 4 or picture.shape[1] != 3 or min(picture.shape) < 1:
+        raise InputError(f"{name}.picture must be a tensor (1 or N, 3, H, W), got {shape}")
+    if count is not None and len(picture) not in (1, count):
+        raise InputError(f"{name}.picture has {len(picture)} pictures for {count}; give one, or one a picture")
+    if not picture.isfinite().all():
+        raise InputError(f"{name}.picture must be finite, got NaN or infinity")
+    low, high = picture.min().item(), picture.max().item()
+    if low < -1 or high > 1:
+        raise InputError(f"{name}.picture must have values from -1 to 1, got {low:g} to {high:g}")
+
+
+def check_classifier(classifier: LatentClassifier, clip: CLIP, autoencoder: Autoencoder, embeds: bool) -> None:
+    """Refuse a classifier of another latent space or, where its embeddings are used, of another CLIP."""
+    theirs = classifier.config.autoencoder_fingerprint
+    if theirs is not None and autoencoder.dtype in EXACT and theirs != (ours := weights_digest(autoencoder)):
+        trained = f"it was trained with the autoencoder {theirs}, this pipeline has {ours}"
+        raise InputError(f"the classifier is of another latent space: {trained}")
+    if classifier.config.latent_channels != autoencoder.channels:
+        channels = f"{classifier.config.latent_channels} channels, this pipeline's have {autoencoder.channels}"
+        raise InputError(f"the classifier is of another latent space: its latents have {channels}")
+    theirs = classifier.config.clip_fingerprint
+    if embeds and theirs is not None and theirs != clip.identity:
+        raise InputError(f"the classifier's embeddings are of the CLIP {theirs}, this pipeline has {clip.identity}")
+
+
+def picture_tensor(path: Path) -> Tensor:
+    """A picture file as (1, 3, S, S) in [-1, 1], its middle square. Raises InputError if it cannot be read."""
+    image = open_picture(path)
+    return to_tensor(image, min(image.size))[None]
+
+
+def load_classifier(folder: str | Path) -> LatentClassifier:
+    """What `t2i train classifier` wrote. Raises InputError, in one line, if there is none that loads."""
+    return load_model(LatentClassifier, folder).eval()
+
+
+def steering_wrap(
+    steering: Steering,
+    scheduler: SchedulerMixin,
+    clip: CLIP,
+    autoencoder: Autoencoder,
+    count: int,
+    device: torch.device,
+) -> Wrap:
+    """What makes a `Predict` of `count` latents a steered one. Raises InputError as `check_steering`."""
+    check_steering("steering", steering, clip, autoencoder, count)
+    score = make_score(steering, scheduler, clip, autoencoder, count, device)
+    of_clean = steering.classifier is None
+
+    def wrap(predict: Predict) -> Predict:
+        return steered(predict, scheduler, score, steering.scale, of_clean)
+
+    return wrap
+
+
+def make_score(
+    steering: Steering,
+    scheduler: SchedulerMixin,
+    clip: CLIP,
+    autoencoder: Autoencoder,
+    count: int,
+    device: torch.device,
+) -> Score:
+    classifier = steering.classifier
+    if classifier is not None:
+        classifier = classifier.to(device).eval()
+    if steering.class_name is not None:
+        assert classifier is not None
+        return class_score(classifier, scheduler, repeated(listed(steering.class_name), count))
+    with torch.no_grad():
+        if steering.picture is not None:
+            target = clip.encode_image(steering.picture.to(device, clip.dtype))
+        else:
+            target = clip.encode_text(listed(steering.text)).embedding
+    target = F.normalize(target.to(device).float(), dim=-1).expand(count, -1)
+    if classifier is not None:
+        return noisy_clip_score(classifier, scheduler, target)
+    return clip_score(clip, autoencoder, target)
+
+
+def class_score(classifier: LatentClassifier, scheduler: SchedulerMixin, names: list[str]) -> Score:
+    """log p(class | x_t) of noisy latents, one class a picture (Dhariwal and Nichol 2021, section 4)."""
+    numbers = torch.tensor([classifier.number_of(name) for name in names])
+
+    def score(x: Tensor, t: Tensor) -> Tensor:
+        logs = classifier.log_probability(x, noise_level(scheduler, t, x))
+        return logs.gather(1, numbers.to(logs.device)[:, None])[:, 0]
+
+    return score
+
+
+def noisy_clip_score(classifier: LatentClassifier, scheduler: SchedulerMixin, target: Tensor) -> Score:
+    """A logit of CLIP, from noisy latents: how near what is seen in them is to `target`, (N, D), of unit length."""
+
+    def score(x: Tensor, t: Tensor) -> Tensor:
+        return LOGIT_SCALE * (classifier.embedding(x, noise_level(scheduler, t, x)) * target).sum(dim=-1)
+
+    return score
+
+
+def clip_score(clip: CLIP, autoencoder: Autoencoder, target: Tensor) -> Score:
+    """A logit of CLIP, from clean latents: how near their picture is to `target`, (N, D), of unit length."""
+
+    def score(x: Tensor, t: Tensor) -> Tensor:
+        picture = autoencoder.decode(x.to(autoencoder.dtype)).clamp(-1, 1)
+        seen = F.normalize(clip.encode_image(picture.to(clip.dtype)).float(), dim=-1)
+        return LOGIT_SCALE * (seen * target).sum(dim=-1)
+
+    return score
+
+
+def listed(value: str | list[str] | None) -> list[str]:
+    return [] if value is None else [value] if isinstance(value, str) else list(value)
+
+
+def repeated(values: list[str], count: int) -> list[str]:
+    """One for all, or as they are."""
+    return values * count if len(values) == 1 else values

@@ -1,0 +1,274 @@
+"""Benchmarks of speed at toy size: they run, and what they compare agrees. Never how long anything takes."""
+
+import copy
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import __main__ as every
+from benchmarks import (
+    bf16,
+    linear_layers,
+    peers,
+    prior_speed,
+    report,
+    side_by_side,
+    starting,
+    training_limits,
+    training_processes,
+    training_speed,
+)
+from benchmarks.__main__ import programs
+from benchmarks.side_by_side import (
+    Ratio,
+    Row,
+    alternate,
+    difference,
+    flops,
+    peak_memory,
+    ratio,
+    relative_difference,
+    row,
+    table,
+    write,
+)
+from benchmarks.training_step import BATCHES, MadeUp
+from t2i.diffusion.condition import ImageCondition
+from t2i.errors import InputError
+from t2i.networks.unet_decoder import UNetDecoder
+
+
+@pytest.fixture(autouse=True)
+def a_small_product_says_what_the_machine_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(side_by_side, "matrix_rate", lambda dtype=torch.float32: 1e9)
+
+
+@pytest.mark.parametrize("name", programs())
+def test_it_runs_at_toy_size_and_its_outputs_agree(name: str) -> None:
+    try:
+        rows = importlib.import_module(f"benchmarks.{name}").main(True)
+    except InputError as missing:
+        if not re.search("^[a-z0-9_, ]+ not installed: |^two processes need two cores", str(missing)):
+            raise
+        pytest.skip(str(missing))
+    assert rows and all(len(one.seconds or one.memory) == 2 and one.ratio.low > 0 for one in rows)
+
+
+def test_works_take_turns_in_changing_order_and_the_first_rounds_do_not_count() -> None:
+    called: list[str] = []
+    times = alternate({"ours": lambda: called.append("a"), "peer": lambda: called.append("b")}, rounds=3)
+    assert "".join(called) == "ba" + "abbaab"
+    assert {name: len(seconds) for name, seconds in times.seconds.items()} == {"ours": 3, "peer": 3}
+
+
+def test_a_ratio_is_of_the_same_rounds_with_its_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks: Iterator[float] = iter([0, 1, 1, 3, 10, 14, 14, 16, 20, 21, 21, 24])  # a b, b a, a b
+    monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))
+    times = alternate({"ours": lambda: None, "peer": lambda: None}, rounds=3, warm=0)
+    found = ratio(times, "peer")
+    assert (found.median, found.low, found.high) == (2, 2, 3)
+    memory = {"ours": 2**21, "peer": 2**22}
+    one = row("what", times, at_least=2, flops={"ours": 1e8, "peer": 3e8}, memory=memory, note="why")
+    assert one.against == "peer" and one.rate == {"ours": 0.1, "peer": 0.1}
+    lines = table([one, row("bare", times)]).splitlines()
+    assert lines[2] == "| what | peer | 1 | 3 | 2 (2-3) | 2 |  | 10% / 10% | 2 / 4 |"
+    assert lines[3] == "| bare | peer | 1 | 3 | 2 (2-3) |  |  |  |  |" and lines[5:] == ["- what, against peer: why"]
+
+
+def test_outputs_that_differ_are_not_timed() -> None:
+    assert difference(torch.zeros(3), torch.full((3,), 5e-5)) == pytest.approx(5e-5)
+    with pytest.raises(AssertionError, match="outputs differ by 0.001, allowed is 0.0001"):
+        difference(torch.zeros(3), torch.tensor([0, 1e-3, 0]))
+
+
+def test_products_are_counted_and_memory_has_a_peak() -> None:
+    assert flops(lambda: torch.ones(3, 4) @ torch.ones(4, 5)) == 2 * 3 * 4 * 5
+    peak = peak_memory(lambda: torch.ones(64, 1024, 1024).sum())
+    assert peak is None or 250e6 < peak < 400e6
+
+
+def test_convolutions_with_packed_weights_are_counted_as_all_others() -> None:
+    kinds = {"down_block_types": ["CrossAttnDownBlock2D"] * 2, "up_block_types": ["CrossAttnUpBlock2D"] * 2}
+    sizes = {"block_out_channels": [16, 24], "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 2}
+    decoder = UNetDecoder(8, 4, 8, kinds | sizes).eval().requires_grad_(False)
+    x, t, condition = torch.randn(2, 4, 8, 8), torch.tensor([5, 5]), ImageCondition(torch.randn(2, 8))
+    with torch.no_grad():
+        prepared = decoder.prepare(condition)
+        ahead = flops(lambda: decoder.prepare(condition))
+        assert ahead + flops(lambda: decoder.step(x, t, prepared)) == flops(lambda: decoder(x, t, condition))
+
+
+def test_what_is_written_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(side_by_side, "RESULTS", tmp_path)
+    times = alternate({"ours": lambda: None, "peer": lambda: None}, rounds=2)
+    write("some", [row("what", times)], {"more": [1]})
+    found = json.loads((tmp_path / "some.json").read_text())
+    assert found["rows"][0]["what"] == "what" and found["more"] == [1] and found["machine"]["versions"]["torch"]
+
+
+def test_a_peer_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "NEEDED", ("no_such_peer",))
+    with pytest.raises(InputError, match="^no_such_peer not installed: .*`make test`"):
+        peers.dalle2_pytorch()
+
+
+def test_the_page_of_speed_has_the_tables_that_the_results_make() -> None:
+    assert report.PAGE.read_text() == report.written(report.PAGE.read_text())
+
+
+def test_a_benchmark_that_cannot_run_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(quick: bool) -> list[Row]:
+        raise InputError("two processes need two cores")
+
+    monkeypatch.setattr(sys, "argv", ["some", "--quick"])
+    with pytest.raises(SystemExit) as ended:
+        side_by_side.run("some", main)
+    assert ended.value.code == 2 and capsys.readouterr() == ("", "some: two processes need two cores\n")
+
+
+@pytest.mark.parametrize(("status", "said"), [(2, "cannot run here, why is said above: bf16"), (1, "failed: bf16")])
+def test_a_benchmark_that_cannot_run_here_does_not_fail_all_of_them_and_one_that_fails_does(
+    status: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[list[str]] = []
+
+    def run(command: list[str]) -> subprocess.CompletedProcess:
+        asked.append(command[2:])
+        return subprocess.CompletedProcess(command, status if "benchmarks.bf16" in command else 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--quick"])
+    with pytest.raises(SystemExit) as ended:
+        every.main()
+    assert ended.value.code == (status == 1) and capsys.readouterr().err == said + "\n"
+    assert asked == [[f"benchmarks.{name}", "--quick"] for name in [*programs(), "growth"]]
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_the_rate_in_bf16_is_measured_where_the_machine_computes_in_it(
+    has: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(side_by_side, "computes_in_bf16", lambda device: has)
+    monkeypatch.setattr(side_by_side, "product_rate", lambda multiply: 1e9)
+    assert ("bf16" in side_by_side.machine()["matrix_gflops"]) == has
+
+
+@pytest.mark.parametrize(("name", "settings"), [("prior_speed", {"batches": (1, 8)}), ("training_speed", {})])
+def test_the_other_peer_is_measured_without_it(
+    name: str, settings: dict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "dalle2_pytorch", None)
+    found = importlib.import_module(f"benchmarks.{name}").main(True, **settings)
+    assert [one.against for one in found] == ["diffusers", "diffusers"]
+    assert re.fullmatch(r"dalle2_pytorch not installed: .*\n", capsys.readouterr().err)
+
+
+def test_gradients_are_compared_relative_to_their_size() -> None:
+    small = {"weight": torch.tensor([2e-9, -1e-9]), "unused": torch.zeros(2)}
+    assert relative_difference(small, small) == 0
+    assert relative_difference(small | {"weight": torch.tensor([2e-9, -1.0001e-9])}, small) < 1e-4
+    for wrong in ({name: 0 * one for name, one in small.items()}, small | {"unused": torch.tensor([0, 1e-12])}):
+        with pytest.raises(AssertionError, match="differs by .*, allowed is 0.0001 of the largest value"):
+            relative_difference(wrong, small)
+    with pytest.raises(AssertionError, match=r"one of the two alone has \['unused'\]"):
+        relative_difference({"weight": small["weight"]}, small)
+
+
+def test_layers_without_gradients_are_not_timed() -> None:
+    theirs = torch.nn.ModuleList(linear_layers.block(8))
+    ours = copy.deepcopy(theirs)
+    for weight in ours[1].parameters():
+        weight.register_hook(lambda gradient: 0 * gradient)
+    with pytest.raises(AssertionError, match="1.(weight|bias) differs by 1"):
+        linear_layers.compare("what", linear_layers.backward, ours, theirs, torch.randn(4, 32), 1)
+
+
+def test_a_prior_without_gradients_is_not_timed() -> None:
+    source = MadeUp([2, 3], width=32)
+    _, prior = training_speed.our_step(source, 64, 1)
+    prior.blocks[0].mlp[0].weight.register_hook(lambda gradient: 0 * gradient)
+    with pytest.raises(AssertionError, match="blocks.0.mlp.0.weight differs by 1"):
+        training_speed.diffusers_step(source, prior)
+
+
+def test_made_up_steps_have_captions_of_other_lengths_each_time() -> None:
+    source = MadeUp([5 + i % 16 for i in range(64)], width=4)
+    texts = [source.__getitems__([]).text for _ in range(2 * BATCHES)]
+    rows = [int(text.mask.sum()) for text in texts if text is not None]
+    assert len(set(rows[:BATCHES])) > BATCHES / 2 and rows[:BATCHES] == rows[BATCHES:]
+    assert texts[1] is not None and not texts[1].states[~texts[1].mask].any()
+    assert len(MadeUp([7, 7], width=4).batches) == 1  # which all have the same shape
+
+
+def test_what_a_benchmark_of_reading_lacks_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(training_limits, "CACHE", tmp_path / "none")
+    assert training_limits.readings(1) == []
+    assert re.fullmatch(
+        r"what reading costs .*none' is not there; `t2i data cache .*` makes it\n", capsys.readouterr().err
+    )
+
+
+def test_a_row_of_memory_has_no_seconds_and_what_is_missed_says_so() -> None:
+    less = Row(
+        "loading", "its weights", Ratio(0.8, 0.7, 0.9), 1 / 1.2, {}, memory={"ours": 5 * 2**20, "weights": 2**22}
+    )
+    assert table([less]).splitlines()[2] == (
+        "| loading | its weights |  |  | 0.8 (0.7-0.9): missed | 0.833 |  |  | 5 / 4 |"
+    )
+
+
+def test_steps_that_were_not_run_are_told_by_the_line_through_two_times() -> None:
+    once, twice = [1.0 + 2 * 3, 1.5 + 2 * 3], [1.0 + 2 * 6, 1.5 + 2 * 6]  # 1 or 1.5 seconds, and 2 a step
+    assert prior_speed.extrapolated(once, twice, 3) == pytest.approx([1 + 2 * 25, 1.5 + 2 * 25])
+
+
+def test_pictures_that_are_not_there_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bf16, "PICTURES", tmp_path)
+    assert not bf16.pictures_are_there()
+    assert re.fullmatch(
+        r"which emoji .* is not there; `t2i data emoji data/emoji` makes them\n", capsys.readouterr().err
+    )
+
+
+def test_memory_that_is_not_told_is_no_row(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(starting, "loading", lambda folder: (None, 100))
+    assert starting.loading_row("some model", Path(), 2) is None
+    assert capsys.readouterr().err.startswith("what loading some model takes is not measured: ")
+
+
+of_cores = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processes have no cores of their own")
+
+
+@of_cores
+def test_a_process_that_ends_is_told_while_another_is_still_waited_for() -> None:
+    path, core, none = "configs/tiny/prior.yaml", min(os.sched_getaffinity(0)), 10**6
+    waits, ends = trainers = [training_processes.Trainer(path, one, {}, 0) for one in (core, none)]
+    try:
+        ends.ask("ready")
+        with pytest.raises(RuntimeError, match=f"ended, one alone on core {none}; its message is above"):
+            training_processes.wait([waits, ends])
+    finally:
+        for trainer in trainers:
+            trainer.end()
+
+
+@of_cores
+def test_processes_that_are_late_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_processes, "PATIENCE", 0)
+    with pytest.raises(RuntimeError, match=r"^not done within 0 s: rank 0 of 2 on core \d+, rank 1 of 2 on core \d+$"):
+        training_processes.processes("prior", "tiny", 1)

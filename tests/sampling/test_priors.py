@@ -1,0 +1,472 @@
+"""Priors of every kind: what they learn is what closed forms say, and one function draws with any of them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler
+from t2i.training.common.preview import SampleConfig
+from t2i.training.train_prior import Config, cross_entropy, main
+
+from t2i import Text2ImagePipeline
+from t2i.config import load_config
+from t2i.diffusion.condition import TextEncoding
+from t2i.diffusion.guidance import Guidance
+from t2i.errors import InputError
+from t2i.evaluation.priors import evaluate_prior
+from t2i.networks.autoregressive_prior import AutoregressivePrior, components_for, picked
+from t2i.networks.prior import Prior
+from t2i.networks.regression_prior import RegressionPrior
+from t2i.sampling.embeddings import candidate_generators, draw_embeddings, load_prior, nearest
+from t2i.sampling.sample import sample_prior
+
+from .conftest import CONFIGS, arguments, seeds
+
+D, W, LENGTH = 16, 12, 10
+
+
+def unit(*shape: int, seed: int = 0) -> torch.Tensor:
+    return F.normalize(torch.randn(shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def captions(*lengths: int) -> TextEncoding:
+    states = torch.randn(len(lengths), max(lengths), W, generator=torch.Generator().manual_seed(1))
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return TextEncoding(unit(len(lengths), D, seed=2), states, mask)
+
+
+def shaken(model):
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def autoregressive(components: int = 6, buckets: int = 32, embed_dim: int = D) -> AutoregressivePrior:
+    torch.manual_seed(0)
+    prior = AutoregressivePrior(embed_dim, W, LENGTH, 32, 2, 4, components, buckets)
+    null = TextEncoding(torch.zeros(1, embed_dim), torch.zeros(1, 2, W), torch.ones(1, 2, dtype=torch.bool))
+    prior.set_encodings(null, unit(300, embed_dim))
+    return shaken(prior)
+
+
+def diffusion() -> tuple[Prior, DDIMScheduler]:
+    torch.manual_seed(0)
+    scheduler = DDIMScheduler(prediction_type="sample", clip_sample=False, timestep_spacing="trailing")
+    return shaken(Prior(D, W, LENGTH, 32, 2, 4)), scheduler
+
+
+# z_i as codes
+
+
+def test_the_codes_of_z_i_are_within_half_a_bucket_of_it():
+    z_i, prior = unit(300, D), autoregressive(components=D, buckets=16)
+    codes = prior.quantise(z_i, z_i)
+    values = (z_i - prior.mean) @ prior.basis.T
+    width = (prior.high - prior.low) / 16
+    again = prior.low + (codes[:, 1:] + 0.5) * width
+    assert ((again - values).abs() <= width / 2 + 1e-6).all()
+    assert (codes[:, 0] == 15).all()  # a dot product of 1
+    drawn, bound = prior.dequantise(codes), (width / 2).norm()
+    assert ((drawn - z_i).norm(dim=1) <= 2 * bound).all()  # of unit length again
+    torch.testing.assert_close(drawn.norm(dim=1), torch.ones(300))
+
+
+def test_components_come_by_decreasing_variance_and_as_many_as_explain_it():
+    deviations = torch.tensor([1.0, 3.0, 0.1, 2.0])
+    z = torch.randn(4000, 4, generator=torch.Generator().manual_seed(0)) * deviations
+    # 9, 4, 1 and 0.01 of 14.01
+    assert [components_for(z, share) for share in (0.5, 0.7, 0.95, 0.999, 1.0)] == [1, 2, 3, 3, 4]
+    prior = AutoregressivePrior(4, W, LENGTH, 8, 1, 1, 4)
+    prior.set_encodings(captions(2).map(lambda tensor: tensor[..., :4] if tensor.shape[-1] == D else tensor), z)
+    assert prior.basis.abs().argmax(dim=1).tolist() == [1, 3, 0, 2]
+
+
+# The autoregressive prior
+
+
+def test_logits_with_the_cache_are_those_of_one_pass():
+    prior, text = autoregressive(), captions(7, 3, 10)
+    codes = torch.randint(32, (3, prior.length))
+    expected = prior(text, codes)
+    context = prior.prepare(text)
+    for i in range(prior.length):
+        torch.testing.assert_close(context.logits, expected[:, i], atol=1e-5, rtol=1e-5)
+        if i + 1 < prior.length:
+            prior.step(codes[:, i], i, context)
+
+
+def test_before_it_learns_it_is_the_regression_that_it_starts_from():
+    torch.manual_seed(0)
+    prior = AutoregressivePrior(D, W, LENGTH, 32, 2, 4, D, 4096, regression={"kind": "mlp", "width": 32}).eval()
+    null = TextEncoding(torch.zeros(1, D), torch.zeros(1, 2, W), torch.ones(1, 2, dtype=torch.bool))
+    prior.set_encodings(null, unit(300, D))
+    text, codes = captions(7, 3), torch.randint(4096, (2, prior.length))
+    likeliest = prior.draw(text, None, 1.0, seeds(0, 1), temperature=0)
+    torch.testing.assert_close(likeliest, prior.regressor.draw(text), atol=2e-3, rtol=0)
+    shaken(prior)
+    expected, context = prior(text, codes), prior.prepare(text)
+    for i in range(prior.length - 1):
+        torch.testing.assert_close(context.logits, expected[:, i], atol=1e-4, rtol=1e-4)
+        prior.step(codes[:, i], i, context)
+
+
+def test_no_code_is_seen_before_it_is_drawn():
+    prior, text = autoregressive(), captions(4)
+    codes = torch.randint(32, (1, prior.length))
+    before = prior(text, codes)
+    codes[:, 3] = (codes[:, 3] + 7) % 32
+    changed = (prior(text, codes) - before).abs().amax(dim=-1)[0] > 1e-6
+    assert changed.tolist() == [False] * 4 + [True] * (prior.length - 4)
+
+
+def test_it_learns_a_distribution_that_is_known():
+    """Four points of the circle with other probabilities for each of two captions, in which no component is alone."""
+    tables = torch.tensor([[[0.1, 0.5], [0.3, 0.1]], [[0.6, 0.1], [0.1, 0.2]]])  # caption, first sign, second sign
+    points = torch.tensor([[[-0.8, -0.6, 0], [-0.8, 0.6, 0]], [[0.8, -0.6, 0], [0.8, 0.6, 0]]])
+    torch.manual_seed(0)
+    prior = AutoregressivePrior(3, 2, 2, 32, 1, 2, components=2, buckets=2)
+    null = TextEncoding(torch.zeros(1, 3), torch.zeros(1, 2, 2), torch.ones(1, 2, dtype=torch.bool))
+    prior.set_encodings(null, points.view(4, 3))
+
+    def text(which: torch.Tensor) -> TextEncoding:
+        states = F.one_hot(which, 2)[:, None].float()
+        return TextEncoding(torch.tensor([[0.0, 0, 1]]).repeat(len(which), 1), states, states[..., 0] >= 0)
+
+    optimizer = torch.optim.AdamW(prior.parameters(), lr=4e-3)
+    for step in range(400):
+        optimizer.param_groups[0]["lr"] = 4e-3 * (1 - step / 400)
+        which = torch.randint(2, (256,))
+        point = torch.multinomial(tables[which].flatten(1), 1)[:, 0]
+        codes = prior.quantise(text(which).embedding, points.view(4, 3)[point])
+        loss = cross_entropy(prior(text(which), codes), codes, 0).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    prior.eval()
+    count = 2000
+    for caption, table in enumerate(tables):
+        z_i = prior.draw(text(torch.full((count,), caption)), None, 1.0, seeds(*range(count)))
+        signs = [(z_i[:, 0] > 0) == bool(i) for i in range(2)], [(z_i[:, 1] > 0) == bool(j) for j in range(2)]
+        found = torch.tensor([[(first & second).float().mean() for second in signs[1]] for first in signs[0]])
+        torch.testing.assert_close(found, table, atol=0.05, rtol=0)
+        torch.testing.assert_close(z_i.abs(), torch.tensor([0.8, 0.6, 0]).expand(count, 3), atol=1e-5, rtol=0)
+        likeliest = prior.draw(text(torch.tensor([caption])), None, 1.0, seeds(0), temperature=0)
+        assert (likeliest[0, :2] > 0).int().tolist() == greedy(table)
+
+
+def greedy(table: torch.Tensor) -> list[int]:
+    first = int(table.sum(dim=1).argmax())
+    return [first, int(table[first].argmax())]
+
+
+def test_the_dot_product_is_drawn_from_its_upper_half():
+    prior, text = autoregressive(), captions(4).repeat(64)
+    distribution = prior.prepare(text).logits[0].softmax(dim=-1)
+    read = []
+    step, prior.step = prior.step, lambda codes, i, context: (read.append(codes), step(codes, i, context))
+    prior.draw(text, None, 1.0, seeds(*range(64)))
+    assert len(read[0].unique()) > 3  # not always the same
+    assert (distribution.cumsum(dim=0)[read[0]] >= 0.5 - 1e-6).all()
+
+
+def test_a_quantile_picks_the_bucket_that_holds_it():
+    logits = torch.tensor([[0.1, 0.2, 0.0, 0.7]]).log().expand(5, 4)
+    where = torch.tensor([0.0, 0.09, 0.11, 0.29, 0.31])
+    assert picked(logits, where, 1.0).tolist() == [0, 0, 1, 1, 3]
+    assert picked(logits, where, 0).tolist() == [3] * 5
+    # at temperature 1/2 probabilities are squared: 0.01, 0.04, 0, 0.49 of 0.54
+    assert picked(logits, torch.tensor([0.018, 0.02, 0.09, 0.1, 0.999]), 0.5).tolist() == [0, 1, 1, 3, 3]
+
+
+def test_guidance_away_from_the_caption_itself_goes_nowhere():
+    prior, text = autoregressive(), captions(4, 7)
+    plain = prior.draw(text, None, 1.0, seeds(0, 1))
+    torch.testing.assert_close(prior.draw(text, text, 3.0, seeds(0, 1)), plain)
+    assert not torch.allclose(prior.draw(text, None, 3.0, seeds(0, 1)), plain, atol=1e-3)
+
+
+def test_smoothed_targets_are_plain_ones_for_no_smoothing_and_sum_to_one():
+    logits, codes = torch.randn(3, 5, 8), torch.randint(8, (3, 5))
+    torch.testing.assert_close(cross_entropy(logits, codes, 1e-3), cross_entropy(logits, codes, 0))
+    flat = torch.zeros(3, 5, 8)
+    torch.testing.assert_close(cross_entropy(flat, codes, 2.0), torch.full((3, 5), 8.0).log())
+
+
+# The regression
+
+
+def test_the_linear_prior_is_least_squares():
+    z_t, z_i = unit(400, D, seed=3), unit(400, D, seed=4)
+    prior = RegressionPrior(D, W, "linear")
+    prior.set_encodings(z_i.mean(dim=0), z_i.std(dim=0))
+    text = TextEncoding(z_t, torch.zeros(400, 1, W), torch.ones(400, 1, dtype=torch.bool))
+    optimizer = torch.optim.LBFGS(prior.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = F.mse_loss(prior(text), prior.scale(z_i))
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    affine = torch.cat([z_t, torch.ones(400, 1)], dim=1)
+    expected = affine @ torch.linalg.lstsq(affine, z_i).solution
+    torch.testing.assert_close(prior.draw(text), F.normalize(expected, dim=-1), atol=1e-3, rtol=0)
+
+
+def test_the_mlp_reads_the_mean_of_the_tokens_that_there_are():
+    prior, text = shaken(RegressionPrior(D, W, "mlp", width=32)), captions(5, 2)
+    before = prior.draw(text)
+    text.states[1, 2:] = 1e3
+    torch.testing.assert_close(prior.draw(text), before)
+    text.states[1, 1] += 1
+    assert not torch.allclose(prior.draw(text)[1], before[1], atol=1e-4)
+
+
+# Candidates
+
+
+def test_the_nearest_candidate_has_the_largest_cosine():
+    z_t = torch.tensor([[1.0, 0], [0, 1]])
+    z_i = torch.tensor([[0.6, 0.8], [0.8, 0.6], [-1, 0], [1, 0], [0, 1], [0, -1]])
+    assert nearest(z_i, z_t).tolist() == [[0.800000011920929, 0.6000000238418579], [0, 1]]
+    assert torch.equal(nearest(z_t, z_t), z_t)
+    long = torch.tensor([[9.0, 9], [0.5, 0]])  # of embeddings that are not of unit length
+    assert nearest(long, z_t[:1]).tolist() == [[0.5, 0]]
+
+
+def draw_any(kind: str, text: TextEncoding, numbers: list[int], candidates: int, **more) -> torch.Tensor:
+    prior, scheduler = diffusion() if kind == "diffusion" else (autoregressive(), None)
+    return draw_embeddings(prior, scheduler, text, None, 4, 2.0, seeds(*numbers), candidates, **more)
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "autoregressive"])
+def test_candidates_are_the_plain_draw_and_others_of_which_the_nearest_is_taken(kind):
+    text = captions(4, 6, 9)
+    if kind == "diffusion":
+        plain = sample_prior(*diffusion(), text, None, 4, 2.0, seeds(1, 2, 3))
+    else:
+        plain = autoregressive().draw(text, None, 2.0, seeds(1, 2, 3))
+    torch.testing.assert_close(draw_any(kind, text, [1, 2, 3], 1), plain)
+    for i in range(3):
+        one = text.map(lambda tensor, i=i: tensor[i : i + 1])
+        streams = candidate_generators(*seeds(i + 1), 4)
+        if kind == "diffusion":
+            each = [sample_prior(*diffusion(), one, None, 4, 2.0, [stream]) for stream in streams]
+        else:
+            each = [autoregressive().draw(one, None, 2.0, [stream]) for stream in streams]
+        torch.testing.assert_close(each[0][0], plain[i], atol=1e-5, rtol=0)
+        dots = torch.cat(each) @ text.embedding[i]
+        best = draw_any(kind, text, [1, 2, 3], 4)[i]
+        torch.testing.assert_close(best, each[int(dots.argmax())][0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "autoregressive"])
+def test_a_draw_does_not_depend_on_its_batch(kind):
+    text = captions(6, 6, 6)
+    together = draw_any(kind, text, [5, 6, 7], 2)
+    alone = draw_any(kind, text.map(lambda tensor: tensor[1:2]), [6], 2)
+    torch.testing.assert_close(alone[0], together[1], atol=1e-5, rtol=0)
+
+
+def test_a_given_noise_is_the_only_candidate():
+    text, noise = captions(4, 6), torch.randn(2, D)
+    one = draw_any("diffusion", text, [1, 2], 1, noise=noise)
+    torch.testing.assert_close(draw_any("diffusion", text, [8, 9], 5, noise=noise), one)
+
+
+def test_what_has_no_effect_on_a_prior_is_said_once_and_changes_nothing(caplog):
+    text = captions(4, 6)
+    regression = shaken(RegressionPrior(D, W, "mlp", 8))
+    cases = (
+        (*diffusion(), {"temperature": 0.5}, ["prior_temperature"]),
+        (autoregressive(), None, {"noise": torch.randn(2, D), "candidates": 8}, ["prior_latents"]),
+        (
+            regression,
+            None,
+            {"noise": torch.randn(2, D), "temperature": 1.0, "guidance": 3.0, "negative": text},
+            ["prior_latents", "prior_temperature", "prior_guidance_scale", "negative_prompt"],
+        ),
+    )
+    for prior, scheduler, unused, names in cases:
+        plain = {"negative": None, "steps": 2, "guidance": None, "candidates": unused.get("candidates", 1)}
+        expected = draw_embeddings(prior, scheduler, text, generators=seeds(0, 1), **plain)
+        assert not caplog.records
+        drawn = draw_embeddings(prior, scheduler, text, generators=seeds(0, 1), **{**plain, **unused})
+        assert torch.equal(drawn, expected)
+        assert [record.message.split()[0] for record in caplog.records] == names
+        caplog.clear()
+
+
+def test_an_evaluation_and_a_preview_guide_a_prior_as_the_pipeline_does_if_nothing_is_said():
+    torch.manual_seed(0)
+    prior = AutoregressivePrior(D, W, LENGTH, 32, 2, 4, 6, 32, regression={"kind": "mlp", "width": 8})
+    null = TextEncoding(torch.zeros(1, D), torch.zeros(1, 2, W), torch.ones(1, 2, dtype=torch.bool))
+    prior.set_encodings(null, unit(300, D))
+    shaken(prior)
+    pairs = {"train": Pairs(unit(10, D), unit(10, D, seed=3))}
+    default, one, two = (evaluate_prior(prior, None, pairs, guidance=scale) for scale in (None, 1.0, 2.0))
+    assert default == one != two
+    assert SampleConfig().prior_guidance_scale is None and SampleConfig(prior_guidance_scale=1.5).prior_guidance_scale
+
+
+def test_without_a_prior_the_text_embedding_is_drawn():
+    text = captions(4, 6)
+    torch.testing.assert_close(draw_embeddings(None, None, text, None, 4, 2.0, seeds(1, 2)), text.embedding)
+
+
+def test_guidance_by_noise_levels_is_refused_by_a_prior_that_has_none():
+    with pytest.raises(InputError, match="autoregressive prior must be a scale alone"):
+        draw_embeddings(autoregressive(), None, captions(4), None, 4, Guidance(2.0, rescale=0.5), seeds(1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prior_guidance_scale": Guidance(2.0, rescale=0.5)}, "autoregressive prior must be a scale alone"),
+        ({"prior_sampler": "ddim"}, "prior_sampler is of a diffusion prior, which this is not; got 'ddim'"),
+    ],
+)
+def test_what_is_of_diffusion_is_refused_by_a_pipeline_of_another_prior_before_work_starts(
+    pipeline, monkeypatch, arguments, message
+):
+    other = Text2ImagePipeline.from_pipe(
+        pipeline, prior=autoregressive(embed_dim=pipeline.clip.embed_dim), prior_scheduler=None
+    )
+    monkeypatch.setattr(other, "encode_prompt", lambda *_: pytest.fail("work has started"))
+    with pytest.raises(InputError, match=message):
+        other("red circle", **arguments)
+
+
+# Trained, saved, loaded, measured
+
+
+def train_kind(kind: str, data: Path, runs: Path, folder: Path, **settings) -> Path:
+    file = str(CONFIGS / "tiny" / ("prior.yaml" if kind == "diffusion" else f"prior-{kind}.yaml"))
+    given = arguments("prior", data, folder, **{"clip": runs / "clip", "train.output": folder / kind} | settings)
+    main(load_config(Config, "prior", [file, *given[1:]]))
+    return folder / kind
+
+
+@pytest.mark.parametrize("kind", ["autoregressive", "linear", "mlp"])
+def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(kind, shapes, runs, tmp_path):
+    whole = load_prior(train_kind(kind, shapes, runs, tmp_path / "whole", steps=4))[0]
+    train_kind(kind, shapes, runs, tmp_path / "broken", steps=2)
+    again = load_prior(train_kind(kind, shapes, runs, tmp_path / "broken", steps=4))[0]
+    assert all(torch.equal(one, again.state_dict()[name]) for name, one in whole.state_dict().items())
+
+
+SCRIPT = """
+import json, sys, torch
+from t2i import Text2ImagePipeline
+found = {}
+for folder in sys.argv[1:]:
+    pipeline = Text2ImagePipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    drawn = pipeline("red circle", generator=torch.Generator().manual_seed(3), output_type="latent",
+        num_inference_steps=2, prior_num_inference_steps=3)
+    found[folder] = [drawn.image_embeds[0].tolist(), pipeline.components["prior"].__class__.__name__]
+print(json.dumps(found))
+"""
+
+
+def test_every_prior_saves_loads_in_a_fresh_process_and_draws(pipeline, shapes, runs, tmp_path):
+    expected = {}
+    for kind in ("autoregressive", "linear", "mlp", "none"):
+        folder = tmp_path / f"pipeline-{kind}"
+        prior, scheduler = load_prior("none" if kind == "none" else train_kind(kind, shapes, runs, tmp_path))
+        made = Text2ImagePipeline.from_pipe(pipeline, prior=prior, prior_scheduler=scheduler)
+        seen = []
+        drawn = made(
+            "red circle",
+            generator=seeds(3),
+            output_type="latent",
+            num_inference_steps=2,
+            prior_num_inference_steps=3,
+            on_preview=seen.append,
+        )
+        made.save_pretrained(folder)
+        expected[str(folder)] = [drawn.image_embeds[0], type(prior).__name__]
+        if kind == "autoregressive":
+            steps = [one for one in seen if one.stage == "prior"]
+            assert [one.step for one in steps] == list(range(1, prior.length + 1))
+            torch.testing.assert_close(steps[-1].estimate, drawn.image_embeds)
+            with pytest.raises(InputError, match="only the diffusion prior goes with a scheduler"):
+                Text2ImagePipeline.from_pipe(pipeline, prior=prior)
+            prior.register_to_config(clip_fingerprint="another")
+            with pytest.raises(InputError, match="the prior was trained with the CLIP another"):
+                Text2ImagePipeline.from_pipe(pipeline, prior=prior, prior_scheduler=None)
+    ran = subprocess.run([sys.executable, "-c", SCRIPT, *expected], capture_output=True, text=True, check=True)
+    for folder, (z_i, kind) in json.loads(ran.stdout.splitlines()[-1]).items():
+        torch.testing.assert_close(torch.tensor(z_i), expected[folder][0], atol=1e-5, rtol=0)
+        assert kind == expected[folder][1]
+
+
+def test_candidates_reach_the_pipeline(pipeline):
+    settings = {"output_type": "latent", "num_inference_steps": 1, "prior_num_inference_steps": 3}
+    drawn = [
+        pipeline("red circle", generator=seeds(*range(8)), num_images_per_prompt=8, prior_candidates=count, **settings)
+        for count in (1, 2, 6)
+    ]
+    z_t = pipeline.encode_prompt(["red circle"]).embedding[0]
+    one, two, six = (result.image_embeds @ z_t for result in drawn)
+    assert (two >= one - 1e-6).all() and (six >= one - 1e-6).all() and six.mean() > one.mean()
+    default = pipeline("red circle", generator=seeds(*range(8)), num_images_per_prompt=8, **settings)
+    torch.testing.assert_close(default.image_embeds, drawn[1].image_embeds)
+    with pytest.raises(InputError, match="prior_candidates must be an integer from 1 to 64, got 0"):
+        pipeline("red circle", prior_candidates=0)
+
+
+class Pairs:
+    """What an evaluation needs of a cache's split; the captions are encoded as `z_t`."""
+
+    def __init__(self, z_i: torch.Tensor, z_t: torch.Tensor):
+        self.z_i, self.z_t, self.rows = z_i, z_t, [None]
+
+    def __len__(self) -> int:
+        return len(self.z_i)
+
+    def shard(self, _: int) -> dict[str, torch.Tensor]:
+        return {"image_embeds": self.z_i}
+
+    def __getitems__(self, keys):
+        rows = [index for index, _ in keys]
+        states = torch.zeros(len(rows), 1, W)
+        text = TextEncoding(self.z_t[rows], states, states[..., 0] == 0)
+        return type("Batch", (), {"text": text, "image_embeds": self.z_i[rows]})
+
+
+def test_a_prior_that_knows_the_answer_has_cosine_and_retrieval_1_and_one_that_mixes_them_up_has_none():
+    z_i = torch.eye(D)
+    right = {"train": Pairs(z_i[:10], z_i[:10]), "held_out": Pairs(z_i[10:], z_i[10:])}
+    for split, count in (("train", 10), ("held_out", 6)):
+        score = evaluate_prior(None, None, right)[split]
+        assert score == {"captions": count, "cosine": 1, "retrieval": 1, "text": 1, "true_text": 1}
+    wrong = {"train": Pairs(z_i, z_i.roll(1, dims=0))}
+    assert evaluate_prior(None, None, wrong)["train"] == {
+        "captions": D, "cosine": 0, "retrieval": 0, "text": 1, "true_text": 0,
+    }  # fmt: skip
+
+
+def test_a_regression_is_taken_over_and_what_fits_nothing_is_refused(shapes, runs, tmp_path):
+    regression = train_kind("mlp", shapes, runs, tmp_path)
+    prior = load_prior(train_kind("autoregressive", shapes, runs, tmp_path, regression=regression))[0]
+    started = load_prior(regression)[0].state_dict()  # it is not changed
+    assert all(torch.equal(one, started[name]) for name, one in prior.regressor.state_dict().items())
+    with pytest.raises(InputError, match="is for new weights, init='.*' has its own; give one"):
+        train_kind("autoregressive", shapes, runs, tmp_path, regression=regression, init=runs / "prior")
+    cases = (("mlp", "caption_dropout", 0.2), ("linear", "code_noise", 0.1), ("autoregressive", "timestep_shift", 2))
+    for kind, name, value in cases:
+        with pytest.raises(InputError, match=f"{name} is of the .* prior, but architecture is {kind}; leave it out"):
+            train_kind(kind, shapes, runs, tmp_path, **{name: value})
+    with pytest.raises(InputError, match="regression is of the autoregressive prior"):
+        train_kind("linear", shapes, runs, tmp_path, regression=regression)
+    for setting, message in (("heads=3", "heads must divide"), ("components=99", "components must be from 1")):
+        name, value = setting.split("=")
+        with pytest.raises(InputError, match=message):
+            train_kind("autoregressive", shapes, runs, tmp_path, **{f"model.{name}": value})

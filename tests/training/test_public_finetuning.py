@@ -1,0 +1,481 @@
+"""Public models trained on: what they learned is kept, the null that sampling uses is trained, and the result loads
+here and in diffusers."""
+
+import functools
+import json
+import shutil
+from fnmatch import fnmatch
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from diffusers import DDIMScheduler, PriorTransformer, UNet2DConditionModel
+from t2i.pipelines.jobs.assemble import assemble_folder
+from t2i.pipelines.jobs.convert import convert_folder
+
+from t2i import Text2ImagePipeline
+from t2i.config import CONFIGS, load_config
+from t2i.data.cache import CachedPairs
+from t2i.diffusion.condition import ImageCondition
+from t2i.errors import InputError
+from t2i.files.component import Component
+from t2i.files.model_folder import load_model
+from t2i.interop.by_name import load_autoencoder, load_clip, load_text_encoder
+from t2i.interop.prior_transformer import load_prior_transformer
+from t2i.networks.prior import Prior
+from t2i.networks.public.kandinsky import KandinskyDecoder
+from t2i.networks.public.karlo import KarloDecoder
+
+from .interop_folders import tiny_prior_transformer, tiny_text_tower
+from .interop_kandinsky_folders import (
+    kandinsky_21_decoder,
+    kandinsky_21_prior,
+    kandinsky_22_decoder,
+    kandinsky_22_inpaint,
+    kandinsky_22_prior,
+)
+from .interop_karlo_folders import karlo, karlo_variations
+
+CLASSES = {"prior": Prior, "karlo": KarloDecoder, "kandinsky": KandinskyDecoder, "kandinsky21": KandinskyDecoder}
+
+
+def names(kind: str) -> dict[str, object]:
+    """What a configuration names of the public model: "prior" is Kandinsky's."""
+    match kind:
+        case "prior":
+            return {"clip": kandinsky_22_prior(), "init": kandinsky_22_prior()}
+        case "kandinsky":
+            decoder = kandinsky_22_decoder()
+            return {"clip": kandinsky_22_prior(), "autoencoder": decoder, "init": decoder}
+        case "kandinsky21":
+            decoder = kandinsky_21_decoder()
+            named = {"clip": kandinsky_21_prior(), "autoencoder": decoder, "init": decoder, "text_encoder": decoder}
+            return named | {"reads_captions": True}
+        case _:
+            return {"clip": karlo_variations(), "autoencoder": karlo(), "init": karlo(), "reads_captions": True}
+
+
+def stage_of(kind: str) -> str:
+    return "prior" if kind == "prior" else "decoder"
+
+
+def configured(kind: str, data: Path, folder: Path, steps: int = 2, **overrides: object):
+    """The configuration of a short run on 16 x 16 pixels, into `folder/kind`."""
+    train = {"output": str(folder / kind), "steps": steps, "batch_size": 8, "learning_rate": 1e-2, "warmup_steps": 0}
+    train |= {"trackers": [], "sample_every": 0, "validate_every": 0, "mixed_precision": "no", "log_every": 1}
+    settings = {"data": {"path": str(data), "image_size": 16, "num_workers": 0}, "train": train | {"ema_decay": 0.0}}
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{kind}.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    given = {**names(kind), **overrides}
+    script = import_module(f"t2i.training.train_{stage_of(kind)}")
+    arguments = [f"{key}={value}" for key, value in given.items()]
+    return script, load_config(script.Config, stage_of(kind), [str(file), *arguments])
+
+
+def tune(kind: str, data: Path, folder: Path, steps: int = 2, **overrides: object):
+    script, config = configured(kind, data, folder, steps, **overrides)
+    script.main(config)
+    return load_model(CLASSES[kind], folder / kind)
+
+
+@pytest.fixture(scope="module")
+def trained(shapes, tmp_path_factory):
+    """`trained(kind)`: two steps from the public model, once."""
+    folder = tmp_path_factory.mktemp("tuned")
+
+    @functools.cache
+    def made(kind: str) -> Path:
+        tune(kind, shapes, folder)
+        return folder / kind
+
+    return made
+
+
+def null_of(kind: str):
+    """What sampling takes for nothing, from the public model's own encoders."""
+    clip = load_clip(str(names(kind)["clip"]))
+    with torch.no_grad():
+        return clip.zero_embedding()[0] if kind.startswith("kandinsky") else clip.encode_text([""])
+
+
+def conditions(decoder, count: int = 2):
+    generator = torch.Generator().manual_seed(3)
+    z_i = torch.randn(count, decoder.config.embed_dim, generator=generator)
+    condition = decoder.null(count)
+    return ImageCondition(z_i, condition.text)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_a_run_without_a_step_of_its_own_is_the_public_model_with_its_schedule_and_its_null(kind, shapes, tmp_path):
+    after = tune(kind, shapes, tmp_path, steps=1, **{"train.learning_rate": 0})
+    init = Path(str(names(kind)["init"]))
+    if kind == "prior":
+        before = load_prior_transformer(Component(init / "prior")).state_dict()
+        null = null_of(kind)
+        torch.testing.assert_close(after.null_embedding, null.embedding[0])
+        torch.testing.assert_close(after.null_states, null.states[0])
+        assert not after.config.unit_length
+    else:
+        part = Component(init / ("decoder" if kind == "karlo" else "unet"))
+        before = {f"unet.{name}": tensor for name, tensor in part.tensors()}
+        if kind != "karlo":
+            torch.testing.assert_close(after.null(1).embedding[0], null_of(kind))
+            if kind == "kandinsky21":
+                reader = load_text_encoder(init)
+                torch.testing.assert_close(after.null(1).text.states, reader.encode([""]).states)
+                torch.testing.assert_close(after.null(1).text.pooled, reader.encode([""]).pooled)
+        else:
+            learned = dict(Component(init / "text_proj").tensors())["learned_classifier_free_guidance_embeddings"]
+            torch.testing.assert_close(after.null(1).embedding[0], learned.view(-1))
+            torch.testing.assert_close(after.null(1).text.states, null_of(kind).states)
+            torch.testing.assert_close(after.null(1).text.pooled, null_of(kind).embedding)
+    state = after.state_dict()
+    for name in before.keys() - {"null_embedding", "null_states"}:
+        torch.testing.assert_close(state[name], before[name], msg=name)
+    place = {"karlo": "decoder_scheduler"}.get(kind, "scheduler")
+    theirs = json.loads((init / place / "scheduler_config.json").read_text())
+    scheduler = DDIMScheduler.from_pretrained(tmp_path / kind / "scheduler")
+    assert scheduler.config.prediction_type == ("sample" if kind == "prior" else "epsilon")
+    ddim = theirs["_class_name"] == "DDIMScheduler"  # which is kept as it is
+    assert scheduler.config.timestep_spacing == (theirs["timestep_spacing"] if ddim else "trailing")
+    for key in ("clip_sample", "thresholding", "sample_max_value", "num_train_timesteps"):  # which bound and count
+        assert scheduler.config[key] == theirs.get(key, scheduler.config[key]), key
+    if theirs["_class_name"] == "UnCLIPScheduler":
+        assert scheduler.config.clip_sample_range == theirs["clip_sample_range"]
+        angle = (torch.arange(1001, dtype=torch.float64) / 1000 + 0.008) / 1.008 * torch.pi / 2
+        betas = (1 - (angle[1:].cos() / angle[:-1].cos()) ** 2).clamp(max=0.999)
+    else:
+        betas = torch.linspace(theirs["beta_start"], theirs["beta_end"], 1000)
+    torch.testing.assert_close(scheduler.betas, betas.float(), atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_what_was_trained_predicts_the_same_here_and_in_diffusers(kind, trained, tmp_path):
+    model = load_model(CLASSES[kind], trained(kind)).eval()
+    generator, t = torch.Generator().manual_seed(1), torch.tensor([20, 700])
+    if kind == "prior":
+        text = load_clip(str(names(kind)["clip"])).encode_text(["red circle", ""])
+        x = torch.randn(2, model.config.embed_dim, generator=generator)
+        convert_folder(str(trained(kind)), tmp_path / "prior", "prior-transformer")
+        theirs = PriorTransformer.from_pretrained(tmp_path / "prior").eval()
+        width = 77 - text.states.shape[1]
+        states = torch.nn.functional.pad(text.states, (0, 0, 0, width))
+        mask = torch.nn.functional.pad(text.mask, (0, width))
+        with torch.no_grad():
+            ours, reference = model(x, t, text), theirs(x, t, text.embedding, states, mask).predicted_image_embedding
+        torch.testing.assert_close(theirs.clip_mean[0], model.mean)
+        start = PriorTransformer.from_pretrained(kandinsky_22_prior() / "prior")
+        moved = (start.proj_in.weight - theirs.proj_in.weight).abs().max()
+    else:
+        x, condition = torch.randn(2, 3 if kind == "karlo" else 4, 8, 8, generator=generator), conditions(model)
+        model.unet.save_pretrained(tmp_path / "unet")
+        theirs = UNet2DConditionModel.from_pretrained(tmp_path / "unet").eval()
+        context = model.prepare(condition)
+        with torch.no_grad():
+            ours = model(x, t, condition)
+            if kind == "karlo":
+                reference = theirs(
+                    x, t, context.tokens, class_labels=context.embedding, encoder_attention_mask=context.mask
+                ).sample
+            else:
+                added, text = {"image_embeds": condition.embedding}, condition.text
+                added |= {} if text is None else {"text_embeds": text.pooled}
+                reference = theirs(x, t, None if text is None else text.states, added_cond_kwargs=added).sample
+        place = Path(str(names(kind)["init"])) / ("decoder" if kind == "karlo" else "unet")
+        start = UNet2DConditionModel.from_pretrained(place)
+        moved = (start.conv_in.weight - theirs.conv_in.weight).abs().max()
+    torch.testing.assert_close(ours, reference, atol=1e-4, rtol=1e-4)
+    assert moved > 1e-3, "two steps at this rate move every weight"
+
+
+def rows(tensor: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    return (tensor - row).abs().flatten(1).amax(dim=1) < 1e-6
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_half_of_the_conditions_are_the_null_and_the_others_are_the_pictures_own(kind, shapes, tmp_path, monkeypatch):
+    seen: list = []
+    forward = CLASSES[kind].forward
+
+    def recorded(self, x, t, condition):
+        seen.append((condition, self.null(1)))
+        return forward(self, x, t, condition)
+
+    monkeypatch.setattr(CLASSES[kind], "forward", recorded)
+    dropouts = {"caption_dropout": 0.5} | ({} if kind == "prior" else {"embedding_dropout": 0.5})
+    tune(kind, shapes, tmp_path, steps=8, **dropouts, **{"train.learning_rate": 0})
+    embeddings = torch.cat([condition.embedding for condition, _ in seen])
+    null = seen[0][1]
+    dropped = rows(embeddings, null.embedding[0])
+    assert 16 < int(dropped.sum()) < 48 == len(dropped) - 16
+    distances = torch.cdist(embeddings[~dropped], null.embedding)
+    assert (distances > 1e-2).all(), "pictures say something else than the null"
+    if kind == "prior":
+        for condition, null in seen:
+            without = rows(condition.embedding, null.embedding[0])
+            assert (condition.mask[without].sum(dim=1) == len(null.states[0])).all()
+            length = null.states.shape[1]
+            torch.testing.assert_close(
+                condition.states[without][:, :length], null.states.expand(int(without.sum()), -1, -1)
+            )
+    if kind in ("karlo", "kandinsky21"):  # captions are dropped on their own
+        texts = torch.cat([rows(condition.text.pooled, null.text.pooled[0]) for condition, _ in seen])
+        assert 16 < int(texts.sum()) < 48 and int((texts & ~dropped).sum()) > 0 and int((~texts & dropped).sum()) > 0
+
+
+@pytest.mark.parametrize(("dropout", "moves"), [(1.0, True), (0.0, False)])
+def test_karlos_learned_null_is_trained_where_it_is_drawn_and_nowhere_else(dropout, moves, shapes, tmp_path):
+    after = tune("karlo", shapes, tmp_path, embedding_dropout=dropout, **{"train.weight_decay": 0})
+    before = dict(Component(karlo() / "text_proj").tensors())["learned_classifier_free_guidance_embeddings"]
+    assert torch.allclose(after.null(1).embedding[0], before.view(-1), atol=1e-6) != moves
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    """Of each step."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line]
+
+
+@pytest.mark.parametrize("kind", ["kandinsky", "karlo"])
+def test_a_learned_variance_is_trained_by_the_hybrid_loss(kind, trained):
+    lines = metrics(trained(kind))
+    assert len(lines) == 2 and all(line["loss"] > 0.001 * line["bound"] > 0 for line in lines)
+    place = kandinsky_22_decoder() / "unet" if kind == "kandinsky" else karlo() / "decoder"
+    before, after = dict(Component(place).tensors()), load_model(CLASSES[kind], trained(kind)).state_dict()
+    half = len(before["conv_out.weight"]) // 2
+    for part in (slice(0, half), slice(half, None)):
+        moved = (after["unet.conv_out.weight"][part] - before["conv_out.weight"][part]).abs().max()
+        assert moved > 1e-3, "the mean and the variance learn"
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_training_goes_on_from_what_was_trained_by_its_own_schedule(kind, trained, shapes, tmp_path):
+    before = load_model(CLASSES[kind], trained(kind)).state_dict()
+    after = tune(kind, shapes, tmp_path, steps=1, init=trained(kind), **{"train.learning_rate": 0}).state_dict()
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, msg=name)
+    one, other = (DDIMScheduler.from_pretrained(folder / "scheduler") for folder in (trained(kind), tmp_path / kind))
+    assert torch.equal(one.betas, other.betas) and one.config.prediction_type == other.config.prediction_type
+
+
+def test_a_part_of_a_pipeline_is_a_name_too(shapes, tmp_path):
+    folders = {"prior": kandinsky_22_prior() / "prior", "kandinsky": kandinsky_22_decoder() / "unet"}
+    folders["karlo"] = karlo() / "decoder"
+    more = {"kandinsky": {"autoencoder": kandinsky_22_decoder() / "movq"}}
+    for kind, folder in folders.items():
+        _, config = configured(kind, shapes, tmp_path, init=folder, **more.get(kind, {}))
+        whole = configured(kind, shapes, tmp_path)[1]
+        made, usual = (stage(kind, one) for one in (config, whole))
+        for name, value in usual.state_dict().items():
+            assert torch.equal(made.state_dict()[name], value), name
+
+
+SHIPPED = [path for path in sorted(CONFIGS.glob("ka*/*.yaml")) if path.stem != "cache"]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_shipped_configuration_builds_the_model_that_it_names(path, shapes, tmp_path):
+    """With tiny folders in the place of the repositories of these names."""
+    tiny = {
+        "kakaobrain/karlo-v1-alpha": karlo,
+        "kakaobrain/karlo-v1-alpha-image-variations": karlo_variations,
+        "kandinsky-community/kandinsky-2-1": kandinsky_21_decoder,
+        "kandinsky-community/kandinsky-2-1-prior": kandinsky_21_prior,
+        "kandinsky-community/kandinsky-2-2-prior": kandinsky_22_prior,
+        "kandinsky-community/kandinsky-2-2-decoder": kandinsky_22_decoder,
+    }
+    written = yaml.safe_load(path.read_text())
+    public = ("clip", "autoencoder", "init", "text_encoder")
+    given = {key: tiny[written[key]]() for key in public if written.get(key)}
+    given |= {"cache": "null", "data.path": shapes, "data.image_size": 16, "train.sample_every": 0}
+    script = import_module(f"t2i.training.train_{path.stem}")
+    config = load_config(script.Config, path.stem, [str(path), *(f"{key}={value}" for key, value in given.items())])
+    kind = "prior" if path.stem == "prior" else path.parent.name.split("-")[0]
+    model = stage(kind, config)
+    assert isinstance(model, CLASSES[kind]) and all(one.requires_grad for one in model.parameters())
+    cache = path.with_name("cache.yaml")
+    if cache.exists():
+        held = yaml.safe_load(cache.read_text())
+        assert written["cache"] == held["output"] and written["data"] == held["data"]
+        assert all(held[key] == written.get(key, held[key]) for key in ("clip", "autoencoder"))
+
+
+def stage(kind: str, config):
+    """The model that a run would train."""
+    from t2i.training.common.encodings import open_source
+
+    script = import_module(f"t2i.training.train_{stage_of(kind)}")
+    names = (config.clip,)
+    if kind != "prior":
+        names = (config.clip, config.autoencoder, config.reads_captions, config.load_text_encoder)
+    return script.make_stage(config, open_source(config.cache, config.data, *names), torch.device("cpu")).model
+
+
+def test_of_a_repository_on_the_hub_the_parts_in_question_are_fetched_alone(shapes, tmp_path, monkeypatch):
+    hub = {"kandinsky-community/prior": kandinsky_22_prior(), "kandinsky-community/decoder": kandinsky_22_decoder()}
+    asked: dict[str, list[list[str]]] = {}
+
+    def snapshot_download(name: str, allow_patterns: list[str], **_) -> str:
+        asked.setdefault(name, []).append(allow_patterns)
+        return str(hub[name])
+
+    monkeypatch.setattr("t2i.interop.fetching.snapshot_download", snapshot_download)
+    prior, decoder = hub
+    _, config = configured("kandinsky", shapes, tmp_path, clip=prior, autoencoder=decoder, init=decoder)
+    assert isinstance(stage("kandinsky", config), KandinskyDecoder)
+    for name, wanted in {prior: [("text_encoder", "image_encoder")], decoder: [("movq",), ("unet",)]}.items():
+        for patterns, places in zip(asked[name], wanted, strict=True):
+            files = [path.relative_to(hub[name]).as_posix() for path in hub[name].rglob("*") if path.is_file()]
+            fetched = [file for file in files if any(fnmatch(file, pattern) for pattern in patterns)]
+            assert {file for file in files if file.endswith((".json", ".txt"))} <= set(fetched)
+            assert {Path(file).parent.name for file in fetched if file.endswith(".safetensors")} == set(places)
+
+
+@pytest.mark.parametrize(
+    ("kind", "overrides", "message"),
+    [
+        ("prior", {"scheduler.beta_schedule": "linear"}, "trained with other noise than scheduler.beta_schedule='lin"),
+        ("prior", {"scheduler.prediction_type": "epsilon"}, "trained with scheduler.prediction_type 'sample', this"),
+        ("kandinsky", {"scheduler.beta_end": 0.02}, "trained with other noise than scheduler.beta_end=0.02"),
+        ("kandinsky", {"scheduler.num_train_timesteps": 500}, "trained with other noise than"),
+        ("kandinsky", {"data.image_size": 32}, "trained with latent_size 8, this run has 16"),
+        ("kandinsky", {"reads_captions": True}, "trained with text_width None, this run has 16"),
+        ("kandinsky", {"reads_masks": True}, "trained with reads_masks False, this run has True"),
+        ("karlo", {"reads_captions": False}, "trained with text_width 16, this run has None"),
+        ("karlo", {"model.extra_tokens": 8}, "trained with extra_tokens 4, this run has 8"),
+        ("prior", {"model.depth": 3}, "trained with depth 2, this run has 3"),
+        ("prior", {"architecture": "linear", "init": "null", "caption_dropout": 0.1}, "embeddings of unit length"),
+        ("prior", {"init": "DECODER"}, "Kandinsky 2.2 .* holds .*, and no prior"),
+        ("kandinsky", {"init": "PRIOR"}, "Kandinsky 2.2 .* and no unet"),
+        ("kandinsky", {"autoencoder": "PRIOR"}, "and no movq or super_res_first"),
+        ("karlo", {"init": "ALONE"}, "goes with the folder 'projection' of its pipeline, which is not there"),
+        ("prior", {"clip": "TEXT"}, "no image encoder in the folder"),
+        ("prior", {"init": "ECLIPSE"}, "an ECLIPSE prior, which draws in one pass"),
+        ("prior", {"init": "WIDER"}, "reads embeddings and token states of .* they do not belong together"),
+    ],
+)
+def test_what_contradicts_the_public_model_is_refused_in_one_line(kind, overrides, message, shapes, tmp_path):
+    alone = tmp_path / "alone"
+    if overrides.get("init") == "ALONE":
+        shutil.copytree(karlo() / "decoder", alone)
+    for name, changed in {"ECLIPSE": {"additional_embeddings": 3}, "WIDER": {"embed_dim": 24}}.items():
+        if overrides.get("init") == name:
+            made = tiny_prior_transformer(**changed)
+            if name == "ECLIPSE":  # whose files hold no time
+                del made.time_embedding
+            made.save_pretrained(tmp_path / name)
+    places = {"DECODER": kandinsky_22_decoder(), "PRIOR": kandinsky_22_prior(), "TEXT": karlo(), "ALONE": alone}
+    places |= {"ECLIPSE": tmp_path / "ECLIPSE", "WIDER": tmp_path / "WIDER"}
+    given = {key: places.get(value, value) if isinstance(value, str) else value for key, value in overrides.items()}
+    with pytest.raises(InputError, match=message) as caught:
+        script, config = configured(kind, shapes, tmp_path, **given)
+        script.main(config)
+    assert "\n" not in str(caught.value) and not (tmp_path / kind).exists()
+
+
+def test_the_nine_channels_of_the_inpainting_decoder_see_masks(shapes, tmp_path):
+    folder = kandinsky_22_inpaint()
+    after = tune("kandinsky", shapes, tmp_path, init=folder, reads_masks=True, **{"train.weight_decay": 0})
+    before = dict(Component(folder / "unet").tensors())["conv_in.weight"]
+    assert after.config.reads_masks
+    assert ((after.unet.conv_in.weight - before).abs().amax(dim=(0, 2, 3)) > 1e-3).all(), "all nine of them"
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_adapters_learn_alone_and_merge_into_plain_weights(kind, shapes, tmp_path):
+    pytest.importorskip("peft")
+    after = tune(kind, shapes, tmp_path, **{"lora.rank": 2}).state_dict()
+    script, config = configured(kind, shapes, tmp_path / "again")
+    before = stage(kind, config).state_dict()
+    moved = {name for name in before if not torch.allclose(after[name], before[name], atol=1e-7)}
+    targets = (".to_qkv.", ".to_out.") if kind == "prior" else (".to_", ".add_k_proj.", ".add_v_proj.")
+    assert moved and all(any(part in name for part in targets) and name.endswith("weight") for name in moved)
+    assert (tmp_path / kind / "adapters").is_dir()
+
+
+def cached(data: Path, folder: Path, **settings: object) -> Path:
+    from t2i.training.cache_data import Config, main
+
+    file = folder.parent / f"{folder.name}.yaml"
+    file.write_text(yaml.safe_dump({"data": {"path": str(data), "image_size": 16, "num_workers": 0}}))
+    given = [f"{key}={value}" for key, value in {"output": folder, "dtype": "float32", **settings}.items()]
+    main(load_config(Config, "cache", [str(file), *given]))
+    return folder
+
+
+def test_a_cache_holds_embeddings_as_they_are_and_trains_the_same(shapes, tmp_path):
+    """Of a copy of the public folders, whose change it then sees."""
+    clip, decoder = tmp_path / "clip", tmp_path / "decoder"
+    shutil.copytree(kandinsky_22_prior(), clip)
+    shutil.copytree(kandinsky_22_decoder(), decoder)
+    cache = cached(shapes, tmp_path / "cache", clip=clip, autoencoder=decoder, variations=8)
+    pairs = CachedPairs(cache)
+    batch = pairs.__getitems__([(0, 0), (5, 0)])
+    assert pairs.clip is not None and not pairs.clip.unit_length
+    pictures = import_module("t2i.data").CaptionedPictures(configured("prior", shapes, tmp_path)[1].data)
+    image = torch.stack([pictures.picture(index) for index in (0, 5)])
+    with torch.no_grad():
+        z_i = load_clip(str(clip)).encode_image(image)
+        torch.testing.assert_close(batch.latents, load_autoencoder(str(decoder)).encode(image), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(batch.image_embeds, z_i, atol=1e-5, rtol=1e-5)
+    assert ((z_i.norm(dim=-1) - 1).abs() > 0.01).all()
+    for kind in ("prior", "kandinsky"):
+        more = {"clip": clip} | ({} if kind == "prior" else {"autoencoder": decoder})
+        tune(kind, shapes, tmp_path / "cached", steps=1, cache=cache, **more)
+        tune(kind, shapes, tmp_path / "frozen", steps=1, **more)
+        one, other = ([line["loss"] for line in metrics(tmp_path / way / kind)] for way in ("cached", "frozen"))
+        assert len(one) == 1 and one == pytest.approx(other, rel=1e-4)
+    with pytest.raises(InputError, match="says a vector of each caption .* leave it out"):
+        cached(shapes, tmp_path / "other", clip=clip, text_encoder=kandinsky_21_decoder())
+    movq = decoder / "movq" / "diffusion_pytorch_model.safetensors"
+    movq.write_bytes(movq.read_bytes()[:-4] + b"\0\0\0\0")
+    with pytest.raises(InputError, match="is stale: it was made with another autoencoder"):
+        tune("kandinsky", shapes, tmp_path / "again", cache=cache, clip=clip, autoencoder=decoder)
+    shutil.rmtree(clip / "text_encoder")
+    tiny_text_tower(seed=9).save_pretrained(clip / "text_encoder")
+    with pytest.raises(InputError, match="is stale: it was made with another clip"):
+        tune("prior", shapes, tmp_path / "again", cache=cache, clip=clip)
+
+
+LAYOUTS = {
+    "karlo": "karlo",
+    "kandinsky": "kandinsky-2-2-combined",
+    "kandinsky21": "kandinsky-2-1-combined",
+}
+
+
+def drawn(pipeline) -> torch.Tensor:
+    pipeline.set_progress_bar_config(disable=True)
+    steps = {"prior_num_inference_steps": 2, "num_inference_steps": 2, "guidance_scale": 3.0}
+    return pipeline("red circle", **steps, generator=torch.Generator().manual_seed(0), output_type="pt").images
+
+
+@pytest.mark.parametrize("kind", ["kandinsky", "kandinsky21", "karlo"])
+def test_what_was_trained_is_assembled_into_a_pipeline_that_draws(kind, trained, tmp_path):
+    given = names(kind)
+    stages = {"clip": str(given["clip"]), "autoencoder": str(given["autoencoder"]), "decoder": str(trained(kind))}
+    stages["prior"] = str(trained("prior"))
+    folder = assemble_folder(tmp_path, tmp_path / "model", **stages)
+    pipeline = Text2ImagePipeline.from_pretrained(folder)
+    for name in ("prior", "decoder"):
+        kept = load_model((Prior, KandinskyDecoder, KarloDecoder), stages[name]).state_dict()
+        assert all(torch.equal(value, kept[key]) for key, value in getattr(pipeline, name).state_dict().items())
+    image = drawn(pipeline)
+    assert image.shape == (1, 3, 16, 16) and image.std() > 0
+    # In the public layout, and the trained prior beside a public decoder's folder.
+    public = convert_folder(str(folder), tmp_path / "public", LAYOUTS[kind])
+    unet = UNet2DConditionModel.from_pretrained(public / ("decoder" if kind == "karlo" else "unet"))
+    assert all(torch.equal(value, pipeline.decoder.unet.state_dict()[key]) for key, value in unet.state_dict().items())
+    torch.testing.assert_close(drawn(Text2ImagePipeline.from_pretrained(public)), image, atol=1e-4, rtol=1e-4)
+    mixed = Text2ImagePipeline.from_pretrained(given["init"], prior=stages["prior"], clip=kandinsky_22_prior())
+    assert torch.equal(mixed.prior.to_image.weight, pipeline.prior.to_image.weight)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_previews_are_drawn(kind, shapes, tmp_path):
+    more = {"sample.count": 2, "sample.prior_num_inference_steps": 2, "sample.num_inference_steps": 2}
+    tune(kind, shapes, tmp_path, steps=1, **more, **{"train.sample_every": 1})
+    assert list((tmp_path / kind).rglob("*.png"))

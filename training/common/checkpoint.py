@@ -1,0 +1,105 @@
+"""Checkpoints that are whole or absent: safetensors and JSON, listed with their hashes, moved into place at the end."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from t2i import __version__
+from t2i.errors import InputError
+from t2i.files.atomic import as_oserror, digest, new_folder
+
+MANIFEST = "manifest.json"
+FORMAT = 1  # of checkpoints; a newer one is refused
+
+
+@dataclass
+class Checkpoint:
+    path: Path
+    tensors: dict[str, dict[str, Tensor]]  # by file: "model" -> {name: tensor}, mapped from the files
+    state: dict[str, Any]  # JSON: the step, the configuration, ...
+
+
+def save_checkpoint(
+    folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int
+) -> list[str]:
+    """Write `folder/step-NNNNNNNN` so that a crash at any point leaves the older checkpoints as they were.
+
+    Older ones than the last `keep`, and what crashed saves left behind, are deleted at the end; returns what could not
+    be. Raises OSError if the new one cannot be written: nothing of it stays, and nothing else changes.
+    """
+    final = folder / f"step-{step:08}"
+    with new_folder(final) as unfinished:
+        for name, group in tensors.items():
+            contiguous = {key: tensor.contiguous() for key, tensor in group.items()}
+            with as_oserror():
+                save_file(contiguous, unfinished / f"{name}.safetensors")
+        state = {"format": FORMAT, "version": __version__, "step": step, **state}
+        (unfinished / "state.json").write_text(json.dumps(state, indent=1))
+        manifest = {path.name: digest(path) for path in sorted(unfinished.iterdir())}
+        (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    older = [path for path in complete(folder) if path.name <= final.name]
+    leftovers = [path for suffix in ("unfinished", "replaced") for path in folder.glob(f"step-*.{suffix}")]
+    problems: list[str] = []
+    for path in [*older[:-keep], *leftovers]:
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            problems.append(f"{path} cannot be deleted ({error})")
+    return problems
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that verifies, and what is wrong with each newer one."""
+    problems: list[str] = []
+    for path in reversed(complete(folder)):
+        if problem := verify(path):
+            problems.append(problem)
+            continue
+        return path, problems
+    return None, problems
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint that verifies."""
+    names = [name for name in json.loads((path / MANIFEST).read_text()) if name.endswith(".safetensors")]
+    tensors = {Path(name).stem: load_file(path / name) for name in names}
+    return Checkpoint(path, tensors, json.loads((path / "state.json").read_text()))
+
+
+def verify(path: Path) -> str | None:
+    """What is wrong with a checkpoint folder, or None. Raises InputError if it was written by a newer version."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        if "state.json" not in manifest:
+            return f"{path / MANIFEST} does not list state.json"
+        for name, expected in manifest.items():
+            if Path(name).name != name:
+                return f"{path / MANIFEST} lists {name!r}, which is not a file beside it"
+            if (found := digest(path / name)) != expected:
+                return f"{path / name} does not match its SHA-256: {found} instead of {expected}"
+        state = json.loads((path / "state.json").read_text())
+        if complete_name(path.name) != state["step"]:
+            return f"{path} holds step {state['step']}, another than its name says"
+        if state["format"] > FORMAT:
+            raise InputError(f"{path} was written by t2i {state['version']}, this is {__version__}; install that")
+    except InputError:
+        raise
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        return f"{path} is not a whole checkpoint ({type(error).__name__}: {error})"
+    return None
+
+
+def complete(folder: Path) -> list[Path]:
+    """Checkpoint folders that were moved into place, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if complete_name(path.name) is not None)
+
+
+def complete_name(name: str) -> int | None:
+    """The step that a checkpoint's name tells."""
+    number = name.removeprefix("step-")
+    return int(number) if number.isdecimal() else None

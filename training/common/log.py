@@ -1,0 +1,232 @@
+"""What a run says of itself: `metrics.jsonl`, trackers, sample pictures and a progress bar."""
+
+import json
+import math
+import secrets
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import asdict
+from importlib import metadata
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from t2i.config import TrainConfig
+from t2i.errors import InputError
+from t2i.files.atomic import write_whole
+
+PROJECT = "t2i"  # under which W&B and trackio list runs
+RECENT = 10  # rows whose speed the time left is told from
+
+
+class Log:
+    """Means between two rows of `metrics.jsonl`, which trackers and a progress bar show too.
+
+    Every process adds and steps; the main process alone writes. A run that resumes at `step` drops the rows beyond it,
+    which it is about to repeat.
+    """
+
+    def __init__(self, accelerator: Accelerator, config: TrainConfig, step: int, samples_per_step: int):
+        self.accelerator, self.config, self.samples_per_step = accelerator, config, samples_per_step
+        self.folder = Path(config.output)
+        self.sums: dict[str, Tensor] = {}
+        self.count, self.memory = 0, 0.0
+        self.start = step
+        self.trackers: list[GeneralTracker] = []
+        self.bar = tqdm(
+            total=config.steps,
+            initial=step,
+            desc=self.folder.name,
+            disable=not accelerator.is_main_process,
+            mininterval=5,
+            dynamic_ncols=True,
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
+        )
+        self.rows = deque([(step, time.perf_counter())], maxlen=RECENT)  # (step, time) of the last ones
+
+    def open(self) -> None:
+        """On the main process, before the first row. Raises InputError if a tracker does not start."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in ("metrics.jsonl", "skipped.jsonl", "rejected.jsonl"):
+            drop_rows(self.folder / name, self.start)
+        self.trackers = [open_tracker(name, self.config, self.start) for name in self.config.trackers]
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        """The metrics of a micro-batch, ()-shaped. Sums stay on the device: no step waits for the host."""
+        for name, value in metrics.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach().float()
+        self.count += 1
+
+    def step(self, step: int, rate: float, norm: Tensor | None, more: dict[str, float] | None = None) -> None:
+        """An optimizer step is done: a row every `log_every` steps, at the end, and where there is `more` to say.
+
+        more: numbers of this step alone, such as a loss on held-out data; given on every process or on none.
+        """
+        self.bar.update()
+        if step % self.config.log_every and step != self.config.steps and more is None:
+            return
+        row = self.means()
+        (then, since), (first, earliest), now = self.rows[-1], self.rows[0], time.perf_counter()
+        row["learning_rate"] = rate
+        if norm is not None:
+            row["gradient_norm"] = float(norm)
+        row["samples_per_second"] = (step - then) * self.samples_per_step / (now - since)
+        row["memory_gb"] = self.memory = max(self.memory, peak_memory(self.accelerator))
+        row["seconds_left"] = (self.config.steps - step) * (now - earliest) / (step - first)
+        self.rows.append((step, now))
+        if self.accelerator.is_main_process:
+            self.write(step, row | (more or {}))
+
+    def means(self) -> dict[str, float]:
+        """Of what was added since the last row, over all processes."""
+        names = sorted(self.sums)
+        if not names:
+            return {}
+        means = self.accelerator.reduce(torch.stack([self.sums[name] for name in names]) / self.count, "mean")
+        self.sums, self.count = {}, 0
+        return dict(zip(names, means.tolist()))
+
+    def write(self, step: int, row: dict[str, float]) -> None:
+        append_rows(self.folder / "metrics.jsonl", [{"step": step} | {k: rounded(value) for k, value in row.items()}])
+        for tracker in self.trackers:
+            tracker.log(row, step=step)
+        apart = ("learning_rate", "samples_per_second", "memory_gb", "seconds_left")
+        shown = [f"{name}={value:.4g}" for name, value in row.items() if name not in apart]
+        shown += [f"{row['samples_per_second']:.4g} samples/s", f"{row['memory_gb']:.1f} GB"]
+        self.bar.set_postfix_str(", ".join([*shown, f"{duration(row['seconds_left'])} left"]))
+
+    def images(self, step: int, images: dict[str, Image.Image]) -> None:
+        """Pictures of the run after a step: `samples/NAME-STEP.png`, and in every tracker."""
+        if not self.accelerator.is_main_process:
+            return
+        for name, image in images.items():
+            png = BytesIO()
+            image.save(png, "PNG")
+            write_whole(self.folder / "samples" / f"{name}-{step:08}.png", png.getvalue())
+            for tracker in self.trackers:
+                track_image(tracker, name, image, step)
+
+    def close(self) -> None:
+        self.bar.close()
+        for tracker in self.trackers:
+            tracker.finish()
+
+
+def peak_memory(accelerator: Accelerator) -> float:
+    """10^9 bytes: the most that tensors took on a CUDA device, or what the process takes now elsewhere."""
+    if accelerator.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(accelerator.device) / 1e9
+    return psutil.Process().memory_info().rss / 1e9
+
+
+def check_trackers(names: Iterable[str]) -> None:
+    """Refuse trackers that are not installed, which accelerate would leave out without a word."""
+    for name in names:
+        try:
+            metadata.version(name)
+        except metadata.PackageNotFoundError as error:
+            package = name if name == "tensorboard" else f"'t2i[{name}]'"
+            raise InputError(f"train.trackers has {name!r}, which is not installed; pip install {package}") from error
+
+
+def open_tracker(name: str, config: TrainConfig, step: int) -> GeneralTracker:
+    """One of accelerate's trackers, started on this process, which knows the run's settings.
+
+    A run that resumes goes on where it was: TensorBoard forgets what it had beyond `step`; W&B and trackio, which
+    cannot, get the same run again.
+    """
+    folder, settings = Path(config.output), asdict(config)
+    if name == "tensorboard":
+        tracker = TensorBoardTracker("tensorboard", folder, purge_step=step + 1)
+        tracker.start()
+        # As text: add_hparams, which store_init_configuration calls, shows every start as a run of its own.
+        lines = json.dumps(settings, indent=1).splitlines()
+        tracker.log({"configuration": "\n".join(f"    {line}" for line in lines)}, step=step)
+        return tracker
+    title, code = "-".join(folder.absolute().parts[-2:]), run_code(folder, step)
+    if name == "wandb":
+        tracker = WandBTracker(PROJECT, name=title, id=code, resume="allow", dir=str(folder))
+    else:
+        tracker = TrackioTracker(PROJECT, name=f"{title}-{code}", resume="allow")
+    try:
+        tracker.start()
+    except Exception as error:  # theirs are of many kinds: no login, no network
+        raise InputError(f"train.trackers has {name!r}, which does not start: {error}") from error
+    tracker.store_init_configuration(settings)
+    return tracker
+
+
+def run_code(folder: Path, step: int) -> str:
+    """8 hexadecimal digits that name a run for as long as it resumes."""
+    path = folder / "run_code"
+    if step == 0 or not path.is_file():
+        write_whole(path, secrets.token_hex(4).encode())
+    return path.read_text()
+
+
+def track_image(tracker: GeneralTracker, name: str, image: Image.Image, step: int) -> None:
+    match tracker.name:
+        case "tensorboard":
+            tracker.log_images({name: np.asarray(image.convert("RGB"))[None]}, step=step, dataformats="NHWC")
+        case "wandb":
+            tracker.log_images({name: [image]}, step=step)
+        case "trackio":  # its tracker has no log_images
+            import trackio
+
+            tracker.log({name: trackio.Image(image)}, step=step)
+
+
+def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Add lines of JSON. A disk without space is a warning: it must not end a run that could still save."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    except OSError as error:
+        print(f"warning: {path} lacks {len(rows)} rows ({error})", flush=True)
+
+
+def drop_rows(path: Path, step: int) -> None:
+    """Leave the rows up to `step`; a line that was cut short goes too."""
+    if not path.is_file():
+        return
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith(b"\n") and step_of(line) <= step]
+    if kept != lines:
+        write_whole(path, b"".join(kept))
+
+
+def step_of(line: bytes) -> float:
+    """The step of a row; infinity if the line is none."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf
+
+
+def rounded(value: float) -> float | None:
+    """Six digits; None, JSON's null, for what is not finite and JSON cannot say."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def duration(seconds: float) -> str:
+    """ "3 d 4 h", "2 h 5 min", "12 min", "45 s": two units at most."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < 24 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    hours = round(minutes / 60)
+    return f"{hours // 24} d {hours % 24} h"
