@@ -20,7 +20,7 @@ from t2i.files.untrusted import (
     read_header,
     weight_files,
 )
-from t2i.interop.parts import find
+from t2i.interop.parts import AUTOENCODERS, find
 from t2i.networks.autoencoder import Autoencoder
 from t2i.networks.clip import CLIP
 from t2i.networks.public.movq import MoVQ
@@ -39,8 +39,6 @@ def load_autoencoder(name: str | Path, classes: tuple[type, ...] = (Autoencoder,
     pipeline, Kandinsky's with a MoVQ, or Karlo's with its super-resolution, which keep the contract of an Autoencoder.
     `classes`: what else may stand in its place.
     """
-    from t2i.interop.by_name import public_autoencoder
-    from t2i.interop.parts import AUTOENCODERS
 
     if (public := public_autoencoder(str(name))) is not None:
         return public
@@ -70,7 +68,6 @@ def load_clip(name: str | Path) -> CLIP:
     """
     name = str(name)
     if ":" not in name or is_folder(name):
-        from t2i.interop.by_name import public_clip
         from t2i.networks.public.transformers_clip import TransformersCLIP
 
         return public_clip(name) or load_model((CLIP, TransformersCLIP), name)
@@ -122,9 +119,6 @@ def load_text_encoder(name: str | Path, context_length: int = 128, dtype: torch.
     The folder of a decoder's run that holds one, which knows its context length; or a model of transformers: a folder,
     or a name on the hub. Kandinsky 2.1's too, by its pipeline's, which keeps the contract of a TextEncoder.
     """
-    from t2i.interop.by_name import public_text_encoder
-    from t2i.interop.parts import MultilingualCLIP
-
     if (public := public_text_encoder(str(name), dtype)) is not None:
         return public
     folder = fetched(name, FILES)

@@ -1,0 +1,112 @@
+"""The layout: every import runs down the layers, none in a circle, and folder names keep model folders loadable."""
+
+import ast
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# From the ground up. A module may import its own layer and those before it, also lazily.
+LAYERS = (
+    ("t2i.errors", "t2i.checks", "t2i.config", "t2i.aliases"),
+    ("t2i.files",),
+    ("t2i.runtime",),
+    ("t2i.diffusion",),
+    ("t2i.networks",),
+    ("t2i.data",),
+    ("t2i.sampling",),
+    ("t2i.interop",),
+    ("t2i.evaluation",),
+    ("t2i.pipelines",),
+    ("t2i.training",),
+    ("t2i.commands", "t2i.cli", "t2i.__main__"),
+)
+FRONT_DOOR = "t2i"  # t2i/__init__.py: lazy public names of all layers
+
+
+def modules() -> dict[str, Path]:
+    """Path of each module by its dotted name."""
+    found = {}
+    for top in ("t2i", "pipelines", "training"):
+        for path in (ROOT / top).rglob("*.py"):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+            found[name if top == "t2i" else f"t2i.{name}"] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of this project that a file imports, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                found.add(name if name in MODULES else node.module)
+        elif isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+    return {name for name in found if name in MODULES and name != FRONT_DOOR}
+
+
+GRAPH = {name: imports(path) for name, path in MODULES.items()}
+
+
+def layer(name: str) -> int:
+    for number, packages in enumerate(LAYERS):
+        if any(name == package or name.startswith(f"{package}.") for package in packages):
+            return number
+    pytest.fail(f"{name} is in no layer; add it to LAYERS in {Path(__file__).name}")
+
+
+@pytest.mark.parametrize("name", sorted(GRAPH.keys() - {FRONT_DOOR}))
+def test_a_module_imports_only_its_own_layer_and_those_below(name):
+    assert not {other for other in GRAPH[name] if layer(other) > layer(name)}
+
+
+def test_no_import_runs_in_a_circle():
+    finished: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join((*path[path.index(name) :], name))
+        if name not in finished:
+            for other in GRAPH[name]:
+                visit(other, (*path, name))
+            finished.add(name)
+
+    for name in GRAPH.keys() - {FRONT_DOOR}:
+        visit(name, ())
+
+
+def test_no_package_of_components_is_named_as_a_pipeline_of_diffusers():
+    """diffusers writes a wrong module path into model_index.json for a component whose package has such a name."""
+    spec = find_spec("diffusers.pipelines")
+    assert spec is not None and spec.submodule_search_locations
+    theirs = {path.name for path in Path(spec.submodule_search_locations[0]).iterdir() if path.is_dir()}
+    assert "kandinsky" in theirs, "diffusers keeps its pipelines elsewhere now"
+    packages = {name for module in MODULES for name in module.split(".")[:-1] if module.count(".")}
+    assert not (packages - {"t2i"}) & theirs
+
+
+def test_a_folder_holds_at_most_18_files():
+    folders = {path.parent for path in MODULES.values()}
+    assert {folder: count for folder in folders if (count := len(list(folder.glob("*.py")))) > 18} == {}
+
+
+def test_nothing_outside_the_tests_imports_them():
+    sources = [path for top in ("t2i", "pipelines", "training") for path in (ROOT / top).rglob("*.py")]
+    assert [path for path in sources if "from tests" in path.read_text() or "import tests" in path.read_text()] == []
+
+
+def test_names_of_a_checkout_are_the_same_modules(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    import t2i.training.train_prior
+    from t2i.pipelines.text2image import Text2ImagePipeline as Installed
+
+    from pipelines import Text2ImagePipeline
+    from training import train_prior
+
+    assert Text2ImagePipeline is Installed
+    assert train_prior is t2i.training.train_prior
