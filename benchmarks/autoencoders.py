@@ -18,10 +18,10 @@ from torch import Tensor
 
 from t2i.config import DataConfig
 from t2i.data import CaptionedPictures
-from t2i.evaluation.contact_sheet import labelled_rows, to_images
+from t2i.evaluation.contact_sheet import build_labelled_rows, to_pil_images
 from t2i.interop.by_name import load_autoencoder, load_clip
 from t2i.networks.autoencoder import Autoencoder
-from t2i.networks.perceptual import Perceptual
+from t2i.networks.perceptual import PerceptualDistance
 
 BATCH = 64
 CROP, ENLARGED, COLUMNS = 48, 144, 7
@@ -30,7 +30,7 @@ COLUMN_NAMES = ("PSNR, dB", "L1", "perceptual x 1000", "Fréchet x 1000", "patch
 
 
 def read(path: str, split: str | None, size: int, count: int) -> Tensor:
-    return torch.cat(list(CaptionedPictures(DataConfig(path, size), split).sample(count, BATCH)))
+    return torch.cat(list(CaptionedPictures(DataConfig(path, size), split).iterate_images(count, BATCH)))
 
 
 def batched(function, *tensors: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def patch_projections(pictures: Tensor) -> Tensor:
     return (found @ directions).sort(dim=0).values
 
 
-def measure(pictures: Tensor, held_out: Tensor, autoencoder: Autoencoder, perceptual: Perceptual) -> list[str]:
+def measure(pictures: Tensor, held_out: Tensor, autoencoder: Autoencoder, perceptual: PerceptualDistance) -> list[str]:
     again, other = reconstruct(autoencoder, pictures), reconstruct(autoencoder, held_out)
     squared = (other - held_out).square().mean(dim=(1, 2, 3))
     embeddings = [batched(perceptual.clip.encode_image, one) for one in (again, pictures)]
@@ -98,9 +98,9 @@ def draw(held_out: Tensor, autoencoders: dict[str, Autoencoder], path: str) -> N
     rows = {}
     for name, pictures in {"original": chosen, **{k: reconstruct(v, chosen) for k, v in autoencoders.items()}}.items():
         parts = [one[:, y : y + CROP, x : x + CROP] for one, (y, x) in zip(pictures, corners)]
-        images = to_images(torch.stack(parts))
+        images = to_pil_images(torch.stack(parts))
         rows[name] = [image.resize((ENLARGED, ENLARGED), Image.Resampling.NEAREST) for image in images]
-    sheet = labelled_rows(rows, [""] * len(chosen))
+    sheet = build_labelled_rows(rows, [""] * len(chosen))
     sheet.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
@@ -112,7 +112,7 @@ def main(arguments: list[str]) -> None:
             at = arguments.index(option)
             options[option] = arguments[at + 1]
             del arguments[at : at + 2]
-    perceptual = Perceptual(load_clip(options["--clip"]).float())
+    perceptual = PerceptualDistance(load_clip(options["--clip"]).float())
     autoencoders = {
         name: load_autoencoder(folder).float() for name, folder in (one.split("=", 1) for one in arguments[1:])
     }

@@ -4,10 +4,11 @@
 
 Two choices: the decoder and the autoencoder alone, which is where the time goes, and everything. In both, networks
 alone compute in bf16: latents, z_i, the schedulers' steps and the guidance are fp32
-(`t2i.diffusion.denoiser.conditional`,
-`t2i.diffusion.guidance.guided`). 200 captions, half of them held out, each with its own seed; a picture shows the
+(`t2i.diffusion.denoiser.build_conditional_predict`,
+`t2i.diffusion.guidance.build_guided_predict`). 200 captions, half of them held out, each with its own seed; a
+picture shows the
 real emoji
-that is nearest by `t2i.evaluation.emoji.features`.
+that is nearest by `t2i.evaluation.emoji.compute_pixel_features`.
 """
 
 import sys
@@ -19,8 +20,13 @@ from t2i.pipelines import Text2ImagePipeline
 from torch import Generator, Tensor
 
 from benchmarks.side_by_side import Row, alternate, device, row, run
-from t2i.evaluation.emoji import choose, features, read_emoji, stacked
-from t2i.runtime.devices import check_bf16
+from t2i.evaluation.emoji import (
+    choose_emoji_captions,
+    compute_pixel_features,
+    iterate_emoji_batches,
+    open_emoji_dataset,
+)
+from t2i.runtime.devices import check_bf16_support
 
 ROOT = Path(__file__).resolve().parents[1]
 EMOJI, PICTURES = ROOT / "models" / "emoji", ROOT / "data" / "emoji"
@@ -47,15 +53,17 @@ def draw(pipeline: Text2ImagePipeline, texts: list[str], first: int = 0, steps: 
 
 def same_emoji(pipelines: dict[str, Text2ImagePipeline], peer: str) -> dict[str, str]:
     """What each pipeline's pictures have in common with the peer's, in words."""
-    dataset, records = read_emoji(PICTURES)
-    real = torch.cat([features(batch) for batch in stacked(dataset, records)])
-    texts = [one.text for part in choose(records).values() for one in part[:EACH]]
+    dataset, records = open_emoji_dataset(PICTURES)
+    real = torch.cat([compute_pixel_features(batch) for batch in iterate_emoji_batches(dataset, records)])
+    texts = [one.text for part in choose_emoji_captions(records).values() for one in part[:EACH]]
     same, mean = dict.fromkeys(pipelines, 0), dict.fromkeys(pipelines, 0.0)
     largest, other = dict.fromkeys(pipelines, 0.0), {name: list[str]() for name in pipelines}
     for start in range(0, len(texts), BATCH):
         part = texts[start : start + BATCH]
         drawn = {name: draw(one, part, SEED + start) for name, one in pipelines.items()}
-        nearest = {name: torch.cdist(features(2 * one - 1), real).argmin(dim=1) for name, one in drawn.items()}
+        nearest = {
+            name: torch.cdist(compute_pixel_features(2 * one - 1), real).argmin(dim=1) for name, one in drawn.items()
+        }
         for name in pipelines:
             agree, error = nearest[name] == nearest[peer], (drawn[name] - drawn[peer]).abs()
             same[name] += int(agree.sum())
@@ -81,7 +89,7 @@ def pictures_are_there() -> bool:
 
 
 def main(quick: bool) -> list[Row]:
-    check_bf16(device().type)
+    check_bf16_support(device().type)
     pipelines = {name: load(dtype) for name, dtype in CHOICES.items()} | {"fp32": load()}
     prompts = ["red apple", "grinning face", "blue heart", "dog face"] * 4
     prompts = prompts[:2] if quick else prompts

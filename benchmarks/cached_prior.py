@@ -14,13 +14,19 @@ from typing import Any
 
 import torch
 from t2i.training.common.encodings import open_source
-from t2i.training.common.health import Health
-from t2i.training.common.loop import gradient, prepare, read, start, update
-from t2i.training.train_prior import Config, make_stage
+from t2i.training.common.health import HealthMonitor
+from t2i.training.common.loop import (
+    build_accelerator,
+    compute_gradient,
+    iterate_training_batches,
+    prepare_state,
+    update_weights,
+)
+from t2i.training.train_prior import Config, build_stage
 
 from benchmarks.side_by_side import synchronize
 from t2i.config import load_config
-from t2i.runtime.processes import Watch
+from t2i.runtime.processes import ProcessWatch
 
 ROUNDS = 5
 STEPS = {"live": 4, "cached": 20}  # a round
@@ -29,14 +35,21 @@ STEPS = {"live": 4, "cached": 20}  # a round
 def measure(arguments: list[str]) -> dict[str, Any]:
     settings = ["train.output=unused", "train.trackers=[]", "train.sample_every=0", "train.dry_run=true"]
     config = load_config(Config, "prior", [*arguments, *settings])
-    accelerator = start(config.train)
+    accelerator = build_accelerator(config.train)
     ways = {}
     for name, cache in {"live": None, "cached": config.cache}.items():
         source = open_source(cache, config.data, config.clip)
-        stage = make_stage(config, source, accelerator.device)
-        state = prepare(accelerator, stage, config.train)
-        health = Health(accelerator, stage.dataset, "unused")
-        ways[name] = (source, stage, state, read(stage, state), Watch(accelerator, 600, str), health)
+        stage = build_stage(config, source, accelerator.device)
+        state = prepare_state(accelerator, stage, config.train)
+        health = HealthMonitor(accelerator, stage.dataset, "unused")
+        ways[name] = (
+            source,
+            stage,
+            state,
+            iterate_training_batches(stage, state),
+            ProcessWatch(accelerator, 600, str),
+            health,
+        )
 
     def run(name: str, what: str) -> float:
         """Samples per second."""
@@ -47,9 +60,9 @@ def measure(arguments: list[str]) -> dict[str, Any]:
             if what == "encoded samples":
                 source.encode(next(loader).to(accelerator.device))
             else:
-                norm = gradient(accelerator, stage, state, loader, None, watch, health)
-                health.verdict(state.step, norm, 0)
-                update(accelerator, state, 1e-5, True)
+                norm = compute_gradient(accelerator, stage, state, loader, None, watch, health)
+                health.judge_step(state.step, norm, 0)
+                update_weights(accelerator, state, 1e-5, True)
         synchronize()
         return STEPS[name] * state.samples_per_step / (time.perf_counter() - begun)
 

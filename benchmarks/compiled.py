@@ -4,7 +4,7 @@ from t2i.pipelines import Text2ImagePipeline
 from torch import Generator, Tensor
 
 from benchmarks.side_by_side import Row, alternate, device, difference, row, run
-from t2i.commands import SHIPPED
+from t2i.commands import SHIPPED_MODEL
 from t2i.runtime.compiling import compile_steps
 
 PROMPTS = ["a red apple", "a grinning face", "a blue heart", "a dog"]
@@ -12,7 +12,7 @@ PROMPTS = ["a red apple", "a grinning face", "a blue heart", "a dog"]
 
 def main(quick: bool) -> list[Row]:
     steps, rounds = (1, 1) if quick else (25, 5)
-    plain, compiled = (Text2ImagePipeline.from_pretrained(SHIPPED).to(device()) for _ in range(2))
+    plain, compiled = (Text2ImagePipeline.from_pretrained(SHIPPED_MODEL).to(device()) for _ in range(2))
     step = compile_steps(compiled.decoder, "eager" if quick else "inductor")  # what a compiler writes takes its time
     worst = difference(draw(compiled, steps), draw(plain, steps))
     times = alternate({"ours": lambda: draw(compiled, steps), "not compiled": lambda: draw(plain, steps)}, rounds)

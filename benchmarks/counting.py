@@ -7,7 +7,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.side_by_side import Work, counter
-from t2i.runtime.memory import Alive
+from t2i.runtime.memory import MemoryTracker
 
 ATTENTION = ("_scaled_dot_product", "bmm")  # products of two things that both depend on the input
 KINDS = {  # of operators, by what their names contain; the first that fits
@@ -30,7 +30,7 @@ class Counts:
 
 
 def count(work: Work) -> Counts:
-    with counter() as products, Alive() as alive:
+    with counter() as products, MemoryTracker() as alive:
         work()
     each = {str(name): found for name, found in products.get_flop_counts()["Global"].items()}
     attention = sum(found for name, found in each.items() if any(part in name for part in ATTENTION))

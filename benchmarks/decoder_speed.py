@@ -13,9 +13,9 @@ from torch import Generator, Tensor
 
 from benchmarks.equal_quality import CHOICES, judged
 from benchmarks.side_by_side import Row, alternate, device, difference, flops, generators, peaks, row, run
-from t2i.diffusion.denoiser import draw_noise
-from t2i.diffusion.samplers import chosen
-from t2i.networks.public.kandinsky import KandinskyDecoder, described
+from t2i.diffusion.denoiser import generate_noise
+from t2i.diffusion.samplers import resolve_sampler
+from t2i.networks.public.kandinsky import KandinskyDecoder, derive_kandinsky_config
 from t2i.sampling.sample import sample_decoder
 
 EMBED, SCALE = 320, 4.0
@@ -70,7 +70,7 @@ def ours(decoder: KandinskyDecoder, z_i: Tensor, steps: int, sampler: str | None
     """sampler: of `t2i.diffusion.samplers`; None is the scheduler that the peer has too."""
 
     def work() -> Tensor:
-        scheduler = chosen(sampler, kandinsky_scheduler(), decoder)
+        scheduler = resolve_sampler(sampler, kandinsky_scheduler(), decoder)
         own = generators(len(z_i))
         return sample_decoder(decoder, scheduler, z_i, None, steps, SCALE, own, noise(z_i, decoder))
 
@@ -94,13 +94,13 @@ def diffusers(decoder: KandinskyDecoder, unet: UNet2DConditionModel, z_i: Tensor
 
 def noise(z_i: Tensor, decoder: KandinskyDecoder) -> Tensor:
     size = decoder.config.latent_size
-    return draw_noise((4, size, size), [Generator().manual_seed(100 + one) for one in range(len(z_i))], z_i.device)
+    return generate_noise((4, size, size), [Generator().manual_seed(100 + one) for one in range(len(z_i))], z_i.device)
 
 
 def main(quick: bool) -> list[Row]:
     unet = kandinsky_unet(quick)
     settings = dict(unet.config)
-    decoder = KandinskyDecoder(settings, **described(settings)).to(device()).eval().requires_grad_(False)
+    decoder = KandinskyDecoder(settings, **derive_kandinsky_config(settings)).to(device()).eval().requires_grad_(False)
     decoder.unet.load_state_dict(unet.state_dict())
     decoder.null_embedding.copy_(0.5 * torch.randn(EMBED, generator=Generator().manual_seed(1)))
     rows, steps = [], 2 if quick else 50

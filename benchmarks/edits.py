@@ -9,7 +9,7 @@ against what the autoencoder alone makes of it, which is as near as latents can 
 Edits: 25 held-out pictures and 25 of the training split, each turned from its own name to the name of another emoji of
 its subgroup, drawn by lot. An edit counts if cosine(picture, target) - cosine(picture, source), by the model's CLIP, is
 larger than that of the picture drawn without an edit (theta 0); and, by a measure that no CLIP has a part in, if the
-picture comes nearer to the real emoji of the target (`t2i.evaluation.emoji.features`).
+picture comes nearer to the real emoji of the target (`t2i.evaluation.emoji.compute_pixel_features`).
 
 Prints one JSON line; --out writes a strip of pictures for each kind.
 """
@@ -24,12 +24,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from t2i.pipelines import ImageVariationPipeline, InterpolationPipeline, TextDiffPipeline
-from t2i.pipelines.inputs import read_pictures
+from t2i.pipelines.inputs import read_images
 from torch import Generator, Tensor
 
-from t2i.data.pictures import open_picture
-from t2i.evaluation.contact_sheet import labelled_rows
-from t2i.evaluation.emoji import features
+from t2i.data.pictures import open_image
+from t2i.evaluation.contact_sheet import build_labelled_rows
+from t2i.evaluation.emoji import compute_pixel_features
 
 REAL, EDITS, PLAIN, BATCH = 20, 25, 8, 25  # of each split, of each split, of each picture, at a time
 STEPS = (25, 50)  # of inversion and drawing
@@ -62,7 +62,7 @@ def choose(rows: list[dict[str, Any]], count: int, seed: int) -> list[dict[str, 
 
 def pictures_of(rows: list[dict[str, Any]]) -> Tensor:
     """(N, 3, H, W) in [0, 1]."""
-    return read_pictures([row["folder"] / row["file_name"] for row in rows], 128) / 2 + 0.5
+    return read_images([row["folder"] / row["file_name"] for row in rows], 128) / 2 + 0.5
 
 
 def batched(values: list[str]) -> list[list[str]]:
@@ -109,7 +109,7 @@ def measure_edits(pipeline: TextDiffPipeline, rows: list[dict[str, Any]]) -> dic
         texts = zip(inverted, batched(sources), batched(targets))
         found = torch.cat([pipeline(*one, theta, output_type="pt")[0] for one in texts])
         score = (pipeline.encode_image(2 * found - 1) * (z_target - z_source)).sum(dim=-1)
-        away = (features(2 * found - 1) - features(2 * wanted - 1)).norm(dim=-1)
+        away = (compute_pixel_features(2 * found - 1) - compute_pixel_features(2 * wanted - 1)).norm(dim=-1)
         return score, away, psnr(found, originals)
 
     score, away, kept = judged(0.0)
@@ -145,11 +145,11 @@ def write_strips(pipeline: ImageVariationPipeline, rows: list[dict[str, Any]], o
     for name in names:
         own = [pipeline(named[name], eta=eta, generator=Generator().manual_seed(0)).images[0] for eta in ETAS]
         strip[name] = [
-            open_picture(named[name]),
+            open_image(named[name]),
             *own,
             *pipeline(named[name], num_images_per_prompt=3, generator=Generator().manual_seed(0)).images,
         ]
-    strips["variations"] = labelled_rows(
+    strips["variations"] = build_labelled_rows(
         strip, ["the picture", *(f"own noise, eta {eta:g}" for eta in ETAS), *["new noise"] * 3]
     )
 
@@ -158,13 +158,13 @@ def write_strips(pipeline: ImageVariationPipeline, rows: list[dict[str, Any]], o
     for anchors in (("red apple", "tennis"), ("cat face", "dog face"), ("red apple", "a blue heart")):
         known = [named.get(one, one) for one in anchors]
         strip[" to ".join(anchors)] = between(known, frames=8, generator=Generator().manual_seed(0)).images
-    strips["interpolation"] = labelled_rows(strip, [f"{i / 7:.2f}" for i in range(8)])
+    strips["interpolation"] = build_labelled_rows(strip, [f"{i / 7:.2f}" for i in range(8)])
 
     edit = TextDiffPipeline.from_pipe(pipeline)
     strip = {}
     for source, target in EXAMPLES:
         strip[f"{source} to {target}"] = [edit(named[source], source, target, theta).images[0] for theta in SHOWN]
-    strips["edits"] = labelled_rows(strip, [f"theta {theta:g}" for theta in SHOWN])
+    strips["edits"] = build_labelled_rows(strip, [f"theta {theta:g}" for theta in SHOWN])
 
     for name, picture in strips.items():  # of few colours, to be small
         picture.quantize(128).save(out / f"{name}.png", optimize=True)

@@ -20,15 +20,15 @@ from t2i.pipelines import Text2ImagePipeline
 from torch import Generator, Tensor
 
 from benchmarks.side_by_side import RESULTS, Row, alternate, device, difference, row, run
-from t2i.diffusion.denoiser import draw_noise
+from t2i.diffusion.denoiser import generate_noise
 from t2i.diffusion.guidance import Guidance
-from t2i.diffusion.samplers import make_sampler
-from t2i.networks.decoder import condition_tokens
+from t2i.diffusion.samplers import build_sampler
+from t2i.networks.decoder import embed_condition_tokens
 from t2i.networks.unet_decoder import UNetDecoder
 from t2i.sampling.sample import sample_decoder
 
 EMOJI = Path(__file__).resolve().parents[1] / "models" / "emoji"
-STEPS, SCALE = 50, UNetDecoder.usual_guidance  # the peer's
+STEPS, SCALE = 50, UNetDecoder.default_guidance_scale  # the peer's
 PEER = "diffusers"
 
 
@@ -74,7 +74,7 @@ def unet() -> UNet2DConditionModel:
 def theirs(decoder: UNetDecoder, scheduler: DDIMScheduler, z_i: Tensor, noise: Tensor, steps: int) -> Tensor:
     """Latents, (N, C, h, w), by UNet2DConditionModel's own `forward` in a plain loop of diffusers' scheduler."""
     both = decoder.null(len(z_i)).cat(type(decoder.null(1))(z_i))
-    labels, tokens, _ = condition_tokens(decoder, both)  # once, as pipelines of diffusers do
+    labels, tokens, _ = embed_condition_tokens(decoder, both)  # once, as pipelines of diffusers do
     scheduler.set_timesteps(steps, device=z_i.device)
     x = noise * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
@@ -86,7 +86,7 @@ def theirs(decoder: UNetDecoder, scheduler: DDIMScheduler, z_i: Tensor, noise: T
 
 def ours(decoder: UNetDecoder, scheduler: DDIMScheduler, z_i: Tensor, noise: Tensor, choice: Choice) -> Tensor:
     """Latents, (N, C, h, w)."""
-    sampler = make_sampler(choice.sampler, scheduler)
+    sampler = build_sampler(choice.sampler, scheduler)
     unused = [Generator() for _ in z_i]  # these samplers add no noise
     return sample_decoder(decoder, sampler, z_i, None, choice.steps, choice.guidance, unused, noise)
 
@@ -117,9 +117,13 @@ def main(quick: bool) -> list[Row]:
     pipeline, steps = emoji(), 4 if quick else STEPS
     drawn, rows = ways(steps), []
     for batch in (1,) if quick else (1, 4):
-        z_i = pipeline.sized(torch.randn(batch, pipeline.clip.embed_dim, generator=Generator().manual_seed(0)))
+        z_i = pipeline.normalize_embeds(
+            torch.randn(batch, pipeline.clip.embed_dim, generator=Generator().manual_seed(0))
+        )
         z_i = z_i.to(device())
-        noise = draw_noise(pipeline.latent_shape, [Generator().manual_seed(one) for one in range(batch)], z_i.device)
+        noise = generate_noise(
+            pipeline.latent_shape, [Generator().manual_seed(one) for one in range(batch)], z_i.device
+        )
         equal = Choice("ddim", steps, Guidance(SCALE))
         same = partial(ours, pipeline.decoder, pipeline.decoder_scheduler, z_i, noise, equal)
         works = {"the same": same} | {name: partial(way, z_i, noise) for name, way in drawn.items()}

@@ -29,12 +29,18 @@ from torch import Generator, Tensor
 from benchmarks.equal_quality import CHOICES, PEER, STEPS, emoji, ways
 from benchmarks.side_by_side import RESULTS, machine
 from t2i.data import Record
-from t2i.diffusion.denoiser import draw_noise
-from t2i.evaluation.emoji import base_name, choose, features, read_emoji, stacked
+from t2i.diffusion.denoiser import generate_noise
+from t2i.evaluation.emoji import (
+    choose_emoji_captions,
+    compute_pixel_features,
+    iterate_emoji_batches,
+    open_emoji_dataset,
+    strip_name_modifier,
+)
 from t2i.evaluation.features import CLIPFeatures
-from t2i.evaluation.metrics import MetricSettings, compare, moments
-from t2i.evaluation.quality import score
-from t2i.files.tensor_file import read_tensors, write_tensors
+from t2i.evaluation.metrics import MetricSettings, compare_feature_sets, compute_feature_moments
+from t2i.evaluation.quality import compute_clip_scores
+from t2i.files.tensor_file import read_tensor_file, write_tensor_file
 from t2i.sampling.sample import split_generators
 
 KIND, BATCH = "features of drawn emoji", 32
@@ -59,10 +65,14 @@ class Judge:
     def __init__(self, folder: Path, captions: int | None = None):
         """captions: of each split, for a test; None is all that `t2i eval emoji` draws."""
         self.pipeline = emoji()
-        dataset, self.records = read_emoji(folder)
-        self.chosen: list[Record] = [one for part in choose(self.records).values() for one in part[:captions]]
+        dataset, self.records = open_emoji_dataset(folder)
+        self.chosen: list[Record] = [
+            one for part in choose_emoji_captions(self.records).values() for one in part[:captions]
+        ]
         extract = CLIPFeatures(self.pipeline.clip, str(self.pipeline.device))
-        seen = [(features(batch), extract(batch)) for batch in stacked(dataset, self.records)]
+        seen = [
+            (compute_pixel_features(batch), extract(batch)) for batch in iterate_emoji_batches(dataset, self.records)
+        ]
         self.real, self.real_features = (torch.cat(part) for part in zip(*seen))
         self.extract = extract
 
@@ -77,40 +87,42 @@ class Judge:
             own = [Generator().manual_seed(1_000_000 * seed + start + i) for i in range(len(records))]
             prior, decoder = split_generators(own, len(records))
             text = self.pipeline.encode_prompt(captions)
-            z_i = self.pipeline.draw_embeddings(text, None, PriorOptions(), prior, DecoderOptions())
-            noise = draw_noise(self.pipeline.latent_shape, decoder, z_i.device)
+            z_i = self.pipeline.sample_image_embeds(text, None, PriorOptions(), prior, DecoderOptions())
+            noise = generate_noise(self.pipeline.latent_shape, decoder, z_i.device)
             for name, way in drawn.items():
                 if not part(out, name, seed, start).exists():
-                    pictures = self.pipeline.decode_pictures(way(z_i, noise)).clamp(-1, 1)
+                    pictures = self.pipeline.decode_images(way(z_i, noise)).clamp(-1, 1)
                     about = {"kind": KIND, "captions": captions}
-                    write_tensors(part(out, name, seed, start), self.seen(pictures, captions), about)
+                    write_tensor_file(part(out, name, seed, start), self.seen(pictures, captions), about)
             print(f"seed {seed}, captions from {start}: {time.perf_counter() - begun:.0f} s", flush=True)
 
     def seen(self, pictures: Tensor, captions: list[str]) -> dict[str, Tensor]:
-        nearest = torch.cdist(features(pictures.cpu()), self.real).argmin(dim=1)
-        found = (nearest, self.extract(pictures), score(self.pipeline.clip, pictures, captions))
+        nearest = torch.cdist(compute_pixel_features(pictures.cpu()), self.real).argmin(dim=1)
+        found = (nearest, self.extract(pictures), compute_clip_scores(self.pipeline.clip, pictures, captions))
         return dict(zip(TENSORS, found))
 
     def read(self, name: str, seeds: range, out: Path) -> Drawn:
         held = []
         for seed in seeds:
             starts = range(0, len(self.chosen), BATCH)
-            files = [read_tensors(part(out, name, seed, start), KIND, TENSORS)[0] for start in starts]
+            files = [read_tensor_file(part(out, name, seed, start), KIND, TENSORS)[0] for start in starts]
             held.append({key: torch.cat([one[key] for one in files]) for key in TENSORS})
         nearest, embeds, cosine = (torch.stack([one[key] for one in held], dim=1) for key in TENSORS)
         wanted = torch.tensor([self.records.index(record) for record in self.chosen])[:, None]
-        names = [base_name(record.text) for record in self.records]
+        names = [strip_name_modifier(record.text) for record in self.records]
         number = torch.tensor([names.index(one) for one in names])
         return Drawn((nearest == wanted).double(), (number[nearest] == number[wanted]).double(), cosine, embeds)
 
     def distances(self, drawn: Drawn, captions: Tensor) -> dict[str, float]:
         """Of the pictures of these captions, (n,), which may repeat, to all real emoji."""
         settings = MetricSettings(("fd", "kid"), kid_subset_size=500, kid_subsets=10)
-        return compare(drawn.features[captions].flatten(0, 1), self.real_features, self.moments(), settings)
+        return compare_feature_sets(
+            drawn.features[captions].flatten(0, 1), self.real_features, self.moments(), settings
+        )
 
     def moments(self) -> tuple[Tensor, Tensor]:
         if not hasattr(self, "held"):
-            self.held = moments(self.real_features)
+            self.held = compute_feature_moments(self.real_features)
         return self.held
 
 

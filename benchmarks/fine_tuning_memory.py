@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from t2i.diffusion.condition import ImageCondition, TextEncoding, TokenStates
 from t2i.networks.prior import Prior
-from t2i.networks.public.kandinsky import KandinskyDecoder, described
-from t2i.networks.public.karlo import KarloDecoder, karlo_config
+from t2i.networks.public.kandinsky import KandinskyDecoder, derive_kandinsky_config
+from t2i.networks.public.karlo import KarloDecoder, derive_karlo_config
 
 UNET = {
     "sample_size": 64,
@@ -48,9 +48,9 @@ def make(name: str) -> Any:
         parts: list[Any] = [
             SimpleNamespace(folder=Path(name), settings=lambda found=found: dict(found)) for found in settings
         ]
-        return KarloDecoder(**karlo_config(*parts))
+        return KarloDecoder(**derive_karlo_config(*parts))
     unet = UNET | KANDINSKY | (IMAGE if "2.2" in name else BOTH)
-    return KandinskyDecoder(unet, **described(unet))
+    return KandinskyDecoder(unet, **derive_kandinsky_config(unet))
 
 
 def inputs(model: Any, count: int) -> tuple[Any, ...]:

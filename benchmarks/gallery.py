@@ -23,9 +23,9 @@ from t2i.pipelines import (
 )
 from torch import Generator
 
-from t2i.data.pictures import open_picture, to_tensor
+from t2i.data.pictures import open_image, to_tensor
 from t2i.diffusion.guidance import Guidance
-from t2i.evaluation.contact_sheet import labelled_rows, similarity_matrix
+from t2i.evaluation.contact_sheet import build_labelled_rows, build_similarity_matrix
 from t2i.files.model_folder import load_model
 from t2i.networks.autoregressive_prior import AutoregressivePrior
 from t2i.sampling.steering import Steering, load_classifier
@@ -64,7 +64,7 @@ class Gallery:
 
     def emoji(self, *codes: str) -> list[Image.Image]:
         """Pictures of the data, by the code points in their names."""
-        return [open_picture(self.data / f"{code}.png") for code in codes]
+        return [open_image(self.data / f"{code}.png") for code in codes]
 
 
 def text(gallery: Gallery) -> Shown:
@@ -342,7 +342,7 @@ def similarity(gallery: Gallery) -> Image.Image:
     seen = torch.stack([to_tensor(one, clip.size) for one in pictures])
     with torch.no_grad():
         cosines = clip.encode_text(captions).embedding @ clip.encode_image(seen).T
-    return similarity_matrix(cosines, pictures, captions, "cosine of caption and picture")
+    return build_similarity_matrix(cosines, pictures, captions, "cosine of caption and picture")
 
 
 ROWS: tuple[Callable[[Gallery], Shown | None], ...] = (
@@ -377,7 +377,7 @@ def main() -> None:
             print(f"{name}: left out, its model is not in {MODELS}")
             continue
         path = arguments.out / "images" / f"gallery-{name}.png"
-        save(labelled_rows(shown.rows, shown.captions), path)
+        save(build_labelled_rows(shown.rows, shown.captions), path)
         page.append(f"## {shown.title}\n\n{shown.text}\n\n    {shown.code}\n\n![{shown.title}](images/{path.name})\n")
         print(path)
     if not arguments.only:

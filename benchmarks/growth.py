@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler
-from t2i.training.common.loop import update
+from t2i.training.common.loop import update_weights
 from torch import Generator, Tensor, nn
 
 from benchmarks.counting import count, shares
@@ -30,7 +30,7 @@ from benchmarks.growth_page import write_page
 from benchmarks.prior_speed import captions, make_prior, ours
 from benchmarks.side_by_side import RESULTS, Work, alternate, device, generators, machine, peak_memory
 from benchmarks.training_step import Steps, made_up_steps
-from t2i.commands import SHIPPED
+from t2i.commands import SHIPPED_MODEL
 from t2i.networks.linear import Linear
 from t2i.networks.unet_decoder import UNetDecoder
 from t2i.sampling.sample import sample_decoder
@@ -121,7 +121,9 @@ def slope(points: Sequence[tuple[float, float]]) -> float:
 @lru_cache(maxsize=8)
 def decoder(width: int, size: int, reads: bool) -> UNetDecoder:
     """The shipped emoji decoder's shape, with random weights; the second level is half as wide again."""
-    settings = {name: value for name, value in UNetDecoder.load_config(SHIPPED / "decoder").items() if name[0] != "_"}
+    settings = {
+        name: value for name, value in UNetDecoder.load_config(SHIPPED_MODEL / "decoder").items() if name[0] != "_"
+    }
     wide = settings["unet"]["block_out_channels"]
     settings["unet"] = settings["unet"] | {"block_out_channels": [width * one // wide[0] for one in wide]}
     settings |= {"latent_size": size, "text_width": settings["embed_dim"] if reads else None}
@@ -142,12 +144,12 @@ def prior_task(sizes: Sizes) -> Task:
 def decoder_task(sizes: Sizes) -> Task:
     batch, steps, longest = sizes["batch"], sizes["steps"], sizes["caption tokens"]
     model = decoder(sizes["width"], sizes["latent size"], longest > 0)
-    scheduler = DDIMScheduler.from_pretrained(SHIPPED / "decoder_scheduler")
+    scheduler = DDIMScheduler.from_pretrained(SHIPPED_MODEL / "decoder_scheduler")
     z_i = torch.randn(batch, model.config.embed_dim, generator=Generator().manual_seed(0)).to(device())
     text = captions(batch, model.config.embed_dim, (min(5, longest), longest)) if longest else None
 
     def run() -> Tensor:
-        return sample_decoder(model, scheduler, z_i, text, steps, model.usual_guidance, generators(batch))
+        return sample_decoder(model, scheduler, z_i, text, steps, model.default_guidance_scale, generators(batch))
 
     return Task(run, model, steps)
 
@@ -164,7 +166,7 @@ def training_task(name: str, sizes: Sizes) -> Task:
         for one in weights:
             one.grad = torch.zeros_like(one)
         step.accelerator.clip_grad_norm_(weights, 1.0)
-        update(step.accelerator, step.state, 1e-5, True)
+        update_weights(step.accelerator, step.state, 1e-5, True)
 
     return Task(step, step.state.model, passes=3, copies=4, fixed=fixed)
 

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from diffusers import UnCLIPScheduler, UNet2DConditionModel, UNet2DModel
 from t2i.pipelines import Text2ImagePipeline
-from t2i.pipelines.base import SUPER_RESOLUTION
+from t2i.pipelines.base import SUPER_RESOLUTION_STREAM
 from torch import Generator, Tensor
 
 from benchmarks.pipeline_speed import PROMPTS, each_way, shares
 from benchmarks.side_by_side import Row, alternate, device, difference, generators, peaks, row, run
-from t2i.diffusion.denoiser import draw_noise
+from t2i.diffusion.denoiser import generate_noise
 from t2i.sampling.sample import split_generators
-from t2i.sampling.upsampling import derived_generators
+from t2i.sampling.upsampling import derive_stage_generators
 from tests.helpers import public_folders as public
 from tests.helpers.karlo_folders import karlo_parts
 
@@ -93,7 +93,7 @@ def starts(count: int, away: float = AWAY) -> dict[str, Tensor]:
     picture is not clamped, which is where the noise is about zero.
     """
     shapes = {"prior_latents": (EMBED,), "latents": (3, LOW, LOW), "super_res_latents": (3, HIGH, HIGH)}
-    drawn = {name: draw_noise(shape, generators(count), device()) for name, shape in shapes.items()}
+    drawn = {name: generate_noise(shape, generators(count), device()) for name, shape in shapes.items()}
     return {name: noise.sign() * noise.abs().clamp(min=away) for name, noise in drawn.items()}
 
 
@@ -125,7 +125,7 @@ def theirs(parts: dict[str, tuple[str, Any]]) -> Callable[..., Tensor]:
 
     def draw(prompts: list[str], steps: tuple[int, int, int], away: float = AWAY) -> Tensor:
         first, second = split_generators(generators(len(prompts)), len(prompts))
-        streams = (first, second, derived_generators(second, SUPER_RESOLUTION))
+        streams = (first, second, derive_stage_generators(second, SUPER_RESOLUTION_STREAM))
         settings: dict[str, Any] = {}
         noises = starts(len(prompts), away).values()
         for name, own, noise, count in zip(("prior", "decoder", "super_res"), streams, noises, steps):

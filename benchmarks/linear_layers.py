@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.side_by_side import Row, alternate, device, difference, flops, relative_difference, row, run
-from t2i.networks.linear import by_onednn
+from t2i.networks.linear import use_onednn_linear
 
 WIDTH, DEPTH = 768, 12
 ROWS = (4, 64, 512)  # 4: one prompt with guidance, two tokens a step
@@ -19,7 +19,7 @@ def main(quick: bool) -> list[Row]:
     width, depth, rounds = (256, 1, 1) if quick else (WIDTH, DEPTH, 9)
     torch.manual_seed(0)
     theirs = nn.ModuleList(layer for _ in range(depth) for layer in block(width)).to(device())
-    ours = by_onednn(copy.deepcopy(theirs))
+    ours = use_onednn_linear(copy.deepcopy(theirs))
     rows = []
     for count in ROWS:
         x = torch.randn(count, 4 * width, device=device())

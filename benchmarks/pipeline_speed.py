@@ -23,7 +23,7 @@ from tests.helpers.kandinsky_folders import kandinsky_decoder_parts, kandinsky_p
 PROMPTS = ["a red cat", "a dog", "the red dog and a cat", "a cat and a red cat and a dog"]
 STAGES = {  # of a pipeline, by its methods
     "encode_prompt": "captions",
-    "draw_embeddings": "prior",
+    "sample_image_embeds": "prior",
     "sample_decoder": "decoder",
     "decode": "pictures of latents",
 }

@@ -54,7 +54,7 @@ def make_prior(width: int, depth: int, embed_dim: int) -> Prior:
     torch.manual_seed(0)
     prior = Prior(embed_dim, embed_dim, PADDED, width, depth, width // 64 or 1, unit_length=False, usual_guidance=SCALE)
     nn.init.normal_(prior.query, std=0.02)
-    prior.set_encodings(captions(1, embed_dim, (2, 2)), torch.zeros(embed_dim), torch.ones(embed_dim))
+    prior.set_embed_statistics(captions(1, embed_dim, (2, 2)), torch.zeros(embed_dim), torch.ones(embed_dim))
     return prior.eval().requires_grad_(False).to(device())
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from t2i.evaluation.priors import evaluate_prior, open_cache
+from t2i.evaluation.priors import evaluate_prior_splits, open_cache_splits
 from t2i.networks.autoregressive_prior import AutoregressivePrior
 from t2i.networks.prior import Prior
 from t2i.sampling.embeddings import load_prior
@@ -45,10 +45,10 @@ def measure(cache: str, named: list[str], count: int) -> Iterator[dict[str, Any]
         name, _, folder = one.partition("=")
         prior, scheduler = load_prior(folder)
         prior = None if prior is None else prior.float()
-        splits = open_cache(cache, prior)
+        splits = open_cache_splits(cache, prior)
         for settings in settings_of(prior):
             begun = time.perf_counter()
-            scores = evaluate_prior(prior, scheduler, splits, count, **settings)
+            scores = evaluate_prior_splits(prior, scheduler, splits, count, **settings)
             yield {"prior": name, **settings, **scores, "seconds": round(time.perf_counter() - begun, 1)}
 
 
@@ -56,11 +56,11 @@ def pictures(model: str, data: str) -> Iterator[dict[str, Any]]:
     """CLIP scores of the held-out captions' pictures; `gain` is over one candidate, picture by picture."""
     from t2i.pipelines.jobs.generation import load_pipeline
 
-    from t2i.evaluation.emoji import choose, read_emoji
+    from t2i.evaluation.emoji import choose_emoji_captions, open_emoji_dataset
 
     pipeline = load_pipeline(model, "cpu")
     pipeline.set_progress_bar_config(disable=True)
-    captions = [record.text for record in choose(read_emoji(data)[1])["held_out"]]
+    captions = [record.text for record in choose_emoji_captions(open_emoji_dataset(data)[1])["held_out"]]
     for scale in (1.0, 2.0):
         alone = None
         for candidates in (1, 2, 8):

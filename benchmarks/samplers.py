@@ -21,12 +21,18 @@ from t2i.pipelines.text2image import Text2ImagePipeline
 from torch import Generator, Tensor
 
 from benchmarks.plot import Line, Panel, plot
-from t2i.commands import SHIPPED
+from t2i.commands import SHIPPED_MODEL
 from t2i.data import CaptionedPictures, Record
-from t2i.diffusion.samplers import SAMPLERS, make_sampler
-from t2i.evaluation.emoji import base_name, choose, features, read_emoji, stacked
-from t2i.evaluation.metrics import frechet_distance, moments
-from t2i.sampling.embeddings import usual_guidance
+from t2i.diffusion.samplers import SAMPLERS, build_sampler
+from t2i.evaluation.emoji import (
+    choose_emoji_captions,
+    compute_pixel_features,
+    iterate_emoji_batches,
+    open_emoji_dataset,
+    strip_name_modifier,
+)
+from t2i.evaluation.metrics import compute_feature_moments, compute_frechet_distance
+from t2i.sampling.embeddings import default_guidance_scale
 from t2i.sampling.sample import sample_decoder, sample_prior, split_generators
 
 STEPS = (5, 10, 25)
@@ -43,17 +49,19 @@ class Bench:
     def __init__(self, folder: Path, captions: int, model: str):
         self.pipeline = Text2ImagePipeline.from_pretrained(model)
         self.dataset: CaptionedPictures
-        self.dataset, self.records = read_emoji(folder)
-        self.chosen: list[Record] = choose(self.records, captions)["train"]
-        self.real = torch.cat([features(batch) for batch in stacked(self.dataset, self.records)])
-        embeds = torch.cat([self.seen(batch) for batch in stacked(self.dataset, self.records)])
+        self.dataset, self.records = open_emoji_dataset(folder)
+        self.chosen: list[Record] = choose_emoji_captions(self.records, captions)["train"]
+        self.real = torch.cat(
+            [compute_pixel_features(batch) for batch in iterate_emoji_batches(self.dataset, self.records)]
+        )
+        embeds = torch.cat([self.seen(batch) for batch in iterate_emoji_batches(self.dataset, self.records)])
         self.center = embeds.mean(dim=0)
         self.axes = torch.linalg.eigh((embeds - self.center).T.cov()).eigenvectors[:, -COMPONENTS:]
-        self.moments = moments(self.project(embeds))
+        self.moments = compute_feature_moments(self.project(embeds))
         self.text = self.pipeline.encode_prompt([record.text for record in self.chosen])
         scheduler = self.pipeline.prior_scheduler
         options, (prior, _) = PriorOptions(), self.generators()
-        settings = (options.prior_num_inference_steps, usual_guidance(self.pipeline.prior), prior)
+        settings = (options.prior_num_inference_steps, default_guidance_scale(self.pipeline.prior), prior)
         self.z_i = sample_prior(self.pipeline.prior, scheduler, self.text, None, *settings)
 
     def generators(self) -> tuple[list[Generator], ...]:
@@ -67,16 +75,20 @@ class Bench:
         return (embeds - self.center) @ self.axes
 
     def cell(self, sampler: str, steps: int, guidance: float) -> dict[str, Any]:
-        scheduler = make_sampler(sampler, self.pipeline.decoder_scheduler)
+        scheduler = build_sampler(sampler, self.pipeline.decoder_scheduler)
         _, generators = self.generators()
         begun = time.perf_counter()
         latents = sample_decoder(self.pipeline.decoder, scheduler, self.z_i, self.text, steps, guidance, generators)
         seconds = time.perf_counter() - begun
         pictures = torch.cat([self.pipeline.decode(part, "pt") for part in latents.split(16)]).float() * 2 - 1
-        nearest = [self.records[i] for i in torch.cdist(features(pictures), self.real).argmin(dim=1).tolist()]
+        nearest = [
+            self.records[i] for i in torch.cdist(compute_pixel_features(pictures), self.real).argmin(dim=1).tolist()
+        ]
         embeds = self.seen(pictures)
         exact = [one.index == other.index for one, other in zip(self.chosen, nearest)]
-        named = [base_name(one.text) == base_name(other.text) for one, other in zip(self.chosen, nearest)]
+        named = [
+            strip_name_modifier(one.text) == strip_name_modifier(other.text) for one, other in zip(self.chosen, nearest)
+        ]
         return {
             "sampler": sampler,
             "steps": steps,
@@ -85,7 +97,7 @@ class Bench:
             "exact": sum(exact) / len(exact),
             "same_name": sum(named) / len(named),
             "cosine": (embeds * self.z_i).sum(dim=1).mean().item(),
-            "frechet": frechet_distance(moments(self.project(embeds)), self.moments),
+            "frechet": compute_frechet_distance(compute_feature_moments(self.project(embeds)), self.moments),
         }
 
 
@@ -94,7 +106,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--captions", type=int, default=32)
-    parser.add_argument("--model", default=str(SHIPPED))
+    parser.add_argument("--model", default=str(SHIPPED_MODEL))
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     bench = Bench(given.folder, given.captions, given.model)

@@ -30,9 +30,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import CANNOT_RUN
 from t2i.errors import InputError
-from t2i.networks.linear import AVAILABLE, product
-from t2i.runtime.devices import computes_in_bf16
-from t2i.runtime.memory import give_back
+from t2i.networks.linear import HAS_ONEDNN, multiply_by_onednn
+from t2i.runtime.devices import can_compute_bf16
+from t2i.runtime.memory import release_freed_memory
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "dalle2-pytorch", "numpy")
@@ -172,7 +172,9 @@ def matrix_rate(dtype: torch.dtype = torch.float32, size: int | None = None) -> 
 
     Of the faster of two libraries: in fp32 on a processor, torch's own product may be far from the limit.
     """
-    return max(product_rate(multiply, dtype, size) for multiply in (torch.matmul, product) if known(multiply, dtype))
+    return max(
+        product_rate(multiply, dtype, size) for multiply in (torch.matmul, multiply_by_onednn) if known(multiply, dtype)
+    )
 
 
 @cache
@@ -185,13 +187,13 @@ def product_rate(
 
 
 def known(multiply: Any, dtype: torch.dtype) -> bool:
-    return multiply is torch.matmul or (AVAILABLE and device().type == "cpu" and dtype == torch.float32)
+    return multiply is torch.matmul or (HAS_ONEDNN and device().type == "cpu" and dtype == torch.float32)
 
 
 def counter() -> FlopCounterMode:
     """torch's own counter of the operations in products, told of those that oneDNN is asked for by name."""
     named = {torch.ops.mkldnn._convolution_pointwise: packed_convolution} if has_packed() else {}
-    if AVAILABLE:
+    if HAS_ONEDNN:
         named[torch.ops.mkldnn._linear_pointwise] = linear
     return FlopCounterMode(display=False, custom_mapping=named)
 
@@ -234,7 +236,7 @@ def peak_memory(work: Work) -> int | None:
         line = next(line for line in status.read_text().splitlines() if line.startswith(name + ":"))
         return 1024 * int(line.split()[1])
 
-    give_back()  # or what was freed before would count as there
+    release_freed_memory()  # or what was freed before would count as there
     try:
         reset.write_text("5")  # the peak begins anew
     except OSError:
@@ -258,7 +260,7 @@ def machine() -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     gflops = {"fp32": matrix_rate()}
-    if computes_in_bf16(device().type):  # where it does not, ten large products take minutes
+    if can_compute_bf16(device().type):  # where it does not, ten large products take minutes
         gflops["bf16"] = matrix_rate(torch.bfloat16)
     if device().type == "cpu":
         gflops["fp32 of torch's own product"] = product_rate(torch.matmul)

@@ -17,7 +17,7 @@ from t2i.pipelines import Text2ImagePipeline
 from torch import nn
 
 from benchmarks.side_by_side import Ratio, Row, alternate, ratio, row, run
-from t2i.commands import SHIPPED
+from t2i.commands import SHIPPED_MODEL
 from t2i.networks.prior import Prior
 
 IMPORTS = "import torch; from diffusers import DiffusionPipeline"
@@ -52,7 +52,7 @@ def main(quick: bool) -> list[Row]:
         rows = [row("t2i generate, cold, to the file", times, at_least=1 / 1.5, note=note)]
         larger = Path(folder) / "larger"
         save_larger(larger, *(TINY if quick else LARGE))
-        folders = {} if quick else {"the shipped model": SHIPPED}
+        folders = {} if quick else {"the shipped model": SHIPPED_MODEL}
         folders["the shipped model with a larger prior"] = larger
         rounds = 1 if quick else 3
         return rows + [one for what, at in folders.items() if (one := loading_row(what, at, rounds)) is not None]
@@ -60,7 +60,7 @@ def main(quick: bool) -> list[Row]:
 
 def save_larger(folder: Path, width: int, depth: int) -> None:
     """The shipped pipeline with a prior of random weights, in fp16 as the shipped one is stored."""
-    pipeline = Text2ImagePipeline.from_pretrained(SHIPPED)
+    pipeline = Text2ImagePipeline.from_pretrained(SHIPPED_MODEL)
     of = pipeline.prior.config
     prior = Prior(
         of.embed_dim, of.text_width, of.context_length, width, depth, width // 64, of.null_length, of.clip_fingerprint

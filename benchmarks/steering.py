@@ -1,7 +1,8 @@
 """What steering does to the emoji model, told nothing else: python -m benchmarks.steering data/emoji CLASSIFIER
 
 Classes: how often a picture's nearest real emoji is of the class, and how different the pictures of a class are,
-against gamma. Nearest is meant in colours and edges (`t2i.evaluation.emoji.features`), of which the classifier knows
+against gamma. Nearest is meant in colours and edges (`t2i.evaluation.emoji.compute_pixel_features`), of which the
+classifier knows
 nothing; diversity is one minus the mean cosine of CLIP's embeddings, for a distance in colours grows with the contrast
 alone. Texts: CLIP's own cosine, and how near the picture is to the real emoji of that caption, in the same features.
 Writes docs/steering.json, and the plot and the pictures of docs/steering.md. Picture i of every row has seed i.
@@ -20,9 +21,9 @@ from t2i.pipelines.jobs.generation import load_pipeline
 from t2i.pipelines.text2image import Text2ImagePipeline
 from torch import Generator, Tensor
 
-from t2i.commands import SHIPPED
-from t2i.evaluation.contact_sheet import labelled_rows, to_images
-from t2i.evaluation.emoji import features, read_emoji, stacked
+from t2i.commands import SHIPPED_MODEL
+from t2i.evaluation.contact_sheet import build_labelled_rows, to_pil_images
+from t2i.evaluation.emoji import compute_pixel_features, iterate_emoji_batches, open_emoji_dataset
 from t2i.sampling.steering import Steering, load_classifier
 
 GAMMAS = (0, 1, 2, 4, 8, 16)
@@ -35,8 +36,8 @@ class Bench:
         self.pipeline: Text2ImagePipeline = load_pipeline(model, "cpu")
         self.classifier, self.steps = load_classifier(classifier), steps
         self.pipeline.set_progress_bar_config(disable=True)
-        dataset, self.records = read_emoji(data)
-        self.real = torch.cat([features(batch) for batch in stacked(dataset, self.records)])
+        dataset, self.records = open_emoji_dataset(data)
+        self.real = torch.cat([compute_pixel_features(batch) for batch in iterate_emoji_batches(dataset, self.records)])
         rows = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
         self.group = {row["file_name"]: row["group"] for row in rows}
 
@@ -63,7 +64,7 @@ class Bench:
         seconds = 0.0
         for name in classes:
             pictures, took = self.draw(each, Steering(gamma, self.classifier, name))
-            seen = features(pictures)
+            seen = compute_pixel_features(pictures)
             nearest = torch.cdist(seen, self.real).argmin(dim=1).tolist()
             right.append(sum(self.group[self.records[i].key] == name for i in nearest) / each)
             z_i = self.pipeline.encode_image(pictures)
@@ -84,7 +85,7 @@ class Bench:
         target = self.pipeline.clip.encode_text(list(TEXTS)).embedding
         cosine = (self.pipeline.encode_image(pictures) * target).sum(dim=1).mean()
         goal = [next(record.index for record in self.records if record.text == text) for text in TEXTS]
-        distances = torch.cdist(features(pictures), self.real)
+        distances = torch.cdist(compute_pixel_features(pictures), self.real)
         near = (distances < distances.gather(1, torch.tensor(goal)[:, None])).float().mean()
         kind = "noise-aware" if noise_aware else "denoised estimate"
         figures = {"gradient": kind, "scale": scale, "cosine": float(cosine), "nearer_emoji": float(near)}
@@ -125,7 +126,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def show(rows: dict[str, Tensor], labels: list[str], path: Path) -> None:
     small = {name: F.interpolate(row, size=72, mode="area") for name, row in rows.items()}
-    sheet = labelled_rows({name: to_images(row) for name, row in small.items()}, labels)
+    sheet = build_labelled_rows({name: to_pil_images(row) for name, row in small.items()}, labels)
     sheet.quantize(64).save(path, optimize=True)
 
 
@@ -170,7 +171,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("data", type=Path)
     parser.add_argument("classifier", type=Path)
-    parser.add_argument("--model", default=str(SHIPPED))
+    parser.add_argument("--model", default=str(SHIPPED_MODEL))
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     parser.add_argument("--each", type=int, default=12)
     parser.add_argument("--steps", type=int, default=25)

@@ -17,16 +17,16 @@ import torch
 from accelerate.state import AcceleratorState
 from t2i.training import train_decoder, train_prior
 from t2i.training.common.encodings import open_source
-from t2i.training.common.loop import start
+from t2i.training.common.loop import build_accelerator
 
 from benchmarks.side_by_side import Row, Times, alternate, device, row, run
 from benchmarks.training_step import QUIET, Steps, made_up_steps
 from t2i.config import load_config
 from t2i.data import Batch
-from t2i.data.dataset import Key
+from t2i.data.dataset import SampleIndex
 from t2i.errors import InputError
-from t2i.networks.linear import is_faster, product
-from t2i.runtime.devices import best_precision
+from t2i.networks.linear import is_onednn_faster, multiply_by_onednn
+from t2i.runtime.devices import choose_training_precision
 
 SCRIPTS: dict[str, Any] = {"prior": train_prior, "decoder": train_decoder}
 CACHE = Path("runs/emoji/cache")
@@ -60,7 +60,7 @@ def readings(rounds: int) -> list[Row]:
 
 
 def precisions() -> list[str]:
-    best = best_precision(device().type)
+    best = choose_training_precision(device().type)
     return ["no"] if best == "no" else ["no", best]
 
 
@@ -75,7 +75,7 @@ def matrix_share(name: str, path: str, overrides: list[str], precision: str, rou
     size = math.ceil((count / 2 / repeated) ** (1 / 3) / 16) * 16
     a, b = (torch.randn(size, size, device=device(), dtype=dtype) for _ in range(2))
 
-    multiply = product if is_faster(a, b) else torch.matmul  # the machine's limit, not a library's
+    multiply = multiply_by_onednn if is_onednn_faster(a, b) else torch.matmul  # the machine's limit, not a library's
 
     def products() -> None:
         for _ in range(repeated):
@@ -102,15 +102,15 @@ class Held:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitems__(self, keys: list[Key]) -> Batch:
+    def __getitems__(self, keys: list[SampleIndex]) -> Batch:
         if len(self.batches) < HELD:
             self.batches.append(self.dataset.__getitems__(keys))
             return self.batches[-1]
         self.calls += 1
         return self.batches[self.calls % HELD]
 
-    def key(self, index: int) -> str:
-        return self.dataset.key(index)
+    def sample_key(self, index: int) -> str:
+        return self.dataset.sample_key(index)
 
 
 def reading(name: str, rounds: int) -> Row:
@@ -119,12 +119,12 @@ def reading(name: str, rounds: int) -> Row:
     models = ["clip=models/emoji/clip"] + (["autoencoder=models/emoji/autoencoder"] if name == "decoder" else [])
     config = load_config(script.Config, name, [f"configs/emoji/{name}.yaml", *QUIET, *models])
     AcceleratorState._reset_state()
-    accelerator = start(config.train)
+    accelerator = build_accelerator(config.train)
     for way in ("ours", "batches in memory"):
         autoencoder = [config.autoencoder] if name == "decoder" else []
         reads = [] if name == "prior" else [False]
         source = open_source(config.cache, config.data, config.clip, *autoencoder, *reads)
-        stage = script.make_stage(config, source, accelerator.device)
+        stage = script.build_stage(config, source, accelerator.device)
         if way != "ours":
             stage = replace(stage, dataset=Held(source.dataset))
         steps = Steps(accelerator, stage, config.train)

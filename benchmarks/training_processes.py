@@ -20,7 +20,7 @@ import torch
 from benchmarks.side_by_side import Ratio, Row, Times, alternate, ratio, row, run
 from benchmarks.training_step import made_up_steps
 from t2i.errors import InputError
-from t2i.networks.linear import is_faster, product
+from t2i.networks.linear import is_onednn_faster, multiply_by_onednn
 
 STEPS = 6  # a turn: less is mostly noise
 WARM_UP = 20  # until captions of most lengths were met, and memory for them is held
@@ -137,7 +137,7 @@ def obey(path: str, core: int) -> None:
     torch.set_num_threads(1)
     step = made_up_steps(path, ["train.mixed_precision=no"], lambda i: 5 + i % 16)
     a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
-    multiply = product if is_faster(a, b) else torch.matmul
+    multiply = multiply_by_onednn if is_onednn_faster(a, b) else torch.matmul
     gradients = torch.zeros(sum(one.numel() for one in step.state.model.parameters()))
     works = {
         "ready": (step, WARM_UP),

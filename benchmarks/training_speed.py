@@ -19,8 +19,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
-from t2i.training.common.loop import start
-from t2i.training.train_prior import Config, make_stage
+from t2i.training.common.loop import build_accelerator
+from t2i.training.train_prior import Config, build_stage
 from torch import Tensor, nn
 
 from benchmarks.peers import dalle2_pytorch, is_there
@@ -28,8 +28,8 @@ from benchmarks.side_by_side import Row, Work, alternate, difference, relative_d
 from benchmarks.training_step import QUIET, MadeUp, Steps
 from t2i.config import load_config
 from t2i.diffusion.condition import TextEncoding
-from t2i.diffusion.process import target
-from t2i.interop.prior_transformer import names_of, to_prior_transformer
+from t2i.diffusion.process import compute_prediction_target
+from t2i.interop.prior_transformer import map_tensor_names, to_prior_transformer
 from t2i.networks.prior import Prior
 
 BATCH, WIDTH, DEPTH = 64, 512, 6
@@ -67,8 +67,8 @@ def our_step(source: MadeUp, width: int, depth: int) -> tuple[Steps, Prior]:
     batch = [f"train.batch_size={len(source.batches[0].index)}", "train.mixed_precision=no", "train.steps=100"]
     schedule = [f"scheduler.{name}={value}" for name, value in EXAMPLE.items()]
     config = load_config(Config, "prior", ["clip=made up", *QUIET, *model, *batch, *schedule, "caption_dropout=0"])
-    accelerator = start(config.train)
-    stage = make_stage(config, source, accelerator.device)  # type: ignore[arg-type]
+    accelerator = build_accelerator(config.train)
+    stage = build_stage(config, source, accelerator.device)  # type: ignore[arg-type]
     step = Steps(accelerator, stage, config.train)
     return step, stage.model
 
@@ -92,10 +92,12 @@ def diffusers_step(source: MadeUp, prior: Prior) -> tuple[Work, int, float]:
     assert our_text is not None and our_z_i is not None
 
     def our_loss() -> Tensor:
-        x = prior.scale(our_z_i)
+        x = prior.scale_image_embeds(our_z_i)
         noise = torch.randn_like(x)
         t = torch.randint(0, scheduler.config.num_train_timesteps, (len(x),), device=x.device)
-        return F.mse_loss(prior(scheduler.add_noise(x, noise, t), t, our_text), target(scheduler, x, noise, t))
+        return F.mse_loss(
+            prior(scheduler.add_noise(x, noise, t), t, our_text), compute_prediction_target(scheduler, x, noise, t)
+        )
 
     worst = compared(prior, our_loss, theirs, loss)
     return optimized(theirs, loss), sum(one.numel() for one in theirs.parameters()), worst
@@ -118,7 +120,9 @@ def compared(prior: Prior, our_loss: Callable[[], Tensor], theirs: nn.Module, lo
 def in_our_names(prior: Prior, gradients: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """diffusers' gradients as ours are: queries, keys and values in one, and for z_t of unit length."""
     names = {
-        ours: parts for ours, parts in names_of(prior.config.depth).items() if parts[0] not in ("clip_mean", "clip_std")
+        ours: parts
+        for ours, parts in map_tensor_names(prior.config.depth).items()
+        if parts[0] not in ("clip_mean", "clip_std")
     }
     found = {ours: torch.cat([theirs[part].flatten() for part in parts]) for ours, parts in names.items()}
     if prior.config.unit_length:  # there the weight has the scale of z_t, here z_t itself

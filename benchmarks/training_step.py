@@ -17,9 +17,16 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from t2i.training.common.health import Health
-from t2i.training.common.log import peak_memory
-from t2i.training.common.loop import Stage, gradient, prepare, read, start, update
+from t2i.training.common.health import HealthMonitor
+from t2i.training.common.log import measure_peak_memory
+from t2i.training.common.loop import (
+    Stage,
+    build_accelerator,
+    compute_gradient,
+    iterate_training_batches,
+    prepare_state,
+    update_weights,
+)
 from torch import Generator, Tensor
 from torch.utils.data import Dataset
 
@@ -27,9 +34,9 @@ from benchmarks.side_by_side import alternate, flops, matrix_rate
 from t2i.config import TrainConfig, load_config
 from t2i.data import Batch
 from t2i.data.cache import AutoencoderFacts, ClipFacts
-from t2i.data.dataset import Key
+from t2i.data.dataset import SampleIndex
 from t2i.diffusion.condition import TextEncoding
-from t2i.runtime.processes import Watch
+from t2i.runtime.processes import ProcessWatch
 
 WARM_UP = 3
 BATCHES = 64  # made ahead, one after the other
@@ -62,7 +69,7 @@ class MadeUp(Dataset):
     def __len__(self) -> int:
         return 1_000_000
 
-    def __getitems__(self, keys: list[Key]) -> Batch:
+    def __getitems__(self, keys: list[SampleIndex]) -> Batch:
         self.calls += 1
         return self.batches[(self.calls - 1) % len(self.batches)]
 
@@ -70,7 +77,7 @@ class MadeUp(Dataset):
         """For a model that reads none: all batches are the same."""
         self.batches = [replace(self.batches[0], text=None)]
 
-    def key(self, index: int) -> str:
+    def sample_key(self, index: int) -> str:
         return str(index)
 
     def to(self, device: torch.device) -> None:
@@ -83,7 +90,7 @@ class MadeUp(Dataset):
         width = self.clip.embed_dim
         return TextEncoding(torch.zeros(1, width), torch.zeros(1, 2, width), torch.ones(1, 2, dtype=torch.bool))
 
-    def statistics(self) -> tuple[Tensor, Tensor]:
+    def compute_statistics(self) -> tuple[Tensor, Tensor]:
         width = self.clip.embed_dim
         return torch.zeros(width), torch.full((width,), width**-0.5)
 
@@ -95,14 +102,17 @@ class Steps:
     """Optimizer steps of the training loop, one a call, without what is saved and logged between them."""
 
     def __init__(self, accelerator: Accelerator, stage: Stage, config: TrainConfig):
-        self.accelerator, self.stage, self.state = accelerator, stage, prepare(accelerator, stage, config)
-        self.watch, self.health = Watch(accelerator, 600, str), Health(accelerator, stage.dataset, "unused")
-        self.loader = read(stage, self.state)
+        self.accelerator, self.stage, self.state = accelerator, stage, prepare_state(accelerator, stage, config)
+        self.watch, self.health = (
+            ProcessWatch(accelerator, 600, str),
+            HealthMonitor(accelerator, stage.dataset, "unused"),
+        )
+        self.loader = iterate_training_batches(stage, self.state)
 
     def __call__(self) -> None:
-        norm = gradient(self.accelerator, self.stage, self.state, self.loader, None, self.watch, self.health)
-        healthy, _ = self.health.verdict(self.state.step, norm, 0)
-        update(self.accelerator, self.state, 1e-5, healthy)
+        norm = compute_gradient(self.accelerator, self.stage, self.state, self.loader, None, self.watch, self.health)
+        healthy, _ = self.health.judge_step(self.state.step, norm, 0)
+        update_weights(self.accelerator, self.state, 1e-5, healthy)
 
     def operations(self, steps: int) -> float:
         """Of products, on average: steps of captions of several lengths are not all of a size."""
@@ -118,13 +128,13 @@ def made_up_steps(path: str, overrides: list[str], lengths: Callable[[int], int]
     script = import_module(f"t2i.training.train_{name}")
     config = load_config(script.Config, name, [path, *QUIET, "cache=null", *overrides])
     AcceleratorState._reset_state()  # another precision than a measurement before it
-    accelerator = start(config.train)
+    accelerator = build_accelerator(config.train)
     size = config.data.image_size
     latents, width = ((16, size // 16, size // 16), 192) if "emoji" in path else ((4, size // 8, size // 8), 768)
     source = MadeUp([lengths(i) for i in range(config.train.batch_size)], latents, width)
     if not getattr(config, "reads_captions", True):
         source.forget_captions()
-    return Steps(accelerator, script.make_stage(config, source, accelerator.device), config.train)
+    return Steps(accelerator, script.build_stage(config, source, accelerator.device), config.train)
 
 
 def measure(path: str, overrides: list[str], tokens: int, steps: int) -> dict[str, Any]:
@@ -147,7 +157,7 @@ def measure(path: str, overrides: list[str], tokens: int, steps: int) -> dict[st
         "spread": round((max(each) - min(each)) / seconds, 2),
         "tflops": round(rate / 1e12, 2),
         "share_of_matrix_product": round(rate / limit, 2),
-        "memory_gb": round(peak_memory(accelerator), 2),
+        "memory_gb": round(measure_peak_memory(accelerator), 2),
         "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "cpu",
         "torch": torch.__version__,
     }

@@ -16,9 +16,9 @@ from torch import Generator, Tensor
 from t2i.config import DataConfig
 from t2i.data import CaptionedPictures, to_tensor
 from t2i.diffusion.stored_schedulers import load_scheduler
-from t2i.evaluation.contact_sheet import labelled_rows, to_images
+from t2i.evaluation.contact_sheet import build_labelled_rows, to_pil_images
 from t2i.files.model_folder import load_model
-from t2i.networks.upsampler import Upsampler, enlarged, reduced
+from t2i.networks.upsampler import Upsampler, enlarge_low_resolution, reduce_to_low_resolution
 from t2i.sampling.upsampling import sample_upsampler
 
 
@@ -79,9 +79,9 @@ def main() -> None:
     options = parser.parse_args()
     upsampler, scheduler = load_model(Upsampler, options.run).eval(), load_scheduler(options.run / "scheduler")
     data, factor = CaptionedPictures(DataConfig(options.data, options.image_size), "held_out"), upsampler.config.factor
-    truth = torch.stack([data.picture(i) for i in range(len(data))])
-    low = (reduced(truth, factor) * 127.5).round() / 127.5  # as a file holds it
-    bicubic = enlarged(low, factor).clamp(-1, 1)
+    truth = torch.stack([data.load_image(i) for i in range(len(data))])
+    low = (reduce_to_low_resolution(truth, factor) * 127.5).round() / 127.5  # as a file holds it
+    bicubic = enlarge_low_resolution(low, factor).clamp(-1, 1)
     print(f"{len(truth)} held-out pictures, {sum(p.numel() for p in upsampler.parameters()):,} parameters")
     print("| | PSNR, dB | L1, of 255 | detail drawn | ms a picture |\n|---|---|---|---|---|")
     print(row("bicubic", bicubic, truth, factor, 0))
@@ -97,15 +97,19 @@ def main() -> None:
     difference = (windows - shown[8]).abs() / 2 * 255
     print(f"windows against whole: {difference.mean():.2f} of 255 on average, {difference.max():.0f} at most")
     other = drawings(32, options.image_size)
-    small = (reduced(other, factor) * 127.5).round() / 127.5
-    print(row("bicubic, other drawings", enlarged(small, factor).clamp(-1, 1), other, factor, 0))
+    small = (reduce_to_low_resolution(other, factor) * 127.5).round() / 127.5
+    print(row("bicubic, other drawings", enlarge_low_resolution(small, factor).clamp(-1, 1), other, factor, 0))
     print(row("4 steps, other drawings", draw(upsampler, scheduler, small, steps=4)[0], other, factor, 0))
     if options.picture is not None:
         chosen = [i * len(truth) // 8 for i in range(8)]
         rows = {"bicubic": bicubic, "8 steps": shown[8], "true": truth}
-        sheet = {"low": [image.resize(truth.shape[-2:], Image.Resampling.NEAREST) for image in to_images(low[chosen])]}
-        sheet |= {name: to_images(value[chosen]) for name, value in rows.items()}
-        labelled_rows(sheet, [data.record(i).text for i in chosen]).quantize(128).save(options.picture, optimize=True)
+        sheet = {
+            "low": [image.resize(truth.shape[-2:], Image.Resampling.NEAREST) for image in to_pil_images(low[chosen])]
+        }
+        sheet |= {name: to_pil_images(value[chosen]) for name, value in rows.items()}
+        build_labelled_rows(sheet, [data.get_record(i).text for i in chosen]).quantize(128).save(
+            options.picture, optimize=True
+        )
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 from t2i.pipelines.base import MAX_IMAGES, UnCLIPPipeline, UnCLIPPipelineOutput
-from t2i.pipelines.inputs import Pictures, read_pictures
-from t2i.pipelines.memory_needed import check_fits
+from t2i.pipelines.inputs import ImageInputs, read_images
+from t2i.pipelines.memory_needed import check_batch_fits
 from t2i.pipelines.options import split_options
 from torch import Generator, Tensor
 
@@ -19,7 +19,7 @@ class ImageToImagePipeline(UnCLIPPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        image: Pictures,
+        image: ImageInputs,
         prompt: str | list[str] | None = None,
         negative_prompt: str | list[str] | None = None,
         strength: float = 0.6,
@@ -32,7 +32,7 @@ class ImageToImagePipeline(UnCLIPPipeline):
         """Draw `num_images_per_prompt` pictures for each picture: those of one in a row.
 
         Args:
-            image: pictures, see `t2i.pipelines.inputs.read_pictures`; resized and cropped to the size that the decoder
+            image: pictures, see `t2i.pipelines.inputs.read_images`; resized and cropped to the size that the decoder
                 draws.
             prompt: what they are to show; one for all or one a picture. None is what the pictures show.
             negative_prompt: what the prior is guided away from.
@@ -49,22 +49,24 @@ class ImageToImagePipeline(UnCLIPPipeline):
         self.interrupted = False
         check_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES)
         check_strength(strength)
-        prior, decoder = split_options(self.usual | options)
-        pictures = read_pictures(image, self.image_size)
+        prior, decoder = split_options(self.default_decoder_options | options)
+        pictures = read_images(image, self.image_size)
         prompts = self.check_prompts("prompt", prompt, len(pictures))
         check_texts("prompt", prompts, empty=False)
         negatives = self.check_prompts("negative_prompt", negative_prompt, len(pictures))
         count = len(pictures) * num_images_per_prompt
         prior_generators, generators = split_generators(generator, count)
-        self.check_noise(prior if prompts else None, decoder, count)
-        away = self.away_from(negative_image_embeds, count)
+        self.check_stage_inputs(prior if prompts else None, decoder, count)
+        away = self.build_negative_condition(negative_image_embeds, count)
         self.check_upsampling(decoder)
-        check_fits(self, prior if prompts else None, decoder, count)
+        check_batch_fits(self, prior if prompts else None, decoder, count)
 
-        z_i, text = self.embed(prompts, negatives, pictures, num_images_per_prompt, prior, prior_generators, decoder)
+        z_i, text = self.compute_image_embeds(
+            prompts, negatives, pictures, num_images_per_prompt, prior, prior_generators, decoder
+        )
         latents = self.encode_latents(pictures).repeat_interleave(num_images_per_prompt, dim=0)
-        images = self.draw(z_i, text, decoder, generators, negative=away, original=latents, strength=strength)
-        return self.finish(images, z_i, return_dict)
+        images = self.draw_images(z_i, text, decoder, generators, negative=away, original=latents, strength=strength)
+        return self.build_output(images, z_i, return_dict)
 
 
 def check_strength(strength: float) -> None:

@@ -5,10 +5,15 @@ from typing import Any
 
 import torch
 from t2i.pipelines.base import MAX_IMAGES, UnCLIPPipelineOutput
-from t2i.pipelines.inputs import Pictures
-from t2i.pipelines.inversion import BipartiteLatent, InvertingPipeline, check_inversion, inversion_options
-from t2i.pipelines.memory_needed import check_fits
-from t2i.pipelines.options import decoder_options
+from t2i.pipelines.inputs import ImageInputs
+from t2i.pipelines.inversion import (
+    BipartiteLatent,
+    InvertingPipeline,
+    build_inversion_options,
+    check_inversion_guidance,
+)
+from t2i.pipelines.memory_needed import check_batch_fits
+from t2i.pipelines.options import build_decoder_options
 from torch import Generator
 
 from t2i.checks import check_integer, check_number
@@ -23,7 +28,7 @@ class ImageVariationPipeline(InvertingPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        image: Pictures | BipartiteLatent,
+        image: ImageInputs | BipartiteLatent,
         prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
         eta: float | None = None,
@@ -37,7 +42,7 @@ class ImageVariationPipeline(InvertingPipeline):
         are the picture itself for eta 0, and roam further the larger eta is.
 
         Args:
-            image: see `t2i.pipelines.inputs.read_pictures`; resized and cropped to the size that the decoder draws.
+            image: see `t2i.pipelines.inputs.read_images`; resized and cropped to the size that the decoder draws.
                 Or what `invert` has made of pictures.
             prompt: what caption-reading decoders read, one for all or one a picture; None is nothing.
             eta: None starts from new noise. From 0 to 1, starts from the picture's own, and this is how much of the
@@ -54,26 +59,30 @@ class ImageVariationPipeline(InvertingPipeline):
         check_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES)
         if eta is not None:
             check_number("eta", eta, 0, 1)
-        decoder = decoder_options(self.usual | options) if eta is None else inversion_options(options, eta)
-        given, count = self.given(image)
+        decoder = (
+            build_decoder_options(self.default_decoder_options | options)
+            if eta is None
+            else build_inversion_options(options, eta)
+        )
+        given, count = self.read_image_or_latent(image)
         if eta is not None and not isinstance(given, BipartiteLatent):
-            check_inversion(decoder)
+            check_inversion_guidance(decoder)
         prompts = self.check_prompts("prompt", prompt, count)
         each = num_images_per_prompt
         _, generators = split_generators(generator, count * each)
-        self.check_noise(None, decoder, len(generators), any_size=eta is None)
+        self.check_stage_inputs(None, decoder, len(generators), any_size=eta is None)
         self.check_upsampling(decoder)
-        check_fits(self, None, decoder, len(generators))
+        check_batch_fits(self, None, decoder, len(generators))
         if eta == 0 and each > 1:
             logger.warning("num_images_per_prompt is %d, but with eta 0 they are all the same", each)
 
-        text = self.read_prompt(prompts) if prompts else None
+        text = self.encode_decoder_prompt(prompts) if prompts else None
         many = None if text is None else text.repeat(each)
         if eta is not None:
-            z_i, noise = (one.repeat_interleave(each, dim=0) for one in self.inverted(given, text, decoder))
-            images = self.redraw(BipartiteLatent(z_i, noise), many, decoder, generators)
+            z_i, noise = (one.repeat_interleave(each, dim=0) for one in self.ensure_inverted(given, text, decoder))
+            images = self.redraw_images(BipartiteLatent(z_i, noise), many, decoder, generators)
         else:
             z_i = given.image_embeds if isinstance(given, BipartiteLatent) else self.encode_image(given)
             z_i = z_i.repeat_interleave(each, dim=0)
-            images = self.draw(z_i, many, decoder, generators)
-        return self.finish(images, z_i, return_dict)
+            images = self.draw_images(z_i, many, decoder, generators)
+        return self.build_output(images, z_i, return_dict)

@@ -11,18 +11,25 @@ from diffusers import SchedulerMixin
 from PIL import Image
 from t2i.pipelines.base import MAX_IMAGES, UnCLIPPipeline, UnCLIPPipelineOutput
 from t2i.pipelines.image_to_image import check_strength
-from t2i.pipelines.inputs import Pictures, check_pixels, read_masks, read_pictures
-from t2i.pipelines.memory_needed import check_fits
+from t2i.pipelines.inputs import ImageInputs, check_pixel_count, read_images, read_masks
+from t2i.pipelines.memory_needed import check_batch_fits
 from t2i.pipelines.options import DecoderOptions, split_options
 from torch import Generator, Tensor
 
 from t2i.checks import check_integer, check_texts
 from t2i.diffusion.condition import ImageCondition, TextEncoding
-from t2i.diffusion.denoiser import Predict, draw_noise
-from t2i.diffusion.inpainting import blend, joined, known_latents, latent_mask, windowed, windows
-from t2i.diffusion.samplers import chosen
+from t2i.diffusion.denoiser import Predict, generate_noise
+from t2i.diffusion.inpainting import (
+    build_blend_callback,
+    build_canvas_windows,
+    build_windowed_predict,
+    concat_masked_latents,
+    downsample_mask,
+    paste_painted_region,
+)
+from t2i.diffusion.samplers import resolve_sampler
 from t2i.errors import InputError
-from t2i.sampling.sample import decoder_predict, split_generators
+from t2i.sampling.sample import build_decoder_predict, split_generators
 
 MAX_MARGIN = 4096
 
@@ -33,8 +40,8 @@ class InpaintPipeline(UnCLIPPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        image: Pictures,
-        mask_image: Pictures,
+        image: ImageInputs,
+        mask_image: ImageInputs,
         prompt: str | list[str] | None = None,
         negative_prompt: str | list[str] | None = None,
         strength: float = 1.0,
@@ -47,7 +54,7 @@ class InpaintPipeline(UnCLIPPipeline):
         """Paint where the mask is white, `num_images_per_prompt` times for each picture: those of one in a row.
 
         Args:
-            image: pictures of one size; see `t2i.pipelines.inputs.read_pictures`. They are not resized.
+            image: pictures of one size; see `t2i.pipelines.inputs.read_images`. They are not resized.
             mask_image: one for all or one a picture, of the pictures' size: white, from half the range on, is painted.
             prompt: what the whole pictures are to show; one for all or one a picture. None is what they show now.
             negative_prompt: what the prior is guided away from.
@@ -62,13 +69,13 @@ class InpaintPipeline(UnCLIPPipeline):
         Raises:
             InputError: for a value that is not allowed, before any work starts.
         """
-        pictures = read_pictures(image)
-        self.check_canvas(pictures)
+        pictures = read_images(image)
+        self.check_canvas_size(pictures)
         masks = read_masks(mask_image, len(pictures), pictures.shape[-2:])
         settings = (prompt, negative_prompt, strength, num_images_per_prompt, generator, negative_image_embeds, options)
-        return self.paint(pictures, pictures, masks, *settings, return_dict=return_dict)
+        return self.paint_images(pictures, pictures, masks, *settings, return_dict=return_dict)
 
-    def paint(
+    def paint_images(
         self,
         shown: Tensor,
         pictures: Tensor,
@@ -86,7 +93,7 @@ class InpaintPipeline(UnCLIPPipeline):
         self.interrupted = False
         check_integer("num_images_per_prompt", each, 1, MAX_IMAGES)
         check_strength(strength)
-        prior, decoder = split_options(self.usual | options)
+        prior, decoder = split_options(self.default_decoder_options | options)
         if decoder.upsample:
             raise InputError("upsample is not for inpainting, which keeps pixels as they are; upsample its pictures")
         prompts = self.check_prompts("prompt", prompt, len(pictures))
@@ -94,24 +101,28 @@ class InpaintPipeline(UnCLIPPipeline):
         negatives = self.check_prompts("negative_prompt", negative_prompt, len(pictures))
         count = len(pictures) * each
         prior_generators, generators = split_generators(generator, count)
-        canvas, mask = (self.whole_cells(one).to(self._execution_device) for one in (pictures, masks))
+        canvas, mask = (self.pad_to_latent_cells(one).to(self._execution_device) for one in (pictures, masks))
         height, width = (side // self.autoencoder.factor for side in canvas.shape[-2:])
-        self.check_noise(prior if prompts else None, replace(decoder, latents=None, super_res_latents=None), count)
+        self.check_stage_inputs(
+            prior if prompts else None, replace(decoder, latents=None, super_res_latents=None), count
+        )
         self.check_tensor("latents", decoder.latents, (count, self.latent_shape[0], height, width))
         self.check_super_resolution(decoder, (count, 3, *canvas.shape[-2:]))
         sides = dict(zip(("height", "width"), canvas.shape[-2:]))
-        check_fits(self, prior if prompts else None, replace(decoder, **sides), count, window=self.latent_shape[-1])
-        away = self.away_from(negative_image_embeds, count)
+        check_batch_fits(
+            self, prior if prompts else None, replace(decoder, **sides), count, window=self.latent_shape[-1]
+        )
+        away = self.build_negative_condition(negative_image_embeds, count)
         whole, inside = (one.repeat_interleave(each, dim=0).to(canvas.device) for one in (pictures, masks))
 
         def to_images(latents: Tensor, output_type: str = "pil", *last: Any) -> Any:
-            painted = self.decode_pictures(latents, *last)[..., : whole.shape[-2], : whole.shape[-1]]
-            return self.image_processor.postprocess(joined(painted, whole, inside), output_type)
+            painted = self.decode_images(latents, *last)[..., : whole.shape[-2], : whole.shape[-1]]
+            return self.image_processor.postprocess(paste_painted_region(painted, whole, inside), output_type)
 
-        z_i, text = self.embed(prompts, negatives, shown, each, prior, prior_generators, decoder)
+        z_i, text = self.compute_image_embeds(prompts, negatives, shown, each, prior, prior_generators, decoder)
         x = self.paint_latents(z_i, text, canvas, mask, strength, decoder, generators, to_images, away)
         images = x if decoder.output_type == "latent" else to_images(x, decoder.output_type, decoder, generators)
-        return self.finish(images, z_i, return_dict)
+        return self.build_output(images, z_i, return_dict)
 
     def paint_latents(
         self,
@@ -129,15 +140,15 @@ class InpaintPipeline(UnCLIPPipeline):
         previews."""
         each = len(generators) // len(canvas)
         latents = self.encode_latents(canvas).repeat_interleave(each, dim=0)
-        mask = latent_mask(mask, self.autoencoder.factor).repeat_interleave(each, dim=0)
+        mask = downsample_mask(mask, self.autoencoder.factor).repeat_interleave(each, dim=0)
         if options.latents is None:
-            options.latents = draw_noise(latents.shape[1:], generators, latents.device)
+            options.latents = generate_noise(latents.shape[1:], generators, latents.device)
         noise = options.latents.to(latents.device).float()
-        scheduler = chosen(options.sampler, self.decoder_scheduler, self.decoder)
-        hold = blend(scheduler, latents, mask, noise)
+        scheduler = resolve_sampler(options.sampler, self.decoder_scheduler, self.decoder)
+        hold = build_blend_callback(scheduler, latents, mask, noise)
         self.offload_all_but("decoder")
-        told = self.told(z_i.to(latents.device), options, generators)
-        predict = self.predict_canvas(told, text, known_latents(latents, mask), options, scheduler, negative)
+        told = self.noise_image_embeds(z_i.to(latents.device), options, generators)
+        predict = self.predict_canvas(told, text, concat_masked_latents(latents, mask), options, scheduler, negative)
         more: dict[str, Any] = {"original": latents, "strength": strength} if strength < 1 else {}
         more |= {"predict": predict, "on_step": hold, "scheduler": scheduler, "to_images": to_images}
         return self.sample_decoder(z_i, text, options, generators, **more)
@@ -152,19 +163,21 @@ class InpaintPipeline(UnCLIPPipeline):
         negative: ImageCondition | None = None,
     ) -> Predict:
         """What the guided decoder predicts of a canvas of any size; known: (N, C + 1, h, w)."""
-        places = windows(known.shape[-2], known.shape[-1], self.latent_shape[-1])
+        places = build_canvas_windows(known.shape[-2], known.shape[-1], self.latent_shape[-1])
         settings = (self.decoder, scheduler, z_i.to(known.device), text, options.guidance_scale, negative)
         # One a window, for guidance with momentum remembers what it saw.
-        return windowed([decoder_predict(*settings, place.of(known)) for place in places], places)
+        return build_windowed_predict(
+            [build_decoder_predict(*settings, place.crop_latents(known)) for place in places], places
+        )
 
-    def whole_cells(self, x: Tensor) -> Tensor:
+    def pad_to_latent_cells(self, x: Tensor) -> Tensor:
         """(P, ., H, W), continued by its border to whole latents; of a mask, by nothing."""
         right, bottom = (-side % self.autoencoder.factor for side in (x.shape[-1], x.shape[-2]))
         if x.shape[1] == 1:
             return F.pad(x, (0, right, 0, bottom))
         return F.pad(x, (0, right, 0, bottom), mode="replicate")
 
-    def check_canvas(self, pictures: Tensor) -> None:
+    def check_canvas_size(self, pictures: Tensor) -> None:
         height, width = pictures.shape[-2:]
         if min(height, width) < self.image_size:
             raise InputError(
@@ -179,7 +192,7 @@ class OutpaintPipeline(InpaintPipeline):
     @torch.no_grad()
     def __call__(  # type: ignore[override]
         self,
-        image: Pictures,
+        image: ImageInputs,
         left: int = 0,
         right: int = 0,
         top: int = 0,
@@ -198,13 +211,13 @@ class OutpaintPipeline(InpaintPipeline):
             InputError: for a value that is not allowed, before any work starts.
         """
         margins = check_margins(left=left, right=right, top=top, bottom=bottom)
-        pictures = read_pictures(image)
-        check_enlarged(pictures.shape[-1], pictures.shape[-2], *margins)
+        pictures = read_images(image)
+        check_enlarged_size(pictures.shape[-1], pictures.shape[-2], *margins)
         canvas = F.pad(pictures, margins, mode="replicate")
-        self.check_canvas(canvas)
+        self.check_canvas_size(canvas)
         mask = F.pad(torch.zeros_like(pictures[:, :1]), margins, value=1.0)
         settings = (prompt, negative_prompt, 1.0, num_images_per_prompt, generator, negative_image_embeds, options)
-        return self.paint(pictures, canvas, mask, *settings, return_dict=return_dict)
+        return self.paint_images(pictures, canvas, mask, *settings, return_dict=return_dict)
 
 
 def check_margins(**margins: int) -> tuple[int, ...]:
@@ -216,6 +229,6 @@ def check_margins(**margins: int) -> tuple[int, ...]:
     return tuple(margins.values())
 
 
-def check_enlarged(width: int, height: int, left: int, right: int, top: int, bottom: int) -> None:
+def check_enlarged_size(width: int, height: int, left: int, right: int, top: int, bottom: int) -> None:
     """Refuse margins that make of a picture one larger than is taken."""
-    check_pixels("image with its margins", width + left + right, height + top + bottom)
+    check_pixel_count("image with its margins", width + left + right, height + top + bottom)

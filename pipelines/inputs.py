@@ -12,19 +12,19 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from t2i.checks import check_integer
-from t2i.data.pictures import MAX_PIXELS, open_picture, to_rgb, to_tensor
+from t2i.data.pictures import MAX_PIXELS, open_image, to_rgb, to_tensor
 from t2i.errors import InputError
 
-MAX_PICTURES = 1024
-MAX_SIZE = 4096
-SHAPES = "an array is (H, W, 3), a tensor is (3, H, W), or several of them in one"
+MAX_INPUT_IMAGES = 1024
+MAX_IMAGE_SIZE = 4096
+IMAGE_SHAPES = "an array is (H, W, 3), a tensor is (3, H, W), or several of them in one"
 MASK_SHAPES = "a mask is (H, W), as an array (H, W, 1 or 3), as a tensor (1 or 3, H, W); give several as a list"
 
-Picture: TypeAlias = Image.Image | str | Path | np.ndarray | Tensor
-Pictures: TypeAlias = Picture | Sequence[Picture]
+ImageInput: TypeAlias = Image.Image | str | Path | np.ndarray | Tensor
+ImageInputs: TypeAlias = ImageInput | Sequence[ImageInput]
 
 
-def read_pictures(images: Pictures, size: int | None = None, name: str = "image") -> Tensor:
+def read_images(images: ImageInputs, size: int | None = None, name: str = "image") -> Tensor:
     """-> (N, 3, size, size), fp32, in [-1, 1]: the short side resized to `size`, the middle cut out.
 
     Without a size: (N, 3, H, W), pictures of one size as they are.
@@ -39,21 +39,23 @@ def read_pictures(images: Pictures, size: int | None = None, name: str = "image"
         InputError: for what is no picture, does not decode, is too large, or has values out of range; for none at all.
     """
     if size is not None:
-        check_integer("size", size, 1, MAX_SIZE)
-    found = split_pictures(images, name)
+        check_integer("size", size, 1, MAX_IMAGE_SIZE)
+    found = split_images(images, name)
     if not found:
         raise InputError(f"{name} has no pictures; give one or more")
-    if len(found) > MAX_PICTURES:
-        raise InputError(f"{name} has {len(found)} pictures; at most {MAX_PICTURES} are taken")
+    if len(found) > MAX_INPUT_IMAGES:
+        raise InputError(f"{name} has {len(found)} pictures; at most {MAX_INPUT_IMAGES} are taken")
     several = len(found) > 1
-    read = [read_picture(one, size, f"{name} {i + 1}" if several else name) for i, one in enumerate(found)]
+    read = [read_image(one, size, f"{name} {i + 1}" if several else name) for i, one in enumerate(found)]
     for i, one in enumerate(read):
         if one.shape != read[0].shape:
-            raise InputError(f"{name} {i + 1} is {sides(one)}, the first is {sides(read[0])}; give them of one size")
+            raise InputError(
+                f"{name} {i + 1} is {format_size(one)}, the first is {format_size(read[0])}; give them of one size"
+            )
     return torch.stack(read)
 
 
-def read_masks(masks: Pictures, count: int, size: tuple[int, int], name: str = "mask_image") -> Tensor:
+def read_masks(masks: ImageInputs, count: int, size: tuple[int, int], name: str = "mask_image") -> Tensor:
     """-> (count, 1, H, W), fp32, of 0 and 1: 1, what is to be painted, from half the range on.
 
     Args:
@@ -65,25 +67,25 @@ def read_masks(masks: Pictures, count: int, size: tuple[int, int], name: str = "
     Raises:
         InputError: for masks of another number, shape or size, and for those that paint nothing or everything.
     """
-    found = split_pictures(masks, name, least=2)
+    found = split_images(masks, name, least=2)
     if len(found) not in (1, count):
         raise InputError(f"{name} has {len(found)} masks for {count} pictures; give one, or one a picture")
     read = [read_mask(one, name) for one in found]
     for one in read:
         if one.shape[-2:] != size:
-            raise InputError(f"{name} is {sides(one)}, the picture is {size[1]} x {size[0]}; they must agree")
+            raise InputError(f"{name} is {format_size(one)}, the picture is {size[1]} x {size[0]}; they must agree")
         if one.all() or not one.any():
             what = "white: nothing stays; draw a new picture" if one.all() else "black: there is nothing to paint"
             raise InputError(f"{name} is all {what}")
     return torch.stack(read * count if len(read) == 1 else read)
 
 
-def read_mask(mask: Picture, name: str) -> Tensor:
+def read_mask(mask: ImageInput, name: str) -> Tensor:
     """-> (1, H, W), fp32, of 0 and 1."""
     if isinstance(mask, str | Path):
-        mask = open_picture(mask)
+        mask = open_image(mask)
     if isinstance(mask, Image.Image):
-        check_pixels(name, mask.width, mask.height)
+        check_pixel_count(name, mask.width, mask.height)
         values = np.asarray(to_rgb(mask).convert("L"))
     else:
         values = np.asarray(mask) if isinstance(mask, np.ndarray) else mask.detach().cpu().numpy()
@@ -92,7 +94,7 @@ def read_mask(mask: Picture, name: str) -> Tensor:
             if values.shape[channels] not in (1, 3):
                 raise InputError(f"{name} has the shape {values.shape}; {MASK_SHAPES}")
             values = values.mean(axis=channels).astype(values.dtype)
-        check_pixels(name, values.shape[-1], values.shape[-2])
+        check_pixel_count(name, values.shape[-1], values.shape[-2])
     if values.dtype == bool:
         return torch.from_numpy(values)[None].float()
     if values.dtype == np.uint8:
@@ -102,47 +104,47 @@ def read_mask(mask: Picture, name: str) -> Tensor:
     return torch.from_numpy(values >= 0.5)[None].float()
 
 
-def sides(picture: Tensor) -> str:
+def format_size(picture: Tensor) -> str:
     return f"{picture.shape[-1]} x {picture.shape[-2]}"
 
 
-def split_pictures(images: Any, name: str = "image", least: int = 3) -> list[Any]:
+def split_images(images: Any, name: str = "image", least: int = 3) -> list[Any]:
     """Pictures one by one; `least` is the number of dimensions of one, or one less than of several."""
     if isinstance(images, Image.Image | str | Path):
         return [images]
     if isinstance(images, np.ndarray | Tensor):
         if not least <= images.ndim <= 4:
-            raise InputError(f"{name} has the shape {tuple(images.shape)}; {SHAPES}")
+            raise InputError(f"{name} has the shape {tuple(images.shape)}; {IMAGE_SHAPES}")
         return [images] if images.ndim < 4 else list(images)
     if isinstance(images, Sequence) and not isinstance(images, bytes | bytearray):
-        return [part for one in images for part in split_pictures(one, name, least)]
+        return [part for one in images for part in split_images(one, name, least)]
     raise InputError(f"{name} must be a picture or a list of pictures, got {type(images).__name__}")
 
 
-def read_picture(image: Picture, size: int | None, name: str = "image") -> Tensor:
+def read_image(image: ImageInput, size: int | None, name: str = "image") -> Tensor:
     """One picture -> (3, size, size), or (3, H, W) without a size; fp32, in [-1, 1]. Raises InputError."""
     if isinstance(image, str | Path):
-        return sized(open_picture(image), size)
+        return convert_to_tensor(open_image(image), size)
     if isinstance(image, Image.Image):
-        check_pixels(name, image.width, image.height)
+        check_pixel_count(name, image.width, image.height)
         try:
-            return sized(to_rgb(image), size)
+            return convert_to_tensor(to_rgb(image), size)
         except (InputError, OSError, ValueError) as error:
             raise InputError(f"{name} cannot be read: {error}") from error
     values = torch.from_numpy(np.array(image)) if isinstance(image, np.ndarray) else image.detach().cpu()
     channels = -1 if isinstance(image, np.ndarray) else 0
     if values.shape[channels] != 3:
-        raise InputError(f"{name} has the shape {tuple(values.shape)}; {SHAPES}")
+        raise InputError(f"{name} has the shape {tuple(values.shape)}; {IMAGE_SHAPES}")
     values = values.movedim(channels, 0)
-    check_pixels(name, values.shape[2], values.shape[1])
-    return fitted(in_range(values, name), size)
+    check_pixel_count(name, values.shape[2], values.shape[1])
+    return resize_and_crop(scale_pixel_values(values, name), size)
 
 
-def sized(image: Image.Image, size: int | None) -> Tensor:
+def convert_to_tensor(image: Image.Image, size: int | None) -> Tensor:
     return to_tensor(image, size) if size is not None else pil_to_tensor(image).float() / 127.5 - 1
 
 
-def in_range(values: Tensor, name: str) -> Tensor:
+def scale_pixel_values(values: Tensor, name: str) -> Tensor:
     """(3, H, W) of bytes, or of floats in [0, 1] -> fp32 in [-1, 1]."""
     if values.dtype == torch.uint8:
         return values.float() / 127.5 - 1
@@ -154,7 +156,7 @@ def in_range(values: Tensor, name: str) -> Tensor:
     return values.float() * 2 - 1
 
 
-def fitted(values: Tensor, size: int | None) -> Tensor:
+def resize_and_crop(values: Tensor, size: int | None) -> Tensor:
     """(3, H, W) -> (3, size, size), as `to_tensor` does it with PIL pictures, without rounding to bytes."""
     if size is None or values.shape[1:] == (size, size):
         return values
@@ -162,7 +164,7 @@ def fitted(values: Tensor, size: int | None) -> Tensor:
     return v2.Compose([resize, v2.CenterCrop(size)])(values).clamp(-1, 1)
 
 
-def check_pixels(name: str, width: int, height: int) -> None:
+def check_pixel_count(name: str, width: int, height: int) -> None:
     if not width or not height:
         raise InputError(f"{name} is {width} x {height}: it has no pixels")
     if width * height > MAX_PIXELS:

@@ -9,28 +9,34 @@ import numpy as np
 import torch
 from PIL import Image
 from t2i.pipelines.base import MAX_IMAGES, UnCLIPPipelineOutput
-from t2i.pipelines.inputs import Picture, read_pictures, split_pictures
-from t2i.pipelines.inversion import INVERSION, BipartiteLatent, InvertingPipeline, by_ddim, check_inversion
-from t2i.pipelines.memory_needed import check_fits
+from t2i.pipelines.inputs import ImageInput, read_images, split_images
+from t2i.pipelines.inversion import (
+    INVERSION_DEFAULTS,
+    BipartiteLatent,
+    InvertingPipeline,
+    check_inversion_guidance,
+    resolve_ddim_options,
+)
+from t2i.pipelines.memory_needed import check_batch_fits
 from t2i.pipelines.options import DecoderOptions, PriorOptions, split_options
 from torch import Generator, Tensor
 
 from t2i.checks import check_integer, check_texts
 from t2i.diffusion.condition import ImageCondition, TextEncoding
-from t2i.diffusion.denoiser import draw_noise
-from t2i.diffusion.geometry import check_weights, spherical_mean
+from t2i.diffusion.denoiser import generate_noise
+from t2i.diffusion.geometry import check_weights, compute_spherical_mean
 from t2i.errors import InputError
 from t2i.sampling.sample import split_generators
 from t2i.sampling.steering import Steering
 
-BATCH = 16  # frames that are drawn at a time
+FRAMES_PER_BATCH = 16  # frames that are drawn at a time
 MAX_ANCHORS = 64
 
-Anchor: TypeAlias = Picture | str  # a str is a text, a Path a picture
+Anchor: TypeAlias = ImageInput | str  # a str is a text, a Path a picture
 
 
 @dataclass
-class Anchors:
+class AnchorLatents:
     """What is mixed, K of them."""
 
     image_embeds: Tensor  # (K, D), unit length
@@ -59,7 +65,7 @@ class InterpolationPipeline(InvertingPipeline):
 
         Args:
             anchors: texts (str), which pass through the prior if there is one, and pictures: paths (Path), PIL
-                pictures, arrays (H, W, 3), tensors (3, H, W); see `t2i.pipelines.inputs.read_pictures`.
+                pictures, arrays (H, W, 3), tensors (3, H, W); see `t2i.pipelines.inputs.read_images`.
             weights: (K,), one an anchor, for one mix; or (N, K), a row for each of N mixes. None is the whole way.
             frames: pictures from each anchor to the next, both included: (K - 1) (frames - 1) + 1 in all.
             inverted: start from the pictures' own noise, so that the way begins and ends with them; else all start from
@@ -77,38 +83,40 @@ class InterpolationPipeline(InvertingPipeline):
         """
         self.interrupted = False
         found = check_anchors(anchors)
-        rows = mixing_weights(len(found), weights, frames)
+        rows = build_mixing_weights(len(found), weights, frames)
         inverted = inverted and not all(isinstance(anchor, str) for anchor in found)
         if options.get("latents") is not None:
             raise InputError("latents is one noise, here it is interpolated; give a generator")
         if options.get("image_embeds_noise") is not None:
             raise InputError("image_embeds_noise is of single pictures, here all have one in common; give a generator")
-        prior, decoder = split_options(self.usual | (INVERSION if inverted else {}) | options)
-        decoder = by_ddim(decoder) if inverted else replace(decoder, sampler=decoder.sampler or "ddim")
+        prior, decoder = split_options(
+            self.default_decoder_options | (INVERSION_DEFAULTS if inverted else {}) | options
+        )
+        decoder = resolve_ddim_options(decoder) if inverted else replace(decoder, sampler=decoder.sampler or "ddim")
         if inverted:
-            check_inversion(decoder)
+            check_inversion_guidance(decoder)
         texts = [anchor for anchor in found if isinstance(anchor, str)]
         self.check_tensor("prior_latents", prior.prior_latents, (len(texts), self.clip.embed_dim))
-        self.check_stages(prior if texts else None, decoder)
-        self.check_noise(None, decoder, len(rows))
+        self.check_stage_options(prior if texts else None, decoder)
+        self.check_stage_inputs(None, decoder, len(rows))
         self.check_upsampling(decoder)
-        check_fits(self, None, decoder, min(len(rows), BATCH))
+        check_batch_fits(self, None, decoder, min(len(rows), FRAMES_PER_BATCH))
         pictures = [anchor for anchor in found if not isinstance(anchor, str)]
-        read = read_pictures(pictures, self.image_size, "anchors") if pictures else None
-        held = self.hold(found, read, inverted, prior, decoder, generator)
+        read = read_images(pictures, self.image_size, "anchors") if pictures else None
+        held = self.encode_anchors(found, read, inverted, prior, decoder, generator)
 
-        mixed = [spherical_mean(held.image_embeds, row) for row in rows]
-        noise = [spherical_mean(held.latents.flatten(1), row).view(self.latent_shape) for row in rows]
+        mixed = [compute_spherical_mean(held.image_embeds, row) for row in rows]
+        noise = [compute_spherical_mean(held.latents.flatten(1), row).view(self.latent_shape) for row in rows]
         z_i, x_T, images = torch.stack(mixed), torch.stack(noise), []
-        for start in range(0, len(rows), BATCH):
-            part = slice(start, start + BATCH)
-            text = None if held.text is None else chosen(held.text, rows[part].argmax(dim=1))
+        for start in range(0, len(rows), FRAMES_PER_BATCH):
+            part = slice(start, start + FRAMES_PER_BATCH)
+            text = None if held.text is None else select_captions(held.text, rows[part].argmax(dim=1))
             fresh = [Generator().manual_seed(held.seed) for _ in rows[part]]  # what is added is the same for all
-            settings = replace(decoder, steering=steering_of(decoder.steering, part))
-            images.append(self.redraw(BipartiteLatent(z_i[part], x_T[part]), text, settings, fresh))
-        return self.finish(joined(images), z_i, return_dict)
+            settings = replace(decoder, steering=slice_steering(decoder.steering, part))
+            images.append(self.redraw_images(BipartiteLatent(z_i[part], x_T[part]), text, settings, fresh))
+        return self.build_output(concatenate_images(images), z_i, return_dict)
 
-    def hold(
+    def encode_anchors(
         self,
         anchors: list[Anchor],
         pictures: Tensor | None,
@@ -116,11 +124,11 @@ class InterpolationPipeline(InvertingPipeline):
         prior: PriorOptions,
         decoder: DecoderOptions,
         generator: Generator | None,
-    ) -> Anchors:
+    ) -> AnchorLatents:
         """z_i and x_T of each anchor; texts, and pictures that are not inverted, have one noise in common."""
         is_text = torch.tensor([isinstance(anchor, str) for anchor in anchors])
         (prior_generator,), (noise_generator,) = split_generators(generator, 1)
-        noise = draw_noise(self.latent_shape, [noise_generator], self._execution_device)
+        noise = generate_noise(self.latent_shape, [noise_generator], self._execution_device)
         seed = int(torch.randint(2**62, (1,), generator=noise_generator))
         latents = noise.repeat(len(anchors), 1, 1, 1)
         z_i = latents.new_empty(len(anchors), self.clip.embed_dim)
@@ -130,13 +138,13 @@ class InterpolationPipeline(InvertingPipeline):
             places = is_text.nonzero()[:, 0]
             text = self.encode_prompt([anchor for anchor in anchors if isinstance(anchor, str)])
             _, generators = split_generators(prior_generator, len(places))
-            z_i[is_text] = self.draw_embeddings(text, None, prior, generators, decoder)
-            read = None if read is None else placed(text, places, nothing)
+            z_i[is_text] = self.sample_image_embeds(text, None, prior, generators, decoder)
+            read = None if read is None else place_captions(text, places, nothing)
         if pictures is not None and inverted:
-            z_i[~is_text], latents[~is_text] = self.invert_pictures(pictures, None, decoder)
+            z_i[~is_text], latents[~is_text] = self.invert_images(pictures, None, decoder)
         elif pictures is not None:
             z_i[~is_text] = self.encode_image(pictures)
-        return Anchors(z_i, latents, read, seed)
+        return AnchorLatents(z_i, latents, read, seed)
 
 
 def check_anchors(anchors: Any) -> list[Anchor]:
@@ -151,12 +159,12 @@ def check_anchors(anchors: Any) -> list[Anchor]:
         raise InputError(f"anchors are {len(anchors)}; at most {MAX_ANCHORS} are taken")
     check_texts("anchors", [anchor for anchor in anchors if isinstance(anchor, str)], empty=False)
     for i, anchor in enumerate(anchors):
-        if (found := len(split_pictures(anchor, f"anchors {i + 1}"))) != 1:
+        if (found := len(split_images(anchor, f"anchors {i + 1}"))) != 1:
             raise InputError(f"anchors {i + 1} must be a text or one picture, got {found} pictures in one")
     return list(anchors)
 
 
-def mixing_weights(count: int, weights: Any, frames: int) -> Tensor:
+def build_mixing_weights(count: int, weights: Any, frames: int) -> Tensor:
     """(N, count), fp64, each row summing to 1: how much of each anchor is in each picture. Raises InputError."""
     if weights is not None:
         try:
@@ -178,33 +186,33 @@ def mixing_weights(count: int, weights: Any, frames: int) -> Tensor:
     return (1 - (at[:, None] - torch.arange(count)).abs()).clamp(min=0)
 
 
-def placed(text: TextEncoding, places: Tensor, nothing: ImageCondition) -> Any:
+def place_captions(text: TextEncoding, places: Tensor, nothing: ImageCondition) -> Any:
     """What a decoder reads of K anchors: the captions of `text` in these places, else nothing."""
     order = torch.zeros(len(nothing), dtype=torch.long)
     order[places] = torch.arange(len(places))
     keep = torch.zeros(len(nothing), dtype=torch.bool).index_fill(0, places, True)
-    said = ImageCondition(nothing.embedding, chosen(text, order))
+    said = ImageCondition(nothing.embedding, select_captions(text, order))
     return said.where(keep.to(nothing.embedding.device), nothing).text
 
 
-def chosen(text: TextEncoding, indices: Tensor) -> TextEncoding:
+def select_captions(text: TextEncoding, indices: Tensor) -> TextEncoding:
     """The captions at these places."""
-    return text.map(lambda values: values[indices.to(values.device)])
+    return text.map_tensors(lambda values: values[indices.to(values.device)])
 
 
-def steering_of(steering: Steering | None, part: slice) -> Steering | None:
+def slice_steering(steering: Steering | None, part: slice) -> Steering | None:
     """What steers a part of the pictures: of what is one a picture, theirs."""
 
-    def cut(value: Any) -> Any:
+    def slice_value(value: Any) -> Any:
         return value[part] if isinstance(value, list | Tensor) and len(value) > 1 else value
 
     if steering is None:
         return None
-    goals = {name: cut(getattr(steering, name)) for name in ("class_name", "text", "picture")}
+    goals = {name: slice_value(getattr(steering, name)) for name in ("class_name", "text", "picture")}
     return replace(steering, **goals)
 
 
-def joined(parts: list[Any]) -> Any:
+def concatenate_images(parts: list[Any]) -> Any:
     """Batches of pictures, of any output type, as one."""
     if isinstance(parts[0], Tensor):
         return torch.cat(parts)

@@ -5,20 +5,20 @@ from typing import Any, NamedTuple
 
 import torch
 from t2i.pipelines.base import UnCLIPPipeline
-from t2i.pipelines.inputs import Pictures, read_pictures
-from t2i.pipelines.options import DecoderOptions, decoder_options
+from t2i.pipelines.inputs import ImageInputs, read_images
+from t2i.pipelines.options import DecoderOptions, build_decoder_options
 from torch import Generator, Tensor
 
 from t2i.checks import check_integer
 from t2i.diffusion.condition import TextEncoding
-from t2i.diffusion.ddim import invert
+from t2i.diffusion.ddim import invert_sample
 from t2i.diffusion.denoiser import MAX_STEPS
 from t2i.diffusion.guidance import Guidance, check_guidance
-from t2i.diffusion.samplers import chosen
+from t2i.diffusion.samplers import resolve_sampler
 from t2i.errors import InputError
-from t2i.sampling.sample import decoder_predict
+from t2i.sampling.sample import build_decoder_predict
 
-INVERSION = {"num_inference_steps": 50, "guidance_scale": 1.0}  # defaults where pictures are to come back
+INVERSION_DEFAULTS = {"num_inference_steps": 50, "guidance_scale": 1.0}  # defaults where pictures are to come back
 
 
 class BipartiteLatent(NamedTuple):
@@ -34,15 +34,15 @@ class InvertingPipeline(UnCLIPPipeline):
     @torch.no_grad()
     def invert(
         self,
-        image: Pictures,
+        image: ImageInputs,
         prompt: str | list[str] | None = None,
-        num_inference_steps: int = INVERSION["num_inference_steps"],  # type: ignore[assignment]
-        guidance_scale: float | Guidance = INVERSION["guidance_scale"],
+        num_inference_steps: int = INVERSION_DEFAULTS["num_inference_steps"],  # type: ignore[assignment]
+        guidance_scale: float | Guidance = INVERSION_DEFAULTS["guidance_scale"],
     ) -> BipartiteLatent:
         """N pictures -> (z_i, x_T), from which DDIM draws them again, up to what the autoencoder loses.
 
         Args:
-            image: see `t2i.pipelines.inputs.read_pictures`; resized and cropped to the size that the decoder draws.
+            image: see `t2i.pipelines.inputs.read_images`; resized and cropped to the size that the decoder draws.
             prompt: what caption-reading decoders read meanwhile, one for all or one a picture; None is nothing.
             num_inference_steps, guidance_scale: the same as when they are drawn again. Guidance makes it less exact.
 
@@ -53,42 +53,42 @@ class InvertingPipeline(UnCLIPPipeline):
         check_integer("num_inference_steps", num_inference_steps, 1, MAX_STEPS)
         check_guidance("guidance_scale", guidance_scale)
         options = DecoderOptions(num_inference_steps, guidance_scale, sampler="ddim")
-        check_inversion(options)
-        self.check_stages(None, options)
-        pictures = read_pictures(image, self.image_size)
+        check_inversion_guidance(options)
+        self.check_stage_options(None, options)
+        pictures = read_images(image, self.image_size)
         prompts = self.check_prompts("prompt", prompt, len(pictures))
-        text = self.read_prompt(prompts) if prompts else None
-        return self.invert_pictures(pictures, text, options)
+        text = self.encode_decoder_prompt(prompts) if prompts else None
+        return self.invert_images(pictures, text, options)
 
-    def given(self, image: Pictures | BipartiteLatent) -> tuple[Tensor | BipartiteLatent, int]:
+    def read_image_or_latent(self, image: ImageInputs | BipartiteLatent) -> tuple[Tensor | BipartiteLatent, int]:
         """Pictures, (N, 3, H, W) in [-1, 1], or what they are to the decoder, checked; and N."""
         if not isinstance(image, BipartiteLatent):
-            pictures = read_pictures(image, self.image_size)
+            pictures = read_images(image, self.image_size)
             return pictures, len(pictures)
         count = len(image.image_embeds)
         self.check_tensor("image_embeds", image.image_embeds, (count, self.clip.embed_dim))
         self.check_tensor("latents", image.latents, (count, *self.latent_shape))
         return BipartiteLatent(*(one.to(self._execution_device).float() for one in image)), count
 
-    def inverted(
+    def ensure_inverted(
         self, given: Tensor | BipartiteLatent, text: TextEncoding | None, options: DecoderOptions
     ) -> BipartiteLatent:
-        return given if isinstance(given, BipartiteLatent) else self.invert_pictures(given, text, options)
+        return given if isinstance(given, BipartiteLatent) else self.invert_images(given, text, options)
 
     @torch.no_grad()
-    def invert_pictures(self, pictures: Tensor, text: TextEncoding | None, options: DecoderOptions) -> BipartiteLatent:
+    def invert_images(self, pictures: Tensor, text: TextEncoding | None, options: DecoderOptions) -> BipartiteLatent:
         """The same of (N, 3, H, W) in [-1, 1]."""
         z_i, scheduler = self.encode_image(pictures), self.decoder_scheduler
         latents = self.encode_latents(pictures)
         self.offload_all_but("decoder")
-        predict = decoder_predict(self.decoder, scheduler, z_i, text, options.guidance_scale)
+        predict = build_decoder_predict(self.decoder, scheduler, z_i, text, options.guidance_scale)
         steps = options.num_inference_steps
-        exact = chosen("ddim", scheduler, self.decoder)
-        _, on_step = self.watched("inversion", exact, steps, options, lambda x: x, self.decode)
-        noise = invert(predict, scheduler, latents, steps, progress=self.progress_bar, on_step=on_step)
+        exact = resolve_sampler("ddim", scheduler, self.decoder)
+        _, on_step = self.build_preview_hooks("inversion", exact, steps, options, lambda x: x, self.decode)
+        noise = invert_sample(predict, scheduler, latents, steps, progress=self.progress_bar, on_step=on_step)
         return BipartiteLatent(z_i, noise)
 
-    def redraw(
+    def redraw_images(
         self,
         latent: BipartiteLatent,
         text: TextEncoding | None,
@@ -99,17 +99,17 @@ class InvertingPipeline(UnCLIPPipeline):
         # As it was told of z_i when it was inverted: without noise.
         noise = torch.zeros_like(latent.image_embeds) if options.noise_level == 0 else None
         settings = replace(options, latents=latent.latents, image_embeds_noise=noise)
-        return self.draw(latent.image_embeds, text, settings, generators)
+        return self.draw_images(latent.image_embeds, text, settings, generators)
 
 
-def inversion_options(options: dict[str, Any], eta: float = 0.0) -> DecoderOptions:
+def build_inversion_options(options: dict[str, Any], eta: float = 0.0) -> DecoderOptions:
     """Those of the decoder where the noise is that of given pictures: of DDIM with this eta."""
     if options.get("latents") is not None:
         raise InputError("latents is the noise to start from, which is that of the picture here; leave it out")
-    return by_ddim(decoder_options(INVERSION | options), eta)
+    return resolve_ddim_options(build_decoder_options(INVERSION_DEFAULTS | options), eta)
 
 
-def by_ddim(options: DecoderOptions, eta: float = 0.0) -> DecoderOptions:
+def resolve_ddim_options(options: DecoderOptions, eta: float = 0.0) -> DecoderOptions:
     """The same with the sampler that pictures come back by. Raises InputError if another, or another eta, is given."""
     if options.sampler not in (None, "ddim"):
         raise InputError(
@@ -122,8 +122,8 @@ def by_ddim(options: DecoderOptions, eta: float = 0.0) -> DecoderOptions:
     return replace(options, sampler="ddim", eta=eta)
 
 
-def check_inversion(options: DecoderOptions) -> None:
+def check_inversion_guidance(options: DecoderOptions) -> None:
     """Refuse guidance that remembers its steps: the inversion asks several times in each."""
-    guidance = Guidance.of(options.guidance_scale)
+    guidance = Guidance.from_value(options.guidance_scale)
     if guidance.momentum and not guidance.is_off:
         raise InputError(f"guidance_scale.momentum must be 0 where pictures are inverted, got {guidance.momentum:g}")

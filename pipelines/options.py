@@ -11,14 +11,14 @@ from torch import Tensor
 from t2i.checks import check_choice, check_integer, check_range
 from t2i.diffusion.denoiser import MAX_STEPS
 from t2i.diffusion.guidance import Guidance, check_guidance
-from t2i.diffusion.samplers import check_sampler
+from t2i.diffusion.samplers import check_sampler_name
 from t2i.errors import InputError
 from t2i.files.untrusted import MAX_TIMESTEPS
 from t2i.sampling.embeddings import MAX_CANDIDATES
 from t2i.sampling.steering import Steering
-from t2i.sampling.upsampling import MAX_TIMES
+from t2i.sampling.upsampling import MAX_ENLARGEMENTS
 
-MAX_SIDE = 4096  # of a picture, in pixels
+MAX_IMAGE_SIDE = 4096  # of a picture, in pixels
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 StepCallback = Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
@@ -51,7 +51,7 @@ class PriorOptions:
         if self.prior_temperature is not None:
             check_range("prior_temperature", self.prior_temperature, 0, 10)
         if self.prior_sampler is not None:
-            check_sampler("prior_sampler", self.prior_sampler)
+            check_sampler_name("prior_sampler", self.prior_sampler)
 
 
 @dataclass
@@ -105,20 +105,20 @@ class DecoderOptions:
         check_integer("num_inference_steps", self.num_inference_steps, 1, MAX_STEPS)
         check_guidance("guidance_scale", self.guidance_scale)
         if self.sampler is not None:
-            check_sampler("sampler", self.sampler)
+            check_sampler_name("sampler", self.sampler)
         if self.eta is not None:
             check_range("eta", self.eta, 0, 1)
             if self.sampler not in (None, "ddim"):
                 raise InputError(f"eta is of the sampler ddim, got eta={self.eta:g} with {self.sampler}")
         check_choice("output_type", self.output_type, OUTPUT_TYPES)
-        check_integer("upsample", self.upsample, 0, MAX_TIMES)
+        check_integer("upsample", self.upsample, 0, MAX_ENLARGEMENTS)
         check_integer("upsample_steps", self.upsample_steps, 1, MAX_STEPS)
         check_range("upsample_level", self.upsample_level, 0, 1)
         if self.upsample and self.output_type == "latent":
             raise InputError("upsample is of pictures, output_type is latent; one of the two")
         for name in ("height", "width"):
             if getattr(self, name) is not None:
-                check_integer(name, getattr(self, name), 1, MAX_SIDE)
+                check_integer(name, getattr(self, name), 1, MAX_IMAGE_SIDE)
         check_integer("noise_level", self.noise_level, 0, MAX_TIMESTEPS)
         check_integer("super_res_num_inference_steps", self.super_res_num_inference_steps, 1, MAX_STEPS)
         check_integer("preview_every", self.preview_every, 1, MAX_STEPS)
@@ -131,11 +131,11 @@ def split_options(options: dict[str, Any]) -> tuple[PriorOptions, DecoderOptions
     prior = {one.name for one in fields(PriorOptions)}
     return (
         PriorOptions(**{name: value for name, value in options.items() if name in prior}),
-        decoder_options({name: value for name, value in options.items() if name not in prior}),
+        build_decoder_options({name: value for name, value in options.items() if name not in prior}),
     )
 
 
-def decoder_options(options: dict[str, Any]) -> DecoderOptions:
+def build_decoder_options(options: dict[str, Any]) -> DecoderOptions:
     """Those of a pipeline that uses no prior. Raises TypeError for names that there are not."""
     known = {one.name for one in fields(DecoderOptions)}
     if unknown := sorted(options.keys() - known):

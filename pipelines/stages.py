@@ -7,37 +7,37 @@ from typing import Any, Self
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from t2i.pipelines.folder import (
-    OPTIONAL,
-    PARTS,
+    COMPONENT_CLASSES,
+    OPTIONAL_COMPONENTS,
     AnyAutoencoder,
     AnyCLIP,
     AnyDecoder,
     AnyTextEncoder,
-    check_components,
-    is_ours,
+    check_component_types,
+    is_own_layout,
 )
 from t2i.pipelines.options import DecoderOptions, PriorOptions
-from t2i.pipelines.public import FETCHING, own_arguments, public_components
+from t2i.pipelines.public import FETCH_ARGUMENTS, build_own_arguments, load_public_components
 from t2i.pipelines.watched import WatchedPipeline
 from torch import Tensor
 
-from t2i.checks import check_integer, check_multiple, check_range, check_texts
+from t2i.checks import check_integer, check_multiple_of, check_range, check_texts
 from t2i.diffusion.denoiser import check_eta
 from t2i.diffusion.guidance import Guidance
-from t2i.diffusion.samplers import check_drawing, chosen
+from t2i.diffusion.samplers import check_scheduler_sampling, resolve_sampler
 from t2i.errors import InputError
-from t2i.files.component import listed
-from t2i.files.model_folder import loaded
+from t2i.files.component import read_model_index
+from t2i.files.model_folder import load_or_explain
 from t2i.files.untrusted import is_folder
-from t2i.interop.fetching import fetched_model
-from t2i.interop.stored import asks_for_bf16
+from t2i.interop.fetching import fetch_model_folder
+from t2i.interop.stored import has_bf16
 from t2i.networks.autoregressive_prior import AutoregressivePrior
 from t2i.networks.upsampler import Upsampler
 from t2i.runtime.compiling import check_compiler, compile_steps
-from t2i.runtime.devices import check_bf16, warn_of_bf16
-from t2i.sampling.embeddings import UNSCHEDULED, AnyPrior, check_plain, usual_guidance
+from t2i.runtime.devices import check_bf16_support, warn_of_slow_bf16
+from t2i.sampling.embeddings import PRIORS_WITHOUT_SCHEDULER, AnyPrior, check_scale_only, default_guidance_scale
 from t2i.sampling.steering import check_steering
-from t2i.sampling.upsampling import check_size
+from t2i.sampling.upsampling import check_upsampled_size
 
 
 class StagedPipeline(WatchedPipeline):
@@ -45,7 +45,7 @@ class StagedPipeline(WatchedPipeline):
 
     model_cpu_offload_seq = "clip->text_encoder->prior->decoder->autoencoder->upsampler"
     _callback_tensor_inputs = ["latents"]
-    _optional_components = list(OPTIONAL)
+    _optional_components = list(OPTIONAL_COMPONENTS)
 
     def __init__(
         self,
@@ -60,20 +60,20 @@ class StagedPipeline(WatchedPipeline):
         text_encoder: AnyTextEncoder | None = None,
     ):
         super().__init__()
-        check_components({"clip": clip, "prior": prior, "decoder": decoder, "autoencoder": autoencoder})
+        check_component_types({"clip": clip, "prior": prior, "decoder": decoder, "autoencoder": autoencoder})
         schedulers = {"decoder_scheduler": decoder_scheduler, "prior_scheduler": prior_scheduler}
-        check_components({**schedulers, "upsampler_scheduler": upsampler_scheduler, "upsampler": upsampler})
-        check_components({"text_encoder": text_encoder})
+        check_component_types({**schedulers, "upsampler_scheduler": upsampler_scheduler, "upsampler": upsampler})
+        check_component_types({"text_encoder": text_encoder})
         for name, scheduler in schedulers.items():
             if scheduler is not None:
-                check_drawing(name, scheduler)
+                check_scheduler_sampling(name, scheduler)
         for name, model in {"prior": prior, "decoder": decoder, "upsampler": upsampler}.items():
             theirs = None if model is None else model.config.clip_fingerprint
             if theirs is not None and theirs != clip.identity:
                 raise InputError(f"the {name} was trained with the CLIP {theirs}, this pipeline has {clip.identity}")
-        check_widths(clip, prior, decoder)
+        check_embed_widths(clip, prior, decoder)
         check_text_encoder(decoder, text_encoder)
-        if (prior is None or isinstance(prior, UNSCHEDULED)) != (prior_scheduler is None):
+        if (prior is None or isinstance(prior, PRIORS_WITHOUT_SCHEDULER)) != (prior_scheduler is None):
             what = "no prior" if prior is None else f"as prior a {type(prior).__name__}"
             has = "no prior_scheduler" if prior_scheduler is None else "a prior_scheduler"
             raise InputError(f"this pipeline has {what} and {has}; only the diffusion prior goes with a scheduler")
@@ -105,7 +105,8 @@ class StagedPipeline(WatchedPipeline):
         neither. As components, too, they replace those of the folder. `prior` may also name a prior alone: a run's
         folder, or a PriorTransformer.
 
-        dtype: of the weights, or a dict of them by parts: `t2i.interop.stored.DTYPED`, of which "default" is the rest.
+        dtype: of the weights, or a dict of them by parts: `t2i.interop.stored.DTYPE_PARTS`, of which "default" is
+        the rest.
         "auto" is that of the files. None is the same for models in a public layout, and for public models that were
         saved in this project's; it is float32 for models that were trained here, which may be stored in half precision.
         torch.bfloat16 is refused where nothing here computes in it; of files that hold it, the log says so.
@@ -119,29 +120,31 @@ class StagedPipeline(WatchedPipeline):
         Raises InputError, in one line, if it is missing, incomplete, truncated or made of parts of different CLIPs, and
         for a variant that no part has.
         """
-        if any(asks_for_bf16(kwargs.get(name)) for name in ("dtype", "torch_dtype")):
-            check_bf16()
+        if any(has_bf16(kwargs.get(name)) for name in ("dtype", "torch_dtype")):
+            check_bf16_support()
         if kwargs.pop("compile", False):
             check_compiler()
             made = cls.from_pretrained(pretrained_model_name_or_path, **kwargs)
             compile_steps(made.decoder)
             return made
         named = [part for part in ("prior", "clip") if isinstance(kwargs.get(part), str | Path)]
-        check_components({part: kwargs[part] for part in PARTS if part in kwargs and part not in named})
+        check_component_types(
+            {part: kwargs[part] for part in COMPONENT_CLASSES if part in kwargs and part not in named}
+        )
         path = Path(pretrained_model_name_or_path)
         if not is_folder(path):
             path = Path(cls.download(str(path), **kwargs))
-        if not is_ours(path):
-            made = cls(**public_components(str(pretrained_model_name_or_path), path, cls.download, **kwargs))
+        if not is_own_layout(path):
+            made = cls(**load_public_components(str(pretrained_model_name_or_path), path, cls.download, **kwargs))
             made.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
-            warn_of_bf16(made.components)
+            warn_of_slow_bf16(made.components)
             return made
-        settings = {**own_arguments(path, cls.download, **kwargs), "use_safetensors": True}
+        settings = {**build_own_arguments(path, cls.download, **kwargs), "use_safetensors": True}
         # Told by name, for diffusers looks for the class that the folder names, in itself.
-        made = loaded(lambda folder: super(StagedPipeline, cls).from_pretrained(folder, **settings), path)
+        made = load_or_explain(lambda folder: super(StagedPipeline, cls).from_pretrained(folder, **settings), path)
         if "clip" not in kwargs:
             check_saved_clip(path, made.clip)
-        warn_of_bf16(made.components)
+        warn_of_slow_bf16(made.components)
         return made
 
     def save_config(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
@@ -172,8 +175,8 @@ class StagedPipeline(WatchedPipeline):
     @classmethod
     def download(cls, pretrained_model_name: str | Path, **kwargs: Any) -> str:
         """Fetch what is read of a repository: diffusers' own download refuses components of other packages."""
-        options = {name: kwargs[name] for name in FETCHING if kwargs.get(name) is not None}
-        return str(fetched_model(pretrained_model_name, variant=kwargs.get("variant"), **options))
+        options = {name: kwargs[name] for name in FETCH_ARGUMENTS if kwargs.get(name) is not None}
+        return str(fetch_model_folder(pretrained_model_name, variant=kwargs.get("variant"), **options))
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -184,14 +187,17 @@ class StagedPipeline(WatchedPipeline):
     @property
     def is_cascade(self) -> bool:
         """Whether decoding is a diffusion of its own."""
-        return hasattr(self.autoencoder, "draw")
+        return hasattr(self.autoencoder, "draw_images")
 
     @property
-    def usual(self) -> dict[str, Any]:
+    def default_decoder_options(self) -> dict[str, Any]:
         """Options of the decoder, where nothing is said."""
-        return {"num_inference_steps": self.decoder.usual_steps, "guidance_scale": self.decoder.usual_guidance}
+        return {
+            "num_inference_steps": self.decoder.default_steps,
+            "guidance_scale": self.decoder.default_guidance_scale,
+        }
 
-    def shape_of(self, options: DecoderOptions) -> tuple[int, int, int]:
+    def compute_latent_shape(self, options: DecoderOptions) -> tuple[int, int, int]:
         """(C, h, w) of the pictures that the options ask for."""
         sides = ((side or self.image_size) // self.autoencoder.factor for side in (options.height, options.width))
         return self.latent_shape[0], *sides  # type: ignore[return-value]
@@ -201,9 +207,9 @@ class StagedPipeline(WatchedPipeline):
         """The side, in pixels, of the pictures that the decoder was trained on."""
         return self.decoder.config.latent_size * self.autoencoder.factor
 
-    def prior_guidance(self, options: PriorOptions) -> Guidance:
+    def resolve_prior_guidance(self, options: PriorOptions) -> Guidance:
         scale = options.prior_guidance_scale
-        return Guidance.of(usual_guidance(self.prior) if scale is None else scale)
+        return Guidance.from_value(default_guidance_scale(self.prior) if scale is None else scale)
 
     # What comes in
 
@@ -226,16 +232,16 @@ class StagedPipeline(WatchedPipeline):
         if not value.isfinite().all():
             raise InputError(f"{name} must be finite, got NaN or infinity")
 
-    def check_noise(
+    def check_stage_inputs(
         self, prior: PriorOptions | None, decoder: DecoderOptions, count: int, any_size: bool = False
     ) -> None:
         """Of both stages, for `count` pictures; what is to steer them; and what the stages are asked for.
 
         any_size: they may have another size than the decoder was trained on.
         """
-        self.check_stages(prior, decoder)
-        self.check_sides(decoder, any_size)
-        channels, height, width = self.shape_of(decoder)
+        self.check_stage_options(prior, decoder)
+        self.check_image_sides(decoder, any_size)
+        channels, height, width = self.compute_latent_shape(decoder)
         sides = (height * self.autoencoder.factor, width * self.autoencoder.factor)
         if decoder.steering is not None:
             check_steering("steering", decoder.steering, self.clip, self.autoencoder, count)
@@ -254,7 +260,7 @@ class StagedPipeline(WatchedPipeline):
             raise InputError(f"{given[0]} is of a cascade (Karlo's), which draws again at the end; this model does not")
         self.check_tensor("super_res_latents", options.super_res_latents, shape)
 
-    def check_sides(self, options: DecoderOptions, any_size: bool) -> None:
+    def check_image_sides(self, options: DecoderOptions, any_size: bool) -> None:
         """Of the pictures that are to be drawn."""
         for name, side in {"height": options.height, "width": options.width}.items():
             if side in (None, self.image_size):
@@ -263,30 +269,30 @@ class StagedPipeline(WatchedPipeline):
                 raise InputError(f"{name} is {side}, but here pictures have the size of those that are given; leave it")
             if options.steering is not None:
                 raise InputError(f"{name} must be {self.image_size} where pictures are steered, got {side}")
-            check_multiple(name, side, self.autoencoder.factor * sides_divide(self.decoder))
+            check_multiple_of(name, side, self.autoencoder.factor * compute_latent_multiple(self.decoder))
 
-    def check_stages(self, prior: PriorOptions | None, decoder: DecoderOptions) -> None:
+    def check_stage_options(self, prior: PriorOptions | None, decoder: DecoderOptions) -> None:
         """Refuse what these models and schedulers cannot do; `prior` is None where the prior is not used."""
         if prior is not None:
             if self.prior is None and self.clip.reads_captions and not self.clip.unit_length:
                 raise InputError("this model has no prior: name the folder of one as prior=..., or give image_embeds")
             if self.prior_scheduler is not None:
-                scheduler = chosen(prior.prior_sampler, self.prior_scheduler, self.prior)
-                check_steps("prior_num_inference_steps", prior.prior_num_inference_steps, scheduler)
+                scheduler = resolve_sampler(prior.prior_sampler, self.prior_scheduler, self.prior)
+                check_step_count("prior_num_inference_steps", prior.prior_num_inference_steps, scheduler)
             elif prior.prior_sampler is not None:
                 other = f"which this is not; got {prior.prior_sampler!r}"
                 raise InputError(f"prior_sampler is of a diffusion prior, {other}")
             if isinstance(self.prior, AutoregressivePrior):
-                check_plain(self.prior_guidance(prior))
+                check_scale_only(self.resolve_prior_guidance(prior))
         levels = getattr(self.decoder, "noise_levels", None)
         if levels is not None:
             check_integer("noise_level", decoder.noise_level, 0, levels - 1)
         elif decoder.noise_level or decoder.image_embeds_noise is not None:
             name = "noise_level" if decoder.noise_level else "image_embeds_noise"
             raise InputError(f"{name} is of Stable unCLIP, whose decoder noises image_embeds first; this one does not")
-        scheduler = chosen(decoder.sampler, self.decoder_scheduler, self.decoder)
+        scheduler = resolve_sampler(decoder.sampler, self.decoder_scheduler, self.decoder)
         check_eta(scheduler, decoder.eta)
-        check_steps("num_inference_steps", decoder.num_inference_steps, scheduler)
+        check_step_count("num_inference_steps", decoder.num_inference_steps, scheduler)
 
     def check_upsampling(self, options: DecoderOptions) -> None:
         """What can be refused before pictures are drawn."""
@@ -294,13 +300,13 @@ class StagedPipeline(WatchedPipeline):
             if self.upsampler is None or self.upsampler_scheduler is None:
                 raise InputError(f"upsample is {options.upsample}, but this pipeline has no upsampler; load one")
             check_range("upsample_level", options.upsample_level, 0, self.upsampler.config.max_level)
-            _, height, width = self.shape_of(options)
+            _, height, width = self.compute_latent_shape(options)
             factor = self.autoencoder.factor
-            check_size(self.upsampler, width * factor, height * factor, options.upsample)
-            check_steps("upsample_steps", options.upsample_steps, self.upsampler_scheduler)
+            check_upsampled_size(self.upsampler, width * factor, height * factor, options.upsample)
+            check_step_count("upsample_steps", options.upsample_steps, self.upsampler_scheduler)
 
 
-def sides_divide(decoder: Any) -> int:
+def compute_latent_multiple(decoder: Any) -> int:
     """What divides the sides of the latents that a decoder takes: a U-Net halves them, a transformer cuts patches."""
     parts = dict(decoder.named_children())
     net = parts.get("net", parts.get("unet"))
@@ -309,7 +315,7 @@ def sides_divide(decoder: Any) -> int:
 
 def check_saved_clip(path: Path, clip: AnyCLIP) -> None:
     """Refuse a folder whose CLIP was replaced by another after it was saved; folders of before do not say."""
-    theirs = listed(path).get("_clip_fingerprint")
+    theirs = read_model_index(path).get("_clip_fingerprint")
     if theirs is not None and theirs != clip.identity:
         raise InputError(
             f"{str(path)!r} was saved with the CLIP {str(theirs)[:40]}, its folder 'clip' has {clip.identity}: another "
@@ -317,7 +323,7 @@ def check_saved_clip(path: Path, clip: AnyCLIP) -> None:
         )
 
 
-def check_widths(clip: AnyCLIP, prior: AnyPrior | None, decoder: AnyDecoder) -> None:
+def check_embed_widths(clip: AnyCLIP, prior: AnyPrior | None, decoder: AnyDecoder) -> None:
     """Refuse stages whose embeddings have other dimensions than the CLIP's, or its token states, where they say so."""
     for name, model in {"prior": prior, "decoder": decoder}.items():
         if model is not None and model.config.embed_dim != clip.embed_dim:
@@ -338,7 +344,7 @@ def check_text_encoder(decoder: AnyDecoder, text_encoder: AnyTextEncoder | None)
         raise InputError(f"the decoder was trained with {wanted}, this pipeline has {ours or 'no text encoder'}")
 
 
-def check_steps(name: str, steps: int, scheduler: SchedulerMixin) -> None:
+def check_step_count(name: str, steps: int, scheduler: SchedulerMixin) -> None:
     """Refuse more steps than a scheduler takes: most take no more than there were timesteps in training."""
     try:
         copy.deepcopy(scheduler).set_timesteps(steps)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from t2i.pipelines.base import MAX_IMAGES, UnCLIPPipeline, UnCLIPPipelineOutput
-from t2i.pipelines.memory_needed import check_fits
+from t2i.pipelines.memory_needed import check_batch_fits
 from t2i.pipelines.options import DecoderOptions, PriorOptions, split_options
 from torch import Generator, Tensor
 
@@ -54,40 +54,46 @@ class Text2ImagePipeline(UnCLIPPipeline):
         """
         self.interrupted = False
         check_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES)
-        prior, decoder = split_options(self.usual | options)
+        prior, decoder = split_options(self.default_decoder_options | options)
         if image_embeds is None and (prompt is None or prompt == []):
             raise InputError("prompt is missing; give a text, a list of texts, or image_embeds")
         prompts = self.check_prompts("prompt", prompt)
         check_texts("prompt", prompts, empty=False)
         count, each = len(prompts) * num_images_per_prompt, num_images_per_prompt if prompts else 1
         if image_embeds is not None:
-            count = self.check_embeddings(image_embeds, count)
+            count = self.check_image_embeds(image_embeds, count)
         negatives = self.check_prompts("negative_prompt", negative_prompt, count // each)
         decoder_negatives = self.check_prompts("decoder_negative_prompt", decoder_negative_prompt, count // each)
         self.check_tensor("negative_image_embeds", negative_image_embeds, (count, self.clip.embed_dim))
         prior_generators, decoder_generators = split_generators(generator, count)
-        self.check_noise(prior if image_embeds is None or decoder_negatives else None, decoder, count, any_size=True)
+        self.check_stage_inputs(
+            prior if image_embeds is None or decoder_negatives else None, decoder, count, any_size=True
+        )
         self.check_upsampling(decoder)
-        check_fits(self, prior if image_embeds is None else None, decoder, count)
-        if negatives and (self.prior_guidance(prior).is_off or image_embeds is not None):
+        check_batch_fits(self, prior if image_embeds is None else None, decoder, count)
+        if negatives and (self.resolve_prior_guidance(prior).is_off or image_embeds is not None):
             logger.warning("negative_prompt has no effect: it guides the prior, which is not guided or not used here")
-        if decoder_negatives and Guidance.of(decoder.guidance_scale).is_off:
+        if decoder_negatives and Guidance.from_value(decoder.guidance_scale).is_off:
             logger.warning("decoder_negative_prompt has no effect: the decoder is not guided")
             decoder_negatives = []
 
         same_noise = [one.clone_state() for one in prior_generators]
-        read = self.encode_prompt if image_embeds is None else self.read_prompt
+        read = self.encode_prompt if image_embeds is None else self.encode_decoder_prompt
         text = read(prompts).repeat(each) if prompts else None
         if image_embeds is None:
             assert text is not None, "there are prompts or embeddings"
             negative = self.encode_prompt(negatives).repeat(each) if negatives else None
-            z_i = self.draw_embeddings(text, negative, prior, prior_generators, decoder)
+            z_i = self.sample_image_embeds(text, negative, prior, prior_generators, decoder)
         else:
-            z_i = self.sized(image_embeds.to(self._execution_device).float())
-        away = self.away(negative_image_embeds, decoder_negatives, each, prior, same_noise, decoder)
-        return self.finish(self.draw(z_i, text, decoder, decoder_generators, negative=away), z_i, return_dict)
+            z_i = self.normalize_embeds(image_embeds.to(self._execution_device).float())
+        away = self.encode_negative_condition(
+            negative_image_embeds, decoder_negatives, each, prior, same_noise, decoder
+        )
+        return self.build_output(
+            self.draw_images(z_i, text, decoder, decoder_generators, negative=away), z_i, return_dict
+        )
 
-    def away(
+    def encode_negative_condition(
         self,
         z_i: Tensor | None,
         negatives: list[str],
@@ -97,16 +103,16 @@ class Text2ImagePipeline(UnCLIPPipeline):
         decoder: DecoderOptions,
     ) -> ImageCondition | None:
         """What the decoder is guided away from: given z_i, (N, D), and texts; None is its null."""
-        read = self.encode_prompt if z_i is None else self.read_prompt
+        read = self.encode_prompt if z_i is None else self.encode_decoder_prompt
         said = read(negatives).repeat(each) if negatives else None
         if z_i is not None:
-            return ImageCondition(self.sized(z_i.to(self._execution_device).float()), said)
+            return ImageCondition(self.normalize_embeds(z_i.to(self._execution_device).float()), said)
         if said is None:
             return None
         unseen = replace(decoder, on_preview=None)  # previews are of what is wanted
-        return ImageCondition(self.draw_embeddings(said, None, prior, generators, unseen), said)
+        return ImageCondition(self.sample_image_embeds(said, None, prior, generators, unseen), said)
 
-    def check_embeddings(self, image_embeds: Tensor, asked: int) -> int:
+    def check_image_embeds(self, image_embeds: Tensor, asked: int) -> int:
         """How many there are; `asked` is how many pictures the prompts ask for, 0 for no prompts."""
         if not isinstance(image_embeds, Tensor) or image_embeds.ndim != 2 or not len(image_embeds):
             raise InputError(f"image_embeds must be a tensor (N, {self.clip.embed_dim}), got {image_embeds!r:.80}")

@@ -5,9 +5,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from t2i.pipelines.base import UnCLIPPipelineOutput
-from t2i.pipelines.inputs import Pictures
-from t2i.pipelines.inversion import BipartiteLatent, InvertingPipeline, check_inversion, inversion_options
-from t2i.pipelines.memory_needed import check_fits
+from t2i.pipelines.inputs import ImageInputs
+from t2i.pipelines.inversion import (
+    BipartiteLatent,
+    InvertingPipeline,
+    build_inversion_options,
+    check_inversion_guidance,
+)
+from t2i.pipelines.memory_needed import check_batch_fits
 from torch import Generator, Tensor
 
 from t2i.checks import check_number, check_texts
@@ -15,8 +20,8 @@ from t2i.diffusion.geometry import slerp
 from t2i.errors import InputError
 from t2i.sampling.sample import split_generators
 
-THETA = 0.35
-SAME = 1e-3  # captions whose embeddings are no further apart say the same to this CLIP
+DEFAULT_THETA = 0.35
+MIN_CAPTION_DISTANCE = 1e-3  # captions whose embeddings are no further apart say the same to this CLIP
 
 
 class TextDiffPipeline(InvertingPipeline):
@@ -25,10 +30,10 @@ class TextDiffPipeline(InvertingPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        image: Pictures | BipartiteLatent,
+        image: ImageInputs | BipartiteLatent,
         source: str | list[str],
         target: str | list[str],
-        theta: float = THETA,
+        theta: float = DEFAULT_THETA,
         generator: Generator | list[Generator] | None = None,
         return_dict: bool = True,
         **options: Any,
@@ -38,7 +43,7 @@ class TextDiffPipeline(InvertingPipeline):
         The drawing starts from the picture's own noise, so that what the captions do not speak of tends to stay.
 
         Args:
-            image: see `t2i.pipelines.inputs.read_pictures`; resized and cropped to the size that the decoder draws.
+            image: see `t2i.pipelines.inputs.read_images`; resized and cropped to the size that the decoder draws.
                 Or what `invert` has made of pictures.
             source: what the picture shows, one for all or one a picture.
             target: what it is to show.
@@ -56,25 +61,25 @@ class TextDiffPipeline(InvertingPipeline):
         """
         self.interrupted = False
         check_number("theta", theta, 0, 1)
-        decoder = inversion_options(options)
-        given, count = self.given(image)
+        decoder = build_inversion_options(options)
+        given, count = self.read_image_or_latent(image)
         if not isinstance(given, BipartiteLatent):
-            check_inversion(decoder)
+            check_inversion_guidance(decoder)
         sources, targets = (
             self.check_captions(name, value, count) for name, value in (("source", source), ("target", target))
         )
         for one, other in zip(sources, targets):
-            check_pair(one, other)
+            check_caption_pair(one, other)
         _, generators = split_generators(generator, count)
-        self.check_noise(None, decoder, count)
+        self.check_stage_inputs(None, decoder, count)
         self.check_upsampling(decoder)
-        check_fits(self, None, decoder, count)
-        direction = self.direction(sources, targets)
+        check_batch_fits(self, None, decoder, count)
+        direction = self.compute_text_direction(sources, targets)
 
-        z_i, noise = self.inverted(given, None, decoder)
+        z_i, noise = self.ensure_inverted(given, None, decoder)
         z_i = slerp(z_i, direction.to(z_i) * z_i.norm(dim=-1, keepdim=True), theta)
-        images = self.redraw(BipartiteLatent(z_i, noise), None, decoder, generators)
-        return self.finish(images, z_i, return_dict)
+        images = self.redraw_images(BipartiteLatent(z_i, noise), None, decoder, generators)
+        return self.build_output(images, z_i, return_dict)
 
     def check_captions(self, name: str, value: str | list[str], count: int) -> list[str]:
         captions = self.check_prompts(name, value, count)
@@ -82,17 +87,17 @@ class TextDiffPipeline(InvertingPipeline):
             raise InputError(f"{name} is missing; give a text, or one for each picture")
         return captions
 
-    def direction(self, sources: list[str], targets: list[str]) -> Tensor:
+    def compute_text_direction(self, sources: list[str], targets: list[str]) -> Tensor:
         """norm(z_t(target) - z_t(source)), (N, D), fp32. Raises InputError where there is none."""
         before, after = (self.encode_prompt(texts).embedding.float() for texts in (sources, targets))
         difference = after - before
         for one, other, size in zip(sources, targets, difference.norm(dim=-1).tolist()):
-            if size < SAME:
+            if size < MIN_CAPTION_DISTANCE:
                 raise InputError(f"source {one!r:.80} and target {other!r:.80} say the same to this CLIP; differ more")
         return F.normalize(difference, dim=-1)
 
 
-def check_pair(source: str, target: str) -> None:
+def check_caption_pair(source: str, target: str) -> None:
     check_texts("source", [source], empty=False)
     check_texts("target", [target], empty=False)
     if source.strip() == target.strip():

@@ -12,11 +12,11 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 from PIL import Image
 from t2i.pipelines.base import UnCLIPPipeline
-from t2i.pipelines.folder import check_part
-from t2i.pipelines.inputs import Pictures, read_picture, split_pictures
+from t2i.pipelines.folder import check_component_folder
+from t2i.pipelines.inputs import ImageInputs, read_image, split_images
 from t2i.pipelines.options import DecoderOptions
 from t2i.pipelines.progress import Preview
-from t2i.pipelines.stages import check_steps
+from t2i.pipelines.stages import check_step_count
 from t2i.pipelines.watched import WatchedPipeline
 from torch import Generator, Tensor
 
@@ -25,11 +25,11 @@ from t2i.diffusion.denoiser import MAX_STEPS
 from t2i.diffusion.stored_schedulers import load_scheduler
 from t2i.errors import InputError
 from t2i.files.model_folder import load_model
-from t2i.files.untrusted import check_files, is_folder, read_config
+from t2i.files.untrusted import check_folder_files, is_folder, read_config
 from t2i.networks.clip import CLIP
 from t2i.networks.upsampler import Upsampler
 from t2i.sampling.sample import split_generators
-from t2i.sampling.upsampling import MAX_TIMES, TILE, check_size, check_tiles
+from t2i.sampling.upsampling import DEFAULT_TILE_SIZE, MAX_ENLARGEMENTS, check_upsampled_size, resolve_tile_overlap
 
 OUTPUT_TYPES = ("pil", "pt")
 
@@ -67,15 +67,15 @@ class UpsamplePipeline(WatchedPipeline):
             path = Path(UnCLIPPipeline.download(str(path), **kwargs | {"variant": None}))  # plain files are read below
         if not (path / "model_index.json").is_file():
             return cls(load_model(Upsampler, path), load_scheduler(path / "scheduler"))
-        check_files(path)
+        check_folder_files(path)
         entries = read_config(path / "model_index.json")
         if not is_folder(path / "upsampler") or not is_folder(path / "upsampler_scheduler"):
             raise InputError(f"the pipeline {str(path)!r} has no upsampler; name one that `t2i train upsampler` wrote")
         for name in ("upsampler", "upsampler_scheduler"):
-            check_part(path, name, entries.get(name), kwargs.get("variant"))
+            check_component_folder(path, name, entries.get(name), kwargs.get("variant"))
         upsampler, clip = load_model(Upsampler, path / "upsampler"), None
         if upsampler.config.embed_dim is not None and is_folder(path / "clip"):
-            check_part(path, "clip", entries.get("clip"), None)
+            check_component_folder(path, "clip", entries.get("clip"), None)
             clip = load_model(CLIP, path / "clip")
         return cls(upsampler, load_scheduler(path / "upsampler_scheduler"), clip)
 
@@ -91,12 +91,12 @@ class UpsamplePipeline(WatchedPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        image: Pictures,
+        image: ImageInputs,
         times: int = 1,
         num_inference_steps: int = 4,
         level: float = 0.0,
         generator: Generator | list[Generator] | None = None,
-        tile: int = TILE,
+        tile: int = DEFAULT_TILE_SIZE,
         output_type: str = "pil",
         return_dict: bool = True,
         on_preview: Callable[[Preview], None] | None = None,
@@ -105,7 +105,7 @@ class UpsamplePipeline(WatchedPipeline):
         """Enlarge each picture by the upsampler's factor, `times` times.
 
         Args:
-            image: one or several, of any sizes; what they may be is said in `t2i.pipelines.inputs.read_pictures`.
+            image: one or several, of any sizes; what they may be is said in `t2i.pipelines.inputs.read_images`.
             times: 1 to 8.
             num_inference_steps: each time, 1 to 1000.
             level: of the noise that is put on the picture first (`Upsampler.config.max_level` at most): 0 trusts every
@@ -119,11 +119,11 @@ class UpsamplePipeline(WatchedPipeline):
             InputError: for a picture that is too small or becomes too large, and for values that are not allowed.
         """
         self.interrupted = False
-        check_integer("times", times, 1, MAX_TIMES)
+        check_integer("times", times, 1, MAX_ENLARGEMENTS)
         check_integer("num_inference_steps", num_inference_steps, 1, MAX_STEPS)
-        check_steps("num_inference_steps", num_inference_steps, self.upsampler_scheduler)
+        check_step_count("num_inference_steps", num_inference_steps, self.upsampler_scheduler)
         check_range("level", level, 0, self.upsampler.config.max_level)
-        check_tiles(tile, None, self.upsampler.multiple)
+        resolve_tile_overlap(tile, None, self.upsampler.image_size_multiple)
         check_choice("output_type", output_type, OUTPUT_TYPES)
         options = DecoderOptions(
             upsample=times,
@@ -132,21 +132,21 @@ class UpsamplePipeline(WatchedPipeline):
             on_preview=on_preview,
             preview_every=preview_every,
         )
-        pictures = [read_picture(one, None) for one in split_pictures(image)]
+        pictures = [read_image(one, None) for one in split_images(image)]
         if not pictures:
             raise InputError("image has no pictures; give one or more")
         for one in pictures:
-            check_size(self.upsampler, one.shape[-1], one.shape[-2], times)
+            check_upsampled_size(self.upsampler, one.shape[-1], one.shape[-2], times)
         generators = split_generators(generator, len(pictures))[1]
         images: list = []
         for one, own in zip(pictures, generators):
             x = one[None].to(self._execution_device)
-            x = self.upsample(x, self.embedding(x), options, [own], tile)
+            x = self.upsample_images(x, self.encode_upsampler_image(x), options, [own], tile)
             images += list(self.image_processor.postprocess(x.cpu(), output_type))
         self.maybe_free_model_hooks()
         return UpsamplePipelineOutput(images) if return_dict else (images,)
 
-    def embedding(self, picture: Tensor) -> Tensor | None:
+    def encode_upsampler_image(self, picture: Tensor) -> Tensor | None:
         """z_i for upsamplers that take it, where there is a CLIP."""
         if self.clip is None or self.upsampler.config.embed_dim is None:
             return None

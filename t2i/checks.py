@@ -5,7 +5,7 @@ from typing import Any
 
 from t2i.errors import InputError
 
-MAX_CHARACTERS = 4096
+MAX_TEXT_CHARACTERS = 4096
 
 
 def check_range(name: str, value: float, low: float, high: float) -> None:
@@ -24,12 +24,12 @@ def check_integer(name: str, value: Any, low: int, high: int) -> None:
         raise InputError(f"{name} must be an integer from {low} to {high}, got {value!r}")
 
 
-def check_multiple(name: str, value: int, of: int) -> None:
+def check_multiple_of(name: str, value: int, of: int) -> None:
     if value % of:
         raise InputError(f"{name} must be a multiple of {of}, got {value}")
 
 
-def check_keys(name: str, value: dict[str, Any], needed: tuple[str, ...]) -> None:
+def check_required_keys(name: str, value: dict[str, Any], needed: tuple[str, ...]) -> None:
     if missing := [key for key in needed if key not in value]:
         raise InputError(f"{name} lacks {', '.join(missing)}; it needs {', '.join(needed)}")
 
@@ -49,5 +49,7 @@ def check_texts(name: str, texts: Any, empty: bool = True) -> None:
             raise InputError(f"{name} must not be empty, got {text!r}")
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise InputError(f"{name} is not valid text (it was not UTF-8), got {text!r:.80}")
-        if len(text) > MAX_CHARACTERS:
-            raise InputError(f"{name} must have at most {MAX_CHARACTERS} characters, got {len(text)}: {text[:40]!r}...")
+        if len(text) > MAX_TEXT_CHARACTERS:
+            raise InputError(
+                f"{name} must have at most {MAX_TEXT_CHARACTERS} characters, got {len(text)}: {text[:40]!r}..."
+            )

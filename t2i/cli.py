@@ -9,8 +9,8 @@ import typer
 from typer import Argument, Option
 
 from t2i import EXTRA_STAGES, STAGES
-from t2i.commands import conversion, drawing, editing, evaluation, importing, seeing
-from t2i.errors import InputError, reported
+from t2i.commands import conversion, drawing, editing, evaluation, seeing, speed_up_imports
+from t2i.errors import InputError, report_errors
 
 app = typer.Typer(
     help="Text to image in the way of DALL-E 2 (unCLIP): draw, train, evaluate.",
@@ -29,17 +29,17 @@ app.add_typer(evaluation.app, name="eval")
 def main() -> None:
     """Entry point: bad input of any kind becomes one line and exit status 2."""
     status = 0
-    with reported():
+    with report_errors():
         try:
             status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
         except typer.TyperException as error:
-            raise InputError(error.format_message() + given(error)) from error
+            raise InputError(error.format_message() + format_option_value(error)) from error
         except typer.Abort:
             status = 130
     sys.exit(status)
 
 
-def given(error: typer.TyperException) -> str:
+def format_option_value(error: typer.TyperException) -> str:
     """The value that a message about an option leaves out."""
     for name in getattr(getattr(error, "param", None), "opts", []):
         if name in sys.argv[:-1]:
@@ -58,21 +58,21 @@ def init(
     held_out: Annotated[float | None, Option(help="Share to hold out, where the source names no split.")] = None,
 ) -> None:
     """Write a configuration for every stage, with sizes chosen from the pictures and the device."""
-    from t2i.training.recipe.recipe import check_run, compose, find_device, read_facts
+    from t2i.training.recipe.recipe import check_run_folder, compose_recipe, find_device, read_data_facts
 
-    check_run(run, source)
+    check_run_folder(run, source)
     machine = find_device(device)
-    checked(source, held_out)
-    recipe = compose(run, read_facts(source), machine, clip, autoencoder, image_size)
-    recipe.write(run)
+    ensure_fresh_manifest(source, held_out)
+    recipe = compose_recipe(run, read_data_facts(source), machine, clip, autoencoder, image_size)
+    recipe.write_folder(run)
     print("\n".join(recipe.lines))
     folder = shlex.quote(str(run))
     print(f"next: t2i train all {folder} --dry-run   tells what it will cost\n      t2i train all {folder}")
 
 
-def checked(source: str, held_out: float | None) -> None:
+def ensure_fresh_manifest(source: str, held_out: float | None) -> None:
     """Make sure that a source has a manifest, and that nothing has changed since."""
-    from t2i.data.freshness import changes
+    from t2i.data.freshness import find_changes
     from t2i.data.manifest import find_manifest
 
     try:
@@ -82,7 +82,7 @@ def checked(source: str, held_out: float | None) -> None:
         return
     if held_out is not None:
         raise InputError(f"held-out is {held_out}, but {str(manifest)!r} has decided it; `t2i data check` decides anew")
-    if found := changes(source):
+    if found := find_changes(source):
         raise InputError(f"{source!r} is not what was checked: {found}; `t2i data check {source}` reads it again")
 
 
@@ -107,31 +107,31 @@ def train(
 
     from t2i.checks import check_range
     from t2i.config import load_config
-    from t2i.runtime.launch import become
-    from t2i.training.common.entry import begin
+    from t2i.runtime.launch import exec_torchrun
+    from t2i.training.common.entry import start_training
 
     check_range("num-processes", num_processes, 1, 1024)
     check_range("max-restarts", max_restarts, 0, 1000)
     if stage == "all":
-        raise typer.Exit(train_all(arguments or [], num_processes, max_restarts, dry_run))
+        raise typer.Exit(train_all_stages(arguments or [], num_processes, max_restarts, dry_run))
     given = [*(arguments or []), *(["train.dry_run=true"] if dry_run else [])]
-    with importing():
+    with speed_up_imports():
         script = import_module(f"t2i.training.train_{stage}")
     config = load_config(script.Config, stage, given)
     if num_processes > 1:
-        become([str(script.__file__), *given], num_processes, max_restarts)
-    begin(script.main, config)
+        exec_torchrun([str(script.__file__), *given], num_processes, max_restarts)
+    start_training(script.main, config)
 
 
-def train_all(arguments: list[str], num_processes: int, max_restarts: int, dry_run: bool) -> int:
+def train_all_stages(arguments: list[str], num_processes: int, max_restarts: int, dry_run: bool) -> int:
     """The exit status."""
     from t2i.training.all_stages import Run, Trainer
 
     if len(arguments) != 1:
         what = f"{arguments[1]!r} belongs into its configurations" if arguments[1:] else "none is given"
         raise InputError(f"train all takes one folder that `t2i init` wrote; {what}")
-    trainer = Trainer(Run.read(Path(arguments[0])), num_processes, max_restarts)
-    return trainer.estimate() if dry_run else trainer.train()
+    trainer = Trainer(Run.read_folder(Path(arguments[0])), num_processes, max_restarts)
+    return trainer.estimate_costs() if dry_run else trainer.train()
 
 
 @data.command()
@@ -154,8 +154,8 @@ def check(
     check_range("min-size", min_size, 1, 4096)
     columns = Columns(image_column, caption_column, label_column)
     report = write_manifest(source, out, columns, held_out, min_size, drop_duplicates)
-    print("\n".join(report.lines()))
-    if complaint := report.complaint():
+    print("\n".join(report.format_lines()))
+    if complaint := report.format_complaint():
         raise InputError(complaint)
 
 
@@ -200,18 +200,18 @@ def assemble(
     fp16: Annotated[bool, Option("--fp16", help="Half-precision weights: half the size.")] = False,
 ) -> None:
     """Put trained stages together into one pipeline folder."""
-    from t2i.pipelines.jobs.assemble import assemble_folder
+    from t2i.pipelines.jobs.assemble import assemble_pipeline_folder
 
     parts = {"clip": clip, "autoencoder": autoencoder, "prior": prior, "decoder": decoder, "upsampler": upsampler}
-    print(assemble_folder(runs, folder, fp16, **parts))
+    print(assemble_pipeline_folder(runs, folder, fp16, **parts))
 
 
 @app.command()
 def doctor() -> None:
     """Versions, devices, and what is missing."""
-    from t2i.commands.doctor import report
+    from t2i.commands.doctor import collect_doctor_report
 
-    lines, problems = report()
+    lines, problems = collect_doctor_report()
     print("\n".join(lines))
     if problems:
         print("\n".join(f"problem: {problem}" for problem in problems))

@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from t2i.checks import check_choice, check_range
 from t2i.errors import InputError
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 Config = TypeVar("Config")
@@ -93,7 +93,7 @@ def load_config(config_class: type[Config], stage: str, arguments: list[str]) ->
     """
     arguments = list(arguments)
     has_file = bool(arguments) and "=" not in arguments[0]
-    path = Path(arguments.pop(0)) if has_file else CONFIGS / "emoji" / f"{stage}.yaml"
+    path = Path(arguments.pop(0)) if has_file else CONFIG_FOLDER / "emoji" / f"{stage}.yaml"
     if not path.is_file():
         raise InputError(f"no configuration file {str(path)!r}; give one, such as configs/emoji/{stage}.yaml")
     for argument in arguments:
@@ -110,17 +110,17 @@ def load_config(config_class: type[Config], stage: str, arguments: list[str]) ->
         merged = OmegaConf.merge(OmegaConf.structured(config_class), file, overrides)
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
-        raise InputError(f"{path}: {explain(error, config_class)}") from error
+        raise InputError(f"{path}: {explain_config_error(error, config_class)}") from error
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise InputError(f"{path} is not YAML: {error}") from error
 
 
-def as_yaml(config: Any) -> str:
+def format_config_yaml(config: Any) -> str:
     """Every key of a configuration with its value."""
     return OmegaConf.to_yaml(OmegaConf.structured(config)).rstrip()
 
 
-def explain(error: Exception, config_class: type) -> str:
+def explain_config_error(error: Exception, config_class: type) -> str:
     """One line of what OmegaConf says: the key, what is wrong, and the keys there are."""
     message = next(line for line in str(error).splitlines() if line.strip())
     key = getattr(error, "full_key", None)
@@ -129,7 +129,7 @@ def explain(error: Exception, config_class: type) -> str:
     )
 
 
-def build(factory: Callable[..., Built], name: str, arguments: dict[str, Any], **more: Any) -> Built:
+def build_or_explain(factory: Callable[..., Built], name: str, arguments: dict[str, Any], **more: Any) -> Built:
     """`factory(**arguments, **more)`; what is wrong with arguments that a user wrote under `name`, in one line."""
     try:
         return factory(**arguments, **more)

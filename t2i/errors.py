@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-RESUMABLE = 75  # exit status of a run that was asked to stop and can go on (EX_TEMPFAIL of sysexits.h)
+RESUMABLE_STATUS = 75  # exit status of a run that was asked to stop and can go on (EX_TEMPFAIL of sysexits.h)
 
 
 class InputError(ValueError):
@@ -24,34 +24,34 @@ class RunError(RuntimeError):
         super().__init__(" ".join(message.split()))
 
 
-class Stopped(Exception):
+class RunStopped(Exception):
     """A run that was asked to stop and has saved its state. `status` is what the program exits with."""
 
-    def __init__(self, message: str, status: int = RESUMABLE):
+    def __init__(self, message: str, status: int = RESUMABLE_STATUS):
         super().__init__(message)
         self.status = status
 
 
 @contextmanager
-def reported() -> Iterator[None]:
+def report_errors() -> Iterator[None]:
     """Errors as one line on standard error.
 
     Exit status 2 for bad input, 1 for a run that failed, 75 for one that was stopped and can go on, 130 for Ctrl-C.
     """
     try:
         yield
-    except Stopped as stopped:
+    except RunStopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(stopped.status)
     except (InputError, OSError) as error:  # an OSError names the file and what is wrong with it
-        complain(error)
+        print_error_line(error)
         sys.exit(2)
     except RunError as error:
-        complain(error)
+        print_error_line(error)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def complain(error: object) -> None:
+def print_error_line(error: object) -> None:
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)

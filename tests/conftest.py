@@ -70,9 +70,9 @@ def runs(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def pipeline_folder(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from t2i.pipelines.jobs.assemble import assemble_folder
+    from t2i.pipelines.jobs.assemble import assemble_pipeline_folder
 
-    return assemble_folder(runs, tmp_path_factory.mktemp("models") / "tiny")
+    return assemble_pipeline_folder(runs, tmp_path_factory.mktemp("models") / "tiny")
 
 
 def relabel(folder: Path, change: Callable[[dict, int], object]) -> Path:
@@ -132,4 +132,4 @@ def seeds(*numbers: int) -> list[torch.Generator]:
 @pytest.fixture(autouse=True)
 def any_machine_takes_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that lack it compute it slowly, and rightly: what becomes of dtypes is tested everywhere."""
-    monkeypatch.setattr("t2i.runtime.devices.computes_in_bf16", lambda device: True)
+    monkeypatch.setattr("t2i.runtime.devices.can_compute_bf16", lambda device: True)

@@ -16,15 +16,21 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from t2i.training.common.encodings import facts_of_autoencoder, facts_of_clip, facts_of_text_encoder, read, stored
+from t2i.training.common.encodings import (
+    build_autoencoder_facts,
+    build_clip_facts,
+    build_text_encoder_facts,
+    digest_stored_files,
+    encode_tokens,
+)
 from t2i.training.common.entry import run
-from t2i.training.common.loop import start
-from t2i.training.common.state import locked
+from t2i.training.common.loop import build_accelerator
+from t2i.training.common.state import lock_folder
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from t2i.checks import check_choice, check_multiple, check_range
+from t2i.checks import check_choice, check_multiple_of, check_range
 from t2i.config import DataConfig, TrainConfig
 from t2i.data import CaptionedPictures
 from t2i.data.cache import (
@@ -33,21 +39,21 @@ from t2i.data.cache import (
     CachedPairs,
     ClipFacts,
     TextEncoderFacts,
-    damage,
-    finish,
-    offsets,
+    build_shard_path,
+    check_cache_key,
+    compute_offsets,
+    compute_statistics,
+    find_shard_damage,
+    finish_cache,
     open_tensors,
-    refuse_another,
-    shard_path,
-    statistics,
-    trim,
+    strip_padding,
     write_shard,
 )
-from t2i.data.dataset import from_workers
-from t2i.data.manifest import splits_of
+from t2i.data.dataset import shorten_worker_errors
+from t2i.data.manifest import read_splits
 from t2i.diffusion.condition import TextEncoding, TokenStates
 from t2i.errors import InputError
-from t2i.files.atomic import check_writable, new_file, write_json
+from t2i.files.atomic import check_writable_folder, create_file_atomically, write_json_file
 from t2i.interop.by_name import load_autoencoder, load_clip, load_text_encoder
 from t2i.networks.autoencoder import Autoencoder
 from t2i.networks.clip import CLIP
@@ -55,7 +61,7 @@ from t2i.networks.public.multilingual_clip import MultilingualCLIP
 from t2i.networks.text_encoder import DTYPES as TEXT_DTYPES
 from t2i.networks.text_encoder import MAX_TOKENS, TextEncoder
 
-DTYPES = {"float16": torch.float16, "float32": torch.float32}
+CACHE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass
@@ -78,7 +84,7 @@ class Config:
         if self.mixed_precision == "False":  # YAML 1.1 reads a bare `no` as false
             self.mixed_precision = "no"
         check_choice("mixed_precision", self.mixed_precision, ("auto", "no", "fp16", "bf16"))
-        check_choice("dtype", self.dtype, tuple(DTYPES))
+        check_choice("dtype", self.dtype, tuple(CACHE_DTYPES))
         check_range("text_encoder_tokens", self.text_encoder_tokens, 3, MAX_TOKENS)
         check_choice("text_encoder_dtype", self.text_encoder_dtype, tuple(TEXT_DTYPES))
         check_range("variations", self.variations, 1, 1024)
@@ -90,30 +96,30 @@ class Config:
 
 
 @dataclass(frozen=True, order=True)
-class Shard:
+class CacheShard:
     split: str
     number: int
     first: int  # index of its first picture
     end: int
 
     def path(self, folder: Path) -> Path:
-        return shard_path(folder, self.split, self.number)
+        return build_shard_path(folder, self.split, self.number)
 
 
 @torch.no_grad()
 def main(config: Config) -> None:
     folder = Path(config.output)
-    check_writable(folder)
-    datasets = splits(config.data)
+    check_writable_folder(folder)
+    datasets = open_split_datasets(config.data)
     clip, autoencoder, text_encoder = None, None, None
     facts: dict[str, ClipFacts | AutoencoderFacts | TextEncoderFacts | None] = {"clip": None, "autoencoder": None}
     if config.clip is not None:
         clip = load_clip(config.clip)
-        facts["clip"] = facts_of_clip(config.clip, clip)
+        facts["clip"] = build_clip_facts(config.clip, clip)
     if config.autoencoder is not None:
         autoencoder = load_autoencoder(config.autoencoder)
-        facts["autoencoder"] = facts_of_autoencoder(config.autoencoder, autoencoder)
-        check_multiple("data.image_size", config.data.image_size, autoencoder.factor)
+        facts["autoencoder"] = build_autoencoder_facts(config.autoencoder, autoencoder)
+        check_multiple_of("data.image_size", config.data.image_size, autoencoder.factor)
     if config.text_encoder is not None:
         settings = (config.text_encoder_tokens, TEXT_DTYPES[config.text_encoder_dtype])
         text_encoder = load_text_encoder(config.text_encoder, *settings)
@@ -122,74 +128,78 @@ def main(config: Config) -> None:
                 f"text_encoder={config.text_encoder!r} says a vector of each caption beside its tokens' states, which "
                 "no cache holds; leave it out: the decoder's run encodes captions in the step"
             )
-        facts["text_encoder"] = facts_of_text_encoder(text_encoder)
-    key = key_of(config, facts, datasets)
-    refuse_another(folder, key)
+        facts["text_encoder"] = build_text_encoder_facts(text_encoder)
+    key = build_cache_key(config, facts, datasets)
+    check_cache_key(folder, key)
 
-    accelerator = start(TrainConfig(output=config.output, mixed_precision=config.mixed_precision))
-    with locked(accelerator, folder, "output"):
+    accelerator = build_accelerator(TrainConfig(output=config.output, mixed_precision=config.mixed_precision))
+    with lock_folder(accelerator, folder, "output"):
         if accelerator.is_main_process:
-            with new_file(folder / "config.yaml") as unfinished:
+            with create_file_atomically(folder / "config.yaml") as unfinished:
                 unfinished.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
-            write_json(folder / "key.json", key)
-            most = max(most_captions(dataset) for dataset in datasets.values())
+            write_json_file(folder / "key.json", key)
+            most = max(count_max_captions(dataset) for dataset in datasets.values())
             if (config.text or config.text_encoder) and most > config.variations:
                 print(f"caches {config.variations} of up to {most} captions of a picture; `variations` sets how many")
         encoder = Encoder(config, accelerator, clip, autoencoder, text_encoder)
         shards = [
-            shard for split, dataset in datasets.items() for shard in divide(split, len(dataset), config.shard_size)
+            shard
+            for split, dataset in datasets.items()
+            for shard in divide_split(split, len(dataset), config.shard_size)
         ]
-        write_shards(folder, datasets, shards, encoder, accelerator)
+        write_missing_shards(folder, datasets, shards, encoder, accelerator)
         if accelerator.is_main_process:
             counts = {split: sum(shard.split == split for shard in shards) for split in datasets}
             described = {name: fact and asdict(fact) for name, fact in facts.items()}
             training = [shard.path(folder) for shard in shards if shard.split == "train"]
-            finish(folder, key, described, encoder.shared(training), counts)
-            print(summary(folder, counts))
+            finish_cache(folder, key, described, encoder.compute_shared_tensors(training), counts)
+            print(format_cache_summary(folder, counts))
 
 
-def key_of(config: Config, facts: dict[str, Any], datasets: dict[str, CaptionedPictures]) -> dict[str, Any]:
+def build_cache_key(config: Config, facts: dict[str, Any], datasets: dict[str, CaptionedPictures]) -> dict[str, Any]:
     """All that decides what is in the shards."""
     key: dict[str, Any] = {name: fact and fact.identity for name, fact in facts.items()}
-    key |= {"data": {split: dataset.digest() for split, dataset in datasets.items()}}
-    key |= {"stored": stored(config.clip, config.autoencoder)}
+    key |= {"data": {split: dataset.compute_digest() for split, dataset in datasets.items()}}
+    key |= {"stored": digest_stored_files(config.clip, config.autoencoder)}
     key |= {"image_size": config.data.image_size}
     return key | {
         name: getattr(config, name) for name in ("text", "variations", "shard_size", "dtype", "mixed_precision")
     }
 
 
-def most_captions(dataset: CaptionedPictures) -> int:
+def count_max_captions(dataset: CaptionedPictures) -> int:
     """Captions and keywords of the picture that has most of them."""
-    return max(len(row["captions"]) + len(row["keywords"]) for row in dataset.manifest.rows("captions", "keywords"))
+    return max(
+        len(row["captions"]) + len(row["keywords"]) for row in dataset.manifest.iterate_rows("captions", "keywords")
+    )
 
 
-def splits(config: DataConfig) -> dict[str, CaptionedPictures]:
+def open_split_datasets(config: DataConfig) -> dict[str, CaptionedPictures]:
     """The data set of each split that has pictures."""
-    there = {*splits_of(config.path), "train"}
+    there = {*read_splits(config.path), "train"}
     return {split: CaptionedPictures(config, split) for split in SPLITS if split in there}
 
 
-def divide(split: str, count: int, size: int) -> list[Shard]:
-    return [Shard(split, i, first, min(first + size, count)) for i, first in enumerate(range(0, count, size))]
+def divide_split(split: str, count: int, size: int) -> list[CacheShard]:
+    return [CacheShard(split, i, first, min(first + size, count)) for i, first in enumerate(range(0, count, size))]
 
 
-def write_shards(
+def write_missing_shards(
     folder: Path,
     datasets: dict[str, CaptionedPictures],
-    shards: list[Shard],
+    shards: list[CacheShard],
     encoder: "Encoder",
     accelerator: Accelerator,
 ) -> None:
     """Make the shards that are missing or damaged; the processes take them in turn."""
     rank, world = accelerator.process_index, accelerator.num_processes
-    missing = [shard for shard in shards[rank::world] if not is_whole(shard.path(folder))]
+    missing = [shard for shard in shards[rank::world] if not is_shard_intact(shard.path(folder))]
     missing = sorted(gather_object(missing), key=shards.index)
     if missing and accelerator.is_main_process:
         (folder / "cache.json").unlink(missing_ok=True)  # from here on it is not finished
     accelerator.wait_for_everyone()
     mine = missing[rank::world]
-    images = read_images(datasets, mine, encoder.config)
+    images = iterate_image_batches(datasets, mine, encoder.config)
     total = sum(shard.end - shard.first for shard in mine)
     with tqdm(total=total, disable=not accelerator.is_main_process, mininterval=5, desc=folder.name) as bar:
         for shard in mine:
@@ -200,15 +210,15 @@ def write_shards(
     accelerator.wait_for_everyone()
 
 
-def is_whole(path: Path) -> bool:
+def is_shard_intact(path: Path) -> bool:
     if not path.exists() and not path.with_suffix(".json").exists():
         return False
-    if problem := damage(path):
+    if problem := find_shard_damage(path):
         print(f"made again: {problem}")
     return problem is None
 
 
-class Images(Dataset):
+class ImageBatches(Dataset):
     """Pictures by (split, indices)."""
 
     def __init__(self, datasets: dict[str, CaptionedPictures]):
@@ -216,18 +226,22 @@ class Images(Dataset):
 
     def __getitem__(self, batch: tuple[str, range]) -> Tensor:
         split, indices = batch
-        return torch.stack([self.datasets[split].picture(index) for index in indices])
+        return torch.stack([self.datasets[split].load_image(index) for index in indices])
 
 
-def read_images(datasets: dict[str, CaptionedPictures], shards: list[Shard], config: Config) -> Iterator[Tensor]:
+def iterate_image_batches(
+    datasets: dict[str, CaptionedPictures], shards: list[CacheShard], config: Config
+) -> Iterator[Tensor]:
     """The pictures of these shards, (B, 3, H, W) at a time; no batch reaches into the next shard."""
     order = [
         (shard.split, range(start, min(start + config.batch_size, shard.end)))
         for shard in shards
         for start in range(shard.first, shard.end, config.batch_size)
     ]
-    with from_workers():
-        yield from DataLoader(Images(datasets), sampler=order, batch_size=None, num_workers=config.data.num_workers)  # type: ignore[call-overload]
+    with shorten_worker_errors():
+        yield from DataLoader(
+            ImageBatches(datasets), sampler=order, batch_size=None, num_workers=config.data.num_workers
+        )  # type: ignore[call-overload]
 
 
 class Encoder:
@@ -245,7 +259,7 @@ class Encoder:
         self.clip = clip.to(accelerator.device).eval() if clip is not None else None
         self.autoencoder = autoencoder.to(accelerator.device).eval() if autoencoder is not None else None
         self.text_encoder = text_encoder.to(accelerator.device) if text_encoder is not None else None
-        self.dtype = DTYPES[config.dtype]
+        self.dtype = CACHE_DTYPES[config.dtype]
 
     def encode(self, dataset: CaptionedPictures, pictures: range, images: Iterator[Tensor]) -> dict[str, Tensor]:
         """The tensors of a shard; `images` goes on with its pictures."""
@@ -257,10 +271,10 @@ class Encoder:
                     parts.setdefault("image_embeds", []).append(self.clip.encode_image(batch).float().cpu())
                 if self.autoencoder is not None:
                     parts.setdefault("latents", []).append(self.autoencoder.encode(batch).to("cpu", self.dtype))
-        names = [dataset.key(index).encode() for index in pictures]
+        names = [dataset.sample_key(index).encode() for index in pictures]
         tensors = {name: torch.cat(part).contiguous() for name, part in parts.items()}
         tensors["keys"] = torch.frombuffer(bytearray(b"".join(names)), dtype=torch.uint8)
-        tensors["key_offsets"] = offsets(map(len, names))
+        tensors["key_offsets"] = compute_offsets(map(len, names))
         if self.config.text or self.text_encoder is not None:
             tensors |= self.encode_captions(dataset, pictures)
         return tensors
@@ -268,7 +282,7 @@ class Encoder:
     def encode_captions(self, dataset: CaptionedPictures, pictures: range) -> dict[str, Tensor]:
         known: dict[str, int] = {}  # each caption once
         choice = [
-            [known.setdefault(dataset.caption(index, draw), len(known)) for draw in range(self.config.variations)]
+            [known.setdefault(dataset.get_caption(index, draw), len(known)) for draw in range(self.config.variations)]
             for index in pictures
         ]
         captions, size = list(known), self.config.batch_size
@@ -276,14 +290,18 @@ class Encoder:
         tensors = {"choice": torch.tensor(choice)}
         if self.clip is not None and self.config.text:
             embeds: list[Tensor] = []
-            tensors |= self.end_to_end("text", self.read_clip(self.clip, batches, embeds))
+            tensors |= self.concatenate_states("text", self.encode_clip_captions(self.clip, batches, embeds))
             tensors["text_embeds"] = torch.cat(embeds)
         if self.text_encoder is not None:
             with torch.autocast(self.accelerator.device.type, enabled=False):
-                tensors |= self.end_to_end("text_encoder", (read(self.text_encoder, batch) for batch in batches))
+                tensors |= self.concatenate_states(
+                    "text_encoder", (encode_tokens(self.text_encoder, batch) for batch in batches)
+                )
         return tensors
 
-    def read_clip(self, clip: CLIP, batches: list[list[str]], embeds: list[Tensor]) -> Iterator[TextEncoding]:
+    def encode_clip_captions(
+        self, clip: CLIP, batches: list[list[str]], embeds: list[Tensor]
+    ) -> Iterator[TextEncoding]:
         """What CLIP says of the captions; of each batch the embedding is added to `embeds`."""
         for batch in batches:
             with self.accelerator.autocast():
@@ -291,26 +309,26 @@ class Encoder:
             embeds.append(text.embedding.float().cpu())
             yield text
 
-    def end_to_end(self, of: str, texts: Iterable[TextEncoding | TokenStates]) -> dict[str, Tensor]:
+    def concatenate_states(self, of: str, texts: Iterable[TextEncoding | TokenStates]) -> dict[str, Tensor]:
         """The token states of captions, without padding, and where each caption's are."""
         states, lengths = [], []
         for text in texts:
-            tokens, counts = trim(text)
+            tokens, counts = strip_padding(text)
             states.append(tokens.to("cpu", self.dtype))
             lengths += counts.tolist()
-        return {f"{of}_states": torch.cat(states), f"{of}_offsets": offsets(lengths)}
+        return {f"{of}_states": torch.cat(states), f"{of}_offsets": compute_offsets(lengths)}
 
-    def shared(self, shards: list[Path]) -> dict[str, Tensor]:
+    def compute_shared_tensors(self, shards: list[Path]) -> dict[str, Tensor]:
         """Statistics of the training split, and the encoding of the empty caption."""
         if self.clip is None:
             return {}
-        mean, std = statistics(open_tensors(path)["image_embeds"] for path in shards)
+        mean, std = compute_statistics(open_tensors(path)["image_embeds"] for path in shards)
         nothing = self.clip.encode_text([""])
         null = {"null_embedding": nothing.embedding.float().cpu(), "null_states": nothing.states.float().cpu()}
         return {"mean": mean, "std": std, **null}
 
 
-def summary(folder: Path, counts: dict[str, int]) -> str:
+def format_cache_summary(folder: Path, counts: dict[str, int]) -> str:
     found = ", ".join(f"{len(CachedPairs(folder, split))} pictures of {split}" for split in counts)
     return f"{folder}: {found}; {sum(path.stat().st_size for path in folder.iterdir()) / 1e6:.1f} MB"
 

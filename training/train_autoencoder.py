@@ -12,23 +12,29 @@ import torch
 import torch.nn.functional as F
 from PIL.Image import Image
 from t2i.training.common.entry import run
-from t2i.training.common.finetuning import start_from
-from t2i.training.common.loop import Critic, Stage, fit, start
-from t2i.training.common.preview import SampleConfig, autoencoder_preview, fixed_records
+from t2i.training.common.finetuning import load_init_model
+from t2i.training.common.loop import Critic, Stage, build_accelerator, fit
+from t2i.training.common.preview import SampleConfig, draw_autoencoder_preview, read_fixed_records
 from torch import Tensor
 
-from t2i.checks import check_multiple, check_range
-from t2i.config import DataConfig, TrainConfig, build
-from t2i.data import Batch, CaptionedPictures, held_out_pictures
+from t2i.checks import check_multiple_of, check_range
+from t2i.config import DataConfig, TrainConfig, build_or_explain
+from t2i.data import Batch, CaptionedPictures, build_held_out_dataset
 from t2i.errors import InputError
-from t2i.files.fingerprints import weights_digest
-from t2i.files.model_folder import export_model
+from t2i.files.fingerprints import compute_weights_fingerprint
+from t2i.files.model_folder import save_model_folder
 from t2i.interop.by_name import load_autoencoder, load_clip
 from t2i.networks.autoencoder import Autoencoder
-from t2i.networks.discriminator import BETAS, Discriminator, adaptive_weight, frozen_logits, hinge_loss
-from t2i.networks.perceptual import Perceptual
+from t2i.networks.discriminator import (
+    ADAM_BETAS,
+    Discriminator,
+    compute_adaptive_weight,
+    compute_frozen_logits,
+    compute_hinge_loss,
+)
+from t2i.networks.perceptual import PerceptualDistance
 
-MEASURED = 4096  # pictures that set the scale of the latents, at most
+MAX_MEASURED_IMAGES = 4096  # pictures that set the scale of the latents, at most
 
 
 @dataclass
@@ -73,7 +79,9 @@ class ReconstructionLoss:
     See Rombach et al. 2022, equation 25, with L1 instead of its likelihood.
     """
 
-    def __init__(self, config: Config, autoencoder: Autoencoder, perceptual: Perceptual | None, critic: Critic | None):
+    def __init__(
+        self, config: Config, autoencoder: Autoencoder, perceptual: PerceptualDistance | None, critic: Critic | None
+    ):
         self.config, self.perceptual, self.critic = config, perceptual, critic
         self.discriminator = critic and critic.model  # bare
         self.last_layer = autoencoder.coder.decoder.conv_out.weight
@@ -89,65 +97,65 @@ class ReconstructionLoss:
             likeness = likeness + self.config.perceptual_weight * metrics["perceptual"]
         metrics["loss"] = likeness + self.config.kl_weight * kl.float().mean()
         if self.critic is not None and torch.is_grad_enabled():  # the game is over where nobody learns
-            metrics |= self.play(likeness, reconstruction, batch.image)
+            metrics |= self.compute_adversarial_terms(likeness, reconstruction, batch.image)
             metrics["loss"] = metrics["loss"] + metrics["adversarial_weight"] * metrics["adversarial"]
         return metrics
 
-    def play(self, likeness: Tensor, reconstruction: Tensor, image: Tensor) -> dict[str, Tensor]:
+    def compute_adversarial_terms(self, likeness: Tensor, reconstruction: Tensor, image: Tensor) -> dict[str, Tensor]:
         """The discriminator's loss, the autoencoder's against it, and the weight of the latter."""
         assert self.critic is not None and self.discriminator is not None
         logits = self.critic.model(torch.cat([image, reconstruction.detach()]))
-        metrics = {"critic_loss": hinge_loss(*logits.chunk(2))}
+        metrics = {"critic_loss": compute_hinge_loss(*logits.chunk(2))}
         weight = likeness.new_tensor(self.config.adversarial_weight)
         if self.critic.step < self.config.adversarial_start:
             return metrics | {"adversarial": torch.zeros_like(likeness), "adversarial_weight": 0 * weight}
-        metrics["adversarial"] = -frozen_logits(self.discriminator, reconstruction).float().mean()
+        metrics["adversarial"] = -compute_frozen_logits(self.discriminator, reconstruction).float().mean()
         if not self.config.adversarial_fixed:
-            weight = weight * adaptive_weight(likeness, metrics["adversarial"], self.last_layer)
+            weight = weight * compute_adaptive_weight(likeness, metrics["adversarial"], self.last_layer)
         return metrics | {"adversarial_weight": weight}
 
 
 def main(config: Config) -> None:
-    dataset, held_out = CaptionedPictures(config.data), held_out_pictures(config.data)
-    accelerator = start(config.train)
-    made_from = {"data": dataset.digest()}
+    dataset, held_out = CaptionedPictures(config.data), build_held_out_dataset(config.data)
+    accelerator = build_accelerator(config.train)
+    made_from = {"data": dataset.compute_digest()}
     if config.init is None:
-        autoencoder = build(Autoencoder, "model", config.model)
+        autoencoder = build_or_explain(Autoencoder, "model", config.model)
     else:
-        autoencoder = start_from(load_autoencoder, config.init, config.model)
-        made_from["init"] = weights_digest(autoencoder)
+        autoencoder = load_init_model(load_autoencoder, config.init, config.model)
+        made_from["init"] = compute_weights_fingerprint(autoencoder)
     autoencoder.to(memory_format=torch.channels_last)
-    check_multiple("data.image_size", config.data.image_size, autoencoder.factor)
+    check_multiple_of("data.image_size", config.data.image_size, autoencoder.factor)
     if config.freeze_encoder:
         autoencoder.freeze_encoder()
-    critic = Critic(make_discriminator(config), BETAS) if config.adversarial_weight else None
+    critic = Critic(build_discriminator(config), ADAM_BETAS) if config.adversarial_weight else None
     perceptual = None
     if config.perceptual_weight:
         clip = load_clip(str(config.perceptual_clip))
         made_from["perceptual_clip"] = clip.identity
-        perceptual = Perceptual(clip.float()).to(accelerator.device)
+        perceptual = PerceptualDistance(clip.float()).to(accelerator.device)
     loss = ReconstructionLoss(config, autoencoder, perceptual, critic)
 
     def export(average: torch.nn.Module) -> None:
         if not config.freeze_encoder:
-            average.measure(dataset.sample(MEASURED, batch_size=64))
-        export_model(average, Path(config.train.output))
+            average.set_latent_statistics(dataset.iterate_images(MAX_MEASURED_IMAGES, batch_size=64))
+        save_model_folder(average, Path(config.train.output))
 
     count = config.sample.count if config.train.sample_every else 0
-    records = fixed_records(held_out or dataset, count)
+    records = read_fixed_records(held_out or dataset, count)
 
     def preview(average: torch.nn.Module) -> dict[str, Image]:
-        return {"reconstructions": autoencoder_preview(average, records.image)} if records else {}
+        return {"reconstructions": draw_autoencoder_preview(average, records.image)} if records else {}
 
     workers = config.data.num_workers
     stage = Stage(autoencoder, loss, dataset, export, made_from, asdict(config), workers, held_out, preview, critic)
     fit(accelerator, stage, config.train)
 
 
-def make_discriminator(config: Config) -> Discriminator:
+def build_discriminator(config: Config) -> Discriminator:
     """Raises InputError for arguments that make none, and pictures that are smaller than a patch."""
-    discriminator = build(Discriminator, "discriminator", config.discriminator)
-    if config.data.image_size < (smallest := discriminator.smallest):
+    discriminator = build_or_explain(Discriminator, "discriminator", config.discriminator)
+    if config.data.image_size < (smallest := discriminator.min_image_size):
         raise InputError(
             f"data.image_size={config.data.image_size} gives this discriminator no patch; at least {smallest}, or a "
             "smaller discriminator.depth"

@@ -12,23 +12,23 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from t2i.training.common.encodings import Source, open_source
+from t2i.training.common.encodings import EncodingSource, open_source
 from t2i.training.common.entry import run
-from t2i.training.common.loop import Stage, fit, start
+from t2i.training.common.loop import Stage, build_accelerator, fit
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from t2i.checks import check_multiple, check_range
-from t2i.config import DataConfig, TrainConfig, build
+from t2i.checks import check_multiple_of, check_range
+from t2i.config import DataConfig, TrainConfig, build_or_explain
 from t2i.data import Batch
-from t2i.data.dataset import Key
+from t2i.data.dataset import SampleIndex
 from t2i.data.labels import Labels
 from t2i.data.manifest import find_manifest
-from t2i.diffusion.process import noise_scheduler
-from t2i.files.model_folder import export_model
-from t2i.networks.classifier import LatentClassifier, noise_level
+from t2i.diffusion.process import build_noise_scheduler
+from t2i.files.model_folder import save_model_folder
+from t2i.networks.classifier import LatentClassifier, compute_noise_level
 
-LEVELS = 4  # parts of the schedule that the accuracy is logged of
+ACCURACY_LEVELS = 4  # parts of the schedule that the accuracy is logged of
 
 
 @dataclass
@@ -44,26 +44,26 @@ class Config:
 
     def __post_init__(self) -> None:
         check_range("embedding_weight", self.embedding_weight, 0, 1000)
-        noise_scheduler(self.scheduler)
+        build_noise_scheduler(self.scheduler)
 
 
-class Labelled(Dataset):
+class LabelledDataset(Dataset):
     """A data set that gives whole batches, pictures or cached encodings, with a class for each sample."""
 
     def __init__(self, dataset: Any, labels: Labels):
-        self.dataset, self.numbers = dataset, labels.of(dataset)
+        self.dataset, self.numbers = dataset, labels.find_classes(dataset)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitems__(self, keys: list[Key]) -> Batch:
+    def __getitems__(self, keys: list[SampleIndex]) -> Batch:
         batch = self.dataset.__getitems__(keys)
         return replace(batch, labels=self.numbers[batch.index])  # of the sample that was read, if another stands in
 
-    def key(self, index: int) -> str:
-        return self.dataset.key(index)
+    def sample_key(self, index: int) -> str:
+        return self.dataset.sample_key(index)
 
-    def digest(self, classes: list[str]) -> str:
+    def digest_labels(self, classes: list[str]) -> str:
         """16 hexadecimal digits for the class of every sample."""
         content = json.dumps([classes, self.numbers.tolist()])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
@@ -72,18 +72,18 @@ class Labelled(Dataset):
 def main(config: Config) -> None:
     labels = Labels(find_manifest(Path(config.data.path)))
     source = open_source(config.cache, config.data, config.clip, config.autoencoder, reads_captions=False)
-    accelerator = start(config.train)
-    fit(accelerator, make_stage(config, source, labels, accelerator.device), config.train)
+    accelerator = build_accelerator(config.train)
+    fit(accelerator, build_stage(config, source, labels, accelerator.device), config.train)
 
 
-def make_stage(config: Config, source: Source, labels: Labels, device: torch.device) -> Stage:
+def build_stage(config: Config, source: EncodingSource, labels: Labels, device: torch.device) -> Stage:
     source.to(device)
     assert source.autoencoder is not None
-    check_multiple("data.image_size", config.data.image_size, source.autoencoder.factor)
-    scheduler = noise_scheduler(config.scheduler)
-    dataset = Labelled(source.dataset, labels)
-    validation = None if source.validation is None else Labelled(source.validation, labels)
-    made_from = {**source.made_from, "labels": dataset.digest(labels.classes)}
+    check_multiple_of("data.image_size", config.data.image_size, source.autoencoder.factor)
+    scheduler = build_noise_scheduler(config.scheduler)
+    dataset = LabelledDataset(source.dataset, labels)
+    validation = None if source.validation is None else LabelledDataset(source.validation, labels)
+    made_from = {**source.made_from, "labels": dataset.digest_labels(labels.classes)}
     needed = {
         "classes": labels.classes,
         "latent_channels": source.autoencoder.channels,
@@ -92,7 +92,7 @@ def make_stage(config: Config, source: Source, labels: Labels, device: torch.dev
         "autoencoder_fingerprint": source.autoencoder.identity,
         "clip_fingerprint": source.clip.identity,
     }
-    classifier = build(LatentClassifier, "model", config.model, **needed).to(device)
+    classifier = build_or_explain(LatentClassifier, "model", config.model, **needed).to(device)
 
     def loss(model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
         batch = source.encode(batch)
@@ -103,25 +103,25 @@ def make_stage(config: Config, source: Source, labels: Labels, device: torch.dev
         steps = scheduler.config.num_train_timesteps
         t = (share * steps).long().clamp(max=steps - 1)
         noisy = scheduler.add_noise(x, torch.randn_like(x), t)
-        logits, embedding = model(noisy, noise_level(scheduler, t, x))
+        logits, embedding = model(noisy, compute_noise_level(scheduler, t, x))
         entropy = F.cross_entropy(logits.float(), batch.labels)
         cosine = F.cosine_similarity(embedding.float(), batch.image_embeds).mean()
         right = (logits.argmax(dim=1) == batch.labels).float()
         metrics = {"loss": entropy + config.embedding_weight * (1 - cosine), "cross_entropy": entropy.detach()}
         metrics |= {"accuracy": right.mean(), "cosine": cosine.detach()}
-        return metrics | accuracies(right)
+        return metrics | compute_level_accuracies(right)
 
     def export(average: torch.nn.Module) -> None:
-        export_model(average, Path(config.train.output))
-        export_model(scheduler, Path(config.train.output), "scheduler")
+        save_model_folder(average, Path(config.train.output))
+        save_model_folder(scheduler, Path(config.train.output), "scheduler")
 
     workers = config.data.num_workers
     return Stage(classifier, loss, dataset, export, made_from, asdict(config), workers, validation)
 
 
-def accuracies(right: Tensor) -> dict[str, Tensor]:
+def compute_level_accuracies(right: Tensor) -> dict[str, Tensor]:
     """(B,), by rising noise -> the mean of each part of the schedule that has samples; 1 is the part of least noise."""
-    parts = right.tensor_split(LEVELS)
+    parts = right.tensor_split(ACCURACY_LEVELS)
     return {f"accuracy_level_{i}": part.mean() for i, part in enumerate(parts, 1) if len(part)}
 
 

@@ -13,21 +13,24 @@ from accelerate import DistributedType
 from open_clip import ClipLoss
 from PIL.Image import Image
 from t2i.training.common.entry import run
-from t2i.training.common.finetuning import start_from
-from t2i.training.common.loop import Stage, fit, start
-from t2i.training.common.preview import SampleConfig, clip_preview, fixed_records
+from t2i.training.common.finetuning import load_init_model
+from t2i.training.common.loop import Stage, build_accelerator, fit
+from t2i.training.common.preview import SampleConfig, draw_clip_preview, read_fixed_records
 
-from t2i.checks import check_integer, check_keys
-from t2i.config import DataConfig, TrainConfig, build
-from t2i.data import Batch, CaptionedPictures, held_out_pictures
+from t2i.checks import check_integer, check_required_keys
+from t2i.config import DataConfig, TrainConfig, build_or_explain
+from t2i.data import Batch, CaptionedPictures, build_held_out_dataset
 from t2i.errors import InputError
-from t2i.files.fingerprints import weights_digest
-from t2i.files.model_folder import export_model
+from t2i.files.fingerprints import compute_weights_fingerprint
+from t2i.files.model_folder import save_model_folder
 from t2i.interop.by_name import load_clip
-from t2i.networks.clip import CLIP, RESIZING
+from t2i.networks.clip import CLIP, DEFAULT_RESIZING
 from t2i.networks.tokenizer import CaptionTokenizer
 
-LIMITS = {"vocab_size": (300, 1_000_000), "context_length": (3, 1024)}  # 256 bytes, special tokens, and some words
+TEXT_CFG_LIMITS = {
+    "vocab_size": (300, 1_000_000),
+    "context_length": (3, 1024),
+}  # 256 bytes, special tokens, and some words
 
 
 @dataclass
@@ -41,39 +44,39 @@ class Config:
     sample: SampleConfig = field(default_factory=SampleConfig)  # what is drawn every train.sample_every steps
 
     def __post_init__(self) -> None:
-        if unknown := set(self.preprocess) - {"size", "mean", "std", *RESIZING}:
+        if unknown := set(self.preprocess) - {"size", "mean", "std", *DEFAULT_RESIZING}:
             raise InputError(
-                f"preprocess has no {', '.join(sorted(unknown))}; it has size, mean, std, {', '.join(RESIZING)}"
+                f"preprocess has no {', '.join(sorted(unknown))}; it has size, mean, std, {', '.join(DEFAULT_RESIZING)}"
             )
         if self.init is not None:  # the model's own
             return
-        check_keys("model", self.model, ("embed_dim", "vision_cfg", "text_cfg"))
-        check_keys("model.text_cfg", self.model["text_cfg"], ("vocab_size", "context_length"))
+        check_required_keys("model", self.model, ("embed_dim", "vision_cfg", "text_cfg"))
+        check_required_keys("model.text_cfg", self.model["text_cfg"], ("vocab_size", "context_length"))
         for name in ("vocab_size", "context_length"):
-            check_integer(f"model.text_cfg.{name}", self.model["text_cfg"][name], *LIMITS[name])
-        check_keys("preprocess", self.preprocess, ("size", "mean", "std"))
+            check_integer(f"model.text_cfg.{name}", self.model["text_cfg"][name], *TEXT_CFG_LIMITS[name])
+        check_required_keys("preprocess", self.preprocess, ("size", "mean", "std"))
 
 
 def main(config: Config) -> None:
-    dataset, held_out = CaptionedPictures(config.data), held_out_pictures(config.data)
-    accelerator = start(config.train)
+    dataset, held_out = CaptionedPictures(config.data), build_held_out_dataset(config.data)
+    accelerator = build_accelerator(config.train)
     if accelerator.distributed_type == DistributedType.FSDP:  # which cannot split one number, the scale of the logits
         raise InputError("CLIP does not train under FSDP; use several whole copies, configs/accelerate/gpus.yaml")
-    made_from = {"data": dataset.digest()}
+    made_from = {"data": dataset.compute_digest()}
     if config.init is None:
         text = config.model["text_cfg"]
-        tokenizer = CaptionTokenizer.train(dataset.corpus(), text["vocab_size"], text["context_length"])
+        tokenizer = CaptionTokenizer.train(dataset.iterate_texts(), text["vocab_size"], text["context_length"])
         text["vocab_size"] = tokenizer.vocab_size
-        clip = build(CLIP, "model", {"model": config.model, "preprocess": config.preprocess})
+        clip = build_or_explain(CLIP, "model", {"model": config.model, "preprocess": config.preprocess})
         made_from["vocabulary"] = tokenizer.digest()
     else:
         config.model.get("text_cfg", {}).pop("vocab_size", None)  # an upper bound; the vocabulary is the model's own
-        clip = start_from(load_clip, config.init, {"model": config.model, "preprocess": config.preprocess})
+        clip = load_init_model(load_clip, config.init, {"model": config.model, "preprocess": config.preprocess})
         if not isinstance(clip, CLIP):
             raise InputError(
                 f"init={config.init!r} is the CLIP of a public pipeline, which only draws; it is not trained"
             )
-        tokenizer, made_from["init"] = clip.tokenizer, weights_digest(clip)
+        tokenizer, made_from["init"] = clip.tokenizer, compute_weights_fingerprint(clip)
         clip.register_to_config(fingerprint=None, rounded=False)  # training makes it another CLIP
     contrastive_loss = ClipLoss(
         local_loss=True,
@@ -90,14 +93,14 @@ def main(config: Config) -> None:
 
     def export(average: torch.nn.Module) -> None:
         average.tokenizer = tokenizer
-        export_model(average, Path(config.train.output))
+        save_model_folder(average, Path(config.train.output))
 
     count = config.sample.count if config.train.sample_every else 0
-    records = fixed_records(held_out or dataset, count)
+    records = read_fixed_records(held_out or dataset, count)
 
     def preview(average: torch.nn.Module) -> dict[str, Image]:
         average.tokenizer = tokenizer
-        return {"similarity": clip_preview(average, records.image, records.captions)} if records else {}
+        return {"similarity": draw_clip_preview(average, records.image, records.captions)} if records else {}
 
     workers = config.data.num_workers
     stage = Stage(clip, loss, dataset, export, made_from, asdict(config), workers, held_out, preview)

@@ -12,25 +12,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from t2i.training.common.encodings import Source, open_source, stored_fingerprint
+from t2i.training.common.encodings import EncodingSource, open_source, read_stored_fingerprint
 from t2i.training.common.entry import run
-from t2i.training.common.finetuning import start_from, starting_scheduler
-from t2i.training.common.loop import Stage, fit, start
-from t2i.training.common.lora import LoraConfig, add_adapters, check_lora, export_adapted
+from t2i.training.common.finetuning import load_init_model, resolve_init_scheduler
+from t2i.training.common.loop import Stage, build_accelerator, fit
+from t2i.training.common.lora import LoraConfig, add_adapters, check_lora_init, export_adapted_model
 from t2i.training.common.preview import Preview, SampleConfig, choose_columns
 
-from t2i.checks import check_choice, check_multiple, check_range
-from t2i.config import DataConfig, TrainConfig, build
+from t2i.checks import check_choice, check_multiple_of, check_range
+from t2i.config import DataConfig, TrainConfig, build_or_explain
 from t2i.data import Batch
 from t2i.diffusion.condition import ImageCondition
-from t2i.diffusion.inpainting import known_latents, random_masks
-from t2i.diffusion.loss import check_weighting, diffusion_loss, drop
-from t2i.diffusion.process import noise_scheduler
+from t2i.diffusion.inpainting import concat_masked_latents, generate_random_masks
+from t2i.diffusion.loss import check_loss_weighting, compute_diffusion_loss, drop_condition
+from t2i.diffusion.process import build_noise_scheduler
 from t2i.errors import InputError
-from t2i.files.fingerprints import weights_digest
-from t2i.files.model_folder import export_model, load_model
-from t2i.interop.by_name import held_by, load_text_encoder
-from t2i.interop.parts import DECODERS, Found, check_trained, find, public_decoder
+from t2i.files.fingerprints import compute_weights_fingerprint
+from t2i.files.model_folder import load_model, save_model_folder
+from t2i.interop.by_name import find_text_encoder_folder, load_text_encoder
+from t2i.interop.parts import (
+    PUBLIC_DECODERS,
+    PublicPart,
+    check_part_trainable,
+    find_public_part,
+    load_trainable_decoder,
+)
 from t2i.networks.decoder import Decoder
 from t2i.networks.text_encoder import DTYPES, MAX_TOKENS, TextEncoder
 from t2i.networks.unet_decoder import UNetDecoder
@@ -73,8 +79,8 @@ class Config:
         check_range("caption_dropout", self.caption_dropout, 0, 1)
         check_range("timestep_shift", self.timestep_shift, 0.01, 100)
         check_range("min_snr_gamma", self.min_snr_gamma, 0.01, 1000)
-        check_weighting(noise_scheduler(self.scheduler), self.loss_weighting)
-        check_lora(self.lora, self.init)
+        check_loss_weighting(build_noise_scheduler(self.scheduler), self.loss_weighting)
+        check_lora_init(self.lora, self.init)
         check_range("text_encoder_tokens", self.text_encoder_tokens, 3, MAX_TOKENS)
         check_choice("text_encoder_dtype", self.text_encoder_dtype, tuple(DTYPES))
         if self.text_encoder is not None and not self.reads_captions:
@@ -88,30 +94,32 @@ class Config:
 
 
 def main(config: Config) -> None:
-    check_trained(config.init, "unet", ("projection",))
+    check_part_trainable(config.init, "unet", ("projection",))
     names = (config.clip, config.autoencoder, config.reads_captions)
     source = open_source(config.cache, config.data, *names, config.load_text_encoder)
-    accelerator = start(config.train)
-    fit(accelerator, make_stage(config, source, accelerator.device), config.train)
+    accelerator = build_accelerator(config.train)
+    fit(accelerator, build_stage(config, source, accelerator.device), config.train)
 
 
-def make_stage(config: Config, source: Source, device: torch.device) -> Stage:
+def build_stage(config: Config, source: EncodingSource, device: torch.device) -> Stage:
     source.to(device)
     assert source.autoencoder is not None
-    check_multiple("data.image_size", config.data.image_size, source.autoencoder.factor)
+    check_multiple_of("data.image_size", config.data.image_size, source.autoencoder.factor)
     made_from: dict[str, Any] = {"text_encoder": None, **source.made_from}
-    needed = decoder_arguments(config, source)
-    public = None if config.init is None else find(config.init, ("unet",), ("projection",))
-    scheduler = starting_scheduler(config.init, config.scheduler, public and public.other("decoder_scheduler"))
-    check_weighting(scheduler, config.loss_weighting)
+    needed = collect_decoder_arguments(config, source)
+    public = None if config.init is None else find_public_part(config.init, ("unet",), ("projection",))
+    scheduler = resolve_init_scheduler(
+        config.init, config.scheduler, public and public.find_part_folder("decoder_scheduler")
+    )
+    check_loss_weighting(scheduler, config.loss_weighting)
     if config.init is None:
-        decoder = build(ARCHITECTURES[config.architecture], "model", config.model, **needed)
+        decoder = build_or_explain(ARCHITECTURES[config.architecture], "model", config.model, **needed)
     else:
         load: Callable[[str], Any] = partial(load_decoder, reads_masks=config.reads_masks)
         if public is not None:
-            load = partial(load_public, public, source)
-        decoder = start_from(load, config.init, config.model, **needed)
-        made_from["init"] = weights_digest(decoder)
+            load = partial(load_public_decoder, public, source)
+        decoder = load_init_model(load, config.init, config.model, **needed)
+        made_from["init"] = compute_weights_fingerprint(decoder)
     if config.lora is not None:
         add_adapters(decoder, config.lora)
     decoder.to(device)
@@ -121,32 +129,32 @@ def make_stage(config: Config, source: Source, device: torch.device) -> Stage:
         z_i, x, text = batch.image_embeds, batch.latents, batch.tokens or batch.text
         null = decoder.null(len(x))
         if text is not None:
-            text = drop(ImageCondition(z_i, text).text, null.text, config.caption_dropout)
-        condition = drop(ImageCondition(z_i), ImageCondition(null.embedding), config.embedding_dropout)
+            text = drop_condition(ImageCondition(z_i, text).text, null.text, config.caption_dropout)
+        condition = drop_condition(ImageCondition(z_i), ImageCondition(null.embedding), config.embedding_dropout)
         known = None
         if config.reads_masks:
-            known = known_latents(x, random_masks(len(x), *x.shape[-2:], x.device))
+            known = concat_masked_latents(x, generate_random_masks(len(x), *x.shape[-2:], x.device))
         condition = ImageCondition(condition.embedding, text, known)
         weighting = (config.timestep_shift, config.loss_weighting, config.min_snr_gamma)
-        return diffusion_loss(model, scheduler, x, condition, *weighting)[0]
+        return compute_diffusion_loss(model, scheduler, x, condition, *weighting)[0]
 
     def export(average: torch.nn.Module) -> None:
-        export_adapted(average, Path(config.train.output))
-        export_model(scheduler, Path(config.train.output), "scheduler")
+        export_adapted_model(average, Path(config.train.output))
+        save_model_folder(scheduler, Path(config.train.output), "scheduler")
         export_text_encoder(source, Path(config.train.output))
 
     preview = None
     if config.train.sample_every:
         drawn = Preview(config.sample, choose_columns(source, config.sample), source.clip.identity)
-        preview = partial(drawn.of_decoder, scheduler=scheduler, load_autoencoder=source.load_autoencoder)
+        preview = partial(drawn.preview_decoder, scheduler=scheduler, load_autoencoder=source.load_autoencoder)
     workers, held_out = config.data.num_workers, source.validation
     return Stage(decoder, loss, source.dataset, export, made_from, asdict(config), workers, held_out, preview)
 
 
 def load_decoder(folder: str, reads_masks: bool) -> Any:
     """A trained decoder; one of ours that reads no masks learns it: what it reads them with starts at zero."""
-    decoder = load_model((*ARCHITECTURES.values(), *DECODERS), folder)
-    if not reads_masks or decoder.config.reads_masks or isinstance(decoder, DECODERS):
+    decoder = load_model((*ARCHITECTURES.values(), *PUBLIC_DECODERS), folder)
+    if not reads_masks or decoder.config.reads_masks or isinstance(decoder, PUBLIC_DECODERS):
         return decoder
     arguments = {key: value for key, value in decoder.config.items() if not key.startswith("_")}
     wider = type(decoder)(**{**arguments, "reads_masks": True})
@@ -161,23 +169,23 @@ def load_decoder(folder: str, reads_masks: bool) -> Any:
     return wider
 
 
-def load_public(found: Found, source: Source, init: str) -> Any:
+def load_public_decoder(found: PublicPart, source: EncodingSource, init: str) -> Any:
     """Karlo's or Kandinsky's decoder; its null is what the source's models say of nothing."""
     text_encoder = None if source.text_encoder is None else source.load_text_encoder()
-    return public_decoder(found, source.load_clip, text_encoder)
+    return load_trainable_decoder(found, source.load_clip, text_encoder)
 
 
-def export_text_encoder(source: Source, output: Path) -> None:
+def export_text_encoder(source: EncodingSource, output: Path) -> None:
     """Once, for it does not change; without one, an older run's goes."""
-    folder = held_by(output)
+    folder = find_text_encoder_folder(output)
     if source.text_encoder is None:
         if folder is not None:
             shutil.rmtree(folder)
-    elif folder is None or stored_fingerprint(folder) != source.text_encoder.identity:
-        export_model(source.load_text_encoder(), output, "text_encoder")
+    elif folder is None or read_stored_fingerprint(folder) != source.text_encoder.identity:
+        save_model_folder(source.load_text_encoder(), output, "text_encoder")
 
 
-def decoder_arguments(config: Config, source: Source) -> dict[str, Any]:
+def collect_decoder_arguments(config: Config, source: EncodingSource) -> dict[str, Any]:
     """What a decoder takes over from the models that it is trained with."""
     clip, autoencoder, text_encoder = source.clip, source.autoencoder, source.text_encoder
     assert autoencoder is not None

@@ -14,29 +14,29 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from t2i.training.common.encodings import Source, open_source
+from t2i.training.common.encodings import EncodingSource, open_source
 from t2i.training.common.entry import run
-from t2i.training.common.finetuning import start_from, starting_scheduler
-from t2i.training.common.loop import Stage, fit, start
-from t2i.training.common.lora import LoraConfig, add_adapters, check_lora, export_adapted
+from t2i.training.common.finetuning import load_init_model, resolve_init_scheduler
+from t2i.training.common.loop import Stage, build_accelerator, fit
+from t2i.training.common.lora import LoraConfig, add_adapters, check_lora_init, export_adapted_model
 from t2i.training.common.preview import Preview, SampleConfig, choose_columns
 from torch import Tensor
 from torch.nn import Module
 
 from t2i.checks import check_choice, check_range
-from t2i.config import DataConfig, TrainConfig, build
+from t2i.config import DataConfig, TrainConfig, build_or_explain
 from t2i.data import Batch
 from t2i.data.cache import ClipFacts
 from t2i.diffusion.condition import TextEncoding
-from t2i.diffusion.loss import check_weighting, diffusion_loss, drop
-from t2i.diffusion.process import noise_scheduler
+from t2i.diffusion.loss import check_loss_weighting, compute_diffusion_loss, drop_condition
+from t2i.diffusion.process import build_noise_scheduler
 from t2i.errors import InputError
-from t2i.files.fingerprints import weights_digest
-from t2i.files.model_folder import export_model, load_model
-from t2i.interop.parts import Found, KnownCLIP, check_trained, find, public_prior
-from t2i.networks.autoregressive_prior import AutoregressivePrior, components_for
+from t2i.files.fingerprints import compute_weights_fingerprint
+from t2i.files.model_folder import load_model, save_model_folder
+from t2i.interop.parts import CLIPSummary, PublicPart, check_part_trainable, find_public_part, load_trainable_prior
+from t2i.networks.autoregressive_prior import AutoregressivePrior, count_principal_components
 from t2i.networks.prior import Prior
-from t2i.networks.regression_prior import KINDS, RegressionPrior
+from t2i.networks.regression_prior import REGRESSION_KINDS, RegressionPrior
 
 ARCHITECTURES: dict[str, Any] = {
     "diffusion": Prior,
@@ -45,7 +45,7 @@ ARCHITECTURES: dict[str, Any] = {
     "mlp": RegressionPrior,
 }
 
-OPTIONS_OF = {
+OPTION_ARCHITECTURES = {
     "caption_dropout": ("diffusion", "autoregressive"),
     "scheduler": ("diffusion",),
     "timestep_shift": ("diffusion",),
@@ -93,7 +93,7 @@ class Config:
         check_range("explained_variance", self.explained_variance, 0.01, 1)
         check_range("label_smoothing", self.label_smoothing, 0, 100)
         check_range("code_noise", self.code_noise, 0, 1)
-        for name, architectures in OPTIONS_OF.items():
+        for name, architectures in OPTION_ARCHITECTURES.items():
             usual = getattr(Config, name, {})  # a factory leaves no attribute
             if self.architecture not in architectures and getattr(self, name) != usual:
                 whose = " and ".join(architectures)
@@ -104,19 +104,19 @@ class Config:
             raise InputError(
                 f"regression={self.regression!r} is for new weights, init={self.init!r} has its own; give one"
             )
-        check_weighting(noise_scheduler(self.scheduler), self.loss_weighting)
-        check_lora(self.lora, self.init)
+        check_loss_weighting(build_noise_scheduler(self.scheduler), self.loss_weighting)
+        check_lora_init(self.lora, self.init)
 
 
 def main(config: Config) -> None:
     if config.architecture == "diffusion":
-        check_trained(config.init, "prior")
+        check_part_trainable(config.init, "prior")
     source = open_source(config.cache, config.data, config.clip)
-    accelerator = start(config.train)
-    fit(accelerator, make_stage(config, source, accelerator.device), config.train)
+    accelerator = build_accelerator(config.train)
+    fit(accelerator, build_stage(config, source, accelerator.device), config.train)
 
 
-def make_stage(config: Config, source: Source, device: torch.device) -> Stage:
+def build_stage(config: Config, source: EncodingSource, device: torch.device) -> Stage:
     source.to(device)
     diffusion, made_from, public, scheduler = config.architecture == "diffusion", dict(source.made_from), None, None
     if not diffusion and not source.clip.unit_length:
@@ -125,19 +125,23 @@ def make_stage(config: Config, source: Source, device: torch.device) -> Stage:
             "other lengths; take diffusion"
         )
     if diffusion:
-        public = None if config.init is None else find(config.init, ("prior",))
-        scheduler = starting_scheduler(config.init, config.scheduler, public and public.other("prior_scheduler"))
-        check_weighting(scheduler, config.loss_weighting)
+        public = None if config.init is None else find_public_part(config.init, ("prior",))
+        scheduler = resolve_init_scheduler(
+            config.init, config.scheduler, public and public.find_part_folder("prior_scheduler")
+        )
+        check_loss_weighting(scheduler, config.loss_weighting)
     if config.init is None:
-        prior = make_prior(config, source)
+        prior = build_prior(config, source)
         if config.regression is not None:
-            made_from["regression"] = weights_digest(prior.regressor)
+            made_from["regression"] = compute_weights_fingerprint(prior.regressor)
     else:  # its null and its scale are part of what it learned
         load: Callable[[str], Any] = partial(load_model, ARCHITECTURES[config.architecture])
         if public is not None:
-            load = partial(load_public, public, source)
-        prior = start_from(load, config.init, stated(config), **prior_arguments(config, source.clip))
-        made_from["init"] = weights_digest(prior)
+            load = partial(load_public_prior, public, source)
+        prior = load_init_model(
+            load, config.init, collect_model_arguments(config), **collect_prior_arguments(config, source.clip)
+        )
+        made_from["init"] = compute_weights_fingerprint(prior)
     if config.lora is not None:
         add_adapters(prior, config.lora)
     prior.to(device)
@@ -149,89 +153,89 @@ def make_stage(config: Config, source: Source, device: torch.device) -> Stage:
         metrics = {"cosine_text": F.cosine_similarity(text.embedding, z_i).mean()}
         match config.architecture:
             case "diffusion":
-                return metrics | denoising_loss(config, model, prior, scheduler, text, z_i)
+                return metrics | compute_denoising_loss(config, model, prior, scheduler, text, z_i)
             case "autoregressive":
-                return metrics | autoregressive_loss(config, model, prior, text, z_i)
+                return metrics | compute_autoregressive_loss(config, model, prior, text, z_i)
             case _:
-                return metrics | regression_loss(model, prior, text, z_i)
+                return metrics | compute_regression_loss(model, prior, text, z_i)
 
     def export(average: torch.nn.Module) -> None:
-        export_adapted(average, Path(config.train.output))
+        export_adapted_model(average, Path(config.train.output))
         if scheduler is not None:
-            export_model(scheduler, Path(config.train.output), "scheduler")
+            save_model_folder(scheduler, Path(config.train.output), "scheduler")
 
     preview = None
     if config.train.sample_every:
         drawn = Preview(config.sample, choose_columns(source, config.sample), source.clip.identity)
-        preview = partial(drawn.of_prior, scheduler=scheduler)
+        preview = partial(drawn.preview_prior, scheduler=scheduler)
     workers, held_out = config.data.num_workers, source.validation
     return Stage(prior, loss, source.dataset, export, made_from, asdict(config), workers, held_out, preview)
 
 
-def make_prior(config: Config, source: Source) -> Any:
+def build_prior(config: Config, source: EncodingSource) -> Any:
     """With random weights, and the data's null and statistics. Bad arguments are refused before the data are read."""
-    made, needed = stated(config), prior_arguments(config, source.clip)
+    made, needed = collect_model_arguments(config), collect_prior_arguments(config, source.clip)
     kind = ARCHITECTURES[config.architecture]
-    if config.architecture in KINDS:
-        prior = build(kind, "model", made, **needed)
-        prior.set_encodings(*source.statistics())
+    if config.architecture in REGRESSION_KINDS:
+        prior = build_or_explain(kind, "model", made, **needed)
+        prior.set_embed_statistics(*source.compute_statistics())
         return prior
     needed["null_length"] = source.null().states.shape[1]
     if config.architecture == "diffusion":
-        prior = build(kind, "model", made, **needed)
-        prior.set_encodings(source.null(), *source.statistics())
+        prior = build_or_explain(kind, "model", made, **needed)
+        prior.set_embed_statistics(source.null(), *source.compute_statistics())
         return prior
     regression = None
     if config.regression is not None:
         regression = load_model(RegressionPrior, config.regression)
-        check_same_clip(config.regression, regression, source.clip)
+        check_regression_clip(config.regression, regression, source.clip)
         made |= {"regression": {name: regression.config[name] for name in ("kind", "width", "depth")}}
     with torch.device("meta"):
-        build(kind, "model", {"components": 1} | made, **needed)
-    embeddings = source.embeddings()
-    made = {"components": components_for(embeddings, config.explained_variance)} | made
-    prior = build(kind, "model", made, **needed)
-    prior.set_encodings(source.null(), embeddings)
+        build_or_explain(kind, "model", {"components": 1} | made, **needed)
+    embeddings = source.collect_embeds()
+    made = {"components": count_principal_components(embeddings, config.explained_variance)} | made
+    prior = build_or_explain(kind, "model", made, **needed)
+    prior.set_embed_statistics(source.null(), embeddings)
     if regression is not None:
         prior.regressor.load_state_dict(regression.state_dict())
     return prior
 
 
-def load_public(found: Found, source: Source, init: str) -> Prior:
+def load_public_prior(found: PublicPart, source: EncodingSource, init: str) -> Prior:
     """A public prior; what its null is the source knows, perhaps without the CLIP."""
     clip = source.clip
-    return public_prior(found, KnownCLIP(clip.embed_dim, clip.text_width, clip.unit_length, source.null()))
+    return load_trainable_prior(found, CLIPSummary(clip.embed_dim, clip.text_width, clip.unit_length, source.null()))
 
 
-def check_same_clip(folder: str, regression: RegressionPrior, clip: ClipFacts) -> None:
+def check_regression_clip(folder: str, regression: RegressionPrior, clip: ClipFacts) -> None:
     theirs = regression.config.clip_fingerprint
     if theirs is not None and theirs != clip.identity:
         raise InputError(f"regression={folder!r} was trained with the CLIP {theirs}, this run has {clip.identity}")
 
 
-def denoising_loss(
+def compute_denoising_loss(
     config: Config, model: Module, prior: Prior, scheduler: Any, text: TextEncoding, z_i: Tensor
 ) -> dict[str, Tensor]:
-    condition = drop(text, prior.null(len(text)), config.caption_dropout)
+    condition = drop_condition(text, prior.null(len(text)), config.caption_dropout)
     weighting = (config.timestep_shift, config.loss_weighting, config.min_snr_gamma)
-    metrics, prediction = diffusion_loss(model, scheduler, prior.scale(z_i), condition, *weighting)
+    metrics, prediction = compute_diffusion_loss(model, scheduler, prior.scale_image_embeds(z_i), condition, *weighting)
     if scheduler.config.prediction_type == "sample":
-        metrics["cosine"] = F.cosine_similarity(prior.unscale(prediction.detach()), z_i).mean()
+        metrics["cosine"] = F.cosine_similarity(prior.unscale_image_embeds(prediction.detach()), z_i).mean()
     return metrics
 
 
-def autoregressive_loss(
+def compute_autoregressive_loss(
     config: Config, model: Module, prior: AutoregressivePrior, text: TextEncoding, z_i: Tensor
 ) -> dict[str, Tensor]:
     """Cross-entropy of each code given the true ones before it, in nats a code."""
-    codes = prior.quantise(text.embedding, z_i)
-    condition = drop(text, prior.null(len(text)), config.caption_dropout)
+    codes = prior.quantise_image_embeds(text.embedding, z_i)
+    condition = drop_condition(text, prior.null(len(text)), config.caption_dropout)
     read = codes
     if config.code_noise and model.training:  # drawn codes are never as true as those of the data
         noise = config.code_noise * prior.config.buckets * torch.randn(codes.shape, device=codes.device)
         read = (codes + noise.round().long()).clamp(0, prior.config.buckets - 1)
     logits = model(condition, read).float()
-    losses = cross_entropy(logits, codes, config.label_smoothing if model.training else 0.0)
+    losses = compute_cross_entropy(logits, codes, config.label_smoothing if model.training else 0.0)
     return {
         "loss": losses.mean(),
         "loss_dot": losses[:, 0].mean().detach(),
@@ -239,7 +243,7 @@ def autoregressive_loss(
     }
 
 
-def cross_entropy(logits: Tensor, codes: Tensor, smoothing: float) -> Tensor:
+def compute_cross_entropy(logits: Tensor, codes: Tensor, smoothing: float) -> Tensor:
     """(B, L, buckets), (B, L) -> (B, L); the target is spread over the neighbours of the true bucket."""
     if smoothing == 0:
         return F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="none").view_as(codes)
@@ -247,25 +251,27 @@ def cross_entropy(logits: Tensor, codes: Tensor, smoothing: float) -> Tensor:
     return -((-0.5 * distance.square()).softmax(dim=-1) * logits.log_softmax(dim=-1)).sum(dim=-1)
 
 
-def regression_loss(model: Module, prior: RegressionPrior, text: TextEncoding, z_i: Tensor) -> dict[str, Tensor]:
+def compute_regression_loss(
+    model: Module, prior: RegressionPrior, text: TextEncoding, z_i: Tensor
+) -> dict[str, Tensor]:
     prediction = model(text).float()
-    cosine = F.cosine_similarity(prior.unscale(prediction.detach()), z_i).mean()
-    return {"loss": F.mse_loss(prediction, prior.scale(z_i)), "cosine": cosine}
+    cosine = F.cosine_similarity(prior.unscale_image_embeds(prediction.detach()), z_i).mean()
+    return {"loss": F.mse_loss(prediction, prior.scale_image_embeds(z_i)), "cosine": cosine}
 
 
-def stated(config: Config) -> dict[str, Any]:
+def collect_model_arguments(config: Config) -> dict[str, Any]:
     """What the configuration says of the model."""
-    return config.model | ({"kind": config.architecture} if config.architecture in KINDS else {})
+    return config.model | ({"kind": config.architecture} if config.architecture in REGRESSION_KINDS else {})
 
 
-def prior_arguments(config: Config, clip: ClipFacts) -> dict[str, Any]:
+def collect_prior_arguments(config: Config, clip: ClipFacts) -> dict[str, Any]:
     """What a prior takes over from the CLIP that it is trained with."""
     arguments = {
         "embed_dim": clip.embed_dim,
         "text_width": clip.text_width,
         "clip_fingerprint": clip.identity,
     }
-    if config.architecture in KINDS:
+    if config.architecture in REGRESSION_KINDS:
         return arguments
     arguments |= {"context_length": clip.context_length}
     return arguments | ({"unit_length": clip.unit_length} if config.architecture == "diffusion" else {})

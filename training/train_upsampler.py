@@ -15,23 +15,29 @@ import torch.nn.functional as F
 from diffusers import SchedulerMixin
 from PIL.Image import Image
 from t2i.training.common.entry import run
-from t2i.training.common.finetuning import check_prediction, start_from
-from t2i.training.common.loop import Stage, fit, start
-from t2i.training.common.preview import SampleConfig, fixed_records
+from t2i.training.common.finetuning import check_prediction_type, load_init_model
+from t2i.training.common.loop import Stage, build_accelerator, fit
+from t2i.training.common.preview import SampleConfig, read_fixed_records
 from torch import Generator, Tensor
 
-from t2i.checks import check_multiple, check_range
-from t2i.config import DataConfig, TrainConfig, build
-from t2i.data import Batch, CaptionedPictures, held_out_pictures
+from t2i.checks import check_multiple_of, check_range
+from t2i.config import DataConfig, TrainConfig, build_or_explain
+from t2i.data import Batch, CaptionedPictures, build_held_out_dataset
 from t2i.data.cache import CachedPairs
-from t2i.data.dataset import Key
-from t2i.diffusion.loss import check_weighting, denoise, loss_weight, weighted_mse
-from t2i.diffusion.process import noise_scheduler
+from t2i.data.dataset import SampleIndex
+from t2i.diffusion.loss import check_loss_weighting, compute_loss_weight, compute_weighted_mse, predict_noised_batch
+from t2i.diffusion.process import build_noise_scheduler
 from t2i.errors import InputError
-from t2i.evaluation.contact_sheet import labelled_rows, to_images
-from t2i.files.fingerprints import weights_digest
-from t2i.files.model_folder import export_model, load_model
-from t2i.networks.upsampler import LowResolution, Upsampler, augment, enlarged, reduced
+from t2i.evaluation.contact_sheet import build_labelled_rows, to_pil_images
+from t2i.files.fingerprints import compute_weights_fingerprint
+from t2i.files.model_folder import load_model, save_model_folder
+from t2i.networks.upsampler import (
+    LowResolution,
+    Upsampler,
+    augment_low_resolution,
+    enlarge_low_resolution,
+    reduce_to_low_resolution,
+)
 from t2i.sampling.upsampling import sample_upsampler
 
 
@@ -60,10 +66,10 @@ class Config:
         check_range("max_blur", self.max_blur, 0, 10)
         check_range("timestep_shift", self.timestep_shift, 0.01, 100)
         check_range("min_snr_gamma", self.min_snr_gamma, 0.01, 1000)
-        check_weighting(noise_scheduler(self.scheduler), self.loss_weighting)
+        check_loss_weighting(build_noise_scheduler(self.scheduler), self.loss_weighting)
 
 
-class Crops(CaptionedPictures):
+class RandomCrops(CaptionedPictures):
     """Random squares of the pictures, a function of the seed and the position in the data; with z_i, if given."""
 
     def __init__(self, config: Config, split: str = "train"):
@@ -71,87 +77,87 @@ class Crops(CaptionedPictures):
         self.crop_size, self.embeddings = config.crop_size, None
         if config.cache is not None:
             self.embeddings = CachedPairs(config.cache, split, latents=False, text=False)
-            if self.embeddings.clip is None or self.embeddings.made_from["data"].get(split) != self.digest():
+            if self.embeddings.clip is None or self.embeddings.made_from["data"].get(split) != self.compute_digest():
                 raise InputError(
                     f"the cache {config.cache!r} has no image embeddings of {split} of {config.data.path!r}"
                 )
 
-    def __getitems__(self, keys: list[Key]) -> Batch:
+    def __getitems__(self, keys: list[SampleIndex]) -> Batch:
         batch = super().__getitems__(keys)
         assert batch.image is not None
-        crops = [self.crop(picture, draw) for picture, (_, draw) in zip(batch.image, keys)]
+        crops = [self.crop_image(picture, draw) for picture, (_, draw) in zip(batch.image, keys)]
         z_i = None
         if self.embeddings is not None:
             z_i = self.embeddings.__getitems__([(index, 0) for index in batch.index.tolist()]).image_embeds
         return replace(batch, image=torch.stack(crops), image_embeds=z_i)
 
-    def crop(self, picture: Tensor, draw: int) -> Tensor:
+    def crop_image(self, picture: Tensor, draw: int) -> Tensor:
         rng, room = random.Random(draw), picture.shape[-1] - self.crop_size
         top, left = rng.randint(0, room), rng.randint(0, room)
         return picture[:, top : top + self.crop_size, left : left + self.crop_size]
 
 
 def main(config: Config) -> None:
-    dataset = Crops(config)
-    held_out = None if held_out_pictures(config.data) is None else Crops(config, "held_out")
-    accelerator = start(config.train)
-    scheduler = noise_scheduler(config.scheduler)
-    made_from = {"data": dataset.digest()}
-    needed = upsampler_arguments(config, dataset)
+    dataset = RandomCrops(config)
+    held_out = None if build_held_out_dataset(config.data) is None else RandomCrops(config, "held_out")
+    accelerator = build_accelerator(config.train)
+    scheduler = build_noise_scheduler(config.scheduler)
+    made_from = {"data": dataset.compute_digest()}
+    needed = collect_upsampler_arguments(config, dataset)
     if config.init is None:
-        upsampler = build(Upsampler, "model", config.model, **needed)
+        upsampler = build_or_explain(Upsampler, "model", config.model, **needed)
     else:
-        check_prediction(config.init, scheduler)
-        upsampler = start_from(partial(load_model, Upsampler), config.init, config.model, **needed)
-        made_from["init"] = weights_digest(upsampler)
-    check_multiple("crop_size", config.crop_size, max(upsampler.multiple, config.factor))
+        check_prediction_type(config.init, scheduler)
+        upsampler = load_init_model(partial(load_model, Upsampler), config.init, config.model, **needed)
+        made_from["init"] = compute_weights_fingerprint(upsampler)
+    check_multiple_of("crop_size", config.crop_size, max(upsampler.image_size_multiple, config.factor))
     upsampler.to(accelerator.device, memory_format=torch.channels_last)
 
     def loss(model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
         assert batch.image is not None
-        condition = degraded(config, upsampler, batch.image, batch.image_embeds)
-        prediction, target, t = denoise(model, scheduler, batch.image, condition, config.timestep_shift)
-        weight = loss_weight(scheduler, t, config.loss_weighting, config.min_snr_gamma)
-        return {"loss": weighted_mse(prediction, target, weight)}
+        condition = degrade_images(config, upsampler, batch.image, batch.image_embeds)
+        prediction, target, t = predict_noised_batch(model, scheduler, batch.image, condition, config.timestep_shift)
+        weight = compute_loss_weight(scheduler, t, config.loss_weighting, config.min_snr_gamma)
+        return {"loss": compute_weighted_mse(prediction, target, weight)}
 
     def export(average: torch.nn.Module) -> None:
-        export_model(average, Path(config.train.output))
-        export_model(scheduler, Path(config.train.output), "scheduler")
+        save_model_folder(average, Path(config.train.output))
+        save_model_folder(scheduler, Path(config.train.output), "scheduler")
 
     preview = None
     count = config.sample.count if config.train.sample_every else 0
-    if records := fixed_records(held_out_pictures(config.data) or CaptionedPictures(config.data), count):
-        preview = partial(draw_preview, pictures=records.image, scheduler=scheduler, config=config.sample)
+    if records := read_fixed_records(build_held_out_dataset(config.data) or CaptionedPictures(config.data), count):
+        preview = partial(draw_upsampler_preview, pictures=records.image, scheduler=scheduler, config=config.sample)
     workers = config.data.num_workers
     stage = Stage(upsampler, loss, dataset, export, made_from, asdict(config), workers, held_out, preview)
     fit(accelerator, stage, config.train)
 
 
-def upsampler_arguments(config: Config, dataset: Crops) -> dict[str, Any]:
+def collect_upsampler_arguments(config: Config, dataset: RandomCrops) -> dict[str, Any]:
     """What the configuration and the data decide about the model."""
     clip = dataset.embeddings and dataset.embeddings.clip
     return {
         "factor": config.factor,
         "low_size": config.crop_size // config.factor,
-        "adds_detail": noise_scheduler(config.scheduler).config.prediction_type == "sample",
+        "adds_detail": build_noise_scheduler(config.scheduler).config.prediction_type == "sample",
         "embed_dim": clip.embed_dim if clip else None,
         "clip_fingerprint": clip.identity if clip else None,
     }
 
 
-def degraded(config: Config, upsampler: Upsampler, picture: Tensor, z_i: Tensor | None) -> LowResolution:
+def degrade_images(config: Config, upsampler: Upsampler, picture: Tensor, z_i: Tensor | None) -> LowResolution:
     """The condition of a step: the pictures reduced, some of them blurred, all of them noised by a random level."""
     count, device = len(picture), picture.device
     sigma = config.max_blur * torch.rand(count, device=device)
     sigma = sigma * (torch.rand(count, device=device) < config.blur_probability)
-    low = blurred(reduced(picture, config.factor), sigma)
+    low = blur_images(reduce_to_low_resolution(picture, config.factor), sigma)
     level = upsampler.config.max_level * torch.rand(count, device=device)
     if z_i is not None:
         z_i = z_i * (torch.rand(count, 1, device=device) >= config.embedding_dropout)  # the null is zero
-    return LowResolution(augment(low, level, torch.randn_like(low)), level, z_i)
+    return LowResolution(augment_low_resolution(low, level, torch.randn_like(low)), level, z_i)
 
 
-def blurred(pictures: Tensor, sigma: Tensor) -> Tensor:
+def blur_images(pictures: Tensor, sigma: Tensor) -> Tensor:
     """(B, C, h, w) under a Gaussian of a standard deviation a picture, (B,), in pixels; 0 leaves it as it is."""
     count, channels, height, width = pictures.shape
     reach = max(1, round(3 * float(sigma.max())))
@@ -168,22 +174,22 @@ def blurred(pictures: Tensor, sigma: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def draw_preview(
+def draw_upsampler_preview(
     upsampler: Upsampler, pictures: Tensor, scheduler: SchedulerMixin, config: SampleConfig
 ) -> dict[str, Image]:
     """Whole pictures, (K, 3, H, W), resized and upsampled from low resolution; below, how near both are, in dB."""
     factor = upsampler.config.factor
     side = pictures.shape[-1] // factor * factor
     pictures = pictures[..., :side, :side]
-    low = reduced(pictures, factor)
+    low = reduce_to_low_resolution(pictures, factor)
     generators = [Generator().manual_seed(config.seed + i) for i in range(len(low))]
     drawn = sample_upsampler(upsampler, scheduler, low, generators, steps=config.num_inference_steps).cpu()
-    rows = {"bicubic": enlarged(low, factor).clamp(-1, 1), "upsampled": drawn}
+    rows = {"bicubic": enlarge_low_resolution(low, factor).clamp(-1, 1), "upsampled": drawn}
     psnr = {name: 10 * torch.log10(4 / (row - pictures).square().mean(dim=(1, 2, 3))) for name, row in rows.items()}
     labels = [f"{a:.1f} dB, {b:.1f} dB" for a, b in zip(*(value.tolist() for value in psnr.values()))]
     return {
-        "upsampled": labelled_rows(
-            {name: to_images(row) for name, row in (rows | {"picture": pictures}).items()}, labels
+        "upsampled": build_labelled_rows(
+            {name: to_pil_images(row) for name, row in (rows | {"picture": pictures}).items()}, labels
         )
     }
 

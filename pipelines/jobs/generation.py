@@ -21,9 +21,17 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from t2i.pipelines.base import UnCLIPPipeline
 from t2i.pipelines.inversion import InvertingPipeline
-from t2i.pipelines.jobs.batches import AUTO, Record, check_batch_size, draw_fitting, in_order, split, there_already
-from t2i.pipelines.jobs.dtypes import check_parts, torchs
-from t2i.pipelines.memory_needed import check_fits, largest_half
+from t2i.pipelines.jobs.batches import (
+    AUTO_BATCH_SIZE,
+    Record,
+    check_batch_size,
+    draw_fitting_batches,
+    find_drawn_files,
+    iterate_in_order,
+    split_batches,
+)
+from t2i.pipelines.jobs.dtypes import check_dtype_parts, convert_to_torch_dtypes
+from t2i.pipelines.memory_needed import check_batch_fits, find_fitting_count
 from t2i.pipelines.options import PriorOptions, split_options
 from t2i.pipelines.text2image import Text2ImagePipeline
 from t2i.pipelines.upsample import UpsamplePipeline
@@ -31,27 +39,27 @@ from torch import Generator
 
 from t2i import __version__
 from t2i.checks import check_texts
-from t2i.data.pictures import open_picture
+from t2i.data.pictures import open_image
 from t2i.diffusion.guidance import Guidance
 from t2i.errors import InputError
-from t2i.files.fingerprints import brief_digest, described_schedulers
-from t2i.interop.stored import asks_for_bf16, dtype_of
-from t2i.runtime.devices import check_bf16, find_device
-from t2i.runtime.memory import MARGIN, room
-from t2i.runtime.shares import ALONE, Share, this_share
-from t2i.sampling.embeddings import AnyPrior, usual_guidance
+from t2i.files.fingerprints import compute_brief_fingerprint, format_scheduler_configs
+from t2i.interop.stored import has_bf16, resolve_part_dtype
+from t2i.runtime.devices import check_bf16_support, resolve_device_name
+from t2i.runtime.memory import MEMORY_MARGIN, measure_available_memory
+from t2i.runtime.shares import SINGLE_PROCESS, Rank, find_process_rank
+from t2i.sampling.embeddings import AnyPrior, default_guidance_scale
 from t2i.sampling.steering import Steering
-from t2i.sampling.upsampling import check_size
+from t2i.sampling.upsampling import check_upsampled_size
 
 logger = logging.getLogger(__name__)
 
 MAX_SEED = 2**63 - 1
-MAX_PER_PROMPT = 1024
+MAX_IMAGES_PER_PROMPT = 1024
 
-RECORDED = ("num_inference_steps", "guidance_scale")  # of a pipeline's options, in every picture
-RECORDED_OF_PRIOR = ("prior_num_inference_steps", "prior_guidance_scale", "prior_candidates")  # where a prior ran
-DRAWING = ("prior", "decoder", "autoencoder", "clip", "text_encoder", "upsampler")  # their weights decide
-LABELS = {  # as other tools call them
+RECORDED_OPTIONS = ("num_inference_steps", "guidance_scale")  # of a pipeline's options, in every picture
+RECORDED_PRIOR_OPTIONS = ("prior_num_inference_steps", "prior_guidance_scale", "prior_candidates")  # where a prior ran
+DRAWING_COMPONENTS = ("prior", "decoder", "autoencoder", "clip", "text_encoder", "upsampler")  # their weights decide
+PARAMETER_LABELS = {  # as other tools call them
     "Steps": "num_inference_steps",
     "CFG scale": "guidance_scale",
     "Prior steps": "prior_num_inference_steps",
@@ -80,23 +88,23 @@ def load_pipeline(
     what it and
     compile mean, `from_pretrained` says.
     """
-    device = find_device(device)  # complain before the model loads
+    device = resolve_device_name(device)  # complain before the model loads
     options: dict[str, Any] = {name: one for name, one in {"prior": prior, "clip": clip}.items() if one is not None}
     if dtype is not None:
-        options["dtype"] = torchs(dtype)
-        if asks_for_bf16(options["dtype"]):
-            check_bf16(device)
+        options["dtype"] = convert_to_torch_dtypes(dtype)
+        if has_bf16(options["dtype"]):
+            check_bf16_support(device)
     if compile:
         options["compile"] = True
     return kind.from_pretrained(model, **options).to(device, silence_dtype_warnings=True)  # fp16 draws on CPUs too
 
 
-def with_upsampler(pipeline: Drawing, folder: str | None, dtype: str | dict[str, str] | None = None) -> Drawing:
+def replace_upsampler(pipeline: Drawing, folder: str | None, dtype: str | dict[str, str] | None = None) -> Drawing:
     """The pipeline with the upsampler of a folder, if one is named."""
     if folder is None:
         return pipeline
     loaded = UpsamplePipeline.from_pretrained(folder)
-    wanted = dtype_of(torchs(dtype), "upsampler")
+    wanted = resolve_part_dtype(convert_to_torch_dtypes(dtype), "upsampler")
     parts = loaded.to(pipeline.device, dtype=wanted, silence_dtype_warnings=True).components
     names = ("upsampler", "upsampler_scheduler")
     return type(pipeline).from_pipe(pipeline, **{name: parts[name] for name in names})
@@ -126,33 +134,34 @@ def generate_files(
     what is in `out` already is not drawn again. Of several processes each draws its share (`t2i.runtime.shares`).
     """
     size = check_batch_size(batch_size)
-    share = this_share()
-    if seed is None and share.processes > 1:
-        raise InputError(f"seed is missing; {share.processes} processes share the pictures and need the same")
+    share = find_process_rank()
+    if seed is None and share.world_size > 1:
+        raise InputError(f"seed is missing; {share.world_size} processes share the pictures and need the same")
     total = max(1, len(prompts)) * count
-    seed = check_seed(seed, count, total)
+    seed = check_first_seed(seed, count, total)
     check_texts("prompt", prompts, empty=False)
     for name in ("negative_prompt", "decoder_negative_prompt"):
         check_texts(name, [settings[name]] if name in settings else [])
     split_options({name: value for name, value in settings.items() if not name.endswith("negative_prompt")})
-    check_out(out, total, share)
+    check_output_path(out, total, share)
     pipeline: Text2ImagePipeline = load_pipeline(
         model, share.device(device), Text2ImagePipeline, prior, dtype, clip, compile
     )
     if not prompts:
         settings = {"guidance_scale": 1.0, **settings}  # there is nothing to be guided to
-    pipeline = with_upsampler(pipeline, upsampler, dtype)
-    check_parts(pipeline, dtype)
+    pipeline = replace_upsampler(pipeline, upsampler, dtype)
+    check_dtype_parts(pipeline, dtype)
     prior_options, decoder_options = split_options(
-        pipeline.usual | {name: value for name, value in settings.items() if not name.endswith("negative_prompt")}
+        pipeline.default_decoder_options
+        | {name: value for name, value in settings.items() if not name.endswith("negative_prompt")}
     )
     counted = (pipeline, prior_options if prompts else None, decoder_options)
     # The first batch must fit into this process's share; later the others hold theirs, and what is free is less.
-    sharing = chain([share.on_machine], repeat(1))
+    sharing = chain([share.local_world_size], repeat(1))
 
-    def draw(records: list[Record], generators: list[Generator]) -> list[Image.Image]:
+    def draw_batch(records: list[Record], generators: list[Generator]) -> list[Image.Image]:
         if (processes := next(sharing)) > 1:
-            check_fits(*counted, len(records), processes)
+            check_batch_fits(*counted, len(records), processes)
         if prompts:
             return pipeline([one["prompt"] for one in records], generator=generators, **settings).images
         nothing = torch.zeros(len(records), pipeline.clip.embed_dim)
@@ -160,18 +169,20 @@ def generate_files(
 
     pipeline.set_progress_bar_config(disable=True)
     records = [{"prompt": prompt} for prompt in prompts for _ in range(count)] or [{"prompt": ""}] * count
-    used = recorded(settings, pipeline.usual, pipeline.prior if prompts else None, upsampler, prior, clip)
+    used = build_image_record(
+        settings, pipeline.default_decoder_options, pipeline.prior if prompts else None, upsampler, prior, clip
+    )
     if dtype is not None:
         used["dtype"] = dtype
-    weights = {name: getattr(pipeline, name) for name in DRAWING}
-    used["weights"] = brief_digest(weights, described_schedulers(pipeline.components))
+    weights = {name: getattr(pipeline, name) for name in DRAWING_COMPONENTS}
+    used["weights"] = compute_brief_fingerprint(weights, format_scheduler_configs(pipeline.components))
 
-    def fitting(size: int) -> int:
-        free = room(pipeline.device).shared(share.on_machine).free
-        return max(1, largest_half(*counted, size, free / MARGIN))
+    def find_fitting_size(size: int) -> int:
+        free = measure_available_memory(pipeline.device).divide_by_processes(share.local_world_size).free
+        return max(1, find_fitting_count(*counted, size, free / MEMORY_MARGIN))
 
-    more = (size, resume, share, fitting, pipeline.device)
-    yield from write_drawn(draw, records, seed, out, model, used, *more)
+    more = (size, resume, share, find_fitting_size, pipeline.device)
+    yield from write_drawn_images(draw_batch, records, seed, out, model, used, *more)
 
 
 def upsample_files(
@@ -181,22 +192,28 @@ def upsample_files(
 
     Picture i has seed `seed + i`. settings: of `UpsamplePipeline`.
     """
-    check_out(out, len(pictures))
-    seed = check_seed(seed, 1, len(pictures))
-    read = [open_picture(path) for path in pictures]  # complain before the model loads
+    check_output_path(out, len(pictures))
+    seed = check_first_seed(seed, 1, len(pictures))
+    read = [open_image(path) for path in pictures]  # complain before the model loads
     pipeline: UpsamplePipeline = load_pipeline(upsampler, device, UpsamplePipeline)
     pipeline.set_progress_bar_config(disable=True)
     for picture in read:
-        check_size(pipeline.upsampler, *picture.size, times)
+        check_upsampled_size(pipeline.upsampler, *picture.size, times)
     defaults = signature(UpsamplePipeline.__call__).parameters
     used = {name: settings.get(name, defaults[name].default) for name in ("num_inference_steps", "level")}
     for i, (path, picture) in enumerate(zip(pictures, read)):
         drawn = pipeline(picture, times, generator=Generator().manual_seed(seed + i), **settings).images[0]
-        record = {"picture": path.name, "seed": seed + i, "model": name_of(upsampler), "upsample": times, **used}
-        yield write_new(out, path.stem, seed + i, to_png(drawn, record))
+        record = {
+            "picture": path.name,
+            "seed": seed + i,
+            "model": format_model_name(upsampler),
+            "upsample": times,
+            **used,
+        }
+        yield write_new_file(out, path.stem, seed + i, encode_png_image(drawn, record))
 
 
-def write_drawn(
+def write_drawn_images(
     draw: Callable[[list[Record], list[Generator]], list[Image.Image]],
     records: list[Record],
     seed: int,
@@ -205,37 +222,37 @@ def write_drawn(
     used: dict[str, Any],
     batch_size: int | None = None,
     resume: bool = False,
-    share: Share = ALONE,
+    share: Rank = SINGLE_PROCESS,
     fitting: Callable[[int], int] = lambda size: size,
     device: torch.device | str = "cpu",
 ) -> Iterator[Path]:
     """Draw a picture for each record, in batches, and write each as soon as its batch is done; paths in order.
 
     Picture i has seed `seed + i`; its record (the prompt, the names of pictures), seed and what was `used`, see
-    `recorded`, are written into the PNG, and its first value names the file. batch_size: None is up to 16.
+    `build_image_record`, are written into the PNG, and its first value names the file. batch_size: None is up to 16.
     resume: not what `out` holds already. share: of the batches, with several processes. fitting: how many of a batch
     to begin with, where that is ours to choose. device: the one that draws.
     """
-    written = [{**one, "seed": seed + i, "model": name_of(model), **used} for i, one in enumerate(records)]
-    size = min(batch_size or AUTO, -(-len(records) // share.processes))  # each has something to do
+    written = [{**one, "seed": seed + i, "model": format_model_name(model), **used} for i, one in enumerate(records)]
+    size = min(batch_size or AUTO_BATCH_SIZE, -(-len(records) // share.world_size))  # each has something to do
     # Batches are made before anything is left out, for all processes to make the same.
-    batches = split(list(range(len(records))), size, lambda i: len(str(records[i].get("prompt", ""))))
-    mine = [i for batch in islice(batches, share.number, None, share.processes) for i in batch]
-    there = there_already(out, written) if resume else {}
+    batches = split_batches(list(range(len(records))), size, lambda i: len(str(records[i].get("prompt", ""))))
+    mine = [i for batch in islice(batches, share.rank, None, share.world_size) for i in batch]
+    there = find_drawn_files(out, written) if resume else {}
     left = [i for i in mine if i not in there]
     if len(left) < len(mine):
         logger.warning("%d of %d pictures are in %s already", len(mine) - len(left), len(mine), out)
 
-    def drawn(part: list[int]) -> list[Image.Image]:
+    def draw_records(part: list[int]) -> list[Image.Image]:
         return draw([records[i] for i in part], [Generator().manual_seed(seed + i) for i in part])
 
-    def found() -> Iterator[tuple[int, Path]]:
+    def write_batches() -> Iterator[tuple[int, Path]]:
         at_once = size if batch_size is not None or not left else fitting(size)
-        for i, image in draw_fitting(drawn, left, at_once, batch_size is None, device):
+        for i, image in draw_fitting_batches(draw_records, left, at_once, batch_size is None, device):
             name = str(next(iter(records[i].values())))
-            yield i, write_new(out, name, seed + i, to_png(image, written[i]))
+            yield i, write_new_file(out, name, seed + i, encode_png_image(image, written[i]))
 
-    yield from in_order(found(), sorted(left))
+    yield from iterate_in_order(write_batches(), sorted(left))
 
 
 def redraw_files(
@@ -260,38 +277,40 @@ def redraw_files(
     own = signature(kind.__call__).parameters
     split_options({name: value for name, value in settings.items() if name not in own})
     total = len(pictures) * count
-    seed = check_seed(seed, count, total)
-    check_out(out, total)
-    read = [open_picture(path) for path in pictures]
+    seed = check_first_seed(seed, count, total)
+    check_output_path(out, total)
+    read = [open_image(path) for path in pictures]
     if check is not None:
         for picture in read:
             check(picture)
-    pipeline = with_upsampler(load_pipeline(model, device, kind, prior, clip=clip), upsampler)
+    pipeline = replace_upsampler(load_pipeline(model, device, kind, prior, clip=clip), upsampler)
     pipeline.set_progress_bar_config(disable=True)
 
     pending = (picture for picture in read for _ in range(count))
 
-    def draw(records: list[Record], generators: list[Generator]) -> list[Image.Image]:
+    def draw_batch(records: list[Record], generators: list[Generator]) -> list[Image.Image]:
         # One at a time, for they may be of any sizes.
         return [pipeline(next(pending), generator=[one], **settings).images[0] for one in generators]
 
     records = [{"image": path.name} for path in pictures for _ in range(count)]
     by_prior = settings.get("prompt") is not None and not issubclass(kind, InvertingPipeline)
-    used = recorded(settings, pipeline.usual, pipeline.prior if by_prior else None, upsampler, prior, clip)
-    yield from write_drawn(draw, records, seed, out, model, used, batch_size=1, device=pipeline.device)
+    used = build_image_record(
+        settings, pipeline.default_decoder_options, pipeline.prior if by_prior else None, upsampler, prior, clip
+    )
+    yield from write_drawn_images(draw_batch, records, seed, out, model, used, batch_size=1, device=pipeline.device)
 
 
-def check_seed(seed: int | None, count: int, total: int) -> int:
+def check_first_seed(seed: int | None, count: int, total: int) -> int:
     """The first of `total` seeds, random for None; `count` is of pictures for each input."""
-    if not 1 <= count <= MAX_PER_PROMPT:
-        raise InputError(f"count must be an integer from 1 to {MAX_PER_PROMPT}, got {count}")
+    if not 1 <= count <= MAX_IMAGES_PER_PROMPT:
+        raise InputError(f"count must be an integer from 1 to {MAX_IMAGES_PER_PROMPT}, got {count}")
     seed = secrets.randbelow(2**32) if seed is None else seed
     if not 0 <= seed <= MAX_SEED - total:
         raise InputError(f"seed must be an integer from 0 to {MAX_SEED - total}, got {seed}")
     return seed
 
 
-def recorded(
+def build_image_record(
     settings: dict[str, Any],
     usual: dict[str, Any],
     prior: AnyPrior | None,
@@ -304,38 +323,38 @@ def recorded(
     usual: options of the pipeline's decoder. prior: the one that ran; for None nothing is said of its options.
     upsampler: a folder, if it was named; `named`, `clip` those of the prior and the CLIP.
     """
-    of_prior = asdict(PriorOptions()) | {"prior_guidance_scale": usual_guidance(prior)}
-    defaults = {name: usual[name] for name in RECORDED}
+    of_prior = asdict(PriorOptions()) | {"prior_guidance_scale": default_guidance_scale(prior)}
+    defaults = {name: usual[name] for name in RECORDED_OPTIONS}
     if prior is None:
         settings = {name: value for name, value in settings.items() if name not in of_prior}
     else:
-        defaults |= {name: of_prior[name] for name in RECORDED_OF_PRIOR}
+        defaults |= {name: of_prior[name] for name in RECORDED_PRIOR_OPTIONS}
     if upsampler is not None:
-        settings = settings | {"upsampler": name_of(upsampler)}
+        settings = settings | {"upsampler": format_model_name(upsampler)}
     if named is not None:
-        settings = settings | {"prior": name_of(named)}
+        settings = settings | {"prior": format_model_name(named)}
     if clip is not None:
-        settings = settings | {"clip": name_of(clip)}
-    return {name: plain_value(value) for name, value in (defaults | settings).items()}
+        settings = settings | {"clip": format_model_name(clip)}
+    return {name: convert_to_json_value(value) for name, value in (defaults | settings).items()}
 
 
-def name_of(model: str) -> str:
+def format_model_name(model: str) -> str:
     """A model's name in a picture: of a folder, its own, also where it was named "."; of the hub's, the last part."""
     return (Path(model).resolve() if Path(model).is_dir() else Path(model)).name
 
 
-def plain_value(value: Any) -> Any:
+def convert_to_json_value(value: Any) -> Any:
     """What JSON can hold."""
     if isinstance(value, Steering):
-        return value.described()
+        return value.build_metadata()
     return asdict(value) if isinstance(value, Guidance) else value
 
 
-def check_out(out: Path, total: int, share: Share = ALONE) -> None:
+def check_output_path(out: Path, total: int, share: Rank = SINGLE_PROCESS) -> None:
     if out.suffix == ".png":
         if total != 1:
             raise InputError(f"out is one file, {str(out)!r}, but {total} pictures are asked for; give a folder")
-        if share.number == 0 and out.exists():  # the only one that draws: others may start when it has
+        if share.rank == 0 and out.exists():  # the only one that draws: others may start when it has
             raise InputError(f"{str(out)!r} exists and is not overwritten; give another name")
     elif out.exists() and not out.is_dir():
         raise InputError(f"out is {str(out)!r}, which is a file; give a folder, or a name that ends in .png")
@@ -345,13 +364,15 @@ def check_out(out: Path, total: int, share: Share = ALONE) -> None:
         raise InputError(f"out is {str(out)!r}, where nothing can be written; give a folder that is yours")
 
 
-def to_png(image: Image.Image, settings: dict[str, Any]) -> bytes:
+def encode_png_image(image: Image.Image, settings: dict[str, Any]) -> bytes:
     """A PNG with the settings in it: as JSON under "t2i", and in the form that other tools read under "parameters"."""
     info = PngInfo()
     lines = [settings.get("prompt", "")]
     if "negative_prompt" in settings:
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
-    known = {label: scale_of(settings[name]) for label, name in LABELS.items() if name in settings}
+    known = {
+        label: extract_guidance_scale(settings[name]) for label, name in PARAMETER_LABELS.items() if name in settings
+    }
     known |= {"Size": f"{image.width}x{image.height}", "Version": f"t2i {__version__}"}
     lines.append(", ".join(f"{label}: {value}" for label, value in known.items()))
     info.add_itxt("parameters", "\n".join(lines))
@@ -361,12 +382,12 @@ def to_png(image: Image.Image, settings: dict[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def scale_of(value: Any) -> Any:
+def extract_guidance_scale(value: Any) -> Any:
     """Of guidance, the scale."""
     return value["scale"] if isinstance(value, dict) else value
 
 
-def write_new(out: Path, prompt: str, seed: int, content: bytes) -> Path:
+def write_new_file(out: Path, prompt: str, seed: int, content: bytes) -> Path:
     """Write a file that did not exist before, whole or not at all; in a folder, under a free name."""
     (out.parent if out.suffix == ".png" else out).mkdir(parents=True, exist_ok=True)
     if out.suffix == ".png":

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 
 import torch
-from t2i.pipelines.folder import is_ours
-from t2i.pipelines.public import located
+from t2i.pipelines.folder import is_own_layout
+from t2i.pipelines.public import locate_public_folders
 from t2i.pipelines.text2image import Text2ImagePipeline
 
 from t2i.checks import check_integer, check_texts
@@ -12,11 +12,11 @@ from t2i.diffusion.denoiser import MAX_STEPS
 from t2i.diffusion.guidance import check_guidance
 from t2i.errors import InputError
 from t2i.interop.layouts import PublicFolder
-from t2i.interop.loading import Sources
-from t2i.interop.parity import Difference, Parity, check_comparable
+from t2i.interop.loading import ModelFolders
+from t2i.interop.parity import Difference, ParityCheck, check_comparable_models
 
 
-def compare(
+def compare_public_stages(
     folder: str,
     prior: str | None,
     prompts: list[str],
@@ -31,17 +31,17 @@ def compare(
     check_integer("steps", steps, 2, MAX_STEPS)  # the reference's scheduler cannot take one
     check_guidance("guidance-scale", scale)
     check_integer("seed", seed, 0, 2**32)
-    places = located(folder, prior, clip, Text2ImagePipeline.download, variant)
+    places = locate_public_folders(folder, prior, clip, Text2ImagePipeline.download, variant)
     for name, place in zip((folder, prior), places):
-        if place is not None and is_ours(place):
+        if place is not None and is_own_layout(place):
             raise InputError(
                 f"{name!r} is in this project's own layout, of which there is no reference (nor of converted files of "
                 "DALLE2-pytorch, which no public class loads); give a public one"
             )
-    sources = Sources([PublicFolder(place, variant) for place in places if place is not None])
-    check_comparable(sources)
+    sources = ModelFolders([PublicFolder(place, variant) for place in places if place is not None])
+    check_comparable_models(sources)
     settings = {"dtype": torch.float32, "variant": variant}
     named = {name: str(place) for name, place in zip(("prior", "clip"), places[1:]) if place is not None}
     pipeline = Text2ImagePipeline.from_pretrained(places[0], **settings, **named)
     pipeline.set_progress_bar_config(disable=True)
-    yield from Parity(pipeline, sources, prompts, steps, seed, float(scale)).stages()
+    yield from ParityCheck(pipeline, sources, prompts, steps, seed, float(scale)).compare_stages()

@@ -11,12 +11,12 @@ from PIL import Image
 from t2i.checks import check_range
 from t2i.errors import InputError
 
-ANIMATED: dict[str, dict[str, Any]] = {  # by Pillow; GIF has 256 colours a frame, the others keep every pixel
+ANIMATION_OPTIONS: dict[str, dict[str, Any]] = {  # by Pillow; GIF has 256 colours a frame, the others keep every pixel
     ".webp": {"lossless": True},
     ".png": {},
     ".gif": {},
 }
-SUFFIXES = (".mp4", *ANIMATED)
+VIDEO_SUFFIXES = (".mp4", *ANIMATION_OPTIONS)
 
 
 def write_video(frames: list[Image.Image], path: str | Path, fps: float = 12.0) -> Path:
@@ -29,8 +29,8 @@ def write_video(frames: list[Image.Image], path: str | Path, fps: float = 12.0) 
     rate outside 0.1 to 100 frames per second, and for MP4 without the extra.
     """
     path = Path(path)
-    if (suffix := path.suffix.lower()) not in SUFFIXES:
-        raise InputError(f"a video's name must end in {', '.join(SUFFIXES)}; got {str(path)!r}")
+    if (suffix := path.suffix.lower()) not in VIDEO_SUFFIXES:
+        raise InputError(f"a video's name must end in {', '.join(VIDEO_SUFFIXES)}; got {str(path)!r}")
     check_range("fps", fps, 0.1, 100)
     if not frames:
         raise InputError(f"no frames for {str(path)!r}; a video needs at least one")
@@ -38,7 +38,7 @@ def write_video(frames: list[Image.Image], path: str | Path, fps: float = 12.0) 
     if len(sizes) > 1:
         raise InputError(f"the frames of {str(path)!r} have different sizes, {sizes[0]} and {sizes[1]}; give one size")
     if suffix == ".mp4":
-        check_extra(path)
+        check_video_extra(path)
     frames = [frame.convert("RGB") for frame in frames]
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.stem}.{os.getpid()}.unfinished{suffix}")
@@ -52,18 +52,18 @@ def write_video(frames: list[Image.Image], path: str | Path, fps: float = 12.0) 
                 "loop": 0,
                 "duration": 1000 / fps,
             }
-            frames[0].save(unfinished, **settings, **ANIMATED[suffix])
+            frames[0].save(unfinished, **settings, **ANIMATION_OPTIONS[suffix])
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
     return path
 
 
-def check_extra(path: Path) -> None:
+def check_video_extra(path: Path) -> None:
     try:
         import av  # noqa: F401
     except ImportError as error:
-        others = ", ".join(ANIMATED)
+        others = ", ".join(ANIMATION_OPTIONS)
         raise InputError(
             f"{str(path)!r} needs the extra video, pip install 't2i[video]'; without it, {others} can be written"
         ) from error

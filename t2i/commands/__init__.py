@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-SHIPPED = Path(__file__).resolve().parents[2] / "models" / "emoji"
+SHIPPED_MODEL = Path(__file__).resolve().parents[2] / "models" / "emoji"
 
 
 @contextmanager
-def importing() -> Iterator[None]:
+def speed_up_imports() -> Iterator[None]:
     """The first import of torch and diffusers, a quarter faster: without the garbage collector.
 
     It looks again and again through a million objects that stay; nor need it do so later.

@@ -33,8 +33,8 @@ def convert(
     release: Annotated[str | None, Option(help="Of DALLE2-pytorch that trained it, such as 1.1.0, if asked.")] = None,
 ) -> None:
     """Write a model in another layout, or weights from a pickle as safetensors, without running what is in it."""
-    from t2i.files.untrusted import PICKLES
-    from t2i.interop.pickles import INDEX, convert_weights
+    from t2i.files.untrusted import PICKLE_FILE_TYPES
+    from t2i.interop.pickles import INDEX_SUFFIX, convert_weights
 
     if config is not None or release is not None or (Path(source).suffix == ".pth" and out and not out.suffix):
         from t2i.interop.dalle2_convert import convert_dalle2
@@ -43,7 +43,7 @@ def convert(
             raise InputError("the new folder is missing; t2i convert FILE.pth --config FILE.json NEW_FOLDER")
         print(convert_dalle2(Path(source), config, out, release, fp16))
         return
-    if Path(source).suffix in PICKLES or source.endswith(INDEX):
+    if Path(source).suffix in PICKLE_FILE_TYPES or source.endswith(INDEX_SUFFIX):
         print(convert_weights(Path(source), out))
         return
     if out is None:
@@ -72,11 +72,11 @@ def parity(
 
     Exit status 1 if one is beyond the tolerance. Holds the model twice, in fp32, on the CPU.
     """
-    from t2i.pipelines.jobs.parity import compare
+    from t2i.pipelines.jobs.parity import compare_public_stages
 
     apart = 0.0
     prompts = prompt or ["a red cat", "a photograph of a lighthouse on a cliff in the evening"]
-    for stage, difference in compare(folder, prior, prompts, steps, guidance_scale, variant, seed, clip):
+    for stage, difference in compare_public_stages(folder, prior, prompts, steps, guidance_scale, variant, seed, clip):
         print(f"{stage:18} {difference:.2e}", flush=True)
         apart = max(apart, difference)
     if not apart <= tolerance:  # nor NaN

@@ -8,18 +8,18 @@ from importlib.metadata import PackageNotFoundError, version
 
 from t2i import __version__
 
-PACKAGES = [
+REQUIRED_PACKAGES = [
     *("torch", "torchvision", "open_clip_torch", "diffusers", "transformers", "accelerate", "datasets"),
     *("safetensors", "huggingface_hub", "omegaconf", "typer", "pillow", "numpy"),
     *("pyarrow", "psutil", "pyyaml", "tensorboard", "tokenizers", "tqdm"),
 ]
 
 
-def report() -> tuple[list[str], list[str]]:
+def collect_doctor_report() -> tuple[list[str], list[str]]:
     """Lines to show, and problems that keep the project from working."""
     problems: list[str] = []
     lines = [f"t2i {__version__}, Python {platform.python_version()}, {platform.platform()}"]
-    for package in PACKAGES:
+    for package in REQUIRED_PACKAGES:
         try:
             lines.append(f"  {package} {version(package)}")
         except PackageNotFoundError:
@@ -30,25 +30,25 @@ def report() -> tuple[list[str], list[str]]:
         except Exception as error:  # a broken pair of torch and torchvision raises many things
             problems.append(f"{module} does not import ({error}); install torch and torchvision together")
     if not problems:
-        lines += devices() + emoji_packages()
+        lines += format_device_lines() + find_missing_emoji_packages()
     return lines, problems
 
 
-def emoji_packages() -> list[str]:
+def find_missing_emoji_packages() -> list[str]:
     """The packages that `t2i data emoji` lacks; nothing else needs them."""
     from PIL import features
 
-    from t2i.data.emoji import ANNOTATIONS, FONT, NAMES
+    from t2i.data.emoji import CLDR_FOLDER, EMOJI_TEST_FILE, FONT_FILE
 
-    found = {"fonts-noto-color-emoji": FONT.exists(), "unicode-data": NAMES.exists()}
-    found |= {"unicode-cldr-core": ANNOTATIONS.exists(), "libfribidi0": bool(features.check("raqm"))}
+    found = {"fonts-noto-color-emoji": FONT_FILE.exists(), "unicode-data": EMOJI_TEST_FILE.exists()}
+    found |= {"unicode-cldr-core": CLDR_FOLDER.exists(), "libfribidi0": bool(features.check("raqm"))}
     return [f"  for `t2i data emoji`: the package {name} is missing" for name, there in found.items() if not there]
 
 
-def devices() -> list[str]:
+def format_device_lines() -> list[str]:
     import torch
 
-    from t2i.runtime.devices import best_precision
+    from t2i.runtime.devices import choose_training_precision
 
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     free = shutil.disk_usage(".").free / 1e9
@@ -60,4 +60,4 @@ def devices() -> list[str]:
         lines.append("  mps")
     if torch.cuda.device_count() == 0 and shutil.which("nvidia-smi"):
         lines.append("  an NVIDIA driver is here, but this torch sees no GPU: is it a build for CPUs?")
-    return [*lines, f"  training precision (mixed_precision: auto): {best_precision(kind)}"]
+    return [*lines, f"  training precision (mixed_precision: auto): {choose_training_precision(kind)}"]

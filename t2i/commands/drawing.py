@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from t2i.commands import SHIPPED, importing
+from t2i.commands import SHIPPED_MODEL, speed_up_imports
 from t2i.commands import flags as options
 from t2i.errors import InputError
 
@@ -21,7 +21,7 @@ def generate(
         Path | None, Option("--prompts", "--file", "-f", help="A file with a prompt a line; goes on where it stopped.")
     ] = None,
     out: options.Out = Path("out"),
-    model: options.Model = str(SHIPPED),
+    model: options.Model = str(SHIPPED_MODEL),
     prior: options.Prior = None,
     clip: options.Clip = None,
     count: options.Count = 1,
@@ -29,11 +29,11 @@ def generate(
     negative_prompt: Annotated[str | None, Option(help="What the prior moves away from.")] = None,
     decoder_negative_prompt: Annotated[str | None, Option(help="What the decoder moves away from.")] = None,
     steps: options.Steps = None,
-    guidance_scale: options.Scale = None,
-    guidance: options.Settings = None,
+    guidance_scale: options.GuidanceScale = None,
+    guidance: options.GuidanceSettings = None,
     prior_steps: options.PriorSteps = None,
-    prior_guidance_scale: options.PriorScale = None,
-    prior_guidance: options.Settings = None,
+    prior_guidance_scale: options.PriorGuidanceScale = None,
+    prior_guidance: options.GuidanceSettings = None,
     steer_class: options.SteerClass = None,
     steer_text: options.SteerText = None,
     steer_picture: options.SteerPicture = None,
@@ -59,17 +59,17 @@ def generate(
     With a file the seed is 0 if left out, and what is in the folder already is not drawn again. Several processes
     share the pictures: torchrun or accelerate launch, with -m t2i generate ...
     """
-    from t2i.runtime.launch import become, forgotten_processes
+    from t2i.runtime.launch import count_forgotten_processes, exec_torchrun
 
-    if (processes := forgotten_processes()) > 1:
-        become(["-m", "t2i", *sys.argv[1:]], processes)
-    with importing():
-        from t2i.pipelines.jobs.dtypes import read_dtypes
+    if (processes := count_forgotten_processes()) > 1:
+        exec_torchrun(["-m", "t2i", *sys.argv[1:]], processes)
+    with speed_up_imports():
+        from t2i.pipelines.jobs.dtypes import parse_dtypes
         from t2i.pipelines.jobs.generation import generate_files
 
-    steering = options.steering(steer_class, steer_text, steer_picture, classifier, steer_scale)
+    steering = options.build_steering_settings(steer_class, steer_text, steer_picture, classifier, steer_scale)
     texts = read_prompts(prompts, file, required=not steering)
-    settings = steering | options.given(
+    settings = steering | options.select_given_settings(
         negative_prompt=negative_prompt,
         decoder_negative_prompt=decoder_negative_prompt,
         num_inference_steps=steps,
@@ -84,10 +84,10 @@ def generate(
         prior_temperature=prior_temperature,
         upsample=upsample,
     )
-    settings |= options.guidance(guidance_scale, guidance, prior_guidance_scale, prior_guidance)
+    settings |= options.build_guidance_settings(guidance_scale, guidance, prior_guidance_scale, prior_guidance)
     resume = file is not None
     seed = 0 if resume and seed is None else seed
-    more = (upsampler, prior, batch_size, resume, read_dtypes(dtype), clip, compile)
+    more = (upsampler, prior, batch_size, resume, parse_dtypes(dtype), clip, compile)
     for path in generate_files(texts, out, model, count, seed, device, settings, *more):
         # With its end in one: a launcher's processes are unbuffered, and two would write into one line.
         print(f"{path}\n", end="", flush=True)
@@ -107,15 +107,15 @@ def upsample(
     device: options.Device = "auto",
 ) -> None:
     """Enlarge pictures with the upsampler of a model, or models/emoji-upsampler; prints their paths."""
-    with importing():
+    with speed_up_imports():
         from t2i.pipelines.jobs.generation import upsample_files
     from t2i.checks import check_integer, check_range
-    from t2i.sampling.upsampling import MAX_TIMES
+    from t2i.sampling.upsampling import MAX_ENLARGEMENTS
 
-    check_integer("times", times, 1, MAX_TIMES)
+    check_integer("times", times, 1, MAX_ENLARGEMENTS)
     check_range("level", level or 0, 0, 1)
-    settings = options.given(num_inference_steps=steps, level=level, tile=tile)
-    named = upsampler or model or str(SHIPPED.with_name("emoji-upsampler"))
+    settings = options.select_given_settings(num_inference_steps=steps, level=level, tile=tile)
+    named = upsampler or model or str(SHIPPED_MODEL.with_name("emoji-upsampler"))
     for path in upsample_files(pictures, out, named, times, seed, device, settings):
         print(path)
 
@@ -131,23 +131,23 @@ def image_to_image(
     strength: Annotated[float, Option(help="Share of the steps that are taken: 1 keeps nothing.")] = 0.6,
     negative_prompt: Annotated[str | None, Option(help="What the prior moves away from.")] = None,
     out: options.Out = Path("out"),
-    model: options.Model = str(SHIPPED),
+    model: options.Model = str(SHIPPED_MODEL),
     prior: options.Prior = None,
     clip: options.Clip = None,
     count: options.Count = 1,
     seed: options.Seed = None,
     steps: options.Steps = None,
-    guidance_scale: options.Scale = None,
-    guidance: options.Settings = None,
+    guidance_scale: options.GuidanceScale = None,
+    guidance: options.GuidanceSettings = None,
     device: options.Device = "auto",
 ) -> None:
     """Draw pictures that start from others; prints their paths."""
-    with importing():
+    with speed_up_imports():
         from t2i.pipelines.jobs.generation import redraw_files
     from t2i.pipelines.image_to_image import ImageToImagePipeline, check_strength
 
     check_strength(strength)
-    settings = redraw_settings(prompt, negative_prompt, steps, guidance_scale, guidance) | {"strength": strength}
+    settings = build_redraw_settings(prompt, negative_prompt, steps, guidance_scale, guidance) | {"strength": strength}
     for path in redraw_files(
         ImageToImagePipeline, pictures, out, model, count, seed, device, settings, prior=prior, clip=clip
     ):
@@ -162,18 +162,18 @@ def inpaint(
     strength: Annotated[float, Option(help="Share of the steps that are taken: less leaves something.")] = 1.0,
     negative_prompt: Annotated[str | None, Option(help="What the prior moves away from.")] = None,
     out: options.Out = Path("out"),
-    model: options.Model = str(SHIPPED),
+    model: options.Model = str(SHIPPED_MODEL),
     prior: options.Prior = None,
     clip: options.Clip = None,
     count: options.Count = 1,
     seed: options.Seed = None,
     steps: options.Steps = None,
-    guidance_scale: options.Scale = None,
-    guidance: options.Settings = None,
+    guidance_scale: options.GuidanceScale = None,
+    guidance: options.GuidanceSettings = None,
     device: options.Device = "auto",
 ) -> None:
     """Paint a part of a picture anew; the rest stays pixel for pixel."""
-    with importing():
+    with speed_up_imports():
         from PIL.Image import Image
 
         from t2i.pipelines.jobs.generation import redraw_files
@@ -182,7 +182,7 @@ def inpaint(
     from t2i.pipelines.inputs import read_masks
 
     check_strength(strength)
-    settings = redraw_settings(prompt, negative_prompt, steps, guidance_scale, guidance)
+    settings = build_redraw_settings(prompt, negative_prompt, steps, guidance_scale, guidance)
     settings |= {"mask_image": str(mask), "strength": strength}
 
     def check(image: Image) -> None:
@@ -204,29 +204,29 @@ def outpaint(
     prompt: Prompt = None,
     negative_prompt: Annotated[str | None, Option(help="What the prior moves away from.")] = None,
     out: options.Out = Path("out"),
-    model: options.Model = str(SHIPPED),
+    model: options.Model = str(SHIPPED_MODEL),
     prior: options.Prior = None,
     clip: options.Clip = None,
     count: options.Count = 1,
     seed: options.Seed = None,
     steps: options.Steps = None,
-    guidance_scale: options.Scale = None,
-    guidance: options.Settings = None,
+    guidance_scale: options.GuidanceScale = None,
+    guidance: options.GuidanceSettings = None,
     device: options.Device = "auto",
 ) -> None:
     """Paint around a picture; what was there stays pixel for pixel."""
-    with importing():
+    with speed_up_imports():
         from PIL.Image import Image
 
         from t2i.pipelines.jobs.generation import redraw_files
-    from t2i.pipelines.inpaint import OutpaintPipeline, check_enlarged, check_margins
+    from t2i.pipelines.inpaint import OutpaintPipeline, check_enlarged_size, check_margins
 
     margins = {"left": left, "right": right, "top": top, "bottom": bottom}
     check_margins(**margins)
-    settings = redraw_settings(prompt, negative_prompt, steps, guidance_scale, guidance) | margins
+    settings = build_redraw_settings(prompt, negative_prompt, steps, guidance_scale, guidance) | margins
 
     def check(image: Image) -> None:
-        check_enlarged(image.width, image.height, **margins)
+        check_enlarged_size(image.width, image.height, **margins)
 
     for path in redraw_files(
         OutpaintPipeline, [picture], out, model, count, seed, device, settings, check, prior=prior, clip=clip
@@ -234,7 +234,7 @@ def outpaint(
         print(path)
 
 
-def redraw_settings(
+def build_redraw_settings(
     prompt: str | None,
     negative_prompt: str | None,
     steps: int | None,
@@ -246,8 +246,8 @@ def redraw_settings(
 
     check_texts("prompt", [] if prompt is None else [prompt], empty=False)
     check_texts("negative_prompt", [] if negative_prompt is None else [negative_prompt])
-    settings = options.given(prompt=prompt, negative_prompt=negative_prompt, num_inference_steps=steps)
-    return settings | options.guidance(guidance_scale, guidance)
+    settings = options.select_given_settings(prompt=prompt, negative_prompt=negative_prompt, num_inference_steps=steps)
+    return settings | options.build_guidance_settings(guidance_scale, guidance)
 
 
 def read_prompts(prompts: list[str] | None, file: Path | None, required: bool = True) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from t2i.commands import SHIPPED, importing
+from t2i.commands import SHIPPED_MODEL, speed_up_imports
 from t2i.commands import flags as options
 from t2i.errors import InputError
 
@@ -26,14 +26,14 @@ def variations(
     ] = None,
     prompt: Annotated[str | None, Option(help="What decoders read that read captions.")] = None,
     out: options.Out = Path("out"),
-    model: options.Model = str(SHIPPED),
+    model: options.Model = str(SHIPPED_MODEL),
     prior: options.Prior = None,
     clip: options.Clip = None,
     count: options.Count = 1,
     seed: options.Seed = None,
     steps: options.Steps = None,
-    guidance_scale: options.Scale = None,
-    guidance: options.Settings = None,
+    guidance_scale: options.GuidanceScale = None,
+    guidance: options.GuidanceSettings = None,
     steer_class: options.SteerClass = None,
     steer_text: options.SteerText = None,
     steer_picture: options.SteerPicture = None,
@@ -46,21 +46,23 @@ def variations(
     device: options.Device = "auto",
 ) -> None:
     """Draw pictures of what others show; prints their paths."""
-    with importing():
+    with speed_up_imports():
         from t2i.pipelines.jobs.generation import redraw_files
     from t2i.checks import check_number
     from t2i.pipelines.image_variation import ImageVariationPipeline
-    from t2i.pipelines.inversion import INVERSION, inversion_options
-    from t2i.pipelines.options import decoder_options
+    from t2i.pipelines.inversion import INVERSION_DEFAULTS, build_inversion_options
+    from t2i.pipelines.options import build_decoder_options
 
-    settings = options.given(num_inference_steps=steps, sampler=sampler, noise_level=noise_level, upsample=upsample)
-    settings |= options.guidance(guidance_scale, guidance)
-    settings |= options.steering(steer_class, steer_text, steer_picture, classifier, steer_scale)
+    settings = options.select_given_settings(
+        num_inference_steps=steps, sampler=sampler, noise_level=noise_level, upsample=upsample
+    )
+    settings |= options.build_guidance_settings(guidance_scale, guidance)
+    settings |= options.build_steering_settings(steer_class, steer_text, steer_picture, classifier, steer_scale)
     if eta is not None:
         check_number("eta", eta, 0, 1)
-        settings = INVERSION | settings
-    decoder_options(settings) if eta is None else inversion_options(settings, eta)
-    settings |= options.given(eta=eta, prompt=prompt)
+        settings = INVERSION_DEFAULTS | settings
+    build_decoder_options(settings) if eta is None else build_inversion_options(settings, eta)
+    settings |= options.select_given_settings(eta=eta, prompt=prompt)
     for path in redraw_files(
         ImageVariationPipeline,
         pictures,
@@ -89,16 +91,16 @@ def interpolate(
         bool, Option("--inverted/--new-noise", help="Begin and end with the very pictures, or with variations.")
     ] = True,
     out: options.Out = Path("out"),
-    model: options.Model = str(SHIPPED),
+    model: options.Model = str(SHIPPED_MODEL),
     prior: options.Prior = None,
     clip: options.Clip = None,
     seed: options.Seed = None,
     steps: options.Steps = None,
-    guidance_scale: options.Scale = None,
-    guidance: options.Settings = None,
+    guidance_scale: options.GuidanceScale = None,
+    guidance: options.GuidanceSettings = None,
     prior_steps: options.PriorSteps = None,
-    prior_guidance_scale: options.PriorScale = None,
-    prior_guidance: options.Settings = None,
+    prior_guidance_scale: options.PriorGuidanceScale = None,
+    prior_guidance: options.GuidanceSettings = None,
     steer_class: options.SteerClass = None,
     steer_text: options.SteerText = None,
     steer_picture: options.SteerPicture = None,
@@ -114,10 +116,10 @@ def interpolate(
     device: options.Device = "auto",
 ) -> None:
     """Draw what lies between pictures and texts; prints the paths."""
-    with importing():
+    with speed_up_imports():
         from t2i.pipelines.jobs.frames import interpolate_files
 
-    settings = options.given(
+    settings = options.select_given_settings(
         num_inference_steps=steps,
         prior_num_inference_steps=prior_steps,
         prior_candidates=candidates,
@@ -127,9 +129,9 @@ def interpolate(
         prior_temperature=prior_temperature,
         upsample=upsample,
     )
-    settings |= options.steering(steer_class, steer_text, steer_picture, classifier, steer_scale)
-    settings |= options.guidance(guidance_scale, guidance, prior_guidance_scale, prior_guidance)
-    numbers = None if weights is None else parse_weights(weights)
+    settings |= options.build_steering_settings(steer_class, steer_text, steer_picture, classifier, steer_scale)
+    settings |= options.build_guidance_settings(guidance_scale, guidance, prior_guidance_scale, prior_guidance)
+    numbers = None if weights is None else parse_anchor_weights(weights)
     for path in interpolate_files(
         anchors,
         out,
@@ -157,12 +159,12 @@ def edit(
     target: Annotated[str, Option("--to", help="What it is to show.")],
     theta: Annotated[float | None, Option(help="How far to go: 0 is nowhere, 1 is all the way.")] = None,
     out: options.Out = Path("out"),
-    model: options.Model = str(SHIPPED),
+    model: options.Model = str(SHIPPED_MODEL),
     prior: options.Prior = None,
     clip: options.Clip = None,
     steps: options.Steps = None,
-    guidance_scale: options.Scale = None,
-    guidance: options.Settings = None,
+    guidance_scale: options.GuidanceScale = None,
+    guidance: options.GuidanceSettings = None,
     steer_class: options.SteerClass = None,
     steer_text: options.SteerText = None,
     steer_picture: options.SteerPicture = None,
@@ -173,20 +175,20 @@ def edit(
     device: options.Device = "auto",
 ) -> None:
     """Change a picture by the direction from one caption to another; prints its path."""
-    with importing():
+    with speed_up_imports():
         from t2i.pipelines.jobs.generation import redraw_files
     from t2i.checks import check_number
-    from t2i.pipelines.inversion import INVERSION
-    from t2i.pipelines.options import decoder_options
-    from t2i.pipelines.text_diff import THETA, TextDiffPipeline, check_pair
+    from t2i.pipelines.inversion import INVERSION_DEFAULTS
+    from t2i.pipelines.options import build_decoder_options
+    from t2i.pipelines.text_diff import DEFAULT_THETA, TextDiffPipeline, check_caption_pair
 
-    theta = THETA if theta is None else theta
+    theta = DEFAULT_THETA if theta is None else theta
     check_number("theta", theta, 0, 1)
-    check_pair(source, target)
-    settings = INVERSION | options.given(num_inference_steps=steps, upsample=upsample)
-    settings |= options.guidance(guidance_scale, guidance)
-    settings |= options.steering(steer_class, steer_text, steer_picture, classifier, steer_scale)
-    decoder_options(settings)
+    check_caption_pair(source, target)
+    settings = INVERSION_DEFAULTS | options.select_given_settings(num_inference_steps=steps, upsample=upsample)
+    settings |= options.build_guidance_settings(guidance_scale, guidance)
+    settings |= options.build_steering_settings(steer_class, steer_text, steer_picture, classifier, steer_scale)
+    build_decoder_options(settings)
     settings |= {"source": source, "target": target, "theta": theta}
     for path in redraw_files(
         TextDiffPipeline, [picture], out, model, 1, 0, device, settings, upsampler=upsampler, prior=prior, clip=clip
@@ -194,7 +196,7 @@ def edit(
         print(path)
 
 
-def parse_weights(text: str) -> list[float]:
+def parse_anchor_weights(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError as error:

@@ -19,24 +19,24 @@ Upsampler = Annotated[
 Count = Annotated[int, Option("--count", "-n", help="Pictures for each input.")]
 Seed = Annotated[int | None, Option(help="Of the first picture; the next has the next. Random if left out.")]
 Steps = Annotated[int | None, Option(help="Steps of the decoder.")]
-Scale = Annotated[float | None, Option(help="Guidance of the decoder; 1 is off.")]
-Settings = Annotated[
+GuidanceScale = Annotated[float | None, Option(help="Guidance of the decoder; 1 is off.")]
+GuidanceSettings = Annotated[
     list[str] | None,
     Option(help="KEY=VALUE, again and again: interval=LOW:HIGH, rescale, threshold, parallel, norm, momentum."),
 ]
 Height = Annotated[int | None, Option(help="Of the pictures, in pixels; as in training if left out.")]
 Width = Annotated[int | None, Option(help="The same.")]
 PriorSteps = Annotated[int | None, Option(help="Steps of the prior.")]
-PriorScale = Annotated[float | None, Option(help="Guidance of the prior; 1 is off.")]
+PriorGuidanceScale = Annotated[float | None, Option(help="Guidance of the prior; 1 is off.")]
 SteerClass = Annotated[str | None, Option(help="A class of the classifier to steer towards.")]
 SteerText = Annotated[str | None, Option(help="A text to steer towards, as CLIP sees it.")]
 SteerPicture = Annotated[Path | None, Option(help="A picture to steer towards, as CLIP sees it.")]
 SteerScale = Annotated[float | None, Option(help="How much the gradient counts; 1 if left out, 0 is off.")]
 Classifier = Annotated[Path | None, Option(help="What `t2i train classifier` wrote; a text or a picture needs none.")]
 Candidates = Annotated[int | None, Option(help="Of the prior, for each picture; the nearest to the prompt is drawn.")]
-SAMPLERS = "ddpm, ddim, dpmsolver++, sde-dpmsolver++, unipc, ode or sde; the model's own if left out."
-Sampler = Annotated[str | None, Option(help=f"Of the decoder: {SAMPLERS}")]
-PriorSampler = Annotated[str | None, Option(help=f"Of the prior: {SAMPLERS}")]
+SAMPLER_NAMES = "ddpm, ddim, dpmsolver++, sde-dpmsolver++, unipc, ode or sde; the model's own if left out."
+Sampler = Annotated[str | None, Option(help=f"Of the decoder: {SAMPLER_NAMES}")]
+PriorSampler = Annotated[str | None, Option(help=f"Of the prior: {SAMPLER_NAMES}")]
 NoiseLevel = Annotated[
     int | None, Option(help="Of Stable unCLIP: how far z_i is noised, 0 to 999; more is more variety.")
 ]
@@ -55,12 +55,12 @@ Compile = Annotated[
 Device = Annotated[str, Option(help="auto, cpu, cuda, mps.")]
 
 
-def given(**settings: Any) -> dict[str, Any]:
+def select_given_settings(**settings: Any) -> dict[str, Any]:
     """Those that were given."""
     return {name: value for name, value in settings.items() if value is not None}
 
 
-def guidance(
+def build_guidance_settings(
     scale: float | None,
     settings: list[str] | None,
     prior_scale: float | None = None,
@@ -69,20 +69,20 @@ def guidance(
     """`guidance_scale` and `prior_guidance_scale` of a pipeline, as far as they were given."""
     from t2i.diffusion.guidance import Guidance, parse_guidance
     from t2i.pipelines.options import DecoderOptions
-    from t2i.sampling.embeddings import usual_guidance
+    from t2i.sampling.embeddings import default_guidance_scale
 
     found: dict[str, Any] = {}
     for name, default, number, texts in (
         ("guidance_scale", DecoderOptions().guidance_scale, scale, settings),
-        ("prior_guidance_scale", usual_guidance(None), prior_scale, prior_settings),
+        ("prior_guidance_scale", default_guidance_scale(None), prior_scale, prior_settings),
     ):
-        number = Guidance.of(default).scale if number is None and texts else number
+        number = Guidance.from_value(default).scale if number is None and texts else number
         if number is not None:
             found[name] = parse_guidance(name, number, texts) if texts else number
     return found
 
 
-def steering(
+def build_steering_settings(
     class_name: str | None, text: str | None, picture: Path | None, classifier: Path | None, scale: float | None
 ) -> dict[str, Any]:
     """`steering` of a pipeline, if there is anything to steer towards. Raises InputError for several at once."""
@@ -100,11 +100,11 @@ def steering(
     if class_name is not None and classifier is None:
         raise InputError(f"--steer-class {class_name!r} needs a --classifier, which `t2i train classifier` makes")
     from t2i.checks import check_number
-    from t2i.sampling.steering import MAX_SCALE, Steering, load_classifier, picture_tensor
+    from t2i.sampling.steering import MAX_STEERING_SCALE, Steering, load_classifier, read_image_tensor
 
-    check_number("--steer-scale", 1.0 if scale is None else scale, 0, MAX_SCALE)
-    seen = None if picture is None else picture_tensor(picture)
+    check_number("--steer-scale", 1.0 if scale is None else scale, 0, MAX_STEERING_SCALE)
+    seen = None if picture is None else read_image_tensor(picture)
     judge = None if classifier is None else load_classifier(classifier)
     if class_name is not None and judge is not None:
-        judge.number_of(class_name)
+        judge.find_class_index(class_name)
     return {"steering": Steering(1.0 if scale is None else scale, judge, class_name, text, seen)}

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
-from t2i.commands import SHIPPED
+from t2i.commands import SHIPPED_MODEL
 from t2i.commands import flags as options
 from t2i.errors import InputError
 
 if TYPE_CHECKING:
     from t2i.evaluation.metrics import MetricSettings
     from t2i.evaluation.picture_sets import PictureSet
-    from t2i.evaluation.quality import Reference
+    from t2i.evaluation.quality import ReferenceStatistics
 
 app = typer.Typer()
 
@@ -32,13 +32,13 @@ def evaluate_quality(
     kid_subset_size: Annotated[int, Option(help="Pictures of each of the 100 draws of the kernel distance.")] = 1000,
     neighbours: Annotated[int, Option(help="Of precision and recall.")] = 3,
     split: Annotated[str | None, Option(help="train or held_out of a checked source; else all.")] = None,
-    count: Annotated[int | None, Option(help="Pictures to draw; one for each caption, if left out.")] = None,
+    count: Annotated[int | None, Option(help="Pictures to build_drawn_set; one for each caption, if left out.")] = None,
     seed: Annotated[int, Option(help="Of the first picture, of the captions' order, and of the draws.")] = 0,
     image_size: Annotated[int | None, Option(help="Pixels to bring both sets to; if left out, what is drawn.")] = None,
     steps: options.Steps = None,
-    guidance_scale: options.Scale = None,
+    guidance_scale: options.GuidanceScale = None,
     prior_steps: options.PriorSteps = None,
-    prior_guidance_scale: options.PriorScale = None,
+    prior_guidance_scale: options.PriorGuidanceScale = None,
     candidates: options.Candidates = None,
     sampler: options.Sampler = None,
     eta: options.Eta = None,
@@ -53,9 +53,9 @@ def evaluate_quality(
     """
     from t2i.checks import check_choice, check_range
     from t2i.evaluation.metrics import MetricSettings
-    from t2i.evaluation.results import check_result
+    from t2i.evaluation.results import check_result_file
 
-    drawing = options.given(
+    drawing = options.select_given_settings(
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
         prior_num_inference_steps=prior_steps,
@@ -64,24 +64,26 @@ def evaluate_quality(
         sampler=sampler,
         eta=eta,
     )
-    settings = MetricSettings(split_names(metrics), kid_subset_size, neighbours=neighbours, seed=seed)
+    settings = MetricSettings(split_metric_names(metrics), kid_subset_size, neighbours=neighbours, seed=seed)
     check_range("num-processes", num_processes, 1, 1024)
-    check_input(model, pictures, count, drawing)
+    check_quality_input(model, pictures, count, drawing)
     if split is not None:
         check_choice("split", split, ("train", "held_out"))
     if image_size is not None:
         check_range("image-size", image_size, 8, 4096)
-    check_result(out)
+    check_result_file(out)
     if num_processes > 1:
-        from t2i.runtime.launch import become
+        from t2i.runtime.launch import exec_torchrun
 
-        become(["-m", "t2i", *without(sys.argv[1:], "--num-processes")], num_processes)
-    what = Asked(reference, model, pictures, features, inception, clip_score, split, count, seed, image_size, drawing)
-    measure(what, settings, statistics, out, device)
+        exec_torchrun(["-m", "t2i", *remove_command_option(sys.argv[1:], "--num-processes")], num_processes)
+    what = QualityArguments(
+        reference, model, pictures, features, inception, clip_score, split, count, seed, image_size, drawing
+    )
+    measure_and_report(what, settings, statistics, out, device)
 
 
 @dataclass(frozen=True)
-class Asked:
+class QualityArguments:
     """What is to be compared with what, by which features."""
 
     reference: Path
@@ -97,11 +99,11 @@ class Asked:
     drawing: dict[str, Any]
 
 
-def split_names(names: str) -> tuple[str, ...]:
+def split_metric_names(names: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
 
 
-def check_input(model: str | None, pictures: Path | None, count: int | None, drawing: dict[str, Any]) -> None:
+def check_quality_input(model: str | None, pictures: Path | None, count: int | None, drawing: dict[str, Any]) -> None:
     """What to measure is a model or pictures, and options of a model go with a model."""
     from t2i.checks import check_integer
     from t2i.pipelines.options import split_options
@@ -116,7 +118,7 @@ def check_input(model: str | None, pictures: Path | None, count: int | None, dra
     split_options(drawing)
 
 
-def without(arguments: list[str], option: str) -> list[str]:
+def remove_command_option(arguments: list[str], option: str) -> list[str]:
     """Arguments without an option and its value."""
     found, rest = [], iter(arguments)
     for argument in rest:
@@ -127,66 +129,71 @@ def without(arguments: list[str], option: str) -> list[str]:
     return found
 
 
-def measure(what: Asked, settings: "MetricSettings", statistics: Path | None, out: Path, device: str) -> None:
+def measure_and_report(
+    what: QualityArguments, settings: "MetricSettings", statistics: Path | None, out: Path, device: str
+) -> None:
     from accelerate import PartialState
 
-    from t2i.evaluation.features import load_extractor
-    from t2i.evaluation.picture_sets import FolderPictures, open_reference
-    from t2i.evaluation.quality import measure_quality, measure_reference, read_reference
-    from t2i.evaluation.results import write_result
+    from t2i.evaluation.features import load_feature_extractor
+    from t2i.evaluation.picture_sets import FolderPictures, open_reference_set
+    from t2i.evaluation.quality import measure_quality, measure_reference_statistics, read_reference_statistics
+    from t2i.evaluation.results import write_result_file
     from t2i.interop.by_name import load_clip
-    from t2i.runtime.devices import find_device
-    from t2i.runtime.launch import end_group
+    from t2i.runtime.devices import resolve_device_name
+    from t2i.runtime.launch import end_process_group
 
     kept = what.reference.suffix == ".safetensors" and what.reference.is_file()
     if kept and what.folder is None:
         raise InputError(f"{str(what.reference)!r} holds statistics, which have no captions to draw; give --pictures")
     state = PartialState(cpu=device == "cpu")
     here = "cpu" if state.device.type == "cpu" else str(state.device)  # of this process among several
-    device = find_device(device) if state.num_processes == 1 else here
-    extractor = load_extractor(what.features, what.inception, device)
+    device = resolve_device_name(device) if state.num_processes == 1 else here
+    extractor = load_feature_extractor(what.features, what.inception, device)
     scorer = None if what.clip_score is None else load_clip(what.clip_score).to(device).eval()
     files = None if what.folder is None else FolderPictures(what.folder, what.image_size)
-    pipeline: Any = None if files is not None else load_model(what, device)
+    pipeline: Any = None if files is not None else load_drawing_pipeline(what, device)
     size = pipeline.image_size if files is None else files.size
-    real: Reference
+    real: ReferenceStatistics
     drawn: PictureSet
     if kept:
         assert files is not None
-        real, drawn = read_reference(what.reference, {"extractor": extractor.identity, "image_size": size}), files
+        real, drawn = (
+            read_reference_statistics(what.reference, {"extractor": extractor.identity, "image_size": size}),
+            files,
+        )
     else:
-        pictures = open_reference(what.reference, size, what.split)
-        drawn = files or draw(pipeline, pictures.captions, what)
-        settings.check_counts({"drawn": len(drawn), "reference": len(pictures)}, extractor.dim)
-        real = measure_reference(pictures, extractor, size, statistics, state)
+        pictures = open_reference_set(what.reference, size, what.split)
+        drawn = files or build_drawn_set(pipeline, pictures.captions, what)
+        settings.check_image_counts({"drawn": len(drawn), "reference": len(pictures)}, extractor.dim)
+        real = measure_reference_statistics(pictures, extractor, size, statistics, state)
     conditioning = None if pipeline is None else pipeline.clip.identity
     result = measure_quality(drawn, real, extractor, settings, state, scorer, conditioning)
     if state.is_main_process:
-        write_result(result, out)
-        print("\n".join([*lines(result, what.clip_score), f"all of it is in {out}"]))
+        write_result_file(result, out)
+        print("\n".join([*format_quality_lines(result, what.clip_score), f"all of it is in {out}"]))
         if conditioning is not None and scorer is not None and scorer.identity == conditioning:
             print(
                 "warning: this CLIP score is by the CLIP that the model draws with, which flatters it", file=sys.stderr
             )
-    end_group()
+    end_process_group()
 
 
-def load_model(what: Asked, device: str) -> Any:
+def load_drawing_pipeline(what: QualityArguments, device: str) -> Any:
     from t2i.pipelines.jobs.generation import load_pipeline
 
-    pipeline: Any = load_pipeline(what.model or str(SHIPPED), device)
+    pipeline: Any = load_pipeline(what.model or str(SHIPPED_MODEL), device)
     if what.image_size not in (None, pipeline.image_size):
         raise InputError(f"image-size is {what.image_size}, the model draws {pipeline.image_size}; leave it out")
     return pipeline
 
 
-def draw(pipeline: Any, captions: list[str | None], what: Asked) -> "PictureSet":
+def build_drawn_set(pipeline: Any, captions: list[str | None], what: QualityArguments) -> "PictureSet":
     from t2i.evaluation.picture_sets import DrawnPictures
 
     return DrawnPictures(pipeline, captions, what.count, what.seed, **what.drawing)
 
 
-def lines(result: dict[str, Any], clip_score: str | None) -> list[str]:
+def format_quality_lines(result: dict[str, Any], clip_score: str | None) -> list[str]:
     """The figures, for people."""
     found, drawn, real = result["metrics"], result["drawn"]["count"], result["reference"]["count"]
     said = [f"{drawn:,} drawn and {real:,} real pictures, features of {result['extractor']}"]

@@ -4,10 +4,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from t2i.data.dataset import Batch, CaptionedPictures, Record, batches, held_out_pictures
-    from t2i.data.pictures import open_picture, to_tensor
+    from t2i.data.dataset import Batch, CaptionedPictures, Record, build_held_out_dataset, iterate_batches
+    from t2i.data.pictures import open_image, to_tensor
 
-__all__ = ["Batch", "CaptionedPictures", "Record", "batches", "held_out_pictures", "open_picture", "to_tensor"]
+__all__ = [
+    "Batch",
+    "CaptionedPictures",
+    "Record",
+    "iterate_batches",
+    "build_held_out_dataset",
+    "open_image",
+    "to_tensor",
+]
 
 
 def __getattr__(name: str) -> Any:

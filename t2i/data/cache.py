@@ -36,13 +36,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from t2i.data.dataset import Batch, CaptionedPictures, Key
+from t2i.data.dataset import Batch, CaptionedPictures, SampleIndex
 from t2i.diffusion.condition import TextEncoding, TokenStates
 from t2i.errors import InputError
-from t2i.files.atomic import digest, new_file, write_json
-from t2i.files.model_folder import loaded
+from t2i.files.atomic import compute_file_sha256, create_file_atomically, write_json_file
+from t2i.files.model_folder import load_or_explain
 
-FORMAT = 1
+CACHE_FORMAT = 1
 SPLITS = ("train", "held_out")
 
 
@@ -89,11 +89,11 @@ class CachedPairs(Dataset):
         """`latents` and `text`: give them, where the cache holds them. `tokens`: as text, those of the text encoder."""
         self.folder, self.latents, self.text, self.tokens = Path(folder), latents, text, tokens
         self.captions: CaptionedPictures | None = None  # to give the captions themselves
-        finished = read_finished(self.folder)
-        loaded(lambda _: self.read(finished, split), self.folder / "cache.json")
-        self.opened: dict[int, dict[str, Tensor]] = {}
+        finished = read_finished_cache(self.folder)
+        load_or_explain(lambda _: self.load_index(finished, split), self.folder / "cache.json")
+        self.shard_tensors: dict[int, dict[str, Tensor]] = {}
 
-    def read(self, finished: dict[str, Any], split: str) -> None:
+    def load_index(self, finished: dict[str, Any], split: str) -> None:
         """Take over what cache.json says, and compare the files with it."""
         self.made_from: dict[str, Any] = finished["key"]
         self.clip = finished["clip"] and ClipFacts(**finished["clip"])
@@ -107,20 +107,20 @@ class CachedPairs(Dataset):
         if split not in splits:
             raise InputError(f"the cache {str(self.folder)!r} has no split {split!r}; it has {', '.join(splits)}")
         self.rows: list[dict[str, Any]] = splits[split]
-        self.paths = [shard_path(self.folder, split, number) for number in range(len(self.rows))]
+        self.paths = [build_shard_path(self.folder, split, number) for number in range(len(self.rows))]
         self.size = sum(int(row["pictures"]) for row in self.rows)
         for path, row in zip(self.paths, self.rows):
-            check_size(path, row["bytes"])
+            check_file_size(path, row["bytes"])
         shared = self.folder / "shared.safetensors"
-        check_size(shared, finished["shared"]["bytes"])
-        if digest(shared) != finished["shared"]["sha256"]:
-            raise InputError(f"{str(shared)!r} does not match its SHA-256; {remedy(self.folder)}")
+        check_file_size(shared, finished["shared"]["bytes"])
+        if compute_file_sha256(shared) != finished["shared"]["sha256"]:
+            raise InputError(f"{str(shared)!r} does not match its SHA-256; {format_remedy(self.folder)}")
         self.shared = open_tensors(shared)
 
     def __len__(self) -> int:
         return self.size
 
-    def __getitems__(self, keys: list[Key]) -> Batch:
+    def __getitems__(self, keys: list[SampleIndex]) -> Batch:
         """The batch of these records, in float32; what a DataLoader calls."""
         order = sorted(range(len(keys)), key=lambda position: keys[position][0] // self.shard_size)
         parts = []
@@ -128,22 +128,22 @@ class CachedPairs(Dataset):
             chosen = [keys[position] for position in positions]
             row = torch.tensor([index % self.shard_size for index, _ in chosen])
             draw = torch.tensor([draw % self.variations for _, draw in chosen])
-            parts.append(gather(self.shard(number), row, draw))
+            parts.append(gather_rows(self.open_shard(number), row, draw))
         batch = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        text = pad(batch["text_embeds"], batch["states"], batch["lengths"]) if self.text else None
+        text = pad_texts(batch["text_embeds"], batch["states"], batch["lengths"]) if self.text else None
         tokens = pad_tokens(batch["states"], batch["lengths"]) if self.tokens else None
         embeds, latents = batch.get("image_embeds"), batch.get("latents")
         if len(parts) > 1:  # back from the order of the shards
             back = torch.tensor(order).argsort()
             embeds, latents = (None if one is None else one[back] for one in (embeds, latents))
-            text = text and text.map(lambda tensor: tensor[back])
-            tokens = tokens and tokens.map(lambda tensor: tensor[back])
-        captions = [] if self.captions is None else [self.captions.caption(*key) for key in keys]
+            text = text and text.map_tensors(lambda tensor: tensor[back])
+            tokens = tokens and tokens.map_tensors(lambda tensor: tensor[back])
+        captions = [] if self.captions is None else [self.captions.get_caption(*key) for key in keys]
         index = torch.tensor([index for index, _ in keys])
         return Batch(index, captions, image_embeds=embeds, latents=latents, text=text, tokens=tokens)
 
-    def shard(self, number: int) -> dict[str, Tensor]:
-        if number not in self.opened:
+    def open_shard(self, number: int) -> dict[str, Tensor]:
+        if number not in self.shard_tensors:
             tensors, row = open_tensors(self.paths[number]), self.rows[number]
             needed = {"keys": None, "key_offsets": row["pictures"] + 1}
             needed |= {"image_embeds": row["pictures"]} if self.clip else {}
@@ -157,16 +157,16 @@ class CachedPairs(Dataset):
             for name, count in needed.items():
                 if name not in tensors or count not in (None, len(tensors[name])):
                     raise InputError(f"{str(self.paths[number])!r} is no shard of this cache: it lacks {name}")
-            self.opened[number] = {name: tensors[name] for name in needed}
-        return self.opened[number]
+            self.shard_tensors[number] = {name: tensors[name] for name in needed}
+        return self.shard_tensors[number]
 
-    def key(self, index: int) -> str:
+    def sample_key(self, index: int) -> str:
         """The name of a record, for people."""
-        shard, row = self.shard(index // self.shard_size), index % self.shard_size
+        shard, row = self.open_shard(index // self.shard_size), index % self.shard_size
         start, end = shard["key_offsets"][row : row + 2].tolist()
         return bytes(shard["keys"][start:end].tolist()).decode()
 
-    def digest(self) -> str:
+    def compute_digest(self) -> str:
         """16 hexadecimal digits for the content of all shards."""
         hashes = [row["sha256"] for row in self.rows]
         return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]
@@ -178,7 +178,7 @@ class CachedPairs(Dataset):
         return TextEncoding(self.shared["null_embedding"], states, torch.ones(states.shape[:2], dtype=torch.bool))
 
 
-def gather(shard: dict[str, Tensor], row: Tensor, draw: Tensor) -> dict[str, Tensor]:
+def gather_rows(shard: dict[str, Tensor], row: Tensor, draw: Tensor) -> dict[str, Tensor]:
     """Rows of a shard; of the captions, the tokens end to end and how many each has."""
     found: dict[str, Tensor] = {name: shard[name][row].float() for name in ("image_embeds", "latents") if name in shard}
     if "choice" in shard:
@@ -194,7 +194,7 @@ def gather(shard: dict[str, Tensor], row: Tensor, draw: Tensor) -> dict[str, Ten
     return found
 
 
-def pad(embeds: Tensor, states: Tensor, lengths: Tensor) -> TextEncoding:
+def pad_texts(embeds: Tensor, states: Tensor, lengths: Tensor) -> TextEncoding:
     """Captions whose tokens lie end to end, (T, W), as a batch padded to the longest."""
     tokens = pad_tokens(states, lengths)
     return TextEncoding(embeds, tokens.states, tokens.mask)
@@ -207,7 +207,7 @@ def pad_tokens(states: Tensor, lengths: Tensor) -> TokenStates:
     return TokenStates(padded, mask)
 
 
-def trim(text: TextEncoding | TokenStates) -> tuple[Tensor, Tensor]:
+def strip_padding(text: TextEncoding | TokenStates) -> tuple[Tensor, Tensor]:
     """The reverse: tokens end to end, (T, W), and how many each caption has, (B,)."""
     lengths = text.mask.sum(dim=1)
     positions = torch.arange(text.mask.shape[1], device=lengths.device)
@@ -215,12 +215,12 @@ def trim(text: TextEncoding | TokenStates) -> tuple[Tensor, Tensor]:
     return text.states[text.mask], lengths
 
 
-def offsets(lengths: Iterable[int]) -> Tensor:
+def compute_offsets(lengths: Iterable[int]) -> Tensor:
     """(N + 1,), int64: where each of N things that lie end to end begins, and the end."""
     return torch.tensor([0, *lengths]).cumsum(0)
 
 
-def statistics(embeds: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+def compute_statistics(embeds: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation, (D,), float64, of embeddings, (n, D) at a time."""
     count, total, squares = 0, torch.zeros(()), torch.zeros(())
     for part in embeds:
@@ -230,11 +230,11 @@ def statistics(embeds: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     return mean, (squares / count - mean.square()).clamp(min=0).sqrt()
 
 
-def shard_path(folder: Path, split: str, number: int) -> Path:
+def build_shard_path(folder: Path, split: str, number: int) -> Path:
     return folder / f"{split}-{number:05}.safetensors"
 
 
-def check_values(path: Path, tensors: dict[str, Tensor]) -> None:
+def check_shard_values(path: Path, tensors: dict[str, Tensor]) -> None:
     """Refuse a shard with NaN or infinity, by the name of its first picture with one."""
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or (finite := tensor.isfinite().flatten(1).all(dim=1)).all():
@@ -254,74 +254,79 @@ def check_values(path: Path, tensors: dict[str, Tensor]) -> None:
 
 def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
     """A shard and, after it, the file that says it is whole. Raises InputError for values that are not finite."""
-    check_values(path, tensors)
-    with new_file(path) as unfinished:
+    check_shard_values(path, tensors)
+    with create_file_atomically(path) as unfinished:
         save_file(tensors, unfinished)
-        row = {"sha256": digest(unfinished), "bytes": unfinished.stat().st_size}
+        row = {"sha256": compute_file_sha256(unfinished), "bytes": unfinished.stat().st_size}
     captions = tensors.get("text_offsets", tensors.get("text_encoder_offsets", [0]))
     row |= {"pictures": len(tensors["key_offsets"]) - 1, "captions": len(captions) - 1}
-    write_json(path.with_suffix(".json"), row)
+    write_json_file(path.with_suffix(".json"), row)
 
 
-def damage(path: Path) -> str | None:
+def find_shard_damage(path: Path) -> str | None:
     """What is wrong with a shard that was written, or None."""
     try:
-        if digest(path) != json.loads(path.with_suffix(".json").read_text())["sha256"]:
+        if compute_file_sha256(path) != json.loads(path.with_suffix(".json").read_text())["sha256"]:
             return f"{path} does not match its SHA-256"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{path} is not whole ({error})"
     return None
 
 
-def finish(folder: Path, key: dict[str, Any], facts: dict[str, Any], shared: dict[str, Tensor], counts: dict) -> None:
+def finish_cache(
+    folder: Path, key: dict[str, Any], facts: dict[str, Any], shared: dict[str, Tensor], counts: dict
+) -> None:
     """Write what stands beside the shards, of which each split has `counts[split]`; cache.json is the last."""
-    with new_file(folder / "shared.safetensors") as unfinished:
+    with create_file_atomically(folder / "shared.safetensors") as unfinished:
         save_file(shared, unfinished)
-        row = {"sha256": digest(unfinished), "bytes": unfinished.stat().st_size}
+        row = {"sha256": compute_file_sha256(unfinished), "bytes": unfinished.stat().st_size}
     splits = {
         split: [
-            json.loads(shard_path(folder, split, number).with_suffix(".json").read_text()) for number in range(count)
+            json.loads(build_shard_path(folder, split, number).with_suffix(".json").read_text())
+            for number in range(count)
         ]
         for split, count in counts.items()
     }
-    write_json(folder / "cache.json", {"format": FORMAT, "key": key, **facts, "shared": row, "splits": splits})
+    write_json_file(
+        folder / "cache.json", {"format": CACHE_FORMAT, "key": key, **facts, "shared": row, "splits": splits}
+    )
     for leftover in folder.glob(".*.unfinished"):
         leftover.unlink(missing_ok=True)
 
 
-def read_finished(folder: Path) -> dict[str, Any]:
+def read_finished_cache(folder: Path) -> dict[str, Any]:
     """cache.json of a finished cache."""
     if not (folder / "key.json").is_file():
         raise InputError(f"no cache {str(folder)!r}; `t2i data cache FILE.yaml output={folder}` makes one")
     if not (folder / "cache.json").is_file():
-        raise InputError(f"the cache {str(folder)!r} is not finished; {remedy(folder)}")
+        raise InputError(f"the cache {str(folder)!r} is not finished; {format_remedy(folder)}")
     finished = read_json(folder / "cache.json")
     missing = {"format", "key", "clip", "autoencoder", "shared", "splits"} - finished.keys()
-    if missing or finished["format"] != FORMAT:
+    if missing or finished["format"] != CACHE_FORMAT:
         what = f"lacks {', '.join(sorted(missing))}" if missing else f"is of format {finished['format']}"
-        raise InputError(f"{str(folder / 'cache.json')!r} {what}; this version reads format {FORMAT}")
+        raise InputError(f"{str(folder / 'cache.json')!r} {what}; this version reads format {CACHE_FORMAT}")
     return finished
 
 
-def remedy(folder: Path) -> str:
+def format_remedy(folder: Path) -> str:
     """The command that finishes or mends a cache, wherever it was moved."""
     command = ["t2i", "data", "cache", str(folder / "config.yaml"), f"output={folder}"]
     return f"`{shlex.join(command)}` finishes it"
 
 
-def check_size(path: Path, size: int) -> None:
+def check_file_size(path: Path, size: int) -> None:
     found = path.stat().st_size if path.is_file() else None
     if found != size:
         what = "is missing" if found is None else f"has {found} bytes, not {size}"
-        raise InputError(f"{str(path)!r} {what}; {remedy(path.parent)}")
+        raise InputError(f"{str(path)!r} {what}; {format_remedy(path.parent)}")
 
 
 def open_tensors(path: Path) -> dict[str, Tensor]:
     """Of a safetensors file, mapped into memory."""
-    return loaded(load_file, path)
+    return load_or_explain(load_file, path)
 
 
-def refuse_another(folder: Path, key: dict[str, Any]) -> None:
+def check_cache_key(folder: Path, key: dict[str, Any]) -> None:
     """Refuse to write a cache with `key` into a folder that holds a cache made from anything else, or other files."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output is {str(folder)!r}, which is a file; give a folder")
@@ -339,10 +344,10 @@ def refuse_another(folder: Path, key: dict[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    def read(path: Path) -> dict[str, Any]:
+    def read_object(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError("it is no JSON object")
         return content
 
-    return loaded(read, path)
+    return load_or_explain(read_object, path)

@@ -17,15 +17,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from t2i.config import DataConfig
-from t2i.data.manifest import Manifest, splits_of
-from t2i.data.pictures import decode, silent, to_tensor
-from t2i.data.reasons import Rejected
+from t2i.data.manifest import Manifest, read_splits
+from t2i.data.pictures import decode_image, silence_pillow, to_tensor
+from t2i.data.reasons import RejectedSample
 from t2i.diffusion.condition import TextEncoding, TokenStates
 from t2i.errors import InputError
 
-TRIES = 100  # pictures in a row that cannot be read, after which it is the disk's fault
+MAX_READ_ATTEMPTS = 100  # pictures in a row that cannot be read, after which it is the disk's fault
 
-Key = tuple[int, int]  # index of a record, and the draw that chooses among its captions
+SampleIndex = tuple[int, int]  # index of a record, and the draw that chooses among its captions
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Record:
     split: str
 
 
-def vary(captions: list[str], keywords: list[str], rng: random.Random) -> str:
+def vary_caption(captions: list[str], keywords: list[str], rng: random.Random) -> str:
     """A caption for one use in training: one, one with some keywords, or keywords; an article now and then."""
     text = captions[0] if len(captions) == 1 else rng.choice(captions)
     if not keywords:
@@ -74,8 +74,8 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         tensors = {name: getattr(self, name) for name in ("image", "image_embeds", "latents", "labels")}
         moved = {name: value.to(device, non_blocking=True) for name, value in tensors.items() if value is not None}
-        text = self.text and self.text.map(lambda tensor: tensor.to(device, non_blocking=True))
-        tokens = self.tokens and self.tokens.map(lambda tensor: tensor.to(device, non_blocking=True))
+        text = self.text and self.text.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+        tokens = self.tokens and self.tokens.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
         return replace(self, text=text, tokens=tokens, **moved)
 
 
@@ -85,88 +85,90 @@ class CaptionedPictures(Dataset):
     def __init__(self, config: DataConfig, split: str | None = "train"):
         self.manifest = Manifest(config.path, split)
         self.size = config.image_size
-        self.pictures = True  # False: captions alone, where something computed before stands for the pictures
+        self.reads_images = True  # False: captions alone, where something computed before stands for the pictures
 
     def __len__(self) -> int:
         return len(self.manifest)
 
-    def __getitems__(self, keys: list[Key]) -> Batch:
+    def __getitems__(self, keys: list[SampleIndex]) -> Batch:
         """The batch of these samples; what a DataLoader calls.
 
         In the place of one whose picture is gone or changed stands the next that is as it was, and `rejected` says so.
         Raises InputError if a hundred in a row are bad, or all.
         """
-        if not self.pictures:
-            return Batch(torch.tensor([index for index, _ in keys]), [self.caption(*key) for key in keys])
+        if not self.reads_images:
+            return Batch(torch.tensor([index for index, _ in keys]), [self.get_caption(*key) for key in keys])
         rejected: list[tuple[str, str]] = []
-        found = [self.readable(index, rejected) for index, _ in keys]
-        captions = [self.caption(index, draw) for (index, _), (_, draw) in zip(found, keys)]
+        found = [self.read_next_image(index, rejected) for index, _ in keys]
+        captions = [self.get_caption(index, draw) for (index, _), (_, draw) in zip(found, keys)]
         image = torch.stack([picture for _, picture in found])
         return Batch(torch.tensor([index for index, _ in found]), captions, image, rejected=rejected)
 
-    def readable(self, index: int, rejected: list[tuple[str, str]]) -> tuple[int, Tensor]:
+    def read_next_image(self, index: int, rejected: list[tuple[str, str]]) -> tuple[int, Tensor]:
         """The first sample from `index` on that can be read, and its picture; the others are added to `rejected`."""
-        tries = min(TRIES, len(self))
+        tries = min(MAX_READ_ATTEMPTS, len(self))
         for i in (number % len(self) for number in range(index, index + tries)):
             try:
-                return i, self.read(i)
-            except Rejected as error:
-                rejected.append((self.key(i), error.reason.name))
+                return i, self.read_image(i)
+            except RejectedSample as error:
+                rejected.append((self.sample_key(i), error.reason.name))
         counts = Counter(reason for _, reason in rejected[-tries:])
         reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
         raise InputError(f"{tries} pictures in a row cannot be read ({reasons}), the first is {rejected[-tries][0]!r}")
 
-    def read(self, index: int) -> Tensor:
-        """(3, H, W). Raises Rejected."""
-        data = self.manifest.read(index)
-        with silent():
-            return to_tensor(decode(data), self.size)
+    def read_image(self, index: int) -> Tensor:
+        """(3, H, W). Raises RejectedSample."""
+        data = self.manifest.read_image(index)
+        with silence_pillow():
+            return to_tensor(decode_image(data), self.size)
 
-    def picture(self, index: int) -> Tensor:
+    def load_image(self, index: int) -> Tensor:
         """(3, H, W). Raises InputError with the sample's key."""
         try:
-            return self.read(index)
-        except Rejected as error:
-            raise InputError(f"{self.key(index)!r}: {error}; `t2i data check` again leaves it out") from error
+            return self.read_image(index)
+        except RejectedSample as error:
+            raise InputError(f"{self.sample_key(index)!r}: {error}; `t2i data check` again leaves it out") from error
 
-    def caption(self, index: int, draw: int) -> str:
-        captions, keywords = (self.manifest.value(column, index) for column in ("captions", "keywords"))
-        return vary(captions, keywords, random.Random(draw))
+    def get_caption(self, index: int, draw: int) -> str:
+        captions, keywords = (self.manifest.get_value(column, index) for column in ("captions", "keywords"))
+        return vary_caption(captions, keywords, random.Random(draw))
 
-    def key(self, index: int) -> str:
+    def sample_key(self, index: int) -> str:
         """The name of a sample, for people."""
-        return self.manifest.value("key", index)
+        return self.manifest.get_value("key", index)
 
-    def record(self, index: int) -> Record:
+    def get_record(self, index: int) -> Record:
         key, captions, keywords, split = (
-            self.manifest.value(column, index) for column in ("key", "captions", "keywords", "split")
+            self.manifest.get_value(column, index) for column in ("key", "captions", "keywords", "split")
         )
         return Record(index, key, captions[0], keywords, split)
 
-    def corpus(self) -> Iterator[str]:
+    def iterate_texts(self) -> Iterator[str]:
         """All words of each sample, to train a tokenizer on."""
-        return (" ".join([*row["captions"], *row["keywords"]]) for row in self.manifest.rows("captions", "keywords"))
+        return (
+            " ".join([*row["captions"], *row["keywords"]]) for row in self.manifest.iterate_rows("captions", "keywords")
+        )
 
-    def digest(self) -> str:
+    def compute_digest(self) -> str:
         """16 hexadecimal digits for the pictures, captions and keywords, and their order; not for where they lie."""
         hasher = hashlib.sha256()
-        for row in self.manifest.rows("sha256", "captions", "keywords"):
+        for row in self.manifest.iterate_rows("sha256", "captions", "keywords"):
             hasher.update(json.dumps([row["sha256"].hex(), row["captions"], row["keywords"]]).encode())
         return hasher.hexdigest()[:16]
 
-    def sample(self, count: int, batch_size: int) -> Iterator[Tensor]:
+    def iterate_images(self, count: int, batch_size: int) -> Iterator[Tensor]:
         """At most `count` pictures from all over the data, (B, 3, H, W) at a time."""
         chosen = range(0, len(self), -(-len(self) // count))
         for start in range(0, len(chosen), batch_size):
-            yield torch.stack([self.readable(i, [])[1] for i in chosen[start : start + batch_size]])
+            yield torch.stack([self.read_next_image(i, [])[1] for i in chosen[start : start + batch_size]])
 
 
-def held_out_pictures(config: DataConfig) -> CaptionedPictures | None:
+def build_held_out_dataset(config: DataConfig) -> CaptionedPictures | None:
     """What the manifest holds out, to validate with; None where it holds out nothing."""
-    return CaptionedPictures(config, "held_out") if "held_out" in splits_of(config.path) else None
+    return CaptionedPictures(config, "held_out") if "held_out" in read_splits(config.path) else None
 
 
-class Order(Sampler[list[Key]]):
+class EndlessBatchSampler(Sampler[list[SampleIndex]]):
     """Endless batches in an order that is a function of the seed: pass after pass, each shuffled anew.
 
     The position in the data is one integer, the number of pictures that all processes have used; every process takes
@@ -175,13 +177,13 @@ class Order(Sampler[list[Key]]):
 
     def __init__(self, size: int, batch_size: int, seed: int, position: int = 0, rank: int = 0, world: int = 1):
         self.size, self.batch_size, self.seed, self.position = size, batch_size, seed, position
-        self.rank, self.world = rank, world
+        self.rank, self.world_size = rank, world
 
-    def __iter__(self) -> Iterator[list[Key]]:
+    def __iter__(self) -> Iterator[list[SampleIndex]]:
         start, epoch, order = self.position, -1, []
         while True:
             batch = []
-            for position in range(start + self.rank, start + self.batch_size * self.world, self.world):
+            for position in range(start + self.rank, start + self.batch_size * self.world_size, self.world_size):
                 if position // self.size != epoch:
                     epoch = position // self.size
                     order = torch.randperm(
@@ -189,22 +191,23 @@ class Order(Sampler[list[Key]]):
                     ).tolist()
                 batch.append((order[position % self.size], position + (self.seed << 48)))
             yield batch
-            start += self.batch_size * self.world
+            start += self.batch_size * self.world_size
 
 
-def batches(dataset: Dataset, num_workers: int, **order: int) -> Generator[Batch, None, None]:
-    """Endless batches of a dataset; the keyword arguments are those of `Order`. Closed, its workers end; after an error
+def iterate_batches(dataset: Dataset, num_workers: int, **order: int) -> Generator[Batch, None, None]:
+    """Endless batches of a dataset; the keyword arguments are those of `EndlessBatchSampler`. Closed, its workers
+    end; after an error
     they end with what holds it."""
-    sampler = Order(len(dataset), **order)  # type: ignore[arg-type]
-    settings = {"num_workers": num_workers, "collate_fn": whole, "worker_init_fn": obey_parent}
-    with from_workers():
-        with signals_held():
+    sampler = EndlessBatchSampler(len(dataset), **order)  # type: ignore[arg-type]
+    settings = {"num_workers": num_workers, "collate_fn": return_batch, "worker_init_fn": set_worker_signals}
+    with shorten_worker_errors():
+        with block_signals():
             loader = iter(DataLoader(dataset, batch_sampler=sampler, **settings))
         yield from loader
 
 
 @contextmanager
-def signals_held() -> Iterator[None]:
+def block_signals() -> Iterator[None]:
     """Around the start of workers, all of whose threads are deaf to signals from then on: one that comes to the whole
     group is for their parent, which has to save first."""
     if not hasattr(signal, "sigwaitinfo"):
@@ -217,15 +220,15 @@ def signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def obey_parent(worker: int) -> None:
+def set_worker_signals(worker: int) -> None:
     """End a worker by the signal that multiprocessing ends its children with, if it is their parent's."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # elsewhere nobody can tell who sent a signal, and torch's handler stays
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # for start methods that lose the mask
-        threading.Thread(target=end_by_parent, daemon=True).start()
+        threading.Thread(target=wait_for_parent_signal, daemon=True).start()
 
 
-def end_by_parent() -> None:
+def wait_for_parent_signal() -> None:
     parent, starter = multiprocessing.parent_process(), os.getppid()  # a fork server starts, but does not end
     assert parent is not None
     while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent.pid and os.getppid() == starter:
@@ -234,7 +237,7 @@ def end_by_parent() -> None:
 
 
 @contextmanager
-def from_workers() -> Iterator[None]:
+def shorten_worker_errors() -> Iterator[None]:
     """A worker's error comes with its traceback as text; what is left is its message."""
     try:
         yield
@@ -242,6 +245,6 @@ def from_workers() -> Iterator[None]:
         raise InputError(str(error).rsplit("InputError: ", 1)[-1]) from error
 
 
-def whole(batch: Batch) -> Batch:
+def return_batch(batch: Batch) -> Batch:
     """Nothing to collate: a dataset gives whole batches."""
     return batch

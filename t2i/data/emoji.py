@@ -14,12 +14,12 @@ from PIL import Image, ImageDraw, ImageFont, features
 from t2i.data.manifest import write_manifest
 from t2i.data.sources.samples import Columns
 from t2i.errors import InputError
-from t2i.files.atomic import new_folder
+from t2i.files.atomic import create_folder_atomically
 
-FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
-NAMES = Path("/usr/share/unicode/emoji/emoji-test.txt")
-ANNOTATIONS = Path("/usr/share/unicode/cldr/common")
-STRIKE = 109  # the font holds bitmaps of this one size, 136 x 128 pixels
+FONT_FILE = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
+EMOJI_TEST_FILE = Path("/usr/share/unicode/emoji/emoji-test.txt")
+CLDR_FOLDER = Path("/usr/share/unicode/cldr/common")
+BITMAP_SIZE = 109  # the font holds bitmaps of this one size, 136 x 128 pixels
 EMOJI_PRESENTATION = "\ufe0f"  # CLDR leaves it out of its keys
 
 
@@ -37,13 +37,15 @@ class Emoji:
         return "-".join(f"{ord(character):x}" for character in self.characters) + ".png"
 
     @property
-    def parts(self) -> list[str]:
+    def composition_parts(self) -> list[str]:
         """What a composition is composed of: "man: dark skin tone, red hair" -> man, dark skin tone, red hair."""
         base, _, modifiers = self.text.partition(": ")
         return [base, *modifiers.split(", ")] if modifiers else [base]
 
 
-def render_emoji(folder: str | Path, size: int = 128, font: Path = FONT, names: Path = NAMES) -> list[Emoji]:
+def render_emoji(
+    folder: str | Path, size: int = 128, font: Path = FONT_FILE, names: Path = EMOJI_TEST_FILE
+) -> list[Emoji]:
     """Draw every fully-qualified emoji into `folder` (which must be new or empty) at `size` x `size` on white.
 
     Writes one PNG each and `metadata.jsonl` in the imagefolder convention; the folder appears whole or not at all.
@@ -61,16 +63,19 @@ def render_emoji(folder: str | Path, size: int = 128, font: Path = FONT, names: 
     if not features.check("raqm"):  # joins the characters of a sequence; Pillow's wheels carry it, but not fribidi
         raise InputError("Pillow finds no raqm; install the package libfribidi0 (apt-get install libfribidi0)")
 
-    emoji = read_names(names)
-    keywords = read_keywords(ANNOTATIONS)
+    emoji = read_emoji_names(names)
+    keywords = read_keywords(CLDR_FOLDER)
     for one in emoji:
         one.keywords = keywords.get(one.characters.replace(EMOJI_PRESENTATION, ""), [])
-    hold_out(emoji)
+    mark_held_out(emoji)
 
-    face = ImageFont.truetype(str(font), STRIKE, layout_engine=ImageFont.Layout.RAQM)
-    with new_folder(folder) as unfinished, open(unfinished / "metadata.jsonl", "w", encoding="utf-8") as metadata:
+    face = ImageFont.truetype(str(font), BITMAP_SIZE, layout_engine=ImageFont.Layout.RAQM)
+    with (
+        create_folder_atomically(folder) as unfinished,
+        open(unfinished / "metadata.jsonl", "w", encoding="utf-8") as metadata,
+    ):
         for one in emoji:
-            draw(one.characters, face, size).save(unfinished / one.file_name, optimize=True)
+            render_character(one.characters, face, size).save(unfinished / one.file_name, optimize=True)
             row: dict[str, object] = {
                 "file_name": one.file_name,
                 "text": one.text,
@@ -83,7 +88,7 @@ def render_emoji(folder: str | Path, size: int = 128, font: Path = FONT, names: 
     return emoji
 
 
-def read_names(path: Path) -> list[Emoji]:
+def read_emoji_names(path: Path) -> list[Emoji]:
     """Every fully-qualified emoji of an `emoji-test.txt`."""
     emoji, group, subgroup = [], "", ""
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -112,22 +117,22 @@ def read_keywords(folder: Path) -> dict[str, list[str]]:
     return keywords
 
 
-def hold_out(emoji: list[Emoji], one_in: int = 16) -> None:
+def mark_held_out(emoji: list[Emoji], one_in: int = 16) -> None:
     """Mark about one composition in 16, chosen by a hash of its caption, if all its parts occur in training.
 
     A composition is a person or body part with modifiers: skin tones, hair, genders.
     """
-    compositions = [one for one in emoji if one.group == "People & Body" and len(one.parts) > 1]
+    compositions = [one for one in emoji if one.group == "People & Body" and len(one.composition_parts) > 1]
     for one in compositions:
         if int(hashlib.sha256(one.text.encode()).hexdigest(), 16) % one_in == 0:
             one.split = "held_out"
-    known = {part for one in emoji if one.split == "train" for part in one.parts}
+    known = {part for one in emoji if one.split == "train" for part in one.composition_parts}
     for one in compositions:
-        if not known.issuperset(one.parts):
+        if not known.issuperset(one.composition_parts):
             one.split = "train"
 
 
-def draw(characters: str, face: ImageFont.FreeTypeFont, size: int) -> Image.Image:
+def render_character(characters: str, face: ImageFont.FreeTypeFont, size: int) -> Image.Image:
     """One emoji, centred on a white square."""
     left, top, right, bottom = (int(edge) for edge in face.getbbox(characters))
     side = max(right - left, bottom - top, 136)

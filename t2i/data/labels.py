@@ -10,12 +10,12 @@ import torch
 
 from t2i.errors import InputError
 
-LABELS = "labels.parquet"
-SCHEMA = pa.schema({"key": pa.string(), "label": pa.string()})  # the key is the manifest's
+LABELS_FILE = "labels.parquet"
+LABELS_SCHEMA = pa.schema({"key": pa.string(), "label": pa.string()})  # the key is the manifest's
 MAX_CLASSES = 100_000
 
 
-def label_of(sample: Any, column: str) -> str:
+def get_single_label(sample: Any, column: str) -> str:
     """The one label of a sample. Raises InputError for none, or several."""
     labels = list(dict.fromkeys(sample.labels))
     if len(labels) != 1:
@@ -26,8 +26,10 @@ def label_of(sample: Any, column: str) -> str:
 
 def write_labels(folder: Path, column: str, labels: dict[str, str]) -> None:
     """`folder/labels.parquet`: the label of each key."""
-    table = pa.table({"key": list(labels), "label": list(labels.values())}, SCHEMA)
-    pq.write_table(table.replace_schema_metadata({b"column": column.encode()}), folder / LABELS, compression="zstd")
+    table = pa.table({"key": list(labels), "label": list(labels.values())}, LABELS_SCHEMA)
+    pq.write_table(
+        table.replace_schema_metadata({b"column": column.encode()}), folder / LABELS_FILE, compression="zstd"
+    )
 
 
 class Labels:
@@ -37,7 +39,7 @@ class Labels:
     """
 
     def __init__(self, manifest: Path):
-        self.file = file = manifest.parent / LABELS
+        self.file = file = manifest.parent / LABELS_FILE
         remedy = f"`t2i data check {manifest.parent.parent} --label-column COLUMN` writes them"
         if not file.is_file():
             raise InputError(f"no labels in {str(file)!r}; {remedy}")
@@ -52,12 +54,12 @@ class Labels:
         if not 2 <= len(self.classes) <= MAX_CLASSES:
             raise InputError(f"{str(file)!r} has {len(self.classes)} classes; from 2 to {MAX_CLASSES:,} can be learnt")
         number = {name: i for i, name in enumerate(self.classes)}
-        self.number_of = {key: number[label] for key, label in zip(keys, labels)}
+        self.class_numbers = {key: number[label] for key, label in zip(keys, labels)}
 
-    def of(self, dataset: Any) -> torch.Tensor:
+    def find_classes(self, dataset: Any) -> torch.Tensor:
         """(len(dataset),), int64: the class of each sample. Raises InputError for one without a label."""
-        keys = [dataset.key(index) for index in range(len(dataset))]
-        if missing := [key for key in keys if key not in self.number_of]:
+        keys = [dataset.sample_key(index) for index in range(len(dataset))]
+        if missing := [key for key in keys if key not in self.class_numbers]:
             what = f"{len(missing)} of {len(keys)} pictures have no label, such as {missing[0]!r}"
             raise InputError(f"{what}; {str(self.file)!r} must give one to each")
-        return torch.tensor([self.number_of[key] for key in keys])
+        return torch.tensor([self.class_numbers[key] for key in keys])

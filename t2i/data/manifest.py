@@ -15,19 +15,25 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from t2i.data.labels import LABELS, label_of, write_labels
-from t2i.data.pictures import decode, silent
-from t2i.data.reasons import Reason, Rejected
+from t2i.data.labels import LABELS_FILE, get_single_label, write_labels
+from t2i.data.pictures import decode_image, silence_pillow
+from t2i.data.reasons import Reason, RejectedSample
 from t2i.data.report import Duplicates, Report
-from t2i.data.sources.open_source import open_source, written_by_check
-from t2i.data.sources.samples import Columns, Sample, Source, open_inside, read_range
+from t2i.data.sources.open_source import is_check_output, open_source
+from t2i.data.sources.samples import Columns, Sample, Source, open_inside_root, read_range
 from t2i.errors import InputError
-from t2i.files.atomic import new_folder
+from t2i.files.atomic import create_folder_atomically
 
-NAME = "manifest.parquet"
-FOLDER = "t2i"  # below a source folder
-WRITTEN = {NAME, LABELS, "report.json", "sizes.png", "rows"}  # all that a check leaves in its folder
-SCHEMA = pa.schema(
+MANIFEST_FILE = "manifest.parquet"
+MANIFEST_FOLDER = "t2i"  # below a source folder
+CHECK_OUTPUTS = {
+    MANIFEST_FILE,
+    LABELS_FILE,
+    "report.json",
+    "sizes.png",
+    "rows",
+}  # all that a check leaves in its folder
+MANIFEST_SCHEMA = pa.schema(
     {
         "key": pa.string(),
         "file": pa.string(),  # relative to the root in the metadata, POSIX
@@ -43,17 +49,17 @@ SCHEMA = pa.schema(
         "detail": pa.string(),
     }
 )
-METADATA = b"t2i"  # the key of our JSON in the Parquet metadata
-VERSION = 1
-ROW_GROUP = 4_096
-OK = "ok"
+METADATA_KEY = b"t2i"  # the key of our JSON in the Parquet metadata
+MANIFEST_VERSION = 1
+ROW_GROUP_SIZE = 4_096
+STATUS_OK = "ok"
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 @dataclass
-class Row:
+class ManifestRow:
     """A row of the manifest."""
 
     key: str
@@ -66,10 +72,10 @@ class Row:
     split: str = "train"
     width: int | None = None
     height: int | None = None
-    status: str = OK
+    status: str = STATUS_OK
     detail: str = ""
 
-    def reject(self, reason: Reason, detail: str) -> None:
+    def mark_rejected(self, reason: Reason, detail: str) -> None:
         self.status, self.detail = reason.name, detail
 
 
@@ -89,61 +95,65 @@ def write_manifest(
     no source to read, no sample in it, a picture without a label or with two, or `out` cannot be written; whatever else
     is wrong with single samples stands in the manifest.
     """
-    out = out or default_folder(str(name))
+    out = out or default_manifest_folder(str(name))
     label, labels = columns and columns.label, dict[str, str]()
     source = open_source(str(name), columns or Columns())
-    check_target(out, str(name))
-    report = Report(str(name), str(out / NAME))
+    check_output_folder(out, str(name))
+    report = Report(str(name), str(out / MANIFEST_FILE))
     out = out.resolve()
-    with new_folder(out) as unfinished, silent():
+    with create_folder_atomically(out) as unfinished, silence_pillow():
         root = source.root or unfinished
 
-        def samples() -> Iterator[Sample]:
-            for sample in source.samples(unfinished):
+        def iterate_samples() -> Iterator[Sample]:
+            for sample in source.iterate_samples(unfinished):
                 report.indexed += 1
                 if label and sample.problem is None:
-                    labels[sample.key] = label_of(sample, label)
+                    labels[sample.key] = get_single_label(sample, label)
                 yield sample
 
-        rows = in_order(lambda sample: examine(sample, root, held_out, min_size), samples())
-        rows = rejecting_duplicates(rows) if drop_duplicates else rows
+        rows = map_in_order(lambda sample: examine_sample(sample, root, held_out, min_size), iterate_samples())
+        rows = reject_duplicates(rows) if drop_duplicates else rows
         bar = tqdm(rows, desc="checking", unit=" pictures", total=source.total, disable=True if quiet else None)
-        with pq.ParquetWriter(unfinished / NAME, SCHEMA, compression="zstd") as writer:
-            for group in grouped(bar, ROW_GROUP):
+        with pq.ParquetWriter(unfinished / MANIFEST_FILE, MANIFEST_SCHEMA, compression="zstd") as writer:
+            for group in iterate_groups(bar, ROW_GROUP_SIZE):
                 for row in group:
-                    report.add(row.status, row.key, row.detail, len(row.captions), row.split, row.width, row.height)
-                writer.write_table(pa.Table.from_pylist([asdict(row) for row in group], SCHEMA))
-            about = {"version": VERSION, "source": str(name), "root": root_from(source, out)}
+                    report.count_row(
+                        row.status, row.key, row.detail, len(row.captions), row.split, row.width, row.height
+                    )
+                writer.write_table(pa.Table.from_pylist([asdict(row) for row in group], MANIFEST_SCHEMA))
+            about = {"version": MANIFEST_VERSION, "source": str(name), "root": format_source_root(source, out)}
             about["containers"] = source.notes.containers
-            writer.add_key_value_metadata({METADATA: json.dumps(about).encode()})
-        assert report.ok + report.rejected == report.indexed == pq.read_metadata(unfinished / NAME).num_rows
+            writer.add_key_value_metadata({METADATA_KEY: json.dumps(about).encode()})
+        assert (
+            report.ok + report.rejected_count == report.indexed == pq.read_metadata(unfinished / MANIFEST_FILE).num_rows
+        )
         if label:
             write_labels(unfinished, label, labels)
-        report.notes, report.duplicates = source.notes, find_duplicates(unfinished / NAME)
-        if not report.indexed and (complaint := report.complaint()):
+        report.notes, report.duplicates = source.notes, find_duplicates(unfinished / MANIFEST_FILE)
+        if not report.indexed and (complaint := report.format_complaint()):
             raise InputError(complaint)  # what an earlier check found stays
-        report.write(unfinished)
+        report.write_files(unfinished)
     return report
 
 
-def default_folder(name: str) -> Path:
+def default_manifest_folder(name: str) -> Path:
     """Where the manifest of a source goes; for hub:ORGANISATION/NAME, data/ORGANISATION--NAME."""
     path = Path(name)
     if path.is_dir():
-        return path / FOLDER
+        return path / MANIFEST_FOLDER
     if path.is_file():
-        return path.with_name(f"{path.stem}-{FOLDER}")
+        return path.with_name(f"{path.stem}-{MANIFEST_FOLDER}")
     return Path("data") / "--".join(name.removeprefix("hub:").strip("/").split("/")[-2:])
 
 
-def check_target(out: Path, source: str) -> None:
+def check_output_folder(out: Path, source: str) -> None:
     """Refuse to replace the source, what no check wrote, and what cannot be written."""
     path = Path(source.removeprefix("hub:"))
     if path.exists() and path.resolve().is_relative_to(out.resolve()):
         raise InputError(f"{str(out)!r} is or holds the source {source!r}; give another folder with --out")
-    if out.is_dir() and any(out.iterdir()) and not written_by_check(out):
+    if out.is_dir() and any(out.iterdir()) and not is_check_output(out):
         raise InputError(f"{str(out)!r} is not empty and holds no manifest; give another folder with --out")
-    if out.is_dir() and (others := {path.name for path in out.iterdir()} - WRITTEN):
+    if out.is_dir() and (others := {path.name for path in out.iterdir()} - CHECK_OUTPUTS):
         raise InputError(f"{str(out)!r} holds {min(others)!r}, which no check wrote; give another folder with --out")
     if out.exists() and not out.is_dir():
         raise InputError(f"{str(out)!r} is a file; give a folder with --out")
@@ -152,38 +162,38 @@ def check_target(out: Path, source: str) -> None:
         raise InputError(f"{str(out)!r} cannot be written; give another folder with --out")
 
 
-def root_from(source: Source, out: Path) -> str:
+def format_source_root(source: Source, out: Path) -> str:
     """The root as it is written down: relative where both move together."""
     if source.root in (None, out):
         return "."
     return ".." if source.root == out.parent else str(source.root)
 
 
-def examine(sample: Sample, root: Path, held_out: float, min_size: int) -> Row:
+def examine_sample(sample: Sample, root: Path, held_out: float, min_size: int) -> ManifestRow:
     """Read and decode the picture of a sample."""
-    row = Row(sample.key, sample.file, sample.offset, sample.size, split=sample.split or "train")
+    row = ManifestRow(sample.key, sample.file, sample.offset, sample.size, split=sample.split or "train")
     row.captions, row.keywords = sample.captions, sample.keywords
     try:
         if sample.problem:
             raise sample.problem
         data = read_range(root, sample.file, sample.offset, sample.size)
         row.size, row.sha256 = len(data), hashlib.sha256(data).digest()
-        if sample.split is None and chosen_by_hash(row.sha256, held_out):
+        if sample.split is None and is_chosen_by_hash(row.sha256, held_out):
             row.split = "held_out"
-        row.width, row.height = decode(data).size
+        row.width, row.height = decode_image(data).size
         if min(row.width, row.height) < min_size:
-            raise Rejected(Reason.too_small, f"{row.width} x {row.height}")
-    except Rejected as error:
-        row.reject(error.reason, error.detail)
+            raise RejectedSample(Reason.too_small, f"{row.width} x {row.height}")
+    except RejectedSample as error:
+        row.mark_rejected(error.reason, error.detail)
     return row
 
 
-def chosen_by_hash(digest: bytes, share: float) -> bool:
+def is_chosen_by_hash(digest: bytes, share: float) -> bool:
     """For about this share of the pictures; the same answer for every copy of one."""
     return int.from_bytes(digest[:8]) < share * 2**64
 
 
-def in_order(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+def map_in_order(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """`map` in threads (decoders let go of Python's lock), with few items under way at any time."""
     threads = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     waiting: deque[Future[Result]] = deque()
@@ -196,18 +206,18 @@ def in_order(function: Callable[[Item], Result], items: Iterable[Item]) -> Itera
             yield waiting.popleft().result()
 
 
-def rejecting_duplicates(rows: Iterable[Row]) -> Iterator[Row]:
+def reject_duplicates(rows: Iterable[ManifestRow]) -> Iterator[ManifestRow]:
     """The first of equal pictures stays."""
     seen: set[bytes] = set()
     for row in rows:
-        if row.status == OK and row.sha256 is not None:
+        if row.status == STATUS_OK and row.sha256 is not None:
             if row.sha256 in seen:
-                row.reject(Reason.duplicate, "")
+                row.mark_rejected(Reason.duplicate, "")
             seen.add(row.sha256)
         yield row
 
 
-def grouped(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+def iterate_groups(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     group: list[Item] = []
     for item in items:
         group.append(item)
@@ -221,7 +231,7 @@ def grouped(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 def find_duplicates(manifest: Path) -> Duplicates:
     """Which accepted pictures are there more than once, byte by byte."""
     table = pq.read_table(
-        manifest, columns=["key", "sha256", "split"], filters=[("status", "=", OK)], partitioning=None
+        manifest, columns=["key", "sha256", "split"], filters=[("status", "=", STATUS_OK)], partitioning=None
     )
     wanted = [("key", "count"), ("key", "min"), ("key", "max"), ("split", "count_distinct")]
     groups = table.group_by("sha256").aggregate(wanted)
@@ -241,8 +251,8 @@ class Manifest:
     def __init__(self, path: str | Path, split: str | None = "train"):
         """`path` as in `data.path`. Raises InputError if there is no manifest, no sample, or a shard that changed."""
         file = find_manifest(Path(path))
-        about = read_about(file)
-        filters = [("status", "=", OK)] + ([] if split is None else [("split", "=", split)])
+        about = read_manifest_metadata(file)
+        filters = [("status", "=", STATUS_OK)] + ([] if split is None else [("split", "=", split)])
         columns = ["key", "file", "offset", "size", "sha256", "captions", "keywords", "split"]
         self.table = pq.read_table(file, columns=columns, filters=filters, partitioning=None)
         if not len(self.table):
@@ -257,9 +267,9 @@ class Manifest:
     def check_container(self, manifest: Path, name: str, size: int) -> None:
         """Refuse a tar or Arrow file that is gone or has another size than it had."""
         try:
-            with open_inside(self.root, name) as file:
+            with open_inside_root(self.root, name) as file:
                 now = file.seek(0, os.SEEK_END)
-        except Rejected as error:
+        except RejectedSample as error:
             raise InputError(f"{str(self.root / name)!r}, which {str(manifest)!r} lists: {error}") from error
         if now != size:
             sizes = f"it has {now:,} bytes, and had {size:,} when it was checked"
@@ -268,54 +278,63 @@ class Manifest:
     def __len__(self) -> int:
         return len(self.table)
 
-    def value(self, column: str, index: int) -> Any:
+    def get_value(self, column: str, index: int) -> Any:
         return self.table[column][index].as_py()
 
-    def rows(self, *columns: str) -> Iterator[dict[str, Any]]:
+    def iterate_rows(self, *columns: str) -> Iterator[dict[str, Any]]:
         """All rows in order, a few at a time in memory."""
-        for batch in self.table.select(columns).to_batches(max_chunksize=ROW_GROUP):
+        for batch in self.table.select(columns).to_batches(max_chunksize=ROW_GROUP_SIZE):
             yield from batch.to_pylist()
 
-    def read(self, index: int) -> bytes:
-        """The picture's bytes, which are those that were checked. Raises Rejected."""
-        file, offset, size = (self.value(column, index) for column in ("file", "offset", "size"))
+    def read_image(self, index: int) -> bytes:
+        """The picture's bytes, which are those that were checked. Raises RejectedSample."""
+        file, offset, size = (self.get_value(column, index) for column in ("file", "offset", "size"))
         data = read_range(self.root, file, offset, size)
-        if hashlib.sha256(data).digest() != self.value("sha256", index):
-            raise Rejected(Reason.changed)
+        if hashlib.sha256(data).digest() != self.get_value("sha256", index):
+            raise RejectedSample(Reason.changed)
         return data
 
 
-def splits_of(path: str | Path) -> list[str]:
+def read_splits(path: str | Path) -> list[str]:
     """The splits that a manifest has accepted samples of."""
     file = find_manifest(Path(path))
-    table = pq.read_table(file, columns=["split"], filters=[("status", "=", OK)], partitioning=None)
+    table = pq.read_table(file, columns=["split"], filters=[("status", "=", STATUS_OK)], partitioning=None)
     return sorted(table["split"].unique().to_pylist())
 
 
 def find_manifest(path: Path) -> Path:
     """A manifest itself, or the one of a source or of a folder that a check wrote."""
-    for file in (path, path / NAME, path / FOLDER / NAME, default_folder(str(path)) / NAME):
-        if file.suffix == ".parquet" and file.is_file() and METADATA in (pq_metadata(file) or {}):
+    for file in (
+        path,
+        path / MANIFEST_FILE,
+        path / MANIFEST_FOLDER / MANIFEST_FILE,
+        default_manifest_folder(str(path)) / MANIFEST_FILE,
+    ):
+        if file.suffix == ".parquet" and file.is_file() and METADATA_KEY in (read_parquet_metadata(file) or {}):
             return file
     raise InputError(f"no manifest in {str(path)!r}; `t2i data check {path}` writes one")
 
 
-def pq_metadata(file: Path) -> dict[bytes, bytes] | None:
+def read_parquet_metadata(file: Path) -> dict[bytes, bytes] | None:
     try:
         return pq.read_metadata(file).metadata
     except (pa.ArrowException, OSError):
         return None
 
 
-def read_about(file: Path) -> dict[str, Any]:
+def read_manifest_metadata(file: Path) -> dict[str, Any]:
     """What a manifest says of itself. Raises InputError if this version cannot read it."""
     try:
-        about = json.loads((pq_metadata(file) or {})[METADATA])
+        about = json.loads((read_parquet_metadata(file) or {})[METADATA_KEY])
         version = about["version"]
         complete = isinstance(about["root"], str) and isinstance(about["containers"], dict)
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{str(file)!r} is not a whole manifest; `t2i data check` writes one") from error
-    if version != VERSION or not complete or not pq.read_schema(file).remove_metadata().equals(SCHEMA):
-        what = f"a manifest of version {version!r}, this reads {VERSION}"
+    if (
+        version != MANIFEST_VERSION
+        or not complete
+        or not pq.read_schema(file).remove_metadata().equals(MANIFEST_SCHEMA)
+    ):
+        what = f"a manifest of version {version!r}, this reads {MANIFEST_VERSION}"
         raise InputError(f"{str(file)!r} is {what}; `t2i data check` writes it anew")
     return about

@@ -3,12 +3,12 @@
 import hashlib
 from pathlib import Path
 
-from t2i.data.manifest import FOLDER, NAME
-from t2i.data.sources.samples import PICTURES
+from t2i.data.manifest import MANIFEST_FILE, MANIFEST_FOLDER
+from t2i.data.sources.samples import SUPPORTED_SUFFIXES
 from t2i.errors import InputError
 
 
-def list_pictures(folder: str | Path) -> list[Path]:
+def find_images(folder: str | Path) -> list[Path]:
     """The picture files in a folder and below, sorted. Raises InputError if there is none.
 
     Hidden ones are left out, and what `t2i data check` wrote.
@@ -16,20 +16,20 @@ def list_pictures(folder: str | Path) -> list[Path]:
     root = Path(folder)
     if not root.is_dir():
         raise InputError(f"no folder {str(folder)!r}; give one with pictures")
-    checked = root / FOLDER if (root / FOLDER / NAME).exists() else None
+    checked = root / MANIFEST_FOLDER if (root / MANIFEST_FOLDER / MANIFEST_FILE).exists() else None
     found = [
         path
         for path in sorted(root.rglob("*"))
-        if path.suffix.lower() in PICTURES and path.is_file()
+        if path.suffix.lower() in SUPPORTED_SUFFIXES and path.is_file()
         if not any(part.startswith(".") for part in path.relative_to(root).parts)
         if checked is None or not path.is_relative_to(checked)
     ]
     if not found:
-        raise InputError(f"no pictures in {str(folder)!r}; they end in {', '.join(sorted(PICTURES))}")
+        raise InputError(f"no pictures in {str(folder)!r}; they end in {', '.join(sorted(SUPPORTED_SUFFIXES))}")
     return found
 
 
-def file_digest(path: Path) -> bytes:
+def compute_file_digest(path: Path) -> bytes:
     """SHA-256, 32 bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").digest()

@@ -14,16 +14,16 @@ from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import v2
 
-from t2i.data.reasons import Reason, Rejected
+from t2i.data.reasons import Reason, RejectedSample
 from t2i.errors import InputError
 
 MAX_PIXELS = 40_000_000  # a larger picture is refused from its header
-MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")  # of eight bits a channel
+PILLOW_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")  # of eight bits a channel
 # What Pillow may try. It knows some forty formats; of these, some run other programs (EPS) or are rarely looked after.
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+PILLOW_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 PngImagePlugin.MAX_TEXT_MEMORY = 2**23  # what the text in a PNG may unpack to; Pillow allows eight times as much
 # First bytes of what is often found instead.
-KNOWN = {
+FILE_SIGNATURES = {
     b"\xff\xd8\xff": (Reason.damaged, "a JPEG whose header does not decode"),
     b"\x89PNG": (Reason.damaged, "a PNG whose header does not decode"),
     b"GIF8": (Reason.damaged, "a GIF whose header does not decode"),
@@ -39,17 +39,17 @@ KNOWN = {
 }
 
 
-def open_picture(path: str | Path) -> Image.Image:
+def open_image(path: str | Path) -> Image.Image:
     """An RGB picture, upright, transparency on white. Raises InputError if it does not decode or is too large."""
     try:
-        with silent():
-            return decode(Path(path).read_bytes())
-    except Rejected as error:
+        with silence_pillow():
+            return decode_image(Path(path).read_bytes())
+    except RejectedSample as error:
         raise InputError(f"{str(path)!r}: {error}") from error
 
 
 @contextmanager
-def silent() -> Iterator[None]:
+def silence_pillow() -> Iterator[None]:
     """Pillow's remarks on odd metadata and sizes are not shown: what matters becomes a reason. Enter it once for all
     threads, for Python keeps its list of warnings for the whole process."""
     with warnings.catch_warnings():
@@ -57,54 +57,54 @@ def silent() -> Iterator[None]:
         yield
 
 
-def decode(data: bytes) -> Image.Image:
-    """The same from the bytes of a file. Raises Rejected."""
+def decode_image(data: bytes) -> Image.Image:
+    """The same from the bytes of a file. Raises RejectedSample."""
     if not data:
-        raise Rejected(Reason.empty_file)
+        raise RejectedSample(Reason.empty_file)
     Image.init()
     try:
-        with Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN]) as file:
-            check_header(file)
+        with Image.open(io.BytesIO(data), formats=[name for name in PILLOW_FORMATS if name in Image.OPEN]) as file:
+            check_image_header(file)
             file.load()
             ImageOps.exif_transpose(file, in_place=True)
             return to_rgb(file)
-    except Rejected:
+    except RejectedSample:
         raise
     except UnidentifiedImageError as error:
-        raise unidentified(data) from error
+        raise explain_unidentified(data) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise Rejected(Reason.too_many_pixels, "more than twice as many") from error
+        raise RejectedSample(Reason.too_many_pixels, "more than twice as many") from error
     except Exception as error:  # a decoder on damaged data may raise anything
         early = isinstance(error, EOFError) or "truncat" in str(error).lower()
         reason = Reason.truncated if early else Reason.damaged
-        raise Rejected(reason, f"{str(error) or type(error).__name__}"[:200]) from error
+        raise RejectedSample(reason, f"{str(error) or type(error).__name__}"[:200]) from error
 
 
-def check_header(file: Image.Image) -> None:
+def check_image_header(file: Image.Image) -> None:
     """Refuse what the header shows, before a pixel is decoded."""
     if file.width * file.height > MAX_PIXELS:
-        raise Rejected(Reason.too_many_pixels, f"{file.width} x {file.height}")
+        raise RejectedSample(Reason.too_many_pixels, f"{file.width} x {file.height}")
     # Phones put a second view or a depth map behind the picture and call the file MPO: it is a still all the same.
     if file.format != "MPO" and (frames := getattr(file, "n_frames", 1)) > 1:
-        raise Rejected(Reason.animated, f"{file.format} of {frames} frames")
-    if file.mode not in MODES and not file.mode.startswith("I"):
-        raise Rejected(Reason.unsupported_format, f"{file.format} of mode {file.mode}")
+        raise RejectedSample(Reason.animated, f"{file.format} of {frames} frames")
+    if file.mode not in PILLOW_MODES and not file.mode.startswith("I"):
+        raise RejectedSample(Reason.unsupported_format, f"{file.format} of mode {file.mode}")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB, transparency on white, 16-bit grey scaled down."""
     if image.mode.startswith("I"):
-        image = grey(image)
+        image = convert_grey(image)
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
 
 
-def grey(image: Image.Image) -> Image.Image:
+def convert_grey(image: Image.Image) -> Image.Image:
     """16-bit grey -> 8 bits. Pillow's own conversion would clip it to white."""
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
-        raise Rejected(Reason.unsupported_format, f"{image.format} of 32 bits a pixel")
+        raise RejectedSample(Reason.unsupported_format, f"{image.format} of 32 bits a pixel")
     small = ((values + 128) // 257).astype(np.uint8)
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
@@ -112,17 +112,19 @@ def grey(image: Image.Image) -> Image.Image:
     return Image.fromarray(small)
 
 
-def unidentified(data: bytes) -> Rejected:
+def explain_unidentified(data: bytes) -> RejectedSample:
     """What bytes are that no format claims."""
     start = data[:64].lstrip(b"\xef\xbb\xbf \t\r\n")
-    for prefix, (reason, detail) in KNOWN.items():
+    for prefix, (reason, detail) in FILE_SIGNATURES.items():
         if start.startswith(prefix):
-            return Rejected(reason, detail)
+            return RejectedSample(reason, detail)
     if data[4:12] == b"ftypavif":
-        return Rejected(Reason.damaged, "an AVIF that does not decode")
+        return RejectedSample(Reason.damaged, "an AVIF that does not decode")
     if data[4:8] == b"ftyp":
-        return Rejected(Reason.unsupported_format, f"{data[8:12].decode('ascii', 'replace')}, such as HEIC or a video")
-    return Rejected(Reason.not_a_picture, f"it starts with {data[:8]!r}")
+        return RejectedSample(
+            Reason.unsupported_format, f"{data[8:12].decode('ascii', 'replace')}, such as HEIC or a video"
+        )
+    return RejectedSample(Reason.not_a_picture, f"it starts with {data[:8]!r}")
 
 
 def to_tensor(image: Image.Image, size: int) -> Tensor:

@@ -36,7 +36,7 @@ class Reason(Enum):
     changed = "other bytes than those that were checked"
 
 
-class Rejected(InputError):
+class RejectedSample(InputError):
     """A sample is left out: why, and what about this one."""
 
     def __init__(self, reason: Reason, detail: str = ""):

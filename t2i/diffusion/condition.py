@@ -21,33 +21,33 @@ class Condition:
     def __len__(self) -> int:
         return next(len(value) for value in vars(self).values() if value is not None)
 
-    def zipped(self, other: Self, function: Callable[[Tensor, Tensor], Tensor]) -> Self:
+    def zip_tensors(self, other: Self, function: Callable[[Tensor, Tensor], Tensor]) -> Self:
         """`function` of each pair of tensors."""
 
         def one(mine: Any, theirs: Any) -> Any:
             if mine is None or theirs is None:
                 return None
-            return mine.zipped(theirs, function) if isinstance(mine, Condition) else function(mine, theirs)
+            return mine.zip_tensors(theirs, function) if isinstance(mine, Condition) else function(mine, theirs)
 
         return replace(self, **{f.name: one(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)})
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> Self:
         """`function` of every tensor."""
-        return self.zipped(self, lambda tensor, _: function(tensor))
+        return self.zip_tensors(self, lambda tensor, _: function(tensor))
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Self:
         """On a device, floating-point tensors in a dtype, if one is given."""
-        return self.map(lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None))
+        return self.map_tensors(lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None))
 
     def repeat(self, count: int) -> Self:
         """Each of the B conditions `count` times in a row."""
-        return self.map(lambda tensor: tensor.repeat_interleave(count, dim=0))
+        return self.map_tensors(lambda tensor: tensor.repeat_interleave(count, dim=0))
 
-    def take(self, rows: Tensor) -> Self:
+    def take_rows(self, rows: Tensor) -> Self:
         """The conditions of these rows, (N,)."""
-        return self.map(lambda tensor: tensor[rows.to(tensor.device)])
+        return self.map_tensors(lambda tensor: tensor[rows.to(tensor.device)])
 
-    def fitted(self, other: Self) -> Self:
+    def pad_like(self, other: Self) -> Self:
         """Padded so that it can stand in one batch with `other`."""
         return self
 
@@ -57,11 +57,11 @@ class Condition:
         def choose(mine: Tensor, theirs: Tensor) -> Tensor:
             return torch.where(keep.view(-1, *[1] * (mine.ndim - 1)), mine, theirs)
 
-        return self.fitted(other).zipped(other.fitted(self), choose)
+        return self.pad_like(other).zip_tensors(other.pad_like(self), choose)
 
     def cat(self, other: Self) -> Self:
         """One batch of both."""
-        return self.fitted(other).zipped(other.fitted(self), lambda mine, theirs: torch.cat([mine, theirs]))
+        return self.pad_like(other).zip_tensors(other.pad_like(self), lambda mine, theirs: torch.cat([mine, theirs]))
 
 
 @dataclass
@@ -74,19 +74,19 @@ class TextEncoding(Condition):
     decoder_tokens: "TokenStates | None" = None  # of a decoder's own text encoder
 
     @property
-    def tokens(self) -> "TokenStates":
+    def token_states(self) -> "TokenStates":
         """What a decoder reads."""
         return (
             TokenStates(self.states, self.mask, self.embedding) if self.decoder_tokens is None else self.decoder_tokens
         )
 
-    def fitted(self, other: Self) -> Self:
+    def pad_like(self, other: Self) -> Self:
         mine, theirs = self.decoder_tokens, other.decoder_tokens
-        mine = mine if mine is None or theirs is None else mine.fitted(theirs)
-        return replace(padded(self, other), decoder_tokens=mine)
+        mine = mine if mine is None or theirs is None else mine.pad_like(theirs)
+        return replace(pad_encoding(self, other), decoder_tokens=mine)
 
 
-def padded(text: Any, other: Any) -> Any:
+def pad_encoding(text: Any, other: Any) -> Any:
     """An encoding with as many tokens as another, if that has more."""
     extra = max(0, other.mask.shape[1] - text.mask.shape[1])
     return replace(text, states=F.pad(text.states, (0, 0, 0, extra)), mask=F.pad(text.mask, (0, extra)))
@@ -100,8 +100,8 @@ class TokenStates(Condition):
     mask: Tensor  # (B, L), bool: True where there is a token
     pooled: Tensor | None = None  # (B, D): one vector for the caption, for decoders that read it
 
-    def fitted(self, other: Self) -> Self:
-        return padded(self, other)
+    def pad_like(self, other: Self) -> Self:
+        return pad_encoding(self, other)
 
 
 @dataclass
@@ -110,20 +110,22 @@ class ImageCondition(Condition):
 
     embedding: Tensor  # (B, D), unit length (if the CLIP's `unit_length`) or zero: z_i
     text: TokenStates | TextEncoding | None = None  # the caption, for decoders that read it too
-    known: Tensor | None = None  # (B, C + 1, h, w): the latents that stay and the mask, for decoders that read them
+    masked_latents: Tensor | None = (
+        None  # (B, C + 1, h, w): the latents that stay and the mask, for decoders that read them
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.text, TextEncoding):
-            self.text = self.text.tokens
+            self.text = self.text.token_states
 
-    def fitted(self, other: Self) -> Self:
+    def pad_like(self, other: Self) -> Self:
         mine, theirs = self.text, other.text
         if not isinstance(mine, TokenStates) or not isinstance(theirs, TokenStates):
             return self
-        return replace(self, text=mine.fitted(theirs))
+        return replace(self, text=mine.pad_like(theirs))
 
 
-def distinct(columns: list[Tensor]) -> tuple[Tensor, Tensor]:
+def find_unique_consecutive(columns: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Of tensors with B rows: which rows are not the same as the one before, (P,); and which of them each is, (B,).
 
     Neighbours are the same where several pictures are drawn of a caption, and where guidance repeats the null: what

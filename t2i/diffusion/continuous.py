@@ -12,9 +12,9 @@ from torch import Generator, Tensor
 
 from t2i.checks import check_integer
 from t2i.diffusion.ddim import ExactDDIMScheduler
-from t2i.diffusion.process import clean, levels, posterior, signal
+from t2i.diffusion.process import alpha_bar, alpha_sigma, posterior_mean_variance, predict_x0
 
-SPACING = 1.75
+ANGLE_EXPONENT = 1.75
 
 
 class ContinuousScheduler(
@@ -22,7 +22,7 @@ class ContinuousScheduler(
 ):  # named: diffusers loads what has its mixin in the module
     """What both share: fractional times, noise at them, and the count of steps."""
 
-    def times(self, count: int) -> Tensor:
+    def spaced_timesteps(self, count: int) -> Tensor:
         """(count,), fp32, falling: from the last trained timestep, in powers of the angle, denser where noise is low.
 
         Of the angle and its powers this one served best on Gaussian data, narrow and wide; see docs/likelihood.md.
@@ -30,8 +30,8 @@ class ContinuousScheduler(
         check_integer("the number of steps", count, 1, 100_000)
         trained = self.alphas_cumprod.double().sqrt().acos()
         left = torch.arange(count, 0, -1, dtype=torch.float64) / count
-        angles = trained[0] + (trained[-1] - trained[0]) * left**SPACING
-        # The timestep of each angle, on the straight lines in log(tan), half the log-SNR, that `levels` draws.
+        angles = trained[0] + (trained[-1] - trained[0]) * left**ANGLE_EXPONENT
+        # The timestep of each angle, on the straight lines in log(tan), half the log-SNR, that `alpha_sigma` draws.
         high = torch.searchsorted(trained, angles).clamp(1, len(trained) - 1)
         low, at, after = (angle.tan().log() for angle in (trained[high - 1], angles, trained[high]))
         return (high - 1 + (at - low) / (after - low)).float()
@@ -42,10 +42,10 @@ class ContinuousScheduler(
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t of clean samples, (B, ...), for timesteps (B,), fractional ones too."""
-        alpha, sigma = levels(self, timesteps, original_samples)
+        alpha, sigma = alpha_sigma(self, timesteps, original_samples)
         return alpha * original_samples + sigma * noise
 
-    def time_after(self, index: int) -> Tensor:
+    def find_next_timestep(self, index: int) -> Tensor:
         return self.timesteps[index] if index < len(self.timesteps) else self.timesteps.new_tensor(-1)
 
 
@@ -62,7 +62,7 @@ class ProbabilityFlowScheduler(ContinuousScheduler):
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Timesteps (2 num_inference_steps - 1,), fp32: each but the first twice, to land on and to leave from."""
         self.num_inference_steps = num_inference_steps
-        self.timesteps = self.times(num_inference_steps).repeat_interleave(2)[1:].to(device)
+        self.timesteps = self.spaced_timesteps(num_inference_steps).repeat_interleave(2)[1:].to(device)
         self.index = 0
 
     def step(  # type: ignore[override]
@@ -70,23 +70,23 @@ class ProbabilityFlowScheduler(ContinuousScheduler):
     ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
         """Half a step of Heun's: to the next time, or once more with what the model says there."""
         t = torch.as_tensor(timestep, device=sample.device)
-        x_0 = self.limited(clean(self, model_output, sample, t))
-        alpha, sigma = levels(self, t, sample)
+        x_0 = self.clip_x0(predict_x0(self, model_output, sample, t))
+        alpha, sigma = alpha_sigma(self, t, sample)
         velocity = (alpha * sample - x_0) / sigma
         if self.index % 2 == 0:
-            self.left = (t, sample, velocity)
-            alpha_s, sigma_s = levels(self, self.time_after(self.index + 1), sample)
+            self.last_step = (t, sample, velocity)
+            alpha_s, sigma_s = alpha_sigma(self, self.find_next_timestep(self.index + 1), sample)
             x = (alpha * alpha_s + sigma * sigma_s) * sample - (sigma * alpha_s - alpha * sigma_s) * velocity
         else:
-            t_left, x_left, velocity_left = self.left
-            half = (self.angle(t_left, sample) - self.angle(t, sample)) / 2
+            t_left, x_left, velocity_left = self.last_step
+            half = (self.compute_angle(t_left, sample) - self.compute_angle(t, sample)) / 2
             # tan(half), not half: then it is exact where sample and noise stay the same.
             x = x_left - half.tan().to(sample.dtype) * (velocity_left + velocity)
         self.index += 1
         return DDIMSchedulerOutput(x, x_0) if return_dict else (x, x_0)
 
-    def angle(self, t: Tensor, like: Tensor) -> Tensor:
-        return signal(self, t, like).sqrt().acos()
+    def compute_angle(self, t: Tensor, like: Tensor) -> Tensor:
+        return alpha_bar(self, t, like).sqrt().acos()
 
 
 class ReverseSDEScheduler(ContinuousScheduler):
@@ -99,9 +99,9 @@ class ReverseSDEScheduler(ContinuousScheduler):
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Timesteps (num_inference_steps,), fp32."""
         self.num_inference_steps = num_inference_steps
-        self.timesteps = self.times(num_inference_steps).to(device)
+        self.timesteps = self.spaced_timesteps(num_inference_steps).to(device)
         self.index = 0
-        self.left: tuple[Tensor, Tensor] | None = None  # the last step's log-SNR and clean sample
+        self.last_step: tuple[Tensor, Tensor] | None = None  # the last step's log-SNR and clean sample
 
     def step(  # type: ignore[override]
         self,
@@ -112,14 +112,14 @@ class ReverseSDEScheduler(ContinuousScheduler):
         return_dict: bool = True,
     ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
         t = torch.as_tensor(timestep, device=sample.device)
-        previous = self.time_after(self.index + 1)
-        x_0 = self.limited(clean(self, model_output, sample, t))
-        ahead, log_snr = x_0, torch.logit(signal(self, t, sample))
-        if self.left is not None and previous >= 0 and (since := log_snr - self.left[0]).isfinite():
-            share = (torch.logit(signal(self, previous, sample)) - log_snr) / since
-            ahead = x_0 + (share / 2).to(sample.dtype) * (x_0 - self.left[1])
-        mean, variance = posterior(self, ahead, sample, t, previous)
+        previous = self.find_next_timestep(self.index + 1)
+        x_0 = self.clip_x0(predict_x0(self, model_output, sample, t))
+        ahead, log_snr = x_0, torch.logit(alpha_bar(self, t, sample))
+        if self.last_step is not None and previous >= 0 and (since := log_snr - self.last_step[0]).isfinite():
+            share = (torch.logit(alpha_bar(self, previous, sample)) - log_snr) / since
+            ahead = x_0 + (share / 2).to(sample.dtype) * (x_0 - self.last_step[1])
+        mean, variance = posterior_mean_variance(self, ahead, sample, t, previous)
         fresh = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
-        self.left, self.index = (log_snr, x_0), self.index + 1
+        self.last_step, self.index = (log_snr, x_0), self.index + 1
         x = mean + variance.sqrt() * fresh
         return DDIMSchedulerOutput(x, x_0) if return_dict else (x, x_0)

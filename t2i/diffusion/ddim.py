@@ -19,10 +19,15 @@ from torch import Generator, Tensor
 
 from t2i.checks import check_integer
 from t2i.diffusion.denoiser import Predict
-from t2i.diffusion.process import clean, levels, split, transition
+from t2i.diffusion.process import alpha_sigma, posterior_coefficients, predict_x0, split_variance
 
 MIN_ALPHA = 0.02  # nearer to pure noise a velocity is not made of a predicted noise
-OWN = ("variance_type", "algorithm_type", "solver_order", "solver_type")  # a class's own, though others share the names
+CLASS_SPECIFIC_KEYS = (
+    "variance_type",
+    "algorithm_type",
+    "solver_order",
+    "solver_type",
+)  # a class's own, though others share the names
 
 
 class ExactDDIMScheduler(DDIMScheduler):
@@ -42,16 +47,16 @@ class ExactDDIMScheduler(DDIMScheduler):
         self.timesteps = (self.config.num_train_timesteps * left).round().long().sub(1).to(device)
 
     @property
-    def end(self) -> int:
+    def final_timestep(self) -> int:
         """Where the last step leads: -1 is the clean sample; 0, without `set_alpha_to_one`, leaves the least noise."""
         return -1 if self.config.set_alpha_to_one else 0
 
     def previous_timestep(self, timestep: Tensor | int) -> Tensor:
         """The timestep that a step from this one leads to; from the last, `end`."""
         after = (self.timesteps == timestep).nonzero()[-1, 0] + 1
-        return self.timesteps[after] if after < len(self.timesteps) else self.timesteps.new_tensor(self.end)
+        return self.timesteps[after] if after < len(self.timesteps) else self.timesteps.new_tensor(self.final_timestep)
 
-    def limited(self, sample: Tensor) -> Tensor:
+    def clip_x0(self, sample: Tensor) -> Tensor:
         """The clean sample as the configuration bounds it: `thresholding`, `clip_sample`, or not at all."""
         if self.config.thresholding:
             return self._threshold_sample(sample)
@@ -70,19 +75,19 @@ class ExactDDIMScheduler(DDIMScheduler):
         """One step (eq. 12). eta: 0 is deterministic, 1 has the noise of ancestral sampling (eq. 16)."""
         t = torch.as_tensor(timestep, device=sample.device)
         previous = self.previous_timestep(t).to(sample.device)
-        x_0 = self.limited(clean(self, model_output, sample, t))
-        (alpha, sigma), (alpha_s, sigma_s) = levels(self, t, sample), levels(self, previous, sample)
+        x_0 = self.clip_x0(predict_x0(self, model_output, sample, t))
+        (alpha, sigma), (alpha_s, sigma_s) = alpha_sigma(self, t, sample), alpha_sigma(self, previous, sample)
         noise = (sample - alpha * x_0) / sigma
         if eta == 0:
             x = alpha_s * x_0 + sigma_s * noise
         else:
-            variance = (eta**2 * transition(self, t, previous, sample)[2]).to(sample.dtype)
+            variance = (eta**2 * posterior_coefficients(self, t, previous, sample)[2]).to(sample.dtype)
             fresh = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
             x = alpha_s * x_0 + (sigma_s**2 - variance).clamp(min=0).sqrt() * noise + variance.sqrt() * fresh
         return DDIMSchedulerOutput(x, x_0) if return_dict else (x, x_0)
 
 
-def like(kind: type[SchedulerMixin], scheduler: SchedulerMixin, **settings: Any) -> Any:
+def build_scheduler_like(kind: type[SchedulerMixin], scheduler: SchedulerMixin, **settings: Any) -> Any:
     """A scheduler of another class with the noise schedule, prediction type and timestep spacing of this one.
 
     It clips only where this one does. (diffusers' `from_config` would replace defaults of one class by the other's.)
@@ -94,11 +99,11 @@ def like(kind: type[SchedulerMixin], scheduler: SchedulerMixin, **settings: Any)
         known.setdefault("timestep_spacing", "linspace")  # the timesteps that UnCLIPScheduler takes
     if "clip_sample" in signature(kind.__init__).parameters:
         known.setdefault("clip_sample", False)
-    return kind(**{**{key: value for key, value in known.items() if key not in OWN}, **settings})
+    return kind(**{**{key: value for key, value in known.items() if key not in CLASS_SPECIFIC_KEYS}, **settings})
 
 
 @torch.no_grad()
-def invert(
+def invert_sample(
     predict: Predict,
     scheduler: SchedulerMixin,
     x_0: Tensor,
@@ -119,18 +124,18 @@ def invert(
     state, for it is asked several times a step. on_step(i, t, x) runs after each step, with x at t, and may change x.
     """
     check_integer("refinements", refinements, 1, 100)
-    exact = like(ExactDDIMScheduler, scheduler)
+    exact = build_scheduler_like(ExactDDIMScheduler, scheduler)
     exact.set_timesteps(steps, device=x_0.device)
     x, velocity = x_0, None
     of_noise = exact.config.prediction_type == "epsilon"
-    previous = exact.timesteps.new_tensor(exact.end)
+    previous = exact.timesteps.new_tensor(exact.final_timestep)
     for i, t in enumerate(progress(exact.timesteps.flip(0))):
-        (alpha, sigma), (alpha_s, sigma_s) = levels(exact, t, x), levels(exact, previous, x)
+        (alpha, sigma), (alpha_s, sigma_s) = alpha_sigma(exact, t, x), alpha_sigma(exact, previous, x)
         cosine, sine = alpha * alpha_s + sigma * sigma_s, sigma * alpha_s - alpha * sigma_s
         guess = x if velocity is None else (x + sine * velocity) / cosine
         for _ in range(refinements):
-            prediction, _ = split(predict(guess, t), guess)
-            velocity = (alpha * guess - clean(exact, prediction, guess, t)) / sigma
+            prediction, _ = split_variance(predict(guess, t), guess)
+            velocity = (alpha * guess - predict_x0(exact, prediction, guess, t)) / sigma
             guess = (x + sine * velocity) / cosine
             if of_noise and alpha < MIN_ALPHA:  # a velocity made of noise and x is divided by it
                 guess = (alpha * x + sine * prediction) / alpha_s

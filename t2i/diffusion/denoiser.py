@@ -9,7 +9,7 @@ A denoiser is a module with
 
 Guidance is a function that returns a `Predict`; sampling takes one. What the prediction is of (noise, clean sample or
 velocity) is the scheduler's `prediction_type`. A model that has learned the variance of the reverse process predicts
-twice the channels: `split` tells the two halves apart, and `clean` reads the first.
+twice the channels: `split_variance` tells the two halves apart, and `clean` reads the first.
 """
 
 from collections.abc import Callable, Iterable
@@ -22,7 +22,7 @@ from torch import Generator, Tensor
 
 from t2i.checks import check_range
 from t2i.diffusion.condition import Condition
-from t2i.diffusion.process import split
+from t2i.diffusion.process import split_variance
 from t2i.errors import InputError
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # x: (B, ...), t: () -> the model's prediction, like x
@@ -37,14 +37,14 @@ class Denoiser(Protocol):
     def null(self, count: int) -> Any: ...
 
 
-def conditional(denoiser: Denoiser, condition: Condition, *ahead: Tensor) -> Predict:
+def build_conditional_predict(denoiser: Denoiser, condition: Condition, *ahead: Tensor) -> Predict:
     """The model's own prediction. ahead: what else it prepares, such as the timesteps that it will be asked for."""
     context, dtype = denoiser.prepare(condition, *ahead), denoiser.dtype  # which diffusers looks for in all modules
     return lambda x, t: denoiser.step(x.to(dtype), t.expand(len(x)), context).to(x.dtype)
 
 
 @torch.no_grad()
-def sample(
+def sample_from_noise(
     predict: Predict,
     scheduler: SchedulerMixin,
     noise: Tensor,
@@ -69,18 +69,18 @@ def sample(
     if eta is not None:
         extra["eta"] = eta
     learned = scheduler.config.get("variance_type") in ("learned", "learned_range")
-    x, timesteps = start(scheduler, noise, steps, original, strength)
+    x, timesteps = initialize_sampling(scheduler, noise, steps, original, strength)
     for i, t in enumerate(progress(timesteps)):
         prediction = predict(scheduler.scale_model_input(x, t), t)
         if not learned:
-            prediction, _ = split(prediction, x)
+            prediction, _ = split_variance(prediction, x)
         x = scheduler.step(prediction, t, x, **extra).prev_sample
         if on_step is not None:
             x = on_step(i, t, x)
     return x
 
 
-def start(
+def initialize_sampling(
     scheduler: SchedulerMixin, noise: Tensor, steps: int, original: Tensor | None, strength: float
 ) -> tuple[Tensor, Tensor]:
     """What sampling starts from, and the timesteps that are left: all, or the last `strength` of them."""
@@ -89,7 +89,7 @@ def start(
     if original is None:
         return noise * scheduler.init_noise_sigma, timesteps
     check_range("strength", strength, 0, 1)
-    first = (steps - steps_left(steps, strength)) * getattr(scheduler, "order", 1)
+    first = (steps - count_steps_left(steps, strength)) * getattr(scheduler, "order", 1)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(first)
     timesteps = timesteps[first:]
@@ -100,7 +100,7 @@ def start(
     return scheduler.add_noise(original.to(noise), noise, timesteps[:1].expand(len(noise))), timesteps
 
 
-def steps_left(steps: int, strength: float) -> int:
+def count_steps_left(steps: int, strength: float) -> int:
     """How many of the steps are taken: the last `strength` of them, and one at least."""
     return max(1, min(round(steps * strength), steps))
 
@@ -113,12 +113,12 @@ def check_eta(scheduler: SchedulerMixin, eta: float | None) -> None:
         raise InputError(f"eta is of the sampler ddim; {type(scheduler).__name__} does not take it, got eta={eta:g}")
 
 
-def draw_noise(shape: tuple[int, ...], generators: list[Generator], device: torch.device) -> Tensor:
+def generate_noise(shape: tuple[int, ...], generators: list[Generator], device: torch.device) -> Tensor:
     """(len(generators), *shape), fp32: every sample's noise from its own generator, so that no batch changes it."""
     return torch.stack([torch.randn(shape, generator=one, device=one.device).to(device) for one in generators])
 
 
 MAX_STEPS = 1000
 
-Wrap = Callable[[Predict], Predict]
-OnStep = Callable[[int, Tensor, Tensor], Tensor]  # step, t, x -> x; see `sample`
+PredictTransform = Callable[[Predict], Predict]
+StepCallback = Callable[[int, Tensor, Tensor], Tensor]  # step, t, x -> x; see `sample_from_noise`

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from t2i.errors import InputError
 
-ROUNDS = 100  # of the spherical mean, at most; it converges in a few
-PARALLEL = 1e-7  # sine of an angle below which no direction is left to go along
+MAX_ITERATIONS = 100  # of the spherical mean, at most; it converges in a few
+MIN_SINE = 1e-7  # sine of an angle below which no direction is left to go along
 
 
 def slerp(start: Tensor, end: Tensor, share: float | Tensor) -> Tensor:
@@ -24,11 +24,11 @@ def slerp(start: Tensor, end: Tensor, share: float | Tensor) -> Tensor:
     share = torch.as_tensor(share, dtype=torch.float64, device=start.device)[..., None]
     lengths = [one.double().norm(dim=-1, keepdim=True) for one in (start, end)]
     point = F.normalize(start.double(), dim=-1)
-    moved = exponential(point, share * logarithm(point, F.normalize(end.double(), dim=-1)))
+    moved = exp_map(point, share * log_map(point, F.normalize(end.double(), dim=-1)))
     return (moved * torch.lerp(*lengths, share)).to(start.dtype)
 
 
-def spherical_mean(points: Tensor, weights: Tensor) -> Tensor:
+def compute_spherical_mean(points: Tensor, weights: Tensor) -> Tensor:
     """(K, D), (K,) -> (D,): the point whose squared angles to the points, weighted, are least in sum.
 
     For two points it is slerp. Buss and Fillmore 2001, algorithm A1; where the points do not determine it (opposite
@@ -44,9 +44,9 @@ def spherical_mean(points: Tensor, weights: Tensor) -> Tensor:
         done = done + weight
         mean = slerp(mean, direction, weight / done)
     if len(directions) > 2:
-        for _ in range(ROUNDS):
-            step = (weights[:, None] * logarithm(mean.expand_as(directions), directions)).sum(dim=0)
-            mean = exponential(mean, step)
+        for _ in range(MAX_ITERATIONS):
+            step = (weights[:, None] * log_map(mean.expand_as(directions), directions)).sum(dim=0)
+            mean = exp_map(mean, step)
             if step.norm() < 1e-12:
                 break
     return (mean * length).to(points.dtype)
@@ -65,23 +65,23 @@ def check_weights(weights: Tensor, count: int) -> Tensor:
     return weights / weights.sum()
 
 
-def logarithm(point: Tensor, other: Tensor) -> Tensor:
+def log_map(point: Tensor, other: Tensor) -> Tensor:
     """Unit vectors (..., D) -> the tangent at `point` that leads to `other`, as long as the angle between them."""
     cosine = (point * other).sum(dim=-1, keepdim=True)
     across = other - cosine * point
     across = across - (point * across).sum(dim=-1, keepdim=True) * point  # again, for what rounding has left
     sine = across.norm(dim=-1, keepdim=True)
     angle = torch.atan2(sine, cosine)
-    return angle * torch.where(sine > PARALLEL, across / sine.clamp(min=PARALLEL), orthogonal(point))
+    return angle * torch.where(sine > MIN_SINE, across / sine.clamp(min=MIN_SINE), find_orthogonal_vector(point))
 
 
-def exponential(point: Tensor, tangent: Tensor) -> Tensor:
-    """Unit vectors (..., D) and tangents -> where these lead to, unit vectors: the reverse of `logarithm`."""
+def exp_map(point: Tensor, tangent: Tensor) -> Tensor:
+    """Unit vectors (..., D) and tangents -> where these lead to, unit vectors: the reverse of `log_map`."""
     angle = tangent.norm(dim=-1, keepdim=True)
     return F.normalize(angle.cos() * point + angle.sin() * F.normalize(tangent, dim=-1), dim=-1)
 
 
-def orthogonal(point: Tensor) -> Tensor:
+def find_orthogonal_vector(point: Tensor) -> Tensor:
     """Unit vectors (..., D) -> a unit vector at right angles to each, from the axis that it has least of."""
     axis = F.one_hot(point.abs().argmin(dim=-1), point.shape[-1]).to(point.dtype)
     return F.normalize(axis - (axis * point).sum(dim=-1, keepdim=True) * point, dim=-1)

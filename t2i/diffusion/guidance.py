@@ -15,14 +15,14 @@ from torch import Tensor
 
 from t2i.checks import check_number
 from t2i.diffusion.condition import Condition
-from t2i.diffusion.denoiser import Denoiser, Predict, conditional
-from t2i.diffusion.process import clean, levels, said, split, with_variance
+from t2i.diffusion.denoiser import Denoiser, Predict, build_conditional_predict
+from t2i.diffusion.process import alpha_sigma, join_variance, predict_x0, split_variance, x0_to_prediction
 from t2i.errors import InputError
 
-MAX_SCALE = 1000
+MAX_GUIDANCE_SCALE = 1000
 MIN_ALPHA = 0.02  # nearer to pure noise a score says nothing, but its gradient would be divided by almost zero
 
-Score = Callable[[Tensor, Tensor], Tensor]  # x: (B, ...), t: () -> (B,), such as log p(class | x)
+ScoreFunction = Callable[[Tensor, Tensor], Tensor]  # x: (B, ...), t: () -> (B,), such as log p(class | x)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Guidance:
     momentum: float = 0.0
 
     @classmethod
-    def of(cls, value: "float | Guidance") -> "Guidance":
+    def from_value(cls, value: "float | Guidance") -> "Guidance":
         return value if isinstance(value, Guidance) else cls(value)
 
     @property
@@ -63,14 +63,20 @@ class Guidance:
         return self.parallel != 1 or self.norm is not None or self.momentum != 0
 
 
-RANGES = {"rescale": (0, 1), "threshold": (0.5, 1), "parallel": (-10, 10), "norm": (0, 1e6), "momentum": (-0.99, 0.99)}
+GUIDANCE_RANGES = {
+    "rescale": (0, 1),
+    "threshold": (0.5, 1),
+    "parallel": (-10, 10),
+    "norm": (0, 1e6),
+    "momentum": (-0.99, 0.99),
+}
 
 
 def check_guidance(name: str, value: Any) -> Guidance:
     """A scale or a Guidance, under the name of the argument. Raises InputError for values that make no sense."""
-    guidance = Guidance.of(value)
-    check_number(name, guidance.scale, 0, MAX_SCALE)
-    for key, (low, high) in RANGES.items():
+    guidance = Guidance.from_value(value)
+    check_number(name, guidance.scale, 0, MAX_GUIDANCE_SCALE)
+    for key, (low, high) in GUIDANCE_RANGES.items():
         if key != "norm" or guidance.norm is not None:
             check_number(f"{name}.{key}", getattr(guidance, key), low, high)
     if not isinstance(guidance.interval, list | tuple) or len(guidance.interval) != 2:
@@ -101,7 +107,7 @@ def parse_guidance(name: str, scale: float, settings: list[str]) -> Guidance:
     return check_guidance(name, Guidance(scale, **found))
 
 
-def guided(
+def build_guided_predict(
     denoiser: Denoiser,
     condition: Condition,
     negative: Condition,
@@ -114,73 +120,75 @@ def guided(
     `negative` is the model's null, or any other condition to move away from. `ahead`: what else the denoiser prepares.
     The result keeps a state if `momentum` is used: make a new one for every sampling.
     """
-    guidance = Guidance.of(guidance)
+    guidance = Guidance.from_value(guidance)
     if guidance.is_off:
-        return conditional(denoiser, condition, *ahead)
+        return build_conditional_predict(denoiser, condition, *ahead)
     context, dtype = denoiser.prepare(negative.cat(condition), *ahead), denoiser.dtype
-    outside = None if guidance.interval == (0, 1) else conditional(denoiser, condition, *ahead)
+    outside = None if guidance.interval == (0, 1) else build_conditional_predict(denoiser, condition, *ahead)
     low, high = (end * scheduler.config.num_train_timesteps for end in guidance.interval)
-    combine = Projection(guidance) if guidance.is_projected else None
+    combine = ProjectedGuidance(guidance) if guidance.is_projected else None
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
         if outside is not None and not low <= t <= high:
             return outside(x, t)
         twice = torch.cat([x, x]).to(dtype)
         both = denoiser.step(twice, t.expand(2 * len(x)), context).to(x.dtype).chunk(2)
-        (away, _), (wanted, _) = (split(one, x) for one in both)
+        (away, _), (wanted, _) = (split_variance(one, x) for one in both)
         if combine is None:
             prediction = away.lerp(wanted, guidance.scale)
         else:
-            ends = (clean(scheduler, one, x, t) for one in (away, wanted))
-            prediction = said(scheduler, combine(*ends), x, t)
+            ends = (predict_x0(scheduler, one, x, t) for one in (away, wanted))
+            prediction = x0_to_prediction(scheduler, combine(*ends), x, t)
         if guidance.rescale:
-            prediction = rescaled(prediction, wanted, guidance.rescale)
+            prediction = rescale_std(prediction, wanted, guidance.rescale)
         if guidance.threshold < 1:
-            sample, usual = (clean(scheduler, one, x, t) for one in (prediction, wanted))
-            prediction = said(scheduler, thresholded(sample, usual, guidance.threshold), x, t)
-        return with_variance(prediction, both[1])
+            sample, usual = (predict_x0(scheduler, one, x, t) for one in (prediction, wanted))
+            prediction = x0_to_prediction(scheduler, threshold_x0(sample, usual, guidance.threshold), x, t)
+        return join_variance(prediction, both[1])
 
     return predict
 
 
-class Projection:
+class ProjectedGuidance:
     """Adaptive projected guidance of one sampling: it remembers the average of the differences."""
 
     def __init__(self, guidance: Guidance):
         self.guidance = guidance
-        self.average: Tensor | float = 0.0
+        self.average_difference: Tensor | float = 0.0
 
     def __call__(self, away: Tensor, wanted: Tensor) -> Tensor:
         """Clean samples, (B, ...) -> the guided one: Sadat et al. 2024, algorithm 1."""
         guidance = self.guidance
-        self.average = difference = wanted - away + guidance.momentum * self.average
+        self.average_difference = difference = wanted - away + guidance.momentum * self.average_difference
         if guidance.norm is not None:
             size = difference.flatten(1).square().mean(dim=1).sqrt()
-            difference = difference * like(difference, (guidance.norm / size.clamp(min=1e-12)).clamp(max=1))
+            difference = difference * broadcast_like(difference, (guidance.norm / size.clamp(min=1e-12)).clamp(max=1))
         direction = torch.nn.functional.normalize(wanted.flatten(1), dim=1).view_as(wanted)
-        parallel = direction * like(wanted, (difference * direction).flatten(1).sum(dim=1))
+        parallel = direction * broadcast_like(wanted, (difference * direction).flatten(1).sum(dim=1))
         return wanted + (guidance.scale - 1) * (difference - parallel + guidance.parallel * parallel)
 
 
-def rescaled(prediction: Tensor, wanted: Tensor, share: float) -> Tensor:
+def rescale_std(prediction: Tensor, wanted: Tensor, share: float) -> Tensor:
     """Towards the standard deviation that each sample's unguided prediction has."""
     ratio = wanted.flatten(1).std(dim=1) / prediction.flatten(1).std(dim=1).clamp(min=1e-12)
-    return prediction * like(prediction, share * ratio + 1 - share)
+    return prediction * broadcast_like(prediction, share * ratio + 1 - share)
 
 
-def thresholded(sample: Tensor, wanted: Tensor, quantile: float) -> Tensor:
+def threshold_x0(sample: Tensor, wanted: Tensor, quantile: float) -> Tensor:
     """A clean sample, cut at its own quantile and shrunk to the quantile of the unguided one, if that is smaller."""
     bound, usual = (one.abs().flatten(1).quantile(quantile, dim=1) for one in (sample, wanted))
-    bound, usual = like(sample, bound.clamp(min=1e-12)), like(sample, usual)
+    bound, usual = broadcast_like(sample, bound.clamp(min=1e-12)), broadcast_like(sample, usual)
     return torch.where(bound > usual, sample.clamp(-bound, bound) * (usual / bound), sample)
 
 
-def like(x: Tensor, value: Tensor) -> Tensor:
+def broadcast_like(x: Tensor, value: Tensor) -> Tensor:
     """(B,) -> (B, 1, ...), to go with x."""
     return value.view(-1, *[1] * (x.ndim - 1))
 
 
-def steered(predict: Predict, scheduler: SchedulerMixin, score: Score, scale: float, of_clean: bool = False) -> Predict:
+def build_steered_predict(
+    predict: Predict, scheduler: SchedulerMixin, score: ScoreFunction, scale: float, of_clean: bool = False
+) -> Predict:
     """Add the gradient of a score: classifier guidance (Dhariwal and Nichol 2021, algorithm 2), for any prediction.
 
     With scale 1 and the score log p(y | x_t) of an exact classifier this samples p(x | y). of_clean: the score judges
@@ -195,13 +203,13 @@ def steered(predict: Predict, scheduler: SchedulerMixin, score: Score, scale: fl
             leaf = x.detach().requires_grad_()
             if of_clean:
                 prediction = predict(leaf, t)
-                judged = clean(scheduler, prediction, leaf, t)
+                judged = predict_x0(scheduler, prediction, leaf, t)
             else:
                 prediction, judged = predict(x, t), leaf
             (gradient,) = torch.autograd.grad(score(judged, t).sum(), leaf)
         prediction = prediction.detach()
-        alpha, sigma = levels(scheduler, t, x)
-        moved = clean(scheduler, prediction, x, t) + scale * sigma.square() / alpha.clamp(min=MIN_ALPHA) * gradient
-        return with_variance(said(scheduler, moved, x, t), prediction)
+        alpha, sigma = alpha_sigma(scheduler, t, x)
+        moved = predict_x0(scheduler, prediction, x, t) + scale * sigma.square() / alpha.clamp(min=MIN_ALPHA) * gradient
+        return join_variance(x0_to_prediction(scheduler, moved, x, t), prediction)
 
     return predicted

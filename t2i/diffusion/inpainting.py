@@ -15,23 +15,23 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from t2i.diffusion.denoiser import Predict
-from t2i.diffusion.process import levels
+from t2i.diffusion.process import alpha_sigma
 
-SEAM = 1.0  # deviation in pixels of the blur that hides the border; more shows it more, docs/inpainting.md
-PLAIN = 0.25  # of the masks in training cover everything, so that the decoder still draws whole pictures
+SEAM_BLUR_SIGMA = 1.0  # deviation in pixels of the blur that hides the border; more shows it more, docs/inpainting.md
+FULL_MASK_FRACTION = 0.25  # of the masks in training cover everything, so that the decoder still draws whole pictures
 
 
-def known_latents(latents: Tensor, mask: Tensor) -> Tensor:
+def concat_masked_latents(latents: Tensor, mask: Tensor) -> Tensor:
     """(B, C, h, w) and (B, 1, h, w) -> (B, C + 1, h, w): the latents that stay, zero elsewhere, and the mask."""
     return torch.cat([latents * (1 - mask), mask], dim=1)
 
 
-def latent_mask(mask: Tensor, factor: int) -> Tensor:
+def downsample_mask(mask: Tensor, factor: int) -> Tensor:
     """(B, 1, H, W) of pixels -> (B, 1, H / factor, W / factor): 1 wherever a pixel is to be painted."""
     return F.max_pool2d(mask, factor)
 
 
-def random_masks(count: int, height: int, width: int, device: torch.device) -> Tensor:
+def generate_random_masks(count: int, height: int, width: int, device: torch.device) -> Tensor:
     """(count, 1, height, width) of 0 and 1: rectangles of any size, what lies outside of them, or everything."""
 
     def span(size: int) -> tuple[Tensor, Tensor]:
@@ -42,11 +42,11 @@ def random_masks(count: int, height: int, width: int, device: torch.device) -> T
     rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
     inside = ((rows >= top) & (rows < bottom))[:, :, None] & ((columns >= left) & (columns < right))[:, None, :]
     kind = torch.rand(count, 1, 1, device=device)
-    mask = torch.where(kind < (1 + PLAIN) / 2, inside, ~inside)
-    return (mask | (kind < PLAIN))[:, None].float()
+    mask = torch.where(kind < (1 + FULL_MASK_FRACTION) / 2, inside, ~inside)
+    return (mask | (kind < FULL_MASK_FRACTION))[:, None].float()
 
 
-def blend(
+def build_blend_callback(
     scheduler: SchedulerMixin, latents: Tensor, mask: Tensor, noise: Tensor
 ) -> Callable[[int, Tensor, Tensor], Tensor]:
     """What runs after each step of sampling: where nothing is painted, the known latents at the level of the next step.
@@ -64,21 +64,21 @@ def blend(
             left = times[int((times == t).nonzero()[-1]) + 1 :]
         known = latents
         if step < len(left):  # by number and not by time: Heun's method visits each twice
-            alpha, sigma = levels(scheduler, left[step], latents)
+            alpha, sigma = alpha_sigma(scheduler, left[step], latents)
             known = alpha * latents + sigma * noise
         return torch.where(mask > 0, x, known)
 
     return on_step
 
 
-def joined(painted: Tensor, pictures: Tensor, mask: Tensor) -> Tensor:
+def paste_painted_region(painted: Tensor, pictures: Tensor, mask: Tensor) -> Tensor:
     """What is painted, in what stays: (N, 3, H, W) each, mask: (N, 1, H, W).
 
     The autoencoder returns no picture exactly, so that a step would show at the border; what is painted next to it is
     shifted by the error that the kept pixels beside it have.
     """
-    size = 2 * round(3 * SEAM) + 1
-    error = gaussian_blur((pictures - painted) * (1 - mask), [size, size], [SEAM, SEAM])
+    size = 2 * round(3 * SEAM_BLUR_SIGMA) + 1
+    error = gaussian_blur((pictures - painted) * (1 - mask), [size, size], [SEAM_BLUR_SIGMA, SEAM_BLUR_SIGMA])
     return torch.where(mask > 0, painted + 2 * error, pictures)  # half of a blur at a border is of the other side
 
 
@@ -90,12 +90,12 @@ class Window:
     left: int
     size: int
 
-    def of(self, x: Tensor) -> Tensor:
+    def crop_latents(self, x: Tensor) -> Tensor:
         """(..., h, w) -> (..., size, size)."""
         return x[..., self.top : self.top + self.size, self.left : self.left + self.size]
 
 
-def windows(height: int, width: int, size: int) -> list[Window]:
+def build_canvas_windows(height: int, width: int, size: int) -> list[Window]:
     """Squares that cover a canvas and overlap by half at least; one for a canvas that is such a square."""
 
     def starts(length: int) -> list[int]:
@@ -105,7 +105,7 @@ def windows(height: int, width: int, size: int) -> list[Window]:
     return [Window(top, left, size) for top in starts(height) for left in starts(width)]
 
 
-def windowed(predicts: list[Predict], places: list[Window]) -> Predict:
+def build_windowed_predict(predicts: list[Predict], places: list[Window]) -> Predict:
     """One prediction from those of overlapping windows, each weighted by the distance from its border (Bar-Tal et al.
     2023 average them)."""
     if len(places) == 1:
@@ -117,11 +117,11 @@ def windowed(predicts: list[Predict], places: list[Window]) -> Predict:
     def predict(x: Tensor, t: Tensor) -> Tensor:
         total, share = None, x.new_zeros(x.shape[-2:])
         for one, place in zip(predicts, places):
-            part = one(place.of(x), t)
+            part = one(place.crop_latents(x), t)
             if total is None:
                 total = x.new_zeros(len(x), part.shape[1], *x.shape[-2:])
-            place.of(total).add_(part * weight.to(x))
-            place.of(share).add_(weight.to(x))
+            place.crop_latents(total).add_(part * weight.to(x))
+            place.crop_latents(share).add_(weight.to(x))
         assert total is not None, "there are windows"
         return total / share
 

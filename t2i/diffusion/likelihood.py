@@ -14,15 +14,22 @@ from torch import Generator, Tensor
 
 from t2i.checks import check_choice, check_integer
 from t2i.diffusion.continuous import ProbabilityFlowScheduler
-from t2i.diffusion.ddim import like
-from t2i.diffusion.denoiser import Predict, draw_noise
-from t2i.diffusion.process import clean, levels, reverse_log_variance, signal, split, variational_term
+from t2i.diffusion.ddim import build_scheduler_like
+from t2i.diffusion.denoiser import Predict, generate_noise
+from t2i.diffusion.process import (
+    alpha_bar,
+    alpha_sigma,
+    predict_x0,
+    reverse_log_variance,
+    split_variance,
+    variational_term,
+)
 
-VARIANCES = {"small": -1.0, "large": 1.0}  # the posterior's, the forward step's
+REVERSE_VARIANCES = {"small": -1.0, "large": 1.0}  # the posterior's, the forward step's
 
 
 @dataclass
-class Bound:
+class VariationalBound:
     """The variational bound of each sample on -log p(x_0), in bits per dimension (Ho et al. 2020, eq. 5).
 
     prior: L_T, (B,): what is lost by starting from N(0, 1).
@@ -33,17 +40,17 @@ class Bound:
 
     prior: Tensor
     steps: Tensor
-    times: Tensor
+    spaced_timesteps: Tensor
     data: Tensor
 
     @property
-    def total(self) -> Tensor:
+    def total_bits(self) -> Tensor:
         """(B,)"""
         return self.prior + self.steps.sum(dim=1) + self.data
 
 
 @torch.no_grad()
-def variational_bound(
+def compute_variational_bound(
     predict: Predict,
     scheduler: SchedulerMixin,
     x_0: Tensor,
@@ -52,7 +59,7 @@ def variational_bound(
     terms: int | None = None,
     pictures: bool = False,
     seed: int = 0,
-) -> Bound:
+) -> VariationalBound:
     """The bound of `x_0`, (B, ...): noise is drawn once for each term.
 
     variance: of the reverse steps, "small" or "large"; a model that has learned its own uses that. terms: of the T - 1
@@ -61,7 +68,7 @@ def variational_bound(
     Costs terms + 1 evaluations. generators: one a sample, of its noise. seed: of the choice of the times, which are the
     same for all samples, so that the bound of one does not depend on those beside it.
     """
-    check_choice("variance", variance, tuple(VARIANCES))
+    check_choice("variance", variance, tuple(REVERSE_VARIANCES))
     last = scheduler.config.num_train_timesteps - 1
     count = last if terms is None else min(terms, last)
     check_integer("terms", count, 1, last)
@@ -76,11 +83,11 @@ def variational_bound(
 
     def step(t: Tensor) -> tuple[Tensor, Tensor]:
         """The clean sample that the model sees at this time, and the logarithm of its reverse step's variance."""
-        alpha, sigma = levels(scheduler, t, x_0)
-        noisy = alpha * x_0 + sigma * draw_noise(x_0.shape[1:], generators, x_0.device).to(x_0.dtype)
-        mean, share = split(predict(noisy, t), noisy)
-        share = torch.full_like(x_0, VARIANCES[variance]) if share is None else share
-        return clean(scheduler, mean, noisy, t), reverse_log_variance(scheduler, share, t, t - 1)
+        alpha, sigma = alpha_sigma(scheduler, t, x_0)
+        noisy = alpha * x_0 + sigma * generate_noise(x_0.shape[1:], generators, x_0.device).to(x_0.dtype)
+        mean, share = split_variance(predict(noisy, t), noisy)
+        share = torch.full_like(x_0, REVERSE_VARIANCES[variance]) if share is None else share
+        return predict_x0(scheduler, mean, noisy, t), reverse_log_variance(scheduler, share, t, t - 1)
 
     rows = []
     for t, size in zip(times.to(x_0.device), sizes.tolist()):
@@ -89,16 +96,16 @@ def variational_bound(
     first = times.new_tensor(0).to(x_0.device)
     found, log_variance = step(first)
     if pictures:
-        data = -level_log_probability(x_0, found, log_variance)
+        data = -compute_level_log_probability(x_0, found, log_variance)
     else:
         data = variational_term(scheduler, x_0 - found, log_variance, first, first - 1)
-    alpha, sigma = levels(scheduler, times.new_tensor(last), x_0)
+    alpha, sigma = alpha_sigma(scheduler, times.new_tensor(last), x_0)
     start = ((alpha * x_0).square() + sigma**2 - 1 - 2 * sigma.log()) / 2
     data, start = (nats.flatten(1).mean(dim=1) for nats in (data, start))
-    return Bound(bits(start), bits(torch.stack(rows, dim=1)), times, bits(data))
+    return VariationalBound(nats_to_bits(start), nats_to_bits(torch.stack(rows, dim=1)), times, nats_to_bits(data))
 
 
-def level_log_probability(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+def compute_level_log_probability(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
     """log of the probability of pictures' levels, x in [-1, 1] in steps of 2 / 255, like x (Ho et al. 2020, eq. 13).
 
     A Gaussian's share between the levels' middles; the lowest and the highest level have what lies beyond them too.
@@ -113,7 +120,7 @@ def level_log_probability(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tens
     return below + torch.log1p(-(torch.special.log_ndtr(low) - below).exp().clamp(max=1 - 1e-12))
 
 
-def ode_bits(
+def compute_ode_bits(
     predict: Predict,
     scheduler: SchedulerMixin,
     x_0: Tensor,
@@ -130,38 +137,38 @@ def ode_bits(
     """
     check_integer("steps", steps, 2, 10_000)
     check_integer("probes", probes, 1, 1000)
-    times = like(ProbabilityFlowScheduler, scheduler).times(steps - 1)
+    times = build_scheduler_like(ProbabilityFlowScheduler, scheduler).spaced_timesteps(steps - 1)
     times = torch.cat([times, times.new_zeros(1)]).flip(0).to(x_0.device)
-    signs = torch.stack([draw_noise(x_0.shape[1:], generators, x_0.device).sign() for _ in range(probes)])
+    signs = torch.stack([generate_noise(x_0.shape[1:], generators, x_0.device).sign() for _ in range(probes)])
 
     def derivatives(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """v, like x, and the trace of its Jacobian, (B,)."""
-        alpha, sigma = levels(scheduler, t, x)
+        alpha, sigma = alpha_sigma(scheduler, t, x)
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            velocity = (alpha * x - clean(scheduler, predict(x, t), x, t)) / sigma
+            velocity = (alpha * x - predict_x0(scheduler, predict(x, t), x, t)) / sigma
             trace = torch.zeros(len(x), device=x.device, dtype=x.dtype)
             for i, sign in enumerate(signs.to(x.dtype)):
                 (product,) = torch.autograd.grad(velocity, x, sign, retain_graph=i + 1 < probes)
                 trace = trace + (product * sign).flatten(1).sum(dim=1) / probes
         return velocity.detach(), trace
 
-    alpha, _ = levels(scheduler, times[0], x_0)
+    alpha, _ = alpha_sigma(scheduler, times[0], x_0)
     x, change = alpha * x_0, torch.zeros(len(x_0), device=x_0.device, dtype=x_0.dtype)
     for t, after in zip(times[:-1], times[1:]):
-        length = (angle(scheduler, after, x) - angle(scheduler, t, x)).to(x.dtype)
+        length = (compute_angle(scheduler, after, x) - compute_angle(scheduler, t, x)).to(x.dtype)
         here, here_trace = derivatives(x, t)
         there, there_trace = derivatives(x + length * here, after)
         x = x + length * (here + there) / 2
         change = change + length * (here_trace + there_trace) / 2
     dimensions = x_0[0].numel()
     density = -(x.square() + math.log(2 * math.pi)).flatten(1).sum(dim=1) / 2
-    return bits(-(density + change) / dimensions - alpha.log())
+    return nats_to_bits(-(density + change) / dimensions - alpha.log())
 
 
-def angle(scheduler: SchedulerMixin, t: Tensor, x: Tensor) -> Tensor:
-    return signal(scheduler, t, x).sqrt().acos()
+def compute_angle(scheduler: SchedulerMixin, t: Tensor, x: Tensor) -> Tensor:
+    return alpha_bar(scheduler, t, x).sqrt().acos()
 
 
-def bits(nats: Tensor) -> Tensor:
+def nats_to_bits(nats: Tensor) -> Tensor:
     return nats / math.log(2)

@@ -9,15 +9,21 @@ from torch import Tensor
 
 from t2i.checks import check_choice
 from t2i.diffusion.condition import Condition
-from t2i.diffusion.process import clean, reverse_log_variance, split, target, variational_term
+from t2i.diffusion.process import (
+    compute_prediction_target,
+    predict_x0,
+    reverse_log_variance,
+    split_variance,
+    variational_term,
+)
 from t2i.errors import InputError
 
-WEIGHTINGS = ("none", "min_snr")
+LOSS_WEIGHTINGS = ("none", "min_snr")
 
 
-def check_weighting(scheduler: SchedulerMixin, weighting: str) -> None:
+def check_loss_weighting(scheduler: SchedulerMixin, weighting: str) -> None:
     """Refuse to leave untrained the step that sampling starts with."""
-    check_choice("loss_weighting", weighting, WEIGHTINGS)
+    check_choice("loss_weighting", weighting, LOSS_WEIGHTINGS)
     if weighting == "min_snr" and scheduler.alphas_cumprod[-1] == 0:
         raise InputError(
             "loss_weighting=min_snr gives no weight to pure noise, where scheduler.rescale_betas_zero_snr ends and "
@@ -25,19 +31,19 @@ def check_weighting(scheduler: SchedulerMixin, weighting: str) -> None:
         )
 
 
-def denoise(
+def predict_noised_batch(
     model: Callable[..., Tensor], scheduler: SchedulerMixin, x: Tensor, condition: Condition, shift: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Noise clean `x` by random amounts and let the model undo it: its prediction and the target, fp32; t, (B,).
 
     shift > 1 draws high noise more often (t -> shift t / (1 + (shift - 1) t) for uniform t in [0, 1]); 1 is uniform.
     """
-    noise, t = draw_levels(scheduler, x, shift)
+    noise, t = generate_noise_and_timesteps(scheduler, x, shift)
     prediction = model(scheduler.add_noise(x.float(), noise, t), t, condition)
-    return prediction.float(), target(scheduler, x.float(), noise, t), t
+    return prediction.float(), compute_prediction_target(scheduler, x.float(), noise, t), t
 
 
-def draw_levels(scheduler: SchedulerMixin, x: Tensor, shift: float) -> tuple[Tensor, Tensor]:
+def generate_noise_and_timesteps(scheduler: SchedulerMixin, x: Tensor, shift: float) -> tuple[Tensor, Tensor]:
     """What a batch is noised with: noise like x, fp32, and timesteps, (B,)."""
     noise = torch.randn_like(x, dtype=torch.float32)
     uniform = torch.rand(len(x), device=x.device)
@@ -45,7 +51,7 @@ def draw_levels(scheduler: SchedulerMixin, x: Tensor, shift: float) -> tuple[Ten
     return noise, (shift * uniform / (1 + (shift - 1) * uniform) * steps).long().clamp(max=steps - 1)
 
 
-def diffusion_loss(
+def compute_diffusion_loss(
     model: Callable[..., Tensor],
     scheduler: SchedulerMixin,
     x: Tensor,
@@ -61,13 +67,13 @@ def diffusion_loss(
     bound, estimated from one time a sample (for uniform times, shift 1).
     """
     x = x.float()
-    noise, t = draw_levels(scheduler, x, shift)
+    noise, t = generate_noise_and_timesteps(scheduler, x, shift)
     noisy = scheduler.add_noise(x, noise, t)
-    mean, share = split(model(noisy, t, condition).float(), x)
-    weight = loss_weight(scheduler, t, weighting, gamma)
-    losses = {"loss": weighted_mse(mean, target(scheduler, x, noise, t), weight)}
+    mean, share = split_variance(model(noisy, t, condition).float(), x)
+    weight = compute_loss_weight(scheduler, t, weighting, gamma)
+    losses = {"loss": compute_weighted_mse(mean, compute_prediction_target(scheduler, x, noise, t), weight)}
     if share is not None:
-        error = x - clean(scheduler, mean.detach(), noisy, t)
+        error = x - predict_x0(scheduler, mean.detach(), noisy, t)
         log_variance = reverse_log_variance(scheduler, share, t, t - 1)
         term = variational_term(scheduler, error, log_variance, t, t - 1).mean()
         losses["bound"] = term / math.log(2) * scheduler.config.num_train_timesteps
@@ -76,7 +82,7 @@ def diffusion_loss(
     return losses, mean
 
 
-def loss_weight(scheduler: SchedulerMixin, t: Tensor, weighting: str, gamma: float) -> Tensor:
+def compute_loss_weight(scheduler: SchedulerMixin, t: Tensor, weighting: str, gamma: float) -> Tensor:
     """(B,) timesteps -> (B,), fp32: how much the squared error of each sample counts.
 
     "none": all the same. "min_snr" (Hang et al. 2023): an error in the clean sample counts min(SNR, gamma) with
@@ -96,12 +102,12 @@ def loss_weight(scheduler: SchedulerMixin, t: Tensor, weighting: str, gamma: flo
             return snr.clamp(max=gamma)
 
 
-def weighted_mse(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+def compute_weighted_mse(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """(B, ...), (B, ...), (B,) -> the mean over samples of weight times mean squared error."""
     return (weight * (prediction - target).square().flatten(1).mean(dim=1)).mean()
 
 
-def drop(condition: Condition, null: Condition, probability: float) -> Condition:
+def drop_condition(condition: Condition, null: Condition, probability: float) -> Condition:
     """Each condition replaced by the one that says nothing, with this probability: what makes guidance possible."""
     device = next(value.device for value in vars(condition).values() if isinstance(value, Tensor))
     return condition.where(torch.rand(len(condition), device=device) >= probability, null)

@@ -1,4 +1,5 @@
-"""The scheduler that Karlo and Kandinsky were published with, as `t2i.diffusion.denoiser.sample` drives schedulers."""
+"""The scheduler that Karlo and Kandinsky were published with, as `t2i.diffusion.denoiser.sample_from_noise` drives
+schedulers."""
 
 from typing import Any
 

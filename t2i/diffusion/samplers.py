@@ -15,16 +15,23 @@ from diffusers import (
 
 from t2i.checks import check_choice
 from t2i.diffusion.continuous import ProbabilityFlowScheduler, ReverseSDEScheduler
-from t2i.diffusion.ddim import ExactDDIMScheduler, like
-from t2i.diffusion.denoiser import sample
+from t2i.diffusion.ddim import ExactDDIMScheduler, build_scheduler_like
+from t2i.diffusion.denoiser import sample_from_noise
 from t2i.errors import InputError
-from t2i.files.untrusted import described
+from t2i.files.untrusted import format_error
 
-TRIAL = 4  # steps
-LEARNED = ("learned", "learned_range")
-CHOICES = {  # of settings that schedulers do not all check; the first where they have none
+TRIAL_STEPS = 4  # steps
+LEARNED_VARIANCE_TYPES = ("learned", "learned_range")
+CONFIG_CHOICES = {  # of settings that schedulers do not all check; the first where they have none
     "prediction_type": ("epsilon", "sample", "v_prediction"),
-    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", *LEARNED),
+    "variance_type": (
+        None,
+        "fixed_small",
+        "fixed_small_log",
+        "fixed_large",
+        "fixed_large_log",
+        *LEARNED_VARIANCE_TYPES,
+    ),
     "timestep_spacing": ("leading", "linspace", "trailing"),
 }
 
@@ -39,58 +46,61 @@ SAMPLERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
 }
 
 
-def check_sampler(name: str, value: Any) -> None:
+def check_sampler_name(name: str, value: Any) -> None:
     """Refuse what is no sampler, with the list of those that are."""
     check_choice(name, value, tuple(SAMPLERS))
 
 
-def chosen(name: str | None, scheduler: SchedulerMixin, model: Any) -> SchedulerMixin:
+def resolve_sampler(name: str | None, scheduler: SchedulerMixin, model: Any) -> SchedulerMixin:
     """The sampler of this name for a model that `scheduler` belongs to; for None that scheduler itself.
 
     diffusers' plain DDIM becomes the exact one, which is the same where the number of steps divides the training's.
     """
     if name is None:
-        return make_sampler("ddim", scheduler) if type(scheduler) is DDIMScheduler else scheduler
-    return make_sampler(name, scheduler, bool(model.config.get("learned_variance", False)))
+        return build_sampler("ddim", scheduler) if type(scheduler) is DDIMScheduler else scheduler
+    return build_sampler(name, scheduler, bool(model.config.get("learned_variance", False)))
 
 
-def evaluations(scheduler: SchedulerMixin, steps: int) -> int:
+def count_model_evaluations(scheduler: SchedulerMixin, steps: int) -> int:
     """How often a sampling of so many steps asks the model."""
     twice = isinstance(scheduler, PNDMScheduler) and steps > 1  # at the second timestep
     return (steps - 1) * getattr(scheduler, "order", 1) + 1 + twice
 
 
-def make_sampler(name: str, scheduler: SchedulerMixin, learned_variance: bool = False) -> SchedulerMixin:
+def build_sampler(name: str, scheduler: SchedulerMixin, learned_variance: bool = False) -> SchedulerMixin:
     """A new scheduler that samples as `name` says, of the noise schedule and prediction type of `scheduler`.
 
     learned_variance: the model predicts the variance of the reverse steps, which ddpm then uses and the others ignore.
     Raises InputError for an unknown name.
     """
-    check_sampler("sampler", name)
+    check_sampler_name("sampler", name)
     kind, settings = SAMPLERS[name]
     if name == "ddpm" and (learned_variance or scheduler.config.get("variance_type") == "learned_range"):
         settings = {"variance_type": "learned_range"}
-    return like(kind, scheduler, **settings)
+    return build_scheduler_like(kind, scheduler, **settings)
 
 
-def check_drawing(name: str, scheduler: SchedulerMixin) -> None:
-    """Refuse a scheduler that `t2i.diffusion.denoiser.sample` cannot draw by: it draws four numbers in a few steps.
+def check_scheduler_sampling(name: str, scheduler: SchedulerMixin) -> None:
+    """Refuse a scheduler that `t2i.diffusion.denoiser.sample_from_noise` cannot draw by: it draws four numbers in a
+    few steps.
 
     name: what the message calls it.
     """
     config, kind = scheduler.config, type(scheduler).__name__
-    for key, allowed in CHOICES.items():
+    for key, allowed in CONFIG_CHOICES.items():
         if (value := config.get(key, allowed[0])) not in allowed:
             raise InputError(f"the {name}, a {kind}, has {key} {value!r:.80}; it may be {', '.join(map(str, allowed))}")
     trial = copy.deepcopy(scheduler)
-    learned = config.get("variance_type") in LEARNED
+    learned = config.get("variance_type") in LEARNED_VARIANCE_TYPES
     noise, generators = torch.ones(1, 1, 2, 2), [torch.Generator().manual_seed(0)]
     try:
-        steps = min(TRIAL, config.num_train_timesteps)
-        drawn = sample(lambda x, _: torch.cat([x, x], 1) / 2 if learned else x / 2, trial, noise, steps, generators)
+        steps = min(TRIAL_STEPS, config.num_train_timesteps)
+        drawn = sample_from_noise(
+            lambda x, _: torch.cat([x, x], 1) / 2 if learned else x / 2, trial, noise, steps, generators
+        )
         falls = trial.timesteps[0] >= trial.timesteps[-1] and trial.alphas_cumprod.isfinite().all()
     except Exception as error:  # whatever a library makes of a configuration that nobody checked
-        raise InputError(f"nothing can be drawn by the {name}, a {kind} ({described(error)})") from error
+        raise InputError(f"nothing can be drawn by the {name}, a {kind} ({format_error(error)})") from error
     if not falls or not drawn.isfinite().all():
         what = "its timesteps do not fall" if drawn.isfinite().all() else "what it draws is not finite"
         raise InputError(f"nothing can be drawn by the {name}, a {kind}: {what}")

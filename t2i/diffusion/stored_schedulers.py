@@ -8,8 +8,8 @@ import diffusers
 from diffusers import DDIMScheduler, SchedulerMixin
 
 from t2i.errors import InputError
-from t2i.files.model_folder import loaded
-from t2i.files.untrusted import MAX_TIMESTEPS, check_files, read_config, read_json
+from t2i.files.model_folder import load_or_explain
+from t2i.files.untrusted import MAX_TIMESTEPS, check_folder_files, read_config, read_json
 
 
 def load_scheduler(folder: Path, root: Path | None = None) -> SchedulerMixin:
@@ -17,27 +17,27 @@ def load_scheduler(folder: Path, root: Path | None = None) -> SchedulerMixin:
 
     root: of the pipeline, which links may lead into.
     """
-    check_scheduler(folder, root=root)
+    check_scheduler_folder(folder, root=root)
     name = read_json(folder / "scheduler_config.json").get("_class_name", DDIMScheduler.__name__)
-    home = next((home for home, names in SCHEDULERS.items() if name in names), "diffusers")
-    check_scheduler(folder, name, root, home)
-    return loaded(getattr(import_module(home), name).from_pretrained, folder)
+    home = next((home for home, names in PROJECT_SCHEDULERS.items() if name in names), "diffusers")
+    check_scheduler_folder(folder, name, root, home)
+    return load_or_explain(getattr(import_module(home), name).from_pretrained, folder)
 
 
-SCHEDULERS = {  # this project's own, by module
+PROJECT_SCHEDULERS = {  # this project's own, by module
     "t2i.diffusion.ddim": ("ExactDDIMScheduler",),
     "t2i.diffusion.continuous": ("ProbabilityFlowScheduler", "ReverseSDEScheduler"),
     "t2i.diffusion.respaced": ("UnCLIPRespacedScheduler",),
 }
 
 
-def check_scheduler(
+def check_scheduler_folder(
     folder: Path, name: Any = "DDIMScheduler", root: Path | None = None, home: str = "diffusers"
 ) -> None:
     """Refuse what is not the folder of a scheduler of diffusers or of ours, or has more timesteps than any."""
     found = getattr(diffusers, name, None) if isinstance(name, str) and name.endswith("Scheduler") else None
     theirs = home == "diffusers" and isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin)
-    if not theirs and name not in SCHEDULERS.get(home, ()):
+    if not theirs and name not in PROJECT_SCHEDULERS.get(home, ()):
         raise InputError(f"{str(folder)!r} should hold a scheduler of diffusers or of ours, got {name!r:.80}")
-    check_files(folder, root)
+    check_folder_files(folder, root)
     read_config(folder / "scheduler_config.json", MAX_TIMESTEPS)

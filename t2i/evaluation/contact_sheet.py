@@ -6,14 +6,14 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-INK, FAINT, GREEN, RED, BLUE = (30, 30, 30), (244, 244, 244), (20, 140, 60), (200, 50, 40), (40, 90, 160)
-SMALLEST, LARGEST = 96, 256  # sides of a picture in `labelled_rows`: where captions fit, and screens
-COLUMNS = 10  # of `labelled_rows`, before it starts another band
-GAP, LINE = 8, 14
+TEXT_COLOR, BLANK_COLOR, GREEN, RED, BLUE = (30, 30, 30), (244, 244, 244), (20, 140, 60), (200, 50, 40), (40, 90, 160)
+MIN_CELL_SIZE, MAX_CELL_SIZE = 96, 256  # sides of a picture in `build_labelled_rows`: where captions fit, and screens
+MAX_COLUMNS = 10  # of `build_labelled_rows`, before it starts another band
+GAP, LINE_HEIGHT = 8, 14
 FONT = ImageFont.load_default(size=11)
 
 
-def contact_sheet(images: list[Image.Image], captions: list[str], columns: int = 8) -> Image.Image:
+def build_contact_sheet(images: list[Image.Image], captions: list[str], columns: int = 8) -> Image.Image:
     """Pictures in rows on white, each over its caption."""
     width, height = images[0].size
     cell, line = width + 8, 13
@@ -22,43 +22,43 @@ def contact_sheet(images: list[Image.Image], captions: list[str], columns: int =
     for i, (image, caption) in enumerate(zip(images, captions)):
         left, top = i % columns * cell + 4, i // columns * (height + 2 * line + 8) + 4
         sheet.paste(image, (left, top))
-        write(pen, (left, top + height), wrapped(caption, width), line, fill="black")
+        paint_text_lines(pen, (left, top + height), wrap_text(caption, width), line, fill="black")
     return sheet
 
 
-def labelled_rows(rows: Mapping[str, Sequence[Image.Image | None]], captions: list[str]) -> Image.Image:
+def build_labelled_rows(rows: Mapping[str, Sequence[Image.Image | None]], captions: list[str]) -> Image.Image:
     """Rows of square pictures of one size, each with its label on the left; captions under the columns.
 
     None, and what a row lacks at its end, leaves a blank cell. Of more than ten columns, bands one below the other.
     """
     side = next(image.width for row in rows.values() for image in row if image is not None)
-    shown = min(max(side, SMALLEST), LARGEST)
+    shown = min(max(side, MIN_CELL_SIZE), MAX_CELL_SIZE)
     gutter, cell = 120, shown + GAP
-    bands = -(-len(captions) // COLUMNS)
+    bands = -(-len(captions) // MAX_COLUMNS)
     columns = -(-len(captions) // bands)
-    under = max(len(wrapped(caption, shown, 3)) for caption in captions) * LINE + GAP
+    under = max(len(wrap_text(caption, shown, 3)) for caption in captions) * LINE_HEIGHT + GAP
     sheet = Image.new("RGB", (gutter + columns * cell + GAP, GAP + bands * (len(rows) * cell + under)), "white")
     pen = ImageDraw.Draw(sheet)
     for start in range(0, len(captions), columns):
         top = GAP + start // columns * (len(rows) * cell + under)
         part = captions[start : start + columns]
         for label, row in rows.items():
-            lines = wrapped(label, gutter - 2 * GAP, 4)
-            write(pen, (GAP, top + (shown - len(lines) * LINE) // 2), lines)
+            lines = wrap_text(label, gutter - 2 * GAP, 4)
+            paint_text_lines(pen, (GAP, top + (shown - len(lines) * LINE_HEIGHT) // 2), lines)
             for i in range(len(part)):
                 at = (gutter + i * cell, top)
                 image = row[start + i] if start + i < len(row) else None
                 if image is None:
-                    pen.rectangle((*at, at[0] + shown - 1, at[1] + shown - 1), fill=FAINT)
+                    pen.rectangle((*at, at[0] + shown - 1, at[1] + shown - 1), fill=BLANK_COLOR)
                 else:
-                    sheet.paste(resized(image, shown), at)
+                    sheet.paste(resize_to_square(image, shown), at)
             top += cell
         for i, caption in enumerate(part):
-            write(pen, (gutter + i * cell, top - GAP // 2), wrapped(caption, shown, 3))
+            paint_text_lines(pen, (gutter + i * cell, top - GAP // 2), wrap_text(caption, shown, 3))
     return sheet
 
 
-def similarity_matrix(
+def build_similarity_matrix(
     cosines: Tensor, images: Sequence[Image.Image], captions: list[str], label: str, paired: bool = True
 ) -> Image.Image:
     """Cosines, (M, N), of M captions (rows) with N pictures (columns) as shades of blue.
@@ -70,22 +70,22 @@ def similarity_matrix(
     rows, columns = values.shape
     cell = min(64, max(20, 1024 // max(rows, columns)))
     left, top = 170, (cell if images else 0) + 2 * GAP
-    sheet = Image.new("RGB", (left + columns * cell + GAP, top + rows * cell + 3 * LINE), "white")
+    sheet = Image.new("RGB", (left + columns * cell + GAP, top + rows * cell + 3 * LINE_HEIGHT), "white")
     pen = ImageDraw.Draw(sheet)
     for i, image in enumerate(images):
-        sheet.paste(resized(image, cell - 4), (left + i * cell + 2, GAP))
+        sheet.paste(resize_to_square(image, cell - 4), (left + i * cell + 2, GAP))
     low, high = values.min().item(), values.max().item()
     shades = ((values - low) / max(high - low, 1e-6)).tolist()
     nearest = values.argmax(dim=1).tolist()
     for i, caption in enumerate(captions):
-        lines = wrapped(caption, left - 2 * GAP, 1 if cell < 2 * LINE else 2)
-        write(pen, (GAP, top + i * cell + (cell - len(lines) * LINE) // 2), lines)
+        lines = wrap_text(caption, left - 2 * GAP, 1 if cell < 2 * LINE_HEIGHT else 2)
+        paint_text_lines(pen, (GAP, top + i * cell + (cell - len(lines) * LINE_HEIGHT) // 2), lines)
         for j in range(columns):
             x, y = left + j * cell, top + i * cell
             color = tuple(round(255 + (ink - 255) * shades[i][j]) for ink in BLUE)
             pen.rectangle((x, y, x + cell - 2, y + cell - 2), fill=color)
             if cell >= 40:
-                ink = "white" if shades[i][j] > 0.6 else INK
+                ink = "white" if shades[i][j] > 0.6 else TEXT_COLOR
                 pen.text((x + cell / 2, y + cell / 2), f"{values[i, j]:z.2f}", fill=ink, font=FONT, anchor="mm")
         framed = i if paired else nearest[i]
         own = (left + framed * cell, top + i * cell, left + (framed + 1) * cell - 2, top + (i + 1) * cell - 2)
@@ -93,32 +93,36 @@ def similarity_matrix(
     said = f"{label}: {low:z.2f} (white) to {high:z.2f} (blue); "
     found = sum(nearest[i] == i for i in range(rows))
     said += f"{found} of {rows} captions are nearest to their picture" if paired else "the largest of a row is framed"
-    write(pen, (GAP, top + rows * cell + GAP), wrapped(said, sheet.width - 2 * GAP, 2))
+    paint_text_lines(pen, (GAP, top + rows * cell + GAP), wrap_text(said, sheet.width - 2 * GAP, 2))
     return sheet
 
 
-def to_images(pictures: Tensor) -> list[Image.Image]:
+def to_pil_images(pictures: Tensor) -> list[Image.Image]:
     """(N, 3, H, W) in [-1, 1], clamped; black where a value is not finite."""
     pixels = (pictures.detach().float() / 2 + 0.5).nan_to_num(0.0, 0.0, 0.0).clamp(0, 1)
     rows = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(row) for row in rows]
 
 
-def resized(image: Image.Image, side: int) -> Image.Image:
+def resize_to_square(image: Image.Image, side: int) -> Image.Image:
     """A square of this side; enlarged pixels stay squares."""
     if image.size == (side, side):
         return image
     return image.resize((side, side), Image.Resampling.NEAREST if image.width < side else Image.Resampling.LANCZOS)
 
 
-def write(
-    pen: ImageDraw.ImageDraw, at: tuple[int, int], lines: list[str], spacing: int = LINE, fill: object = INK
+def paint_text_lines(
+    pen: ImageDraw.ImageDraw,
+    at: tuple[int, int],
+    lines: list[str],
+    spacing: int = LINE_HEIGHT,
+    fill: object = TEXT_COLOR,
 ) -> None:
     for i, text in enumerate(lines):
         pen.text((at[0], at[1] + i * spacing), text, fill=fill, font=FONT)  # type: ignore[arg-type]
 
 
-def wrapped(text: str, width: int, lines: int = 2) -> list[str]:
+def wrap_text(text: str, width: int, lines: int = 2) -> list[str]:
     """The text in at most `lines` lines of this width; what does not fit is left out, which an ellipsis says."""
     found = [""]
     for word in text.encode(errors="replace").decode().split():
@@ -130,10 +134,10 @@ def wrapped(text: str, width: int, lines: int = 2) -> list[str]:
         else:
             found[-1] += "…"
             break
-    return [shortened(line, width) for line in found]
+    return [shorten_line(line, width) for line in found]
 
 
-def shortened(line: str, width: int) -> str:
+def shorten_line(line: str, width: int) -> str:
     """The line, or its beginning and an ellipsis."""
     line = line[:500]  # more fits in no picture
     if FONT.getlength(line) <= width:

@@ -14,16 +14,16 @@ from torchvision.transforms.functional import to_pil_image
 from t2i.config import DataConfig
 from t2i.data import CaptionedPictures, Record
 from t2i.errors import InputError
-from t2i.evaluation.contact_sheet import contact_sheet
-from t2i.evaluation.results import check_folder, versions, write_result
+from t2i.evaluation.contact_sheet import build_contact_sheet
+from t2i.evaluation.results import check_result_folder, collect_package_versions, write_result_file
 
-SIZE = 128
+EMOJI_SIZE = 128
 TRAINING_CAPTIONS = 200
-SHEET = 32  # pictures on a contact sheet: the first ones, none chosen by hand
+SHEET_IMAGES = 32  # pictures on a contact sheet: the first ones, none chosen by hand
 
 
 @dataclass
-class Score:
+class EmojiScore:
     """Shares of captions whose picture is nearest to ..."""
 
     captions: int
@@ -31,7 +31,7 @@ class Score:
     same_name: float  # ... one of the same name up to the modifier ("waving hand" of "waving hand: dark skin tone")
 
 
-def features(images: Tensor) -> Tensor:
+def compute_pixel_features(images: Tensor) -> Tensor:
     """(B, 3, H, W) in [-1, 1] -> (B, 1152), to be compared by Euclidean distance.
 
     Colour, averaged over a 16 x 16 grid, and the absolute horizontal and vertical gradients of the 32 x 32 reduction,
@@ -45,18 +45,18 @@ def features(images: Tensor) -> Tensor:
     return torch.cat([color, *edges], dim=1)
 
 
-def base_name(text: str) -> str:
+def strip_name_modifier(text: str) -> str:
     """The name up to the modifier. What follows "flag:" and "keycap:" is no modifier but what is shown."""
     return text if text.startswith(("flag: ", "keycap: ")) else text.split(": ")[0]
 
 
-def read_emoji(folder: str | Path) -> tuple[CaptionedPictures, list[Record]]:
+def open_emoji_dataset(folder: str | Path) -> tuple[CaptionedPictures, list[Record]]:
     """Every real emoji, trained on or held out. Raises InputError without a manifest."""
-    dataset = CaptionedPictures(DataConfig(str(folder), SIZE, 0), split=None)
-    return dataset, [dataset.record(index) for index in range(len(dataset))]
+    dataset = CaptionedPictures(DataConfig(str(folder), EMOJI_SIZE, 0), split=None)
+    return dataset, [dataset.get_record(index) for index in range(len(dataset))]
 
 
-def choose(records: list[Record], count: int = TRAINING_CAPTIONS) -> dict[str, list[Record]]:
+def choose_emoji_captions(records: list[Record], count: int = TRAINING_CAPTIONS) -> dict[str, list[Record]]:
     """The captions to draw: `count` of the training split, the same ones every time, and all that were held out."""
     training = [record for record in records if record.split == "train"]
     held_out = [record for record in records if record.split == "held_out"]
@@ -65,7 +65,7 @@ def choose(records: list[Record], count: int = TRAINING_CAPTIONS) -> dict[str, l
     return {"train": random.Random(0).sample(training, min(count, len(training))), "held_out": held_out}
 
 
-def evaluate(
+def evaluate_emoji_drawings(
     pipeline: Any,
     folder: str | Path,
     out: str | Path,
@@ -79,27 +79,35 @@ def evaluate(
     the prior's: what the decoder can do alone. `settings` go to the pipeline; without any its defaults are measured.
     """
     out = Path(out)
-    check_folder(out)
-    dataset, records = read_emoji(folder)
-    captions = choose(records)
+    check_result_folder(out)
+    dataset, records = open_emoji_dataset(folder)
+    captions = choose_emoji_captions(records)
     out.mkdir(parents=True, exist_ok=True)
-    real = torch.cat([features(batch) for batch in stacked(dataset, records)])
+    real = torch.cat([compute_pixel_features(batch) for batch in iterate_emoji_batches(dataset, records)])
     scores: dict[str, Any] = {}
     for split, chosen in captions.items():
-        images = torch.cat(list(draw(pipeline, dataset, chosen, true_embeddings, batch_size, settings)))
-        nearest = [records[i] for i in torch.cdist(features(images * 2 - 1), real).argmin(dim=1).tolist()]
+        images = torch.cat(list(draw_emoji_batches(pipeline, dataset, chosen, true_embeddings, batch_size, settings)))
+        nearest = [records[i] for i in torch.cdist(compute_pixel_features(images * 2 - 1), real).argmin(dim=1).tolist()]
         found = [record.index == other.index for record, other in zip(chosen, nearest)]
-        related = [base_name(record.text) == base_name(other.text) for record, other in zip(chosen, nearest)]
-        scores[split] = asdict(Score(len(chosen), mean(found), mean(related)))
-        pictures = [to_pil_image(image) for image in images[:SHEET]]
-        sheet = contact_sheet(pictures, [record.text for record in chosen])
+        related = [
+            strip_name_modifier(record.text) == strip_name_modifier(other.text)
+            for record, other in zip(chosen, nearest)
+        ]
+        scores[split] = asdict(EmojiScore(len(chosen), compute_mean_fraction(found), compute_mean_fraction(related)))
+        pictures = [to_pil_image(image) for image in images[:SHEET_IMAGES]]
+        sheet = build_contact_sheet(pictures, [record.text for record in chosen])
         sheet.quantize(256).save(out / f"{split}.png", optimize=True)  # a fifth of the size, and looks the same
-    scores |= {"true_embeddings": true_embeddings, "settings": settings, "first_seed": 0, "versions": versions()}
-    write_result(scores, out / "emoji.json")
+    scores |= {
+        "true_embeddings": true_embeddings,
+        "settings": settings,
+        "first_seed": 0,
+        "versions": collect_package_versions(),
+    }
+    write_result_file(scores, out / "emoji.json")
     return scores
 
 
-def draw(
+def draw_emoji_batches(
     pipeline: Any,
     dataset: CaptionedPictures,
     records: list[Record],
@@ -113,17 +121,17 @@ def draw(
         part = records[start : start + batch_size]
         what: dict[str, Any] = {"prompt": [record.text for record in part]}
         if true_embeddings:
-            pictures = next(stacked(dataset, part))
+            pictures = next(iterate_emoji_batches(dataset, part))
             with torch.no_grad():
                 what["image_embeds"] = pipeline.clip.encode_image(pictures.to(pipeline.device, pipeline.clip.dtype))
         seeds = [Generator().manual_seed(start + i) for i in range(len(part))]
         yield pipeline(**what, generator=seeds, output_type="pt", **settings).images.float().cpu()
 
 
-def stacked(dataset: CaptionedPictures, records: list[Record], batch_size: int = 256) -> Iterator[Tensor]:
+def iterate_emoji_batches(dataset: CaptionedPictures, records: list[Record], batch_size: int = 256) -> Iterator[Tensor]:
     for start in range(0, len(records), batch_size):
-        yield torch.stack([dataset.picture(record.index) for record in records[start : start + batch_size]])
+        yield torch.stack([dataset.load_image(record.index) for record in records[start : start + batch_size]])
 
 
-def mean(values: list[bool]) -> float:
+def compute_mean_fraction(values: list[bool]) -> float:
     return round(sum(values) / max(1, len(values)), 4)

@@ -10,16 +10,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from t2i.errors import InputError
-from t2i.evaluation.metrics import fidelity
-from t2i.files.fingerprints import tensors_digest
-from t2i.files.model_folder import loaded
+from t2i.evaluation.metrics import import_torch_fidelity
+from t2i.files.fingerprints import compute_tensors_fingerprint
+from t2i.files.model_folder import load_or_explain
 from t2i.interop.by_name import load_clip
 from t2i.networks.clip import CLIP
 
-LAYER = "2048"  # of Inception: the last average pooling, that of FID
+INCEPTION_LAYER = "2048"  # of Inception: the last average pooling, that of FID
 
 
-class Extractor(Protocol):
+class FeatureExtractor(Protocol):
     identity: str  # of the weights and what is done to pictures: features of two identities do not compare
     dim: int
 
@@ -30,22 +30,22 @@ class Extractor(Protocol):
 class Inception:
     """Inception-v3 as FID has it: torch-fidelity's, with TensorFlow's resizing, on 8-bit pictures."""
 
-    dim = int(LAYER)
+    dim = int(INCEPTION_LAYER)
 
     def __init__(self, tensors: dict[str, Tensor], device: str = "cpu"):
         """Raises RuntimeError for tensors that are not Inception's."""
-        fidelity()
+        import_torch_fidelity()
         from torch_fidelity import feature_extractor_inceptionv3 as module
 
         # Its constructor downloads the weights, or unpickles a file: hand it what was read without either.
         with mock.patch.object(module, "load_state_dict_from_url", lambda *_, **__: tensors):
-            self.net = module.FeatureExtractorInceptionV3("inception", [LAYER], verbose=False).to(device)
-        self.identity = f"inception-{LAYER}-{tensors_digest(tensors)}"
+            self.net = module.FeatureExtractorInceptionV3("inception", [INCEPTION_LAYER], verbose=False).to(device)
+        self.identity = f"inception-{INCEPTION_LAYER}-{compute_tensors_fingerprint(tensors)}"
         self.device = device
 
     @torch.no_grad()
     def __call__(self, pictures: Tensor) -> Tensor:
-        return self.net(to_bytes(pictures).to(self.device))[0].float().cpu()
+        return self.net(to_uint8_pixels(pictures).to(self.device))[0].float().cpu()
 
 
 class CLIPFeatures:
@@ -64,7 +64,7 @@ class CLIPFeatures:
         return clip.net.encode_image(seen, normalize=False).float().cpu()
 
 
-def load_extractor(name: str, inception: Path | None, device: str) -> Extractor:
+def load_feature_extractor(name: str, inception: Path | None, device: str) -> FeatureExtractor:
     """ "inception", with its weights in a file or downloaded, or "clip:NAME" with a name as in configurations."""
     kind, _, clip = name.partition(":")
     if kind == "clip" and clip:
@@ -73,22 +73,24 @@ def load_extractor(name: str, inception: Path | None, device: str) -> Extractor:
         return CLIPFeatures(load_clip(clip), device)
     if name != "inception":
         raise InputError(f"features must be inception or clip:FOLDER_OR_NAME, got {name!r:.80}")
-    fidelity()
-    tensors = read_inception(inception)
-    return loaded(lambda _: Inception(tensors, device), Path("Inception-v3" if inception is None else inception))
+    import_torch_fidelity()
+    tensors = read_inception_weights(inception)
+    return load_or_explain(
+        lambda _: Inception(tensors, device), Path("Inception-v3" if inception is None else inception)
+    )
 
 
-def read_inception(file: Path | None) -> dict[str, Tensor]:
+def read_inception_weights(file: Path | None) -> dict[str, Tensor]:
     """Inception's weights: a .safetensors, or torch-fidelity's .pth, of which tensors alone are read; or downloaded."""
     if file is None:
-        return download_inception()
+        return download_inception_weights()
     if not file.is_file():
         raise InputError(f"no file {str(file)!r}; --inception is a .safetensors or torch-fidelity's .pth")
     found: Any
     if file.suffix == ".safetensors":
-        found = loaded(load_file, file)
+        found = load_or_explain(load_file, file)
     elif file.suffix == ".pth":
-        found = loaded(lambda path: torch.load(path, map_location="cpu", weights_only=True), file)
+        found = load_or_explain(lambda path: torch.load(path, map_location="cpu", weights_only=True), file)
     else:
         raise InputError(f"--inception must be a .safetensors or torch-fidelity's .pth, got {str(file)!r}")
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
@@ -96,7 +98,7 @@ def read_inception(file: Path | None) -> dict[str, Tensor]:
     return found
 
 
-def download_inception() -> dict[str, Tensor]:
+def download_inception_weights() -> dict[str, Tensor]:
     """From torch-fidelity's releases, or as it was downloaded before; its name holds the start of its SHA-256."""
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as URL
 
@@ -112,6 +114,6 @@ def download_inception() -> dict[str, Tensor]:
         raise InputError(f"Inception's weights cannot be had from {URL} ({error}); {advice}") from error
 
 
-def to_bytes(pictures: Tensor) -> Tensor:
+def to_uint8_pixels(pictures: Tensor) -> Tensor:
     """[-1, 1] -> uint8."""
     return ((pictures + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

@@ -10,23 +10,23 @@ from torch import Generator, Tensor
 from t2i.checks import check_choice, check_integer
 from t2i.config import DataConfig
 from t2i.data import CaptionedPictures
-from t2i.diffusion.denoiser import Predict, conditional
-from t2i.diffusion.likelihood import ode_bits, variational_bound
+from t2i.diffusion.denoiser import Predict, build_conditional_predict
+from t2i.diffusion.likelihood import compute_ode_bits, compute_variational_bound
 from t2i.errors import InputError
-from t2i.evaluation.results import check_result, versions, write_result
-from t2i.sampling.sample import decoder_predict
+from t2i.evaluation.results import check_result_file, collect_package_versions, write_result_file
+from t2i.sampling.sample import build_decoder_predict
 
-STAGES = ("prior", "decoder")
+MEASURED_STAGES = ("prior", "decoder")
 SPLITS = ("train", "held_out")
-BATCH = 16
-NOTE = (
+BATCH_SIZE = 16
+RESULT_NOTE = (
     "Bits per dimension of a continuous density: of latents, and of image embeddings scaled to unit variance, not of "
     "pictures. Negative is possible; half the deviation takes a bit less. The ODE's is that of data with the noise of "
     "the lowest trained level."
 )
 
 
-def evaluate(
+def evaluate_model_likelihood(
     pipeline: Any,
     folder: str | Path,
     out: str | Path,
@@ -34,7 +34,7 @@ def evaluate(
     terms: int = 100,
     steps: int = 25,
     seed: int = 0,
-    stages: tuple[str, ...] = STAGES,
+    stages: tuple[str, ...] = MEASURED_STAGES,
 ) -> dict[str, Any]:
     """Measure `count` pictures of each split, spread over it; writes `out`, a JSON file, and returns what is in it.
 
@@ -42,7 +42,7 @@ def evaluate(
     i has the seed `seed + i`, the bound's times have `seed`. terms: of the variational bound; steps: of the ODE.
     InputError for too few pictures.
     """
-    check_settings(out, count, terms, steps, seed, stages)
+    check_likelihood_settings(out, count, terms, steps, seed, stages)
     config = DataConfig(str(folder), pipeline.image_size, 0)
     splits = {split: CaptionedPictures(config, split) for split in SPLITS}
     for split, dataset in splits.items():
@@ -50,29 +50,31 @@ def evaluate(
             raise InputError(f"{str(folder)!r} has {len(dataset)} pictures in {split}, count asks for {count}")
     result: dict[str, Any] = {
         "what": "likelihood",
-        "note": NOTE,
+        "note": RESULT_NOTE,
         "model": str(pipeline.config.get("_name_or_path")),
         "data": str(folder),
         "settings": {"count": count, "terms": terms, "steps": steps, "seed": seed},
-        "versions": versions(),
+        "versions": collect_package_versions(),
     }
     for split, dataset in splits.items():
-        result[split] = measure(pipeline, dataset, count, terms, steps, seed, stages)
-    write_result(result, Path(out))
+        result[split] = measure_split_likelihood(pipeline, dataset, count, terms, steps, seed, stages)
+    write_result_file(result, Path(out))
     return result
 
 
-def check_settings(out: str | Path, count: int, terms: int, steps: int, seed: int, stages: tuple[str, ...]) -> None:
+def check_likelihood_settings(
+    out: str | Path, count: int, terms: int, steps: int, seed: int, stages: tuple[str, ...]
+) -> None:
     """What can be refused before a model is loaded."""
     for name, value, high in (("count", count, 100_000), ("terms", terms, 100_000), ("steps", steps, 10_000)):
         check_integer(name, value, 2, high)
     check_integer("seed", seed, 0, 2**62)
     for stage in stages:
-        check_choice("stage", stage, STAGES)
-    check_result(Path(out))
+        check_choice("stage", stage, MEASURED_STAGES)
+    check_result_file(Path(out))
 
 
-def measure(
+def measure_split_likelihood(
     pipeline: Any,
     dataset: CaptionedPictures,
     count: int,
@@ -85,38 +87,45 @@ def measure(
     found: dict[str, dict[str, list[Tensor]]] = {stage: {} for stage in stages}
     dimensions = {}
     chosen = [i * len(dataset) // count for i in range(count)]
-    for start in range(0, count, BATCH):
-        part = chosen[start : start + BATCH]
+    for start in range(0, count, BATCH_SIZE):
+        part = chosen[start : start + BATCH_SIZE]
         seeds = [seed + start + i for i in range(len(part))]
         for stage in stages:
-            x, scheduler, predict = subject(pipeline, dataset, part, stage)
+            x, scheduler, predict = prepare_stage_data(pipeline, dataset, part, stage)
             dimensions[stage] = x[0].numel()
-            for name, values in figures(predict, scheduler, x, seeds, terms, steps, seed).items():
+            for name, values in compute_bits_per_dimension(predict, scheduler, x, seeds, terms, steps, seed).items():
                 found[stage].setdefault(name, []).append(values.double().cpu())
     return {
-        stage: {"dimensions": dimensions[stage], **{name: summary(torch.cat(rows)) for name, rows in values.items()}}
+        stage: {
+            "dimensions": dimensions[stage],
+            **{name: summarize_bits(torch.cat(rows)) for name, rows in values.items()},
+        }
         for stage, values in found.items()
     }
 
 
 @torch.no_grad()
-def subject(
+def prepare_stage_data(
     pipeline: Any, dataset: CaptionedPictures, indices: list[int], stage: str
 ) -> tuple[Tensor, SchedulerMixin, Predict]:
     """The data that a stage is asked for, (B, ...), its scheduler, and what it predicts."""
-    pictures = torch.stack([dataset.picture(index) for index in indices])
+    pictures = torch.stack([dataset.load_image(index) for index in indices])
     z_i = pipeline.encode_image(pictures)
-    text = pipeline.encode_prompt([dataset.record(index).text for index in indices])
+    text = pipeline.encode_prompt([dataset.get_record(index).text for index in indices])
     if stage == "decoder":
-        predict = decoder_predict(pipeline.decoder, pipeline.decoder_scheduler, z_i, text, 1.0)
+        predict = build_decoder_predict(pipeline.decoder, pipeline.decoder_scheduler, z_i, text, 1.0)
         return pipeline.encode_latents(pictures), pipeline.decoder_scheduler, predict
     if pipeline.prior is None or pipeline.prior_scheduler is None:
         raise InputError("this model has no diffusion prior; measure the decoder alone, with --stage decoder")
     prior = pipeline.prior
-    return prior.scale(z_i), pipeline.prior_scheduler, conditional(prior, text.to(z_i.device, prior.dtype))
+    return (
+        prior.scale_image_embeds(z_i),
+        pipeline.prior_scheduler,
+        build_conditional_predict(prior, text.to(z_i.device, prior.dtype)),
+    )
 
 
-def figures(
+def compute_bits_per_dimension(
     predict: Predict, scheduler: SchedulerMixin, x: Tensor, seeds: list[int], terms: int, steps: int, seed: int
 ) -> dict[str, Tensor]:
     """Bits per dimension, (B,) each; `gaussian` is N(0, 1), which knows nothing."""
@@ -124,19 +133,19 @@ def figures(
     def fresh() -> list[Generator]:
         return [Generator().manual_seed(one) for one in seeds]
 
-    bound = variational_bound(predict, scheduler, x, fresh(), terms=terms, variance="large", seed=seed)
+    bound = compute_variational_bound(predict, scheduler, x, fresh(), terms=terms, variance="large", seed=seed)
     normal = torch.distributions.Normal(0.0, 1.0)
     return {
-        "bound": bound.total,
+        "bound": bound.total_bits,
         "bound_prior": bound.prior,
         "bound_steps": bound.steps.sum(dim=1),
         "bound_data": bound.data,
-        "ode": ode_bits(predict, scheduler, x, fresh(), steps),
+        "ode": compute_ode_bits(predict, scheduler, x, fresh(), steps),
         "gaussian": -normal.log_prob(x).flatten(1).mean(dim=1) / torch.tensor(2.0, device=x.device).log(),
     }
 
 
-def summary(values: Tensor) -> dict[str, float]:
+def summarize_bits(values: Tensor) -> dict[str, float]:
     return {
         "bits": round(values.mean().item(), 4),
         "standard_error": round(float(values.std() / len(values) ** 0.5), 4),

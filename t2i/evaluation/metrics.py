@@ -14,7 +14,7 @@ from t2i.checks import check_choice, check_integer
 from t2i.errors import InputError
 
 METRICS = ("fd", "kid", "prc")  # Frechet distance; kernel distance; precision and recall
-BLOCK = 2_000  # rows of a matrix of distances at a time
+BLOCK_ROWS = 2_000  # rows of a matrix of distances at a time
 
 Moments = tuple[Tensor, Tensor]  # mean (D,), covariance (D, D)
 
@@ -40,7 +40,7 @@ class MetricSettings:
         check_integer("neighbours", self.neighbours, 1, 1_000)
         check_integer("seed", self.seed, 0, 2**32 - 1)
 
-    def check_counts(self, counts: dict[str, int], dim: int) -> None:
+    def check_image_counts(self, counts: dict[str, int], dim: int) -> None:
         """Refuse sets of pictures that are too small for what is to be measured."""
         for name, count in counts.items():
             if "fd" in self.metrics and count <= dim:
@@ -53,7 +53,7 @@ class MetricSettings:
                 raise InputError(f"{name}: {count:,} pictures are too few for {self.neighbours} neighbours of each")
 
 
-def fidelity() -> Any:
+def import_torch_fidelity() -> Any:
     """torch-fidelity, an extra."""
     try:
         import torch_fidelity
@@ -65,20 +65,22 @@ def fidelity() -> Any:
     return torch_fidelity
 
 
-def moments(features: Tensor) -> Moments:
-    found = fidelity().metric_fid.fid_features_to_statistics(features.float())
+def compute_feature_moments(features: Tensor) -> Moments:
+    found = import_torch_fidelity().metric_fid.fid_features_to_statistics(features.float())
     return torch.as_tensor(found["mu"]), torch.as_tensor(found["sigma"])
 
 
-def frechet_distance(drawn: Moments, real: Moments) -> float:
+def compute_frechet_distance(drawn: Moments, real: Moments) -> float:
     """|mean - mean'|^2 + trace(C + C' - 2 (C C')^(1/2))."""
     both = [{"mu": mean.numpy(), "sigma": covariance.numpy()} for mean, covariance in (drawn, real)]
-    return fidelity().metric_fid.fid_statistics_to_metric(*both, verbose=False)["frechet_inception_distance"]
+    return import_torch_fidelity().metric_fid.fid_statistics_to_metric(*both, verbose=False)[
+        "frechet_inception_distance"
+    ]
 
 
-def kernel_distance(drawn: Tensor, real: Tensor, settings: MetricSettings) -> tuple[float, float]:
+def compute_kernel_distance(drawn: Tensor, real: Tensor, settings: MetricSettings) -> tuple[float, float]:
     """Mean and standard deviation over the subsets of the squared maximum mean discrepancy."""
-    found = fidelity().metric_kid.kid_features_to_metric(
+    found = import_torch_fidelity().metric_kid.kid_features_to_metric(
         drawn,
         real,
         kid_subsets=settings.kid_subsets,
@@ -89,20 +91,22 @@ def kernel_distance(drawn: Tensor, real: Tensor, settings: MetricSettings) -> tu
     return found["kernel_inception_distance_mean"], found["kernel_inception_distance_std"]
 
 
-def precision_recall(drawn: Tensor, real: Tensor, neighbours: int) -> tuple[float, float]:
+def compute_precision_recall(drawn: Tensor, real: Tensor, neighbours: int) -> tuple[float, float]:
     """The share of drawn pictures within the real ones' balls, and the reverse. In float64: distances may be equal."""
-    settings = {"prc_neighborhood": neighbours, "prc_batch_size": BLOCK, "save_cpu_ram": True, "verbose": False}
-    found = fidelity().metric_prc.prc_features_to_metric(drawn.double(), real.double(), **settings)
+    settings = {"prc_neighborhood": neighbours, "prc_batch_size": BLOCK_ROWS, "save_cpu_ram": True, "verbose": False}
+    found = import_torch_fidelity().metric_prc.prc_features_to_metric(drawn.double(), real.double(), **settings)
     return found["precision"], found["recall"]
 
 
-def compare(drawn: Tensor, real: Tensor, real_moments: Moments, settings: MetricSettings) -> dict[str, float]:
+def compare_feature_sets(
+    drawn: Tensor, real: Tensor, real_moments: Moments, settings: MetricSettings
+) -> dict[str, float]:
     """All that `settings.metrics` asks for."""
     found: dict[str, float] = {}
     if "fd" in settings.metrics:
-        found["frechet_distance"] = frechet_distance(moments(drawn), real_moments)
+        found["frechet_distance"] = compute_frechet_distance(compute_feature_moments(drawn), real_moments)
     if "kid" in settings.metrics:
-        found["kernel_distance"], found["kernel_distance_std"] = kernel_distance(drawn, real, settings)
+        found["kernel_distance"], found["kernel_distance_std"] = compute_kernel_distance(drawn, real, settings)
     if "prc" in settings.metrics:
-        found["precision"], found["recall"] = precision_recall(drawn, real, settings.neighbours)
+        found["precision"], found["recall"] = compute_precision_recall(drawn, real, settings.neighbours)
     return found

@@ -14,8 +14,8 @@ from torch import Generator, Tensor
 from t2i.config import DataConfig
 from t2i.data import CaptionedPictures
 from t2i.data.manifest import find_manifest
-from t2i.data.picture_files import file_digest, list_pictures
-from t2i.data.pictures import open_picture, to_tensor
+from t2i.data.picture_files import compute_file_digest, find_images
+from t2i.data.pictures import open_image, to_tensor
 from t2i.errors import InputError
 
 
@@ -23,10 +23,10 @@ class PictureSet(Protocol):
     captions: list[str | None]  # of each picture, where it is known
 
     def __len__(self) -> int: ...
-    def pictures(self, indices: list[int]) -> Tensor:
+    def get_images(self, indices: list[int]) -> Tensor:
         """(B, 3, H, W), float32 in [-1, 1], each of 256 values a channel: as files hold them."""
 
-    def about(self) -> dict[str, Any]:
+    def source_facts(self) -> dict[str, Any]:
         """What a result says of it, in JSON."""
 
 
@@ -37,20 +37,20 @@ class SourcePictures:
         self.path, self.split = path, split
         self.folder = find_manifest(Path(path)).parent.parent  # where what belongs to it can be kept
         self.dataset = CaptionedPictures(DataConfig(str(path), size, 0), split)
-        self.captions: list[str | None] = [row["captions"][0] for row in self.dataset.manifest.rows("captions")]
+        self.captions: list[str | None] = [row["captions"][0] for row in self.dataset.manifest.iterate_rows("captions")]
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def pictures(self, indices: list[int]) -> Tensor:
-        return torch.stack([self.dataset.picture(index) for index in indices])
+    def get_images(self, indices: list[int]) -> Tensor:
+        return torch.stack([self.dataset.load_image(index) for index in indices])
 
     @cached_property
     def digest(self) -> str:
         """16 hexadecimal digits for the pictures and their captions."""
-        return self.dataset.digest()
+        return self.dataset.compute_digest()
 
-    def about(self) -> dict[str, Any]:
+    def source_facts(self) -> dict[str, Any]:
         return {"source": str(self.path), "split": self.split or "all", "count": len(self), "digest": self.digest}
 
 
@@ -59,24 +59,24 @@ class FolderPictures:
 
     def __init__(self, folder: str | Path, size: int | None = None):
         """`size`: resize and crop to a square of this side; None: that of the first. Raises InputError for others."""
-        self.folder, self.paths, self.given = Path(folder), list_pictures(folder), size
-        first = open_picture(self.paths[0])
+        self.folder, self.paths, self.requested_size = Path(folder), find_images(folder), size
+        first = open_image(self.paths[0])
         self.size = size or first.width
         if size is None and first.width != first.height:
             raise InputError(f"{str(self.paths[0])!r} is {first.width} x {first.height}; give --image-size")
-        settings = [written_settings(path) for path in self.paths]
+        settings = [read_image_settings(path) for path in self.paths]
         self.captions: list[str | None] = [one.get("prompt") for one in settings]
         self.seeds = [one.get("seed") for one in settings]
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def pictures(self, indices: list[int]) -> Tensor:
-        return torch.stack([self.picture(self.paths[index]) for index in indices])
+    def get_images(self, indices: list[int]) -> Tensor:
+        return torch.stack([self.load_image(self.paths[index]) for index in indices])
 
-    def picture(self, path: Path) -> Tensor:
-        image = open_picture(path)
-        if self.given is None and image.size != (self.size, self.size):
+    def load_image(self, path: Path) -> Tensor:
+        image = open_image(path)
+        if self.requested_size is None and image.size != (self.size, self.size):
             sizes = f"is {image.width} x {image.height}, others are {self.size} x {self.size}"
             raise InputError(f"{str(path)!r} {sizes}; give --image-size")
         return to_tensor(image, self.size)
@@ -84,14 +84,14 @@ class FolderPictures:
     @cached_property
     def digest(self) -> str:
         """16 hexadecimal digits for the pictures, in whatever order."""
-        return hashlib.sha256(b"".join(sorted(map(file_digest, self.paths)))).hexdigest()[:16]
+        return hashlib.sha256(b"".join(sorted(map(compute_file_digest, self.paths)))).hexdigest()[:16]
 
-    def about(self) -> dict[str, Any]:
+    def source_facts(self) -> dict[str, Any]:
         found = {"folder": str(self.folder), "count": len(self), "digest": self.digest}
         return found if None in self.seeds else {**found, "seeds": self.seeds}
 
 
-def written_settings(path: Path) -> dict[str, Any]:
+def read_image_settings(path: Path) -> dict[str, Any]:
     """What `t2i generate` wrote into a picture; nothing, if it is of another kind."""
     try:
         with Image.open(path, formats=["PNG"]) as file:
@@ -122,19 +122,19 @@ class DrawnPictures:
     def __len__(self) -> int:
         return len(self.captions)
 
-    def pictures(self, indices: list[int]) -> Tensor:
+    def get_images(self, indices: list[int]) -> Tensor:
         prompts = [self.captions[index] for index in indices]
         seeds = [Generator().manual_seed(self.seed + index) for index in indices]
         images = self.pipeline(prompts, generator=seeds, output_type="pt", **self.settings).images.float().cpu()
         return (images.clamp(0, 1) * 255).round() / 127.5 - 1
 
-    def about(self) -> dict[str, Any]:
+    def source_facts(self) -> dict[str, Any]:
         model = self.pipeline.config.get("_name_or_path")
         seeds = {"first": self.seed, "last": self.seed + len(self) - 1}
         return {"model": str(model), "count": len(self), "seeds": seeds, "settings": self.settings}
 
 
-def open_reference(path: Path, size: int, split: str | None) -> SourcePictures | FolderPictures:
+def open_reference_set(path: Path, size: int, split: str | None) -> SourcePictures | FolderPictures:
     """The pictures of a checked source, or of a folder."""
     try:
         find_manifest(path)

@@ -11,12 +11,12 @@ from torch import Generator, Tensor
 from t2i.data.cache import CachedPairs
 from t2i.diffusion.guidance import Guidance
 from t2i.errors import InputError
-from t2i.sampling.embeddings import AnyPrior, draw_embeddings
+from t2i.sampling.embeddings import AnyPrior, sample_image_embeds
 
-BATCH = 256
+BATCH_SIZE = 256
 
 
-def open_cache(folder: str | Path, prior: AnyPrior | None) -> dict[str, CachedPairs]:
+def open_cache_splits(folder: str | Path, prior: AnyPrior | None) -> dict[str, CachedPairs]:
     """The splits of a cache. Raises InputError if it has no captions, or belongs to another CLIP than the prior."""
     first = CachedPairs(folder, latents=False)
     if first.clip is None or not first.text:
@@ -27,7 +27,7 @@ def open_cache(folder: str | Path, prior: AnyPrior | None) -> dict[str, CachedPa
     return {split: CachedPairs(folder, split, latents=False) for split in first.splits}
 
 
-def evaluate_prior(
+def evaluate_prior_splits(
     prior: AnyPrior | None,
     scheduler: SchedulerMixin | None,
     splits: dict[str, CachedPairs],
@@ -43,18 +43,18 @@ def evaluate_prior(
     cosine: with the true z_i, the mean. retrieval: how often the true z_i is the nearest of all in the cache.
     text: the dot product with z_t, the mean; that of the true z_i is true_text.
     """
-    gallery = F.normalize(torch.cat([embeddings_of(pairs) for pairs in splits.values()]), dim=-1)
+    gallery = F.normalize(torch.cat([collect_image_embeds(pairs) for pairs in splits.values()]), dim=-1)
     first, scores = 0, {}
     for split, pairs in splits.items():
         chosen = list(range(0, len(pairs), -(-len(pairs) // count)))
         drawn, true, z_t = [], [], []
-        for start in range(0, len(chosen), BATCH):
-            part = chosen[start : start + BATCH]
+        for start in range(0, len(chosen), BATCH_SIZE):
+            part = chosen[start : start + BATCH_SIZE]
             batch = pairs.__getitems__([(index, 0) for index in part])
             assert batch.text is not None and batch.image_embeds is not None
             seeds = [Generator().manual_seed(seed + start + i) for i in range(len(part))]
             settings: tuple[Any, ...] = (steps, guidance, seeds, candidates, None, temperature)
-            drawn.append(draw_embeddings(prior, scheduler, batch.text, None, *settings))
+            drawn.append(sample_image_embeds(prior, scheduler, batch.text, None, *settings))
             true.append(batch.image_embeds)
             z_t.append(batch.text.embedding)
         z_i, truth, text = torch.cat(drawn), torch.cat(true), torch.cat(z_t)
@@ -70,6 +70,6 @@ def evaluate_prior(
     return scores
 
 
-def embeddings_of(pairs: CachedPairs) -> Tensor:
+def collect_image_embeds(pairs: CachedPairs) -> Tensor:
     """(n, D), fp32."""
-    return torch.cat([pairs.shard(number)["image_embeds"] for number in range(len(pairs.rows))]).float()
+    return torch.cat([pairs.open_shard(number)["image_embeds"] for number in range(len(pairs.rows))]).float()

@@ -18,30 +18,39 @@ from tqdm import tqdm
 
 from t2i import __version__
 from t2i.errors import InputError
-from t2i.evaluation.features import Extractor
-from t2i.evaluation.metrics import MetricSettings, Moments, compare, moments
+from t2i.evaluation.features import FeatureExtractor
+from t2i.evaluation.metrics import MetricSettings, Moments, compare_feature_sets, compute_feature_moments
 from t2i.evaluation.picture_sets import FolderPictures, PictureSet, SourcePictures
-from t2i.files.atomic import check_writable
-from t2i.files.tensor_file import read_tensors, write_tensors
+from t2i.files.atomic import check_writable_folder
+from t2i.files.tensor_file import read_tensor_file, write_tensor_file
 from t2i.networks.clip import CLIP
-from t2i.runtime.processes import on_main
+from t2i.runtime.processes import run_on_main_process
 
-KIND = "statistics of pictures"
-TENSORS = ("features", "mean", "covariance")
-BATCH = 32
-PACKAGES = ("torch", "torchvision", "torch-fidelity", "open_clip_torch", "diffusers", "transformers", "numpy", "pillow")
+STATISTICS_KIND = "statistics of pictures"
+STATISTICS_TENSORS = ("features", "mean", "covariance")
+BATCH_SIZE = 32
+VERSIONED_PACKAGES = (
+    "torch",
+    "torchvision",
+    "torch-fidelity",
+    "open_clip_torch",
+    "diffusers",
+    "transformers",
+    "numpy",
+    "pillow",
+)
 
 
 @dataclass(frozen=True)
-class Reference:
+class ReferenceStatistics:
     """Real pictures as an extractor sees them: features (N, D), fp32, and their mean and covariance."""
 
     features: Tensor
     moments: Moments
-    about: dict[str, Any]
+    source_facts: dict[str, Any]
 
 
-def check_reference(about: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
+def check_reference_statistics(about: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
     """Refuse statistics of another extractor, another size of the pictures, or other pictures."""
     for key, what in (("extractor", "extractor"), ("image_size", "image size"), ("digest", "set of pictures")):
         if key in wanted and about.get(key) != wanted[key]:
@@ -50,52 +59,57 @@ def check_reference(about: dict[str, Any], wanted: dict[str, Any], path: Path) -
             )
 
 
-def read_reference(path: Path, wanted: dict[str, Any]) -> Reference:
+def read_reference_statistics(path: Path, wanted: dict[str, Any]) -> ReferenceStatistics:
     """Statistics that were kept. Raises InputError if they are not of what is `wanted`, or not whole."""
-    tensors, about = read_tensors(path, KIND, TENSORS)
-    check_reference(about, wanted, path)
-    features, mean, covariance = (tensors[name] for name in TENSORS)
+    tensors, about = read_tensor_file(path, STATISTICS_KIND, STATISTICS_TENSORS)
+    check_reference_statistics(about, wanted, path)
+    features, mean, covariance = (tensors[name] for name in STATISTICS_TENSORS)
     dim = features.shape[-1]
     if features.ndim != 2 or mean.shape != (dim,) or covariance.shape != (dim, dim):
         raise InputError(f"{str(path)!r} is not whole; delete it, and it is made anew")
-    return Reference(features, (mean, covariance), about)
+    return ReferenceStatistics(features, (mean, covariance), about)
 
 
-def statistics_path(pictures: SourcePictures | FolderPictures, extractor: Extractor, size: int) -> Path:
+def get_statistics_path(pictures: SourcePictures | FolderPictures, extractor: FeatureExtractor, size: int) -> Path:
     """Where the statistics of a reference are kept, if nothing else is said: a hidden file in its folder."""
     return pictures.folder / f".t2i-statistics-{extractor.identity}-{size}-{pictures.digest}.safetensors"
 
 
-def measure_reference(
-    pictures: SourcePictures | FolderPictures, extractor: Extractor, size: int, path: Path | None, state: PartialState
-) -> Reference:
+def measure_reference_statistics(
+    pictures: SourcePictures | FolderPictures,
+    extractor: FeatureExtractor,
+    size: int,
+    path: Path | None,
+    state: PartialState,
+) -> ReferenceStatistics:
     """The statistics of a reference, from `path` where they were kept, else computed by all processes and kept there.
 
-    path: a file to use and to write, else `statistics_path`. Raises InputError if it holds statistics of anything else.
+    path: a file to use and to write, else `get_statistics_path`. Raises InputError if it holds statistics of
+    anything else.
     """
-    target = path or statistics_path(pictures, extractor, size)
+    target = path or get_statistics_path(pictures, extractor, size)
     wanted = {"extractor": extractor.identity, "image_size": size, "digest": pictures.digest}
 
-    def kept() -> Reference | None:
-        check_writable(target.parent)
-        return read_reference(target, wanted) if target.exists() else None
+    def kept() -> ReferenceStatistics | None:
+        check_writable_folder(target.parent)
+        return read_reference_statistics(target, wanted) if target.exists() else None
 
-    if (found := on_main(state, kept)) is not None:
+    if (found := run_on_main_process(state, kept)) is not None:
         return found
-    features = extract(pictures, extractor, state, "reference")[0]
-    mean, covariance = moments(features)
-    about = {"kind": KIND, "format": 1, "version": __version__, **pictures.about(), **wanted}
+    features = extract_set_features(pictures, extractor, state, "reference")[0]
+    mean, covariance = compute_feature_moments(features)
+    about = {"kind": STATISTICS_KIND, "format": 1, "version": __version__, **pictures.source_facts(), **wanted}
 
     def keep() -> None:
-        write_tensors(target, dict(zip(TENSORS, (features, mean, covariance))), about)
+        write_tensor_file(target, dict(zip(STATISTICS_TENSORS, (features, mean, covariance))), about)
 
-    on_main(state, keep)
-    return Reference(features, (mean, covariance), about)
+    run_on_main_process(state, keep)
+    return ReferenceStatistics(features, (mean, covariance), about)
 
 
 @torch.no_grad()
-def extract(
-    pictures: PictureSet, extractor: Extractor, state: PartialState, what: str, scorer: CLIP | None = None
+def extract_set_features(
+    pictures: PictureSet, extractor: FeatureExtractor, state: PartialState, what: str, scorer: CLIP | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Features of all pictures, (N, D), and, by a `scorer`, the cosine of each with its caption, (N,); everywhere.
 
@@ -103,26 +117,26 @@ def extract(
     """
     mine = list(range(state.process_index, len(pictures), state.num_processes))
     rows, cosines = [torch.zeros(0, extractor.dim)], [torch.zeros(0)]
-    for start in tqdm(range(0, len(mine), BATCH), desc=what, disable=None if state.is_main_process else True):
-        part = mine[start : start + BATCH]
-        batch = pictures.pictures(part)
+    for start in tqdm(range(0, len(mine), BATCH_SIZE), desc=what, disable=None if state.is_main_process else True):
+        part = mine[start : start + BATCH_SIZE]
+        batch = pictures.get_images(part)
         rows.append(extractor(batch))
         if scorer is not None:
-            cosines.append(score(scorer, batch, [str(pictures.captions[index]) for index in part]))
-    features = whole(torch.cat(rows), len(pictures), state)
+            cosines.append(compute_clip_scores(scorer, batch, [str(pictures.captions[index]) for index in part]))
+    features = gather_process_rows(torch.cat(rows), len(pictures), state)
     if not features.isfinite().all():
         raise InputError(f"the {what} pictures have features that are not finite; the extractor or its precision fails")
-    return features, None if scorer is None else whole(torch.cat(cosines), len(pictures), state)
+    return features, None if scorer is None else gather_process_rows(torch.cat(cosines), len(pictures), state)
 
 
-def score(clip: CLIP, pictures: Tensor, captions: list[str]) -> Tensor:
+def compute_clip_scores(clip: CLIP, pictures: Tensor, captions: list[str]) -> Tensor:
     """(B,): the cosine of each picture with its caption."""
     z_i = clip.encode_image(pictures.to(clip.device, clip.dtype)).float()
     z_t = clip.encode_text(captions).embedding.float()
     return (F.normalize(z_i, dim=-1) * F.normalize(z_t, dim=-1)).sum(dim=-1).cpu()
 
 
-def whole(mine: Tensor, count: int, state: PartialState) -> Tensor:
+def gather_process_rows(mine: Tensor, count: int, state: PartialState) -> Tensor:
     """Every process's rows as one tensor of `count`, in the order of the pictures; none twice, none left out."""
     if state.num_processes == 1:
         return mine
@@ -135,8 +149,8 @@ def whole(mine: Tensor, count: int, state: PartialState) -> Tensor:
 
 def measure_quality(
     drawn: PictureSet,
-    reference: Reference,
-    extractor: Extractor,
+    reference: ReferenceStatistics,
+    extractor: FeatureExtractor,
     settings: MetricSettings,
     state: PartialState,
     scorer: CLIP | None = None,
@@ -150,23 +164,28 @@ def measure_quality(
     if scorer is not None and not all(drawn.captions):
         missing = sum(not caption for caption in drawn.captions)
         raise InputError(f"{missing:,} of {len(drawn):,} pictures know no caption, which a CLIP score needs")
-    settings.check_counts({"drawn": len(drawn), "reference": len(reference.features)}, extractor.dim)
-    features, cosines = extract(drawn, extractor, state, "drawn", scorer)
-    result: dict[str, Any] = on_main(state, lambda: compare(features, reference.features, reference.moments, settings))
+    settings.check_image_counts({"drawn": len(drawn), "reference": len(reference.features)}, extractor.dim)
+    features, cosines = extract_set_features(drawn, extractor, state, "drawn", scorer)
+    result: dict[str, Any] = run_on_main_process(
+        state, lambda: compare_feature_sets(features, reference.features, reference.moments, settings)
+    )
     if scorer is not None and cosines is not None:
         result["clip_score"] = cosines.double().mean().item()
-        result["clip_score_by"] = {"clip": scorer.identity, "is_conditioning_clip": same(scorer.identity, conditioning)}
+        result["clip_score_by"] = {
+            "clip": scorer.identity,
+            "is_conditioning_clip": is_same_clip(scorer.identity, conditioning),
+        }
     return {
         "metrics": result,
         "extractor": extractor.identity,
         "settings": asdict(settings),
-        "drawn": drawn.about(),
-        "reference": reference.about,
+        "drawn": drawn.source_facts(),
+        "reference": reference.source_facts,
         "processes": state.num_processes,
-        "versions": {"t2i": __version__, **{name: version(name) for name in PACKAGES}},
+        "versions": {"t2i": __version__, **{name: version(name) for name in VERSIONED_PACKAGES}},
     }
 
 
-def same(scorer: str, conditioning: str | None) -> bool | None:
+def is_same_clip(scorer: str, conditioning: str | None) -> bool | None:
     """Whether it is the same CLIP; None if nobody knows."""
     return None if conditioning is None else scorer == conditioning

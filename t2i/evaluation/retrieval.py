@@ -16,18 +16,18 @@ from torchvision.transforms.functional import InterpolationMode, center_crop, pi
 from tqdm import tqdm
 
 from t2i.checks import check_integer, check_texts
-from t2i.data.cache import CachedPairs, read_finished
-from t2i.data.picture_files import file_digest, list_pictures
-from t2i.data.pictures import open_picture
+from t2i.data.cache import CachedPairs, read_finished_cache
+from t2i.data.picture_files import compute_file_digest, find_images
+from t2i.data.pictures import open_image
 from t2i.errors import InputError
-from t2i.files.atomic import check_writable
-from t2i.files.tensor_file import read_tensors, write_tensors
+from t2i.files.atomic import check_writable_folder
+from t2i.files.tensor_file import read_tensor_file, write_tensor_file
 from t2i.networks.clip import CLIP
 
-BATCH = 64
-INDEX = ".t2i-index.safetensors"  # in a folder that was searched
-KIND = "index of pictures"
-TENSORS = ("image_embeds", "digests", "names", "name_offsets")
+BATCH_SIZE = 64
+INDEX_FILE = ".t2i-index.safetensors"  # in a folder that was searched
+INDEX_KIND = "index of pictures"
+INDEX_TENSORS = ("image_embeds", "digests", "names", "name_offsets")
 
 
 # Labels
@@ -46,7 +46,7 @@ def check_labels(labels: list[str]) -> list[str]:
     return labels
 
 
-def check_templates(templates: list[str]) -> list[str]:
+def check_label_templates(templates: list[str]) -> list[str]:
     """Refuse a template that has not one place for the label."""
     for template in templates:
         if template.count("{}") != 1:
@@ -58,8 +58,8 @@ def check_templates(templates: list[str]) -> list[str]:
 def embed_labels(clip: CLIP, labels: list[str], templates: Sequence[str] = ("{}",)) -> Tensor:
     """(L, D), unit length, fp32: for each label the mean of its sentences' z_t, one for each template."""
     found = []
-    for start in range(0, len(labels), BATCH):
-        part = labels[start : start + BATCH]
+    for start in range(0, len(labels), BATCH_SIZE):
+        part = labels[start : start + BATCH_SIZE]
         each = [
             F.normalize(clip.encode_text([template.replace("{}", label) for label in part]).embedding.float(), dim=-1)
             for template in templates
@@ -68,7 +68,7 @@ def embed_labels(clip: CLIP, labels: list[str], templates: Sequence[str] = ("{}"
     return torch.cat(found)
 
 
-def classify(clip: CLIP, z_i: Tensor, labels: list[str], templates: Sequence[str] = ("{}",)) -> Tensor:
+def classify_image_embeds(clip: CLIP, z_i: Tensor, labels: list[str], templates: Sequence[str] = ("{}",)) -> Tensor:
     """z_i (N, D) -> (N, L), fp32: the probability of each label, which a softmax over scaled cosines gives."""
     if not isinstance(clip, CLIP):
         raise InputError("a public pipeline's CLIP has no scale of the logits; name an open_clip model, or train one")
@@ -80,39 +80,41 @@ def classify(clip: CLIP, z_i: Tensor, labels: list[str], templates: Sequence[str
 # Pictures
 
 
-def as_seen(clip: CLIP, image: Image.Image) -> Tensor:
+def resize_for_clip(clip: CLIP, image: Image.Image) -> Tensor:
     """A picture of any size as this CLIP sees it: (3, size, size), float32 in [-1, 1]."""
-    side = [clip.size] if clip.resizing["resize_mode"] == "shortest" else [clip.size, clip.size]
-    small = center_crop(resize(image, side, InterpolationMode(clip.resizing["interpolation"])), [clip.size])
+    side = [clip.size] if clip.resize_settings["resize_mode"] == "shortest" else [clip.size, clip.size]
+    small = center_crop(resize(image, side, InterpolationMode(clip.resize_settings["interpolation"])), [clip.size])
     return pil_to_tensor(small).float() / 127.5 - 1
 
 
 @torch.no_grad()
-def embed_pictures(clip: CLIP, paths: Sequence[Path]) -> Tensor:
+def embed_image_files(clip: CLIP, paths: Sequence[Path]) -> Tensor:
     """Files -> z_i, (N, D), unit length, fp32, on the CPU. Raises InputError with the name of what is no picture."""
     found = [torch.zeros(0, clip.embed_dim)]
-    for start in tqdm(range(0, len(paths), BATCH), desc="pictures", disable=None if len(paths) > BATCH else True):
-        pictures = torch.stack([as_seen(clip, open_picture(path)) for path in paths[start : start + BATCH]])
+    for start in tqdm(
+        range(0, len(paths), BATCH_SIZE), desc="pictures", disable=None if len(paths) > BATCH_SIZE else True
+    ):
+        pictures = torch.stack([resize_for_clip(clip, open_image(path)) for path in paths[start : start + BATCH_SIZE]])
         z_i = clip.encode_image(pictures.to(clip.device, clip.dtype)).float()
         found.append(F.normalize(z_i, dim=-1).cpu())
     return torch.cat(found)
 
 
 @dataclass(frozen=True)
-class Index:
+class ImageIndex:
     """Pictures by name with their embeddings, (N, D), unit length, fp32."""
 
     names: list[str]
     image_embeds: Tensor
 
-    def nearest(self, query: Tensor, count: int) -> list[tuple[str, float]]:
+    def find_nearest_images(self, query: Tensor, count: int) -> list[tuple[str, float]]:
         """The names nearest to a query, (D,), and their cosines, the nearest first."""
         cosines = self.image_embeds @ F.normalize(query.float().cpu(), dim=-1)
         best = cosines.topk(min(count, len(self.names)))
         return [(self.names[i], value) for value, i in zip(best.values.tolist(), best.indices.tolist())]
 
 
-def open_index(clip: CLIP, where: str | Path, file: Path | None = None) -> Index:
+def open_image_index(clip: CLIP, where: str | Path, file: Path | None = None) -> ImageIndex:
     """The pictures of a folder or of a cache.
 
     A folder's embeddings are kept in `file` (else in the folder, as .t2i-index.safetensors), by the pictures' SHA-256
@@ -123,13 +125,13 @@ def open_index(clip: CLIP, where: str | Path, file: Path | None = None) -> Index
     if (where / "key.json").is_file():
         if file is not None:
             raise InputError(f"{str(where)!r} is a cache, which needs no index {str(file)!r}")
-        return read_cache(clip, where)
-    return index_folder(clip, where, file)
+        return read_cache_index(clip, where)
+    return index_image_folder(clip, where, file)
 
 
-def read_cache(clip: CLIP, folder: Path) -> Index:
+def read_cache_index(clip: CLIP, folder: Path) -> ImageIndex:
     """All pictures of a cache, of every split. Raises InputError if another CLIP made it."""
-    finished = read_finished(folder)
+    finished = read_finished_cache(folder)
     theirs = (finished["clip"] or {}).get("identity")
     if theirs != clip.identity:
         made = "holds no embeddings" if theirs is None else f"was made with the CLIP {theirs}"
@@ -137,25 +139,25 @@ def read_cache(clip: CLIP, folder: Path) -> Index:
     names, embeds = [], []
     for split in finished["splits"]:
         cached = CachedPairs(folder, split, latents=False, text=False)
-        names += [cached.key(index) for index in range(len(cached))]
-        embeds += [cached.shard(number)["image_embeds"].float() for number in range(len(cached.rows))]
-    return Index(names, F.normalize(torch.cat(embeds), dim=-1))
+        names += [cached.sample_key(index) for index in range(len(cached))]
+        embeds += [cached.open_shard(number)["image_embeds"].float() for number in range(len(cached.rows))]
+    return ImageIndex(names, F.normalize(torch.cat(embeds), dim=-1))
 
 
-def index_folder(clip: CLIP, folder: Path, file: Path | None = None) -> Index:
-    """See `open_index`."""
-    paths = list_pictures(folder)
-    target = folder / INDEX if file is None else file
+def index_image_folder(clip: CLIP, folder: Path, file: Path | None = None) -> ImageIndex:
+    """See `open_image_index`."""
+    paths = find_images(folder)
+    target = folder / INDEX_FILE if file is None else file
     known: dict[bytes, Tensor] = {}
     if target.exists():
-        known = read_index(clip, target, own=file is None)
-    digests = [file_digest(path) for path in paths]
+        known = read_index_file(clip, target, own=file is None)
+    digests = [compute_file_digest(path) for path in paths]
     new = {digest: path for digest, path in zip(digests, paths) if digest not in known}
     if new:
-        check_writable(target.parent)
-    known |= zip(new, embed_pictures(clip, list(new.values())))
+        check_writable_folder(target.parent)
+    known |= zip(new, embed_image_files(clip, list(new.values())))
     names = [path.relative_to(folder).as_posix() for path in paths]
-    index = Index(names, torch.stack([known[digest] for digest in digests]))
+    index = ImageIndex(names, torch.stack([known[digest] for digest in digests]))
     if new or len(known) > len(set(digests)):
         encoded = [name.encode(errors="surrogateescape") for name in names]
         tensors = {
@@ -164,13 +166,13 @@ def index_folder(clip: CLIP, folder: Path, file: Path | None = None) -> Index:
             "names": torch.tensor(list(b"".join(encoded)), dtype=torch.uint8),
             "name_offsets": torch.tensor([0, *map(len, encoded)]).cumsum(0),
         }
-        write_tensors(target, tensors, {"kind": KIND, "format": 1, "clip": clip.identity})
+        write_tensor_file(target, tensors, {"kind": INDEX_KIND, "format": 1, "clip": clip.identity})
     return index
 
 
-def read_index(clip: CLIP, path: Path, own: bool) -> dict[bytes, Tensor]:
+def read_index_file(clip: CLIP, path: Path, own: bool) -> dict[bytes, Tensor]:
     """Embeddings by the digest of the picture. One of another CLIP is of no use: written anew if it is our `own`."""
-    tensors, about = read_tensors(path, KIND, TENSORS)
+    tensors, about = read_tensor_file(path, INDEX_KIND, INDEX_TENSORS)
     if about.get("clip") != clip.identity:
         if own:
             return {}
@@ -181,10 +183,12 @@ def read_index(clip: CLIP, path: Path, own: bool) -> dict[bytes, Tensor]:
     return {bytes(digest.tolist()): row for digest, row in zip(digests, embeds.float())}
 
 
-def search(clip: CLIP, index: Index, text: str | None, picture: Path | None, count: int) -> list[tuple[str, float]]:
+def search_image_index(
+    clip: CLIP, index: ImageIndex, text: str | None, picture: Path | None, count: int
+) -> list[tuple[str, float]]:
     """The pictures nearest to a text, or to a picture, and their cosines."""
     check_integer("top", count, 1, 10_000)
     if picture is not None:
-        return index.nearest(embed_pictures(clip, [picture])[0], count)
+        return index.find_nearest_images(embed_image_files(clip, [picture])[0], count)
     assert text is not None, "one of the two is given"
-    return index.nearest(embed_labels(clip, [text])[0], count)
+    return index.find_nearest_images(embed_labels(clip, [text])[0], count)

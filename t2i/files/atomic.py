@@ -15,26 +15,26 @@ from safetensors import SafetensorError
 from t2i.errors import InputError
 
 
-def digest(path: Path) -> str:
+def compute_file_sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
-def new_folder(final: Path) -> Iterator[Path]:
+def create_folder_atomically(final: Path) -> Iterator[Path]:
     """A folder to write into, which becomes `final` at the end, or is gone if anything fails."""
     unfinished = final.with_name(f"{final.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
-        publish(unfinished, final)
+        publish_folder(unfinished, final)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
 
 
-def publish(unfinished: Path, final: Path) -> None:
+def publish_folder(unfinished: Path, final: Path) -> None:
     """Put a finished folder in its place: everything on disk first, then one rename, then the parent on disk.
 
     A folder already there is moved aside until the new one stands. Files get the permissions that the user's umask
@@ -45,7 +45,7 @@ def publish(unfinished: Path, final: Path) -> None:
     for path in [*unfinished.rglob("*"), unfinished]:
         if path.is_file():
             path.chmod(0o666 & ~mask)
-        sync(path)
+        sync_to_disk(path)
     aside = final.with_name(f"{final.name}.replaced")
     if final.exists():
         shutil.rmtree(aside, ignore_errors=True)
@@ -56,11 +56,11 @@ def publish(unfinished: Path, final: Path) -> None:
         if aside.exists():
             os.rename(aside, final)
         raise
-    sync(final.parent)
+    sync_to_disk(final.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def sync(path: Path) -> None:
+def sync_to_disk(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -69,7 +69,7 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def as_oserror() -> Iterator[None]:
+def raise_as_oserror() -> Iterator[None]:
     """safetensors says in its own way that a disk is full."""
     try:
         yield
@@ -77,7 +77,7 @@ def as_oserror() -> Iterator[None]:
         raise OSError(str(error)) from error
 
 
-def check_writable(folder: Path) -> None:
+def check_writable_folder(folder: Path) -> None:
     """Refuse a folder that cannot be written or made; leaves nothing."""
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if parent == folder and not folder.is_dir():
@@ -89,13 +89,13 @@ def check_writable(folder: Path) -> None:
         raise InputError(f"output={str(folder)!r} cannot be written ({error}); give another folder") from error
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    with new_file(path) as unfinished:
+def write_json_file(path: Path, content: dict[str, Any]) -> None:
+    with create_file_atomically(path) as unfinished:
         unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 @contextmanager
-def new_file(final: Path) -> Iterator[Path]:
+def create_file_atomically(final: Path) -> Iterator[Path]:
     """A file to write, which takes the place of `final` at the end, or is gone if anything fails."""
     unfinished = final.with_name(f".{final.name}.{os.getpid()}.unfinished")
     mask = os.umask(0)
@@ -103,20 +103,20 @@ def new_file(final: Path) -> Iterator[Path]:
     try:
         yield unfinished
         unfinished.chmod(0o666 & ~mask)  # safetensors makes files private
-        sync(unfinished)
+        sync_to_disk(unfinished)
         os.replace(unfinished, final)
-        sync(final.parent)
+        sync_to_disk(final.parent)
     finally:
         unfinished.unlink(missing_ok=True)
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_bytes_atomically(path: Path, content: bytes) -> None:
     """A file that is there whole or not at all, in place of an older one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.unfinished")
     try:
         unfinished.write_bytes(content)
-        sync(unfinished)
+        sync_to_disk(unfinished)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -15,25 +15,25 @@ from torch import Tensor
 from torch.nn import Module
 
 from t2i.errors import InputError
-from t2i.files.model_folder import stored_tensors
+from t2i.files.model_folder import iterate_stored_tensors
 from t2i.files.untrusted import (
-    Stored,
-    check_files,
-    check_finite,
-    check_tensors,
+    TensorSpec,
+    bounded_meta_device,
+    check_finite_weights,
+    check_folder_files,
+    check_tensor_specs,
+    find_weight_files,
     is_folder,
-    outline,
     read_config,
-    read_header,
-    weight_files,
+    read_safetensors_header,
 )
 
 Model = TypeVar("Model", bound=Module)
-Rename = Callable[[str], str]
+NameMapping = Callable[[str], str]
 
 
 class Component:
-    """A model's folder: `config`, what its config.json says, and `held`, its tensors by name.
+    """A model's folder: `config`, what its config.json says, and `tensor_specs`, its tensors by name.
 
     Args:
         folder: with config.json and safetensors.
@@ -54,27 +54,29 @@ class Component:
         if not is_folder(folder):
             raise InputError(f"no folder {folder.name!r} in {str(folder.parent)!r}; the model is not whole")
         self.folder, self.root = folder, root
-        check_files(folder, root)
+        check_folder_files(folder, root)
         self.config = read_config(folder / "config.json")
-        headers = {path: read_header(path) for path in weight_files(folder, variant, stem)}
+        headers = {path: read_safetensors_header(path) for path in find_weight_files(folder, variant, stem)}
         self.files = {name: path for path, header in headers.items() for name in header}
-        self.held: dict[str, Stored] = {name: one for header in headers.values() for name, one in header.items()}
+        self.tensor_specs: dict[str, TensorSpec] = {
+            name: one for header in headers.values() for name, one in header.items()
+        }
 
-    def settings(self) -> dict[str, Any]:
+    def get_config_arguments(self) -> dict[str, Any]:
         """The configuration without what is said of the file, as arguments of a class."""
         return {key: value for key, value in self.config.items() if not key.startswith("_")}
 
-    def tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    def iterate_tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """Each tensor by name; floating-point ones in `dtype`, if one is given, and else as they are stored."""
         for path in dict.fromkeys(self.files.values()):
-            yield from stored_tensors(path, dtype)
+            yield from iterate_stored_tensors(path, dtype)
 
 
-def filled(
+def load_from_components(
     make: Callable[[], Model],
     parts: dict[str, Component],
     dtype: torch.dtype | None = None,
-    rename: Rename | None = None,
+    rename: NameMapping | None = None,
     extra: tuple[str, ...] = (),
     unused: tuple[str, ...] = (),
 ) -> Model:
@@ -86,15 +88,15 @@ def filled(
 
     Raises InputError, in one line, for tensors that are missing, unknown, misshapen or not finite.
     """
-    held: dict[str, Stored] = {}
+    held: dict[str, TensorSpec] = {}
     homes: dict[str, Component] = {}
     for prefix, part in parts.items():
-        for name, stored in part.held.items():
+        for name, stored in part.tensor_specs.items():
             if prefix + name not in unused:
                 ours = rename(prefix + name) if rename else prefix + name
                 held[ours], homes[ours] = stored, part
     folder = next(iter(parts.values())).folder
-    with outline(held, folder):
+    with bounded_meta_device(held, folder):
         wanted = make().state_dict()
     wanted = {name: tensor for name, tensor in wanted.items() if name not in extra}
     for prefix, part in parts.items():  # one by one, for the message to name the folder
@@ -102,11 +104,11 @@ def filled(
         asked = {
             name: one for name, one in wanted.items() if name in mine or (name.startswith(prefix) and name not in homes)
         }
-        check_tensors(asked, mine, part.folder)
+        check_tensor_specs(asked, mine, part.folder)
     with init_empty_weights(include_buffers=False):
         model = make()
     for prefix, part in parts.items():
-        for name, tensor in part.tensors(dtype):
+        for name, tensor in part.iterate_tensors(dtype):
             if prefix + name not in unused:
                 ours = rename(prefix + name) if rename else prefix + name
                 set_module_tensor_to_device(model, ours, "cpu", tensor, tensor.dtype)
@@ -115,16 +117,16 @@ def filled(
         buffer = model.get_buffer(name)
         if buffer.is_floating_point():
             set_module_tensor_to_device(model, name, "cpu", buffer, stored_as)
-    check_finite(model, folder)
+    check_finite_weights(model, folder)
     return model.eval().requires_grad_(False)
 
 
-def listed(folder: Path) -> dict[str, Any]:
+def read_model_index(folder: Path) -> dict[str, Any]:
     """What the model_index.json of a pipeline's folder says; empty if there is none."""
     index = folder / "model_index.json"
     return read_config(index) if index.is_file() else {}
 
 
-def plain(config: dict[str, Any]) -> dict[str, Any]:
+def to_json_types(config: dict[str, Any]) -> dict[str, Any]:
     """A configuration as JSON holds it: lists, no tuples."""
     return json.loads(json.dumps(config))

@@ -11,10 +11,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from t2i.errors import InputError
 from t2i.files.untrusted import is_folder
 
-PATIENCE = 4.0  # seconds that the hub may take to answer
+HUB_TIMEOUT = 4.0  # seconds that the hub may take to answer
 
 
-def reach(
+def query_hub_repository(
     name: str, revision: str | None = None, token: str | bool | None = None
 ) -> tuple[dict[str, Any], set[str] | None]:
     """Options of `snapshot_download`, which waits without end for a hub that does not answer: then the cache alone.
@@ -24,7 +24,7 @@ def reach(
     if constants.HF_HUB_OFFLINE:
         return {}, None
     try:
-        found = HfApi().model_info(name, revision=revision, timeout=PATIENCE, token=token)
+        found = HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT, token=token)
     except (HfHubHTTPError, HFValidationError):
         return {}, None  # an answer
     except Exception:  # the client's own errors differ between versions of the hub's library
@@ -33,7 +33,7 @@ def reach(
 
 
 @contextmanager
-def asking(name: str) -> Iterator[None]:
+def explain_hub_errors(name: str) -> Iterator[None]:
     """What the hub's library raises, in one line. Raises InputError, too, for the name of a file."""
     try:
         if Path(name).exists():
@@ -43,9 +43,9 @@ def asking(name: str) -> Iterator[None]:
         raise InputError(f"no folder {name!r:.200}, and no such model on the hub, or no hub ({error})") from error
 
 
-def fetched(name: str | Path, patterns: list[str]) -> Path:
+def find_or_download_folder(name: str | Path, patterns: list[str]) -> Path:
     """A folder; or, if there is none of this name, what matches `patterns` in the hub's repository of that name."""
     if is_folder(name):
         return Path(name)
-    with asking(str(name)):
-        return Path(snapshot_download(str(name), allow_patterns=patterns, **reach(str(name))[0]))
+    with explain_hub_errors(str(name)):
+        return Path(snapshot_download(str(name), allow_patterns=patterns, **query_hub_repository(str(name))[0]))

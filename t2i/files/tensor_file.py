@@ -9,27 +9,27 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from t2i.errors import InputError
-from t2i.files.atomic import as_oserror, new_file
-from t2i.files.model_folder import loaded
-from t2i.files.untrusted import parse_json, read_header
+from t2i.files.atomic import create_file_atomically, raise_as_oserror
+from t2i.files.model_folder import load_or_explain
+from t2i.files.untrusted import parse_json, read_safetensors_header
 
-KEY = "t2i"  # of our JSON among the metadata
+METADATA_KEY = "t2i"  # of our JSON among the metadata
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+def write_tensor_file(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
     """Replaces the file; `about` is JSON and should name its `kind`. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with new_file(path) as unfinished, as_oserror():
+    with create_file_atomically(path) as unfinished, raise_as_oserror():
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, unfinished, metadata={KEY: json.dumps(about)})
+        save_file(contiguous, unfinished, metadata={METADATA_KEY: json.dumps(about)})
 
 
-def read_tensors(path: Path, kind: str, names: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_tensor_file(path: Path, kind: str, names: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and what they are of. Raises InputError for any file but one of this kind with these tensors."""
-    held = read_header(path)
+    held = read_safetensors_header(path)
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
-    about = parse_json(metadata.get(KEY, "{}").encode(), path)
+    about = parse_json(metadata.get(METADATA_KEY, "{}").encode(), path)
     if about.get("kind") != kind or set(held) != set(names):
         raise InputError(f"{str(path)!r} holds no {kind}, but {about.get('kind', 'other tensors')!r:.80}")
-    return loaded(load_file, path), about
+    return load_or_explain(load_file, path), about

@@ -20,32 +20,43 @@ from torch.nn.modules import module as registration
 
 from t2i.errors import InputError
 
-MAX_JSON = 1_000_000  # bytes of a configuration
-MAX_TABLE = 2_000_000  # bytes of a safetensors header or index: some 20,000 tensors
-MAX_TOKENIZER = 64_000_000  # bytes of one file of a tokenizer
-MAX_NUMBER = 10_000_000  # in a configuration; the largest vocabularies have a tenth of it
+MAX_JSON_BYTES = 1_000_000  # bytes of a configuration
+MAX_HEADER_BYTES = 2_000_000  # bytes of a safetensors header or index: some 20,000 tensors
+MAX_TOKENIZER_BYTES = 64_000_000  # bytes of one file of a tokenizer
+MAX_CONFIG_NUMBER = 10_000_000  # in a configuration; the largest vocabularies have a tenth of it
 MAX_TIMESTEPS = 100_000  # any number in a scheduler's configuration
-MAX_DEPTH = 16  # of the nesting of a configuration
-SPARE = 2**24  # elements that a model may make beyond those in its files: masks and the like
+MAX_CONFIG_DEPTH = 16  # of the nesting of a configuration
+SPARE_ELEMENTS = 2**24  # elements that a model may make beyond those in its files: masks and the like
 
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz", ".joblib")
-CODE = ("auto_map", "custom_pipeline", "quantization_config", "trust_remote_code")  # keys that make libraries import
-SIGNED = ("init_logit_bias",)  # integers that may be negative
-FLOATS = ("F16", "BF16", "F32", "F64")
-DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{i}" for port in ("COM", "LPT") for i in range(10))}  # on Windows
+PICKLE_FILE_TYPES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz", ".joblib")
+CODE_KEYS = (
+    "auto_map",
+    "custom_pipeline",
+    "quantization_config",
+    "trust_remote_code",
+)  # keys that make libraries import
+SIGNED_KEYS = ("init_logit_bias",)  # integers that may be negative
+FLOAT_DTYPES = ("F16", "BF16", "F32", "F64")
+WINDOWS_DEVICES = {
+    "CON",
+    "PRN",
+    "AUX",
+    "NUL",
+    *(f"{port}{i}" for port in ("COM", "LPT") for i in range(10)),
+}  # on Windows
 
 
-class Stored(NamedTuple):
+class TensorSpec(NamedTuple):
     """A tensor as a safetensors header describes it."""
 
     dtype: str  # "F32", ...
     shape: tuple[int, ...]
 
 
-def check_name(what: str, name: Any) -> str:
+def check_file_name(what: str, name: Any) -> str:
     """A plain file name on every system: no folder, drive, device or hidden file. Raises InputError for any other."""
     plain = isinstance(name, str) and len(name) <= 200 and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*", name)
-    if not plain or name.endswith(".") or name.split(".")[0].upper() in DEVICES:
+    if not plain or name.endswith(".") or name.split(".")[0].upper() in WINDOWS_DEVICES:
         allowed = "letters, digits and _ . + - only, without a folder"
         raise InputError(f"{what} must be a plain name ({allowed}), got {name!r:.80}")
     return name
@@ -59,16 +70,16 @@ def is_folder(name: str | Path) -> bool:
         return False
 
 
-def read_json(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
+def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """A JSON object from a file of at most `limit` bytes. Raises InputError for anything else, or a key given twice."""
-    check_size(path, limit)
+    check_size_limit(path, limit)
     try:
         return parse_json(path.read_bytes(), path)
     except OSError as error:
         raise InputError(f"{str(path)!r} cannot be read ({error})") from error
 
 
-def check_size(path: Path, limit: int) -> None:
+def check_size_limit(path: Path, limit: int) -> None:
     """Refuse what is no file, or a file of more than `limit` bytes."""
     if not path.is_file():  # a pipe would block
         raise InputError(f"no file {str(path)!r}")
@@ -78,7 +89,9 @@ def check_size(path: Path, limit: int) -> None:
 
 def parse_json(content: bytes, path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(content.decode(), object_pairs_hook=unique, parse_constant=refuse)
+        value = json.loads(
+            content.decode(), object_pairs_hook=reject_duplicate_keys, parse_constant=reject_json_constant
+        )
     except (ValueError, RecursionError) as error:
         raise InputError(f"{str(path)!r} is not JSON ({error})") from error
     if not isinstance(value, dict):
@@ -86,7 +99,7 @@ def parse_json(content: bytes, path: Path) -> dict[str, Any]:
     return value
 
 
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value: dict[str, Any] = {}
     for key, part in pairs:
         if key in value:
@@ -95,44 +108,45 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def refuse(constant: str) -> None:
+def reject_json_constant(constant: str) -> None:
     raise ValueError(f"{constant} is not a number")
 
 
-def read_config(path: Path, largest: int = MAX_NUMBER) -> dict[str, Any]:
+def read_config(path: Path, largest: int = MAX_CONFIG_NUMBER) -> dict[str, Any]:
     """A configuration: JSON that makes no library import anything, with numbers up to `largest` in magnitude."""
     config = read_json(path)
-    if code := [key for key in CODE if key in config]:
+    if code := [key for key in CODE_KEYS if key in config]:
         raise InputError(f"{str(path)!r} has {code[0]!r}; only this project's own code is run")
-    for keys, value in numbers(config):
-        least = -largest if isinstance(value, float) or keys[-1] in SIGNED else 0
-        if len(keys) > MAX_DEPTH or not least <= value <= largest:  # nor infinity
-            found = f"{'.'.join(keys[:MAX_DEPTH])} = {value}"
+    for keys, value in iterate_config_numbers(config):
+        least = -largest if isinstance(value, float) or keys[-1] in SIGNED_KEYS else 0
+        if len(keys) > MAX_CONFIG_DEPTH or not least <= value <= largest:  # nor infinity
+            found = f"{'.'.join(keys[:MAX_CONFIG_DEPTH])} = {value}"
             raise InputError(f"{str(path)!r} has {found:.200}; numbers from {least:,} to {largest:,} make sense")
     return config
 
 
-def numbers(value: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], float]]:
-    """Every number in a JSON value after the keys that lead there; 0 for what is nested deeper than MAX_DEPTH."""
+def iterate_config_numbers(value: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], float]]:
+    """Every number in a JSON value after the keys that lead there; 0 for what is nested deeper than
+    MAX_CONFIG_DEPTH."""
     if isinstance(value, int | float):
         yield keys, value
-    elif len(keys) > MAX_DEPTH:
+    elif len(keys) > MAX_CONFIG_DEPTH:
         yield keys, 0
     elif isinstance(value, dict | list):
         for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from numbers(part, (*keys, str(key)))
+            yield from iterate_config_numbers(part, (*keys, str(key)))
 
 
-def check_files(folder: Path, root: Path | None = None) -> None:
+def check_folder_files(folder: Path, root: Path | None = None) -> None:
     """Refuse a folder with code in it, or a link out of `root` (the folder itself, if not given)."""
     root = root or folder
     for path in (folder, *sorted(folder.iterdir())):
-        check_inside(path, root)
+        check_link_target(path, root)
         if path.suffix == ".py":
             raise InputError(f"{str(path)!r} is code; only this project's own code is run")
 
 
-def check_inside(path: Path, root: Path) -> None:
+def check_link_target(path: Path, root: Path) -> None:
     """Refuse a link that leaves `root`; in a snapshot of the hub's cache, files link to the blobs beside it."""
     try:
         home, target = root.resolve(), path.resolve()
@@ -144,7 +158,7 @@ def check_inside(path: Path, root: Path) -> None:
         raise InputError(f"{str(path)!r} is a link out of {str(root)!r}, which is not followed; copy the files")
 
 
-def weight_files(
+def find_weight_files(
     folder: Path,
     variant: str | None = None,
     stem: str = "diffusion_pytorch_model",
@@ -158,30 +172,30 @@ def weight_files(
     index = folder / f"{stem}.safetensors.index{middle}.json"
     single = folder / f"{stem}{middle}.safetensors"
     if exists(index):
-        shards = read_json(index, MAX_TABLE).get("weight_map")
+        shards = read_json(index, MAX_HEADER_BYTES).get("weight_map")
         if not isinstance(shards, dict) or not shards:
             raise InputError(f"{str(index)!r} has no weight_map that names files")
         for name in sorted(set(map(str, shards.values()))):
-            if not check_name(f"a file in {str(index)!r}", name).endswith(".safetensors"):
+            if not check_file_name(f"a file in {str(index)!r}", name).endswith(".safetensors"):
                 raise InputError(f"{str(index)!r} asks for {name!r}; only .safetensors is loaded")
         return [folder / name for name in sorted(set(map(str, shards.values())))]
     if variant and not exists(single):
-        return weight_files(folder, stem=stem, exists=exists)
+        return find_weight_files(folder, stem=stem, exists=exists)
     return [single]
 
 
-def read_header(path: Path) -> dict[str, Stored]:
+def read_safetensors_header(path: Path) -> dict[str, TensorSpec]:
     """The tensors of a safetensors file by name. Raises InputError if the file is anything else, or is damaged."""
     if not path.is_file():
         others = [other.name for other in path.parent.glob("*.bin.index.json")]
-        others += sorted(other.name for other in path.parent.iterdir() if other.suffix in PICKLES)
+        others += sorted(other.name for other in path.parent.iterdir() if other.suffix in PICKLE_FILE_TYPES)
         how = f"`t2i convert {path.with_name(others[0])}` makes that of it" if others else ""
         found = f"; it has {others[0]}, but only .safetensors is loaded; {how}" if others else ""
         raise InputError(f"no file {path.name!r} in {str(path.parent)!r}{found}")
     try:
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
-            if size > MAX_TABLE:
+            if size > MAX_HEADER_BYTES:
                 raise ValueError(f"a header of {size:,} bytes")
             header = file.read(size)
         with safe_open(path, "pt"):  # checks the types, and that offsets fit shapes, each other and the file
@@ -191,23 +205,27 @@ def read_header(path: Path) -> dict[str, Stored]:
         raise InputError(f"{str(path)!r} is no whole safetensors file, and {said}") from error
     table = parse_json(header, path)
     table.pop("__metadata__", None)
-    return {name: Stored(entry["dtype"], tuple(entry["shape"])) for name, entry in table.items()}
+    return {name: TensorSpec(entry["dtype"], tuple(entry["shape"])) for name, entry in table.items()}
 
 
-def check_model(model_class: Any, folder: Path, root: Path | None = None, variant: str | None = None) -> None:
+def check_model_folder(model_class: Any, folder: Path, root: Path | None = None, variant: str | None = None) -> None:
     """Refuse a model folder that is not as `model_class` writes it, by name, before anything of its size is made."""
-    check_files(folder, root)
+    check_folder_files(folder, root)
     config = read_config(folder / "config.json")
-    held = {name: stored for path in weight_files(folder, variant) for name, stored in read_header(path).items()}
-    with outline(held, folder):
+    held = {
+        name: stored
+        for path in find_weight_files(folder, variant)
+        for name, stored in read_safetensors_header(path).items()
+    }
+    with bounded_meta_device(held, folder):
         model = model_class.from_config(config)
-    check_tensors(model.state_dict(), held, folder)
+    check_tensor_specs(model.state_dict(), held, folder)
 
 
 @contextmanager
-def outline(held: dict[str, Stored], folder: Path) -> Iterator[None]:
+def bounded_meta_device(held: dict[str, TensorSpec], folder: Path) -> Iterator[None]:
     """A model made inside has shapes but no memory; InputError as soon as it outgrows the tensors in `held`."""
-    room = 2 * sum(math.prod(stored.shape) for stored in held.values()) + SPARE
+    room = 2 * sum(math.prod(stored.shape) for stored in held.values()) + SPARE_ELEMENTS
     count = 2 * len(held) + 1000
 
     def register(module: Module, name: str, tensor: Tensor | None) -> None:
@@ -227,13 +245,13 @@ def outline(held: dict[str, Stored], folder: Path) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # whatever a library makes of a configuration that nobody checked
-        raise InputError(f"the configuration in {str(folder)!r} makes no model ({described(error)})") from error
+        raise InputError(f"the configuration in {str(folder)!r} makes no model ({format_error(error)})") from error
     finally:
         for handle in handles:
             handle.remove()
 
 
-def check_tensors(wanted: dict[str, Tensor], held: dict[str, Stored], folder: Path) -> None:
+def check_tensor_specs(wanted: dict[str, Tensor], held: dict[str, TensorSpec], folder: Path) -> None:
     """Refuse tensors that are missing, unknown, or of another shape or kind than the model's."""
     faults = {
         "lacks": [f"{name} {tuple(wanted[name].shape)}" for name in sorted(wanted.keys() - held.keys())],
@@ -246,7 +264,7 @@ def check_tensors(wanted: dict[str, Tensor], held: dict[str, Stored], folder: Pa
         "has mistyped": [
             f"{name} of {held[name].dtype}, not {wanted[name].dtype}"
             for name in sorted(wanted.keys() & held.keys())
-            if (held[name].dtype in FLOATS) != wanted[name].is_floating_point()
+            if (held[name].dtype in FLOAT_DTYPES) != wanted[name].is_floating_point()
         ],
     }
     for fault, names in faults.items():
@@ -255,13 +273,13 @@ def check_tensors(wanted: dict[str, Tensor], held: dict[str, Stored], folder: Pa
             raise InputError(f"{str(folder)!r} {fault} tensors, {len(names)} of {len(wanted)}: {first}")
 
 
-def check_finite(model: Module, folder: str | Path) -> None:
+def check_finite_weights(model: Module, folder: str | Path) -> None:
     """Refuse weights with NaN or infinity. Reads all of them once."""
     bad = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
     if bad:
         raise InputError(f"{str(folder)!r} has NaN or infinity in {len(bad)} tensors, the first is {bad[0]!r}")
 
 
-def described(error: Exception) -> str:
+def format_error(error: Exception) -> str:
     """What an exception says; some say only what they are with it."""
     return f"{type(error).__name__}: {error}"[:300]

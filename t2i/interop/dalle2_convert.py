@@ -16,19 +16,26 @@ from torch.nn import Module
 
 from t2i.checks import check_integer
 from t2i.errors import InputError
-from t2i.files.atomic import as_oserror, new_folder
-from t2i.files.untrusted import Stored, check_finite, check_tensors, described, outline, read_config
-from t2i.interop.dalle2_files import DALLE2File, parse_release, read_dalle2
+from t2i.files.atomic import create_folder_atomically, raise_as_oserror
+from t2i.files.untrusted import (
+    TensorSpec,
+    bounded_meta_device,
+    check_finite_weights,
+    check_tensor_specs,
+    format_error,
+    read_config,
+)
+from t2i.interop.dalle2_files import DALLE2File, parse_release, read_dalle2_file
 from t2i.networks.clip import CLIP
 from t2i.networks.dalle2.decoder import DALLE2Cascade, DALLE2Decoder, DALLE2Pixels
 from t2i.networks.dalle2.prior import DALLE2Prior
 from t2i.networks.dalle2.unet import Unet
-from t2i.networks.tokenizer import public_tokenizer
+from t2i.networks.tokenizer import build_public_tokenizer
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
-PRIOR_NAMES = {  # the reference's argument: ours
+STORED_DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+PRIOR_ARGUMENT_NAMES = {  # the reference's argument: ours
     "dim": "embed_dim",
     "depth": "depth",
     "heads": "heads",
@@ -45,7 +52,7 @@ PRIOR_NAMES = {  # the reference's argument: ours
     "normformer": "inner_norm",
     "rotary_emb": "rotary",
 }
-REFUSED = {  # options that no published model was made with, and why they are not there
+UNSUPPORTED_OPTIONS = {  # options that no published model was made with, and why they are not there
     "self_cond": "the sampler would have to hand each estimate to the next step",
     "sampling_clamp_l2norm": "no scheduler normalises every estimate",
     "init_image_embed_l2norm": "sampling starts from noise as it is",
@@ -57,9 +64,9 @@ REFUSED = {  # options that no published model was made with, and why they are n
 UNET_UNUSED = ("out_dim", "attend_at_middle", "checkpoint_during_training")  # the last two change nothing in drawing
 UNET_DERIVED = ("channels", "channels_out", "lowres_cond", "lowres_noise_cond", "cond_on_image_embeds")
 UNET_ARGUMENTS = set(signature(Unet).parameters) - set(UNET_DERIVED)
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's, of pictures
-OLDEST, OLDEST_PRIOR = (1, 0, 2), (0, 23, 3)  # releases whose models were compared with these
-ATTENTION, SCALED = (1, 4, 0), (1, 4, 3)  # releases that changed attention
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's, of pictures
+OLDEST_DECODER_RELEASE, OLDEST_PRIOR_RELEASE = (1, 0, 2), (0, 23, 3)  # releases whose models were compared with these
+NEW_ATTENTION_RELEASE, SCALED_ATTENTION_RELEASE = (1, 4, 0), (1, 4, 3)  # releases that changed attention
 
 
 def convert_dalle2(
@@ -80,7 +87,7 @@ def convert_dalle2(
     if folder.exists():
         raise InputError(f"{str(folder)!r} exists; give a new folder")
     settings = None if config is None else read_config(config)
-    file = read_dalle2(source)
+    file = read_dalle2_file(source)
     if release is not None:
         file.release = parse_release(release)
     settings = file.config if settings is None else settings
@@ -98,11 +105,11 @@ def convert_dalle2(
     if not isinstance(sections, list) or not all(isinstance(one, dict) for one in sections) or not sections:
         form = "a mapping" if is_prior else "a list of mappings"
         raise InputError(f"{section}.{inner} must be {form}, got {settings[inner]!r:.80}")
-    parts = (prior_parts if is_prior else decoder_parts)(file, settings, source)
-    if clip := clip_part(file, settings, source):
+    parts = (convert_dalle2_prior if is_prior else convert_dalle2_decoder)(file, settings, source)
+    if clip := convert_stored_clip(file, settings, source):
         parts["clip"] = clip
-    logger.info("took %s of %s", file.taken, source)
-    with new_folder(folder) as unfinished, as_oserror():
+    logger.info("took %s of %s", file.weights_name, source)
+    with create_folder_atomically(folder) as unfinished, raise_as_oserror():
         for name, part in parts.items():
             if fp16 and isinstance(part, Module):
                 part.half()
@@ -110,48 +117,50 @@ def convert_dalle2(
     return folder
 
 
-def prior_parts(file: DALLE2File, settings: dict[str, Any], source: Path) -> dict[str, Any]:
+def convert_dalle2_prior(file: DALLE2File, settings: dict[str, Any], source: Path) -> dict[str, Any]:
     network = settings["net"]
-    refuse_options(settings, network)
-    for key in network.keys() - PRIOR_NAMES.keys() - {*REFUSED, "attn_dropout", "ff_dropout"}:
+    check_unsupported_options(settings, network)
+    for key in network.keys() - PRIOR_ARGUMENT_NAMES.keys() - {*UNSUPPORTED_OPTIONS, "attn_dropout", "ff_dropout"}:
         logger.warning("%s: the option %s of a prior's net is unknown and changes nothing", source, key)
-    config = {ours: network[name] for name, ours in PRIOR_NAMES.items() if network.get(name) is not None}
+    config = {ours: network[name] for name, ours in PRIOR_ARGUMENT_NAMES.items() if network.get(name) is not None}
     if (width := settings.get("image_embed_dim", network.get("dim"))) != network.get("dim"):
         raise InputError(f"image_embed_dim is {width}, net.dim {network.get('dim')}; they must agree")
-    held = taken(file.state, "net.", "net.")
+    held = select_prefixed_tensors(file.state, "net.", "net.")
     rotary = [name for name in held if name.endswith("rotary_emb.freqs")]
     for name in rotary:  # computed here, and the same in every file
-        check_rotary(held.pop(name), name, source)
-    learned, old = prior_era(file, held, source)
+        check_rotary_frequencies(held.pop(name), name, source)
+    learned, old = detect_prior_features(file, held, source)
     config |= {
         "learned_null": learned,
         "old_attention": old,
         "reads_captions": settings.get("condition_on_text_encodings", True),
         "embed_scale": settings.get("image_embed_scale"),
     }
-    prior = filled(lambda: DALLE2Prior(**config), held, source)
-    objective = objective_of(settings.get("predict_v", False), settings.get("predict_x_start", True))
-    scheduler = schedule(settings.get("beta_schedule", "cosine"), settings.get("timesteps", 1000), objective)
+    prior = build_loaded_model(lambda: DALLE2Prior(**config), held, source)
+    objective = resolve_prediction_type(settings.get("predict_v", False), settings.get("predict_x_start", True))
+    scheduler = convert_noise_schedule(
+        settings.get("beta_schedule", "cosine"), settings.get("timesteps", 1000), objective
+    )
     scheduler["clip_sample"] = objective == "epsilon"
-    check_schedule(file.state.get("noise_scheduler.betas"), scheduler, source)
+    check_noise_schedule(file.state.get("noise_scheduler.betas"), scheduler, source)
     return {"model": prior, "scheduler": DDIMScheduler(**scheduler)}
 
 
-def prior_era(file: DALLE2File, held: dict[str, Tensor], source: Path) -> tuple[bool, bool]:
+def detect_prior_features(file: DALLE2File, held: dict[str, Tensor], source: Path) -> tuple[bool, bool]:
     """Whether a prior knows what it is to be told nothing, and whether its attention is as before release 1.4.3."""
     if "net.null_text_encodings" in held:
-        if (1, 9, 0) <= (file.release or SCALED) < (1, 10, 4):
+        if (1, 9, 0) <= (file.release or SCALED_ATTENTION_RELEASE) < (1, 10, 4):
             logger.warning("%s is of a release from 1.9.0 to 1.10.3, which never dropped z_t: do not guide it", source)
         return True, False
-    release = known(file, source, "net.null_text_embed, as priors before 1.9.0")
-    if release < OLDEST_PRIOR:
-        raise InputError(f"{str(source)!r} is of release {written(release)}; priors before 0.23.3 do not load")
+    release = require_file_release(file, source, "net.null_text_embed, as priors before 1.9.0")
+    if release < OLDEST_PRIOR_RELEASE:
+        raise InputError(f"{str(source)!r} is of release {format_release(release)}; priors before 0.23.3 do not load")
     logger.warning("%s is of a release before 1.9.0, where nothing was dropped: do not guide it", source)
-    return False, release < SCALED
+    return False, release < SCALED_ATTENTION_RELEASE
 
 
 @dataclass
-class Stage:
+class CascadeStage:
     """A U-Net of a decoder's cascade as its configuration has it."""
 
     unet: dict[str, Any]  # arguments of ours
@@ -159,15 +168,15 @@ class Stage:
     scheduler: dict[str, Any]  # arguments of DDIMScheduler
     learned_variance: bool
     noise_level: int | None  # that its small picture is noised to
-    held: dict[str, Tensor]  # by its own names; empty if the file lacks it
+    tensors: dict[str, Tensor]  # by its own names; empty if the file lacks it
 
 
-def decoder_parts(file: DALLE2File, settings: dict[str, Any], source: Path) -> dict[str, Any]:
-    refuse_options(settings, *settings["unets"])
+def convert_dalle2_decoder(file: DALLE2File, settings: dict[str, Any], source: Path) -> dict[str, Any]:
+    check_unsupported_options(settings, *settings["unets"])
     if any(name.startswith("vaes.") for name in file.state):
         raise InputError(f"{str(source)!r} denoises latents of a VQGAN (vaes.*); only decoders of pictures load")
-    stages = cascade_stages(file, settings, source)
-    present = [i for i, stage in enumerate(stages) if any(name.startswith("to_out.") for name in stage.held)]
+    stages = read_cascade_stages(file, settings, source)
+    present = [i for i, stage in enumerate(stages) if any(name.startswith("to_out.") for name in stage.tensors)]
     if present not in ([0], list(range(len(stages))), list(range(1, len(stages)))) or not present:
         raise InputError(
             f"{str(source)!r} has the U-Nets {present} of {len(stages)}; it must have the first or the others"
@@ -185,22 +194,22 @@ def decoder_parts(file: DALLE2File, settings: dict[str, Any], source: Path) -> d
             "text_width": width if reads else None,
             "learned_variance": first.learned_variance,
         }
-        held = taken(first.held, "", "net.")
-        parts["model"] = filled(lambda: DALLE2Decoder(unet=first.unet, **config), held, source)
+        held = select_prefixed_tensors(first.tensors, "", "net.")
+        parts["model"] = build_loaded_model(lambda: DALLE2Decoder(unet=first.unet, **config), held, source)
         parts["scheduler"] = DDIMScheduler(**first.scheduler)
     if len(stages) > 1 and 1 in present:
-        parts["autoencoder"] = cascade_part(stages, channels, source)
+        parts["autoencoder"] = convert_dalle2_cascade(stages, channels, source)
     return parts
 
 
-def cascade_part(stages: list[Stage], channels: int, source: Path) -> DALLE2Cascade:
+def convert_dalle2_cascade(stages: list[CascadeStage], channels: int, source: Path) -> DALLE2Cascade:
     held: dict[str, Tensor] = {}
     for i, stage in enumerate(stages[1:]):
         if stage.unet.get("cond_on_text_encodings"):
             raise InputError(f"U-Net {i + 2} of {str(source)!r} reads captions while it enlarges, which none here does")
         if stage.learned_variance:
             stage.unet["channels_out"] = 2 * channels
-        held |= taken(stage.held, "", f"nets.{i}.")
+        held |= select_prefixed_tensors(stage.tensors, "", f"nets.{i}.")
     config = {
         "low_size": stages[0].size,
         "sizes": [stage.size for stage in stages[1:]],
@@ -208,18 +217,18 @@ def cascade_part(stages: list[Stage], channels: int, source: Path) -> DALLE2Casc
         "schedulers": [stage.scheduler for stage in stages[1:]],
         "noise_levels": [stage.noise_level for stage in stages[1:]],
     }
-    return filled(lambda: DALLE2Cascade(**config, channels=channels), held, source)
+    return build_loaded_model(lambda: DALLE2Cascade(**config, channels=channels), held, source)
 
 
-def cascade_stages(file: DALLE2File, settings: dict[str, Any], source: Path) -> list[Stage]:
+def read_cascade_stages(file: DALLE2File, settings: dict[str, Any], source: Path) -> list[CascadeStage]:
     """The U-Nets with what the configuration says of each; where it says one thing, that holds as in the reference."""
     count = len(settings["unets"])
     sizes = settings.get("image_sizes") or [settings.get("image_size")]
     if len(sizes) != count or any(not isinstance(size, int) for size in sizes) or sizes != sorted(set(sizes)):
         raise InputError(f"a decoder of {count} U-Nets must have {count} growing image_sizes, got {sizes!r:.80}")
     usual = [*["cosine"] * max(count - 1, 1), "linear"]
-    kinds = per_unet(settings.get("beta_schedule") or usual[:count], count)
-    velocities, samples = (per_unet(settings.get(key, False), count) for key in ("predict_v", "predict_x_start"))
+    kinds = expand_per_unet(settings.get("beta_schedule") or usual[:count], count)
+    velocities, samples = (expand_per_unet(settings.get(key, False), count) for key in ("predict_v", "predict_x_start"))
     learned = settings.get("learned_variance", True)  # one value is the first U-Net's
     learned = [*(learned if isinstance(learned, list) else [learned]), *[False] * count]
     noised = settings.get("use_noise_for_lowres_cond", False)  # one value is the further ones'
@@ -230,41 +239,43 @@ def cascade_stages(file: DALLE2File, settings: dict[str, Any], source: Path) -> 
     level = int(settings.get("lowres_noise_sample_level", 0.2) * 1000)
     stages = []
     for i, given in enumerate(settings["unets"]):
-        objective = objective_of(velocities[i], samples[i])
-        arguments = schedule(kinds[i], settings.get("timesteps", 1000), objective)
+        objective = resolve_prediction_type(velocities[i], samples[i])
+        arguments = convert_noise_schedule(kinds[i], settings.get("timesteps", 1000), objective)
         if settings.get("use_dynamic_thres"):
             ratio = settings.get("dynamic_thres_percentile", 0.95)
             arguments |= {"thresholding": True, "dynamic_thresholding_ratio": ratio, "sample_max_value": 1e6}
-        check_schedule(file.state.get(f"noise_schedulers.{i}.betas"), arguments, source)
-        held = taken(file.state, f"unets.{i}.", "")
-        unet = unet_arguments(file, given, held, source)
+        check_noise_schedule(file.state.get(f"noise_schedulers.{i}.betas"), arguments, source)
+        held = select_prefixed_tensors(file.state, f"unets.{i}.", "")
+        unet = convert_unet_arguments(file, given, held, source)
         held = {name.replace(".cross_attn.fn.", ".cross_attn."): tensor for name, tensor in held.items()}
-        stages.append(Stage(unet, sizes[i], arguments, bool(learned[i]), level if noised[i] else None, held))
+        stages.append(CascadeStage(unet, sizes[i], arguments, bool(learned[i]), level if noised[i] else None, held))
     return stages
 
 
-def unet_arguments(file: DALLE2File, given: dict[str, Any], held: dict[str, Tensor], source: Path) -> dict[str, Any]:
+def convert_unet_arguments(
+    file: DALLE2File, given: dict[str, Any], held: dict[str, Tensor], source: Path
+) -> dict[str, Any]:
     """A U-Net's arguments, and which releases' layers it has. `held`: its tensors, by its own names."""
     arguments = {}
     for key, value in given.items():
         if key in UNET_ARGUMENTS and value is not None:
             arguments[key] = value
-        elif key not in (*UNET_UNUSED, *UNET_DERIVED, *REFUSED):
+        elif key not in (*UNET_UNUSED, *UNET_DERIVED, *UNSUPPORTED_OPTIONS):
             logger.warning("%s: the option %s of a U-Net is unknown and changes nothing", source, key)
     # A convolution of 4 x 4 pixels came before the shuffled ones. Where several stand side by side nothing tells but
     # the names of attention, which changed later.
     strided = any(re.fullmatch(r"downs\.\d+\.[04]\.weight", name) and one.shape[-1] == 4 for name, one in held.items())
     crossed = any(re.match(r"downs\.\d+\.[04]\.convs\.", name) for name in held)
-    release: tuple[int, ...] = SCALED
+    release: tuple[int, ...] = SCALED_ATTENTION_RELEASE
     if strided or (crossed and any(".cross_attn.fn." in name for name in held)):
-        release = known(file, source, "layers as before 1.10.0")
-        if not OLDEST <= release < ATTENTION and not release >= SCALED:
-            found = f"{str(source)!r} is of release {written(release)}"
+        release = require_file_release(file, source, "layers as before 1.10.0")
+        if not OLDEST_DECODER_RELEASE <= release < NEW_ATTENTION_RELEASE and not release >= SCALED_ATTENTION_RELEASE:
+            found = f"{str(source)!r} is of release {format_release(release)}"
             raise InputError(f"{found}; decoders of 1.4.0 to 1.4.2 and before 1.0.2 do not load")
-    return arguments | {"old_attention": release < ATTENTION, "old_downsample": strided}
+    return arguments | {"old_attention": release < NEW_ATTENTION_RELEASE, "old_downsample": strided}
 
 
-def known(file: DALLE2File, source: Path, what: str) -> tuple[int, ...]:
+def require_file_release(file: DALLE2File, source: Path, what: str) -> tuple[int, ...]:
     """The release that trained a model. Raises InputError if nobody says."""
     if file.release is None:
         said = "and does not say which release trained it; give --release, such as 1.1.0"
@@ -272,39 +283,42 @@ def known(file: DALLE2File, source: Path, what: str) -> tuple[int, ...]:
     return file.release
 
 
-def written(release: tuple[int, ...]) -> str:
+def format_release(release: tuple[int, ...]) -> str:
     return ".".join(map(str, release))
 
 
-def taken(state: dict[str, Tensor], prefix: str, ours: str) -> dict[str, Tensor]:
+def select_prefixed_tensors(state: dict[str, Tensor], prefix: str, ours: str) -> dict[str, Tensor]:
     """The tensors under a prefix, under another."""
     return {ours + name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
-def filled(make: Callable[[], Any], held: dict[str, Tensor], source: Path) -> Any:
+def build_loaded_model(make: Callable[[], Any], held: dict[str, Tensor], source: Path) -> Any:
     """The model of `make` with these tensors, as they are stored. Nothing of its size is made before they fit."""
-    stored = {name: Stored(DTYPES.get(one.dtype, str(one.dtype)), tuple(one.shape)) for name, one in held.items()}
-    with outline(stored, source):
+    stored = {
+        name: TensorSpec(STORED_DTYPE_NAMES.get(one.dtype, str(one.dtype)), tuple(one.shape))
+        for name, one in held.items()
+    }
+    with bounded_meta_device(stored, source):
         wanted = make().state_dict()
-    check_tensors(wanted, stored, source)
+    check_tensor_specs(wanted, stored, source)
     with init_empty_weights(include_buffers=False):
         model = make()
     try:
         model.load_state_dict(held, strict=True, assign=True)
     except RuntimeError as error:
-        raise InputError(f"{str(source)!r} does not fit its configuration ({described(error)})") from error
-    check_finite(model, source)
+        raise InputError(f"{str(source)!r} does not fit its configuration ({format_error(error)})") from error
+    check_finite_weights(model, source)
     return model.eval().requires_grad_(False)
 
 
-def refuse_options(*sections: dict[str, Any]) -> None:
+def check_unsupported_options(*sections: dict[str, Any]) -> None:
     for section in sections:
-        for key, why in REFUSED.items():
+        for key, why in UNSUPPORTED_OPTIONS.items():
             if section.get(key):
                 raise InputError(f"{key} = {section[key]!r} is not supported: {why}")
 
 
-def per_unet(value: Any, count: int | None) -> list:
+def expand_per_unet(value: Any, count: int | None) -> list:
     """A value of each U-Net; one stands for all `count`."""
     if isinstance(value, list | tuple):
         if count is not None and len(value) != count:
@@ -313,11 +327,11 @@ def per_unet(value: Any, count: int | None) -> list:
     return [value] * (count or 1)
 
 
-def objective_of(velocity: bool, sample: bool) -> str:
+def resolve_prediction_type(velocity: bool, sample: bool) -> str:
     return "v_prediction" if velocity else "sample" if sample else "epsilon"
 
 
-def schedule(kind: Any, steps: Any, objective: str) -> dict[str, Any]:
+def convert_noise_schedule(kind: Any, steps: Any, objective: str) -> dict[str, Any]:
     """Arguments of DDIMScheduler for a schedule by DALLE2-pytorch's name. Its estimates are cut to [-1, 1]."""
     check_integer("timesteps", steps, 2, 100_000)
     names = {"cosine": "squaredcos_cap_v2", "linear": "linear", "quadratic": "scaled_linear"}
@@ -328,7 +342,7 @@ def schedule(kind: Any, steps: Any, objective: str) -> dict[str, Any]:
     return {"num_train_timesteps": steps, "beta_schedule": names[kind], **scaled, **shared}
 
 
-def check_schedule(betas: Tensor | None, arguments: dict[str, Any], source: Path) -> None:
+def check_noise_schedule(betas: Tensor | None, arguments: dict[str, Any], source: Path) -> None:
     """Refuse a configuration whose noise schedule is another than the file's."""
     ours = DDIMScheduler(**arguments).betas
     near = 1e-5 if betas is None or betas.dtype == torch.float32 else 1e-2
@@ -337,18 +351,18 @@ def check_schedule(betas: Tensor | None, arguments: dict[str, Any], source: Path
         raise InputError(f"the noise schedule in {str(source)!r} is not its configuration's ({said})")
 
 
-def check_rotary(frequencies: Tensor, name: str, source: Path) -> None:
+def check_rotary_frequencies(frequencies: Tensor, name: str, source: Path) -> None:
     width = 2 * len(frequencies)
     ours = 10_000 ** (-torch.arange(0, width, 2, dtype=torch.float32) / width)
     if not torch.allclose(frequencies.float(), ours, rtol=1e-2):
         raise InputError(f"{name} in {str(source)!r} are not the usual rotary frequencies, which are computed here")
 
 
-def clip_part(file: DALLE2File, settings: dict[str, Any], source: Path) -> CLIP | None:
+def convert_stored_clip(file: DALLE2File, settings: dict[str, Any], source: Path) -> CLIP | None:
     """The frozen CLIP that a file holds, as this project's; None if it holds none."""
     import open_clip
 
-    held = taken(file.state, "clip.clip.", "net.")
+    held = select_prefixed_tensors(file.state, "clip.clip.", "net.")
     if not held:
         return None
     given = settings.get("clip")
@@ -363,8 +377,8 @@ def clip_part(file: DALLE2File, settings: dict[str, Any], source: Path) -> CLIP 
         raise InputError(f"open_clip knows no model {known_as!r:.80}, which the configuration names as {make} {name}")
     for extra in ("input_resolution", "context_length", "vocab_size"):
         held.pop(f"net.{extra}", None)
-    preprocess = {"size": config["vision_cfg"]["image_size"], "mean": list(MEAN), "std": list(STD)}
-    tokenizer, kind = public_tokenizer(known_as, config["text_cfg"])
-    clip = filled(lambda: CLIP(config, preprocess, kind), held, source)
+    preprocess = {"size": config["vision_cfg"]["image_size"], "mean": list(CLIP_MEAN), "std": list(CLIP_STD)}
+    tokenizer, kind = build_public_tokenizer(known_as, config["text_cfg"])
+    clip = build_loaded_model(lambda: CLIP(config, preprocess, kind), held, source)
     clip.tokenizer = tokenizer
     return clip

@@ -16,20 +16,20 @@ from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from t2i.errors import InputError
-from t2i.files.untrusted import check_size, described
+from t2i.files.untrusted import check_size_limit, format_error
 from t2i.interop.pickles import read_pickle
 
-MAX_FILE = 64 * 2**30  # bytes; the largest published one has a tenth of it
-MAX_PICKLE = 64 * 2**20  # bytes of what is not tensors
+MAX_FILE_SIZE = 64 * 2**30  # bytes; the largest published one has a tenth of it
+MAX_PICKLE_SIZE = 64 * 2**20  # bytes of what is not tensors
 MAX_TENSORS = 50_000
 
 
-class Inert:
+class InertObject:
     """In the place of a foreign object: it holds what that was made of, and does nothing with it."""
 
     state: Any = ()
 
-    def __new__(cls, *args: Any) -> "Inert":
+    def __new__(cls, *args: Any) -> "InertObject":
         made = super().__new__(cls)
         made.state = args
         return made
@@ -38,7 +38,7 @@ class Inert:
         self.state = state
 
 
-FOREIGN = (  # what a version is made of in a pickle, by any release of `packaging`
+VERSION_CLASSES = (  # what a version is made of in a pickle, by any release of `packaging`
     "packaging.version.Version",
     "packaging.version._Version",
     "packaging._structures.InfinityType",
@@ -52,38 +52,40 @@ class DALLE2File:
     (1, 1, 0), None if the file does not say. config: the configuration in it, None if it has none."""
 
     state: dict[str, Tensor]
-    taken: str
+    weights_name: str
     release: tuple[int, ...] | None
     config: dict[str, Any] | None
 
 
-def read_dalle2(path: Path) -> DALLE2File:
+def read_dalle2_file(path: Path) -> DALLE2File:
     """A file of a prior or a decoder: the averaged weights, if it has them. Its tensors are mapped, not read.
 
     Raises InputError, in one line, for anything else.
     """
-    check_size(path, MAX_FILE)
-    check_archive(path)
+    check_size_limit(path, MAX_FILE_SIZE)
+    check_torch_archive(path)
     try:
-        unknown = sorted(set(get_unsafe_globals_in_checkpoint(path)) - set(FOREIGN))
+        unknown = sorted(set(get_unsafe_globals_in_checkpoint(path)) - set(VERSION_CLASSES))
     except Exception as error:  # whatever torch makes of a damaged file
-        raise InputError(f"{str(path)!r} does not load: {described(error).splitlines()[0]}") from error
+        raise InputError(f"{str(path)!r} does not load: {format_error(error).splitlines()[0]}") from error
     if unknown:
         allowed = "only tensors, plain containers and a version are"
         raise InputError(f"{str(path)!r} holds a {unknown[0]:.80}, which is not loaded; {allowed}")
-    found = read_pickle(path, tuple((Inert, name) for name in FOREIGN))
+    found = read_pickle(path, tuple((InertObject, name) for name in VERSION_CLASSES))
     if not isinstance(found, dict):
         raise InputError(f"{str(path)!r} holds a {type(found).__name__}, not a model's tensors by name")
-    state, taken = chosen(found)
-    wrong = [name for name, one in state.items() if not isinstance(name, str) or not is_plain(one)]
+    state, taken = select_averaged_weights(found)
+    wrong = [name for name, one in state.items() if not isinstance(name, str) or not is_plain_tensor(one)]
     if wrong or not state or len(state) > MAX_TENSORS:
         fault = f"{wrong[0]!r:.80} in it is no plain tensor" if wrong else f"it has {len(state):,} of them"
         raise InputError(f"{str(path)!r} should hold a model's tensors by name; {fault}")
     config = found.get("config")
-    return DALLE2File(state, taken, release_of(found.get("version")), config if isinstance(config, dict) else None)
+    return DALLE2File(
+        state, taken, find_pickled_release(found.get("version")), config if isinstance(config, dict) else None
+    )
 
 
-def check_archive(path: Path) -> None:
+def check_torch_archive(path: Path) -> None:
     """Refuse what is not stored as torch stores, uncompressed: no small file becomes a large one."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -92,15 +94,17 @@ def check_archive(path: Path) -> None:
         raise InputError(f"{str(path)!r} is no file of torch.save, of release 1.6 or newer ({error})") from error
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise InputError(f"{str(path)!r} is compressed, which torch.save's files are not")
-    if (size := max((one.file_size for one in entries if one.filename.endswith("data.pkl")), default=0)) > MAX_PICKLE:
+    if (
+        size := max((one.file_size for one in entries if one.filename.endswith("data.pkl")), default=0)
+    ) > MAX_PICKLE_SIZE:
         raise InputError(f"{str(path)!r} has {size:,} bytes beside its tensors; no such file needs that")
 
 
-def is_plain(value: Any) -> bool:
+def is_plain_tensor(value: Any) -> bool:
     return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
 
 
-def chosen(found: dict) -> tuple[dict[str, Tensor], str]:
+def select_averaged_weights(found: dict) -> tuple[dict[str, Tensor], str]:
     """The weights of a file, averaged ones before others, and what it calls them."""
     plain = found["model"] if isinstance(found.get("model"), dict) else {}
     if isinstance(found.get("ema_model"), dict):  # of a prior
@@ -117,26 +121,26 @@ def chosen(found: dict) -> tuple[dict[str, Tensor], str]:
     return found, "the tensors"
 
 
-def release_of(version: Any) -> tuple[int, ...] | None:
+def find_pickled_release(version: Any) -> tuple[int, ...] | None:
     """(1, 15, 6) of a version, as text or as it was pickled by any release of `packaging`."""
     if isinstance(version, str):
         return parse_release(version)
-    return next(releases(version), None)
+    return next(iterate_releases(version), None)
 
 
-def releases(value: Any) -> Iterator[tuple[int, ...]]:
+def iterate_releases(value: Any) -> Iterator[tuple[int, ...]]:
     """Every tuple of integers in a stand-in."""
-    if isinstance(value, Inert):
-        yield from releases(value.state)
+    if isinstance(value, InertObject):
+        yield from iterate_releases(value.state)
     elif isinstance(value, tuple | list):
         if len(value) > 1 and all(isinstance(one, int) for one in value):
             yield tuple(value)
         else:
             for one in value:
-                yield from releases(one)
+                yield from iterate_releases(one)
     elif isinstance(value, dict):
         for one in value.values():
-            yield from releases(one)
+            yield from iterate_releases(one)
 
 
 def parse_release(text: str) -> tuple[int, ...]:

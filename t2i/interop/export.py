@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from t2i.diffusion.respaced import UnCLIPRespacedScheduler
 from t2i.errors import InputError
-from t2i.files.atomic import as_oserror
-from t2i.interop.layouts import BY_NAME, CLASSES, OF_TRANSFORMERS, Layout
-from t2i.interop.prior_transformer import names_of, to_prior_transformer
+from t2i.files.atomic import raise_as_oserror
+from t2i.interop.layouts import LAYOUTS_BY_NAME, PART_CLASSES, TRANSFORMERS_PARTS, PublicLayout
+from t2i.interop.prior_transformer import map_tensor_names, to_prior_transformer
 from t2i.networks.autoencoder import Autoencoder
 from t2i.networks.prior import Prior
 from t2i.networks.public.clip_tokenizer import CLIPTokenizer
@@ -31,46 +31,46 @@ from t2i.networks.text_encoder import TextEncoder
 
 # What a layout's parts are made of here, and why nothing else will do.
 # Tensors of a PriorTransformer that begin with a batch of one, and in how many dimensions.
-BATCHED = {"positional_embedding": 1, "prd_embedding": 2, "clip_mean": 1, "clip_std": 1}
-DECODERS = {"karlo": KarloDecoder, "kandinsky": KandinskyDecoder, "stable": StableUnCLIPDecoder}
-AUTOENCODERS = {"karlo": SuperResolution, "kandinsky": MoVQ, "stable": Autoencoder}
+BATCH_DIMS = {"positional_embedding": 1, "prd_embedding": 2, "clip_mean": 1, "clip_std": 1}
+DECODER_CLASSES = {"karlo": KarloDecoder, "kandinsky": KandinskyDecoder, "stable": StableUnCLIPDecoder}
+AUTOENCODER_CLASSES = {"karlo": SuperResolution, "kandinsky": MoVQ, "stable": Autoencoder}
 
 
 def export_layout(components: Mapping[str, Any], folder: Path, name: str) -> None:
-    """Write a pipeline's components into a folder in a public layout, the name of which is in `BY_NAME`.
+    """Write a pipeline's components into a folder in a public layout, the name of which is in `LAYOUTS_BY_NAME`.
 
-    Raises InputError, before anything is written, as `check_exportable` does.
+    Raises InputError, before anything is written, as `check_exportable_components` does.
     """
-    layout = check_exportable(components, name)
+    layout = check_exportable_components(components, name)
     index: dict[str, Any] = {"_class_name": layout.classes[0], "_diffusers_version": diffusers.__version__}
-    for part, place in layout.places.items():
+    for part, place in layout.part_folders.items():
         target = folder if place == "." else folder / place
-        kind = WRITERS[part](components, target)
+        kind = PART_WRITERS[part](components, target)
         library = (
-            "transformers" if part in OF_TRANSFORMERS or part.endswith(("tokenizer", "processor")) else "diffusers"
+            "transformers" if part in TRANSFORMERS_PARTS or part.endswith(("tokenizer", "processor")) else "diffusers"
         )
-        index[place] = [MODULES.get(part, library), kind]
-    if "." in layout.places.values():  # a prior alone has no index; its scheduler lies beside it for this project
+        index[place] = [PIPELINE_MODULES.get(part, library), kind]
+    if "." in layout.part_folders.values():  # a prior alone has no index; its scheduler lies beside it for this project
         if components.get("prior_scheduler") is not None:
-            save_own(public_scheduler(components["prior_scheduler"]), folder / "scheduler")
+            save_library_model(convert_to_public_scheduler(components["prior_scheduler"]), folder / "scheduler")
     else:
         (folder / "model_index.json").write_text(json.dumps(index, indent=2))
 
 
-def check_exportable(components: Mapping[str, Any], name: str) -> Layout:
+def check_exportable_components(components: Mapping[str, Any], name: str) -> PublicLayout:
     """Refuse components whose arithmetic the classes of a public layout do not have, saying which and why."""
-    layout = BY_NAME[name]
+    layout = LAYOUTS_BY_NAME[name]
     found = {part: components.get(part) for part in ("clip", "prior", "decoder", "autoencoder", "text_encoder")}
     wanted: dict[str, tuple[type, ...]] = {}
     if layout.family:
-        wanted |= {"decoder": (DECODERS[layout.family],), "autoencoder": (AUTOENCODERS[layout.family],)}
-    if "prior" in layout.places:
-        wanted["prior"] = (Prior,) if "prior_scheduler" in layout.places else (Prior, EclipsePrior)
-    if {"text_tower", "image_tower"} & layout.places.keys():
+        wanted |= {"decoder": (DECODER_CLASSES[layout.family],), "autoencoder": (AUTOENCODER_CLASSES[layout.family],)}
+    if "prior" in layout.part_folders:
+        wanted["prior"] = (Prior,) if "prior_scheduler" in layout.part_folders else (Prior, EclipsePrior)
+    if {"text_tower", "image_tower"} & layout.part_folders.keys():
         wanted["clip"] = (TransformersCLIP,)
-    if "multilingual_clip" in layout.places:
+    if "multilingual_clip" in layout.part_folders:
         wanted["text_encoder"] = (MultilingualCLIP,)
-    if "text_encoder" in layout.places:
+    if "text_encoder" in layout.part_folders:
         wanted["text_encoder"] = (TextEncoder,)
     for part, classes in wanted.items():
         if not isinstance(found[part], classes):
@@ -80,34 +80,34 @@ def check_exportable(components: Mapping[str, Any], name: str) -> Layout:
                 f"the {part.replace('_', ' ')} is {ours}; {name} holds the weights of a {names}, whose arithmetic is "
                 "another, so that no file of that layout draws the same"
             )
-    check_kind(found, layout)
-    if isinstance(found["prior"], Prior) and "prior" in layout.places:
+    check_component_kinds(found, layout)
+    if isinstance(found["prior"], Prior) and "prior" in layout.part_folders:
         to_prior_transformer(found["prior"])  # which says why, if it cannot
     return layout
 
 
-def check_kind(found: Mapping[str, Any], layout: Layout) -> None:
+def check_component_kinds(found: Mapping[str, Any], layout: PublicLayout) -> None:
     """Refuse what is of the right class, but another of its kinds."""
     clip, decoder = found["clip"], found["decoder"]
     for part, tower in (("text_tower", "text_encoder"), ("image_tower", "image_encoder")):
-        if part in layout.places and getattr(clip, tower) is None:
+        if part in layout.part_folders and getattr(clip, tower) is None:
             raise InputError(f"this pipeline's CLIP has no {tower.replace('_', ' ')}, which {layout.name} holds")
     if layout.family == "kandinsky":
         reads = decoder.config.text_width is not None
-        if reads != ("multilingual_clip" in layout.places):
+        if reads != ("multilingual_clip" in layout.part_folders):
             ours, theirs = ("captions", "none") if reads else ("no captions", "them")
             raise InputError(
                 f"the decoder reads {ours}, that of {layout.name} reads {theirs}: it is another Kandinsky's"
             )
 
 
-def save_own(model: Any, target: Path) -> str:
+def save_library_model(model: Any, target: Path) -> str:
     """One of diffusers' or transformers' own models."""
     model.save_pretrained(target)
     return type(model).__name__
 
 
-def save_plain(
+def save_plain_model(
     model: nn.Module,
     target: Path,
     config: dict[str, Any],
@@ -117,7 +117,7 @@ def save_plain(
     """A model whose public class is not in the libraries any more, or only inside a pipeline."""
     target.mkdir(parents=True, exist_ok=True)
     (target / "config.json").write_text(json.dumps(config, indent=2))
-    with as_oserror():
+    with raise_as_oserror():
         held = model.state_dict() if tensors is None else tensors
         contiguous = {name: tensor.contiguous() for name, tensor in held.items()}
         save_file(contiguous, target / f"{stem}.safetensors", metadata={"format": "pt"})
@@ -126,12 +126,12 @@ def save_plain(
 def save_prior(components: Mapping[str, Any], target: Path) -> str:
     prior = components["prior"]
     if isinstance(prior, EclipsePrior):
-        save_plain(prior, target, eclipse_config(prior), tensors=eclipse_tensors(prior))
+        save_plain_model(prior, target, build_eclipse_config(prior), tensors=build_eclipse_tensors(prior))
         return "PriorTransformer"
-    return save_own(to_prior_transformer(prior), target)
+    return save_library_model(to_prior_transformer(prior), target)
 
 
-def eclipse_config(prior: EclipsePrior) -> dict[str, Any]:
+def build_eclipse_config(prior: EclipsePrior) -> dict[str, Any]:
     """Of the PriorTransformer without a time that an EclipsePrior was read from."""
     config = prior.config
     return {
@@ -145,29 +145,29 @@ def eclipse_config(prior: EclipsePrior) -> dict[str, Any]:
     }
 
 
-def eclipse_tensors(prior: EclipsePrior) -> dict[str, Tensor]:
+def build_eclipse_tensors(prior: EclipsePrior) -> dict[str, Tensor]:
     """By their public names. The statistics of z_i, which nothing reads, are those of no change."""
     held = prior.state_dict()
     nothing = {"mean": torch.zeros_like, "std": torch.ones_like}
     held |= {name: make(held["to_image.bias"]) for name, make in nothing.items()}
     found = {}
-    for ours, theirs in names_of(prior.config.depth, time=False).items():
+    for ours, theirs in map_tensor_names(prior.config.depth, time=False).items():
         for name, tensor in zip(theirs, held[ours].chunk(len(theirs))):
-            found[name] = tensor.reshape((1,) * BATCHED.get(name, 0) + tensor.shape).contiguous()
+            found[name] = tensor.reshape((1,) * BATCH_DIMS.get(name, 0) + tensor.shape).contiguous()
     return found
 
 
-def public_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
+def convert_to_public_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
     """The scheduler of diffusers that ours stands for, if it does for one."""
     respaced = isinstance(scheduler, UnCLIPRespacedScheduler)
     return UnCLIPScheduler.from_config(scheduler.config) if respaced else scheduler
 
 
 def save_scheduler(scheduler: SchedulerMixin, target: Path) -> str:
-    scheduler = public_scheduler(scheduler)
+    scheduler = convert_to_public_scheduler(scheduler)
     if not hasattr(diffusers, type(scheduler).__name__):
         raise InputError(f"the scheduler is a {type(scheduler).__name__}, which public pipelines do not know")
-    return save_own(scheduler, target)
+    return save_library_model(scheduler, target)
 
 
 def save_tokenizer(tokenizer: Any, target: Path, kind: str) -> str:
@@ -188,7 +188,7 @@ def save_caption_tokenizer(components: Mapping[str, Any], target: Path) -> str:
     return save_tokenizer(words, target, "CLIPTokenizer")
 
 
-def save_processor(components: Mapping[str, Any], target: Path) -> str:
+def save_image_processor(components: Mapping[str, Any], target: Path) -> str:
     """The preprocessor_config.json of what this project's CLIP does with pictures."""
     steps, side = components["clip"].config.preprocess, components["clip"].config.vision["image_size"]
     size, crop = steps["resize"], steps["crop"]
@@ -204,7 +204,7 @@ def save_processor(components: Mapping[str, Any], target: Path) -> str:
     return "CLIPImageProcessor"
 
 
-def save_projection(components: Mapping[str, Any], target: Path) -> str:
+def save_text_projection(components: Mapping[str, Any], target: Path) -> str:
     decoder = components["decoder"]
     config = {
         "_class_name": "UnCLIPTextProjModel",
@@ -213,18 +213,18 @@ def save_projection(components: Mapping[str, Any], target: Path) -> str:
         "time_embed_dim": decoder.unet.time_embedding.linear_2.out_features,
         "cross_attention_dim": decoder.config.context_width,
     }
-    save_plain(decoder.text_proj, target, config)
+    save_plain_model(decoder.text_proj, target, config)
     return "UnCLIPTextProjModel"
 
 
-def save_normalizer(components: Mapping[str, Any], target: Path) -> str:
+def save_embed_normalizer(components: Mapping[str, Any], target: Path) -> str:
     decoder = components["decoder"]
     config = {"_class_name": "StableUnCLIPImageNormalizer", "embedding_dim": decoder.config.embed_dim}
-    save_plain(decoder.normalizer, target, config)
+    save_plain_model(decoder.normalizer, target, config)
     return "StableUnCLIPImageNormalizer"
 
 
-def save_multilingual(components: Mapping[str, Any], target: Path) -> str:
+def save_multilingual_clip(components: Mapping[str, Any], target: Path) -> str:
     encoder = components["text_encoder"]
     config = encoder.transformer.config.to_dict() | {
         "model_type": "M-CLIP",
@@ -232,37 +232,37 @@ def save_multilingual(components: Mapping[str, Any], target: Path) -> str:
         "numDims": encoder.config.pooled_width,
         "transformerDimensions": encoder.width,
     }
-    save_plain(encoder, target, config, "model")
+    save_plain_model(encoder, target, config, "model")
     return "MultilingualCLIP"
 
 
-Writer = Callable[[Mapping[str, Any], Path], str]
-MODULES = {  # the pipeline's module that a class is looked for in
+PartWriter = Callable[[Mapping[str, Any], Path], str]
+PIPELINE_MODULES = {  # the pipeline's module that a class is looked for in
     "projection": "unclip",
     "normalizer": "stable_diffusion",
     "multilingual_clip": "kandinsky",
 }
-WRITERS: dict[str, Writer] = {
+PART_WRITERS: dict[str, PartWriter] = {
     "prior": save_prior,
     "prior_scheduler": lambda c, target: save_scheduler(c["prior_scheduler"], target),
-    "text_tower": lambda c, target: save_own(c["clip"].text_encoder, target),
+    "text_tower": lambda c, target: save_library_model(c["clip"].text_encoder, target),
     "tokenizer": lambda c, target: save_tokenizer(c["clip"].tokenizer, target, "CLIPTokenizer"),
-    "image_tower": lambda c, target: save_own(c["clip"].image_encoder, target),
-    "image_processor": save_processor,
-    "unet": lambda c, target: save_own(c["decoder"].unet, target),
+    "image_tower": lambda c, target: save_library_model(c["clip"].image_encoder, target),
+    "image_processor": save_image_processor,
+    "unet": lambda c, target: save_library_model(c["decoder"].unet, target),
     "decoder_scheduler": lambda c, target: save_scheduler(c["decoder_scheduler"], target),
-    "projection": save_projection,
-    "super_res_first": lambda c, target: save_own(c["autoencoder"].super_res_first, target),
-    "super_res_last": lambda c, target: save_own(c["autoencoder"].super_res_last, target),
+    "projection": save_text_projection,
+    "super_res_first": lambda c, target: save_library_model(c["autoencoder"].super_res_first, target),
+    "super_res_last": lambda c, target: save_library_model(c["autoencoder"].super_res_last, target),
     "super_res_scheduler": lambda c, target: save_scheduler(c["autoencoder"].scheduler, target),
-    "movq": lambda c, target: save_own(c["autoencoder"].coder, target),
-    "vae": lambda c, target: save_own(c["autoencoder"].coder, target),
-    "normalizer": save_normalizer,
-    "noising_scheduler": lambda c, target: save_own(DDPMScheduler(**c["decoder"].config.noising), target),
-    "multilingual_clip": save_multilingual,
+    "movq": lambda c, target: save_library_model(c["autoencoder"].coder, target),
+    "vae": lambda c, target: save_library_model(c["autoencoder"].coder, target),
+    "normalizer": save_embed_normalizer,
+    "noising_scheduler": lambda c, target: save_library_model(DDPMScheduler(**c["decoder"].config.noising), target),
+    "multilingual_clip": save_multilingual_clip,
     "multilingual_tokenizer": lambda c, target: save_tokenizer(
-        c["text_encoder"].tokenizer, target, CLASSES["multilingual_tokenizer"][0]
+        c["text_encoder"].tokenizer, target, PART_CLASSES["multilingual_tokenizer"][0]
     ),
-    "text_encoder": lambda c, target: save_own(c["text_encoder"].net, target),
+    "text_encoder": lambda c, target: save_library_model(c["text_encoder"].net, target),
     "text_tokenizer": save_caption_tokenizer,
 }

@@ -13,18 +13,18 @@ import diffusers
 from diffusers import SchedulerMixin, UnCLIPScheduler
 
 from t2i.diffusion.respaced import UnCLIPRespacedScheduler
-from t2i.diffusion.samplers import check_drawing
-from t2i.diffusion.stored_schedulers import check_scheduler
+from t2i.diffusion.samplers import check_scheduler_sampling
+from t2i.diffusion.stored_schedulers import check_scheduler_folder
 from t2i.errors import InputError
-from t2i.files.component import Component, listed
-from t2i.files.model_folder import loaded
-from t2i.files.untrusted import check_files, is_folder, read_config
+from t2i.files.component import Component, read_model_index
+from t2i.files.model_folder import load_or_explain
+from t2i.files.untrusted import check_folder_files, is_folder, read_config
 
 logger = logging.getLogger(__name__)
 
 # What an index may name as the home of a class: nothing is imported by it, but another one asks for other code. Beside
 # the libraries, diffusers' own folders of pipelines.
-LIBRARIES = (
+KNOWN_LIBRARIES = (
     "diffusers",
     "transformers",
     "unclip",
@@ -33,7 +33,7 @@ LIBRARIES = (
     "kandinsky2_2",
     "multilingual_clip",
 )
-CLASSES: dict[str, tuple[str, ...]] = {  # what each part may be; schedulers are any of diffusers'
+PART_CLASSES: dict[str, tuple[str, ...]] = {  # what each part may be; schedulers are any of diffusers'
     "prior": ("PriorTransformer",),
     "text_tower": ("CLIPTextModelWithProjection",),
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
@@ -51,11 +51,16 @@ CLASSES: dict[str, tuple[str, ...]] = {  # what each part may be; schedulers are
     "text_encoder": ("CLIPTextModel",),
     "text_tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
 }
-OF_TRANSFORMERS = ("text_tower", "image_tower", "multilingual_clip", "text_encoder")  # their files are named otherwise
+TRANSFORMERS_PARTS = (
+    "text_tower",
+    "image_tower",
+    "multilingual_clip",
+    "text_encoder",
+)  # their files are named otherwise
 
 
 @dataclass(frozen=True)
-class Layout:
+class PublicLayout:
     """A public layout.
 
     name: as `t2i convert --to` calls it. title: of the family, in messages. classes: of the pipelines that it is of.
@@ -66,11 +71,11 @@ class Layout:
     title: str
     classes: tuple[str, ...]
     family: str
-    places: dict[str, str]
+    part_folders: dict[str, str]
 
 
-PRIOR = {name: name for name in ("prior", "prior_scheduler")}
-KANDINSKY_PRIOR = {
+PRIOR_FOLDERS = {name: name for name in ("prior", "prior_scheduler")}
+KANDINSKY_PRIOR_FOLDERS = {
     "prior": "prior",
     "prior_scheduler": "scheduler",
     "text_tower": "text_encoder",
@@ -78,7 +83,7 @@ KANDINSKY_PRIOR = {
     "image_tower": "image_encoder",
     "image_processor": "image_processor",
 }
-KARLO = {
+KARLO_FOLDERS = {
     "text_tower": "text_encoder",
     "tokenizer": "tokenizer",
     "projection": "text_proj",
@@ -88,9 +93,9 @@ KARLO = {
     "super_res_last": "super_res_last",
     "super_res_scheduler": "super_res_scheduler",
 }
-KANDINSKY = {"unet": "unet", "decoder_scheduler": "scheduler", "movq": "movq"}
-KANDINSKY_2_1 = KANDINSKY | {"multilingual_clip": "text_encoder", "multilingual_tokenizer": "tokenizer"}
-STABLE = {
+KANDINSKY_FOLDERS = {"unet": "unet", "decoder_scheduler": "scheduler", "movq": "movq"}
+KANDINSKY_2_1_FOLDERS = KANDINSKY_FOLDERS | {"multilingual_clip": "text_encoder", "multilingual_tokenizer": "tokenizer"}
+STABLE_UNCLIP_FOLDERS = {
     "unet": "unet",
     "decoder_scheduler": "scheduler",
     "vae": "vae",
@@ -99,48 +104,80 @@ STABLE = {
     "normalizer": "image_normalizer",
     "noising_scheduler": "image_noising_scheduler",
 }
-STABLE_PRIOR = PRIOR | {"text_tower": "prior_text_encoder", "tokenizer": "prior_tokenizer"}
-IMAGES = {"image_tower": "image_encoder", "image_processor": "feature_extractor"}
+STABLE_UNCLIP_PRIOR_FOLDERS = PRIOR_FOLDERS | {"text_tower": "prior_text_encoder", "tokenizer": "prior_tokenizer"}
+IMAGE_TOWER_FOLDERS = {"image_tower": "image_encoder", "image_processor": "feature_extractor"}
 
 
-def kinds(stem: str, *kinds: str) -> tuple[str, ...]:
+def build_pipeline_names(stem: str, *kinds: str) -> tuple[str, ...]:
     return tuple(f"{stem}{kind}Pipeline" for kind in kinds)
 
 
-def combined(places: dict[str, str]) -> dict[str, str]:
+def prefix_prior_folders(places: dict[str, str]) -> dict[str, str]:
     return {part: f"prior_{place}" for part, place in places.items()}
 
 
-WAYS = ("", "Img2Img", "Inpaint")
-BOTH = ("Combined", "Img2ImgCombined", "InpaintCombined")
+PIPELINE_TASKS = ("", "Img2Img", "Inpaint")
+COMBINED_TASKS = ("Combined", "Img2ImgCombined", "InpaintCombined")
 LAYOUTS = (
-    Layout("karlo", "Karlo", ("UnCLIPPipeline",), "karlo", PRIOR | KARLO),
-    Layout("karlo-variations", "Karlo", ("UnCLIPImageVariationPipeline",), "karlo", KARLO | IMAGES),
-    Layout("kandinsky-2-2", "Kandinsky 2.2", kinds("KandinskyV22", *WAYS), "kandinsky", KANDINSKY),
-    Layout("kandinsky-2-2-prior", "Kandinsky 2.2", kinds("KandinskyV22Prior", "", "Emb2Emb"), "", KANDINSKY_PRIOR),
-    Layout(
+    PublicLayout("karlo", "Karlo", ("UnCLIPPipeline",), "karlo", PRIOR_FOLDERS | KARLO_FOLDERS),
+    PublicLayout(
+        "karlo-variations", "Karlo", ("UnCLIPImageVariationPipeline",), "karlo", KARLO_FOLDERS | IMAGE_TOWER_FOLDERS
+    ),
+    PublicLayout(
+        "kandinsky-2-2",
+        "Kandinsky 2.2",
+        build_pipeline_names("KandinskyV22", *PIPELINE_TASKS),
+        "kandinsky",
+        KANDINSKY_FOLDERS,
+    ),
+    PublicLayout(
+        "kandinsky-2-2-prior",
+        "Kandinsky 2.2",
+        build_pipeline_names("KandinskyV22Prior", "", "Emb2Emb"),
+        "",
+        KANDINSKY_PRIOR_FOLDERS,
+    ),
+    PublicLayout(
         "kandinsky-2-2-combined",
         "Kandinsky 2.2",
-        kinds("KandinskyV22", *BOTH),
+        build_pipeline_names("KandinskyV22", *COMBINED_TASKS),
         "kandinsky",
-        KANDINSKY | combined(KANDINSKY_PRIOR),
+        KANDINSKY_FOLDERS | prefix_prior_folders(KANDINSKY_PRIOR_FOLDERS),
     ),
-    Layout("kandinsky-2-1", "Kandinsky 2.1", kinds("Kandinsky", *WAYS), "kandinsky", KANDINSKY_2_1),
-    Layout("kandinsky-2-1-prior", "Kandinsky 2.1", ("KandinskyPriorPipeline",), "", KANDINSKY_PRIOR),
-    Layout(
+    PublicLayout(
+        "kandinsky-2-1",
+        "Kandinsky 2.1",
+        build_pipeline_names("Kandinsky", *PIPELINE_TASKS),
+        "kandinsky",
+        KANDINSKY_2_1_FOLDERS,
+    ),
+    PublicLayout("kandinsky-2-1-prior", "Kandinsky 2.1", ("KandinskyPriorPipeline",), "", KANDINSKY_PRIOR_FOLDERS),
+    PublicLayout(
         "kandinsky-2-1-combined",
         "Kandinsky 2.1",
-        kinds("Kandinsky", *BOTH),
+        build_pipeline_names("Kandinsky", *COMBINED_TASKS),
         "kandinsky",
-        KANDINSKY_2_1 | combined(KANDINSKY_PRIOR),
+        KANDINSKY_2_1_FOLDERS | prefix_prior_folders(KANDINSKY_PRIOR_FOLDERS),
     ),
-    Layout("stable-unclip", "Stable unCLIP", ("StableUnCLIPImg2ImgPipeline",), "stable", STABLE | IMAGES),
-    Layout("stable-unclip-text", "Stable unCLIP", ("StableUnCLIPPipeline",), "stable", STABLE | STABLE_PRIOR),
-    Layout("prior-transformer", "a prior alone", ("PriorTransformer",), "", {"prior": "."}),
+    PublicLayout(
+        "stable-unclip",
+        "Stable unCLIP",
+        ("StableUnCLIPImg2ImgPipeline",),
+        "stable",
+        STABLE_UNCLIP_FOLDERS | IMAGE_TOWER_FOLDERS,
+    ),
+    PublicLayout(
+        "stable-unclip-text",
+        "Stable unCLIP",
+        ("StableUnCLIPPipeline",),
+        "stable",
+        STABLE_UNCLIP_FOLDERS | STABLE_UNCLIP_PRIOR_FOLDERS,
+    ),
+    PublicLayout("prior-transformer", "a prior alone", ("PriorTransformer",), "", {"prior": "."}),
 )
-BY_CLASS = {name: layout for layout in LAYOUTS for name in layout.classes}
-BY_NAME = {layout.name: layout for layout in LAYOUTS}
-USUAL_PRIORS = {  # of decoders on the hub, the repository that holds the CLIP and the prior
+LAYOUTS_BY_CLASS = {name: layout for layout in LAYOUTS for name in layout.classes}
+LAYOUTS_BY_NAME = {layout.name: layout for layout in LAYOUTS}
+DEFAULT_PRIORS = {  # of decoders on the hub, the repository that holds the CLIP and the prior
     "kandinsky-community/kandinsky-2-1": "kandinsky-community/kandinsky-2-1-prior",
     "kandinsky-community/kandinsky-2-1-inpaint": "kandinsky-community/kandinsky-2-1-prior",
     "kandinsky-community/kandinsky-2-2-decoder": "kandinsky-community/kandinsky-2-2-prior",
@@ -149,22 +186,22 @@ USUAL_PRIORS = {  # of decoders on the hub, the repository that holds the CLIP a
 }
 
 
-def class_of(folder: Path) -> Any:
+def read_folder_class(folder: Path) -> Any:
     """What the folder says that it is: the class in its model_index.json, or in its config.json; None if neither."""
     if not is_folder(folder):
         raise InputError(f"no folder {str(folder)!r:.200}")
-    check_files(folder)
-    if index := listed(folder):
+    check_folder_files(folder)
+    if index := read_model_index(folder):
         return index.get("_class_name")
     path = folder / "config.json"
     return read_config(path).get("_class_name") if path.is_file() else None
 
 
-def recognised(folder: Path) -> Layout:
+def find_public_layout(folder: Path) -> PublicLayout:
     """The public layout of a folder. Raises InputError for any other, saying what was found and which there are."""
-    name = class_of(folder)
-    if isinstance(name, str) and name in BY_CLASS:
-        return BY_CLASS[name]
+    name = read_folder_class(folder)
+    if isinstance(name, str) and name in LAYOUTS_BY_CLASS:
+        return LAYOUTS_BY_CLASS[name]
     if name is None:
         held = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         found = f"has neither a model_index.json nor a config.json, but {held}"
@@ -172,8 +209,8 @@ def recognised(folder: Path) -> Layout:
             found += " (`t2i convert FILE.pth --config FILE.json FOLDER` is for those of DALLE2-pytorch)"
     else:
         found = f"is of {name!r:.80}"
-        home = listed(folder.absolute().parent).get("_class_name")
-        if home is not None and folder.absolute().name in listed(folder.absolute().parent):
+        home = read_model_index(folder.absolute().parent).get("_class_name")
+        if home is not None and folder.absolute().name in read_model_index(folder.absolute().parent):
             found += f", a part of the pipeline in {str(folder.parent)!r}, which loads as a whole"
     known = "; ".join(f"{layout.name} ({', '.join(layout.classes)})" for layout in LAYOUTS)
     raise InputError(
@@ -193,75 +230,79 @@ class PublicFolder:
 
     def __init__(self, path: Path, variant: str | None = None):
         self.path, self.variant = path, variant
-        self.layout = recognised(path)
-        index = listed(path)
+        self.layout = find_public_layout(path)
+        index = read_model_index(path)
         if not index:
             return
-        self.check_entries(index)
-        for part, place in self.layout.places.items():
+        self.check_index_entries(index)
+        for part, place in self.layout.part_folders.items():
             entry = index.get(place)
             kind = str(entry[1]) if isinstance(entry, list) and len(entry) == 2 else "None"
             if kind == "None":
-                self.refuse(f"lacks {place!r} in its model_index.json")
+                self.refuse_folder(f"lacks {place!r} in its model_index.json")
             if part.endswith("scheduler"):
                 fits = isinstance(getattr(diffusers, kind, None), type) and kind.endswith("Scheduler")
                 wanted = "a scheduler of diffusers"
             else:
-                fits, wanted = kind in CLASSES[part], " or ".join(CLASSES[part])
+                fits, wanted = kind in PART_CLASSES[part], " or ".join(PART_CLASSES[part])
             if not fits:
-                self.refuse(f"has as {place} a {kind[:80]!r}; it must be {wanted}")
+                self.refuse_folder(f"has as {place} a {kind[:80]!r}; it must be {wanted}")
             if not is_folder(path / place):
-                self.refuse(f"lacks the folder {place!r}")
+                self.refuse_folder(f"lacks the folder {place!r}")
 
-    def check_entries(self, index: dict[str, Any]) -> None:
+    def check_index_entries(self, index: dict[str, Any]) -> None:
         """Refuse classes of libraries that nobody knows; say in the log which other entries are passed over."""
-        places = self.layout.places.values()
+        places = self.layout.part_folders.values()
         for name, entry in index.items():
             if name.startswith("_") or (
                 name not in places and (entry is None or isinstance(entry, bool | int | float))
             ):
                 continue
-            if not isinstance(entry, list) or len(entry) != 2 or entry[0] not in (None, *LIBRARIES):
-                known = f"a class of {', '.join(LIBRARIES)}"
-                self.refuse(f"has in its model_index.json {name[:80]!r} = {str(entry)[:80]}, which is not {known}")
+            if not isinstance(entry, list) or len(entry) != 2 or entry[0] not in (None, *KNOWN_LIBRARIES):
+                known = f"a class of {', '.join(KNOWN_LIBRARIES)}"
+                self.refuse_folder(
+                    f"has in its model_index.json {name[:80]!r} = {str(entry)[:80]}, which is not {known}"
+                )
             if name not in places and entry[1] is not None:
                 logger.warning("%s has %.80r, a %.80s, which is not used", self.path, name, entry[1])
 
-    def refuse(self, fault: str) -> None:
-        names = ", ".join(dict.fromkeys(self.layout.places.values()))
+    def refuse_folder(self, fault: str) -> None:
+        names = ", ".join(dict.fromkeys(self.layout.part_folders.values()))
         raise InputError(f"{str(self.path)!r}, {self.layout.title}, {fault}; its parts are {names}")
 
     def __contains__(self, part: str) -> bool:
-        return part in self.layout.places
+        return part in self.layout.part_folders
 
     def folder(self, part: str) -> Path:
-        return self.path / self.layout.places[part]
+        return self.path / self.layout.part_folders[part]
 
-    def component(self, part: str) -> Component:
+    def read_component(self, part: str) -> Component:
         """A model, checked but for its tensors. Raises InputError for one of another class."""
-        stem = "model" if part in OF_TRANSFORMERS else "diffusion_pytorch_model"
+        stem = "model" if part in TRANSFORMERS_PARTS else "diffusion_pytorch_model"
         component = Component(self.folder(part), self.path, self.variant, stem)
         named = component.config.get("_class_name") or component.config.get("architectures")
         given = named if isinstance(named, list) else [named]
-        if named and not any(name in (*CLASSES[part], *self.older(part)) for name in given):
-            self.refuse(f"holds in {self.layout.places[part]} a {str(given[0])[:80]!r}, not {CLASSES[part][0]}")
+        if named and not any(name in (*PART_CLASSES[part], *self.list_old_classes(part)) for name in given):
+            self.refuse_folder(
+                f"holds in {self.layout.part_folders[part]} a {str(given[0])[:80]!r}, not {PART_CLASSES[part][0]}"
+            )
         return component
 
-    def older(self, part: str) -> tuple[str, ...]:
+    def list_old_classes(self, part: str) -> tuple[str, ...]:
         """Other names that public configurations have: of the model that a tower was taken out of."""
         return ("CLIPModel", "CLIPTextModel", "CLIPVisionModel") if part.endswith("tower") else ()
 
-    def scheduler_class(self, part: str) -> Any:
+    def find_scheduler_class(self, part: str) -> Any:
         """The class of diffusers that the index names for a scheduler, whose folder is checked first."""
-        entry = listed(self.path).get(self.layout.places[part])
+        entry = read_model_index(self.path).get(self.layout.part_folders[part])
         kind = entry[1] if isinstance(entry, list) else None
-        check_scheduler(self.folder(part), kind, self.path)
+        check_scheduler_folder(self.folder(part), kind, self.path)
         return getattr(diffusers, str(kind))
 
-    def scheduler(self, part: str) -> SchedulerMixin:
+    def load_scheduler(self, part: str) -> SchedulerMixin:
         """As the folder says; an UnCLIPScheduler becomes one that knows its own previous timestep."""
-        made = loaded(self.scheduler_class(part).from_pretrained, self.folder(part))
+        made = load_or_explain(self.find_scheduler_class(part).from_pretrained, self.folder(part))
         if isinstance(made, UnCLIPScheduler):
             made = UnCLIPRespacedScheduler.from_config(made.config)
-        check_drawing(f"{part} in {str(self.folder(part))!r}", made)
+        check_scheduler_sampling(f"{part} in {str(self.folder(part))!r}", made)
         return made

@@ -16,15 +16,15 @@ from torch import Tensor
 from t2i.checks import check_integer
 from t2i.diffusion.condition import TextEncoding
 from t2i.errors import InputError
-from t2i.files.component import Component, filled
-from t2i.files.untrusted import Stored, check_tensors, outline
+from t2i.files.component import Component, load_from_components
+from t2i.files.untrusted import TensorSpec, bounded_meta_device, check_tensor_specs
 from t2i.networks.prior import Prior
 from t2i.networks.public.eclipse import EclipsePrior
 
-USUAL_GUIDANCE = 4.0  # of Karlo's and Kandinsky's pipelines
-NULLS = ("null_embedding", "null_states")  # of a Prior; a PriorTransformer's pipeline encodes "" each time
-SIZES = ("num_attention_heads", "attention_head_dim", "num_layers", "embedding_dim", "num_embeddings")
-WANTED: dict[str, tuple[Any, str]] = {  # what a Prior can express, and why nothing else
+DEFAULT_GUIDANCE_SCALE = 4.0  # of Karlo's and Kandinsky's pipelines
+NULL_BUFFERS = ("null_embedding", "null_states")  # of a Prior; a PriorTransformer's pipeline encodes "" each time
+SIZE_KEYS = ("num_attention_heads", "attention_head_dim", "num_layers", "embedding_dim", "num_embeddings")
+REQUIRED_SETTINGS: dict[str, tuple[Any, str]] = {  # what a Prior can express, and why nothing else
     "added_emb_type": ("prd", "without a query token the output is that of the noisy embedding's token"),
     "norm_in_type": (None, "this project's prior has no norm before its first block"),
     "embedding_proj_norm_type": (None, "this project's prior has no norm of z_t"),
@@ -33,7 +33,7 @@ WANTED: dict[str, tuple[Any, str]] = {  # what a Prior can express, and why noth
 }
 
 
-class ReadsCaptions(Protocol):
+class CaptionEncoder(Protocol):
     """Of a CLIP, or of what is known of it, what a prior asks."""
 
     @property
@@ -46,38 +46,38 @@ class ReadsCaptions(Protocol):
 
 
 def load_prior_transformer(
-    part: Component, clip: ReadsCaptions | None = None, dtype: torch.dtype | None = None
+    part: Component, clip: CaptionEncoder | None = None, dtype: torch.dtype | None = None
 ) -> Prior | EclipsePrior:
     """What draws as a folder's PriorTransformer does, frozen: a Prior; without a token of the time, an EclipsePrior.
 
     clip: the prior's, which says what its null is (the encoding of the empty caption, which is not in the files) and
-    whether embeddings have unit length; without one, the null is still to be set, by `prior.set_encodings(null,
+    whether embeddings have unit length; without one, the null is still to be set, by `prior.set_embed_statistics(null,
     prior.mean, prior.std)`. dtype: of floating-point tensors, None is that of the files.
     Raises InputError for what neither of the two can express, with the reason, and for a CLIP of other embeddings.
     """
     if part.config.get("additional_embeddings", 4) == 3:
-        prior: Prior | EclipsePrior = load_eclipse(part, dtype)
+        prior: Prior | EclipsePrior = load_eclipse_prior(part, dtype)
     else:
-        prior = load_diffusion(part, dtype, clip is not None and clip.unit_length)
+        prior = load_diffusion_prior(part, dtype, clip is not None and clip.unit_length)
     if clip is None:
         return prior
     if (theirs := (clip.embed_dim, clip.text_width)) != (ours := (prior.config.embed_dim, prior.config.text_width)):
         widths = f"embeddings and token states of {ours} dimensions, the CLIP's have {theirs}"
         raise InputError(f"{str(part.folder)!r} reads {widths}; they do not belong together")
     if isinstance(prior, Prior):
-        prior.set_encodings(clip.encode_text([""]), prior.mean, prior.std)
+        prior.set_embed_statistics(clip.encode_text([""]), prior.mean, prior.std)
     return prior
 
 
-def load_diffusion(part: Component, dtype: torch.dtype | None, unit_length: bool) -> Prior:
+def load_diffusion_prior(part: Component, dtype: torch.dtype | None, unit_length: bool) -> Prior:
     """unit_length: of the CLIP's embeddings, of this project's exported prior; public ones know them as they are."""
-    settings = read_settings(part, 4)
-    check_shapes(part, settings)
-    ours = {**prior_settings(settings), "unit_length": unit_length}
+    settings = read_prior_config(part, 4)
+    check_tensor_shapes(part, settings)
+    ours = {**convert_prior_config(settings), "unit_length": unit_length}
     if not unit_length:
-        ours["usual_guidance"] = USUAL_GUIDANCE
-    parts: dict[str, Component] = {"": Translated(part, names_of(settings["num_layers"]))}
-    prior = filled(lambda: Prior(**ours), parts, dtype, extra=NULLS)
+        ours["usual_guidance"] = DEFAULT_GUIDANCE_SCALE
+    parts: dict[str, Component] = {"": RenamedComponent(part, map_tensor_names(settings["num_layers"]))}
+    prior = load_from_components(lambda: Prior(**ours), parts, dtype, extra=NULL_BUFFERS)
     if not (prior.std > 0).all():
         raise InputError(f"{str(part.folder)!r} has a clip_std of 0: z_i's statistics were never set, all would be one")
     if unit_length:
@@ -86,12 +86,14 @@ def load_diffusion(part: Component, dtype: torch.dtype | None, unit_length: bool
     return prior
 
 
-def load_eclipse(part: Component, dtype: torch.dtype | None) -> EclipsePrior:
-    settings = read_settings(part, 3)
-    check_shapes(part, settings, time=False)
-    names = names_of(settings["num_layers"], time=False)
+def load_eclipse_prior(part: Component, dtype: torch.dtype | None) -> EclipsePrior:
+    settings = read_prior_config(part, 3)
+    check_tensor_shapes(part, settings, time=False)
+    names = map_tensor_names(settings["num_layers"], time=False)
     names = {ours: theirs for ours, theirs in names.items() if ours not in ("mean", "std")}  # which nothing reads
-    return filled(lambda: EclipsePrior(**prior_settings(settings)), {"": Translated(part, names)}, dtype)
+    return load_from_components(
+        lambda: EclipsePrior(**convert_prior_config(settings)), {"": RenamedComponent(part, names)}, dtype
+    )
 
 
 def to_prior_transformer(prior: Prior) -> PriorTransformer:
@@ -118,7 +120,7 @@ def to_prior_transformer(prior: Prior) -> PriorTransformer:
     shapes = {name: tensor.shape for name, tensor in made.state_dict().items()}
     tensors: dict[str, Tensor] = {}
     state = prior.state_dict()
-    for ours, theirs in names_of(config.depth).items():
+    for ours, theirs in map_tensor_names(config.depth).items():
         for name, tensor in zip(theirs, state[ours].detach().cpu().chunk(len(theirs))):
             tensors[name] = tensor.clone().view(shapes[name])
     if config.unit_length:  # the scale of z_t
@@ -127,7 +129,7 @@ def to_prior_transformer(prior: Prior) -> PriorTransformer:
     return made.eval().requires_grad_(False)
 
 
-def names_of(depth: int, time: bool = True) -> dict[str, tuple[str, ...]]:
+def map_tensor_names(depth: int, time: bool = True) -> dict[str, tuple[str, ...]]:
     """A Prior's tensors, and those of a PriorTransformer that each is made of, one below the other."""
     alone = {"positions": "positional_embedding", "query": "prd_embedding", "mean": "clip_mean", "std": "clip_std"}
     layers = {
@@ -153,10 +155,10 @@ def names_of(depth: int, time: bool = True) -> dict[str, tuple[str, ...]]:
     return names
 
 
-class Translated(Component):
+class RenamedComponent(Component):
     """A PriorTransformer's component under the names of a Prior; tensors come as soon as all of their parts have.
 
-    names: see `names_of`. What they do not name is left out.
+    names: see `map_tensor_names`. What they do not name is left out.
     """
 
     def __init__(self, part: Component, names: dict[str, tuple[str, ...]]):
@@ -164,14 +166,14 @@ class Translated(Component):
         self.config, self.files = part.config, part.files
         self.homes = {theirs: ours for ours, parts in names.items() for theirs in parts}
         self.names = names
-        self.held = {}
+        self.tensor_specs = {}
         for ours, parts in names.items():
-            first = part.held[parts[0]]
-            self.held[ours] = Stored(first.dtype, joined_shape(first.shape, len(parts)))
+            first = part.tensor_specs[parts[0]]
+            self.tensor_specs[ours] = TensorSpec(first.dtype, compute_joined_shape(first.shape, len(parts)))
 
-    def tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    def iterate_tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         waiting: dict[str, dict[str, Tensor]] = {}
-        for theirs, tensor in self.part.tensors(dtype):
+        for theirs, tensor in self.part.iterate_tensors(dtype):
             if (ours := self.homes.get(theirs)) is None:
                 continue
             parts = waiting.setdefault(ours, {})
@@ -180,17 +182,17 @@ class Translated(Component):
                 del waiting[ours]
                 whole = [parts[name] for name in self.names[ours]]
                 joined = whole[0] if len(whole) == 1 else torch.cat(whole)
-                yield ours, joined.reshape(joined_shape(tuple(joined.shape), 1))
+                yield ours, joined.reshape(compute_joined_shape(tuple(joined.shape), 1))
 
 
-def joined_shape(shape: tuple[int, ...], count: int) -> tuple[int, ...]:
+def compute_joined_shape(shape: tuple[int, ...], count: int) -> tuple[int, ...]:
     """Of `count` tensors of a shape one below the other; a PriorTransformer's own tensors begin with a batch of one."""
     while len(shape) > 1 and shape[0] == 1 and count == 1:
         shape = shape[1:]
     return (shape[0] * count, *shape[1:])
 
 
-def read_settings(part: Component, tokens: int) -> dict[str, Any]:
+def read_prior_config(part: Component, tokens: int) -> dict[str, Any]:
     """A PriorTransformer's arguments, checked, with diffusers' defaults where the configuration says nothing.
 
     tokens: how many `additional_embeddings` there must be: z_t, time, noisy z_i and query, or without the time.
@@ -200,13 +202,13 @@ def read_settings(part: Component, tokens: int) -> dict[str, Any]:
         raise InputError(f"{folder!r} holds a {kind!r:.80}; it must be a PriorTransformer")
     settings = {name: one.default for name, one in usual.items() if name != "self"}
     settings |= {name: value for name, value in part.config.items() if name in settings}
-    for name in SIZES:
+    for name in SIZE_KEYS:
         check_integer(f"{name} in {folder!r}", settings[name], 1, 1_000_000)
     found = settings["additional_embeddings"]
     if found != tokens:
         which = {4: "z_t, time, noisy z_i and query", 3: "z_t, noisy z_i and query"}
         raise InputError(f"{folder!r} has additional_embeddings = {found!r:.80}; {tokens} are read: {which[tokens]}")
-    for name, (value, reason) in WANTED.items():
+    for name, (value, reason) in REQUIRED_SETTINGS.items():
         if settings[name] != value:
             raise InputError(f"{folder!r} has {name} = {settings[name]!r:.80}, only {value!r} is read: {reason}")
     width = settings["num_attention_heads"] * settings["attention_head_dim"]
@@ -221,7 +223,7 @@ def read_settings(part: Component, tokens: int) -> dict[str, Any]:
     return settings
 
 
-def prior_settings(settings: dict[str, Any]) -> dict[str, Any]:
+def convert_prior_config(settings: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a Prior, or an EclipsePrior, for a PriorTransformer's."""
     heads = settings["num_attention_heads"]
     return {
@@ -234,10 +236,10 @@ def prior_settings(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def check_shapes(part: Component, settings: dict[str, Any], time: bool = True) -> None:
+def check_tensor_shapes(part: Component, settings: dict[str, Any], time: bool = True) -> None:
     """Refuse tensors that are not those of the configuration, by the names that they have in the file."""
-    with outline(part.held, part.folder):
+    with bounded_meta_device(part.tensor_specs, part.folder):
         wanted = PriorTransformer(**settings).state_dict()
     if not time:
         wanted = {name: tensor for name, tensor in wanted.items() if not name.startswith("time_embedding.")}
-    check_tensors(wanted, part.held, part.folder)
+    check_tensor_specs(wanted, part.tensor_specs, part.folder)

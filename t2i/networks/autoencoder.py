@@ -9,7 +9,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
-from t2i.networks.linear import by_onednn
+from t2i.networks.linear import use_onednn_linear
 
 
 class Autoencoder(ModelMixin, ConfigMixin):
@@ -28,7 +28,7 @@ class Autoencoder(ModelMixin, ConfigMixin):
     def __init__(self, vae: dict, patch_size: int = 1):
         super().__init__()
         channels = 3 * patch_size**2
-        self.coder = by_onednn(AutoencoderKL(**{**vae, "in_channels": channels, "out_channels": channels}))
+        self.coder = use_onednn_linear(AutoencoderKL(**{**vae, "in_channels": channels, "out_channels": channels}))
         self.register_buffer("mean", torch.zeros(self.channels))
         self.register_buffer("std", torch.ones(self.channels))
 
@@ -52,20 +52,22 @@ class Autoencoder(ModelMixin, ConfigMixin):
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) -> its reconstruction from a sampled latent, and the KL divergence per pixel value."""
-        posterior = self.coder.encode(self.to_patches(image)).latent_dist
-        reconstruction = self.to_pixels(self.coder.decode(posterior.sample()).sample)
+        posterior = self.coder.encode(self.split_into_patches(image)).latent_dist
+        reconstruction = self.merge_patches(self.coder.decode(posterior.sample()).sample)
         return reconstruction, posterior.kl() / image[0].numel()
 
     @apply_forward_hook
     def encode(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, C, H / factor, W / factor), unit variance: the mean of the posterior."""
-        latents = self.coder.encode(self.to_patches(image)).latent_dist.mode()
+        latents = self.coder.encode(self.split_into_patches(image)).latent_dist.mode()
         return (latents - self.mean[:, None, None]) / self.std[:, None, None]
 
     @apply_forward_hook
     def decode(self, latents: Tensor) -> Tensor:
         """The reverse; values may leave [-1, 1] a little."""
-        return self.to_pixels(self.coder.decode(latents * self.std[:, None, None] + self.mean[:, None, None]).sample)
+        return self.merge_patches(
+            self.coder.decode(latents * self.std[:, None, None] + self.mean[:, None, None]).sample
+        )
 
     def freeze_encoder(self) -> None:
         """Leave the way from pictures to latents as it is: only the decoder's weights are trained from here on."""
@@ -73,14 +75,14 @@ class Autoencoder(ModelMixin, ConfigMixin):
             if part is not None:  # some VAEs have no convolution there
                 part.requires_grad_(False)
 
-    def to_patches(self, image: Tensor) -> Tensor:
+    def split_into_patches(self, image: Tensor) -> Tensor:
         return F.pixel_unshuffle(image, self.config.patch_size).contiguous(memory_format=torch.channels_last)
 
-    def to_pixels(self, patches: Tensor) -> Tensor:
+    def merge_patches(self, patches: Tensor) -> Tensor:
         return F.pixel_shuffle(patches, self.config.patch_size)
 
     @torch.no_grad()
-    def measure(self, images: Iterable[Tensor]) -> None:
+    def set_latent_statistics(self, images: Iterable[Tensor]) -> None:
         """Set the mean and standard deviation of each latent channel from pictures, (B, 3, H, W) at a time."""
         self.mean.zero_()
         self.std.fill_(1)

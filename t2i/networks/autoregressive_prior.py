@@ -20,9 +20,9 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Generator, Tensor, nn
 
 from t2i.diffusion.condition import TextEncoding
-from t2i.networks.layers import KeyValue, checkpointed
+from t2i.networks.layers import KeyValue, run_checkpointed_block
 from t2i.networks.linear import Linear
-from t2i.networks.prior import PriorBlock, caption_tokens
+from t2i.networks.prior import PriorBlock, embed_caption_tokens
 from t2i.networks.regression_prior import RegressionPrior
 
 
@@ -32,12 +32,12 @@ class AutoregressiveContext:
 
     past: list[KeyValue]  # one pair a block
     mask: Tensor  # (B, tokens so far), bool
-    guess: Tensor | None  # (B, K + 1, buckets), logits by the regression, if there is one
+    regression_logits: Tensor | None  # (B, K + 1, buckets), logits by the regression, if there is one
     logits: Tensor  # (B, buckets), of the next code
 
 
 class AutoregressivePrior(ModelMixin, ConfigMixin):
-    """Predicts the codes of z_i given a TextEncoding; `draw` draws z_i.
+    """Predicts the codes of z_i given a TextEncoding; `sample_image_embeds` draws z_i.
 
     Args:
         embed_dim: dimensions D of z_t and z_i.
@@ -103,18 +103,18 @@ class AutoregressivePrior(ModelMixin, ConfigMixin):
         self.register_buffer("null_states", torch.zeros(null_length, text_width))
 
     @property
-    def length(self) -> int:
+    def codes_per_embedding(self) -> int:
         """Codes of one z_i: its dot product with z_t and its K components."""
         return self.config.components + 1
 
     # z_i as codes
 
     @torch.no_grad()
-    def set_encodings(self, null: TextEncoding, embeddings: Tensor) -> None:
+    def set_embed_statistics(self, null: TextEncoding, embeddings: Tensor) -> None:
         """Take over the encoding of the empty caption, and the components and their range from z_i, (n, D)."""
         self.null_embedding.copy_(null.embedding[0])
         self.null_states.copy_(null.states[0])
-        mean, basis, _ = principal_components(embeddings)
+        mean, basis, _ = compute_principal_components(embeddings)
         basis = basis[: self.config.components]
         values = (embeddings.double() - mean) @ basis.T
         low, high = values.amin(dim=0), values.amax(dim=0)
@@ -123,7 +123,7 @@ class AutoregressivePrior(ModelMixin, ConfigMixin):
         self.low.copy_(low)
         self.high.copy_(torch.maximum(high, low + 1e-6))
 
-    def quantise(self, z_t: Tensor, z_i: Tensor) -> Tensor:
+    def quantise_image_embeds(self, z_t: Tensor, z_i: Tensor) -> Tensor:
         """(B, D), (B, D), unit length -> codes, (B, K + 1), int64: of the dot product, then of the components."""
         values = (z_i.float() - self.mean.float()) @ self.basis.float().T
         share = (values - self.low) / (self.high - self.low)
@@ -131,7 +131,7 @@ class AutoregressivePrior(ModelMixin, ConfigMixin):
         buckets = self.config.buckets
         return (torch.cat([dot, share], dim=-1) * buckets).long().clamp(0, buckets - 1)
 
-    def dequantise(self, codes: Tensor) -> Tensor:
+    def dequantise_codes(self, codes: Tensor) -> Tensor:
         """Codes of the dot product and the first k components, (B, 1 + k) -> z_i, (B, D), of unit length, fp32.
 
         A component between the ends of its range comes back within half a bucket; one that has no code yet as its mean.
@@ -146,44 +146,44 @@ class AutoregressivePrior(ModelMixin, ConfigMixin):
     def forward(self, text: TextEncoding, codes: Tensor) -> Tensor:
         """codes: (B, K + 1) -> logits, (B, K + 1, buckets), of each given those before it. What training calls."""
         count = codes.shape[1]
-        tokens = torch.cat([caption_tokens(self, text), self.code_tokens(codes[:, :-1], 0)], dim=1)
+        tokens = torch.cat([embed_caption_tokens(self, text), self.embed_code_tokens(codes[:, :-1], 0)], dim=1)
         mask = torch.cat([text.mask, text.mask.new_ones(len(codes), count)], dim=1)[:, None, None, :]
-        mask = mask & causal(tokens)
+        mask = mask & build_causal_mask(tokens)
         for block in self.blocks:
-            tokens = checkpointed(self, block, tokens, mask)
-        logits, guess = self.to_logits(self.norm(tokens[:, -count:])), self.guess(text)
+            tokens = run_checkpointed_block(self, block, tokens, mask)
+        logits, guess = self.to_logits(self.norm(tokens[:, -count:])), self.regression_logits(text)
         return logits if guess is None else logits + guess
 
     @apply_forward_hook
     def prepare(self, text: TextEncoding) -> AutoregressiveContext:
         """The caption read, and the logits of the first code."""
         known = torch.cat([text.mask, text.mask.new_ones(len(text), 1)], dim=1)
-        tokens, past = caption_tokens(self, text), []
-        mask = known[:, None, None, :] & causal(tokens)
+        tokens, past = embed_caption_tokens(self, text), []
+        mask = known[:, None, None, :] & build_causal_mask(tokens)
         for block in self.blocks:
-            tokens, key_value = block.with_key_value(tokens, mask)
+            tokens, key_value = block.forward_with_key_value(tokens, mask)
             past.append(key_value)
-        logits, guess = self.to_logits(self.norm(tokens[:, -1])), self.guess(text)
+        logits, guess = self.to_logits(self.norm(tokens[:, -1])), self.regression_logits(text)
         return AutoregressiveContext(past, known, guess, logits if guess is None else logits + guess[:, 0])
 
     @apply_forward_hook
     def step(self, codes: Tensor, position: int, context: AutoregressiveContext) -> None:
         """The code at a position, (B,), read after those before it; changes `context`."""
-        tokens = self.code_tokens(codes[:, None], position)
+        tokens = self.embed_code_tokens(codes[:, None], position)
         context.mask = torch.cat([context.mask, context.mask.new_ones(len(codes), 1)], dim=1)
         for i, block in enumerate(self.blocks):
             past = context.past[i]
-            tokens, new = block.with_key_value(tokens, context.mask[:, None, None, :], [past])
+            tokens, new = block.forward_with_key_value(tokens, context.mask[:, None, None, :], [past])
             context.past[i] = (torch.cat([past[0], new[0]], dim=2), torch.cat([past[1], new[1]], dim=2))
         context.logits = self.to_logits(self.norm(tokens[:, -1]))
-        if context.guess is not None:
-            context.logits = context.logits + context.guess[:, position + 1]
+        if context.regression_logits is not None:
+            context.logits = context.logits + context.regression_logits[:, position + 1]
 
-    def guess(self, text: TextEncoding) -> Tensor | None:
+    def regression_logits(self, text: TextEncoding) -> Tensor | None:
         """(B, K + 1, buckets): the logits of Gaussians around the regression's answer; none for the dot product."""
         if self.regressor is None:
             return None
-        answer = self.regressor.draw(text.map(Tensor.detach))
+        answer = self.regressor.sample_image_embeds(text.map_tensors(Tensor.detach))
         values = (answer - self.mean.float()) @ self.basis.float().T
         where = 2 * (values - self.low) / (self.high - self.low) - 1
         buckets = self.config.buckets
@@ -191,7 +191,7 @@ class AutoregressivePrior(ModelMixin, ConfigMixin):
         distance = (centres - where[..., None]) / self.log_width.exp()[:, None]
         return F.pad(-0.5 * distance.square(), (0, 0, 1, 0)).to(text.embedding.dtype)
 
-    def code_tokens(self, codes: Tensor, first: int) -> Tensor:
+    def embed_code_tokens(self, codes: Tensor, first: int) -> Tensor:
         """Codes, (B, n), of the positions from `first` on -> (B, n, width)."""
         here = slice(first, first + codes.shape[1])
         number = (codes.to(self.directions.dtype) + 0.5) * (2 / self.config.buckets) - 1
@@ -205,7 +205,7 @@ class AutoregressivePrior(ModelMixin, ConfigMixin):
     # Drawing
 
     @torch.no_grad()
-    def draw(
+    def sample_image_embeds(
         self,
         text: TextEncoding,
         negative: TextEncoding | None,
@@ -227,7 +227,7 @@ class AutoregressivePrior(ModelMixin, ConfigMixin):
         temperature = self.config.temperature if temperature is None else temperature
         device, count = text.embedding.device, len(text)
         uniform = torch.stack(
-            [torch.rand(self.length, generator=one, device=one.device).to(device) for one in generators]
+            [torch.rand(self.codes_per_embedding, generator=one, device=one.device).to(device) for one in generators]
         )
         text = text.to(device, self.dtype)
         if scale == 1:
@@ -236,27 +236,27 @@ class AutoregressivePrior(ModelMixin, ConfigMixin):
             negative = self.null(count) if negative is None else negative
             context = self.prepare(negative.to(device, self.dtype).cat(text))
         codes = torch.zeros(count, 0, dtype=torch.long, device=device)
-        for i in progress(range(self.length)):
+        for i in progress(range(self.codes_per_embedding)):
             logits = context.logits.double().log_softmax(dim=-1)
             if scale != 1:
                 away, wanted = logits.chunk(2)
                 logits = away.lerp(wanted, scale)
             where = (1 + uniform[:, i]) / 2 if i == 0 else uniform[:, i]
-            chosen = picked(logits, where, 1.0 if i == 0 else temperature)
+            chosen = select_code_buckets(logits, where, 1.0 if i == 0 else temperature)
             codes = torch.cat([codes, chosen[:, None]], dim=1)
             if on_step is not None:
-                on_step(i, self.dequantise(codes))
-            if i + 1 < self.length:
+                on_step(i, self.dequantise_codes(codes))
+            if i + 1 < self.codes_per_embedding:
                 self.step(chosen if scale == 1 else chosen.repeat(2), i, context)
-        return self.dequantise(codes)
+        return self.dequantise_codes(codes)
 
 
-def causal(tokens: Tensor) -> Tensor:
+def build_causal_mask(tokens: Tensor) -> Tensor:
     length = tokens.shape[1]
     return torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()
 
 
-def picked(logits: Tensor, where: Tensor, temperature: float) -> Tensor:
+def select_code_buckets(logits: Tensor, where: Tensor, temperature: float) -> Tensor:
     """(B, buckets), (B,) in [0, 1) -> (B,): the bucket that holds this quantile; at temperature 0 the likeliest."""
     if temperature == 0:
         return logits.argmax(dim=-1)
@@ -267,7 +267,7 @@ def picked(logits: Tensor, where: Tensor, temperature: float) -> Tensor:
     )
 
 
-def principal_components(embeddings: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def compute_principal_components(embeddings: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(n, D) -> mean, (D,); components of unit length as rows, (D, D), by decreasing variance; variances, (D,)."""
     embeddings = embeddings.double()
     mean = embeddings.mean(dim=0)
@@ -276,8 +276,8 @@ def principal_components(embeddings: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return mean, vectors.flip(1).T.contiguous(), variances.flip(0).clamp(min=0)
 
 
-def components_for(embeddings: Tensor, explained_variance: float) -> int:
+def count_principal_components(embeddings: Tensor, explained_variance: float) -> int:
     """How many principal components of z_i, (n, D), hold this share of the variance."""
-    _, _, variances = principal_components(embeddings)
+    _, _, variances = compute_principal_components(embeddings)
     share = variances.cumsum(0) / variances.sum().clamp(min=1e-12)
     return min(len(share), int((share < explained_variance - 1e-9).sum()) + 1)

@@ -15,11 +15,11 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from t2i.checks import check_integer, check_range
-from t2i.diffusion.process import levels
+from t2i.diffusion.process import alpha_sigma
 from t2i.errors import InputError
-from t2i.networks.layers import Attention, TimeEmbedding, checkpointed
+from t2i.networks.layers import Attention, TimeEmbedding, run_checkpointed_block
 
-SHOWN = 8  # class names in a message
+MAX_LISTED_CLASSES = 8  # class names in a message
 
 
 class LatentClassifier(ModelMixin, ConfigMixin):
@@ -79,20 +79,21 @@ class LatentClassifier(ModelMixin, ConfigMixin):
         self.to_embedding = nn.Linear(2 * widths[-1], embed_dim)
 
     def forward(self, x: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
-        """x: (B, C, S, S); level: (B,), see `noise_level` -> logits, (B, classes), and z_i of unit length, (B, D)."""
+        """x: (B, C, S, S); level: (B,), see `compute_noise_level` -> logits, (B, classes), and z_i of unit length,
+        (B, D)."""
         condition = F.silu(self.from_level(1000 * level.float()))
         x = self.from_latents(x)
         for number, block in enumerate(self.blocks):
             if number and number % self.config.depth == 0:
                 x = F.avg_pool2d(x, 2)
-            x = checkpointed(self, block, x, condition)
+            x = run_checkpointed_block(self, block, x, condition)
         tokens = x.flatten(2).transpose(1, 2)
         tokens = tokens + self.attention(self.norm(tokens))[0]
         pooled = self.drop(self.pooled(torch.cat([tokens.mean(dim=1), tokens.amax(dim=1)], dim=-1)))
         return self.to_class(pooled), F.normalize(self.to_embedding(pooled), dim=-1)
 
     @apply_forward_hook
-    def log_probability(self, x: Tensor, level: Tensor) -> Tensor:
+    def predict_log_probs(self, x: Tensor, level: Tensor) -> Tensor:
         """log p(class | x), (B, classes), fp32."""
         return self(x.to(self.dtype), level)[0].float().log_softmax(dim=-1)
 
@@ -101,12 +102,14 @@ class LatentClassifier(ModelMixin, ConfigMixin):
         """z_i of the clean picture as far as it can be seen, (B, D), unit length, fp32."""
         return F.normalize(self(x.to(self.dtype), level)[1].float(), dim=-1)
 
-    def number_of(self, name: str) -> int:
+    def find_class_index(self, name: str) -> int:
         """Which class that is. Raises InputError with the names there are."""
         classes = list(self.config.classes)
         if name not in classes:
-            more = f" and {len(classes) - SHOWN} more" if len(classes) > SHOWN else ""
-            raise InputError(f"no class {name!r:.80}; the classifier knows {', '.join(classes[:SHOWN])}{more}")
+            more = f" and {len(classes) - MAX_LISTED_CLASSES} more" if len(classes) > MAX_LISTED_CLASSES else ""
+            raise InputError(
+                f"no class {name!r:.80}; the classifier knows {', '.join(classes[:MAX_LISTED_CLASSES])}{more}"
+            )
         return classes.index(name)
 
 
@@ -126,11 +129,11 @@ class Block(nn.Module):
         return self.shortcut(x) + self.conv_2(F.silu(inner))
 
 
-def noise_level(scheduler: SchedulerMixin, t: Tensor, like: Tensor) -> Tensor:
+def compute_noise_level(scheduler: SchedulerMixin, t: Tensor, like: Tensor) -> Tensor:
     """(B,), fp32: how noisy an x_t like `like`, (B, ...), is; 0 is clean, 1 is pure noise. t: () or (B,).
 
     The angle between sample and noise in x_t = cos(a) sample + sin(a) noise, as a share of the right one: the same for
     the same noise whatever the schedule.
     """
-    alpha, sigma = levels(scheduler, t, like.float())
+    alpha, sigma = alpha_sigma(scheduler, t, like.float())
     return (torch.atan2(sigma, alpha) * (2 / math.pi)).flatten().expand(len(like))

@@ -25,17 +25,31 @@ from torchvision.transforms.v2.functional import center_crop, resize
 from t2i.checks import check_choice, check_integer
 from t2i.diffusion.condition import TextEncoding
 from t2i.errors import InputError
-from t2i.files.fingerprints import weights_digest
-from t2i.files.hub import fetched
-from t2i.files.untrusted import PICKLES, check_files, check_finite, is_folder, outline, read_config, read_header
+from t2i.files.fingerprints import compute_weights_fingerprint
+from t2i.files.hub import find_or_download_folder
+from t2i.files.untrusted import (
+    PICKLE_FILE_TYPES,
+    bounded_meta_device,
+    check_finite_weights,
+    check_folder_files,
+    is_folder,
+    read_config,
+    read_safetensors_header,
+)
 from t2i.networks.encoder import Encoder
-from t2i.networks.linear import by_onednn
-from t2i.networks.tokenizer import CaptionTokenizer, PublicTokenizer, check_tokenizer, load_tokenizer, public_tokenizer
+from t2i.networks.linear import use_onednn_linear
+from t2i.networks.tokenizer import (
+    CaptionTokenizer,
+    PublicTokenizer,
+    build_public_tokenizer,
+    check_public_tokenizer,
+    load_clip_tokenizer,
+)
 
-RESIZING = {"interpolation": "bicubic", "resize_mode": "shortest"}  # CLIP's own
-BLOCKS = (ResidualAttentionBlock, CustomResidualAttentionBlock)
+DEFAULT_RESIZING = {"interpolation": "bicubic", "resize_mode": "shortest"}  # CLIP's own
+OPEN_CLIP_BLOCKS = (ResidualAttentionBlock, CustomResidualAttentionBlock)
 OPEN_CLIP_FILES = ["open_clip_config.json", "open_clip_model.safetensors", "tokenizer*.json"]
-MAX_TABLE = 2**26  # values of the positions that open_clip computes in NumPy, whatever the device
+MAX_POSITION_VALUES = 2**26  # values of the positions that open_clip computes in NumPy, whatever the device
 
 
 class CLIP(Encoder, ModelMixin):
@@ -51,7 +65,7 @@ class CLIP(Encoder, ModelMixin):
     """
 
     _supports_gradient_checkpointing = True
-    trains = True
+    is_trainable = True
     unit_length = True  # of the embeddings, z_t and z_i
     reads_captions = True
     tokenizer: CaptionTokenizer | PublicTokenizer
@@ -67,13 +81,13 @@ class CLIP(Encoder, ModelMixin):
     ):
         super().__init__()
         self.gradient_checkpointing = False
-        self.net = by_onednn(build(model))
+        self.net = use_onednn_linear(build_open_clip_model(model))
         # What FSDP shards as one: the blocks of open_clip's own towers.
-        blocks = {type(layer).__name__ for layer in self.net.modules() if isinstance(layer, BLOCKS)}
+        blocks = {type(layer).__name__ for layer in self.net.modules() if isinstance(layer, OPEN_CLIP_BLOCKS)}
         self._no_split_modules = sorted(blocks)
-        self.resizing = {key: preprocess.get(key, usual) for key, usual in RESIZING.items()}
-        check_choice("preprocess.interpolation", self.resizing["interpolation"], ("bicubic", "bilinear"))
-        check_choice("preprocess.resize_mode", self.resizing["resize_mode"], ("shortest", "squash"))
+        self.resize_settings = {key: preprocess.get(key, usual) for key, usual in DEFAULT_RESIZING.items()}
+        check_choice("preprocess.interpolation", self.resize_settings["interpolation"], ("bicubic", "bilinear"))
+        check_choice("preprocess.resize_mode", self.resize_settings["resize_mode"], ("shortest", "squash"))
         size = preprocess["size"]
         self.size = size if isinstance(size, int) else size[0]
         check_integer("preprocess.size", self.size, 1, 4096)
@@ -83,7 +97,7 @@ class CLIP(Encoder, ModelMixin):
     @classmethod
     def from_open_clip(cls, name: str, tag: str | None = None) -> "CLIP":
         """A public pair: an open_clip name and tag, "hf-hub:org/name" or "local-dir:/path"."""
-        source, config = open_clip_source(name)
+        source, config = find_open_clip_source(name)
         weights = open_clip.get_pretrained_cfg(name, tag) if tag else {}
         if tag and not weights:
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
@@ -94,21 +108,21 @@ class CLIP(Encoder, ModelMixin):
         if tag and Path(path := open_clip.download_pretrained(weights)).suffix != ".safetensors":
             raise InputError(f"{tag!r} of {name!r} comes as {Path(path).name!r}; only .safetensors is loaded")
         net = open_clip.create_model(source, pretrained=tag, require_pretrained=True)
-        check_finite(net, name)
-        tokenizer, kind = public_tokenizer(name, config["text_cfg"])
+        check_finite_weights(net, name)
+        tokenizer, kind = build_public_tokenizer(name, config["text_cfg"])
         preprocess = {key: net.visual.preprocess_cfg[key] for key in ("size", "mean", "std")}
-        preprocess |= {key: net.visual.preprocess_cfg.get(key, usual) for key, usual in RESIZING.items()}
+        preprocess |= {key: net.visual.preprocess_cfg.get(key, usual) for key, usual in DEFAULT_RESIZING.items()}
         clip = cls(config, preprocess, kind)
         clip.net.load_state_dict(net.state_dict())
         clip.tokenizer = tokenizer
         return clip
 
-    def read_tokenizer(self, folder: Path, root: Path) -> None:
-        self.tokenizer = load_tokenizer(folder, self.config.tokenizer_kind, self.config.model["text_cfg"])
+    def load_tokenizer_folder(self, folder: Path, root: Path) -> None:
+        self.tokenizer = load_clip_tokenizer(folder, self.config.tokenizer_kind, self.config.model["text_cfg"])
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits for these weights and this preprocessing, the same in fp32 and fp16."""
-        return weights_digest(self.net, json.dumps(self.config.preprocess, sort_keys=True))
+        return compute_weights_fingerprint(self.net, json.dumps(self.config.preprocess, sort_keys=True))
 
     @property
     def embed_dim(self) -> int:
@@ -144,8 +158,8 @@ class CLIP(Encoder, ModelMixin):
     def preprocess(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, 3, size, size), scaled as the vision tower knows pictures."""
         if image.shape[-2:] != (self.size, self.size):
-            side = [self.size] if self.resizing["resize_mode"] == "shortest" else [self.size, self.size]
-            mode = InterpolationMode(self.resizing["interpolation"])
+            side = [self.size] if self.resize_settings["resize_mode"] == "shortest" else [self.size, self.size]
+            mode = InterpolationMode(self.resize_settings["interpolation"])
             image = center_crop(resize(image, side, interpolation=mode, antialias=True), [self.size])
         return (((image + 1) / 2 - self.mean) / self.std).to(self.mean.dtype)
 
@@ -157,19 +171,19 @@ class CLIP(Encoder, ModelMixin):
         """(B, context_length), int64 -> z_t and a state per token."""
         tower = self.text_tower
         if getattr(tower, "attn_mask", None) is None or getattr(tower, "cls_emb", None) is not None:
-            return self.encode_tokens_whole(tokens)
+            return self.encode_padded_tokens(tokens)
         # Causal: what comes after the end of a caption changes nothing before it, so the batch is trimmed first.
-        end = tokens.argmax(dim=-1) if self.pools_at_highest else (tokens == self.end_token).int().argmax(dim=-1)
+        end = tokens.argmax(dim=-1) if self.is_argmax_pooling else (tokens == self.end_token_id).int().argmax(dim=-1)
         length = int(end.max()) + 1
         tokens = tokens[:, :length]
         states = tower.token_embedding(tokens) + tower.positional_embedding[:length]
         states = tower.ln_final(tower.transformer(states, attn_mask=tower.attn_mask[:length, :length]))
-        pool = "argmax" if self.pools_at_highest else "eos"
-        pooled = text_global_pool(states, tokens, pool, eos_token_id=self.end_token)
+        pool = "argmax" if self.is_argmax_pooling else "eos"
+        pooled = text_global_pool(states, tokens, pool, eos_token_id=self.end_token_id)
         mask = torch.arange(length, device=tokens.device) <= end[:, None]
-        return TextEncoding(F.normalize(project(tower.text_projection, pooled), dim=-1), states, mask)
+        return TextEncoding(F.normalize(project_pooled_state(tower.text_projection, pooled), dim=-1), states, mask)
 
-    def encode_tokens_whole(self, tokens: Tensor) -> TextEncoding:
+    def encode_padded_tokens(self, tokens: Tensor) -> TextEncoding:
         """For towers that see the padding (SigLIP, CoCa, those of transformers)."""
         tower = self.text_tower
         tower.output_tokens = True
@@ -179,27 +193,27 @@ class CLIP(Encoder, ModelMixin):
         return TextEncoding(F.normalize(pooled, dim=-1), states[:, :length], mask[:, :length])
 
     @property
-    def pools_at_highest(self) -> bool:
+    def is_argmax_pooling(self) -> bool:
         """open_clip pools where the token's number is highest, or at a given end token."""
         tower = self.text_tower
         return getattr(tower, "text_pool_type", getattr(tower, "pool_type", "argmax")) == "argmax"
 
     @property
-    def end_token(self) -> int | None:
+    def end_token_id(self) -> int | None:
         return getattr(self.text_tower, "text_eos_id", getattr(self.text_tower, "eos_id", None))
 
 
-def project(projection: torch.nn.Module | Tensor | None, pooled: Tensor) -> Tensor:
+def project_pooled_state(projection: torch.nn.Module | Tensor | None, pooled: Tensor) -> Tensor:
     if projection is None:
         return pooled
     return projection(pooled) if isinstance(projection, torch.nn.Module) else pooled @ projection
 
 
-def build(config: dict) -> torch.nn.Module:
+def build_open_clip_model(config: dict) -> torch.nn.Module:
     """The open_clip model of a configuration, with random weights."""
     config = copy.deepcopy(dict(config))
     text, vision = config["text_cfg"], config["vision_cfg"]
-    check_towers(text, vision)
+    check_tower_settings(text, vision)
     custom = config.pop("custom_text", False) or "hf_model_name" in text
     if "hf_model_name" in text:
         text["hf_model_pretrained"] = False
@@ -210,7 +224,7 @@ def build(config: dict) -> torch.nn.Module:
     return (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config)
 
 
-def check_towers(text: dict, vision: dict) -> None:
+def check_tower_settings(text: dict, vision: dict) -> None:
     """Refuse towers by names that are paths, and positions that would not fit in memory."""
     for key, name, form in (
         ("hf_model_name", text.get("hf_model_name", ""), r"([\w.-]+/)?[\w.-]*"),
@@ -220,16 +234,16 @@ def check_towers(text: dict, vision: dict) -> None:
             raise InputError(f"{key} must be the name of a public model, got {name!r:.80}")
     if vision.get("pos_embed_type") == "sin_cos_2d":
         grid = vision["image_size"] // vision["patch_size"]
-        check_integer("values of the table of positions", grid**2 * vision["width"], 1, MAX_TABLE)
+        check_integer("values of the table of positions", grid**2 * vision["width"], 1, MAX_POSITION_VALUES)
 
 
-def open_clip_source(name: str) -> tuple[str, dict]:
+def find_open_clip_source(name: str) -> tuple[str, dict]:
     """What open_clip builds a model from, and its configuration: a name that it knows, or a folder that was checked.
 
     A repository of the hub is fetched first: only JSON and safetensors.
     """
     if name.startswith("hf-hub:"):
-        folder = fetched(name.removeprefix("hf-hub:"), OPEN_CLIP_FILES)
+        folder = find_or_download_folder(name.removeprefix("hf-hub:"), OPEN_CLIP_FILES)
     elif name.startswith("local-dir:"):
         folder = Path(name.removeprefix("local-dir:"))
     elif config := open_clip.get_model_config(name):
@@ -238,14 +252,14 @@ def open_clip_source(name: str) -> tuple[str, dict]:
         raise InputError(f"open_clip knows no model {name!r:.200}; `open_clip.list_models()` lists them")
     if not is_folder(folder) or not (folder / "open_clip_config.json").exists():
         raise InputError(f"no open_clip_config.json in {str(folder)!r:.200}; a local-dir: or hf-hub: model has one")
-    check_files(folder)
+    check_folder_files(folder)
     config = read_config(folder / "open_clip_config.json").get("model_cfg")
     if not isinstance(config, dict):
         raise InputError(f"{str(folder / 'open_clip_config.json')!r} has no model_cfg")
-    weights = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", *PICKLES))
+    weights = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", *PICKLE_FILE_TYPES))
     if [path.suffix for path in weights] != [".safetensors"]:  # of several, open_clip takes its own name first
         weights = [folder / "open_clip_model.safetensors"]
-    with outline(read_header(weights[0]), folder):
-        build(config)
-    check_tokenizer(folder, config["text_cfg"])
+    with bounded_meta_device(read_safetensors_header(weights[0]), folder):
+        build_open_clip_model(config)
+    check_public_tokenizer(folder, config["text_cfg"])
     return f"local-dir:{folder}", config

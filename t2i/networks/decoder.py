@@ -17,10 +17,17 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from t2i.diffusion.condition import ImageCondition, TokenStates
-from t2i.networks.layers import Attention, KeyValue, TimeEmbedding, checkpointed, feed_forward, split_heads
+from t2i.networks.layers import (
+    Attention,
+    KeyValue,
+    TimeEmbedding,
+    build_feed_forward,
+    run_checkpointed_block,
+    split_attention_heads,
+)
 from t2i.networks.linear import Linear
 
-Extra: TypeAlias = KeyValue | Tensor  # the tokens: (B, L, condition_width)
+ExtraTokens: TypeAlias = KeyValue | Tensor  # the tokens: (B, L, condition_width)
 
 
 @dataclass
@@ -28,9 +35,9 @@ class DecoderContext:
     """What depends on the condition alone."""
 
     image: Tensor  # (B, condition_width): z_i, to be added to the timestep
-    extra: Sequence[Extra]  # one a block: keys and values of the extra tokens, or the tokens themselves
+    extra: Sequence[ExtraTokens]  # one a block: keys and values of the extra tokens, or the tokens themselves
     mask: Tensor | None  # (B, extra tokens), bool; None where all count
-    known: Tensor | None = None  # (B, C + 1, h, w), to stand beside the noisy latents
+    masked_latents: Tensor | None = None  # (B, C + 1, h, w), to stand beside the noisy latents
 
 
 class Decoder(ModelMixin, ConfigMixin):
@@ -53,7 +60,7 @@ class Decoder(ModelMixin, ConfigMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["DecoderBlock"]  # what FSDP shards as one
     lora_targets = ("to_qkv", "to_out", "to_key_value")
-    usual_guidance, usual_steps = 1.5, 25  # of a pipeline, if nothing is said
+    default_guidance_scale, default_steps = 1.5, 25  # of a pipeline, if nothing is said
 
     @register_to_config
     def __init__(
@@ -80,54 +87,54 @@ class Decoder(ModelMixin, ConfigMixin):
                 f"patch_size must divide latent_size {latent_size}, and 4 width; got {patch_size} and {width}"
             )
         side, channels = latent_size // patch_size, latent_channels * patch_size**2
-        read = input_channels(latent_channels, reads_masks) * patch_size**2
+        read = count_input_channels(latent_channels, reads_masks) * patch_size**2
         self.from_latents = Linear(read, width)
-        self.positions = nn.Parameter(grid_embedding(side, width))
+        self.positions = nn.Parameter(build_grid_embedding(side, width))
         self.from_time = TimeEmbedding(width, condition_width)
         self.from_image = Linear(embed_dim, condition_width)
         self.to_tokens = Linear(embed_dim, image_tokens * condition_width)
         self.from_text = None if text_width is None else Linear(text_width, condition_width)
         self.blocks = nn.ModuleList(DecoderBlock(width, heads, condition_width) for _ in range(depth))
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
-        self.modulation = zeroed(Linear(condition_width, 2 * width))
-        self.to_latents = zeroed(Linear(width, channels * (2 if learned_variance else 1)))
+        self.modulation = zero_layer_weights(Linear(condition_width, 2 * width))
+        self.to_latents = zero_layer_weights(Linear(width, channels * (2 if learned_variance else 1)))
 
     def forward(self, x: Tensor, t: Tensor, condition: ImageCondition) -> Tensor:
         """x: (B, C, H, W) noisy latents; t: (B,) timesteps -> (B, C, H, W), the prediction; or (B, 2C, H, W)."""
-        z_i, tokens, mask = condition_tokens(self, condition)
+        z_i, tokens, mask = embed_condition_tokens(self, condition)
         # In one pass each block makes its own keys and values: FSDP has its weights only while it runs.
-        known = known_of(self, condition)
+        known = resolve_masked_latents(self, condition)
         return self.step(x, t, DecoderContext(self.from_image(z_i), [tokens] * len(self.blocks), mask, known))
 
     @apply_forward_hook
     def prepare(self, condition: ImageCondition) -> DecoderContext:
-        z_i, tokens, mask = condition_tokens(self, condition)
-        extra = [block.key_value(tokens) for block in self.blocks]
-        return DecoderContext(self.from_image(z_i), extra, mask, known_of(self, condition))
+        z_i, tokens, mask = embed_condition_tokens(self, condition)
+        extra = [block.compute_key_value(tokens) for block in self.blocks]
+        return DecoderContext(self.from_image(z_i), extra, mask, resolve_masked_latents(self, condition))
 
     @apply_forward_hook
     def step(self, x: Tensor, t: Tensor, context: DecoderContext) -> Tensor:
         patch = self.config.patch_size
         height, width = x.shape[-2] // patch, x.shape[-1] // patch
-        if context.known is not None:
-            x = torch.cat([x, context.known], dim=1)
+        if context.masked_latents is not None:
+            x = torch.cat([x, context.masked_latents], dim=1)
         tokens = F.pixel_unshuffle(x, patch).flatten(2).transpose(1, 2)
-        tokens = self.from_latents(tokens) + self.positions_for(height, width)
+        tokens = self.from_latents(tokens) + self.resize_position_grid(height, width)
         condition = F.silu(self.from_time(t) + context.image)
         mask = None
         if context.mask is not None:
             mask = F.pad(context.mask, (0, tokens.shape[1]), value=True)[:, None, None, :]
         for block, extra in zip(self.blocks, context.extra):
-            tokens = checkpointed(self, block, tokens, condition, extra, mask)
+            tokens = run_checkpointed_block(self, block, tokens, condition, extra, mask)
         scale, shift = self.modulation(condition)[:, None].chunk(2, dim=-1)
         tokens = self.to_latents(self.norm(tokens) * (1 + scale) + shift)
         return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(-1, (height, width)), patch)
 
     def null(self, count: int) -> ImageCondition:
         """The zero embedding, and a caption of no tokens."""
-        return no_condition(self, count)
+        return build_null_condition(self, count)
 
-    def positions_for(self, height: int, width: int) -> Tensor:
+    def resize_position_grid(self, height: int, width: int) -> Tensor:
         """(height * width, C): the learned grid, resized for pictures of another size or shape."""
         side = self.config.latent_size // self.config.patch_size
         if (height, width) == (side, side):
@@ -136,7 +143,7 @@ class Decoder(ModelMixin, ConfigMixin):
         return F.interpolate(grid, (height, width), mode="bicubic")[0].flatten(1).T
 
 
-def condition_tokens(decoder: Any, condition: ImageCondition) -> tuple[Tensor, Tensor, Tensor | None]:
+def embed_condition_tokens(decoder: Any, condition: ImageCondition) -> tuple[Tensor, Tensor, Tensor | None]:
     """z_i of unit variance; the tokens made from it, followed by the caption's; which of them count, None for all.
 
     Both decoders have `to_tokens` and, if they read captions, `from_text`.
@@ -152,24 +159,24 @@ def condition_tokens(decoder: Any, condition: ImageCondition) -> tuple[Tensor, T
     return z_i, tokens, F.pad(condition.text.mask, (count, 0), value=True)
 
 
-def input_channels(latent_channels: int, reads_masks: bool) -> int:
+def count_input_channels(latent_channels: int, reads_masks: bool) -> int:
     """The noisy latents; beside them those that stay, and the mask."""
     return 2 * latent_channels + 1 if reads_masks else latent_channels
 
 
-def known_of(decoder: Any, condition: ImageCondition) -> Tensor | None:
+def resolve_masked_latents(decoder: Any, condition: ImageCondition) -> Tensor | None:
     """What is to stay of the picture, for decoders that read it; without a word of it, nothing stays."""
     if not decoder.config.reads_masks:
         return None
-    if condition.known is not None:
-        return condition.known
+    if condition.masked_latents is not None:
+        return condition.masked_latents
     size, channels = decoder.config.latent_size, decoder.config.latent_channels
     nothing = condition.embedding.new_zeros(len(condition), channels + 1, size, size)
     nothing[:, -1] = 1
     return nothing
 
 
-def no_condition(decoder: Any, count: int) -> ImageCondition:
+def build_null_condition(decoder: Any, count: int) -> ImageCondition:
     """The zero embedding, and a caption of no tokens for decoders that read captions."""
     z_i = torch.zeros(count, decoder.config.embed_dim, device=decoder.device, dtype=decoder.dtype)
     if decoder.from_text is None:
@@ -183,31 +190,31 @@ class DecoderBlock(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.attention = Attention(width, heads)
-        self.mlp = feed_forward(width)
-        self.modulation = zeroed(Linear(condition_width, 6 * width))
+        self.mlp = build_feed_forward(width)
+        self.modulation = zero_layer_weights(Linear(condition_width, 6 * width))
         self.to_key_value = Linear(condition_width, 2 * width)
 
-    def key_value(self, tokens: Tensor) -> KeyValue:
+    def compute_key_value(self, tokens: Tensor) -> KeyValue:
         """Keys and values of the extra tokens."""
-        key, value = split_heads(self.to_key_value(tokens), 2 * self.attention.heads).chunk(2, dim=1)
+        key, value = split_attention_heads(self.to_key_value(tokens), 2 * self.attention.heads).chunk(2, dim=1)
         return key, value
 
-    def forward(self, x: Tensor, condition: Tensor, extra: Extra, mask: Tensor | None) -> Tensor:
-        past = self.key_value(extra) if isinstance(extra, Tensor) else extra
+    def forward(self, x: Tensor, condition: Tensor, extra: ExtraTokens, mask: Tensor | None) -> Tensor:
+        past = self.compute_key_value(extra) if isinstance(extra, Tensor) else extra
         scale_1, shift_1, gate_1, scale_2, shift_2, gate_2 = self.modulation(condition)[:, None].chunk(6, dim=-1)
         attended, _ = self.attention(torch.addcmul(shift_1, self.norm(x), 1 + scale_1), mask, [past])
         x = torch.addcmul(x, gate_1, attended)
         return torch.addcmul(x, gate_2, self.mlp(torch.addcmul(shift_2, self.norm(x), 1 + scale_2)))
 
 
-def zeroed(layer: Linear) -> Linear:
+def zero_layer_weights(layer: Linear) -> Linear:
     """Starts as nothing, so that every block starts as the identity."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
 
 
-def grid_embedding(side: int, width: int) -> Tensor:
+def build_grid_embedding(side: int, width: int) -> Tensor:
     """(side * side, width): cosines and sines of rows and columns, where learned positions start."""
     at = torch.arange(side, dtype=torch.float32)
     frequencies = 1 / 100 ** (torch.arange(width // 4) / (width // 4))  # a grid is short: wavelengths of 6 to 600

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from t2i.checks import check_integer, check_multiple
+from t2i.checks import check_integer, check_multiple_of
 
-GROUPS = 8
-SCALE = 4096.0  # cancels in the ratio of gradients; without it small ones are lost in half precision
-BETAS = (0.5, 0.9)  # of its Adam: what it plays against does not stand still, long memories mislead
+NORM_GROUPS = 8
+GRADIENT_SCALE = 4096.0  # cancels in the ratio of gradients; without it small ones are lost in half precision
+ADAM_BETAS = (0.5, 0.9)  # of its Adam: what it plays against does not stand still, long memories mislead
 
 
 class Discriminator(nn.Module):
@@ -28,15 +28,15 @@ class Discriminator(nn.Module):
 
     def __init__(self, width: int = 64, depth: int = 3):
         super().__init__()
-        check_integer("discriminator.width", width, GROUPS, 1024)
-        check_multiple("discriminator.width", width, GROUPS)
+        check_integer("discriminator.width", width, NORM_GROUPS, 1024)
+        check_multiple_of("discriminator.width", width, NORM_GROUPS)
         check_integer("discriminator.depth", depth, 1, 6)
         self.depth = depth
         channels = [width * min(2**i, 8) for i in range(depth + 1)]
         layers: list[nn.Module] = [nn.Conv2d(3, channels[0], 4, 2, 1), nn.LeakyReLU(0.2)]
         for i, (before, after) in enumerate(zip(channels, channels[1:])):
             stride = 2 if i + 1 < depth else 1
-            layers += [nn.Conv2d(before, after, 4, stride, 1), nn.GroupNorm(GROUPS, after), nn.LeakyReLU(0.2)]
+            layers += [nn.Conv2d(before, after, 4, stride, 1), nn.GroupNorm(NORM_GROUPS, after), nn.LeakyReLU(0.2)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(channels[-1], 1, 4, 1, 1))
 
     def forward(self, image: Tensor) -> Tensor:
@@ -44,23 +44,23 @@ class Discriminator(nn.Module):
         return self.layers(image)
 
     @property
-    def smallest(self) -> int:
+    def min_image_size(self) -> int:
         """The smallest side of a picture, in pixels, that gives a logit."""
         return 3 * 2**self.depth
 
 
-def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
+def compute_hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
     """What the discriminator minimises: logits of pictures up to 1, of reconstructions down to -1, and no further."""
     return (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean()) / 2
 
 
-def frozen_logits(discriminator: nn.Module, image: Tensor) -> Tensor:
+def compute_frozen_logits(discriminator: nn.Module, image: Tensor) -> Tensor:
     """Logits whose gradient reaches the pictures and not the discriminator's weights."""
     weights = {name: one.detach() for name, one in discriminator.named_parameters()}
     return torch.func.functional_call(discriminator, weights, (image,))
 
 
-def adaptive_weight(likeness: Tensor, adversarial: Tensor, weight: Tensor) -> Tensor:
+def compute_adaptive_weight(likeness: Tensor, adversarial: Tensor, weight: Tensor) -> Tensor:
     """How much the adversarial loss counts for both losses to pull equally at the last layer (VQGAN, equation 7).
 
     Args:
@@ -71,6 +71,7 @@ def adaptive_weight(likeness: Tensor, adversarial: Tensor, weight: Tensor) -> Te
     Returns the ratio of the norms of their gradients, (), at most 10,000, without a gradient of its own.
     """
     norms = [
-        torch.autograd.grad(one * SCALE, weight, retain_graph=True)[0].float().norm() for one in (likeness, adversarial)
+        torch.autograd.grad(one * GRADIENT_SCALE, weight, retain_graph=True)[0].float().norm()
+        for one in (likeness, adversarial)
     ]
-    return (norms[0] / (norms[1] + 1e-6 * SCALE)).clamp(0, 1e4).detach()
+    return (norms[0] / (norms[1] + 1e-6 * GRADIENT_SCALE)).clamp(0, 1e4).detach()

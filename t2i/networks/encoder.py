@@ -6,8 +6,8 @@ from typing import Any, ClassVar, Self
 
 from diffusers import ConfigMixin, ModelMixin
 
-from t2i.files.fingerprints import EXACT, check_fingerprint
-from t2i.files.hub import fetched
+from t2i.files.fingerprints import EXACT_DTYPES, check_weights_fingerprint
+from t2i.files.hub import find_or_download_folder
 
 
 class Encoder(ModelMixin, ConfigMixin, ABC):
@@ -18,9 +18,9 @@ class Encoder(ModelMixin, ConfigMixin, ABC):
     diffusers' pipelines look for that name in a class's module.
     """
 
-    files: ClassVar[list[str]] = ["*.json", "*.safetensors"]  # that are fetched of a repository on the hub
-    trains: ClassVar[bool] = False  # once read
-    known_identity: str | None = None
+    hub_files: ClassVar[list[str]] = ["*.json", "*.safetensors"]  # that are fetched of a repository on the hub
+    is_trainable: ClassVar[bool] = False  # once read
+    cached_identity: str | None = None
     tokenizer: Any
 
     @abstractmethod
@@ -28,7 +28,7 @@ class Encoder(ModelMixin, ConfigMixin, ABC):
         """16 hexadecimal digits for the weights and all else that decides the outputs, the same in fp32 and fp16."""
 
     @abstractmethod
-    def read_tokenizer(self, folder: Path, root: Path) -> None:
+    def load_tokenizer_folder(self, folder: Path, root: Path) -> None:
         """Of a model's folder; links in it may lead into `root`. Raises InputError."""
 
     def save_tokenizer(self, folder: Path) -> None:
@@ -36,21 +36,21 @@ class Encoder(ModelMixin, ConfigMixin, ABC):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
-        path = fetched(pretrained_model_name_or_path, cls.files)
+        path = find_or_download_folder(pretrained_model_name_or_path, cls.hub_files)
         encoder = super().from_pretrained(path, **{"use_safetensors": True, **kwargs})
-        encoder.read_beside(path / (kwargs.get("subfolder") or ""), path)
+        encoder.load_companion_files(path / (kwargs.get("subfolder") or ""), path)
         return encoder
 
-    def read_beside(self, folder: Path, root: Path) -> None:
+    def load_companion_files(self, folder: Path, root: Path) -> None:
         """What a folder holds beside the weights. Raises InputError, also for weights of another fingerprint."""
-        self.read_tokenizer(folder, root)
-        check_fingerprint(self, folder)
-        if not self.trains:
+        self.load_tokenizer_folder(folder, root)
+        check_weights_fingerprint(self, folder)
+        if not self.is_trainable:
             self.requires_grad_(False)
 
     def save_pretrained(self, save_directory: str | Path, variant: str | None = None, **kwargs: Any) -> None:
         # The variant by name: diffusers' pipelines look for it in the signature.
-        if self.dtype not in EXACT:  # others know it by what it was
+        if self.dtype not in EXACT_DTYPES:  # others know it by what it was
             self.register_to_config(fingerprint=self.identity, rounded=True)
         elif self.config.fingerprint is None or not self.config.rounded:
             self.register_to_config(fingerprint=self.fingerprint())
@@ -62,7 +62,7 @@ class Encoder(ModelMixin, ConfigMixin, ABC):
         """The fingerprint as it was when the encoder was last read or saved, or as it is if it never was."""
         if self.config.fingerprint:
             return self.config.fingerprint
-        if self.trains:
+        if self.is_trainable:
             return self.fingerprint()
-        self.known_identity = self.known_identity or self.fingerprint()  # once, for it reads all weights
-        return self.known_identity
+        self.cached_identity = self.cached_identity or self.fingerprint()  # once, for it reads all weights
+        return self.cached_identity

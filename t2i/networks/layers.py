@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from t2i.networks.linear import Linear
 
 KeyValue = tuple[Tensor, Tensor]  # each (B, heads, L, width / heads)
-FEW = 4  # queries, for which copying keys and values takes longer than looking at them
-SIZES = 32  # of matrices of rows, between a number and its double
+FEW_QUERIES = 4  # queries, for which copying keys and values takes longer than looking at them
+SIZES_PER_DOUBLING = 32  # of matrices of rows, between a number and its double
 
 
-def timestep_embedding(t: Tensor, width: int) -> Tensor:
+def embed_timesteps(t: Tensor, width: int) -> Tensor:
     """(B,) -> (B, width): cosines and sines of geometrically spaced frequencies."""
     frequencies = torch.exp(-math.log(10_000) * torch.arange(width // 2, device=t.device) / (width // 2))
     angles = t[:, None].float() * frequencies
@@ -32,12 +32,12 @@ class TimeEmbedding(nn.Module):
         self.linear_1, self.linear_2 = Linear(width, out), Linear(out, out)
 
     def forward(self, t: Tensor) -> Tensor:
-        embedding = timestep_embedding(t, self.width).to(self.linear_1.weight.dtype)
+        embedding = embed_timesteps(t, self.width).to(self.linear_1.weight.dtype)
         return self.linear_2(F.silu(self.linear_1(embedding)))
 
 
 @dataclass
-class Rows:
+class PackedSequences:
     """Sequences of different lengths as the rows of one matrix, (T, width), one after the other.
 
     Linear layers run on it as it is, so that padding costs nothing; attention pads it to (B, L), real tokens first:
@@ -48,11 +48,13 @@ class Rows:
 
     lengths: Tensor  # (B,)
     length: int  # L
-    ends: Tensor  # (B,): the row of each sequence's last token
-    places: Tensor | None  # (T,): where a row stands in the padded batch, flattened; None if T = B L: it is padded
+    last_rows: Tensor  # (B,): the row of each sequence's last token
+    padded_positions: (
+        Tensor | None
+    )  # (T,): where a row stands in the padded batch, flattened; None if T = B L: it is padded
 
     @classmethod
-    def of(cls, known: Tensor) -> tuple["Rows", Tensor]:
+    def from_token_mask(cls, known: Tensor) -> tuple["PackedSequences", Tensor]:
         """known: (B, L), bool, what is no padding. Also returns which tokens of the flattened batch the rows are."""
         count, length = known.shape
         lengths, start = known.sum(dim=1), torch.arange(count, device=known.device)[:, None] * length
@@ -64,25 +66,25 @@ class Rows:
         if len(order) == count * longest:
             return cls(lengths, longest, ends, None), order
         places = (known.cumsum(dim=1) - 1 + start // length * longest)[known]
-        free = (torch.arange(longest) >= lengths[:, None]).flatten().nonzero()[: unread(len(order)), 0]
+        free = (torch.arange(longest) >= lengths[:, None]).flatten().nonzero()[: count_padding_rows(len(order)), 0]
         return cls(lengths, longest, ends, torch.cat([places, free])), torch.cat([order, torch.zeros_like(free)])
 
-    def pad(self, x: Tensor) -> Tensor:
+    def pad_to_batch(self, x: Tensor) -> Tensor:
         """(T, width) -> (B, L, width)"""
         count = len(self.lengths)
-        if self.places is not None:
-            x = x.new_zeros(count * self.length, x.shape[1]).index_copy_(0, self.places, x)
+        if self.padded_positions is not None:
+            x = x.new_zeros(count * self.length, x.shape[1]).index_copy_(0, self.padded_positions, x)
         return x.view(count, self.length, -1)
 
-    def unpad(self, x: Tensor) -> Tensor:
+    def unpad_to_rows(self, x: Tensor) -> Tensor:
         """The reverse."""
         x = x.flatten(0, 1)
-        return x if self.places is None else x.index_select(0, self.places)
+        return x if self.padded_positions is None else x.index_select(0, self.padded_positions)
 
 
-def unread(rows: int) -> int:
-    """How many more make one of a few sizes: at most one in `SIZES`."""
-    step = max(1, 2 ** (rows.bit_length() - 1) // SIZES)
+def count_padding_rows(rows: int) -> int:
+    """How many more make one of a few sizes: at most one in `SIZES_PER_DOUBLING`."""
+    step = max(1, 2 ** (rows.bit_length() - 1) // SIZES_PER_DOUBLING)
     return -rows % step
 
 
@@ -104,32 +106,32 @@ class Attention(nn.Module):
 
         past: one behind the other. last: only the last of x asks, (B, 1, width) comes out.
         """
-        query, key, value = split_heads(self.to_qkv(x), 3 * self.heads).chunk(3, dim=1)
+        query, key, value = split_attention_heads(self.to_qkv(x), 3 * self.heads).chunk(3, dim=1)
         if last:
             query, mask = query[:, :, -1:], None if mask is None else mask[..., -1:, :]
-        out = attend(query, [*past, (key, value)], mask)
+        out = attend_key_values(query, [*past, (key, value)], mask)
         return self.to_out(out.transpose(1, 2).flatten(2)), (key, value)
 
-    def causal(self, x: Tensor, rows: Rows) -> Tensor:
+    def attend_all_tokens(self, x: Tensor, rows: PackedSequences) -> Tensor:
         """(T, width) -> (T, width): every token looks at those of its sequence before it and at itself."""
-        query, key, value = split_kinds(rows.pad(self.to_qkv(x)), 3, self.heads)
+        query, key, value = split_projections(rows.pad_to_batch(self.to_qkv(x)), 3, self.heads)
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return self.to_out(rows.unpad(out.transpose(1, 2).flatten(2)))
+        return self.to_out(rows.unpad_to_rows(out.transpose(1, 2).flatten(2)))
 
-    def of_ends(self, x: Tensor, rows: Rows) -> Tensor:
+    def attend_last_tokens(self, x: Tensor, rows: PackedSequences) -> Tensor:
         """(T, width) -> (B, width): the same for the last token of each sequence alone, which sees all of it."""
         width = x.shape[1]
         qkv = self.to_qkv(x)
-        query = split_heads(qkv[rows.ends, None, :width], self.heads)
-        key, value = split_kinds(rows.pad(qkv[:, width:]), 2, self.heads)
+        query = split_attention_heads(qkv[rows.last_rows, None, :width], self.heads)
+        key, value = split_projections(rows.pad_to_batch(qkv[:, width:]), 2, self.heads)
         mask = torch.arange(rows.length, device=x.device) < rows.lengths[:, None]
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None])
         return self.to_out(out.flatten(1))
 
 
-def attend(query: Tensor, pairs: Sequence[KeyValue], mask: Tensor | None) -> Tensor:
+def attend_key_values(query: Tensor, pairs: Sequence[KeyValue], mask: Tensor | None) -> Tensor:
     """Attention to all the keys and values, as if they stood one behind the other in one tensor."""
-    few = query.shape[2] <= FEW and query.device.type == "cpu" and query.dtype == torch.float32
+    few = query.shape[2] <= FEW_QUERIES and query.device.type == "cpu" and query.dtype == torch.float32
     if len(pairs) == 1 or not few:
         keys, values = pairs[0] if len(pairs) == 1 else (torch.cat(parts, dim=2) for parts in zip(*pairs))
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
@@ -144,7 +146,7 @@ def attend(query: Tensor, pairs: Sequence[KeyValue], mask: Tensor | None) -> Ten
     return out
 
 
-def checkpointed(model: Any, block: nn.Module, *inputs: Any) -> Any:
+def run_checkpointed_block(model: Any, block: nn.Module, *inputs: Any) -> Any:
     """`block(*inputs)`; where the model checkpoints gradients, the backward pass computes what is inside once more.
 
     The switch is diffusers' `model.enable_gradient_checkpointing()`.
@@ -154,15 +156,15 @@ def checkpointed(model: Any, block: nn.Module, *inputs: Any) -> Any:
     return block(*inputs)
 
 
-def split_heads(x: Tensor, heads: int) -> Tensor:
+def split_attention_heads(x: Tensor, heads: int) -> Tensor:
     """(B, L, width) -> (B, heads, L, width / heads)"""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def split_kinds(x: Tensor, kinds: int, heads: int) -> list[Tensor]:
+def split_projections(x: Tensor, kinds: int, heads: int) -> list[Tensor]:
     """(B, L, kinds * width) -> of each kind (B, heads, L, width / heads); the way back takes one copy, not two."""
     return [part.transpose(1, 2) for part in x.unflatten(-1, (kinds, heads, -1)).unbind(2)]
 
 
-def feed_forward(width: int) -> nn.Sequential:
+def build_feed_forward(width: int) -> nn.Sequential:
     return nn.Sequential(Linear(width, 4 * width), nn.GELU(), Linear(4 * width, width))

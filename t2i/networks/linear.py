@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 Model = TypeVar("Model", bound=nn.Module)
-FEW = 2**20  # multiplications, below which what a call costs is most of it
+MIN_MULTIPLICATIONS = 2**20  # multiplications, below which what a call costs is most of it
 
 
 class Linear(nn.Linear):
@@ -23,28 +23,28 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         given = (x, self.weight, self.bias)
-        if not is_faster(x, self.weight):
+        if not is_onednn_faster(x, self.weight):
             return F.linear(*given)
         if torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in given):
             return LinearFunction.apply(*given)
-        return product(*given)
+        return multiply_by_onednn(*given)
 
 
 class LinearFunction(torch.autograd.Function):
-    """`product` with gradients: both are products of the same kind."""
+    """`multiply_by_onednn` with gradients: both are products of the same kind."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         of_x, of_weight, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
-        return product(x, weight, bias)
+        return multiply_by_onednn(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])
         # A gradient that is differentiated again is made of what torch differentiates.
-        times = torch.matmul if torch.is_grad_enabled() else lambda a, b: product(a, b.t())
+        times = torch.matmul if torch.is_grad_enabled() else lambda a, b: multiply_by_onednn(a, b.t())
         of_x, of_weight, of_bias = ctx.needs_input_grad
         return (
             times(grad, weight) if of_x else None,
@@ -53,25 +53,25 @@ class LinearFunction(torch.autograd.Function):
         )
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def multiply_by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """(..., K), (N, K), (N,) -> (..., N), without gradients, by oneDNN."""
     if not weight.is_contiguous() and not weight.t().is_contiguous():
         weight = weight.contiguous()  # or it takes a thousand times as long
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def is_faster(x: Tensor, weight: Tensor) -> bool:
+def is_onednn_faster(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN multiplies by these weights, and is worth a longer call."""
     return (
         not torch.compiler.is_compiling()  # first: a compiler would guard what is asked
         and not torch.jit.is_tracing()
-        and AVAILABLE
+        and HAS_ONEDNN
         and x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and x.dim() > 1
         and x.shape[-1] == weight.shape[1]  # torch says best what is wrong
         and x.layout == weight.layout == torch.strided
-        and math.prod(x.shape[:-1]) * weight.numel() >= FEW
+        and math.prod(x.shape[:-1]) * weight.numel() >= MIN_MULTIPLICATIONS
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")
         and {type(x), type(weight)} <= {Tensor, nn.Parameter}  # what is quantised or sharded knows F.linear
@@ -80,7 +80,7 @@ def is_faster(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def by_onednn(model: Model) -> Model:
+def use_onednn_linear(model: Model) -> Model:
     """A foreign model whose linear layers are made `Linear`, in place; weights and names stay."""
     for layer in model.modules():
         if type(layer) is nn.Linear:
@@ -88,10 +88,10 @@ def by_onednn(model: Model) -> Model:
     return model
 
 
-def is_available() -> bool:
+def is_onednn_available() -> bool:
     """Whether torch was built with oneDNN, for a processor that its kernels are written for."""
     known = hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return known and torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
 
-AVAILABLE = is_available()
+HAS_ONEDNN = is_onednn_available()

@@ -12,7 +12,7 @@ from t2i.errors import InputError
 from t2i.networks.clip import CLIP
 
 
-class Perceptual(nn.Module):
+class PerceptualDistance(nn.Module):
     """The perceptual distance of a CLIP, which is frozen: gradients reach the pictures alone.
 
     Args:
@@ -30,11 +30,11 @@ class Perceptual(nn.Module):
             raise InputError(f"perceptual_clip has a vision tower ({type(tower).__name__}) without layers")
         self.clip = clip.requires_grad_(False).eval()
 
-    def train(self, mode: bool = True) -> "Perceptual":
+    def train(self, mode: bool = True) -> "PerceptualDistance":
         """Frozen is frozen: no dropout, no batch statistics."""
         return super().train(False)
 
-    def features(self, image: Tensor) -> list[Tensor]:
+    def extract_layer_features(self, image: Tensor) -> list[Tensor]:
         """(B, 3, H, W) in [-1, 1] -> of each layer (B, C, h, w), of unit length at every position, fp32."""
         tower = self.clip.net.visual
         found = tower.forward_intermediates(self.clip.preprocess(image), intermediates_only=True, output_fmt="NCHW")
@@ -45,5 +45,5 @@ class Perceptual(nn.Module):
 
         The squared distance of the features, a mean over positions and then over layers.
         """
-        pairs = zip(self.features(image), self.features(other))
+        pairs = zip(self.extract_layer_features(image), self.extract_layer_features(other))
         return torch.stack([(a - b).square().sum(dim=1).mean(dim=(1, 2)) for a, b in pairs]).mean(dim=0)

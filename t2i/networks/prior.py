@@ -15,11 +15,18 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from t2i.diffusion.condition import TextEncoding, distinct
-from t2i.networks.layers import Attention, KeyValue, Rows, TimeEmbedding, checkpointed, feed_forward
+from t2i.diffusion.condition import TextEncoding, find_unique_consecutive
+from t2i.networks.layers import (
+    Attention,
+    KeyValue,
+    PackedSequences,
+    TimeEmbedding,
+    build_feed_forward,
+    run_checkpointed_block,
+)
 from t2i.networks.linear import Linear
 
-MAX_TIMES = 64  # whose tokens are computed ahead: their keys and values are kept, for every caption
+MAX_PREPARED_TIMESTEPS = 64  # whose tokens are computed ahead: their keys and values are kept, for every caption
 
 
 @dataclass
@@ -28,8 +35,8 @@ class PriorContext:
 
     past: list[KeyValue]  # one pair a block, of the caption's tokens and z_t
     mask: Tensor  # (B, L + 1), bool
-    times: Tensor  # (S,): the timesteps that are known already
-    at_times: list[KeyValue]  # one pair a block, for U different captions: (U, S, heads, 1, width / heads)
+    timesteps: Tensor  # (S,): the timesteps that are known already
+    timestep_key_values: list[KeyValue]  # one pair a block, for U different captions: (U, S, heads, 1, width / heads)
     rows: Tensor  # (B,): which of the U it is
 
 
@@ -87,12 +94,12 @@ class Prior(ModelMixin, ConfigMixin):
 
     def forward(self, x: Tensor, t: Tensor, text: TextEncoding) -> Tensor:
         """x: (B, D) noisy scaled z_i; t: (B,) timesteps -> (B, D), the clean one; or (B, 2D). What training calls."""
-        tokens = torch.cat([caption_tokens(self, text), self.image_tokens(x, t)], dim=1)
-        rows, order = Rows.of(torch.cat([text.mask, text.mask.new_ones(len(x), 4)], dim=1))
+        tokens = torch.cat([embed_caption_tokens(self, text), self.embed_image_tokens(x, t)], dim=1)
+        rows, order = PackedSequences.from_token_mask(torch.cat([text.mask, text.mask.new_ones(len(x), 4)], dim=1))
         tokens = tokens.flatten(0, 1).index_select(0, order)
         for block in self.blocks[:-1]:
-            tokens = checkpointed(self, block, tokens, rows)
-        return self.to_image(self.norm(checkpointed(self, self.blocks[-1], tokens, rows, True)))
+            tokens = run_checkpointed_block(self, block, tokens, rows)
+        return self.to_image(self.norm(run_checkpointed_block(self, self.blocks[-1], tokens, rows, True)))
 
     @apply_forward_hook
     def prepare(self, text: TextEncoding, times: Tensor | None = None) -> PriorContext:
@@ -101,10 +108,14 @@ class Prior(ModelMixin, ConfigMixin):
         times: (S,), the timesteps that `step` will be asked for, as far as they are known. Their tokens see the caption
         and themselves alone, so that all are computed together here.
         """
-        first, rows = distinct([text.embedding, text.states, text.mask])
-        text = text.take(first)
-        times = text.mask.new_zeros(0, dtype=torch.long) if times is None else times[:MAX_TIMES].to(text.mask.device)
-        tokens = caption_tokens(self, text)
+        first, rows = find_unique_consecutive([text.embedding, text.states, text.mask])
+        text = text.take_rows(first)
+        times = (
+            text.mask.new_zeros(0, dtype=torch.long)
+            if times is None
+            else times[:MAX_PREPARED_TIMESTEPS].to(text.mask.device)
+        )
+        tokens = embed_caption_tokens(self, text)
         count, length = tokens.shape[:2]
         tokens = torch.cat([tokens, (self.from_time(times) + self.positions[-3]).expand(count, -1, -1)], dim=1)
         known = torch.cat([text.mask, text.mask.new_ones(count, 1)], dim=1)
@@ -113,30 +124,30 @@ class Prior(ModelMixin, ConfigMixin):
         mask[..., :length] = known[:, None, None, :] & causal
         past, at_times = [], []
         for block in self.blocks:
-            tokens, pair = block.with_key_value(tokens, mask, last=block is self.blocks[-1])
+            tokens, pair = block.forward_with_key_value(tokens, mask, last=block is self.blocks[-1])
             keys, values = pair
             past.append((keys[rows, :, :length], values[rows, :, :length]))
-            at_times.append((each_alone(keys[:, :, length:]), each_alone(values[:, :, length:])))
+            at_times.append((separate_timesteps(keys[:, :, length:]), separate_timesteps(values[:, :, length:])))
         return PriorContext(past, known[rows], times, at_times, rows)
 
     @apply_forward_hook
     def step(self, x: Tensor, t: Tensor, context: PriorContext) -> Tensor:
         """The rest of it: two tokens instead of the whole sequence, or three at a timestep that was not prepared."""
-        tokens, past = self.image_tokens(x, t), [[pair] for pair in context.past]
-        same = t[:, None] == context.times
-        if len(context.times) and same.any(dim=1).all():
+        tokens, past = self.embed_image_tokens(x, t), [[pair] for pair in context.past]
+        same = t[:, None] == context.timesteps
+        if len(context.timesteps) and same.any(dim=1).all():
             tokens, at = tokens[:, 1:], (context.rows, same.int().argmax(dim=1))
-            for pairs, (keys, values) in zip(past, context.at_times):
+            for pairs, (keys, values) in zip(past, context.timestep_key_values):
                 pairs.append((keys[at], values[at]))
         count = tokens.shape[1]
         mask = torch.cat([context.mask, context.mask.new_ones(len(x), 3)], dim=1)[:, None, None, :]
         mask = mask & torch.ones(count, mask.shape[-1], dtype=torch.bool, device=x.device).tril(mask.shape[-1] - count)
         for block, pairs in zip(self.blocks, past):
-            tokens, _ = block.with_key_value(tokens, mask, pairs, last=block is self.blocks[-1])
+            tokens, _ = block.forward_with_key_value(tokens, mask, pairs, last=block is self.blocks[-1])
         return self.to_image(self.norm(tokens[:, -1]))
 
     @torch.no_grad()
-    def set_encodings(self, null: TextEncoding, mean: Tensor, std: Tensor) -> None:
+    def set_embed_statistics(self, null: TextEncoding, mean: Tensor, std: Tensor) -> None:
         """Take over the encoding of the empty caption, and each dimension's mean and deviation of z_i, (D,)."""
         self.null_embedding.copy_(null.embedding[0])
         self.null_states.copy_(null.states[0])
@@ -148,22 +159,22 @@ class Prior(ModelMixin, ConfigMixin):
         mask = torch.ones(1, len(self.null_states), dtype=torch.bool, device=self.null_states.device)
         return TextEncoding(self.null_embedding[None], self.null_states[None], mask).repeat(count)
 
-    def scale(self, z_i: Tensor) -> Tensor:
+    def scale_image_embeds(self, z_i: Tensor) -> Tensor:
         """z_i -> what the prior denoises: zero mean and unit variance in each dimension."""
         return (z_i - self.mean) / self.std
 
-    def unscale(self, x: Tensor) -> Tensor:
+    def unscale_image_embeds(self, x: Tensor) -> Tensor:
         """The reverse, of unit length (if the CLIP's embeddings are) whatever x is."""
         z_i = x * self.std + self.mean
         return F.normalize(z_i, dim=-1) if self.config.unit_length else z_i
 
-    def image_tokens(self, x: Tensor, t: Tensor) -> Tensor:
+    def embed_image_tokens(self, x: Tensor, t: Tensor) -> Tensor:
         """[time, noisy z_i, query] at their positions: (B, 3, width)."""
         tokens = torch.stack([self.from_time(t), self.from_image(x), self.query.expand(len(x), -1)], dim=1)
         return tokens + self.positions[-3:]
 
 
-def caption_tokens(prior: Any, text: TextEncoding) -> Tensor:
+def embed_caption_tokens(prior: Any, text: TextEncoding) -> Tensor:
     """[caption, z_t] at their positions: (B, L + 1, width). z_t keeps its place however short the captions are."""
     length, last = text.mask.shape[1], prior.config.context_length
     if length > last:
@@ -174,7 +185,7 @@ def caption_tokens(prior: Any, text: TextEncoding) -> Tensor:
     return torch.cat([caption, z_t[:, None]], dim=1)
 
 
-def each_alone(x: Tensor) -> Tensor:
+def separate_timesteps(x: Tensor) -> Tensor:
     """(U, heads, S, width / heads) -> (U, S, heads, 1, width / heads)"""
     return x.transpose(1, 2).unsqueeze(3).contiguous()
 
@@ -184,22 +195,24 @@ class PriorBlock(nn.Module):
         super().__init__()
         self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = Attention(width, heads)
-        self.mlp = feed_forward(width)
+        self.mlp = build_feed_forward(width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | Rows, last: bool = False) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | PackedSequences, last: bool = False) -> Tensor:
         """mask: what x, (B, L, width), may look at; or how x, (T, width), is sequences, which look back.
 
         last: of sequences, only what comes out for the last token of each, (B, width).
         """
-        if not isinstance(mask, Rows):
-            return self.with_key_value(x, mask)[0]
+        if not isinstance(mask, PackedSequences):
+            return self.forward_with_key_value(x, mask)[0]
         normed = self.norm_1(x)
-        attended = self.attention.of_ends(normed, mask) if last else self.attention.causal(normed, mask)
-        x = (x[mask.ends] if last else x) + self.dropout(attended)
+        attended = (
+            self.attention.attend_last_tokens(normed, mask) if last else self.attention.attend_all_tokens(normed, mask)
+        )
+        x = (x[mask.last_rows] if last else x) + self.dropout(attended)
         return x + self.dropout(self.mlp(self.norm_2(x)))
 
-    def with_key_value(
+    def forward_with_key_value(
         self, x: Tensor, mask: Tensor, past: Sequence[KeyValue] = (), last: bool = False
     ) -> tuple[Tensor, KeyValue]:
         """Also the keys and values of x; training, which has no use for them, does not keep them.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from t2i.diffusion.condition import TextEncoding
 from t2i.networks.linear import Linear
 
-KINDS = ("linear", "mlp")
+REGRESSION_KINDS = ("linear", "mlp")
 
 
 class RegressionPrior(ModelMixin, ConfigMixin):
@@ -38,8 +38,8 @@ class RegressionPrior(ModelMixin, ConfigMixin):
         clip_fingerprint: str | None = None,
     ):
         super().__init__()
-        if kind not in KINDS:
-            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+        if kind not in REGRESSION_KINDS:
+            raise ValueError(f"kind must be one of {', '.join(REGRESSION_KINDS)}, got {kind!r}")
         if kind == "linear":
             self.layers = nn.Sequential(Linear(embed_dim, embed_dim))
         else:
@@ -62,20 +62,20 @@ class RegressionPrior(ModelMixin, ConfigMixin):
         return self.layers(torch.cat([z_t, pooled], dim=-1))
 
     @torch.no_grad()
-    def draw(self, text: TextEncoding) -> Tensor:
+    def sample_image_embeds(self, text: TextEncoding) -> Tensor:
         """z_i of unit length, (N, D), fp32, on the device of `text`: always the same."""
-        return self.unscale(self(text.to(text.embedding.device, self.dtype)).float())
+        return self.unscale_image_embeds(self(text.to(text.embedding.device, self.dtype)).float())
 
     @torch.no_grad()
-    def set_encodings(self, mean: Tensor, std: Tensor) -> None:
+    def set_embed_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Take over each dimension's mean and deviation of z_i, (D,)."""
         self.mean.copy_(mean)
         self.std.copy_(std.clamp(min=1e-6))
 
-    def scale(self, z_i: Tensor) -> Tensor:
+    def scale_image_embeds(self, z_i: Tensor) -> Tensor:
         """z_i of unit length -> zero mean and unit variance."""
         return (z_i - self.mean) / self.std
 
-    def unscale(self, x: Tensor) -> Tensor:
+    def unscale_image_embeds(self, x: Tensor) -> Tensor:
         """The reverse, of unit length whatever x is."""
         return F.normalize(x * self.std + self.mean, dim=-1)

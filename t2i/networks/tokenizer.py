@@ -14,17 +14,17 @@ from torch import Tensor
 
 from t2i.checks import check_integer
 from t2i.errors import InputError
-from t2i.files.untrusted import MAX_TABLE, MAX_TOKENIZER, check_files, check_size, read_json
+from t2i.files.untrusted import MAX_HEADER_BYTES, MAX_TOKENIZER_BYTES, check_folder_files, check_size_limit, read_json
 
 PAD, START, END = "<pad>", "<start>", "<end>"
-PATTERNS = {  # of public tokenizers; any other may take for ever
+KNOWN_PATTERNS = {  # of public tokenizers; any other may take for ever
     r"\s+",
     " {2,}",
     r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
 }
-LENGTHENING = ("Replace", "Prepend")  # steps that may put more in the place of less
-SETTINGS = {"clean", "strip_sep_token", "language"}  # of a public tokenizer, that a configuration may choose
+LENGTHENING_STEPS = ("Replace", "Prepend")  # steps that may put more in the place of less
+PUBLIC_SETTINGS = {"clean", "strip_sep_token", "language"}  # of a public tokenizer, that a configuration may choose
 
 
 class CaptionTokenizer:
@@ -41,7 +41,7 @@ class CaptionTokenizer:
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int, context_length: int) -> "CaptionTokenizer":
-        tokenizer = untrained()
+        tokenizer = build_untrained_tokenizer()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size - 1,
             special_tokens=[PAD, START],
@@ -64,7 +64,7 @@ class CaptionTokenizer:
             row[: len(ids)] = torch.tensor(ids)
         return tokens
 
-    def cut(self, text: str) -> str:
+    def find_truncated_text(self, text: str) -> str:
         """The end of a text that does not fit, empty if all does."""
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
         rest = encoding.offsets[self.context_length - 2 :]
@@ -78,7 +78,7 @@ class CaptionTokenizer:
         return hashlib.sha256(self.tokenizer.to_str().encode()).hexdigest()[:16]
 
 
-def untrained() -> Tokenizer:
+def build_untrained_tokenizer() -> Tokenizer:
     """How captions become bytes; without a vocabulary."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
@@ -87,7 +87,7 @@ def untrained() -> Tokenizer:
     return tokenizer
 
 
-def settings(tokenizer: Tokenizer) -> dict[str, Any]:
+def collect_tokenizer_settings(tokenizer: Tokenizer) -> dict[str, Any]:
     """All of a tokenizer but its vocabulary."""
     found = json.loads(tokenizer.to_str())
     model = found.pop("model")
@@ -104,7 +104,7 @@ class PublicTokenizer:
     def __call__(self, texts: list[str]) -> Tensor:
         return self.tokenizer(texts)
 
-    def cut(self, text: str) -> str:
+    def find_truncated_text(self, text: str) -> str:
         if isinstance(self.tokenizer, SimpleTokenizer):
             return self.tokenizer.decode(self.tokenizer.encode(text)[self.context_length - 2 :]).strip()
         ids = self.tokenizer.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -115,7 +115,7 @@ class PublicTokenizer:
             self.tokenizer.tokenizer.save_pretrained(folder / "tokenizer")
 
 
-def load_tokenizer(folder: Path, kind: str, text_cfg: dict[str, Any]) -> CaptionTokenizer | PublicTokenizer:
+def load_clip_tokenizer(folder: Path, kind: str, text_cfg: dict[str, Any]) -> CaptionTokenizer | PublicTokenizer:
     """The tokenizer saved in a CLIP folder, for a text tower of open_clip's configuration `text_cfg`.
 
     Raises InputError if its file is missing or damaged, or does not fit the text tower.
@@ -125,14 +125,14 @@ def load_tokenizer(folder: Path, kind: str, text_cfg: dict[str, Any]) -> Caption
     if kind == "clip":
         return PublicTokenizer(SimpleTokenizer(context_length=context_length))
     if kind == "transformers":
-        check_tokenizer(folder / "tokenizer", text_cfg)
+        check_public_tokenizer(folder / "tokenizer", text_cfg)
         options = {"tokenizer_mode": text_cfg.get("tokenizer_mode"), **text_cfg.get("tokenizer_kwargs", {})}
         folder = folder / "tokenizer"
         return PublicTokenizer(HFTokenizer(str(folder), context_length, trust_remote_code=False, **options))
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise InputError(f"no {str(path)!r}; it is the vocabulary that this CLIP was trained with")
-    check_size(path, MAX_TOKENIZER)
+    check_size_limit(path, MAX_TOKENIZER_BYTES)
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the tokenizers library raises nothing more specific
@@ -140,26 +140,30 @@ def load_tokenizer(folder: Path, kind: str, text_cfg: dict[str, Any]) -> Caption
     rows, highest = text_cfg.get("vocab_size", 0), max(tokenizer.get_vocab().values(), default=0)
     if [tokenizer.token_to_id(token) for token in (PAD, START, END)] != [0, 1, highest] or highest != rows - 1:
         raise InputError(f"{str(path)!r} is not the vocabulary of a text tower with {rows} tokens, the end the last")
-    found = settings(tokenizer)  # after the numbers: the library counts up to the highest
-    if other := [key for key, value in settings(untrained()).items() if found.get(key) != value]:
+    found = collect_tokenizer_settings(tokenizer)  # after the numbers: the library counts up to the highest
+    if other := [
+        key for key, value in collect_tokenizer_settings(build_untrained_tokenizer()).items() if found.get(key) != value
+    ]:
         # such as a padding to millions of tokens, or a pattern that takes for ever
         raise InputError(f"{str(path)!r} has another {other[0]} than a vocabulary of captions has")
     return CaptionTokenizer(tokenizer, context_length)
 
 
-def check_tokenizer(folder: Path, text_cfg: dict[str, Any]) -> None:
+def check_public_tokenizer(folder: Path, text_cfg: dict[str, Any]) -> None:
     """Refuse a public tokenizer's folder or settings that would run code."""
-    if other := sorted(text_cfg.get("tokenizer_kwargs", {}).keys() - SETTINGS):
-        raise InputError(f"tokenizer_kwargs has {other[0]!r}; only {', '.join(sorted(SETTINGS))} are taken")
+    if other := sorted(text_cfg.get("tokenizer_kwargs", {}).keys() - PUBLIC_SETTINGS):
+        raise InputError(f"tokenizer_kwargs has {other[0]!r}; only {', '.join(sorted(PUBLIC_SETTINGS))} are taken")
     if folder.is_dir():
-        check_files(folder)
+        check_folder_files(folder)
         for path in folder.glob("*.json"):
-            check_size(path, MAX_TOKENIZER)
-            if path.name in ("config.json", "tokenizer_config.json") and "auto_map" in read_json(path, MAX_TABLE):
+            check_size_limit(path, MAX_TOKENIZER_BYTES)
+            if path.name in ("config.json", "tokenizer_config.json") and "auto_map" in read_json(
+                path, MAX_HEADER_BYTES
+            ):
                 raise InputError(f"{str(path)!r} has 'auto_map'; only this project's own code is run")
 
 
-def public_tokenizer(name: str, text_cfg: dict[str, Any]) -> tuple[PublicTokenizer, str]:
+def build_public_tokenizer(name: str, text_cfg: dict[str, Any]) -> tuple[PublicTokenizer, str]:
     """The tokenizer of an open_clip model by its name, and its kind."""
     options = {"trust_remote_code": False} if text_cfg.get("hf_tokenizer_name") else {}
     tokenizer = open_clip.get_tokenizer(name, **options)
@@ -184,7 +188,7 @@ class TextTokenizer:
         tokens[mask] = torch.tensor([number for ids in found for number in ids], dtype=torch.int64)
         return tokens, mask
 
-    def cut(self, text: str) -> str:
+    def find_truncated_text(self, text: str) -> str:
         """The end of a text that does not fit, empty if all does."""
         for rest in self.tokenizer.encode(text).overflowing:
             starts = [start for (start, _), special in zip(rest.offsets, rest.special_tokens_mask) if not special]
@@ -209,7 +213,7 @@ def load_text_tokenizer(folder: Path, context_length: int, pad: int, vocab_size:
         how = "AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER) of transformers writes it"
         raise InputError(f"no 'tokenizer.json' in {str(folder)!r}; {how}")
     about = folder / "tokenizer_config.json"
-    if about.is_file() and "auto_map" in read_json(about, MAX_TABLE):
+    if about.is_file() and "auto_map" in read_json(about, MAX_HEADER_BYTES):
         raise InputError(f"{str(about)!r} has 'auto_map'; only this project's own code is run")
     check_text_tokenizer(path)
     try:
@@ -228,23 +232,25 @@ def load_text_tokenizer(folder: Path, context_length: int, pad: int, vocab_size:
 
 def check_text_tokenizer(path: Path) -> None:
     """Refuse a tokenizer with patterns that nobody knows, with steps that blow texts up, or with dice."""
-    content = read_json(path, MAX_TOKENIZER)
+    content = read_json(path, MAX_TOKENIZER_BYTES)
     model = content.get("model")
     if not isinstance(model, dict) or model.get("dropout"):
         raise InputError(f"{str(path)!r} has no model, or one with dropout; captions must give the same tokens always")
-    steps = list(objects([content.get(part) for part in ("normalizer", "pre_tokenizer", "post_processor")]))
+    steps = list(
+        iterate_json_objects([content.get(part) for part in ("normalizer", "pre_tokenizer", "post_processor")])
+    )
     for step in steps:
-        if (pattern := step.get("Regex")) is not None and pattern not in PATTERNS:
+        if (pattern := step.get("Regex")) is not None and pattern not in KNOWN_PATTERNS:
             raise InputError(f"{str(path)!r} has the pattern {str(pattern)[:80]!r}; only those of T5, BERT and CLIP")
-    longer = [step for step in steps if step.get("type") in LENGTHENING]
+    longer = [step for step in steps if step.get("type") in LENGTHENING_STEPS]
     if len(longer) > 3 or any(len(str(step.get("content", step.get("prepend", "")))) > 3 for step in longer):
         raise InputError(f"{str(path)!r} replaces text by much longer text; no tokenizer of T5, BERT or CLIP does")
 
 
-def objects(value: Any) -> Iterator[dict[str, Any]]:
+def iterate_json_objects(value: Any) -> Iterator[dict[str, Any]]:
     """Every JSON object in a JSON value."""
     if isinstance(value, dict):
         yield value
     if isinstance(value, dict | list):
         for part in value.values() if isinstance(value, dict) else value:
-            yield from objects(part)
+            yield from iterate_json_objects(part)

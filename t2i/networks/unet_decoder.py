@@ -10,9 +10,14 @@ from torch import Tensor
 
 from t2i.checks import check_integer
 from t2i.diffusion.condition import ImageCondition
-from t2i.networks.decoder import condition_tokens, input_channels, known_of, no_condition
-from t2i.networks.linear import Linear, by_onednn
-from t2i.networks.unet_steps import Prepared, prepare, run
+from t2i.networks.decoder import (
+    build_null_condition,
+    count_input_channels,
+    embed_condition_tokens,
+    resolve_masked_latents,
+)
+from t2i.networks.linear import Linear, use_onednn_linear
+from t2i.networks.unet_steps import UNetStepContext, prepare_unet_context, run_unet_step
 
 
 @dataclass
@@ -20,8 +25,10 @@ class UNetContext:
     embedding: Tensor  # (B, D): z_i of unit variance, added to the timestep
     tokens: Tensor  # (B, L, context_width), to attend to
     mask: Tensor | None  # (B, L), bool
-    known: Tensor | None = None  # (B, C + 1, h, w), to stand beside the noisy latents
-    prepared: Prepared | None = None  # the same, as the U-Net's steps take it; None for one that they do not know
+    masked_latents: Tensor | None = None  # (B, C + 1, h, w), to stand beside the noisy latents
+    step_context: UNetStepContext | None = (
+        None  # the same, as the U-Net's steps take it; None for one that they do not know
+    )
 
 
 class UNetDecoder(ModelMixin, ConfigMixin):
@@ -43,7 +50,7 @@ class UNetDecoder(ModelMixin, ConfigMixin):
     _supports_gradient_checkpointing = True  # diffusers' blocks do it
     _no_split_modules = ["BasicTransformerBlock", "ResnetBlock2D"]  # what FSDP shards as one
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
-    usual_guidance, usual_steps = 1.5, 25  # of a pipeline, if nothing is said
+    default_guidance_scale, default_steps = 1.5, 25  # of a pipeline, if nothing is said
 
     @register_to_config
     def __init__(
@@ -64,10 +71,10 @@ class UNetDecoder(ModelMixin, ConfigMixin):
         check_integer("latent_size", latent_size, 1, 1024)  # no tensor has this size
         self.to_tokens = Linear(embed_dim, image_tokens * context_width)
         self.from_text = None if text_width is None else Linear(text_width, context_width)
-        self.net = by_onednn(
+        self.net = use_onednn_linear(
             UNet2DConditionModel(
                 sample_size=latent_size,
-                in_channels=input_channels(latent_channels, reads_masks),
+                in_channels=count_input_channels(latent_channels, reads_masks),
                 out_channels=latent_channels * (2 if learned_variance else 1),
                 cross_attention_dim=context_width,
                 class_embed_type="projection",
@@ -79,29 +86,29 @@ class UNetDecoder(ModelMixin, ConfigMixin):
     def forward(self, x: Tensor, t: Tensor, condition: ImageCondition) -> Tensor:
         """x: (B, C, H, W) noisy latents; t: (B,) timesteps -> (B, C, H, W), the prediction; or (B, 2C, H, W)."""
         # In one pass each layer makes its own keys and values: FSDP has its weights only while it runs.
-        return self.step(x, t, self.read(condition))
+        return self.step(x, t, self.build_unet_context(condition))
 
     @apply_forward_hook
     def prepare(self, condition: ImageCondition) -> UNetContext:
-        context = self.read(condition)
-        context.prepared = prepare(self.net, context.tokens, context.embedding, None, context.mask)
+        context = self.build_unet_context(condition)
+        context.step_context = prepare_unet_context(self.net, context.tokens, context.embedding, None, context.mask)
         return context
 
-    def read(self, condition: ImageCondition) -> UNetContext:
+    def build_unet_context(self, condition: ImageCondition) -> UNetContext:
         """The condition as the U-Net takes it."""
-        z_i, tokens, mask = condition_tokens(self, condition)
-        return UNetContext(z_i, tokens, mask, known_of(self, condition))
+        z_i, tokens, mask = embed_condition_tokens(self, condition)
+        return UNetContext(z_i, tokens, mask, resolve_masked_latents(self, condition))
 
     @apply_forward_hook
     def step(self, x: Tensor, t: Tensor, context: UNetContext) -> Tensor:
-        if context.known is not None:
-            x = torch.cat([x, context.known], dim=1)
-        if context.prepared is not None:
-            return run(self.net, x, t, context.prepared)
+        if context.masked_latents is not None:
+            x = torch.cat([x, context.masked_latents], dim=1)
+        if context.step_context is not None:
+            return run_unet_step(self.net, x, t, context.step_context)
         return self.net(
             x, t, context.tokens, class_labels=context.embedding, encoder_attention_mask=context.mask
         ).sample
 
     def null(self, count: int) -> ImageCondition:
         """The zero embedding, and a caption of no tokens."""
-        return no_condition(self, count)
+        return build_null_condition(self, count)

@@ -19,16 +19,16 @@ from t2i.checks import check_choice, check_integer, check_range
 from t2i.diffusion.condition import Condition
 from t2i.errors import InputError
 from t2i.networks.layers import TimeEmbedding
-from t2i.networks.linear import by_onednn
+from t2i.networks.linear import use_onednn_linear
 
-FACTORS = (2, 4)
+UPSAMPLING_FACTORS = (2, 4)
 
 
 @dataclass
 class LowResolution(Condition):
     """The pictures that are to be enlarged: the condition of the upsampler."""
 
-    low: Tensor  # (B, 3, h, w) in [-1, 1], noised by `augment`
+    low: Tensor  # (B, 3, h, w) in [-1, 1], noised by `augment_low_resolution`
     level: Tensor  # (B,) in [0, 1]: by how much
     embedding: Tensor | None = None  # (B, D), unit length or zero: z_i, for upsamplers that take it
 
@@ -38,7 +38,7 @@ class UpsamplerContext:
     low: Tensor  # (B, 3, H, W): the low resolution, resized
     embedding: Tensor  # (B, E): level and z_i, added to the timestep
 
-    def window(self, rows: slice, columns: slice) -> Self:
+    def crop_window(self, rows: slice, columns: slice) -> Self:
         """What `step` needs for a part of the picture."""
         return replace(self, low=self.low[..., rows, columns])
 
@@ -46,7 +46,8 @@ class UpsamplerContext:
 class Upsampler(ModelMixin, ConfigMixin):
     """Denoises pictures, (B, 3, H, W) in [-1, 1], given a LowResolution of a `factor`-th of their sides.
 
-    Without attention in `unet` it is convolutional, and works on pictures of any size that `multiple` divides.
+    Without attention in `unet` it is convolutional, and works on pictures of any size that `image_size_multiple`
+    divides.
 
     Args:
         factor: 2 or 4.
@@ -76,13 +77,13 @@ class Upsampler(ModelMixin, ConfigMixin):
         clip_fingerprint: str | None = None,
     ):
         super().__init__()
-        check_choice("factor", factor, FACTORS)
+        check_choice("factor", factor, UPSAMPLING_FACTORS)
         check_integer("low_size", low_size, 4, 4096)
         check_integer("patch_size", patch_size, 1, 16)
         check_range("max_level", max_level, 0, 1)
         channels = 3 * patch_size**2
         needed = {"in_channels": 2 * channels, "out_channels": channels, "class_embed_type": "identity"}
-        self.net = by_onednn(UNet2DModel(**{"add_attention": False, **unet, **needed}))
+        self.net = use_onednn_linear(UNet2DModel(**{"add_attention": False, **unet, **needed}))
         nn.init.zeros_(self.net.conv_out.weight)  # so that it starts as the resized low resolution
         nn.init.zeros_(self.net.conv_out.bias)
         width = self.net.config.block_out_channels[0]
@@ -90,7 +91,7 @@ class Upsampler(ModelMixin, ConfigMixin):
         self.from_image = None if embed_dim is None else nn.Linear(embed_dim, self.from_level.linear_2.out_features)
 
     @property
-    def multiple(self) -> int:
+    def image_size_multiple(self) -> int:
         """What the sides of a picture must be multiples of, in pixels of the high resolution."""
         return self.config.patch_size * 2 ** (len(self.net.config.block_out_channels) - 1)
 
@@ -106,21 +107,21 @@ class Upsampler(ModelMixin, ConfigMixin):
             raise InputError(f"the condition has {has} z_i, this upsampler takes {takes}")
         if self.from_image is not None:  # unit variance a dimension
             embedding = embedding + self.from_image(condition.embedding * self.config.embed_dim**0.5)
-        return UpsamplerContext(enlarged(condition.low, self.config.factor), embedding)
+        return UpsamplerContext(enlarge_low_resolution(condition.low, self.config.factor), embedding)
 
     @apply_forward_hook
     def step(self, x: Tensor, t: Tensor, context: UpsamplerContext) -> Tensor:
         if x.shape != context.low.shape:
             ours, wanted = "x".join(map(str, x.shape[-2:])), "x".join(map(str, context.low.shape[-2:]))
             raise InputError(f"the picture has {ours} pixels, the low resolution enlarged {wanted}; they must agree")
-        if any(side % self.multiple or not side for side in x.shape[-2:]):
+        if any(side % self.image_size_multiple or not side for side in x.shape[-2:]):
             sides = " x ".join(map(str, x.shape[-2:]))
-            raise InputError(f"the picture's sides must be multiples of {self.multiple} pixels, got {sides}")
-        both = torch.cat([self.to_patches(x), self.to_patches(context.low)], dim=1)
+            raise InputError(f"the picture's sides must be multiples of {self.image_size_multiple} pixels, got {sides}")
+        both = torch.cat([self.split_into_patches(x), self.split_into_patches(context.low)], dim=1)
         out = F.pixel_shuffle(self.net(both, t, class_labels=context.embedding).sample, self.config.patch_size)
         return out + context.low if self.config.adds_detail else out
 
-    def to_patches(self, image: Tensor) -> Tensor:
+    def split_into_patches(self, image: Tensor) -> Tensor:
         return F.pixel_unshuffle(image, self.config.patch_size).contiguous(memory_format=torch.channels_last)
 
     def null(self, count: int) -> LowResolution:
@@ -131,18 +132,18 @@ class Upsampler(ModelMixin, ConfigMixin):
         return LowResolution(torch.zeros(count, 3, side, side, **options), torch.ones(count, **options), embedding)
 
 
-def augment(low: Tensor, level: Tensor, noise: Tensor) -> Tensor:
+def augment_low_resolution(low: Tensor, level: Tensor, noise: Tensor) -> Tensor:
     """Noise-conditioning augmentation of (B, 3, h, w) by a level a picture, (B,): 0 changes nothing, 1 leaves noise."""
     level = level.view(-1, 1, 1, 1)
     return (1 - level.square()).sqrt() * low + level * noise
 
 
-def enlarged(low: Tensor, factor: int) -> Tensor:
+def enlarge_low_resolution(low: Tensor, factor: int) -> Tensor:
     """(B, 3, h, w) -> (B, 3, factor h, factor w), bicubic: what there is without a model."""
     return F.interpolate(low.float(), scale_factor=factor, mode="bicubic").to(low.dtype)
 
 
-def reduced(picture: Tensor, factor: int) -> Tensor:
+def reduce_to_low_resolution(picture: Tensor, factor: int) -> Tensor:
     """(B, 3, H, W) -> (B, 3, H / factor, W / factor), bicubic with antialiasing, within [-1, 1]."""
     height, width = picture.shape[-2:]
     if height % factor or width % factor:

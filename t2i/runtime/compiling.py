@@ -19,22 +19,24 @@ from t2i.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-MOST = 2**16  # compilations of a step; torch's own limit is 8, beyond which it does not compile and does not say so
+RECOMPILE_LIMIT = (
+    2**16
+)  # compilations of a step; torch's own limit is 8, beyond which it does not compile and does not say so
 
 # Shape, dtype and device of x, of the timesteps and of what the context holds: captions of another length are another.
-Key: TypeAlias = tuple[tuple[tuple[int, ...], torch.dtype, torch.device], ...]
+ShapeKey: TypeAlias = tuple[tuple[tuple[int, ...], torch.dtype, torch.device], ...]
 
 
 class CompiledStep:
     """A denoiser's `step`, compiled anew for whatever has other shapes: static shapes make the fastest code.
 
-    warm_up: seconds that the first step took of each `Key`; the log says them too.
+    warm_up: seconds that the first step took of each `ShapeKey`; the log says them too.
     """
 
     def __init__(self, step: Callable[..., Tensor], backend: str | Callable[..., Any] = "inductor"):
         self.step, self.backend = step, backend
         self.compiled = torch.compile(step, dynamic=False, backend=backend)
-        self.warm_up: dict[Key, float] = {}
+        self.warm_up: dict[ShapeKey, float] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledStep":
         return CompiledStep(copy.deepcopy(self.step, memo), self.backend)  # of the copied denoiser
@@ -43,11 +45,11 @@ class CompiledStep:
         from torch._dynamo import config  # a second or two, for who compiles alone
         from torch._dynamo.exc import ShortenTraceback  # what every backend's failure is, and Triton's absence
 
-        key: Key = tuple((tuple(one.shape), one.dtype, one.device) for one in tensors((x, t, context)))
-        with config.patch(recompile_limit=MOST, accumulated_recompile_limit=MOST):
+        key: ShapeKey = tuple((tuple(one.shape), one.dtype, one.device) for one in iterate_tensors((x, t, context)))
+        with config.patch(recompile_limit=RECOMPILE_LIMIT, accumulated_recompile_limit=RECOMPILE_LIMIT):
             if key in self.warm_up:
                 return self.compiled(x, t, context)
-            what = self.named(key)
+            what = self.format_shape_key(key)
             logger.warning("compiling the decoder for %s", what)  # the command line shows warnings
             begun = time.perf_counter()
             try:
@@ -59,7 +61,7 @@ class CompiledStep:
         logger.warning("compiled the decoder for %s: the first step took %.1f s", what, self.warm_up[key])
         return out
 
-    def named(self, key: Key) -> str:
+    def format_shape_key(self, key: ShapeKey) -> str:
         """The noisy latents, and what is new in the context where such latents were compiled before."""
         text = f"noisy latents {key[0][0]}"
         before = next((one for one in reversed(self.warm_up) if one[0] == key[0]), None)
@@ -67,13 +69,13 @@ class CompiledStep:
         return f"{text} and a context with {new[0]} of {str(new[1]).removeprefix('torch.')}" if new else text
 
 
-def tensors(tree: Any) -> Iterator[Tensor]:
+def iterate_tensors(tree: Any) -> Iterator[Tensor]:
     """All of them in containers and dataclasses, in their order."""
     for leaf in tree_leaves(tree):
         if isinstance(leaf, Tensor):
             yield leaf
         elif is_dataclass(leaf) and not isinstance(leaf, type):
-            yield from tensors([getattr(leaf, field.name) for field in fields(leaf)])
+            yield from iterate_tensors([getattr(leaf, field.name) for field in fields(leaf)])
 
 
 def compile_steps(denoiser: Any, backend: str | Callable[..., Any] = "inductor") -> CompiledStep:

@@ -9,7 +9,7 @@ import psutil
 Config = TypeVar("Config")
 
 
-def end_group() -> None:
+def end_process_group() -> None:
     """After a run of several processes: end this one at once.
 
     The group's threads may outlive what they use, and abort a process that takes its interpreter apart under them.
@@ -23,7 +23,7 @@ def end_group() -> None:
         os._exit(0)
 
 
-def forgotten_processes() -> int:
+def count_forgotten_processes() -> int:
     """The N of `accelerate launch --cpu --num_processes N`, of which accelerate (1.15) starts only one; else 1."""
     try:
         parent = psutil.Process().parent()
@@ -40,12 +40,12 @@ def forgotten_processes() -> int:
     return 1
 
 
-def become(script: list[str], processes: int, restarts: int = 0) -> NoReturn:
+def exec_torchrun(script: list[str], processes: int, restarts: int = 0) -> NoReturn:
     """Become torchrun with a script, its arguments, and a number of processes on this machine."""
-    os.execv(sys.executable, torchrun(script, processes, restarts))
+    os.execv(sys.executable, build_torchrun_command(script, processes, restarts))
 
 
-def torchrun(script: list[str], processes: int, restarts: int = 0) -> list[str]:
+def build_torchrun_command(script: list[str], processes: int, restarts: int = 0) -> list[str]:
     """The command that starts a script with its arguments in a number of processes on this machine."""
     # Else a restarted group may read stale addresses from the store that it shares with the one before.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")

@@ -18,52 +18,58 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-MARGIN = 2.0  # times what was counted, where the choice is ours: what is freed is not all given back (docs/speed.md)
+MEMORY_MARGIN = (
+    2.0  # times what was counted, where the choice is ours: what is freed is not all given back (docs/speed.md)
+)
 # The last is oneDNN's. What it says of a primitive's descriptor is of shapes and dtypes that it does not compute.
-OUT_OF_MEMORY = re.compile(
+OUT_OF_MEMORY_PATTERN = re.compile(
     r"out of memory|can't allocate memory|not enough memory|bad_alloc|_STATUS_ALLOC_FAILED"
     r"|could not (?:create|execute) a primitive(?! descriptor)",
     re.IGNORECASE,
 )
 
 
-class Room(NamedTuple):
+class AvailableMemory(NamedTuple):
     """Bytes of a device, or of a machine as far as this process may use it."""
 
     free: int
-    whole: int
+    total: int
     on_device: bool = False
 
     def __str__(self) -> str:
-        return f"{in_units(self.free)} of {in_units(self.whole)} are free{' on the device' * self.on_device}"
+        return f"{format_bytes(self.free)} of {format_bytes(self.total)} are free{' on the device' * self.on_device}"
 
-    def shared(self, processes: int) -> "Room":
+    def divide_by_processes(self, processes: int) -> "AvailableMemory":
         """The share of one of so many processes of a machine; a device is a process's own."""
         return self if self.on_device else self._replace(free=self.free // processes)
 
 
-def give_back() -> None:
+def release_freed_memory() -> None:
     """Let the C library return to the system what was freed here, which it keeps for later; where it is glibc."""
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def room(device: torch.device | str = "cpu") -> Room:
+def measure_available_memory(device: torch.device | str = "cpu") -> AvailableMemory:
     """What there is now: of a GPU, with what torch keeps for itself there; else of the machine, of the container, or
     of this process alone, whichever has least.
     """
     device = torch.device(device)
     if device.type == "cuda":
         free, whole = torch.cuda.mem_get_info(device)
-        return Room(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), whole, True)
+        return AvailableMemory(
+            free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), whole, True
+        )
     memory = psutil.virtual_memory()
     free, whole = memory.available, memory.total
-    for limit, used in chain(container_limits(), own_limits()):
+    for limit, used in chain(iterate_container_limits(), iterate_process_limits()):
         free, whole = min(free, max(0, limit - used)), min(whole, limit)
-    return Room(free, whole)
+    return AvailableMemory(free, whole)
 
 
-def container_limits(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> Iterator[Any]:
+def iterate_container_limits(
+    groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+) -> Iterator[Any]:
     """The limit and what is used of it, of each control group that this process is in; pages of files are given back.
 
     Both versions of Linux's; in a container the path may be that of the machine, and the limit is at the root.
@@ -87,7 +93,7 @@ def container_limits(groups: Path = Path("/proc/self/cgroup"), root: Path = Path
             yield limit, used - sum(int(stat.get(f"{total}{pages}_file", 0)) for pages in ("active", "inactive"))
 
 
-def own_limits() -> Iterator[tuple[int, int]]:
+def iterate_process_limits() -> Iterator[tuple[int, int]]:
     """The limit of this process's addresses (`ulimit -v`), where there is one, and how many it has."""
     with suppress(ImportError):  # Windows
         import resource
@@ -97,7 +103,7 @@ def own_limits() -> Iterator[tuple[int, int]]:
             yield limit, psutil.Process().memory_info().vms
 
 
-def peak(model: nn.Module, work: Callable[[Any], object]) -> int | None:
+def count_peak_bytes(model: nn.Module, work: Callable[[Any], object]) -> int | None:
     """Bytes of the tensors that `work(model)` holds at once, beside the weights, counted without memory or arithmetic.
 
     It runs on a copy of the model on the meta device, where attention is taken to be fused, as it is. None where that
@@ -105,15 +111,15 @@ def peak(model: nn.Module, work: Callable[[Any], object]) -> int | None:
     was freed and not given back, what kernels need besides.
     """
     try:
-        without = on_meta(model)
-        with torch.no_grad(), torch.device("meta"), FusedAttention(), Alive() as alive:
+        without = copy_to_meta(model)
+        with torch.no_grad(), torch.device("meta"), FusedAttention(), MemoryTracker() as alive:
             work(without)
     except Exception:  # whatever a foreign model does there
         return None
     return alive.peak
 
 
-def on_meta(model: nn.Module) -> nn.Module:
+def copy_to_meta(model: nn.Module) -> nn.Module:
     """A copy whose tensors have no memory, and whose steps are not compiled."""
     if any(hasattr(one, "_hf_hook") for one in model.modules()):
         raise ValueError("its weights move between devices")
@@ -129,40 +135,40 @@ def on_meta(model: nn.Module) -> nn.Module:
     return made
 
 
-class Alive(TorchDispatchMode):
+class MemoryTracker(TorchDispatchMode):
     """Counts calls of operators, and the bytes of what they made and is still held: `now`, and `peak` at the most."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls = self.now = self.peak = 0
-        self.known: dict[int, weakref.finalize] = {}
+        self.finalizers: dict[int, weakref.finalize] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for one in tree_leaves((args, kwargs)):
-            self.meet(one, new=False)  # weights and inputs, of which an operator may return a view
+            self.track_storage(one, new=False)  # weights and inputs, of which an operator may return a view
         result = func(*args, **(kwargs or {}))
         self.calls += 1
         for one in tree_leaves(result):
-            self.meet(one, new=True)
+            self.track_storage(one, new=True)
         self.peak = max(self.peak, self.now)
         return result
 
-    def meet(self, one: Any, new: bool) -> None:
+    def track_storage(self, one: Any, new: bool) -> None:
         if not isinstance(one, Tensor):
             return
         packed = one.is_mkldnn  # oneDNN's own order of a convolution's weights has no storage to look at
         held = one if packed else one.untyped_storage()
-        if id(held) in self.known:
+        if id(held) in self.finalizers:
             return
         size = (one.numel() * one.element_size() if packed else held.nbytes()) if new else 0
         self.now += size
-        end = weakref.finalize(held, self.forget, id(held), size)
+        end = weakref.finalize(held, self.forget_storage, id(held), size)
         end.atexit = False
-        self.known[id(held)] = end
+        self.finalizers[id(held)] = end
 
-    def forget(self, key: int, size: int) -> None:
+    def forget_storage(self, key: int, size: int) -> None:
         self.now -= size
-        del self.known[key]
+        del self.finalizers[key]
 
 
 class FusedAttention(TorchFunctionMode):
@@ -178,19 +184,19 @@ class FusedAttention(TorchFunctionMode):
 def is_out_of_memory(error: BaseException) -> bool:
     """Of a device, of torch's allocator for processors, of the kernels' (all a RuntimeError), or of Python."""
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
+        isinstance(error, RuntimeError) and OUT_OF_MEMORY_PATTERN.search(str(error)) is not None
     )
 
 
-def needed(message: str) -> str:
+def format_needed_memory(message: str) -> str:
     """What an allocator says that it was asked for, on top of what it held."""
     found = re.search(r"allocate ([\d.]+ ?(?:bytes|[KMGT]i?B))", message)
     amount = found.group(1) if found else "an unknown amount"
     if amount.endswith("bytes"):
-        amount = in_units(int(float(amount.split()[0])))
+        amount = format_bytes(int(float(amount.split()[0])))
     return f"it needs {amount} more at once"
 
 
-def in_units(count: float) -> str:
+def format_bytes(count: float) -> str:
     """So many bytes, as said to people."""
     return f"{count / 2**30:.2f} GiB" if count >= 0.1 * 2**30 else f"{count / 2**20:.2f} MiB"

@@ -15,17 +15,19 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from t2i.errors import InputError, RunError, complain
+from t2i.errors import InputError, RunError, print_error_line
 
 Result = TypeVar("Result")
 
-TICK = 1.0  # seconds between two signs of life
-SILENCE = 3  # ticks without one, and a process is taken for dead
-REPEATED = 2.0  # seconds in which a signal may come again: launchers pass on what reached the whole group anyway
-AFTER_SIGNAL = 5.0  # seconds for the others to come, once the launcher has asked us to end
+HEARTBEAT_SECONDS = 1.0  # seconds between two signs of life
+MAX_MISSED_HEARTBEATS = 3  # ticks without one, and a process is taken for dead
+SIGNAL_REPEAT_SECONDS = (
+    2.0  # seconds in which a signal may come again: launchers pass on what reached the whole group anyway
+)
+SIGNAL_GRACE_SECONDS = 5.0  # seconds for the others to come, once the launcher has asked us to end
 
 
-def on_main(accelerator: Accelerator, function: Callable[[], Result]) -> Result:
+def run_on_main_process(accelerator: Accelerator, function: Callable[[], Result]) -> Result:
     """`function()` of the main process, on every process; its InputError, RunError or OSError too."""
     outcome: list[Any] = [None, None]
     if accelerator.is_main_process:
@@ -40,7 +42,7 @@ def on_main(accelerator: Accelerator, function: Callable[[], Result]) -> Result:
     return outcome[0]
 
 
-def check_same(accelerator: Accelerator, what: dict[str, Any]) -> None:
+def check_processes_agree(accelerator: Accelerator, what: dict[str, Any]) -> None:
     """Refuse to start if the processes were given different things."""
     if accelerator.num_processes == 1:
         return
@@ -60,63 +62,68 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal, self.time = 0, 0.0
-        self.before: dict[int, Any] = {}
+        self.previous_handlers: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
+            self.previous_handlers = {
+                number: signal.signal(number, self.handle_signal) for number in (signal.SIGTERM, signal.SIGINT)
+            }
 
-    def receive(self, number: int, frame: Any) -> None:
+    def handle_signal(self, number: int, frame: Any) -> None:
         now = time.monotonic()
         if not self.signal:
             self.signal, self.time = number, now
-        elif now - self.time > REPEATED:
+        elif now - self.time > SIGNAL_REPEAT_SECONDS:
             os._exit(128 + number)
 
     def close(self) -> None:
-        for number, handler in self.before.items():
+        for number, handler in self.previous_handlers.items():
             signal.signal(number, handler or signal.SIG_DFL)
 
 
 @dataclass
-class Sign:
+class Heartbeat:
     """What another process last told, and when that was new here."""
 
-    lives: int
-    reached: int
-    new: float
+    beats: int
+    waits: int
+    seen_at: float
 
 
-class Watch:
+class ProcessWatch:
     """Ends a process that waits for one that is dead or hangs, and says which.
 
     One thread exchanges with the others, by the group's store, how often each has said that it lives and how many waits
     it has come to; a step itself tells nothing. The store is kept by process 0 or by the launcher and hangs with it,
-    against which its timeouts are no help: so another thread judges, from what is known here. `waiting()` is around
+    against which its timeouts are no help: so another thread judges, from what is known here. `guarded_wait()` is
+    around
     everything that waits for the others. Does nothing in a run of one process.
     """
 
     def __init__(self, accelerator: Accelerator, stall_timeout: float, advice: Callable[[], str]):
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.stall_timeout, self.advice = stall_timeout, advice
-        self.place, self.beat, self.since, self.asked_to_end, self.busy = 0, 0, 0.0, 0.0, False
+        self.wait_count, self.beat_count, self.wait_started_at, self.end_requested_at, self.busy = 0, 0, 0.0, 0.0, False
         self.closed = threading.Event()
         now = time.monotonic()
-        self.signs = {rank: Sign(0, 0, now) for rank in range(self.world) if rank != self.rank}
-        self.answered = now  # the store, for the last time
-        self.awake = now  # since when this process has not been stopped itself
+        self.heartbeats = {rank: Heartbeat(0, 0, now) for rank in range(self.world) if rank != self.rank}
+        self.store_answered_at = now  # the store, for the last time
+        self.awake_since = now  # since when this process has not been stopped itself
         self.threads: list[threading.Thread] = []
         if self.world > 1:
             self.store = torch.distributed.distributed_c10d._get_default_store()
-            self.tell()
+            self.publish_heartbeat()
             accelerator.wait_for_everyone()
             self.reader, self.writer = os.pipe()  # a signal arrives here also while the main thread is inside a kernel
             os.set_blocking(self.writer, False)
             self.wakeup = signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
-            self.threads = [threading.Thread(target=work, daemon=True) for work in (self.exchange, self.look)]
+            self.threads = [
+                threading.Thread(target=work, daemon=True) for work in (self.exchange_heartbeats, self.monitor_wait)
+            ]
             for thread in self.threads:
                 thread.start()
 
     @contextmanager
-    def waiting(self, busy: bool = False) -> Iterator[None]:
+    def guarded_wait(self, busy: bool = False) -> Iterator[None]:
         """Around what cannot end before every process has come to the same place.
 
         busy: process 0 works there for as long as it takes, so that only its death counts.
@@ -124,79 +131,92 @@ class Watch:
         if not self.threads:
             yield
             return
-        self.place += 1
-        self.since, self.busy = time.monotonic(), busy
+        self.wait_count += 1
+        self.wait_started_at, self.busy = time.monotonic(), busy
         try:
             yield
         except RunError:
             raise
         except RuntimeError:  # the connection to a dead process breaks
-            time.sleep((SILENCE + 2) * TICK)  # until a dead one is silent for certain
-            if gone := self.silent():
-                self.end(self.describe(gone, "died"))
+            time.sleep((MAX_MISSED_HEARTBEATS + 2) * HEARTBEAT_SECONDS)  # until a dead one is silent for certain
+            if gone := self.find_silent_processes():
+                self.end_process(self.format_process_failure(gone, "died"))
             raise
         finally:
-            self.since = 0.0
+            self.wait_started_at = 0.0
 
-    def exchange(self) -> None:
+    def exchange_heartbeats(self) -> None:
         """A thread: a sign of life every second; those of the others while the main thread waits for them."""
-        while not self.closed.wait(TICK):
+        while not self.closed.wait(HEARTBEAT_SECONDS):
             with contextlib.suppress(RuntimeError):  # the store ends with process 0
-                self.tell()
-                if self.since:
-                    self.ask()
+                self.publish_heartbeat()
+                if self.wait_started_at:
+                    self.poll_heartbeats()
 
-    def tell(self) -> None:
-        self.beat += 1
-        self.store.set(f"t2i/{self.rank}", f"{self.beat} {self.place}")
+    def publish_heartbeat(self) -> None:
+        self.beat_count += 1
+        self.store.set(f"t2i/{self.rank}", f"{self.beat_count} {self.wait_count}")
 
-    def ask(self) -> None:
-        values = self.store.multi_get([f"t2i/{rank}" for rank in self.signs])
-        self.answered = time.monotonic()
-        for sign, value in zip(self.signs.values(), values):
-            lives, sign.reached = map(int, value.split())
-            if lives != sign.lives:
-                sign.lives, sign.new = lives, self.answered
+    def poll_heartbeats(self) -> None:
+        values = self.store.multi_get([f"t2i/{rank}" for rank in self.heartbeats])
+        self.store_answered_at = time.monotonic()
+        for sign, value in zip(self.heartbeats.values(), values):
+            lives, sign.waits = map(int, value.split())
+            if lives != sign.beats:
+                sign.beats, sign.seen_at = lives, self.store_answered_at
 
-    def look(self) -> None:
+    def monitor_wait(self) -> None:
         """A thread: an eye on how long the main thread waits."""
         last = time.monotonic()
         while not self.closed.is_set():
-            ready, _, _ = select.select([self.reader], [], [], TICK)
+            ready, _, _ = select.select([self.reader], [], [], HEARTBEAT_SECONDS)
             now = time.monotonic()
-            if now - last > SILENCE * TICK:  # the others may have been stopped with it
-                self.awake = now
+            if now - last > MAX_MISSED_HEARTBEATS * HEARTBEAT_SECONDS:  # the others may have been stopped with it
+                self.awake_since = now
             last = now
             if ready and signal.SIGTERM in os.read(self.reader, 4096):
-                self.asked_to_end = self.asked_to_end or time.monotonic()
-            self.judge()
+                self.end_requested_at = self.end_requested_at or time.monotonic()
+            self.end_if_stalled()
 
-    def judge(self) -> None:
-        now, since = time.monotonic(), self.since
+    def end_if_stalled(self) -> None:
+        now, since = time.monotonic(), self.wait_started_at
         if not since or self.closed.is_set():
             return
-        start = max(since, self.awake)
-        if self.asked_to_end and now - max(start, self.asked_to_end) > AFTER_SIGNAL and (gone := self.silent()):
-            self.end(self.describe(gone, "died"))
-        elif now - start > self.stall_timeout and (not self.busy or self.silent()):
-            late = self.silent() or [rank for rank, sign in self.signs.items() if sign.reached < self.place]
-            if self.since == since:
+        start = max(since, self.awake_since)
+        if (
+            self.end_requested_at
+            and now - max(start, self.end_requested_at) > SIGNAL_GRACE_SECONDS
+            and (gone := self.find_silent_processes())
+        ):
+            self.end_process(self.format_process_failure(gone, "died"))
+        elif now - start > self.stall_timeout and (not self.busy or self.find_silent_processes()):
+            late = self.find_silent_processes() or [
+                rank for rank, sign in self.heartbeats.items() if sign.waits < self.wait_count
+            ]
+            if self.wait_started_at == since:
                 what = f"did not come within {self.stall_timeout:g} s (train.stall_timeout)"
-                self.end(self.describe(late, what) if late else f"the processes {what} of each other. {self.advice()}")
+                self.end_process(
+                    self.format_process_failure(late, what)
+                    if late
+                    else f"the processes {what} of each other. {self.advice()}"
+                )
 
-    def silent(self) -> list[int]:
+    def find_silent_processes(self) -> list[int]:
         """The processes that have given no sign of life while this one waited; without process 0 no other can."""
-        long_ago, start = time.monotonic() - SILENCE * TICK, max(self.since, self.awake)
-        if max(self.answered, start) < long_ago:
+        long_ago, start = (
+            time.monotonic() - MAX_MISSED_HEARTBEATS * HEARTBEAT_SECONDS,
+            max(self.wait_started_at, self.awake_since),
+        )
+        if max(self.store_answered_at, start) < long_ago:
             return [0] if self.rank else []
-        return [rank for rank, sign in self.signs.items() if max(sign.new, start) < long_ago]
+        return [rank for rank, sign in self.heartbeats.items() if max(sign.seen_at, start) < long_ago]
 
-    def describe(self, ranks: list[int], what: str) -> str:
+    def format_process_failure(self, ranks: list[int], what: str) -> str:
         names = ", ".join(map(str, ranks))
         return f"process {names} of {self.world} {what}, says process {self.rank}. {self.advice()}"
 
-    def end(self, message: str) -> None:
-        complain(message)
+    def end_process(self, message: str) -> None:
+        print_error_line(message)
         os._exit(1)
 
     def close(self) -> None:
@@ -205,7 +225,7 @@ class Watch:
             signal.set_wakeup_fd(self.wakeup)
             os.write(self.writer, b"\0")
             for thread in self.threads:
-                thread.join(SILENCE * TICK)
+                thread.join(MAX_MISSED_HEARTBEATS * HEARTBEAT_SECONDS)
             os.close(self.reader)
             os.close(self.writer)
             self.threads = []

@@ -10,7 +10,7 @@ from diffusers import SchedulerMixin
 from torch import Generator, Tensor
 
 from t2i.diffusion.condition import TextEncoding
-from t2i.diffusion.denoiser import OnStep, Wrap
+from t2i.diffusion.denoiser import PredictTransform, StepCallback
 from t2i.diffusion.guidance import Guidance
 from t2i.diffusion.stored_schedulers import load_scheduler
 from t2i.errors import InputError
@@ -25,8 +25,8 @@ from t2i.sampling.sample import sample_prior
 
 logger = logging.getLogger(__name__)
 
-UNSCHEDULED = (AutoregressivePrior, RegressionPrior, EclipsePrior)  # priors that have no scheduler
-PRIORS = (Prior, *UNSCHEDULED, DALLE2Prior)  # what a pipeline's prior may be, or none at all
+PRIORS_WITHOUT_SCHEDULER = (AutoregressivePrior, RegressionPrior, EclipsePrior)  # priors that have no scheduler
+PRIOR_CLASSES = (Prior, *PRIORS_WITHOUT_SCHEDULER, DALLE2Prior)  # what a pipeline's prior may be, or none at all
 MAX_CANDIDATES = 64
 
 AnyPrior = Prior | DALLE2Prior | AutoregressivePrior | RegressionPrior | EclipsePrior
@@ -38,25 +38,25 @@ def load_prior(folder: str | Path) -> tuple[AnyPrior | None, SchedulerMixin | No
         return None, None
     path = Path(folder)
     in_pipeline = is_folder(path) and (path / "model_index.json").is_file()
-    prior = load_model(PRIORS, path / "prior" if in_pipeline else path).eval()
-    if isinstance(prior, UNSCHEDULED):
+    prior = load_model(PRIOR_CLASSES, path / "prior" if in_pipeline else path).eval()
+    if isinstance(prior, PRIORS_WITHOUT_SCHEDULER):
         return prior, None
     return prior, load_scheduler(path / ("prior_scheduler" if in_pipeline else "scheduler"))
 
 
-def usual_guidance(prior: AnyPrior | None) -> float:
+def default_guidance_scale(prior: AnyPrior | None) -> float:
     """What a prior is guided by if nothing is said: what its configuration says, or 2; or 1, which is off, for one of a
     single pass, which is never guided, and for one that starts from a regression: guidance takes it too far
     (docs/priors.md)."""
     if isinstance(prior, AutoregressivePrior):
         return 1.0 if prior.config.regression is not None else 2.0
-    if isinstance(prior, UNSCHEDULED):
+    if isinstance(prior, PRIORS_WITHOUT_SCHEDULER):
         return 1.0
     return 2.0 if prior is None else prior.config.get("usual_guidance", 2.0)
 
 
 @torch.no_grad()
-def draw_embeddings(
+def sample_image_embeds(
     prior: AnyPrior | None,
     scheduler: SchedulerMixin | None,
     text: TextEncoding,
@@ -68,8 +68,8 @@ def draw_embeddings(
     noise: Tensor | None = None,
     temperature: float | None = None,
     progress: Callable[[Iterable], Iterable] = iter,
-    on_step: OnStep | None = None,
-    wrap: Wrap | None = None,
+    on_step: StepCallback | None = None,
+    wrap: PredictTransform | None = None,
 ) -> Tensor:
     """z_i for captions, (N, D), fp32, by any prior, of unit length unless the prior's `unit_length` is False; without
     one, the captions' own z_t.
@@ -84,37 +84,37 @@ def draw_embeddings(
     """
     if prior is None:
         return text.embedding.float()
-    guidance = usual_guidance(prior) if guidance is None else guidance
-    warn_unused(prior, negative, guidance, noise, temperature)
+    guidance = default_guidance_scale(prior) if guidance is None else guidance
+    warn_unused_options(prior, negative, guidance, noise, temperature)
     if isinstance(prior, RegressionPrior):
-        return prior.draw(text)
-    candidates = candidates_drawn(prior, candidates, noise)
+        return prior.sample_image_embeds(text)
+    candidates = count_candidates(prior, candidates, noise)
     several = text.repeat(candidates)
     away = None if negative is None else negative.repeat(candidates)
-    streams = [stream for one in generators for stream in candidate_generators(one, candidates)]
+    streams = [stream for one in generators for stream in build_candidate_generators(one, candidates)]
     if isinstance(prior, AutoregressivePrior):
-        check_plain(guidance)
-        scale = Guidance.of(guidance).scale
+        check_scale_only(guidance)
+        scale = Guidance.from_value(guidance).scale
 
         def after(i: int, z_i: Tensor) -> None:
             if on_step is not None:
-                on_step(i, torch.tensor(prior.length - 1 - i), z_i)
+                on_step(i, torch.tensor(prior.codes_per_embedding - 1 - i), z_i)
 
-        z_i = prior.draw(several, away, scale, streams, temperature, progress, after)
+        z_i = prior.sample_image_embeds(several, away, scale, streams, temperature, progress, after)
     elif isinstance(prior, EclipsePrior):
-        z_i = prior.draw(several, streams, noise)
+        z_i = prior.sample_image_embeds(several, streams, noise)
     else:
         assert scheduler is not None, "a diffusion prior has a scheduler"
         z_i = sample_prior(prior, scheduler, several, away, steps, guidance, streams, noise, progress, on_step, wrap)
-    return nearest(z_i, text.embedding)
+    return select_nearest_candidates(z_i, text.embedding)
 
 
-def candidates_drawn(prior: AnyPrior, candidates: int, noise: Tensor | None) -> int:
+def count_candidates(prior: AnyPrior, candidates: int, noise: Tensor | None) -> int:
     """Of so many that were asked for; a given noise is that of one."""
     return 1 if noise is not None and not isinstance(prior, AutoregressivePrior) else candidates
 
 
-def warn_unused(
+def warn_unused_options(
     prior: AnyPrior,
     negative: TextEncoding | None,
     guidance: float | Guidance,
@@ -132,7 +132,10 @@ def warn_unused(
             temperature is not None and not isinstance(prior, AutoregressivePrior),
             "is of an autoregressive prior",
         ),
-        "prior_guidance_scale": (of_one_pass and not Guidance.of(guidance).is_off, "cannot guide a prior of one pass"),
+        "prior_guidance_scale": (
+            of_one_pass and not Guidance.from_value(guidance).is_off,
+            "cannot guide a prior of one pass",
+        ),
         "negative_prompt": (
             of_one_pass and negative is not None,
             "cannot guide a prior of one pass (decoder_negative_prompt is for the decoder)",
@@ -143,21 +146,21 @@ def warn_unused(
             logger.warning("%s has no effect: it %s; this prior is a %s", name, reason, type(prior).__name__)
 
 
-def candidate_generators(generator: Generator, candidates: int) -> list[Generator]:
+def build_candidate_generators(generator: Generator, candidates: int) -> list[Generator]:
     """The picture's own for the first candidate, and one for each other, seeded from a copy of its state."""
     copy = generator.clone_state()
     seeds = [int(torch.randint(2**62, (1,), generator=copy, device=copy.device)) for _ in range(candidates - 1)]
     return [generator, *(Generator().manual_seed(seed) for seed in seeds)]
 
 
-def nearest(z_i: Tensor, z_t: Tensor) -> Tensor:
+def select_nearest_candidates(z_i: Tensor, z_t: Tensor) -> Tensor:
     """Of the candidates of each caption, (N * candidates, D), the one of the largest cosine with z_t, (N, D)."""
     groups = z_i.view(len(z_t), -1, z_i.shape[-1])
     best = F.cosine_similarity(groups, z_t.to(groups)[:, None], dim=-1).argmax(dim=1)
     return groups[torch.arange(len(groups), device=groups.device), best]
 
 
-def check_plain(guidance: float | Guidance) -> None:
+def check_scale_only(guidance: float | Guidance) -> None:
     """Refuse what is of noise levels and samples for a prior that has neither."""
-    if Guidance.of(guidance) != Guidance(Guidance.of(guidance).scale):
+    if Guidance.from_value(guidance) != Guidance(Guidance.from_value(guidance).scale):
         raise InputError(f"prior_guidance_scale of an autoregressive prior must be a scale alone, got {guidance}")

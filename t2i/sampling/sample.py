@@ -8,8 +8,8 @@ from diffusers import SchedulerMixin
 from torch import Generator, Tensor
 
 from t2i.diffusion.condition import ImageCondition, TextEncoding
-from t2i.diffusion.denoiser import OnStep, Predict, Wrap, draw_noise, sample
-from t2i.diffusion.guidance import Guidance, guided
+from t2i.diffusion.denoiser import Predict, PredictTransform, StepCallback, generate_noise, sample_from_noise
+from t2i.diffusion.guidance import Guidance, build_guided_predict
 from t2i.errors import InputError
 from t2i.networks.decoder import Decoder
 from t2i.networks.prior import Prior
@@ -27,8 +27,8 @@ def sample_prior(
     generators: list[Generator],
     noise: Tensor | None = None,
     progress: Callable[[Iterable], Iterable] = iter,
-    on_step: OnStep | None = None,
-    wrap: Wrap | None = None,
+    on_step: StepCallback | None = None,
+    wrap: PredictTransform | None = None,
 ) -> Tensor:
     """z_i of unit length, (N, D), fp32, on the device of `text`.
 
@@ -40,12 +40,14 @@ def sample_prior(
     negative = prior.null(len(text)) if negative is None else negative
     scheduler.set_timesteps(steps, device=device)
     ahead = [scheduler.timesteps] if isinstance(prior, Prior) else []
-    predict = guided(prior, text, negative.to(device, prior.dtype), guidance, scheduler, *ahead)
+    predict = build_guided_predict(prior, text, negative.to(device, prior.dtype), guidance, scheduler, *ahead)
     if wrap is not None:
         predict = wrap(predict)
     if noise is None:
-        noise = draw_noise((prior.config.embed_dim,), generators, device)
-    return prior.unscale(sample(predict, scheduler, noise.to(device).float(), steps, generators, progress, on_step))
+        noise = generate_noise((prior.config.embed_dim,), generators, device)
+    return prior.unscale_image_embeds(
+        sample_from_noise(predict, scheduler, noise.to(device).float(), steps, generators, progress, on_step)
+    )
 
 
 @torch.no_grad()
@@ -59,21 +61,21 @@ def sample_decoder(
     generators: list[Generator],
     noise: Tensor | None = None,
     progress: Callable[[Iterable], Iterable] = iter,
-    on_step: OnStep | None = None,
+    on_step: StepCallback | None = None,
 ) -> Tensor:
     """Latents of unit variance, (N, C, h, w), fp32, on the device of `z_i`, (N, D).
 
     text: for decoders that read captions; None says nothing. noise: (N, C, h, w), else drawn from the generators, one a
     picture.
     """
-    predict = decoder_predict(decoder, scheduler, z_i, text, guidance)
+    predict = build_decoder_predict(decoder, scheduler, z_i, text, guidance)
     if noise is None:
         size = decoder.config.latent_size
-        noise = draw_noise((decoder.config.latent_channels, size, size), generators, z_i.device)
-    return sample(predict, scheduler, noise.to(z_i.device).float(), steps, generators, progress, on_step)
+        noise = generate_noise((decoder.config.latent_channels, size, size), generators, z_i.device)
+    return sample_from_noise(predict, scheduler, noise.to(z_i.device).float(), steps, generators, progress, on_step)
 
 
-def decoder_predict(
+def build_decoder_predict(
     decoder: Decoder | UNetDecoder,
     scheduler: SchedulerMixin,
     z_i: Tensor,
@@ -84,21 +86,24 @@ def decoder_predict(
 ) -> Predict:
     """What the guided decoder predicts of latents that show z_i, (N, D), on the device of `z_i`.
 
-    known: what is to stay of the picture, for decoders that read it; see `t2i.diffusion.inpainting.known_latents`.
+    known: what is to stay of the picture, for decoders that read it; see
+    `t2i.diffusion.inpainting.concat_masked_latents`.
     """
     device, null = z_i.device, decoder.null(len(z_i))
     known = known if decoder.config.reads_masks else None
-    condition = ImageCondition(told(decoder, z_i), null.text if text is None or null.text is None else text, known)
+    condition = ImageCondition(
+        noise_image_embeds(decoder, z_i), null.text if text is None or null.text is None else text, known
+    )
     away = null if negative is None else negative
-    embedding = told(decoder, away.embedding.to(device))
+    embedding = noise_image_embeds(decoder, away.embedding.to(device))
     negative = ImageCondition(embedding, null.text if null.text is None else away.text or null.text, known)
     dtype = decoder.dtype
-    return guided(decoder, condition.to(device, dtype), negative.to(device, dtype), guidance, scheduler)
+    return build_guided_predict(decoder, condition.to(device, dtype), negative.to(device, dtype), guidance, scheduler)
 
 
-def told(decoder: Any, z_i: Tensor, noise: Tensor | None = None, level: int = 0) -> Tensor:
+def noise_image_embeds(decoder: Any, z_i: Tensor, noise: Tensor | None = None, level: int = 0) -> Tensor:
     """What a decoder is told of z_i, (N, D): Stable unCLIP's noises it to a level first, with `noise` like z_i."""
-    return decoder.noised(z_i, noise, level) if hasattr(decoder, "noised") else z_i
+    return decoder.noise_image_embeds(z_i, noise, level) if hasattr(decoder, "noise_image_embeds") else z_i
 
 
 def split_generators(generator: Generator | list[Generator] | None, count: int) -> tuple[list[Generator], ...]:

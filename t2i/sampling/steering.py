@@ -1,6 +1,7 @@
 """Steering: where the gradient comes from that moves a sample, beside the condition of its model.
 
-A score is what `t2i.diffusion.guidance.steered` takes: a log-probability of noisy or of clean latents. It works on
+A score is what `t2i.diffusion.guidance.build_steered_predict` takes: a log-probability of noisy or of clean latents.
+It works on
 conditional
 models and on those whose condition says nothing, for it leaves the model as it is.
 """
@@ -15,17 +16,17 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 from t2i.checks import check_number, check_texts
-from t2i.data.pictures import open_picture, to_tensor
-from t2i.diffusion.denoiser import Predict, Wrap
-from t2i.diffusion.guidance import Score, steered
+from t2i.data.pictures import open_image, to_tensor
+from t2i.diffusion.denoiser import Predict, PredictTransform
+from t2i.diffusion.guidance import ScoreFunction, build_steered_predict
 from t2i.errors import InputError
-from t2i.files.fingerprints import EXACT, weights_digest
+from t2i.files.fingerprints import EXACT_DTYPES, compute_weights_fingerprint
 from t2i.files.model_folder import load_model
 from t2i.networks.autoencoder import Autoencoder
-from t2i.networks.classifier import LatentClassifier, noise_level
+from t2i.networks.classifier import LatentClassifier, compute_noise_level
 from t2i.networks.clip import CLIP
 
-MAX_SCALE = 10_000
+MAX_STEERING_SCALE = 10_000
 LOGIT_SCALE = 100.0  # CLIP's: a cosine times this is a logit, which goes with the log-probability of a class
 
 
@@ -48,14 +49,17 @@ class Steering:
     text: str | list[str] | None = None
     picture: Tensor | None = None
 
-    def described(self) -> dict[str, Any]:
+    def build_metadata(self) -> dict[str, Any]:
         """As plain text and numbers, to be written into a picture."""
         given: dict[str, Any]
         given = {"class": self.class_name, "text": self.text, "picture": None if self.picture is None else "a picture"}
         if self.classifier is not None:
             folder = Path(self.classifier.config.get("_name_or_path") or "")
             folder = folder.parent if folder.name == "model" else folder  # of a run
-            given["classifier"] = {"folder": folder.name or None, "fingerprint": weights_digest(self.classifier)}
+            given["classifier"] = {
+                "folder": folder.name or None,
+                "fingerprint": compute_weights_fingerprint(self.classifier),
+            }
         return {"scale": self.scale, **{name: value for name, value in given.items() if value is not None}}
 
 
@@ -63,14 +67,14 @@ def check_steering(name: str, steering: Any, clip: CLIP, autoencoder: Autoencode
     """Refuse what cannot steer `count` pictures (any number for None) of this pipeline. Raises InputError."""
     if not isinstance(steering, Steering):
         raise InputError(f"{name} must be a Steering, got {steering!r:.80}")
-    check_number(f"{name}.scale", steering.scale, 0, MAX_SCALE)
+    check_number(f"{name}.scale", steering.scale, 0, MAX_STEERING_SCALE)
     goals = {key: getattr(steering, key) for key in ("class_name", "text", "picture")}
     given = [key for key, value in goals.items() if value is not None]
     if len(given) != 1:
         found = " and ".join(given) or "none of them"
         raise InputError(f"{name} needs a class_name, a text or a picture, got {found}")
     if steering.picture is not None:
-        check_picture(name, steering.picture, count)
+        check_steering_image(name, steering.picture, count)
     for key in ("class_name", "text"):
         if goals[key] is not None:
             texts = [goals[key]] if isinstance(goals[key], str) else goals[key]
@@ -82,12 +86,12 @@ def check_steering(name: str, steering: Any, clip: CLIP, autoencoder: Autoencode
     if steering.class_name is not None and steering.classifier is None:
         raise InputError(f"{name}.class_name needs a classifier; `t2i train classifier` makes one")
     if steering.classifier is not None:
-        check_classifier(steering.classifier, clip, autoencoder, embeds=steering.class_name is None)
-        for one in listed(steering.class_name):
-            steering.classifier.number_of(one)
+        check_steering_classifier(steering.classifier, clip, autoencoder, embeds=steering.class_name is None)
+        for one in ensure_list(steering.class_name):
+            steering.classifier.find_class_index(one)
 
 
-def check_picture(name: str, picture: Any, count: int | None) -> None:
+def check_steering_image(name: str, picture: Any, count: int | None) -> None:
     shape = tuple(picture.shape) if isinstance(picture, Tensor) else type(picture).__name__
     if not isinstance(picture, Tensor) or picture.ndim != 4 or picture.shape[1] != 3 or min(picture.shape) < 1:
         raise InputError(f"{name}.picture must be a tensor (1 or N, 3, H, W), got {shape}")
@@ -100,10 +104,14 @@ def check_picture(name: str, picture: Any, count: int | None) -> None:
         raise InputError(f"{name}.picture must have values from -1 to 1, got {low:g} to {high:g}")
 
 
-def check_classifier(classifier: LatentClassifier, clip: CLIP, autoencoder: Autoencoder, embeds: bool) -> None:
+def check_steering_classifier(classifier: LatentClassifier, clip: CLIP, autoencoder: Autoencoder, embeds: bool) -> None:
     """Refuse a classifier of another latent space or, where its embeddings are used, of another CLIP."""
     theirs = classifier.config.autoencoder_fingerprint
-    if theirs is not None and autoencoder.dtype in EXACT and theirs != (ours := weights_digest(autoencoder)):
+    if (
+        theirs is not None
+        and autoencoder.dtype in EXACT_DTYPES
+        and theirs != (ours := compute_weights_fingerprint(autoencoder))
+    ):
         trained = f"it was trained with the autoencoder {theirs}, this pipeline has {ours}"
         raise InputError(f"the classifier is of another latent space: {trained}")
     if classifier.config.latent_channels != autoencoder.channels:
@@ -114,9 +122,9 @@ def check_classifier(classifier: LatentClassifier, clip: CLIP, autoencoder: Auto
         raise InputError(f"the classifier's embeddings are of the CLIP {theirs}, this pipeline has {clip.identity}")
 
 
-def picture_tensor(path: Path) -> Tensor:
+def read_image_tensor(path: Path) -> Tensor:
     """A picture file as (1, 3, S, S) in [-1, 1], its middle square. Raises InputError if it cannot be read."""
-    image = open_picture(path)
+    image = open_image(path)
     return to_tensor(image, min(image.size))[None]
 
 
@@ -125,71 +133,71 @@ def load_classifier(folder: str | Path) -> LatentClassifier:
     return load_model(LatentClassifier, folder).eval()
 
 
-def steering_wrap(
+def build_steering_transform(
     steering: Steering,
     scheduler: SchedulerMixin,
     clip: CLIP,
     autoencoder: Autoencoder,
     count: int,
     device: torch.device,
-) -> Wrap:
+) -> PredictTransform:
     """What makes a `Predict` of `count` latents a steered one. Raises InputError as `check_steering`."""
     check_steering("steering", steering, clip, autoencoder, count)
-    score = make_score(steering, scheduler, clip, autoencoder, count, device)
+    score = build_steering_score(steering, scheduler, clip, autoencoder, count, device)
     of_clean = steering.classifier is None
 
     def wrap(predict: Predict) -> Predict:
-        return steered(predict, scheduler, score, steering.scale, of_clean)
+        return build_steered_predict(predict, scheduler, score, steering.scale, of_clean)
 
     return wrap
 
 
-def make_score(
+def build_steering_score(
     steering: Steering,
     scheduler: SchedulerMixin,
     clip: CLIP,
     autoencoder: Autoencoder,
     count: int,
     device: torch.device,
-) -> Score:
+) -> ScoreFunction:
     classifier = steering.classifier
     if classifier is not None:
         classifier = classifier.to(device).eval()
     if steering.class_name is not None:
         assert classifier is not None
-        return class_score(classifier, scheduler, repeated(listed(steering.class_name), count))
+        return build_class_score(classifier, scheduler, repeat_values(ensure_list(steering.class_name), count))
     with torch.no_grad():
         if steering.picture is not None:
             target = clip.encode_image(steering.picture.to(device, clip.dtype))
         else:
-            target = clip.encode_text(listed(steering.text)).embedding
+            target = clip.encode_text(ensure_list(steering.text)).embedding
     target = F.normalize(target.to(device).float(), dim=-1).expand(count, -1)
     if classifier is not None:
-        return noisy_clip_score(classifier, scheduler, target)
-    return clip_score(clip, autoencoder, target)
+        return build_noisy_clip_score(classifier, scheduler, target)
+    return build_clip_score(clip, autoencoder, target)
 
 
-def class_score(classifier: LatentClassifier, scheduler: SchedulerMixin, names: list[str]) -> Score:
+def build_class_score(classifier: LatentClassifier, scheduler: SchedulerMixin, names: list[str]) -> ScoreFunction:
     """log p(class | x_t) of noisy latents, one class a picture (Dhariwal and Nichol 2021, section 4)."""
-    numbers = torch.tensor([classifier.number_of(name) for name in names])
+    numbers = torch.tensor([classifier.find_class_index(name) for name in names])
 
     def score(x: Tensor, t: Tensor) -> Tensor:
-        logs = classifier.log_probability(x, noise_level(scheduler, t, x))
+        logs = classifier.predict_log_probs(x, compute_noise_level(scheduler, t, x))
         return logs.gather(1, numbers.to(logs.device)[:, None])[:, 0]
 
     return score
 
 
-def noisy_clip_score(classifier: LatentClassifier, scheduler: SchedulerMixin, target: Tensor) -> Score:
+def build_noisy_clip_score(classifier: LatentClassifier, scheduler: SchedulerMixin, target: Tensor) -> ScoreFunction:
     """A logit of CLIP, from noisy latents: how near what is seen in them is to `target`, (N, D), of unit length."""
 
     def score(x: Tensor, t: Tensor) -> Tensor:
-        return LOGIT_SCALE * (classifier.embedding(x, noise_level(scheduler, t, x)) * target).sum(dim=-1)
+        return LOGIT_SCALE * (classifier.embedding(x, compute_noise_level(scheduler, t, x)) * target).sum(dim=-1)
 
     return score
 
 
-def clip_score(clip: CLIP, autoencoder: Autoencoder, target: Tensor) -> Score:
+def build_clip_score(clip: CLIP, autoencoder: Autoencoder, target: Tensor) -> ScoreFunction:
     """A logit of CLIP, from clean latents: how near their picture is to `target`, (N, D), of unit length."""
 
     def score(x: Tensor, t: Tensor) -> Tensor:
@@ -200,10 +208,10 @@ def clip_score(clip: CLIP, autoencoder: Autoencoder, target: Tensor) -> Score:
     return score
 
 
-def listed(value: str | list[str] | None) -> list[str]:
+def ensure_list(value: str | list[str] | None) -> list[str]:
     return [] if value is None else [value] if isinstance(value, str) else list(value)
 
 
-def repeated(values: list[str], count: int) -> list[str]:
+def repeat_values(values: list[str], count: int) -> list[str]:
     """One for all, or as they are."""
     return values * count if len(values) == 1 else values

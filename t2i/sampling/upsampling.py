@@ -8,16 +8,16 @@ import torch.nn.functional as F
 from diffusers import SchedulerMixin
 from torch import Generator, Tensor
 
-from t2i.checks import check_integer, check_multiple, check_range
+from t2i.checks import check_integer, check_multiple_of, check_range
 from t2i.data.pictures import MAX_PIXELS
-from t2i.diffusion.denoiser import MAX_STEPS, OnStep, Predict, Wrap, draw_noise, sample
-from t2i.diffusion.process import levels
+from t2i.diffusion.denoiser import MAX_STEPS, Predict, PredictTransform, StepCallback, generate_noise, sample_from_noise
+from t2i.diffusion.process import alpha_sigma
 from t2i.errors import InputError
-from t2i.networks.upsampler import LowResolution, Upsampler, augment, enlarged
+from t2i.networks.upsampler import LowResolution, Upsampler, augment_low_resolution, enlarge_low_resolution
 
-TILE = 512  # pixels of the high resolution
-MAX_TIMES = 8  # that a picture is enlarged
-STRIDE = 0x9E3779B97F4A7C15  # between the seeds of each time: 2^64 by the golden ratio, as in SplitMix64
+DEFAULT_TILE_SIZE = 512  # pixels of the high resolution
+MAX_ENLARGEMENTS = 8  # that a picture is enlarged
+SEED_STRIDE = 0x9E3779B97F4A7C15  # between the seeds of each time: 2^64 by the golden ratio, as in SplitMix64
 
 
 @torch.no_grad()
@@ -29,11 +29,11 @@ def sample_upsampler(
     z_i: Tensor | None = None,
     steps: int = 4,
     level: float = 0.0,
-    tile: int = TILE,
+    tile: int = DEFAULT_TILE_SIZE,
     overlap: int | None = None,
     progress: Callable[[Iterable], Iterable] = iter,
-    on_step: OnStep | None = None,
-    wrap: Wrap | None = None,
+    on_step: StepCallback | None = None,
+    wrap: PredictTransform | None = None,
 ) -> Tensor:
     """(N, 3, factor h, factor w) in [-1, 1], fp32, on the upsampler's device, from `low`, (N, 3, h, w) in [-1, 1].
 
@@ -47,37 +47,42 @@ def sample_upsampler(
         level: of the noise-conditioning augmentation, up to the upsampler's `max_level`: more lets it redraw more.
         tile, overlap: larger pictures are denoised in overlapping windows of `tile` x `tile` pixels of the high
             resolution, whose predictions are blended in every step. What a step takes is bounded by the window.
-            Both are multiples of the upsampler's `multiple`; the overlap is an eighth of the window if left out.
+            Both are multiples of the upsampler's `image_size_multiple`; the overlap is an eighth of the window if
+            left out.
         on_step, wrap: as for the decoder; x has the sides that the network takes, the picture its upper left part.
 
     Raises InputError, in one line, for a picture that is too small or too large, and values out of range.
     """
-    factor, multiple = upsampler.config.factor, upsampler.multiple
-    check_low(upsampler, low, len(generators))
+    factor, multiple = upsampler.config.factor, upsampler.image_size_multiple
+    check_low_resolution(upsampler, low, len(generators))
     check_integer("steps", steps, 1, MAX_STEPS)
     check_range("level", level, 0, upsampler.config.max_level)
-    overlap = check_tiles(tile, overlap, multiple)
+    overlap = resolve_tile_overlap(tile, overlap, multiple)
     device, dtype, (height, width) = upsampler.device, upsampler.dtype, low.shape[-2:]
-    low = continued(low.to(device).float(), factor, multiple)
+    low = pad_edges(low.to(device).float(), factor, multiple)
     levels_drawn = torch.full((len(low),), float(level), device=device)
-    seen = augment(low, levels_drawn, draw_noise(low.shape[1:], generators, device)) if level else low
-    condition = LowResolution(seen, levels_drawn, embedding_of(upsampler, z_i, len(low)))
+    seen = (
+        augment_low_resolution(low, levels_drawn, generate_noise(low.shape[1:], generators, device)) if level else low
+    )
+    condition = LowResolution(seen, levels_drawn, resolve_image_embeds(upsampler, z_i, len(low)))
     context = upsampler.prepare(condition.to(device, dtype))
 
     def window(x: Tensor, t: Tensor, rows: slice, columns: slice) -> Tensor:
         part = x[..., rows, columns].to(dtype)
-        return upsampler.step(part, t.expand(len(x)), context.window(rows, columns)).to(x.dtype)
+        return upsampler.step(part, t.expand(len(x)), context.crop_window(rows, columns)).to(x.dtype)
 
     scheduler.set_timesteps(steps, device=device)
-    start = enlarged(low, factor)
-    alpha, sigma = levels(scheduler, scheduler.timesteps[0], start)
-    x = alpha * start + sigma * draw_noise(start.shape[1:], generators, device)
-    predict = tiled(window, tile, overlap)
-    x = sample(predict if wrap is None else wrap(predict), scheduler, x, steps, generators, progress, on_step)
+    start = enlarge_low_resolution(low, factor)
+    alpha, sigma = alpha_sigma(scheduler, scheduler.timesteps[0], start)
+    x = alpha * start + sigma * generate_noise(start.shape[1:], generators, device)
+    predict = build_tiled_predict(window, tile, overlap)
+    x = sample_from_noise(
+        predict if wrap is None else wrap(predict), scheduler, x, steps, generators, progress, on_step
+    )
     return x[..., : factor * height, : factor * width].clamp(-1, 1)
 
 
-def tiled(window: Callable[[Tensor, Tensor, slice, slice], Tensor], tile: int, overlap: int) -> Predict:
+def build_tiled_predict(window: Callable[[Tensor, Tensor, slice, slice], Tensor], tile: int, overlap: int) -> Predict:
     """A prediction of whole pictures from `window(x, t, rows, columns)`, that of a part of x.
 
     The outer quarter of an overlap counts nothing, for a network sees nothing beyond its window; the middle half fades
@@ -86,13 +91,15 @@ def tiled(window: Callable[[Tensor, Tensor, slice, slice], Tensor], tile: int, o
     """
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
-        rows, columns = (spans(side, tile, overlap) for side in x.shape[-2:])
+        rows, columns = (build_tile_slices(side, tile, overlap) for side in x.shape[-2:])
         if len(rows) == len(columns) == 1:
             return window(x, t, slice(None), slice(None))
         total, weights = torch.zeros_like(x), x.new_zeros(x.shape[-2:])
         for down in rows:
             for across in columns:
-                weight = fade(down, x.shape[-2], overlap)[:, None] * fade(across, x.shape[-1], overlap)
+                weight = compute_fade_weights(down, x.shape[-2], overlap)[:, None] * compute_fade_weights(
+                    across, x.shape[-1], overlap
+                )
                 weight = weight.to(x)
                 total[..., down, across] += weight * window(x, t, down, across)
                 weights[down, across] += weight
@@ -101,7 +108,7 @@ def tiled(window: Callable[[Tensor, Tensor, slice, slice], Tensor], tile: int, o
     return predict
 
 
-def spans(side: int, tile: int, overlap: int) -> list[slice]:
+def build_tile_slices(side: int, tile: int, overlap: int) -> list[slice]:
     """Windows that cover 0 ... side, the last one moved back to the end."""
     if side <= tile:
         return [slice(0, side)]
@@ -109,7 +116,7 @@ def spans(side: int, tile: int, overlap: int) -> list[slice]:
     return [slice(start, start + tile) for start in starts]
 
 
-def fade(span: slice, side: int, overlap: int) -> Tensor:
+def compute_fade_weights(span: slice, side: int, overlap: int) -> Tensor:
     """How much each pixel of a window counts: 1, but falling to 0 where another window goes on."""
     place = torch.arange(span.start, span.stop) + 0.5
     weight = torch.ones(len(place))
@@ -119,30 +126,30 @@ def fade(span: slice, side: int, overlap: int) -> Tensor:
     return weight
 
 
-def continued(low: Tensor, factor: int, multiple: int) -> Tensor:
+def pad_edges(low: Tensor, factor: int, multiple: int) -> Tensor:
     """Pictures with their last row and column repeated until the enlarged sides are multiples of `multiple`."""
     step = max(1, multiple // factor)
     down, across = (-side % step for side in low.shape[-2:])
     return F.pad(low, (0, across, 0, down), mode="replicate") if down or across else low
 
 
-def embedding_of(upsampler: Upsampler, z_i: Tensor | None, count: int) -> Tensor | None:
+def resolve_image_embeds(upsampler: Upsampler, z_i: Tensor | None, count: int) -> Tensor | None:
     """z_i for those that take it, and what says nothing if none is given."""
     return upsampler.null(count).embedding if z_i is None or upsampler.config.embed_dim is None else z_i
 
 
-def check_low(upsampler: Upsampler, low: Tensor, generators: int) -> None:
+def check_low_resolution(upsampler: Upsampler, low: Tensor, generators: int) -> None:
     if low.ndim != 4 or low.shape[1] != 3:
         raise InputError(f"low must be pictures, (N, 3, height, width), got {tuple(low.shape)}")
     if len(low) != generators:
         raise InputError(f"there are {generators} generators for {len(low)} pictures; give one a picture")
-    check_size(upsampler, low.shape[-1], low.shape[-2])
+    check_upsampled_size(upsampler, low.shape[-1], low.shape[-2])
 
 
-def check_size(upsampler: Upsampler, width: int, height: int, times: int = 1) -> None:
+def check_upsampled_size(upsampler: Upsampler, width: int, height: int, times: int = 1) -> None:
     """Refuse to enlarge, so many times, pictures that are smaller than a patch of the network or become too large."""
     factor = upsampler.config.factor
-    least = max(1, upsampler.multiple // factor)
+    least = max(1, upsampler.image_size_multiple // factor)
     if min(width, height) < least:
         raise InputError(f"a picture to upsample needs sides of at least {least} pixels, got {width} x {height}")
     scale = factor**times
@@ -151,24 +158,24 @@ def check_size(upsampler: Upsampler, width: int, height: int, times: int = 1) ->
         raise InputError(f"upsampled pictures may have {MAX_PIXELS:,} pixels, {larger}")
 
 
-def check_tiles(tile: Any, overlap: Any, multiple: int) -> int:
+def resolve_tile_overlap(tile: Any, overlap: Any, multiple: int) -> int:
     """The overlap: what is given, or an eighth of the window."""
     check_integer("tile", tile, multiple, 8192)
     if overlap is None:
         overlap = max(multiple, tile // 8 // multiple * multiple)
-    check_multiple("tile", tile, multiple)
+    check_multiple_of("tile", tile, multiple)
     check_integer("overlap", overlap, multiple, tile // 2)
-    check_multiple("overlap", overlap, multiple)
+    check_multiple_of("overlap", overlap, multiple)
     return overlap
 
 
-def upsampling_generators(generators: list[Generator], times: int) -> Iterator[list[Generator]]:
+def iterate_stage_generators(generators: list[Generator], times: int) -> Iterator[list[Generator]]:
     """For each time that pictures are enlarged, a stream of its own for each picture, from the seed of the decoder's:
     what was drawn without upsampling stays as it is."""
     for stage in range(1, times + 1):
-        yield derived_generators(generators, stage)
+        yield derive_stage_generators(generators, stage)
 
 
-def derived_generators(generators: list[Generator], stage: int) -> list[Generator]:
+def derive_stage_generators(generators: list[Generator], stage: int) -> list[Generator]:
     """A stream for a stage after the decoder, whose generators these are; `stage` is any number but 0."""
-    return [Generator().manual_seed((one.initial_seed() + STRIDE * stage) % 2**63) for one in generators]
+    return [Generator().manual_seed((one.initial_seed() + SEED_STRIDE * stage) % 2**63) for one in generators]

@@ -159,7 +159,7 @@ def test_a_benchmark_that_cannot_run_here_does_not_fail_all_of_them_and_one_that
 def test_the_rate_in_bf16_is_measured_where_the_machine_computes_in_it(
     has: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(side_by_side, "computes_in_bf16", lambda device: has)
+    monkeypatch.setattr(side_by_side, "can_compute_bf16", lambda device: has)
     monkeypatch.setattr(side_by_side, "product_rate", lambda multiply: 1e9)
     assert ("bf16" in side_by_side.machine()["matrix_gflops"]) == has
 

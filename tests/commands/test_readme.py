@@ -13,7 +13,7 @@ from typer.main import get_command
 
 from t2i.cli import app, main
 from t2i.config import load_config
-from t2i.interop.layouts import USUAL_PRIORS
+from t2i.interop.layouts import DEFAULT_PRIORS
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -23,7 +23,7 @@ COMMANDS = [
     for line in block.replace("\\\n", " ").splitlines()
     if line.strip() and not line.lstrip().startswith("#")
 ]
-PUBLISHED = {*USUAL_PRIORS.keys(), *USUAL_PRIORS.values()}
+PUBLISHED = {*DEFAULT_PRIORS.keys(), *DEFAULT_PRIORS.values()}
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 

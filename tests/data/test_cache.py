@@ -18,16 +18,16 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from t2i.training import cache_data
-from t2i.training.common.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
+from t2i.training.common.checkpoint import Checkpoint, find_newest_checkpoint, load_checkpoint
 from t2i.training.common.encodings import FrozenModels, open_source
 
 from t2i.config import DataConfig, load_config
 from t2i.data import CaptionedPictures
-from t2i.data.cache import CachedPairs, pad, statistics, trim, write_shard
+from t2i.data.cache import CachedPairs, compute_statistics, pad_texts, strip_padding, write_shard
 from t2i.data.manifest import write_manifest
 from t2i.diffusion.condition import TextEncoding
 from t2i.errors import InputError
-from t2i.files.fingerprints import stored_digest, weights_digest
+from t2i.files.fingerprints import compute_stored_fingerprint, compute_weights_fingerprint
 from t2i.interop.by_name import load_autoencoder, load_clip
 
 from .conftest import CONFIGS, train
@@ -86,7 +86,7 @@ def test_embeddings_and_latents_are_read_where_the_file_is_mapped(finished):
     """A shard is not copied: its tensors lie in the pages of the file, and a batch copies its own rows alone."""
     pairs = CachedPairs(finished)
     batch = pairs.__getitems__([(0, 0), (1, 0)])
-    shard = pairs.shard(0)
+    shard = pairs.open_shard(0)
     lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if pairs.paths[0].name in line]
     ranges = [tuple(int(end, 16) for end in line[0].split("-")) for line in lines]
     for name in ("image_embeds", "latents", "text_states"):
@@ -99,7 +99,7 @@ def test_embeddings_and_latents_are_read_where_the_file_is_mapped(finished):
 def test_every_draw_of_a_picture_has_the_caption_of_that_draw_and_more_draws_begin_anew(shapes, runs, finished):
     dataset, pairs = CaptionedPictures(DataConfig(str(shapes), 32, 0)), CachedPairs(finished)
     clip = load_clip(runs / "clip").eval()
-    captions = [dataset.caption(9, draw) for draw in range(4)]
+    captions = [dataset.get_caption(9, draw) for draw in range(4)]
     assert len(set(captions)) > 2
     with torch.no_grad():
         expected = torch.cat([clip.encode_text([caption]).embedding for caption in captions])
@@ -113,8 +113,8 @@ def test_both_splits_stand_side_by_side_with_the_names_of_their_pictures(shapes,
     for split, count in (("train", 32), ("held_out", 4)):
         pairs, dataset = CachedPairs(finished, split), CaptionedPictures(data, split)
         assert len(pairs) == count == len(dataset)
-        assert [pairs.key(i) for i in range(count)] == [dataset.key(i) for i in range(count)]
-    assert CachedPairs(finished).digest() != CachedPairs(finished, "held_out").digest()
+        assert [pairs.sample_key(i) for i in range(count)] == [dataset.sample_key(i) for i in range(count)]
+    assert CachedPairs(finished).compute_digest() != CachedPairs(finished, "held_out").compute_digest()
     with pytest.raises(InputError, match="no split 'test'; it has train, held_out"):
         CachedPairs(finished, "test")
 
@@ -123,9 +123,9 @@ def test_trimmed_encodings_restore_exactly():
     lengths = torch.tensor([3, 1, 0, 5])
     mask = torch.arange(5) < lengths[:, None]
     text = TextEncoding(torch.randn(4, 2), torch.randn(4, 5, 3) * mask[..., None], mask)
-    states, counts = trim(text)
+    states, counts = strip_padding(text)
     assert states.shape == (9, 3) and counts.equal(lengths)
-    restored = pad(text.embedding, states, counts)
+    restored = pad_texts(text.embedding, states, counts)
     assert all(torch.equal(getattr(restored, name), getattr(text, name)) for name in ("embedding", "states", "mask"))
 
 
@@ -141,7 +141,7 @@ def test_statistics_and_the_empty_caption_are_those_of_the_training_split(runs, 
 
 def test_statistics_keep_their_precision_where_the_mean_is_far_from_zero():
     values = np.random.default_rng(0).normal(5.0, 1e-3, (10_000, 3)).astype(np.float32)
-    mean, std = statistics(torch.from_numpy(part) for part in np.array_split(values, 7))
+    mean, std = compute_statistics(torch.from_numpy(part) for part in np.array_split(values, 7))
     np.testing.assert_allclose(mean.numpy(), values.astype(np.float64).mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(std.numpy(), values.astype(np.float64).std(axis=0), rtol=1e-6)
 
@@ -362,7 +362,7 @@ def test_records_are_refused_where_pictures_have_other_names(shapes, runs, finis
     write_manifest(data, quiet=True)
     source = open_source(str(finished), DataConfig(str(data), 32, 0), str(runs / "clip"))
     with pytest.raises(InputError, match="is stale: its picture 1 of held_out is '.*', in the data 'new-"):
-        source.records([(1, 0)])
+        source.encode_records([(1, 0)])
 
 
 def test_data_without_a_manifest_are_said_not_to_be_compared(shapes, runs, finished, tmp_path, monkeypatch, capsys):
@@ -461,7 +461,7 @@ def test_it_is_said_where_pictures_have_more_captions_than_are_cached(shapes, ru
 def test_a_shard_with_a_value_that_is_not_finite_is_not_written(name, row, picture, finished, tmp_path):
     tensors = load_file(finished / "train-00000.safetensors")
     write_shard(tmp_path / "good.safetensors", tensors)
-    key = CachedPairs(finished).key(picture)
+    key = CachedPairs(finished).sample_key(picture)
     tensors[name][row] = torch.tensor(1e6).half()  # infinity
     with pytest.raises(InputError, match=f"^bad.safetensors would hold NaN or infinity in {name}, first of '{key}'"):
         write_shard(tmp_path / "bad.safetensors", tensors)
@@ -501,7 +501,7 @@ def test_a_picture_that_does_not_decode_stops_it_by_name_and_can_be_mended(worke
 
 
 def newest(folder: Path) -> Checkpoint:
-    path, _ = newest_checkpoint(folder / "checkpoints")
+    path, _ = find_newest_checkpoint(folder / "checkpoints")
     return load_checkpoint(path)
 
 
@@ -516,13 +516,13 @@ def test_a_stage_trains_from_a_cache_with_no_other_model_and_no_picture(
     )
     for loader in ("load_clip", "load_autoencoder"):
         monkeypatch.setattr(f"t2i.training.common.encodings.{loader}", lambda _: pytest.fail("a model is loaded"))
-    monkeypatch.setattr(CaptionedPictures, "picture", lambda *_: pytest.fail("a picture is read"))
+    monkeypatch.setattr(CaptionedPictures, "load_image", lambda *_: pytest.fail("a picture is read"))
     train(stage, shapes, tmp_path, 3, cache=finished, **parts)
     monkeypatch.undo()
     train(stage, shapes, tmp_path / "live", 3, **parts)
     cached, live = (newest(folder / stage) for folder in (tmp_path, tmp_path / "live"))
     made_from = dict(cached.state["made_from"])
-    assert made_from.pop("cache") == CachedPairs(finished).digest() and made_from == live.state["made_from"]
+    assert made_from.pop("cache") == CachedPairs(finished).compute_digest() and made_from == live.state["made_from"]
     assert len([value for value in made_from.values() if value]) == 1 + len(parts)
     for name in ("mean", "std", "null_embedding", "null_states") if stage == "prior" else ():
         torch.testing.assert_close(cached.tensors["model"][name], live.tensors["model"][name], atol=1e-6, rtol=1e-5)
@@ -582,13 +582,13 @@ def test_a_cache_without_what_a_stage_needs_is_refused(shapes, runs, tmp_path):
 
 def test_weights_are_recognised_in_a_folder_without_building_the_model(runs, others, tmp_path):
     autoencoder = load_autoencoder(runs / "autoencoder")
-    assert stored_digest(runs / "autoencoder/model") == weights_digest(autoencoder)
-    assert stored_digest(others / "autoencoder/model") != weights_digest(autoencoder)
+    assert compute_stored_fingerprint(runs / "autoencoder/model") == compute_weights_fingerprint(autoencoder)
+    assert compute_stored_fingerprint(others / "autoencoder/model") != compute_weights_fingerprint(autoencoder)
     autoencoder.half().save_pretrained(tmp_path / "half")
-    assert stored_digest(tmp_path / "half") == stored_digest(runs / "autoencoder/model")
+    assert compute_stored_fingerprint(tmp_path / "half") == compute_stored_fingerprint(runs / "autoencoder/model")
     autoencoder.save_pretrained(tmp_path / "parts", max_shard_size="30KB")
     assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 1
-    assert stored_digest(tmp_path / "parts") == stored_digest(tmp_path / "half")
+    assert compute_stored_fingerprint(tmp_path / "parts") == compute_stored_fingerprint(tmp_path / "half")
 
 
 def test_files_are_readable_by_others(finished):

@@ -13,10 +13,17 @@ import pytest
 from PIL import Image
 
 from t2i import cli
-from t2i.commands.doctor import PACKAGES
+from t2i.commands.doctor import REQUIRED_PACKAGES
 from t2i.config import DataConfig
-from t2i.data import CaptionedPictures, batches
-from t2i.data.manifest import METADATA, SCHEMA, VERSION, Manifest, default_folder, write_manifest
+from t2i.data import CaptionedPictures, iterate_batches
+from t2i.data.manifest import (
+    MANIFEST_SCHEMA,
+    MANIFEST_VERSION,
+    METADATA_KEY,
+    Manifest,
+    default_manifest_folder,
+    write_manifest,
+)
 from t2i.errors import InputError
 
 from .samples import COLORS, add, checked, picture, reasons
@@ -44,11 +51,11 @@ def test_every_sample_is_a_row_and_the_report_agrees(tmp_path):
         "e.png": "too_small",
         "f.png": "empty_file",
     }
-    assert (report.indexed, report.ok, report.rejected) == (8, 4, 4) and len(rows) == 8
+    assert (report.indexed, report.ok, report.rejected_count) == (8, 4, 4) and len(rows) == 8
     written = json.loads((tmp_path / "t2i/report.json").read_text())
     assert written["indexed"] == written["ok"] + sum(reason["count"] for reason in written["rejected"].values())
     assert written["rejected"]["too_small"]["examples"] == [{"key": "e.png", "detail": "7 x 100"}]
-    text = "\n".join(report.lines())
+    text = "\n".join(report.format_lines())
     for name in ("rejected: 4 of 8", "not_a_picture: 1", "c.png  a web page", "no d.txt"):
         assert name in text
     assert (rows["a.png"]["width"], rows["b.png"]["height"], rows["a.png"]["size"]) == (16, 17, len(picture("red")))
@@ -78,14 +85,18 @@ def test_training_finds_the_manifest(tmp_path, place):
     folder_of(tmp_path / "folder", "abc")
     write_manifest(tmp_path / "folder", held_out=0, quiet=True)
     dataset = CaptionedPictures(DataConfig(str(tmp_path / place), 16, 0))
-    assert [dataset.key(index) for index in range(3)] == ["a.png", "b.png", "c.png"]
-    assert list(dataset.corpus()) == ["picture a", "picture b", "picture c"]
-    assert sum(len(part) for part in dataset.sample(2, 1)) == 2
+    assert [dataset.sample_key(index) for index in range(3)] == ["a.png", "b.png", "c.png"]
+    assert list(dataset.iterate_texts()) == ["picture a", "picture b", "picture c"]
+    assert sum(len(part) for part in dataset.iterate_images(2, 1)) == 2
 
 
 def test_data_sets_of_one_name_have_folders_of_their_own():
     names = ("hub:one/birds", "two/birds", "hub:birds")
-    assert [str(default_folder(name)) for name in names] == ["data/one--birds", "data/two--birds", "data/birds"]
+    assert [str(default_manifest_folder(name)) for name in names] == [
+        "data/one--birds",
+        "data/two--birds",
+        "data/birds",
+    ]
 
 
 def test_data_without_a_manifest_of_ours_is_refused(tmp_path):
@@ -95,12 +106,19 @@ def test_data_without_a_manifest_of_ours_is_refused(tmp_path):
     pq.write_table(pa.table({"x": [1]}), tmp_path / "folder/manifest.parquet")
     with pytest.raises(InputError, match="no manifest in"):
         Manifest(tmp_path / "folder")
-    for about in ({"version": VERSION + 1, "root": ".", "containers": {}}, {"version": VERSION}, [], None):
-        schema = SCHEMA.with_metadata({METADATA: json.dumps(about)})
+    for about in (
+        {"version": MANIFEST_VERSION + 1, "root": ".", "containers": {}},
+        {"version": MANIFEST_VERSION},
+        [],
+        None,
+    ):
+        schema = MANIFEST_SCHEMA.with_metadata({METADATA_KEY: json.dumps(about)})
         pq.write_table(schema.empty_table(), tmp_path / "folder/manifest.parquet")
         with pytest.raises(InputError, match="is a manifest of version|is not a whole manifest"):
             Manifest(tmp_path / "folder")
-    schema = SCHEMA.with_metadata({METADATA: json.dumps({"version": VERSION, "root": ".", "containers": {}})})
+    schema = MANIFEST_SCHEMA.with_metadata(
+        {METADATA_KEY: json.dumps({"version": MANIFEST_VERSION, "root": ".", "containers": {}})}
+    )
     pq.write_table(schema.empty_table(), tmp_path / "folder/manifest.parquet")
     with pytest.raises(InputError, match="no pictures of split 'train'"):
         Manifest(tmp_path / "folder")
@@ -114,8 +132,8 @@ def test_a_manifest_cannot_lead_out_of_its_root(tmp_path):
     (tmp_path / "secret.png").write_bytes(picture("red"))
     names = pa.array(["../secret.png", str(tmp_path / "secret.png")])
     table = table.set_column(table.schema.get_field_index("file"), "file", names)
-    about = pq.read_metadata(file).metadata[METADATA]
-    pq.write_table(table.replace_schema_metadata({METADATA: about}), file)
+    about = pq.read_metadata(file).metadata[METADATA_KEY]
+    pq.write_table(table.replace_schema_metadata({METADATA_KEY: about}), file)
     dataset = CaptionedPictures(DataConfig(str(tmp_path / "folder"), 16, 0))
     with pytest.raises(InputError, match="2 outside_folder"):
         dataset.__getitems__([(0, 0)])
@@ -183,7 +201,7 @@ def test_the_command_prints_the_report_and_complains_when_nothing_is_left(tmp_pa
 def test_the_report_shows_no_control_characters(tmp_path):
     folder_of(tmp_path, ["\x1b[31mred\x07"])
     (tmp_path / "\x1b[31mred\x07.png").write_bytes(b"")
-    assert "\x1b" not in "\n".join(write_manifest(tmp_path, quiet=True).lines())
+    assert "\x1b" not in "\n".join(write_manifest(tmp_path, quiet=True).format_lines())
 
 
 def test_memory_stays_flat_over_a_thousand_steps_on_a_hundred_thousand_rows(tmp_path):
@@ -202,14 +220,14 @@ def test_memory_stays_flat_over_a_thousand_steps_on_a_hundred_thousand_rows(tmp_
         "status": ["ok"] * count,
         "detail": [""] * count,
     }
-    about = json.dumps({"version": VERSION, "root": ".", "containers": {}})
-    schema = SCHEMA.with_metadata({METADATA: about})
+    about = json.dumps({"version": MANIFEST_VERSION, "root": ".", "containers": {}})
+    schema = MANIFEST_SCHEMA.with_metadata({METADATA_KEY: about})
     pq.write_table(pa.table(columns, schema), tmp_path / "manifest.parquet")
     del columns
     dataset = CaptionedPictures(DataConfig(str(tmp_path), 16, 0))
-    dataset.pictures = False
+    dataset.reads_images = False
     assert len(dataset) == count and dataset.manifest.table.nbytes < 40e6
-    loader = batches(dataset, 0, batch_size=32, seed=0)
+    loader = iterate_batches(dataset, 0, batch_size=32, seed=0)
     for _ in range(10):
         next(loader)
     before = psutil.Process().memory_info().rss
@@ -220,7 +238,7 @@ def test_memory_stays_flat_over_a_thousand_steps_on_a_hundred_thousand_rows(tmp_
 
 def test_the_doctor_asks_for_every_package_that_the_project_needs():
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
-    assert sorted(PACKAGES) == sorted(line.split(">=")[0] for line in project["dependencies"])
+    assert sorted(REQUIRED_PACKAGES) == sorted(line.split(">=")[0] for line in project["dependencies"])
 
 
 def test_pictures_are_checked_in_order_with_few_in_memory(tmp_path, monkeypatch):
@@ -235,7 +253,7 @@ def test_pictures_are_checked_in_order_with_few_in_memory(tmp_path, monkeypatch)
             most = max(most, under_way)
             yield number
 
-    for expected, result in enumerate(manifest.in_order(lambda number: number, items())):
+    for expected, result in enumerate(manifest.map_in_order(lambda number: number, items())):
         under_way -= 1
         assert result == expected
     assert most <= 4 * os.cpu_count() and under_way == 0

@@ -16,7 +16,7 @@ from PIL import Image
 from t2i.config import DataConfig
 from t2i.data import CaptionedPictures
 from t2i.data.manifest import write_manifest
-from t2i.data.sources.samples import Columns, captions_of, split_of
+from t2i.data.sources.samples import Columns, parse_captions, parse_split
 from t2i.errors import InputError
 
 from .samples import COLORS, add, checked, color_of, picture, reasons
@@ -32,7 +32,7 @@ def assert_paired(folder):
     """Every sample of a folder's manifest shows the colour that its caption names."""
     dataset = CaptionedPictures(DataConfig(str(folder), 16, 0), split=None)
     for index in range(len(dataset)):
-        assert color_of(dataset.picture(index)) == dataset.record(index).text.split()[-1]
+        assert color_of(dataset.load_image(index)) == dataset.get_record(index).text.split()[-1]
     return len(dataset)
 
 
@@ -146,7 +146,12 @@ def test_captions_end_at_line_feeds_alone(tmp_path):
 
 
 def test_splits_are_known_in_any_case():
-    assert [split_of(name) for name in ("Train", "TEST", "Validation", "")] == ["train", "held_out", "held_out", None]
+    assert [parse_split(name) for name in ("Train", "TEST", "Validation", "")] == [
+        "train",
+        "held_out",
+        "held_out",
+        None,
+    ]
 
 
 def test_bad_rows_of_metadata_are_left_out_by_name(tmp_path):
@@ -401,9 +406,9 @@ def test_what_datasets_loads_is_read_from_its_cache_by_offset(tmp_path, monkeypa
 )
 def test_captions_that_cannot_be_used_have_a_reason(value, reason):
     with pytest.raises(InputError) as caught:
-        captions_of(value)
+        parse_captions(value)
     assert caught.value.reason.name == reason
-    assert captions_of("x" * 4096) == ["x" * 4096]
+    assert parse_captions("x" * 4096) == ["x" * 4096]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from t2i.diffusion.geometry import slerp, spherical_mean
+from t2i.diffusion.geometry import compute_spherical_mean, slerp
 from t2i.errors import InputError
 
 
@@ -61,18 +61,18 @@ def test_between_a_vector_and_itself_nothing_moves():
 
 def test_the_mean_of_two_is_slerp():
     a, b = unit(2, 16)
-    torch.testing.assert_close(spherical_mean(torch.stack([a, b]), torch.tensor([3.0, 1.0])), slerp(a, b, 0.25))
+    torch.testing.assert_close(compute_spherical_mean(torch.stack([a, b]), torch.tensor([3.0, 1.0])), slerp(a, b, 0.25))
 
 
 def test_the_mean_of_three_axes_is_the_diagonal_and_of_one_is_itself():
-    torch.testing.assert_close(spherical_mean(torch.eye(3), torch.ones(3)), torch.full((3,), 3**-0.5))
-    torch.testing.assert_close(spherical_mean(torch.eye(3), torch.tensor([0.0, 5.0, 0.0])), torch.eye(3)[1])
+    torch.testing.assert_close(compute_spherical_mean(torch.eye(3), torch.ones(3)), torch.full((3,), 3**-0.5))
+    torch.testing.assert_close(compute_spherical_mean(torch.eye(3), torch.tensor([0.0, 5.0, 0.0])), torch.eye(3)[1])
 
 
 def test_the_mean_is_where_the_weighted_squared_angles_are_least():
     points, weights = unit(4, 6) * 0.6 + unit(1, 6, seed=9), torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
     points = F.normalize(points, dim=-1)
-    mean = spherical_mean(points, weights)
+    mean = compute_spherical_mean(points, weights)
 
     def cost(at: Tensor) -> float:
         return float((weights * angle(at.expand_as(points), points).square()).sum())
@@ -83,7 +83,7 @@ def test_the_mean_is_where_the_weighted_squared_angles_are_least():
 
 def test_the_mean_of_opposite_points_is_a_point():
     a = unit(8)
-    mean = spherical_mean(torch.stack([a, -a, a, -a]), torch.ones(4))
+    mean = compute_spherical_mean(torch.stack([a, -a, a, -a]), torch.ones(4))
     assert mean.isfinite().all()
     assert mean.norm().item() == pytest.approx(1)
 
@@ -99,4 +99,4 @@ def test_the_mean_of_opposite_points_is_a_point():
 )
 def test_weights_that_make_no_mean_are_refused_in_one_line(weights: list[float], message: str):
     with pytest.raises(InputError, match=message):
-        spherical_mean(torch.eye(3), torch.tensor(weights))
+        compute_spherical_mean(torch.eye(3), torch.tensor(weights))

@@ -7,9 +7,9 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
 from t2i.diffusion.condition import Condition
-from t2i.diffusion.denoiser import conditional, sample
-from t2i.diffusion.guidance import Guidance, check_guidance, guided, parse_guidance, steered
-from t2i.diffusion.process import clean, levels, said
+from t2i.diffusion.denoiser import build_conditional_predict, sample_from_noise
+from t2i.diffusion.guidance import Guidance, build_guided_predict, build_steered_predict, check_guidance, parse_guidance
+from t2i.diffusion.process import alpha_sigma, predict_x0, x0_to_prediction
 from t2i.errors import InputError
 
 KINDS = ["sample", "epsilon", "v_prediction"]
@@ -33,7 +33,7 @@ class Oracle:
 
     def step(self, x, t, answer):
         self.sizes.append(len(x))
-        return said(self.scheduler, answer, x, t)
+        return x0_to_prediction(self.scheduler, answer, x, t)
 
 
 def make(kind="sample", scheduler=DDIMScheduler):
@@ -47,8 +47,8 @@ def guide(guidance, kind="sample", t=500, wanted=None, away=None):
     scheduler = make(kind)
     oracle = Oracle(scheduler)
     x, t = torch.randn(wanted.shape), torch.tensor(t)
-    predict = guided(oracle, Answer(wanted), Answer(away), guidance, scheduler)
-    return clean(scheduler, predict(x, t), x, t), oracle
+    predict = build_guided_predict(oracle, Answer(wanted), Answer(away), guidance, scheduler)
+    return predict_x0(scheduler, predict(x, t), x, t), oracle
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_projected_guidance_bounds_the_difference(ends):
 
 def test_momentum_averages_the_differences_of_one_sampling(ends):
     scheduler, x, t = make(), torch.randn(2, 64), torch.tensor(500)
-    predict = guided(
+    predict = build_guided_predict(
         Oracle(scheduler), Answer(ends["wanted"]), Answer(ends["away"]), Guidance(2.0, momentum=-0.5), scheduler
     )
     difference = ends["wanted"] - ends["away"]
@@ -159,9 +159,9 @@ class Gaussian:
         return None
 
     def step(self, x, t, context):
-        alpha, sigma = levels(self.scheduler, t[:1].squeeze(), x)
+        alpha, sigma = alpha_sigma(self.scheduler, t[:1].squeeze(), x)
         gain = alpha * self.deviation**2 / (alpha**2 * self.deviation**2 + sigma**2)
-        return said(self.scheduler, self.mean + gain * (x - alpha * self.mean), x, t[:1].squeeze())
+        return x0_to_prediction(self.scheduler, self.mean + gain * (x - alpha * self.mean), x, t[:1].squeeze())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -175,10 +175,10 @@ def test_an_exact_classifier_moves_the_mean_to_the_posterior(kind, scheduler, of
     """
     scheduler = make(kind, scheduler)
     mean, deviation, seen, error = 0.5, 0.8, 1.5, 0.6
-    predict = conditional(Gaussian(scheduler, mean, deviation), Answer(torch.zeros(1)))
+    predict = build_conditional_predict(Gaussian(scheduler, mean, deviation), Answer(torch.zeros(1)))
 
     def score(x, t):
-        alpha, sigma = levels(scheduler, t, x)
+        alpha, sigma = alpha_sigma(scheduler, t, x)
         gain = alpha * deviation**2 / (alpha**2 * deviation**2 + sigma**2)
         estimate = x if of_clean else mean + gain * (x - alpha * mean)
         spread = deviation**2 * (1 - gain * alpha) + error**2
@@ -186,7 +186,7 @@ def test_an_exact_classifier_moves_the_mean_to_the_posterior(kind, scheduler, of
 
     noise = torch.randn(4000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
-    drawn = sample(steered(predict, scheduler, score, 1.0, of_clean), scheduler, noise, 200)
+    drawn = sample_from_noise(build_steered_predict(predict, scheduler, score, 1.0, of_clean), scheduler, noise, 200)
     variance = 1 / (1 / deviation**2 + 1 / error**2)
     posterior = variance * (mean / deviation**2 + seen / error**2)
     torch.testing.assert_close(drawn.mean(), torch.tensor(posterior).double(), atol=0.02, rtol=0)
@@ -194,5 +194,5 @@ def test_an_exact_classifier_moves_the_mean_to_the_posterior(kind, scheduler, of
 
 
 def test_steering_by_nothing_is_no_steering():
-    predict = conditional(Gaussian(make(), 0.0, 1.0), Answer(torch.zeros(1)))
-    assert steered(predict, make(), lambda x, t: x.sum(dim=1), 0) is predict
+    predict = build_conditional_predict(Gaussian(make(), 0.0, 1.0), Answer(torch.zeros(1)))
+    assert build_steered_predict(predict, make(), lambda x, t: x.sum(dim=1), 0) is predict

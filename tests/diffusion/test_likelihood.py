@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from t2i.diffusion.likelihood import level_log_probability, ode_bits, variational_bound
-from t2i.diffusion.process import levels, transition
+from t2i.diffusion.likelihood import compute_level_log_probability, compute_ode_bits, compute_variational_bound
+from t2i.diffusion.process import alpha_sigma, posterior_coefficients
 from t2i.errors import InputError
 from tests.helpers.gaussian import PREDICTIONS, SCHEDULES, Gaussian, schedule
 
@@ -28,11 +28,11 @@ def learned(gaussian, scheduler):
     variance = gaussian.covariance.diag()
 
     def predict(x, t):
-        alpha, sigma = levels(scheduler, t, x)
+        alpha, sigma = alpha_sigma(scheduler, t, x)
         left = variance * sigma**2 / (alpha**2 * variance + sigma**2)
-        _, of_clean, small, large = transition(scheduler, t, t - 1, x)
+        _, of_clean, small, large = posterior_coefficients(scheduler, t, t - 1, x)
         if t == 0:
-            exact, small = left, transition(scheduler, torch.tensor(1), torch.tensor(0), x)[2]
+            exact, small = left, posterior_coefficients(scheduler, torch.tensor(1), torch.tensor(0), x)[2]
         else:
             exact = small + of_clean**2 * left
         share = 2 * (exact / small).log() / (large / small).log() - 1
@@ -66,9 +66,9 @@ def test_the_bound_is_the_negative_log_likelihood_of_the_exact_reverse_process(n
     gaussian, scheduler = axes(Gaussian((4.0, 1.0, 0.6))), schedule(noise, prediction_type)
     x = gaussian.draw(12_000)
     predict, data = rows(learned(gaussian, scheduler), x)
-    bound = variational_bound(predict, scheduler, data, generators(20), terms=terms)
+    bound = compute_variational_bound(predict, scheduler, data, generators(20), terms=terms)
     assert bound.steps.shape == (20, terms or 999)
-    assert abs(bound.total.mean() / true_bits(gaussian, x).mean() - 1) < 0.01
+    assert abs(bound.total_bits.mean() / true_bits(gaussian, x).mean() - 1) < 0.01
 
 
 def test_a_posteriors_variance_is_too_small_and_the_bound_says_so():
@@ -77,7 +77,8 @@ def test_a_posteriors_variance_is_too_small_and_the_bound_says_so():
     true = true_bits(gaussian, x).mean()
     predict, data = rows(gaussian.denoiser(scheduler), x)
     found = {
-        variance: variational_bound(predict, scheduler, data, generators(20), variance, 300).total.mean() / true
+        variance: compute_variational_bound(predict, scheduler, data, generators(20), variance, 300).total_bits.mean()
+        / true
         for variance in ("small", "large")
     }
     assert found["small"] > 1.1 and abs(found["large"] - 1) < 0.012
@@ -87,7 +88,10 @@ def test_few_terms_stand_for_all():
     gaussian, scheduler = axes(Gaussian((4.0, 1.0, 0.6))), schedule()
     x = gaussian.draw(12_000)
     predict, data = rows(learned(gaussian, scheduler), x)
-    few = [variational_bound(predict, scheduler, data, generators(20 + i)[i:], terms=60).total.mean() for i in range(5)]
+    few = [
+        compute_variational_bound(predict, scheduler, data, generators(20 + i)[i:], terms=60).total_bits.mean()
+        for i in range(5)
+    ]
     assert abs(torch.stack(few).mean() / true_bits(gaussian, x).mean() - 1) < 0.02
 
 
@@ -95,18 +99,18 @@ def test_few_terms_stand_for_all():
 def test_the_terms_cover_every_step_once(terms):
     """With a constant error all is known: each term stands for its own stretch."""
     scheduler = schedule("cosine", "sample")
-    bound = variational_bound(lambda x, t: x, scheduler, torch.zeros(2, 3).double(), generators(2), terms=terms)
-    assert len(bound.times) == terms == bound.steps.shape[1]
-    assert bound.times.min() >= 1 and bound.times.max() <= 999
-    assert terms == 1 or bound.times.diff().min() >= 1
-    assert terms < 999 or bound.times.tolist() == list(range(1, 1000))
+    bound = compute_variational_bound(lambda x, t: x, scheduler, torch.zeros(2, 3).double(), generators(2), terms=terms)
+    assert len(bound.spaced_timesteps) == terms == bound.steps.shape[1]
+    assert bound.spaced_timesteps.min() >= 1 and bound.spaced_timesteps.max() <= 999
+    assert terms == 1 or bound.spaced_timesteps.diff().min() >= 1
+    assert terms < 999 or bound.spaced_timesteps.tolist() == list(range(1, 1000))
 
 
 @pytest.mark.parametrize(("noise", "prediction_type", "probes"), [(*case, 1) for case in CASES] + [(*CASES[0], 4)])
 def test_the_odes_likelihood_is_the_true_one(noise, prediction_type, probes):
     gaussian, scheduler = Gaussian((4.0, 1.0, 0.6)), schedule(noise, prediction_type)
     x = gaussian.draw(COUNT)
-    found = ode_bits(gaussian.denoiser(scheduler), scheduler, x, generators(COUNT), steps=25, probes=probes)
+    found = compute_ode_bits(gaussian.denoiser(scheduler), scheduler, x, generators(COUNT), steps=25, probes=probes)
     assert found.shape == (COUNT,)
     assert abs(found.mean() / true_bits(gaussian, x).mean() - 1) < 0.01
 
@@ -114,17 +118,17 @@ def test_the_odes_likelihood_is_the_true_one(noise, prediction_type, probes):
 def test_the_odes_likelihood_of_each_sample_is_its_own_where_the_trace_needs_no_estimate():
     gaussian, scheduler = axes(Gaussian((4.0, 1.0, 0.6))), schedule()
     x = gaussian.draw(50)
-    found = ode_bits(gaussian.denoiser(scheduler), scheduler, x, generators(50), steps=50)
+    found = compute_ode_bits(gaussian.denoiser(scheduler), scheduler, x, generators(50), steps=50)
     torch.testing.assert_close(found, true_bits(gaussian, x), atol=5e-3, rtol=5e-3)
 
 
 def test_the_levels_of_a_picture_share_the_whole_probability():
     x = (torch.arange(256).double() / 255 * 2 - 1)[None]
     for mean, variance in ((0.0, 0.1), (-0.99, 1e-4), (0.7, 1e-6), (3.0, 0.01)):
-        found = level_log_probability(x, torch.full_like(x, mean), torch.full_like(x, math.log(variance)))
+        found = compute_level_log_probability(x, torch.full_like(x, mean), torch.full_like(x, math.log(variance)))
         assert found.isfinite().all()
         assert abs(found.exp().sum() - 1) < 1e-6
-    middle = level_log_probability(x, torch.zeros_like(x), torch.full_like(x, math.log(0.25)))
+    middle = compute_level_log_probability(x, torch.zeros_like(x), torch.full_like(x, math.log(0.25)))
     density = torch.distributions.Normal(0.0, 0.5).log_prob(x) + math.log(2 / 255)
     torch.testing.assert_close(middle[:, 1:-1], density[:, 1:-1], atol=1e-4, rtol=1e-4)
 
@@ -134,10 +138,10 @@ def test_the_bound_of_pictures_counts_levels():
     scheduler = schedule("cosine", "sample")
     x = (torch.randint(256, (4, 12)).double() / 255) * 2 - 1
     predict = lambda noisy, t: x  # noqa: E731
-    bound = variational_bound(predict, scheduler, x, generators(4), terms=50, pictures=True)
+    bound = compute_variational_bound(predict, scheduler, x, generators(4), terms=50, pictures=True)
     assert bound.data.min() > 0 and bound.data.max() < 1  # a deviation of 1.2 levels' halves: 0.7 bits
     assert bound.steps.abs().max() < 1e-6 and bound.prior.abs().max() < 1e-4
-    density = variational_bound(predict, scheduler, x, generators(4), terms=50)
+    density = compute_variational_bound(predict, scheduler, x, generators(4), terms=50)
     torch.testing.assert_close(density.steps, bound.steps)
     assert density.data.max() < -4
 
@@ -146,18 +150,21 @@ def test_the_bound_of_a_sample_does_not_depend_on_those_beside_it():
     gaussian, scheduler = axes(Gaussian((4.0, 1.0, 0.6))), schedule()
     x, predict = gaussian.draw(3), gaussian.denoiser(scheduler)
     for seed in (0, 1):
-        together = variational_bound(predict, scheduler, x, generators(3), terms=20, seed=seed)
-        alone = variational_bound(predict, scheduler, x[1:2], generators(3)[1:2], terms=20, seed=seed)
-        torch.testing.assert_close(alone.total[0], together.total[1])
-        assert alone.times.tolist() == together.times.tolist()
-    assert variational_bound(predict, scheduler, x, generators(3), terms=20).times.tolist() != alone.times.tolist()
+        together = compute_variational_bound(predict, scheduler, x, generators(3), terms=20, seed=seed)
+        alone = compute_variational_bound(predict, scheduler, x[1:2], generators(3)[1:2], terms=20, seed=seed)
+        torch.testing.assert_close(alone.total_bits[0], together.total_bits[1])
+        assert alone.spaced_timesteps.tolist() == together.spaced_timesteps.tolist()
+    assert (
+        compute_variational_bound(predict, scheduler, x, generators(3), terms=20).spaced_timesteps.tolist()
+        != alone.spaced_timesteps.tolist()
+    )
 
 
 def test_a_shipped_model_is_measured(pipeline, shapes, tmp_path):
-    from t2i.evaluation.likelihood import evaluate
+    from t2i.evaluation.likelihood import evaluate_model_likelihood
 
     out = tmp_path / "figures" / "likelihood.json"
-    result = evaluate(pipeline, shapes, out, count=3, terms=3, steps=3)
+    result = evaluate_model_likelihood(pipeline, shapes, out, count=3, terms=3, steps=3)
     assert json.loads(out.read_text()) == result
     assert {"t2i", "torch", "diffusers", "python"} == result["versions"].keys()
     for split in ("train", "held_out"):
@@ -166,15 +173,15 @@ def test_a_shipped_model_is_measured(pipeline, shapes, tmp_path):
             parts = sum(figures[name]["bits"] for name in ("bound_prior", "bound_steps", "bound_data"))
             assert abs(figures["bound"]["bits"] - parts) < 1e-3 * max(1, abs(parts))
             assert math.isfinite(figures["ode"]["bits"]) and figures["ode"]["standard_error"] > 0
-    assert evaluate(pipeline, shapes, out, count=3, terms=3, steps=3) == result
+    assert evaluate_model_likelihood(pipeline, shapes, out, count=3, terms=3, steps=3) == result
     with pytest.raises(InputError, match="has 4 pictures in held_out, count asks for 5"):
-        evaluate(pipeline, shapes, out, count=5)
+        evaluate_model_likelihood(pipeline, shapes, out, count=5)
     with pytest.raises(InputError, match="count must be an integer from 2"):
-        evaluate(pipeline, shapes, out, count=1)
+        evaluate_model_likelihood(pipeline, shapes, out, count=1)
 
 
 def test_what_makes_no_sense_is_refused():
     with pytest.raises(InputError, match="variance must be one of small, large; got 'medium'"):
-        variational_bound(lambda x, t: x, schedule(), torch.zeros(1, 3), generators(1), variance="medium")
+        compute_variational_bound(lambda x, t: x, schedule(), torch.zeros(1, 3), generators(1), variance="medium")
     with pytest.raises(InputError, match="probes must be an integer"):
-        ode_bits(lambda x, t: x, schedule(), torch.zeros(1, 3), generators(1), probes=0)
+        compute_ode_bits(lambda x, t: x, schedule(), torch.zeros(1, 3), generators(1), probes=0)

@@ -7,9 +7,21 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 from t2i.diffusion.condition import Condition, TextEncoding
-from t2i.diffusion.denoiser import conditional, draw_noise, sample
-from t2i.diffusion.loss import check_weighting, denoise, drop, loss_weight, weighted_mse
-from t2i.diffusion.process import clean, levels, noise_scheduler, said, target
+from t2i.diffusion.denoiser import build_conditional_predict, generate_noise, sample_from_noise
+from t2i.diffusion.loss import (
+    check_loss_weighting,
+    compute_loss_weight,
+    compute_weighted_mse,
+    drop_condition,
+    predict_noised_batch,
+)
+from t2i.diffusion.process import (
+    alpha_sigma,
+    build_noise_scheduler,
+    compute_prediction_target,
+    predict_x0,
+    x0_to_prediction,
+)
 from t2i.errors import InputError
 
 SCHEDULERS = [DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler]
@@ -59,14 +71,16 @@ def test_an_oracle_is_followed_to_the_clean_sample(scheduler_class, prediction_t
     noise = torch.randn(3, 8)
     generators = [torch.Generator().manual_seed(i) for i in range(3)]
     steps = 20 if prediction_type != "epsilon" else 100  # noise tells little of the clean sample at the far end
-    x = sample(conditional(oracle, Answer(answer)), scheduler, noise, steps, generators)
+    x = sample_from_noise(build_conditional_predict(oracle, Answer(answer)), scheduler, noise, steps, generators)
     torch.testing.assert_close(x, answer, atol=0.05, rtol=0)
 
 
 @pytest.mark.parametrize("steps", [1, 5, 50])
 def test_ddim_reaches_the_oracles_answer_exactly(steps):
     scheduler, answer = make(DDIMScheduler, "sample"), torch.randn(3, 8)
-    x = sample(conditional(Oracle(scheduler), Answer(answer)), scheduler, torch.randn(3, 8), steps)
+    x = sample_from_noise(
+        build_conditional_predict(Oracle(scheduler), Answer(answer)), scheduler, torch.randn(3, 8), steps
+    )
     torch.testing.assert_close(x, answer, atol=1e-5, rtol=0)
 
 
@@ -75,30 +89,30 @@ def test_a_prediction_and_the_clean_sample_that_it_stands_for_say_the_same(predi
     scheduler, x = make(DDIMScheduler, prediction_type), torch.randn(5, 8).double()
     noise, t = torch.randn(5, 8).double(), torch.tensor([0, 30, 400, 800, 990])
     noisy = scheduler.add_noise(x, noise, t)
-    prediction = target(scheduler, x, noise, t)
-    torch.testing.assert_close(clean(scheduler, prediction, noisy, t), x, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(said(scheduler, x, noisy, t), prediction, rtol=1e-3, atol=1e-3)
+    prediction = compute_prediction_target(scheduler, x, noise, t)
+    torch.testing.assert_close(predict_x0(scheduler, prediction, noisy, t), x, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(x0_to_prediction(scheduler, x, noisy, t), prediction, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(
-        clean(scheduler, prediction[:1], noisy[:1], torch.tensor(-1)),
+        predict_x0(scheduler, prediction[:1], noisy[:1], torch.tensor(-1)),
         noisy[:1] if prediction_type != "sample" else prediction[:1],
     )
 
 
 def test_levels_between_two_timesteps_lie_between_theirs():
     scheduler, like = make(DDIMScheduler, "sample"), torch.zeros(1, dtype=torch.float64)
-    (low, _), (between, rest), (high, _) = (levels(scheduler, torch.tensor(t), like) for t in (500, 500.5, 501))
+    (low, _), (between, rest), (high, _) = (alpha_sigma(scheduler, torch.tensor(t), like) for t in (500, 500.5, 501))
     assert high < between < low
     torch.testing.assert_close(between**2 + rest**2, torch.ones_like(between))
-    torch.testing.assert_close(levels(scheduler, torch.tensor(500.0), like)[0], low)
+    torch.testing.assert_close(alpha_sigma(scheduler, torch.tensor(500.0), like)[0], low)
 
 
 @pytest.mark.parametrize("prediction_type", ["sample", "epsilon", "v_prediction"])
 def test_an_oracle_has_no_loss_and_another_model_has(prediction_type):
     scheduler = make(DDIMScheduler, prediction_type)
     x = torch.randn(64, 8)
-    prediction, wanted, _ = denoise(Oracle(scheduler), scheduler, x, Answer(x))
+    prediction, wanted, _ = predict_noised_batch(Oracle(scheduler), scheduler, x, Answer(x))
     torch.testing.assert_close(prediction, wanted, atol=2e-3, rtol=1e-3)
-    wrong, wanted, _ = denoise(Oracle(scheduler), scheduler, x, Answer(-x))
+    wrong, wanted, _ = predict_noised_batch(Oracle(scheduler), scheduler, x, Answer(-x))
     assert (wrong - wanted).abs().mean() > 0.1
 
 
@@ -110,7 +124,7 @@ def test_a_shift_draws_high_noise_more_often():
         return noisy
 
     for shift in (1.0, 3.0):
-        denoise(model, scheduler, torch.zeros(4000, 8), Answer(torch.zeros(4000, 8)), shift)
+        predict_noised_batch(model, scheduler, torch.zeros(4000, 8), Answer(torch.zeros(4000, 8)), shift)
     means = drawn
     assert abs(means[0] - 499.5) < 20
     assert abs(means[1] - 1000 * (1.5 - 0.75 * torch.log(torch.tensor(3.0)))) < 20  # the integral of 3u / (1 + 2u)
@@ -125,9 +139,9 @@ def test_min_snr_is_its_closed_form(prediction_type):
         "epsilon": [min(s, 5) / s for s in snr],
         "v_prediction": [min(s, 5) / (s + 1) for s in snr],
     }[prediction_type]
-    weight = loss_weight(scheduler, t, "min_snr", 5.0)
+    weight = compute_loss_weight(scheduler, t, "min_snr", 5.0)
     torch.testing.assert_close(weight, torch.tensor(closed), rtol=1e-3, atol=1e-9)  # 1 - abar is rounded
-    assert loss_weight(scheduler, t, "none", 5.0).eq(1).all()
+    assert compute_loss_weight(scheduler, t, "none", 5.0).eq(1).all()
 
 
 def test_min_snr_weighs_the_same_error_the_same_whatever_is_predicted():
@@ -139,16 +153,16 @@ def test_min_snr_weighs_the_same_error_the_same_whatever_is_predicted():
         scheduler = make(DDIMScheduler, prediction_type)
         oracle = Oracle(scheduler)
         wrong = oracle.step(scheduler.add_noise(x, noise, t), t, x + 0.1)
-        weight = loss_weight(scheduler, t, "min_snr", 5.0)
-        losses.append(weighted_mse(wrong, target(scheduler, x, noise, t), weight))
+        weight = compute_loss_weight(scheduler, t, "min_snr", 5.0)
+        losses.append(compute_weighted_mse(wrong, compute_prediction_target(scheduler, x, noise, t), weight))
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=0)
     torch.testing.assert_close(losses[2], losses[0], rtol=1e-4, atol=0)
 
 
 def test_a_weight_counts_for_its_own_sample_alone():
     prediction, wanted = torch.tensor([[1.0, 3.0], [2.0, 2.0]]), torch.zeros(2, 2)
-    assert weighted_mse(prediction, wanted, torch.tensor([1.0, 0.0])) == 2.5  # (1 + 9) / 2, over two samples
-    assert weighted_mse(prediction, wanted, torch.tensor([1.0, 1.0])) == ((prediction - wanted) ** 2).mean()
+    assert compute_weighted_mse(prediction, wanted, torch.tensor([1.0, 0.0])) == 2.5  # (1 + 9) / 2, over two samples
+    assert compute_weighted_mse(prediction, wanted, torch.tensor([1.0, 1.0])) == ((prediction - wanted) ** 2).mean()
 
 
 ZERO_SNR = {"beta_schedule": "squaredcos_cap_v2", "clip_sample": False, "timestep_spacing": "trailing"}
@@ -158,34 +172,36 @@ ZERO_SNR |= {"rescale_betas_zero_snr": True}
 @pytest.mark.parametrize("weighting", ["none", "min_snr"])
 @pytest.mark.parametrize("prediction_type", ["sample", "v_prediction"])
 def test_a_schedule_that_ends_in_pure_noise_trains_and_samples(prediction_type, weighting):
-    scheduler = noise_scheduler({**ZERO_SNR, "prediction_type": prediction_type})
+    scheduler = build_noise_scheduler({**ZERO_SNR, "prediction_type": prediction_type})
     assert scheduler.alphas_cumprod[-1] == 0
     x = torch.randn(16, 8)
-    prediction, wanted, t = denoise(Oracle(scheduler), scheduler, x, Answer(-x), shift=1e9)
+    prediction, wanted, t = predict_noised_batch(Oracle(scheduler), scheduler, x, Answer(-x), shift=1e9)
     assert t.eq(999).all()  # the last step alone
     wanted_there = {"sample": x, "v_prediction": -x}[prediction_type]  # v = sqrt(abar) noise - sqrt(1 - abar) x
     torch.testing.assert_close(wanted, wanted_there)
-    assert weighted_mse(prediction, wanted, loss_weight(scheduler, t, weighting, 5.0)).isfinite()
-    every = loss_weight(scheduler, torch.arange(1000), weighting, 5.0)
+    assert compute_weighted_mse(prediction, wanted, compute_loss_weight(scheduler, t, weighting, 5.0)).isfinite()
+    every = compute_loss_weight(scheduler, torch.arange(1000), weighting, 5.0)
     assert every.isfinite().all() and every[:-1].gt(0).all()
     answer = torch.randn(3, 8)
-    drawn = sample(conditional(Oracle(scheduler), Answer(answer)), scheduler, torch.randn(3, 8), 20)
+    drawn = sample_from_noise(
+        build_conditional_predict(Oracle(scheduler), Answer(answer)), scheduler, torch.randn(3, 8), 20
+    )
     torch.testing.assert_close(drawn, answer, atol=1e-4, rtol=0)
 
 
 def test_noise_cannot_be_predicted_from_pure_noise_and_the_schedule_says_so():
     with pytest.raises(InputError, match="rescale_betas_zero_snr, needs .* sample or v_prediction, got epsilon"):
-        noise_scheduler({**ZERO_SNR, "prediction_type": "epsilon"})
+        build_noise_scheduler({**ZERO_SNR, "prediction_type": "epsilon"})
     with pytest.raises(InputError, match="prediction_type must be one of sample, v_prediction, epsilon; got 'score'"):
-        noise_scheduler({"prediction_type": "score"})
+        build_noise_scheduler({"prediction_type": "score"})
 
 
 def test_noise_of_a_sample_does_not_depend_on_its_batch():
     def generators(*numbers):
         return [torch.Generator().manual_seed(n) for n in numbers]
 
-    together = draw_noise((5,), generators(1, 2, 3), torch.device("cpu"))
-    torch.testing.assert_close(together[1:2], draw_noise((5,), generators(2), torch.device("cpu")), rtol=0, atol=0)
+    together = generate_noise((5,), generators(1, 2, 3), torch.device("cpu"))
+    torch.testing.assert_close(together[1:2], generate_noise((5,), generators(2), torch.device("cpu")), rtol=0, atol=0)
 
 
 def encoding(*lengths: int) -> TextEncoding:
@@ -196,8 +212,8 @@ def encoding(*lengths: int) -> TextEncoding:
 
 def test_dropping_chooses_between_two_values_of_different_lengths():
     text, null = encoding(5, 3), encoding(2, 2)
-    assert_same(drop(text, null, 0.0), text)
-    dropped = drop(text, null, 1.0)
+    assert_same(drop_condition(text, null, 0.0), text)
+    dropped = drop_condition(text, null, 1.0)
     assert dropped.mask.tolist() == [[True, True, False, False, False]] * 2
     torch.testing.assert_close(dropped.embedding, null.embedding)
     torch.testing.assert_close(dropped.states[:, :2], null.states)
@@ -225,11 +241,11 @@ def assert_same(a: TextEncoding, b: TextEncoding) -> None:
 )
 def test_a_schedule_that_is_none_is_refused(arguments, message):
     with pytest.raises(InputError, match=message):
-        noise_scheduler(arguments)
+        build_noise_scheduler(arguments)
 
 
 def test_a_weighting_that_leaves_pure_noise_untrained_is_refused():
-    scheduler = noise_scheduler({"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"})
-    check_weighting(scheduler, "none")
+    scheduler = build_noise_scheduler({"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"})
+    check_loss_weighting(scheduler, "none")
     with pytest.raises(InputError, match="leave one of the two"):
-        check_weighting(scheduler, "min_snr")
+        check_loss_weighting(scheduler, "min_snr")

@@ -13,10 +13,10 @@ from diffusers import (
 )
 
 from t2i.diffusion.continuous import ProbabilityFlowScheduler, ReverseSDEScheduler
-from t2i.diffusion.ddim import ExactDDIMScheduler, invert
-from t2i.diffusion.denoiser import sample
-from t2i.diffusion.process import levels
-from t2i.diffusion.samplers import SAMPLERS, chosen, evaluations, make_sampler
+from t2i.diffusion.ddim import ExactDDIMScheduler, invert_sample
+from t2i.diffusion.denoiser import sample_from_noise
+from t2i.diffusion.process import alpha_sigma
+from t2i.diffusion.samplers import SAMPLERS, build_sampler, count_model_evaluations, resolve_sampler
 from t2i.errors import InputError
 from tests.conftest import seeds
 from tests.helpers.gaussian import PREDICTIONS, SCHEDULES, Gaussian, schedule
@@ -47,8 +47,8 @@ CASES += [(name, "cosine", kind) for name in SAMPLERS for kind in ("sample", "ep
 def test_every_sampler_reaches_the_distribution(name, noise, prediction_type):
     torch.manual_seed(0)
     gaussian, scheduler = Gaussian(), schedule(noise, prediction_type)
-    sampler = make_sampler(name, scheduler)
-    x = sample(gaussian.denoiser(scheduler), sampler, last(gaussian, scheduler, COUNT), STEPS[name])
+    sampler = build_sampler(name, scheduler)
+    x = sample_from_noise(gaussian.denoiser(scheduler), sampler, last(gaussian, scheduler, COUNT), STEPS[name])
     mean, covariance = misses(gaussian, x)
     assert mean < 4 / COUNT**0.5  # four standard errors
     assert covariance < 4 * (2 / COUNT) ** 0.5 + LACKS.get(name, 0.02)  # the same, and what the steps are too long for
@@ -58,8 +58,8 @@ def test_every_sampler_reaches_the_distribution(name, noise, prediction_type):
 def test_ddim_reaches_the_distribution_with_any_eta(eta):
     torch.manual_seed(0)
     gaussian, scheduler = Gaussian(), schedule()
-    x = sample(
-        gaussian.denoiser(scheduler), make_sampler("ddim", scheduler), last(gaussian, scheduler, COUNT), 333, eta=eta
+    x = sample_from_noise(
+        gaussian.denoiser(scheduler), build_sampler("ddim", scheduler), last(gaussian, scheduler, COUNT), 333, eta=eta
     )
     mean, covariance = misses(gaussian, x)
     assert mean < 4 / COUNT**0.5 and covariance < 4 * (2 / COUNT) ** 0.5 + 0.03
@@ -68,9 +68,9 @@ def test_ddim_reaches_the_distribution_with_any_eta(eta):
 def test_ddim_of_all_the_noise_is_ancestral_sampling():
     gaussian, scheduler = Gaussian(), schedule()
     noise = torch.randn(5, 3, dtype=torch.float64)
-    ancestral, ddim = make_sampler("ddpm", scheduler), make_sampler("ddim", scheduler)
-    first = sample(gaussian.denoiser(scheduler), ancestral, noise, 37, seeds(*range(5)))
-    second = sample(gaussian.denoiser(scheduler), ddim, noise, 37, seeds(*range(5)), eta=1.0)
+    ancestral, ddim = build_sampler("ddpm", scheduler), build_sampler("ddim", scheduler)
+    first = sample_from_noise(gaussian.denoiser(scheduler), ancestral, noise, 37, seeds(*range(5)))
+    second = sample_from_noise(gaussian.denoiser(scheduler), ddim, noise, 37, seeds(*range(5)), eta=1.0)
     torch.testing.assert_close(first, second, atol=2e-3, rtol=0)
 
 
@@ -80,7 +80,9 @@ def test_the_noise_of_a_sample_does_not_depend_on_its_batch(name):
     noise, eta = torch.randn(3, 3, dtype=torch.float64), 1.0 if name == "ddim" else None
 
     def draw(part, generators):
-        return sample(gaussian.denoiser(scheduler), make_sampler(name, scheduler), part, 10, generators, eta=eta)
+        return sample_from_noise(
+            gaussian.denoiser(scheduler), build_sampler(name, scheduler), part, 10, generators, eta=eta
+        )
 
     together = draw(noise, seeds(1, 2, 3))
     torch.testing.assert_close(together[1:2], draw(noise[1:2], seeds(2)), atol=1e-9, rtol=0)
@@ -99,14 +101,16 @@ def test_ddim_takes_each_of_its_steps_to_the_next(steps):
 
 def test_without_a_name_diffusers_ddim_is_exact_and_the_same_where_steps_divide_the_training():
     gaussian, saved = Gaussian(), schedule()
-    usual = chosen(None, saved, None)
+    usual = resolve_sampler(None, saved, None)
     noise = last(gaussian, saved, 4000)
-    drawn = [sample(gaussian.denoiser(saved), one, noise, 25) for one in (usual, saved)]
+    drawn = [sample_from_noise(gaussian.denoiser(saved), one, noise, 25) for one in (usual, saved)]
     torch.testing.assert_close(*drawn, atol=1e-4, rtol=0)
-    exact, inexact = (misses(gaussian, sample(gaussian.denoiser(saved), one, noise, 600))[1] for one in (usual, saved))
+    exact, inexact = (
+        misses(gaussian, sample_from_noise(gaussian.denoiser(saved), one, noise, 600))[1] for one in (usual, saved)
+    )
     assert exact < 0.1 < inexact
-    other = make_sampler("unipc", saved)
-    assert chosen(None, other, None) is other
+    other = build_sampler("unipc", saved)
+    assert resolve_sampler(None, other, None) is other
 
 
 @pytest.mark.parametrize("offset", [0, 1])
@@ -115,11 +119,11 @@ def test_without_set_alpha_to_one_ddim_ends_where_that_of_diffusers_does_and_inv
     settings = {"timestep_spacing": "leading", "steps_offset": offset}
     saved, whole = (schedule(set_alpha_to_one=clean, **settings) for clean in (False, True))
     gaussian, noise = Gaussian(), torch.randn(50, 3, dtype=torch.float64)
-    predict, exact = gaussian.denoiser(saved), chosen(None, saved, None)
-    theirs, mine = (sample(predict, one, noise, 25) for one in (saved, exact))
+    predict, exact = gaussian.denoiser(saved), resolve_sampler(None, saved, None)
+    theirs, mine = (sample_from_noise(predict, one, noise, 25) for one in (saved, exact))
     torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=0)
-    assert (mine - sample(predict, whole, noise, 25)).abs().max() > 1e-5
-    again = sample(predict, exact, invert(predict, saved, mine, 25, refinements=20), 25)
+    assert (mine - sample_from_noise(predict, whole, noise, 25)).abs().max() > 1e-5
+    again = sample_from_noise(predict, exact, invert_sample(predict, saved, mine, 25, refinements=20), 25)
     torch.testing.assert_close(again, mine, atol=1e-4, rtol=0)
 
 
@@ -127,7 +131,7 @@ def test_without_set_alpha_to_one_ddim_ends_where_that_of_diffusers_does_and_inv
 def test_no_step_leads_beyond_the_clean_sample(name):
     """diffusers' trailing timesteps for 61 steps are 62, and the last is -1."""
     gaussian, scheduler = Gaussian((0.01,)), schedule()
-    x = sample(gaussian.denoiser(scheduler), make_sampler(name, scheduler), torch.randn(50, 1).double(), 61)
+    x = sample_from_noise(gaussian.denoiser(scheduler), build_sampler(name, scheduler), torch.randn(50, 1).double(), 61)
     assert (x - gaussian.mean).abs().max() < 0.6
 
 
@@ -136,8 +140,8 @@ def test_no_step_leads_beyond_the_clean_sample(name):
 def test_what_was_inverted_is_drawn_again(noise, prediction_type):
     gaussian, scheduler = Gaussian(), schedule(noise, prediction_type)
     x, predict = gaussian.draw(100), gaussian.denoiser(scheduler)
-    start = invert(predict, scheduler, x, 100)
-    again = sample(predict, make_sampler("ddim", scheduler), start, 100, eta=0.0)
+    start = invert_sample(predict, scheduler, x, 100)
+    again = sample_from_noise(predict, build_sampler("ddim", scheduler), start, 100, eta=0.0)
     assert (again - x).abs().max() < 1e-3
 
 
@@ -145,7 +149,14 @@ def test_more_refinements_invert_more_exactly():
     gaussian, scheduler = Gaussian(), schedule()
     x, predict = gaussian.draw(100), gaussian.denoiser(scheduler)
     errors = [
-        (sample(predict, make_sampler("ddim", scheduler), invert(predict, scheduler, x, 30, count), 30) - x).abs().max()
+        (
+            sample_from_noise(
+                predict, build_sampler("ddim", scheduler), invert_sample(predict, scheduler, x, 30, count), 30
+            )
+            - x
+        )
+        .abs()
+        .max()
         for count in (1, 2, 3, 6)
     ]
     assert errors[0] > 10 * errors[1] > 100 * errors[2] and errors[3] < 1e-7
@@ -156,13 +167,13 @@ def test_the_noise_of_a_model_of_noise_is_bounded_where_the_schedule_ends_in_noi
     """Whatever the model says: here, noise of unit variance that has nothing to do with x."""
     scheduler = DDIMScheduler(beta_schedule=beta_schedule, prediction_type="epsilon", timestep_spacing="linspace")
     said = torch.randn(4, 3, generator=seeds(1)[0])
-    start = invert(lambda x, t: said, scheduler, torch.randn(4, 3, generator=seeds(2)[0]), 10)
+    start = invert_sample(lambda x, t: said, scheduler, torch.randn(4, 3, generator=seeds(2)[0]), 10)
     assert start.abs().max() < 1.01 * said.abs().max() + 0.2
 
 
 def test_inversion_finds_noise():
     gaussian, scheduler = Gaussian(), schedule()
-    noise = invert(gaussian.denoiser(scheduler), scheduler, gaussian.draw(COUNT), 100)
+    noise = invert_sample(gaussian.denoiser(scheduler), scheduler, gaussian.draw(COUNT), 100)
     assert noise.mean(dim=0).abs().max() < 4 / COUNT**0.5
     assert (noise.T.cov() - torch.eye(3)).abs().max() < 0.08
 
@@ -174,8 +185,8 @@ def test_an_original_is_kept_as_far_as_the_strength_says(name):
     original, predict = gaussian.draw(200), gaussian.denoiser(scheduler)
 
     def far(strength):
-        sampler = make_sampler(name, scheduler)
-        x = sample(predict, sampler, torch.randn(200, 3).double(), 20, original=original, strength=strength)
+        sampler = build_sampler(name, scheduler)
+        x = sample_from_noise(predict, sampler, torch.randn(200, 3).double(), 20, original=original, strength=strength)
         return (x - original).square().mean().item()
 
     little, half, all_of_it = far(0.1), far(0.5), far(1.0)
@@ -195,7 +206,7 @@ def test_continuous_times_fall_from_the_last_to_the_first(kind, noise):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_sampler_is_saved_and_loaded(name, tmp_path):
-    sampler = make_sampler(name, schedule("scaled_linear", "sample"))
+    sampler = build_sampler(name, schedule("scaled_linear", "sample"))
     sampler.save_pretrained(tmp_path)
     again = type(sampler).from_pretrained(tmp_path)
     assert all(again.config[key] == value for key, value in sampler.config.items() if not key.startswith("_"))
@@ -211,46 +222,46 @@ def test_a_learned_variance_is_used_by_ancestral_sampling_and_ignored_by_others(
         return lambda x, t: torch.cat([plain(x, t), torch.full_like(x, share)], dim=1)
 
     def draw(name, share, learned):
-        sampler = make_sampler(name, scheduler, learned_variance=learned)
-        return sample(predict(share), sampler, noise, 20, seeds(1, 2, 3, 4))
+        sampler = build_sampler(name, scheduler, learned_variance=learned)
+        return sample_from_noise(predict(share), sampler, noise, 20, seeds(1, 2, 3, 4))
 
     torch.testing.assert_close(draw("ddpm", -1.0, True), draw("ddpm", 1.0, False))  # -1 is the posterior's own
     assert (draw("ddpm", 1.0, True) - draw("ddpm", -1.0, True)).abs().max() > 1e-2
-    large = DDPMScheduler.from_config(make_sampler("ddpm", scheduler).config, variance_type="fixed_large")
-    torch.testing.assert_close(draw("ddpm", 1.0, True), sample(plain, large, noise, 20, seeds(1, 2, 3, 4)))
+    large = DDPMScheduler.from_config(build_sampler("ddpm", scheduler).config, variance_type="fixed_large")
+    torch.testing.assert_close(draw("ddpm", 1.0, True), sample_from_noise(plain, large, noise, 20, seeds(1, 2, 3, 4)))
     for name in ("ddim", "unipc", "ode", "sde"):
         torch.testing.assert_close(draw(name, -1.0, True), draw(name, 1.0, True))
 
 
 def test_a_sampler_of_another_schedulers_schedule():
     unclip = UnCLIPScheduler(prediction_type="sample", variance_type="learned_range")
-    sampler = make_sampler("ddpm", unclip)
+    sampler = build_sampler("ddpm", unclip)
     torch.testing.assert_close(sampler.alphas_cumprod, unclip.alphas_cumprod)
     assert sampler.config.variance_type == "learned_range" and sampler.config.prediction_type == "sample"
 
 
 def test_a_sampler_does_not_take_over_what_another_class_has_by_default():
-    solver = make_sampler("unipc", schedule("cosine", "sample"))
-    assert not make_sampler("ddim", solver).config.clip_sample
-    default = make_sampler("ddim", DPMSolverMultistepScheduler())
+    solver = build_sampler("unipc", schedule("cosine", "sample"))
+    assert not build_sampler("ddim", solver).config.clip_sample
+    default = build_sampler("ddim", DPMSolverMultistepScheduler())
     assert default.config.timestep_spacing == "linspace" and not default.config.clip_sample
 
 
 def test_what_is_no_sampler_or_takes_no_eta_is_refused():
     with pytest.raises(InputError, match="sampler must be one of ddpm, ddim, .*; got 'euler a'"):
-        make_sampler("euler a", schedule())
+        build_sampler("euler a", schedule())
     noise = torch.zeros(1, 3)
     with pytest.raises(InputError, match="eta is of the sampler ddim; .* got eta=0.5"):
-        sample(lambda x, t: x, make_sampler("unipc", schedule()), noise, 5, eta=0.5)
+        sample_from_noise(lambda x, t: x, build_sampler("unipc", schedule()), noise, 5, eta=0.5)
     with pytest.raises(InputError, match="eta must be from 0 to 1, got 2"):
-        sample(lambda x, t: x, make_sampler("ddim", schedule()), noise, 5, eta=2)
+        sample_from_noise(lambda x, t: x, build_sampler("ddim", schedule()), noise, 5, eta=2)
     with pytest.raises(InputError, match="strength must be from 0 to 1"):
-        sample(lambda x, t: x, make_sampler("ddim", schedule()), noise, 5, original=noise, strength=1.5)
+        sample_from_noise(lambda x, t: x, build_sampler("ddim", schedule()), noise, 5, original=noise, strength=1.5)
 
 
 @pytest.mark.parametrize("name", ["ddim", "ode", "sde"])
 def test_our_schedulers_are_a_part_of_a_pipelines_folder(name, pipeline, tmp_path):
-    pipeline.decoder_scheduler = make_sampler(name, pipeline.decoder_scheduler)
+    pipeline.decoder_scheduler = build_sampler(name, pipeline.decoder_scheduler)
     pipeline.save_pretrained(tmp_path)
     again = type(pipeline).from_pretrained(tmp_path)
     assert type(again.decoder_scheduler) is type(pipeline.decoder_scheduler)
@@ -299,7 +310,7 @@ def test_eta_reaches_the_decoder(pipeline):
 def test_the_command_line_names_every_sampler():
     from t2i.commands import flags as options
 
-    assert all(name in options.SAMPLERS for name in SAMPLERS)
+    assert all(name in options.SAMPLER_NAMES for name in SAMPLERS)
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.8, 0.5, 0.2])
@@ -311,12 +322,14 @@ def test_pndm_finds_what_is_sure_from_any_step_on(strength):
 
     def predict(x, t):
         asked.append(int(t))
-        alpha, sigma = levels(scheduler, t, x)
+        alpha, sigma = alpha_sigma(scheduler, t, x)
         return (x - alpha * original) / sigma
 
     steps = round(10 * strength)
-    x = sample(predict, scheduler, noise, 10, original=None if strength == 1 else original, strength=strength)
-    assert len(asked) == evaluations(scheduler, steps)
+    x = sample_from_noise(
+        predict, scheduler, noise, 10, original=None if strength == 1 else original, strength=strength
+    )
+    assert len(asked) == count_model_evaluations(scheduler, steps)
     assert asked[1:2] == asked[2:3] and len(set(asked)) == steps
     if strength < 1:  # from pure noise, what is said of the clean sample is not that it is this one
         torch.testing.assert_close(x, original, atol=1e-4, rtol=1e-4)

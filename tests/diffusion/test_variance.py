@@ -6,21 +6,21 @@ import pytest
 import torch
 
 from t2i.diffusion.condition import Condition, ImageCondition, TextEncoding
-from t2i.diffusion.denoiser import sample
-from t2i.diffusion.guidance import Guidance, guided, steered
-from t2i.diffusion.loss import diffusion_loss
+from t2i.diffusion.denoiser import sample_from_noise
+from t2i.diffusion.guidance import Guidance, build_guided_predict, build_steered_predict
+from t2i.diffusion.loss import compute_diffusion_loss
 from t2i.diffusion.process import (
-    clean,
-    levels,
-    posterior,
+    alpha_sigma,
+    join_variance,
+    posterior_coefficients,
+    posterior_mean_variance,
+    predict_x0,
     reverse_log_variance,
-    said,
-    split,
-    transition,
+    split_variance,
     variational_term,
-    with_variance,
+    x0_to_prediction,
 )
-from t2i.diffusion.samplers import make_sampler
+from t2i.diffusion.samplers import build_sampler
 from t2i.networks.decoder import Decoder
 from t2i.networks.prior import Prior
 from t2i.networks.unet_decoder import UNetDecoder
@@ -39,9 +39,9 @@ def test_the_posterior_is_what_bayes_says(noise, t, previous):
     """q(x_s | x_t, x_0) is the conditional of the joint Gaussian of x_s and x_t given x_0."""
     scheduler = schedule(noise)
     x_0, x_t = torch.tensor([[0.7]]).double(), torch.tensor([[-0.4]]).double()
-    (a_t, s_t), (a_s, s_s) = (levels(scheduler, torch.tensor(time), x_0) for time in (t, previous))
+    (a_t, s_t), (a_s, s_s) = (alpha_sigma(scheduler, torch.tensor(time), x_0) for time in (t, previous))
     covariance = s_s**2 * a_t / a_s  # of x_s and x_t, as x_t = a_t / a_s x_s + fresh noise
-    mean, variance = posterior(scheduler, x_0, x_t, torch.tensor(t), torch.tensor(previous))
+    mean, variance = posterior_mean_variance(scheduler, x_0, x_t, torch.tensor(t), torch.tensor(previous))
     torch.testing.assert_close(mean, a_s * x_0 + covariance / s_t**2 * (x_t - a_t * x_0))
     torch.testing.assert_close(variance, s_s**2 - covariance**2 / s_t**2, atol=1e-12, rtol=1e-6)
 
@@ -49,9 +49,9 @@ def test_the_posterior_is_what_bayes_says(noise, t, previous):
 def test_the_posterior_of_a_batch_is_that_of_each():
     scheduler, x_0, x_t = schedule(), torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4)
     t, previous = torch.tensor([999, 40, 0]), torch.tensor([998, 3, -1])
-    together = posterior(scheduler, x_0, x_t, t, previous)
+    together = posterior_mean_variance(scheduler, x_0, x_t, t, previous)
     for i in range(3):
-        one = posterior(scheduler, x_0[i : i + 1], x_t[i : i + 1], t[i], previous[i])
+        one = posterior_mean_variance(scheduler, x_0[i : i + 1], x_t[i : i + 1], t[i], previous[i])
         torch.testing.assert_close(together[0][i : i + 1], one[0])
         torch.testing.assert_close(together[1][i].squeeze(), one[1])
     torch.testing.assert_close(together[0][2], x_0[2])
@@ -62,8 +62,8 @@ def test_the_terms_of_the_bound_are_those_of_torch_distributions():
     x_0, x_t = torch.randn(3, 5).double(), torch.randn(3, 5).double()
     guess, log_variance = torch.randn(3, 5).double(), torch.randn(3, 5).double()
     terms = variational_term(scheduler, x_0 - guess, log_variance, t, previous)
-    true_mean, true_variance = posterior(scheduler, x_0, x_t, t, previous)
-    mean, _ = posterior(scheduler, guess, x_t, t, previous)
+    true_mean, true_variance = posterior_mean_variance(scheduler, x_0, x_t, t, previous)
+    mean, _ = posterior_mean_variance(scheduler, guess, x_t, t, previous)
     ours = torch.distributions.Normal(mean, (log_variance / 2).exp())
     true = torch.distributions.Normal(true_mean[:2], true_variance[:2].sqrt().expand(2, 5))
     kl = torch.distributions.kl_divergence(true, torch.distributions.Normal(ours.mean[:2], ours.stddev[:2]))
@@ -74,8 +74,8 @@ def test_the_terms_of_the_bound_are_those_of_torch_distributions():
 def reverse_variance(scheduler, variance, t):
     """Of p(x_{t-1} | x_t) where x_0 is N(0, variance): that of the posterior, and of what x_t leaves open of x_0."""
     times = torch.tensor(t), torch.tensor(t - 1)
-    alpha, sigma = levels(scheduler, times[0], torch.zeros(1, 1).double())
-    of_x, of_sample, small, _ = transition(scheduler, *times, torch.zeros(1, 1).double())
+    alpha, sigma = alpha_sigma(scheduler, times[0], torch.zeros(1, 1).double())
+    of_x, of_sample, small, _ = posterior_coefficients(scheduler, *times, torch.zeros(1, 1).double())
     left = variance * sigma**2 / (alpha**2 * variance + sigma**2)
     return small + of_sample**2 * left
 
@@ -88,7 +88,7 @@ def test_a_learned_variance_trains_to_the_closed_form():
     shares = torch.zeros(10, 2, dtype=torch.float64, requires_grad=True)
 
     def model(x, t, condition):
-        alpha, sigma = levels(scheduler, t, x)
+        alpha, sigma = alpha_sigma(scheduler, t, x)
         mean = x * alpha * variance / (alpha**2 * variance + sigma**2)
         return torch.cat([mean, shares[t]], dim=1)
 
@@ -96,7 +96,7 @@ def test_a_learned_variance_trains_to_the_closed_form():
     for step in range(600):
         optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 600)
         x = torch.randn(512, 2).double() * variance.sqrt()
-        losses, _ = diffusion_loss(model, scheduler, x, Nothing(torch.zeros(512)))
+        losses, _ = compute_diffusion_loss(model, scheduler, x, Nothing(torch.zeros(512)))
         optimizer.zero_grad()
         (1000 * losses["loss"]).backward()
         optimizer.step()
@@ -117,7 +117,7 @@ def test_the_bound_does_not_reach_the_mean():
     gradients = []
     for one in (model(-1.0), model(0.5), lambda x, t, condition: mean.expand_as(x)):
         torch.manual_seed(1)
-        losses, _ = diffusion_loss(one, scheduler, torch.randn(64, 3), Nothing(torch.zeros(64)))
+        losses, _ = compute_diffusion_loss(one, scheduler, torch.randn(64, 3), Nothing(torch.zeros(64)))
         (gradient,) = torch.autograd.grad(losses["loss"], mean)
         gradients.append(gradient)
     torch.testing.assert_close(gradients[0], gradients[2])
@@ -129,21 +129,21 @@ def test_a_learned_variance_makes_ancestral_sampling_in_few_steps_exact():
     torch.manual_seed(0)
     gaussian, scheduler = Gaussian((0.3,)), schedule()
     plain = gaussian.denoiser(scheduler)
-    sampler = make_sampler("ddpm", scheduler, learned_variance=True)
+    sampler = build_sampler("ddpm", scheduler, learned_variance=True)
     sampler.set_timesteps(8)
     ends = dict(zip(sampler.timesteps.tolist(), [*sampler.timesteps[1:].tolist(), -1]))
 
     def predict(x, t):
         previous = torch.tensor(ends[int(t)])
-        alpha, sigma = levels(scheduler, t, x)
-        _, of_sample, small, large = transition(scheduler, t, previous, x)
+        alpha, sigma = alpha_sigma(scheduler, t, x)
+        _, of_sample, small, large = posterior_coefficients(scheduler, t, previous, x)
         exact = small + of_sample**2 * 0.3 * sigma**2 / (alpha**2 * 0.3 + sigma**2)
         share = 2 * (exact / small).log() / (large / small).log() - 1 if previous >= 0 else torch.zeros(())
         return torch.cat([plain(x, t), share * torch.ones_like(x)], dim=1)
 
     noise = torch.randn(20_000, 1).double()
-    exact = sample(predict, sampler, noise, 8)
-    small = sample(plain, make_sampler("ddpm", scheduler), noise, 8)
+    exact = sample_from_noise(predict, sampler, noise, 8)
+    small = sample_from_noise(plain, build_sampler("ddpm", scheduler), noise, 8)
     # The last step, to the clean sample, has no noise, so that a little is lacking in both.
     assert abs(exact.var() / 0.3 - 1) < 0.2 < 0.35 < abs(small.var() / 0.3 - 1)
 
@@ -165,7 +165,7 @@ def test_a_model_with_a_learned_variance_predicts_twice_the_channels():
             x, t = torch.randn(2, *shape), torch.tensor([3, 500])
             assert model(x, t, condition).shape == (2, times * shape[0], *shape[1:])
             assert model.step(x, t, model.prepare(condition)).shape == (2, times * shape[0], *shape[1:])
-            mean, share = split(model(x, t, condition), x)
+            mean, share = split_variance(model(x, t, condition), x)
             assert mean.shape == x.shape and (share is None) == (not learned)
 
 
@@ -185,22 +185,22 @@ def test_guidance_moves_the_mean_and_leaves_the_variance():
     scheduler, wanted, away = schedule("cosine", "sample"), torch.randn(2, 4), torch.randn(2, 4)
     x, t = torch.randn(2, 4), torch.tensor(500)
     for guidance in (3.0, Guidance(3.0, parallel=0.5), Guidance(3.0, rescale=0.5), Guidance(3.0, threshold=0.9)):
-        predict = guided(Split(), Nothing(wanted), Nothing(away), guidance, scheduler)
-        mean, share = split(predict(x, t), x)
+        predict = build_guided_predict(Split(), Nothing(wanted), Nothing(away), guidance, scheduler)
+        mean, share = split_variance(predict(x, t), x)
         torch.testing.assert_close(share, 2 * wanted)
         assert (mean - wanted).abs().max() > 0.01
-    mean, share = split(guided(Split(), Nothing(wanted), Nothing(away), 3.0, scheduler)(x, t), x)
+    mean, share = split_variance(build_guided_predict(Split(), Nothing(wanted), Nothing(away), 3.0, scheduler)(x, t), x)
     torch.testing.assert_close(mean, away + 3 * (wanted - away))
-    pushed = steered(predict, scheduler, lambda x, t: x.sum(dim=1), 1.0)
-    torch.testing.assert_close(split(pushed(x, t), x)[1], 2 * wanted)
+    pushed = build_steered_predict(predict, scheduler, lambda x, t: x.sum(dim=1), 1.0)
+    torch.testing.assert_close(split_variance(pushed(x, t), x)[1], 2 * wanted)
 
 
 def test_a_prediction_with_a_variance_says_the_same_clean_sample():
     scheduler, x, x_0, t = schedule(), torch.randn(2, 4), torch.randn(2, 4), torch.tensor(300)
-    prediction = said(scheduler, x_0, x, t)
-    torch.testing.assert_close(clean(scheduler, torch.cat([prediction, x], dim=1), x, t), x_0)
-    torch.testing.assert_close(with_variance(x, torch.cat([x_0, t * x], dim=1))[:, 4:], t * x)
-    assert with_variance(x, x_0) is x
+    prediction = x0_to_prediction(scheduler, x_0, x, t)
+    torch.testing.assert_close(predict_x0(scheduler, torch.cat([prediction, x], dim=1), x, t), x_0)
+    torch.testing.assert_close(join_variance(x, torch.cat([x_0, t * x], dim=1))[:, 4:], t * x)
+    assert join_variance(x, x_0) is x
 
 
 @pytest.mark.parametrize("stage", ["prior", "decoder"])
@@ -214,7 +214,7 @@ def test_stages_train_with_a_learned_variance_and_draw(stage, shapes, runs, tmp_
     train(stage, shapes, tmp_path, **{"model.learned_variance": True})
     model = load_model((Prior, Decoder, UNetDecoder), str(tmp_path / stage / "model"))
     assert model.config.learned_variance
-    scheduler = make_sampler("ddpm", load_scheduler(tmp_path / stage / "scheduler"), learned_variance=True)
+    scheduler = build_sampler("ddpm", load_scheduler(tmp_path / stage / "scheduler"), learned_variance=True)
     if stage == "prior":
         drawn = sample_prior(model, scheduler, model.null(2), None, 4, 2.0, seeds(1, 2))
     else:

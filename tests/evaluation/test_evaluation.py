@@ -7,8 +7,14 @@ import torch
 from PIL import Image
 
 from t2i.data.manifest import write_manifest
-from t2i.evaluation.contact_sheet import contact_sheet
-from t2i.evaluation.emoji import base_name, choose, evaluate, features, read_emoji
+from t2i.evaluation.contact_sheet import build_contact_sheet
+from t2i.evaluation.emoji import (
+    choose_emoji_captions,
+    compute_pixel_features,
+    evaluate_emoji_drawings,
+    open_emoji_dataset,
+    strip_name_modifier,
+)
 
 
 class Copier:
@@ -17,7 +23,7 @@ class Copier:
     device = torch.device("cpu")
 
     def __init__(self, dataset, drawn):
-        self.drawn = {record.text: dataset.picture(record.index) for record in drawn}
+        self.drawn = {record.text: dataset.load_image(record.index) for record in drawn}
         self.asked = []
 
     def set_progress_bar_config(self, **_):
@@ -44,9 +50,9 @@ def folder(tmp_path):
 
 
 def test_the_real_pictures_score_one_and_swapped_colours_only_the_name(tmp_path):
-    dataset, records = read_emoji(folder(tmp_path))
+    dataset, records = open_emoji_dataset(folder(tmp_path))
     copier = Copier(dataset, records)
-    scores = evaluate(copier, tmp_path, tmp_path / "out")
+    scores = evaluate_emoji_drawings(copier, tmp_path, tmp_path / "out")
     assert scores["train"] == {"captions": 5, "exact": 1.0, "same_name": 1.0}
     assert scores["held_out"] == {"captions": 1, "exact": 1.0, "same_name": 1.0}
     assert sorted(seed for _, seed in copier.asked) == [0, 0, 1, 2, 3, 4]
@@ -55,29 +61,29 @@ def test_the_real_pictures_score_one_and_swapped_colours_only_the_name(tmp_path)
 
     for first, second in zip(records[::2], records[1::2]):
         copier.drawn[first.text], copier.drawn[second.text] = copier.drawn[second.text], copier.drawn[first.text]
-    scores = evaluate(copier, tmp_path, tmp_path / "out")
+    scores = evaluate_emoji_drawings(copier, tmp_path, tmp_path / "out")
     assert scores["train"]["exact"] == 0.0 and scores["train"]["same_name"] == 1.0
 
 
 def test_features_are_colours_and_edges():
-    flat = features(torch.full((1, 3, 128, 128), 0.5))
+    flat = compute_pixel_features(torch.full((1, 3, 128, 128), 0.5))
     assert flat.shape == (1, 16 * 16 * 3 + 2 * 8 * 8 * 3)
     assert (flat[:, :768] == 0.5).all() and flat[:, 768:].abs().max() == 0
     image = torch.zeros(1, 3, 128, 128)
     image[..., 60:] = 1  # one vertical edge
-    edges = features(image)[:, 768:].view(2, 3, 8, 8)
+    edges = compute_pixel_features(image)[:, 768:].view(2, 3, 8, 8)
     assert edges[0].sum() > 0 and edges[1].abs().max() == 0
 
 
 def test_the_same_training_captions_are_chosen_every_time(shapes):
-    _, records = read_emoji(shapes)
-    first, second = choose(records, 10), choose(records, 10)
+    _, records = open_emoji_dataset(shapes)
+    first, second = choose_emoji_captions(records, 10), choose_emoji_captions(records, 10)
     assert first == second and len(first["train"]) == 10 and len(first["held_out"]) == 4
-    assert base_name("waving hand: dark skin tone") == "waving hand"
-    assert base_name("flag: France") == "flag: France"
+    assert strip_name_modifier("waving hand: dark skin tone") == "waving hand"
+    assert strip_name_modifier("flag: France") == "flag: France"
 
 
 def test_a_contact_sheet_holds_every_picture():
-    sheet = contact_sheet([Image.new("RGB", (32, 32), "red")] * 5, ["a very long caption of red"] * 5, columns=2)
+    sheet = build_contact_sheet([Image.new("RGB", (32, 32), "red")] * 5, ["a very long caption of red"] * 5, columns=2)
     assert sheet.size == (80, 3 * 66)
     assert sum(pixel == (255, 0, 0) for pixel in sheet.get_flattened_data()) == 5 * 32 * 32

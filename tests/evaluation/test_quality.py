@@ -21,10 +21,22 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 from t2i.errors import InputError
 from t2i.evaluation import quality
-from t2i.evaluation.features import CLIPFeatures, load_extractor, to_bytes
-from t2i.evaluation.metrics import MetricSettings, compare, frechet_distance, moments, precision_recall
-from t2i.evaluation.picture_sets import DrawnPictures, FolderPictures, open_reference
-from t2i.evaluation.quality import extract, measure_quality, measure_reference, read_reference, whole
+from t2i.evaluation.features import CLIPFeatures, load_feature_extractor, to_uint8_pixels
+from t2i.evaluation.metrics import (
+    MetricSettings,
+    compare_feature_sets,
+    compute_feature_moments,
+    compute_frechet_distance,
+    compute_precision_recall,
+)
+from t2i.evaluation.picture_sets import DrawnPictures, FolderPictures, open_reference_set
+from t2i.evaluation.quality import (
+    extract_set_features,
+    gather_process_rows,
+    measure_quality,
+    measure_reference_statistics,
+    read_reference_statistics,
+)
 
 from .test_cli import run
 from .test_clip import make
@@ -65,7 +77,7 @@ class Ours:
     identity, dim = "pooled", 12
 
     def __call__(self, pictures):
-        return pooled(to_bytes(pictures))
+        return pooled(to_uint8_pixels(pictures))
 
 
 class Tensors(torch.utils.data.Dataset):
@@ -83,10 +95,10 @@ class Tensors(torch.utils.data.Dataset):
     def __getitem__(self, index):
         return self.bytes[index]
 
-    def pictures(self, indices):
+    def get_images(self, indices):
         return self.bytes[indices].float() / 127.5 - 1
 
-    def about(self):
+    def source_facts(self):
         return {"count": len(self)}
 
 
@@ -108,8 +120,8 @@ def test_figures_of_two_fixed_sets_equal_torch_fidelitys(state):
     }
     settings |= {"kid_subset_size": 50, "kid_subsets": 20, "fid": True, "kid": True, "prc": True}
     theirs = torch_fidelity.calculate_metrics(input1=drawn, input2=real, **settings)
-    features = extract(real, Ours(), state, "real")[0]
-    reference = quality.Reference(features, moments(features), real.about())
+    features = extract_set_features(real, Ours(), state, "real")[0]
+    reference = quality.ReferenceStatistics(features, compute_feature_moments(features), real.source_facts())
     ours = measure_quality(drawn, reference, Ours(), SMALL, state)["metrics"]
     assert ours["frechet_distance"] == pytest.approx(theirs["frechet_inception_distance"], abs=1e-6)
     assert ours["kernel_distance"] == pytest.approx(theirs["kernel_inception_distance_mean"], abs=1e-6)
@@ -136,7 +148,7 @@ def test_precision_and_recall_equal_a_direct_computation():
         return inside / len(of)
 
     for neighbours in (1, 3):
-        precision, recall = precision_recall(drawn, real, neighbours)
+        precision, recall = compute_precision_recall(drawn, real, neighbours)
         assert precision == pytest.approx(share(drawn, real, neighbours), abs=1e-6)
         assert recall == pytest.approx(share(real, drawn, neighbours), abs=1e-6)
 
@@ -147,14 +159,16 @@ def test_the_frechet_distance_of_gaussians_is_the_closed_form():
     white -= white.mean(dim=0)
     white = white @ torch.linalg.inv(torch.linalg.cholesky(white.T.cov())).T  # covariance exactly 1
     scales, shift = torch.tensor([1.0, 2.0, 0.5, 3.0]), torch.tensor([0.0, 1.0, -2.0, 0.5])
-    found = frechet_distance(moments((white * scales + shift).float()), moments(white.float()))
+    found = compute_frechet_distance(
+        compute_feature_moments((white * scales + shift).float()), compute_feature_moments(white.float())
+    )
     expected = (scales - 1).square().sum() + shift.square().sum()
     assert found == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_a_set_is_at_no_distance_from_itself():
     features = torch.randn(200, 6, generator=torch.Generator().manual_seed(0))
-    found = compare(features, features, moments(features), SMALL)
+    found = compare_feature_sets(features, features, compute_feature_moments(features), SMALL)
     assert abs(found["frechet_distance"]) < 1e-4 and found["precision"] == found["recall"] == 1
     assert abs(found["kernel_distance"]) < 3 * found["kernel_distance_std"] + 0.1
 
@@ -168,10 +182,10 @@ def test_a_set_is_at_no_distance_from_itself():
 )
 def test_too_few_pictures_are_refused_with_what_is_needed(counts, message):
     with pytest.raises(InputError, match=message):
-        SMALL.check_counts(counts, 12)
-    MetricSettings(metrics=("prc",)).check_counts(counts, 12)
+        SMALL.check_image_counts(counts, 12)
+    MetricSettings(metrics=("prc",)).check_image_counts(counts, 12)
     with pytest.raises(InputError, match="too few for 3 neighbours"):
-        MetricSettings(metrics=("prc",)).check_counts({"drawn": 3}, 12)
+        MetricSettings(metrics=("prc",)).check_image_counts({"drawn": 3}, 12)
 
 
 # Features
@@ -194,12 +208,12 @@ def weights(tmp_path_factory):
 
 def test_inception_sees_what_torch_fidelitys_does(weights):
     pictures = Tensors(0, 2)
-    ours = load_extractor("inception", weights / "weights.safetensors", "cpu")
+    ours = load_feature_extractor("inception", weights / "weights.safetensors", "cpu")
     theirs = inception.FeatureExtractorInceptionV3(
         "theirs", ["2048"], feature_extractor_weights_path=weights / "weights.pth"
     )
-    assert torch.equal(ours(pictures.pictures([0, 1])), theirs(pictures.bytes)[0])
-    again = load_extractor("inception", weights / "weights.pth", "cpu")
+    assert torch.equal(ours(pictures.get_images([0, 1])), theirs(pictures.bytes)[0])
+    again = load_feature_extractor("inception", weights / "weights.pth", "cpu")
     assert again.identity == ours.identity and ours.dim == 2048
 
 
@@ -222,7 +236,7 @@ def test_weights_that_are_no_inception_or_run_code_are_one_line(weights, tmp_pat
         ("clip:x", "other.safetensors", "has no use with"),
     ):
         with pytest.raises(InputError, match=message):
-            load_extractor(name, file and tmp_path / file, "cpu")
+            load_feature_extractor(name, file and tmp_path / file, "cpu")
 
 
 def test_clip_features_are_not_normalised_and_belong_to_one_clip():
@@ -239,35 +253,35 @@ def test_clip_features_are_not_normalised_and_belong_to_one_clip():
 
 def test_statistics_are_kept_and_of_another_extractor_refused(shapes, tmp_path, state, monkeypatch):
     extractor = CLIPFeatures(make())
-    pictures = open_reference(shapes, 32, "train")
+    pictures = open_reference_set(shapes, 32, "train")
     file = tmp_path / "kept.safetensors"
-    first = measure_reference(pictures, extractor, 32, file, state)
-    assert first.features.shape == (32, 16) and first.about["digest"] == pictures.digest
+    first = measure_reference_statistics(pictures, extractor, 32, file, state)
+    assert first.features.shape == (32, 16) and first.source_facts["digest"] == pictures.digest
     with monkeypatch.context() as patched:
-        patched.setattr(quality, "extract", pytest.fail)
-        second = measure_reference(pictures, extractor, 32, file, state)
+        patched.setattr(quality, "extract_set_features", pytest.fail)
+        second = measure_reference_statistics(pictures, extractor, 32, file, state)
     assert torch.equal(first.features, second.features) and torch.equal(first.moments[1], second.moments[1])
 
     for extractor_, pictures_, size, what in (
         (Ours(), pictures, 32, "another extractor, 'clip-.*'; this one is 'pooled'"),
         (extractor, pictures, 16, "another image size, 32; this one is 16"),
-        (extractor, open_reference(shapes, 32, None), 32, "another set of pictures"),
+        (extractor, open_reference_set(shapes, 32, None), 32, "another set of pictures"),
     ):
         with pytest.raises(InputError, match=what):
-            measure_reference(pictures_, extractor_, size, file, state)
+            measure_reference_statistics(pictures_, extractor_, size, file, state)
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(InputError, match="no whole safetensors file"):
-        read_reference(file, {})
+        read_reference_statistics(file, {})
 
 
 def test_without_a_file_statistics_are_kept_in_the_folder_by_what_they_are_of(shapes, tmp_path, state):
     for i in range(20):
         Image.new("RGB", (16, 16), (i * 10, 255 - i * 10, i)).save(tmp_path / f"{i}.png")
-    before = open_reference(tmp_path, 16, None)
-    measure_reference(before, Ours(), 16, None, state)
+    before = open_reference_set(tmp_path, 16, None)
+    measure_reference_statistics(before, Ours(), 16, None, state)
     Image.new("RGB", (16, 16), "red").save(tmp_path / "3.png")
-    after = open_reference(tmp_path, 16, None)
-    measure_reference(after, Ours(), 16, None, state)
+    after = open_reference_set(tmp_path, 16, None)
+    measure_reference_statistics(after, Ours(), 16, None, state)
     kept = sorted(path.name for path in tmp_path.glob(".t2i-*"))
     assert kept == sorted(f".t2i-statistics-pooled-16-{one.digest}.safetensors" for one in (before, after))
     assert len(after) == 20 and before.digest != after.digest
@@ -277,8 +291,8 @@ def test_pictures_of_several_sizes_need_a_size(tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
     Image.new("RGB", (20, 16)).save(tmp_path / "b.png")
     with pytest.raises(InputError, match="b.png' is 20 x 16, others are 16 x 16; give --image-size"):
-        FolderPictures(tmp_path).pictures([0, 1])
-    assert FolderPictures(tmp_path, 8).pictures([0, 1]).shape == (2, 3, 8, 8)
+        FolderPictures(tmp_path).get_images([0, 1])
+    assert FolderPictures(tmp_path, 8).get_images([0, 1]).shape == (2, 3, 8, 8)
 
 
 # Shares and seeds
@@ -289,9 +303,9 @@ def test_a_drawn_picture_depends_on_its_seed_alone(pipeline):
     settings = {"num_inference_steps": 2, "prior_num_inference_steps": 2}
     drawn = DrawnPictures(pipeline, captions, 5, 11, **settings)
     assert len(drawn) == 5 and None not in drawn.captions and drawn.captions[3:] == drawn.captions[:2]
-    together = drawn.pictures([0, 1, 4])
-    torch.testing.assert_close(together[1:2], drawn.pictures([1]), atol=2 / 127.5, rtol=0)
-    assert drawn.about()["seeds"] == {"first": 11, "last": 15}
+    together = drawn.get_images([0, 1, 4])
+    torch.testing.assert_close(together[1:2], drawn.get_images([1]), atol=2 / 127.5, rtol=0)
+    assert drawn.source_facts()["seeds"] == {"first": 11, "last": 15}
     levels = (together + 1) * 127.5
     assert (levels - levels.round()).abs().max() < 1e-3 and not torch.equal(together[0], together[2])
 
@@ -303,7 +317,7 @@ def test_shares_come_together_in_order_and_none_counts_twice(monkeypatch):
     shares = [torch.tensor([[float(i)] for i in range(rank, 7, 3)]) for rank in range(3)]
     padded = torch.cat([F.pad(share, (0, 0, 0, 3 - len(share)), value=99) for share in shares])
     monkeypatch.setattr(quality, "gather", lambda _: padded)
-    assert whole(shares[0], 7, Three()).flatten().tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert gather_process_rows(shares[0], 7, Three()).flatten().tolist() == [0, 1, 2, 3, 4, 5, 6]
 
 
 def command(shapes, pipeline_folder, out, *more):
@@ -313,7 +327,7 @@ def command(shapes, pipeline_folder, out, *more):
 
 
 def test_a_model_is_measured_with_every_picture_once(monkeypatch, capsys, shapes, pipeline_folder, tmp_path):
-    clip = load_extractor(f"clip:{pipeline_folder / 'clip'}", None, "cpu")
+    clip = load_feature_extractor(f"clip:{pipeline_folder / 'clip'}", None, "cpu")
     count = clip.dim + 5 - (clip.dim % 2)  # odd, and enough
     arguments = command(shapes, pipeline_folder, tmp_path / "one.json", "--count", count, "--metrics", "fd,kid")
     if count > 36:

@@ -7,12 +7,20 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from t2i.data.picture_files import list_pictures
-from t2i.data.pictures import open_picture
+from t2i.data.picture_files import find_images
+from t2i.data.pictures import open_image
 from t2i.errors import InputError
 from t2i.evaluation import retrieval
-from t2i.evaluation.contact_sheet import GREEN, similarity_matrix
-from t2i.evaluation.retrieval import INDEX, as_seen, classify, embed_labels, embed_pictures, open_index, search
+from t2i.evaluation.contact_sheet import GREEN, build_similarity_matrix
+from t2i.evaluation.retrieval import (
+    INDEX_FILE,
+    classify_image_embeds,
+    embed_image_files,
+    embed_labels,
+    open_image_index,
+    resize_for_clip,
+    search_image_index,
+)
 
 from .test_cli import run
 from .test_clip import make
@@ -60,9 +68,9 @@ def test_probabilities_are_the_softmax_of_scaled_cosines():
     labels = ["cat", "red circle", "dark"]
     cosines = z_i @ clip.encode_text(labels).embedding.T
     expected = (clip.net.logit_scale.exp() * cosines).softmax(dim=-1)
-    torch.testing.assert_close(classify(clip, z_i, labels), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(classify_image_embeds(clip, z_i, labels), expected, atol=1e-5, rtol=1e-4)
     # A picture whose embedding is a label's own is of that label.
-    own = classify(clip, clip.encode_text(labels).embedding, labels)
+    own = classify_image_embeds(clip, clip.encode_text(labels).embedding, labels)
     assert own.argmax(dim=1).tolist() == [0, 1, 2]
 
 
@@ -82,21 +90,21 @@ def test_labels_given_twice_or_none_are_refused(labels, message):
 
 def test_a_picture_of_the_right_size_is_seen_as_it_is(folder):
     clip = make()
-    image = open_picture(folder / "red.png").crop((0, 0, 32, 32))
+    image = open_image(folder / "red.png").crop((0, 0, 32, 32))
     expected = torch.tensor(list(image.tobytes()), dtype=torch.float32).view(32, 32, 3).permute(2, 0, 1) / 127.5 - 1
-    assert torch.equal(as_seen(clip, image), expected)
-    assert as_seen(clip, open_picture(folder / "below/yellow.png")).shape == (3, 32, 32)
+    assert torch.equal(resize_for_clip(clip, image), expected)
+    assert resize_for_clip(clip, open_image(folder / "below/yellow.png")).shape == (3, 32, 32)
 
 
 def test_a_picture_is_nearest_to_itself_and_texts_to_what_the_cosine_says(folder):
     clip = make()
-    index = open_index(clip, folder)
+    index = open_image_index(clip, folder)
     assert sorted(index.names) == ["below/yellow.png", "blue.png", "lime.png", "red.png"]
     for name in index.names:
-        found, cosine = search(clip, index, None, folder / name, 1)[0]
+        found, cosine = search_image_index(clip, index, None, folder / name, 1)[0]
         assert found == name and cosine == pytest.approx(1, abs=1e-5)
-    ranked = search(clip, index, "cat", None, 99)
-    cosines = embed_pictures(clip, [folder / name for name in index.names]) @ clip.encode_text(["cat"]).embedding[0]
+    ranked = search_image_index(clip, index, "cat", None, 99)
+    cosines = embed_image_files(clip, [folder / name for name in index.names]) @ clip.encode_text(["cat"]).embedding[0]
     assert [name for name, _ in ranked] == [index.names[i] for i in cosines.argsort(descending=True)]
     assert [value for _, value in ranked] == pytest.approx(sorted(cosines.tolist(), reverse=True), abs=1e-5)
 
@@ -106,42 +114,42 @@ def test_only_what_is_new_is_embedded_again(folder, monkeypatch):
 
     def counting(clip, paths):
         embedded.append([path.name for path in paths])
-        return embed_pictures(clip, paths)
+        return embed_image_files(clip, paths)
 
-    monkeypatch.setattr(retrieval, "embed_pictures", counting)
-    first = open_index(clip, folder)
-    assert (folder / INDEX).is_file()
+    monkeypatch.setattr(retrieval, "embed_image_files", counting)
+    first = open_image_index(clip, folder)
+    assert (folder / INDEX_FILE).is_file()
     (folder / "red.png").rename(folder / "rouge.png")  # known by its content
     Image.new("RGB", (40, 40), "black").save(folder / "blue.png")
-    second = open_index(clip, folder)
+    second = open_image_index(clip, folder)
     assert embedded == [["yellow.png", "blue.png", "lime.png", "red.png"], ["blue.png"]]
     by_name = [dict(zip(index.names, index.image_embeds)) for index in (first, second)]
     assert torch.equal(by_name[0]["red.png"], by_name[1]["rouge.png"])
     assert not torch.equal(by_name[0]["blue.png"], by_name[1]["blue.png"])
-    open_index(clip, folder)
-    open_index(other(), folder)  # its own index is of no use to another CLIP, which makes it anew
+    open_image_index(clip, folder)
+    open_image_index(other(), folder)  # its own index is of no use to another CLIP, which makes it anew
     assert embedded[2:] == [[], ["yellow.png", "blue.png", "lime.png", "rouge.png"]]
 
 
 def test_an_index_that_was_given_must_be_of_this_clip(folder, tmp_path):
-    open_index(make(), folder, tmp_path / "index.safetensors")
-    assert not (folder / INDEX).exists()
+    open_image_index(make(), folder, tmp_path / "index.safetensors")
+    assert not (folder / INDEX_FILE).exists()
     with pytest.raises(InputError, match="is an index of the CLIP [0-9a-f]{16}, this is [0-9a-f]{16}"):
-        open_index(other(), folder, tmp_path / "index.safetensors")
+        open_image_index(other(), folder, tmp_path / "index.safetensors")
     (tmp_path / "index.safetensors").write_bytes(b"other")
     with pytest.raises(InputError, match="no whole safetensors file"):
-        open_index(make(), folder, tmp_path / "index.safetensors")
+        open_image_index(make(), folder, tmp_path / "index.safetensors")
 
 
 def test_what_a_check_wrote_and_hidden_files_are_no_pictures(shapes, tmp_path):
-    assert len(list_pictures(shapes)) == 36
+    assert len(find_images(shapes)) == 36
     (tmp_path / ".hidden.png").touch()
     with pytest.raises(InputError, match="no pictures in"):
-        list_pictures(tmp_path)
+        find_images(tmp_path)
 
 
 def test_the_largest_of_a_row_is_framed_where_captions_belong_to_no_picture():
-    sheet = similarity_matrix(torch.tensor([[0.1, 0.2, 0.9]]), [], ["a"], "cosine", paired=False)
+    sheet = build_similarity_matrix(torch.tensor([[0.1, 0.2, 0.9]]), [], ["a"], "cosine", paired=False)
     assert sheet.getpixel((170 + 64 * 2 + 1, 16 + 1)) == GREEN
     assert sheet.getpixel((170 + 1, 16 + 1)) != GREEN
 
@@ -205,7 +213,7 @@ def test_a_cache_is_searched_by_the_clip_that_made_it_alone(shapes, runs, tmp_pa
     arguments = [str(CONFIGS / "tiny/cache.yaml"), *(f"{key}={value}" for key, value in settings.items())]
     cache_data.main(load_config(cache_data.Config, "cache", arguments))
     clip = load_clip(runs / "clip").eval()
-    index = open_index(clip, tmp_path / "cache")
-    assert len(index.names) == 36 and search(clip, index, None, shapes / "07.png", 1)[0][1] > 0.999
+    index = open_image_index(clip, tmp_path / "cache")
+    assert len(index.names) == 36 and search_image_index(clip, index, None, shapes / "07.png", 1)[0][1] > 0.999
     with pytest.raises(InputError, match="was made with the CLIP"):
-        open_index(make(), tmp_path / "cache")
+        open_image_index(make(), tmp_path / "cache")

@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from t2i.training.common.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint, verify
+from t2i.training.common.checkpoint import find_newest_checkpoint, load_checkpoint, save_checkpoint, verify_checkpoint
 
-from t2i.errors import RESUMABLE, InputError, RunError, Stopped
-from t2i.runtime.processes import REPEATED
+from t2i.errors import RESUMABLE_STATUS, InputError, RunError, RunStopped
+from t2i.runtime.processes import SIGNAL_REPEAT_SECONDS
 
 from . import tiny_run
 from .record import fault, record
@@ -99,7 +99,7 @@ def in_child(action: Callable[[], None]) -> bool:
 
 
 def check_one_or_the_other(folder: Path, keep: int) -> bool:
-    path, _ = newest_checkpoint(folder)
+    path, _ = find_newest_checkpoint(folder)
     assert path is not None
     checkpoint = load_checkpoint(path)
     step = checkpoint.state["step"]
@@ -107,7 +107,9 @@ def check_one_or_the_other(folder: Path, keep: int) -> bool:
     whole &= all(bool((group["x"] == step).all()) for group in checkpoint.tensors.values())
     save(folder, 4, keep)  # what the dead left is in nobody's way
     names = sorted(path.name for path in folder.iterdir())
-    return whole and names[-1] == "step-00000004" and len(names) <= keep and verify(folder / names[-1]) is None
+    return (
+        whole and names[-1] == "step-00000004" and len(names) <= keep and verify_checkpoint(folder / names[-1]) is None
+    )
 
 
 def die_at_call(number: int) -> None:
@@ -244,7 +246,7 @@ def test_300_flipped_bits_are_detected_and_the_file_is_named(tmp_path):
         content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
         before = path.read_bytes()
         path.write_bytes(content)
-        newest, problems = newest_checkpoint(tmp_path)
+        newest, problems = find_newest_checkpoint(tmp_path)
         named = path.name in problems[0] if problems and path.name != "manifest.json" else bool(problems)
         found += newest == tmp_path / "step-00000001" and named
         path.write_bytes(before)
@@ -270,7 +272,7 @@ def test_a_file_that_is_cut_missing_or_garbage_is_named_and_the_previous_checkpo
                 case _:
                     end = {"empty": 0, "header": 8, "half": len(content) // 2, "last": -1}[damage]
                     path.write_bytes(content[:end])
-            newest, problems = newest_checkpoint(folder)
+            newest, problems = find_newest_checkpoint(folder)
             injected += 1
             survived += newest is not None and newest.name == "step-00000001" and "step-00000002" in problems[0]
     record("A5 A7 a file of a checkpoint is cut, missing or garbage", injected, survived)
@@ -284,7 +286,9 @@ def test_a_manifest_that_points_elsewhere_is_refused(tmp_path):
     manifest = tmp_path / "step-00000001/manifest.json"
     for name in ("../secret", str(secret), "..\\secret"):
         manifest.write_text(json.dumps({**json.loads(manifest.read_text()), name: hashlib.sha256(b"x").hexdigest()}))
-        assert "not a file beside it" in verify(manifest.parent) or "whole checkpoint" in verify(manifest.parent)
+        assert "not a file beside it" in verify_checkpoint(manifest.parent) or "whole checkpoint" in verify_checkpoint(
+            manifest.parent
+        )
 
 
 @fault("A5 a damaged newest checkpoint")
@@ -340,10 +344,10 @@ def test_a_stopped_run_ends_bit_for_bit_like_the_unbroken_one(tmp_path, workers,
     """SIGTERM in the middle of a pass and of an accumulation; and a control that differs, so that this can fail."""
     settings = [f"gradient_accumulation={accumulation}", f"workers={workers}"]
     tiny_run.run(tmp_path / "unbroken", *settings[:1])
-    with pytest.raises(Stopped) as stopped:  # in step 5
+    with pytest.raises(RunStopped) as stopped:  # in step 5
         tiny_run.run(tmp_path / "broken", *settings, f"signal:0:{accumulation * 4 + (accumulation + 1) // 2}")
-    assert stopped.value.status == RESUMABLE and not multiprocessing.active_children()
-    path, problems = newest_checkpoint(tmp_path / "broken/checkpoints")
+    assert stopped.value.status == RESUMABLE_STATUS and not multiprocessing.active_children()
+    path, problems = find_newest_checkpoint(tmp_path / "broken/checkpoints")
     assert path.name == "step-00000005" and not problems
     tiny_run.run(tmp_path / "broken", *settings)
     assert contents(tmp_path / "broken") == contents(tmp_path / "unbroken")
@@ -398,10 +402,10 @@ def test_a_second_signal_ends_at_once_and_a_valid_checkpoint_stays(tmp_path):
     wait_for(lambda: (tmp_path / "checkpoints/step-00000006").exists(), process)
     time.sleep(1)  # it sleeps in reading the data of step 7
     process.send_signal(signal.SIGTERM)
-    time.sleep(REPEATED + 0.5)  # sooner, it may be the same one, passed on by a launcher
+    time.sleep(SIGNAL_REPEAT_SECONDS + 0.5)  # sooner, it may be the same one, passed on by a launcher
     process.send_signal(signal.SIGTERM)
     assert finish(process, 10)[0] == 128 + signal.SIGTERM
-    assert verify(tmp_path / "checkpoints/step-00000006") is None
+    assert verify_checkpoint(tmp_path / "checkpoints/step-00000006") is None
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -415,7 +419,7 @@ def test_a_signal_at_any_time_saves_within_a_step_and_tells_by_the_status(tmp_pa
     if status == 0:
         pytest.skip("the run was over before the signal came")
     assert status == (75 if number == signal.SIGTERM else 130) and "Traceback" not in output, output
-    path, _ = newest_checkpoint(tmp_path / "checkpoints")
+    path, _ = find_newest_checkpoint(tmp_path / "checkpoints")
     assert int(path.name.removeprefix("step-")) <= done + 2
     tiny_run.run(tmp_path)
     assert contents(tmp_path) == unbroken
@@ -432,7 +436,7 @@ def test_a_full_disk_keeps_the_older_checkpoint_and_ends_the_run_after_three_tri
     assert status == 1 and output.count("could not be saved") == 3, output
     assert "step-00000003 is kept" in output and "Traceback" not in output
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
-    assert verify(tmp_path / "checkpoints/step-00000003") is None
+    assert verify_checkpoint(tmp_path / "checkpoints/step-00000003") is None
     status, output = finish(start(tmp_path))
     assert status == 0 and "resuming from" in output
 
@@ -479,7 +483,7 @@ def test_a_finished_run_says_so(tmp_path, capsys):
 @fault("A17 the average comes back")
 def test_an_average_is_not_the_weights_and_comes_back(tmp_path, unbroken):
     tiny_run.run(tmp_path, "steps=6")
-    checkpoint = load_checkpoint(newest_checkpoint(tmp_path / "checkpoints")[0])
+    checkpoint = load_checkpoint(find_newest_checkpoint(tmp_path / "checkpoints")[0])
     weights, average = checkpoint.tensors["model"], checkpoint.tensors["ema"]
     assert all(not torch.equal(weights[name], average[name]) for name in average)
     tiny_run.run(tmp_path)

@@ -21,8 +21,8 @@ from PIL import Image
 from t2i.config import DataConfig
 from t2i.data import CaptionedPictures
 from t2i.data.manifest import Manifest, write_manifest
-from t2i.data.pictures import decode, silent
-from t2i.data.reasons import Rejected
+from t2i.data.pictures import decode_image, silence_pillow
+from t2i.data.reasons import RejectedSample
 from t2i.errors import InputError
 
 from ..samples import COLORS, add, checked, color_of, picture, reasons
@@ -42,7 +42,7 @@ sys.addaudithook(listen)
 
 def check(source, **options):
     report = write_manifest(source, held_out=0, quiet=True, **options)
-    assert report.ok + report.rejected == report.indexed == pq.read_metadata(report.manifest).num_rows
+    assert report.ok + report.rejected_count == report.indexed == pq.read_metadata(report.manifest).num_rows
     return checked(Path(report.manifest)), report
 
 
@@ -53,8 +53,8 @@ def mispaired(folder) -> int:
     except InputError as error:
         assert "no pictures" in str(error)
         return 0
-    captions = (dataset.record(index).text for index in range(len(dataset)))
-    return sum(color_of(dataset.picture(index)) != text for index, text in enumerate(captions))
+    captions = (dataset.get_record(index).text for index in range(len(dataset)))
+    return sum(color_of(dataset.load_image(index)) != text for index, text in enumerate(captions))
 
 
 def shard(path: Path, colors: tuple[str, ...]) -> list[tuple[str, int, int]]:
@@ -99,13 +99,13 @@ def test_a_picture_cut_at_two_hundred_places_is_refused_or_whole(kind):
     file = io.BytesIO()
     Image.radial_gradient("L").convert("RGB").resize((120, 90)).save(file, kind)
     data = file.getvalue()
-    whole = decode(data).tobytes()
+    whole = decode_image(data).tobytes()
     cuts = sorted({*(len(data) * number // 195 for number in range(195)), *range(len(data) - 5, len(data))})
     survived = 0
     for cut in cuts:
         try:
-            survived += decode(data[:cut]).tobytes() == whole  # only what follows the pixels is missing
-        except Rejected as error:
+            survived += decode_image(data[:cut]).tobytes() == whole  # only what follows the pixels is missing
+        except RejectedSample as error:
             reasons = ("truncated", "damaged", "empty_file", "not_a_picture")
             survived += error.reason.name in reasons or cut < 12  # so little can be of any format
     record(f"C2 {kind} cut at {len(cuts)} places", len(cuts), survived)
@@ -182,16 +182,16 @@ def bombs() -> dict[str, bytes]:
 MEASURE = """
 import re, sys, time
 from pathlib import Path
-from t2i.data.pictures import decode, silent
-from t2i.data.reasons import Rejected
+from t2i.data.pictures import decode_image, silence_pillow
+from t2i.data.reasons import RejectedSample
 def memory(name):
     return int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
 def attempt(data):
     try:
-        with silent():
-            decode(data)
+        with silence_pillow():
+            decode_image(data)
         return "ok"
-    except Rejected as error:
+    except RejectedSample as error:
         return error.reason.name
 for warm in ("PNG", "GIF"):
     attempt(b"\\x89PNG" + bytes(100))
@@ -269,7 +269,7 @@ def test_hostile_members_of_a_tar_are_not_followed_written_or_believed(tmp_path)
         assert [row["status"] for row in rows.values()].count("ok") == 1, what
         assert rows["0.tar/good"]["status"] == "ok" and seconds < 5, what
         survived += sorted(path.name for path in folder.iterdir()) == ["0.tar", "t2i"] and mispaired(folder) == 0
-        assert "\x1b" not in "\n".join(report.lines())
+        assert "\x1b" not in "\n".join(report.format_lines())
     assert not Path("/tmp/x.jpg").exists() and sorted(tmp_path.iterdir())[-1].name == f"{len(members) - 1:02}"
     record("C4 hostile members of tars", len(members), survived)
 
@@ -411,14 +411,14 @@ def test_every_flipped_bit_of_a_picture_is_noticed_when_it_is_read(tmp_path, kin
     rng, flips, noticed = random.Random(0), 300, 0
     for _ in range(flips):
         index = rng.randrange(len(dataset))
-        row = names[dataset.key(index)]
+        row = names[dataset.sample_key(index)]
         path = tmp_path / row["file"]
         whole = path.read_bytes()
         data = bytearray(whole)
         data[row["offset"] + rng.randrange(row["size"])] ^= 1 << rng.randrange(8)
         path.write_bytes(data)
         batch = dataset.__getitems__([(index, 0)])
-        noticed += batch.rejected == [(dataset.key(index), "changed")] and batch.index.item() != index
+        noticed += batch.rejected == [(dataset.sample_key(index), "changed")] and batch.index.item() != index
         path.write_bytes(whole)
     assert not dataset.__getitems__([(index, 0) for index in range(len(dataset))]).rejected
     record(f"C11 flipped bits in a {kind}", flips, noticed)
@@ -429,7 +429,7 @@ def test_a_replaced_shard_is_refused_by_name_or_noticed(tmp_path):
     shard(tmp_path / "0.tar", COLORS)
     check(tmp_path)
     config = DataConfig(str(tmp_path), 16, 0)
-    before, dataset = CaptionedPictures(config).digest(), CaptionedPictures(config)
+    before, dataset = CaptionedPictures(config).compute_digest(), CaptionedPictures(config)
     shard(tmp_path / "0.tar", COLORS[::-1])
     survived = 0
     survived += dataset.__getitems__([(0, 0)]).rejected[0] == ("0.tar/000", "changed")
@@ -439,7 +439,7 @@ def test_a_replaced_shard_is_refused_by_name_or_noticed(tmp_path):
     survived += 1
     shard(tmp_path / "0.tar", COLORS[::-1])
     check(tmp_path)
-    survived += CaptionedPictures(config).digest() != before
+    survived += CaptionedPictures(config).compute_digest() != before
     record("C11 shard replaced", 3, survived)
 
 
@@ -458,7 +458,7 @@ def test_damaged_tars_and_pictures_are_always_accounted_for(tmp_path):
         except InputError as error:  # nothing is left of the shard
             survived += "no pictures in" in str(error)
             continue
-        survived += report.indexed <= len(COLORS) and "Traceback" not in "\n".join(report.lines())
+        survived += report.indexed <= len(COLORS) and "Traceback" not in "\n".join(report.format_lines())
     record("C12 damaged tars accounted for", tries, survived)
 
 
@@ -474,8 +474,8 @@ def test_damaged_pictures_never_raise_anything_else(tmp_path):
                 data[rng.randrange(min(len(data), rng.choice((40, len(data)))))] = rng.randrange(256)
             tries += 1
             try:
-                with silent():
-                    survived += decode(bytes(data)).mode == "RGB"
-            except Rejected as error:
+                with silence_pillow():
+                    survived += decode_image(bytes(data)).mode == "RGB"
+            except RejectedSample as error:
                 survived += bool(error.reason.name)
     record("C12 damaged pictures have a reason", tries, survived)

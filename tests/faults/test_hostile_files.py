@@ -21,12 +21,12 @@ import torch
 from diffusers import AutoencoderKL
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from t2i.pipelines.jobs.assemble import assemble_folder
+from t2i.pipelines.jobs.assemble import assemble_pipeline_folder
 
 from t2i import InputError, Text2ImagePipeline
 from t2i.diffusion.stored_schedulers import load_scheduler
 from t2i.files.model_folder import load_model
-from t2i.files.untrusted import check_name, read_header
+from t2i.files.untrusted import check_file_name, read_safetensors_header
 from t2i.interop.by_name import load_autoencoder, load_clip
 from t2i.networks.prior import Prior
 from t2i.networks.unet_decoder import UNetDecoder
@@ -137,7 +137,7 @@ def places(pipeline_folder: Path, runs: Path, public: dict[str, Path], tmp_path:
         *((pipeline / name, WEIGHTS, lambda _: Text2ImagePipeline.from_pretrained(pipeline)) for name in MODELS),
         *((stages / name / "model", WEIGHTS, loaders[name]) for name in MODELS),
         *(
-            (stages / name / "model", WEIGHTS, lambda _: assemble_folder(stages, tmp_path / "assembled"))
+            (stages / name / "model", WEIGHTS, lambda _: assemble_pipeline_folder(stages, tmp_path / "assembled"))
             for name in MODELS
         ),
         (vae, WEIGHTS, load_autoencoder),
@@ -286,8 +286,8 @@ TRICKS = [
 
 def test_names_that_are_paths_on_any_system_are_refused():
     others = [7, None, ["x"], True]
-    refused = [bool(refusal(check_name, "adapter", trick)) for trick in [*TRICKS, *others]]
-    assert check_name("adapter", "my_style-1.0.safetensors") == "my_style-1.0.safetensors"
+    refused = [bool(refusal(check_file_name, "adapter", trick)) for trick in [*TRICKS, *others]]
+    assert check_file_name("adapter", "my_style-1.0.safetensors") == "my_style-1.0.safetensors"
     record("B2 name that is a path", len(refused), sum(refused))
 
 
@@ -296,7 +296,7 @@ def test_an_index_names_files_of_its_own_folder_only(places):
     for folder, weights, load in (places[1], places[5], places[-2]):
         (folder / "outside.bin").write_bytes(b"")
         (folder / "odd.safetensors").mkdir()
-        tensors = list(read_header(folder / weights))
+        tensors = list(read_safetensors_header(folder / weights))
         for target in [*TRICKS, *(f"{trick}.safetensors" for trick in TRICKS if trick), "outside.bin", "a.pt", 7, None]:
             (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(tensors, target)}))
             OPENED.clear()
@@ -823,7 +823,7 @@ def test_what_is_no_model_folder_is_refused_at_once_and_by_name(tmp_path):
         lambda name: load_model(Prior, name),
         lambda name: load_clip(f"local-dir:{name}"),
         lambda name: load_clip(f"hf-hub:{name}"),
-        lambda name: assemble_folder(name, tmp_path / "out"),
+        lambda name: assemble_pipeline_folder(name, tmp_path / "out"),
     ]
     names = [str(tmp_path / name) for name in ("missing", "empty", "file", "link", "file/x")]
     names += ["someone/model", "no-such-model", "x" * 5000, "a\0b", "a/b/c/d", "../x", "\udcff"]
@@ -843,7 +843,7 @@ def test_without_a_network_no_loader_waits(tmp_path, monkeypatch, silent):
     """Not told to be offline: the hub is a port where nobody listens, or where nobody answers."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("t2i.files.untrusted.PATIENCE", 0.5)
+    monkeypatch.setattr("t2i.files.hub.HUB_TIMEOUT", 0.5)
     said = []
     with socket.socket() as hub:
         hub.bind(("127.0.0.1", 0))

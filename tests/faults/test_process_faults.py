@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from t2i.training.common.checkpoint import load_checkpoint, newest_checkpoint
+from t2i.training.common.checkpoint import find_newest_checkpoint, load_checkpoint
 
 from t2i.errors import InputError, RunError
 
@@ -62,7 +62,7 @@ def test_ten_steps_in_a_row_that_are_not_finite_stop_the_run_with_what_it_saw(tm
     with pytest.raises(RunError, match=r"10 steps in a row .* with the samples number-\d+, .*skipped\.jsonl"):
         tiny_run.run(tmp_path, "nans:0:4", "steps=40")
     assert [row["step"] for row in rows(tmp_path / "skipped.jsonl")] == list(range(4, 14))
-    path, problems = newest_checkpoint(tmp_path / "checkpoints")
+    path, problems = find_newest_checkpoint(tmp_path / "checkpoints")
     assert not problems and all(value.isfinite().all() for value in load_checkpoint(path).tensors["model"].values())
 
 
@@ -142,7 +142,7 @@ def test_processes_that_disagree_or_are_too_many_are_refused_before_step_1(tmp_p
 def test_a_signal_to_one_process_saves_and_stops_all(tmp_path):
     status, output = finish(start(tmp_path, "signal:1:5", processes=2))
     assert status != 0 and "stopped at step 5 of 12" in output
-    path, problems = newest_checkpoint(tmp_path / "checkpoints")
+    path, problems = find_newest_checkpoint(tmp_path / "checkpoints")
     assert path.name == "step-00000005" and not problems
     status, _ = finish(start(tmp_path, processes=2))
     assert status == 0
@@ -199,7 +199,7 @@ def test_a_signal_to_the_whole_tree_saves_too(tmp_path, processes):
     status, output = finish(process, 60)
     assert status == (75 if processes == 1 else status) and status != 0 and "stopped at step" in output, output
     stopped = int(re.search(r"stopped at step (\d+)", output)[1])
-    path, problems = newest_checkpoint(tmp_path / "checkpoints")
+    path, problems = find_newest_checkpoint(tmp_path / "checkpoints")
     assert path.name == f"step-{stopped:08}" and not problems
 
 

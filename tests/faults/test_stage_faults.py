@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from t2i.training.common.checkpoint import newest_checkpoint
+from t2i.training.common.checkpoint import find_newest_checkpoint
 
 from t2i import STAGES
 
@@ -57,7 +57,7 @@ def test_a_stage_that_is_stopped_ends_bit_for_bit_like_the_unbroken_run(
         status, output = finish(process, 120)
         if processes == 1:
             assert status == (75 if number == signal.SIGTERM else -9), output
-        path, problems = newest_checkpoint(folder / "checkpoints")
+        path, problems = find_newest_checkpoint(folder / "checkpoints")
         assert not problems and path.name < f"step-{STEPS:08}", "it was over before it was stopped"
         status, output = finish(launch(stage, shapes, folder, runs, processes, workers), 300)
         assert status == 0 and "resuming from" in output, output

@@ -20,12 +20,12 @@ from torch.distributed.fsdp import fully_shard
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from t2i.training.common.loop import Stage, fit, start
+from t2i.training.common.loop import Stage, build_accelerator, fit
 
 from t2i.config import TrainConfig  # noqa: E402
 from t2i.data import Batch  # noqa: E402
-from t2i.errors import InputError, reported  # noqa: E402
-from t2i.runtime.launch import end_group
+from t2i.errors import InputError, report_errors  # noqa: E402
+from t2i.runtime.launch import end_process_group
 
 SIZE = 40
 SETTINGS = {
@@ -53,14 +53,14 @@ class Numbers(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return self.size
 
-    def key(self, index: int) -> str:
+    def sample_key(self, index: int) -> str:
         return f"number-{index:02}"
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> Batch:
         if self.sleeps and keys[0][1] >= self.sleeps:
             time.sleep(1000)
         rows = [torch.randn(8, generator=torch.Generator().manual_seed(index)) for index, _ in keys]
-        bad = [(self.key(index), "gone") for index, draw in keys if (draw * 7919 % 1000) / 1000 < self.rejected]
+        bad = [(self.sample_key(index), "gone") for index, draw in keys if (draw * 7919 % 1000) / 1000 < self.rejected]
         return Batch(torch.tensor([index for index, _ in keys]), image=torch.stack(rows), rejected=bad)
 
 
@@ -101,7 +101,7 @@ def run(output: Path, *arguments: str) -> None:
     workers, kind = int(pairs.pop("workers", 0)), pairs.pop("kind", "plain")
     types = {name: type(value) for name, value in vars(TrainConfig(output="x")).items()}
     config = TrainConfig(output=str(output), **{**SETTINGS, **{k: types[k](v) for k, v in pairs.items()}})
-    accelerator = start(config)
+    accelerator = build_accelerator(config)
     step, data = 0, Numbers(size, rejected)
 
     def loss(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
@@ -176,6 +176,6 @@ def broken(fault: str, value: torch.Tensor, now: bool, output: Path) -> torch.Te
 
 
 if __name__ == "__main__":
-    with reported():
+    with report_errors():
         run(Path(sys.argv[1]), *sys.argv[2:])
-        end_group()
+        end_process_group()

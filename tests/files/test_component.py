@@ -8,7 +8,7 @@ import torch
 from diffusers import PriorTransformer
 
 from t2i.errors import InputError
-from t2i.files.component import Component, filled
+from t2i.files.component import Component, load_from_components
 
 TINY = {"num_attention_heads": 2, "attention_head_dim": 4, "num_layers": 1, "embedding_dim": 8, "num_embeddings": 5}
 
@@ -33,7 +33,7 @@ class Holder(torch.nn.Module):
 
 def test_a_model_is_filled_with_the_stored_tensors_in_the_stored_dtype(folder: Path) -> None:
     part = Component(folder)
-    model = filled(lambda: Holder(part.settings()), {"net.": part}, extra=("null",))
+    model = load_from_components(lambda: Holder(part.get_config_arguments()), {"net.": part}, extra=("null",))
     stored = PriorTransformer.from_pretrained(folder, torch_dtype=torch.float16).state_dict()
     for name, tensor in stored.items():
         assert torch.equal(model.state_dict()["net." + name], tensor)
@@ -44,7 +44,9 @@ def test_a_model_is_filled_with_the_stored_tensors_in_the_stored_dtype(folder: P
 
 def test_another_dtype_is_that_of_every_tensor(folder: Path) -> None:
     part = Component(folder)
-    model = filled(lambda: Holder(part.settings()), {"net.": part}, torch.float32, extra=("null",))
+    model = load_from_components(
+        lambda: Holder(part.get_config_arguments()), {"net.": part}, torch.float32, extra=("null",)
+    )
     assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
 
 
@@ -56,7 +58,9 @@ def test_a_tensor_too_many_or_too_few_or_of_another_shape_is_refused_by_name(fol
         ({"added_emb_type": None}, "unknown tensors.*prd_embedding"),
     ):
         with pytest.raises(InputError, match=f"prior' .*{message}|{message}"):
-            filled(partial(Holder, {**part.settings(), **change}), {"net.": part}, extra=("null",))
+            load_from_components(
+                partial(Holder, {**part.get_config_arguments(), **change}), {"net.": part}, extra=("null",)
+            )
 
 
 def test_weights_that_are_not_finite_are_refused(folder: Path) -> None:
@@ -65,7 +69,7 @@ def test_weights_that_are_not_finite_are_refused(folder: Path) -> None:
     model.save_pretrained(folder)
     part = Component(folder)
     with pytest.raises(InputError, match="NaN or infinity"):
-        filled(lambda: Holder(part.settings()), {"net.": part}, extra=("null",))
+        load_from_components(lambda: Holder(part.get_config_arguments()), {"net.": part}, extra=("null",))
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import open_clip
 import torch
-from t2i.pipelines.jobs.assemble import assemble_folder
+from t2i.pipelines.jobs.assemble import assemble_pipeline_folder
 from torch import nn
 
 from t2i.interop.dalle2_convert import convert_dalle2
@@ -55,4 +55,4 @@ def dalle2(folder: Path) -> None:
         (parts / f"{name}.json").write_text(json.dumps({name: settings}))
         convert_dalle2(parts / f"{name}.pth", parts / f"{name}.json", parts / name)
     folder.rmdir()
-    assemble_folder(parts, folder)
+    assemble_pipeline_folder(parts, folder)

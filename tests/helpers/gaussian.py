@@ -3,7 +3,7 @@
 import torch
 from diffusers import DDIMScheduler
 
-from t2i.diffusion.process import levels, said
+from t2i.diffusion.process import alpha_sigma, x0_to_prediction
 
 SCHEDULES = {
     "linear": {"beta_schedule": "linear"},
@@ -34,13 +34,13 @@ class Gaussian:
 
     def clean(self, scheduler, x, t):
         """E[x_0 | x_t]; t: () ."""
-        alpha, sigma = levels(scheduler, t, x)
+        alpha, sigma = alpha_sigma(scheduler, t, x)
         noisy = alpha**2 * self.covariance + sigma**2 * torch.eye(len(self.mean)).double()
         return self.mean + torch.linalg.solve(noisy, (x - alpha * self.mean).T).T @ self.covariance * alpha
 
     def denoiser(self, scheduler):
         """The exact one, as a `Predict`."""
-        return lambda x, t: said(scheduler, self.clean(scheduler, x, t), x, t)
+        return lambda x, t: x0_to_prediction(scheduler, self.clean(scheduler, x, t), x, t)
 
     def standardised(self, x):
         """Samples as they would be N(0, 1) in each of D independent directions."""

@@ -10,9 +10,9 @@ from diffusers import DDIMScheduler, DDPMScheduler, UnCLIPScheduler
 from torch import Generator, Tensor
 
 from t2i.diffusion.condition import TextEncoding
-from t2i.diffusion.ddim import ExactDDIMScheduler, like
+from t2i.diffusion.ddim import ExactDDIMScheduler, build_scheduler_like
 from t2i.diffusion.respaced import UnCLIPRespacedScheduler
-from t2i.diffusion.samplers import make_sampler
+from t2i.diffusion.samplers import build_sampler
 from t2i.files.component import Component
 from t2i.networks.public.karlo import KarloDecoder
 from t2i.networks.public.super_resolution import SuperResolution
@@ -43,7 +43,7 @@ class Said:
 
 def our_decoder(folder: Path, dtype: torch.dtype | None = None) -> KarloDecoder:
     decoder = KarloDecoder.from_components(Component(folder / "decoder"), Component(folder / "text_proj"), dtype)
-    decoder.take_null(Said())
+    decoder.set_null_condition(Said())
     return decoder
 
 
@@ -123,8 +123,8 @@ def schedulers(name: str, theirs: UnCLIPScheduler) -> tuple[Any, Any]:
     if name == "ddpm":
         kind = theirs.config.variance_type if theirs.config.variance_type == "learned_range" else "fixed_small"
         expected = DDPMScheduler(timestep_spacing="linspace", variance_type=kind, **settings)
-        return make_sampler("ddpm", ours, kind == "learned_range"), expected
+        return build_sampler("ddpm", ours, kind == "learned_range"), expected
     # diffusers' own DDIM leads from each timestep to the next only if they are spaced so, and divide the training's.
-    return like(ExactDDIMScheduler, ours, timestep_spacing="trailing"), DDIMScheduler(
+    return build_scheduler_like(ExactDDIMScheduler, ours, timestep_spacing="trailing"), DDIMScheduler(
         timestep_spacing="trailing", **settings
     )

@@ -16,7 +16,7 @@ from t2i.pipelines.jobs.convert import convert_folder
 from t2i.pipelines.text2image import Text2ImagePipeline
 
 from t2i import cli
-from t2i.diffusion.inpainting import known_latents
+from t2i.diffusion.inpainting import concat_masked_latents
 from t2i.errors import InputError
 from t2i.interop.pickles import convert_weights, read_pickle
 from tests.helpers.dalle2_folders import dalle2
@@ -257,7 +257,9 @@ def test_parity_finds_a_difference_and_ends_with_status_1(
 def test_parity_of_a_decoder_that_inpaints_gives_it_half_of_a_picture(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr("t2i.interop.parity.known_latents", lambda latents, mask: known_latents(latents, 1 - mask))
+    monkeypatch.setattr(
+        "t2i.interop.parity.known_latents", lambda latents, mask: concat_masked_latents(latents, 1 - mask)
+    )
     decoder, prior = kandinsky_22_inpaint(), kandinsky_22_prior()
     assert run(monkeypatch, "parity", decoder, "--prior", prior, "--steps", 2) == 1
     found = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines()[:-1])

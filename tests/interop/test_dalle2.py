@@ -14,18 +14,18 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from t2i.diffusion.condition import ImageCondition, TextEncoding
-from t2i.diffusion.ddim import ExactDDIMScheduler, like
-from t2i.diffusion.denoiser import sample
-from t2i.diffusion.guidance import guided
-from t2i.diffusion.samplers import make_sampler
+from t2i.diffusion.ddim import ExactDDIMScheduler, build_scheduler_like
+from t2i.diffusion.denoiser import sample_from_noise
+from t2i.diffusion.guidance import build_guided_predict
+from t2i.diffusion.samplers import build_sampler
 from t2i.diffusion.stored_schedulers import load_scheduler
 from t2i.errors import InputError
 from t2i.files.model_folder import load_model
 from t2i.interop.dalle2_convert import convert_dalle2
-from t2i.interop.dalle2_files import read_dalle2
+from t2i.interop.dalle2_files import read_dalle2_file
 from t2i.networks.dalle2.decoder import DALLE2Cascade, DALLE2Decoder, DALLE2Pixels
 from t2i.networks.dalle2.prior import DALLE2Prior
-from t2i.sampling.sample import decoder_predict, sample_prior
+from t2i.sampling.sample import build_decoder_predict, sample_prior
 from tests.helpers import dalle2_reference
 from tests.helpers.dalle2_reference import Replay, randomised, reference
 
@@ -138,19 +138,19 @@ def test_ancestral_sampling_of_the_prior_is_the_packages(
     wanted = replayed(
         monkeypatch, noises, lambda: theirs.p_sample_loop((2, WIDTH), text_cond=condition, cond_scale=scale)
     )
-    predict = guided(ours, text, ours.null(2), scale, scheduler)
+    predict = build_guided_predict(ours, text, ours.null(2), scale, scheduler)
     steps = [*noises[1:STEPS], noises[STEPS]]  # theirs draws one in the last step too, and adds nothing of it
-    got = ancestral(predict, make_sampler("ddpm", scheduler), noises[0], steps, monkeypatch)
+    got = ancestral(predict, build_sampler("ddpm", scheduler), noises[0], steps, monkeypatch)
     # The package hands on what the sampler ends with; here z_i has unit length, as the decoders were trained with it.
     torch.testing.assert_close(got / WIDTH**0.5, wanted, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(ours.unscale(got), F.normalize(wanted, dim=-1), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours.unscale_image_embeds(got), F.normalize(wanted, dim=-1), atol=1e-4, rtol=1e-4)
 
 
 def ancestral(predict: Any, scheduler: Any, start: Tensor, noises: list[Tensor], patch: pytest.MonkeyPatch) -> Tensor:
     replay = Replay(noises)
     with patch.context() as context:
         context.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", replay)
-        return sample(predict, scheduler, start, STEPS)
+        return sample_from_noise(predict, scheduler, start, STEPS)
 
 
 class Given(ExactDDIMScheduler):
@@ -191,11 +191,11 @@ def test_ddim_of_the_prior_is_the_packages_but_for_its_noise_levels_which_are_on
     off = draw()
     theirs.noise_scheduler.alphas_cumprod_prev = theirs.noise_scheduler.alphas_cumprod
     wanted = draw()
-    predict = guided(ours, text, ours.null(2), scale, scheduler)
-    sampler = like(Given, scheduler).at(times[:-1], -1)
+    predict = build_guided_predict(ours, text, ours.null(2), scale, scheduler)
+    sampler = build_scheduler_like(Given, scheduler).at(times[:-1], -1)
     with monkeypatch.context() as patch:
         patch.setattr("t2i.diffusion.ddim.randn_tensor", Replay(noises[1:] + [torch.zeros(2, WIDTH)]))
-        got = sample(predict, sampler, noises[0], steps, eta=1.0) / WIDTH**0.5
+        got = sample_from_noise(predict, sampler, noises[0], steps, eta=1.0) / WIDTH**0.5
     torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
     assert (off - wanted).abs().max() > 1e-3
 
@@ -211,7 +211,7 @@ def test_a_prior_of_another_kind_of_picture_has_a_caption_of_any_length_and_a_ba
     alone = sample_prior(ours, scheduler, first, None, 3, 2.0, [torch.Generator().manual_seed(1)])
     torch.testing.assert_close(both[:1], alone, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(both.norm(dim=-1), torch.ones(2))
-    torch.testing.assert_close(ours.unscale(ours.scale(both)), both)
+    torch.testing.assert_close(ours.unscale_image_embeds(ours.scale_image_embeds(both)), both)
 
 
 UNETS = {
@@ -267,8 +267,8 @@ def test_ancestral_sampling_of_the_decoder_is_the_packages_but_for_its_guided_va
         noises,
         lambda: theirs.sample(image_embed=z_i, text_encodings=text.states, cond_scale=scale),
     )
-    predict = guided(ours, ImageCondition(z_i, text), ours.null(2), scale, scheduler)
-    sampler = make_sampler("ddpm", scheduler, learned)
+    predict = build_guided_predict(ours, ImageCondition(z_i, text), ours.null(2), scale, scheduler)
+    sampler = build_sampler("ddpm", scheduler, learned)
     assert isinstance(sampler, DDPMScheduler) and sampler.config.clip_sample
     got = (pixels.decode(ancestral(predict, sampler, noises[0], noises[1:], monkeypatch)) + 1) / 2
     if learned and scale != 1:
@@ -294,8 +294,8 @@ def test_ddim_of_the_decoder_is_the_packages_but_for_its_timesteps_which_end_bef
         [start, *unused],
         lambda: theirs.sample(image_embed=z_i, text_encodings=text.states, cond_scale=scale),
     )
-    predict = guided(ours, ImageCondition(z_i, text), ours.null(2), scale, scheduler)
-    got = sample(predict, like(Given, scheduler).at(times[:-1], 0), start, steps)
+    predict = build_guided_predict(ours, ImageCondition(z_i, text), ours.null(2), scale, scheduler)
+    got = sample_from_noise(predict, build_scheduler_like(Given, scheduler).at(times[:-1], 0), start, steps)
     torch.testing.assert_close((got + 1) / 2, wanted, atol=1e-4, rtol=1e-4)
 
 
@@ -317,11 +317,11 @@ def test_the_cascade_draws_what_the_package_draws(
         [*before, start, *later],
         lambda: theirs.sample(image=(small + 1) / 2, image_embed=z_i, start_at_unet_number=2),
     )
-    cascade.all_schedulers[0] = make_sampler("ddpm", cascade.scheduler)
+    cascade.all_schedulers[0] = build_sampler("ddpm", cascade.scheduler)
     with monkeypatch.context() as patch:
         patch.setattr("t2i.networks.dalle2.decoder.draw_noise", Replay(before))
         patch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", Replay(later))
-        got = cascade.draw(small, [torch.Generator(), torch.Generator()], STEPS, start)
+        got = cascade.draw_images(small, [torch.Generator(), torch.Generator()], STEPS, start)
     torch.testing.assert_close((got + 1) / 2, wanted.clamp(0, 1), atol=1e-4, rtol=1e-4)
 
 
@@ -330,8 +330,8 @@ def test_a_picture_of_the_cascade_does_not_depend_on_its_batch(tmp_path: Path) -
     options = {"image_sizes": [8, 16, 32], "use_noise_for_lowres_cond": [True, False]}
     _, _, cascade = our_decoder(their_decoder(unets, **options), tmp_path, unets, **options)
     small = noise(2, 3, 8, 8)
-    both = cascade.draw(small, [torch.Generator().manual_seed(seed) for seed in (1, 2)], 3)
-    alone = cascade.draw(small[1:], [torch.Generator().manual_seed(2)], 3)
+    both = cascade.draw_images(small, [torch.Generator().manual_seed(seed) for seed in (1, 2)], 3)
+    alone = cascade.draw_images(small[1:], [torch.Generator().manual_seed(2)], 3)
     assert both.shape == (2, 3, 32, 32) and both.abs().max() <= 1
     # Early steps divide by next to nothing, which enlarges the last bit; another noise would differ by about 1.
     torch.testing.assert_close(both[1:], alone, atol=2e-2, rtol=0)
@@ -349,8 +349,10 @@ def test_weights_that_are_only_there_while_they_are_needed_change_nothing(tmp_pa
 
     def draw() -> Tensor:
         z_i = sample_prior(prior, steps, text, None, 2, 2.0, [torch.Generator().manual_seed(1) for _ in range(2)])
-        x = sample(decoder_predict(decoder, scheduler, z_i, text, 2.0), scheduler, noise(2, 3, 8, 8), 2)
-        return cascade.draw(x, [torch.Generator().manual_seed(1) for _ in range(2)], 2)
+        x = sample_from_noise(
+            build_decoder_predict(decoder, scheduler, z_i, text, 2.0), scheduler, noise(2, 3, 8, 8), 2
+        )
+        return cascade.draw_images(x, [torch.Generator().manual_seed(1) for _ in range(2)], 2)
 
     expected = draw()
     for part in (prior, decoder, cascade):
@@ -477,8 +479,8 @@ def test_the_release_is_read_of_the_version_that_any_packaging_pickled(
     with monkeypatch.context() as patch:
         torch.save({"model": state, "version": old_version((1, 1, 0), patch)}, tmp_path / "old.pth")
     torch.save({"model": state, "version": now}, tmp_path / "new.pth")
-    assert read_dalle2(tmp_path / "old.pth").release == (1, 1, 0)
-    assert read_dalle2(tmp_path / "new.pth").release == (1, 15, 6)
+    assert read_dalle2_file(tmp_path / "old.pth").release == (1, 1, 0)
+    assert read_dalle2_file(tmp_path / "new.pth").release == (1, 15, 6)
 
 
 PUBLISHED: dict[str, tuple[dict, dict]] = {
@@ -560,12 +562,12 @@ def test_a_file_that_is_damaged_compressed_or_no_file_of_torch_is_refused(tmp_pa
         for entry in whole.infolist():
             packed.writestr(entry.filename, whole.read(entry))
     with pytest.raises(InputError, match="is compressed"):
-        read_dalle2(tmp_path / "packed.pth")
+        read_dalle2_file(tmp_path / "packed.pth")
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(InputError, match="is no file of torch.save"):
-        read_dalle2(path)
+        read_dalle2_file(path)
     with pytest.raises(InputError, match="no file"):
-        read_dalle2(tmp_path / "missing.pth")
+        read_dalle2_file(tmp_path / "missing.pth")
 
 
 @pytest.mark.parametrize(

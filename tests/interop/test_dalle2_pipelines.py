@@ -16,11 +16,11 @@ from t2i.pipelines import (
     InterpolationPipeline,
     Text2ImagePipeline,
 )
-from t2i.pipelines.jobs.assemble import assemble
+from t2i.pipelines.jobs.assemble import assemble_pipeline
 from t2i.pipelines.jobs.convert import convert_folder
 
 from t2i import cli
-from t2i.diffusion.samplers import make_sampler
+from t2i.diffusion.samplers import build_sampler
 from t2i.errors import InputError
 from t2i.interop.dalle2_convert import convert_dalle2
 from t2i.networks.clip import CLIP
@@ -149,7 +149,7 @@ def test_text_to_image_does_what_the_stages_of_the_package_do(pipeline: Text2Ima
     alone = pipeline(PROMPTS[0], generator=generators(1), output_type="pt", **few(pipeline))
     torch.testing.assert_close(alone.image_embeds, both.image_embeds[:1], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(alone.images, both.images[:1], atol=2e-2, rtol=0)  # see the test of the cascade
-    assert pipeline.usual == {"num_inference_steps": 100, "guidance_scale": 1.7}
+    assert pipeline.default_decoder_options == {"num_inference_steps": 100, "guidance_scale": 1.7}
 
 
 @pytest.mark.parametrize("scale", [1.0, 1.7])
@@ -194,8 +194,8 @@ def test_the_final_picture_is_the_packages(
         torch.save(model.state_dict(), tmp_path / f"{name}.pth")
         (tmp_path / f"{name}.json").write_text(json.dumps(settings))
         convert_dalle2(tmp_path / f"{name}.pth", tmp_path / f"{name}.json", tmp_path / name)
-    made = assemble(tmp_path)
-    made.autoencoder.all_schedulers[0] = make_sampler("ddpm", made.autoencoder.scheduler)
+    made = assemble_pipeline(tmp_path)
+    made.autoencoder.all_schedulers[0] = build_sampler("ddpm", made.autoencoder.scheduler)
     steps = {"num_inference_steps": STEPS, "prior_num_inference_steps": STEPS, "super_res_num_inference_steps": STEPS}
     scales = {"guidance_scale": scale, "prior_guidance_scale": scale, "sampler": "ddpm", "prior_sampler": "ddpm"}
     starts = dict(zip(("prior_latents", "latents", "super_res_latents"), (stage[0] for stage in noises)))
@@ -255,7 +255,7 @@ def test_a_clip_of_another_width_is_refused(files: Path, tmp_path: Path, tiny: l
     other.tokenizer = CLIP.from_pretrained(tmp_path / "prior" / "clip").tokenizer
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(InputError, match="the prior reads token states of 24 dimensions, the CLIP's have 16"):
-        assemble(
+        assemble_pipeline(
             tmp_path,
             prior=str(tmp_path / "prior"),
             decoder=str(tmp_path / "decoder"),

@@ -12,8 +12,8 @@ import torch
 from t2i.pipelines.text2image import Text2ImagePipeline
 
 from t2i.errors import InputError
-from t2i.interop.fetching import fetched_model
-from t2i.interop.parts import find
+from t2i.interop.fetching import fetch_model_folder
+from t2i.interop.parts import find_public_part
 from tests.helpers.kandinsky_folders import kandinsky_22_combined, kandinsky_22_decoder, tiny_kandinsky_unet
 from tests.helpers.public_folders import tiny_prior_transformer
 
@@ -63,8 +63,8 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Pat
     def made(folder: Path) -> Hub:
         hub = Hub(tmp_path)
         shutil.copytree(folder, hub.place)
-        monkeypatch.setattr("t2i.files.untrusted.constants.HF_HUB_OFFLINE", False)
-        monkeypatch.setattr("t2i.files.untrusted.HfApi", lambda: hub)
+        monkeypatch.setattr("t2i.files.hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("t2i.files.hub.HfApi", lambda: hub)
         monkeypatch.setattr("t2i.interop.fetching.snapshot_download", hub.snapshot_download)
         return hub
 
@@ -113,13 +113,13 @@ def test_a_part_that_is_a_pickle_alone_is_refused_before_weights_are_fetched(ind
         asked += ".index.json"
         hub.add(asked)
     how = f"`hf download {NAME} --local-dir FOLDER` and `t2i convert FOLDER/{asked}` make that of it"
-    for fetch in (Text2ImagePipeline.from_pretrained, lambda name: find(name, ("unet",))):
+    for fetch in (Text2ImagePipeline.from_pretrained, lambda name: find_public_part(name, ("unet",))):
         hub.fetched.clear()
         with pytest.raises(InputError) as caught:
             fetch(NAME)
         assert str(caught.value) == f"{NAME!r} on the hub has {asked!r}, but only .safetensors is loaded; {how}"
         assert hub.weights() == []
-    find(NAME, ("movq",))  # which is there
+    find_public_part(NAME, ("movq",))  # which is there
 
 
 def test_weights_that_come_in_another_variant_alone_are_told(repository):
@@ -165,17 +165,17 @@ def test_a_prior_alone_is_fetched_for_training_too(repository, tmp_path):
     tiny_prior_transformer().save_pretrained(tmp_path / "prior")
     hub = repository(tmp_path / "prior")
     hub.add("pytorch_lora_weights.safetensors")
-    found = find(NAME, ("prior",), ("text_tower",))
+    found = find_public_part(NAME, ("prior",), ("text_tower",))
     assert found is not None and found.folder == hub.snapshot
     assert hub.weights() == ["diffusion_pytorch_model.safetensors"]
 
 
 def test_the_list_is_that_of_the_revision_and_is_not_asked_for_without_the_hub(repository):
     hub = repository(kandinsky_22_decoder())
-    fetched_model(NAME, revision="v1", token="secret")
+    fetch_model_folder(NAME, revision="v1", token="secret")
     assert [(one["revision"], one["token"]) for one in hub.asked] == [("v1", "secret")]
     hub.fetched.clear()
     hub.add("checkpoint.safetensors")
-    fetched_model(NAME, local_files_only=True)
+    fetch_model_folder(NAME, local_files_only=True)
     assert len(hub.asked) == len(hub.fetched) == 1
     assert "checkpoint.safetensors" in hub.fetched[0]

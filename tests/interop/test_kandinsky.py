@@ -20,16 +20,16 @@ from diffusers.pipelines.kandinsky2_2 import pipeline_kandinsky2_2_inpainting
 from torch import Generator, Tensor, nn
 
 from t2i.diffusion.condition import ImageCondition, TokenStates
-from t2i.diffusion.denoiser import draw_noise, sample
-from t2i.diffusion.inpainting import blend, known_latents
-from t2i.diffusion.loss import diffusion_loss, drop
-from t2i.diffusion.process import noise_scheduler
+from t2i.diffusion.denoiser import generate_noise, sample_from_noise
+from t2i.diffusion.inpainting import build_blend_callback, concat_masked_latents
+from t2i.diffusion.loss import compute_diffusion_loss, drop_condition
+from t2i.diffusion.process import build_noise_scheduler
 from t2i.errors import InputError
 from t2i.files.component import Component
 from t2i.networks.public.kandinsky import KandinskyDecoder
 from t2i.networks.public.movq import MoVQ
 from t2i.networks.public.multilingual_clip import MultilingualCLIP
-from t2i.sampling.sample import decoder_predict
+from t2i.sampling.sample import build_decoder_predict
 from tests.helpers.kandinsky_folders import (
     KANDINSKY_LATENTS,
     kandinsky_21_decoder,
@@ -79,7 +79,9 @@ def decoder(version: str, masks: bool = False) -> KandinskyDecoder:
     """As the door loads it, with a CLIP that says ZERO of the zero picture."""
     folder = FOLDERS[version, masks]()
     made = KandinskyDecoder.from_component(Component(folder / "unet", folder))
-    made.take_null(SimpleNamespace(zero_embedding=lambda: ZERO), text_encoder() if version == "2.1" else None)
+    made.set_null_condition(
+        SimpleNamespace(encode_zero_image=lambda: ZERO), text_encoder() if version == "2.1" else None
+    )
     return made
 
 
@@ -95,10 +97,10 @@ def ours(
     """Latents as this project draws them."""
     model, scheduler = decoder(version, known is not None), SCHEDULERS[name]
     text = text_encoder().encode(PROMPTS[:count]) if version == "2.1" else None
-    predict = decoder_predict(model, scheduler, Z_I[:count], text, scale, known=known)
+    predict = build_decoder_predict(model, scheduler, Z_I[:count], text, scale, known=known)
     own = generators(count)
-    noise = draw_noise((4, KANDINSKY_LATENTS, KANDINSKY_LATENTS), own, torch.device("cpu"))
-    return sample(predict, scheduler, noise, steps, own, **more)
+    noise = generate_noise((4, KANDINSKY_LATENTS, KANDINSKY_LATENTS), own, torch.device("cpu"))
+    return sample_from_noise(predict, scheduler, noise, steps, own, **more)
 
 
 def reference(kind: type, masks: bool = False, name: str = "ddpm"):
@@ -186,9 +188,9 @@ def test_2_2_inpaints_as_diffusers_does(name: str, scale: float) -> None:
     given = {"image": PICTURES[:1], "mask_image": MASK[:1].clone()}
     (theirs,) = pipeline(**given, **settings(scale, count=1))
     latents, mask = of_latents(slice(1))
-    noise = draw_noise(latents.shape[1:], generators(1), torch.device("cpu"))
-    hold = blend(SCHEDULERS[name], latents, mask, noise)
-    mine = ours("2.2", name, scale, known_latents(latents, mask), count=1, on_step=hold)
+    noise = generate_noise(latents.shape[1:], generators(1), torch.device("cpu"))
+    hold = build_blend_callback(SCHEDULERS[name], latents, mask, noise)
+    mine = ours("2.2", name, scale, concat_masked_latents(latents, mask), count=1, on_step=hold)
     same_pictures(mine, theirs)
 
 
@@ -198,7 +200,7 @@ def test_2_2_inpaints_as_diffusers_does(name: str, scale: float) -> None:
 def test_2_1_inpaints_a_batch_as_diffusers_does_which_does_not_blend(name: str, scale: float) -> None:
     pipeline = reference(KandinskyInpaintPipeline, True, name)
     (theirs,) = pipeline(PROMPTS, PICTURES, MASK.clone(), **settings(scale))
-    same_pictures(ours("2.1", name, scale, known_latents(*of_latents(slice(2)))), theirs)
+    same_pictures(ours("2.1", name, scale, concat_masked_latents(*of_latents(slice(2)))), theirs)
 
 
 @pytest.mark.usefixtures("mask_as_given")
@@ -207,8 +209,8 @@ def test_each_picture_of_a_batch_keeps_its_own_latents_where_diffusers_keeps_the
     pipeline = reference(KandinskyV22InpaintPipeline, True)
     (theirs,) = pipeline(image=PICTURES, mask_image=MASK.clone(), **settings(4.0) | {"output_type": "latent"})
     latents, mask = of_latents(slice(2))
-    noise = draw_noise(latents.shape[1:], generators(), torch.device("cpu"))
-    known, hold = known_latents(latents, mask), blend(SCHEDULERS["ddpm"], latents, mask, noise)
+    noise = generate_noise(latents.shape[1:], generators(), torch.device("cpu"))
+    known, hold = concat_masked_latents(latents, mask), build_blend_callback(SCHEDULERS["ddpm"], latents, mask, noise)
     mine = ours("2.2", "ddpm", 4.0, known, on_step=hold)
     close(mine[0], theirs[0])
     assert torch.equal(mine * (1 - mask), latents * (1 - mask))
@@ -227,13 +229,18 @@ def test_a_mask_stays_where_it_is_where_diffusers_grows_it_to_four_sides_and_two
     latents = random(1, 4, KANDINSKY_LATENTS, KANDINSKY_LATENTS, seed=5)
     mask = torch.zeros_like(latents[:, :1])
     mask[..., 2, 2] = 1
-    context = decoder("2.2", masks=True).prepare(ImageCondition(Z_I[:1], known=known_latents(latents, mask)))
-    assert torch.equal(context.known, torch.cat([latents * (1 - mask), 1 - mask], dim=1))
+    context = decoder("2.2", masks=True).prepare(
+        ImageCondition(Z_I[:1], masked_latents=concat_masked_latents(latents, mask))
+    )
+    assert torch.equal(context.masked_latents, torch.cat([latents * (1 - mask), 1 - mask], dim=1))
 
 
 def test_without_a_picture_an_inpainting_model_paints_everything() -> None:
     context = decoder("2.2", masks=True).prepare(ImageCondition(Z_I))
-    assert context.known.shape == (2, 5, KANDINSKY_LATENTS, KANDINSKY_LATENTS) and not context.known.any()
+    assert (
+        context.masked_latents.shape == (2, 5, KANDINSKY_LATENTS, KANDINSKY_LATENTS)
+        and not context.masked_latents.any()
+    )
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -264,7 +271,10 @@ def test_the_text_encoder_says_what_that_of_diffusers_says() -> None:
         close(mine.pooled, pooled)
         close(mine.states, states)
         assert mine.mask.all() and mine.mask.shape == (2, 77)
-    assert text_encoder().cut("a cat " * 60).startswith("cat") and text_encoder().cut("a cat") == ""
+    assert (
+        text_encoder().find_truncated_text("a cat " * 60).startswith("cat")
+        and text_encoder().find_truncated_text("a cat") == ""
+    )
 
 
 def test_the_null_is_the_zero_picture_and_the_empty_caption() -> None:
@@ -275,7 +285,7 @@ def test_the_null_is_the_zero_picture_and_the_empty_caption() -> None:
     close(null.text.pooled[2], empty.pooled[0])
     assert decoder("2.2").null(1).text is None
     with pytest.raises(InputError, match="needs its text_encoder"):
-        decoder("2.1").take_null(SimpleNamespace(zero_embedding=lambda: ZERO))
+        decoder("2.1").set_null_condition(SimpleNamespace(encode_zero_image=lambda: ZERO))
 
 
 def test_saved_and_loaded_they_are_the_same(tmp_path: Path) -> None:
@@ -311,7 +321,9 @@ def test_weights_that_are_only_there_while_they_are_needed_change_nothing() -> N
 
     def draw() -> Tensor:
         text = encoder.encode(PROMPTS, torch.device("cpu"))
-        latents = sample(decoder_predict(model, SCHEDULERS["ddim"], Z_I, text, 4.0), SCHEDULERS["ddim"], noise, 2)
+        latents = sample_from_noise(
+            build_decoder_predict(model, SCHEDULERS["ddim"], Z_I, text, 4.0), SCHEDULERS["ddim"], noise, 2
+        )
         with torch.no_grad():
             return coder.decode(latents)
 
@@ -327,14 +339,14 @@ def test_weights_that_are_only_there_while_they_are_needed_change_nothing() -> N
 def test_it_is_trained_as_our_decoders_are_with_its_null_for_what_is_dropped(version: str) -> None:
     model = fresh(version).train().requires_grad_(True)
     text = text_encoder().encode(PROMPTS) if version == "2.1" else None
-    condition = drop(ImageCondition(Z_I, text), model.null(2), 0.5)
+    condition = drop_condition(ImageCondition(Z_I, text), model.null(2), 0.5)
     x, gradients = random(2, 4, KANDINSKY_LATENTS, KANDINSKY_LATENTS, seed=8), []
     for checkpointing in (False, True):
         model.zero_grad()
         if checkpointing:
             model.enable_gradient_checkpointing()
         torch.manual_seed(0)
-        losses, _ = diffusion_loss(model, noise_scheduler({"beta_schedule": "linear"}), x, condition)
+        losses, _ = compute_diffusion_loss(model, build_noise_scheduler({"beta_schedule": "linear"}), x, condition)
         losses["loss"].backward()
         assert losses.keys() == {"loss", "bound"}
         gradients.append({name: one.grad.clone() for name, one in model.named_parameters()})

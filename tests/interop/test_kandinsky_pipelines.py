@@ -174,7 +174,7 @@ def test_what_is_usual_is_what_the_combined_pipeline_does_unasked(version: str) 
     mine = pipe(PROMPTS[:1], generator=generators(1), **STEPS, **ALONE, output_type="np")
     theirs = combined(version, "ddim")(PROMPTS[:1], generator=generators(1), **STEPS, **SIZE, output_type="np")
     close(mine.images, theirs.images)
-    assert (pipe.usual, pipe.image_size) == ({"num_inference_steps": 100, "guidance_scale": 4.0}, 16)
+    assert (pipe.default_decoder_options, pipe.image_size) == ({"num_inference_steps": 100, "guidance_scale": 4.0}, 16)
 
 
 @pytest.mark.parametrize("version", VERSIONS)

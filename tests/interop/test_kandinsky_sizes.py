@@ -9,9 +9,9 @@ from diffusers.pipelines.kandinsky.text_encoder import MCLIPConfig
 from diffusers.pipelines.kandinsky.text_encoder import MultilingualCLIP as TheirMultilingualCLIP
 from torch import nn
 
-from t2i.interop.prior_transformer import names_of, prior_settings
+from t2i.interop.prior_transformer import convert_prior_config, map_tensor_names
 from t2i.networks.prior import Prior
-from t2i.networks.public.kandinsky import KandinskyDecoder, described
+from t2i.networks.public.kandinsky import KandinskyDecoder, derive_kandinsky_config
 from t2i.networks.public.movq import MoVQ
 from t2i.networks.public.multilingual_clip import MultilingualCLIP
 
@@ -97,7 +97,7 @@ def linear(name: str, out: int, into: int) -> Shapes:
 def test_a_u_net_has_the_published_tensors(version: str, masks: bool) -> None:
     settings = UNET | CONDITIONS[version] | {"in_channels": 9 if masks else 4}
     with torch.device("meta"):
-        decoder = KandinskyDecoder(settings, **described(settings))
+        decoder = KandinskyDecoder(settings, **derive_kandinsky_config(settings))
         theirs = shapes(UNet2DConditionModel(**settings))
     ours = shapes(decoder, "unet.")
     assert ours == theirs
@@ -160,8 +160,8 @@ def test_a_prior_has_the_published_tensors(version: str, dimensions: int) -> Non
         wanted |= linear(f"{block}.ff.net.0.proj", 8192, 2048) | linear(f"{block}.ff.net.2", 2048, 8192)
     assert shapes(prior) == wanted and len(wanted) == 338
     with torch.device("meta"):
-        ours = shapes(Prior(**prior_settings({**settings, "embedding_dim": dimensions})))
-    names = names_of(settings["num_layers"])
+        ours = shapes(Prior(**convert_prior_config({**settings, "embedding_dim": dimensions})))
+    names = map_tensor_names(settings["num_layers"])
     assert sorted(name for parts in names.values() for name in parts) == sorted(wanted)
     assert ours.keys() == {*names, "null_embedding", "null_states"}
     for name, parts in names.items():  # a Prior has no batch of one, and one tensor for query, key and value

@@ -21,7 +21,7 @@ from torch import nn
 from t2i import cli
 from t2i.errors import InputError
 from t2i.files.component import Component
-from t2i.interop.layouts import USUAL_PRIORS
+from t2i.interop.layouts import DEFAULT_PRIORS
 from tests.helpers.kandinsky_folders import (
     kandinsky_21_combined,
     kandinsky_21_decoder,
@@ -131,7 +131,7 @@ def test_a_decoder_on_the_hub_finds_its_usual_prior(monkeypatch: pytest.MonkeyPa
     folders = {"kandinsky-community/kandinsky-2-2-decoder": kandinsky_22_decoder()}
     folders["kandinsky-community/kandinsky-2-2-prior"] = kandinsky_22_prior()
     monkeypatch.setattr(Text2ImagePipeline, "download", lambda name, **_: str(folders[name]))
-    assert USUAL_PRIORS["kandinsky-community/kandinsky-2-2-decoder"] in folders
+    assert DEFAULT_PRIORS["kandinsky-community/kandinsky-2-2-decoder"] in folders
     pipeline = Text2ImagePipeline.from_pretrained("kandinsky-community/kandinsky-2-2-decoder")
     assert pipeline.prior is not None and pipeline.clip.image_encoder is not None
 
@@ -253,7 +253,7 @@ def test_loading_holds_no_second_copy_of_a_component(tmp_path: Path, monkeypatch
     del prior
     gc.collect()
     before, peak = living(), 0
-    tensors = Component.tensors
+    tensors = Component.iterate_tensors
 
     def counted(part: Component, dtype: torch.dtype | None = None) -> Any:
         nonlocal peak
@@ -262,7 +262,7 @@ def test_loading_holds_no_second_copy_of_a_component(tmp_path: Path, monkeypatch
             if part.folder.name == "prior_prior" and number % 8 == 0:
                 peak = max(peak, living())
 
-    monkeypatch.setattr(Component, "tensors", counted)
+    monkeypatch.setattr(Component, "iterate_tensors", counted)
     pipeline = Text2ImagePipeline.from_pretrained(folder)
     assert pipeline.prior.dtype == torch.float16
     final = living()

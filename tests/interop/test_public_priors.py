@@ -23,19 +23,19 @@ from t2i.diffusion.respaced import UnCLIPRespacedScheduler
 from t2i.errors import InputError
 from t2i.files.component import Component
 from t2i.files.model_folder import load_model
-from t2i.files.untrusted import Stored, check_tensors
+from t2i.files.untrusted import TensorSpec, check_tensor_specs
 from t2i.interop.prior_transformer import (
-    Translated,
+    RenamedComponent,
+    convert_prior_config,
     load_prior_transformer,
-    names_of,
-    prior_settings,
-    read_settings,
+    map_tensor_names,
+    read_prior_config,
     to_prior_transformer,
 )
 from t2i.networks.prior import Prior
 from t2i.networks.public.eclipse import EclipsePrior
 from t2i.networks.public.transformers_clip import TransformersCLIP
-from t2i.sampling.embeddings import draw_embeddings, usual_guidance
+from t2i.sampling.embeddings import default_guidance_scale, sample_image_embeds
 from tests.helpers.kandinsky_folders import kandinsky_22_combined, kandinsky_22_prior
 from tests.helpers.public_folders import (
     EMBED_DIM,
@@ -113,8 +113,10 @@ def test_one_prediction_of_an_imported_prior_is_diffusers() -> None:
         whole, stepwise = prior(x, t, text), prior.step(x, t, prior.prepare(text))
     torch.testing.assert_close(whole, theirs, atol=1e-5, rtol=0)
     torch.testing.assert_close(stepwise, theirs, atol=1e-5, rtol=0)
-    torch.testing.assert_close(prior.unscale(x), tiny_prior_transformer().post_process_latents(x), atol=1e-6, rtol=0)
-    torch.testing.assert_close(prior.scale(prior.unscale(x)), x, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        prior.unscale_image_embeds(x), tiny_prior_transformer().post_process_latents(x), atol=1e-6, rtol=0
+    )
+    torch.testing.assert_close(prior.scale_image_embeds(prior.unscale_image_embeds(x)), x, atol=1e-5, rtol=0)
 
 
 def reference(kind: type, scheduler: Any, pad: str = "!") -> Any:
@@ -132,7 +134,7 @@ def reference(kind: type, scheduler: Any, pad: str = "!") -> Any:
 
 def drawn(prompts: list[str], negatives: list[str] | None, scheduler: Any, scale: float, x: Tensor) -> Tensor:
     text, away = clip().encode_text(prompts), None if negatives is None else clip().encode_text(negatives)
-    return draw_embeddings(imported(), scheduler, text, away, STEPS, scale, generators(len(prompts)), noise=x)
+    return sample_image_embeds(imported(), scheduler, text, away, STEPS, scale, generators(len(prompts)), noise=x)
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
@@ -209,7 +211,7 @@ def test_a_picture_does_not_depend_on_its_batch() -> None:
 
 def test_a_public_prior_is_guided_by_4_and_its_null_is_the_empty_caption() -> None:
     prior, empty = imported(), clip().encode_text([""])
-    assert usual_guidance(prior) == 4 and usual_guidance(None) == 2
+    assert default_guidance_scale(prior) == 4 and default_guidance_scale(None) == 2
     assert not prior.config.unit_length
     torch.testing.assert_close(prior.null(2).states[1], empty.states[0])
     torch.testing.assert_close(prior.null(2).embedding[1], empty.embedding[0])
@@ -259,7 +261,7 @@ def test_a_prior_exported_and_imported_again_is_the_same(tmp_path: Path, unit_le
     torch.testing.assert_close(theirs, wanted, atol=1e-5, rtol=0)
     z_i = loaded.post_process_latents(x)
     wanted_z_i = nn.functional.normalize(z_i, dim=-1) if unit_length else z_i
-    torch.testing.assert_close(wanted_z_i, prior.unscale(x), atol=1e-5, rtol=0)
+    torch.testing.assert_close(wanted_z_i, prior.unscale_image_embeds(x), atol=1e-5, rtol=0)
 
     again = load_prior_transformer(Component(tmp_path), UnitCLIP() if unit_length else None)
     assert isinstance(again, Prior) and again.config.unit_length == unit_length
@@ -349,15 +351,15 @@ def test_an_eclipse_prior_is_a_prior_transformer_whose_time_no_token_sees(tmp_pa
     text, x = clip().encode_text(prompts), noise(len(prompts), EMBED_DIM)
     with torch.no_grad():
         wanted = theirs(x, 7, **padded(text)).predicted_image_embedding
-    given = draw_embeddings(prior, None, text, None, 1, None, generators(len(prompts)), candidates=3, noise=x)
+    given = sample_image_embeds(prior, None, text, None, 1, None, generators(len(prompts)), candidates=3, noise=x)
     torch.testing.assert_close(given, wanted, atol=1e-5, rtol=0)
 
     own = torch.stack([torch.randn(EMBED_DIM, generator=one) for one in generators(len(prompts))])
     with torch.no_grad():
         wanted = theirs(own, 7, **padded(text)).predicted_image_embedding
-    free = draw_embeddings(prior, None, text, None, 1, None, generators(len(prompts)))
+    free = sample_image_embeds(prior, None, text, None, 1, None, generators(len(prompts)))
     torch.testing.assert_close(free, wanted, atol=1e-5, rtol=0)
-    best = draw_embeddings(prior, None, text, None, 1, None, generators(len(prompts)), candidates=4)
+    best = sample_image_embeds(prior, None, text, None, 1, None, generators(len(prompts)), candidates=4)
     cosines = [nn.functional.cosine_similarity(one, text.embedding) for one in (free, best)]
     assert (cosines[1] >= cosines[0] - 1e-6).all()
 
@@ -368,9 +370,9 @@ def test_an_eclipse_prior_is_saved_loaded_and_never_guided(tmp_path: Path, caplo
     prior.save_pretrained(tmp_path / "saved")
     again = load_model((Prior, EclipsePrior), tmp_path / "saved")
     text = clip().encode_text(CAPTIONS)
-    draws = [draw_embeddings(one, None, text, text, 1, 3.0, generators(4)) for one in (prior, again)]
+    draws = [sample_image_embeds(one, None, text, text, 1, 3.0, generators(4)) for one in (prior, again)]
     torch.testing.assert_close(*draws)
-    assert usual_guidance(prior) == 1
+    assert default_guidance_scale(prior) == 1
     assert "prior_guidance_scale has no effect: it cannot guide a prior of one pass" in caplog.text
 
 
@@ -416,7 +418,7 @@ class Described(Component):
 
     def __init__(self, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]):
         self.folder, self.root, self.config, self.files = Path("prior"), None, config, {}
-        self.held = {name: Stored("F16", shape) for name, shape in shapes.items()}
+        self.tensor_specs = {name: TensorSpec("F16", shape) for name, shape in shapes.items()}
 
 
 def published(dim: int) -> dict[str, tuple[int, ...]]:
@@ -446,11 +448,11 @@ def test_the_published_priors_have_the_listed_tensors_and_become_this_project_s(
     assert theirs == shapes and len(shapes) == 338
 
     part = Described(config, shapes)
-    settings = read_settings(part, 4)
+    settings = read_prior_config(part, 4)
     with torch.device("meta"):
-        prior = Prior(**prior_settings(settings))
+        prior = Prior(**convert_prior_config(settings))
     wanted = {name: one for name, one in prior.state_dict().items() if not name.startswith("null_")}
-    check_tensors(wanted, Translated(part, names_of(20)).held, part.folder)
+    check_tensor_specs(wanted, RenamedComponent(part, map_tensor_names(20)).tensor_specs, part.folder)
     assert sum(one.numel() for one in prior.parameters()) == sum(
         torch.Size(shape).numel() for name, shape in shapes.items() if not name.startswith("clip_")
     )
@@ -463,7 +465,7 @@ def test_the_published_eclipse_prior_becomes_this_project_s() -> None:
     shapes = {name: tuple(one.shape) for name, one in theirs.items() if not name.startswith("time_embedding.")}
     part = Described(config | {"additional_embeddings": 3}, shapes)
     with torch.device("meta"):
-        prior = EclipsePrior(**prior_settings(read_settings(part, 3)))
-    names = {ours: parts for ours, parts in names_of(10, time=False).items() if ours not in ("mean", "std")}
-    check_tensors(prior.state_dict(), Translated(part, names).held, part.folder)
+        prior = EclipsePrior(**convert_prior_config(read_prior_config(part, 3)))
+    names = {ours: parts for ours, parts in map_tensor_names(10, time=False).items() if ours not in ("mean", "std")}
+    check_tensor_specs(prior.state_dict(), RenamedComponent(part, names).tensor_specs, part.folder)
     assert 33e6 < sum(one.numel() for one in prior.parameters()) < 36e6  # "33 million" (Patel et al. 2023)

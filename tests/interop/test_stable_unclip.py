@@ -21,15 +21,15 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from t2i.diffusion.condition import ImageCondition
-from t2i.diffusion.loss import drop
-from t2i.diffusion.stored_schedulers import check_scheduler
+from t2i.diffusion.loss import drop_condition
+from t2i.diffusion.stored_schedulers import check_scheduler_folder
 from t2i.errors import InputError
 from t2i.files.component import Component
 from t2i.files.untrusted import read_config
 from t2i.networks.autoencoder import Autoencoder
-from t2i.networks.public.stable_unclip import StableUnCLIPDecoder, caption_encoder, latent_autoencoder
+from t2i.networks.public.stable_unclip import StableUnCLIPDecoder, load_caption_encoder, load_latent_autoencoder
 from t2i.networks.text_encoder import TextEncoder
-from t2i.sampling.sample import decoder_predict
+from t2i.sampling.sample import build_decoder_predict
 from tests.helpers.public_folders import EMBED_DIM, clip_vocabulary, tiny_text_tower
 from tests.helpers.stable_unclip_folders import stable_unclip, stable_unclip_images
 
@@ -75,14 +75,14 @@ def reference(images: bool = False) -> DiffusionPipeline:
 def ours(images: bool = False) -> tuple:
     """Decoder, text encoder, autoencoder."""
     folder = stable_unclip_images() if images else stable_unclip()
-    text_encoder = caption_encoder(Component(folder / "text_encoder", folder, stem="model"), folder / "tokenizer")
+    text_encoder = load_caption_encoder(Component(folder / "text_encoder", folder, stem="model"), folder / "tokenizer")
     decoder = decoder_of(folder)
-    decoder.take_null(None, text_encoder)
-    return decoder, text_encoder, latent_autoencoder(Component(folder / "vae", folder))
+    decoder.set_null_condition(None, text_encoder)
+    return decoder, text_encoder, load_latent_autoencoder(Component(folder / "vae", folder))
 
 
 def decoder_of(folder: Path) -> StableUnCLIPDecoder:
-    check_scheduler(folder / "image_noising_scheduler", "DDPMScheduler", folder)
+    check_scheduler_folder(folder / "image_noising_scheduler", "DDPMScheduler", folder)
     noising = read_config(folder / "image_noising_scheduler" / "scheduler_config.json")
     unet, normalizer = (Component(folder / name, folder) for name in ("unet", "image_normalizer"))
     return StableUnCLIPDecoder.from_components(unet, normalizer, noising)
@@ -98,15 +98,15 @@ def test_an_embedding_is_noised_as_diffusers_does(images, level):
     decoder, width = ours(images)[0], 20 if images else EMBED_DIM
     z_i, noise = drawn(3, width), drawn(3, width, seed=1)
     theirs = reference(images).noise_image_embeddings(z_i, level, noise)
-    torch.testing.assert_close(decoder.noised(z_i, noise, level), theirs, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(decoder.noise_image_embeds(z_i, noise, level), theirs, atol=1e-6, rtol=1e-5)
 
 
 def test_what_is_noised_stays_so_and_zero_says_nothing():
     decoder = ours()[0]
     z_i = drawn(2, EMBED_DIM)
     z_i[1] = 0
-    labels = decoder.noised(z_i, drawn(2, EMBED_DIM, seed=1), 500)
-    assert decoder.noised(labels, drawn(2, EMBED_DIM, seed=2), 7) is labels
+    labels = decoder.noise_image_embeds(z_i, drawn(2, EMBED_DIM, seed=1), 500)
+    assert decoder.noise_image_embeds(labels, drawn(2, EMBED_DIM, seed=2), 7) is labels
     assert labels[0].any() and not labels[1].any()
 
 
@@ -117,7 +117,7 @@ def test_captions_of_any_length_are_read_with_their_padding():
     torch.testing.assert_close(read.states, wanted, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(encoder.encode([""]).states, empty[:1], atol=1e-5, rtol=1e-5)
     assert read.mask.all() and read.states.shape == (3, 77, encoder.width)
-    assert encoder.cut(PROMPTS[2]) and not encoder.cut(PROMPTS[0])
+    assert encoder.find_truncated_text(PROMPTS[2]) and not encoder.find_truncated_text(PROMPTS[0])
 
 
 def test_an_exclamation_mark_is_read_as_text():
@@ -134,7 +134,11 @@ def test_an_exclamation_mark_is_read_as_text():
 def test_a_prediction_is_diffusers(images):
     decoder, encoder, _ = ours(images)
     text = encoder.encode(PROMPTS)
-    labels, x, t = decoder.noised(drawn(3, decoder.config.embed_dim)), drawn(3, 4, 8, 8), torch.tensor([3, 500, 999])
+    labels, x, t = (
+        decoder.noise_image_embeds(drawn(3, decoder.config.embed_dim)),
+        drawn(3, 4, 8, 8),
+        torch.tensor([3, 500, 999]),
+    )
     theirs = reference(images).unet(x, t, text.states, class_labels=labels).sample
     torch.testing.assert_close(decoder(x, t, ImageCondition(labels, text)), theirs, atol=1e-5, rtol=1e-5)
     null = decoder.null(3)
@@ -147,8 +151,8 @@ def test_guidance_takes_conditions_that_are_noised_and_such_that_are_not():
     text, x = encoder.encode(PROMPTS), drawn(3, 4, 8, 8)
     z_i = drawn(3, EMBED_DIM)
     scheduler = DDIMScheduler()
-    plain = decoder_predict(decoder, scheduler, z_i, text, 3.0)
-    noised = decoder_predict(decoder, scheduler, decoder.noised(z_i), text, 3.0)
+    plain = build_decoder_predict(decoder, scheduler, z_i, text, 3.0)
+    noised = build_decoder_predict(decoder, scheduler, decoder.noise_image_embeds(z_i), text, 3.0)
     torch.testing.assert_close(plain(x, torch.tensor(10)), noised(x, torch.tensor(10)))
 
 
@@ -179,11 +183,11 @@ def test_a_decoder_and_its_text_encoder_are_the_same_after_saving(tmp_path):
 def test_conditions_are_dropped_in_training_and_statistics_stay():
     decoder, encoder, _ = ours()
     decoder = decoder_of(stable_unclip()).requires_grad_(True)
-    decoder.take_null(None, encoder)
+    decoder.set_null_condition(None, encoder)
     condition = ImageCondition(drawn(3, EMBED_DIM), encoder.encode(PROMPTS))
-    kept = drop(condition, decoder.null(3), 0.0)
+    kept = drop_condition(condition, decoder.null(3), 0.0)
     assert torch.equal(kept.embedding, condition.embedding)
-    dropped = drop(condition, decoder.null(3), 1.0)
+    dropped = drop_condition(condition, decoder.null(3), 1.0)
     x, t = drawn(3, 4, 8, 8), torch.tensor([5, 6, 7])
     torch.testing.assert_close(decoder(x, t, dropped), decoder(x, t, decoder.null(3)), atol=1e-6, rtol=1e-5)
     decoder(x, t, kept).square().mean().backward()
@@ -203,9 +207,9 @@ def test_files_of_older_versions_are_read(tmp_path):
         names[name] = names[name].replace("attentions.0.to_out.0.", "attentions.0.proj_attn.")
     assert sum(ours != theirs for ours, theirs in names.items()) == 16  # weights and biases of four, in both halves
     save_file({names[name]: one for name, one in load_file(file).items()}, file)
-    encoder = caption_encoder(Component(folder / "text_encoder", folder, stem="model"), folder / "tokenizer")
+    encoder = load_caption_encoder(Component(folder / "text_encoder", folder, stem="model"), folder / "tokenizer")
     assert torch.equal(encoder.encode(PROMPTS).states, ours()[1].encode(PROMPTS).states)
-    autoencoder = latent_autoencoder(Component(folder / "vae", folder))
+    autoencoder = load_latent_autoencoder(Component(folder / "vae", folder))
     latents = drawn(1, 4, 8, 8)
     torch.testing.assert_close(autoencoder.decode(latents), ours()[2].decode(latents), atol=1e-6, rtol=1e-5)
 
@@ -238,11 +242,11 @@ def test_parts_that_do_not_fit_are_refused(file, changed, said, tmp_path):
 def test_a_text_encoder_of_another_kind_or_width_is_refused(tmp_path):
     folder = Path(shutil.copytree(stable_unclip(), tmp_path / "model"))
     with pytest.raises(InputError, match=r"\(77, 16\) values, the decoder reads \(77, 24\)"):
-        encoder = caption_encoder(Component(plain_tower(folder), folder, stem="model"), folder / "tokenizer")
-        decoder_of(folder).take_null(None, encoder)
+        encoder = load_caption_encoder(Component(plain_tower(folder), folder, stem="model"), folder / "tokenizer")
+        decoder_of(folder).set_null_condition(None, encoder)
     change(folder / "text_encoder" / "config.json", model_type="t5")
     with pytest.raises(InputError, match="is a t5; Stable Diffusion reads captions by a clip_text_model"):
-        caption_encoder(Component(folder / "text_encoder", folder, stem="model"), folder / "tokenizer")
+        load_caption_encoder(Component(folder / "text_encoder", folder, stem="model"), folder / "tokenizer")
 
 
 def plain_tower(folder: Path) -> Path:

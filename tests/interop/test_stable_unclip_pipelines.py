@@ -159,7 +159,7 @@ def test_other_sides_and_half_precision(monkeypatch):
 
 def test_usual_steps_and_guidance_are_those_of_diffusers():
     defaults = signature(StableUnCLIPImg2ImgPipeline.__call__).parameters
-    usual = stable(True).usual
+    usual = stable(True).default_decoder_options
     assert {name: defaults[name].default for name in usual} == usual
 
 

@@ -9,18 +9,18 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from t2i.training import cache_data
-from t2i.training.train_classifier import Config, Labelled, accuracies
+from t2i.training.train_classifier import Config, LabelledDataset, compute_level_accuracies
 
-from t2i.config import CONFIGS, DataConfig, load_config
+from t2i.config import CONFIG_FOLDER, DataConfig, load_config
 from t2i.data import CaptionedPictures
 from t2i.data.cache import CachedPairs
-from t2i.data.labels import LABELS, Labels, write_labels
+from t2i.data.labels import LABELS_FILE, Labels, write_labels
 from t2i.data.manifest import write_manifest
 from t2i.data.sources.samples import Columns
 from t2i.diffusion.stored_schedulers import load_scheduler
 from t2i.errors import InputError
 from t2i.files.model_folder import load_model
-from t2i.networks.classifier import LatentClassifier, noise_level
+from t2i.networks.classifier import LatentClassifier, compute_noise_level
 from tests.helpers.gaussian import schedule
 
 from .conftest import colored, relabel, train
@@ -61,7 +61,7 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(labelled, runs, tmp_path)
 def test_a_cache_gives_the_same_classes_and_trains(labelled, runs, tmp_path):
     models = [f"{part}={runs / part}" for part in ("clip", "autoencoder")]
     arguments = [
-        str(CONFIGS / "tiny/cache.yaml"),
+        str(CONFIG_FOLDER / "tiny/cache.yaml"),
         f"data.path={labelled}",
         f"output={tmp_path / 'cache'}",
         "shard_size=7",
@@ -69,10 +69,10 @@ def test_a_cache_gives_the_same_classes_and_trains(labelled, runs, tmp_path):
     cache_data.main(load_config(cache_data.Config, "cache", arguments + models))
     labels = Labels(labelled / "t2i/manifest.parquet")
     for dataset in (CachedPairs(tmp_path / "cache"), CaptionedPictures(DataConfig(str(labelled), 32, 0))):
-        data = Labelled(dataset, labels)
+        data = LabelledDataset(dataset, labels)
         batch = data.__getitems__([(20, 0), (3, 1), (11, 0)])
         # The color is a function of the file's number: see the fixture `shapes`.
-        true = [("red", "green", "blue")[int(data.key(index)[:2]) % 3] for index in (20, 3, 11)]
+        true = [("red", "green", "blue")[int(data.sample_key(index)[:2]) % 3] for index in (20, 3, 11)]
         assert [COLORS[number] for number in batch.labels.tolist()] == true
     folder = fit(labelled, runs, tmp_path / "run", 2, cache=tmp_path / "cache")
     assert load_model(LatentClassifier, folder).config.latent_size == 8
@@ -85,12 +85,12 @@ def make(**more) -> LatentClassifier:
 
 def test_both_answers_depend_on_latents_and_noise_and_are_what_they_say():
     classifier, x, level = make(), torch.randn(2, 4, 8, 8), torch.tensor([0.2, 0.9])
-    logs, z_i = classifier.log_probability(x, level), classifier.embedding(x, level)
+    logs, z_i = classifier.predict_log_probs(x, level), classifier.embedding(x, level)
     torch.testing.assert_close(logs.exp().sum(dim=1), torch.ones(2))
     torch.testing.assert_close(z_i.norm(dim=1), torch.ones(2))
-    for other in (classifier.log_probability(x.flip(0), level), classifier.log_probability(x, level.flip(0))):
+    for other in (classifier.predict_log_probs(x.flip(0), level), classifier.predict_log_probs(x, level.flip(0))):
         assert (other - logs).abs().max() > 1e-4
-    alone = classifier.log_probability(x[1:], level[1:])
+    alone = classifier.predict_log_probs(x[1:], level[1:])
     torch.testing.assert_close(alone, logs[1:])
 
 
@@ -99,24 +99,24 @@ def test_a_noise_level_is_the_same_for_the_same_noise_in_every_schedule():
     cosine, linear = schedule("cosine"), schedule("linear")
     for t in (0, 300, 700):
         same = (cosine.alphas_cumprod - linear.alphas_cumprod[t]).abs().argmin()
-        ours, theirs = noise_level(linear, torch.tensor(t), x), noise_level(cosine, same, x)
+        ours, theirs = compute_noise_level(linear, torch.tensor(t), x), compute_noise_level(cosine, same, x)
         torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=0)
-    levels = noise_level(cosine, torch.tensor([-1, 999, 500]), x)
+    levels = compute_noise_level(cosine, torch.tensor([-1, 999, 500]), x)
     torch.testing.assert_close(levels, torch.tensor([0.0, 1.0, 0.5]), atol=0.01, rtol=0)
 
 
 def test_accuracy_is_told_by_rising_noise():
     right = torch.tensor([1.0, 1, 1, 0, 0, 1, 0, 0])
-    assert list(accuracies(right).values()) == [1.0, 0.5, 0.5, 0.0]
-    assert list(accuracies(right[:2])) == ["accuracy_level_1", "accuracy_level_2"]
+    assert list(compute_level_accuracies(right).values()) == [1.0, 0.5, 0.5, 0.0]
+    assert list(compute_level_accuracies(right[:2])) == ["accuracy_level_1", "accuracy_level_2"]
 
 
 def test_a_class_that_there_is_not_is_refused_with_those_there_are():
     with pytest.raises(InputError, match="no class 'd'; the classifier knows a, b, c$"):
-        make().number_of("d")
+        make().find_class_index("d")
     many = LatentClassifier([str(i) for i in range(20)], 4, 8, 6, [8], depth=1, heads=2)
     with pytest.raises(InputError, match="no class 'x'; the classifier knows 0, 1, 2, 3, 4, 5, 6, 7 and 12 more$"):
-        many.number_of("x")
+        many.find_class_index("x")
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_labels_given_twice_or_not_at_all_are_refused_by_the_check(change, messa
         write_manifest(folder, columns=Columns(label="color"), quiet=True)
     assert "\n" not in str(caught.value) and not (folder / "t2i").exists()
     write_manifest(folder, quiet=True)  # without labels it is as good as ever
-    assert not (folder / "t2i" / LABELS).exists()
+    assert not (folder / "t2i" / LABELS_FILE).exists()
 
 
 def test_a_column_that_there_is_not_is_refused_with_those_there_are(shapes, tmp_path):
@@ -151,14 +151,14 @@ def test_numbers_and_parquet_columns_are_labels_too(shapes, tmp_path):
     write_manifest(tmp_path / "data.parquet", tmp_path / "out", Columns(label="kind"), 0, quiet=True)
     labels = Labels(tmp_path / "out/manifest.parquet")
     assert labels.classes == ["1", "3"]
-    assert labels.of(CaptionedPictures(DataConfig(str(tmp_path / "out"), 32, 0))).tolist() == [1, 0, 1, 0]
+    assert labels.find_classes(CaptionedPictures(DataConfig(str(tmp_path / "out"), 32, 0))).tolist() == [1, 0, 1, 0]
 
 
 def test_training_without_labels_or_with_some_missing_is_refused_before_any_work(shapes, labelled, runs, tmp_path):
     with pytest.raises(InputError, match="no labels in .*labels.parquet'; `t2i data check .* --label-column COLUMN`"):
         fit(shapes, runs, tmp_path, 1)
     folder = Path(shutil.copytree(labelled, tmp_path / "shapes"))
-    table = pq.read_table(folder / "t2i" / LABELS).to_pylist()
+    table = pq.read_table(folder / "t2i" / LABELS_FILE).to_pylist()
     known = {row["key"]: row["label"] for row in table}
     write_labels(folder / "t2i", "color", {key: known[key] for key in list(known)[1:]})
     with pytest.raises(InputError, match="1 of 32 pictures have no label, such as '00.png'"):
@@ -166,17 +166,17 @@ def test_training_without_labels_or_with_some_missing_is_refused_before_any_work
     write_labels(folder / "t2i", "color", dict.fromkeys(known, "red"))
     with pytest.raises(InputError, match="has 1 classes; from 2 to"):
         fit(folder, runs, tmp_path, 1)
-    twice = pq.read_table(labelled / "t2i" / LABELS)
+    twice = pq.read_table(labelled / "t2i" / LABELS_FILE)
     import pyarrow as pa
 
-    pq.write_table(pa.concat_tables([twice, twice.slice(3, 1)]), folder / "t2i" / LABELS)
+    pq.write_table(pa.concat_tables([twice, twice.slice(3, 1)]), folder / "t2i" / LABELS_FILE)
     with pytest.raises(InputError, match="gives '03.png' 2 labels; every picture needs one"):
         fit(folder, runs, tmp_path, 1)
     assert not (tmp_path / "classifier").exists()
 
 
 def test_the_real_size_is_what_its_file_says():
-    path = CONFIGS / "base/classifier.yaml"
+    path = CONFIG_FOLDER / "base/classifier.yaml"
     config = load_config(Config, "classifier", [str(path)])
     with torch.device("meta"):
         classifier = LatentClassifier([str(i) for i in range(1000)], 4, 32, 768, **config.model)

@@ -175,9 +175,9 @@ def test_the_vocabulary_encodes_any_text_and_says_what_it_cut():
     assert tokens[3].tolist() == [1, tokenizer.end] + [0] * 10
     assert (tokens[2] == tokenizer.end).sum() == 1  # the special token's text is text
     assert tokens.max() == tokenizer.end == tokenizer.vocab_size - 1
-    assert tokenizer.cut("a red circle") == ""
+    assert tokenizer.find_truncated_text("a red circle") == ""
     long = "a red circle " * 20
-    assert long.strip().endswith(tokenizer.cut(long)) and len(tokenizer.cut(long)) > 150
+    assert long.strip().endswith(tokenizer.find_truncated_text(long)) and len(tokenizer.find_truncated_text(long)) > 150
 
 
 def test_latents_have_unit_variance_and_decode_to_what_was_encoded():
@@ -187,7 +187,7 @@ def test_latents_have_unit_variance_and_decode_to_what_was_encoded():
     autoencoder = Autoencoder(vae | blocks, patch_size=2).eval()
     images = torch.rand(8, 3, 32, 32) * 2 - 1
     raw = autoencoder.decode(autoencoder.encode(images))
-    autoencoder.measure([images[:4], images[4:]])
+    autoencoder.set_latent_statistics([images[:4], images[4:]])
     latents = autoencoder.encode(images)
     assert latents.shape == (8, 4, 8, 8) and autoencoder.factor == 4
     torch.testing.assert_close(latents.mean(dim=(0, 2, 3)), torch.zeros(4), atol=1e-5, rtol=0)

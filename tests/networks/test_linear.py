@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.side_by_side import flops
 from t2i.diffusion.condition import TextEncoding
 from t2i.networks import linear
-from t2i.networks.linear import FEW, Linear, by_onednn, is_faster, product
+from t2i.networks.linear import MIN_MULTIPLICATIONS, Linear, is_onednn_faster, multiply_by_onednn, use_onednn_linear
 from t2i.networks.prior import Prior
 
-pytestmark = pytest.mark.skipif(not linear.AVAILABLE, reason="torch has no oneDNN here")
+pytestmark = pytest.mark.skipif(not linear.HAS_ONEDNN, reason="torch has no oneDNN here")
 
 
 def layers(into: int = 192, out: int = 160, bias: bool = True) -> tuple[Linear, nn.Linear]:
@@ -51,7 +51,7 @@ def test_only_what_a_gradient_needs_is_kept(frozen: str) -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda one: one):
         layer(x)
-    assert is_faster(x, layer.weight)
+    assert is_onednn_faster(x, layer.weight)
     assert kept == {"weight": [(160, 192)], "x": [(64, 192)], "": [(64, 192), (160, 192)]}[frozen]
 
 
@@ -81,7 +81,7 @@ INPUTS = {
 def test_outputs_and_gradients_are_those_of_torch(given: str, bias: bool) -> None:
     ours, theirs = layers(bias=bias)
     x = INPUTS[given](torch.randn(4, 40, 192)).requires_grad_(True)
-    assert is_faster(x, ours.weight)
+    assert is_onednn_faster(x, ours.weight)
     grad = torch.randn(*x.shape[:-1], 160)
     found = []
     for layer in (ours, theirs):
@@ -110,7 +110,7 @@ def test_onednn_is_only_given_weights_that_it_multiplies_by_fast(given: str) -> 
     x = INPUTS[given](torch.randn(4, 40, 192)).requires_grad_(True)
     with Weights() as weights:
         layer(x).sum().backward()  # a gradient without memory of its own
-        product(x.detach(), torch.randn(320, 384)[::2, ::2])
+        multiply_by_onednn(x.detach(), torch.randn(320, 384)[::2, ::2])
     assert len(weights.seen) == 4
     assert all(weight.is_contiguous() or weight.t().is_contiguous() for weight in weights.seen)
 
@@ -159,7 +159,7 @@ class Kept(Tensor):
 
 def test_tensors_of_other_kinds_are_left_to_torch() -> None:
     x, weight = torch.randn(64, 192), torch.randn(160, 192)
-    assert is_faster(x, weight) and not is_faster(x, weight.as_subclass(Kept))
+    assert is_onednn_faster(x, weight) and not is_onednn_faster(x, weight.as_subclass(Kept))
 
 
 def test_a_gradient_can_be_differentiated_again() -> None:
@@ -175,9 +175,9 @@ def test_a_gradient_can_be_differentiated_again() -> None:
 def refused() -> dict[str, tuple[Tensor, Tensor]]:
     x, weight = torch.randn(64, 192), torch.randn(160, 192)
     return {
-        "few operations": (torch.randn(FEW // weight.numel(), 192), weight),
+        "few operations": (torch.randn(MIN_MULTIPLICATIONS // weight.numel(), 192), weight),
         "another dtype": (x.bfloat16(), weight.bfloat16()),
-        "a vector": (torch.randn(FEW), torch.randn(1, FEW)),
+        "a vector": (torch.randn(MIN_MULTIPLICATIONS), torch.randn(1, MIN_MULTIPLICATIONS)),
         "no memory": (x.to("meta"), weight.to("meta")),
         "no rows": (x[:0], weight),
     }
@@ -186,14 +186,14 @@ def refused() -> dict[str, tuple[Tensor, Tensor]]:
 @pytest.mark.parametrize("what", refused())
 def test_torch_multiplies_what_is_nothing_for_onednn(what: str) -> None:
     x, weight = refused()[what]
-    assert not is_faster(x, weight)
+    assert not is_onednn_faster(x, weight)
 
 
 def test_torch_multiplies_where_onednn_is_off_and_under_autocast() -> None:
     ours, theirs = layers()
     x = torch.randn(64, 192)
     with without_onednn():
-        assert not is_faster(x, ours.weight) and torch.equal(ours(x), theirs(x))
+        assert not is_onednn_faster(x, ours.weight) and torch.equal(ours(x), theirs(x))
     with torch.autocast("cpu", torch.bfloat16):
         assert ours(x).dtype == torch.bfloat16
 
@@ -204,7 +204,7 @@ def test_a_foreign_model_keeps_its_weights_and_its_other_layers() -> None:
 
     model = nn.Sequential(nn.Linear(192, 160), nn.GELU(), Other(160, 8), nn.Conv2d(1, 1, 1))
     before, names = copy.deepcopy(model), list(model.state_dict())
-    assert by_onednn(model) is model
+    assert use_onednn_linear(model) is model
     assert [type(layer) for layer in model] == [Linear, nn.GELU, Other, nn.Conv2d]
     assert list(model.state_dict()) == names and all(
         torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters())
@@ -231,4 +231,4 @@ def test_a_prior_draws_and_learns_as_with_torchs_products() -> None:
 
 def test_products_of_onednn_are_counted() -> None:
     x, weight = torch.randn(64, 192), torch.randn(160, 192)
-    assert flops(lambda: product(x, weight)) == flops(lambda: F.linear(x, weight)) == 2 * 64 * 192 * 160
+    assert flops(lambda: multiply_by_onednn(x, weight)) == flops(lambda: F.linear(x, weight)) == 2 * 64 * 192 * 160

@@ -5,7 +5,7 @@ import torch
 from diffusers import PriorTransformer
 
 from t2i.diffusion.condition import TextEncoding
-from t2i.networks.layers import Attention, Rows
+from t2i.networks.layers import Attention, PackedSequences
 from t2i.networks.prior import Prior
 
 D, W, LENGTH = 16, 12, 10
@@ -107,10 +107,10 @@ def test_captions_of_different_lengths_are_trained_on_together_as_alone(static, 
 
 def test_rows_are_padded_and_back_wherever_the_padding_was():
     known = torch.tensor([[False, True, True], [True, False, False]])
-    rows, order = Rows.of(known)
+    rows, order = PackedSequences.from_token_mask(known)
     x = torch.arange(6.0)[:, None][order]
-    assert rows.pad(x).tolist() == [[[1], [2]], [[3], [0]]]
-    assert torch.equal(rows.unpad(rows.pad(x)), x) and x[rows.ends].tolist() == [[2], [3]]
+    assert rows.pad_to_batch(x).tolist() == [[[1], [2]], [[3], [0]]]
+    assert torch.equal(rows.unpad_to_rows(rows.pad_to_batch(x)), x) and x[rows.last_rows].tolist() == [[2], [3]]
 
 
 def test_rows_come_in_few_sizes_and_nobody_reads_what_is_added():
@@ -120,16 +120,16 @@ def test_rows_come_in_few_sizes_and_nobody_reads_what_is_added():
         generator = torch.Generator().manual_seed(seed)
         known = torch.rand(30, 20, generator=generator) < 0.5
         known[:, -1] = True
-        rows, order = Rows.of(known)
+        rows, order = PackedSequences.from_token_mask(known)
         real = int(known.sum())
         assert 0 <= len(order) - real <= real / 32 and torch.equal(order[:real], known.flatten().nonzero()[:, 0])
         sizes.add(len(order))
         x = torch.randn(len(order), 8, generator=generator, requires_grad=True)
-        out = attention.causal(x, rows)
+        out = attention.attend_all_tokens(x, rows)
         other = torch.cat([x[:real], 1e3 * torch.ones(len(order) - real, 8)])
-        torch.testing.assert_close(attention.causal(other, rows)[:real], out[:real], atol=0, rtol=0)
-        torch.testing.assert_close(attention.of_ends(other, rows), out[rows.ends], atol=1e-5, rtol=1e-5)
-        (gradient,) = torch.autograd.grad(attention.of_ends(x, rows).square().sum(), x)
+        torch.testing.assert_close(attention.attend_all_tokens(other, rows)[:real], out[:real], atol=0, rtol=0)
+        torch.testing.assert_close(attention.attend_last_tokens(other, rows), out[rows.last_rows], atol=1e-5, rtol=1e-5)
+        (gradient,) = torch.autograd.grad(attention.attend_last_tokens(x, rows).square().sum(), x)
         assert not gradient[real:].any() and gradient[:real].any()
     assert len(sizes) < 10
 
@@ -183,15 +183,15 @@ def test_scaling_is_undone_and_gives_unit_variance():
     z_i = torch.nn.functional.normalize(torch.randn(500, D) + torch.arange(D), dim=-1)
     prior.mean.copy_(z_i.mean(dim=0))
     prior.std.copy_(z_i.std(dim=0))
-    scaled = prior.scale(z_i)
+    scaled = prior.scale_image_embeds(z_i)
     torch.testing.assert_close(scaled.std(dim=0), torch.ones(D), atol=1e-4, rtol=0)
-    torch.testing.assert_close(prior.unscale(scaled), z_i)
+    torch.testing.assert_close(prior.unscale_image_embeds(scaled), z_i)
 
 
 def test_a_caption_beyond_the_context_is_refused():
     prior, text = make_prior(), captions(LENGTH)
     with pytest.raises(ValueError, match="at most 10"):
-        prior.prepare(text.fitted(captions(LENGTH).cat(TextEncoding(*longer(text)))))
+        prior.prepare(text.pad_like(captions(LENGTH).cat(TextEncoding(*longer(text)))))
 
 
 def longer(text: TextEncoding) -> tuple[torch.Tensor, ...]:

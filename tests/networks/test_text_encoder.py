@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from t2i.pipelines.jobs.assemble import assemble_folder
-from t2i.training.common.encodings import read
+from t2i.pipelines.jobs.assemble import assemble_pipeline_folder
+from t2i.training.common.encodings import encode_tokens
 
 from t2i import InputError, Text2ImagePipeline
-from t2i.config import CONFIGS, load_config
+from t2i.config import CONFIG_FOLDER, load_config
 from t2i.files.model_folder import load_model
 from t2i.interop.by_name import load_text_encoder
 from t2i.networks.text_encoder import ARCHITECTURES
@@ -104,7 +104,9 @@ def cached(shapes: Path, runs: Path, output: Path, **settings: object) -> Path:
 
     given = {"data.path": shapes, "output": output, "clip": runs / "clip", "autoencoder": runs / "autoencoder"}
     given |= {"dtype": "float32"} | settings
-    main(load_config(Config, "cache", [str(CONFIGS / "tiny/cache.yaml"), *(f"{k}={v}" for k, v in given.items())]))
+    main(
+        load_config(Config, "cache", [str(CONFIG_FOLDER / "tiny/cache.yaml"), *(f"{k}={v}" for k, v in given.items())])
+    )
     return output
 
 
@@ -144,10 +146,10 @@ def test_an_encoder_for_a_decoder_that_reads_no_captions_is_refused(shapes, runs
 
 def test_the_first_caption_that_is_cut_is_told_once(shapes, folders, caplog):
     encoder = load_text_encoder(folders["t5"], context_length=4)
-    assert encoder.cut("a red circle") == "circle" and encoder.cut("a circle") == ""
+    assert encoder.find_truncated_text("a red circle") == "circle" and encoder.find_truncated_text("a circle") == ""
     assert encoder.encode(["a red circle"]).states.shape[1] == 4
     for _ in range(2):
-        read(encoder, ["a circle", "a red circle", "a red square"])
+        encode_tokens(encoder, ["a circle", "a red circle", "a red square"])
     assert [record.args for record in caplog.records] == [(4, "circle")]
 
 
@@ -156,7 +158,7 @@ def test_the_first_caption_that_is_cut_is_told_once(shapes, folders, caplog):
 
 @pytest.fixture(scope="module")
 def pipeline_folder(stages, tmp_path_factory) -> Path:
-    return assemble_folder(stages, tmp_path_factory.mktemp("models") / "t5")
+    return assemble_pipeline_folder(stages, tmp_path_factory.mktemp("models") / "t5")
 
 
 def draw(pipeline: Text2ImagePipeline, prompts: list[str]) -> torch.Tensor:

@@ -19,7 +19,7 @@ from transformers import CLIPTokenizer as Theirs
 from t2i.errors import InputError
 from t2i.files.component import Component
 from t2i.networks.public.clip_tokenizer import CLIPTokenizer
-from t2i.networks.public.transformers_clip import TransformersCLIP, read_preprocess
+from t2i.networks.public.transformers_clip import TransformersCLIP, read_preprocess_config
 from tests.helpers.public_folders import (
     built,
     clip_vocabulary,
@@ -107,7 +107,7 @@ def test_what_pads_is_what_transformers_takes_of_two_files(pads: tuple, newer: b
         content |= {"added_tokens_decoder": {}} if newer and name == "tokenizer_config.json" else {}
         path.write_text(json.dumps(content))
     theirs = Theirs.from_pretrained(tmp_path / "tokenizer")
-    assert CLIPTokenizer.load(tmp_path / "tokenizer", 77, 1000).pad == theirs.pad_token_id
+    assert CLIPTokenizer.from_folder(tmp_path / "tokenizer", 77, 1000).pad == theirs.pad_token_id
 
 
 def test_an_exclamation_mark_is_text_though_it_is_the_padding() -> None:
@@ -122,8 +122,8 @@ def test_an_exclamation_mark_is_text_though_it_is_the_padding() -> None:
 
 def test_what_does_not_fit_is_cut_and_told() -> None:
     tokenizer = load(clip_folder()).tokenizer
-    assert tokenizer.cut("a red dog") == ""
-    assert tokenizer.cut("dog " * 74 + "red cat Dog") == "cat Dog"
+    assert tokenizer.find_truncated_text("a red dog") == ""
+    assert tokenizer.find_truncated_text("dog " * 74 + "red cat Dog") == "cat Dog"
     assert tokenizer(["dog " * 100]).shape == (1, 77)
 
 
@@ -138,7 +138,7 @@ def test_pictures_are_made_ready_and_encoded_as_transformers_does() -> None:
         wanted = tower(pixel_values=theirs).image_embeds
         torch.testing.assert_close(clip.encode_image(image), wanted, atol=1e-5, rtol=0)
         zero = tower(pixel_values=torch.zeros(1, 3, 16, 16)).image_embeds
-    torch.testing.assert_close(clip.zero_embedding(), zero, atol=1e-6, rtol=0)
+    torch.testing.assert_close(clip.encode_zero_image(), zero, atol=1e-6, rtol=0)
     assert not clip.unit_length and (wanted.norm(dim=-1) - 1).abs().min() > 0.01  # as they are
 
 
@@ -191,7 +191,7 @@ def test_the_image_processor_s_settings_are_those_of_its_file(tmp_path: Path, se
 def test_an_image_processor_of_another_kind_is_refused(tmp_path: Path, settings: dict, said: str) -> None:
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     with pytest.raises(InputError, match=said):
-        read_preprocess(tmp_path, 16)
+        read_preprocess_config(tmp_path, 16)
 
 
 def test_weights_of_16_bits_stay_so_and_the_fingerprint_is_the_same(tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_one_tower_is_enough_and_the_other_is_named_when_it_is_missed(tmp_path: 
     with pytest.raises(InputError, match="no image encoder in the folder"):
         blind.encode_image(noise(1, 3, 16, 16))
     with pytest.raises(InputError, match="no image encoder in the folder"):
-        blind.zero_embedding()
+        blind.encode_zero_image()
     with pytest.raises(InputError, match="no text encoder in the folder"):
         mute.encode_text(["a cat"])
     with pytest.raises(InputError, match="no text encoder in the folder"):
@@ -282,7 +282,7 @@ def test_a_tokenizer_without_its_merges_is_refused(tmp_path: Path) -> None:
 
 def test_pictures_are_searched_and_measured_by_a_public_clip(tmp_path: Path) -> None:
     from t2i.evaluation.features import CLIPFeatures
-    from t2i.evaluation.retrieval import classify, embed_pictures, open_index, search
+    from t2i.evaluation.retrieval import classify_image_embeds, embed_image_files, open_image_index, search_image_index
 
     clip, pixels = load(clip_folder()), (noise(3, 16, 16, 3) * 127.5 + 127.5).round().to(torch.uint8)
     for i, one in enumerate(pixels):
@@ -290,13 +290,13 @@ def test_pictures_are_searched_and_measured_by_a_public_clip(tmp_path: Path) -> 
     image = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
     wanted = clip.encode_image(image)
     torch.testing.assert_close(CLIPFeatures(clip)(image), wanted, atol=1e-5, rtol=0)
-    found = embed_pictures(clip, sorted(tmp_path.glob("*.png")))
+    found = embed_image_files(clip, sorted(tmp_path.glob("*.png")))
     torch.testing.assert_close(found, torch.nn.functional.normalize(wanted, dim=-1), atol=1e-5, rtol=0)
-    index = open_index(clip, tmp_path)
-    assert search(clip, index, None, tmp_path / "1.png", 1)[0][0] == "1.png"
-    assert len(search(clip, index, "a cat", None, 2)) == 2
+    index = open_image_index(clip, tmp_path)
+    assert search_image_index(clip, index, None, tmp_path / "1.png", 1)[0][0] == "1.png"
+    assert len(search_image_index(clip, index, "a cat", None, 2)) == 2
     with pytest.raises(InputError, match="no scale of the logits"):
-        classify(clip, found, ["cat", "dog"])
+        classify_image_embeds(clip, found, ["cat", "dog"])
 
 
 def test_files_of_the_hub_s_cache_are_links_to_its_blobs_and_no_others_are_followed(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from diffusers.models.attention_processor import Attention, AttnAddedKVProcessor
 from diffusers.models.transformers.dual_transformer_2d import DualTransformer2DModel
 from torch import Tensor, nn
 
-from t2i.networks.unet_steps import prepare, prepare_unconditional, run
+from t2i.networks.unet_steps import prepare_unconditional_context, prepare_unet_context, run_unet_step
 from tests.helpers.kandinsky_folders import KANDINSKY_TEXT, tiny_kandinsky_unet
 from tests.helpers.karlo_folders import karlo_super_resolution
 from tests.helpers.public_folders import EMBED_DIM, randomised
@@ -69,11 +69,14 @@ def test_a_step_is_the_forward_of_diffusers(case: str, gradient: bool) -> None:
     unet, condition = CASES[case][0](), CASES[case][1]
     x, t = random(3, 4, 8, 8, seed=6).requires_grad_(gradient), torch.tensor([400, 20, 999])
     with torch.set_grad_enabled(gradient):
-        context = prepare(unet, **condition)
+        context = prepare_unet_context(unet, **condition)
         assert context is not None
-        run(unet, x, t, context)
-        assert context.packed is None or bool(context.packed) != gradient  # where oneDNN convolves
-        mine, theirs = run(unet, x, t, context), unet(x, t, **{"encoder_hidden_states": None} | condition).sample
+        run_unet_step(unet, x, t, context)
+        assert context.packed_weights is None or bool(context.packed_weights) != gradient  # where oneDNN convolves
+        mine, theirs = (
+            run_unet_step(unet, x, t, context),
+            unet(x, t, **{"encoder_hidden_states": None} | condition).sample,
+        )
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
         if gradient:
             wanted = [torch.autograd.grad(one.square().sum(), x, retain_graph=True)[0] for one in (mine, theirs)]
@@ -85,19 +88,22 @@ def test_contexts_share_packed_weights_until_these_change() -> None:
     """Of any number of pictures; nothing of them outlives the contexts."""
     unet, condition = tiny_unet(), CASES["ours"][1]
     x, t = random(3, 4, 8, 8, seed=6), torch.tensor([400, 20, 999])
-    whole, part = prepare(unet, **condition), prepare(unet, **{name: one[:1] for name, one in condition.items()})
+    whole, part = (
+        prepare_unet_context(unet, **condition),
+        prepare_unet_context(unet, **{name: one[:1] for name, one in condition.items()}),
+    )
     assert whole is not None and part is not None
-    if whole.packed is None:
+    if whole.packed_weights is None:
         pytest.skip("oneDNN does not convolve here")
-    first = run(unet, x, t, whole)
-    torch.testing.assert_close(run(unet, x[:1], t[:1], part), first[:1], atol=1e-5, rtol=1e-5)
+    first = run_unet_step(unet, x, t, whole)
+    torch.testing.assert_close(run_unet_step(unet, x[:1], t[:1], part), first[:1], atol=1e-5, rtol=1e-5)
     convolutions = [one for one in unet.modules() if isinstance(one, torch.nn.Conv2d)]
-    assert part.packed is whole.packed and 0 < len(whole.packed) <= len(convolutions)
+    assert part.packed_weights is whole.packed_weights and 0 < len(whole.packed_weights) <= len(convolutions)
     for one in convolutions:
         one.weight.mul_(2)
-    changed = prepare(unet, **condition)
-    torch.testing.assert_close(run(unet, x, t, changed), unet(x, t, **condition).sample, atol=1e-4, rtol=1e-4)
-    held = weakref.ref(changed.packed)
+    changed = prepare_unet_context(unet, **condition)
+    torch.testing.assert_close(run_unet_step(unet, x, t, changed), unet(x, t, **condition).sample, atol=1e-4, rtol=1e-4)
+    held = weakref.ref(changed.packed_weights)
     del changed
     assert held() is None
 
@@ -107,7 +113,10 @@ def test_sides_that_do_not_halve_are_those_of_diffusers() -> None:
     unet, condition = tiny_unet(), CASES["ours"][1]
     x, t = random(3, 4, 7, 10, seed=6), torch.tensor([400, 20, 999])
     torch.testing.assert_close(
-        run(unet, x, t, prepare(unet, **condition)), unet(x, t, **condition).sample, atol=1e-5, rtol=1e-5
+        run_unet_step(unet, x, t, prepare_unet_context(unet, **condition)),
+        unet(x, t, **condition).sample,
+        atol=1e-5,
+        rtol=1e-5,
     )
 
 
@@ -121,11 +130,11 @@ def test_nothing_of_the_condition_is_computed_in_a_step_and_the_same_condition_o
     parts += [part for one in unet.modules() if isinstance(one, Attention) for part in (one.add_k_proj, one.add_v_proj)]
     for part in parts:
         part.register_forward_hook(lambda _, __, out: rows.append(len(out)))
-    context = prepare(unet, condition["encoder_hidden_states"][same], added_cond_kwargs=added)
+    context = prepare_unet_context(unet, condition["encoder_hidden_states"][same], added_cond_kwargs=added)
     assert len(rows) >= len(parts) and set(rows) == {2}
     rows.clear()
     assert context is not None
-    out = run(unet, random(1, 4, 8, 8, seed=6).expand(4, -1, -1, -1), torch.full((4,), 100), context)
+    out = run_unet_step(unet, random(1, 4, 8, 8, seed=6).expand(4, -1, -1, -1), torch.full((4,), 100), context)
     assert not rows
     assert out[0].equal(out[1]) and not torch.allclose(out[0], out[3])
 
@@ -133,28 +142,28 @@ def test_nothing_of_the_condition_is_computed_in_a_step_and_the_same_condition_o
 @torch.no_grad()
 def test_a_step_without_a_condition_is_the_forward_of_diffusers() -> None:
     unet, x = karlo_super_resolution(0), random(2, 6, 16, 16, seed=6)
-    context = prepare_unconditional(unet, x)
+    context = prepare_unconditional_context(unet, x)
     assert context is not None
     for t in (torch.tensor([400, 20]), torch.tensor([999, 0])):
-        torch.testing.assert_close(run(unet, x, t, context), unet(x, t).sample, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(run_unet_step(unet, x, t, context), unet(x, t).sample, atol=1e-5, rtol=1e-5)
 
 
 def test_a_u_net_that_divides_by_the_time_is_left_to_diffusers() -> None:
     unet = karlo_super_resolution(0)
     unet.register_to_config(time_embedding_type="fourier")
-    assert prepare_unconditional(unet, torch.zeros(1)) is None
+    assert prepare_unconditional_context(unet, torch.zeros(1)) is None
 
 
 @torch.no_grad()
 def test_hooks_of_a_convolution_run_in_a_step() -> None:
     unet, condition = tiny_unet(), CASES["ours"][1]
     x, t, seen = random(3, 4, 8, 8, seed=6), torch.tensor([400, 20, 999]), []
-    context = prepare(unet, **condition)
+    context = prepare_unet_context(unet, **condition)
     assert context is not None
-    run(unet, x, t, context)
+    run_unet_step(unet, x, t, context)
     unet.conv_in.register_forward_pre_hook(lambda *_: seen.append("before"))
     unet.down_blocks[0].resnets[0].conv1.register_forward_hook(lambda _, __, out: 2 * out)
-    mine, theirs = run(unet, x, t, context), unet(x, t, **condition).sample
+    mine, theirs = run_unet_step(unet, x, t, context), unet(x, t, **condition).sample
     assert seen == ["before"] * 2
     torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
 
@@ -209,4 +218,4 @@ def of_another_resnet(unet: nn.Module) -> None:
 def test_a_u_net_that_the_steps_do_not_know_is_left_to_diffusers(change) -> None:
     unet = tiny_kandinsky_unet("2.2")
     change(unet)
-    assert prepare(unet, **CASES["2.2"][1]) is None
+    assert prepare_unet_context(unet, **CASES["2.2"][1]) is None

@@ -10,12 +10,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
-from t2i.training.train_upsampler import Config, Crops, blurred
+from t2i.training.train_upsampler import Config, RandomCrops, blur_images
 
-from t2i.config import CONFIGS, load_config
+from t2i.config import CONFIG_FOLDER, load_config
 from t2i.errors import InputError
-from t2i.networks.upsampler import LowResolution, Upsampler, UpsamplerContext, augment, enlarged, reduced
-from t2i.sampling.upsampling import check_size, fade, sample_upsampler, spans, tiled, upsampling_generators
+from t2i.networks.upsampler import (
+    LowResolution,
+    Upsampler,
+    UpsamplerContext,
+    augment_low_resolution,
+    enlarge_low_resolution,
+    reduce_to_low_resolution,
+)
+from t2i.sampling.upsampling import (
+    build_tile_slices,
+    build_tiled_predict,
+    check_upsampled_size,
+    compute_fade_weights,
+    iterate_stage_generators,
+    sample_upsampler,
+)
 
 from .conftest import arguments, seeds, train
 
@@ -46,14 +60,14 @@ def pictures(count: int, height: int, width: int) -> torch.Tensor:
 class Oracle:
     """A denoiser that says `answer(x, low)`."""
 
-    dtype, device, multiple = torch.float32, torch.device("cpu"), 4
+    dtype, device, image_size_multiple = torch.float32, torch.device("cpu"), 4
     config = SimpleNamespace(factor=2, max_level=1.0, embed_dim=None)
 
     def __init__(self, answer):
         self.answer = answer
 
     def prepare(self, condition: LowResolution) -> UpsamplerContext:
-        return UpsamplerContext(enlarged(condition.low, 2), condition.level)
+        return UpsamplerContext(enlarge_low_resolution(condition.low, 2), condition.level)
 
     def step(self, x, t, context):
         return self.answer(x, context.low)
@@ -65,7 +79,9 @@ class Oracle:
 def test_an_oracle_that_knows_the_pictures_draws_them_in_any_number_of_steps():
     truth = pictures(2, 16, 24)
     for steps in (1, 5):
-        drawn = sample_upsampler(Oracle(lambda x, low: truth), SCHEDULER, reduced(truth, 2), seeds(1, 2), steps=steps)
+        drawn = sample_upsampler(
+            Oracle(lambda x, low: truth), SCHEDULER, reduce_to_low_resolution(truth, 2), seeds(1, 2), steps=steps
+        )
         torch.testing.assert_close(drawn, truth, atol=1e-5, rtol=0)
 
 
@@ -80,7 +96,7 @@ def test_an_oracle_of_velocity_under_another_sampler_draws_them_too():
             alpha = alpha_of.setdefault(int(t[0]), scheduler.alphas_cumprod[int(t[0])].sqrt())
             return (alpha * x - truth) / (1 - alpha**2).sqrt()
 
-    drawn = sample_upsampler(Velocity(None), scheduler, reduced(truth, 2), seeds(1), steps=6)
+    drawn = sample_upsampler(Velocity(None), scheduler, reduce_to_low_resolution(truth, 2), seeds(1), steps=6)
     torch.testing.assert_close(drawn, truth, atol=1e-3, rtol=0)
 
 
@@ -106,29 +122,29 @@ def test_a_picture_that_a_window_holds_is_denoised_whole_and_no_window_is_larger
         return x[..., rows, columns]
 
     x = torch.randn(1, 3, 40, 64)
-    assert torch.equal(tiled(window, 64, 16)(x, torch.tensor(3)), x) and seen == [(40, 64)]
+    assert torch.equal(build_tiled_predict(window, 64, 16)(x, torch.tensor(3)), x) and seen == [(40, 64)]
     seen.clear()
-    torch.testing.assert_close(tiled(window, 32, 16)(x, torch.tensor(3)), x)
+    torch.testing.assert_close(build_tiled_predict(window, 32, 16)(x, torch.tensor(3)), x)
     assert set(seen) == {(32, 32)} and len(seen) == 2 * 3
 
 
 @pytest.mark.parametrize("side", [24, 25, 40, 57])
 def test_windows_cover_every_pixel_and_neighbours_share_it_evenly(side):
-    windows = spans(side, 24, 8)
+    windows = build_tile_slices(side, 24, 8)
     total = torch.zeros(side)
     for span in windows:
-        total[span] += fade(span, side, 8)
+        total[span] += compute_fade_weights(span, side, 8)
     assert windows[0].start == 0 and windows[-1].stop == side and total.min() > 0
     assert side == 57 or torch.allclose(total, torch.ones(side)) or windows[-1].start % 16  # the last is moved back
 
 
 def test_level_zero_leaves_the_low_resolution_and_level_one_nothing_of_it():
     low, noise = pictures(2, 8, 8), torch.randn(2, 3, 8, 8)
-    assert torch.equal(augment(low, torch.zeros(2), noise), low)
-    assert torch.equal(augment(low, torch.ones(2), noise), noise)
+    assert torch.equal(augment_low_resolution(low, torch.zeros(2), noise), low)
+    assert torch.equal(augment_low_resolution(low, torch.ones(2), noise), noise)
     torch.manual_seed(0)
     unit = torch.randn(1, 3, 400, 400)
-    assert augment(unit, torch.tensor([0.6]), torch.randn_like(unit)).std() == pytest.approx(1, abs=0.01)
+    assert augment_low_resolution(unit, torch.tensor([0.6]), torch.randn_like(unit)).std() == pytest.approx(1, abs=0.01)
 
 
 def test_every_condition_is_used_and_preparing_twice_changes_nothing():
@@ -144,7 +160,7 @@ def test_every_condition_is_used_and_preparing_twice_changes_nothing():
         assert not torch.allclose(upsampler(x, t, replace(given, **{name: value})), full, atol=1e-3), name
     assert not torch.allclose(upsampler(x, t.flip(0), given), full, atol=1e-3)
     assert (
-        upsampler.step(x, t, upsampler.prepare(upsampler.null(2).cat(given).map(lambda both: both[:2]))).shape
+        upsampler.step(x, t, upsampler.prepare(upsampler.null(2).cat(given).map_tensors(lambda both: both[:2]))).shape
         == x.shape
     )
 
@@ -153,7 +169,7 @@ def test_every_condition_is_used_and_preparing_twice_changes_nothing():
 def test_an_untrained_upsampler_is_the_resized_picture(factor):
     upsampler, low = Upsampler(factor, 8, UNET, patch_size=2), pictures(1, 9, 7)
     drawn = sample_upsampler(upsampler, SCHEDULER, low, seeds(0), steps=3)
-    torch.testing.assert_close(drawn, enlarged(low, factor).clamp(-1, 1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(drawn, enlarge_low_resolution(low, factor).clamp(-1, 1), atol=1e-5, rtol=0)
 
 
 def test_a_picture_does_not_depend_on_its_batch_nor_on_windows_that_it_does_not_need():
@@ -166,8 +182,8 @@ def test_a_picture_does_not_depend_on_its_batch_nor_on_windows_that_it_does_not_
 
 
 def test_each_time_a_picture_is_enlarged_has_a_stream_of_its_own():
-    first, second = upsampling_generators(seeds(4, 5), 2)
-    assert next(upsampling_generators(seeds(9, 5), 1))[1].initial_seed() == first[1].initial_seed()
+    first, second = iterate_stage_generators(seeds(4, 5), 2)
+    assert next(iterate_stage_generators(seeds(9, 5), 1))[1].initial_seed() == first[1].initial_seed()
     drawn = {tuple(torch.randn(4, generator=one).tolist()) for one in (*first, *second, *seeds(4, 5))}
     assert len(drawn) == 6
 
@@ -205,15 +221,15 @@ def test_sizes_that_do_not_fit_and_factors_that_are_not_known_are_refused():
     with pytest.raises(InputError, match="factor must be one of 2, 4; got 3"):
         Upsampler(3, 8, UNET)
     with pytest.raises(InputError, match="multiples of the factor 2, got 9 x 8"):
-        reduced(torch.zeros(1, 3, 8, 9), 2)
+        reduce_to_low_resolution(torch.zeros(1, 3, 8, 9), 2)
     with pytest.raises(InputError, match="2000 x 2000 would become 8000 x 8000"):
-        check_size(upsampler, 2000, 2000, times=2)
+        check_upsampled_size(upsampler, 2000, 2000, times=2)
 
 
 def test_blur_is_a_gaussian_of_its_width_and_none_at_zero():
     point = torch.zeros(2, 1, 21, 21)
     point[:, :, 10, 10] = 1
-    sharp, soft = blurred(point, torch.tensor([0.0, 1.2]))
+    sharp, soft = blur_images(point, torch.tensor([0.0, 1.2]))
     assert torch.equal(sharp, point[0])
     place = torch.arange(21.0) - 10
     assert soft.sum() == pytest.approx(1, abs=1e-4)
@@ -222,7 +238,7 @@ def test_blur_is_a_gaussian_of_its_width_and_none_at_zero():
 
 def test_crops_are_parts_of_their_pictures_and_a_function_of_the_position(shapes):
     config = load_config(Config, "upsampler", arguments("upsampler", shapes, shapes))
-    crops, whole = Crops(config), Crops(replace(config, crop_size=32))
+    crops, whole = RandomCrops(config), RandomCrops(replace(config, crop_size=32))
     first, again, later = (crops.__getitems__([(4, draw)]).image[0] for draw in (7, 7, 8))
     assert first.shape == (3, 16, 16) and torch.equal(first, again) and not torch.equal(first, later)
     everywhere = whole.__getitems__([(4, 0)]).image.unfold(2, 16, 1).unfold(3, 16, 1)
@@ -267,7 +283,7 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(shapes, tmp_path):
 
 @pytest.mark.parametrize("name", ["upsampler", "upsampler-2x"])
 def test_a_real_size_is_what_its_file_says_and_runs(name):
-    path = CONFIGS / "base" / f"{name}.yaml"
+    path = CONFIG_FOLDER / "base" / f"{name}.yaml"
     config = load_config(Config, "upsampler", [str(path)])
     with torch.device("meta"):
         upsampler = Upsampler(config.factor, config.crop_size // config.factor, **config.model)

@@ -127,8 +127,8 @@ def test_a_command_on_a_processor_without_bf16_says_so_in_one_line(
     monkeypatch, capsys, pipeline_folder, tmp_path, options
 ) -> None:
     monkeypatch.undo()  # of the fixture by which any machine does
-    monkeypatch.setattr("t2i.runtime.devices.processor_has_bf16", lambda: False)
-    monkeypatch.setattr("t2i.runtime.devices.here", lambda: ["cpu"])
+    monkeypatch.setattr("t2i.runtime.devices.has_bf16_instructions", lambda: False)
+    monkeypatch.setattr("t2i.runtime.devices.find_available_devices", lambda: ["cpu"])
     common = ["generate", "red circle", "--model", pipeline_folder, "--out", tmp_path / "out", *QUICK]
     status, out, err = run(monkeypatch, capsys, *common, *options)
     assert (status, out) == (2, "") and err.count("\n") == 1
@@ -143,10 +143,10 @@ def test_files_in_bf16_on_a_machine_without_it_are_one_line_of_warning(
 ) -> None:
     """Nobody asked for it, so nothing is refused."""
     monkeypatch.undo()  # of the fixture by which any machine does
-    monkeypatch.setattr("t2i.runtime.devices.here", lambda: ["cpu"])
+    monkeypatch.setattr("t2i.runtime.devices.find_available_devices", lambda: ["cpu"])
     Text2ImagePipeline.from_pretrained(pipeline_folder).to(BF16).save_pretrained(tmp_path)
     for has, dtype, expected in ((False, None, 0), (False, "auto", 1), (True, "auto", 0), (False, FP32, 0)):
-        monkeypatch.setattr("t2i.runtime.devices.processor_has_bf16", lambda has=has: has)
+        monkeypatch.setattr("t2i.runtime.devices.has_bf16_instructions", lambda has=has: has)
         with caplog.at_level(logging.WARNING, "t2i"):
             Text2ImagePipeline.from_pretrained(tmp_path, dtype=dtype)
         said = [record.message for record in caplog.records if "bfloat16" in record.message]
@@ -154,7 +154,7 @@ def test_files_in_bf16_on_a_machine_without_it_are_one_line_of_warning(
         caplog.clear()
     public = load("karlo").to(BF16)
     public.save_pretrained(tmp_path / "public")  # whose own dtype is what is loaded where nothing is said
-    monkeypatch.setattr("t2i.runtime.devices.processor_has_bf16", lambda: False)
+    monkeypatch.setattr("t2i.runtime.devices.has_bf16_instructions", lambda: False)
     Text2ImagePipeline.from_pretrained(tmp_path / "public")
     (line,) = [record.message for record in caplog.records if "bfloat16" in record.message]
     assert "decoder" in line and line.endswith(

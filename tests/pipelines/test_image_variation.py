@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 from t2i.pipelines import BipartiteLatent, ImageVariationPipeline
-from t2i.pipelines.inputs import read_pictures
-from t2i.pipelines.inversion import inversion_options
+from t2i.pipelines.inputs import read_images
+from t2i.pipelines.inversion import build_inversion_options
 
 from t2i import InputError, Text2ImagePipeline
 from t2i.diffusion.guidance import Guidance
@@ -36,7 +36,7 @@ def vary(pipeline: Text2ImagePipeline) -> ImageVariationPipeline:
 
 
 def test_a_variation_is_what_the_decoder_draws_for_the_embedding_of_the_picture(vary, pipeline):
-    z_i = vary.encode_image(read_pictures([picture(1), picture(2)], 32))
+    z_i = vary.encode_image(read_images([picture(1), picture(2)], 32))
     expected = pipeline(image_embeds=z_i, generator=seeds(3, 4), **QUICK)
     found = vary([picture(1), picture(2)], generator=seeds(3, 4), **QUICK)
     torch.testing.assert_close(found.images, expected.images)
@@ -45,14 +45,14 @@ def test_a_variation_is_what_the_decoder_draws_for_the_embedding_of_the_picture(
 
 def test_with_eta_0_the_picture_comes_back_whatever_the_seed(vary):
     pictures = [picture(1), picture(2)]
-    wanted = vary.encode_latents(read_pictures(pictures, 32))
+    wanted = vary.encode_latents(read_images(pictures, 32))
     for seed in (0, 1):
         found = vary(pictures, eta=0.0, generator=torch.Generator().manual_seed(seed), **QUICK).images
         torch.testing.assert_close(found, wanted, atol=0.03, rtol=0)
 
 
 def test_the_larger_eta_the_further_a_variation_roams(vary):
-    wanted = vary.encode_latents(read_pictures(picture(), 32))
+    wanted = vary.encode_latents(read_images(picture(), 32))
     away = [
         (
             vary(picture(), num_images_per_prompt=4, eta=eta, generator=seeds(0, 1, 2, 3), **QUICK).images - wanted
@@ -78,15 +78,15 @@ def test_what_invert_finds_can_be_given_instead_of_the_picture(vary):
 
 
 def test_the_noise_of_a_picture_drawn_from_known_noise_is_that_noise(vary):
-    z_i, noise = vary.encode_image(read_pictures(picture(), 32)), torch.randn(1, *vary.latent_shape)
-    options = inversion_options({"num_inference_steps": 8, "output_type": "latent"})
-    drawn = vary.redraw(BipartiteLatent(z_i, noise), None, options, seeds(0))
+    z_i, noise = vary.encode_image(read_images(picture(), 32)), torch.randn(1, *vary.latent_shape)
+    options = build_inversion_options({"num_inference_steps": 8, "output_type": "latent"})
+    drawn = vary.redraw_images(BipartiteLatent(z_i, noise), None, options, seeds(0))
     vary.encode_latents = lambda pictures: drawn
     torch.testing.assert_close(vary.invert(picture(), num_inference_steps=8).latents, noise, atol=0.03, rtol=0)
 
 
 def test_a_decoder_that_reads_captions_reads_the_prompt_there_and_back(vary):
-    wanted = vary.encode_latents(read_pictures(picture(), 32))
+    wanted = vary.encode_latents(read_images(picture(), 32))
     told = vary(picture(), "red circle", eta=0.0, generator=seeds(0), **QUICK)
     torch.testing.assert_close(told.images, wanted, atol=0.03, rtol=0)
     noises = [vary.invert(picture(), prompt, num_inference_steps=8).latents for prompt in (None, "red circle")]

@@ -8,15 +8,24 @@ import torch
 from diffusers import DDIMScheduler
 from PIL import Image
 from t2i.pipelines import InpaintPipeline, OutpaintPipeline
-from t2i.pipelines.jobs.assemble import assemble
+from t2i.pipelines.jobs.assemble import assemble_pipeline
 from t2i.pipelines.options import DecoderOptions
 
 from t2i import InputError
 from t2i.diffusion.condition import Condition, ImageCondition
-from t2i.diffusion.denoiser import conditional, sample
+from t2i.diffusion.denoiser import build_conditional_predict, sample_from_noise
 from t2i.diffusion.guidance import Guidance
-from t2i.diffusion.inpainting import Window, blend, joined, known_latents, latent_mask, random_masks, windowed, windows
-from t2i.diffusion.process import levels, said
+from t2i.diffusion.inpainting import (
+    Window,
+    build_blend_callback,
+    build_canvas_windows,
+    build_windowed_predict,
+    concat_masked_latents,
+    downsample_mask,
+    generate_random_masks,
+    paste_painted_region,
+)
+from t2i.diffusion.process import alpha_sigma, x0_to_prediction
 from t2i.diffusion.samplers import SAMPLERS
 from t2i.files.model_folder import load_model
 from t2i.networks.decoder import Decoder
@@ -108,7 +117,7 @@ class Oracle:
         return condition.clean
 
     def step(self, x, t, answer):
-        return said(self.scheduler, answer.expand_as(x), x, t)
+        return x0_to_prediction(self.scheduler, answer.expand_as(x), x, t)
 
 
 def test_blending_holds_the_known_latents_and_paints_the_answer():
@@ -119,14 +128,16 @@ def test_blending_holds_the_known_latents_and_paints_the_answer():
     mask = torch.zeros(2, 1, 8, 8)
     mask[..., :3] = 1
     seen = []
-    hold = blend(scheduler, latents, mask, noise)
+    hold = build_blend_callback(scheduler, latents, mask, noise)
 
     def on_step(i, t, x):
         x = hold(i, t, x)
         seen.append((t, x))
         return x
 
-    x = sample(conditional(Oracle(scheduler), Answer(answer)), scheduler, noise, 5, on_step=on_step)
+    x = sample_from_noise(
+        build_conditional_predict(Oracle(scheduler), Answer(answer)), scheduler, noise, 5, on_step=on_step
+    )
     torch.testing.assert_close(x, torch.where(mask > 0, answer, latents), atol=1e-5, rtol=0)
     for (_, held), (later, _) in zip(seen, seen[1:]):  # at the level of the next step
         expected = scheduler.add_noise(latents, noise, later.expand(2))
@@ -152,7 +163,7 @@ def test_what_is_kept_has_the_level_of_the_next_step_whatever_samples(inpaint, s
     taken = round(4 * strength)
     assert len(seen) == (2 * taken - 1 if sampler == "ode" else taken)
     for (_, held), (later, _) in zip(seen, seen[1:]):
-        alpha, sigma = levels(inpaint.decoder_scheduler, later, noise)
+        alpha, sigma = alpha_sigma(inpaint.decoder_scheduler, later, noise)
         torch.testing.assert_close(held[..., 3:, :], (alpha * known + sigma * noise)[..., 3:, :], atol=1e-5, rtol=0)
 
 
@@ -178,10 +189,10 @@ def test_previews_show_the_picture_with_what_is_painted(inpaint):
 
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (9, 8), (8, 21), (30, 17)])
 def test_windows_cover_a_canvas_and_overlap_by_half(height, width):
-    places = windows(height, width, 8)
+    places = build_canvas_windows(height, width, 8)
     seen = torch.zeros(height, width)
     for place in places:
-        part = place.of(seen)
+        part = place.crop_latents(seen)
         assert part.shape == (8, 8)
         part += 1
     assert seen.min() >= 1
@@ -192,24 +203,24 @@ def test_windows_cover_a_canvas_and_overlap_by_half(height, width):
 
 
 def test_windows_of_an_oracle_say_what_the_oracle_says_of_the_whole():
-    places = windows(20, 13, 8)
+    places = build_canvas_windows(20, 13, 8)
     x = torch.randn(2, 4, 20, 13)
-    predict = windowed([lambda part, t: 3 * part + t] * len(places), places)
+    predict = build_windowed_predict([lambda part, t: 3 * part + t] * len(places), places)
     torch.testing.assert_close(predict(x, torch.tensor(5)), 3 * x + 5, atol=1e-4, rtol=1e-5)
-    lone = windowed([lambda part, t: part], [Window(0, 0, 8)])
+    lone = build_windowed_predict([lambda part, t: part], [Window(0, 0, 8)])
     assert lone(x[..., :8, :8], torch.tensor(5)).equal(x[..., :8, :8])
 
 
 def test_a_latent_is_painted_if_any_of_its_pixels_is():
     mask = torch.zeros(1, 1, 8, 8)
     mask[0, 0, 3, 4] = 1
-    assert latent_mask(mask, 4)[0, 0].tolist() == [[0, 1], [0, 0]]
+    assert downsample_mask(mask, 4)[0, 0].tolist() == [[0, 1], [0, 0]]
 
 
 def test_what_is_painted_beside_the_border_takes_over_the_error_of_what_stays():
     pictures, mask = torch.zeros(1, 3, 20, 20), torch.zeros(1, 1, 20, 20)
     mask[..., 10:] = 1
-    images = joined(torch.full_like(pictures, 0.1), pictures, mask)
+    images = paste_painted_region(torch.full_like(pictures, 0.1), pictures, mask)
     assert images[..., :10].abs().max() == 0
     beside, next_to_it, far = images[0, 0, 5, 10], images[0, 0, 5, 11], images[0, 0, 5, 16]
     assert 0 <= beside < 0.05 < next_to_it < far
@@ -218,7 +229,7 @@ def test_what_is_painted_beside_the_border_takes_over_the_error_of_what_stays():
 
 def test_masks_of_training_are_of_all_sizes_and_a_quarter_paint_everything():
     torch.manual_seed(0)
-    masks = random_masks(4000, 8, 8, torch.device("cpu"))
+    masks = generate_random_masks(4000, 8, 8, torch.device("cpu"))
     assert masks.shape == (4000, 1, 8, 8) and set(masks.unique().tolist()) == {0, 1}
     share = masks.mean(dim=(1, 2, 3))
     assert 0.25 <= (share == 1).float().mean() < 0.35
@@ -246,9 +257,9 @@ def test_a_decoder_that_reads_masks_sees_what_is_to_stay(architecture):
     )
     z_i = torch.nn.functional.normalize(torch.randn(2, 8), dim=-1)
     nothing = decoder(x, t, ImageCondition(z_i))
-    torch.testing.assert_close(decoder(x, t, ImageCondition(z_i, None, known_latents(latents, mask))), nothing)
+    torch.testing.assert_close(decoder(x, t, ImageCondition(z_i, None, concat_masked_latents(latents, mask))), nothing)
     mask[..., :4] = 0
-    seen = ImageCondition(z_i, None, known_latents(latents, mask))
+    seen = ImageCondition(z_i, None, concat_masked_latents(latents, mask))
     assert (decoder(x, t, seen) - nothing).abs().max() > 1e-3
     torch.testing.assert_close(decoder.step(x, t, decoder.prepare(seen)), decoder(x, t, seen))
 
@@ -262,7 +273,7 @@ def test_a_decoder_learns_to_read_masks_from_one_that_does_not(shapes, runs, tmp
     condition = ImageCondition(torch.randn(2, 32), before.null(2).text)
     x, t = torch.randn(2, 4, 8, 8), torch.tensor([3, 900])
     torch.testing.assert_close(after(x, t, condition), before(x, t, condition))  # what it reads them with is zero
-    pipeline = InpaintPipeline.from_pipe(assemble(runs, decoder=str(tmp_path / "decoder")))
+    pipeline = InpaintPipeline.from_pipe(assemble_pipeline(runs, decoder=str(tmp_path / "decoder")))
     pipeline.set_progress_bar_config(disable=True)
     wide, mask = picture(50, 32), mask_of((5, 5, 30, 30), 50, 32)
     assert pipeline(wide, mask, generator=seeds(1), **QUICK).images[0].size == (50, 32)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from t2i.pipelines.inputs import read_pictures
+from t2i.pipelines.inputs import read_images
 
 from t2i.errors import InputError
 
@@ -24,22 +24,22 @@ def test_a_picture_is_the_same_in_every_form(tmp_path: Path):
     tensor = torch.from_numpy(values.copy()).permute(2, 0, 1)
     expected = (tensor.double() / 127.5 - 1).float()[None]
     for form in (image, path, str(path), values, values / 255, values[None], tensor, tensor.float() / 255):
-        torch.testing.assert_close(read_pictures(form, 32), expected, rtol=0, atol=1e-6)
-    together = read_pictures([image, path, values, tensor[None]], 32)
+        torch.testing.assert_close(read_images(form, 32), expected, rtol=0, atol=1e-6)
+    together = read_images([image, path, values, tensor[None]], 32)
     torch.testing.assert_close(together, expected.expand(4, -1, -1, -1), rtol=0, atol=1e-6)
 
 
 def test_what_a_pipeline_returns_can_be_given_to_the_next():
     shown = torch.rand(2, 3, 16, 16)
-    torch.testing.assert_close(read_pictures(shown, 16), shown * 2 - 1)
-    torch.testing.assert_close(read_pictures(shown.permute(0, 2, 3, 1).numpy(), 16), shown * 2 - 1)
+    torch.testing.assert_close(read_images(shown, 16), shown * 2 - 1)
+    torch.testing.assert_close(read_images(shown.permute(0, 2, 3, 1).numpy(), 16), shown * 2 - 1)
 
 
 def test_the_short_side_is_resized_and_the_middle_cut_out():
     wide = Image.new("RGB", (64, 16), "red")
     wide.paste((0, 0, 255), (24, 0, 40, 16))
     for form in (wide, np.asarray(wide), torch.from_numpy(np.array(wide)).permute(2, 0, 1) / 255):
-        middle = read_pictures(form, 8)[0, :, :, 2:6]
+        middle = read_images(form, 8)[0, :, :, 2:6]
         torch.testing.assert_close(
             middle, torch.tensor([-1.0, -1.0, 1.0])[:, None, None].expand(3, 8, 4), atol=0.02, rtol=0
         )
@@ -47,7 +47,7 @@ def test_the_short_side_is_resized_and_the_middle_cut_out():
 
 def test_what_is_transparent_is_white():
     clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
-    assert (read_pictures(clear, 8) == 1).all()
+    assert (read_images(clear, 8) == 1).all()
 
 
 @pytest.mark.parametrize(
@@ -70,5 +70,5 @@ def test_what_is_transparent_is_white():
 )
 def test_what_is_no_picture_is_refused_in_one_line(images: object, message: str):
     with pytest.raises((InputError, FileNotFoundError), match=message) as caught:
-        read_pictures(images, 8)  # type: ignore[arg-type]
+        read_images(images, 8)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)

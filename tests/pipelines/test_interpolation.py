@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 from t2i.pipelines import InterpolationPipeline, interpolation
-from t2i.pipelines.inputs import read_pictures
+from t2i.pipelines.inputs import read_images
 
 from t2i import InputError, Text2ImagePipeline
-from t2i.diffusion.geometry import slerp, spherical_mean
+from t2i.diffusion.geometry import compute_spherical_mean, slerp
 from t2i.diffusion.guidance import Guidance
 from t2i.sampling.steering import Steering
 
@@ -41,8 +41,8 @@ def between(pipeline: Text2ImagePipeline) -> InterpolationPipeline:
 
 def test_the_way_passes_through_the_very_pictures_and_embeddings_turn_evenly_between_them(between):
     pictures = [picture(1), picture(2), picture(3)]
-    wanted = between.encode_latents(read_pictures(pictures, 32))
-    z_i = between.encode_image(read_pictures(pictures, 32))
+    wanted = between.encode_latents(read_images(pictures, 32))
+    z_i = between.encode_image(read_images(pictures, 32))
     found = between(pictures, frames=3, **QUICK)
     torch.testing.assert_close(found.images[::2], wanted, atol=0.03, rtol=0)
     torch.testing.assert_close(found.image_embeds[::2], z_i)
@@ -51,10 +51,10 @@ def test_the_way_passes_through_the_very_pictures_and_embeddings_turn_evenly_bet
 
 def test_weights_ask_for_one_mix_and_rows_of_weights_for_many(between):
     pictures = [picture(1), picture(2), picture(3)]
-    z_i = between.encode_image(read_pictures(pictures, 32))
+    z_i = between.encode_image(read_images(pictures, 32))
     mixed = between(pictures, weights=[1, 2, 1], **QUICK)
     assert len(mixed.images) == 1
-    torch.testing.assert_close(mixed.image_embeds[0], spherical_mean(z_i, torch.tensor([1.0, 2.0, 1.0])))
+    torch.testing.assert_close(mixed.image_embeds[0], compute_spherical_mean(z_i, torch.tensor([1.0, 2.0, 1.0])))
     rows = between(pictures, weights=[[1, 2, 1], [0, 0, 7]], **QUICK)
     torch.testing.assert_close(rows.images[0], mixed.images[0], atol=1e-4, rtol=0)
     torch.testing.assert_close(rows.image_embeds[1], z_i[2])
@@ -76,7 +76,7 @@ def test_texts_pass_through_the_prior_and_begin_from_one_noise(between, pipeline
 
 
 def test_pictures_and_texts_mix(between):
-    wanted = between.encode_latents(read_pictures(picture(), 32))
+    wanted = between.encode_latents(read_images(picture(), 32))
     found = between(["red circle", picture()], frames=2, generator=torch.Generator().manual_seed(1), **QUICK)
     torch.testing.assert_close(found.images[1:], wanted, atol=0.03, rtol=0)
     assert (found.images[0] - wanted[0]).abs().max() > 0.1
@@ -84,7 +84,7 @@ def test_pictures_and_texts_mix(between):
 
 def test_without_inversion_the_way_begins_with_a_variation(between, pipeline):
     pictures = [picture(1), picture(2)]
-    wanted = between.encode_latents(read_pictures(pictures, 32))
+    wanted = between.encode_latents(read_images(pictures, 32))
     settings = {"frames": 2, "inverted": False, **QUICK}
     found = [between(pictures, generator=torch.Generator().manual_seed(1), **settings) for _ in range(2)]
     assert (found[0].images - wanted).square().mean() > 0.1
@@ -94,13 +94,13 @@ def test_without_inversion_the_way_begins_with_a_variation(between, pipeline):
 def test_frames_are_the_same_in_batches_of_any_size(between, monkeypatch):
     settings = {"frames": 5, "generator": torch.Generator().manual_seed(1), **QUICK}
     whole = between([picture(1), picture(2)], **settings).images
-    monkeypatch.setattr(interpolation, "BATCH", 2)
+    monkeypatch.setattr(interpolation, "FRAMES_PER_BATCH", 2)
     torch.testing.assert_close(between([picture(1), picture(2)], **settings).images, whole, atol=1e-4, rtol=0)
 
 
 def test_a_decoder_that_reads_captions_reads_that_of_the_nearest_anchor(between, monkeypatch):
     read = []
-    monkeypatch.setattr(between, "redraw", lambda latent, text, *_: read.append(text) or latent.latents)
+    monkeypatch.setattr(between, "redraw_images", lambda latent, text, *_: read.append(text) or latent.latents)
     between(["red circle", "blue square"], frames=4, **QUICK)
     expected = between.encode_prompt(["red circle", "red circle", "blue square", "blue square"])
     torch.testing.assert_close(read[0].states, expected.states)
@@ -152,7 +152,7 @@ def test_what_steers_is_given_one_a_frame_and_cut_as_the_batches_are(between, mo
     texts = ["red circle", "blue square", "red circle"]
     settings = {"frames": 3, **QUICK}
     whole = between([picture(1), picture(2)], steering=Steering(50.0, text=texts), **settings).images
-    monkeypatch.setattr(interpolation, "BATCH", 2)
+    monkeypatch.setattr(interpolation, "FRAMES_PER_BATCH", 2)
     parts = between([picture(1), picture(2)], steering=Steering(50.0, text=texts), **settings).images
     torch.testing.assert_close(parts, whole, atol=1e-3, rtol=0)
 

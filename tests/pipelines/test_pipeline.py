@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from safetensors.torch import load_file, save_file
 from t2i.pipelines import Interrupted
-from t2i.pipelines.jobs.assemble import assemble, assemble_folder
+from t2i.pipelines.jobs.assemble import assemble_pipeline, assemble_pipeline_folder
 from t2i.training import train_decoder
 
 from t2i import InputError, Text2ImagePipeline
 from t2i.config import load_config
-from t2i.diffusion.ddim import like
+from t2i.diffusion.ddim import build_scheduler_like
 from t2i.diffusion.guidance import Guidance
 from t2i.networks.decoder import Decoder
 
@@ -205,9 +205,9 @@ def test_without_prompts_what_to_avoid_goes_for_every_given_embedding(pipeline, 
 def test_what_a_scheduler_cannot_do_is_refused_in_one_line_before_work_starts(
     pipeline, monkeypatch, arguments, message
 ):
-    pipeline.prior_scheduler = like(DDIMScheduler, pipeline.prior_scheduler, num_train_timesteps=50)
+    pipeline.prior_scheduler = build_scheduler_like(DDIMScheduler, pipeline.prior_scheduler, num_train_timesteps=50)
     kind = DPMSolverMultistepScheduler
-    pipeline.decoder_scheduler = like(kind, pipeline.decoder_scheduler, num_train_timesteps=50)
+    pipeline.decoder_scheduler = build_scheduler_like(kind, pipeline.decoder_scheduler, num_train_timesteps=50)
     monkeypatch.setattr(pipeline, "encode_prompt", lambda *_: pytest.fail("work has started"))
     with pytest.raises(InputError, match=message) as caught:
         pipeline("red circle", **arguments)
@@ -288,7 +288,7 @@ def test_the_folder_format_is_pinned(pipeline_folder):
 
 
 def test_half_precision_folders_are_half_the_size_and_draw_nearly_the_same(runs, pipeline_folder, tmp_path):
-    half = assemble_folder(runs, tmp_path / "half", fp16=True)
+    half = assemble_pipeline_folder(runs, tmp_path / "half", fp16=True)
     weights = "decoder/diffusion_pytorch_model.safetensors"
     assert (half / weights).stat().st_size < 0.6 * (pipeline_folder / weights).stat().st_size
     pictures = []
@@ -325,7 +325,7 @@ def test_the_transformer_is_a_decoder_like_the_unet(shapes, runs, tmp_path):
     config.write_text((text[:start] + model + text[end:]).replace("unet", "transformer"))
     settings = arguments("decoder", shapes, tmp_path, clip=runs / "clip", autoencoder=runs / "autoencoder")
     train_decoder.main(load_config(train_decoder.Config, "decoder", [str(config), *settings[1:]]))
-    folder = assemble_folder(runs, tmp_path / "transformer", decoder=str(tmp_path / "decoder"))
+    folder = assemble_pipeline_folder(runs, tmp_path / "transformer", decoder=str(tmp_path / "decoder"))
     pipeline = Text2ImagePipeline.from_pretrained(folder)
     assert isinstance(pipeline.decoder, Decoder)
     pipeline.set_progress_bar_config(disable=True)
@@ -337,7 +337,7 @@ def test_stages_of_another_clip_are_refused(shapes, runs, tmp_path):
     shutil.rmtree(tmp_path / "runs" / "clip")
     train("clip", shapes, tmp_path / "runs", 1, **{"train.seed": 9})
     with pytest.raises(InputError, match="trained with the CLIP"):
-        assemble(tmp_path / "runs")
+        assemble_pipeline(tmp_path / "runs")
 
 
 @pytest.mark.parametrize(

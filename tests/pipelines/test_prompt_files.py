@@ -19,15 +19,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from t2i.pipelines.jobs import batches, generation
-from t2i.pipelines.jobs.batches import draw_fitting, in_order, split, there_already
+from t2i.pipelines.jobs.batches import draw_fitting_batches, find_drawn_files, iterate_in_order, split_batches
 from torch import nn
 
 from t2i.commands.drawing import read_prompts
 from t2i.commands.seeing import read_labels
 from t2i.errors import InputError
-from t2i.files.fingerprints import brief_digest
-from t2i.runtime.memory import Room
-from t2i.runtime.shares import Share, this_share
+from t2i.files.fingerprints import compute_brief_fingerprint
+from t2i.runtime.memory import AvailableMemory
+from t2i.runtime.shares import Rank, find_process_rank
 
 from .interop_kandinsky_folders import kandinsky_22_combined
 from .test_cli import QUICK, run
@@ -60,15 +60,19 @@ def pixels(path: Path) -> np.ndarray:
 
 def test_similar_lengths_are_together_and_nothing_is_lost():
     texts = ["a" * n for n in (9, 1, 8, 2, 7, 3)]
-    found = list(split(texts, 2, len))
+    found = list(split_batches(texts, 2, len))
     assert found == [["a", "aa"], ["aaa", "a" * 7], ["a" * 8, "a" * 9]]
     many = list(range(100))
-    assert sorted(sum(split(many, 3, lambda i: -i), [])) == many
-    assert list(split(many, 3, lambda i: -i))[0] == [23, 22, 21]  # of the first batches only: those are written first
+    assert sorted(sum(split_batches(many, 3, lambda i: -i), [])) == many
+    assert list(split_batches(many, 3, lambda i: -i))[0] == [
+        23,
+        22,
+        21,
+    ]  # of the first batches only: those are written first
 
 
 def test_what_is_done_in_any_order_comes_in_order():
-    assert list(in_order([(2, "c"), (0, "a"), (5, "f"), (1, "b")], [0, 1, 2, 5])) == ["a", "b", "c", "f"]
+    assert list(iterate_in_order([(2, "c"), (0, "a"), (5, "f"), (1, "b")], [0, 1, 2, 5])) == ["a", "b", "c", "f"]
 
 
 def test_pictures_come_in_the_order_of_the_file_and_do_not_depend_on_batches_or_processes(
@@ -178,24 +182,33 @@ def test_another_model_of_the_same_name_draws_its_own(monkeypatch, capsys, comma
 def test_a_brief_digest_tells_weights_apart_by_their_first_values_names_and_shapes():
     layer, other = nn.Linear(64, 32), nn.Linear(64, 32)
     other.load_state_dict(layer.state_dict())
-    digest = brief_digest({"prior": layer, "decoder": None})
-    assert re.fullmatch("[0-9a-f]{16}", digest) and digest == brief_digest({"prior": other, "decoder": None})
+    digest = compute_brief_fingerprint({"prior": layer, "decoder": None})
+    assert re.fullmatch("[0-9a-f]{16}", digest) and digest == compute_brief_fingerprint(
+        {"prior": other, "decoder": None}
+    )
     with torch.no_grad():
         other.bias[-1] += 1
-    found = {digest, brief_digest({"prior": other, "decoder": None}), brief_digest({"prior": None, "decoder": layer})}
+    found = {
+        digest,
+        compute_brief_fingerprint({"prior": other, "decoder": None}),
+        compute_brief_fingerprint({"prior": None, "decoder": layer}),
+    }
     square = nn.Linear(64, 32)
     square.weight = nn.Parameter(layer.weight.detach().view(32 * 2, 32))
     square.bias = layer.bias
-    assert len(found | {brief_digest({"prior": square, "decoder": None})}) == 4
+    assert len(found | {compute_brief_fingerprint({"prior": square, "decoder": None})}) == 4
 
 
 def test_a_process_shares_the_memory_of_its_own_machine(monkeypatch):
     for name, value in zip(LAUNCHER, ("5", "8", "1", "4")):
         monkeypatch.setenv(name, value)
-    assert this_share() == Share(5, 8, 1, 4)
+    assert find_process_rank() == Rank(5, 8, 1, 4)
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
-    assert this_share().on_machine == 8  # who does not say has one machine
-    assert Room(1000, 4000).shared(4) == Room(250, 4000) and Room(1000, 4000, True).shared(4).free == 1000
+    assert find_process_rank().local_world_size == 8  # who does not say has one machine
+    assert (
+        AvailableMemory(1000, 4000).divide_by_processes(4) == AvailableMemory(250, 4000)
+        and AvailableMemory(1000, 4000, True).divide_by_processes(4).free == 1000
+    )
 
 
 def test_a_batch_that_fits_alone_and_not_beside_the_other_processes_is_refused(monkeypatch, capsys, command, tmp_path):
@@ -214,21 +227,21 @@ def test_a_folder_of_anything_is_looked_through(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no picture")
     (tmp_path / "folder.png").mkdir()
     record = {"prompt": "a cat", "seed": 3}
-    (tmp_path / "said.png").write_bytes(generation.to_png(Image.new("RGB", (4, 4)), record))
-    assert there_already(tmp_path, [{"prompt": "a dog", "seed": 3}, record]) == {1: tmp_path / "said.png"}
-    assert there_already(tmp_path / "nowhere", [record]) == {}
+    (tmp_path / "said.png").write_bytes(generation.encode_png_image(Image.new("RGB", (4, 4)), record))
+    assert find_drawn_files(tmp_path, [{"prompt": "a dog", "seed": 3}, record]) == {1: tmp_path / "said.png"}
+    assert find_drawn_files(tmp_path / "nowhere", [record]) == {}
 
 
 def test_a_picture_whose_pixels_are_damaged_is_not_there(tmp_path):
     record = {"prompt": "a cat", "seed": 3}
-    whole = generation.to_png(Image.radial_gradient("L"), record)
+    whole = generation.encode_png_image(Image.radial_gradient("L"), record)
     changed = bytearray(whole)
     changed[whole.index(b"IDAT") + 50] ^= 1
     for name, content in (("a", whole[: len(whole) // 2]), ("b", changed), ("c", whole[:-12])):
         (tmp_path / f"{name}.png").write_bytes(content)
-    assert there_already(tmp_path, [record]) == {}
+    assert find_drawn_files(tmp_path, [record]) == {}
     (tmp_path / "d.png").write_bytes(whole)
-    assert there_already(tmp_path, [record]) == {0: tmp_path / "d.png"}
+    assert find_drawn_files(tmp_path, [record]) == {0: tmp_path / "d.png"}
 
 
 def test_huge_pictures_and_pipes_of_others_are_passed_over(tmp_path, recwarn):
@@ -238,8 +251,8 @@ def test_huge_pictures_and_pipes_of_others_are_passed_over(tmp_path, recwarn):
         (tmp_path / f"{side}.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
     os.mkfifo(tmp_path / "pipe.png")
     record = {"prompt": "a cat", "seed": 3}
-    (tmp_path / "said.png").write_bytes(generation.to_png(Image.new("RGB", (4, 4)), record))
-    assert there_already(tmp_path, [record]) == {0: tmp_path / "said.png"}
+    (tmp_path / "said.png").write_bytes(generation.encode_png_image(Image.new("RGB", (4, 4)), record))
+    assert find_drawn_files(tmp_path, [record]) == {0: tmp_path / "said.png"}
     assert not recwarn.list
 
 
@@ -265,7 +278,7 @@ def test_a_model_has_its_folders_name_however_it_is_named(monkeypatch, capsys, c
     monkeypatch.chdir(pipeline_folder)
     status, out, err = run(monkeypatch, capsys, *command("out", "--model", "."))
     assert (status, out) == (0, ""), err
-    assert generation.name_of("org/a-model") == "a-model"  # the hub's
+    assert generation.format_model_name("org/a-model") == "a-model"  # the hub's
 
 
 @pytest.mark.parametrize(
@@ -290,12 +303,12 @@ def test_a_batch_that_does_not_fit_is_halved_or_said(failure):
             raise failure
         return [item * 10 for item in items]
 
-    assert list(draw_fitting(draw, [1, 2, 3, 4, 5], 5, automatic=True)) == [(i, 10 * i) for i in range(1, 6)]
+    assert list(draw_fitting_batches(draw, [1, 2, 3, 4, 5], 5, automatic=True)) == [(i, 10 * i) for i in range(1, 6)]
     assert sizes == [5, 3, 2, 2, 1]
     amount = "2.50 GiB more" if re.search("2.50|2684354560", str(failure)) else "an unknown amount more"
     said = rf"a batch of 6 does not fit into memory: it needs {amount} at once, [\d.]+ GiB of [\d.]+ GiB are free"
     with pytest.raises(InputError, match=said + "; give --batch-size 3 or auto"):
-        list(draw_fitting(draw, [0] * 6, 6, automatic=False))
+        list(draw_fitting_batches(draw, [0] * 6, 6, automatic=False))
 
 
 def test_the_memory_that_is_named_is_that_of_the_device_that_draws(monkeypatch):
@@ -308,7 +321,7 @@ def test_the_memory_that_is_named_is_that_of_the_device_that_draws(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
     for device, said in (("cpu", r"GiB are free; "), ("cuda", r"1\.00 GiB of 2\.00 GiB are free on the device; ")):
         with pytest.raises(InputError, match=said):
-            list(draw_fitting(draw, [1], 1, automatic=True, device=device))
+            list(draw_fitting_batches(draw, [1], 1, automatic=True, device=device))
 
 
 def test_one_picture_that_does_not_fit_and_other_failures_are_not_tried_again():
@@ -316,7 +329,7 @@ def test_one_picture_that_does_not_fit_and_other_failures_are_not_tried_again():
         raise MemoryError
 
     with pytest.raises(InputError, match="a batch of 1 does not fit .*; ask for smaller pictures"):
-        list(draw_fitting(draw, [1], 1, automatic=True))
+        list(draw_fitting_batches(draw, [1], 1, automatic=True))
 
     for said in ("a size does not match", "could not create a primitive descriptor for the matmul primitive"):
 
@@ -324,7 +337,7 @@ def test_one_picture_that_does_not_fit_and_other_failures_are_not_tried_again():
             raise RuntimeError(said)
 
         with pytest.raises(RuntimeError, match=f"^{said}"):
-            list(draw_fitting(broken, [1, 2], 2, automatic=True))
+            list(draw_fitting_batches(broken, [1, 2], 2, automatic=True))
 
 
 @pytest.mark.parametrize(

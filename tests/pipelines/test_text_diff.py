@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from t2i.pipelines import Interrupted, TextDiffPipeline
-from t2i.pipelines.inputs import read_pictures
+from t2i.pipelines.inputs import read_images
 
 from t2i import InputError, Text2ImagePipeline
 from t2i.diffusion.guidance import Guidance
@@ -35,13 +35,13 @@ def edit(pipeline: Text2ImagePipeline) -> TextDiffPipeline:
 
 
 def test_turned_by_nothing_the_picture_comes_back(edit):
-    wanted = edit.encode_latents(read_pictures(picture(), 32))
+    wanted = edit.encode_latents(read_images(picture(), 32))
     found = edit(picture(), "red circle", "blue square", theta=0, **QUICK)
     torch.testing.assert_close(found.images, wanted, atol=0.03, rtol=0)
 
 
 def test_the_embedding_turns_by_its_share_of_the_angle_to_the_difference_of_the_captions(edit):
-    z_i = edit.encode_image(read_pictures(picture(), 32))[0].double()
+    z_i = edit.encode_image(read_images(picture(), 32))[0].double()
     before, after = edit.encode_prompt(["red circle", "blue square"]).embedding.double()
     direction = F.normalize(after - before, dim=0)
     angle = torch.acos(z_i @ direction)
@@ -106,7 +106,7 @@ def test_the_inversion_is_previewed_and_can_be_interrupted(edit):
         edit(picture(), "red circle", "blue square", on_preview=stop, **QUICK)
     assert [(one.stage, one.step, one.steps) for one in seen] == [("inversion", i, 8) for i in range(1, 6)]
     assert seen[0].images()[0].size == (32, 32)
-    away = [(one.estimate - edit.encode_latents(read_pictures(picture(), 32))).square().mean() for one in seen]
+    away = [(one.estimate - edit.encode_latents(read_images(picture(), 32))).square().mean() for one in seen]
     assert away == sorted(away)  # from the picture to noise
 
 

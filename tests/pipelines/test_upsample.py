@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from t2i.pipelines import Interrupted, Text2ImagePipeline, UpsamplePipeline
-from t2i.pipelines.jobs.assemble import assemble_folder
+from t2i.pipelines.jobs.assemble import assemble_pipeline_folder
 
 from t2i import cli
 from t2i.commands import drawing
@@ -28,7 +28,7 @@ def upsampler_folder(shapes, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole_folder(runs, upsampler_folder, tmp_path_factory):
-    return assemble_folder(runs, tmp_path_factory.mktemp("models") / "whole", upsampler=str(upsampler_folder))
+    return assemble_pipeline_folder(runs, tmp_path_factory.mktemp("models") / "whole", upsampler=str(upsampler_folder))
 
 
 def lively(pipeline):
@@ -190,7 +190,7 @@ def test_the_commands_upsample_assemble_and_draw(
         status, said, err = command(monkeypatch, capsys, *draw, *model)
         assert status == 0 and opened(said.strip())[0] == (64, 64), err
     assert opened(said.strip())[1]["upsampler"] == upsampler_folder.name
-    monkeypatch.setattr(drawing, "SHIPPED", tmp_path / "models" / "emoji")
+    monkeypatch.setattr(drawing, "SHIPPED_MODEL", tmp_path / "models" / "emoji")
     shutil.copytree(upsampler_folder, tmp_path / "models" / "emoji-upsampler")
     status, said, err = command(monkeypatch, capsys, "upsample", pictures[0], "--steps", 1, "--out", out)
     assert status == 0 and opened(said.strip())[1]["model"] == "emoji-upsampler", err

@@ -17,7 +17,7 @@ from t2i.pipelines import Text2ImagePipeline
 from t2i.diffusion.condition import ImageCondition
 from t2i.errors import InputError
 from t2i.networks.decoder import Decoder
-from t2i.networks.public.kandinsky import KandinskyDecoder, described
+from t2i.networks.public.kandinsky import KandinskyDecoder, derive_kandinsky_config
 from t2i.runtime.compiling import CompiledStep, check_compiler, compile_steps
 from tests.commands.test_cli import QUICK, run
 from tests.helpers.kandinsky_folders import tiny_kandinsky_unet
@@ -31,7 +31,7 @@ EMOJI = Path(__file__).parents[2] / "models" / "emoji"
 def test_compiled_steps_are_the_same_and_say_how_long_they_took_to_compile(caplog: pytest.LogCaptureFixture) -> None:
     settings = dict(tiny_kandinsky_unet("2.2").config)
     torch.manual_seed(0)
-    decoder = KandinskyDecoder(settings, **described(settings)).eval()
+    decoder = KandinskyDecoder(settings, **derive_kandinsky_config(settings)).eval()
     context = decoder.prepare(ImageCondition(torch.randn(2, EMBED_DIM)))
     x, t = torch.randn(2, 4, 8, 8), torch.tensor([400, 400])
     plain = decoder.step(x, t, context)
@@ -48,7 +48,7 @@ def test_compiled_steps_are_the_same_and_say_how_long_they_took_to_compile(caplo
 @pytest.mark.filterwarnings("ignore")
 def test_a_copy_of_a_compiled_decoder_steps_with_its_own_weights() -> None:
     settings = dict(tiny_kandinsky_unet("2.2").config)
-    decoder = KandinskyDecoder(settings, **described(settings)).eval()
+    decoder = KandinskyDecoder(settings, **derive_kandinsky_config(settings)).eval()
     compile_steps(decoder, backend="eager")
     other = copy.deepcopy(decoder)
     for one in other.parameters():
@@ -176,6 +176,6 @@ def test_a_command_draws_the_same_when_compiled(monkeypatch, capsys, caplog, pip
 
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
 def test_bf16_where_the_machine_lacks_it_is_one_line(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr("t2i.runtime.devices.computes_in_bf16", lambda device: False)
+    monkeypatch.setattr("t2i.runtime.devices.can_compute_bf16", lambda device: False)
     with pytest.raises(InputError, match="dtype bfloat16 is not what this machine computes in"):
         Text2ImagePipeline.from_pretrained(EMOJI, **{name: torch.bfloat16})

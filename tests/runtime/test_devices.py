@@ -22,8 +22,8 @@ def test_a_processor_of_intels_kind_has_it_by_either_instruction(monkeypatch, av
     monkeypatch.setattr(platform, "machine", lambda: X86)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    assert devices.computes_in_bf16("cpu") == (avx512 or amx)
-    assert devices.best_precision("cpu") == ("bf16" if avx512 or amx else "no")
+    assert devices.can_compute_bf16("cpu") == (avx512 or amx)
+    assert devices.choose_training_precision("cpu") == ("bf16" if avx512 or amx else "no")
 
 
 @pytest.mark.parametrize(("features", "has"), [("fp asimd svebf16 i8mm bf16 dgh", True), ("fp asimd svebf16", False)])
@@ -32,7 +32,7 @@ def test_linux_on_arm_says_so_among_the_processors_features(monkeypatch, tmp_pat
     said.write_text(f"processor\t: 0\nBogoMIPS\t: 50.00\nFeatures\t: {features}\nCPU part\t: 0xd40\n")
     monkeypatch.setattr(platform, "machine", lambda: ARM)
     monkeypatch.setattr(devices, "Path", lambda name: said if name == "/proc/cpuinfo" else Path(name))
-    assert devices.computes_in_bf16("cpu") == has
+    assert devices.can_compute_bf16("cpu") == has
 
 
 @pytest.mark.parametrize("has", [True, False])
@@ -40,7 +40,7 @@ def test_other_systems_on_arm_are_asked_by_torch(monkeypatch, tmp_path, has: boo
     monkeypatch.setattr(platform, "machine", lambda: "arm64")
     monkeypatch.setattr(devices, "Path", lambda name: tmp_path / "none")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"bf16": has}, raising=False)
-    assert devices.computes_in_bf16("cpu") == has
+    assert devices.can_compute_bf16("cpu") == has
 
 
 @pytest.mark.parametrize("new", [True, False])
@@ -48,21 +48,21 @@ def test_metal_has_it_from_macos_14_on(monkeypatch, new: bool) -> None:
     monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: new and (major, minor) == (14, 0))
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(devices, "processor_has_bf16", lambda: False)
-    assert devices.find_device("auto") == "mps"
+    monkeypatch.setattr(devices, "has_bf16_instructions", lambda: False)
+    assert devices.resolve_device_name("auto") == "mps"
     if new:
-        devices.check_bf16("mps")
-        devices.check_bf16()
+        devices.check_bf16_support("mps")
+        devices.check_bf16_support()
         return
     for device in ("mps", None):
         with pytest.raises(InputError, match="dtype bfloat16 is not what (the device 'mps'|this machine) computes in"):
-            devices.check_bf16(device)
+            devices.check_bf16_support(device)
 
 
 @pytest.mark.parametrize("index", ["2", "²", "١", "01", "9" * 5000, "-1", ""])
 def test_a_number_that_no_gpu_has_is_said_in_a_line(monkeypatch, index: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert devices.find_device("cuda:1") == "cuda:1"
+    assert devices.resolve_device_name("cuda:1") == "cuda:1"
     with pytest.raises(InputError, match="device 'cuda:.* is not available here; `t2i doctor` tells what is"):
-        devices.find_device(f"cuda:{index}")
+        devices.resolve_device_name(f"cuda:{index}")

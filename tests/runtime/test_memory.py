@@ -9,15 +9,29 @@ import psutil
 import pytest
 import torch
 import torch.nn.functional as F
-from t2i.pipelines.jobs.generation import write_drawn
-from t2i.pipelines.memory_needed import OVERCOUNTED, bytes_needed, check_fits, largest_half, works_of
+from t2i.pipelines.jobs.generation import write_drawn_images
+from t2i.pipelines.memory_needed import (
+    OVERCOUNT_FACTOR,
+    check_batch_fits,
+    collect_stage_workloads,
+    count_bytes_needed,
+    find_fitting_count,
+)
 from t2i.pipelines.options import split_options
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from t2i.errors import InputError
 from t2i.runtime.compiling import CompiledStep
-from t2i.runtime.memory import Room, container_limits, give_back, needed, on_meta, peak, room
+from t2i.runtime.memory import (
+    AvailableMemory,
+    copy_to_meta,
+    count_peak_bytes,
+    format_needed_memory,
+    iterate_container_limits,
+    measure_available_memory,
+    release_freed_memory,
+)
 
 from .test_cli import QUICK, run
 from .test_loading import ONE_EACH, load
@@ -37,8 +51,8 @@ def test_what_is_alive_at_once_is_counted_and_weights_are_not() -> None:
         del other, third
         torch.empty(10)
 
-    assert peak(layer, work) == 800_000
-    assert peak(layer, lambda model: model.weight.t()) == 0
+    assert count_peak_bytes(layer, work) == 800_000
+    assert count_peak_bytes(layer, lambda model: model.weight.t()) == 0
 
 
 def test_attention_is_fused_and_needs_no_table_of_all_pairs() -> None:
@@ -46,19 +60,19 @@ def test_attention_is_fused_and_needs_no_table_of_all_pairs() -> None:
         tokens = torch.empty(1, 2, 4096, 8)
         return F.scaled_dot_product_attention(tokens, tokens, tokens)
 
-    assert peak(nn.Identity(), work) == 2 * 4 * 2 * 4096 * 8
+    assert count_peak_bytes(nn.Identity(), work) == 2 * 4 * 2 * 4096 * 8
 
 
 def test_a_model_that_asks_for_values_is_not_counted_and_one_that_is_compiled_is(pipeline: Any) -> None:
-    assert peak(nn.Linear(2, 2), lambda model: model(torch.empty(2)).sum().item()) is None
+    assert count_peak_bytes(nn.Linear(2, 2), lambda model: model(torch.empty(2)).sum().item()) is None
     decoder = pipeline.decoder
     decoder.step = CompiledStep(decoder.step, backend="eager")
     weights = dict(decoder.named_parameters())
-    copied: Any = on_meta(decoder)
+    copied: Any = copy_to_meta(decoder)
     assert all(one.is_meta for one in copied.parameters()) and "step" not in vars(copied)
     assert all(decoder.get_parameter(name) is one and not one.is_meta for name, one in weights.items())
-    works = works_of(pipeline, *split_options(pipeline.usual), 2)
-    assert (peak(decoder, works["decoder"]) or 0) > 0
+    works = collect_stage_workloads(pipeline, *split_options(pipeline.default_decoder_options), 2)
+    assert (count_peak_bytes(decoder, works["decoder"]) or 0) > 0
 
 
 @pytest.mark.parametrize(
@@ -86,19 +100,19 @@ def test_a_container_bounds_what_there_is(tmp_path: Path, line: str, folder: str
         (place / limit).write_text("max\n" if place.name == "inner" else "1000\n")
         (place / used).write_text("300\n")
         (place / "memory.stat").write_text(f"anon 200\n{total}inactive_file 40\n{total}active_file 60\n")
-    assert list(container_limits(groups, root)) == [(1000, 200)]
-    assert list(container_limits(tmp_path / "none", root)) == []
+    assert list(iterate_container_limits(groups, root)) == [(1000, 200)]
+    assert list(iterate_container_limits(tmp_path / "none", root)) == []
 
 
 def test_there_is_memory_here_and_not_more_than_the_machine_has() -> None:
-    there = room()
-    assert 0 < there.free < there.whole and not there.on_device
-    assert str(there).endswith(f"{there.whole / 2**30:.2f} GiB are free")
+    there = measure_available_memory()
+    assert 0 < there.free < there.total and not there.on_device
+    assert str(there).endswith(f"{there.total / 2**30:.2f} GiB are free")
 
 
 def test_little_is_said_in_mebibytes() -> None:
-    assert str(Room(20 * 2**20, 4 * 2**30)) == "20.00 MiB of 4.00 GiB are free"
-    assert needed("you tried to allocate 2097152 bytes") == "it needs 2.00 MiB more at once"
+    assert str(AvailableMemory(20 * 2**20, 4 * 2**30)) == "20.00 MiB of 4.00 GiB are free"
+    assert format_needed_memory("you tried to allocate 2097152 bytes") == "it needs 2.00 MiB more at once"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
@@ -109,10 +123,10 @@ def test_a_limit_of_the_process_bounds_what_there_is() -> None:
     limit = psutil.Process().memory_info().vms + 2**29
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
     try:
-        there = room()
+        there = measure_available_memory()
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-    assert there.whole == min(limit, room().whole) and 0 < there.free <= 2**29
+    assert there.total == min(limit, measure_available_memory().total) and 0 < there.free <= 2**29
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are not asked")
@@ -122,7 +136,7 @@ def test_what_was_freed_is_given_back_to_the_system() -> None:
     last = pieces.pop()
     held = process.memory_info().rss
     del pieces
-    give_back()
+    release_freed_memory()
     assert process.memory_info().rss < held - 100_000_000 and last.sum() == 2**14
 
 
@@ -143,43 +157,43 @@ def test_pictures_that_fit_are_not_refused_for_no_more_is_counted_than_is_taken(
     one = pipeline if name == "own" else load(name)
     one.set_progress_bar_config(disable=True)
     few = FEW | ({"super_res_num_inference_steps": 2} if one.is_cascade else {})
-    counted = bytes_needed(one, *split_options(one.usual | few), 8)
+    counted = count_bytes_needed(one, *split_options(one.default_decoder_options | few), 8)
     taken = allocated(lambda: one(["red circle"] * 8, output_type="pt", **few))
     # Where captions are long beside so few pixels, what is the same for all pictures is counted for each; and how
     # much is taken depends on the processor: with AVX-512 more than without.
-    assert counted <= (OVERCOUNTED if name == "kandinsky 2.1" else 1.05) * taken, (counted, taken)
+    assert counted <= (OVERCOUNT_FACTOR if name == "kandinsky 2.1" else 1.05) * taken, (counted, taken)
     assert one.is_cascade or counted > 0.4 * taken, (counted, taken)
 
 
 def test_more_pictures_need_more_and_halves_are_found(pipeline: Any) -> None:
-    options = split_options(pipeline.usual)
-    needed = {count: bytes_needed(pipeline, *options, count) for count in (1, 2, 4, 8, 16)}
+    options = split_options(pipeline.default_decoder_options)
+    needed = {count: count_bytes_needed(pipeline, *options, count) for count in (1, 2, 4, 8, 16)}
     assert sorted(needed.values()) == list(needed.values()) and needed[16] > 5 * needed[1] > 0
     for count in (2, 8):
-        assert largest_half(pipeline, *options, 16, needed[count]) == count
-        assert largest_half(pipeline, *options, 16, needed[count] - 1) == count // 2
-    assert largest_half(pipeline, *options, 16, needed[1] - 1) == 0
+        assert find_fitting_count(pipeline, *options, 16, needed[count]) == count
+        assert find_fitting_count(pipeline, *options, 16, needed[count] - 1) == count // 2
+    assert find_fitting_count(pipeline, *options, 16, needed[1] - 1) == 0
 
 
 def test_what_a_pipeline_needs_is_counted_anew_when_it_changes(pipeline: Any) -> None:
-    options = split_options(pipeline.usual | {"height": 256, "width": 256})
-    before = bytes_needed(pipeline, *options, 4)
+    options = split_options(pipeline.default_decoder_options | {"height": 256, "width": 256})
+    before = count_bytes_needed(pipeline, *options, 4)
     for layer in pipeline.decoder.modules():  # as LoRA does, of a width that shows
         if isinstance(layer, nn.Linear):
             layer.register_forward_hook(lambda _, inputs, out: out + 0 * out.repeat(64, *[1] * (out.ndim - 1)).sum())
-    assert bytes_needed(pipeline, *options, 4) > 2 * before
+    assert count_bytes_needed(pipeline, *options, 4) > 2 * before
 
 
 def test_a_canvas_is_counted_as_it_is_painted_in_windows_that_the_autoencoder_joins(pipeline: Any) -> None:
     side = pipeline.latent_shape[-1]
     own, large = (
-        split_options(pipeline.usual | {"height": pixels, "width": pixels})
+        split_options(pipeline.default_decoder_options | {"height": pixels, "width": pixels})
         for pixels in (pipeline.image_size, 8 * pipeline.image_size)
     )
 
     def peaks(options: Any, window: int | None = None) -> dict[str, int]:
-        works = works_of(pipeline, *options, 2, window)
-        return {name: peak(getattr(pipeline, name), work) or 0 for name, work in works.items()}
+        works = collect_stage_workloads(pipeline, *options, 2, window)
+        return {name: count_peak_bytes(getattr(pipeline, name), work) or 0 for name, work in works.items()}
 
     assert peaks(large, side) == peaks(large) | {"decoder": peaks(own)["decoder"]}
     assert peaks(large)["decoder"] > 10 * peaks(own)["decoder"]
@@ -190,23 +204,23 @@ def test_a_given_noise_of_the_prior_is_that_of_one_candidate(pipeline: Any) -> N
     noise = torch.zeros(64, pipeline.clip.embed_dim)
 
     def counted(**more: Any) -> int:
-        works = works_of(pipeline, *split_options(pipeline.usual | more), 64)
-        return peak(pipeline.prior, works["prior"]) or 0
+        works = collect_stage_workloads(pipeline, *split_options(pipeline.default_decoder_options | more), 64)
+        return count_peak_bytes(pipeline.prior, works["prior"]) or 0
 
     assert counted(prior_candidates=8, prior_latents=noise) == counted(prior_candidates=1)
     assert counted(prior_candidates=8) > 4 * counted(prior_candidates=1)
 
 
 def test_what_is_counted_may_be_more_than_is_taken_and_a_little_too_much_is_not_refused(pipeline: Any) -> None:
-    options = split_options(pipeline.usual)
-    needed = bytes_needed(pipeline, *options, 64)
+    options = split_options(pipeline.default_decoder_options)
+    needed = count_bytes_needed(pipeline, *options, 64)
     for part, refused in ((1.1, False), (1.5, True)):  # of a share: what is free here does not move by so much at once
-        processes = round(room().free * part / needed)
+        processes = round(measure_available_memory().free * part / needed)
         if not refused:
-            check_fits(pipeline, *options, 64, processes)
+            check_batch_fits(pipeline, *options, 64, processes)
             continue
         with pytest.raises(InputError, match=f"are free for each of {processes} processes; draw (16|32) at once"):
-            check_fits(pipeline, *options, 64, processes)
+            check_batch_fits(pipeline, *options, 64, processes)
 
 
 HUGE = {"height": 4096, "width": 4096}
@@ -244,7 +258,11 @@ def test_a_batch_that_is_left_to_us_begins_with_what_fits(tmp_path: Path) -> Non
             return [Image.new("RGB", (4, 4))] * len(records)
 
         records = [{"prompt": "a"}] * 10
-        list(write_drawn(draw, records, 0, tmp_path / name, "m", {}, batch_size, fitting=lambda size: (size + 2) // 3))
+        list(
+            write_drawn_images(
+                draw, records, 0, tmp_path / name, "m", {}, batch_size, fitting=lambda size: (size + 2) // 3
+            )
+        )
         return sizes
 
     assert drawn("auto", None) == [4, 4, 2]
@@ -262,6 +280,6 @@ def test_after_a_batch_that_was_halved_the_next_begin_with_what_fitted(tmp_path:
             raise MemoryError
         return [Image.new("RGB", (4, 4))] * len(records)
 
-    paths = list(write_drawn(draw, [{"prompt": "a"}] * 22, 0, tmp_path, "m", {}))
+    paths = list(write_drawn_images(draw, [{"prompt": "a"}] * 22, 0, tmp_path, "m", {}))
     assert sizes == [16, 8, 4, 4, 4, 4, 4, 2]
     assert [path.stem for path in paths] == [f"a-{seed}" for seed in range(22)]

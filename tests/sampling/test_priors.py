@@ -10,18 +10,23 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler
 from t2i.training.common.preview import SampleConfig
-from t2i.training.train_prior import Config, cross_entropy, main
+from t2i.training.train_prior import Config, compute_cross_entropy, main
 
 from t2i import Text2ImagePipeline
 from t2i.config import load_config
 from t2i.diffusion.condition import TextEncoding
 from t2i.diffusion.guidance import Guidance
 from t2i.errors import InputError
-from t2i.evaluation.priors import evaluate_prior
-from t2i.networks.autoregressive_prior import AutoregressivePrior, components_for, picked
+from t2i.evaluation.priors import evaluate_prior_splits
+from t2i.networks.autoregressive_prior import AutoregressivePrior, count_principal_components, select_code_buckets
 from t2i.networks.prior import Prior
 from t2i.networks.regression_prior import RegressionPrior
-from t2i.sampling.embeddings import candidate_generators, draw_embeddings, load_prior, nearest
+from t2i.sampling.embeddings import (
+    build_candidate_generators,
+    load_prior,
+    sample_image_embeds,
+    select_nearest_candidates,
+)
 from t2i.sampling.sample import sample_prior
 
 from .conftest import CONFIGS, arguments, seeds
@@ -50,7 +55,7 @@ def autoregressive(components: int = 6, buckets: int = 32, embed_dim: int = D) -
     torch.manual_seed(0)
     prior = AutoregressivePrior(embed_dim, W, LENGTH, 32, 2, 4, components, buckets)
     null = TextEncoding(torch.zeros(1, embed_dim), torch.zeros(1, 2, W), torch.ones(1, 2, dtype=torch.bool))
-    prior.set_encodings(null, unit(300, embed_dim))
+    prior.set_embed_statistics(null, unit(300, embed_dim))
     return shaken(prior)
 
 
@@ -65,13 +70,13 @@ def diffusion() -> tuple[Prior, DDIMScheduler]:
 
 def test_the_codes_of_z_i_are_within_half_a_bucket_of_it():
     z_i, prior = unit(300, D), autoregressive(components=D, buckets=16)
-    codes = prior.quantise(z_i, z_i)
+    codes = prior.quantise_image_embeds(z_i, z_i)
     values = (z_i - prior.mean) @ prior.basis.T
     width = (prior.high - prior.low) / 16
     again = prior.low + (codes[:, 1:] + 0.5) * width
     assert ((again - values).abs() <= width / 2 + 1e-6).all()
     assert (codes[:, 0] == 15).all()  # a dot product of 1
-    drawn, bound = prior.dequantise(codes), (width / 2).norm()
+    drawn, bound = prior.dequantise_codes(codes), (width / 2).norm()
     assert ((drawn - z_i).norm(dim=1) <= 2 * bound).all()  # of unit length again
     torch.testing.assert_close(drawn.norm(dim=1), torch.ones(300))
 
@@ -80,9 +85,11 @@ def test_components_come_by_decreasing_variance_and_as_many_as_explain_it():
     deviations = torch.tensor([1.0, 3.0, 0.1, 2.0])
     z = torch.randn(4000, 4, generator=torch.Generator().manual_seed(0)) * deviations
     # 9, 4, 1 and 0.01 of 14.01
-    assert [components_for(z, share) for share in (0.5, 0.7, 0.95, 0.999, 1.0)] == [1, 2, 3, 3, 4]
+    assert [count_principal_components(z, share) for share in (0.5, 0.7, 0.95, 0.999, 1.0)] == [1, 2, 3, 3, 4]
     prior = AutoregressivePrior(4, W, LENGTH, 8, 1, 1, 4)
-    prior.set_encodings(captions(2).map(lambda tensor: tensor[..., :4] if tensor.shape[-1] == D else tensor), z)
+    prior.set_embed_statistics(
+        captions(2).map_tensors(lambda tensor: tensor[..., :4] if tensor.shape[-1] == D else tensor), z
+    )
     assert prior.basis.abs().argmax(dim=1).tolist() == [1, 3, 0, 2]
 
 
@@ -91,12 +98,12 @@ def test_components_come_by_decreasing_variance_and_as_many_as_explain_it():
 
 def test_logits_with_the_cache_are_those_of_one_pass():
     prior, text = autoregressive(), captions(7, 3, 10)
-    codes = torch.randint(32, (3, prior.length))
+    codes = torch.randint(32, (3, prior.codes_per_embedding))
     expected = prior(text, codes)
     context = prior.prepare(text)
-    for i in range(prior.length):
+    for i in range(prior.codes_per_embedding):
         torch.testing.assert_close(context.logits, expected[:, i], atol=1e-5, rtol=1e-5)
-        if i + 1 < prior.length:
+        if i + 1 < prior.codes_per_embedding:
             prior.step(codes[:, i], i, context)
 
 
@@ -104,24 +111,24 @@ def test_before_it_learns_it_is_the_regression_that_it_starts_from():
     torch.manual_seed(0)
     prior = AutoregressivePrior(D, W, LENGTH, 32, 2, 4, D, 4096, regression={"kind": "mlp", "width": 32}).eval()
     null = TextEncoding(torch.zeros(1, D), torch.zeros(1, 2, W), torch.ones(1, 2, dtype=torch.bool))
-    prior.set_encodings(null, unit(300, D))
-    text, codes = captions(7, 3), torch.randint(4096, (2, prior.length))
-    likeliest = prior.draw(text, None, 1.0, seeds(0, 1), temperature=0)
-    torch.testing.assert_close(likeliest, prior.regressor.draw(text), atol=2e-3, rtol=0)
+    prior.set_embed_statistics(null, unit(300, D))
+    text, codes = captions(7, 3), torch.randint(4096, (2, prior.codes_per_embedding))
+    likeliest = prior.sample_image_embeds(text, None, 1.0, seeds(0, 1), temperature=0)
+    torch.testing.assert_close(likeliest, prior.regressor.sample_image_embeds(text), atol=2e-3, rtol=0)
     shaken(prior)
     expected, context = prior(text, codes), prior.prepare(text)
-    for i in range(prior.length - 1):
+    for i in range(prior.codes_per_embedding - 1):
         torch.testing.assert_close(context.logits, expected[:, i], atol=1e-4, rtol=1e-4)
         prior.step(codes[:, i], i, context)
 
 
 def test_no_code_is_seen_before_it_is_drawn():
     prior, text = autoregressive(), captions(4)
-    codes = torch.randint(32, (1, prior.length))
+    codes = torch.randint(32, (1, prior.codes_per_embedding))
     before = prior(text, codes)
     codes[:, 3] = (codes[:, 3] + 7) % 32
     changed = (prior(text, codes) - before).abs().amax(dim=-1)[0] > 1e-6
-    assert changed.tolist() == [False] * 4 + [True] * (prior.length - 4)
+    assert changed.tolist() == [False] * 4 + [True] * (prior.codes_per_embedding - 4)
 
 
 def test_it_learns_a_distribution_that_is_known():
@@ -131,7 +138,7 @@ def test_it_learns_a_distribution_that_is_known():
     torch.manual_seed(0)
     prior = AutoregressivePrior(3, 2, 2, 32, 1, 2, components=2, buckets=2)
     null = TextEncoding(torch.zeros(1, 3), torch.zeros(1, 2, 2), torch.ones(1, 2, dtype=torch.bool))
-    prior.set_encodings(null, points.view(4, 3))
+    prior.set_embed_statistics(null, points.view(4, 3))
 
     def text(which: torch.Tensor) -> TextEncoding:
         states = F.one_hot(which, 2)[:, None].float()
@@ -142,20 +149,20 @@ def test_it_learns_a_distribution_that_is_known():
         optimizer.param_groups[0]["lr"] = 4e-3 * (1 - step / 400)
         which = torch.randint(2, (256,))
         point = torch.multinomial(tables[which].flatten(1), 1)[:, 0]
-        codes = prior.quantise(text(which).embedding, points.view(4, 3)[point])
-        loss = cross_entropy(prior(text(which), codes), codes, 0).mean()
+        codes = prior.quantise_image_embeds(text(which).embedding, points.view(4, 3)[point])
+        loss = compute_cross_entropy(prior(text(which), codes), codes, 0).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     prior.eval()
     count = 2000
     for caption, table in enumerate(tables):
-        z_i = prior.draw(text(torch.full((count,), caption)), None, 1.0, seeds(*range(count)))
+        z_i = prior.sample_image_embeds(text(torch.full((count,), caption)), None, 1.0, seeds(*range(count)))
         signs = [(z_i[:, 0] > 0) == bool(i) for i in range(2)], [(z_i[:, 1] > 0) == bool(j) for j in range(2)]
         found = torch.tensor([[(first & second).float().mean() for second in signs[1]] for first in signs[0]])
         torch.testing.assert_close(found, table, atol=0.05, rtol=0)
         torch.testing.assert_close(z_i.abs(), torch.tensor([0.8, 0.6, 0]).expand(count, 3), atol=1e-5, rtol=0)
-        likeliest = prior.draw(text(torch.tensor([caption])), None, 1.0, seeds(0), temperature=0)
+        likeliest = prior.sample_image_embeds(text(torch.tensor([caption])), None, 1.0, seeds(0), temperature=0)
         assert (likeliest[0, :2] > 0).int().tolist() == greedy(table)
 
 
@@ -169,7 +176,7 @@ def test_the_dot_product_is_drawn_from_its_upper_half():
     distribution = prior.prepare(text).logits[0].softmax(dim=-1)
     read = []
     step, prior.step = prior.step, lambda codes, i, context: (read.append(codes), step(codes, i, context))
-    prior.draw(text, None, 1.0, seeds(*range(64)))
+    prior.sample_image_embeds(text, None, 1.0, seeds(*range(64)))
     assert len(read[0].unique()) > 3  # not always the same
     assert (distribution.cumsum(dim=0)[read[0]] >= 0.5 - 1e-6).all()
 
@@ -177,24 +184,24 @@ def test_the_dot_product_is_drawn_from_its_upper_half():
 def test_a_quantile_picks_the_bucket_that_holds_it():
     logits = torch.tensor([[0.1, 0.2, 0.0, 0.7]]).log().expand(5, 4)
     where = torch.tensor([0.0, 0.09, 0.11, 0.29, 0.31])
-    assert picked(logits, where, 1.0).tolist() == [0, 0, 1, 1, 3]
-    assert picked(logits, where, 0).tolist() == [3] * 5
+    assert select_code_buckets(logits, where, 1.0).tolist() == [0, 0, 1, 1, 3]
+    assert select_code_buckets(logits, where, 0).tolist() == [3] * 5
     # at temperature 1/2 probabilities are squared: 0.01, 0.04, 0, 0.49 of 0.54
-    assert picked(logits, torch.tensor([0.018, 0.02, 0.09, 0.1, 0.999]), 0.5).tolist() == [0, 1, 1, 3, 3]
+    assert select_code_buckets(logits, torch.tensor([0.018, 0.02, 0.09, 0.1, 0.999]), 0.5).tolist() == [0, 1, 1, 3, 3]
 
 
 def test_guidance_away_from_the_caption_itself_goes_nowhere():
     prior, text = autoregressive(), captions(4, 7)
-    plain = prior.draw(text, None, 1.0, seeds(0, 1))
-    torch.testing.assert_close(prior.draw(text, text, 3.0, seeds(0, 1)), plain)
-    assert not torch.allclose(prior.draw(text, None, 3.0, seeds(0, 1)), plain, atol=1e-3)
+    plain = prior.sample_image_embeds(text, None, 1.0, seeds(0, 1))
+    torch.testing.assert_close(prior.sample_image_embeds(text, text, 3.0, seeds(0, 1)), plain)
+    assert not torch.allclose(prior.sample_image_embeds(text, None, 3.0, seeds(0, 1)), plain, atol=1e-3)
 
 
 def test_smoothed_targets_are_plain_ones_for_no_smoothing_and_sum_to_one():
     logits, codes = torch.randn(3, 5, 8), torch.randint(8, (3, 5))
-    torch.testing.assert_close(cross_entropy(logits, codes, 1e-3), cross_entropy(logits, codes, 0))
+    torch.testing.assert_close(compute_cross_entropy(logits, codes, 1e-3), compute_cross_entropy(logits, codes, 0))
     flat = torch.zeros(3, 5, 8)
-    torch.testing.assert_close(cross_entropy(flat, codes, 2.0), torch.full((3, 5), 8.0).log())
+    torch.testing.assert_close(compute_cross_entropy(flat, codes, 2.0), torch.full((3, 5), 8.0).log())
 
 
 # The regression
@@ -203,29 +210,29 @@ def test_smoothed_targets_are_plain_ones_for_no_smoothing_and_sum_to_one():
 def test_the_linear_prior_is_least_squares():
     z_t, z_i = unit(400, D, seed=3), unit(400, D, seed=4)
     prior = RegressionPrior(D, W, "linear")
-    prior.set_encodings(z_i.mean(dim=0), z_i.std(dim=0))
+    prior.set_embed_statistics(z_i.mean(dim=0), z_i.std(dim=0))
     text = TextEncoding(z_t, torch.zeros(400, 1, W), torch.ones(400, 1, dtype=torch.bool))
     optimizer = torch.optim.LBFGS(prior.parameters(), max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        loss = F.mse_loss(prior(text), prior.scale(z_i))
+        loss = F.mse_loss(prior(text), prior.scale_image_embeds(z_i))
         loss.backward()
         return loss
 
     optimizer.step(closure)
     affine = torch.cat([z_t, torch.ones(400, 1)], dim=1)
     expected = affine @ torch.linalg.lstsq(affine, z_i).solution
-    torch.testing.assert_close(prior.draw(text), F.normalize(expected, dim=-1), atol=1e-3, rtol=0)
+    torch.testing.assert_close(prior.sample_image_embeds(text), F.normalize(expected, dim=-1), atol=1e-3, rtol=0)
 
 
 def test_the_mlp_reads_the_mean_of_the_tokens_that_there_are():
     prior, text = shaken(RegressionPrior(D, W, "mlp", width=32)), captions(5, 2)
-    before = prior.draw(text)
+    before = prior.sample_image_embeds(text)
     text.states[1, 2:] = 1e3
-    torch.testing.assert_close(prior.draw(text), before)
+    torch.testing.assert_close(prior.sample_image_embeds(text), before)
     text.states[1, 1] += 1
-    assert not torch.allclose(prior.draw(text)[1], before[1], atol=1e-4)
+    assert not torch.allclose(prior.sample_image_embeds(text)[1], before[1], atol=1e-4)
 
 
 # Candidates
@@ -234,15 +241,15 @@ def test_the_mlp_reads_the_mean_of_the_tokens_that_there_are():
 def test_the_nearest_candidate_has_the_largest_cosine():
     z_t = torch.tensor([[1.0, 0], [0, 1]])
     z_i = torch.tensor([[0.6, 0.8], [0.8, 0.6], [-1, 0], [1, 0], [0, 1], [0, -1]])
-    assert nearest(z_i, z_t).tolist() == [[0.800000011920929, 0.6000000238418579], [0, 1]]
-    assert torch.equal(nearest(z_t, z_t), z_t)
+    assert select_nearest_candidates(z_i, z_t).tolist() == [[0.800000011920929, 0.6000000238418579], [0, 1]]
+    assert torch.equal(select_nearest_candidates(z_t, z_t), z_t)
     long = torch.tensor([[9.0, 9], [0.5, 0]])  # of embeddings that are not of unit length
-    assert nearest(long, z_t[:1]).tolist() == [[0.5, 0]]
+    assert select_nearest_candidates(long, z_t[:1]).tolist() == [[0.5, 0]]
 
 
 def draw_any(kind: str, text: TextEncoding, numbers: list[int], candidates: int, **more) -> torch.Tensor:
     prior, scheduler = diffusion() if kind == "diffusion" else (autoregressive(), None)
-    return draw_embeddings(prior, scheduler, text, None, 4, 2.0, seeds(*numbers), candidates, **more)
+    return sample_image_embeds(prior, scheduler, text, None, 4, 2.0, seeds(*numbers), candidates, **more)
 
 
 @pytest.mark.parametrize("kind", ["diffusion", "autoregressive"])
@@ -251,15 +258,15 @@ def test_candidates_are_the_plain_draw_and_others_of_which_the_nearest_is_taken(
     if kind == "diffusion":
         plain = sample_prior(*diffusion(), text, None, 4, 2.0, seeds(1, 2, 3))
     else:
-        plain = autoregressive().draw(text, None, 2.0, seeds(1, 2, 3))
+        plain = autoregressive().sample_image_embeds(text, None, 2.0, seeds(1, 2, 3))
     torch.testing.assert_close(draw_any(kind, text, [1, 2, 3], 1), plain)
     for i in range(3):
-        one = text.map(lambda tensor, i=i: tensor[i : i + 1])
-        streams = candidate_generators(*seeds(i + 1), 4)
+        one = text.map_tensors(lambda tensor, i=i: tensor[i : i + 1])
+        streams = build_candidate_generators(*seeds(i + 1), 4)
         if kind == "diffusion":
             each = [sample_prior(*diffusion(), one, None, 4, 2.0, [stream]) for stream in streams]
         else:
-            each = [autoregressive().draw(one, None, 2.0, [stream]) for stream in streams]
+            each = [autoregressive().sample_image_embeds(one, None, 2.0, [stream]) for stream in streams]
         torch.testing.assert_close(each[0][0], plain[i], atol=1e-5, rtol=0)
         dots = torch.cat(each) @ text.embedding[i]
         best = draw_any(kind, text, [1, 2, 3], 4)[i]
@@ -270,7 +277,7 @@ def test_candidates_are_the_plain_draw_and_others_of_which_the_nearest_is_taken(
 def test_a_draw_does_not_depend_on_its_batch(kind):
     text = captions(6, 6, 6)
     together = draw_any(kind, text, [5, 6, 7], 2)
-    alone = draw_any(kind, text.map(lambda tensor: tensor[1:2]), [6], 2)
+    alone = draw_any(kind, text.map_tensors(lambda tensor: tensor[1:2]), [6], 2)
     torch.testing.assert_close(alone[0], together[1], atol=1e-5, rtol=0)
 
 
@@ -295,9 +302,9 @@ def test_what_has_no_effect_on_a_prior_is_said_once_and_changes_nothing(caplog):
     )
     for prior, scheduler, unused, names in cases:
         plain = {"negative": None, "steps": 2, "guidance": None, "candidates": unused.get("candidates", 1)}
-        expected = draw_embeddings(prior, scheduler, text, generators=seeds(0, 1), **plain)
+        expected = sample_image_embeds(prior, scheduler, text, generators=seeds(0, 1), **plain)
         assert not caplog.records
-        drawn = draw_embeddings(prior, scheduler, text, generators=seeds(0, 1), **{**plain, **unused})
+        drawn = sample_image_embeds(prior, scheduler, text, generators=seeds(0, 1), **{**plain, **unused})
         assert torch.equal(drawn, expected)
         assert [record.message.split()[0] for record in caplog.records] == names
         caplog.clear()
@@ -307,22 +314,22 @@ def test_an_evaluation_and_a_preview_guide_a_prior_as_the_pipeline_does_if_nothi
     torch.manual_seed(0)
     prior = AutoregressivePrior(D, W, LENGTH, 32, 2, 4, 6, 32, regression={"kind": "mlp", "width": 8})
     null = TextEncoding(torch.zeros(1, D), torch.zeros(1, 2, W), torch.ones(1, 2, dtype=torch.bool))
-    prior.set_encodings(null, unit(300, D))
+    prior.set_embed_statistics(null, unit(300, D))
     shaken(prior)
     pairs = {"train": Pairs(unit(10, D), unit(10, D, seed=3))}
-    default, one, two = (evaluate_prior(prior, None, pairs, guidance=scale) for scale in (None, 1.0, 2.0))
+    default, one, two = (evaluate_prior_splits(prior, None, pairs, guidance=scale) for scale in (None, 1.0, 2.0))
     assert default == one != two
     assert SampleConfig().prior_guidance_scale is None and SampleConfig(prior_guidance_scale=1.5).prior_guidance_scale
 
 
 def test_without_a_prior_the_text_embedding_is_drawn():
     text = captions(4, 6)
-    torch.testing.assert_close(draw_embeddings(None, None, text, None, 4, 2.0, seeds(1, 2)), text.embedding)
+    torch.testing.assert_close(sample_image_embeds(None, None, text, None, 4, 2.0, seeds(1, 2)), text.embedding)
 
 
 def test_guidance_by_noise_levels_is_refused_by_a_prior_that_has_none():
     with pytest.raises(InputError, match="autoregressive prior must be a scale alone"):
-        draw_embeddings(autoregressive(), None, captions(4), None, 4, Guidance(2.0, rescale=0.5), seeds(1))
+        sample_image_embeds(autoregressive(), None, captions(4), None, 4, Guidance(2.0, rescale=0.5), seeds(1))
 
 
 @pytest.mark.parametrize(
@@ -394,7 +401,7 @@ def test_every_prior_saves_loads_in_a_fresh_process_and_draws(pipeline, shapes, 
         expected[str(folder)] = [drawn.image_embeds[0], type(prior).__name__]
         if kind == "autoregressive":
             steps = [one for one in seen if one.stage == "prior"]
-            assert [one.step for one in steps] == list(range(1, prior.length + 1))
+            assert [one.step for one in steps] == list(range(1, prior.codes_per_embedding + 1))
             torch.testing.assert_close(steps[-1].estimate, drawn.image_embeds)
             with pytest.raises(InputError, match="only the diffusion prior goes with a scheduler"):
                 Text2ImagePipeline.from_pipe(pipeline, prior=prior)
@@ -431,7 +438,7 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.z_i)
 
-    def shard(self, _: int) -> dict[str, torch.Tensor]:
+    def open_shard(self, _: int) -> dict[str, torch.Tensor]:
         return {"image_embeds": self.z_i}
 
     def __getitems__(self, keys):
@@ -445,10 +452,10 @@ def test_a_prior_that_knows_the_answer_has_cosine_and_retrieval_1_and_one_that_m
     z_i = torch.eye(D)
     right = {"train": Pairs(z_i[:10], z_i[:10]), "held_out": Pairs(z_i[10:], z_i[10:])}
     for split, count in (("train", 10), ("held_out", 6)):
-        score = evaluate_prior(None, None, right)[split]
+        score = evaluate_prior_splits(None, None, right)[split]
         assert score == {"captions": count, "cosine": 1, "retrieval": 1, "text": 1, "true_text": 1}
     wrong = {"train": Pairs(z_i, z_i.roll(1, dims=0))}
-    assert evaluate_prior(None, None, wrong)["train"] == {
+    assert evaluate_prior_splits(None, None, wrong)["train"] == {
         "captions": D, "cosine": 0, "retrieval": 0, "text": 1, "true_text": 0,
     }  # fmt: skip
 

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from t2i.diffusion.denoiser import sample
-from t2i.diffusion.guidance import steered
-from t2i.diffusion.samplers import make_sampler
+from t2i.diffusion.denoiser import sample_from_noise
+from t2i.diffusion.guidance import build_steered_predict
+from t2i.diffusion.samplers import build_sampler
 from t2i.errors import InputError
-from t2i.files.fingerprints import weights_digest
-from t2i.networks.classifier import LatentClassifier, noise_level
-from t2i.sampling.steering import Steering, class_score, load_classifier
+from t2i.files.fingerprints import compute_weights_fingerprint
+from t2i.networks.classifier import LatentClassifier, compute_noise_level
+from t2i.sampling.steering import Steering, build_class_score, load_classifier
 from tests.helpers.gaussian import Gaussian, schedule
 
 from .conftest import seeds
@@ -28,10 +28,10 @@ class ExactClassifier:
     def __init__(self, gaussian: Gaussian, seen: torch.Tensor, error: float):
         self.gaussian, self.seen, self.error = gaussian, seen, error
 
-    def number_of(self, name: str) -> int:
+    def find_class_index(self, name: str) -> int:
         return ["other", "seen"].index(name)
 
-    def log_probability(self, x, level):
+    def predict_log_probs(self, x, level):
         """Up to a constant: p(seen | x_t) is Gaussian about E[x_0 | x_t]."""
         alpha, sigma = (function(level.double()[0] * math.pi / 2) for function in (torch.cos, torch.sin))
         covariance, eye = self.gaussian.covariance, torch.eye(len(self.gaussian.mean)).double()
@@ -50,11 +50,11 @@ def test_an_exact_classifier_samples_the_posterior_in_closed_form(name, steps):
     seen, eye = torch.tensor([1.0, -0.5, 0.2]).double(), torch.eye(3).double()
     covariance = torch.linalg.inv(torch.linalg.inv(gaussian.covariance) + eye / error)
     mean = covariance @ (torch.linalg.solve(gaussian.covariance, gaussian.mean) + seen / error)
-    score = class_score(ExactClassifier(gaussian, seen, error), scheduler, ["seen"] * 4000)
+    score = build_class_score(ExactClassifier(gaussian, seen, error), scheduler, ["seen"] * 4000)
     noise = torch.randn(4000, 3, generator=torch.Generator().manual_seed(1)).double()
     for scale, expected in ((1.0, mean), (0.0, gaussian.mean)):
-        predict = steered(gaussian.denoiser(scheduler), scheduler, score, scale)
-        drawn = sample(predict, make_sampler(name, scheduler), noise, steps)
+        predict = build_steered_predict(gaussian.denoiser(scheduler), scheduler, score, scale)
+        drawn = sample_from_noise(predict, build_sampler(name, scheduler), noise, steps)
         torch.testing.assert_close(drawn.mean(dim=0), expected, atol=0.06, rtol=0)
         if scale:
             torch.testing.assert_close(drawn.T.cov(), covariance, atol=0.05, rtol=0)
@@ -73,7 +73,7 @@ def draw(pipeline, steering, count=2, **more):
 
 def sees_colors_in_channels(classifier: LatentClassifier) -> None:
     """Instead of what it learnt: blue is a high first channel, green the second, red the third."""
-    classifier.log_probability = lambda x, level: (8 * x[:, :3].mean(dim=(2, 3))).log_softmax(dim=1)
+    classifier.predict_log_probs = lambda x, level: (8 * x[:, :3].mean(dim=(2, 3))).log_softmax(dim=1)
 
 
 def test_gamma_raises_the_probability_of_a_class_each_picture_its_own(pipeline, classifier):
@@ -81,7 +81,7 @@ def test_gamma_raises_the_probability_of_a_class_each_picture_its_own(pipeline, 
 
     def logs(scale):
         x = draw(pipeline, Steering(scale, classifier, ["red", "blue", "green"]), 3)
-        return torch.stack([classifier.log_probability(x, None)[i, n] for i, n in enumerate((2, 0, 1))])
+        return torch.stack([classifier.predict_log_probs(x, None)[i, n] for i, n in enumerate((2, 0, 1))])
 
     none, some, more = (logs(scale) for scale in (0.0, 1.0, 4.0))
     assert (none < some).all() and (some < more).all()
@@ -91,15 +91,17 @@ def test_gamma_raises_the_probability_of_a_class_each_picture_its_own(pipeline, 
     ends = [
         pipeline(**more, steering=one, generator=seeds(0, 1)).images for one in (None, Steering(2, classifier, "red"))
     ]
-    plain, moved = (classifier.log_probability(x, None)[:, 2] for x in ends)
+    plain, moved = (classifier.predict_log_probs(x, None)[:, 2] for x in ends)
     assert (moved > plain).all()
 
 
 def test_the_real_classifier_moves_latents_to_where_it_is_surer(pipeline, classifier):
     scheduler, t = pipeline.decoder_scheduler, torch.tensor(300)
     x = torch.randn(4, *pipeline.latent_shape, generator=torch.Generator().manual_seed(0))
-    score = class_score(classifier, scheduler, ["blue"] * 4)
-    steps = [steered(lambda x, t: torch.zeros_like(x), scheduler, score, scale)(x, t) for scale in (0.0, 0.02)]
+    score = build_class_score(classifier, scheduler, ["blue"] * 4)
+    steps = [
+        build_steered_predict(lambda x, t: torch.zeros_like(x), scheduler, score, scale)(x, t) for scale in (0.0, 0.02)
+    ]
     gradient = steps[0] - steps[1]  # of velocity, which falls where the clean sample rises
     with torch.no_grad():
         assert (score(x + 0.1 * gradient / gradient.norm(), t) > score(x, t)).all()
@@ -130,7 +132,7 @@ def test_a_steered_picture_does_not_depend_on_its_batch(pipeline, classifier):
 
 
 def test_what_cannot_steer_is_refused_before_any_work(pipeline, classifier, monkeypatch):
-    monkeypatch.setattr("t2i.pipelines.base.sample", lambda *_: pytest.fail("work has started"))
+    monkeypatch.setattr("t2i.pipelines.base.sample_from_noise", lambda *_: pytest.fail("work has started"))
     picture = torch.zeros(1, 3, 8, 8)
     for steering, message in [
         (3.0, "steering must be a Steering, got 3.0"),
@@ -168,7 +170,7 @@ def test_a_classifier_of_another_latent_space_or_clip_is_refused(pipeline, class
 
 
 def test_a_noise_level_takes_the_times_of_the_solvers():
-    level = noise_level(schedule(), torch.tensor(499.5), torch.zeros(2, 3))
+    level = compute_noise_level(schedule(), torch.tensor(499.5), torch.zeros(2, 3))
     torch.testing.assert_close(level, torch.full((2,), 0.5), atol=0.01, rtol=0)
 
 
@@ -184,7 +186,10 @@ def test_the_command_draws_towards_a_class_without_a_prompt(
     status, out, err = run(monkeypatch, capsys, *common, *steer)
     assert status == 0, err
     with Image.open(out.split()[0]) as image:
-        by = {"folder": classifier_folder.name, "fingerprint": weights_digest(load_classifier(classifier_folder))}
+        by = {
+            "folder": classifier_folder.name,
+            "fingerprint": compute_weights_fingerprint(load_classifier(classifier_folder)),
+        }
         assert json.loads(image.info["t2i"])["steering"] == {"scale": 8.0, "class": "red", "classifier": by}
     status, out, err = run(monkeypatch, capsys, *common, "a circle", "--steer-text", "red", "--prior-steps", 2)
     assert status == 0 and len(out.split()) == 2
@@ -206,6 +211,6 @@ def test_the_command_draws_towards_a_class_without_a_prompt(
 
 def test_a_score_of_classes_is_the_column_of_each_picture():
     table = torch.log_softmax(torch.randn(3, 4), dim=1)
-    fake = SimpleNamespace(number_of="abcd".index, log_probability=lambda x, level: table)
-    score = class_score(fake, schedule(), ["d", "a", "c"])(torch.zeros(3, 2), torch.tensor(5))
+    fake = SimpleNamespace(find_class_index="abcd".index, predict_log_probs=lambda x, level: table)
+    score = build_class_score(fake, schedule(), ["d", "a", "c"])(torch.zeros(3, 2), torch.tensor(5))
     assert torch.equal(score, torch.stack([table[0, 3], table[1, 0], table[2, 2]]))

@@ -8,20 +8,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from t2i.training import train_autoencoder
-from t2i.training.common.checkpoint import MANIFEST
-from t2i.training.common.loop import Critic, Stage, fit, start
+from t2i.training.common.checkpoint import CHECKPOINT_MANIFEST
+from t2i.training.common.loop import Critic, Stage, build_accelerator, fit
 from torch.optim import AdamW
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from benchmarks.autoencoders import fine_energy, frechet, patch_projections
 from t2i.config import DataConfig, TrainConfig, load_config
-from t2i.data import CaptionedPictures, batches
+from t2i.data import CaptionedPictures, iterate_batches
 from t2i.errors import InputError
-from t2i.files.atomic import digest
+from t2i.files.atomic import compute_file_sha256
 from t2i.interop.by_name import load_autoencoder, load_clip
 from t2i.networks.clip import CLIP
-from t2i.networks.discriminator import Discriminator, adaptive_weight, frozen_logits, hinge_loss
-from t2i.networks.perceptual import Perceptual
+from t2i.networks.discriminator import Discriminator, compute_adaptive_weight, compute_frozen_logits, compute_hinge_loss
+from t2i.networks.perceptual import PerceptualDistance
 
 from .conftest import arguments, train
 from .faults.tiny_run import SETTINGS, Layers, Numbers
@@ -36,22 +36,22 @@ def weights(folder: Path) -> bytes:
 
 def test_the_hinge_loss_asks_for_logits_beyond_one_and_no_more():
     real, fake = torch.tensor([2.0, 1.0, 0.25]), torch.tensor([-3.0, -1.0, 0.5])
-    assert hinge_loss(real, fake).item() == pytest.approx((0.75 / 3 + 1.5 / 3) / 2)
-    assert hinge_loss(real[:2], fake[:2]) == 0
-    assert hinge_loss(torch.zeros(4), torch.zeros(4)) == 1  # one that cannot tell
+    assert compute_hinge_loss(real, fake).item() == pytest.approx((0.75 / 3 + 1.5 / 3) / 2)
+    assert compute_hinge_loss(real[:2], fake[:2]) == 0
+    assert compute_hinge_loss(torch.zeros(4), torch.zeros(4)) == 1  # one that cannot tell
 
 
 def test_the_adaptive_weight_is_the_ratio_of_the_gradients_at_the_last_layer():
     last, a, b = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4), torch.randn(3, 4)
-    weight = adaptive_weight(3 * (last * a).sum(), -0.5 * (last * b).sum(), last)
+    weight = compute_adaptive_weight(3 * (last * a).sum(), -0.5 * (last * b).sum(), last)
     assert weight.item() == pytest.approx(6 * a.norm().item() / b.norm().item(), rel=1e-4)
     assert not weight.requires_grad and last.grad is None
-    assert adaptive_weight((last * a).sum(), 0 * last.sum(), last) == 1e4  # and not infinite
+    assert compute_adaptive_weight((last * a).sum(), 0 * last.sum(), last) == 1e4  # and not infinite
 
 
 def test_frozen_logits_move_the_picture_and_not_the_discriminator():
     discriminator, image = Discriminator(**SMALL), torch.randn(2, 3, 32, 32, requires_grad=True)
-    logits = frozen_logits(discriminator, image)
+    logits = compute_frozen_logits(discriminator, image)
     logits.sum().backward()
     assert all(one.grad is None for one in discriminator.parameters())
     found, image.grad = image.grad.clone(), None
@@ -67,12 +67,12 @@ def test_a_verdict_does_not_depend_on_the_batch_and_all_state_is_weights():
     together = discriminator(image)
     assert together.shape == (4, 1, 6, 6)  # 64 / 2**3, and one less for each convolution at full step
     assert torch.allclose(together[2:3], discriminator(image[2:3]), atol=1e-5)
-    smallest = discriminator.smallest
+    smallest = discriminator.min_image_size
     assert discriminator(torch.randn(1, 3, smallest, smallest)).shape == (1, 1, 1, 1)
 
 
 def test_the_perceptual_distance_is_zero_for_the_same_picture_and_grows_with_blur(runs, shapes):
-    perceptual = Perceptual(load_clip(runs / "clip"))
+    perceptual = PerceptualDistance(load_clip(runs / "clip"))
     image = CaptionedPictures(DataConfig(str(shapes), 32)).__getitems__([(i, 0) for i in range(6)]).image
     blurred = [gaussian_blur(image, [9, 9], [sigma, sigma]) for sigma in (0.6, 1.2, 2.4)]
     distances = torch.stack([perceptual(one, image) for one in (image, *blurred)])
@@ -83,7 +83,7 @@ def test_the_perceptual_distance_is_zero_for_the_same_picture_and_grows_with_blu
 
 
 def test_a_perceptual_network_is_frozen_and_lets_gradients_through(runs):
-    perceptual = Perceptual(load_clip(runs / "clip")).train()
+    perceptual = PerceptualDistance(load_clip(runs / "clip")).train()
     image = torch.rand(2, 3, 32, 32, requires_grad=True)
     perceptual(image, torch.rand(2, 3, 32, 32)).sum().backward()
     assert image.grad.abs().sum() > 0 and not perceptual.clip.training
@@ -93,9 +93,9 @@ def test_a_perceptual_network_is_frozen_and_lets_gradients_through(runs):
 def test_a_convolutional_tower_tells_its_layers_too():
     vision, text = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8}, {"vocab_size": 99, "width": 32, "layers": 1}
     model = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": {**text, "context_length": 8, "heads": 2}}
-    perceptual = Perceptual(CLIP(model, {"size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}))
+    perceptual = PerceptualDistance(CLIP(model, {"size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}))
     image = torch.rand(2, 3, 32, 32)
-    assert len(perceptual.features(image)) == 5  # its stem and four stages
+    assert len(perceptual.extract_layer_features(image)) == 5  # its stem and four stages
     assert perceptual(image, image).tolist() == [0, 0] and (perceptual(image, image.flip(3)) > 0).all()
 
 
@@ -112,7 +112,7 @@ def test_one_pass_trains_both_models_as_two_optimizers_in_turn_do(shapes, runs, 
     )
     torch.manual_seed(config.train.seed)
     model = train_autoencoder.Autoencoder(**config.model).to(memory_format=torch.channels_last)
-    discriminator, perceptual = Discriminator(**SMALL), Perceptual(load_clip(runs / "clip"))
+    discriminator, perceptual = Discriminator(**SMALL), PerceptualDistance(load_clip(runs / "clip"))
     optimizers = [
         AdamW([{"params": [p for p in net.parameters() if p.ndim > 1], "weight_decay": config.train.weight_decay},
                {"params": [p for p in net.parameters() if p.ndim <= 1], "weight_decay": 0.0}],
@@ -120,7 +120,7 @@ def test_one_pass_trains_both_models_as_two_optimizers_in_turn_do(shapes, runs, 
         for net, betas in ((model, (0.9, config.train.adam_beta2)), (discriminator, (0.5, 0.9)))
     ]  # fmt: skip
     begun = [{name: value.clone() for name, value in net.state_dict().items()} for net in (model, discriminator)]
-    loader = batches(CaptionedPictures(config.data), 0, batch_size=8, seed=0)
+    loader = iterate_batches(CaptionedPictures(config.data), 0, batch_size=8, seed=0)
     last = model.coder.decoder.conv_out.weight
     for step in range(4):
         image = next(loader).image
@@ -135,7 +135,7 @@ def test_one_pass_trains_both_models_as_two_optimizers_in_turn_do(shapes, runs, 
         optimizers[0].zero_grad()
         loss.backward()
         optimizers[1].zero_grad()
-        hinge_loss(discriminator(image), discriminator(reconstruction.detach())).backward()
+        compute_hinge_loss(discriminator(image), discriminator(reconstruction.detach())).backward()
         for optimizer in optimizers:
             optimizer.step()
     # Compared by how far each model went: where a gradient is zero, Adam makes steps of its rounding.
@@ -182,8 +182,12 @@ def test_a_run_with_a_discriminator_resumes_bit_for_bit(shapes, runs, tmp_path):
 
 
 def write_manifest(checkpoint: Path) -> None:
-    manifest = {path.name: digest(path) for path in sorted(checkpoint.iterdir()) if path.name != MANIFEST}
-    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+    manifest = {
+        path.name: compute_file_sha256(path)
+        for path in sorted(checkpoint.iterdir())
+        if path.name != CHECKPOINT_MANIFEST
+    }
+    (checkpoint / CHECKPOINT_MANIFEST).write_text(json.dumps(manifest))
 
 
 def test_a_checkpoint_from_before_an_option_goes_on_with_it_off_and_not_with_it_on(shapes, tmp_path):
@@ -202,7 +206,7 @@ def test_a_checkpoint_from_before_an_option_goes_on_with_it_off_and_not_with_it_
 
 def test_a_step_whose_critic_alone_is_not_finite_is_skipped_for_both(tmp_path):
     config = TrainConfig(output=str(tmp_path), **{**SETTINGS, "steps": 3})
-    accelerator = start(config)
+    accelerator = build_accelerator(config)
     critic, model, seen = Critic(torch.nn.Linear(8, 1), (0.5, 0.9)), Layers(), []
 
     def loss(model, batch):

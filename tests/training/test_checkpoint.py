@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from t2i.training.common.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
+from t2i.training.common.checkpoint import Checkpoint, find_newest_checkpoint, load_checkpoint, save_checkpoint
 
 from .faults.test_checkpoint_faults import die_at_call, in_child
 
@@ -14,7 +14,7 @@ def save(folder: Path, step: int, keep: int = 1) -> None:
 
 
 def load_latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    path, problems = newest_checkpoint(folder)
+    path, problems = find_newest_checkpoint(folder)
     return path and load_checkpoint(path), problems
 
 

@@ -8,9 +8,9 @@ import torch
 from diffusers import DDIMScheduler
 from t2i.training.train_decoder import ARCHITECTURES
 from t2i.training.train_prior import ARCHITECTURES as PRIORS
-from t2i.training.train_prior import prior_arguments, stated
+from t2i.training.train_prior import collect_model_arguments, collect_prior_arguments
 
-from t2i.config import CONFIGS, load_config
+from t2i.config import CONFIG_FOLDER, load_config
 from t2i.data.cache import ClipFacts
 from t2i.errors import InputError
 from t2i.networks.autoencoder import Autoencoder
@@ -20,7 +20,7 @@ from t2i.networks.upsampler import Upsampler
 
 from .conftest import train
 
-SHIPPED = sorted(path for path in CONFIGS.glob("*/*.yaml") if path.parent.name != "accelerate")
+SHIPPED = sorted(path for path in CONFIG_FOLDER.glob("*/*.yaml") if path.parent.name != "accelerate")
 PUBLIC = {
     "karlo",
     "kandinsky-2-1",
@@ -37,7 +37,7 @@ def stage_of(path: Path) -> str:
 def sibling(path: Path, stage: str) -> Path:
     """Of the same size; a folder may hold one stage alone, beside those of configs/emoji."""
     here = path.with_name(f"{stage}.yaml")
-    return here if here.exists() else CONFIGS / "emoji" / here.name
+    return here if here.exists() else CONFIG_FOLDER / "emoji" / here.name
 
 
 def config_of(path: Path):
@@ -66,7 +66,7 @@ def test_every_shipped_configuration_builds_its_model(path):
             case "upsampler":
                 make_scheduler(config)
                 model = Upsampler(config.factor, config.crop_size // config.factor, **config.model)
-                assert config.crop_size % max(model.multiple, config.factor) == 0
+                assert config.crop_size % max(model.image_size_multiple, config.factor) == 0
             case "decoder":
                 make_scheduler(config)
                 autoencoder = Autoencoder(**config_of(sibling(path, "autoencoder")).model)
@@ -82,7 +82,7 @@ def test_every_shipped_configuration_builds_its_model(path):
 
 def make_prior(config, embed_dim: int, text: dict):
     facts = ClipFacts("", "", embed_dim, text["width"], text["context_length"])
-    arguments = stated(config) | prior_arguments(config, facts)
+    arguments = collect_model_arguments(config) | collect_prior_arguments(config, facts)
     if config.architecture == "diffusion":
         make_scheduler(config)
     if config.architecture == "autoregressive":  # the data say how many
@@ -109,7 +109,7 @@ def test_configurations_exist_for_every_stage_and_size():
         }
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*/cache.yaml")), ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", sorted(CONFIG_FOLDER.glob("*/cache.yaml")), ids=lambda path: path.parent.name)
 def test_every_shipped_cache_is_of_the_pictures_that_its_stages_train_on(path):
     cache = config_of(path)
     for stage in ("prior", "decoder"):
@@ -137,7 +137,7 @@ def test_a_mistake_is_refused_in_one_line_that_names_it(override, message):
     from t2i.training.train_prior import Config
 
     with pytest.raises(InputError, match=message) as caught:
-        load_config(Config, "prior", [str(CONFIGS / "tiny/prior.yaml"), override])
+        load_config(Config, "prior", [str(CONFIG_FOLDER / "tiny/prior.yaml"), override])
     assert "\n" not in str(caught.value)
 
 
@@ -185,7 +185,7 @@ def test_a_mistake_in_a_models_own_arguments_is_refused_before_any_work(
     for work in (
         "t2i.training.train_prior.fit",
         "t2i.training.train_decoder.fit",
-        "t2i.training.common.encodings.FrozenModels.statistics",
+        "t2i.training.common.encodings.FrozenModels.compute_statistics",
     ):
         monkeypatch.setattr(work, lambda *_: pytest.fail("work has started"))
     elsewhere = {part: runs / part for part in {"prior": ["clip"], "decoder": ["clip", "autoencoder"]}.get(stage, [])}
@@ -197,12 +197,12 @@ def test_a_mistake_in_a_models_own_arguments_is_refused_before_any_work(
 def test_a_short_run_shortens_warm_up_and_decay():
     from t2i.training.train_prior import Config
 
-    config = load_config(Config, "prior", [str(CONFIGS / "emoji/prior.yaml"), "train.steps=10"])
+    config = load_config(Config, "prior", [str(CONFIG_FOLDER / "emoji/prior.yaml"), "train.steps=10"])
     assert config.train.warmup_steps == config.train.decay_steps == 10
 
 
 def test_yaml_no_is_not_false():
     from t2i.training.train_prior import Config
 
-    config = load_config(Config, "prior", [str(CONFIGS / "tiny/prior.yaml"), "train.mixed_precision=no"])
+    config = load_config(Config, "prior", [str(CONFIG_FOLDER / "tiny/prior.yaml"), "train.mixed_precision=no"])
     assert config.train.mixed_precision == "no"

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
-from t2i.training.common.cpu import SHORT, few_queries_in_fp32, keep_memory
+from t2i.training.common.cpu import MAX_SHORT_QUERIES, attend_few_queries_in_fp32, keep_memory
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -51,11 +51,11 @@ def inputs(queries: int) -> list[Tensor]:
 
 
 def test_attention_of_few_queries_is_that_of_fp32_rounded_once_and_so_are_its_gradients():
-    query, key, value = inputs(SHORT)
+    query, key, value = inputs(MAX_SHORT_QUERIES)
     mask = torch.rand(1, 1, 1, 40) > 0.3
     wide = [one.detach().float().requires_grad_(True) for one in (query, key, value)]
     expected = F.scaled_dot_product_attention(*wide, attn_mask=mask)
-    with torch.autocast("cpu", torch.bfloat16), few_queries_in_fp32():
+    with torch.autocast("cpu", torch.bfloat16), attend_few_queries_in_fp32():
         found = F.scaled_dot_product_attention(query, key, value=value, attn_mask=mask)
     assert found.dtype == torch.bfloat16 and torch.equal(found, expected.to(torch.bfloat16))
     grad = torch.randn_like(found)
@@ -65,9 +65,9 @@ def test_attention_of_few_queries_is_that_of_fp32_rounded_once_and_so_are_its_gr
 
 
 def test_longer_attention_and_that_of_fp32_stay_as_they_are():
-    for given in (inputs(SHORT + 1), [one.detach().float() for one in inputs(64)]):
+    for given in (inputs(MAX_SHORT_QUERIES + 1), [one.detach().float() for one in inputs(64)]):
         expected = F.scaled_dot_product_attention(*given)
-        with few_queries_in_fp32():
+        with attend_few_queries_in_fp32():
             assert torch.equal(F.scaled_dot_product_attention(*given), expected)
 
 
@@ -82,7 +82,7 @@ def test_attention_inside_of_torchs_own_layers_takes_it_too():
         return seen.found
 
     plain = F.scaled_dot_product_attention
-    with few_queries_in_fp32():
+    with attend_few_queries_in_fp32():
         assert kernels() == {torch.float32}
     assert kernels() == {torch.bfloat16} and F.scaled_dot_product_attention is plain
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from t2i.training.common.finetuning import start_from
+from t2i.training.common.finetuning import load_init_model
 
 from t2i.config import load_config
 from t2i.data.manifest import write_manifest
@@ -119,7 +119,7 @@ def test_embeddings_are_still_dropped(shapes, runs, tmp_path):
 
 def test_half_precision_becomes_single(runs, tmp_path):
     load_model(Prior, runs / "prior").half().save_pretrained(tmp_path / "half")
-    model = start_from(LOADERS["prior"], str(tmp_path / "half"), {})
+    model = load_init_model(LOADERS["prior"], str(tmp_path / "half"), {})
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
 
 

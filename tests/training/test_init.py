@@ -8,21 +8,21 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from t2i.training.recipe.recipe import check_run, compose, find_device, read_facts
+from t2i.training.recipe.recipe import check_run_folder, compose_recipe, find_device, read_data_facts
 from t2i.training.recipe.sizes import (
     IMAGE_SIZES,
     LARGE,
     MEDIUM,
     SMALL,
+    DataFacts,
     Device,
-    Facts,
-    choose_batch,
-    choose_size,
+    choose_batch_size,
+    choose_recipe_size,
     choose_steps,
 )
 
 from t2i.config import load_config
-from t2i.data.freshness import changes
+from t2i.data.freshness import find_changes
 from t2i.data.manifest import write_manifest
 from t2i.errors import InputError
 from t2i.networks.autoencoder import Autoencoder
@@ -35,7 +35,7 @@ from .test_cli import run
 STAGES = ("clip", "autoencoder", "cache", "prior", "decoder")
 CPU = Device("cpu", cores=2, memory=24)
 GPU = Device("cuda", cores=16, memory=80)
-EMOJI = Facts("data/emoji", 3_529, held_out=126, side=128, caption_tokens=24, captions=3_655, variations=16)
+EMOJI = DataFacts("data/emoji", 3_529, held_out=126, side=128, caption_tokens=24, captions=3_655, variations=16)
 MANY = replace(EMOJI, pictures=100_000, captions=100_000, side=512)
 FEW = replace(EMOJI, pictures=32, captions=36, side=32)
 
@@ -58,10 +58,10 @@ def load(folder: Path) -> dict:
         *((facts, device, None) for facts in (FEW, EMOJI, MANY) for device in (CPU, GPU)),
         *((EMOJI, CPU, side) for side in IMAGE_SIZES),
     ],
-    ids=lambda value: f"{value.pictures} pictures" if isinstance(value, Facts) else str(value),
+    ids=lambda value: f"{value.pictures} pictures" if isinstance(value, DataFacts) else str(value),
 )
 def test_every_written_configuration_loads_and_builds_its_model(facts, device, image_size, tmp_path):
-    compose(tmp_path / "run", facts, device, image_size=image_size).write(tmp_path / "run")
+    compose_recipe(tmp_path / "run", facts, device, image_size=image_size).write_folder(tmp_path / "run")
     configs = load(tmp_path / "run")
     assert tuple(configs) == STAGES
     clip, autoencoder = configs["clip"], configs["autoencoder"]
@@ -84,7 +84,7 @@ def test_every_written_configuration_loads_and_builds_its_model(facts, device, i
 
 def test_the_data_and_device_of_the_shipped_model_give_its_configurations():
     """Of the models and of how long they are trained: the anchor of the table."""
-    files = compose(Path("run"), EMOJI, CPU).files
+    files = compose_recipe(Path("run"), EMOJI, CPU).files
     for stage in ("clip", "autoencoder", "prior", "decoder"):
         ours = yaml.safe_load(files[stage])
         theirs = yaml.safe_load((Path(__file__).parents[2] / f"configs/emoji/{stage}.yaml").read_text())
@@ -107,7 +107,7 @@ def test_the_data_and_device_of_the_shipped_model_give_its_configurations():
     ],
 )
 def test_the_size_follows_the_pictures_and_the_device_and_says_why(facts, device, size, why):
-    chosen, side, reason = choose_size(facts, device, None)
+    chosen, side, reason = choose_recipe_size(facts, device, None)
     assert chosen is size and side == size.image_size and why in reason
 
 
@@ -116,7 +116,7 @@ def test_the_size_follows_the_pictures_and_the_device_and_says_why(facts, device
 def test_batches_and_steps_stay_within_the_pictures_and_the_table(size, pictures):
     facts = replace(EMOJI, pictures=pictures)
     for stage, schedule in size.schedules.items():
-        batch, _ = choose_batch(schedule, facts, contrastive=stage == "clip")
+        batch, _ = choose_batch_size(schedule, facts, contrastive=stage == "clip")
         steps, why = choose_steps(schedule, facts, batch)
         assert 1 < batch <= min(schedule.batch, pictures / (2 if stage == "clip" else 1))
         assert schedule.least <= steps <= schedule.most and f"{pictures:,} pictures" in why
@@ -125,21 +125,21 @@ def test_batches_and_steps_stay_within_the_pictures_and_the_table(size, pictures
 
 
 def test_facts_are_those_of_the_manifest(shapes):
-    facts = read_facts(str(shapes))
+    facts = read_data_facts(str(shapes))
     assert (facts.pictures, facts.held_out, facts.side, facts.captions) == (32, 4, 32, 36)
     assert facts.variations == 16  # they have keywords
     assert 4 <= facts.caption_tokens <= 12  # "red circle drawing red": a start, some words, an end
 
 
 def test_few_pictures_are_warned_of_and_many_are_not():
-    few, many = ("\n".join(compose(Path("run"), facts, CPU).lines) for facts in (FEW, EMOJI))
+    few, many = ("\n".join(compose_recipe(Path("run"), facts, CPU).lines) for facts in (FEW, EMOJI))
     assert "warning: 32 pictures are few" in few and "--clip ViT-B-32:laion2b_s34b_b79k" in few
     assert "warning" not in many and "advice" not in many
 
 
 def test_public_models_need_no_stage_of_their_own(tmp_path):
     public = {"clip": "ViT-B-32:laion2b_s34b_b79k", "autoencoder": "stabilityai/sd-vae-ft-mse"}
-    compose(tmp_path / "run", FEW, CPU, **public).write(tmp_path / "run")
+    compose_recipe(tmp_path / "run", FEW, CPU, **public).write_folder(tmp_path / "run")
     configs = load(tmp_path / "run")
     assert tuple(configs) == ("cache", "prior", "decoder")
     for config in (configs["cache"], configs["decoder"]):
@@ -148,12 +148,12 @@ def test_public_models_need_no_stage_of_their_own(tmp_path):
 
 
 def test_models_of_a_folder_are_taken_as_they_are(runs, tmp_path):
-    recipe = compose(tmp_path / "run", FEW, CPU, clip=str(runs / "clip"), autoencoder=str(runs / "autoencoder"))
+    recipe = compose_recipe(tmp_path / "run", FEW, CPU, clip=str(runs / "clip"), autoencoder=str(runs / "autoencoder"))
     assert set(recipe.files) == {"cache", "prior", "decoder"}
     with pytest.raises(InputError, match="it must be a CLIP"):
-        compose(tmp_path / "run", FEW, CPU, clip=str(runs / "prior"))
+        compose_recipe(tmp_path / "run", FEW, CPU, clip=str(runs / "prior"))
     with pytest.raises(InputError, match="no trained Autoencoder"):
-        compose(tmp_path / "run", FEW, CPU, autoencoder=str(tmp_path))
+        compose_recipe(tmp_path / "run", FEW, CPU, autoencoder=str(tmp_path))
 
 
 @pytest.fixture
@@ -218,7 +218,7 @@ def test_a_run_inside_the_data_or_of_an_odd_name_is_refused(photos):
         Path("a\nb"): "cannot",
     }.items():
         with pytest.raises(InputError, match=message):
-            check_run(name, str(photos))
+            check_run_folder(name, str(photos))
 
 
 def test_too_few_pictures_are_refused(photos):
@@ -226,7 +226,7 @@ def test_too_few_pictures_are_refused(photos):
         (photos / f"{i}.txt").unlink()
     write_manifest(photos, held_out=0, quiet=True)
     with pytest.raises(InputError, match="has 4 pictures to train on; it takes 10 at least"):
-        read_facts(str(photos))
+        read_data_facts(str(photos))
 
 
 def test_a_share_to_hold_out_is_refused_where_a_manifest_has_decided_it(monkeypatch, capsys, photos, tmp_path):
@@ -237,26 +237,26 @@ def test_a_share_to_hold_out_is_refused_where_a_manifest_has_decided_it(monkeypa
 
 def test_what_has_changed_since_the_check_is_named(monkeypatch, capsys, photos, tmp_path):
     write_manifest(photos, held_out=0, quiet=True)
-    assert changes(photos) is None
+    assert find_changes(photos) is None
     (photos / "0.txt").write_text("another\n")
     Image.new("RGB", (400, 300), "blue").save(photos / "1.png")
     (photos / "2.png").unlink()
     (photos / "12.txt").write_text("a caption at last\n")
     Image.new("RGB", (40, 30), "blue").save(photos / "new.png")
-    assert changes(photos) == "1 new (such as 'new.png'), 1 gone (such as '2.png'), 3 changed (such as '0.png')"
+    assert find_changes(photos) == "1 new (such as 'new.png'), 1 gone (such as '2.png'), 3 changed (such as '0.png')"
     status, _, err = run(monkeypatch, capsys, "init", tmp_path / "run", "--data", photos)
     assert status == 2 and "is not what was checked: 1 new" in err and not (tmp_path / "run").exists()
     write_manifest(photos, held_out=0, quiet=True)
-    assert changes(photos) is None
+    assert find_changes(photos) is None
 
 
 def test_metadata_that_has_changed_is_noticed_by_its_pictures(shapes, tmp_path):
     import shutil
 
     shutil.copytree(shapes, tmp_path / "shapes")
-    assert changes(tmp_path / "shapes") is None
+    assert find_changes(tmp_path / "shapes") is None
     Image.new("RGB", (40, 30), "blue").save(tmp_path / "shapes/more.png")
-    assert changes(tmp_path / "shapes") == "1 new (such as 'more.png')"
+    assert find_changes(tmp_path / "shapes") == "1 new (such as 'more.png')"
 
 
 def test_this_machine_is_a_device():

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from t2i import STAGES
-from t2i.config import CONFIGS, load_config
+from t2i.config import CONFIG_FOLDER, load_config
 from t2i.diffusion.condition import Condition, ImageCondition, TextEncoding
 from t2i.networks.autoencoder import Autoencoder
 from t2i.networks.autoregressive_prior import AutoregressivePrior
@@ -193,7 +193,7 @@ def test_the_null_of_a_model_in_shards_is_whole(kind, one_process):
     check(model.null(2), whole)
 
 
-BASE = sorted(path for path in (CONFIGS / "base").glob("*.yaml") if path.stem.split("-")[0] in STAGES)
+BASE = sorted(path for path in (CONFIG_FOLDER / "base").glob("*.yaml") if path.stem.split("-")[0] in STAGES)
 
 
 def real(path: Path) -> tuple[str, nn.Module, tuple]:
@@ -257,13 +257,13 @@ def test_the_real_sizes_are_those_that_were_promised():
 
 def launched(name: str) -> argparse.Namespace:
     """What `accelerate launch --config_file configs/accelerate/NAME.yaml` makes of it."""
-    path = str(CONFIGS / "accelerate" / f"{name}.yaml")
+    path = str(CONFIG_FOLDER / "accelerate" / f"{name}.yaml")
     return _validate_launch_command(launch_command_parser().parse_args(["--config_file", path, "script.py"]))[0]
 
 
 @pytest.mark.parametrize("name", ["gpus", "machines", "fsdp"])
 def test_accelerate_takes_every_way_to_launch(name):
-    config = load_config_from_file(str(CONFIGS / "accelerate" / f"{name}.yaml"))
+    config = load_config_from_file(str(CONFIG_FOLDER / "accelerate" / f"{name}.yaml"))
     arguments = launched(name)
     assert arguments.num_processes == config.num_processes == {"gpus": 8, "machines": 16, "fsdp": 8}[name]
     assert arguments.num_machines == (2 if name == "machines" else 1)

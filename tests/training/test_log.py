@@ -10,8 +10,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from t2i.training.common.log import Log, check_trackers, drop_rows, duration, run_code
-from t2i.training.common.loop import start
+from t2i.training.common.log import MetricsLog, check_trackers, drop_rows, format_duration, resolve_run_code
+from t2i.training.common.loop import build_accelerator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from t2i.config import TRACKERS, TrainConfig
@@ -24,10 +24,10 @@ def config_of(folder, **settings) -> TrainConfig:
 
 def run(config: TrainConfig, first: int, last: int, loss=float, **more) -> None:
     """Steps `first` to `last`, whose loss is a function of the step, 8 samples each."""
-    log = Log(Accelerator(cpu=True), config, first - 1, 8)
+    log = MetricsLog(Accelerator(cpu=True), config, first - 1, 8)
     log.open()
     for step in range(first, last + 1):
-        log.add({"loss": torch.tensor(loss(step)), "half": torch.tensor(loss(step) / 2)})
+        log.add_micro_batch({"loss": torch.tensor(loss(step)), "half": torch.tensor(loss(step) / 2)})
         log.step(step, 0.1, torch.tensor(3.0), more.get(f"at_{step}"))
     log.close()
 
@@ -46,12 +46,12 @@ def test_a_row_holds_the_means_since_the_last_one_and_the_last_step_has_one(tmp_
 
 def test_speed_memory_and_time_left_are_those_of_the_process(tmp_path):
     config = config_of(tmp_path, steps=40)
-    log = Log(Accelerator(cpu=True), config, 0, 8)
+    log = MetricsLog(Accelerator(cpu=True), config, 0, 8)
     log.open()
     began = time.perf_counter()
     for step in range(1, 11):
         time.sleep(0.02)
-        log.add({"loss": torch.tensor(1.0)})
+        log.add_micro_batch({"loss": torch.tensor(1.0)})
         log.step(step, 0.1, None)
     took = time.perf_counter() - began
     log.close()
@@ -105,10 +105,10 @@ def test_rows_are_dropped_only_where_they_must_be(tmp_path):
 
 
 def test_pictures_are_whole_files_named_by_step(tmp_path):
-    log = Log(Accelerator(cpu=True), config_of(tmp_path), 0, 8)
+    log = MetricsLog(Accelerator(cpu=True), config_of(tmp_path), 0, 8)
     log.open()
     for color in ("red", "blue"):
-        log.images(7, {"pictures": Image.new("RGB", (6, 4), color), "more": Image.new("RGB", (2, 2))})
+        log.save_images(7, {"pictures": Image.new("RGB", (6, 4), color), "more": Image.new("RGB", (2, 2))})
     log.close()
     assert sorted(os.listdir(tmp_path / "samples")) == ["more-00000007.png", "pictures-00000007.png"]
     with Image.open(tmp_path / "samples/pictures-00000007.png") as image:
@@ -119,9 +119,9 @@ def test_tensorboard_has_every_row_once_after_a_resume_and_the_pictures(tmp_path
     config = config_of(tmp_path, trackers=["tensorboard"])
     run(config, 1, 15)
     run(config, 8, 20)
-    log = Log(Accelerator(cpu=True), config, 20, 8)
+    log = MetricsLog(Accelerator(cpu=True), config, 20, 8)
     log.open()
-    log.images(20, {"pictures": Image.new("RGB", (6, 4), "red")})
+    log.save_images(20, {"pictures": Image.new("RGB", (6, 4), "red")})
     log.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
@@ -148,7 +148,7 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_written(t
         with pytest.raises(InputError, match=rf"'{name}', which is not installed; pip install 't2i\[{name}\]'"):
             check_trackers(["tensorboard", name])
     with pytest.raises(InputError, match="not installed"):
-        start(config_of(tmp_path / "run", trackers=missing[:1]))
+        build_accelerator(config_of(tmp_path / "run", trackers=missing[:1]))
     assert not (tmp_path / "run").exists()
 
 
@@ -159,12 +159,12 @@ def test_an_unknown_tracker_is_refused_and_one_named_twice_is_one():
 
 
 def test_a_run_keeps_its_code_when_it_resumes(tmp_path):
-    first = run_code(tmp_path, 0)
-    assert len(first) == 8 and run_code(tmp_path, 10) == first
-    assert run_code(tmp_path, 0) != first
+    first = resolve_run_code(tmp_path, 0)
+    assert len(first) == 8 and resolve_run_code(tmp_path, 10) == first
+    assert resolve_run_code(tmp_path, 0) != first
 
 
 def test_time_is_told_in_two_units_at_most():
     told = {0: "0 s", 45: "45 s", 59.6: "1 min", 720: "12 min", 3599: "1 h 0 min", 7500: "2 h 5 min"}
     told |= {86_399: "1 d 0 h", 100_800: "1 d 4 h"}
-    assert {seconds: duration(seconds) for seconds in told} == told
+    assert {seconds: format_duration(seconds) for seconds in told} == told

@@ -15,15 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from t2i.training.common.ema import Average
-from t2i.training.common.loop import learning_rate, smaller
+from t2i.training.common.ema import EMA
+from t2i.training.common.loop import compute_learning_rate, suggest_less_memory
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.training_step import made_up_steps
 from t2i.config import TrainConfig
 from t2i.data.manifest import write_manifest
 from t2i.errors import InputError
-from t2i.networks.layers import Rows
+from t2i.networks.layers import PackedSequences
 
 from .conftest import arguments, train
 
@@ -40,7 +40,7 @@ def metrics(folder: Path) -> list[dict]:
 
 def test_the_rate_warms_up_stays_and_decays_to_zero():
     config = TrainConfig(output="x", steps=100, learning_rate=1.0, warmup_steps=10, decay_steps=20)
-    rates = [learning_rate(step, config) for step in range(100)]
+    rates = [compute_learning_rate(step, config) for step in range(100)]
     assert rates[:10] == [pytest.approx((i + 1) / 10) for i in range(10)]
     assert set(rates[10:80]) == {1.0}
     assert rates[89] == pytest.approx(0.5) and rates[-1] == pytest.approx(0, abs=1e-9)
@@ -50,7 +50,7 @@ def test_the_rate_warms_up_stays_and_decays_to_zero():
 def test_what_takes_less_memory_is_as_many_samples_a_step():
     def advice(batch_size: int, accumulation: int = 1, checkpointing: bool = False) -> str:
         settings = {"batch_size": batch_size, "gradient_accumulation": accumulation}
-        return smaller(TrainConfig(output="x", **settings, gradient_checkpointing=checkpointing))
+        return suggest_less_memory(TrainConfig(output="x", **settings, gradient_checkpointing=checkpointing))
 
     for size in range(2, 50):
         fewer, often = map(int, re.findall(r"=(\d+)", advice(size, 3)))
@@ -68,7 +68,7 @@ class Asked(TorchDispatchMode):
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         super().__init__()
         self.count, self.counts = 0, True
-        tolist, of = torch.Tensor.tolist, Rows.of
+        tolist, of = torch.Tensor.tolist, PackedSequences.from_token_mask
 
         def listed(x):  # calls no operator
             self.count += self.counts
@@ -82,7 +82,7 @@ class Asked(TorchDispatchMode):
                 self.counts = True
 
         monkeypatch.setattr(torch.Tensor, "tolist", listed)
-        monkeypatch.setattr(Rows, "of", packed)
+        monkeypatch.setattr(PackedSequences, "from_token_mask", packed)
 
     def __torch_dispatch__(self, operator, types, arguments=(), options=None):
         self.count += self.counts and operator in self.VALUES
@@ -130,8 +130,8 @@ def test_a_loss_and_its_gradient_ask_the_device_for_no_value(stage):
     loss = step.stage.loss(model, batch)["loss"]
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    Average(model).update(0.9)
-    step.health.add(batch, loss)
+    EMA(model).update(0.9)
+    step.health.add_micro_batch(batch, loss)
     assert loss.is_meta and norm.is_meta and all(one.grad.is_meta for one in model.parameters() if one.requires_grad)
     step.loader.close()
     step.watch.close()

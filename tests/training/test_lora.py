@@ -6,7 +6,14 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from t2i.training.common.lora import LoraConfig, adapter_state, add_adapters, export_adapted, load_adapters, merged
+from t2i.training.common.lora import (
+    LoraConfig,
+    add_adapters,
+    collect_adapter_state,
+    export_adapted_model,
+    load_adapters,
+    merge_adapters,
+)
 
 from t2i.config import load_config
 from t2i.diffusion.condition import ImageCondition
@@ -70,14 +77,14 @@ def test_only_adapters_learn(kind):
     # rank (in + out) numbers for each layer of (in, out)
     layers = {name.split(".lora_")[0] for name in trainable}
     counted = sum(2 * sum(base.get_submodule(layer).weight.shape) for layer in layers)
-    assert counted == sum(value.numel() for value in adapter_state(model).values())
+    assert counted == sum(value.numel() for value in collect_adapter_state(model).values())
     assert counted < 0.2 * sum(parameter.numel() for parameter in base.parameters())
 
 
 @pytest.mark.parametrize("kind", DENOISERS)
 def test_merged_the_model_is_plain_and_says_the_same(kind):
     model = adapted(kind)
-    plain = merged(model)
+    plain = merge_adapters(model)
     assert type(plain) is type(model) and set(plain.state_dict()) == set(make(kind).state_dict())
     for one, other in zip(outputs(kind, plain), outputs(kind, model)):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
@@ -88,7 +95,7 @@ def test_merged_the_model_is_plain_and_says_the_same(kind):
 @pytest.mark.parametrize("kind", DENOISERS)
 def test_what_is_exported_loads_as_a_model_and_as_adapters(kind, tmp_path):
     model = adapted(kind)
-    export_adapted(model, tmp_path)
+    export_adapted_model(model, tmp_path)
     plain = load_model(type(make(kind)), tmp_path)
     assert {path.name for path in (tmp_path / "adapters").iterdir()} == {
         "adapter_model.safetensors",
@@ -125,7 +132,8 @@ def test_adapters_learn_beside_weights_in_shards(kind):
 
 def test_targets_are_chosen_by_the_ends_of_names():
     names = {
-        name.split(".lora_")[0] for name in adapter_state(adapted("prior", steps=0, targets=["mlp.0", "to_image"]))
+        name.split(".lora_")[0]
+        for name in collect_adapter_state(adapted("prior", steps=0, targets=["mlp.0", "to_image"]))
     }
     assert names == {*(f"blocks.{i}.mlp.0" for i in range(4)), "to_image"}
     with pytest.raises(InputError, match="no layer of a Prior is called 'to_q'; usual: to_qkv, to_out"):
@@ -135,7 +143,7 @@ def test_targets_are_chosen_by_the_ends_of_names():
 
 
 def test_adapters_of_another_model_are_refused(tmp_path):
-    export_adapted(adapted("prior"), tmp_path)
+    export_adapted_model(adapted("prior"), tmp_path)
     with pytest.raises(InputError, match="no layer of a UNetDecoder is called 'blocks"):
         load_adapters(make("unet"), tmp_path)
     state = load_file(tmp_path / "adapters/adapter_model.safetensors")
@@ -187,9 +195,9 @@ def test_a_stage_trains_adapters_and_resumes(stage, kind, shapes, runs, tmp_path
     tuned, again = load_model(kind, tmp_path / stage), load_model(kind, tmp_path / "base")
     load_adapters(again, tmp_path / stage)
     difference = {n for n, v in tuned.state_dict().items() if not torch.equal(v, base.state_dict()[n])}
-    changed = {name.split(".lora_")[0] + ".weight" for name in adapter_state(again)}
+    changed = {name.split(".lora_")[0] + ".weight" for name in collect_adapter_state(again)}
     assert difference == changed  # all else is the base's, bit for bit
-    for name, value in merged(again).state_dict().items():
+    for name, value in merge_adapters(again).state_dict().items():
         torch.testing.assert_close(value, tuned.state_dict()[name])
     settings_of = json.loads((tmp_path / stage / "adapters/adapter_config.json").read_text())
     assert settings_of["r"] == 2

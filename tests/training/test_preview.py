@@ -12,21 +12,29 @@ from t2i.training.common.preview import (
     Columns,
     Preview,
     SampleConfig,
-    autoencoder_preview,
-    clip_preview,
-    decoder_preview,
-    draw_embeddings,
-    draw_pictures,
+    draw_autoencoder_preview,
+    draw_clip_preview,
+    draw_column_images,
+    draw_decoder_preview,
+    draw_prior_preview,
     encode_columns,
-    fixed_records,
-    prior_preview,
+    read_fixed_records,
+    sample_column_embeds,
 )
 
 from t2i.config import DataConfig
 from t2i.data import Batch, CaptionedPictures
 from t2i.diffusion.condition import TextEncoding
 from t2i.errors import InputError
-from t2i.evaluation.contact_sheet import FONT, GREEN, RED, labelled_rows, similarity_matrix, to_images, wrapped
+from t2i.evaluation.contact_sheet import (
+    FONT,
+    GREEN,
+    RED,
+    build_labelled_rows,
+    build_similarity_matrix,
+    to_pil_images,
+    wrap_text,
+)
 
 from .conftest import seeds, train
 
@@ -41,7 +49,7 @@ def dataset(shapes) -> CaptionedPictures:
 @pytest.fixture
 def columns(dataset, pipeline) -> Columns:
     """Three records and a prompt."""
-    found = encode_columns(fixed_records(dataset, 3), ["a blue square"], pipeline.clip)
+    found = encode_columns(read_fixed_records(dataset, 3), ["a blue square"], pipeline.clip)
     assert found is not None
     return found
 
@@ -59,47 +67,47 @@ def states() -> list:
 
 def test_rows_have_their_pictures_in_their_cells_and_blanks_where_there_is_none():
     red, blue = Image.new("RGB", (100, 100), "red"), Image.new("RGB", (100, 100), "blue")
-    sheet = labelled_rows({"first": [red, None, red], "second": [blue]}, ["one", "two", "three"])
+    sheet = build_labelled_rows({"first": [red, None, red], "second": [blue]}, ["one", "two", "three"])
     assert count_pixels(sheet, (255, 0, 0)) == 2 * 100 * 100 and count_pixels(sheet, (0, 0, 255)) == 100 * 100
     middles = [[sheet.getpixel((120 + 108 * i + 50, 8 + 108 * j + 50)) for i in range(3)] for j in range(2)]
     assert middles == [[(255, 0, 0), (244,) * 3, (255, 0, 0)], [(0, 0, 255), (244,) * 3, (244,) * 3]]
 
 
 def test_many_columns_become_bands_of_equal_width():
-    sheet = labelled_rows({"all": [Image.new("RGB", (96, 96), (i + 1, 0, 0)) for i in range(12)]}, ["x"] * 12)
-    one = labelled_rows({"all": [Image.new("RGB", (96, 96))] * 6}, ["x"] * 6)
+    sheet = build_labelled_rows({"all": [Image.new("RGB", (96, 96), (i + 1, 0, 0)) for i in range(12)]}, ["x"] * 12)
+    one = build_labelled_rows({"all": [Image.new("RGB", (96, 96))] * 6}, ["x"] * 6)
     assert sheet.width == one.width and sheet.height == 2 * (one.height - 8) + 8
     assert all(count_pixels(sheet, (i + 1, 0, 0)) == 96 * 96 for i in range(12))
 
 
 def test_small_pictures_are_enlarged_and_large_ones_shrunk():
-    small = labelled_rows({"a": [Image.new("RGB", (32, 32), "red")]}, ["x"])
-    large = labelled_rows({"a": [Image.new("RGB", (512, 512), "red")]}, ["x"])
+    small = build_labelled_rows({"a": [Image.new("RGB", (32, 32), "red")]}, ["x"])
+    large = build_labelled_rows({"a": [Image.new("RGB", (512, 512), "red")]}, ["x"])
     assert count_pixels(small, (255, 0, 0)) == 96 * 96 and count_pixels(large, (255, 0, 0)) == 256 * 256
 
 
 def test_captions_are_wrapped_to_their_width_and_cut_with_an_ellipsis():
-    assert wrapped("a cat", 100) == ["a cat"]
-    long = wrapped("several words that need more than two lines of a narrow column", 100)
+    assert wrap_text("a cat", 100) == ["a cat"]
+    long = wrap_text("several words that need more than two lines of a narrow column", 100)
     assert len(long) == 2 and long[0] == "several words that" and long[1].endswith("…")
     for text in ("w" * 5000, "one " + "w" * 5000 + " two", "\ud800 half", "猫 の 絵"):
-        assert all(FONT.getlength(line) <= 100 for line in wrapped(text, 100)), text
-    assert wrapped("", 100) == [""]
+        assert all(FONT.getlength(line) <= 100 for line in wrap_text(text, 100)), text
+    assert wrap_text("", 100) == [""]
 
 
 def test_the_frame_tells_which_captions_find_their_picture():
     images, captions = [Image.new("RGB", (8, 8))] * 3, ["a", "b", "c"]
     cosines = torch.tensor([[0.9, 0.1, 0.2], [0.3, 0.2, 0.1], [0.0, 0.1, 0.8]])
-    frames = similarity_matrix(cosines, images, captions, "cosine")
+    frames = build_similarity_matrix(cosines, images, captions, "cosine")
     own = [frames.getpixel((170 + 64 * i + 1, 64 + 16 + 64 * i + 1)) for i in range(3)]
     assert own == [GREEN, RED, GREEN]
-    blank = similarity_matrix(torch.full((3, 3), torch.nan), [], captions, "cosine")
+    blank = build_similarity_matrix(torch.full((3, 3), torch.nan), [], captions, "cosine")
     assert blank.height == frames.height - 64  # no pictures above
 
 
 def test_values_become_pixels_and_what_is_not_finite_is_black():
     values = torch.tensor([-1.0, 0.0, 1.0, 7.0, torch.nan, torch.inf]).expand(1, 3, 1, 6)
-    (image,) = to_images(values)
+    (image,) = to_pil_images(values)
     assert [image.getpixel((i, 0))[0] for i in range(6)] == [0, 128, 255, 255, 0, 0]
 
 
@@ -107,16 +115,16 @@ def test_values_become_pixels_and_what_is_not_finite_is_black():
 
 
 def test_records_are_spread_over_the_data_and_always_the_same(dataset):
-    records = fixed_records(dataset, 4)
+    records = read_fixed_records(dataset, 4)
     assert records.index.tolist() == [0, 8, 16, 24]
-    assert records.captions == fixed_records(dataset, 4).captions
-    assert torch.equal(records.image[1], dataset.picture(8))
-    assert len(fixed_records(dataset, 64).captions) == len(dataset) == 32
-    assert fixed_records(dataset, 0) is None
+    assert records.captions == read_fixed_records(dataset, 4).captions
+    assert torch.equal(records.image[1], dataset.load_image(8))
+    assert len(read_fixed_records(dataset, 64).captions) == len(dataset) == 32
+    assert read_fixed_records(dataset, 0) is None
 
 
 def test_columns_are_the_same_from_pictures_and_from_what_was_encoded_before(dataset, pipeline):
-    records = fixed_records(dataset, 3)
+    records = read_fixed_records(dataset, 3)
     clip = pipeline.clip
     with torch.no_grad():
         text, z_i = clip.encode_text(records.captions), clip.encode_image(records.image)
@@ -135,25 +143,25 @@ def test_columns_are_the_same_from_pictures_and_from_what_was_encoded_before(dat
 
 def test_a_column_is_what_the_pipeline_draws_with_its_seed(columns, pipeline):
     config = SampleConfig(seed=5, **FAST)
-    z_i = draw_embeddings(columns, config, pipeline.prior, pipeline.prior_scheduler)
+    z_i = sample_column_embeds(columns, config, pipeline.prior, pipeline.prior_scheduler)
     parts = (pipeline.decoder, pipeline.decoder_scheduler, pipeline.autoencoder)
     expected = pipeline(columns.captions, generator=seeds(5, 6, 7, 8), output_type="pt", **FAST)
     torch.testing.assert_close(z_i, expected.image_embeds)
-    pictures = draw_pictures(columns, z_i, config, *parts)
+    pictures = draw_column_images(columns, z_i, config, *parts)
     torch.testing.assert_close((pictures / 2 + 0.5).clamp(0, 1), expected.images)
-    true = draw_pictures(columns, columns.z_i, config, *parts)
+    true = draw_column_images(columns, columns.z_i, config, *parts)
     expected = pipeline(
         columns.captions[:3], image_embeds=columns.z_i, generator=seeds(5, 6, 7), output_type="pt", **FAST
     )
     torch.testing.assert_close((true / 2 + 0.5).clamp(0, 1), expected.images)
-    other = draw_pictures(columns, columns.z_i, SampleConfig(seed=6, **FAST), *parts)
+    other = draw_column_images(columns, columns.z_i, SampleConfig(seed=6, **FAST), *parts)
     assert not torch.allclose(true, other, atol=1e-2)
 
 
 def test_more_columns_than_a_batch_are_drawn_each_with_its_own_caption_and_seed(dataset, pipeline):
-    columns = encode_columns(fixed_records(dataset, 19), [], pipeline.clip)
+    columns = encode_columns(read_fixed_records(dataset, 19), [], pipeline.clip)
     config = SampleConfig(**FAST)
-    z_i = draw_embeddings(columns, config, pipeline.prior, pipeline.prior_scheduler)
+    z_i = sample_column_embeds(columns, config, pipeline.prior, pipeline.prior_scheduler)
     assert z_i.shape == (19, 32)
     expected = pipeline(columns.captions[18], generator=seeds(18), output_type="latent", **FAST)
     torch.testing.assert_close(z_i[18:], expected.image_embeds, atol=1e-4, rtol=1e-3)
@@ -162,35 +170,35 @@ def test_more_columns_than_a_batch_are_drawn_each_with_its_own_caption_and_seed(
 def test_the_grid_has_a_row_for_each_stage_at_hand(columns, pipeline):
     config = SampleConfig(**FAST)
     parts = (pipeline.decoder, pipeline.decoder_scheduler, pipeline.autoencoder)
-    z_i = draw_embeddings(columns, config, pipeline.prior, pipeline.prior_scheduler)
-    whole, alone = decoder_preview(columns, config, *parts, z_i), decoder_preview(columns, config, *parts)
+    z_i = sample_column_embeds(columns, config, pipeline.prior, pipeline.prior_scheduler)
+    whole, alone = draw_decoder_preview(columns, config, *parts, z_i), draw_decoder_preview(columns, config, *parts)
     assert whole.height - alone.height == 96 + 8  # the row of the prior
     assert whole.width - alone.width == 96 + 8  # the column of the prompt, which the prior alone can draw
     blind = Columns(columns.captions, columns.text, columns.z_i, None)
-    assert alone.height - decoder_preview(blind, config, *parts).height == 96 + 8  # the row of the pictures
-    prompts = Columns(["a cat"], columns.text.map(lambda tensor: tensor[:1]), torch.zeros(0, 32), None)
-    assert decoder_preview(prompts, config, *parts) is None and prior_preview(prompts, z_i[:1]) is None
-    assert decoder_preview(prompts, config, *parts, z_i[:1]).width == 120 + 96 + 2 * 8
+    assert alone.height - draw_decoder_preview(blind, config, *parts).height == 96 + 8  # the row of the pictures
+    prompts = Columns(["a cat"], columns.text.map_tensors(lambda tensor: tensor[:1]), torch.zeros(0, 32), None)
+    assert draw_decoder_preview(prompts, config, *parts) is None and draw_prior_preview(prompts, z_i[:1]) is None
+    assert draw_decoder_preview(prompts, config, *parts, z_i[:1]).width == 120 + 96 + 2 * 8
 
 
 def test_a_perfect_prior_finds_every_picture(columns):
     z_i = torch.nn.functional.one_hot(torch.arange(3), 32).float()
     columns = Columns(columns.captions, columns.text, z_i, columns.pictures)
-    perfect, wrong = prior_preview(columns, torch.cat([z_i, z_i[:1]])), prior_preview(columns, z_i.roll(1, 0))
+    perfect, wrong = draw_prior_preview(columns, torch.cat([z_i, z_i[:1]])), draw_prior_preview(columns, z_i.roll(1, 0))
     assert count_pixels(perfect, GREEN) > 300 and count_pixels(perfect, RED) == 0
     assert count_pixels(wrong, RED) > 300 and count_pixels(wrong, GREEN) == 0
 
 
 def test_the_previews_of_clip_and_autoencoder_show_every_record(dataset, pipeline):
-    records = fixed_records(dataset, 3)
-    matrix = clip_preview(pipeline.clip, records.image, records.captions)
+    records = read_fixed_records(dataset, 3)
+    matrix = draw_clip_preview(pipeline.clip, records.image, records.captions)
     assert matrix.size == (170 + 3 * 64 + 8, 64 + 16 + 3 * 64 + 3 * 14)
     assert count_pixels(matrix, GREEN) + count_pixels(matrix, RED) > 3 * 100
-    grid = autoencoder_preview(pipeline.autoencoder, records.image)
+    grid = draw_autoencoder_preview(pipeline.autoencoder, records.image)
     with torch.no_grad():
         again = pipeline.autoencoder.decode(pipeline.autoencoder.encode(records.image))
     for row, pictures in enumerate((records.image, again)):
-        for i, image in enumerate(to_images(pictures)):
+        for i, image in enumerate(to_pil_images(pictures)):
             left, top = 120 + i * 104, 8 + row * 104
             assert grid.crop((left, top, left + 96, top + 96)) == image.resize((96, 96), Image.Resampling.NEAREST)
 
@@ -198,10 +206,10 @@ def test_the_previews_of_clip_and_autoencoder_show_every_record(dataset, pipelin
 def test_weights_that_are_not_finite_are_drawn_black_and_stop_nothing(columns, pipeline):
     config = SampleConfig(**FAST)
     next(pipeline.prior.parameters()).data.fill_(torch.nan)
-    z_i = draw_embeddings(columns, config, pipeline.prior, pipeline.prior_scheduler)
+    z_i = sample_column_embeds(columns, config, pipeline.prior, pipeline.prior_scheduler)
     parts = (pipeline.decoder, pipeline.decoder_scheduler, pipeline.autoencoder)
-    assert count_pixels(decoder_preview(columns, config, *parts, z_i), (0, 0, 0)) >= 4 * 96 * 96
-    prior_preview(columns, z_i)
+    assert count_pixels(draw_decoder_preview(columns, config, *parts, z_i), (0, 0, 0)) >= 4 * 96 * 96
+    draw_prior_preview(columns, z_i)
 
 
 # In a run
@@ -216,12 +224,12 @@ def test_previews_leave_random_numbers_models_and_schedulers_as_they_were(datase
     before = states()
     models = {name: copy.deepcopy(getattr(pipeline, name).state_dict()) for name in ("clip", "prior", "decoder")}
     scheduler = pipeline.decoder_scheduler
-    records = fixed_records(dataset, 3)
+    records = read_fixed_records(dataset, 3)
     preview = preview_of(runs, encode_columns(records, ["a cat"], pipeline.clip), pipeline.clip)
-    images = preview.of_decoder(pipeline.decoder, scheduler, lambda: pipeline.autoencoder)
-    images |= preview.of_prior(pipeline.prior, pipeline.prior_scheduler)
-    clip_preview(pipeline.clip, records.image, records.captions)
-    autoencoder_preview(pipeline.autoencoder, records.image)
+    images = preview.preview_decoder(pipeline.decoder, scheduler, lambda: pipeline.autoencoder)
+    images |= preview.preview_prior(pipeline.prior, pipeline.prior_scheduler)
+    draw_clip_preview(pipeline.clip, records.image, records.captions)
+    draw_autoencoder_preview(pipeline.autoencoder, records.image)
     assert set(images) == {"pictures", "embeddings"}
     assert states() == before
     assert scheduler.num_inference_steps is None
@@ -233,22 +241,22 @@ def test_previews_leave_random_numbers_models_and_schedulers_as_they_were(datase
 def test_the_same_weights_give_the_same_picture_and_others_another(columns, runs, pipeline):
     preview = preview_of(runs, columns, pipeline.clip)
     parts = (pipeline.decoder, pipeline.decoder_scheduler, pipeline.autoencoder)
-    first, torch_state = preview.of_decoder(*parts[:2], lambda: parts[2])["pictures"], torch.get_rng_state()
+    first, torch_state = preview.preview_decoder(*parts[:2], lambda: parts[2])["pictures"], torch.get_rng_state()
     torch.manual_seed(99)
-    assert preview.of_decoder(*parts[:2], lambda: parts[2])["pictures"] == first
+    assert preview.preview_decoder(*parts[:2], lambda: parts[2])["pictures"] == first
     torch.set_rng_state(torch_state)
     for parameter in pipeline.decoder.parameters():
         parameter.data *= 1.5
-    assert preview.of_decoder(*parts[:2], lambda: parts[2])["pictures"] != first
+    assert preview.preview_decoder(*parts[:2], lambda: parts[2])["pictures"] != first
 
 
 def test_a_prior_without_a_decoder_shows_its_embeddings_and_nothing_to_draw_is_no_picture(columns, runs, pipeline):
     prior = (pipeline.prior, pipeline.prior_scheduler)
     alone = preview_of(runs, columns, pipeline.clip, decoder=None, autoencoder=None)
-    assert set(alone.of_prior(*prior)) == {"embeddings"}
+    assert set(alone.preview_prior(*prior)) == {"embeddings"}
     nothing = preview_of(runs, None, pipeline.clip)
-    assert nothing.of_prior(*prior) == {}
-    assert nothing.of_decoder(pipeline.decoder, pipeline.decoder_scheduler, lambda: pipeline.autoencoder) == {}
+    assert nothing.preview_prior(*prior) == {}
+    assert nothing.preview_decoder(pipeline.decoder, pipeline.decoder_scheduler, lambda: pipeline.autoencoder) == {}
 
 
 def test_a_stage_that_does_not_fit_is_refused_at_the_start(columns, shapes, runs, pipeline, tmp_path):
@@ -268,19 +276,19 @@ def test_a_stage_that_does_not_fit_is_refused_at_the_start(columns, shapes, runs
 def test_a_stage_that_is_not_trained_yet_is_left_out_until_it_is_there(columns, runs, pipeline, tmp_path, caplog):
     preview = preview_of(runs, columns, pipeline.clip, prior=str(tmp_path / "prior"))
     parts = (pipeline.decoder, pipeline.decoder_scheduler, lambda: pipeline.autoencoder)
-    without = preview.of_decoder(*parts)["pictures"]
+    without = preview.preview_decoder(*parts)["pictures"]
     assert "sample pictures lack a stage: no trained Prior" in caplog.text
     shutil.copytree(runs / "prior", tmp_path / "prior")
-    assert preview.of_decoder(*parts)["pictures"].height > without.height
+    assert preview.preview_decoder(*parts)["pictures"].height > without.height
 
 
 def test_a_stage_that_goes_away_during_the_run_is_left_out_and_named(columns, runs, pipeline, tmp_path, caplog):
     shutil.copytree(runs / "prior", tmp_path / "prior")
     preview = preview_of(runs, columns, pipeline.clip, prior=str(tmp_path / "prior"))
     parts = (pipeline.decoder, pipeline.decoder_scheduler, pipeline.autoencoder)
-    whole = preview.of_decoder(*parts[:2], lambda: parts[2])["pictures"]
+    whole = preview.preview_decoder(*parts[:2], lambda: parts[2])["pictures"]
     shutil.rmtree(tmp_path / "prior")
-    assert preview.of_decoder(*parts[:2], lambda: parts[2])["pictures"].height < whole.height
+    assert preview.preview_decoder(*parts[:2], lambda: parts[2])["pictures"].height < whole.height
     assert "sample pictures lack a stage: no trained Prior" in caplog.text
 
 
@@ -302,6 +310,6 @@ def test_settings_that_cannot_be_are_refused_by_name(settings, message):
 
 
 def test_a_text_encoding_of_columns_is_in_single_precision(dataset, pipeline):
-    columns = encode_columns(fixed_records(dataset, 2), [], copy.deepcopy(pipeline.clip).half())
+    columns = encode_columns(read_fixed_records(dataset, 2), [], copy.deepcopy(pipeline.clip).half())
     assert isinstance(columns.text, TextEncoding) and columns.text.states.dtype == torch.float32
     assert columns.z_i.dtype == torch.float32 and columns.z_i.device.type == "cpu"

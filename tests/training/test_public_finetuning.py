@@ -12,11 +12,11 @@ import pytest
 import torch
 import yaml
 from diffusers import DDIMScheduler, PriorTransformer, UNet2DConditionModel
-from t2i.pipelines.jobs.assemble import assemble_folder
+from t2i.pipelines.jobs.assemble import assemble_pipeline_folder
 from t2i.pipelines.jobs.convert import convert_folder
 
 from t2i import Text2ImagePipeline
-from t2i.config import CONFIGS, load_config
+from t2i.config import CONFIG_FOLDER, load_config
 from t2i.data.cache import CachedPairs
 from t2i.diffusion.condition import ImageCondition
 from t2i.errors import InputError
@@ -98,7 +98,7 @@ def null_of(kind: str):
     """What sampling takes for nothing, from the public model's own encoders."""
     clip = load_clip(str(names(kind)["clip"]))
     with torch.no_grad():
-        return clip.zero_embedding()[0] if kind.startswith("kandinsky") else clip.encode_text([""])
+        return clip.encode_zero_image()[0] if kind.startswith("kandinsky") else clip.encode_text([""])
 
 
 def conditions(decoder, count: int = 2):
@@ -120,7 +120,7 @@ def test_a_run_without_a_step_of_its_own_is_the_public_model_with_its_schedule_a
         assert not after.config.unit_length
     else:
         part = Component(init / ("decoder" if kind == "karlo" else "unet"))
-        before = {f"unet.{name}": tensor for name, tensor in part.tensors()}
+        before = {f"unet.{name}": tensor for name, tensor in part.iterate_tensors()}
         if kind != "karlo":
             torch.testing.assert_close(after.null(1).embedding[0], null_of(kind))
             if kind == "kandinsky21":
@@ -128,7 +128,9 @@ def test_a_run_without_a_step_of_its_own_is_the_public_model_with_its_schedule_a
                 torch.testing.assert_close(after.null(1).text.states, reader.encode([""]).states)
                 torch.testing.assert_close(after.null(1).text.pooled, reader.encode([""]).pooled)
         else:
-            learned = dict(Component(init / "text_proj").tensors())["learned_classifier_free_guidance_embeddings"]
+            learned = dict(Component(init / "text_proj").iterate_tensors())[
+                "learned_classifier_free_guidance_embeddings"
+            ]
             torch.testing.assert_close(after.null(1).embedding[0], learned.view(-1))
             torch.testing.assert_close(after.null(1).text.states, null_of(kind).states)
             torch.testing.assert_close(after.null(1).text.pooled, null_of(kind).embedding)
@@ -229,7 +231,7 @@ def test_half_of_the_conditions_are_the_null_and_the_others_are_the_pictures_own
 @pytest.mark.parametrize(("dropout", "moves"), [(1.0, True), (0.0, False)])
 def test_karlos_learned_null_is_trained_where_it_is_drawn_and_nowhere_else(dropout, moves, shapes, tmp_path):
     after = tune("karlo", shapes, tmp_path, embedding_dropout=dropout, **{"train.weight_decay": 0})
-    before = dict(Component(karlo() / "text_proj").tensors())["learned_classifier_free_guidance_embeddings"]
+    before = dict(Component(karlo() / "text_proj").iterate_tensors())["learned_classifier_free_guidance_embeddings"]
     assert torch.allclose(after.null(1).embedding[0], before.view(-1), atol=1e-6) != moves
 
 
@@ -244,7 +246,7 @@ def test_a_learned_variance_is_trained_by_the_hybrid_loss(kind, trained):
     lines = metrics(trained(kind))
     assert len(lines) == 2 and all(line["loss"] > 0.001 * line["bound"] > 0 for line in lines)
     place = kandinsky_22_decoder() / "unet" if kind == "kandinsky" else karlo() / "decoder"
-    before, after = dict(Component(place).tensors()), load_model(CLASSES[kind], trained(kind)).state_dict()
+    before, after = dict(Component(place).iterate_tensors()), load_model(CLASSES[kind], trained(kind)).state_dict()
     half = len(before["conv_out.weight"]) // 2
     for part in (slice(0, half), slice(half, None)):
         moved = (after["unet.conv_out.weight"][part] - before["conv_out.weight"][part]).abs().max()
@@ -273,7 +275,7 @@ def test_a_part_of_a_pipeline_is_a_name_too(shapes, tmp_path):
             assert torch.equal(made.state_dict()[name], value), name
 
 
-SHIPPED = [path for path in sorted(CONFIGS.glob("ka*/*.yaml")) if path.stem != "cache"]
+SHIPPED = [path for path in sorted(CONFIG_FOLDER.glob("ka*/*.yaml")) if path.stem != "cache"]
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -311,7 +313,7 @@ def stage(kind: str, config):
     names = (config.clip,)
     if kind != "prior":
         names = (config.clip, config.autoencoder, config.reads_captions, config.load_text_encoder)
-    return script.make_stage(config, open_source(config.cache, config.data, *names), torch.device("cpu")).model
+    return script.build_stage(config, open_source(config.cache, config.data, *names), torch.device("cpu")).model
 
 
 def test_of_a_repository_on_the_hub_the_parts_in_question_are_fetched_alone(shapes, tmp_path, monkeypatch):
@@ -379,7 +381,7 @@ def test_what_contradicts_the_public_model_is_refused_in_one_line(kind, override
 def test_the_nine_channels_of_the_inpainting_decoder_see_masks(shapes, tmp_path):
     folder = kandinsky_22_inpaint()
     after = tune("kandinsky", shapes, tmp_path, init=folder, reads_masks=True, **{"train.weight_decay": 0})
-    before = dict(Component(folder / "unet").tensors())["conv_in.weight"]
+    before = dict(Component(folder / "unet").iterate_tensors())["conv_in.weight"]
     assert after.config.reads_masks
     assert ((after.unet.conv_in.weight - before).abs().amax(dim=(0, 2, 3)) > 1e-3).all(), "all nine of them"
 
@@ -416,7 +418,7 @@ def test_a_cache_holds_embeddings_as_they_are_and_trains_the_same(shapes, tmp_pa
     batch = pairs.__getitems__([(0, 0), (5, 0)])
     assert pairs.clip is not None and not pairs.clip.unit_length
     pictures = import_module("t2i.data").CaptionedPictures(configured("prior", shapes, tmp_path)[1].data)
-    image = torch.stack([pictures.picture(index) for index in (0, 5)])
+    image = torch.stack([pictures.load_image(index) for index in (0, 5)])
     with torch.no_grad():
         z_i = load_clip(str(clip)).encode_image(image)
         torch.testing.assert_close(batch.latents, load_autoencoder(str(decoder)).encode(image), atol=1e-5, rtol=1e-5)
@@ -458,7 +460,7 @@ def test_what_was_trained_is_assembled_into_a_pipeline_that_draws(kind, trained,
     given = names(kind)
     stages = {"clip": str(given["clip"]), "autoencoder": str(given["autoencoder"]), "decoder": str(trained(kind))}
     stages["prior"] = str(trained("prior"))
-    folder = assemble_folder(tmp_path, tmp_path / "model", **stages)
+    folder = assemble_pipeline_folder(tmp_path, tmp_path / "model", **stages)
     pipeline = Text2ImagePipeline.from_pretrained(folder)
     for name in ("prior", "decoder"):
         kept = load_model((Prior, KandinskyDecoder, KarloDecoder), stages[name]).state_dict()

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from t2i.training.all_stages import Run, Trainer
-from t2i.training.recipe.recipe import compose, read_facts
+from t2i.training.recipe.recipe import compose_recipe, read_data_facts
 from t2i.training.recipe.sizes import Device
 
 from t2i.errors import RunError
@@ -45,7 +45,9 @@ def write_tiny(folder: Path, data: Path) -> None:
     here = Path.cwd()
     os.chdir(folder)
     try:
-        compose(Path("run"), read_facts(str(data)), Device("cpu", 2, 24), image_size=32).write(Path("run"))
+        compose_recipe(Path("run"), read_data_facts(str(data)), Device("cpu", 2, 24), image_size=32).write_folder(
+            Path("run")
+        )
     finally:
         os.chdir(here)
     for stage, steps in STEPS.items():
@@ -143,7 +145,7 @@ def test_a_second_run_does_nothing(monkeypatch, capsys, trained):
 def test_a_stage_that_changed_is_trained_on_and_the_pipeline_replaced(capfd, trained):
     (trained / "pipeline" / "mark").touch()
     change(trained / "decoder.yaml", train__steps=5)
-    assert Trainer(Run.read(Path("run"))).train() == 0
+    assert Trainer(Run.read_folder(Path("run"))).train() == 0
     out, _ = capfd.readouterr()
     assert "4/6 prior: done" in out and "resuming from run/decoder/checkpoints/step-00000003" in out
     assert "6/6 pipeline: puts the stages together" in out and not (trained / "pipeline" / "mark").exists()
@@ -152,14 +154,14 @@ def test_a_stage_that_changed_is_trained_on_and_the_pipeline_replaced(capfd, tra
 
 def test_a_failing_stage_ends_it_with_its_status_and_message(capfd, trained):
     change(trained / "clip.yaml", train__batch_size=4)
-    assert Trainer(Run.read(Path("run"))).train() == 2
+    assert Trainer(Run.read_folder(Path("run"))).train() == 2
     out, err = capfd.readouterr()
     assert "now 4 x 1 x 1 = 4; keep the product" in err and "2/6" not in out
 
 
 def test_a_stage_that_is_killed_is_named(trained, monkeypatch):
     change(trained / "clip.yaml", train__steps=61)
-    trainer = Trainer(Run.read(Path("run")))
+    trainer = Trainer(Run.read_folder(Path("run")))
     monkeypatch.setattr(sys, "executable", "/bin/sh")
     (trained / "kill.sh").write_text("kill -9 $$\n")
     step = trainer.run.steps[0]
@@ -172,15 +174,15 @@ def test_a_dry_run_shows_what_can_be_shown_and_writes_nothing(capfd, shapes, tra
     for part in ("done.json", "pipeline", "prior", "decoder"):
         (shutil.rmtree if (trained / part).is_dir() else os.remove)(trained / part)
     before = contents(trained)
-    assert Trainer(Run.read(Path("run"))).estimate() == 0
+    assert Trainer(Run.read_folder(Path("run"))).estimate_costs() == 0
     out, _ = capfd.readouterr()
     assert out.count("nothing was written") == 4 and contents(trained) == before
     (tmp_path / "new").mkdir()
     write_tiny(tmp_path / "new", shapes)
     monkeypatch.chdir(tmp_path / "new")
-    trainer = Trainer(Run.read(Path("run")))
-    monkeypatch.setattr(trainer, "start", lambda step, *_: print(f"asked {step.name}") or 0)
-    assert trainer.estimate() == 0
+    trainer = Trainer(Run.read_folder(Path("run")))
+    monkeypatch.setattr(trainer, "run_stage", lambda step, *_: print(f"asked {step.name}") or 0)
+    assert trainer.estimate_costs() == 0
     out, _ = capfd.readouterr()
     assert "asked clip" in out and "asked autoencoder" in out and "asked prior" not in out
     assert "4/6 prior: 3 steps into run/prior; its cost can be told when the cache is there" in out
@@ -230,5 +232,5 @@ def test_data_that_changes_after_the_start_is_a_warning(capsys, trained):
     for stage in STAGES:
         change(trained / f"{stage}.yaml", data__path="shapes")
     Path("shapes/00.png").unlink()
-    Run.read(Path("run"))
+    Run.read_folder(Path("run"))
     assert "warning: 'shapes' is not what was checked: 1 gone" in capsys.readouterr().out

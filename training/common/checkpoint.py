@@ -11,10 +11,10 @@ from torch import Tensor
 
 from t2i import __version__
 from t2i.errors import InputError
-from t2i.files.atomic import as_oserror, digest, new_folder
+from t2i.files.atomic import compute_file_sha256, create_folder_atomically, raise_as_oserror
 
-MANIFEST = "manifest.json"
-FORMAT = 1  # of checkpoints; a newer one is refused
+CHECKPOINT_MANIFEST = "manifest.json"
+FORMAT_VERSION = 1  # of checkpoints; a newer one is refused
 
 
 @dataclass
@@ -33,16 +33,16 @@ def save_checkpoint(
     be. Raises OSError if the new one cannot be written: nothing of it stays, and nothing else changes.
     """
     final = folder / f"step-{step:08}"
-    with new_folder(final) as unfinished:
+    with create_folder_atomically(final) as unfinished:
         for name, group in tensors.items():
             contiguous = {key: tensor.contiguous() for key, tensor in group.items()}
-            with as_oserror():
+            with raise_as_oserror():
                 save_file(contiguous, unfinished / f"{name}.safetensors")
-        state = {"format": FORMAT, "version": __version__, "step": step, **state}
+        state = {"format": FORMAT_VERSION, "version": __version__, "step": step, **state}
         (unfinished / "state.json").write_text(json.dumps(state, indent=1))
-        manifest = {path.name: digest(path) for path in sorted(unfinished.iterdir())}
-        (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    older = [path for path in complete(folder) if path.name <= final.name]
+        manifest = {path.name: compute_file_sha256(path) for path in sorted(unfinished.iterdir())}
+        (unfinished / CHECKPOINT_MANIFEST).write_text(json.dumps(manifest, indent=1))
+    older = [path for path in find_checkpoints(folder) if path.name <= final.name]
     leftovers = [path for suffix in ("unfinished", "replaced") for path in folder.glob(f"step-*.{suffix}")]
     problems: list[str] = []
     for path in [*older[:-keep], *leftovers]:
@@ -53,11 +53,11 @@ def save_checkpoint(
     return problems
 
 
-def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+def find_newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and what is wrong with each newer one."""
     problems: list[str] = []
-    for path in reversed(complete(folder)):
-        if problem := verify(path):
+    for path in reversed(find_checkpoints(folder)):
+        if problem := verify_checkpoint(path):
             problems.append(problem)
             continue
         return path, problems
@@ -66,26 +66,26 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """A checkpoint that verifies."""
-    names = [name for name in json.loads((path / MANIFEST).read_text()) if name.endswith(".safetensors")]
+    names = [name for name in json.loads((path / CHECKPOINT_MANIFEST).read_text()) if name.endswith(".safetensors")]
     tensors = {Path(name).stem: load_file(path / name) for name in names}
     return Checkpoint(path, tensors, json.loads((path / "state.json").read_text()))
 
 
-def verify(path: Path) -> str | None:
+def verify_checkpoint(path: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None. Raises InputError if it was written by a newer version."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = json.loads((path / CHECKPOINT_MANIFEST).read_text())
         if "state.json" not in manifest:
-            return f"{path / MANIFEST} does not list state.json"
+            return f"{path / CHECKPOINT_MANIFEST} does not list state.json"
         for name, expected in manifest.items():
             if Path(name).name != name:
-                return f"{path / MANIFEST} lists {name!r}, which is not a file beside it"
-            if (found := digest(path / name)) != expected:
+                return f"{path / CHECKPOINT_MANIFEST} lists {name!r}, which is not a file beside it"
+            if (found := compute_file_sha256(path / name)) != expected:
                 return f"{path / name} does not match its SHA-256: {found} instead of {expected}"
         state = json.loads((path / "state.json").read_text())
-        if complete_name(path.name) != state["step"]:
+        if parse_checkpoint_step(path.name) != state["step"]:
             return f"{path} holds step {state['step']}, another than its name says"
-        if state["format"] > FORMAT:
+        if state["format"] > FORMAT_VERSION:
             raise InputError(f"{path} was written by t2i {state['version']}, this is {__version__}; install that")
     except InputError:
         raise
@@ -94,12 +94,12 @@ def verify(path: Path) -> str | None:
     return None
 
 
-def complete(folder: Path) -> list[Path]:
+def find_checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders that were moved into place, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if complete_name(path.name) is not None)
+    return sorted(path for path in folder.glob("step-*") if parse_checkpoint_step(path.name) is not None)
 
 
-def complete_name(name: str) -> int | None:
+def parse_checkpoint_step(name: str) -> int | None:
     """The step that a checkpoint's name tells."""
     number = name.removeprefix("step-")
     return int(number) if number.isdecimal() else None

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SHORT = 256  # queries; beyond, attention in bf16 is the faster one
+MAX_SHORT_QUERIES = 256  # queries; beyond, attention in bf16 is the faster one
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
 
@@ -27,7 +27,7 @@ def keep_memory() -> bool:
 
 
 @contextlib.contextmanager
-def few_queries_in_fp32() -> Iterator[None]:
+def attend_few_queries_in_fp32() -> Iterator[None]:
     """Attention of few queries on a processor in fp32 where it would be in bf16, whichever model asks for it.
 
     torch's kernel for bf16 is made for long sequences: of few queries it takes up to seven times as long.
@@ -36,10 +36,12 @@ def few_queries_in_fp32() -> Iterator[None]:
     attention = F.scaled_dot_product_attention
 
     def chosen(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not is_short(query):
+        if not is_short_query(query):
             return attention(query, *args, **kwargs)
         with torch.autocast("cpu", enabled=False):
-            out = attention(query.float(), *map(raised, args), **{name: raised(one) for name, one in kwargs.items()})
+            out = attention(
+                query.float(), *map(cast_to_fp32, args), **{name: cast_to_fp32(one) for name, one in kwargs.items()}
+            )
         return out.to(query.dtype)
 
     # Where torch's own layers look for it too, which a mode of torch's does not reach.
@@ -50,19 +52,21 @@ def few_queries_in_fp32() -> Iterator[None]:
         F.scaled_dot_product_attention = attention
 
 
-def is_short(query: Tensor) -> bool:
-    return query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.shape[-2] <= SHORT
+def is_short_query(query: Tensor) -> bool:
+    return query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.shape[-2] <= MAX_SHORT_QUERIES
 
 
-def raised(one: Any) -> Any:
+def cast_to_fp32(one: Any) -> Any:
     """To fp32, if it is a tensor of numbers."""
     return one.float() if isinstance(one, Tensor) and one.is_floating_point() else one
 
 
-def short_attention(device: torch.device, precision: str, repeated: bool) -> contextlib.AbstractContextManager[Any]:
-    """`few_queries_in_fp32` where it pays: for steps in bf16 on a processor.
+def choose_short_attention(
+    device: torch.device, precision: str, repeated: bool
+) -> contextlib.AbstractContextManager[Any]:
+    """`attend_few_queries_in_fp32` where it pays: for steps in bf16 on a processor.
 
     repeated: by a compiler, or by the backward pass with gradient checkpointing; neither knows of it.
     """
     pays = device.type == "cpu" and precision == "bf16" and not repeated
-    return few_queries_in_fp32() if pays else contextlib.nullcontext()
+    return attend_few_queries_in_fp32() if pays else contextlib.nullcontext()

@@ -9,7 +9,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 
-class Average:
+class EMA:
     """average <- decay * average + (1 - decay) * weights, in the weights' dtype (fp32), sharded as they are.
 
     Buffers are not averaged: the model's own belong to it. Holds the model's trained parameters; make it after
@@ -24,30 +24,30 @@ class Average:
 
     @torch.no_grad()
     def update(self, decay: float) -> None:
-        torch._foreach_lerp_(local(self.values), local(self.parameters), 1 - decay)
+        torch._foreach_lerp_(collect_local_tensors(self.values), collect_local_tensors(self.parameters), 1 - decay)
 
     @contextmanager
-    def swapped(self) -> Iterator[nn.Module]:
+    def ema_weights(self) -> Iterator[nn.Module]:
         """The model with the averages as its weights, not in training mode.
 
         Its own weights come back bit for bit, and so do its buffers, which may be changed meanwhile.
         """
         training, buffers = self.model.training, [(one, one.clone()) for one in self.model.buffers()]
-        self.swap()
+        self.swap_weights()
         self.model.eval()
         try:
             yield self.model
         finally:
             self.model.train(training)
-            self.swap()
+            self.swap_weights()
             with torch.no_grad():
                 for buffer, before in buffers:
                     buffer.copy_(before)
 
     @torch.no_grad()
-    def swap(self) -> None:
+    def swap_weights(self) -> None:
         self.reshard()
-        for mine, theirs in zip(local(self.values), local(self.parameters)):
+        for mine, theirs in zip(collect_local_tensors(self.values), collect_local_tensors(self.parameters)):
             held = theirs.clone()
             theirs.copy_(mine)
             mine.copy_(held)
@@ -59,11 +59,11 @@ class Average:
                 part.reshard()
 
 
-def local(tensors: dict[str, Tensor]) -> list[Tensor]:
+def collect_local_tensors(tensors: dict[str, Tensor]) -> list[Tensor]:
     """The part of each tensor that this process holds: all of it, unless the model is sharded."""
     return [one.to_local() if isinstance(one, DTensor) else one for one in tensors.values()]
 
 
-def full(tensor: Tensor) -> Tensor:
+def gather_full_tensor(tensor: Tensor) -> Tensor:
     """A whole tensor from its shards, which every process has to ask for."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -20,15 +20,15 @@ from t2i.data.cache import (
     CachedPairs,
     ClipFacts,
     TextEncoderFacts,
+    compute_statistics,
     read_json,
-    statistics,
 )
-from t2i.data.dataset import Batch, CaptionedPictures, Key, held_out_pictures
-from t2i.data.manifest import find_manifest, splits_of
+from t2i.data.dataset import Batch, CaptionedPictures, SampleIndex, build_held_out_dataset
+from t2i.data.manifest import find_manifest, read_splits
 from t2i.diffusion.condition import TextEncoding, TokenStates
 from t2i.errors import InputError
-from t2i.files.fingerprints import files_digest, stored_digest, weights_digest
-from t2i.files.model_folder import class_name
+from t2i.files.fingerprints import compute_files_fingerprint, compute_stored_fingerprint, compute_weights_fingerprint
+from t2i.files.model_folder import read_model_class
 from t2i.files.untrusted import is_folder
 from t2i.interop.by_name import load_autoencoder, load_clip
 from t2i.networks.autoencoder import Autoencoder
@@ -38,19 +38,27 @@ from t2i.networks.text_encoder import TextEncoder
 
 logger = logging.getLogger(__name__)
 
-TOKENIZER = ("tokenizer.json", "tokenizer/*")  # files of a CLIP folder that are its tokenizer
-PUBLIC = ("*.safetensors", "*.json", "*.txt", "*.model")  # a folder as others write it: weights, settings, tokenizer
-OURS = {"CLIP": ("CLIP", "TransformersCLIP"), "Autoencoder": ("Autoencoder", "MoVQ", "SuperResolution")}  # that we save
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer/*")  # files of a CLIP folder that are its tokenizer
+PUBLIC_MODEL_FILES = (
+    "*.safetensors",
+    "*.json",
+    "*.txt",
+    "*.model",
+)  # a folder as others write it: weights, settings, tokenizer
+OWN_CLASSES = {
+    "CLIP": ("CLIP", "TransformersCLIP"),
+    "Autoencoder": ("Autoencoder", "MoVQ", "SuperResolution"),
+}  # that we save
 PIPELINE_PARTS = {  # folders of public pipelines
     "CLIP": ("*text_encoder", "*tokenizer", "*image_encoder", "*image_processor", "feature_extractor"),
     "Autoencoder": ("movq", "vae", "super_res_*"),
 }
 LoadTextEncoder = Callable[[], TextEncoder]
-MEASURED = 4096  # pictures that set mean and std of the embeddings without a cache, at most
-SPREAD = 16_384  # of a cache, that set the principal components
+MAX_MEASURED_IMAGES = 4096  # pictures that set mean and std of the embeddings without a cache, at most
+MAX_COMPONENT_EMBEDS = 16_384  # of a cache, that set the principal components
 
 
-class Source(Protocol):
+class EncodingSource(Protocol):
     dataset: CaptionedPictures | CachedPairs  # the training split
     validation: CaptionedPictures | CachedPairs | None  # what is held out
     clip: ClipFacts
@@ -66,13 +74,13 @@ class Source(Protocol):
     def null(self) -> TextEncoding:
         """The encoding of the empty caption."""
 
-    def statistics(self) -> tuple[Tensor, Tensor]:
+    def compute_statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the image embeddings, (D,), float64."""
 
-    def embeddings(self) -> Tensor:
+    def collect_embeds(self) -> Tensor:
         """Image embeddings from all over the training split, (n, D), fp32, on the CPU."""
 
-    def records(self, keys: list[Key]) -> Batch:
+    def encode_records(self, keys: list[SampleIndex]) -> Batch:
         """Of what is held out, or of the training split if nothing is: encodings, captions, and pictures if at hand."""
 
     def load_clip(self) -> CLIP: ...
@@ -91,17 +99,19 @@ class FrozenModels:
         reads_captions: bool,
         load_text_encoder: LoadTextEncoder | None = None,
     ):
-        self.dataset, self.validation = CaptionedPictures(data), held_out_pictures(data)
+        self.dataset, self.validation = CaptionedPictures(data), build_held_out_dataset(data)
         self.encoder = load_clip(clip).eval().requires_grad_(False)
         self.reads_captions = reads_captions
-        self.clip = facts_of_clip(clip, self.encoder)
+        self.clip = build_clip_facts(clip, self.encoder)
         self.coder, self.autoencoder = None, None
         if autoencoder is not None:
             self.coder = load_autoencoder(autoencoder).eval().requires_grad_(False)
-            self.autoencoder = facts_of_autoencoder(autoencoder, self.coder)
+            self.autoencoder = build_autoencoder_facts(autoencoder, self.coder)
         self.reader = None if load_text_encoder is None else load_text_encoder()
-        self.text_encoder = None if self.reader is None else facts_of_text_encoder(self.reader)
-        self.made_from = identities(self.dataset.digest(), self.clip, self.autoencoder, self.text_encoder)
+        self.text_encoder = None if self.reader is None else build_text_encoder_facts(self.reader)
+        self.made_from = collect_identities(
+            self.dataset.compute_digest(), self.clip, self.autoencoder, self.text_encoder
+        )
 
     def to(self, device: torch.device) -> None:
         for model in (self.encoder, self.coder, self.reader):
@@ -117,7 +127,7 @@ class FrozenModels:
                 latents = self.coder.encode(batch.image).float()
                 filled.latents = latents.contiguous()  # the layout decides which element gets which noise
             if self.reader is not None:
-                filled.tokens = read(self.reader, batch.captions).to(batch.image.device, torch.float32)
+                filled.tokens = encode_tokens(self.reader, batch.captions).to(batch.image.device, torch.float32)
             elif self.reads_captions:
                 filled.text = self.encoder.encode_text(batch.captions).to(batch.image.device, torch.float32)
         return filled
@@ -126,21 +136,21 @@ class FrozenModels:
     def null(self) -> TextEncoding:
         return self.encoder.encode_text([""])
 
-    def statistics(self) -> tuple[Tensor, Tensor]:
-        return statistics(self.encoded())
+    def compute_statistics(self) -> tuple[Tensor, Tensor]:
+        return compute_statistics(self.iterate_embeds())
 
-    def embeddings(self) -> Tensor:
-        return torch.cat(list(self.encoded()))
+    def collect_embeds(self) -> Tensor:
+        return torch.cat(list(self.iterate_embeds()))
 
     @torch.no_grad()
-    def encoded(self) -> Iterator[Tensor]:
-        for image in self.dataset.sample(MEASURED, batch_size=64):
+    def iterate_embeds(self) -> Iterator[Tensor]:
+        for image in self.dataset.iterate_images(MAX_MEASURED_IMAGES, batch_size=64):
             yield self.encoder.encode_image(image.to(self.encoder.device)).float().cpu()
 
     @torch.no_grad()
-    def records(self, keys: list[Key]) -> Batch:
+    def encode_records(self, keys: list[SampleIndex]) -> Batch:
         batch = (self.validation or self.dataset).__getitems__(keys).to(self.encoder.device)
-        return replace(self.encode(batch), text=encoded_text(self.encoder, self.reader, batch.captions))
+        return replace(self.encode(batch), text=encode_captions(self.encoder, self.reader, batch.captions))
 
     def load_clip(self) -> CLIP:
         return self.encoder
@@ -154,7 +164,7 @@ class FrozenModels:
         return self.reader
 
 
-class Cached:
+class CachedEncodings:
     """Nothing is left to do: the data set reads encodings. But for captions that are to be read by a text encoder whose
     states the cache does not hold: these are encoded in the step."""
 
@@ -174,13 +184,13 @@ class Cached:
         self.open_text_encoder, self.text_encoder, self.reader = load_text_encoder, None, None
         if load_text_encoder is not None:
             reader = load_text_encoder()
-            self.text_encoder = facts_of_text_encoder(reader)
+            self.text_encoder = build_text_encoder_facts(reader)
             self.reader = None if dataset.tokens else reader
-            self.give_captions()
-        self.made_from = identities(dataset.made_from["data"]["train"], clip, autoencoder, self.text_encoder)
-        self.made_from["cache"] = dataset.digest()
+            self.attach_captions()
+        self.made_from = collect_identities(dataset.made_from["data"]["train"], clip, autoencoder, self.text_encoder)
+        self.made_from["cache"] = dataset.compute_digest()
 
-    def give_captions(self) -> None:
+    def attach_captions(self) -> None:
         """Let the data sets say the captions that are encoded in the step, or refuse states of another encoder."""
         folder, ours, held = str(self.dataset.folder), self.text_encoder, self.dataset.text_encoder
         if self.reader is None:
@@ -206,36 +216,36 @@ class Cached:
             return batch
         device = batch.index.device if batch.latents is None else batch.latents.device
         with torch.autocast(device.type, enabled=False):  # as exact as a cache
-            return replace(batch, tokens=read(self.reader, batch.captions).to(device, torch.float32))
+            return replace(batch, tokens=encode_tokens(self.reader, batch.captions).to(device, torch.float32))
 
     def null(self) -> TextEncoding:
         return self.dataset.null
 
-    def statistics(self) -> tuple[Tensor, Tensor]:
+    def compute_statistics(self) -> tuple[Tensor, Tensor]:
         return self.dataset.shared["mean"], self.dataset.shared["std"]
 
-    def embeddings(self) -> Tensor:
+    def collect_embeds(self) -> Tensor:
         size = self.dataset.shard_size
-        chosen = range(0, len(self.dataset), -(-len(self.dataset) // SPREAD))
-        return torch.stack([self.dataset.shard(i // size)["image_embeds"][i % size] for i in chosen]).float()
+        chosen = range(0, len(self.dataset), -(-len(self.dataset) // MAX_COMPONENT_EMBEDS))
+        return torch.stack([self.dataset.open_shard(i // size)["image_embeds"][i % size] for i in chosen]).float()
 
     @torch.no_grad()
-    def records(self, keys: list[Key]) -> Batch:
+    def encode_records(self, keys: list[SampleIndex]) -> Batch:
         split = "train" if self.validation is None else "held_out"
         cached = CachedPairs(self.dataset.folder, split, latents=False)
         batch = cached.__getitems__(keys)
         if has_manifest(self.data):
             pictures = CaptionedPictures(self.data, split)
             for index, _ in keys:
-                if cached.key(index) != pictures.key(index):
+                if cached.sample_key(index) != pictures.sample_key(index):
                     raise InputError(
                         f"the cache {str(cached.folder)!r} is stale: its picture {index} of {split} is "
-                        f"{cached.key(index)!r}, in the data {pictures.key(index)!r}; make another"
+                        f"{cached.sample_key(index)!r}, in the data {pictures.sample_key(index)!r}; make another"
                     )
             seen = pictures.__getitems__(keys)
             batch.captions, batch.image = seen.captions, seen.image
         else:
-            batch.captions = [cached.key(index) for index, _ in keys]
+            batch.captions = [cached.sample_key(index) for index, _ in keys]
         if batch.text is None:
             batch.text = self.load_clip().encode_text(batch.captions)
         if self.text_encoder is not None:
@@ -263,7 +273,7 @@ def open_source(
     autoencoder: str | None = None,
     reads_captions: bool = True,
     load_text_encoder: LoadTextEncoder | None = None,
-) -> Source:
+) -> EncodingSource:
     """The training split, encoded by `clip`, by `autoencoder` if one is named, and with its captions if they are read:
     by the text encoder, if one is given, else by `clip`.
 
@@ -277,46 +287,46 @@ def open_source(
     needed = {"clip": True, "autoencoder": autoencoder is not None, "text": reads_captions}
     if missing := [name for name in needed if needed[name] and not held[name]]:
         raise InputError(f"the cache {cache!r} was made without {' and '.join(missing)}; make one with it")
-    refuse_stale(dataset, data, clip, autoencoder)
+    check_cache_freshness(dataset, data, clip, autoencoder)
     validation = None
     if "held_out" in dataset.splits:
         validation = CachedPairs(cache, "held_out", autoencoder is not None, reads_captions, tokens)
-    return Cached(dataset, validation, data, (clip, autoencoder), load_text_encoder)
+    return CachedEncodings(dataset, validation, data, (clip, autoencoder), load_text_encoder)
 
 
-def read(reader: TextEncoder, captions: list[str]) -> TokenStates:
+def encode_tokens(reader: TextEncoder, captions: list[str]) -> TokenStates:
     """What the text encoder says of captions; the log tells of the first that does not fit."""
-    if not reader.warned and (cut := next(filter(None, map(reader.cut, captions)), "")):
+    if not reader.has_warned and (cut := next(filter(None, map(reader.find_truncated_text, captions)), "")):
         longest = reader.config.context_length
         logger.warning(
             "a caption has more than the text encoder's %d tokens; this was cut, and so on: %r", longest, cut
         )
-        reader.warned = True
+        reader.has_warned = True
     return reader.encode(captions)
 
 
-def encoded_text(clip: CLIP, reader: TextEncoder | None, captions: list[str]) -> TextEncoding:
+def encode_captions(clip: CLIP, reader: TextEncoder | None, captions: list[str]) -> TextEncoding:
     """What CLIP says of captions, and a decoder's own text encoder, if there is one."""
     text = clip.encode_text(captions)
     return text if reader is None else replace(text, decoder_tokens=reader.encode(captions))
 
 
-def refuse_stale(cache: CachedPairs, data: DataConfig, clip: str, autoencoder: str | None) -> None:
+def check_cache_freshness(cache: CachedPairs, data: DataConfig, clip: str, autoencoder: str | None) -> None:
     """Refuse a cache that was made from anything else than what is named here.
 
     Models and data that are folders of this machine are compared by their content, other models by their names.
     """
     pairs: dict[str, tuple[Any, Any]] = {"data.image_size": (cache.made_from["image_size"], data.image_size)}
     files = cache.made_from.get("stored", {})
-    pairs["clip"] = compared(clip, "CLIP", cache.clip, stored_fingerprint, files.get("clip"))
-    if local_folder(clip) is not None:
-        pairs["tokenizer"] = (files.get("tokenizer"), stored_tokenizer(clip))
+    pairs["clip"] = compare_model(clip, "CLIP", cache.clip, read_stored_fingerprint, files.get("clip"))
+    if find_local_folder(clip) is not None:
+        pairs["tokenizer"] = (files.get("tokenizer"), digest_tokenizer_files(clip))
     if autoencoder is not None:
-        pairs["autoencoder"] = compared(
-            autoencoder, "Autoencoder", cache.autoencoder, stored_digest, files.get("autoencoder")
+        pairs["autoencoder"] = compare_model(
+            autoencoder, "Autoencoder", cache.autoencoder, compute_stored_fingerprint, files.get("autoencoder")
         )
     if has_manifest(data):
-        now, before = digests(data), cache.made_from["data"]
+        now, before = compute_split_digests(data), cache.made_from["data"]
         pairs |= {what: (before.get(split), now.get(split)) for what, split in zip(("data", "held-out data"), SPLITS)}
     elif os.environ.get("RANK", "0") == "0":
         print(f"no manifest in data.path={data.path!r}: the cache {str(cache.folder)!r} is not compared with its data")
@@ -337,66 +347,68 @@ def has_manifest(data: DataConfig) -> bool:
     return True
 
 
-def digests(data: DataConfig) -> dict[str, str]:
+def compute_split_digests(data: DataConfig) -> dict[str, str]:
     """Of each split that has pictures."""
-    there = splits_of(data.path)
-    return {split: CaptionedPictures(data, split).digest() for split in SPLITS if split in there}
+    there = read_splits(data.path)
+    return {split: CaptionedPictures(data, split).compute_digest() for split in SPLITS if split in there}
 
 
-def compared(
+def compare_model(
     name: str,
     wanted: str,
     facts: ClipFacts | AutoencoderFacts | None,
     identify: Callable[[Path], str],
     stored: str | None,
 ) -> tuple[str | None, str | None]:
-    """What a cache was made with, and what the configuration names now; `stored` as in the cache's key."""
+    """What a cache was made with, and what the configuration names now; `digest_stored_files` as in the cache's key."""
     assert facts is not None
-    folder = local_folder(name)
+    folder = find_local_folder(name)
     if folder is None:
         return facts.name, name
-    if class_name(folder) in OURS[wanted]:
+    if read_model_class(folder) in OWN_CLASSES[wanted]:
         return facts.identity, identify(folder)
-    return stored, stored_model(name, wanted)
+    return stored, digest_model_files(name, wanted)
 
 
-def local_folder(name: str) -> Path | None:
+def find_local_folder(name: str) -> Path | None:
     """The folder of this machine that holds a model, None if the name is a public one's."""
     path = Path(name if is_folder(name) else name.removeprefix("local-dir:"))
     return next((folder for folder in (path / "model", path / "model.replaced", path) if is_folder(folder)), None)
 
 
-def stored_model(name: str, wanted: str) -> str | None:
+def digest_model_files(name: str, wanted: str) -> str | None:
     """Of a model of others in a folder: of all its files; of a public pipeline's, those of the parts in question. Our
     own, of the classes that `wanted` is of, have an identity."""
-    folder = local_folder(name)
-    if folder is None or class_name(folder) in OURS[wanted]:
+    folder = find_local_folder(name)
+    if folder is None or read_model_class(folder) in OWN_CLASSES[wanted]:
         return None
     places = PIPELINE_PARTS[wanted] if (folder / "model_index.json").is_file() else ()
-    return files_digest(folder, (*PUBLIC, *(f"{place}/{pattern}" for place in places for pattern in PUBLIC)))
+    return compute_files_fingerprint(
+        folder, (*PUBLIC_MODEL_FILES, *(f"{place}/{pattern}" for place in places for pattern in PUBLIC_MODEL_FILES))
+    )
 
 
-def stored_tokenizer(name: str) -> str | None:
+def digest_tokenizer_files(name: str) -> str | None:
     """Of the tokenizer in a CLIP's folder, None for a public CLIP."""
-    folder = local_folder(name)
-    return None if folder is None else files_digest(folder, TOKENIZER)
+    folder = find_local_folder(name)
+    return None if folder is None else compute_files_fingerprint(folder, TOKENIZER_FILES)
 
 
-def stored(clip: str | None, autoencoder: str | None) -> dict[str, str | None]:
+def digest_stored_files(clip: str | None, autoencoder: str | None) -> dict[str, str | None]:
     """What a cache's key says of the files in folders of this machine, beside the identities of our own models."""
     return {
-        "clip": clip and stored_model(clip, "CLIP"),
-        "tokenizer": clip and stored_tokenizer(clip),
-        "autoencoder": autoencoder and stored_model(autoencoder, "Autoencoder"),
+        "clip": clip and digest_model_files(clip, "CLIP"),
+        "tokenizer": clip and digest_tokenizer_files(clip),
+        "autoencoder": autoencoder and digest_model_files(autoencoder, "Autoencoder"),
     }
 
 
-def stored_fingerprint(folder: Path) -> str:
+def read_stored_fingerprint(folder: Path) -> str:
     """Of a CLIP in a folder, without loading it."""
     return read_json(folder / "config.json").get("fingerprint", "none")
 
 
-def identities(
+def collect_identities(
     data: str, clip: ClipFacts, autoencoder: AutoencoderFacts | None, text_encoder: TextEncoderFacts | None = None
 ) -> dict[str, str]:
     found = {"data": data, "clip": clip.identity}
@@ -404,16 +416,16 @@ def identities(
     return found | {name: facts.identity for name, facts in others.items() if facts is not None}
 
 
-def facts_of_clip(name: str, clip: CLIP) -> ClipFacts:
+def build_clip_facts(name: str, clip: CLIP) -> ClipFacts:
     """Raises InputError, before any work, for a public CLIP that lacks a tower."""
     if isinstance(clip, TransformersCLIP):
         clip.check_image_encoder()
     return ClipFacts(name, clip.identity, clip.embed_dim, clip.text_width, clip.context_length, clip.unit_length)
 
 
-def facts_of_autoencoder(name: str, autoencoder: Autoencoder) -> AutoencoderFacts:
-    return AutoencoderFacts(name, weights_digest(autoencoder), autoencoder.channels, autoencoder.factor)
+def build_autoencoder_facts(name: str, autoencoder: Autoencoder) -> AutoencoderFacts:
+    return AutoencoderFacts(name, compute_weights_fingerprint(autoencoder), autoencoder.channels, autoencoder.factor)
 
 
-def facts_of_text_encoder(encoder: TextEncoder) -> TextEncoderFacts:
+def build_text_encoder_facts(encoder: TextEncoder) -> TextEncoderFacts:
     return TextEncoderFacts(encoder.identity, encoder.width)

@@ -9,16 +9,16 @@ from typing import Any, TypeVar
 import torch
 from diffusers import DDIMScheduler, ModelMixin, SchedulerMixin
 
-from t2i.diffusion.process import noise_scheduler
-from t2i.diffusion.stored_schedulers import SCHEDULERS, check_scheduler
+from t2i.diffusion.process import build_noise_scheduler
+from t2i.diffusion.stored_schedulers import PROJECT_SCHEDULERS, check_scheduler_folder
 from t2i.errors import InputError
-from t2i.files.model_folder import loaded
+from t2i.files.model_folder import load_or_explain
 from t2i.files.untrusted import MAX_TIMESTEPS, read_config
 
 Model = TypeVar("Model", bound=ModelMixin)
 
 
-def start_from(load: Callable[[str], Model], init: str, stated: dict[str, Any], **needed: Any) -> Model:
+def load_init_model(load: Callable[[str], Model], init: str, stated: dict[str, Any], **needed: Any) -> Model:
     """The model that `init` names, in fp32, to be trained further.
 
     Args:
@@ -34,55 +34,55 @@ def start_from(load: Callable[[str], Model], init: str, stated: dict[str, Any], 
     model = load(init)
     if model.config.get("clip_fingerprint", "") is None:
         needed.pop("clip_fingerprint", None)
-    check_same("", {**stated, **needed}, model.config, init)
+    check_same_setting("", {**stated, **needed}, model.config, init)
     return model.float()
 
 
-def check_same(name: str, ours: Any, theirs: Any, init: str) -> None:
+def check_same_setting(name: str, ours: Any, theirs: Any, init: str) -> None:
     """Refuse a value that is not the model's; of mappings, each that we give."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
         for key, value in ours.items():
-            check_same(f"{name}.{key}".lstrip("."), value, theirs.get(key), init)
-    elif plain(ours) != plain(theirs):
+            check_same_setting(f"{name}.{key}".lstrip("."), value, theirs.get(key), init)
+    elif convert_tuple(ours) != convert_tuple(theirs):
         raise InputError(f"init={init!r} was trained with {name} {theirs!r}, this run has {ours!r}; they must agree")
 
 
-def starting_scheduler(init: str | None, stated: dict[str, Any], public: Path | None = None) -> DDIMScheduler:
+def resolve_init_scheduler(init: str | None, stated: dict[str, Any], public: Path | None = None) -> DDIMScheduler:
     """The schedule of the noise: what the configuration says, and else that of `init`, if it says one.
 
     public: the folder of the scheduler that a public `init` comes with, whose schedule can only be repeated.
     Raises InputError for a schedule that cannot be trained with, or that `init` was not trained with.
     """
-    folder = public or (None if init is None else scheduler_beside(init))
+    folder = public or (None if init is None else find_scheduler_folder(init))
     if init is None or folder is None:
         if init is not None:
             print(f"init={init!r} does not say what it learned to predict; scheduler.prediction_type has to be that")
-        return noise_scheduler(stated)
-    theirs = schedule_in(folder)
-    scheduler, before = noise_scheduler({**theirs, **stated}), noise_scheduler(theirs)
+        return build_noise_scheduler(stated)
+    theirs = read_schedule(folder)
+    scheduler, before = build_noise_scheduler({**theirs, **stated}), build_noise_scheduler(theirs)
     kind = "scheduler.prediction_type"
-    check_same(kind, scheduler.config.prediction_type, before.config.prediction_type, init)
-    if public is not None and not same_levels(scheduler, before):
+    check_same_setting(kind, scheduler.config.prediction_type, before.config.prediction_type, init)
+    if public is not None and not has_same_noise_levels(scheduler, before):
         keys = ", ".join(f"scheduler.{key}={value!r}" for key, value in stated.items())
         raise InputError(f"init={init!r} was trained with other noise than {keys} makes; leave the scheduler out")
     return scheduler
 
 
-def same_levels(one: SchedulerMixin, other: SchedulerMixin) -> bool:
+def has_same_noise_levels(one: SchedulerMixin, other: SchedulerMixin) -> bool:
     ours, theirs = one.alphas_cumprod, other.alphas_cumprod
     return ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=1e-3, atol=1e-8)
 
 
-def schedule_in(folder: Path) -> dict[str, Any]:
+def read_schedule(folder: Path) -> dict[str, Any]:
     """The arguments of a DDIMScheduler with the noise schedule and prediction type of the scheduler in a folder.
 
     It bounds clean samples as that one does, and starts at the last timestep, where all is noise.
     """
     config = read_config(folder / "scheduler_config.json", MAX_TIMESTEPS)
     name = config.get("_class_name", "DDIMScheduler")
-    home = next((module for module, names in SCHEDULERS.items() if name in names), "diffusers")
-    check_scheduler(folder, name, home=home)
-    theirs = loaded(getattr(import_module(home), name).from_pretrained, folder)
+    home = next((module for module, names in PROJECT_SCHEDULERS.items() if name in names), "diffusers")
+    check_scheduler_folder(folder, name, home=home)
+    theirs = load_or_explain(getattr(import_module(home), name).from_pretrained, folder)
     if not hasattr(theirs, "alphas_cumprod"):
         raise InputError(f"{str(folder)!r} holds a {name}, which has no noise schedule as DDPM has")
     known = signature(DDIMScheduler.__init__).parameters
@@ -94,25 +94,25 @@ def schedule_in(folder: Path) -> dict[str, Any]:
     return arguments
 
 
-def scheduler_beside(init: str) -> Path | None:
+def find_scheduler_folder(init: str) -> Path | None:
     """The scheduler of a run, of the model in a run, or of a part of a pipeline; None if it says none."""
     folder = Path(init)
     places = (folder / "scheduler", folder.parent / "scheduler", folder.parent / f"{folder.name}_scheduler")
     return next((place for place in places if (place / "scheduler_config.json").is_file()), None)
 
 
-def check_prediction(init: str | None, scheduler: SchedulerMixin) -> None:
+def check_prediction_type(init: str | None, scheduler: SchedulerMixin) -> None:
     """Refuse to let a model that learned to predict one thing predict another, if its run says what it learned."""
     if init is None:
         return
-    folder = scheduler_beside(init)
+    folder = find_scheduler_folder(init)
     if folder is None:
         print(f"init={init!r} does not say what it learned to predict; scheduler.prediction_type has to be that")
         return
-    theirs = schedule_in(folder).get("prediction_type", "epsilon")
-    check_same("scheduler.prediction_type", scheduler.config.prediction_type, theirs, init)
+    theirs = read_schedule(folder).get("prediction_type", "epsilon")
+    check_same_setting("scheduler.prediction_type", scheduler.config.prediction_type, theirs, init)
 
 
-def plain(value: Any) -> Any:
+def convert_tuple(value: Any) -> Any:
     """JSON has no tuples."""
     return list(value) if isinstance(value, tuple) else value

@@ -14,13 +14,13 @@ from torch import Tensor
 from t2i.data import Batch
 from t2i.errors import RunError
 
-MAX_SKIPPED = 10  # steps in a row without a finite loss and gradient
-MAX_REJECTED = 0.01  # of the samples read ...
-ENOUGH = 1_000  # ... or of so many, before they are
-SHOWN = 5  # keys in a message
+MAX_SKIPPED_STEPS = 10  # steps in a row without a finite loss and gradient
+MAX_REJECTED_FRACTION = 0.01  # of the samples read ...
+MIN_SAMPLES_READ = 1_000  # ... or of so many, before they are
+MAX_SHOWN_KEYS = 5  # keys in a message
 
 
-class Health:
+class HealthMonitor:
     """The samples of a step on all processes: which could not be read, and which made the loss not finite.
 
     All processes come to the same verdict, from one exchange of five numbers a step.
@@ -30,75 +30,82 @@ class Health:
         self.accelerator, self.dataset, self.output = accelerator, dataset, Path(output)
         self.seen = self.rejected = 0
         self.reasons: Counter[str] = Counter()  # of this process
-        self.new: list[tuple[str, str]] = []
-        self.read: list[Tensor] = []  # the indices of each micro-batch
+        self.new_rejections: list[tuple[str, str]] = []
+        self.read_indices: list[Tensor] = []  # the indices of each micro-batch
         self.losses: list[Tensor] = []
-        self.loss_was_finite, self.last = True, ""  # in the last verdict; what was skipped last
+        self.loss_was_finite, self.last_skipped = True, ""  # in the last verdict; what was skipped last
 
-    def add(self, batch: Batch, loss: Tensor) -> None:
+    def add_micro_batch(self, batch: Batch, loss: Tensor) -> None:
         """A micro-batch and its loss."""
-        self.read.append(batch.index)
-        self.reject(batch)
+        self.read_indices.append(batch.index)
+        self.record_rejected_samples(batch)
         self.losses.append(loss.detach())
 
-    def reject(self, batch: Batch) -> None:
+    def record_rejected_samples(self, batch: Batch) -> None:
         """Note the samples for which others stand in."""
-        self.new += dict(batch.rejected).items()  # each once, however often it was tried
+        self.new_rejections += dict(batch.rejected).items()  # each once, however often it was tried
         self.reasons.update(dict(batch.rejected).values())
 
-    def verdict(self, step: int, norm: Tensor | None, signal: int) -> tuple[bool, int]:
+    def judge_step(self, step: int, norm: Tensor | None, signal: int) -> tuple[bool, int]:
         """Whether the step is finite everywhere, and the signal that asks any of the processes to stop, or 0."""
         finite = torch.isfinite(torch.stack(self.losses))
         norm_finite = torch.ones_like(finite[0]) if norm is None else torch.isfinite(norm)
-        counts = torch.tensor([signal, sum(map(len, self.read)), len(self.new)], device=finite.device)
+        counts = torch.tensor(
+            [signal, sum(map(len, self.read_indices)), len(self.new_rejections)], device=finite.device
+        )
         mine = torch.cat([torch.stack([~finite.all(), ~norm_finite]), counts]).float()
         all_of = self.accelerator.gather(mine[None]).tolist()  # the one place where a step waits for the device
         bad_loss, bad_norm, signals, seen, rejected = zip(*all_of)
         self.seen += int(sum(seen))
         self.rejected += int(sum(rejected))
         if any(rejected):
-            self.report_rejected(step)
+            self.report_rejected_samples(step)
         self.loss_was_finite = not any(bad_loss)
         healthy = self.loss_was_finite and not any(bad_norm)
         if not healthy:
-            self.report_skipped(step, finite.tolist(), norm)
-        self.read, self.losses, self.new = [], [], []
+            self.report_skipped_steps(step, finite.tolist(), norm)
+        self.read_indices, self.losses, self.new_rejections = [], [], []
         return healthy, int(max(signals))
 
-    def report_rejected(self, step: int) -> None:
+    def report_rejected_samples(self, step: int) -> None:
         """Name the samples for which others stood in; stop if they are too many."""
-        rows = [{"step": step, "key": key, "reason": reason} for key, reason in self.new]
-        self.write("rejected.jsonl", gather_object(rows) if self.accelerator.num_processes > 1 else rows)
-        if self.rejected <= MAX_REJECTED * max(self.seen, ENOUGH):
+        rows = [{"step": step, "key": key, "reason": reason} for key, reason in self.new_rejections]
+        self.write_rows("rejected.jsonl", gather_object(rows) if self.accelerator.num_processes > 1 else rows)
+        if self.rejected <= MAX_REJECTED_FRACTION * max(self.seen, MIN_SAMPLES_READ):
             return
         counts = [dict(self.reasons)]
         every = gather_object(counts) if self.accelerator.num_processes > 1 else counts
         total: Counter[str] = sum((Counter(one) for one in every), Counter())
         reasons = ", ".join(f"{count} x {reason}" for reason, count in total.most_common())
         raise RunError(
-            f"{self.rejected} of the {self.seen} samples read so far are bad, more than {MAX_REJECTED:.0%}: {reasons}; "
+            f"{self.rejected} of the {self.seen} samples read so far are bad, more than "
+            f"{MAX_REJECTED_FRACTION:.0%}: {reasons}; "
             f"{self.output / 'rejected.jsonl'} names them. `t2i data check` looks at all of them"
         )
 
-    def report_skipped(self, step: int, finite: list[bool], norm: Tensor | None) -> None:
+    def report_skipped_steps(self, step: int, finite: list[bool], norm: Tensor | None) -> None:
         """Name the samples of the micro-batches that were not finite; of all, if only the gradient was not."""
-        chosen = [indices for indices, good in zip(self.read, finite) if self.loss_was_finite or not good]
-        keys = [self.dataset.key(index) for indices in chosen for index in indices.tolist()]
+        chosen = [indices for indices, good in zip(self.read_indices, finite) if self.loss_was_finite or not good]
+        keys = [self.dataset.sample_key(index) for indices in chosen for index in indices.tolist()]
         keys = gather_object(keys) if self.accelerator.num_processes > 1 else keys
         value = math.nan if norm is None else float(norm)
         what = "gradient" if self.loss_was_finite else "loss"
-        self.write("skipped.jsonl", [{"step": step, "not_finite": what, "gradient_norm": str(value), "keys": keys}])
-        shown = ", ".join(keys[:SHOWN]) + (f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else "")
-        self.last = f"the {what} of step {step} was not finite, with the samples {shown}"
-        self.accelerator.print(f"skipped: {self.last}")
+        self.write_rows(
+            "skipped.jsonl", [{"step": step, "not_finite": what, "gradient_norm": str(value), "keys": keys}]
+        )
+        shown = ", ".join(keys[:MAX_SHOWN_KEYS]) + (
+            f" and {len(keys) - MAX_SHOWN_KEYS} more" if len(keys) > MAX_SHOWN_KEYS else ""
+        )
+        self.last_skipped = f"the {what} of step {step} was not finite, with the samples {shown}"
+        self.accelerator.print(f"skipped: {self.last_skipped}")
 
-    def check_skipped(self, in_a_row: int) -> None:
-        if in_a_row >= MAX_SKIPPED:
+    def check_skipped_steps(self, in_a_row: int) -> None:
+        if in_a_row >= MAX_SKIPPED_STEPS:
             raise RunError(
-                f"{in_a_row} steps in a row were not finite and were skipped; at last {self.last}. "
+                f"{in_a_row} steps in a row were not finite and were skipped; at last {self.last_skipped}. "
                 f"{self.output / 'skipped.jsonl'} names all. Lower train.learning_rate, or look at these samples"
             )
 
-    def write(self, name: str, rows: list[dict[str, Any]]) -> None:
+    def write_rows(self, name: str, rows: list[dict[str, Any]]) -> None:
         if self.accelerator.is_main_process:
             append_rows(self.output / name, rows)

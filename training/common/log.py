@@ -23,13 +23,13 @@ from tqdm import tqdm
 
 from t2i.config import TrainConfig
 from t2i.errors import InputError
-from t2i.files.atomic import write_whole
+from t2i.files.atomic import write_bytes_atomically
 
-PROJECT = "t2i"  # under which W&B and trackio list runs
-RECENT = 10  # rows whose speed the time left is told from
+TRACKER_PROJECT = "t2i"  # under which W&B and trackio list runs
+RECENT_ROWS = 10  # rows whose speed the time left is told from
 
 
-class Log:
+class MetricsLog:
     """Means between two rows of `metrics.jsonl`, which trackers and a progress bar show too.
 
     Every process adds and steps; the main process alone writes. A run that resumes at `step` drops the rows beyond it,
@@ -52,7 +52,7 @@ class Log:
             dynamic_ncols=True,
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
         )
-        self.rows = deque([(step, time.perf_counter())], maxlen=RECENT)  # (step, time) of the last ones
+        self.rows = deque([(step, time.perf_counter())], maxlen=RECENT_ROWS)  # (step, time) of the last ones
 
     def open(self) -> None:
         """On the main process, before the first row. Raises InputError if a tracker does not start."""
@@ -61,7 +61,7 @@ class Log:
             drop_rows(self.folder / name, self.start)
         self.trackers = [open_tracker(name, self.config, self.start) for name in self.config.trackers]
 
-    def add(self, metrics: dict[str, Tensor]) -> None:
+    def add_micro_batch(self, metrics: dict[str, Tensor]) -> None:
         """The metrics of a micro-batch, ()-shaped. Sums stay on the device: no step waits for the host."""
         for name, value in metrics.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach().float()
@@ -75,19 +75,19 @@ class Log:
         self.bar.update()
         if step % self.config.log_every and step != self.config.steps and more is None:
             return
-        row = self.means()
+        row = self.reduce_metric_means()
         (then, since), (first, earliest), now = self.rows[-1], self.rows[0], time.perf_counter()
         row["learning_rate"] = rate
         if norm is not None:
             row["gradient_norm"] = float(norm)
         row["samples_per_second"] = (step - then) * self.samples_per_step / (now - since)
-        row["memory_gb"] = self.memory = max(self.memory, peak_memory(self.accelerator))
+        row["memory_gb"] = self.memory = max(self.memory, measure_peak_memory(self.accelerator))
         row["seconds_left"] = (self.config.steps - step) * (now - earliest) / (step - first)
         self.rows.append((step, now))
         if self.accelerator.is_main_process:
-            self.write(step, row | (more or {}))
+            self.write_metrics_row(step, row | (more or {}))
 
-    def means(self) -> dict[str, float]:
+    def reduce_metric_means(self) -> dict[str, float]:
         """Of what was added since the last row, over all processes."""
         names = sorted(self.sums)
         if not names:
@@ -96,23 +96,25 @@ class Log:
         self.sums, self.count = {}, 0
         return dict(zip(names, means.tolist()))
 
-    def write(self, step: int, row: dict[str, float]) -> None:
-        append_rows(self.folder / "metrics.jsonl", [{"step": step} | {k: rounded(value) for k, value in row.items()}])
+    def write_metrics_row(self, step: int, row: dict[str, float]) -> None:
+        append_rows(
+            self.folder / "metrics.jsonl", [{"step": step} | {k: round_for_json(value) for k, value in row.items()}]
+        )
         for tracker in self.trackers:
             tracker.log(row, step=step)
         apart = ("learning_rate", "samples_per_second", "memory_gb", "seconds_left")
         shown = [f"{name}={value:.4g}" for name, value in row.items() if name not in apart]
         shown += [f"{row['samples_per_second']:.4g} samples/s", f"{row['memory_gb']:.1f} GB"]
-        self.bar.set_postfix_str(", ".join([*shown, f"{duration(row['seconds_left'])} left"]))
+        self.bar.set_postfix_str(", ".join([*shown, f"{format_duration(row['seconds_left'])} left"]))
 
-    def images(self, step: int, images: dict[str, Image.Image]) -> None:
+    def save_images(self, step: int, images: dict[str, Image.Image]) -> None:
         """Pictures of the run after a step: `samples/NAME-STEP.png`, and in every tracker."""
         if not self.accelerator.is_main_process:
             return
         for name, image in images.items():
             png = BytesIO()
             image.save(png, "PNG")
-            write_whole(self.folder / "samples" / f"{name}-{step:08}.png", png.getvalue())
+            write_bytes_atomically(self.folder / "samples" / f"{name}-{step:08}.png", png.getvalue())
             for tracker in self.trackers:
                 track_image(tracker, name, image, step)
 
@@ -122,7 +124,7 @@ class Log:
             tracker.finish()
 
 
-def peak_memory(accelerator: Accelerator) -> float:
+def measure_peak_memory(accelerator: Accelerator) -> float:
     """10^9 bytes: the most that tensors took on a CUDA device, or what the process takes now elsewhere."""
     if accelerator.device.type == "cuda":
         return torch.cuda.max_memory_allocated(accelerator.device) / 1e9
@@ -153,11 +155,11 @@ def open_tracker(name: str, config: TrainConfig, step: int) -> GeneralTracker:
         lines = json.dumps(settings, indent=1).splitlines()
         tracker.log({"configuration": "\n".join(f"    {line}" for line in lines)}, step=step)
         return tracker
-    title, code = "-".join(folder.absolute().parts[-2:]), run_code(folder, step)
+    title, code = "-".join(folder.absolute().parts[-2:]), resolve_run_code(folder, step)
     if name == "wandb":
-        tracker = WandBTracker(PROJECT, name=title, id=code, resume="allow", dir=str(folder))
+        tracker = WandBTracker(TRACKER_PROJECT, name=title, id=code, resume="allow", dir=str(folder))
     else:
-        tracker = TrackioTracker(PROJECT, name=f"{title}-{code}", resume="allow")
+        tracker = TrackioTracker(TRACKER_PROJECT, name=f"{title}-{code}", resume="allow")
     try:
         tracker.start()
     except Exception as error:  # theirs are of many kinds: no login, no network
@@ -166,11 +168,11 @@ def open_tracker(name: str, config: TrainConfig, step: int) -> GeneralTracker:
     return tracker
 
 
-def run_code(folder: Path, step: int) -> str:
+def resolve_run_code(folder: Path, step: int) -> str:
     """8 hexadecimal digits that name a run for as long as it resumes."""
     path = folder / "run_code"
     if step == 0 or not path.is_file():
-        write_whole(path, secrets.token_hex(4).encode())
+        write_bytes_atomically(path, secrets.token_hex(4).encode())
     return path.read_text()
 
 
@@ -200,12 +202,12 @@ def drop_rows(path: Path, step: int) -> None:
     if not path.is_file():
         return
     lines = path.read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith(b"\n") and step_of(line) <= step]
+    kept = [line for line in lines if line.endswith(b"\n") and parse_row_step(line) <= step]
     if kept != lines:
-        write_whole(path, b"".join(kept))
+        write_bytes_atomically(path, b"".join(kept))
 
 
-def step_of(line: bytes) -> float:
+def parse_row_step(line: bytes) -> float:
     """The step of a row; infinity if the line is none."""
     try:
         return float(json.loads(line)["step"])
@@ -213,12 +215,12 @@ def step_of(line: bytes) -> float:
         return math.inf
 
 
-def rounded(value: float) -> float | None:
+def round_for_json(value: float) -> float | None:
     """Six digits; None, JSON's null, for what is not finite and JSON cannot say."""
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """ "3 d 4 h", "2 h 5 min", "12 min", "45 s": two units at most."""
     seconds = round(seconds)
     if seconds < 60:

@@ -14,26 +14,26 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, parse_flag_from_env
 from PIL import Image
-from t2i.training.common.cpu import keep_memory, short_attention
-from t2i.training.common.ema import Average, full
-from t2i.training.common.health import Health
-from t2i.training.common.log import Log, check_trackers, duration, peak_memory
-from t2i.training.common.state import State, flat, locked
+from t2i.training.common.cpu import choose_short_attention, keep_memory
+from t2i.training.common.ema import EMA, gather_full_tensor
+from t2i.training.common.health import HealthMonitor
+from t2i.training.common.log import MetricsLog, check_trackers, format_duration, measure_peak_memory
+from t2i.training.common.state import TrainState, flatten_config, lock_folder
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.utils.data import Dataset
 
 from t2i.config import TrainConfig
-from t2i.data import Batch, batches
-from t2i.errors import RESUMABLE, InputError, RunError, Stopped
-from t2i.runtime.devices import best_precision
-from t2i.runtime.memory import is_out_of_memory, needed, room
-from t2i.runtime.processes import StopRequest, Watch, check_same, on_main
+from t2i.data import Batch, iterate_batches
+from t2i.errors import RESUMABLE_STATUS, InputError, RunError, RunStopped
+from t2i.runtime.devices import choose_training_precision
+from t2i.runtime.memory import format_needed_memory, is_out_of_memory, measure_available_memory
+from t2i.runtime.processes import ProcessWatch, StopRequest, check_processes_agree, run_on_main_process
 
-Loss = Callable[[nn.Module, Batch], dict[str, Tensor]]  # "loss" is minimised; the rest is logged beside it
+LossFunction = Callable[[nn.Module, Batch], dict[str, Tensor]]  # "loss" is minimised; the rest is logged beside it
 
 MAX_FAILED_SAVES = 3  # in a row
-DRY_STEPS = 3
+DRY_RUN_STEPS = 3
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Stage:
     """What a training script brings to the loop."""
 
     model: nn.Module
-    loss: Loss
+    loss: LossFunction
     dataset: Dataset  # gives whole batches, and `key(index)`, the name of a sample
     export: Callable[[nn.Module], None]  # saves the averaged model; on the main process, beside every checkpoint
     made_from: dict[str, str]  # what the run depends on beside its configuration: the data, the models before it
@@ -65,7 +65,7 @@ class Stage:
     critic: Critic | None = None
 
 
-def learning_rate(step: int, config: TrainConfig) -> float:
+def compute_learning_rate(step: int, config: TrainConfig) -> float:
     """The rate of optimizer step 0, 1, ...: linear warm-up, constant, then a cosine to zero over `decay_steps`."""
     rate = config.learning_rate
     if step + config.schedule_offset < config.warmup_steps:
@@ -76,7 +76,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return rate
 
 
-def start(config: TrainConfig) -> Accelerator:
+def build_accelerator(config: TrainConfig) -> Accelerator:
     """Set up devices, precision and seeds."""
     if Path(config.output).exists() and not Path(config.output).is_dir():
         raise InputError(f"train.output is {config.output!r}, which is a file; give a folder")
@@ -84,7 +84,7 @@ def start(config: TrainConfig) -> Accelerator:
     # Said in full, for accelerate takes processes of torchrun on a machine without a GPU for lone ones.
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not (torch.cuda.is_available() or torch.mps.is_available())
     device = PartialState(cpu=cpu).device.type
-    precision = best_precision(device) if config.mixed_precision == "auto" else config.mixed_precision
+    precision = choose_training_precision(device) if config.mixed_precision == "auto" else config.mixed_precision
     if precision == "fp16" and device == "cpu":
         raise InputError("train.mixed_precision=fp16 needs a GPU, this process runs on the CPU; use bf16, no or auto")
     # Without accumulation gradients lie where they are exchanged from, and are held once.
@@ -104,41 +104,50 @@ def fit(accelerator: Accelerator, stage: Stage, config: TrainConfig) -> None:
     Continues from the newest checkpoint in the output folder. A resumed run is the unbroken one, bit for bit: the order
     of the data, the noise and the learning rate are functions of (seed, step, process).
 
-    Raises InputError before the first step for what cannot be done, RunError for a run that fails, and Stopped after
+    Raises InputError before the first step for what cannot be done, RunError for a run that fails, and RunStopped after
     SIGTERM or Ctrl-C, when its state is saved.
     """
-    check(accelerator, stage, config)
+    check_stage(accelerator, stage, config)
     try:
         if config.dry_run:
-            estimate(accelerator, stage, prepare(accelerator, stage, config))
+            estimate_run(accelerator, stage, prepare_state(accelerator, stage, config))
             return
-        with locked(accelerator, Path(config.output)):
-            state = prepare(accelerator, stage, config)
-            state.load()
+        with lock_folder(accelerator, Path(config.output)):
+            state = prepare_state(accelerator, stage, config)
+            state.load_state()
             if state.step < config.steps:
-                on_main(accelerator, state.check_space)
+                run_on_main_process(accelerator, state.check_disk_space)
                 train(accelerator, stage, state)
             else:
                 accelerator.print(f"{config.output} is already trained for {state.step} steps")
-                export(accelerator, stage, state)
+                export_ema(accelerator, stage, state)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        what = f"out of memory with train.batch_size={config.batch_size}: {needed(str(error))}"
-        raise RunError(f"{what}, {room(accelerator.device)}; {smaller(config)}. The last checkpoint is kept") from error
+        what = f"out of memory with train.batch_size={config.batch_size}: {format_needed_memory(str(error))}"
+        raise RunError(
+            f"{what}, {measure_available_memory(accelerator.device)}; {suggest_less_memory(config)}. "
+            "The last checkpoint is kept"
+        ) from error
 
 
-def check(accelerator: Accelerator, stage: Stage, config: TrainConfig) -> None:
+def check_stage(accelerator: Accelerator, stage: Stage, config: TrainConfig) -> None:
     """What can be refused before any work."""
     size, world = len(stage.dataset), accelerator.num_processes  # type: ignore[arg-type]
-    check_same(
-        accelerator, {**flat(stage.config), **flat({"train": asdict(config)}), **stage.made_from, "samples": size}
+    check_processes_agree(
+        accelerator,
+        {
+            **flatten_config(stage.config),
+            **flatten_config({"train": asdict(config)}),
+            **stage.made_from,
+            "samples": size,
+        },
     )
     if size < world:
         raise InputError(f"there are {world} processes for {size} samples; start at most {size}")
 
 
-def prepare(accelerator: Accelerator, stage: Stage, config: TrainConfig) -> State:
+def prepare_state(accelerator: Accelerator, stage: Stage, config: TrainConfig) -> TrainState:
     """Model, average and optimizer on their devices, as the newest checkpoint has them."""
     if config.gradient_checkpointing:
         stage.model.enable_gradient_checkpointing()
@@ -149,47 +158,47 @@ def prepare(accelerator: Accelerator, stage: Stage, config: TrainConfig) -> Stat
     if stage.critic is not None and accelerator.distributed_type == DistributedType.FSDP:
         raise InputError("two models do not train under FSDP; use whole copies, configs/accelerate/gpus.yaml (DDP)")
     plain, critic = type(stage.model), stage.critic and stage.critic.model
-    optimizer = make_optimizer(stage, config)
+    optimizer = build_optimizer(stage, config)
     if config.compile:
         stage.model.compile()
     stage.model, optimizer = accelerator.prepare(stage.model, optimizer)
     bare = accelerator.unwrap_model(stage.model, keep_torch_compile=False)
     if stage.critic is not None:
         stage.critic.model = accelerator.prepare(stage.critic.model)
-    return State(
-        accelerator, config, bare, plain, Average(bare), optimizer, stage.made_from, stage.config, critic=critic
+    return TrainState(
+        accelerator, config, bare, plain, EMA(bare), optimizer, stage.made_from, stage.config, critic=critic
     )
 
 
-def train(accelerator: Accelerator, stage: Stage, state: State) -> None:
+def train(accelerator: Accelerator, stage: Stage, state: TrainState) -> None:
     """From the state's step to the last one."""
     config, stop = state.config, StopRequest()
-    watch = Watch(accelerator, config.stall_timeout, state.advice)
-    log = Log(accelerator, config, state.step, state.samples_per_step)
-    health = Health(accelerator, stage.dataset, config.output)
-    loader, failed_saves = read(stage, state), 0
+    watch = ProcessWatch(accelerator, config.stall_timeout, state.describe_newest_checkpoint)
+    log = MetricsLog(accelerator, config, state.step, state.samples_per_step)
+    health = HealthMonitor(accelerator, stage.dataset, config.output)
+    loader, failed_saves = iterate_training_batches(stage, state), 0
     try:
-        with watch.waiting(busy=True):
-            on_main(accelerator, log.open)
+        with watch.guarded_wait(busy=True):
+            run_on_main_process(accelerator, log.open)
         while state.step < config.steps:
-            rate = learning_rate(state.step, config)
-            norm = gradient(accelerator, stage, state, loader, log, watch, health)
-            with watch.waiting():
-                healthy, stopping = health.verdict(state.step + 1, norm, stop.signal)
-            update(accelerator, state, rate, healthy, health.loss_was_finite)
-            health.check_skipped(state.skipped)
+            rate = compute_learning_rate(state.step, config)
+            norm = compute_gradient(accelerator, stage, state, loader, log, watch, health)
+            with watch.guarded_wait():
+                healthy, stopping = health.judge_step(state.step + 1, norm, stop.signal)
+            update_weights(accelerator, state, rate, healthy, health.loss_was_finite)
+            health.check_skipped_steps(state.skipped)
             done = state.step == config.steps
-            with watch.waiting():
-                log.step(state.step, rate, norm, validate(accelerator, stage, state, health))
+            with watch.guarded_wait():
+                log.step(state.step, rate, norm, validate_ema(accelerator, stage, state, health))
             if stopping or done or state.step % config.save_every == 0:
-                with watch.waiting(busy=True):
-                    failed_saves = save(accelerator, stage, state, failed_saves, must=bool(stopping) or done)
+                with watch.guarded_wait(busy=True):
+                    failed_saves = save_progress(accelerator, stage, state, failed_saves, must=bool(stopping) or done)
             if stopping and not done:
                 what = f"stopped at step {state.step} of {config.steps}, which {config.output} holds"
-                status = 128 + stopping if stopping == signal.SIGINT else RESUMABLE
-                raise Stopped(f"{what}; the same command goes on from there", status)
-            with watch.waiting(busy=True):
-                draw(accelerator, stage, state, log)
+                status = 128 + stopping if stopping == signal.SIGINT else RESUMABLE_STATUS
+                raise RunStopped(f"{what}; the same command goes on from there", status)
+            with watch.guarded_wait(busy=True):
+                draw_due_preview(accelerator, stage, state, log)
     finally:
         loader.close()
         watch.close()
@@ -197,9 +206,9 @@ def train(accelerator: Accelerator, stage: Stage, state: State) -> None:
         log.close()
 
 
-def read(stage: Stage, state: State) -> Generator[Batch, None, None]:
+def iterate_training_batches(stage: Stage, state: TrainState) -> Generator[Batch, None, None]:
     """The batches of this process, from the state's position on."""
-    return batches(
+    return iterate_batches(
         stage.dataset,
         stage.num_workers,
         batch_size=state.config.batch_size,
@@ -210,14 +219,14 @@ def read(stage: Stage, state: State) -> Generator[Batch, None, None]:
     )
 
 
-def gradient(
+def compute_gradient(
     accelerator: Accelerator,
     stage: Stage,
-    state: State,
+    state: TrainState,
     loader: Iterator[Batch],
-    log: Log | None,
-    watch: Watch,
-    health: Health,
+    log: MetricsLog | None,
+    watch: ProcessWatch,
+    health: HealthMonitor,
 ) -> Tensor | None:
     """Losses and gradients of a step's micro-batches; the norm of the clipped gradient, or a critic's if not finite."""
     config, model, critic = state.config, stage.model, stage.critic
@@ -229,28 +238,30 @@ def gradient(
     for micro in range(config.gradient_accumulation):
         last = micro == config.gradient_accumulation - 1
         batch = next(loader).to(accelerator.device)
-        seed_noise(config.seed, state.step * config.gradient_accumulation + micro, accelerator)
-        with watch.waiting(), contextlib.ExitStack() as within:
+        seed_step_noise(config.seed, state.step * config.gradient_accumulation + micro, accelerator)
+        with watch.guarded_wait(), contextlib.ExitStack() as within:
             for one in () if last else models:
                 within.enter_context(accelerator.no_sync(one))
             repeated = config.compile or config.gradient_checkpointing
-            within.enter_context(short_attention(accelerator.device, accelerator.mixed_precision, repeated))
+            within.enter_context(choose_short_attention(accelerator.device, accelerator.mixed_precision, repeated))
             with accelerator.autocast():
                 metrics = stage.loss(model, batch)
             total = metrics["loss"] + metrics.get("critic_loss", 0)
             accelerator.backward(total / config.gradient_accumulation)
         if log is not None:
-            log.add(metrics)
-        health.add(batch, total)
-    with watch.waiting():
+            log.add_micro_batch(metrics)
+        health.add_micro_batch(batch, total)
+    with watch.guarded_wait():
         norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         if critic is not None and norm is not None:  # not by accelerate, which under fp16 would unscale a second time
             critic_norm = nn.utils.clip_grad_norm_(critic.model.parameters(), config.max_grad_norm)
             norm = torch.where(torch.isfinite(critic_norm), norm, critic_norm)
-        return None if norm is None else full(norm)
+        return None if norm is None else gather_full_tensor(norm)
 
 
-def update(accelerator: Accelerator, state: State, rate: float, healthy: bool, loss_was_finite: bool = True) -> None:
+def update_weights(
+    accelerator: Accelerator, state: TrainState, rate: float, healthy: bool, loss_was_finite: bool = True
+) -> None:
     """One optimizer step; or none, weights, average and optimizer unchanged, if something was not finite."""
     for group in state.optimizer.param_groups:
         group["lr"] = rate
@@ -266,64 +277,68 @@ def update(accelerator: Accelerator, state: State, rate: float, healthy: bool, l
     state.skipped = 0 if healthy or searching else state.skipped + 1
 
 
-def save(accelerator: Accelerator, stage: Stage, state: State, failed: int, must: bool) -> int:
+def save_progress(accelerator: Accelerator, stage: Stage, state: TrainState, failed: int, must: bool) -> int:
     """A checkpoint and the exported average; how often in a row it could not be written."""
     try:
-        state.save()
-        export(accelerator, stage, state)
+        state.save_state()
+        export_ema(accelerator, stage, state)
         return 0
     except OSError as error:
-        message = f"step {state.step} could not be saved: {error}. {state.advice()}"
+        message = f"step {state.step} could not be saved: {error}. {state.describe_newest_checkpoint()}"
         if must or failed + 1 >= MAX_FAILED_SAVES:
             raise RunError(message) from error
         accelerator.print(f"warning: {message}")
         return failed + 1
 
 
-def export(accelerator: Accelerator, stage: Stage, state: State) -> None:
-    with state.averaged() as average:
-        on_main(accelerator, lambda: stage.export(average))
+def export_ema(accelerator: Accelerator, stage: Stage, state: TrainState) -> None:
+    with state.gather_ema_model() as average:
+        run_on_main_process(accelerator, lambda: stage.export(average))
 
 
-def is_due(state: State, every: int) -> bool:
+def is_step_due(state: TrainState, every: int) -> bool:
     return every > 0 and (state.step % every == 0 or state.step == state.config.steps)
 
 
-def draw(accelerator: Accelerator, stage: Stage, state: State, log: Log) -> None:
+def draw_due_preview(accelerator: Accelerator, stage: Stage, state: TrainState, log: MetricsLog) -> None:
     """Pictures of what the averaged model does, when they are due."""
-    if stage.preview is None or not is_due(state, state.config.sample_every):
+    if stage.preview is None or not is_step_due(state, state.config.sample_every):
         return
     preview = stage.preview
 
     def show() -> None:
         try:
-            log.images(state.step, preview(average))
+            log.save_images(state.step, preview(average))
         except (OSError, RuntimeError, MemoryError) as error:
             if not (isinstance(error, OSError) or is_out_of_memory(error)):  # which are no reason to end a run
                 raise
             accelerator.print(f"warning: no sample pictures of step {state.step}: {error}")
 
-    with state.averaged() as average, torch.no_grad():
-        on_main(accelerator, show)
+    with state.gather_ema_model() as average, torch.no_grad():
+        run_on_main_process(accelerator, show)
 
 
 @torch.no_grad()
-def validate(accelerator: Accelerator, stage: Stage, state: State, health: Health) -> dict[str, float] | None:
+def validate_ema(
+    accelerator: Accelerator, stage: Stage, state: TrainState, health: HealthMonitor
+) -> dict[str, float] | None:
     """When it is due, the averaged model's metrics on held-out samples: the same ones every time, with the same noise
     and timesteps."""
     config, world = state.config, accelerator.num_processes
-    if stage.validation is None or not is_due(state, config.validate_every):
+    if stage.validation is None or not is_step_due(state, config.validate_every):
         return None
     count = min(len(stage.validation), config.validation_samples)  # type: ignore[arg-type]
     batch_size = max(1, min(config.batch_size, count // world))
-    loader = batches(stage.validation, 0, batch_size=batch_size, seed=0, rank=accelerator.process_index, world=world)
+    loader = iterate_batches(
+        stage.validation, 0, batch_size=batch_size, seed=0, rank=accelerator.process_index, world=world
+    )
     number = max(1, count // (batch_size * world))
     sums: dict[str, Tensor] = {}
-    with state.average.swapped() as model:
+    with state.average.ema_weights() as model:
         for i in range(number):
-            seed_noise(0, i, accelerator)
+            seed_step_noise(0, i, accelerator)
             batch = next(loader)
-            health.reject(batch)
+            health.record_rejected_samples(batch)
             with accelerator.autocast():
                 metrics = stage.loss(model, batch.to(accelerator.device))
             for name, value in metrics.items():
@@ -333,16 +348,20 @@ def validate(accelerator: Accelerator, stage: Stage, state: State, health: Healt
     return {f"validation_{name}": value for name, value in zip(names, means)}
 
 
-def estimate(accelerator: Accelerator, stage: Stage, state: State) -> None:
+def estimate_run(accelerator: Accelerator, stage: Stage, state: TrainState) -> None:
     """What `train.dry_run` prints: the cost of the run, from a few real steps that nothing is kept of."""
     config = state.config
-    watch = Watch(accelerator, config.stall_timeout, str)
-    health, loader, times = Health(accelerator, stage.dataset, config.output), read(stage, state), []
+    watch = ProcessWatch(accelerator, config.stall_timeout, str)
+    health, loader, times = (
+        HealthMonitor(accelerator, stage.dataset, config.output),
+        iterate_training_batches(stage, state),
+        [],
+    )
     try:
-        for _ in range(DRY_STEPS):
+        for _ in range(DRY_RUN_STEPS):
             start = time.perf_counter()
-            norm = gradient(accelerator, stage, state, loader, None, watch, health)
-            update(accelerator, state, 0.0, healthy=bool(norm is None or torch.isfinite(norm)))
+            norm = compute_gradient(accelerator, stage, state, loader, None, watch, health)
+            update_weights(accelerator, state, 0.0, healthy=bool(norm is None or torch.isfinite(norm)))
             times.append(time.perf_counter() - start)
     finally:
         loader.close()
@@ -357,21 +376,23 @@ def estimate(accelerator: Accelerator, stage: Stage, state: State) -> None:
         f"parameters: {trained:,} trained of {total:,}{f', and {more:,} of its critic' if more else ''}\n"
         f"processes: {where}\n"
         f"samples: {size:,}, {a_step} a step; {config.steps:,} steps see each {config.steps * a_step / size:,.1f} x\n"
-        f"memory: {peak_memory(accelerator):.2f} GB a process after a step, at the peak on a GPU\n"
-        f"disk: {state.checkpoint_bytes() / 1e6:,.1f} MB a checkpoint, {config.keep} are kept\n"
-        f"time: {seconds:.3g} s a step, {duration(seconds * config.steps)} for all; nothing was written"
+        f"memory: {measure_peak_memory(accelerator):.2f} GB a process after a step, at the peak on a GPU\n"
+        f"disk: {state.count_checkpoint_bytes() / 1e6:,.1f} MB a checkpoint, {config.keep} are kept\n"
+        f"time: {seconds:.3g} s a step, {format_duration(seconds * config.steps)} for all; nothing was written"
     )
 
 
-def make_optimizer(stage: Stage, config: TrainConfig) -> Optimizer:
+def build_optimizer(stage: Stage, config: TrainConfig) -> Optimizer:
     """AdamW, fused, with weight decay for matrices and kernels only.
 
     AdamW knows nothing but single weights, so that one of several groups is as many optimizers, with one scale of the
     gradients in fp16: a critic's weights are groups with betas of their own.
     """
-    groups, betas = parameter_groups(stage.model, config), (0.9, config.adam_beta2)
+    groups, betas = build_parameter_groups(stage.model, config), (0.9, config.adam_beta2)
     if stage.critic is not None:
-        groups += [group | {"betas": stage.critic.betas} for group in parameter_groups(stage.critic.model, config)]
+        groups += [
+            group | {"betas": stage.critic.betas} for group in build_parameter_groups(stage.critic.model, config)
+        ]
     if config.optimizer == "adamw":
         return AdamW(groups, betas=betas, fused=True)
     try:
@@ -381,7 +402,7 @@ def make_optimizer(stage: Stage, config: TrainConfig) -> Optimizer:
     return AdamW8bit(groups, betas=betas)
 
 
-def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+def build_parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
     """Weight decay for matrices and kernels only."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [
@@ -390,12 +411,12 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
     ]
 
 
-def seed_noise(seed: int, micro_step: int, accelerator: Accelerator) -> None:
+def seed_step_noise(seed: int, micro_step: int, accelerator: Accelerator) -> None:
     """Make the noise of a step a function of the seed, the step and the process alone."""
     torch.manual_seed((seed << 40) + micro_step * accelerator.num_processes + accelerator.process_index)
 
 
-def smaller(config: TrainConfig) -> str:
+def suggest_less_memory(config: TrainConfig) -> str:
     """What to train with in less memory, for as many samples a step."""
     size = config.batch_size
     parts = next((count for count in range(2, size + 1) if size % count == 0), None)

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from t2i.checks import check_integer, check_range
 from t2i.errors import InputError
-from t2i.files.atomic import new_folder
-from t2i.files.model_folder import export_model, loaded
+from t2i.files.atomic import create_folder_atomically
+from t2i.files.model_folder import load_or_explain, save_model_folder
 
-WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"  # peft's names
+ADAPTER_WEIGHTS, ADAPTER_SETTINGS = "adapter_model.safetensors", "adapter_config.json"  # peft's names
 
 
 @dataclass
@@ -37,7 +37,7 @@ class LoraConfig:
             raise InputError("lora needs peft, which is not installed; pip install 't2i[lora]'")
 
 
-def check_lora(lora: LoraConfig | None, init: str | None) -> None:
+def check_lora_init(lora: LoraConfig | None, init: str | None) -> None:
     if lora is not None and init is None:
         raise InputError("lora adapts a trained model, but init is null; give its folder, init=FOLDER")
 
@@ -50,12 +50,12 @@ def add_adapters(model: Any, config: LoraConfig) -> None:
     from peft import LoraConfig as PeftConfig
     from peft import inject_adapter_in_model
 
-    targets = target_layers(model, config.targets or list(model.lora_targets))
+    targets = find_target_layers(model, config.targets or list(model.lora_targets))
     model.requires_grad_(False)
     inject_adapter_in_model(PeftConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets), model)
 
 
-def target_layers(model: Any, targets: list[str]) -> list[str]:
+def find_target_layers(model: Any, targets: list[str]) -> list[str]:
     """The full names of the linear and convolutional layers whose names end with one of `targets`."""
     layers = [name for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
     found = {target: [name for name in layers if f".{name}".endswith(f".{target}")] for target in targets}
@@ -66,14 +66,14 @@ def target_layers(model: Any, targets: list[str]) -> list[str]:
     return sorted({name for names in found.values() for name in names})
 
 
-def adapter_state(model: Any) -> dict[str, Tensor]:
+def collect_adapter_state(model: Any) -> dict[str, Tensor]:
     """The adapters' weights alone, by the names of their layers."""
     from peft import get_peft_model_state_dict
 
     return get_peft_model_state_dict(model)
 
 
-def merged(model: Any) -> Any:
+def merge_adapters(model: Any) -> Any:
     """A copy with the adapters merged into plain weights: a model like any other."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -86,31 +86,31 @@ def merged(model: Any) -> Any:
     return model
 
 
-def export_adapted(model: Any, folder: Path) -> None:
+def export_adapted_model(model: Any, folder: Path) -> None:
     """Save a model as `folder/model`; one with adapters merged, and the adapters alone as `folder/adapters`."""
     if not hasattr(model, "peft_config"):
-        export_model(model, folder)
+        save_model_folder(model, folder)
         return
-    export_model(merged(model), folder)
-    with new_folder(folder / "adapters") as unfinished:
-        save_file(adapter_state(model), unfinished / WEIGHTS)
+    save_model_folder(merge_adapters(model), folder)
+    with create_folder_atomically(folder / "adapters") as unfinished:
+        save_file(collect_adapter_state(model), unfinished / ADAPTER_WEIGHTS)
         model.peft_config["default"].save_pretrained(unfinished)
 
 
 def load_adapters(model: Any, folder: str | Path) -> None:
-    """Put the adapters that `export_adapted` wrote onto the model that they were trained on, in place.
+    """Put the adapters that `export_adapted_model` wrote onto the model that they were trained on, in place.
 
     Raises InputError, in one line, if they are missing or do not fit the model.
     """
     path = Path(folder) / "adapters" if (Path(folder) / "adapters").is_dir() else Path(folder)
-    loaded(lambda path: read_adapters(model, path), path)
+    load_or_explain(lambda path: read_adapters(model, path), path)
 
 
 def read_adapters(model: Any, path: Path) -> None:
     from peft import set_peft_model_state_dict
 
-    settings, state = json.loads((path / SETTINGS).read_text()), load_file(path / WEIGHTS)
+    settings, state = json.loads((path / ADAPTER_SETTINGS).read_text()), load_file(path / ADAPTER_WEIGHTS)
     add_adapters(model, LoraConfig(settings["r"], settings["lora_alpha"], sorted(settings["target_modules"])))
-    if differing := set(adapter_state(model)) ^ set(state):
+    if differing := set(collect_adapter_state(model)) ^ set(state):
         raise InputError(f"{str(path)!r} and the model's adapters differ in {len(differing)}, as {min(differing)!r}")
     set_peft_model_state_dict(model, state)

@@ -16,32 +16,32 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, SchedulerMixin
 from PIL.Image import Image
-from t2i.training.common.encodings import Source, encoded_text
+from t2i.training.common.encodings import EncodingSource, encode_captions
 from torch import Generator, Tensor
 
 from t2i.checks import check_integer, check_range, check_texts
 from t2i.data import Batch, CaptionedPictures
-from t2i.data.dataset import Key
+from t2i.data.dataset import SampleIndex
 from t2i.diffusion.condition import TextEncoding
 from t2i.diffusion.denoiser import MAX_STEPS
-from t2i.diffusion.guidance import MAX_SCALE
-from t2i.diffusion.samplers import chosen
+from t2i.diffusion.guidance import MAX_GUIDANCE_SCALE
+from t2i.diffusion.samplers import resolve_sampler
 from t2i.errors import InputError
-from t2i.evaluation.contact_sheet import labelled_rows, similarity_matrix, to_images
-from t2i.files.model_folder import load_model, loaded
+from t2i.evaluation.contact_sheet import build_labelled_rows, build_similarity_matrix, to_pil_images
+from t2i.files.model_folder import load_model, load_or_explain
 from t2i.interop.by_name import load_autoencoder, load_text_encoder
 from t2i.networks.autoencoder import Autoencoder
 from t2i.networks.clip import CLIP
 from t2i.networks.decoder import Decoder
 from t2i.networks.text_encoder import TextEncoder
 from t2i.networks.unet_decoder import UNetDecoder
-from t2i.sampling.embeddings import MAX_CANDIDATES, PRIORS, UNSCHEDULED, AnyPrior
-from t2i.sampling.embeddings import draw_embeddings as draw_any
+from t2i.sampling.embeddings import MAX_CANDIDATES, PRIOR_CLASSES, PRIORS_WITHOUT_SCHEDULER, AnyPrior
+from t2i.sampling.embeddings import sample_image_embeds as draw_any
 from t2i.sampling.sample import sample_decoder, split_generators
 
 logger = logging.getLogger(__name__)
 
-BATCH = 16  # columns at a time: less memory than a step of training takes
+COLUMNS_PER_BATCH = 16  # columns at a time: less memory than a step of training takes
 MAX_PROMPTS = 64
 
 
@@ -70,18 +70,18 @@ class SampleConfig:
             check_integer(f"sample.{name}", getattr(self, name), 1, MAX_STEPS)
         for name in ("prior_guidance_scale", "guidance_scale"):
             if (scale := getattr(self, name)) is not None:
-                check_range(f"sample.{name}", scale, 0, MAX_SCALE)
+                check_range(f"sample.{name}", scale, 0, MAX_GUIDANCE_SCALE)
         if (self.decoder is None) != (self.autoencoder is None):
             raise InputError("sample.decoder and sample.autoencoder go together; give both or none")
 
 
-def fixed_records(dataset: CaptionedPictures, count: int) -> Batch | None:
+def read_fixed_records(dataset: CaptionedPictures, count: int) -> Batch | None:
     """At most `count` records from all over a data set, the same ones every time; None for no records."""
-    keys = fixed_keys(len(dataset), count)
+    keys = choose_fixed_keys(len(dataset), count)
     return dataset.__getitems__(keys) if keys else None
 
 
-def fixed_keys(size: int, count: int) -> list[Key]:
+def choose_fixed_keys(size: int, count: int) -> list[SampleIndex]:
     count = min(count, size)
     return [(i * size // count, 0) for i in range(count)]
 
@@ -116,10 +116,10 @@ def encode_columns(
         text = records.text.to(torch.device("cpu"), torch.float32)
         if prompts:
             assert clip is not None, "somebody has to encode the prompts"
-            text = text.cat(encoded_text(clip, reader, prompts).to(torch.device("cpu"), torch.float32))
+            text = text.cat(encode_captions(clip, reader, prompts).to(torch.device("cpu"), torch.float32))
     else:
         assert clip is not None, "somebody has to encode the captions"
-        text = encoded_text(clip, reader, [*captions, *prompts])
+        text = encode_captions(clip, reader, [*captions, *prompts])
     if records is None:
         z_i, pictures = torch.zeros(0, text.embedding.shape[1]), None
     else:
@@ -130,62 +130,62 @@ def encode_columns(
     return Columns([*captions, *prompts], text, z_i.float(), pictures).to(torch.device("cpu"))
 
 
-def choose_columns(source: Source, config: SampleConfig) -> Columns | None:
+def choose_columns(source: EncodingSource, config: SampleConfig) -> Columns | None:
     """The columns of a prior's or a decoder's run, encoded by where it gets its batches from."""
     dataset = source.validation or source.dataset
-    keys = fixed_keys(len(dataset), config.count)
+    keys = choose_fixed_keys(len(dataset), config.count)
     clip = source.load_clip() if config.prompts else None
     reader = source.load_text_encoder() if config.prompts and source.text_encoder is not None else None
-    return encode_columns(source.records(keys) if keys else None, config.prompts, clip, reader)
+    return encode_columns(source.encode_records(keys) if keys else None, config.prompts, clip, reader)
 
 
 @torch.no_grad()
-def read_by(text_encoder: TextEncoder | None, columns: Columns) -> Columns:
+def add_decoder_tokens(text_encoder: TextEncoder | None, columns: Columns) -> Columns:
     """The columns with what a decoder's own text encoder says of their captions."""
     if text_encoder is None:
         return columns
-    tokens = [text_encoder.encode(columns.captions[part]) for part in parts(len(columns.captions))]
+    tokens = [text_encoder.encode(columns.captions[part]) for part in slice_columns(len(columns.captions))]
     tokens = [one.to(torch.device("cpu"), torch.float32) for one in tokens]
     found = reduce(lambda one, other: one.cat(other), tokens)
     return replace(columns, text=replace(columns.text, decoder_tokens=found))
 
 
 @torch.no_grad()
-def autoencoder_preview(autoencoder: Autoencoder, pictures: Tensor) -> Image:
+def draw_autoencoder_preview(autoencoder: Autoencoder, pictures: Tensor) -> Image:
     """Pictures, (K, 3, H, W) in [-1, 1], over what is left of them as latents; below, how near, in dB."""
     pictures = pictures.to(autoencoder.device)
-    again = in_batches(lambda part: autoencoder.decode(autoencoder.encode(part)).float(), pictures)
+    again = apply_in_batches(lambda part: autoencoder.decode(autoencoder.encode(part)).float(), pictures)
     psnr = 10 * torch.log10(4 / (again.clamp(-1, 1) - pictures).square().mean(dim=(1, 2, 3)))  # pictures span 2
-    rows = {"picture": to_images(pictures), "reconstruction": to_images(again)}
-    return labelled_rows(rows, [f"{value:.1f} dB" for value in psnr.tolist()])
+    rows = {"picture": to_pil_images(pictures), "reconstruction": to_pil_images(again)}
+    return build_labelled_rows(rows, [f"{value:.1f} dB" for value in psnr.tolist()])
 
 
 @torch.no_grad()
-def clip_preview(clip: CLIP, pictures: Tensor, captions: list[str]) -> Image:
+def draw_clip_preview(clip: CLIP, pictures: Tensor, captions: list[str]) -> Image:
     """The cosines of every caption with every picture, (K, 3, H, W); `clip` has its tokenizer."""
-    z_i = in_batches(clip.encode_image, pictures.to(clip.device))
+    z_i = apply_in_batches(clip.encode_image, pictures.to(clip.device))
     z_t = clip.encode_text(captions).embedding
-    return similarity_matrix(z_t @ z_i.T, to_images(pictures), captions, "cosine of caption and picture")
+    return build_similarity_matrix(z_t @ z_i.T, to_pil_images(pictures), captions, "cosine of caption and picture")
 
 
-def draw_embeddings(
+def sample_column_embeds(
     columns: Columns, config: SampleConfig, prior: AnyPrior, scheduler: SchedulerMixin | None
 ) -> Tensor:
     """The prior's z_i for every column, (N, D), unit length, fp32, on the CPU."""
     scheduler, device = copy.deepcopy(scheduler), prior.device  # setting its steps would change the trainer's
-    scheduler = None if scheduler is None else chosen(None, scheduler, prior)  # as the pipeline draws
+    scheduler = None if scheduler is None else resolve_sampler(None, scheduler, prior)  # as the pipeline draws
     steps, scale, candidates = config.prior_num_inference_steps, config.prior_guidance_scale, config.prior_candidates
-    generators, _ = generators_of(columns, config)
+    generators, _ = build_generators(columns, config)
 
     def draw(part: slice) -> Tensor:
-        text = columns.text.map(lambda tensor: tensor[part].to(device))
+        text = columns.text.map_tensors(lambda tensor: tensor[part].to(device))
         return draw_any(prior, scheduler, text, None, steps, scale, generators[part], candidates).cpu()
 
-    return torch.cat([draw(part) for part in parts(len(columns.captions))])
+    return torch.cat([draw(part) for part in slice_columns(len(columns.captions))])
 
 
 @torch.no_grad()
-def draw_pictures(
+def draw_column_images(
     columns: Columns,
     z_i: Tensor,
     config: SampleConfig,
@@ -197,20 +197,23 @@ def draw_pictures(
 
     A column's noise is the same for any z_i, and that of the pipeline with the column's seed.
     """
-    scheduler, device = chosen(None, copy.deepcopy(scheduler), decoder), decoder.device
+    scheduler, device = resolve_sampler(None, copy.deepcopy(scheduler), decoder), decoder.device
     steps, scale = config.num_inference_steps, config.guidance_scale
     count = len(z_i)
-    generators, texts = generators_of(columns, config)[1][:count], columns.text.map(lambda tensor: tensor[:count])
+    generators, texts = (
+        build_generators(columns, config)[1][:count],
+        columns.text.map_tensors(lambda tensor: tensor[:count]),
+    )
 
     def draw(part: slice) -> Tensor:
-        text = texts.map(lambda tensor: tensor[part].to(device))
+        text = texts.map_tensors(lambda tensor: tensor[part].to(device))
         latents = sample_decoder(decoder, scheduler, z_i[part].to(device), text, steps, scale, generators[part])
         return autoencoder.decode(latents.to(autoencoder.device, autoencoder.dtype)).float().cpu()
 
-    return torch.cat([draw(part) for part in parts(count)])
+    return torch.cat([draw(part) for part in slice_columns(count)])
 
 
-def decoder_preview(
+def draw_decoder_preview(
     columns: Columns,
     config: SampleConfig,
     decoder: Decoder | UNetDecoder,
@@ -225,26 +228,26 @@ def decoder_preview(
     """
     rows: dict[str, list] = {}
     if columns.pictures is not None:
-        rows["picture"] = to_images(columns.pictures)
+        rows["picture"] = to_pil_images(columns.pictures)
     for label, z_i in {"true": columns.z_i, "prior": prior_z_i}.items():
         if z_i is not None and len(z_i):
             name = "decoder from the true image embedding" if label == "true" else "decoder from the prior"
-            rows[name] = to_images(draw_pictures(columns, z_i, config, decoder, scheduler, autoencoder))
+            rows[name] = to_pil_images(draw_column_images(columns, z_i, config, decoder, scheduler, autoencoder))
     if not rows:
         return None
     shown = max(map(len, rows.values()))
-    return labelled_rows(rows, columns.captions[:shown])
+    return build_labelled_rows(rows, columns.captions[:shown])
 
 
-def prior_preview(columns: Columns, prior_z_i: Tensor) -> Image | None:
+def draw_prior_preview(columns: Columns, prior_z_i: Tensor) -> Image | None:
     """The cosines of the prior's z_i of every caption, (N, D), with the true z_i; None without true ones."""
     count = len(columns.z_i)
     if not count:
         return None
     cosines = F.cosine_similarity(prior_z_i[:count, None], columns.z_i[None], dim=-1)
-    images = [] if columns.pictures is None else to_images(columns.pictures)
+    images = [] if columns.pictures is None else to_pil_images(columns.pictures)
     label = "cosine of the prior's and the true image embedding"
-    return similarity_matrix(cosines, images, columns.captions[:count], label)
+    return build_similarity_matrix(cosines, images, columns.captions[:count], label)
 
 
 class Preview:
@@ -261,53 +264,59 @@ class Preview:
 
     def __init__(self, config: SampleConfig, columns: Columns | None, fingerprint: str):
         self.config, self.columns, self.fingerprint = config, columns, fingerprint
-        if exists(config.prior):
-            self.load_prior()
-        if exists(config.decoder):
-            self.load_decoder()
+        if is_existing_path(config.prior):
+            self.load_trained_prior()
+        if is_existing_path(config.decoder):
+            self.load_trained_decoder()
 
-    def of_decoder(
+    def preview_decoder(
         self, decoder: Decoder | UNetDecoder, scheduler: SchedulerMixin, load_autoencoder: Callable[[], Autoencoder]
     ) -> dict[str, Image]:
         """Pictures by name, perhaps none."""
         if self.columns is None:
             return {}
         with torch.random.fork_rng(devices=[]):
-            found = still(lambda: (load_autoencoder(),), decoder.device)
+            found = load_or_skip(lambda: (load_autoencoder(),), decoder.device)
         if found is None:
             return {}
         [autoencoder] = found
-        z_i = self.draw_trained(decoder.device)
-        image = decoder_preview(self.columns, self.config, decoder, scheduler, autoencoder, z_i)
+        z_i = self.sample_trained_prior(decoder.device)
+        image = draw_decoder_preview(self.columns, self.config, decoder, scheduler, autoencoder, z_i)
         return {} if image is None else {"pictures": image}
 
-    def of_prior(self, prior: AnyPrior, scheduler: SchedulerMixin | None) -> dict[str, Image]:
+    def preview_prior(self, prior: AnyPrior, scheduler: SchedulerMixin | None) -> dict[str, Image]:
         """Pictures by name, perhaps none."""
         if self.columns is None:
             return {}
-        z_i = draw_embeddings(self.columns, self.config, prior, scheduler)
-        images = {"embeddings": prior_preview(self.columns, z_i)}
-        if trained := still(self.load_decoder, prior.device):
+        z_i = sample_column_embeds(self.columns, self.config, prior, scheduler)
+        images = {"embeddings": draw_prior_preview(self.columns, z_i)}
+        if trained := load_or_skip(self.load_trained_decoder, prior.device):
             decoder, decoder_scheduler, autoencoder, text_encoder = trained
-            columns = read_by(text_encoder, self.columns)
-            images["pictures"] = decoder_preview(columns, self.config, decoder, decoder_scheduler, autoencoder, z_i)
+            columns = add_decoder_tokens(text_encoder, self.columns)
+            images["pictures"] = draw_decoder_preview(
+                columns, self.config, decoder, decoder_scheduler, autoencoder, z_i
+            )
         return {name: image for name, image in images.items() if image is not None}
 
-    def draw_trained(self, device: torch.device) -> Tensor | None:
+    def sample_trained_prior(self, device: torch.device) -> Tensor | None:
         """The trained prior's z_i; when this returns, the prior takes no memory any more."""
         assert self.columns is not None, "there is something to draw"
-        trained = still(self.load_prior, device)
-        return None if trained is None else draw_embeddings(self.columns, self.config, *trained)
+        trained = load_or_skip(self.load_trained_prior, device)
+        return None if trained is None else sample_column_embeds(self.columns, self.config, *trained)
 
-    def load_prior(self) -> tuple[AnyPrior, SchedulerMixin | None] | None:
-        return None if self.config.prior is None else self.load("prior", self.config.prior, PRIORS)
+    def load_trained_prior(self) -> tuple[AnyPrior, SchedulerMixin | None] | None:
+        return None if self.config.prior is None else self.load_trained_stage("prior", self.config.prior, PRIOR_CLASSES)
 
-    def load_decoder(self) -> tuple[Decoder | UNetDecoder, SchedulerMixin, Autoencoder, TextEncoder | None] | None:
+    def load_trained_decoder(
+        self,
+    ) -> tuple[Decoder | UNetDecoder, SchedulerMixin, Autoencoder, TextEncoder | None] | None:
         if self.config.decoder is None or self.config.autoencoder is None:
             return None
-        from t2i.interop.parts import DECODERS
+        from t2i.interop.parts import PUBLIC_DECODERS
 
-        decoder, scheduler = self.load("decoder", self.config.decoder, (Decoder, UNetDecoder, *DECODERS))
+        decoder, scheduler = self.load_trained_stage(
+            "decoder", self.config.decoder, (Decoder, UNetDecoder, *PUBLIC_DECODERS)
+        )
         with torch.random.fork_rng(devices=[]):
             autoencoder = load_autoencoder(self.config.autoencoder).eval()
         if decoder.config.latent_channels != autoencoder.channels:
@@ -323,12 +332,12 @@ class Preview:
                 raise InputError(f"sample.decoder is {self.config.decoder!r}, which lacks its text encoder {wanted}")
         return decoder, scheduler, autoencoder, text_encoder
 
-    def load(self, name: str, folder: str, classes: Any) -> tuple[Any, SchedulerMixin | None]:
+    def load_trained_stage(self, name: str, folder: str, classes: Any) -> tuple[Any, SchedulerMixin | None]:
         """A trained stage and its scheduler, if it has one. Raises InputError if it was trained with another CLIP."""
         with torch.random.fork_rng(devices=[]):  # a model is built at random before it is filled
             model = load_model(classes, folder).eval()
-        scheduled = not isinstance(model, UNSCHEDULED)
-        scheduler = loaded(DDIMScheduler.from_pretrained, Path(folder) / "scheduler") if scheduled else None
+        scheduled = not isinstance(model, PRIORS_WITHOUT_SCHEDULER)
+        scheduler = load_or_explain(DDIMScheduler.from_pretrained, Path(folder) / "scheduler") if scheduled else None
         theirs = model.config.clip_fingerprint
         if theirs is not None and theirs != self.fingerprint:
             raise InputError(
@@ -337,11 +346,11 @@ class Preview:
         return model, scheduler
 
 
-def exists(name: str | None) -> bool:
+def is_existing_path(name: str | None) -> bool:
     return name is not None and Path(name).exists()
 
 
-def still(load: Callable[[], tuple | None], device: torch.device) -> tuple | None:
+def load_or_skip(load: Callable[[], tuple | None], device: torch.device) -> tuple | None:
     """What `load` returns, on a device; None if it no longer loads, which is no reason to stop a run."""
     try:
         found = load()
@@ -351,15 +360,15 @@ def still(load: Callable[[], tuple | None], device: torch.device) -> tuple | Non
     return found and tuple(part.to(device) if isinstance(part, torch.nn.Module) else part for part in found)
 
 
-def generators_of(columns: Columns, config: SampleConfig) -> tuple[list[Generator], ...]:
+def build_generators(columns: Columns, config: SampleConfig) -> tuple[list[Generator], ...]:
     """Each column's generators, for the prior and for the decoder, as the pipeline makes them of the column's seed."""
     seeds = [Generator().manual_seed(config.seed + i) for i in range(len(columns.captions))]
     return split_generators(seeds, len(seeds))
 
 
-def parts(count: int) -> list[slice]:
-    return [slice(start, start + BATCH) for start in range(0, count, BATCH)]
+def slice_columns(count: int) -> list[slice]:
+    return [slice(start, start + COLUMNS_PER_BATCH) for start in range(0, count, COLUMNS_PER_BATCH)]
 
 
-def in_batches(function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
-    return torch.cat([function(values[part]) for part in parts(len(values))])
+def apply_in_batches(function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
+    return torch.cat([function(values[part]) for part in slice_columns(len(values))])

@@ -15,41 +15,41 @@ import open_clip
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from t2i.training.recipe.commented_yaml import document, plain
+from t2i.training.recipe.commented_yaml import add_comments, format_document
 from t2i.training.recipe.sizes import (
     LARGE,
     MEDIUM,
     PUBLIC_PRIOR,
-    Choice,
+    DataFacts,
     Device,
-    Facts,
-    Size,
-    choose_batch,
-    choose_context,
-    choose_size,
+    ExplainedValue,
+    RecipeSize,
+    choose_batch_size,
+    choose_context_length,
+    choose_recipe_size,
     choose_steps,
-    vocabulary,
+    choose_vocabulary_size,
 )
 
 from t2i.checks import check_choice
 from t2i.config import DataConfig
 from t2i.data.dataset import CaptionedPictures
-from t2i.data.manifest import OK, Manifest, find_manifest
+from t2i.data.manifest import STATUS_OK, Manifest, find_manifest
 from t2i.errors import InputError
-from t2i.files.atomic import new_folder
+from t2i.files.atomic import create_folder_atomically
 from t2i.files.untrusted import is_folder, read_config
 from t2i.networks.autoencoder import Autoencoder
 from t2i.networks.clip import CLIP
 from t2i.networks.prior import Prior
 from t2i.networks.tokenizer import CaptionTokenizer
 from t2i.networks.unet_decoder import UNetDecoder
-from t2i.runtime.memory import room
+from t2i.runtime.memory import measure_available_memory
 
-MIN_PICTURES, FEW = 10, 200
-MEASURED = 2_000  # captions that tell how long they are
+MIN_IMAGES, FEW_IMAGES = 10, 200
+MAX_MEASURED_CAPTIONS = 2_000  # captions that tell how long they are
 PUBLIC_CLIP = "ViT-B-32:laion2b_s34b_b79k"
 STAGES = ("clip", "autoencoder", "cache", "prior", "decoder")  # the files, in the order of training
-DIFFUSION = {"beta_schedule": "squaredcos_cap_v2", "clip_sample": False, "timestep_spacing": "trailing"}
+DIFFUSION_SCHEDULE = {"beta_schedule": "squaredcos_cap_v2", "clip_sample": False, "timestep_spacing": "trailing"}
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,14 @@ class Recipe:
     files: dict[str, str]  # by stage
     lines: list[str]
 
-    def write(self, run: Path) -> None:
+    def write_folder(self, run: Path) -> None:
         """The new folder of the run, whole or not at all."""
-        with new_folder(run.absolute()) as folder:
+        with create_folder_atomically(run.absolute()) as folder:
             for stage, text in self.files.items():
                 (folder / f"{stage}.yaml").write_text(text, encoding="utf-8")
 
 
-def check_run(run: Path, data: str) -> None:
+def check_run_folder(run: Path, data: str) -> None:
     """Refuse a folder that is in use or lies in the data, and names that a configuration cannot hold."""
     if run.exists() and not (run.is_dir() and not any(run.iterdir())):
         raise InputError(f"{str(run)!r} exists and is not overwritten; give a new folder")
@@ -80,18 +80,20 @@ def check_run(run: Path, data: str) -> None:
         raise InputError(f"{str(run)!r} cannot be written; give a folder that is yours")
 
 
-def read_facts(path: str) -> Facts:
+def read_data_facts(path: str) -> DataFacts:
     """From a manifest. Raises InputError if there is none, or too few pictures to train on."""
     dataset = CaptionedPictures(DataConfig(path))
-    if len(dataset) < MIN_PICTURES:
-        raise InputError(f"{path!r} has {len(dataset)} pictures to train on; it takes {MIN_PICTURES} at least")
+    if len(dataset) < MIN_IMAGES:
+        raise InputError(f"{path!r} has {len(dataset)} pictures to train on; it takes {MIN_IMAGES} at least")
     columns = ["width", "height", "captions", "keywords"]
-    table = pq.read_table(find_manifest(Path(path)), columns=columns, filters=[("status", "=", OK)], partitioning=None)
+    table = pq.read_table(
+        find_manifest(Path(path)), columns=columns, filters=[("status", "=", STATUS_OK)], partitioning=None
+    )
     captions, keywords = (pc.list_value_length(table[name]) for name in ("captions", "keywords"))
-    tokenizer = CaptionTokenizer.train(dataset.corpus(), vocabulary(pc.sum(captions).as_py()), 3)
-    chosen = range(0, len(dataset), -(-len(dataset) // MEASURED))
-    encoded = tokenizer.tokenizer.encode_batch([dataset.caption(i, draw=i) for i in chosen])
-    return Facts(
+    tokenizer = CaptionTokenizer.train(dataset.iterate_texts(), choose_vocabulary_size(pc.sum(captions).as_py()), 3)
+    chosen = range(0, len(dataset), -(-len(dataset) // MAX_MEASURED_CAPTIONS))
+    encoded = tokenizer.tokenizer.encode_batch([dataset.get_caption(i, draw=i) for i in chosen])
+    return DataFacts(
         path=path,
         pictures=len(dataset),
         held_out=len(Manifest(path, None)) - len(dataset),
@@ -112,12 +114,12 @@ def find_device(name: str) -> Device:
         return Device("cuda", cores, memory, count)
     if name == "cuda":
         raise InputError("device is 'cuda', but this torch sees no GPU; `t2i doctor` says what it sees")
-    return Device("cpu", cores, room().whole / 1e9)
+    return Device("cpu", cores, measure_available_memory().total / 1e9)
 
 
-def compose(
+def compose_recipe(
     run: Path,
-    facts: Facts,
+    facts: DataFacts,
     device: Device,
     clip: str | None = None,
     autoencoder: str | None = None,
@@ -127,36 +129,36 @@ def compose(
 
     Raises InputError for models that are not there or do not fit.
     """
-    size, side, why = choose_size(facts, device, image_size)
+    size, side, why = choose_recipe_size(facts, device, image_size)
     models = {stage: dict(model) for stage, model in size.models.items()}
-    limits = {"context_length": choose_context(facts), "vocab_size": vocabulary(facts.captions)}
+    limits = {"context_length": choose_context_length(facts), "vocab_size": choose_vocabulary_size(facts.captions)}
     models["clip"] |= {"init_logit_scale": 3.4, "text_cfg": limits | models["clip"]["text_cfg"]}
     if clip is not None:
-        models["clip"] = clip_model(clip)
+        models["clip"] = read_clip_config(clip)
         if size is not LARGE and models["clip"]["embed_dim"] > MEDIUM.models["clip"]["embed_dim"]:
             models["prior"] = PUBLIC_PRIOR
-    channels, factor = autoencoder_shape(autoencoder, models["autoencoder"])
+    channels, factor = read_autoencoder_shape(autoencoder, models["autoencoder"])
     multiple = factor * 2 ** (len(models["decoder"]["unet"]["block_out_channels"]) - 1)
     if side % multiple:
         raise InputError(f"image-size must be a multiple of {multiple} with this autoencoder, got {side}")
     trained = [stage for stage in STAGES if {"clip": clip, "autoencoder": autoencoder}.get(stage) is None]
-    counts = parameters(models, channels, side // factor, trained)
-    writer = Writer(run, facts, device, size, side, why, models, clip or f"{run}/clip", autoencoder)
+    counts = count_parameters(models, channels, side // factor, trained)
+    writer = ConfigWriter(run, facts, device, size, side, why, models, clip or f"{run}/clip", autoencoder)
     files = {stage: getattr(writer, stage)() for stage in trained}
     lines = [
         f"{run}: for {facts.pictures:,} pictures to train on and {facts.held_out:,} held out, on {device}",
         f"  pictures     {side} x {side}: {why}",
     ]
     for stage in (stage for stage in trained if stage != "cache"):
-        batch, steps = writer.batch(stage)[0], writer.steps(stage)
+        batch, steps = writer.choose_stage_batch(stage)[0], writer.choose_stage_steps(stage)
         lines.append(f"  {stage:<12} {counts[stage] / 1e6:.1f} M parameters, {steps[0]:,} steps of {batch}: {steps[1]}")
-    return Recipe(files, lines + advice(facts, clip))
+    return Recipe(files, lines + format_advice(facts, clip))
 
 
-def advice(facts: Facts, clip: str | None) -> list[str]:
+def format_advice(facts: DataFacts, clip: str | None) -> list[str]:
     """What to expect, where there is little data."""
     lines = []
-    if facts.pictures < FEW:
+    if facts.pictures < FEW_IMAGES:
         lines.append(
             f"warning: {facts.pictures} pictures are few: expect what it draws to be soft and near to one of them, and "
             "nothing from words that their captions lack"
@@ -171,10 +173,10 @@ def advice(facts: Facts, clip: str | None) -> list[str]:
     return lines
 
 
-def clip_model(name: str) -> dict[str, Any]:
+def read_clip_config(name: str) -> dict[str, Any]:
     """The configuration of a trained or public CLIP, as far as it can be known without a network."""
     if is_folder(name):
-        config = folder_config(name, "CLIP")
+        config = read_folder_config(name, "CLIP")
         return config["model"]
     if name.startswith(("hf-hub:", "local-dir:")):
         return {"embed_dim": 512, "text_cfg": {"width": 512, "context_length": 77}}  # what most have
@@ -186,18 +188,18 @@ def clip_model(name: str) -> dict[str, Any]:
     return config
 
 
-def autoencoder_shape(name: str | None, model: dict[str, Any]) -> tuple[int, int]:
+def read_autoencoder_shape(name: str | None, model: dict[str, Any]) -> tuple[int, int]:
     """Channels of the latents, and pixels per latent: of a folder, of our own, or those of most public VAEs."""
     if name is not None and not is_folder(name):
         return 4, 8
     if name is not None:
-        config = folder_config(name, "Autoencoder", "AutoencoderKL")
+        config = read_folder_config(name, "Autoencoder", "AutoencoderKL")
         model = config if config["_class_name"] == "Autoencoder" else {"vae": config}
     vae = model["vae"]
     return vae["latent_channels"], model.get("patch_size", 1) * 2 ** (len(vae["block_out_channels"]) - 1)
 
 
-def folder_config(folder: str, *classes: str) -> dict[str, Any]:
+def read_folder_config(folder: str, *classes: str) -> dict[str, Any]:
     path = Path(folder) / "model" if is_folder(Path(folder) / "model") else Path(folder)
     if not (path / "config.json").is_file():
         raise InputError(f"no trained {classes[0]} in {folder!r}, it has no config.json")
@@ -207,7 +209,9 @@ def folder_config(folder: str, *classes: str) -> dict[str, Any]:
     return config
 
 
-def parameters(models: dict[str, dict[str, Any]], channels: int, latent_size: int, stages: list[str]) -> dict[str, int]:
+def count_parameters(
+    models: dict[str, dict[str, Any]], channels: int, latent_size: int, stages: list[str]
+) -> dict[str, int]:
     """Of the models of these stages, without memory for them; of CLIP, with as many words as it may know."""
     clip, text = models["clip"], models["clip"]["text_cfg"]
     width, context = text.get("width", clip["embed_dim"]), text.get("context_length", 77)
@@ -223,13 +227,13 @@ def parameters(models: dict[str, dict[str, Any]], channels: int, latent_size: in
 
 
 @dataclass(frozen=True)
-class Writer:
+class ConfigWriter:
     """The text of each configuration, with the reason beside each value."""
 
     run: Path
-    facts: Facts
+    facts: DataFacts
     device: Device
-    size: Size
+    size: RecipeSize
     side: int
     why: str
     models: dict[str, dict[str, Any]]
@@ -240,76 +244,78 @@ class Writer:
         model = self.models["clip"]
         longest = f"tokens; 95 of 100 captions have at most {self.facts.caption_tokens}, prompts may have more"
         entries = f"at most; words and pieces of words in {self.facts.captions:,} captions"
-        text = plain(model["text_cfg"], context_length=longest, vocab_size=entries)
+        text = add_comments(model["text_cfg"], context_length=longest, vocab_size=entries)
         size = model["vision_cfg"]["image_size"]
         values: dict[str, Any] = {
             "model": {
-                "embed_dim": (model["embed_dim"], self.of_size()),
+                "embed_dim": (model["embed_dim"], self.explain_size()),
                 "init_logit_scale": (model["init_logit_scale"], "sharp from the start: a short run cannot move it far"),
-                "vision_cfg": plain(
+                "vision_cfg": add_comments(
                     model["vision_cfg"], image_size="it sees pictures at this size, whatever data.image_size is"
                 ),
                 "text_cfg": text,
             },
             "preprocess": ({"size": size, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}, ""),
         }
-        return self.text("clip", "CLIP: which caption belongs to which picture", values)
+        return self.format_config("clip", "CLIP: which caption belongs to which picture", values)
 
     def autoencoder(self) -> str:
         model = self.models["autoencoder"]
-        channels, factor = autoencoder_shape(None, model)
+        channels, factor = read_autoencoder_shape(None, model)
         shape = f"pictures become {self.side // factor} x {self.side // factor} x {channels} latents"
         values: dict[str, Any] = {
             "model": {
                 "patch_size": (model["patch_size"], "squares of pixels become channels: full resolution costs most"),
-                "vae": plain(model["vae"], latent_channels=shape),
+                "vae": add_comments(model["vae"], latent_channels=shape),
             },
             "kl_weight": (3e-3, "as configs/emoji"),
         }
-        return self.text("autoencoder", "Autoencoder: pictures to latents, which the decoder draws", values)
+        return self.format_config("autoencoder", "Autoencoder: pictures to latents, which the decoder draws", values)
 
     def cache(self) -> str:
         several = "draws of a picture's captions and keywords stand for the endless ones"
         values = {
-            **self.frozen(autoencoder=True),
+            **self.list_frozen_models(autoencoder=True),
             "variations": (self.facts.variations, several if self.facts.variations > 1 else "each has one caption"),
-            "data": self.data(),
+            "data": self.build_data_section(),
             "output": (f"{self.run}/cache", ""),
         }
-        return document(self.head("Cache: every picture and caption encoded once, for prior and decoder"), values)
+        return format_document(
+            self.format_header("Cache: every picture and caption encoded once, for prior and decoder"), values
+        )
 
     def prior(self) -> str:
         values = {
-            **self.frozen(),
+            **self.list_frozen_models(),
             "cache": (f"{self.run}/cache", "so that pictures are not encoded in every step"),
-            "model": plain(self.models["prior"], width=self.of_size()),
-            "scheduler": ({**DIFFUSION, "prediction_type": "sample"}, ""),
+            "model": add_comments(self.models["prior"], width=self.explain_size()),
+            "scheduler": ({**DIFFUSION_SCHEDULE, "prediction_type": "sample"}, ""),
             "caption_dropout": (0.1, "without it there is no guidance"),
             "timestep_shift": (4.0, "where noise is high the caption decides; where it is low z_i can be read off"),
         }
-        return self.text("prior", "Prior: from a caption's encoding to an image embedding", values)
+        return self.format_config("prior", "Prior: from a caption's encoding to an image embedding", values)
 
     def decoder(self) -> str:
         values = {
-            **self.frozen(autoencoder=True),
+            **self.list_frozen_models(autoencoder=True),
             "cache": (f"{self.run}/cache", "so that pictures are not encoded in every step"),
             "architecture": ("unet", "docs/decoder.md says why"),
-            "model": plain(self.models["decoder"], block_out_channels=self.of_size()),
-            "scheduler": ({**DIFFUSION, "prediction_type": "v_prediction"}, ""),
+            "model": add_comments(self.models["decoder"], block_out_channels=self.explain_size()),
+            "scheduler": ({**DIFFUSION_SCHEDULE, "prediction_type": "v_prediction"}, ""),
             "embedding_dropout": (0.1, "without it there is no guidance"),
             "timestep_shift": (2.0, "as configs/emoji"),
             "sample": {"prior": (f"{self.run}/prior", "so that the grid's last row shows what it draws of its work")},
         }
-        return self.text("decoder", "Decoder: from an image embedding to latents", values)
+        return self.format_config("decoder", "Decoder: from an image embedding to latents", values)
 
-    def frozen(self, autoencoder: bool = False) -> dict[str, Choice]:
+    def list_frozen_models(self, autoencoder: bool = False) -> dict[str, ExplainedValue]:
         """The models that a stage takes over."""
         found = {"clip": (self.clip_name, "")}
         if autoencoder:
             found["autoencoder"] = (self.autoencoder_name or f"{self.run}/autoencoder", "")
         return found
 
-    def data(self) -> dict[str, Choice]:
+    def build_data_section(self) -> dict[str, ExplainedValue]:
         slow = self.facts.side > 512
         cores = self.device.cores
         if self.device.kind == "cuda":
@@ -320,15 +326,15 @@ class Writer:
             workers = (0, "decoding takes little beside training on a CPU")
         return {"path": (self.facts.path, ""), "image_size": (self.side, self.why), "num_workers": workers}
 
-    def batch(self, stage: str) -> Choice:
-        return choose_batch(self.size.schedules[stage], self.facts, contrastive=stage == "clip")
+    def choose_stage_batch(self, stage: str) -> ExplainedValue:
+        return choose_batch_size(self.size.schedules[stage], self.facts, contrastive=stage == "clip")
 
-    def steps(self, stage: str) -> Choice:
-        return choose_steps(self.size.schedules[stage], self.facts, self.batch(stage)[0])
+    def choose_stage_steps(self, stage: str) -> ExplainedValue:
+        return choose_steps(self.size.schedules[stage], self.facts, self.choose_stage_batch(stage)[0])
 
-    def text(self, stage: str, title: str, values: dict[str, Any]) -> str:
+    def format_config(self, stage: str, title: str, values: dict[str, Any]) -> str:
         """A configuration with its data and how it is trained."""
-        batch, (steps, seen) = self.batch(stage), self.steps(stage)
+        batch, (steps, seen) = self.choose_stage_batch(stage), self.choose_stage_steps(stage)
         tenth = max(1, steps // 10)
         decay = 0.99 if steps < 1_000 else 0.998 if steps < 10_000 else 0.9995
         train = {
@@ -345,11 +351,13 @@ class Writer:
             "validate_every": (tenth, ""),
         }
         init = f"`init: FOLDER` starts from a trained {stage} of the same shape instead of random weights."
-        return document(self.head(title, init), {**values, "data": self.data(), "train": train})
+        return format_document(
+            self.format_header(title, init), {**values, "data": self.build_data_section(), "train": train}
+        )
 
-    def head(self, title: str, *more: str) -> str:
+    def format_header(self, title: str, *more: str) -> str:
         about = "Written by `t2i init`, yours to change. Paths are relative to the folder where it was run."
         return "\n".join([f"{title}.", about, *more])
 
-    def of_size(self) -> str:
+    def explain_size(self) -> str:
         return f"of the recipe for {self.size.image_size} x {self.size.image_size} pictures"

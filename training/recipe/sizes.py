@@ -11,14 +11,14 @@ from typing import Any
 from t2i.checks import check_choice
 
 IMAGE_SIZES = (32, 64, 96, 128, 192, 256, 384, 512)
-CONTEXTS = (32, 64, 128, 256)  # tokens
-VOCABULARIES = {10_000: 2_048, 100_000: 8_192, math.inf: 16_384}  # up to this many captions: entries at most
+CONTEXT_LENGTHS = (32, 64, 128, 256)  # tokens
+VOCABULARY_SIZES = {10_000: 2_048, 100_000: 8_192, math.inf: 16_384}  # up to this many captions: entries at most
 
-Choice = tuple[Any, str]  # a value and, in plain words, why it is this
+ExplainedValue = tuple[Any, str]  # a value and, in plain words, why it is this
 
 
 @dataclass(frozen=True)
-class Facts:
+class DataFacts:
     """What the recipe depends on in the data."""
 
     path: str  # as it was given
@@ -44,7 +44,7 @@ class Device:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class StageSchedule:
     """How long a stage is trained."""
 
     batch: int  # at most
@@ -55,7 +55,7 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Size:
+class RecipeSize:
     """A row of the table: from when on it is chosen, its models and how long they are trained."""
 
     image_size: int
@@ -63,26 +63,32 @@ class Size:
     gpu_pictures: float
     memory: float  # GB
     models: dict[str, dict[str, Any]] = field(repr=False)
-    schedules: dict[str, Schedule] = field(repr=False)
+    schedules: dict[str, StageSchedule] = field(repr=False)
 
 
-def levels(kind: str, count: int) -> list[str]:
+def repeat_block_type(kind: str, count: int) -> list[str]:
     return [kind] * count
 
 
-def vae(channels: list[int], latents: int, layers: int) -> dict[str, Any]:
-    down, up = levels("DownEncoderBlock2D", len(channels)), levels("UpDecoderBlock2D", len(channels))
+def build_vae_config(channels: list[int], latents: int, layers: int) -> dict[str, Any]:
+    down, up = (
+        repeat_block_type("DownEncoderBlock2D", len(channels)),
+        repeat_block_type("UpDecoderBlock2D", len(channels)),
+    )
     blocks = {"block_out_channels": channels, "down_block_types": down, "up_block_types": up}
     return {"latent_channels": latents, **blocks, "layers_per_block": layers, "norm_num_groups": 16}
 
 
-def unet(channels: list[int], layers: int, heads: int) -> dict[str, Any]:
-    down, up = levels("CrossAttnDownBlock2D", len(channels)), levels("CrossAttnUpBlock2D", len(channels))
+def build_unet_config(channels: list[int], layers: int, heads: int) -> dict[str, Any]:
+    down, up = (
+        repeat_block_type("CrossAttnDownBlock2D", len(channels)),
+        repeat_block_type("CrossAttnUpBlock2D", len(channels)),
+    )
     blocks = {"block_out_channels": channels, "down_block_types": down, "up_block_types": up}
     return {**blocks, "layers_per_block": layers, "attention_head_dim": heads, "norm_num_groups": 16}
 
 
-SMALL = Size(
+SMALL = RecipeSize(
     64,
     cpu_pictures=0,
     gpu_pictures=0,
@@ -93,18 +99,18 @@ SMALL = Size(
             "vision_cfg": {"image_size": 64, "patch_size": 16, "width": 128, "layers": 4, "head_width": 32},
             "text_cfg": {"width": 128, "layers": 3, "heads": 4},
         },
-        "autoencoder": {"patch_size": 4, "vae": vae([64, 128], latents=8, layers=1)},
+        "autoencoder": {"patch_size": 4, "vae": build_vae_config([64, 128], latents=8, layers=1)},
         "prior": {"width": 128, "depth": 4, "heads": 4},
-        "decoder": {"context_width": 96, "image_tokens": 4, "unet": unet([96, 160], layers=1, heads=4)},
+        "decoder": {"context_width": 96, "image_tokens": 4, "unet": build_unet_config([96, 160], layers=1, heads=4)},
     },
     schedules={
-        "clip": Schedule(128, passes=40, least=100, most=2_000, rate=1e-3),
-        "autoencoder": Schedule(32, passes=24, least=1_000, most=6_000, rate=1e-3),
-        "prior": Schedule(64, passes=87, least=1_000, most=6_000, rate=1e-3),
-        "decoder": Schedule(64, passes=87, least=1_500, most=10_000, rate=1e-3),
+        "clip": StageSchedule(128, passes=40, least=100, most=2_000, rate=1e-3),
+        "autoencoder": StageSchedule(32, passes=24, least=1_000, most=6_000, rate=1e-3),
+        "prior": StageSchedule(64, passes=87, least=1_000, most=6_000, rate=1e-3),
+        "decoder": StageSchedule(64, passes=87, least=1_500, most=10_000, rate=1e-3),
     },
 )
-MEDIUM = Size(  # configs/emoji
+MEDIUM = RecipeSize(  # configs/emoji
     128,
     cpu_pictures=2_000,
     gpu_pictures=0,
@@ -115,18 +121,18 @@ MEDIUM = Size(  # configs/emoji
             "vision_cfg": {"image_size": 128, "patch_size": 32, "width": 192, "layers": 5, "head_width": 32},
             "text_cfg": {"width": 192, "layers": 3, "heads": 6},
         },
-        "autoencoder": {"patch_size": 4, "vae": vae([64, 96, 160], latents=16, layers=1)},
+        "autoencoder": {"patch_size": 4, "vae": build_vae_config([64, 96, 160], latents=16, layers=1)},
         "prior": {"width": 192, "depth": 5, "heads": 6},
-        "decoder": {"context_width": 128, "image_tokens": 4, "unet": unet([128, 192], layers=1, heads=4)},
+        "decoder": {"context_width": 128, "image_tokens": 4, "unet": build_unet_config([128, 192], layers=1, heads=4)},
     },
     schedules={
-        "clip": Schedule(256, passes=40, least=200, most=2_200, rate=1e-3),
-        "autoencoder": Schedule(32, passes=24, least=1_500, most=10_000, rate=1e-3),
-        "prior": Schedule(128, passes=87, least=1_500, most=10_000, rate=1e-3),
-        "decoder": Schedule(64, passes=87, least=2_500, most=20_000, rate=1e-3),
+        "clip": StageSchedule(256, passes=40, least=200, most=2_200, rate=1e-3),
+        "autoencoder": StageSchedule(32, passes=24, least=1_500, most=10_000, rate=1e-3),
+        "prior": StageSchedule(128, passes=87, least=1_500, most=10_000, rate=1e-3),
+        "decoder": StageSchedule(64, passes=87, least=2_500, most=20_000, rate=1e-3),
     },
 )
-LARGE = Size(
+LARGE = RecipeSize(
     256,
     cpu_pictures=math.inf,
     gpu_pictures=20_000,
@@ -137,26 +143,30 @@ LARGE = Size(
             "vision_cfg": {"image_size": 256, "patch_size": 32, "width": 512, "layers": 8, "head_width": 64},
             "text_cfg": {"width": 384, "layers": 6, "heads": 6},
         },
-        "autoencoder": {"patch_size": 4, "vae": vae([128, 192, 320], latents=16, layers=2)},
+        "autoencoder": {"patch_size": 4, "vae": build_vae_config([128, 192, 320], latents=16, layers=2)},
         "prior": {"width": 512, "depth": 12, "heads": 8},
-        "decoder": {"context_width": 256, "image_tokens": 8, "unet": unet([192, 384, 512], layers=2, heads=8)},
+        "decoder": {
+            "context_width": 256,
+            "image_tokens": 8,
+            "unet": build_unet_config([192, 384, 512], layers=2, heads=8),
+        },
     },
     schedules={
-        "clip": Schedule(512, passes=30, least=2_000, most=50_000, rate=5e-4),
-        "autoencoder": Schedule(32, passes=10, least=10_000, most=100_000, rate=2e-4),
-        "prior": Schedule(512, passes=100, least=5_000, most=100_000, rate=3e-4),
-        "decoder": Schedule(128, passes=100, least=20_000, most=200_000, rate=2e-4),
+        "clip": StageSchedule(512, passes=30, least=2_000, most=50_000, rate=5e-4),
+        "autoencoder": StageSchedule(32, passes=10, least=10_000, most=100_000, rate=2e-4),
+        "prior": StageSchedule(512, passes=100, least=5_000, most=100_000, rate=3e-4),
+        "decoder": StageSchedule(128, passes=100, least=20_000, most=200_000, rate=2e-4),
     },
 )
 SIZES = (SMALL, MEDIUM, LARGE)
 PUBLIC_PRIOR = {"width": 512, "depth": 6, "heads": 8}  # for the embeddings of a public CLIP, which are as wide or wider
 
 
-def vocabulary(captions: int) -> int:
-    return next(size for limit, size in VOCABULARIES.items() if captions <= limit)
+def choose_vocabulary_size(captions: int) -> int:
+    return next(size for limit, size in VOCABULARY_SIZES.items() if captions <= limit)
 
 
-def choose_size(facts: Facts, device: Device, image_size: int | None) -> tuple[Size, int, str]:
+def choose_recipe_size(facts: DataFacts, device: Device, image_size: int | None) -> tuple[RecipeSize, int, str]:
     """The row of the table, the side of the pictures, and why."""
     if image_size is not None:
         check_choice("image-size", image_size, IMAGE_SIZES)
@@ -164,13 +174,13 @@ def choose_size(facts: Facts, device: Device, image_size: int | None) -> tuple[S
         return fitting[-1], image_size, "as you asked"
     size, why = SMALL, ""
     for larger in SIZES[1:]:
-        if why := obstacle(larger, facts, device):
+        if why := find_obstacle(larger, facts, device):
             break
         size = larger
     return size, size.image_size, why or "the largest of these recipes"
 
 
-def obstacle(size: Size, facts: Facts, device: Device) -> str:
+def find_obstacle(size: RecipeSize, facts: DataFacts, device: Device) -> str:
     """Why a row of the table is not for this data on this device; empty if it is."""
     wanted = size.cpu_pictures if device.kind == "cpu" else size.gpu_pictures
     pixels, on = f"{size.image_size} x {size.image_size}", "a CPU" if device.kind == "cpu" else "a GPU"
@@ -186,11 +196,11 @@ def obstacle(size: Size, facts: Facts, device: Device) -> str:
     return ""
 
 
-def choose_context(facts: Facts) -> int:
-    return next((tokens for tokens in CONTEXTS if tokens >= facts.caption_tokens), CONTEXTS[-1])
+def choose_context_length(facts: DataFacts) -> int:
+    return next((tokens for tokens in CONTEXT_LENGTHS if tokens >= facts.caption_tokens), CONTEXT_LENGTHS[-1])
 
 
-def choose_batch(schedule: Schedule, facts: Facts, contrastive: bool) -> Choice:
+def choose_batch_size(schedule: StageSchedule, facts: DataFacts, contrastive: bool) -> ExplainedValue:
     """A power of two, never more than there are pictures."""
     limit = facts.pictures // 2 if contrastive else facts.pictures
     batch = min(schedule.batch, 2 ** int(math.log2(limit)))
@@ -200,7 +210,7 @@ def choose_batch(schedule: Schedule, facts: Facts, contrastive: bool) -> Choice:
     return batch, "pictures a step" + ("" if batch == schedule.batch else f"; not more than the {facts.pictures:,}")
 
 
-def choose_steps(schedule: Schedule, facts: Facts, batch: int) -> Choice:
+def choose_steps(schedule: StageSchedule, facts: DataFacts, batch: int) -> ExplainedValue:
     wanted = schedule.passes * facts.pictures / batch
     steps = min(max(round_to_two_digits(wanted), schedule.least), schedule.most)
     times = steps * batch / facts.pictures

@@ -11,149 +11,156 @@ from typing import Any, BinaryIO, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from t2i.data.reasons import Reason, Rejected
+from t2i.data.reasons import Reason, RejectedSample
 from t2i.data.sources.samples import (
     CAPTION_COLUMNS,
     Columns,
-    Notes,
     Sample,
     Source,
-    captions_of,
+    SourceNotes,
+    build_file_sample,
+    check_column_unset,
     choose_column,
-    ignore,
-    is_picture,
-    keywords_of,
-    labels_of,
-    located,
-    printable,
-    refuse_column,
-    relative,
-    rows_of,
-    split_of,
-    splits_by_name,
+    count_ignored_file,
+    escape_name,
+    get_relative_name,
+    infer_splits,
+    is_image_file,
+    iterate_batch_rows,
+    parse_captions,
+    parse_keywords,
+    parse_labels,
+    parse_split,
 )
 from t2i.errors import InputError
 
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-MAX_LINE = 2**20  # of metadata.jsonl
-LOOKED_AT = 100  # rows of a metadata file that tell its columns
+METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+MAX_LINE_BYTES = 2**20  # of metadata.jsonl
+INSPECTED_ROWS = 100  # rows of a metadata file that tell its columns
 
 
 # ---- metadata.jsonl, .csv or .parquet ----
 
 
-def open_metadata(root: Path, files: list[Path], notes: Notes, columns: Columns) -> Source:
+def open_metadata(root: Path, files: list[Path], notes: SourceNotes, columns: Columns) -> Source:
     """Rows of file_name (relative to the metadata), text or caption, and keywords and split if there are any."""
-    refuse_column("image", columns.image, "metadata names its pictures in file_name")
-    tables = [file for file in files if file.name in METADATA]
+    check_column_unset("image", columns.image, "metadata names its pictures in file_name")
+    tables = [file for file in files if file.name in METADATA_FILES]
     for first, second in zip(tables, tables[1:]):
         if first.parent == second.parent:
             raise InputError(f"both {first.name} and {second.name} in {str(first.parent)!r}; leave one")
-    column = {table: caption_column(table, columns) for table in tables}
-    splits = splits_by_name([relative(table.parent, root) for table in tables])
+    column = {table: find_caption_column(table, columns) for table in tables}
+    splits = infer_splits([get_relative_name(table.parent, root) for table in tables])
     for file in files:
-        if not is_picture(file) and file not in column:
-            ignore(file, notes)
+        if not is_image_file(file) and file not in column:
+            count_ignored_file(file, notes)
 
-    def named() -> Iterator[Sample]:
+    def iterate_named_samples() -> Iterator[Sample]:
         for table, split in zip(tables, splits):
-            folder = "" if table.parent == root else relative(table.parent, root) + "/"
-            for number, row in metadata_rows(table):
+            folder = "" if table.parent == root else get_relative_name(table.parent, root) + "/"
+            for number, row in iterate_metadata_rows(table):
                 chosen = Columns(caption=column[table], label=columns.label)
-                yield metadata_sample(folder, f"{relative(table, root)}:{number}", row, chosen, split)
+                yield build_metadata_sample(folder, f"{get_relative_name(table, root)}:{number}", row, chosen, split)
 
-    def samples(work: Path) -> Iterator[Sample]:
-        left = {relative(file, root) for file in files if is_picture(file)}
-        rows = Counter(sample.file for sample in named() if sample.file)  # the metadata is read twice, not held
-        for sample in named():
+    def iterate_samples(work: Path) -> Iterator[Sample]:
+        left = {get_relative_name(file, root) for file in files if is_image_file(file)}
+        rows = Counter(
+            sample.file for sample in iterate_named_samples() if sample.file
+        )  # the metadata is read twice, not held
+        for sample in iterate_named_samples():
             if (count := rows[sample.file]) > 1:
-                sample.problem = Rejected(Reason.repeated_key, f"in {count} rows; captions can be a list")
+                sample.problem = RejectedSample(Reason.repeated_key, f"in {count} rows; captions can be a list")
             left.discard(sample.file)
             yield sample
         for name in sorted(left):
-            sample = located(name)
-            sample.problem = sample.problem or Rejected(Reason.no_caption, "the metadata does not name it")
+            sample = build_file_sample(name)
+            sample.problem = sample.problem or RejectedSample(Reason.no_caption, "the metadata does not name it")
             yield sample
 
-    return Source(root, samples, notes)
+    return Source(root, iterate_samples, notes)
 
 
-def caption_column(table: Path, columns: Columns) -> str:
-    rows = (row for _, row in islice(metadata_rows(table), LOOKED_AT) if isinstance(row, dict))
+def find_caption_column(table: Path, columns: Columns) -> str:
+    rows = (row for _, row in islice(iterate_metadata_rows(table), INSPECTED_ROWS) if isinstance(row, dict))
     names = list(dict.fromkeys(map(str, chain.from_iterable(rows))))
     if names and "file_name" not in names:
-        raise InputError(f"no column file_name in {str(table)!r}; its columns: {', '.join(map(printable, names))}")
+        raise InputError(f"no column file_name in {str(table)!r}; its columns: {', '.join(map(escape_name, names))}")
     if columns.label is not None:
         choose_column("label", columns.label, (), names, table)
     return choose_column("caption", columns.caption, CAPTION_COLUMNS, names, table) if names else "text"
 
 
-def metadata_rows(table: Path) -> Iterator[tuple[int, dict[str, Any] | Rejected]]:
+def iterate_metadata_rows(table: Path) -> Iterator[tuple[int, dict[str, Any] | RejectedSample]]:
     """(number, row); a row that does not parse is what is wrong with it."""
     if not table.is_file():
         raise InputError(f"{str(table)!r} is no ordinary file")
     if table.suffix == ".jsonl":
         with open(table, "rb") as lines:
-            yield from json_rows(lines)
+            yield from iterate_json_rows(lines)
     elif table.suffix == ".csv":
         try:
             with open(table, encoding="utf-8-sig", newline="") as text:
-                yield from csv_rows(text, table)
+                yield from iterate_csv_rows(text, table)
         except (csv.Error, UnicodeDecodeError) as error:
             raise InputError(f"{str(table)!r} is not CSV in UTF-8: {error}") from error
     else:
         try:
-            yield from enumerate(chain.from_iterable(map(rows_of, pq.ParquetFile(table).iter_batches(1_000))))
+            yield from enumerate(
+                chain.from_iterable(map(iterate_batch_rows, pq.ParquetFile(table).iter_batches(1_000)))
+            )
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{str(table)!r} does not read as parquet: {error}") from error
 
 
-def csv_rows(text: TextIO, table: Path) -> Iterator[tuple[int, dict[str, Any] | Rejected]]:
+def iterate_csv_rows(text: TextIO, table: Path) -> Iterator[tuple[int, dict[str, Any] | RejectedSample]]:
     reader = csv.DictReader(text)
     names = reader.fieldnames or []
     if repeated := [name for name, count in Counter(names).items() if count > 1]:
         raise InputError(f"column {repeated[0]!r} of {str(table)!r} is there twice; columns need names of their own")
     for number, row in enumerate(reader, start=2):
         if None in row:  # what a comma without quotes cuts off
-            yield number, Rejected(Reason.bad_row, f"more than {len(names)} values; a text with commas needs quotes")
+            yield (
+                number,
+                RejectedSample(Reason.bad_row, f"more than {len(names)} values; a text with commas needs quotes"),
+            )
         else:
             yield number, dict(row)
 
 
-def json_rows(lines: BinaryIO) -> Iterator[tuple[int, dict[str, Any] | Rejected]]:
+def iterate_json_rows(lines: BinaryIO) -> Iterator[tuple[int, dict[str, Any] | RejectedSample]]:
     number = 0
-    while line := lines.readline(MAX_LINE):
+    while line := lines.readline(MAX_LINE_BYTES):
         number += 1
-        if len(line) == MAX_LINE and not line.endswith(b"\n"):
-            while (rest := lines.readline(MAX_LINE)) and not rest.endswith(b"\n"):
+        if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+            while (rest := lines.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
                 pass
-            yield number, Rejected(Reason.bad_row, f"a line of more than {MAX_LINE:,} bytes")
+            yield number, RejectedSample(Reason.bad_row, f"a line of more than {MAX_LINE_BYTES:,} bytes")
         elif line.strip():
             try:
                 row = json.loads(line.decode("utf-8-sig"))
-                yield number, row if isinstance(row, dict) else Rejected(Reason.bad_row, "no JSON object")
+                yield number, row if isinstance(row, dict) else RejectedSample(Reason.bad_row, "no JSON object")
             except (ValueError, RecursionError) as error:
-                yield number, Rejected(Reason.bad_row, str(error)[:200])
+                yield number, RejectedSample(Reason.bad_row, str(error)[:200])
 
 
-def metadata_sample(
-    folder: str, place: str, row: dict[str, Any] | Rejected, columns: Columns, split: str | None
+def build_metadata_sample(
+    folder: str, place: str, row: dict[str, Any] | RejectedSample, columns: Columns, split: str | None
 ) -> Sample:
     sample = Sample(place)
     try:
-        if isinstance(row, Rejected):
+        if isinstance(row, RejectedSample):
             raise row
         name = row.get("file_name")
         if not isinstance(name, str) or not name:
-            raise Rejected(Reason.bad_row, "no file_name")
+            raise RejectedSample(Reason.bad_row, "no file_name")
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise Rejected(Reason.outside_folder, printable(name))
-        sample = located(folder + PurePosixPath(name).as_posix())
+            raise RejectedSample(Reason.outside_folder, escape_name(name))
+        sample = build_file_sample(folder + PurePosixPath(name).as_posix())
         if sample.problem is None:
-            sample.captions = captions_of(row.get(str(columns.caption)))
-            sample.keywords = keywords_of(row.get("keywords"))
-            sample.labels = labels_of(row.get(columns.label)) if columns.label else []
-            sample.split = split_of(row.get("split")) or split
-    except Rejected as error:
+            sample.captions = parse_captions(row.get(str(columns.caption)))
+            sample.keywords = parse_keywords(row.get("keywords"))
+            sample.labels = parse_labels(row.get(columns.label)) if columns.label else []
+            sample.split = parse_split(row.get("split")) or split
+    except RejectedSample as error:
         sample.problem = error
     return sample

@@ -9,12 +9,12 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from t2i.data.sources.metadata import METADATA, open_metadata
-from t2i.data.sources.samples import Columns, Notes, Source
+from t2i.data.sources.metadata import METADATA_FILES, open_metadata
+from t2i.data.sources.samples import Columns, Source, SourceNotes
 from t2i.data.sources.sidecars import has_pairs, open_sidecars
 from t2i.errors import InputError
 
-LEFTOVER = (".unfinished", ".replaced")  # of a folder that was being written
+LEFTOVER_SUFFIXES = (".unfinished", ".replaced")  # of a folder that was being written
 
 
 def open_source(name: str, columns: Columns) -> Source:
@@ -39,30 +39,30 @@ def open_source(name: str, columns: Columns) -> Source:
         raise InputError(f"{name!r} is neither a .tar nor a .parquet file; give one of them, or a folder")
     if not path.is_dir():
         raise InputError(f"{name!r} is no ordinary file and no folder")
-    files = list(walk(path, notes := Notes()))
-    if any(file.name in METADATA for file in files):
+    files = list(walk_files(path, notes := SourceNotes()))
+    if any(file.name in METADATA_FILES for file in files):
         return open_metadata(path, files, notes, columns)
     shards = [file for file in files if tars.is_tar(file)]
     tables = [file for file in files if file.suffix.lower() == ".parquet"]
     pairs = has_pairs(files)  # then a .tar or .parquet may have strayed in
-    if shards and (not pairs or any(map(tars.holds_pictures, shards))):
+    if shards and (not pairs or any(map(tars.has_images, shards))):
         return tars.open_tars(path, files, columns, notes)
-    if tables and (not pairs or any(map(rows.holds_pictures, tables))):
+    if tables and (not pairs or any(map(rows.has_image_column, tables))):
         return rows.open_parquet(path, files, columns, notes)
     return open_sidecars(path, files, notes, columns)
 
 
-def walk(root: Path, notes: Notes) -> Iterator[Path]:
+def walk_files(root: Path, notes: SourceNotes) -> Iterator[Path]:
     """The files below a folder, in order of their names, without hidden ones and those that a check wrote."""
 
-    def stop(error: OSError) -> None:
+    def raise_error(error: OSError) -> None:
         raise error
 
-    for folder, folders, names in os.walk(root, onerror=stop):
+    for folder, folders, names in os.walk(root, onerror=raise_error):
         here = Path(folder)
         links = [name for name in folders if (here / name).is_symlink()]
         notes.ignored.update({"linked folders": len(links)} if links else {})
-        folders[:] = sorted(name for name in folders if name not in links and not skipped(here / name))
+        folders[:] = sorted(name for name in folders if name not in links and not is_skipped_folder(here / name))
         for name in sorted(names):
             if name.startswith("."):
                 notes.ignored["hidden files"] += 1
@@ -70,9 +70,9 @@ def walk(root: Path, notes: Notes) -> Iterator[Path]:
                 yield here / name
 
 
-def skipped(folder: Path) -> bool:
-    return folder.name.startswith(".") or folder.name.endswith(LEFTOVER) or written_by_check(folder)
+def is_skipped_folder(folder: Path) -> bool:
+    return folder.name.startswith(".") or folder.name.endswith(LEFTOVER_SUFFIXES) or is_check_output(folder)
 
 
-def written_by_check(folder: Path) -> bool:
+def is_check_output(folder: Path) -> bool:
     return (folder / "manifest.parquet").is_file() and (folder / "report.json").is_file()

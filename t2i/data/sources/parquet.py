@@ -14,64 +14,64 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from t2i.data.reasons import Reason, Rejected
+from t2i.data.reasons import Reason, RejectedSample
 from t2i.data.sources.samples import (
     CAPTION_COLUMNS,
     Columns,
-    Notes,
     Sample,
     Source,
-    captions_of,
+    SourceNotes,
     choose_column,
-    ignore,
-    keywords_of,
-    labels_of,
-    printable,
-    relative,
-    rows_of,
-    split_of,
-    splits_by_name,
+    count_ignored_file,
+    escape_name,
+    get_relative_name,
+    infer_splits,
+    iterate_batch_rows,
+    parse_captions,
+    parse_keywords,
+    parse_labels,
+    parse_split,
 )
 from t2i.errors import InputError
 
 IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "jpeg", "png", "webp")
-MORE_COLUMNS = ("keywords", "split")  # used if they are there
-AT_ONCE = 64  # rows
+OPTIONAL_COLUMNS = ("keywords", "split")  # used if they are there
+COPY_BATCH_SIZE = 64  # rows
 
 
-def open_parquet(root: Path, files: list[Path], columns: Columns, notes: Notes | None = None) -> Source:
+def open_parquet(root: Path, files: list[Path], columns: Columns, notes: SourceNotes | None = None) -> Source:
     """Parquet files of the same columns. Raises InputError with the columns there are."""
-    notes = notes or Notes()
+    notes = notes or SourceNotes()
     tables = [file for file in files if file.suffix.lower() == ".parquet"]
     for file in files:
         if file not in tables:
-            ignore(file, notes)
+            count_ignored_file(file, notes)
     total = needed = 0
     for table in tables:
         parquet = open_table(table)
         chosen = choose_columns(parquet.schema_arrow, columns, table)  # complain before any work
         total += parquet.metadata.num_rows
-        needed += uncompressed(parquet.metadata, used_columns(parquet, chosen))
-    names = [relative(table, root) for table in tables]
+        needed += count_uncompressed_bytes(parquet.metadata, list_used_columns(parquet, chosen))
+    names = [get_relative_name(table, root) for table in tables]
 
-    def samples(work: Path) -> Iterator[Sample]:
+    def iterate_samples(work: Path) -> Iterator[Sample]:
         if (free := shutil.disk_usage(work).free) < needed:
             numbers = f"{needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB of disk are free"
             raise InputError(f"the rows of {str(root)!r} are copied uncompressed into {str(work.parent)!r}: {numbers}")
-        for number, (table, name, split) in enumerate(zip(tables, names, splits_by_name(names))):
+        for number, (table, name, split) in enumerate(zip(tables, names, infer_splits(names))):
             copy = work / "rows" / f"{number:05}.arrow"
             copy.parent.mkdir(exist_ok=True)
             chosen = choose_columns(open_table(table).schema_arrow, columns, table)
             copy_rows(table, chosen, copy)
-            yield from indexed_rows(copy, work, printable(name), chosen, split, notes)
+            yield from index_arrow_rows(copy, work, escape_name(name), chosen, split, notes)
 
-    return Source(None, samples, notes, total)
+    return Source(None, iterate_samples, notes, total)
 
 
-def holds_pictures(table: Path) -> bool:
+def has_image_column(table: Path) -> bool:
     """Whether a parquet file has a column of bytes."""
     try:
-        return any(holds_bytes(column.type) for column in open_table(table).schema_arrow)
+        return any(is_bytes_type(column.type) for column in open_table(table).schema_arrow)
     except InputError:
         return False
 
@@ -87,7 +87,7 @@ def open_table(path: Path) -> pq.ParquetFile:
 
 def choose_columns(schema: pa.Schema, columns: Columns, where: Path | str) -> Columns:
     """The columns of the picture and of the caption, by name and type."""
-    pictures = [column.name for column in schema if holds_bytes(column.type)]
+    pictures = [column.name for column in schema if is_bytes_type(column.type)]
     image = columns.image
     if image is None and len(pictures) == 1:
         image = pictures[0]
@@ -101,24 +101,24 @@ def choose_columns(schema: pa.Schema, columns: Columns, where: Path | str) -> Co
     return Columns(image, caption, columns.label and choose_column("label", columns.label, (), schema.names, where))
 
 
-def holds_bytes(kind: pa.DataType) -> bool:
+def is_bytes_type(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):  # how `datasets` keeps pictures
-        return kind.get_field_index("bytes") >= 0 and holds_bytes(kind.field("bytes").type)
+        return kind.get_field_index("bytes") >= 0 and is_bytes_type(kind.field("bytes").type)
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-def used_columns(parquet: pq.ParquetFile, columns: Columns) -> list[str]:
+def list_used_columns(parquet: pq.ParquetFile, columns: Columns) -> list[str]:
     assert columns.image and columns.caption
-    more = [name for name in more_columns(columns) if name in parquet.schema_arrow.names]
+    more = [name for name in list_optional_columns(columns) if name in parquet.schema_arrow.names]
     return list(dict.fromkeys([columns.image, columns.caption, *more]))
 
 
-def more_columns(columns: Columns) -> list[str]:
+def list_optional_columns(columns: Columns) -> list[str]:
     """Beside the picture's and the caption's; those that are not there are done without, but for the label's."""
-    return [*([columns.label] if columns.label else []), *MORE_COLUMNS]
+    return [*([columns.label] if columns.label else []), *OPTIONAL_COLUMNS]
 
 
-def uncompressed(metadata: pq.FileMetaData, names: list[str]) -> int:
+def count_uncompressed_bytes(metadata: pq.FileMetaData, names: list[str]) -> int:
     """Bytes of columns, by the file's own account."""
     groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
     parts = (group.column(number) for group in groups for number in range(group.num_columns))
@@ -128,10 +128,10 @@ def uncompressed(metadata: pq.FileMetaData, names: list[str]) -> int:
 def copy_rows(table: Path, columns: Columns, copy: Path) -> None:
     """The columns that are used, as an uncompressed Arrow stream."""
     parquet = open_table(table)
-    schema = pa.schema([parquet.schema_arrow.field(name) for name in used_columns(parquet, columns)])
+    schema = pa.schema([parquet.schema_arrow.field(name) for name in list_used_columns(parquet, columns)])
     try:
         with pa.OSFile(str(copy), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-            for batch in parquet.iter_batches(AT_ONCE, columns=schema.names):
+            for batch in parquet.iter_batches(COPY_BATCH_SIZE, columns=schema.names):
                 writer.write_batch(batch.select(schema.names))
     except (pa.ArrowException, OSError) as error:
         if getattr(error, "errno", None):  # the disk's, such as no space left
@@ -158,14 +158,14 @@ def open_hub(name: str, columns: Columns) -> Source:
         raise InputError(f"the data set {name!r} has no files in the cache of `datasets`")
     root = Path(commonpath([path.parent.resolve() for _, path in parts]))
     chosen = {path: choose_columns(open_arrow(path).schema, columns, f"{name}, {split}") for split, path in parts}
-    notes = Notes()
+    notes = SourceNotes()
 
-    def samples(work: Path) -> Iterator[Sample]:
+    def iterate_samples(work: Path) -> Iterator[Sample]:
         for split, path in parts:
             held = None if not several else "train" if split == "train" else "held_out"
-            yield from indexed_rows(path.resolve(), root, f"{split}/{path.name}", chosen[path], held, notes)
+            yield from index_arrow_rows(path.resolve(), root, f"{split}/{path.name}", chosen[path], held, notes)
 
-    return Source(root, samples, notes, sum(part.num_rows for part in loaded.values()))
+    return Source(root, iterate_samples, notes, sum(part.num_rows for part in loaded.values()))
 
 
 def open_arrow(path: Path) -> pa.RecordBatchStreamReader:
@@ -175,37 +175,39 @@ def open_arrow(path: Path) -> pa.RecordBatchStreamReader:
         raise InputError(f"{str(path)!r} does not read as an Arrow stream: {error}") from error
 
 
-def indexed_rows(
-    path: Path, root: Path, name: str, columns: Columns, split: str | None, notes: Notes
+def index_arrow_rows(
+    path: Path, root: Path, name: str, columns: Columns, split: str | None, notes: SourceNotes
 ) -> Iterator[Sample]:
     """Where in an Arrow file each picture's bytes lie."""
     assert columns.image and columns.caption
-    file = relative(path, root)
+    file = get_relative_name(path, root)
     whole = pa.memory_map(str(path)).read_buffer()
     notes.containers[file] = whole.size
     number = 0
     for batch in pa.ipc.open_stream(whole):
-        wanted = dict.fromkeys([columns.caption, *more_columns(columns)])
+        wanted = dict.fromkeys([columns.caption, *list_optional_columns(columns)])
         more = [key for key in wanted if key in batch.schema.names]
         pictures = batch.column(columns.image)
-        for picture, place, row in zip(pictures, places(pictures, whole), rows_of(batch.select(more))):
+        for picture, place, row in zip(
+            pictures, iterate_cell_ranges(pictures, whole), iterate_batch_rows(batch.select(more))
+        ):
             sample = Sample(f"{name}/{number}", split=split)
             number += 1
             try:
-                if isinstance(row, Rejected):
+                if isinstance(row, RejectedSample):
                     raise row
-                require_bytes(picture)
+                check_cell_bytes(picture)
                 sample.file, (sample.offset, sample.size) = file, place
-                sample.captions = captions_of(row[columns.caption])
-                sample.keywords = keywords_of(row.get("keywords"))
-                sample.labels = labels_of(row[columns.label]) if columns.label else []
-                sample.split = split_of(row.get("split")) or split
-            except Rejected as error:
+                sample.captions = parse_captions(row[columns.caption])
+                sample.keywords = parse_keywords(row.get("keywords"))
+                sample.labels = parse_labels(row[columns.label]) if columns.label else []
+                sample.split = parse_split(row.get("split")) or split
+            except RejectedSample as error:
                 sample.problem = error
             yield sample
 
 
-def places(pictures: pa.Array, whole: pa.Buffer) -> Iterator[tuple[int, int]]:
+def iterate_cell_ranges(pictures: pa.Array, whole: pa.Buffer) -> Iterator[tuple[int, int]]:
     """Offset and size of each cell's bytes in the mapped file."""
     if pa.types.is_struct(pictures.type):
         pictures = pictures.field("bytes")
@@ -217,12 +219,12 @@ def places(pictures: pa.Array, whole: pa.Buffer) -> Iterator[tuple[int, int]]:
     return ((start + first, last - first) for first, last in zip(ends, ends[1:]))
 
 
-def require_bytes(picture: Any) -> None:
-    """Raises Rejected if a cell holds no bytes."""
+def check_cell_bytes(picture: Any) -> None:
+    """Raises RejectedSample if a cell holds no bytes."""
     if isinstance(picture, pa.StructScalar) and picture.is_valid:
         if not picture["bytes"].is_valid and "path" in picture and picture["path"].is_valid:
-            path = printable(repr(picture["path"].as_py())[:100])
-            raise Rejected(Reason.no_picture, f"only its path, {path}; download the files and check their folder")
+            path = escape_name(repr(picture["path"].as_py())[:100])
+            raise RejectedSample(Reason.no_picture, f"only its path, {path}; download the files and check their folder")
         picture = picture["bytes"]
     if not picture.is_valid:
-        raise Rejected(Reason.no_picture)
+        raise RejectedSample(Reason.no_picture)

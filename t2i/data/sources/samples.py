@@ -9,21 +9,49 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
-from t2i.data.reasons import Reason, Rejected
+from t2i.data.reasons import Reason, RejectedSample
 from t2i.errors import InputError
 
-PICTURES = {".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+SUPPORTED_SUFFIXES = {
+    ".avif",
+    ".bmp",
+    ".gif",
+    ".jfif",
+    ".jpe",
+    ".jpeg",
+    ".jpg",
+    ".pgm",
+    ".png",
+    ".ppm",
+    ".tif",
+    ".tiff",
+    ".webp",
+}
 # Pictures too, but in formats that are not read; their files are not opened.
-UNREAD = {".arw", ".cr2", ".cr3", ".dng", ".eps", ".exr", ".heic", ".heif", ".ico", ".jp2", ".jxl", ".nef", ".orf"}
-UNREAD |= {".ai", ".pdf", ".ps", ".psd", ".raf", ".rw2", ".svg", ".svgz", ".tga", ".wmf", ".xcf"}
-PICTURE_SUFFIXES = PICTURES | UNREAD
-CAPTIONS = (".txt", ".caption")  # the first wins
+UNSUPPORTED_SUFFIXES = {
+    ".arw",
+    ".cr2",
+    ".cr3",
+    ".dng",
+    ".eps",
+    ".exr",
+    ".heic",
+    ".heif",
+    ".ico",
+    ".jp2",
+    ".jxl",
+    ".nef",
+    ".orf",
+}
+UNSUPPORTED_SUFFIXES |= {".ai", ".pdf", ".ps", ".psd", ".raf", ".rw2", ".svg", ".svgz", ".tga", ".wmf", ".xcf"}
+IMAGE_SUFFIXES = SUPPORTED_SUFFIXES | UNSUPPORTED_SUFFIXES
+CAPTION_SUFFIXES = (".txt", ".caption")  # the first wins
 CAPTION_COLUMNS = ("text", "caption", "captions")
-HELD_OUT = {"held_out", "test", "validation", "valid", "val", "dev", "eval"}
+HELD_OUT_NAMES = {"held_out", "test", "validation", "valid", "val", "dev", "eval"}
 
-MAX_CAPTION = 4_096  # characters
-MAX_CAPTIONS = 65_536  # bytes of a text file, characters of all captions and keywords of one picture
-MAX_NAME = 1_024
+MAX_CAPTION_LENGTH = 4_096  # characters
+MAX_TEXT_SIZE = 65_536  # bytes of a text file, characters of all captions and keywords of one picture
+MAX_NAME_LENGTH = 1_024
 
 
 @dataclass
@@ -38,11 +66,11 @@ class Sample:
     keywords: list[str] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)  # of a column that the user names
     split: str | None = None  # train, held_out, or None if the source does not say
-    problem: Rejected | None = None
+    problem: RejectedSample | None = None
 
 
 @dataclass
-class Notes:
+class SourceNotes:
     """What a source saw beside its samples."""
 
     ignored: Counter[str] = field(default_factory=Counter)  # files by suffix
@@ -52,11 +80,12 @@ class Notes:
 
 @dataclass
 class Source:
-    """`samples(work)` gives every sample once; a source that must write files of its own does so below `work`."""
+    """`iterate_samples(work)` gives every sample once; a source that must write files of its own does so below
+    `work`."""
 
     root: Path | None  # what files are relative to; None: the folder of the manifest
-    samples: Callable[[Path], Iterator[Sample]]
-    notes: Notes
+    iterate_samples: Callable[[Path], Iterator[Sample]]
+    notes: SourceNotes
     total: int | None = None  # samples, if known before
 
 
@@ -69,44 +98,44 @@ class Columns:
     label: str | None = None  # None: there are no labels
 
 
-def refuse_column(what: str, given: str | None, where: str) -> None:
+def check_column_unset(what: str, given: str | None, where: str) -> None:
     if given is not None:
         raise InputError(f"--{what}-column {given!r} says nothing here: {where}")
 
 
-def ignore(path: Path, notes: Notes) -> None:
+def count_ignored_file(path: Path, notes: SourceNotes) -> None:
     notes.ignored[path.suffix.lower() or "no suffix"] += 1
 
 
-def is_picture(file: Path) -> bool:
-    return file.suffix.lower() in PICTURE_SUFFIXES
+def is_image_file(file: Path) -> bool:
+    return file.suffix.lower() in IMAGE_SUFFIXES
 
 
-def relative(file: Path, root: Path) -> str:
+def get_relative_name(file: Path, root: Path) -> str:
     return file.relative_to(root).as_posix()
 
 
-def located(name: str) -> Sample:
+def build_file_sample(name: str) -> Sample:
     """The sample of a picture with a file of its own."""
     try:
-        key = checked_name(name)
-    except Rejected as error:
-        return Sample(printable(name), problem=error)
+        key = check_name(name)
+    except RejectedSample as error:
+        return Sample(escape_name(name), problem=error)
     sample = Sample(key, key)
-    if Path(name).suffix.lower() in UNREAD:
-        sample.problem = Rejected(Reason.unsupported_format, Path(name).suffix)
+    if Path(name).suffix.lower() in UNSUPPORTED_SUFFIXES:
+        sample.problem = RejectedSample(Reason.unsupported_format, Path(name).suffix)
     return sample
 
 
-def checked_name(name: str) -> str:
-    """A name that can be written down. Raises Rejected."""
-    if len(name) > MAX_NAME or "\0" in name or not is_utf8(name):
-        raise Rejected(Reason.bad_name, printable(name))
+def check_name(name: str) -> str:
+    """A name that can be written down. Raises RejectedSample."""
+    if len(name) > MAX_NAME_LENGTH or "\0" in name or not is_utf8(name):
+        raise RejectedSample(Reason.bad_name, escape_name(name))
     return name
 
 
-def printable(name: str) -> str:
-    return name[:MAX_NAME].encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
+def escape_name(name: str) -> str:
+    return name[:MAX_NAME_LENGTH].encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
 
 
 def is_utf8(text: str) -> bool:
@@ -118,44 +147,44 @@ def is_utf8(text: str) -> bool:
     return True
 
 
-def captions_of_bytes(data: bytes) -> list[str]:
-    """Each line that is not empty is a caption. Raises Rejected."""
-    if len(data) > MAX_CAPTIONS:
-        raise Rejected(Reason.caption_too_long, f"more than {MAX_CAPTIONS:,} bytes of text")
+def parse_caption_bytes(data: bytes) -> list[str]:
+    """Each line that is not empty is a caption. Raises RejectedSample."""
+    if len(data) > MAX_TEXT_SIZE:
+        raise RejectedSample(Reason.caption_too_long, f"more than {MAX_TEXT_SIZE:,} bytes of text")
     try:
-        return captions_of(data.decode("utf-8-sig").split("\n"))
+        return parse_captions(data.decode("utf-8-sig").split("\n"))
     except UnicodeDecodeError as error:
-        raise Rejected(Reason.caption_not_text, str(error)) from error
+        raise RejectedSample(Reason.caption_not_text, str(error)) from error
 
 
-def captions_of(value: Any) -> list[str]:
-    """The captions in the value of a column: a text or a list of them. Raises Rejected."""
+def parse_captions(value: Any) -> list[str]:
+    """The captions in the value of a column: a text or a list of them. Raises RejectedSample."""
     if value is None or value == []:
-        raise Rejected(Reason.no_caption)
-    captions = texts_of(value, Reason.caption_not_text)
+        raise RejectedSample(Reason.no_caption)
+    captions = parse_texts(value, Reason.caption_not_text)
     if not captions:
-        raise Rejected(Reason.empty_caption)
+        raise RejectedSample(Reason.empty_caption)
     for caption in captions:
-        if len(caption) > MAX_CAPTION:
-            raise Rejected(Reason.caption_too_long, f"{len(caption):,} characters: {caption[:40]} ...")
+        if len(caption) > MAX_CAPTION_LENGTH:
+            raise RejectedSample(Reason.caption_too_long, f"{len(caption):,} characters: {caption[:40]} ...")
     return captions
 
 
-def texts_of(value: Any, reason: Reason) -> list[str]:
+def parse_texts(value: Any, reason: Reason) -> list[str]:
     """The texts that are not empty in a text or a list of them."""
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise Rejected(reason, f"{printable(repr(value)[:80])} is neither a text nor a list of texts")
+        raise RejectedSample(reason, f"{escape_name(repr(value)[:80])} is neither a text nor a list of texts")
     if any("\0" in text or not is_utf8(text) for text in texts):
-        raise Rejected(reason, "it holds a NUL or half a character")
-    if sum(map(len, texts)) > MAX_CAPTIONS:
-        raise Rejected(Reason.caption_too_long, f"more than {MAX_CAPTIONS:,} characters")
+        raise RejectedSample(reason, "it holds a NUL or half a character")
+    if sum(map(len, texts)) > MAX_TEXT_SIZE:
+        raise RejectedSample(Reason.caption_too_long, f"more than {MAX_TEXT_SIZE:,} characters")
     return [text.strip() for text in texts if text.strip()]
 
 
 def choose_column(what: str, given: str | None, usual: tuple[str, ...], names: list[str], where: Path | str) -> str:
     """The column that is given, or the only one with a usual name. Raises InputError with the columns there are."""
-    there = f"the columns of {str(where)!r}: {', '.join(map(printable, names))}"
+    there = f"the columns of {str(where)!r}: {', '.join(map(escape_name, names))}"
     if given is not None:
         if given not in names:
             raise InputError(f"no column {given!r}; {there}")
@@ -167,7 +196,7 @@ def choose_column(what: str, given: str | None, usual: tuple[str, ...], names: l
     return found[0]
 
 
-def rows_of(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | Rejected]:
+def iterate_batch_rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | RejectedSample]:
     """The rows of a batch; Arrow takes any bytes for text until somebody looks at them."""
     try:
         yield from batch.to_pylist()
@@ -176,84 +205,86 @@ def rows_of(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | Rejected]:
             try:
                 yield batch.slice(number, 1).to_pylist()[0]
             except UnicodeDecodeError as error:
-                yield Rejected(Reason.caption_not_text, str(error))
+                yield RejectedSample(Reason.caption_not_text, str(error))
 
 
-def keywords_of(value: Any) -> list[str]:
+def parse_keywords(value: Any) -> list[str]:
     """A list of texts, or one text with commas."""
     if value is None:
         return []
-    return texts_of(value.split(",") if isinstance(value, str) else value, Reason.bad_row)
+    return parse_texts(value.split(",") if isinstance(value, str) else value, Reason.bad_row)
 
 
-def labels_of(value: Any) -> list[str]:
+def parse_labels(value: Any) -> list[str]:
     """A text or a whole number, or a list of them; none for nothing."""
     values = value if isinstance(value, list) else [value]
-    return texts_of([str(one) if isinstance(one, int) else one for one in values if one is not None], Reason.bad_row)
+    return parse_texts([str(one) if isinstance(one, int) else one for one in values if one is not None], Reason.bad_row)
 
 
-def split_of(value: Any) -> str | None:
-    """train or held_out for the names in use; None for nothing. Raises Rejected."""
+def parse_split(value: Any) -> str | None:
+    """train or held_out for the names in use; None for nothing. Raises RejectedSample."""
     if value is None or value == "":
         return None
     name = value.lower() if isinstance(value, str) else value
     if name == "train":
         return "train"
-    if isinstance(name, str) and name in HELD_OUT:
+    if isinstance(name, str) and name in HELD_OUT_NAMES:
         return "held_out"
-    raise Rejected(Reason.bad_row, f"split must be train or one of {', '.join(sorted(HELD_OUT))}, got {value!r}"[:200])
+    raise RejectedSample(
+        Reason.bad_row, f"split must be train or one of {', '.join(sorted(HELD_OUT_NAMES))}, got {value!r}"[:200]
+    )
 
 
-def splits_by_name(names: list[str]) -> list[str | None]:
+def infer_splits(names: list[str]) -> list[str | None]:
     """The splits of files or folders, from names such as test/a.tar and train-00000.parquet.
 
     None for all if that would leave no picture to train on, or none held out.
     """
-    splits = [split_by_name(name) for name in names]
+    splits = [infer_split(name) for name in names]
     return splits if "train" in splits and "held_out" in splits else [None] * len(names)
 
 
-def split_by_name(name: str) -> str | None:
+def infer_split(name: str) -> str | None:
     for part in PurePosixPath(name.lower()).parts:
         word = re.split(r"[-.]", part)[0]
-        if word == "train" or word in HELD_OUT:
-            return split_of(word)
+        if word == "train" or word in HELD_OUT_NAMES:
+            return parse_split(word)
     return None
 
 
 # ---- reading ----
 
 
-def open_inside(root: Path, name: str) -> BinaryIO:
-    """An ordinary file below `root` (an absolute path without links), to be read. Raises Rejected.
+def open_inside_root(root: Path, name: str) -> BinaryIO:
+    """An ordinary file below `root` (an absolute path without links), to be read. Raises RejectedSample.
 
     Nothing else is ever opened: opening a pipe can hang for ever, and opening a device can do things.
     """
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-        raise Rejected(Reason.outside_folder, name)
+        raise RejectedSample(Reason.outside_folder, name)
     try:
         path = (root / name).resolve(strict=True)
         if not path.is_relative_to(root):
-            raise Rejected(Reason.outside_folder, f"a link to {path}")
+            raise RejectedSample(Reason.outside_folder, f"a link to {path}")
         if not path.is_file():
-            raise Rejected(Reason.not_a_file, name)
+            raise RejectedSample(Reason.not_a_file, name)
         return open(path, "rb")
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise Rejected(Reason.missing_file, name) from error
+        raise RejectedSample(Reason.missing_file, name) from error
     except (OSError, RuntimeError, ValueError) as error:  # a circle of links, a name too long, no permission
-        raise error if isinstance(error, Rejected) else Rejected(Reason.unreadable, str(error)) from error
+        raise error if isinstance(error, RejectedSample) else RejectedSample(Reason.unreadable, str(error)) from error
 
 
 def read_range(root: Path, name: str, offset: int, size: int | None, limit: int = 2**28) -> bytes:
-    """The bytes of a picture. Raises Rejected."""
+    """The bytes of a picture. Raises RejectedSample."""
     if size is not None and size > limit:
-        raise Rejected(Reason.too_many_bytes, f"{size:,}")
-    with open_inside(root, name) as file:
+        raise RejectedSample(Reason.too_many_bytes, f"{size:,}")
+    with open_inside_root(root, name) as file:
         try:
             file.seek(offset)
             data = file.read(limit + 1 if size is None else size)
         except OSError as error:
-            raise Rejected(Reason.unreadable, str(error)) from error
+            raise RejectedSample(Reason.unreadable, str(error)) from error
     if len(data) > limit:
-        raise Rejected(Reason.too_many_bytes)
+        raise RejectedSample(Reason.too_many_bytes)
     return data

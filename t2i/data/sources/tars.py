@@ -13,89 +13,91 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, BinaryIO
 
-from t2i.data.reasons import Reason, Rejected
+from t2i.data.reasons import Reason, RejectedSample
 from t2i.data.sources.samples import (
     CAPTION_COLUMNS,
-    CAPTIONS,
-    MAX_CAPTIONS,
-    PICTURE_SUFFIXES,
-    UNREAD,
+    CAPTION_SUFFIXES,
+    IMAGE_SUFFIXES,
+    MAX_TEXT_SIZE,
+    UNSUPPORTED_SUFFIXES,
     Columns,
-    Notes,
     Sample,
     Source,
-    captions_of,
-    captions_of_bytes,
-    checked_name,
-    ignore,
-    open_inside,
-    printable,
-    refuse_column,
-    relative,
-    splits_by_name,
+    SourceNotes,
+    check_column_unset,
+    check_name,
+    count_ignored_file,
+    escape_name,
+    get_relative_name,
+    infer_splits,
+    open_inside_root,
+    parse_caption_bytes,
+    parse_captions,
 )
 from t2i.errors import InputError
 
-MAX_READ = 2**20  # of a header: names and PAX records longer than this are refused
-MAX_JSON = 2**20
-COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstandard
-COMPRESSED_NAMES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+MAX_HEADER_SIZE = 2**20  # of a header: names and PAX records longer than this are refused
+MAX_JSON_SIZE = 2**20
+COMPRESSION_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstandard
+COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 def is_tar(file: Path) -> bool:
-    return file.name.lower().endswith((".tar", *COMPRESSED_NAMES))
+    return file.name.lower().endswith((".tar", *COMPRESSED_SUFFIXES))
 
 
 def is_compressed(file: Path) -> bool:
     if not file.is_file():
         return False
     with open(file, "rb") as start:
-        return file.name.lower().endswith(COMPRESSED_NAMES) or (is_tar(file) and start.read(6).startswith(COMPRESSED))
+        return file.name.lower().endswith(COMPRESSED_SUFFIXES) or (
+            is_tar(file) and start.read(6).startswith(COMPRESSION_MAGIC)
+        )
 
 
-def holds_pictures(file: Path) -> bool:
+def has_images(file: Path) -> bool:
     """Whether a tar has a picture in it; a compressed one is not looked into, and is refused later."""
     if is_compressed(file):
         return True
     try:
-        with open_inside(file.parent, file.name) as opened:
-            shard = Shard(file.name, opened, Notes())
-            shard.index()
+        with open_inside_root(file.parent, file.name) as opened:
+            shard = TarShard(file.name, opened, SourceNotes())
+            shard.index_members()
             return any(group.picture for group in shard.members.values())
-    except Rejected:
+    except RejectedSample:
         return False
 
 
-def open_tars(root: Path, files: list[Path], columns: Columns, notes: Notes | None = None) -> Source:
+def open_tars(root: Path, files: list[Path], columns: Columns, notes: SourceNotes | None = None) -> Source:
     """Shards of pictures with .txt (else .json) captions. Raises InputError for compressed ones."""
-    refuse_column("image", columns.image, "tars hold pictures as files")
-    refuse_column("label", columns.label, "tars hold no labels")
-    notes = notes or Notes()
+    check_column_unset("image", columns.image, "tars hold pictures as files")
+    check_column_unset("label", columns.label, "tars hold no labels")
+    notes = notes or SourceNotes()
     shards = [file for file in files if is_tar(file)]
     for shard in shards:
         if is_compressed(shard):
             raise InputError(f"{str(shard)!r} is compressed and cannot be read by offset; unpack it to a plain .tar")
     for file in files:
         if not is_tar(file) and not file.name.endswith("_stats.json"):
-            ignore(file, notes)
-    notes.shards += gaps([relative(shard, root) for shard in shards])
+            count_ignored_file(file, notes)
+    notes.shards += find_shard_gaps([get_relative_name(shard, root) for shard in shards])
 
-    def samples(work: Path) -> Iterator[Sample]:
-        names = [relative(shard, root) for shard in shards]
-        for name, split in zip(names, splits_by_name(names)):
+    def iterate_samples(work: Path) -> Iterator[Sample]:
+        names = [get_relative_name(shard, root) for shard in shards]
+        for name, split in zip(names, infer_splits(names)):
             try:
-                with open_inside(root, checked_name(name)) as file:
-                    shard = Shard(name, file, notes)
-                    shard.index()
-                    yield from shard.samples(columns.caption, split)
+                with open_inside_root(root, check_name(name)) as file:
+                    shard = TarShard(name, file, notes)
+                    shard.index_members()
+                    yield from shard.iterate_samples(columns.caption, split)
                     compare_with_stats(root, name, len(shard.members), notes)
-            except Rejected as error:
-                notes.shards.append(f"{printable(name)}: {error}")
+            except RejectedSample as error:
+                notes.shards.append(f"{escape_name(name)}: {error}")
 
-    return Source(root, samples, notes)
+    return Source(root, iterate_samples, notes)
 
 
-def gaps(names: list[str]) -> list[str]:
+def find_shard_gaps(names: list[str]) -> list[str]:
     """Numbers that are missing between the first and the last of numbered shards."""
     numbers: dict[tuple[str, int], set[int]] = defaultdict(set)
     for name in names:
@@ -111,19 +113,19 @@ def gaps(names: list[str]) -> list[str]:
     return missing
 
 
-def compare_with_stats(root: Path, name: str, found: int, notes: Notes) -> None:
+def compare_with_stats(root: Path, name: str, found: int, notes: SourceNotes) -> None:
     """img2dataset counts what it wrote into a shard beside it."""
     stats = name.removesuffix(".tar") + "_stats.json"
     try:
-        with open_inside(root, stats) as file:
-            expected = json.loads(file.read(MAX_JSON)).get("successes")
-    except (Rejected, ValueError, AttributeError, RecursionError):
+        with open_inside_root(root, stats) as file:
+            expected = json.loads(file.read(MAX_JSON_SIZE)).get("successes")
+    except (RejectedSample, ValueError, AttributeError, RecursionError):
         return
     if isinstance(expected, int) and expected != found:
         notes.shards.append(f"{name}: {found:,} samples, its {PurePosixPath(stats).name} says {expected:,}")
 
 
-class Guarded:
+class GuardedFile:
     """A file that refuses to read much at once: the sizes in a tar's headers can say anything."""
 
     def __init__(self, file: BinaryIO):
@@ -131,42 +133,42 @@ class Guarded:
         self.seek, self.tell = file.seek, file.tell
 
     def read(self, size: int = -1) -> bytes:
-        if not 0 <= size <= MAX_READ:
+        if not 0 <= size <= MAX_HEADER_SIZE:
             raise tarfile.ReadError(f"a header of {size:,} bytes")
         return self.file.read(size)
 
 
 @dataclass
-class Members:
+class MemberGroup:
     """What a shard holds of one key."""
 
     picture: tarfile.TarInfo | None = None
-    texts: dict[str, bytes | Rejected] = field(default_factory=dict)  # by suffix
-    problem: Rejected | None = None
+    texts: dict[str, bytes | RejectedSample] = field(default_factory=dict)  # by suffix
+    problem: RejectedSample | None = None
 
 
-class Shard:
+class TarShard:
     """One open tar. Every file in it that is whole is counted; nothing in it is followed, written or unpickled."""
 
-    def __init__(self, name: str, file: BinaryIO, notes: Notes):
+    def __init__(self, name: str, file: BinaryIO, notes: SourceNotes):
         self.name, self.file, self.notes = name, file, notes
         self.size = file.seek(0, 2)
-        self.members: dict[str, Members] = {}
+        self.members: dict[str, MemberGroup] = {}
         notes.containers[name] = self.size
 
-    def index(self) -> None:
+    def index_members(self) -> None:
         """Find the members of every key."""
         self.file.seek(0)
         end = 0  # of the last member
         try:
-            guarded: IO[bytes] = Guarded(self.file)  # type: ignore[assignment]
+            guarded: IO[bytes] = GuardedFile(self.file)  # type: ignore[assignment]
             with tarfile.open(fileobj=guarded, mode="r:") as tar:
                 while (member := tar.next()) is not None:
                     if tar.offset <= end or member.size < 0:
-                        raise tarfile.ReadError(f"{printable(member.name)!r} has a size of {member.size:,}")
+                        raise tarfile.ReadError(f"{escape_name(member.name)!r} has a size of {member.size:,}")
                     end = tar.offset
                     tar.members = []  # type: ignore[attr-defined]  # it would keep them all
-                    self.add(member)
+                    self.add_member(member)
                     if end > self.size:
                         break
         except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
@@ -176,11 +178,11 @@ class Shard:
         if self.file.read(512) != bytes(512):
             place = f"byte {min(end, self.size):,} of {self.size:,}"
             self.notes.shards.append(f"{self.name}: truncated or damaged at {place}, no end-of-archive mark is there")
-        elif any(block.strip(b"\0") for block in iter(lambda: self.file.read(MAX_READ), b"")):
+        elif any(block.strip(b"\0") for block in iter(lambda: self.file.read(MAX_HEADER_SIZE), b"")):
             place = f"byte {end:,} of {self.size:,}"
             self.notes.shards.append(f"{self.name}: ends at {place}; what follows, such as another tar, is not read")
 
-    def add(self, member: tarfile.TarInfo) -> None:
+    def add_member(self, member: tarfile.TarInfo) -> None:
         path = PurePosixPath(member.name)
         if member.isdir():
             return
@@ -189,65 +191,65 @@ class Shard:
             return
         stem, _, suffixes = path.name.partition(".")
         suffix = PurePosixPath("x." + suffixes.lower()).suffix
-        if suffix not in (*PICTURE_SUFFIXES, *CAPTIONS, ".json") or not stem:
+        if suffix not in (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES, ".json") or not stem:
             self.notes.ignored[suffix or "no suffix"] += 1
             return
-        group = self.members.setdefault(str(path.with_name(stem)), Members())
+        group = self.members.setdefault(str(path.with_name(stem)), MemberGroup())
         if path.is_absolute() or ".." in path.parts:
-            group.problem = Rejected(Reason.outside_folder, printable(member.name))
-        elif suffix in PICTURE_SUFFIXES:
+            group.problem = RejectedSample(Reason.outside_folder, escape_name(member.name))
+        elif suffix in IMAGE_SUFFIXES:
             if group.picture is not None:
-                detail = f"{printable(group.picture.name)}, then {printable(member.name)}"
-                group.problem = Rejected(Reason.repeated_key, detail)
+                detail = f"{escape_name(group.picture.name)}, then {escape_name(member.name)}"
+                group.problem = RejectedSample(Reason.repeated_key, detail)
             group.picture = member
         elif suffix in group.texts:
-            group.problem = Rejected(Reason.repeated_key, f"two files {printable(member.name)}")
+            group.problem = RejectedSample(Reason.repeated_key, f"two files {escape_name(member.name)}")
         else:
-            group.texts[suffix] = self.text(member, MAX_JSON if suffix == ".json" else MAX_CAPTIONS + 1)
+            group.texts[suffix] = self.read_text(member, MAX_JSON_SIZE if suffix == ".json" else MAX_TEXT_SIZE + 1)
 
-    def text(self, member: tarfile.TarInfo, limit: int) -> bytes | Rejected:
+    def read_text(self, member: tarfile.TarInfo, limit: int) -> bytes | RejectedSample:
         if member.offset_data + member.size > self.size:
-            return Rejected(Reason.truncated, "the shard ends within the caption")
+            return RejectedSample(Reason.truncated, "the shard ends within the caption")
         self.file.seek(member.offset_data)
         return self.file.read(min(member.size, limit))
 
-    def samples(self, column: str | None, split: str | None) -> Iterator[Sample]:
+    def iterate_samples(self, column: str | None, split: str | None) -> Iterator[Sample]:
         for key, group in self.members.items():
-            sample = Sample(f"{self.name}/{printable(key)}", split=split)
+            sample = Sample(f"{self.name}/{escape_name(key)}", split=split)
             try:
-                checked_name(key)
+                check_name(key)
                 if group.problem:
                     raise group.problem
                 if group.picture is None:
-                    raise Rejected(Reason.no_picture)
-                if PurePosixPath(group.picture.name).suffix.lower() in UNREAD:
-                    raise Rejected(Reason.unsupported_format, PurePosixPath(group.picture.name).suffix)
+                    raise RejectedSample(Reason.no_picture)
+                if PurePosixPath(group.picture.name).suffix.lower() in UNSUPPORTED_SUFFIXES:
+                    raise RejectedSample(Reason.unsupported_format, PurePosixPath(group.picture.name).suffix)
                 sample.file, sample.offset, sample.size = self.name, group.picture.offset_data, group.picture.size
                 if sample.offset + sample.size > self.size:
-                    raise Rejected(Reason.truncated, "the shard ends within the picture")
-                sample.captions = captions_of_texts(group.texts, column)
-            except Rejected as error:
+                    raise RejectedSample(Reason.truncated, "the shard ends within the picture")
+                sample.captions = parse_member_captions(group.texts, column)
+            except RejectedSample as error:
                 sample.problem = error
             yield sample
 
 
-def captions_of_texts(texts: dict[str, bytes | Rejected], column: str | None) -> list[str]:
+def parse_member_captions(texts: dict[str, bytes | RejectedSample], column: str | None) -> list[str]:
     """The captions of a sample: of its text file, or else of its JSON."""
-    for suffix in CAPTIONS:
+    for suffix in CAPTION_SUFFIXES:
         if suffix in texts and column is None:
-            return captions_of_bytes(whole(texts[suffix]))
+            return parse_caption_bytes(unwrap_text(texts[suffix]))
     if ".json" not in texts:
-        raise Rejected(Reason.no_caption, "no .txt and no .json in the shard")
+        raise RejectedSample(Reason.no_caption, "no .txt and no .json in the shard")
     try:
-        row: Any = json.loads(whole(texts[".json"]))
+        row: Any = json.loads(unwrap_text(texts[".json"]))
     except (ValueError, RecursionError) as error:
-        raise Rejected(Reason.bad_row, f"its .json does not parse: {error}"[:200]) from error
+        raise RejectedSample(Reason.bad_row, f"its .json does not parse: {error}"[:200]) from error
     names = [column] if column else CAPTION_COLUMNS
     value = next((row[name] for name in names if row.get(name) is not None), None) if isinstance(row, dict) else None
-    return captions_of(value)
+    return parse_captions(value)
 
 
-def whole(text: bytes | Rejected) -> bytes:
-    if isinstance(text, Rejected):
+def unwrap_text(text: bytes | RejectedSample) -> bytes:
+    if isinstance(text, RejectedSample):
         raise text
     return text

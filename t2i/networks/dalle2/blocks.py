@@ -13,7 +13,7 @@ from t2i.networks.linear import Linear
 CROSS_HEADS, CROSS_WIDTH = 8, 64  # of the attention to the condition: no argument sets them
 
 
-class Parts:
+class BlockFactory:
     """What the levels of a U-Net are made of."""
 
     def __init__(
@@ -33,28 +33,28 @@ class Parts:
         self.cosine_self, self.old, self.sparse = cosine_self, old_attention, sparse
         self.down_kernels, self.old_downsample, self.shuffles = down_kernels, old_downsample, shuffles
 
-    def block(self, width: int, out: int, groups: int, reads: bool = False) -> nn.Module:
+    def build_resnet_block(self, width: int, out: int, groups: int, reads: bool = False) -> nn.Module:
         return ResnetBlock(width, out, self.time, self.cond if reads else None, groups, self.cosine_cross)
 
-    def attention(self, width: int, full: bool) -> nn.Module:
+    def build_self_attention(self, width: int, full: bool) -> nn.Module:
         if full:
-            return OverPixels(Residual(Attention(width, *self.heads, self.cosine_self, self.old)))
+            return PixelSequence(Residual(Attention(width, *self.heads, self.cosine_self, self.old)))
         return Residual(LinearAttention(width, *self.heads, self.old)) if self.sparse else nn.Identity()
 
-    def down(self, width: int, out: int) -> nn.Module:
+    def build_downsample_layer(self, width: int, out: int) -> nn.Module:
         if self.down_kernels:
             return CrossEmbedding(width, out, self.down_kernels, stride=2)
         if self.old_downsample:
             return nn.Conv2d(width, out, 4, 2, 1)
         return nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4 * width, out, 1))
 
-    def up(self, width: int, out: int) -> nn.Module:
+    def build_upsample_layer(self, width: int, out: int) -> nn.Module:
         if self.shuffles:
-            return Shuffled(width, out)
+            return PixelShuffleUpsample(width, out)
         return nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(width, out, 3, padding=1))
 
 
-def each(value: Any, count: int) -> list:
+def expand_per_level(value: Any, count: int) -> list:
     """A value of each level: given so, or one for all."""
     values = list(value) if isinstance(value, list | tuple) else [value] * count
     if len(values) != count:
@@ -71,7 +71,7 @@ class Residual(nn.Module):
         return self.fn(x) + x
 
 
-class OverPixels(nn.Module):
+class PixelSequence(nn.Module):
     """`fn` of the pixels as a sequence."""
 
     def __init__(self, fn: nn.Module):
@@ -82,7 +82,7 @@ class OverPixels(nn.Module):
         return self.fn(x.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(-1, x.shape[-2:])
 
 
-class Shuffled(nn.Module):
+class PixelShuffleUpsample(nn.Module):
     """Twice the sides, from channels."""
 
     def __init__(self, width: int, out: int):
@@ -111,7 +111,7 @@ class CrossEmbedding(nn.Module):
         return torch.cat([conv(x) for conv in self.convs], dim=1)
 
 
-class Block(nn.Module):
+class ConvBlock(nn.Module):
     def __init__(self, width: int, out: int, groups: int):
         super().__init__()
         self.project = nn.Conv2d(width, out, 3, padding=1)
@@ -126,7 +126,7 @@ class ResnetBlock(nn.Module):
         super().__init__()
         self.time_mlp = nn.Sequential(nn.SiLU(), Linear(time, 2 * out))
         self.cross_attn = None if cond is None else CrossAttention(out, cond, cosine)
-        self.block1, self.block2 = Block(width, out, groups), Block(out, out, groups)
+        self.block1, self.block2 = ConvBlock(width, out, groups), ConvBlock(out, out, groups)
         self.res_conv = nn.Conv2d(width, out, 1) if width != out else nn.Identity()
 
     def forward(self, x: Tensor, vector: Tensor, tokens: Tensor | None = None) -> Tensor:

@@ -14,11 +14,11 @@ from torch import Generator, Tensor, nn
 from t2i.checks import check_integer
 from t2i.diffusion.condition import ImageCondition, TokenStates
 from t2i.diffusion.ddim import ExactDDIMScheduler
-from t2i.diffusion.denoiser import MAX_STEPS, OnStep, Wrap, draw_noise, sample
+from t2i.diffusion.denoiser import MAX_STEPS, PredictTransform, StepCallback, generate_noise, sample_from_noise
 from t2i.errors import InputError
-from t2i.networks.dalle2.layers import nothing
+from t2i.networks.dalle2.layers import build_null_embeds
 from t2i.networks.dalle2.unet import Unet
-from t2i.networks.upsampler import reduced
+from t2i.networks.upsampler import reduce_to_low_resolution
 
 
 @dataclass
@@ -43,7 +43,7 @@ class DALLE2Decoder(ModelMixin, ConfigMixin):
         reads_masks, clip_fingerprint, text_encoder_fingerprint: as of `t2i.networks.unet_decoder.UNetDecoder`.
     """
 
-    usual_guidance, usual_steps = 1.7, 100  # the scale is that of LAION's own program for its decoder
+    default_guidance_scale, default_steps = 1.7, 100  # the scale is that of LAION's own program for its decoder
     _no_split_modules = ["ResnetBlock"]
     lora_targets = ("to_q", "to_kv", "to_out.0")
 
@@ -85,12 +85,14 @@ class DALLE2Decoder(ModelMixin, ConfigMixin):
 
     @apply_forward_hook
     def prepare(self, condition: ImageCondition) -> DALLE2DecoderContext:
-        hiddens, image = self.net.image_condition(condition.embedding, (condition.embedding == 0).all(dim=-1))
+        hiddens, image = self.net.embed_image_condition(condition.embedding, (condition.embedding == 0).all(dim=-1))
         if self.config.text_width is None:
             return DALLE2DecoderContext(hiddens, image, None)
         if condition.text is None:
             raise ValueError("this decoder reads captions: its condition needs a text")
-        return DALLE2DecoderContext(hiddens, image, self.net.text_condition(condition.text.states, condition.text.mask))
+        return DALLE2DecoderContext(
+            hiddens, image, self.net.embed_text_condition(condition.text.states, condition.text.mask)
+        )
 
     @apply_forward_hook
     def step(self, x: Tensor, t: Tensor, context: DALLE2DecoderContext) -> Tensor:
@@ -98,7 +100,7 @@ class DALLE2Decoder(ModelMixin, ConfigMixin):
 
     def null(self, count: int) -> ImageCondition:
         """The zero z_i, and a caption of no tokens if it reads captions."""
-        z_i = nothing(self, count)
+        z_i = build_null_embeds(self, count)
         if self.config.text_width is None:
             return ImageCondition(z_i)
         states = z_i.new_zeros(count, 1, self.config.text_width)
@@ -177,7 +179,7 @@ class DALLE2Cascade(ModelMixin, ConfigMixin):
 
     def encode(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, 3, H / factor, W / factor), bicubic with antialiasing."""
-        return reduced(image, self.factor)
+        return reduce_to_low_resolution(image, self.factor)
 
     def decode(self, latents: Tensor) -> Tensor:
         """(B, 3, h, w) -> (B, 3, factor h, factor w): each pixel a square."""
@@ -185,42 +187,42 @@ class DALLE2Cascade(ModelMixin, ConfigMixin):
 
     @apply_forward_hook
     @torch.no_grad()
-    def draw(
+    def draw_images(
         self,
         latents: Tensor,
         generators: list[Generator],
         steps: int = 100,
         noise: Tensor | None = None,
         progress: Callable[[Iterable], Iterable] = iter,
-        on_step: OnStep | None = None,
-        wrap: Wrap | None = None,
+        on_step: StepCallback | None = None,
+        wrap: PredictTransform | None = None,
     ) -> Tensor:
         """(N, 3, factor h, factor w) in [-1, 1], fp32, of small pictures, (N, 3, h, w), on their device.
 
         generators: one a picture. steps: of each U-Net. noise: what the last one starts from, like the result, else
-        drawn from the generators. on_step, wrap: of the last one; see `t2i.diffusion.denoiser.sample`.
+        drawn from the generators. on_step, wrap: of the last one; see `t2i.diffusion.denoiser.sample_from_noise`.
         """
         check_integer("steps", steps, 1, MAX_STEPS)
         x, before = latents.float(), self.config.low_size
         for i, (net, size, level) in enumerate(zip(self.nets, self.config.sizes, self.config.noise_levels)):
             last = i == len(self.nets) - 1
             low = F.interpolate(x, scale_factor=size // before, mode="nearest").clamp(-1, 1)
-            start = noise if last and noise is not None else draw_noise(low.shape[1:], generators, low.device)
+            start = noise if last and noise is not None else generate_noise(low.shape[1:], generators, low.device)
             if start.shape != low.shape:
                 raise InputError(f"the noise must be of shape {tuple(low.shape)}, got {tuple(start.shape)}")
-            predict = self.predict(net, low, level, generators)
+            predict = self.build_unet_predict(net, low, level, generators)
             predict = wrap(predict) if last and wrap is not None else predict
             scheduler, start = self.all_schedulers[i], start.to(low.device).float()
-            x = sample(predict, scheduler, start, steps, generators, progress, on_step if last else None)
+            x = sample_from_noise(predict, scheduler, start, steps, generators, progress, on_step if last else None)
             before = size
         return x.clamp(-1, 1)
 
-    def predict(self, net: nn.Module, low: Tensor, level: int | None, generators: list[Generator]) -> Any:
+    def build_unet_predict(self, net: nn.Module, low: Tensor, level: int | None, generators: list[Generator]) -> Any:
         """What a U-Net predicts of pictures whose small one is `low`, (N, 3, H, W), enlarged."""
         levels = None
         if level is not None:
             levels = torch.full((len(low),), level, device=low.device)
-            low = self.noising.add_noise(low, draw_noise(low.shape[1:], generators, low.device), levels)
+            low = self.noising.add_noise(low, generate_noise(low.shape[1:], generators, low.device), levels)
         low = low.to(self.dtype)
 
         def predict(x: Tensor, t: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ KeyValue = tuple[Tensor, Tensor]  # each (B, 1, L, head_width): one head of them
 
 COSINE_SCALE = 16.0
 OLD_BIAS_SCALE = 128.0  # releases before 1.4.3 multiplied what they had divided queries by, and the bias with it
-ROTATED = 32  # dimensions of a head that rotary positions turn, at most
+MAX_ROTARY_WIDTH = 32  # dimensions of a head that rotary positions turn, at most
 
 
 class Norm(nn.Module):
@@ -58,10 +58,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, width) -> the same: every token sees every other."""
-        return self.with_key_value(x)[0]
+        return self.forward_with_key_value(x)[0]
 
     @apply_forward_hook  # it is called instead of `forward`, where offloading brings the weights
-    def with_key_value(
+    def forward_with_key_value(
         self, x: Tensor, bias: Tensor | None = None, past: KeyValue | None = None
     ) -> tuple[Tensor, KeyValue]:
         """Also the keys and values of x, which stand behind those of `past`.
@@ -73,7 +73,7 @@ class Attention(nn.Module):
         key, value = self.to_kv(x)[:, None].chunk(2, dim=-1)
         if self.rotary:
             first = 0 if past is None else past[0].shape[2]
-            query, key = turned(query, first), turned(key, first)
+            query, key = apply_rotary_positions(query, first), apply_rotary_positions(key, first)
         null_key, null_value = self.null_kv.to(x.dtype)[:, None, None, None].expand(-1, len(x), -1, -1, -1)
         if self.cosine:
             query, key, null_key = (F.normalize(one, dim=-1) for one in (query, key, null_key))
@@ -87,9 +87,9 @@ class Attention(nn.Module):
         return self.to_out(out.transpose(1, 2).flatten(2)), (key, value)
 
 
-def turned(x: Tensor, first: int) -> Tensor:
+def apply_rotary_positions(x: Tensor, first: int) -> Tensor:
     """(B, heads, L, C) at the positions from `first` on; neighbouring dimensions are turned together."""
-    width = min(ROTATED, x.shape[-1])
+    width = min(MAX_ROTARY_WIDTH, x.shape[-1])
     frequencies = 10_000 ** (-torch.arange(0, width, 2, device=x.device, dtype=torch.float32) / width)
     angles = torch.arange(first, first + x.shape[-2], device=x.device)[:, None] * frequencies
     cos, sin = angles.cos(), angles.sin()
@@ -98,7 +98,7 @@ def turned(x: Tensor, first: int) -> Tensor:
     return torch.cat([both.to(x.dtype), x[..., width:]], dim=-1)
 
 
-def sinusoids(t: Tensor, width: int) -> Tensor:
+def embed_timesteps(t: Tensor, width: int) -> Tensor:
     """(B,) -> (B, width), fp32: sines, then cosines; the slowest has a wavelength of exactly 2 pi 10,000."""
     half = width // 2
     frequencies = 10_000 ** (-torch.arange(half, device=t.device, dtype=torch.float32) / (half - 1))
@@ -106,7 +106,7 @@ def sinusoids(t: Tensor, width: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
-def nothing(model: Any, count: int) -> Tensor:
+def build_null_embeds(model: Any, count: int) -> Tensor:
     """(count, D), zeros: the embedding that says nothing. On the CPU while the model's weights are on no device."""
     device = torch.device("cpu") if model.device.type == "meta" else model.device
     return torch.zeros(count, model.config.embed_dim, device=device, dtype=model.dtype)

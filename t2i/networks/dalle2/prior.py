@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from t2i.checks import check_integer
 from t2i.diffusion.condition import TextEncoding
-from t2i.networks.dalle2.layers import OLD_BIAS_SCALE, Attention, KeyValue, Norm, nothing, sinusoids
+from t2i.networks.dalle2.layers import OLD_BIAS_SCALE, Attention, KeyValue, Norm, build_null_embeds, embed_timesteps
 from t2i.networks.linear import Linear
 
-BUCKETS, FARTHEST = 32, 128  # of the relative positions
+POSITION_BUCKETS, MAX_POSITION_DISTANCE = 32, 128  # of the relative positions
 
 
 @dataclass
@@ -86,7 +86,7 @@ class DALLE2Prior(ModelMixin, ConfigMixin):
         check_integer("context_length", context_length, 1, 1024)
         check_integer("depth", depth, 1, 1024)
         self.embed_scale = embed_dim**0.5 if embed_scale is None else embed_scale
-        self.net = Network(self.config)
+        self.net = PriorNetwork(self.config)
 
     @property
     def states_width(self) -> int | None:
@@ -104,37 +104,37 @@ class DALLE2Prior(ModelMixin, ConfigMixin):
         states, mask = text.states[:, :length], text.mask[:, :length] & self.config.reads_captions
         extra = length - mask.shape[1]
         states, mask = F.pad(states, (0, 0, 0, extra)), F.pad(mask, (0, extra))
-        _, past = self.net.causal_transformer(self.net.caption_tokens(text.embedding, states, mask, dropped))
+        _, past = self.net.causal_transformer(self.net.build_caption_tokens(text.embedding, states, mask, dropped))
         return DALLE2PriorContext(past, dropped)
 
     @apply_forward_hook
     def step(self, x: Tensor, t: Tensor, context: DALLE2PriorContext) -> Tensor:
         """The rest of the sequence: time, noisy z_i and query."""
-        tokens = self.net.image_tokens(x, t, context.dropped)
+        tokens = self.net.build_image_tokens(x, t, context.dropped)
         tokens, _ = self.net.causal_transformer(tokens, context.past)
-        return self.net.causal_transformer.finished(tokens[:, -1])
+        return self.net.causal_transformer.project_last_token(tokens[:, -1])
 
     def null(self, count: int) -> TextEncoding:
         """The zero z_t, and a caption of no tokens."""
-        z_t = nothing(self, count)
+        z_t = build_null_embeds(self, count)
         states = z_t[:, None]
         return TextEncoding(z_t, states, torch.zeros(states.shape[:2], dtype=torch.bool, device=z_t.device))
 
-    def scale(self, z_i: Tensor) -> Tensor:
+    def scale_image_embeds(self, z_i: Tensor) -> Tensor:
         """Unit-length z_i -> what the prior denoises."""
         return z_i * self.embed_scale
 
-    def unscale(self, x: Tensor) -> Tensor:
+    def unscale_image_embeds(self, x: Tensor) -> Tensor:
         """The reverse, of unit length whatever x is."""
         return F.normalize(x, dim=-1)
 
 
-class Network(nn.Module):
+class PriorNetwork(nn.Module):
     def __init__(self, config: dict):
         super().__init__()
         width = config["embed_dim"]
-        self.to_text_embeds = nn.Sequential(several(width, config["text_tokens"]))
-        self.to_image_embeds = nn.Sequential(several(width, config["image_tokens"]))
+        self.to_text_embeds = nn.Sequential(build_token_layer(width, config["text_tokens"]))
+        self.to_image_embeds = nn.Sequential(build_token_layer(width, config["image_tokens"]))
         self.width, total = width, width * config["time_tokens"]
         steps = config["num_timesteps"]
         self.to_time_embeds = nn.Sequential(
@@ -151,7 +151,7 @@ class Network(nn.Module):
             self.null_text_embed = nn.Parameter(torch.randn(1, length, width))
 
     @apply_forward_hook
-    def caption_tokens(self, z_t: Tensor, states: Tensor, mask: Tensor, dropped: Tensor) -> Tensor:
+    def build_caption_tokens(self, z_t: Tensor, states: Tensor, mask: Tensor, dropped: Tensor) -> Tensor:
         """The caption, (B, L, D), with learned padding, and z_t: (B, L + text_tokens, D). dropped: (B,), of both."""
         padding = self.null_text_encodings if self.learned_null else self.null_text_embed
         caption = torch.where((mask & ~dropped[:, None])[..., None], states, padding.to(states.dtype))
@@ -161,17 +161,17 @@ class Network(nn.Module):
         return torch.cat([caption, z_t], dim=1)
 
     @apply_forward_hook
-    def image_tokens(self, x: Tensor, t: Tensor, dropped: Tensor) -> Tensor:
+    def build_image_tokens(self, x: Tensor, t: Tensor, dropped: Tensor) -> Tensor:
         """Time, noisy z_i and query."""
         table = isinstance(self.to_time_embeds[0], nn.Embedding)
-        time = self.to_time_embeds(t.long() if table else sinusoids(t, self.width).to(x.dtype))
+        time = self.to_time_embeds(t.long() if table else embed_timesteps(t, self.width).to(x.dtype))
         time, image = (one.unflatten(-1, (-1, self.width)) for one in (time.to(x.dtype), self.to_image_embeds(x)))
         if self.learned_null:
             image = torch.where(dropped[:, None, None], self.null_image_embed.to(x.dtype), image)
         return torch.cat([time, image, self.learned_query.to(x.dtype).expand(len(x), 1, -1)], dim=1)
 
 
-def several(width: int, count: int) -> nn.Module:
+def build_token_layer(width: int, count: int) -> nn.Module:
     """`count` tokens from a vector; a single one is the vector itself."""
     return Linear(width, width * count) if count > 1 else nn.Identity()
 
@@ -193,7 +193,7 @@ class CausalTransformer(nn.Module):
         width = config["embed_dim"]
         self.bias_scale = OLD_BIAS_SCALE if config["old_attention"] else 1.0
         self.init_norm = Norm(width) if config["norm_in"] else nn.Identity()
-        self.rel_pos_bias = RelativePositions(config["heads"])
+        self.rel_pos_bias = RelativePositionBias(config["heads"])
         self.layers = nn.ModuleList(Layer(config) for _ in range(config["depth"]))
         self.norm = Norm(width, stable=True) if config["norm_out"] else nn.Identity()
         self.project_out = Linear(width, width, bias=False) if config["project_out"] else nn.Identity()
@@ -208,7 +208,7 @@ class CausalTransformer(nn.Module):
             found.append(pair)
         return x, found
 
-    def finished(self, x: Tensor) -> Tensor:
+    def project_last_token(self, x: Tensor) -> Tensor:
         return self.project_out(self.norm(x))
 
 
@@ -233,7 +233,7 @@ class Layer(nn.ModuleList):
         )
 
     def forward(self, x: Tensor, bias: Tensor, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
-        attended, pair = self[0].with_key_value(x, bias, past)
+        attended, pair = self[0].forward_with_key_value(x, bias, past)
         x = x + attended
         return x + self[1](x), pair
 
@@ -244,12 +244,12 @@ class SwiGLU(nn.Module):
         return value * F.silu(gate)
 
 
-class RelativePositions(nn.Module):
+class RelativePositionBias(nn.Module):
     """A learned bias for each distance of a key, in buckets that grow with it (as T5's), and none ahead."""
 
     def __init__(self, heads: int):
         super().__init__()
-        self.relative_attention_bias = nn.Embedding(BUCKETS, heads)
+        self.relative_attention_bias = nn.Embedding(POSITION_BUCKETS, heads)
 
     def forward(self, first: int, count: int, device: torch.device) -> Tensor:
         """(heads, count, 1 + first + count), fp32: of the queries from `first` on. Key 0 is the learned one.
@@ -259,8 +259,8 @@ class RelativePositions(nn.Module):
         query = torch.arange(first, first + count, device=device)[:, None]
         key = torch.arange(1 + first + count, device=device)
         distance = (query - key).clamp(min=0)
-        exact = BUCKETS // 2
-        share = (distance.clamp(min=1).float() / exact).log() / math.log(FARTHEST / exact)
-        far = (exact + (share * (BUCKETS - exact)).long()).clamp(max=BUCKETS - 1)
+        exact = POSITION_BUCKETS // 2
+        share = (distance.clamp(min=1).float() / exact).log() / math.log(MAX_POSITION_DISTANCE / exact)
+        far = (exact + (share * (POSITION_BUCKETS - exact)).long()).clamp(max=POSITION_BUCKETS - 1)
         bias = self.relative_attention_bias(torch.where(distance < exact, distance, far)).permute(2, 0, 1).float()
         return bias.masked_fill(key > query + 1, float("-inf"))

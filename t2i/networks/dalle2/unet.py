@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from t2i.checks import check_integer
 from t2i.errors import InputError
-from t2i.networks.dalle2.blocks import CrossEmbedding, Parts, each
-from t2i.networks.dalle2.layers import sinusoids
+from t2i.networks.dalle2.blocks import BlockFactory, CrossEmbedding, expand_per_level
+from t2i.networks.dalle2.layers import embed_timesteps
 from t2i.networks.linear import Linear
 
 
@@ -75,28 +75,38 @@ class Unet(nn.Module):
         old_downsample: bool = False,
     ):
         super().__init__()
-        states = needed("text_embed_dim", text_embed_dim, "cond_on_text_encodings", cond_on_text_encodings)
-        embeds = needed("image_embed_dim", image_embed_dim, "cond_on_image_embeds", cond_on_image_embeds)
-        check_sizes(dim, max_text_len, cond_dim or dim, embeds)
+        states = resolve_condition_width(
+            "text_embed_dim", text_embed_dim, "cond_on_text_encodings", cond_on_text_encodings
+        )
+        embeds = resolve_condition_width(
+            "image_embed_dim", image_embed_dim, "cond_on_image_embeds", cond_on_image_embeds
+        )
+        check_unet_sizes(dim, max_text_len, cond_dim or dim, embeds)
         self.dim, self.skip_scale = dim, 2**-0.5 if scale_skip_connection else 1.0
         cond, time, count = cond_dim or dim, 4 * dim, len(dim_mults)
-        self.condition(dim, cond, embeds, add_image_embeds_to_time, num_image_tokens, num_time_tokens)
-        self.captions(cond, states, max_text_len)
-        self.to_lowres_noise_cond = level_layers(dim, time) if lowres_noise_cond else None
+        self.build_condition_layers(dim, cond, embeds, add_image_embeds_to_time, num_image_tokens, num_time_tokens)
+        self.build_caption_layers(cond, states, max_text_len)
+        self.to_lowres_noise_cond = build_noise_level_layers(dim, time) if lowres_noise_cond else None
         widths = [init_dim or dim, *(dim * factor for factor in dim_mults)]
         read = channels * (2 if lowres_cond else 1)
         several = init_cross_embed_kernel_sizes if init_cross_embed else None
-        self.init_conv = first_layer(read, widths[0], several, init_conv_kernel_size)
+        self.init_conv = build_first_layer(read, widths[0], several, init_conv_kernel_size)
         attention = (attn_heads, attn_dim_head), cosine_sim_self_attn, old_attention, sparse_attn
         halving = tuple(cross_embed_downsample_kernel_sizes) if cross_embed_downsample else ()
-        parts = Parts(cond, time, cosine_sim_cross_attn, *attention, halving, old_downsample, pixel_shuffle_upsample)
-        attends, blocks, groups = (each(value, count) for value in (self_attn, num_resnet_blocks, resnet_groups))
-        self.levels(widths, parts, attends, blocks, groups, memory_efficient)
+        parts = BlockFactory(
+            cond, time, cosine_sim_cross_attn, *attention, halving, old_downsample, pixel_shuffle_upsample
+        )
+        attends, blocks, groups = (
+            expand_per_level(value, count) for value in (self_attn, num_resnet_blocks, resnet_groups)
+        )
+        self.build_unet_levels(widths, parts, attends, blocks, groups, memory_efficient)
         seen = dim + (channels if lowres_cond else 0)
-        self.to_out = same_size(seen, channels_out or channels, final_conv_kernel_size)
+        self.to_out = build_same_size_conv(seen, channels_out or channels, final_conv_kernel_size)
         self.multiple = 2 ** (count - (0 if memory_efficient else 1))
 
-    def condition(self, dim: int, cond: int, embed_dim: int | None, added: bool, images: int, times: int) -> None:
+    def build_condition_layers(
+        self, dim: int, cond: int, embed_dim: int | None, added: bool, images: int, times: int
+    ) -> None:
         """The layers that make tokens and vectors of the time and of z_i."""
         time = 4 * dim
         self.to_time_hiddens = nn.Sequential(nn.Identity(), Linear(dim, time), nn.GELU())
@@ -112,50 +122,56 @@ class Unet(nn.Module):
         self.null_image_embed = nn.Parameter(torch.randn(1, images, cond))
         self.null_image_hiddens = nn.Parameter(torch.randn(1, time))
 
-    def captions(self, cond: int, states: int | None, length: int) -> None:
+    def build_caption_layers(self, cond: int, states: int | None, length: int) -> None:
         """The layer that makes tokens of a caption's states, and the tokens that pad them."""
         self.text_to_cond = None if states is None else Linear(states, cond)
         self.null_text_embed = nn.Parameter(torch.randn(1, length, cond))
 
-    def levels(self, widths: list[int], parts: "Parts", attends: list, blocks: list, groups: list, early: bool) -> None:
+    def build_unet_levels(
+        self, widths: list[int], parts: "BlockFactory", attends: list, blocks: list, groups: list, early: bool
+    ) -> None:
         """The way down, the middle, and the way up. early: a level begins with its downsampling."""
         pairs, last = list(zip(widths[:-1], widths[1:])), len(widths) - 2
         outer = self.dim
-        self.init_resnet_block = parts.block(widths[0], widths[0], groups[0]) if early else None
+        self.init_resnet_block = parts.build_resnet_block(widths[0], widths[0], groups[0]) if early else None
         self.downs, self.ups = nn.ModuleList(), nn.ModuleList()
         for i, (inner, out) in enumerate(pairs):
             width, reads = (out if early else inner), i > 0
             self.downs.append(
                 nn.ModuleList(
                     [
-                        parts.down(inner, out) if early else nn.Identity(),
-                        parts.block(width, width, groups[i]),
-                        nn.ModuleList(parts.block(width, width, groups[i], reads) for _ in range(blocks[i])),
-                        parts.attention(width, attends[i]),
-                        nn.Conv2d(width, out, 1) if early or i == last else parts.down(width, out),
+                        parts.build_downsample_layer(inner, out) if early else nn.Identity(),
+                        parts.build_resnet_block(width, width, groups[i]),
+                        nn.ModuleList(
+                            parts.build_resnet_block(width, width, groups[i], reads) for _ in range(blocks[i])
+                        ),
+                        parts.build_self_attention(width, attends[i]),
+                        nn.Conv2d(width, out, 1) if early or i == last else parts.build_downsample_layer(width, out),
                     ]
                 )
             )
-        self.mid_block1 = parts.block(widths[-1], widths[-1], groups[-1], True)
-        self.mid_attn = parts.attention(widths[-1], True)
-        self.mid_block2 = parts.block(widths[-1], widths[-1], groups[-1], True)
+        self.mid_block1 = parts.build_resnet_block(widths[-1], widths[-1], groups[-1], True)
+        self.mid_attn = parts.build_self_attention(widths[-1], True)
+        self.mid_block2 = parts.build_resnet_block(widths[-1], widths[-1], groups[-1], True)
         for i, (inner, out) in reversed(list(enumerate(pairs))):
             skipped, reads = (out if early else inner), i > 0
             self.ups.append(
                 nn.ModuleList(
                     [
-                        parts.block(out + skipped, out, groups[i], reads),
-                        nn.ModuleList(parts.block(out + skipped, out, groups[i], reads) for _ in range(blocks[i])),
-                        parts.attention(out, attends[i]),
-                        parts.up(out, inner) if early or i > 0 else nn.Identity(),
+                        parts.build_resnet_block(out + skipped, out, groups[i], reads),
+                        nn.ModuleList(
+                            parts.build_resnet_block(out + skipped, out, groups[i], reads) for _ in range(blocks[i])
+                        ),
+                        parts.build_self_attention(out, attends[i]),
+                        parts.build_upsample_layer(out, inner) if early or i > 0 else nn.Identity(),
                     ]
                 )
             )
         # The first level's first width is that of the picture's features, to which the last block returns.
-        self.final_resnet_block = parts.block(2 * outer, outer, groups[0])
+        self.final_resnet_block = parts.build_resnet_block(2 * outer, outer, groups[0])
 
     @apply_forward_hook
-    def image_condition(self, z_i: Tensor, dropped: Tensor) -> tuple[Tensor | None, Tensor]:
+    def embed_image_condition(self, z_i: Tensor, dropped: Tensor) -> tuple[Tensor | None, Tensor]:
         """z_i, (B, D), and where there is none, (B,) -> what is added to the time, and tokens, (B, L, cond_dim)."""
         assert self.image_to_tokens is not None, "a U-Net that reads no z_i is not asked"
         tokens = self.image_to_tokens(z_i)
@@ -166,7 +182,7 @@ class Unet(nn.Module):
         return torch.where(dropped[:, None], self.null_image_hiddens.to(hiddens.dtype), hiddens), tokens
 
     @apply_forward_hook
-    def text_condition(self, states: Tensor, mask: Tensor) -> Tensor:
+    def embed_text_condition(self, states: Tensor, mask: Tensor) -> Tensor:
         """A caption's states, (B, L, W), and which count -> (B, max_text_len, cond_dim), padded with learned tokens."""
         assert self.text_to_cond is not None, "a U-Net that reads no captions is not asked"
         length = self.null_text_embed.shape[1]
@@ -185,26 +201,27 @@ class Unet(nn.Module):
         low: Tensor | None = None,
         level: Tensor | None = None,
     ) -> Tensor:
-        """hiddens, image, text: of `image_condition` and `text_condition`. low: (B, channels, H, W), enlarged; level:
+        """hiddens, image, text: of `embed_image_condition` and `embed_text_condition`. low: (B, channels, H, W),
+        enlarged; level:
         (B,), the timestep that it was noised to."""
         if any(side % self.multiple for side in x.shape[-2:]):
             raise InputError(f"sides must be multiples of {self.multiple} for this U-Net, got {tuple(x.shape[-2:])}")
         noisy = x if low is None else torch.cat([x, low], dim=1)
         x = start = self.init_conv(noisy)
-        time = self.to_time_hiddens(sinusoids(t, self.dim).to(x.dtype))
+        time = self.to_time_hiddens(embed_timesteps(t, self.dim).to(x.dtype))
         tokens, vector = self.to_time_tokens(time), self.to_time_cond(time)
         if level is not None and self.to_lowres_noise_cond is not None:
-            vector = vector + self.to_lowres_noise_cond(sinusoids(level, self.dim).to(x.dtype))
+            vector = vector + self.to_lowres_noise_cond(embed_timesteps(level, self.dim).to(x.dtype))
         if hiddens is not None:
             vector = vector + hiddens
         if image is not None:
             tokens = torch.cat([tokens, image], dim=1)
         middle = self.norm_mid_cond(tokens if text is None else torch.cat([tokens, text], dim=1))
-        x = self.through(x, vector, self.norm_cond(tokens), middle)
+        x = self.run_unet_levels(x, vector, self.norm_cond(tokens), middle)
         x = self.final_resnet_block(torch.cat([x, start], dim=1), vector)
         return self.to_out(x if low is None else torch.cat([x, low], dim=1))
 
-    def through(self, x: Tensor, vector: Tensor, tokens: Tensor, middle: Tensor) -> Tensor:
+    def run_unet_levels(self, x: Tensor, vector: Tensor, tokens: Tensor, middle: Tensor) -> Tensor:
         """Down and up again."""
         if self.init_resnet_block is not None:
             x = self.init_resnet_block(x, vector)
@@ -226,29 +243,31 @@ class Unet(nn.Module):
         return x
 
 
-def needed(name: str, value: int | None, reader: str, reads: bool) -> int | None:
+def resolve_condition_width(name: str, value: int | None, reader: str, reads: bool) -> int | None:
     """The dimensions of what is read; None if it is not."""
     if reads and value is None:
         raise InputError(f"a U-Net with {reader} needs {name}, got none")
     return value if reads else None
 
 
-def check_sizes(dim: int, max_text_len: int, cond: int, embed_dim: int | None) -> None:
+def check_unet_sizes(dim: int, max_text_len: int, cond: int, embed_dim: int | None) -> None:
     check_integer("dim", dim, 4, 65_536)
     check_integer("max_text_len", max_text_len, 1, 1024)
     if embed_dim == cond:
         raise InputError(f"image_embed_dim and cond_dim are both {cond}: such a U-Net fails in DALLE2-pytorch too")
 
 
-def level_layers(dim: int, time: int) -> nn.Module:
+def build_noise_level_layers(dim: int, time: int) -> nn.Module:
     """They make a vector of how much the small picture was noised."""
     return nn.Sequential(nn.Identity(), Linear(dim, time), nn.GELU(), Linear(time, time))
 
 
-def same_size(width: int, out: int, kernel: int) -> nn.Module:
+def build_same_size_conv(width: int, out: int, kernel: int) -> nn.Module:
     return nn.Conv2d(width, out, kernel, padding=kernel // 2)
 
 
-def first_layer(width: int, out: int, several: Any, kernel: int) -> nn.Module:
+def build_first_layer(width: int, out: int, several: Any, kernel: int) -> nn.Module:
     """Convolutions of several sizes side by side; without such, of one."""
-    return same_size(width, out, kernel) if several is None else CrossEmbedding(width, out, several, stride=1)
+    return (
+        build_same_size_conv(width, out, kernel) if several is None else CrossEmbedding(width, out, several, stride=1)
+    )

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from t2i.checks import check_integer
 from t2i.errors import InputError
-from t2i.files.untrusted import MAX_TOKENIZER, check_files, check_size, is_folder, read_json
+from t2i.files.untrusted import MAX_TOKENIZER_BYTES, check_folder_files, check_size_limit, is_folder, read_json
 
-START, END = "<|startoftext|>", "<|endoftext|>"
-WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-MAX_CONTEXT = 4096  # tokens of a caption
+START_TOKEN, END_TOKEN = "<|startoftext|>", "<|endoftext|>"
+WORD_PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+MAX_CONTEXT_LENGTH = 4096  # tokens of a caption
 Merges = list[tuple[str, str]]
 
 
@@ -38,9 +38,9 @@ class CLIPTokenizer:
         vocab: dict[str, int],
         merges: Merges,
         context_length: int,
-        pad: str = END,
-        start: str = START,
-        end: str = END,
+        pad: str = END_TOKEN,
+        start: str = START_TOKEN,
+        end: str = END_TOKEN,
     ):
         self.vocab, self.merges, self.context_length = vocab, merges, context_length
         self.names = {"pad_token": pad, "bos_token": start, "eos_token": end}
@@ -48,12 +48,14 @@ class CLIPTokenizer:
         self.tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token=end, end_of_word_suffix="</w>"))
         spaces = normalizers.Replace(Regex(r"\s+"), " ")
         self.tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
-        words = pre_tokenizers.Split(Regex(WORDS), "removed", invert=True)
+        words = pre_tokenizers.Split(Regex(WORD_PATTERN), "removed", invert=True)
         self.tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False)])
         self.tokenizer.decoder = decoders.ByteLevel()
 
     @classmethod
-    def load(cls, folder: Path, context_length: int, vocab_size: int, root: Path | None = None) -> "CLIPTokenizer":
+    def from_folder(
+        cls, folder: Path, context_length: int, vocab_size: int, root: Path | None = None
+    ) -> "CLIPTokenizer":
         """From vocab.json and merges.txt, or tokenizer.json, for a text tower of so many positions and tokens.
 
         root: the pipeline's folder, which links may lead into. Raises InputError for files that are missing or damaged
@@ -61,16 +63,16 @@ class CLIPTokenizer:
         """
         if not is_folder(folder):
             raise InputError(f"no folder {folder.name!r} in {str(folder.parent)!r}; a text encoder needs its tokenizer")
-        check_files(folder, root)
-        vocab, merges = read_pairs(folder)
+        check_folder_files(folder, root)
+        vocab, merges = read_vocabulary(folder)
         about: dict[str, Any] = {}
         for name in ("tokenizer_config.json", "special_tokens_map.json"):  # of older folders the second counts, if any
             if (folder / name).is_file() and "added_tokens_decoder" not in about:
                 about |= read_json(folder / name)
         if "auto_map" in about:
             raise InputError(f"{str(folder)!r} has 'auto_map'; only this project's own code is run")
-        names = {"pad": about.get("pad_token") or END, "start": about.get("bos_token") or START}
-        names["end"] = about.get("eos_token") or END
+        names = {"pad": about.get("pad_token") or END_TOKEN, "start": about.get("bos_token") or START_TOKEN}
+        names["end"] = about.get("eos_token") or END_TOKEN
         names = {key: value.get("content") if isinstance(value, dict) else value for key, value in names.items()}
         if unknown := [value for value in names.values() if vocab.get(value) is None]:
             raise InputError(f"the vocabulary in {str(folder)!r} lacks the token {unknown[0]!r:.80}")
@@ -78,7 +80,7 @@ class CLIPTokenizer:
             raise InputError(f"{str(folder)!r} has a token {highest}; the text encoder knows {vocab_size}, from 0 on")
         longest = about.get("model_max_length", context_length)  # without one, transformers writes 1e30
         length = int(min(longest, context_length)) if isinstance(longest, int | float) else context_length
-        check_integer(f"model_max_length in {str(folder)!r}", length, 3, MAX_CONTEXT)
+        check_integer(f"model_max_length in {str(folder)!r}", length, 3, MAX_CONTEXT_LENGTH)
         try:
             tokenizer = cls(vocab, merges, length, **names)
             tokenizer(["", "a picture"])
@@ -96,7 +98,7 @@ class CLIPTokenizer:
             row[: len(ids)] = torch.tensor(ids)
         return tokens
 
-    def cut(self, text: str) -> str:
+    def find_truncated_text(self, text: str) -> str:
         """The end of a text that does not fit, empty if all does."""
         rest = self.tokenizer.encode(text).offsets[self.context_length - 2 :]
         return text[rest[0][0] :].strip() if rest else ""
@@ -117,18 +119,18 @@ class CLIPTokenizer:
         return hashlib.sha256(json.dumps([sorted(self.vocab.items()), self.merges]).encode()).hexdigest()
 
 
-def read_pairs(folder: Path) -> tuple[dict[str, int], Merges]:
+def read_vocabulary(folder: Path) -> tuple[dict[str, int], Merges]:
     """The vocabulary and the merges in a tokenizer's folder."""
     single, merges_file = folder / "tokenizer.json", folder / "merges.txt"
     if single.is_file():
-        model = read_json(single, MAX_TOKENIZER).get("model")
+        model = read_json(single, MAX_TOKENIZER_BYTES).get("model")
         model = model if isinstance(model, dict) else {}
         if model.get("type", "BPE") != "BPE" or model.get("end_of_word_suffix") != "</w>" or model.get("dropout"):
             raise InputError(f"{str(single)!r} holds no byte pairs as CLIP has them")
         vocab, listed = model.get("vocab"), model.get("merges")
     else:
-        vocab = read_json(folder / "vocab.json", MAX_TOKENIZER)
-        check_size(merges_file, MAX_TOKENIZER)
+        vocab = read_json(folder / "vocab.json", MAX_TOKENIZER_BYTES)
+        check_size_limit(merges_file, MAX_TOKENIZER_BYTES)
         try:
             lines = merges_file.read_text(encoding="utf-8").split("\n")
         except (OSError, ValueError) as error:

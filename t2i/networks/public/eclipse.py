@@ -10,9 +10,9 @@ from diffusers.configuration_utils import register_to_config
 from torch import Generator, Tensor, nn
 
 from t2i.diffusion.condition import TextEncoding
-from t2i.diffusion.denoiser import draw_noise
+from t2i.diffusion.denoiser import generate_noise
 from t2i.networks.linear import Linear
-from t2i.networks.prior import PriorBlock, caption_tokens
+from t2i.networks.prior import PriorBlock, embed_caption_tokens
 
 
 class EclipsePrior(ModelMixin, ConfigMixin):
@@ -52,7 +52,7 @@ class EclipsePrior(ModelMixin, ConfigMixin):
     def forward(self, noise: Tensor, text: TextEncoding) -> Tensor:
         """noise: (B, D) of unit variance -> z_i, (B, D), of any length."""
         image = torch.stack([self.from_image(noise), self.query.expand(len(noise), -1)], dim=1) + self.positions[-2:]
-        tokens = torch.cat([caption_tokens(self, text), image], dim=1)
+        tokens = torch.cat([embed_caption_tokens(self, text), image], dim=1)
         length = tokens.shape[1]
         mask = torch.cat([text.mask, text.mask.new_ones(len(noise), 3)], dim=1)[:, None, None, :]
         mask = mask & torch.ones(length, length, dtype=torch.bool, device=noise.device).tril()
@@ -61,9 +61,11 @@ class EclipsePrior(ModelMixin, ConfigMixin):
         return self.to_image(self.norm(tokens[:, -1]))
 
     @torch.no_grad()
-    def draw(self, text: TextEncoding, generators: list[Generator], noise: Tensor | None = None) -> Tensor:
+    def sample_image_embeds(
+        self, text: TextEncoding, generators: list[Generator], noise: Tensor | None = None
+    ) -> Tensor:
         """z_i of any length, (N, D), fp32, on the device of `text`. noise: (N, D), else drawn from the generators."""
         device = text.embedding.device
         if noise is None:
-            noise = draw_noise((self.config.embed_dim,), generators, device)
+            noise = generate_noise((self.config.embed_dim,), generators, device)
         return self(noise.to(device, self.dtype), text.to(device, self.dtype)).float()

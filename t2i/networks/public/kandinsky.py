@@ -16,30 +16,30 @@ from torch import Tensor
 from t2i.checks import check_integer
 from t2i.diffusion.condition import ImageCondition, TokenStates
 from t2i.errors import InputError
-from t2i.files.component import Component, filled
-from t2i.networks.decoder import known_of
-from t2i.networks.linear import by_onednn
-from t2i.networks.unet_steps import Prepared, prepare, run
+from t2i.files.component import Component, load_from_components
+from t2i.networks.decoder import resolve_masked_latents
+from t2i.networks.linear import use_onednn_linear
+from t2i.networks.unet_steps import UNetStepContext, prepare_unet_context, run_unet_step
 
-CONDITIONS = {  # what a U-Net is told, by its addition_embed_type and encoder_hid_dim_type
+VERSIONS_BY_CONDITION = {  # what a U-Net is told, by its addition_embed_type and encoder_hid_dim_type
     ("image", "image_proj"): "2.2",
     ("text_image", "text_image_proj"): "2.1",
 }
-CAPTION = 77  # tokens that 2.1 attends to, whatever the caption's length
-EXTRA = ("null_embedding", "null_states", "null_pooled")
+CAPTION_LENGTH = 77  # tokens that 2.1 attends to, whatever the caption's length
+NULL_BUFFERS = ("null_embedding", "null_states", "null_pooled")
 
 
 @dataclass
 class KandinskyContext:
     condition: dict[str, Any]  # as the U-Net's `forward` takes it
-    prepared: Prepared | None  # the same, as its steps take it; None for a U-Net that they do not know
-    known: Tensor | None  # (B, C + 1, h, w): the latents that stay, and 1 where they do
+    step_context: UNetStepContext | None  # the same, as its steps take it; None for a U-Net that they do not know
+    masked_latents: Tensor | None  # (B, C + 1, h, w): the latents that stay, and 1 where they do
 
 
 class KandinskyDecoder(ModelMixin, ConfigMixin):
     """Denoises MoVQ's latents, given an ImageCondition with z_i as CLIP's projection has it.
 
-    The other arguments follow from `model`; `described` says them.
+    The other arguments follow from `model`; `derive_kandinsky_config` says them.
 
     Args:
         model: arguments of `UNet2DConditionModel`.
@@ -52,7 +52,7 @@ class KandinskyDecoder(ModelMixin, ConfigMixin):
         text_encoder_fingerprint: of the text encoder that said the empty caption of the null; None of 2.2.
     """
 
-    usual_guidance, usual_steps = 4.0, 100  # of the reference's pipelines
+    default_guidance_scale, default_steps = 4.0, 100  # of the reference's pipelines
     _supports_gradient_checkpointing = True  # diffusers' blocks do it
     _no_split_modules = ["ResnetBlock2D", "SimpleCrossAttnDownBlock2D", "SimpleCrossAttnUpBlock2D"]
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj")
@@ -71,35 +71,35 @@ class KandinskyDecoder(ModelMixin, ConfigMixin):
         text_encoder_fingerprint: str | None = None,
     ):
         super().__init__()
-        for key, value in described(model).items():
+        for key, value in derive_kandinsky_config(model).items():
             if self.config[key] != value:
                 raise InputError(f"{key} is {self.config[key]!r:.80}, but {value!r} follows from the U-Net's settings")
         # from_config passes over settings of older versions.
-        self.unet = by_onednn(UNet2DConditionModel.from_config(dict(model)))
+        self.unet = use_onednn_linear(UNet2DConditionModel.from_config(dict(model)))
         # What guidance goes away from: CLIP's embedding of the zero picture and, of 2.1, the encoding of "".
         self.register_buffer("null_embedding", torch.zeros(embed_dim))
         if text_width is not None:
-            self.register_buffer("null_states", torch.zeros(CAPTION, text_width))
+            self.register_buffer("null_states", torch.zeros(CAPTION_LENGTH, text_width))
             self.register_buffer("null_pooled", torch.zeros(embed_dim))
 
     @classmethod
     def from_component(cls, part: Component, dtype: torch.dtype | None = None) -> Self:
-        """Of a public folder `unet`; its null is still to be set, by `take_null`.
+        """Of a public folder `unet`; its null is still to be set, by `set_null_condition`.
 
         Raises InputError, in one line, for one that is no whole U-Net of Kandinsky's.
         """
-        settings = part.settings()
-        known = described(settings)
-        extra = EXTRA if known["text_width"] is not None else EXTRA[:1]
-        return filled(lambda: cls(settings, **known), {"unet.": part}, dtype, extra=extra)
+        settings = part.get_config_arguments()
+        known = derive_kandinsky_config(settings)
+        extra = NULL_BUFFERS if known["text_width"] is not None else NULL_BUFFERS[:1]
+        return load_from_components(lambda: cls(settings, **known), {"unet.": part}, dtype, extra=extra)
 
     @torch.no_grad()
-    def take_null(self, clip: Any, text_encoder: Any = None) -> None:
+    def set_null_condition(self, clip: Any, text_encoder: Any = None) -> None:
         """Set what guidance goes away from, by the pipeline's own encoders; text_encoder: for 2.1.
 
         Raises InputError if the CLIP has no image encoder, or the text encoder is missing.
         """
-        self.null_embedding.copy_(clip.zero_embedding()[0])
+        self.null_embedding.copy_(clip.encode_zero_image()[0])
         if self.config.text_width is not None:
             if text_encoder is None:
                 raise InputError("this decoder (Kandinsky 2.1) reads captions: it needs its text_encoder")
@@ -111,17 +111,17 @@ class KandinskyDecoder(ModelMixin, ConfigMixin):
     def forward(self, x: Tensor, t: Tensor, condition: ImageCondition) -> Tensor:
         """x: (B, C, H, W) noisy latents; t: (B,) timesteps -> (B, C, H, W), the prediction; or (B, 2C, H, W)."""
         # In one pass each layer makes its own keys and values: FSDP has its weights only while it runs.
-        return self.step(x, t, self.read(condition))
+        return self.step(x, t, self.build_unet_context(condition))
 
     @apply_forward_hook
     def prepare(self, condition: ImageCondition) -> KandinskyContext:
-        context = self.read(condition)
-        context.prepared = prepare(self.unet, **context.condition)
+        context = self.build_unet_context(condition)
+        context.step_context = prepare_unet_context(self.unet, **context.condition)
         return context
 
-    def read(self, condition: ImageCondition) -> KandinskyContext:
+    def build_unet_context(self, condition: ImageCondition) -> KandinskyContext:
         """The condition as the U-Net takes it."""
-        known, text = known_of(self, condition), None
+        known, text = resolve_masked_latents(self, condition), None
         if self.config.text_width is not None:
             if not isinstance(condition.text, TokenStates) or condition.text.pooled is None:
                 raise ValueError("this decoder reads captions: its condition needs a text with its pooled vector")
@@ -134,10 +134,10 @@ class KandinskyDecoder(ModelMixin, ConfigMixin):
 
     @apply_forward_hook
     def step(self, x: Tensor, t: Tensor, context: KandinskyContext) -> Tensor:
-        if context.known is not None:
-            x = torch.cat([x, context.known], dim=1)
-        if context.prepared is not None:
-            return run(self.unet, x, t, context.prepared)
+        if context.masked_latents is not None:
+            x = torch.cat([x, context.masked_latents], dim=1)
+        if context.step_context is not None:
+            return run_unet_step(self.unet, x, t, context.step_context)
         return self.unet(x, t, **context.condition).sample
 
     def null(self, count: int) -> ImageCondition:
@@ -150,7 +150,7 @@ class KandinskyDecoder(ModelMixin, ConfigMixin):
         return ImageCondition(self.null_embedding.expand(count, -1), text)
 
 
-def described(unet: dict[str, Any]) -> dict[str, Any]:
+def derive_kandinsky_config(unet: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a KandinskyDecoder that follow from its U-Net's settings.
 
     Raises InputError for the U-Net of another model.
@@ -161,7 +161,7 @@ def described(unet: dict[str, Any]) -> dict[str, Any]:
             "this is the U-Net of Kandinsky 2.2's ControlNet (addition_embed_type image_hint): it needs a depth "
             "picture at every step, which no pipeline here has; take kandinsky-2-2-decoder"
         )
-    if kinds not in CONDITIONS:
+    if kinds not in VERSIONS_BY_CONDITION:
         found = f"addition_embed_type {kinds[0]!r:.80} and encoder_hid_dim_type {kinds[1]!r:.80}"
         raise InputError(f"this U-Net has {found}; Kandinsky's have image and image_proj, or text_image(_proj)")
     width, outer = unet.get("cross_attention_dim", 1280), unet.get("encoder_hid_dim")
@@ -172,7 +172,7 @@ def described(unet: dict[str, Any]) -> dict[str, Any]:
     channels = read if made in (read, 2 * read) else (read - 1) // 2
     if read not in (channels, 2 * channels + 1) or made not in (channels, 2 * channels):
         raise InputError(f"this U-Net has {read} channels in and {made} out; Kandinsky's have 4 or 9, and 8")
-    captions = CONDITIONS[kinds] == "2.1"
+    captions = VERSIONS_BY_CONDITION[kinds] == "2.1"
     return {
         "embed_dim": width if captions else outer,
         "latent_channels": channels,

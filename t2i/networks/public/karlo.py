@@ -18,11 +18,17 @@ from torch import Tensor, nn
 from t2i.checks import check_integer
 from t2i.diffusion.condition import ImageCondition, TokenStates
 from t2i.errors import InputError
-from t2i.files.component import Component, filled, plain
-from t2i.networks.linear import Linear, by_onednn
-from t2i.networks.unet_steps import Prepared, prepare, run
+from t2i.files.component import Component, load_from_components, to_json_types
+from t2i.networks.linear import Linear, use_onednn_linear
+from t2i.networks.unet_steps import UNetStepContext, prepare_unet_context, run_unet_step
 
-DERIVED = ("sample_size", "in_channels", "out_channels", "cross_attention_dim", "class_embed_type")  # of the U-Net
+DERIVED_UNET_KEYS = (
+    "sample_size",
+    "in_channels",
+    "out_channels",
+    "cross_attention_dim",
+    "class_embed_type",
+)  # of the U-Net
 
 
 @dataclass
@@ -30,7 +36,9 @@ class KarloContext:
     embedding: Tensor  # (B, E): z_i and z_t, added to the timestep
     tokens: Tensor  # (B, L, W), to attend to
     mask: Tensor  # (B, L), bool
-    prepared: Prepared | None = None  # the same, as the U-Net's steps take it; None for one that they do not know
+    step_context: UNetStepContext | None = (
+        None  # the same, as the U-Net's steps take it; None for one that they do not know
+    )
 
 
 class TextProjection(nn.Module):
@@ -77,7 +85,7 @@ class KarloDecoder(ModelMixin, ConfigMixin):
         reads_masks, clip_fingerprint, text_encoder_fingerprint: as of `t2i.networks.unet_decoder.UNetDecoder`.
     """
 
-    usual_guidance, usual_steps = 8.0, 25
+    default_guidance_scale, default_steps = 8.0, 25
     _supports_gradient_checkpointing = True  # diffusers' blocks do it
     _no_split_modules = ["ResnetBlock2D"]  # what FSDP shards as one
     lora_targets = ("to_q", "to_k", "to_v", "add_k_proj", "add_v_proj", "to_out.0")
@@ -111,27 +119,28 @@ class KarloDecoder(ModelMixin, ConfigMixin):
             "class_embed_type": "identity",
         }
         # from_config passes over settings of older versions.
-        self.unet = by_onednn(UNet2DConditionModel.from_config({**unet_config, **own}))
+        self.unet = use_onednn_linear(UNet2DConditionModel.from_config({**unet_config, **own}))
         if self.unet.time_embedding.linear_2.out_features != time_width:
             ours = self.unet.time_embedding.linear_2.out_features
             raise InputError(f"the U-Net's timesteps have {ours} dimensions, what is added to them {time_width}")
         self.text_proj = TextProjection(embed_dim, text_width, time_width, context_width, extra_tokens)
-        # What CLIP says of the empty caption: set by `take_null`.
+        # What CLIP says of the empty caption: set by `set_null_condition`.
         self.register_buffer("null_pooled", torch.zeros(embed_dim))
         self.register_buffer("null_states", torch.zeros(null_length, text_width))
 
     @classmethod
     def from_components(cls, decoder: Component, text_proj: Component, dtype: torch.dtype | None = None) -> Any:
-        """Of a folder's `decoder` and `text_proj`, in their own dtype if none is given; `take_null` is still to come.
+        """Of a folder's `decoder` and `text_proj`, in their own dtype if none is given; `set_null_condition` is
+        still to come.
 
         Raises InputError for a U-Net of another kind, or that does not go with the projection.
         """
-        config = karlo_config(decoder, text_proj)
+        config = derive_karlo_config(decoder, text_proj)
         parts = {"unet.": decoder, "text_proj.": text_proj}
-        return filled(lambda: cls(**config), parts, dtype, extra=("null_pooled", "null_states"))
+        return load_from_components(lambda: cls(**config), parts, dtype, extra=("null_pooled", "null_states"))
 
     @torch.no_grad()
-    def take_null(self, clip: Any, text_encoder: Any = None) -> None:
+    def set_null_condition(self, clip: Any, text_encoder: Any = None) -> None:
         """Take over what `clip` says of the empty caption, which the decoder is guided away from."""
         null = clip.encode_text([""])
         if null.states[0].shape != self.null_states.shape:
@@ -143,15 +152,15 @@ class KarloDecoder(ModelMixin, ConfigMixin):
     def forward(self, x: Tensor, t: Tensor, condition: ImageCondition) -> Tensor:
         """x: (B, C, H, W) noisy pictures; t: (B,) timesteps -> (B, 2C, H, W): the noise, and of the variance."""
         # In one pass each layer makes its own keys and values: FSDP has its weights only while it runs.
-        return self.step(x, t, self.read(condition))
+        return self.step(x, t, self.build_unet_context(condition))
 
     @apply_forward_hook
     def prepare(self, condition: ImageCondition) -> KarloContext:
-        context = self.read(condition)
-        context.prepared = prepare(self.unet, context.tokens, context.embedding, None, context.mask)
+        context = self.build_unet_context(condition)
+        context.step_context = prepare_unet_context(self.unet, context.tokens, context.embedding, None, context.mask)
         return context
 
-    def read(self, condition: ImageCondition) -> KarloContext:
+    def build_unet_context(self, condition: ImageCondition) -> KarloContext:
         """The condition as the U-Net takes it."""
         text = condition.text
         if not isinstance(text, TokenStates) or text.pooled is None:
@@ -160,11 +169,11 @@ class KarloDecoder(ModelMixin, ConfigMixin):
 
     @apply_forward_hook
     def step(self, x: Tensor, t: Tensor, context: KarloContext) -> Tensor:
-        if context.prepared is not None:
-            return run(self.unet, x, t, context.prepared)
+        if context.step_context is not None:
+            return run_unet_step(self.unet, x, t, context.step_context)
         halvings = range(len(self.unet.config.block_out_channels))
         areas = {-(-x.shape[-2] // 2**i) * -(-x.shape[-1] // 2**i) for i in halvings}
-        tokens, mask = set_apart(context.tokens, context.mask, areas)
+        tokens, mask = pad_caption_tokens(context.tokens, context.mask, areas)
         return self.unet(x, t, tokens, class_labels=context.embedding, encoder_attention_mask=mask).sample
 
     def null(self, count: int) -> ImageCondition:
@@ -174,7 +183,7 @@ class KarloDecoder(ModelMixin, ConfigMixin):
         return ImageCondition(self.text_proj.null(count), text)
 
 
-def set_apart(tokens: Tensor, mask: Tensor, areas: Iterable[int]) -> tuple[Tensor, Tensor]:
+def pad_caption_tokens(tokens: Tensor, mask: Tensor, areas: Iterable[int]) -> tuple[Tensor, Tensor]:
     """Tokens, (B, L, W), and their mask, (B, L), padded until L is none of `areas`, the pixels of the U-Net's levels.
 
     Where it is, diffusers takes the mask of the tokens for one of tokens and pixels together, and fails.
@@ -184,9 +193,9 @@ def set_apart(tokens: Tensor, mask: Tensor, areas: Iterable[int]) -> tuple[Tenso
     return tokens, mask
 
 
-def karlo_config(decoder: Component, text_proj: Component) -> dict[str, Any]:
+def derive_karlo_config(decoder: Component, text_proj: Component) -> dict[str, Any]:
     """The arguments of `KarloDecoder` for a folder's parts. Raises InputError for those that are not Karlo's."""
-    unet, projection = decoder.settings(), text_proj.settings()
+    unet, projection = decoder.get_config_arguments(), text_proj.get_config_arguments()
     if unet.get("class_embed_type") != "identity":
         raise InputError(
             f"{str(decoder.folder)!r} has class_embed_type {unet.get('class_embed_type')!r:.80}; Karlo's is 'identity'"
@@ -207,7 +216,7 @@ def karlo_config(decoder: Component, text_proj: Component) -> dict[str, Any]:
         "text_width": projection.get("clip_embeddings_dim", 768),
         "context_width": context,
         "time_width": projection.get("time_embed_dim"),
-        "unet_config": plain({key: value for key, value in unet.items() if key not in DERIVED}),
+        "unet_config": to_json_types({key: value for key, value in unet.items() if key not in DERIVED_UNET_KEYS}),
         "extra_tokens": projection.get("clip_extra_context_tokens", 4),
         "learned_variance": out != channels,
     }

@@ -13,11 +13,11 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
 from t2i.errors import InputError
-from t2i.files.component import Component, filled
-from t2i.networks.linear import by_onednn
+from t2i.files.component import Component, load_from_components
+from t2i.networks.linear import use_onednn_linear
 
 # How files of diffusers before 0.17 call the parts of an attention.
-OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+OLD_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 class MoVQ(ModelMixin, ConfigMixin):
@@ -37,13 +37,13 @@ class MoVQ(ModelMixin, ConfigMixin):
             raise InputError("lookup_from_codebook is true: latents of a codebook's numbers are no MoVQ's")
         if vq.get("in_channels", 3) != 3 or vq.get("out_channels", 3) != 3:
             raise InputError(f"a MoVQ is of pictures with 3 channels, got {vq['in_channels']} in its configuration")
-        self.coder = by_onednn(VQModel.from_config(dict(vq)))  # which passes over settings of older versions
+        self.coder = use_onednn_linear(VQModel.from_config(dict(vq)))  # which passes over settings of older versions
 
     @classmethod
     def from_component(cls, part: Component, dtype: torch.dtype | None = None) -> Self:
         """Of a public folder `movq`. Raises InputError, in one line, for one that is no whole MoVQ."""
-        settings = part.settings()
-        return filled(lambda: cls(settings), {"coder.": part}, dtype, rename=renamed)
+        settings = part.get_config_arguments()
+        return load_from_components(lambda: cls(settings), {"coder.": part}, dtype, rename=rename_movq_tensor)
 
     @property
     def channels(self) -> int:
@@ -69,8 +69,8 @@ class MoVQ(ModelMixin, ConfigMixin):
         return self.coder.decode(latents, force_not_quantize=True).sample
 
 
-def renamed(name: str) -> str:
+def rename_movq_tensor(name: str) -> str:
     """A tensor's name as diffusers has it since 0.17."""
     if ".attentions." not in name:
         return name
-    return ".".join(OLD_NAMES.get(part, part) for part in name.split("."))
+    return ".".join(OLD_ATTENTION_NAMES.get(part, part) for part in name.split("."))

@@ -14,22 +14,23 @@ from torch.nn.functional import pad
 from t2i.checks import check_integer
 from t2i.diffusion.condition import TokenStates
 from t2i.errors import InputError
-from t2i.files.component import Component, filled
-from t2i.files.fingerprints import weights_digest
+from t2i.files.component import Component, load_from_components
+from t2i.files.fingerprints import compute_weights_fingerprint
 from t2i.networks.encoder import Encoder
-from t2i.networks.linear import Linear, by_onednn
-from t2i.networks.text_encoder import SETTINGS
+from t2i.networks.linear import Linear, use_onednn_linear
+from t2i.networks.text_encoder import ENCODER_SETTINGS
 from t2i.networks.tokenizer import TextTokenizer, load_text_tokenizer
 
-CONTEXT = 77  # tokens; the decoder attends to all of them, padding too
-UNUSED = ("transformer.embeddings.position_ids", "transformer.embeddings.token_type_ids")  # of older files
+CAPTION_LENGTH = 77  # tokens; the decoder attends to all of them, padding too
+UNUSED_TENSORS = ("transformer.embeddings.position_ids", "transformer.embeddings.token_type_ids")  # of older files
 
 
 class MultilingualCLIP(Encoder, ModelMixin):
     """An XLM-RoBERTa with a projection and its tokenizer; the contract of `t2i.networks.text_encoder.TextEncoder`.
 
     Args:
-        model: transformers' configuration of the XLM-RoBERTa, as far as `t2i.networks.text_encoder.SETTINGS` name it.
+        model: transformers' configuration of the XLM-RoBERTa, as far as `t2i.networks.text_encoder.ENCODER_SETTINGS`
+        name it.
         pooled_width: dimensions of the projection.
         context_length: tokens of a caption, special ones and padding included; what is longer is cut.
         fingerprint: of weights, vocabulary and context length; written on saving, checked on loading.
@@ -37,24 +38,26 @@ class MultilingualCLIP(Encoder, ModelMixin):
     """
 
     tokenizer: TextTokenizer
-    warned = False  # of captions that do not fit: training says it once
+    has_warned = False  # of captions that do not fit: training says it once
 
     @register_to_config
     def __init__(
         self,
         model: dict[str, Any],
         pooled_width: int = 768,
-        context_length: int = CONTEXT,
+        context_length: int = CAPTION_LENGTH,
         fingerprint: str | None = None,
         rounded: bool = False,
     ):
         super().__init__()
-        if unknown := sorted(set(model) - SETTINGS):
-            raise InputError(f"model has {unknown[0]!r:.80}; a text encoder's may have {', '.join(sorted(SETTINGS))}")
+        if unknown := sorted(set(model) - ENCODER_SETTINGS):
+            raise InputError(
+                f"model has {unknown[0]!r:.80}; a text encoder's may have {', '.join(sorted(ENCODER_SETTINGS))}"
+            )
         config = transformers.XLMRobertaConfig(**model, attn_implementation="sdpa")
         positions = config.max_position_embeddings - config.pad_token_id - 1
         check_integer(f"context_length of a text encoder with {positions} positions", context_length, 3, positions)
-        self.transformer = by_onednn(transformers.XLMRobertaModel(config))
+        self.transformer = use_onednn_linear(transformers.XLMRobertaModel(config))
         self.LinearTransformation = Linear(config.hidden_size, pooled_width)
 
     @classmethod
@@ -64,37 +67,37 @@ class MultilingualCLIP(Encoder, ModelMixin):
         Raises InputError, in one line, for one that is no whole MultilingualCLIP.
         """
         config = part.config
-        model = {key: value for key, value in config.items() if key in SETTINGS}
+        model = {key: value for key, value in config.items() if key in ENCODER_SETTINGS}
         width, pooled = model.get("hidden_size", 768), config.get("numDims", 768)
         if config.get("model_type") != "M-CLIP" or config.get("transformerDimensions", 1024) != width:
             found = f"{config.get('model_type')!r:.80} of {config.get('transformerDimensions')!r:.80} dimensions"
             raise InputError(
                 f"{str(part.folder)!r} is {found}; it must be M-CLIP of its transformer's hidden_size {width}"
             )
-        encoder = filled(lambda: cls(model, pooled), {"": part}, dtype, unused=UNUSED)
-        encoder.tokenizer = encoder.load_tokenizer(tokenizer)
+        encoder = load_from_components(lambda: cls(model, pooled), {"": part}, dtype, unused=UNUSED_TENSORS)
+        encoder.tokenizer = encoder.load_text_tokenizer(tokenizer)
         return encoder
 
-    def read_tokenizer(self, folder: Path, root: Path) -> None:
-        self.tokenizer = self.load_tokenizer(folder)
+    def load_tokenizer_folder(self, folder: Path, root: Path) -> None:
+        self.tokenizer = self.load_text_tokenizer(folder)
 
-    def load_tokenizer(self, folder: Path) -> TextTokenizer:
+    def load_text_tokenizer(self, folder: Path) -> TextTokenizer:
         config = self.transformer.config
         check_integer("pad_token_id", config.pad_token_id, 0, config.vocab_size - 1)
         return load_text_tokenizer(folder, self.config.context_length, config.pad_token_id, config.vocab_size)
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits for weights, vocabulary and context length, the same in fp32 and fp16."""
-        return weights_digest(self, f"{self.config.context_length} {self.tokenizer.digest()}")
+        return compute_weights_fingerprint(self, f"{self.config.context_length} {self.tokenizer.digest()}")
 
     @property
     def width(self) -> int:
         """Dimensions of a token's state."""
         return self.transformer.config.hidden_size
 
-    def cut(self, text: str) -> str:
+    def find_truncated_text(self, text: str) -> str:
         """The end of a text that does not fit, empty if all does."""
-        return self.tokenizer.cut(text)
+        return self.tokenizer.find_truncated_text(text)
 
     def encode(self, texts: list[str], device: torch.device | None = None) -> TokenStates:
         """Captions -> a state a token, (B, 77, width), and the projected mean of those that are no padding, (B, D).

@@ -19,17 +19,17 @@ from torch import Tensor, nn
 from t2i.checks import check_integer
 from t2i.diffusion.condition import ImageCondition, TokenStates
 from t2i.errors import InputError
-from t2i.files.component import Component, filled, plain
-from t2i.files.fingerprints import EXACT
+from t2i.files.component import Component, load_from_components, to_json_types
+from t2i.files.fingerprints import EXACT_DTYPES
 from t2i.networks.autoencoder import Autoencoder
-from t2i.networks.linear import by_onednn
+from t2i.networks.linear import use_onednn_linear
 from t2i.networks.public.clip_tokenizer import CLIPTokenizer
-from t2i.networks.text_encoder import TextEncoder, known_settings
+from t2i.networks.text_encoder import TextEncoder, parse_encoder_settings
 from t2i.networks.tokenizer import TextTokenizer
-from t2i.networks.unet_steps import Prepared, prepare, run
+from t2i.networks.unet_steps import UNetStepContext, prepare_unet_context, run_unet_step
 
 
-class Normalizer(nn.Module):
+class EmbedNormalizer(nn.Module):
     """Each dimension's mean and deviation of z_i, as the public files hold them: (1, D)."""
 
     def __init__(self, embed_dim: int):
@@ -42,11 +42,14 @@ class Normalizer(nn.Module):
 class StableUnCLIPContext:
     labels: Tensor  # (B, 2D): the noised z_i and its level
     states: Tensor  # (B, L, W): the caption's tokens, to attend to
-    prepared: Prepared | None = None  # the same, as the U-Net's steps take it; None for one that they do not know
+    step_context: UNetStepContext | None = (
+        None  # the same, as the U-Net's steps take it; None for one that they do not know
+    )
 
 
 class StableUnCLIPDecoder(ModelMixin, ConfigMixin):
-    """Denoises latents, given an ImageCondition; its embedding is z_i, (B, D), or what `noised` makes of it, (B, 2D).
+    """Denoises latents, given an ImageCondition; its embedding is z_i, (B, D), or what `noise_image_embeds` makes of
+    it, (B, 2D).
 
     Args:
         unet_config: configuration of diffusers' `UNet2DConditionModel`.
@@ -60,8 +63,8 @@ class StableUnCLIPDecoder(ModelMixin, ConfigMixin):
         learned_variance, reads_masks: False; no such model is known.
     """
 
-    usual_guidance = 10.0
-    usual_steps = 20
+    default_guidance_scale = 10.0
+    default_steps = 20
     _supports_gradient_checkpointing = True  # diffusers' blocks do it
     _no_split_modules = ["BasicTransformerBlock", "ResnetBlock2D"]  # what FSDP shards as one
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
@@ -85,10 +88,10 @@ class StableUnCLIPDecoder(ModelMixin, ConfigMixin):
         check_integer("latent_size", latent_size, 1, 1024)  # no tensor has this size
         check_integer("embed_dim", embed_dim, 1, 100_000)
         check_integer("noising.num_train_timesteps", noising.get("num_train_timesteps", 1000), 1, 100_000)
-        check_unet(unet_config, embed_dim)
-        self.unet = by_onednn(UNet2DConditionModel.from_config(unet_config))
-        self.normalizer = Normalizer(embed_dim)
-        # The encoding of the empty caption, set by `take_null`.
+        check_unet_config(unet_config, embed_dim)
+        self.unet = use_onednn_linear(UNet2DConditionModel.from_config(unet_config))
+        self.normalizer = EmbedNormalizer(embed_dim)
+        # The encoding of the empty caption, set by `set_null_condition`.
         self.register_buffer("null_states", torch.zeros(context_length, text_width))
 
     @classmethod
@@ -99,21 +102,21 @@ class StableUnCLIPDecoder(ModelMixin, ConfigMixin):
 
         Raises InputError for parts that do not fit each other or their configurations.
         """
-        settings = unet.settings()
+        settings = unet.get_config_arguments()
         arguments = {
-            "unet_config": plain(settings),
-            "noising": plain({key: value for key, value in noising.items() if not key.startswith("_")}),
-            "embed_dim": normalizer.settings().get("embedding_dim", 768),
+            "unet_config": to_json_types(settings),
+            "noising": to_json_types({key: value for key, value in noising.items() if not key.startswith("_")}),
+            "embed_dim": normalizer.get_config_arguments().get("embedding_dim", 768),
             "latent_channels": settings.get("in_channels", 4),
             "latent_size": settings.get("sample_size"),
             "text_width": settings.get("cross_attention_dim", 1280),
         }
-        check_unet(settings, arguments["embed_dim"], unet.folder)
+        check_unet_config(settings, arguments["embed_dim"], unet.folder)
         parts = {"unet.": unet, "normalizer.": normalizer}
-        return filled(lambda: cls(**arguments), parts, dtype, extra=("null_states",))
+        return load_from_components(lambda: cls(**arguments), parts, dtype, extra=("null_states",))
 
     @torch.no_grad()
-    def take_null(self, clip: Any, text_encoder: TextEncoder) -> None:
+    def set_null_condition(self, clip: Any, text_encoder: TextEncoder) -> None:
         """Keep what the text encoder says of the empty caption, what is guided away from, and which encoder it is."""
         states = text_encoder.encode([""]).states[0]
         if states.shape != self.null_states.shape:
@@ -128,11 +131,11 @@ class StableUnCLIPDecoder(ModelMixin, ConfigMixin):
 
     @property
     def noise_levels(self) -> int:
-        """`noised` takes levels from 0 to one less."""
+        """`noise_image_embeds` takes levels from 0 to one less."""
         return self.config.noising.get("num_train_timesteps", 1000)
 
     @apply_forward_hook
-    def noised(self, z_i: Tensor, noise: Tensor | None = None, level: int = 0) -> Tensor:
+    def noise_image_embeds(self, z_i: Tensor, noise: Tensor | None = None, level: int = 0) -> Tensor:
         """(B, D) -> (B, 2D), what the U-Net is told: z_i noised to a level, and the level.
 
         noise: (B, D), of unit variance; None is none. What was noised already is returned as it is, and zero, which
@@ -151,24 +154,24 @@ class StableUnCLIPDecoder(ModelMixin, ConfigMixin):
     def forward(self, x: Tensor, t: Tensor, condition: ImageCondition) -> Tensor:
         """x: (B, C, H, W) noisy latents; t: (B,) timesteps -> (B, C, H, W), the prediction."""
         # In one pass each layer makes its own keys and values: FSDP has its weights only while it runs.
-        return self.step(x, t, self.read(condition))
+        return self.step(x, t, self.build_unet_context(condition))
 
     @apply_forward_hook
     def prepare(self, condition: ImageCondition) -> StableUnCLIPContext:
-        context = self.read(condition)
-        context.prepared = prepare(self.unet, context.states, context.labels)
+        context = self.build_unet_context(condition)
+        context.step_context = prepare_unet_context(self.unet, context.states, context.labels)
         return context
 
-    def read(self, condition: ImageCondition) -> StableUnCLIPContext:
+    def build_unet_context(self, condition: ImageCondition) -> StableUnCLIPContext:
         """The condition as the U-Net takes it."""
         if not isinstance(condition.text, TokenStates):
             raise ValueError("this decoder reads captions: its condition needs a text")
-        return StableUnCLIPContext(self.noised(condition.embedding), condition.text.states)
+        return StableUnCLIPContext(self.noise_image_embeds(condition.embedding), condition.text.states)
 
     @apply_forward_hook
     def step(self, x: Tensor, t: Tensor, context: StableUnCLIPContext) -> Tensor:
-        if context.prepared is not None:
-            return run(self.unet, x, t, context.prepared)
+        if context.step_context is not None:
+            return run_unet_step(self.unet, x, t, context.step_context)
         return self.unet(x, t, context.states, class_labels=context.labels).sample
 
     def null(self, count: int) -> ImageCondition:
@@ -178,7 +181,7 @@ class StableUnCLIPDecoder(ModelMixin, ConfigMixin):
         return ImageCondition(z_i, TokenStates(states, states.new_ones(states.shape[:2], dtype=torch.bool)))
 
 
-def check_unet(unet: dict[str, Any], embed_dim: int, folder: Path | None = None) -> None:
+def check_unet_config(unet: dict[str, Any], embed_dim: int, folder: Path | None = None) -> None:
     """Refuse a U-Net that is not told of z_i and its level, D values each, or that learned the variance."""
     wanted = {
         "class_embed_type": "projection",
@@ -193,20 +196,22 @@ def check_unet(unet: dict[str, Any], embed_dim: int, folder: Path | None = None)
         check_integer(f"{key} of {where}", unet.get(key), 1, 100_000)
 
 
-def caption_encoder(text_encoder: Component, tokenizer: Path, dtype: torch.dtype | None = None) -> TextEncoder:
+def load_caption_encoder(text_encoder: Component, tokenizer: Path, dtype: torch.dtype | None = None) -> TextEncoder:
     """Stable Diffusion's text encoder: CLIP's text tower, whose states are read for the padding too.
 
     Of the folders `text_encoder` and `tokenizer`. Raises InputError for any other model.
     """
-    kind, model = known_settings(text_encoder.config, text_encoder.folder)
+    kind, model = parse_encoder_settings(text_encoder.config, text_encoder.folder)
     if kind != "clip_text_model":
         place = repr(str(text_encoder.folder))
         raise InputError(f"{place} is a {kind}; Stable Diffusion reads captions by a clip_text_model")
-    words = CLIPTokenizer.load(tokenizer, model["max_position_embeddings"], model["vocab_size"], tokenizer.parent)
+    words = CLIPTokenizer.from_folder(
+        tokenizer, model["max_position_embeddings"], model["vocab_size"], tokenizer.parent
+    )
     start, end = (words.names["bos_token"], words.start), (words.names["eos_token"], words.end)
     words.tokenizer.post_processor = RobertaProcessing(end, start, trim_offsets=False, add_prefix_space=False)
     length, model["pad_token_id"] = words.context_length, words.pad
-    encoder = filled(
+    encoder = load_from_components(
         lambda: TextEncoder(kind, model, length, padded=True),
         {"net.": text_encoder},
         dtype,
@@ -214,26 +219,28 @@ def caption_encoder(text_encoder: Component, tokenizer: Path, dtype: torch.dtype
         unused=("net.text_model.embeddings.position_ids", "net.embeddings.position_ids"),
     )
     encoder.tokenizer = TextTokenizer(words.tokenizer, length, words.pad)
-    encoder.register_to_config(fingerprint=encoder.fingerprint(), rounded=encoder.dtype not in EXACT)
+    encoder.register_to_config(fingerprint=encoder.fingerprint(), rounded=encoder.dtype not in EXACT_DTYPES)
     return encoder
 
 
-def latent_autoencoder(vae: Component, dtype: torch.dtype | None = None) -> Autoencoder:
+def load_latent_autoencoder(vae: Component, dtype: torch.dtype | None = None) -> Autoencoder:
     """Stable Diffusion's VAE, of the folder `vae`, in the scale that it was published with."""
-    settings, extra = plain(vae.settings()), ("mean", "std")
+    settings, extra = to_json_types(vae.get_config_arguments()), ("mean", "std")
     scale, shift = settings.get("scaling_factor", 1.0), settings.get("shift_factor") or 0.0
     for name, value in {"scaling_factor": scale, "shift_factor": shift}.items():
         if type(value) not in (int, float) or not (value > 0 or name == "shift_factor"):
             wanted = "a number above 0" if name == "scaling_factor" else "a number"
             raise InputError(f"{str(vae.folder)!r} has {name} {value!r:.80}; it must be {wanted}")
-    autoencoder = filled(lambda: Autoencoder(settings), {"coder.": vae}, dtype, rename=current_name, extra=extra)
+    autoencoder = load_from_components(
+        lambda: Autoencoder(settings), {"coder.": vae}, dtype, rename=rename_vae_tensor, extra=extra
+    )
     published = autoencoder.coder.config
     autoencoder.std.fill_(1 / published.scaling_factor)
     autoencoder.mean.fill_(published.shift_factor or 0.0)
     return autoencoder
 
 
-def current_name(name: str) -> str:
+def rename_vae_tensor(name: str) -> str:
     """diffusers' name for a VAE's tensor that older files know by another: those of its attention."""
     for old, new in (("query.", "to_q."), ("key.", "to_k."), ("value.", "to_v."), ("proj_attn.", "to_out.0.")):
         name = name.replace(f"attentions.0.{old}", f"attentions.0.{new}")

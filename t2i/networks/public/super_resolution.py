@@ -14,13 +14,13 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Generator, Tensor
 
 from t2i.checks import check_integer
-from t2i.diffusion.denoiser import MAX_STEPS, OnStep, Wrap, draw_noise, sample
+from t2i.diffusion.denoiser import MAX_STEPS, PredictTransform, StepCallback, generate_noise, sample_from_noise
 from t2i.diffusion.respaced import UnCLIPRespacedScheduler
 from t2i.errors import InputError
-from t2i.files.component import Component, filled, plain
-from t2i.networks.linear import by_onednn
-from t2i.networks.unet_steps import prepare_unconditional, run
-from t2i.networks.upsampler import reduced
+from t2i.files.component import Component, load_from_components, to_json_types
+from t2i.networks.linear import use_onednn_linear
+from t2i.networks.unet_steps import prepare_unconditional_context, run_unet_step
+from t2i.networks.upsampler import reduce_to_low_resolution
 
 
 class SuperResolution(ModelMixin, ConfigMixin):
@@ -35,7 +35,7 @@ class SuperResolution(ModelMixin, ConfigMixin):
         low_size: side of the small pictures; that of the large ones is the networks' sample_size.
     """
 
-    usual_steps = 7
+    default_steps = 7
 
     @register_to_config
     def __init__(self, first: dict, last: dict, scheduler: dict, low_size: int):
@@ -45,7 +45,9 @@ class SuperResolution(ModelMixin, ConfigMixin):
         if first["sample_size"] % low_size or first["sample_size"] != last.get("sample_size"):
             sizes = f"{first['sample_size']} and {last.get('sample_size')} for a small picture of {low_size}"
             raise InputError(f"both sample_size must be the same multiple of the small side, got {sizes}")
-        self.super_res_first, self.super_res_last = (by_onednn(UNet2DModel.from_config(one)) for one in (first, last))
+        self.super_res_first, self.super_res_last = (
+            use_onednn_linear(UNet2DModel.from_config(one)) for one in (first, last)
+        )
         self.scheduler = UnCLIPRespacedScheduler(**scheduler)
 
     @classmethod
@@ -54,9 +56,13 @@ class SuperResolution(ModelMixin, ConfigMixin):
     ) -> Any:
         """Of a folder's `super_res_first`, `super_res_last`, and what its super_res_scheduler's configuration says."""
         arguments = {key: value for key, value in scheduler.items() if not key.startswith("_")}
-        config = {"first": plain(first.settings()), "last": plain(last.settings()), "scheduler": plain(arguments)}
+        config = {
+            "first": to_json_types(first.get_config_arguments()),
+            "last": to_json_types(last.get_config_arguments()),
+            "scheduler": to_json_types(arguments),
+        }
         parts = {"super_res_first.": first, "super_res_last.": last}
-        return filled(lambda: cls(**config, low_size=low_size), parts, dtype)
+        return load_from_components(lambda: cls(**config, low_size=low_size), parts, dtype)
 
     @property
     def channels(self) -> int:
@@ -69,7 +75,7 @@ class SuperResolution(ModelMixin, ConfigMixin):
 
     def encode(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, 3, H / factor, W / factor), bicubic with antialiasing."""
-        return reduced(image, self.factor)
+        return reduce_to_low_resolution(image, self.factor)
 
     def decode(self, latents: Tensor) -> Tensor:
         """(B, 3, h, w) -> (B, 3, factor h, factor w), bicubic: what the networks see of the small picture."""
@@ -79,15 +85,15 @@ class SuperResolution(ModelMixin, ConfigMixin):
 
     @apply_forward_hook
     @torch.no_grad()
-    def draw(
+    def draw_images(
         self,
         latents: Tensor,
         generators: list[Generator],
-        steps: int = usual_steps,
+        steps: int = default_steps,
         noise: Tensor | None = None,
         progress: Callable[[Iterable], Iterable] = iter,
-        on_step: OnStep | None = None,
-        wrap: Wrap | None = None,
+        on_step: StepCallback | None = None,
+        wrap: PredictTransform | None = None,
         scheduler: SchedulerMixin | None = None,
     ) -> Tensor:
         """(N, 3, factor h, factor w) in [-1, 1], fp32, of small pictures, (N, 3, h, w), on their device.
@@ -99,23 +105,27 @@ class SuperResolution(ModelMixin, ConfigMixin):
         scheduler = scheduler or self.scheduler
         low = self.decode(latents.float().clamp(-1, 1))
         if noise is None:
-            noise = draw_noise(low.shape[1:], generators, low.device)
+            noise = generate_noise(low.shape[1:], generators, low.device)
         if noise.shape != low.shape:
             raise InputError(f"the noise must be of shape {tuple(low.shape)}, got {tuple(noise.shape)}")
 
         networks, dtype = (self.super_res_first, self.super_res_last), self.dtype
-        contexts = [prepare_unconditional(network, low.to(dtype)) for network in networks]
+        contexts = [prepare_unconditional_context(network, low.to(dtype)) for network in networks]
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
             is_last = bool(t == scheduler.timesteps[scheduler.timesteps >= 0][-1])
             network, context = networks[is_last], contexts[is_last]
             both = torch.cat([x, low], dim=1).to(dtype)
-            found = network(both, t).sample if context is None else run(network, both, t.expand(len(both)), context)
+            found = (
+                network(both, t).sample
+                if context is None
+                else run_unet_step(network, both, t.expand(len(both)), context)
+            )
             return found.to(x.dtype)
 
         watched = predict if wrap is None else wrap(predict)
         noise = noise.to(low.device).float()
-        return sample(watched, scheduler, noise, steps, generators, progress, on_step).clamp(-1, 1)
+        return sample_from_noise(watched, scheduler, noise, steps, generators, progress, on_step).clamp(-1, 1)
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) -> the same, made small and enlarged without a network."""

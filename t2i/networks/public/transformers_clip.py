@@ -23,30 +23,30 @@ from torchvision.transforms.v2.functional import resize
 from t2i.checks import check_choice, check_integer
 from t2i.diffusion.condition import TextEncoding
 from t2i.errors import InputError
-from t2i.files.component import Component, filled
-from t2i.files.fingerprints import tensors_digest
-from t2i.files.untrusted import check_files, read_config
+from t2i.files.component import Component, load_from_components
+from t2i.files.fingerprints import compute_tensors_fingerprint
+from t2i.files.untrusted import check_folder_files, read_config
 from t2i.networks.encoder import Encoder
-from t2i.networks.linear import by_onednn
+from t2i.networks.linear import use_onednn_linear
 from t2i.networks.public.clip_tokenizer import CLIPTokenizer
 
-SIZES = ("hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers", "num_attention_heads")
-SHARED = (*SIZES, "hidden_act", "layer_norm_eps")
-TEXT = (*SHARED, "vocab_size", "max_position_embeddings", "eos_token_id")
-VISION = (*SHARED, "num_channels", "image_size", "patch_size")
-KINDS = {
-    "clip_text_model": (TEXT, transformers.CLIPTextConfig),
-    "clip_vision_model": (VISION, transformers.CLIPVisionConfig),
+SIZE_KEYS = ("hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers", "num_attention_heads")
+SHARED_KEYS = (*SIZE_KEYS, "hidden_act", "layer_norm_eps")
+TEXT_KEYS = (*SHARED_KEYS, "vocab_size", "max_position_embeddings", "eos_token_id")
+VISION_KEYS = (*SHARED_KEYS, "num_channels", "image_size", "patch_size")
+TOWER_KINDS = {
+    "clip_text_model": (TEXT_KEYS, transformers.CLIPTextConfig),
+    "clip_vision_model": (VISION_KEYS, transformers.CLIPVisionConfig),
 }
 ACTIVATIONS = ("quick_gelu", "gelu")
-HIGHEST = 2  # as eos_token_id: configurations of before 2023 mean the highest number by it
-POSITIONS = (  # that old files hold
+HIGHEST_TOKEN = 2  # as eos_token_id: configurations of before 2023 mean the highest number by it
+POSITION_BUFFERS = (  # that old files hold
     "text_encoder.text_model.embeddings.position_ids",
     "image_encoder.vision_model.embeddings.position_ids",
 )
-MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # CLIP's
-MAX_SIDE = 4096  # of a picture that a vision tower sees
-RESAMPLING = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
+CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # CLIP's
+MAX_IMAGE_SIDE = 4096  # of a picture that a vision tower sees
+RESAMPLING_MODES = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
 
 class TransformersCLIP(Encoder, ModelMixin):
@@ -55,16 +55,17 @@ class TransformersCLIP(Encoder, ModelMixin):
     z_t and z_i are the projections as they are, not of unit length: so the public models were trained.
 
     Args:
-        text, vision: the towers' configurations, as far as `TEXT` and `VISION` name them; None where there is none.
-        preprocess: how pictures come to the vision tower, see `read_preprocess`.
+        text, vision: the towers' configurations, as far as `TEXT_KEYS` and `VISION_KEYS` name them; None where there
+        is none.
+        preprocess: how pictures come to the vision tower, see `read_preprocess_config`.
         context_length: tokens of a caption.
         fingerprint: of weights and preprocessing; written on saving, checked on loading.
         rounded: the weights went through a dtype that does not keep the fingerprint, such as bfloat16.
     """
 
-    files = ["*.json", "*.txt", "*.safetensors"]
+    hub_files = ["*.json", "*.txt", "*.safetensors"]
     unit_length = False
-    words: CLIPTokenizer | None = None
+    loaded_tokenizer: CLIPTokenizer | None = None
 
     @register_to_config
     def __init__(
@@ -77,8 +78,8 @@ class TransformersCLIP(Encoder, ModelMixin):
         rounded: bool = False,
     ):
         super().__init__()
-        self.text_encoder: Any = None if text is None else by_onednn(text_tower(text))
-        self.image_encoder: Any = None if vision is None else by_onednn(vision_tower(vision))
+        self.text_encoder: Any = None if text is None else use_onednn_linear(build_text_tower(text))
+        self.image_encoder: Any = None if vision is None else use_onednn_linear(build_vision_tower(vision))
         if text is None and vision is None:
             raise InputError("no text encoder and no image encoder in the folder; a CLIP is at least one of them")
         if text and vision and text["projection_dim"] != vision["projection_dim"]:
@@ -86,7 +87,7 @@ class TransformersCLIP(Encoder, ModelMixin):
             raise InputError(f"the text encoder's embeddings have {found}; they are not of one CLIP")
         if text:
             check_integer("context_length", context_length, 3, text["max_position_embeddings"])
-        preprocess = usual_preprocess(224) if preprocess is None else preprocess
+        preprocess = build_default_preprocess(224) if preprocess is None else preprocess
         self.register_buffer("mean", torch.tensor(preprocess["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(preprocess["std"]).view(3, 1, 1), persistent=False)
 
@@ -111,33 +112,35 @@ class TransformersCLIP(Encoder, ModelMixin):
         }
         config: dict[str, Any] = {}
         if text is not None:
-            config["text"] = read_settings(text, "clip_text_model")
+            config["text"] = read_tower_config(text, "clip_text_model")
             if tokenizer is None:
                 raise InputError(f"{str(text.folder.parent)!r} has a text encoder, but no tokenizer")
             places, words = config["text"]["max_position_embeddings"], config["text"]["vocab_size"]
-            tokens = CLIPTokenizer.load(tokenizer, places, words, root or text.root)
+            tokens = CLIPTokenizer.from_folder(tokenizer, places, words, root or text.root)
             config["context_length"] = tokens.context_length
         if vision is not None:
-            config["vision"] = read_settings(vision, "clip_vision_model")
+            config["vision"] = read_tower_config(vision, "clip_vision_model")
             side = config["vision"]["image_size"]
-            config["preprocess"] = usual_preprocess(side)
+            config["preprocess"] = build_default_preprocess(side)
             if processor is not None:
-                config["preprocess"] = read_preprocess(processor, side, root or vision.root)
+                config["preprocess"] = read_preprocess_config(processor, side, root or vision.root)
         if not parts:
             return cls(**config)  # which refuses it
-        held = {prefix + name for prefix, part in parts.items() for name in part.held}
-        unused = tuple(name for name in POSITIONS if name in held)
-        clip = filled(lambda: cls(**config), parts, dtype, unused=unused)
+        held = {prefix + name for prefix, part in parts.items() for name in part.tensor_specs}
+        unused = tuple(name for name in POSITION_BUFFERS if name in held)
+        clip = load_from_components(lambda: cls(**config), parts, dtype, unused=unused)
         if text is not None:
-            clip.words = tokens
-            clip.check_end()
+            clip.loaded_tokenizer = tokens
+            clip.check_end_token()
         return clip
 
-    def read_tokenizer(self, folder: Path, root: Path) -> None:
+    def load_tokenizer_folder(self, folder: Path, root: Path) -> None:
         if self.config.text is not None:
             words = self.config.text["vocab_size"]
-            self.words = CLIPTokenizer.load(folder / "tokenizer", self.config.context_length, words, root)
-            self.check_end()
+            self.loaded_tokenizer = CLIPTokenizer.from_folder(
+                folder / "tokenizer", self.config.context_length, words, root
+            )
+            self.check_end_token()
 
     def save_tokenizer(self, folder: Path) -> None:
         if self.text_encoder is not None:
@@ -145,7 +148,7 @@ class TransformersCLIP(Encoder, ModelMixin):
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits for these weights and this preprocessing, the same in fp32 and fp16."""
-        return tensors_digest(self.state_dict(), json.dumps(self.config.preprocess, sort_keys=True))
+        return compute_tensors_fingerprint(self.state_dict(), json.dumps(self.config.preprocess, sort_keys=True))
 
     @property
     def embed_dim(self) -> int:
@@ -169,8 +172,8 @@ class TransformersCLIP(Encoder, ModelMixin):
     @property
     def tokenizer(self) -> CLIPTokenizer:
         self.check_text_encoder()
-        assert self.words is not None, "set by what loads a text encoder"
-        return self.words
+        assert self.loaded_tokenizer is not None, "set by what loads a text encoder"
+        return self.loaded_tokenizer
 
     @property
     def size(self) -> int:
@@ -179,7 +182,7 @@ class TransformersCLIP(Encoder, ModelMixin):
         return self.config.vision["image_size"]
 
     @property
-    def resizing(self) -> dict[str, str]:
+    def resize_settings(self) -> dict[str, str]:
         """How a picture comes to that size, as `t2i.networks.clip.CLIP` says it."""
         steps = self.config.preprocess
         mode = "squash" if steps["crop"] is None else "shortest"
@@ -193,11 +196,11 @@ class TransformersCLIP(Encoder, ModelMixin):
         if self.image_encoder is None:
             raise InputError("no image encoder in the folder: this model cannot encode pictures, only captions")
 
-    def check_end(self) -> None:
+    def check_end_token(self) -> None:
         """Refuse a tokenizer that ends captions with another token than the text tower looks for."""
         end, theirs = self.tokenizer.end, self.config.text["eos_token_id"]
-        if theirs == HIGHEST and end != max(self.tokenizer.vocab.values()) or theirs not in (HIGHEST, end):
-            wanted = "the highest" if theirs == HIGHEST else theirs
+        if theirs == HIGHEST_TOKEN and end != max(self.tokenizer.vocab.values()) or theirs not in (HIGHEST_TOKEN, end):
+            wanted = "the highest" if theirs == HIGHEST_TOKEN else theirs
             raise InputError(f"the tokenizer ends captions with token {end}, the text encoder looks for {wanted}")
 
     def forward(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, TextEncoding]:
@@ -211,7 +214,7 @@ class TransformersCLIP(Encoder, ModelMixin):
         return self.image_encoder(pixel_values=self.preprocess(image)).image_embeds
 
     @apply_forward_hook
-    def zero_embedding(self) -> Tensor:
+    def encode_zero_image(self) -> Tensor:
         """(1, D): the embedding of pixel values of zero, which Kandinsky's decoders take for no picture at all."""
         self.check_image_encoder()
         zeros = torch.zeros(1, 3, self.size, self.size, device=self.device, dtype=self.dtype)
@@ -232,7 +235,7 @@ class TransformersCLIP(Encoder, ModelMixin):
             image = resize(image, list(side), interpolation=mode, antialias=True)
             image = image if image.is_floating_point() else image.float() / 255
         if crop is not None:
-            image = middle(image, crop)
+            image = crop_image_center(image, crop)
         return ((image - self.mean) / self.std).to(self.dtype)
 
     def encode_text(self, texts: list[str]) -> TextEncoding:
@@ -253,7 +256,7 @@ class TransformersCLIP(Encoder, ModelMixin):
         return TextEncoding(found.text_embeds, found.last_hidden_state, mask)
 
 
-def middle(image: Tensor, side: int) -> Tensor:
+def crop_image_center(image: Tensor, side: int) -> Tensor:
     """(..., H, W) -> (..., side, side); what is left over is rounded down above and to the left, where torchvision's
     rounds. A smaller picture gets a black frame."""
     above, left = ((length - side) // 2 if length >= side else -((side - length) // 2) for length in image.shape[-2:])
@@ -261,27 +264,27 @@ def middle(image: Tensor, side: int) -> Tensor:
     return F.pad(image, (-left, -right, -above, -below))
 
 
-def text_tower(config: dict[str, Any]) -> torch.nn.Module:
+def build_text_tower(config: dict[str, Any]) -> torch.nn.Module:
     # Its own padding and start are not read, and would be compared with the vocabulary's size.
     ours = {"bos_token_id": None, "pad_token_id": None, "attn_implementation": "sdpa"}
     settings = transformers.CLIPTextConfig(**config, **ours)
     return transformers.CLIPTextModelWithProjection(settings)
 
 
-def vision_tower(config: dict[str, Any]) -> torch.nn.Module:
+def build_vision_tower(config: dict[str, Any]) -> torch.nn.Module:
     settings = transformers.CLIPVisionConfig(**config, attn_implementation="sdpa")
     return transformers.CLIPVisionModelWithProjection(settings)
 
 
-def read_settings(part: Component, kind: str) -> dict[str, Any]:
+def read_tower_config(part: Component, kind: str) -> dict[str, Any]:
     """Of a tower's configuration what decides its arithmetic, with the library's defaults written out."""
     if (found := part.config.get("model_type", kind)) != kind:
         raise InputError(f"{str(part.folder)!r} holds a {found!r:.80}; it must be a {kind}")
-    names, model = KINDS[kind]
+    names, model = TOWER_KINDS[kind]
     usual = inspect.signature(model).parameters
     settings = {key: part.config.get(key, usual[key].default) for key in names}
     if settings.get("eos_token_id", 0) is None:
-        settings["eos_token_id"] = HIGHEST
+        settings["eos_token_id"] = HIGHEST_TOKEN
     wrong = [key for key in names if key not in ("hidden_act", "layer_norm_eps") and type(settings[key]) is not int]
     if wrong:
         raise InputError(f"{str(part.folder)!r} has {wrong[0]} = {settings[wrong[0]]!r:.80}; it must be a whole number")
@@ -289,30 +292,34 @@ def read_settings(part: Component, kind: str) -> dict[str, Any]:
     return settings
 
 
-def usual_preprocess(side: int) -> dict[str, Any]:
-    return {"resize": [side], "crop": side, "resample": "bicubic", "mean": MEAN, "std": STD}
+def build_default_preprocess(side: int) -> dict[str, Any]:
+    return {"resize": [side], "crop": side, "resample": "bicubic", "mean": CLIP_MEAN, "std": CLIP_STD}
 
 
-def read_preprocess(folder: Path, side: int, root: Path | None = None) -> dict[str, Any]:
+def read_preprocess_config(folder: Path, side: int, root: Path | None = None) -> dict[str, Any]:
     """What a CLIPImageProcessor's preprocessor_config.json says, for a vision tower that sees `side` x `side` pixels.
 
     resize: [the shorter side] or [height, width]; None is not at all. crop: the side that is cut out of the middle, or
     None. resample: "bicubic" or "bilinear". mean, std: of pictures in [0, 1]. root: the pipeline's folder.
     Raises InputError for what CLIP's image processors do not do.
     """
-    check_files(folder, root)
+    check_folder_files(folder, root)
     path = folder / "preprocessor_config.json"
     config = read_config(path)
     resizes, crops = config.get("do_resize", True), config.get("do_center_crop", True)
-    size, crop = lengths(config.get("size", side)), lengths(config.get("crop_size", side))
+    size, crop = parse_image_size(config.get("size", side)), parse_image_size(config.get("crop_size", side))
     left = crop if crops else size if resizes and len(size) == 2 else []  # what is sure of the picture's sides
-    if not left or set(left) != {side} or not all(type(one) is int and 0 < one <= MAX_SIDE for one in size):
+    if not left or set(left) != {side} or not all(type(one) is int and 0 < one <= MAX_IMAGE_SIDE for one in size):
         raise InputError(f"{str(path)!r} makes pictures of size {size}, crop {crop}; the image encoder sees {side}")
     normalizes, factor = config.get("do_normalize", True), config.get("rescale_factor", 1 / 255)
-    mean, std = (config.get("image_mean", MEAN), config.get("image_std", STD)) if normalizes else ([0.0] * 3, [1.0] * 3)
+    mean, std = (
+        (config.get("image_mean", CLIP_MEAN), config.get("image_std", CLIP_STD))
+        if normalizes
+        else ([0.0] * 3, [1.0] * 3)
+    )
     numbers = [*mean, *std] if isinstance(mean, list) and isinstance(std, list) else []
     sound = len(numbers) == 6 and all(isinstance(one, int | float) for one in numbers) and 0 not in numbers[3:]
-    resample = RESAMPLING.get(config.get("resample", 3))
+    resample = RESAMPLING_MODES.get(config.get("resample", 3))
     scaled = (
         config.get("do_rescale", True) and isinstance(factor, float) and math.isclose(factor, 1 / 255, rel_tol=1e-4)
     )
@@ -323,7 +330,7 @@ def read_preprocess(folder: Path, side: int, root: Path | None = None) -> dict[s
     return {"resize": resize, "crop": side if crops else None, "resample": resample, "mean": mean, "std": std}
 
 
-def lengths(size: Any) -> list[Any]:
+def parse_image_size(size: Any) -> list[Any]:
     """A size of an image processor: [the shorter side] or [height, width]."""
     if isinstance(size, dict):
         return [size["shortest_edge"]] if "shortest_edge" in size else [size.get("height"), size.get("width")]
