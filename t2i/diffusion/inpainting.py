@@ -51,7 +51,7 @@ def build_blend_callback(
 ) -> Callable[[int, Tensor, Tensor], Tensor]:
     """What runs after each step of sampling: where nothing is painted, the known latents at the level of the next step.
 
-    scheduler: the one that is sampled with, of levels as `t2i.diffusion.denoiser.levels` has them. latents, noise:
+    scheduler: the one that is sampled with, of levels as `t2i.diffusion.process.alpha_sigma` has them. latents, noise:
     (B, C, h, w),
     the noise that sampling started from; mask: (B, 1, h, w).
     """

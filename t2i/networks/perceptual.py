@@ -16,7 +16,7 @@ class PerceptualDistance(nn.Module):
     """The perceptual distance of a CLIP, which is frozen: gradients reach the pictures alone.
 
     Args:
-        clip: see `t2i.networks.clip.load_clip`. Its vision tower must tell what its layers see, as ViTs, ResNets and
+        clip: see `t2i.interop.by_name.load_clip`. Its vision tower must tell what its layers see, as ViTs, ResNets and
         most of
             timm's do.
 

@@ -258,7 +258,7 @@ def test_parity_of_a_decoder_that_inpaints_gives_it_half_of_a_picture(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(
-        "t2i.interop.parity.known_latents", lambda latents, mask: concat_masked_latents(latents, 1 - mask)
+        "t2i.interop.parity.concat_masked_latents", lambda latents, mask: concat_masked_latents(latents, 1 - mask)
     )
     decoder, prior = kandinsky_22_inpaint(), kandinsky_22_prior()
     assert run(monkeypatch, "parity", decoder, "--prior", prior, "--steps", 2) == 1

@@ -319,7 +319,7 @@ def test_the_cascade_draws_what_the_package_draws(
     )
     cascade.all_schedulers[0] = build_sampler("ddpm", cascade.scheduler)
     with monkeypatch.context() as patch:
-        patch.setattr("t2i.networks.dalle2.decoder.draw_noise", Replay(before))
+        patch.setattr("t2i.networks.dalle2.decoder.generate_noise", Replay(before))
         patch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", Replay(later))
         got = cascade.draw_images(small, [torch.Generator(), torch.Generator()], STEPS, start)
     torch.testing.assert_close((got + 1) / 2, wanted.clamp(0, 1), atol=1e-4, rtol=1e-4)

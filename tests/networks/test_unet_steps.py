@@ -170,13 +170,13 @@ def test_hooks_of_a_convolution_run_in_a_step() -> None:
 
 BF16_WITHOUT_AVX512 = """
 import torch
-from t2i.networks.unet_steps import prepare, run
+from t2i.networks.unet_steps import prepare_unet_context, run_unet_step
 
 unet, x, t = tiny_unet().bfloat16(), random(1, 4, 8, 8, seed=6).bfloat16(), torch.tensor([400])
 condition = {"encoder_hidden_states": random(1, 5, 12, seed=4), "class_labels": random(1, 16, seed=5)}
 condition = {name: one.bfloat16() for name, one in condition.items()}
 with torch.no_grad():
-    mine, theirs = run(unet, x, t, prepare(unet, **condition)), unet(x, t, **condition).sample
+    mine, theirs = run_unet_step(unet, x, t, prepare_unet_context(unet, **condition)), unet(x, t, **condition).sample
 torch.testing.assert_close(mine, theirs, atol=0.05, rtol=0.05)
 """
 

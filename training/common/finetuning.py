@@ -22,7 +22,7 @@ def load_init_model(load: Callable[[str], Model], init: str, stated: dict[str, A
     """The model that `init` names, in fp32, to be trained further.
 
     Args:
-        load: what loads it, such as `t2i.networks.clip.load_clip`; of a model that does not say which CLIP it was
+        load: what loads it, such as `t2i.interop.by_name.load_clip`; of a model that does not say which CLIP it was
         trained with,
             a public one, that is not compared.
         init: a folder that a training script wrote, or another name that `load` knows.
