@@ -10,8 +10,7 @@ import pytest
 from PIL import Image
 
 from t2i import cli
-
-from .conftest import arguments
+from tests.conftest import arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["--steps", "3", "--prior-steps", "2"]

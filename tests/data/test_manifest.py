@@ -25,8 +25,7 @@ from t2i.data.manifest import (
     write_manifest,
 )
 from t2i.errors import InputError
-
-from .samples import COLORS, add, checked, picture, reasons
+from tests.helpers.samples import COLORS, add, checked, picture, reasons
 
 
 def folder_of(path, names, size=(16, 16)):

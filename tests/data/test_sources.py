@@ -18,8 +18,7 @@ from t2i.data import CaptionedPictures
 from t2i.data.manifest import write_manifest
 from t2i.data.sources.samples import Columns, parse_captions, parse_split
 from t2i.errors import InputError
-
-from .samples import COLORS, add, checked, color_of, picture, reasons
+from tests.helpers.samples import COLORS, add, checked, color_of, picture, reasons
 
 
 def check(source, **options):

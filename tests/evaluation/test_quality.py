@@ -37,9 +37,8 @@ from t2i.evaluation.quality import (
     measure_reference_statistics,
     read_reference_statistics,
 )
-
-from .test_cli import run
-from .test_clip import make
+from tests.commands.test_cli import run
+from tests.networks.test_clip import make
 
 SMALL = MetricSettings(kid_subset_size=50, kid_subsets=20, seed=7)
 

@@ -22,9 +22,8 @@ from t2i.training.common.checkpoint import find_newest_checkpoint, load_checkpoi
 
 from t2i.errors import RESUMABLE_STATUS, InputError, RunError, RunStopped
 from t2i.runtime.processes import SIGNAL_REPEAT_SECONDS
-
-from . import tiny_run
-from .record import fault, record
+from tests.faults import tiny_run
+from tests.faults.record import fault, record
 
 SCRIPT = Path(tiny_run.__file__)
 CALLS = ("fsync", "rename", "mkdir", "unlink", "rmdir", "open")  # of os: what changes the disk, and shutil's way to it

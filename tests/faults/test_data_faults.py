@@ -24,9 +24,8 @@ from t2i.data.manifest import Manifest, write_manifest
 from t2i.data.pictures import decode_image, silence_pillow
 from t2i.data.reasons import RejectedSample
 from t2i.errors import InputError
-
-from ..samples import COLORS, add, checked, color_of, picture, reasons
-from .record import record
+from tests.faults.record import record
+from tests.helpers.samples import COLORS, add, checked, color_of, picture, reasons
 
 ROOT = Path(__file__).resolve().parents[2]
 OPENED: list[str] | None = None  # names of files that were opened, while a test listens

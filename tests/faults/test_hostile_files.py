@@ -30,8 +30,7 @@ from t2i.files.untrusted import check_file_name, read_safetensors_header
 from t2i.interop.by_name import load_autoencoder, load_clip
 from t2i.networks.prior import Prior
 from t2i.networks.unet_decoder import UNetDecoder
-
-from .record import record
+from tests.faults.record import record
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"

@@ -11,10 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from t2i import Text2ImagePipeline
 from t2i.interop.by_name import load_text_encoder
+from tests.faults.record import record
+from tests.faults.test_hostile_files import WEIGHTS, bombs, edit, memory, refusal
 from tests.helpers.text_encoders import SIZE, make
-
-from .record import record
-from .test_hostile_files import WEIGHTS, bombs, edit, memory, refusal
 
 
 @pytest.fixture

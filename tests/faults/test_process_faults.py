@@ -16,10 +16,9 @@ import torch
 from t2i.training.common.checkpoint import find_newest_checkpoint, load_checkpoint
 
 from t2i.errors import InputError, RunError
-
-from . import tiny_run
-from .record import fault, record
-from .test_checkpoint_faults import contents, finish, start, wait_for
+from tests.faults import tiny_run
+from tests.faults.record import fault, record
+from tests.faults.test_checkpoint_faults import contents, finish, start, wait_for
 
 
 def rows(path: Path) -> list[dict]:

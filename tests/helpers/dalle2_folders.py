@@ -14,8 +14,7 @@ from t2i.networks.clip import CLIP
 from t2i.networks.dalle2.decoder import DALLE2Cascade, DALLE2Decoder
 from t2i.networks.dalle2.prior import DALLE2Prior
 from t2i.networks.tokenizer import PublicTokenizer
-
-from .interop_folders import EMBED_DIM, built
+from tests.helpers.public_folders import EMBED_DIM, built
 
 STEPS = 40  # of the training
 TOWERS = {

@@ -30,8 +30,7 @@ from t2i.sampling.upsampling import (
     iterate_stage_generators,
     sample_upsampler,
 )
-
-from .conftest import arguments, seeds, train
+from tests.conftest import arguments, seeds, train
 
 UNET = {
     "block_out_channels": [16, 32],

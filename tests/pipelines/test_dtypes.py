@@ -11,10 +11,9 @@ from PIL import Image
 from t2i.pipelines import ImageToImagePipeline, Text2ImagePipeline
 
 from t2i.errors import InputError
-
-from .test_cli import QUICK, run
-from .test_loading import ONE_EACH, load
-from .test_loading import draw as draw_public
+from tests.commands.test_cli import QUICK, run
+from tests.interop.test_loading import ONE_EACH, load
+from tests.interop.test_loading import draw as draw_public
 
 BF16, FP32 = torch.bfloat16, torch.float32
 STAGES = ("clip", "prior", "decoder", "autoencoder")

@@ -15,8 +15,7 @@ from t2i.pipelines.inversion import build_inversion_options
 
 from t2i import InputError, Text2ImagePipeline
 from t2i.diffusion.guidance import Guidance
-
-from .conftest import seeds
+from tests.conftest import seeds
 
 QUICK = {"num_inference_steps": 8, "output_type": "latent"}
 

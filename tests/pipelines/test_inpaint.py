@@ -31,8 +31,7 @@ from t2i.files.model_folder import load_model
 from t2i.networks.decoder import Decoder
 from t2i.networks.unet_decoder import UNetDecoder
 from t2i.sampling.steering import Steering
-
-from .conftest import seeds, train
+from tests.conftest import seeds, train
 
 QUICK = {"prior_num_inference_steps": 2, "num_inference_steps": 3}
 

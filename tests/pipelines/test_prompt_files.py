@@ -28,9 +28,8 @@ from t2i.errors import InputError
 from t2i.files.fingerprints import compute_brief_fingerprint
 from t2i.runtime.memory import AvailableMemory
 from t2i.runtime.shares import Rank, find_process_rank
-
-from .interop_kandinsky_folders import kandinsky_22_combined
-from .test_cli import QUICK, run
+from tests.commands.test_cli import QUICK, run
+from tests.helpers.kandinsky_folders import kandinsky_22_combined
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ["red circle", "a green square that is rather large", "blue", "a red square", "green circle"]

@@ -14,9 +14,8 @@ from t2i.commands import drawing
 from t2i.diffusion.stored_schedulers import load_scheduler
 from t2i.errors import InputError
 from t2i.networks.upsampler import Upsampler
-
-from .conftest import seeds, train
-from .test_upsampler import UNET
+from tests.conftest import seeds, train
+from tests.networks.test_upsampler import UNET
 
 
 @pytest.fixture(scope="module")

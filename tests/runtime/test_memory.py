@@ -32,9 +32,8 @@ from t2i.runtime.memory import (
     measure_available_memory,
     release_freed_memory,
 )
-
-from .test_cli import QUICK, run
-from .test_loading import ONE_EACH, load
+from tests.commands.test_cli import QUICK, run
+from tests.interop.test_loading import ONE_EACH, load
 
 FEW = {"num_inference_steps": 2, "prior_num_inference_steps": 2, "prior_candidates": 1}
 

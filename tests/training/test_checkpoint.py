@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from t2i.training.common.checkpoint import Checkpoint, find_newest_checkpoint, load_checkpoint, save_checkpoint
 
-from .faults.test_checkpoint_faults import die_at_call, in_child
+from tests.faults.test_checkpoint_faults import die_at_call, in_child
 
 
 def save(folder: Path, step: int, keep: int = 1) -> None:

@@ -17,9 +17,8 @@ from t2i.networks.autoencoder import Autoencoder
 from t2i.networks.decoder import Decoder
 from t2i.networks.prior import Prior
 from t2i.networks.unet_decoder import UNetDecoder
-
-from .conftest import arguments, train
-from .test_lora import drift
+from tests.conftest import arguments, train
+from tests.training.test_lora import drift
 
 STAGES = ("clip", "autoencoder", "prior", "decoder")
 LOADERS = {
@@ -180,7 +179,7 @@ def test_a_checkpoint_of_another_start_is_not_resumed(shapes, runs, tmp_path):
 def test_a_diffusers_vae_can_be_trained_on(shapes, runs, tmp_path):
     from diffusers import AutoencoderKL
 
-    from .test_large import VAE
+    from tests.training.test_large import VAE
 
     torch.manual_seed(0)
     AutoencoderKL(**VAE).save_pretrained(tmp_path / "vae")

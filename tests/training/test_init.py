@@ -29,8 +29,7 @@ from t2i.networks.autoencoder import Autoencoder
 from t2i.networks.clip import CLIP
 from t2i.networks.prior import Prior
 from t2i.networks.unet_decoder import UNetDecoder
-
-from .test_cli import run
+from tests.commands.test_cli import run
 
 STAGES = ("clip", "autoencoder", "cache", "prior", "decoder")
 CPU = Device("cpu", cores=2, memory=24)

@@ -29,8 +29,7 @@ from t2i.networks.clip import CLIP
 from t2i.networks.decoder import Decoder
 from t2i.networks.prior import Prior
 from t2i.networks.unet_decoder import UNetDecoder
-
-from .test_decoder import UNET
+from tests.networks.test_decoder import UNET
 
 D, W, LENGTH = 8, 6, 5
 VAE = {

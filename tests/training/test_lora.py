@@ -21,9 +21,8 @@ from t2i.errors import InputError
 from t2i.files.model_folder import load_model
 from t2i.networks.prior import Prior
 from t2i.networks.unet_decoder import UNetDecoder
-
-from .conftest import arguments, train
-from .test_large import D, captions, loss_of, make, one_process, shard  # noqa: F401
+from tests.conftest import arguments, train
+from tests.training.test_large import D, captions, loss_of, make, one_process, shard  # noqa: F401
 
 DENOISERS = ("prior", "transformer", "unet")
 

@@ -27,16 +27,15 @@ from t2i.interop.prior_transformer import load_prior_transformer
 from t2i.networks.prior import Prior
 from t2i.networks.public.kandinsky import KandinskyDecoder
 from t2i.networks.public.karlo import KarloDecoder
-
-from .interop_folders import tiny_prior_transformer, tiny_text_tower
-from .interop_kandinsky_folders import (
+from tests.helpers.kandinsky_folders import (
     kandinsky_21_decoder,
     kandinsky_21_prior,
     kandinsky_22_decoder,
     kandinsky_22_inpaint,
     kandinsky_22_prior,
 )
-from .interop_karlo_folders import karlo, karlo_variations
+from tests.helpers.karlo_folders import karlo, karlo_variations
+from tests.helpers.public_folders import tiny_prior_transformer, tiny_text_tower
 
 CLASSES = {"prior": Prior, "karlo": KarloDecoder, "kandinsky": KandinskyDecoder, "kandinsky21": KandinskyDecoder}
 

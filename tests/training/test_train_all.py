@@ -18,8 +18,7 @@ from t2i.training.recipe.recipe import compose_recipe, read_data_facts
 from t2i.training.recipe.sizes import Device
 
 from t2i.errors import RunError
-
-from .test_cli import run
+from tests.commands.test_cli import run
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-c", "from t2i.cli import main; main()", "train", "all", "run"]
