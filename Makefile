@@ -30,7 +30,7 @@ faults: $(VENV)/installed
 	$(BIN)/python tests/faults/table.py build/faults.jsonl; exit $$status
 
 gallery: $(VENV)/installed
-	$(BIN)/python -m benchmarks.gallery
+	$(BIN)/python docs/gallery.py
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks

@@ -19,8 +19,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="toy sizes: whether they run; writes nothing")
     options = ["--quick"] * parser.parse_args().quick
     # Each in its own process, so that none finds memory that another left; one that fails does not stop the others.
-    # growth compares with what is counted and not with a peer.
-    names = [*programs(), "growth", *([] if options else ["report"])]
+    names = [*programs(), *([] if options else ["report"])]
     ended = {name: subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *options]).returncode for name in names}
     failed = [name for name, status in ended.items() if status not in (0, CANNOT_RUN)]
     skipped = [name for name, status in ended.items() if status == CANNOT_RUN]

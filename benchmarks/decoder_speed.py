@@ -11,7 +11,6 @@ import torch
 from diffusers import DDPMScheduler, KandinskyV22Pipeline, UNet2DConditionModel, VQModel
 from torch import Generator, Tensor
 
-from benchmarks.equal_quality import CHOICES, judged
 from benchmarks.side_by_side import Row, alternate, device, difference, flops, generators, peaks, row, run
 from t2i.diffusion.denoiser import generate_noise
 from t2i.diffusion.samplers import resolve_sampler
@@ -34,7 +33,6 @@ SIZES = {  # Kandinsky 2.2 has (384, 768, 1152, 1536), 3 layers a level, heads o
         "norm_num_groups": 4,
     },
 }
-FEWER = "ten-guided"  # of `equal_quality`, where it is judged on a decoder that is trained
 
 
 def kandinsky_unet(quick: bool) -> UNet2DConditionModel:
@@ -107,22 +105,13 @@ def main(quick: bool) -> list[Row]:
     for batch in (1, 2) if quick else (1, 4):
         z_i = torch.randn(batch, EMBED, generator=Generator().manual_seed(2)).to(device())
         what = f"Kandinsky-2.2-shaped decoder, {steps} steps with guidance, batch {batch}"
-        choices: list[tuple[str, int, str | None, float, str]] = [(what, steps, None, 1.2, "")]
-        if batch == 1:
-            fewer = CHOICES[FEWER]
-            what = f"the same in {fewer.steps} steps of {fewer.sampler}; not the same picture"
-            note = f"on the shipped emoji decoder: {judged(FEWER)}"
-            choices.append((what, 1 if quick else fewer.steps, fewer.sampler, 3.0, note))
-        for what, count, sampler, wanted, note in choices:
-            works = {"ours": ours(decoder, z_i, count, sampler), "diffusers": diffusers(decoder, unet, z_i, steps)}
-            equal = sampler is None
-            worst = difference(*(work() for work in works.values())) if equal else None
-            counts = {name: flops(work) for name, work in works.items()} if equal else None  # of all steps
-            times = alternate(works, rounds=1 if quick else 5, warm=0 if quick else 1)
-            one_step = {"ours": ours(decoder, z_i, 1), "diffusers": diffusers(decoder, unet, z_i, 1)}
-            memory = peaks(one_step) if equal else None
-            rows.append(row(what, times, wanted, worst, counts, memory, note))
-            gc.collect()
+        works = {"ours": ours(decoder, z_i, steps), "diffusers": diffusers(decoder, unet, z_i, steps)}
+        worst = difference(*(work() for work in works.values()))
+        counts = {name: flops(work) for name, work in works.items()}  # of all steps
+        times = alternate(works, rounds=1 if quick else 5, warm=0 if quick else 1)
+        memory = peaks({"ours": ours(decoder, z_i, 1), "diffusers": diffusers(decoder, unet, z_i, 1)})
+        rows.append(row(what, times, 1.2, worst, counts, memory))
+        gc.collect()
     return rows
 
 

@@ -1,9 +1,7 @@
 """Benchmarks of speed at toy size: they run, and what they compare agrees. Never how long anything takes."""
 
-import copy
-import importlib
+import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
@@ -16,15 +14,11 @@ import torch
 
 from benchmarks import __main__ as every
 from benchmarks import (
-    bf16,
-    linear_layers,
     peers,
     prior_speed,
     report,
     side_by_side,
     starting,
-    training_limits,
-    training_processes,
     training_speed,
 )
 from benchmarks.__main__ import programs
@@ -57,7 +51,7 @@ def test_it_runs_at_toy_size_and_its_outputs_agree(name: str) -> None:
     try:
         rows = importlib.import_module(f"benchmarks.{name}").main(True)
     except InputError as missing:
-        if not re.search("^[a-z0-9_, ]+ not installed: |^two processes need two cores", str(missing)):
+        if not re.search("^[a-z0-9_, ]+ not installed: ", str(missing)):
             raise
         pytest.skip(str(missing))
     assert rows and all(len(one.seconds or one.memory) == 2 and one.ratio.low > 0 for one in rows)
@@ -137,7 +131,9 @@ def test_a_benchmark_that_cannot_run_is_one_line(
     assert ended.value.code == 2 and capsys.readouterr() == ("", "some: two processes need two cores\n")
 
 
-@pytest.mark.parametrize(("status", "said"), [(2, "cannot run here, why is said above: bf16"), (1, "failed: bf16")])
+@pytest.mark.parametrize(
+    ("status", "said"), [(2, "cannot run here, why is said above: starting"), (1, "failed: starting")]
+)
 def test_a_benchmark_that_cannot_run_here_does_not_fail_all_of_them_and_one_that_fails_does(
     status: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -145,14 +141,14 @@ def test_a_benchmark_that_cannot_run_here_does_not_fail_all_of_them_and_one_that
 
     def run(command: list[str]) -> subprocess.CompletedProcess:
         asked.append(command[2:])
-        return subprocess.CompletedProcess(command, status if "benchmarks.bf16" in command else 0)
+        return subprocess.CompletedProcess(command, status if "benchmarks.starting" in command else 0)
 
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(sys, "argv", ["benchmarks", "--quick"])
     with pytest.raises(SystemExit) as ended:
         every.main()
     assert ended.value.code == (status == 1) and capsys.readouterr().err == said + "\n"
-    assert asked == [[f"benchmarks.{name}", "--quick"] for name in [*programs(), "growth"]]
+    assert asked == [[f"benchmarks.{name}", "--quick"] for name in programs()]
 
 
 @pytest.mark.parametrize("has", [True, False])
@@ -185,15 +181,6 @@ def test_gradients_are_compared_relative_to_their_size() -> None:
         relative_difference({"weight": small["weight"]}, small)
 
 
-def test_layers_without_gradients_are_not_timed() -> None:
-    theirs = torch.nn.ModuleList(linear_layers.block(8))
-    ours = copy.deepcopy(theirs)
-    for weight in ours[1].parameters():
-        weight.register_hook(lambda gradient: 0 * gradient)
-    with pytest.raises(AssertionError, match="1.(weight|bias) differs by 1"):
-        linear_layers.compare("what", linear_layers.backward, ours, theirs, torch.randn(4, 32), 1)
-
-
 def test_a_prior_without_gradients_is_not_timed() -> None:
     source = MadeUp([2, 3], width=32)
     _, prior = training_speed.our_step(source, 64, 1)
@@ -211,16 +198,6 @@ def test_made_up_steps_have_captions_of_other_lengths_each_time() -> None:
     assert len(MadeUp([7, 7], width=4).batches) == 1  # which all have the same shape
 
 
-def test_what_a_benchmark_of_reading_lacks_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(training_limits, "CACHE", tmp_path / "none")
-    assert training_limits.readings(1) == []
-    assert re.fullmatch(
-        r"what reading costs .*none' is not there; `t2i data cache .*` makes it\n", capsys.readouterr().err
-    )
-
-
 def test_a_row_of_memory_has_no_seconds_and_what_is_missed_says_so() -> None:
     less = Row(
         "loading", "its weights", Ratio(0.8, 0.7, 0.9), 1 / 1.2, {}, memory={"ours": 5 * 2**20, "weights": 2**22}
@@ -235,40 +212,17 @@ def test_steps_that_were_not_run_are_told_by_the_line_through_two_times() -> Non
     assert prior_speed.extrapolated(once, twice, 3) == pytest.approx([1 + 2 * 25, 1.5 + 2 * 25])
 
 
-def test_pictures_that_are_not_there_are_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(bf16, "PICTURES", tmp_path)
-    assert not bf16.pictures_are_there()
-    assert re.fullmatch(
-        r"which emoji .* is not there; `t2i data emoji data/emoji` makes them\n", capsys.readouterr().err
-    )
-
-
 def test_memory_that_is_not_told_is_no_row(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(starting, "loading", lambda folder: (None, 100))
     assert starting.loading_row("some model", Path(), 2) is None
     assert capsys.readouterr().err.startswith("what loading some model takes is not measured: ")
 
 
-of_cores = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processes have no cores of their own")
-
-
-@of_cores
-def test_a_process_that_ends_is_told_while_another_is_still_waited_for() -> None:
-    path, core, none = "configs/tiny/prior.yaml", min(os.sched_getaffinity(0)), 10**6
-    waits, ends = trainers = [training_processes.Trainer(path, one, {}, 0) for one in (core, none)]
-    try:
-        ends.ask("ready")
-        with pytest.raises(RuntimeError, match=f"ended, one alone on core {none}; its message is above"):
-            training_processes.wait([waits, ends])
-    finally:
-        for trainer in trainers:
-            trainer.end()
-
-
-@of_cores
-def test_processes_that_are_late_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training_processes, "PATIENCE", 0)
-    with pytest.raises(RuntimeError, match=r"^not done within 0 s: rank 0 of 2 on core \d+, rank 1 of 2 on core \d+$"):
-        training_processes.processes("prior", "tiny", 1)
+def test_the_gallery_draws_every_picture_of_its_page() -> None:
+    docs = report.PAGE.parent
+    spec = importlib.util.spec_from_file_location("gallery", docs / "gallery.py")
+    assert spec is not None and spec.loader is not None
+    gallery = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = gallery  # which its dataclass looks itself up in
+    spec.loader.exec_module(gallery)
+    assert set(re.findall(r"images/gallery-(\w+)\.png", (docs / "gallery.md").read_text())) == set(gallery.DRAWINGS)
