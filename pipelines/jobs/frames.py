@@ -15,7 +15,7 @@ from t2i.pipelines.jobs.generation import (
     format_model_name,
     load_pipeline,
     replace_upsampler,
-    write_new_file,
+    write_new_image,
 )
 from t2i.pipelines.options import split_options
 from torch import Generator
@@ -76,7 +76,7 @@ def interpolate_files(
     shown = [paste_side_by_side(images)] if strip else images
     for i, image in enumerate(shown):
         number = f" {i + 1:0{len(str(total))}}" if len(shown) > 1 else ""
-        yield write_new_file(
+        yield write_new_image(
             out, f"{name}{number} of {arguments[0]} to {arguments[-1]}", seed, encode_png_image(image, used)
         )
     if video is not None:

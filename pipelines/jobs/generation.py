@@ -1,6 +1,5 @@
 """From prompts to PNG files: what `t2i generate` does."""
 
-import contextlib
 import json
 import logging
 import os
@@ -42,6 +41,7 @@ from t2i.checks import check_texts
 from t2i.data.pictures import open_image
 from t2i.diffusion.guidance import Guidance
 from t2i.errors import InputError
+from t2i.files.atomic import write_new_file
 from t2i.files.fingerprints import compute_brief_fingerprint, format_scheduler_configs
 from t2i.interop.stored import has_bf16, resolve_part_dtype
 from t2i.runtime.devices import check_bf16_support, resolve_device_name
@@ -210,7 +210,7 @@ def upsample_files(
             "upsample": times,
             **used,
         }
-        yield write_new_file(out, path.stem, seed + i, encode_png_image(drawn, record))
+        yield write_new_image(out, path.stem, seed + i, encode_png_image(drawn, record))
 
 
 def write_drawn_images(
@@ -250,7 +250,7 @@ def write_drawn_images(
         at_once = size if batch_size is not None or not left else fitting(size)
         for i, image in draw_fitting_batches(draw_records, left, at_once, batch_size is None, device):
             name = str(next(iter(records[i].values())))
-            yield i, write_new_file(out, name, seed + i, encode_png_image(image, written[i]))
+            yield i, write_new_image(out, name, seed + i, encode_png_image(image, written[i]))
 
     yield from iterate_in_order(write_batches(), sorted(left))
 
@@ -387,22 +387,13 @@ def extract_guidance_scale(value: Any) -> Any:
     return value["scale"] if isinstance(value, dict) else value
 
 
-def write_new_file(out: Path, prompt: str, seed: int, content: bytes) -> Path:
+def write_new_image(out: Path, prompt: str, seed: int, content: bytes) -> Path:
     """Write a file that did not exist before, whole or not at all; in a folder, under a free name."""
-    (out.parent if out.suffix == ".png" else out).mkdir(parents=True, exist_ok=True)
     if out.suffix == ".png":
-        names: Iterator[Path] = iter([out])
+        path = write_new_file(out.parent, [out.name], content)
     else:
         stem = f"{re.sub('[^a-z0-9]+', '-', prompt.lower()).strip('-')[:40] or 'picture'}-{seed}"
-        names = (out / f"{stem}{'' if i == 1 else f'-{i}'}.png" for i in counting(1))
-    folder = out.parent if out.suffix == ".png" else out
-    unfinished = folder / f".t2i-{os.getpid()}-{secrets.token_hex(4)}.unfinished"
-    try:
-        unfinished.write_bytes(content)
-        for path in names:
-            with contextlib.suppress(FileExistsError):
-                os.link(unfinished, path)  # unlike a rename, never replaces
-                return path
-    finally:
-        unfinished.unlink(missing_ok=True)
-    raise InputError(f"{str(out)!r} exists and is not overwritten; give another name")
+        path = write_new_file(out, (f"{stem}{'' if i == 1 else f'-{i}'}.png" for i in counting(1)), content)
+    if path is None:
+        raise InputError(f"{str(out)!r} exists and is not overwritten; give another name")
+    return path

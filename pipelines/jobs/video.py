@@ -1,6 +1,5 @@
 """Pictures in a row as one moving picture: MP4 through the extra `video`, animated WebP, PNG and GIF without it."""
 
-import os
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from PIL import Image
 
 from t2i.checks import check_range
 from t2i.errors import InputError
+from t2i.files.atomic import create_file_atomically
 
 ANIMATION_OPTIONS: dict[str, dict[str, Any]] = {  # by Pillow; GIF has 256 colours a frame, the others keep every pixel
     ".webp": {"lossless": True},
@@ -40,22 +40,13 @@ def write_video(frames: list[Image.Image], path: str | Path, fps: float = 12.0) 
     if suffix == ".mp4":
         check_video_extra(path)
     frames = [frame.convert("RGB") for frame in frames]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.stem}.{os.getpid()}.unfinished{suffix}")
-    try:
+    with create_file_atomically(path) as unfinished:
         if suffix == ".mp4":
             write_mp4(frames, unfinished, fps)
         else:
-            settings: dict[str, Any] = {
-                "save_all": True,
-                "append_images": frames[1:],
-                "loop": 0,
-                "duration": 1000 / fps,
-            }
-            frames[0].save(unfinished, **settings, **ANIMATION_OPTIONS[suffix])
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+            settings = {"append_images": frames[1:], "loop": 0, "duration": 1000 / fps, **ANIMATION_OPTIONS[suffix]}
+            # The format is given by name, for the name of an unfinished file has another suffix.
+            frames[0].save(unfinished, suffix[1:].upper(), save_all=True, **settings)
     return path
 
 
@@ -74,7 +65,7 @@ def write_mp4(frames: list[Image.Image], path: Path, fps: float) -> None:
 
     width, height = frames[0].size
     odd = ((0, height % 2), (0, width % 2), (0, 0))
-    with av.open(str(path), "w", options={"movflags": "faststart"}) as file:
+    with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as file:
         stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000), options={"crf": "16"})
         stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
         for frame in frames:

@@ -1,11 +1,12 @@
-"""Files and folders whole or absent."""
+"""Write files and folders that appear under their name only when they are complete."""
 
 import hashlib
 import json
 import os
+import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -22,7 +23,7 @@ def compute_file_sha256(path: Path) -> str:
 
 @contextmanager
 def create_folder_atomically(final: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `final` at the end, or is gone if anything fails."""
+    """Yield a folder to write into; at the end it becomes `final`, and after an error it is removed."""
     unfinished = final.with_name(f"{final.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -35,17 +36,12 @@ def create_folder_atomically(final: Path) -> Iterator[Path]:
 
 
 def publish_folder(unfinished: Path, final: Path) -> None:
-    """Put a finished folder in its place: everything on disk first, then one rename, then the parent on disk.
-
-    A folder already there is moved aside until the new one stands. Files get the permissions that the user's umask
-    gives (safetensors makes them private).
-    """
-    mask = os.umask(0)
-    os.umask(mask)
+    """Rename a finished folder to `final`, after all its files are on disk."""
     for path in [*unfinished.rglob("*"), unfinished]:
         if path.is_file():
-            path.chmod(0o666 & ~mask)
+            apply_umask(path)
         sync_to_disk(path)
+    # A folder cannot be replaced by a rename. An older one keeps a second name until the new one is in its place.
     aside = final.with_name(f"{final.name}.replaced")
     if final.exists():
         shutil.rmtree(aside, ignore_errors=True)
@@ -60,6 +56,60 @@ def publish_folder(unfinished: Path, final: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
+@contextmanager
+def create_file_atomically(final: Path) -> Iterator[Path]:
+    """Yield a path to write to; at the end its file replaces `final`, and after an error it is removed."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with create_unfinished_file(final.parent) as unfinished:
+        yield unfinished
+        apply_umask(unfinished)
+        sync_to_disk(unfinished)
+        os.replace(unfinished, final)
+        sync_to_disk(final.parent)
+
+
+@contextmanager
+def create_unfinished_file(folder: Path) -> Iterator[Path]:
+    """Yield a hidden path in `folder` to write to. Its file is removed at the end, unless it was renamed."""
+    unfinished = folder / f".t2i-{os.getpid()}-{secrets.token_hex(4)}.unfinished"
+    try:
+        yield unfinished
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_json_file(path: Path, content: dict[str, Any]) -> None:
+    write_bytes_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def write_bytes_atomically(path: Path, content: bytes) -> None:
+    with create_file_atomically(path) as unfinished:
+        unfinished.write_bytes(content)
+
+
+def write_new_file(folder: Path, names: Iterable[str], content: bytes) -> Path | None:
+    """Write a file under the first of `names` that is free, and return its path; None if all names are taken.
+
+    Safe while other processes write to the same folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with create_unfinished_file(folder) as unfinished:
+        unfinished.write_bytes(content)
+        for name in names:
+            # Unlike a rename, a link never replaces a file.
+            with suppress(FileExistsError):
+                os.link(unfinished, folder / name)
+                return folder / name
+    return None
+
+
+def apply_umask(path: Path) -> None:
+    """Give a file the permissions of a new one. safetensors makes its files private."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 def sync_to_disk(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -70,7 +120,7 @@ def sync_to_disk(path: Path) -> None:
 
 @contextmanager
 def raise_as_oserror() -> Iterator[None]:
-    """safetensors says in its own way that a disk is full."""
+    """Raise safetensors' errors, such as for a full disk, as OSError."""
     try:
         yield
     except SafetensorError as error:
@@ -78,45 +128,12 @@ def raise_as_oserror() -> Iterator[None]:
 
 
 def check_writable_folder(folder: Path) -> None:
-    """Refuse a folder that cannot be written or made; leaves nothing."""
+    """Raise InputError for a folder that cannot be written or made. Leaves nothing behind."""
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if parent == folder and not folder.is_dir():
-        return  # a file, which `refuse_another` names
+        return  # a file, which the caller refuses in its own words
     try:
         with TemporaryFile(dir=parent):
             pass
     except OSError as error:
         raise InputError(f"output={str(folder)!r} cannot be written ({error}); give another folder") from error
-
-
-def write_json_file(path: Path, content: dict[str, Any]) -> None:
-    with create_file_atomically(path) as unfinished:
-        unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def create_file_atomically(final: Path) -> Iterator[Path]:
-    """A file to write, which takes the place of `final` at the end, or is gone if anything fails."""
-    unfinished = final.with_name(f".{final.name}.{os.getpid()}.unfinished")
-    mask = os.umask(0)
-    os.umask(mask)
-    try:
-        yield unfinished
-        unfinished.chmod(0o666 & ~mask)  # safetensors makes files private
-        sync_to_disk(unfinished)
-        os.replace(unfinished, final)
-        sync_to_disk(final.parent)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def write_bytes_atomically(path: Path, content: bytes) -> None:
-    """A file that is there whole or not at all, in place of an older one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    try:
-        unfinished.write_bytes(content)
-        sync_to_disk(unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
