@@ -1,8 +1,9 @@
-"""Captions to token numbers: a byte-pair vocabulary of the project's own, or the tokenizer of a public model."""
+"""Tokenizers: captions to token numbers, by a vocabulary of the project's own or by that of a public model."""
 
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +18,69 @@ from t2i.errors import InputError
 from t2i.files.untrusted import MAX_HEADER_BYTES, MAX_TOKENIZER_BYTES, check_folder_files, check_size_limit, read_json
 
 PAD, START, END = "<pad>", "<start>", "<end>"
-KNOWN_PATTERNS = {  # of public tokenizers; any other may take for ever
+# A pattern of a stranger may backtrack: the library bounds one attempt at a match, but not their number, and a caption
+# of 400 characters can take minutes. So only patterns of known public tokenizers are accepted.
+KNOWN_PATTERNS = {
     r"\s+",
     " {2,}",
     r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
 }
-LENGTHENING_STEPS = ("Replace", "Prepend")  # steps that may put more in the place of less
-PUBLIC_SETTINGS = {"clean", "strip_sep_token", "language"}  # of a public tokenizer, that a configuration may choose
+LENGTHENING_STEPS = ("Replace", "Prepend")  # steps of a tokenizer.json whose output may be longer than their input
+MAX_SPECIAL_TOKENS = 8  # that a text encoder's tokenizer adds to a caption
+PUBLIC_SETTINGS = {"clean", "strip_sep_token", "language"}  # keywords of open_clip's tokenizers that run no code
 
 
-class CaptionTokenizer:
+class BaseTokenizer:
+    """Captions to rows of one length: start, the tokens of the caption, end, padding.
+
+    The text of a special token, such as "<end>", is text like any other in a caption.
+
+    Args:
+        tokenizer: splits captions into tokens.
+        context_length: tokens of a caption, start and end included; what is longer is cut.
+        pad, start, end: numbers of the special tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, context_length: int, pad: int, start: int, end: int):
+        tokenizer.encode_special_tokens = True
+        self.tokenizer, self.context_length = tokenizer, context_length
+        self.pad, self.start, self.end = pad, start, end
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        """Return the tokens, (B, context_length), int64."""
+        tokens = torch.full((len(texts), self.context_length), self.pad)
+        for row, encoding in zip(tokens, self.tokenizer.encode_batch(texts, add_special_tokens=False)):
+            ids = [self.start, *encoding.ids[: self.context_length - 2], self.end]
+            row[: len(ids)] = torch.tensor(ids)
+        return tokens
+
+    def find_truncated_text(self, text: str) -> str:
+        """Return the end of a text that does not fit, empty if all of it does."""
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        rest = encoding.offsets[self.context_length - 2 :]
+        return text[rest[0][0] :].strip() if rest else ""
+
+    def save(self, folder: Path) -> None:
+        """Write `tokenizer.json`."""
+        self.tokenizer.save(str(folder / "tokenizer.json"))
+
+
+class CaptionTokenizer(BaseTokenizer):
     """A byte-pair vocabulary trained on captions, so that a small text tower has no rows that it never uses.
 
-    Lower-cased; any text can be encoded, for single bytes are in the vocabulary. The text of a special token is text.
+    Captions are lower-cased. Every text can be encoded, since the vocabulary contains all single bytes.
     Token 0 pads, 1 starts, and the highest ends a caption, as open_clip's pooling expects.
     """
 
     def __init__(self, tokenizer: Tokenizer, context_length: int):
-        self.tokenizer, self.context_length = tokenizer, context_length
-        self.tokenizer.encode_special_tokens = True  # in a caption they are text like any other
-        self.end = tokenizer.token_to_id(END)
+        end = tokenizer.token_to_id(END)
+        assert end is not None, "`train` adds it and `load_clip_tokenizer` checks it"
+        super().__init__(tokenizer, context_length, pad=0, start=1, end=end)
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int, context_length: int) -> "CaptionTokenizer":
+        """Return a tokenizer with at most `vocab_size` tokens (at least 259) learned from captions."""
         tokenizer = build_untrained_tokenizer()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size - 1,
@@ -49,54 +89,55 @@ class CaptionTokenizer:
             show_progress=False,
         )
         tokenizer.train_from_iterator(captions, trainer)
-        tokenizer.add_special_tokens([END])
+        tokenizer.add_special_tokens([END])  # after training, for the highest number
         return cls(tokenizer, context_length)
 
     @property
     def vocab_size(self) -> int:
         return self.tokenizer.get_vocab_size()
 
-    def __call__(self, texts: list[str]) -> Tensor:
-        """-> (B, context_length), int64; what does not fit is cut."""
-        tokens = torch.zeros(len(texts), self.context_length, dtype=torch.int64)
-        for row, encoding in zip(tokens, self.tokenizer.encode_batch(texts, add_special_tokens=False)):
-            ids = [1, *encoding.ids[: self.context_length - 2], self.end]
-            row[: len(ids)] = torch.tensor(ids)
-        return tokens
+    def digest(self) -> str:
+        """Return 16 hexadecimal digits that identify the vocabulary."""
+        return hashlib.sha256(self.tokenizer.to_str().encode()).hexdigest()[:16]
+
+
+class TextTokenizer:
+    """The tokenizer of a text encoder. Its file states which special tokens stand around a text (T5 has no start)."""
+
+    def __init__(self, tokenizer: Tokenizer, context_length: int, pad: int):
+        tokenizer.encode_special_tokens = True  # as in BaseTokenizer
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(context_length)  # special tokens included
+        self.tokenizer, self.context_length, self.pad = tokenizer, context_length, pad
+
+    def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Return the tokens, (B, L), int64, and a mask, (B, L), bool, False for padding.
+
+        L is the number of tokens of the longest text, at least 1.
+        """
+        ids = [encoding.ids for encoding in self.tokenizer.encode_batch(texts)]
+        lengths = torch.tensor([len(row) for row in ids])
+        mask = torch.arange(max(1, int(lengths.max()))) < lengths[:, None]
+        tokens = torch.full(mask.shape, self.pad)
+        tokens[mask] = torch.tensor([number for row in ids for number in row], dtype=torch.int64)
+        return tokens, mask
 
     def find_truncated_text(self, text: str) -> str:
-        """The end of a text that does not fit, empty if all does."""
-        encoding = self.tokenizer.encode(text, add_special_tokens=False)
-        rest = encoding.offsets[self.context_length - 2 :]
-        return text[rest[0][0] :].strip() if rest else ""
+        for rest in self.tokenizer.encode(text).overflowing:
+            starts = [start for (start, _), special in zip(rest.offsets, rest.special_tokens_mask) if not special]
+            return text[starts[0] :].strip() if starts else ""
+        return ""
 
     def save(self, folder: Path) -> None:
         self.tokenizer.save(str(folder / "tokenizer.json"))
 
     def digest(self) -> str:
-        """16 hexadecimal digits for the vocabulary."""
-        return hashlib.sha256(self.tokenizer.to_str().encode()).hexdigest()[:16]
-
-
-def build_untrained_tokenizer() -> Tokenizer:
-    """How captions become bytes; without a vocabulary."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
-
-
-def collect_tokenizer_settings(tokenizer: Tokenizer) -> dict[str, Any]:
-    """All of a tokenizer but its vocabulary."""
-    found = json.loads(tokenizer.to_str())
-    model = found.pop("model")
-    found.pop("added_tokens")
-    return {**found, **{f"model.{key}": value for key, value in model.items() if key not in ("vocab", "merges")}}
+        """Return 64 hexadecimal digits that identify the vocabulary."""
+        return hashlib.sha256(json.dumps(sorted(self.tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
 class PublicTokenizer:
-    """The tokenizer of an open_clip model, with the same three methods."""
+    """The tokenizer of an open_clip model, with the methods of a BaseTokenizer."""
 
     def __init__(self, tokenizer: SimpleTokenizer | HFTokenizer):
         self.tokenizer, self.context_length = tokenizer, tokenizer.context_length
@@ -115,8 +156,27 @@ class PublicTokenizer:
             self.tokenizer.tokenizer.save_pretrained(folder / "tokenizer")
 
 
+def build_untrained_tokenizer() -> Tokenizer:
+    """Return a tokenizer that turns captions into bytes, without a vocabulary."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def build_public_tokenizer(name: str, text_cfg: dict[str, Any]) -> tuple[PublicTokenizer, str]:
+    """Return the tokenizer of an open_clip model by the model's name, and the tokenizer's kind."""
+    options = {"trust_remote_code": False} if text_cfg.get("hf_tokenizer_name") else {}
+    tokenizer = open_clip.get_tokenizer(name, **options)
+    return PublicTokenizer(tokenizer), "clip" if isinstance(tokenizer, SimpleTokenizer) else "transformers"
+
+
+# Loading
+
+
 def load_clip_tokenizer(folder: Path, kind: str, text_cfg: dict[str, Any]) -> CaptionTokenizer | PublicTokenizer:
-    """The tokenizer saved in a CLIP folder, for a text tower of open_clip's configuration `text_cfg`.
+    """Load the tokenizer of a CLIP folder whose text tower has open_clip's configuration `text_cfg`.
 
     Raises InputError if its file is missing or damaged, or does not fit the text tower.
     """
@@ -129,128 +189,111 @@ def load_clip_tokenizer(folder: Path, kind: str, text_cfg: dict[str, Any]) -> Ca
         options = {"tokenizer_mode": text_cfg.get("tokenizer_mode"), **text_cfg.get("tokenizer_kwargs", {})}
         folder = folder / "tokenizer"
         return PublicTokenizer(HFTokenizer(str(folder), context_length, trust_remote_code=False, **options))
+
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise InputError(f"no {str(path)!r}; it is the vocabulary that this CLIP was trained with")
     check_size_limit(path, MAX_TOKENIZER_BYTES)
-    try:
+    with explain_tokenizer_errors(path):
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the tokenizers library raises nothing more specific
-        raise InputError(f"{str(path)!r} is not a tokenizer ({error})") from error
     rows, highest = text_cfg.get("vocab_size", 0), max(tokenizer.get_vocab().values(), default=0)
     if [tokenizer.token_to_id(token) for token in (PAD, START, END)] != [0, 1, highest] or highest != rows - 1:
-        raise InputError(f"{str(path)!r} is not the vocabulary of a text tower with {rows} tokens, the end the last")
-    found = collect_tokenizer_settings(tokenizer)  # after the numbers: the library counts up to the highest
-    if other := [
-        key for key, value in collect_tokenizer_settings(build_untrained_tokenizer()).items() if found.get(key) != value
-    ]:
-        # such as a padding to millions of tokens, or a pattern that takes for ever
-        raise InputError(f"{str(path)!r} has another {other[0]} than a vocabulary of captions has")
+        raise InputError(f"{str(path)!r} does not fit a text tower of {rows} tokens, whose last ends captions")
+    # Any other setting could pad to millions of tokens or run a pattern without end. Checked after the numbers, for
+    # the library takes memory up to the highest when it writes its settings.
+    settings = extract_tokenizer_settings(tokenizer)
+    for key, expected in extract_tokenizer_settings(build_untrained_tokenizer()).items():
+        if settings.get(key) != expected:
+            raise InputError(f"{str(path)!r} has another {key} than the vocabularies that `t2i train clip` writes")
     return CaptionTokenizer(tokenizer, context_length)
 
 
-def check_public_tokenizer(folder: Path, text_cfg: dict[str, Any]) -> None:
-    """Refuse a public tokenizer's folder or settings that would run code."""
-    if other := sorted(text_cfg.get("tokenizer_kwargs", {}).keys() - PUBLIC_SETTINGS):
-        raise InputError(f"tokenizer_kwargs has {other[0]!r}; only {', '.join(sorted(PUBLIC_SETTINGS))} are taken")
-    if folder.is_dir():
-        check_folder_files(folder)
-        for path in folder.glob("*.json"):
-            check_size_limit(path, MAX_TOKENIZER_BYTES)
-            if path.name in ("config.json", "tokenizer_config.json") and "auto_map" in read_json(
-                path, MAX_HEADER_BYTES
-            ):
-                raise InputError(f"{str(path)!r} has 'auto_map'; only this project's own code is run")
-
-
-def build_public_tokenizer(name: str, text_cfg: dict[str, Any]) -> tuple[PublicTokenizer, str]:
-    """The tokenizer of an open_clip model by its name, and its kind."""
-    options = {"trust_remote_code": False} if text_cfg.get("hf_tokenizer_name") else {}
-    tokenizer = open_clip.get_tokenizer(name, **options)
-    return PublicTokenizer(tokenizer), "clip" if isinstance(tokenizer, SimpleTokenizer) else "transformers"
-
-
-class TextTokenizer:
-    """The tokenizer of a text encoder, from its tokenizer.json, with the special tokens that it puts around a text."""
-
-    def __init__(self, tokenizer: Tokenizer, context_length: int, pad: int):
-        tokenizer.no_padding()
-        tokenizer.enable_truncation(context_length)
-        tokenizer.encode_special_tokens = True  # in a caption they are text like any other
-        self.tokenizer, self.context_length, self.pad = tokenizer, context_length, pad
-
-    def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """-> tokens, (B, L), int64, and which are not padding, (B, L), bool; L is that of the longest, at least 1."""
-        found = [encoding.ids for encoding in self.tokenizer.encode_batch(texts)]
-        lengths = torch.tensor([len(ids) for ids in found])
-        mask = torch.arange(max(1, int(lengths.max()))) < lengths[:, None]
-        tokens = torch.full(mask.shape, self.pad)
-        tokens[mask] = torch.tensor([number for ids in found for number in ids], dtype=torch.int64)
-        return tokens, mask
-
-    def find_truncated_text(self, text: str) -> str:
-        """The end of a text that does not fit, empty if all does."""
-        for rest in self.tokenizer.encode(text).overflowing:
-            starts = [start for (start, _), special in zip(rest.offsets, rest.special_tokens_mask) if not special]
-            return text[starts[0] :].strip() if starts else ""
-        return ""
-
-    def save(self, folder: Path) -> None:
-        self.tokenizer.save(str(folder / "tokenizer.json"))
-
-    def digest(self) -> str:
-        """64 hexadecimal digits for the vocabulary."""
-        return hashlib.sha256(json.dumps(sorted(self.tokenizer.get_vocab().items())).encode()).hexdigest()
+def extract_tokenizer_settings(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return all of a tokenizer but its vocabulary."""
+    settings = json.loads(tokenizer.to_str())
+    model = settings.pop("model")
+    settings.pop("added_tokens")
+    return settings | {f"model.{key}": value for key, value in model.items() if key not in ("vocab", "merges")}
 
 
 def load_text_tokenizer(folder: Path, context_length: int, pad: int, vocab_size: int) -> TextTokenizer:
-    """The tokenizer.json in the folder of a text encoder with `vocab_size` tokens.
+    """Load the tokenizer.json in the folder of a text encoder with `vocab_size` tokens.
 
-    Raises InputError if it is missing or damaged, does not fit, or asks for more than the known tokenizers do.
+    Raises InputError if it is missing or damaged, does not fit, or does more than the known tokenizers do.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
         how = "AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER) of transformers writes it"
         raise InputError(f"no 'tokenizer.json' in {str(folder)!r}; {how}")
-    about = folder / "tokenizer_config.json"
-    if about.is_file() and "auto_map" in read_json(about, MAX_HEADER_BYTES):
-        raise InputError(f"{str(about)!r} has 'auto_map'; only this project's own code is run")
+    if (folder / "tokenizer_config.json").is_file():
+        read_tokenizer_config(folder / "tokenizer_config.json")
     check_text_tokenizer(path)
-    try:
+    with explain_tokenizer_errors(path):
         tokenizer = TextTokenizer(Tokenizer.from_file(str(path)), context_length, pad)
-        tokenizer(["", "a picture"])
-    except BaseException as error:  # the library raises nothing more specific, and panics are no Exception
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            raise
-        raise InputError(f"{str(path)!r} is not a tokenizer ({str(error)[:200]})") from error
-    if (highest := max(tokenizer.tokenizer.get_vocab().values(), default=0)) >= vocab_size:
-        raise InputError(f"{str(path)!r} has a token {highest}; the text encoder knows {vocab_size}, from 0 on")
-    if (added := tokenizer.tokenizer.num_special_tokens_to_add(False)) > 8:
-        raise InputError(f"{str(path)!r} adds {added} tokens to every text; no text encoder needs more than 8")
+        tokenizer(["", "a picture"])  # some damage shows only in use
+    check_highest_token(path, tokenizer.tokenizer.get_vocab(), vocab_size)
+    if (added := tokenizer.tokenizer.num_special_tokens_to_add(False)) > MAX_SPECIAL_TOKENS:
+        raise InputError(f"{str(path)!r} adds {added} special tokens to a text; at most {MAX_SPECIAL_TOKENS} are taken")
     return tokenizer
 
 
 def check_text_tokenizer(path: Path) -> None:
-    """Refuse a tokenizer with patterns that nobody knows, with steps that blow texts up, or with dice."""
+    """Refuse a tokenizer.json with unknown patterns, with steps that lengthen texts, or with random results."""
     content = read_json(path, MAX_TOKENIZER_BYTES)
     model = content.get("model")
     if not isinstance(model, dict) or model.get("dropout"):
-        raise InputError(f"{str(path)!r} has no model, or one with dropout; captions must give the same tokens always")
-    steps = list(
-        iterate_json_objects([content.get(part) for part in ("normalizer", "pre_tokenizer", "post_processor")])
-    )
+        raise InputError(f"{str(path)!r} has no model, or a model with dropout; a caption's tokens must not vary")
+    steps = list(iterate_json_objects([content.get(key) for key in ("normalizer", "pre_tokenizer", "post_processor")]))
     for step in steps:
         if (pattern := step.get("Regex")) is not None and pattern not in KNOWN_PATTERNS:
             raise InputError(f"{str(path)!r} has the pattern {str(pattern)[:80]!r}; only those of T5, BERT and CLIP")
+    # A step that replaces "a" by "aa" doubles the text, so their number is limited as well as their length.
     longer = [step for step in steps if step.get("type") in LENGTHENING_STEPS]
     if len(longer) > 3 or any(len(str(step.get("content", step.get("prepend", "")))) > 3 for step in longer):
         raise InputError(f"{str(path)!r} replaces text by much longer text; no tokenizer of T5, BERT or CLIP does")
 
 
 def iterate_json_objects(value: Any) -> Iterator[dict[str, Any]]:
-    """Every JSON object in a JSON value."""
+    """Yield every JSON object in a JSON value, at any depth."""
     if isinstance(value, dict):
         yield value
     if isinstance(value, dict | list):
         for part in value.values() if isinstance(value, dict) else value:
             yield from iterate_json_objects(part)
+
+
+def check_public_tokenizer(folder: Path, text_cfg: dict[str, Any]) -> None:
+    """Refuse a public tokenizer's folder or settings that would run code."""
+    if other := sorted(text_cfg.get("tokenizer_kwargs", {}).keys() - PUBLIC_SETTINGS):
+        raise InputError(f"tokenizer_kwargs may have {', '.join(sorted(PUBLIC_SETTINGS))}, got {other[0]!r}")
+    if folder.is_dir():
+        check_folder_files(folder)
+        for path in folder.glob("*.json"):
+            check_size_limit(path, MAX_TOKENIZER_BYTES)
+            if path.name in ("config.json", "tokenizer_config.json"):
+                read_tokenizer_config(path)
+
+
+def read_tokenizer_config(path: Path) -> dict[str, Any]:
+    """Read a JSON file of settings. Raises InputError if it names code that transformers would run."""
+    config = read_json(path, MAX_HEADER_BYTES)
+    if "auto_map" in config:
+        raise InputError(f"{str(path)!r} has 'auto_map'; only this project's own code is run")
+    return config
+
+
+def check_highest_token(path: Path, vocab: dict[str, int], vocab_size: int) -> None:
+    """Refuse a vocabulary with a token for which the text encoder has no embedding."""
+    if (highest := max(vocab.values(), default=0)) >= vocab_size:
+        raise InputError(f"{str(path)!r} has a token {highest}; the text encoder has tokens from 0 to {vocab_size - 1}")
+
+
+@contextmanager
+def explain_tokenizer_errors(path: Path) -> Iterator[None]:
+    """Turn an error of the tokenizers library inside the block into an InputError of one line."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises plain Exceptions, and its panics derive from BaseException
+        raise InputError(f"{str(path)!r} is not a tokenizer ({str(error)[:200]})") from error
