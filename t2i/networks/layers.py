@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from t2i.networks.linear import Linear
 
 KeyValue = tuple[Tensor, Tensor]  # each (B, heads, L, width / heads)
-FEW_QUERIES = 4  # queries, for which copying keys and values takes longer than looking at them
-SIZES_PER_DOUBLING = 32  # of matrices of rows, between a number and its double
+MAX_FEW_QUERIES = 4  # queries, for which copying keys and values takes longer than attending to them
+SIZES_PER_DOUBLING = 32  # sizes of packed matrices between a number of rows and its double
 
 
 def embed_timesteps(t: Tensor, width: int) -> Tensor:
-    """(B,) -> (B, width): cosines and sines of geometrically spaced frequencies."""
+    """(B,) -> (B, width), fp32: cosines and sines of geometrically spaced frequencies, from 1 to nearly 1/10,000."""
     frequencies = torch.exp(-math.log(10_000) * torch.arange(width // 2, device=t.device) / (width // 2))
     angles = t[:, None].float() * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
@@ -38,58 +38,65 @@ class TimeEmbedding(nn.Module):
 
 @dataclass
 class PackedSequences:
-    """Sequences of different lengths as the rows of one matrix, (T, width), one after the other.
+    """The layout of B sequences of different lengths as rows of one matrix, (T, width), one after the other.
 
-    Linear layers run on it as it is, so that padding costs nothing; attention pads it to (B, L), real tokens first:
-    then no token that is causally masked sees padding, and no other mask is needed.
-
-    T is rounded up by rows that nobody reads: a library makes and keeps code for each size that it meets.
+    Linear layers run on the rows as they are, so padding costs nothing. Attention pads them to (B, L), real tokens
+    first: then no causally masked token sees padding, and no other mask is needed.
     """
 
-    lengths: Tensor  # (B,)
-    length: int  # L
+    mask: Tensor  # (B, L), bool: where the padded batch has real tokens
     last_rows: Tensor  # (B,): the row of each sequence's last token
-    padded_positions: (
-        Tensor | None
-    )  # (T,): where a row stands in the padded batch, flattened; None if T = B L: it is padded
+    padded_positions: Tensor | None  # (T,): the position of each row in the flattened padded batch; None if equal
 
     @classmethod
-    def from_token_mask(cls, known: Tensor) -> tuple["PackedSequences", Tensor]:
-        """known: (B, L), bool, what is no padding. Also returns which tokens of the flattened batch the rows are."""
-        count, length = known.shape
-        lengths, start = known.sum(dim=1), torch.arange(count, device=known.device)[:, None] * length
-        if known.device.type != "cpu" or torch.compiler.is_compiling():  # the host must not wait for T; static shapes
-            order = known.int().argsort(dim=1, descending=True, stable=True)
-            return cls(lengths, length, start[:, 0] + lengths - 1, None), (order + start).flatten()
-        order, ends = known.flatten().nonzero()[:, 0], lengths.cumsum(dim=0) - 1
-        longest = int(lengths.max())
-        if len(order) == count * longest:
-            return cls(lengths, longest, ends, None), order
-        places = (known.cumsum(dim=1) - 1 + start // length * longest)[known]
-        free = (torch.arange(longest) >= lengths[:, None]).flatten().nonzero()[: count_padding_rows(len(order)), 0]
-        return cls(lengths, longest, ends, torch.cat([places, free])), torch.cat([order, torch.zeros_like(free)])
+    def from_token_mask(cls, token_mask: Tensor) -> tuple["PackedSequences", Tensor]:
+        """Return the layout, and the positions in the flattened batch that become its rows, (T,).
+
+        token_mask: (B, L), bool, False for padding, which may be anywhere.
+        """
+        count, length = token_mask.shape
+        lengths = token_mask.sum(dim=1)
+        if token_mask.device.type != "cpu" or torch.compiler.is_compiling():
+            # T depends on values: a host would wait for them, and a compiler wants static shapes. So padding stays,
+            # moved behind the real tokens.
+            order = token_mask.int().argsort(dim=1, descending=True, stable=True)
+            starts = torch.arange(count, device=token_mask.device) * length
+            packed_mask = torch.arange(length, device=token_mask.device) < lengths[:, None]
+            return cls(packed_mask, starts + lengths - 1, None), (order + starts[:, None]).flatten()
+
+        tokens = token_mask.flatten().nonzero()[:, 0]  # (T,)
+        packed_mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (B, longest)
+        last_rows = lengths.cumsum(dim=0) - 1
+        if len(tokens) == packed_mask.numel():
+            return cls(packed_mask, last_rows, None), tokens
+        # Both masks have their real tokens in the same order, sequence by sequence, so these positions match the rows.
+        positions = packed_mask.flatten().nonzero()[:, 0]
+        # oneDNN compiles and keeps code for each size of a matrix, so T is rounded up to one of a few sizes by rows
+        # that stand where the padded batch has padding. Their values do not matter; token 0 is as good as any.
+        extra = (~packed_mask).flatten().nonzero()[: count_padding_rows(len(tokens)), 0]
+        tokens = torch.cat([tokens, torch.zeros_like(extra)])
+        return cls(packed_mask, last_rows, torch.cat([positions, extra])), tokens
 
     def pad_to_batch(self, x: Tensor) -> Tensor:
         """(T, width) -> (B, L, width)"""
-        count = len(self.lengths)
         if self.padded_positions is not None:
-            x = x.new_zeros(count * self.length, x.shape[1]).index_copy_(0, self.padded_positions, x)
-        return x.view(count, self.length, -1)
+            x = x.new_zeros(self.mask.numel(), x.shape[1]).index_copy_(0, self.padded_positions, x)
+        return x.view(*self.mask.shape, -1)
 
     def unpad_to_rows(self, x: Tensor) -> Tensor:
-        """The reverse."""
+        """(B, L, width) -> (T, width)"""
         x = x.flatten(0, 1)
         return x if self.padded_positions is None else x.index_select(0, self.padded_positions)
 
 
 def count_padding_rows(rows: int) -> int:
-    """How many more make one of a few sizes: at most one in `SIZES_PER_DOUBLING`."""
+    """Return how many rows make their number a multiple of a 32nd of the power of two below it: at most a 32nd."""
     step = max(1, 2 ** (rows.bit_length() - 1) // SIZES_PER_DOUBLING)
     return -rows % step
 
 
 class Attention(nn.Module):
-    """Self-attention that may also look at keys and values computed before."""
+    """Self-attention that may also attend to keys and values computed before."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -102,9 +109,10 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor | None = None, past: Sequence[KeyValue] = (), last: bool = False
     ) -> tuple[Tensor, KeyValue]:
-        """x: (B, L, width); mask: bool, broadcast to (B, heads, L, past + L). Also returns the keys and values of x.
+        """Return the output, (B, L, width), and the keys and values of x, (B, L, width).
 
-        past: one behind the other. last: only the last of x asks, (B, 1, width) comes out.
+        mask: bool, broadcast to (B, heads, L, past + L), True where a token is attended to. past: keys and values
+        before those of x, in order. last: compute the output of the last token alone, (B, 1, width).
         """
         query, key, value = split_attention_heads(self.to_qkv(x), 3 * self.heads).chunk(3, dim=1)
         if last:
@@ -112,31 +120,31 @@ class Attention(nn.Module):
         out = attend_key_values(query, [*past, (key, value)], mask)
         return self.to_out(out.transpose(1, 2).flatten(2)), (key, value)
 
-    def attend_all_tokens(self, x: Tensor, rows: PackedSequences) -> Tensor:
-        """(T, width) -> (T, width): every token looks at those of its sequence before it and at itself."""
-        query, key, value = split_projections(rows.pad_to_batch(self.to_qkv(x)), 3, self.heads)
+    def attend_all_tokens(self, x: Tensor, packed: PackedSequences) -> Tensor:
+        """(T, width) -> (T, width): every token attends to itself and to those of its sequence before it."""
+        query, key, value = split_projections(packed.pad_to_batch(self.to_qkv(x)), 3, self.heads)
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return self.to_out(rows.unpad_to_rows(out.transpose(1, 2).flatten(2)))
+        return self.to_out(packed.unpad_to_rows(out.transpose(1, 2).flatten(2)))
 
-    def attend_last_tokens(self, x: Tensor, rows: PackedSequences) -> Tensor:
-        """(T, width) -> (B, width): the same for the last token of each sequence alone, which sees all of it."""
+    def attend_last_tokens(self, x: Tensor, packed: PackedSequences) -> Tensor:
+        """(T, width) -> (B, width): the last token of each sequence attends to all of its sequence."""
         width = x.shape[1]
-        qkv = self.to_qkv(x)
-        query = split_attention_heads(qkv[rows.last_rows, None, :width], self.heads)
-        key, value = split_projections(rows.pad_to_batch(qkv[:, width:]), 2, self.heads)
-        mask = torch.arange(rows.length, device=x.device) < rows.lengths[:, None]
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None])
-        return self.to_out(out.flatten(1))
+        qkv = self.to_qkv(x)  # (T, 3 * width)
+        query = split_attention_heads(qkv[packed.last_rows, None, :width], self.heads)
+        key, value = split_projections(packed.pad_to_batch(qkv[:, width:]), 2, self.heads)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=packed.mask[:, None, None])
+        return self.to_out(out.flatten(1))  # (B, heads, 1, width / heads) -> (B, width)
 
 
 def attend_key_values(query: Tensor, pairs: Sequence[KeyValue], mask: Tensor | None) -> Tensor:
-    """Attention to all the keys and values, as if they stood one behind the other in one tensor."""
-    few = query.shape[2] <= FEW_QUERIES and query.device.type == "cpu" and query.dtype == torch.float32
+    """Attend to all the keys and values as if each stood in one tensor; mask: bool, as of `Attention`."""
+    few = query.shape[2] <= MAX_FEW_QUERIES and query.device.type == "cpu" and query.dtype == torch.float32
     if len(pairs) == 1 or not few:
         keys, values = pairs[0] if len(pairs) == 1 else (torch.cat(parts, dim=2) for parts in zip(*pairs))
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+    # softmax(q k^T / sqrt(d)) v, pair by pair: the scores of few queries are smaller than copies of keys and values.
     query = query * query.shape[-1] ** -0.5
-    scores = torch.cat([query @ keys.transpose(-1, -2) for keys, _ in pairs], dim=-1)
+    scores = torch.cat([query @ keys.transpose(-1, -2) for keys, _ in pairs], dim=-1)  # (B, heads, queries, L)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
     weights = scores.softmax(dim=-1).split([keys.shape[2] for keys, _ in pairs], dim=-1)
@@ -147,7 +155,7 @@ def attend_key_values(query: Tensor, pairs: Sequence[KeyValue], mask: Tensor | N
 
 
 def run_checkpointed_block(model: Any, block: nn.Module, *inputs: Any) -> Any:
-    """`block(*inputs)`; where the model checkpoints gradients, the backward pass computes what is inside once more.
+    """Return `block(*inputs)`; with gradient checkpointing, the backward pass computes the block once more.
 
     The switch is diffusers' `model.enable_gradient_checkpointing()`.
     """
@@ -162,9 +170,10 @@ def split_attention_heads(x: Tensor, heads: int) -> Tensor:
 
 
 def split_projections(x: Tensor, kinds: int, heads: int) -> list[Tensor]:
-    """(B, L, kinds * width) -> of each kind (B, heads, L, width / heads); the way back takes one copy, not two."""
+    """(B, L, kinds * width) -> for each kind (B, heads, L, width / heads); backward, this takes one copy, not two."""
     return [part.transpose(1, 2) for part in x.unflatten(-1, (kinds, heads, -1)).unbind(2)]
 
 
 def build_feed_forward(width: int) -> nn.Sequential:
+    """Return the two layers behind attention, four times as wide between them."""
     return nn.Sequential(Linear(width, 4 * width), nn.GELU(), Linear(4 * width, width))

@@ -2,8 +2,16 @@
 
 MKL keeps its widest instructions for one maker's processors: on AMD's with AVX-512 oneDNN is two to three times as
 fast, forward and backward, with results equal to rounding (`docs/speed.md`). It reads weights where they are.
-`torch.backends.mkldnn.set_flags(False)` goes back to MKL. Tools that look for `torch.nn.Linear` by its exact class, as
-torch's dynamic quantisation does, need `layer.__class__ = torch.nn.Linear` before.
+
+To go back to MKL, set `T2I_FAST_PATHS=0` (see `t2i.runtime.fast_paths`) or call
+`torch.backends.mkldnn.set_flags(False)`. Tools that look for `torch.nn.Linear` by its exact class, as torch's dynamic
+quantisation does, need `layer.__class__ = torch.nn.Linear` before.
+
+Three private names of torch are used; if one is missing, `HAS_ONEDNN` is False and torch multiplies:
+
+- `torch.ops.mkldnn._linear_pointwise`, the product. torch's own compiler puts it in the place of the same layers.
+- `torch._C._are_functorch_transforms_active`, which `torch.autograd.backward` calls as well.
+- `forward_ad._current_level`, which `torch.autograd.forward_ad` sets: -1 where no forward derivative is computed.
 """
 
 import math
@@ -14,74 +22,78 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from t2i.runtime import fast_paths
+
 Model = TypeVar("Model", bound=nn.Module)
-MIN_MULTIPLICATIONS = 2**20  # multiplications, below which what a call costs is most of it
+MIN_MULTIPLICATIONS = 2**20  # of a product, below which the call itself costs more than oneDNN saves
 
 
 class Linear(nn.Linear):
-    """`torch.nn.Linear`, by the faster of two libraries."""
+    """`torch.nn.Linear`, computed by the faster of two libraries."""
 
     def forward(self, x: Tensor) -> Tensor:
-        given = (x, self.weight, self.bias)
+        """(..., in) -> (..., out)"""
         if not is_onednn_faster(x, self.weight):
-            return F.linear(*given)
-        if torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in given):
-            return LinearFunction.apply(*given)
-        return multiply_by_onednn(*given)
+            return F.linear(x, self.weight, self.bias)
+        tensors = (x, self.weight, self.bias)
+        if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+            return LinearFunction.apply(*tensors)
+        return multiply_by_onednn(*tensors)
 
 
 class LinearFunction(torch.autograd.Function):
-    """`multiply_by_onednn` with gradients: both are products of the same kind."""
+    """`multiply_by_onednn` with gradients, which are products of the same kind."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        of_x, of_weight, _ = ctx.needs_input_grad
-        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
         return multiply_by_onednn(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        rows = grad.reshape(-1, grad.shape[-1])
-        # A gradient that is differentiated again is made of what torch differentiates.
-        times = torch.matmul if torch.is_grad_enabled() else lambda a, b: multiply_by_onednn(a, b.t())
-        of_x, of_weight, of_bias = ctx.needs_input_grad
+        grad_rows = grad.reshape(-1, grad.shape[-1])  # (rows, out)
+        # With create_graph=True this gradient is differentiated again, so torch must record its products.
+        multiply = torch.matmul if torch.is_grad_enabled() else lambda a, b: multiply_by_onednn(a, b.t())
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         return (
-            times(grad, weight) if of_x else None,
-            times(rows.t(), x.reshape(-1, x.shape[-1])) if of_weight else None,
-            rows.sum(dim=0) if of_bias else None,
+            multiply(grad, weight) if needs_x else None,  # (..., in)
+            multiply(grad_rows.t(), x.reshape(-1, x.shape[-1])) if needs_weight else None,  # (out, in)
+            grad_rows.sum(dim=0) if needs_bias else None,  # (out,)
         )
 
 
 def multiply_by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(..., K), (N, K), (N,) -> (..., N), without gradients, by oneDNN."""
+    """Return x weight^T + bias, (..., out), for (..., in), (out, in) and (out,), without gradients."""
     if not weight.is_contiguous() and not weight.t().is_contiguous():
-        weight = weight.contiguous()  # or it takes a thousand times as long
+        weight = weight.contiguous()  # with other strides oneDNN takes a thousand times as long
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def is_onednn_faster(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN multiplies by these weights, and is worth a longer call."""
+    """Return True if oneDNN can multiply by these weights, and the product is large enough to repay a longer call."""
     return (
-        not torch.compiler.is_compiling()  # first: a compiler would guard what is asked
+        not torch.compiler.is_compiling()  # first, for a compiler would guard all that is read below
         and not torch.jit.is_tracing()
         and HAS_ONEDNN
+        and fast_paths.enabled
         and x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and x.dim() > 1
-        and x.shape[-1] == weight.shape[1]  # torch says best what is wrong
+        and x.shape[-1] == weight.shape[1]  # otherwise torch raises an error that names the shapes
         and x.layout == weight.layout == torch.strided
         and math.prod(x.shape[:-1]) * weight.numel() >= MIN_MULTIPLICATIONS
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")
-        and {type(x), type(weight)} <= {Tensor, nn.Parameter}  # what is quantised or sharded knows F.linear
-        and not torch._C._are_functorch_transforms_active()
+        and {type(x), type(weight)} <= {Tensor, nn.Parameter}  # quantised and sharded tensors override F.linear
+        and not torch._C._are_functorch_transforms_active()  # torch.func has no rule for the operator
         and forward_ad._current_level < 0
     )
 
 
 def use_onednn_linear(model: Model) -> Model:
-    """A foreign model whose linear layers are made `Linear`, in place; weights and names stay."""
+    """Turn the linear layers of another library's model into `Linear`, in place; weights and names stay."""
     for layer in model.modules():
         if type(layer) is nn.Linear:
             layer.__class__ = Linear
@@ -89,9 +101,14 @@ def use_onednn_linear(model: Model) -> Model:
 
 
 def is_onednn_available() -> bool:
-    """Whether torch was built with oneDNN, for a processor that its kernels are written for."""
-    known = hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return known and torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    """Return True if torch has the private names above, and oneDNN has kernels for this processor."""
+    return (
+        hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and hasattr(torch._C, "_are_functorch_transforms_active")
+        and hasattr(forward_ad, "_current_level")
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    )
 
 
 HAS_ONEDNN = is_onednn_available()

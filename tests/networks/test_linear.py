@@ -16,6 +16,7 @@ from t2i.diffusion.condition import TextEncoding
 from t2i.networks import linear
 from t2i.networks.linear import MIN_MULTIPLICATIONS, Linear, is_onednn_faster, multiply_by_onednn, use_onednn_linear
 from t2i.networks.prior import Prior
+from t2i.runtime import fast_paths
 
 pytestmark = pytest.mark.skipif(not linear.HAS_ONEDNN, reason="torch has no oneDNN here")
 
@@ -232,3 +233,11 @@ def test_a_prior_draws_and_learns_as_with_torchs_products() -> None:
 def test_products_of_onednn_are_counted() -> None:
     x, weight = torch.randn(64, 192), torch.randn(160, 192)
     assert flops(lambda: multiply_by_onednn(x, weight)) == flops(lambda: F.linear(x, weight)) == 2 * 64 * 192 * 160
+
+
+def test_the_switch_of_the_fast_paths_leaves_products_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = layers()
+    x = torch.randn(64, 192)
+    assert is_onednn_faster(x, ours.weight)
+    monkeypatch.setattr(fast_paths, "enabled", False)
+    assert not is_onednn_faster(x, ours.weight) and torch.equal(ours(x), theirs(x))

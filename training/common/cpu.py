@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from t2i.runtime import fast_paths
+
 MAX_SHORT_QUERIES = 256  # queries; beyond, attention in bf16 is the faster one
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
@@ -20,7 +22,7 @@ def keep_memory() -> bool:
     Every step of a training run takes and frees the same. glibc gives tensors back to the system at once and asks for
     them again, and the system fills each page with zeros: a tenth to a fifth of a step.
     """
-    if not sys.platform.startswith("linux"):  # Windows has no library without a name
+    if not sys.platform.startswith("linux") or not fast_paths.enabled:  # Windows has no library without a name
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
@@ -68,5 +70,5 @@ def choose_short_attention(
 
     repeated: by a compiler, or by the backward pass with gradient checkpointing; neither knows of it.
     """
-    pays = device.type == "cpu" and precision == "bf16" and not repeated
+    pays = device.type == "cpu" and precision == "bf16" and not repeated and fast_paths.enabled
     return attend_few_queries_in_fp32() if pays else contextlib.nullcontext()
