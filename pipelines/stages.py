@@ -112,8 +112,7 @@ class StagedPipeline(WatchedPipeline):
         torch.bfloat16 is refused where nothing here computes in it; of files that hold it, the log says so.
 
         compile: the decoder's steps are compiled for every size and number of pictures, and for every length of the
-        captions where it reads them, at the first step of each; the log says how long that took, and so does
-        `decoder.step.warm_up`.
+        captions where it reads them, at the first step of each.
 
         variant: of the files' names, such as "fp16"; a part that has no such files is read from its plain ones.
 

@@ -46,7 +46,7 @@ from t2i.files.fingerprints import compute_brief_fingerprint, format_scheduler_c
 from t2i.interop.stored import has_bf16, resolve_part_dtype
 from t2i.runtime.devices import check_bf16_support, resolve_device_name
 from t2i.runtime.memory import MEMORY_MARGIN, measure_available_memory
-from t2i.runtime.shares import SINGLE_PROCESS, Rank, find_process_rank
+from t2i.runtime.rank import SINGLE_PROCESS, Rank, find_process_rank
 from t2i.sampling.embeddings import AnyPrior, default_guidance_scale
 from t2i.sampling.steering import Steering
 from t2i.sampling.upsampling import check_upsampled_size
@@ -131,7 +131,7 @@ def generate_files(
     Picture i has seed `seed + i`; prompt, seed and settings are written into the PNG. Without prompts the decoder is
     told nothing, and `settings["steering"]` decides what is drawn. `upsampler`: a folder, in place of the model's own;
     `prior` and `clip` likewise. batch_size: pictures at once, or "auto": 16, or fewer if they do not fit. resume:
-    what is in `out` already is not drawn again. Of several processes each draws its share (`t2i.runtime.shares`).
+    what is in `out` already is not drawn again. Of several processes each draws its share (`t2i.runtime.rank`).
     """
     size = check_batch_size(batch_size)
     share = find_process_rank()

@@ -1,4 +1,4 @@
-"""How a training script starts: on as many processes as were asked for, with errors in one line."""
+"""Start of a command in several processes on this machine."""
 
 import os
 import sys
@@ -10,9 +10,9 @@ Config = TypeVar("Config")
 
 
 def end_process_group() -> None:
-    """After a run of several processes: end this one at once.
+    """End this process at once if it is one of several.
 
-    The group's threads may outlive what they use, and abort a process that takes its interpreter apart under them.
+    The group's threads may outlive what they use, and abort a process whose interpreter shuts down in the normal way.
     """
     from accelerate import PartialState
 
@@ -24,30 +24,35 @@ def end_process_group() -> None:
 
 
 def count_forgotten_processes() -> int:
-    """The N of `accelerate launch --cpu --num_processes N`, of which accelerate (1.15) starts only one; else 1."""
+    """Return N of the parent `accelerate launch --cpu --num_processes N`, which starts one process only; else 1."""
+    if "RANK" in os.environ:
+        return 1
     try:
         parent = psutil.Process().parent()
         command = parent.cmdline() if parent else []
     except psutil.Error:
         return 1
-    launched = any(part.endswith(("launch", "launch.py")) for part in command)
-    if "RANK" in os.environ or not launched or "--cpu" not in command:
+    # accelerate (1.15) starts one process for these two options, and sets no variable of the environment to N.
+    if "--cpu" not in command or not any(part.endswith(("launch", "launch.py")) for part in command):
         return 1
-    for option, value in zip(command, [*command[1:], ""]):
-        name, _, joined = option.replace("-", "_").partition("=")
-        if name == "__num_processes" and (joined or value).isdigit():
-            return int(joined or value)
+    for option, following in zip(command, [*command[1:], ""]):
+        name, _, value = option.replace("-", "_").partition("=")
+        if name == "__num_processes" and (value or following).isdigit():
+            return int(value or following)
     return 1
 
 
 def exec_torchrun(script: list[str], processes: int, restarts: int = 0) -> NoReturn:
-    """Become torchrun with a script, its arguments, and a number of processes on this machine."""
+    """Replace this process by torchrun, which runs a script with its arguments in several processes."""
     os.execv(sys.executable, build_torchrun_command(script, processes, restarts))
 
 
 def build_torchrun_command(script: list[str], processes: int, restarts: int = 0) -> list[str]:
-    """The command that starts a script with its arguments in a number of processes on this machine."""
-    # Else a restarted group may read stale addresses from the store that it shares with the one before.
+    """Return the command that runs a script with its arguments in several processes on this machine.
+
+    restarts: how often the group is started again after one of its processes died.
+    """
+    # Without it a restarted group may read old addresses from the store of the group before.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     options = ["--standalone", f"--nproc_per_node={processes}", f"--max-restarts={restarts}"]
     return [sys.executable, "-m", "torch.distributed.run", *options, *script]

@@ -1,4 +1,4 @@
-"""How much memory work needs, counted before it is done, and how much there is."""
+"""Memory that a piece of work needs, counted before it runs, and memory that is available."""
 
 import copy
 import ctypes
@@ -18,10 +18,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-MEMORY_MARGIN = (
-    2.0  # times what was counted, where the choice is ours: what is freed is not all given back (docs/speed.md)
-)
-# The last is oneDNN's. What it says of a primitive's descriptor is of shapes and dtypes that it does not compute.
+# An automatic batch size leaves room for this many times the count: allocators keep part of what is freed.
+MEMORY_MARGIN = 2.0
+# The last line is oneDNN's. Its error about a primitive's descriptor means shapes or dtypes that it does not support.
 OUT_OF_MEMORY_PATTERN = re.compile(
     r"out of memory|can't allocate memory|not enough memory|bad_alloc|_STATUS_ALLOC_FAILED"
     r"|could not (?:create|execute) a primitive(?! descriptor)",
@@ -30,50 +29,49 @@ OUT_OF_MEMORY_PATTERN = re.compile(
 
 
 class AvailableMemory(NamedTuple):
-    """Bytes of a device, or of a machine as far as this process may use it."""
+    """Bytes of a device, or of the part of a machine that this process may use."""
 
     free: int
     total: int
     on_device: bool = False
 
     def __str__(self) -> str:
-        return f"{format_bytes(self.free)} of {format_bytes(self.total)} are free{' on the device' * self.on_device}"
+        place = " on the device" if self.on_device else ""
+        return f"{format_bytes(self.free)} of {format_bytes(self.total)} are free{place}"
 
     def divide_by_processes(self, processes: int) -> "AvailableMemory":
-        """The share of one of so many processes of a machine; a device is a process's own."""
+        """Return the part of one process of this machine; a device belongs to one process alone."""
         return self if self.on_device else self._replace(free=self.free // processes)
 
 
 def release_freed_memory() -> None:
-    """Let the C library return to the system what was freed here, which it keeps for later; where it is glibc."""
+    """Return freed memory to the system; only glibc keeps it and can be told to."""
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def measure_available_memory(device: torch.device | str = "cpu") -> AvailableMemory:
-    """What there is now: of a GPU, with what torch keeps for itself there; else of the machine, of the container, or
-    of this process alone, whichever has least.
+    """Return the memory that is available now.
+
+    On a GPU torch's unused cache counts as free. On a CPU the limit of machine, container or process counts that leaves
+    the least.
     """
     device = torch.device(device)
     if device.type == "cuda":
-        free, whole = torch.cuda.mem_get_info(device)
-        return AvailableMemory(
-            free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), whole, True
-        )
+        free, total = torch.cuda.mem_get_info(device)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return AvailableMemory(free + unused, total, on_device=True)
     memory = psutil.virtual_memory()
-    free, whole = memory.available, memory.total
+    free, total = memory.available, memory.total
     for limit, used in chain(iterate_container_limits(), iterate_process_limits()):
-        free, whole = min(free, max(0, limit - used)), min(whole, limit)
-    return AvailableMemory(free, whole)
+        free, total = min(free, max(0, limit - used)), min(total, limit)
+    return AvailableMemory(free, total)
 
 
 def iterate_container_limits(
     groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
-) -> Iterator[Any]:
-    """The limit and what is used of it, of each control group that this process is in; pages of files are given back.
-
-    Both versions of Linux's; in a container the path may be that of the machine, and the limit is at the root.
-    """
+) -> Iterator[tuple[int, int]]:
+    """Yield the limit and the used bytes of each control group (version 1 or 2) that this process is in."""
     names = {
         "": ("memory.max", "memory.current", ""),
         "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
@@ -82,19 +80,21 @@ def iterate_container_limits(
         kind, path = line.split(":", 2)[1:]
         if kind not in names:
             continue
-        limit_file, used_file, total = names[kind]
-        top = root / kind
-        for folder in (top / path.lstrip("/"), *(top / path.lstrip("/")).parents):
+        limit_name, used_name, prefix = names[kind]
+        # In a container the path may be the machine's; the parents end at the root, where the limit is then.
+        group = root / kind / path.lstrip("/")
+        for folder in (group, *group.parents):
             try:
-                limit, used = (int((folder / name).read_text()) for name in (limit_file, used_file))
+                limit, used = (int((folder / name).read_text()) for name in (limit_name, used_name))
                 stat = dict(entry.split() for entry in (folder / "memory.stat").read_text().splitlines())
-            except (OSError, ValueError):  # not there, or "max"
+            except (OSError, ValueError):  # no such file, or "max"
                 continue
-            yield limit, used - sum(int(stat.get(f"{total}{pages}_file", 0)) for pages in ("active", "inactive"))
+            # The system drops cached pages of files when memory is short.
+            yield limit, used - sum(int(stat.get(f"{prefix}{pages}_file", 0)) for pages in ("active", "inactive"))
 
 
 def iterate_process_limits() -> Iterator[tuple[int, int]]:
-    """The limit of this process's addresses (`ulimit -v`), where there is one, and how many it has."""
+    """Yield the limit of this process's address space (`ulimit -v`) and its size, if there is a limit."""
     with suppress(ImportError):  # Windows
         import resource
 
@@ -104,67 +104,73 @@ def iterate_process_limits() -> Iterator[tuple[int, int]]:
 
 
 def count_peak_bytes(model: nn.Module, work: Callable[[Any], object]) -> int | None:
-    """Bytes of the tensors that `work(model)` holds at once, beside the weights, counted without memory or arithmetic.
+    """Return the most bytes of tensors that `work(model)` holds at once, without the weights.
 
-    It runs on a copy of the model on the meta device, where attention is taken to be fused, as it is. None where that
-    does not run: a model that asks for values, or whose weights move between devices. The system may hold more: what
-    was freed and not given back, what kernels need besides.
+    The work runs on a copy of the model on the meta device: no memory, no arithmetic, attention fused as on a real
+    device. The system may need more: memory that is freed but kept, and space inside of kernels. Returns None if the
+    work does not run there: the model reads values of tensors, or its weights move between devices.
     """
     try:
-        without = copy_to_meta(model)
-        with torch.no_grad(), torch.device("meta"), FusedAttention(), MemoryTracker() as alive:
-            work(without)
-    except Exception:  # whatever a foreign model does there
+        copied = copy_to_meta(model)
+        with torch.no_grad(), torch.device("meta"), FusedAttention(), MemoryTracker() as tracker:
+            work(copied)
+    except Exception:  # a model from elsewhere may raise anything
         return None
-    return alive.peak
+    return tracker.peak
 
 
 def copy_to_meta(model: nn.Module) -> nn.Module:
-    """A copy whose tensors have no memory, and whose steps are not compiled."""
-    if any(hasattr(one, "_hf_hook") for one in model.modules()):
+    """Return a copy whose tensors are on the meta device, and whose steps are not compiled.
+
+    Raises ValueError if the weights move between devices.
+    """
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
         raise ValueError("its weights move between devices")
+    # deepcopy takes what its memo holds for an object instead of a copy: so no weights are copied.
     memo: dict[int, Any] = {}
-    for one in chain(model.parameters(), model.buffers()):
-        without = torch.empty_like(one, device="meta", requires_grad=False)
-        memo[id(one)] = nn.Parameter(without, requires_grad=False) if isinstance(one, nn.Parameter) else without
-    compiled = vars(model).get("step")
+    for tensor in chain(model.parameters(), model.buffers()):
+        empty = torch.empty_like(tensor, device="meta", requires_grad=False)
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+    compiled = vars(model).get("step")  # an instance has its own step only if it is compiled
     if compiled is not None:
         memo[id(compiled)] = None
-    made = copy.deepcopy(model, memo)
-    vars(made).pop("step", None)
-    return made
+    copied = copy.deepcopy(model, memo)
+    vars(copied).pop("step", None)
+    return copied
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Counts calls of operators, and the bytes of what they made and is still held: `now`, and `peak` at the most."""
+    """Counter of the bytes of tensors that operators allocate: those alive `now`, and the `peak`."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls = self.now = self.peak = 0
-        self.finalizers: dict[int, weakref.finalize] = {}
+        self.now = self.peak = 0
+        self.finalizers: dict[int, weakref.finalize] = {}  # by id of the storage
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for one in tree_leaves((args, kwargs)):
-            self.track_storage(one, new=False)  # weights and inputs, of which an operator may return a view
+        # Weights and inputs cost nothing, and neither does a view of them: their storage is known before the call.
+        self.track_tensors((args, kwargs), new=False)
         result = func(*args, **(kwargs or {}))
-        self.calls += 1
-        for one in tree_leaves(result):
-            self.track_storage(one, new=True)
+        self.track_tensors(result, new=True)
         self.peak = max(self.peak, self.now)
         return result
 
-    def track_storage(self, one: Any, new: bool) -> None:
-        if not isinstance(one, Tensor):
-            return
-        packed = one.is_mkldnn  # oneDNN's own order of a convolution's weights has no storage to look at
-        held = one if packed else one.untyped_storage()
-        if id(held) in self.finalizers:
-            return
-        size = (one.numel() * one.element_size() if packed else held.nbytes()) if new else 0
-        self.now += size
-        end = weakref.finalize(held, self.forget_storage, id(held), size)
-        end.atexit = False
-        self.finalizers[id(held)] = end
+    def track_tensors(self, tree: Any, new: bool) -> None:
+        """Count the tensors whose storage is unknown until now. new: they were allocated by an operator."""
+        for tensor in tree_leaves(tree):
+            if not isinstance(tensor, Tensor):
+                continue
+            packed = tensor.is_mkldnn  # weights in oneDNN's own order have no storage
+            storage = tensor if packed else tensor.untyped_storage()
+            if id(storage) in self.finalizers:
+                continue
+            size = 0
+            if new:
+                size = tensor.numel() * tensor.element_size() if packed else storage.nbytes()
+            self.now += size
+            finalizer = weakref.finalize(storage, self.forget_storage, id(storage), size)
+            finalizer.atexit = False
+            self.finalizers[id(storage)] = finalizer
 
     def forget_storage(self, key: int, size: int) -> None:
         self.now -= size
@@ -172,7 +178,7 @@ class MemoryTracker(TorchDispatchMode):
 
 
 class FusedAttention(TorchFunctionMode):
-    """Attention without the table of all pairs."""
+    """A mode in which attention allocates its result alone: on the meta device torch would allocate all scores."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is F.scaled_dot_product_attention:
@@ -182,21 +188,21 @@ class FusedAttention(TorchFunctionMode):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of a device, of torch's allocator for processors, of the kernels' (all a RuntimeError), or of Python."""
+    """Return True if a device, torch's allocator, a kernel (all a RuntimeError) or Python ran out of memory."""
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and OUT_OF_MEMORY_PATTERN.search(str(error)) is not None
     )
 
 
 def format_needed_memory(message: str) -> str:
-    """What an allocator says that it was asked for, on top of what it held."""
-    found = re.search(r"allocate ([\d.]+ ?(?:bytes|[KMGT]i?B))", message)
-    amount = found.group(1) if found else "an unknown amount"
+    """Return the amount in an allocator's error message, as a clause for a message of ours."""
+    match = re.search(r"allocate ([\d.]+ ?(?:bytes|[KMGT]i?B))", message)
+    amount = match.group(1) if match else "an unknown amount"
     if amount.endswith("bytes"):
         amount = format_bytes(int(float(amount.split()[0])))
     return f"it needs {amount} more at once"
 
 
 def format_bytes(count: float) -> str:
-    """So many bytes, as said to people."""
+    """Return a number of bytes in GiB, or in MiB below 0.1 GiB."""
     return f"{count / 2**30:.2f} GiB" if count >= 0.1 * 2**30 else f"{count / 2**20:.2f} MiB"

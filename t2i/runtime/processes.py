@@ -1,4 +1,4 @@
-"""What the processes of one run owe each other: the same inputs, the same decisions, and a word when one is gone."""
+"""Coordination of the processes of one run: equal inputs, shared decisions, and the name of a process that died."""
 
 import contextlib
 import os
@@ -19,17 +19,18 @@ from t2i.errors import InputError, RunError, print_error_line
 
 Result = TypeVar("Result")
 
-HEARTBEAT_SECONDS = 1.0  # seconds between two signs of life
-MAX_MISSED_HEARTBEATS = 3  # ticks without one, and a process is taken for dead
-SIGNAL_REPEAT_SECONDS = (
-    2.0  # seconds in which a signal may come again: launchers pass on what reached the whole group anyway
-)
-SIGNAL_GRACE_SECONDS = 5.0  # seconds for the others to come, once the launcher has asked us to end
+HEARTBEAT_SECONDS = 1.0  # between two heartbeats
+MAX_MISSED_HEARTBEATS = 3  # before a process counts as dead
+SIGNAL_REPEAT_SECONDS = 2.0  # a launcher may pass on a signal that reached the whole group already
+SIGNAL_GRACE_SECONDS = 5.0  # for the other processes to arrive after SIGTERM
 
 
 def run_on_main_process(accelerator: Accelerator, function: Callable[[], Result]) -> Result:
-    """`function()` of the main process, on every process; its InputError, RunError or OSError too."""
-    outcome: list[Any] = [None, None]
+    """Run `function` on the main process, and return its result on every process.
+
+    An InputError, RunError or OSError of the function is raised on every process.
+    """
+    outcome: list[Any] = [None, None]  # the result and the error
     if accelerator.is_main_process:
         try:
             outcome[0] = function()
@@ -42,31 +43,34 @@ def run_on_main_process(accelerator: Accelerator, function: Callable[[], Result]
     return outcome[0]
 
 
-def check_processes_agree(accelerator: Accelerator, what: dict[str, Any]) -> None:
-    """Refuse to start if the processes were given different things."""
+def check_processes_agree(accelerator: Accelerator, values: dict[str, Any]) -> None:
+    """Check that every process was given the same values. Raises InputError with the first that differs."""
     if accelerator.num_processes == 1:
         return
-    everyone: list[dict[str, Any]] = [{}] * accelerator.num_processes
-    torch.distributed.all_gather_object(everyone, what)
-    for rank, other in enumerate(everyone):
-        for name in sorted({**everyone[0], **other}):
-            if other.get(name) != (value := everyone[0].get(name)):
+    gathered: list[dict[str, Any]] = [{}] * accelerator.num_processes
+    torch.distributed.all_gather_object(gathered, values)
+    first = gathered[0]
+    for rank, other in enumerate(gathered):
+        for name in sorted({**first, **other}):
+            if other.get(name) != first.get(name):
                 raise InputError(
-                    f"process {rank} has {name}={other.get(name)!r}, process 0 has {value!r}; "
+                    f"process {rank} has {name}={other.get(name)!r}, process 0 has {first.get(name)!r}; "
                     "all processes of a run need the same configuration and data"
                 )
 
 
 class StopRequest:
-    """Whether SIGTERM or Ctrl-C has asked this process to save and end. A second one, later, ends it at once."""
+    """A handler of SIGTERM and Ctrl-C: the first one asks the run to save and end, a later one ends it at once.
+
+    signal: number of the signal; 0 if none has arrived.
+    """
 
     def __init__(self) -> None:
         self.signal, self.time = 0, 0.0
         self.previous_handlers: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            self.previous_handlers = {
-                number: signal.signal(number, self.handle_signal) for number in (signal.SIGTERM, signal.SIGINT)
-            }
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.previous_handlers[number] = signal.signal(number, self.handle_signal)
 
     def handle_signal(self, number: int, frame: Any) -> None:
         now = time.monotonic()
@@ -82,51 +86,54 @@ class StopRequest:
 
 @dataclass
 class Heartbeat:
-    """What another process last told, and when that was new here."""
+    """The last values that another process has published."""
 
     beats: int
-    waits: int
-    seen_at: float
+    waits: int  # how many guarded waits it has entered
+    seen_at: float  # when `beats` last changed, by this process's clock
 
 
 class ProcessWatch:
-    """Ends a process that waits for one that is dead or hangs, and says which.
+    """A watch that ends this process if it waits for one that died or hangs, and names that process.
 
-    One thread exchanges with the others, by the group's store, how often each has said that it lives and how many waits
-    it has come to; a step itself tells nothing. The store is kept by process 0 or by the launcher and hangs with it,
-    against which its timeouts are no help: so another thread judges, from what is known here. `guarded_wait()` is
-    around
-    everything that waits for the others. Does nothing in a run of one process.
+    Every process publishes its heartbeats and its number of waits in the group's store; training steps publish nothing.
+    Process 0 or the launcher serves the store, and the store's own timeouts fail if that server hangs. So there are two
+    threads: one talks to the store, the other judges from what the first has read. Put `guarded_wait` around every
+    call that waits for other processes. In a run of one process it does nothing.
+
+    Args:
+        stall_timeout: seconds of waiting after which a living process counts as hanging.
+        advice: returns a sentence for the end of the error message.
     """
 
     def __init__(self, accelerator: Accelerator, stall_timeout: float, advice: Callable[[], str]):
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.stall_timeout, self.advice = stall_timeout, advice
-        self.wait_count, self.beat_count, self.wait_started_at, self.end_requested_at, self.busy = 0, 0, 0.0, 0.0, False
+        self.wait_count, self.beat_count, self.busy = 0, 0, False
+        self.wait_started_at, self.end_requested_at = 0.0, 0.0  # 0 if there is no wait, no SIGTERM
         self.closed = threading.Event()
         now = time.monotonic()
         self.heartbeats = {rank: Heartbeat(0, 0, now) for rank in range(self.world) if rank != self.rank}
-        self.store_answered_at = now  # the store, for the last time
-        self.awake_since = now  # since when this process has not been stopped itself
+        self.store_answered_at = now
+        self.awake_since = now  # a stopped process (SIGSTOP) must not blame the others for the time that it lost
         self.threads: list[threading.Thread] = []
         if self.world > 1:
             self.store = torch.distributed.distributed_c10d._get_default_store()
             self.publish_heartbeat()
             accelerator.wait_for_everyone()
-            self.reader, self.writer = os.pipe()  # a signal arrives here also while the main thread is inside a kernel
+            # A Python handler waits until the main thread leaves its kernel; the wakeup pipe gets a signal at once.
+            self.reader, self.writer = os.pipe()
             os.set_blocking(self.writer, False)
-            self.wakeup = signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
-            self.threads = [
-                threading.Thread(target=work, daemon=True) for work in (self.exchange_heartbeats, self.monitor_wait)
-            ]
-            for thread in self.threads:
-                thread.start()
+            self.previous_wakeup = signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
+            for target in (self.exchange_heartbeats, self.monitor_wait):
+                self.threads.append(threading.Thread(target=target, daemon=True))
+                self.threads[-1].start()
 
     @contextmanager
     def guarded_wait(self, busy: bool = False) -> Iterator[None]:
-        """Around what cannot end before every process has come to the same place.
+        """Watch the other processes while this one waits until all have reached the same place.
 
-        busy: process 0 works there for as long as it takes, so that only its death counts.
+        busy: process 0 works for an unknown time there, so only a death ends the wait.
         """
         if not self.threads:
             yield
@@ -138,15 +145,17 @@ class ProcessWatch:
         except RunError:
             raise
         except RuntimeError:  # the connection to a dead process breaks
-            time.sleep((MAX_MISSED_HEARTBEATS + 2) * HEARTBEAT_SECONDS)  # until a dead one is silent for certain
-            if gone := self.find_silent_processes():
-                self.end_process(self.format_process_failure(gone, "died"))
+            time.sleep((MAX_MISSED_HEARTBEATS + 2) * HEARTBEAT_SECONDS)  # until a dead process is surely silent
+            if silent := self.find_silent_processes():
+                self.end_process(self.format_process_failure(silent, "died"))
             raise
         finally:
             self.wait_started_at = 0.0
 
+    # The thread that talks to the store
+
     def exchange_heartbeats(self) -> None:
-        """A thread: a sign of life every second; those of the others while the main thread waits for them."""
+        """Publish a heartbeat every second; poll those of the others while the main thread waits."""
         while not self.closed.wait(HEARTBEAT_SECONDS):
             with contextlib.suppress(RuntimeError):  # the store ends with process 0
                 self.publish_heartbeat()
@@ -160,69 +169,67 @@ class ProcessWatch:
     def poll_heartbeats(self) -> None:
         values = self.store.multi_get([f"t2i/{rank}" for rank in self.heartbeats])
         self.store_answered_at = time.monotonic()
-        for sign, value in zip(self.heartbeats.values(), values):
-            lives, sign.waits = map(int, value.split())
-            if lives != sign.beats:
-                sign.beats, sign.seen_at = lives, self.store_answered_at
+        for heartbeat, value in zip(self.heartbeats.values(), values):
+            beats, heartbeat.waits = map(int, value.split())
+            if beats != heartbeat.beats:
+                heartbeat.beats, heartbeat.seen_at = beats, self.store_answered_at
+
+    # The thread that judges
 
     def monitor_wait(self) -> None:
-        """A thread: an eye on how long the main thread waits."""
+        """Check every second, and after every signal, for how long the main thread has waited."""
         last = time.monotonic()
         while not self.closed.is_set():
             ready, _, _ = select.select([self.reader], [], [], HEARTBEAT_SECONDS)
             now = time.monotonic()
-            if now - last > MAX_MISSED_HEARTBEATS * HEARTBEAT_SECONDS:  # the others may have been stopped with it
+            if now - last > MAX_MISSED_HEARTBEATS * HEARTBEAT_SECONDS:  # this process was stopped, perhaps all were
                 self.awake_since = now
             last = now
             if ready and signal.SIGTERM in os.read(self.reader, 4096):
-                self.end_requested_at = self.end_requested_at or time.monotonic()
-            self.end_if_stalled()
+                self.end_requested_at = self.end_requested_at or now
+            self.check_wait()
 
-    def end_if_stalled(self) -> None:
-        now, since = time.monotonic(), self.wait_started_at
-        if not since or self.closed.is_set():
+    def check_wait(self) -> None:
+        """End this process if another one died after SIGTERM, or is late after the stall timeout."""
+        now, wait = time.monotonic(), self.wait_started_at
+        if not wait or self.closed.is_set():
             return
-        start = max(since, self.awake_since)
-        if (
-            self.end_requested_at
-            and now - max(start, self.end_requested_at) > SIGNAL_GRACE_SECONDS
-            and (gone := self.find_silent_processes())
-        ):
-            self.end_process(self.format_process_failure(gone, "died"))
-        elif now - start > self.stall_timeout and (not self.busy or self.find_silent_processes()):
-            late = self.find_silent_processes() or [
-                rank for rank, sign in self.heartbeats.items() if sign.waits < self.wait_count
-            ]
-            if self.wait_started_at == since:
-                what = f"did not come within {self.stall_timeout:g} s (train.stall_timeout)"
-                self.end_process(
-                    self.format_process_failure(late, what)
-                    if late
-                    else f"the processes {what} of each other. {self.advice()}"
-                )
+        start = max(wait, self.awake_since)
+        silent = self.find_silent_processes()
+        asked_to_end = self.end_requested_at and now - max(start, self.end_requested_at) > SIGNAL_GRACE_SECONDS
+        stalled = now - start > self.stall_timeout and (silent or not self.busy)
+        if self.wait_started_at != wait:  # it has ended meanwhile, and `silent` may be wrong
+            return
+        if asked_to_end and silent:
+            self.end_process(self.format_process_failure(silent, "died"))
+        elif stalled:
+            late = silent or [rank for rank, other in self.heartbeats.items() if other.waits < self.wait_count]
+            reason = f"did not arrive within {self.stall_timeout:g} s (train.stall_timeout)"
+            self.end_process(
+                self.format_process_failure(late, reason) if late else f"the processes {reason}. {self.advice()}"
+            )
 
     def find_silent_processes(self) -> list[int]:
-        """The processes that have given no sign of life while this one waited; without process 0 no other can."""
-        long_ago, start = (
-            time.monotonic() - MAX_MISSED_HEARTBEATS * HEARTBEAT_SECONDS,
-            max(self.wait_started_at, self.awake_since),
-        )
+        """Return the ranks without a heartbeat during this wait; rank 0 if the store, which it serves, is silent."""
+        long_ago = time.monotonic() - MAX_MISSED_HEARTBEATS * HEARTBEAT_SECONDS
+        start = max(self.wait_started_at, self.awake_since)
         if max(self.store_answered_at, start) < long_ago:
             return [0] if self.rank else []
-        return [rank for rank, sign in self.heartbeats.items() if max(sign.seen_at, start) < long_ago]
+        return [rank for rank, other in self.heartbeats.items() if max(other.seen_at, start) < long_ago]
 
-    def format_process_failure(self, ranks: list[int], what: str) -> str:
+    def format_process_failure(self, ranks: list[int], reason: str) -> str:
         names = ", ".join(map(str, ranks))
-        return f"process {names} of {self.world} {what}, says process {self.rank}. {self.advice()}"
+        return f"process {names} of {self.world} {reason}, as seen by process {self.rank}. {self.advice()}"
 
     def end_process(self, message: str) -> None:
         print_error_line(message)
         os._exit(1)
 
     def close(self) -> None:
+        """Stop the threads, and give signals back to the previous wakeup file."""
         if self.threads:
             self.closed.set()
-            signal.set_wakeup_fd(self.wakeup)
+            signal.set_wakeup_fd(self.previous_wakeup)
             os.write(self.writer, b"\0")
             for thread in self.threads:
                 thread.join(MAX_MISSED_HEARTBEATS * HEARTBEAT_SECONDS)

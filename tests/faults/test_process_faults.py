@@ -123,7 +123,7 @@ def test_a_killed_process_ends_the_run_within_ten_seconds_by_number(tmp_path):
     status, output = finish(process, 40)
     seconds = time.monotonic() - died
     assert status != 0 and seconds < 10, (seconds, output)
-    assert re.search(r"error: process 1 of 2 died, says process 0\. .*step-00000003 is kept", output), output
+    assert re.search(r"error: process 1 of 2 died, as seen by process 0\. .*step-00000003 is kept", output), output
 
 
 @fault("D10 processes disagree, or are more than samples", 3)
@@ -234,7 +234,7 @@ def test_data_that_do_not_divide_by_the_processes_never_hang_one(tmp_path):
 def test_a_process_that_hangs_is_named(tmp_path, what, word, own_store):
     process = start(tmp_path, what, "stall_timeout=5", processes=2, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=own_store)
     status, output = finish(process, 150)  # the launcher itself waits 30 s for one that does not react
-    assert status != 0 and f"error: {word}" in output and "did not come within 5 s" in output, output
+    assert status != 0 and f"error: {word}" in output and "did not arrive within 5 s" in output, output
 
 
 @pytest.mark.faults

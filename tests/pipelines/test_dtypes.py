@@ -131,7 +131,7 @@ def test_a_command_on_a_processor_without_bf16_says_so_in_one_line(
     common = ["generate", "red circle", "--model", pipeline_folder, "--out", tmp_path / "out", *QUICK]
     status, out, err = run(monkeypatch, capsys, *common, *options)
     assert (status, out) == (2, "") and err.count("\n") == 1
-    assert "dtype bfloat16 is not what the device 'cpu' computes in; leave it: float32 is faster here" in err
+    assert "dtype bfloat16 needs bfloat16 instructions, which device 'cpu' lacks; float32 is faster here" in err
     assert not (tmp_path / "out").exists()
     status, _, err = run(monkeypatch, capsys, *common)
     assert status == 0, err
@@ -157,7 +157,7 @@ def test_files_in_bf16_on_a_machine_without_it_are_one_line_of_warning(
     Text2ImagePipeline.from_pretrained(tmp_path / "public")
     (line,) = [record.message for record in caplog.records if "bfloat16" in record.message]
     assert "decoder" in line and line.endswith(
-        "slowly, by way of float32; dtype=torch.float32 (--dtype fp32) is faster here"
+        "stored in bfloat16, which is slow on this machine; dtype=torch.float32 (--dtype fp32) is faster"
     )
 
 

@@ -27,7 +27,7 @@ from t2i.commands.seeing import read_labels
 from t2i.errors import InputError
 from t2i.files.fingerprints import compute_brief_fingerprint
 from t2i.runtime.memory import AvailableMemory
-from t2i.runtime.shares import Rank, find_process_rank
+from t2i.runtime.rank import Rank, find_process_rank
 from tests.commands.test_cli import QUICK, run
 from tests.helpers.kandinsky_folders import kandinsky_22_combined
 

@@ -1,7 +1,6 @@
-"""A decoder's compiled steps, and what a machine without compiler or bf16 is told."""
+"""A decoder's compiled steps, and the errors on a machine without a compiler or bf16."""
 
 import copy
-import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ EMOJI = Path(__file__).parents[2] / "models" / "emoji"
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore")  # of torch's own, while it compiles
-def test_compiled_steps_are_the_same_and_say_how_long_they_took_to_compile(caplog: pytest.LogCaptureFixture) -> None:
+def test_compiled_steps_are_the_same() -> None:
     settings = dict(tiny_kandinsky_unet("2.2").config)
     torch.manual_seed(0)
     decoder = KandinskyDecoder(settings, **derive_kandinsky_config(settings)).eval()
@@ -37,12 +36,9 @@ def test_compiled_steps_are_the_same_and_say_how_long_they_took_to_compile(caplo
     plain = decoder.step(x, t, context)
     compiled = compile_steps(decoder, backend="eager")  # the tracing is torch's; what it writes then takes minutes
     assert compile_steps(decoder) is compiled
-    with caplog.at_level(logging.WARNING, "t2i"):
+    assert decoder.step is compiled
+    for _ in range(2):
         torch.testing.assert_close(decoder.step(x, t, context), plain, atol=1e-5, rtol=1e-5)
-        decoder.step(x, t, context)
-    said = [record.message.partition(" for noisy latents (2, 4")[0] for record in caplog.records]
-    assert said == ["compiling the decoder", "compiled the decoder"]
-    assert [key[0][0] for key in compiled.warm_up] == [(2, 4, 8, 8)]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -72,8 +68,8 @@ def of_length(length: int) -> Words:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_captions_of_every_length_are_compiled_and_said(caplog: pytest.LogCaptureFixture) -> None:
-    """Of more lengths than torch compiles by itself, which then goes on without a word and without compiling."""
+def test_captions_of_every_length_are_compiled() -> None:
+    """More lengths than torch's own limit, beyond which it runs uncompiled code without an error."""
     made: list[int] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
@@ -82,14 +78,9 @@ def test_captions_of_every_length_are_compiled_and_said(caplog: pytest.LogCaptur
 
     step = CompiledStep(lambda x, t, context: x + context.tokens["keys"][1].sum(), backend)
     x, t = torch.zeros(2, 4), torch.ones(2)
-    with caplog.at_level(logging.WARNING, "t2i"):
-        for length in (*range(1, 12), 3, 11):
-            assert step(x, t, of_length(length))[0, 0] == 6 * length
-    assert len(made) == len(step.warm_up) == 11
-    said = [record.message.partition(": ")[0] for record in caplog.records]
-    assert said[:2] == [f"{what} the decoder for noisy latents (2, 4)" for what in ("compiling", "compiled")]
-    new = "noisy latents (2, 4) and a context with (2, 11, 3) of float32"
-    assert said[-2:] == [f"{what} the decoder for {new}" for what in ("compiling", "compiled")] and len(said) == 22
+    for length in (*range(1, 12), 3, 11):
+        assert step(x, t, of_length(length))[0, 0] == 6 * length
+    assert len(made) == 11
 
 
 @pytest.mark.parametrize("name", ["TritonMissing", "GPUTooOldForTriton"])
@@ -117,7 +108,7 @@ def test_a_gpu_without_triton_is_one_line_also_for_captions_of_another_length(na
 
 def test_no_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(InputError, match="compile needs a C.. compiler, and there is no no-such-compiler here"):
+    with pytest.raises(InputError, match="compile needs a C.. compiler, but no-such-compiler is not installed"):
         check_compiler()
     with pytest.raises(InputError, match="compile needs"):
         Text2ImagePipeline.from_pretrained("no such folder", compile=True)
@@ -133,7 +124,7 @@ def test_a_command_that_is_to_compile_without_a_compiler_says_so_in_one_line(
     words = ["generate", "red circle", "--model", pipeline_folder, "--out", tmp_path / "out", "--compile", *QUICK]
     status, out, err = run(monkeypatch, capsys, *words)
     assert (status, out) == (2, "") and err.count("\n") == 1
-    assert "compile needs a C++ compiler, and there is no " in err and not (tmp_path / "out").exists()
+    assert "compile needs a C++ compiler, but " in err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif(shutil.which("false") is None, reason="there is no program that fails")
@@ -152,11 +143,13 @@ def test_a_compiler_that_does_not_compile_is_one_line() -> None:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no compiler here")
 @pytest.mark.filterwarnings("ignore")
-def test_a_command_draws_the_same_when_compiled(monkeypatch, capsys, caplog, pipeline, tmp_path) -> None:
+def test_a_command_draws_the_same_when_compiled(monkeypatch, capsys, pipeline, tmp_path) -> None:
     """Truly compiled: one block, in the way that takes the least time."""
+    from torch._dynamo.utils import counters
     from torch._inductor import config
 
     torch.manual_seed(0)
+    graphs = counters["stats"]["unique_graphs"]
     decoder = Decoder(pipeline.clip.embed_dim, *pipeline.latent_shape[:2], width=16, depth=1, heads=2)
     for parameter in decoder.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
@@ -170,12 +163,11 @@ def test_a_command_draws_the_same_when_compiled(monkeypatch, capsys, caplog, pip
         with Image.open(out.strip()) as image:
             drawn[name] = np.asarray(image).astype(int)
     assert abs(drawn["plain"] - drawn["compiled"]).max() <= 1 and drawn["plain"].std() > 1
-    said = [record.message.split(" for ")[0] for record in caplog.records if record.name.startswith("t2i.")]
-    assert said == ["compiling the decoder", "compiled the decoder"]
+    assert counters["stats"]["unique_graphs"] > graphs
 
 
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
 def test_bf16_where_the_machine_lacks_it_is_one_line(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr("t2i.runtime.devices.can_compute_bf16", lambda device: False)
-    with pytest.raises(InputError, match="dtype bfloat16 is not what this machine computes in"):
+    with pytest.raises(InputError, match="dtype bfloat16 needs bfloat16 instructions, which this machine lacks"):
         Text2ImagePipeline.from_pretrained(EMOJI, **{name: torch.bfloat16})
