@@ -1,32 +1,30 @@
-"""Every benchmark of speed, one after the other: `python -m benchmarks [--quick]`, or `make bench`."""
+"""Run every benchmark of speed, one after the other: `python -m benchmarks [--quick]`, or `make bench`."""
 
 import argparse
 import subprocess
 import sys
-from pathlib import Path
 
 from benchmarks import CANNOT_RUN
 
-
-def programs() -> list[str]:
-    """The modules of this package that compare side by side: those with a `main(quick: bool)`."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    return [file.stem for file in files if "\ndef main(quick: bool" in file.read_text()]
+PROGRAMS = ("pipeline_speed", "prior_speed", "starting", "training_speed")  # each has main(quick) -> rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
-    parser.add_argument("--quick", action="store_true", help="toy sizes: whether they run; writes nothing")
-    options = ["--quick"] * parser.parse_args().quick
-    # Each in its own process, so that none finds memory that another left; one that fails does not stop the others.
-    names = [*programs(), *([] if options else ["report"])]
-    ended = {name: subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *options]).returncode for name in names}
-    failed = [name for name, status in ended.items() if status not in (0, CANNOT_RUN)]
-    skipped = [name for name, status in ended.items() if status == CANNOT_RUN]
-    for what, those in (("cannot run here, why is said above", skipped), ("failed", failed)):
-        if those:
-            print(f"{what}: {', '.join(those)}", file=sys.stderr)
-    sys.exit(bool(failed))
+    parser.add_argument("--quick", action="store_true", help="toy sizes: do they run; writes nothing")
+    options = ["--quick"] if parser.parse_args().quick else []
+    # Each has a process of its own, so that none finds memory that another left; one that fails does not stop others.
+    names = PROGRAMS if options else (*PROGRAMS, "report")
+    statuses = {
+        name: subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *options]).returncode for name in names
+    }
+    skipped = [name for name, status in statuses.items() if status == CANNOT_RUN]
+    failed = [name for name, status in statuses.items() if status not in (0, CANNOT_RUN)]
+    if skipped:
+        print(f"cannot run here, for the reason above: {', '.join(skipped)}", file=sys.stderr)
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""dalle2-pytorch, which is installed for comparisons only, in benchmarks and in tests.
+"""Import dalle2-pytorch, which is installed for comparisons only, in benchmarks and in tests.
 
-It is installed without its dependencies (see the Makefile): it asks for an older open_clip than this project has, and
-for libraries that its priors and U-Nets do not use. Those that are absent are stood in for by empty modules.
+It is installed without its dependencies (see the Makefile): they include an older open_clip than this project has, and
+libraries that its priors and U-Nets do not use. Empty modules stand in for those that are absent.
 """
 
 import importlib
@@ -11,12 +11,12 @@ import types
 import warnings
 from typing import Any
 
-import diffusers  # noqa: F401  (before the stand-ins: it looks for some of those libraries)
+import diffusers  # noqa: F401  (before the empty modules: it looks for some of those libraries)
 
 from t2i.errors import InputError
 
 NEEDED = ("dalle2_pytorch", "einops", "rotary_embedding_torch")
-UNUSED = {  # modules that are imported at its start, and the names that are taken from them
+UNUSED = {  # modules that it imports at its start, with the names that it takes from them
     "kornia": (),
     "kornia.filters": ("gaussian_blur2d",),
     "kornia.augmentation": (),
@@ -29,11 +29,8 @@ UNUSED = {  # modules that are imported at its start, and the names that are tak
 }
 
 
-def dalle2_pytorch() -> Any:
-    """The module `dalle2_pytorch.dalle2_pytorch`.
-
-    Raises InputError where it is not installed.
-    """
+def import_dalle2_pytorch() -> Any:
+    """Return the module `dalle2_pytorch.dalle2_pytorch`. Raises InputError where it is not installed."""
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise InputError(f"{', '.join(missing)} not installed: `make test` installs what is compared with here")
     absent = [name for name in UNUSED if importlib.util.find_spec(name.split(".")[0]) is None]
@@ -54,10 +51,10 @@ def dalle2_pytorch() -> Any:
             del sys.modules[name]
 
 
-def is_there() -> bool:
-    """Whether dalle2-pytorch is installed; if not, says so, and the other peer is measured without it."""
+def has_dalle2_pytorch() -> bool:
+    """Return True if dalle2-pytorch is installed; print a line if not."""
     try:
-        dalle2_pytorch()
+        import_dalle2_pytorch()
     except InputError as missing:
         print(missing, file=sys.stderr)
         return False

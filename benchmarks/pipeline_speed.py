@@ -1,144 +1,265 @@
-"""From text to picture: a folder shaped as Kandinsky 2.2's, at reduced width, against diffusers' own two pipelines on
-the same weights and noise; several pictures of one prompt.
+"""From text to picture, in the shapes of Kandinsky 2.2 and of Karlo, against diffusers' pipelines on the same weights
+and noise; Kandinsky's decoder alone.
+
+    python -m benchmarks.pipeline_speed [--quick]
 """
 
-import tempfile
+import gc
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from diffusers import KandinskyV22Pipeline, KandinskyV22PriorPipeline
+import torch
+from diffusers import UnCLIPScheduler
 from t2i.pipelines import Text2ImagePipeline
-from torch import Tensor
+from t2i.pipelines.base import SUPER_RESOLUTION_STREAM
+from torch import Generator, Tensor
 
-from benchmarks.decoder_speed import EMBED, kandinsky_scheduler, kandinsky_unet
-from benchmarks.side_by_side import Row, alternate, device, difference, generators, peaks, row, run, synchronize
+from benchmarks import shapes
+from benchmarks.report import run
+from benchmarks.shapes import KANDINSKY_EMBED, KARLO_EMBED, KARLO_SIDES, PROMPTS
+from benchmarks.side_by_side import (
+    Row,
+    Work,
+    build_row,
+    check_equal,
+    count_operations,
+    device,
+    generators,
+    measure_peaks,
+    synchronize,
+    time_in_turns,
+)
+from t2i.diffusion.denoiser import generate_noise
 from t2i.sampling.sample import split_generators
-from tests.helpers import public_folders as public
-from tests.helpers.kandinsky_folders import kandinsky_decoder_parts, kandinsky_prior_parts
+from t2i.sampling.upsampling import derive_stage_generators
 
-PROMPTS = ["a red cat", "a dog", "the red dog and a cat", "a cat and a red cat and a dog"]
-STAGES = {  # of a pipeline, by its methods
+STAGES = {  # by the methods of a pipeline
     "encode_prompt": "captions",
     "sample_image_embeds": "prior",
     "sample_decoder": "decoder",
     "decode": "pictures of latents",
 }
-PRIOR = {  # the public one has 32 heads of 64 and 20 layers
-    False: {"num_attention_heads": 8, "attention_head_dim": 32, "num_layers": 6},
-    True: {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2},
-}
+SCALE = 4.0  # of the guidance of Kandinsky's stages and of Karlo's prior
+KARLO_SCALE = 8.0  # of Karlo's decoder
+AWAY = 0.6  # see `draw_karlo_noise`
+Steps = tuple[int, ...]  # of each stage
 
 
-def parts_of_kandinsky(quick: bool) -> dict[str, tuple[str, Any]]:
-    """Its components at reduced width, with random weights, as `tests.helpers.public_folders.save_parts` takes them."""
-    parts = kandinsky_prior_parts("2.2", "prior_") | kandinsky_decoder_parts("2.2")
-    return parts | {
-        "prior_prior": ("diffusers", public.tiny_prior_transformer(EMBED, **PRIOR[quick])),
-        "prior_text_encoder": ("transformers", public.tiny_text_tower(EMBED, EMBED)),
-        "prior_image_encoder": ("transformers", public.tiny_image_tower(EMBED)),
-        "unet": ("diffusers", kandinsky_unet(quick)),
-        "scheduler": ("diffusers", kandinsky_scheduler()),
-    }
+@dataclass
+class Family:
+    """A family of public models: this project's pipeline, and how both sides draw prompts in some steps."""
+
+    name: str
+    pipeline: Text2ImagePipeline
+    ours: Callable[[list[str], Steps], Tensor]
+    peer: Callable[[list[str], Steps], Tensor]
+    steps: Steps
+    note: str = ""
 
 
-def ours(pipeline: Text2ImagePipeline, prompts: list[str], steps: int, each: int = 1) -> Tensor:
-    settings = {"prior_num_inference_steps": 25, "prior_guidance_scale": 4.0, "prior_candidates": 1}
-    own = generators(each * len(prompts))
-    settings |= {"num_inference_steps": steps, "guidance_scale": 4.0, "num_images_per_prompt": each}
-    return pipeline(prompts, generator=own, output_type="pt", **settings).images
+def main(quick: bool) -> list[Row]:
+    rows = []
+    for build in (build_kandinsky_family, build_karlo_family):
+        family = build(quick)
+        rows += compare_pictures(family, quick)
+        if isinstance(family, KandinskyFamily):
+            rows += compare_decoders(family, quick)
+        gc.collect()
+    return rows
 
 
-def theirs(parts: dict[str, tuple[str, Any]], side: int) -> Callable[[list[str], int], Tensor]:
-    of_prior = {name[len("prior_") :]: part for name, (_, part) in parts.items() if name.startswith("prior_")}
-    of_decoder = {name: part for name, (_, part) in parts.items() if not name.startswith("prior_")}
-    prior, decoder = KandinskyV22PriorPipeline(**of_prior), KandinskyV22Pipeline(**of_decoder)
-    for one in (prior, decoder):
-        one.set_progress_bar_config(disable=True)
-        one.to(device())
-
-    def draw(prompts: list[str], steps: int) -> Tensor:
-        first, second = split_generators(generators(len(prompts)), len(prompts))
-        z_i, away = prior(prompts, num_inference_steps=25, guidance_scale=4.0, generator=first, return_dict=False)
-        settings: dict[str, Any] = {"height": side, "width": side, "guidance_scale": 4.0, "output_type": "pt"}
-        images = decoder(z_i, away, num_inference_steps=steps, generator=second, **settings).images
-        return (images / 2 + 0.5).clamp(0, 1)  # which it leaves to who takes tensors
-
-    return draw
+def compare_pictures(family: Family, quick: bool) -> list[Row]:
+    """Return the rows of one prompt and of four."""
+    rows, rounds, warm = [], 1 if quick else 5, 0 if quick else 1
+    few = tuple(2 for _ in family.steps)  # steps for the peak of memory: each step takes the same
+    for prompts in (PROMPTS[:1],) if quick else (PROMPTS[:1], PROMPTS):
+        works = {
+            "ours": partial(family.ours, prompts, family.steps),
+            "diffusers": partial(family.peer, prompts, family.steps),
+        }
+        worst = check_equal(works["ours"]().cpu(), works["diffusers"]().cpu())
+        seconds = time_in_turns(works, rounds, warm)
+        memory = measure_peaks(
+            {"ours": partial(family.ours, prompts, few), "diffusers": partial(family.peer, prompts, few)}
+        )
+        what = f"text to picture, {family.name}, {', '.join(map(str, family.steps))} steps, {len(prompts)} prompts"
+        note = f"{describe_stages(family.pipeline, works['ours'])}{family.note}"
+        rows.append(build_row(what, seconds, 1.5, difference=worst, memory=memory, note=note))
+    return rows
 
 
 @contextmanager
-def timed(part: Any, name: str) -> Iterator[list[float]]:
-    """Seconds that a method takes, call by call."""
+def timed_method(part: Any, name: str) -> Iterator[list[float]]:
+    """Collect the seconds of each call of a method."""
     method, seconds = getattr(part, name), []
 
-    def wrapped(*arguments: Any, **settings: Any) -> Any:
+    def timed(*arguments: Any, **options: Any) -> Any:
         synchronize()
-        begun = time.perf_counter()
-        out = method(*arguments, **settings)
+        start = time.perf_counter()
+        result = method(*arguments, **options)
         synchronize()
-        seconds.append(time.perf_counter() - begun)
-        return out
+        seconds.append(time.perf_counter() - start)
+        return result
 
-    setattr(part, name, wrapped)
+    setattr(part, name, timed)
     try:
         yield seconds
     finally:
         delattr(part, name)
 
 
-def stage_seconds(pipeline: Text2ImagePipeline, work: Callable[[], Any]) -> dict[str, float]:
-    """Of each stage in one run of `work`, and of what is none of them."""
+def time_stages(pipeline: Text2ImagePipeline, work: Work) -> dict[str, float]:
+    """Return the seconds of each stage in one run of `work`, and of the rest."""
     with ExitStack() as stack:
-        calls = {stage: stack.enter_context(timed(pipeline, name)) for name, stage in STAGES.items()}
-        begun = time.perf_counter()
+        calls = {stage: stack.enter_context(timed_method(pipeline, name)) for name, stage in STAGES.items()}
+        start = time.perf_counter()
         work()
-        whole = time.perf_counter() - begun
-    seconds = {stage: sum(one) for stage, one in calls.items()}
-    return seconds | {"the rest": whole - sum(seconds.values())}
+        total = time.perf_counter() - start
+    seconds = {stage: sum(each) for stage, each in calls.items()}
+    return seconds | {"the rest": total - sum(seconds.values())}
 
 
-def shares(pipeline: Text2ImagePipeline, work: Callable[[], Any]) -> str:
-    """Of the stages in our time, as a note."""
-    seconds = stage_seconds(pipeline, work)
-    whole = sum(seconds.values())
-    return "of our time " + ", ".join(f"{stage} {one / whole:.1%}" for stage, one in seconds.items())
+def describe_stages(pipeline: Text2ImagePipeline, work: Work) -> str:
+    seconds = time_stages(pipeline, work)
+    total = sum(seconds.values())
+    return "of our time " + ", ".join(f"{stage} {value / total:.1%}" for stage, value in seconds.items())
 
 
-def each_way(pipeline: Text2ImagePipeline, works: Mapping[str, Callable[[], Any]]) -> str:
-    """Seconds of the stages in each of two ways to draw as many pictures, as a note."""
-    found = [stage_seconds(pipeline, work) for work in works.values()]
-    pairs = (f"{stage} {found[0][stage]:.3f} / {found[1][stage]:.3f}" for stage in found[0])
-    shared = "captions, and their keys and values in the prior, are all that pictures of one prompt share"
-    return f"{shared}; 1.11 is 0.9 of the time; seconds {' / '.join(works)}: {', '.join(pairs)}"
+# Kandinsky 2.2
 
 
-def main(quick: bool) -> list[Row]:
-    steps, rounds = (2, 1) if quick else (50, 5)
-    parts = parts_of_kandinsky(quick)
-    with tempfile.TemporaryDirectory() as folder:
-        public.save_parts(Path(folder), "KandinskyV22CombinedPipeline", **parts)
-        pipeline = Text2ImagePipeline.from_pretrained(folder).to(device())
-        pipeline.set_progress_bar_config(disable=True)
-    peer = theirs(parts, pipeline.image_size)
-    rows = []
-    for count in (1,) if quick else (1, 4):
-        prompts = PROMPTS[:count]
-        worst = difference(ours(pipeline, prompts, steps), peer(prompts, steps))
-        works = {"ours": partial(ours, pipeline, prompts, steps), "diffusers": partial(peer, prompts, steps)}
-        times = alternate(works, rounds, warm=0 if quick else 1)
-        memory = peaks({"ours": partial(ours, pipeline, prompts, 2), "diffusers": partial(peer, prompts, 2)})
-        what = f"text to picture, Kandinsky-2.2-shaped, 25 and {steps} steps, {count} prompts"
-        rows.append(row(what, times, 1.5, worst, memory=memory, note=shares(pipeline, works["ours"])))
-    works = {
-        "four of one prompt": partial(ours, pipeline, PROMPTS[2:3], steps, each=4),
-        "four prompts": partial(ours, pipeline, PROMPTS, steps),
+@dataclass
+class KandinskyFamily(Family):
+    diffusers: Any = None  # its combined pipeline
+
+
+def build_kandinsky_family(quick: bool) -> KandinskyFamily:
+    peer = shapes.build_kandinsky(quick)
+    pipeline = shapes.load_ours(peer)
+    side = pipeline.image_size
+
+    def draw(prompts: list[str], steps: Steps) -> Tensor:
+        return pipeline(
+            prompts,
+            generator=generators(len(prompts)),
+            output_type="pt",
+            prior_num_inference_steps=steps[0],
+            prior_guidance_scale=SCALE,
+            prior_candidates=1,
+            num_inference_steps=steps[1],
+            guidance_scale=SCALE,
+        ).images
+
+    def draw_by_peer(prompts: list[str], steps: Steps) -> Tensor:
+        first, second = split_generators(generators(len(prompts)), len(prompts))
+        z_i, negative = peer.prior_pipe(
+            prompts, num_inference_steps=steps[0], guidance_scale=SCALE, generator=first, return_dict=False
+        )
+        options: dict[str, Any] = {"height": side, "width": side, "guidance_scale": SCALE, "output_type": "pt"}
+        images = peer.decoder_pipe(z_i, negative, num_inference_steps=steps[1], generator=second, **options).images
+        return (images / 2 + 0.5).clamp(0, 1)  # which it leaves to the caller who takes tensors
+
+    steps = (2, 2) if quick else (25, 50)
+    return KandinskyFamily("Kandinsky-2.2-shaped", pipeline, draw, draw_by_peer, steps, diffusers=peer)
+
+
+def compare_decoders(family: KandinskyFamily, quick: bool) -> list[Row]:
+    """Return the rows of the decoder alone: latents of the same z_i, which neither side decodes."""
+    pipeline, peer, rows, side = family.pipeline, family.diffusers.decoder_pipe, [], family.pipeline.image_size
+    latent_size = pipeline.decoder.config.latent_size
+    for batch in (1, 2) if quick else (1, 4):
+        z_i = torch.randn(batch, KANDINSKY_EMBED, generator=Generator().manual_seed(2)).to(device())
+        noise = generate_noise((4, latent_size, latent_size), generators(batch), device())
+        negative = pipeline.decoder.null_embedding.expand_as(z_i)
+
+        def draw(steps: int, z_i: Tensor = z_i, noise: Tensor = noise) -> Tensor:
+            own = generators(len(z_i))
+            options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": SCALE, "output_type": "latent"}
+            return pipeline(image_embeds=z_i, generator=own, latents=noise, **options).images
+
+        def draw_by_peer(steps: int, z_i: Tensor = z_i, noise: Tensor = noise, negative: Tensor = negative) -> Tensor:
+            _, own = split_generators(generators(len(z_i)), len(z_i))
+            options: dict[str, Any] = {"height": side, "width": side, "guidance_scale": SCALE, "output_type": "latent"}
+            return peer(z_i, negative, num_inference_steps=steps, generator=own, latents=noise, **options).images
+
+        steps = family.steps[1]
+        works = {"ours": partial(draw, steps), "diffusers": partial(draw_by_peer, steps)}
+        worst = check_equal(*(work() for work in works.values()))
+        counts = {name: count_operations(work) for name, work in works.items()}
+        seconds = time_in_turns(works, rounds=1 if quick else 5, warm=0 if quick else 1)
+        memory = measure_peaks({"ours": partial(draw, 1), "diffusers": partial(draw_by_peer, 1)})
+        what = f"{family.name} decoder, {steps} steps with guidance, batch {batch}"
+        rows.append(build_row(what, seconds, 1.2, counts, difference=worst, memory=memory))
+    return rows
+
+
+# Karlo
+
+
+class StageScheduler(UnCLIPScheduler):
+    """diffusers' scheduler with a stream of noise for each stage, as here; its pipeline has one stream for all."""
+
+    streams: list[Generator]
+
+    def step(self, *arguments: Any, **options: Any) -> Any:
+        return super().step(*arguments, **options | {"generator": self.streams})
+
+
+def draw_karlo_noise(count: int, away: float = AWAY) -> dict[str, Tensor]:
+    """Return the noise that each stage starts from, by our names, nowhere nearer to zero than `away`.
+
+    At the first timestep 1 / 20,000 of a picture's variance is left: an error of rounding grows by 141 where the clean
+    picture is not clamped, which is where the noise is about zero.
+    """
+    low, high = KARLO_SIDES
+    sizes = {"prior_latents": (KARLO_EMBED,), "latents": (3, low, low), "super_res_latents": (3, high, high)}
+    drawn = {name: generate_noise(size, generators(count), device()) for name, size in sizes.items()}
+    return {name: noise.sign() * noise.abs().clamp(min=away) for name, noise in drawn.items()}
+
+
+def build_karlo_family(quick: bool) -> Family:
+    peer = shapes.build_karlo(quick)
+    pipeline = shapes.load_ours(peer)
+    stages = ("prior", "decoder", "super_res")
+    schedulers = {
+        f"{name}_scheduler": StageScheduler.from_config(getattr(peer, f"{name}_scheduler").config) for name in stages
     }
-    times = alternate(works, rounds, warm=0 if quick else 1)
-    return [*rows, row("four pictures of one prompt", times, 1 / 0.9, note=each_way(pipeline, works))]
+    peer.register_modules(**schedulers)
+
+    def draw(prompts: list[str], steps: Steps, away: float = AWAY) -> Tensor:
+        names = ("prior_num_inference_steps", "num_inference_steps", "super_res_num_inference_steps")
+        return pipeline(
+            prompts,
+            generator=generators(len(prompts)),
+            output_type="pt",
+            prior_guidance_scale=SCALE,
+            prior_candidates=1,
+            guidance_scale=KARLO_SCALE,
+            **dict(zip(names, steps)),
+            **draw_karlo_noise(len(prompts), away),
+        ).images
+
+    def draw_by_peer(prompts: list[str], steps: Steps, away: float = AWAY) -> Tensor:
+        first, second = split_generators(generators(len(prompts)), len(prompts))
+        streams = (first, second, derive_stage_generators(second, SUPER_RESOLUTION_STREAM))
+        options: dict[str, Any] = {"prior_guidance_scale": SCALE, "decoder_guidance_scale": KARLO_SCALE}
+        noises = draw_karlo_noise(len(prompts), away).values()
+        for name, stream, noise, count in zip(stages, streams, noises, steps):
+            schedulers[f"{name}_scheduler"].streams = stream
+            options |= {f"{name}_latents": noise, f"{name}_num_inference_steps": count}
+        return torch.from_numpy(peer(prompts, output_type="np", **options).images).movedim(-1, 1)
+
+    steps = (2, 2, 2) if quick else (25, 25, 7)
+    difference = (draw(PROMPTS[:1], steps, away=0.0).cpu() - draw_by_peer(PROMPTS[:1], steps, away=0.0)).abs()
+    note = (
+        f"; equal on noise that is clamped to |x| >= {AWAY}, for near zero the first step multiplies rounding by 141; "
+        f"on plain noise pixels in [0, 1] differ by at most {difference.max():.0e}, on average {difference.mean():.0e}"
+    )
+    return Family("Karlo-shaped", pipeline, draw, draw_by_peer, steps, note)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,113 @@
-"""The tables of docs/speed.md, from what the benchmarks wrote: `python -m benchmarks.report`, last of `make bench`."""
+"""Print and store the rows of a benchmark, and write the tables of docs/speed.md: `python -m benchmarks.report`."""
 
+import argparse
 import json
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.side_by_side import RESULTS, Ratio, Row, table
+import torch
 
+from benchmarks import CANNOT_RUN
+from benchmarks.side_by_side import Ratio, Row, device, measure_matrix_rate, measure_product_rate
+from t2i.errors import InputError
+from t2i.runtime.devices import can_compute_bf16
+
+RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent.parent / "docs" / "speed.md"
 BEGIN, END = "<!-- python -m benchmarks.report writes from here on -->", "<!-- to here -->"
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "dalle2-pytorch", "numpy")
+COLUMNS = (
+    "what", "against", "ours, s", "theirs, s", "times as fast", "wanted", "outputs differ by", "matrix rate",
+    "peak memory, MiB, ours / theirs",
+)  # fmt: skip
 
 
-def report() -> str:
-    """A section for each program whose rows are there."""
-    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    return "\n\n".join(section(result) for result in found if "rows" in result)
+def run(name: str, main: Callable[[bool], list[Row]]) -> None:
+    """Run a benchmark as a program: print its table, and write `results/NAME.json` unless `--quick` is given.
+
+    A benchmark that cannot run here prints one line and ends with a status that `python -m benchmarks` accepts.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}")
+    parser.add_argument("--quick", action="store_true", help="toy sizes: does it run, and do outputs agree")
+    quick = parser.parse_args().quick
+    try:
+        rows = main(quick)
+    except InputError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(CANNOT_RUN)
+    if quick:
+        print(format_table(rows))
+    else:
+        write_result(name, rows)
 
 
-def section(result: dict[str, Any]) -> str:
+def write_result(name: str, rows: list[Row]) -> None:
+    """Print a table and write `results/NAME.json`: the command, the machine and the rows."""
+    machine = describe_machine()
+    result = {"command": f"python -m benchmarks.{name}", "machine": machine, "rows": [asdict(row) for row in rows]}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{name}: {machine['device']}, {machine['threads']} threads, {machine['date']}\n\n{format_table(rows)}\n")
+
+
+def describe_machine() -> dict[str, Any]:
+    """Return the date, the device, its rates in matrix products, and the versions of the packages."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    rates = {"fp32": measure_matrix_rate()}
+    if can_compute_bf16(device().type):  # elsewhere ten large products would take minutes
+        rates["bf16"] = measure_matrix_rate(torch.bfloat16)
+    if device().type == "cpu":
+        rates["fp32 of torch's own product"] = measure_product_rate(torch.matmul)
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else describe_processor(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "matrix_gflops": {name: round(rate / 1e9) for name, rate in rates.items()},
+    }
+
+
+def describe_processor() -> str:
+    """Return the processor's name, with its family and model where the system gives them."""
+    info = Path("/proc/cpuinfo")
+    lines = [line.partition(":")[::2] for line in info.read_text().splitlines()] if info.exists() else []
+    facts = {key.strip(): value.strip() for key, value in reversed(lines)}
+    if "model name" not in facts:
+        return platform.machine()
+    family = f" (family {facts['cpu family']}, model {facts['model']})" if "cpu family" in facts else ""
+    return facts["model name"] + family
+
+
+def format_table(rows: list[Row]) -> str:
+    """Return the rows as a Markdown table, with their notes below."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    for row in rows:
+        missed = ": missed" if row.at_least is not None and row.ratio.median < row.at_least else ""
+        seconds = [f"{value:.3g}" for value in row.seconds.values()] or ["", ""]
+        cells = [row.what, row.against, seconds[0], seconds[-1], f"{row.ratio}{missed}"]
+        cells.append("" if row.at_least is None else f"{row.at_least:.3g}")
+        cells.append("" if row.difference is None else f"{row.difference:.0e}")
+        cells.append(" / ".join(f"{fraction:.0%}" for fraction in row.rate.values()))
+        cells.append(" / ".join(f"{peak / 2**20:.0f}" for peak in row.memory.values()))
+        lines.append("| " + " | ".join(cells) + " |")
+    notes = [f"- {row.what}, against {row.against}: {row.note}" for row in rows if row.note]
+    return "\n".join([*lines, "", *notes] if notes else lines)
+
+
+def format_section(result: dict[str, Any]) -> str:
+    """Return the heading, the machine and the table of a stored result."""
     machine = result["machine"]
     rates = ", ".join(f"{rate} GFLOP/s in {name}" for name, rate in machine["matrix_gflops"].items())
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
@@ -24,14 +115,16 @@ def section(result: dict[str, Any]) -> str:
         f"{machine['device']}, {machine['threads']} threads, {machine['date']}; matrix products: {rates}; {versions}."
     )
     rows = [Row(**row | {"ratio": Ratio(**row["ratio"])}) for row in result["rows"]]
-    return f"### `{result['command']}`\n\n{about}\n\n{table(rows)}"
+    return f"### `{result['command']}`\n\n{about}\n\n{format_table(rows)}"
 
 
-def written(page: str) -> str:
-    """The page with these tables in the place of those that it has."""
+def update_page(page: str) -> str:
+    """Return the page with the tables of all stored results in place of those that it has."""
     before, rest = page.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{report()}\n\n{END}{rest.split(END)[1]}"
+    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    tables = "\n\n".join(format_section(result) for result in results)
+    return f"{before}{BEGIN}\n\n{tables}\n\n{END}{rest.split(END)[1]}"
 
 
 if __name__ == "__main__":
-    PAGE.write_text(written(PAGE.read_text()))
+    PAGE.write_text(update_page(PAGE.read_text()))

@@ -1,9 +1,8 @@
-"""Starting: from the command to the picture on disk beside the imports alone, and the memory that loading takes.
+"""Cold start: from the command to the picture on disk against the imports alone; the peak of memory of loading.
 
-    python -m benchmarks.starting
+    python -m benchmarks.starting [--quick]
 
-Every run is a process of its own, as a user starts it; files are in the page cache, since the first round of each does
-not count.
+Every run is a process of its own, as a user starts it. Files are in the page cache: the first round does not count.
 """
 
 import itertools
@@ -16,7 +15,8 @@ from pathlib import Path
 from t2i.pipelines import Text2ImagePipeline
 from torch import nn
 
-from benchmarks.side_by_side import Ratio, Row, alternate, ratio, row, run
+from benchmarks.report import run
+from benchmarks.side_by_side import Ratio, Row, build_row, compute_ratio, time_in_turns
 from t2i.commands import SHIPPED_MODEL
 from t2i.networks.prior import Prior
 
@@ -24,47 +24,45 @@ IMPORTS = "import torch; from diffusers import DiffusionPipeline"
 COMMAND = "from t2i.cli import main; main()"
 LOADING = """
 import sys
-from benchmarks.side_by_side import peak_memory
+from benchmarks.side_by_side import measure_peak_memory
 from t2i.pipelines.jobs.generation import load_pipeline
-kept = []
-print(peak_memory(lambda: kept.append(load_pipeline(sys.argv[1], "cpu"))))
-models = [part for part in kept[0].components.values() if hasattr(part, "parameters")]
-print(sum(one.numel() * one.element_size() for model in models for one in model.parameters()))
+pipelines = []
+print(measure_peak_memory(lambda: pipelines.append(load_pipeline(sys.argv[1], "cpu"))))
+models = [part for part in pipelines[0].components.values() if hasattr(part, "parameters")]
+print(sum(each.numel() * each.element_size() for model in models for each in model.parameters()))
 """
-
-
 LARGE, TINY = (896, 20), (192, 2)  # width and depth of a prior: 400 MB in fp16, and for tests
+AT_MOST, MEMORY_AT_MOST = 1.1, 1.2  # times the imports; times the weights
 
 
 def main(quick: bool) -> list[Row]:
-    """`t2i generate` of the shipped model beside the imports of torch and diffusers; what loading takes."""
+    """Compare `t2i generate` of the shipped model with the imports of torch and diffusers; measure loading."""
     with tempfile.TemporaryDirectory() as folder:
         numbers = itertools.count()
 
         def generate() -> None:
             out = Path(folder) / f"{next(numbers)}.png"
-            python(COMMAND, "generate", "a cat", "--seed", "1", "--out", str(out))
+            run_python(COMMAND, "generate", "a cat", "--seed", "1", "--out", str(out))
             assert out.is_file(), "the picture is on disk"
 
-        works = {"ours": generate, "the imports": lambda: python(IMPORTS)}
-        times = alternate(works, rounds=1 if quick else 5, warm=0 if quick else 1)
-        note = f"{1 / ratio(times, 'the imports').median:.2f} times as long as the imports; at most 1.5 is wanted"
-        rows = [row("t2i generate, cold, to the file", times, at_least=1 / 1.5, note=note)]
+        works = {"ours": generate, "the imports": lambda: run_python(IMPORTS)}
+        seconds = time_in_turns(works, rounds=1 if quick else 5, warm=0 if quick else 1)
+        times = 1 / compute_ratio(seconds, "ours", "the imports").median
+        note = f"{times:.2f} times as long as the imports; at most {AT_MOST} is wanted"
+        rows = [build_row("t2i generate, cold, to the file", seconds, at_least=1 / AT_MOST, note=note)]
         larger = Path(folder) / "larger"
-        save_larger(larger, *(TINY if quick else LARGE))
+        save_with_larger_prior(larger, *(TINY if quick else LARGE))
         folders = {} if quick else {"the shipped model": SHIPPED_MODEL}
         folders["the shipped model with a larger prior"] = larger
-        rounds = 1 if quick else 3
-        return rows + [one for what, at in folders.items() if (one := loading_row(what, at, rounds)) is not None]
+        loading = (measure_loading(name, path, 1 if quick else 3) for name, path in folders.items())
+        return [*rows, *(row for row in loading if row is not None)]
 
 
-def save_larger(folder: Path, width: int, depth: int) -> None:
-    """The shipped pipeline with a prior of random weights, in fp16 as the shipped one is stored."""
+def save_with_larger_prior(folder: Path, width: int, depth: int) -> None:
+    """Save the shipped pipeline with a prior of random weights, in fp16 as the shipped one is stored."""
     pipeline = Text2ImagePipeline.from_pretrained(SHIPPED_MODEL)
-    of = pipeline.prior.config
-    prior = Prior(
-        of.embed_dim, of.text_width, of.context_length, width, depth, width // 64, of.null_length, of.clip_fingerprint
-    )
+    config = dict(pipeline.prior.config) | {"width": width, "depth": depth, "heads": width // 64}
+    prior = Prior.from_config(config)
     nn.init.normal_(prior.query, std=0.02)
     pipeline.register_modules(prior=prior)
     for part in pipeline.components.values():
@@ -73,34 +71,26 @@ def save_larger(folder: Path, width: int, depth: int) -> None:
     pipeline.save_pretrained(folder)
 
 
-def loading_row(what: str, folder: Path, rounds: int) -> Row | None:
-    """Weights over the peak of loading; None where the system does not tell the peak."""
-    found = [loading(folder) for _ in range(rounds)]
-    peaks, weights = [peak for peak, _ in found if peak], found[0][1]
+def measure_loading(name: str, folder: Path, rounds: int) -> Row | None:
+    """Return the weights divided by the peak of loading; None where the system gives no peak."""
+    outputs = [run_python(LOADING, str(folder)).split()[-2:] for _ in range(rounds)]
+    peaks, weights = [int(peak) for peak, _ in outputs if peak != "None"], int(outputs[0][1])
     if not peaks:
-        print(
-            f"what loading {what} takes is not measured: this system does not tell the peak of memory", file=sys.stderr
-        )
+        print(f"memory of loading {name} is not measured: this system gives no peak of memory", file=sys.stderr)
         return None
     peak = statistics.median(peaks)
-    note = f"{peak / weights:.2f} times its weights at the peak, above the imports; at most 1.2 is wanted. Weights are "
-    note += f"{weights:,} bytes as they are computed with, fp32; stored in fp16. The ratio is weights over peak"
-    less = Ratio(weights / peak, weights / max(peaks), weights / min(peaks))
+    note = (
+        f"{peak / weights:.2f} times its weights at the peak, above the imports; at most {MEMORY_AT_MOST} is wanted. "
+    )
+    note += f"Weights are {weights:,} bytes in fp32, as they compute; stored in fp16. The ratio is weights over peak"
+    ratio = Ratio(weights / peak, weights / max(peaks), weights / min(peaks))
     memory = {"ours": int(peak), "its weights": weights}
-    return Row(f"memory of loading {what}", "its weights", less, 1 / 1.2, {}, memory=memory, note=note)
+    what = f"memory of loading {name}"
+    return Row(what, "its weights", ratio, 1 / MEMORY_AT_MOST, {}, memory=memory, note=note)
 
 
-def loading(folder: Path) -> tuple[int | None, int]:
-    """Bytes at the peak of loading a pipeline, above the imports; and those of its weights as they are computed with.
-
-    The shipped ones are stored in half precision and loaded in single.
-    """
-    peak, weights = python(LOADING, str(folder)).split()[-2:]
-    return None if peak == "None" else int(peak), int(weights)
-
-
-def python(code: str, *arguments: str) -> str:
-    """What a fresh interpreter prints."""
+def run_python(code: str, *arguments: str) -> str:
+    """Run code in a fresh interpreter and return what it prints."""
     return subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, text=True).stdout
 
 

@@ -1,15 +1,16 @@
-"""How fast a prior trains beside diffusers', with the same weights, and dalle2-pytorch's, of as many parameters.
+"""A training step of a prior against diffusers' with the same weights, and dalle2-pytorch's of as many parameters.
+
+    python -m benchmarks.training_speed [--quick]
 
 Ours is the training loop's own step: loss, gradient clipping, checks that all is finite, fused AdamW, moving average.
 
 - diffusers: the step of its examples/kandinsky2_2 (train_text_to_image_prior.py): noise, PriorTransformer, squared
   error, clipping, `torch.optim.AdamW`; captions padded to 77 tokens, as its tokenizer does. No moving average.
-- dalle2-pytorch: `DiffusionPrior`'s loss, backward, clipping and `torch.optim.AdamW`, which is what its
-  DiffusionPriorTrainer does, without that trainer: it adds a moving average and warm-up by libraries of its own, which
-  cost time and change nothing of the step. Captions padded to 77 tokens, as it does.
+- dalle2-pytorch: `DiffusionPrior`'s loss, backward, clipping and `torch.optim.AdamW`, as its DiffusionPriorTrainer has
+  them, but without that trainer's moving average and warm-up. Captions padded to 77 tokens, as it does.
 
 The loss and all gradients of the same weights agree before anything is timed, each tensor relative to the largest value
-in the peer's. Each step has other captions than the one before. Peers do without an average: in their favour.
+of the peer's. Each step has other captions than the one before. Peers have no moving average, which is in their favour.
 """
 
 import itertools
@@ -23,9 +24,10 @@ from t2i.training.common.loop import build_accelerator
 from t2i.training.train_prior import Config, build_stage
 from torch import Tensor, nn
 
-from benchmarks.peers import dalle2_pytorch, is_there
-from benchmarks.side_by_side import Row, Work, alternate, difference, relative_difference, row, run
-from benchmarks.training_step import QUIET, MadeUp, Steps
+from benchmarks.peers import has_dalle2_pytorch, import_dalle2_pytorch
+from benchmarks.report import run
+from benchmarks.side_by_side import Row, Work, build_row, check_all_equal, check_equal, device, time_in_turns
+from benchmarks.training_step import QUIET, RandomEncodings, Steps
 from t2i.config import load_config
 from t2i.diffusion.condition import TextEncoding
 from t2i.diffusion.process import compute_prediction_target
@@ -33,142 +35,147 @@ from t2i.interop.prior_transformer import map_tensor_names, to_prior_transformer
 from t2i.networks.prior import Prior
 
 BATCH, WIDTH, DEPTH = 64, 512, 6
-EXAMPLE = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "sample"}
+SCHEDULE = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "sample"}  # of diffusers' example
+CAPTIONS = {  # shortest and longest, the ratio that is wanted, rounds
+    "captions of 5 to 20 tokens": (5, 20, 4.0, 3),
+    "captions of 77 tokens": (77, 77, 1.2, 7),
+}
 
 
 def main(quick: bool) -> list[Row]:
     batch, width, depth = (4, 64, 2) if quick else (BATCH, WIDTH, DEPTH)
     torch.manual_seed(0)
-    rows, peers = [], ("diffusers", "dalle2-pytorch") if is_there() else ("diffusers",)
-    captions = {"captions of 5 to 20 tokens": (5, 20, 4.0, 3), "captions of 77 tokens": (77, 77, 1.2, 7)}
-    for what, (shortest, longest, wanted, rounds) in captions.items():
-        source = MadeUp([shortest + i % (longest - shortest + 1) for i in range(batch)], width=width)
-        for peer in peers:
-            deeper = depth if peer == "diffusers" else depth + depth // 6  # its layers are larger
-            ours, prior = our_step(source, width, deeper)
-            if peer == "diffusers":
-                theirs, parameters, worst = diffusers_step(source, prior)
+    rows, peers = [], ("diffusers", "dalle2-pytorch") if has_dalle2_pytorch() else ("diffusers",)
+    for captions, (shortest, longest, at_least, rounds) in CAPTIONS.items():
+        lengths = [shortest + i % (longest - shortest + 1) for i in range(batch)]
+        source = RandomEncodings(lengths, width=width)
+        for name in peers:
+            our_depth = depth if name == "diffusers" else depth + depth // 6  # dalle2-pytorch's layers are larger
+            ours, prior = build_our_step(source, width, our_depth)
+            if name == "diffusers":
+                peer, peer_size, worst = build_diffusers_step(source, prior)
             else:
-                theirs, parameters, worst = *dalle2_step(source, width, depth), None
-            counts = {"ours": ours.operations(min(8, len(source.batches)))}
-            times = alternate({"ours": ours, peer: theirs}, rounds=1 if quick else rounds)
-            mine = sum(one.numel() for one in prior.parameters())
-            note = (
-                f"{mine / 1e6:.1f} M parameters, {deeper} x {width}; theirs {parameters / 1e6:.1f} M, {depth} x {width}"
-            )
-            title = f"prior training step, batch {batch}, {what}"
-            rows.append(row(title, times, wanted, worst, counts, note=f"fp32, {note}"))
+                peer, peer_size, worst = *build_dalle2_step(source, width, depth), None
+            counts = {"ours": ours.count_operations(min(8, len(source.batches)))}
+            seconds = time_in_turns({"ours": ours, name: peer}, rounds=1 if quick else rounds)
+            sizes = f"{count_parameters(prior) / 1e6:.1f} M parameters, {our_depth} x {width}"
+            note = f"fp32, {sizes}; theirs {peer_size / 1e6:.1f} M, {depth} x {width}"
+            what = f"prior training step, batch {batch}, {captions}"
+            rows.append(build_row(what, seconds, at_least, counts, difference=worst, note=note))
     return rows
 
 
-def our_step(source: MadeUp, width: int, depth: int) -> tuple[Steps, Prior]:
-    """The loop's step on a new prior: no caption is dropped, for the peers drop none."""
-    model = [f"model.width={width}", f"model.depth={depth}", f"model.heads={width // 64}"]
+def build_our_step(source: RandomEncodings, width: int, depth: int) -> tuple[Steps, Prior]:
+    """Return the loop's step on a new prior. It drops no caption, for the peers drop none."""
+    model = [f"model.width={width}", f"model.depth={depth}", f"model.heads={width // 64}", "caption_dropout=0"]
     batch = [f"train.batch_size={len(source.batches[0].index)}", "train.mixed_precision=no", "train.steps=100"]
-    schedule = [f"scheduler.{name}={value}" for name, value in EXAMPLE.items()]
-    config = load_config(Config, "prior", ["clip=made up", *QUIET, *model, *batch, *schedule, "caption_dropout=0"])
+    schedule = [f"scheduler.{name}={value}" for name, value in SCHEDULE.items()]
+    config = load_config(Config, "prior", ["clip=random", *QUIET, *model, *batch, *schedule])
     accelerator = build_accelerator(config.train)
     stage = build_stage(config, source, accelerator.device)  # type: ignore[arg-type]
     step = Steps(accelerator, stage, config.train)
     return step, stage.model
 
 
-def diffusers_step(source: MadeUp, prior: Prior) -> tuple[Work, int, float]:
-    """Its step, its parameters, and how far its loss and gradients are from ours with the same noise."""
-    theirs = trained(to_prior_transformer(prior), prior.device)
-    scheduler = DDPMScheduler(**EXAMPLE)
-    batches = cycled(source, prior.device)
+def build_diffusers_step(source: RandomEncodings, prior: Prior) -> tuple[Work, int, float]:
+    """Return its step, its parameters, and the largest difference of its loss and gradients from ours."""
+    peer = prepare_for_training(to_prior_transformer(prior))
+    scheduler = DDPMScheduler(**SCHEDULE)
+    batches = cycle_padded(source)
 
-    def loss() -> Tensor:
+    def compute_loss() -> Tensor:
         text, z_i = next(batches)
-        x = (z_i - theirs.clip_mean) / theirs.clip_std
+        x = (z_i - peer.clip_mean) / peer.clip_std
         noise = torch.randn_like(x)
         t = torch.randint(0, scheduler.config.num_train_timesteps, (len(x),), device=x.device)
-        given = text.embedding, text.states, text.mask
-        return F.mse_loss(theirs(scheduler.add_noise(x, noise, t), t, *given).predicted_image_embedding, x)
+        noisy = scheduler.add_noise(x, noise, t)
+        return F.mse_loss(peer(noisy, t, text.embedding, text.states, text.mask).predicted_image_embedding, x)
 
     first = source.batches[0].to(prior.device)
     our_text, our_z_i = first.text, first.image_embeds
     assert our_text is not None and our_z_i is not None
 
-    def our_loss() -> Tensor:
+    def compute_our_loss() -> Tensor:
         x = prior.scale_image_embeds(our_z_i)
         noise = torch.randn_like(x)
         t = torch.randint(0, scheduler.config.num_train_timesteps, (len(x),), device=x.device)
-        return F.mse_loss(
-            prior(scheduler.add_noise(x, noise, t), t, our_text), compute_prediction_target(scheduler, x, noise, t)
-        )
+        target = compute_prediction_target(scheduler, x, noise, t)
+        return F.mse_loss(prior(scheduler.add_noise(x, noise, t), t, our_text), target)
 
-    worst = compared(prior, our_loss, theirs, loss)
-    return optimized(theirs, loss), sum(one.numel() for one in theirs.parameters()), worst
+    worst = compare_losses(prior, compute_our_loss, peer, compute_loss)
+    return optimize(peer, compute_loss), count_parameters(peer), worst
 
 
-def compared(prior: Prior, our_loss: Callable[[], Tensor], theirs: nn.Module, loss: Callable[[], Tensor]) -> float:
-    """The largest difference of losses and of all gradients of our parameters, with the same noise."""
-    found = []
-    for model, one in ((prior, our_loss), (theirs, loss)):
+def compare_losses(
+    prior: Prior, our_loss: Callable[[], Tensor], peer: nn.Module, peer_loss: Callable[[], Tensor]
+) -> float:
+    """Return the largest difference of the losses and of all gradients of our parameters, with the same noise."""
+    results = []
+    for model, compute in ((prior, our_loss), (peer, peer_loss)):
         torch.manual_seed(1)
-        value = one()
-        value.backward()
-        given = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+        loss = compute()
+        loss.backward()
+        gradients = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
         model.zero_grad()
-        found.append((value.detach(), given))
-    (mine, gradients), (other, others) = found
-    return max(difference(mine, other), relative_difference(gradients, in_our_names(prior, gradients, others)))
+        results.append((loss.detach(), gradients))
+    (mine, my_gradients), (other, other_gradients) = results
+    renamed = rename_gradients(prior, my_gradients, other_gradients)
+    return max(check_equal(mine, other), check_all_equal(my_gradients, renamed))
 
 
-def in_our_names(prior: Prior, gradients: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """diffusers' gradients as ours are: queries, keys and values in one, and for z_t of unit length."""
-    names = {
-        ours: parts
-        for ours, parts in map_tensor_names(prior.config.depth).items()
-        if parts[0] not in ("clip_mean", "clip_std")
-    }
-    found = {ours: torch.cat([theirs[part].flatten() for part in parts]) for ours, parts in names.items()}
+def rename_gradients(prior: Prior, ours: Mapping[str, Tensor], peer: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return diffusers' gradients by our names: queries, keys and values in one tensor, z_t of unit length."""
+    renamed = {}
+    for name, parts in map_tensor_names(prior.config.depth).items():
+        if parts[0] not in ("clip_mean", "clip_std"):
+            renamed[name] = torch.cat([peer[part].flatten() for part in parts]).view_as(ours[name])
     if prior.config.unit_length:  # there the weight has the scale of z_t, here z_t itself
-        found["from_text.weight"] *= prior.config.embed_dim**0.5
-    return {name: one.view_as(gradients[name]) for name, one in found.items()}
+        renamed["from_text.weight"] *= prior.config.embed_dim**0.5
+    return renamed
 
 
-def cycled(source: MadeUp, device: torch.device) -> Iterator[tuple[TextEncoding, Tensor]]:
-    """The same batches, padded ahead to 77 tokens: encodings of captions, and z_i."""
-    made = []
+def cycle_padded(source: RandomEncodings) -> Iterator[tuple[TextEncoding, Tensor]]:
+    """Repeat the batches of `source`, padded to 77 tokens ahead: encodings of captions, and z_i."""
+    padded = []
     for batch in source.batches:
         text, z_i = batch.text, batch.image_embeds
         assert text is not None and z_i is not None
         missing = 77 - text.mask.shape[1]
         states, mask = F.pad(text.states, (0, 0, 0, missing)), F.pad(text.mask, (0, missing))
-        made.append((TextEncoding(text.embedding, states, mask).to(device), z_i.to(device)))
-    return itertools.cycle(made)
+        padded.append((TextEncoding(text.embedding, states, mask).to(device()), z_i.to(device())))
+    return itertools.cycle(padded)
 
 
-def dalle2_step(source: MadeUp, width: int, depth: int) -> tuple[Work, int]:
-    """Its step and its parameters."""
-    peer = dalle2_pytorch()
-    net = peer.DiffusionPriorNetwork(
-        dim=width, depth=depth, dim_head=64, heads=width // 64, max_text_len=77, num_timesteps=1000
-    )
-    model = peer.DiffusionPrior(net, image_embed_dim=width, timesteps=1000, cond_drop_prob=0.0)
-    model = trained(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    batches = cycled(source, next(model.parameters()).device)
+def build_dalle2_step(source: RandomEncodings, width: int, depth: int) -> tuple[Work, int]:
+    """Return its step and its parameters."""
+    package = import_dalle2_pytorch()
+    sizes = {"dim": width, "depth": depth, "dim_head": 64, "heads": width // 64}
+    net = package.DiffusionPriorNetwork(max_text_len=77, num_timesteps=1000, **sizes)
+    model = package.DiffusionPrior(net, image_embed_dim=width, timesteps=1000, cond_drop_prob=0.0)
+    model = prepare_for_training(model)
+    batches = cycle_padded(source)
 
-    def loss() -> Tensor:
+    def compute_loss() -> Tensor:
         text, z_i = next(batches)
         return model(text_embed=text.embedding, text_encodings=text.states, image_embed=z_i)
 
-    return optimized(model, loss), sum(one.numel() for one in model.parameters())
+    return optimize(model, compute_loss), count_parameters(model)
 
 
-def trained(model: Any, device: torch.device) -> Any:
-    return model.to(device).train().requires_grad_(True)
+def prepare_for_training(model: Any) -> Any:
+    return model.to(device()).train().requires_grad_(True)
 
 
-def optimized(model: nn.Module, loss: Any) -> Work:
-    """A step as both peers' trainers do it."""
+def count_parameters(model: nn.Module) -> int:
+    return sum(each.numel() for each in model.parameters())
+
+
+def optimize(model: nn.Module, compute_loss: Callable[[], Tensor]) -> Work:
+    """Return an optimizer step as the trainers of both peers have it."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.01)
 
     def step() -> None:
-        loss().backward()
+        compute_loss().backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

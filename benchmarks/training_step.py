@@ -1,13 +1,14 @@
-"""How fast a prior or a decoder trains: real optimizer steps of the real loop, from encodings that are made up.
+"""Time real optimizer steps of the training loop of a prior or a decoder on random encodings.
 
     python -m benchmarks.training_step configs/base/prior.yaml train.batch_size=64 [--tokens 20] [--steps 10]
 
-Prints one JSON line: samples per second, memory, and the share of the machine's own matrix product rate.
+Prints one JSON line: samples per second, memory, and the fraction of the machine's rate in matrix products.
 """
 
+import argparse
 import json
 import os
-import sys
+import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
@@ -30,7 +31,7 @@ from t2i.training.common.loop import (
 from torch import Generator, Tensor
 from torch.utils.data import Dataset
 
-from benchmarks.side_by_side import alternate, flops, matrix_rate
+from benchmarks.side_by_side import count_operations, measure_matrix_rate, time_in_turns
 from t2i.config import TrainConfig, load_config
 from t2i.data import Batch
 from t2i.data.cache import AutoencoderFacts, ClipFacts
@@ -39,29 +40,32 @@ from t2i.diffusion.condition import TextEncoding
 from t2i.runtime.processes import ProcessWatch
 
 WARM_UP = 3
-BATCHES = 64  # made ahead, one after the other
+BATCHES = 64  # made ahead, used one after the other
+QUIET = ["train.output=unused", "train.trackers=[]", "train.sample_every=0", "train.dry_run=true"]  # writes nothing
 
 
-class MadeUp(Dataset):
-    """Encodings of nothing, in the shapes of a CLIP's, ViT-L/14's if nothing is said, and of an autoencoder's.
+class RandomEncodings(Dataset):
+    """Random encodings in the shapes of a CLIP (ViT-L/14 by default) and of an autoencoder.
 
-    lengths: tokens of each caption of the first batch; there are as many samples in each. Where they are not all the
-    same, the next ones have lengths from between the shortest and the longest, so that a step has other shapes than
-    the one before, as real ones have. Each process has its own.
+    lengths: tokens of each caption of the first batch; every batch has as many samples. If they differ, the captions of
+    later batches have random lengths from the shortest to the longest, so that a step has other shapes than the one
+    before, as real ones have. Each process draws its own.
     """
 
-    validation, text_encoder, made_from = None, None, {"data": "made up"}
+    validation, text_encoder, made_from = None, None, {"data": "random"}
 
     def __init__(self, lengths: list[int], latents: tuple[int, int, int] = (4, 1, 1), width: int = 768):
-        self.clip = ClipFacts("made up", "0" * 16, embed_dim=width, text_width=width, context_length=77)
-        self.autoencoder = AutoencoderFacts("made up", "0" * 16, channels=latents[0], factor=8)
+        self.clip = ClipFacts("random", "0" * 16, embed_dim=width, text_width=width, context_length=77)
+        self.autoencoder = AutoencoderFacts("random", "0" * 16, channels=latents[0], factor=8)
         self.dataset, count = self, len(lengths)
         z_i, z_t = (torch.nn.functional.normalize(torch.randn(count, width), dim=-1) for _ in range(2))
         states, latent, shortest = torch.randn(count, max(lengths), width), torch.randn(count, *latents), min(lengths)
-        drawn = Generator().manual_seed(int(os.environ.get("RANK", "0")))
+        generator = Generator().manual_seed(int(os.environ.get("RANK", "0")))
         self.batches, self.calls = list[Batch](), 0
         for i in range(1 if shortest == max(lengths) else BATCHES):
-            own = torch.randint(shortest, max(lengths) + 1, (count,), generator=drawn) if i else torch.tensor(lengths)
+            own = (
+                torch.randint(shortest, max(lengths) + 1, (count,), generator=generator) if i else torch.tensor(lengths)
+            )
             mask = torch.arange(int(own.max())) < own[:, None]
             text = TextEncoding(z_t, states[:, : mask.shape[1]] * mask[..., None], mask)
             self.batches.append(Batch(torch.arange(count), image_embeds=z_i, latents=latent, text=text))
@@ -74,7 +78,7 @@ class MadeUp(Dataset):
         return self.batches[(self.calls - 1) % len(self.batches)]
 
     def forget_captions(self) -> None:
-        """For a model that reads none: all batches are the same."""
+        """Make all batches the same and without captions, for a model that reads none."""
         self.batches = [replace(self.batches[0], text=None)]
 
     def sample_key(self, index: int) -> str:
@@ -95,11 +99,8 @@ class MadeUp(Dataset):
         return torch.zeros(width), torch.full((width,), width**-0.5)
 
 
-QUIET = ["train.output=unused", "train.trackers=[]", "train.sample_every=0", "train.dry_run=true"]  # writes nothing
-
-
 class Steps:
-    """Optimizer steps of the training loop, one a call, without what is saved and logged between them."""
+    """Optimizer steps of the training loop, one for each call, without saving and logging."""
 
     def __init__(self, accelerator: Accelerator, stage: Stage, config: TrainConfig):
         self.accelerator, self.stage, self.state = accelerator, stage, prepare_state(accelerator, stage, config)
@@ -114,15 +115,15 @@ class Steps:
         healthy, _ = self.health.judge_step(self.state.step, norm, 0)
         update_weights(self.accelerator, self.state, 1e-5, healthy)
 
-    def operations(self, steps: int) -> float:
-        """Of products, on average: steps of captions of several lengths are not all of a size."""
-        return flops(lambda: [self() for _ in range(steps)]) / steps
+    def count_operations(self, steps: int) -> float:
+        """Return the floating-point operations of a step, averaged: captions of several lengths differ in cost."""
+        return count_operations(lambda: [self() for _ in range(steps)]) / steps
 
 
-def made_up_steps(path: str, overrides: list[str], lengths: Callable[[int], int]) -> Steps:
-    """Of a configuration, on made-up encodings; lengths: tokens of the caption of each sample in a batch.
+def build_steps(path: str, overrides: list[str], lengths: Callable[[int], int]) -> Steps:
+    """Return the steps of a configuration on random encodings; lengths: sample in a batch -> tokens of its caption.
 
-    The emoji's are in the shapes of their models, all others in those of ViT-L/14 and a VAE of factor 8.
+    The emoji's encodings have the shapes of their models, all others those of ViT-L/14 and a VAE of factor 8.
     """
     name = Path(path).stem.split("-")[0]
     script = import_module(f"t2i.training.train_{name}")
@@ -131,49 +132,48 @@ def made_up_steps(path: str, overrides: list[str], lengths: Callable[[int], int]
     accelerator = build_accelerator(config.train)
     size = config.data.image_size
     latents, width = ((16, size // 16, size // 16), 192) if "emoji" in path else ((4, size // 8, size // 8), 768)
-    source = MadeUp([lengths(i) for i in range(config.train.batch_size)], latents, width)
+    source = RandomEncodings([lengths(i) for i in range(config.train.batch_size)], latents, width)
     if not getattr(config, "reads_captions", True):
         source.forget_captions()
     return Steps(accelerator, script.build_stage(config, source, accelerator.device), config.train)
 
 
 def measure(path: str, overrides: list[str], tokens: int, steps: int) -> dict[str, Any]:
-    step = made_up_steps(path, overrides, lambda _: tokens)
+    step = build_steps(path, overrides, lambda _: tokens)
     accelerator, state = step.accelerator, step.state
     step()
-    operations = step.operations(1)
-    times = alternate({"ours": step}, rounds=steps, warm=WARM_UP)
-    seconds, each = times.median("ours"), times.seconds["ours"]
-    rate = operations / seconds
-    limit = matrix_rate(torch.float32 if accelerator.mixed_precision == "no" else torch.bfloat16)
+    operations = step.count_operations(1)
+    seconds = time_in_turns({"ours": step}, rounds=steps, warm=WARM_UP)["ours"]
+    median = statistics.median(seconds)
+    limit = measure_matrix_rate(torch.float32 if accelerator.mixed_precision == "no" else torch.bfloat16)
     return {
         "config": path,
         "overrides": overrides,
         "tokens": tokens,
-        "parameters": sum(one.numel() for one in state.model.parameters()),
+        "parameters": sum(each.numel() for each in state.model.parameters()),
         "precision": accelerator.mixed_precision,
-        "samples_per_second": round(state.samples_per_step / seconds, 1),
-        "seconds_a_step": round(seconds, 5),
-        "spread": round((max(each) - min(each)) / seconds, 2),
-        "tflops": round(rate / 1e12, 2),
-        "share_of_matrix_product": round(rate / limit, 2),
+        "samples_per_second": round(state.samples_per_step / median, 1),
+        "seconds_a_step": round(median, 5),
+        "spread": round((max(seconds) - min(seconds)) / median, 2),
+        "tflops": round(operations / median / 1e12, 2),
+        "share_of_matrix_product": round(operations / median / limit, 2),
         "memory_gb": round(measure_peak_memory(accelerator), 2),
         "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "cpu",
         "torch": torch.__version__,
     }
 
 
-def main(arguments: list[str]) -> None:
-    options = {"--tokens": 20, "--steps": 10}
-    for option in options:
-        if option in arguments:
-            at = arguments.index(option)
-            options[option] = int(arguments[at + 1])
-            del arguments[at : at + 2]
-    found = measure(arguments[0], arguments[1:], options["--tokens"], options["--steps"])
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.training_step")
+    parser.add_argument("config", help="such as configs/base/prior.yaml")
+    parser.add_argument("overrides", nargs="*", help="such as train.batch_size=64")
+    parser.add_argument("--tokens", type=int, default=20, help="of each caption")
+    parser.add_argument("--steps", type=int, default=10, help="that are timed")
+    options = parser.parse_intermixed_args()
+    result = measure(options.config, options.overrides, options.tokens, options.steps)
     if int(os.environ.get("RANK", "0")) == 0:
-        print(json.dumps(found), flush=True)
+        print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

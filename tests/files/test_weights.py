@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from benchmarks.side_by_side import peak_memory
+from benchmarks.side_by_side import measure_peak_memory
 from t2i.files.model_folder import CHUNK_BYTES, iterate_stored_tensors, load_checked_model
 from t2i.networks.autoencoder import Autoencoder
 
@@ -37,7 +37,7 @@ def test_half_precision_becomes_single_without_the_file_beside_it(tmp_path: Path
     save_file({f"layer.{i}": torch.ones(2**20).half() for i in range(40)}, path)
     list(iterate_stored_tensors(path, torch.float32))  # what is allocated but once
     kept: list[Tensor] = []
-    peak = peak_memory(lambda: kept.extend(tensor for _, tensor in iterate_stored_tensors(path, torch.float32)))
+    peak = measure_peak_memory(lambda: kept.extend(tensor for _, tensor in iterate_stored_tensors(path, torch.float32)))
     if peak is None:
         pytest.skip("this system does not tell the peak of memory")
     assert peak < 1.2 * sum(one.nbytes for one in kept)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.peers import dalle2_pytorch
+from benchmarks.peers import import_dalle2_pytorch
 from t2i.errors import InputError
 
 
@@ -19,7 +19,7 @@ def reference() -> Any:
     """The module `dalle2_pytorch.dalle2_pytorch`; where it is not installed, the tests that ask are skipped, or fail if
     T2I_REFERENCE=required says so."""
     try:
-        return dalle2_pytorch()
+        return import_dalle2_pytorch()
     except InputError as missing:
         if os.environ.get("T2I_REFERENCE") == "required":
             pytest.fail(str(missing), pytrace=False)

@@ -12,7 +12,7 @@ from t2i.training.common.cpu import MAX_SHORT_QUERIES, attend_few_queries_in_fp3
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.training_step import made_up_steps
+from benchmarks.training_step import build_steps
 
 KEEPING = """
 import resource, sys, torch
@@ -89,7 +89,7 @@ def test_attention_inside_of_torchs_own_layers_takes_it_too():
 
 @pytest.mark.parametrize("option", [[], ["train.gradient_checkpointing=true"]])
 def test_a_step_in_bf16_takes_it_unless_the_backward_pass_computes_again(option):
-    step = made_up_steps("configs/tiny/decoder.yaml", ["train.mixed_precision=bf16", *option], lambda _: 5)
+    step = build_steps("configs/tiny/decoder.yaml", ["train.mixed_precision=bf16", *option], lambda _: 5)
     with Dtypes() as seen:
         step()
     AcceleratorState._reset_state()  # later runs in this process are of their own precision

@@ -19,7 +19,7 @@ from t2i.training.common.ema import EMA
 from t2i.training.common.loop import compute_learning_rate, suggest_less_memory
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.training_step import made_up_steps
+from benchmarks.training_step import build_steps
 from t2i.config import TrainConfig
 from t2i.data.manifest import write_manifest
 from t2i.errors import InputError
@@ -91,7 +91,7 @@ class Asked(TorchDispatchMode):
 @pytest.mark.parametrize("stage", ["prior", "decoder"])
 def test_a_step_of_the_loop_asks_the_device_once(stage, monkeypatch):
     """In the verdict's exchange; one more, in the loss or around the optimizer, is found."""
-    step = made_up_steps(f"configs/tiny/{stage}.yaml", ["train.mixed_precision=no"], lambda i: 5 + i % 3)
+    step = build_steps(f"configs/tiny/{stage}.yaml", ["train.mixed_precision=no"], lambda i: 5 + i % 3)
     loader, loss, update = step.loader, step.stage.loss, step.state.optimizer.step
     step.loader = itertools.repeat(next(loader))  # what reads the data does not count
     step()  # the optimizer's state is there from now on
@@ -122,7 +122,7 @@ def test_a_step_of_the_loop_asks_the_device_once(stage, monkeypatch):
 @pytest.mark.parametrize("stage", ["prior", "decoder"])
 def test_a_loss_and_its_gradient_ask_the_device_for_no_value(stage):
     """On the meta device, whose tensors have none to give: `.item()` and what needs it raise there."""
-    step = made_up_steps(f"configs/tiny/{stage}.yaml", ["train.mixed_precision=no"], lambda i: 5 + i % 3)
+    step = build_steps(f"configs/tiny/{stage}.yaml", ["train.mixed_precision=no"], lambda i: 5 + i % 3)
     model, batch = step.state.model.to("meta"), next(step.loader).to(torch.device("meta"))
     with pytest.raises(RuntimeError, match="meta"):
         float(batch.image_embeds.sum())
