@@ -18,6 +18,7 @@ from torch import Generator, Tensor
 
 from t2i.diffusion.condition import ImageCondition, TextEncoding
 from t2i.diffusion.denoiser import Predict, StepCallback, count_steps_left, generate_noise, sample_from_noise
+from t2i.diffusion.guidance import Guidance
 from t2i.diffusion.inpainting import concat_masked_latents
 from t2i.diffusion.samplers import resolve_sampler
 from t2i.errors import InputError
@@ -133,7 +134,7 @@ class UnCLIPPipeline(StagedPipeline):
 
         def draw_preview_images(z_i: Tensor) -> list[Image.Image]:
             fresh = [Generator().manual_seed(0) for _ in z_i]
-            quick = DecoderOptions(num_inference_steps=PREVIEW_STEPS, guidance_scale=1.0)
+            quick = DecoderOptions(num_inference_steps=PREVIEW_STEPS, guidance_scale=Guidance(1.0))
             return self.decode(self.sample_decoder(z_i, text, quick, fresh))
 
         wrap, on_step = self.build_preview_hooks(
@@ -145,7 +146,7 @@ class UnCLIPPipeline(StagedPipeline):
             text,
             negative,
             steps,
-            self.resolve_prior_guidance(options),
+            options.prior_guidance_scale,
             generators,
             options.prior_candidates,
             options.prior_latents,

@@ -6,7 +6,6 @@ import torch
 from t2i.pipelines.base import MAX_IMAGES, UnCLIPPipeline, UnCLIPPipelineOutput
 from t2i.pipelines.inputs import ImageInputs, read_images
 from t2i.pipelines.memory_needed import check_batch_fits
-from t2i.pipelines.options import split_options
 from torch import Generator, Tensor
 
 from t2i.checks import check_integer, check_number, check_texts
@@ -49,7 +48,7 @@ class ImageToImagePipeline(UnCLIPPipeline):
         self.interrupted = False
         check_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES)
         check_strength(strength)
-        prior, decoder = split_options(self.default_decoder_options | options)
+        prior, decoder = self.resolve_options(**options)
         pictures = read_images(image, self.image_size)
         prompts = self.check_prompts("prompt", prompt, len(pictures))
         check_texts("prompt", prompts, empty=False)

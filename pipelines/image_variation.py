@@ -13,7 +13,7 @@ from t2i.pipelines.inversion import (
     check_inversion_guidance,
 )
 from t2i.pipelines.memory_needed import check_batch_fits
-from t2i.pipelines.options import build_decoder_options
+from t2i.pipelines.options import PriorOptions, ResolvedOptions, build_options
 from torch import Generator
 
 from t2i.checks import check_integer, check_number
@@ -57,13 +57,7 @@ class ImageVariationPipeline(InvertingPipeline):
         """
         self.interrupted = False
         check_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES)
-        if eta is not None:
-            check_number("eta", eta, 0, 1)
-        decoder = (
-            build_decoder_options(self.default_decoder_options | options)
-            if eta is None
-            else build_inversion_options(options, eta)
-        )
+        _, decoder = self.resolve_options(**options, eta=eta)
         given, count = self.read_image_or_latent(image)
         if eta is not None and not isinstance(given, BipartiteLatent):
             check_inversion_guidance(decoder)
@@ -86,3 +80,12 @@ class ImageVariationPipeline(InvertingPipeline):
             z_i = z_i.repeat_interleave(each, dim=0)
             images = self.draw_images(z_i, many, decoder, generators)
         return self.build_output(images, z_i, return_dict)
+
+    @classmethod
+    def build_options(cls, options: dict[str, Any], defaults: dict[str, Any] | None = None) -> ResolvedOptions:
+        """Check the options; those of the inversion if `eta` is among them."""
+        if (eta := options.get("eta")) is None:
+            return build_options(options, defaults, uses_prior=False)
+        check_number("eta", eta, 0, 1)
+        options = {name: value for name, value in options.items() if name != "eta"}
+        return PriorOptions(), build_inversion_options(options, eta)

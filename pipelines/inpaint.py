@@ -13,7 +13,7 @@ from t2i.pipelines.base import MAX_IMAGES, UnCLIPPipeline, UnCLIPPipelineOutput
 from t2i.pipelines.image_to_image import check_strength
 from t2i.pipelines.inputs import ImageInputs, check_pixel_count, read_images, read_masks
 from t2i.pipelines.memory_needed import check_batch_fits
-from t2i.pipelines.options import DecoderOptions, split_options
+from t2i.pipelines.options import DecoderOptions
 from torch import Generator, Tensor
 
 from t2i.checks import check_integer, check_texts
@@ -93,7 +93,7 @@ class InpaintPipeline(UnCLIPPipeline):
         self.interrupted = False
         check_integer("num_images_per_prompt", each, 1, MAX_IMAGES)
         check_strength(strength)
-        prior, decoder = split_options(self.default_decoder_options | options)
+        prior, decoder = self.resolve_options(**options)
         if decoder.upsample:
             raise InputError("upsample is not for inpainting, which keeps pixels as they are; upsample its pictures")
         prompts = self.check_prompts("prompt", prompt, len(pictures))
@@ -142,7 +142,8 @@ class InpaintPipeline(UnCLIPPipeline):
         latents = self.encode_latents(canvas).repeat_interleave(each, dim=0)
         mask = downsample_mask(mask, self.autoencoder.factor).repeat_interleave(each, dim=0)
         if options.latents is None:
-            options.latents = generate_noise(latents.shape[1:], generators, latents.device)
+            options = replace(options, latents=generate_noise(latents.shape[1:], generators, latents.device))
+        assert options.latents is not None
         noise = options.latents.to(latents.device).float()
         scheduler = resolve_sampler(options.sampler, self.decoder_scheduler, self.decoder)
         hold = build_blend_callback(scheduler, latents, mask, noise)

@@ -18,7 +18,7 @@ from t2i.pipelines.inversion import (
     resolve_ddim_options,
 )
 from t2i.pipelines.memory_needed import check_batch_fits
-from t2i.pipelines.options import DecoderOptions, PriorOptions, split_options
+from t2i.pipelines.options import DecoderOptions, PriorOptions, ResolvedOptions, build_options
 from torch import Generator, Tensor
 
 from t2i.checks import check_integer, check_texts
@@ -85,14 +85,7 @@ class InterpolationPipeline(InvertingPipeline):
         found = check_anchors(anchors)
         rows = build_mixing_weights(len(found), weights, frames)
         inverted = inverted and not all(isinstance(anchor, str) for anchor in found)
-        if options.get("latents") is not None:
-            raise InputError("latents is one noise, here it is interpolated; give a generator")
-        if options.get("image_embeds_noise") is not None:
-            raise InputError("image_embeds_noise is of single pictures, here all have one in common; give a generator")
-        prior, decoder = split_options(
-            self.default_decoder_options | (INVERSION_DEFAULTS if inverted else {}) | options
-        )
-        decoder = resolve_ddim_options(decoder) if inverted else replace(decoder, sampler=decoder.sampler or "ddim")
+        prior, decoder = self.resolve_options(**options, inverted=inverted)
         if inverted:
             check_inversion_guidance(decoder)
         texts = [anchor for anchor in found if isinstance(anchor, str)]
@@ -115,6 +108,18 @@ class InterpolationPipeline(InvertingPipeline):
             settings = replace(decoder, steering=slice_steering(decoder.steering, part))
             images.append(self.redraw_images(BipartiteLatent(z_i[part], x_T[part]), text, settings, fresh))
         return self.build_output(concatenate_images(images), z_i, return_dict)
+
+    @classmethod
+    def build_options(cls, options: dict[str, Any], defaults: dict[str, Any] | None = None) -> ResolvedOptions:
+        """Check the options, with `inverted` among them: then the defaults of the inversion stand for the model's."""
+        inverted = options.get("inverted", False)
+        options = {name: value for name, value in options.items() if name != "inverted"}
+        prior, decoder = build_options(options, (defaults or {}) | (INVERSION_DEFAULTS if inverted else {}))
+        if decoder.latents is not None:
+            raise InputError("latents is one noise, here it is interpolated; give a generator")
+        if decoder.image_embeds_noise is not None:
+            raise InputError("image_embeds_noise is of single pictures, here all have one in common; give a generator")
+        return prior, resolve_ddim_options(decoder) if inverted else replace(decoder, sampler=decoder.sampler or "ddim")
 
     def encode_anchors(
         self,

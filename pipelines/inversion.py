@@ -6,14 +6,12 @@ from typing import Any, NamedTuple
 import torch
 from t2i.pipelines.base import UnCLIPPipeline
 from t2i.pipelines.inputs import ImageInputs, read_images
-from t2i.pipelines.options import DecoderOptions, build_decoder_options
+from t2i.pipelines.options import DecoderOptions, build_options
 from torch import Generator, Tensor
 
-from t2i.checks import check_integer
 from t2i.diffusion.condition import TextEncoding
 from t2i.diffusion.ddim import invert_sample
-from t2i.diffusion.denoiser import MAX_STEPS
-from t2i.diffusion.guidance import Guidance, check_guidance
+from t2i.diffusion.guidance import Guidance
 from t2i.diffusion.samplers import resolve_sampler
 from t2i.errors import InputError
 from t2i.sampling.sample import build_decoder_predict
@@ -50,9 +48,7 @@ class InvertingPipeline(UnCLIPPipeline):
             InputError: for a value that is not allowed, before any work starts.
         """
         self.interrupted = False
-        check_integer("num_inference_steps", num_inference_steps, 1, MAX_STEPS)
-        check_guidance("guidance_scale", guidance_scale)
-        options = DecoderOptions(num_inference_steps, guidance_scale, sampler="ddim")
+        options = DecoderOptions(num_inference_steps, Guidance.from_value(guidance_scale), sampler="ddim")
         check_inversion_guidance(options)
         self.check_stage_options(None, options)
         pictures = read_images(image, self.image_size)
@@ -103,10 +99,11 @@ class InvertingPipeline(UnCLIPPipeline):
 
 
 def build_inversion_options(options: dict[str, Any], eta: float = 0.0) -> DecoderOptions:
-    """Those of the decoder where the noise is that of given pictures: of DDIM with this eta."""
-    if options.get("latents") is not None:
+    """Build the decoder's options for drawing from the noise of given pictures: DDIM with this eta."""
+    _, decoder = build_options(options, INVERSION_DEFAULTS, uses_prior=False)
+    if decoder.latents is not None:
         raise InputError("latents is the noise to start from, which is that of the picture here; leave it out")
-    return resolve_ddim_options(build_decoder_options(INVERSION_DEFAULTS | options), eta)
+    return resolve_ddim_options(decoder, eta)
 
 
 def resolve_ddim_options(options: DecoderOptions, eta: float = 0.0) -> DecoderOptions:
@@ -124,6 +121,6 @@ def resolve_ddim_options(options: DecoderOptions, eta: float = 0.0) -> DecoderOp
 
 def check_inversion_guidance(options: DecoderOptions) -> None:
     """Refuse guidance that remembers its steps: the inversion asks several times in each."""
-    guidance = Guidance.from_value(options.guidance_scale)
+    guidance = options.guidance_scale
     if guidance.momentum and not guidance.is_off:
         raise InputError(f"guidance_scale.momentum must be 0 where pictures are inverted, got {guidance.momentum:g}")

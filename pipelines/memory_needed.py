@@ -9,7 +9,6 @@ from diffusers import UNet2DConditionModel
 from t2i.pipelines.options import DecoderOptions, PriorOptions
 from torch import nn
 
-from t2i.diffusion.guidance import Guidance
 from t2i.errors import InputError
 from t2i.networks.unet_steps import can_pack_weights, is_known_unet
 from t2i.networks.upsampler import LowResolution
@@ -136,13 +135,13 @@ def collect_stage_workloads(
         model.step(x[..., rows, columns], torch.zeros(count, dtype=torch.long), context.crop_window(rows, columns))
 
     at_once = (channels, *(min(side, window or side) for side in (height, width)))
-    guided = 1 if Guidance.from_value(decoder.guidance_scale).is_off else 2
+    guided = 1 if decoder.guidance_scale.is_off else 2
     works: dict[str, Callable[[Any], object]] = {
         "decoder": lambda model: run_denoiser(model, guided * count, *at_once),
         "autoencoder": lambda model: model.decode(torch.empty(count, channels, height, width, dtype=model.dtype)),
     }
     if prior is not None and pipeline.prior is not None:
-        twice = 1 if pipeline.resolve_prior_guidance(prior).is_off else 2
+        twice = 1 if prior.prior_guidance_scale.is_off else 2
         rows = twice * count * count_candidates(pipeline.prior, prior.prior_candidates, prior.prior_latents)
         works["prior"] = lambda model: run_denoiser(model, rows, pipeline.clip.embed_dim)
     if decoder.upsample and pipeline.upsampler is not None:

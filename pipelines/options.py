@@ -1,8 +1,11 @@
-"""What every pipeline knows of its stages: the keyword arguments that all of them take."""
+"""Keyword arguments that all drawing pipelines take, as two dataclasses: one for the prior, one for the decoder.
+
+`StagedPipeline.resolve_options` builds both, with the model's own defaults for what is left out.
+"""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeAlias
 
 from diffusers import DiffusionPipeline
 from t2i.pipelines.progress import Preview
@@ -18,26 +21,31 @@ from t2i.sampling.embeddings import MAX_CANDIDATES
 from t2i.sampling.steering import Steering
 from t2i.sampling.upsampling import MAX_ENLARGEMENTS
 
-MAX_IMAGE_SIDE = 4096  # of a picture, in pixels
+MAX_IMAGE_SIDE = 4096  # pixels
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 StepCallback = Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
 
 
-@dataclass
+@dataclass(frozen=True)
 class PriorOptions:
-    """How z_i is drawn for captions.
+    """Options of the prior, which samples z_i for captions.
 
-    prior_num_inference_steps: 1 to 1000.
-    prior_guidance_scale: a scale, where 1 is off, or a `Guidance`; None is usual for the prior: 2 for diffusion.
-    prior_latents: (N, D), the noise that the diffusion prior starts from; the only candidate then.
-    prior_candidates: 1 to 64; of so many the one nearest to the caption's own embedding is taken.
-    prior_temperature: of the autoregressive prior, 0 to 10; 0 takes the likeliest, None is the model's own.
-    prior_sampler: a name of `t2i.diffusion.samplers.SAMPLERS`; None is the model's own scheduler.
+    Args:
+        prior_num_inference_steps: denoising steps of a diffusion prior, 1 to 1000.
+        prior_guidance_scale: a number, where 1 is off, or a `Guidance`; stored as a `Guidance`.
+        prior_latents: (N, D), the noise that a diffusion prior starts from. It allows one candidate only.
+        prior_candidates: z_i sampled for each caption, 1 to 64. The one nearest to z_t is used.
+        prior_temperature: temperature of an autoregressive prior, 0 to 10. 0 takes the most likely code, None the
+            model's own temperature.
+        prior_sampler: a name of `t2i.diffusion.samplers.SAMPLERS`; None is the model's own scheduler.
+
+    Raises:
+        InputError: for a value out of range.
     """
 
     prior_num_inference_steps: int = 25
-    prior_guidance_scale: float | Guidance | None = None
+    prior_guidance_scale: Guidance = Guidance(2.0)
     prior_latents: Tensor | None = None
     prior_candidates: int = 2
     prior_temperature: float | None = None
@@ -45,8 +53,8 @@ class PriorOptions:
 
     def __post_init__(self) -> None:
         check_integer("prior_num_inference_steps", self.prior_num_inference_steps, 1, MAX_STEPS)
-        if self.prior_guidance_scale is not None:
-            check_guidance("prior_guidance_scale", self.prior_guidance_scale)
+        guidance = check_guidance("prior_guidance_scale", self.prior_guidance_scale)
+        object.__setattr__(self, "prior_guidance_scale", guidance)
         check_integer("prior_candidates", self.prior_candidates, 1, MAX_CANDIDATES)
         if self.prior_temperature is not None:
             check_range("prior_temperature", self.prior_temperature, 0, 10)
@@ -54,34 +62,38 @@ class PriorOptions:
             check_sampler_name("prior_sampler", self.prior_sampler)
 
 
-@dataclass
+@dataclass(frozen=True)
 class DecoderOptions:
-    """How pictures are drawn for z_i.
+    """Options of the decoder and the stages after it, which draw images for z_i.
 
-    num_inference_steps: 1 to 1000; left out, usual for the decoder: 25 for ours.
-    guidance_scale: a scale, where 1 is off, or a `Guidance`; left out, usual for the decoder: 1.5 for ours.
-    latents: (N, C, h, w), the noise that the decoder starts from.
-    steering: a `Steering` towards a class, a text or a picture, beside the guidance.
-    output_type: "pil", "np", "pt" or "latent".
-    upsample: how many times the pictures pass through the upsampler; 0 is not at all.
-    upsample_steps: of the upsampler, each time.
-    upsample_level: of the noise that they get first, so that more of them is redrawn; see `sample_upsampler`.
-    height, width: of the pictures, in pixels, where none are given; left out, those that the decoder was trained on.
-    noise_level: how far a decoder that noises z_i first (Stable unCLIP's) does so, 0 to 999 there: the more, the more
-        the pictures differ from what z_i says.
-    image_embeds_noise: (N, D), what it noises z_i with.
-    super_res_num_inference_steps: of the diffusion that a cascade's pictures (Karlo's) always pass through at the end;
-        another number than the default, and super_res_latents, are refused where the model is none.
-    super_res_latents: (N, 3, H, W), the noise that it starts from.
-    callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}) after each step of the decoder; what it
-        returns under "latents" is used.
-    sampler: a name of `t2i.diffusion.samplers.SAMPLERS`; None is the model's own scheduler.
-    eta: of the sampler ddim: 0 adds no noise, 1 as much as ancestral sampling.
-    on_preview: called with a `Preview` after every `preview_every` steps of each stage.
+    Args:
+        num_inference_steps: denoising steps, 1 to 1000. Pipelines take the decoder's `default_steps` if left out.
+        guidance_scale: a number, where 1 is off, or a `Guidance`; stored as a `Guidance`. Pipelines take the decoder's
+            `default_guidance_scale` if left out.
+        latents: (N, C, h, w), the noise that the decoder starts from.
+        steering: a `Steering` towards a class, a text or an image, in addition to guidance.
+        output_type: "pil", "np", "pt" or "latent".
+        sampler: a name of `t2i.diffusion.samplers.SAMPLERS`; None is the model's own scheduler.
+        eta: noise that the sampler ddim adds: 0 is none, 1 is as much as ancestral sampling.
+        upsample: number of times the images pass through the upsampler, 0 to 8.
+        upsample_steps: denoising steps of each upsampling.
+        upsample_level: noise added to the images before upsampling, 0 to 1. More noise redraws more of them.
+        height, width: size of the images in pixels; None is the size that the decoder was trained on.
+        noise_level: noise added to z_i by decoders that do so (Stable unCLIP), 0 to 999. More noise gives more variety.
+        image_embeds_noise: (N, D), that noise.
+        super_res_num_inference_steps: steps of the super-resolution that a cascade (Karlo) always ends with. Other
+            models refuse a value other than the default.
+        super_res_latents: (N, 3, H, W), the noise that the super-resolution starts from.
+        callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}) after each decoder step. The
+            "latents" that it returns replace the present ones.
+        on_preview: called with a `Preview` after every `preview_every` steps of each stage.
+
+    Raises:
+        InputError: for a value out of range, and for two values that exclude each other.
     """
 
     num_inference_steps: int = 25
-    guidance_scale: float | Guidance = 1.5
+    guidance_scale: Guidance = Guidance(1.5)
     latents: Tensor | None = None
     steering: Steering | None = None
     output_type: str = "pil"
@@ -102,42 +114,67 @@ class DecoderOptions:
     preview_every: int = 1
 
     def __post_init__(self) -> None:
+        # Denoising
         check_integer("num_inference_steps", self.num_inference_steps, 1, MAX_STEPS)
-        check_guidance("guidance_scale", self.guidance_scale)
+        object.__setattr__(self, "guidance_scale", check_guidance("guidance_scale", self.guidance_scale))
         if self.sampler is not None:
             check_sampler_name("sampler", self.sampler)
         if self.eta is not None:
             check_range("eta", self.eta, 0, 1)
             if self.sampler not in (None, "ddim"):
-                raise InputError(f"eta is of the sampler ddim, got eta={self.eta:g} with {self.sampler}")
+                raise InputError(f"eta needs the sampler ddim, got eta={self.eta:g} with the sampler {self.sampler}")
+        check_integer("noise_level", self.noise_level, 0, MAX_TIMESTEPS)
+
+        # Images
         check_choice("output_type", self.output_type, OUTPUT_TYPES)
+        for name in ("height", "width"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), 1, MAX_IMAGE_SIDE)
         check_integer("upsample", self.upsample, 0, MAX_ENLARGEMENTS)
         check_integer("upsample_steps", self.upsample_steps, 1, MAX_STEPS)
         check_range("upsample_level", self.upsample_level, 0, 1)
         if self.upsample and self.output_type == "latent":
-            raise InputError("upsample is of pictures, output_type is latent; one of the two")
-        for name in ("height", "width"):
-            if getattr(self, name) is not None:
-                check_integer(name, getattr(self, name), 1, MAX_IMAGE_SIDE)
-        check_integer("noise_level", self.noise_level, 0, MAX_TIMESTEPS)
+            raise InputError("upsample needs images, but output_type is 'latent'; choose another output_type")
         check_integer("super_res_num_inference_steps", self.super_res_num_inference_steps, 1, MAX_STEPS)
+
+        # Callbacks
         check_integer("preview_every", self.preview_every, 1, MAX_STEPS)
         if unknown := sorted(set(self.callback_on_step_end_tensor_inputs or []) - {"latents"}):
-            raise InputError(f"callback_on_step_end_tensor_inputs may hold 'latents', got {', '.join(unknown)}")
+            raise InputError(f"callback_on_step_end_tensor_inputs may contain 'latents', got {', '.join(unknown)}")
 
 
-def split_options(options: dict[str, Any]) -> tuple[PriorOptions, DecoderOptions]:
-    """Those of the prior and those of the decoder. Raises InputError for values that are not allowed."""
-    prior = {one.name for one in fields(PriorOptions)}
-    return (
-        PriorOptions(**{name: value for name, value in options.items() if name in prior}),
-        build_decoder_options({name: value for name, value in options.items() if name not in prior}),
-    )
+ResolvedOptions: TypeAlias = tuple[PriorOptions, DecoderOptions]
+PRIOR_OPTION_NAMES = frozenset(field.name for field in fields(PriorOptions))
+DECODER_OPTION_NAMES = frozenset(field.name for field in fields(DecoderOptions))
+
+GUIDANCE_OPTIONS = {"prior_guidance_scale": PriorOptions, "guidance_scale": DecoderOptions}
 
 
-def build_decoder_options(options: dict[str, Any]) -> DecoderOptions:
-    """Those of a pipeline that uses no prior. Raises TypeError for names that there are not."""
-    known = {one.name for one in fields(DecoderOptions)}
+def build_options(
+    options: dict[str, Any], defaults: dict[str, Any] | None = None, uses_prior: bool = True
+) -> ResolvedOptions:
+    """Build the options of both stages from keyword arguments.
+
+    Args:
+        options: values of the fields of `PriorOptions` and `DecoderOptions`. A guidance scale may also be a dict with
+            some of the fields of `Guidance`; the others are those of the default.
+        defaults: a model's own defaults, for options that are left out.
+        uses_prior: False refuses the options of the prior.
+
+    Raises:
+        InputError: for a value that is not allowed.
+        TypeError: for an unknown name.
+    """
+    known = DECODER_OPTION_NAMES | PRIOR_OPTION_NAMES if uses_prior else DECODER_OPTION_NAMES
     if unknown := sorted(options.keys() - known):
-        raise TypeError(f"unknown argument {unknown[0]!r}; see pipelines.options")
-    return DecoderOptions(**options)
+        raise TypeError(f"unknown argument {unknown[0]!r}; pipelines.options lists the arguments")
+    values: dict[str, Any] = {name: getattr(options_class, name) for name, options_class in GUIDANCE_OPTIONS.items()}
+    values |= defaults or {}
+    for name, value in options.items():
+        if name in GUIDANCE_OPTIONS and isinstance(value, dict):
+            value = replace(Guidance.from_value(values[name]), **value)
+        if name != "prior_guidance_scale" or value is not None:
+            values[name] = value
+    prior = {name: value for name, value in values.items() if name in PRIOR_OPTION_NAMES}
+    decoder = {name: value for name, value in values.items() if name in DECODER_OPTION_NAMES}
+    return PriorOptions(**prior), DecoderOptions(**decoder)

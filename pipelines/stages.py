@@ -16,14 +16,13 @@ from t2i.pipelines.folder import (
     check_component_types,
     is_own_layout,
 )
-from t2i.pipelines.options import DecoderOptions, PriorOptions
+from t2i.pipelines.options import DecoderOptions, PriorOptions, ResolvedOptions, build_options
 from t2i.pipelines.public import FETCH_ARGUMENTS, build_own_arguments, load_public_components
 from t2i.pipelines.watched import WatchedPipeline
 from torch import Tensor
 
 from t2i.checks import check_integer, check_multiple_of, check_range, check_texts
 from t2i.diffusion.denoiser import check_eta
-from t2i.diffusion.guidance import Guidance
 from t2i.diffusion.samplers import check_scheduler_sampling, resolve_sampler
 from t2i.errors import InputError
 from t2i.files.component import read_model_index
@@ -190,7 +189,7 @@ class StagedPipeline(WatchedPipeline):
 
     @property
     def default_decoder_options(self) -> dict[str, Any]:
-        """Options of the decoder, where nothing is said."""
+        """Defaults of `DecoderOptions` that depend on the decoder."""
         return {
             "num_inference_steps": self.decoder.default_steps,
             "guidance_scale": self.decoder.default_guidance_scale,
@@ -206,9 +205,25 @@ class StagedPipeline(WatchedPipeline):
         """The side, in pixels, of the pictures that the decoder was trained on."""
         return self.decoder.config.latent_size * self.autoencoder.factor
 
-    def resolve_prior_guidance(self, options: PriorOptions) -> Guidance:
-        scale = options.prior_guidance_scale
-        return Guidance.from_value(default_guidance_scale(self.prior) if scale is None else scale)
+    def resolve_options(self, resolved: ResolvedOptions | None = None, **options: Any) -> ResolvedOptions:
+        """Return the checked options of both stages, with this model's defaults for those that are left out.
+
+        Each `__call__` passes its `**options` through here. A caller that draws many times resolves them once and then
+        calls the pipeline with `resolved=...`, which is returned as it is.
+
+        Raises:
+            InputError: for a value that is not allowed.
+            TypeError: for an unknown name.
+        """
+        if resolved is not None:
+            return resolved
+        prior_default = {"prior_guidance_scale": default_guidance_scale(self.prior)}
+        return self.build_options(options, self.default_decoder_options | prior_default)
+
+    @classmethod
+    def build_options(cls, options: dict[str, Any], defaults: dict[str, Any] | None = None) -> ResolvedOptions:
+        """Check the options of this kind of pipeline, also before a model is loaded. See `options.build_options`."""
+        return build_options(options, defaults)
 
     # What comes in
 
@@ -282,7 +297,7 @@ class StagedPipeline(WatchedPipeline):
                 other = f"which this is not; got {prior.prior_sampler!r}"
                 raise InputError(f"prior_sampler is of a diffusion prior, {other}")
             if isinstance(self.prior, AutoregressivePrior):
-                check_scale_only(self.resolve_prior_guidance(prior))
+                check_scale_only(prior.prior_guidance_scale)
         levels = getattr(self.decoder, "noise_levels", None)
         if levels is not None:
             check_integer("noise_level", decoder.noise_level, 0, levels - 1)

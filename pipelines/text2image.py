@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from t2i.pipelines.base import MAX_IMAGES, UnCLIPPipeline, UnCLIPPipelineOutput
 from t2i.pipelines.memory_needed import check_batch_fits
-from t2i.pipelines.options import DecoderOptions, PriorOptions, split_options
+from t2i.pipelines.options import DecoderOptions, PriorOptions
 from torch import Generator, Tensor
 
 from t2i.checks import check_integer, check_texts
 from t2i.diffusion.condition import ImageCondition
-from t2i.diffusion.guidance import Guidance
 from t2i.errors import InputError
 from t2i.sampling.sample import split_generators
 
@@ -54,7 +53,7 @@ class Text2ImagePipeline(UnCLIPPipeline):
         """
         self.interrupted = False
         check_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES)
-        prior, decoder = split_options(self.default_decoder_options | options)
+        prior, decoder = self.resolve_options(**options)
         if image_embeds is None and (prompt is None or prompt == []):
             raise InputError("prompt is missing; give a text, a list of texts, or image_embeds")
         prompts = self.check_prompts("prompt", prompt)
@@ -71,9 +70,9 @@ class Text2ImagePipeline(UnCLIPPipeline):
         )
         self.check_upsampling(decoder)
         check_batch_fits(self, prior if image_embeds is None else None, decoder, count)
-        if negatives and (self.resolve_prior_guidance(prior).is_off or image_embeds is not None):
+        if negatives and (prior.prior_guidance_scale.is_off or image_embeds is not None):
             logger.warning("negative_prompt has no effect: it guides the prior, which is not guided or not used here")
-        if decoder_negatives and Guidance.from_value(decoder.guidance_scale).is_off:
+        if decoder_negatives and decoder.guidance_scale.is_off:
             logger.warning("decoder_negative_prompt has no effect: the decoder is not guided")
             decoder_negatives = []
 

@@ -13,6 +13,7 @@ from t2i.pipelines.inversion import (
     check_inversion_guidance,
 )
 from t2i.pipelines.memory_needed import check_batch_fits
+from t2i.pipelines.options import PriorOptions, ResolvedOptions
 from torch import Generator, Tensor
 
 from t2i.checks import check_number, check_texts
@@ -61,7 +62,7 @@ class TextDiffPipeline(InvertingPipeline):
         """
         self.interrupted = False
         check_number("theta", theta, 0, 1)
-        decoder = build_inversion_options(options)
+        _, decoder = self.resolve_options(**options)
         given, count = self.read_image_or_latent(image)
         if not isinstance(given, BipartiteLatent):
             check_inversion_guidance(decoder)
@@ -80,6 +81,11 @@ class TextDiffPipeline(InvertingPipeline):
         z_i = slerp(z_i, direction.to(z_i) * z_i.norm(dim=-1, keepdim=True), theta)
         images = self.redraw_images(BipartiteLatent(z_i, noise), None, decoder, generators)
         return self.build_output(images, z_i, return_dict)
+
+    @classmethod
+    def build_options(cls, options: dict[str, Any], defaults: dict[str, Any] | None = None) -> ResolvedOptions:
+        """Check the options; the defaults of the inversion stand for the model's."""
+        return PriorOptions(), build_inversion_options(options)
 
     def check_captions(self, name: str, value: str | list[str], count: int) -> list[str]:
         captions = self.check_prompts(name, value, count)

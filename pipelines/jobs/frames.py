@@ -17,7 +17,7 @@ from t2i.pipelines.jobs.generation import (
     replace_upsampler,
     write_new_image,
 )
-from t2i.pipelines.options import split_options
+from t2i.pipelines.options import build_options
 from torch import Generator
 
 from t2i.checks import check_number
@@ -54,7 +54,7 @@ def interpolate_files(
     total = len(build_mixing_weights(len(anchors), weights, frames))
     if inverted and not all(isinstance(anchor, str) for anchor in anchors):
         settings = INVERSION_DEFAULTS | settings
-    split_options(settings)
+    build_options(settings)
     seed = check_first_seed(seed, 1, total)
     check_output_path(out, 1 if strip else total)
     check_number("fps", fps, 0.1, 100)

@@ -31,7 +31,7 @@ from t2i.pipelines.jobs.batches import (
 )
 from t2i.pipelines.jobs.dtypes import check_dtype_parts, convert_to_torch_dtypes
 from t2i.pipelines.memory_needed import check_batch_fits, find_fitting_count
-from t2i.pipelines.options import PriorOptions, split_options
+from t2i.pipelines.options import PriorOptions, build_options
 from t2i.pipelines.text2image import Text2ImagePipeline
 from t2i.pipelines.upsample import UpsamplePipeline
 from torch import Generator
@@ -142,7 +142,7 @@ def generate_files(
     check_texts("prompt", prompts, empty=False)
     for name in ("negative_prompt", "decoder_negative_prompt"):
         check_texts(name, [settings[name]] if name in settings else [])
-    split_options({name: value for name, value in settings.items() if not name.endswith("negative_prompt")})
+    build_options({name: value for name, value in settings.items() if not name.endswith("negative_prompt")})
     check_output_path(out, total, share)
     pipeline: Text2ImagePipeline = load_pipeline(
         model, share.device(device), Text2ImagePipeline, prior, dtype, clip, compile
@@ -151,9 +151,8 @@ def generate_files(
         settings = {"guidance_scale": 1.0, **settings}  # there is nothing to be guided to
     pipeline = replace_upsampler(pipeline, upsampler, dtype)
     check_dtype_parts(pipeline, dtype)
-    prior_options, decoder_options = split_options(
-        pipeline.default_decoder_options
-        | {name: value for name, value in settings.items() if not name.endswith("negative_prompt")}
+    prior_options, decoder_options = pipeline.resolve_options(
+        **{name: value for name, value in settings.items() if not name.endswith("negative_prompt")}
     )
     counted = (pipeline, prior_options if prompts else None, decoder_options)
     # The first batch must fit into this process's share; later the others hold theirs, and what is free is less.
@@ -275,7 +274,7 @@ def redraw_files(
     does so for what must go with each picture. `upsampler`, `prior`, `clip`: a folder, in place of the model's own.
     """
     own = signature(kind.__call__).parameters
-    split_options({name: value for name, value in settings.items() if name not in own})
+    build_options({name: value for name, value in settings.items() if name not in own})
     total = len(pictures) * count
     seed = check_first_seed(seed, count, total)
     check_output_path(out, total)

@@ -51,7 +51,7 @@ def variations(
     from t2i.checks import check_number
     from t2i.pipelines.image_variation import ImageVariationPipeline
     from t2i.pipelines.inversion import INVERSION_DEFAULTS, build_inversion_options
-    from t2i.pipelines.options import build_decoder_options
+    from t2i.pipelines.options import build_options
 
     settings = options.select_given_settings(
         num_inference_steps=steps, sampler=sampler, noise_level=noise_level, upsample=upsample
@@ -61,7 +61,7 @@ def variations(
     if eta is not None:
         check_number("eta", eta, 0, 1)
         settings = INVERSION_DEFAULTS | settings
-    build_decoder_options(settings) if eta is None else build_inversion_options(settings, eta)
+    build_options(settings, uses_prior=False) if eta is None else build_inversion_options(settings, eta)
     settings |= options.select_given_settings(eta=eta, prompt=prompt)
     for path in redraw_files(
         ImageVariationPipeline,
@@ -179,7 +179,7 @@ def edit(
         from t2i.pipelines.jobs.generation import redraw_files
     from t2i.checks import check_number
     from t2i.pipelines.inversion import INVERSION_DEFAULTS
-    from t2i.pipelines.options import build_decoder_options
+    from t2i.pipelines.options import build_options
     from t2i.pipelines.text_diff import DEFAULT_THETA, TextDiffPipeline, check_caption_pair
 
     theta = DEFAULT_THETA if theta is None else theta
@@ -188,7 +188,7 @@ def edit(
     settings = INVERSION_DEFAULTS | options.select_given_settings(num_inference_steps=steps, upsample=upsample)
     settings |= options.build_guidance_settings(guidance_scale, guidance)
     settings |= options.build_steering_settings(steer_class, steer_text, steer_picture, classifier, steer_scale)
-    build_decoder_options(settings)
+    build_options(settings, uses_prior=False)
     settings |= {"source": source, "target": target, "theta": theta}
     for path in redraw_files(
         TextDiffPipeline, [picture], out, model, 1, 0, device, settings, upsampler=upsampler, prior=prior, clip=clip

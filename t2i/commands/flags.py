@@ -73,7 +73,7 @@ def build_guidance_settings(
 
     found: dict[str, Any] = {}
     for name, default, number, texts in (
-        ("guidance_scale", DecoderOptions().guidance_scale, scale, settings),
+        ("guidance_scale", DecoderOptions.guidance_scale, scale, settings),
         ("prior_guidance_scale", default_guidance_scale(None), prior_scale, prior_settings),
     ):
         number = Guidance.from_value(default).scale if number is None and texts else number

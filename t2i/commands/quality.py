@@ -106,7 +106,7 @@ def split_metric_names(names: str) -> tuple[str, ...]:
 def check_quality_input(model: str | None, pictures: Path | None, count: int | None, drawing: dict[str, Any]) -> None:
     """What to measure is a model or pictures, and options of a model go with a model."""
     from t2i.checks import check_integer
-    from t2i.pipelines.options import split_options
+    from t2i.pipelines.options import build_options
 
     if model is not None and pictures is not None:
         raise InputError(f"give --model or --pictures, not both: {model!r}, {str(pictures)!r}")
@@ -115,7 +115,7 @@ def check_quality_input(model: str | None, pictures: Path | None, count: int | N
         raise InputError(f"{name} is for a model that draws; --pictures {str(pictures)!r} are drawn already")
     if count is not None:
         check_integer("count", count, 1, 10_000_000)
-    split_options(drawing)
+    build_options(drawing)
 
 
 def remove_command_option(arguments: list[str], option: str) -> list[str]:

@@ -17,7 +17,6 @@ from t2i.pipelines.memory_needed import (
     count_bytes_needed,
     find_fitting_count,
 )
-from t2i.pipelines.options import split_options
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -70,7 +69,7 @@ def test_a_model_that_asks_for_values_is_not_counted_and_one_that_is_compiled_is
     copied: Any = copy_to_meta(decoder)
     assert all(one.is_meta for one in copied.parameters()) and "step" not in vars(copied)
     assert all(decoder.get_parameter(name) is one and not one.is_meta for name, one in weights.items())
-    works = collect_stage_workloads(pipeline, *split_options(pipeline.default_decoder_options), 2)
+    works = collect_stage_workloads(pipeline, *pipeline.resolve_options(), 2)
     assert (count_peak_bytes(decoder, works["decoder"]) or 0) > 0
 
 
@@ -156,7 +155,7 @@ def test_pictures_that_fit_are_not_refused_for_no_more_is_counted_than_is_taken(
     one = pipeline if name == "own" else load(name)
     one.set_progress_bar_config(disable=True)
     few = FEW | ({"super_res_num_inference_steps": 2} if one.is_cascade else {})
-    counted = count_bytes_needed(one, *split_options(one.default_decoder_options | few), 8)
+    counted = count_bytes_needed(one, *one.resolve_options(**few), 8)
     taken = allocated(lambda: one(["red circle"] * 8, output_type="pt", **few))
     # Where captions are long beside so few pixels, what is the same for all pictures is counted for each; and how
     # much is taken depends on the processor: with AVX-512 more than without.
@@ -165,7 +164,7 @@ def test_pictures_that_fit_are_not_refused_for_no_more_is_counted_than_is_taken(
 
 
 def test_more_pictures_need_more_and_halves_are_found(pipeline: Any) -> None:
-    options = split_options(pipeline.default_decoder_options)
+    options = pipeline.resolve_options()
     needed = {count: count_bytes_needed(pipeline, *options, count) for count in (1, 2, 4, 8, 16)}
     assert sorted(needed.values()) == list(needed.values()) and needed[16] > 5 * needed[1] > 0
     for count in (2, 8):
@@ -175,7 +174,7 @@ def test_more_pictures_need_more_and_halves_are_found(pipeline: Any) -> None:
 
 
 def test_what_a_pipeline_needs_is_counted_anew_when_it_changes(pipeline: Any) -> None:
-    options = split_options(pipeline.default_decoder_options | {"height": 256, "width": 256})
+    options = pipeline.resolve_options(height=256, width=256)
     before = count_bytes_needed(pipeline, *options, 4)
     for layer in pipeline.decoder.modules():  # as LoRA does, of a width that shows
         if isinstance(layer, nn.Linear):
@@ -186,7 +185,7 @@ def test_what_a_pipeline_needs_is_counted_anew_when_it_changes(pipeline: Any) ->
 def test_a_canvas_is_counted_as_it_is_painted_in_windows_that_the_autoencoder_joins(pipeline: Any) -> None:
     side = pipeline.latent_shape[-1]
     own, large = (
-        split_options(pipeline.default_decoder_options | {"height": pixels, "width": pixels})
+        pipeline.resolve_options(height=pixels, width=pixels)
         for pixels in (pipeline.image_size, 8 * pipeline.image_size)
     )
 
@@ -203,7 +202,7 @@ def test_a_given_noise_of_the_prior_is_that_of_one_candidate(pipeline: Any) -> N
     noise = torch.zeros(64, pipeline.clip.embed_dim)
 
     def counted(**more: Any) -> int:
-        works = collect_stage_workloads(pipeline, *split_options(pipeline.default_decoder_options | more), 64)
+        works = collect_stage_workloads(pipeline, *pipeline.resolve_options(**more), 64)
         return count_peak_bytes(pipeline.prior, works["prior"]) or 0
 
     assert counted(prior_candidates=8, prior_latents=noise) == counted(prior_candidates=1)
@@ -211,7 +210,7 @@ def test_a_given_noise_of_the_prior_is_that_of_one_candidate(pipeline: Any) -> N
 
 
 def test_what_is_counted_may_be_more_than_is_taken_and_a_little_too_much_is_not_refused(pipeline: Any) -> None:
-    options = split_options(pipeline.default_decoder_options)
+    options = pipeline.resolve_options()
     needed = count_bytes_needed(pipeline, *options, 64)
     for part, refused in ((1.1, False), (1.5, True)):  # of a share: what is free here does not move by so much at once
         processes = round(measure_available_memory().free * part / needed)
