@@ -3,8 +3,7 @@
 import logging
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
-from inspect import signature
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from t2i.interop.dalle2_files import DALLE2File, parse_release, read_dalle2_file
 from t2i.networks.clip import CLIP
 from t2i.networks.dalle2.decoder import DALLE2Cascade, DALLE2Decoder, DALLE2Pixels
 from t2i.networks.dalle2.prior import DALLE2Prior
-from t2i.networks.dalle2.unet import Unet
+from t2i.networks.dalle2.unet import UnetConfig
 from t2i.networks.tokenizer import build_public_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -63,7 +62,7 @@ UNSUPPORTED_OPTIONS = {  # options that no published model was made with, and wh
 }
 UNET_UNUSED = ("out_dim", "attend_at_middle", "checkpoint_during_training")  # the last two change nothing in drawing
 UNET_DERIVED = ("channels", "channels_out", "lowres_cond", "lowres_noise_cond", "cond_on_image_embeds")
-UNET_ARGUMENTS = set(signature(Unet).parameters) - set(UNET_DERIVED)
+UNET_ARGUMENTS = {field.name for field in fields(UnetConfig)} - set(UNET_DERIVED)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's, of pictures
 OLDEST_DECODER_RELEASE, OLDEST_PRIOR_RELEASE = (1, 0, 2), (0, 23, 3)  # releases whose models were compared with these
 NEW_ATTENTION_RELEASE, SCALED_ATTENTION_RELEASE = (1, 4, 0), (1, 4, 3)  # releases that changed attention

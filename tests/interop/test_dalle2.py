@@ -598,7 +598,7 @@ def test_a_configuration_that_no_model_here_computes_is_refused(
         ({"cond_dim": WIDTH}, {}, "image_embed_dim and cond_dim are both 24"),
         ({}, {"image_size": None}, "must have 1 growing image_sizes"),
         ({}, {"beta_schedule": ["cosine", "linear"]}, "a decoder of 1 U-Nets has 2 values"),
-        ({"self_attn": [True]}, {}, "a U-Net of 2 levels has 1 values"),
+        ({"self_attn": [True]}, {}, "self_attn must have a value for each of 2 levels"),
     ],
 )
 def test_a_decoders_configuration_that_no_model_here_computes_is_refused(

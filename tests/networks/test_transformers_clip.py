@@ -180,8 +180,8 @@ def test_the_image_processor_s_settings_are_those_of_its_file(tmp_path: Path, se
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"size": 16, "crop_size": 20}, "the image encoder sees 16"),
-        ({"size": 16, "do_center_crop": False}, "the image encoder sees 16"),
+        ({"size": 16, "crop_size": 20}, "the image encoder takes 16"),
+        ({"size": 16, "do_center_crop": False}, "the image encoder takes 16"),
         ({"size": 16, "crop_size": 16, "resample": 0}, "bicubic or bilinear"),
         ({"size": 16, "crop_size": 16, "do_rescale": False}, "values / 255"),
         ({"size": 16, "crop_size": 16, "image_std": [1, 1, 0]}, "means and deviations"),
@@ -250,10 +250,10 @@ def change(path: Path, **changed: object) -> None:
 @pytest.mark.parametrize(
     ("file", "changed", "said"),
     [
-        ("text_encoder/config.json", {"model_type": "bert"}, "must be a clip_text_model"),
+        ("text_encoder/config.json", {"model_type": "bert"}, "must be one of clip_text_model"),
         ("text_encoder/config.json", {"hidden_act": "relu"}, "hidden_act"),
-        ("text_encoder/config.json", {"eos_token_id": 7}, "looks for 7"),
-        ("text_encoder/config.json", {"hidden_size": "16"}, "whole number"),
+        ("text_encoder/config.json", {"eos_token_id": 7}, "the text encoder takes 7"),
+        ("text_encoder/config.json", {"hidden_size": "16"}, "must be an integer"),
         ("text_encoder/config.json", {"num_hidden_layers": 3}, "lacks tensors"),
         ("text_encoder/config.json", {"auto_map": {"AutoModel": "x.py"}}, "auto_map"),
         ("image_encoder/config.json", {"projection_dim": 12}, "not of one CLIP|misshapen"),

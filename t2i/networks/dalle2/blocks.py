@@ -1,4 +1,4 @@
-"""What the levels of DALLE2-pytorch's U-Net are made of. Names and shapes of the tensors are the files' own."""
+"""Blocks of DALLE2-pytorch's U-Net. The files fix the names and shapes of the tensors, and so of the modules."""
 
 from typing import Any
 
@@ -7,59 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2i.errors import InputError
-from t2i.networks.dalle2.layers import COSINE_SCALE, Attention, Norm
+from t2i.networks.dalle2.layers import COSINE_SCALE, Norm
 from t2i.networks.linear import Linear
 
-CROSS_HEADS, CROSS_WIDTH = 8, 64  # of the attention to the condition: no argument sets them
-
-
-class BlockFactory:
-    """What the levels of a U-Net are made of."""
-
-    def __init__(
-        self,
-        cond: int,
-        time: int,
-        cosine_cross: bool,
-        heads: tuple[int, int],
-        cosine_self: bool,
-        old_attention: bool,
-        sparse: bool,
-        down_kernels: tuple[int, ...],
-        old_downsample: bool,
-        shuffles: bool,
-    ):
-        self.cond, self.time, self.cosine_cross, self.heads = cond, time, cosine_cross, heads
-        self.cosine_self, self.old, self.sparse = cosine_self, old_attention, sparse
-        self.down_kernels, self.old_downsample, self.shuffles = down_kernels, old_downsample, shuffles
-
-    def build_resnet_block(self, width: int, out: int, groups: int, reads: bool = False) -> nn.Module:
-        return ResnetBlock(width, out, self.time, self.cond if reads else None, groups, self.cosine_cross)
-
-    def build_self_attention(self, width: int, full: bool) -> nn.Module:
-        if full:
-            return PixelSequence(Residual(Attention(width, *self.heads, self.cosine_self, self.old)))
-        return Residual(LinearAttention(width, *self.heads, self.old)) if self.sparse else nn.Identity()
-
-    def build_downsample_layer(self, width: int, out: int) -> nn.Module:
-        if self.down_kernels:
-            return CrossEmbedding(width, out, self.down_kernels, stride=2)
-        if self.old_downsample:
-            return nn.Conv2d(width, out, 4, 2, 1)
-        return nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4 * width, out, 1))
-
-    def build_upsample_layer(self, width: int, out: int) -> nn.Module:
-        if self.shuffles:
-            return PixelShuffleUpsample(width, out)
-        return nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(width, out, 3, padding=1))
-
-
-def expand_per_level(value: Any, count: int) -> list:
-    """A value of each level: given so, or one for all."""
-    values = list(value) if isinstance(value, list | tuple) else [value] * count
-    if len(values) != count:
-        raise InputError(f"a U-Net of {count} levels has {len(values)} values for them: {values!r:.80}")
-    return values
+CROSS_HEADS, CROSS_WIDTH = 8, 64  # of every attention to tokens, whatever the arguments of the U-Net are
 
 
 class Residual(nn.Module):
@@ -72,7 +23,7 @@ class Residual(nn.Module):
 
 
 class PixelSequence(nn.Module):
-    """`fn` of the pixels as a sequence."""
+    """A module of sequences, (B, H W, C), applied to pictures, (B, C, H, W)."""
 
     def __init__(self, fn: nn.Module):
         super().__init__()
@@ -83,7 +34,7 @@ class PixelSequence(nn.Module):
 
 
 class PixelShuffleUpsample(nn.Module):
-    """Twice the sides, from channels."""
+    """A layer that doubles the sides: four times the channels become squares of pixels."""
 
     def __init__(self, width: int, out: int):
         super().__init__()
@@ -94,17 +45,19 @@ class PixelShuffleUpsample(nn.Module):
 
 
 class CrossEmbedding(nn.Module):
-    """Convolutions of several sizes side by side: half of the channels are the smallest's, and so on."""
+    """Convolutions of several sizes side by side: the smallest makes half of the channels, the next a quarter, ..."""
 
     def __init__(self, width: int, out: int, kernels: Any, stride: int):
         super().__init__()
         kernels = sorted(kernels)
-        outs = [out // 2**i for i in range(1, len(kernels))]
-        outs.append(out - sum(outs))
-        if any(kernel % 2 != stride % 2 for kernel in kernels) or min(outs) < 1:
-            raise InputError(f"kernels {kernels} fit neither stride {stride} nor {out} channels")
+        channels = [out // 2**i for i in range(1, len(kernels))]
+        channels.append(out - sum(channels))
+        if any(kernel % 2 != stride % 2 for kernel in kernels) or min(channels) < 1:
+            raise InputError(
+                f"kernels must be {'odd' if stride % 2 else 'even'} and few for {out} channels, got {kernels}"
+            )
         self.convs = nn.ModuleList(
-            nn.Conv2d(width, one, kernel, stride, (kernel - stride) // 2) for one, kernel in zip(outs, kernels)
+            nn.Conv2d(width, count, kernel, stride, (kernel - stride) // 2) for count, kernel in zip(channels, kernels)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -133,7 +86,7 @@ class ResnetBlock(nn.Module):
         scale, shift = self.time_mlp(vector)[..., None, None].chunk(2, dim=1)
         hidden = self.block1(x, scale, shift)
         if self.cross_attn is not None:
-            assert tokens is not None, "blocks that read the condition are given it"
+            assert tokens is not None, "a block that reads tokens needs them"
             pixels = hidden.flatten(2).transpose(1, 2)
             pixels = self.cross_attn(pixels, tokens) + pixels
             hidden = pixels.transpose(1, 2).unflatten(-1, hidden.shape[-2:])
@@ -141,7 +94,7 @@ class ResnetBlock(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Of pixels to tokens, and to a learned key and value that all heads share."""
+    """Attention from pixels to tokens, and to a learned key and value that all heads share."""
 
     def __init__(self, width: int, cond: int, cosine: bool):
         super().__init__()
@@ -165,7 +118,7 @@ class CrossAttention(nn.Module):
 
 
 class LinearAttention(nn.Module):
-    """Attention whose cost grows with the number of pixels alone. old: as before release 1.4.0."""
+    """Attention that costs linear time in the number of pixels. old: as before release 1.4.0."""
 
     def __init__(self, width: int, heads: int, head_width: int, old: bool):
         super().__init__()
@@ -179,7 +132,7 @@ class LinearAttention(nn.Module):
         sides = x.shape[-2:]
         query, key, value = self.to_qkv(self.norm(x)).unflatten(1, (3, self.heads, -1)).flatten(-2).unbind(1)
         query, key = query.softmax(dim=-2) * self.scale, key.softmax(dim=-1)  # (B, heads, C, pixels)
-        if not self.old:
-            value = F.normalize(value, dim=-2) / key.shape[-1]  # half of it is the key's share, in the reference
+        if not self.old:  # the reference divides keys and values each by the root of the number of pixels
+            value = F.normalize(value, dim=-2) / key.shape[-1]
         out = (value @ key.mT) @ query
         return self.to_out(F.gelu(out.flatten(1, 2).unflatten(-1, sides)))

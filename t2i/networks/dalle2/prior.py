@@ -1,9 +1,8 @@
 """The diffusion prior of DALLE2-pytorch, whose published weights are LAION's.
 
-The same sequence as in the paper (DALL-E 2, section 2.2), but another transformer than `t2i.networks.prior.Prior`:
-relative and
-rotary positions, queries and keys of unit length, one head of keys and values, gated feed-forward layers. It cannot be
-rewritten as the other. Its padding is learned and is attended to.
+The sequence is the paper's (DALL-E 2, section 2.2), the transformer is not that of `t2i.networks.prior.Prior`: relative
+and rotary positions, queries and keys of unit length, one head of keys and values, gated feed-forward layers. Neither
+can be rewritten as the other. Padding is learned, and is attended to.
 """
 
 import math
@@ -26,31 +25,31 @@ POSITION_BUCKETS, MAX_POSITION_DISTANCE = 32, 128  # of the relative positions
 
 @dataclass
 class DALLE2PriorContext:
-    """What depends on the caption alone."""
+    """The part of the sequence that depends on neither x nor t."""
 
-    past: list[KeyValue]  # one pair a layer: the caption, padded, and z_t
-    dropped: Tensor  # (B,), bool: the condition says nothing
+    past: list[KeyValue]  # one pair a layer, of the padded caption and z_t
+    dropped: Tensor  # (B,), bool: it is the null condition
 
 
 class DALLE2Prior(ModelMixin, ConfigMixin):
-    """Denoises z_i times `embed_scale`, given a TextEncoding.
+    """Denoiser of z_i times `embed_scale`, given a TextEncoding.
 
-    The condition that says nothing is the zero z_t: it stands for the learned tokens of "no caption", beside which the
-    noisy z_i is not seen either. Outside, z_t and z_i have unit length; what the reference hands on is not normalised.
+    The null condition is the zero z_t. It selects the learned tokens of "no caption", which replace the noisy z_i too.
+    z_t and z_i have unit length outside; the reference does not normalise its result.
 
     Args:
         embed_dim: dimensions D of z_t and z_i, of a caption's token states, and of the transformer.
         depth, heads, head_width, mlp_ratio: of the transformer.
-        context_length: captions are padded to it, in tokens, or cut.
-        num_timesteps: of a table of times; None for a network of their sines and cosines.
-        time_tokens, image_tokens, text_tokens: made from the time, the noisy z_i and z_t.
-        norm_in, norm_out, project_out, inner_norm, rotary: layers that it has.
-        reads_captions: else it reads z_t alone.
+        context_length: tokens that captions are padded or cut to.
+        num_timesteps: rows of a table of timesteps; None for a network of their sines and cosines.
+        time_tokens, image_tokens, text_tokens: number of tokens made from the timestep, the noisy z_i and z_t.
+        norm_in, norm_out, project_out, inner_norm, rotary: layers that the transformer has.
+        reads_captions: False if it reads z_t alone.
         old_attention: as before release 1.4.3.
-        learned_null: from release 1.9.0 on. Before, "no caption" did nothing: guidance is off by default, and what it
-            goes away from is the zero z_t with nothing but padding, which the model never saw in training.
-        embed_scale: sqrt(embed_dim) if left out.
-        usual_guidance: the scale if none is asked for.
+        learned_null: True from release 1.9.0 on. Older models have no learned null: guidance is off by default, and its
+            null is the zero z_t with padding alone, which they never saw in training.
+        embed_scale: None is sqrt(embed_dim).
+        usual_guidance: default guidance scale.
     """
 
     _no_split_modules = ["Layer"]
@@ -90,11 +89,11 @@ class DALLE2Prior(ModelMixin, ConfigMixin):
 
     @property
     def states_width(self) -> int | None:
-        """Dimensions of the token states of CLIP that it reads."""
+        """Dimensions of the CLIP token states that the prior reads; None if it reads none."""
         return self.config.embed_dim if self.config.reads_captions else None
 
     def forward(self, x: Tensor, t: Tensor, text: TextEncoding) -> Tensor:
-        """x: (B, D) noisy scaled z_i; t: (B,) timesteps -> (B, D), the prediction."""
+        """Predict from noisy scaled z_i, x: (B, D), at timesteps t: (B,). Returns (B, D)."""
         return self.step(x, t, self.prepare(text))
 
     @apply_forward_hook
@@ -109,27 +108,29 @@ class DALLE2Prior(ModelMixin, ConfigMixin):
 
     @apply_forward_hook
     def step(self, x: Tensor, t: Tensor, context: DALLE2PriorContext) -> Tensor:
-        """The rest of the sequence: time, noisy z_i and query."""
+        """Run the rest of the sequence: timestep, noisy z_i and query."""
         tokens = self.net.build_image_tokens(x, t, context.dropped)
         tokens, _ = self.net.causal_transformer(tokens, context.past)
         return self.net.causal_transformer.project_last_token(tokens[:, -1])
 
     def null(self, count: int) -> TextEncoding:
-        """The zero z_t, and a caption of no tokens."""
+        """Return the zero z_t, and a caption of no tokens."""
         z_t = build_null_embeds(self, count)
         states = z_t[:, None]
         return TextEncoding(z_t, states, torch.zeros(states.shape[:2], dtype=torch.bool, device=z_t.device))
 
     def scale_image_embeds(self, z_i: Tensor) -> Tensor:
-        """Unit-length z_i -> what the prior denoises."""
+        """Return z_i of unit length in the scale that the prior denoises."""
         return z_i * self.embed_scale
 
     def unscale_image_embeds(self, x: Tensor) -> Tensor:
-        """The reverse, of unit length whatever x is."""
+        """Undo `scale_image_embeds`; the result has unit length whatever x is."""
         return F.normalize(x, dim=-1)
 
 
 class PriorNetwork(nn.Module):
+    """The network of a DALLE2Prior, with the names of the files. config: the prior's."""
+
     def __init__(self, config: dict):
         super().__init__()
         width = config["embed_dim"]
@@ -152,7 +153,10 @@ class PriorNetwork(nn.Module):
 
     @apply_forward_hook
     def build_caption_tokens(self, z_t: Tensor, states: Tensor, mask: Tensor, dropped: Tensor) -> Tensor:
-        """The caption, (B, L, D), with learned padding, and z_t: (B, L + text_tokens, D). dropped: (B,), of both."""
+        """Return the caption with learned padding, then z_t: (B, L + text_tokens, D).
+
+        states: (B, L, D). mask: (B, L), bool. dropped: (B,), bool: learned tokens replace both.
+        """
         padding = self.null_text_encodings if self.learned_null else self.null_text_embed
         caption = torch.where((mask & ~dropped[:, None])[..., None], states, padding.to(states.dtype))
         z_t = self.to_text_embeds(z_t).unflatten(-1, (-1, self.width))
@@ -162,17 +166,18 @@ class PriorNetwork(nn.Module):
 
     @apply_forward_hook
     def build_image_tokens(self, x: Tensor, t: Tensor, dropped: Tensor) -> Tensor:
-        """Time, noisy z_i and query."""
-        table = isinstance(self.to_time_embeds[0], nn.Embedding)
-        time = self.to_time_embeds(t.long() if table else embed_timesteps(t, self.width).to(x.dtype))
-        time, image = (one.unflatten(-1, (-1, self.width)) for one in (time.to(x.dtype), self.to_image_embeds(x)))
+        """Return the tokens of the timestep, the noisy z_i and the query: (B, time_tokens + image_tokens + 1, D)."""
+        is_table = isinstance(self.to_time_embeds[0], nn.Embedding)
+        time = self.to_time_embeds(t.long() if is_table else embed_timesteps(t, self.width).to(x.dtype))
+        time = time.to(x.dtype).unflatten(-1, (-1, self.width))
+        image = self.to_image_embeds(x).unflatten(-1, (-1, self.width))
         if self.learned_null:
             image = torch.where(dropped[:, None, None], self.null_image_embed.to(x.dtype), image)
         return torch.cat([time, image, self.learned_query.to(x.dtype).expand(len(x), 1, -1)], dim=1)
 
 
 def build_token_layer(width: int, count: int) -> nn.Module:
-    """`count` tokens from a vector; a single one is the vector itself."""
+    """Return a layer from a vector to `count` tokens; a single token is the vector itself."""
     return Linear(width, width * count) if count > 1 else nn.Identity()
 
 
@@ -199,34 +204,39 @@ class CausalTransformer(nn.Module):
         self.project_out = Linear(width, width, bias=False) if config["project_out"] else nn.Identity()
 
     def forward(self, x: Tensor, past: list[KeyValue] | None = None) -> tuple[Tensor, list[KeyValue]]:
-        """(B, L, width), behind what `past` holds -> the same, before the last norm; keys and values a layer."""
+        """Run tokens, (B, L, width), behind those of `past`, and return their states before the last norm.
+
+        Also returns the keys and values of each layer.
+        """
         first = 0 if past is None else past[0][0].shape[2]
         bias = self.bias_scale * self.rel_pos_bias(first, x.shape[1], x.device)
-        x, found = self.init_norm(x), []
+        x, pairs = self.init_norm(x), []
         for i, layer in enumerate(self.layers):
             x, pair = layer(x, bias, None if past is None else past[i])
-            found.append(pair)
-        return x, found
+            pairs.append(pair)
+        return x, pairs
 
     def project_last_token(self, x: Tensor) -> Tensor:
         return self.project_out(self.norm(x))
 
 
 class Layer(nn.ModuleList):
-    """Attention and feed-forward, as the members 0 and 1 that the files name."""
+    """Attention and feed-forward: the members 0 and 1 in the files' names."""
 
     def __init__(self, config: dict):
         width, inner = config["embed_dim"], int(config["mlp_ratio"] * config["embed_dim"])
-        settings = {"cosine": not config["old_attention"], "old": config["old_attention"], "rotary": config["rotary"]}
+        old = config["old_attention"]
         super().__init__(
             [
-                Attention(width, config["heads"], config["head_width"], **settings),
+                Attention(
+                    width, config["heads"], config["head_width"], cosine=not old, old=old, rotary=config["rotary"]
+                ),
                 nn.Sequential(
                     Norm(width),
                     Linear(width, 2 * inner, bias=False),
                     SwiGLU(),
                     Norm(inner) if config["inner_norm"] else nn.Identity(),
-                    nn.Identity(),
+                    nn.Identity(),  # dropout in the reference; the next layer keeps its number
                     Linear(inner, width, bias=False),
                 ),
             ]
@@ -245,22 +255,20 @@ class SwiGLU(nn.Module):
 
 
 class RelativePositionBias(nn.Module):
-    """A learned bias for each distance of a key, in buckets that grow with it (as T5's), and none ahead."""
+    """A learned bias for the distance of a key, in buckets that grow with it (as T5's); keys ahead are masked."""
 
     def __init__(self, heads: int):
         super().__init__()
         self.relative_attention_bias = nn.Embedding(POSITION_BUCKETS, heads)
 
     def forward(self, first: int, count: int, device: torch.device) -> Tensor:
-        """(heads, count, 1 + first + count), fp32: of the queries from `first` on. Key 0 is the learned one.
-
-        It is counted as a position, so that a token is as far from the one before it as from itself.
-        """
+        """Return the bias, (heads, count, 1 + first + count), fp32, of `count` queries from position `first` on."""
+        # Key 0 is the learned key. The reference counts it as a position, so that distances of 0 and 1 are the same.
         query = torch.arange(first, first + count, device=device)[:, None]
         key = torch.arange(1 + first + count, device=device)
         distance = (query - key).clamp(min=0)
         exact = POSITION_BUCKETS // 2
-        share = (distance.clamp(min=1).float() / exact).log() / math.log(MAX_POSITION_DISTANCE / exact)
-        far = (exact + (share * (POSITION_BUCKETS - exact)).long()).clamp(max=POSITION_BUCKETS - 1)
+        fraction = (distance.clamp(min=1).float() / exact).log() / math.log(MAX_POSITION_DISTANCE / exact)
+        far = (exact + (fraction * (POSITION_BUCKETS - exact)).long()).clamp(max=POSITION_BUCKETS - 1)
         bias = self.relative_attention_bias(torch.where(distance < exact, distance, far)).permute(2, 0, 1).float()
         return bias.masked_fill(key > query + 1, float("-inf"))

@@ -1,5 +1,6 @@
-"""The U-Net of DALLE2-pytorch. Arguments are its own, by its names; so are those of the tensors."""
+"""The U-Net of DALLE2-pytorch. The files fix the names of its arguments and of its tensors."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,171 +10,200 @@ from torch import Tensor, nn
 
 from t2i.checks import check_integer
 from t2i.errors import InputError
-from t2i.networks.dalle2.blocks import BlockFactory, CrossEmbedding, expand_per_level
-from t2i.networks.dalle2.layers import embed_timesteps
+from t2i.networks.dalle2.blocks import (
+    CrossEmbedding,
+    LinearAttention,
+    PixelSequence,
+    PixelShuffleUpsample,
+    Residual,
+    ResnetBlock,
+)
+from t2i.networks.dalle2.layers import Attention, embed_timesteps
 from t2i.networks.linear import Linear
 
 
-class Unet(nn.Module):
-    """Pictures, (B, channels, H, W), to what is predicted of them, (B, channels_out, H, W).
+@dataclass(frozen=True)
+class UnetConfig:
+    """Arguments of a U-Net. "Any" is a value for all levels or a list of one a level; checked on creation."""
 
-    Args:
-        dim, dim_mults, init_dim: channels at the outer ends, and what each level multiplies `dim` by.
-        channels, channels_out: of the pictures and of the prediction.
-        image_embed_dim: dimensions of z_i; with cond_on_image_embeds it becomes `num_image_tokens` tokens, and with
-            add_image_embeds_to_time also a vector that is added to the time's.
-        text_embed_dim: dimensions of a caption's token states, read if cond_on_text_encodings, in the middle alone;
-            they are padded to max_text_len with learned tokens.
-        cond_dim: dimensions of the tokens; `dim` if left out. num_time_tokens: tokens made from the time.
-        self_attn: of each level or of all, with attn_heads heads of attn_dim_head; sparse_attn: linear attention in
-            the others. cosine_sim_self_attn, cosine_sim_cross_attn: queries and keys of unit length.
-        lowres_cond: it sees an enlarged small picture; lowres_noise_cond: and is told how much that was noised.
-        num_resnet_blocks, resnet_groups: of each level or of all.
-        init_cross_embed, cross_embed_downsample: convolutions of several sizes side by side; else one, the first of
-            init_conv_kernel_size.
-        memory_efficient: levels begin with their downsampling.
-        pixel_shuffle_upsample: else nearest neighbours and a convolution.
-        old_attention: as before release 1.4.0; old_downsample: as before 1.10.0.
+    dim: int  # channels at the outer ends
+    image_embed_dim: int | None = None  # of z_i
+    text_embed_dim: int | None = None  # of a caption's token states
+    cond_dim: int | None = None  # of the tokens that pixels attend to; `dim` if None
+    num_image_tokens: int = 4  # made from z_i
+    num_time_tokens: int = 2  # made from the timestep
+    dim_mults: Any = (1, 2, 4, 8)  # one a level: its channels, in multiples of `dim`
+    channels: int = 3  # of the pictures
+    channels_out: int | None = None  # of the prediction; `channels` if None
+    self_attn: Any = False  # full attention among pixels
+    attn_dim_head: int = 32
+    attn_heads: int = 16
+    lowres_cond: bool = False  # the U-Net reads an enlarged small picture
+    lowres_noise_cond: bool = False  # and the timestep that it was noised to
+    sparse_attn: bool = False  # linear attention among pixels in levels without full attention
+    cosine_sim_cross_attn: bool = False  # queries and keys of unit length
+    cosine_sim_self_attn: bool = False
+    cond_on_text_encodings: bool = False  # the middle of the U-Net reads the caption's token states,
+    max_text_len: int = 256  # padded to this length with learned tokens
+    cond_on_image_embeds: bool = False  # the U-Net reads z_i as tokens
+    add_image_embeds_to_time: bool = True  # and as a vector, added to the timestep's
+    init_dim: int | None = None  # channels before the first level; `dim` if None
+    init_conv_kernel_size: int = 7  # of the first layer, without init_cross_embed
+    resnet_groups: Any = 8
+    num_resnet_blocks: Any = 2
+    init_cross_embed: bool = True  # the first layer is convolutions of several sizes side by side
+    init_cross_embed_kernel_sizes: Any = (3, 7, 15)
+    cross_embed_downsample: bool = False  # and so is each downsampling
+    cross_embed_downsample_kernel_sizes: Any = (2, 4)
+    memory_efficient: bool = False  # levels begin with their downsampling
+    scale_skip_connection: bool = False
+    pixel_shuffle_upsample: bool = True  # else nearest neighbours and a convolution
+    final_conv_kernel_size: int = 1
+    old_attention: bool = False  # as before release 1.4.0
+    old_downsample: bool = False  # as before release 1.10.0
+
+    def __post_init__(self) -> None:
+        if self.cond_on_text_encodings and self.text_embed_dim is None:
+            raise InputError("a U-Net with cond_on_text_encodings needs text_embed_dim, got none")
+        if self.cond_on_image_embeds and self.image_embed_dim is None:
+            raise InputError("a U-Net with cond_on_image_embeds needs image_embed_dim, got none")
+        check_integer("dim", self.dim, 4, 65_536)
+        check_integer("max_text_len", self.max_text_len, 1, 1024)
+        if self.cond_on_image_embeds and self.image_embed_dim == self.token_dim:
+            sizes = f"image_embed_dim and cond_dim are both {self.token_dim}"
+            raise InputError(f"{sizes}: such a U-Net fails in DALLE2-pytorch too")
+
+    @property
+    def token_dim(self) -> int:
+        return self.cond_dim or self.dim
+
+    @property
+    def time_dim(self) -> int:
+        """Dimensions of the timestep's embedding."""
+        return 4 * self.dim
+
+    def list_per_level(self, name: str) -> list[Any]:
+        """Return an argument's value for each level. Raises InputError for a list of another length."""
+        value, count = getattr(self, name), len(self.dim_mults)
+        values = list(value) if isinstance(value, list | tuple) else [value] * count
+        if len(values) != count:
+            raise InputError(f"{name} must have a value for each of {count} levels, or one for all, got {value!r:.80}")
+        return values
+
+
+class Unet(nn.Module):
+    """A U-Net from pictures, (B, channels, H, W), to a prediction, (B, channels_out, H, W).
+
+    arguments: the fields of `UnetConfig`. H and W must be multiples of `multiple`.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        image_embed_dim: int | None = None,
-        text_embed_dim: int | None = None,
-        cond_dim: int | None = None,
-        num_image_tokens: int = 4,
-        num_time_tokens: int = 2,
-        dim_mults: Any = (1, 2, 4, 8),
-        channels: int = 3,
-        channels_out: int | None = None,
-        self_attn: Any = False,
-        attn_dim_head: int = 32,
-        attn_heads: int = 16,
-        lowres_cond: bool = False,
-        lowres_noise_cond: bool = False,
-        sparse_attn: bool = False,
-        cosine_sim_cross_attn: bool = False,
-        cosine_sim_self_attn: bool = False,
-        cond_on_text_encodings: bool = False,
-        max_text_len: int = 256,
-        cond_on_image_embeds: bool = False,
-        add_image_embeds_to_time: bool = True,
-        init_dim: int | None = None,
-        init_conv_kernel_size: int = 7,
-        resnet_groups: Any = 8,
-        num_resnet_blocks: Any = 2,
-        init_cross_embed: bool = True,
-        init_cross_embed_kernel_sizes: Any = (3, 7, 15),
-        cross_embed_downsample: bool = False,
-        cross_embed_downsample_kernel_sizes: Any = (2, 4),
-        memory_efficient: bool = False,
-        scale_skip_connection: bool = False,
-        pixel_shuffle_upsample: bool = True,
-        final_conv_kernel_size: int = 1,
-        old_attention: bool = False,
-        old_downsample: bool = False,
-    ):
+    def __init__(self, **arguments: Any):
         super().__init__()
-        states = resolve_condition_width(
-            "text_embed_dim", text_embed_dim, "cond_on_text_encodings", cond_on_text_encodings
-        )
-        embeds = resolve_condition_width(
-            "image_embed_dim", image_embed_dim, "cond_on_image_embeds", cond_on_image_embeds
-        )
-        check_unet_sizes(dim, max_text_len, cond_dim or dim, embeds)
-        self.dim, self.skip_scale = dim, 2**-0.5 if scale_skip_connection else 1.0
-        cond, time, count = cond_dim or dim, 4 * dim, len(dim_mults)
-        self.build_condition_layers(dim, cond, embeds, add_image_embeds_to_time, num_image_tokens, num_time_tokens)
-        self.build_caption_layers(cond, states, max_text_len)
-        self.to_lowres_noise_cond = build_noise_level_layers(dim, time) if lowres_noise_cond else None
-        widths = [init_dim or dim, *(dim * factor for factor in dim_mults)]
-        read = channels * (2 if lowres_cond else 1)
-        several = init_cross_embed_kernel_sizes if init_cross_embed else None
-        self.init_conv = build_first_layer(read, widths[0], several, init_conv_kernel_size)
-        attention = (attn_heads, attn_dim_head), cosine_sim_self_attn, old_attention, sparse_attn
-        halving = tuple(cross_embed_downsample_kernel_sizes) if cross_embed_downsample else ()
-        parts = BlockFactory(
-            cond, time, cosine_sim_cross_attn, *attention, halving, old_downsample, pixel_shuffle_upsample
-        )
-        attends, blocks, groups = (
-            expand_per_level(value, count) for value in (self_attn, num_resnet_blocks, resnet_groups)
-        )
-        self.build_unet_levels(widths, parts, attends, blocks, groups, memory_efficient)
-        seen = dim + (channels if lowres_cond else 0)
-        self.to_out = build_same_size_conv(seen, channels_out or channels, final_conv_kernel_size)
-        self.multiple = 2 ** (count - (0 if memory_efficient else 1))
+        self.config = config = UnetConfig(**arguments)
+        self.skip_scale = 2**-0.5 if config.scale_skip_connection else 1.0
+        self.multiple = 2 ** (len(config.dim_mults) - (0 if config.memory_efficient else 1))
+        self.build_condition_layers()
+        widths = [config.init_dim or config.dim, *(config.dim * factor for factor in config.dim_mults)]
+        read = config.channels * (2 if config.lowres_cond else 1)
+        if config.init_cross_embed:
+            self.init_conv: nn.Module = CrossEmbedding(read, widths[0], config.init_cross_embed_kernel_sizes, stride=1)
+        else:
+            self.init_conv = build_same_size_conv(read, widths[0], config.init_conv_kernel_size)
+        self.build_unet_levels(widths)
+        last = config.dim + (config.channels if config.lowres_cond else 0)
+        out = config.channels_out or config.channels
+        self.to_out = build_same_size_conv(last, out, config.final_conv_kernel_size)
 
-    def build_condition_layers(
-        self, dim: int, cond: int, embed_dim: int | None, added: bool, images: int, times: int
-    ) -> None:
-        """The layers that make tokens and vectors of the time and of z_i."""
-        time = 4 * dim
+    def build_condition_layers(self) -> None:
+        """Build the layers that make vectors and tokens of the condition, and the learned values for no condition."""
+        config, dim, token, time = self.config, self.config.dim, self.config.token_dim, self.config.time_dim
+        # The timestep
         self.to_time_hiddens = nn.Sequential(nn.Identity(), Linear(dim, time), nn.GELU())
-        self.to_time_tokens = nn.Sequential(Linear(time, cond * times), nn.Unflatten(-1, (times, cond)))
+        self.to_time_tokens = build_token_layer(time, config.num_time_tokens, token)
         self.to_time_cond = nn.Sequential(Linear(time, time))
+        # z_i
         self.image_to_tokens: nn.Module | None = None
         self.to_image_hiddens: nn.Module | None = None
-        if embed_dim is not None:
-            self.image_to_tokens = nn.Sequential(Linear(embed_dim, cond * images), nn.Unflatten(-1, (images, cond)))
-            if added:
-                self.to_image_hiddens = nn.Sequential(Linear(embed_dim, time), nn.GELU())
-        self.norm_cond, self.norm_mid_cond = nn.LayerNorm(cond), nn.LayerNorm(cond)
-        self.null_image_embed = nn.Parameter(torch.randn(1, images, cond))
+        if config.cond_on_image_embeds:
+            assert config.image_embed_dim is not None, "UnetConfig checks it"
+            self.image_to_tokens = build_token_layer(config.image_embed_dim, config.num_image_tokens, token)
+            if config.add_image_embeds_to_time:
+                self.to_image_hiddens = nn.Sequential(Linear(config.image_embed_dim, time), nn.GELU())
+        self.norm_cond, self.norm_mid_cond = nn.LayerNorm(token), nn.LayerNorm(token)
+        self.null_image_embed = nn.Parameter(torch.randn(1, config.num_image_tokens, token))
         self.null_image_hiddens = nn.Parameter(torch.randn(1, time))
+        # The caption
+        self.text_to_cond: nn.Module | None = None
+        if config.cond_on_text_encodings:
+            assert config.text_embed_dim is not None, "UnetConfig checks it"
+            self.text_to_cond = Linear(config.text_embed_dim, token)
+        self.null_text_embed = nn.Parameter(torch.randn(1, config.max_text_len, token))
+        # The timestep that the small picture was noised to
+        self.to_lowres_noise_cond: nn.Module | None = None
+        if config.lowres_noise_cond:
+            self.to_lowres_noise_cond = nn.Sequential(nn.Identity(), Linear(dim, time), nn.GELU(), Linear(time, time))
 
-    def build_caption_layers(self, cond: int, states: int | None, length: int) -> None:
-        """The layer that makes tokens of a caption's states, and the tokens that pad them."""
-        self.text_to_cond = None if states is None else Linear(states, cond)
-        self.null_text_embed = nn.Parameter(torch.randn(1, length, cond))
-
-    def build_unet_levels(
-        self, widths: list[int], parts: "BlockFactory", attends: list, blocks: list, groups: list, early: bool
-    ) -> None:
-        """The way down, the middle, and the way up. early: a level begins with its downsampling."""
-        pairs, last = list(zip(widths[:-1], widths[1:])), len(widths) - 2
-        outer = self.dim
-        self.init_resnet_block = parts.build_resnet_block(widths[0], widths[0], groups[0]) if early else None
+    def build_unet_levels(self, widths: list[int]) -> None:
+        """Build the way down, the middle, and the way up. widths: channels before the first level and after each."""
+        config, resnet = self.config, self.build_resnet_block
+        early = config.memory_efficient
+        names = ("self_attn", "num_resnet_blocks", "resnet_groups")
+        attends, blocks, groups = (config.list_per_level(name) for name in names)
+        self.init_resnet_block = resnet(widths[0], widths[0], groups[0]) if early else None
         self.downs, self.ups = nn.ModuleList(), nn.ModuleList()
-        for i, (inner, out) in enumerate(pairs):
-            width, reads = (out if early else inner), i > 0
-            self.downs.append(
-                nn.ModuleList(
-                    [
-                        parts.build_downsample_layer(inner, out) if early else nn.Identity(),
-                        parts.build_resnet_block(width, width, groups[i]),
-                        nn.ModuleList(
-                            parts.build_resnet_block(width, width, groups[i], reads) for _ in range(blocks[i])
-                        ),
-                        parts.build_self_attention(width, attends[i]),
-                        nn.Conv2d(width, out, 1) if early or i == last else parts.build_downsample_layer(width, out),
-                    ]
-                )
-            )
-        self.mid_block1 = parts.build_resnet_block(widths[-1], widths[-1], groups[-1], True)
-        self.mid_attn = parts.build_self_attention(widths[-1], True)
-        self.mid_block2 = parts.build_resnet_block(widths[-1], widths[-1], groups[-1], True)
-        for i, (inner, out) in reversed(list(enumerate(pairs))):
-            skipped, reads = (out if early else inner), i > 0
-            self.ups.append(
-                nn.ModuleList(
-                    [
-                        parts.build_resnet_block(out + skipped, out, groups[i], reads),
-                        nn.ModuleList(
-                            parts.build_resnet_block(out + skipped, out, groups[i], reads) for _ in range(blocks[i])
-                        ),
-                        parts.build_self_attention(out, attends[i]),
-                        parts.build_upsample_layer(out, inner) if early or i > 0 else nn.Identity(),
-                    ]
-                )
-            )
+        levels = list(enumerate(zip(widths, widths[1:])))
+        for i, (inner, out) in levels:
+            width = out if early else inner
+            before = self.build_downsample_layer(inner, out) if early else nn.Identity()
+            first = resnet(width, width, groups[i])
+            others = nn.ModuleList(resnet(width, width, groups[i], reads=i > 0) for _ in range(blocks[i]))
+            attention = self.build_self_attention(width, attends[i])
+            keeps_size = early or i == len(levels) - 1
+            after = nn.Conv2d(width, out, 1) if keeps_size else self.build_downsample_layer(width, out)
+            self.downs.append(nn.ModuleList([before, first, others, attention, after]))
+        self.mid_block1 = resnet(widths[-1], widths[-1], groups[-1], reads=True)
+        self.mid_attn = self.build_self_attention(widths[-1], full=True)
+        self.mid_block2 = resnet(widths[-1], widths[-1], groups[-1], reads=True)
+        for i, (inner, out) in reversed(levels):
+            read = out + (out if early else inner)  # with the skip connection
+            first = resnet(read, out, groups[i], reads=i > 0)
+            others = nn.ModuleList(resnet(read, out, groups[i], reads=i > 0) for _ in range(blocks[i]))
+            attention = self.build_self_attention(out, attends[i])
+            after = self.build_upsample_layer(out, inner) if early or i > 0 else nn.Identity()
+            self.ups.append(nn.ModuleList([first, others, attention, after]))
         # The first level's first width is that of the picture's features, to which the last block returns.
-        self.final_resnet_block = parts.build_resnet_block(2 * outer, outer, groups[0])
+        self.final_resnet_block = resnet(2 * config.dim, config.dim, groups[0])
+
+    def build_resnet_block(self, width: int, out: int, groups: int, reads: bool = False) -> nn.Module:
+        """reads: the block attends to the tokens of the condition."""
+        token_dim = self.config.token_dim if reads else None
+        return ResnetBlock(width, out, self.config.time_dim, token_dim, groups, self.config.cosine_sim_cross_attn)
+
+    def build_self_attention(self, width: int, full: bool) -> nn.Module:
+        heads, head_width, old = self.config.attn_heads, self.config.attn_dim_head, self.config.old_attention
+        if full:
+            return PixelSequence(Residual(Attention(width, heads, head_width, self.config.cosine_sim_self_attn, old)))
+        return Residual(LinearAttention(width, heads, head_width, old)) if self.config.sparse_attn else nn.Identity()
+
+    def build_downsample_layer(self, width: int, out: int) -> nn.Module:
+        if self.config.cross_embed_downsample:
+            return CrossEmbedding(width, out, self.config.cross_embed_downsample_kernel_sizes, stride=2)
+        if self.config.old_downsample:
+            return nn.Conv2d(width, out, 4, 2, 1)
+        return nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4 * width, out, 1))
+
+    def build_upsample_layer(self, width: int, out: int) -> nn.Module:
+        if self.config.pixel_shuffle_upsample:
+            return PixelShuffleUpsample(width, out)
+        return nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(width, out, 3, padding=1))
 
     @apply_forward_hook
     def embed_image_condition(self, z_i: Tensor, dropped: Tensor) -> tuple[Tensor | None, Tensor]:
-        """z_i, (B, D), and where there is none, (B,) -> what is added to the time, and tokens, (B, L, cond_dim)."""
-        assert self.image_to_tokens is not None, "a U-Net that reads no z_i is not asked"
+        """Return a vector to add to the time's, (B, 4 dim), and tokens, (B, num_image_tokens, cond_dim).
+
+        z_i: (B, D). dropped: (B,), bool: there is no z_i, and the learned values stand for it.
+        """
+        assert self.image_to_tokens is not None, "it needs cond_on_image_embeds"
         tokens = self.image_to_tokens(z_i)
         tokens = torch.where(dropped[:, None, None], self.null_image_embed.to(tokens.dtype), tokens)
         if self.to_image_hiddens is None:
@@ -183,8 +213,11 @@ class Unet(nn.Module):
 
     @apply_forward_hook
     def embed_text_condition(self, states: Tensor, mask: Tensor) -> Tensor:
-        """A caption's states, (B, L, W), and which count -> (B, max_text_len, cond_dim), padded with learned tokens."""
-        assert self.text_to_cond is not None, "a U-Net that reads no captions is not asked"
+        """Return tokens, (B, max_text_len, cond_dim), of a caption's states, (B, L, W), and their mask, (B, L), bool.
+
+        Learned tokens stand where the mask is False.
+        """
+        assert self.text_to_cond is not None, "it needs cond_on_text_encodings"
         length = self.null_text_embed.shape[1]
         tokens, mask = self.text_to_cond(states[:, :length]), mask[:, :length]
         extra = length - mask.shape[1]
@@ -201,17 +234,19 @@ class Unet(nn.Module):
         low: Tensor | None = None,
         level: Tensor | None = None,
     ) -> Tensor:
-        """hiddens, image, text: of `embed_image_condition` and `embed_text_condition`. low: (B, channels, H, W),
-        enlarged; level:
-        (B,), the timestep that it was noised to."""
+        """Predict from noisy pictures x at timesteps t, (B,).
+
+        hiddens, image, text: from `embed_image_condition` and `embed_text_condition`. low: (B, channels, H, W), the
+        small picture, enlarged. level: (B,), the timestep that it was noised to.
+        """
         if any(side % self.multiple for side in x.shape[-2:]):
             raise InputError(f"sides must be multiples of {self.multiple} for this U-Net, got {tuple(x.shape[-2:])}")
         noisy = x if low is None else torch.cat([x, low], dim=1)
         x = start = self.init_conv(noisy)
-        time = self.to_time_hiddens(embed_timesteps(t, self.dim).to(x.dtype))
+        time = self.to_time_hiddens(embed_timesteps(t, self.config.dim).to(x.dtype))
         tokens, vector = self.to_time_tokens(time), self.to_time_cond(time)
         if level is not None and self.to_lowres_noise_cond is not None:
-            vector = vector + self.to_lowres_noise_cond(embed_timesteps(level, self.dim).to(x.dtype))
+            vector = vector + self.to_lowres_noise_cond(embed_timesteps(level, self.config.dim).to(x.dtype))
         if hiddens is not None:
             vector = vector + hiddens
         if image is not None:
@@ -222,7 +257,7 @@ class Unet(nn.Module):
         return self.to_out(x if low is None else torch.cat([x, low], dim=1))
 
     def run_unet_levels(self, x: Tensor, vector: Tensor, tokens: Tensor, middle: Tensor) -> Tensor:
-        """Down and up again."""
+        """Run the way down, the middle, and the way up. tokens: for the levels. middle: for the middle."""
         if self.init_resnet_block is not None:
             x = self.init_resnet_block(x, vector)
         skips: list[Tensor] = []
@@ -243,31 +278,10 @@ class Unet(nn.Module):
         return x
 
 
-def resolve_condition_width(name: str, value: int | None, reader: str, reads: bool) -> int | None:
-    """The dimensions of what is read; None if it is not."""
-    if reads and value is None:
-        raise InputError(f"a U-Net with {reader} needs {name}, got none")
-    return value if reads else None
-
-
-def check_unet_sizes(dim: int, max_text_len: int, cond: int, embed_dim: int | None) -> None:
-    check_integer("dim", dim, 4, 65_536)
-    check_integer("max_text_len", max_text_len, 1, 1024)
-    if embed_dim == cond:
-        raise InputError(f"image_embed_dim and cond_dim are both {cond}: such a U-Net fails in DALLE2-pytorch too")
-
-
-def build_noise_level_layers(dim: int, time: int) -> nn.Module:
-    """They make a vector of how much the small picture was noised."""
-    return nn.Sequential(nn.Identity(), Linear(dim, time), nn.GELU(), Linear(time, time))
+def build_token_layer(width: int, count: int, token_width: int) -> nn.Module:
+    """Return a layer from a vector, (B, width), to tokens, (B, count, token_width)."""
+    return nn.Sequential(Linear(width, token_width * count), nn.Unflatten(-1, (count, token_width)))
 
 
 def build_same_size_conv(width: int, out: int, kernel: int) -> nn.Module:
     return nn.Conv2d(width, out, kernel, padding=kernel // 2)
-
-
-def build_first_layer(width: int, out: int, several: Any, kernel: int) -> nn.Module:
-    """Convolutions of several sizes side by side; without such, of one."""
-    return (
-        build_same_size_conv(width, out, kernel) if several is None else CrossEmbedding(width, out, several, stride=1)
-    )

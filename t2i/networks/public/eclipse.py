@@ -1,7 +1,8 @@
-"""Priors without diffusion, as ECLIPSE has them (Patel et al. 2023): one pass from a caption and noise to z_i.
+"""The priors of ECLIPSE (Patel et al. 2023), without diffusion: one pass from a caption and noise to z_i.
 
-They are PriorTransformers without the token of the time; what comes out is z_i itself, not scaled. There is nothing to
-guide: a negative prompt's z_i is what the decoder may be guided away from. `t2i.interop.prior_transformer` reads them.
+Their network is a PriorTransformer without the timestep's token, and its output is z_i itself, not scaled. Guidance
+does not apply; only the decoder is guided, away from the z_i of a negative prompt. They are read by
+`t2i.interop.prior_transformer`.
 """
 
 import torch
@@ -23,8 +24,8 @@ class EclipsePrior(ModelMixin, ConfigMixin):
         text_width: dimensions of a caption's token states.
         context_length: longest caption, in tokens.
         width, depth, heads: of the transformer.
-        clip_fingerprint: of the CLIP that it was trained with, if that is known.
-        unit_length: False; embeddings are as the public CLIPs have them.
+        clip_fingerprint: of the CLIP that it was trained with, if known.
+        unit_length: False; embeddings are the raw projections of the public CLIPs.
     """
 
     @register_to_config
@@ -50,7 +51,7 @@ class EclipsePrior(ModelMixin, ConfigMixin):
         self.to_image = Linear(width, embed_dim)
 
     def forward(self, noise: Tensor, text: TextEncoding) -> Tensor:
-        """noise: (B, D) of unit variance -> z_i, (B, D), of any length."""
+        """Return z_i of any length, (B, D), from noise of unit variance, (B, D)."""
         image = torch.stack([self.from_image(noise), self.query.expand(len(noise), -1)], dim=1) + self.positions[-2:]
         tokens = torch.cat([embed_caption_tokens(self, text), image], dim=1)
         length = tokens.shape[1]
@@ -64,7 +65,10 @@ class EclipsePrior(ModelMixin, ConfigMixin):
     def sample_image_embeds(
         self, text: TextEncoding, generators: list[Generator], noise: Tensor | None = None
     ) -> Tensor:
-        """z_i of any length, (N, D), fp32, on the device of `text`. noise: (N, D), else drawn from the generators."""
+        """Return z_i of any length, (N, D), fp32, on the device of `text`.
+
+        generators: N, that draw the noise if none is given. noise: (N, D), of unit variance.
+        """
         device = text.embedding.device
         if noise is None:
             noise = generate_noise((self.config.embed_dim,), generators, device)

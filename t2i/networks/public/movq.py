@@ -1,7 +1,7 @@
 """Kandinsky's autoencoder: diffusers' VQModel behind the contract of `t2i.networks.autoencoder.Autoencoder`.
 
-Its latents are the public decoders' own: neither scaled (the `scaling_factor` of the configuration is never used) nor
-rounded to the codebook, which only its training needs.
+The public decoders were trained on its raw latents: neither scaled (nothing reads the configuration's `scaling_factor`)
+nor rounded to the codebook, which only its own training needs.
 """
 
 from typing import Any, Self
@@ -16,34 +16,31 @@ from t2i.errors import InputError
 from t2i.files.component import Component, load_from_components
 from t2i.networks.linear import use_onednn_linear
 
-# How files of diffusers before 0.17 call the parts of an attention.
+# Names of an attention's layers in files of diffusers before 0.17.
 OLD_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 class MoVQ(ModelMixin, ConfigMixin):
-    """Between pictures and Kandinsky's latents.
-
-    Args:
-        vq: arguments of `VQModel`.
-    """
+    """Autoencoder between pictures and Kandinsky's latents. vq: arguments of `VQModel`."""
 
     _supports_gradient_checkpointing = True  # diffusers' blocks do it
-    _no_split_modules = ["ResnetBlock2D"]  # what FSDP shards as one
+    _no_split_modules = ["ResnetBlock2D"]  # units that FSDP shards
 
     @register_to_config
     def __init__(self, vq: dict[str, Any]):
         super().__init__()
         if vq.get("lookup_from_codebook"):
-            raise InputError("lookup_from_codebook is true: latents of a codebook's numbers are no MoVQ's")
+            raise InputError("lookup_from_codebook must be false for a MoVQ, whose latents are vectors, got true")
         if vq.get("in_channels", 3) != 3 or vq.get("out_channels", 3) != 3:
-            raise InputError(f"a MoVQ is of pictures with 3 channels, got {vq['in_channels']} in its configuration")
-        self.coder = use_onednn_linear(VQModel.from_config(dict(vq)))  # which passes over settings of older versions
+            channels = vq.get("in_channels", 3), vq.get("out_channels", 3)
+            raise InputError(f"in_channels and out_channels of a MoVQ must be 3, got {channels[0]} and {channels[1]}")
+        self.coder = use_onednn_linear(VQModel.from_config(dict(vq)))  # from_config ignores settings of older versions
 
     @classmethod
     def from_component(cls, part: Component, dtype: torch.dtype | None = None) -> Self:
-        """Of a public folder `movq`. Raises InputError, in one line, for one that is no whole MoVQ."""
+        """Load a public folder `movq`. Raises InputError, in one line, if it is not a complete MoVQ."""
         settings = part.get_config_arguments()
-        return load_from_components(lambda: cls(settings), {"coder.": part}, dtype, rename=rename_movq_tensor)
+        return load_from_components(lambda: cls(settings), {"coder.": part}, dtype, rename=rename_attention_tensor)
 
     @property
     def channels(self) -> int:
@@ -55,22 +52,22 @@ class MoVQ(ModelMixin, ConfigMixin):
         return 2 ** (len(self.coder.config.block_out_channels) - 1)
 
     def forward(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> its reconstruction."""
+        """Reconstruct pictures, (B, 3, H, W) in [-1, 1]."""
         return self.decode(self.encode(image))
 
     @apply_forward_hook
     def encode(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, C, H / factor, W / factor), as the public decoders know them."""
+        """Encode pictures, (B, 3, H, W) in [-1, 1], to latents, (B, C, H / factor, W / factor)."""
         return self.coder.encode(image).latents
 
     @apply_forward_hook
     def decode(self, latents: Tensor) -> Tensor:
-        """The reverse; values may leave [-1, 1] a little."""
+        """Decode latents to pictures, whose values may leave [-1, 1] a little."""
         return self.coder.decode(latents, force_not_quantize=True).sample
 
 
-def rename_movq_tensor(name: str) -> str:
-    """A tensor's name as diffusers has it since 0.17."""
+def rename_attention_tensor(name: str) -> str:
+    """Return the name of an autoencoder's tensor in diffusers since 0.17, for a name in any version."""
     if ".attentions." not in name:
         return name
     return ".".join(OLD_ATTENTION_NAMES.get(part, part) for part in name.split("."))

@@ -1,4 +1,4 @@
-"""Kandinsky 2.1's text encoder: XLM-RoBERTa, whose mean state is projected into CLIP's space (Carlsson et al. 2022)."""
+"""The text encoder of Kandinsky 2.1: an XLM-RoBERTa with a projection into CLIP's space (Carlsson et al. 2022)."""
 
 from pathlib import Path
 from typing import Any, Self
@@ -21,20 +21,19 @@ from t2i.networks.linear import Linear, use_onednn_linear
 from t2i.networks.text_encoder import ENCODER_SETTINGS
 from t2i.networks.tokenizer import TextTokenizer, load_text_tokenizer
 
-CAPTION_LENGTH = 77  # tokens; the decoder attends to all of them, padding too
-UNUSED_TENSORS = ("transformer.embeddings.position_ids", "transformer.embeddings.token_type_ids")  # of older files
+CAPTION_LENGTH = 77  # tokens, which the decoder attends to with their padding
+UNUSED_TENSORS = ("transformer.embeddings.position_ids", "transformer.embeddings.token_type_ids")  # in older files
 
 
 class MultilingualCLIP(Encoder, ModelMixin):
-    """An XLM-RoBERTa with a projection and its tokenizer; the contract of `t2i.networks.text_encoder.TextEncoder`.
+    """An XLM-RoBERTa with a projection and its tokenizer; the contract is `t2i.networks.text_encoder.TextEncoder`'s.
 
     Args:
-        model: transformers' configuration of the XLM-RoBERTa, as far as `t2i.networks.text_encoder.ENCODER_SETTINGS`
-        name it.
+        model: transformers' configuration of the XLM-RoBERTa, limited to `t2i.networks.text_encoder.ENCODER_SETTINGS`.
         pooled_width: dimensions of the projection.
-        context_length: tokens of a caption, special ones and padding included; what is longer is cut.
+        context_length: tokens of a caption, special ones and padding included; longer captions are cut.
         fingerprint: of weights, vocabulary and context length; written on saving, checked on loading.
-        rounded: the weights went through a dtype that does not keep the fingerprint, such as bfloat16.
+        rounded: the weights went through a dtype that changes the fingerprint, such as bfloat16.
     """
 
     tokenizer: TextTokenizer
@@ -51,9 +50,8 @@ class MultilingualCLIP(Encoder, ModelMixin):
     ):
         super().__init__()
         if unknown := sorted(set(model) - ENCODER_SETTINGS):
-            raise InputError(
-                f"model has {unknown[0]!r:.80}; a text encoder's may have {', '.join(sorted(ENCODER_SETTINGS))}"
-            )
+            allowed = ", ".join(sorted(ENCODER_SETTINGS))
+            raise InputError(f"model has {unknown[0]!r:.80}; a text encoder's may have {allowed}")
         config = transformers.XLMRobertaConfig(**model, attn_implementation="sdpa")
         positions = config.max_position_embeddings - config.pad_token_id - 1
         check_integer(f"context_length of a text encoder with {positions} positions", context_length, 3, positions)
@@ -62,18 +60,16 @@ class MultilingualCLIP(Encoder, ModelMixin):
 
     @classmethod
     def from_component(cls, part: Component, tokenizer: Path, dtype: torch.dtype | None = None) -> Self:
-        """Of a public folder `text_encoder`, a Component with the stem "model", and the folder of its tokenizer.
+        """Load a public folder `text_encoder`, a Component with the stem "model", and the folder of its tokenizer.
 
-        Raises InputError, in one line, for one that is no whole MultilingualCLIP.
+        Raises InputError, in one line, if it is not a complete MultilingualCLIP.
         """
-        config = part.config
-        model = {key: value for key, value in config.items() if key in ENCODER_SETTINGS}
-        width, pooled = model.get("hidden_size", 768), config.get("numDims", 768)
-        if config.get("model_type") != "M-CLIP" or config.get("transformerDimensions", 1024) != width:
-            found = f"{config.get('model_type')!r:.80} of {config.get('transformerDimensions')!r:.80} dimensions"
-            raise InputError(
-                f"{str(part.folder)!r} is {found}; it must be M-CLIP of its transformer's hidden_size {width}"
-            )
+        model = {key: value for key, value in part.config.items() if key in ENCODER_SETTINGS}
+        width, pooled = model.get("hidden_size", 768), part.config.get("numDims", 768)
+        kind, dims = part.config.get("model_type"), part.config.get("transformerDimensions", 1024)
+        if kind != "M-CLIP" or dims != width:
+            expected = f"it must be M-CLIP with transformerDimensions {width}, its hidden_size"
+            raise InputError(f"{str(part.folder)!r} is {kind!r:.80} with {dims!r:.80}; {expected}")
         encoder = load_from_components(lambda: cls(model, pooled), {"": part}, dtype, unused=UNUSED_TENSORS)
         encoder.tokenizer = encoder.load_text_tokenizer(tokenizer)
         return encoder
@@ -87,7 +83,7 @@ class MultilingualCLIP(Encoder, ModelMixin):
         return load_text_tokenizer(folder, self.config.context_length, config.pad_token_id, config.vocab_size)
 
     def fingerprint(self) -> str:
-        """16 hexadecimal digits for weights, vocabulary and context length, the same in fp32 and fp16."""
+        """Return 16 hexadecimal digits for weights, vocabulary and context length, the same in fp32 and fp16."""
         return compute_weights_fingerprint(self, f"{self.config.context_length} {self.tokenizer.digest()}")
 
     @property
@@ -100,10 +96,10 @@ class MultilingualCLIP(Encoder, ModelMixin):
         return self.tokenizer.find_truncated_text(text)
 
     def encode(self, texts: list[str], device: torch.device | None = None) -> TokenStates:
-        """Captions -> a state a token, (B, 77, width), and the projected mean of those that are no padding, (B, D).
+        """Encode captions to a state per token, (B, 77, width), and a pooled vector, (B, D).
 
-        The mask is True everywhere: the decoder was trained to attend to the padding too. `device`: where the encoder
-        computes, if it is elsewhere now (offloading).
+        The mask is True everywhere: the decoder was trained to attend to the padding too. device: where the encoder
+        computes, if its weights are elsewhere now (offloading).
         """
         tokens, mask = (tensor.to(device or self.device) for tensor in self.tokenizer(texts))
         missing = (0, self.config.context_length - tokens.shape[1])
@@ -113,8 +109,11 @@ class MultilingualCLIP(Encoder, ModelMixin):
 
     @apply_forward_hook
     def encode_tokens(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, L) int64, (B, L) bool -> (B, L, width), (B, D)."""
+        """Encode tokens, (B, L), int64, to states, (B, L, width), and the projected mean of unpadded states, (B, D).
+
+        mask: (B, L), bool, False for padding.
+        """
         states = self.transformer(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
-        share = mask.to(states.dtype)[..., None]
-        mean = (states * share).sum(dim=1) / share.sum(dim=1)
+        weights = mask.to(states.dtype)[..., None]
+        mean = (states * weights).sum(dim=1) / weights.sum(dim=1)
         return states, self.LinearTransformation(mean)

@@ -1,7 +1,7 @@
-"""The CLIP towers of the public models, as transformers has them, behind the contract of `t2i.networks.clip.CLIP`.
+"""The CLIP towers of the public models: transformers' classes behind the contract of `t2i.networks.clip.CLIP`.
 
-A folder may hold one of the two: Karlo's text-to-image repository has no image encoder, Stable unCLIP's no text encoder
-that shares its space.
+A folder may lack one tower: Karlo's text-to-image repository has no image encoder, Stable unCLIP's has no text encoder
+of the same embedding space.
 """
 
 import inspect
@@ -39,28 +39,29 @@ TOWER_KINDS = {
     "clip_vision_model": (VISION_KEYS, transformers.CLIPVisionConfig),
 }
 ACTIVATIONS = ("quick_gelu", "gelu")
-HIGHEST_TOKEN = 2  # as eos_token_id: configurations of before 2023 mean the highest number by it
-POSITION_BUFFERS = (  # that old files hold
+HIGHEST_TOKEN = 2  # an eos_token_id of configurations before 2023, which stands for the highest token of a caption
+POSITION_BUFFERS = (  # in old files; current versions of transformers compute them
     "text_encoder.text_model.embeddings.position_ids",
     "image_encoder.vision_model.embeddings.position_ids",
 )
-CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # CLIP's
-MAX_IMAGE_SIDE = 4096  # of a picture that a vision tower sees
-RESAMPLING_MODES = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
+CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+MAX_IMAGE_SIDE = 4096  # pixels that a picture may be resized to
+RESAMPLING_MODES = {2: "bilinear", 3: "bicubic"}  # by PIL's numbers
 
 
 class TransformersCLIP(Encoder, ModelMixin):
-    """transformers' CLIPTextModelWithProjection, CLIPVisionModelWithProjection, or both.
+    """A text tower, a vision tower, or both, as transformers' CLIP...ModelWithProjection.
 
-    z_t and z_i are the projections as they are, not of unit length: so the public models were trained.
+    z_t and z_i are the raw projections, not of unit length, as the public priors and decoders were trained with.
 
     Args:
-        text, vision: the towers' configurations, as far as `TEXT_KEYS` and `VISION_KEYS` name them; None where there
-        is none.
-        preprocess: how pictures come to the vision tower, see `read_preprocess_config`.
+        text, vision: `TEXT_KEYS` and `VISION_KEYS` of the towers' configurations; None without that tower.
+        preprocess: steps from a picture to the vision tower, as `read_preprocess_config` returns them.
         context_length: tokens of a caption.
         fingerprint: of weights and preprocessing; written on saving, checked on loading.
-        rounded: the weights went through a dtype that does not keep the fingerprint, such as bfloat16.
+        rounded: the weights went through a dtype that changes the fingerprint, such as bfloat16.
+
+    Whatever needs a tower that is missing raises InputError.
     """
 
     hub_files = ["*.json", "*.txt", "*.safetensors"]
@@ -78,13 +79,24 @@ class TransformersCLIP(Encoder, ModelMixin):
         rounded: bool = False,
     ):
         super().__init__()
-        self.text_encoder: Any = None if text is None else use_onednn_linear(build_text_tower(text))
-        self.image_encoder: Any = None if vision is None else use_onednn_linear(build_vision_tower(vision))
+        # Build the towers
+        self.text_encoder: Any = None
+        self.image_encoder: Any = None
+        if text is not None:
+            # transformers would compare the default pad and start tokens, which nothing reads, with the vocabulary.
+            unused_tokens = {"bos_token_id": None, "pad_token_id": None}
+            settings = transformers.CLIPTextConfig(**text, **unused_tokens, attn_implementation="sdpa")
+            self.text_encoder = use_onednn_linear(transformers.CLIPTextModelWithProjection(settings))
+        if vision is not None:
+            settings = transformers.CLIPVisionConfig(**vision, attn_implementation="sdpa")
+            self.image_encoder = use_onednn_linear(transformers.CLIPVisionModelWithProjection(settings))
+
+        # Check that they fit each other
         if text is None and vision is None:
-            raise InputError("no text encoder and no image encoder in the folder; a CLIP is at least one of them")
+            raise InputError("no text encoder and no image encoder in the folder; a CLIP needs at least one of them")
         if text and vision and text["projection_dim"] != vision["projection_dim"]:
-            found = f"{text['projection_dim']} dimensions, the image encoder's {vision['projection_dim']}"
-            raise InputError(f"the text encoder's embeddings have {found}; they are not of one CLIP")
+            dims = f"{text['projection_dim']} dimensions, the image encoder's {vision['projection_dim']}"
+            raise InputError(f"the text encoder's embeddings have {dims}; they are not of one CLIP")
         if text:
             check_integer("context_length", context_length, 3, text["max_position_embeddings"])
         preprocess = build_default_preprocess(224) if preprocess is None else preprocess
@@ -101,45 +113,43 @@ class TransformersCLIP(Encoder, ModelMixin):
         dtype: torch.dtype | None = None,
         root: Path | None = None,
     ) -> "TransformersCLIP":
-        """The towers of a public pipeline.
+        """Load the towers of a public pipeline's folder.
 
-        tokenizer: the folder of the text tower's. processor: that of the image processor; without one, pictures are
-        made ready as CLIP's usually are. dtype: None is that of the files. root: the pipeline's folder,
-        if it is not that of the components.
+        Args:
+            text, vision: the towers. tokenizer: folder of the text tower's tokenizer, needed with it.
+            processor: folder of the image processor; without it, pictures are preprocessed as CLIP's usually are.
+            dtype: None is that of the files.
+            root: the pipeline's folder, which links may lead into; that of the components if None.
+
+        Raises InputError for files that are missing, damaged, or do not fit each other.
         """
-        parts = {
-            name: part for name, part in {"text_encoder.": text, "image_encoder.": vision}.items() if part is not None
-        }
         config: dict[str, Any] = {}
+        parts: dict[str, Component] = {}
         if text is not None:
-            config["text"] = read_tower_config(text, "clip_text_model")
+            parts["text_encoder."], config["text"] = text, read_tower_config(text, "clip_text_model")
             if tokenizer is None:
                 raise InputError(f"{str(text.folder.parent)!r} has a text encoder, but no tokenizer")
-            places, words = config["text"]["max_position_embeddings"], config["text"]["vocab_size"]
-            tokens = CLIPTokenizer.from_folder(tokenizer, places, words, root or text.root)
-            config["context_length"] = tokens.context_length
+            positions, vocab_size = config["text"]["max_position_embeddings"], config["text"]["vocab_size"]
+            loaded_tokenizer = CLIPTokenizer.from_folder(tokenizer, positions, vocab_size, root or text.root)
+            config["context_length"] = loaded_tokenizer.context_length
         if vision is not None:
-            config["vision"] = read_tower_config(vision, "clip_vision_model")
+            parts["image_encoder."], config["vision"] = vision, read_tower_config(vision, "clip_vision_model")
             side = config["vision"]["image_size"]
             config["preprocess"] = build_default_preprocess(side)
             if processor is not None:
                 config["preprocess"] = read_preprocess_config(processor, side, root or vision.root)
         if not parts:
-            return cls(**config)  # which refuses it
-        held = {prefix + name for prefix, part in parts.items() for name in part.tensor_specs}
-        unused = tuple(name for name in POSITION_BUFFERS if name in held)
-        clip = load_from_components(lambda: cls(**config), parts, dtype, unused=unused)
+            return cls(**config)  # raises InputError
+        clip = load_from_components(lambda: cls(**config), parts, dtype, unused=POSITION_BUFFERS)
         if text is not None:
-            clip.loaded_tokenizer = tokens
+            clip.loaded_tokenizer = loaded_tokenizer
             clip.check_end_token()
         return clip
 
     def load_tokenizer_folder(self, folder: Path, root: Path) -> None:
         if self.config.text is not None:
-            words = self.config.text["vocab_size"]
-            self.loaded_tokenizer = CLIPTokenizer.from_folder(
-                folder / "tokenizer", self.config.context_length, words, root
-            )
+            length, vocab_size = self.config.context_length, self.config.text["vocab_size"]
+            self.loaded_tokenizer = CLIPTokenizer.from_folder(folder / "tokenizer", length, vocab_size, root)
             self.check_end_token()
 
     def save_tokenizer(self, folder: Path) -> None:
@@ -147,7 +157,7 @@ class TransformersCLIP(Encoder, ModelMixin):
             self.tokenizer.save(folder / "tokenizer")
 
     def fingerprint(self) -> str:
-        """16 hexadecimal digits for these weights and this preprocessing, the same in fp32 and fp16."""
+        """Return 16 hexadecimal digits for weights and preprocessing, the same in fp32 and fp16."""
         return compute_tensors_fingerprint(self.state_dict(), json.dumps(self.config.preprocess, sort_keys=True))
 
     @property
@@ -166,27 +176,29 @@ class TransformersCLIP(Encoder, ModelMixin):
 
     @property
     def reads_captions(self) -> bool:
-        """Whether it has a text encoder."""
+        """True if there is a text encoder."""
         return self.text_encoder is not None
 
     @property
     def tokenizer(self) -> CLIPTokenizer:
         self.check_text_encoder()
-        assert self.loaded_tokenizer is not None, "set by what loads a text encoder"
+        assert self.loaded_tokenizer is not None, "it is loaded with the text encoder"
         return self.loaded_tokenizer
 
     @property
     def size(self) -> int:
-        """The side of the pictures that the vision tower sees."""
+        """Side of the pictures that the vision tower takes, in pixels."""
         self.check_image_encoder()
         return self.config.vision["image_size"]
 
     @property
     def resize_settings(self) -> dict[str, str]:
-        """How a picture comes to that size, as `t2i.networks.clip.CLIP` says it."""
+        """Resizing to `size`, with the keys of `t2i.networks.clip.CLIP.resize_settings`."""
         steps = self.config.preprocess
-        mode = "squash" if steps["crop"] is None else "shortest"
-        return {"interpolation": steps["resample"], "resize_mode": mode}
+        return {
+            "interpolation": steps["resample"],
+            "resize_mode": "squash" if steps["crop"] is None else "shortest",
+        }
 
     def check_text_encoder(self) -> None:
         if self.text_encoder is None:
@@ -197,33 +209,36 @@ class TransformersCLIP(Encoder, ModelMixin):
             raise InputError("no image encoder in the folder: this model cannot encode pictures, only captions")
 
     def check_end_token(self) -> None:
-        """Refuse a tokenizer that ends captions with another token than the text tower looks for."""
-        end, theirs = self.tokenizer.end, self.config.text["eos_token_id"]
-        if theirs == HIGHEST_TOKEN and end != max(self.tokenizer.vocab.values()) or theirs not in (HIGHEST_TOKEN, end):
-            wanted = "the highest" if theirs == HIGHEST_TOKEN else theirs
-            raise InputError(f"the tokenizer ends captions with token {end}, the text encoder looks for {wanted}")
+        """Refuse a tokenizer with another end token than the text tower's, whose state becomes z_t."""
+        end, expected = self.tokenizer.end, self.config.text["eos_token_id"]
+        if expected == HIGHEST_TOKEN:
+            highest = max(self.tokenizer.vocab.values())
+            if end != highest:
+                raise InputError(f"the tokenizer's end token is {end}, the text encoder takes the highest, {highest}")
+        elif end != expected:
+            raise InputError(f"the tokenizer's end token is {end}, the text encoder takes {expected}")
 
     def forward(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, TextEncoding]:
-        """z_i, (B, D), and what is said of captions: both towers."""
+        """Encode pictures and captions: z_i, (B, D), and a TextEncoding."""
         return self.encode_image(image), self.encode_tokens(tokens)
 
     @apply_forward_hook
     def encode_image(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, D), of any length: z_i. Raises InputError without an image encoder."""
+        """Encode pictures, (B, 3, H, W) in [-1, 1], to z_i, (B, D), of any length."""
         self.check_image_encoder()
         return self.image_encoder(pixel_values=self.preprocess(image)).image_embeds
 
     @apply_forward_hook
     def encode_zero_image(self) -> Tensor:
-        """(1, D): the embedding of pixel values of zero, which Kandinsky's decoders take for no picture at all."""
+        """Return the embedding of pixel values of zero, (1, D): "no picture" for Kandinsky's decoders."""
         self.check_image_encoder()
         zeros = torch.zeros(1, 3, self.size, self.size, device=self.device, dtype=self.dtype)
         return self.image_encoder(pixel_values=zeros).image_embeds
 
     def preprocess(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, 3, size, size), as CLIPImageProcessor makes pictures ready.
+        """Preprocess pictures, (B, 3, H, W) in [-1, 1], to (B, 3, size, size), as CLIPImageProcessor does.
 
-        Like there, a resized picture is rounded to 8 bits; not one that is to have a gradient.
+        A resized picture is rounded to 8 bits as there, unless it requires a gradient.
         """
         self.check_image_encoder()
         steps, image = self.config.preprocess, (image.float() + 1) / 2
@@ -244,51 +259,37 @@ class TransformersCLIP(Encoder, ModelMixin):
 
     @apply_forward_hook
     def encode_tokens(self, tokens: Tensor) -> TextEncoding:
-        """(B, context_length), int64 -> z_t, of any length, and a state per token.
-
-        Causal: what comes after the end of a caption changes nothing before it, so the batch is trimmed first.
-        """
+        """Encode tokens, (B, context_length), int64, to z_t of any length and a state per token."""
         self.check_text_encoder()
+        # The tower is causal, so tokens after the end of the longest caption change nothing before it.
         end = (tokens == self.tokenizer.end).int().argmax(dim=-1)
         length = int(end.max()) + 1
-        found = self.text_encoder(input_ids=tokens[:, :length])
+        output = self.text_encoder(input_ids=tokens[:, :length])
         mask = torch.arange(length, device=tokens.device) <= end[:, None]
-        return TextEncoding(found.text_embeds, found.last_hidden_state, mask)
+        return TextEncoding(output.text_embeds, output.last_hidden_state, mask)
 
 
 def crop_image_center(image: Tensor, side: int) -> Tensor:
-    """(..., H, W) -> (..., side, side); what is left over is rounded down above and to the left, where torchvision's
-    rounds. A smaller picture gets a black frame."""
+    """Crop pictures, (..., H, W), to the middle, (..., side, side); a smaller picture gets a black frame."""
+    # An odd remainder is rounded down above and to the left, as in transformers; torchvision rounds it.
     above, left = ((length - side) // 2 if length >= side else -((side - length) // 2) for length in image.shape[-2:])
     below, right = (image.shape[-2] - side - above, image.shape[-1] - side - left)
     return F.pad(image, (-left, -right, -above, -below))
 
 
-def build_text_tower(config: dict[str, Any]) -> torch.nn.Module:
-    # Its own padding and start are not read, and would be compared with the vocabulary's size.
-    ours = {"bos_token_id": None, "pad_token_id": None, "attn_implementation": "sdpa"}
-    settings = transformers.CLIPTextConfig(**config, **ours)
-    return transformers.CLIPTextModelWithProjection(settings)
-
-
-def build_vision_tower(config: dict[str, Any]) -> torch.nn.Module:
-    settings = transformers.CLIPVisionConfig(**config, attn_implementation="sdpa")
-    return transformers.CLIPVisionModelWithProjection(settings)
-
-
 def read_tower_config(part: Component, kind: str) -> dict[str, Any]:
-    """Of a tower's configuration what decides its arithmetic, with the library's defaults written out."""
-    if (found := part.config.get("model_type", kind)) != kind:
-        raise InputError(f"{str(part.folder)!r} holds a {found!r:.80}; it must be a {kind}")
-    names, model = TOWER_KINDS[kind]
-    usual = inspect.signature(model).parameters
-    settings = {key: part.config.get(key, usual[key].default) for key in names}
+    """Return the keys of a tower's configuration that decide its arithmetic, defaults included."""
+    where = f"in {str(part.folder)!r}"
+    check_choice(f"model_type {where}", part.config.get("model_type", kind), (kind,))
+    keys, config_class = TOWER_KINDS[kind]
+    defaults = inspect.signature(config_class).parameters
+    settings = {key: part.config.get(key, defaults[key].default) for key in keys}
     if settings.get("eos_token_id", 0) is None:
         settings["eos_token_id"] = HIGHEST_TOKEN
-    wrong = [key for key in names if key not in ("hidden_act", "layer_norm_eps") and type(settings[key]) is not int]
-    if wrong:
-        raise InputError(f"{str(part.folder)!r} has {wrong[0]} = {settings[wrong[0]]!r:.80}; it must be a whole number")
-    check_choice(f"hidden_act in {str(part.folder)!r}", settings["hidden_act"], ACTIVATIONS)
+    for key in keys:
+        if key not in ("hidden_act", "layer_norm_eps"):
+            check_integer(f"{key} {where}", settings[key], 0, 10**9)
+    check_choice(f"hidden_act {where}", settings["hidden_act"], ACTIVATIONS)
     return settings
 
 
@@ -297,41 +298,43 @@ def build_default_preprocess(side: int) -> dict[str, Any]:
 
 
 def read_preprocess_config(folder: Path, side: int, root: Path | None = None) -> dict[str, Any]:
-    """What a CLIPImageProcessor's preprocessor_config.json says, for a vision tower that sees `side` x `side` pixels.
+    """Return the preprocessing in a CLIPImageProcessor's folder, for a vision tower of `side` x `side` pixels.
 
-    resize: [the shorter side] or [height, width]; None is not at all. crop: the side that is cut out of the middle, or
-    None. resample: "bicubic" or "bilinear". mean, std: of pictures in [0, 1]. root: the pipeline's folder.
-    Raises InputError for what CLIP's image processors do not do.
+    Keys of the result: resize: [the shorter side], [height, width] or None. crop: the side of the square that is cut
+    out of the middle, or None. resample: "bicubic" or "bilinear". mean, std: for pictures in [0, 1].
+
+    root: the pipeline's folder, which links may lead into. Raises InputError for steps that CLIP's image processors do
+    not have.
     """
     check_folder_files(folder, root)
     path = folder / "preprocessor_config.json"
     config = read_config(path)
+
+    # The result must have the tower's size
     resizes, crops = config.get("do_resize", True), config.get("do_center_crop", True)
     size, crop = parse_image_size(config.get("size", side)), parse_image_size(config.get("crop_size", side))
-    left = crop if crops else size if resizes and len(size) == 2 else []  # what is sure of the picture's sides
-    if not left or set(left) != {side} or not all(type(one) is int and 0 < one <= MAX_IMAGE_SIDE for one in size):
-        raise InputError(f"{str(path)!r} makes pictures of size {size}, crop {crop}; the image encoder sees {side}")
-    normalizes, factor = config.get("do_normalize", True), config.get("rescale_factor", 1 / 255)
-    mean, std = (
-        (config.get("image_mean", CLIP_MEAN), config.get("image_std", CLIP_STD))
-        if normalizes
-        else ([0.0] * 3, [1.0] * 3)
-    )
+    final = crop if crops else size if resizes and len(size) == 2 else []  # sides that are the same for every picture
+    valid = all(type(length) is int and 0 < length <= MAX_IMAGE_SIDE for length in size)
+    if set(final) != {side} or not valid:
+        raise InputError(f"{str(path)!r} makes pictures of size {size}, crop {crop}; the image encoder takes {side}")
+
+    # Values: resampled, divided by 255, normalised
+    mean, std = [0.0] * 3, [1.0] * 3
+    if config.get("do_normalize", True):
+        mean, std = config.get("image_mean", CLIP_MEAN), config.get("image_std", CLIP_STD)
     numbers = [*mean, *std] if isinstance(mean, list) and isinstance(std, list) else []
-    sound = len(numbers) == 6 and all(isinstance(one, int | float) for one in numbers) and 0 not in numbers[3:]
-    resample = RESAMPLING_MODES.get(config.get("resample", 3))
-    scaled = (
-        config.get("do_rescale", True) and isinstance(factor, float) and math.isclose(factor, 1 / 255, rel_tol=1e-4)
-    )
-    if not sound or resample is None or not scaled:
-        wanted = "bicubic or bilinear, values / 255, then three means and deviations"
-        raise InputError(f"{str(path)!r} asks for other steps than CLIP's: {wanted}")
-    resize = size if resizes else None
-    return {"resize": resize, "crop": side if crops else None, "resample": resample, "mean": mean, "std": std}
+    valid = len(numbers) == 6 and all(isinstance(value, int | float) for value in numbers) and 0 not in numbers[3:]
+    factor, resample = config.get("rescale_factor", 1 / 255), RESAMPLING_MODES.get(config.get("resample", 3))
+    rescales = config.get("do_rescale", True) and isinstance(factor, float)
+    if not valid or resample is None or not rescales or not math.isclose(factor, 1 / 255, rel_tol=1e-4):
+        expected = "bicubic or bilinear, values / 255, then three means and deviations"
+        raise InputError(f"{str(path)!r} has other steps than CLIP's: {expected}")
+    resize_to, crop_to = size if resizes else None, side if crops else None
+    return {"resize": resize_to, "crop": crop_to, "resample": resample, "mean": mean, "std": std}
 
 
 def parse_image_size(size: Any) -> list[Any]:
-    """A size of an image processor: [the shorter side] or [height, width]."""
+    """Return a size of an image processor as [the shorter side] or [height, width]."""
     if isinstance(size, dict):
         return [size["shortest_edge"]] if "shortest_edge" in size else [size.get("height"), size.get("width")]
     return [size]
