@@ -11,8 +11,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from t2i.checks import check_choice, check_range
 from t2i.errors import InputError
+from t2i.shipped import find_shipped_folder
 
-CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
+CONFIG_FOLDER = find_shipped_folder("configs")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 Config = TypeVar("Config")
@@ -88,12 +89,15 @@ class TrainConfig:
 def load_config(config_class: type[Config], stage: str, arguments: list[str]) -> Config:
     """Read `[FILE.yaml] [key=value ...]`, later values winning, into a `config_class`.
 
-    Without a file: `configs/emoji/{stage}.yaml`. Raises InputError for a key that does not exist, a value of the wrong
+    Without a file: `configs/emoji/{stage}.yaml`. A path below `configs/` that does not exist is that of a shipped file.
+    Raises InputError for a key that does not exist, a value of the wrong
     type or out of range, or one that is required and missing.
     """
     arguments = list(arguments)
     has_file = bool(arguments) and "=" not in arguments[0]
     path = Path(arguments.pop(0)) if has_file else CONFIG_FOLDER / "emoji" / f"{stage}.yaml"
+    if not path.is_file() and path.parts[:1] == ("configs",):  # a shipped one, from outside a checkout
+        path = CONFIG_FOLDER.joinpath(*path.parts[1:])
     if not path.is_file():
         raise InputError(f"no configuration file {str(path)!r}; give one, such as configs/emoji/{stage}.yaml")
     for argument in arguments:

@@ -5,9 +5,10 @@ import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-SHIPPED_MODEL = Path(__file__).resolve().parents[2] / "models" / "emoji"
+from t2i.shipped import find_shipped_folder
+
+SHIPPED_MODEL = find_shipped_folder("models") / "emoji"
 
 
 @contextmanager
