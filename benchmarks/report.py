@@ -1,4 +1,4 @@
-"""Print and store the rows of a benchmark, and write the tables of docs/speed.md: `python -m benchmarks.report`."""
+"""Print and store the rows of a benchmark, and write the tables of the page on speed: `python -m benchmarks.report`."""
 
 import argparse
 import json
@@ -19,7 +19,7 @@ from t2i.errors import InputError
 from t2i.runtime.devices import can_compute_bf16
 
 RESULTS = Path(__file__).parent / "results"
-PAGE = Path(__file__).parent.parent / "docs" / "speed.md"
+PAGE = Path(__file__).parent.parent / "docs" / "explanation" / "speed.md"
 BEGIN, END = "<!-- python -m benchmarks.report writes from here on -->", "<!-- to here -->"
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "dalle2-pytorch", "numpy")
 COLUMNS = (

@@ -1,4 +1,4 @@
-"""Each cell of the table in docs/public-models.md, on tiny models in the public layouts."""
+"""Each cell of the table in docs/reference/public-models.md, on tiny models in the public layouts."""
 
 import copy
 import functools
@@ -45,7 +45,7 @@ from tests.helpers.karlo_folders import karlo, karlo_variations
 from tests.helpers.public_folders import save_eclipse_prior, session_folder
 from tests.helpers.stable_unclip_folders import stable_unclip_images, stable_unclip_small
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "public-models.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "public-models.md"
 ROUNDING = 2e-5  # kernels round as tensors lie in memory, which differs between files
 STEPS = {"num_inference_steps": 2}
 BOTH = STEPS | {"prior_num_inference_steps": 2}

@@ -1,0 +1,80 @@
+"""The documents: links lead somewhere, commands parse, named files and modules exist, and the size stays readable."""
+
+import importlib
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from t2i.cli import app
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted(
+    ROOT / line
+    for line in subprocess.run(
+        ["git", "ls-files", "*.md", "docs/**/*.md"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+)
+DOCS = [page for page in PAGES if page.is_relative_to(ROOT / "docs")]
+HISTORY = ROOT / "CHANGELOG.md"  # names modules and files of before
+BEFORE = ROOT / "docs/explanation/before-and-after.md"
+
+
+def name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def test_the_readme_has_at_most_150_lines():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_the_documents_have_at_most_15_000_words():
+    assert sum(len(page.read_text().split()) for page in DOCS) <= 15_000
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_and_pictures_exist(page):
+    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text())
+    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in (HISTORY, BEFORE)], ids=name)
+def test_named_files_and_modules_exist(page):
+    text = page.read_text()
+    for path in re.findall(r"`((?:t2i|pipelines|training|tests|benchmarks|configs|docs)/[\w./-]+\.\w+)`", text):
+        assert (ROOT / path).exists(), path
+    for dotted in re.findall(r"\bt2i(?:\.[a-z_]\w*)+(?:\.[A-Z]\w*)?", text):
+        parts = dotted.split(".")
+        modules = [".".join(parts[:end]) for end in (len(parts), len(parts) - 1) if end]
+        assert any(resolves(module, dotted) for module in modules), dotted
+
+
+def resolves(module: str, dotted: str) -> bool:
+    try:
+        found = importlib.import_module(module)
+    except ImportError:
+        return False
+    rest = dotted[len(module) :].lstrip(".")
+    return not rest or hasattr(found, rest)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The `t2i ...` lines of a page's code blocks, without what a shell adds."""
+    blocks = re.findall(r"```bash\n(.*?)```|((?:^    .*\n)+)", page.read_text(), re.DOTALL | re.MULTILINE)
+    lines = "".join(one or other for one, other in blocks).replace("\\\n", " ").splitlines()
+    words = (line.strip().removeprefix("$ ") for line in lines)
+    return [shlex.split(line, comments=True) for line in words if re.match(r"(\.venv/bin/)?t2i ", line)]
+
+
+@pytest.mark.parametrize("page", DOCS, ids=name)
+def test_commands_parse(page):
+    for _, *words in commands(page):
+        if "…" in words or "..." in words:
+            continue
+        command, arguments = get_command(app), list(words)
+        while hasattr(command, "commands"):
+            command = command.commands[arguments.pop(0)]
+        command.make_context("t2i", arguments)
