@@ -212,7 +212,7 @@ def test_memory_that_is_not_told_is_no_row(monkeypatch: pytest.MonkeyPatch, caps
 
 
 def test_the_gallery_draws_every_picture_of_its_page() -> None:
-    docs = report.PAGE.parent
+    docs = report.PAGE.parents[1]
     spec = importlib.util.spec_from_file_location("gallery", docs / "gallery.py")
     assert spec is not None and spec.loader is not None
     gallery = importlib.util.module_from_spec(spec)
