@@ -20,7 +20,7 @@ from t2i.pipelines.jobs.assemble import assemble_pipeline
 from t2i.config import load_config
 from t2i.data.cache import read_json
 from t2i.data.freshness import find_changes
-from t2i.data.manifest import Manifest, find_manifest
+from t2i.data.manifest import find_manifest, open_manifest
 from t2i.data.report import sanitize_text
 from t2i.errors import RESUMABLE_STATUS, InputError, RunError
 from t2i.files.atomic import compute_file_sha256, create_folder_atomically, write_json_file
@@ -105,7 +105,7 @@ class Run:
     def check_data_manifest(self) -> None:
         """Refuse data without a manifest; and, before anything is trained, with one that is out of date."""
         for path in sorted({step.config.data.path for step in self.steps}):
-            Manifest(path)
+            open_manifest(path)
             if found := find_changes(path):
                 what = f"{path!r} is not what was checked: {found}"
                 if not any(step.output.exists() for step in self.steps):
@@ -122,7 +122,7 @@ class Run:
 
     def read_example_caption(self) -> str:
         """A caption of the data."""
-        return sanitize_text(next(Manifest(self["prior"].data.path).iterate_rows("captions"))["captions"][0])
+        return sanitize_text(next(open_manifest(self["prior"].data.path).iterate_rows("captions"))["captions"][0])
 
 
 def read_stage(folder: Path, name: str) -> RunStage:

@@ -32,9 +32,8 @@ from tqdm import tqdm
 
 from t2i.checks import check_choice, check_multiple_of, check_range
 from t2i.config import DataConfig, TrainConfig
-from t2i.data import CaptionedPictures
+from t2i.data import CaptionedPictures, open_datasets
 from t2i.data.cache import (
-    SPLITS,
     AutoencoderFacts,
     CachedPairs,
     ClipFacts,
@@ -50,7 +49,6 @@ from t2i.data.cache import (
     write_shard,
 )
 from t2i.data.dataset import shorten_worker_errors
-from t2i.data.manifest import read_splits
 from t2i.diffusion.condition import TextEncoding, TokenStates
 from t2i.errors import InputError
 from t2i.files.atomic import check_writable_folder, create_file_atomically, write_json_file
@@ -110,7 +108,7 @@ class CacheShard:
 def main(config: Config) -> None:
     folder = Path(config.output)
     check_writable_folder(folder)
-    datasets = open_split_datasets(config.data)
+    datasets = open_datasets(config.data)
     clip, autoencoder, text_encoder = None, None, None
     facts: dict[str, ClipFacts | AutoencoderFacts | TextEncoderFacts | None] = {"clip": None, "autoencoder": None}
     if config.clip is not None:
@@ -172,12 +170,6 @@ def count_max_captions(dataset: CaptionedPictures) -> int:
     return max(
         len(row["captions"]) + len(row["keywords"]) for row in dataset.manifest.iterate_rows("captions", "keywords")
     )
-
-
-def open_split_datasets(config: DataConfig) -> dict[str, CaptionedPictures]:
-    """The data set of each split that has pictures."""
-    there = {*read_splits(config.path), "train"}
-    return {split: CaptionedPictures(config, split) for split in SPLITS if split in there}
 
 
 def divide_split(split: str, count: int, size: int) -> list[CacheShard]:

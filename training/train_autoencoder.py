@@ -19,7 +19,7 @@ from torch import Tensor
 
 from t2i.checks import check_multiple_of, check_range
 from t2i.config import DataConfig, TrainConfig, build_or_explain
-from t2i.data import Batch, CaptionedPictures, build_held_out_dataset
+from t2i.data import Batch, open_datasets
 from t2i.errors import InputError
 from t2i.files.fingerprints import compute_weights_fingerprint
 from t2i.files.model_folder import save_model_folder
@@ -116,7 +116,8 @@ class ReconstructionLoss:
 
 
 def main(config: Config) -> None:
-    dataset, held_out = CaptionedPictures(config.data), build_held_out_dataset(config.data)
+    datasets = open_datasets(config.data)
+    dataset, held_out = datasets["train"], datasets.get("held_out")
     accelerator = build_accelerator(config.train)
     made_from = {"data": dataset.compute_digest()}
     if config.init is None:

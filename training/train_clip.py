@@ -19,7 +19,7 @@ from t2i.training.common.preview import SampleConfig, draw_clip_preview, read_fi
 
 from t2i.checks import check_integer, check_required_keys
 from t2i.config import DataConfig, TrainConfig, build_or_explain
-from t2i.data import Batch, CaptionedPictures, build_held_out_dataset
+from t2i.data import Batch, open_datasets
 from t2i.errors import InputError
 from t2i.files.fingerprints import compute_weights_fingerprint
 from t2i.files.model_folder import save_model_folder
@@ -58,7 +58,8 @@ class Config:
 
 
 def main(config: Config) -> None:
-    dataset, held_out = CaptionedPictures(config.data), build_held_out_dataset(config.data)
+    datasets = open_datasets(config.data)
+    dataset, held_out = datasets["train"], datasets.get("held_out")
     accelerator = build_accelerator(config.train)
     if accelerator.distributed_type == DistributedType.FSDP:  # which cannot split one number, the scale of the logits
         raise InputError("CLIP does not train under FSDP; use several whole copies, configs/accelerate/gpus.yaml")

@@ -22,9 +22,10 @@ from torch import Generator, Tensor
 
 from t2i.checks import check_multiple_of, check_range
 from t2i.config import DataConfig, TrainConfig, build_or_explain
-from t2i.data import Batch, CaptionedPictures, build_held_out_dataset
+from t2i.data import Batch, CaptionedPictures, open_datasets
 from t2i.data.cache import CachedPairs
 from t2i.data.dataset import SampleIndex
+from t2i.data.manifest import Manifest
 from t2i.diffusion.loss import check_loss_weighting, compute_loss_weight, compute_weighted_mse, predict_noised_batch
 from t2i.diffusion.process import build_noise_scheduler
 from t2i.errors import InputError
@@ -72,8 +73,8 @@ class Config:
 class RandomCrops(CaptionedPictures):
     """Random squares of the pictures, a function of the seed and the position in the data; with z_i, if given."""
 
-    def __init__(self, config: Config, split: str = "train"):
-        super().__init__(config.data, split)
+    def __init__(self, config: Config, split: str = "train", manifest: Manifest | None = None):
+        super().__init__(config.data, split, manifest)
         self.crop_size, self.embeddings = config.crop_size, None
         if config.cache is not None:
             self.embeddings = CachedPairs(config.cache, split, latents=False, text=False)
@@ -98,8 +99,9 @@ class RandomCrops(CaptionedPictures):
 
 
 def main(config: Config) -> None:
-    dataset = RandomCrops(config)
-    held_out = None if build_held_out_dataset(config.data) is None else RandomCrops(config, "held_out")
+    datasets = open_datasets(config.data)
+    crops = {split: RandomCrops(config, split, pictures.manifest) for split, pictures in datasets.items()}
+    dataset, held_out = crops["train"], crops.get("held_out")
     accelerator = build_accelerator(config.train)
     scheduler = build_noise_scheduler(config.scheduler)
     made_from = {"data": dataset.compute_digest()}
@@ -126,7 +128,7 @@ def main(config: Config) -> None:
 
     preview = None
     count = config.sample.count if config.train.sample_every else 0
-    if records := read_fixed_records(build_held_out_dataset(config.data) or CaptionedPictures(config.data), count):
+    if records := read_fixed_records(datasets.get("held_out", datasets["train"]), count):
         preview = partial(draw_upsampler_preview, pictures=records.image, scheduler=scheduler, config=config.sample)
     workers = config.data.num_workers
     stage = Stage(upsampler, loss, dataset, export, made_from, asdict(config), workers, held_out, preview)

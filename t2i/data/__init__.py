@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from t2i.data.dataset import Batch, CaptionedPictures, Record, build_held_out_dataset, iterate_batches
+    from t2i.data.dataset import Batch, CaptionedPictures, Record, iterate_batches, open_datasets
     from t2i.data.pictures import open_image, to_tensor
 
 __all__ = [
@@ -12,7 +12,7 @@ __all__ = [
     "CaptionedPictures",
     "Record",
     "iterate_batches",
-    "build_held_out_dataset",
+    "open_datasets",
     "open_image",
     "to_tensor",
 ]

@@ -43,7 +43,6 @@ from t2i.files.atomic import compute_file_sha256, create_file_atomically, write_
 from t2i.files.model_folder import load_or_explain
 
 CACHE_FORMAT = 1
-SPLITS = ("train", "held_out")
 
 
 @dataclass(frozen=True)

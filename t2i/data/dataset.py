@@ -1,4 +1,4 @@
-"""Captioned pictures for training: what a manifest lists, in an order that is a function of the seed."""
+"""Data sets of captioned pictures, and batches of them in an order that is a function of the seed."""
 
 import hashlib
 import json
@@ -17,20 +17,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from t2i.config import DataConfig
-from t2i.data.manifest import Manifest, read_splits
+from t2i.data.manifest import Manifest, open_manifest, open_manifests
 from t2i.data.pictures import decode_image, silence_pillow, to_tensor
 from t2i.data.reasons import RejectedSample
 from t2i.diffusion.condition import TextEncoding, TokenStates
 from t2i.errors import InputError
 
-MAX_READ_ATTEMPTS = 100  # pictures in a row that cannot be read, after which it is the disk's fault
+MAX_READ_ATTEMPTS = 100  # so many unreadable pictures in a row mean that the disk or the folder is at fault
 
-SampleIndex = tuple[int, int]  # index of a record, and the draw that chooses among its captions
+SampleIndex = tuple[int, int]  # index of a sample, and the draw that chooses among its captions
 
 
 @dataclass(frozen=True)
 class Record:
-    """A sample, for people and for evaluation."""
+    """A sample without its picture."""
 
     index: int
     key: str
@@ -40,7 +40,10 @@ class Record:
 
 
 def vary_caption(captions: list[str], keywords: list[str], rng: random.Random) -> str:
-    """A caption for one use in training: one, one with some keywords, or keywords; an article now and then."""
+    """Choose a caption for one use in training: a caption, one with keywords, or keywords alone.
+
+    A caption with keywords or of keywords gets an article in a fifth of the cases.
+    """
     text = captions[0] if len(captions) == 1 else rng.choice(captions)
     if not keywords:
         return text
@@ -59,17 +62,17 @@ def vary_caption(captions: list[str], keywords: list[str], rng: random.Random) -
 
 @dataclass
 class Batch:
-    """What a training step gets: captions and pictures, or what was computed from them before."""
+    """Input of a training step: captions and pictures, or their encodings from a cache."""
 
-    index: Tensor  # (B,), int64: which records
+    index: Tensor  # (B,), int64: which samples
     captions: list[str] = field(default_factory=list)
     image: Tensor | None = None  # (B, 3, H, W), float32 in [-1, 1]
     image_embeds: Tensor | None = None  # (B, D), unit length: z_i
     latents: Tensor | None = None  # (B, C, h, w), unit variance
     text: TextEncoding | None = None
-    labels: Tensor | None = None  # (B,), int64: which class, for classifiers
+    labels: Tensor | None = None  # (B,), int64: the class, for classifiers
     tokens: TokenStates | None = None  # of a decoder's own text encoder
-    rejected: list[tuple[str, str]] = field(default_factory=list)  # (key, reason): read in vain, another stands for it
+    rejected: list[tuple[str, str]] = field(default_factory=list)  # (key, reason) of pictures that were replaced
 
     def to(self, device: torch.device) -> "Batch":
         tensors = {name: getattr(self, name) for name in ("image", "image_embeds", "latents", "labels")}
@@ -82,30 +85,31 @@ class Batch:
 class CaptionedPictures(Dataset):
     """The samples of a split of a manifest. Indexed by (index, draw): `draw` chooses the caption's variation."""
 
-    def __init__(self, config: DataConfig, split: str | None = "train"):
-        self.manifest = Manifest(config.path, split)
+    def __init__(self, config: DataConfig, split: str | None = "train", manifest: Manifest | None = None):
+        """`split` None: all samples. `manifest`: that of the split, where it is open already."""
+        self.manifest = open_manifest(config.path, split) if manifest is None else manifest
         self.size = config.image_size
-        self.reads_images = True  # False: captions alone, where something computed before stands for the pictures
+        self.reads_images = True  # False: batches have captions alone, for pictures that a cache encoded before
 
     def __len__(self) -> int:
         return len(self.manifest)
 
     def __getitems__(self, keys: list[SampleIndex]) -> Batch:
-        """The batch of these samples; what a DataLoader calls.
+        """Return the batch of these samples; a DataLoader calls this.
 
-        In the place of one whose picture is gone or changed stands the next that is as it was, and `rejected` says so.
-        Raises InputError if a hundred in a row are bad, or all.
+        A picture that is gone or has changed is replaced by the next readable sample, and `rejected` lists it. Raises
+        InputError if a hundred in a row, or all, cannot be read.
         """
         if not self.reads_images:
             return Batch(torch.tensor([index for index, _ in keys]), [self.get_caption(*key) for key in keys])
         rejected: list[tuple[str, str]] = []
-        found = [self.read_next_image(index, rejected) for index, _ in keys]
-        captions = [self.get_caption(index, draw) for (index, _), (_, draw) in zip(found, keys)]
-        image = torch.stack([picture for _, picture in found])
-        return Batch(torch.tensor([index for index, _ in found]), captions, image, rejected=rejected)
+        samples = [self.read_next_image(index, rejected) for index, _ in keys]
+        captions = [self.get_caption(index, draw) for (index, _), (_, draw) in zip(samples, keys)]
+        image = torch.stack([picture for _, picture in samples])
+        return Batch(torch.tensor([index for index, _ in samples]), captions, image, rejected=rejected)
 
     def read_next_image(self, index: int, rejected: list[tuple[str, str]]) -> tuple[int, Tensor]:
-        """The first sample from `index` on that can be read, and its picture; the others are added to `rejected`."""
+        """Return the first readable sample from `index` on and its picture; add those before it to `rejected`."""
         tries = min(MAX_READ_ATTEMPTS, len(self))
         for i in (number % len(self) for number in range(index, index + tries)):
             try:
@@ -117,62 +121,63 @@ class CaptionedPictures(Dataset):
         raise InputError(f"{tries} pictures in a row cannot be read ({reasons}), the first is {rejected[-tries][0]!r}")
 
     def read_image(self, index: int) -> Tensor:
-        """(3, H, W). Raises RejectedSample."""
+        """Return a picture, (3, H, W), float32 in [-1, 1]. Raises RejectedSample."""
         data = self.manifest.read_image(index)
         with silence_pillow():
             return to_tensor(decode_image(data), self.size)
 
     def load_image(self, index: int) -> Tensor:
-        """(3, H, W). Raises InputError with the sample's key."""
+        """Return a picture, (3, H, W), float32 in [-1, 1]. Raises InputError with the sample's key."""
         try:
             return self.read_image(index)
         except RejectedSample as error:
-            raise InputError(f"{self.sample_key(index)!r}: {error}; `t2i data check` again leaves it out") from error
+            raise InputError(f"{self.sample_key(index)!r}: {error}; another `t2i data check` leaves it out") from error
 
     def get_caption(self, index: int, draw: int) -> str:
-        captions, keywords = (self.manifest.get_value(column, index) for column in ("captions", "keywords"))
+        captions, keywords = self.manifest.get_values(index, "captions", "keywords")
         return vary_caption(captions, keywords, random.Random(draw))
 
     def sample_key(self, index: int) -> str:
-        """The name of a sample, for people."""
-        return self.manifest.get_value("key", index)
+        """Return the name of a sample."""
+        return self.manifest.get_values(index, "key")[0]
 
     def get_record(self, index: int) -> Record:
-        key, captions, keywords, split = (
-            self.manifest.get_value(column, index) for column in ("key", "captions", "keywords", "split")
-        )
+        key, captions, keywords, split = self.manifest.get_values(index, "key", "captions", "keywords", "split")
         return Record(index, key, captions[0], keywords, split)
 
     def iterate_texts(self) -> Iterator[str]:
-        """All words of each sample, to train a tokenizer on."""
-        return (
-            " ".join([*row["captions"], *row["keywords"]]) for row in self.manifest.iterate_rows("captions", "keywords")
-        )
+        """Yield all words of each sample as one text, to train a tokenizer on."""
+        for row in self.manifest.iterate_rows("captions", "keywords"):
+            yield " ".join([*row["captions"], *row["keywords"]])
 
     def compute_digest(self) -> str:
-        """16 hexadecimal digits for the pictures, captions and keywords, and their order; not for where they lie."""
+        """Return 16 hexadecimal digits of the pictures, captions, keywords and their order, not of their places."""
         hasher = hashlib.sha256()
         for row in self.manifest.iterate_rows("sha256", "captions", "keywords"):
             hasher.update(json.dumps([row["sha256"].hex(), row["captions"], row["keywords"]]).encode())
         return hasher.hexdigest()[:16]
 
     def iterate_images(self, count: int, batch_size: int) -> Iterator[Tensor]:
-        """At most `count` pictures from all over the data, (B, 3, H, W) at a time."""
+        """Yield at most `count` pictures, evenly spread over the data, (B, 3, H, W) at a time."""
         chosen = range(0, len(self), -(-len(self) // count))
         for start in range(0, len(chosen), batch_size):
             yield torch.stack([self.read_next_image(i, [])[1] for i in chosen[start : start + batch_size]])
 
 
-def build_held_out_dataset(config: DataConfig) -> CaptionedPictures | None:
-    """What the manifest holds out, to validate with; None where it holds out nothing."""
-    return CaptionedPictures(config, "held_out") if "held_out" in read_splits(config.path) else None
+def open_datasets(config: DataConfig) -> dict[str, CaptionedPictures]:
+    """Open the data set of every split that has pictures: "train", and "held_out" if there is one.
+
+    The manifest is read once. Raises InputError if there is none, or nothing to train on.
+    """
+    manifests = open_manifests(config.path)
+    return {str(split): CaptionedPictures(config, split, manifest) for split, manifest in manifests.items()}
 
 
 class EndlessBatchSampler(Sampler[list[SampleIndex]]):
     """Endless batches in an order that is a function of the seed: pass after pass, each shuffled anew.
 
-    The position in the data is one integer, the number of pictures that all processes have used; every process takes
-    its share of each global batch. A pass may end in the middle of a batch, so no picture is ever left out.
+    The position in the data is one integer, the number of pictures that all processes have used. Every process takes
+    its part of each global batch. A pass may end in the middle of a batch, so no picture is ever left out.
     """
 
     def __init__(self, size: int, batch_size: int, seed: int, position: int = 0, rank: int = 0, world: int = 1):
@@ -186,18 +191,19 @@ class EndlessBatchSampler(Sampler[list[SampleIndex]]):
             for position in range(start + self.rank, start + self.batch_size * self.world_size, self.world_size):
                 if position // self.size != epoch:
                     epoch = position // self.size
-                    order = torch.randperm(
-                        self.size, generator=torch.Generator().manual_seed(self.seed + epoch)
-                    ).tolist()
+                    generator = torch.Generator().manual_seed(self.seed + epoch)
+                    order = torch.randperm(self.size, generator=generator).tolist()
+                # The draw differs between passes and, in its upper bits, between runs of other seeds.
                 batch.append((order[position % self.size], position + (self.seed << 48)))
             yield batch
             start += self.batch_size * self.world_size
 
 
 def iterate_batches(dataset: Dataset, num_workers: int, **order: int) -> Generator[Batch, None, None]:
-    """Endless batches of a dataset; the keyword arguments are those of `EndlessBatchSampler`. Closed, its workers
-    end; after an error
-    they end with what holds it."""
+    """Yield endless batches of a data set; `order` holds the keyword arguments of `EndlessBatchSampler`.
+
+    Closing the generator ends its workers. After an error they end when the generator is released.
+    """
     sampler = EndlessBatchSampler(len(dataset), **order)  # type: ignore[arg-type]
     settings = {"num_workers": num_workers, "collate_fn": return_batch, "worker_init_fn": set_worker_signals}
     with shorten_worker_errors():
@@ -208,8 +214,10 @@ def iterate_batches(dataset: Dataset, num_workers: int, **order: int) -> Generat
 
 @contextmanager
 def block_signals() -> Iterator[None]:
-    """Around the start of workers, all of whose threads are deaf to signals from then on: one that comes to the whole
-    group is for their parent, which has to save first."""
+    """Block SIGTERM and SIGINT while workers start, for the workers inherit the mask.
+
+    A signal to the whole process group is meant for the parent, which has to save before its workers end.
+    """
     if not hasattr(signal, "sigwaitinfo"):
         yield
         return
@@ -221,15 +229,17 @@ def block_signals() -> Iterator[None]:
 
 
 def set_worker_signals(worker: int) -> None:
-    """End a worker by the signal that multiprocessing ends its children with, if it is their parent's."""
+    """Let a worker end by a SIGTERM of its parent only: multiprocessing ends its children with one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # elsewhere nobody can tell who sent a signal, and torch's handler stays
+    if hasattr(signal, "sigwaitinfo"):  # without it the sender of a signal is unknown, and torch's handler stays
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # for start methods that lose the mask
         threading.Thread(target=wait_for_parent_signal, daemon=True).start()
 
 
 def wait_for_parent_signal() -> None:
-    parent, starter = multiprocessing.parent_process(), os.getppid()  # a fork server starts, but does not end
+    """Exit at the SIGTERM of the parent, or at any once the parent is gone."""
+    # A fork server starts the worker but does not end it, so getppid() need not be the parent's id.
+    parent, starter = multiprocessing.parent_process(), os.getppid()
     assert parent is not None
     while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent.pid and os.getppid() == starter:
         pass
@@ -238,7 +248,7 @@ def wait_for_parent_signal() -> None:
 
 @contextmanager
 def shorten_worker_errors() -> Iterator[None]:
-    """A worker's error comes with its traceback as text; what is left is its message."""
+    """Reduce an InputError to its message: that of a worker contains the traceback as text."""
     try:
         yield
     except InputError as error:
@@ -246,5 +256,5 @@ def shorten_worker_errors() -> Iterator[None]:
 
 
 def return_batch(batch: Batch) -> Batch:
-    """Nothing to collate: a dataset gives whole batches."""
+    """Return the batch as it is: the data set collates by itself."""
     return batch

@@ -1,8 +1,12 @@
-"""The manifest: one Parquet row for every sample that a source indexes, good or bad. Training reads nothing else."""
+"""The manifest: a Parquet file with one row for every sample of a source, accepted or rejected.
+
+`t2i data check` writes it. Training reads it and the pictures that it lists, nothing else.
+"""
 
 import hashlib
 import json
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -20,22 +25,25 @@ from t2i.data.pictures import decode_image, silence_pillow
 from t2i.data.reasons import Reason, RejectedSample
 from t2i.data.report import Duplicates, Report
 from t2i.data.sources.open_source import is_check_output, open_source
-from t2i.data.sources.samples import Columns, Sample, Source, open_inside_root, read_range
+from t2i.data.sources.samples import (
+    Columns,
+    Sample,
+    Source,
+    open_inside_root,
+    read_change_time,
+    read_range,
+    read_unchanged_range,
+)
 from t2i.errors import InputError
 from t2i.files.atomic import create_folder_atomically
 
 MANIFEST_FILE = "manifest.parquet"
 MANIFEST_FOLDER = "t2i"  # below a source folder
-CHECK_OUTPUTS = {
-    MANIFEST_FILE,
-    LABELS_FILE,
-    "report.json",
-    "sizes.png",
-    "rows",
-}  # all that a check leaves in its folder
+CHECK_OUTPUTS = {MANIFEST_FILE, LABELS_FILE, "report.json", "sizes.png", "rows"}  # all files that a check writes
+SPLITS = ("train", "held_out")
 MANIFEST_SCHEMA = pa.schema(
     {
-        "key": pa.string(),
+        "key": pa.string(),  # the sample's name
         "file": pa.string(),  # relative to the root in the metadata, POSIX
         "offset": pa.int64(),  # of the picture's bytes in the file
         "size": pa.int64(),  # of the picture, in bytes
@@ -49,9 +57,12 @@ MANIFEST_SCHEMA = pa.schema(
         "detail": pa.string(),
     }
 )
-METADATA_KEY = b"t2i"  # the key of our JSON in the Parquet metadata
+TRAINING_COLUMNS = ["key", "file", "offset", "size", "sha256", "captions", "keywords", "split"]
+METADATA_KEY = b"t2i"  # of our JSON in the Parquet metadata
 MANIFEST_VERSION = 1
 ROW_GROUP_SIZE = 4_096
+READ_BATCH_SIZE = 65_536  # rows; larger batches cost less memory than one per row group
+MIN_FILE_AGE = 2 * 10**9  # nanoseconds; the coarsest file times in use (FAT's) are 2 seconds apart
 STATUS_OK = "ok"
 
 Item = TypeVar("Item")
@@ -88,56 +99,67 @@ def write_manifest(
     drop_duplicates: bool = False,
     quiet: bool = False,
 ) -> Report:
-    """Read every sample of a source once and write the folder `out`: manifest.parquet, report.json, sizes.png; and
-    labels.parquet, if `columns` names a column of labels.
+    """Check every sample of a source and write the folder `out`.
 
-    The folder appears whole or not at all, and replaces one that an earlier check wrote. Raises InputError if there is
-    no source to read, no sample in it, a picture without a label or with two, or `out` cannot be written; whatever else
-    is wrong with single samples stands in the manifest.
+    The folder gets manifest.parquet, report.json and sizes.png, and labels.parquet if `columns` names a column of
+    labels. It appears complete or not at all, and replaces the result of an earlier check. Raises InputError if the
+    source does not exist or has no samples, a picture has no label or several, or `out` cannot be written. Faults of
+    single samples go into the manifest.
     """
+    # Open the source, and refuse what cannot work before any picture is read
+    columns = columns or Columns()
     out = out or default_manifest_folder(str(name))
-    label, labels = columns and columns.label, dict[str, str]()
-    source = open_source(str(name), columns or Columns())
+    source = open_source(str(name), columns)
     check_output_folder(out, str(name))
-    report = Report(str(name), str(out / MANIFEST_FILE))
+    report, labels = Report(str(name), str(out / MANIFEST_FILE)), dict[str, str]()
     out = out.resolve()
     with create_folder_atomically(out) as unfinished, silence_pillow():
-        root = source.root or unfinished
-
-        def iterate_samples() -> Iterator[Sample]:
-            for sample in source.iterate_samples(unfinished):
-                report.indexed += 1
-                if label and sample.problem is None:
-                    labels[sample.key] = get_single_label(sample, label)
-                yield sample
-
-        rows = map_in_order(lambda sample: examine_sample(sample, root, held_out, min_size), iterate_samples())
+        # Read and decode in threads, write in order
+        root, manifest = source.root or unfinished, unfinished / MANIFEST_FILE
+        samples = count_samples(source.iterate_samples(unfinished), report, columns.label, labels)
+        rows = map_in_order(lambda sample: examine_sample(sample, root, held_out, min_size), samples)
         rows = reject_duplicates(rows) if drop_duplicates else rows
         bar = tqdm(rows, desc="checking", unit=" pictures", total=source.total, disable=True if quiet else None)
-        with pq.ParquetWriter(unfinished / MANIFEST_FILE, MANIFEST_SCHEMA, compression="zstd") as writer:
-            for group in iterate_groups(bar, ROW_GROUP_SIZE):
-                for row in group:
-                    report.count_row(
-                        row.status, row.key, row.detail, len(row.captions), row.split, row.width, row.height
-                    )
-                writer.write_table(pa.Table.from_pylist([asdict(row) for row in group], MANIFEST_SCHEMA))
-            about = {"version": MANIFEST_VERSION, "source": str(name), "root": format_source_root(source, out)}
-            about["containers"] = source.notes.containers
-            writer.add_key_value_metadata({METADATA_KEY: json.dumps(about).encode()})
-        assert (
-            report.ok + report.rejected_count == report.indexed == pq.read_metadata(unfinished / MANIFEST_FILE).num_rows
-        )
-        if label:
-            write_labels(unfinished, label, labels)
-        report.notes, report.duplicates = source.notes, find_duplicates(unfinished / MANIFEST_FILE)
+        about = {"version": MANIFEST_VERSION, "source": str(name), "root": format_source_root(source, out)}
+        write_rows(manifest, bar, report, about | {"containers": source.notes.containers})
+        assert report.ok + report.rejected_count == report.indexed == pq.read_metadata(manifest).num_rows
+
+        # Report; a source without samples is refused, and the result of an earlier check stays
+        report.notes, report.duplicates = source.notes, find_duplicates(manifest)
         if not report.indexed and (complaint := report.format_complaint()):
-            raise InputError(complaint)  # what an earlier check found stays
+            raise InputError(complaint)
+        if columns.label:
+            write_labels(unfinished, columns.label, labels)
         report.write_files(unfinished)
     return report
 
 
+def count_samples(
+    samples: Iterable[Sample], report: Report, label_column: str | None, labels: dict[str, str]
+) -> Iterator[Sample]:
+    """Pass samples on; count them in `report` and add their labels to `labels`."""
+    for sample in samples:
+        report.indexed += 1
+        if label_column and sample.problem is None:
+            labels[sample.key] = get_single_label(sample, label_column)
+        yield sample
+
+
+def write_rows(file: Path, rows: Iterable[ManifestRow], report: Report, about: dict[str, Any]) -> None:
+    """Write a manifest and count its rows in `report`.
+
+    `about` is the JSON of the metadata. It is written last, for sources find their containers while they are read.
+    """
+    with pq.ParquetWriter(file, MANIFEST_SCHEMA, compression="zstd") as writer:
+        for group in iterate_groups(map(asdict, rows), ROW_GROUP_SIZE):
+            for row in group:
+                report.count_row(row)
+            writer.write_table(pa.Table.from_pylist(group, MANIFEST_SCHEMA))
+        writer.add_key_value_metadata({METADATA_KEY: json.dumps(about).encode()})
+
+
 def default_manifest_folder(name: str) -> Path:
-    """Where the manifest of a source goes; for hub:ORGANISATION/NAME, data/ORGANISATION--NAME."""
+    """Return the folder of a source's manifest; for hub:ORGANISATION/NAME, data/ORGANISATION--NAME."""
     path = Path(name)
     if path.is_dir():
         return path / MANIFEST_FOLDER
@@ -147,30 +169,30 @@ def default_manifest_folder(name: str) -> Path:
 
 
 def check_output_folder(out: Path, source: str) -> None:
-    """Refuse to replace the source, what no check wrote, and what cannot be written."""
-    path = Path(source.removeprefix("hub:"))
+    """Refuse to replace the source or files that no check wrote, and a folder that cannot be written."""
+    path, advice = Path(source.removeprefix("hub:")), "give another folder with --out"
     if path.exists() and path.resolve().is_relative_to(out.resolve()):
-        raise InputError(f"{str(out)!r} is or holds the source {source!r}; give another folder with --out")
+        raise InputError(f"{str(out)!r} is or contains the source {source!r}; {advice}")
     if out.is_dir() and any(out.iterdir()) and not is_check_output(out):
-        raise InputError(f"{str(out)!r} is not empty and holds no manifest; give another folder with --out")
-    if out.is_dir() and (others := {path.name for path in out.iterdir()} - CHECK_OUTPUTS):
-        raise InputError(f"{str(out)!r} holds {min(others)!r}, which no check wrote; give another folder with --out")
+        raise InputError(f"{str(out)!r} is not empty and contains no manifest; {advice}")
+    if out.is_dir() and (others := {file.name for file in out.iterdir()} - CHECK_OUTPUTS):
+        raise InputError(f"{str(out)!r} contains {min(others)!r}, which no check wrote; {advice}")
     if out.exists() and not out.is_dir():
         raise InputError(f"{str(out)!r} is a file; give a folder with --out")
     parent = next(parent for parent in out.resolve().parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InputError(f"{str(out)!r} cannot be written; give another folder with --out")
+        raise InputError(f"{str(out)!r} cannot be written; {advice}")
 
 
 def format_source_root(source: Source, out: Path) -> str:
-    """The root as it is written down: relative where both move together."""
+    """Return the root as the manifest stores it: relative if source and manifest move together."""
     if source.root in (None, out):
         return "."
     return ".." if source.root == out.parent else str(source.root)
 
 
 def examine_sample(sample: Sample, root: Path, held_out: float, min_size: int) -> ManifestRow:
-    """Read and decode the picture of a sample."""
+    """Read and decode the picture of a sample, and return its row."""
     row = ManifestRow(sample.key, sample.file, sample.offset, sample.size, split=sample.split or "train")
     row.captions, row.keywords = sample.captions, sample.keywords
     try:
@@ -188,13 +210,16 @@ def examine_sample(sample: Sample, root: Path, held_out: float, min_size: int) -
     return row
 
 
-def is_chosen_by_hash(digest: bytes, share: float) -> bool:
-    """For about this share of the pictures; the same answer for every copy of one."""
-    return int.from_bytes(digest[:8]) < share * 2**64
+def is_chosen_by_hash(digest: bytes, fraction: float) -> bool:
+    """Return True for about this fraction of all digests; copies of a picture get the same answer."""
+    return int.from_bytes(digest[:8]) < fraction * 2**64
 
 
 def map_in_order(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """`map` in threads (decoders let go of Python's lock), with few items under way at any time."""
+    """Map in threads and yield results in order, with at most 4 items a thread in memory.
+
+    Threads suffice: Pillow's decoders and SHA-256 release the interpreter's lock.
+    """
     threads = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     waiting: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(threads) as pool:
@@ -207,7 +232,7 @@ def map_in_order(function: Callable[[Item], Result], items: Iterable[Item]) -> I
 
 
 def reject_duplicates(rows: Iterable[ManifestRow]) -> Iterator[ManifestRow]:
-    """The first of equal pictures stays."""
+    """Reject every picture whose bytes were in an earlier row."""
     seen: set[bytes] = set()
     for row in rows:
         if row.status == STATUS_OK and row.sha256 is not None:
@@ -229,12 +254,12 @@ def iterate_groups(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 
 def find_duplicates(manifest: Path) -> Duplicates:
-    """Which accepted pictures are there more than once, byte by byte."""
+    """Count the accepted pictures that occur more than once, byte by byte."""
     table = pq.read_table(
         manifest, columns=["key", "sha256", "split"], filters=[("status", "=", STATUS_OK)], partitioning=None
     )
-    wanted = [("key", "count"), ("key", "min"), ("key", "max"), ("split", "count_distinct")]
-    groups = table.group_by("sha256").aggregate(wanted)
+    aggregates = [("key", "count"), ("key", "min"), ("key", "max"), ("split", "count_distinct")]
+    groups = table.group_by("sha256").aggregate(aggregates)
     groups = groups.filter(pc.greater(groups["key_count"], 1))
     examples = groups.slice(0, Report.EXAMPLES).select(["key_min", "key_max"]).to_pylist()
     return Duplicates(
@@ -246,70 +271,95 @@ def find_duplicates(manifest: Path) -> Duplicates:
 
 
 class Manifest:
-    """The accepted samples of a split, as Arrow columns: a hundred thousand of them are some twenty megabytes."""
+    """The accepted samples of a split as Arrow columns, about 200 bytes of memory a row.
 
-    def __init__(self, path: str | Path, split: str | None = "train"):
-        """`path` as in `data.path`. Raises InputError if there is no manifest, no sample, or a shard that changed."""
-        file = find_manifest(Path(path))
-        about = read_manifest_metadata(file)
-        filters = [("status", "=", STATUS_OK)] + ([] if split is None else [("split", "=", split)])
-        columns = ["key", "file", "offset", "size", "sha256", "captions", "keywords", "split"]
-        self.table = pq.read_table(file, columns=columns, filters=filters, partitioning=None)
-        if not len(self.table):
-            which = "" if split is None else f" of split {split!r}"
-            raise InputError(
-                f"no pictures{which} in {str(file)!r}; it needs at least one, see {file.parent}/report.json"
-            )
-        self.root = (file.parent / about["root"]).resolve()
-        for name, size in about["containers"].items():
-            self.check_container(file, name, size)
+    Python lists would take several times as much, once in each worker that decodes pictures.
+    """
 
-    def check_container(self, manifest: Path, name: str, size: int) -> None:
-        """Refuse a tar or Arrow file that is gone or has another size than it had."""
-        try:
-            with open_inside_root(self.root, name) as file:
-                now = file.seek(0, os.SEEK_END)
-        except RejectedSample as error:
-            raise InputError(f"{str(self.root / name)!r}, which {str(manifest)!r} lists: {error}") from error
-        if now != size:
-            sizes = f"it has {now:,} bytes, and had {size:,} when it was checked"
-            raise InputError(f"{str(self.root / name)!r} is another file: {sizes}; `t2i data check` it again")
+    def __init__(self, table: pa.Table, root: Path):
+        """`table` has the `TRAINING_COLUMNS`; `root` is the folder that its file names are relative to."""
+        self.table, self.root = table, root
+        # The same Arrow arrays, not copies: a table looks a column up anew at every access.
+        self.columns = {name: table[name] for name in TRAINING_COLUMNS}
+        # When the file of each picture had last been changed when its SHA-256 was compared; 0: not compared yet
+        self.verified_times = np.zeros(len(table), np.int64)
 
     def __len__(self) -> int:
         return len(self.table)
 
-    def get_value(self, column: str, index: int) -> Any:
-        return self.table[column][index].as_py()
+    def get_values(self, index: int, *columns: str) -> list[Any]:
+        """Return the values of one row."""
+        return [self.columns[name][index].as_py() for name in columns]
 
     def iterate_rows(self, *columns: str) -> Iterator[dict[str, Any]]:
-        """All rows in order, a few at a time in memory."""
+        """Yield all rows in order, with few of them in memory."""
         for batch in self.table.select(columns).to_batches(max_chunksize=ROW_GROUP_SIZE):
             yield from batch.to_pylist()
 
     def read_image(self, index: int) -> bytes:
-        """The picture's bytes, which are those that were checked. Raises RejectedSample."""
-        file, offset, size = (self.get_value(column, index) for column in ("file", "offset", "size"))
+        """Return the bytes of a picture, the same that were checked. Raises RejectedSample.
+
+        The SHA-256 is compared when this object reads a picture first, and again whenever its file has changed since.
+        """
+        file, offset, size = self.get_values(index, "file", "offset", "size")
+        path, verified_time = os.path.join(self.root, file), int(self.verified_times[index])
+        if verified_time and (data := read_unchanged_range(path, offset, size, verified_time)) is not None:
+            return data
+        start = time.time_ns()
         data = read_range(self.root, file, offset, size)
-        if hashlib.sha256(data).digest() != self.get_value("sha256", index):
+        if hashlib.sha256(data).digest() != self.get_values(index, "sha256")[0]:
             raise RejectedSample(Reason.changed)
+        # File times are coarse: a file that was changed just now may change again and keep its time.
+        change_time = read_change_time(path)
+        if change_time < start - MIN_FILE_AGE:
+            self.verified_times[index] = change_time
         return data
 
 
-def read_splits(path: str | Path) -> list[str]:
-    """The splits that a manifest has accepted samples of."""
+def open_manifest(path: str | Path, split: str | None = "train") -> Manifest:
+    """Read the accepted samples of a split; None stands for all. Path and errors are those of `open_manifests`."""
+    return open_manifests(path, (split,))[split]
+
+
+def open_manifests(path: str | Path, splits: tuple[str | None, ...] = SPLITS) -> dict[str | None, Manifest]:
+    """Read the accepted samples of several splits in one pass. A split without samples is left out.
+
+    `path` leads to a manifest as `find_manifest` has it. Raises InputError if there is none, the first of `splits` has
+    no samples, or a tar or Arrow file is missing or has changed in size.
+    """
     file = find_manifest(Path(path))
-    table = pq.read_table(file, columns=["split"], filters=[("status", "=", STATUS_OK)], partitioning=None)
-    return sorted(table["split"].unique().to_pylist())
+    about = read_manifest_metadata(file)
+    root = (file.parent / about["root"]).resolve()
+    batches: dict[str | None, list[pa.RecordBatch]] = {split: [] for split in splits}
+    for batch in pq.ParquetFile(file).iter_batches(READ_BATCH_SIZE, columns=[*TRAINING_COLUMNS, "status"]):
+        accepted = batch.filter(pc.equal(batch["status"], STATUS_OK)).select(TRAINING_COLUMNS)
+        for split in splits:
+            part = accepted if split is None else accepted.filter(pc.equal(accepted["split"], split))
+            batches[split] += [part] if len(part) else []
+    if not batches[splits[0]]:
+        kind = "" if splits[0] is None else f" of split {splits[0]!r}"
+        raise InputError(f"no pictures{kind} in {str(file)!r}; {str(file.parent / 'report.json')!r} gives the reasons")
+    for name, size in about["containers"].items():
+        check_container(root, name, size, file)
+    return {split: Manifest(pa.Table.from_batches(parts), root) for split, parts in batches.items() if parts}
+
+
+def check_container(root: Path, name: str, size: int, manifest: Path) -> None:
+    """Refuse a tar or Arrow file that is missing or has changed in size."""
+    try:
+        with open_inside_root(root, name) as file:
+            current = file.seek(0, os.SEEK_END)
+    except RejectedSample as error:
+        raise InputError(f"{str(root / name)!r}, which {str(manifest)!r} lists: {error}") from error
+    if current != size:
+        sizes = f"it has {current:,} bytes, and had {size:,} when it was checked"
+        raise InputError(f"{str(root / name)!r} is another file: {sizes}; run `t2i data check` again")
 
 
 def find_manifest(path: Path) -> Path:
-    """A manifest itself, or the one of a source or of a folder that a check wrote."""
-    for file in (
-        path,
-        path / MANIFEST_FILE,
-        path / MANIFEST_FOLDER / MANIFEST_FILE,
-        default_manifest_folder(str(path)) / MANIFEST_FILE,
-    ):
+    """Return the manifest file of `path`: the file itself, the folder of a check, or a source that was checked."""
+    candidates = (path, path / MANIFEST_FILE, path / MANIFEST_FOLDER / MANIFEST_FILE)
+    for file in (*candidates, default_manifest_folder(str(path)) / MANIFEST_FILE):
         if file.suffix == ".parquet" and file.is_file() and METADATA_KEY in (read_parquet_metadata(file) or {}):
             return file
     raise InputError(f"no manifest in {str(path)!r}; `t2i data check {path}` writes one")
@@ -323,18 +373,15 @@ def read_parquet_metadata(file: Path) -> dict[bytes, bytes] | None:
 
 
 def read_manifest_metadata(file: Path) -> dict[str, Any]:
-    """What a manifest says of itself. Raises InputError if this version cannot read it."""
+    """Return the JSON in a manifest's metadata. Raises InputError if this version cannot read the manifest."""
     try:
         about = json.loads((read_parquet_metadata(file) or {})[METADATA_KEY])
         version = about["version"]
         complete = isinstance(about["root"], str) and isinstance(about["containers"], dict)
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{str(file)!r} is not a whole manifest; `t2i data check` writes one") from error
-    if (
-        version != MANIFEST_VERSION
-        or not complete
-        or not pq.read_schema(file).remove_metadata().equals(MANIFEST_SCHEMA)
-    ):
-        what = f"a manifest of version {version!r}, this reads {MANIFEST_VERSION}"
-        raise InputError(f"{str(file)!r} is {what}; `t2i data check` writes it anew")
+        raise InputError(f"{str(file)!r} is not a complete manifest; `t2i data check` writes one") from error
+    schema = pq.read_schema(file).remove_metadata()
+    if version != MANIFEST_VERSION or not complete or not schema.equals(MANIFEST_SCHEMA):
+        versions = f"has version {version!r}, and this program reads version {MANIFEST_VERSION}"
+        raise InputError(f"the manifest {str(file)!r} {versions}; `t2i data check` writes it anew")
     return about

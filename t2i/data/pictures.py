@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
-from torchvision.transforms import v2
+from torchvision.transforms.functional import InterpolationMode, center_crop, pil_to_tensor, resize
 
 from t2i.data.reasons import Reason, RejectedSample
 from t2i.errors import InputError
@@ -128,6 +128,6 @@ def explain_unidentified(data: bytes) -> RejectedSample:
 
 
 def to_tensor(image: Image.Image, size: int) -> Tensor:
-    """-> (3, size, size), float32 in [-1, 1]: short side resized, centre cropped."""
-    transform = v2.Compose([v2.Resize(size, v2.InterpolationMode.BICUBIC), v2.CenterCrop(size), v2.PILToTensor()])
-    return transform(image).float() / 127.5 - 1
+    """Return (3, size, size), float32 in [-1, 1]: the short side resized, then the centre cropped."""
+    square = center_crop(resize(image, [size], InterpolationMode.BICUBIC), [size])
+    return pil_to_tensor(square).float() / 127.5 - 1

@@ -1,4 +1,4 @@
-"""Why a sample is left out: every reason in one place."""
+"""The reasons for which samples are rejected."""
 
 from enum import Enum
 
@@ -6,38 +6,38 @@ from t2i.errors import InputError
 
 
 class Reason(Enum):
-    """The name stands in the manifest, the value says it to a person."""
+    """Reason for rejecting a sample: the name is in the manifest, the value is for people."""
 
     # captions
     no_caption = "a picture without a caption"
     empty_caption = "a caption of nothing but spaces"
-    caption_too_long = "a caption of more than 4,096 characters, or more than 64 KiB of captions"
+    caption_too_long = "a caption of more than 4,096 characters, or captions of more than 64 KiB together"
     caption_not_text = "a caption that is not UTF-8 text"
-    # where the picture should be
+    # the picture's file
     no_picture = "a caption without a picture"
-    bad_name = "a name that is not UTF-8 text, or too long"
+    bad_name = "a name that is too long or not UTF-8 text"
     bad_row = "a row of the metadata that cannot be used"
-    repeated_key = "the same name twice, so that nobody can say which caption is whose"
+    repeated_key = "several samples of the same name, so that captions cannot be assigned"
     outside_folder = "a name or link that leads out of the folder"
-    missing_file = "a file that is not there"
-    not_a_file = "no ordinary file: a folder, pipe or device"
+    missing_file = "a file that does not exist"
+    not_a_file = "a folder, pipe or device instead of a file"
     unreadable = "a file that the system does not let us read"
-    empty_file = "a picture of no bytes"
+    empty_file = "an empty file"
     too_many_bytes = "a picture of more than 256 MiB"
     # the picture itself
-    not_a_picture = "bytes in which no picture is recognised"
-    unsupported_format = "a picture in a format that is not read"
+    not_a_picture = "a file that is not a picture"
+    unsupported_format = "a picture in an unsupported format"
     animated = "a picture of several frames or pages"
     truncated = "a picture that ends early"
     damaged = "a picture that does not decode"
-    too_many_pixels = "a picture of more than 40 million pixels, by its header"
+    too_many_pixels = "a picture of more than 40 million pixels according to its header"
     too_small = "a picture whose short side is below --min-size"
-    duplicate = "a further copy of a picture, left out by --drop-duplicates"
-    changed = "other bytes than those that were checked"
+    duplicate = "a copy of an earlier picture, rejected by --drop-duplicates"
+    changed = "a picture whose bytes have changed since it was checked"
 
 
 class RejectedSample(InputError):
-    """A sample is left out: why, and what about this one."""
+    """A sample cannot be used: the reason, and details of this sample."""
 
     def __init__(self, reason: Reason, detail: str = ""):
         super().__init__(reason.value + (f" ({detail})" if detail else ""))

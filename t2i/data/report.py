@@ -1,4 +1,4 @@
-"""What a check found, for people (text), programs (JSON) and at a glance (a picture of the sizes)."""
+"""The result of `t2i data check`: text for the terminal, JSON for programs, and a chart of the sizes."""
 
 import json
 from collections import Counter
@@ -12,20 +12,25 @@ from t2i.data.reasons import Reason
 from t2i.data.sources.samples import SourceNotes
 
 SIDE_BINS = (8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096)  # lower edges of the bins
+MAX_LISTED = 10  # shards and kinds of ignored files in the terminal
 SHAPE_LIMITS = {"tall": 0.6, "3:4": 0.9, "square": 1.1, "4:3": 1.6, "wide": float("inf")}  # width / height below
 
 
 @dataclass
 class Duplicates:
-    groups: int = 0  # pictures that are there more than once
+    """Counts of pictures that occur more than once, byte by byte."""
+
+    groups: int = 0  # different pictures
     copies: int = 0  # beyond the first
     in_both_splits: int = 0  # groups
-    examples: list[list[str]] = field(default_factory=list)  # two keys each
+    examples: list[list[str]] = field(default_factory=list)  # two keys of each group
 
 
 @dataclass
 class Report:
-    EXAMPLES: ClassVar[int] = 3
+    """Counts over the rows of a manifest, and problems of their source."""
+
+    EXAMPLES: ClassVar[int] = 3  # of each reason
 
     source: str
     manifest: str
@@ -44,24 +49,23 @@ class Report:
     def rejected_count(self) -> int:
         return sum(self.reasons.values())
 
-    def count_row(
-        self, status: str, key: str, detail: str, captions: int, split: str, width: int | None, height: int | None
-    ) -> None:
+    def count_row(self, row: dict[str, Any]) -> None:
         """Count a row of the manifest."""
-        if status != "ok":
-            self.reasons[status] += 1
-            examples = self.examples.setdefault(status, [])
+        if row["status"] != "ok":
+            self.reasons[row["status"]] += 1
+            examples = self.examples.setdefault(row["status"], [])
             if len(examples) < self.EXAMPLES:
-                examples.append({"key": key, "detail": detail})
+                examples.append({"key": row["key"], "detail": row["detail"]})
             return
-        assert width and height
+        width, height = row["width"], row["height"]
         self.ok += 1
-        self.held_out += split == "held_out"
-        self.captions += captions
+        self.held_out += row["split"] == "held_out"
+        self.captions += len(row["captions"])
         self.sides[max(edge for edge in (1, *SIDE_BINS) if edge <= min(width, height))] += 1
         self.shapes[next(name for name, limit in SHAPE_LIMITS.items() if width / height < limit)] += 1
 
     def write_files(self, folder: Path) -> None:
+        """Write report.json and sizes.png."""
         (folder / "report.json").write_text(json.dumps(self.as_json(), indent=1, ensure_ascii=False) + "\n", "utf-8")
         plot_sizes(self).save(folder / "sizes.png")
 
@@ -87,7 +91,7 @@ class Report:
         }
 
     def format_lines(self) -> list[str]:
-        """For the terminal."""
+        """Return the report as lines for the terminal."""
         lines = [
             f"{self.source}: {self.ok:,} pictures with {self.captions:,} captions",
             f"  {self.ok - self.held_out:,} to train on, {self.held_out:,} held out",
@@ -96,31 +100,36 @@ class Report:
         for name, count in self.reasons.most_common():
             lines.append(f"  {name}: {count:,} x {Reason[name].value}")
             for example in self.examples[name]:
-                lines.append(f"    {sanitize_text(example['key'])}" + f"  {sanitize_text(example['detail'])}".rstrip())
-        if (same := self.duplicates).groups:
-            some = "; ".join(" = ".join(map(sanitize_text, keys)) for keys in same.examples)
-            lines.append(f"duplicates: {same.copies:,} copies of {same.groups:,} pictures: {some}")
-            if same.in_both_splits:
-                lines.append(f"  {same.in_both_splits:,} of these pictures are held out and also trained on")
+                lines.append(f"    {sanitize_text(example['key'])}  {sanitize_text(example['detail'])}".rstrip())
+        if self.duplicates.groups:
+            copies, groups, both = self.duplicates.copies, self.duplicates.groups, self.duplicates.in_both_splits
+            examples = "; ".join(" = ".join(map(sanitize_text, keys)) for keys in self.duplicates.examples)
+            lines.append(f"duplicates: {copies:,} copies of {groups:,} pictures: {examples}")
+            if both:
+                lines.append(f"  {both:,} of these pictures are both held out and trained on")
         if self.notes.ignored:
             lines.append(f"ignored files: {self.format_ignored()}")
         if shards := self.notes.shards:
             lines.append(f"shards with problems: {len(shards):,}")
-            lines += [f"  {sanitize_text(shard)}" for shard in shards[:10]] + ["  ..."] * (len(shards) > 10)
+            lines += [f"  {sanitize_text(shard)}" for shard in shards[:MAX_LISTED]]
+            if len(shards) > MAX_LISTED:
+                lines.append("  ...")
         return [*lines, f"manifest: {self.manifest}"]
 
     def format_ignored(self) -> str:
-        return ", ".join(f"{count:,} {sanitize_text(kind)}" for kind, count in self.notes.ignored.most_common(10))
+        return ", ".join(
+            f"{count:,} {sanitize_text(kind)}" for kind, count in self.notes.ignored.most_common(MAX_LISTED)
+        )
 
     def format_complaint(self) -> str | None:
-        """One line if nothing can be used."""
+        """Return one line if no sample was accepted, else None."""
         if self.ok:
             return None
         if not self.indexed:
             shard = f"; {sanitize_text(self.notes.shards[0])}" if self.notes.shards else ""
-            there = f"; ignored files: {self.format_ignored()}" if self.notes.ignored else ""
-            read = ", ".join(map(sanitize_text, list(self.notes.containers)[: self.EXAMPLES]))
-            return f"no pictures in {self.source!r}" + (f", read from {read}" if read else "") + shard + there
+            ignored = f"; ignored files: {self.format_ignored()}" if self.notes.ignored else ""
+            names = ", ".join(map(sanitize_text, list(self.notes.containers)[: self.EXAMPLES]))
+            return f"no pictures in {self.source!r}" + (f", read from {names}" if names else "") + shard + ignored
         name, count = self.reasons.most_common(1)[0]
         first = self.examples[name][0]
         return (
@@ -130,16 +139,16 @@ class Report:
 
 
 def sanitize_text(text: str) -> str:
-    """Text of strangers for a terminal: without control characters, and short."""
+    """Return text of unknown origin without control characters and at most 160 characters long."""
     text = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
     return text if len(text) <= 160 else text[:157] + "..."
 
 
 def plot_sizes(report: Report) -> Image.Image:
-    """Two bar charts: the short sides and the shapes of the pictures."""
+    """Draw two bar charts: the short sides and the shapes of the pictures."""
     sheet = Image.new("RGB", (1080, 420), "white")
-    there = [edge for edge in (1, *SIDE_BINS) if report.sides[edge]]
-    edges = [edge for edge in (1, *SIDE_BINS) if there and there[0] <= edge <= there[-1]]
+    used = [edge for edge in (1, *SIDE_BINS) if report.sides[edge]]
+    edges = [edge for edge in (1, *SIDE_BINS) if used and used[0] <= edge <= used[-1]]  # empty bins between them too
     sides = {str(edge) if edge < SIDE_BINS[-1] else f"{edge}+": report.sides[edge] for edge in edges}
     shapes = {name: report.shapes[name] for name in SHAPE_LIMITS}
     plot_bars(sheet, (40, 20, 700, 400), f"Short side of {report.ok:,} pictures, in pixels from", sides)
@@ -166,7 +175,7 @@ def plot_bars(sheet: Image.Image, box: tuple[int, int, int, int], title: str, ba
 
 
 def format_count(count: int) -> str:
-    """A number of at most five characters: 950, 3,655, 12.3k, 4.5M."""
+    """Return a count in at most five characters: 950, 3,655, 12.3k, 4.5M."""
     for unit, size in (("M", 10**6), ("k", 10**3)):
         if count >= size * (1 if unit == "M" else 10):
             return f"{count / size:.1f}{unit}"

@@ -491,7 +491,7 @@ def test_a_picture_that_does_not_decode_stops_it_by_name_and_can_be_mended(worke
     picture = tmp_path / "data/20.png"
     whole = picture.read_bytes()
     picture.write_bytes(whole[:-30])
-    with pytest.raises(InputError, match="^'20.png': other bytes than those that were checked") as caught:
+    with pytest.raises(InputError, match="^'20.png': a picture whose bytes have changed") as caught:
         make(tmp_path / "data", runs, tmp_path / "cache", **{"data.num_workers": workers})
     assert "\n" not in str(caught.value) and not (tmp_path / "cache/cache.json").exists()
     picture.write_bytes(whole)

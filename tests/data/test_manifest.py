@@ -1,10 +1,12 @@
 """The manifest and the report: what a check writes, and what training accepts."""
 
+import hashlib
 import json
 import os
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pyarrow as pa
@@ -16,14 +18,16 @@ from t2i import cli
 from t2i.commands.doctor import REQUIRED_PACKAGES
 from t2i.config import DataConfig
 from t2i.data import CaptionedPictures, iterate_batches
+from t2i.data import manifest as manifest_module
 from t2i.data.manifest import (
     MANIFEST_SCHEMA,
     MANIFEST_VERSION,
     METADATA_KEY,
-    Manifest,
     default_manifest_folder,
+    open_manifest,
     write_manifest,
 )
+from t2i.data.reasons import RejectedSample
 from t2i.errors import InputError
 from tests.helpers.samples import COLORS, add, checked, picture, reasons
 
@@ -101,10 +105,10 @@ def test_data_sets_of_one_name_have_folders_of_their_own():
 def test_data_without_a_manifest_of_ours_is_refused(tmp_path):
     folder_of(tmp_path / "folder", "abc")
     with pytest.raises(InputError, match="no manifest in .*folder'; `t2i data check .*folder` writes one"):
-        Manifest(tmp_path / "folder")
+        open_manifest(tmp_path / "folder")
     pq.write_table(pa.table({"x": [1]}), tmp_path / "folder/manifest.parquet")
     with pytest.raises(InputError, match="no manifest in"):
-        Manifest(tmp_path / "folder")
+        open_manifest(tmp_path / "folder")
     for about in (
         {"version": MANIFEST_VERSION + 1, "root": ".", "containers": {}},
         {"version": MANIFEST_VERSION},
@@ -113,14 +117,14 @@ def test_data_without_a_manifest_of_ours_is_refused(tmp_path):
     ):
         schema = MANIFEST_SCHEMA.with_metadata({METADATA_KEY: json.dumps(about)})
         pq.write_table(schema.empty_table(), tmp_path / "folder/manifest.parquet")
-        with pytest.raises(InputError, match="is a manifest of version|is not a whole manifest"):
-            Manifest(tmp_path / "folder")
+        with pytest.raises(InputError, match="has version .*, and this program reads|is not a complete manifest"):
+            open_manifest(tmp_path / "folder")
     schema = MANIFEST_SCHEMA.with_metadata(
         {METADATA_KEY: json.dumps({"version": MANIFEST_VERSION, "root": ".", "containers": {}})}
     )
     pq.write_table(schema.empty_table(), tmp_path / "folder/manifest.parquet")
     with pytest.raises(InputError, match="no pictures of split 'train'"):
-        Manifest(tmp_path / "folder")
+        open_manifest(tmp_path / "folder")
 
 
 def test_a_manifest_cannot_lead_out_of_its_root(tmp_path):
@@ -136,6 +140,34 @@ def test_a_manifest_cannot_lead_out_of_its_root(tmp_path):
     dataset = CaptionedPictures(DataConfig(str(tmp_path / "folder"), 16, 0))
     with pytest.raises(InputError, match="2 outside_folder"):
         dataset.__getitems__([(0, 0)])
+
+
+@pytest.mark.parametrize("change", ["write", "write_and_restore_time", "move", "delete", "link"])
+def test_pictures_are_hashed_once_and_again_after_every_change(tmp_path, monkeypatch, change):
+    folder, other = folder_of(tmp_path / "folder", "ab"), tmp_path / "other.png"
+    write_manifest(folder, held_out=0, quiet=True)
+    monkeypatch.setattr(manifest_module, "time", SimpleNamespace(time_ns=lambda: 2**62))  # the files are old by then
+    manifest, whole, hashed = open_manifest(folder), (folder / "a.png").read_bytes(), []
+    counting = SimpleNamespace(sha256=lambda data: hashed.append(data) or hashlib.sha256(data))
+    monkeypatch.setattr(manifest_module, "hashlib", counting)
+    assert [manifest.read_image(0) for _ in range(3)] == [whole] * 3 and len(hashed) == 1
+    before = (folder / "a.png").stat()
+    other.write_bytes(whole[:-1] + b"x")
+    if change == "move":
+        os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+        other.rename(folder / "a.png")
+    elif change.startswith("write"):
+        (folder / "a.png").write_bytes(other.read_bytes())
+        if change == "write_and_restore_time":
+            os.utime(folder / "a.png", ns=(before.st_atime_ns, before.st_mtime_ns))
+    else:
+        (folder / "a.png").unlink()
+        if change == "link":
+            (folder / "a.png").symlink_to(other)
+    with pytest.raises(RejectedSample) as caught:
+        manifest.read_image(0)
+    expected = {"delete": "missing_file", "link": "outside_folder"}
+    assert caught.value.reason.name == expected.get(change, "changed")
 
 
 def test_other_peoples_folders_are_never_replaced(tmp_path):
@@ -156,9 +188,9 @@ def test_a_folder_of_ours_that_holds_the_source_or_anything_else_is_not_replaced
     write_manifest(tmp_path / "folder", out, quiet=True)
     folder_of(out / "pictures", "abc")
     for source, target, message in (
-        (out / "pictures", out, "holds the source"),
-        (tmp_path / "folder", tmp_path / "folder", "holds the source"),
-        (tmp_path / "folder", out, "holds 'pictures', which no check wrote"),
+        (out / "pictures", out, "is or contains the source"),
+        (tmp_path / "folder", tmp_path / "folder", "is or contains the source"),
+        (tmp_path / "folder", out, "contains 'pictures', which no check wrote"),
     ):
         with pytest.raises(InputError, match=message):
             write_manifest(source, target, quiet=True)
@@ -265,11 +297,11 @@ def test_a_shard_that_changed_is_refused_by_name_before_training(tmp_path):
         add(tar, "a.png", picture("red"))
         add(tar, "a.txt", b"red")
     write_manifest(tmp_path, held_out=0, quiet=True)
-    assert len(Manifest(tmp_path)) == 1
+    assert len(open_manifest(tmp_path)) == 1
     whole = (tmp_path / "0.tar").read_bytes()
     (tmp_path / "0.tar").write_bytes(whole[:-512])
     with pytest.raises(InputError, match=r"0\.tar' is another file"):
-        Manifest(tmp_path)
+        open_manifest(tmp_path)
     (tmp_path / "0.tar").unlink()
-    with pytest.raises(InputError, match=r"0\.tar.*not there"):
-        Manifest(tmp_path)
+    with pytest.raises(InputError, match=r"0\.tar.*does not exist"):
+        open_manifest(tmp_path)

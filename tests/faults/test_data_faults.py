@@ -20,7 +20,7 @@ from PIL import Image
 
 from t2i.config import DataConfig
 from t2i.data import CaptionedPictures
-from t2i.data.manifest import Manifest, write_manifest
+from t2i.data.manifest import open_manifest, write_manifest
 from t2i.data.pictures import decode_image, silence_pillow
 from t2i.data.reasons import RejectedSample
 from t2i.errors import InputError
@@ -434,7 +434,7 @@ def test_a_replaced_shard_is_refused_by_name_or_noticed(tmp_path):
     survived += dataset.__getitems__([(0, 0)]).rejected[0] == ("0.tar/000", "changed")
     shard(tmp_path / "0.tar", COLORS * 9)
     with pytest.raises(InputError, match=r"0\.tar' is another file"):
-        Manifest(tmp_path)
+        open_manifest(tmp_path)
     survived += 1
     shard(tmp_path / "0.tar", COLORS[::-1])
     check(tmp_path)

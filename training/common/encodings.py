@@ -15,7 +15,6 @@ from torch import Tensor
 
 from t2i.config import DataConfig
 from t2i.data.cache import (
-    SPLITS,
     AutoencoderFacts,
     CachedPairs,
     ClipFacts,
@@ -23,8 +22,8 @@ from t2i.data.cache import (
     compute_statistics,
     read_json,
 )
-from t2i.data.dataset import Batch, CaptionedPictures, SampleIndex, build_held_out_dataset
-from t2i.data.manifest import find_manifest, read_splits
+from t2i.data.dataset import Batch, CaptionedPictures, SampleIndex, open_datasets
+from t2i.data.manifest import SPLITS, find_manifest
 from t2i.diffusion.condition import TextEncoding, TokenStates
 from t2i.errors import InputError
 from t2i.files.fingerprints import compute_files_fingerprint, compute_stored_fingerprint, compute_weights_fingerprint
@@ -99,7 +98,8 @@ class FrozenModels:
         reads_captions: bool,
         load_text_encoder: LoadTextEncoder | None = None,
     ):
-        self.dataset, self.validation = CaptionedPictures(data), build_held_out_dataset(data)
+        datasets = open_datasets(data)
+        self.dataset, self.validation = datasets["train"], datasets.get("held_out")
         self.encoder = load_clip(clip).eval().requires_grad_(False)
         self.reads_captions = reads_captions
         self.clip = build_clip_facts(clip, self.encoder)
@@ -348,9 +348,8 @@ def has_manifest(data: DataConfig) -> bool:
 
 
 def compute_split_digests(data: DataConfig) -> dict[str, str]:
-    """Of each split that has pictures."""
-    there = read_splits(data.path)
-    return {split: CaptionedPictures(data, split).compute_digest() for split in SPLITS if split in there}
+    """Return the digest of each split that has pictures."""
+    return {split: dataset.compute_digest() for split, dataset in open_datasets(data).items()}
 
 
 def compare_model(

@@ -1,6 +1,8 @@
 """Sample, source, columns; what is a caption."""
 
+import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -288,3 +290,27 @@ def read_range(root: Path, name: str, offset: int, size: int | None, limit: int 
     if len(data) > limit:
         raise RejectedSample(Reason.too_many_bytes)
     return data
+
+
+def read_unchanged_range(path: str, offset: int, size: int, change_time: int) -> bytes | None:
+    """Return bytes of a file that was last changed at `change_time`; None if it is gone or has changed since."""
+    # The first look is at the path, for opening a pipe could hang; the second at the file that was read.
+    if read_change_time(path) != change_time:
+        return None
+    try:
+        with open(path, "rb", buffering=0) as file:
+            file.seek(offset)
+            data = file.read(size)
+            return data if len(data) == size and read_change_time(file.fileno()) == change_time else None
+    except OSError:
+        return None
+
+
+def read_change_time(file: str | int) -> int:
+    """Return when an ordinary file, by path or descriptor, was last changed, in nanoseconds; 0 if it is none."""
+    try:
+        status = os.stat(file)
+    except (OSError, ValueError):
+        return 0
+    # ctime reveals what mtime may hide: a file that was moved here, or whose old mtime was restored.
+    return max(status.st_mtime_ns, status.st_ctime_ns) if stat.S_ISREG(status.st_mode) else 0
