@@ -112,7 +112,7 @@ def test_columns_that_say_nothing_are_refused(tmp_path, kind):
     elif kind == "a.tar":
         shard(tmp_path / kind, COLORS)
     for columns in [Columns(image="x")] + [Columns(caption="x")] * (kind == "sidecars"):
-        with pytest.raises(InputError, match="-column 'x' says nothing here"):
+        with pytest.raises(InputError, match="-column 'x' does not apply"):
             check(tmp_path, columns=columns)
     assert check(tmp_path)[1].ok
 
@@ -134,7 +134,7 @@ def test_a_caption_cut_by_a_comma_and_a_repeated_column_are_not_read(tmp_path):
     assert rows["metadata.csv:2"]["status"] == "bad_row" and "quotes" in rows["metadata.csv:2"]["detail"]
     assert rows["b.png"]["captions"] == ["red, not blue"] and report.ok == 1
     (tmp_path / "metadata.csv").write_text("file_name,text,text\na.png,red,blue\n")
-    with pytest.raises(InputError, match="column 'text' .* twice"):
+    with pytest.raises(InputError, match="several columns 'text'"):
         check(tmp_path)
 
 
@@ -203,7 +203,7 @@ def test_bad_rows_of_metadata_are_left_out_by_name(tmp_path):
     ("content", "message"),
     [
         ('{"file_name": "a.png", "text": "x", "caption": "y"}', "several columns.*file_name, text, caption"),
-        ('{"file_name": "a.png", "title": "x"}', "no column that can hold the caption.*file_name, title"),
+        ('{"file_name": "a.png", "title": "x"}', "no column for the caption.*file_name, title"),
         ('{"name": "a.png", "text": "x"}', "no column file_name.*name, text"),
     ],
 )
@@ -235,8 +235,8 @@ def test_tars_are_read_by_offset_and_paired_by_name_within_a_shard(tmp_path):
     assert rows["00000.tar/0000"]["captions"] == [f"a patch of {COLORS[0]}"]
     assert rows["00001.tar/0000"]["captions"] == [f"all {COLORS[-1]}"]
     assert report.notes.shards == [
-        "00002.tar and 1 more: missing in the row of shards",
-        f"00000.tar: {len(COLORS)} samples, its 00000_stats.json says 9",
+        "00002.tar and 1 more: missing between the first and the last shard",
+        f"00000.tar: {len(COLORS)} samples, 00000_stats.json counts 9",
     ]
     assert assert_paired(tmp_path) == report.ok
 
@@ -331,7 +331,7 @@ def test_parquet_files_that_the_disk_cannot_hold_are_refused(tmp_path, monkeypat
     needed = sum(len(picture(color)) for color in COLORS)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
-    with pytest.raises(InputError, match=r"copied uncompressed into .*: 0\.0 GB, and 0\.0 GB of disk are free"):
+    with pytest.raises(InputError, match=r"copied uncompressed into .*: that takes 0\.0 GB, and 0\.0 GB are free"):
         check(tmp_path, columns=Columns("image"))
     assert [path.name for path in tmp_path.iterdir()] == ["a.parquet"]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2 * needed))
@@ -360,9 +360,9 @@ def test_text_in_parquet_that_is_not_utf8_costs_its_row_alone(tmp_path):
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"url": ["x"], "text": ["x"]}, "no column.*holds pictures.*url, text"),
+        ({"url": ["x"], "text": ["x"]}, "no column.*contains pictures.*url, text"),
         ({"image": [b"x"], "mask": [b"x"], "picture": [b"x"], "text": ["x"]}, "several columns.*image, mask, picture"),
-        ({"image": [b"x"], "label": [1]}, "no column that can hold the caption.*image, label"),
+        ({"image": [b"x"], "label": [1]}, "no column for the caption.*image, label"),
     ],
 )
 def test_parquet_columns_are_found_or_listed(tmp_path, columns, message):
@@ -434,7 +434,7 @@ def test_text_files_that_cannot_be_used_have_a_reason(tmp_path, content, reason)
 def test_a_source_that_is_not_there_or_holds_no_pictures_is_refused(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="no file or folder"):
         check(tmp_path / "none")
-    with pytest.raises(InputError, match="names no data set"):
+    with pytest.raises(InputError, match="the name after hub: is empty"):
         check("hub:")
     monkeypatch.chdir(tmp_path.parent)
     with pytest.raises(InputError, match="no file or folder"):  # not looked for on the hub
@@ -445,7 +445,7 @@ def test_a_source_that_is_not_there_or_holds_no_pictures_is_refused(tmp_path, mo
     with pytest.raises(InputError, match="neither a .tar nor a .parquet"):
         check(tmp_path / "a.zip")
     (tmp_path / "a.parquet").write_bytes(b"PAR1 not")
-    with pytest.raises(InputError, match="does not read as parquet"):
+    with pytest.raises(InputError, match="cannot be read as Parquet"):
         check(tmp_path / "a.parquet")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.parquet", "a.zip"]
 

@@ -1,4 +1,4 @@
-"""Metadata."""
+"""Folders of pictures that a metadata.jsonl, .csv or .parquet lists."""
 
 import csv
 import json
@@ -36,26 +36,26 @@ from t2i.errors import InputError
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 MAX_LINE_BYTES = 2**20  # of metadata.jsonl
-INSPECTED_ROWS = 100  # rows of a metadata file that tell its columns
-
-
-# ---- metadata.jsonl, .csv or .parquet ----
+INSPECTED_ROWS = 100  # rows of a metadata file from which its columns are found
 
 
 def open_metadata(root: Path, files: list[Path], notes: SourceNotes, columns: Columns) -> Source:
-    """Rows of file_name (relative to the metadata), text or caption, and keywords and split if there are any."""
-    check_column_unset("image", columns.image, "metadata names its pictures in file_name")
+    """Return the source of a folder with metadata.
+
+    A row has file_name, relative to the metadata file, text or caption, and optionally keywords, split and a label.
+    """
+    check_column_unset("image", columns.image, "metadata lists its pictures in file_name")
     tables = [file for file in files if file.name in METADATA_FILES]
     for first, second in zip(tables, tables[1:]):
         if first.parent == second.parent:
-            raise InputError(f"both {first.name} and {second.name} in {str(first.parent)!r}; leave one")
+            raise InputError(f"both {first.name} and {second.name} are in {str(first.parent)!r}; remove one")
     column = {table: find_caption_column(table, columns) for table in tables}
     splits = infer_splits([get_relative_name(table.parent, root) for table in tables])
     for file in files:
         if not is_image_file(file) and file not in column:
             count_ignored_file(file, notes)
 
-    def iterate_named_samples() -> Iterator[Sample]:
+    def iterate_listed_samples() -> Iterator[Sample]:
         for table, split in zip(tables, splits):
             folder = "" if table.parent == root else get_relative_name(table.parent, root) + "/"
             for number, row in iterate_metadata_rows(table):
@@ -64,23 +64,24 @@ def open_metadata(root: Path, files: list[Path], notes: SourceNotes, columns: Co
 
     def iterate_samples(work: Path) -> Iterator[Sample]:
         left = {get_relative_name(file, root) for file in files if is_image_file(file)}
-        rows = Counter(
-            sample.file for sample in iterate_named_samples() if sample.file
-        )  # the metadata is read twice, not held
-        for sample in iterate_named_samples():
+        # Read the metadata twice rather than keep it in memory
+        rows = Counter(sample.file for sample in iterate_listed_samples() if sample.file)
+        for sample in iterate_listed_samples():
             if (count := rows[sample.file]) > 1:
-                sample.problem = RejectedSample(Reason.repeated_key, f"in {count} rows; captions can be a list")
+                detail = f"in {count} rows; one row can have a list of captions"
+                sample.problem = RejectedSample(Reason.repeated_key, detail)
             left.discard(sample.file)
             yield sample
         for name in sorted(left):
             sample = build_file_sample(name)
-            sample.problem = sample.problem or RejectedSample(Reason.no_caption, "the metadata does not name it")
+            sample.problem = sample.problem or RejectedSample(Reason.no_caption, "the metadata does not list it")
             yield sample
 
     return Source(root, iterate_samples, notes)
 
 
 def find_caption_column(table: Path, columns: Columns) -> str:
+    """Return the name of the captions' column. Raises InputError if a column is missing or ambiguous."""
     rows = (row for _, row in islice(iterate_metadata_rows(table), INSPECTED_ROWS) if isinstance(row, dict))
     names = list(dict.fromkeys(map(str, chain.from_iterable(rows))))
     if names and "file_name" not in names:
@@ -91,9 +92,9 @@ def find_caption_column(table: Path, columns: Columns) -> str:
 
 
 def iterate_metadata_rows(table: Path) -> Iterator[tuple[int, dict[str, Any] | RejectedSample]]:
-    """(number, row); a row that does not parse is what is wrong with it."""
+    """Yield the number and content of each row; a row that does not parse is a RejectedSample."""
     if not table.is_file():
-        raise InputError(f"{str(table)!r} is no ordinary file")
+        raise InputError(f"{str(table)!r} is not an ordinary file")
     if table.suffix == ".jsonl":
         with open(table, "rb") as lines:
             yield from iterate_json_rows(lines)
@@ -105,24 +106,21 @@ def iterate_metadata_rows(table: Path) -> Iterator[tuple[int, dict[str, Any] | R
             raise InputError(f"{str(table)!r} is not CSV in UTF-8: {error}") from error
     else:
         try:
-            yield from enumerate(
-                chain.from_iterable(map(iterate_batch_rows, pq.ParquetFile(table).iter_batches(1_000)))
-            )
+            batches = pq.ParquetFile(table).iter_batches(1_000)
+            yield from enumerate(chain.from_iterable(map(iterate_batch_rows, batches)))
         except (pa.ArrowException, OSError) as error:
-            raise InputError(f"{str(table)!r} does not read as parquet: {error}") from error
+            raise InputError(f"{str(table)!r} cannot be read as Parquet: {error}") from error
 
 
 def iterate_csv_rows(text: TextIO, table: Path) -> Iterator[tuple[int, dict[str, Any] | RejectedSample]]:
     reader = csv.DictReader(text)
     names = reader.fieldnames or []
     if repeated := [name for name, count in Counter(names).items() if count > 1]:
-        raise InputError(f"column {repeated[0]!r} of {str(table)!r} is there twice; columns need names of their own")
+        raise InputError(f"{str(table)!r} has several columns {repeated[0]!r}; names of columns must differ")
     for number, row in enumerate(reader, start=2):
-        if None in row:  # what a comma without quotes cuts off
-            yield (
-                number,
-                RejectedSample(Reason.bad_row, f"more than {len(names)} values; a text with commas needs quotes"),
-            )
+        if None in row:  # a comma outside quotes cut a text in two
+            detail = f"more than {len(names)} values; a text with commas needs quotes"
+            yield number, RejectedSample(Reason.bad_row, detail)
         else:
             yield number, dict(row)
 
@@ -138,15 +136,16 @@ def iterate_json_rows(lines: BinaryIO) -> Iterator[tuple[int, dict[str, Any] | R
         elif line.strip():
             try:
                 row = json.loads(line.decode("utf-8-sig"))
-                yield number, row if isinstance(row, dict) else RejectedSample(Reason.bad_row, "no JSON object")
+                yield number, row if isinstance(row, dict) else RejectedSample(Reason.bad_row, "not a JSON object")
             except (ValueError, RecursionError) as error:
                 yield number, RejectedSample(Reason.bad_row, str(error)[:200])
 
 
 def build_metadata_sample(
-    folder: str, place: str, row: dict[str, Any] | RejectedSample, columns: Columns, split: str | None
+    folder: str, key: str, row: dict[str, Any] | RejectedSample, columns: Columns, split: str | None
 ) -> Sample:
-    sample = Sample(place)
+    """Return the sample of a row; `key` names it until its file name is known."""
+    sample = Sample(key)
     try:
         if isinstance(row, RejectedSample):
             raise row

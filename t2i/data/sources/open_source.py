@@ -1,7 +1,7 @@
-"""Where captioned pictures come from: folders with text files or metadata, tars, parquet files, the hub.
+"""Choice of the source: a folder with text files or metadata, tars, Parquet files, or a data set on the hub.
 
-A source gives samples: where the bytes of a picture lie, and its captions. No picture is decoded here. All kinds come
-down to the same three things, a file, an offset and a size, so that one way of reading serves them all.
+A source yields samples: the captions of a picture, and its place as a file, an offset and a size, so that pictures of
+all sources are read in the same way. No picture is decoded here.
 """
 
 import os
@@ -14,37 +14,40 @@ from t2i.data.sources.samples import Columns, Source, SourceNotes
 from t2i.data.sources.sidecars import has_pairs, open_sidecars
 from t2i.errors import InputError
 
-LEFTOVER_SUFFIXES = (".unfinished", ".replaced")  # of a folder that was being written
+LEFTOVER_SUFFIXES = (".unfinished", ".replaced")  # of folders whose writing was interrupted
 
 
 def open_source(name: str, columns: Columns) -> Source:
-    """The source that a path or a name on the hub stands for. Raises InputError if there is none to read."""
+    """Open the source of a path or of a name on the hub. Raises InputError if it does not exist or cannot be read."""
     from t2i.data.sources import parquet as rows
     from t2i.data.sources import tars
 
+    # A name on the hub: not data/typo, whose first folder exists here
     path = Path(name)
-    here = path.exists() or path.parts[:1] and Path(path.parts[0]).exists()  # data/typo is no name on the hub
-    if name.startswith("hub:") or (not here and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)):
+    is_local = path.exists() or path.parts[:1] and Path(path.parts[0]).exists()
+    if name.startswith("hub:") or (not is_local and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)):
         return rows.open_hub(name.removeprefix("hub:"), columns)
     if not path.exists():
         raise InputError(f"no file or folder {name!r}; give one, or hub:ORGANISATION/NAME")
+    # A single file
     path = path.resolve()
     if path.is_file():
         if tars.is_compressed(path):
-            raise InputError(f"{name!r} is compressed and cannot be read by offset; unpack it to a plain .tar")
+            raise InputError(f"{name!r} is compressed and cannot be read by offset; decompress it to a plain .tar")
         if path.suffix.lower() == ".tar":
             return tars.open_tars(path.parent, [path], columns)
         if path.suffix.lower() == ".parquet":
             return rows.open_parquet(path.parent, [path], columns)
         raise InputError(f"{name!r} is neither a .tar nor a .parquet file; give one of them, or a folder")
     if not path.is_dir():
-        raise InputError(f"{name!r} is no ordinary file and no folder")
+        raise InputError(f"{name!r} is neither an ordinary file nor a folder")
+    # A folder, by the files in it
     files = list(walk_files(path, notes := SourceNotes()))
     if any(file.name in METADATA_FILES for file in files):
         return open_metadata(path, files, notes, columns)
     shards = [file for file in files if tars.is_tar(file)]
     tables = [file for file in files if file.suffix.lower() == ".parquet"]
-    pairs = has_pairs(files)  # then a .tar or .parquet may have strayed in
+    pairs = has_pairs(files)  # if so, tars and tables without pictures are ignored
     if shards and (not pairs or any(map(tars.has_images, shards))):
         return tars.open_tars(path, files, columns, notes)
     if tables and (not pairs or any(map(rows.has_image_column, tables))):
@@ -53,7 +56,7 @@ def open_source(name: str, columns: Columns) -> Source:
 
 
 def walk_files(root: Path, notes: SourceNotes) -> Iterator[Path]:
-    """The files below a folder, in order of their names, without hidden ones and those that a check wrote."""
+    """Yield the files below a folder in order of their names, without hidden ones and those that a check wrote."""
 
     def raise_error(error: OSError) -> None:
         raise error

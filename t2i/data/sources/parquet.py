@@ -1,7 +1,7 @@
-"""Rows with the picture's bytes in a column: parquet files and data sets on the hub.
+"""Parquet files and data sets on the hub, with the pictures' bytes in a column.
 
-Parquet cannot be read row by row, Arrow files can: their bytes lie in them as they are. Parquet files are copied into
-Arrow files beside the manifest; those of the hub are in the cache of `datasets` already.
+Parquet compresses pages of many rows, so pictures cannot be read from it by offset. Arrow files contain the bytes as
+they are: Parquet files are copied into Arrow files beside the manifest, and `datasets` caches data sets as Arrow files.
 """
 
 import shutil
@@ -40,7 +40,7 @@ COPY_BATCH_SIZE = 64  # rows
 
 
 def open_parquet(root: Path, files: list[Path], columns: Columns, notes: SourceNotes | None = None) -> Source:
-    """Parquet files of the same columns. Raises InputError with the columns there are."""
+    """Return the source of Parquet files with the same columns. Raises InputError, with the columns of the file."""
     notes = notes or SourceNotes()
     tables = [file for file in files if file.suffix.lower() == ".parquet"]
     for file in files:
@@ -49,15 +49,15 @@ def open_parquet(root: Path, files: list[Path], columns: Columns, notes: SourceN
     total = needed = 0
     for table in tables:
         parquet = open_table(table)
-        chosen = choose_columns(parquet.schema_arrow, columns, table)  # complain before any work
+        chosen = choose_columns(parquet.schema_arrow, columns, table)  # refuse before any work
         total += parquet.metadata.num_rows
         needed += count_uncompressed_bytes(parquet.metadata, list_used_columns(parquet, chosen))
     names = [get_relative_name(table, root) for table in tables]
 
     def iterate_samples(work: Path) -> Iterator[Sample]:
         if (free := shutil.disk_usage(work).free) < needed:
-            numbers = f"{needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB of disk are free"
-            raise InputError(f"the rows of {str(root)!r} are copied uncompressed into {str(work.parent)!r}: {numbers}")
+            sizes = f"that takes {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free"
+            raise InputError(f"the rows of {str(root)!r} are copied uncompressed into {str(work.parent)!r}: {sizes}")
         for number, (table, name, split) in enumerate(zip(tables, names, infer_splits(names))):
             copy = work / "rows" / f"{number:05}.arrow"
             copy.parent.mkdir(exist_ok=True)
@@ -69,7 +69,7 @@ def open_parquet(root: Path, files: list[Path], columns: Columns, notes: SourceN
 
 
 def has_image_column(table: Path) -> bool:
-    """Whether a parquet file has a column of bytes."""
+    """Return True if a Parquet file has a column of bytes."""
     try:
         return any(is_bytes_type(column.type) for column in open_table(table).schema_arrow)
     except InputError:
@@ -78,55 +78,58 @@ def has_image_column(table: Path) -> bool:
 
 def open_table(path: Path) -> pq.ParquetFile:
     if not path.is_file():
-        raise InputError(f"{str(path)!r} is no ordinary file")
+        raise InputError(f"{str(path)!r} is not an ordinary file")
     try:
         return pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{str(path)!r} does not read as parquet: {error}") from error
+        raise InputError(f"{str(path)!r} cannot be read as Parquet: {error}") from error
 
 
-def choose_columns(schema: pa.Schema, columns: Columns, where: Path | str) -> Columns:
-    """The columns of the picture and of the caption, by name and type."""
+def choose_columns(schema: pa.Schema, columns: Columns, table: Path | str) -> Columns:
+    """Choose the columns of picture, caption and label: those given, else by type and name. Raises InputError."""
     pictures = [column.name for column in schema if is_bytes_type(column.type)]
     image = columns.image
     if image is None and len(pictures) == 1:
         image = pictures[0]
     elif image is not None and image in schema.names and image not in pictures:
-        raise InputError(f"column {image!r} of {str(where)!r} holds {schema.field(image).type}; it must hold bytes")
+        kind = schema.field(image).type
+        raise InputError(f"column {image!r} of {str(table)!r} has the type {kind}; it must contain bytes")
     names = schema.names if image is not None else [name for name in schema.names if name in pictures]
     if image is None and not pictures:
-        raise InputError(f"no column of {str(where)!r} holds pictures; its columns: {', '.join(schema.names)}")
-    image = choose_column("image", image, IMAGE_COLUMNS, names, where)
-    caption = choose_column("caption", columns.caption, CAPTION_COLUMNS, schema.names, where)
-    return Columns(image, caption, columns.label and choose_column("label", columns.label, (), schema.names, where))
+        raise InputError(f"no column of {str(table)!r} contains pictures; its columns: {', '.join(schema.names)}")
+    image = choose_column("image", image, IMAGE_COLUMNS, names, table)
+    caption = choose_column("caption", columns.caption, CAPTION_COLUMNS, schema.names, table)
+    if columns.label is not None:
+        choose_column("label", columns.label, (), schema.names, table)
+    return Columns(image, caption, columns.label)
 
 
 def is_bytes_type(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):  # how `datasets` keeps pictures
+    if pa.types.is_struct(kind):  # `datasets` stores a picture as a struct of bytes and path
         return kind.get_field_index("bytes") >= 0 and is_bytes_type(kind.field("bytes").type)
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
 def list_used_columns(parquet: pq.ParquetFile, columns: Columns) -> list[str]:
     assert columns.image and columns.caption
-    more = [name for name in list_optional_columns(columns) if name in parquet.schema_arrow.names]
-    return list(dict.fromkeys([columns.image, columns.caption, *more]))
+    optional = [name for name in list_optional_columns(columns) if name in parquet.schema_arrow.names]
+    return list(dict.fromkeys([columns.image, columns.caption, *optional]))
 
 
 def list_optional_columns(columns: Columns) -> list[str]:
-    """Beside the picture's and the caption's; those that are not there are done without, but for the label's."""
+    """Return the columns beside those of picture and caption, used if the table has them."""
     return [*([columns.label] if columns.label else []), *OPTIONAL_COLUMNS]
 
 
 def count_uncompressed_bytes(metadata: pq.FileMetaData, names: list[str]) -> int:
-    """Bytes of columns, by the file's own account."""
+    """Return the uncompressed size of columns in bytes, from the file's metadata."""
     groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
     parts = (group.column(number) for group in groups for number in range(group.num_columns))
     return sum(part.total_uncompressed_size for part in parts if part.path_in_schema.split(".")[0] in names)
 
 
 def copy_rows(table: Path, columns: Columns, copy: Path) -> None:
-    """The columns that are used, as an uncompressed Arrow stream."""
+    """Copy the columns in use into an uncompressed Arrow stream."""
     parquet = open_table(table)
     schema = pa.schema([parquet.schema_arrow.field(name) for name in list_used_columns(parquet, columns)])
     try:
@@ -134,36 +137,36 @@ def copy_rows(table: Path, columns: Columns, copy: Path) -> None:
             for batch in parquet.iter_batches(COPY_BATCH_SIZE, columns=schema.names):
                 writer.write_batch(batch.select(schema.names))
     except (pa.ArrowException, OSError) as error:
-        if getattr(error, "errno", None):  # the disk's, such as no space left
+        if getattr(error, "errno", None):  # an error of the disk, such as no space left
             raise
-        raise InputError(f"{str(table)!r} does not read to its end: {error}") from error
+        raise InputError(f"{str(table)!r} cannot be read to its end: {error}") from error
 
 
 def open_hub(name: str, columns: Columns) -> Source:
-    """A data set of the hub, or a folder that `datasets` can load. Its pictures are not decoded."""
+    """Return the source of a data set on the hub, without decoding its pictures."""
     if not name:
-        raise InputError("'hub:' names no data set; give hub:ORGANISATION/NAME")
+        raise InputError("the name after hub: is empty; give hub:ORGANISATION/NAME")
     import datasets
 
     try:
         loaded = datasets.load_dataset(name)
-    except Exception as error:  # of a dozen kinds, from the network to the builder
-        what = str(error) or type(error).__name__
-        raise InputError(f"{name!r} is no file or folder here, and no data set that loads: {what}") from error
-    several = len(loaded) > 1 and "train" in loaded
+    except Exception as error:  # of a dozen types: network, files, the builder of the data set
+        reason = str(error) or type(error).__name__
+        raise InputError(f"{name!r} is neither a file here nor a data set that loads: {reason}") from error
+    has_splits = len(loaded) > 1 and "train" in loaded
     parts: list[tuple[str, Path]] = [
         (split, Path(file["filename"])) for split in loaded for file in loaded[split].cache_files
     ]
     if not parts:
-        raise InputError(f"the data set {name!r} has no files in the cache of `datasets`")
+        raise InputError(f"the data set {name!r} has no Arrow files in the cache of `datasets`")
     root = Path(commonpath([path.parent.resolve() for _, path in parts]))
     chosen = {path: choose_columns(open_arrow(path).schema, columns, f"{name}, {split}") for split, path in parts}
     notes = SourceNotes()
 
     def iterate_samples(work: Path) -> Iterator[Sample]:
-        for split, path in parts:
-            held = None if not several else "train" if split == "train" else "held_out"
-            yield from index_arrow_rows(path.resolve(), root, f"{split}/{path.name}", chosen[path], held, notes)
+        for name, path in parts:
+            split = None if not has_splits else "train" if name == "train" else "held_out"
+            yield from index_arrow_rows(path.resolve(), root, f"{name}/{path.name}", chosen[path], split, notes)
 
     return Source(root, iterate_samples, notes, sum(part.num_rows for part in loaded.values()))
 
@@ -172,25 +175,23 @@ def open_arrow(path: Path) -> pa.RecordBatchStreamReader:
     try:
         return pa.ipc.open_stream(pa.memory_map(str(path)).read_buffer())
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{str(path)!r} does not read as an Arrow stream: {error}") from error
+        raise InputError(f"{str(path)!r} cannot be read as an Arrow stream: {error}") from error
 
 
 def index_arrow_rows(
     path: Path, root: Path, name: str, columns: Columns, split: str | None, notes: SourceNotes
 ) -> Iterator[Sample]:
-    """Where in an Arrow file each picture's bytes lie."""
+    """Yield the samples of an Arrow file, with the offset of each picture's bytes in it."""
     assert columns.image and columns.caption
     file = get_relative_name(path, root)
-    whole = pa.memory_map(str(path)).read_buffer()
-    notes.containers[file] = whole.size
+    buffer = pa.memory_map(str(path)).read_buffer()
+    notes.containers[file] = buffer.size
     number = 0
-    for batch in pa.ipc.open_stream(whole):
-        wanted = dict.fromkeys([columns.caption, *list_optional_columns(columns)])
-        more = [key for key in wanted if key in batch.schema.names]
+    for batch in pa.ipc.open_stream(buffer):
+        names = dict.fromkeys([columns.caption, *list_optional_columns(columns)])
+        rows = iterate_batch_rows(batch.select([name for name in names if name in batch.schema.names]))
         pictures = batch.column(columns.image)
-        for picture, place, row in zip(
-            pictures, iterate_cell_ranges(pictures, whole), iterate_batch_rows(batch.select(more))
-        ):
+        for picture, place, row in zip(pictures, iterate_cell_ranges(pictures, buffer), rows):
             sample = Sample(f"{name}/{number}", split=split)
             number += 1
             try:
@@ -207,24 +208,27 @@ def index_arrow_rows(
             yield sample
 
 
-def iterate_cell_ranges(pictures: pa.Array, whole: pa.Buffer) -> Iterator[tuple[int, int]]:
-    """Offset and size of each cell's bytes in the mapped file."""
+def iterate_cell_ranges(pictures: pa.Array, file: pa.Buffer) -> Iterator[tuple[int, int]]:
+    """Yield offset and size of each cell's bytes in a file that is mapped into memory."""
     if pa.types.is_struct(pictures.type):
         pictures = pictures.field("bytes")
     _, edges, values = pictures.buffers()
     kind = np.int64 if pa.types.is_large_binary(pictures.type) else np.int32
     ends = np.frombuffer(edges, kind)[pictures.offset :][: len(pictures) + 1].tolist()
-    start = values.address - whole.address if values is not None else 0
-    assert 0 <= start <= whole.size, "the file was copied to be read, so its offsets are not known"
+    # Arrow reads a mapped file without copying, so the distance of addresses is the offset in the file.
+    start = values.address - file.address if values is not None else 0
+    assert 0 <= start <= file.size, "the column is a copy, not a part of the mapped file"
     return ((start + first, last - first) for first, last in zip(ends, ends[1:]))
 
 
 def check_cell_bytes(picture: Any) -> None:
-    """Raises RejectedSample if a cell holds no bytes."""
+    """Refuse a cell without bytes. Raises RejectedSample."""
     if isinstance(picture, pa.StructScalar) and picture.is_valid:
         if not picture["bytes"].is_valid and "path" in picture and picture["path"].is_valid:
             path = escape_name(repr(picture["path"].as_py())[:100])
-            raise RejectedSample(Reason.no_picture, f"only its path, {path}; download the files and check their folder")
+            raise RejectedSample(
+                Reason.no_picture, f"the row has only the path {path}; download the files and check their folder"
+            )
         picture = picture["bytes"]
     if not picture.is_valid:
         raise RejectedSample(Reason.no_picture)

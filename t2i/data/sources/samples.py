@@ -1,4 +1,4 @@
-"""Sample, source, columns; what is a caption."""
+"""Samples and sources: the types, parsing of captions and columns, and guarded reading of files."""
 
 import os
 import re
@@ -15,50 +15,26 @@ from t2i.data.reasons import Reason, RejectedSample
 from t2i.errors import InputError
 
 SUPPORTED_SUFFIXES = {
-    ".avif",
-    ".bmp",
-    ".gif",
-    ".jfif",
-    ".jpe",
-    ".jpeg",
-    ".jpg",
-    ".pgm",
-    ".png",
-    ".ppm",
-    ".tif",
-    ".tiff",
-    ".webp",
-}
-# Pictures too, but in formats that are not read; their files are not opened.
+    ".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp",
+}  # fmt: skip
+# Pictures in formats that are not read. Samples with them are rejected without opening the file.
 UNSUPPORTED_SUFFIXES = {
-    ".arw",
-    ".cr2",
-    ".cr3",
-    ".dng",
-    ".eps",
-    ".exr",
-    ".heic",
-    ".heif",
-    ".ico",
-    ".jp2",
-    ".jxl",
-    ".nef",
-    ".orf",
-}
-UNSUPPORTED_SUFFIXES |= {".ai", ".pdf", ".ps", ".psd", ".raf", ".rw2", ".svg", ".svgz", ".tga", ".wmf", ".xcf"}
+    ".ai", ".arw", ".cr2", ".cr3", ".dng", ".eps", ".exr", ".heic", ".heif", ".ico", ".jp2", ".jxl", ".nef", ".orf",
+    ".pdf", ".ps", ".psd", ".raf", ".rw2", ".svg", ".svgz", ".tga", ".wmf", ".xcf",
+}  # fmt: skip
 IMAGE_SUFFIXES = SUPPORTED_SUFFIXES | UNSUPPORTED_SUFFIXES
-CAPTION_SUFFIXES = (".txt", ".caption")  # the first wins
+CAPTION_SUFFIXES = (".txt", ".caption")  # in order of preference
 CAPTION_COLUMNS = ("text", "caption", "captions")
 HELD_OUT_NAMES = {"held_out", "test", "validation", "valid", "val", "dev", "eval"}
 
 MAX_CAPTION_LENGTH = 4_096  # characters
-MAX_TEXT_SIZE = 65_536  # bytes of a text file, characters of all captions and keywords of one picture
+MAX_TEXT_SIZE = 65_536  # bytes of a text file; characters of all captions, or of all keywords, of a picture
 MAX_NAME_LENGTH = 1_024
 
 
 @dataclass
 class Sample:
-    """A picture's place and its captions, or why it has none."""
+    """The place of a picture and its captions, or the problem that rejects it."""
 
     key: str
     file: str = ""  # relative to the source's root, POSIX
@@ -66,43 +42,42 @@ class Sample:
     size: int | None = None  # None: the whole file
     captions: list[str] = field(default_factory=list)
     keywords: list[str] = field(default_factory=list)
-    labels: list[str] = field(default_factory=list)  # of a column that the user names
-    split: str | None = None  # train, held_out, or None if the source does not say
+    labels: list[str] = field(default_factory=list)  # from the column given by --label-column
+    split: str | None = None  # train, held_out, or None: the check decides
     problem: RejectedSample | None = None
 
 
 @dataclass
 class SourceNotes:
-    """What a source saw beside its samples."""
+    """Facts about a source beside its samples."""
 
     ignored: Counter[str] = field(default_factory=Counter)  # files by suffix
-    shards: list[str] = field(default_factory=list)  # what is wrong with which shard
-    containers: dict[str, int] = field(default_factory=dict)  # files that hold many pictures, with their sizes
+    shards: list[str] = field(default_factory=list)  # a line for each problem
+    containers: dict[str, int] = field(default_factory=dict)  # files with many pictures: sizes in bytes
 
 
 @dataclass
 class Source:
-    """`iterate_samples(work)` gives every sample once; a source that must write files of its own does so below
-    `work`."""
+    """A collection of samples, which are read in order."""
 
-    root: Path | None  # what files are relative to; None: the folder of the manifest
-    iterate_samples: Callable[[Path], Iterator[Sample]]
+    root: Path | None  # folder that file names are relative to; None: the folder of the manifest
+    iterate_samples: Callable[[Path], Iterator[Sample]]  # takes a folder for the files that the source must write
     notes: SourceNotes
-    total: int | None = None  # samples, if known before
+    total: int | None = None  # number of samples, if known before they are read
 
 
 @dataclass(frozen=True)
 class Columns:
-    """What the user says of the columns; None: found by name."""
+    """Column names from the command line; None: chosen by name and type."""
 
     image: str | None = None
     caption: str | None = None
-    label: str | None = None  # None: there are no labels
+    label: str | None = None  # None: the samples have no labels
 
 
-def check_column_unset(what: str, given: str | None, where: str) -> None:
-    if given is not None:
-        raise InputError(f"--{what}-column {given!r} says nothing here: {where}")
+def check_column_unset(kind: str, column: str | None, reason: str) -> None:
+    if column is not None:
+        raise InputError(f"--{kind}-column {column!r} does not apply: {reason}")
 
 
 def count_ignored_file(path: Path, notes: SourceNotes) -> None:
@@ -118,7 +93,7 @@ def get_relative_name(file: Path, root: Path) -> str:
 
 
 def build_file_sample(name: str) -> Sample:
-    """The sample of a picture with a file of its own."""
+    """Return the sample of a picture in a file of its own."""
     try:
         key = check_name(name)
     except RejectedSample as error:
@@ -130,7 +105,7 @@ def build_file_sample(name: str) -> Sample:
 
 
 def check_name(name: str) -> str:
-    """A name that can be written down. Raises RejectedSample."""
+    """Return a name if the manifest can store it. Raises RejectedSample."""
     if len(name) > MAX_NAME_LENGTH or "\0" in name or not is_utf8(name):
         raise RejectedSample(Reason.bad_name, escape_name(name))
     return name
@@ -141,7 +116,7 @@ def escape_name(name: str) -> str:
 
 
 def is_utf8(text: str) -> bool:
-    """False for lone surrogates: bytes of a file name, or of JSON, that are not UTF-8."""
+    """Return False for lone surrogates, which stand for bytes of a file name or JSON that are not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -150,7 +125,7 @@ def is_utf8(text: str) -> bool:
 
 
 def parse_caption_bytes(data: bytes) -> list[str]:
-    """Each line that is not empty is a caption. Raises RejectedSample."""
+    """Return the lines of a text file that are not empty. Raises RejectedSample."""
     if len(data) > MAX_TEXT_SIZE:
         raise RejectedSample(Reason.caption_too_long, f"more than {MAX_TEXT_SIZE:,} bytes of text")
     try:
@@ -160,7 +135,7 @@ def parse_caption_bytes(data: bytes) -> list[str]:
 
 
 def parse_captions(value: Any) -> list[str]:
-    """The captions in the value of a column: a text or a list of them. Raises RejectedSample."""
+    """Return the captions in a value: a text or a list of texts. Raises RejectedSample."""
     if value is None or value == []:
         raise RejectedSample(Reason.no_caption)
     captions = parse_texts(value, Reason.caption_not_text)
@@ -173,33 +148,39 @@ def parse_captions(value: Any) -> list[str]:
 
 
 def parse_texts(value: Any, reason: Reason) -> list[str]:
-    """The texts that are not empty in a text or a list of them."""
+    """Return the texts that are not empty in a text or a list of texts. Raises RejectedSample."""
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise RejectedSample(reason, f"{escape_name(repr(value)[:80])} is neither a text nor a list of texts")
     if any("\0" in text or not is_utf8(text) for text in texts):
-        raise RejectedSample(reason, "it holds a NUL or half a character")
+        raise RejectedSample(reason, "it contains a NUL or an incomplete character")
     if sum(map(len, texts)) > MAX_TEXT_SIZE:
         raise RejectedSample(Reason.caption_too_long, f"more than {MAX_TEXT_SIZE:,} characters")
     return [text.strip() for text in texts if text.strip()]
 
 
-def choose_column(what: str, given: str | None, usual: tuple[str, ...], names: list[str], where: Path | str) -> str:
-    """The column that is given, or the only one with a usual name. Raises InputError with the columns there are."""
-    there = f"the columns of {str(where)!r}: {', '.join(map(escape_name, names))}"
-    if given is not None:
-        if given not in names:
-            raise InputError(f"no column {given!r}; {there}")
-        return given
-    found = [name for name in names if name.lower() in usual]
-    if len(found) != 1:
-        number = "several columns" if found else "no column"
-        raise InputError(f"{number} that can hold the {what}; give --{what}-column; {there}")
-    return found[0]
+def choose_column(
+    kind: str, column: str | None, default_names: tuple[str, ...], names: list[str], table: Path | str
+) -> str:
+    """Return `column` if given, else the only one of `names` with a default name.
+
+    Raises InputError with the columns of the table if there is none, or more than one.
+    """
+    columns = f"the columns of {str(table)!r}: {', '.join(map(escape_name, names))}"
+    if column is not None:
+        if column not in names:
+            raise InputError(f"no column {column!r}; {columns}")
+        return column
+    candidates = [name for name in names if name.lower() in default_names]
+    if len(candidates) != 1:
+        number = "several columns" if candidates else "no column"
+        raise InputError(f"{number} for the {kind}; give --{kind}-column; {columns}")
+    return candidates[0]
 
 
 def iterate_batch_rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | RejectedSample]:
-    """The rows of a batch; Arrow takes any bytes for text until somebody looks at them."""
+    """Yield the rows of a batch; a row whose text is not UTF-8 is a RejectedSample."""
+    # Arrow does not validate texts: the error comes with the conversion, for the batch as a whole.
     try:
         yield from batch.to_pylist()
     except UnicodeDecodeError:
@@ -211,20 +192,21 @@ def iterate_batch_rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | Rejec
 
 
 def parse_keywords(value: Any) -> list[str]:
-    """A list of texts, or one text with commas."""
+    """Return the keywords in a list of texts or a text with commas. Raises RejectedSample."""
     if value is None:
         return []
     return parse_texts(value.split(",") if isinstance(value, str) else value, Reason.bad_row)
 
 
 def parse_labels(value: Any) -> list[str]:
-    """A text or a whole number, or a list of them; none for nothing."""
+    """Return the labels in a text, an integer or a list of them; an empty list for None. Raises RejectedSample."""
     values = value if isinstance(value, list) else [value]
-    return parse_texts([str(one) if isinstance(one, int) else one for one in values if one is not None], Reason.bad_row)
+    texts = [str(item) if isinstance(item, int) else item for item in values if item is not None]
+    return parse_texts(texts, Reason.bad_row)
 
 
 def parse_split(value: Any) -> str | None:
-    """train or held_out for the names in use; None for nothing. Raises RejectedSample."""
+    """Return train or held_out for any usual name of a split, None for no value. Raises RejectedSample."""
     if value is None or value == "":
         return None
     name = value.lower() if isinstance(value, str) else value
@@ -238,9 +220,9 @@ def parse_split(value: Any) -> str | None:
 
 
 def infer_splits(names: list[str]) -> list[str | None]:
-    """The splits of files or folders, from names such as test/a.tar and train-00000.parquet.
+    """Return the splits of files or folders by names such as test/a.tar and train-00000.parquet.
 
-    None for all if that would leave no picture to train on, or none held out.
+    All are None unless there are names of both splits.
     """
     splits = [infer_split(name) for name in names]
     return splits if "train" in splits and "held_out" in splits else [None] * len(names)
@@ -254,13 +236,10 @@ def infer_split(name: str) -> str | None:
     return None
 
 
-# ---- reading ----
-
-
 def open_inside_root(root: Path, name: str) -> BinaryIO:
-    """An ordinary file below `root` (an absolute path without links), to be read. Raises RejectedSample.
+    """Open an ordinary file below `root`, an absolute path without links, to read it. Raises RejectedSample.
 
-    Nothing else is ever opened: opening a pipe can hang for ever, and opening a device can do things.
+    Nothing else is ever opened: opening a pipe can hang, and opening a device can have effects.
     """
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
         raise RejectedSample(Reason.outside_folder, name)
@@ -278,7 +257,7 @@ def open_inside_root(root: Path, name: str) -> BinaryIO:
 
 
 def read_range(root: Path, name: str, offset: int, size: int | None, limit: int = 2**28) -> bytes:
-    """The bytes of a picture. Raises RejectedSample."""
+    """Return the bytes of a picture; `size` None: of the whole file. Raises RejectedSample."""
     if size is not None and size > limit:
         raise RejectedSample(Reason.too_many_bytes, f"{size:,}")
     with open_inside_root(root, name) as file:

@@ -1,4 +1,4 @@
-"""Sidecars."""
+"""Folders of pictures with a text file beside each: name.png with name.txt or name.caption."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -23,20 +23,18 @@ from t2i.data.sources.samples import (
 )
 from t2i.errors import InputError
 
-# ---- a picture and a text file of the same name ----
-
 
 def open_sidecars(root: Path, files: list[Path], notes: SourceNotes, columns: Columns) -> Source:
-    """`name.png` with `name.txt` or `name.caption`, each line of which is a caption."""
-    for what, given in (("image", columns.image), ("caption", columns.caption), ("label", columns.label)):
-        check_column_unset(what, given, "pictures with text files have no columns")
+    """Return the source of a folder of pictures with text files. Each line of a text file is a caption."""
+    for kind, column in (("image", columns.image), ("caption", columns.caption), ("label", columns.label)):
+        check_column_unset(kind, column, "pictures with text files have no columns")
     pictures = [file for file in files if is_image_file(file)]
     if not pictures:
-        kinds = "name.png with name.txt, pictures with metadata.jsonl or .csv, .tar or .parquet files"
-        raise InputError(f"no pictures in {str(root)!r}; it can hold {kinds}")
+        kinds = "name.png with name.txt, pictures with metadata.jsonl or .csv, .tar files, or .parquet files"
+        raise InputError(f"no pictures in {str(root)!r}; it can contain {kinds}")
     texts = {file.with_suffix("") for file in files if file.suffix.lower() in CAPTION_SUFFIXES}
-    pictured = Counter(file.with_suffix("") for file in pictures)
-    lone = [file for file in files if file.suffix.lower() in CAPTION_SUFFIXES and file.with_suffix("") not in pictured]
+    counts = Counter(file.with_suffix("") for file in pictures)
+    lone = [file for file in files if file.suffix.lower() in CAPTION_SUFFIXES and file.with_suffix("") not in counts]
     for file in files:
         if file.suffix.lower() not in CAPTION_SUFFIXES and not is_image_file(file):
             count_ignored_file(file, notes)
@@ -48,8 +46,8 @@ def open_sidecars(root: Path, files: list[Path], notes: SourceNotes, columns: Co
                 try:
                     if picture.with_suffix("") not in texts:
                         raise RejectedSample(Reason.no_caption, f"no {picture.stem}.txt")
-                    if (count := pictured[picture.with_suffix("")]) > 1:
-                        raise RejectedSample(Reason.repeated_key, f"{count} pictures {picture.stem} with one text")
+                    if (count := counts[picture.with_suffix("")]) > 1:
+                        raise RejectedSample(Reason.repeated_key, f"{count} pictures {picture.stem} with one text file")
                     sample.captions = read_sidecar(root, picture)
                 except RejectedSample as error:
                     sample.problem = error
@@ -61,12 +59,13 @@ def open_sidecars(root: Path, files: list[Path], notes: SourceNotes, columns: Co
 
 
 def has_pairs(files: list[Path]) -> bool:
-    """Whether any picture has a text file of its name."""
+    """Return True if any picture has a text file of its name."""
     texts = {file.with_suffix("") for file in files if file.suffix.lower() in CAPTION_SUFFIXES}
     return any(is_image_file(file) and file.with_suffix("") in texts for file in files)
 
 
 def read_sidecar(root: Path, picture: Path) -> list[str]:
+    """Return the captions in the text file of a picture. Raises RejectedSample."""
     for suffix in CAPTION_SUFFIXES:
         for text in (picture.with_suffix(suffix), picture.with_suffix(suffix.upper())):
             if text.exists() or text.is_symlink():

@@ -1,7 +1,7 @@
 """WebDataset tars, as img2dataset writes them: indexed once, never unpacked, read by offset.
 
-A key is a member's name up to the first dot of its last part. Members are grouped within one shard only, and by key
-alone, so that whatever is missing or cut, a caption is never paired with another picture.
+The key of a member is its name up to the first dot of the last part. Members are grouped by key, within one shard:
+whatever is missing or damaged, a caption is never paired with the picture of another key.
 """
 
 import json
@@ -36,7 +36,7 @@ from t2i.data.sources.samples import (
 )
 from t2i.errors import InputError
 
-MAX_HEADER_SIZE = 2**20  # of a header: names and PAX records longer than this are refused
+MAX_HEADER_SIZE = 2**20  # bytes of a header with its names and PAX records
 MAX_JSON_SIZE = 2**20
 COMPRESSION_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstandard
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -47,16 +47,15 @@ def is_tar(file: Path) -> bool:
 
 
 def is_compressed(file: Path) -> bool:
-    if not file.is_file():
+    """Return True for a compressed tar, by its name or its first bytes."""
+    if not is_tar(file) or not file.is_file():
         return False
     with open(file, "rb") as start:
-        return file.name.lower().endswith(COMPRESSED_SUFFIXES) or (
-            is_tar(file) and start.read(6).startswith(COMPRESSION_MAGIC)
-        )
+        return file.name.lower().endswith(COMPRESSED_SUFFIXES) or start.read(6).startswith(COMPRESSION_MAGIC)
 
 
 def has_images(file: Path) -> bool:
-    """Whether a tar has a picture in it; a compressed one is not looked into, and is refused later."""
+    """Return True if a tar contains a picture, or is compressed, for then it is refused later."""
     if is_compressed(file):
         return True
     try:
@@ -69,14 +68,16 @@ def has_images(file: Path) -> bool:
 
 
 def open_tars(root: Path, files: list[Path], columns: Columns, notes: SourceNotes | None = None) -> Source:
-    """Shards of pictures with .txt (else .json) captions. Raises InputError for compressed ones."""
-    check_column_unset("image", columns.image, "tars hold pictures as files")
-    check_column_unset("label", columns.label, "tars hold no labels")
+    """Return the source of shards with captions in .txt or .json. Raises InputError for a compressed shard."""
+    check_column_unset("image", columns.image, "tars contain pictures as files")
+    check_column_unset("label", columns.label, "tars contain no labels")
     notes = notes or SourceNotes()
     shards = [file for file in files if is_tar(file)]
     for shard in shards:
         if is_compressed(shard):
-            raise InputError(f"{str(shard)!r} is compressed and cannot be read by offset; unpack it to a plain .tar")
+            raise InputError(
+                f"{str(shard)!r} is compressed and cannot be read by offset; decompress it to a plain .tar"
+            )
     for file in files:
         if not is_tar(file) and not file.name.endswith("_stats.json"):
             count_ignored_file(file, notes)
@@ -98,35 +99,35 @@ def open_tars(root: Path, files: list[Path], columns: Columns, notes: SourceNote
 
 
 def find_shard_gaps(names: list[str]) -> list[str]:
-    """Numbers that are missing between the first and the last of numbered shards."""
+    """Return a line for each series of numbered shards in which numbers are missing."""
     numbers: dict[tuple[str, int], set[int]] = defaultdict(set)
     for name in names:
         if match := re.fullmatch(r"(.*?)(\d{1,12})\.tar", name):
             numbers[match[1], len(match[2])].add(int(match[2]))
     missing = []
-    for (prefix, digits), there in numbers.items():
-        count = max(there) - min(there) + 1 - len(there)
+    for (prefix, digits), present in numbers.items():
+        count = max(present) - min(present) + 1 - len(present)
         if count:
-            first = next(number for number in range(min(there), max(there)) if number not in there)
+            first = next(number for number in range(min(present), max(present)) if number not in present)
             more = f" and {count - 1} more" if count > 1 else ""
-            missing.append(f"{prefix}{first:0{digits}}.tar{more}: missing in the row of shards")
+            missing.append(f"{prefix}{first:0{digits}}.tar{more}: missing between the first and the last shard")
     return missing
 
 
-def compare_with_stats(root: Path, name: str, found: int, notes: SourceNotes) -> None:
-    """img2dataset counts what it wrote into a shard beside it."""
+def compare_with_stats(root: Path, name: str, count: int, notes: SourceNotes) -> None:
+    """Compare the number of samples with the one that img2dataset wrote beside the shard."""
     stats = name.removesuffix(".tar") + "_stats.json"
     try:
         with open_inside_root(root, stats) as file:
             expected = json.loads(file.read(MAX_JSON_SIZE)).get("successes")
     except (RejectedSample, ValueError, AttributeError, RecursionError):
         return
-    if isinstance(expected, int) and expected != found:
-        notes.shards.append(f"{name}: {found:,} samples, its {PurePosixPath(stats).name} says {expected:,}")
+    if isinstance(expected, int) and expected != count:
+        notes.shards.append(f"{name}: {count:,} samples, {PurePosixPath(stats).name} counts {expected:,}")
 
 
 class GuardedFile:
-    """A file that refuses to read much at once: the sizes in a tar's headers can say anything."""
+    """A file with a limit on each read, for the sizes in a tar's headers may be hostile."""
 
     def __init__(self, file: BinaryIO):
         self.file = file
@@ -140,7 +141,7 @@ class GuardedFile:
 
 @dataclass
 class MemberGroup:
-    """What a shard holds of one key."""
+    """The members of one key in a shard."""
 
     picture: tarfile.TarInfo | None = None
     texts: dict[str, bytes | RejectedSample] = field(default_factory=dict)  # by suffix
@@ -148,7 +149,7 @@ class MemberGroup:
 
 
 class TarShard:
-    """One open tar. Every file in it that is whole is counted; nothing in it is followed, written or unpickled."""
+    """An open tar. All complete files in it are counted; links are not followed, nothing is unpacked or unpickled."""
 
     def __init__(self, name: str, file: BinaryIO, notes: SourceNotes):
         self.name, self.file, self.notes = name, file, notes
@@ -157,7 +158,7 @@ class TarShard:
         notes.containers[name] = self.size
 
     def index_members(self) -> None:
-        """Find the members of every key."""
+        """Group the members by key, and note damage of the shard."""
         self.file.seek(0)
         end = 0  # of the last member
         try:
@@ -167,7 +168,7 @@ class TarShard:
                     if tar.offset <= end or member.size < 0:
                         raise tarfile.ReadError(f"{escape_name(member.name)!r} has a size of {member.size:,}")
                     end = tar.offset
-                    tar.members = []  # type: ignore[attr-defined]  # it would keep them all
+                    tar.members = []  # type: ignore[attr-defined]  # tarfile would keep all members in memory
                     self.add_member(member)
                     if end > self.size:
                         break
@@ -177,12 +178,13 @@ class TarShard:
         self.file.seek(min(end, self.size))
         if self.file.read(512) != bytes(512):
             place = f"byte {min(end, self.size):,} of {self.size:,}"
-            self.notes.shards.append(f"{self.name}: truncated or damaged at {place}, no end-of-archive mark is there")
+            self.notes.shards.append(f"{self.name}: truncated or damaged at {place}, without an end-of-archive mark")
         elif any(block.strip(b"\0") for block in iter(lambda: self.file.read(MAX_HEADER_SIZE), b"")):
             place = f"byte {end:,} of {self.size:,}"
             self.notes.shards.append(f"{self.name}: ends at {place}; what follows, such as another tar, is not read")
 
     def add_member(self, member: tarfile.TarInfo) -> None:
+        """Add a member to the group of its key; other files are counted as ignored."""
         path = PurePosixPath(member.name)
         if member.isdir():
             return
@@ -214,6 +216,7 @@ class TarShard:
         return self.file.read(min(member.size, limit))
 
     def iterate_samples(self, column: str | None, split: str | None) -> Iterator[Sample]:
+        """Yield a sample for each key; `column` is the key of the captions in .json files."""
         for key, group in self.members.items():
             sample = Sample(f"{self.name}/{escape_name(key)}", split=split)
             try:
@@ -234,7 +237,7 @@ class TarShard:
 
 
 def parse_member_captions(texts: dict[str, bytes | RejectedSample], column: str | None) -> list[str]:
-    """The captions of a sample: of its text file, or else of its JSON."""
+    """Return the captions in the text file of a sample, else in its JSON. Raises RejectedSample."""
     for suffix in CAPTION_SUFFIXES:
         if suffix in texts and column is None:
             return parse_caption_bytes(unwrap_text(texts[suffix]))
