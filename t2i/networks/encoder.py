@@ -1,4 +1,4 @@
-"""What CLIPs and text encoders have in common: a tokenizer in their folder, and a fingerprint of what they compute."""
+"""The base of CLIPs and text encoders: a tokenizer in the folder, and a fingerprint of all that decides the outputs."""
 
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -14,25 +14,30 @@ class Encoder(ModelMixin, ConfigMixin, ABC):
     """A model of diffusers with more in its folder than weights.
 
     Its configuration has `fingerprint`, written on saving and checked on loading, and `rounded`: the weights went
-    through a dtype that does not keep the fingerprint, such as bfloat16. A kind of it names ModelMixin once more, for
-    diffusers' pipelines look for that name in a class's module.
+    through a dtype that does not keep the fingerprint, such as bfloat16. Subclasses name ModelMixin as a base once
+    more, because diffusers' pipelines look for that name in the module of a component's class.
     """
 
-    hub_files: ClassVar[list[str]] = ["*.json", "*.safetensors"]  # that are fetched of a repository on the hub
-    is_trainable: ClassVar[bool] = False  # once read
+    hub_files: ClassVar[list[str]] = ["*.json", "*.safetensors"]  # to download from a repository on the hub
+    is_trainable: ClassVar[bool] = False  # after loading
     cached_identity: str | None = None
+    has_warned = False  # set by training, which logs only the first caption that is cut
     tokenizer: Any
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """16 hexadecimal digits for the weights and all else that decides the outputs, the same in fp32 and fp16."""
+        """Return 16 hexadecimal digits for all that decides the outputs, the same in fp32 and fp16."""
 
     @abstractmethod
     def load_tokenizer_folder(self, folder: Path, root: Path) -> None:
-        """Of a model's folder; links in it may lead into `root`. Raises InputError."""
+        """Load the tokenizer from a model's folder, in which links may lead into `root`. Raises InputError."""
 
     def save_tokenizer(self, folder: Path) -> None:
         self.tokenizer.save(folder)
+
+    def find_truncated_text(self, text: str) -> str:
+        """Return the end of a text that does not fit, empty if all of it does."""
+        return self.tokenizer.find_truncated_text(text)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
@@ -42,15 +47,16 @@ class Encoder(ModelMixin, ConfigMixin, ABC):
         return encoder
 
     def load_companion_files(self, folder: Path, root: Path) -> None:
-        """What a folder holds beside the weights. Raises InputError, also for weights of another fingerprint."""
+        """Load what a folder has beside the weights. Raises InputError, also for weights of another fingerprint."""
         self.load_tokenizer_folder(folder, root)
         check_weights_fingerprint(self, folder)
         if not self.is_trainable:
             self.requires_grad_(False)
 
+    # diffusers' pipelines look for the parameter `variant` in this signature before they pass it.
     def save_pretrained(self, save_directory: str | Path, variant: str | None = None, **kwargs: Any) -> None:
-        # The variant by name: diffusers' pipelines look for it in the signature.
-        if self.dtype not in EXACT_DTYPES:  # others know it by what it was
+        if self.dtype not in EXACT_DTYPES:
+            # These weights are rounded. Priors and decoders refer to the encoder by its fingerprint before that.
             self.register_to_config(fingerprint=self.identity, rounded=True)
         elif self.config.fingerprint is None or not self.config.rounded:
             self.register_to_config(fingerprint=self.fingerprint())
@@ -59,10 +65,10 @@ class Encoder(ModelMixin, ConfigMixin, ABC):
 
     @property
     def identity(self) -> str:
-        """The fingerprint as it was when the encoder was last read or saved, or as it is if it never was."""
+        """The fingerprint when the encoder was last loaded or saved, or the present one if it never was."""
         if self.config.fingerprint:
             return self.config.fingerprint
         if self.is_trainable:
             return self.fingerprint()
-        self.cached_identity = self.cached_identity or self.fingerprint()  # once, for it reads all weights
+        self.cached_identity = self.cached_identity or self.fingerprint()  # reads all weights, so only once
         return self.cached_identity

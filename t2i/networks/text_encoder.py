@@ -1,12 +1,11 @@
-"""A frozen text encoder of transformers (T5, BERT, CLIP, ...) that the decoder's caption tokens come from.
+"""A frozen text encoder of transformers (T5, BERT, CLIP, ...) whose token states a decoder reads.
 
-The prior reads CLIP's encoding always: only there do captions and pictures share a space. A decoder may read what a
-language model says of the caption token by token instead (Saharia et al. 2022, section 2.1).
+The prior always reads CLIP's encoding: only there do captions and pictures share a space. A decoder may read the states
+of a language model for each token of the caption instead (Saharia et al. 2022, section 2.1).
 """
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,56 +46,49 @@ HUB_FILES = ["config.json", "tokenizer.json", "model*.safetensors", "model.safet
 
 @dataclass(frozen=True)
 class Architecture:
-    """How to make the encoder of one of transformers' model types, and how to find it in the files of larger models.
+    """A model type of transformers: how to build its encoder, and how to find it in the files of larger models.
 
-    Classes are named, not imported: transformers takes its time for each, and a pipeline needs at most one.
+    Classes are named, not imported: importing one takes transformers a while, and a pipeline needs at most one.
     """
 
-    class_names: tuple[str, str]  # in transformers, of the configuration's class and of the model's
-    encoder: Callable[[Any, Any], torch.nn.Module]  # of the model's class and a configuration
-    prefixes: tuple[str, ...]  # what its tensors' names may begin with
-    tensor_aliases: tuple[tuple[str, str], ...] = ()  # ours, theirs: tensors that files may know by another name
-    position_offset: int = 0  # positions in its table that no token has, beyond the number of the padding
+    config_class: str
+    model_class: str
+    prefix: str  # of its tensors' names in larger models
+    model_options: dict[str, Any] = field(default_factory=dict)
+    has_wrapper: bool = False  # the encoder is `model.encoder`
+    tensor_aliases: tuple[tuple[str, str], ...] = ()  # its own name, another name in files
+    position_offset: int = 0  # rows of the position table that no token uses, beside those up to the padding's number
 
-    @property
-    def config(self) -> Any:
-        return getattr(transformers, self.class_names[0])
+    def build_config(self, **settings: Any) -> Any:
+        return getattr(transformers, self.config_class)(**settings)
 
-    def build_encoder_model(self, config: Any) -> torch.nn.Module:
-        return self.encoder(getattr(transformers, self.class_names[1]), config)
-
-
-EMBEDDING_ALIASES = (("embed_tokens.weight", "shared.weight"),)  # that T5's encoder and decoder share
-LAYER_NORM_ALIASES = (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta"))  # files of 2018
+    def build_model(self, config: Any) -> torch.nn.Module:
+        model = getattr(transformers, self.model_class)(config, **self.model_options)
+        return model.encoder if self.has_wrapper else model
 
 
-def build_t5_architecture(name: str) -> Architecture:
-    names = (f"{name}Config", f"{name}EncoderModel")
-    return Architecture(names, lambda model, config: model(config).encoder, ("encoder.",), EMBEDDING_ALIASES)
-
-
-def build_bert_architecture(name: str, prefix: str, offset: int = 0) -> Architecture:
-    names = (f"{name}Config", f"{name}Model")
-    return Architecture(
-        names, lambda model, config: model(config, add_pooling_layer=False), ("", prefix), LAYER_NORM_ALIASES, offset
-    )
-
-
-def build_plain_architecture(config: str, model: str, prefix: str) -> Architecture:
-    return Architecture((config, model), lambda model, config: model(config), ("", prefix))
-
-
-ARCHITECTURES = {
-    "t5": build_t5_architecture("T5"),
-    "mt5": build_t5_architecture("MT5"),
-    "umt5": build_t5_architecture("UMT5"),
-    "bert": build_bert_architecture("Bert", "bert."),
-    "roberta": build_bert_architecture("Roberta", "roberta.", 1),
-    "xlm-roberta": build_bert_architecture("XLMRoberta", "roberta.", 1),
-    "distilbert": build_plain_architecture("DistilBertConfig", "DistilBertModel", "distilbert."),
-    "clip_text_model": build_plain_architecture("CLIPTextConfig", "CLIPTextModel", "text_model."),
+# T5's encoder and decoder share their embeddings; files of 2018 have the old names of LayerNorm's parameters.
+T5: dict[str, Any] = {
+    "prefix": "encoder.",
+    "has_wrapper": True,
+    "tensor_aliases": (("embed_tokens.weight", "shared.weight"),),
 }
-# Settings of transformers that decide the states of an encoder; what only imports read is left out.
+BERT: dict[str, Any] = {
+    "model_options": {"add_pooling_layer": False},
+    "tensor_aliases": (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")),
+}
+ARCHITECTURES = {
+    "t5": Architecture("T5Config", "T5EncoderModel", **T5),
+    "mt5": Architecture("MT5Config", "MT5EncoderModel", **T5),
+    "umt5": Architecture("UMT5Config", "UMT5EncoderModel", **T5),
+    "bert": Architecture("BertConfig", "BertModel", "bert.", **BERT),
+    "roberta": Architecture("RobertaConfig", "RobertaModel", "roberta.", **BERT, position_offset=1),
+    "xlm-roberta": Architecture("XLMRobertaConfig", "XLMRobertaModel", "roberta.", **BERT, position_offset=1),
+    "distilbert": Architecture("DistilBertConfig", "DistilBertModel", "distilbert."),
+    "clip_text_model": Architecture("CLIPTextConfig", "CLIPTextModel", "text_model."),
+}
+# The settings of transformers' configurations that decide an encoder's states. No other is passed on, because some make
+# transformers import code.
 ENCODER_SETTINGS = {
     *("vocab_size", "pad_token_id", "max_position_embeddings", "type_vocab_size"),
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "layer_norm_eps"),
@@ -111,15 +103,15 @@ class TextEncoder(Encoder, ModelMixin):
 
     Args:
         architecture: transformers' model type, one of `ARCHITECTURES`.
-        model: its configuration, as far as `ENCODER_SETTINGS` name it.
+        model: its configuration, limited to `ENCODER_SETTINGS`.
         context_length: tokens of a caption at most, special ones included; what is longer is cut.
         fingerprint: of weights, vocabulary and context length; written on saving, checked on loading.
         rounded: the weights went through a dtype that does not keep the fingerprint, such as bfloat16.
-        padded: captions are padded to the context length, and the padding is read as well, as in Stable Diffusion.
+        padded: captions are padded to the context length, and the encoder and the decoder read the padding as well, as
+            in Stable Diffusion.
     """
 
     tokenizer: TextTokenizer
-    has_warned = False  # of captions that do not fit: training says it once
 
     @register_to_config
     def __init__(
@@ -138,57 +130,53 @@ class TextEncoder(Encoder, ModelMixin):
     def from_transformers(
         cls, name: str | Path, context_length: int = 128, dtype: torch.dtype = torch.float32
     ) -> "TextEncoder":
-        """A public encoder, or the encoder of a larger model: a folder as transformers writes it, or a name on the hub.
+        """Load a public encoder, or the encoder of a larger model: a folder that transformers wrote, or a hub name.
 
         Only its config.json, tokenizer.json and safetensors are read. The fingerprint is that of the weights in the
-        files, whatever the dtype. `context_length` is less if the encoder knows fewer positions.
+        files, whatever the dtype. `context_length` is reduced to the positions that the encoder has.
         """
         folder = find_or_download_folder(name, HUB_FILES)
         architecture, model = read_encoder_settings(folder)
         kind = ARCHITECTURES[architecture]
-        context_length = min(context_length, count_token_positions(kind, kind.config(**model)) or context_length)
+        context_length = min(context_length, count_token_positions(kind, kind.build_config(**model)) or context_length)
         headers = {path: read_safetensors_header(path) for path in find_weight_files(folder, stem="model")}
-        files = {key: path for path, header in headers.items() for key in header}
-        held = {key: stored for header in headers.values() for key, stored in header.items()}
-        with bounded_meta_device(held, folder):
+        stored = {key: spec for header in headers.values() for key, spec in header.items()}
+
+        # Build without memory: first bounded by the size of the files, then for good.
+        with bounded_meta_device(stored, folder):
             build_text_encoder(architecture, model, context_length)
         with init_empty_weights(include_buffers=False):
             encoder = cls(architecture, model, context_length)
-        wanted = encoder.net.state_dict()
-        names = find_tensor_names(wanted, held, kind)
-        check_tensor_specs(wanted, {ours: held[theirs] for ours, theirs in names.items()}, folder)
+        expected = encoder.net.state_dict()
+        stored_names = find_tensor_names(expected, stored, kind)
+        check_tensor_specs(expected, {key: stored[name] for key, name in stored_names.items()}, folder)
 
-        def read(theirs: str) -> Tensor:
-            with safe_open(files[theirs], "pt") as file:
-                return file.get_tensor(theirs)
-
-        tensors = {ours: read(theirs) for ours, theirs in names.items()}
+        # Read the tensors, of which the files of a larger model may have others
+        tensors: dict[str, Tensor] = {}
+        for path, header in headers.items():
+            with safe_open(path, "pt") as file:
+                tensors |= {key: file.get_tensor(name) for key, name in stored_names.items() if name in header}
         encoder.net.load_state_dict({key: tensor.to(dtype) for key, tensor in tensors.items()}, assign=True)
         check_finite_weights(encoder.net, folder)
-        encoder.tokenizer = encoder.load_text_tokenizer(folder)
-        encoder.register_to_config(
-            fingerprint=compute_tensors_fingerprint(tensors, encoder.tokenizer_identity),
-            rounded=dtype not in EXACT_DTYPES,
-        )
+        encoder.load_tokenizer_folder(folder, folder)
+        fingerprint = compute_tensors_fingerprint(tensors, encoder.tokenizer_identity)
+        encoder.register_to_config(fingerprint=fingerprint, rounded=dtype not in EXACT_DTYPES)
         return encoder.eval().requires_grad_(False)
 
     def load_tokenizer_folder(self, folder: Path, root: Path) -> None:
-        self.tokenizer = self.load_text_tokenizer(folder)
-
-    def load_text_tokenizer(self, folder: Path) -> TextTokenizer:
         config = self.net.config
         pad = config.pad_token_id if isinstance(config.pad_token_id, int) else 0
         check_integer("pad_token_id", pad, 0, config.vocab_size - 1)
-        return load_text_tokenizer(folder, self.config.context_length, pad, config.vocab_size)
+        self.tokenizer = load_text_tokenizer(folder, self.config.context_length, pad, config.vocab_size)
 
     @property
     def tokenizer_identity(self) -> str:
-        """What decides the states beside the weights."""
+        """A text for all that decides the states beside the weights."""
         padding = f" padded with {self.tokenizer.pad}" if self.config.padded else ""
         return f"{self.config.context_length} {self.tokenizer.digest()}{padding}"
 
     def fingerprint(self) -> str:
-        """16 hexadecimal digits for weights, vocabulary and context length, the same in fp32 and fp16."""
+        """Return 16 hexadecimal digits for weights, vocabulary and context length, the same in fp32 and fp16."""
         return compute_weights_fingerprint(self.net, self.tokenizer_identity)
 
     @property
@@ -196,16 +184,12 @@ class TextEncoder(Encoder, ModelMixin):
         """Dimensions of a token's state."""
         return self.net.config.hidden_size
 
-    def find_truncated_text(self, text: str) -> str:
-        """The end of a text that does not fit, empty if all does."""
-        return self.tokenizer.find_truncated_text(text)
-
     def encode(self, texts: list[str], device: torch.device | None = None) -> TokenStates:
-        """Captions -> a state a token, (B, L, width), in the encoder's dtype; L is that of the longest caption, or
-        the context length if the encoder is `padded`.
+        """Return the states of captions, (B, L, width), in the encoder's dtype, with the mask of their tokens.
 
-        A caption's states do not depend on the others, but for rounding. `device`: where the encoder computes, if it is
-        elsewhere now (offloading). Raises ValueError if float16 overflows.
+        L is the number of tokens of the longest caption, or the context length if the encoder is `padded`. A caption's
+        states do not depend on the others, but for rounding. device: where the encoder computes, if it is elsewhere
+        now (offloading). Raises ValueError if float16 overflows.
         """
         tokens, mask = self.tokenizer(texts)
         if self.config.padded:
@@ -217,9 +201,9 @@ class TextEncoder(Encoder, ModelMixin):
     @apply_forward_hook
     def encode_tokens(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """(B, L) int64, (B, L) bool -> (B, L, width): the last layer's states, zero where the mask is False."""
-        seen = mask.clone()
-        seen[:, 0] = True  # a caption of no tokens sees the padding: attention to nothing is NaN
-        states = self.net(input_ids=tokens, attention_mask=seen.long()).last_hidden_state
+        attended = mask.clone()
+        attended[:, 0] = True  # a caption of no tokens attends to padding, for attention to nothing is NaN
+        states = self.net(input_ids=tokens, attention_mask=attended.long()).last_hidden_state
         states = states.masked_fill(~mask[..., None], 0)
         if self.dtype == torch.float16 and not states.isfinite().all():
             raise ValueError("the text encoder's states overflow float16; load it in bfloat16 or float32")
@@ -227,57 +211,55 @@ class TextEncoder(Encoder, ModelMixin):
 
 
 def build_text_encoder(architecture: str, model: dict[str, Any], context_length: int) -> torch.nn.Module:
-    """The encoder of a configuration, with random weights."""
-    check_encoder_architecture(architecture)
+    """Build the encoder of a configuration with random weights. Raises InputError for an invalid argument."""
+    check_choice("architecture of a text encoder", architecture, tuple(ARCHITECTURES))
     check_integer("context_length", context_length, 3, MAX_TOKENS)
     if not isinstance(model, dict) or not all(isinstance(value, int | float | str | None) for value in model.values()):
         raise InputError(f"model must be a mapping of plain values, got {model!r:.80}")
     if unknown := sorted(set(model) - ENCODER_SETTINGS):
-        raise InputError(
-            f"model has {unknown[0]!r:.80}; a text encoder's may have {', '.join(sorted(ENCODER_SETTINGS))}"
-        )
+        allowed = ", ".join(sorted(ENCODER_SETTINGS))
+        raise InputError(f"model has {unknown[0]!r:.80}; a text encoder's may have {allowed}")
     kind = ARCHITECTURES[architecture]
-    config = kind.config(**model, attn_implementation="sdpa")
-    if (places := count_token_positions(kind, config)) is not None:
-        check_integer(f"context_length of a {architecture} with {places} positions", context_length, 3, places)
-    return kind.build_encoder_model(config)
+    config = kind.build_config(**model, attn_implementation="sdpa")
+    if (positions := count_token_positions(kind, config)) is not None:
+        check_integer(f"context_length of a {architecture} with {positions} positions", context_length, 3, positions)
+    return kind.build_model(config)
 
 
 def count_token_positions(kind: Architecture, config: Any) -> int | None:
-    """How many tokens an encoder has positions for; None if there is no limit, as in T5."""
-    places = getattr(config, "max_position_embeddings", None)
-    return places if places is None or not kind.position_offset else places - kind.position_offset - config.pad_token_id
-
-
-def check_encoder_architecture(name: Any) -> None:
-    check_choice("architecture of a text encoder", name, tuple(ARCHITECTURES))
+    """Return for how many tokens an encoder has positions; None if there is no limit, as in T5."""
+    rows = getattr(config, "max_position_embeddings", None)
+    if rows is None or not kind.position_offset:
+        return rows
+    return rows - kind.position_offset - config.pad_token_id  # RoBERTa counts positions from the padding's number on
 
 
 def read_encoder_settings(folder: Path) -> tuple[str, dict[str, Any]]:
-    """The architecture and the settings in a folder of transformers'; refused, if its weights do not fit them."""
+    """Return the architecture and the settings in a folder of transformers. Raises InputError for any other folder."""
     check_folder_files(folder)
     return parse_encoder_settings(read_config(folder / "config.json"), folder)
 
 
 def parse_encoder_settings(config: Any, folder: Path) -> tuple[str, dict[str, Any]]:
-    """The same of a configuration that was read from a folder."""
+    """Return the architecture and the settings in a configuration that was read from a folder."""
     kind = config.get("model_type")
     if kind == "clip":  # both towers
         kind, config = "clip_text_model", config.get("text_config")
     if not isinstance(config, dict) or not isinstance(kind, str) or any(key in config for key in CODE_KEYS):
-        raise InputError(f"{str(folder / 'config.json')!r} is of no text encoder")
-    check_encoder_architecture(kind)
-    model = {key: value for key, value in config.items() if key in ENCODER_SETTINGS}
-    defaults = inspect.signature(ARCHITECTURES[kind].config).parameters  # later versions may have others
-    return kind, {**{key: one.default for key, one in defaults.items() if key in ENCODER_SETTINGS}, **model}
+        raise InputError(f"{str(folder / 'config.json')!r} is not the configuration of a text encoder")
+    check_choice("architecture of a text encoder", kind, tuple(ARCHITECTURES))
+    # Write the library's defaults out, for later versions may have others.
+    parameters = inspect.signature(getattr(transformers, ARCHITECTURES[kind].config_class)).parameters
+    defaults = {key: parameter.default for key, parameter in parameters.items() if key in ENCODER_SETTINGS}
+    return kind, defaults | {key: value for key, value in config.items() if key in ENCODER_SETTINGS}
 
 
-def find_tensor_names(wanted: dict[str, Tensor], held: dict[str, TensorSpec], kind: Architecture) -> dict[str, str]:
-    """Where each of the encoder's tensors is in the files of a model that holds it; those that are nowhere left out."""
-    found = {}
-    for ours in wanted:
-        others = [ours.replace(new, old) for new, old in kind.tensor_aliases if new in ours]
-        theirs = [prefix + name for name in (ours, *others) for prefix in (*kind.prefixes, "")]
-        if there := [name for name in theirs if name in held]:
-            found[ours] = there[0]
-    return found
+def find_tensor_names(expected: dict[str, Tensor], stored: dict[str, TensorSpec], kind: Architecture) -> dict[str, str]:
+    """Return the name in the files of each of the encoder's tensors; those that no file has are left out."""
+    stored_names = {}
+    for name in expected:
+        aliases = [name.replace(own, other) for own, other in kind.tensor_aliases if own in name]
+        candidates = [prefix + alias for alias in (name, *aliases) for prefix in (kind.prefix, "")]
+        if present := [candidate for candidate in candidates if candidate in stored]:
+            stored_names[name] = present[0]
+    return stored_names
