@@ -1,7 +1,7 @@
-"""The CLIP pair: captions and pictures in one embedding space. open_clip's models, saved and loaded as diffusers'.
+"""CLIP: captions and pictures in one embedding space (Radford et al. 2021). open_clip's model, saved as by diffusers.
 
-Also the owner of a CLIP's identity: a prior and a decoder understand the embeddings of one CLIP only, and a fingerprint
-of its weights and preprocessing tells which.
+A prior and a decoder work with the embeddings of one CLIP only. They store the fingerprint of its weights and
+preprocessing, which is defined here.
 """
 
 import copy
@@ -17,7 +17,7 @@ from diffusers import ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH
-from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentionBlock, text_global_pool
+from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentionBlock
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import center_crop, resize
@@ -49,7 +49,7 @@ from t2i.networks.tokenizer import (
 DEFAULT_RESIZING = {"interpolation": "bicubic", "resize_mode": "shortest"}  # CLIP's own
 OPEN_CLIP_BLOCKS = (ResidualAttentionBlock, CustomResidualAttentionBlock)
 OPEN_CLIP_FILES = ["open_clip_config.json", "open_clip_model.safetensors", "tokenizer*.json"]
-MAX_POSITION_VALUES = 2**26  # values of the positions that open_clip computes in NumPy, whatever the device
+MAX_POSITION_VALUES = 2**26  # values of a table of positions, which open_clip computes in NumPy even on meta
 
 
 class CLIP(Encoder, ModelMixin):
@@ -57,16 +57,16 @@ class CLIP(Encoder, ModelMixin):
 
     Args:
         model: open_clip's model configuration (`embed_dim`, `vision_cfg`, `text_cfg`, ...).
-        preprocess: `size`, `mean` and `std` of the pictures that the vision tower sees; how they are resized, if not as
-            CLIP's: `interpolation` "bicubic" or "bilinear", `resize_mode` "shortest" (then cropped) or "squash".
-        tokenizer_kind: "captions" (a vocabulary of our own), "clip" (open_clip's) or "transformers".
+        preprocess: `size`, `mean` and `std` of the vision tower's input, and how pictures are resized, if not as CLIP
+            does it: `interpolation` "bicubic" or "bilinear", `resize_mode` "shortest" (then cropped) or "squash".
+        tokenizer_kind: "captions" (a vocabulary trained on them), "clip" (open_clip's) or "transformers".
         fingerprint: of weights and preprocessing; written on saving, checked on loading.
         rounded: the weights went through a dtype that does not keep the fingerprint, such as bfloat16.
     """
 
     _supports_gradient_checkpointing = True
     is_trainable = True
-    unit_length = True  # of the embeddings, z_t and z_i
+    unit_length = True  # z_t and z_i have length 1
     reads_captions = True
     tokenizer: CaptionTokenizer | PublicTokenizer
 
@@ -82,10 +82,10 @@ class CLIP(Encoder, ModelMixin):
         super().__init__()
         self.gradient_checkpointing = False
         self.net = use_onednn_linear(build_open_clip_model(model))
-        # What FSDP shards as one: the blocks of open_clip's own towers.
+        # FSDP shards each block of open_clip's own towers as a unit.
         blocks = {type(layer).__name__ for layer in self.net.modules() if isinstance(layer, OPEN_CLIP_BLOCKS)}
         self._no_split_modules = sorted(blocks)
-        self.resize_settings = {key: preprocess.get(key, usual) for key, usual in DEFAULT_RESIZING.items()}
+        self.resize_settings = {key: preprocess.get(key, default) for key, default in DEFAULT_RESIZING.items()}
         check_choice("preprocess.interpolation", self.resize_settings["interpolation"], ("bicubic", "bilinear"))
         check_choice("preprocess.resize_mode", self.resize_settings["resize_mode"], ("shortest", "squash"))
         size = preprocess["size"]
@@ -96,22 +96,30 @@ class CLIP(Encoder, ModelMixin):
 
     @classmethod
     def from_open_clip(cls, name: str, tag: str | None = None) -> "CLIP":
-        """A public pair: an open_clip name and tag, "hf-hub:org/name" or "local-dir:/path"."""
+        """Load a public model: an open_clip name and tag, "hf-hub:org/name" or "local-dir:/path".
+
+        Raises InputError for an unknown name or tag, and for weights that are not safetensors.
+        """
+        # Check the name, the tag, and that the weights can be loaded
         source, config = find_open_clip_source(name)
         weights = open_clip.get_pretrained_cfg(name, tag) if tag else {}
         if tag and not weights:
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
             raise InputError(f"open_clip has no weights {tag!r} for {name!r}; it has {tags}")
+        # A tower with the other activation loads without an error, and its embeddings are useless.
         if weights and weights.get("quick_gelu", False) != config.get("quick_gelu", False):
             other = name + "-quickgelu" if weights.get("quick_gelu") else name.removesuffix("-quickgelu")
             raise InputError(f"{name!r} with {tag!r} mixes GELU and QuickGELU, which ruins embeddings; use {other!r}")
-        if tag and Path(path := open_clip.download_pretrained(weights)).suffix != ".safetensors":
-            raise InputError(f"{tag!r} of {name!r} comes as {Path(path).name!r}; only .safetensors is loaded")
+        path = Path(open_clip.download_pretrained(weights)) if tag else None
+        if path is not None and path.suffix != ".safetensors":
+            raise InputError(f"the weights {tag!r} of {name!r} are in {path.name!r}; only .safetensors is loaded")
+
+        # Load, and take over the weights, the tokenizer and the preprocessing
         net = open_clip.create_model(source, pretrained=tag, require_pretrained=True)
         check_finite_weights(net, name)
         tokenizer, kind = build_public_tokenizer(name, config["text_cfg"])
         preprocess = {key: net.visual.preprocess_cfg[key] for key in ("size", "mean", "std")}
-        preprocess |= {key: net.visual.preprocess_cfg.get(key, usual) for key, usual in DEFAULT_RESIZING.items()}
+        preprocess |= {key: net.visual.preprocess_cfg.get(key, default) for key, default in DEFAULT_RESIZING.items()}
         clip = cls(config, preprocess, kind)
         clip.net.load_state_dict(net.state_dict())
         clip.tokenizer = tokenizer
@@ -121,7 +129,7 @@ class CLIP(Encoder, ModelMixin):
         self.tokenizer = load_clip_tokenizer(folder, self.config.tokenizer_kind, self.config.model["text_cfg"])
 
     def fingerprint(self) -> str:
-        """16 hexadecimal digits for these weights and this preprocessing, the same in fp32 and fp16."""
+        """Return 16 hexadecimal digits for the weights and the preprocessing, the same in fp32 and fp16."""
         return compute_weights_fingerprint(self.net, json.dumps(self.config.preprocess, sort_keys=True))
 
     @property
@@ -142,12 +150,12 @@ class CLIP(Encoder, ModelMixin):
         return getattr(self.net, "text", self.net)
 
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Any = None) -> None:
-        """What `enable_gradient_checkpointing` and its reverse call; open_clip has a switch of its own."""
+        """Pass on the switch of `enable_gradient_checkpointing` and its reverse to that of open_clip."""
         self.gradient_checkpointing = enable
         self.net.set_grad_checkpointing(enable)
 
     def forward(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """z_i, z_t and the scale of the logits, at most 100 as in CLIP."""
+        """Return z_i and z_t, (B, D), and the scale of the logits, (), at most 100 as in CLIP (section 2.5)."""
         return self.encode_image(image), self.encode_tokens(tokens).embedding, self.net.logit_scale.exp().clamp(max=100)
 
     @apply_forward_hook
@@ -156,7 +164,7 @@ class CLIP(Encoder, ModelMixin):
         return self.net.encode_image(self.preprocess(image), normalize=True)
 
     def preprocess(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, 3, size, size), scaled as the vision tower knows pictures."""
+        """(B, 3, H, W) in [-1, 1] -> (B, 3, size, size), in the values of the vision tower's training."""
         if image.shape[-2:] != (self.size, self.size):
             side = [self.size] if self.resize_settings["resize_mode"] == "shortest" else [self.size, self.size]
             mode = InterpolationMode(self.resize_settings["interpolation"])
@@ -164,27 +172,31 @@ class CLIP(Encoder, ModelMixin):
         return (((image + 1) / 2 - self.mean) / self.std).to(self.mean.dtype)
 
     def encode_text(self, texts: list[str]) -> TextEncoding:
+        """Return z_t and the token states of B captions; what does not fit in the context length is cut."""
         return self.encode_tokens(self.tokenizer(texts).to(self.device))
 
     @apply_forward_hook
     def encode_tokens(self, tokens: Tensor) -> TextEncoding:
-        """(B, context_length), int64 -> z_t and a state per token."""
+        """(B, context_length), int64 -> z_t, (B, D), of unit length, and token states, (B, L, width)."""
         tower = self.text_tower
         if getattr(tower, "attn_mask", None) is None or getattr(tower, "cls_emb", None) is not None:
             return self.encode_padded_tokens(tokens)
-        # Causal: what comes after the end of a caption changes nothing before it, so the batch is trimmed first.
+        # Under a causal mask, tokens after the end of a caption change nothing before it. So the batch is trimmed to
+        # its longest caption, and the tower's own forward, which needs all positions, is written out here.
         end = tokens.argmax(dim=-1) if self.is_argmax_pooling else (tokens == self.end_token_id).int().argmax(dim=-1)
         length = int(end.max()) + 1
         tokens = tokens[:, :length]
         states = tower.token_embedding(tokens) + tower.positional_embedding[:length]
-        states = tower.ln_final(tower.transformer(states, attn_mask=tower.attn_mask[:length, :length]))
-        pool = "argmax" if self.is_argmax_pooling else "eos"
-        pooled = text_global_pool(states, tokens, pool, eos_token_id=self.end_token_id)
+        states = tower.ln_final(tower.transformer(states, attn_mask=tower.attn_mask[:length, :length]))  # (B, L, width)
+        z_t = states[torch.arange(len(states), device=states.device), end]
+        projection = tower.text_projection
+        if projection is not None:
+            z_t = projection(z_t) if isinstance(projection, torch.nn.Module) else z_t @ projection
         mask = torch.arange(length, device=tokens.device) <= end[:, None]
-        return TextEncoding(F.normalize(project_pooled_state(tower.text_projection, pooled), dim=-1), states, mask)
+        return TextEncoding(F.normalize(z_t, dim=-1), states, mask)
 
     def encode_padded_tokens(self, tokens: Tensor) -> TextEncoding:
-        """For towers that see the padding (SigLIP, CoCa, those of transformers)."""
+        """Encode tokens with a tower that attends to padding (SigLIP, CoCa, those of transformers)."""
         tower = self.text_tower
         tower.output_tokens = True
         pooled, states = tower(tokens)
@@ -194,7 +206,7 @@ class CLIP(Encoder, ModelMixin):
 
     @property
     def is_argmax_pooling(self) -> bool:
-        """open_clip pools where the token's number is highest, or at a given end token."""
+        """True if z_t is the state of the token with the highest number, False if that of `end_token_id`."""
         tower = self.text_tower
         return getattr(tower, "text_pool_type", getattr(tower, "pool_type", "argmax")) == "argmax"
 
@@ -203,14 +215,8 @@ class CLIP(Encoder, ModelMixin):
         return getattr(self.text_tower, "text_eos_id", getattr(self.text_tower, "eos_id", None))
 
 
-def project_pooled_state(projection: torch.nn.Module | Tensor | None, pooled: Tensor) -> Tensor:
-    if projection is None:
-        return pooled
-    return projection(pooled) if isinstance(projection, torch.nn.Module) else pooled @ projection
-
-
 def build_open_clip_model(config: dict) -> torch.nn.Module:
-    """The open_clip model of a configuration, with random weights."""
+    """Build the open_clip model of a configuration with random weights, without fetching anything."""
     config = copy.deepcopy(dict(config))
     text, vision = config["text_cfg"], config["vision_cfg"]
     check_tower_settings(text, vision)
@@ -225,7 +231,7 @@ def build_open_clip_model(config: dict) -> torch.nn.Module:
 
 
 def check_tower_settings(text: dict, vision: dict) -> None:
-    """Refuse towers by names that are paths, and positions that would not fit in memory."""
+    """Refuse names of towers that are paths, and tables of positions that would not fit in memory."""
     for key, name, form in (
         ("hf_model_name", text.get("hf_model_name", ""), r"([\w.-]+/)?[\w.-]*"),
         ("timm_model_name", vision.get("timm_model_name", ""), r"[\w.-]*"),
@@ -238,9 +244,10 @@ def check_tower_settings(text: dict, vision: dict) -> None:
 
 
 def find_open_clip_source(name: str) -> tuple[str, dict]:
-    """What open_clip builds a model from, and its configuration: a name that it knows, or a folder that was checked.
+    """Return the name by which open_clip creates a model, and the model's configuration.
 
-    A repository of the hub is fetched first: only JSON and safetensors.
+    A repository of the hub ("hf-hub:") is downloaded first, only its JSON and safetensors; a folder ("local-dir:") is
+    checked. Raises InputError for an unknown name and for a folder that is not a whole model.
     """
     if name.startswith("hf-hub:"):
         folder = find_or_download_folder(name.removeprefix("hf-hub:"), OPEN_CLIP_FILES)
@@ -249,7 +256,7 @@ def find_open_clip_source(name: str) -> tuple[str, dict]:
     elif config := open_clip.get_model_config(name):
         return name, config
     else:
-        raise InputError(f"open_clip knows no model {name!r:.200}; `open_clip.list_models()` lists them")
+        raise InputError(f"open_clip has no model {name!r:.200}; `open_clip.list_models()` lists them")
     if not is_folder(folder) or not (folder / "open_clip_config.json").exists():
         raise InputError(f"no open_clip_config.json in {str(folder)!r:.200}; a local-dir: or hf-hub: model has one")
     check_folder_files(folder)
@@ -257,7 +264,8 @@ def find_open_clip_source(name: str) -> tuple[str, dict]:
     if not isinstance(config, dict):
         raise InputError(f"{str(folder / 'open_clip_config.json')!r} has no model_cfg")
     weights = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", *PICKLE_FILE_TYPES))
-    if [path.suffix for path in weights] != [".safetensors"]:  # of several, open_clip takes its own name first
+    # Of several files of weights open_clip reads the one with its own name, so that is the one to check.
+    if [path.suffix for path in weights] != [".safetensors"]:
         weights = [folder / "open_clip_model.safetensors"]
     with bounded_meta_device(read_safetensors_header(weights[0]), folder):
         build_open_clip_model(config)
