@@ -1,4 +1,4 @@
-"""Between pictures and latents. The one place that knows how latents are scaled: outside, they have unit variance."""
+"""The autoencoder between pictures and latents. Only here are latents scaled: outside, they have unit variance."""
 
 from collections.abc import Iterable
 
@@ -16,13 +16,13 @@ class Autoencoder(ModelMixin, ConfigMixin):
     """diffusers' AutoencoderKL, with pictures optionally cut into patches first, and latents of unit variance.
 
     Args:
-        vae: arguments of `AutoencoderKL`; its channels in and out are 3 * patch_size**2.
+        vae: arguments of `AutoencoderKL`; its input and output have 3 * patch_size**2 channels.
         patch_size: side of the squares of pixels that become channels (space to depth). 1 leaves pictures as they are;
-            4 spares the convolutions at full resolution, which cost most.
+            4 saves the convolutions at full resolution, which cost most.
     """
 
-    _supports_gradient_checkpointing = True  # diffusers' blocks do it
-    _no_split_modules = ["ResnetBlock2D"]  # what FSDP shards as one
+    _supports_gradient_checkpointing = True  # in diffusers' blocks
+    _no_split_modules = ["ResnetBlock2D"]  # FSDP shards each as a unit
 
     @register_to_config
     def __init__(self, vae: dict, patch_size: int = 1):
@@ -34,7 +34,7 @@ class Autoencoder(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_vae(cls, vae: AutoencoderKL) -> "Autoencoder":
-        """Take over a pretrained diffusers VAE and the scale that it was published with."""
+        """Take over a pretrained VAE of diffusers with its published scale."""
         autoencoder = cls({key: value for key, value in vae.config.items() if not key.startswith("_")})
         autoencoder.coder.load_state_dict(vae.state_dict())
         autoencoder.std.fill_(1 / vae.config.scaling_factor)
@@ -47,35 +47,38 @@ class Autoencoder(ModelMixin, ConfigMixin):
 
     @property
     def factor(self) -> int:
-        """Pixels per latent, along a side."""
+        """Pixels per latent along a side."""
         return self.config.patch_size * 2 ** (len(self.coder.config.block_out_channels) - 1)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, H, W) -> its reconstruction from a sampled latent, and the KL divergence per pixel value."""
+        """Return the reconstruction of pictures, (B, 3, H, W), from sampled latents, and the KL divergence, (B,).
+
+        The divergence of the posterior from the standard normal is divided by the number of values of a picture.
+        """
         posterior = self.coder.encode(self.split_into_patches(image)).latent_dist
         reconstruction = self.merge_patches(self.coder.decode(posterior.sample()).sample)
         return reconstruction, posterior.kl() / image[0].numel()
 
     @apply_forward_hook
     def encode(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, C, H / factor, W / factor), unit variance: the mean of the posterior."""
+        """(B, 3, H, W) in [-1, 1] -> (B, C, H / factor, W / factor) of unit variance: the mean of the posterior."""
         latents = self.coder.encode(self.split_into_patches(image)).latent_dist.mode()
         return (latents - self.mean[:, None, None]) / self.std[:, None, None]
 
     @apply_forward_hook
     def decode(self, latents: Tensor) -> Tensor:
-        """The reverse; values may leave [-1, 1] a little."""
-        return self.merge_patches(
-            self.coder.decode(latents * self.std[:, None, None] + self.mean[:, None, None]).sample
-        )
+        """(B, C, h, w) of unit variance -> (B, 3, h * factor, w * factor), which may leave [-1, 1] a little."""
+        latents = latents * self.std[:, None, None] + self.mean[:, None, None]
+        return self.merge_patches(self.coder.decode(latents).sample)
 
     def freeze_encoder(self) -> None:
-        """Leave the way from pictures to latents as it is: only the decoder's weights are trained from here on."""
+        """Keep the latents of a picture as they are: from here on only the decoder's weights are trained."""
         for part in (self.coder.encoder, self.coder.quant_conv):
             if part is not None:  # some VAEs have no convolution there
                 part.requires_grad_(False)
 
     def split_into_patches(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, 3 p^2, H / p, W / p), channels last"""
         return F.pixel_unshuffle(image, self.config.patch_size).contiguous(memory_format=torch.channels_last)
 
     def merge_patches(self, patches: Tensor) -> Tensor:
@@ -83,7 +86,7 @@ class Autoencoder(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def set_latent_statistics(self, images: Iterable[Tensor]) -> None:
-        """Set the mean and standard deviation of each latent channel from pictures, (B, 3, H, W) at a time."""
+        """Set the mean and standard deviation of each latent channel from batches of pictures, (B, 3, H, W)."""
         self.mean.zero_()
         self.std.fill_(1)
         latents = torch.cat([self.encode(image.to(self.device)).cpu().double() for image in images])

@@ -1,8 +1,8 @@
-"""A classifier of noisy latents: what classifier guidance takes its gradient from (Dhariwal and Nichol 2021).
+"""A classifier of noisy latents, whose gradient steers in classifier guidance (Dhariwal and Nichol 2021, section 4.1).
 
-It knows how noisy its input is as an angle, not as a timestep, so that it goes with every variance-preserving schedule.
-A second head says which image embedding z_i the clean picture has: a CLIP that sees through noise, for CLIP guidance
-(Liu et al. 2021, "More Control for Free!", section 3.2).
+Its input is the noise level as an angle, not as a timestep, so it works with every variance-preserving schedule. A
+second head predicts the image embedding z_i of the clean picture from the noisy one, for CLIP guidance (Liu et al.
+2021, "More Control for Free!", section 3.2).
 """
 
 import math
@@ -19,26 +19,26 @@ from t2i.diffusion.process import alpha_sigma
 from t2i.errors import InputError
 from t2i.networks.layers import Attention, TimeEmbedding, run_checkpointed_block
 
-MAX_LISTED_CLASSES = 8  # class names in a message
+MAX_LISTED_CLASSES = 8  # in an error message
 
 
 class LatentClassifier(ModelMixin, ConfigMixin):
     """Classes and image embeddings of noisy latents, (B, C, S, S), at any level of noise.
 
     Args:
-        classes: their names.
+        classes: names of the classes, at least two.
         latent_channels, latent_size: shape (C, S, S) of the latents.
         embed_dim: dimensions of z_i.
         widths: channels at each resolution; each is half the one before.
         depth: convolutional blocks at each resolution.
         heads: of the self-attention at the lowest resolution.
-        dropout: of the features that both heads see.
-        autoencoder_fingerprint: digest of the autoencoder whose latents these are.
-        clip_fingerprint: of the CLIP that z_i is of.
+        dropout: of the features that both heads read.
+        autoencoder_fingerprint: of the autoencoder of these latents.
+        clip_fingerprint: of the CLIP that computes z_i.
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["Block"]  # what FSDP shards as one
+    _no_split_modules = ["Block"]  # FSDP shards each as a unit
 
     @register_to_config
     def __init__(
@@ -61,16 +61,14 @@ class LatentClassifier(ModelMixin, ConfigMixin):
         if len(set(classes)) != len(classes) or len(classes) < 2:
             raise InputError(f"classes must be at least two different names, got {len(classes)}")
         if not widths or latent_size % 2 ** (len(widths) - 1):
-            raise InputError(
-                f"latents of side {latent_size} cannot be halved {len(widths) - 1} times; give less widths"
-            )
+            raise InputError(f"latents of side {latent_size} cannot be halved {len(widths) - 1} times; use less widths")
         self.gradient_checkpointing = False
-        condition = 4 * widths[0]
-        self.from_level = TimeEmbedding(widths[0], condition)
+        condition_width = 4 * widths[0]
+        self.from_level = TimeEmbedding(widths[0], condition_width)
         self.from_latents = nn.Conv2d(latent_channels, widths[0], 3, padding=1)
-        sides = [width for width in widths for _ in range(depth)]
-        before = [widths[0], *sides[:-1]]
-        self.blocks = nn.ModuleList(Block(a, b, condition) for a, b in zip(before, sides))
+        outputs = [width for width in widths for _ in range(depth)]
+        inputs = [widths[0], *outputs[:-1]]
+        self.blocks = nn.ModuleList(Block(before, after, condition_width) for before, after in zip(inputs, outputs))
         self.norm = nn.LayerNorm(widths[-1])
         self.attention = Attention(widths[-1], heads)
         self.pooled = nn.LayerNorm(2 * widths[-1])
@@ -79,48 +77,49 @@ class LatentClassifier(ModelMixin, ConfigMixin):
         self.to_embedding = nn.Linear(2 * widths[-1], embed_dim)
 
     def forward(self, x: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
-        """x: (B, C, S, S); level: (B,), see `compute_noise_level` -> logits, (B, classes), and z_i of unit length,
-        (B, D)."""
-        condition = F.silu(self.from_level(1000 * level.float()))
+        """Return the logits, (B, classes), and z_i of unit length, (B, D).
+
+        x: (B, C, S, S) noisy latents; level: (B,) in [0, 1], see `compute_noise_level`.
+        """
+        condition = F.silu(self.from_level(1000 * level.float()))  # in the range of timesteps, for its frequencies
         x = self.from_latents(x)
         for number, block in enumerate(self.blocks):
             if number and number % self.config.depth == 0:
                 x = F.avg_pool2d(x, 2)
             x = run_checkpointed_block(self, block, x, condition)
-        tokens = x.flatten(2).transpose(1, 2)
+        tokens = x.flatten(2).transpose(1, 2)  # (B, h w, width)
         tokens = tokens + self.attention(self.norm(tokens))[0]
         pooled = self.drop(self.pooled(torch.cat([tokens.mean(dim=1), tokens.amax(dim=1)], dim=-1)))
         return self.to_class(pooled), F.normalize(self.to_embedding(pooled), dim=-1)
 
     @apply_forward_hook
     def predict_log_probs(self, x: Tensor, level: Tensor) -> Tensor:
-        """log p(class | x), (B, classes), fp32."""
+        """Return log p(class | x), (B, classes), fp32."""
         return self(x.to(self.dtype), level)[0].float().log_softmax(dim=-1)
 
     @apply_forward_hook
-    def embedding(self, x: Tensor, level: Tensor) -> Tensor:
-        """z_i of the clean picture as far as it can be seen, (B, D), unit length, fp32."""
+    def predict_image_embeds(self, x: Tensor, level: Tensor) -> Tensor:
+        """Return z_i of the clean picture, (B, D), of unit length, fp32."""
         return F.normalize(self(x.to(self.dtype), level)[1].float(), dim=-1)
 
     def find_class_index(self, name: str) -> int:
-        """Which class that is. Raises InputError with the names there are."""
+        """Return the index of a class. Raises InputError with the classes there are."""
         classes = list(self.config.classes)
         if name not in classes:
+            listed = ", ".join(classes[:MAX_LISTED_CLASSES])
             more = f" and {len(classes) - MAX_LISTED_CLASSES} more" if len(classes) > MAX_LISTED_CLASSES else ""
-            raise InputError(
-                f"no class {name!r:.80}; the classifier knows {', '.join(classes[:MAX_LISTED_CLASSES])}{more}"
-            )
+            raise InputError(f"the classifier has no class {name!r:.80}; it has {listed}{more}")
         return classes.index(name)
 
 
 class Block(nn.Module):
-    """Two convolutions with a shortcut; the noise level scales and shifts what is between them."""
+    """Two convolutions with a shortcut; the noise level scales and shifts the features between them."""
 
-    def __init__(self, channels: int, out: int, condition: int):
+    def __init__(self, channels: int, out: int, condition_width: int):
         super().__init__()
         self.norm_1, self.norm_2 = (nn.GroupNorm(math.gcd(8, width), width) for width in (channels, out))
         self.conv_1, self.conv_2 = nn.Conv2d(channels, out, 3, padding=1), nn.Conv2d(out, out, 3, padding=1)
-        self.modulation = nn.Linear(condition, 2 * out)
+        self.modulation = nn.Linear(condition_width, 2 * out)
         self.shortcut = nn.Identity() if channels == out else nn.Conv2d(channels, out, 1)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
@@ -130,10 +129,10 @@ class Block(nn.Module):
 
 
 def compute_noise_level(scheduler: SchedulerMixin, t: Tensor, like: Tensor) -> Tensor:
-    """(B,), fp32: how noisy an x_t like `like`, (B, ...), is; 0 is clean, 1 is pure noise. t: () or (B,).
+    """Return the noise level of x_t, (B,), fp32: 0 for a clean sample, 1 for pure noise.
 
-    The angle between sample and noise in x_t = cos(a) sample + sin(a) noise, as a share of the right one: the same for
-    the same noise whatever the schedule.
+    It is the angle a in x_t = cos(a) x_0 + sin(a) noise, as a fraction of a right angle, and so independent of the
+    schedule. t: () or (B,) timesteps; like: (B, ...), a batch with the shape of x_t.
     """
     alpha, sigma = alpha_sigma(scheduler, t, like.float())
     return (torch.atan2(sigma, alpha) * (2 / math.pi)).flatten().expand(len(like))

@@ -1,7 +1,7 @@
-"""The second player of adversarial training: a network that tells pictures from reconstructions, patch by patch.
+"""The discriminator: a network that classifies patches as parts of real pictures or of reconstructions.
 
-As the first stage of latent diffusion is trained (Rombach et al. 2022, section 3.1), after VQGAN (Esser et al. 2021)
-and pix2pix (Isola et al. 2017, section 3.2.2).
+It is the second player of adversarial training, with which the autoencoder of latent diffusion is trained (Rombach et
+al. 2022, section 3.1), after VQGAN (Esser et al. 2021) and pix2pix (Isola et al. 2017, section 3.2.2).
 """
 
 import torch
@@ -11,15 +11,14 @@ from torch import Tensor, nn
 from t2i.checks import check_integer, check_multiple_of
 
 NORM_GROUPS = 8
-GRADIENT_SCALE = 4096.0  # cancels in the ratio of gradients; without it small ones are lost in half precision
-ADAM_BETAS = (0.5, 0.9)  # of its Adam: what it plays against does not stand still, long memories mislead
+GRADIENT_SCALE = 4096.0  # keeps small gradients above zero in half precision; cancels in their ratio
+ADAM_BETAS = (0.5, 0.9)  # shorter averages than usual, because the opponent changes at every step
 
 
 class Discriminator(nn.Module):
-    """PatchGAN: a logit for each of many overlapping patches, positive for "a picture".
+    """PatchGAN: a logit for each of many overlapping patches, positive for real pictures.
 
-    Norms are over groups of channels of one picture, so that neither the batch nor earlier steps matter: all its state
-    is its weights.
+    Normalisation is over groups of channels of a picture, so a logit depends neither on the batch nor on earlier steps.
 
     Args:
         width: channels after the first convolution, a multiple of 8; they double up to eight times as many.
@@ -45,33 +44,33 @@ class Discriminator(nn.Module):
 
     @property
     def min_image_size(self) -> int:
-        """The smallest side of a picture, in pixels, that gives a logit."""
+        """The smallest side of a picture, in pixels, for which there is a logit."""
         return 3 * 2**self.depth
 
 
 def compute_hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """What the discriminator minimises: logits of pictures up to 1, of reconstructions down to -1, and no further."""
+    """Return the discriminator's loss, (), which drives logits of pictures up to 1, of reconstructions down to -1."""
     return (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean()) / 2
 
 
 def compute_frozen_logits(discriminator: nn.Module, image: Tensor) -> Tensor:
-    """Logits whose gradient reaches the pictures and not the discriminator's weights."""
-    weights = {name: one.detach() for name, one in discriminator.named_parameters()}
+    """Return logits whose gradient reaches the pictures, but not the discriminator's weights."""
+    weights = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}
     return torch.func.functional_call(discriminator, weights, (image,))
 
 
 def compute_adaptive_weight(likeness: Tensor, adversarial: Tensor, weight: Tensor) -> Tensor:
-    """How much the adversarial loss counts for both losses to pull equally at the last layer (VQGAN, equation 7).
+    """Return the weight of the adversarial loss with which both losses pull equally (VQGAN, equation 7).
+
+    It is the ratio of the norms of their gradients at the last layer, (), at most 10,000, without a gradient itself.
 
     Args:
         likeness: the loss of the reconstruction, ().
-        adversarial: the loss that the discriminator gives, ().
-        weight: the last layer's.
-
-    Returns the ratio of the norms of their gradients, (), at most 10,000, without a gradient of its own.
+        adversarial: the loss by the discriminator, ().
+        weight: of the last layer.
     """
     norms = [
-        torch.autograd.grad(one * GRADIENT_SCALE, weight, retain_graph=True)[0].float().norm()
-        for one in (likeness, adversarial)
+        torch.autograd.grad(loss * GRADIENT_SCALE, weight, retain_graph=True)[0].float().norm()
+        for loss in (likeness, adversarial)
     ]
     return (norms[0] / (norms[1] + 1e-6 * GRADIENT_SCALE)).clamp(0, 1e4).detach()

@@ -1,8 +1,8 @@
-"""The upsampler: a denoiser of pictures that sees the picture in low resolution.
+"""The upsampler: a denoiser of pictures conditioned on the same picture in low resolution.
 
 Ho et al. 2021, "Cascaded Diffusion Models", section 3: the low resolution is resized and concatenated to the noisy
-picture; it is noised a little, in training by a random amount that the network is told, so that what the stage before
-got wrong is redrawn instead of enlarged.
+picture. It is noised a little, in training by a random level that the network reads as well, so that errors of the
+stage before are redrawn instead of enlarged.
 """
 
 from dataclasses import dataclass, replace
@@ -26,10 +26,10 @@ UPSAMPLING_FACTORS = (2, 4)
 
 @dataclass
 class LowResolution(Condition):
-    """The pictures that are to be enlarged: the condition of the upsampler."""
+    """The pictures to enlarge: the condition of the upsampler."""
 
     low: Tensor  # (B, 3, h, w) in [-1, 1], noised by `augment_low_resolution`
-    level: Tensor  # (B,) in [0, 1]: by how much
+    level: Tensor  # (B,) in [0, 1]: of that noise
     embedding: Tensor | None = None  # (B, D), unit length or zero: z_i, for upsamplers that take it
 
 
@@ -39,30 +39,30 @@ class UpsamplerContext:
     embedding: Tensor  # (B, E): level and z_i, added to the timestep
 
     def crop_window(self, rows: slice, columns: slice) -> Self:
-        """What `step` needs for a part of the picture."""
+        """Return the context of a part of the pictures."""
         return replace(self, low=self.low[..., rows, columns])
 
 
 class Upsampler(ModelMixin, ConfigMixin):
-    """Denoises pictures, (B, 3, H, W) in [-1, 1], given a LowResolution of a `factor`-th of their sides.
+    """Denoiser of pictures, (B, 3, H, W) in [-1, 1], given a LowResolution whose sides are smaller by `factor`.
 
-    Without attention in `unet` it is convolutional, and works on pictures of any size that `image_size_multiple`
-    divides.
+    Without attention in `unet` it is convolutional, and works on pictures of any size that is a multiple of
+    `image_size_multiple`.
 
     Args:
         factor: 2 or 4.
-        low_size: side of the low resolution that it is trained on: a crop's, no limit.
-        unet: arguments of `UNet2DModel`; its channels in and out are the patches'.
+        low_size: side of the low resolution in training, where it is a crop; other sizes work as well.
+        unet: arguments of `UNet2DModel`; its channels in and out are those of the patches.
         patch_size: side of the squares of pixels that become channels (space to depth), as in the autoencoder.
-        max_level: the largest augmentation that it is trained on.
-        adds_detail: its network predicts what the resized low resolution lacks. For the scheduler's prediction_type
-            `sample`; false for the others.
-        embed_dim: dimensions of z_i; None if it takes none.
-        clip_fingerprint: of the CLIP that z_i is of.
+        max_level: the largest augmentation in training.
+        adds_detail: the network predicts the difference to the resized low resolution. For schedulers whose
+            prediction_type is `sample`; false for the others.
+        embed_dim: dimensions of z_i; None if the upsampler takes none.
+        clip_fingerprint: of the CLIP that computes z_i.
     """
 
-    _supports_gradient_checkpointing = True  # diffusers' blocks do it
-    _no_split_modules = ["ResnetBlock2D"]  # what FSDP shards as one
+    _supports_gradient_checkpointing = True  # in diffusers' blocks
+    _no_split_modules = ["ResnetBlock2D"]  # FSDP shards each as a unit
 
     @register_to_config
     def __init__(
@@ -82,9 +82,9 @@ class Upsampler(ModelMixin, ConfigMixin):
         check_integer("patch_size", patch_size, 1, 16)
         check_range("max_level", max_level, 0, 1)
         channels = 3 * patch_size**2
-        needed = {"in_channels": 2 * channels, "out_channels": channels, "class_embed_type": "identity"}
-        self.net = use_onednn_linear(UNet2DModel(**{"add_attention": False, **unet, **needed}))
-        nn.init.zeros_(self.net.conv_out.weight)  # so that it starts as the resized low resolution
+        fixed = {"in_channels": 2 * channels, "out_channels": channels, "class_embed_type": "identity"}
+        self.net = use_onednn_linear(UNet2DModel(**{"add_attention": False, **unet, **fixed}))
+        nn.init.zeros_(self.net.conv_out.weight)  # so with `adds_detail` training starts from the resized picture
         nn.init.zeros_(self.net.conv_out.bias)
         width = self.net.config.block_out_channels[0]
         self.from_level = TimeEmbedding(width, self.net.time_embedding.linear_2.out_features)
@@ -92,28 +92,28 @@ class Upsampler(ModelMixin, ConfigMixin):
 
     @property
     def image_size_multiple(self) -> int:
-        """What the sides of a picture must be multiples of, in pixels of the high resolution."""
+        """The number that must divide the sides of a picture, in pixels of the high resolution."""
         return self.config.patch_size * 2 ** (len(self.net.config.block_out_channels) - 1)
 
     def forward(self, x: Tensor, t: Tensor, condition: LowResolution) -> Tensor:
-        """x: (B, 3, H, W) noisy pictures; t: (B,) timesteps -> (B, 3, H, W), the prediction."""
+        """x: (B, 3, H, W) noisy pictures; t: (B,) timesteps -> the prediction, (B, 3, H, W)."""
         return self.step(x, t, self.prepare(condition))
 
     @apply_forward_hook
     def prepare(self, condition: LowResolution) -> UpsamplerContext:
-        embedding = self.from_level(1000 * condition.level)
         if (condition.embedding is None) != (self.from_image is None):
-            has, takes = "no" if condition.embedding is None else "a", "none" if self.from_image is None else "one"
-            raise InputError(f"the condition has {has} z_i, this upsampler takes {takes}")
-        if self.from_image is not None:  # unit variance a dimension
+            takes, got = ("no z_i", "with") if self.from_image is None else ("z_i", "without")
+            raise InputError(f"this upsampler takes {takes}, got a condition {got} it")
+        embedding = self.from_level(1000 * condition.level)  # in the range of timesteps, for its frequencies
+        if self.from_image is not None:  # scaled to unit variance
             embedding = embedding + self.from_image(condition.embedding * self.config.embed_dim**0.5)
         return UpsamplerContext(enlarge_low_resolution(condition.low, self.config.factor), embedding)
 
     @apply_forward_hook
     def step(self, x: Tensor, t: Tensor, context: UpsamplerContext) -> Tensor:
         if x.shape != context.low.shape:
-            ours, wanted = "x".join(map(str, x.shape[-2:])), "x".join(map(str, context.low.shape[-2:]))
-            raise InputError(f"the picture has {ours} pixels, the low resolution enlarged {wanted}; they must agree")
+            size, expected = ("x".join(map(str, tensor.shape[-2:])) for tensor in (x, context.low))
+            raise InputError(f"the picture must have {expected} pixels as the enlarged low resolution, got {size}")
         if any(side % self.image_size_multiple or not side for side in x.shape[-2:]):
             sides = " x ".join(map(str, x.shape[-2:]))
             raise InputError(f"the picture's sides must be multiples of {self.image_size_multiple} pixels, got {sides}")
@@ -125,7 +125,7 @@ class Upsampler(ModelMixin, ConfigMixin):
         return F.pixel_unshuffle(image, self.config.patch_size).contiguous(memory_format=torch.channels_last)
 
     def null(self, count: int) -> LowResolution:
-        """Pictures that are all noise at level 1, which keeps nothing of them; of the size that it is trained on."""
+        """Return pictures at noise level 1, where nothing is left of them, in the size of training."""
         side, dim = self.config.low_size, self.config.embed_dim
         options: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
         embedding = None if dim is None else torch.zeros(count, dim, **options)
@@ -133,13 +133,13 @@ class Upsampler(ModelMixin, ConfigMixin):
 
 
 def augment_low_resolution(low: Tensor, level: Tensor, noise: Tensor) -> Tensor:
-    """Noise-conditioning augmentation of (B, 3, h, w) by a level a picture, (B,): 0 changes nothing, 1 leaves noise."""
+    """Noise pictures, (B, 3, h, w), by levels, (B,): 0 changes nothing, 1 leaves only noise (section 3)."""
     level = level.view(-1, 1, 1, 1)
     return (1 - level.square()).sqrt() * low + level * noise
 
 
 def enlarge_low_resolution(low: Tensor, factor: int) -> Tensor:
-    """(B, 3, h, w) -> (B, 3, factor h, factor w), bicubic: what there is without a model."""
+    """(B, 3, h, w) -> (B, 3, factor h, factor w), bicubic: the enlarged picture without a model."""
     return F.interpolate(low.float(), scale_factor=factor, mode="bicubic").to(low.dtype)
 
 

@@ -192,7 +192,8 @@ def build_noisy_clip_score(classifier: LatentClassifier, scheduler: SchedulerMix
     """A logit of CLIP, from noisy latents: how near what is seen in them is to `target`, (N, D), of unit length."""
 
     def score(x: Tensor, t: Tensor) -> Tensor:
-        return LOGIT_SCALE * (classifier.embedding(x, compute_noise_level(scheduler, t, x)) * target).sum(dim=-1)
+        z_i = classifier.predict_image_embeds(x, compute_noise_level(scheduler, t, x))
+        return LOGIT_SCALE * (z_i * target).sum(dim=-1)
 
     return score
 

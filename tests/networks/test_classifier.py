@@ -84,7 +84,7 @@ def make(**more) -> LatentClassifier:
 
 def test_both_answers_depend_on_latents_and_noise_and_are_what_they_say():
     classifier, x, level = make(), torch.randn(2, 4, 8, 8), torch.tensor([0.2, 0.9])
-    logs, z_i = classifier.predict_log_probs(x, level), classifier.embedding(x, level)
+    logs, z_i = classifier.predict_log_probs(x, level), classifier.predict_image_embeds(x, level)
     torch.testing.assert_close(logs.exp().sum(dim=1), torch.ones(2))
     torch.testing.assert_close(z_i.norm(dim=1), torch.ones(2))
     for other in (classifier.predict_log_probs(x.flip(0), level), classifier.predict_log_probs(x, level.flip(0))):
@@ -111,10 +111,10 @@ def test_accuracy_is_told_by_rising_noise():
 
 
 def test_a_class_that_there_is_not_is_refused_with_those_there_are():
-    with pytest.raises(InputError, match="no class 'd'; the classifier knows a, b, c$"):
+    with pytest.raises(InputError, match="the classifier has no class 'd'; it has a, b, c$"):
         make().find_class_index("d")
     many = LatentClassifier([str(i) for i in range(20)], 4, 8, 6, [8], depth=1, heads=2)
-    with pytest.raises(InputError, match="no class 'x'; the classifier knows 0, 1, 2, 3, 4, 5, 6, 7 and 12 more$"):
+    with pytest.raises(InputError, match="the classifier has no class 'x'; it has 0, 1, 2, 3, 4, 5, 6, 7 and 12 more$"):
         many.find_class_index("x")
 
 

@@ -215,7 +215,7 @@ def test_sizes_that_do_not_fit_and_factors_that_are_not_known_are_refused():
         upsampler(torch.zeros(1, 3, 16, 12), t, given)
     with pytest.raises(InputError, match="must be multiples of 4 pixels, got 18 x 16"):
         upsampler(torch.zeros(1, 3, 18, 16), t, replace(given, low=torch.zeros(1, 3, 9, 8)))
-    with pytest.raises(InputError, match="has a z_i, this upsampler takes none"):
+    with pytest.raises(InputError, match="takes no z_i, got a condition with it"):
         upsampler(torch.zeros(1, 3, 16, 16), t, replace(given, embedding=torch.zeros(1, 6)))
     with pytest.raises(InputError, match="factor must be one of 2, 4; got 3"):
         Upsampler(3, 8, UNET)

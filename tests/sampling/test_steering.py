@@ -110,12 +110,14 @@ def test_the_real_classifier_moves_latents_to_where_it_is_surer(pipeline, classi
 def test_clip_is_followed_towards_a_text_and_a_picture(noise_aware, pipeline, classifier):
     torch.manual_seed(0)
     if noise_aware:  # instead of what it learnt, the first latents themselves
-        classifier.embedding = lambda x, level: F.normalize(x.flatten(1)[:, : pipeline.clip.embed_dim], dim=1)
+        classifier.predict_image_embeds = lambda x, level: F.normalize(
+            x.flatten(1)[:, : pipeline.clip.embed_dim], dim=1
+        )
     judge = classifier if noise_aware else None
     goals = [Steering(0.5, judge, text="red circle"), Steering(0.5, judge, picture=torch.rand(1, 3, 32, 32) * 2 - 1)]
 
     def seen(x):
-        return judge.embedding(x, None) if judge else pipeline.encode_image(pipeline.autoencoder.decode(x))
+        return judge.predict_image_embeds(x, None) if judge else pipeline.encode_image(pipeline.autoencoder.decode(x))
 
     with torch.no_grad():
         targets = [pipeline.clip.encode_text(["red circle"]).embedding, pipeline.encode_image(goals[1].picture)]
@@ -140,7 +142,7 @@ def test_what_cannot_steer_is_refused_before_any_work(pipeline, classifier, monk
         (Steering(float("nan"), text="a"), "steering.scale must be a number from 0 to 10000, got nan"),
         (Steering(-1.0, text="a"), "steering.scale must be from 0 to 10000, got -1"),
         (Steering(class_name="red"), "steering.class_name needs a classifier"),
-        (Steering(1.0, classifier, "purple"), "no class 'purple'; the classifier knows blue, green, red"),
+        (Steering(1.0, classifier, "purple"), "the classifier has no class 'purple'; it has blue, green, red"),
         (Steering(1.0, classifier, ["red"] * 3), "steering.class_name has 3 texts for 2 pictures"),
         (Steering(text=""), "steering.text must not be empty"),
         (
@@ -198,7 +200,7 @@ def test_the_command_draws_towards_a_class_without_a_prompt(
         (["a", "--steer-scale", 3], "--steer-scale is given without --steer-class, --steer-text, --steer-picture"),
         (
             ["--steer-class", "x", "--classifier", classifier_folder],
-            "no class 'x'; the classifier knows blue, green, red",
+            "the classifier has no class 'x'; it has blue, green, red",
         ),
         (["--steer-class", "x", "--classifier", tmp_path], "no trained LatentClassifier in"),
         (["--steer-text", "a", "--steer-scale", -1], "--steer-scale must be from 0 to 10000, got -1"),
