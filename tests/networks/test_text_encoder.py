@@ -176,6 +176,8 @@ def test_a_pipeline_folder_holds_the_encoder_and_draws_the_same_in_a_fresh_proce
     torch.save(pictures, tmp_path / "expected.pt")
     script = f"""
 import torch
+from t2i import Text2ImagePipeline
+from tests.networks.test_text_encoder import draw
 pipeline = Text2ImagePipeline.from_pretrained({str(tmp_path / "model")!r})
 assert type(pipeline.text_encoder).__name__ == "TextEncoder"
 torch.testing.assert_close(draw(pipeline, {prompts!r}), torch.load({str(tmp_path / "expected.pt")!r}))
