@@ -1,7 +1,7 @@
 """Linear layers in fp32 on processors by oneDNN instead of MKL, which torch calls.
 
 MKL keeps its widest instructions for one maker's processors: on AMD's with AVX-512 oneDNN is two to three times as
-fast, forward and backward, with results equal to rounding (`docs/speed.md`). It reads weights where they are.
+fast, forward and backward, with results equal to rounding (`docs/explanation/speed.md`). It reads weights as they are.
 
 To go back to MKL, set `T2I_FAST_PATHS=0` (see `t2i.runtime.fast_paths`) or call
 `torch.backends.mkldnn.set_flags(False)`. Tools that look for `torch.nn.Linear` by its exact class, as torch's dynamic

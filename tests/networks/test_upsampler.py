@@ -211,7 +211,7 @@ def test_what_cannot_be_upsampled_is_refused_in_one_line(settings, message):
 def test_sizes_that_do_not_fit_and_factors_that_are_not_known_are_refused():
     upsampler, t = make(), torch.tensor([1])
     given = LowResolution(torch.zeros(1, 3, 8, 8), torch.zeros(1))
-    with pytest.raises(InputError, match="has 16x12 pixels, the low resolution enlarged 16x16"):
+    with pytest.raises(InputError, match="must have 16x16 pixels as the enlarged low resolution, got 16x12"):
         upsampler(torch.zeros(1, 3, 16, 12), t, given)
     with pytest.raises(InputError, match="must be multiples of 4 pixels, got 18 x 16"):
         upsampler(torch.zeros(1, 3, 18, 16), t, replace(given, low=torch.zeros(1, 3, 9, 8)))

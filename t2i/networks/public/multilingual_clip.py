@@ -37,7 +37,6 @@ class MultilingualCLIP(Encoder, ModelMixin):
     """
 
     tokenizer: TextTokenizer
-    has_warned = False  # of captions that do not fit: training says it once
 
     @register_to_config
     def __init__(
@@ -90,10 +89,6 @@ class MultilingualCLIP(Encoder, ModelMixin):
     def width(self) -> int:
         """Dimensions of a token's state."""
         return self.transformer.config.hidden_size
-
-    def find_truncated_text(self, text: str) -> str:
-        """The end of a text that does not fit, empty if all does."""
-        return self.tokenizer.find_truncated_text(text)
 
     def encode(self, texts: list[str], device: torch.device | None = None) -> TokenStates:
         """Encode captions to a state per token, (B, 77, width), and a pooled vector, (B, D).
