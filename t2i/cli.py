@@ -115,7 +115,7 @@ def train(
     if stage == "all":
         raise typer.Exit(train_all_stages(arguments or [], num_processes, max_restarts, dry_run))
     given = [*(arguments or []), *(["train.dry_run=true"] if dry_run else [])]
-    with speed_up_imports():
+    with speed_up_imports(without=()):
         script = import_module(f"t2i.training.train_{stage}")
     config = load_config(script.Config, stage, given)
     if num_processes > 1:

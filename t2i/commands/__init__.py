@@ -1,29 +1,35 @@
-"""The commands of `t2i` by what they are for: drawing, measuring. Only `t2i.cli` imports them."""
+"""The commands of `t2i`, a module for each purpose, such as drawing. Only `t2i.cli` imports them."""
 
 import atexit
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from t2i.shipped import find_shipped_folder
 
 SHIPPED_MODEL = find_shipped_folder("models") / "emoji"
+UNUSED_IN_DRAWING = ("peft", "timm")  # diffusers imports the one and open_clip the other, if they are installed
 
 
 @contextmanager
-def speed_up_imports() -> Iterator[None]:
-    """The first import of torch and diffusers, a quarter faster: without the garbage collector.
+def speed_up_imports(without: Sequence[str] = UNUSED_IN_DRAWING) -> Iterator[None]:
+    """Import torch and diffusers for the first time without the garbage collector and without some packages.
 
-    It looks again and again through a million objects that stay; nor need it do so later.
+    The collector would search a million objects that stay, again and again; later it ignores them. A package in
+    `without` seems not to be installed while modules are imported; afterwards it can be imported.
     """
     if "torch" in sys.modules:
         yield
         return
     gc.disable()
+    for name in without:
+        sys.modules[name] = None  # type: ignore[assignment]  # importing it fails
     try:
         yield
     finally:
+        for name in without:
+            del sys.modules[name]
         gc.freeze()
         atexit.register(gc.unfreeze)  # or what is left at the end looks like a leak to libraries
         gc.enable()

@@ -5,6 +5,7 @@ preprocessing, which is defined here.
 """
 
 import copy
+import importlib
 import json
 import re
 from pathlib import Path
@@ -115,6 +116,7 @@ class CLIP(Encoder, ModelMixin):
             raise InputError(f"the weights {tag!r} of {name!r} are in {path.name!r}; only .safetensors is loaded")
 
         # Load, and take over the weights, the tokenizer and the preprocessing
+        import_timm_for(config)
         net = open_clip.create_model(source, pretrained=tag, require_pretrained=True)
         check_finite_weights(net, name)
         tokenizer, kind = build_public_tokenizer(name, config["text_cfg"])
@@ -220,6 +222,7 @@ def build_open_clip_model(config: dict) -> torch.nn.Module:
     config = copy.deepcopy(dict(config))
     text, vision = config["text_cfg"], config["vision_cfg"]
     check_tower_settings(text, vision)
+    import_timm_for(config)
     custom = config.pop("custom_text", False) or "hf_model_name" in text
     if "hf_model_name" in text:
         text["hf_model_pretrained"] = False
@@ -228,6 +231,12 @@ def build_open_clip_model(config: dict) -> torch.nn.Module:
     if "multimodal_cfg" in config:
         return open_clip.CoCa(**config)
     return (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config)
+
+
+def import_timm_for(config: dict) -> None:
+    """Import timm if a configuration of open_clip needs it and `t2i.commands.speed_up_imports` left it out."""
+    if "timm_model_name" in config["vision_cfg"] and open_clip.timm_model.timm is None:
+        importlib.reload(open_clip.timm_model)
 
 
 def check_tower_settings(text: dict, vision: dict) -> None:
