@@ -1,15 +1,16 @@
-"""The pipeline folder: what its parts may be, and what is refused before anything of it is loaded."""
+"""A pipeline's folder in this project's own layout: which classes its components may have, and their checks."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, TypeAlias, get_args
 
+import torch
 from diffusers import SchedulerMixin
 
 from t2i.diffusion.stored_schedulers import PROJECT_SCHEDULERS, check_scheduler_folder
 from t2i.errors import InputError
-from t2i.files.untrusted import check_folder_files, check_model_folder, is_folder, read_config
-from t2i.interop.layouts import LAYOUTS_BY_CLASS, find_public_layout, read_folder_class
+from t2i.files.model_folder import load_component_model, load_or_explain
+from t2i.files.untrusted import is_folder
+from t2i.interop.folders import SourceFolder
 from t2i.networks.autoencoder import Autoencoder
 from t2i.networks.clip import CLIP
 from t2i.networks.dalle2.decoder import DALLE2Cascade, DALLE2Decoder, DALLE2Pixels
@@ -30,7 +31,9 @@ AnyCLIP: TypeAlias = CLIP | TransformersCLIP
 AnyDecoder: TypeAlias = Decoder | UNetDecoder | KarloDecoder | KandinskyDecoder | StableUnCLIPDecoder | DALLE2Decoder
 AnyAutoencoder: TypeAlias = Autoencoder | MoVQ | SuperResolution | DALLE2Pixels | DALLE2Cascade
 AnyTextEncoder: TypeAlias = TextEncoder | MultilingualCLIP
-COMPONENT_CLASSES: dict[str, tuple[type, ...]] = {  # what a folder's components may be; a part of the file format
+# The modules of these classes are written into model_index.json. If one moves, `t2i.interop.folders.OLD_MODULES` must
+# get its old name.
+COMPONENT_CLASSES: dict[str, tuple[type, ...]] = {
     "clip": get_args(AnyCLIP),
     "prior": PRIOR_CLASSES,
     "prior_scheduler": (SchedulerMixin,),
@@ -41,9 +44,8 @@ COMPONENT_CLASSES: dict[str, tuple[type, ...]] = {  # what a folder's components
     "upsampler_scheduler": (SchedulerMixin,),
     "text_encoder": get_args(AnyTextEncoder),
 }
-# What a folder may do without.
-OPTIONAL_COMPONENTS: tuple[str, ...] = ("prior", "prior_scheduler", "upsampler", "upsampler_scheduler", "text_encoder")
-PIPELINE_NAMES = (  # whose folders these may be; all load in each of them
+OPTIONAL_COMPONENTS = ("prior", "prior_scheduler", "upsampler", "upsampler_scheduler", "text_encoder")
+PIPELINE_NAMES = (  # all of these load each other's folders
     "Text2ImagePipeline",
     "ImageToImagePipeline",
     "InpaintPipeline",
@@ -54,58 +56,79 @@ PIPELINE_NAMES = (  # whose folders these may be; all load in each of them
 )
 
 
-def is_own_layout(path: Path) -> bool:
-    """Whether a folder is in this project's own layout, or is no pipeline's at all: a part of one, or damaged."""
-    index = path / "model_index.json"
-    if not index.is_file():
-        return read_folder_class(path) not in LAYOUTS_BY_CLASS
-    entries = read_config(index)
-    return entries.get("_class_name") in PIPELINE_NAMES
-
-
-def check_pipeline_folder(path: Path, names: list[str], variant: str | None = None) -> None:
-    """Refuse a folder that is no whole pipeline of this project's own parts, or where one of `names` is not sound."""
-    index = path / "model_index.json"
-    if not index.is_file():
-        find_public_layout(path)  # which says what the folder is instead
-    check_folder_files(path)
-    entries = read_config(index)
-    if unknown := sorted(key for key in entries.keys() - COMPONENT_CLASSES.keys() if not key.startswith("_")):
-        raise InputError(f"{str(index)!r} has {unknown[0]!r:.80}; it may have {', '.join(COMPONENT_CLASSES)}")
-    if entries.get("_class_name") not in PIPELINE_NAMES:
-        raise InputError(
-            f"{str(index)!r} is of {entries.get('_class_name')!r:.80}; it must be a {' or '.join(PIPELINE_NAMES)}"
-        )
-    absent = [name for name in OPTIONAL_COMPONENTS if entries.get(name, [None, None]) == [None, None]]
-    needed = [name for name in COMPONENT_CLASSES if name not in absent]
-    if missing := [name for name in needed if name not in entries or not is_folder(path / name)]:
-        raise InputError(f"{str(path)!r} is incomplete: it lacks the folders {', '.join(missing)}")
-    for name in names:
-        if name not in absent:
-            check_component_folder(path, name, entries[name], variant)
-
-
-def find_component_class(name: str, entry: Any) -> Any:
-    """The class, of those that a component may be of, that an entry of the index names; None for any other."""
-    return next((part for part in COMPONENT_CLASSES[name] if entry == [part.__module__, part.__name__]), None)
-
-
 def check_component_types(components: Mapping[str, Any]) -> None:
-    """Refuse objects of other classes than the parts have, by name; None is no part."""
-    for name, one in components.items():
-        found = getattr(one, "_orig_mod", one)  # of what torch.compile made of it
-        if one is not None and not isinstance(found, COMPONENT_CLASSES[name]):
-            allowed = " or ".join(part.__name__ for part in COMPONENT_CLASSES[name])
-            raise InputError(f"{name} must be a {allowed}, got {one!r:.80}, a {type(one).__name__}")
+    """Raise InputError for objects of other classes than their components have; None is allowed."""
+    for name, value in components.items():
+        model = getattr(value, "_orig_mod", value)  # torch.compile wraps the model
+        if value is not None and not isinstance(model, COMPONENT_CLASSES[name]):
+            allowed = " or ".join(component_class.__name__ for component_class in COMPONENT_CLASSES[name])
+            raise InputError(f"{name} must be a {allowed}, got {value!r:.80}, a {type(value).__name__}")
 
 
-def check_component_folder(path: Path, name: str, entry: Any, variant: str | None) -> None:
-    """Refuse a component of a class that is not one of ours, or whose files are not sound."""
-    home, kind = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
-    if COMPONENT_CLASSES[name] == (SchedulerMixin,) and home in ("diffusers", *PROJECT_SCHEDULERS):
-        check_scheduler_folder(path / name, kind, path, home)
-    elif part := find_component_class(name, entry):
-        check_model_folder(part, path / name, path, variant)
-    else:
-        allowed = f"{str(entry)[:80]} as {name}; only this project's own parts are loaded"
-        raise InputError(f"{str(path / 'model_index.json')!r} asks for {allowed}")
+class PipelineFolder(SourceFolder):
+    """A folder that a pipeline is loaded from, in this project's own layout or in a public one."""
+
+    @property
+    def is_own(self) -> bool:
+        """True for this project's own layout, and for what is no pipeline at all: a component alone, or damaged."""
+        if (self.path / "model_index.json").is_file():
+            return self.class_name in PIPELINE_NAMES
+        return self.layout is None
+
+    def lacks(self, name: str) -> bool:
+        """Return True if the index has no component of this name."""
+        return self.index.get(name, [None, None]) == [None, None]
+
+    def check(self, names: list[str]) -> None:
+        """Raise InputError, in one line, unless this is a whole pipeline in which all components of `names` are sound.
+
+        Nothing of a component's size is allocated.
+        """
+        index = self.path / "model_index.json"
+        if not index.is_file():
+            self.require_layout()  # raises, with what the folder is instead
+        if unknown := sorted(key for key in self.index.keys() - COMPONENT_CLASSES.keys() if not key.startswith("_")):
+            raise InputError(f"{str(index)!r} has {unknown[0]!r:.80}; it may have {', '.join(COMPONENT_CLASSES)}")
+        if self.class_name not in PIPELINE_NAMES:
+            allowed = " or ".join(PIPELINE_NAMES)
+            raise InputError(f"{str(index)!r} is of {self.class_name!r:.80}; it must be a {allowed}")
+        needed = [name for name in COMPONENT_CLASSES if not (name in OPTIONAL_COMPONENTS and self.lacks(name))]
+        if missing := [name for name in needed if name not in self.index or not is_folder(self.path / name)]:
+            raise InputError(f"{str(self.path)!r} is incomplete: it lacks the folders {', '.join(missing)}")
+        for name in names:
+            if name in needed:
+                self.check_component(name)
+
+    def check_component(self, name: str) -> None:
+        """Raise InputError for a component of a class that is not one of ours, or whose files are not sound."""
+        entry = self.index.get(name)
+        module, class_name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+        if COMPONENT_CLASSES[name] == (SchedulerMixin,) and module in ("diffusers", *PROJECT_SCHEDULERS):
+            check_scheduler_folder(self.path / name, class_name, self.path, module)
+        elif component_class := self.find_component_class(name):
+            self.own_component(name).check_model(component_class)
+        else:
+            asked = f"{str(entry)[:80]} as {name}; only this project's own parts are loaded"
+            raise InputError(f"{str(self.path / 'model_index.json')!r} asks for {asked}")
+
+    def find_component_class(self, name: str) -> Any:
+        """Return the class that the index names for a component; None for a scheduler, or a class that is not ours."""
+        entry = self.index.get(name)
+        classes = COMPONENT_CLASSES[name]
+        return next((one for one in classes if entry == [one.__module__, one.__name__]), None)
+
+    def load_component(self, name: str, dtype: torch.dtype | None = None) -> Any:
+        """Load a component that `check` has passed; dtype: None is float32."""
+        component_class = self.find_component_class(name)
+        return load_or_explain(
+            lambda _: load_component_model(component_class, self.own_component(name), dtype), self.path
+        )
+
+    def check_saved_clip(self, clip: AnyCLIP) -> None:
+        """Raise InputError if the CLIP was replaced after saving. Folders of older versions store no fingerprint."""
+        stored = self.index.get("_clip_fingerprint")
+        if stored is not None and stored != clip.identity:
+            raise InputError(
+                f"{str(self.path)!r} was saved with the CLIP {str(stored)[:40]}, its folder 'clip' has "
+                f"{clip.identity}: another CLIP, whose embeddings the other components do not know"
+            )

@@ -13,11 +13,11 @@ from t2i.pipelines.folder import (
     AnyCLIP,
     AnyDecoder,
     AnyTextEncoder,
+    PipelineFolder,
     check_component_types,
-    is_own_layout,
 )
+from t2i.pipelines.loading import FETCH_ARGUMENTS, build_own_arguments, load_public_components
 from t2i.pipelines.options import DecoderOptions, PriorOptions, ResolvedOptions, build_options
-from t2i.pipelines.public import FETCH_ARGUMENTS, build_own_arguments, load_public_components
 from t2i.pipelines.watched import WatchedPipeline
 from torch import Tensor
 
@@ -25,10 +25,10 @@ from t2i.checks import check_integer, check_multiple_of, check_range, check_text
 from t2i.diffusion.denoiser import check_eta
 from t2i.diffusion.samplers import check_scheduler_sampling, resolve_sampler
 from t2i.errors import InputError
-from t2i.files.component import read_model_index
 from t2i.files.model_folder import load_or_explain
 from t2i.files.untrusted import is_folder
 from t2i.interop.fetching import fetch_model_folder
+from t2i.interop.folders import replace_old_modules
 from t2i.interop.stored import has_bf16
 from t2i.networks.autoregressive_prior import AutoregressivePrior
 from t2i.networks.upsampler import Upsampler
@@ -96,83 +96,91 @@ class StagedPipeline(WatchedPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
-        """A folder that `save_pretrained` or `t2i assemble` wrote, one in a public layout (`t2i.interop.layouts`), or
-        the name of a repository on the hub.
+        """Load a pipeline from a folder or from a repository on the hub.
 
-        Of a public model that comes in two parts, `prior` names the folder or the repository of the other part; of a
-        decoder's repository whose prior's is known, it may be left out. `clip` names that of the CLIP, if it is in
-        neither. As components, too, they replace those of the folder. `prior` may also name a prior alone: a run's
-        folder, or a PriorTransformer.
+        Args:
+            pretrained_model_name_or_path: a folder that `save_pretrained` or `t2i assemble` wrote, one in a public
+                layout (`t2i.interop.layouts`), or the name of a repository.
+            prior: a component; or, for a public model in two parts, the folder or repository of the other part. May be
+                left out for a decoder's repository whose prior is known. May also name a prior alone: a run's folder,
+                or a PriorTransformer.
+            clip: a component; or the folder or repository of a public model's CLIP, if neither part has it.
+            dtype: of the weights; or a dict of dtypes by component (`t2i.interop.stored.DTYPE_PARTS`), in which
+                "default" is the rest. "auto" is the stored dtype. None is the stored dtype for public models, also
+                after they were saved here, and float32 for models that were trained here, which may be stored in half
+                precision. torch.bfloat16 is refused where the machine cannot compute in it.
+            variant: of the file names, such as "fp16". A component without files of it is read from its plain ones.
+            compile: compile the decoder's steps, once for each size and number of images and each length of captions
+                that it reads, at the first step of each.
+            kwargs: other components, which replace those of the folder, and diffusers' arguments.
 
-        dtype: of the weights, or a dict of them by parts: `t2i.interop.stored.DTYPE_PARTS`, of which "default" is
-        the rest.
-        "auto" is that of the files. None is the same for models in a public layout, and for public models that were
-        saved in this project's; it is float32 for models that were trained here, which may be stored in half precision.
-        torch.bfloat16 is refused where nothing here computes in it; of files that hold it, the log says so.
-
-        compile: the decoder's steps are compiled for every size and number of pictures, and for every length of the
-        captions where it reads them, at the first step of each.
-
-        variant: of the files' names, such as "fp16"; a part that has no such files is read from its plain ones.
-
-        Raises InputError, in one line, if it is missing, incomplete, truncated or made of parts of different CLIPs, and
-        for a variant that no part has.
+        Raises InputError, in one line, if the model is missing, incomplete, truncated or made of parts of different
+        CLIPs, and for a variant that no component has.
         """
         if any(has_bf16(kwargs.get(name)) for name in ("dtype", "torch_dtype")):
             check_bf16_support()
         if kwargs.pop("compile", False):
             check_compiler()
-            made = cls.from_pretrained(pretrained_model_name_or_path, **kwargs)
-            compile_steps(made.decoder)
-            return made
-        named = [part for part in ("prior", "clip") if isinstance(kwargs.get(part), str | Path)]
+            pipeline = cls.from_pretrained(pretrained_model_name_or_path, **kwargs)
+            compile_steps(pipeline.decoder)
+            return pipeline
+        # Find the folder
+        names = [part for part in ("prior", "clip") if isinstance(kwargs.get(part), str | Path)]
         check_component_types(
-            {part: kwargs[part] for part in COMPONENT_CLASSES if part in kwargs and part not in named}
+            {part: kwargs[part] for part in COMPONENT_CLASSES if part in kwargs and part not in names}
         )
         path = Path(pretrained_model_name_or_path)
         if not is_folder(path):
             path = Path(cls.download(str(path), **kwargs))
-        if not is_own_layout(path):
-            made = cls(**load_public_components(str(pretrained_model_name_or_path), path, cls.download, **kwargs))
-            made.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
-            warn_of_slow_bf16(made.components)
-            return made
-        settings = {**build_own_arguments(path, cls.download, **kwargs), "use_safetensors": True}
-        # Told by name, for diffusers looks for the class that the folder names, in itself.
-        made = load_or_explain(lambda folder: super(StagedPipeline, cls).from_pretrained(folder, **settings), path)
-        if "clip" not in kwargs:
-            check_saved_clip(path, made.clip)
-        warn_of_slow_bf16(made.components)
-        return made
+        folder = PipelineFolder(path, kwargs.get("variant"))
+        # Load it
+        if folder.is_own:
+            settings = {**build_own_arguments(folder, cls.download, **kwargs), "use_safetensors": True}
+            # diffusers looks for the class that the folder names in the class of the caller, so super() must be bound.
+            pipeline = load_or_explain(lambda path: super(StagedPipeline, cls).from_pretrained(path, **settings), path)
+            if "clip" not in kwargs:
+                folder.check_saved_clip(pipeline.clip)
+        else:
+            name = str(pretrained_model_name_or_path)
+            pipeline = cls(**load_public_components(name, folder, cls.download, **kwargs))
+            pipeline.register_to_config(_name_or_path=name)
+        warn_of_slow_bf16(pipeline.components)
+        return pipeline
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """Return the index that diffusers loads components by, with the modules of today."""
+        config = super().load_config(*args, **kwargs)
+        return replace_old_modules(config) if isinstance(config, dict) else config
 
     def save_config(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """The index. It says which CLIP is beside public models, which do not say themselves which is theirs."""
+        """Write the index. Beside public models, which do not store which CLIP is theirs, it has the fingerprint."""
         if not self.clip.unit_length:
             self.register_to_config(_clip_fingerprint=self.clip.identity)
         super().save_config(save_directory, *args, **kwargs)
 
     def offload_all_but(self, *names: str) -> None:
-        """Take the other components off the device, under `enable_model_cpu_offload`, until their next turn.
+        """Take the other components off the device, under `enable_model_cpu_offload`, until they are used again.
 
-        Its hooks take off the neighbour in the order alone, which is the one before in a caption's way, but not where
-        CLIP is followed by the autoencoder or the decoder.
+        Its hooks offload the component before in a caption's order alone. That is not enough where CLIP is followed by
+        the autoencoder or the decoder.
         """
         kept = [getattr(self, name) for name in names]
         for hook in getattr(self, "_all_hooks", []):
-            if not any(hook.model is one for one in kept):
+            if not any(hook.model is model for model in kept):
                 hook.offload()
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **components: Any) -> Self:
-        """The same stages behind another `__call__`, as they are; `components` replace some."""
-        made = cls(**{**pipeline.components, **components})
-        made.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
-        made.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
-        return made
+        """Build this pipeline from the components of another one, which stay as they are; `components` replace some."""
+        other = cls(**{**pipeline.components, **components})
+        other.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
+        other.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
+        return other
 
     @classmethod
     def download(cls, pretrained_model_name: str | Path, **kwargs: Any) -> str:
-        """Fetch what is read of a repository: diffusers' own download refuses components of other packages."""
+        """Download what is read of a repository. diffusers' own method refuses components of other packages."""
         options = {name: kwargs[name] for name in FETCH_ARGUMENTS if kwargs.get(name) is not None}
         return str(fetch_model_folder(pretrained_model_name, variant=kwargs.get("variant"), **options))
 
@@ -325,16 +333,6 @@ def compute_latent_multiple(decoder: Any) -> int:
     parts = dict(decoder.named_children())
     net = parts.get("net", parts.get("unet"))
     return decoder.config.get("patch_size", 1) if net is None else 2 ** (len(net.config.block_out_channels) - 1)
-
-
-def check_saved_clip(path: Path, clip: AnyCLIP) -> None:
-    """Refuse a folder whose CLIP was replaced by another after it was saved; folders of before do not say."""
-    theirs = read_model_index(path).get("_clip_fingerprint")
-    if theirs is not None and theirs != clip.identity:
-        raise InputError(
-            f"{str(path)!r} was saved with the CLIP {str(theirs)[:40]}, its folder 'clip' has {clip.identity}: another "
-            "CLIP, whose embeddings the other components do not know"
-        )
 
 
 def check_embed_widths(clip: AnyCLIP, prior: AnyPrior | None, decoder: AnyDecoder) -> None:

@@ -12,7 +12,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 from PIL import Image
 from t2i.pipelines.base import UnCLIPPipeline
-from t2i.pipelines.folder import check_component_folder
+from t2i.pipelines.folder import PipelineFolder
 from t2i.pipelines.inputs import ImageInputs, read_image, split_images
 from t2i.pipelines.options import DecoderOptions
 from t2i.pipelines.progress import Preview
@@ -25,7 +25,7 @@ from t2i.diffusion.denoiser import MAX_STEPS
 from t2i.diffusion.stored_schedulers import load_scheduler
 from t2i.errors import InputError
 from t2i.files.model_folder import load_model
-from t2i.files.untrusted import check_folder_files, is_folder, read_config
+from t2i.files.untrusted import check_folder_files, is_folder
 from t2i.networks.clip import CLIP
 from t2i.networks.upsampler import Upsampler
 from t2i.sampling.sample import split_generators
@@ -67,15 +67,15 @@ class UpsamplePipeline(WatchedPipeline):
             path = Path(UnCLIPPipeline.download(str(path), **kwargs | {"variant": None}))  # plain files are read below
         if not (path / "model_index.json").is_file():
             return cls(load_model(Upsampler, path), load_scheduler(path / "scheduler"))
+        folder = PipelineFolder(path)
         check_folder_files(path)
-        entries = read_config(path / "model_index.json")
         if not is_folder(path / "upsampler") or not is_folder(path / "upsampler_scheduler"):
             raise InputError(f"the pipeline {str(path)!r} has no upsampler; name one that `t2i train upsampler` wrote")
         for name in ("upsampler", "upsampler_scheduler"):
-            check_component_folder(path, name, entries.get(name), kwargs.get("variant"))
+            folder.check_component(name)
         upsampler, clip = load_model(Upsampler, path / "upsampler"), None
         if upsampler.config.embed_dim is not None and is_folder(path / "clip"):
-            check_component_folder(path, "clip", entries.get("clip"), None)
+            folder.check_component("clip")
             clip = load_model(CLIP, path / "clip")
         return cls(upsampler, load_scheduler(path / "upsampler_scheduler"), clip)
 

@@ -30,13 +30,8 @@ from t2i.errors import InputError
 from t2i.files.fingerprints import compute_weights_fingerprint
 from t2i.files.model_folder import load_model, save_model_folder
 from t2i.interop.by_name import find_text_encoder_folder, load_text_encoder
-from t2i.interop.parts import (
-    PUBLIC_DECODERS,
-    PublicPart,
-    check_part_trainable,
-    find_public_part,
-    load_trainable_decoder,
-)
+from t2i.interop.parts import PublicPart, find_public_part
+from t2i.interop.trainable import PUBLIC_DECODERS, check_part_trainable, load_trainable_decoder
 from t2i.networks.decoder import Decoder
 from t2i.networks.text_encoder import DTYPES, MAX_TOKENS, TextEncoder
 from t2i.networks.unet_decoder import UNetDecoder
@@ -109,7 +104,7 @@ def build_stage(config: Config, source: EncodingSource, device: torch.device) ->
     needed = collect_decoder_arguments(config, source)
     public = None if config.init is None else find_public_part(config.init, ("unet",), ("projection",))
     scheduler = resolve_init_scheduler(
-        config.init, config.scheduler, public and public.find_part_folder("decoder_scheduler")
+        config.init, config.scheduler, public and public.source.find_folder("decoder_scheduler")
     )
     check_loss_weighting(scheduler, config.loss_weighting)
     if config.init is None:

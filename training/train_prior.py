@@ -33,7 +33,8 @@ from t2i.diffusion.process import build_noise_scheduler
 from t2i.errors import InputError
 from t2i.files.fingerprints import compute_weights_fingerprint
 from t2i.files.model_folder import load_model, save_model_folder
-from t2i.interop.parts import CLIPSummary, PublicPart, check_part_trainable, find_public_part, load_trainable_prior
+from t2i.interop.parts import PublicPart, find_public_part
+from t2i.interop.trainable import CLIPSummary, check_part_trainable, load_trainable_prior
 from t2i.networks.autoregressive_prior import AutoregressivePrior, count_principal_components
 from t2i.networks.prior import Prior
 from t2i.networks.regression_prior import REGRESSION_KINDS, RegressionPrior
@@ -127,7 +128,7 @@ def build_stage(config: Config, source: EncodingSource, device: torch.device) ->
     if diffusion:
         public = None if config.init is None else find_public_part(config.init, ("prior",))
         scheduler = resolve_init_scheduler(
-            config.init, config.scheduler, public and public.find_part_folder("prior_scheduler")
+            config.init, config.scheduler, public and public.source.find_folder("prior_scheduler")
         )
         check_loss_weighting(scheduler, config.loss_weighting)
     if config.init is None:

@@ -3,15 +3,17 @@
 from pathlib import Path
 
 import torch
-from t2i.pipelines.folder import is_own_layout
+from t2i.pipelines.folder import PipelineFolder
 from t2i.pipelines.text2image import Text2ImagePipeline
 
 from t2i.errors import InputError
 from t2i.files.atomic import create_folder_atomically
 from t2i.files.untrusted import is_folder
+from t2i.interop.by_name import load_any_prior, load_own_prior, load_pipeline_clip
 from t2i.interop.export import check_exportable_components, export_layout
-from t2i.interop.layouts import LAYOUTS_BY_CLASS, LAYOUTS_BY_NAME, read_folder_class
-from t2i.interop.loading import load_any_clip, load_any_prior, load_layout_components, load_own_prior
+from t2i.interop.folders import SourceFolder
+from t2i.interop.layouts import LAYOUTS_BY_NAME
+from t2i.interop.loading import load_layout_components
 from t2i.interop.parts import find_public_part
 from t2i.interop.stored import check_variant
 from t2i.networks.prior import Prior
@@ -44,13 +46,12 @@ def convert_folder(
         raise InputError(f"no layout {to!r:.80}; there are {OWN_LAYOUT}, which is this project's own, and {public}")
     dtype = torch.float16 if fp16 else None
     path = Path(source if is_folder(source) else Text2ImagePipeline.download(source, variant=variant))
+    folder = PipelineFolder(path, variant)
     if not (path / "model_index.json").is_file() and prior is None:
-        return convert_prior(path, out, to, clip, variant, dtype)
-    components = (
-        None
-        if to == OWN_LAYOUT or prior or is_own_layout(path)
-        else load_layout_components(path, LAYOUTS_BY_NAME[to], dtype, variant)
-    )
+        return convert_prior(folder, out, to, clip, dtype)
+    components = None
+    if to != OWN_LAYOUT and not prior and not folder.is_own:
+        components = load_layout_components(folder, LAYOUTS_BY_NAME[to], dtype)
     if components is None:
         settings = {"prior": prior, "clip": clip, "variant": variant, "dtype": dtype}
         given = {name: value for name, value in settings.items() if value is not None}
@@ -66,20 +67,18 @@ def convert_folder(
     return out
 
 
-def convert_prior(
-    path: Path, out: Path, to: str, clip: str | None, variant: str | None, dtype: torch.dtype | None
-) -> Path:
+def convert_prior(folder: SourceFolder, out: Path, to: str, clip: str | None, dtype: torch.dtype | None) -> Path:
     """A prior alone into a PriorTransformer, or into the folder of a run; its scheduler goes with it."""
-    name = str(path)
+    path, name = folder.path, str(folder.path)
     if to not in (OWN_LAYOUT, PRIOR_LAYOUT):
         raise InputError(
             f"{name!r} is no whole pipeline, as {to} is; a prior alone becomes {OWN_LAYOUT} or {PRIOR_LAYOUT}"
         )
-    public = read_folder_class(path) in LAYOUTS_BY_CLASS
-    check_variant(variant, path)
+    public = folder.layout is not None
+    check_variant(folder.variant, path)
     if to == PRIOR_LAYOUT:
         components = (
-            load_layout_components(path, LAYOUTS_BY_NAME[to], dtype, variant) if public else load_own_prior(path, dtype)
+            load_layout_components(folder, LAYOUTS_BY_NAME[to], dtype) if public else load_own_prior(path, dtype)
         )
         assert components is not None, "a prior alone is all of its layout"
         check_exportable_components(components, to)
@@ -89,7 +88,7 @@ def convert_prior(
     if not public:
         raise InputError(f"{name!r} is no public model, and no whole pipeline of this project: --to {PRIOR_LAYOUT}?")
     home = find_clip_folder(path, clip)
-    components = load_any_prior(path, lambda: load_any_clip(home), dtype, variant)
+    components = load_any_prior(path, lambda: load_pipeline_clip(home), dtype, folder.variant)
     scheduler = components.get("prior_scheduler")
     if isinstance(components["prior"], Prior) and scheduler is None:
         raise InputError(f"no folder 'scheduler' beside the prior {name!r}; convert its pipeline, or add the folder")
@@ -103,8 +102,8 @@ def convert_prior(
 def find_clip_folder(path: Path, clip: str | None) -> str:
     """Where the CLIP of a PriorTransformer is. Raises InputError if nothing says it."""
     found = find_public_part(str(path), ("prior",))
-    if clip is None and found is not None and found.find_part_folder("text_tower") is not None:
-        return str(found.root)
+    if clip is None and found is not None and found.source.find_folder("text_tower") is not None:
+        return str(found.source.path)
     if clip is None:
         raise InputError(
             f"{str(path)!r} is a prior alone; --clip names the folder of its CLIP, or of a pipeline with it, which "

@@ -1,17 +1,19 @@
 """`t2i parity`: a public model loaded here, beside diffusers' classes on the same files."""
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
-from t2i.pipelines.folder import is_own_layout
-from t2i.pipelines.public import locate_public_folders
+from t2i.pipelines.folder import PipelineFolder
+from t2i.pipelines.loading import locate_other_folders
 from t2i.pipelines.text2image import Text2ImagePipeline
 
 from t2i.checks import check_integer, check_texts
 from t2i.diffusion.denoiser import MAX_STEPS
 from t2i.diffusion.guidance import check_guidance
 from t2i.errors import InputError
-from t2i.interop.layouts import PublicFolder
+from t2i.files.untrusted import is_folder
 from t2i.interop.loading import ModelFolders
 from t2i.interop.parity import Difference, ParityCheck, check_comparable_models
 
@@ -31,17 +33,22 @@ def compare_public_stages(
     check_integer("steps", steps, 2, MAX_STEPS)  # the reference's scheduler cannot take one
     check_guidance("guidance-scale", scale)
     check_integer("seed", seed, 0, 2**32)
-    places = locate_public_folders(folder, prior, clip, Text2ImagePipeline.download, variant)
-    for name, place in zip((folder, prior), places):
-        if place is not None and is_own_layout(place):
+
+    def find_folder(name: str | Path) -> Path:
+        return Path(name if is_folder(name) else Text2ImagePipeline.download(str(name), variant=variant))
+
+    model = PipelineFolder(find_folder(folder), variant)
+    others = locate_other_folders(folder, prior, clip, find_folder, variant)
+    for name, source in ((folder, model), (prior, others[0])):
+        if source is not None and source.is_own:
             raise InputError(
                 f"{name!r} is in this project's own layout, of which there is no reference (nor of converted files of "
                 "DALLE2-pytorch, which no public class loads); give a public one"
             )
-    sources = ModelFolders([PublicFolder(place, variant) for place in places if place is not None])
+    sources = ModelFolders([source for source in (model, *others) if source is not None])
     check_comparable_models(sources)
-    settings = {"dtype": torch.float32, "variant": variant}
-    named = {name: str(place) for name, place in zip(("prior", "clip"), places[1:]) if place is not None}
-    pipeline = Text2ImagePipeline.from_pretrained(places[0], **settings, **named)
+    settings: dict[str, Any] = {"dtype": torch.float32, "variant": variant}
+    settings |= {name: str(source.path) for name, source in zip(("prior", "clip"), others) if source is not None}
+    pipeline = Text2ImagePipeline.from_pretrained(model.path, **settings)
     pipeline.set_progress_bar_config(disable=True)
     yield from ParityCheck(pipeline, sources, prompts, steps, seed, float(scale)).compare_stages()

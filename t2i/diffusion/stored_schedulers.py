@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, SchedulerMixin
 
 from t2i.errors import InputError
 from t2i.files.model_folder import load_or_explain
-from t2i.files.untrusted import MAX_TIMESTEPS, check_folder_files, read_config, read_json
+from t2i.files.untrusted import MAX_TIMESTEPS, check_folder_files, read_config
 
 
 def load_scheduler(folder: Path, root: Path | None = None) -> SchedulerMixin:
@@ -17,10 +17,9 @@ def load_scheduler(folder: Path, root: Path | None = None) -> SchedulerMixin:
 
     root: of the pipeline, which links may lead into.
     """
-    check_scheduler_folder(folder, root=root)
-    name = read_json(folder / "scheduler_config.json").get("_class_name", DDIMScheduler.__name__)
+    name = read_scheduler_config(folder, root).get("_class_name", DDIMScheduler.__name__)
     home = next((home for home, names in PROJECT_SCHEDULERS.items() if name in names), "diffusers")
-    check_scheduler_folder(folder, name, root, home)
+    check_scheduler_class(folder, name, home)
     return load_or_explain(getattr(import_module(home), name).from_pretrained, folder)
 
 
@@ -35,9 +34,19 @@ def check_scheduler_folder(
     folder: Path, name: Any = "DDIMScheduler", root: Path | None = None, home: str = "diffusers"
 ) -> None:
     """Refuse what is not the folder of a scheduler of diffusers or of ours, or has more timesteps than any."""
+    check_scheduler_class(folder, name, home)
+    read_scheduler_config(folder, root)
+
+
+def check_scheduler_class(folder: Path, name: Any, home: str) -> None:
+    """Raise InputError for a class that is no scheduler of the module `home`."""
     found = getattr(diffusers, name, None) if isinstance(name, str) and name.endswith("Scheduler") else None
     theirs = home == "diffusers" and isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin)
     if not theirs and name not in PROJECT_SCHEDULERS.get(home, ()):
         raise InputError(f"{str(folder)!r} should hold a scheduler of diffusers or of ours, got {name!r:.80}")
+
+
+def read_scheduler_config(folder: Path, root: Path | None = None) -> dict[str, Any]:
+    """Return a scheduler's configuration. Raises InputError for code, links out of `root`, and too many timesteps."""
     check_folder_files(folder, root)
-    read_config(folder / "scheduler_config.json", MAX_TIMESTEPS)
+    return read_config(folder / "scheduler_config.json", MAX_TIMESTEPS)

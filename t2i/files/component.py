@@ -1,9 +1,11 @@
-"""A component of a public model: a folder as diffusers or transformers writes it, checked before it is read.
+"""Read a model's folder, as diffusers or transformers writes it, into a model of ours.
 
-Its tensors go one by one onto a model that was made without memory, so that no second copy of a component is held.
+Its tensors go one by one onto a model that was made without memory, so that no second copy of the model exists.
 """
 
 import json
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,12 +13,13 @@ from typing import Any, TypeVar
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
+from safetensors import safe_open
 from torch import Tensor
 from torch.nn import Module
 
 from t2i.errors import InputError
-from t2i.files.model_folder import iterate_stored_tensors
 from t2i.files.untrusted import (
+    FLOAT_DTYPES,
     TensorSpec,
     bounded_meta_device,
     check_finite_weights,
@@ -30,16 +33,23 @@ from t2i.files.untrusted import (
 
 Model = TypeVar("Model", bound=Module)
 NameMapping = Callable[[str], str]
+DTYPE_NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
+CHUNK_BYTES = 2**22  # of a file, that are converted before it is mapped again
 
 
 class Component:
-    """A model's folder: `config`, what its config.json says, and `tensor_specs`, its tensors by name.
+    """A model's folder with its configuration and the headers of its weights, each read once.
 
     Args:
         folder: with config.json and safetensors.
         root: the pipeline's folder, which links may lead into.
-        variant: such as "fp16", of the files' names; where there are none of it, the plain ones.
-        stem: of the files' names; "diffusion_pytorch_model" is diffusers', "model" is transformers'.
+        variant: of the file names, such as "fp16"; a folder without files of it has the plain ones.
+        stem: of the file names: "diffusion_pytorch_model" in diffusers, "model" in transformers.
+
+    Attributes:
+        config: the content of config.json.
+        tensor_specs: dtype and shape of each tensor by name.
+        files: the file of each tensor by name.
 
     Raises InputError, in one line, for a folder that is missing, damaged, or holds pickles or code.
     """
@@ -52,24 +62,75 @@ class Component:
         stem: str = "diffusion_pytorch_model",
     ):
         if not is_folder(folder):
-            raise InputError(f"no folder {folder.name!r} in {str(folder.parent)!r}; the model is not whole")
+            raise InputError(f"no folder {folder.name!r} in {str(folder.parent)!r}; the model is incomplete")
         self.folder, self.root = folder, root
         check_folder_files(folder, root)
         self.config = read_config(folder / "config.json")
-        headers = {path: read_safetensors_header(path) for path in find_weight_files(folder, variant, stem)}
-        self.files = {name: path for path, header in headers.items() for name in header}
-        self.tensor_specs: dict[str, TensorSpec] = {
-            name: one for header in headers.values() for name, one in header.items()
-        }
+        self.files: dict[str, Path] = {}
+        self.tensor_specs: dict[str, TensorSpec] = {}
+        for path in find_weight_files(folder, variant, stem):
+            header = read_safetensors_header(path)
+            self.tensor_specs |= header
+            self.files |= dict.fromkeys(header, path)
 
     def get_config_arguments(self) -> dict[str, Any]:
-        """The configuration without what is said of the file, as arguments of a class."""
+        """Return the configuration as arguments of its class, without the keys that describe the file."""
         return {key: value for key, value in self.config.items() if not key.startswith("_")}
 
+    def find_stored_dtype(self) -> torch.dtype | None:
+        """Return the floating-point dtype that most values are stored in, None without any."""
+        sizes: Counter[torch.dtype] = Counter()
+        for spec in self.tensor_specs.values():
+            if spec.dtype in FLOAT_DTYPES:
+                sizes[FLOAT_DTYPES[spec.dtype]] += math.prod(spec.shape)
+        return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else None
+
+    def check_model(self, model_class: Any) -> None:
+        """Raise InputError for tensors that are not those of a `model_class` with this configuration."""
+        with bounded_meta_device(self.tensor_specs, self.folder):
+            model = model_class.from_config(self.config)
+        check_tensor_specs(model.state_dict(), self.tensor_specs, self.folder)
+
     def iterate_tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Each tensor by name; floating-point ones in `dtype`, if one is given, and else as they are stored."""
+        """Yield each tensor with its name; floating-point ones in `dtype`, or as they are stored if it is None."""
         for path in dict.fromkeys(self.files.values()):
             yield from iterate_stored_tensors(path, dtype)
+
+
+class TensorComponent(Component):
+    """Tensors in memory in the place of a model's folder. folder: where they come from, for messages."""
+
+    def __init__(self, tensors: dict[str, Tensor], folder: Path):
+        self.tensors, self.folder = tensors, folder
+        self.tensor_specs = {
+            name: TensorSpec(DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
+            for name, tensor in tensors.items()
+        }
+
+    def iterate_tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in self.tensors.items():
+            yield name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+
+def iterate_stored_tensors(path: Path, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Yield each tensor of a safetensors file; floating-point ones in `dtype`, or as they are stored if it is None.
+
+    A tensor that keeps its dtype stays mapped, and is read from the disk when it is first used.
+    """
+    with safe_open(path, "pt") as file:
+        left = list(reversed(file.offset_keys()))
+    # Pages that were read count as memory while the file is mapped, so a conversion maps it again from time to time.
+    while left:
+        with safe_open(path, "pt") as file:
+            converted = 0
+            while left and converted < CHUNK_BYTES:
+                name = left.pop()
+                tensor = file.get_tensor(name)
+                if dtype is not None and tensor.is_floating_point() and tensor.dtype != dtype:
+                    converted += tensor.nbytes
+                    tensor = tensor.to(dtype)
+                yield name, tensor
+                del tensor
 
 
 def load_from_components(
@@ -80,53 +141,58 @@ def load_from_components(
     extra: tuple[str, ...] = (),
     unused: tuple[str, ...] = (),
 ) -> Model:
-    """The model of `make` with the parts' tensors, each under its prefix, such as "unet."; frozen in eval mode.
+    """Build a model and fill it with the tensors of its components, frozen and in eval mode.
 
-    dtype: of floating-point tensors, as they are stored if None. rename: of a prefixed name to the model's. extra: of
-    the model's buffers, those that no file holds and that stay as they are made. unused: tensors of older files, with
-    their prefix, that no model needs. Nothing of the model's size is made before its tensors are known to fit.
+    Args:
+        make: builds the model; called twice, on the meta device and without memory for parameters.
+        parts: components by the prefix of their tensors in the model, such as "unet.".
+        dtype: of floating-point tensors; None is as they are stored.
+        rename: maps a prefixed name to the model's.
+        extra: buffers of the model that no file holds. They keep the values that `make` gave them.
+        unused: prefixed names of tensors in older files, which no model needs.
 
-    Raises InputError, in one line, for tensors that are missing, unknown, misshapen or not finite.
+    Raises InputError, in one line, for tensors that are missing, unknown, misshapen or not finite. Nothing of the
+    model's size is allocated before its tensors are known to fit.
     """
-    held: dict[str, TensorSpec] = {}
-    homes: dict[str, Component] = {}
+
+    def model_name(prefix: str, name: str) -> str:
+        return rename(prefix + name) if rename else prefix + name
+
+    # Compare the tensors of the files with those of the model
+    stored: dict[str, TensorSpec] = {}
+    names_by_prefix: dict[str, list[str]] = {prefix: [] for prefix in parts}
     for prefix, part in parts.items():
-        for name, stored in part.tensor_specs.items():
+        for name, spec in part.tensor_specs.items():
             if prefix + name not in unused:
-                ours = rename(prefix + name) if rename else prefix + name
-                held[ours], homes[ours] = stored, part
+                stored[model_name(prefix, name)] = spec
+                names_by_prefix[prefix].append(model_name(prefix, name))
     folder = next(iter(parts.values())).folder
-    with bounded_meta_device(held, folder):
-        wanted = make().state_dict()
-    wanted = {name: tensor for name, tensor in wanted.items() if name not in extra}
-    for prefix, part in parts.items():  # one by one, for the message to name the folder
-        mine = {name: held[name] for name, home in homes.items() if home is part}
-        asked = {
-            name: one for name, one in wanted.items() if name in mine or (name.startswith(prefix) and name not in homes)
-        }
-        check_tensor_specs(asked, mine, part.folder)
+    with bounded_meta_device(stored, folder):
+        expected = {name: tensor for name, tensor in make().state_dict().items() if name not in extra}
+    # One component at a time, so that the message names its folder.
+    for prefix, part in parts.items():
+        own = {name: stored[name] for name in names_by_prefix[prefix]}
+        missing = {name for name in expected if name.startswith(prefix) and name not in stored}
+        check_tensor_specs(
+            {name: tensor for name, tensor in expected.items() if name in own or name in missing}, own, part.folder
+        )
+
+    # Fill the model
     with init_empty_weights(include_buffers=False):
         model = make()
     for prefix, part in parts.items():
         for name, tensor in part.iterate_tensors(dtype):
             if prefix + name not in unused:
-                ours = rename(prefix + name) if rename else prefix + name
-                set_module_tensor_to_device(model, ours, "cpu", tensor, tensor.dtype)
-    stored_as = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+                set_module_tensor_to_device(model, model_name(prefix, name), "cpu", tensor, tensor.dtype)
+    model_dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     for name in extra:
         buffer = model.get_buffer(name)
         if buffer.is_floating_point():
-            set_module_tensor_to_device(model, name, "cpu", buffer, stored_as)
+            set_module_tensor_to_device(model, name, "cpu", buffer, model_dtype)
     check_finite_weights(model, folder)
     return model.eval().requires_grad_(False)
 
 
-def read_model_index(folder: Path) -> dict[str, Any]:
-    """What the model_index.json of a pipeline's folder says; empty if there is none."""
-    index = folder / "model_index.json"
-    return read_config(index) if index.is_file() else {}
-
-
 def to_json_types(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration as JSON holds it: lists, no tuples."""
+    """Return a configuration as JSON would store it: with lists instead of tuples."""
     return json.loads(json.dumps(config))

@@ -1,4 +1,4 @@
-"""Hub."""
+"""Ask the hub for a repository without waiting for it, and explain its errors in one line."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,30 +11,31 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from t2i.errors import InputError
 from t2i.files.untrusted import is_folder
 
-HUB_TIMEOUT = 4.0  # seconds that the hub may take to answer
+HUB_TIMEOUT = 4.0  # seconds for the hub's first answer
 
 
 def query_hub_repository(
     name: str, revision: str | None = None, token: str | bool | None = None
 ) -> tuple[dict[str, Any], set[str] | None]:
-    """Options of `snapshot_download`, which waits without end for a hub that does not answer: then the cache alone.
+    """Return options for `snapshot_download`, and the names of the repository's files, None if the hub lists none.
 
-    And the names of the repository's files; None where the hub does not say.
+    `snapshot_download` waits without end for a hub that does not answer. In that case the options restrict it to the
+    cache.
     """
     if constants.HF_HUB_OFFLINE:
         return {}, None
     try:
-        found = HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT, token=token)
+        info = HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT, token=token)
     except (HfHubHTTPError, HFValidationError):
-        return {}, None  # an answer
-    except Exception:  # the client's own errors differ between versions of the hub's library
+        return {}, None  # the hub has answered
+    except Exception:  # the classes of connection errors differ between versions of the library
         return {"local_files_only": True}, None
-    return {}, None if found.siblings is None else {file.rfilename for file in found.siblings}
+    return {}, None if info.siblings is None else {file.rfilename for file in info.siblings}
 
 
 @contextmanager
 def explain_hub_errors(name: str) -> Iterator[None]:
-    """What the hub's library raises, in one line. Raises InputError, too, for the name of a file."""
+    """Raise errors of the hub's library as InputError, in one line. Raises InputError, too, for the name of a file."""
     try:
         if Path(name).exists():
             raise InputError(f"{name!r} is a file; give the folder of a model")
@@ -44,7 +45,7 @@ def explain_hub_errors(name: str) -> Iterator[None]:
 
 
 def find_or_download_folder(name: str | Path, patterns: list[str]) -> Path:
-    """A folder; or, if there is none of this name, what matches `patterns` in the hub's repository of that name."""
+    """Return the folder of this name; without one, download the files of the hub's repository that match `patterns`."""
     if is_folder(name):
         return Path(name)
     with explain_hub_errors(str(name)):

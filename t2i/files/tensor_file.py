@@ -1,4 +1,4 @@
-"""Tensors and what they are of, in one file: safetensors, with JSON in its header. It is whole or absent."""
+"""Save and load one safetensors file that states, as JSON in its header, what its tensors are."""
 
 import json
 from pathlib import Path
@@ -17,19 +17,24 @@ METADATA_KEY = "t2i"  # of our JSON among the metadata
 
 
 def write_tensor_file(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
-    """Replaces the file; `about` is JSON and should name its `kind`. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with create_file_atomically(path) as unfinished, raise_as_oserror():
-        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, unfinished, metadata={METADATA_KEY: json.dumps(about)})
+    """Write a file, complete or not at all. `about` is JSON and should have a `kind`. Raises OSError."""
+    with create_file_atomically(path) as unfinished:
+        save_tensors(unfinished, tensors, {METADATA_KEY: json.dumps(about)})
 
 
 def read_tensor_file(path: Path, kind: str, names: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and what they are of. Raises InputError for any file but one of this kind with these tensors."""
-    held = read_safetensors_header(path)
+    """Return the tensors and `about`. Raises InputError for any file but one of this kind with these tensors."""
+    stored = read_safetensors_header(path)
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
     about = parse_json(metadata.get(METADATA_KEY, "{}").encode(), path)
-    if about.get("kind") != kind or set(held) != set(names):
-        raise InputError(f"{str(path)!r} holds no {kind}, but {about.get('kind', 'other tensors')!r:.80}")
+    if about.get("kind") != kind or set(stored) != set(names):
+        raise InputError(f"{str(path)!r} must hold a {kind}, got {about.get('kind', 'other tensors')!r:.80}")
     return load_or_explain(load_file, path), about
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file, which takes contiguous tensors alone. Raises OSError, such as for a full disk."""
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with raise_as_oserror():
+        save_file(contiguous, path, metadata)

@@ -1,7 +1,7 @@
-"""Files that may come from anybody: what is checked before another library opens them.
+"""Checks of files from unknown sources, made before any library opens them.
 
-A model folder is JSON and safetensors, and nothing in it names a file elsewhere. Its header says how large its tensors
-are, so a configuration that asks for more is refused before anything of that size is made.
+A model's files are JSON and safetensors, and none of them may name a file outside its folder. The safetensors headers
+bound the model: a configuration that describes more than they hold is refused before memory is allocated for it.
 """
 
 import json
@@ -20,50 +20,40 @@ from torch.nn.modules import module as registration
 
 from t2i.errors import InputError
 
-MAX_JSON_BYTES = 1_000_000  # bytes of a configuration
-MAX_HEADER_BYTES = 2_000_000  # bytes of a safetensors header or index: some 20,000 tensors
-MAX_TOKENIZER_BYTES = 64_000_000  # bytes of one file of a tokenizer
-MAX_CONFIG_NUMBER = 10_000_000  # in a configuration; the largest vocabularies have a tenth of it
+MAX_JSON_BYTES = 1_000_000  # of a configuration
+MAX_HEADER_BYTES = 2_000_000  # of a safetensors header or index: some 20,000 tensors
+MAX_TOKENIZER_BYTES = 64_000_000  # of one file of a tokenizer
+MAX_CONFIG_NUMBER = 10_000_000  # the largest vocabularies have a tenth of it
+MAX_CONFIG_DEPTH = 16
 MAX_TIMESTEPS = 100_000  # any number in a scheduler's configuration
-MAX_CONFIG_DEPTH = 16  # of the nesting of a configuration
-SPARE_ELEMENTS = 2**24  # elements that a model may make beyond those in its files: masks and the like
+SPARE_ELEMENTS = 2**24  # that a model may make beyond those in its files, such as masks
 
 PICKLE_FILE_TYPES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz", ".joblib")
-CODE_KEYS = (
-    "auto_map",
-    "custom_pipeline",
-    "quantization_config",
-    "trust_remote_code",
-)  # keys that make libraries import
+CODE_KEYS = ("auto_map", "custom_pipeline", "quantization_config", "trust_remote_code")  # make libraries import
 SIGNED_KEYS = ("init_logit_bias",)  # integers that may be negative
-FLOAT_DTYPES = ("F16", "BF16", "F32", "F64")
-WINDOWS_DEVICES = {
-    "CON",
-    "PRN",
-    "AUX",
-    "NUL",
-    *(f"{port}{i}" for port in ("COM", "LPT") for i in range(10)),
-}  # on Windows
+FLOAT_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+# On Windows these are devices, whatever their suffix.
+DEVICE_NAME = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
 class TensorSpec(NamedTuple):
-    """A tensor as a safetensors header describes it."""
+    """The dtype ("F32", ...) and shape of a tensor, as a safetensors header gives them."""
 
-    dtype: str  # "F32", ...
+    dtype: str
     shape: tuple[int, ...]
 
 
 def check_file_name(what: str, name: Any) -> str:
-    """A plain file name on every system: no folder, drive, device or hidden file. Raises InputError for any other."""
+    """Return `name` if it is a plain file name on every system. Raises InputError for folders, drives and the like."""
     plain = isinstance(name, str) and len(name) <= 200 and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*", name)
-    if not plain or name.endswith(".") or name.split(".")[0].upper() in WINDOWS_DEVICES:
+    if not plain or name.endswith(".") or DEVICE_NAME.fullmatch(name):
         allowed = "letters, digits and _ . + - only, without a folder"
         raise InputError(f"{what} must be a plain name ({allowed}), got {name!r:.80}")
     return name
 
 
 def is_folder(name: str | Path) -> bool:
-    """Path.is_dir for names that may be no path at all."""
+    """Return Path(name).is_dir(), and False for strings that cannot be a path."""
     try:
         return Path(name).is_dir()
     except (OSError, ValueError):
@@ -71,7 +61,7 @@ def is_folder(name: str | Path) -> bool:
 
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """A JSON object from a file of at most `limit` bytes. Raises InputError for anything else, or a key given twice."""
+    """Read a JSON object from a file of at most `limit` bytes. Raises InputError for anything else."""
     check_size_limit(path, limit)
     try:
         return parse_json(path.read_bytes(), path)
@@ -80,65 +70,54 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
 
 
 def check_size_limit(path: Path, limit: int) -> None:
-    """Refuse what is no file, or a file of more than `limit` bytes."""
-    if not path.is_file():  # a pipe would block
+    if not path.is_file():  # reading a pipe would block
         raise InputError(f"no file {str(path)!r}")
     if (size := path.stat().st_size) > limit:
-        raise InputError(f"{str(path)!r} has {size:,} bytes; no such file needs more than {limit:,}")
+        raise InputError(f"{str(path)!r} has {size:,} bytes; such a file has at most {limit:,}")
 
 
 def parse_json(content: bytes, path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(
-            content.decode(), object_pairs_hook=reject_duplicate_keys, parse_constant=reject_json_constant
-        )
+        value = json.loads(content.decode(), object_pairs_hook=reject_duplicate_keys)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{str(path)!r} is not JSON ({error})") from error
     if not isinstance(value, dict):
-        raise InputError(f"{str(path)!r} is not a JSON object, but {type(value).__name__}")
+        raise InputError(f"{str(path)!r} must be a JSON object, got {type(value).__name__}")
     return value
 
 
 def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value: dict[str, Any] = {}
-    for key, part in pairs:
-        if key in value:
-            raise ValueError(f"the key {key!r:.80} is given twice")
-        value[key] = part
+    # Of two values, another library might read the one that was not checked.
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError("a key is given twice")
     return value
 
 
-def reject_json_constant(constant: str) -> None:
-    raise ValueError(f"{constant} is not a number")
-
-
 def read_config(path: Path, largest: int = MAX_CONFIG_NUMBER) -> dict[str, Any]:
-    """A configuration: JSON that makes no library import anything, with numbers up to `largest` in magnitude."""
+    """Read a configuration: JSON without keys that run code, and with numbers of at most `largest` in magnitude."""
     config = read_json(path)
     if code := [key for key in CODE_KEYS if key in config]:
         raise InputError(f"{str(path)!r} has {code[0]!r}; only this project's own code is run")
-    for keys, value in iterate_config_numbers(config):
-        least = -largest if isinstance(value, float) or keys[-1] in SIGNED_KEYS else 0
-        if len(keys) > MAX_CONFIG_DEPTH or not least <= value <= largest:  # nor infinity
-            found = f"{'.'.join(keys[:MAX_CONFIG_DEPTH])} = {value}"
-            raise InputError(f"{str(path)!r} has {found:.200}; numbers from {least:,} to {largest:,} make sense")
+    check_config_values(config, path, largest)
     return config
 
 
-def iterate_config_numbers(value: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], float]]:
-    """Every number in a JSON value after the keys that lead there; 0 for what is nested deeper than
-    MAX_CONFIG_DEPTH."""
-    if isinstance(value, int | float):
-        yield keys, value
-    elif len(keys) > MAX_CONFIG_DEPTH:
-        yield keys, 0
-    elif isinstance(value, dict | list):
-        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from iterate_config_numbers(part, (*keys, str(key)))
+def check_config_values(value: Any, path: Path, largest: int, key: str = "", depth: int = 0) -> None:
+    """Raise InputError for large numbers, negative integers, and deep nesting. key: of the value."""
+    if depth > MAX_CONFIG_DEPTH:
+        raise InputError(f"{str(path)!r} is nested more than {MAX_CONFIG_DEPTH} deep")
+    least = -largest if isinstance(value, float) or key in SIGNED_KEYS else 0
+    # A comparison with NaN is false, so this refuses NaN as well as infinity.
+    if isinstance(value, int | float) and not least <= value <= largest:
+        raise InputError(f"{str(path)!r} has {key:.80} = {value!s:.80}; allowed is from {least:,} to {largest:,}")
+    if isinstance(value, dict | list):
+        for name, part in value.items() if isinstance(value, dict) else ((key, part) for part in value):
+            check_config_values(part, path, largest, name, depth + 1)
 
 
 def check_folder_files(folder: Path, root: Path | None = None) -> None:
-    """Refuse a folder with code in it, or a link out of `root` (the folder itself, if not given)."""
+    """Raise InputError for a folder with code in it, or with a link out of `root` (default: the folder itself)."""
     root = root or folder
     for path in (folder, *sorted(folder.iterdir())):
         check_link_target(path, root)
@@ -147,11 +126,11 @@ def check_folder_files(folder: Path, root: Path | None = None) -> None:
 
 
 def check_link_target(path: Path, root: Path) -> None:
-    """Refuse a link that leaves `root`; in a snapshot of the hub's cache, files link to the blobs beside it."""
     try:
         home, target = root.resolve(), path.resolve()
     except (OSError, RuntimeError) as error:
         raise InputError(f"{str(path)!r} is a link that leads nowhere ({error})") from error
+    # In a snapshot of the hub's cache, files are links to the blobs of the same repository.
     repository = home.parent.parent
     cached = home.parent.name == "snapshots" and repository.name.startswith("models--")
     if not target.is_relative_to(home) and not (cached and target.parent == repository / "blobs"):
@@ -164,9 +143,12 @@ def find_weight_files(
     stem: str = "diffusion_pytorch_model",
     exists: Callable[[Path], bool] = Path.exists,
 ) -> list[Path]:
-    """The safetensors files of a model folder: those of its index, or the one.
+    """Return the safetensors files of a model's folder: the shards that its index lists, or the single file.
 
-    `stem`: the name that diffusers gives them; transformers' is "model". `exists`: of files that are yet to be fetched.
+    Args:
+        variant: such as "fp16"; a folder without files of it has the plain ones.
+        stem: of the file names: "diffusion_pytorch_model" in diffusers, "model" in transformers.
+        exists: decides which files exist, for files that are yet to be downloaded.
     """
     middle = f".{variant}" if variant else ""
     index = folder / f"{stem}.safetensors.index{middle}.json"
@@ -175,65 +157,64 @@ def find_weight_files(
         shards = read_json(index, MAX_HEADER_BYTES).get("weight_map")
         if not isinstance(shards, dict) or not shards:
             raise InputError(f"{str(index)!r} has no weight_map that names files")
-        for name in sorted(set(map(str, shards.values()))):
+        names = sorted(set(map(str, shards.values())))
+        for name in names:
             if not check_file_name(f"a file in {str(index)!r}", name).endswith(".safetensors"):
-                raise InputError(f"{str(index)!r} asks for {name!r}; only .safetensors is loaded")
-        return [folder / name for name in sorted(set(map(str, shards.values())))]
+                raise InputError(f"{str(index)!r} names {name!r}; only .safetensors is loaded")
+        return [folder / name for name in names]
     if variant and not exists(single):
         return find_weight_files(folder, stem=stem, exists=exists)
     return [single]
 
 
 def read_safetensors_header(path: Path) -> dict[str, TensorSpec]:
-    """The tensors of a safetensors file by name. Raises InputError if the file is anything else, or is damaged."""
+    """Return the tensors of a safetensors file by name. Raises InputError for any other file, or a damaged one."""
     if not path.is_file():
-        others = [other.name for other in path.parent.glob("*.bin.index.json")]
-        others += sorted(other.name for other in path.parent.iterdir() if other.suffix in PICKLE_FILE_TYPES)
-        how = f"`t2i convert {path.with_name(others[0])}` makes that of it" if others else ""
-        found = f"; it has {others[0]}, but only .safetensors is loaded; {how}" if others else ""
-        raise InputError(f"no file {path.name!r} in {str(path.parent)!r}{found}")
+        refuse_missing_weights(path)
     try:
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
             if size > MAX_HEADER_BYTES:
                 raise ValueError(f"a header of {size:,} bytes")
             header = file.read(size)
-        with safe_open(path, "pt"):  # checks the types, and that offsets fit shapes, each other and the file
+        with safe_open(path, "pt"):  # checks dtypes, and that offsets fit shapes, each other and the file
             pass
     except (OSError, ValueError, SafetensorError) as error:
-        said = f"only .safetensors is loaded ({error})"
-        raise InputError(f"{str(path)!r} is no whole safetensors file, and {said}") from error
+        raise InputError(
+            f"{str(path)!r} is not a whole safetensors file, and only .safetensors is loaded ({error})"
+        ) from error
     table = parse_json(header, path)
     table.pop("__metadata__", None)
     return {name: TensorSpec(entry["dtype"], tuple(entry["shape"])) for name, entry in table.items()}
 
 
-def check_model_folder(model_class: Any, folder: Path, root: Path | None = None, variant: str | None = None) -> None:
-    """Refuse a model folder that is not as `model_class` writes it, by name, before anything of its size is made."""
-    check_folder_files(folder, root)
-    config = read_config(folder / "config.json")
-    held = {
-        name: stored
-        for path in find_weight_files(folder, variant)
-        for name, stored in read_safetensors_header(path).items()
-    }
-    with bounded_meta_device(held, folder):
-        model = model_class.from_config(config)
-    check_tensor_specs(model.state_dict(), held, folder)
+def refuse_missing_weights(path: Path) -> None:
+    """Raise InputError for a missing weights file; if there is a pickle instead, name the command that converts it."""
+    pickles = [other.name for other in path.parent.glob("*.bin.index.json")]
+    pickles += sorted(other.name for other in path.parent.iterdir() if other.suffix in PICKLE_FILE_TYPES)
+    hint = ""
+    if pickles:
+        command = f"`t2i convert {path.with_name(pickles[0])}`"
+        hint = f"; it has {pickles[0]}, but only .safetensors is loaded; {command} makes that of it"
+    raise InputError(f"no file {path.name!r} in {str(path.parent)!r}{hint}")
 
 
 @contextmanager
-def bounded_meta_device(held: dict[str, TensorSpec], folder: Path) -> Iterator[None]:
-    """A model made inside has shapes but no memory; InputError as soon as it outgrows the tensors in `held`."""
-    room = 2 * sum(math.prod(stored.shape) for stored in held.values()) + SPARE_ELEMENTS
-    count = 2 * len(held) + 1000
+def bounded_meta_device(stored: dict[str, TensorSpec], folder: Path) -> Iterator[None]:
+    """Build models on the meta device: with shapes, without memory.
+
+    Raises InputError as soon as a model outgrows the `stored` tensors, and for a configuration that builds no model.
+    """
+    # Twice the files' size, for a model may tie weights, or make buffers that no file stores.
+    elements = 2 * sum(math.prod(spec.shape) for spec in stored.values()) + SPARE_ELEMENTS
+    count = 2 * len(stored) + 1000
 
     def register(module: Module, name: str, tensor: Tensor | None) -> None:
-        nonlocal room, count
+        nonlocal elements, count
         if tensor is not None and tensor.is_meta:
-            room, count = room - tensor.numel(), count - 1
-            if room < 0 or count < 0:
-                raise InputError(f"the config.json in {str(folder)!r} asks for a larger model than its weights are")
+            elements, count = elements - tensor.numel(), count - 1
+            if elements < 0 or count < 0:
+                raise InputError(f"the config.json in {str(folder)!r} describes a larger model than its weights")
 
     handles = [
         registration.register_module_parameter_registration_hook(register),
@@ -244,42 +225,43 @@ def bounded_meta_device(held: dict[str, TensorSpec], folder: Path) -> Iterator[N
             yield
     except InputError:
         raise
-    except Exception as error:  # whatever a library makes of a configuration that nobody checked
-        raise InputError(f"the configuration in {str(folder)!r} makes no model ({format_error(error)})") from error
+    except Exception as error:  # libraries raise errors of any class for values that they did not expect
+        raise InputError(f"the configuration in {str(folder)!r} builds no model ({format_error(error)})") from error
     finally:
         for handle in handles:
             handle.remove()
 
 
-def check_tensor_specs(wanted: dict[str, Tensor], held: dict[str, TensorSpec], folder: Path) -> None:
-    """Refuse tensors that are missing, unknown, or of another shape or kind than the model's."""
+def check_tensor_specs(expected: dict[str, Tensor], stored: dict[str, TensorSpec], folder: Path) -> None:
+    """Raise InputError for tensors that are missing, unknown, or of another shape or kind than the model's."""
+    both = sorted(expected.keys() & stored.keys())
     faults = {
-        "lacks": [f"{name} {tuple(wanted[name].shape)}" for name in sorted(wanted.keys() - held.keys())],
-        "has unknown": [f"{name} {held[name].shape}" for name in sorted(held.keys() - wanted.keys())],
+        "lacks": [f"{name} {tuple(expected[name].shape)}" for name in sorted(expected.keys() - stored.keys())],
+        "has unknown": [f"{name} {stored[name].shape}" for name in sorted(stored.keys() - expected.keys())],
         "has misshapen": [
-            f"{name} {held[name].shape}, not {tuple(wanted[name].shape)}"
-            for name in sorted(wanted.keys() & held.keys())
-            if held[name].shape != tuple(wanted[name].shape)
+            f"{name} {stored[name].shape}, not {tuple(expected[name].shape)}"
+            for name in both
+            if stored[name].shape != tuple(expected[name].shape)
         ],
         "has mistyped": [
-            f"{name} of {held[name].dtype}, not {wanted[name].dtype}"
-            for name in sorted(wanted.keys() & held.keys())
-            if (held[name].dtype in FLOAT_DTYPES) != wanted[name].is_floating_point()
+            f"{name} of {stored[name].dtype}, not {expected[name].dtype}"
+            for name in both
+            if (stored[name].dtype in FLOAT_DTYPES) != expected[name].is_floating_point()
         ],
     }
     for fault, names in faults.items():
         if names:
             first = "; ".join(names[:5]) + (" ..." if len(names) > 5 else "")
-            raise InputError(f"{str(folder)!r} {fault} tensors, {len(names)} of {len(wanted)}: {first}")
+            raise InputError(f"{str(folder)!r} {fault} tensors, {len(names)} of {len(expected)}: {first}")
 
 
 def check_finite_weights(model: Module, folder: str | Path) -> None:
-    """Refuse weights with NaN or infinity. Reads all of them once."""
+    """Raise InputError for weights with NaN or infinity. Reads all of them once."""
     bad = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
     if bad:
         raise InputError(f"{str(folder)!r} has NaN or infinity in {len(bad)} tensors, the first is {bad[0]!r}")
 
 
 def format_error(error: Exception) -> str:
-    """What an exception says; some say only what they are with it."""
+    """Return an exception's class and message, at most 300 characters. Some messages are empty."""
     return f"{type(error).__name__}: {error}"[:300]

@@ -1,127 +1,139 @@
-"""Load_clip, load_autoencoder, load_text_encoder: ours or public."""
+"""Load a model by the name that a configuration or a command gives it: one of this project's, or a public one."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, SchedulerMixin, UnCLIPScheduler
 
+from t2i.diffusion.respaced import UnCLIPRespacedScheduler
+from t2i.diffusion.stored_schedulers import load_scheduler
 from t2i.errors import InputError
+from t2i.files.component import Component
 from t2i.files.fingerprints import EXACT_DTYPES
 from t2i.files.hub import find_or_download_folder
 from t2i.files.model_folder import load_model, load_or_explain, read_model_class
-from t2i.files.untrusted import (
-    MAX_TIMESTEPS,
-    bounded_meta_device,
-    check_finite_weights,
-    check_folder_files,
-    find_weight_files,
-    is_folder,
-    read_config,
-    read_safetensors_header,
-)
-from t2i.interop.parts import PUBLIC_AUTOENCODERS, find_public_part
+from t2i.files.untrusted import MAX_TIMESTEPS, bounded_meta_device, check_finite_weights, is_folder, read_config
+from t2i.interop.folders import SourceFolder
+from t2i.interop.parts import PublicPart, find_public_part
+from t2i.interop.prior_transformer import load_prior_transformer
 from t2i.networks.autoencoder import Autoencoder
 from t2i.networks.clip import CLIP
+from t2i.networks.public.eclipse import EclipsePrior
 from t2i.networks.public.movq import MoVQ
 from t2i.networks.public.multilingual_clip import MultilingualCLIP
 from t2i.networks.public.super_resolution import SuperResolution
 from t2i.networks.public.transformers_clip import TransformersCLIP
 from t2i.networks.text_encoder import HUB_FILES, TextEncoder
+from t2i.sampling.embeddings import load_prior
 
+PUBLIC_AUTOENCODERS = (MoVQ, SuperResolution)
 VAE_FILES = ["config.json", "diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model*.index.json"]
+# Of a decoder's run. A process that died while it replaced the first left the older one under the second name.
+TEXT_ENCODER_FOLDERS = ("text_encoder", "text_encoder.replaced")
+
+# Autoencoders
 
 
 def load_autoencoder(name: str | Path, classes: tuple[type, ...] = (Autoencoder,)) -> Any:
-    """An autoencoder by the name that configurations give it.
+    """Load an autoencoder.
 
-    A folder that `train_autoencoder.py` wrote, or a diffusers VAE: its folder or its repository on the hub; or a public
-    pipeline, Kandinsky's with a MoVQ, or Karlo's with its super-resolution, which keep the contract of an Autoencoder.
-    `classes`: what else may stand in its place.
+    Args:
+        name: a folder that `train_autoencoder.py` wrote; a diffusers VAE, by its folder or repository on the hub; or a
+            public pipeline: Kandinsky's with a MoVQ, or Karlo's with its super-resolution.
+        classes: of this project's autoencoders that are allowed, beside the public ones.
     """
-
     if (public := load_public_autoencoder(str(name))) is not None:
         return public
     folder = find_or_download_folder(name, VAE_FILES)
     if read_model_class(folder) != "AutoencoderKL":
         return load_model(tuple(dict.fromkeys((*classes, Autoencoder, *PUBLIC_AUTOENCODERS))), folder)
-    check_folder_files(folder)
-    config = read_config(folder / "config.json")
-    held = {
-        name: stored for path in find_weight_files(folder) for name, stored in read_safetensors_header(path).items()
-    }
-    with bounded_meta_device(held, folder):
-        AutoencoderKL.from_config(config)
+    component = Component(folder)
+    with bounded_meta_device(component.tensor_specs, folder):
+        AutoencoderKL.from_config(component.config)
     settings = {"use_safetensors": True, "output_loading_info": True}
     vae, info = load_or_explain(lambda path: AutoencoderKL.from_pretrained(path, **settings), folder)
-    for fault in ("missing", "unexpected"):  # after loading, which renames the tensors of older files
+    # diffusers renames the tensors of older files while it loads them, so they are compared afterwards.
+    for fault in ("missing", "unexpected"):
         if names := sorted(info[f"{fault}_keys"]):
             raise InputError(f"{str(name)!r} has {len(names)} {fault} tensors for a VAE, the first is {names[0]!r}")
     check_finite_weights(vae, folder)
     return load_or_explain(lambda _: Autoencoder.from_vae(vae), folder)
 
 
-def load_clip(name: str | Path) -> CLIP:
-    """A CLIP by the name that configurations give it.
-
-    A folder that `train_clip.py` wrote, or a public pair: "ViT-L-14:datacomp_xl_s13b_b90k" (open_clip's name and tag),
-    "hf-hub:org/name", "local-dir:/path"; or that of a public pipeline, by its folder or name on the hub, which keeps
-    the contract of a CLIP (`t2i.networks.public.transformers_clip`).
-    """
-    name = str(name)
-    if ":" not in name or is_folder(name):
-        from t2i.networks.public.transformers_clip import TransformersCLIP
-
-        return load_public_clip(name) or load_model((CLIP, TransformersCLIP), name)
-    parts = (name,) if name.startswith(("hf-hub:", "local-dir:")) else name.split(":", 1)
-    return load_or_explain(lambda _: CLIP.from_open_clip(*parts), Path(name))
-
-
-def load_public_text_encoder(name: str, dtype: torch.dtype) -> MultilingualCLIP | None:
-    """Kandinsky 2.1's text encoder, frozen; None for other models."""
-    found = find_public_part(name, ("multilingual_clip",))
-    if found is None:
-        return None
-    return MultilingualCLIP.from_component(
-        found.read_component(), found.require_part_folder("multilingual_tokenizer"), dtype
-    )
-
-
 def load_public_autoencoder(name: str) -> MoVQ | SuperResolution | None:
-    """Kandinsky's MoVQ, or Karlo's super-resolution in its place, frozen, in fp32; None for other models."""
+    """Load Kandinsky's MoVQ, or Karlo's super-resolution, frozen, in fp32; return None for other models."""
     found = find_public_part(name, ("movq", "super_res_first"), ("super_res_last",))
     if found is None:
         return None
     if found.part == "movq":
-        return MoVQ.from_component(found.read_component(), torch.float32)
-    scheduler = read_config(found.require_part_folder("super_res_scheduler") / "scheduler_config.json", MAX_TIMESTEPS)
-    side = read_config(found.require_part_folder("unet") / "config.json").get("sample_size")
-    parts = (found.read_component(), found.read_component("super_res_last"))
-    return SuperResolution.from_components(*parts, scheduler, side, torch.float32)
+        return MoVQ.from_component(found.component(), torch.float32)
+    networks = (found.component(), found.component("super_res_last"))
+    scheduler = read_config(found.source.folder("super_res_scheduler") / "scheduler_config.json", MAX_TIMESTEPS)
+    side = read_config(found.source.folder("unet") / "config.json").get("sample_size")
+    return SuperResolution.from_components(*networks, scheduler, side, torch.float32)
+
+
+# CLIP
+
+
+def load_clip(name: str | Path) -> CLIP:
+    """Load a CLIP.
+
+    Args:
+        name: a folder that `train_clip.py` wrote; a public pair, as "ViT-L-14:datacomp_xl_s13b_b90k" (open_clip's name
+            and tag), "hf-hub:org/name" or "local-dir:/path"; or a public pipeline, by its folder or name on the hub,
+            whose towers become a TransformersCLIP.
+    """
+    name = str(name)
+    if ":" not in name or is_folder(name):
+        return load_public_clip(name) or load_model((CLIP, TransformersCLIP), name)
+    pair = (name,) if name.startswith(("hf-hub:", "local-dir:")) else name.split(":", 1)
+    return load_or_explain(lambda _: CLIP.from_open_clip(*pair), Path(name))
+
+
+def load_pipeline_clip(name: str | Path) -> Any:
+    """Load the CLIP in the folder of one of this project's pipelines, or else what `load_clip` does for a folder."""
+    path = Path(name)
+    if is_folder(path / "clip") and (path / "model_index.json").is_file():
+        return load_model((CLIP, TransformersCLIP), path / "clip")
+    return load_public_clip(str(name)) or load_model((CLIP, TransformersCLIP), path)
 
 
 def load_public_clip(name: str) -> TransformersCLIP | None:
-    """The CLIP of a public pipeline, with the towers that it holds, frozen, in fp32; None for other models."""
+    """Load the towers of a public pipeline's CLIP, frozen, in fp32; return None for other models."""
     towers = ("text_tower", "image_tower")
     found = find_public_part(name, towers, towers)
-    if found is None or found.layout is None:
+    if found is None or not found.in_pipeline:
         return None
-    text, vision = (found.read_component(part) if found.find_part_folder(part) is not None else None for part in towers)
-    folders = (found.find_part_folder("tokenizer"), vision, found.find_part_folder("image_processor"))
-    return TransformersCLIP.from_components(text, *folders, torch.float32, found.root)
+    text, image = (found.source if found.source.find_folder(part) is not None else None for part in towers)
+    return load_clip_towers(text, image, torch.float32)
 
 
-TEXT_ENCODER_FOLDERS = (
-    "text_encoder",
-    "text_encoder.replaced",
-)  # of a decoder's run; the second, if a process died replacing the first
+def load_clip_towers(
+    text: SourceFolder | None, image: SourceFolder | None, dtype: torch.dtype | None
+) -> TransformersCLIP:
+    """Load the text tower of one folder and the image tower of another, or only one of them."""
+    return TransformersCLIP.from_components(
+        text=None if text is None else text.component("text_tower"),
+        tokenizer=None if text is None else text.find_folder("tokenizer"),
+        vision=None if image is None else image.component("image_tower"),
+        processor=None if image is None else image.find_folder("image_processor"),
+        dtype=dtype,
+    )
+
+
+# Text encoders of decoders
 
 
 def load_text_encoder(name: str | Path, context_length: int = 128, dtype: torch.dtype = torch.float32) -> Any:
-    """A text encoder by the name that configurations give it, frozen.
+    """Load a text encoder, frozen.
 
-    The folder of a decoder's run that holds one, which knows its context length; or a model of transformers: a folder,
-    or a name on the hub. Kandinsky 2.1's too, by its pipeline's, which keeps the contract of a TextEncoder.
+    Args:
+        name: the folder of a decoder's run that has one, with its context length; a model of transformers, by its
+            folder or name on the hub; or Kandinsky 2.1's pipeline, whose encoder becomes a MultilingualCLIP.
+        context_length: in tokens, for models of transformers.
     """
     if (public := load_public_text_encoder(str(name), dtype)) is not None:
         return public
@@ -134,6 +146,63 @@ def load_text_encoder(name: str | Path, context_length: int = 128, dtype: torch.
     return load_or_explain(lambda path: TextEncoder.from_transformers(path, context_length, dtype), folder)
 
 
+def load_public_text_encoder(name: str, dtype: torch.dtype) -> MultilingualCLIP | None:
+    """Load Kandinsky 2.1's text encoder, frozen; return None for other models."""
+    found = find_public_part(name, ("multilingual_clip",))
+    if found is None:
+        return None
+    return MultilingualCLIP.from_component(found.component(), found.source.folder("multilingual_tokenizer"), dtype)
+
+
 def find_text_encoder_folder(run: Path) -> Path | None:
-    """The text encoder in the folder of a decoder's run, None if it has none."""
+    """Return the folder of the text encoder in a decoder's run, None if it has none."""
     return next((run / part for part in TEXT_ENCODER_FOLDERS if is_folder(run / part)), None)
+
+
+# Priors with their schedulers
+
+
+def load_any_prior(
+    name: str | Path, load_clip: Callable[[], Any], dtype: torch.dtype | None = None, variant: str | None = None
+) -> dict[str, Any]:
+    """Load a prior, alone or in its pipeline, and its scheduler, as arguments of a pipeline.
+
+    There is no `prior_scheduler` in the result for a PriorTransformer without a scheduler beside it.
+
+    Args:
+        name: of one of this project's, or a public one.
+        load_clip: called for a public prior, which does not store its null condition.
+    """
+    found = find_public_part(str(name), ("prior",), variant=variant)
+    if found is None:
+        return load_own_prior(name, dtype)
+    prior = load_prior_transformer(found.component(), load_clip(), dtype)
+    if isinstance(prior, EclipsePrior):
+        return {"prior": prior, "prior_scheduler": None}
+    scheduler = load_prior_scheduler(found)
+    return {"prior": prior} | ({} if scheduler is None else {"prior_scheduler": scheduler})
+
+
+def load_own_prior(folder: str | Path, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """Load a prior of this project and its scheduler, None without one.
+
+    dtype: None is float32, or the stored dtype in the folder of a pipeline with public parts.
+    """
+    prior, scheduler = load_prior(folder)
+    source = SourceFolder(Path(folder))
+    if dtype is None and is_folder(folder) and source.has_public_parts:
+        dtype = source.find_stored_dtypes().get("prior")
+    if prior is not None and dtype is not None:
+        prior.to(dtype)
+    return {"prior": prior, "prior_scheduler": scheduler}
+
+
+def load_prior_scheduler(prior: PublicPart) -> SchedulerMixin | None:
+    """Load a public prior's scheduler: its pipeline's, or the one that an export put beside it; None without any."""
+    folder = prior.source.find_folder("prior_scheduler") or prior.folder / "scheduler"
+    if not is_folder(folder):
+        return None
+    scheduler = load_scheduler(folder, prior.source.path)
+    if isinstance(scheduler, UnCLIPScheduler):
+        return UnCLIPRespacedScheduler.from_config(scheduler.config)
+    return scheduler

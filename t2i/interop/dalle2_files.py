@@ -1,7 +1,7 @@
-"""Files that DALLE2-pytorch's trainers write (.pth): which tensors are taken of them, and how they are read.
+"""Read the files (.pth) of DALLE2-pytorch's trainers, and select the tensors to convert.
 
-They are pickles, which could run any code. torch's `weights_only` reader makes tensors and plain containers alone; the
-one foreign object in these files, the release that wrote them, becomes an inert stand-in. All else is refused.
+They are pickles, which could run any code. torch's `weights_only` reader makes tensors and plain containers alone. The
+one foreign object in these files, the version that wrote them, becomes an inert stand-in. All else is refused.
 """
 
 import re
@@ -19,26 +19,26 @@ from t2i.errors import InputError
 from t2i.files.untrusted import check_size_limit, format_error
 from t2i.interop.pickles import read_pickle
 
-MAX_FILE_SIZE = 64 * 2**30  # bytes; the largest published one has a tenth of it
+MAX_FILE_SIZE = 64 * 2**30  # bytes; the largest published file has a tenth of it
 MAX_PICKLE_SIZE = 64 * 2**20  # bytes of what is not tensors
 MAX_TENSORS = 50_000
 
 
 class InertObject:
-    """In the place of a foreign object: it holds what that was made of, and does nothing with it."""
+    """A stand-in for a foreign object. It stores what the object was made of, and does nothing with it."""
 
     state: Any = ()
 
     def __new__(cls, *args: Any) -> "InertObject":
-        made = super().__new__(cls)
-        made.state = args
-        return made
+        stand_in = super().__new__(cls)
+        stand_in.state = args
+        return stand_in
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
 
 
-VERSION_CLASSES = (  # what a version is made of in a pickle, by any release of `packaging`
+VERSION_CLASSES = (  # the classes of a version in a pickle, in any release of `packaging`
     "packaging.version.Version",
     "packaging.version._Version",
     "packaging._structures.InfinityType",
@@ -48,8 +48,11 @@ VERSION_CLASSES = (  # what a version is made of in a pickle, by any release of 
 
 @dataclass
 class DALLE2File:
-    """state: tensors by DALLE2-pytorch's names. taken: which of the file's it is. release: that wrote it, such as
-    (1, 1, 0), None if the file does not say. config: the configuration in it, None if it has none."""
+    """The content of a file.
+
+    state: tensors by DALLE2-pytorch's names. weights_name: the file's name for them, such as "ema_model". release: the
+    one that wrote the file, such as (1, 1, 0), None if it is not stored. config: of the training, None without one.
+    """
 
     state: dict[str, Tensor]
     weights_name: str
@@ -58,35 +61,36 @@ class DALLE2File:
 
 
 def read_dalle2_file(path: Path) -> DALLE2File:
-    """A file of a prior or a decoder: the averaged weights, if it has them. Its tensors are mapped, not read.
+    """Read a file of a prior or a decoder, with the averaged weights, if it has them. The tensors are mapped, not read.
 
     Raises InputError, in one line, for anything else.
     """
+    # Look at the file before anything is unpickled
     check_size_limit(path, MAX_FILE_SIZE)
     check_torch_archive(path)
     try:
         unknown = sorted(set(get_unsafe_globals_in_checkpoint(path)) - set(VERSION_CLASSES))
-    except Exception as error:  # whatever torch makes of a damaged file
+    except Exception as error:  # torch raises errors of any class for a damaged file
         raise InputError(f"{str(path)!r} does not load: {format_error(error).splitlines()[0]}") from error
     if unknown:
         allowed = "only tensors, plain containers and a version are"
         raise InputError(f"{str(path)!r} holds a {unknown[0]:.80}, which is not loaded; {allowed}")
-    found = read_pickle(path, tuple((InertObject, name) for name in VERSION_CLASSES))
-    if not isinstance(found, dict):
-        raise InputError(f"{str(path)!r} holds a {type(found).__name__}, not a model's tensors by name")
-    state, taken = select_averaged_weights(found)
-    wrong = [name for name, one in state.items() if not isinstance(name, str) or not is_plain_tensor(one)]
+    content = read_pickle(path, tuple((InertObject, name) for name in VERSION_CLASSES))
+    # Select the tensors
+    if not isinstance(content, dict):
+        raise InputError(f"{str(path)!r} holds a {type(content).__name__}, not a model's tensors by name")
+    state, weights_name = select_averaged_weights(content)
+    wrong = [name for name, tensor in state.items() if not isinstance(name, str) or not is_plain_tensor(tensor)]
     if wrong or not state or len(state) > MAX_TENSORS:
         fault = f"{wrong[0]!r:.80} in it is no plain tensor" if wrong else f"it has {len(state):,} of them"
         raise InputError(f"{str(path)!r} should hold a model's tensors by name; {fault}")
-    config = found.get("config")
-    return DALLE2File(
-        state, taken, find_pickled_release(found.get("version")), config if isinstance(config, dict) else None
-    )
+    config = content.get("config")
+    release = find_pickled_release(content.get("version"))
+    return DALLE2File(state, weights_name, release, config if isinstance(config, dict) else None)
 
 
 def check_torch_archive(path: Path) -> None:
-    """Refuse what is not stored as torch stores, uncompressed: no small file becomes a large one."""
+    """Raise InputError for a file that torch.save did not write; a compressed one could become very large."""
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -94,53 +98,48 @@ def check_torch_archive(path: Path) -> None:
         raise InputError(f"{str(path)!r} is no file of torch.save, of release 1.6 or newer ({error})") from error
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise InputError(f"{str(path)!r} is compressed, which torch.save's files are not")
-    if (
-        size := max((one.file_size for one in entries if one.filename.endswith("data.pkl")), default=0)
-    ) > MAX_PICKLE_SIZE:
-        raise InputError(f"{str(path)!r} has {size:,} bytes beside its tensors; no such file needs that")
+    size = max((entry.file_size for entry in entries if entry.filename.endswith("data.pkl")), default=0)
+    if size > MAX_PICKLE_SIZE:
+        raise InputError(f"{str(path)!r} has {size:,} bytes beside its tensors; at most {MAX_PICKLE_SIZE:,} are read")
 
 
 def is_plain_tensor(value: Any) -> bool:
     return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
 
 
-def select_averaged_weights(found: dict) -> tuple[dict[str, Tensor], str]:
-    """The weights of a file, averaged ones before others, and what it calls them."""
-    plain = found["model"] if isinstance(found.get("model"), dict) else {}
-    if isinstance(found.get("ema_model"), dict):  # of a prior
-        return found["ema_model"], "ema_model"
-    if isinstance(found.get("ema"), dict):
+def select_averaged_weights(content: dict) -> tuple[dict[str, Tensor], str]:
+    """Return the weights of a file, the averaged ones if it has them, and the file's name for them."""
+    plain = content["model"] if isinstance(content.get("model"), dict) else {}
+    if isinstance(content.get("ema_model"), dict):  # a prior's
+        return content["ema_model"], "ema_model"
+    if isinstance(content.get("ema"), dict):  # a decoder's, with an average for each U-Net
         averaged = {}
-        for name, tensor in found["ema"].items():
-            if match := re.fullmatch(r"(?:(\d+)\.)?ema_model\.(.+)", str(name)):  # of a decoder, one each U-Net
+        for name, tensor in content["ema"].items():
+            if match := re.fullmatch(r"(?:(\d+)\.)?ema_model\.(.+)", str(name)):
                 averaged[f"unets.{match[1]}.{match[2]}" if match[1] else match[2]] = tensor
         if averaged:
             return {**plain, **averaged}, "ema"
     if plain:
         return plain, "model"
-    return found, "the tensors"
+    return content, "the tensors"
 
 
 def find_pickled_release(version: Any) -> tuple[int, ...] | None:
-    """(1, 15, 6) of a version, as text or as it was pickled by any release of `packaging`."""
+    """Return (1, 15, 6) for a version, as text or as any release of `packaging` pickled it; None for other objects."""
     if isinstance(version, str):
         return parse_release(version)
     return next(iterate_releases(version), None)
 
 
 def iterate_releases(value: Any) -> Iterator[tuple[int, ...]]:
-    """Every tuple of integers in a stand-in."""
+    """Yield every tuple of integers in a stand-in."""
     if isinstance(value, InertObject):
         yield from iterate_releases(value.state)
-    elif isinstance(value, tuple | list):
-        if len(value) > 1 and all(isinstance(one, int) for one in value):
-            yield tuple(value)
-        else:
-            for one in value:
-                yield from iterate_releases(one)
-    elif isinstance(value, dict):
-        for one in value.values():
-            yield from iterate_releases(one)
+    elif isinstance(value, tuple | list) and len(value) > 1 and all(isinstance(part, int) for part in value):
+        yield tuple(value)
+    elif isinstance(value, tuple | list | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from iterate_releases(part)
 
 
 def parse_release(text: str) -> tuple[int, ...]:

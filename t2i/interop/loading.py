@@ -1,32 +1,21 @@
-"""A public model as the components of this project's pipelines, from the folder or the folders that it comes in."""
+"""Load a public model, from one folder or several, as the components of this project's pipelines."""
 
 import hashlib
-from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from diffusers import SchedulerMixin, UnCLIPScheduler
 
-from t2i.diffusion.respaced import UnCLIPRespacedScheduler
-from t2i.diffusion.stored_schedulers import load_scheduler
 from t2i.errors import InputError
 from t2i.files.component import Component
-from t2i.files.model_folder import load_model, read_model_class
+from t2i.files.model_folder import read_model_class
 from t2i.files.untrusted import is_folder
-from t2i.interop.by_name import load_public_clip
-from t2i.interop.layouts import (
-    DEFAULT_PRIORS,
-    LAYOUTS_BY_CLASS,
-    PublicFolder,
-    PublicLayout,
-    find_public_layout,
-    read_folder_class,
-)
-from t2i.interop.parts import PublicPart, find_public_part
+from t2i.interop.by_name import load_clip_towers, load_own_prior, load_prior_scheduler
+from t2i.interop.folders import SourceFolder
+from t2i.interop.layouts import DEFAULT_PRIORS, PublicLayout
+from t2i.interop.parts import locate_public_part
 from t2i.interop.prior_transformer import load_prior_transformer
-from t2i.interop.stored import Dtypes, check_variant, has_public_parts, read_stored_dtypes, resolve_part_dtype
-from t2i.networks.clip import CLIP
+from t2i.interop.stored import Dtypes, check_variant, resolve_part_dtype
 from t2i.networks.public.eclipse import EclipsePrior
 from t2i.networks.public.kandinsky import KandinskyDecoder
 from t2i.networks.public.karlo import KarloDecoder
@@ -34,8 +23,7 @@ from t2i.networks.public.movq import MoVQ
 from t2i.networks.public.multilingual_clip import MultilingualCLIP
 from t2i.networks.public.stable_unclip import StableUnCLIPDecoder, load_caption_encoder, load_latent_autoencoder
 from t2i.networks.public.super_resolution import SuperResolution
-from t2i.networks.public.transformers_clip import TransformersCLIP
-from t2i.sampling.embeddings import PRIOR_CLASSES, load_prior
+from t2i.sampling.embeddings import PRIOR_CLASSES
 
 CLIP_TOWERS = ("text_tower", "image_tower")
 MISSING_CLIP_HINT = "name a folder or repository that has it as clip=... (--clip)"
@@ -43,80 +31,108 @@ MISSING_PART_HINT = "name the folder or repository of the other as prior=... (--
 
 
 def load_components(
-    folder: str | Path,
-    prior: str | Path | None = None,
-    clip: str | Path | None = None,
+    folder: SourceFolder,
+    prior: SourceFolder | None = None,
+    clip: SourceFolder | None = None,
     dtype: Dtypes = None,
-    variant: str | None = None,
     given: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The components of `t2i.pipelines.base.UnCLIPPipeline`, by its argument names, of a model in a public layout.
+    """Load the components of a model in a public layout, by the argument names of `t2i.pipelines.base.UnCLIPPipeline`.
 
     Args:
         folder: of the decoder, or of the whole model.
-        prior: the folder that holds the prior, where it is another; of the two either may be `folder`. A prior alone,
-            public or of this project, draws embeddings of the CLIP in the other folder.
-        clip: the folder that the CLIP is in, if it is in neither.
-        dtype: of the weights, of all parts or by their names; None, and what is not named, are left as they are stored.
-        variant: of the weights' files, such as "fp16".
-        given: components that the caller has, instead of those of the folders.
+        prior: the folder with the prior, where it is another; either of the two may hold the decoder. A prior alone,
+            public or of this project, is sampled with the CLIP of `folder` or `clip`.
+        clip: the folder with the CLIP, if it is in neither.
+        dtype: of the weights, for all components or by their names. None, and components without an entry: as stored.
+        given: components of the caller's, instead of those in the folders.
 
     At most one tensor is held beyond the components. Raises InputError, in one line, for folders that are no whole
     model together, or that do not belong together.
     """
-    found = dict(given or {})
-    ours = None if prior is None or read_folder_class(Path(prior)) in LAYOUTS_BY_CLASS else prior
-    if ours is not None:
-        check_own_prior(Path(ours))
-    paths = [Path(path) for path in (folder, None if ours else prior, clip) if path is not None]
-    check_variant(variant, *paths)
-    sources = ModelFolders([PublicFolder(path, variant) for path in paths], found)
-    sources.check_compatible_parts(ours)
-    if "clip" not in found:
-        found["clip"] = load_model_clip(sources, resolve_part_dtype(dtype, "clip"))
-    if "text_encoder" not in found:
-        found["text_encoder"] = load_folder_text_encoder(sources.decoder, resolve_part_dtype(dtype, "text_encoder"))
-    if "prior" not in found:
-        of_prior = resolve_part_dtype(dtype, "prior")
-        found |= load_model_prior(sources, found["clip"], of_prior) if ours is None else load_own_prior(ours, of_prior)
-    if "decoder" not in found:
-        found["decoder"] = load_folder_decoder(sources.decoder, resolve_part_dtype(dtype, "decoder"))
-        found["decoder"].set_null_condition(found["clip"], found["text_encoder"])
-    if "decoder_scheduler" not in found:
-        found["decoder_scheduler"] = sources.decoder.load_scheduler("decoder_scheduler")
-    if "autoencoder" not in found:
-        found["autoencoder"] = load_folder_autoencoder(sources.decoder, resolve_part_dtype(dtype, "autoencoder"))
-    return found
+    # Find out which folder holds what, before anything is loaded
+    own_prior = prior if prior is not None and prior.layout is None else None
+    if own_prior is not None:
+        check_own_prior(own_prior)
+    folders = [source for source in (folder, None if own_prior else prior, clip) if source is not None]
+    check_variant(folder.variant, *(source.path for source in folders))
+    components = dict(given or {})
+    sources = ModelFolders(folders, components)
+    sources.check_compatible_parts(own_prior)
+
+    # Load; the decoder's null condition is made by the CLIP
+    if "clip" not in components:
+        text, image = (sources.find_clip_tower(part) for part in CLIP_TOWERS)
+        components["clip"] = load_clip_towers(text, image, resolve_part_dtype(dtype, "clip"))
+    if "prior" not in components:
+        prior_dtype = resolve_part_dtype(dtype, "prior")
+        if own_prior is not None:
+            components |= load_own_prior(own_prior.path, prior_dtype)
+        else:
+            components |= load_model_prior(sources, components["clip"], prior_dtype)
+    loaded = load_decoder_components(sources.decoder, dtype, components)
+    components |= loaded
+    if "decoder" in loaded:
+        components["decoder"].set_null_condition(components["clip"], components["text_encoder"])
+    return components
 
 
-def load_model_clip(sources: "ModelFolders", dtype: torch.dtype | None) -> TransformersCLIP:
-    return load_clip_towers(sources.find_clip_tower("text_tower"), sources.find_clip_tower("image_tower"), dtype)
+def check_own_prior(folder: SourceFolder) -> None:
+    """Raise InputError for a folder that holds no prior of this project, with what it is instead."""
+    known = {prior.__name__ for prior in PRIOR_CLASSES}
+    places = (folder.path, folder.path / "model", folder.path / "prior")
+    if not any(is_folder(place) and read_model_class(place) in known for place in places):
+        folder.require_layout()  # raises
 
 
-def load_clip_towers(
-    text: PublicFolder | None, image: PublicFolder | None, dtype: torch.dtype | None
-) -> TransformersCLIP:
-    return TransformersCLIP.from_components(
-        text=None if text is None else text.read_component("text_tower"),
-        tokenizer=None if text is None else text.folder("tokenizer"),
-        vision=None if image is None else image.read_component("image_tower"),
-        processor=None if image is None else image.folder("image_processor"),
-        dtype=dtype,
-    )
+def load_layout_components(source: SourceFolder, layout: PublicLayout, dtype: torch.dtype | None) -> dict | None:
+    """Load the components of a public folder that another layout has; None if the folder lacks any of them."""
+    check_variant(source.variant, source.path)
+    source.check_public_parts()
+    parts = layout.part_folders.keys()
+    if not all(part in source for part in parts):
+        return None
+    components: dict[str, Any] = {}
+    prior = locate_public_part(source, ("prior",)) if "prior" in parts else None
+    if prior is not None:
+        # Without its CLIP: the null condition is not in the files of the layout.
+        components["prior"] = load_prior_transformer(prior.component(), None, dtype)
+        components["prior_scheduler"] = load_prior_scheduler(prior)
+    if {*CLIP_TOWERS} & parts:
+        text, image = (source if part in parts else None for part in CLIP_TOWERS)
+        components["clip"] = load_clip_towers(text, image, dtype)
+    if layout.family:
+        components |= load_decoder_components(source, dtype)
+    return components
+
+
+# The components of a folder
+
+
+def load_decoder_components(source: SourceFolder, dtype: Dtypes, given: Collection[str] = ()) -> dict[str, Any]:
+    """Load the decoder, its text encoder, its scheduler and its autoencoder, but for those in `given`."""
+    loaders = {"text_encoder": load_text_encoder, "decoder": load_decoder, "autoencoder": load_autoencoder}
+    components = {
+        name: load(source, resolve_part_dtype(dtype, name)) for name, load in loaders.items() if name not in given
+    }
+    if "decoder_scheduler" not in given:
+        components["decoder_scheduler"] = source.load_scheduler("decoder_scheduler")
+    return components
 
 
 def load_model_prior(sources: "ModelFolders", clip: Any, dtype: torch.dtype | None) -> dict[str, Any]:
-    """The prior, told what its CLIP says of the empty caption, and its scheduler; nothing where there is none."""
+    """Load the prior, with its CLIP's empty caption as null, and its scheduler; nothing if no folder has a prior."""
     if sources.prior is None:
         return {}
-    prior = load_prior_transformer(sources.prior.read_component("prior"), clip, dtype)
-    if isinstance(prior, EclipsePrior):  # it draws in one pass
+    prior = load_prior_transformer(sources.prior.component("prior"), clip, dtype)
+    if isinstance(prior, EclipsePrior):  # draws in one pass
         return {"prior": prior}
-    found = find_public_part(str(sources.prior.path), ("prior",))
-    scheduler = None if found is None else load_prior_scheduler(found)
-    home = next((one for one in sources.folders if "prior_scheduler" in one), None)
-    if scheduler is None and home is not None:
-        scheduler = home.load_scheduler("prior_scheduler")
+    # Beside the prior, or else in any of the folders
+    part = locate_public_part(sources.prior, ("prior",))
+    scheduler = None if part is None else load_prior_scheduler(part)
+    other = next((source for source in sources.folders if "prior_scheduler" in source), None)
+    if scheduler is None and other is not None:
+        scheduler = other.load_scheduler("prior_scheduler")
     if scheduler is None and "prior_scheduler" not in sources.given:
         raise InputError(
             f"{str(sources.prior.path)!r} is a diffusion prior without a scheduler; name its pipeline, or give "
@@ -125,233 +141,163 @@ def load_model_prior(sources: "ModelFolders", clip: Any, dtype: torch.dtype | No
     return {"prior": prior, "prior_scheduler": scheduler}
 
 
-def check_own_prior(folder: Path) -> None:
-    """Refuse a folder that is neither a prior of this project nor in a public layout, saying what it is."""
-    known = {prior.__name__ for prior in PRIOR_CLASSES}
-    if not any(
-        is_folder(part) and read_model_class(part) in known for part in (folder, folder / "model", folder / "prior")
-    ):
-        find_public_layout(folder)
-
-
-def load_own_prior(folder: str | Path, dtype: torch.dtype | None = None) -> dict[str, Any]:
-    """One of this project's, such as what `t2i convert` wrote or a fine-tuned one, and its scheduler if it has one.
-
-    dtype: None is float32, or that of the files in a folder that holds a public model.
-    """
-    prior, scheduler = load_prior(folder)
-    if dtype is None and is_folder(folder) and has_public_parts(Path(folder)):
-        dtype = read_stored_dtypes(Path(folder)).get("prior")
-    if prior is not None and dtype is not None:
-        prior.to(dtype)
-    return {"prior": prior, "prior_scheduler": scheduler}
-
-
-def load_any_prior(
-    folder: str | Path, load_clip: Callable[[], Any], dtype: torch.dtype | None = None, variant: str | None = None
-) -> dict[str, Any]:
-    """A prior of this project, or a public one, alone or in its pipeline, for the CLIP of `load_clip()`.
-
-    With its scheduler, as `load_prior_scheduler`, unless it is a PriorTransformer and none lies beside it.
-    """
-    found = find_public_part(str(folder), ("prior",))
-    if found is None:
-        return load_own_prior(folder, dtype)
-    prior = load_prior_transformer(Component(found.folder, found.root, variant), load_clip(), dtype)
-    if isinstance(prior, EclipsePrior):
-        return {"prior": prior, "prior_scheduler": None}
-    scheduler = load_prior_scheduler(found)
-    return {"prior": prior} | ({} if scheduler is None else {"prior_scheduler": scheduler})
-
-
-def load_prior_scheduler(found: PublicPart) -> SchedulerMixin | None:
-    """Of a public prior: its pipeline's, or the one in the folder `load_scheduler` of an exported one; None without
-    any."""
-    folder = found.find_part_folder("prior_scheduler") or found.folder / "scheduler"
-    if not is_folder(folder):
-        return None
-    made = load_scheduler(folder, found.root)
-    return UnCLIPRespacedScheduler.from_config(made.config) if isinstance(made, UnCLIPScheduler) else made
-
-
-def load_any_clip(folder: str | Path) -> Any:
-    """The CLIP of a pipeline, public or of this project, or of a folder that `t2i train clip` wrote; in fp32."""
-    path = Path(folder)
-    in_pipeline = is_folder(path / "clip") and (path / "model_index.json").is_file()
-    found = None if in_pipeline else load_public_clip(str(folder))
-    return load_model((CLIP, TransformersCLIP), path / "clip" if in_pipeline else path) if found is None else found
-
-
-def load_layout_components(
-    folder: Path, layout: PublicLayout, dtype: torch.dtype | None, variant: str | None
-) -> dict[str, Any] | None:
-    """Of a public folder what another layout needs, and nothing else; None if the folder has not all of it."""
-    check_variant(variant, folder)
-    source = PublicFolder(folder, variant)
-    parts = layout.part_folders.keys()
-    if not parts <= source.layout.part_folders.keys():
-        return None
-    components: dict[str, Any] = {}
-    if "prior" in parts and (found := find_public_part(str(folder), ("prior",))) is not None:
-        # Without its CLIP: what it reads without a caption is not in the files of the layout.
-        components["prior"] = load_prior_transformer(Component(found.folder, found.root, variant), None, dtype)
-        components["prior_scheduler"] = load_prior_scheduler(found)
-    if {*CLIP_TOWERS} & parts:
-        text, image = (source if part in parts else None for part in CLIP_TOWERS)
-        components["clip"] = load_clip_towers(text, image, dtype)
-    if layout.family:
-        components["text_encoder"] = load_folder_text_encoder(source, dtype)
-        components["decoder"] = load_folder_decoder(source, dtype)
-        components["decoder_scheduler"] = source.load_scheduler("decoder_scheduler")
-        components["autoencoder"] = load_folder_autoencoder(source, dtype)
-    return components
-
-
-def load_folder_decoder(source: PublicFolder, dtype: torch.dtype | None) -> Any:
-    match source.layout.family:
+def load_decoder(source: SourceFolder, dtype: torch.dtype | None) -> Any:
+    match source.family:
         case "karlo":
-            return KarloDecoder.from_components(
-                source.read_component("unet"), source.read_component("projection"), dtype
-            )
+            return KarloDecoder.from_components(source.component("unet"), source.component("projection"), dtype)
         case "kandinsky":
-            return KandinskyDecoder.from_component(source.read_component("unet"), dtype)
+            return KandinskyDecoder.from_component(source.component("unet"), dtype)
         case _:
             noising = dict(source.load_scheduler("noising_scheduler").config)
-            parts = (source.read_component("unet"), source.read_component("normalizer"))
-            return StableUnCLIPDecoder.from_components(*parts, noising, dtype)
+            networks = (source.component("unet"), source.component("normalizer"))
+            return StableUnCLIPDecoder.from_components(*networks, noising, dtype)
 
 
-def load_folder_text_encoder(source: PublicFolder, dtype: torch.dtype | None) -> Any:
-    """The decoder's own; None where it reads CLIP's tokens or none."""
+def load_text_encoder(source: SourceFolder, dtype: torch.dtype | None) -> Any:
+    """Load the decoder's own text encoder; None if the decoder reads CLIP's tokens, or no caption."""
     if "multilingual_clip" in source:
-        part, tokenizer = source.read_component("multilingual_clip"), source.folder("multilingual_tokenizer")
-        return MultilingualCLIP.from_component(part, tokenizer, dtype)
+        tokenizer = source.folder("multilingual_tokenizer")
+        return MultilingualCLIP.from_component(source.component("multilingual_clip"), tokenizer, dtype)
     if "text_encoder" in source:
-        return load_caption_encoder(source.read_component("text_encoder"), source.folder("text_tokenizer"), dtype)
+        return load_caption_encoder(source.component("text_encoder"), source.folder("text_tokenizer"), dtype)
     return None
 
 
-def load_folder_autoencoder(source: PublicFolder, dtype: torch.dtype | None) -> Any:
-    match source.layout.family:
+def load_autoencoder(source: SourceFolder, dtype: torch.dtype | None) -> Any:
+    match source.family:
         case "karlo":
-            first, last = source.read_component("super_res_first"), source.read_component("super_res_last")
+            networks = (source.component("super_res_first"), source.component("super_res_last"))
             scheduler = dict(source.load_scheduler("super_res_scheduler").config)
-            low_size = source.read_component("unet").config.get("sample_size")
-            return SuperResolution.from_components(first, last, scheduler, low_size, dtype)
+            low_size = source.component("unet").config.get("sample_size")
+            return SuperResolution.from_components(*networks, scheduler, low_size, dtype)
         case "kandinsky":
-            return MoVQ.from_component(source.read_component("movq"), dtype)
+            return MoVQ.from_component(source.component("movq"), dtype)
         case _:
-            return load_latent_autoencoder(source.read_component("vae"), dtype)
+            return load_latent_autoencoder(source.component("vae"), dtype)
+
+
+# What belongs together
 
 
 class ModelFolders:
-    """The folders that a model comes in, and which of them has what.
+    """The folders that a model comes in, and which of them holds which part.
 
-    decoder: the first that has one. prior: the second folder's, for it is named as the prior's, or else the first's.
+    Args:
+        folders: of the model, of its prior, and of its CLIP.
+        given: names of components that the caller has.
+
+    Attributes:
+        decoder: the first folder with a decoder.
+        prior: the second folder if it has a prior, or else the first that has one.
     """
 
-    decoder: PublicFolder
+    decoder: SourceFolder
 
-    def __init__(self, folders: list[PublicFolder], given: Collection[str] = ()):
+    def __init__(self, folders: list[SourceFolder], given: Collection[str] = ()):
+        for folder in folders:
+            folder.check_public_parts()
         self.folders, self.given = folders, given
-        self.prior = next((one for one in [*folders[1:2], *folders] if "prior" in one), None)
-        decoder = next((one for one in folders if one.layout.family), None)
+        self.prior = next((folder for folder in [*folders[1:2], *folders] if "prior" in folder), None)
+        decoder = next((folder for folder in folders if folder.family), None)
         if decoder is None:
-            first = folders[0]
-            raise InputError(f"{str(first.path)!r}, {first.layout.title}, holds no decoder; {MISSING_PART_HINT}")
+            raise InputError(f"{describe_folder(folders[0])}, holds no decoder; {MISSING_PART_HINT}")
         self.decoder = decoder
 
-    def find_clip_tower(self, part: str) -> PublicFolder | None:
-        """Where a tower of CLIP is: beside the prior that was trained with it, if it is there."""
+    def find_clip_tower(self, part: str) -> SourceFolder | None:
+        """Return the folder of a tower of CLIP: the caller's, or else the one beside the prior trained with it."""
         order = [*self.folders[2:], *([self.prior] if self.prior else []), *self.folders]
-        return next((one for one in order if part in one), None)
+        return next((folder for folder in order if part in folder), None)
 
-    def check_compatible_parts(self, own: str | Path | None = None) -> None:
-        """Refuse what is no whole model, or does not belong together. Reads towers that several folders have.
+    def check_compatible_parts(self, own_prior: SourceFolder | None = None) -> None:
+        """Raise InputError for parts that are no whole model, or do not belong together.
 
-        own: a prior of this project's.
+        Reads the towers that several folders have. own_prior: of this project.
         """
         if "clip" in self.given:
             return
-        first, prior = self.folders[0], own or (None if self.prior is None else self.prior.path)
-        if not any(self.find_clip_tower(part) for part in CLIP_TOWERS):
-            usual = next((prior for name, prior in DEFAULT_PRIORS.items() if name.endswith(first.layout.name)), None)
-            hint = f", such as {usual}" if usual else ""
-            if prior is None:
+        self.check_clip_found(own_prior)
+        for part in CLIP_TOWERS:
+            self.check_same_towers(part)
+        (reader, width), *others = self.collect_embed_sizes()
+        for owner, size in others:
+            if size != width:
                 raise InputError(
-                    f"{str(first.path)!r}, {first.layout.title}, holds no prior and no CLIP; {MISSING_PART_HINT}{hint}"
+                    f"{reader} reads embeddings of {width} dimensions, {owner} makes them of {size}; "
+                    "they were not trained together"
                 )
+
+    def check_clip_found(self, own_prior: SourceFolder | None) -> None:
+        first, prior = self.folders[0], own_prior or self.prior
+        if not any(self.find_clip_tower(part) for part in CLIP_TOWERS):
+            layout_name = first.require_layout().name
+            example = next((place for name, place in DEFAULT_PRIORS.items() if name.endswith(layout_name)), None)
+            hint = f", such as {example}" if example else ""
+            if prior is None:
+                raise InputError(f"{describe_folder(first)}, holds no prior and no CLIP; {MISSING_PART_HINT}{hint}")
             raise InputError(
-                f"neither {str(first.path)!r}, {first.layout.title}, nor the prior in {str(prior)!r} holds a CLIP; "
+                f"neither {describe_folder(first)}, nor the prior in {str(prior.path)!r} holds a CLIP; "
                 f"{MISSING_CLIP_HINT}{hint}"
             )
         if prior is not None and self.find_clip_tower("text_tower") is None:
             raise InputError(
-                f"{str(prior)!r} is a prior, for which there is no text encoder of its CLIP; {MISSING_CLIP_HINT}"
+                f"{str(prior.path)!r} is a prior, for which there is no text encoder of its CLIP; {MISSING_CLIP_HINT}"
             )
-        for part in CLIP_TOWERS:
-            self.check_same_towers(part)
-        sizes = self.collect_embed_sizes()
-        for what, size in sizes[1:]:
-            if size != sizes[0][1]:
-                raise InputError(
-                    f"{sizes[0][0]} reads embeddings of {sizes[0][1]} dimensions, {what} makes them of {size}; "
-                    "they were not trained together"
-                )
 
     def collect_embed_sizes(self) -> list[tuple[str, Any]]:
-        """What reads or makes z_i, and of how many dimensions."""
-        found = [(f"the decoder in {str(self.decoder.path)!r}", read_decoder_embed_dim(self.decoder))]
+        """Return each part that reads or makes z_i, and the width of its z_i. The decoder is the first."""
+        sizes = [(f"the decoder in {str(self.decoder.path)!r}", read_decoder_embed_dim(self.decoder))]
         if self.prior is not None:
-            size = self.prior.read_component("prior").config.get("embedding_dim", 768)
-            found.append((f"the prior in {str(self.prior.path)!r}", size))
+            size = self.prior.component("prior").config.get("embedding_dim", 768)
+            sizes.append((f"the prior in {str(self.prior.path)!r}", size))
         for part in CLIP_TOWERS:
-            if (home := self.find_clip_tower(part)) is not None:
-                found.append((f"the CLIP in {str(home.path)!r}", read_tower_embed_dim(home, part)))
-        return found
+            if (folder := self.find_clip_tower(part)) is not None:
+                sizes.append((f"the CLIP in {str(folder.path)!r}", read_tower_embed_dim(folder, part)))
+        return sizes
 
     def check_same_towers(self, part: str) -> None:
-        """Refuse folders with different towers, each in its place."""
-        homes = [one for one in self.folders if part in one]
-        digests = [compute_tower_digest(home.read_component(part)) for home in homes] if len(homes) > 1 else []
-        for home, digest in zip(homes[1:], digests[1:]):
+        """Raise InputError if two of the folders have different towers."""
+        folders = [folder for folder in self.folders if part in folder]
+        digests = [compute_tower_digest(folder.component(part)) for folder in folders] if len(folders) > 1 else []
+        for folder, digest in zip(folders[1:], digests[1:]):
             if digest != digests[0]:
-                pair = f"{str(homes[0].path)!r} and {str(home.path)!r}"
-                which = "text encoders" if part == "text_tower" else "image encoders"
+                kind = "text encoders" if part == "text_tower" else "image encoders"
                 raise InputError(
-                    f"{pair} are of different CLIPs: their {which} are {digests[0]} and {digest}; "
-                    "they were not trained together"
+                    f"{str(folders[0].path)!r} and {str(folder.path)!r} are of different CLIPs: their {kind} are "
+                    f"{digests[0]} and {digest}; they were not trained together"
                 )
 
 
-def read_decoder_embed_dim(source: PublicFolder) -> Any:
-    """Dimensions of the z_i that a decoder reads, by its configuration and its header."""
-    match source.layout.family:
+def describe_folder(folder: SourceFolder) -> str:
+    return f"{str(folder.path)!r}, {folder.require_layout().title}"
+
+
+def read_decoder_embed_dim(source: SourceFolder) -> Any:
+    """Return the width of the z_i that a decoder reads, from its configuration or its header."""
+    match source.family:
         case "karlo":
-            return source.read_component("projection").config.get("clip_embeddings_dim", 768)
+            return source.component("projection").config.get("clip_embeddings_dim", 768)
         case "kandinsky":
-            return read_matrix_side(source.read_component("unet"), "add_embedding.image_proj.weight", 1)
+            return read_matrix_side(source.component("unet"), "add_embedding.image_proj.weight", 1)
         case _:
-            return source.read_component("normalizer").config.get("embedding_dim", 768)
+            return source.component("normalizer").config.get("embedding_dim", 768)
 
 
-def read_tower_embed_dim(source: PublicFolder, part: str) -> int:
+def read_tower_embed_dim(source: SourceFolder, part: str) -> int:
     name = "text_projection.weight" if part == "text_tower" else "visual_projection.weight"
-    return read_matrix_side(source.read_component(part), name, 0)
+    return read_matrix_side(source.component(part), name, 0)
 
 
 def read_matrix_side(component: Component, name: str, axis: int) -> int:
-    """A side of a matrix that must be there."""
     if name not in component.tensor_specs or len(component.tensor_specs[name].shape) != 2:
-        raise InputError(f"{str(component.folder)!r} has no matrix {name!r}, which tells the size of its embeddings")
+        raise InputError(f"{str(component.folder)!r} has no matrix {name!r}, which has the width of its embeddings")
     return component.tensor_specs[name].shape[axis]
 
 
 def compute_tower_digest(component: Component) -> str:
-    """16 hexadecimal digits for a tower's weights, the same in fp32 and fp16."""
-    each = {
+    """Return 16 hexadecimal digits for a tower's weights, the same in fp32 and fp16."""
+    digests = {
         name: hashlib.sha256(tensor.half().reshape(-1).numpy()).hexdigest()
         for name, tensor in component.iterate_tensors()
         if tensor.is_floating_point()
     }
-    return hashlib.sha256("".join(f"{name}{each[name]}" for name in sorted(each)).encode()).hexdigest()[:16]
+    return hashlib.sha256("".join(name + digests[name] for name in sorted(digests)).encode()).hexdigest()[:16]

@@ -1,6 +1,6 @@
-"""Weights in pickles (.bin, .ckpt, .pt, .pth), made into safetensors once. Nothing else here reads a pickle.
+"""Convert weights in pickles (.bin, .ckpt, .pt, .pth) to safetensors, which is what models are loaded from.
 
-A pickle can run any code. torch's `weights_only` reader takes tensors and plain containers alone, and refuses the rest.
+A pickle can run any code. torch's `weights_only` reader makes tensors and plain containers alone, and refuses the rest.
 """
 
 import json
@@ -10,78 +10,80 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.serialization import safe_globals
 
 from t2i.errors import InputError
-from t2i.files.atomic import create_file_atomically, raise_as_oserror
+from t2i.files.atomic import create_file_atomically
+from t2i.files.tensor_file import save_tensors
 from t2i.files.untrusted import MAX_HEADER_BYTES, PICKLE_FILE_TYPES, check_file_name, read_json
 
-WRAPPER_KEYS = ("state_dict", "model")  # what trainers put weights under
+WRAPPER_KEYS = ("state_dict", "model")  # under which trainers store weights
 INDEX_SUFFIX = ".bin.index.json"
 
 
 def read_pickle(path: Path, stand_ins: tuple[tuple[Any, str], ...] = ()) -> Any:
-    """What a pickle of torch holds: tensors, on the CPU and mapped from the file, in plain containers.
+    """Return the content of a pickle of torch: tensors on the CPU, mapped from the file, in plain containers.
 
-    stand_ins: classes that are made in the place of others, by the others' names.
+    stand_ins: classes to make in the place of others, with the others' names.
 
-    Raises InputError for a file that holds anything else, which is not run, or is damaged.
+    Raises InputError for a file that holds anything else, which is not run, or that is damaged.
     """
     if path.suffix not in PICKLE_FILE_TYPES or not path.is_file():
-        raise InputError(f"{str(path)!r} is no file of weights; one ends in {', '.join(PICKLE_FILE_TYPES[:4])}")
+        raise InputError(f"{str(path)!r} is no file of weights; such a file ends in {', '.join(PICKLE_FILE_TYPES[:4])}")
     try:
         with safe_globals(list(stand_ins)), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the age of a file that is only looked at
+            warnings.simplefilter("ignore")  # old formats
             try:
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             except RuntimeError:  # files of before torch 1.6 cannot be mapped
                 return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the reader makes of bytes that nobody checked
+    except Exception as error:  # the reader raises errors of any class
         name = parse_refused_name(error)
         fault = f"holds a {name!r:.80}, which is no weights" if name else "holds more than weights, or is damaged"
         raise InputError(f"{str(path)!r} {fault}; nothing of it was run") from error
 
 
 def parse_refused_name(error: Exception) -> str | None:
-    """The object that torch's reader would not make. Nothing else is told of what it says, for it recommends to read
-    the file without care."""
-    found = re.search(r"(?:GLOBAL|unsupported class|unrecognized function) (\S+)", str(error))
-    return found[1] if found else None
+    """Return the name of the object that torch's reader refused, None if its message has none.
+
+    The message itself is not shown, for it recommends to switch the reader's protection off.
+    """
+    match = re.search(r"(?:GLOBAL|unsupported class|unrecognized function) (\S+)", str(error))
+    return match[1] if match else None
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a component by name. Raises InputError for a pickle that holds something else."""
-    found = read_pickle(path)
+    """Return the tensors of a model by name. Raises InputError for a pickle that holds anything else."""
+    content = read_pickle(path)
     for key in WRAPPER_KEYS:
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-    if not isinstance(found, dict) or not found:
-        raise InputError(f"{str(path)!r} holds a {type(found).__name__}, not the tensors of a model by name")
-    for name, tensor in found.items():
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not content:
+        raise InputError(f"{str(path)!r} holds a {type(content).__name__}, not the tensors of a model by name")
+    for name, tensor in content.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise InputError(f"{str(path)!r} has {name!r:.80}, a {type(tensor).__name__}, where only tensors belong")
-    return found
+    return content
 
 
 def convert_weights(source: Path, out: Path | None = None) -> Path:
-    """Write the tensors of a pickle as safetensors, and return where.
+    """Write the tensors of a pickle as safetensors, and return the new file.
 
-    out: a new file; beside the old one, under the name by which models find it, if left out. Of an index
-    (`pytorch_model.bin.index.json`) all its files are converted, beside them.
+    Args:
+        source: a pickle; or the index of several, `pytorch_model.bin.index.json`, which are all converted.
+        out: the new file. None is beside the source, under the name by which models find it.
     """
     if source.name.endswith(INDEX_SUFFIX):
         return convert_shards(source)
     out = source.with_name(convert_file_name(source.name)) if out is None else out
     if out.suffix != ".safetensors" or out.exists():
-        what = "exists and is not overwritten" if out.exists() else "does not end in .safetensors"
-        raise InputError(f"{str(out)!r} {what}; give another name")
-    # Tensors that share memory, as tied weights do, are written each for itself.
-    tensors = {name: tensor.clone().contiguous() for name, tensor in read_weights(source).items()}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with create_file_atomically(out) as unfinished, raise_as_oserror():
-        save_file(tensors, unfinished, metadata={"format": "pt"})
+        fault = "exists and is not overwritten" if out.exists() else "does not end in .safetensors"
+        raise InputError(f"{str(out)!r} {fault}; give another name")
+    # safetensors refuses tensors that share memory, as tied weights do.
+    tensors = {name: tensor.clone() for name, tensor in read_weights(source).items()}
+    with create_file_atomically(out) as unfinished:
+        save_tensors(unfinished, tensors, {"format": "pt"})
     return out
 
 
@@ -99,6 +101,6 @@ def convert_shards(index: Path) -> Path:
 
 
 def convert_file_name(name: str) -> str:
-    """pytorch_model.bin -> model.safetensors, as transformers looks for it; other names keep their stem."""
+    """Return model.safetensors for pytorch_model.bin, as transformers looks for it; other names keep their stem."""
     stem = Path(name).stem
     return (stem.removeprefix("pytorch_") if stem.startswith("pytorch_model") else stem) + ".safetensors"

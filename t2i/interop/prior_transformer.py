@@ -1,7 +1,7 @@
-"""diffusers' PriorTransformer, as Karlo, Kandinsky and ECLIPSE have it, and this project's Prior: each from the other.
+"""Convert between diffusers' PriorTransformer, as Karlo, Kandinsky and ECLIPSE use it, and this project's Prior.
 
 The arithmetic is the same; the names differ, and queries, keys and values are one tensor here. An imported prior is
-quicker than the original: what depends on the caption alone is computed once, and a step runs two tokens, not 81.
+faster than the original: what depends on the caption alone is computed once, and a step runs two tokens, not 81.
 """
 
 import inspect
@@ -24,17 +24,18 @@ from t2i.networks.public.eclipse import EclipsePrior
 DEFAULT_GUIDANCE_SCALE = 4.0  # of Karlo's and Kandinsky's pipelines
 NULL_BUFFERS = ("null_embedding", "null_states")  # of a Prior; a PriorTransformer's pipeline encodes "" each time
 SIZE_KEYS = ("num_attention_heads", "attention_head_dim", "num_layers", "embedding_dim", "num_embeddings")
-REQUIRED_SETTINGS: dict[str, tuple[Any, str]] = {  # what a Prior can express, and why nothing else
+REQUIRED_SETTINGS: dict[str, tuple[Any, str]] = {  # what a Prior can express, and the reason for no other value
     "added_emb_type": ("prd", "without a query token the output is that of the noisy embedding's token"),
     "norm_in_type": (None, "this project's prior has no norm before its first block"),
     "embedding_proj_norm_type": (None, "this project's prior has no norm of z_t"),
     "encoder_hid_proj_type": ("linear", "this project's prior reads the caption's tokens through a linear layer"),
     "time_embed_act_fn": ("silu", "this project's time embedding has SiLU"),
 }
+TOKEN_NAMES = {4: "z_t, time, noisy z_i and query", 3: "z_t, noisy z_i and query"}  # by `additional_embeddings`
 
 
 class CaptionEncoder(Protocol):
-    """Of a CLIP, or of what is known of it, what a prior asks."""
+    """The properties of a CLIP that a prior needs."""
 
     @property
     def unit_length(self) -> bool: ...
@@ -45,15 +46,21 @@ class CaptionEncoder(Protocol):
     def encode_text(self, texts: list[str]) -> TextEncoding: ...
 
 
+# From a PriorTransformer
+
+
 def load_prior_transformer(
     part: Component, clip: CaptionEncoder | None = None, dtype: torch.dtype | None = None
 ) -> Prior | EclipsePrior:
-    """What draws as a folder's PriorTransformer does, frozen: a Prior; without a token of the time, an EclipsePrior.
+    """Load a PriorTransformer as a Prior; or, without a token for the time, as an EclipsePrior. Frozen.
 
-    clip: the prior's, which says what its null is (the encoding of the empty caption, which is not in the files) and
-    whether embeddings have unit length; without one, the null is still to be set, by `prior.set_embed_statistics(null,
-    prior.mean, prior.std)`. dtype: of floating-point tensors, None is that of the files.
-    Raises InputError for what neither of the two can express, with the reason, and for a CLIP of other embeddings.
+    Args:
+        part: the PriorTransformer's folder.
+        clip: the prior's. Its encoding of the empty caption is the prior's null condition, which is not in the files.
+            Without a CLIP the null is still to be set, by `prior.set_embed_statistics(null, prior.mean, prior.std)`.
+        dtype: of floating-point tensors; None is that of the files.
+
+    Raises InputError for what neither class can express, with the reason, and for a CLIP of other widths.
     """
     if part.config.get("additional_embeddings", 4) == 3:
         prior: Prior | EclipsePrior = load_eclipse_prior(part, dtype)
@@ -61,26 +68,30 @@ def load_prior_transformer(
         prior = load_diffusion_prior(part, dtype, clip is not None and clip.unit_length)
     if clip is None:
         return prior
-    if (theirs := (clip.embed_dim, clip.text_width)) != (ours := (prior.config.embed_dim, prior.config.text_width)):
-        widths = f"embeddings and token states of {ours} dimensions, the CLIP's have {theirs}"
-        raise InputError(f"{str(part.folder)!r} reads {widths}; they do not belong together")
+    clip_widths, prior_widths = (clip.embed_dim, clip.text_width), (prior.config.embed_dim, prior.config.text_width)
+    if clip_widths != prior_widths:
+        raise InputError(
+            f"{str(part.folder)!r} reads embeddings and token states of {prior_widths} dimensions, the CLIP's have "
+            f"{clip_widths}; they do not belong together"
+        )
     if isinstance(prior, Prior):
         prior.set_embed_statistics(clip.encode_text([""]), prior.mean, prior.std)
     return prior
 
 
 def load_diffusion_prior(part: Component, dtype: torch.dtype | None, unit_length: bool) -> Prior:
-    """unit_length: of the CLIP's embeddings, of this project's exported prior; public ones know them as they are."""
+    """Load a Prior. unit_length: of the CLIP's embeddings, which is true for exported priors of this project alone."""
     settings = read_prior_config(part, 4)
     check_tensor_shapes(part, settings)
-    ours = {**convert_prior_config(settings), "unit_length": unit_length}
+    arguments = {**convert_prior_config(settings), "unit_length": unit_length}
     if not unit_length:
-        ours["usual_guidance"] = DEFAULT_GUIDANCE_SCALE
+        arguments["usual_guidance"] = DEFAULT_GUIDANCE_SCALE
     parts: dict[str, Component] = {"": RenamedComponent(part, map_tensor_names(settings["num_layers"]))}
-    prior = load_from_components(lambda: Prior(**ours), parts, dtype, extra=NULL_BUFFERS)
+    prior = load_from_components(lambda: Prior(**arguments), parts, dtype, extra=NULL_BUFFERS)
     if not (prior.std > 0).all():
         raise InputError(f"{str(part.folder)!r} has a clip_std of 0: z_i's statistics were never set, all would be one")
     if unit_length:
+        # A Prior scales z_t of unit length by sqrt(D) before `from_text`; see `to_prior_transformer`.
         with torch.no_grad():
             prior.from_text.weight.div_(settings["embedding_dim"] ** 0.5)
     return prior
@@ -90,141 +101,80 @@ def load_eclipse_prior(part: Component, dtype: torch.dtype | None) -> EclipsePri
     settings = read_prior_config(part, 3)
     check_tensor_shapes(part, settings, time=False)
     names = map_tensor_names(settings["num_layers"], time=False)
-    names = {ours: theirs for ours, theirs in names.items() if ours not in ("mean", "std")}  # which nothing reads
-    return load_from_components(
-        lambda: EclipsePrior(**convert_prior_config(settings)), {"": RenamedComponent(part, names)}, dtype
-    )
-
-
-def to_prior_transformer(prior: Prior) -> PriorTransformer:
-    """The PriorTransformer that predicts the same, on the CPU, in the prior's dtype; `save_pretrained` writes a folder.
-
-    What it cannot hold stays behind: the encoding of the empty caption, which its pipelines compute, and that z_i comes
-    out of unit length: normalise what `post_process_latents` returns, if the CLIP's embeddings are.
-    Raises InputError for what a PriorTransformer cannot express, with the reason.
-    """
-    config = prior.config
-    if config.learned_variance:
-        raise InputError("a PriorTransformer predicts z_i alone; this prior has learned the variance too")
-    if config.text_width != config.embed_dim:
-        widths = f"this prior's have {config.text_width} and {config.embed_dim} dimensions"
-        raise InputError(f"a PriorTransformer reads token states as wide as the embeddings; {widths}")
-    with init_empty_weights(include_buffers=False):
-        made = PriorTransformer(
-            num_attention_heads=config.heads,
-            attention_head_dim=config.width // config.heads,
-            num_layers=config.depth,
-            embedding_dim=config.embed_dim,
-            num_embeddings=config.context_length,
-        )
-    shapes = {name: tensor.shape for name, tensor in made.state_dict().items()}
-    tensors: dict[str, Tensor] = {}
-    state = prior.state_dict()
-    for ours, theirs in map_tensor_names(config.depth).items():
-        for name, tensor in zip(theirs, state[ours].detach().cpu().chunk(len(theirs))):
-            tensors[name] = tensor.clone().view(shapes[name])
-    if config.unit_length:  # the scale of z_t
-        tensors["embedding_proj.weight"] *= config.embed_dim**0.5
-    made.load_state_dict(tensors, assign=True)
-    return made.eval().requires_grad_(False)
-
-
-def map_tensor_names(depth: int, time: bool = True) -> dict[str, tuple[str, ...]]:
-    """A Prior's tensors, and those of a PriorTransformer that each is made of, one below the other."""
-    alone = {"positions": "positional_embedding", "query": "prd_embedding", "mean": "clip_mean", "std": "clip_std"}
-    layers = {
-        "from_states": "encoder_hidden_states_proj",
-        "from_text": "embedding_proj",
-        "from_image": "proj_in",
-        "norm": "norm_out",
-        "to_image": "proj_to_clip_embeddings",
-    }
-    if time:
-        layers |= {f"from_time.linear_{i}": f"time_embedding.linear_{i}" for i in (1, 2)}
-    names: dict[str, tuple[str, ...]] = {ours: (theirs,) for ours, theirs in alone.items()}
-    for i in range(depth):
-        mine, block = f"blocks.{i}.", f"transformer_blocks.{i}."
-        layers |= {mine + "norm_1": block + "norm1", mine + "norm_2": block + "norm3"}
-        layers |= {mine + "mlp.0": block + "ff.net.0.proj", mine + "mlp.2": block + "ff.net.2"}
-        layers |= {mine + "attention.to_out": block + "attn1.to_out.0"}
-        for kind in ("weight", "bias"):
-            stacked = tuple(f"{block}attn1.to_{part}.{kind}" for part in "qkv")
-            names[f"{mine}attention.to_qkv.{kind}"] = stacked
-    for ours, theirs in layers.items():
-        names |= {f"{ours}.{kind}": (f"{theirs}.{kind}",) for kind in ("weight", "bias")}
-    return names
+    del names["mean"], names["std"]  # which an ECLIPSE prior does not use
+    renamed = RenamedComponent(part, names)
+    return load_from_components(lambda: EclipsePrior(**convert_prior_config(settings)), {"": renamed}, dtype)
 
 
 class RenamedComponent(Component):
-    """A PriorTransformer's component under the names of a Prior; tensors come as soon as all of their parts have.
+    """A PriorTransformer's component with the tensors of a Prior.
 
-    names: see `map_tensor_names`. What they do not name is left out.
+    names: see `map_tensor_names`. Tensors without an entry are left out.
     """
 
     def __init__(self, part: Component, names: dict[str, tuple[str, ...]]):
         self.part, self.folder, self.root = part, part.folder, part.root
         self.config, self.files = part.config, part.files
-        self.homes = {theirs: ours for ours, parts in names.items() for theirs in parts}
         self.names = names
+        self.prior_names = {public: name for name, sources in names.items() for public in sources}
         self.tensor_specs = {}
-        for ours, parts in names.items():
-            first = part.tensor_specs[parts[0]]
-            self.tensor_specs[ours] = TensorSpec(first.dtype, compute_joined_shape(first.shape, len(parts)))
+        for name, sources in names.items():
+            first = part.tensor_specs[sources[0]]
+            self.tensor_specs[name] = TensorSpec(first.dtype, compute_stacked_shape(first.shape, len(sources)))
 
     def iterate_tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        # Queries, keys and values may lie in any order; they wait for each other.
         waiting: dict[str, dict[str, Tensor]] = {}
-        for theirs, tensor in self.part.iterate_tensors(dtype):
-            if (ours := self.homes.get(theirs)) is None:
+        for public, tensor in self.part.iterate_tensors(dtype):
+            name = self.prior_names.get(public)
+            if name is None:
                 continue
-            parts = waiting.setdefault(ours, {})
-            parts[theirs] = tensor
-            if len(parts) == len(self.names[ours]):
-                del waiting[ours]
-                whole = [parts[name] for name in self.names[ours]]
-                joined = whole[0] if len(whole) == 1 else torch.cat(whole)
-                yield ours, joined.reshape(compute_joined_shape(tuple(joined.shape), 1))
+            sources = waiting.setdefault(name, {})
+            sources[public] = tensor
+            if len(sources) == len(self.names[name]):
+                del waiting[name]
+                ordered = [sources[source] for source in self.names[name]]
+                stacked = ordered[0] if len(ordered) == 1 else torch.cat(ordered)
+                yield name, stacked.reshape(compute_stacked_shape(tuple(stacked.shape), 1))
 
 
-def compute_joined_shape(shape: tuple[int, ...], count: int) -> tuple[int, ...]:
-    """Of `count` tensors of a shape one below the other; a PriorTransformer's own tensors begin with a batch of one."""
+def compute_stacked_shape(shape: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """Return the shape of `count` tensors stacked along the first axis, without a PriorTransformer's batch of one."""
     while len(shape) > 1 and shape[0] == 1 and count == 1:
         shape = shape[1:]
     return (shape[0] * count, *shape[1:])
 
 
 def read_prior_config(part: Component, tokens: int) -> dict[str, Any]:
-    """A PriorTransformer's arguments, checked, with diffusers' defaults where the configuration says nothing.
+    """Return a PriorTransformer's arguments, checked, with diffusers' defaults for what the configuration lacks.
 
-    tokens: how many `additional_embeddings` there must be: z_t, time, noisy z_i and query, or without the time.
+    tokens: the number of `additional_embeddings` that there must be, see `TOKEN_NAMES`.
     """
-    folder, usual = str(part.folder), inspect.signature(PriorTransformer.__init__).parameters
-    if (kind := part.config.get("_class_name", "PriorTransformer")) != "PriorTransformer":
-        raise InputError(f"{folder!r} holds a {kind!r:.80}; it must be a PriorTransformer")
-    settings = {name: one.default for name, one in usual.items() if name != "self"}
+    folder, defaults = str(part.folder), inspect.signature(PriorTransformer.__init__).parameters
+    if (class_name := part.config.get("_class_name", "PriorTransformer")) != "PriorTransformer":
+        raise InputError(f"{folder!r} holds a {class_name!r:.80}; it must be a PriorTransformer")
+    settings = {name: parameter.default for name, parameter in defaults.items() if name != "self"}
     settings |= {name: value for name, value in part.config.items() if name in settings}
     for name in SIZE_KEYS:
         check_integer(f"{name} in {folder!r}", settings[name], 1, 1_000_000)
-    found = settings["additional_embeddings"]
-    if found != tokens:
-        which = {4: "z_t, time, noisy z_i and query", 3: "z_t, noisy z_i and query"}
-        raise InputError(f"{folder!r} has additional_embeddings = {found!r:.80}; {tokens} are read: {which[tokens]}")
+    if (found := settings["additional_embeddings"]) != tokens:
+        raise InputError(
+            f"{folder!r} has additional_embeddings = {found!r:.80}; {tokens} are read: {TOKEN_NAMES[tokens]}"
+        )
     for name, (value, reason) in REQUIRED_SETTINGS.items():
         if settings[name] != value:
             raise InputError(f"{folder!r} has {name} = {settings[name]!r:.80}, only {value!r} is read: {reason}")
-    width = settings["num_attention_heads"] * settings["attention_head_dim"]
-    for name, usual_size in (
-        ("time_embed_dim", width),
-        ("embedding_proj_dim", settings["embedding_dim"]),
-        ("clip_embed_dim", settings["embedding_dim"]),
-    ):
-        if (size := settings[name]) not in (None, usual_size):
+    width, embed_dim = settings["num_attention_heads"] * settings["attention_head_dim"], settings["embedding_dim"]
+    sizes = {"time_embed_dim": width, "embedding_proj_dim": embed_dim, "clip_embed_dim": embed_dim}
+    for name, expected in sizes.items():
+        if (size := settings[name]) not in (None, expected):
             reason = "z_t, z_i and the token states are of one width here, and so are time and tokens"
-            raise InputError(f"{folder!r} has {name} = {size!r:.80}, only {usual_size} is read: {reason}")
+            raise InputError(f"{folder!r} has {name} = {size!r:.80}, only {expected} is read: {reason}")
     return settings
 
 
 def convert_prior_config(settings: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a Prior, or an EclipsePrior, for a PriorTransformer's."""
+    """Return the arguments of a Prior, or an EclipsePrior, for a PriorTransformer's."""
     heads = settings["num_attention_heads"]
     return {
         "embed_dim": settings["embedding_dim"],
@@ -237,9 +187,70 @@ def convert_prior_config(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_tensor_shapes(part: Component, settings: dict[str, Any], time: bool = True) -> None:
-    """Refuse tensors that are not those of the configuration, by the names that they have in the file."""
+    """Raise InputError for tensors that are not those of the configuration, with their names in the file."""
     with bounded_meta_device(part.tensor_specs, part.folder):
-        wanted = PriorTransformer(**settings).state_dict()
+        expected = PriorTransformer(**settings).state_dict()
     if not time:
-        wanted = {name: tensor for name, tensor in wanted.items() if not name.startswith("time_embedding.")}
-    check_tensor_specs(wanted, part.tensor_specs, part.folder)
+        expected = {name: tensor for name, tensor in expected.items() if not name.startswith("time_embedding.")}
+    check_tensor_specs(expected, part.tensor_specs, part.folder)
+
+
+# To a PriorTransformer
+
+
+def to_prior_transformer(prior: Prior) -> PriorTransformer:
+    """Return a PriorTransformer with the same predictions, on the CPU, in the prior's dtype, frozen.
+
+    It holds neither the encoding of the empty caption, which its pipelines compute, nor that z_i has unit length: for
+    such embeddings, normalize what `post_process_latents` returns.
+    Raises InputError for what a PriorTransformer cannot express, with the reason.
+    """
+    config = prior.config
+    if config.learned_variance:
+        raise InputError("a PriorTransformer predicts z_i alone; this prior has learned the variance too")
+    if config.text_width != config.embed_dim:
+        widths = f"this prior's have {config.text_width} and {config.embed_dim} dimensions"
+        raise InputError(f"a PriorTransformer reads token states as wide as the embeddings; {widths}")
+    with init_empty_weights(include_buffers=False):
+        model = PriorTransformer(
+            num_attention_heads=config.heads,
+            attention_head_dim=config.width // config.heads,
+            num_layers=config.depth,
+            embedding_dim=config.embed_dim,
+            num_embeddings=config.context_length,
+        )
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    tensors: dict[str, Tensor] = {}
+    state = prior.state_dict()
+    for name, sources in map_tensor_names(config.depth).items():
+        for public, tensor in zip(sources, state[name].detach().cpu().chunk(len(sources))):
+            tensors[public] = tensor.clone().view(shapes[public])
+    if config.unit_length:  # a Prior scales z_t by sqrt(D) itself
+        tensors["embedding_proj.weight"] *= config.embed_dim**0.5
+    model.load_state_dict(tensors, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def map_tensor_names(depth: int, time: bool = True) -> dict[str, tuple[str, ...]]:
+    """Return a Prior's tensor names, and for each the tensors of a PriorTransformer that are stacked into it."""
+    alone = {"positions": "positional_embedding", "query": "prd_embedding", "mean": "clip_mean", "std": "clip_std"}
+    layers = {
+        "from_states": "encoder_hidden_states_proj",
+        "from_text": "embedding_proj",
+        "from_image": "proj_in",
+        "norm": "norm_out",
+        "to_image": "proj_to_clip_embeddings",
+    }
+    if time:
+        layers |= {f"from_time.linear_{i}": f"time_embedding.linear_{i}" for i in (1, 2)}
+    names: dict[str, tuple[str, ...]] = {name: (public,) for name, public in alone.items()}
+    for i in range(depth):
+        block, public_block = f"blocks.{i}.", f"transformer_blocks.{i}."
+        layers |= {block + "norm_1": public_block + "norm1", block + "norm_2": public_block + "norm3"}
+        layers |= {block + "mlp.0": public_block + "ff.net.0.proj", block + "mlp.2": public_block + "ff.net.2"}
+        layers |= {block + "attention.to_out": public_block + "attn1.to_out.0"}
+        for kind in ("weight", "bias"):
+            names[f"{block}attention.to_qkv.{kind}"] = tuple(f"{public_block}attn1.to_{part}.{kind}" for part in "qkv")
+    for name, public in layers.items():
+        names |= {f"{name}.{kind}": (f"{public}.{kind}",) for kind in ("weight", "bias")}
+    return names

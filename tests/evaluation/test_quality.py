@@ -269,7 +269,7 @@ def test_statistics_are_kept_and_of_another_extractor_refused(shapes, tmp_path, 
         with pytest.raises(InputError, match=what):
             measure_reference_statistics(pictures_, extractor_, size, file, state)
     file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(InputError, match="no whole safetensors file"):
+    with pytest.raises(InputError, match="not a whole safetensors file"):
         read_reference_statistics(file, {})
 
 

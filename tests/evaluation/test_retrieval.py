@@ -136,7 +136,7 @@ def test_an_index_that_was_given_must_be_of_this_clip(folder, tmp_path):
     with pytest.raises(InputError, match="is an index of the CLIP [0-9a-f]{16}, this is [0-9a-f]{16}"):
         open_image_index(other(), folder, tmp_path / "index.safetensors")
     (tmp_path / "index.safetensors").write_bytes(b"other")
-    with pytest.raises(InputError, match="no whole safetensors file"):
+    with pytest.raises(InputError, match="not a whole safetensors file"):
         open_image_index(make(), folder, tmp_path / "index.safetensors")
 
 

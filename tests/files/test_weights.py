@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.side_by_side import measure_peak_memory
-from t2i.files.model_folder import CHUNK_BYTES, iterate_stored_tensors, load_checked_model
+from t2i.files.component import CHUNK_BYTES, Component, iterate_stored_tensors
+from t2i.files.model_folder import load_component_model
 from t2i.networks.autoencoder import Autoencoder
 
 
@@ -48,7 +49,7 @@ def test_a_model_is_read_as_its_class_would(tmp_path: Path) -> None:
     made.half().save_pretrained(tmp_path)
     for dtype in (None, torch.bfloat16):
         folder = str(tmp_path)
-        ours = load_checked_model(Autoencoder, tmp_path, dtype)
+        ours = load_component_model(Autoencoder, Component(tmp_path), dtype)
         theirs = Autoencoder.from_pretrained(folder, dtype=dtype or torch.float32)
         assert not ours.training and ours.config == theirs.config and ours.dtype == theirs.dtype
         for name, tensor in theirs.state_dict().items():

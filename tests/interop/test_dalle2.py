@@ -580,7 +580,7 @@ def test_a_file_that_is_damaged_compressed_or_no_file_of_torch_is_refused(tmp_pa
         ({}, {"net": [1]}, "prior.net must be a mapping"),
         ({"depth": 3}, {}, "lacks tensors"),
         ({"heads": 4}, {}, "has misshapen tensors"),
-        ({"depth": 1000}, {}, "asks for a larger model than its weights are|lacks tensors"),
+        ({"depth": 1000}, {}, "describes a larger model than its weights|lacks tensors"),
     ],
 )
 def test_a_configuration_that_no_model_here_computes_is_refused(

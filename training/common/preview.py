@@ -312,7 +312,7 @@ class Preview:
     ) -> tuple[Decoder | UNetDecoder, SchedulerMixin, Autoencoder, TextEncoder | None] | None:
         if self.config.decoder is None or self.config.autoencoder is None:
             return None
-        from t2i.interop.parts import PUBLIC_DECODERS
+        from t2i.interop.trainable import PUBLIC_DECODERS
 
         decoder, scheduler = self.load_trained_stage(
             "decoder", self.config.decoder, (Decoder, UNetDecoder, *PUBLIC_DECODERS)

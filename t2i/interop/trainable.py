@@ -1,0 +1,74 @@
+"""Load a public prior or decoder so that training can start from it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from t2i.diffusion.condition import TextEncoding
+from t2i.errors import InputError
+from t2i.files.model_folder import read_model_class
+from t2i.files.untrusted import is_folder
+from t2i.interop.parts import PublicPart, find_public_part
+from t2i.interop.prior_transformer import load_prior_transformer
+from t2i.networks.prior import Prior
+from t2i.networks.public.kandinsky import KandinskyDecoder
+from t2i.networks.public.karlo import KarloDecoder
+
+PublicDecoder = KarloDecoder | KandinskyDecoder
+PUBLIC_DECODERS = (KarloDecoder, KandinskyDecoder)
+
+
+def check_part_trainable(init: str | None, part: str, others: tuple[str, ...] = ()) -> None:
+    """Raise InputError for a public model that is not trained here, before anything else is loaded."""
+    if init is None:
+        return
+    if is_folder(init) and (class_name := str(read_model_class(Path(init)))).startswith("DALLE2"):
+        raise InputError(f"{init!r} is a {class_name}: converted models of DALLE2-pytorch are not trained here")
+    found = find_public_part(init, (part,), others)
+    config = {} if found is None else found.component().config
+    if part == "unet" and config.get("class_embed_type") == "projection":
+        raise InputError(
+            f"{init!r} has the U-Net of Stable unCLIP, which is not trained here; of public models, Karlo's and "
+            "Kandinsky's decoders are"
+        )
+    if part == "prior" and config.get("additional_embeddings", 4) == 3:
+        raise InputError(
+            f"{init!r} has an ECLIPSE prior, which draws in one pass: there is no noise to train it with; start from a "
+            "diffusion prior (additional_embeddings 4)"
+        )
+
+
+@dataclass(frozen=True)
+class CLIPSummary:
+    """The properties of a CLIP that a prior needs, for a caller that has not loaded the CLIP."""
+
+    embed_dim: int
+    text_width: int
+    unit_length: bool
+    null: TextEncoding  # of the empty caption
+
+    def encode_text(self, texts: list[str]) -> TextEncoding:
+        assert texts == [""], "the summary contains the empty caption alone"
+        return self.null
+
+
+def load_trainable_prior(part: PublicPart, clip: CLIPSummary) -> Prior:
+    """Load a PriorTransformer as this project's Prior, in fp32; its null is the CLIP's empty caption."""
+    prior = load_prior_transformer(part.component(), clip, torch.float32)
+    assert isinstance(prior, Prior), "check_part_trainable has refused others"
+    return prior.requires_grad_(True)
+
+
+def load_trainable_decoder(part: PublicPart, load_clip: Callable[[], Any], text_encoder: Any = None) -> PublicDecoder:
+    """Load Karlo's or Kandinsky's decoder, in fp32; its null is made by the CLIP of `load_clip()`."""
+    unet = part.component()
+    decoder: PublicDecoder
+    if unet.config.get("class_embed_type") == "identity":
+        decoder = KarloDecoder.from_components(unet, part.component("projection"), torch.float32)
+    else:
+        decoder = KandinskyDecoder.from_component(unet, torch.float32)
+    decoder.set_null_condition(load_clip(), text_encoder)
+    return decoder.requires_grad_(True)
