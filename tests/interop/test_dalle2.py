@@ -617,7 +617,7 @@ def test_without_the_package_what_compares_is_skipped_and_fails_where_it_is_requ
     def missing() -> None:
         raise InputError("dalle2_pytorch not installed")
 
-    monkeypatch.setattr(dalle2_reference, "dalle2_pytorch", missing)
+    monkeypatch.setattr(dalle2_reference, "import_dalle2_pytorch", missing)
     monkeypatch.setenv("T2I_REFERENCE", "required" if required else "")
     ending = pytest.fail.Exception if required else pytest.skip.Exception
     with pytest.raises(ending, match="dalle2_pytorch not installed"):
