@@ -36,7 +36,8 @@ def can_compute_bf16(device: str) -> bool:
     if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.startswith("mps"):
-        return torch.backends.mps.is_macos_or_newer(14, 0)  # Metal has bf16 since macOS 14, on every Apple chip
+        # Metal has bf16 since macOS 14, on every Apple chip.
+        return torch.backends.mps.is_macos_or_newer(14, 0)
     return device == "cpu" and has_bf16_instructions()
 
 
@@ -46,7 +47,8 @@ def has_bf16_instructions() -> bool:
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     if (flags := Path("/proc/cpuinfo")).is_file():
         return re.search(r"^Features\s*:.*\bbf16\b", flags.read_text(), re.MULTILINE) is not None
-    get_capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)  # the oldest supported torch lacks it
+    # The oldest supported torch lacks the function.
+    get_capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)
     return bool(get_capabilities().get("bf16"))
 
 

@@ -131,7 +131,8 @@ def copy_to_meta(model: nn.Module) -> nn.Module:
     for tensor in chain(model.parameters(), model.buffers()):
         empty = torch.empty_like(tensor, device="meta", requires_grad=False)
         memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
-    compiled = vars(model).get("step")  # an instance has its own step only if it is compiled
+    # A compiled step is an attribute of the instance, which hides the class's own.
+    compiled = vars(model).get("step")
     if compiled is not None:
         memo[id(compiled)] = None
     copied = copy.deepcopy(model, memo)
@@ -160,7 +161,8 @@ class MemoryTracker(TorchDispatchMode):
         for tensor in tree_leaves(tree):
             if not isinstance(tensor, Tensor):
                 continue
-            packed = tensor.is_mkldnn  # weights in oneDNN's own order have no storage
+            # Weights in oneDNN's own order have no storage, so the tensor stands for it.
+            packed = tensor.is_mkldnn
             storage = tensor if packed else tensor.untyped_storage()
             if id(storage) in self.finalizers:
                 continue

@@ -68,7 +68,8 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal, self.time = 0, 0.0
         self.previous_handlers: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+        # Python allows handlers in the main thread alone.
+        if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self.previous_handlers[number] = signal.signal(number, self.handle_signal)
 
@@ -144,8 +145,9 @@ class ProcessWatch:
             yield
         except RunError:
             raise
-        except RuntimeError:  # the connection to a dead process breaks
-            time.sleep((MAX_MISSED_HEARTBEATS + 2) * HEARTBEAT_SECONDS)  # until a dead process is surely silent
+        except RuntimeError:
+            # The connection to a dead process breaks. Wait until the dead one is surely silent, to name it.
+            time.sleep((MAX_MISSED_HEARTBEATS + 2) * HEARTBEAT_SECONDS)
             if silent := self.find_silent_processes():
                 self.end_process(self.format_process_failure(silent, "died"))
             raise
@@ -157,7 +159,8 @@ class ProcessWatch:
     def exchange_heartbeats(self) -> None:
         """Publish a heartbeat every second; poll those of the others while the main thread waits."""
         while not self.closed.wait(HEARTBEAT_SECONDS):
-            with contextlib.suppress(RuntimeError):  # the store ends with process 0
+            # The store ends with process 0.
+            with contextlib.suppress(RuntimeError):
                 self.publish_heartbeat()
                 if self.wait_started_at:
                     self.poll_heartbeats()
@@ -182,7 +185,8 @@ class ProcessWatch:
         while not self.closed.is_set():
             ready, _, _ = select.select([self.reader], [], [], HEARTBEAT_SECONDS)
             now = time.monotonic()
-            if now - last > MAX_MISSED_HEARTBEATS * HEARTBEAT_SECONDS:  # this process was stopped, perhaps all were
+            # After a gap in its own time, this process was stopped, and so were the others perhaps.
+            if now - last > MAX_MISSED_HEARTBEATS * HEARTBEAT_SECONDS:
                 self.awake_since = now
             last = now
             if ready and signal.SIGTERM in os.read(self.reader, 4096):
@@ -198,7 +202,8 @@ class ProcessWatch:
         silent = self.find_silent_processes()
         asked_to_end = self.end_requested_at and now - max(start, self.end_requested_at) > SIGNAL_GRACE_SECONDS
         stalled = now - start > self.stall_timeout and (silent or not self.busy)
-        if self.wait_started_at != wait:  # it has ended meanwhile, and `silent` may be wrong
+        # If the wait has ended meanwhile, `silent` may be wrong.
+        if self.wait_started_at != wait:
             return
         if asked_to_end and silent:
             self.end_process(self.format_process_failure(silent, "died"))

@@ -86,6 +86,7 @@ class ResnetBlock(nn.Module):
         scale, shift = self.time_mlp(vector)[..., None, None].chunk(2, dim=1)
         hidden = self.block1(x, scale, shift)
         if self.cross_attn is not None:
+            # The reference attends here, between the two convolutions, and not after the block.
             assert tokens is not None, "a block that reads tokens needs them"
             pixels = hidden.flatten(2).transpose(1, 2)
             pixels = self.cross_attn(pixels, tokens) + pixels
@@ -131,8 +132,10 @@ class LinearAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         sides = x.shape[-2:]
         query, key, value = self.to_qkv(self.norm(x)).unflatten(1, (3, self.heads, -1)).flatten(-2).unbind(1)
-        query, key = query.softmax(dim=-2) * self.scale, key.softmax(dim=-1)  # (B, heads, C, pixels)
-        if not self.old:  # the reference divides keys and values each by the root of the number of pixels
+        # Each is (B, heads, C, pixels): queries are normalised over channels, keys over pixels.
+        query, key = query.softmax(dim=-2) * self.scale, key.softmax(dim=-1)
+        if not self.old:
+            # The reference divides keys and values each by the root of the number of pixels.
             value = F.normalize(value, dim=-2) / key.shape[-1]
         out = (value @ key.mT) @ query
         return self.to_out(F.gelu(out.flatten(1, 2).unflatten(-1, sides)))

@@ -60,7 +60,8 @@ class Attention(nn.Module):
         """Attend from every token to every token: (B, L, width) -> (B, L, width)."""
         return self.forward_with_key_value(x)[0]
 
-    @apply_forward_hook  # offloading brings the weights in `forward`, which is not called here
+    # Offloading brings the weights when `forward` is called, and here it is not.
+    @apply_forward_hook
     def forward_with_key_value(
         self, x: Tensor, bias: Tensor | None = None, past: KeyValue | None = None
     ) -> tuple[Tensor, KeyValue]:
@@ -74,6 +75,7 @@ class Attention(nn.Module):
         if self.rotary:
             first = 0 if past is None else past[0].shape[2]
             query, key = apply_rotary_positions(query, first), apply_rotary_positions(key, first)
+        # The learned key has no position, so it is not turned.
         null_key, null_value = self.null_kv.to(x.dtype)[:, None, None, None].expand(-1, len(x), -1, -1, -1)
         if self.cosine:
             query, key, null_key = (F.normalize(vectors, dim=-1) for vectors in (query, key, null_key))

@@ -143,6 +143,7 @@ class PriorNetwork(nn.Module):
         )
         self.learned_query = nn.Parameter(torch.randn(width))
         self.causal_transformer = CausalTransformer(config)
+        # Releases before 1.9.0 have one learned tensor, for padding alone, under a name of its own.
         length, self.learned_null = config["context_length"], config["learned_null"]
         if self.learned_null:
             self.null_text_encodings = nn.Parameter(torch.randn(1, length, width))
@@ -236,7 +237,8 @@ class Layer(nn.ModuleList):
                     Linear(width, 2 * inner, bias=False),
                     SwiGLU(),
                     Norm(inner) if config["inner_norm"] else nn.Identity(),
-                    nn.Identity(),  # dropout in the reference; the next layer keeps its number
+                    # Dropout in the reference: the next layer keeps its number.
+                    nn.Identity(),
                     Linear(inner, width, bias=False),
                 ),
             ]

@@ -243,6 +243,7 @@ class Unet(nn.Module):
             raise InputError(f"sides must be multiples of {self.multiple} for this U-Net, got {tuple(x.shape[-2:])}")
         noisy = x if low is None else torch.cat([x, low], dim=1)
         x = start = self.init_conv(noisy)
+        # The condition: a vector that scales and shifts features, and tokens to attend to
         time = self.to_time_hiddens(embed_timesteps(t, self.config.dim).to(x.dtype))
         tokens, vector = self.to_time_tokens(time), self.to_time_cond(time)
         if level is not None and self.to_lowres_noise_cond is not None:
@@ -251,6 +252,7 @@ class Unet(nn.Module):
             vector = vector + hiddens
         if image is not None:
             tokens = torch.cat([tokens, image], dim=1)
+        # Only the middle of the U-Net attends to the caption.
         middle = self.norm_mid_cond(tokens if text is None else torch.cat([tokens, text], dim=1))
         x = self.run_unet_levels(x, vector, self.norm_cond(tokens), middle)
         x = self.final_resnet_block(torch.cat([x, start], dim=1), vector)
@@ -266,6 +268,7 @@ class Unet(nn.Module):
             for block in blocks:
                 x = block(x, vector, tokens)
                 skips.append(x)
+            # The attention's output is a skip connection too: the way up has one more block than `blocks`.
             x = attention(x)
             skips.append(x)
             x = after(x)

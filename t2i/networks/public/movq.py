@@ -34,7 +34,8 @@ class MoVQ(ModelMixin, ConfigMixin):
         if vq.get("in_channels", 3) != 3 or vq.get("out_channels", 3) != 3:
             channels = vq.get("in_channels", 3), vq.get("out_channels", 3)
             raise InputError(f"in_channels and out_channels of a MoVQ must be 3, got {channels[0]} and {channels[1]}")
-        self.coder = use_onednn_linear(VQModel.from_config(dict(vq)))  # from_config ignores settings of older versions
+        # from_config ignores settings of older versions of diffusers.
+        self.coder = use_onednn_linear(VQModel.from_config(dict(vq)))
 
     @classmethod
     def from_component(cls, part: Component, dtype: torch.dtype | None = None) -> Self:

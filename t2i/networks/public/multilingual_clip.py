@@ -99,6 +99,7 @@ class MultilingualCLIP(Encoder, ModelMixin):
         tokens, mask = (tensor.to(device or self.device) for tensor in self.tokenizer(texts))
         missing = (0, self.config.context_length - tokens.shape[1])
         tokens, mask = pad(tokens, missing, value=self.tokenizer.pad), pad(mask, missing)
+        # The transformer masks the padding; only its states are read.
         states, pooled = self.encode_tokens(tokens, mask)
         return TokenStates(states, torch.ones_like(states[..., 0], dtype=torch.bool), pooled)
 

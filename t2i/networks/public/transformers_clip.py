@@ -243,6 +243,7 @@ class TransformersCLIP(Encoder, ModelMixin):
         self.check_image_encoder()
         steps, image = self.config.preprocess, (image.float() + 1) / 2
         side, crop = steps["resize"], steps["crop"]
+        # A picture of the right size is not resampled, and keeps its values.
         if side is not None and tuple(image.shape[-2:]) != (side[-1], side[-1]):
             mode = InterpolationMode(steps["resample"])
             if not image.requires_grad:
