@@ -1,7 +1,7 @@
-"""From data to a pipeline: what `t2i init` wrote, stage after stage, each in its own process.
+"""From data to a pipeline: train the stages that `t2i init` configured, one after the other, each in a process.
 
-A stage is done if nothing has changed since: its configuration, the manifest, what the stages before it left, and what
-it left itself. Any other is given to its script, which goes on where it stopped, or says why it cannot.
+A stage is done if its configuration, the manifest, the results of the stages before it and its own results are
+unchanged. Any other stage is run; its script continues from its checkpoint, or refuses with a reason.
 """
 
 import hashlib
@@ -34,21 +34,21 @@ STAGE_SCRIPTS = {
     "prior": "train_prior",
     "decoder": "train_decoder",
 }
-OPTIONAL_STAGES = ("clip", "autoencoder")  # where a public one is named
-DONE_FILE = "done.json"  # by stage: what it was made from and what it left, as hashes
+OPTIONAL_STAGES = ("clip", "autoencoder")  # a trained or public model can take their place
+DONE_FILE = "done.json"  # by stage: a hash of its inputs and one of its results
 PIPELINE_NAME = "pipeline"
-HANGUP_SIGNAL = getattr(signal, "SIGHUP", None)  # a closed terminal; Windows has none
+HANGUP_SIGNAL = getattr(signal, "SIGHUP", None)  # a closed terminal; not on Windows
 STOP_SIGNALS = [number for number in (signal.SIGTERM, signal.SIGINT, HANGUP_SIGNAL) if number is not None]
 
 
 @dataclass(frozen=True)
 class RunStage:
-    """A stage of a run."""
+    """A stage of a run, with its configuration."""
 
     name: str
     script: Path
-    file: Path  # its configuration, ...
-    config: Any  # ... read
+    file: Path  # of the configuration
+    config: Any
     output: Path
 
     @property
@@ -58,20 +58,22 @@ class RunStage:
         return f"{self.config.train.steps:,} steps into {self.output}"
 
     def find_result_files(self) -> list[Path]:
-        """The files that later stages read."""
+        """Return the files that later stages read."""
         if self.name == "cache":
-            return [self.output / "cache.json"]  # it holds the hashes of the others
+            return [self.output / "cache.json"]  # which contains the hashes of the other files
         return [path for part in ("model", "scheduler", "text_encoder") for path in find_files(self.output / part)]
 
 
 @dataclass(frozen=True)
 class Run:
+    """The folder that `t2i init` wrote, with its stages in the order of training."""
+
     folder: Path
     steps: list[RunStage]
 
     @classmethod
     def read_folder(cls, folder: Path) -> "Run":
-        """The configurations in a folder, all of them before anything starts. Raises InputError."""
+        """Read and check all configurations in a folder. Raises InputError."""
         needed = [name for name in STAGE_SCRIPTS if name not in OPTIONAL_STAGES]
         if missing := [f"{name}.yaml" for name in needed if not (folder / f"{name}.yaml").is_file()]:
             raise InputError(
@@ -80,6 +82,7 @@ class Run:
         run = cls(folder, [read_stage(folder, name) for name in STAGE_SCRIPTS if (folder / f"{name}.yaml").is_file()])
         run.check_stage_models()
         run.check_data_manifest()
+        # The pipeline folder is replaced at the end, so it must be one
         if run.pipeline_folder.exists() and not (run.pipeline_folder / "model_index.json").is_file():
             raise InputError(f"{str(run.pipeline_folder)!r} is no pipeline and is not replaced; move it elsewhere")
         return run
@@ -89,21 +92,21 @@ class Run:
         return self.folder / PIPELINE_NAME
 
     def __getitem__(self, name: str) -> Any:
-        """The configuration of a stage."""
+        """Return the configuration of a stage."""
         return next(step.config for step in self.steps if step.name == name)
 
     def check_stage_models(self) -> None:
-        """Refuse a stage that takes over a model which no stage here will make."""
+        """Refuse a stage that needs a model of this folder which is not there, and which no stage will train."""
         names = [step.name for step in self.steps]
         for step in self.steps:
             for model in OPTIONAL_STAGES:
-                wanted = getattr(step.config, model, None)
-                here = wanted is not None and Path(wanted).resolve() == (self.folder / model).resolve()
-                if here and model not in names and read_model_class(self.folder / model / "model") is None:
-                    raise InputError(f"{step.file} wants {wanted!r}, but {str(self.folder)!r} has no {model}.yaml")
+                name = getattr(step.config, model, None)
+                in_folder = name is not None and Path(name).resolve() == (self.folder / model).resolve()
+                if in_folder and model not in names and read_model_class(self.folder / model / "model") is None:
+                    raise InputError(f"{step.file} needs {name!r}, but {str(self.folder)!r} has no {model}.yaml")
 
     def check_data_manifest(self) -> None:
-        """Refuse data without a manifest; and, before anything is trained, with one that is out of date."""
+        """Refuse data without a manifest, and, before anything is trained, data that have changed since."""
         for path in sorted({step.config.data.path for step in self.steps}):
             open_manifest(path)
             if found := find_changes(path):
@@ -113,25 +116,26 @@ class Run:
                 print(f"warning: {what}; training goes on with what was checked", flush=True)
 
     def hash_inputs(self, step: RunStage | None) -> str:
-        """A hash of all that a stage depends on; None is the pipeline."""
+        """Return a hash of all files that a stage depends on; None stands for the pipeline."""
         before = self.steps[: self.steps.index(step)] if step else self.steps
-        files = [path for one in before for path in one.find_result_files()]
+        files = [path for earlier in before for path in earlier.find_result_files()]
         if step:
             files += [step.file, find_manifest(Path(step.config.data.path))]
         return hash_files(files)
 
     def read_example_caption(self) -> str:
-        """A caption of the data."""
+        """Return a caption of the data, to show in a command."""
         return sanitize_text(next(open_manifest(self["prior"].data.path).iterate_rows("captions"))["captions"][0])
 
 
 def read_stage(folder: Path, name: str) -> RunStage:
+    """Read a stage's configuration. Raises InputError if it would write anywhere but to its place in the folder."""
     script, file = import_module(f"t2i.training.{STAGE_SCRIPTS[name]}"), folder / f"{name}.yaml"
     config = load_config(script.Config, name, [str(file)])
     output = config.output if name == "cache" else config.train.output
     if Path(output).resolve() != (folder / name).resolve():
-        where = "run this where `t2i init` was run, or change it"
-        raise InputError(f"{file} writes to {output!r}, which is not {str(folder / name)!r} seen from here; {where}")
+        remedy = "run this where `t2i init` was run, or change the output"
+        raise InputError(f"{file} writes to {output!r}, which is not {str(folder / name)!r} seen from here; {remedy}")
     return RunStage(name, Path(str(script.__file__)), file, config, folder / name)
 
 
@@ -140,7 +144,7 @@ def find_files(folder: Path) -> list[Path]:
 
 
 def hash_files(files: list[Path]) -> str:
-    """A hash of the names and contents of files, those that are missing included."""
+    """Return a hash of the names and contents of files; a missing file changes it too."""
     hasher = hashlib.sha256()
     for path in files:
         hasher.update(f"{path.name} {compute_file_sha256(path) if path.is_file() else 'missing'}\n".encode())
@@ -148,7 +152,7 @@ def hash_files(files: list[Path]) -> str:
 
 
 class Trainer:
-    """Starts the stages of a run, passes SIGTERM, SIGHUP and Ctrl-C on to the one that runs, and waits for it."""
+    """Runs the stages one by one, and passes SIGTERM, SIGHUP and Ctrl-C on to the stage that runs."""
 
     def __init__(self, run: Run, num_processes: int = 1, max_restarts: int = 0):
         self.run, self.num_processes, self.max_restarts = run, num_processes, max_restarts
@@ -156,15 +160,15 @@ class Trainer:
         self.signal = 0
 
     def train(self) -> int:
-        """All that is not done yet. The exit status: 0, or that of the stage that failed or was stopped."""
-        before = {
-            number: signal.signal(number, self.forward_signal)
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-        }
+        """Run the stages that are not done, and assemble the pipeline.
+
+        Returns the exit status: 0, or that of the stage that failed or was stopped.
+        """
+        handlers = {number: signal.signal(number, self.forward_signal) for number in STOP_SIGNALS}
         try:
             return self.train_stages() or self.assemble_pipeline()
         finally:
-            for number, handler in before.items():
+            for number, handler in handlers.items():
                 signal.signal(number, handler)
 
     def train_stages(self) -> int:
@@ -180,63 +184,63 @@ class Trainer:
         return 0
 
     def assemble_pipeline(self) -> int:
-        """The pipeline folder, replaced whole if a stage has changed."""
+        """Write the pipeline folder, whole or not at all, if a stage has changed. Returns the exit status, 0."""
         folder, inputs = self.run.pipeline_folder, self.run.hash_inputs(None)
         if self.is_stage_done(PIPELINE_NAME, inputs, find_files(folder)):
             self.print_stage_status(PIPELINE_NAME, f"done, {folder}")
         else:
-            self.print_stage_status(PIPELINE_NAME, f"puts the stages together in {folder}")
+            self.print_stage_status(PIPELINE_NAME, f"assembles the stages in {folder}")
             decoder = self.run["decoder"]
             pipeline = assemble_pipeline(self.run.folder, clip=decoder.clip, autoencoder=decoder.autoencoder)
             with create_folder_atomically(folder) as unfinished:
                 pipeline.save_pretrained(unfinished)
             self.record_stage_done(PIPELINE_NAME, inputs, find_files(folder))
-        print(
-            f"draw: t2i generate {shlex.quote(self.run.read_example_caption())} --model {shlex.quote(str(folder))}",
-            flush=True,
-        )
+        caption, model = shlex.quote(self.run.read_example_caption()), shlex.quote(str(folder))
+        print(f"draw: t2i generate {caption} --model {model}", flush=True)
         return 0
 
     def estimate_costs(self) -> int:
-        """What each stage will cost, as far as the stages before it are there; nothing is written."""
+        """Print the cost of each stage whose inputs are there; nothing is written. Returns the exit status."""
         for step in self.run.steps:
             cached = (self.run.folder / "cache" / "cache.json").is_file()
             if step.name == "cache":
                 self.print_stage_status(step.name, step.task_description)
             elif step.name in OPTIONAL_STAGES or cached:
                 self.print_stage_status(step.name, step.task_description)
-                no_prior = step.name == "decoder" and read_model_class(self.run.folder / "prior" / "model") is None
-                if status := self.run_stage(step, "train.dry_run=true", *(["sample.prior=null"] if no_prior else [])):
+                overrides = ["train.dry_run=true"]
+                if step.name == "decoder" and read_model_class(self.run.folder / "prior" / "model") is None:
+                    overrides.append("sample.prior=null")
+                if status := self.run_stage(step, *overrides):
                     return status
             else:
-                self.print_stage_status(
-                    step.name, f"{step.task_description}; its cost can be told when the cache is there"
-                )
+                self.print_stage_status(step.name, f"{step.task_description}; its cost is known once the cache is made")
         return 0
 
     def run_stage(self, step: RunStage, *overrides: str) -> int:
-        """Run a stage's script to its end; its exit status."""
+        """Run a stage's script to its end, and return its exit status. Raises RunError if a signal ended it."""
         script = [str(step.script), str(step.file), *overrides]
-        several = self.num_processes > 1
-        command = (
-            build_torchrun_command(script, self.num_processes, self.max_restarts)
-            if several
-            else [sys.executable, *script]
-        )
-        # A process group of its own: Ctrl-C in a terminal reaches it once, from here.
+        if self.num_processes > 1:
+            command = build_torchrun_command(script, self.num_processes, self.max_restarts)
+        else:
+            command = [sys.executable, *script]
+        # In a process group of its own, a terminal's Ctrl-C reaches the script once, from here.
         self.child = subprocess.Popen(command, process_group=0)
-        if self.signal:  # it came while the process started
+        if self.signal:  # it arrived while the process started
             self.child.send_signal(self.signal)
         status = self.child.wait()
-        if self.signal and (status <= 0 or several):  # it had ended; a cache does not catch it; torchrun says 1
+        # After a signal, these statuses do not tell that it stopped the stage: the script had ended already, it makes
+        # the cache, which catches no signal, or torchrun reports 1.
+        if self.signal and (status <= 0 or self.num_processes > 1):
             return 128 + signal.SIGINT if self.signal == signal.SIGINT else RESUMABLE_STATUS
         if status < 0:
             name = signal.Signals(-status).name
-            raise RunError(f"{step.name} was ended by {name}, by hand or for lack of memory; the same command goes on")
+            raise RunError(
+                f"{step.name} was ended by {name}, by hand or for lack of memory; run the same command again"
+            )
         return status
 
     def forward_signal(self, number: int, frame: FrameType | None) -> None:
-        """Pass a signal on; a closed terminal asks to stop as SIGTERM does."""
+        """Pass a signal on to the stage that runs; SIGHUP as SIGTERM."""
         self.signal = signal.SIGTERM if number == HANGUP_SIGNAL else number
         if self.child is not None and self.child.poll() is None:
             self.child.send_signal(self.signal)

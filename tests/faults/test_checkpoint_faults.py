@@ -297,7 +297,7 @@ def test_a_run_that_is_damaged_goes_on_from_the_previous_checkpoint_but_not_if_i
     tiny_run.run(tmp_path, "steps=6")
     newest = tmp_path / "checkpoints/step-00000006/ema.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1])
-    with pytest.raises(RunError, match=r"asks for .*step-00000006.*SHA-256"):
+    with pytest.raises(RunError, match=r"train.resume is .*step-00000006.*SHA-256"):
         tiny_run.run(tmp_path, "resume=step-00000006")
     tiny_run.run(tmp_path)
     assert "skipped: " in (out := capsys.readouterr().out) and "step-00000006/ema.safetensors" in out
@@ -308,7 +308,7 @@ def test_a_run_that_is_damaged_goes_on_from_the_previous_checkpoint_but_not_if_i
 def test_a_run_without_a_whole_checkpoint_does_not_start_anew_in_silence(tmp_path):
     tiny_run.run(tmp_path, "steps=3")
     (tmp_path / "checkpoints/step-00000003/model.safetensors").unlink()
-    with pytest.raises(RunError, match="no checkpoint in .* is whole"):
+    with pytest.raises(RunError, match="all checkpoints in .* are damaged"):
         tiny_run.run(tmp_path)
 
 

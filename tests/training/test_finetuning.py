@@ -172,7 +172,9 @@ def test_a_checkpoint_of_another_start_is_not_resumed(shapes, runs, tmp_path):
     tune("prior", shapes, runs, tmp_path, steps=1)
     other = tmp_path / "start" / "prior"
     drift(load_model(Prior, runs / "prior")).save_pretrained(other)
-    with pytest.raises(InputError, match=r"was trained with another init \(.*\); start in another train.output"):
+    with pytest.raises(
+        InputError, match=r"was trained with another init \(.*\); use the same, or use another train.output"
+    ):
         tune("prior", shapes, runs, tmp_path, steps=2, init=other)
 
 

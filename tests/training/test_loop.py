@@ -16,7 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from t2i.training.common.ema import EMA
-from t2i.training.common.loop import compute_learning_rate, suggest_less_memory
+from t2i.training.common.loop import suggest_less_memory
+from t2i.training.common.optimizer import compute_learning_rate
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.training_step import build_steps

@@ -5,13 +5,13 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from peft import LoraConfig as PeftConfig
+from peft import get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from safetensors.torch import load_file
 from t2i.training.common.lora import (
     LoraConfig,
     add_adapters,
-    collect_adapter_state,
     export_adapted_model,
-    load_adapters,
     merge_adapters,
 )
 
@@ -23,6 +23,15 @@ from t2i.networks.prior import Prior
 from t2i.networks.unet_decoder import UNetDecoder
 from tests.conftest import arguments, train
 from tests.training.test_large import D, captions, loss_of, make, one_process, shard  # noqa: F401
+
+
+def load_adapters(model, folder):
+    """As users of peft would, on the model that they were trained on."""
+    inject_adapter_in_model(PeftConfig.from_pretrained(folder), model)
+    state = load_file(folder / "adapter_model.safetensors")
+    assert set(state) == set(get_peft_model_state_dict(model))
+    set_peft_model_state_dict(model, state)
+
 
 DENOISERS = ("prior", "transformer", "unet")
 
@@ -76,7 +85,7 @@ def test_only_adapters_learn(kind):
     # rank (in + out) numbers for each layer of (in, out)
     layers = {name.split(".lora_")[0] for name in trainable}
     counted = sum(2 * sum(base.get_submodule(layer).weight.shape) for layer in layers)
-    assert counted == sum(value.numel() for value in collect_adapter_state(model).values())
+    assert counted == sum(value.numel() for value in get_peft_model_state_dict(model).values())
     assert counted < 0.2 * sum(parameter.numel() for parameter in base.parameters())
 
 
@@ -101,7 +110,7 @@ def test_what_is_exported_loads_as_a_model_and_as_adapters(kind, tmp_path):
         "adapter_config.json",
     }
     again = make(kind)
-    load_adapters(again, tmp_path)
+    load_adapters(again, tmp_path / "adapters")
     for one, two, three in zip(outputs(kind, model), outputs(kind, plain.train()), outputs(kind, again)):
         torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
         assert torch.equal(three, one)
@@ -132,29 +141,13 @@ def test_adapters_learn_beside_weights_in_shards(kind):
 def test_targets_are_chosen_by_the_ends_of_names():
     names = {
         name.split(".lora_")[0]
-        for name in collect_adapter_state(adapted("prior", steps=0, targets=["mlp.0", "to_image"]))
+        for name in get_peft_model_state_dict(adapted("prior", steps=0, targets=["mlp.0", "to_image"]))
     }
     assert names == {*(f"blocks.{i}.mlp.0" for i in range(4)), "to_image"}
-    with pytest.raises(InputError, match="no layer of a Prior is called 'to_q'; usual: to_qkv, to_out"):
+    with pytest.raises(InputError, match="no layer of a Prior is called 'to_q'; the default is to_qkv, to_out"):
         adapted("prior", targets=["to_q"])
     with pytest.raises(InputError, match="no layer of a Prior is called 'norm'"):  # it is not a linear one
         adapted("prior", targets=["norm"])
-
-
-def test_adapters_of_another_model_are_refused(tmp_path):
-    export_adapted_model(adapted("prior"), tmp_path)
-    with pytest.raises(InputError, match="no layer of a UNetDecoder is called 'blocks"):
-        load_adapters(make("unet"), tmp_path)
-    state = load_file(tmp_path / "adapters/adapter_model.safetensors")
-    state.pop(next(iter(state)))
-    save_file(state, tmp_path / "adapters/adapter_model.safetensors")
-    with pytest.raises(InputError, match="differ in 1, as 'blocks.0"):
-        load_adapters(make("prior"), tmp_path)
-    (tmp_path / "adapters/adapter_config.json").write_text("{")
-    with pytest.raises(InputError, match="does not load"):
-        load_adapters(make("prior"), tmp_path)
-    with pytest.raises(InputError, match="does not load"):
-        load_adapters(make("prior"), tmp_path / "none")
 
 
 @pytest.mark.parametrize(
@@ -192,9 +185,9 @@ def test_a_stage_trains_adapters_and_resumes(stage, kind, shapes, runs, tmp_path
     train(stage, shapes, tmp_path, steps=2, **settings)
     train(stage, shapes, tmp_path, steps=4, **settings)
     tuned, again = load_model(kind, tmp_path / stage), load_model(kind, tmp_path / "base")
-    load_adapters(again, tmp_path / stage)
+    load_adapters(again, tmp_path / stage / "adapters")
     difference = {n for n, v in tuned.state_dict().items() if not torch.equal(v, base.state_dict()[n])}
-    changed = {name.split(".lora_")[0] + ".weight" for name in collect_adapter_state(again)}
+    changed = {name.split(".lora_")[0] + ".weight" for name in get_peft_model_state_dict(again)}
     assert difference == changed  # all else is the base's, bit for bit
     for name, value in merge_adapters(again).state_dict().items():
         torch.testing.assert_close(value, tuned.state_dict()[name])

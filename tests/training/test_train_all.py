@@ -147,7 +147,7 @@ def test_a_stage_that_changed_is_trained_on_and_the_pipeline_replaced(capfd, tra
     assert Trainer(Run.read_folder(Path("run"))).train() == 0
     out, _ = capfd.readouterr()
     assert "4/6 prior: done" in out and "resuming from run/decoder/checkpoints/step-00000003" in out
-    assert "6/6 pipeline: puts the stages together" in out and not (trained / "pipeline" / "mark").exists()
+    assert "6/6 pipeline: assembles the stages" in out and not (trained / "pipeline" / "mark").exists()
     assert json.loads((trained / "decoder/metrics.jsonl").read_text().splitlines()[-1])["step"] == 5
 
 
@@ -184,7 +184,7 @@ def test_a_dry_run_shows_what_can_be_shown_and_writes_nothing(capfd, shapes, tra
     assert trainer.estimate_costs() == 0
     out, _ = capfd.readouterr()
     assert "asked clip" in out and "asked autoencoder" in out and "asked prior" not in out
-    assert "4/6 prior: 3 steps into run/prior; its cost can be told when the cache is there" in out
+    assert "4/6 prior: 3 steps into run/prior; its cost is known once the cache is made" in out
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent: safetensors and JSON, listed with their hashes, moved into place at the end."""
+"""Checkpoints that are whole or absent: safetensors and JSON, listed with SHA-256, renamed into place at the end."""
 
 import json
 import shutil
@@ -14,13 +14,15 @@ from t2i.errors import InputError
 from t2i.files.atomic import compute_file_sha256, create_folder_atomically, raise_as_oserror
 
 CHECKPOINT_MANIFEST = "manifest.json"
-FORMAT_VERSION = 1  # of checkpoints; a newer one is refused
+FORMAT_VERSION = 1  # of checkpoints; a newer version is refused
 
 
 @dataclass
 class Checkpoint:
+    """The content of a checkpoint folder."""
+
     path: Path
-    tensors: dict[str, dict[str, Tensor]]  # by file: "model" -> {name: tensor}, mapped from the files
+    tensors: dict[str, dict[str, Tensor]]  # by file: "model" -> {name: tensor}, memory-mapped
     state: dict[str, Any]  # JSON: the step, the configuration, ...
 
 
@@ -29,9 +31,10 @@ def save_checkpoint(
 ) -> list[str]:
     """Write `folder/step-NNNNNNNN` so that a crash at any point leaves the older checkpoints as they were.
 
-    Older ones than the last `keep`, and what crashed saves left behind, are deleted at the end; returns what could not
-    be. Raises OSError if the new one cannot be written: nothing of it stays, and nothing else changes.
+    At the end, all but the newest `keep` checkpoints are deleted, and so are the remains of crashed saves. Returns a
+    message for each that could not be deleted. Raises OSError, with nothing changed, if writing fails.
     """
+    # Write files, then their hashes, then rename the folder
     final = folder / f"step-{step:08}"
     with create_folder_atomically(final) as unfinished:
         for name, group in tensors.items():
@@ -42,6 +45,7 @@ def save_checkpoint(
         (unfinished / "state.json").write_text(json.dumps(state, indent=1))
         manifest = {path.name: compute_file_sha256(path) for path in sorted(unfinished.iterdir())}
         (unfinished / CHECKPOINT_MANIFEST).write_text(json.dumps(manifest, indent=1))
+    # Delete only after the rename
     older = [path for path in find_checkpoints(folder) if path.name <= final.name]
     leftovers = [path for suffix in ("unfinished", "replaced") for path in folder.glob(f"step-*.{suffix}")]
     problems: list[str] = []
@@ -54,7 +58,7 @@ def save_checkpoint(
 
 
 def find_newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, and what is wrong with each newer one."""
+    """Return the newest checkpoint that verifies, and a message about each newer one."""
     problems: list[str] = []
     for path in reversed(find_checkpoints(folder)):
         if problem := verify_checkpoint(path):
@@ -65,14 +69,14 @@ def find_newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint that verifies."""
+    """Load a checkpoint that `verify_checkpoint` has accepted."""
     names = [name for name in json.loads((path / CHECKPOINT_MANIFEST).read_text()) if name.endswith(".safetensors")]
     tensors = {Path(name).stem: load_file(path / name) for name in names}
     return Checkpoint(path, tensors, json.loads((path / "state.json").read_text()))
 
 
 def verify_checkpoint(path: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None. Raises InputError if it was written by a newer version."""
+    """Return what is wrong with a checkpoint folder, or None. Raises InputError if a newer version wrote it."""
     try:
         manifest = json.loads((path / CHECKPOINT_MANIFEST).read_text())
         if "state.json" not in manifest:
@@ -80,13 +84,16 @@ def verify_checkpoint(path: Path) -> str | None:
         for name, expected in manifest.items():
             if Path(name).name != name:
                 return f"{path / CHECKPOINT_MANIFEST} lists {name!r}, which is not a file beside it"
-            if (found := compute_file_sha256(path / name)) != expected:
-                return f"{path / name} does not match its SHA-256: {found} instead of {expected}"
+            actual = compute_file_sha256(path / name)
+            if actual != expected:
+                return f"{path / name} does not match its SHA-256: {actual} instead of {expected}"
         state = json.loads((path / "state.json").read_text())
         if parse_checkpoint_step(path.name) != state["step"]:
-            return f"{path} holds step {state['step']}, another than its name says"
+            return f"{path} contains step {state['step']}, which is not the step in its name"
         if state["format"] > FORMAT_VERSION:
-            raise InputError(f"{path} was written by t2i {state['version']}, this is {__version__}; install that")
+            raise InputError(
+                f"{path} was written by t2i {state['version']}, this is {__version__}; install that version"
+            )
     except InputError:
         raise
     except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
@@ -95,11 +102,11 @@ def verify_checkpoint(path: Path) -> str | None:
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint folders that were moved into place, oldest first."""
+    """Return the checkpoint folders that were renamed into place, oldest first."""
     return sorted(path for path in folder.glob("step-*") if parse_checkpoint_step(path.name) is not None)
 
 
 def parse_checkpoint_step(name: str) -> int | None:
-    """The step that a checkpoint's name tells."""
+    """Return the step in a checkpoint's name; None for another name."""
     number = name.removeprefix("step-")
     return int(number) if number.isdecimal() else None

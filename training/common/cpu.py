@@ -1,4 +1,4 @@
-"""What makes training faster on processors (`docs/speed.md` has the figures)."""
+"""Two ways to train faster on a CPU; `docs/speed.md` has the figures."""
 
 import contextlib
 import ctypes
@@ -12,17 +12,19 @@ from torch import Tensor
 
 from t2i.runtime import fast_paths
 
-MAX_SHORT_QUERIES = 256  # queries; beyond, attention in bf16 is the faster one
+MAX_SHORT_QUERIES = 256  # with more queries, attention in bf16 is faster
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
 
 def keep_memory() -> bool:
-    """Let this process keep the memory that it frees, until it ends; whether its allocator can be told so.
+    """Let this process keep the memory that it frees, until it ends. Returns False if its allocator cannot.
 
-    Every step of a training run takes and frees the same. glibc gives tensors back to the system at once and asks for
-    them again, and the system fills each page with zeros: a tenth to a fifth of a step.
+    Every step of a training run takes and frees the same memory. glibc returns it to the system at once and requests it
+    again, and the system fills each page with zeros: a tenth to a fifth of a step.
     """
-    if not sys.platform.startswith("linux") or not fast_paths.enabled:  # Windows has no library without a name
+    if (
+        not sys.platform.startswith("linux") or not fast_paths.enabled
+    ):  # elsewhere there is no glibc, and CDLL(None) fails on Windows
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
@@ -30,24 +32,24 @@ def keep_memory() -> bool:
 
 @contextlib.contextmanager
 def attend_few_queries_in_fp32() -> Iterator[None]:
-    """Attention of few queries on a processor in fp32 where it would be in bf16, whichever model asks for it.
+    """Compute attention of few queries on a CPU in fp32 instead of bf16, in every model within this context.
 
-    torch's kernel for bf16 is made for long sequences: of few queries it takes up to seven times as long.
-    Results come in bf16 as before, rounded once instead of often.
+    torch's bf16 kernel is made for long sequences and takes up to seven times as long for few queries. The result is
+    bf16 as before, rounded once instead of often.
     """
     attention = F.scaled_dot_product_attention
 
-    def chosen(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def attend_in_fp32(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not is_short_query(query):
             return attention(query, *args, **kwargs)
+        args = tuple(cast_to_fp32(value) for value in args)
+        kwargs = {name: cast_to_fp32(value) for name, value in kwargs.items()}
         with torch.autocast("cpu", enabled=False):
-            out = attention(
-                query.float(), *map(cast_to_fp32, args), **{name: cast_to_fp32(one) for name, one in kwargs.items()}
-            )
-        return out.to(query.dtype)
+            result = attention(query.float(), *args, **kwargs)
+        return result.to(query.dtype)
 
-    # Where torch's own layers look for it too, which a mode of torch's does not reach.
-    F.scaled_dot_product_attention = chosen
+    # torch's own layers look the function up here at every call; a TorchFunctionMode would not reach them.
+    F.scaled_dot_product_attention = attend_in_fp32
     try:
         yield
     finally:
@@ -58,17 +60,12 @@ def is_short_query(query: Tensor) -> bool:
     return query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.shape[-2] <= MAX_SHORT_QUERIES
 
 
-def cast_to_fp32(one: Any) -> Any:
-    """To fp32, if it is a tensor of numbers."""
-    return one.float() if isinstance(one, Tensor) and one.is_floating_point() else one
+def cast_to_fp32(value: Any) -> Any:
+    """Cast a floating-point tensor to fp32; return anything else as it is."""
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def choose_short_attention(
-    device: torch.device, precision: str, repeated: bool
-) -> contextlib.AbstractContextManager[Any]:
-    """`attend_few_queries_in_fp32` where it pays: for steps in bf16 on a processor.
-
-    repeated: by a compiler, or by the backward pass with gradient checkpointing; neither knows of it.
-    """
-    pays = device.type == "cpu" and precision == "bf16" and not repeated and fast_paths.enabled
-    return attend_few_queries_in_fp32() if pays else contextlib.nullcontext()
+def choose_short_attention(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """Return `attend_few_queries_in_fp32()` where it is faster: for steps in bf16 on a CPU."""
+    faster = device.type == "cpu" and precision == "bf16" and fast_paths.enabled
+    return attend_few_queries_in_fp32() if faster else contextlib.nullcontext()

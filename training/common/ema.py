@@ -1,4 +1,4 @@
-"""A moving average of the weights that training changes (EMA), which is what is saved and drawn with."""
+"""The exponential moving average (EMA) of the trained weights, which is exported and drawn with."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,17 +10,17 @@ from torch.distributed.tensor import DTensor
 
 
 class EMA:
-    """average <- decay * average + (1 - decay) * weights, in the weights' dtype (fp32), sharded as they are.
+    """Averages of a model's trained weights, in their dtype (fp32), sharded like them; buffers are not averaged.
 
-    Buffers are not averaged: the model's own belong to it. Holds the model's trained parameters; make it after
-    `accelerator.prepare`.
+    An update is average <- decay * average + (1 - decay) * weights. Make it after `accelerator.prepare`, which replaces
+    parameters under FSDP.
     """
 
     def __init__(self, model: nn.Module):
         self.model = model
-        # FSDP puts others in their place while it gathers; these, the shards, are what the optimizer holds too.
-        self.parameters = {name: one for name, one in model.named_parameters() if one.requires_grad}
-        self.values = {name: one.detach().clone() for name, one in self.parameters.items()}
+        # FSDP swaps in gathered parameters during a step; these are the shards, as in the optimizer.
+        self.parameters = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        self.values = {name: weight.detach().clone() for name, weight in self.parameters.items()}
 
     @torch.no_grad()
     def update(self, decay: float) -> None:
@@ -28,11 +28,11 @@ class EMA:
 
     @contextmanager
     def ema_weights(self) -> Iterator[nn.Module]:
-        """The model with the averages as its weights, not in training mode.
+        """Give the model the averages as its weights, in eval mode, within this context.
 
-        Its own weights come back bit for bit, and so do its buffers, which may be changed meanwhile.
+        Afterwards its own weights and its buffers are restored bit for bit, even if they were changed meanwhile.
         """
-        training, buffers = self.model.training, [(one, one.clone()) for one in self.model.buffers()]
+        training, buffers = self.model.training, [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         self.swap_weights()
         self.model.eval()
         try:
@@ -47,23 +47,23 @@ class EMA:
     @torch.no_grad()
     def swap_weights(self) -> None:
         self.reshard()
-        for mine, theirs in zip(collect_local_tensors(self.values), collect_local_tensors(self.parameters)):
-            held = theirs.clone()
-            theirs.copy_(mine)
-            mine.copy_(held)
+        for average, weight in zip(collect_local_tensors(self.values), collect_local_tensors(self.parameters)):
+            before = weight.clone()
+            weight.copy_(average)
+            average.copy_(before)
 
     def reshard(self) -> None:
-        """Give up what FSDP has gathered: a forward pass after this one must not see the weights from before."""
+        """Free the weights that FSDP has gathered, so that the next forward pass gathers the new ones."""
         for part in self.model.modules():
             if isinstance(part, FSDPModule):
                 part.reshard()
 
 
 def collect_local_tensors(tensors: dict[str, Tensor]) -> list[Tensor]:
-    """The part of each tensor that this process holds: all of it, unless the model is sharded."""
-    return [one.to_local() if isinstance(one, DTensor) else one for one in tensors.values()]
+    """Return this process's part of each tensor: all of it, unless the model is sharded."""
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors.values()]
 
 
 def gather_full_tensor(tensor: Tensor) -> Tensor:
-    """A whole tensor from its shards, which every process has to ask for."""
+    """Return a tensor gathered from its shards; all processes must call this at once."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

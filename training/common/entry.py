@@ -1,4 +1,4 @@
-"""Entry."""
+"""The entry of every training script."""
 
 import os
 import sys
@@ -10,8 +10,9 @@ from t2i.runtime.launch import Config, count_forgotten_processes, end_process_gr
 
 
 def run(main: Callable[[Config], None], config_class: type[Config], stage: str, arguments: list[str]) -> None:
-    """What a script does when it is executed: read its configuration from the command line and train."""
-    if (count := count_forgotten_processes()) > 1:
+    """Read a script's configuration from the command line, and run its `main`."""
+    count = count_forgotten_processes()
+    if count > 1:  # start this script again, in all of them
         os.environ["ACCELERATE_USE_CPU"] = "true"
         exec_torchrun(sys.argv, count)
     with report_errors():
@@ -19,8 +20,8 @@ def run(main: Callable[[Config], None], config_class: type[Config], stage: str, 
 
 
 def start_training(main: Callable[[Config], None], config: Config) -> None:
-    """Train; of a dry run, show the whole configuration first."""
-    training = getattr(config, "train", None)  # making a cache has none
+    """Run a stage's `main`; before a dry run, print the whole configuration."""
+    training = getattr(config, "train", None)  # cache_data.py has none
     if training is not None and training.dry_run and os.environ.get("RANK", "0") == "0":
         print(format_config_yaml(config), flush=True)
     main(config)

@@ -1,4 +1,4 @@
-"""Training that starts from a trained model instead of random weights."""
+"""Training from a trained model (`init`) instead of random weights."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -18,101 +18,103 @@ from t2i.files.untrusted import MAX_TIMESTEPS, read_config
 Model = TypeVar("Model", bound=ModelMixin)
 
 
-def load_init_model(load: Callable[[str], Model], init: str, stated: dict[str, Any], **needed: Any) -> Model:
-    """The model that `init` names, in fp32, to be trained further.
+def load_init_model(load: Callable[[str], Model], init: str, settings: dict[str, Any], **needed: Any) -> Model:
+    """Return the model `init`, in fp32, to be trained further.
 
     Args:
-        load: what loads it, such as `t2i.interop.by_name.load_clip`; of a model that does not say which CLIP it was
-        trained with,
-            a public one, that is not compared.
-        init: a folder that a training script wrote, or another name that `load` knows.
-        stated: what the configuration says of its architecture; empty, or the same as the model's own.
-        needed: arguments of the model that the data and the frozen models decide.
+        load: a function that loads it, such as `t2i.interop.by_name.load_clip`.
+        init: a folder that a training script wrote, or another name that `load` takes.
+        settings: the architecture in the configuration; left out, that of the model.
+        needed: arguments of the model that follow from the data and the frozen models. A public model stores no
+            `clip_fingerprint`; then it is not compared.
 
     Raises InputError, in one line, if the model does not load or was made with other arguments.
     """
     model = load(init)
     if model.config.get("clip_fingerprint", "") is None:
         needed.pop("clip_fingerprint", None)
-    check_same_setting("", {**stated, **needed}, model.config, init)
+    check_same_setting("", {**settings, **needed}, model.config, init)
     return model.float()
 
 
-def check_same_setting(name: str, ours: Any, theirs: Any, init: str) -> None:
-    """Refuse a value that is not the model's; of mappings, each that we give."""
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        for key, value in ours.items():
-            check_same_setting(f"{name}.{key}".lstrip("."), value, theirs.get(key), init)
-    elif convert_tuple(ours) != convert_tuple(theirs):
-        raise InputError(f"init={init!r} was trained with {name} {theirs!r}, this run has {ours!r}; they must agree")
+def check_same_setting(name: str, value: Any, stored: Any, init: str) -> None:
+    """Refuse a value that differs from the one stored with `init`; of a mapping, compare each key in `value`."""
+    if isinstance(value, dict) and isinstance(stored, dict):
+        for key, item in value.items():
+            check_same_setting(f"{name}.{key}".lstrip("."), item, stored.get(key), init)
+    elif convert_tuple(value) != convert_tuple(stored):
+        raise InputError(f"init={init!r} was trained with {name} {stored!r}, this run has {value!r}; they must agree")
 
 
-def resolve_init_scheduler(init: str | None, stated: dict[str, Any], public: Path | None = None) -> DDIMScheduler:
-    """The schedule of the noise: what the configuration says, and else that of `init`, if it says one.
+def resolve_init_scheduler(init: str | None, settings: dict[str, Any], public: Path | None = None) -> DDIMScheduler:
+    """Return the noise schedule: the configuration's `settings` on top of that of `init`, where it has one.
 
-    public: the folder of the scheduler that a public `init` comes with, whose schedule can only be repeated.
+    public: the folder of a public model's scheduler, whose noise levels the settings must not change.
     Raises InputError for a schedule that cannot be trained with, or that `init` was not trained with.
     """
-    folder = public or (None if init is None else find_scheduler_folder(init))
-    if init is None or folder is None:
-        if init is not None:
-            print(f"init={init!r} does not say what it learned to predict; scheduler.prediction_type has to be that")
-        return build_noise_scheduler(stated)
-    theirs = read_schedule(folder)
-    scheduler, before = build_noise_scheduler({**theirs, **stated}), build_noise_scheduler(theirs)
+    folder = find_init_scheduler(init) if public is None else public
+    if folder is None:
+        return build_noise_scheduler(settings)
+    stored = read_schedule(folder)
+    scheduler, before = build_noise_scheduler({**stored, **settings}), build_noise_scheduler(stored)
     kind = "scheduler.prediction_type"
-    check_same_setting(kind, scheduler.config.prediction_type, before.config.prediction_type, init)
+    check_same_setting(kind, scheduler.config.prediction_type, before.config.prediction_type, str(init))
     if public is not None and not has_same_noise_levels(scheduler, before):
-        keys = ", ".join(f"scheduler.{key}={value!r}" for key, value in stated.items())
+        keys = ", ".join(f"scheduler.{key}={value!r}" for key, value in settings.items())
         raise InputError(f"init={init!r} was trained with other noise than {keys} makes; leave the scheduler out")
     return scheduler
 
 
-def has_same_noise_levels(one: SchedulerMixin, other: SchedulerMixin) -> bool:
-    ours, theirs = one.alphas_cumprod, other.alphas_cumprod
-    return ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=1e-3, atol=1e-8)
+def has_same_noise_levels(first: SchedulerMixin, second: SchedulerMixin) -> bool:
+    levels, other_levels = first.alphas_cumprod, second.alphas_cumprod
+    return levels.shape == other_levels.shape and torch.allclose(levels, other_levels, rtol=1e-3, atol=1e-8)
 
 
 def read_schedule(folder: Path) -> dict[str, Any]:
-    """The arguments of a DDIMScheduler with the noise schedule and prediction type of the scheduler in a folder.
+    """Return the arguments of a DDIMScheduler with the noise levels of the scheduler in a folder.
 
-    It bounds clean samples as that one does, and starts at the last timestep, where all is noise.
+    Its prediction type and bounds of x0 are taken too. Timesteps start at the last one, which is pure noise.
     """
     config = read_config(folder / "scheduler_config.json", MAX_TIMESTEPS)
     name = config.get("_class_name", "DDIMScheduler")
-    home = next((module for module, names in PROJECT_SCHEDULERS.items() if name in names), "diffusers")
-    check_scheduler_folder(folder, name, home=home)
-    theirs = load_or_explain(getattr(import_module(home), name).from_pretrained, folder)
-    if not hasattr(theirs, "alphas_cumprod"):
+    module = next((module for module, names in PROJECT_SCHEDULERS.items() if name in names), "diffusers")
+    check_scheduler_folder(folder, name, home=module)
+    scheduler = load_or_explain(getattr(import_module(module), name).from_pretrained, folder)
+    if not hasattr(scheduler, "alphas_cumprod"):
         raise InputError(f"{str(folder)!r} holds a {name}, which has no noise schedule as DDPM has")
-    known = signature(DDIMScheduler.__init__).parameters
-    arguments = {key: theirs.config[key] for key in known if key in theirs.config}
-    if "beta_schedule" not in arguments:  # UnCLIPScheduler has but one
+    names = signature(DDIMScheduler.__init__).parameters
+    arguments = {key: scheduler.config[key] for key in names if key in scheduler.config}
+    if "beta_schedule" not in arguments:  # UnCLIPScheduler has only one schedule, and no name for it
         arguments["beta_schedule"] = "squaredcos_cap_v2"
-    if not isinstance(theirs, DDIMScheduler):
+    if not isinstance(scheduler, DDIMScheduler):
         arguments = {"clip_sample": False} | arguments | {"timestep_spacing": "trailing"}
     return arguments
 
 
-def find_scheduler_folder(init: str) -> Path | None:
-    """The scheduler of a run, of the model in a run, or of a part of a pipeline; None if it says none."""
+def find_init_scheduler(init: str | None) -> Path | None:
+    """Find the scheduler's folder of a run, of the model in a run, or of a part of a pipeline.
+
+    Returns None without `init`, or with a message if it has no scheduler.
+    """
+    if init is None:
+        return None
     folder = Path(init)
     places = (folder / "scheduler", folder.parent / "scheduler", folder.parent / f"{folder.name}_scheduler")
-    return next((place for place in places if (place / "scheduler_config.json").is_file()), None)
+    for place in places:
+        if (place / "scheduler_config.json").is_file():
+            return place
+    print(f"init={init!r} stores no prediction type; scheduler.prediction_type must be the one it was trained with")
+    return None
 
 
 def check_prediction_type(init: str | None, scheduler: SchedulerMixin) -> None:
-    """Refuse to let a model that learned to predict one thing predict another, if its run says what it learned."""
-    if init is None:
-        return
-    folder = find_scheduler_folder(init)
-    if folder is None:
-        print(f"init={init!r} does not say what it learned to predict; scheduler.prediction_type has to be that")
-        return
-    theirs = read_schedule(folder).get("prediction_type", "epsilon")
-    check_same_setting("scheduler.prediction_type", scheduler.config.prediction_type, theirs, init)
+    """Refuse a prediction type that differs from the one stored with `init`, where it has one."""
+    folder = find_init_scheduler(init)
+    if folder is not None:
+        stored = read_schedule(folder).get("prediction_type", "epsilon")
+        check_same_setting("scheduler.prediction_type", scheduler.config.prediction_type, stored, str(init))
 
 
 def convert_tuple(value: Any) -> Any:
-    """JSON has no tuples."""
+    """Return a tuple as a list, since JSON has no tuples."""
     return list(value) if isinstance(value, tuple) else value

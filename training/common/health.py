@@ -1,4 +1,4 @@
-"""What may go wrong with single samples and single steps: told apart from what must end a run."""
+"""Bad samples and steps: they are counted and named, and end a run only if they are too many."""
 
 import math
 from collections import Counter
@@ -15,15 +15,15 @@ from t2i.data import Batch
 from t2i.errors import RunError
 
 MAX_SKIPPED_STEPS = 10  # steps in a row without a finite loss and gradient
-MAX_REJECTED_FRACTION = 0.01  # of the samples read ...
-MIN_SAMPLES_READ = 1_000  # ... or of so many, before they are
+MAX_REJECTED_FRACTION = 0.01  # of the samples read, or of MIN_SAMPLES_READ if that is more
+MIN_SAMPLES_READ = 1_000
 MAX_SHOWN_KEYS = 5  # keys in a message
 
 
 class HealthMonitor:
-    """The samples of a step on all processes: which could not be read, and which made the loss not finite.
+    """Finds samples that cannot be read, and steps whose loss or gradient is not finite, on all processes.
 
-    All processes come to the same verdict, from one exchange of five numbers a step.
+    All processes reach the same verdict, from one exchange of five numbers a step.
     """
 
     def __init__(self, accelerator: Accelerator, dataset: Any, output: str):
@@ -31,31 +31,32 @@ class HealthMonitor:
         self.seen = self.rejected = 0
         self.reasons: Counter[str] = Counter()  # of this process
         self.new_rejections: list[tuple[str, str]] = []
-        self.read_indices: list[Tensor] = []  # the indices of each micro-batch
+        self.read_indices: list[Tensor] = []  # of each micro-batch of the step
         self.losses: list[Tensor] = []
-        self.loss_was_finite, self.last_skipped = True, ""  # in the last verdict; what was skipped last
+        self.loss_was_finite = True  # in the last verdict
+        self.last_skipped = ""  # description of the last skipped step
 
     def add_micro_batch(self, batch: Batch, loss: Tensor) -> None:
-        """A micro-batch and its loss."""
+        """Record a micro-batch of the step, and its loss."""
         self.read_indices.append(batch.index)
         self.record_rejected_samples(batch)
         self.losses.append(loss.detach())
 
     def record_rejected_samples(self, batch: Batch) -> None:
-        """Note the samples for which others stand in."""
-        self.new_rejections += dict(batch.rejected).items()  # each once, however often it was tried
+        """Record the samples of a batch that could not be read, and were replaced by others."""
+        self.new_rejections += dict(batch.rejected).items()  # each once, even if several samples fell back past it
         self.reasons.update(dict(batch.rejected).values())
 
     def judge_step(self, step: int, norm: Tensor | None, signal: int) -> tuple[bool, int]:
-        """Whether the step is finite everywhere, and the signal that asks any of the processes to stop, or 0."""
+        """Return whether the step is finite on all processes, and the signal that any of them got to stop, or 0."""
         finite = torch.isfinite(torch.stack(self.losses))
         norm_finite = torch.ones_like(finite[0]) if norm is None else torch.isfinite(norm)
         counts = torch.tensor(
             [signal, sum(map(len, self.read_indices)), len(self.new_rejections)], device=finite.device
         )
-        mine = torch.cat([torch.stack([~finite.all(), ~norm_finite]), counts]).float()
-        all_of = self.accelerator.gather(mine[None]).tolist()  # the one place where a step waits for the device
-        bad_loss, bad_norm, signals, seen, rejected = zip(*all_of)
+        verdict = torch.cat([torch.stack([~finite.all(), ~norm_finite]), counts]).float()
+        verdicts = self.accelerator.gather(verdict[None]).tolist()  # the only place where a step waits for the device
+        bad_loss, bad_norm, signals, seen, rejected = zip(*verdicts)
         self.seen += int(sum(seen))
         self.rejected += int(sum(rejected))
         if any(rejected):
@@ -68,42 +69,41 @@ class HealthMonitor:
         return healthy, int(max(signals))
 
     def report_rejected_samples(self, step: int) -> None:
-        """Name the samples for which others stood in; stop if they are too many."""
+        """Write the names of unreadable samples to a file; raise RunError if they are too many."""
         rows = [{"step": step, "key": key, "reason": reason} for key, reason in self.new_rejections]
         self.write_rows("rejected.jsonl", gather_object(rows) if self.accelerator.num_processes > 1 else rows)
         if self.rejected <= MAX_REJECTED_FRACTION * max(self.seen, MIN_SAMPLES_READ):
             return
         counts = [dict(self.reasons)]
-        every = gather_object(counts) if self.accelerator.num_processes > 1 else counts
-        total: Counter[str] = sum((Counter(one) for one in every), Counter())
+        counts = gather_object(counts) if self.accelerator.num_processes > 1 else counts
+        total: Counter[str] = sum((Counter(count) for count in counts), Counter())
         reasons = ", ".join(f"{count} x {reason}" for reason, count in total.most_common())
         raise RunError(
             f"{self.rejected} of the {self.seen} samples read so far are bad, more than "
             f"{MAX_REJECTED_FRACTION:.0%}: {reasons}; "
-            f"{self.output / 'rejected.jsonl'} names them. `t2i data check` looks at all of them"
+            f"{self.output / 'rejected.jsonl'} lists them. `t2i data check` checks all samples"
         )
 
     def report_skipped_steps(self, step: int, finite: list[bool], norm: Tensor | None) -> None:
-        """Name the samples of the micro-batches that were not finite; of all, if only the gradient was not."""
-        chosen = [indices for indices, good in zip(self.read_indices, finite) if self.loss_was_finite or not good]
-        keys = [self.dataset.sample_key(index) for indices in chosen for index in indices.tolist()]
+        """Write down the samples of micro-batches whose loss is not finite; all of them if only the gradient is not."""
+        suspects = [indices for indices, good in zip(self.read_indices, finite) if self.loss_was_finite or not good]
+        keys = [self.dataset.sample_key(index) for indices in suspects for index in indices.tolist()]
         keys = gather_object(keys) if self.accelerator.num_processes > 1 else keys
         value = math.nan if norm is None else float(norm)
         what = "gradient" if self.loss_was_finite else "loss"
-        self.write_rows(
-            "skipped.jsonl", [{"step": step, "not_finite": what, "gradient_norm": str(value), "keys": keys}]
-        )
-        shown = ", ".join(keys[:MAX_SHOWN_KEYS]) + (
-            f" and {len(keys) - MAX_SHOWN_KEYS} more" if len(keys) > MAX_SHOWN_KEYS else ""
-        )
+        row = {"step": step, "not_finite": what, "gradient_norm": str(value), "keys": keys}
+        self.write_rows("skipped.jsonl", [row])
+        shown = ", ".join(keys[:MAX_SHOWN_KEYS])
+        if len(keys) > MAX_SHOWN_KEYS:
+            shown += f" and {len(keys) - MAX_SHOWN_KEYS} more"
         self.last_skipped = f"the {what} of step {step} was not finite, with the samples {shown}"
         self.accelerator.print(f"skipped: {self.last_skipped}")
 
     def check_skipped_steps(self, in_a_row: int) -> None:
         if in_a_row >= MAX_SKIPPED_STEPS:
             raise RunError(
-                f"{in_a_row} steps in a row were not finite and were skipped; at last {self.last_skipped}. "
-                f"{self.output / 'skipped.jsonl'} names all. Lower train.learning_rate, or look at these samples"
+                f"{in_a_row} steps in a row were not finite and were skipped. The last: {self.last_skipped}. "
+                f"{self.output / 'skipped.jsonl'} lists all. Lower train.learning_rate, or look at these samples"
             )
 
     def write_rows(self, name: str, rows: list[dict[str, Any]]) -> None:

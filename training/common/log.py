@@ -1,4 +1,4 @@
-"""What a run says of itself: `metrics.jsonl`, trackers, sample pictures and a progress bar."""
+"""The log of a run: `metrics.jsonl`, trackers, preview images and a progress bar."""
 
 import json
 import math
@@ -25,15 +25,15 @@ from t2i.config import TrainConfig
 from t2i.errors import InputError
 from t2i.files.atomic import write_bytes_atomically
 
-TRACKER_PROJECT = "t2i"  # under which W&B and trackio list runs
-RECENT_ROWS = 10  # rows whose speed the time left is told from
+TRACKER_PROJECT = "t2i"  # project of the runs in W&B and trackio
+RECENT_ROWS = 10  # the time left is computed from the speed over these rows
 
 
 class MetricsLog:
-    """Means between two rows of `metrics.jsonl`, which trackers and a progress bar show too.
+    """Means of metrics between two rows of `metrics.jsonl`, which trackers and a progress bar show too.
 
-    Every process adds and steps; the main process alone writes. A run that resumes at `step` drops the rows beyond it,
-    which it is about to repeat.
+    Every process adds metrics; only the main process writes. A run that resumes at `step` deletes the rows after it,
+    which it writes again.
     """
 
     def __init__(self, accelerator: Accelerator, config: TrainConfig, step: int, samples_per_step: int):
@@ -52,43 +52,44 @@ class MetricsLog:
             dynamic_ncols=True,
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
         )
-        self.rows = deque([(step, time.perf_counter())], maxlen=RECENT_ROWS)  # (step, time) of the last ones
+        self.rows = deque([(step, time.perf_counter())], maxlen=RECENT_ROWS)  # (step, time)
 
     def open(self) -> None:
-        """On the main process, before the first row. Raises InputError if a tracker does not start."""
+        """Start the trackers, on the main process. Raises InputError if one does not start."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in ("metrics.jsonl", "skipped.jsonl", "rejected.jsonl"):
             drop_rows(self.folder / name, self.start)
         self.trackers = [open_tracker(name, self.config, self.start) for name in self.config.trackers]
 
     def add_micro_batch(self, metrics: dict[str, Tensor]) -> None:
-        """The metrics of a micro-batch, ()-shaped. Sums stay on the device: no step waits for the host."""
+        """Add the metrics of a micro-batch, ()-shaped. Sums stay on the device, so that no step waits for it."""
         for name, value in metrics.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach().float()
         self.count += 1
 
     def step(self, step: int, rate: float, norm: Tensor | None, more: dict[str, float] | None = None) -> None:
-        """An optimizer step is done: a row every `log_every` steps, at the end, and where there is `more` to say.
+        """Write a row if one is due: every `log_every` steps, after the last step, and with `more`.
 
-        more: numbers of this step alone, such as a loss on held-out data; given on every process or on none.
+        more: metrics of this step alone, such as a loss on held-out data; given on all processes or on none.
         """
         self.bar.update()
         if step % self.config.log_every and step != self.config.steps and more is None:
             return
         row = self.reduce_metric_means()
-        (then, since), (first, earliest), now = self.rows[-1], self.rows[0], time.perf_counter()
         row["learning_rate"] = rate
         if norm is not None:
             row["gradient_norm"] = float(norm)
-        row["samples_per_second"] = (step - then) * self.samples_per_step / (now - since)
-        row["memory_gb"] = self.memory = max(self.memory, measure_peak_memory(self.accelerator))
-        row["seconds_left"] = (self.config.steps - step) * (now - earliest) / (step - first)
+        self.memory = max(self.memory, measure_peak_memory(self.accelerator))
+        (last_step, last_time), (first_step, first_time), now = self.rows[-1], self.rows[0], time.perf_counter()
+        row["samples_per_second"] = (step - last_step) * self.samples_per_step / (now - last_time)
+        row["memory_gb"] = self.memory
+        row["seconds_left"] = (self.config.steps - step) * (now - first_time) / (step - first_step)
         self.rows.append((step, now))
         if self.accelerator.is_main_process:
             self.write_metrics_row(step, row | (more or {}))
 
     def reduce_metric_means(self) -> dict[str, float]:
-        """Of what was added since the last row, over all processes."""
+        """Return the means over all processes of the metrics added since the last row."""
         names = sorted(self.sums)
         if not names:
             return {}
@@ -97,9 +98,8 @@ class MetricsLog:
         return dict(zip(names, means.tolist()))
 
     def write_metrics_row(self, step: int, row: dict[str, float]) -> None:
-        append_rows(
-            self.folder / "metrics.jsonl", [{"step": step} | {k: round_for_json(value) for k, value in row.items()}]
-        )
+        rounded = {name: round_for_json(value) for name, value in row.items()}
+        append_rows(self.folder / "metrics.jsonl", [{"step": step} | rounded])
         for tracker in self.trackers:
             tracker.log(row, step=step)
         apart = ("learning_rate", "samples_per_second", "memory_gb", "seconds_left")
@@ -108,7 +108,7 @@ class MetricsLog:
         self.bar.set_postfix_str(", ".join([*shown, f"{format_duration(row['seconds_left'])} left"]))
 
     def save_images(self, step: int, images: dict[str, Image.Image]) -> None:
-        """Pictures of the run after a step: `samples/NAME-STEP.png`, and in every tracker."""
+        """Write preview images by name as `samples/NAME-STEP.png`, and into every tracker."""
         if not self.accelerator.is_main_process:
             return
         for name, image in images.items():
@@ -125,14 +125,14 @@ class MetricsLog:
 
 
 def measure_peak_memory(accelerator: Accelerator) -> float:
-    """10^9 bytes: the most that tensors took on a CUDA device, or what the process takes now elsewhere."""
+    """Return GB: the peak of tensors on a CUDA device, or what the process takes now elsewhere."""
     if accelerator.device.type == "cuda":
         return torch.cuda.max_memory_allocated(accelerator.device) / 1e9
     return psutil.Process().memory_info().rss / 1e9
 
 
 def check_trackers(names: Iterable[str]) -> None:
-    """Refuse trackers that are not installed, which accelerate would leave out without a word."""
+    """Refuse trackers that are not installed; accelerate would leave them out without a message."""
     for name in names:
         try:
             metadata.version(name)
@@ -142,16 +142,16 @@ def check_trackers(names: Iterable[str]) -> None:
 
 
 def open_tracker(name: str, config: TrainConfig, step: int) -> GeneralTracker:
-    """One of accelerate's trackers, started on this process, which knows the run's settings.
+    """Start one of accelerate's trackers on this process, with the run's settings.
 
-    A run that resumes goes on where it was: TensorBoard forgets what it had beyond `step`; W&B and trackio, which
-    cannot, get the same run again.
+    A resumed run continues its log: TensorBoard drops the rows after `step`; W&B and trackio cannot, and continue the
+    run of the same name.
     """
     folder, settings = Path(config.output), asdict(config)
     if name == "tensorboard":
         tracker = TensorBoardTracker("tensorboard", folder, purge_step=step + 1)
         tracker.start()
-        # As text: add_hparams, which store_init_configuration calls, shows every start as a run of its own.
+        # As text, because add_hparams, which store_init_configuration calls, lists every start as a new run.
         lines = json.dumps(settings, indent=1).splitlines()
         tracker.log({"configuration": "\n".join(f"    {line}" for line in lines)}, step=step)
         return tracker
@@ -162,14 +162,14 @@ def open_tracker(name: str, config: TrainConfig, step: int) -> GeneralTracker:
         tracker = TrackioTracker(TRACKER_PROJECT, name=f"{title}-{code}", resume="allow")
     try:
         tracker.start()
-    except Exception as error:  # theirs are of many kinds: no login, no network
+    except Exception as error:  # a tracker raises errors of its own: no login, no network
         raise InputError(f"train.trackers has {name!r}, which does not start: {error}") from error
     tracker.store_init_configuration(settings)
     return tracker
 
 
 def resolve_run_code(folder: Path, step: int) -> str:
-    """8 hexadecimal digits that name a run for as long as it resumes."""
+    """Return 8 hexadecimal digits that name a run; a resumed run keeps them."""
     path = folder / "run_code"
     if step == 0 or not path.is_file():
         write_bytes_atomically(path, secrets.token_hex(4).encode())
@@ -189,7 +189,7 @@ def track_image(tracker: GeneralTracker, name: str, image: Image.Image, step: in
 
 
 def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Add lines of JSON. A disk without space is a warning: it must not end a run that could still save."""
+    """Append lines of JSON. A full disk only gives a warning, for later checkpoints may fit."""
     try:
         with open(path, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -198,7 +198,7 @@ def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def drop_rows(path: Path, step: int) -> None:
-    """Leave the rows up to `step`; a line that was cut short goes too."""
+    """Delete the rows after `step`, and a last line that was cut short."""
     if not path.is_file():
         return
     lines = path.read_bytes().splitlines(keepends=True)
@@ -208,7 +208,7 @@ def drop_rows(path: Path, step: int) -> None:
 
 
 def parse_row_step(line: bytes) -> float:
-    """The step of a row; infinity if the line is none."""
+    """Return the step of a row; infinity for a line that is not one."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError):
@@ -216,12 +216,12 @@ def parse_row_step(line: bytes) -> float:
 
 
 def round_for_json(value: float) -> float | None:
-    """Six digits; None, JSON's null, for what is not finite and JSON cannot say."""
+    """Round to six digits; return None for infinity and NaN, which JSON does not have."""
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def format_duration(seconds: float) -> str:
-    """ "3 d 4 h", "2 h 5 min", "12 min", "45 s": two units at most."""
+    """Return a duration in at most two units, such as "3 d 4 h", "2 h 5 min", "12 min" or "45 s"."""
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"

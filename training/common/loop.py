@@ -1,11 +1,10 @@
-"""The training loop that every stage shares. A stage brings a model, a loss, a data set, and its way to export."""
+"""The training loop of all stages. A stage brings a model, a loss, a data set, and a way to export the model."""
 
 import contextlib
-import math
 import os
 import signal
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,9 @@ from t2i.training.common.cpu import choose_short_attention, keep_memory
 from t2i.training.common.ema import EMA, gather_full_tensor
 from t2i.training.common.health import HealthMonitor
 from t2i.training.common.log import MetricsLog, check_trackers, format_duration, measure_peak_memory
+from t2i.training.common.optimizer import Critic, build_optimizer, compute_learning_rate
 from t2i.training.common.state import TrainState, flatten_config, lock_folder
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
 from torch.utils.data import Dataset
 
 from t2i.config import TrainConfig
@@ -30,50 +29,26 @@ from t2i.runtime.devices import choose_training_precision
 from t2i.runtime.memory import format_needed_memory, is_out_of_memory, measure_available_memory
 from t2i.runtime.processes import ProcessWatch, StopRequest, check_processes_agree, run_on_main_process
 
-LossFunction = Callable[[nn.Module, Batch], dict[str, Tensor]]  # "loss" is minimised; the rest is logged beside it
+LossFunction = Callable[[nn.Module, Batch], dict[str, Tensor]]  # "loss" is minimised, all else is logged beside it
 
 MAX_FAILED_SAVES = 3  # in a row
 DRY_RUN_STEPS = 3
 
 
 @dataclass
-class Critic:
-    """A second model that learns beside a stage's and against it: clipped by itself, not averaged, not exported.
-
-    The stage's loss calls it and gives "critic_loss" too. The gradient of that must reach the critic's weights alone,
-    and the gradient of "loss" must not reach them: both are taken in one pass.
-    """
-
-    model: nn.Module
-    betas: tuple[float, float]  # of its Adam; rate and weight decay are the run's
-    step: int = 0  # of the run, for the loss to know
-
-
-@dataclass
 class Stage:
-    """What a training script brings to the loop."""
+    """The parts of a training run that differ from stage to stage."""
 
     model: nn.Module
     loss: LossFunction
-    dataset: Dataset  # gives whole batches, and `key(index)`, the name of a sample
+    dataset: Dataset  # returns whole batches, and `sample_key(index)`, the name of a sample
     export: Callable[[nn.Module], None]  # saves the averaged model; on the main process, beside every checkpoint
-    made_from: dict[str, str]  # what the run depends on beside its configuration: the data, the models before it
-    config: dict[str, Any]  # the stage's whole configuration; what decides about the model must not change in a run
+    made_from: dict[str, str]  # identities of what the run depends on beside its configuration: data, frozen models
+    config: dict[str, Any]  # the stage's whole configuration
     num_workers: int = 0
-    validation: Dataset | None = None  # what is held out
-    preview: Callable[[nn.Module], dict[str, Image.Image]] | None = None  # pictures of what the averaged model does
+    validation: Dataset | None = None  # the held-out split
+    preview: Callable[[nn.Module], dict[str, Image.Image]] | None = None  # draws with the averaged model
     critic: Critic | None = None
-
-
-def compute_learning_rate(step: int, config: TrainConfig) -> float:
-    """The rate of optimizer step 0, 1, ...: linear warm-up, constant, then a cosine to zero over `decay_steps`."""
-    rate = config.learning_rate
-    if step + config.schedule_offset < config.warmup_steps:
-        rate *= (step + config.schedule_offset + 1) / config.warmup_steps
-    if step >= config.steps - config.decay_steps:
-        done = (step + 1 - (config.steps - config.decay_steps)) / config.decay_steps
-        rate *= (1 + math.cos(math.pi * done)) / 2
-    return rate
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
@@ -81,16 +56,18 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     if Path(config.output).exists() and not Path(config.output).is_dir():
         raise InputError(f"train.output is {config.output!r}, which is a file; give a folder")
     check_trackers(config.trackers)
-    # Said in full, for accelerate takes processes of torchrun on a machine without a GPU for lone ones.
+    # Device and precision. `cpu` is given, because accelerate treats processes that torchrun starts on a machine
+    # without a GPU as unrelated ones otherwise.
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not (torch.cuda.is_available() or torch.mps.is_available())
     device = PartialState(cpu=cpu).device.type
     precision = choose_training_precision(device) if config.mixed_precision == "auto" else config.mixed_precision
     if precision == "fp16" and device == "cpu":
         raise InputError("train.mixed_precision=fp16 needs a GPU, this process runs on the CPU; use bf16, no or auto")
-    # Without accumulation gradients lie where they are exchanged from, and are held once.
+    # Gradients live in the buffers that processes exchange, instead of in a second copy.
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     accelerator = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[ddp])
-    if device == "cpu":  # `accelerate launch` leaves each process one thread
+    # Threads: `accelerate launch` leaves each process only one
+    if device == "cpu":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // accelerator.num_processes))
         keep_memory()
@@ -101,11 +78,13 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
 def fit(accelerator: Accelerator, stage: Stage, config: TrainConfig) -> None:
     """Train a stage's model to lower `loss(model, batch)["loss"]`, and export the moving average of its weights.
 
-    Continues from the newest checkpoint in the output folder. A resumed run is the unbroken one, bit for bit: the order
-    of the data, the noise and the learning rate are functions of (seed, step, process).
+    Continues from the newest checkpoint in the output folder. A resumed run equals the unbroken run bit for bit: the
+    order of the data, the noise and the learning rate are functions of (seed, step, process).
 
-    Raises InputError before the first step for what cannot be done, RunError for a run that fails, and RunStopped after
-    SIGTERM or Ctrl-C, when its state is saved.
+    Raises:
+        InputError: before the first step, for a configuration that cannot be trained.
+        RunError: for a run that fails.
+        RunStopped: after SIGTERM or Ctrl-C, when the run's state is saved.
     """
     check_stage(accelerator, stage, config)
     try:
@@ -132,46 +111,49 @@ def fit(accelerator: Accelerator, stage: Stage, config: TrainConfig) -> None:
 
 
 def check_stage(accelerator: Accelerator, stage: Stage, config: TrainConfig) -> None:
-    """What can be refused before any work."""
-    size, world = len(stage.dataset), accelerator.num_processes  # type: ignore[arg-type]
-    check_processes_agree(
-        accelerator,
-        {
-            **flatten_config(stage.config),
-            **flatten_config({"train": asdict(config)}),
-            **stage.made_from,
-            "samples": size,
-        },
-    )
-    if size < world:
-        raise InputError(f"there are {world} processes for {size} samples; start at most {size}")
+    """Refuse, before any work, processes that were started with different things, or too many of them."""
+    size, processes = len(stage.dataset), accelerator.num_processes  # type: ignore[arg-type]
+    settings = flatten_config(stage.config) | flatten_config({"train": asdict(config)})
+    check_processes_agree(accelerator, {**settings, **stage.made_from, "samples": size})
+    if size < processes:
+        raise InputError(f"there are {processes} processes for {size} samples; start at most {size}")
 
 
 def prepare_state(accelerator: Accelerator, stage: Stage, config: TrainConfig) -> TrainState:
-    """Model, average and optimizer on their devices, as the newest checkpoint has them."""
+    """Move the stage's model to its device, wrap it there, and return the state of a run at step 0."""
+    sharded = accelerator.distributed_type == DistributedType.FSDP
     if config.gradient_checkpointing:
         stage.model.enable_gradient_checkpointing()
-    if hasattr(stage.model, "peft_config") and accelerator.distributed_type == DistributedType.FSDP:
+    if sharded and hasattr(stage.model, "peft_config"):
         raise InputError(
-            "lora does not train under FSDP; its adapters are small, use configs/accelerate/gpus.yaml (DDP)"
+            "lora cannot be trained under FSDP; adapters are small, use configs/accelerate/gpus.yaml (DDP)"
         )
-    if stage.critic is not None and accelerator.distributed_type == DistributedType.FSDP:
-        raise InputError("two models do not train under FSDP; use whole copies, configs/accelerate/gpus.yaml (DDP)")
-    plain, critic = type(stage.model), stage.critic and stage.critic.model
-    optimizer = build_optimizer(stage, config)
+    if sharded and stage.critic is not None:
+        raise InputError("a discriminator cannot be trained under FSDP; use configs/accelerate/gpus.yaml (DDP)")
+    # From here on stage.model may be wrapped or compiled; `bare` is neither.
+    model_class, optimizer = type(stage.model), build_optimizer(config, stage.model, stage.critic)
     if config.compile:
         stage.model.compile()
     stage.model, optimizer = accelerator.prepare(stage.model, optimizer)
     bare = accelerator.unwrap_model(stage.model, keep_torch_compile=False)
+    bare_critic = None
     if stage.critic is not None:
-        stage.critic.model = accelerator.prepare(stage.critic.model)
+        bare_critic, stage.critic.model = stage.critic.model, accelerator.prepare(stage.critic.model)
     return TrainState(
-        accelerator, config, bare, plain, EMA(bare), optimizer, stage.made_from, stage.config, critic=critic
+        accelerator,
+        config,
+        model=bare,
+        model_class=model_class,
+        average=EMA(bare),
+        optimizer=optimizer,
+        made_from=stage.made_from,
+        stage_config=stage.config,
+        critic=bare_critic,
     )
 
 
 def train(accelerator: Accelerator, stage: Stage, state: TrainState) -> None:
-    """From the state's step to the last one."""
+    """Train from the state's step to the last one."""
     config, stop = state.config, StopRequest()
     watch = ProcessWatch(accelerator, config.stall_timeout, state.describe_newest_checkpoint)
     log = MetricsLog(accelerator, config, state.step, state.samples_per_step)
@@ -181,22 +163,25 @@ def train(accelerator: Accelerator, stage: Stage, state: TrainState) -> None:
         with watch.guarded_wait(busy=True):
             run_on_main_process(accelerator, log.open)
         while state.step < config.steps:
+            # The step
             rate = compute_learning_rate(state.step, config)
             norm = compute_gradient(accelerator, stage, state, loader, log, watch, health)
             with watch.guarded_wait():
-                healthy, stopping = health.judge_step(state.step + 1, norm, stop.signal)
+                healthy, stop_signal = health.judge_step(state.step + 1, norm, stop.signal)
             update_weights(accelerator, state, rate, healthy, health.loss_was_finite)
             health.check_skipped_steps(state.skipped)
             done = state.step == config.steps
+            # Log, save, and stop if asked to
             with watch.guarded_wait():
                 log.step(state.step, rate, norm, validate_ema(accelerator, stage, state, health))
-            if stopping or done or state.step % config.save_every == 0:
+            if stop_signal or done or state.step % config.save_every == 0:
                 with watch.guarded_wait(busy=True):
-                    failed_saves = save_progress(accelerator, stage, state, failed_saves, must=bool(stopping) or done)
-            if stopping and not done:
-                what = f"stopped at step {state.step} of {config.steps}, which {config.output} holds"
-                status = 128 + stopping if stopping == signal.SIGINT else RESUMABLE_STATUS
-                raise RunStopped(f"{what}; the same command goes on from there", status)
+                    must_save = bool(stop_signal) or done
+                    failed_saves = save_progress(accelerator, stage, state, failed_saves, must_save)
+            if stop_signal and not done:
+                what = f"stopped at step {state.step} of {config.steps}, which is saved in {config.output}"
+                status = 128 + stop_signal if stop_signal == signal.SIGINT else RESUMABLE_STATUS
+                raise RunStopped(f"{what}; the same command continues from there", status)
             with watch.guarded_wait(busy=True):
                 draw_due_preview(accelerator, stage, state, log)
     finally:
@@ -207,7 +192,7 @@ def train(accelerator: Accelerator, stage: Stage, state: TrainState) -> None:
 
 
 def iterate_training_batches(stage: Stage, state: TrainState) -> Generator[Batch, None, None]:
-    """The batches of this process, from the state's position on."""
+    """Yield the batches of this process, from the state's position on."""
     return iterate_batches(
         stage.dataset,
         stage.num_workers,
@@ -228,22 +213,27 @@ def compute_gradient(
     watch: ProcessWatch,
     health: HealthMonitor,
 ) -> Tensor | None:
-    """Losses and gradients of a step's micro-batches; the norm of the clipped gradient, or a critic's if not finite."""
+    """Accumulate the gradient of a step's micro-batches, and clip it.
+
+    Returns the norm before clipping, (); of a critic's gradient instead, if that is not finite.
+    """
     config, model, critic = state.config, stage.model, stage.critic
     models = [model] if critic is None else [model, critic.model]
     if critic is not None:
         critic.step = state.step
-        critic.model.train()
-    model.train()
+    for trained in models:
+        trained.train()
+    # Neither a compiler nor the second forward pass of checkpointing runs under the replaced attention.
+    attention_replaceable = not (config.compile or config.gradient_checkpointing)
     for micro in range(config.gradient_accumulation):
-        last = micro == config.gradient_accumulation - 1
         batch = next(loader).to(accelerator.device)
         seed_step_noise(config.seed, state.step * config.gradient_accumulation + micro, accelerator)
-        with watch.guarded_wait(), contextlib.ExitStack() as within:
-            for one in () if last else models:
-                within.enter_context(accelerator.no_sync(one))
-            repeated = config.compile or config.gradient_checkpointing
-            within.enter_context(choose_short_attention(accelerator.device, accelerator.mixed_precision, repeated))
+        with watch.guarded_wait(), contextlib.ExitStack() as contexts:
+            if micro < config.gradient_accumulation - 1:  # processes exchange gradients once, in the last one
+                for trained in models:
+                    contexts.enter_context(accelerator.no_sync(trained))
+            if attention_replaceable:
+                contexts.enter_context(choose_short_attention(accelerator.device, accelerator.mixed_precision))
             with accelerator.autocast():
                 metrics = stage.loss(model, batch)
             total = metrics["loss"] + metrics.get("critic_loss", 0)
@@ -253,7 +243,7 @@ def compute_gradient(
         health.add_micro_batch(batch, total)
     with watch.guarded_wait():
         norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        if critic is not None and norm is not None:  # not by accelerate, which under fp16 would unscale a second time
+        if critic is not None and norm is not None:  # not by accelerate, which would unscale fp16's gradients again
             critic_norm = nn.utils.clip_grad_norm_(critic.model.parameters(), config.max_grad_norm)
             norm = torch.where(torch.isfinite(critic_norm), norm, critic_norm)
         return None if norm is None else gather_full_tensor(norm)
@@ -262,23 +252,28 @@ def compute_gradient(
 def update_weights(
     accelerator: Accelerator, state: TrainState, rate: float, healthy: bool, loss_was_finite: bool = True
 ) -> None:
-    """One optimizer step; or none, weights, average and optimizer unchanged, if something was not finite."""
+    """Take an optimizer step; leave weights, average and optimizer as they are if the step is not `healthy`."""
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     scaler = accelerator.scaler
     if healthy:
         state.optimizer.step()
+        # The decay rises from 1/11, so that the average soon forgets the initial weights.
         state.average.update(min(state.config.ema_decay, (state.step + 1) / (state.step + 11)))
     elif scaler is not None:
         scaler.update()  # lowers the scale
     state.optimizer.zero_grad()
     state.step += 1
-    searching = scaler is not None and scaler.get_scale() > 1 and loss_was_finite  # fp16's scale starts too large
-    state.skipped = 0 if healthy or searching else state.skipped + 1
+    # fp16's scale starts too large, and the first steps overflow until it is low enough.
+    scale_too_large = scaler is not None and scaler.get_scale() > 1 and loss_was_finite
+    state.skipped = 0 if healthy or scale_too_large else state.skipped + 1
 
 
 def save_progress(accelerator: Accelerator, stage: Stage, state: TrainState, failed: int, must: bool) -> int:
-    """A checkpoint and the exported average; how often in a row it could not be written."""
+    """Save a checkpoint and export the averaged model. Returns the number of failures in a row.
+
+    Raises RunError if saving fails and `must` succeed, or has failed too often.
+    """
     try:
         state.save_state()
         export_ema(accelerator, stage, state)
@@ -292,8 +287,8 @@ def save_progress(accelerator: Accelerator, stage: Stage, state: TrainState, fai
 
 
 def export_ema(accelerator: Accelerator, stage: Stage, state: TrainState) -> None:
-    with state.gather_ema_model() as average:
-        run_on_main_process(accelerator, lambda: stage.export(average))
+    with state.gather_ema_model() as model:
+        run_on_main_process(accelerator, lambda: stage.export(model))
 
 
 def is_step_due(state: TrainState, every: int) -> bool:
@@ -301,62 +296,60 @@ def is_step_due(state: TrainState, every: int) -> bool:
 
 
 def draw_due_preview(accelerator: Accelerator, stage: Stage, state: TrainState, log: MetricsLog) -> None:
-    """Pictures of what the averaged model does, when they are due."""
+    """Draw and log preview images with the averaged model, every `sample_every` steps and at the end."""
     if stage.preview is None or not is_step_due(state, state.config.sample_every):
         return
     preview = stage.preview
 
-    def show() -> None:
+    def draw() -> None:
         try:
-            log.save_images(state.step, preview(average))
+            log.save_images(state.step, preview(model))
         except (OSError, RuntimeError, MemoryError) as error:
-            if not (isinstance(error, OSError) or is_out_of_memory(error)):  # which are no reason to end a run
+            # A full disk or little memory must not end a run; any other error is a defect.
+            if not (isinstance(error, OSError) or is_out_of_memory(error)):
                 raise
             accelerator.print(f"warning: no sample pictures of step {state.step}: {error}")
 
-    with state.gather_ema_model() as average, torch.no_grad():
-        run_on_main_process(accelerator, show)
+    with state.gather_ema_model() as model, torch.no_grad():
+        run_on_main_process(accelerator, draw)
 
 
 @torch.no_grad()
 def validate_ema(
     accelerator: Accelerator, stage: Stage, state: TrainState, health: HealthMonitor
 ) -> dict[str, float] | None:
-    """When it is due, the averaged model's metrics on held-out samples: the same ones every time, with the same noise
-    and timesteps."""
+    """Return the averaged model's metrics on held-out samples; None if the step is not due for it.
+
+    Samples, noise and timesteps are the same every time.
+    """
     config, world = state.config, accelerator.num_processes
     if stage.validation is None or not is_step_due(state, config.validate_every):
         return None
     count = min(len(stage.validation), config.validation_samples)  # type: ignore[arg-type]
     batch_size = max(1, min(config.batch_size, count // world))
-    loader = iterate_batches(
-        stage.validation, 0, batch_size=batch_size, seed=0, rank=accelerator.process_index, world=world
-    )
-    number = max(1, count // (batch_size * world))
+    order = {"batch_size": batch_size, "seed": 0, "rank": accelerator.process_index, "world": world}
+    loader, batches = iterate_batches(stage.validation, num_workers=0, **order), max(1, count // (batch_size * world))
     sums: dict[str, Tensor] = {}
     with state.average.ema_weights() as model:
-        for i in range(number):
+        for i in range(batches):
             seed_step_noise(0, i, accelerator)
             batch = next(loader)
             health.record_rejected_samples(batch)
             with accelerator.autocast():
                 metrics = stage.loss(model, batch.to(accelerator.device))
             for name, value in metrics.items():
-                sums[name] = sums.get(name, 0) + value.float() / number
+                sums[name] = sums.get(name, 0) + value.float() / batches
     names = sorted(sums)
     means = accelerator.reduce(torch.stack([sums[name] for name in names]), "mean").tolist()
     return {f"validation_{name}": value for name, value in zip(names, means)}
 
 
 def estimate_run(accelerator: Accelerator, stage: Stage, state: TrainState) -> None:
-    """What `train.dry_run` prints: the cost of the run, from a few real steps that nothing is kept of."""
+    """Take a few real steps and print the cost of the run; nothing is written (`train.dry_run`)."""
     config = state.config
     watch = ProcessWatch(accelerator, config.stall_timeout, str)
-    health, loader, times = (
-        HealthMonitor(accelerator, stage.dataset, config.output),
-        iterate_training_batches(stage, state),
-        [],
-    )
+    health = HealthMonitor(accelerator, stage.dataset, config.output)
+    loader, times = iterate_training_batches(stage, state), []
     try:
         for _ in range(DRY_RUN_STEPS):
             start = time.perf_counter()
@@ -366,49 +359,26 @@ def estimate_run(accelerator: Accelerator, stage: Stage, state: TrainState) -> N
     finally:
         loader.close()
         watch.close()
-    seconds = min(times[1:])
-    trained = sum(one.numel() for one in state.average.parameters.values())
-    total = sum(one.numel() for one in state.model.parameters())
-    more = 0 if state.critic is None else sum(one.numel() for one in state.critic.parameters())
-    size, a_step = len(stage.dataset), state.samples_per_step  # type: ignore[arg-type]
-    where = f"{accelerator.num_processes} on {accelerator.device.type}, precision {accelerator.mixed_precision}"
+    seconds = min(times[1:])  # the first one also warms up
+    trained, total = count_elements(state.average.parameters.values()), count_elements(state.model.parameters())
+    critic = "" if state.critic is None else f", and {count_elements(state.critic.parameters()):,} of its critic"
+    size, per_step = len(stage.dataset), state.samples_per_step  # type: ignore[arg-type]
+    passes, devices = (
+        config.steps * per_step / size,
+        f"{accelerator.num_processes} on {accelerator.device.type}, precision {accelerator.mixed_precision}",
+    )
     accelerator.print(
-        f"parameters: {trained:,} trained of {total:,}{f', and {more:,} of its critic' if more else ''}\n"
-        f"processes: {where}\n"
-        f"samples: {size:,}, {a_step} a step; {config.steps:,} steps see each {config.steps * a_step / size:,.1f} x\n"
+        f"parameters: {trained:,} trained of {total:,}{critic}\n"
+        f"processes: {devices}\n"
+        f"samples: {size:,}, {per_step} a step; {config.steps:,} steps see each {passes:,.1f} x\n"
         f"memory: {measure_peak_memory(accelerator):.2f} GB a process after a step, at the peak on a GPU\n"
         f"disk: {state.count_checkpoint_bytes() / 1e6:,.1f} MB a checkpoint, {config.keep} are kept\n"
         f"time: {seconds:.3g} s a step, {format_duration(seconds * config.steps)} for all; nothing was written"
     )
 
 
-def build_optimizer(stage: Stage, config: TrainConfig) -> Optimizer:
-    """AdamW, fused, with weight decay for matrices and kernels only.
-
-    AdamW knows nothing but single weights, so that one of several groups is as many optimizers, with one scale of the
-    gradients in fp16: a critic's weights are groups with betas of their own.
-    """
-    groups, betas = build_parameter_groups(stage.model, config), (0.9, config.adam_beta2)
-    if stage.critic is not None:
-        groups += [
-            group | {"betas": stage.critic.betas} for group in build_parameter_groups(stage.critic.model, config)
-        ]
-    if config.optimizer == "adamw":
-        return AdamW(groups, betas=betas, fused=True)
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError as error:
-        raise InputError("train.optimizer=adamw8bit needs bitsandbytes; pip install 't2i[8bit]'") from error
-    return AdamW8bit(groups, betas=betas)
-
-
-def build_parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """Weight decay for matrices and kernels only."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+def count_elements(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)
 
 
 def seed_step_noise(seed: int, micro_step: int, accelerator: Accelerator) -> None:
@@ -417,11 +387,13 @@ def seed_step_noise(seed: int, micro_step: int, accelerator: Accelerator) -> Non
 
 
 def suggest_less_memory(config: TrainConfig) -> str:
-    """What to train with in less memory, for as many samples a step."""
+    """Return settings that train with the same number of samples a step in less memory."""
     size = config.batch_size
     parts = next((count for count in range(2, size + 1) if size % count == 0), None)
-    ways = [] if config.gradient_checkpointing else ["train.gradient_checkpointing=true"]
+    ways = []
     if parts is not None:
         accumulation = parts * config.gradient_accumulation
-        ways.insert(0, f"train.batch_size={size // parts} train.gradient_accumulation={accumulation}")
+        ways.append(f"train.batch_size={size // parts} train.gradient_accumulation={accumulation}")
+    if not config.gradient_checkpointing:
+        ways.append("train.gradient_checkpointing=true")
     return f"the same samples a step take less with {', or with '.join(ways)}" if ways else "use a smaller model"

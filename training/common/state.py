@@ -1,4 +1,4 @@
-"""The state of a run: what a checkpoint holds, and what has to be the same for a run to go on from it."""
+"""The state of a run: the content of its checkpoints, and the settings that a resumed run must share with them."""
 
 import os
 import shutil
@@ -31,37 +31,31 @@ from t2i.runtime.processes import run_on_main_process
 
 try:
     import fcntl
-except ImportError:  # Windows: two trainers in one folder go unnoticed there
+except ImportError:  # Windows, where two trainers in one folder are not noticed
     fcntl = None  # type: ignore[assignment]
 
-FIXED_TRAIN_KEYS = ("seed", "optimizer")  # of TrainConfig
-PATH_KEYS = (
-    "clip",
-    "autoencoder",
-    "text_encoder",
-    "cache",
-    "init",
-    "perceptual_clip",
-)  # what they are is in `made_from`
-MUTABLE_KEYS = ("train.", "sample.", "data.path", "data.num_workers", *PATH_KEYS)
-WEIGHT_COPIES = 4  # of the trained weights in a checkpoint: themselves, their average, and AdamW's two moments
+# Settings that may differ when a run resumes. Paths may, because `made_from` identifies what lies there.
+PATH_KEYS = ("clip", "autoencoder", "text_encoder", "cache", "init", "perceptual_clip", "data.path")
+MUTABLE_KEYS = ("train.", "sample.", "data.num_workers", *PATH_KEYS)
+FIXED_TRAIN_KEYS = ("seed", "optimizer")  # of TrainConfig, whose other settings may differ
+WEIGHT_COPIES = 4  # copies of the trained weights in a checkpoint: they, their average, and AdamW's two moments
 
 
 @dataclass
 class TrainState:
-    """Everything that changes while a model learns. Its position in the data is a function of the step."""
+    """Everything that changes while a model learns. The position in the data is a function of the step."""
 
     accelerator: Accelerator
     config: TrainConfig
     model: nn.Module  # bare: neither wrapped nor compiled
-    model_class: Any  # its class; sharding changes that
+    model_class: Any  # the class before sharding, which changes it
     average: EMA
     optimizer: Optimizer
-    made_from: dict[str, str]  # what the run depends on beside its configuration: the data, the models before it
+    made_from: dict[str, str]  # as in `Stage`
     stage_config: dict[str, Any]  # the stage's whole configuration
     step: int = 0
     skipped: int = 0  # steps in a row whose loss or gradient was not finite
-    critic: nn.Module | None = None  # bare; its weights are in the optimizer, and not averaged
+    critic: nn.Module | None = None  # bare; the optimizer holds its weights too, and no average exists of them
 
     @property
     def checkpoint_folder(self) -> Path:
@@ -72,18 +66,23 @@ class TrainState:
         return self.config.batch_size * self.config.gradient_accumulation * self.accelerator.num_processes
 
     def save_state(self) -> None:
-        """Write a checkpoint; every process has to call it. Raises OSError, nothing changed, if it cannot."""
-        tensors = {
-            "model": gather_full_tensors(self.accelerator, self.model.state_dict()),
-            "ema": gather_full_tensors(self.accelerator, self.average.values),
-            "optimizer": gather_full_tensors(self.accelerator, flatten_optimizer(self.optimizer)),
+        """Write a checkpoint; all processes must call this. Raises OSError, with nothing changed, if writing fails."""
+        groups = {
+            "model": self.model.state_dict(),
+            "ema": self.average.values,
+            "optimizer": flatten_optimizer(self.optimizer),
         }
         if self.critic is not None:
-            tensors["critic"] = gather_full_tensors(self.accelerator, self.critic.state_dict())
-        state: dict[str, Any] = {"config": asdict(self.config), "made_from": self.made_from, "skipped": self.skipped}
-        state["stage"] = self.stage_config
-        state["samples_per_step"] = self.samples_per_step
-        state["num_processes"] = self.accelerator.num_processes
+            groups["critic"] = self.critic.state_dict()
+        tensors = {name: gather_full_tensors(self.accelerator, group) for name, group in groups.items()}
+        state: dict[str, Any] = {
+            "config": asdict(self.config),
+            "made_from": self.made_from,
+            "skipped": self.skipped,
+            "stage": self.stage_config,
+            "samples_per_step": self.samples_per_step,
+            "num_processes": self.accelerator.num_processes,
+        }
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
 
@@ -94,13 +93,14 @@ class TrainState:
         run_on_main_process(self.accelerator, write)
 
     def load_state(self) -> None:
-        """Go on from the newest checkpoint that verifies, or from the one that the configuration names."""
+        """Load the newest checkpoint that verifies, or the one in `train.resume`; do nothing if there is none."""
         path = run_on_main_process(self.accelerator, self.find_checkpoint)
         if path is None:
             return
         if not path.is_dir():
+            rank = self.accelerator.process_index
             raise InputError(
-                f"process {self.accelerator.process_index} does not see {path}; it must be a shared folder"
+                f"process {rank} cannot find {path}; train.output must be a folder that all processes share"
             )
         checkpoint = load_checkpoint(path)
         self.check_checkpoint(checkpoint)
@@ -111,72 +111,73 @@ class TrainState:
                 restore_tensors(self.critic.state_dict(), checkpoint.tensors["critic"])
             restore_optimizer(self.optimizer, checkpoint.tensors["optimizer"])
         except (RuntimeError, KeyError, ValueError, SafetensorError) as error:
-            raise InputError(f"{path} is of another model: {error}; start in another train.output") from error
+            raise InputError(f"{path} belongs to another model: {error}; use another train.output") from error
         if self.accelerator.scaler is not None and "scaler" in checkpoint.state:
             self.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
         self.step, self.skipped = checkpoint.state["step"], checkpoint.state["skipped"]
         self.accelerator.print(f"resuming from {path}")
 
     def find_checkpoint(self) -> Path | None:
+        """Return the checkpoint to resume from, None for a new run. Raises if it is damaged or not the newest."""
         if self.config.resume != "latest":
-            asked = self.checkpoint_folder / Path(self.config.resume).name
-            if problem := verify_checkpoint(asked):
-                raise RunError(f"train.resume asks for {asked}, but {problem}")
-            if newer := [path.name for path in find_checkpoints(self.checkpoint_folder) if path.name > asked.name]:
+            path = self.checkpoint_folder / Path(self.config.resume).name
+            if problem := verify_checkpoint(path):
+                raise RunError(f"train.resume is {path}, but {problem}")
+            if newer := [other.name for other in find_checkpoints(self.checkpoint_folder) if other.name > path.name]:
                 raise InputError(
-                    f"train.resume asks for {asked}, but there are newer ones: {', '.join(newer)}; move them out of "
-                    f"{self.checkpoint_folder} to go on from there, or leave train.resume out to go on from the newest"
+                    f"train.resume is {path}, but there are newer checkpoints: {', '.join(newer)}; move them out of "
+                    f"{self.checkpoint_folder}, or leave train.resume out to resume from the newest"
                 )
-            return asked
-        path, problems = find_newest_checkpoint(self.checkpoint_folder)
+            return path
+        newest, problems = find_newest_checkpoint(self.checkpoint_folder)
         for problem in problems:
             self.accelerator.print(f"skipped: {problem}")
-        if path is None and problems:
+        if newest is None and problems:
             raise RunError(
-                f"no checkpoint in {self.checkpoint_folder} is whole; delete them to start anew. "
+                f"all checkpoints in {self.checkpoint_folder} are damaged; delete them to start anew. "
                 f"The first: {problems[0]}"
             )
-        return path
+        return newest
 
     def check_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Refuse what would make a resumed run another run: other samples, other noise, other data or models."""
-        state, config = checkpoint.state, self.config
-        before = {
-            **select_fixed_settings(state["stage"]),
-            **{f"train.{name}": state["config"][name] for name in FIXED_TRAIN_KEYS},
-        }
-        now = {
-            **select_fixed_settings(self.stage_config),
-            **{f"train.{name}": getattr(config, name) for name in FIXED_TRAIN_KEYS},
-        }
+        """Refuse settings that would make the resumed run another run: other samples, noise, data or models."""
+        state, path = checkpoint.state, checkpoint.path
+        remedy = "or use another train.output"
+        # Settings
+        before = select_fixed_settings(state["stage"], state["config"])
+        now = select_fixed_settings(self.stage_config, asdict(self.config))
         for name in sorted({**before, **now}):
             if name not in before and "." not in name and not now[name]:
-                continue  # an option that came later, and is off
+                continue  # an option that is newer than the checkpoint, and off
             if before.get(name) != now.get(name):
                 raise InputError(
-                    f"{checkpoint.path} was trained with {name}={before.get(name)!r}, now {now.get(name)!r}; "
-                    "keep it, or start in another train.output"
+                    f"{path} was trained with {name}={before.get(name)!r}, now {now.get(name)!r}; keep it, {remedy}"
                 )
+        # Samples of a step
         if state["samples_per_step"] != self.samples_per_step:
+            old = state["config"]
             raise InputError(
-                f"{checkpoint.path} was trained with {state['samples_per_step']} samples a step (batch_size "
-                f"{state['config']['batch_size']} x gradient_accumulation {state['config']['gradient_accumulation']} x "
-                f"{state['num_processes']} processes), now {config.batch_size} x {config.gradient_accumulation} x "
-                f"{self.accelerator.num_processes} = {self.samples_per_step}; keep the product, or start in another "
-                "train.output"
+                f"{path} was trained with {state['samples_per_step']} samples a step (batch_size {old['batch_size']} x "
+                f"gradient_accumulation {old['gradient_accumulation']} x {state['num_processes']} processes), now "
+                f"{self.config.batch_size} x {self.config.gradient_accumulation} x {self.accelerator.num_processes} = "
+                f"{self.samples_per_step}; keep the product, {remedy}"
             )
-        for name, value in self.made_from.items():
-            if (before := state["made_from"].get(name)) != value:
+        # Data and frozen models
+        for name, identity in self.made_from.items():
+            old_identity = state["made_from"].get(name)
+            if old_identity != identity:
                 raise InputError(
-                    f"{checkpoint.path} was trained with another {name} ({before}, now {value}); "
-                    "start in another train.output"
+                    f"{path} was trained with another {name} ({old_identity}, now {identity}); use the same, {remedy}"
                 )
 
     @contextmanager
     def gather_ema_model(self) -> Iterator[nn.Module]:
-        """The averaged model, on the main process whole even if training shards it. Every process has to ask for it."""
+        """Return the averaged model; on the main process it is whole, even if training shards it.
+
+        All processes must enter this context.
+        """
         with self.average.ema_weights() as model:
-            if not any(isinstance(one, DTensor) for one in self.average.values.values()):
+            if not any(isinstance(tensor, DTensor) for tensor in self.average.values.values()):
                 yield model
                 return
             weights = gather_full_tensors(self.accelerator, model.state_dict())
@@ -187,24 +188,22 @@ class TrainState:
         yield model
 
     def describe_newest_checkpoint(self) -> str:
-        """The newest checkpoint, for messages about a run that fails."""
-        found = find_checkpoints(self.checkpoint_folder)
-        return f"{found[-1]} is kept, the same command goes on from there" if found else "There is no checkpoint yet"
+        """Return a sentence about the newest checkpoint, for messages about a run that fails."""
+        paths = find_checkpoints(self.checkpoint_folder)
+        return f"{paths[-1]} is kept, the same command continues from there" if paths else "There is no checkpoint yet"
 
     def count_checkpoint_bytes(self) -> int:
-        trained = sum(one.numel() * one.element_size() for one in self.average.parameters.values())
-        critic = 0 if self.critic is None else sum(one.nbytes for one in self.critic.state_dict().values())
-        return (WEIGHT_COPIES - 1) * (trained + critic) + self.count_model_bytes()  # a critic has no average
-
-    def count_model_bytes(self) -> int:
-        return sum(one.numel() * one.element_size() for one in self.model.state_dict().values())
+        trained = count_bytes(self.average.parameters)
+        critic = 0 if self.critic is None else count_bytes(self.critic.state_dict())
+        # The model is stored whole, frozen weights too; of a critic there is no average.
+        return (WEIGHT_COPIES - 1) * (trained + critic) + count_bytes(self.model.state_dict())
 
     def check_disk_space(self) -> None:
-        """Refuse to start where the checkpoints will not fit."""
+        """Raise InputError if the checkpoints and the exported model will not fit on the disk."""
         size, keep = self.count_checkpoint_bytes(), self.config.keep
-        held = sum(path.stat().st_size for path in self.checkpoint_folder.glob("step-*/*") if path.is_file())
-        exported = 2 * self.count_model_bytes()  # for a moment there are two
-        needed = max(size, (keep + 1) * size - held) + exported
+        present = sum(path.stat().st_size for path in self.checkpoint_folder.glob("step-*/*") if path.is_file())
+        exported = 2 * count_bytes(self.model.state_dict())  # the new one is written before the old one goes
+        needed = max(size, (keep + 1) * size - present) + exported
         free = shutil.disk_usage(self.config.output).free
         if free < needed:
             raise InputError(
@@ -214,18 +213,24 @@ class TrainState:
             )
 
 
+def count_bytes(tensors: dict[str, Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())  # of a DTensor, all its shards
+
+
+# torch.distributed.checkpoint.state_dict does not fit here: it takes no averages, and no optimizer over two models; it
+# takes an optimizer step to create missing moments, and it loses their memory format.
 def gather_full_tensors(accelerator: Accelerator, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the main process, gathered from their shards; nothing on the others."""
-    found = {}
+    """Return the tensors gathered from their shards on the main process, and nothing on the others."""
+    result = {}
     for name, tensor in tensors.items():
         gathered = gather_full_tensor(tensor.detach())
         if accelerator.is_main_process:
-            found[name] = gathered.cpu() if isinstance(tensor, DTensor) else gathered
-    return found
+            result[name] = gathered.cpu() if isinstance(tensor, DTensor) else gathered
+    return result
 
 
 def restore_tensors(tensors: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
-    """Copy saved values into tensors, whole or sharded, of the same names and shapes."""
+    """Copy saved values into tensors, whole or sharded. Raises ValueError if names or shapes differ."""
     missing, unknown = sorted(set(tensors) - set(saved)), sorted(set(saved) - set(tensors))
     shapes = [
         f"{name} {tuple(saved[name].shape)} instead of {tuple(tensors[name].shape)}"
@@ -241,7 +246,7 @@ def restore_tensors(tensors: dict[str, Tensor], saved: dict[str, Tensor]) -> Non
 
 
 def shard_like(tensor: Tensor, saved: Tensor) -> Tensor:
-    """A saved tensor on the device of another, and sharded as that is."""
+    """Move a saved tensor to the device of `tensor`, and shard it in the same way."""
     saved = saved.to(tensor.device)
     if not isinstance(tensor, DTensor):
         return saved
@@ -249,7 +254,10 @@ def shard_like(tensor: Tensor, saved: Tensor) -> Tensor:
 
 
 def flatten_optimizer(optimizer: Optimizer) -> dict[str, Tensor]:
-    """An optimizer's tensors by "index.name"; its rates and decays belong to the configuration."""
+    """Return an optimizer's tensors by "index.name", where the index counts its parameters.
+
+    Learning rates and weight decays are left out; they come from the configuration.
+    """
     state = optimizer.state_dict()["state"]
     return {
         f"{index}.{name}": value if isinstance(value, Tensor) else torch.tensor(value)
@@ -259,10 +267,10 @@ def flatten_optimizer(optimizer: Optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put saved tensors back, each in its parameter's memory format, which fused kernels expect, and sharding."""
+    """Restore the tensors of `flatten_optimizer`. Raises ValueError if they do not fit the parameters."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if unknown := [key for key in tensors if int(key.split(".")[0]) >= len(parameters)]:
-        raise ValueError(f"its optimizer has {len(unknown)} tensors more than this model needs")
+        raise ValueError(f"its optimizer has {len(unknown)} tensors too many")
     for key, value in tensors.items():
         index, name = key.split(".", 1)
         parameter = parameters[int(index)]
@@ -270,6 +278,7 @@ def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
         if value.ndim == 0:
             state[name] = value.to(parameter.device).clone() if value.is_floating_point() else int(value)
         elif value.shape == parameter.shape:
+            # With the memory format of the parameter, which fused kernels expect
             state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(shard_like(parameter, value)).detach()
         elif value.numel() == parameter.numel() and name in ("exp_avg", "exp_avg_sq"):
             raise ValueError(f"its optimizer's {key} has shape {tuple(value.shape)}, not {tuple(parameter.shape)}")
@@ -278,36 +287,35 @@ def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
 
 
 def flatten_config(config: dict[str, Any], name: str = "") -> dict[str, Any]:
-    """{"data.path": ...} of {"data": {"path": ...}}"""
-    found: dict[str, Any] = {}
+    """Turn {"data": {"path": ...}} into {"data.path": ...}."""
+    result: dict[str, Any] = {}
     for key, value in config.items():
-        inside = isinstance(value, dict) and value
-        found |= flatten_config(value, f"{name}{key}.") if inside else {f"{name}{key}": value}
-    return found
+        nested = isinstance(value, dict) and value
+        result |= flatten_config(value, f"{name}{key}.") if nested else {f"{name}{key}": value}
+    return result
 
 
-def select_fixed_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a stage's configuration that decides what it learns, not where things lie and how it is shown."""
-    return {name: value for name, value in flatten_config(config).items() if not name.startswith(MUTABLE_KEYS)}
+def select_fixed_settings(stage: dict[str, Any], train: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a stage and of TrainConfig that decide what a model learns."""
+    fixed = {name: value for name, value in flatten_config(stage).items() if not name.startswith(MUTABLE_KEYS)}
+    return fixed | {f"train.{name}": train[name] for name in FIXED_TRAIN_KEYS}
 
 
 @contextmanager
 def lock_folder(accelerator: Accelerator, folder: Path, setting: str = "train.output") -> Iterator[None]:
-    """The folder for this run alone, as long as it lasts: a second one in it is refused."""
-    held: list[Any] = []
+    """Lock a folder for this run until the context ends. Raises InputError if another run has locked it."""
+    files: list[Any] = []
 
     def lock() -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            file = open(folder / "run.lock", "a+", encoding="utf-8")  # noqa: SIM115  held until the run ends
+            file = open(folder / "run.lock", "a+", encoding="utf-8")  # noqa: SIM115  open until the run ends
         except OSError as error:
-            raise InputError(
-                f"{setting}={str(folder)!r} cannot be written ({error}); give a folder that is yours"
-            ) from error
-        held.append(file)
+            raise InputError(f"{setting}={str(folder)!r} cannot be written ({error}); give another folder") from error
+        files.append(file)
         if fcntl is not None:
             try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however it ends
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends, also by SIGKILL
             except (BlockingIOError, PermissionError) as error:
                 file.seek(0)
                 holder = file.read().strip() or "another process"
@@ -320,5 +328,5 @@ def lock_folder(accelerator: Accelerator, folder: Path, setting: str = "train.ou
         run_on_main_process(accelerator, lock)
         yield
     finally:
-        for file in held:
+        for file in files:
             file.close()
