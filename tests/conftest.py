@@ -1,5 +1,9 @@
-"""Real components at tiny sizes: a folder of drawings, the four stages trained on it for a few steps, a pipeline."""
+"""Real components at tiny sizes: a folder of drawings, the four stages trained on it for a few steps, a pipeline.
 
+Folders are made once in a session, also where several workers share its tests: no test may change them.
+"""
+
+import copy
 import json
 import os
 import shutil
@@ -7,22 +11,53 @@ from collections.abc import Callable
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may look for a model on the hub
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is bit for bit is so on a CPU
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # results are equal bit for bit on a CPU
 os.environ["ACCELERATE_USE_CPU"] = "true"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors gain nothing from threads, and workers share the cores
 
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image, ImageDraw
+
+from tests.helpers.slow import mark_slow_tests
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_slow_tests(items)
+
+
 @pytest.fixture(scope="session")
-def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Make a folder of the session: `make_once(name, make)` calls `make(folder)` in the first worker that needs it."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+
+    def make_folder(name: str, make: Callable[[Path], object]) -> Path:
+        folder, finished = base / name, base / f"{name}.finished"
+        with FileLock(base / f"{name}.lock"):
+            if not finished.exists():
+                make(folder)
+                finished.touch()
+        return folder
+
+    return make_folder
+
+
+@pytest.fixture(scope="session")
+def shapes(make_once) -> Path:
     """36 captioned drawings, 4 of them held out."""
+    return make_once("shapes", draw_shapes)
+
+
+def draw_shapes(folder: Path) -> None:
     from t2i.data.manifest import write_manifest
 
-    folder = tmp_path_factory.mktemp("data") / "shapes"
     folder.mkdir()
     rows = []
     for i in range(36):
@@ -37,7 +72,6 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows.append(json.dumps(row | {"split": split}))
     (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
     write_manifest(folder, quiet=True)
-    return folder
 
 
 def arguments(stage: str, data: Path, runs: Path, steps: int = 3, **overrides: object) -> list[str]:
@@ -60,19 +94,21 @@ def train(stage: str, data: Path, runs: Path, steps: int = 3, **overrides: objec
 
 
 @pytest.fixture(scope="session")
-def runs(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(shapes: Path, make_once) -> Path:
     """All four stages, trained for three steps."""
-    folder = tmp_path_factory.mktemp("runs")
-    for stage in ("clip", "autoencoder", "prior", "decoder"):
-        train(stage, shapes, folder)
-    return folder
+
+    def train_stages(folder: Path) -> None:
+        for stage in ("clip", "autoencoder", "prior", "decoder"):
+            train(stage, shapes, folder)
+
+    return make_once("runs", train_stages)
 
 
 @pytest.fixture(scope="session")
-def pipeline_folder(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pipeline_folder(runs: Path, make_once) -> Path:
     from t2i.pipelines.jobs.assemble import assemble_pipeline_folder
 
-    return assemble_pipeline_folder(runs, tmp_path_factory.mktemp("models") / "tiny")
+    return make_once("tiny", lambda folder: assemble_pipeline_folder(runs, folder))
 
 
 def relabel(folder: Path, change: Callable[[dict, int], object]) -> Path:
@@ -91,29 +127,34 @@ def colored(shapes: Path, target: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def labelled(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def labelled(shapes: Path, make_once) -> Path:
     """The drawings, labelled with their colours."""
     from t2i.data.manifest import write_manifest
     from t2i.data.sources.samples import Columns
 
-    folder = colored(shapes, tmp_path_factory.mktemp("labelled") / "shapes")
-    write_manifest(folder, columns=Columns(label="color"), quiet=True)
-    return folder
+    def label(folder: Path) -> None:
+        write_manifest(colored(shapes, folder), columns=Columns(label="color"), quiet=True)
+
+    return make_once("labelled", label)
 
 
 @pytest.fixture(scope="session")
-def classifier_folder(labelled: Path, runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def classifier_folder(labelled: Path, runs: Path, make_once) -> Path:
     """A classifier, trained until it sees colours."""
-    folder, models = tmp_path_factory.mktemp("classifier"), {part: runs / part for part in ("clip", "autoencoder")}
     settings = {"train.learning_rate": 3e-3, "train.log_every": 10, "train.ema_decay": 0.9}
-    train(
-        "classifier", labelled, folder, 60, **models, **settings | {"train.batch_size": 32, "train.validate_every": 60}
-    )
-    return folder / "classifier"
+    settings |= {"train.batch_size": 32, "train.validate_every": 60}
+    settings |= {part: runs / part for part in ("clip", "autoencoder")}
+    return make_once("classifiers", lambda folder: train("classifier", labelled, folder, 60, **settings)) / "classifier"
 
 
 @pytest.fixture
-def pipeline(pipeline_folder: Path):
+def pipeline(loaded_pipeline):
+    """A copy of the pipeline, which a test may change."""
+    return copy.deepcopy(loaded_pipeline)
+
+
+@pytest.fixture(scope="session")
+def loaded_pipeline(pipeline_folder: Path):
     from t2i import Text2ImagePipeline
 
     pipeline = Text2ImagePipeline.from_pretrained(pipeline_folder)
