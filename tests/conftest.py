@@ -4,9 +4,7 @@ Folders are made once in a session, also where several workers share its tests: 
 """
 
 import copy
-import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,13 +16,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors gain nothing from 
 import pytest
 import torch
 from filelock import FileLock
-from PIL import Image, ImageDraw
 
+from tests.helpers.drawings import colored, draw_shapes, relabel
 from tests.helpers.slow import mark_slow_tests
+from tests.helpers.stages import CONFIGS, arguments, seeds, train
+
+__all__ = ["CONFIGS", "arguments", "colored", "relabel", "seeds", "train"]  # older imports of tests
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -55,44 +54,6 @@ def shapes(make_once) -> Path:
     return make_once("shapes", draw_shapes)
 
 
-def draw_shapes(folder: Path) -> None:
-    from t2i.data.manifest import write_manifest
-
-    folder.mkdir()
-    rows = []
-    for i in range(36):
-        color, shape = ("red", "green", "blue")[i % 3], ("circle", "square")[i // 3 % 2]
-        image = Image.new("RGB", (32, 32), "white")
-        draw = ImageDraw.Draw(image)
-        box = (4 + i // 6, 4, 20 + i // 6, 20)
-        (draw.ellipse if shape == "circle" else draw.rectangle)(box, fill=color)
-        image.save(folder / f"{i:02}.png")
-        split = "held_out" if i % 9 == 8 else "train"
-        row = {"file_name": f"{i:02}.png", "text": f"{color} {shape}", "keywords": [color, shape, "drawing"]}
-        rows.append(json.dumps(row | {"split": split}))
-    (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
-    write_manifest(folder, quiet=True)
-
-
-def arguments(stage: str, data: Path, runs: Path, steps: int = 3, **overrides: object) -> list[str]:
-    """Of a stage's tiny configuration, on `data`, into `runs/stage`."""
-    frozen = {"prior": ["clip"], "decoder": ["clip", "autoencoder"]}.get(stage, [])
-    settings = {"data.path": data, "train.output": runs / stage, "train.steps": steps, "train.decay_steps": 0}
-    settings |= {"train.trackers": [], "train.sample_every": 0, "train.validate_every": 0}
-    settings |= {"train.warmup_steps": 0, "train.batch_size": 8, "train.save_every": 1000}
-    settings |= {part: runs / part for part in frozen} | overrides
-    return [str(CONFIGS / "tiny" / f"{stage}.yaml"), *(f"{key}={value}" for key, value in settings.items())]
-
-
-def train(stage: str, data: Path, runs: Path, steps: int = 3, **overrides: object) -> None:
-    from importlib import import_module
-
-    from t2i.config import load_config
-
-    script = import_module(f"t2i.training.train_{stage}")
-    script.main(load_config(script.Config, stage, arguments(stage, data, runs, steps, **overrides)))
-
-
 @pytest.fixture(scope="session")
 def runs(shapes: Path, make_once) -> Path:
     """All four stages, trained for three steps."""
@@ -109,21 +70,6 @@ def pipeline_folder(runs: Path, make_once) -> Path:
     from t2i.pipelines.jobs.assemble import assemble_pipeline_folder
 
     return make_once("tiny", lambda folder: assemble_pipeline_folder(runs, folder))
-
-
-def relabel(folder: Path, change: Callable[[dict, int], object]) -> Path:
-    """`change(row, number)` of every row of a folder's metadata."""
-    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-    for number, row in enumerate(rows):
-        change(row, number)
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-def colored(shapes: Path, target: Path) -> Path:
-    """A copy of the drawings whose metadata names their colours."""
-    shutil.copytree(shapes, target, ignore=shutil.ignore_patterns("t2i"))
-    return relabel(target, lambda row, number: row.update(color=row["text"].split()[0]))
 
 
 @pytest.fixture(scope="session")
@@ -166,11 +112,7 @@ def loaded_pipeline(pipeline_folder: Path):
     return pipeline
 
 
-def seeds(*numbers: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(number) for number in numbers]
-
-
 @pytest.fixture(autouse=True)
 def any_machine_takes_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that lack it compute it slowly, and rightly: what becomes of dtypes is tested everywhere."""
+    """Let dtypes be tested everywhere: a machine without bf16 computes it slowly and gets the same."""
     monkeypatch.setattr("t2i.runtime.devices.can_compute_bf16", lambda device: True)
