@@ -1,25 +1,25 @@
-"""A cache: what frozen models say of every picture and caption, computed once and kept in safetensors shards.
+"""A cache: the encodings of all pictures and captions by frozen models, in safetensors shards.
 
-`training/cache_data.py` makes one; priors and decoders train from it without the models. A folder with
+`training/cache_data.py` writes a cache; priors and decoders train from it without the models. It is a folder with
 
-    key.json                   what it is made from, and
-    config.yaml                how: both written first
+    key.json                   models, data and settings that it is made from, and
+    config.yaml                its configuration: both written first
     train-00000.safetensors    a shard, and
     train-00000.json           its SHA-256 and sizes, written after it
     shared.safetensors         mean and std of the image embeddings, and the encoding of the empty caption
-    cache.json                 all of that, written last: without it a cache is not finished
+    cache.json                 the contents of all JSON files, written last: without it a cache is not finished
 
-A shard holds n pictures with m different captions of T tokens in all:
+A shard contains n pictures with m different captions of T tokens in all:
 
     image_embeds   (n, D), float32                        keys           bytes, the names of the pictures end to end
     latents        (n, C, h, w)                           key_offsets    (n + 1,), int64
     text_embeds    (m, D), float32                        text_states    (T, W), captions end to end
-    choice         (n, V), int64: the caption that        text_offsets   (m + 1,), int64
-                   draw 0, ..., V - 1 of a picture gives  text_encoder_states, text_encoder_offsets: the same of a
+    choice         (n, V), int64: the caption of each     text_offsets   (m + 1,), int64
+                   picture for draw 0, ..., V - 1         text_encoder_states, text_encoder_offsets: likewise, of a
                                                           decoder's own text encoder
 
-Embeddings and latents are as the models say them: our own CLIPs' are of unit length and our own autoencoders' of unit
-variance, public ones' are not.
+Embeddings and latents are stored as the models return them: embeddings of our own CLIPs have unit length and latents of
+our own autoencoders unit variance, those of public models do not.
 """
 
 import hashlib
@@ -47,53 +47,53 @@ CACHE_FORMAT = 1
 
 @dataclass(frozen=True)
 class ClipFacts:
-    """What models trained on the encodings of a CLIP need to know of it."""
+    """Facts about a CLIP that the models trained on its encodings need."""
 
     name: str  # as in the configuration
-    identity: str
+    identity: str  # fingerprint of weights and preprocessing
     embed_dim: int
     text_width: int
     context_length: int
-    unit_length: bool = True  # of the embeddings; older caches are of such CLIPs
+    unit_length: bool = True  # of the embeddings; older caches do not have this key
 
 
 @dataclass(frozen=True)
 class AutoencoderFacts:
-    """What models trained on the latents of an autoencoder need to know of it."""
+    """Facts about an autoencoder that the models trained on its latents need."""
 
     name: str  # as in the configuration
     identity: str
     channels: int
-    factor: int  # pixels per latent, along a side
+    factor: int  # pixels of a side per latent
 
 
 @dataclass(frozen=True)
 class TextEncoderFacts:
-    """What a decoder trained on the states of a text encoder needs to know of it."""
+    """Facts about a text encoder that the decoders trained on its states need."""
 
     identity: str
     width: int
 
 
 class CachedPairs(Dataset):
-    """The pictures and captions of one split of a cache, encoded. Indexed by (index, draw) as CaptionedPictures are.
+    """The encoded pictures and captions of one split of a cache. Indexed by (index, draw) like CaptionedPictures.
 
-    Shards are mapped into memory when they are first read. Raises InputError if the cache is not there, not finished,
-    or not as its cache.json says; the content of a shard is compared by `t2i data cache` alone.
+    Shards are mapped into memory when they are first read. Raises InputError if the cache does not exist, is not
+    finished, or differs from its cache.json in the sizes of files. Only `t2i data cache` compares SHA-256s of shards.
     """
 
     def __init__(
         self, folder: str | Path, split: str = "train", latents: bool = True, text: bool = True, tokens: bool = False
     ):
-        """`latents` and `text`: give them, where the cache holds them. `tokens`: as text, those of the text encoder."""
+        """`latents`, `text`: put these into batches, if stored. `tokens`: the text encoder's states instead of text."""
         self.folder, self.latents, self.text, self.tokens = Path(folder), latents, text, tokens
-        self.captions: CaptionedPictures | None = None  # to give the captions themselves
+        self.captions: CaptionedPictures | None = None  # if set, batches contain the captions themselves
         finished = read_finished_cache(self.folder)
         load_or_explain(lambda _: self.load_index(finished, split), self.folder / "cache.json")
         self.shard_tensors: dict[int, dict[str, Tensor]] = {}
 
     def load_index(self, finished: dict[str, Any], split: str) -> None:
-        """Take over what cache.json says, and compare the files with it."""
+        """Store the content of cache.json, and compare the sizes of the files with it."""
         self.made_from: dict[str, Any] = finished["key"]
         self.clip = finished["clip"] and ClipFacts(**finished["clip"])
         self.autoencoder = finished["autoencoder"] and AutoencoderFacts(**finished["autoencoder"])
@@ -120,7 +120,8 @@ class CachedPairs(Dataset):
         return self.size
 
     def __getitems__(self, keys: list[SampleIndex]) -> Batch:
-        """The batch of these records, in float32; what a DataLoader calls."""
+        """Return the batch of these samples, in float32; a DataLoader calls this."""
+        # Group the keys by shard, for one indexing of its tensors
         order = sorted(range(len(keys)), key=lambda position: keys[position][0] // self.shard_size)
         parts = []
         for number, positions in groupby(order, key=lambda position: keys[position][0] // self.shard_size):
@@ -132,16 +133,17 @@ class CachedPairs(Dataset):
         text = pad_texts(batch["text_embeds"], batch["states"], batch["lengths"]) if self.text else None
         tokens = pad_tokens(batch["states"], batch["lengths"]) if self.tokens else None
         embeds, latents = batch.get("image_embeds"), batch.get("latents")
-        if len(parts) > 1:  # back from the order of the shards
-            back = torch.tensor(order).argsort()
-            embeds, latents = (None if one is None else one[back] for one in (embeds, latents))
-            text = text and text.map_tensors(lambda tensor: tensor[back])
-            tokens = tokens and tokens.map_tensors(lambda tensor: tensor[back])
+        if len(parts) > 1:  # from the order of the shards to that of the keys
+            inverse = torch.tensor(order).argsort()
+            embeds, latents = (None if tensor is None else tensor[inverse] for tensor in (embeds, latents))
+            text = text and text.map_tensors(lambda tensor: tensor[inverse])
+            tokens = tokens and tokens.map_tensors(lambda tensor: tensor[inverse])
         captions = [] if self.captions is None else [self.captions.get_caption(*key) for key in keys]
         index = torch.tensor([index for index, _ in keys])
         return Batch(index, captions, image_embeds=embeds, latents=latents, text=text, tokens=tokens)
 
     def open_shard(self, number: int) -> dict[str, Tensor]:
+        """Return the tensors of a shard that batches need, mapped into memory. Raises InputError if one is missing."""
         if number not in self.shard_tensors:
             tensors, row = open_tensors(self.paths[number]), self.rows[number]
             needed = {"keys": None, "key_offsets": row["pictures"] + 1}
@@ -155,51 +157,54 @@ class CachedPairs(Dataset):
                 needed |= {"choice": row["pictures"]}
             for name, count in needed.items():
                 if name not in tensors or count not in (None, len(tensors[name])):
-                    raise InputError(f"{str(self.paths[number])!r} is no shard of this cache: it lacks {name}")
+                    fault = f"{name} is missing or has another length"
+                    raise InputError(f"{str(self.paths[number])!r} is not a shard of this cache: {fault}")
             self.shard_tensors[number] = {name: tensors[name] for name in needed}
         return self.shard_tensors[number]
 
     def sample_key(self, index: int) -> str:
-        """The name of a record, for people."""
+        """Return the name of a sample."""
         shard, row = self.open_shard(index // self.shard_size), index % self.shard_size
         start, end = shard["key_offsets"][row : row + 2].tolist()
         return bytes(shard["keys"][start:end].tolist()).decode()
 
     def compute_digest(self) -> str:
-        """16 hexadecimal digits for the content of all shards."""
+        """Return 16 hexadecimal digits of the content of all shards."""
         hashes = [row["sha256"] for row in self.rows]
         return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]
 
     @property
     def null(self) -> TextEncoding:
-        """The encoding of the empty caption."""
+        """Return the encoding of the empty caption, for one picture."""
         states = self.shared["null_states"]
         return TextEncoding(self.shared["null_embedding"], states, torch.ones(states.shape[:2], dtype=torch.bool))
 
 
 def gather_rows(shard: dict[str, Tensor], row: Tensor, draw: Tensor) -> dict[str, Tensor]:
-    """Rows of a shard; of the captions, the tokens end to end and how many each has."""
-    found: dict[str, Tensor] = {name: shard[name][row].float() for name in ("image_embeds", "latents") if name in shard}
+    """Return rows of a shard: encodings of the pictures (B, ...), states of all tokens (T, W), and lengths (B,)."""
+    rows: dict[str, Tensor] = {name: shard[name][row].float() for name in ("image_embeds", "latents") if name in shard}
     if "choice" in shard:
         caption = shard["choice"][row, draw]
         if "text_embeds" in shard:
-            found["text_embeds"] = shard["text_embeds"][caption]
-        of = "text" if "text_embeds" in shard else "text_encoder"
-        start = shard[f"{of}_offsets"][caption]
-        length = shard[f"{of}_offsets"][caption + 1] - start
-        before = length.cumsum(0) - length
-        token = torch.arange(int(length.sum())) + (start - before).repeat_interleave(length)
-        found |= {"states": shard[f"{of}_states"][token].float(), "lengths": length}
-    return found
+            rows["text_embeds"] = shard["text_embeds"][caption]
+        kind = "text" if "text_embeds" in shard else "text_encoder"
+        start = shard[f"{kind}_offsets"][caption]
+        length = shard[f"{kind}_offsets"][caption + 1] - start
+        # Indices of all tokens: within a caption they count up from its start in the shard.
+        start_in_batch = length.cumsum(0) - length
+        token = torch.arange(int(length.sum())) + (start - start_in_batch).repeat_interleave(length)
+        rows |= {"states": shard[f"{kind}_states"][token].float(), "lengths": length}
+    return rows
 
 
 def pad_texts(embeds: Tensor, states: Tensor, lengths: Tensor) -> TextEncoding:
-    """Captions whose tokens lie end to end, (T, W), as a batch padded to the longest."""
+    """Pad captions whose tokens lie end to end, (T, W), to the longest."""
     tokens = pad_tokens(states, lengths)
     return TextEncoding(embeds, tokens.states, tokens.mask)
 
 
 def pad_tokens(states: Tensor, lengths: Tensor) -> TokenStates:
+    """Pad texts whose tokens lie end to end, (T, W), to the longest: (B, L, W) and a mask (B, L)."""
     mask = torch.arange(max(1, int(lengths.max()))) < lengths[:, None]
     padded = states.new_zeros(*mask.shape, states.shape[1])
     padded[mask] = states
@@ -207,7 +212,7 @@ def pad_tokens(states: Tensor, lengths: Tensor) -> TokenStates:
 
 
 def strip_padding(text: TextEncoding | TokenStates) -> tuple[Tensor, Tensor]:
-    """The reverse: tokens end to end, (T, W), and how many each caption has, (B,)."""
+    """Return the states of all tokens end to end, (T, W), and the number of tokens of each text, (B,)."""
     lengths = text.mask.sum(dim=1)
     positions = torch.arange(text.mask.shape[1], device=lengths.device)
     assert torch.equal(text.mask, positions < lengths[:, None]), "tokens come before the padding"
@@ -215,12 +220,12 @@ def strip_padding(text: TextEncoding | TokenStates) -> tuple[Tensor, Tensor]:
 
 
 def compute_offsets(lengths: Iterable[int]) -> Tensor:
-    """(N + 1,), int64: where each of N things that lie end to end begins, and the end."""
+    """Return where each of N parts begins that lie end to end, and the end of the last: (N + 1,), int64."""
     return torch.tensor([0, *lengths]).cumsum(0)
 
 
 def compute_statistics(embeds: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation, (D,), float64, of embeddings, (n, D) at a time."""
+    """Return mean and standard deviation, (D,), float64, of embeddings that come (n, D) at a time."""
     count, total, squares = 0, torch.zeros(()), torch.zeros(())
     for part in embeds:
         part = part.double()
@@ -234,7 +239,7 @@ def build_shard_path(folder: Path, split: str, number: int) -> Path:
 
 
 def check_shard_values(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Refuse a shard with NaN or infinity, by the name of its first picture with one."""
+    """Refuse a shard with NaN or infinity. Raises InputError with the name of the first picture that has one."""
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or (finite := tensor.isfinite().flatten(1).all(dim=1)).all():
             continue
@@ -246,13 +251,13 @@ def check_shard_values(path: Path, tensors: dict[str, Tensor]) -> None:
         start, end = tensors["key_offsets"][int(row[0]) : int(row[0]) + 2].tolist()
         key = bytes(tensors["keys"][start:end].tolist()).decode()
         raise InputError(
-            f"{path.name} would hold NaN or infinity in {name}, first of {key!r}; dtype=float32 and "
-            "mixed_precision=no hold larger values"
+            f"{path.name} would contain NaN or infinity in {name}, first for {key!r}; dtype=float32 and "
+            "mixed_precision=no allow larger values"
         )
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
-    """A shard and, after it, the file that says it is whole. Raises InputError for values that are not finite."""
+    """Write a shard, then the JSON with its SHA-256. Raises InputError for values that are not finite."""
     check_shard_values(path, tensors)
     with create_file_atomically(path) as unfinished:
         save_file(tensors, unfinished)
@@ -263,19 +268,19 @@ def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def find_shard_damage(path: Path) -> str | None:
-    """What is wrong with a shard that was written, or None."""
+    """Return a line with what is wrong with a shard, or None."""
     try:
         if compute_file_sha256(path) != json.loads(path.with_suffix(".json").read_text())["sha256"]:
             return f"{path} does not match its SHA-256"
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{path} is not whole ({error})"
+        return f"{path} is not complete ({error})"
     return None
 
 
 def finish_cache(
     folder: Path, key: dict[str, Any], facts: dict[str, Any], shared: dict[str, Tensor], counts: dict
 ) -> None:
-    """Write what stands beside the shards, of which each split has `counts[split]`; cache.json is the last."""
+    """Write shared.safetensors and cache.json, which finish a cache. `counts`: number of shards of each split."""
     with create_file_atomically(folder / "shared.safetensors") as unfinished:
         save_file(shared, unfinished)
         row = {"sha256": compute_file_sha256(unfinished), "bytes": unfinished.stat().st_size}
@@ -294,7 +299,7 @@ def finish_cache(
 
 
 def read_finished_cache(folder: Path) -> dict[str, Any]:
-    """cache.json of a finished cache."""
+    """Return the content of cache.json. Raises InputError if the folder is not a finished cache of this format."""
     if not (folder / "key.json").is_file():
         raise InputError(f"no cache {str(folder)!r}; `t2i data cache FILE.yaml output={folder}` makes one")
     if not (folder / "cache.json").is_file():
@@ -302,36 +307,36 @@ def read_finished_cache(folder: Path) -> dict[str, Any]:
     finished = read_json(folder / "cache.json")
     missing = {"format", "key", "clip", "autoencoder", "shared", "splits"} - finished.keys()
     if missing or finished["format"] != CACHE_FORMAT:
-        what = f"lacks {', '.join(sorted(missing))}" if missing else f"is of format {finished['format']}"
-        raise InputError(f"{str(folder / 'cache.json')!r} {what}; this version reads format {CACHE_FORMAT}")
+        fault = f"lacks {', '.join(sorted(missing))}" if missing else f"has format {finished['format']}"
+        raise InputError(f"{str(folder / 'cache.json')!r} {fault}; this version reads format {CACHE_FORMAT}")
     return finished
 
 
 def format_remedy(folder: Path) -> str:
-    """The command that finishes or mends a cache, wherever it was moved."""
+    """Return the command that finishes or repairs a cache, also one that was moved."""
     command = ["t2i", "data", "cache", str(folder / "config.yaml"), f"output={folder}"]
     return f"`{shlex.join(command)}` finishes it"
 
 
 def check_file_size(path: Path, size: int) -> None:
-    found = path.stat().st_size if path.is_file() else None
-    if found != size:
-        what = "is missing" if found is None else f"has {found} bytes, not {size}"
-        raise InputError(f"{str(path)!r} {what}; {format_remedy(path.parent)}")
+    current = path.stat().st_size if path.is_file() else None
+    if current != size:
+        fault = "is missing" if current is None else f"has {current} bytes instead of {size}"
+        raise InputError(f"{str(path)!r} {fault}; {format_remedy(path.parent)}")
 
 
 def open_tensors(path: Path) -> dict[str, Tensor]:
-    """Of a safetensors file, mapped into memory."""
+    """Return the tensors of a safetensors file, mapped into memory."""
     return load_or_explain(load_file, path)
 
 
 def check_cache_key(folder: Path, key: dict[str, Any]) -> None:
-    """Refuse to write a cache with `key` into a folder that holds a cache made from anything else, or other files."""
+    """Refuse to write a cache into a folder with other files, or with a cache that was made from another key."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output is {str(folder)!r}, which is a file; give a folder")
     if not (folder / "key.json").is_file():
         if folder.exists() and any(not path.name.endswith((".unfinished", ".lock")) for path in folder.iterdir()):
-            raise InputError(f"output is {str(folder)!r}, which holds other things than a cache; give a new folder")
+            raise InputError(f"output is {str(folder)!r}, which contains other files than a cache; give a new folder")
         return
     before = read_json(folder / "key.json")
     for name, value in key.items():
@@ -346,7 +351,7 @@ def read_json(path: Path) -> dict[str, Any]:
     def read_object(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
-            raise ValueError("it is no JSON object")
+            raise ValueError("not a JSON object")
         return content
 
     return load_or_explain(read_object, path)

@@ -1,4 +1,4 @@
-"""The emoji of Unicode, drawn from the Noto Color Emoji font: real pictures with real captions.
+"""The emoji of Unicode as a data set: pictures from the Noto Color Emoji font, captions from Unicode's names.
 
 Names, groups and order come from Unicode's `emoji-test.txt`, keywords from CLDR's annotations.
 """
@@ -6,11 +6,12 @@ Names, groups and order come from Unicode's `emoji-test.txt`, keywords from CLDR
 import hashlib
 import json
 import xml.etree.ElementTree as ElementTree
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, features
 
+from t2i.checks import check_integer
 from t2i.data.manifest import write_manifest
 from t2i.data.sources.samples import Columns
 from t2i.errors import InputError
@@ -19,12 +20,14 @@ from t2i.files.atomic import create_folder_atomically
 FONT_FILE = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 EMOJI_TEST_FILE = Path("/usr/share/unicode/emoji/emoji-test.txt")
 CLDR_FOLDER = Path("/usr/share/unicode/cldr/common")
-BITMAP_SIZE = 109  # the font holds bitmaps of this one size, 136 x 128 pixels
-EMOJI_PRESENTATION = "\ufe0f"  # CLDR leaves it out of its keys
+BITMAP_SIZE = 109  # the only size of the font's bitmaps, which are 136 x 128 pixels
+EMOJI_PRESENTATION = "\ufe0f"  # not a part of CLDR's keys
 
 
 @dataclass
 class Emoji:
+    """A fully-qualified emoji with its names."""
+
     characters: str
     text: str  # the name, as in "man: dark skin tone, red hair"
     group: str
@@ -38,7 +41,7 @@ class Emoji:
 
     @property
     def composition_parts(self) -> list[str]:
-        """What a composition is composed of: "man: dark skin tone, red hair" -> man, dark skin tone, red hair."""
+        """Return the parts of the name: man, dark skin tone and red hair of "man: dark skin tone, red hair"."""
         base, _, modifiers = self.text.partition(": ")
         return [base, *modifiers.split(", ")] if modifiers else [base]
 
@@ -46,27 +49,25 @@ class Emoji:
 def render_emoji(
     folder: str | Path, size: int = 128, font: Path = FONT_FILE, names: Path = EMOJI_TEST_FILE
 ) -> list[Emoji]:
-    """Draw every fully-qualified emoji into `folder` (which must be new or empty) at `size` x `size` on white.
+    """Draw every fully-qualified emoji into `folder`, which must be new or empty, at `size` x `size` pixels on white.
 
-    Writes one PNG each and `metadata.jsonl` in the imagefolder convention; the folder appears whole or not at all.
-    Then the manifest is written into it.
-    Raises InputError if the font or a data file is missing, or if Pillow lacks raqm.
+    Writes a PNG for each and `metadata.jsonl` in the imagefolder convention; the folder appears complete or not at all.
+    Then the manifest is written into it. Raises InputError if the font or a data file is missing, or Pillow lacks raqm.
     """
     folder = Path(folder).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{str(folder)!r} exists and is not an empty folder; give a new one")
-    if not 16 <= size <= 1024:
-        raise InputError(f"size must be an integer from 16 to 1024, got {size}")
+    check_integer("size", size, 16, 1024)
     for path, package in {font: "fonts-noto-color-emoji", names: "unicode-data"}.items():
         if not path.is_file():
-            raise InputError(f"no file {str(path)!r}; install the package {package} (apt-get install {package})")
-    if not features.check("raqm"):  # joins the characters of a sequence; Pillow's wheels carry it, but not fribidi
-        raise InputError("Pillow finds no raqm; install the package libfribidi0 (apt-get install libfribidi0)")
+            raise InputError(f"no file {str(path)!r}; install it (apt-get install {package})")
+    if not features.check("raqm"):  # joins the characters of a sequence; Pillow's wheels have it, but not fribidi
+        raise InputError("Pillow does not find raqm; install libfribidi0 (apt-get install libfribidi0)")
 
     emoji = read_emoji_names(names)
     keywords = read_keywords(CLDR_FOLDER)
-    for one in emoji:
-        one.keywords = keywords.get(one.characters.replace(EMOJI_PRESENTATION, ""), [])
+    for item in emoji:
+        item.keywords = keywords.get(item.characters.replace(EMOJI_PRESENTATION, ""), [])
     mark_held_out(emoji)
 
     face = ImageFont.truetype(str(font), BITMAP_SIZE, layout_engine=ImageFont.Layout.RAQM)
@@ -74,22 +75,17 @@ def render_emoji(
         create_folder_atomically(folder) as unfinished,
         open(unfinished / "metadata.jsonl", "w", encoding="utf-8") as metadata,
     ):
-        for one in emoji:
-            render_character(one.characters, face, size).save(unfinished / one.file_name, optimize=True)
-            row: dict[str, object] = {
-                "file_name": one.file_name,
-                "text": one.text,
-                "group": one.group,
-                "subgroup": one.subgroup,
-            }
-            row |= {"keywords": one.keywords, "split": one.split}
+        for item in emoji:
+            render_character(item.characters, face, size).save(unfinished / item.file_name, optimize=True)
+            row = {"file_name": item.file_name, **asdict(item)}
+            del row["characters"]
             metadata.write(json.dumps(row, ensure_ascii=False) + "\n")
     write_manifest(folder, columns=Columns(label="group"), quiet=True)
     return emoji
 
 
 def read_emoji_names(path: Path) -> list[Emoji]:
-    """Every fully-qualified emoji of an `emoji-test.txt`."""
+    """Return every fully-qualified emoji of an `emoji-test.txt`."""
     emoji, group, subgroup = [], "", ""
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("# group: "):
@@ -105,12 +101,11 @@ def read_emoji_names(path: Path) -> list[Emoji]:
 
 
 def read_keywords(folder: Path) -> dict[str, list[str]]:
-    """CLDR's English keywords by emoji."""
+    """Return CLDR's English keywords by emoji."""
     keywords = {}
     for path in (folder / "annotations/en.xml", folder / "annotationsDerived/en.xml"):
         if not path.is_file():
-            package = "unicode-cldr-core"
-            raise InputError(f"no file {str(path)!r}; install the package {package} (apt-get install {package})")
+            raise InputError(f"no file {str(path)!r}; install it (apt-get install unicode-cldr-core)")
         for element in ElementTree.parse(path).iter("annotation"):
             if element.get("type") != "tts" and element.text:
                 keywords[element.attrib["cp"]] = [word.strip() for word in element.text.split("|")]
@@ -118,22 +113,22 @@ def read_keywords(folder: Path) -> dict[str, list[str]]:
 
 
 def mark_held_out(emoji: list[Emoji], one_in: int = 16) -> None:
-    """Mark about one composition in 16, chosen by a hash of its caption, if all its parts occur in training.
+    """Mark about one composition in 16 as held out, by a hash of its caption, if all its parts occur in training.
 
     A composition is a person or body part with modifiers: skin tones, hair, genders.
     """
-    compositions = [one for one in emoji if one.group == "People & Body" and len(one.composition_parts) > 1]
-    for one in compositions:
-        if int(hashlib.sha256(one.text.encode()).hexdigest(), 16) % one_in == 0:
-            one.split = "held_out"
-    known = {part for one in emoji if one.split == "train" for part in one.composition_parts}
-    for one in compositions:
-        if not known.issuperset(one.composition_parts):
-            one.split = "train"
+    compositions = [item for item in emoji if item.group == "People & Body" and len(item.composition_parts) > 1]
+    for item in compositions:
+        if int(hashlib.sha256(item.text.encode()).hexdigest(), 16) % one_in == 0:
+            item.split = "held_out"
+    trained_parts = {part for item in emoji if item.split == "train" for part in item.composition_parts}
+    for item in compositions:
+        if not trained_parts.issuperset(item.composition_parts):
+            item.split = "train"
 
 
 def render_character(characters: str, face: ImageFont.FreeTypeFont, size: int) -> Image.Image:
-    """One emoji, centred on a white square."""
+    """Draw an emoji, centred on a white square."""
     left, top, right, bottom = (int(edge) for edge in face.getbbox(characters))
     side = max(right - left, bottom - top, 136)
     canvas = Image.new("RGB", (side, side), "white")

@@ -1,4 +1,4 @@
-"""Whether a manifest still says what lies in its source."""
+"""Comparison of a manifest with the current state of its source."""
 
 from pathlib import Path
 
@@ -15,10 +15,10 @@ PRESENT_ROWS = [("status", "!=", Reason.missing_file.name)]
 
 
 def find_changes(path: str | Path) -> str | None:
-    """What was added to, taken from or changed in a folder of pictures since it was checked: one phrase, or None.
+    """Return one phrase about files that are new, gone or changed since a folder was checked, or None.
 
-    Names, sizes and captions are compared; no picture is read. Of tars and parquet files `Manifest` compares the sizes.
-    Raises InputError if there is no manifest.
+    Names, sizes and captions are compared; no picture is read. For tars and Parquet files `open_manifest` compares the
+    sizes instead. Raises InputError if there is no manifest.
     """
     file = find_manifest(Path(path))
     about = read_manifest_metadata(file)
@@ -27,23 +27,29 @@ def find_changes(path: str | Path) -> str | None:
         return None
     try:
         source = open_source(str(root), Columns())
-    except InputError as error:  # no pictures any more; or columns of a table that only the check was told
+    except InputError as error:  # no pictures any more, or columns that were given as options of the check
         return str(error) if "no pictures" in str(error) else None
     rows = pq.read_table(file, columns=["file", "size", "captions"], filters=PRESENT_ROWS, partitioning=None)
     before = {row["file"]: row for row in rows.to_pylist() if row["file"]}
-    by_name = not any(next(root.rglob(name), None) for name in METADATA_FILES)  # name.txt: no column to be told
-    now = {
-        sample.file: sample for sample in source.iterate_samples(root) if sample.file and (root / sample.file).is_file()
+    # Captions of metadata may be in a column that was an option of the check: compare those of text files alone.
+    has_text_files = not any(next(root.rglob(name), None) for name in METADATA_FILES)
+    samples = (sample for sample in source.iterate_samples(root) if sample.file)
+    now = {sample.file: sample for sample in samples if (root / sample.file).is_file()}
+    changes = {
+        "new": now.keys() - before.keys(),
+        "gone": before.keys() - now.keys(),
+        "changed": {
+            name
+            for name in now.keys() & before.keys()
+            if is_sample_changed(root, now[name], before[name], has_text_files)
+        },
     }
-    new, gone = now.keys() - before.keys(), before.keys() - now.keys()
-    other = {name for name in now.keys() & before.keys() if is_sample_changed(root, now[name], before[name], by_name)}
-    counts = {"new": new, "gone": gone, "changed": other}
-    found = [f"{len(names):,} {what} (such as {min(names)!r})" for what, names in counts.items() if names]
-    return ", ".join(found) or None
+    phrases = [f"{len(names):,} {kind} (such as {min(names)!r})" for kind, names in changes.items() if names]
+    return ", ".join(phrases) or None
 
 
-def is_sample_changed(root: Path, sample: Sample, row: dict, captions: bool) -> bool:
-    """Whether a picture has another size than when it was checked, or, if they are compared, other captions."""
-    if captions and sample.captions != row["captions"]:
+def is_sample_changed(root: Path, sample: Sample, row: dict, compare_captions: bool) -> bool:
+    """Return True if a picture has another size than when it was checked, or other captions."""
+    if compare_captions and sample.captions != row["captions"]:
         return True
     return row["size"] is not None and (root / sample.file).stat().st_size != row["size"]

@@ -1,4 +1,4 @@
-"""Pictures of a folder without captions: to be measured, sorted or searched."""
+"""Picture files of a folder without captions, to be measured, sorted or searched."""
 
 import hashlib
 from pathlib import Path
@@ -9,27 +9,27 @@ from t2i.errors import InputError
 
 
 def find_images(folder: str | Path) -> list[Path]:
-    """The picture files in a folder and below, sorted. Raises InputError if there is none.
+    """Return the picture files in a folder and below, sorted. Raises InputError if there is none.
 
-    Hidden ones are left out, and what `t2i data check` wrote.
+    Hidden files and the result of `t2i data check` are left out.
     """
     root = Path(folder)
     if not root.is_dir():
         raise InputError(f"no folder {str(folder)!r}; give one with pictures")
     checked = root / MANIFEST_FOLDER if (root / MANIFEST_FOLDER / MANIFEST_FILE).exists() else None
-    found = [
+    images = [
         path
         for path in sorted(root.rglob("*"))
         if path.suffix.lower() in SUPPORTED_SUFFIXES and path.is_file()
         if not any(part.startswith(".") for part in path.relative_to(root).parts)
         if checked is None or not path.is_relative_to(checked)
     ]
-    if not found:
+    if not images:
         raise InputError(f"no pictures in {str(folder)!r}; they end in {', '.join(sorted(SUPPORTED_SUFFIXES))}")
-    return found
+    return images
 
 
 def compute_file_digest(path: Path) -> bytes:
-    """SHA-256, 32 bytes."""
+    """Return the SHA-256 of a file, 32 bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").digest()

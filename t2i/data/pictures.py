@@ -1,6 +1,6 @@
-"""Pictures: bytes in, tensors out.
+"""Decoding of pictures: bytes in, tensors out.
 
-Pictures are (3, H, W), float32, in [-1, 1] everywhere outside the models.
+Outside the models, pictures are (3, H, W), float32 in [-1, 1].
 """
 
 import io
@@ -17,12 +17,12 @@ from torchvision.transforms.functional import InterpolationMode, center_crop, pi
 from t2i.data.reasons import Reason, RejectedSample
 from t2i.errors import InputError
 
-MAX_PIXELS = 40_000_000  # a larger picture is refused from its header
+MAX_PIXELS = 40_000_000  # compared with the header, before anything is decoded
 PILLOW_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")  # of eight bits a channel
-# What Pillow may try. It knows some forty formats; of these, some run other programs (EPS) or are rarely looked after.
+# The formats that Pillow may try. Of its some forty others, EPS runs another program and many are hardly maintained.
 PILLOW_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-PngImagePlugin.MAX_TEXT_MEMORY = 2**23  # what the text in a PNG may unpack to; Pillow allows eight times as much
-# First bytes of what is often found instead.
+PngImagePlugin.MAX_TEXT_MEMORY = 2**23  # bytes of decompressed text in a PNG; Pillow allows eight times as many
+# First bytes of files that are often found in place of a readable picture
 FILE_SIGNATURES = {
     b"\xff\xd8\xff": (Reason.damaged, "a JPEG whose header does not decode"),
     b"\x89PNG": (Reason.damaged, "a PNG whose header does not decode"),
@@ -40,7 +40,7 @@ FILE_SIGNATURES = {
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """An RGB picture, upright, transparency on white. Raises InputError if it does not decode or is too large."""
+    """Read an RGB picture, upright, transparency on white. Raises InputError if it does not decode or is too large."""
     try:
         with silence_pillow():
             return decode_image(Path(path).read_bytes())
@@ -50,15 +50,17 @@ def open_image(path: str | Path) -> Image.Image:
 
 @contextmanager
 def silence_pillow() -> Iterator[None]:
-    """Pillow's remarks on odd metadata and sizes are not shown: what matters becomes a reason. Enter it once for all
-    threads, for Python keeps its list of warnings for the whole process."""
+    """Suppress Pillow's warnings about metadata and sizes; what matters becomes a Reason.
+
+    Enter it once for all threads: Python keeps one list of warning filters for the whole process.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")
         yield
 
 
 def decode_image(data: bytes) -> Image.Image:
-    """The same from the bytes of a file. Raises RejectedSample."""
+    """Decode the bytes of a file to an RGB picture, upright, transparency on white. Raises RejectedSample."""
     if not data:
         raise RejectedSample(Reason.empty_file)
     Image.init()
@@ -74,17 +76,17 @@ def decode_image(data: bytes) -> Image.Image:
         raise explain_unidentified(data) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise RejectedSample(Reason.too_many_pixels, "more than twice as many") from error
-    except Exception as error:  # a decoder on damaged data may raise anything
-        early = isinstance(error, EOFError) or "truncat" in str(error).lower()
-        reason = Reason.truncated if early else Reason.damaged
+    except Exception as error:  # decoders raise errors of any type for damaged data
+        is_truncated = isinstance(error, EOFError) or "truncat" in str(error).lower()
+        reason = Reason.truncated if is_truncated else Reason.damaged
         raise RejectedSample(reason, f"{str(error) or type(error).__name__}"[:200]) from error
 
 
 def check_image_header(file: Image.Image) -> None:
-    """Refuse what the header shows, before a pixel is decoded."""
+    """Refuse a picture by its header, before a pixel is decoded. Raises RejectedSample."""
     if file.width * file.height > MAX_PIXELS:
         raise RejectedSample(Reason.too_many_pixels, f"{file.width} x {file.height}")
-    # Phones put a second view or a depth map behind the picture and call the file MPO: it is a still all the same.
+    # Phones append a second view or a depth map to a picture and call the file MPO: it is not animated.
     if file.format != "MPO" and (frames := getattr(file, "n_frames", 1)) > 1:
         raise RejectedSample(Reason.animated, f"{file.format} of {frames} frames")
     if file.mode not in PILLOW_MODES and not file.mode.startswith("I"):
@@ -92,7 +94,7 @@ def check_image_header(file: Image.Image) -> None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB, transparency on white, 16-bit grey scaled down."""
+    """Convert to 8-bit RGB: transparency on white, 16-bit grey scaled down."""
     if image.mode.startswith("I"):
         image = convert_grey(image)
     if image.has_transparency_data:
@@ -101,7 +103,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def convert_grey(image: Image.Image) -> Image.Image:
-    """16-bit grey -> 8 bits. Pillow's own conversion would clip it to white."""
+    """Convert 16-bit grey to 8 bits; Pillow's own conversion would clip it to white. Raises RejectedSample."""
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
         raise RejectedSample(Reason.unsupported_format, f"{image.format} of 32 bits a pixel")
@@ -113,7 +115,7 @@ def convert_grey(image: Image.Image) -> Image.Image:
 
 
 def explain_unidentified(data: bytes) -> RejectedSample:
-    """What bytes are that no format claims."""
+    """Return the rejection of bytes that no decoder accepts, by what they begin with."""
     start = data[:64].lstrip(b"\xef\xbb\xbf \t\r\n")
     for prefix, (reason, detail) in FILE_SIGNATURES.items():
         if start.startswith(prefix):

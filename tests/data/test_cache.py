@@ -198,7 +198,7 @@ def test_a_damaged_shard_is_named_and_made_again(shapes, runs, finished, cache, 
     said = capsys.readouterr().out
     assert f"made again: {cache / 'train-00002.safetensors'} does not match its SHA-256" in said
     assert f"made again: {cache / 'held_out-00000.safetensors'} does not match its SHA-256" in said
-    assert f"made again: {cache / 'train-00003.safetensors'} is not whole" in said and said.count("made again") == 3
+    assert f"made again: {cache / 'train-00003.safetensors'} is not complete" in said and said.count("made again") == 3
     assert contents(cache) == contents(finished)
 
 
@@ -239,9 +239,9 @@ def flip(path: Path) -> None:
     ("content", "message"),
     [
         ("{", "does not load"),
-        ("[]", "it is no JSON object"),
+        ("[]", "not a JSON object"),
         ("{}", "lacks autoencoder, clip, format, key, shared, splits; this version reads format 1"),
-        ('{"format": 2, "key": 0, "clip": 0, "autoencoder": 0, "shared": 0, "splits": 0}', "is of format 2"),
+        ('{"format": 2, "key": 0, "clip": 0, "autoencoder": 0, "shared": 0, "splits": 0}', "has format 2"),
         ('{"format": 1, "key": {}, "clip": 0, "autoencoder": 0, "shared": 0, "splits": 0}', "does not load"),
     ],
 )
@@ -258,7 +258,9 @@ def test_a_shard_of_another_cache_is_refused_by_name(shapes, runs, cache, tmp_pa
     listed = json.loads((cache / "cache.json").read_text())
     listed["splits"]["train"][1]["bytes"] = (cache / name).stat().st_size
     (cache / "cache.json").write_text(json.dumps(listed))
-    with pytest.raises(InputError, match="train-00001.safetensors' is no shard of this cache: it lacks text_embeds"):
+    with pytest.raises(
+        InputError, match="train-00001.safetensors' is not a shard of this cache: text_embeds is missing"
+    ):
         CachedPairs(cache).__getitems__([(0, 0), (7, 0)])
 
 
@@ -418,7 +420,7 @@ def test_other_inputs_never_go_into_the_same_folder(override, message, shapes, r
 def test_a_folder_with_anything_else_in_it_is_not_written_to(shapes, runs, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("mine")
-    with pytest.raises(InputError, match="holds other things than a cache"):
+    with pytest.raises(InputError, match="contains other files than a cache"):
         make(shapes, runs, tmp_path / "mine")
     with pytest.raises(InputError, match="which is a file"):
         make(shapes, runs, tmp_path / "mine" / "file")
@@ -462,7 +464,9 @@ def test_a_shard_with_a_value_that_is_not_finite_is_not_written(name, row, pictu
     write_shard(tmp_path / "good.safetensors", tensors)
     key = CachedPairs(finished).sample_key(picture)
     tensors[name][row] = torch.tensor(1e6).half()  # infinity
-    with pytest.raises(InputError, match=f"^bad.safetensors would hold NaN or infinity in {name}, first of '{key}'"):
+    with pytest.raises(
+        InputError, match=f"^bad.safetensors would contain NaN or infinity in {name}, first for '{key}'"
+    ):
         write_shard(tmp_path / "bad.safetensors", tensors)
     assert not list(tmp_path.glob("*bad*"))
 
