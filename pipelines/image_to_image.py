@@ -8,7 +8,7 @@ from t2i.pipelines.inputs import ImageInputs, read_images
 from t2i.pipelines.memory_needed import check_batch_fits
 from torch import Generator, Tensor
 
-from t2i.checks import check_integer, check_number, check_texts
+from t2i.checks import check_integer, check_range, check_texts
 from t2i.sampling.sample import split_generators
 
 
@@ -69,4 +69,4 @@ class ImageToImagePipeline(UnCLIPPipeline):
 
 
 def check_strength(strength: float) -> None:
-    check_number("strength", strength, 0.001, 1)
+    check_range("strength", strength, 0.001, 1)

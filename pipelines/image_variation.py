@@ -16,7 +16,7 @@ from t2i.pipelines.memory_needed import check_batch_fits
 from t2i.pipelines.options import PriorOptions, ResolvedOptions, build_options
 from torch import Generator
 
-from t2i.checks import check_integer, check_number
+from t2i.checks import check_integer, check_range
 from t2i.sampling.sample import split_generators
 
 logger = logging.getLogger(__name__)
@@ -86,6 +86,6 @@ class ImageVariationPipeline(InvertingPipeline):
         """Check the options; those of the inversion if `eta` is among them."""
         if (eta := options.get("eta")) is None:
             return build_options(options, defaults, uses_prior=False)
-        check_number("eta", eta, 0, 1)
+        check_range("eta", eta, 0, 1)
         options = {name: value for name, value in options.items() if name != "eta"}
         return PriorOptions(), build_inversion_options(options, eta)

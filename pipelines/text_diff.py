@@ -16,7 +16,7 @@ from t2i.pipelines.memory_needed import check_batch_fits
 from t2i.pipelines.options import PriorOptions, ResolvedOptions
 from torch import Generator, Tensor
 
-from t2i.checks import check_number, check_texts
+from t2i.checks import check_range, check_texts
 from t2i.diffusion.geometry import slerp
 from t2i.errors import InputError
 from t2i.sampling.sample import split_generators
@@ -61,7 +61,7 @@ class TextDiffPipeline(InvertingPipeline):
             InputError: for a value that is not allowed, before any work starts.
         """
         self.interrupted = False
-        check_number("theta", theta, 0, 1)
+        check_range("theta", theta, 0, 1)
         _, decoder = self.resolve_options(**options)
         given, count = self.read_image_or_latent(image)
         if not isinstance(given, BipartiteLatent):

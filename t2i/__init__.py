@@ -1,6 +1,6 @@
-"""The maintained home of unCLIP: text-to-image in the way of DALL-E 2.
+"""t2i, the maintained home of unCLIP: text to image in the way of DALL-E 2.
 
-Public names are imported when they are first used, so that `import t2i` and `t2i --help` need no torch.
+Public names are imported at their first use, so that `import t2i` and `t2i --help` do not import torch.
 """
 
 from importlib import import_module
@@ -9,9 +9,9 @@ from typing import Any
 __version__ = "0.1.0"
 
 STAGES = ("clip", "autoencoder", "prior", "decoder")  # in the order of training
-EXTRA_STAGES = ("upsampler", "classifier")  # which a pipeline can do without
+EXTRA_STAGES = ("upsampler", "classifier")  # optional in a pipeline
 
-_HOMES = {
+_MODULES = {
     "Autoencoder": "t2i.networks.autoencoder",
     "CLIP": "t2i.networks.clip",
     "Decoder": "t2i.networks.decoder",
@@ -30,13 +30,13 @@ _HOMES = {
     "UpsamplePipeline": "t2i.pipelines",
     "Upsampler": "t2i.networks.upsampler",
 }
-__all__ = sorted(_HOMES)
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 't2i' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -9,7 +9,7 @@ from types import ModuleType
 
 
 class AliasFinder(MetaPathFinder, Loader):
-    """Import hook that answers imports below `alias` with the modules below `package`, never with a second copy."""
+    """An import hook that returns the modules below `package` for names below `alias`, never a second copy."""
 
     def __init__(self, alias: str, package: str):
         self.alias, self.package = alias, package
@@ -25,7 +25,7 @@ class AliasFinder(MetaPathFinder, Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        # The import system has just replaced the module's own spec by that of the alias.
+        # The import system has just replaced the spec of the module by that of the alias: put it back.
         assert module.__spec__ is not None
         module.__spec__ = module.__spec__.loader_state
 

@@ -1,31 +1,31 @@
-"""What can go wrong, by whose fault it is, and how a program ends then."""
+"""The exceptions of this project, and how a program reports them and exits."""
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-RESUMABLE_STATUS = 75  # exit status of a run that was asked to stop and can go on (EX_TEMPFAIL of sysexits.h)
+RESUMABLE_STATUS = 75  # exit status of a run that was stopped and can be resumed (EX_TEMPFAIL of sysexits.h)
 
 
 class InputError(ValueError):
-    """Bad input: one line that names the thing, its value and what is allowed. Raised before any work starts."""
+    """Bad input: one line with the thing, its value and what is allowed. Raised before any work starts."""
 
     def __init__(self, message: str):
         line = " ".join(message.split())
-        if len(line) > 1000:  # what it quotes may be a whole file
+        if len(line) > 1000:  # a message may quote a whole file
             line = f"{line[:490]} ... {line[-500:]}"
         super().__init__(line)
 
 
 class RunError(RuntimeError):
-    """A run that failed and not by its input: one line with what happened and what is kept."""
+    """A run that failed for another reason than its input: one line with what happened and what is kept."""
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.split()))
 
 
 class RunStopped(Exception):
-    """A run that was asked to stop and has saved its state. `status` is what the program exits with."""
+    """A run that was stopped and has saved its state. `status` is the exit status of the program."""
 
     def __init__(self, message: str, status: int = RESUMABLE_STATUS):
         super().__init__(message)
@@ -34,16 +34,17 @@ class RunStopped(Exception):
 
 @contextmanager
 def report_errors() -> Iterator[None]:
-    """Errors as one line on standard error.
+    """Print errors as one line on standard error and exit.
 
-    Exit status 2 for bad input, 1 for a run that failed, 75 for one that was stopped and can go on, 130 for Ctrl-C.
+    Exit status: 2 for bad input, 1 for a run that failed, 75 for a run that was stopped and can be resumed, 130 for
+    Ctrl-C.
     """
     try:
         yield
     except RunStopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(stopped.status)
-    except (InputError, OSError) as error:  # an OSError names the file and what is wrong with it
+    except (InputError, OSError) as error:  # the message of an OSError contains the file and the reason
         print_error_line(error)
         sys.exit(2)
     except RunError as error:

@@ -20,7 +20,7 @@ from t2i.pipelines.jobs.generation import (
 from t2i.pipelines.options import build_options
 from torch import Generator
 
-from t2i.checks import check_number
+from t2i.checks import check_range
 from t2i.data.pictures import open_image
 from t2i.errors import InputError
 
@@ -57,7 +57,7 @@ def interpolate_files(
     build_options(settings)
     seed = check_first_seed(seed, 1, total)
     check_output_path(out, 1 if strip else total)
-    check_number("fps", fps, 0.1, 100)
+    check_range("fps", fps, 0.1, 100)
     if video is not None:
         check_video_path(video)
     known = [anchor if isinstance(anchor, str) else open_image(anchor) for anchor in anchors]

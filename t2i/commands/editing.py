@@ -48,7 +48,7 @@ def variations(
     """Draw pictures of what others show; prints their paths."""
     with speed_up_imports():
         from t2i.pipelines.jobs.generation import redraw_files
-    from t2i.checks import check_number
+    from t2i.checks import check_range
     from t2i.pipelines.image_variation import ImageVariationPipeline
     from t2i.pipelines.inversion import INVERSION_DEFAULTS, build_inversion_options
     from t2i.pipelines.options import build_options
@@ -59,7 +59,7 @@ def variations(
     settings |= options.build_guidance_settings(guidance_scale, guidance)
     settings |= options.build_steering_settings(steer_class, steer_text, steer_picture, classifier, steer_scale)
     if eta is not None:
-        check_number("eta", eta, 0, 1)
+        check_range("eta", eta, 0, 1)
         settings = INVERSION_DEFAULTS | settings
     build_options(settings, uses_prior=False) if eta is None else build_inversion_options(settings, eta)
     settings |= options.select_given_settings(eta=eta, prompt=prompt)
@@ -177,13 +177,13 @@ def edit(
     """Change a picture by the direction from one caption to another; prints its path."""
     with speed_up_imports():
         from t2i.pipelines.jobs.generation import redraw_files
-    from t2i.checks import check_number
+    from t2i.checks import check_range
     from t2i.pipelines.inversion import INVERSION_DEFAULTS
     from t2i.pipelines.options import build_options
     from t2i.pipelines.text_diff import DEFAULT_THETA, TextDiffPipeline, check_caption_pair
 
     theta = DEFAULT_THETA if theta is None else theta
-    check_number("theta", theta, 0, 1)
+    check_range("theta", theta, 0, 1)
     check_caption_pair(source, target)
     settings = INVERSION_DEFAULTS | options.select_given_settings(num_inference_steps=steps, upsample=upsample)
     settings |= options.build_guidance_settings(guidance_scale, guidance)

@@ -99,10 +99,10 @@ def build_steering_settings(
         return {}
     if class_name is not None and classifier is None:
         raise InputError(f"--steer-class {class_name!r} needs a --classifier, which `t2i train classifier` makes")
-    from t2i.checks import check_number
+    from t2i.checks import check_range
     from t2i.sampling.steering import MAX_STEERING_SCALE, Steering, load_classifier, read_image_tensor
 
-    check_number("--steer-scale", 1.0 if scale is None else scale, 0, MAX_STEERING_SCALE)
+    check_range("--steer-scale", 1.0 if scale is None else scale, 0, MAX_STEERING_SCALE)
     seen = None if picture is None else read_image_tensor(picture)
     judge = None if classifier is None else load_classifier(classifier)
     if class_name is not None and judge is not None:

@@ -13,7 +13,7 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
-from t2i.checks import check_number
+from t2i.checks import check_range
 from t2i.diffusion.condition import Condition
 from t2i.diffusion.denoiser import Denoiser, Predict, build_conditional_predict
 from t2i.diffusion.process import alpha_sigma, join_variance, predict_x0, split_variance, x0_to_prediction
@@ -75,14 +75,14 @@ GUIDANCE_RANGES = {
 def check_guidance(name: str, value: Any) -> Guidance:
     """A scale or a Guidance, under the name of the argument. Raises InputError for values that make no sense."""
     guidance = Guidance.from_value(value)
-    check_number(name, guidance.scale, 0, MAX_GUIDANCE_SCALE)
+    check_range(name, guidance.scale, 0, MAX_GUIDANCE_SCALE)
     for key, (low, high) in GUIDANCE_RANGES.items():
         if key != "norm" or guidance.norm is not None:
-            check_number(f"{name}.{key}", getattr(guidance, key), low, high)
+            check_range(f"{name}.{key}", getattr(guidance, key), low, high)
     if not isinstance(guidance.interval, list | tuple) or len(guidance.interval) != 2:
         raise InputError(f"{name}.interval must be two numbers, low and high, got {guidance.interval!r:.80}")
     for end in guidance.interval:
-        check_number(f"{name}.interval", end, 0, 1)
+        check_range(f"{name}.interval", end, 0, 1)
     low, high = guidance.interval
     if low >= high:
         raise InputError(f"{name}.interval is upside down: it goes from {low:g} to {high:g}; give the lower one first")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from diffusers import SchedulerMixin
 from torch import Tensor
 
-from t2i.checks import check_number, check_texts
+from t2i.checks import check_range, check_texts
 from t2i.data.pictures import open_image, to_tensor
 from t2i.diffusion.denoiser import Predict, PredictTransform
 from t2i.diffusion.guidance import ScoreFunction, build_steered_predict
@@ -67,7 +67,7 @@ def check_steering(name: str, steering: Any, clip: CLIP, autoencoder: Autoencode
     """Refuse what cannot steer `count` pictures (any number for None) of this pipeline. Raises InputError."""
     if not isinstance(steering, Steering):
         raise InputError(f"{name} must be a Steering, got {steering!r:.80}")
-    check_number(f"{name}.scale", steering.scale, 0, MAX_STEERING_SCALE)
+    check_range(f"{name}.scale", steering.scale, 0, MAX_STEERING_SCALE)
     goals = {key: getattr(steering, key) for key in ("class_name", "text", "picture")}
     given = [key for key, value in goals.items() if value is not None]
     if len(given) != 1:

@@ -123,7 +123,7 @@ def test_a_named_file_is_written_once(monkeypatch, capsys, pipeline_folder, tmp_
         (["eval", "emoji", "nowhere"], "no manifest in 'nowhere'"),
         (["eval", "prior", "nowhere", "--prior", "none"], "no cache 'nowhere'"),
         (["eval", "prior", "nowhere", "--prior", "lost"], "no trained Prior or AutoregressivePrior or RegressionPrior"),
-        (["eval", "prior", "nowhere", "--temperature", "nan"], "temperature must be from 0 to 10, got nan"),
+        (["eval", "prior", "nowhere", "--temperature", "nan"], "temperature must be a number from 0 to 10, got nan"),
         (["eval", "prior", "nowhere", "--prior", "lost", "--out", "/proc/a/b.json"], "'/proc/a' cannot be written"),
         (
             ["eval", "likelihood", "nowhere", "--model", "lost", "--out", "/proc/a/b.json"],

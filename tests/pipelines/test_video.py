@@ -64,7 +64,7 @@ def test_an_mp4_without_the_extra_is_refused_with_its_name(tmp_path, monkeypatch
         ([*frames(1), *frames(1, (20, 12))], "a.webp", 12, "different sizes, \\(18, 12\\) and \\(20, 12\\)"),
         (frames(1), "a.avi", 12, "must end in .mp4, .webp, .png, .gif; got"),
         (frames(1), "a.webp", 0, "fps must be from 0.1 to 100, got 0"),
-        (frames(1), "a.webp", float("nan"), "fps must be from"),
+        (frames(1), "a.webp", float("nan"), "fps must be a number from"),
     ],
 )
 def test_what_is_no_video_is_refused_in_one_line(given, name, fps, message, tmp_path):

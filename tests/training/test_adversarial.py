@@ -231,7 +231,7 @@ def test_a_step_whose_critic_alone_is_not_finite_is_skipped_for_both(tmp_path):
         ({"adversarial_weight": 1, "train.compile": True}, "adversarial_fixed=true"),
         ({"adversarial_weight": 1, "discriminator.depth": 5}, "data.image_size=32 gives this discriminator no patch"),
         ({"adversarial_weight": 1, "discriminator.width": 12}, "discriminator.width must be a multiple of 8, got 12"),
-        ({"adversarial_weight": 1, "discriminator.layers": 3}, "discriminator does not make a Discriminator"),
+        ({"adversarial_weight": 1, "discriminator.layers": 3}, "discriminator is not valid for Discriminator"),
     ],
 )
 def test_what_does_not_go_together_is_refused_before_any_work(settings, message, shapes, tmp_path):

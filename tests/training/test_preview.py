@@ -299,7 +299,7 @@ def test_a_stage_that_goes_away_during_the_run_is_left_out_and_named(columns, ru
         ({"prompts": ["a cat"] * 65}, "sample.prompts has 65 texts; at most 64"),
         ({"seed": -1}, "sample.seed must be an integer from 0"),
         ({"num_inference_steps": 0}, "sample.num_inference_steps must be an integer from 1 to 1000, got 0"),
-        ({"prior_guidance_scale": float("nan")}, "sample.prior_guidance_scale must be from 0 to 1000"),
+        ({"prior_guidance_scale": float("nan")}, "sample.prior_guidance_scale must be a number from 0 to 1000"),
         ({"decoder": "runs/decoder"}, "sample.decoder and sample.autoencoder go together"),
     ],
 )
