@@ -45,15 +45,9 @@ COMPONENT_CLASSES: dict[str, tuple[type, ...]] = {
     "text_encoder": get_args(AnyTextEncoder),
 }
 OPTIONAL_COMPONENTS = ("prior", "prior_scheduler", "upsampler", "upsampler_scheduler", "text_encoder")
-PIPELINE_NAMES = (  # all of these load each other's folders
-    "Text2ImagePipeline",
-    "ImageToImagePipeline",
-    "InpaintPipeline",
-    "OutpaintPipeline",
-    "ImageVariationPipeline",
-    "InterpolationPipeline",
-    "TextDiffPipeline",
-)
+# Each of these loads the folders of all
+TASKS = ("Text2Image", "ImageToImage", "Inpaint", "Outpaint", "ImageVariation", "Interpolation", "TextDiff")
+PIPELINE_NAMES = tuple(f"{task}Pipeline" for task in TASKS)
 
 
 def check_component_types(components: Mapping[str, Any]) -> None:

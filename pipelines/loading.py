@@ -22,16 +22,10 @@ Download = Callable[..., str]
 def load_public_components(
     name: str, folder: PipelineFolder, download: Download, dtype: Any = None, **kwargs: Any
 ) -> dict[str, Any]:
-    """Load the components of a public model.
+    """Load the components of a public model, by the arguments of `from_pretrained`.
 
-    Args:
-        name: as the user gave it.
-        folder: of that name.
-        download: of the pipeline's class.
-        dtype: also as `torch_dtype`, its older name.
-        kwargs: further arguments of `from_pretrained`.
-
-    Raises InputError.
+    name: as the user gave it. folder: of that name. download: of the pipeline's class. dtype: also as `torch_dtype`,
+    its older name. Raises InputError.
     """
     # Sort the arguments
     older = kwargs.pop("torch_dtype", None)
@@ -62,10 +56,8 @@ def locate_other_folders(
 ) -> tuple[PipelineFolder | None, PipelineFolder | None]:
     """Return the folders of a public model's prior and CLIP, None for those that are not named.
 
-    Args:
-        name: of the model. For a decoder on the hub whose prior's repository is known, `prior` may be None.
-        prior, clip: names, or components of the caller's.
-        find_folder: returns the folder of a name.
+    name: of the model. For a decoder on the hub whose prior's repository is known, `prior` may be None. prior, clip:
+    names, or components of the caller's. find_folder: returns the folder of a name.
     """
     default = DEFAULT_PRIORS.get(name)
     prior = default if prior is None else prior
@@ -90,16 +82,9 @@ def build_own_arguments(
     """Check a folder in this project's own layout, and return arguments of diffusers' `from_pretrained` for it.
 
     Models are loaded here: diffusers holds a file beside its model, and takes no variant where a component's folder has
-    folders in it.
-
-    Args:
-        folder: with the variant of its files.
-        dtype: of all components, or by their names; also as `torch_dtype`, its older name. None is float32 for models
-            that were trained here, and the stored dtype for folders with public models.
-        kwargs: further arguments of `from_pretrained`. `prior` may name another prior, public or of this project, whose
-            CLIP is the folder's.
-
-    Raises InputError.
+    folders in it. dtype: of all components, or by their names; also as `torch_dtype`, its older name. None is float32
+    for models that were trained here, and the stored dtype for folders with public models. `prior` may name another
+    prior, public or of this project, of the folder's CLIP. Raises InputError.
     """
     # Check the arguments and the folder
     if isinstance(kwargs.get("clip"), str | Path):

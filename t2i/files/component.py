@@ -40,16 +40,11 @@ CHUNK_BYTES = 2**22  # of a file, that are converted before it is mapped again
 class Component:
     """A model's folder with its configuration and the headers of its weights, each read once.
 
-    Args:
-        folder: with config.json and safetensors.
-        root: the pipeline's folder, which links may lead into.
-        variant: of the file names, such as "fp16"; a folder without files of it has the plain ones.
-        stem: of the file names: "diffusion_pytorch_model" in diffusers, "model" in transformers.
+    folder: with config.json and safetensors. root: the pipeline's folder, which links may lead into. variant, stem: of
+    the file names, see `find_weight_files`.
 
-    Attributes:
-        config: the content of config.json.
-        tensor_specs: dtype and shape of each tensor by name.
-        files: the file of each tensor by name.
+    `config` is the content of config.json; `tensor_specs` and `files` are the specification and the file of each tensor
+    by name.
 
     Raises InputError, in one line, for a folder that is missing, damaged, or holds pickles or code.
     """
@@ -141,15 +136,11 @@ def load_from_components(
     extra: tuple[str, ...] = (),
     unused: tuple[str, ...] = (),
 ) -> Model:
-    """Build a model and fill it with the tensors of its components, frozen and in eval mode.
+    """Build a model with `make` and fill it with the tensors of its components, frozen and in eval mode.
 
-    Args:
-        make: builds the model; called twice, on the meta device and without memory for parameters.
-        parts: components by the prefix of their tensors in the model, such as "unet.".
-        dtype: of floating-point tensors; None is as they are stored.
-        rename: maps a prefixed name to the model's.
-        extra: buffers of the model that no file holds. They keep the values that `make` gave them.
-        unused: prefixed names of tensors in older files, which no model needs.
+    parts: components by the prefix of their tensors in the model, such as "unet.". dtype: of floating-point tensors;
+    None is as they are stored. rename: maps a prefixed name to the model's. extra: buffers of the model that no file
+    holds, which stay as they are made. unused: prefixed names of tensors in older files, which no model needs.
 
     Raises InputError, in one line, for tensors that are missing, unknown, misshapen or not finite. Nothing of the
     model's size is allocated before its tensors are known to fit.

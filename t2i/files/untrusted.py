@@ -145,10 +145,8 @@ def find_weight_files(
 ) -> list[Path]:
     """Return the safetensors files of a model's folder: the shards that its index lists, or the single file.
 
-    Args:
-        variant: such as "fp16"; a folder without files of it has the plain ones.
-        stem: of the file names: "diffusion_pytorch_model" in diffusers, "model" in transformers.
-        exists: decides which files exist, for files that are yet to be downloaded.
+    variant: such as "fp16"; a folder without files of it has the plain ones. stem: of the file names:
+    "diffusion_pytorch_model" in diffusers, "model" in transformers. exists: for files that are yet to be downloaded.
     """
     middle = f".{variant}" if variant else ""
     index = folder / f"{stem}.safetensors.index{middle}.json"

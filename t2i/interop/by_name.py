@@ -39,10 +39,9 @@ TEXT_ENCODER_FOLDERS = ("text_encoder", "text_encoder.replaced")
 def load_autoencoder(name: str | Path, classes: tuple[type, ...] = (Autoencoder,)) -> Any:
     """Load an autoencoder.
 
-    Args:
-        name: a folder that `train_autoencoder.py` wrote; a diffusers VAE, by its folder or repository on the hub; or a
-            public pipeline: Kandinsky's with a MoVQ, or Karlo's with its super-resolution.
-        classes: of this project's autoencoders that are allowed, beside the public ones.
+    name: a folder that `train_autoencoder.py` wrote; a diffusers VAE, by its folder or repository on the hub; or a
+    public pipeline: Kandinsky's with a MoVQ, or Karlo's with its super-resolution. classes: of this project's that are
+    allowed, beside the public ones.
     """
     if (public := load_public_autoencoder(str(name))) is not None:
         return public
@@ -81,10 +80,9 @@ def load_public_autoencoder(name: str) -> MoVQ | SuperResolution | None:
 def load_clip(name: str | Path) -> CLIP:
     """Load a CLIP.
 
-    Args:
-        name: a folder that `train_clip.py` wrote; a public pair, as "ViT-L-14:datacomp_xl_s13b_b90k" (open_clip's name
-            and tag), "hf-hub:org/name" or "local-dir:/path"; or a public pipeline, by its folder or name on the hub,
-            whose towers become a TransformersCLIP.
+    name: a folder that `train_clip.py` wrote; a public pair, as "ViT-L-14:datacomp_xl_s13b_b90k" (open_clip's name and
+    tag), "hf-hub:org/name" or "local-dir:/path"; or a public pipeline, by its folder or name on the hub, whose towers
+    become a TransformersCLIP.
     """
     name = str(name)
     if ":" not in name or is_folder(name):
@@ -130,10 +128,9 @@ def load_clip_towers(
 def load_text_encoder(name: str | Path, context_length: int = 128, dtype: torch.dtype = torch.float32) -> Any:
     """Load a text encoder, frozen.
 
-    Args:
-        name: the folder of a decoder's run that has one, with its context length; a model of transformers, by its
-            folder or name on the hub; or Kandinsky 2.1's pipeline, whose encoder becomes a MultilingualCLIP.
-        context_length: in tokens, for models of transformers.
+    name: the folder of a decoder's run that has one, with its context length; a model of transformers, by its folder or
+    name on the hub; or Kandinsky 2.1's pipeline, whose encoder becomes a MultilingualCLIP. context_length: in tokens,
+    for models of transformers.
     """
     if (public := load_public_text_encoder(str(name), dtype)) is not None:
         return public
@@ -167,11 +164,8 @@ def load_any_prior(
 ) -> dict[str, Any]:
     """Load a prior, alone or in its pipeline, and its scheduler, as arguments of a pipeline.
 
-    There is no `prior_scheduler` in the result for a PriorTransformer without a scheduler beside it.
-
-    Args:
-        name: of one of this project's, or a public one.
-        load_clip: called for a public prior, which does not store its null condition.
+    The result lacks `prior_scheduler` for a PriorTransformer without a scheduler beside it. load_clip: called for a
+    public prior, which does not store its null condition.
     """
     found = find_public_part(str(name), ("prior",), variant=variant)
     if found is None:

@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from t2i.errors import InputError
-from t2i.files.untrusted import check_size_limit, format_error
+from t2i.files.untrusted import check_size_limit
 from t2i.interop.pickles import read_pickle
 
 MAX_FILE_SIZE = 64 * 2**30  # bytes; the largest published file has a tenth of it
@@ -68,13 +67,6 @@ def read_dalle2_file(path: Path) -> DALLE2File:
     # Look at the file before anything is unpickled
     check_size_limit(path, MAX_FILE_SIZE)
     check_torch_archive(path)
-    try:
-        unknown = sorted(set(get_unsafe_globals_in_checkpoint(path)) - set(VERSION_CLASSES))
-    except Exception as error:  # torch raises errors of any class for a damaged file
-        raise InputError(f"{str(path)!r} does not load: {format_error(error).splitlines()[0]}") from error
-    if unknown:
-        allowed = "only tensors, plain containers and a version are"
-        raise InputError(f"{str(path)!r} holds a {unknown[0]:.80}, which is not loaded; {allowed}")
     content = read_pickle(path, tuple((InertObject, name) for name in VERSION_CLASSES))
     # Select the tensors
     if not isinstance(content, dict):

@@ -34,11 +34,9 @@ def fetch_model_folder(
 ) -> Path:
     """Return the folder of this name; without one, download the hub's repository of this name and return its folder.
 
-    Args:
-        parts: of a public layout, such as "unet", whose weights are downloaded; None for those of the whole model.
-        variant: of the weights, such as "fp16"; a part without files of it comes with its plain ones.
-        otherwise: patterns of the files to download if the hub does not list them, as when offline.
-        options: of `snapshot_download`.
+    parts: of a public layout, such as "unet", whose weights are downloaded; None for those of the whole model. variant:
+    of the weights, such as "fp16"; a part without files of it comes with its plain ones. otherwise: patterns of the
+    files to download if the hub does not list them, as when offline. options: of `snapshot_download`.
 
     Raises InputError, in one line, if there is neither; and, before any weights are downloaded, for a part whose
     weights are only pickles or of another variant.
@@ -86,8 +84,8 @@ def find_weight_stems(path: Path, parts: Collection[str] | None) -> dict[str, st
     if not index:
         return None
     # A pipeline of this project. Components of other libraries are refused by the caller.
-    own = [name for name, entry in index.items() if isinstance(entry, list) and str(entry[:1]).startswith("['t2i.")]
-    return dict.fromkeys(own, DIFFUSERS_STEM)
+    modules = {name: str(entry[0]) for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
+    return {name: DIFFUSERS_STEM for name, module in modules.items() if module.startswith("t2i.")}
 
 
 def find_part_weights(

@@ -17,14 +17,7 @@ from t2i.errors import InputError
 from t2i.files.component import Component
 from t2i.files.model_folder import load_or_explain
 from t2i.files.untrusted import check_folder_files, is_folder, read_config
-from t2i.interop.layouts import (
-    KNOWN_LIBRARIES,
-    LAYOUTS,
-    LAYOUTS_BY_CLASS,
-    PART_CLASSES,
-    PublicLayout,
-    weight_stem,
-)
+from t2i.interop.layouts import KNOWN_LIBRARIES, LAYOUTS, LAYOUTS_BY_CLASS, PART_CLASSES, PublicLayout, weight_stem
 
 logger = logging.getLogger(__name__)
 
@@ -128,12 +121,19 @@ class SourceFolder:
     def check_public_parts(self) -> None:
         """Raise InputError, in one line, for an unknown layout, or a part that is missing or of another class."""
         layout = self.require_layout()
-        if not self.index:
-            return
-        self.check_index_entries()
-        for part, place in layout.part_folders.items():
-            entry = self.index.get(place)
-            class_name = str(entry[1]) if isinstance(entry, list) and len(entry) == 2 else "None"
+        places = layout.part_folders.values()
+        # No class is imported by these names, but another library's would be foreign code.
+        for name, entry in self.index.items():
+            plain = name not in places and (entry is None or isinstance(entry, bool | int | float))
+            if name.startswith("_") or plain:
+                continue
+            if not isinstance(entry, list) or len(entry) != 2 or entry[0] not in (None, *KNOWN_LIBRARIES):
+                known = f"a class of {', '.join(KNOWN_LIBRARIES)}"
+                self.refuse(f"has in its model_index.json {name[:80]!r} = {str(entry)[:80]}, which is not {known}")
+            if name not in places and entry[1] is not None:
+                logger.warning("%s has %.80r, a %.80s, which is not used", self.path, name, entry[1])
+        for part, place in layout.part_folders.items() if self.index else ():
+            class_name = str(self.index.get(place, [None, None])[1])
             if class_name == "None":
                 self.refuse(f"lacks {place!r} in its model_index.json")
             if part.endswith("scheduler"):
@@ -145,19 +145,6 @@ class SourceFolder:
                 self.refuse(f"has as {place} a {class_name[:80]!r}; it must be {allowed}")
             if not is_folder(self.path / place):
                 self.refuse(f"lacks the folder {place!r}")
-
-    def check_index_entries(self) -> None:
-        """Raise InputError for classes of unknown libraries; log the entries that are not used."""
-        places = self.require_layout().part_folders.values()
-        for name, entry in self.index.items():
-            plain = name not in places and (entry is None or isinstance(entry, bool | int | float))
-            if name.startswith("_") or plain:
-                continue
-            if not isinstance(entry, list) or len(entry) != 2 or entry[0] not in (None, *KNOWN_LIBRARIES):
-                known = f"a class of {', '.join(KNOWN_LIBRARIES)}"
-                self.refuse(f"has in its model_index.json {name[:80]!r} = {str(entry)[:80]}, which is not {known}")
-            if name not in places and entry[1] is not None:
-                logger.warning("%s has %.80r, a %.80s, which is not used", self.path, name, entry[1])
 
     def refuse(self, fault: str) -> None:
         layout = self.require_layout()
@@ -223,8 +210,8 @@ class SourceFolder:
     @property
     def has_public_parts(self) -> bool:
         """True if the index names components that came from a public model."""
-        modules = [str(entry[0]) for entry in self.index.values() if isinstance(entry, list) and len(entry) == 2]
-        return any(module.startswith(PUBLIC_MODULES) for module in modules)
+        entries = [entry for entry in self.index.values() if isinstance(entry, list) and len(entry) == 2]
+        return any(str(module).startswith(PUBLIC_MODULES) for module, _ in entries)
 
     def find_stored_dtypes(self) -> dict[str, torch.dtype]:
         """Return the dtype that most values of each component are stored in, by the component's name."""

@@ -23,17 +23,9 @@ PART_CLASSES: dict[str, tuple[str, ...]] = {
 }
 TRANSFORMERS_PARTS = ("text_tower", "image_tower", "multilingual_clip", "text_encoder")
 DIFFUSERS_STEM, TRANSFORMERS_STEM = WEIGHT_STEMS = ("diffusion_pytorch_model", "model")  # names of weights, by library
-# The modules that an index may name. Nothing is imported by these names, but any other one stands for foreign code.
-# Beside the two libraries these are diffusers' own folders of pipelines.
-KNOWN_LIBRARIES = (
-    "diffusers",
-    "transformers",
-    "unclip",
-    "stable_diffusion",
-    "kandinsky",
-    "kandinsky2_2",
-    "multilingual_clip",
-)
+# The modules that an index may name: the two libraries, and diffusers' own folders of pipelines.
+PIPELINE_LIBRARIES = ("unclip", "stable_diffusion", "kandinsky", "kandinsky2_2", "multilingual_clip")
+KNOWN_LIBRARIES = ("diffusers", "transformers", *PIPELINE_LIBRARIES)
 
 
 @dataclass(frozen=True)
@@ -71,13 +63,11 @@ KARLO_FOLDERS = {
     "super_res_last": "super_res_last",
     "super_res_scheduler": "super_res_scheduler",
 }
-KANDINSKY_2_2_FOLDERS = {"unet": "unet", "decoder_scheduler": "scheduler", "movq": "movq"}
-KANDINSKY_2_1_FOLDERS = {
-    **KANDINSKY_2_2_FOLDERS,
-    "multilingual_clip": "text_encoder",
-    "multilingual_tokenizer": "tokenizer",
-}
-STABLE_UNCLIP_FOLDERS = {
+KANDINSKY_FOLDERS = {"unet": "unet", "decoder_scheduler": "scheduler", "movq": "movq"}
+MULTILINGUAL_FOLDERS = {"multilingual_clip": "text_encoder", "multilingual_tokenizer": "tokenizer"}
+IMAGE_TOWER_FOLDERS = {"image_tower": "image_encoder", "image_processor": "feature_extractor"}
+KARLO_VARIATION_FOLDERS = KARLO_FOLDERS | IMAGE_TOWER_FOLDERS
+STABLE_FOLDERS = {
     "unet": "unet",
     "decoder_scheduler": "scheduler",
     "vae": "vae",
@@ -86,49 +76,32 @@ STABLE_UNCLIP_FOLDERS = {
     "normalizer": "image_normalizer",
     "noising_scheduler": "image_noising_scheduler",
 }
-STABLE_UNCLIP_PRIOR_FOLDERS = {**PRIOR_FOLDERS, "text_tower": "prior_text_encoder", "tokenizer": "prior_tokenizer"}
-IMAGE_TOWER_FOLDERS = {"image_tower": "image_encoder", "image_processor": "feature_extractor"}
+STABLE_PRIOR_FOLDERS = PRIOR_FOLDERS | {"text_tower": "prior_text_encoder", "tokenizer": "prior_tokenizer"}
+STABLE_IMAGE_FOLDERS, STABLE_TEXT_FOLDERS = STABLE_FOLDERS | IMAGE_TOWER_FOLDERS, STABLE_FOLDERS | STABLE_PRIOR_FOLDERS
+STABLE = "Stable unCLIP"
 
 
 def build_kandinsky_layouts(version: str, stem: str, folders: dict[str, str], priors: tuple[str, ...]) -> list:
-    """Return the layouts of one version: decoder, prior, and both combined."""
+    """Return the layouts of one version: decoder, prior, and both combined. stem: of the pipelines' names."""
     title, name = f"Kandinsky {version}", f"kandinsky-{version.replace('.', '-')}"
     tasks = ("", "Img2Img", "Inpaint")
-    decoders = tuple(f"{stem}{task}Pipeline" for task in tasks)
-    combined = tuple(f"{stem}{task}CombinedPipeline" for task in tasks)
+    decoder_classes = tuple(f"{stem}{task}Pipeline" for task in tasks)
+    prior_classes = tuple(f"{stem}{prior}Pipeline" for prior in priors)
+    combined_classes = tuple(f"{stem}{task}CombinedPipeline" for task in tasks)
     return [
-        PublicLayout(name, title, decoders, "kandinsky", folders),
-        PublicLayout(f"{name}-prior", title, priors, "", KANDINSKY_PRIOR_FOLDERS),
-        PublicLayout(f"{name}-combined", title, combined, "kandinsky", folders | KANDINSKY_COMBINED_FOLDERS),
+        PublicLayout(name, title, decoder_classes, "kandinsky", folders),
+        PublicLayout(f"{name}-prior", title, prior_classes, "", KANDINSKY_PRIOR_FOLDERS),
+        PublicLayout(f"{name}-combined", title, combined_classes, "kandinsky", folders | KANDINSKY_COMBINED_FOLDERS),
     ]
 
 
 LAYOUTS: tuple[PublicLayout, ...] = (
     PublicLayout("karlo", "Karlo", ("UnCLIPPipeline",), "karlo", PRIOR_FOLDERS | KARLO_FOLDERS),
-    PublicLayout(
-        "karlo-variations", "Karlo", ("UnCLIPImageVariationPipeline",), "karlo", KARLO_FOLDERS | IMAGE_TOWER_FOLDERS
-    ),
-    *build_kandinsky_layouts(
-        "2.2",
-        "KandinskyV22",
-        KANDINSKY_2_2_FOLDERS,
-        ("KandinskyV22PriorPipeline", "KandinskyV22PriorEmb2EmbPipeline"),
-    ),
-    *build_kandinsky_layouts("2.1", "Kandinsky", KANDINSKY_2_1_FOLDERS, ("KandinskyPriorPipeline",)),
-    PublicLayout(
-        "stable-unclip",
-        "Stable unCLIP",
-        ("StableUnCLIPImg2ImgPipeline",),
-        "stable",
-        STABLE_UNCLIP_FOLDERS | IMAGE_TOWER_FOLDERS,
-    ),
-    PublicLayout(
-        "stable-unclip-text",
-        "Stable unCLIP",
-        ("StableUnCLIPPipeline",),
-        "stable",
-        STABLE_UNCLIP_FOLDERS | STABLE_UNCLIP_PRIOR_FOLDERS,
-    ),
+    PublicLayout("karlo-variations", "Karlo", ("UnCLIPImageVariationPipeline",), "karlo", KARLO_VARIATION_FOLDERS),
+    *build_kandinsky_layouts("2.2", "KandinskyV22", KANDINSKY_FOLDERS, ("Prior", "PriorEmb2Emb")),
+    *build_kandinsky_layouts("2.1", "Kandinsky", KANDINSKY_FOLDERS | MULTILINGUAL_FOLDERS, ("Prior",)),
+    PublicLayout("stable-unclip", STABLE, ("StableUnCLIPImg2ImgPipeline",), "stable", STABLE_IMAGE_FOLDERS),
+    PublicLayout("stable-unclip-text", STABLE, ("StableUnCLIPPipeline",), "stable", STABLE_TEXT_FOLDERS),
     PublicLayout("prior-transformer", "a prior alone", ("PriorTransformer",), "", {"prior": "."}),
 )
 LAYOUTS_BY_CLASS = {class_name: layout for layout in LAYOUTS for class_name in layout.classes}

@@ -39,13 +39,10 @@ def load_components(
 ) -> dict[str, Any]:
     """Load the components of a model in a public layout, by the argument names of `t2i.pipelines.base.UnCLIPPipeline`.
 
-    Args:
-        folder: of the decoder, or of the whole model.
-        prior: the folder with the prior, where it is another; either of the two may hold the decoder. A prior alone,
-            public or of this project, is sampled with the CLIP of `folder` or `clip`.
-        clip: the folder with the CLIP, if it is in neither.
-        dtype: of the weights, for all components or by their names. None, and components without an entry: as stored.
-        given: components of the caller's, instead of those in the folders.
+    folder: of the decoder, or of the whole model. prior: the folder with the prior, where it is another; either of the
+    two may hold the decoder. A prior alone, public or of this project, is sampled with the CLIP of `folder` or `clip`.
+    clip: the folder with the CLIP, if it is in neither. dtype: of the weights, for all components or by their names;
+    None, and components without an entry, are as stored. given: components of the caller's, instead of those.
 
     At most one tensor is held beyond the components. Raises InputError, in one line, for folders that are no whole
     model together, or that do not belong together.
@@ -182,13 +179,8 @@ def load_autoencoder(source: SourceFolder, dtype: torch.dtype | None) -> Any:
 class ModelFolders:
     """The folders that a model comes in, and which of them holds which part.
 
-    Args:
-        folders: of the model, of its prior, and of its CLIP.
-        given: names of components that the caller has.
-
-    Attributes:
-        decoder: the first folder with a decoder.
-        prior: the second folder if it has a prior, or else the first that has one.
+    folders: of the model, of its prior, and of its CLIP. given: names of components that the caller has.
+    `decoder` is the first folder with a decoder, `prior` the second if it has a prior, or else the first that has one.
     """
 
     decoder: SourceFolder

@@ -144,28 +144,29 @@ class ParityCheck:
 
     # The reference: shared
 
-    @property
-    def guided_prompts(self) -> list[str]:
-        """The captions; with guidance the empty caption B times, then the captions."""
-        return self.prompts if self.scale == 1 else [""] * len(self.prompts) + self.prompts
-
     def encode_captions(self, source: SourceFolder | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return z_t, states and mask of `guided_prompts`, padded to the longest caption that there can be."""
+        """Return z_t, states and mask of captions, padded to the longest that there can be; see `tokenize_prompts`."""
         assert source is not None, "a model that reads captions has their tower"
-        tokenizer = CLIPTokenizer.from_pretrained(source.folder("tokenizer"))
         tower = load_library_part(CLIPTextModelWithProjection, source, "text_tower")
-        length = tower.config.max_position_embeddings
-        tokens = tokenizer(
-            self.guided_prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        )
+        tokenizer = CLIPTokenizer.from_pretrained(source.folder("tokenizer"))
+        tokens = self.tokenize_prompts(tokenizer, tower.config.max_position_embeddings)
         output = tower(tokens.input_ids)
         return output.text_embeds, output.last_hidden_state, tokens.attention_mask.bool()
 
-    def predict_guided(self, predict: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def tokenize_prompts(self, tokenizer: Any, length: int) -> Any:
+        """Return the tokens of the captions; with guidance those of the empty caption B times, then of the captions."""
+        texts = self.prompts if self.scale == 1 else [""] * len(self.prompts) + self.prompts
+        return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+
+    def prepend_null(self, null: Tensor, z_i: Tensor) -> Tensor:
+        """Return z_i; with guidance `null` B times, then z_i."""
+        return z_i if self.scale == 1 else torch.cat([null.expand(len(z_i), -1), z_i])
+
+    def predict_guided(self, predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor) -> Tensor:
         """Guide by one prediction for no caption and captions together; a learned variance is the captions'."""
         if self.scale == 1:
-            return predict(x)
-        empty, full = predict(torch.cat([x, x])).chunk(2)
+            return predict(x, t)
+        empty, full = predict(torch.cat([x, x]), t).chunk(2)
         uncond, cond = empty[:, : x.shape[1]], full[:, : x.shape[1]]
         return torch.cat([uncond + self.scale * (cond - uncond), full[:, x.shape[1] :]], dim=1)
 
@@ -182,19 +183,28 @@ class ParityCheck:
             x = scheduler.step(predict(x, t, after is None), t, x, generator=generators, **more).prev_sample
         return x
 
+    def run_decoder_scheduler(self, predict: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Sample latents with guidance; `predict` takes (x, t) of the null condition, if any, and of z_i."""
+        noise = self.generate_latents()
+        return self.run_reference_scheduler(
+            self.decoder, "decoder_scheduler", noise, lambda x, t, _: self.predict_guided(predict, x, t)
+        )
+
     def sample_reference_prior(self) -> Tensor:
         source = self.sources.prior
         assert source is not None, "there is a prior"
         z_t, states, mask = self.encode_captions(self.sources.find_clip_tower("text_tower"))
         prior = load_library_part(PriorTransformer, source, "prior")
-        schedulers = next(folder for folder in [source, *self.sources.folders] if "prior_scheduler" in folder)
         condition = {"proj_embedding": z_t, "encoder_hidden_states": states, "attention_mask": mask}
 
-        def predict(x: Tensor, t: Tensor, is_last: bool) -> Tensor:
-            return self.predict_guided(lambda pair: prior(pair, timestep=t, **condition).predicted_image_embedding, x)
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            return prior(x, timestep=t, **condition).predicted_image_embedding
 
+        schedulers = next(folder for folder in [source, *self.sources.folders] if "prior_scheduler" in folder)
         noise = self.generate_noise((prior.config.embedding_dim,), 1)
-        sample = self.run_reference_scheduler(schedulers, "prior_scheduler", noise, predict)
+        sample = self.run_reference_scheduler(
+            schedulers, "prior_scheduler", noise, lambda x, t, _: self.predict_guided(predict, x, t)
+        )
         return prior.post_process_latents(sample)
 
     def select_reference_functions(self) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
@@ -209,33 +219,26 @@ class ParityCheck:
             case _:
                 return self.sample_stable_unclip_latents, self.decode_stable_unclip_latents
 
-    def build_sampling_arguments(self) -> dict[str, Any]:
-        """Return what the pipelines of Kandinsky and Stable unCLIP take alike."""
-        return {
-            "latents": self.generate_latents(),
-            "generator": self.build_generators(),
-            "num_inference_steps": self.steps,
-            "guidance_scale": self.scale,
-        }
+    def run_pipeline(self, pipeline: Any, *prompt: Any, **arguments: Any) -> Any:
+        """Return what a pipeline of diffusers draws with the settings that all of them take."""
+        pipeline.set_progress_bar_config(disable=True)
+        arguments |= {"latents": self.generate_latents(), "generator": self.build_generators()}
+        return pipeline(*prompt, num_inference_steps=self.steps, guidance_scale=self.scale, **arguments).images
 
     # The reference: Karlo
 
     def sample_karlo_latents(self, z_i: Tensor) -> Tensor:
         z_t, states, mask = self.encode_captions(self.sources.find_clip_tower("text_tower"))
         projection = self.pipeline.decoder.text_proj
-        null = projection.learned_classifier_free_guidance_embeddings.expand(len(z_i), -1)
-        condition = projection(self.pair(null, z_i), z_t, TokenStates(states, mask))
+        null = projection.learned_classifier_free_guidance_embeddings
+        condition = projection(self.prepend_null(null, z_i), z_t, TokenStates(states, mask))
         unet = load_library_part(UNet2DConditionModel, self.decoder, "unet")
         arguments = {
             "encoder_hidden_states": condition.tokens,
             "class_labels": condition.embedding,
             "attention_mask": condition.mask,
         }
-
-        def predict(x: Tensor, t: Tensor, is_last: bool) -> Tensor:
-            return self.predict_guided(lambda pair: unet(pair, t, **arguments).sample, x)
-
-        return self.run_reference_scheduler(self.decoder, "decoder_scheduler", self.generate_latents(), predict)
+        return self.run_decoder_scheduler(lambda x, t: unet(x, t, **arguments).sample)
 
     def decode_karlo_latents(self, latents: Tensor) -> Tensor:
         first, last = (
@@ -252,69 +255,55 @@ class ParityCheck:
 
     # The reference: Kandinsky
 
-    def pair(self, null: Tensor, z_i: Tensor) -> Tensor:
-        return z_i if self.scale == 1 else torch.cat([null, z_i])
-
-    def encode_zero_image(self, count: int) -> Tensor:
-        """Return CLIP's embedding of an image of zeros, `count` times, which Kandinsky is guided away from."""
+    def encode_zero_image(self) -> Tensor:
+        """Return CLIP's embedding of an image of zeros, (1, D), which Kandinsky is guided away from."""
         source = self.sources.find_clip_tower("image_tower")
         if source is None:
             raise InputError("no folder has an image encoder; Kandinsky is guided away from its embedding of zeros")
         tower = load_library_part(CLIPVisionModelWithProjection, source, "image_tower")
         side = tower.config.image_size
-        return tower(torch.zeros(1, 3, side, side)).image_embeds.expand(count, -1)
+        return tower(torch.zeros(1, 3, side, side)).image_embeds
+
+    def load_multilingual_clip(self) -> tuple[MultilingualCLIP, XLMRobertaTokenizer]:
+        tokenizer = XLMRobertaTokenizer.from_pretrained(self.decoder.folder("multilingual_tokenizer"))
+        return load_library_part(MultilingualCLIP, self.decoder, "multilingual_clip"), tokenizer
 
     def sample_kandinsky_latents(self, z_i: Tensor) -> Tensor:
         side = self.pipeline.latent_shape[1] * self.pipeline.autoencoder.factor
-        arguments = {
-            "image_embeds": z_i,
-            "negative_image_embeds": self.encode_zero_image(len(z_i)),
-            "height": side,
-            "width": side,
-            **self.build_sampling_arguments(),
-        }
+        arguments: dict[str, Any] = {"image_embeds": z_i, "height": side, "width": side}
+        arguments["negative_image_embeds"] = self.encode_zero_image().expand(len(z_i), -1)
         parts: dict[str, Any] = {
             "unet": load_library_part(UNet2DConditionModel, self.decoder, "unet"),
             "movq": load_library_part(VQModel, self.decoder, "movq"),
             "scheduler": self.decoder.load_scheduler("decoder_scheduler"),
         }
         if "multilingual_clip" not in self.decoder:
-            pipeline = disable_progress_bar(KandinskyV22Pipeline(**parts))
-            return pipeline(**arguments, output_type="latent").images
+            return self.run_pipeline(KandinskyV22Pipeline(**parts), **arguments, output_type="latent")
         # The pipeline of 2.1 returns images alone; its callback sees the latents.
         parts["text_encoder"], parts["tokenizer"] = self.load_multilingual_clip()
         seen: list[Tensor] = []
-        pipeline = disable_progress_bar(KandinskyPipeline(**parts))
-        pipeline(self.prompts, callback=lambda step, t, latents: seen.append(latents), **arguments, output_type="pt")
+        arguments["callback"] = lambda step, t, latents: seen.append(latents)
+        self.run_pipeline(KandinskyPipeline(**parts), self.prompts, **arguments, output_type="pt")
         return seen[-1]
-
-    def load_multilingual_clip(self) -> tuple[MultilingualCLIP, XLMRobertaTokenizer]:
-        tokenizer = XLMRobertaTokenizer.from_pretrained(self.decoder.folder("multilingual_tokenizer"))
-        return load_library_part(MultilingualCLIP, self.decoder, "multilingual_clip"), tokenizer
 
     def sample_inpainted_kandinsky_latents(self, z_i: Tensor) -> Tensor:
         """Sample around what stays of `build_masked_canvas`; in the reference, 1 marks what stays."""
         latents, mask = self.build_masked_canvas()
         kept = torch.cat([latents * (1 - mask), 1 - mask], dim=1)
-        condition, states = {"image_embeds": self.pair(self.encode_zero_image(len(z_i)), z_i)}, None
+        condition, states = {"image_embeds": self.prepend_null(self.encode_zero_image(), z_i)}, None
         if "multilingual_clip" in self.decoder:
             encoder, tokenizer = self.load_multilingual_clip()
-            tokens = tokenizer(
-                self.guided_prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
-            )
+            tokens = self.tokenize_prompts(tokenizer, 77)
             condition["text_embeds"], states = encoder(tokens.input_ids, tokens.attention_mask)
         unet = load_library_part(UNet2DConditionModel, self.decoder, "unet")
         learned = self.decoder.load_scheduler("decoder_scheduler").config.get("variance_type") in LEARNED_VARIANCES
 
-        def predict(x: Tensor, t: Tensor, is_last: bool) -> Tensor:
-            def run_unet(pair: Tensor) -> Tensor:
-                inputs = torch.cat([pair, kept.repeat(len(pair) // len(kept), 1, 1, 1)], dim=1)
-                return unet(inputs, t, states, added_cond_kwargs=condition).sample
-
-            prediction = self.predict_guided(run_unet, x)
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            inputs = torch.cat([x, kept.repeat(len(x) // len(kept), 1, 1, 1)], dim=1)
+            prediction = unet(inputs, t, states, added_cond_kwargs=condition).sample
             return prediction if learned else prediction[:, : x.shape[1]]
 
-        return self.run_reference_scheduler(self.decoder, "decoder_scheduler", self.generate_latents(), predict)
+        return self.run_decoder_scheduler(predict)
 
     def decode_kandinsky_latents(self, latents: Tensor) -> Tensor:
         return load_library_part(VQModel, self.decoder, "movq").decode(latents, force_not_quantize=True).sample
@@ -334,8 +323,7 @@ class ParityCheck:
             scheduler=source.load_scheduler("decoder_scheduler"),
             vae=vae,
         )
-        arguments = {"prompt": self.prompts, "image_embeds": z_i, **self.build_sampling_arguments()}
-        return disable_progress_bar(pipeline)(**arguments, output_type="latent").images
+        return self.run_pipeline(pipeline, prompt=self.prompts, image_embeds=z_i, output_type="latent")
 
     def decode_stable_unclip_latents(self, latents: Tensor) -> Tensor:
         vae = load_library_part(AutoencoderKL, self.decoder, "vae")
@@ -349,11 +337,6 @@ def load_library_part(model_class: Any, source: SourceFolder, part: str) -> Any:
     if source.variant and any(f".{source.variant}." in path.name for path in folder.glob("*.safetensors*")):
         settings["variant"] = source.variant
     return model_class.from_pretrained(folder, **settings).eval()
-
-
-def disable_progress_bar(pipeline: Any) -> Any:
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def compute_max_difference(result: Tensor, reference: Tensor) -> float:

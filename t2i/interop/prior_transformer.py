@@ -54,11 +54,9 @@ def load_prior_transformer(
 ) -> Prior | EclipsePrior:
     """Load a PriorTransformer as a Prior; or, without a token for the time, as an EclipsePrior. Frozen.
 
-    Args:
-        part: the PriorTransformer's folder.
-        clip: the prior's. Its encoding of the empty caption is the prior's null condition, which is not in the files.
-            Without a CLIP the null is still to be set, by `prior.set_embed_statistics(null, prior.mean, prior.std)`.
-        dtype: of floating-point tensors; None is that of the files.
+    clip: the prior's. Its encoding of the empty caption is the prior's null condition, which is not in the files.
+    Without a CLIP the null is still to be set, by `prior.set_embed_statistics(null, prior.mean, prior.std)`. dtype: of
+    floating-point tensors; None is that of the files.
 
     Raises InputError for what neither class can express, with the reason, and for a CLIP of other widths.
     """

@@ -527,7 +527,7 @@ class Foreign:
     [
         (
             lambda saved: saved | {"warmup_scheduler": Foreign()},
-            "holds a tests.interop.test_dalle2.Foreign, which is not",
+            "holds a 'tests.interop.test_dalle2.Foreign', which is no weights",
         ),
         (lambda saved: {"model": {"net.learned_query": [1, 2]}}, "in it is no plain tensor"),
         (lambda saved: {"model": {"other": torch.zeros(1)}}, "neither a prior .net.*. nor a decoder"),
