@@ -91,7 +91,7 @@ def build_diffusers_loop(prior: Prior, text: TextEncoding, noise: Tensor) -> Dra
     parts = dict.fromkeys(("image_encoder", "text_encoder", "tokenizer", "image_processor"))
     peer = to_prior_transformer(prior).to(device())
     pipe = EncodedPriorPipeline(prior=peer, scheduler=UnCLIPScheduler(**SCHEDULE), **parts)
-    pipe.set_captions(text, prior.null(len(text)))
+    pipe.set_captions(text, prior.null(len(text)).expand())
     pipe.set_progress_bar_config(disable=True)
 
     def draw_by_peer(steps: int) -> Tensor:

@@ -56,15 +56,16 @@ class UnCLIPPipeline(StagedPipeline):
     # The stages
 
     def encode_prompt(self, prompts: list[str]) -> TextEncoding:
-        """What CLIP says, for the prior, and the decoder's text encoder, if it has one of its own.
+        """Encode prompts by CLIP, for the prior, and by the decoder's own text encoder, if it has one.
 
-        Each different prompt is encoded once. Says in the log what of a prompt does not fit. Raises InputError for a
-        CLIP without a text tower.
+        Each different prompt is encoded once; `expand` of the result has a row for each prompt. Logs what of a prompt
+        does not fit. Raises InputError for a CLIP without a text tower.
         """
         if not self.clip.reads_captions:
             lacks = "no text encoder of its CLIP" if self.prior else "no prior and no text encoder of its CLIP"
             raise InputError(f"this model has {lacks}: it draws from pictures or image_embeds, not from texts")
-        for prompt in dict.fromkeys(prompts):
+        different, rows = find_unique_prompts(prompts)
+        for prompt in different:
             if cut := self.clip.tokenizer.find_truncated_text(prompt):
                 longest = self.clip.context_length - 2
                 logger.warning("a prompt is longer than %d tokens; this was cut: %r", longest, cut)
@@ -72,11 +73,10 @@ class UnCLIPPipeline(StagedPipeline):
                 longest = self.text_encoder.config.context_length
                 logger.warning("a prompt has more than the text encoder's %d tokens; this was cut: %r", longest, cut)
         self.offload_all_but("clip")
-        different, rows = find_unique_prompts(prompts)
         text = self.clip.encode_tokens(self.clip.tokenizer(different).to(self._execution_device))
         if self.text_encoder is not None:
             text = replace(text, decoder_tokens=self.text_encoder.encode(different, self._execution_device))
-        return text.take_rows(rows) if len(different) < len(prompts) else text
+        return text if rows is None else text.take_rows(rows)
 
     def encode_decoder_prompt(self, prompts: list[str]) -> Any:
         """What the decoder reads of captions: a text encoder of its own does without CLIP's, which may be missing."""
@@ -84,7 +84,8 @@ class UnCLIPPipeline(StagedPipeline):
             return self.encode_prompt(prompts)
         self.offload_all_but("text_encoder")
         different, rows = find_unique_prompts(prompts)
-        return self.text_encoder.encode(different, self._execution_device).take_rows(rows)
+        tokens = self.text_encoder.encode(different, self._execution_device)
+        return tokens if rows is None else tokens.take_rows(rows)
 
     @torch.no_grad()
     def encode_image(self, pictures: Tensor) -> Tensor:
@@ -130,7 +131,7 @@ class UnCLIPPipeline(StagedPipeline):
 
         def estimate_image_embeds(x: Tensor) -> Tensor:
             z_i = x if isinstance(prior, PRIORS_WITHOUT_SCHEDULER) else prior.unscale_image_embeds(x)
-            return select_nearest_candidates(z_i.float(), text.embedding)
+            return select_nearest_candidates(z_i.float(), text.expand().embedding)
 
         def draw_preview_images(z_i: Tensor) -> list[Image.Image]:
             fresh = [Generator().manual_seed(0) for _ in z_i]
@@ -308,7 +309,8 @@ def build_full_mask_condition(noise: Tensor) -> Tensor:
     return concat_masked_latents(torch.zeros_like(noise), torch.ones_like(noise[:, :1]))
 
 
-def find_unique_prompts(prompts: list[str]) -> tuple[list[str], Tensor]:
-    """The different prompts, and which of them each is, (N,)."""
-    different = list(dict.fromkeys(prompts))
-    return different, torch.tensor([different.index(prompt) for prompt in prompts])
+def find_unique_prompts(prompts: list[str]) -> tuple[list[str], Tensor | None]:
+    """Return the different prompts, and the number among them of each, (N,); None if all are different."""
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+    rows = None if len(numbers) == len(prompts) else torch.tensor([numbers[prompt] for prompt in prompts])
+    return list(numbers), rows

@@ -127,7 +127,7 @@ def build_stage(config: Config, source: EncodingSource, device: torch.device) ->
     def loss(model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         batch = source.encode(batch)
         z_i, x, text = batch.image_embeds, batch.latents, batch.tokens or batch.text
-        null = decoder.null(len(x))
+        null = decoder.null(len(x)).expand()
         if text is not None:
             text = drop_condition(ImageCondition(z_i, text).text, null.text, config.caption_dropout)
         condition = drop_condition(ImageCondition(z_i), ImageCondition(null.embedding), config.embedding_dropout)

@@ -145,7 +145,7 @@ class AutoregressivePrior(ModelMixin, ConfigMixin):
 
     def forward(self, text: TextEncoding, codes: Tensor) -> Tensor:
         """codes: (B, K + 1) -> logits, (B, K + 1, buckets), of each given those before it. What training calls."""
-        count = codes.shape[1]
+        text, count = text.expand(), codes.shape[1]
         tokens = torch.cat([embed_caption_tokens(self, text), self.embed_code_tokens(codes[:, :-1], 0)], dim=1)
         mask = torch.cat([text.mask, text.mask.new_ones(len(codes), count)], dim=1)[:, None, None, :]
         mask = mask & build_causal_mask(tokens)
@@ -157,6 +157,7 @@ class AutoregressivePrior(ModelMixin, ConfigMixin):
     @apply_forward_hook
     def prepare(self, text: TextEncoding) -> AutoregressiveContext:
         """The caption read, and the logits of the first code."""
+        text = text.expand()
         known = torch.cat([text.mask, text.mask.new_ones(len(text), 1)], dim=1)
         tokens, past = embed_caption_tokens(self, text), []
         mask = known[:, None, None, :] & build_causal_mask(tokens)

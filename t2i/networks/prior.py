@@ -15,7 +15,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from t2i.diffusion.condition import TextEncoding, find_unique_consecutive
+from t2i.diffusion.condition import TextEncoding
 from t2i.networks.layers import (
     Attention,
     KeyValue,
@@ -94,6 +94,7 @@ class Prior(ModelMixin, ConfigMixin):
 
     def forward(self, x: Tensor, t: Tensor, text: TextEncoding) -> Tensor:
         """x: (B, D) noisy scaled z_i; t: (B,) timesteps -> (B, D), the clean one; or (B, 2D). What training calls."""
+        text = text.expand()
         tokens = torch.cat([embed_caption_tokens(self, text), self.embed_image_tokens(x, t)], dim=1)
         rows, order = PackedSequences.from_token_mask(torch.cat([text.mask, text.mask.new_ones(len(x), 4)], dim=1))
         tokens = tokens.flatten(0, 1).index_select(0, order)
@@ -108,8 +109,8 @@ class Prior(ModelMixin, ConfigMixin):
         times: (S,), the timesteps that `step` will be asked for, as far as they are known. Their tokens see the caption
         and themselves alone, so that all are computed together here.
         """
-        first, rows = find_unique_consecutive([text.embedding, text.states, text.mask])
-        text = text.take_rows(first)
+        first, rows = text.find_unique_rows()
+        text = text.take_rows(first).expand()
         times = (
             text.mask.new_zeros(0, dtype=torch.long)
             if times is None

@@ -54,6 +54,7 @@ class RegressionPrior(ModelMixin, ConfigMixin):
 
     def forward(self, text: TextEncoding) -> Tensor:
         """(B, D): the scaled z_i."""
+        text = text.expand()
         z_t = text.embedding * self.config.embed_dim**0.5
         if self.config.kind == "linear":
             return self.layers(z_t)

@@ -86,12 +86,14 @@ class UNetDecoder(ModelMixin, ConfigMixin):
     def forward(self, x: Tensor, t: Tensor, condition: ImageCondition) -> Tensor:
         """x: (B, C, H, W) noisy latents; t: (B,) timesteps -> (B, C, H, W), the prediction; or (B, 2C, H, W)."""
         # In one pass each layer makes its own keys and values: FSDP has its weights only while it runs.
-        return self.step(x, t, self.build_unet_context(condition))
+        return self.step(x, t, self.build_unet_context(condition.expand()))
 
     @apply_forward_hook
     def prepare(self, condition: ImageCondition) -> UNetContext:
-        context = self.build_unet_context(condition)
-        context.step_context = prepare_unet_context(self.net, context.tokens, context.embedding, None, context.mask)
+        unique, context = condition.find_unique_rows(), self.build_unet_context(condition.expand())
+        context.step_context = prepare_unet_context(
+            self.net, context.tokens, context.embedding, None, context.mask, unique
+        )
         return context
 
     def build_unet_context(self, condition: ImageCondition) -> UNetContext:

@@ -83,7 +83,7 @@ def sample_image_embeds(
     together, and is of the autoregressive prior z_i as far as it is known.
     """
     if prior is None:
-        return text.embedding.float()
+        return text.expand().embedding.float()
     guidance = default_guidance_scale(prior) if guidance is None else guidance
     warn_unused_options(prior, negative, guidance, noise, temperature)
     if isinstance(prior, RegressionPrior):
@@ -106,7 +106,7 @@ def sample_image_embeds(
     else:
         assert scheduler is not None, "a diffusion prior has a scheduler"
         z_i = sample_prior(prior, scheduler, several, away, steps, guidance, streams, noise, progress, on_step, wrap)
-    return select_nearest_candidates(z_i, text.embedding)
+    return select_nearest_candidates(z_i, text.expand().embedding)
 
 
 def count_candidates(prior: AnyPrior, candidates: int, noise: Tensor | None) -> int:

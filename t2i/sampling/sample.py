@@ -96,7 +96,9 @@ def build_decoder_predict(
     )
     away = null if negative is None else negative
     embedding = noise_image_embeds(decoder, away.embedding.to(device))
-    negative = ImageCondition(embedding, null.text if null.text is None else away.text or null.text, known)
+    negative = ImageCondition(
+        embedding, null.text if null.text is None else away.text or null.text, known, rows=away.rows
+    )
     dtype = decoder.dtype
     return build_guided_predict(decoder, condition.to(device, dtype), negative.to(device, dtype), guidance, scheduler)
 

@@ -278,7 +278,7 @@ def test_the_text_encoder_says_what_that_of_diffusers_says() -> None:
 
 
 def test_the_null_is_the_zero_picture_and_the_empty_caption() -> None:
-    null, empty = decoder("2.1").null(3), text_encoder().encode([""])
+    null, empty = decoder("2.1").null(3).expand(), text_encoder().encode([""])
     assert isinstance(null.text, TokenStates) and len(null) == 3
     close(null.embedding, ZERO.expand(3, -1))
     close(null.text.states[2], empty.states[0])

@@ -213,8 +213,8 @@ def test_a_public_prior_is_guided_by_4_and_its_null_is_the_empty_caption() -> No
     prior, empty = imported(), clip().encode_text([""])
     assert default_guidance_scale(prior) == 4 and default_guidance_scale(None) == 2
     assert not prior.config.unit_length
-    torch.testing.assert_close(prior.null(2).states[1], empty.states[0])
-    torch.testing.assert_close(prior.null(2).embedding[1], empty.embedding[0])
+    torch.testing.assert_close(prior.null(2).expand().states[1], empty.states[0])
+    torch.testing.assert_close(prior.null(2).expand().embedding[1], empty.embedding[0])
 
 
 def test_weights_of_16_bits_stay_so(tmp_path: Path) -> None:

@@ -85,6 +85,7 @@ class DALLE2Decoder(ModelMixin, ConfigMixin):
 
     @apply_forward_hook
     def prepare(self, condition: ImageCondition) -> DALLE2DecoderContext:
+        condition = condition.expand()
         hiddens, image = self.net.embed_image_condition(condition.embedding, (condition.embedding == 0).all(dim=-1))
         if self.config.text_width is None:
             return DALLE2DecoderContext(hiddens, image, None)
@@ -100,11 +101,11 @@ class DALLE2Decoder(ModelMixin, ConfigMixin):
 
     def null(self, count: int) -> ImageCondition:
         """The zero z_i, and a caption of no tokens if it reads captions."""
-        z_i = build_null_embeds(self, count)
-        if self.config.text_width is None:
-            return ImageCondition(z_i)
-        states = z_i.new_zeros(count, 1, self.config.text_width)
-        return ImageCondition(z_i, TokenStates(states, torch.zeros(count, 1, dtype=torch.bool, device=z_i.device)))
+        z_i, text = build_null_embeds(self, 1), None
+        if self.config.text_width is not None:
+            states = z_i.new_zeros(1, 1, self.config.text_width)
+            text = TokenStates(states, torch.zeros(1, 1, dtype=torch.bool, device=z_i.device))
+        return ImageCondition(z_i, text).repeat(count)
 
 
 class DALLE2Pixels(ModelMixin, ConfigMixin):

@@ -98,7 +98,7 @@ class DALLE2Prior(ModelMixin, ConfigMixin):
 
     @apply_forward_hook
     def prepare(self, text: TextEncoding) -> DALLE2PriorContext:
-        length = self.config.context_length
+        text, length = text.expand(), self.config.context_length
         dropped = (text.embedding == 0).all(dim=-1) & self.config.learned_null
         states, mask = text.states[:, :length], text.mask[:, :length] & self.config.reads_captions
         extra = length - mask.shape[1]
@@ -115,9 +115,10 @@ class DALLE2Prior(ModelMixin, ConfigMixin):
 
     def null(self, count: int) -> TextEncoding:
         """Return the zero z_t, and a caption of no tokens."""
-        z_t = build_null_embeds(self, count)
+        z_t = build_null_embeds(self, 1)
         states = z_t[:, None]
-        return TextEncoding(z_t, states, torch.zeros(states.shape[:2], dtype=torch.bool, device=z_t.device))
+        mask = torch.zeros(states.shape[:2], dtype=torch.bool, device=z_t.device)
+        return TextEncoding(z_t, states, mask).repeat(count)
 
     def scale_image_embeds(self, z_i: Tensor) -> Tensor:
         """Return z_i of unit length in the scale that the prior denoises."""

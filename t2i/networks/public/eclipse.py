@@ -52,6 +52,7 @@ class EclipsePrior(ModelMixin, ConfigMixin):
 
     def forward(self, noise: Tensor, text: TextEncoding) -> Tensor:
         """Return z_i of any length, (B, D), from noise of unit variance, (B, D)."""
+        text = text.expand()
         image = torch.stack([self.from_image(noise), self.query.expand(len(noise), -1)], dim=1) + self.positions[-2:]
         tokens = torch.cat([embed_caption_tokens(self, text), image], dim=1)
         length = tokens.shape[1]

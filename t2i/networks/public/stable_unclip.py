@@ -154,12 +154,12 @@ class StableUnCLIPDecoder(ModelMixin, ConfigMixin):
     def forward(self, x: Tensor, t: Tensor, condition: ImageCondition) -> Tensor:
         """x: (B, C, H, W) noisy latents; t: (B,) timesteps -> (B, C, H, W), the prediction."""
         # In one pass each layer makes its own keys and values: FSDP has its weights only while it runs.
-        return self.step(x, t, self.build_unet_context(condition))
+        return self.step(x, t, self.build_unet_context(condition.expand()))
 
     @apply_forward_hook
     def prepare(self, condition: ImageCondition) -> StableUnCLIPContext:
-        context = self.build_unet_context(condition)
-        context.step_context = prepare_unet_context(self.unet, context.states, context.labels)
+        unique, context = condition.find_unique_rows(), self.build_unet_context(condition.expand())
+        context.step_context = prepare_unet_context(self.unet, context.states, context.labels, unique_rows=unique)
         return context
 
     def build_unet_context(self, condition: ImageCondition) -> StableUnCLIPContext:
@@ -176,9 +176,9 @@ class StableUnCLIPDecoder(ModelMixin, ConfigMixin):
 
     def null(self, count: int) -> ImageCondition:
         """The zero embedding without a level, and the encoding of the empty caption."""
-        z_i = self.null_states.new_zeros(count, self.config.embed_dim)
-        states = self.null_states.expand(count, -1, -1)
-        return ImageCondition(z_i, TokenStates(states, states.new_ones(states.shape[:2], dtype=torch.bool)))
+        z_i, states = self.null_states.new_zeros(1, self.config.embed_dim), self.null_states[None]
+        text = TokenStates(states, states.new_ones(states.shape[:2], dtype=torch.bool))
+        return ImageCondition(z_i, text).repeat(count)
 
 
 def check_unet_config(unet: dict[str, Any], embed_dim: int, folder: Path | None = None) -> None:
