@@ -38,6 +38,7 @@ from t2i.networks.upsampler import (
     enlarge_low_resolution,
     reduce_to_low_resolution,
 )
+from t2i.diffusion.sampling_loop import Sampling
 from t2i.sampling.upsampling import sample_upsampler
 
 
@@ -183,7 +184,7 @@ def draw_upsampler_preview(
     pictures = pictures[..., :side, :side]
     low = reduce_to_low_resolution(pictures, factor)
     generators = [Generator().manual_seed(config.seed + i) for i in range(len(low))]
-    drawn = sample_upsampler(upsampler, scheduler, low, generators, steps=config.num_inference_steps).cpu()
+    drawn = sample_upsampler(upsampler, scheduler, low, Sampling(config.num_inference_steps, generators)).cpu()
     rows = {"bicubic": enlarge_low_resolution(low, factor).clamp(-1, 1), "upsampled": drawn}
     psnr = {name: 10 * torch.log10(4 / (row - pictures).square().mean(dim=(1, 2, 3))) for name, row in rows.items()}
     labels = [f"{a:.1f} dB, {b:.1f} dB" for a, b in zip(*(value.tolist() for value in psnr.values()))]

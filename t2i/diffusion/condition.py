@@ -39,6 +39,10 @@ class Condition:
         return next(value for value in self.parts.values() if isinstance(value, Tensor))
 
     @property
+    def device(self) -> torch.device:
+        return self.first_tensor.device
+
+    @property
     def stored_count(self) -> int:
         return len(self.first_tensor)
 
@@ -91,10 +95,9 @@ class Condition:
         for number, key in enumerate(keys):
             first.setdefault(key, number)
         groups = {key: group for group, key in enumerate(first)}
-        device = self.first_tensor.device
         return (
-            torch.tensor(list(first.values()), device=device),
-            torch.tensor([groups[key] for key in keys], device=device),
+            torch.tensor(list(first.values()), device=self.device),
+            torch.tensor([groups[key] for key in keys], device=self.device),
         )
 
     def collect_indexes(self) -> list[Tensor]:

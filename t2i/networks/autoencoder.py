@@ -21,6 +21,7 @@ class Autoencoder(ModelMixin, ConfigMixin):
             4 spares the convolutions at full resolution, which cost most.
     """
 
+    is_cascade = False  # decoding is one pass
     _supports_gradient_checkpointing = True  # diffusers' blocks do it
     _no_split_modules = ["ResnetBlock2D"]  # what FSDP shards as one
 

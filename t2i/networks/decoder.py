@@ -17,6 +17,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from t2i.diffusion.condition import ImageCondition, TokenStates
+from t2i.diffusion.denoiser import DecoderMixin
 from t2i.networks.layers import (
     Attention,
     KeyValue,
@@ -40,7 +41,7 @@ class DecoderContext:
     masked_latents: Tensor | None = None  # (B, C + 1, h, w), to stand beside the noisy latents
 
 
-class Decoder(ModelMixin, ConfigMixin):
+class Decoder(DecoderMixin, ModelMixin, ConfigMixin):
     """Denoises latents of unit variance, given an ImageCondition.
 
     Args:
@@ -60,7 +61,6 @@ class Decoder(ModelMixin, ConfigMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["DecoderBlock"]  # what FSDP shards as one
     lora_targets = ("to_qkv", "to_out", "to_key_value")
-    default_guidance_scale, default_steps = 1.5, 25  # of a pipeline, if nothing is said
 
     @register_to_config
     def __init__(

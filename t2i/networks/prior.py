@@ -16,6 +16,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from t2i.diffusion.condition import TextEncoding
+from t2i.diffusion.denoiser import PriorMixin
 from t2i.networks.layers import (
     Attention,
     KeyValue,
@@ -40,7 +41,7 @@ class PriorContext:
     rows: Tensor  # (B,): which of the U it is
 
 
-class Prior(ModelMixin, ConfigMixin):
+class Prior(PriorMixin, ModelMixin, ConfigMixin):
     """Denoises z_i, scaled to zero mean and unit variance, given a TextEncoding.
 
     Args:
@@ -59,6 +60,7 @@ class Prior(ModelMixin, ConfigMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["PriorBlock"]  # what FSDP shards as one
     lora_targets = ("to_qkv", "to_out")
+    prepares_timesteps = True
 
     @register_to_config
     def __init__(
@@ -91,6 +93,10 @@ class Prior(ModelMixin, ConfigMixin):
         self.register_buffer("std", torch.full((embed_dim,), embed_dim**-0.5))
         self.register_buffer("null_embedding", torch.zeros(embed_dim))
         self.register_buffer("null_states", torch.zeros(null_length, text_width))
+
+    @property
+    def default_guidance_scale(self) -> float:
+        return self.config.get("usual_guidance", 2.0)
 
     def forward(self, x: Tensor, t: Tensor, text: TextEncoding) -> Tensor:
         """x: (B, D) noisy scaled z_i; t: (B,) timesteps -> (B, D), the clean one; or (B, 2D). What training calls."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from t2i.checks import check_integer
 from t2i.diffusion.condition import TextEncoding
+from t2i.diffusion.denoiser import PriorMixin
 from t2i.networks.dalle2.layers import OLD_BIAS_SCALE, Attention, KeyValue, Norm, build_null_embeds, embed_timesteps
 from t2i.networks.linear import Linear
 
@@ -31,7 +32,7 @@ class DALLE2PriorContext:
     dropped: Tensor  # (B,), bool: it is the null condition
 
 
-class DALLE2Prior(ModelMixin, ConfigMixin):
+class DALLE2Prior(PriorMixin, ModelMixin, ConfigMixin):
     """Denoiser of z_i times `embed_scale`, given a TextEncoding.
 
     The null condition is the zero z_t. It selects the learned tokens of "no caption", which replace the noisy z_i too.
@@ -91,6 +92,10 @@ class DALLE2Prior(ModelMixin, ConfigMixin):
     def states_width(self) -> int | None:
         """Dimensions of the CLIP token states that the prior reads; None if it reads none."""
         return self.config.embed_dim if self.config.reads_captions else None
+
+    @property
+    def default_guidance_scale(self) -> float:
+        return self.config.usual_guidance
 
     def forward(self, x: Tensor, t: Tensor, text: TextEncoding) -> Tensor:
         """Predict from noisy scaled z_i, x: (B, D), at timesteps t: (B,). Returns (B, D)."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from t2i.checks import check_integer
 from t2i.diffusion.condition import ImageCondition, TokenStates
+from t2i.diffusion.denoiser import DecoderMixin
 from t2i.errors import InputError
 from t2i.files.component import Component, load_from_components
 from t2i.networks.decoder import resolve_masked_latents
@@ -36,7 +37,7 @@ class KandinskyContext:
     masked_latents: Tensor | None  # (B, C + 1, h, w): the latents that stay, and 1 where they do
 
 
-class KandinskyDecoder(ModelMixin, ConfigMixin):
+class KandinskyDecoder(DecoderMixin, ModelMixin, ConfigMixin):
     """Denoises MoVQ's latents, given an ImageCondition with z_i as CLIP's projection has it.
 
     The other arguments follow from `model`; `derive_kandinsky_config` says them.

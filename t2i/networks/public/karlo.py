@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from t2i.checks import check_integer
 from t2i.diffusion.condition import ImageCondition, TokenStates
+from t2i.diffusion.denoiser import DecoderMixin
 from t2i.errors import InputError
 from t2i.files.component import Component, load_from_components, to_json_types
 from t2i.networks.linear import Linear, use_onednn_linear
@@ -68,7 +69,7 @@ class TextProjection(nn.Module):
         return self.learned_classifier_free_guidance_embeddings.expand(count, -1)
 
 
-class KarloDecoder(ModelMixin, ConfigMixin):
+class KarloDecoder(DecoderMixin, ModelMixin, ConfigMixin):
     """Denoises pictures, (B, 3, 64, 64) in [-1, 1], given an ImageCondition with a caption; learns the variance too.
 
     z_i and z_t are CLIP's projections as they are, not of unit length.
