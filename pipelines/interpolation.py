@@ -23,8 +23,8 @@ from torch import Generator, Tensor
 
 from t2i.checks import check_integer, check_texts
 from t2i.diffusion.condition import TextEncoding, TokenStates
-from t2i.diffusion.sampling_loop import generate_noise
 from t2i.diffusion.geometry import check_weights, compute_spherical_mean
+from t2i.diffusion.sampling_loop import generate_noise
 from t2i.errors import InputError
 from t2i.sampling.sample import split_generators
 from t2i.sampling.steering import Steering

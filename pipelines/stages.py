@@ -22,8 +22,8 @@ from t2i.pipelines.watched import WatchedPipeline
 from torch import Tensor
 
 from t2i.checks import check_integer, check_multiple_of, check_range, check_texts
-from t2i.diffusion.sampling_loop import check_eta
 from t2i.diffusion.samplers import check_scheduler_sampling, resolve_sampler
+from t2i.diffusion.sampling_loop import check_eta
 from t2i.errors import InputError
 from t2i.files.component import read_model_index
 from t2i.files.model_folder import load_or_explain

@@ -77,9 +77,7 @@ class WatchedPipeline(DiffusionPipeline):
                 "upsampler", self.upsampler_scheduler, steps, options, crop_estimate, self.image_processor.postprocess
             )
             sampling = Sampling(steps, own, progress=self.progress_bar, on_step=on_step, transform=transform)
-            pictures = sample_upsampler(
-                self.upsampler, self.upsampler_scheduler, pictures, sampling, z_i, level, tile
-            )
+            pictures = sample_upsampler(self.upsampler, self.upsampler_scheduler, pictures, sampling, z_i, level, tile)
             pictures = check_finite_values("upsampler", pictures)
         return pictures
 

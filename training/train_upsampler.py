@@ -27,6 +27,7 @@ from t2i.data.cache import CachedPairs
 from t2i.data.dataset import SampleIndex
 from t2i.diffusion.loss import check_loss_weighting, compute_loss_weight, compute_weighted_mse, predict_noised_batch
 from t2i.diffusion.process import build_noise_scheduler
+from t2i.diffusion.sampling_loop import Sampling
 from t2i.errors import InputError
 from t2i.evaluation.contact_sheet import build_labelled_rows, to_pil_images
 from t2i.files.fingerprints import compute_weights_fingerprint
@@ -38,7 +39,6 @@ from t2i.networks.upsampler import (
     enlarge_low_resolution,
     reduce_to_low_resolution,
 )
-from t2i.diffusion.sampling_loop import Sampling
 from t2i.sampling.upsampling import sample_upsampler
 
 

@@ -8,8 +8,8 @@ from t2i.pipelines.public import locate_public_folders
 from t2i.pipelines.text2image import Text2ImagePipeline
 
 from t2i.checks import check_integer, check_texts
-from t2i.diffusion.sampling_loop import MAX_STEPS
 from t2i.diffusion.guidance import check_guidance
+from t2i.diffusion.sampling_loop import MAX_STEPS
 from t2i.errors import InputError
 from t2i.interop.layouts import PublicFolder
 from t2i.interop.loading import ModelFolders

@@ -46,6 +46,10 @@ class PriorMixin:
     prepares_timesteps = False
     takes_noise, takes_temperature, takes_guidance = True, False, True
 
+    def count_steps(self, steps: int) -> int:
+        """Return the number of steps that it takes where `steps` are asked for."""
+        return steps
+
     @property
     def default_guidance_scale(self) -> float:
         """The guidance scale where none is given; 1 is off."""

@@ -117,8 +117,8 @@ def build_guided_predict(
 ) -> Predict:
     """Classifier-free guidance (Ho and Salimans 2022): both conditions in one batch, and from one towards the other.
 
-    `negative` is the model's null, or any other condition to move away from. timesteps: (S,), for denoisers that prepare them too.
-    The result keeps a state if `momentum` is used: make a new one for every sampling.
+    `negative` is the model's null, or any other condition to move away from. timesteps: (S,), for denoisers that
+    prepare them too. The result keeps a state if `momentum` is used: make a new one for every sampling.
     """
     guidance = Guidance.from_value(guidance)
     if guidance.is_off:

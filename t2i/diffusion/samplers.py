@@ -81,8 +81,7 @@ def build_sampler(name: str, scheduler: SchedulerMixin, learned_variance: bool =
 
 
 def check_scheduler_sampling(name: str, scheduler: SchedulerMixin) -> None:
-    """Refuse a scheduler that `t2i.diffusion.sampling_loop.sample_from_noise` cannot draw by: it draws four numbers in a
-    few steps.
+    """Refuse a scheduler that `sample_from_noise` cannot sample with: it samples four numbers in a few steps.
 
     name: what the message calls it.
     """
@@ -95,9 +94,7 @@ def check_scheduler_sampling(name: str, scheduler: SchedulerMixin) -> None:
     noise, generators = torch.ones(1, 1, 2, 2), [torch.Generator().manual_seed(0)]
     try:
         sampling = Sampling(min(TRIAL_STEPS, config.num_train_timesteps), generators)
-        drawn = sample_from_noise(
-            lambda x, _: torch.cat([x, x], 1) / 2 if learned else x / 2, trial, noise, sampling
-        )
+        drawn = sample_from_noise(lambda x, _: torch.cat([x, x], 1) / 2 if learned else x / 2, trial, noise, sampling)
         falls = trial.timesteps[0] >= trial.timesteps[-1] and trial.alphas_cumprod.isfinite().all()
     except Exception as error:  # whatever a library makes of a configuration that nobody checked
         raise InputError(f"nothing can be drawn by the {name}, a {kind} ({format_error(error)})") from error

@@ -1,7 +1,6 @@
 """How near a prior's z_i come to those of the pictures, measured on a cache."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +9,8 @@ from torch import Generator, Tensor
 
 from t2i.data.cache import CachedPairs
 from t2i.diffusion.guidance import Guidance
-from t2i.errors import InputError
 from t2i.diffusion.sampling_loop import Sampling
+from t2i.errors import InputError
 from t2i.sampling.embeddings import AnyPrior, sample_image_embeds
 
 BATCH_SIZE = 256

@@ -116,6 +116,9 @@ class AutoregressivePrior(PriorMixin, ModelMixin, ConfigMixin):
         """Codes of one z_i: its dot product with z_t and its K components."""
         return self.config.components + 1
 
+    def count_steps(self, steps: int) -> int:
+        return self.codes_per_embedding
+
     # z_i as codes
 
     @torch.no_grad()

@@ -23,9 +23,9 @@ from t2i.checks import check_integer, check_range, check_texts
 from t2i.data import Batch, CaptionedPictures
 from t2i.data.dataset import SampleIndex
 from t2i.diffusion.condition import TextEncoding
-from t2i.diffusion.sampling_loop import MAX_STEPS, Sampling
 from t2i.diffusion.guidance import MAX_GUIDANCE_SCALE
 from t2i.diffusion.samplers import resolve_sampler
+from t2i.diffusion.sampling_loop import MAX_STEPS, Sampling
 from t2i.errors import InputError
 from t2i.evaluation.contact_sheet import build_labelled_rows, build_similarity_matrix, to_pil_images
 from t2i.files.model_folder import load_model, load_or_explain
