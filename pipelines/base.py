@@ -230,7 +230,7 @@ class UnCLIPPipeline(StagedPipeline):
         )
         transform, on_step = chain_transforms([*transforms, watch]), chain_callbacks([*callbacks, report_step])
         sampling = replace(sampling, transform=transform, on_step=on_step)
-        windows = () if canvas.mask is None else build_canvas_windows(*shape[1:], self.latent_shape[-1])
+        windows = [] if canvas.mask is None else build_canvas_windows(shape[1], shape[2], self.latent_shape[-1])
         x = sample_decoder(self.decoder, scheduler, condition, sampling, negative, windows)
         return check_finite_values("decoder", x)
 
