@@ -33,7 +33,7 @@ from benchmarks.side_by_side import (
     synchronize,
     time_in_turns,
 )
-from t2i.diffusion.denoiser import generate_noise
+from t2i.diffusion.sampling_loop import generate_noise
 from t2i.sampling.sample import split_generators
 from t2i.sampling.upsampling import derive_stage_generators
 

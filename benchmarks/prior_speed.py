@@ -32,6 +32,7 @@ from benchmarks.side_by_side import (
 )
 from t2i.diffusion.condition import TextEncoding
 from t2i.diffusion.respaced import UnCLIPRespacedScheduler
+from t2i.diffusion.sampling_loop import Sampling
 from t2i.interop.prior_transformer import to_prior_transformer
 from t2i.networks.prior import Prior
 from t2i.sampling.sample import sample_prior
@@ -82,7 +83,11 @@ def make_captions(count: int, width: int, lengths: tuple[int, int] = (5, 20)) ->
 
 def draw(prior: Prior, text: TextEncoding, noise: Tensor, steps: int = STEPS) -> Tensor:
     return sample_prior(
-        prior, UnCLIPRespacedScheduler(**SCHEDULE), text, None, steps, SCALE, generators(len(text)), noise
+        prior,
+        UnCLIPRespacedScheduler(**SCHEDULE),
+        text,
+        None,
+        Sampling(steps, generators(len(text)), SCALE, noise=noise),
     )
 
 
@@ -91,7 +96,7 @@ def build_diffusers_loop(prior: Prior, text: TextEncoding, noise: Tensor) -> Dra
     parts = dict.fromkeys(("image_encoder", "text_encoder", "tokenizer", "image_processor"))
     peer = to_prior_transformer(prior).to(device())
     pipe = EncodedPriorPipeline(prior=peer, scheduler=UnCLIPScheduler(**SCHEDULE), **parts)
-    pipe.set_captions(text, prior.null(len(text)))
+    pipe.set_captions(text, prior.null(len(text)).expand())
     pipe.set_progress_bar_config(disable=True)
 
     def draw_by_peer(steps: int) -> Tensor:

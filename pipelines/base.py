@@ -3,12 +3,12 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import SchedulerMixin
 from diffusers.utils import BaseOutput
 from PIL import Image
 from t2i.pipelines.options import DecoderOptions, PriorOptions
@@ -16,15 +16,15 @@ from t2i.pipelines.stages import StagedPipeline
 from t2i.pipelines.watched import check_finite_values
 from torch import Generator, Tensor
 
-from t2i.diffusion.condition import ImageCondition, TextEncoding
-from t2i.diffusion.denoiser import Predict, StepCallback, count_steps_left, generate_noise, sample_from_noise
+from t2i.diffusion.condition import ImageCondition, TextEncoding, TokenStates
+from t2i.diffusion.denoiser import PredictTransform, StepCallback
 from t2i.diffusion.guidance import Guidance
-from t2i.diffusion.inpainting import concat_masked_latents
+from t2i.diffusion.inpainting import build_blend_callback, build_canvas_windows, concat_masked_latents
 from t2i.diffusion.samplers import resolve_sampler
+from t2i.diffusion.sampling_loop import Sampling, generate_noise
 from t2i.errors import InputError
-from t2i.networks.autoregressive_prior import AutoregressivePrior
-from t2i.sampling.embeddings import PRIORS_WITHOUT_SCHEDULER, sample_image_embeds, select_nearest_candidates
-from t2i.sampling.sample import build_decoder_predict, noise_image_embeds
+from t2i.sampling.embeddings import sample_image_embeds, select_nearest_candidates
+from t2i.sampling.sample import build_decoder_condition, sample_decoder
 from t2i.sampling.steering import build_steering_transform
 from t2i.sampling.upsampling import derive_stage_generators
 
@@ -36,6 +36,33 @@ SUPER_RESOLUTION_STREAM, EMBEDS_NOISE_STREAM = (
     -1,
     -2,
 )  # numbers of their streams of noise; those of the upsampler count from 1
+
+
+@dataclass
+class Canvas:
+    """Given images that the decoder starts from, or paints in.
+
+    latents: (N, C, h, w), of the images; None: there are none.
+    mask: (N, 1, h, w), 1 where there is to be painted; None: nothing of the images has to stay.
+    strength: fraction of the steps that are taken, in (0, 1].
+    to_images: makes previews of latents; None decodes them.
+    """
+
+    latents: Tensor | None = None
+    mask: Tensor | None = None
+    strength: float = 1.0
+    to_images: Callable[[Tensor], list[Image.Image]] | None = None
+
+    @property
+    def original(self) -> Tensor | None:
+        """The latents to start from; None: noise alone, as for a mask under which nothing of the images stays."""
+        return None if self.mask is not None and self.strength == 1 else self.latents
+
+    def build_masked_latents(self, noise: Tensor) -> Tensor:
+        """Return (N, C + 1, h, w), for decoders that read masks; without a mask everything is to be painted."""
+        if self.latents is None or self.mask is None:
+            return concat_masked_latents(torch.zeros_like(noise), torch.ones_like(noise[:, :1]))
+        return concat_masked_latents(self.latents, self.mask)
 
 
 @dataclass
@@ -56,15 +83,16 @@ class UnCLIPPipeline(StagedPipeline):
     # The stages
 
     def encode_prompt(self, prompts: list[str]) -> TextEncoding:
-        """What CLIP says, for the prior, and the decoder's text encoder, if it has one of its own.
+        """Encode prompts by CLIP, for the prior, and by the decoder's own text encoder, if it has one.
 
-        Each different prompt is encoded once. Says in the log what of a prompt does not fit. Raises InputError for a
-        CLIP without a text tower.
+        Each different prompt is encoded once; `expand` of the result has a row for each prompt. Logs what of a prompt
+        does not fit. Raises InputError for a CLIP without a text tower.
         """
         if not self.clip.reads_captions:
             lacks = "no text encoder of its CLIP" if self.prior else "no prior and no text encoder of its CLIP"
             raise InputError(f"this model has {lacks}: it draws from pictures or image_embeds, not from texts")
-        for prompt in dict.fromkeys(prompts):
+        different, rows = find_unique_prompts(prompts)
+        for prompt in different:
             if cut := self.clip.tokenizer.find_truncated_text(prompt):
                 longest = self.clip.context_length - 2
                 logger.warning("a prompt is longer than %d tokens; this was cut: %r", longest, cut)
@@ -72,11 +100,10 @@ class UnCLIPPipeline(StagedPipeline):
                 longest = self.text_encoder.config.context_length
                 logger.warning("a prompt has more than the text encoder's %d tokens; this was cut: %r", longest, cut)
         self.offload_all_but("clip")
-        different, rows = find_unique_prompts(prompts)
         text = self.clip.encode_tokens(self.clip.tokenizer(different).to(self._execution_device))
         if self.text_encoder is not None:
             text = replace(text, decoder_tokens=self.text_encoder.encode(different, self._execution_device))
-        return text.take_rows(rows) if len(different) < len(prompts) else text
+        return text if rows is None else text.take_rows(rows)
 
     def encode_decoder_prompt(self, prompts: list[str]) -> Any:
         """What the decoder reads of captions: a text encoder of its own does without CLIP's, which may be missing."""
@@ -84,7 +111,8 @@ class UnCLIPPipeline(StagedPipeline):
             return self.encode_prompt(prompts)
         self.offload_all_but("text_encoder")
         different, rows = find_unique_prompts(prompts)
-        return self.text_encoder.encode(different, self._execution_device).take_rows(rows)
+        tokens = self.text_encoder.encode(different, self._execution_device)
+        return tokens if rows is None else tokens.take_rows(rows)
 
     @torch.no_grad()
     def encode_image(self, pictures: Tensor) -> Tensor:
@@ -116,121 +144,114 @@ class UnCLIPPipeline(StagedPipeline):
 
         Without a prior the decoder gets the captions' own z_t, which is there to compare priors with.
         """
-        prior, steps = self.prior, options.prior_num_inference_steps
+        prior, scheduler, steps = self.prior, self.prior_scheduler, options.prior_num_inference_steps
         self.offload_all_but("prior")
         text = text.to(self._execution_device, self.clip.dtype if prior is None else prior.dtype)
         if prior is None:
             logger.warning("this pipeline has no prior: the decoder gets the embedding of the text")
-        elif isinstance(prior, AutoregressivePrior):
-            steps = prior.codes_per_embedding
-
-        scheduler = self.prior_scheduler
-        if scheduler is not None and prior is not None and not isinstance(prior, PRIORS_WITHOUT_SCHEDULER):
-            scheduler = resolve_sampler(options.prior_sampler, scheduler, prior)
+        else:
+            steps = prior.count_steps(steps)
+            scheduler = None if scheduler is None else resolve_sampler(options.prior_sampler, scheduler, prior)
 
         def estimate_image_embeds(x: Tensor) -> Tensor:
-            z_i = x if isinstance(prior, PRIORS_WITHOUT_SCHEDULER) else prior.unscale_image_embeds(x)
-            return select_nearest_candidates(z_i.float(), text.embedding)
+            z_i = prior.unscale_image_embeds(x) if prior.needs_scheduler else x
+            return select_nearest_candidates(z_i.float(), text.expand().embedding)
 
         def draw_preview_images(z_i: Tensor) -> list[Image.Image]:
             fresh = [Generator().manual_seed(0) for _ in z_i]
             quick = DecoderOptions(num_inference_steps=PREVIEW_STEPS, guidance_scale=Guidance(1.0))
             return self.decode(self.sample_decoder(z_i, text, quick, fresh))
 
-        wrap, on_step = self.build_preview_hooks(
+        transform, on_step = self.build_preview_hooks(
             "prior", scheduler, steps, decoding, estimate_image_embeds, draw_preview_images
         )
-        z_i = sample_image_embeds(
-            prior,
-            scheduler,
-            text,
-            negative,
-            steps,
-            options.prior_guidance_scale,
+        sampling = Sampling(
+            options.prior_num_inference_steps,
             generators,
-            options.prior_candidates,
+            options.prior_guidance_scale,
             options.prior_latents,
-            options.prior_temperature,
             self.progress_bar,
             on_step,
-            wrap,
+            transform,
         )
+        candidates, temperature = options.prior_candidates, options.prior_temperature
+        z_i = sample_image_embeds(prior, scheduler, text, negative, sampling, candidates, temperature)
         return check_finite_values("prior", z_i if prior is not None else self.normalize_embeds(z_i))
 
     def sample_decoder(
         self,
         z_i: Tensor,
-        text: TextEncoding | None,
+        text: TextEncoding | TokenStates | None,
         options: DecoderOptions,
         generators: list[Generator],
         negative: ImageCondition | None = None,
-        predict: Predict | None = None,
-        on_step: StepCallback | None = None,
-        original: Tensor | None = None,
-        strength: float = 1.0,
-        scheduler: SchedulerMixin | None = None,
-        to_images: Callable[[Tensor], list[Image.Image]] | None = None,
+        canvas: Canvas | None = None,
     ) -> Tensor:
-        """Latents of unit variance, (N, C, h, w), fp32, that show z_i, (N, D).
+        """Sample latents of unit variance, (N, C, h, w), fp32, that show z_i, (N, D).
 
-        negative: what is guided away from; None is the decoder's null. predict: instead of the decoder's own of z_i.
-        on_step: runs before those of who watches. original, strength: latents to start from; see
-        `sample_from_noise`. scheduler:
-        the one that the options choose, for who has chosen it already. to_images: of latents, for previews; None
-        decodes them.
+        negative: z_i and captions to guide away from; None is the decoder's null. canvas: given images to start from.
         """
-        z_i = z_i.to(self._execution_device)
+        z_i, canvas = z_i.to(self._execution_device), canvas or Canvas()
         self.offload_all_but("decoder")
-        if scheduler is None:
-            scheduler = resolve_sampler(options.sampler, self.decoder_scheduler, self.decoder)
-        noise = options.latents
-        if noise is None:
-            noise = generate_noise(self.compute_latent_shape(options), generators, z_i.device)
-        noise = noise.to(z_i.device).float()
-        if predict is None:
-            if negative is not None:
-                away = self.noise_image_embeds(negative.embedding.to(z_i), options, generators)
-                negative = replace(negative, embedding=away)
-            settings = (text, options.guidance_scale, negative, build_full_mask_condition(noise))
-            predict = build_decoder_predict(
-                self.decoder, scheduler, self.noise_image_embeds(z_i, options, generators), *settings
+        scheduler = resolve_sampler(options.sampler, self.decoder_scheduler, self.decoder)
+        shape = self.compute_latent_shape(options) if canvas.latents is None else tuple(canvas.latents.shape[1:])
+        noise = Sampling(1, generators, noise=options.latents).get_noise(shape, z_i.device)
+
+        # The conditions
+        masked_latents = canvas.build_masked_latents(noise)
+        condition = self.build_decoder_condition(z_i, text, masked_latents, options, generators)
+        if negative is not None:
+            negative = self.build_decoder_condition(
+                negative.embedding.to(z_i), negative.text, masked_latents, options, generators
             )
+
+        # What runs around each step: steering and previews; the given images, the user's callback and previews
+        transforms: list[PredictTransform] = []
+        callbacks: list[StepCallback] = []
         if options.steering is not None:
-            steer = build_steering_transform(
-                options.steering, scheduler, self.clip, self.autoencoder, len(z_i), z_i.device
-            )
-            predict = steer(predict)
-        steps = options.num_inference_steps
-        left = steps if original is None else count_steps_left(steps, strength)
-        watch, report = self.build_preview_hooks(
-            "decoder", scheduler, left, options, lambda x: x, to_images or self.decode
+            parts = (scheduler, self.clip, self.autoencoder, len(z_i), z_i.device)
+            transforms.append(build_steering_transform(options.steering, *parts))
+        if canvas.mask is not None:
+            callbacks.append(build_blend_callback(scheduler, canvas.latents, canvas.mask, noise))
+        if options.callback_on_step_end is not None:
+            callbacks.append(build_step_callback(self, options))
+        sampling = Sampling(
+            options.num_inference_steps,
+            generators,
+            options.guidance_scale,
+            noise,
+            self.progress_bar,
+            eta=options.eta,
+            original=canvas.original,
+            strength=canvas.strength,
         )
-
-        def finish_step(step: int, t: Tensor, x: Tensor) -> Tensor:
-            x = x if on_step is None else on_step(step, t, x)
-            if options.callback_on_step_end is not None:
-                x = options.callback_on_step_end(self, step, t, {"latents": x}).pop("latents", x)
-            return report(step, t, x)
-
-        start = {"eta": options.eta, "original": original, "strength": strength}
-        x = sample_from_noise(
-            watch(predict), scheduler, noise, steps, generators, self.progress_bar, finish_step, **start
+        watch, report_step = self.build_preview_hooks(
+            "decoder", scheduler, sampling.steps_left, options, lambda x: x, canvas.to_images or self.decode
         )
+        transform, on_step = chain_transforms([*transforms, watch]), chain_callbacks([*callbacks, report_step])
+        sampling = replace(sampling, transform=transform, on_step=on_step)
+        windows = [] if canvas.mask is None else build_canvas_windows(shape[1], shape[2], self.latent_shape[-1])
+        x = sample_decoder(self.decoder, scheduler, condition, sampling, negative, windows)
         return check_finite_values("decoder", x)
 
+    def build_decoder_condition(
+        self,
+        z_i: Tensor,
+        text: TextEncoding | TokenStates | None,
+        masked_latents: Tensor,
+        options: DecoderOptions,
+        generators: list[Generator],
+    ) -> ImageCondition:
+        """Build the decoder's condition for z_i, (N, D); a decoder that noises z_i does so from a stream a picture."""
+        noise = options.image_embeds_noise
+        if noise is None and self.decoder.noise_levels is not None:
+            noise = generate_noise(z_i.shape[1:], derive_stage_generators(generators, EMBEDS_NOISE_STREAM), z_i.device)
+        return build_decoder_condition(self.decoder, z_i, text, masked_latents, noise, options.noise_level)
+
     def build_negative_condition(self, z_i: Tensor | None, count: int) -> ImageCondition | None:
-        """What the decoder is guided away from, for given z_i, (N, D). Raises InputError for another shape."""
+        """Return given z_i, (N, D), to guide away from, as a condition. Raises InputError for another shape."""
         self.check_tensor("negative_image_embeds", z_i, (count, self.clip.embed_dim))
         return None if z_i is None else ImageCondition(self.normalize_embeds(z_i.to(self._execution_device).float()))
-
-    def noise_image_embeds(self, z_i: Tensor, options: DecoderOptions, generators: list[Generator]) -> Tensor:
-        """What the decoder is told of z_i, (N, D): Stable unCLIP's noises it, each picture's by a stream of its own."""
-        if not hasattr(self.decoder, "noise_image_embeds"):
-            return z_i
-        noise = options.image_embeds_noise
-        if noise is None:
-            noise = generate_noise(z_i.shape[1:], derive_stage_generators(generators, EMBEDS_NOISE_STREAM), z_i.device)
-        return noise_image_embeds(self.decoder, z_i, noise, options.noise_level)
 
     def compute_image_embeds(
         self,
@@ -253,11 +274,17 @@ class UnCLIPPipeline(StagedPipeline):
         return self.sample_image_embeds(text, negative, prior, generators, decoder), text
 
     def draw_images(
-        self, z_i: Tensor, text: TextEncoding | None, options: DecoderOptions, generators: list[Generator], **more: Any
+        self,
+        z_i: Tensor,
+        text: TextEncoding | TokenStates | None,
+        options: DecoderOptions,
+        generators: list[Generator],
+        negative: ImageCondition | None = None,
+        canvas: Canvas | None = None,
     ) -> Any:
-        """Pictures that show z_i, (N, D), as `output_type` says; `more` goes to `sample_decoder`."""
+        """Draw images that show z_i, (N, D), in the form of `output_type`. negative, canvas: see `sample_decoder`."""
         self.check_upsampling(options)
-        latents = self.sample_decoder(z_i, text, options, generators, **more)
+        latents = self.sample_decoder(z_i, text, options, generators, negative, canvas)
         if not options.upsample:
             return self.decode(latents, options.output_type, options, generators)
         pictures = 2 * self.decode(latents, "pt", options, generators) - 1
@@ -291,11 +318,18 @@ class UnCLIPPipeline(StagedPipeline):
             return check_finite_values("autoencoder", self.autoencoder.decode(latents).float())
         steps, scheduler = options.super_res_num_inference_steps, self.autoencoder.scheduler
         shown = self.image_processor.postprocess
-        wrap, on_step = self.build_preview_hooks(
+        transform, on_step = self.build_preview_hooks(
             "super_resolution", scheduler, steps, options, lambda x: x.clamp(-1, 1), shown
         )
-        own, noise = derive_stage_generators(generators, SUPER_RESOLUTION_STREAM), options.super_res_latents
-        images = self.autoencoder.draw_images(latents, own, steps, noise, self.progress_bar, on_step, wrap)
+        sampling = Sampling(
+            steps,
+            derive_stage_generators(generators, SUPER_RESOLUTION_STREAM),
+            noise=options.super_res_latents,
+            progress=self.progress_bar,
+            on_step=on_step,
+            transform=transform,
+        )
+        images = self.autoencoder.draw_images(latents, sampling)
         return check_finite_values("super-resolution", images.float())
 
     def build_output(self, images: Any, z_i: Tensor, return_dict: bool) -> UnCLIPPipelineOutput | tuple:
@@ -303,12 +337,31 @@ class UnCLIPPipeline(StagedPipeline):
         return UnCLIPPipelineOutput(images, z_i) if return_dict else (images, z_i)
 
 
-def build_full_mask_condition(noise: Tensor) -> Tensor:
-    """What a decoder that reads masks reads where all is to be painted, for noise (N, C, h, w)."""
-    return concat_masked_latents(torch.zeros_like(noise), torch.ones_like(noise[:, :1]))
+def build_step_callback(pipeline: UnCLIPPipeline, options: DecoderOptions) -> StepCallback:
+    """Return the user's `callback_on_step_end` as a callback of the sampling loop."""
+    callback = options.callback_on_step_end
+    assert callback is not None
+    return lambda step, t, x: callback(pipeline, step, t, {"latents": x}).pop("latents", x)
 
 
-def find_unique_prompts(prompts: list[str]) -> tuple[list[str], Tensor]:
-    """The different prompts, and which of them each is, (N,)."""
-    different = list(dict.fromkeys(prompts))
-    return different, torch.tensor([different.index(prompt) for prompt in prompts])
+def chain_transforms(transforms: list[PredictTransform]) -> PredictTransform:
+    """Return a transform that applies others one after the other."""
+    return lambda predict: reduce(lambda inner, transform: transform(inner), transforms, predict)
+
+
+def chain_callbacks(callbacks: list[StepCallback]) -> StepCallback:
+    """Return a callback that runs others one after the other."""
+
+    def run_callbacks(step: int, t: Tensor, x: Tensor) -> Tensor:
+        for callback in callbacks:
+            x = callback(step, t, x)
+        return x
+
+    return run_callbacks
+
+
+def find_unique_prompts(prompts: list[str]) -> tuple[list[str], Tensor | None]:
+    """Return the different prompts, and the number among them of each, (N,); None if all are different."""
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+    rows = None if len(numbers) == len(prompts) else torch.tensor([numbers[prompt] for prompt in prompts])
+    return list(numbers), rows

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from t2i.pipelines.base import MAX_IMAGES, UnCLIPPipeline, UnCLIPPipelineOutput
+from t2i.pipelines.base import MAX_IMAGES, Canvas, UnCLIPPipeline, UnCLIPPipelineOutput
 from t2i.pipelines.inputs import ImageInputs, read_images
 from t2i.pipelines.memory_needed import check_batch_fits
 from torch import Generator, Tensor
@@ -64,7 +64,7 @@ class ImageToImagePipeline(UnCLIPPipeline):
             prompts, negatives, pictures, num_images_per_prompt, prior, prior_generators, decoder
         )
         latents = self.encode_latents(pictures).repeat_interleave(num_images_per_prompt, dim=0)
-        images = self.draw_images(z_i, text, decoder, generators, negative=away, original=latents, strength=strength)
+        images = self.draw_images(z_i, text, decoder, generators, away, Canvas(latents, strength=strength))
         return self.build_output(images, z_i, return_dict)
 
 

@@ -1,35 +1,21 @@
 """Painting a part of a picture anew, and beyond its borders. A mask is white (1) where there is to be painted; whatever
 it leaves comes back pixel for pixel."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import SchedulerMixin
-from PIL import Image
-from t2i.pipelines.base import MAX_IMAGES, UnCLIPPipeline, UnCLIPPipelineOutput
+from t2i.pipelines.base import MAX_IMAGES, Canvas, UnCLIPPipeline, UnCLIPPipelineOutput
 from t2i.pipelines.image_to_image import check_strength
 from t2i.pipelines.inputs import ImageInputs, check_pixel_count, read_images, read_masks
 from t2i.pipelines.memory_needed import check_batch_fits
-from t2i.pipelines.options import DecoderOptions
 from torch import Generator, Tensor
 
 from t2i.checks import check_integer, check_texts
-from t2i.diffusion.condition import ImageCondition, TextEncoding
-from t2i.diffusion.denoiser import Predict, generate_noise
-from t2i.diffusion.inpainting import (
-    build_blend_callback,
-    build_canvas_windows,
-    build_windowed_predict,
-    concat_masked_latents,
-    downsample_mask,
-    paste_painted_region,
-)
-from t2i.diffusion.samplers import resolve_sampler
+from t2i.diffusion.inpainting import downsample_mask, paste_painted_region
 from t2i.errors import InputError
-from t2i.sampling.sample import build_decoder_predict, split_generators
+from t2i.sampling.sample import split_generators
 
 MAX_MARGIN = 4096
 
@@ -120,56 +106,11 @@ class InpaintPipeline(UnCLIPPipeline):
             return self.image_processor.postprocess(paste_painted_region(painted, whole, inside), output_type)
 
         z_i, text = self.compute_image_embeds(prompts, negatives, shown, each, prior, prior_generators, decoder)
-        x = self.paint_latents(z_i, text, canvas, mask, strength, decoder, generators, to_images, away)
-        images = x if decoder.output_type == "latent" else to_images(x, decoder.output_type, decoder, generators)
-        return self.build_output(images, z_i, return_dict)
-
-    def paint_latents(
-        self,
-        z_i: Tensor,
-        text: TextEncoding | None,
-        canvas: Tensor,
-        mask: Tensor,
-        strength: float,
-        options: DecoderOptions,
-        generators: list[Generator],
-        to_images: Callable[[Tensor], list[Image.Image]],
-        negative: ImageCondition | None = None,
-    ) -> Tensor:
-        """(N, C, h, w) for N generators and canvases and masks, (P, ., H, W), where P divides N; `to_images` is for
-        previews."""
-        each = len(generators) // len(canvas)
         latents = self.encode_latents(canvas).repeat_interleave(each, dim=0)
         mask = downsample_mask(mask, self.autoencoder.factor).repeat_interleave(each, dim=0)
-        if options.latents is None:
-            options = replace(options, latents=generate_noise(latents.shape[1:], generators, latents.device))
-        assert options.latents is not None
-        noise = options.latents.to(latents.device).float()
-        scheduler = resolve_sampler(options.sampler, self.decoder_scheduler, self.decoder)
-        hold = build_blend_callback(scheduler, latents, mask, noise)
-        self.offload_all_but("decoder")
-        told = self.noise_image_embeds(z_i.to(latents.device), options, generators)
-        predict = self.predict_canvas(told, text, concat_masked_latents(latents, mask), options, scheduler, negative)
-        more: dict[str, Any] = {"original": latents, "strength": strength} if strength < 1 else {}
-        more |= {"predict": predict, "on_step": hold, "scheduler": scheduler, "to_images": to_images}
-        return self.sample_decoder(z_i, text, options, generators, **more)
-
-    def predict_canvas(
-        self,
-        z_i: Tensor,
-        text: TextEncoding | None,
-        known: Tensor,
-        options: DecoderOptions,
-        scheduler: SchedulerMixin,
-        negative: ImageCondition | None = None,
-    ) -> Predict:
-        """What the guided decoder predicts of a canvas of any size; known: (N, C + 1, h, w)."""
-        places = build_canvas_windows(known.shape[-2], known.shape[-1], self.latent_shape[-1])
-        settings = (self.decoder, scheduler, z_i.to(known.device), text, options.guidance_scale, negative)
-        # One a window, for guidance with momentum remembers what it saw.
-        return build_windowed_predict(
-            [build_decoder_predict(*settings, place.crop_latents(known)) for place in places], places
-        )
+        x = self.sample_decoder(z_i, text, decoder, generators, away, Canvas(latents, mask, strength, to_images))
+        images = x if decoder.output_type == "latent" else to_images(x, decoder.output_type, decoder, generators)
+        return self.build_output(images, z_i, return_dict)
 
     def pad_to_latent_cells(self, x: Tensor) -> Tensor:
         """(P, ., H, W), continued by its border to whole latents; of a mask, by nothing."""

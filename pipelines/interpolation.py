@@ -22,9 +22,9 @@ from t2i.pipelines.options import DecoderOptions, PriorOptions, ResolvedOptions,
 from torch import Generator, Tensor
 
 from t2i.checks import check_integer, check_texts
-from t2i.diffusion.condition import ImageCondition, TextEncoding
-from t2i.diffusion.denoiser import generate_noise
+from t2i.diffusion.condition import TextEncoding, TokenStates
 from t2i.diffusion.geometry import check_weights, compute_spherical_mean
+from t2i.diffusion.sampling_loop import generate_noise
 from t2i.errors import InputError
 from t2i.sampling.sample import split_generators
 from t2i.sampling.steering import Steering
@@ -103,7 +103,7 @@ class InterpolationPipeline(InvertingPipeline):
         z_i, x_T, images = torch.stack(mixed), torch.stack(noise), []
         for start in range(0, len(rows), FRAMES_PER_BATCH):
             part = slice(start, start + FRAMES_PER_BATCH)
-            text = None if held.text is None else select_captions(held.text, rows[part].argmax(dim=1))
+            text = None if held.text is None else held.text.take_rows(rows[part].argmax(dim=1))
             fresh = [Generator().manual_seed(held.seed) for _ in rows[part]]  # what is added is the same for all
             settings = replace(decoder, steering=slice_steering(decoder.steering, part))
             images.append(self.redraw_images(BipartiteLatent(z_i[part], x_T[part]), text, settings, fresh))
@@ -137,14 +137,13 @@ class InterpolationPipeline(InvertingPipeline):
         seed = int(torch.randint(2**62, (1,), generator=noise_generator))
         latents = noise.repeat(len(anchors), 1, 1, 1)
         z_i = latents.new_empty(len(anchors), self.clip.embed_dim)
-        nothing = self.decoder.null(len(anchors))
-        read = nothing.text
+        read = self.decoder.null(len(anchors)).text
         if is_text.any():
             places = is_text.nonzero()[:, 0]
             text = self.encode_prompt([anchor for anchor in anchors if isinstance(anchor, str)])
             _, generators = split_generators(prior_generator, len(places))
             z_i[is_text] = self.sample_image_embeds(text, None, prior, generators, decoder)
-            read = None if read is None else place_captions(text, places, nothing)
+            read = None if read is None else place_captions(text, places, read)
         if pictures is not None and inverted:
             z_i[~is_text], latents[~is_text] = self.invert_images(pictures, None, decoder)
         elif pictures is not None:
@@ -191,18 +190,12 @@ def build_mixing_weights(count: int, weights: Any, frames: int) -> Tensor:
     return (1 - (at[:, None] - torch.arange(count)).abs()).clamp(min=0)
 
 
-def place_captions(text: TextEncoding, places: Tensor, nothing: ImageCondition) -> Any:
-    """What a decoder reads of K anchors: the captions of `text` in these places, else nothing."""
+def place_captions(text: TextEncoding, places: Tensor, nothing: TokenStates) -> TokenStates:
+    """Return what a decoder reads of K anchors: the captions of `text` in these places, else nothing."""
     order = torch.zeros(len(nothing), dtype=torch.long)
     order[places] = torch.arange(len(places))
     keep = torch.zeros(len(nothing), dtype=torch.bool).index_fill(0, places, True)
-    said = ImageCondition(nothing.embedding, select_captions(text, order))
-    return said.where(keep.to(nothing.embedding.device), nothing).text
-
-
-def select_captions(text: TextEncoding, indices: Tensor) -> TextEncoding:
-    """The captions at these places."""
-    return text.map_tensors(lambda values: values[indices.to(values.device)])
+    return text.token_states.take_rows(order).where(keep.to(nothing.mask.device), nothing)
 
 
 def slice_steering(steering: Steering | None, part: slice) -> Steering | None:

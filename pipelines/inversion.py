@@ -14,7 +14,7 @@ from t2i.diffusion.ddim import invert_sample
 from t2i.diffusion.guidance import Guidance
 from t2i.diffusion.samplers import resolve_sampler
 from t2i.errors import InputError
-from t2i.sampling.sample import build_decoder_predict
+from t2i.sampling.sample import build_decoder_condition, build_decoder_predict
 
 INVERSION_DEFAULTS = {"num_inference_steps": 50, "guidance_scale": 1.0}  # defaults where pictures are to come back
 
@@ -77,7 +77,8 @@ class InvertingPipeline(UnCLIPPipeline):
         z_i, scheduler = self.encode_image(pictures), self.decoder_scheduler
         latents = self.encode_latents(pictures)
         self.offload_all_but("decoder")
-        predict = build_decoder_predict(self.decoder, scheduler, z_i, text, options.guidance_scale)
+        condition = build_decoder_condition(self.decoder, z_i, text)
+        predict = build_decoder_predict(self.decoder, scheduler, condition, options.guidance_scale)
         steps = options.num_inference_steps
         exact = resolve_sampler("ddim", scheduler, self.decoder)
         _, on_step = self.build_preview_hooks("inversion", exact, steps, options, lambda x: x, self.decode)

@@ -122,7 +122,7 @@ def collect_stage_workloads(
     sides = [height * pipeline.autoencoder.factor, width * pipeline.autoencoder.factor]
 
     def run_denoiser(model: Any, rows: int, *shape: int) -> None:
-        context = model.prepare(model.null(rows))
+        context = model.prepare(model.null(rows).expand())  # as many captions as there are rows
         model.step(torch.empty(rows, *shape, dtype=model.dtype), torch.zeros(rows, dtype=torch.long), context)
 
     def run_upsampler(model: Any) -> None:

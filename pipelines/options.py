@@ -12,9 +12,9 @@ from t2i.pipelines.progress import Preview
 from torch import Tensor
 
 from t2i.checks import check_choice, check_integer, check_range
-from t2i.diffusion.denoiser import MAX_STEPS
 from t2i.diffusion.guidance import Guidance, check_guidance
 from t2i.diffusion.samplers import check_sampler_name
+from t2i.diffusion.sampling_loop import MAX_STEPS
 from t2i.errors import InputError
 from t2i.files.untrusted import MAX_TIMESTEPS
 from t2i.sampling.embeddings import MAX_CANDIDATES

@@ -22,8 +22,8 @@ from t2i.pipelines.watched import WatchedPipeline
 from torch import Tensor
 
 from t2i.checks import check_integer, check_multiple_of, check_range, check_texts
-from t2i.diffusion.denoiser import check_eta
 from t2i.diffusion.samplers import check_scheduler_sampling, resolve_sampler
+from t2i.diffusion.sampling_loop import check_eta
 from t2i.errors import InputError
 from t2i.files.model_folder import load_or_explain
 from t2i.files.untrusted import is_folder
@@ -34,7 +34,7 @@ from t2i.networks.autoregressive_prior import AutoregressivePrior
 from t2i.networks.upsampler import Upsampler
 from t2i.runtime.compiling import check_compiler, compile_steps
 from t2i.runtime.devices import check_bf16_support, warn_of_slow_bf16
-from t2i.sampling.embeddings import PRIORS_WITHOUT_SCHEDULER, AnyPrior, check_scale_only, default_guidance_scale
+from t2i.sampling.embeddings import AnyPrior, check_scale_only, default_guidance_scale
 from t2i.sampling.steering import check_steering
 from t2i.sampling.upsampling import check_upsampled_size
 
@@ -72,7 +72,7 @@ class StagedPipeline(WatchedPipeline):
                 raise InputError(f"the {name} was trained with the CLIP {theirs}, this pipeline has {clip.identity}")
         check_embed_widths(clip, prior, decoder)
         check_text_encoder(decoder, text_encoder)
-        if (prior is None or isinstance(prior, PRIORS_WITHOUT_SCHEDULER)) != (prior_scheduler is None):
+        if (prior is None or not prior.needs_scheduler) != (prior_scheduler is None):
             what = "no prior" if prior is None else f"as prior a {type(prior).__name__}"
             has = "no prior_scheduler" if prior_scheduler is None else "a prior_scheduler"
             raise InputError(f"this pipeline has {what} and {has}; only the diffusion prior goes with a scheduler")
@@ -193,7 +193,7 @@ class StagedPipeline(WatchedPipeline):
     @property
     def is_cascade(self) -> bool:
         """Whether decoding is a diffusion of its own."""
-        return hasattr(self.autoencoder, "draw_images")
+        return self.autoencoder.is_cascade
 
     @property
     def default_decoder_options(self) -> dict[str, Any]:
@@ -306,7 +306,7 @@ class StagedPipeline(WatchedPipeline):
                 raise InputError(f"prior_sampler is of a diffusion prior, {other}")
             if isinstance(self.prior, AutoregressivePrior):
                 check_scale_only(prior.prior_guidance_scale)
-        levels = getattr(self.decoder, "noise_levels", None)
+        levels = self.decoder.noise_levels
         if levels is not None:
             check_integer("noise_level", decoder.noise_level, 0, levels - 1)
         elif decoder.noise_level or decoder.image_embeds_noise is not None:
@@ -341,7 +341,7 @@ def check_embed_widths(clip: AnyCLIP, prior: AnyPrior | None, decoder: AnyDecode
         if model is not None and model.config.embed_dim != clip.embed_dim:
             ours = f"the CLIP's have {clip.embed_dim}"
             raise InputError(f"the {name}'s embeddings have {model.config.embed_dim} dimensions, {ours}: another CLIP")
-        states = getattr(model, "states_width", None)
+        states = None if model is None else model.states_width
         if states is not None and clip.reads_captions and states != clip.text_width:
             ours = f"the CLIP's have {clip.text_width}"
             raise InputError(f"the {name} reads token states of {states} dimensions, {ours}: another CLIP")

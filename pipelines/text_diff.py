@@ -95,7 +95,7 @@ class TextDiffPipeline(InvertingPipeline):
 
     def compute_text_direction(self, sources: list[str], targets: list[str]) -> Tensor:
         """norm(z_t(target) - z_t(source)), (N, D), fp32. Raises InputError where there is none."""
-        before, after = (self.encode_prompt(texts).embedding.float() for texts in (sources, targets))
+        before, after = (self.encode_prompt(texts).expand().embedding.float() for texts in (sources, targets))
         difference = after - before
         for one, other, size in zip(sources, targets, difference.norm(dim=-1).tolist()):
             if size < MIN_CAPTION_DISTANCE:

@@ -21,7 +21,7 @@ from t2i.pipelines.watched import WatchedPipeline
 from torch import Generator, Tensor
 
 from t2i.checks import check_choice, check_integer, check_range
-from t2i.diffusion.denoiser import MAX_STEPS
+from t2i.diffusion.sampling_loop import MAX_STEPS
 from t2i.diffusion.stored_schedulers import load_scheduler
 from t2i.errors import InputError
 from t2i.files.model_folder import load_model

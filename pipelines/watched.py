@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 from t2i.diffusion.denoiser import Predict, PredictTransform, StepCallback
 from t2i.diffusion.process import predict_x0
 from t2i.diffusion.samplers import count_model_evaluations
+from t2i.diffusion.sampling_loop import Sampling
 from t2i.sampling.upsampling import DEFAULT_TILE_SIZE, iterate_stage_generators, sample_upsampler
 
 
@@ -72,12 +73,11 @@ class WatchedPipeline(DiffusionPipeline):
             def crop_estimate(x: Tensor, sides: list[int] = sides) -> Tensor:
                 return x[..., : sides[0], : sides[1]].clamp(-1, 1)
 
-            wrap, on_step = self.build_preview_hooks(
+            transform, on_step = self.build_preview_hooks(
                 "upsampler", self.upsampler_scheduler, steps, options, crop_estimate, self.image_processor.postprocess
             )
-            watched = {"progress": self.progress_bar, "on_step": on_step, "wrap": wrap}
-            settings = (pictures, own, z_i, steps, level, tile)
-            pictures = sample_upsampler(self.upsampler, self.upsampler_scheduler, *settings, **watched)
+            sampling = Sampling(steps, own, progress=self.progress_bar, on_step=on_step, transform=transform)
+            pictures = sample_upsampler(self.upsampler, self.upsampler_scheduler, pictures, sampling, z_i, level, tile)
             pictures = check_finite_values("upsampler", pictures)
         return pictures
 

@@ -121,8 +121,9 @@ def build_stage(config: Config, source: EncodingSource, device: torch.device) ->
 
     def loss(model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         batch = source.encode(batch)
-        z_i, x, text = batch.image_embeds, batch.latents, batch.tokens or batch.text
-        null = decoder.null(len(x))
+        x, text = batch.latents, batch.tokens or batch.text
+        z_i = decoder.noise_image_embeds(batch.image_embeds)
+        null = decoder.null(len(x)).expand()
         if text is not None:
             text = drop_condition(ImageCondition(z_i, text).text, null.text, config.caption_dropout)
         condition = drop_condition(ImageCondition(z_i), ImageCondition(null.embedding), config.embedding_dropout)

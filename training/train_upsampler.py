@@ -28,6 +28,7 @@ from t2i.data.dataset import SampleIndex
 from t2i.data.manifest import Manifest
 from t2i.diffusion.loss import check_loss_weighting, compute_loss_weight, compute_weighted_mse, predict_noised_batch
 from t2i.diffusion.process import build_noise_scheduler
+from t2i.diffusion.sampling_loop import Sampling
 from t2i.errors import InputError
 from t2i.evaluation.contact_sheet import build_labelled_rows, to_pil_images
 from t2i.files.fingerprints import compute_weights_fingerprint
@@ -185,7 +186,7 @@ def draw_upsampler_preview(
     pictures = pictures[..., :side, :side]
     low = reduce_to_low_resolution(pictures, factor)
     generators = [Generator().manual_seed(config.seed + i) for i in range(len(low))]
-    drawn = sample_upsampler(upsampler, scheduler, low, generators, steps=config.num_inference_steps).cpu()
+    drawn = sample_upsampler(upsampler, scheduler, low, Sampling(config.num_inference_steps, generators)).cpu()
     rows = {"bicubic": enlarge_low_resolution(low, factor).clamp(-1, 1), "upsampled": drawn}
     psnr = {name: 10 * torch.log10(4 / (row - pictures).square().mean(dim=(1, 2, 3))) for name, row in rows.items()}
     labels = [f"{a:.1f} dB, {b:.1f} dB" for a, b in zip(*(value.tolist() for value in psnr.values()))]

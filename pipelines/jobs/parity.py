@@ -10,8 +10,8 @@ from t2i.pipelines.loading import locate_other_folders
 from t2i.pipelines.text2image import Text2ImagePipeline
 
 from t2i.checks import check_integer, check_texts
-from t2i.diffusion.denoiser import MAX_STEPS
 from t2i.diffusion.guidance import check_guidance
+from t2i.diffusion.sampling_loop import MAX_STEPS
 from t2i.errors import InputError
 from t2i.files.untrusted import is_folder
 from t2i.interop.loading import ModelFolders

@@ -55,8 +55,8 @@ def evaluate_prior(
     import json
 
     from t2i.checks import check_integer, check_range
-    from t2i.diffusion.denoiser import MAX_STEPS
     from t2i.diffusion.guidance import MAX_GUIDANCE_SCALE
+    from t2i.diffusion.sampling_loop import MAX_STEPS
     from t2i.evaluation.priors import evaluate_prior_splits, open_cache_splits
     from t2i.evaluation.results import check_result_file, collect_package_versions, write_result_file
     from t2i.sampling.embeddings import MAX_CANDIDATES, default_guidance_scale, load_prior

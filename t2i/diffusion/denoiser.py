@@ -1,124 +1,97 @@
-"""Training and sampling, the same for every denoiser.
+"""The contract of every denoiser: the prior on vectors, the decoder on latents, the upsampler on pictures.
 
 A denoiser is a module with
 
     context    = denoiser.prepare(condition)      all that depends on neither x nor t, once per picture
     prediction = denoiser.step(x, t, context)     every step
     denoiser(x, t, condition)                     the same in one pass: what training calls
-    denoiser.null(n)                              n conditions that say nothing
+    denoiser.null(n)                              n times the condition that stands for no condition
 
-Guidance is a function that returns a `Predict`; sampling takes one. What the prediction is of (noise, clean sample or
-velocity) is the scheduler's `prediction_type`. A model that has learned the variance of the reverse process predicts
-twice the channels: `split_variance` tells the two halves apart, and `clean` reads the first.
+Guidance is a function that returns a `Predict`; sampling takes one. The scheduler's `prediction_type` names what is
+predicted: noise, clean sample or velocity. A model that has learned the variance of the reverse process predicts
+twice the channels: `split_variance` separates the two halves, and `predict_x0` reads the first.
 """
 
-from collections.abc import Callable, Iterable
-from inspect import signature
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from diffusers import PNDMScheduler, SchedulerMixin
-from torch import Generator, Tensor
+from torch import Tensor
 
-from t2i.checks import check_range
 from t2i.diffusion.condition import Condition
-from t2i.diffusion.process import split_variance
-from t2i.errors import InputError
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # x: (B, ...), t: () -> the model's prediction, like x
+PredictTransform = Callable[[Predict], Predict]
+StepCallback = Callable[[int, Tensor, Tensor], Tensor]  # step, t, x -> x; see `t2i.diffusion.sampling_loop.Sampling`
 
 
 class Denoiser(Protocol):
     dtype: torch.dtype
 
     def __call__(self, x: Tensor, t: Tensor, condition: Any) -> Tensor: ...
-    def prepare(self, condition: Any, *ahead: Tensor) -> Any: ...
+    def prepare(self, condition: Any) -> Any: ...
     def step(self, x: Tensor, t: Tensor, context: Any) -> Tensor: ...
     def null(self, count: int) -> Any: ...
 
 
-def build_conditional_predict(denoiser: Denoiser, condition: Condition, *ahead: Tensor) -> Predict:
-    """The model's own prediction. ahead: what else it prepares, such as the timesteps that it will be asked for."""
-    context, dtype = denoiser.prepare(condition, *ahead), denoiser.dtype  # which diffusers looks for in all modules
+class PriorMixin:
+    """Defaults of what pipelines read of a prior; a prior overrides what differs.
+
+    needs_scheduler: z_i is denoised, by `t2i.sampling.sample.sample_prior`; other priors return it by themselves.
+    prepares_timesteps: `prepare` also takes the timesteps of the sampling, (S,), and computes their tokens ahead.
+    takes_noise, takes_temperature, takes_guidance: options that have an effect.
+    """
+
+    needs_scheduler = True
+    prepares_timesteps = False
+    takes_noise, takes_temperature, takes_guidance = True, False, True
+
+    def count_steps(self, steps: int) -> int:
+        """Return the number of steps that it takes where `steps` are asked for."""
+        return steps
+
+    @property
+    def default_guidance_scale(self) -> float:
+        """The guidance scale where none is given; 1 is off."""
+        return 1.0
+
+    @property
+    def states_width(self) -> int | None:
+        """Dimensions of the token states of CLIP that it reads; None if any, or if that is not known."""
+        return None
+
+
+class DecoderMixin:
+    """Defaults of what pipelines read of a decoder; a decoder overrides what differs.
+
+    default_steps, default_guidance_scale: of a pipeline, where none are given.
+    """
+
+    default_steps, default_guidance_scale = 25, 1.5
+    needs_scheduler = True
+
+    @property
+    def states_width(self) -> int | None:
+        """Dimensions of the token states of CLIP that it reads; None if any, or if that is not known."""
+        return None
+
+    @property
+    def noise_levels(self) -> int | None:
+        """Number of levels that `noise_image_embeds` takes, from 0 on; None if it does not noise z_i."""
+        return None
+
+    def noise_image_embeds(self, z_i: Tensor, noise: Tensor | None = None, level: int = 0) -> Tensor:
+        """Return the embedding of an ImageCondition for z_i, (B, D): z_i itself, unless the decoder noises it."""
+        return z_i
+
+
+def build_conditional_predict(denoiser: Denoiser, condition: Condition, timesteps: Tensor | None = None) -> Predict:
+    """Return the model's own prediction. timesteps: (S,), for denoisers that prepare them too."""
+    context = prepare_context(denoiser, condition, timesteps)
+    dtype = denoiser.dtype  # read once: diffusers searches all modules for it
     return lambda x, t: denoiser.step(x.to(dtype), t.expand(len(x)), context).to(x.dtype)
 
 
-@torch.no_grad()
-def sample_from_noise(
-    predict: Predict,
-    scheduler: SchedulerMixin,
-    noise: Tensor,
-    steps: int,
-    generators: list[Generator] | None = None,
-    progress: Callable[[Iterable], Iterable] = iter,
-    on_step: Callable[[int, Tensor, Tensor], Tensor] | None = None,
-    eta: float | None = None,
-    original: Tensor | None = None,
-    strength: float = 1.0,
-) -> Tensor:
-    """Denoise from `noise`, (B, ...) of unit variance, to a sample, step by step, in the noise's dtype.
-
-    generators: one a sample, for schedulers that add noise. on_step(i, t, x) runs after each step and may change x.
-    eta: how much of the noise of ancestral sampling DDIM adds, for schedulers that take it; None leaves it to them.
-    original, like noise: start from it instead, noised as far as the last `strength` of the steps, in (0, 1], undo.
-    """
-    check_eta(scheduler, eta)
-    scheduler.set_timesteps(steps, device=noise.device)
-    accepted = signature(scheduler.step).parameters
-    extra: dict[str, Any] = {"generator": generators} if "generator" in accepted else {}
-    if eta is not None:
-        extra["eta"] = eta
-    learned = scheduler.config.get("variance_type") in ("learned", "learned_range")
-    x, timesteps = initialize_sampling(scheduler, noise, steps, original, strength)
-    for i, t in enumerate(progress(timesteps)):
-        prediction = predict(scheduler.scale_model_input(x, t), t)
-        if not learned:
-            prediction, _ = split_variance(prediction, x)
-        x = scheduler.step(prediction, t, x, **extra).prev_sample
-        if on_step is not None:
-            x = on_step(i, t, x)
-    return x
-
-
-def initialize_sampling(
-    scheduler: SchedulerMixin, noise: Tensor, steps: int, original: Tensor | None, strength: float
-) -> tuple[Tensor, Tensor]:
-    """What sampling starts from, and the timesteps that are left: all, or the last `strength` of them."""
-    # diffusers' trailing timesteps end, for some numbers of steps, with one too many: -1, where there is no noise.
-    timesteps = scheduler.timesteps[scheduler.timesteps >= 0]
-    if original is None:
-        return noise * scheduler.init_noise_sigma, timesteps
-    check_range("strength", strength, 0, 1)
-    first = (steps - count_steps_left(steps, strength)) * getattr(scheduler, "order", 1)
-    if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(first)
-    timesteps = timesteps[first:]
-    if isinstance(scheduler, PNDMScheduler) and scheduler.config.skip_prk_steps:
-        # Its first step is a step of Heun's method, which asks at the second of the timesteps once more.
-        left = scheduler.timesteps.unique_consecutive()[first:]
-        scheduler.timesteps = timesteps = torch.cat([left[:2], left[1:]])
-    return scheduler.add_noise(original.to(noise), noise, timesteps[:1].expand(len(noise))), timesteps
-
-
-def count_steps_left(steps: int, strength: float) -> int:
-    """How many of the steps are taken: the last `strength` of them, and one at least."""
-    return max(1, min(round(steps * strength), steps))
-
-
-def check_eta(scheduler: SchedulerMixin, eta: float | None) -> None:
-    if eta is None:
-        return
-    check_range("eta", eta, 0, 1)
-    if "eta" not in signature(scheduler.step).parameters:
-        raise InputError(f"eta is of the sampler ddim; {type(scheduler).__name__} does not take it, got eta={eta:g}")
-
-
-def generate_noise(shape: tuple[int, ...], generators: list[Generator], device: torch.device) -> Tensor:
-    """(len(generators), *shape), fp32: every sample's noise from its own generator, so that no batch changes it."""
-    return torch.stack([torch.randn(shape, generator=one, device=one.device).to(device) for one in generators])
-
-
-MAX_STEPS = 1000
-
-PredictTransform = Callable[[Predict], Predict]
-StepCallback = Callable[[int, Tensor, Tensor], Tensor]  # step, t, x -> x; see `sample_from_noise`
+def prepare_context(denoiser: Any, condition: Condition, timesteps: Tensor | None) -> Any:
+    """Return the context of a condition, with the timesteps prepared if they are given."""
+    return denoiser.prepare(condition) if timesteps is None else denoiser.prepare(condition, timesteps)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from t2i.checks import check_range
 from t2i.diffusion.condition import Condition
-from t2i.diffusion.denoiser import Denoiser, Predict, build_conditional_predict
+from t2i.diffusion.denoiser import Denoiser, Predict, build_conditional_predict, prepare_context
 from t2i.diffusion.process import alpha_sigma, join_variance, predict_x0, split_variance, x0_to_prediction
 from t2i.errors import InputError
 
@@ -113,18 +113,18 @@ def build_guided_predict(
     negative: Condition,
     guidance: float | Guidance,
     scheduler: SchedulerMixin,
-    *ahead: Tensor,
+    timesteps: Tensor | None = None,
 ) -> Predict:
     """Classifier-free guidance (Ho and Salimans 2022): both conditions in one batch, and from one towards the other.
 
-    `negative` is the model's null, or any other condition to move away from. `ahead`: what else the denoiser prepares.
-    The result keeps a state if `momentum` is used: make a new one for every sampling.
+    `negative` is the model's null, or any other condition to move away from. timesteps: (S,), for denoisers that
+    prepare them too. The result keeps a state if `momentum` is used: make a new one for every sampling.
     """
     guidance = Guidance.from_value(guidance)
     if guidance.is_off:
-        return build_conditional_predict(denoiser, condition, *ahead)
-    context, dtype = denoiser.prepare(negative.cat(condition), *ahead), denoiser.dtype
-    outside = None if guidance.interval == (0, 1) else build_conditional_predict(denoiser, condition, *ahead)
+        return build_conditional_predict(denoiser, condition, timesteps)
+    context, dtype = prepare_context(denoiser, negative.cat(condition), timesteps), denoiser.dtype
+    outside = None if guidance.interval == (0, 1) else build_conditional_predict(denoiser, condition, timesteps)
     low, high = (end * scheduler.config.num_train_timesteps for end in guidance.interval)
     combine = ProjectedGuidance(guidance) if guidance.is_projected else None
 

@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 from t2i.checks import check_choice, check_integer
 from t2i.diffusion.continuous import ProbabilityFlowScheduler
 from t2i.diffusion.ddim import build_scheduler_like
-from t2i.diffusion.denoiser import Predict, generate_noise
+from t2i.diffusion.denoiser import Predict
 from t2i.diffusion.process import (
     alpha_bar,
     alpha_sigma,
@@ -24,6 +24,7 @@ from t2i.diffusion.process import (
     split_variance,
     variational_term,
 )
+from t2i.diffusion.sampling_loop import generate_noise
 
 REVERSE_VARIANCES = {"small": -1.0, "large": 1.0}  # the posterior's, the forward step's
 

@@ -109,5 +109,4 @@ def compute_weighted_mse(prediction: Tensor, target: Tensor, weight: Tensor) -> 
 
 def drop_condition(condition: Condition, null: Condition, probability: float) -> Condition:
     """Each condition replaced by the one that says nothing, with this probability: what makes guidance possible."""
-    device = next(value.device for value in vars(condition).values() if isinstance(value, Tensor))
-    return condition.where(torch.rand(len(condition), device=device) >= probability, null)
+    return condition.where(torch.rand(len(condition), device=condition.device) >= probability, null)

@@ -1,4 +1,4 @@
-"""The scheduler that Karlo and Kandinsky were published with, as `t2i.diffusion.denoiser.sample_from_noise` drives
+"""The scheduler that Karlo and Kandinsky were published with, as `t2i.diffusion.sampling_loop.sample_from_noise` drives
 schedulers."""
 
 from typing import Any

@@ -16,7 +16,7 @@ from diffusers import (
 from t2i.checks import check_choice
 from t2i.diffusion.continuous import ProbabilityFlowScheduler, ReverseSDEScheduler
 from t2i.diffusion.ddim import ExactDDIMScheduler, build_scheduler_like
-from t2i.diffusion.denoiser import sample_from_noise
+from t2i.diffusion.sampling_loop import Sampling, sample_from_noise
 from t2i.errors import InputError
 from t2i.files.untrusted import format_error
 
@@ -81,8 +81,7 @@ def build_sampler(name: str, scheduler: SchedulerMixin, learned_variance: bool =
 
 
 def check_scheduler_sampling(name: str, scheduler: SchedulerMixin) -> None:
-    """Refuse a scheduler that `t2i.diffusion.denoiser.sample_from_noise` cannot draw by: it draws four numbers in a
-    few steps.
+    """Refuse a scheduler that `sample_from_noise` cannot sample with: it samples four numbers in a few steps.
 
     name: what the message calls it.
     """
@@ -94,10 +93,8 @@ def check_scheduler_sampling(name: str, scheduler: SchedulerMixin) -> None:
     learned = config.get("variance_type") in LEARNED_VARIANCE_TYPES
     noise, generators = torch.ones(1, 1, 2, 2), [torch.Generator().manual_seed(0)]
     try:
-        steps = min(TRIAL_STEPS, config.num_train_timesteps)
-        drawn = sample_from_noise(
-            lambda x, _: torch.cat([x, x], 1) / 2 if learned else x / 2, trial, noise, steps, generators
-        )
+        sampling = Sampling(min(TRIAL_STEPS, config.num_train_timesteps), generators)
+        drawn = sample_from_noise(lambda x, _: torch.cat([x, x], 1) / 2 if learned else x / 2, trial, noise, sampling)
         falls = trial.timesteps[0] >= trial.timesteps[-1] and trial.alphas_cumprod.isfinite().all()
     except Exception as error:  # whatever a library makes of a configuration that nobody checked
         raise InputError(f"nothing can be drawn by the {name}, a {kind} ({format_error(error)})") from error

@@ -14,7 +14,7 @@ from t2i.diffusion.denoiser import Predict, build_conditional_predict
 from t2i.diffusion.likelihood import compute_ode_bits, compute_variational_bound
 from t2i.errors import InputError
 from t2i.evaluation.results import check_result_file, collect_package_versions, write_result_file
-from t2i.sampling.sample import build_decoder_predict
+from t2i.sampling.sample import build_decoder_condition, build_decoder_predict
 
 MEASURED_STAGES = ("prior", "decoder")
 SPLITS = ("train", "held_out")
@@ -113,7 +113,8 @@ def prepare_stage_data(
     z_i = pipeline.encode_image(pictures)
     text = pipeline.encode_prompt([dataset.get_record(index).text for index in indices])
     if stage == "decoder":
-        predict = build_decoder_predict(pipeline.decoder, pipeline.decoder_scheduler, z_i, text, 1.0)
+        condition = build_decoder_condition(pipeline.decoder, z_i, text)
+        predict = build_decoder_predict(pipeline.decoder, pipeline.decoder_scheduler, condition, 1.0)
         return pipeline.encode_latents(pictures), pipeline.decoder_scheduler, predict
     if pipeline.prior is None or pipeline.prior_scheduler is None:
         raise InputError("this model has no diffusion prior; measure the decoder alone, with --stage decoder")

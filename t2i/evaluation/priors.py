@@ -1,7 +1,6 @@
 """How near a prior's z_i come to those of the pictures, measured on a cache."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +9,7 @@ from torch import Generator, Tensor
 
 from t2i.data.cache import CachedPairs
 from t2i.diffusion.guidance import Guidance
+from t2i.diffusion.sampling_loop import Sampling
 from t2i.errors import InputError
 from t2i.sampling.embeddings import AnyPrior, sample_image_embeds
 
@@ -53,8 +53,8 @@ def evaluate_prior_splits(
             batch = pairs.__getitems__([(index, 0) for index in part])
             assert batch.text is not None and batch.image_embeds is not None
             seeds = [Generator().manual_seed(seed + start + i) for i in range(len(part))]
-            settings: tuple[Any, ...] = (steps, guidance, seeds, candidates, None, temperature)
-            drawn.append(sample_image_embeds(prior, scheduler, batch.text, None, *settings))
+            sampling = Sampling(steps, seeds, guidance)
+            drawn.append(sample_image_embeds(prior, scheduler, batch.text, None, sampling, candidates, temperature))
             true.append(batch.image_embeds)
             z_t.append(batch.text.embedding)
         z_i, truth, text = torch.cat(drawn), torch.cat(true), torch.cat(z_t)

@@ -37,13 +37,13 @@ from transformers import (
 )
 
 from t2i.diffusion.condition import TextEncoding, TokenStates
-from t2i.diffusion.denoiser import sample_from_noise
 from t2i.diffusion.inpainting import concat_masked_latents
+from t2i.diffusion.sampling_loop import Sampling
 from t2i.errors import InputError
 from t2i.interop.folders import SourceFolder
 from t2i.interop.loading import ModelFolders
 from t2i.sampling.embeddings import sample_image_embeds
-from t2i.sampling.sample import build_decoder_predict
+from t2i.sampling.sample import build_decoder_condition, sample_decoder
 
 Difference = tuple[str, float]
 LEARNED_VARIANCES = ("learned", "learned_range")  # a scheduler's `variance_type` for U-Nets that predict it
@@ -89,7 +89,8 @@ class ParityCheck:
         reference = decode_latents(latents)
         if self.pipeline.is_cascade:
             noise = self.generate_noise(self.compute_large_shape(latents), 3)
-            images = self.pipeline.autoencoder.draw_images(latents, self.build_generators(), self.steps, noise)
+            sampling = Sampling(self.steps, self.build_generators(), noise=noise)
+            images = self.pipeline.autoencoder.draw_images(latents, sampling)
             yield "super-resolution", compute_max_difference(images, reference)
         else:
             images = self.pipeline.autoencoder.decode(latents)
@@ -124,8 +125,8 @@ class ParityCheck:
     def sample_our_prior(self) -> Tensor:
         pipeline, noise = self.pipeline, self.generate_noise((self.pipeline.clip.embed_dim,), 1)
         text = pipeline.encode_prompt(self.prompts)
-        settings = (text, None, self.steps, self.scale, self.build_generators(), 1, noise)
-        return sample_image_embeds(pipeline.prior, pipeline.prior_scheduler, *settings)
+        sampling = Sampling(self.steps, self.build_generators(), self.scale, noise)
+        return sample_image_embeds(pipeline.prior, pipeline.prior_scheduler, text, None, sampling)
 
     def sample_our_decoder(self, z_i: Tensor) -> Tensor:
         pipeline, generators = self.pipeline, self.build_generators()
@@ -134,13 +135,14 @@ class ParityCheck:
             text = pipeline.text_encoder.encode(self.prompts)
         elif pipeline.clip.config.text is not None:
             text = pipeline.encode_prompt(self.prompts)
-        if hasattr(pipeline.decoder, "noise_image_embeds"):  # the reference draws this noise first, even for level 0
-            first = torch.stack([torch.randn(z_i.shape[1:], generator=generator) for generator in generators])
-            z_i = pipeline.decoder.noise_image_embeds(z_i, first, 0)
-        scheduler = pipeline.decoder_scheduler
+        embeds_noise = None
+        if pipeline.decoder.noise_levels is not None:  # the reference draws this noise first, even for level 0
+            embeds_noise = torch.stack([torch.randn(z_i.shape[1:], generator=item) for item in generators])
         known = concat_masked_latents(*self.build_masked_canvas()) if pipeline.decoder.config.reads_masks else None
-        predict = build_decoder_predict(pipeline.decoder, scheduler, z_i, text, self.scale, None, known)
-        return sample_from_noise(predict, scheduler, self.generate_latents(), self.steps, generators)
+        condition = build_decoder_condition(pipeline.decoder, z_i, text, known, embeds_noise)
+        noise = self.generate_latents()
+        sampling = Sampling(self.steps, generators, self.scale, noise)
+        return sample_decoder(pipeline.decoder, pipeline.decoder_scheduler, condition, sampling)
 
     # The reference: shared
 

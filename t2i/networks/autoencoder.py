@@ -21,6 +21,7 @@ class Autoencoder(ModelMixin, ConfigMixin):
             4 saves the convolutions at full resolution, which cost most.
     """
 
+    is_cascade = False  # decoding is one pass
     _supports_gradient_checkpointing = True  # in diffusers' blocks
     _no_split_modules = ["ResnetBlock2D"]  # FSDP shards each as a unit
 

@@ -8,7 +8,6 @@ the regression says of it, and the transformer learns the rest. Which of K funct
 what a small transformer on little data learns last.
 """
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +16,12 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from t2i.diffusion.condition import TextEncoding
+from t2i.diffusion.denoiser import PriorMixin
+from t2i.diffusion.guidance import Guidance
+from t2i.diffusion.sampling_loop import Sampling
 from t2i.networks.layers import KeyValue, run_checkpointed_block
 from t2i.networks.linear import Linear
 from t2i.networks.prior import PriorBlock, embed_caption_tokens
@@ -36,7 +38,7 @@ class AutoregressiveContext:
     logits: Tensor  # (B, buckets), of the next code
 
 
-class AutoregressivePrior(ModelMixin, ConfigMixin):
+class AutoregressivePrior(PriorMixin, ModelMixin, ConfigMixin):
     """Predicts the codes of z_i given a TextEncoding; `sample_image_embeds` draws z_i.
 
     Args:
@@ -56,6 +58,8 @@ class AutoregressivePrior(ModelMixin, ConfigMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["PriorBlock"]  # what FSDP shards as one
     lora_targets = ("to_qkv", "to_out")
+    needs_scheduler = takes_noise = False
+    takes_temperature = True
 
     @register_to_config
     def __init__(
@@ -103,9 +107,17 @@ class AutoregressivePrior(ModelMixin, ConfigMixin):
         self.register_buffer("null_states", torch.zeros(null_length, text_width))
 
     @property
+    def default_guidance_scale(self) -> float:
+        """2; or 1, off, where it starts from a regression, for guidance takes that too far (docs/priors.md)."""
+        return 2.0 if self.config.regression is None else 1.0
+
+    @property
     def codes_per_embedding(self) -> int:
         """Codes of one z_i: its dot product with z_t and its K components."""
         return self.config.components + 1
+
+    def count_steps(self, steps: int) -> int:
+        return self.codes_per_embedding
 
     # z_i as codes
 
@@ -145,7 +157,7 @@ class AutoregressivePrior(ModelMixin, ConfigMixin):
 
     def forward(self, text: TextEncoding, codes: Tensor) -> Tensor:
         """codes: (B, K + 1) -> logits, (B, K + 1, buckets), of each given those before it. What training calls."""
-        count = codes.shape[1]
+        text, count = text.expand(), codes.shape[1]
         tokens = torch.cat([embed_caption_tokens(self, text), self.embed_code_tokens(codes[:, :-1], 0)], dim=1)
         mask = torch.cat([text.mask, text.mask.new_ones(len(codes), count)], dim=1)[:, None, None, :]
         mask = mask & build_causal_mask(tokens)
@@ -157,6 +169,7 @@ class AutoregressivePrior(ModelMixin, ConfigMixin):
     @apply_forward_hook
     def prepare(self, text: TextEncoding) -> AutoregressiveContext:
         """The caption read, and the logits of the first code."""
+        text = text.expand()
         known = torch.cat([text.mask, text.mask.new_ones(len(text), 1)], dim=1)
         tokens, past = embed_caption_tokens(self, text), []
         mask = known[:, None, None, :] & build_causal_mask(tokens)
@@ -209,26 +222,25 @@ class AutoregressivePrior(ModelMixin, ConfigMixin):
         self,
         text: TextEncoding,
         negative: TextEncoding | None,
-        scale: float,
-        generators: list[Generator],
+        sampling: Sampling,
         temperature: float | None = None,
-        progress: Callable[[Iterable], Iterable] = iter,
-        on_step: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
-        """z_i of unit length, (N, D), fp32, on the device of `text`.
+        """Sample z_i of unit length, (N, D), fp32, on the device of `text`.
 
         The dot product is drawn from the upper half of its distribution, as in the paper, the codes from theirs at a
         temperature (0 takes the likeliest; None is the model's own).
 
-        negative: what is guided away from; None is the null. scale: log-probabilities are
-        negative + scale (text - negative); 1 is off. generators: one a picture. on_step(i, z_i) runs after each code
-        with what is known so far.
+        negative: the captions to guide away from; None is the null. sampling: its steps are the codes, whatever it
+        says; with a guidance scale w log-probabilities are negative + w (text - negative); `on_step` gets z_i as far
+        as it is known, and cannot change it.
         """
+        guidance = self.default_guidance_scale if sampling.guidance is None else sampling.guidance
+        scale = Guidance.from_value(guidance).scale
         temperature = self.config.temperature if temperature is None else temperature
-        device, count = text.embedding.device, len(text)
-        uniform = torch.stack(
-            [torch.rand(self.codes_per_embedding, generator=one, device=one.device).to(device) for one in generators]
-        )
+        device, count, length = text.device, len(text), self.codes_per_embedding
+        uniform = [torch.rand(length, generator=item, device=item.device).to(device) for item in sampling.generators]
+        quantiles = torch.stack(uniform, dim=1)
+        quantiles[0] = (1 + quantiles[0]) / 2
         text = text.to(device, self.dtype)
         if scale == 1:
             context = self.prepare(text)
@@ -236,17 +248,16 @@ class AutoregressivePrior(ModelMixin, ConfigMixin):
             negative = self.null(count) if negative is None else negative
             context = self.prepare(negative.to(device, self.dtype).cat(text))
         codes = torch.zeros(count, 0, dtype=torch.long, device=device)
-        for i in progress(range(self.codes_per_embedding)):
+        for i in sampling.progress(range(length)):
             logits = context.logits.double().log_softmax(dim=-1)
             if scale != 1:
                 away, wanted = logits.chunk(2)
                 logits = away.lerp(wanted, scale)
-            where = (1 + uniform[:, i]) / 2 if i == 0 else uniform[:, i]
-            chosen = select_code_buckets(logits, where, 1.0 if i == 0 else temperature)
+            chosen = select_code_buckets(logits, quantiles[i], 1.0 if i == 0 else temperature)
             codes = torch.cat([codes, chosen[:, None]], dim=1)
-            if on_step is not None:
-                on_step(i, self.dequantise_codes(codes))
-            if i + 1 < self.codes_per_embedding:
+            if sampling.on_step is not None:
+                sampling.on_step(i, torch.tensor(length - 1 - i), self.dequantise_codes(codes))
+            if i + 1 < length:
                 self.step(chosen if scale == 1 else chosen.repeat(2), i, context)
         return self.dequantise_codes(codes)
 

@@ -17,6 +17,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from t2i.diffusion.condition import ImageCondition, TokenStates
+from t2i.diffusion.denoiser import DecoderMixin
 from t2i.networks.layers import (
     Attention,
     KeyValue,
@@ -40,7 +41,7 @@ class DecoderContext:
     masked_latents: Tensor | None = None  # (B, C + 1, h, w), to stand beside the noisy latents
 
 
-class Decoder(ModelMixin, ConfigMixin):
+class Decoder(DecoderMixin, ModelMixin, ConfigMixin):
     """Denoises latents of unit variance, given an ImageCondition.
 
     Args:
@@ -60,7 +61,6 @@ class Decoder(ModelMixin, ConfigMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["DecoderBlock"]  # what FSDP shards as one
     lora_targets = ("to_qkv", "to_out", "to_key_value")
-    default_guidance_scale, default_steps = 1.5, 25  # of a pipeline, if nothing is said
 
     @register_to_config
     def __init__(
@@ -101,6 +101,7 @@ class Decoder(ModelMixin, ConfigMixin):
 
     def forward(self, x: Tensor, t: Tensor, condition: ImageCondition) -> Tensor:
         """x: (B, C, H, W) noisy latents; t: (B,) timesteps -> (B, C, H, W), the prediction; or (B, 2C, H, W)."""
+        condition = condition.expand()
         z_i, tokens, mask = embed_condition_tokens(self, condition)
         # In one pass each block makes its own keys and values: FSDP has its weights only while it runs.
         known = resolve_masked_latents(self, condition)
@@ -108,6 +109,7 @@ class Decoder(ModelMixin, ConfigMixin):
 
     @apply_forward_hook
     def prepare(self, condition: ImageCondition) -> DecoderContext:
+        condition = condition.expand()
         z_i, tokens, mask = embed_condition_tokens(self, condition)
         extra = [block.compute_key_value(tokens) for block in self.blocks]
         return DecoderContext(self.from_image(z_i), extra, mask, resolve_masked_latents(self, condition))
@@ -178,11 +180,11 @@ def resolve_masked_latents(decoder: Any, condition: ImageCondition) -> Tensor | 
 
 def build_null_condition(decoder: Any, count: int) -> ImageCondition:
     """The zero embedding, and a caption of no tokens for decoders that read captions."""
-    z_i = torch.zeros(count, decoder.config.embed_dim, device=decoder.device, dtype=decoder.dtype)
-    if decoder.from_text is None:
-        return ImageCondition(z_i)
-    states = z_i.new_zeros(count, 1, decoder.config.text_width)
-    return ImageCondition(z_i, TokenStates(states, states.new_zeros(count, 1, dtype=torch.bool)))
+    z_i, text = torch.zeros(1, decoder.config.embed_dim, device=decoder.device, dtype=decoder.dtype), None
+    if decoder.from_text is not None:
+        states = z_i.new_zeros(1, 1, decoder.config.text_width)
+        text = TokenStates(states, states.new_zeros(1, 1, dtype=torch.bool))
+    return ImageCondition(z_i, text).repeat(count)
 
 
 class DecoderBlock(nn.Module):

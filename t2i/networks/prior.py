@@ -15,7 +15,8 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from t2i.diffusion.condition import TextEncoding, find_unique_consecutive
+from t2i.diffusion.condition import TextEncoding
+from t2i.diffusion.denoiser import PriorMixin
 from t2i.networks.layers import (
     Attention,
     KeyValue,
@@ -40,7 +41,7 @@ class PriorContext:
     rows: Tensor  # (B,): which of the U it is
 
 
-class Prior(ModelMixin, ConfigMixin):
+class Prior(PriorMixin, ModelMixin, ConfigMixin):
     """Denoises z_i, scaled to zero mean and unit variance, given a TextEncoding.
 
     Args:
@@ -59,6 +60,7 @@ class Prior(ModelMixin, ConfigMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["PriorBlock"]  # what FSDP shards as one
     lora_targets = ("to_qkv", "to_out")
+    prepares_timesteps = True
 
     @register_to_config
     def __init__(
@@ -92,8 +94,13 @@ class Prior(ModelMixin, ConfigMixin):
         self.register_buffer("null_embedding", torch.zeros(embed_dim))
         self.register_buffer("null_states", torch.zeros(null_length, text_width))
 
+    @property
+    def default_guidance_scale(self) -> float:
+        return self.config.get("usual_guidance", 2.0)
+
     def forward(self, x: Tensor, t: Tensor, text: TextEncoding) -> Tensor:
         """x: (B, D) noisy scaled z_i; t: (B,) timesteps -> (B, D), the clean one; or (B, 2D). What training calls."""
+        text = text.expand()
         tokens = torch.cat([embed_caption_tokens(self, text), self.embed_image_tokens(x, t)], dim=1)
         rows, order = PackedSequences.from_token_mask(torch.cat([text.mask, text.mask.new_ones(len(x), 4)], dim=1))
         tokens = tokens.flatten(0, 1).index_select(0, order)
@@ -108,8 +115,8 @@ class Prior(ModelMixin, ConfigMixin):
         times: (S,), the timesteps that `step` will be asked for, as far as they are known. Their tokens see the caption
         and themselves alone, so that all are computed together here.
         """
-        first, rows = find_unique_consecutive([text.embedding, text.states, text.mask])
-        text = text.take_rows(first)
+        first, rows = text.find_unique_rows()
+        text = text.take_rows(first).expand()
         times = (
             text.mask.new_zeros(0, dtype=torch.long)
             if times is None

@@ -7,12 +7,13 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from t2i.diffusion.condition import TextEncoding
+from t2i.diffusion.denoiser import PriorMixin
 from t2i.networks.linear import Linear
 
 REGRESSION_KINDS = ("linear", "mlp")
 
 
-class RegressionPrior(ModelMixin, ConfigMixin):
+class RegressionPrior(PriorMixin, ModelMixin, ConfigMixin):
     """Predicts z_i, scaled to zero mean and unit variance, from a TextEncoding.
 
     Args:
@@ -25,6 +26,7 @@ class RegressionPrior(ModelMixin, ConfigMixin):
     """
 
     lora_targets = ("layers",)
+    needs_scheduler = takes_noise = takes_guidance = False
 
     @register_to_config
     def __init__(
@@ -54,6 +56,7 @@ class RegressionPrior(ModelMixin, ConfigMixin):
 
     def forward(self, text: TextEncoding) -> Tensor:
         """(B, D): the scaled z_i."""
+        text = text.expand()
         z_t = text.embedding * self.config.embed_dim**0.5
         if self.config.kind == "linear":
             return self.layers(z_t)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from t2i.checks import check_integer
 from t2i.diffusion.condition import ImageCondition
+from t2i.diffusion.denoiser import DecoderMixin
 from t2i.networks.decoder import (
     build_null_condition,
     count_input_channels,
@@ -31,7 +32,7 @@ class UNetContext:
     )
 
 
-class UNetDecoder(ModelMixin, ConfigMixin):
+class UNetDecoder(DecoderMixin, ModelMixin, ConfigMixin):
     """Denoises latents of unit variance, given an ImageCondition.
 
     Args:
@@ -50,7 +51,6 @@ class UNetDecoder(ModelMixin, ConfigMixin):
     _supports_gradient_checkpointing = True  # diffusers' blocks do it
     _no_split_modules = ["BasicTransformerBlock", "ResnetBlock2D"]  # what FSDP shards as one
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
-    default_guidance_scale, default_steps = 1.5, 25  # of a pipeline, if nothing is said
 
     @register_to_config
     def __init__(
@@ -86,12 +86,14 @@ class UNetDecoder(ModelMixin, ConfigMixin):
     def forward(self, x: Tensor, t: Tensor, condition: ImageCondition) -> Tensor:
         """x: (B, C, H, W) noisy latents; t: (B,) timesteps -> (B, C, H, W), the prediction; or (B, 2C, H, W)."""
         # In one pass each layer makes its own keys and values: FSDP has its weights only while it runs.
-        return self.step(x, t, self.build_unet_context(condition))
+        return self.step(x, t, self.build_unet_context(condition.expand()))
 
     @apply_forward_hook
     def prepare(self, condition: ImageCondition) -> UNetContext:
-        context = self.build_unet_context(condition)
-        context.step_context = prepare_unet_context(self.net, context.tokens, context.embedding, None, context.mask)
+        unique, context = condition.find_unique_rows(), self.build_unet_context(condition.expand())
+        context.step_context = prepare_unet_context(
+            self.net, context.tokens, context.embedding, None, context.mask, unique
+        )
         return context
 
     def build_unet_context(self, condition: ImageCondition) -> UNetContext:

@@ -23,7 +23,6 @@ from diffusers.models.unets import unet_2d_blocks as blocks
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from t2i.diffusion.condition import find_unique_consecutive
 from t2i.networks.layers import KeyValue, split_attention_heads
 
 KNOWN_BLOCKS = (
@@ -93,14 +92,19 @@ def prepare_unet_context(
     class_labels: Tensor | None = None,
     added_cond_kwargs: dict[str, Tensor] | None = None,
     encoder_attention_mask: Tensor | None = None,
+    unique_rows: tuple[Tensor, Tensor] | None = None,
 ) -> UNetStepContext | None:
     """Of a condition as `unet.forward` takes it; the mask: bool, (B, L). None for a U-Net that `run_unet_step` does
-    not know."""
+    not know.
+
+    unique_rows: as `Condition.find_unique_rows` returns them, so that the same condition is computed once.
+    """
     if not is_known_unet(unet):
         return None
     states, labels, told, mask = encoder_hidden_states, class_labels, added_cond_kwargs or {}, encoder_attention_mask
     given = [value for value in (states, labels, mask, *told.values()) if value is not None]
-    first, rows = find_unique_consecutive(given)
+    every = torch.arange(len(given[0]), device=given[0].device)
+    first, rows = unique_rows or (every, every)
     states, labels, mask = (None if one is None else one[first] for one in (states, labels, mask))
     told, like = {name: value[first] for name, value in told.items()}, next(one for one in given if one is not mask)
     embedding = unet.get_class_embed(like, labels)

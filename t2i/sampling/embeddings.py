@@ -1,7 +1,7 @@
 """Priors of every kind, or none: how they are loaded, and one function that draws z_i with any of them."""
 
 import logging
-from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,8 +10,8 @@ from diffusers import SchedulerMixin
 from torch import Generator, Tensor
 
 from t2i.diffusion.condition import TextEncoding
-from t2i.diffusion.denoiser import PredictTransform, StepCallback
 from t2i.diffusion.guidance import Guidance
+from t2i.diffusion.sampling_loop import Sampling
 from t2i.diffusion.stored_schedulers import load_scheduler
 from t2i.errors import InputError
 from t2i.files.model_folder import load_model
@@ -25,8 +25,7 @@ from t2i.sampling.sample import sample_prior
 
 logger = logging.getLogger(__name__)
 
-PRIORS_WITHOUT_SCHEDULER = (AutoregressivePrior, RegressionPrior, EclipsePrior)  # priors that have no scheduler
-PRIOR_CLASSES = (Prior, *PRIORS_WITHOUT_SCHEDULER, DALLE2Prior)  # what a pipeline's prior may be, or none at all
+PRIOR_CLASSES = (Prior, AutoregressivePrior, RegressionPrior, EclipsePrior, DALLE2Prior)
 MAX_CANDIDATES = 64
 
 AnyPrior = Prior | DALLE2Prior | AutoregressivePrior | RegressionPrior | EclipsePrior
@@ -39,20 +38,14 @@ def load_prior(folder: str | Path) -> tuple[AnyPrior | None, SchedulerMixin | No
     path = Path(folder)
     in_pipeline = is_folder(path) and (path / "model_index.json").is_file()
     prior = load_model(PRIOR_CLASSES, path / "prior" if in_pipeline else path).eval()
-    if isinstance(prior, PRIORS_WITHOUT_SCHEDULER):
+    if not prior.needs_scheduler:
         return prior, None
     return prior, load_scheduler(path / ("prior_scheduler" if in_pipeline else "scheduler"))
 
 
 def default_guidance_scale(prior: AnyPrior | None) -> float:
-    """What a prior is guided by if nothing is said: what its configuration says, or 2; or 1, which is off, for one of a
-    single pass, which is never guided, and for one that starts from a regression: guidance takes it too far
-    (docs/priors.md)."""
-    if isinstance(prior, AutoregressivePrior):
-        return 1.0 if prior.config.regression is not None else 2.0
-    if isinstance(prior, PRIORS_WITHOUT_SCHEDULER):
-        return 1.0
-    return 2.0 if prior is None else prior.config.get("usual_guidance", 2.0)
+    """Return the guidance scale of a prior where none is given; 2 where there is no prior."""
+    return 2.0 if prior is None else prior.default_guidance_scale
 
 
 @torch.no_grad()
@@ -61,89 +54,61 @@ def sample_image_embeds(
     scheduler: SchedulerMixin | None,
     text: TextEncoding,
     negative: TextEncoding | None,
-    steps: int,
-    guidance: float | Guidance | None,
-    generators: list[Generator],
+    sampling: Sampling,
     candidates: int = 1,
-    noise: Tensor | None = None,
     temperature: float | None = None,
-    progress: Callable[[Iterable], Iterable] = iter,
-    on_step: StepCallback | None = None,
-    wrap: PredictTransform | None = None,
 ) -> Tensor:
-    """z_i for captions, (N, D), fp32, by any prior, of unit length unless the prior's `unit_length` is False; without
-    one, the captions' own z_t.
+    """Sample z_i for captions, (N, D), fp32, by any prior; without a prior, return the captions' own z_t.
 
-    Of `candidates` drawn for each caption the one nearest to z_t is taken (DALL-E 2, section 2.2). The first of them is
-    the one that is drawn alone; a regression knows one only.
+    Of unit length, unless the prior's `unit_length` is False. Of `candidates` drawn for each caption the one nearest to
+    z_t is taken (DALL-E 2, section 2.2). The first candidate is the one that is drawn alone; a regression, and a given
+    noise, have one only. Options that have no effect on a prior are logged.
 
-    scheduler, steps, noise, wrap: of the diffusion prior, see `sample_prior`; the candidates of a given noise (also of
-    an EclipsePrior) are that one alone. guidance: None is the usual one. temperature: of the autoregressive prior. What
-    has no effect on a prior is said in the log. on_step(i, t, x): x has a row for each candidate, those of a caption
-    together, and is of the autoregressive prior z_i as far as it is known.
+    scheduler: of a diffusion prior. sampling: see `sample_prior`; `on_step` gets a row for each candidate, those of a
+    caption together: z_i as far as it is known for an autoregressive prior. temperature: of an autoregressive prior.
     """
     if prior is None:
-        return text.embedding.float()
-    guidance = default_guidance_scale(prior) if guidance is None else guidance
-    warn_unused_options(prior, negative, guidance, noise, temperature)
+        return text.expand().embedding.float()
+    guidance = Guidance.from_value(default_guidance_scale(prior) if sampling.guidance is None else sampling.guidance)
+    warn_unused_options(prior, negative, guidance, sampling.noise, temperature)
     if isinstance(prior, RegressionPrior):
         return prior.sample_image_embeds(text)
-    candidates = count_candidates(prior, candidates, noise)
-    several = text.repeat(candidates)
-    away = None if negative is None else negative.repeat(candidates)
-    streams = [stream for one in generators for stream in build_candidate_generators(one, candidates)]
+    candidates = count_candidates(prior, candidates, sampling.noise)
+    streams = [stream for item in sampling.generators for stream in build_candidate_generators(item, candidates)]
+    sampling = replace(sampling, guidance=guidance, generators=streams)
+    captions, negative = text.repeat(candidates), None if negative is None else negative.repeat(candidates)
     if isinstance(prior, AutoregressivePrior):
         check_scale_only(guidance)
-        scale = Guidance.from_value(guidance).scale
-
-        def after(i: int, z_i: Tensor) -> None:
-            if on_step is not None:
-                on_step(i, torch.tensor(prior.codes_per_embedding - 1 - i), z_i)
-
-        z_i = prior.sample_image_embeds(several, away, scale, streams, temperature, progress, after)
+        z_i = prior.sample_image_embeds(captions, negative, sampling, temperature)
     elif isinstance(prior, EclipsePrior):
-        z_i = prior.sample_image_embeds(several, streams, noise)
+        z_i = prior.sample_image_embeds(captions, sampling)
     else:
         assert scheduler is not None, "a diffusion prior has a scheduler"
-        z_i = sample_prior(prior, scheduler, several, away, steps, guidance, streams, noise, progress, on_step, wrap)
-    return select_nearest_candidates(z_i, text.embedding)
+        z_i = sample_prior(prior, scheduler, captions, negative, sampling)
+    return select_nearest_candidates(z_i, text.expand().embedding)
 
 
 def count_candidates(prior: AnyPrior, candidates: int, noise: Tensor | None) -> int:
-    """Of so many that were asked for; a given noise is that of one."""
-    return 1 if noise is not None and not isinstance(prior, AutoregressivePrior) else candidates
+    """Return the number of candidates that are sampled: 1 if the noise is given."""
+    return 1 if noise is not None and prior.takes_noise else candidates
 
 
 def warn_unused_options(
-    prior: AnyPrior,
-    negative: TextEncoding | None,
-    guidance: float | Guidance,
-    noise: Tensor | None,
-    temperature: float | None,
+    prior: AnyPrior, negative: TextEncoding | None, guidance: Guidance, noise: Tensor | None, temperature: float | None
 ) -> None:
-    """Say in the log, as a pipeline calls them, which options do nothing with this prior."""
-    of_one_pass = isinstance(prior, RegressionPrior | EclipsePrior)
-    unused = {
-        "prior_latents": (
-            noise is not None and isinstance(prior, AutoregressivePrior | RegressionPrior),
-            "is the noise of a diffusion prior",
-        ),
-        "prior_temperature": (
-            temperature is not None and not isinstance(prior, AutoregressivePrior),
-            "is of an autoregressive prior",
-        ),
-        "prior_guidance_scale": (
-            of_one_pass and not Guidance.from_value(guidance).is_off,
-            "cannot guide a prior of one pass",
-        ),
-        "negative_prompt": (
-            of_one_pass and negative is not None,
-            "cannot guide a prior of one pass (decoder_negative_prompt is for the decoder)",
-        ),
-    }
-    for name, (given, reason) in unused.items():
-        if given:
-            logger.warning("%s has no effect: it %s; this prior is a %s", name, reason, type(prior).__name__)
+    """Log which options, by their names in a pipeline, have no effect with this prior."""
+    unused = []
+    if noise is not None and not prior.takes_noise:
+        unused.append(("prior_latents", "is the noise of a diffusion prior"))
+    if temperature is not None and not prior.takes_temperature:
+        unused.append(("prior_temperature", "is for an autoregressive prior"))
+    if not prior.takes_guidance and not guidance.is_off:
+        unused.append(("prior_guidance_scale", "cannot guide a prior of one pass"))
+    if not prior.takes_guidance and negative is not None:
+        reason = "cannot guide a prior of one pass (decoder_negative_prompt is for the decoder)"
+        unused.append(("negative_prompt", reason))
+    for name, reason in unused:
+        logger.warning("%s has no effect: it %s; this prior is a %s", name, reason, type(prior).__name__)
 
 
 def build_candidate_generators(generator: Generator, candidates: int) -> list[Generator]:
@@ -161,6 +126,6 @@ def select_nearest_candidates(z_i: Tensor, z_t: Tensor) -> Tensor:
 
 
 def check_scale_only(guidance: float | Guidance) -> None:
-    """Refuse what is of noise levels and samples for a prior that has neither."""
+    """Refuse guidance settings that need noise levels or clean samples, which an autoregressive prior lacks."""
     if Guidance.from_value(guidance) != Guidance(Guidance.from_value(guidance).scale):
         raise InputError(f"prior_guidance_scale of an autoregressive prior must be a scale alone, got {guidance}")

@@ -1,6 +1,6 @@
 """Pictures in low resolution in, pictures in high resolution out, in few steps and in bounded memory."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,8 +10,9 @@ from torch import Generator, Tensor
 
 from t2i.checks import check_integer, check_multiple_of, check_range
 from t2i.data.pictures import MAX_PIXELS
-from t2i.diffusion.denoiser import MAX_STEPS, Predict, PredictTransform, StepCallback, generate_noise, sample_from_noise
+from t2i.diffusion.denoiser import Predict
 from t2i.diffusion.process import alpha_sigma
+from t2i.diffusion.sampling_loop import MAX_STEPS, Sampling, generate_noise, sample_from_noise
 from t2i.errors import InputError
 from t2i.networks.upsampler import LowResolution, Upsampler, augment_low_resolution, enlarge_low_resolution
 
@@ -25,60 +26,54 @@ def sample_upsampler(
     upsampler: Upsampler,
     scheduler: SchedulerMixin,
     low: Tensor,
-    generators: list[Generator],
+    sampling: Sampling,
     z_i: Tensor | None = None,
-    steps: int = 4,
     level: float = 0.0,
     tile: int = DEFAULT_TILE_SIZE,
     overlap: int | None = None,
-    progress: Callable[[Iterable], Iterable] = iter,
-    on_step: StepCallback | None = None,
-    wrap: PredictTransform | None = None,
 ) -> Tensor:
-    """(N, 3, factor h, factor w) in [-1, 1], fp32, on the upsampler's device, from `low`, (N, 3, h, w) in [-1, 1].
+    """Sample (N, 3, factor h, factor w) in [-1, 1], fp32, on the upsampler's device, from `low`, (N, 3, h, w).
 
     Starts where the schedule does, from the resized low resolution noised to there: from noise alone if the schedule
-    ends in noise. Pictures of any size; those that no multiple fits are continued at the right and below meanwhile.
+    ends in noise. Pictures have any size; those that no multiple fits are continued at the right and below meanwhile.
 
     Args:
-        generators: one a picture. Noise is drawn for whole pictures, so that it does not depend on the tiles.
+        low: in [-1, 1].
+        sampling: its noise is drawn for whole pictures, so that it does not depend on the tiles; x in its `on_step` and
+            `transform` has the sides that the network takes, with the picture as its upper left part.
         z_i: (N, D), unit length, for upsamplers that take it.
-        steps: 1 to 1000.
         level: of the noise-conditioning augmentation, up to the upsampler's `max_level`: more lets it redraw more.
         tile, overlap: larger pictures are denoised in overlapping windows of `tile` x `tile` pixels of the high
-            resolution, whose predictions are blended in every step. What a step takes is bounded by the window.
-            Both are multiples of the upsampler's `image_size_multiple`; the overlap is an eighth of the window if
-            left out.
-        on_step, wrap: as for the decoder; x has the sides that the network takes, the picture its upper left part.
+            resolution, whose predictions are blended in every step, so that the window bounds the memory of a step.
+            Both are multiples of the upsampler's `image_size_multiple`; overlap None is an eighth of the window.
 
     Raises InputError, in one line, for a picture that is too small or too large, and values out of range.
     """
-    factor, multiple = upsampler.config.factor, upsampler.image_size_multiple
+    # Check the arguments
+    factor, multiple, generators = upsampler.config.factor, upsampler.image_size_multiple, sampling.generators
     check_low_resolution(upsampler, low, len(generators))
-    check_integer("steps", steps, 1, MAX_STEPS)
+    check_integer("steps", sampling.steps, 1, MAX_STEPS)
     check_range("level", level, 0, upsampler.config.max_level)
     overlap = resolve_tile_overlap(tile, overlap, multiple)
+    # Prepare the condition: the padded low resolution, noised to the level
     device, dtype, (height, width) = upsampler.device, upsampler.dtype, low.shape[-2:]
     low = pad_edges(low.to(device).float(), factor, multiple)
-    levels_drawn = torch.full((len(low),), float(level), device=device)
-    seen = (
-        augment_low_resolution(low, levels_drawn, generate_noise(low.shape[1:], generators, device)) if level else low
-    )
-    condition = LowResolution(seen, levels_drawn, resolve_image_embeds(upsampler, z_i, len(low)))
+    levels, seen = torch.full((len(low),), float(level), device=device), low
+    if level:
+        seen = augment_low_resolution(low, levels, generate_noise(low.shape[1:], generators, device))
+    condition = LowResolution(seen, levels, resolve_image_embeds(upsampler, z_i, len(low)))
     context = upsampler.prepare(condition.to(device, dtype))
 
-    def window(x: Tensor, t: Tensor, rows: slice, columns: slice) -> Tensor:
+    def predict_window(x: Tensor, t: Tensor, rows: slice, columns: slice) -> Tensor:
         part = x[..., rows, columns].to(dtype)
         return upsampler.step(part, t.expand(len(x)), context.crop_window(rows, columns)).to(x.dtype)
 
-    scheduler.set_timesteps(steps, device=device)
+    # Start from the resized low resolution, noised to the first timestep
+    scheduler.set_timesteps(sampling.steps, device=device)
     start = enlarge_low_resolution(low, factor)
     alpha, sigma = alpha_sigma(scheduler, scheduler.timesteps[0], start)
     x = alpha * start + sigma * generate_noise(start.shape[1:], generators, device)
-    predict = build_tiled_predict(window, tile, overlap)
-    x = sample_from_noise(
-        predict if wrap is None else wrap(predict), scheduler, x, steps, generators, progress, on_step
-    )
+    x = sample_from_noise(build_tiled_predict(predict_window, tile, overlap), scheduler, x, sampling)
     return x[..., : factor * height, : factor * width].clamp(-1, 1)
 
 

@@ -7,9 +7,10 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
 from t2i.diffusion.condition import Condition
-from t2i.diffusion.denoiser import build_conditional_predict, sample_from_noise
+from t2i.diffusion.denoiser import build_conditional_predict
 from t2i.diffusion.guidance import Guidance, build_guided_predict, build_steered_predict, check_guidance, parse_guidance
 from t2i.diffusion.process import alpha_sigma, predict_x0, x0_to_prediction
+from t2i.diffusion.sampling_loop import Sampling, sample_from_noise
 from t2i.errors import InputError
 
 KINDS = ["sample", "epsilon", "v_prediction"]
@@ -186,7 +187,9 @@ def test_an_exact_classifier_moves_the_mean_to_the_posterior(kind, scheduler, of
 
     noise = torch.randn(4000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
-    drawn = sample_from_noise(build_steered_predict(predict, scheduler, score, 1.0, of_clean), scheduler, noise, 200)
+    drawn = sample_from_noise(
+        build_steered_predict(predict, scheduler, score, 1.0, of_clean), scheduler, noise, Sampling(200)
+    )
     variance = 1 / (1 / deviation**2 + 1 / error**2)
     posterior = variance * (mean / deviation**2 + seen / error**2)
     torch.testing.assert_close(drawn.mean(), torch.tensor(posterior).double(), atol=0.02, rtol=0)

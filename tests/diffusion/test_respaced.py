@@ -8,9 +8,9 @@ from diffusers import UnCLIPScheduler
 from torch import Tensor
 
 import t2i.diffusion.respaced
-from t2i.diffusion.denoiser import sample_from_noise
 from t2i.diffusion.respaced import UnCLIPRespacedScheduler
 from t2i.diffusion.samplers import build_sampler
+from t2i.diffusion.sampling_loop import Sampling, sample_from_noise
 from t2i.diffusion.stored_schedulers import check_scheduler_folder
 from t2i.errors import InputError
 from tests.conftest import seeds
@@ -28,7 +28,7 @@ def test_sampling_takes_the_steps_that_diffusers_takes_when_it_is_told_where_the
         return torch.cat([x.sin() * (1 + t / 1000), x.cos()][:width], dim=1)
 
     x = noise(2, 3, 4, 4)
-    ours = sample_from_noise(predict, UnCLIPRespacedScheduler(**settings), x, steps, seeds(1, 2))
+    ours = sample_from_noise(predict, UnCLIPRespacedScheduler(**settings), x, Sampling(steps, seeds(1, 2)))
     theirs = stepped(UnCLIPScheduler(**settings), lambda _, x, t: predict(x, t), x, steps, seeds(1, 2))
     torch.testing.assert_close(ours, theirs, atol=0, rtol=0)
     told = stepped(UnCLIPRespacedScheduler(**settings), lambda _, x, t: predict(x, t), x, steps, seeds(1, 2))
@@ -46,7 +46,7 @@ def test_one_step_leads_from_noise_to_the_clean_sample_where_diffusers_divides_b
         return torch.cat([3 * x.sin(), x.sign()], dim=1)
 
     x = noise(2, 3)
-    drawn = sample_from_noise(predict, UnCLIPRespacedScheduler(**settings), x, 1, seeds(1, 2))
+    drawn = sample_from_noise(predict, UnCLIPRespacedScheduler(**settings), x, Sampling(1, seeds(1, 2)))
     torch.testing.assert_close(drawn, (3 * x.sin()).clamp(-2, 2))
 
 
@@ -67,7 +67,7 @@ def test_a_scheduler_keeps_its_configuration_in_a_folder_that_is_accepted(tmp_pa
 def test_how_far_the_prior_is_clamped_is_what_the_configuration_says():
     """diffusers' files of Karlo say 5; the code that Karlo came with clamps at 10."""
     scheduler = UnCLIPRespacedScheduler.from_pretrained(karlo() / "prior_scheduler")
-    drawn = sample_from_noise(lambda x, t: 100 * x, scheduler, noise(2, 3), 3, seeds(1, 2))
+    drawn = sample_from_noise(lambda x, t: 100 * x, scheduler, noise(2, 3), Sampling(3, seeds(1, 2)))
     torch.testing.assert_close(drawn.abs(), torch.full((2, 3), 5.0), atol=0.01, rtol=0)
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
-from t2i.diffusion.condition import Condition, TextEncoding
-from t2i.diffusion.denoiser import build_conditional_predict, generate_noise, sample_from_noise
+from t2i.diffusion.condition import Condition, ImageCondition, TextEncoding
+from t2i.diffusion.denoiser import build_conditional_predict
 from t2i.diffusion.loss import (
     check_loss_weighting,
     compute_loss_weight,
@@ -22,6 +22,7 @@ from t2i.diffusion.process import (
     predict_x0,
     x0_to_prediction,
 )
+from t2i.diffusion.sampling_loop import Sampling, generate_noise, sample_from_noise
 from t2i.errors import InputError
 
 SCHEDULERS = [DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler]
@@ -71,7 +72,9 @@ def test_an_oracle_is_followed_to_the_clean_sample(scheduler_class, prediction_t
     noise = torch.randn(3, 8)
     generators = [torch.Generator().manual_seed(i) for i in range(3)]
     steps = 20 if prediction_type != "epsilon" else 100  # noise tells little of the clean sample at the far end
-    x = sample_from_noise(build_conditional_predict(oracle, Answer(answer)), scheduler, noise, steps, generators)
+    x = sample_from_noise(
+        build_conditional_predict(oracle, Answer(answer)), scheduler, noise, Sampling(steps, generators)
+    )
     torch.testing.assert_close(x, answer, atol=0.05, rtol=0)
 
 
@@ -79,7 +82,7 @@ def test_an_oracle_is_followed_to_the_clean_sample(scheduler_class, prediction_t
 def test_ddim_reaches_the_oracles_answer_exactly(steps):
     scheduler, answer = make(DDIMScheduler, "sample"), torch.randn(3, 8)
     x = sample_from_noise(
-        build_conditional_predict(Oracle(scheduler), Answer(answer)), scheduler, torch.randn(3, 8), steps
+        build_conditional_predict(Oracle(scheduler), Answer(answer)), scheduler, torch.randn(3, 8), Sampling(steps)
     )
     torch.testing.assert_close(x, answer, atol=1e-5, rtol=0)
 
@@ -184,7 +187,7 @@ def test_a_schedule_that_ends_in_pure_noise_trains_and_samples(prediction_type, 
     assert every.isfinite().all() and every[:-1].gt(0).all()
     answer = torch.randn(3, 8)
     drawn = sample_from_noise(
-        build_conditional_predict(Oracle(scheduler), Answer(answer)), scheduler, torch.randn(3, 8), 20
+        build_conditional_predict(Oracle(scheduler), Answer(answer)), scheduler, torch.randn(3, 8), Sampling(20)
     )
     torch.testing.assert_close(drawn, answer, atol=1e-4, rtol=0)
 
@@ -222,8 +225,23 @@ def test_dropping_chooses_between_two_values_of_different_lengths():
 def test_conditions_repeat_and_join():
     text, other = encoding(5, 3), encoding(2)
     twice = text.repeat(2)
-    assert twice.mask.sum(dim=1).tolist() == [5, 5, 3, 3]
+    assert len(twice) == 4 and twice.expand().mask.sum(dim=1).tolist() == [5, 5, 3, 3]
     assert text.cat(other).mask.sum(dim=1).tolist() == [5, 3, 2]
+    both = twice.cat(other.repeat(2)).take_rows(torch.tensor([5, 2, 1]))
+    assert len(both) == 3 and both.expand().mask.sum(dim=1).tolist() == [2, 3, 5]
+
+
+def test_repeated_conditions_share_their_tensors_and_are_equal_by_index():
+    text = encoding(5, 3)
+    image = ImageCondition(torch.randn(2, 4), text, torch.randn(2, 1, 2, 2)).repeat(3)
+    assert image.text.states.data_ptr() == text.states.data_ptr() and image.masked_latents.shape[0] == 6
+    first, groups = image.find_unique_rows()
+    assert first.tolist() == [0, 3] and groups.tolist() == [0, 0, 0, 1, 1, 1]
+    other = ImageCondition(torch.randn(6, 4), text.repeat(3))  # one picture each of the same captions
+    assert other.find_unique_rows()[0].tolist() == list(range(6))
+    whole = image.expand()
+    assert whole.rows is None and whole.text.rows is None and whole.embedding.shape == (6, 4)
+    torch.testing.assert_close(whole.text.pooled[4], text.embedding[1])
 
 
 def assert_same(a: TextEncoding, b: TextEncoding) -> None:

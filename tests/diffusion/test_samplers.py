@@ -14,9 +14,9 @@ from diffusers import (
 
 from t2i.diffusion.continuous import ProbabilityFlowScheduler, ReverseSDEScheduler
 from t2i.diffusion.ddim import ExactDDIMScheduler, invert_sample
-from t2i.diffusion.denoiser import sample_from_noise
 from t2i.diffusion.process import alpha_sigma
 from t2i.diffusion.samplers import SAMPLERS, build_sampler, count_model_evaluations, resolve_sampler
+from t2i.diffusion.sampling_loop import Sampling, sample_from_noise
 from t2i.errors import InputError
 from tests.conftest import seeds
 from tests.helpers.gaussian import PREDICTIONS, SCHEDULES, Gaussian, schedule
@@ -48,7 +48,9 @@ def test_every_sampler_reaches_the_distribution(name, noise, prediction_type):
     torch.manual_seed(0)
     gaussian, scheduler = Gaussian(), schedule(noise, prediction_type)
     sampler = build_sampler(name, scheduler)
-    x = sample_from_noise(gaussian.denoiser(scheduler), sampler, last(gaussian, scheduler, COUNT), STEPS[name])
+    x = sample_from_noise(
+        gaussian.denoiser(scheduler), sampler, last(gaussian, scheduler, COUNT), Sampling(STEPS[name])
+    )
     mean, covariance = misses(gaussian, x)
     assert mean < 4 / COUNT**0.5  # four standard errors
     assert covariance < 4 * (2 / COUNT) ** 0.5 + LACKS.get(name, 0.02)  # the same, and what the steps are too long for
@@ -59,7 +61,10 @@ def test_ddim_reaches_the_distribution_with_any_eta(eta):
     torch.manual_seed(0)
     gaussian, scheduler = Gaussian(), schedule()
     x = sample_from_noise(
-        gaussian.denoiser(scheduler), build_sampler("ddim", scheduler), last(gaussian, scheduler, COUNT), 333, eta=eta
+        gaussian.denoiser(scheduler),
+        build_sampler("ddim", scheduler),
+        last(gaussian, scheduler, COUNT),
+        Sampling(333, eta=eta),
     )
     mean, covariance = misses(gaussian, x)
     assert mean < 4 / COUNT**0.5 and covariance < 4 * (2 / COUNT) ** 0.5 + 0.03
@@ -69,8 +74,8 @@ def test_ddim_of_all_the_noise_is_ancestral_sampling():
     gaussian, scheduler = Gaussian(), schedule()
     noise = torch.randn(5, 3, dtype=torch.float64)
     ancestral, ddim = build_sampler("ddpm", scheduler), build_sampler("ddim", scheduler)
-    first = sample_from_noise(gaussian.denoiser(scheduler), ancestral, noise, 37, seeds(*range(5)))
-    second = sample_from_noise(gaussian.denoiser(scheduler), ddim, noise, 37, seeds(*range(5)), eta=1.0)
+    first = sample_from_noise(gaussian.denoiser(scheduler), ancestral, noise, Sampling(37, seeds(*range(5))))
+    second = sample_from_noise(gaussian.denoiser(scheduler), ddim, noise, Sampling(37, seeds(*range(5)), eta=1.0))
     torch.testing.assert_close(first, second, atol=2e-3, rtol=0)
 
 
@@ -81,7 +86,7 @@ def test_the_noise_of_a_sample_does_not_depend_on_its_batch(name):
 
     def draw(part, generators):
         return sample_from_noise(
-            gaussian.denoiser(scheduler), build_sampler(name, scheduler), part, 10, generators, eta=eta
+            gaussian.denoiser(scheduler), build_sampler(name, scheduler), part, Sampling(10, generators, eta=eta)
         )
 
     together = draw(noise, seeds(1, 2, 3))
@@ -103,10 +108,11 @@ def test_without_a_name_diffusers_ddim_is_exact_and_the_same_where_steps_divide_
     gaussian, saved = Gaussian(), schedule()
     usual = resolve_sampler(None, saved, None)
     noise = last(gaussian, saved, 4000)
-    drawn = [sample_from_noise(gaussian.denoiser(saved), one, noise, 25) for one in (usual, saved)]
+    drawn = [sample_from_noise(gaussian.denoiser(saved), one, noise, Sampling(25)) for one in (usual, saved)]
     torch.testing.assert_close(*drawn, atol=1e-4, rtol=0)
     exact, inexact = (
-        misses(gaussian, sample_from_noise(gaussian.denoiser(saved), one, noise, 600))[1] for one in (usual, saved)
+        misses(gaussian, sample_from_noise(gaussian.denoiser(saved), one, noise, Sampling(600)))[1]
+        for one in (usual, saved)
     )
     assert exact < 0.1 < inexact
     other = build_sampler("unipc", saved)
@@ -120,10 +126,10 @@ def test_without_set_alpha_to_one_ddim_ends_where_that_of_diffusers_does_and_inv
     saved, whole = (schedule(set_alpha_to_one=clean, **settings) for clean in (False, True))
     gaussian, noise = Gaussian(), torch.randn(50, 3, dtype=torch.float64)
     predict, exact = gaussian.denoiser(saved), resolve_sampler(None, saved, None)
-    theirs, mine = (sample_from_noise(predict, one, noise, 25) for one in (saved, exact))
+    theirs, mine = (sample_from_noise(predict, one, noise, Sampling(25)) for one in (saved, exact))
     torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=0)
-    assert (mine - sample_from_noise(predict, whole, noise, 25)).abs().max() > 1e-5
-    again = sample_from_noise(predict, exact, invert_sample(predict, saved, mine, 25, refinements=20), 25)
+    assert (mine - sample_from_noise(predict, whole, noise, Sampling(25))).abs().max() > 1e-5
+    again = sample_from_noise(predict, exact, invert_sample(predict, saved, mine, 25, refinements=20), Sampling(25))
     torch.testing.assert_close(again, mine, atol=1e-4, rtol=0)
 
 
@@ -131,7 +137,9 @@ def test_without_set_alpha_to_one_ddim_ends_where_that_of_diffusers_does_and_inv
 def test_no_step_leads_beyond_the_clean_sample(name):
     """diffusers' trailing timesteps for 61 steps are 62, and the last is -1."""
     gaussian, scheduler = Gaussian((0.01,)), schedule()
-    x = sample_from_noise(gaussian.denoiser(scheduler), build_sampler(name, scheduler), torch.randn(50, 1).double(), 61)
+    x = sample_from_noise(
+        gaussian.denoiser(scheduler), build_sampler(name, scheduler), torch.randn(50, 1).double(), Sampling(61)
+    )
     assert (x - gaussian.mean).abs().max() < 0.6
 
 
@@ -141,7 +149,7 @@ def test_what_was_inverted_is_drawn_again(noise, prediction_type):
     gaussian, scheduler = Gaussian(), schedule(noise, prediction_type)
     x, predict = gaussian.draw(100), gaussian.denoiser(scheduler)
     start = invert_sample(predict, scheduler, x, 100)
-    again = sample_from_noise(predict, build_sampler("ddim", scheduler), start, 100, eta=0.0)
+    again = sample_from_noise(predict, build_sampler("ddim", scheduler), start, Sampling(100, eta=0.0))
     assert (again - x).abs().max() < 1e-3
 
 
@@ -151,7 +159,7 @@ def test_more_refinements_invert_more_exactly():
     errors = [
         (
             sample_from_noise(
-                predict, build_sampler("ddim", scheduler), invert_sample(predict, scheduler, x, 30, count), 30
+                predict, build_sampler("ddim", scheduler), invert_sample(predict, scheduler, x, 30, count), Sampling(30)
             )
             - x
         )
@@ -186,7 +194,9 @@ def test_an_original_is_kept_as_far_as_the_strength_says(name):
 
     def far(strength):
         sampler = build_sampler(name, scheduler)
-        x = sample_from_noise(predict, sampler, torch.randn(200, 3).double(), 20, original=original, strength=strength)
+        x = sample_from_noise(
+            predict, sampler, torch.randn(200, 3).double(), Sampling(20, original=original, strength=strength)
+        )
         return (x - original).square().mean().item()
 
     little, half, all_of_it = far(0.1), far(0.5), far(1.0)
@@ -223,12 +233,14 @@ def test_a_learned_variance_is_used_by_ancestral_sampling_and_ignored_by_others(
 
     def draw(name, share, learned):
         sampler = build_sampler(name, scheduler, learned_variance=learned)
-        return sample_from_noise(predict(share), sampler, noise, 20, seeds(1, 2, 3, 4))
+        return sample_from_noise(predict(share), sampler, noise, Sampling(20, seeds(1, 2, 3, 4)))
 
     torch.testing.assert_close(draw("ddpm", -1.0, True), draw("ddpm", 1.0, False))  # -1 is the posterior's own
     assert (draw("ddpm", 1.0, True) - draw("ddpm", -1.0, True)).abs().max() > 1e-2
     large = DDPMScheduler.from_config(build_sampler("ddpm", scheduler).config, variance_type="fixed_large")
-    torch.testing.assert_close(draw("ddpm", 1.0, True), sample_from_noise(plain, large, noise, 20, seeds(1, 2, 3, 4)))
+    torch.testing.assert_close(
+        draw("ddpm", 1.0, True), sample_from_noise(plain, large, noise, Sampling(20, seeds(1, 2, 3, 4)))
+    )
     for name in ("ddim", "unipc", "ode", "sde"):
         torch.testing.assert_close(draw(name, -1.0, True), draw(name, 1.0, True))
 
@@ -252,11 +264,13 @@ def test_what_is_no_sampler_or_takes_no_eta_is_refused():
         build_sampler("euler a", schedule())
     noise = torch.zeros(1, 3)
     with pytest.raises(InputError, match="eta is of the sampler ddim; .* got eta=0.5"):
-        sample_from_noise(lambda x, t: x, build_sampler("unipc", schedule()), noise, 5, eta=0.5)
+        sample_from_noise(lambda x, t: x, build_sampler("unipc", schedule()), noise, Sampling(5, eta=0.5))
     with pytest.raises(InputError, match="eta must be from 0 to 1, got 2"):
-        sample_from_noise(lambda x, t: x, build_sampler("ddim", schedule()), noise, 5, eta=2)
+        sample_from_noise(lambda x, t: x, build_sampler("ddim", schedule()), noise, Sampling(5, eta=2))
     with pytest.raises(InputError, match="strength must be from 0 to 1"):
-        sample_from_noise(lambda x, t: x, build_sampler("ddim", schedule()), noise, 5, original=noise, strength=1.5)
+        sample_from_noise(
+            lambda x, t: x, build_sampler("ddim", schedule()), noise, Sampling(5, original=noise, strength=1.5)
+        )
 
 
 @pytest.mark.parametrize("name", ["ddim", "ode", "sde"])
@@ -327,7 +341,7 @@ def test_pndm_finds_what_is_sure_from_any_step_on(strength):
 
     steps = round(10 * strength)
     x = sample_from_noise(
-        predict, scheduler, noise, 10, original=None if strength == 1 else original, strength=strength
+        predict, scheduler, noise, Sampling(10, original=None if strength == 1 else original, strength=strength)
     )
     assert len(asked) == count_model_evaluations(scheduler, steps)
     assert asked[1:2] == asked[2:3] and len(set(asked)) == steps

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from t2i.diffusion.condition import Condition, ImageCondition, TextEncoding
-from t2i.diffusion.denoiser import sample_from_noise
 from t2i.diffusion.guidance import Guidance, build_guided_predict, build_steered_predict
 from t2i.diffusion.loss import compute_diffusion_loss
 from t2i.diffusion.process import (
@@ -21,6 +20,7 @@ from t2i.diffusion.process import (
     x0_to_prediction,
 )
 from t2i.diffusion.samplers import build_sampler
+from t2i.diffusion.sampling_loop import Sampling, sample_from_noise
 from t2i.networks.decoder import Decoder
 from t2i.networks.prior import Prior
 from t2i.networks.unet_decoder import UNetDecoder
@@ -142,8 +142,8 @@ def test_a_learned_variance_makes_ancestral_sampling_in_few_steps_exact():
         return torch.cat([plain(x, t), share * torch.ones_like(x)], dim=1)
 
     noise = torch.randn(20_000, 1).double()
-    exact = sample_from_noise(predict, sampler, noise, 8)
-    small = sample_from_noise(plain, build_sampler("ddpm", scheduler), noise, 8)
+    exact = sample_from_noise(predict, sampler, noise, Sampling(8))
+    small = sample_from_noise(plain, build_sampler("ddpm", scheduler), noise, Sampling(8))
     # The last step, to the clean sample, has no noise, so that a little is lacking in both.
     assert abs(exact.var() / 0.3 - 1) < 0.2 < 0.35 < abs(small.var() / 0.3 - 1)
 
@@ -207,7 +207,7 @@ def test_a_prediction_with_a_variance_says_the_same_clean_sample():
 def test_stages_train_with_a_learned_variance_and_draw(stage, shapes, runs, tmp_path):
     from t2i.diffusion.stored_schedulers import load_scheduler
     from t2i.files.model_folder import load_model
-    from t2i.sampling.sample import sample_decoder, sample_prior
+    from t2i.sampling.sample import build_decoder_condition, sample_decoder, sample_prior
 
     for name in ("clip", "autoencoder"):
         (tmp_path / name).symlink_to(runs / name)
@@ -216,8 +216,10 @@ def test_stages_train_with_a_learned_variance_and_draw(stage, shapes, runs, tmp_
     assert model.config.learned_variance
     scheduler = build_sampler("ddpm", load_scheduler(tmp_path / stage / "scheduler"), learned_variance=True)
     if stage == "prior":
-        drawn = sample_prior(model, scheduler, model.null(2), None, 4, 2.0, seeds(1, 2))
+        drawn = sample_prior(model, scheduler, model.null(2), None, Sampling(4, seeds(1, 2), 2.0))
     else:
         z_i = torch.nn.functional.normalize(torch.randn(2, model.config.embed_dim), dim=-1)
-        drawn = sample_decoder(model, scheduler, z_i, None, 4, 2.0, seeds(1, 2))
+        drawn = sample_decoder(
+            model, scheduler, build_decoder_condition(model, z_i, None), Sampling(4, seeds(1, 2), 2.0)
+        )
     assert drawn.isfinite().all() and len(drawn) == 2

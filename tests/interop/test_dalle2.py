@@ -15,9 +15,9 @@ from torch import Tensor
 
 from t2i.diffusion.condition import ImageCondition, TextEncoding
 from t2i.diffusion.ddim import ExactDDIMScheduler, build_scheduler_like
-from t2i.diffusion.denoiser import sample_from_noise
 from t2i.diffusion.guidance import build_guided_predict
 from t2i.diffusion.samplers import build_sampler
+from t2i.diffusion.sampling_loop import Sampling, sample_from_noise
 from t2i.diffusion.stored_schedulers import load_scheduler
 from t2i.errors import InputError
 from t2i.files.model_folder import load_model
@@ -25,7 +25,7 @@ from t2i.interop.dalle2_convert import convert_dalle2
 from t2i.interop.dalle2_files import read_dalle2_file
 from t2i.networks.dalle2.decoder import DALLE2Cascade, DALLE2Decoder, DALLE2Pixels
 from t2i.networks.dalle2.prior import DALLE2Prior
-from t2i.sampling.sample import build_decoder_predict, sample_prior
+from t2i.sampling.sample import build_decoder_condition, build_decoder_predict, sample_prior
 from tests.helpers import dalle2_reference
 from tests.helpers.dalle2_reference import Replay, randomised, reference
 
@@ -150,7 +150,7 @@ def ancestral(predict: Any, scheduler: Any, start: Tensor, noises: list[Tensor],
     replay = Replay(noises)
     with patch.context() as context:
         context.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", replay)
-        return sample_from_noise(predict, scheduler, start, STEPS)
+        return sample_from_noise(predict, scheduler, start, Sampling(STEPS))
 
 
 class Given(ExactDDIMScheduler):
@@ -195,7 +195,7 @@ def test_ddim_of_the_prior_is_the_packages_but_for_its_noise_levels_which_are_on
     sampler = build_scheduler_like(Given, scheduler).at(times[:-1], -1)
     with monkeypatch.context() as patch:
         patch.setattr("t2i.diffusion.ddim.randn_tensor", Replay(noises[1:] + [torch.zeros(2, WIDTH)]))
-        got = sample_from_noise(predict, sampler, noises[0], steps, eta=1.0) / WIDTH**0.5
+        got = sample_from_noise(predict, sampler, noises[0], Sampling(steps, eta=1.0)) / WIDTH**0.5
     torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
     assert (off - wanted).abs().max() > 1e-3
 
@@ -206,9 +206,9 @@ def test_a_prior_of_another_kind_of_picture_has_a_caption_of_any_length_and_a_ba
     ours, scheduler = our_prior(their_prior(), tmp_path)
     text = captions(3, 12)  # longer than the prior's sequence: cut, as the package does
     generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
-    both = sample_prior(ours, scheduler, text, None, 3, 2.0, generators)
+    both = sample_prior(ours, scheduler, text, None, Sampling(3, generators, 2.0))
     first = TextEncoding(text.embedding[:1], text.states[:1, :3], text.mask[:1, :3])
-    alone = sample_prior(ours, scheduler, first, None, 3, 2.0, [torch.Generator().manual_seed(1)])
+    alone = sample_prior(ours, scheduler, first, None, Sampling(3, [torch.Generator().manual_seed(1)], 2.0))
     torch.testing.assert_close(both[:1], alone, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(both.norm(dim=-1), torch.ones(2))
     torch.testing.assert_close(ours.unscale_image_embeds(ours.scale_image_embeds(both)), both)
@@ -295,7 +295,7 @@ def test_ddim_of_the_decoder_is_the_packages_but_for_its_timesteps_which_end_bef
         lambda: theirs.sample(image_embed=z_i, text_encodings=text.states, cond_scale=scale),
     )
     predict = build_guided_predict(ours, ImageCondition(z_i, text), ours.null(2), scale, scheduler)
-    got = sample_from_noise(predict, build_scheduler_like(Given, scheduler).at(times[:-1], 0), start, steps)
+    got = sample_from_noise(predict, build_scheduler_like(Given, scheduler).at(times[:-1], 0), start, Sampling(steps))
     torch.testing.assert_close((got + 1) / 2, wanted, atol=1e-4, rtol=1e-4)
 
 
@@ -321,7 +321,7 @@ def test_the_cascade_draws_what_the_package_draws(
     with monkeypatch.context() as patch:
         patch.setattr("t2i.networks.dalle2.decoder.generate_noise", Replay(before))
         patch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", Replay(later))
-        got = cascade.draw_images(small, [torch.Generator(), torch.Generator()], STEPS, start)
+        got = cascade.draw_images(small, Sampling(STEPS, [torch.Generator(), torch.Generator()], noise=start))
     torch.testing.assert_close((got + 1) / 2, wanted.clamp(0, 1), atol=1e-4, rtol=1e-4)
 
 
@@ -330,8 +330,8 @@ def test_a_picture_of_the_cascade_does_not_depend_on_its_batch(tmp_path: Path) -
     options = {"image_sizes": [8, 16, 32], "use_noise_for_lowres_cond": [True, False]}
     _, _, cascade = our_decoder(their_decoder(unets, **options), tmp_path, unets, **options)
     small = noise(2, 3, 8, 8)
-    both = cascade.draw_images(small, [torch.Generator().manual_seed(seed) for seed in (1, 2)], 3)
-    alone = cascade.draw_images(small[1:], [torch.Generator().manual_seed(2)], 3)
+    both = cascade.draw_images(small, Sampling(3, [torch.Generator().manual_seed(seed) for seed in (1, 2)]))
+    alone = cascade.draw_images(small[1:], Sampling(3, [torch.Generator().manual_seed(2)]))
     assert both.shape == (2, 3, 32, 32) and both.abs().max() <= 1
     # Early steps divide by next to nothing, which enlarges the last bit; another noise would differ by about 1.
     torch.testing.assert_close(both[1:], alone, atol=2e-2, rtol=0)
@@ -348,11 +348,16 @@ def test_weights_that_are_only_there_while_they_are_needed_change_nothing(tmp_pa
     text = captions(3, 7)
 
     def draw() -> Tensor:
-        z_i = sample_prior(prior, steps, text, None, 2, 2.0, [torch.Generator().manual_seed(1) for _ in range(2)])
-        x = sample_from_noise(
-            build_decoder_predict(decoder, scheduler, z_i, text, 2.0), scheduler, noise(2, 3, 8, 8), 2
+        z_i = sample_prior(
+            prior, steps, text, None, Sampling(2, [torch.Generator().manual_seed(1) for _ in range(2)], 2.0)
         )
-        return cascade.draw_images(x, [torch.Generator().manual_seed(1) for _ in range(2)], 2)
+        x = sample_from_noise(
+            build_decoder_predict(decoder, scheduler, build_decoder_condition(decoder, z_i, text), 2.0),
+            scheduler,
+            noise(2, 3, 8, 8),
+            Sampling(2),
+        )
+        return cascade.draw_images(x, Sampling(2, [torch.Generator().manual_seed(1) for _ in range(2)]))
 
     expected = draw()
     for part in (prior, decoder, cascade):

@@ -20,16 +20,16 @@ from diffusers.pipelines.kandinsky2_2 import pipeline_kandinsky2_2_inpainting
 from torch import Generator, Tensor, nn
 
 from t2i.diffusion.condition import ImageCondition, TokenStates
-from t2i.diffusion.denoiser import generate_noise, sample_from_noise
 from t2i.diffusion.inpainting import build_blend_callback, concat_masked_latents
 from t2i.diffusion.loss import compute_diffusion_loss, drop_condition
 from t2i.diffusion.process import build_noise_scheduler
+from t2i.diffusion.sampling_loop import Sampling, generate_noise, sample_from_noise
 from t2i.errors import InputError
 from t2i.files.component import Component
 from t2i.networks.public.kandinsky import KandinskyDecoder
 from t2i.networks.public.movq import MoVQ
 from t2i.networks.public.multilingual_clip import MultilingualCLIP
-from t2i.sampling.sample import build_decoder_predict
+from t2i.sampling.sample import build_decoder_condition, build_decoder_predict
 from tests.helpers.kandinsky_folders import (
     KANDINSKY_LATENTS,
     kandinsky_21_decoder,
@@ -97,10 +97,10 @@ def ours(
     """Latents as this project draws them."""
     model, scheduler = decoder(version, known is not None), SCHEDULERS[name]
     text = text_encoder().encode(PROMPTS[:count]) if version == "2.1" else None
-    predict = build_decoder_predict(model, scheduler, Z_I[:count], text, scale, known=known)
+    predict = build_decoder_predict(model, scheduler, build_decoder_condition(model, Z_I[:count], text, known), scale)
     own = generators(count)
     noise = generate_noise((4, KANDINSKY_LATENTS, KANDINSKY_LATENTS), own, torch.device("cpu"))
-    return sample_from_noise(predict, scheduler, noise, steps, own, **more)
+    return sample_from_noise(predict, scheduler, noise, Sampling(steps, own, **more))
 
 
 def reference(kind: type, masks: bool = False, name: str = "ddpm"):
@@ -278,7 +278,7 @@ def test_the_text_encoder_says_what_that_of_diffusers_says() -> None:
 
 
 def test_the_null_is_the_zero_picture_and_the_empty_caption() -> None:
-    null, empty = decoder("2.1").null(3), text_encoder().encode([""])
+    null, empty = decoder("2.1").null(3).expand(), text_encoder().encode([""])
     assert isinstance(null.text, TokenStates) and len(null) == 3
     close(null.embedding, ZERO.expand(3, -1))
     close(null.text.states[2], empty.states[0])
@@ -322,7 +322,10 @@ def test_weights_that_are_only_there_while_they_are_needed_change_nothing() -> N
     def draw() -> Tensor:
         text = encoder.encode(PROMPTS, torch.device("cpu"))
         latents = sample_from_noise(
-            build_decoder_predict(model, SCHEDULERS["ddim"], Z_I, text, 4.0), SCHEDULERS["ddim"], noise, 2
+            build_decoder_predict(model, SCHEDULERS["ddim"], build_decoder_condition(model, Z_I, text), 4.0),
+            SCHEDULERS["ddim"],
+            noise,
+            Sampling(2),
         )
         with torch.no_grad():
             return coder.decode(latents)

@@ -14,12 +14,12 @@ from diffusers.pipelines.deprecated.unclip import UnCLIPTextProjModel
 from torch import Tensor
 
 from t2i.diffusion.condition import ImageCondition
-from t2i.diffusion.denoiser import sample_from_noise
 from t2i.diffusion.respaced import UnCLIPRespacedScheduler
+from t2i.diffusion.sampling_loop import Sampling, sample_from_noise
 from t2i.errors import InputError
 from t2i.networks.public.karlo import KarloDecoder, derive_karlo_config
 from t2i.networks.public.super_resolution import SuperResolution
-from t2i.sampling.sample import build_decoder_predict
+from t2i.sampling.sample import build_decoder_condition, build_decoder_predict
 from tests.conftest import seeds
 from tests.helpers.karlo_folders import karlo, super_resolution_scheduler
 from tests.helpers.karlo_reference import (
@@ -48,8 +48,10 @@ def test_the_decoder_draws_what_diffusers_classes_draw(name: str, scale: float, 
     ours, theirs = schedulers(name, UnCLIPScheduler(variance_type="learned_range"))
     numbers = range(len(texts))
     decoder = our_decoder(karlo())
-    predict = build_decoder_predict(decoder, ours, z_i, Said().encode_text(texts), scale)
-    drawn = sample_from_noise(predict, ours, x, 5, seeds(*numbers))
+    predict = build_decoder_predict(
+        decoder, ours, build_decoder_condition(decoder, z_i, Said().encode_text(texts)), scale
+    )
+    drawn = sample_from_noise(predict, ours, x, Sampling(5, seeds(*numbers)))
     expected = reference_decoder(texts, z_i, scale, theirs, x, 5, seeds(*numbers))
     torch.testing.assert_close(drawn, expected, **CLOSE)
 
@@ -60,17 +62,24 @@ def test_a_caption_as_long_as_a_level_has_pixels_is_drawn_as_any_other():
     text = Said().encode_text(texts)
     assert text.mask.shape[1] + 4 == 16
     z_i, x = noise(1, EMBED_DIM), noise(1, 3, 8, 8)
-    predict = build_decoder_predict(our_decoder(karlo()), UnCLIPRespacedScheduler(), z_i, text, 8.0)
+    predict = build_decoder_predict(
+        our_decoder(karlo()), UnCLIPRespacedScheduler(), build_decoder_condition(our_decoder(karlo()), z_i, text), 8.0
+    )
     ours, theirs = schedulers("unclip", UnCLIPScheduler(variance_type="learned_range"))
     expected = reference_decoder(texts, z_i, 8.0, theirs, x, 2, seeds(1))
-    torch.testing.assert_close(sample_from_noise(predict, ours, x, 2, seeds(1)), expected, **CLOSE)
+    torch.testing.assert_close(sample_from_noise(predict, ours, x, Sampling(2, seeds(1))), expected, **CLOSE)
 
 
 def test_without_a_caption_the_decoder_reads_the_empty_one_as_the_image_variations_do():
     z_i, x = noise(2, EMBED_DIM), noise(2, 3, 8, 8)
     ours, theirs = schedulers("unclip", UnCLIPScheduler(variance_type="learned_range"))
     drawn = sample_from_noise(
-        build_decoder_predict(our_decoder(karlo()), ours, z_i, None, 8.0), ours, x, 3, seeds(1, 2)
+        build_decoder_predict(
+            our_decoder(karlo()), ours, build_decoder_condition(our_decoder(karlo()), z_i, None), 8.0
+        ),
+        ours,
+        x,
+        Sampling(3, seeds(1, 2)),
     )
     torch.testing.assert_close(drawn, reference_decoder(["", ""], z_i, 8.0, theirs, x, 3, seeds(1, 2)), **CLOSE)
 
@@ -111,7 +120,7 @@ def test_super_resolution_draws_what_diffusers_classes_draw(name: str, steps: in
     low, x = 1.2 * noise(2, 3, 8, 8), noise(2, 3, 16, 16)
     model = our_super_resolution(karlo())
     ours, theirs = schedulers(name, super_resolution_scheduler())
-    drawn = model.draw_images(low, seeds(1, 2), steps, x, scheduler=None if name == "unclip" else ours)
+    drawn = model.draw_images(low, Sampling(steps, seeds(1, 2), noise=x), None if name == "unclip" else ours)
     expected = reference_super_resolution(low, theirs, x, steps, seeds(1, 2))
     torch.testing.assert_close(drawn, expected.clamp(-1, 1), **CLOSE)
 
@@ -120,14 +129,14 @@ def test_super_resolution_in_one_step_takes_the_network_of_the_last_alone():
     model, seen = our_super_resolution(karlo()), []
     for name in ("super_res_first", "super_res_last"):
         getattr(model, name).time_embedding.register_forward_hook(lambda *_, name=name: seen.append(name))
-    assert model.draw_images(noise(1, 3, 8, 8), seeds(1), 1).shape == (1, 3, 16, 16)
+    assert model.draw_images(noise(1, 3, 8, 8), Sampling(1, seeds(1))).shape == (1, 3, 16, 16)
     assert seen == ["super_res_last"]
 
 
 def test_a_large_picture_does_not_depend_on_the_others_of_its_batch():
     low, model = noise(2, 3, 8, 8).clamp(-1, 1), our_super_resolution(karlo())
-    both = model.draw_images(low, seeds(1, 2), 3)
-    torch.testing.assert_close(both[1:], model.draw_images(low[1:], seeds(2), 3), **CLOSE)
+    both = model.draw_images(low, Sampling(3, seeds(1, 2)))
+    torch.testing.assert_close(both[1:], model.draw_images(low[1:], Sampling(3, seeds(2))), **CLOSE)
     assert both.abs().max() <= 1
 
 
@@ -140,7 +149,9 @@ def test_super_resolution_stands_in_the_autoencoders_place(tmp_path: Path):
     model.save_pretrained(tmp_path)
     loaded = SuperResolution.from_pretrained(tmp_path)
     low = noise(1, 3, 8, 8)
-    torch.testing.assert_close(loaded.draw_images(low, seeds(1), 2), model.draw_images(low, seeds(1), 2))
+    torch.testing.assert_close(
+        loaded.draw_images(low, Sampling(2, seeds(1))), model.draw_images(low, Sampling(2, seeds(1)))
+    )
 
 
 def test_a_step_of_super_resolution_can_be_watched_and_changed():
@@ -150,7 +161,9 @@ def test_a_step_of_super_resolution_can_be_watched_and_changed():
         seen.append((step, int(t)))
         return torch.zeros_like(x) if step == 2 else x
 
-    drawn = model.draw_images(noise(1, 3, 8, 8), seeds(1), 3, on_step=on_step, wrap=lambda predict: predict)
+    drawn = model.draw_images(
+        noise(1, 3, 8, 8), Sampling(3, seeds(1), on_step=on_step, transform=lambda predict: predict)
+    )
     assert [step for step, _ in seen] == [0, 1, 2] and seen[0][1] == 999 and seen[-1][1] == 0
     assert drawn.abs().max() == 0
 
@@ -163,8 +176,10 @@ def test_weights_that_are_only_there_while_they_are_needed_change_nothing():
     def draw() -> Tensor:
         scheduler = UnCLIPRespacedScheduler(variance_type="learned_range")
         with torch.no_grad():
-            predict = build_decoder_predict(decoder, scheduler, z_i, text, 8.0)
-            return model.draw_images(sample_from_noise(predict, scheduler, x, 2, seeds(1)), seeds(1), 2)
+            predict = build_decoder_predict(decoder, scheduler, build_decoder_condition(decoder, z_i, text), 8.0)
+            return model.draw_images(
+                sample_from_noise(predict, scheduler, x, Sampling(2, seeds(1))), Sampling(2, seeds(1))
+            )
 
     expected = draw()
     for part in (decoder, model):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from t2i.diffusion.condition import TextEncoding
 from t2i.diffusion.respaced import UnCLIPRespacedScheduler
+from t2i.diffusion.sampling_loop import Sampling
 from t2i.errors import InputError
 from t2i.files.component import Component
 from t2i.files.model_folder import load_model
@@ -134,7 +135,9 @@ def reference(kind: type, scheduler: Any, pad: str = "!") -> Any:
 
 def drawn(prompts: list[str], negatives: list[str] | None, scheduler: Any, scale: float, x: Tensor) -> Tensor:
     text, away = clip().encode_text(prompts), None if negatives is None else clip().encode_text(negatives)
-    return sample_image_embeds(imported(), scheduler, text, away, STEPS, scale, generators(len(prompts)), noise=x)
+    return sample_image_embeds(
+        imported(), scheduler, text, away, Sampling(STEPS, generators(len(prompts)), scale, noise=x)
+    )
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
@@ -213,8 +216,8 @@ def test_a_public_prior_is_guided_by_4_and_its_null_is_the_empty_caption() -> No
     prior, empty = imported(), clip().encode_text([""])
     assert default_guidance_scale(prior) == 4 and default_guidance_scale(None) == 2
     assert not prior.config.unit_length
-    torch.testing.assert_close(prior.null(2).states[1], empty.states[0])
-    torch.testing.assert_close(prior.null(2).embedding[1], empty.embedding[0])
+    torch.testing.assert_close(prior.null(2).expand().states[1], empty.states[0])
+    torch.testing.assert_close(prior.null(2).expand().embedding[1], empty.embedding[0])
 
 
 def test_weights_of_16_bits_stay_so(tmp_path: Path) -> None:
@@ -351,15 +354,15 @@ def test_an_eclipse_prior_is_a_prior_transformer_whose_time_no_token_sees(tmp_pa
     text, x = clip().encode_text(prompts), noise(len(prompts), EMBED_DIM)
     with torch.no_grad():
         wanted = theirs(x, 7, **padded(text)).predicted_image_embedding
-    given = sample_image_embeds(prior, None, text, None, 1, None, generators(len(prompts)), candidates=3, noise=x)
+    given = sample_image_embeds(prior, None, text, None, Sampling(1, generators(len(prompts)), noise=x), candidates=3)
     torch.testing.assert_close(given, wanted, atol=1e-5, rtol=0)
 
     own = torch.stack([torch.randn(EMBED_DIM, generator=one) for one in generators(len(prompts))])
     with torch.no_grad():
         wanted = theirs(own, 7, **padded(text)).predicted_image_embedding
-    free = sample_image_embeds(prior, None, text, None, 1, None, generators(len(prompts)))
+    free = sample_image_embeds(prior, None, text, None, Sampling(1, generators(len(prompts))))
     torch.testing.assert_close(free, wanted, atol=1e-5, rtol=0)
-    best = sample_image_embeds(prior, None, text, None, 1, None, generators(len(prompts)), candidates=4)
+    best = sample_image_embeds(prior, None, text, None, Sampling(1, generators(len(prompts))), candidates=4)
     cosines = [nn.functional.cosine_similarity(one, text.embedding) for one in (free, best)]
     assert (cosines[1] >= cosines[0] - 1e-6).all()
 
@@ -370,7 +373,7 @@ def test_an_eclipse_prior_is_saved_loaded_and_never_guided(tmp_path: Path, caplo
     prior.save_pretrained(tmp_path / "saved")
     again = load_model((Prior, EclipsePrior), tmp_path / "saved")
     text = clip().encode_text(CAPTIONS)
-    draws = [sample_image_embeds(one, None, text, text, 1, 3.0, generators(4)) for one in (prior, again)]
+    draws = [sample_image_embeds(one, None, text, text, Sampling(1, generators(4), 3.0)) for one in (prior, again)]
     torch.testing.assert_close(*draws)
     assert default_guidance_scale(prior) == 1
     assert "prior_guidance_scale has no effect: it cannot guide a prior of one pass" in caplog.text

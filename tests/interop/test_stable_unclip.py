@@ -29,7 +29,7 @@ from t2i.files.untrusted import read_config
 from t2i.networks.autoencoder import Autoencoder
 from t2i.networks.public.stable_unclip import StableUnCLIPDecoder, load_caption_encoder, load_latent_autoencoder
 from t2i.networks.text_encoder import TextEncoder
-from t2i.sampling.sample import build_decoder_predict
+from t2i.sampling.sample import build_decoder_condition, build_decoder_predict
 from tests.helpers.public_folders import EMBED_DIM, clip_vocabulary, tiny_text_tower
 from tests.helpers.stable_unclip_folders import stable_unclip, stable_unclip_images
 
@@ -101,13 +101,13 @@ def test_an_embedding_is_noised_as_diffusers_does(images, level):
     torch.testing.assert_close(decoder.noise_image_embeds(z_i, noise, level), theirs, atol=1e-6, rtol=1e-5)
 
 
-def test_what_is_noised_stays_so_and_zero_says_nothing():
+def test_zero_is_the_null_and_is_not_noised():
     decoder = ours()[0]
     z_i = drawn(2, EMBED_DIM)
     z_i[1] = 0
     labels = decoder.noise_image_embeds(z_i, drawn(2, EMBED_DIM, seed=1), 500)
-    assert decoder.noise_image_embeds(labels, drawn(2, EMBED_DIM, seed=2), 7) is labels
     assert labels[0].any() and not labels[1].any()
+    torch.testing.assert_close(labels[1:], decoder.null(1).embedding)
 
 
 def test_captions_of_any_length_are_read_with_their_padding():
@@ -146,14 +146,16 @@ def test_a_prediction_is_diffusers(images):
     torch.testing.assert_close(decoder(x, t, null), theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_guidance_takes_conditions_that_are_noised_and_such_that_are_not():
+def test_a_condition_holds_the_noised_embedding():
     decoder, encoder, _ = ours()
-    text, x = encoder.encode(PROMPTS), drawn(3, 4, 8, 8)
-    z_i = drawn(3, EMBED_DIM)
-    scheduler = DDIMScheduler()
-    plain = build_decoder_predict(decoder, scheduler, z_i, text, 3.0)
-    noised = build_decoder_predict(decoder, scheduler, decoder.noise_image_embeds(z_i), text, 3.0)
-    torch.testing.assert_close(plain(x, torch.tensor(10)), noised(x, torch.tensor(10)))
+    text, z_i, noise = encoder.encode(PROMPTS), drawn(3, EMBED_DIM), drawn(3, EMBED_DIM, seed=1)
+    condition = build_decoder_condition(decoder, z_i, text, noise=noise, level=7)
+    torch.testing.assert_close(condition.embedding, decoder.noise_image_embeds(z_i, noise, 7))
+    plain = build_decoder_condition(decoder, z_i, text)
+    torch.testing.assert_close(plain.embedding, decoder.noise_image_embeds(z_i))
+    predict = build_decoder_predict(decoder, DDIMScheduler(), plain, 1.0)
+    x, t = drawn(3, 4, 8, 8), torch.tensor(10)
+    torch.testing.assert_close(predict(x, t), decoder(x, t.expand(3), plain))
 
 
 def test_latents_have_the_published_scale():
@@ -174,7 +176,7 @@ def test_a_decoder_and_its_text_encoder_are_the_same_after_saving(tmp_path):
     read = type(encoder).from_pretrained(tmp_path / "text_encoder").encode(PROMPTS)
     assert torch.equal(read.states, encoder.encode(PROMPTS).states) and read.mask.all()
     x, t = drawn(3, 4, 8, 8), torch.tensor([5, 6, 7])
-    condition = ImageCondition(drawn(3, EMBED_DIM), read)
+    condition = ImageCondition(decoder.noise_image_embeds(drawn(3, EMBED_DIM)), read)
     torch.testing.assert_close(again(x, t, condition), decoder(x, t, condition), atol=1e-6, rtol=1e-5)
     held, kept = again.state_dict(), decoder.state_dict()
     assert held.keys() == kept.keys() and all(torch.equal(held[name], kept[name]) for name in kept)
@@ -184,7 +186,7 @@ def test_conditions_are_dropped_in_training_and_statistics_stay():
     decoder, encoder, _ = ours()
     decoder = decoder_of(stable_unclip()).requires_grad_(True)
     decoder.set_null_condition(None, encoder)
-    condition = ImageCondition(drawn(3, EMBED_DIM), encoder.encode(PROMPTS))
+    condition = ImageCondition(decoder.noise_image_embeds(drawn(3, EMBED_DIM)), encoder.encode(PROMPTS))
     kept = drop_condition(condition, decoder.null(3), 0.0)
     assert torch.equal(kept.embedding, condition.embedding)
     dropped = drop_condition(condition, decoder.null(3), 1.0)

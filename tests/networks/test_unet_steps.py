@@ -130,7 +130,9 @@ def test_nothing_of_the_condition_is_computed_in_a_step_and_the_same_condition_o
     parts += [part for one in unet.modules() if isinstance(one, Attention) for part in (one.add_k_proj, one.add_v_proj)]
     for part in parts:
         part.register_forward_hook(lambda _, __, out: rows.append(len(out)))
-    context = prepare_unet_context(unet, condition["encoder_hidden_states"][same], added_cond_kwargs=added)
+    unique = (torch.tensor([0, 3]), same)
+    states = condition["encoder_hidden_states"][same]
+    context = prepare_unet_context(unet, states, added_cond_kwargs=added, unique_rows=unique)
     assert len(rows) >= len(parts) and set(rows) == {2}
     rows.clear()
     assert context is not None

@@ -13,6 +13,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from t2i.training.train_upsampler import Config, RandomCrops, blur_images
 
 from t2i.config import CONFIG_FOLDER, load_config
+from t2i.diffusion.sampling_loop import Sampling
 from t2i.errors import InputError
 from t2i.networks.upsampler import (
     LowResolution,
@@ -79,7 +80,7 @@ def test_an_oracle_that_knows_the_pictures_draws_them_in_any_number_of_steps():
     truth = pictures(2, 16, 24)
     for steps in (1, 5):
         drawn = sample_upsampler(
-            Oracle(lambda x, low: truth), SCHEDULER, reduce_to_low_resolution(truth, 2), seeds(1, 2), steps=steps
+            Oracle(lambda x, low: truth), SCHEDULER, reduce_to_low_resolution(truth, 2), Sampling(steps, seeds(1, 2))
         )
         torch.testing.assert_close(drawn, truth, atol=1e-5, rtol=0)
 
@@ -95,7 +96,7 @@ def test_an_oracle_of_velocity_under_another_sampler_draws_them_too():
             alpha = alpha_of.setdefault(int(t[0]), scheduler.alphas_cumprod[int(t[0])].sqrt())
             return (alpha * x - truth) / (1 - alpha**2).sqrt()
 
-    drawn = sample_upsampler(Velocity(None), scheduler, reduce_to_low_resolution(truth, 2), seeds(1), steps=6)
+    drawn = sample_upsampler(Velocity(None), scheduler, reduce_to_low_resolution(truth, 2), Sampling(6, seeds(1)))
     torch.testing.assert_close(drawn, truth, atol=1e-3, rtol=0)
 
 
@@ -104,12 +105,12 @@ def test_windows_say_what_the_whole_says_where_the_network_is_local():
     kernel = torch.randn(3, 6, 5, 5) / 12
     oracle = Oracle(lambda x, low: F.conv2d(torch.cat([x, low], dim=1), kernel, padding=2).tanh())
     low = pictures(2, 31, 45)  # which no window fits
-    whole = sample_upsampler(oracle, SCHEDULER, low, seeds(1, 2), steps=4)
+    whole = sample_upsampler(oracle, SCHEDULER, low, Sampling(4, seeds(1, 2)))
     assert whole.shape == (2, 3, 62, 90)
-    windows = sample_upsampler(oracle, SCHEDULER, low, seeds(1, 2), steps=4, tile=24, overlap=8)
+    windows = sample_upsampler(oracle, SCHEDULER, low, Sampling(4, seeds(1, 2)), tile=24, overlap=8)
     torch.testing.assert_close(windows, whole, atol=1e-5, rtol=0)
     # The control: with too little overlap for five by five pixels the windows show.
-    narrow = sample_upsampler(oracle, SCHEDULER, low, seeds(1, 2), steps=4, tile=24, overlap=4)
+    narrow = sample_upsampler(oracle, SCHEDULER, low, Sampling(4, seeds(1, 2)), tile=24, overlap=4)
     assert (narrow - whole).abs().max() > 1e-3
 
 
@@ -167,16 +168,16 @@ def test_every_condition_is_used_and_preparing_twice_changes_nothing():
 @pytest.mark.parametrize("factor", [2, 4])
 def test_an_untrained_upsampler_is_the_resized_picture(factor):
     upsampler, low = Upsampler(factor, 8, UNET, patch_size=2), pictures(1, 9, 7)
-    drawn = sample_upsampler(upsampler, SCHEDULER, low, seeds(0), steps=3)
+    drawn = sample_upsampler(upsampler, SCHEDULER, low, Sampling(3, seeds(0)))
     torch.testing.assert_close(drawn, enlarge_low_resolution(low, factor).clamp(-1, 1), atol=1e-5, rtol=0)
 
 
 def test_a_picture_does_not_depend_on_its_batch_nor_on_windows_that_it_does_not_need():
     upsampler, low = make(), pictures(3, 10, 12)
-    both = sample_upsampler(upsampler, SCHEDULER, low, seeds(5, 6, 7), steps=3, level=0.2)
-    alone = sample_upsampler(upsampler, SCHEDULER, low[1:2], seeds(6), steps=3, level=0.2, tile=32, overlap=8)
+    both = sample_upsampler(upsampler, SCHEDULER, low, Sampling(3, seeds(5, 6, 7)), level=0.2)
+    alone = sample_upsampler(upsampler, SCHEDULER, low[1:2], Sampling(3, seeds(6)), level=0.2, tile=32, overlap=8)
     torch.testing.assert_close(alone, both[1:2], atol=1e-5, rtol=0)
-    other = sample_upsampler(upsampler, SCHEDULER, low[1:2], seeds(9), steps=3, level=0.2)
+    other = sample_upsampler(upsampler, SCHEDULER, low[1:2], Sampling(3, seeds(9)), level=0.2)
     assert (other - alone).abs().max() > 1e-3
 
 
@@ -202,9 +203,10 @@ def test_each_time_a_picture_is_enlarged_has_a_stream_of_its_own():
     ],
 )
 def test_what_cannot_be_upsampled_is_refused_in_one_line(settings, message):
-    given = {"low": pictures(1, 8, 8), "generators": seeds(0)} | settings
+    given = {"low": pictures(1, 8, 8)} | settings
+    sampling = Sampling(given.pop("steps", 4), seeds(0))
     with pytest.raises(InputError, match=message) as caught:
-        sample_upsampler(make(), SCHEDULER, **given)
+        sample_upsampler(make(), SCHEDULER, sampling=sampling, **given)
     assert "\n" not in str(caught.value)
 
 

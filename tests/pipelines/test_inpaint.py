@@ -9,11 +9,10 @@ from diffusers import DDIMScheduler
 from PIL import Image
 from t2i.pipelines import InpaintPipeline, OutpaintPipeline
 from t2i.pipelines.jobs.assemble import assemble_pipeline
-from t2i.pipelines.options import DecoderOptions
 
 from t2i import InputError
 from t2i.diffusion.condition import Condition, ImageCondition
-from t2i.diffusion.denoiser import build_conditional_predict, sample_from_noise
+from t2i.diffusion.denoiser import build_conditional_predict
 from t2i.diffusion.guidance import Guidance
 from t2i.diffusion.inpainting import (
     Window,
@@ -27,9 +26,11 @@ from t2i.diffusion.inpainting import (
 )
 from t2i.diffusion.process import alpha_sigma, x0_to_prediction
 from t2i.diffusion.samplers import SAMPLERS
+from t2i.diffusion.sampling_loop import Sampling, sample_from_noise
 from t2i.files.model_folder import load_model
 from t2i.networks.decoder import Decoder
 from t2i.networks.unet_decoder import UNetDecoder
+from t2i.sampling.sample import build_decoder_condition, build_decoder_predict
 from t2i.sampling.steering import Steering
 from tests.conftest import seeds, train
 
@@ -135,7 +136,7 @@ def test_blending_holds_the_known_latents_and_paints_the_answer():
         return x
 
     x = sample_from_noise(
-        build_conditional_predict(Oracle(scheduler), Answer(answer)), scheduler, noise, 5, on_step=on_step
+        build_conditional_predict(Oracle(scheduler), Answer(answer)), scheduler, noise, Sampling(5, on_step=on_step)
     )
     torch.testing.assert_close(x, torch.where(mask > 0, answer, latents), atol=1e-5, rtol=0)
     for (_, held), (later, _) in zip(seen, seen[1:]):  # at the level of the next step
@@ -168,10 +169,14 @@ def test_what_is_kept_has_the_level_of_the_next_step_whatever_samples(inpaint, s
 
 def test_a_window_remembers_nothing_of_the_others(inpaint):
     z_i, known = torch.nn.functional.normalize(torch.randn(1, 32), dim=-1), torch.zeros(1, 5, 8, 20)
-    x, t, scheduler = torch.randn(1, 4, 8, 20), torch.tensor(500), inpaint.decoder_scheduler
+    x, t, decoder = torch.randn(1, 4, 8, 20), torch.tensor(500), inpaint.decoder
+    condition, windows = build_decoder_condition(decoder, z_i, None, known), build_canvas_windows(8, 20, 8)
+    assert len(windows) > 1
     first, plain = (
-        inpaint.predict_canvas(z_i, None, known, DecoderOptions(guidance_scale=Guidance(3.0, **one)), scheduler)(x, t)
-        for one in ({"momentum": -0.5}, {})
+        build_decoder_predict(
+            decoder, inpaint.decoder_scheduler, condition, Guidance(3.0, **settings), windows=windows
+        )(x, t)
+        for settings in ({"momentum": -0.5}, {})
     )
     torch.testing.assert_close(first, plain, atol=1e-4, rtol=1e-4)  # there is no step before the first
 

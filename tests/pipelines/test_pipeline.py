@@ -437,7 +437,7 @@ def test_a_decoder_is_guided_away_from_given_embeddings(pipeline) -> None:
     z_i = F.normalize(torch.randn(3, pipeline.clip.embed_dim, generator=seeds(5)[0]), dim=-1)
     options = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "latent"}
     plain = pipeline(image_embeds=z_i[:2], generator=seeds(1, 2), **options).images
-    null = pipeline.decoder.null(2).embedding
+    null = pipeline.decoder.null(2).expand().embedding
     away = pipeline(image_embeds=z_i[:2], negative_image_embeds=z_i[2:].expand(2, -1), generator=seeds(1, 2), **options)
     assert not torch.allclose(plain, away.images, atol=1e-4)
     itself = pipeline(image_embeds=z_i[:2], negative_image_embeds=z_i[:2], generator=seeds(1, 2), **options).images

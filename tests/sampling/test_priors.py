@@ -16,6 +16,7 @@ from t2i import Text2ImagePipeline
 from t2i.config import load_config
 from t2i.diffusion.condition import TextEncoding
 from t2i.diffusion.guidance import Guidance
+from t2i.diffusion.sampling_loop import Sampling
 from t2i.errors import InputError
 from t2i.evaluation.priors import evaluate_prior_splits
 from t2i.networks.autoregressive_prior import AutoregressivePrior, count_principal_components, select_code_buckets
@@ -112,7 +113,7 @@ def test_before_it_learns_it_is_the_regression_that_it_starts_from():
     null = TextEncoding(torch.zeros(1, D), torch.zeros(1, 2, W), torch.ones(1, 2, dtype=torch.bool))
     prior.set_embed_statistics(null, unit(300, D))
     text, codes = captions(7, 3), torch.randint(4096, (2, prior.codes_per_embedding))
-    likeliest = prior.sample_image_embeds(text, None, 1.0, seeds(0, 1), temperature=0)
+    likeliest = prior.sample_image_embeds(text, None, Sampling(1, seeds(0, 1), 1.0), temperature=0)
     torch.testing.assert_close(likeliest, prior.regressor.sample_image_embeds(text), atol=2e-3, rtol=0)
     shaken(prior)
     expected, context = prior(text, codes), prior.prepare(text)
@@ -156,12 +157,16 @@ def test_it_learns_a_distribution_that_is_known():
     prior.eval()
     count = 2000
     for caption, table in enumerate(tables):
-        z_i = prior.sample_image_embeds(text(torch.full((count,), caption)), None, 1.0, seeds(*range(count)))
+        z_i = prior.sample_image_embeds(
+            text(torch.full((count,), caption)), None, Sampling(1, seeds(*range(count)), 1.0)
+        )
         signs = [(z_i[:, 0] > 0) == bool(i) for i in range(2)], [(z_i[:, 1] > 0) == bool(j) for j in range(2)]
         found = torch.tensor([[(first & second).float().mean() for second in signs[1]] for first in signs[0]])
         torch.testing.assert_close(found, table, atol=0.05, rtol=0)
         torch.testing.assert_close(z_i.abs(), torch.tensor([0.8, 0.6, 0]).expand(count, 3), atol=1e-5, rtol=0)
-        likeliest = prior.sample_image_embeds(text(torch.tensor([caption])), None, 1.0, seeds(0), temperature=0)
+        likeliest = prior.sample_image_embeds(
+            text(torch.tensor([caption])), None, Sampling(1, seeds(0), 1.0), temperature=0
+        )
         assert (likeliest[0, :2] > 0).int().tolist() == greedy(table)
 
 
@@ -175,7 +180,7 @@ def test_the_dot_product_is_drawn_from_its_upper_half():
     distribution = prior.prepare(text).logits[0].softmax(dim=-1)
     read = []
     step, prior.step = prior.step, lambda codes, i, context: (read.append(codes), step(codes, i, context))
-    prior.sample_image_embeds(text, None, 1.0, seeds(*range(64)))
+    prior.sample_image_embeds(text, None, Sampling(1, seeds(*range(64)), 1.0))
     assert len(read[0].unique()) > 3  # not always the same
     assert (distribution.cumsum(dim=0)[read[0]] >= 0.5 - 1e-6).all()
 
@@ -191,9 +196,9 @@ def test_a_quantile_picks_the_bucket_that_holds_it():
 
 def test_guidance_away_from_the_caption_itself_goes_nowhere():
     prior, text = autoregressive(), captions(4, 7)
-    plain = prior.sample_image_embeds(text, None, 1.0, seeds(0, 1))
-    torch.testing.assert_close(prior.sample_image_embeds(text, text, 3.0, seeds(0, 1)), plain)
-    assert not torch.allclose(prior.sample_image_embeds(text, None, 3.0, seeds(0, 1)), plain, atol=1e-3)
+    plain = prior.sample_image_embeds(text, None, Sampling(1, seeds(0, 1), 1.0))
+    torch.testing.assert_close(prior.sample_image_embeds(text, text, Sampling(1, seeds(0, 1), 3.0)), plain)
+    assert not torch.allclose(prior.sample_image_embeds(text, None, Sampling(1, seeds(0, 1), 3.0)), plain, atol=1e-3)
 
 
 def test_smoothed_targets_are_plain_ones_for_no_smoothing_and_sum_to_one():
@@ -246,26 +251,26 @@ def test_the_nearest_candidate_has_the_largest_cosine():
     assert select_nearest_candidates(long, z_t[:1]).tolist() == [[0.5, 0]]
 
 
-def draw_any(kind: str, text: TextEncoding, numbers: list[int], candidates: int, **more) -> torch.Tensor:
+def draw_any(kind: str, text: TextEncoding, numbers: list[int], candidates: int, noise=None) -> torch.Tensor:
     prior, scheduler = diffusion() if kind == "diffusion" else (autoregressive(), None)
-    return sample_image_embeds(prior, scheduler, text, None, 4, 2.0, seeds(*numbers), candidates, **more)
+    return sample_image_embeds(prior, scheduler, text, None, Sampling(4, seeds(*numbers), 2.0, noise), candidates)
 
 
 @pytest.mark.parametrize("kind", ["diffusion", "autoregressive"])
 def test_candidates_are_the_plain_draw_and_others_of_which_the_nearest_is_taken(kind):
     text = captions(4, 6, 9)
     if kind == "diffusion":
-        plain = sample_prior(*diffusion(), text, None, 4, 2.0, seeds(1, 2, 3))
+        plain = sample_prior(*diffusion(), text, None, Sampling(4, seeds(1, 2, 3), 2.0))
     else:
-        plain = autoregressive().sample_image_embeds(text, None, 2.0, seeds(1, 2, 3))
+        plain = autoregressive().sample_image_embeds(text, None, Sampling(1, seeds(1, 2, 3), 2.0))
     torch.testing.assert_close(draw_any(kind, text, [1, 2, 3], 1), plain)
     for i in range(3):
         one = text.map_tensors(lambda tensor, i=i: tensor[i : i + 1])
         streams = build_candidate_generators(*seeds(i + 1), 4)
         if kind == "diffusion":
-            each = [sample_prior(*diffusion(), one, None, 4, 2.0, [stream]) for stream in streams]
+            each = [sample_prior(*diffusion(), one, None, Sampling(4, [stream], 2.0)) for stream in streams]
         else:
-            each = [autoregressive().sample_image_embeds(one, None, 2.0, [stream]) for stream in streams]
+            each = [autoregressive().sample_image_embeds(one, None, Sampling(1, [stream], 2.0)) for stream in streams]
         torch.testing.assert_close(each[0][0], plain[i], atol=1e-5, rtol=0)
         dots = torch.cat(each) @ text.embedding[i]
         best = draw_any(kind, text, [1, 2, 3], 4)[i]
@@ -300,10 +305,12 @@ def test_what_has_no_effect_on_a_prior_is_said_once_and_changes_nothing(caplog):
         ),
     )
     for prior, scheduler, unused, names in cases:
-        plain = {"negative": None, "steps": 2, "guidance": None, "candidates": unused.get("candidates", 1)}
-        expected = sample_image_embeds(prior, scheduler, text, generators=seeds(0, 1), **plain)
+        candidates, temperature = unused.get("candidates", 1), unused.get("temperature")
+        expected = sample_image_embeds(prior, scheduler, text, None, Sampling(2, seeds(0, 1)), candidates)
         assert not caplog.records
-        drawn = sample_image_embeds(prior, scheduler, text, generators=seeds(0, 1), **{**plain, **unused})
+        sampling = Sampling(2, seeds(0, 1), unused.get("guidance"), unused.get("noise"))
+        negative = unused.get("negative")
+        drawn = sample_image_embeds(prior, scheduler, text, negative, sampling, candidates, temperature)
         assert torch.equal(drawn, expected)
         assert [record.message.split()[0] for record in caplog.records] == names
         caplog.clear()
@@ -323,12 +330,16 @@ def test_an_evaluation_and_a_preview_guide_a_prior_as_the_pipeline_does_if_nothi
 
 def test_without_a_prior_the_text_embedding_is_drawn():
     text = captions(4, 6)
-    torch.testing.assert_close(sample_image_embeds(None, None, text, None, 4, 2.0, seeds(1, 2)), text.embedding)
+    torch.testing.assert_close(
+        sample_image_embeds(None, None, text, None, Sampling(4, seeds(1, 2), 2.0)), text.embedding
+    )
 
 
 def test_guidance_by_noise_levels_is_refused_by_a_prior_that_has_none():
     with pytest.raises(InputError, match="autoregressive prior must be a scale alone"):
-        sample_image_embeds(autoregressive(), None, captions(4), None, 4, Guidance(2.0, rescale=0.5), seeds(1))
+        sample_image_embeds(
+            autoregressive(), None, captions(4), None, Sampling(4, seeds(1), Guidance(2.0, rescale=0.5))
+        )
 
 
 @pytest.mark.parametrize(

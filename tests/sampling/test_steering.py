@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from t2i.diffusion.denoiser import sample_from_noise
 from t2i.diffusion.guidance import build_steered_predict
 from t2i.diffusion.samplers import build_sampler
+from t2i.diffusion.sampling_loop import Sampling, sample_from_noise
 from t2i.errors import InputError
 from t2i.files.fingerprints import compute_weights_fingerprint
 from t2i.networks.classifier import LatentClassifier, compute_noise_level
@@ -53,7 +53,7 @@ def test_an_exact_classifier_samples_the_posterior_in_closed_form(name, steps):
     noise = torch.randn(4000, 3, generator=torch.Generator().manual_seed(1)).double()
     for scale, expected in ((1.0, mean), (0.0, gaussian.mean)):
         predict = build_steered_predict(gaussian.denoiser(scheduler), scheduler, score, scale)
-        drawn = sample_from_noise(predict, build_sampler(name, scheduler), noise, steps)
+        drawn = sample_from_noise(predict, build_sampler(name, scheduler), noise, Sampling(steps))
         torch.testing.assert_close(drawn.mean(dim=0), expected, atol=0.06, rtol=0)
         if scale:
             torch.testing.assert_close(drawn.T.cov(), covariance, atol=0.05, rtol=0)
@@ -133,7 +133,7 @@ def test_a_steered_picture_does_not_depend_on_its_batch(pipeline, classifier):
 
 
 def test_what_cannot_steer_is_refused_before_any_work(pipeline, classifier, monkeypatch):
-    monkeypatch.setattr("t2i.pipelines.base.sample_from_noise", lambda *_: pytest.fail("work has started"))
+    monkeypatch.setattr("t2i.pipelines.base.sample_decoder", lambda *_: pytest.fail("work has started"))
     picture = torch.zeros(1, 3, 8, 8)
     for steering, message in [
         (3.0, "steering must be a Steering, got 3.0"),

@@ -104,7 +104,7 @@ def conditions(decoder, count: int = 2):
     generator = torch.Generator().manual_seed(3)
     z_i = torch.randn(count, decoder.config.embed_dim, generator=generator)
     condition = decoder.null(count)
-    return ImageCondition(z_i, condition.text)
+    return ImageCondition(decoder.noise_image_embeds(z_i), condition.text)
 
 
 @pytest.mark.parametrize("kind", CLASSES)

@@ -23,9 +23,9 @@ from t2i.checks import check_integer, check_range, check_texts
 from t2i.data import Batch, CaptionedPictures
 from t2i.data.dataset import SampleIndex
 from t2i.diffusion.condition import TextEncoding
-from t2i.diffusion.denoiser import MAX_STEPS
 from t2i.diffusion.guidance import MAX_GUIDANCE_SCALE
 from t2i.diffusion.samplers import resolve_sampler
+from t2i.diffusion.sampling_loop import MAX_STEPS, Sampling
 from t2i.errors import InputError
 from t2i.evaluation.contact_sheet import build_labelled_rows, build_similarity_matrix, to_pil_images
 from t2i.files.model_folder import load_model, load_or_explain
@@ -35,9 +35,9 @@ from t2i.networks.clip import CLIP
 from t2i.networks.decoder import Decoder
 from t2i.networks.text_encoder import TextEncoder
 from t2i.networks.unet_decoder import UNetDecoder
-from t2i.sampling.embeddings import MAX_CANDIDATES, PRIOR_CLASSES, PRIORS_WITHOUT_SCHEDULER, AnyPrior
+from t2i.sampling.embeddings import MAX_CANDIDATES, PRIOR_CLASSES, AnyPrior
 from t2i.sampling.embeddings import sample_image_embeds as draw_any
-from t2i.sampling.sample import sample_decoder, split_generators
+from t2i.sampling.sample import build_decoder_condition, sample_decoder, split_generators
 
 logger = logging.getLogger(__name__)
 
@@ -179,7 +179,7 @@ def sample_column_embeds(
 
     def draw(part: slice) -> Tensor:
         text = columns.text.map_tensors(lambda tensor: tensor[part].to(device))
-        return draw_any(prior, scheduler, text, None, steps, scale, generators[part], candidates).cpu()
+        return draw_any(prior, scheduler, text, None, Sampling(steps, generators[part], scale), candidates).cpu()
 
     return torch.cat([draw(part) for part in slice_columns(len(columns.captions))])
 
@@ -207,7 +207,8 @@ def draw_column_images(
 
     def draw(part: slice) -> Tensor:
         text = texts.map_tensors(lambda tensor: tensor[part].to(device))
-        latents = sample_decoder(decoder, scheduler, z_i[part].to(device), text, steps, scale, generators[part])
+        condition = build_decoder_condition(decoder, z_i[part].to(device), text)
+        latents = sample_decoder(decoder, scheduler, condition, Sampling(steps, generators[part], scale))
         return autoencoder.decode(latents.to(autoencoder.device, autoencoder.dtype)).float().cpu()
 
     return torch.cat([draw(part) for part in slice_columns(count)])
@@ -336,8 +337,9 @@ class Preview:
         """A trained stage and its scheduler, if it has one. Raises InputError if it was trained with another CLIP."""
         with torch.random.fork_rng(devices=[]):  # a model is built at random before it is filled
             model = load_model(classes, folder).eval()
-        scheduled = not isinstance(model, PRIORS_WITHOUT_SCHEDULER)
-        scheduler = load_or_explain(DDIMScheduler.from_pretrained, Path(folder) / "scheduler") if scheduled else None
+        scheduler = None
+        if model.needs_scheduler:
+            scheduler = load_or_explain(DDIMScheduler.from_pretrained, Path(folder) / "scheduler")
         theirs = model.config.clip_fingerprint
         if theirs is not None and theirs != self.fingerprint:
             raise InputError(

@@ -1,7 +1,6 @@
 """The decoder of DALLE2-pytorch: a U-Net on small pictures, and the further ones of its cascade."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +13,8 @@ from torch import Generator, Tensor, nn
 from t2i.checks import check_integer
 from t2i.diffusion.condition import ImageCondition, TokenStates
 from t2i.diffusion.ddim import ExactDDIMScheduler
-from t2i.diffusion.denoiser import MAX_STEPS, PredictTransform, StepCallback, generate_noise, sample_from_noise
+from t2i.diffusion.denoiser import DecoderMixin
+from t2i.diffusion.sampling_loop import MAX_STEPS, Sampling, generate_noise, sample_from_noise
 from t2i.errors import InputError
 from t2i.networks.dalle2.layers import build_null_embeds
 from t2i.networks.dalle2.unet import Unet
@@ -28,7 +28,7 @@ class DALLE2DecoderContext:
     text: Tensor | None  # (B, max_text_len, cond_dim): the caption, padded
 
 
-class DALLE2Decoder(ModelMixin, ConfigMixin):
+class DALLE2Decoder(DecoderMixin, ModelMixin, ConfigMixin):
     """Denoises pictures, (B, 3, S, S) in [-1, 1], given an ImageCondition.
 
     The condition that says nothing is the zero z_i and a caption of no tokens: they stand for the learned vector and
@@ -76,7 +76,6 @@ class DALLE2Decoder(ModelMixin, ConfigMixin):
 
     @property
     def states_width(self) -> int | None:
-        """Dimensions of the token states of CLIP that it reads."""
         return self.config.text_width
 
     def forward(self, x: Tensor, t: Tensor, condition: ImageCondition) -> Tensor:
@@ -85,6 +84,7 @@ class DALLE2Decoder(ModelMixin, ConfigMixin):
 
     @apply_forward_hook
     def prepare(self, condition: ImageCondition) -> DALLE2DecoderContext:
+        condition = condition.expand()
         hiddens, image = self.net.embed_image_condition(condition.embedding, (condition.embedding == 0).all(dim=-1))
         if self.config.text_width is None:
             return DALLE2DecoderContext(hiddens, image, None)
@@ -100,17 +100,17 @@ class DALLE2Decoder(ModelMixin, ConfigMixin):
 
     def null(self, count: int) -> ImageCondition:
         """The zero z_i, and a caption of no tokens if it reads captions."""
-        z_i = build_null_embeds(self, count)
-        if self.config.text_width is None:
-            return ImageCondition(z_i)
-        states = z_i.new_zeros(count, 1, self.config.text_width)
-        return ImageCondition(z_i, TokenStates(states, torch.zeros(count, 1, dtype=torch.bool, device=z_i.device)))
+        z_i, text = build_null_embeds(self, 1), None
+        if self.config.text_width is not None:
+            states = z_i.new_zeros(1, 1, self.config.text_width)
+            text = TokenStates(states, torch.zeros(1, 1, dtype=torch.bool, device=z_i.device))
+        return ImageCondition(z_i, text).repeat(count)
 
 
 class DALLE2Pixels(ModelMixin, ConfigMixin):
     """Stands where pipelines have an autoencoder, for decoders of a single U-Net: their "latents" are the pictures."""
 
-    factor = 1
+    factor, is_cascade = 1, False
 
     @register_to_config
     def __init__(self, channels: int = 3):
@@ -143,6 +143,8 @@ class DALLE2Cascade(ModelMixin, ConfigMixin):
         noise_levels: timesteps, of a linear schedule of 1,000, that each one's small picture is noised to; None for
             those that were trained with blurred ones.
     """
+
+    is_cascade = True  # `draw_images` is a diffusion of its own
 
     @register_to_config
     def __init__(
@@ -187,33 +189,23 @@ class DALLE2Cascade(ModelMixin, ConfigMixin):
 
     @apply_forward_hook
     @torch.no_grad()
-    def draw_images(
-        self,
-        latents: Tensor,
-        generators: list[Generator],
-        steps: int = 100,
-        noise: Tensor | None = None,
-        progress: Callable[[Iterable], Iterable] = iter,
-        on_step: StepCallback | None = None,
-        wrap: PredictTransform | None = None,
-    ) -> Tensor:
-        """(N, 3, factor h, factor w) in [-1, 1], fp32, of small pictures, (N, 3, h, w), on their device.
+    def draw_images(self, latents: Tensor, sampling: Sampling) -> Tensor:
+        """Enlarge small pictures, (N, 3, h, w), to (N, 3, factor h, factor w) in [-1, 1], fp32, on their device.
 
-        generators: one a picture. steps: of each U-Net. noise: what the last one starts from, like the result, else
-        drawn from the generators. on_step, wrap: of the last one; see `t2i.diffusion.denoiser.sample_from_noise`.
+        sampling: its steps and generators are for each U-Net; `noise`, like the result, `on_step` and `transform` are
+        for the last U-Net alone.
         """
-        check_integer("steps", steps, 1, MAX_STEPS)
+        check_integer("steps", sampling.steps, 1, MAX_STEPS)
+        hidden = replace(sampling, noise=None, on_step=None, transform=None)
         x, before = latents.float(), self.config.low_size
         for i, (net, size, level) in enumerate(zip(self.nets, self.config.sizes, self.config.noise_levels)):
-            last = i == len(self.nets) - 1
+            settings = sampling if i == len(self.nets) - 1 else hidden
             low = F.interpolate(x, scale_factor=size // before, mode="nearest").clamp(-1, 1)
-            start = noise if last and noise is not None else generate_noise(low.shape[1:], generators, low.device)
+            start = settings.get_noise(low.shape[1:], low.device)
             if start.shape != low.shape:
                 raise InputError(f"the noise must be of shape {tuple(low.shape)}, got {tuple(start.shape)}")
-            predict = self.build_unet_predict(net, low, level, generators)
-            predict = wrap(predict) if last and wrap is not None else predict
-            scheduler, start = self.all_schedulers[i], start.to(low.device).float()
-            x = sample_from_noise(predict, scheduler, start, steps, generators, progress, on_step if last else None)
+            predict = self.build_unet_predict(net, low, level, sampling.generators)
+            x = sample_from_noise(predict, self.all_schedulers[i], start, settings)
             before = size
         return x.clamp(-1, 1)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from t2i.checks import check_integer
 from t2i.diffusion.condition import TextEncoding
+from t2i.diffusion.denoiser import PriorMixin
 from t2i.networks.dalle2.layers import OLD_BIAS_SCALE, Attention, KeyValue, Norm, build_null_embeds, embed_timesteps
 from t2i.networks.linear import Linear
 
@@ -31,7 +32,7 @@ class DALLE2PriorContext:
     dropped: Tensor  # (B,), bool: it is the null condition
 
 
-class DALLE2Prior(ModelMixin, ConfigMixin):
+class DALLE2Prior(PriorMixin, ModelMixin, ConfigMixin):
     """Denoiser of z_i times `embed_scale`, given a TextEncoding.
 
     The null condition is the zero z_t. It selects the learned tokens of "no caption", which replace the noisy z_i too.
@@ -92,13 +93,17 @@ class DALLE2Prior(ModelMixin, ConfigMixin):
         """Dimensions of the CLIP token states that the prior reads; None if it reads none."""
         return self.config.embed_dim if self.config.reads_captions else None
 
+    @property
+    def default_guidance_scale(self) -> float:
+        return self.config.usual_guidance
+
     def forward(self, x: Tensor, t: Tensor, text: TextEncoding) -> Tensor:
         """Predict from noisy scaled z_i, x: (B, D), at timesteps t: (B,). Returns (B, D)."""
         return self.step(x, t, self.prepare(text))
 
     @apply_forward_hook
     def prepare(self, text: TextEncoding) -> DALLE2PriorContext:
-        length = self.config.context_length
+        text, length = text.expand(), self.config.context_length
         dropped = (text.embedding == 0).all(dim=-1) & self.config.learned_null
         states, mask = text.states[:, :length], text.mask[:, :length] & self.config.reads_captions
         extra = length - mask.shape[1]
@@ -115,9 +120,10 @@ class DALLE2Prior(ModelMixin, ConfigMixin):
 
     def null(self, count: int) -> TextEncoding:
         """Return the zero z_t, and a caption of no tokens."""
-        z_t = build_null_embeds(self, count)
+        z_t = build_null_embeds(self, 1)
         states = z_t[:, None]
-        return TextEncoding(z_t, states, torch.zeros(states.shape[:2], dtype=torch.bool, device=z_t.device))
+        mask = torch.zeros(states.shape[:2], dtype=torch.bool, device=z_t.device)
+        return TextEncoding(z_t, states, mask).repeat(count)
 
     def scale_image_embeds(self, z_i: Tensor) -> Tensor:
         """Return z_i of unit length in the scale that the prior denoises."""

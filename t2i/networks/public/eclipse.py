@@ -8,15 +8,16 @@ does not apply; only the decoder is guided, away from the z_i of a negative prom
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from t2i.diffusion.condition import TextEncoding
-from t2i.diffusion.denoiser import generate_noise
+from t2i.diffusion.denoiser import PriorMixin
+from t2i.diffusion.sampling_loop import Sampling
 from t2i.networks.linear import Linear
 from t2i.networks.prior import PriorBlock, embed_caption_tokens
 
 
-class EclipsePrior(ModelMixin, ConfigMixin):
+class EclipsePrior(PriorMixin, ModelMixin, ConfigMixin):
     """A causal transformer over [caption tokens, z_t, noise, query]; the query's output is z_i.
 
     Args:
@@ -27,6 +28,8 @@ class EclipsePrior(ModelMixin, ConfigMixin):
         clip_fingerprint: of the CLIP that it was trained with, if known.
         unit_length: False; embeddings are the raw projections of the public CLIPs.
     """
+
+    needs_scheduler = takes_guidance = False
 
     @register_to_config
     def __init__(
@@ -52,6 +55,7 @@ class EclipsePrior(ModelMixin, ConfigMixin):
 
     def forward(self, noise: Tensor, text: TextEncoding) -> Tensor:
         """Return z_i of any length, (B, D), from noise of unit variance, (B, D)."""
+        text = text.expand()
         image = torch.stack([self.from_image(noise), self.query.expand(len(noise), -1)], dim=1) + self.positions[-2:]
         tokens = torch.cat([embed_caption_tokens(self, text), image], dim=1)
         length = tokens.shape[1]
@@ -62,14 +66,8 @@ class EclipsePrior(ModelMixin, ConfigMixin):
         return self.to_image(self.norm(tokens[:, -1]))
 
     @torch.no_grad()
-    def sample_image_embeds(
-        self, text: TextEncoding, generators: list[Generator], noise: Tensor | None = None
-    ) -> Tensor:
-        """Return z_i of any length, (N, D), fp32, on the device of `text`.
-
-        generators: N, that draw the noise if none is given. noise: (N, D), of unit variance.
-        """
-        device = text.embedding.device
-        if noise is None:
-            noise = generate_noise((self.config.embed_dim,), generators, device)
+    def sample_image_embeds(self, text: TextEncoding, sampling: Sampling) -> Tensor:
+        """Return z_i of any length, (N, D), fp32, on the device of `text`. sampling.noise: (N, D)."""
+        device = text.device
+        noise = sampling.get_noise((self.config.embed_dim,), device)
         return self(noise.to(device, self.dtype), text.to(device, self.dtype)).float()

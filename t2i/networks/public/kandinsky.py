@@ -15,6 +15,7 @@ from torch import Tensor
 
 from t2i.checks import check_integer
 from t2i.diffusion.condition import ImageCondition, TokenStates
+from t2i.diffusion.denoiser import DecoderMixin
 from t2i.errors import InputError
 from t2i.files.component import Component, load_from_components
 from t2i.networks.decoder import resolve_masked_latents
@@ -36,7 +37,7 @@ class KandinskyContext:
     masked_latents: Tensor | None  # (B, C + 1, h, w): the latents that stay, and 1 where they do
 
 
-class KandinskyDecoder(ModelMixin, ConfigMixin):
+class KandinskyDecoder(DecoderMixin, ModelMixin, ConfigMixin):
     """Denoises MoVQ's latents, given an ImageCondition with z_i as CLIP's projection has it.
 
     The other arguments follow from `model`; `derive_kandinsky_config` says them.
@@ -111,12 +112,12 @@ class KandinskyDecoder(ModelMixin, ConfigMixin):
     def forward(self, x: Tensor, t: Tensor, condition: ImageCondition) -> Tensor:
         """x: (B, C, H, W) noisy latents; t: (B,) timesteps -> (B, C, H, W), the prediction; or (B, 2C, H, W)."""
         # In one pass each layer makes its own keys and values: FSDP has its weights only while it runs.
-        return self.step(x, t, self.build_unet_context(condition))
+        return self.step(x, t, self.build_unet_context(condition.expand()))
 
     @apply_forward_hook
     def prepare(self, condition: ImageCondition) -> KandinskyContext:
-        context = self.build_unet_context(condition)
-        context.step_context = prepare_unet_context(self.unet, **context.condition)
+        unique, context = condition.find_unique_rows(), self.build_unet_context(condition.expand())
+        context.step_context = prepare_unet_context(self.unet, **context.condition, unique_rows=unique)
         return context
 
     def build_unet_context(self, condition: ImageCondition) -> KandinskyContext:
@@ -144,10 +145,10 @@ class KandinskyDecoder(ModelMixin, ConfigMixin):
         """The zero picture's embedding and, of 2.1, the empty caption."""
         text = None
         if self.config.text_width is not None:
-            states = self.null_states.expand(count, -1, -1)
+            states = self.null_states[None]
             mask = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
-            text = TokenStates(states, mask, self.null_pooled.expand(count, -1))
-        return ImageCondition(self.null_embedding.expand(count, -1), text)
+            text = TokenStates(states, mask, self.null_pooled[None])
+        return ImageCondition(self.null_embedding[None], text).repeat(count)
 
 
 def derive_kandinsky_config(unet: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from t2i.checks import check_integer
 from t2i.diffusion.condition import ImageCondition, TokenStates
+from t2i.diffusion.denoiser import DecoderMixin
 from t2i.errors import InputError
 from t2i.files.component import Component, load_from_components, to_json_types
 from t2i.networks.linear import Linear, use_onednn_linear
@@ -68,7 +69,7 @@ class TextProjection(nn.Module):
         return self.learned_classifier_free_guidance_embeddings.expand(count, -1)
 
 
-class KarloDecoder(ModelMixin, ConfigMixin):
+class KarloDecoder(DecoderMixin, ModelMixin, ConfigMixin):
     """Denoises pictures, (B, 3, 64, 64) in [-1, 1], given an ImageCondition with a caption; learns the variance too.
 
     z_i and z_t are CLIP's projections as they are, not of unit length.
@@ -152,12 +153,14 @@ class KarloDecoder(ModelMixin, ConfigMixin):
     def forward(self, x: Tensor, t: Tensor, condition: ImageCondition) -> Tensor:
         """x: (B, C, H, W) noisy pictures; t: (B,) timesteps -> (B, 2C, H, W): the noise, and of the variance."""
         # In one pass each layer makes its own keys and values: FSDP has its weights only while it runs.
-        return self.step(x, t, self.build_unet_context(condition))
+        return self.step(x, t, self.build_unet_context(condition.expand()))
 
     @apply_forward_hook
     def prepare(self, condition: ImageCondition) -> KarloContext:
-        context = self.build_unet_context(condition)
-        context.step_context = prepare_unet_context(self.unet, context.tokens, context.embedding, None, context.mask)
+        unique, context = condition.find_unique_rows(), self.build_unet_context(condition.expand())
+        context.step_context = prepare_unet_context(
+            self.unet, context.tokens, context.embedding, None, context.mask, unique
+        )
         return context
 
     def build_unet_context(self, condition: ImageCondition) -> KarloContext:
@@ -179,8 +182,8 @@ class KarloDecoder(ModelMixin, ConfigMixin):
     def null(self, count: int) -> ImageCondition:
         """The learned z_i of no picture, and the empty caption."""
         mask = torch.ones(1, len(self.null_states), dtype=torch.bool, device=self.null_states.device)
-        text = TokenStates(self.null_states[None], mask, self.null_pooled[None]).repeat(count)
-        return ImageCondition(self.text_proj.null(count), text)
+        text = TokenStates(self.null_states[None], mask, self.null_pooled[None])
+        return ImageCondition(self.text_proj.null(1), text).repeat(count)
 
 
 def pad_caption_tokens(tokens: Tensor, mask: Tensor, areas: Iterable[int]) -> tuple[Tensor, Tensor]:

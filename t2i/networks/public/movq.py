@@ -23,6 +23,7 @@ OLD_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_at
 class MoVQ(ModelMixin, ConfigMixin):
     """Autoencoder between pictures and Kandinsky's latents. vq: arguments of `VQModel`."""
 
+    is_cascade = False
     _supports_gradient_checkpointing = True  # diffusers' blocks do it
     _no_split_modules = ["ResnetBlock2D"]  # units that FSDP shards
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from t2i.checks import check_integer
 from t2i.diffusion.condition import ImageCondition, TokenStates
+from t2i.diffusion.denoiser import DecoderMixin
 from t2i.errors import InputError
 from t2i.files.component import Component, load_from_components, to_json_types
 from t2i.files.fingerprints import EXACT_DTYPES
@@ -47,9 +48,8 @@ class StableUnCLIPContext:
     )
 
 
-class StableUnCLIPDecoder(ModelMixin, ConfigMixin):
-    """Denoises latents, given an ImageCondition; its embedding is z_i, (B, D), or what `noise_image_embeds` makes of
-    it, (B, 2D).
+class StableUnCLIPDecoder(DecoderMixin, ModelMixin, ConfigMixin):
+    """Denoises latents, given an ImageCondition whose embedding is that of `noise_image_embeds`, (B, 2D).
 
     Args:
         unet_config: configuration of diffusers' `UNet2DConditionModel`.
@@ -136,37 +136,33 @@ class StableUnCLIPDecoder(ModelMixin, ConfigMixin):
 
     @apply_forward_hook
     def noise_image_embeds(self, z_i: Tensor, noise: Tensor | None = None, level: int = 0) -> Tensor:
-        """(B, D) -> (B, 2D), what the U-Net is told: z_i noised to a level, and the level.
+        """Return the input of the U-Net for z_i, (B, D) -> (B, 2D): z_i noised to a level, and the level.
 
-        noise: (B, D), of unit variance; None is none. What was noised already is returned as it is, and zero, which
-        says nothing, as zero.
+        noise: (B, D), of unit variance; None is none. Zero, the null, is returned as zero.
         """
-        width = self.config.embed_dim
-        if z_i.shape[1] == 2 * width:
-            return z_i
         levels = torch.full((len(z_i),), level, device=z_i.device)
         mean, std = self.normalizer.mean.to(z_i), self.normalizer.std.to(z_i)
         noise = torch.zeros_like(z_i) if noise is None else noise.to(z_i)
         noisy = self.noise_schedule.add_noise((z_i - mean) / std, noise, levels) * std + mean
-        waves = get_timestep_embedding(levels, width, flip_sin_to_cos=True, downscale_freq_shift=0)
+        waves = get_timestep_embedding(levels, self.config.embed_dim, flip_sin_to_cos=True, downscale_freq_shift=0)
         return torch.cat([noisy, waves.to(z_i)], dim=1) * z_i.any(dim=1, keepdim=True)
 
     def forward(self, x: Tensor, t: Tensor, condition: ImageCondition) -> Tensor:
         """x: (B, C, H, W) noisy latents; t: (B,) timesteps -> (B, C, H, W), the prediction."""
         # In one pass each layer makes its own keys and values: FSDP has its weights only while it runs.
-        return self.step(x, t, self.build_unet_context(condition))
+        return self.step(x, t, self.build_unet_context(condition.expand()))
 
     @apply_forward_hook
     def prepare(self, condition: ImageCondition) -> StableUnCLIPContext:
-        context = self.build_unet_context(condition)
-        context.step_context = prepare_unet_context(self.unet, context.states, context.labels)
+        unique, context = condition.find_unique_rows(), self.build_unet_context(condition.expand())
+        context.step_context = prepare_unet_context(self.unet, context.states, context.labels, unique_rows=unique)
         return context
 
     def build_unet_context(self, condition: ImageCondition) -> StableUnCLIPContext:
         """The condition as the U-Net takes it."""
         if not isinstance(condition.text, TokenStates):
             raise ValueError("this decoder reads captions: its condition needs a text")
-        return StableUnCLIPContext(self.noise_image_embeds(condition.embedding), condition.text.states)
+        return StableUnCLIPContext(condition.embedding, condition.text.states)
 
     @apply_forward_hook
     def step(self, x: Tensor, t: Tensor, context: StableUnCLIPContext) -> Tensor:
@@ -175,10 +171,10 @@ class StableUnCLIPDecoder(ModelMixin, ConfigMixin):
         return self.unet(x, t, context.states, class_labels=context.labels).sample
 
     def null(self, count: int) -> ImageCondition:
-        """The zero embedding without a level, and the encoding of the empty caption."""
-        z_i = self.null_states.new_zeros(count, self.config.embed_dim)
-        states = self.null_states.expand(count, -1, -1)
-        return ImageCondition(z_i, TokenStates(states, states.new_ones(states.shape[:2], dtype=torch.bool)))
+        """Return the zero embedding without a level, and the encoding of the empty caption."""
+        z_i, states = self.null_states.new_zeros(1, 2 * self.config.embed_dim), self.null_states[None]
+        text = TokenStates(states, states.new_ones(states.shape[:2], dtype=torch.bool))
+        return ImageCondition(z_i, text).repeat(count)
 
 
 def check_unet_config(unet: dict[str, Any], embed_dim: int, folder: Path | None = None) -> None:

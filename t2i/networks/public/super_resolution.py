@@ -3,7 +3,6 @@
 It stands in the autoencoder's place: the decoder's "latents" are small pictures, and to decode them is to enlarge them.
 """
 
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,11 +10,11 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin, SchedulerMixin, UNet2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
-from torch import Generator, Tensor
+from torch import Tensor
 
 from t2i.checks import check_integer
-from t2i.diffusion.denoiser import MAX_STEPS, PredictTransform, StepCallback, generate_noise, sample_from_noise
 from t2i.diffusion.respaced import UnCLIPRespacedScheduler
+from t2i.diffusion.sampling_loop import MAX_STEPS, Sampling, sample_from_noise
 from t2i.errors import InputError
 from t2i.files.component import Component, load_from_components, to_json_types
 from t2i.networks.linear import use_onednn_linear
@@ -36,6 +35,7 @@ class SuperResolution(ModelMixin, ConfigMixin):
     """
 
     default_steps = 7
+    is_cascade = True  # `draw_images` is a diffusion of its own
 
     @register_to_config
     def __init__(self, first: dict, last: dict, scheduler: dict, low_size: int):
@@ -85,27 +85,15 @@ class SuperResolution(ModelMixin, ConfigMixin):
 
     @apply_forward_hook
     @torch.no_grad()
-    def draw_images(
-        self,
-        latents: Tensor,
-        generators: list[Generator],
-        steps: int = default_steps,
-        noise: Tensor | None = None,
-        progress: Callable[[Iterable], Iterable] = iter,
-        on_step: StepCallback | None = None,
-        wrap: PredictTransform | None = None,
-        scheduler: SchedulerMixin | None = None,
-    ) -> Tensor:
-        """(N, 3, factor h, factor w) in [-1, 1], fp32, of small pictures, (N, 3, h, w), on their device.
+    def draw_images(self, latents: Tensor, sampling: Sampling, scheduler: SchedulerMixin | None = None) -> Tensor:
+        """Enlarge small pictures, (N, 3, h, w), to (N, 3, factor h, factor w) in [-1, 1], fp32, on their device.
 
-        What of them is beyond [-1, 1] is cut. generators: one a picture. noise: what is started from, like the result,
-        else drawn from the generators. scheduler: another than its own. on_step, wrap: as of the other stages.
+        Values beyond [-1, 1] are cut. sampling.noise: like the result. scheduler: another than its own.
         """
-        check_integer("steps", steps, 1, MAX_STEPS)
+        check_integer("steps", sampling.steps, 1, MAX_STEPS)
         scheduler = scheduler or self.scheduler
         low = self.decode(latents.float().clamp(-1, 1))
-        if noise is None:
-            noise = generate_noise(low.shape[1:], generators, low.device)
+        noise = sampling.get_noise(low.shape[1:], low.device)
         if noise.shape != low.shape:
             raise InputError(f"the noise must be of shape {tuple(low.shape)}, got {tuple(noise.shape)}")
 
@@ -123,9 +111,7 @@ class SuperResolution(ModelMixin, ConfigMixin):
             )
             return found.to(x.dtype)
 
-        watched = predict if wrap is None else wrap(predict)
-        noise = noise.to(low.device).float()
-        return sample_from_noise(watched, scheduler, noise, steps, generators, progress, on_step).clamp(-1, 1)
+        return sample_from_noise(predict, scheduler, noise, sampling).clamp(-1, 1)
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) -> the same, made small and enlarged without a network."""
