@@ -127,13 +127,13 @@ def check_folder_files(folder: Path, root: Path | None = None) -> None:
 
 def check_link_target(path: Path, root: Path) -> None:
     try:
-        home, target = root.resolve(), path.resolve()
+        base, target = root.resolve(), path.resolve()
     except (OSError, RuntimeError) as error:
         raise InputError(f"{str(path)!r} is a link that leads nowhere ({error})") from error
     # In a snapshot of the hub's cache, files are links to the blobs of the same repository.
-    repository = home.parent.parent
-    cached = home.parent.name == "snapshots" and repository.name.startswith("models--")
-    if not target.is_relative_to(home) and not (cached and target.parent == repository / "blobs"):
+    repository = base.parent.parent
+    cached = base.parent.name == "snapshots" and repository.name.startswith("models--")
+    if not target.is_relative_to(base) and not (cached and target.parent == repository / "blobs"):
         raise InputError(f"{str(path)!r} is a link out of {str(root)!r}, which is not followed; copy the files")
 
 

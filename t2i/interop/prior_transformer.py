@@ -155,9 +155,9 @@ def read_prior_config(part: Component, tokens: int) -> dict[str, Any]:
     settings |= {name: value for name, value in part.config.items() if name in settings}
     for name in SIZE_KEYS:
         check_integer(f"{name} in {folder!r}", settings[name], 1, 1_000_000)
-    if (found := settings["additional_embeddings"]) != tokens:
+    if (count := settings["additional_embeddings"]) != tokens:
         raise InputError(
-            f"{folder!r} has additional_embeddings = {found!r:.80}; {tokens} are read: {TOKEN_NAMES[tokens]}"
+            f"{folder!r} has additional_embeddings = {count!r:.80}; {tokens} are read: {TOKEN_NAMES[tokens]}"
         )
     for name, (value, reason) in REQUIRED_SETTINGS.items():
         if settings[name] != value:
