@@ -39,7 +39,7 @@ MAX_MEASURED_IMAGES = 4096  # pictures encoded for the mean and std of the laten
 
 @dataclass
 class Config:
-    model: dict[str, Any] = field(default_factory=dict)  # arguments of t2i.autoencoder.Autoencoder
+    model: dict[str, Any] = field(default_factory=dict)  # arguments of t2i.networks.autoencoder.Autoencoder
     # Folder of a trained autoencoder to start from, instead of random weights; or the folder or hub name of a diffusers
     # VAE.
     init: str | None = None

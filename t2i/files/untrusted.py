@@ -151,6 +151,7 @@ def find_weight_files(
     middle = f".{variant}" if variant else ""
     index = folder / f"{stem}.safetensors.index{middle}.json"
     single = folder / f"{stem}{middle}.safetensors"
+    # An index may name any file, so each name is checked before it is joined to the folder.
     if exists(index):
         shards = read_json(index, MAX_HEADER_BYTES).get("weight_map")
         if not isinstance(shards, dict) or not shards:
@@ -214,6 +215,7 @@ def bounded_meta_device(stored: dict[str, TensorSpec], folder: Path) -> Iterator
             if elements < 0 or count < 0:
                 raise InputError(f"the config.json in {str(folder)!r} describes a larger model than its weights")
 
+    # torch calls these hooks for every parameter and buffer, also in modules of other libraries.
     handles = [
         registration.register_module_parameter_registration_hook(register),
         registration.register_module_buffer_registration_hook(register),

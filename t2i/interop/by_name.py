@@ -48,6 +48,7 @@ def load_autoencoder(name: str | Path, classes: tuple[type, ...] = (Autoencoder,
     folder = find_or_download_folder(name, VAE_FILES)
     if read_model_class(folder) != "AutoencoderKL":
         return load_model(tuple(dict.fromkeys((*classes, Autoencoder, *PUBLIC_AUTOENCODERS))), folder)
+    # A diffusers VAE
     component = Component(folder)
     with bounded_meta_device(component.tensor_specs, folder):
         AutoencoderKL.from_config(component.config)

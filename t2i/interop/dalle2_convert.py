@@ -194,6 +194,7 @@ class CascadeStage:
 
 
 def convert_dalle2_decoder(file: DALLE2File, settings: dict[str, Any], source: Path) -> dict[str, Any]:
+    # Trainers save the U-Nets that they trained: the first, the others, or all
     check_unsupported_options(settings, *settings["unets"])
     if any(name.startswith("vaes.") for name in file.state):
         raise InputError(f"{str(source)!r} denoises latents of a VQGAN (vaes.*); only decoders of pictures load")
@@ -203,6 +204,7 @@ def convert_dalle2_decoder(file: DALLE2File, settings: dict[str, Any], source: P
         raise InputError(
             f"{str(source)!r} has the U-Nets {present} of {len(stages)}; it must have the first or the others"
         )
+    # The first U-Net is the decoder, the others are the cascade after it
     channels = settings.get("channels", 3)
     parts: dict[str, Any] = {"autoencoder": DALLE2Pixels(channels)}
     if 0 in present:
@@ -263,6 +265,7 @@ def read_cascade_stages(file: DALLE2File, settings: dict[str, Any], source: Path
         raise InputError(f"use_noise_for_lowres_cond has {len(noised) - 1} values for {count - 1} further U-Nets")
     noise_level = int(settings.get("lowres_noise_sample_level", 0.2) * 1000)
 
+    # The U-Nets
     stages = []
     for i, unet in enumerate(settings["unets"]):
         prediction = resolve_prediction_type(velocities[i], samples[i])

@@ -66,6 +66,7 @@ def export_layout(components: Mapping[str, Any], folder: Path, name: str) -> Non
 
 def check_exportable_components(components: Mapping[str, Any], name: str) -> PublicLayout:
     """Return a public layout. Raises InputError for components that its classes cannot compute, with the reason."""
+    # The classes that each part of the layout can be written from
     layout = LAYOUTS_BY_NAME[name]
     allowed: dict[str, tuple[type, ...]] = {}
     if layout.family:
@@ -79,6 +80,7 @@ def check_exportable_components(components: Mapping[str, Any], name: str) -> Pub
         allowed["text_encoder"] = (MultilingualCLIP,)
     if "text_encoder" in layout.part_folders:
         allowed["text_encoder"] = (TextEncoder,)
+    # The components
     for part, classes in allowed.items():
         component = components.get(part)
         if not isinstance(component, classes):

@@ -132,6 +132,7 @@ class SourceFolder:
                 self.refuse(f"has in its model_index.json {name[:80]!r} = {str(entry)[:80]}, which is not {known}")
             if name not in places and entry[1] is not None:
                 logger.warning("%s has %.80r, a %.80s, which is not used", self.path, name, entry[1])
+        # A prior alone has no index, and no parts to look for.
         for part, place in layout.part_folders.items() if self.index else ():
             class_name = str(self.index.get(place, [None, None])[1])
             if class_name == "None":
