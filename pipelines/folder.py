@@ -109,7 +109,7 @@ class PipelineFolder(SourceFolder):
         """Return the class that the index names for a component; None for a scheduler, or a class that is not ours."""
         entry = self.index.get(name)
         classes = COMPONENT_CLASSES[name]
-        return next((one for one in classes if entry == [one.__module__, one.__name__]), None)
+        return next((known for known in classes if entry == [known.__module__, known.__name__]), None)
 
     def load_component(self, name: str, dtype: torch.dtype | None = None) -> Any:
         """Load a component that `check` has passed; dtype: None is float32."""

@@ -38,17 +38,17 @@ def load_public_components(
             f"{unknown[0]!r} is no argument for a model in a public layout, which takes {', '.join(COMPONENT_CLASSES)}"
         )
     named = {part: kwargs.pop(part) for part in ("prior", "clip") if isinstance(kwargs.get(part), str | Path)}
-    given = {part: component for part, component in kwargs.items() if component is not None}
+    overrides = {part: component for part, component in kwargs.items() if component is not None}
 
     # Find the folders, and load
     prior, clip = locate_other_folders(
         name,
-        named.get("prior", given.get("prior")),
-        named.get("clip", given.get("clip")),
+        named.get("prior", overrides.get("prior")),
+        named.get("clip", overrides.get("clip")),
         lambda place: Path(place if is_folder(place) else download(str(place), **fetching)),
         folder.variant,
     )
-    return load_components(folder, prior, clip, None if dtype == AUTO_DTYPE else dtype, given)
+    return load_components(folder, prior, clip, None if dtype == AUTO_DTYPE else dtype, overrides)
 
 
 def locate_other_folders(

@@ -67,9 +67,11 @@ class StagedPipeline(WatchedPipeline):
             if scheduler is not None:
                 check_scheduler_sampling(name, scheduler)
         for name, model in {"prior": prior, "decoder": decoder, "upsampler": upsampler}.items():
-            theirs = None if model is None else model.config.clip_fingerprint
-            if theirs is not None and theirs != clip.identity:
-                raise InputError(f"the {name} was trained with the CLIP {theirs}, this pipeline has {clip.identity}")
+            fingerprint = None if model is None else model.config.clip_fingerprint
+            if fingerprint is not None and fingerprint != clip.identity:
+                raise InputError(
+                    f"the {name} was trained with the CLIP {fingerprint}, this pipeline has {clip.identity}"
+                )
         check_embed_widths(clip, prior, decoder)
         check_text_encoder(decoder, text_encoder)
         if (prior is None or not prior.needs_scheduler) != (prior_scheduler is None):
@@ -339,21 +341,21 @@ def check_embed_widths(clip: AnyCLIP, prior: AnyPrior | None, decoder: AnyDecode
     """Refuse stages whose embeddings have other dimensions than the CLIP's, or its token states, where they say so."""
     for name, model in {"prior": prior, "decoder": decoder}.items():
         if model is not None and model.config.embed_dim != clip.embed_dim:
-            ours = f"the CLIP's have {clip.embed_dim}"
-            raise InputError(f"the {name}'s embeddings have {model.config.embed_dim} dimensions, {ours}: another CLIP")
+            width = f"the CLIP's have {clip.embed_dim}"
+            raise InputError(f"the {name}'s embeddings have {model.config.embed_dim} dimensions, {width}: another CLIP")
         states = None if model is None else model.states_width
         if states is not None and clip.reads_captions and states != clip.text_width:
-            ours = f"the CLIP's have {clip.text_width}"
-            raise InputError(f"the {name} reads token states of {states} dimensions, {ours}: another CLIP")
+            width = f"the CLIP's have {clip.text_width}"
+            raise InputError(f"the {name} reads token states of {states} dimensions, {width}: another CLIP")
 
 
 def check_text_encoder(decoder: AnyDecoder, text_encoder: AnyTextEncoder | None) -> None:
     """Refuse another text encoder than the decoder was trained with, one that it does not read, or none."""
-    theirs = decoder.config.get("text_encoder_fingerprint")
-    ours = None if text_encoder is None else text_encoder.identity
-    if ours != theirs:
-        wanted = f"captions from the text encoder {theirs}" if theirs else "no text encoder's captions"
-        raise InputError(f"the decoder was trained with {wanted}, this pipeline has {ours or 'no text encoder'}")
+    expected = decoder.config.get("text_encoder_fingerprint")
+    identity = None if text_encoder is None else text_encoder.identity
+    if identity != expected:
+        captions = f"captions from the text encoder {expected}" if expected else "no text encoder's captions"
+        raise InputError(f"the decoder was trained with {captions}, this pipeline has {identity or 'no text encoder'}")
 
 
 def check_step_count(name: str, steps: int, scheduler: SchedulerMixin) -> None:

@@ -1,8 +1,8 @@
-"""Compute what CLIP and the autoencoder say of every picture and caption, once, for priors and decoders to train from.
+"""Encode every picture and caption once, by CLIP and the autoencoder, for priors and decoders to train from.
 
 accelerate launch training/cache_data.py configs/emoji/cache.yaml data.path=data/emoji
 
-Stopping is harmless: the same command keeps the shards that are whole and makes the others.
+It can be stopped: the same command keeps the whole shards and makes the others.
 """
 
 import sys
@@ -16,13 +16,13 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from t2i.training.common.encodings import (
+from t2i.training.common.cache_freshness import (
     build_autoencoder_facts,
     build_clip_facts,
     build_text_encoder_facts,
     digest_stored_files,
-    encode_tokens,
 )
+from t2i.training.common.encodings import encode_tokens
 from t2i.training.common.entry import run
 from t2i.training.common.loop import build_accelerator
 from t2i.training.common.state import lock_folder
@@ -67,15 +67,16 @@ class Config:
     output: str = "???"  # folder of the cache
     clip: str | None = None  # folder of a trained CLIP, or a public one; null caches latents alone
     autoencoder: str | None = None  # folder of a trained autoencoder, or a diffusers VAE; null caches no latents
-    text: bool = True  # captions too: priors need them, and decoders that read captions
-    text_encoder: str | None = None  # its states too, for decoders that read captions through it; as they name it
-    text_encoder_tokens: int = 128  # both as in the decoder's configuration
+    text: bool = True  # encode captions too, for priors and for decoders that read captions
+    # A text encoder to encode captions too, for decoders that read them through it; as in their configuration
+    text_encoder: str | None = None
+    text_encoder_tokens: int = 128
     text_encoder_dtype: str = "float32"
-    variations: int = 1  # captions of a picture: what the first draws give
+    variations: int = 1  # captions of a picture, from the first draws
     batch_size: int = 64  # pictures or captions at a time, per process
     shard_size: int = 4096  # pictures in a file
-    dtype: str = "float16"  # of latents and token states, or float32; embeddings are float32
-    mixed_precision: str = "no"  # exact; else as in training: fp16, bf16 or auto
+    dtype: str = "float16"  # of latents and token states; or float32, which embeddings always are
+    mixed_precision: str = "no"  # or as in training: fp16, bf16 or auto
     data: DataConfig = field(default_factory=DataConfig)
 
     def __post_init__(self) -> None:
@@ -95,9 +96,11 @@ class Config:
 
 @dataclass(frozen=True, order=True)
 class CacheShard:
+    """A file of the cache: the pictures from `first` to `end` (exclusive) of a split."""
+
     split: str
     number: int
-    first: int  # index of its first picture
+    first: int
     end: int
 
     def path(self, folder: Path) -> Path:
@@ -109,6 +112,7 @@ def main(config: Config) -> None:
     folder = Path(config.output)
     check_writable_folder(folder)
     datasets = open_datasets(config.data)
+    # The frozen models
     clip, autoencoder, text_encoder = None, None, None
     facts: dict[str, ClipFacts | AutoencoderFacts | TextEncoderFacts | None] = {"clip": None, "autoencoder": None}
     if config.clip is not None:
@@ -119,17 +123,17 @@ def main(config: Config) -> None:
         facts["autoencoder"] = build_autoencoder_facts(config.autoencoder, autoencoder)
         check_multiple_of("data.image_size", config.data.image_size, autoencoder.factor)
     if config.text_encoder is not None:
-        settings = (config.text_encoder_tokens, TEXT_DTYPES[config.text_encoder_dtype])
-        text_encoder = load_text_encoder(config.text_encoder, *settings)
+        dtype = TEXT_DTYPES[config.text_encoder_dtype]
+        text_encoder = load_text_encoder(config.text_encoder, config.text_encoder_tokens, dtype)
         if isinstance(text_encoder, MultilingualCLIP):
             raise InputError(
-                f"text_encoder={config.text_encoder!r} says a vector of each caption beside its tokens' states, which "
-                "no cache holds; leave it out: the decoder's run encodes captions in the step"
+                f"text_encoder={config.text_encoder!r} makes a vector for each caption beside its token states, which "
+                "a cache cannot store; leave it out, and the decoder's training encodes captions in the step"
             )
         facts["text_encoder"] = build_text_encoder_facts(text_encoder)
     key = build_cache_key(config, facts, datasets)
     check_cache_key(folder, key)
-
+    # The shards, by all processes
     accelerator = build_accelerator(TrainConfig(output=config.output, mixed_precision=config.mixed_precision))
     with lock_folder(accelerator, folder, "output"):
         if accelerator.is_main_process:
@@ -138,7 +142,7 @@ def main(config: Config) -> None:
             write_json_file(folder / "key.json", key)
             most = max(count_max_captions(dataset) for dataset in datasets.values())
             if (config.text or config.text_encoder) and most > config.variations:
-                print(f"caches {config.variations} of up to {most} captions of a picture; `variations` sets how many")
+                print(f"caching {config.variations} of up to {most} captions of a picture; `variations` sets how many")
         encoder = Encoder(config, accelerator, clip, autoencoder, text_encoder)
         shards = [
             shard
@@ -148,28 +152,29 @@ def main(config: Config) -> None:
         write_missing_shards(folder, datasets, shards, encoder, accelerator)
         if accelerator.is_main_process:
             counts = {split: sum(shard.split == split for shard in shards) for split in datasets}
-            described = {name: fact and asdict(fact) for name, fact in facts.items()}
+            models = {name: None if fact is None else asdict(fact) for name, fact in facts.items()}
             training = [shard.path(folder) for shard in shards if shard.split == "train"]
-            finish_cache(folder, key, described, encoder.compute_shared_tensors(training), counts)
+            finish_cache(folder, key, models, encoder.compute_shared_tensors(training), counts)
             print(format_cache_summary(folder, counts))
 
 
 def build_cache_key(config: Config, facts: dict[str, Any], datasets: dict[str, CaptionedPictures]) -> dict[str, Any]:
-    """All that decides what is in the shards."""
-    key: dict[str, Any] = {name: fact and fact.identity for name, fact in facts.items()}
-    key |= {"data": {split: dataset.compute_digest() for split, dataset in datasets.items()}}
-    key |= {"stored": digest_stored_files(config.clip, config.autoencoder)}
-    key |= {"image_size": config.data.image_size}
-    return key | {
-        name: getattr(config, name) for name in ("text", "variations", "shard_size", "dtype", "mixed_precision")
+    """Return everything that the content of the shards depends on."""
+    models = {name: None if fact is None else fact.identity for name, fact in facts.items()}
+    settings = ("text", "variations", "shard_size", "dtype", "mixed_precision")
+    return {
+        **models,
+        "data": {split: dataset.compute_digest() for split, dataset in datasets.items()},
+        "stored": digest_stored_files(config.clip, config.autoencoder),
+        "image_size": config.data.image_size,
+        **{name: getattr(config, name) for name in settings},
     }
 
 
 def count_max_captions(dataset: CaptionedPictures) -> int:
-    """Captions and keywords of the picture that has most of them."""
-    return max(
-        len(row["captions"]) + len(row["keywords"]) for row in dataset.manifest.iterate_rows("captions", "keywords")
-    )
+    """Return the largest number of captions and keywords that a picture has."""
+    rows = dataset.manifest.iterate_rows("captions", "keywords")
+    return max(len(row["captions"]) + len(row["keywords"]) for row in rows)
 
 
 def divide_split(split: str, count: int, size: int) -> list[CacheShard]:
@@ -183,18 +188,18 @@ def write_missing_shards(
     encoder: "Encoder",
     accelerator: Accelerator,
 ) -> None:
-    """Make the shards that are missing or damaged; the processes take them in turn."""
+    """Make the shards that are missing or damaged; each process makes a part of them."""
     rank, world = accelerator.process_index, accelerator.num_processes
     missing = [shard for shard in shards[rank::world] if not is_shard_intact(shard.path(folder))]
     missing = sorted(gather_object(missing), key=shards.index)
     if missing and accelerator.is_main_process:
-        (folder / "cache.json").unlink(missing_ok=True)  # from here on it is not finished
+        (folder / "cache.json").unlink(missing_ok=True)  # without it, the cache is unfinished
     accelerator.wait_for_everyone()
-    mine = missing[rank::world]
-    images = iterate_image_batches(datasets, mine, encoder.config)
-    total = sum(shard.end - shard.first for shard in mine)
+    assigned = missing[rank::world]
+    images = iterate_image_batches(datasets, assigned, encoder.config)
+    total = sum(shard.end - shard.first for shard in assigned)
     with tqdm(total=total, disable=not accelerator.is_main_process, mininterval=5, desc=folder.name) as bar:
-        for shard in mine:
+        for shard in assigned:
             dataset, pictures = datasets[shard.split], range(shard.first, shard.end)
             tensors = encoder.encode(dataset, pictures, images)
             write_shard(shard.path(folder), tensors)
@@ -203,15 +208,17 @@ def write_missing_shards(
 
 
 def is_shard_intact(path: Path) -> bool:
+    """Return whether a shard is there and undamaged; print what is wrong with a damaged one."""
     if not path.exists() and not path.with_suffix(".json").exists():
         return False
-    if problem := find_shard_damage(path):
+    problem = find_shard_damage(path)
+    if problem is not None:
         print(f"made again: {problem}")
     return problem is None
 
 
 class ImageBatches(Dataset):
-    """Pictures by (split, indices)."""
+    """Pictures, (B, 3, H, W), by (split, indices)."""
 
     def __init__(self, datasets: dict[str, CaptionedPictures]):
         self.datasets = datasets
@@ -224,20 +231,19 @@ class ImageBatches(Dataset):
 def iterate_image_batches(
     datasets: dict[str, CaptionedPictures], shards: list[CacheShard], config: Config
 ) -> Iterator[Tensor]:
-    """The pictures of these shards, (B, 3, H, W) at a time; no batch reaches into the next shard."""
+    """Yield the pictures of these shards, (B, 3, H, W) at a time; no batch extends over two shards."""
     order = [
         (shard.split, range(start, min(start + config.batch_size, shard.end)))
         for shard in shards
         for start in range(shard.first, shard.end, config.batch_size)
     ]
+    workers = config.data.num_workers
     with shorten_worker_errors():
-        yield from DataLoader(
-            ImageBatches(datasets), sampler=order, batch_size=None, num_workers=config.data.num_workers
-        )  # type: ignore[call-overload]
+        yield from DataLoader(ImageBatches(datasets), sampler=order, batch_size=None, num_workers=workers)  # type: ignore
 
 
 class Encoder:
-    """The frozen models and how to cast what they say."""
+    """The frozen models, and the dtypes of their encodings."""
 
     def __init__(
         self,
@@ -254,7 +260,7 @@ class Encoder:
         self.dtype = CACHE_DTYPES[config.dtype]
 
     def encode(self, dataset: CaptionedPictures, pictures: range, images: Iterator[Tensor]) -> dict[str, Tensor]:
-        """The tensors of a shard; `images` goes on with its pictures."""
+        """Return the tensors of a shard. The next items of `images` are the shard's pictures."""
         parts: dict[str, list[Tensor]] = {}
         for batch in islice(images, -(-len(pictures) // self.config.batch_size)):
             with self.accelerator.autocast():
@@ -272,13 +278,14 @@ class Encoder:
         return tensors
 
     def encode_captions(self, dataset: CaptionedPictures, pictures: range) -> dict[str, Tensor]:
-        known: dict[str, int] = {}  # each caption once
-        choice = [
-            [known.setdefault(dataset.get_caption(index, draw), len(known)) for draw in range(self.config.variations)]
-            for index in pictures
-        ]
-        captions, size = list(known), self.config.batch_size
-        batches = [captions[first : first + size] for first in range(0, len(captions), size)]
+        """Encode the captions of a shard's pictures, equal captions once; see `t2i.data.cache` for the format."""
+        numbers: dict[str, int] = {}  # by caption
+        choice = []
+        for index in pictures:
+            captions = [dataset.get_caption(index, draw) for draw in range(self.config.variations)]
+            choice.append([numbers.setdefault(caption, len(numbers)) for caption in captions])
+        different, size = list(numbers), self.config.batch_size
+        batches = [different[first : first + size] for first in range(0, len(different), size)]
         tensors = {"choice": torch.tensor(choice)}
         if self.clip is not None and self.config.text:
             embeds: list[Tensor] = []
@@ -286,43 +293,42 @@ class Encoder:
             tensors["text_embeds"] = torch.cat(embeds)
         if self.text_encoder is not None:
             with torch.autocast(self.accelerator.device.type, enabled=False):
-                tensors |= self.concatenate_states(
-                    "text_encoder", (encode_tokens(self.text_encoder, batch) for batch in batches)
-                )
+                tokens = (encode_tokens(self.text_encoder, batch) for batch in batches)
+                tensors |= self.concatenate_states("text_encoder", tokens)
         return tensors
 
     def encode_clip_captions(
         self, clip: CLIP, batches: list[list[str]], embeds: list[Tensor]
     ) -> Iterator[TextEncoding]:
-        """What CLIP says of the captions; of each batch the embedding is added to `embeds`."""
+        """Yield the encoding of each batch of captions by CLIP, and append its embeddings to `embeds`."""
         for batch in batches:
             with self.accelerator.autocast():
                 text = clip.encode_text(batch)
             embeds.append(text.embedding.float().cpu())
             yield text
 
-    def concatenate_states(self, of: str, texts: Iterable[TextEncoding | TokenStates]) -> dict[str, Tensor]:
-        """The token states of captions, without padding, and where each caption's are."""
+    def concatenate_states(self, name: str, texts: Iterable[TextEncoding | TokenStates]) -> dict[str, Tensor]:
+        """Return the token states of captions end to end, without padding, and the offsets of the captions."""
         states, lengths = [], []
         for text in texts:
             tokens, counts = strip_padding(text)
             states.append(tokens.to("cpu", self.dtype))
             lengths += counts.tolist()
-        return {f"{of}_states": torch.cat(states), f"{of}_offsets": compute_offsets(lengths)}
+        return {f"{name}_states": torch.cat(states), f"{name}_offsets": compute_offsets(lengths)}
 
     def compute_shared_tensors(self, shards: list[Path]) -> dict[str, Tensor]:
-        """Statistics of the training split, and the encoding of the empty caption."""
+        """Return the statistics of z_i in the training split, and the encoding of the empty caption."""
         if self.clip is None:
             return {}
         mean, std = compute_statistics(open_tensors(path)["image_embeds"] for path in shards)
-        nothing = self.clip.encode_text([""])
-        null = {"null_embedding": nothing.embedding.float().cpu(), "null_states": nothing.states.float().cpu()}
+        empty = self.clip.encode_text([""])
+        null = {"null_embedding": empty.embedding.float().cpu(), "null_states": empty.states.float().cpu()}
         return {"mean": mean, "std": std, **null}
 
 
 def format_cache_summary(folder: Path, counts: dict[str, int]) -> str:
-    found = ", ".join(f"{len(CachedPairs(folder, split))} pictures of {split}" for split in counts)
-    return f"{folder}: {found}; {sum(path.stat().st_size for path in folder.iterdir()) / 1e6:.1f} MB"
+    pictures = ", ".join(f"{len(CachedPairs(folder, split))} pictures of {split}" for split in counts)
+    return f"{folder}: {pictures}; {sum(path.stat().st_size for path in folder.iterdir()) / 1e6:.1f} MB"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Train the autoencoder between pictures and latents, if asked against a discriminator: docs/autoencoder.md.
+"""Train an autoencoder between pictures and latents, alone or against a discriminator (docs/autoencoder.md).
 
 accelerate launch training/train_autoencoder.py configs/emoji/autoencoder.yaml train.steps=1000
 """
@@ -34,26 +34,28 @@ from t2i.networks.discriminator import (
 )
 from t2i.networks.perceptual import PerceptualDistance
 
-MAX_MEASURED_IMAGES = 4096  # pictures that set the scale of the latents, at most
+MAX_MEASURED_IMAGES = 4096  # pictures encoded for the mean and std of the latents
 
 
 @dataclass
 class Config:
-    model: dict[str, Any] = field(default_factory=dict)  # arguments of t2i.autoencoder.Autoencoder
-    init: str | None = None  # folder of a trained autoencoder to start from, instead of random weights;
-    # or a diffusers VAE: a folder or a hub name
-    freeze_encoder: bool = False  # train the way back to pictures alone: latents, and all that was trained on
-    # them, stay valid. With init
+    model: dict[str, Any] = field(default_factory=dict)  # arguments of t2i.networks.autoencoder.Autoencoder
+    # Folder of a trained autoencoder to start from, instead of random weights; or the folder or hub name of a diffusers
+    # VAE.
+    init: str | None = None
+    freeze_encoder: bool = False  # train the decoder alone, with init; latents, and all models of them, stay valid
     kl_weight: float = 1e-3  # of the divergence from N(0, 1), in nats per pixel value
-    perceptual_weight: float = 0.0  # of the distance in a frozen CLIP's features, beside that of the pixels
-    perceptual_clip: str | None = None  # folder of a trained CLIP or a public one, for these features
-    adversarial_weight: float = 0.0  # of the discriminator's verdict, beside what the reconstruction lacks; that is,
-    adversarial_fixed: bool = False  # times the ratio of both gradients at the last layer; or as it is
-    adversarial_start: int = 0  # step from which the verdict counts; the discriminator learns from the first
+    perceptual_weight: float = 0.0  # of the distance in a frozen CLIP's features, added to that of the pixels
+    perceptual_clip: str | None = None  # folder of a trained CLIP, or a public one, for these features
+    # Weight of the discriminator's verdict: relative to the reconstruction loss, by the ratio of both gradients at the
+    # last layer; or, with adversarial_fixed, as it is.
+    adversarial_weight: float = 0.0
+    adversarial_fixed: bool = False
+    adversarial_start: int = 0  # step from which the verdict counts; the discriminator learns from step 0
     discriminator: dict[str, Any] = field(default_factory=dict)  # arguments of t2i.discriminator.Discriminator
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    sample: SampleConfig = field(default_factory=SampleConfig)  # what is drawn every train.sample_every steps
+    sample: SampleConfig = field(default_factory=SampleConfig)  # previews, every train.sample_every steps
 
     def __post_init__(self) -> None:
         check_range("kl_weight", self.kl_weight, 0, 1e6)
@@ -61,29 +63,27 @@ class Config:
         check_range("adversarial_weight", self.adversarial_weight, 0, 1e6)
         check_range("adversarial_start", self.adversarial_start, 0, 10**9)
         if self.freeze_encoder and self.init is None:
-            raise InputError("freeze_encoder=true needs init: a random encoder has nothing to keep")
+            raise InputError("freeze_encoder=true needs init, a trained autoencoder")
         if self.perceptual_weight and self.perceptual_clip is None:
             raise InputError(
                 f"perceptual_weight={self.perceptual_weight:g} needs perceptual_clip, such as runs/emoji/clip"
             )
         if self.adversarial_weight and not self.adversarial_fixed and self.train.compile:
-            raise InputError(
-                "train.compile=true knows one gradient a step; adversarial_weight takes three without "
-                "adversarial_fixed=true"
-            )
+            # The adaptive weight takes three gradients a step; a compiled model takes only one.
+            raise InputError("train.compile=true with adversarial_weight needs adversarial_fixed=true")
 
 
 class ReconstructionLoss:
-    """L1, KL divergence, perceptual distance, and a discriminator's verdict: as VQGAN and latent diffusion are trained.
+    """The loss of VQGAN and latent diffusion: L1, KL divergence, perceptual distance, and a discriminator's verdict.
 
-    See Rombach et al. 2022, equation 25, with L1 instead of its likelihood.
+    Rombach et al. 2022, equation 25, with L1 as the reconstruction loss.
     """
 
     def __init__(
         self, config: Config, autoencoder: Autoencoder, perceptual: PerceptualDistance | None, critic: Critic | None
     ):
         self.config, self.perceptual, self.critic = config, perceptual, critic
-        self.discriminator = critic and critic.model  # bare
+        self.discriminator = None if critic is None else critic.model  # bare: `fit` wraps the critic's
         self.last_layer = autoencoder.coder.decoder.conv_out.weight
 
     def __call__(self, model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -96,13 +96,13 @@ class ReconstructionLoss:
             metrics["perceptual"] = self.perceptual(reconstruction, batch.image).mean()
             likeness = likeness + self.config.perceptual_weight * metrics["perceptual"]
         metrics["loss"] = likeness + self.config.kl_weight * kl.float().mean()
-        if self.critic is not None and torch.is_grad_enabled():  # the game is over where nobody learns
+        if self.critic is not None and torch.is_grad_enabled():  # not in validation
             metrics |= self.compute_adversarial_terms(likeness, reconstruction, batch.image)
             metrics["loss"] = metrics["loss"] + metrics["adversarial_weight"] * metrics["adversarial"]
         return metrics
 
     def compute_adversarial_terms(self, likeness: Tensor, reconstruction: Tensor, image: Tensor) -> dict[str, Tensor]:
-        """The discriminator's loss, the autoencoder's against it, and the weight of the latter."""
+        """Return the discriminator's loss, the autoencoder's adversarial loss, and the weight of the latter."""
         assert self.critic is not None and self.discriminator is not None
         logits = self.critic.model(torch.cat([image, reconstruction.detach()]))
         metrics = {"critic_loss": compute_hinge_loss(*logits.chunk(2))}
@@ -119,6 +119,7 @@ def main(config: Config) -> None:
     datasets = open_datasets(config.data)
     dataset, held_out = datasets["train"], datasets.get("held_out")
     accelerator = build_accelerator(config.train)
+    # The model
     made_from = {"data": dataset.compute_digest()}
     if config.init is None:
         autoencoder = build_or_explain(Autoencoder, "model", config.model)
@@ -129,6 +130,7 @@ def main(config: Config) -> None:
     check_multiple_of("data.image_size", config.data.image_size, autoencoder.factor)
     if config.freeze_encoder:
         autoencoder.freeze_encoder()
+    # The loss
     critic = Critic(build_discriminator(config), ADAM_BETAS) if config.adversarial_weight else None
     perceptual = None
     if config.perceptual_weight:
@@ -148,18 +150,19 @@ def main(config: Config) -> None:
     def preview(average: torch.nn.Module) -> dict[str, Image]:
         return {"reconstructions": draw_autoencoder_preview(average, records.image)} if records else {}
 
-    workers = config.data.num_workers
-    stage = Stage(autoencoder, loss, dataset, export, made_from, asdict(config), workers, held_out, preview, critic)
+    num_workers = config.data.num_workers
+    stage = Stage(autoencoder, loss, dataset, export, made_from, asdict(config), num_workers, held_out, preview, critic)
     fit(accelerator, stage, config.train)
 
 
 def build_discriminator(config: Config) -> Discriminator:
-    """Raises InputError for arguments that make none, and pictures that are smaller than a patch."""
+    """Build the discriminator. Raises InputError for bad arguments, and for pictures smaller than a patch."""
     discriminator = build_or_explain(Discriminator, "discriminator", config.discriminator)
-    if config.data.image_size < (smallest := discriminator.min_image_size):
+    smallest = discriminator.min_image_size
+    if config.data.image_size < smallest:
         raise InputError(
-            f"data.image_size={config.data.image_size} gives this discriminator no patch; at least {smallest}, or a "
-            "smaller discriminator.depth"
+            f"data.image_size={config.data.image_size} is smaller than a patch of this discriminator; use at least "
+            f"{smallest}, or a smaller discriminator.depth"
         )
     return discriminator.to(memory_format=torch.channels_last)
 

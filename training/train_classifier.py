@@ -28,18 +28,18 @@ from t2i.diffusion.process import build_noise_scheduler
 from t2i.files.model_folder import save_model_folder
 from t2i.networks.classifier import LatentClassifier, compute_noise_level
 
-ACCURACY_LEVELS = 4  # parts of the schedule that the accuracy is logged of
+ACCURACY_LEVELS = 4  # parts of the noise schedule whose accuracies are logged
 
 
 @dataclass
 class Config:
-    clip: str = "???"  # folder of a trained CLIP, or a public one, as the decoder's
-    autoencoder: str = "???"  # folder of a trained autoencoder, or a diffusers VAE, as the decoder's
-    cache: str | None = None  # folder that `t2i data cache` wrote; without one, pictures are encoded in every step
+    clip: str = "???"  # folder of a trained CLIP, or a public one; the same as the decoder's
+    autoencoder: str = "???"  # folder of a trained autoencoder, or a diffusers VAE; the same as the decoder's
+    cache: str | None = None  # folder that `t2i data cache` wrote; null encodes pictures in every step
     model: dict[str, Any] = field(default_factory=dict)  # widths, depth, ... of t2i.classifier.LatentClassifier
     scheduler: dict[str, Any] = field(default_factory=dict)  # arguments of diffusers' DDIMScheduler
-    embedding_weight: float = 1.0  # of 1 - cosine to z_i, beside the cross-entropy; 0 trains the classes alone
-    data: DataConfig = field(default_factory=DataConfig)  # its labels lie beside the manifest
+    embedding_weight: float = 1.0  # of 1 - cosine to z_i, added to the cross-entropy; 0 trains the classes alone
+    data: DataConfig = field(default_factory=DataConfig)  # with labels.parquet beside the manifest
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
@@ -48,7 +48,7 @@ class Config:
 
 
 class LabelledDataset(Dataset):
-    """A data set that gives whole batches, pictures or cached encodings, with a class for each sample."""
+    """Pictures or cached encodings, in whole batches, with a class for each sample."""
 
     def __init__(self, dataset: Any, labels: Labels):
         self.dataset, self.numbers = dataset, labels.find_classes(dataset)
@@ -58,13 +58,15 @@ class LabelledDataset(Dataset):
 
     def __getitems__(self, keys: list[SampleIndex]) -> Batch:
         batch = self.dataset.__getitems__(keys)
-        return replace(batch, labels=self.numbers[batch.index])  # of the sample that was read, if another stands in
+        return replace(
+            batch, labels=self.numbers[batch.index]
+        )  # of the samples that were read, which may replace bad ones
 
     def sample_key(self, index: int) -> str:
         return self.dataset.sample_key(index)
 
     def digest_labels(self, classes: list[str]) -> str:
-        """16 hexadecimal digits for the class of every sample."""
+        """Return 16 hexadecimal digits of the class of every sample."""
         content = json.dumps([classes, self.numbers.tolist()])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
@@ -98,30 +100,33 @@ def build_stage(config: Config, source: EncodingSource, labels: Labels, device: 
         batch = source.encode(batch)
         assert batch.latents is not None and batch.image_embeds is not None and batch.labels is not None
         x, count = batch.latents.float(), len(batch.index)
-        # One timestep from each of as many parts of the schedule as there are samples: every batch has every level.
-        share = (torch.arange(count, device=x.device) + torch.rand(count, device=x.device)) / count
+        # One timestep from each of `count` equal parts of the schedule, so that every batch has every noise level
+        fraction = (torch.arange(count, device=x.device) + torch.rand(count, device=x.device)) / count
         steps = scheduler.config.num_train_timesteps
-        t = (share * steps).long().clamp(max=steps - 1)
+        t = (fraction * steps).long().clamp(max=steps - 1)
         noisy = scheduler.add_noise(x, torch.randn_like(x), t)
         logits, embedding = model(noisy, compute_noise_level(scheduler, t, x))
         entropy = F.cross_entropy(logits.float(), batch.labels)
         cosine = F.cosine_similarity(embedding.float(), batch.image_embeds).mean()
-        right = (logits.argmax(dim=1) == batch.labels).float()
+        correct = (logits.argmax(dim=1) == batch.labels).float()
         metrics = {"loss": entropy + config.embedding_weight * (1 - cosine), "cross_entropy": entropy.detach()}
-        metrics |= {"accuracy": right.mean(), "cosine": cosine.detach()}
-        return metrics | compute_level_accuracies(right)
+        metrics |= {"accuracy": correct.mean(), "cosine": cosine.detach()}
+        return metrics | compute_level_accuracies(correct)
 
     def export(average: torch.nn.Module) -> None:
         save_model_folder(average, Path(config.train.output))
         save_model_folder(scheduler, Path(config.train.output), "scheduler")
 
-    workers = config.data.num_workers
-    return Stage(classifier, loss, dataset, export, made_from, asdict(config), workers, validation)
+    num_workers = config.data.num_workers
+    return Stage(classifier, loss, dataset, export, made_from, asdict(config), num_workers, validation)
 
 
-def compute_level_accuracies(right: Tensor) -> dict[str, Tensor]:
-    """(B,), by rising noise -> the mean of each part of the schedule that has samples; 1 is the part of least noise."""
-    parts = right.tensor_split(ACCURACY_LEVELS)
+def compute_level_accuracies(correct: Tensor) -> dict[str, Tensor]:
+    """Return the accuracy of each part of the schedule that has samples; part 1 has the least noise.
+
+    correct: (B,), 1 for samples whose class was found, sorted by rising noise.
+    """
+    parts = correct.tensor_split(ACCURACY_LEVELS)
     return {f"accuracy_level_{i}": part.mean() for i, part in enumerate(parts, 1) if len(part)}
 
 

@@ -1,4 +1,4 @@
-"""Train the CLIP pair on captioned pictures.
+"""Train CLIP, an image encoder and a text encoder, on captioned pictures.
 
 accelerate launch training/train_clip.py configs/emoji/clip.yaml train.steps=1000
 """
@@ -27,28 +27,27 @@ from t2i.interop.by_name import load_clip
 from t2i.networks.clip import CLIP, DEFAULT_RESIZING
 from t2i.networks.tokenizer import CaptionTokenizer
 
-TEXT_CFG_LIMITS = {
-    "vocab_size": (300, 1_000_000),
-    "context_length": (3, 1024),
-}  # 256 bytes, special tokens, and some words
+# A vocabulary has 256 bytes and special tokens before it has a word.
+TEXT_CFG_LIMITS = {"vocab_size": (300, 1_000_000), "context_length": (3, 1024)}
 
 
 @dataclass
 class Config:
     model: dict[str, Any] = field(default_factory=dict)  # open_clip's configuration; vocab_size is an upper bound
-    init: str | None = None  # folder of a trained CLIP to start from, instead of random weights;
-    # or a public one: ViT-L-14:laion2b_s32b_b82k, hf-hub:name, local-dir:path
+    # Folder of a trained CLIP to start from, instead of random weights; or a public one: ViT-L-14:laion2b_s32b_b82k,
+    # hf-hub:name, local-dir:path
+    init: str | None = None
     preprocess: dict[str, Any] = field(default_factory=dict)  # size, mean, std
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    sample: SampleConfig = field(default_factory=SampleConfig)  # what is drawn every train.sample_every steps
+    sample: SampleConfig = field(default_factory=SampleConfig)  # previews, every train.sample_every steps
 
     def __post_init__(self) -> None:
         if unknown := set(self.preprocess) - {"size", "mean", "std", *DEFAULT_RESIZING}:
             raise InputError(
                 f"preprocess has no {', '.join(sorted(unknown))}; it has size, mean, std, {', '.join(DEFAULT_RESIZING)}"
             )
-        if self.init is not None:  # the model's own
+        if self.init is not None:  # the model has its own
             return
         check_required_keys("model", self.model, ("embed_dim", "vision_cfg", "text_cfg"))
         check_required_keys("model.text_cfg", self.model["text_cfg"], ("vocab_size", "context_length"))
@@ -61,8 +60,9 @@ def main(config: Config) -> None:
     datasets = open_datasets(config.data)
     dataset, held_out = datasets["train"], datasets.get("held_out")
     accelerator = build_accelerator(config.train)
-    if accelerator.distributed_type == DistributedType.FSDP:  # which cannot split one number, the scale of the logits
-        raise InputError("CLIP does not train under FSDP; use several whole copies, configs/accelerate/gpus.yaml")
+    if accelerator.distributed_type == DistributedType.FSDP:  # it cannot shard a single number, the scale of the logits
+        raise InputError("CLIP cannot be trained under FSDP; use configs/accelerate/gpus.yaml (DDP)")
+    # The model and its tokenizer
     made_from = {"data": dataset.compute_digest()}
     if config.init is None:
         text = config.model["text_cfg"]
@@ -71,14 +71,13 @@ def main(config: Config) -> None:
         clip = build_or_explain(CLIP, "model", {"model": config.model, "preprocess": config.preprocess})
         made_from["vocabulary"] = tokenizer.digest()
     else:
-        config.model.get("text_cfg", {}).pop("vocab_size", None)  # an upper bound; the vocabulary is the model's own
+        config.model.get("text_cfg", {}).pop("vocab_size", None)  # an upper bound for new ones; the model has its own
         clip = load_init_model(load_clip, config.init, {"model": config.model, "preprocess": config.preprocess})
         if not isinstance(clip, CLIP):
-            raise InputError(
-                f"init={config.init!r} is the CLIP of a public pipeline, which only draws; it is not trained"
-            )
+            raise InputError(f"init={config.init!r} is the CLIP of a public pipeline, which cannot be trained here")
         tokenizer, made_from["init"] = clip.tokenizer, compute_weights_fingerprint(clip)
-        clip.register_to_config(fingerprint=None, rounded=False)  # training makes it another CLIP
+        clip.register_to_config(fingerprint=None, rounded=False)  # training changes the identity
+    # Negatives come from all processes
     contrastive_loss = ClipLoss(
         local_loss=True,
         gather_with_grad=True,
@@ -89,8 +88,8 @@ def main(config: Config) -> None:
     def loss(model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         z_i, z_t, scale = model(batch.image, tokenizer(batch.captions).to(accelerator.device))
         z_i, z_t = z_i.float(), z_t.float()
-        found = (z_t @ z_i.T).argmax(dim=1) == torch.arange(len(z_t), device=z_t.device)
-        return {"loss": contrastive_loss(z_i, z_t, scale), "found": found.float().mean(), "scale": scale}
+        nearest = (z_t @ z_i.T).argmax(dim=1) == torch.arange(len(z_t), device=z_t.device)
+        return {"loss": contrastive_loss(z_i, z_t, scale), "found": nearest.float().mean(), "scale": scale}
 
     def export(average: torch.nn.Module) -> None:
         average.tokenizer = tokenizer
@@ -103,8 +102,8 @@ def main(config: Config) -> None:
         average.tokenizer = tokenizer
         return {"similarity": draw_clip_preview(average, records.image, records.captions)} if records else {}
 
-    workers = config.data.num_workers
-    stage = Stage(clip, loss, dataset, export, made_from, asdict(config), workers, held_out, preview)
+    num_workers = config.data.num_workers
+    stage = Stage(clip, loss, dataset, export, made_from, asdict(config), num_workers, held_out, preview)
     fit(accelerator, stage, config.train)
 
 

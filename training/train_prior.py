@@ -1,12 +1,11 @@
-"""Train a prior: a caption's encoding -> image embedding.
+"""Train a prior: from the encoding of a caption to an image embedding.
 
 accelerate launch training/train_prior.py configs/emoji/prior.yaml train.steps=1000
 
-`architecture` says which: diffusion, autoregressive, or a regression (linear, mlp) as a baseline.
+`architecture` is diffusion, autoregressive, or a regression (linear, mlp) as a baseline.
 """
 
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -45,7 +44,6 @@ ARCHITECTURES: dict[str, Any] = {
     "linear": RegressionPrior,
     "mlp": RegressionPrior,
 }
-
 OPTION_ARCHITECTURES = {
     "caption_dropout": ("diffusion", "autoregressive"),
     "scheduler": ("diffusion",),
@@ -61,30 +59,29 @@ OPTION_ARCHITECTURES = {
 
 @dataclass
 class Config:
-    clip: str = (
-        "???"  # folder of a trained CLIP, or a public one: ViT-L-14:laion2b_s32b_b82k, hf-hub:name, local-dir:path
-    )
-    cache: str | None = None  # folder that `t2i data cache` wrote; without one, pictures are encoded in every step
+    # Folder of a trained CLIP, or a public one: ViT-L-14:laion2b_s32b_b82k, hf-hub:name, local-dir:path
+    clip: str = "???"
+    cache: str | None = None  # folder that `t2i data cache` wrote; null encodes pictures in every step
     architecture: str = "diffusion"  # or autoregressive, linear, mlp
-    model: dict[str, Any] = field(default_factory=dict)  # arguments of that prior in t2i, but for what CLIP tells
-    # Folder of a trained prior to start from, instead of random weights; or Karlo's or Kandinsky's, by the folder or
-    # hub name of the pipeline.
+    model: dict[str, Any] = field(default_factory=dict)  # arguments of the prior's class, but for those CLIP decides
+    # Folder of a trained prior to start from, instead of random weights; or the folder or hub name of a public
+    # pipeline, Karlo's or Kandinsky's.
     init: str | None = None
-    lora: LoraConfig | None = None  # train adapters of this rank on `init`, not its weights: rank, alpha, targets
-    caption_dropout: float = 0.1  # of diffusion and autoregressive, whose guidance needs it
-    # of diffusion
-    scheduler: dict[str, Any] = field(default_factory=dict)  # arguments of diffusers' DDIMScheduler; else as of `init`
+    lora: LoraConfig | None = None  # train adapters on `init` instead of its weights: rank, alpha, targets
+    caption_dropout: float = 0.1  # of diffusion and autoregressive priors; guidance needs it
+    # Diffusion only
+    scheduler: dict[str, Any] = field(default_factory=dict)  # arguments of DDIMScheduler; the rest is as in `init`
     timestep_shift: float = 1.0  # above 1, high noise is drawn more often
-    loss_weighting: str = "none"  # or min_snr, which lets the steps of low noise count less
+    loss_weighting: str = "none"  # or min_snr, which gives timesteps of low noise less weight
     min_snr_gamma: float = 5.0
-    # of autoregressive
-    explained_variance: float = 0.99  # of z_i, by the components that are drawn, unless model.components says how many
-    regression: str | None = None  # folder of a trained linear or mlp prior that it starts from
-    label_smoothing: float = 0.0  # standard deviation, in buckets, of the target around the true one
-    code_noise: float = 0.0  # standard deviation, in ranges of a component, of noise on the codes that are read
+    # Autoregressive only
+    explained_variance: float = 0.99  # of z_i, by its principal components, unless model.components is given
+    regression: str | None = None  # folder of a trained linear or mlp prior, whose output the codes are relative to
+    label_smoothing: float = 0.0  # standard deviation, in buckets, of the target around the true bucket
+    code_noise: float = 0.0  # standard deviation of noise on the input codes, as a fraction of all buckets
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    sample: SampleConfig = field(default_factory=SampleConfig)  # what is drawn every train.sample_every steps
+    sample: SampleConfig = field(default_factory=SampleConfig)  # previews, every train.sample_every steps
 
     def __post_init__(self) -> None:
         check_choice("architecture", self.architecture, tuple(ARCHITECTURES))
@@ -95,15 +92,13 @@ class Config:
         check_range("label_smoothing", self.label_smoothing, 0, 100)
         check_range("code_noise", self.code_noise, 0, 1)
         for name, architectures in OPTION_ARCHITECTURES.items():
-            usual = getattr(Config, name, {})  # a factory leaves no attribute
-            if self.architecture not in architectures and getattr(self, name) != usual:
-                whose = " and ".join(architectures)
-                raise InputError(
-                    f"{name} is of the {whose} prior, but architecture is {self.architecture}; leave it out"
-                )
+            default = getattr(Config, name, {})  # `scheduler` has a factory, which leaves no class attribute
+            if self.architecture not in architectures and getattr(self, name) != default:
+                allowed = " or ".join(architectures)
+                raise InputError(f"{name} needs architecture={allowed}, got {self.architecture}; leave it out")
         if self.regression is not None and self.init is not None:
             raise InputError(
-                f"regression={self.regression!r} is for new weights, init={self.init!r} has its own; give one"
+                f"regression={self.regression!r} is for new weights, but init={self.init!r} is given; give one of them"
             )
         check_loss_weighting(build_noise_scheduler(self.scheduler), self.loss_weighting)
         check_lora_init(self.lora, self.init)
@@ -119,35 +114,33 @@ def main(config: Config) -> None:
 
 def build_stage(config: Config, source: EncodingSource, device: torch.device) -> Stage:
     source.to(device)
-    diffusion, made_from, public, scheduler = config.architecture == "diffusion", dict(source.made_from), None, None
-    if not diffusion and not source.clip.unit_length:
+    is_diffusion, output = config.architecture == "diffusion", Path(config.train.output)
+    if not is_diffusion and not source.clip.unit_length:
         raise InputError(
-            f"architecture={config.architecture} draws embeddings of unit length, those of clip={config.clip!r} have "
-            "other lengths; take diffusion"
+            f"architecture={config.architecture} needs embeddings of unit length, which clip={config.clip!r} does not "
+            "make; use diffusion"
         )
-    if diffusion:
+    # The noise schedule
+    public = scheduler = None
+    if is_diffusion:
         public = None if config.init is None else find_public_part(config.init, ("prior",))
-        scheduler = resolve_init_scheduler(
-            config.init, config.scheduler, public and public.source.find_folder("prior_scheduler")
-        )
+        public_scheduler = None if public is None else public.source.find_folder("prior_scheduler")
+        scheduler = resolve_init_scheduler(config.init, config.scheduler, public_scheduler)
         check_loss_weighting(scheduler, config.loss_weighting)
+    # The model
+    made_from = dict(source.made_from)
     if config.init is None:
         prior = build_prior(config, source)
         if config.regression is not None:
             made_from["regression"] = compute_weights_fingerprint(prior.regressor)
-    else:  # its null and its scale are part of what it learned
-        load: Callable[[str], Any] = partial(load_model, ARCHITECTURES[config.architecture])
-        if public is not None:
-            load = partial(load_public_prior, public, source)
-        prior = load_init_model(
-            load, config.init, collect_model_arguments(config), **collect_prior_arguments(config, source.clip)
-        )
+    else:
+        prior = load_init_prior(config, source, public)
         made_from["init"] = compute_weights_fingerprint(prior)
     if config.lora is not None:
         add_adapters(prior, config.lora)
     prior.to(device)
 
-    def loss(model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
+    def loss(model: Module, batch: Batch) -> dict[str, Tensor]:
         batch = source.encode(batch)
         text, z_i = batch.text, batch.image_embeds
         assert text is not None and z_i is not None, "a prior is trained on pairs"
@@ -160,66 +153,84 @@ def build_stage(config: Config, source: EncodingSource, device: torch.device) ->
             case _:
                 return metrics | compute_regression_loss(model, prior, text, z_i)
 
-    def export(average: torch.nn.Module) -> None:
-        export_adapted_model(average, Path(config.train.output))
+    def export(average: Module) -> None:
+        export_adapted_model(average, output)
         if scheduler is not None:
-            save_model_folder(scheduler, Path(config.train.output), "scheduler")
+            save_model_folder(scheduler, output, "scheduler")
 
     preview = None
     if config.train.sample_every:
-        drawn = Preview(config.sample, choose_columns(source, config.sample), source.clip.identity)
-        preview = partial(drawn.preview_prior, scheduler=scheduler)
-    workers, held_out = config.data.num_workers, source.validation
-    return Stage(prior, loss, source.dataset, export, made_from, asdict(config), workers, held_out, preview)
+        previews = Preview(config.sample, choose_columns(source, config.sample), source.clip.identity)
+        preview = partial(previews.preview_prior, scheduler=scheduler)
+    num_workers, held_out = config.data.num_workers, source.validation
+    return Stage(prior, loss, source.dataset, export, made_from, asdict(config), num_workers, held_out, preview)
 
 
 def build_prior(config: Config, source: EncodingSource) -> Any:
-    """With random weights, and the data's null and statistics. Bad arguments are refused before the data are read."""
-    made, needed = collect_model_arguments(config), collect_prior_arguments(config, source.clip)
-    kind = ARCHITECTURES[config.architecture]
+    """Return a prior with random weights, and the null and the statistics of the data.
+
+    Raises InputError for bad arguments, before the data are read.
+    """
+    arguments, needed = collect_model_arguments(config), collect_clip_arguments(config, source.clip)
+    prior_class = ARCHITECTURES[config.architecture]
     if config.architecture in REGRESSION_KINDS:
-        prior = build_or_explain(kind, "model", made, **needed)
+        prior = build_or_explain(prior_class, "model", arguments, **needed)
         prior.set_embed_statistics(*source.compute_statistics())
         return prior
     needed["null_length"] = source.null().states.shape[1]
     if config.architecture == "diffusion":
-        prior = build_or_explain(kind, "model", made, **needed)
+        prior = build_or_explain(prior_class, "model", arguments, **needed)
         prior.set_embed_statistics(source.null(), *source.compute_statistics())
         return prior
+    # An autoregressive prior, perhaps on top of a regression
     regression = None
     if config.regression is not None:
         regression = load_model(RegressionPrior, config.regression)
         check_regression_clip(config.regression, regression, source.clip)
-        made |= {"regression": {name: regression.config[name] for name in ("kind", "width", "depth")}}
-    with torch.device("meta"):
-        build_or_explain(kind, "model", {"components": 1} | made, **needed)
+        arguments |= {"regression": {name: regression.config[name] for name in ("kind", "width", "depth")}}
+    with torch.device("meta"):  # a trial, for bad arguments
+        build_or_explain(prior_class, "model", {"components": 1} | arguments, **needed)
     embeddings = source.collect_embeds()
-    made = {"components": count_principal_components(embeddings, config.explained_variance)} | made
-    prior = build_or_explain(kind, "model", made, **needed)
+    arguments = {"components": count_principal_components(embeddings, config.explained_variance)} | arguments
+    prior = build_or_explain(prior_class, "model", arguments, **needed)
     prior.set_embed_statistics(source.null(), embeddings)
     if regression is not None:
         prior.regressor.load_state_dict(regression.state_dict())
     return prior
 
 
-def load_public_prior(found: PublicPart, source: EncodingSource, init: str) -> Prior:
-    """A public prior; what its null is the source knows, perhaps without the CLIP."""
+def load_init_prior(config: Config, source: EncodingSource, public: PublicPart | None) -> Any:
+    """Return the prior `init`, whose null and statistics belong to its weights; a public one gets the data's null."""
     clip = source.clip
-    return load_trainable_prior(found, CLIPSummary(clip.embed_dim, clip.text_width, clip.unit_length, source.null()))
+
+    def load(init: str) -> Any:
+        if public is None:
+            return load_model(ARCHITECTURES[config.architecture], init)
+        summary = CLIPSummary(clip.embed_dim, clip.text_width, clip.unit_length, source.null())
+        return load_trainable_prior(public, summary)
+
+    settings, needed = collect_model_arguments(config), collect_clip_arguments(config, clip)
+    return load_init_model(load, str(config.init), settings, **needed)
 
 
 def check_regression_clip(folder: str, regression: RegressionPrior, clip: ClipFacts) -> None:
-    theirs = regression.config.clip_fingerprint
-    if theirs is not None and theirs != clip.identity:
-        raise InputError(f"regression={folder!r} was trained with the CLIP {theirs}, this run has {clip.identity}")
+    stored = regression.config.clip_fingerprint
+    if stored is not None and stored != clip.identity:
+        raise InputError(f"regression={folder!r} was trained with the CLIP {stored}, this run has {clip.identity}")
 
 
 def compute_denoising_loss(
     config: Config, model: Module, prior: Prior, scheduler: Any, text: TextEncoding, z_i: Tensor
 ) -> dict[str, Tensor]:
+    """Return the diffusion loss, and the cosine of z_i and its estimate if the prior predicts it directly."""
     condition = drop_condition(text, prior.null(len(text)), config.caption_dropout)
-    weighting = (config.timestep_shift, config.loss_weighting, config.min_snr_gamma)
-    metrics, prediction = compute_diffusion_loss(model, scheduler, prior.scale_image_embeds(z_i), condition, *weighting)
+    weighting: dict[str, Any] = {
+        "shift": config.timestep_shift,
+        "weighting": config.loss_weighting,
+        "gamma": config.min_snr_gamma,
+    }
+    x = prior.scale_image_embeds(z_i)
+    metrics, prediction = compute_diffusion_loss(model, scheduler, x, condition, **weighting)
     if scheduler.config.prediction_type == "sample":
         metrics["cosine"] = F.cosine_similarity(prior.unscale_image_embeds(prediction.detach()), z_i).mean()
     return metrics
@@ -228,24 +239,25 @@ def compute_denoising_loss(
 def compute_autoregressive_loss(
     config: Config, model: Module, prior: AutoregressivePrior, text: TextEncoding, z_i: Tensor
 ) -> dict[str, Tensor]:
-    """Cross-entropy of each code given the true ones before it, in nats a code."""
+    """Return the cross-entropy of each code given the true ones before it, in nats a code."""
     codes = prior.quantise_image_embeds(text.embedding, z_i)
     condition = drop_condition(text, prior.null(len(text)), config.caption_dropout)
-    read = codes
-    if config.code_noise and model.training:  # drawn codes are never as true as those of the data
+    inputs = codes
+    if config.code_noise and model.training:  # in sampling, the codes before are less exact than those of the data
         noise = config.code_noise * prior.config.buckets * torch.randn(codes.shape, device=codes.device)
-        read = (codes + noise.round().long()).clamp(0, prior.config.buckets - 1)
-    logits = model(condition, read).float()
+        inputs = (codes + noise.round().long()).clamp(0, prior.config.buckets - 1)
+    logits = model(condition, inputs).float()
     losses = compute_cross_entropy(logits, codes, config.label_smoothing if model.training else 0.0)
-    return {
-        "loss": losses.mean(),
-        "loss_dot": losses[:, 0].mean().detach(),
-        "loss_first": losses[:, 1:9].mean().detach(),
-    }
+    # Position 0 is the dot product with z_t; after it come the principal components, the largest first.
+    parts = {"loss_dot": losses[:, 0].mean().detach(), "loss_first": losses[:, 1:9].mean().detach()}
+    return {"loss": losses.mean(), **parts}
 
 
 def compute_cross_entropy(logits: Tensor, codes: Tensor, smoothing: float) -> Tensor:
-    """(B, L, buckets), (B, L) -> (B, L); the target is spread over the neighbours of the true bucket."""
+    """Return the cross-entropy of codes, (B, L), from logits (B, L, buckets) and the true codes, (B, L), int64.
+
+    smoothing: standard deviation, in buckets, of a Gaussian target around the true bucket; 0 is that bucket alone.
+    """
     if smoothing == 0:
         return F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="none").view_as(codes)
     distance = (torch.arange(logits.shape[-1], device=codes.device) - codes[..., None]) / smoothing
@@ -255,27 +267,27 @@ def compute_cross_entropy(logits: Tensor, codes: Tensor, smoothing: float) -> Te
 def compute_regression_loss(
     model: Module, prior: RegressionPrior, text: TextEncoding, z_i: Tensor
 ) -> dict[str, Tensor]:
+    """Return the squared error of the scaled z_i, and the cosine of z_i and its prediction."""
     prediction = model(text).float()
     cosine = F.cosine_similarity(prior.unscale_image_embeds(prediction.detach()), z_i).mean()
     return {"loss": F.mse_loss(prediction, prior.scale_image_embeds(z_i)), "cosine": cosine}
 
 
 def collect_model_arguments(config: Config) -> dict[str, Any]:
-    """What the configuration says of the model."""
-    return config.model | ({"kind": config.architecture} if config.architecture in REGRESSION_KINDS else {})
-
-
-def collect_prior_arguments(config: Config, clip: ClipFacts) -> dict[str, Any]:
-    """What a prior takes over from the CLIP that it is trained with."""
-    arguments = {
-        "embed_dim": clip.embed_dim,
-        "text_width": clip.text_width,
-        "clip_fingerprint": clip.identity,
-    }
+    """Return the model's arguments that the configuration decides."""
     if config.architecture in REGRESSION_KINDS:
-        return arguments
-    arguments |= {"context_length": clip.context_length}
-    return arguments | ({"unit_length": clip.unit_length} if config.architecture == "diffusion" else {})
+        return config.model | {"kind": config.architecture}
+    return dict(config.model)
+
+
+def collect_clip_arguments(config: Config, clip: ClipFacts) -> dict[str, Any]:
+    """Return the model's arguments that the CLIP decides."""
+    arguments = {"embed_dim": clip.embed_dim, "text_width": clip.text_width, "clip_fingerprint": clip.identity}
+    if config.architecture not in REGRESSION_KINDS:
+        arguments["context_length"] = clip.context_length
+    if config.architecture == "diffusion":
+        arguments["unit_length"] = clip.unit_length
+    return arguments
 
 
 if __name__ == "__main__":

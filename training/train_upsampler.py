@@ -1,4 +1,4 @@
-"""Train an upsampler: a picture in low resolution -> the picture. It learns on crops.
+"""Train an upsampler, from a picture in low resolution to the picture, on random crops.
 
 accelerate launch training/train_upsampler.py configs/emoji/upsampler.yaml train.steps=1000
 """
@@ -45,17 +45,17 @@ from t2i.sampling.upsampling import sample_upsampler
 
 @dataclass
 class Config:
-    model: dict[str, Any] = field(default_factory=dict)  # arguments of t2i.upsampler.Upsampler, but for what is below
-    factor: int = 4  # the high resolution's side by the low one's: 2 or 4
-    crop_size: int = 256  # pixels of the high resolution that a step sees; data.image_size is the whole picture's
-    cache: str | None = None  # folder that `t2i data cache` wrote with a CLIP: its z_i become a second condition
+    model: dict[str, Any] = field(default_factory=dict)  # arguments of the Upsampler, but for those below
+    factor: int = 4  # side of the high resolution / side of the low resolution: 2 or 4
+    crop_size: int = 256  # pixels along a side, in high resolution; data.image_size is that of whole pictures
+    cache: str | None = None  # folder that `t2i data cache` wrote with a CLIP; its z_i become a second condition
     embedding_dropout: float = 0.1  # of z_i
-    blur_probability: float = 0.5  # of the low resolution, which is not always as sharp as a reduced picture
-    max_blur: float = 0.6  # its standard deviation is drawn up to this, in pixels of the low resolution
+    blur_probability: float = 0.5  # of the low resolution, since decoders draw less sharply than reduced pictures are
+    max_blur: float = 0.6  # largest standard deviation of the blur, in pixels of the low resolution
     init: str | None = None  # folder of a trained upsampler to start from, instead of random weights
     scheduler: dict[str, Any] = field(default_factory=dict)  # arguments of diffusers' DDIMScheduler
     timestep_shift: float = 1.0  # above 1, high noise is drawn more often
-    loss_weighting: str = "none"  # or min_snr, which lets the steps of low noise count less
+    loss_weighting: str = "none"  # or min_snr, which gives timesteps of low noise less weight
     min_snr_gamma: float = 5.0
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -72,7 +72,10 @@ class Config:
 
 
 class RandomCrops(CaptionedPictures):
-    """Random squares of the pictures, a function of the seed and the position in the data; with z_i, if given."""
+    """Random squares of the pictures, with z_i of the whole pictures if there is a cache.
+
+    The squares are a function of the seed and the position in the data.
+    """
 
     def __init__(self, config: Config, split: str = "train", manifest: Manifest | None = None):
         super().__init__(config.data, split, manifest)
@@ -81,22 +84,22 @@ class RandomCrops(CaptionedPictures):
             self.embeddings = CachedPairs(config.cache, split, latents=False, text=False)
             if self.embeddings.clip is None or self.embeddings.made_from["data"].get(split) != self.compute_digest():
                 raise InputError(
-                    f"the cache {config.cache!r} has no image embeddings of {split} of {config.data.path!r}"
+                    f"the cache {config.cache!r} has no image embeddings of the split {split} of {config.data.path!r}"
                 )
 
     def __getitems__(self, keys: list[SampleIndex]) -> Batch:
         batch = super().__getitems__(keys)
         assert batch.image is not None
-        crops = [self.crop_image(picture, draw) for picture, (_, draw) in zip(batch.image, keys)]
+        crops = [self.crop_image(image, draw) for image, (_, draw) in zip(batch.image, keys)]
         z_i = None
         if self.embeddings is not None:
             z_i = self.embeddings.__getitems__([(index, 0) for index in batch.index.tolist()]).image_embeds
         return replace(batch, image=torch.stack(crops), image_embeds=z_i)
 
-    def crop_image(self, picture: Tensor, draw: int) -> Tensor:
-        rng, room = random.Random(draw), picture.shape[-1] - self.crop_size
-        top, left = rng.randint(0, room), rng.randint(0, room)
-        return picture[:, top : top + self.crop_size, left : left + self.crop_size]
+    def crop_image(self, image: Tensor, draw: int) -> Tensor:
+        rng, largest = random.Random(draw), image.shape[-1] - self.crop_size
+        top, left = rng.randint(0, largest), rng.randint(0, largest)
+        return image[:, top : top + self.crop_size, left : left + self.crop_size]
 
 
 def main(config: Config) -> None:
@@ -104,6 +107,7 @@ def main(config: Config) -> None:
     crops = {split: RandomCrops(config, split, pictures.manifest) for split, pictures in datasets.items()}
     dataset, held_out = crops["train"], crops.get("held_out")
     accelerator = build_accelerator(config.train)
+    # The model
     scheduler = build_noise_scheduler(config.scheduler)
     made_from = {"data": dataset.compute_digest()}
     needed = collect_upsampler_arguments(config, dataset)
@@ -129,27 +133,28 @@ def main(config: Config) -> None:
 
     preview = None
     count = config.sample.count if config.train.sample_every else 0
-    if records := read_fixed_records(datasets.get("held_out", datasets["train"]), count):
+    records = read_fixed_records(datasets.get("held_out", datasets["train"]), count)
+    if records is not None:
         preview = partial(draw_upsampler_preview, pictures=records.image, scheduler=scheduler, config=config.sample)
-    workers = config.data.num_workers
-    stage = Stage(upsampler, loss, dataset, export, made_from, asdict(config), workers, held_out, preview)
+    num_workers = config.data.num_workers
+    stage = Stage(upsampler, loss, dataset, export, made_from, asdict(config), num_workers, held_out, preview)
     fit(accelerator, stage, config.train)
 
 
 def collect_upsampler_arguments(config: Config, dataset: RandomCrops) -> dict[str, Any]:
-    """What the configuration and the data decide about the model."""
-    clip = dataset.embeddings and dataset.embeddings.clip
+    """Return the model's arguments that the configuration and the data decide."""
+    clip = None if dataset.embeddings is None else dataset.embeddings.clip
     return {
         "factor": config.factor,
         "low_size": config.crop_size // config.factor,
         "adds_detail": build_noise_scheduler(config.scheduler).config.prediction_type == "sample",
-        "embed_dim": clip.embed_dim if clip else None,
-        "clip_fingerprint": clip.identity if clip else None,
+        "embed_dim": None if clip is None else clip.embed_dim,
+        "clip_fingerprint": None if clip is None else clip.identity,
     }
 
 
 def degrade_images(config: Config, upsampler: Upsampler, picture: Tensor, z_i: Tensor | None) -> LowResolution:
-    """The condition of a step: the pictures reduced, some of them blurred, all of them noised by a random level."""
+    """Return the condition of a training step: pictures reduced, some of them blurred, all noised by a random level."""
     count, device = len(picture), picture.device
     sigma = config.max_blur * torch.rand(count, device=device)
     sigma = sigma * (torch.rand(count, device=device) < config.blur_probability)
@@ -161,26 +166,25 @@ def degrade_images(config: Config, upsampler: Upsampler, picture: Tensor, z_i: T
 
 
 def blur_images(pictures: Tensor, sigma: Tensor) -> Tensor:
-    """(B, C, h, w) under a Gaussian of a standard deviation a picture, (B,), in pixels; 0 leaves it as it is."""
+    """Blur pictures, (B, C, h, w), by Gaussians with a standard deviation for each, (B,), in pixels; 0 is no blur."""
     count, channels, height, width = pictures.shape
-    reach = max(1, round(3 * float(sigma.max())))
-    place = torch.arange(-reach, reach + 1, device=pictures.device)
-    kernel = torch.exp(-place.square() / (2 * sigma.clamp(min=1e-3)[:, None].square()))
+    radius = max(1, round(3 * float(sigma.max())))
+    offset = torch.arange(-radius, radius + 1, device=pictures.device)
+    kernel = torch.exp(-offset.square() / (2 * sigma.clamp(min=1e-3)[:, None].square()))
     kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(channels, dim=0)[:, None]
-    each = F.pad(pictures, (reach,) * 4, mode="replicate").view(
-        1, count * channels, *(2 * reach + s for s in (height, width))
-    )
-    each = F.conv2d(
-        F.conv2d(each, kernel[:, :, None], groups=count * channels), kernel[..., None], groups=count * channels
-    )
-    return each.view(pictures.shape)
+    # One group a channel of a picture, so that each picture has its own kernel; first along rows, then along columns
+    groups = count * channels
+    padded = F.pad(pictures, (radius,) * 4, mode="replicate")
+    padded = padded.view(1, groups, height + 2 * radius, width + 2 * radius)
+    blurred = F.conv2d(F.conv2d(padded, kernel[:, :, None], groups=groups), kernel[..., None], groups=groups)
+    return blurred.view(pictures.shape)
 
 
 @torch.no_grad()
 def draw_upsampler_preview(
     upsampler: Upsampler, pictures: Tensor, scheduler: SchedulerMixin, config: SampleConfig
 ) -> dict[str, Image]:
-    """Whole pictures, (K, 3, H, W), resized and upsampled from low resolution; below, how near both are, in dB."""
+    """Draw pictures, (K, 3, H, W) in [-1, 1], from low resolution: resized and upsampled, with the PSNR of both."""
     factor = upsampler.config.factor
     side = pictures.shape[-1] // factor * factor
     pictures = pictures[..., :side, :side]
@@ -189,12 +193,9 @@ def draw_upsampler_preview(
     drawn = sample_upsampler(upsampler, scheduler, low, Sampling(config.num_inference_steps, generators)).cpu()
     rows = {"bicubic": enlarge_low_resolution(low, factor).clamp(-1, 1), "upsampled": drawn}
     psnr = {name: 10 * torch.log10(4 / (row - pictures).square().mean(dim=(1, 2, 3))) for name, row in rows.items()}
-    labels = [f"{a:.1f} dB, {b:.1f} dB" for a, b in zip(*(value.tolist() for value in psnr.values()))]
-    return {
-        "upsampled": build_labelled_rows(
-            {name: to_pil_images(row) for name, row in (rows | {"picture": pictures}).items()}, labels
-        )
-    }
+    labels = [f"{a:.1f} dB, {b:.1f} dB" for a, b in zip(psnr["bicubic"].tolist(), psnr["upsampled"].tolist())]
+    images = {name: to_pil_images(row) for name, row in (rows | {"picture": pictures}).items()}
+    return {"upsampled": build_labelled_rows(images, labels)}
 
 
 if __name__ == "__main__":

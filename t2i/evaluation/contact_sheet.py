@@ -1,4 +1,4 @@
-"""Many pictures as one: with captions, with labelled rows, or as a matrix of similarities. Pillow alone draws."""
+"""Sheets of many pictures, drawn with Pillow: with captions, in labelled rows, or as a matrix of similarities."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,14 +7,14 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 TEXT_COLOR, BLANK_COLOR, GREEN, RED, BLUE = (30, 30, 30), (244, 244, 244), (20, 140, 60), (200, 50, 40), (40, 90, 160)
-MIN_CELL_SIZE, MAX_CELL_SIZE = 96, 256  # sides of a picture in `build_labelled_rows`: where captions fit, and screens
-MAX_COLUMNS = 10  # of `build_labelled_rows`, before it starts another band
+MIN_CELL_SIZE, MAX_CELL_SIZE = 96, 256  # side of a picture in `build_labelled_rows`: captions and screens must fit
+MAX_COLUMNS = 10  # of a band in `build_labelled_rows`
 GAP, LINE_HEIGHT = 8, 14
 FONT = ImageFont.load_default(size=11)
 
 
 def build_contact_sheet(images: list[Image.Image], captions: list[str], columns: int = 8) -> Image.Image:
-    """Pictures in rows on white, each over its caption."""
+    """Draw pictures of one size in rows on white, each above its caption."""
     width, height = images[0].size
     cell, line = width + 8, 13
     sheet = Image.new("RGB", (columns * cell, -(-len(images) // columns) * (height + 2 * line + 8)), "white")
@@ -27,31 +27,31 @@ def build_contact_sheet(images: list[Image.Image], captions: list[str], columns:
 
 
 def build_labelled_rows(rows: Mapping[str, Sequence[Image.Image | None]], captions: list[str]) -> Image.Image:
-    """Rows of square pictures of one size, each with its label on the left; captions under the columns.
+    """Draw rows of square pictures of one size, with the label of each row on the left and captions under the columns.
 
-    None, and what a row lacks at its end, leaves a blank cell. Of more than ten columns, bands one below the other.
+    None, or a row that ends early, leaves blank cells. More than ten columns are divided into bands below each other.
     """
     side = next(image.width for row in rows.values() for image in row if image is not None)
     shown = min(max(side, MIN_CELL_SIZE), MAX_CELL_SIZE)
     gutter, cell = 120, shown + GAP
     bands = -(-len(captions) // MAX_COLUMNS)
     columns = -(-len(captions) // bands)
-    under = max(len(wrap_text(caption, shown, 3)) for caption in captions) * LINE_HEIGHT + GAP
-    sheet = Image.new("RGB", (gutter + columns * cell + GAP, GAP + bands * (len(rows) * cell + under)), "white")
+    footer = max(len(wrap_text(caption, shown, 3)) for caption in captions) * LINE_HEIGHT + GAP
+    sheet = Image.new("RGB", (gutter + columns * cell + GAP, GAP + bands * (len(rows) * cell + footer)), "white")
     pen = ImageDraw.Draw(sheet)
     for start in range(0, len(captions), columns):
-        top = GAP + start // columns * (len(rows) * cell + under)
+        top = GAP + start // columns * (len(rows) * cell + footer)
         part = captions[start : start + columns]
         for label, row in rows.items():
             lines = wrap_text(label, gutter - 2 * GAP, 4)
             paint_text_lines(pen, (GAP, top + (shown - len(lines) * LINE_HEIGHT) // 2), lines)
             for i in range(len(part)):
-                at = (gutter + i * cell, top)
+                corner = (gutter + i * cell, top)
                 image = row[start + i] if start + i < len(row) else None
                 if image is None:
-                    pen.rectangle((*at, at[0] + shown - 1, at[1] + shown - 1), fill=BLANK_COLOR)
+                    pen.rectangle((*corner, corner[0] + shown - 1, top + shown - 1), fill=BLANK_COLOR)
                 else:
-                    sheet.paste(resize_to_square(image, shown), at)
+                    sheet.paste(resize_to_square(image, shown), corner)
             top += cell
         for i, caption in enumerate(part):
             paint_text_lines(pen, (gutter + i * cell, top - GAP // 2), wrap_text(caption, shown, 3))
@@ -61,11 +61,12 @@ def build_labelled_rows(rows: Mapping[str, Sequence[Image.Image | None]], captio
 def build_similarity_matrix(
     cosines: Tensor, images: Sequence[Image.Image], captions: list[str], label: str, paired: bool = True
 ) -> Image.Image:
-    """Cosines, (M, N), of M captions (rows) with N pictures (columns) as shades of blue.
+    """Draw cosines, (M, N), of M captions (rows) and N pictures (columns) as shades of blue.
 
-    paired: caption i belongs to picture i, and M = N. A caption's own is framed, green where it is the largest of its
-    row, else red; if not paired, the largest of a row is framed. `label` says what is compared. `images` may be empty.
+    paired: caption i belongs to picture i, and M = N; their cosine gets a frame, green if it is the largest of its row,
+    else red. Not paired: the largest of each row gets a frame. label: what is compared. images: may be empty.
     """
+    # Layout
     values = cosines.detach().float().cpu().nan_to_num(0.0, 0.0, 0.0)
     rows, columns = values.shape
     cell = min(64, max(20, 1024 // max(rows, columns)))
@@ -74,6 +75,8 @@ def build_similarity_matrix(
     pen = ImageDraw.Draw(sheet)
     for i, image in enumerate(images):
         sheet.paste(resize_to_square(image, cell - 4), (left + i * cell + 2, GAP))
+
+    # Cells, a row for each caption
     low, high = values.min().item(), values.max().item()
     shades = ((values - low) / max(high - low, 1e-6)).tolist()
     nearest = values.argmax(dim=1).tolist()
@@ -88,24 +91,26 @@ def build_similarity_matrix(
                 ink = "white" if shades[i][j] > 0.6 else TEXT_COLOR
                 pen.text((x + cell / 2, y + cell / 2), f"{values[i, j]:z.2f}", fill=ink, font=FONT, anchor="mm")
         framed = i if paired else nearest[i]
-        own = (left + framed * cell, top + i * cell, left + (framed + 1) * cell - 2, top + (i + 1) * cell - 2)
-        pen.rectangle(own, outline=GREEN if nearest[i] == framed else RED, width=3)
-    said = f"{label}: {low:z.2f} (white) to {high:z.2f} (blue); "
-    found = sum(nearest[i] == i for i in range(rows))
-    said += f"{found} of {rows} captions are nearest to their picture" if paired else "the largest of a row is framed"
-    paint_text_lines(pen, (GAP, top + rows * cell + GAP), wrap_text(said, sheet.width - 2 * GAP, 2))
+        frame = (left + framed * cell, top + i * cell, left + (framed + 1) * cell - 2, top + (i + 1) * cell - 2)
+        pen.rectangle(frame, outline=GREEN if nearest[i] == framed else RED, width=3)
+
+    # Legend
+    legend = f"{label}: {low:z.2f} (white) to {high:z.2f} (blue); "
+    hits = sum(nearest[i] == i for i in range(rows))
+    legend += f"{hits} of {rows} captions are nearest to their picture" if paired else "the largest of a row is framed"
+    paint_text_lines(pen, (GAP, top + rows * cell + GAP), wrap_text(legend, sheet.width - 2 * GAP, 2))
     return sheet
 
 
 def to_pil_images(pictures: Tensor) -> list[Image.Image]:
-    """(N, 3, H, W) in [-1, 1], clamped; black where a value is not finite."""
+    """Convert (N, 3, H, W) in [-1, 1], clamped; values that are not finite become black."""
     pixels = (pictures.detach().float() / 2 + 0.5).nan_to_num(0.0, 0.0, 0.0).clamp(0, 1)
     rows = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(row) for row in rows]
 
 
 def resize_to_square(image: Image.Image, side: int) -> Image.Image:
-    """A square of this side; enlarged pixels stay squares."""
+    """Resize to a square of this side; enlarged pixels stay sharp squares."""
     if image.size == (side, side):
         return image
     return image.resize((side, side), Image.Resampling.NEAREST if image.width < side else Image.Resampling.LANCZOS)
@@ -113,32 +118,32 @@ def resize_to_square(image: Image.Image, side: int) -> Image.Image:
 
 def paint_text_lines(
     pen: ImageDraw.ImageDraw,
-    at: tuple[int, int],
+    corner: tuple[int, int],
     lines: list[str],
     spacing: int = LINE_HEIGHT,
     fill: object = TEXT_COLOR,
 ) -> None:
     for i, text in enumerate(lines):
-        pen.text((at[0], at[1] + i * spacing), text, fill=fill, font=FONT)  # type: ignore[arg-type]
+        pen.text((corner[0], corner[1] + i * spacing), text, fill=fill, font=FONT)  # type: ignore[arg-type]
 
 
 def wrap_text(text: str, width: int, lines: int = 2) -> list[str]:
-    """The text in at most `lines` lines of this width; what does not fit is left out, which an ellipsis says."""
-    found = [""]
+    """Break a text into at most `lines` lines of this width in pixels; an ellipsis stands for the rest."""
+    wrapped = [""]
     for word in text.encode(errors="replace").decode().split():
-        longer = f"{found[-1]} {word}".strip()
-        if not found[-1] or FONT.getlength(longer[:500]) <= width:
-            found[-1] = longer
-        elif len(found) < lines:
-            found.append(word)
+        longer = f"{wrapped[-1]} {word}".strip()
+        if not wrapped[-1] or FONT.getlength(longer[:500]) <= width:
+            wrapped[-1] = longer
+        elif len(wrapped) < lines:
+            wrapped.append(word)
         else:
-            found[-1] += "…"
+            wrapped[-1] += "…"
             break
-    return [shorten_line(line, width) for line in found]
+    return [shorten_line(line, width) for line in wrapped]
 
 
 def shorten_line(line: str, width: int) -> str:
-    """The line, or its beginning and an ellipsis."""
+    """Return the line if it fits, else its beginning and an ellipsis."""
     line = line[:500]  # more fits in no picture
     if FONT.getlength(line) <= width:
         return line

@@ -1,4 +1,4 @@
-"""Is it the right picture for the text? Draw an emoji for its caption and find the nearest of all real emoji."""
+"""Accuracy of drawn emoji: an emoji is drawn for its caption and compared with all real emoji."""
 
 import random
 from collections.abc import Iterator
@@ -19,45 +19,45 @@ from t2i.evaluation.results import check_result_folder, collect_package_versions
 
 EMOJI_SIZE = 128
 TRAINING_CAPTIONS = 200
-SHEET_IMAGES = 32  # pictures on a contact sheet: the first ones, none chosen by hand
+SHEET_IMAGES = 32  # pictures on a contact sheet, the first ones
 
 
 @dataclass
 class EmojiScore:
-    """Shares of captions whose picture is nearest to ..."""
+    """Fractions of captions whose drawing has its own emoji, or a related one, as the nearest of all real emoji."""
 
     captions: int
-    exact: float  # ... the very emoji
-    same_name: float  # ... one of the same name up to the modifier ("waving hand" of "waving hand: dark skin tone")
+    exact: float  # nearest to the emoji of the caption
+    same_name: float  # nearest to an emoji with the same name up to the modifier, such as "waving hand"
 
 
 def compute_pixel_features(images: Tensor) -> Tensor:
-    """(B, 3, H, W) in [-1, 1] -> (B, 1152), to be compared by Euclidean distance.
+    """Return features, (B, 1152), of pictures (B, 3, H, W) in [-1, 1], to be compared by Euclidean distance.
 
-    Colour, averaged over a 16 x 16 grid, and the absolute horizontal and vertical gradients of the 32 x 32 reduction,
-    averaged over 8 x 8: what is where, and where its edges are.
+    They are the colours, averaged over a 16 x 16 grid, and the absolute horizontal and vertical gradients of the
+    32 x 32 reduction, averaged over an 8 x 8 grid.
     """
     small = F.adaptive_avg_pool2d(images, 32)
     color = F.adaptive_avg_pool2d(images, 16).flatten(1)
     horizontal = F.pad((small[..., :, 1:] - small[..., :, :-1]).abs(), (0, 1))
     vertical = F.pad((small[..., 1:, :] - small[..., :-1, :]).abs(), (0, 0, 0, 1))
-    edges = [F.adaptive_avg_pool2d(one, 8).flatten(1) for one in (horizontal, vertical)]
+    edges = [F.adaptive_avg_pool2d(gradient, 8).flatten(1) for gradient in (horizontal, vertical)]
     return torch.cat([color, *edges], dim=1)
 
 
 def strip_name_modifier(text: str) -> str:
-    """The name up to the modifier. What follows "flag:" and "keycap:" is no modifier but what is shown."""
+    """Return the name up to the modifier; after "flag:" and "keycap:" follows the content, not a modifier."""
     return text if text.startswith(("flag: ", "keycap: ")) else text.split(": ")[0]
 
 
 def open_emoji_dataset(folder: str | Path) -> tuple[CaptionedPictures, list[Record]]:
-    """Every real emoji, trained on or held out. Raises InputError without a manifest."""
+    """Open the data set of all real emoji, of both splits. Raises InputError without a manifest."""
     dataset = CaptionedPictures(DataConfig(str(folder), EMOJI_SIZE, 0), split=None)
     return dataset, [dataset.get_record(index) for index in range(len(dataset))]
 
 
 def choose_emoji_captions(records: list[Record], count: int = TRAINING_CAPTIONS) -> dict[str, list[Record]]:
-    """The captions to draw: `count` of the training split, the same ones every time, and all that were held out."""
+    """Return the captions to draw: `count` of the training split, always the same, and all that are held out."""
     training = [record for record in records if record.split == "train"]
     held_out = [record for record in records if record.split == "held_out"]
     if not training or not held_out:
@@ -73,30 +73,31 @@ def evaluate_emoji_drawings(
     batch_size: int = 32,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Draw one picture for each chosen caption (seeds 0, 1, ...) and score them.
+    """Draw one picture for each chosen caption, with seeds 0, 1, ..., and score the pictures.
 
-    Writes `out/emoji.json` and a contact sheet for each split. `true_embeddings` draws each emoji's own z_i instead of
-    the prior's: what the decoder can do alone. `settings` go to the pipeline; without any its defaults are measured.
+    Writes `out/emoji.json` and a contact sheet for each split. `true_embeddings` draws the z_i of each real emoji
+    instead of the prior's, which measures the decoder alone. `settings` go to the pipeline, which has the defaults.
     """
+    # Open the data, and refuse what cannot work before anything is drawn
     out = Path(out)
     check_result_folder(out)
     dataset, records = open_emoji_dataset(folder)
     captions = choose_emoji_captions(records)
     out.mkdir(parents=True, exist_ok=True)
+
+    # Draw and score each split
     real = torch.cat([compute_pixel_features(batch) for batch in iterate_emoji_batches(dataset, records)])
     scores: dict[str, Any] = {}
     for split, chosen in captions.items():
         images = torch.cat(list(draw_emoji_batches(pipeline, dataset, chosen, true_embeddings, batch_size, settings)))
         nearest = [records[i] for i in torch.cdist(compute_pixel_features(images * 2 - 1), real).argmin(dim=1).tolist()]
-        found = [record.index == other.index for record, other in zip(chosen, nearest)]
-        related = [
-            strip_name_modifier(record.text) == strip_name_modifier(other.text)
-            for record, other in zip(chosen, nearest)
-        ]
-        scores[split] = asdict(EmojiScore(len(chosen), compute_mean_fraction(found), compute_mean_fraction(related)))
+        exact = [record.index == other.index for record, other in zip(chosen, nearest)]
+        names = [[strip_name_modifier(record.text) for record in records] for records in (chosen, nearest)]
+        related = [name == other for name, other in zip(*names)]
+        scores[split] = asdict(EmojiScore(len(chosen), compute_mean_fraction(exact), compute_mean_fraction(related)))
         pictures = [to_pil_image(image) for image in images[:SHEET_IMAGES]]
         sheet = build_contact_sheet(pictures, [record.text for record in chosen])
-        sheet.quantize(256).save(out / f"{split}.png", optimize=True)  # a fifth of the size, and looks the same
+        sheet.quantize(256).save(out / f"{split}.png", optimize=True)  # a fifth of the size, without a visible change
     scores |= {
         "true_embeddings": true_embeddings,
         "settings": settings,
@@ -115,17 +116,17 @@ def draw_emoji_batches(
     batch_size: int,
     settings: dict[str, Any],
 ) -> Iterator[Tensor]:
-    """(B, 3, H, W) in [0, 1] at a time; caption i has seed i."""
+    """Yield drawings, (B, 3, H, W) in [0, 1] at a time; caption i has seed i."""
     pipeline.set_progress_bar_config(disable=True)
     for start in range(0, len(records), batch_size):
         part = records[start : start + batch_size]
-        what: dict[str, Any] = {"prompt": [record.text for record in part]}
+        inputs: dict[str, Any] = {"prompt": [record.text for record in part]}
         if true_embeddings:
             pictures = next(iterate_emoji_batches(dataset, part))
             with torch.no_grad():
-                what["image_embeds"] = pipeline.clip.encode_image(pictures.to(pipeline.device, pipeline.clip.dtype))
+                inputs["image_embeds"] = pipeline.clip.encode_image(pictures.to(pipeline.device, pipeline.clip.dtype))
         seeds = [Generator().manual_seed(start + i) for i in range(len(part))]
-        yield pipeline(**what, generator=seeds, output_type="pt", **settings).images.float().cpu()
+        yield pipeline(**inputs, generator=seeds, output_type="pt", **settings).images.float().cpu()
 
 
 def iterate_emoji_batches(dataset: CaptionedPictures, records: list[Record], batch_size: int = 256) -> Iterator[Tensor]:

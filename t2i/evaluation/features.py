@@ -1,4 +1,4 @@
-"""What turns pictures into the features that sets of pictures are compared by: Inception, or any CLIP of open_clip."""
+"""Extractors of the features by which sets of pictures are compared: Inception, or any CLIP of open_clip."""
 
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,28 +16,30 @@ from t2i.files.model_folder import load_or_explain
 from t2i.interop.by_name import load_clip
 from t2i.networks.clip import CLIP
 
-INCEPTION_LAYER = "2048"  # of Inception: the last average pooling, that of FID
+INCEPTION_LAYER = "2048"  # the last average pooling of Inception, which FID uses
 
 
 class FeatureExtractor(Protocol):
-    identity: str  # of the weights and what is done to pictures: features of two identities do not compare
+    """A model that turns pictures into features."""
+
+    identity: str  # fingerprint of weights and preprocessing; features of different extractors cannot be compared
     dim: int
 
     def __call__(self, pictures: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, dim), fp32, on the CPU."""
+        """Return the features, (B, dim), fp32 on the CPU, of pictures (B, 3, H, W) in [-1, 1]."""
 
 
 class Inception:
-    """Inception-v3 as FID has it: torch-fidelity's, with TensorFlow's resizing, on 8-bit pictures."""
+    """Inception-v3 as in FID: that of torch-fidelity, with TensorFlow's resizing, on 8-bit pictures."""
 
     dim = int(INCEPTION_LAYER)
 
     def __init__(self, tensors: dict[str, Tensor], device: str = "cpu"):
-        """Raises RuntimeError for tensors that are not Inception's."""
+        """`tensors` are the weights. Raises RuntimeError if they are not those of Inception."""
         import_torch_fidelity()
         from torch_fidelity import feature_extractor_inceptionv3 as module
 
-        # Its constructor downloads the weights, or unpickles a file: hand it what was read without either.
+        # Its constructor would download the weights or unpickle a file: replace that by the tensors.
         with mock.patch.object(module, "load_state_dict_from_url", lambda *_, **__: tensors):
             self.net = module.FeatureExtractorInceptionV3("inception", [INCEPTION_LAYER], verbose=False).to(device)
         self.identity = f"inception-{INCEPTION_LAYER}-{compute_tensors_fingerprint(tensors)}"
@@ -49,7 +51,7 @@ class Inception:
 
 
 class CLIPFeatures:
-    """The embeddings of a CLIP's pictures, not normalised."""
+    """The image embeddings of a CLIP, not normalized."""
 
     def __init__(self, clip: CLIP, device: str = "cpu"):
         self.clip = clip.to(device).eval()
@@ -60,16 +62,16 @@ class CLIPFeatures:
         clip = self.clip
         if not clip.unit_length:
             return clip.encode_image(pictures.to(clip.device, clip.dtype)).float().cpu()
-        seen = clip.preprocess(pictures.to(clip.device, clip.dtype))
-        return clip.net.encode_image(seen, normalize=False).float().cpu()
+        prepared = clip.preprocess(pictures.to(clip.device, clip.dtype))
+        return clip.net.encode_image(prepared, normalize=False).float().cpu()
 
 
 def load_feature_extractor(name: str, inception: Path | None, device: str) -> FeatureExtractor:
-    """ "inception", with its weights in a file or downloaded, or "clip:NAME" with a name as in configurations."""
+    """Load "inception", with weights from a file or downloaded, or "clip:NAME" with a name as in configurations."""
     kind, _, clip = name.partition(":")
     if kind == "clip" and clip:
         if inception is not None:
-            raise InputError(f"--inception {str(inception)!r} has no use with --features {name}")
+            raise InputError(f"--inception {str(inception)!r} does not apply to --features {name}")
         return CLIPFeatures(load_clip(clip), device)
     if name != "inception":
         raise InputError(f"features must be inception or clip:FOLDER_OR_NAME, got {name!r:.80}")
@@ -81,25 +83,25 @@ def load_feature_extractor(name: str, inception: Path | None, device: str) -> Fe
 
 
 def read_inception_weights(file: Path | None) -> dict[str, Tensor]:
-    """Inception's weights: a .safetensors, or torch-fidelity's .pth, of which tensors alone are read; or downloaded."""
+    """Return Inception's weights from a .safetensors or torch-fidelity's .pth, or downloaded; only tensors are read."""
     if file is None:
         return download_inception_weights()
     if not file.is_file():
         raise InputError(f"no file {str(file)!r}; --inception is a .safetensors or torch-fidelity's .pth")
-    found: Any
+    tensors: Any
     if file.suffix == ".safetensors":
-        found = load_or_explain(load_file, file)
+        tensors = load_or_explain(load_file, file)
     elif file.suffix == ".pth":
-        found = load_or_explain(lambda path: torch.load(path, map_location="cpu", weights_only=True), file)
+        tensors = load_or_explain(lambda path: torch.load(path, map_location="cpu", weights_only=True), file)
     else:
         raise InputError(f"--inception must be a .safetensors or torch-fidelity's .pth, got {str(file)!r}")
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise InputError(f"{str(file)!r} holds no tensors by name")
-    return found
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise InputError(f"{str(file)!r} must contain tensors by name")
+    return tensors
 
 
 def download_inception_weights() -> dict[str, Tensor]:
-    """From torch-fidelity's releases, or as it was downloaded before; its name holds the start of its SHA-256."""
+    """Return the weights of torch-fidelity's release, from torch's cache if possible; torch compares the SHA-256."""
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as URL
 
     file = Path(torch.hub.get_dir()) / "checkpoints" / URL.rsplit("/", 1)[1]
@@ -110,10 +112,10 @@ def download_inception_weights() -> dict[str, Tensor]:
         return torch.hub.load_state_dict_from_url(
             URL, map_location="cpu", progress=False, check_hash=True, weights_only=True
         )
-    except Exception as error:  # of the network, of the disk, of a hash
-        raise InputError(f"Inception's weights cannot be had from {URL} ({error}); {advice}") from error
+    except Exception as error:  # errors of the network, the disk or the hash
+        raise InputError(f"Inception's weights cannot be downloaded from {URL} ({error}); {advice}") from error
 
 
 def to_uint8_pixels(pictures: Tensor) -> Tensor:
-    """[-1, 1] -> uint8."""
+    """Convert pixels in [-1, 1] to uint8."""
     return ((pictures + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

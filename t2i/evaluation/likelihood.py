@@ -1,4 +1,4 @@
-"""How many bits a dimension of the true latents and image embeddings takes under a pipeline's two denoisers."""
+"""Bits per dimension of the true latents and image embeddings under a pipeline's two denoisers."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,8 @@ from torch import Generator, Tensor
 
 from t2i.checks import check_choice, check_integer
 from t2i.config import DataConfig
-from t2i.data import CaptionedPictures
+from t2i.data import CaptionedPictures, open_datasets
+from t2i.data.manifest import SPLITS
 from t2i.diffusion.denoiser import Predict, build_conditional_predict
 from t2i.diffusion.likelihood import compute_ode_bits, compute_variational_bound
 from t2i.errors import InputError
@@ -17,12 +18,11 @@ from t2i.evaluation.results import check_result_file, collect_package_versions, 
 from t2i.sampling.sample import build_decoder_condition, build_decoder_predict
 
 MEASURED_STAGES = ("prior", "decoder")
-SPLITS = ("train", "held_out")
 BATCH_SIZE = 16
 RESULT_NOTE = (
     "Bits per dimension of a continuous density: of latents, and of image embeddings scaled to unit variance, not of "
-    "pictures. Negative is possible; half the deviation takes a bit less. The ODE's is that of data with the noise of "
-    "the lowest trained level."
+    "pictures. They can be negative: half the standard deviation takes one bit less. The ODE's likelihood is that of "
+    "data with the noise of the lowest trained level."
 )
 
 
@@ -36,18 +36,19 @@ def evaluate_model_likelihood(
     seed: int = 0,
     stages: tuple[str, ...] = MEASURED_STAGES,
 ) -> dict[str, Any]:
-    """Measure `count` pictures of each split, spread over it; writes `out`, a JSON file, and returns what is in it.
+    """Measure `count` pictures of each split, spread over it; write the result to `out`, a JSON file, and return it.
 
-    The decoder is asked for the latents given the true z_i, the prior for z_i given the caption, both unguided. Picture
-    i has the seed `seed + i`, the bound's times have `seed`. terms: of the variational bound; steps: of the ODE.
-    InputError for too few pictures.
+    Measured are the latents given the true z_i under the decoder, and z_i given the caption under the prior, both
+    without guidance. Picture i has the seed `seed + i`, the timesteps of the bound have `seed`. terms: of the
+    variational bound; steps: of the ODE. Raises InputError for too few pictures.
     """
     check_likelihood_settings(out, count, terms, steps, seed, stages)
     config = DataConfig(str(folder), pipeline.image_size, 0)
-    splits = {split: CaptionedPictures(config, split) for split in SPLITS}
-    for split, dataset in splits.items():
-        if len(dataset) < count:
-            raise InputError(f"{str(folder)!r} has {len(dataset)} pictures in {split}, count asks for {count}")
+    splits = open_datasets(config)
+    for split in SPLITS:
+        size = len(splits[split]) if split in splits else 0
+        if size < count:
+            raise InputError(f"{str(folder)!r} has {size} pictures in {split}; count must be at most that, got {count}")
     result: dict[str, Any] = {
         "what": "likelihood",
         "note": RESULT_NOTE,
@@ -65,7 +66,7 @@ def evaluate_model_likelihood(
 def check_likelihood_settings(
     out: str | Path, count: int, terms: int, steps: int, seed: int, stages: tuple[str, ...]
 ) -> None:
-    """What can be refused before a model is loaded."""
+    """Refuse settings that are out of range, before a model is loaded."""
     for name, value, high in (("count", count, 100_000), ("terms", terms, 100_000), ("steps", steps, 10_000)):
         check_integer(name, value, 2, high)
     check_integer("seed", seed, 0, 2**62)
@@ -83,8 +84,8 @@ def measure_split_likelihood(
     seed: int,
     stages: tuple[str, ...],
 ) -> dict[str, Any]:
-    """The figures of one split."""
-    found: dict[str, dict[str, list[Tensor]]] = {stage: {} for stage in stages}
+    """Return the figures of one split, by stage."""
+    bits: dict[str, dict[str, list[Tensor]]] = {stage: {} for stage in stages}
     dimensions = {}
     chosen = [i * len(dataset) // count for i in range(count)]
     for start in range(0, count, BATCH_SIZE):
@@ -94,13 +95,13 @@ def measure_split_likelihood(
             x, scheduler, predict = prepare_stage_data(pipeline, dataset, part, stage)
             dimensions[stage] = x[0].numel()
             for name, values in compute_bits_per_dimension(predict, scheduler, x, seeds, terms, steps, seed).items():
-                found[stage].setdefault(name, []).append(values.double().cpu())
+                bits[stage].setdefault(name, []).append(values.double().cpu())
     return {
         stage: {
             "dimensions": dimensions[stage],
             **{name: summarize_bits(torch.cat(rows)) for name, rows in values.items()},
         }
-        for stage, values in found.items()
+        for stage, values in bits.items()
     }
 
 
@@ -108,7 +109,7 @@ def measure_split_likelihood(
 def prepare_stage_data(
     pipeline: Any, dataset: CaptionedPictures, indices: list[int], stage: str
 ) -> tuple[Tensor, SchedulerMixin, Predict]:
-    """The data that a stage is asked for, (B, ...), its scheduler, and what it predicts."""
+    """Return the data of a stage, (B, ...), its scheduler, and its predictions without guidance."""
     pictures = torch.stack([dataset.load_image(index) for index in indices])
     z_i = pipeline.encode_image(pictures)
     text = pipeline.encode_prompt([dataset.get_record(index).text for index in indices])
@@ -129,19 +130,21 @@ def prepare_stage_data(
 def compute_bits_per_dimension(
     predict: Predict, scheduler: SchedulerMixin, x: Tensor, seeds: list[int], terms: int, steps: int, seed: int
 ) -> dict[str, Tensor]:
-    """Bits per dimension, (B,) each; `gaussian` is N(0, 1), which knows nothing."""
+    """Return bits per dimension, (B,) each; `gaussian` is N(0, 1), a baseline without a model."""
 
-    def fresh() -> list[Generator]:
-        return [Generator().manual_seed(one) for one in seeds]
+    def build_generators() -> list[Generator]:
+        return [Generator().manual_seed(picture_seed) for picture_seed in seeds]
 
-    bound = compute_variational_bound(predict, scheduler, x, fresh(), terms=terms, variance="large", seed=seed)
+    bound = compute_variational_bound(
+        predict, scheduler, x, build_generators(), terms=terms, variance="large", seed=seed
+    )
     normal = torch.distributions.Normal(0.0, 1.0)
     return {
         "bound": bound.total_bits,
         "bound_prior": bound.prior,
         "bound_steps": bound.steps.sum(dim=1),
         "bound_data": bound.data,
-        "ode": compute_ode_bits(predict, scheduler, x, fresh(), steps),
+        "ode": compute_ode_bits(predict, scheduler, x, build_generators(), steps),
         "gaussian": -normal.log_prob(x).flatten(1).mean(dim=1) / torch.tensor(2.0, device=x.device).log(),
     }
 

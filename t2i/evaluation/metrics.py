@@ -1,4 +1,4 @@
-"""How far two sets of pictures are apart, by their features: torch-fidelity's own arithmetic on tensors.
+"""Distances between two sets of pictures by their features, with the arithmetic of torch-fidelity.
 
 Frechet distance (Heusel et al. 2017: FID on Inception features), kernel distance (Binkowski et al. 2018: KID),
 precision and recall (Kynkaanniemi et al. 2019). Features are (N, D), float32.
@@ -21,18 +21,17 @@ Moments = tuple[Tensor, Tensor]  # mean (D,), covariance (D, D)
 
 @dataclass(frozen=True)
 class MetricSettings:
-    """kid_subset_size: pictures of each of the `kid_subsets` draws, which `seed` decides; neighbours: of a picture, how
-    many its ball of precision and recall reaches."""
+    """The metrics to compute, and their parameters."""
 
     metrics: tuple[str, ...] = METRICS
-    kid_subset_size: int = 1000
+    kid_subset_size: int = 1000  # pictures in each random subset
     kid_subsets: int = 100
-    neighbours: int = 3
-    seed: int = 0
+    neighbours: int = 3  # the ball of a picture, in precision and recall, reaches to this neighbour
+    seed: int = 0  # of the subsets
 
     def __post_init__(self) -> None:
         if not self.metrics:
-            raise InputError(f"no metrics; give some of {', '.join(METRICS)}")
+            raise InputError(f"no metrics; give at least one of {', '.join(METRICS)}")
         for metric in self.metrics:
             check_choice("metrics", metric, METRICS)
         check_integer("kid-subset-size", self.kid_subset_size, 2, 100_000)
@@ -41,20 +40,20 @@ class MetricSettings:
         check_integer("seed", self.seed, 0, 2**32 - 1)
 
     def check_image_counts(self, counts: dict[str, int], dim: int) -> None:
-        """Refuse sets of pictures that are too small for what is to be measured."""
+        """Refuse sets of pictures that are too small for the metrics; `counts`: pictures by name, `dim`: features."""
         for name, count in counts.items():
             if "fd" in self.metrics and count <= dim:
-                needed = f"a covariance of {dim} features has full rank from {dim + 1:,} pictures on"
+                needed = f"a covariance of {dim} features needs {dim + 1:,} for full rank"
                 raise InputError(f"{name}: {count:,} pictures are too few, {needed}; or leave fd out of --metrics")
             if "kid" in self.metrics and count < self.kid_subset_size:
                 needed = f"--kid-subset-size is {self.kid_subset_size:,}"
-                raise InputError(f"{name}: {count:,} pictures are too few, {needed}; give more or a smaller one")
+                raise InputError(f"{name}: {count:,} pictures are too few, {needed}; give more, or a smaller size")
             if "prc" in self.metrics and count <= self.neighbours:
-                raise InputError(f"{name}: {count:,} pictures are too few for {self.neighbours} neighbours of each")
+                raise InputError(f"{name}: {count:,} pictures are too few for {self.neighbours} neighbours each")
 
 
 def import_torch_fidelity() -> Any:
-    """torch-fidelity, an extra."""
+    """Import torch-fidelity. Raises InputError if the extra is not installed."""
     try:
         import torch_fidelity
         import torch_fidelity.metric_fid
@@ -66,21 +65,20 @@ def import_torch_fidelity() -> Any:
 
 
 def compute_feature_moments(features: Tensor) -> Moments:
-    found = import_torch_fidelity().metric_fid.fid_features_to_statistics(features.float())
-    return torch.as_tensor(found["mu"]), torch.as_tensor(found["sigma"])
+    moments = import_torch_fidelity().metric_fid.fid_features_to_statistics(features.float())
+    return torch.as_tensor(moments["mu"]), torch.as_tensor(moments["sigma"])
 
 
 def compute_frechet_distance(drawn: Moments, real: Moments) -> float:
-    """|mean - mean'|^2 + trace(C + C' - 2 (C C')^(1/2))."""
+    """Return |mean - mean'|^2 + trace(C + C' - 2 (C C')^(1/2))."""
     both = [{"mu": mean.numpy(), "sigma": covariance.numpy()} for mean, covariance in (drawn, real)]
-    return import_torch_fidelity().metric_fid.fid_statistics_to_metric(*both, verbose=False)[
-        "frechet_inception_distance"
-    ]
+    result = import_torch_fidelity().metric_fid.fid_statistics_to_metric(*both, verbose=False)
+    return result["frechet_inception_distance"]
 
 
 def compute_kernel_distance(drawn: Tensor, real: Tensor, settings: MetricSettings) -> tuple[float, float]:
-    """Mean and standard deviation over the subsets of the squared maximum mean discrepancy."""
-    found = import_torch_fidelity().metric_kid.kid_features_to_metric(
+    """Return mean and standard deviation, over the subsets, of the squared maximum mean discrepancy."""
+    result = import_torch_fidelity().metric_kid.kid_features_to_metric(
         drawn,
         real,
         kid_subsets=settings.kid_subsets,
@@ -88,25 +86,28 @@ def compute_kernel_distance(drawn: Tensor, real: Tensor, settings: MetricSetting
         rng_seed=settings.seed,
         verbose=False,
     )
-    return found["kernel_inception_distance_mean"], found["kernel_inception_distance_std"]
+    return result["kernel_inception_distance_mean"], result["kernel_inception_distance_std"]
 
 
 def compute_precision_recall(drawn: Tensor, real: Tensor, neighbours: int) -> tuple[float, float]:
-    """The share of drawn pictures within the real ones' balls, and the reverse. In float64: distances may be equal."""
+    """Return the fraction of drawn pictures within the balls of real ones, and of real pictures within those of drawn.
+
+    Computed in float64, for distances of similar pictures are nearly equal.
+    """
     settings = {"prc_neighborhood": neighbours, "prc_batch_size": BLOCK_ROWS, "save_cpu_ram": True, "verbose": False}
-    found = import_torch_fidelity().metric_prc.prc_features_to_metric(drawn.double(), real.double(), **settings)
-    return found["precision"], found["recall"]
+    result = import_torch_fidelity().metric_prc.prc_features_to_metric(drawn.double(), real.double(), **settings)
+    return result["precision"], result["recall"]
 
 
 def compare_feature_sets(
     drawn: Tensor, real: Tensor, real_moments: Moments, settings: MetricSettings
 ) -> dict[str, float]:
-    """All that `settings.metrics` asks for."""
-    found: dict[str, float] = {}
+    """Compute all metrics in `settings.metrics`, by name."""
+    result: dict[str, float] = {}
     if "fd" in settings.metrics:
-        found["frechet_distance"] = compute_frechet_distance(compute_feature_moments(drawn), real_moments)
+        result["frechet_distance"] = compute_frechet_distance(compute_feature_moments(drawn), real_moments)
     if "kid" in settings.metrics:
-        found["kernel_distance"], found["kernel_distance_std"] = compute_kernel_distance(drawn, real, settings)
+        result["kernel_distance"], result["kernel_distance_std"] = compute_kernel_distance(drawn, real, settings)
     if "prc" in settings.metrics:
-        found["precision"], found["recall"] = compute_precision_recall(drawn, real, settings.neighbours)
-    return found
+        result["precision"], result["recall"] = compute_precision_recall(drawn, real, settings.neighbours)
+    return result

@@ -1,4 +1,4 @@
-"""Sets of pictures to be compared: of a checked source, of a plain folder, or drawn when they are asked for."""
+"""Sets of pictures to compare: of a checked source, of a folder, or drawn on demand."""
 
 import hashlib
 import json
@@ -20,22 +20,24 @@ from t2i.errors import InputError
 
 
 class PictureSet(Protocol):
-    captions: list[str | None]  # of each picture, where it is known
+    """Pictures with their captions, if known."""
+
+    captions: list[str | None]
 
     def __len__(self) -> int: ...
     def get_images(self, indices: list[int]) -> Tensor:
-        """(B, 3, H, W), float32 in [-1, 1], each of 256 values a channel: as files hold them."""
+        """Return pictures, (B, 3, H, W), float32 in [-1, 1], of 256 levels a channel like those of files."""
 
     def source_facts(self) -> dict[str, Any]:
-        """What a result says of it, in JSON."""
+        """Return the facts about this set that a result records, as JSON."""
 
 
 class SourcePictures:
-    """What a manifest lists, of one split or of all."""
+    """The pictures of a manifest, of one split or of all."""
 
     def __init__(self, path: str | Path, size: int, split: str | None):
         self.path, self.split = path, split
-        self.folder = find_manifest(Path(path)).parent.parent  # where what belongs to it can be kept
+        self.folder = find_manifest(Path(path)).parent.parent  # statistics can be stored here
         self.dataset = CaptionedPictures(DataConfig(str(path), size, 0), split)
         self.captions: list[str | None] = [row["captions"][0] for row in self.dataset.manifest.iterate_rows("captions")]
 
@@ -47,7 +49,7 @@ class SourcePictures:
 
     @cached_property
     def digest(self) -> str:
-        """16 hexadecimal digits for the pictures and their captions."""
+        """Return 16 hexadecimal digits of the pictures and their captions."""
         return self.dataset.compute_digest()
 
     def source_facts(self) -> dict[str, Any]:
@@ -55,18 +57,18 @@ class SourcePictures:
 
 
 class FolderPictures:
-    """Picture files. Those that `t2i generate` wrote know their captions and seeds."""
+    """Picture files of a folder; files that `t2i generate` wrote contain their captions and seeds."""
 
     def __init__(self, folder: str | Path, size: int | None = None):
-        """`size`: resize and crop to a square of this side; None: that of the first. Raises InputError for others."""
+        """`size`: resize and crop to a square of this side; None: all must be squares of the first picture's size."""
         self.folder, self.paths, self.requested_size = Path(folder), find_images(folder), size
         first = open_image(self.paths[0])
         self.size = size or first.width
         if size is None and first.width != first.height:
             raise InputError(f"{str(self.paths[0])!r} is {first.width} x {first.height}; give --image-size")
         settings = [read_image_settings(path) for path in self.paths]
-        self.captions: list[str | None] = [one.get("prompt") for one in settings]
-        self.seeds = [one.get("seed") for one in settings]
+        self.captions: list[str | None] = [values.get("prompt") for values in settings]
+        self.seeds = [values.get("seed") for values in settings]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -83,16 +85,16 @@ class FolderPictures:
 
     @cached_property
     def digest(self) -> str:
-        """16 hexadecimal digits for the pictures, in whatever order."""
+        """Return 16 hexadecimal digits of the pictures, independent of their order."""
         return hashlib.sha256(b"".join(sorted(map(compute_file_digest, self.paths)))).hexdigest()[:16]
 
     def source_facts(self) -> dict[str, Any]:
-        found = {"folder": str(self.folder), "count": len(self), "digest": self.digest}
-        return found if None in self.seeds else {**found, "seeds": self.seeds}
+        facts = {"folder": str(self.folder), "count": len(self), "digest": self.digest}
+        return facts if None in self.seeds else {**facts, "seeds": self.seeds}
 
 
 def read_image_settings(path: Path) -> dict[str, Any]:
-    """What `t2i generate` wrote into a picture; nothing, if it is of another kind."""
+    """Return the settings that `t2i generate` wrote into a picture; an empty dict for other pictures."""
     try:
         with Image.open(path, formats=["PNG"]) as file:
             settings = json.loads(file.info.get("t2i", "{}"))
@@ -102,19 +104,17 @@ def read_image_settings(path: Path) -> dict[str, Any]:
 
 
 class DrawnPictures:
-    """What a pipeline draws for captions: picture i has seed `seed + i`, whoever draws it and in whatever batch."""
+    """Pictures that a pipeline draws for captions. Picture i has the seed `seed + i` in any process and batch."""
 
     def __init__(self, pipeline: Any, captions: list[str | None], count: int | None, seed: int, **settings: Any):
-        """`count` pictures for captions in an order that `seed` shuffles, again from the first if there are fewer.
+        """`count`: number of pictures, for captions shuffled by `seed` and repeated if necessary; None: one for each.
 
-        None: one for each caption. `settings` go to the pipeline.
+        `settings` go to the pipeline. Raises InputError if there are no captions.
         """
-        known = [caption for caption in captions if caption]
-        if not known:
-            raise InputError(
-                "the reference has no captions to draw; `t2i data check` a source with some, or --pictures"
-            )
-        order = random.Random(seed).sample(known, len(known))
+        usable = [caption for caption in captions if caption]
+        if not usable:
+            raise InputError("the reference has no captions to draw; check a source with captions, or give --pictures")
+        order = random.Random(seed).sample(usable, len(usable))
         self.captions: list[str | None] = [order[i % len(order)] for i in range(count or len(order))]
         self.pipeline, self.seed, self.settings = pipeline, seed, settings
         pipeline.set_progress_bar_config(disable=True)
@@ -135,11 +135,11 @@ class DrawnPictures:
 
 
 def open_reference_set(path: Path, size: int, split: str | None) -> SourcePictures | FolderPictures:
-    """The pictures of a checked source, or of a folder."""
+    """Open the pictures of a checked source, or of a folder. Raises InputError if there are none."""
     try:
         find_manifest(path)
     except InputError:
         if split is not None:
-            raise  # only a manifest knows splits
+            raise  # a folder has no splits
         return FolderPictures(path, size)
     return SourcePictures(path, size, split)

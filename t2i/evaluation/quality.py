@@ -1,7 +1,7 @@
-"""How good drawn pictures are beside real ones: `t2i eval quality`.
+"""Comparison of drawn pictures with real ones: `t2i eval quality`.
 
-Runs in any number of processes, each with its share of the pictures (index modulo processes); every picture counts
-exactly once, whatever their number.
+Runs in any number of processes. Picture i belongs to process i modulo the number of processes, so each picture counts
+exactly once.
 """
 
 from dataclasses import asdict, dataclass
@@ -43,35 +43,35 @@ VERSIONED_PACKAGES = (
 
 @dataclass(frozen=True)
 class ReferenceStatistics:
-    """Real pictures as an extractor sees them: features (N, D), fp32, and their mean and covariance."""
+    """Features of real pictures, (N, D), fp32, with their mean and covariance."""
 
     features: Tensor
     moments: Moments
     source_facts: dict[str, Any]
 
 
-def check_reference_statistics(about: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
+def check_reference_statistics(about: dict[str, Any], expected: dict[str, Any], path: Path) -> None:
     """Refuse statistics of another extractor, another size of the pictures, or other pictures."""
-    for key, what in (("extractor", "extractor"), ("image_size", "image size"), ("digest", "set of pictures")):
-        if key in wanted and about.get(key) != wanted[key]:
-            raise InputError(
-                f"{str(path)!r} holds statistics of another {what}, {about.get(key)!r}; this one is {wanted[key]!r}"
-            )
+    for key, kind in (("extractor", "extractor"), ("image_size", "image size"), ("digest", "set of pictures")):
+        stored = about.get(key)
+        if key in expected and stored != expected[key]:
+            values = f"{stored!r}; this {kind} is {expected[key]!r}"
+            raise InputError(f"{str(path)!r} contains statistics of another {kind}, {values}")
 
 
-def read_reference_statistics(path: Path, wanted: dict[str, Any]) -> ReferenceStatistics:
-    """Statistics that were kept. Raises InputError if they are not of what is `wanted`, or not whole."""
+def read_reference_statistics(path: Path, expected: dict[str, Any]) -> ReferenceStatistics:
+    """Read stored statistics. Raises InputError if they differ from `expected` or are not complete."""
     tensors, about = read_tensor_file(path, STATISTICS_KIND, STATISTICS_TENSORS)
-    check_reference_statistics(about, wanted, path)
+    check_reference_statistics(about, expected, path)
     features, mean, covariance = (tensors[name] for name in STATISTICS_TENSORS)
     dim = features.shape[-1]
     if features.ndim != 2 or mean.shape != (dim,) or covariance.shape != (dim, dim):
-        raise InputError(f"{str(path)!r} is not whole; delete it, and it is made anew")
+        raise InputError(f"{str(path)!r} is not complete; delete it to compute it anew")
     return ReferenceStatistics(features, (mean, covariance), about)
 
 
 def get_statistics_path(pictures: SourcePictures | FolderPictures, extractor: FeatureExtractor, size: int) -> Path:
-    """Where the statistics of a reference are kept, if nothing else is said: a hidden file in its folder."""
+    """Return the default file for the statistics of a reference: a hidden file in its folder."""
     return pictures.folder / f".t2i-statistics-{extractor.identity}-{size}-{pictures.digest}.safetensors"
 
 
@@ -82,42 +82,42 @@ def measure_reference_statistics(
     path: Path | None,
     state: PartialState,
 ) -> ReferenceStatistics:
-    """The statistics of a reference, from `path` where they were kept, else computed by all processes and kept there.
+    """Read the statistics of a reference from a file, or compute them in all processes and write them.
 
-    path: a file to use and to write, else `get_statistics_path`. Raises InputError if it holds statistics of
-    anything else.
+    path: the file, else `get_statistics_path`. Raises InputError if it contains statistics of anything else.
     """
+    # Read them, if they were computed before
     target = path or get_statistics_path(pictures, extractor, size)
-    wanted = {"extractor": extractor.identity, "image_size": size, "digest": pictures.digest}
+    expected = {"extractor": extractor.identity, "image_size": size, "digest": pictures.digest}
 
-    def kept() -> ReferenceStatistics | None:
+    def read_stored() -> ReferenceStatistics | None:
         check_writable_folder(target.parent)
-        return read_reference_statistics(target, wanted) if target.exists() else None
+        return read_reference_statistics(target, expected) if target.exists() else None
 
-    if (found := run_on_main_process(state, kept)) is not None:
-        return found
+    stored = run_on_main_process(state, read_stored)
+    if stored is not None:
+        return stored
+
+    # Compute and write them
     features = extract_set_features(pictures, extractor, state, "reference")[0]
     mean, covariance = compute_feature_moments(features)
-    about = {"kind": STATISTICS_KIND, "format": 1, "version": __version__, **pictures.source_facts(), **wanted}
-
-    def keep() -> None:
-        write_tensor_file(target, dict(zip(STATISTICS_TENSORS, (features, mean, covariance))), about)
-
-    run_on_main_process(state, keep)
+    about = {"kind": STATISTICS_KIND, "format": 1, "version": __version__, **pictures.source_facts(), **expected}
+    tensors = dict(zip(STATISTICS_TENSORS, (features, mean, covariance)))
+    run_on_main_process(state, lambda: write_tensor_file(target, tensors, about))
     return ReferenceStatistics(features, (mean, covariance), about)
 
 
 @torch.no_grad()
 def extract_set_features(
-    pictures: PictureSet, extractor: FeatureExtractor, state: PartialState, what: str, scorer: CLIP | None = None
+    pictures: PictureSet, extractor: FeatureExtractor, state: PartialState, kind: str, scorer: CLIP | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Features of all pictures, (N, D), and, by a `scorer`, the cosine of each with its caption, (N,); everywhere.
+    """Return the features of all pictures, (N, D), and, with a `scorer`, the cosines with their captions, (N,).
 
-    Picture i is the work of process i modulo the number of processes.
+    All processes return the same; picture i is the work of process i modulo the number of processes.
     """
     mine = list(range(state.process_index, len(pictures), state.num_processes))
     rows, cosines = [torch.zeros(0, extractor.dim)], [torch.zeros(0)]
-    for start in tqdm(range(0, len(mine), BATCH_SIZE), desc=what, disable=None if state.is_main_process else True):
+    for start in tqdm(range(0, len(mine), BATCH_SIZE), desc=kind, disable=None if state.is_main_process else True):
         part = mine[start : start + BATCH_SIZE]
         batch = pictures.get_images(part)
         rows.append(extractor(batch))
@@ -125,25 +125,26 @@ def extract_set_features(
             cosines.append(compute_clip_scores(scorer, batch, [str(pictures.captions[index]) for index in part]))
     features = gather_process_rows(torch.cat(rows), len(pictures), state)
     if not features.isfinite().all():
-        raise InputError(f"the {what} pictures have features that are not finite; the extractor or its precision fails")
+        raise InputError(f"features of the {kind} pictures are not finite; the extractor or its precision fails")
     return features, None if scorer is None else gather_process_rows(torch.cat(cosines), len(pictures), state)
 
 
 def compute_clip_scores(clip: CLIP, pictures: Tensor, captions: list[str]) -> Tensor:
-    """(B,): the cosine of each picture with its caption."""
+    """Return the cosine of each picture with its caption, (B,)."""
     z_i = clip.encode_image(pictures.to(clip.device, clip.dtype)).float()
     z_t = clip.encode_text(captions).embedding.float()
     return (F.normalize(z_i, dim=-1) * F.normalize(z_t, dim=-1)).sum(dim=-1).cpu()
 
 
 def gather_process_rows(mine: Tensor, count: int, state: PartialState) -> Tensor:
-    """Every process's rows as one tensor of `count`, in the order of the pictures; none twice, none left out."""
+    """Return the rows of all processes as one tensor of `count` rows, in the order of the pictures."""
     if state.num_processes == 1:
         return mine
-    each = -(-count // state.num_processes)
-    padded = torch.zeros(each, *mine.shape[1:])
+    # Gathering needs equal numbers of rows: pad, interleave, and cut the padding off
+    rows = -(-count // state.num_processes)
+    padded = torch.zeros(rows, *mine.shape[1:])
     padded[: len(mine)] = mine
-    gathered = gather(padded.to(state.device)).cpu().unflatten(0, (state.num_processes, each))
+    gathered = gather(padded.to(state.device)).cpu().unflatten(0, (state.num_processes, rows))
     return gathered.transpose(0, 1).flatten(0, 1)[:count]
 
 
@@ -156,14 +157,14 @@ def measure_quality(
     scorer: CLIP | None = None,
     conditioning: str | None = None,
 ) -> dict[str, Any]:
-    """All figures, in JSON, on every process.
+    """Compute all figures, as JSON, in every process.
 
-    scorer: the CLIP of the CLIP score, the mean cosine of pictures and captions. conditioning: the identity of the CLIP
-    that the pictures were drawn with, where it is known: a score by that one flatters them, which the result says.
+    scorer: the CLIP of the CLIP score, which is the mean cosine of pictures and captions. conditioning: the identity of
+    the CLIP that the pictures were drawn with, if known. Its own score flatters the pictures; the result records that.
     """
     if scorer is not None and not all(drawn.captions):
         missing = sum(not caption for caption in drawn.captions)
-        raise InputError(f"{missing:,} of {len(drawn):,} pictures know no caption, which a CLIP score needs")
+        raise InputError(f"{missing:,} of {len(drawn):,} pictures have no caption, which a CLIP score needs")
     settings.check_image_counts({"drawn": len(drawn), "reference": len(reference.features)}, extractor.dim)
     features, cosines = extract_set_features(drawn, extractor, state, "drawn", scorer)
     result: dict[str, Any] = run_on_main_process(
@@ -187,5 +188,5 @@ def measure_quality(
 
 
 def is_same_clip(scorer: str, conditioning: str | None) -> bool | None:
-    """Whether it is the same CLIP; None if nobody knows."""
+    """Return True if both are the same CLIP; None if the conditioning CLIP is unknown."""
     return None if conditioning is None else scorer == conditioning

@@ -1,4 +1,4 @@
-"""What the measurements' JSON files have in common: refused in time, written whole, with the versions behind them."""
+"""The JSON files of evaluations: checked before the work, written at once, with the versions of packages."""
 
 import json
 import platform
@@ -14,28 +14,28 @@ from t2i.files.atomic import check_writable_folder, create_file_atomically
 
 
 def check_result_file(out: Path) -> None:
-    """Refuse, before anything is measured, a file that could not be written."""
+    """Refuse a result file that cannot be written."""
     if out.is_dir():
-        raise InputError(f"out is {str(out)!r}, which is a folder; give the name of a file")
+        raise InputError(f"out must be a file, got {str(out)!r}, which is a folder")
     check_result_folder(out.parent)
 
 
 def check_result_folder(out: Path) -> None:
-    """Refuse, before anything is measured, a folder that could not be made or written to."""
+    """Refuse a result folder that cannot be created or written to."""
     if out.exists() and not out.is_dir():
-        raise InputError(f"out is to be in {str(out)!r}, which is a file; give a folder")
+        raise InputError(f"out must be in a folder, got {str(out)!r}, which is a file")
     check_writable_folder(out)
 
 
 def write_result_file(result: dict[str, Any], out: Path) -> None:
-    """Whole or not at all; replaces what was there."""
+    """Write a result as JSON, completely or not at all; an existing file is replaced."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with create_file_atomically(out) as unfinished:
         unfinished.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def collect_package_versions() -> dict[str, str]:
-    """Of what a figure depends on."""
+    """Return the versions of the packages that figures depend on."""
     return {
         "t2i": __version__,
         "torch": torch.__version__,

@@ -1,7 +1,7 @@
-"""What CLIP can do by itself: name a picture among labels, and find pictures by a text or another picture.
+"""Uses of CLIP alone: classification of pictures by labels, and search for pictures by a text or a picture.
 
-Radford et al. 2021, section 3.1: a label is classified by the embedding of a sentence with it, better by the mean over
-several sentences (a prompt ensemble); nothing is trained.
+Radford et al. 2021, section 3.1: a label is represented by the embedding of a sentence with it, or better by the mean
+over several sentences (a prompt ensemble). Nothing is trained.
 """
 
 from collections.abc import Sequence
@@ -34,44 +34,43 @@ INDEX_TENSORS = ("image_embeds", "digests", "names", "name_offsets")
 
 
 def check_labels(labels: list[str]) -> list[str]:
-    """Refuse no labels, empty ones, and one given twice."""
+    """Return the labels; refuse fewer than two, empty labels and repeated ones."""
     if not labels:
         raise InputError("no labels; give at least two, such as --labels cat,dog")
     check_texts("label", labels, empty=False)
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
-        raise InputError(f"the label {twice[0]!r} is given twice; each must be there once")
+        raise InputError(f"the label {twice[0]!r} is given twice; labels must differ")
     if len(labels) < 2:
-        raise InputError(f"one label, {labels[0]!r}, leaves nothing to choose; give at least two")
+        raise InputError(f"one label, {labels[0]!r}, leaves no choice; give at least two")
     return labels
 
 
 def check_label_templates(templates: list[str]) -> list[str]:
-    """Refuse a template that has not one place for the label."""
+    """Return the templates; refuse a template without exactly one {} for the label."""
     for template in templates:
         if template.count("{}") != 1:
-            raise InputError(f"a template needs {{}} once, where the label goes, got {template!r:.80}")
+            raise InputError(f"a template must contain {{}} once, for the label, got {template!r:.80}")
     return templates
 
 
 @torch.no_grad()
 def embed_labels(clip: CLIP, labels: list[str], templates: Sequence[str] = ("{}",)) -> Tensor:
-    """(L, D), unit length, fp32: for each label the mean of its sentences' z_t, one for each template."""
-    found = []
+    """Return the mean z_t of each label's sentences, one for each template: (L, D), unit length, fp32."""
+    embeds = []
     for start in range(0, len(labels), BATCH_SIZE):
-        part = labels[start : start + BATCH_SIZE]
-        each = [
-            F.normalize(clip.encode_text([template.replace("{}", label) for label in part]).embedding.float(), dim=-1)
-            for template in templates
-        ]
-        found.append(F.normalize(torch.stack(each).mean(dim=0), dim=-1))
-    return torch.cat(found)
+        part, rows = labels[start : start + BATCH_SIZE], []
+        for template in templates:
+            sentences = [template.replace("{}", label) for label in part]
+            rows.append(F.normalize(clip.encode_text(sentences).embedding.float(), dim=-1))
+        embeds.append(F.normalize(torch.stack(rows).mean(dim=0), dim=-1))
+    return torch.cat(embeds)
 
 
 def classify_image_embeds(clip: CLIP, z_i: Tensor, labels: list[str], templates: Sequence[str] = ("{}",)) -> Tensor:
-    """z_i (N, D) -> (N, L), fp32: the probability of each label, which a softmax over scaled cosines gives."""
+    """Return the probability of each label, (N, L), fp32, for z_i (N, D): a softmax over scaled cosines."""
     if not isinstance(clip, CLIP):
-        raise InputError("a public pipeline's CLIP has no scale of the logits; name an open_clip model, or train one")
+        raise InputError("the CLIP of a public pipeline has no logit scale; give an open_clip model, or train a CLIP")
     scale = clip.net.logit_scale.detach().float().exp().clamp(max=100)
     cosines = z_i @ embed_labels(clip, labels, templates).to(z_i.device).T
     return (scale.to(z_i.device) * cosines).softmax(dim=-1)
@@ -81,7 +80,7 @@ def classify_image_embeds(clip: CLIP, z_i: Tensor, labels: list[str], templates:
 
 
 def resize_for_clip(clip: CLIP, image: Image.Image) -> Tensor:
-    """A picture of any size as this CLIP sees it: (3, size, size), float32 in [-1, 1]."""
+    """Resize a picture of any size as this CLIP does: (3, size, size), float32 in [-1, 1]."""
     side = [clip.size] if clip.resize_settings["resize_mode"] == "shortest" else [clip.size, clip.size]
     small = center_crop(resize(image, side, InterpolationMode(clip.resize_settings["interpolation"])), [clip.size])
     return pil_to_tensor(small).float() / 127.5 - 1
@@ -89,53 +88,52 @@ def resize_for_clip(clip: CLIP, image: Image.Image) -> Tensor:
 
 @torch.no_grad()
 def embed_image_files(clip: CLIP, paths: Sequence[Path]) -> Tensor:
-    """Files -> z_i, (N, D), unit length, fp32, on the CPU. Raises InputError with the name of what is no picture."""
-    found = [torch.zeros(0, clip.embed_dim)]
-    for start in tqdm(
-        range(0, len(paths), BATCH_SIZE), desc="pictures", disable=None if len(paths) > BATCH_SIZE else True
-    ):
+    """Return z_i of picture files, (N, D), unit length, fp32, on the CPU. Raises InputError for other files."""
+    embeds = [torch.zeros(0, clip.embed_dim)]
+    hide_bar = None if len(paths) > BATCH_SIZE else True  # None: hidden unless standard error is a terminal
+    for start in tqdm(range(0, len(paths), BATCH_SIZE), desc="pictures", disable=hide_bar):
         pictures = torch.stack([resize_for_clip(clip, open_image(path)) for path in paths[start : start + BATCH_SIZE]])
         z_i = clip.encode_image(pictures.to(clip.device, clip.dtype)).float()
-        found.append(F.normalize(z_i, dim=-1).cpu())
-    return torch.cat(found)
+        embeds.append(F.normalize(z_i, dim=-1).cpu())
+    return torch.cat(embeds)
 
 
 @dataclass(frozen=True)
 class ImageIndex:
-    """Pictures by name with their embeddings, (N, D), unit length, fp32."""
+    """Names of pictures and their embeddings, (N, D), unit length, fp32."""
 
     names: list[str]
     image_embeds: Tensor
 
     def find_nearest_images(self, query: Tensor, count: int) -> list[tuple[str, float]]:
-        """The names nearest to a query, (D,), and their cosines, the nearest first."""
+        """Return names and cosines of the pictures nearest to a query, (D,), nearest first."""
         cosines = self.image_embeds @ F.normalize(query.float().cpu(), dim=-1)
         best = cosines.topk(min(count, len(self.names)))
         return [(self.names[i], value) for value, i in zip(best.values.tolist(), best.indices.tolist())]
 
 
-def open_image_index(clip: CLIP, where: str | Path, file: Path | None = None) -> ImageIndex:
-    """The pictures of a folder or of a cache.
+def open_image_index(clip: CLIP, folder: str | Path, file: Path | None = None) -> ImageIndex:
+    """Return the index of the pictures of a folder or of a cache.
 
-    A folder's embeddings are kept in `file` (else in the folder, as .t2i-index.safetensors), by the pictures' SHA-256
-    and the CLIP's fingerprint: only what is new or has changed is embedded. Raises InputError for a cache or a `file`
-    of another CLIP.
+    Embeddings of a folder are stored in `file`, by default .t2i-index.safetensors in the folder, by the pictures'
+    SHA-256 and the CLIP's fingerprint: only new and changed pictures are embedded. Raises InputError for a cache or a
+    `file` of another CLIP.
     """
-    where = Path(where)
-    if (where / "key.json").is_file():
+    folder = Path(folder)
+    if (folder / "key.json").is_file():
         if file is not None:
-            raise InputError(f"{str(where)!r} is a cache, which needs no index {str(file)!r}")
-        return read_cache_index(clip, where)
-    return index_image_folder(clip, where, file)
+            raise InputError(f"{str(folder)!r} is a cache, which needs no index {str(file)!r}")
+        return read_cache_index(clip, folder)
+    return index_image_folder(clip, folder, file)
 
 
 def read_cache_index(clip: CLIP, folder: Path) -> ImageIndex:
-    """All pictures of a cache, of every split. Raises InputError if another CLIP made it."""
+    """Return the index of all splits of a cache. Raises InputError if it was made with another CLIP."""
     finished = read_finished_cache(folder)
-    theirs = (finished["clip"] or {}).get("identity")
-    if theirs != clip.identity:
-        made = "holds no embeddings" if theirs is None else f"was made with the CLIP {theirs}"
-        raise InputError(f"the cache {str(folder)!r} {made}, this is {clip.identity}; give --clip")
+    stored = (finished["clip"] or {}).get("identity")
+    if stored != clip.identity:
+        fault = "contains no embeddings" if stored is None else f"was made with the CLIP {stored}"
+        raise InputError(f"the cache {str(folder)!r} {fault}, this is {clip.identity}; give --clip")
     names, embeds = [], []
     for split in finished["splits"]:
         cached = CachedPairs(folder, split, latents=False, text=False)
@@ -145,20 +143,23 @@ def read_cache_index(clip: CLIP, folder: Path) -> ImageIndex:
 
 
 def index_image_folder(clip: CLIP, folder: Path, file: Path | None = None) -> ImageIndex:
-    """See `open_image_index`."""
+    """Return the index of the pictures of a folder, and update the file with it; see `open_image_index`."""
+    # Embed the pictures that the stored index does not contain
     paths = find_images(folder)
     target = folder / INDEX_FILE if file is None else file
-    known: dict[bytes, Tensor] = {}
+    stored: dict[bytes, Tensor] = {}
     if target.exists():
-        known = read_index_file(clip, target, own=file is None)
+        stored = read_index_file(clip, target, own=file is None)
     digests = [compute_file_digest(path) for path in paths]
-    new = {digest: path for digest, path in zip(digests, paths) if digest not in known}
+    new = {digest: path for digest, path in zip(digests, paths) if digest not in stored}
     if new:
         check_writable_folder(target.parent)
-    known |= zip(new, embed_image_files(clip, list(new.values())))
+    stored |= zip(new, embed_image_files(clip, list(new.values())))
+
+    # Store the index if it differs from the stored one
     names = [path.relative_to(folder).as_posix() for path in paths]
-    index = ImageIndex(names, torch.stack([known[digest] for digest in digests]))
-    if new or len(known) > len(set(digests)):
+    index = ImageIndex(names, torch.stack([stored[digest] for digest in digests]))
+    if new or len(stored) > len(set(digests)):
         encoded = [name.encode(errors="surrogateescape") for name in names]
         tensors = {
             "image_embeds": index.image_embeds,
@@ -171,7 +172,7 @@ def index_image_folder(clip: CLIP, folder: Path, file: Path | None = None) -> Im
 
 
 def read_index_file(clip: CLIP, path: Path, own: bool) -> dict[bytes, Tensor]:
-    """Embeddings by the digest of the picture. One of another CLIP is of no use: written anew if it is our `own`."""
+    """Return stored embeddings by the pictures' digests; none if a file of our `own` is of another CLIP."""
     tensors, about = read_tensor_file(path, INDEX_KIND, INDEX_TENSORS)
     if about.get("clip") != clip.identity:
         if own:
@@ -179,16 +180,16 @@ def read_index_file(clip: CLIP, path: Path, own: bool) -> dict[bytes, Tensor]:
         raise InputError(f"{str(path)!r} is an index of the CLIP {about.get('clip')}, this is {clip.identity}")
     digests, embeds = tensors["digests"], tensors["image_embeds"]
     if digests.shape != (len(embeds), 32) or embeds.shape[1:] != (clip.embed_dim,):
-        raise InputError(f"{str(path)!r} is no whole index; delete it, and it is made anew")
+        raise InputError(f"{str(path)!r} is not a complete index; delete it to make it anew")
     return {bytes(digest.tolist()): row for digest, row in zip(digests, embeds.float())}
 
 
 def search_image_index(
     clip: CLIP, index: ImageIndex, text: str | None, picture: Path | None, count: int
 ) -> list[tuple[str, float]]:
-    """The pictures nearest to a text, or to a picture, and their cosines."""
+    """Return names and cosines of the pictures nearest to a text or a picture."""
     check_integer("top", count, 1, 10_000)
     if picture is not None:
         return index.find_nearest_images(embed_image_files(clip, [picture])[0], count)
-    assert text is not None, "one of the two is given"
+    assert text is not None, "either a text or a picture is given"
     return index.find_nearest_images(embed_labels(clip, [text])[0], count)

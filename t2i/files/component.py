@@ -61,6 +61,7 @@ class Component:
         self.folder, self.root = folder, root
         check_folder_files(folder, root)
         self.config = read_config(folder / "config.json")
+        # A header alone has every tensor's shape: nothing of a tensor is read here.
         self.files: dict[str, Path] = {}
         self.tensor_specs: dict[str, TensorSpec] = {}
         for path in find_weight_files(folder, variant, stem):

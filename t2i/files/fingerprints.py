@@ -29,7 +29,7 @@ def compute_tensors_fingerprint(tensors: dict[str, Tensor], more: str = "") -> s
     hasher = hashlib.sha256(more.encode())
     for name, tensor in sorted(tensors.items()):
         hasher.update(name.encode())
-        # In half precision, so that a model may be saved in it.
+        # In half precision, so that a model may be stored in it and keep its fingerprint.
         hasher.update(tensor.detach().cpu().half().reshape(-1).numpy())
     return hasher.hexdigest()[:16]
 

@@ -53,6 +53,7 @@ def load_component_model(model_class: Any, component: Component, dtype: torch.dt
     where half precision becomes single.
     """
     dtype = dtype or torch.float32
+    # Buffers are computed, for not all of them are in the files.
     with init_empty_weights(include_buffers=False):
         model = model_class.from_config(component.config)
     model.load_state_dict(dict(component.iterate_tensors(dtype)), assign=True)

@@ -127,13 +127,13 @@ def check_folder_files(folder: Path, root: Path | None = None) -> None:
 
 def check_link_target(path: Path, root: Path) -> None:
     try:
-        home, target = root.resolve(), path.resolve()
+        base, target = root.resolve(), path.resolve()
     except (OSError, RuntimeError) as error:
         raise InputError(f"{str(path)!r} is a link that leads nowhere ({error})") from error
     # In a snapshot of the hub's cache, files are links to the blobs of the same repository.
-    repository = home.parent.parent
-    cached = home.parent.name == "snapshots" and repository.name.startswith("models--")
-    if not target.is_relative_to(home) and not (cached and target.parent == repository / "blobs"):
+    repository = base.parent.parent
+    cached = base.parent.name == "snapshots" and repository.name.startswith("models--")
+    if not target.is_relative_to(base) and not (cached and target.parent == repository / "blobs"):
         raise InputError(f"{str(path)!r} is a link out of {str(root)!r}, which is not followed; copy the files")
 
 
@@ -151,6 +151,7 @@ def find_weight_files(
     middle = f".{variant}" if variant else ""
     index = folder / f"{stem}.safetensors.index{middle}.json"
     single = folder / f"{stem}{middle}.safetensors"
+    # An index may name any file, so each name is checked before it is joined to the folder.
     if exists(index):
         shards = read_json(index, MAX_HEADER_BYTES).get("weight_map")
         if not isinstance(shards, dict) or not shards:
@@ -214,6 +215,7 @@ def bounded_meta_device(stored: dict[str, TensorSpec], folder: Path) -> Iterator
             if elements < 0 or count < 0:
                 raise InputError(f"the config.json in {str(folder)!r} describes a larger model than its weights")
 
+    # torch calls these hooks for every parameter and buffer, also in modules of other libraries.
     handles = [
         registration.register_module_parameter_registration_hook(register),
         registration.register_module_buffer_registration_hook(register),

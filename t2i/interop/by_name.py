@@ -48,6 +48,7 @@ def load_autoencoder(name: str | Path, classes: tuple[type, ...] = (Autoencoder,
     folder = find_or_download_folder(name, VAE_FILES)
     if read_model_class(folder) != "AutoencoderKL":
         return load_model(tuple(dict.fromkeys((*classes, Autoencoder, *PUBLIC_AUTOENCODERS))), folder)
+    # A diffusers VAE
     component = Component(folder)
     with bounded_meta_device(component.tensor_specs, folder):
         AutoencoderKL.from_config(component.config)
@@ -63,14 +64,14 @@ def load_autoencoder(name: str | Path, classes: tuple[type, ...] = (Autoencoder,
 
 def load_public_autoencoder(name: str) -> MoVQ | SuperResolution | None:
     """Load Kandinsky's MoVQ, or Karlo's super-resolution, frozen, in fp32; return None for other models."""
-    found = find_public_part(name, ("movq", "super_res_first"), ("super_res_last",))
-    if found is None:
+    part = find_public_part(name, ("movq", "super_res_first"), ("super_res_last",))
+    if part is None:
         return None
-    if found.part == "movq":
-        return MoVQ.from_component(found.component(), torch.float32)
-    networks = (found.component(), found.component("super_res_last"))
-    scheduler = read_config(found.source.folder("super_res_scheduler") / "scheduler_config.json", MAX_TIMESTEPS)
-    side = read_config(found.source.folder("unet") / "config.json").get("sample_size")
+    if part.part == "movq":
+        return MoVQ.from_component(part.component(), torch.float32)
+    networks = (part.component(), part.component("super_res_last"))
+    scheduler = read_config(part.source.folder("super_res_scheduler") / "scheduler_config.json", MAX_TIMESTEPS)
+    side = read_config(part.source.folder("unet") / "config.json").get("sample_size")
     return SuperResolution.from_components(*networks, scheduler, side, torch.float32)
 
 
@@ -102,10 +103,10 @@ def load_pipeline_clip(name: str | Path) -> Any:
 def load_public_clip(name: str) -> TransformersCLIP | None:
     """Load the towers of a public pipeline's CLIP, frozen, in fp32; return None for other models."""
     towers = ("text_tower", "image_tower")
-    found = find_public_part(name, towers, towers)
-    if found is None or not found.in_pipeline:
+    part = find_public_part(name, towers, towers)
+    if part is None or not part.in_pipeline:
         return None
-    text, image = (found.source if found.source.find_folder(part) is not None else None for part in towers)
+    text, image = (part.source if part.source.find_folder(tower) is not None else None for tower in towers)
     return load_clip_towers(text, image, torch.float32)
 
 
@@ -145,10 +146,10 @@ def load_text_encoder(name: str | Path, context_length: int = 128, dtype: torch.
 
 def load_public_text_encoder(name: str, dtype: torch.dtype) -> MultilingualCLIP | None:
     """Load Kandinsky 2.1's text encoder, frozen; return None for other models."""
-    found = find_public_part(name, ("multilingual_clip",))
-    if found is None:
+    part = find_public_part(name, ("multilingual_clip",))
+    if part is None:
         return None
-    return MultilingualCLIP.from_component(found.component(), found.source.folder("multilingual_tokenizer"), dtype)
+    return MultilingualCLIP.from_component(part.component(), part.source.folder("multilingual_tokenizer"), dtype)
 
 
 def find_text_encoder_folder(run: Path) -> Path | None:
@@ -167,13 +168,13 @@ def load_any_prior(
     The result lacks `prior_scheduler` for a PriorTransformer without a scheduler beside it. load_clip: called for a
     public prior, which does not store its null condition.
     """
-    found = find_public_part(str(name), ("prior",), variant=variant)
-    if found is None:
+    part = find_public_part(str(name), ("prior",), variant=variant)
+    if part is None:
         return load_own_prior(name, dtype)
-    prior = load_prior_transformer(found.component(), load_clip(), dtype)
+    prior = load_prior_transformer(part.component(), load_clip(), dtype)
     if isinstance(prior, EclipsePrior):
         return {"prior": prior, "prior_scheduler": None}
-    scheduler = load_prior_scheduler(found)
+    scheduler = load_prior_scheduler(part)
     return {"prior": prior} | ({} if scheduler is None else {"prior_scheduler": scheduler})
 
 

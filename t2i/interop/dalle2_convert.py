@@ -56,7 +56,11 @@ PRIOR_UNUSED = ("attn_dropout", "ff_dropout")
 UNET_UNUSED = ("out_dim", "attend_at_middle", "checkpoint_during_training")  # the last two change nothing in drawing
 UNET_DERIVED = ("channels", "channels_out", "lowres_cond", "lowres_noise_cond", "cond_on_image_embeds")
 UNET_ARGUMENTS = {field.name for field in fields(UnetConfig)} - set(UNET_DERIVED)
-BETA_SCHEDULES = {"cosine": "squaredcos_cap_v2", "linear": "linear", "quadratic": "scaled_linear"}  # theirs: diffusers'
+BETA_SCHEDULES = {
+    "cosine": "squaredcos_cap_v2",
+    "linear": "linear",
+    "quadratic": "scaled_linear",
+}  # their name: diffusers'
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's, of images
 OLDEST_DECODER_RELEASE, OLDEST_PRIOR_RELEASE = (1, 0, 2), (0, 23, 3)  # of models that were compared with these
 NEW_ATTENTION_RELEASE, SCALED_ATTENTION_RELEASE = (1, 4, 0), (1, 4, 3)  # changed attention
@@ -129,7 +133,7 @@ def convert_dalle2_prior(file: DALLE2File, settings: dict[str, Any], source: Pat
     check_unsupported_options(settings, network)
     for key in network.keys() - {*PRIOR_ARGUMENT_NAMES, *UNSUPPORTED_OPTIONS, *PRIOR_UNUSED}:
         logger.warning("%s: the option %s of a prior's net is unknown and changes nothing", source, key)
-    config = {name: network[theirs] for theirs, name in PRIOR_ARGUMENT_NAMES.items() if network.get(theirs) is not None}
+    config = {name: network[key] for key, name in PRIOR_ARGUMENT_NAMES.items() if network.get(key) is not None}
     if (width := settings.get("image_embed_dim", network.get("dim"))) != network.get("dim"):
         raise InputError(f"image_embed_dim is {width}, net.dim {network.get('dim')}; they must agree")
 
@@ -190,6 +194,7 @@ class CascadeStage:
 
 
 def convert_dalle2_decoder(file: DALLE2File, settings: dict[str, Any], source: Path) -> dict[str, Any]:
+    # Trainers save the U-Nets that they trained: the first, the others, or all
     check_unsupported_options(settings, *settings["unets"])
     if any(name.startswith("vaes.") for name in file.state):
         raise InputError(f"{str(source)!r} denoises latents of a VQGAN (vaes.*); only decoders of pictures load")
@@ -199,6 +204,7 @@ def convert_dalle2_decoder(file: DALLE2File, settings: dict[str, Any], source: P
         raise InputError(
             f"{str(source)!r} has the U-Nets {present} of {len(stages)}; it must have the first or the others"
         )
+    # The first U-Net is the decoder, the others are the cascade after it
     channels = settings.get("channels", 3)
     parts: dict[str, Any] = {"autoencoder": DALLE2Pixels(channels)}
     if 0 in present:
@@ -259,6 +265,7 @@ def read_cascade_stages(file: DALLE2File, settings: dict[str, Any], source: Path
         raise InputError(f"use_noise_for_lowres_cond has {len(noised) - 1} values for {count - 1} further U-Nets")
     noise_level = int(settings.get("lowres_noise_sample_level", 0.2) * 1000)
 
+    # The U-Nets
     stages = []
     for i, unet in enumerate(settings["unets"]):
         prediction = resolve_prediction_type(velocities[i], samples[i])
@@ -295,8 +302,8 @@ def convert_unet_arguments(
     if strided or (crossed and any(".cross_attn.fn." in name for name in tensors)):
         release = require_file_release(file, source, "layers as before 1.10.0")
         if not OLDEST_DECODER_RELEASE <= release < NEW_ATTENTION_RELEASE and not release >= SCALED_ATTENTION_RELEASE:
-            found = f"{str(source)!r} is of release {format_release(release)}"
-            raise InputError(f"{found}; decoders of 1.4.0 to 1.4.2 and before 1.0.2 do not load")
+            prefix = f"{str(source)!r} is of release {format_release(release)}"
+            raise InputError(f"{prefix}; decoders of 1.4.0 to 1.4.2 and before 1.0.2 do not load")
     return arguments | {"old_attention": release < NEW_ATTENTION_RELEASE, "old_downsample": strided}
 
 

@@ -66,6 +66,7 @@ def export_layout(components: Mapping[str, Any], folder: Path, name: str) -> Non
 
 def check_exportable_components(components: Mapping[str, Any], name: str) -> PublicLayout:
     """Return a public layout. Raises InputError for components that its classes cannot compute, with the reason."""
+    # The classes that each part of the layout can be written from
     layout = LAYOUTS_BY_NAME[name]
     allowed: dict[str, tuple[type, ...]] = {}
     if layout.family:
@@ -79,13 +80,14 @@ def check_exportable_components(components: Mapping[str, Any], name: str) -> Pub
         allowed["text_encoder"] = (MultilingualCLIP,)
     if "text_encoder" in layout.part_folders:
         allowed["text_encoder"] = (TextEncoder,)
+    # The components
     for part, classes in allowed.items():
         component = components.get(part)
         if not isinstance(component, classes):
-            found = "nothing" if component is None else f"a {type(component).__name__}"
+            kind = "nothing" if component is None else f"a {type(component).__name__}"
             names = " or ".join(allowed_class.__name__ for allowed_class in classes)
             raise InputError(
-                f"the {part.replace('_', ' ')} is {found}; {name} holds the weights of a {names}, whose arithmetic is "
+                f"the {part.replace('_', ' ')} is {kind}; {name} holds the weights of a {names}, whose arithmetic is "
                 "another, so that no file of that layout draws the same"
             )
     check_component_kinds(components, layout)
@@ -102,9 +104,9 @@ def check_component_kinds(components: Mapping[str, Any], layout: PublicLayout) -
     if layout.family == "kandinsky":
         reads_captions = components["decoder"].config.text_width is not None
         if reads_captions != ("multilingual_clip" in layout.part_folders):
-            found, expected = ("captions", "none") if reads_captions else ("no captions", "them")
+            reads, expected = ("captions", "none") if reads_captions else ("no captions", "them")
             raise InputError(
-                f"the decoder reads {found}, that of {layout.name} reads {expected}: it is another Kandinsky's"
+                f"the decoder reads {reads}, that of {layout.name} reads {expected}: it is another Kandinsky's"
             )
 
 

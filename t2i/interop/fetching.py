@@ -92,8 +92,8 @@ def find_part_weights(
     name: str, path: Path, place: PurePosixPath, stem: str, files: Collection[str], variant: str | None
 ) -> list[str]:
     """Return the weight files of a part, none for a tokenizer or scheduler. Raises InputError if it has only others."""
-    found = find_weight_files(path / place, variant, stem, lambda file: (place / file.name).as_posix() in files)
-    names = [(place / file.name).as_posix() for file in found]
+    paths = find_weight_files(path / place, variant, stem, lambda file: (place / file.name).as_posix() in files)
+    names = [(place / file.name).as_posix() for file in paths]
     if all(file in files for file in names):
         return names
     beside = sorted(file for file in files if PurePosixPath(file).parent == place)

@@ -104,17 +104,17 @@ class SourceFolder:
         folder = self.path
         if self.class_name is None:
             names = sorted(path.name for path in folder.iterdir())
-            found = f"has neither a model_index.json nor a config.json, but {', '.join(names[:8]) or 'nothing'}"
+            fault = f"has neither a model_index.json nor a config.json, but {', '.join(names[:8]) or 'nothing'}"
             if any(name.endswith(".pth") for name in names):
-                found += " (`t2i convert FILE.pth --config FILE.json FOLDER` is for those of DALLE2-pytorch)"
+                fault += " (`t2i convert FILE.pth --config FILE.json FOLDER` is for those of DALLE2-pytorch)"
         else:
-            found = f"is of {self.class_name!r:.80}"
+            fault = f"is of {self.class_name!r:.80}"
             index = SourceFolder(folder.absolute().parent).index
             if "_class_name" in index and folder.absolute().name in index:
-                found += f", a part of the pipeline in {str(folder.parent)!r}, which loads as a whole"
+                fault += f", a part of the pipeline in {str(folder.parent)!r}, which loads as a whole"
         known = "; ".join(f"{layout.name} ({', '.join(layout.classes)})" for layout in LAYOUTS)
         own = "this project's own (`t2i assemble` writes it)"
-        raise InputError(f"{str(folder)!r} {found}; the layouts that load are {own}, and {known}")
+        raise InputError(f"{str(folder)!r} {fault}; the layouts that load are {own}, and {known}")
 
     # A pipeline in a public layout
 
@@ -132,6 +132,7 @@ class SourceFolder:
                 self.refuse(f"has in its model_index.json {name[:80]!r} = {str(entry)[:80]}, which is not {known}")
             if name not in places and entry[1] is not None:
                 logger.warning("%s has %.80r, a %.80s, which is not used", self.path, name, entry[1])
+        # A prior alone has no index, and no parts to look for.
         for part, place in layout.part_folders.items() if self.index else ():
             class_name = str(self.index.get(place, [None, None])[1])
             if class_name == "None":

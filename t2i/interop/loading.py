@@ -35,14 +35,14 @@ def load_components(
     prior: SourceFolder | None = None,
     clip: SourceFolder | None = None,
     dtype: Dtypes = None,
-    given: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Load the components of a model in a public layout, by the argument names of `t2i.pipelines.base.UnCLIPPipeline`.
 
     folder: of the decoder, or of the whole model. prior: the folder with the prior, where it is another; either of the
     two may hold the decoder. A prior alone, public or of this project, is sampled with the CLIP of `folder` or `clip`.
     clip: the folder with the CLIP, if it is in neither. dtype: of the weights, for all components or by their names;
-    None, and components without an entry, are as stored. given: components of the caller's, instead of those.
+    None, and components without an entry, are as stored. overrides: components to take their place.
 
     At most one tensor is held beyond the components. Raises InputError, in one line, for folders that are no whole
     model together, or that do not belong together.
@@ -53,7 +53,7 @@ def load_components(
         check_own_prior(own_prior)
     folders = [source for source in (folder, None if own_prior else prior, clip) if source is not None]
     check_variant(folder.variant, *(source.path for source in folders))
-    components = dict(given or {})
+    components = dict(overrides or {})
     sources = ModelFolders(folders, components)
     sources.check_compatible_parts(own_prior)
 
@@ -106,13 +106,13 @@ def load_layout_components(source: SourceFolder, layout: PublicLayout, dtype: to
 # The components of a folder
 
 
-def load_decoder_components(source: SourceFolder, dtype: Dtypes, given: Collection[str] = ()) -> dict[str, Any]:
-    """Load the decoder, its text encoder, its scheduler and its autoencoder, but for those in `given`."""
+def load_decoder_components(source: SourceFolder, dtype: Dtypes, overrides: Collection[str] = ()) -> dict[str, Any]:
+    """Load the decoder, its text encoder, its scheduler and its autoencoder, but for those in `overrides`."""
     loaders = {"text_encoder": load_text_encoder, "decoder": load_decoder, "autoencoder": load_autoencoder}
     components = {
-        name: load(source, resolve_part_dtype(dtype, name)) for name, load in loaders.items() if name not in given
+        name: load(source, resolve_part_dtype(dtype, name)) for name, load in loaders.items() if name not in overrides
     }
-    if "decoder_scheduler" not in given:
+    if "decoder_scheduler" not in overrides:
         components["decoder_scheduler"] = source.load_scheduler("decoder_scheduler")
     return components
 
@@ -130,7 +130,7 @@ def load_model_prior(sources: "ModelFolders", clip: Any, dtype: torch.dtype | No
     other = next((source for source in sources.folders if "prior_scheduler" in source), None)
     if scheduler is None and other is not None:
         scheduler = other.load_scheduler("prior_scheduler")
-    if scheduler is None and "prior_scheduler" not in sources.given:
+    if scheduler is None and "prior_scheduler" not in sources.overrides:
         raise InputError(
             f"{str(sources.prior.path)!r} is a diffusion prior without a scheduler; name its pipeline, or give "
             "prior_scheduler=..."
@@ -179,16 +179,16 @@ def load_autoencoder(source: SourceFolder, dtype: torch.dtype | None) -> Any:
 class ModelFolders:
     """The folders that a model comes in, and which of them holds which part.
 
-    folders: of the model, of its prior, and of its CLIP. given: names of components that the caller has.
+    folders: of the model, of its prior, and of its CLIP. overrides: names of components that the caller has.
     `decoder` is the first folder with a decoder, `prior` the second if it has a prior, or else the first that has one.
     """
 
     decoder: SourceFolder
 
-    def __init__(self, folders: list[SourceFolder], given: Collection[str] = ()):
+    def __init__(self, folders: list[SourceFolder], overrides: Collection[str] = ()):
         for folder in folders:
             folder.check_public_parts()
-        self.folders, self.given = folders, given
+        self.folders, self.overrides = folders, overrides
         self.prior = next((folder for folder in [*folders[1:2], *folders] if "prior" in folder), None)
         decoder = next((folder for folder in folders if folder.family), None)
         if decoder is None:
@@ -205,7 +205,7 @@ class ModelFolders:
 
         Reads the towers that several folders have. own_prior: of this project.
         """
-        if "clip" in self.given:
+        if "clip" in self.overrides:
             return
         self.check_clip_found(own_prior)
         for part in CLIP_TOWERS:

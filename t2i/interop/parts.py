@@ -49,8 +49,8 @@ def find_public_part(
     """
     if not is_folder(name) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is None:
         return None
-    wanted = (*parts, *others)
-    path = fetch_model_folder(name, wanted, variant, otherwise=build_file_patterns(*wanted)).absolute()
+    needed = (*parts, *others)
+    path = fetch_model_folder(name, needed, variant, otherwise=build_file_patterns(*needed)).absolute()
     return locate_public_part(SourceFolder(path, variant), parts, name)
 
 

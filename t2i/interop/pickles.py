@@ -92,6 +92,7 @@ def convert_shards(index: Path) -> Path:
     names = table.get("weight_map")
     if not isinstance(names, dict) or not names:
         raise InputError(f"{str(index)!r} has no weight_map that names files")
+    # The index comes last, when all that it names is there.
     for name in sorted(set(map(str, names.values()))):
         convert_weights(index.with_name(check_file_name(f"a file in {str(index)!r}", name)))
     table["weight_map"] = {key: convert_file_name(str(name)) for key, name in names.items()}

@@ -151,14 +151,16 @@ def read_prior_config(part: Component, tokens: int) -> dict[str, Any]:
     folder, defaults = str(part.folder), inspect.signature(PriorTransformer.__init__).parameters
     if (class_name := part.config.get("_class_name", "PriorTransformer")) != "PriorTransformer":
         raise InputError(f"{folder!r} holds a {class_name!r:.80}; it must be a PriorTransformer")
+    # The arguments of a PriorTransformer
     settings = {name: parameter.default for name, parameter in defaults.items() if name != "self"}
     settings |= {name: value for name, value in part.config.items() if name in settings}
     for name in SIZE_KEYS:
         check_integer(f"{name} in {folder!r}", settings[name], 1, 1_000_000)
-    if (found := settings["additional_embeddings"]) != tokens:
+    if (count := settings["additional_embeddings"]) != tokens:
         raise InputError(
-            f"{folder!r} has additional_embeddings = {found!r:.80}; {tokens} are read: {TOKEN_NAMES[tokens]}"
+            f"{folder!r} has additional_embeddings = {count!r:.80}; {tokens} are read: {TOKEN_NAMES[tokens]}"
         )
+    # The values that a Prior can express
     for name, (value, reason) in REQUIRED_SETTINGS.items():
         if settings[name] != value:
             raise InputError(f"{folder!r} has {name} = {settings[name]!r:.80}, only {value!r} is read: {reason}")
@@ -204,11 +206,13 @@ def to_prior_transformer(prior: Prior) -> PriorTransformer:
     Raises InputError for what a PriorTransformer cannot express, with the reason.
     """
     config = prior.config
+    # Settings that a PriorTransformer lacks
     if config.learned_variance:
         raise InputError("a PriorTransformer predicts z_i alone; this prior has learned the variance too")
     if config.text_width != config.embed_dim:
         widths = f"this prior's have {config.text_width} and {config.embed_dim} dimensions"
         raise InputError(f"a PriorTransformer reads token states as wide as the embeddings; {widths}")
+    # The model, and its tensors under their public names
     with init_empty_weights(include_buffers=False):
         model = PriorTransformer(
             num_attention_heads=config.heads,

@@ -27,8 +27,8 @@ def check_part_trainable(init: str | None, part: str, others: tuple[str, ...] = 
         return
     if is_folder(init) and (class_name := str(read_model_class(Path(init)))).startswith("DALLE2"):
         raise InputError(f"{init!r} is a {class_name}: converted models of DALLE2-pytorch are not trained here")
-    found = find_public_part(init, (part,), others)
-    config = {} if found is None else found.component().config
+    public = find_public_part(init, (part,), others)
+    config = {} if public is None else public.component().config
     if part == "unet" and config.get("class_embed_type") == "projection":
         raise InputError(
             f"{init!r} has the U-Net of Stable unCLIP, which is not trained here; of public models, Karlo's and "

@@ -83,11 +83,13 @@ class LatentClassifier(ModelMixin, ConfigMixin):
         """
         condition = F.silu(self.from_level(1000 * level.float()))  # in the range of timesteps, for its frequencies
         x = self.from_latents(x)
+        # `depth` blocks at each resolution, then half the sides
         for number, block in enumerate(self.blocks):
             if number and number % self.config.depth == 0:
                 x = F.avg_pool2d(x, 2)
             x = run_checkpointed_block(self, block, x, condition)
-        tokens = x.flatten(2).transpose(1, 2)  # (B, h w, width)
+        # Features of the whole picture from those of its places: (B, width, h, w) -> (B, h w, width) -> (B, 2 width)
+        tokens = x.flatten(2).transpose(1, 2)
         tokens = tokens + self.attention(self.norm(tokens))[0]
         pooled = self.drop(self.pooled(torch.cat([tokens.mean(dim=1), tokens.amax(dim=1)], dim=-1)))
         return self.to_class(pooled), F.normalize(self.to_embedding(pooled), dim=-1)

@@ -92,6 +92,7 @@ class CLIP(Encoder, ModelMixin):
         size = preprocess["size"]
         self.size = size if isinstance(size, int) else size[0]
         check_integer("preprocess.size", self.size, 1, 4096)
+        # Constants of the configuration, so no weights to save
         self.register_buffer("mean", torch.tensor(preprocess["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(preprocess["std"]).view(3, 1, 1), persistent=False)
 
@@ -224,6 +225,7 @@ def build_open_clip_model(config: dict) -> torch.nn.Module:
     check_tower_settings(text, vision)
     import_timm_for(config)
     custom = config.pop("custom_text", False) or "hf_model_name" in text
+    # By default open_clip would download weights for towers of other libraries.
     if "hf_model_name" in text:
         text["hf_model_pretrained"] = False
     if "timm_model_name" in vision:

@@ -31,6 +31,7 @@ class Discriminator(nn.Module):
         check_multiple_of("discriminator.width", width, NORM_GROUPS)
         check_integer("discriminator.depth", depth, 1, 6)
         self.depth = depth
+        # Convolutions of 4 x 4: `depth` halve the resolution, two more leave it but for the border
         channels = [width * min(2**i, 8) for i in range(depth + 1)]
         layers: list[nn.Module] = [nn.Conv2d(3, channels[0], 4, 2, 1), nn.LeakyReLU(0.2)]
         for i, (before, after) in enumerate(zip(channels, channels[1:])):
@@ -69,6 +70,7 @@ def compute_adaptive_weight(likeness: Tensor, adversarial: Tensor, weight: Tenso
         adversarial: the loss by the discriminator, ().
         weight: of the last layer.
     """
+    # The graph is retained, because the training step's own backward pass follows.
     norms = [
         torch.autograd.grad(loss * GRADIENT_SCALE, weight, retain_graph=True)[0].float().norm()
         for loss in (likeness, adversarial)

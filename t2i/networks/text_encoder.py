@@ -5,6 +5,7 @@ of a language model for each token of the caption instead (Saharia et al. 2022, 
 """
 
 import inspect
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,29 +13,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
-from accelerate import init_empty_weights
 from diffusers import ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
-from safetensors import safe_open
 from torch import Tensor
 
 from t2i.checks import check_choice, check_integer
 from t2i.diffusion.condition import TokenStates
 from t2i.errors import InputError
-from t2i.files.fingerprints import EXACT_DTYPES, compute_tensors_fingerprint, compute_weights_fingerprint
+from t2i.files.component import Component, load_from_components
+from t2i.files.fingerprints import EXACT_DTYPES, compute_weights_fingerprint
 from t2i.files.hub import find_or_download_folder
-from t2i.files.untrusted import (
-    CODE_KEYS,
-    TensorSpec,
-    bounded_meta_device,
-    check_finite_weights,
-    check_folder_files,
-    check_tensor_specs,
-    find_weight_files,
-    read_config,
-    read_safetensors_header,
-)
+from t2i.files.untrusted import CODE_KEYS, bounded_meta_device
 from t2i.networks.encoder import Encoder
 from t2i.networks.linear import use_onednn_linear
 from t2i.networks.tokenizer import TextTokenizer, load_text_tokenizer
@@ -136,32 +126,28 @@ class TextEncoder(Encoder, ModelMixin):
         files, whatever the dtype. `context_length` is reduced to the positions that the encoder has.
         """
         folder = find_or_download_folder(name, HUB_FILES)
-        architecture, model = read_encoder_settings(folder)
+        part = Component(folder, stem="model")
+        architecture, model = parse_encoder_settings(part.config, folder)
         kind = ARCHITECTURES[architecture]
         context_length = min(context_length, count_token_positions(kind, kind.build_config(**model)) or context_length)
-        headers = {path: read_safetensors_header(path) for path in find_weight_files(folder, stem="model")}
-        stored = {key: spec for header in headers.values() for key, spec in header.items()}
 
-        # Build without memory: first bounded by the size of the files, then for good.
-        with bounded_meta_device(stored, folder):
-            build_text_encoder(architecture, model, context_length)
-        with init_empty_weights(include_buffers=False):
-            encoder = cls(architecture, model, context_length)
-        expected = encoder.net.state_dict()
-        stored_names = find_tensor_names(expected, stored, kind)
-        check_tensor_specs(expected, {key: stored[name] for key, name in stored_names.items()}, folder)
+        # Find the encoder's tensors among those of a larger model
+        with bounded_meta_device(part.tensor_specs, folder):
+            expected = build_text_encoder(architecture, model, context_length).state_dict()
+        own_names = find_tensor_names(expected, part.tensor_specs, kind)
+        unused = tuple("net." + stored for stored in part.tensor_specs if stored not in own_names)
 
-        # Read the tensors, of which the files of a larger model may have others
-        tensors: dict[str, Tensor] = {}
-        for path, header in headers.items():
-            with safe_open(path, "pt") as file:
-                tensors |= {key: file.get_tensor(name) for key, name in stored_names.items() if name in header}
-        encoder.net.load_state_dict({key: tensor.to(dtype) for key, tensor in tensors.items()}, assign=True)
-        check_finite_weights(encoder.net, folder)
+        # Load them as they are stored, for the fingerprint is that of the files
+        encoder = load_from_components(
+            lambda: cls(architecture, model, context_length),
+            {"net.": part},
+            rename=lambda stored: "net." + own_names[stored.removeprefix("net.")],
+            unused=unused,
+        )
         encoder.load_tokenizer_folder(folder, folder)
-        fingerprint = compute_tensors_fingerprint(tensors, encoder.tokenizer_identity)
-        encoder.register_to_config(fingerprint=fingerprint, rounded=dtype not in EXACT_DTYPES)
-        return encoder.eval().requires_grad_(False)
+        encoder.register_to_config(fingerprint=encoder.fingerprint(), rounded=dtype not in EXACT_DTYPES)
+        encoder.net.to(dtype)
+        return encoder
 
     def load_tokenizer_folder(self, folder: Path, root: Path) -> None:
         config = self.net.config
@@ -234,12 +220,6 @@ def count_token_positions(kind: Architecture, config: Any) -> int | None:
     return rows - kind.position_offset - config.pad_token_id  # RoBERTa counts positions from the padding's number on
 
 
-def read_encoder_settings(folder: Path) -> tuple[str, dict[str, Any]]:
-    """Return the architecture and the settings in a folder of transformers. Raises InputError for any other folder."""
-    check_folder_files(folder)
-    return parse_encoder_settings(read_config(folder / "config.json"), folder)
-
-
 def parse_encoder_settings(config: Any, folder: Path) -> tuple[str, dict[str, Any]]:
     """Return the architecture and the settings in a configuration that was read from a folder."""
     kind = config.get("model_type")
@@ -254,12 +234,12 @@ def parse_encoder_settings(config: Any, folder: Path) -> tuple[str, dict[str, An
     return kind, defaults | {key: value for key, value in config.items() if key in ENCODER_SETTINGS}
 
 
-def find_tensor_names(expected: dict[str, Tensor], stored: dict[str, TensorSpec], kind: Architecture) -> dict[str, str]:
-    """Return the name in the files of each of the encoder's tensors; those that no file has are left out."""
-    stored_names = {}
+def find_tensor_names(expected: Iterable[str], stored: Container[str], kind: Architecture) -> dict[str, str]:
+    """Return the encoder's tensors by their names in the files; those that no file has are left out."""
+    own_names = {}
     for name in expected:
         aliases = [name.replace(own, other) for own, other in kind.tensor_aliases if own in name]
         candidates = [prefix + alias for alias in (name, *aliases) for prefix in (kind.prefix, "")]
         if present := [candidate for candidate in candidates if candidate in stored]:
-            stored_names[name] = present[0]
-    return stored_names
+            own_names[present[0]] = name
+    return own_names

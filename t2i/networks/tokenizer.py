@@ -148,6 +148,7 @@ class PublicTokenizer:
     def find_truncated_text(self, text: str) -> str:
         if isinstance(self.tokenizer, SimpleTokenizer):
             return self.tokenizer.decode(self.tokenizer.encode(text)[self.context_length - 2 :]).strip()
+        # Two tokens of the context are for the start and the end
         ids = self.tokenizer.tokenizer(text, add_special_tokens=False)["input_ids"]
         return self.tokenizer.tokenizer.decode(ids[self.context_length - 2 :]).strip()
 
@@ -199,21 +200,19 @@ def load_clip_tokenizer(folder: Path, kind: str, text_cfg: dict[str, Any]) -> Ca
     rows, highest = text_cfg.get("vocab_size", 0), max(tokenizer.get_vocab().values(), default=0)
     if [tokenizer.token_to_id(token) for token in (PAD, START, END)] != [0, 1, highest] or highest != rows - 1:
         raise InputError(f"{str(path)!r} does not fit a text tower of {rows} tokens, whose last ends captions")
-    # Any other setting could pad to millions of tokens or run a pattern without end. Checked after the numbers, for
-    # the library takes memory up to the highest when it writes its settings.
-    settings = extract_tokenizer_settings(tokenizer)
-    for key, expected in extract_tokenizer_settings(build_untrained_tokenizer()).items():
-        if settings.get(key) != expected:
-            raise InputError(f"{str(path)!r} has another {key} than the vocabularies that `t2i train clip` writes")
+    # Other settings could pad to millions of tokens or run a pattern without end. They are checked after the numbers,
+    # because the library takes memory up to the highest number when it writes its settings.
+    settings, expected = (extract_tokenizer_settings(item) for item in (tokenizer, build_untrained_tokenizer()))
+    if other := [key for key in expected if settings.get(key) != expected[key]]:
+        raise InputError(f"{str(path)!r} has another {other[0]} than the vocabularies that `t2i train clip` writes")
     return CaptionTokenizer(tokenizer, context_length)
 
 
 def extract_tokenizer_settings(tokenizer: Tokenizer) -> dict[str, Any]:
     """Return all of a tokenizer but its vocabulary."""
     settings = json.loads(tokenizer.to_str())
-    model = settings.pop("model")
-    settings.pop("added_tokens")
-    return settings | {f"model.{key}": value for key, value in model.items() if key not in ("vocab", "merges")}
+    model = settings["model"] | {"vocab": None, "merges": None}
+    return settings | {"model": model, "added_tokens": None}
 
 
 def load_text_tokenizer(folder: Path, context_length: int, pad: int, vocab_size: int) -> TextTokenizer:

@@ -117,6 +117,7 @@ class Upsampler(ModelMixin, ConfigMixin):
         if any(side % self.image_size_multiple or not side for side in x.shape[-2:]):
             sides = " x ".join(map(str, x.shape[-2:]))
             raise InputError(f"the picture's sides must be multiples of {self.image_size_multiple} pixels, got {sides}")
+        # The network sees both pictures as patches: (B, 3, H, W) twice -> (B, 6 p^2, H / p, W / p)
         both = torch.cat([self.split_into_patches(x), self.split_into_patches(context.low)], dim=1)
         out = F.pixel_shuffle(self.net(both, t, class_labels=context.embedding).sample, self.config.patch_size)
         return out + context.low if self.config.adds_detail else out

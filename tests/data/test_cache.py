@@ -450,7 +450,7 @@ def test_two_makers_do_not_work_in_one_folder(shapes, runs, cache):
 
 def test_it_is_said_where_pictures_have_more_captions_than_are_cached(shapes, runs, tmp_path, capsys):
     make(shapes, runs, tmp_path / "one", autoencoder="null", variations=1)
-    assert re.search(r"caches 1 of up to [2-9] captions of a picture", capsys.readouterr().out)
+    assert re.search(r"caching 1 of up to [2-9] captions of a picture", capsys.readouterr().out)
     make(shapes, runs, tmp_path / "all", autoencoder="null", variations=64)
     assert "captions of a picture" not in capsys.readouterr().out
 

@@ -79,7 +79,7 @@ def test_probabilities_are_the_softmax_of_scaled_cosines():
         ([], "no labels"),
         (["cat", "dog", "cat"], "the label 'cat' is given twice"),
         (["cat", " "], "label must not be empty"),
-        (["cat"], "leaves nothing to choose"),
+        (["cat"], "leaves no choice"),
     ],
 )
 def test_labels_given_twice_or_none_are_refused(labels, message):
@@ -182,7 +182,7 @@ def test_the_commands_name_find_and_compare_pictures(monkeypatch, capsys, folder
     [
         (["classify", "a.png"], "no labels"),
         (["classify", "a.png", "--labels", "cat,dog,cat"], "the label 'cat' is given twice"),
-        (["classify", "a.png", "--labels", "cat,dog", "--template", "no place"], "a template needs {} once"),
+        (["classify", "a.png", "--labels", "cat,dog", "--template", "no place"], "a template must contain {} once"),
         (["classify", "a.png", "--labels-file", "nowhere.txt"], "nowhere.txt"),
         (["search"], "give a text or a --picture to look for, got none"),
         (["search", "cat", "--picture", "a.png"], "got both"),

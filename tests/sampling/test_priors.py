@@ -475,13 +475,13 @@ def test_a_regression_is_taken_over_and_what_fits_nothing_is_refused(shapes, run
     prior = load_prior(train_kind("autoregressive", shapes, runs, tmp_path, regression=regression))[0]
     started = load_prior(regression)[0].state_dict()  # it is not changed
     assert all(torch.equal(one, started[name]) for name, one in prior.regressor.state_dict().items())
-    with pytest.raises(InputError, match="is for new weights, init='.*' has its own; give one"):
+    with pytest.raises(InputError, match="is for new weights, but init='.*' is given; give one"):
         train_kind("autoregressive", shapes, runs, tmp_path, regression=regression, init=runs / "prior")
     cases = (("mlp", "caption_dropout", 0.2), ("linear", "code_noise", 0.1), ("autoregressive", "timestep_shift", 2))
     for kind, name, value in cases:
-        with pytest.raises(InputError, match=f"{name} is of the .* prior, but architecture is {kind}; leave it out"):
+        with pytest.raises(InputError, match=f"{name} needs architecture=.*, got {kind}; leave it out"):
             train_kind(kind, shapes, runs, tmp_path, **{name: value})
-    with pytest.raises(InputError, match="regression is of the autoregressive prior"):
+    with pytest.raises(InputError, match="regression needs architecture=autoregressive"):
         train_kind("linear", shapes, runs, tmp_path, regression=regression)
     for setting, message in (("heads=3", "heads must divide"), ("components=99", "components must be from 1")):
         name, value = setting.split("=")

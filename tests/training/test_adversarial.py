@@ -229,7 +229,10 @@ def test_a_step_whose_critic_alone_is_not_finite_is_skipped_for_both(tmp_path):
         ({"perceptual_weight": 1}, "perceptual_weight=1 needs perceptual_clip"),
         ({"adversarial_weight": -1}, "adversarial_weight must be from 0"),
         ({"adversarial_weight": 1, "train.compile": True}, "adversarial_fixed=true"),
-        ({"adversarial_weight": 1, "discriminator.depth": 5}, "data.image_size=32 gives this discriminator no patch"),
+        (
+            {"adversarial_weight": 1, "discriminator.depth": 5},
+            "data.image_size=32 is smaller than a patch of this discriminator",
+        ),
         ({"adversarial_weight": 1, "discriminator.width": 12}, "discriminator.width must be a multiple of 8, got 12"),
         ({"adversarial_weight": 1, "discriminator.layers": 3}, "discriminator is not valid for Discriminator"),
     ],

@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler
 from t2i.training.train_decoder import ARCHITECTURES
 from t2i.training.train_prior import ARCHITECTURES as PRIORS
-from t2i.training.train_prior import collect_model_arguments, collect_prior_arguments
+from t2i.training.train_prior import collect_clip_arguments, collect_model_arguments
 
 from t2i.config import CONFIG_FOLDER, load_config
 from t2i.data.cache import ClipFacts
@@ -81,7 +81,7 @@ def test_every_shipped_configuration_builds_its_model(path):
 
 def make_prior(config, embed_dim: int, text: dict):
     facts = ClipFacts("", "", embed_dim, text["width"], text["context_length"])
-    arguments = collect_model_arguments(config) | collect_prior_arguments(config, facts)
+    arguments = collect_model_arguments(config) | collect_clip_arguments(config, facts)
     if config.architecture == "diffusion":
         make_scheduler(config)
     if config.architecture == "autoregressive":  # the data say how many

@@ -429,7 +429,7 @@ def test_a_cache_holds_embeddings_as_they_are_and_trains_the_same(shapes, tmp_pa
         tune(kind, shapes, tmp_path / "frozen", steps=1, **more)
         one, other = ([line["loss"] for line in metrics(tmp_path / way / kind)] for way in ("cached", "frozen"))
         assert len(one) == 1 and one == pytest.approx(other, rel=1e-4)
-    with pytest.raises(InputError, match="says a vector of each caption .* leave it out"):
+    with pytest.raises(InputError, match="makes a vector for each caption .* leave it out"):
         cached(shapes, tmp_path / "other", clip=clip, text_encoder=kandinsky_21_decoder())
     movq = decoder / "movq" / "diffusion_pytorch_model.safetensors"
     movq.write_bytes(movq.read_bytes()[:-4] + b"\0\0\0\0")

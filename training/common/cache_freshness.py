@@ -1,0 +1,148 @@
+"""Identities of frozen models and data, and their comparison with those that a cache was made from.
+
+Models and data in folders of this machine are identified by their content, other models by their names.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from t2i.config import DataConfig
+from t2i.data.cache import AutoencoderFacts, CachedPairs, ClipFacts, TextEncoderFacts, read_json
+from t2i.data.dataset import open_datasets
+from t2i.data.manifest import SPLITS, find_manifest
+from t2i.errors import InputError
+from t2i.files.fingerprints import compute_files_fingerprint, compute_stored_fingerprint, compute_weights_fingerprint
+from t2i.files.model_folder import read_model_class
+from t2i.files.untrusted import is_folder
+from t2i.networks.autoencoder import Autoencoder
+from t2i.networks.clip import CLIP
+from t2i.networks.public.transformers_clip import TransformersCLIP
+from t2i.networks.text_encoder import TextEncoder
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer/*")  # of a CLIP's folder
+PUBLIC_MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model")  # weights, settings and tokenizer
+# Classes that this project saves, which store an identity in their folder
+OWN_CLASSES = {"CLIP": ("CLIP", "TransformersCLIP"), "Autoencoder": ("Autoencoder", "MoVQ", "SuperResolution")}
+PIPELINE_PARTS = {  # subfolders of public pipelines
+    "CLIP": ("*text_encoder", "*tokenizer", "*image_encoder", "*image_processor", "feature_extractor"),
+    "Autoencoder": ("movq", "vae", "super_res_*"),
+}
+
+
+def check_cache_freshness(cache: CachedPairs, data: DataConfig, clip: str, autoencoder: str | None) -> None:
+    """Refuse a cache that was made from other models or data than those named in this configuration."""
+    # Pairs of what the cache was made with, and what is there now
+    pairs: dict[str, tuple[Any, Any]] = {"data.image_size": (cache.made_from["image_size"], data.image_size)}
+    stored = cache.made_from.get("stored", {})
+    pairs["clip"] = compare_model("CLIP", clip, cache.clip, read_stored_fingerprint, stored.get("clip"))
+    if find_local_folder(clip) is not None:
+        pairs["tokenizer"] = (stored.get("tokenizer"), digest_tokenizer_files(clip))
+    if autoencoder is not None:
+        pairs["autoencoder"] = compare_model(
+            "Autoencoder", autoencoder, cache.autoencoder, compute_stored_fingerprint, stored.get("autoencoder")
+        )
+    if has_manifest(data):
+        datasets, before = open_datasets(data), cache.made_from["data"]
+        now = {split: dataset.compute_digest() for split, dataset in datasets.items()}
+        pairs |= {name: (before.get(split), now.get(split)) for name, split in zip(("data", "held-out data"), SPLITS)}
+    elif os.environ.get("RANK", "0") == "0":
+        print(f"no manifest in data.path={data.path!r}: the cache {str(cache.folder)!r} is not compared with its data")
+    for name, (before, now) in pairs.items():
+        if before != now:
+            raise InputError(
+                f"the cache {str(cache.folder)!r} is stale: it was made with another {name}, {before}, now {now}; "
+                "make a new cache, or use what it was made with"
+            )
+
+
+def has_manifest(data: DataConfig) -> bool:
+    """Return whether the data are there; training from a cache works without them."""
+    try:
+        find_manifest(Path(data.path))
+    except InputError:
+        return False
+    return True
+
+
+def compare_model(
+    kind: str,
+    name: str,
+    facts: ClipFacts | AutoencoderFacts | None,
+    identify: Callable[[Path], str],
+    stored_digest: str | None,
+) -> tuple[str | None, str | None]:
+    """Return the identities of the cache's model, and of the model that the configuration names.
+
+    kind: a key of OWN_CLASSES. identify: the identity of a model of our own in a folder.
+    stored_digest: of `digest_stored_files` in the cache's key.
+    """
+    assert facts is not None
+    folder = find_local_folder(name)
+    if folder is None:
+        return facts.name, name
+    if read_model_class(folder) in OWN_CLASSES[kind]:
+        return facts.identity, identify(folder)
+    return stored_digest, digest_model_files(name, kind)
+
+
+def find_local_folder(name: str) -> Path | None:
+    """Find the folder of this machine that holds a model; None for the name of a public model."""
+    path = Path(name if is_folder(name) else name.removeprefix("local-dir:"))
+    return next((folder for folder in (path / "model", path / "model.replaced", path) if is_folder(folder)), None)
+
+
+def digest_model_files(name: str, kind: str) -> str | None:
+    """Return a digest of a foreign model's files in a folder; of a pipeline, of the files of the parts in question.
+
+    Returns None for a model of our own, which has an identity, and for the name of a public model.
+    """
+    folder = find_local_folder(name)
+    if folder is None or read_model_class(folder) in OWN_CLASSES[kind]:
+        return None
+    parts = PIPELINE_PARTS[kind] if (folder / "model_index.json").is_file() else ()
+    part_files = [f"{part}/{pattern}" for part in parts for pattern in PUBLIC_MODEL_FILES]
+    return compute_files_fingerprint(folder, (*PUBLIC_MODEL_FILES, *part_files))
+
+
+def digest_tokenizer_files(name: str) -> str | None:
+    """Return a digest of the tokenizer in a CLIP's folder; None for a public CLIP."""
+    folder = find_local_folder(name)
+    return None if folder is None else compute_files_fingerprint(folder, TOKENIZER_FILES)
+
+
+def digest_stored_files(clip: str | None, autoencoder: str | None) -> dict[str, str | None]:
+    """Return the digests of model files in folders of this machine, for a cache's key."""
+    return {
+        "clip": None if clip is None else digest_model_files(clip, "CLIP"),
+        "tokenizer": None if clip is None else digest_tokenizer_files(clip),
+        "autoencoder": None if autoencoder is None else digest_model_files(autoencoder, "Autoencoder"),
+    }
+
+
+def read_stored_fingerprint(folder: Path) -> str:
+    """Read the identity of a CLIP or a text encoder in a folder, without loading it."""
+    return read_json(folder / "config.json").get("fingerprint", "none")
+
+
+def collect_identities(
+    data: str, clip: ClipFacts, autoencoder: AutoencoderFacts | None, text_encoder: TextEncoderFacts | None
+) -> dict[str, str]:
+    models = {"clip": clip, "autoencoder": autoencoder, "text_encoder": text_encoder}
+    return {"data": data} | {name: facts.identity for name, facts in models.items() if facts is not None}
+
+
+def build_clip_facts(name: str, clip: CLIP) -> ClipFacts:
+    """Describe a CLIP. Raises InputError for a public CLIP that lacks a tower."""
+    if isinstance(clip, TransformersCLIP):
+        clip.check_image_encoder()
+    return ClipFacts(name, clip.identity, clip.embed_dim, clip.text_width, clip.context_length, clip.unit_length)
+
+
+def build_autoencoder_facts(name: str, autoencoder: Autoencoder) -> AutoencoderFacts:
+    return AutoencoderFacts(name, compute_weights_fingerprint(autoencoder), autoencoder.channels, autoencoder.factor)
+
+
+def build_text_encoder_facts(encoder: TextEncoder) -> TextEncoderFacts:
+    return TextEncoderFacts(encoder.identity, encoder.width)
