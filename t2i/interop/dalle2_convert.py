@@ -17,7 +17,13 @@ from t2i.errors import InputError
 from t2i.files.atomic import create_folder_atomically, raise_as_oserror
 from t2i.files.component import TensorComponent, load_from_components
 from t2i.files.untrusted import read_config
-from t2i.interop.dalle2_files import DALLE2File, parse_release, read_dalle2_file
+from t2i.interop.dalle2_files import (
+    DALLE2File,
+    format_release,
+    parse_release,
+    read_dalle2_file,
+    require_file_release,
+)
 from t2i.networks.clip import CLIP
 from t2i.networks.dalle2.decoder import DALLE2Cascade, DALLE2Decoder, DALLE2Pixels
 from t2i.networks.dalle2.prior import DALLE2Prior
@@ -346,18 +352,6 @@ def convert_stored_clip(file: DALLE2File, settings: dict[str, Any], source: Path
 
 
 # Shared by prior and decoder
-
-
-def require_file_release(file: DALLE2File, source: Path, feature: str) -> tuple[int, ...]:
-    """Return the release that trained a model. Raises InputError if it is not known."""
-    if file.release is None:
-        hint = "and does not say which release trained it; give --release, such as 1.1.0"
-        raise InputError(f"{str(source)!r} has {feature}, {hint}")
-    return file.release
-
-
-def format_release(release: tuple[int, ...]) -> str:
-    return ".".join(map(str, release))
 
 
 def select_prefixed_tensors(state: dict[str, Tensor], prefix: str, new_prefix: str) -> dict[str, Tensor]:

@@ -138,3 +138,15 @@ def parse_release(text: str) -> tuple[int, ...]:
     if not re.fullmatch(r"\d{1,4}(\.\d{1,4}){1,3}", text):
         raise InputError(f"a release of DALLE2-pytorch is such as 1.1.0, got {text!r:.80}")
     return tuple(int(part) for part in text.split("."))
+
+
+def require_file_release(file: DALLE2File, source: Path, feature: str) -> tuple[int, ...]:
+    """Return the release that trained a model. Raises InputError if it is not known."""
+    if file.release is None:
+        hint = "and does not say which release trained it; give --release, such as 1.1.0"
+        raise InputError(f"{str(source)!r} has {feature}, {hint}")
+    return file.release
+
+
+def format_release(release: tuple[int, ...]) -> str:
+    return ".".join(map(str, release))
