@@ -256,7 +256,6 @@ class UnCLIPPipeline(StagedPipeline):
         self, z_i: Tensor, text: TextEncoding | None, options: DecoderOptions, generators: list[Generator], **more: Any
     ) -> Any:
         """Pictures that show z_i, (N, D), as `output_type` says; `more` goes to `sample_decoder`."""
-        self.check_upsampling(options)
         latents = self.sample_decoder(z_i, text, options, generators, **more)
         if not options.upsample:
             return self.decode(latents, options.output_type, options, generators)
