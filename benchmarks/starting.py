@@ -25,9 +25,9 @@ COMMAND = "from t2i.cli import main; main()"
 LOADING = """
 import sys
 from benchmarks.side_by_side import measure_peak_memory
-from t2i.pipelines.jobs.generation import load_pipeline
+from t2i.pipelines.jobs.planning import ModelSource, load_pipeline
 pipelines = []
-print(measure_peak_memory(lambda: pipelines.append(load_pipeline(sys.argv[1], "cpu"))))
+print(measure_peak_memory(lambda: pipelines.append(load_pipeline(ModelSource(sys.argv[1], device="cpu")))))
 models = [part for part in pipelines[0].components.values() if hasattr(part, "parameters")]
 print(sum(each.numel() * each.element_size() for model in models for each in model.parameters()))
 """

@@ -283,7 +283,6 @@ class UnCLIPPipeline(StagedPipeline):
         canvas: Canvas | None = None,
     ) -> Any:
         """Draw images that show z_i, (N, D), in the form of `output_type`. negative, canvas: see `sample_decoder`."""
-        self.check_upsampling(options)
         latents = self.sample_decoder(z_i, text, options, generators, negative, canvas)
         if not options.upsample:
             return self.decode(latents, options.output_type, options, generators)

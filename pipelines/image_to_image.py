@@ -57,7 +57,6 @@ class ImageToImagePipeline(UnCLIPPipeline):
         prior_generators, generators = split_generators(generator, count)
         self.check_stage_inputs(prior if prompts else None, decoder, count)
         away = self.build_negative_condition(negative_image_embeds, count)
-        self.check_upsampling(decoder)
         check_batch_fits(self, prior if prompts else None, decoder, count)
 
         z_i, text = self.compute_image_embeds(

@@ -65,7 +65,6 @@ class ImageVariationPipeline(InvertingPipeline):
         each = num_images_per_prompt
         _, generators = split_generators(generator, count * each)
         self.check_stage_inputs(None, decoder, len(generators), any_size=eta is None)
-        self.check_upsampling(decoder)
         check_batch_fits(self, None, decoder, len(generators))
         if eta == 0 and each > 1:
             logger.warning("num_images_per_prompt is %d, but with eta 0 they are all the same", each)

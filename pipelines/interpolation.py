@@ -92,7 +92,6 @@ class InterpolationPipeline(InvertingPipeline):
         self.check_tensor("prior_latents", prior.prior_latents, (len(texts), self.clip.embed_dim))
         self.check_stage_options(prior if texts else None, decoder)
         self.check_stage_inputs(None, decoder, len(rows))
-        self.check_upsampling(decoder)
         check_batch_fits(self, None, decoder, min(len(rows), FRAMES_PER_BATCH))
         pictures = [anchor for anchor in found if not isinstance(anchor, str)]
         read = read_images(pictures, self.image_size, "anchors") if pictures else None

@@ -1,4 +1,4 @@
-"""How much memory a batch of pictures needs, stage by stage, and how many fit. See `t2i.runtime.memory`."""
+"""Count the memory that a batch of images needs, stage by stage, and how many images fit; see `t2i.runtime.memory`."""
 
 from collections.abc import Callable
 from functools import cache
@@ -22,20 +22,24 @@ from t2i.runtime.memory import (
 from t2i.sampling.embeddings import count_candidates
 from t2i.sampling.upsampling import DEFAULT_TILE_SIZE, pad_edges
 
-AMPLE_BYTES_PER_PIXEL = (
-    12_000  # bytes for each pixel, and for as many for each latent: with so much, nothing needs to be counted
-)
-# What is counted may be more than what is taken: by a ninth where captions are long beside so few pixels, and by more
-# without AVX-512 (tests allow 1.05, and 1.25 there). Who asks for a batch is refused only what does not fit even so.
+# No stage needs more than so many bytes for each pixel and 64 times as many for each latent. With that much free,
+# nothing is counted.
+AMPLE_BYTES_PER_PIXEL = 12_000
+# The count may exceed what is allocated: by a ninth where captions are long and images small, by more without AVX-512
+# (tests allow 1.05 and 1.25). A batch is refused only if the count divided by this is too much.
 OVERCOUNT_FACTOR = 1.25
 
 
 class BatchTooLargeError(InputError):
-    """A batch needs more memory than there is. said: without advice. fewer: how many fit; 0 if not even one does."""
+    """A batch that needs more memory than there is.
 
-    def __init__(self, said: str, fewer: int):
-        super().__init__(f"{said}; " + (f"draw {fewer} at once" if fewer else "ask for smaller pictures"))
-        self.reason, self.fitting_count = said, fewer
+    reason: the message without advice. fitting_count: the number of images that fit; 0 if not even one does.
+    """
+
+    def __init__(self, reason: str, fitting_count: int):
+        advice = f"draw {fitting_count} at once" if fitting_count else "ask for smaller pictures"
+        super().__init__(f"{reason}; {advice}")
+        self.reason, self.fitting_count = reason, fitting_count
 
 
 def check_batch_fits(
@@ -46,38 +50,48 @@ def check_batch_fits(
     processes: int = 1,
     window: int | None = None,
 ) -> None:
-    """Refuse a batch of so many pictures before any work, where what is counted is surely more than what is free.
+    """Raise BatchTooLargeError, before any work, if a batch of `count` images certainly needs more memory than is free.
 
-    processes: of this machine, that draw as much each. window: side of the parts of the latents that the decoder sees
-    one after the other; None is all at once.
+    Args:
+        prior: None if the prior is not used.
+        processes: processes of this machine that draw such a batch at the same time.
+        window: side of the parts of the latents that the decoder denoises one after another; None denoises them whole.
     """
     device = pipeline._execution_device
-    there = measure_available_memory(device).divide_by_processes(processes)
-    if has_ample_memory(pipeline, decoder, count, there.free):
+    memory = measure_available_memory(device).divide_by_processes(processes)
+    if has_ample_memory(pipeline, decoder, count, memory.free):
         return
-    needs = build_byte_counter(pipeline, prior, decoder, window)
-    if needs(count) > there.free * OVERCOUNT_FACTOR:
+    count_bytes = build_byte_counter(pipeline, prior, decoder, window)
+    if count_bytes(count) > memory.free * OVERCOUNT_FACTOR:
+        # Memory freed earlier may still belong to the C library
         release_freed_memory()
-        there = measure_available_memory(device).divide_by_processes(processes)
-    if needs(count) <= there.free * OVERCOUNT_FACTOR:
+        memory = measure_available_memory(device).divide_by_processes(processes)
+    if count_bytes(count) <= memory.free * OVERCOUNT_FACTOR:
         return
-    safe, least = (halve_until_fits(needs, count, there.free * part) for part in (1 / MEMORY_MARGIN, OVERCOUNT_FACTOR))
-    said = f"a batch of {count} does not fit into memory: it needs {format_bytes(needs(count))}, {there}"
-    raise BatchTooLargeError(said + f" for each of {processes} processes" * (processes > 1), safe or least)
+    # Advise a count that fits with a margin, else one that may just fit
+    fitting_count = halve_until_fits(count_bytes, count, memory.free / MEMORY_MARGIN)
+    fitting_count = fitting_count or halve_until_fits(count_bytes, count, memory.free * OVERCOUNT_FACTOR)
+    reason = f"a batch of {count} does not fit into memory: it needs {format_bytes(count_bytes(count))}, {memory}"
+    if processes > 1:
+        reason += f" for each of {processes} processes"
+    raise BatchTooLargeError(reason, fitting_count)
 
 
 def find_fitting_count(
     pipeline: Any, prior: PriorOptions | None, decoder: DecoderOptions, count: int, free: float
 ) -> int:
-    """The count, halved until so many bytes are enough; 0 if they are not for one."""
-    needs = build_byte_counter(pipeline, prior, decoder)
-    return halve_until_fits(
-        lambda few: 0 if has_ample_memory(pipeline, decoder, few, free) else needs(few), count, free
-    )
+    """Return `count`, halved until a batch needs at most `free` bytes; 0 if one image needs more."""
+    count_bytes = build_byte_counter(pipeline, prior, decoder)
+
+    def count_unless_ample(fewer: int) -> int:
+        return 0 if has_ample_memory(pipeline, decoder, fewer, free) else count_bytes(fewer)
+
+    return halve_until_fits(count_unless_ample, count, free)
 
 
-def halve_until_fits(needs: Callable[[int], int], count: int, free: float) -> int:
-    while needs(count) > free:
+def halve_until_fits(count_bytes: Callable[[int], int], count: int, free: float) -> int:
+    """Return the count, halved (rounding up) until `count_bytes` of it are free; 0 if one image needs more."""
+    while count_bytes(count) > free:
         if count == 1:
             return 0
         count = (count + 1) // 2
@@ -87,12 +101,15 @@ def halve_until_fits(needs: Callable[[int], int], count: int, free: float) -> in
 def build_byte_counter(
     pipeline: Any, prior: PriorOptions | None, decoder: DecoderOptions, window: int | None = None
 ) -> Callable[[int], int]:
-    """`count_bytes_needed` of a count, counted once for each. Not kept for longer: pipelines and their parts change."""
+    """Return `count_bytes_needed` as a function of the count alone, computed once for each.
+
+    The cache lives as long as the function: a pipeline's components may change between two drawings.
+    """
     return cache(lambda count: count_bytes_needed(pipeline, prior, decoder, count, window))
 
 
 def has_ample_memory(pipeline: Any, decoder: DecoderOptions, count: int, free: float) -> bool:
-    """Whether so much is free that counting, which takes tenths of a second, would say nothing new."""
+    """Return whether so many bytes are free that a count, which takes tenths of a second, is not worthwhile."""
     _, height, width = pipeline.compute_latent_shape(decoder)
     factor = pipeline.autoencoder.factor
     if decoder.upsample and pipeline.upsampler is not None:
@@ -103,21 +120,24 @@ def has_ample_memory(pipeline: Any, decoder: DecoderOptions, count: int, free: f
 def count_bytes_needed(
     pipeline: Any, prior: PriorOptions | None, decoder: DecoderOptions, count: int, window: int | None = None
 ) -> int:
-    """Bytes at the peak of drawing so many pictures, beside the weights: of the stage that needs most.
+    """Return the peak of bytes that drawing `count` images allocates, without the weights: that of the largest stage.
 
-    A stage that cannot be counted is left out, and so is CLIP, which needs little. window: as of `check_batch_fits`.
+    Stages that cannot be counted are left out, and so is CLIP, which needs little. window: see `check_batch_fits`.
     """
-    works = collect_stage_workloads(pipeline, prior, decoder, count, window)
-    peaks = {name: count_peak_bytes(getattr(pipeline, name), work) for name, work in works.items()}
+    workloads = collect_stage_workloads(pipeline, prior, decoder, count, window)
+    peaks = {name: count_peak_bytes(getattr(pipeline, name), workload) for name, workload in workloads.items()}
     if peaks["decoder"] is not None:
         peaks["decoder"] += count_packed_bytes(pipeline.decoder)
-    return max((one for one in peaks.values() if one is not None), default=0)
+    return max((peak for peak in peaks.values() if peak is not None), default=0)
 
 
 def collect_stage_workloads(
     pipeline: Any, prior: PriorOptions | None, decoder: DecoderOptions, count: int, window: int | None = None
 ) -> dict[str, Callable[[Any], object]]:
-    """By a component's name, what takes most of its memory; the captions are as short as they can be."""
+    """Return, by component, a function of the model that allocates as much as its stage does at its peak.
+
+    Captions are the null condition, which is as short as any.
+    """
     channels, height, width = pipeline.compute_latent_shape(decoder)
     sides = [height * pipeline.autoencoder.factor, width * pipeline.autoencoder.factor]
 
@@ -134,30 +154,29 @@ def collect_stage_workloads(
         x = torch.empty_like(context.low)
         model.step(x[..., rows, columns], torch.zeros(count, dtype=torch.long), context.crop_window(rows, columns))
 
-    at_once = (channels, *(min(side, window or side) for side in (height, width)))
-    guided = 1 if decoder.guidance_scale.is_off else 2
-    works: dict[str, Callable[[Any], object]] = {
-        "decoder": lambda model: run_denoiser(model, guided * count, *at_once),
+    # Guidance doubles the rows of the denoisers
+    decoder_rows = count if decoder.guidance_scale.is_off else 2 * count
+    height_seen, width_seen = (min(side, window or side) for side in (height, width))
+    workloads: dict[str, Callable[[Any], object]] = {
+        "decoder": lambda model: run_denoiser(model, decoder_rows, channels, height_seen, width_seen),
         "autoencoder": lambda model: model.decode(torch.empty(count, channels, height, width, dtype=model.dtype)),
     }
     if prior is not None and pipeline.prior is not None:
-        twice = 1 if prior.prior_guidance_scale.is_off else 2
-        rows = twice * count * count_candidates(pipeline.prior, prior.prior_candidates, prior.prior_latents)
-        works["prior"] = lambda model: run_denoiser(model, rows, pipeline.clip.embed_dim)
+        candidates = count_candidates(pipeline.prior, prior.prior_candidates, prior.prior_latents)
+        prior_rows = candidates * (count if prior.prior_guidance_scale.is_off else 2 * count)
+        workloads["prior"] = lambda model: run_denoiser(model, prior_rows, pipeline.clip.embed_dim)
     if decoder.upsample and pipeline.upsampler is not None:
-        works["upsampler"] = run_upsampler
-    return works
+        workloads["upsampler"] = run_upsampler
+    return workloads
 
 
 def count_packed_bytes(decoder: nn.Module) -> int:
-    """Of the copies of convolutions' weights that a U-Net's steps keep in oneDNN's order."""
-    found = 0
+    """Return the bytes of the convolution weights that a U-Net's steps copy into oneDNN's order."""
+    packed = 0
     for unet in decoder.modules():
-        if (
-            isinstance(unet, UNet2DConditionModel)
-            and is_known_unet(unet)
-            and can_pack_weights(unet, next(unet.parameters()))
-        ):
-            layers = [one for one in unet.modules() if type(one) is nn.Conv2d]
-            found += sum(one.weight.numel() * one.weight.element_size() for one in layers)
-    return found
+        if not isinstance(unet, UNet2DConditionModel) or not is_known_unet(unet):
+            continue
+        if can_pack_weights(unet, next(unet.parameters())):
+            convolutions = [layer for layer in unet.modules() if type(layer) is nn.Conv2d]
+            packed += sum(layer.weight.numel() * layer.weight.element_size() for layer in convolutions)
+    return packed

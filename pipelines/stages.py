@@ -235,10 +235,10 @@ class StagedPipeline(WatchedPipeline):
         """Check the options of this kind of pipeline, also before a model is loaded. See `options.build_options`."""
         return build_options(options, defaults)
 
-    # What comes in
+    # Checks of arguments and options
 
     def check_prompts(self, name: str, prompt: str | list[str] | None, count: int | None = None) -> list[str]:
-        """Texts as a list; one stands for all `count`. Raises InputError for what is no text."""
+        """Return texts as a list, one text repeated `count` times. Raises InputError for anything else."""
         prompts = [] if prompt is None else [prompt] if isinstance(prompt, str) else prompt
         check_texts(name, prompts)
         if count is None or not prompts:
@@ -248,6 +248,7 @@ class StagedPipeline(WatchedPipeline):
         return list(prompts) if isinstance(prompt, list) else prompts * count
 
     def check_tensor(self, name: str, value: Tensor | None, shape: tuple[int, ...]) -> None:
+        """Raise InputError for a tensor of another shape, and for values that are not finite. None passes."""
         if value is None:
             return
         if not isinstance(value, Tensor) or value.shape != shape:
@@ -259,79 +260,87 @@ class StagedPipeline(WatchedPipeline):
     def check_stage_inputs(
         self, prior: PriorOptions | None, decoder: DecoderOptions, count: int, any_size: bool = False
     ) -> None:
-        """Of both stages, for `count` pictures; what is to steer them; and what the stages are asked for.
+        """Raise InputError for options that these stages do not take, to draw `count` images.
 
-        any_size: they may have another size than the decoder was trained on.
+        prior: None if the prior is not used. any_size: allow other sizes than the decoder was trained on.
         """
         self.check_stage_options(prior, decoder)
         self.check_image_sides(decoder, any_size)
         channels, height, width = self.compute_latent_shape(decoder)
-        sides = (height * self.autoencoder.factor, width * self.autoencoder.factor)
+        height_in_pixels, width_in_pixels = height * self.autoencoder.factor, width * self.autoencoder.factor
         if decoder.steering is not None:
             check_steering("steering", decoder.steering, self.clip, self.autoencoder, count)
         if prior is not None:
             self.check_tensor("prior_latents", prior.prior_latents, (count, self.clip.embed_dim))
         self.check_tensor("latents", decoder.latents, (count, channels, height, width))
-        self.check_super_resolution(decoder, (count, 3, *sides))
         self.check_tensor("image_embeds_noise", decoder.image_embeds_noise, (count, self.clip.embed_dim))
-
-    def check_super_resolution(self, options: DecoderOptions, shape: tuple[int, ...]) -> None:
-        """Of a cascade, for pictures of this shape; a model that is none is asked for nothing of it."""
-        given = [] if options.super_res_latents is None else ["super_res_latents"]
-        if options.super_res_num_inference_steps != DecoderOptions.super_res_num_inference_steps:
-            given.append("super_res_num_inference_steps")
-        if given and not self.is_cascade:
-            raise InputError(f"{given[0]} is of a cascade (Karlo's), which draws again at the end; this model does not")
-        self.check_tensor("super_res_latents", options.super_res_latents, shape)
-
-    def check_image_sides(self, options: DecoderOptions, any_size: bool) -> None:
-        """Of the pictures that are to be drawn."""
-        for name, side in {"height": options.height, "width": options.width}.items():
-            if side in (None, self.image_size):
-                continue
-            if not any_size:
-                raise InputError(f"{name} is {side}, but here pictures have the size of those that are given; leave it")
-            if options.steering is not None:
-                raise InputError(f"{name} must be {self.image_size} where pictures are steered, got {side}")
-            check_multiple_of(name, side, self.autoencoder.factor * compute_latent_multiple(self.decoder))
+        self.check_super_resolution(decoder, (count, 3, height_in_pixels, width_in_pixels))
+        self.check_upsampling(decoder, height_in_pixels, width_in_pixels)
 
     def check_stage_options(self, prior: PriorOptions | None, decoder: DecoderOptions) -> None:
-        """Refuse what these models and schedulers cannot do; `prior` is None where the prior is not used."""
+        """Raise InputError for what these models and schedulers cannot do. prior: None if the prior is not used."""
+        # The prior
         if prior is not None:
             if self.prior is None and self.clip.reads_captions and not self.clip.unit_length:
-                raise InputError("this model has no prior: name the folder of one as prior=..., or give image_embeds")
+                raise InputError("this model has no prior; give prior=..., the folder of one, or image_embeds")
             if self.prior_scheduler is not None:
                 scheduler = resolve_sampler(prior.prior_sampler, self.prior_scheduler, self.prior)
                 check_step_count("prior_num_inference_steps", prior.prior_num_inference_steps, scheduler)
             elif prior.prior_sampler is not None:
-                other = f"which this is not; got {prior.prior_sampler!r}"
-                raise InputError(f"prior_sampler is of a diffusion prior, {other}")
+                raise InputError(
+                    f"prior_sampler needs a diffusion prior, which this is not; got {prior.prior_sampler!r}"
+                )
             if isinstance(self.prior, AutoregressivePrior):
                 check_scale_only(prior.prior_guidance_scale)
+
+        # The decoder
         levels = self.decoder.noise_levels
         if levels is not None:
             check_integer("noise_level", decoder.noise_level, 0, levels - 1)
         elif decoder.noise_level or decoder.image_embeds_noise is not None:
             name = "noise_level" if decoder.noise_level else "image_embeds_noise"
-            raise InputError(f"{name} is of Stable unCLIP, whose decoder noises image_embeds first; this one does not")
+            raise InputError(
+                f"{name} needs a decoder that adds noise to image_embeds (Stable unCLIP's); this one does not"
+            )
         scheduler = resolve_sampler(decoder.sampler, self.decoder_scheduler, self.decoder)
         check_eta(scheduler, decoder.eta)
         check_step_count("num_inference_steps", decoder.num_inference_steps, scheduler)
 
-    def check_upsampling(self, options: DecoderOptions) -> None:
-        """What can be refused before pictures are drawn."""
-        if options.upsample:
-            if self.upsampler is None or self.upsampler_scheduler is None:
-                raise InputError(f"upsample is {options.upsample}, but this pipeline has no upsampler; load one")
-            check_range("upsample_level", options.upsample_level, 0, self.upsampler.config.max_level)
-            _, height, width = self.compute_latent_shape(options)
-            factor = self.autoencoder.factor
-            check_upsampled_size(self.upsampler, width * factor, height * factor, options.upsample)
-            check_step_count("upsample_steps", options.upsample_steps, self.upsampler_scheduler)
+    def check_image_sides(self, options: DecoderOptions, any_size: bool) -> None:
+        """Raise InputError for a height or width that cannot be drawn."""
+        for name, side in {"height": options.height, "width": options.width}.items():
+            if side in (None, self.image_size):
+                continue
+            if not any_size:
+                raise InputError(f"{name} is {side}, but the images have the size of the given ones; leave it out")
+            if options.steering is not None:
+                raise InputError(f"{name} must be {self.image_size} for images that are steered, got {side}")
+            check_multiple_of(name, side, self.autoencoder.factor * compute_latent_multiple(self.decoder))
+
+    def check_super_resolution(self, options: DecoderOptions, shape: tuple[int, ...]) -> None:
+        """Raise InputError for super_res_latents of another shape, and for super_res options without a cascade."""
+        changed = [] if options.super_res_latents is None else ["super_res_latents"]
+        if options.super_res_num_inference_steps != DecoderOptions.super_res_num_inference_steps:
+            changed.append("super_res_num_inference_steps")
+        if changed and not self.is_cascade:
+            raise InputError(
+                f"{changed[0]} needs a cascade, which ends with a super-resolution (Karlo); this model does not"
+            )
+        self.check_tensor("super_res_latents", options.super_res_latents, shape)
+
+    def check_upsampling(self, options: DecoderOptions, height: int, width: int) -> None:
+        """Raise InputError if images of this size cannot be upsampled as the options say."""
+        if not options.upsample:
+            return
+        if self.upsampler is None or self.upsampler_scheduler is None:
+            raise InputError(f"upsample is {options.upsample}, but this pipeline has no upsampler; load one")
+        check_range("upsample_level", options.upsample_level, 0, self.upsampler.config.max_level)
+        check_upsampled_size(self.upsampler, width, height, options.upsample)
+        check_step_count("upsample_steps", options.upsample_steps, self.upsampler_scheduler)
 
 
 def compute_latent_multiple(decoder: Any) -> int:
-    """What divides the sides of the latents that a decoder takes: a U-Net halves them, a transformer cuts patches."""
+    """Return what the sides of a decoder's latents must be a multiple of: a U-Net halves them, others cut patches."""
     parts = dict(decoder.named_children())
     net = parts.get("net", parts.get("unet"))
     return decoder.config.get("patch_size", 1) if net is None else 2 ** (len(net.config.block_out_channels) - 1)
@@ -359,7 +368,7 @@ def check_text_encoder(decoder: AnyDecoder, text_encoder: AnyTextEncoder | None)
 
 
 def check_step_count(name: str, steps: int, scheduler: SchedulerMixin) -> None:
-    """Refuse more steps than a scheduler takes: most take no more than there were timesteps in training."""
+    """Raise InputError for more steps than a scheduler takes: most take at most as many as the training had."""
     try:
         copy.deepcopy(scheduler).set_timesteps(steps)
     except ValueError as error:

@@ -68,7 +68,6 @@ class Text2ImagePipeline(UnCLIPPipeline):
         self.check_stage_inputs(
             prior if image_embeds is None or decoder_negatives else None, decoder, count, any_size=True
         )
-        self.check_upsampling(decoder)
         check_batch_fits(self, prior if image_embeds is None else None, decoder, count)
         if negatives and (prior.prior_guidance_scale.is_off or image_embeds is not None):
             logger.warning("negative_prompt has no effect: it guides the prior, which is not guided or not used here")

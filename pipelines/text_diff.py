@@ -73,7 +73,6 @@ class TextDiffPipeline(InvertingPipeline):
             check_caption_pair(one, other)
         _, generators = split_generators(generator, count)
         self.check_stage_inputs(None, decoder, count)
-        self.check_upsampling(decoder)
         check_batch_fits(self, None, decoder, count)
         direction = self.compute_text_direction(sources, targets)
 

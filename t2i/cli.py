@@ -1,4 +1,4 @@
-"""The `t2i` command. Imports what a command needs when it runs, so that `t2i --help` is quick."""
+"""The `t2i` command. Each command imports what it needs when it runs, so that `t2i --help` is quick."""
 
 import shlex
 import sys
@@ -6,18 +6,18 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from typer import Argument, Option
 
 from t2i import EXTRA_STAGES, STAGES
 from t2i.commands import conversion, drawing, editing, evaluation, seeing, speed_up_imports
+from t2i.commands.flags import argument, option
 from t2i.errors import InputError, report_errors
 
 app = typer.Typer(
-    help="Text to image in the way of DALL-E 2 (unCLIP): draw, train, evaluate.",
+    help="Text-to-image models in the way of DALL-E 2 (unCLIP): draw with them, train them, evaluate them.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-data = typer.Typer(help="Make and look at data.")
+data = typer.Typer(help="Prepare and check training data.")
 app.add_typer(drawing.app)
 app.add_typer(editing.app)
 app.add_typer(seeing.app)
@@ -27,7 +27,7 @@ app.add_typer(evaluation.app, name="eval")
 
 
 def main() -> None:
-    """Entry point: bad input of any kind becomes one line and exit status 2."""
+    """Run the command line. Bad input is reported in one line, with exit status 2."""
     status = 0
     with report_errors():
         try:
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def format_option_value(error: typer.TyperException) -> str:
-    """The value that a message about an option leaves out."""
+    """Return ", got VALUE" for an error about an option; typer's own message leaves the value out."""
     for name in getattr(getattr(error, "param", None), "opts", []):
         if name in sys.argv[:-1]:
             return f", got {sys.argv[sys.argv.index(name) + 1]!r}"
@@ -49,15 +49,15 @@ def format_option_value(error: typer.TyperException) -> str:
 
 @app.command()
 def init(
-    run: Annotated[Path, Argument(help="A new folder for the configurations and all that is trained with them.")],
-    source: Annotated[str, Option("--data", help="The pictures, as for `t2i data check`.")],
-    clip: Annotated[str | None, Option(help="Trained or public, instead of one of your own.")] = None,
-    autoencoder: Annotated[str | None, Option(help="Trained or public, instead of one of your own.")] = None,
-    device: Annotated[str, Option(help="To train on: auto, cpu, cuda.")] = "auto",
-    image_size: Annotated[int | None, Option(help="Side of the pictures, in pixels; chosen if left out.")] = None,
-    held_out: Annotated[float | None, Option(help="Share to hold out, where the source names no split.")] = None,
+    run: Annotated[Path, argument("New folder for the configurations and everything trained with them.")],
+    source: Annotated[str, option("Captioned images, as for `t2i data check`.", None, "--data")],
+    clip: Annotated[str | None, option("Trained or public CLIP to use.", "train one")] = None,
+    autoencoder: Annotated[str | None, option("Trained or public autoencoder to use.", "train one")] = None,
+    device: Annotated[str, option("Device to train on: auto, cpu or cuda.")] = "auto",
+    image_size: Annotated[int | None, option("Side of the images in pixels.", "chosen from the data")] = None,
+    held_out: Annotated[float | None, option("Fraction to hold out, if the data has no splits.", "0.05")] = None,
 ) -> None:
-    """Write a configuration for every stage, with sizes chosen from the pictures and the device."""
+    """Write a configuration for each training stage, with sizes that suit the data and the device."""
     from t2i.training.recipe.recipe import check_run_folder, compose_recipe, find_device, read_data_facts
 
     check_run_folder(run, source)
@@ -67,11 +67,11 @@ def init(
     recipe.write_folder(run)
     print("\n".join(recipe.lines))
     folder = shlex.quote(str(run))
-    print(f"next: t2i train all {folder} --dry-run   tells what it will cost\n      t2i train all {folder}")
+    print(f"next: t2i train all {folder} --dry-run   estimates the costs\n      t2i train all {folder}")
 
 
 def ensure_fresh_manifest(source: str, held_out: float | None) -> None:
-    """Make sure that a source has a manifest, and that nothing has changed since."""
+    """Check the data now if it has no manifest. Raises InputError if it has changed since it was checked."""
     from t2i.data.freshness import find_changes
     from t2i.data.manifest import find_manifest
 
@@ -81,24 +81,26 @@ def ensure_fresh_manifest(source: str, held_out: float | None) -> None:
         check(source, held_out=0.05 if held_out is None else held_out)
         return
     if held_out is not None:
-        raise InputError(f"held-out is {held_out}, but {str(manifest)!r} has decided it; `t2i data check` decides anew")
-    if found := find_changes(source):
-        raise InputError(f"{source!r} is not what was checked: {found}; `t2i data check {source}` reads it again")
+        raise InputError(
+            f"held-out is {held_out}, but {str(manifest)!r} has splits already; `t2i data check` makes new ones"
+        )
+    if changes := find_changes(source):
+        raise InputError(f"{source!r} has changed since it was checked: {changes}; run `t2i data check {source}` again")
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
 def train(
-    stage: Annotated[str, Argument(help=f"One of {', '.join((*STAGES, *EXTRA_STAGES))}, or all.")],
+    stage: Annotated[str, argument(f"Stage to train: {', '.join((*STAGES, *EXTRA_STAGES))}, or all.")],
     arguments: Annotated[
-        list[str] | None, Argument(help="[FILE.yaml] [key=value ...]; of all, the folder.", show_default=False)
+        list[str] | None, argument("FILE.yaml and changes, key=value ...; for all, the folder.")
     ] = None,
-    dry_run: Annotated[bool, Option("--dry-run", help="Say what the run would cost, and write nothing.")] = False,
-    num_processes: Annotated[int, Option(help="On this machine: GPUs, or shares of the CPU.")] = 1,
-    max_restarts: Annotated[int, Option(help="How often processes that died are started again, if several.")] = 0,
+    dry_run: Annotated[bool, option("Print what the run would cost, and write nothing.", None, "--dry-run")] = False,
+    num_processes: Annotated[int, option("Processes on this machine, which share its GPUs or CPU cores.")] = 1,
+    max_restarts: Annotated[int, option("Number of restarts after a process died, with several processes.")] = 0,
 ) -> None:
-    """Train a stage, or all stages of what `t2i init` wrote. Stopped, it goes on from where it was.
+    """Train a stage, or all stages of a folder that `t2i init` wrote.
 
-    On several machines use accelerate launch.
+    A run that was stopped continues from its last checkpoint. To train on several machines, use accelerate launch.
     """
     stages = (*STAGES, *EXTRA_STAGES)
     if stage not in (*stages, "all"):
@@ -114,38 +116,38 @@ def train(
     check_range("max-restarts", max_restarts, 0, 1000)
     if stage == "all":
         raise typer.Exit(train_all_stages(arguments or [], num_processes, max_restarts, dry_run))
-    given = [*(arguments or []), *(["train.dry_run=true"] if dry_run else [])]
+    overrides = [*(arguments or []), *(["train.dry_run=true"] if dry_run else [])]
     with speed_up_imports(without=()):
         script = import_module(f"t2i.training.train_{stage}")
-    config = load_config(script.Config, stage, given)
+    config = load_config(script.Config, stage, overrides)
     if num_processes > 1:
-        exec_torchrun([str(script.__file__), *given], num_processes, max_restarts)
+        exec_torchrun([str(script.__file__), *overrides], num_processes, max_restarts)
     start_training(script.main, config)
 
 
 def train_all_stages(arguments: list[str], num_processes: int, max_restarts: int, dry_run: bool) -> int:
-    """The exit status."""
+    """Train all stages of a folder, or estimate their costs. Returns the exit status."""
     from t2i.training.all_stages import Run, Trainer
 
     if len(arguments) != 1:
-        what = f"{arguments[1]!r} belongs into its configurations" if arguments[1:] else "none is given"
-        raise InputError(f"train all takes one folder that `t2i init` wrote; {what}")
+        problem = f"{arguments[1]!r} belongs in its configuration files" if arguments[1:] else "none is given"
+        raise InputError(f"train all takes one folder that `t2i init` wrote; {problem}")
     trainer = Trainer(Run.read_folder(Path(arguments[0])), num_processes, max_restarts)
     return trainer.estimate_costs() if dry_run else trainer.train()
 
 
 @data.command()
 def check(
-    source: Annotated[str, Argument(help="A folder, a .tar or .parquet file, or hub:ORGANISATION/NAME.")],
-    out: Annotated[Path | None, Option(help="Folder for the manifest and the report; SOURCE/t2i if left out.")] = None,
-    image_column: Annotated[str | None, Option(help="Of parquet files and the hub; else found by its type.")] = None,
-    caption_column: Annotated[str | None, Option(help="Found by its name: text or caption.")] = None,
-    label_column: Annotated[str | None, Option(help="Of one label a picture, for classifiers.")] = None,
-    held_out: Annotated[float, Option(help="Share to hold out where the source names no split.")] = 0.01,
-    min_size: Annotated[int, Option(help="Pixels; a picture with a smaller short side is rejected.")] = 8,
-    drop_duplicates: Annotated[bool, Option("--drop-duplicates", help="Reject further copies of a picture.")] = False,
+    source: Annotated[str, argument("Folder, .tar or .parquet file, or hub:ORGANISATION/NAME.")],
+    out: Annotated[Path | None, option("Folder for the manifest and the report.", "SOURCE/t2i")] = None,
+    image_column: Annotated[str | None, option("Image column of Parquet files and hub data.", "found by type")] = None,
+    caption_column: Annotated[str | None, option("Caption column.", "text or caption")] = None,
+    label_column: Annotated[str | None, option("Column with one label per image, for classifiers.")] = None,
+    held_out: Annotated[float, option("Fraction of images to hold out, if the source has no splits.")] = 0.01,
+    min_size: Annotated[int, option("Smallest short side in pixels. Smaller images are rejected.")] = 8,
+    drop_duplicates: Annotated[bool, option("Reject further copies of an image.", None, "--drop-duplicates")] = False,
 ) -> None:
-    """Read every picture and caption once; write the manifest that training reads, and say what was left out."""
+    """Read every image and caption once, write the manifest that training needs, and print what was rejected."""
     from t2i.checks import check_range
     from t2i.data.manifest import write_manifest
     from t2i.data.sources.samples import Columns
@@ -161,26 +163,25 @@ def check(
 
 @data.command()
 def emoji(
-    folder: Annotated[Path, Argument(help="A new folder.")],
-    size: Annotated[int, Option(help="Side of the pictures, in pixels.")] = 128,
+    folder: Annotated[Path, argument("New folder.")],
+    size: Annotated[int, option("Side of the images in pixels.")] = 128,
 ) -> None:
-    """Draw every emoji from the Noto Color Emoji font, with its name and keywords."""
+    """Draw every emoji of the Noto Color Emoji font, with its name and keywords as captions."""
     from t2i.data.emoji import render_emoji
 
     drawn = render_emoji(folder, size)
-    held_out = sum(one.split == "held_out" for one in drawn)
-    print(
-        f"{folder}: {len(drawn)} pictures of {size} x {size}, {len(drawn) - held_out} to train on, {held_out} held out"
-    )
+    held_out = sum(image.split == "held_out" for image in drawn)
+    print(f"{folder}: {len(drawn)} images of {size} x {size}: {len(drawn) - held_out} to train on, {held_out} held out")
 
 
 @data.command(context_settings={"ignore_unknown_options": True})
 def cache(
-    arguments: Annotated[list[str] | None, Argument(help="[FILE.yaml] [key=value ...]", show_default=False)] = None,
+    arguments: Annotated[list[str] | None, argument("Configuration and changes: FILE.yaml key=value ...")] = None,
 ) -> None:
-    """Encode every picture and caption once, for priors and decoders to train from, in this process.
+    """Encode every image and caption once, so that priors and decoders train without the encoders.
 
-    For several: accelerate launch training/cache_data.py with the same arguments. Goes on where it stopped.
+    A command that was stopped continues where it stopped. To use several processes, run
+    `accelerate launch training/cache_data.py` with the same arguments.
     """
     from t2i.config import load_config
     from t2i.training import cache_data
@@ -190,16 +191,16 @@ def cache(
 
 @app.command()
 def assemble(
-    runs: Annotated[Path, Argument(help="The folder of the trained stages, such as runs/emoji.")],
-    folder: Annotated[Path, Argument(help="A new folder for the pipeline.")],
-    clip: Annotated[str | None, Option(help="Instead of RUNS/clip: a folder, or a public NAME:TAG.")] = None,
-    autoencoder: Annotated[str | None, Option(help="Instead of RUNS/autoencoder: a folder, or a public VAE.")] = None,
-    prior: Annotated[str | None, Option(help="Instead of RUNS/prior; none leaves it out.")] = None,
-    decoder: Annotated[str | None, Option(help="Instead of RUNS/decoder.")] = None,
-    upsampler: Annotated[str | None, Option(help="A trained upsampler's folder; left out, there is none.")] = None,
-    fp16: Annotated[bool, Option("--fp16", help="Half-precision weights: half the size.")] = False,
+    runs: Annotated[Path, argument("Folder of the trained stages, such as runs/emoji.")],
+    folder: Annotated[Path, argument("New folder for the pipeline.")],
+    clip: Annotated[str | None, option("CLIP's folder, or a public NAME:TAG of open_clip.", "RUNS/clip")] = None,
+    autoencoder: Annotated[str | None, option("Autoencoder's folder, or a public VAE.", "RUNS/autoencoder")] = None,
+    prior: Annotated[str | None, option("Prior's folder; none leaves the prior out.", "RUNS/prior")] = None,
+    decoder: Annotated[str | None, option("Decoder's folder.", "RUNS/decoder")] = None,
+    upsampler: Annotated[str | None, option("Folder of a trained upsampler.", "no upsampler")] = None,
+    fp16: Annotated[bool, option("Write half-precision weights, which halves the size.", None, "--fp16")] = False,
 ) -> None:
-    """Put trained stages together into one pipeline folder."""
+    """Assemble trained stages into one pipeline folder, and print its path."""
     from t2i.pipelines.jobs.assemble import assemble_pipeline_folder
 
     parts = {"clip": clip, "autoencoder": autoencoder, "prior": prior, "decoder": decoder, "upsampler": upsampler}
@@ -208,7 +209,7 @@ def assemble(
 
 @app.command()
 def doctor() -> None:
-    """Versions, devices, and what is missing."""
+    """Print versions and devices, and report what is missing."""
     from t2i.commands.doctor import collect_doctor_report
 
     lines, problems = collect_doctor_report()

@@ -1,4 +1,4 @@
-"""Put trained stages together into one pipeline folder."""
+"""Assemble trained stages into one pipeline folder: the job of `t2i assemble`."""
 
 from pathlib import Path
 
@@ -17,44 +17,52 @@ from t2i.networks.upsampler import Upsampler
 from t2i.sampling.embeddings import load_prior
 
 
-def assemble_pipeline(runs: str | Path, upsampler: str | None = None, **elsewhere: str | None) -> Text2ImagePipeline:
-    """The pipeline of the stages trained in `runs/clip`, `runs/autoencoder`, `runs/prior` and `runs/decoder`.
+def assemble_pipeline(runs: str | Path, upsampler: str | None = None, **folders: str | None) -> Text2ImagePipeline:
+    """Return the pipeline of the stages trained in `runs/clip`, `runs/autoencoder`, `runs/prior` and `runs/decoder`.
 
-    A stage's keyword names the folder it is in instead; for `clip` and `autoencoder` also a public model, as in the
-    training configurations. prior="none" leaves the prior out. `upsampler`: the folder of one, else there is none. The
-    text encoder of a decoder that has its own is in the decoder's folder; so are, of a converted model, the autoencoder
-    that goes with a decoder, and the CLIP that goes with a prior.
+    Args:
+        runs: the folder of the stages.
+        upsampler: the folder of an upsampler; None leaves it out.
+        folders: other folders, by stage. `clip` and `autoencoder` may also name public models, as in training
+            configurations. prior="none" leaves the prior out.
+
+    A text encoder is taken from the decoder's folder. The folder of a converted prior or decoder may also hold the CLIP
+    or the autoencoder that belongs to it.
     """
-    found = {stage: elsewhere.get(stage) or Path(runs) / stage for stage in STAGES}
-    for stage, other in (("autoencoder", "decoder"), ("clip", "prior")):
-        if not elsewhere.get(stage) and is_folder(inner := Path(found[other]) / stage):
-            found[stage] = inner
-    prior, prior_scheduler = load_prior(found["prior"])
-    decoder = Path(found["decoder"])
+    # Find the stages
+    locations = {stage: folders.get(stage) or Path(runs) / stage for stage in STAGES}
+    for stage, host in (("autoencoder", "decoder"), ("clip", "prior")):
+        inner = Path(locations[host]) / stage
+        if not folders.get(stage) and is_folder(inner):
+            locations[stage] = inner
+
+    # Load them
+    prior, prior_scheduler = load_prior(locations["prior"])
+    decoder = Path(locations["decoder"])
     text_encoder = find_text_encoder_folder(decoder)
     return Text2ImagePipeline(
-        clip=load_clip(found["clip"]),
+        clip=load_clip(locations["clip"]),
         prior=prior,
         prior_scheduler=prior_scheduler,
         decoder=load_model(COMPONENT_CLASSES["decoder"], decoder),
         decoder_scheduler=load_scheduler(decoder / "scheduler"),
-        autoencoder=load_autoencoder(found["autoencoder"], COMPONENT_CLASSES["autoencoder"]),
+        autoencoder=load_autoencoder(locations["autoencoder"], COMPONENT_CLASSES["autoencoder"]),
         upsampler=None if upsampler is None else load_model(Upsampler, upsampler),
         upsampler_scheduler=None if upsampler is None else load_scheduler(Path(upsampler) / "scheduler"),
         text_encoder=None if text_encoder is None else load_text_encoder(text_encoder),
     )
 
 
-def assemble_pipeline_folder(runs: str | Path, folder: str | Path, fp16: bool = False, **elsewhere: str | None) -> Path:
-    """Write the pipeline of `runs` as a new folder: whole or not at all, never over an older one."""
+def assemble_pipeline_folder(runs: str | Path, folder: str | Path, fp16: bool = False, **folders: str | None) -> Path:
+    """Write the pipeline of `assemble_pipeline` as a new folder, complete or not at all, and return its path."""
     folder = Path(folder)
     if folder.exists():
         raise InputError(f"{str(folder)!r} exists; give a new folder")
-    pipeline = assemble_pipeline(runs, **elsewhere)
+    pipeline = assemble_pipeline(runs, **folders)
     if fp16:
-        for part in pipeline.components.values():
-            if isinstance(part, torch.nn.Module):
-                part.half()
+        for component in pipeline.components.values():
+            if isinstance(component, torch.nn.Module):
+                component.half()
     with create_folder_atomically(folder) as unfinished:
         pipeline.save_pretrained(unfinished)
     return folder

@@ -1,29 +1,89 @@
-"""Many pictures: which are drawn together, how many fit, and which are there already."""
+"""Divide images into batches and processes, draw them, and write each batch as soon as it is drawn."""
 
-import json
-import warnings
+import logging
+import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import count, islice
+from math import ceil
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeVar
 
 import torch
 from PIL import Image
+from t2i.pipelines.jobs.records import Record, encode_png_image, find_drawn_files
 from t2i.pipelines.memory_needed import BatchTooLargeError
 
 from t2i.errors import InputError
+from t2i.files.atomic import write_new_file
 from t2i.runtime.memory import format_needed_memory, is_out_of_memory, measure_available_memory
+from t2i.runtime.rank import SINGLE_PROCESS, Rank
 
-AUTO_BATCH_SIZE = 16  # pictures at once, to begin with
+logger = logging.getLogger(__name__)
+
+AUTO_BATCH_SIZE = 16
 MAX_BATCH_SIZE = 1024
-SORTED_BATCHES = 8  # batches whose captions are sorted by length together: what is drawn early is written early
+SORTED_BATCHES = 8  # batches sorted by caption length together; more would delay the first images of the list
 
 Item = TypeVar("Item")
-Drawn = TypeVar("Drawn")
-Record: TypeAlias = dict[str, Any]  # what a picture is of, its seed, and how it is drawn
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How images are divided into batches and processes."""
+
+    size: int | None = None  # images drawn at once; None is 16, halved after running out of memory
+    find_fitting_size: Callable[[int], int] | None = None  # reduces the 16 to what fits into memory
+    device: torch.device | str = "cpu"  # the device that draws
+    rank: Rank = SINGLE_PROCESS
+    resume: bool = False  # skip images that the folder contains already
+
+
+def write_images(
+    draw: Callable[[list[int]], list[Image.Image]], records: list[Record], out: Path, plan: BatchPlan
+) -> Iterator[Path]:
+    """Draw an image for each record and write each batch as soon as it is drawn; yield paths in the records' order.
+
+    draw: takes indices of records, returns their images. A record's first value and its seed name the file in `out`.
+    """
+    # Find this process's images. All processes must divide all images alike, so those drawn already drop out last.
+    size = min(plan.size or AUTO_BATCH_SIZE, ceil(len(records) / plan.rank.world_size))
+    batches = split_batches(list(range(len(records))), size, lambda i: len(str(records[i].get("prompt", ""))))
+    own = [i for batch in islice(batches, plan.rank.rank, None, plan.rank.world_size) for i in batch]
+    drawn = find_drawn_files(out, records) if plan.resume else {}
+    missing = [i for i in own if i not in drawn]
+    if len(missing) < len(own):
+        logger.warning("%s already holds %d of %d images; they are skipped", out, len(own) - len(missing), len(own))
+
+    # Draw and write them
+    if plan.size is None and missing and plan.find_fitting_size is not None:
+        size = plan.find_fitting_size(size)
+    images = draw_fitting_batches(draw, missing, size, plan.size is None, plan.device)
+    written = (
+        (i, write_new_image(out, str(next(iter(records[i].values()))), image, records[i])) for i, image in images
+    )
+    yield from iterate_in_order(written, sorted(missing))
+
+
+def write_new_image(out: Path, name: str, image: Image.Image, record: Record) -> Path:
+    """Write an image with its record to `out`, or into the folder `out` under a free name of `name` and the seed.
+
+    Returns the path. Raises InputError if the file `out` exists.
+    """
+    content = encode_png_image(image, record)
+    if out.suffix == ".png":
+        path = write_new_file(out.parent, [out.name], content)
+    else:
+        stem = f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')[:40] or 'picture'}-{record['seed']}"
+        path = write_new_file(out, (f"{stem}{'' if i == 1 else f'-{i}'}.png" for i in count(1)), content)
+    if path is None:
+        raise InputError(f"{str(out)!r} exists and is not overwritten; give another name")
+    return path
 
 
 def check_batch_size(value: str | int | None) -> int | None:
-    """Pictures at once; None for "auto", and where nothing is said. Raises InputError for anything else."""
+    """Return the number of images drawn at once; None for "auto" and for None. Raises InputError for other values."""
     if value is None or value == "auto":
         return None
     text = str(value)
@@ -34,88 +94,54 @@ def check_batch_size(value: str | int | None) -> int | None:
 
 
 def split_batches(items: list[Item], size: int, length: Callable[[Item], int]) -> Iterator[list[Item]]:
-    """Batches of at most `size`, similar lengths together: a batch is as long as its longest caption."""
+    """Yield batches of at most `size`, with similar lengths together: a batch is padded to its longest caption."""
     for start in range(0, len(items), size * SORTED_BATCHES):
         part = sorted(items[start : start + size * SORTED_BATCHES], key=length)
         yield from (part[i : i + size] for i in range(0, len(part), size))
 
 
-def iterate_in_order(found: Iterable[tuple[int, Drawn]], expected: list[int]) -> Iterator[Drawn]:
-    """What is found under numbers in any order, in the order of the expected numbers."""
-    waiting = dict[int, Drawn]()
-    left = iter(expected)
-    number = next(left, None)
-    for at, one in found:
-        waiting[at] = one
+def iterate_in_order(results: Iterable[tuple[int, Result]], order: list[int]) -> Iterator[Result]:
+    """Yield results, which come with their numbers in any order, in the order of `order`."""
+    waiting: dict[int, Result] = {}
+    remaining = iter(order)
+    number = next(remaining, None)
+    for result_number, result in results:
+        waiting[result_number] = result
         while number in waiting:
             yield waiting.pop(number)
-            number = next(left, None)
+            number = next(remaining, None)
 
 
 def draw_fitting_batches(
-    draw: Callable[[list[Item]], list[Drawn]],
+    draw: Callable[[list[Item]], list[Result]],
     items: list[Item],
     size: int,
     automatic: bool,
     device: torch.device | str = "cpu",
-) -> Iterator[tuple[Item, Drawn]]:
-    """Each item with what `draw` makes of it, on a device, in batches of `size`.
+) -> Iterator[tuple[Item, Result]]:
+    """Yield each item with its result, drawn in batches of `size`.
 
-    Where memory does not suffice and the size was left to us, it is halved, from then on. Raises InputError, with what
-    was needed and what there is, where it cannot be halved or was asked for as it is.
+    automatic: halve the size, for all further batches, when memory does not suffice.
+
+    Raises InputError, with the memory needed and free, if it does not suffice and the size is fixed or 1.
     """
     start = 0
     while part := items[start : start + size]:
         try:
-            made = draw(part)
-        except BatchTooLargeError as error:  # before anything was drawn
-            said, fewer = error.reason, error.fitting_count
+            results = draw(part)
+        except BatchTooLargeError as error:  # raised before anything is drawn
+            reason, fitting_count = error.reason, error.fitting_count
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            needed = format_needed_memory(str(error))
-            said = f"a batch of {len(part)} does not fit into memory: {needed}, {measure_available_memory(device)}"
-            fewer = len(part) // 2
+            needed, available = format_needed_memory(str(error)), measure_available_memory(device)
+            reason = f"a batch of {len(part)} does not fit into memory: {needed}, {available}"
+            fitting_count = len(part) // 2
         else:
-            yield from zip(part, made)
+            yield from zip(part, results)
             start += len(part)
             continue
         if not automatic or len(part) == 1:
-            smaller = f"give --batch-size {fewer} or auto" if fewer else "ask for smaller pictures"
-            raise InputError(f"{said}; {smaller}")
+            advice = f"give --batch-size {fitting_count} or auto" if fitting_count else "ask for smaller pictures"
+            raise InputError(f"{reason}; {advice}")
         size = (len(part) + 1) // 2
-
-
-def find_drawn_files(folder: Path, wanted: list[Record]) -> dict[int, Path]:
-    """By number in `wanted`, the PNG files of a folder that say that they were drawn so; of several, the first.
-
-    What cannot be read to its end, or says nothing, is none of them.
-    """
-    numbers = {format_record_key(record): number for number, record in enumerate(wanted)}
-    found: dict[int, Path] = {}
-    for path in sorted(folder.glob("*.png")) if folder.is_dir() else []:
-        try:
-            if (number := read_record_number(path, numbers)) is not None:
-                found.setdefault(number, path)
-        except (OSError, ValueError, SyntaxError, IndexError, RecursionError, Image.DecompressionBombError):
-            continue
-    return found
-
-
-def read_record_number(path: Path, numbers: dict[str, int]) -> int | None:
-    """The number under the key that a PNG file says, if it is whole; raises what Pillow does for what is no picture."""
-    if not path.is_file():  # a pipe would block
-        return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # nothing is decoded
-        with Image.open(path, formats=["PNG"]) as image:
-            said = json.loads(image.info.get("t2i", "null"))
-            number = numbers.get(format_record_key(said)) if isinstance(said, dict) else None
-            if number is not None:
-                image.verify()  # the text stands before the pixels, which a crash or a bad disk may have cut or changed
-            return number
-
-
-def format_record_key(record: Record) -> str:
-    """What decides a picture: the record as JSON, but for the version that wrote it."""
-    return json.dumps({key: value for key, value in record.items() if key != "version"}, sort_keys=True)

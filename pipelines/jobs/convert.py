@@ -1,4 +1,4 @@
-"""A model from one layout into another, whole or not at all."""
+"""Convert a model from one layout to another: the job of `t2i convert`."""
 
 from pathlib import Path
 
@@ -31,14 +31,21 @@ def convert_folder(
     fp16: bool = False,
     clip: str | None = None,
 ) -> Path:
-    """Write the model in a folder or a repository as a new folder in another layout.
+    """Write the model in a folder or repository as a new folder in another layout, complete or not at all.
 
-    to: "t2i", or the name of a public layout. prior: of a public model, as of `from_pretrained`. A prior alone, what
-    `t2i train prior` wrote or a PriorTransformer, becomes the other; clip names the folder of its CLIP, which says what
-    a prior of this project knows of the empty caption, unless it lies in a pipeline that has it. Of a public folder
-    only that is read which the new layout needs.
-    Raises InputError where the arithmetic is not the layout's, saying why, before anything is written.
+    Args:
+        source: a pipeline, or a prior alone: the folder of a run, or a PriorTransformer. Each becomes the other.
+        to: "t2i" for this project's own layout, or the name of a public one.
+        prior: folder or repository of a public model's prior; see `from_pretrained`.
+        clip: for a PriorTransformer that is in no pipeline with a CLIP, the folder of its CLIP. The embedding of the
+            empty caption is computed with it.
+
+    Only those parts of a public folder are read that the new layout contains.
+
+    Raises:
+        InputError: before anything is written, also if the layout's models compute something else than this model.
     """
+    # Check the arguments
     if out.exists():
         raise InputError(f"{str(out)!r} exists; give a new folder")
     if to != OWN_LAYOUT and to not in LAYOUTS_BY_NAME:
@@ -49,14 +56,18 @@ def convert_folder(
     folder = PipelineFolder(path, variant)
     if not (path / "model_index.json").is_file() and prior is None:
         return convert_prior(folder, out, to, clip, dtype)
+
+    # Load the parts that the layout contains, if the folder has them all, or else the whole pipeline
     components = None
     if to != OWN_LAYOUT and not prior and not folder.is_own:
         components = load_layout_components(folder, LAYOUTS_BY_NAME[to], dtype)
     if components is None:
         settings = {"prior": prior, "clip": clip, "variant": variant, "dtype": dtype}
-        given = {name: value for name, value in settings.items() if value is not None}
-        pipeline = Text2ImagePipeline.from_pretrained(source, **given)
+        arguments = {name: value for name, value in settings.items() if value is not None}
+        pipeline = Text2ImagePipeline.from_pretrained(source, **arguments)
         components = pipeline.components
+
+    # Write
     if to != OWN_LAYOUT:
         check_exportable_components(components, to)
     with create_folder_atomically(out) as unfinished:
@@ -68,27 +79,35 @@ def convert_folder(
 
 
 def convert_prior(folder: SourceFolder, out: Path, to: str, clip: str | None, dtype: torch.dtype | None) -> Path:
-    """A prior alone into a PriorTransformer, or into the folder of a run; its scheduler goes with it."""
+    """Write a prior alone as a PriorTransformer, or as the folder of a run, with its scheduler."""
     path, name = folder.path, str(folder.path)
     if to not in (OWN_LAYOUT, PRIOR_LAYOUT):
         raise InputError(
-            f"{name!r} is no whole pipeline, as {to} is; a prior alone becomes {OWN_LAYOUT} or {PRIOR_LAYOUT}"
+            f"{name!r} is not a complete pipeline, which {to} needs; a prior alone becomes {OWN_LAYOUT} or "
+            f"{PRIOR_LAYOUT}"
         )
-    public = folder.layout is not None
+    is_public = folder.layout is not None
     check_variant(folder.variant, path)
+
+    # To a PriorTransformer
     if to == PRIOR_LAYOUT:
-        components = (
-            load_layout_components(folder, LAYOUTS_BY_NAME[to], dtype) if public else load_own_prior(path, dtype)
-        )
-        assert components is not None, "a prior alone is all of its layout"
+        if is_public:
+            components = load_layout_components(folder, LAYOUTS_BY_NAME[to], dtype)
+        else:
+            components = load_own_prior(path, dtype)
+        assert components is not None, "a prior alone is all that its layout contains"
         check_exportable_components(components, to)
         with create_folder_atomically(out) as unfinished:
             export_layout(components, unfinished, to)
         return out
-    if not public:
-        raise InputError(f"{name!r} is no public model, and no whole pipeline of this project: --to {PRIOR_LAYOUT}?")
-    home = find_clip_folder(path, clip)
-    components = load_any_prior(path, lambda: load_pipeline_clip(home), dtype, folder.variant)
+
+    # To the folder of a run
+    if not is_public:
+        raise InputError(
+            f"{name!r} is neither a public model nor a complete pipeline of this project; is --to {PRIOR_LAYOUT} meant?"
+        )
+    clip_folder = find_clip_folder(path, clip)
+    components = load_any_prior(path, lambda: load_pipeline_clip(clip_folder), dtype, folder.variant)
     scheduler = components.get("prior_scheduler")
     if isinstance(components["prior"], Prior) and scheduler is None:
         raise InputError(f"no folder 'scheduler' beside the prior {name!r}; convert its pipeline, or add the folder")
@@ -100,13 +119,13 @@ def convert_prior(folder: SourceFolder, out: Path, to: str, clip: str | None, dt
 
 
 def find_clip_folder(path: Path, clip: str | None) -> str:
-    """Where the CLIP of a PriorTransformer is. Raises InputError if nothing says it."""
-    found = find_public_part(str(path), ("prior",))
-    if clip is None and found is not None and found.source.find_folder("text_tower") is not None:
-        return str(found.source.path)
-    if clip is None:
-        raise InputError(
-            f"{str(path)!r} is a prior alone; --clip names the folder of its CLIP, or of a pipeline with it, which "
-            "says what the prior reads without a caption"
-        )
-    return clip
+    """Return the folder of a PriorTransformer's CLIP. Raises InputError if there is neither a name nor a pipeline."""
+    if clip is not None:
+        return clip
+    part = find_public_part(str(path), ("prior",))
+    if part is not None and part.source.find_folder("text_tower") is not None:
+        return str(part.source.path)
+    raise InputError(
+        f"{str(path)!r} is a prior alone; give --clip, the folder of its CLIP or of a pipeline with it, from which the "
+        "embedding of the empty caption is computed"
+    )

@@ -1,4 +1,4 @@
-"""`t2i parity`: a public model loaded here, beside diffusers' classes on the same files."""
+"""Compare a public model, as loaded here, with diffusers' classes on the same files: the job of `t2i parity`."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,12 +28,14 @@ def compare_public_stages(
     seed: int,
     clip: str | None = None,
 ) -> Iterator[Difference]:
-    """Each stage's name and the largest difference of its result; see `t2i.interop.parity`."""
+    """Yield each stage's name and the largest difference of its results; see `t2i.interop.parity`."""
+    # Check the arguments
     check_texts("prompt", prompts, empty=False)
-    check_integer("steps", steps, 2, MAX_STEPS)  # the reference's scheduler cannot take one
+    check_integer("steps", steps, 2, MAX_STEPS)  # the reference's scheduler does not take 1
     check_guidance("guidance-scale", scale)
     check_integer("seed", seed, 0, 2**32)
 
+    # Find the folders
     def find_folder(name: str | Path) -> Path:
         return Path(name if is_folder(name) else Text2ImagePipeline.download(str(name), variant=variant))
 
@@ -42,11 +44,13 @@ def compare_public_stages(
     for name, source in ((folder, model), (prior, others[0])):
         if source is not None and source.is_own:
             raise InputError(
-                f"{name!r} is in this project's own layout, of which there is no reference (nor of converted files of "
-                "DALLE2-pytorch, which no public class loads); give a public one"
+                f"{name!r} is in this project's own layout, which no other library loads; give a public model (files "
+                "converted from DALLE2-pytorch have no public class to compare with either)"
             )
     sources = ModelFolders([source for source in (model, *others) if source is not None])
     check_comparable_models(sources)
+
+    # Load the model and compare
     settings: dict[str, Any] = {"dtype": torch.float32, "variant": variant}
     settings |= {name: str(source.path) for name, source in zip(("prior", "clip"), others) if source is not None}
     pipeline = Text2ImagePipeline.from_pretrained(model.path, **settings)

@@ -1,4 +1,4 @@
-"""Pictures in a row as one moving picture: MP4 through the extra `video`, animated WebP, PNG and GIF without it."""
+"""Write frames as a video: MP4 with the extra `video`, animated WebP, PNG and GIF without it."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -11,52 +11,61 @@ from t2i.checks import check_range
 from t2i.errors import InputError
 from t2i.files.atomic import create_file_atomically
 
-ANIMATION_OPTIONS: dict[str, dict[str, Any]] = {  # by Pillow; GIF has 256 colours a frame, the others keep every pixel
-    ".webp": {"lossless": True},
-    ".png": {},
-    ".gif": {},
-}
+# Pillow's options. GIF has 256 colours a frame, the others keep every pixel.
+ANIMATION_OPTIONS: dict[str, dict[str, Any]] = {".webp": {"lossless": True}, ".png": {}, ".gif": {}}
 VIDEO_SUFFIXES = (".mp4", *ANIMATION_OPTIONS)
 
 
 def write_video(frames: list[Image.Image], path: str | Path, fps: float = 12.0) -> Path:
-    """Write `frames`, all of one size, as the kind of file that the path's suffix says; animations repeat for ever.
+    """Write frames of one size as a video of the format that the path's suffix names. An older file is replaced.
 
-    MP4 is H.264 with 4:2:0 colours, which every player knows: not every pixel is kept, and a side of an odd number of
-    pixels gets one more. GIF counts in hundredths of a second, the other animations in thousandths.
+    Animations repeat forever. MP4 is H.264 with 4:2:0 colours, which every player plays: it loses some detail, and a
+    side of an odd number of pixels gets one more. GIF rounds durations to hundredths of a second, the other animations
+    to thousandths.
 
-    The file is whole or not there. Raises InputError for no frames, frames of different sizes, an unknown suffix, a
-    rate outside 0.1 to 100 frames per second, and for MP4 without the extra.
+    Raises:
+        InputError: for no frames, frames of several sizes, an unknown suffix, fps outside 0.1 to 100, and for MP4
+            without the extra.
     """
     path = Path(path)
-    if (suffix := path.suffix.lower()) not in VIDEO_SUFFIXES:
-        raise InputError(f"a video's name must end in {', '.join(VIDEO_SUFFIXES)}; got {str(path)!r}")
+    check_video_format(path)
     check_range("fps", fps, 0.1, 100)
     if not frames:
         raise InputError(f"no frames for {str(path)!r}; a video needs at least one")
     sizes = sorted({frame.size for frame in frames})
     if len(sizes) > 1:
         raise InputError(f"the frames of {str(path)!r} have different sizes, {sizes[0]} and {sizes[1]}; give one size")
-    if suffix == ".mp4":
-        check_video_extra(path)
     frames = [frame.convert("RGB") for frame in frames]
+    suffix = path.suffix.lower()
     with create_file_atomically(path) as unfinished:
         if suffix == ".mp4":
             write_mp4(frames, unfinished, fps)
         else:
-            settings = {"append_images": frames[1:], "loop": 0, "duration": 1000 / fps, **ANIMATION_OPTIONS[suffix]}
+            options = {"append_images": frames[1:], "loop": 0, "duration": 1000 / fps, **ANIMATION_OPTIONS[suffix]}
             # The format is given by name, for the name of an unfinished file has another suffix.
-            frames[0].save(unfinished, suffix[1:].upper(), save_all=True, **settings)
+            frames[0].save(unfinished, suffix[1:].upper(), save_all=True, **options)
     return path
 
 
-def check_video_extra(path: Path) -> None:
+def check_new_video(path: Path) -> None:
+    """Raise InputError if a video cannot be written under this name, before any frame is drawn."""
+    if path.exists():
+        raise InputError(f"{str(path)!r} exists and is not overwritten; give another name")
+    check_video_format(path)
+
+
+def check_video_format(path: Path) -> None:
+    """Raise InputError for an unknown suffix, and for MP4 without the extra."""
+    if path.suffix.lower() not in VIDEO_SUFFIXES:
+        raise InputError(f"a video's name must end in {', '.join(VIDEO_SUFFIXES)}; got {str(path)!r}")
+    if path.suffix.lower() != ".mp4":
+        return
     try:
         import av  # noqa: F401
     except ImportError as error:
         others = ", ".join(ANIMATION_OPTIONS)
         raise InputError(
-            f"{str(path)!r} needs the extra video, pip install 't2i[video]'; without it, {others} can be written"
+            f"{str(path)!r} needs the extra video: pip install 't2i[video]'; without it, {others} can be written"
         ) from error
 
 
@@ -69,6 +78,7 @@ def write_mp4(frames: list[Image.Image], path: Path, fps: float) -> None:
         stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000), options={"crf": "16"})
         stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
         for frame in frames:
+            # 4:2:0 needs even sides
             pixels = np.pad(np.asarray(frame), odd, mode="edge")
             file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         file.mux(stream.encode())

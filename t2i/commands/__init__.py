@@ -1,11 +1,13 @@
-"""The commands of `t2i`, a module for each purpose, such as drawing. Only `t2i.cli` imports them."""
+"""Commands of `t2i`, by topic. Only `t2i.cli` imports them."""
 
 import atexit
 import gc
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
+from t2i.errors import InputError
 from t2i.shipped import find_shipped_folder
 
 SHIPPED_MODEL = find_shipped_folder("models") / "emoji"
@@ -31,5 +33,15 @@ def speed_up_imports(without: Sequence[str] = UNUSED_IN_DRAWING) -> Iterator[Non
         for name in without:
             del sys.modules[name]
         gc.freeze()
-        atexit.register(gc.unfreeze)  # or what is left at the end looks like a leak to libraries
+        # Without this, libraries report what is left at exit as a leak.
+        atexit.register(gc.unfreeze)
         gc.enable()
+
+
+def read_lines(file: Path, content: str) -> list[str]:
+    """Return the lines of a text file without the empty ones. `content` names them in the error."""
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the {content} in {str(file)!r} ({error}); give a UTF-8 text file") from error
+    return [line.strip() for line in lines if line.strip()]

@@ -1,51 +1,56 @@
-"""Between this project's files and those of others: `t2i convert`, `t2i parity`."""
+"""Commands between this project's files and those of others: `t2i convert` and `t2i parity`."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from typer import Argument, Option
 
-from t2i.commands import flags as options
+from t2i.commands import flags
+from t2i.commands.flags import argument, option
 from t2i.errors import InputError
 
 app = typer.Typer()
 
+PARITY_PROMPTS = ["a red cat", "a photograph of a lighthouse on a cliff in the evening"]
+
 
 @app.command()
 def convert(
-    source: Annotated[
-        str, Argument(help="A model folder, a repository on the hub, or a file of weights (.bin, .ckpt).")
-    ],
-    out: Annotated[
-        Path | None, Argument(help="A new folder; of weights a new .safetensors, beside the file if left out.")
-    ] = None,
-    to: Annotated[str, Option(help="The layout: t2i, which is this project's, or a public one such as karlo.")] = "t2i",
-    prior: options.Prior = None,
-    clip: Annotated[
-        str | None, Option(help="Of a public prior alone, that becomes a run's: the folder of its CLIP, or of a model.")
-    ] = None,
-    variant: Annotated[str | None, Option(help="Of a public model's files, such as fp16.")] = None,
-    fp16: Annotated[bool, Option("--fp16", help="Half-precision weights: half the size.")] = False,
-    config: Annotated[
-        Path | None, Option(help="Of a prior or decoder of DALLE2-pytorch (.pth): the JSON it was trained by.")
-    ] = None,
-    release: Annotated[str | None, Option(help="Of DALLE2-pytorch that trained it, such as 1.1.0, if asked.")] = None,
+    source: Annotated[str, argument("Model folder, repository on the hub, or weights (.bin, .ckpt, .pth).")],
+    out: Annotated[Path | None, argument("New folder, or new .safetensors file for weights.", "beside weights")] = None,
+    to: Annotated[
+        str, option("Layout to write: t2i, which is this project's own, or a public one, such as karlo.")
+    ] = "t2i",
+    prior: flags.Prior = None,
+    clip: Annotated[str | None, option("For a public prior alone: folder of its CLIP, or of a model with it.")] = None,
+    variant: Annotated[str | None, option("Variant of a public model's files, such as fp16.")] = None,
+    fp16: Annotated[bool, option("Write half-precision weights, which halves the size.", None, "--fp16")] = False,
+    config: Annotated[Path | None, option("For DALLE2-pytorch weights: their training configuration (JSON).")] = None,
+    release: Annotated[str | None, option("For some of these: the release that trained them, such as 1.1.0.")] = None,
 ) -> None:
-    """Write a model in another layout, or weights from a pickle as safetensors, without running what is in it."""
+    """Convert a model to another layout, or pickled weights to safetensors, and print the new path.
+
+    Code inside pickled weights is never run.
+    """
     from t2i.files.untrusted import PICKLE_FILE_TYPES
     from t2i.interop.pickles import INDEX_SUFFIX, convert_weights
 
-    if config is not None or release is not None or (Path(source).suffix == ".pth" and out and not out.suffix):
+    # A checkpoint of DALLE2-pytorch
+    suffix = Path(source).suffix
+    if config is not None or release is not None or (suffix == ".pth" and out is not None and not out.suffix):
         from t2i.interop.dalle2_convert import convert_dalle2
 
         if out is None:
             raise InputError("the new folder is missing; t2i convert FILE.pth --config FILE.json NEW_FOLDER")
         print(convert_dalle2(Path(source), config, out, release, fp16))
         return
-    if Path(source).suffix in PICKLE_FILE_TYPES or source.endswith(INDEX_SUFFIX):
+
+    # Other pickled weights
+    if suffix in PICKLE_FILE_TYPES or source.endswith(INDEX_SUFFIX):
         print(convert_weights(Path(source), out))
         return
+
+    # A model folder
     if out is None:
         raise InputError("the new folder is missing; t2i convert FOLDER NEW_FOLDER")
     from t2i.pipelines.jobs.convert import convert_folder
@@ -55,30 +60,30 @@ def convert(
 
 @app.command()
 def parity(
-    folder: Annotated[str, Argument(help="A public model: its folder, or a repository on the hub.")],
-    prior: options.Prior = None,
-    clip: options.Clip = None,
-    prompt: Annotated[list[str] | None, Option(help="Again and again for a batch.")] = None,
-    steps: Annotated[int, Option(help="Of every stage.")] = 4,
-    guidance_scale: Annotated[float, Option(help="Of every stage; 1 is off.")] = 4.0,
-    variant: Annotated[str | None, Option(help="Of the files, such as fp16; computed in fp32 all the same.")] = None,
-    seed: Annotated[int, Option(help="Of the noise.")] = 0,
-    tolerance: Annotated[float, Option(help="The largest difference that is none.")] = 1e-4,
+    folder: Annotated[str, argument("Public model: its folder, or a repository on the hub.")],
+    prior: flags.Prior = None,
+    clip: flags.Clip = None,
+    prompt: Annotated[list[str] | None, option("Prompt to draw. Repeatable.", "two prompts")] = None,
+    steps: Annotated[int, option("Denoising steps of each stage.")] = 4,
+    guidance_scale: Annotated[float, option("Guidance scale of each stage. 1 turns guidance off.")] = 4.0,
+    variant: Annotated[str | None, option("Variant of the files, such as fp16. Computed in fp32 anyway.")] = None,
+    seed: Annotated[int, option("Seed of the noise.")] = 0,
+    tolerance: Annotated[float, option("Largest difference that passes.")] = 1e-4,
 ) -> None:
-    """Draw with this project and with diffusers from the same noise; print the largest difference of each stage.
+    """Draw with this project and with diffusers from the same noise, and print the largest difference of each stage.
 
-    Of a decoder that inpaints, half of a picture is given. Karlo's projection of the condition, which no library has,
-    and the steps of the prior's and Karlo's loops are this project's on both sides.
+    A decoder that inpaints gets half of an image. Two things are this project's own code on both sides: Karlo's
+    projection of the condition, which no library contains, and the sampling loops of the prior and of Karlo.
 
-    Exit status 1 if one is beyond the tolerance. Holds the model twice, in fp32, on the CPU.
+    The exit status is 1 if a difference is beyond the tolerance. The model is held twice, in fp32, on the CPU.
     """
     from t2i.pipelines.jobs.parity import compare_public_stages
 
-    apart = 0.0
-    prompts = prompt or ["a red cat", "a photograph of a lighthouse on a cliff in the evening"]
+    prompts = prompt or PARITY_PROMPTS
+    largest = 0.0
     for stage, difference in compare_public_stages(folder, prior, prompts, steps, guidance_scale, variant, seed, clip):
         print(f"{stage:18} {difference:.2e}", flush=True)
-        apart = max(apart, difference)
-    if not apart <= tolerance:  # nor NaN
+        largest = max(largest, difference)
+    if not largest <= tolerance:  # also true for NaN
         print(f"beyond the tolerance of {tolerance:g}")
         raise typer.Exit(1)

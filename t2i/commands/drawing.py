@@ -1,264 +1,190 @@
-"""What draws: `t2i generate` and its like."""
+"""Commands that draw: `t2i generate`, `upsample`, `image-to-image`, `inpaint` and `outpaint`."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from typer import Argument, Option
 
-from t2i.commands import SHIPPED_MODEL, speed_up_imports
-from t2i.commands import flags as options
+from t2i.commands import SHIPPED_MODEL, flags, read_lines
+from t2i.commands.flags import argument, drop_missing, option
 from t2i.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 app = typer.Typer()
 
 
 @app.command()
+@flags.print_paths
 def generate(
-    prompts: Annotated[list[str] | None, Argument(help="What to draw.", show_default=False)] = None,
+    output: flags.OutputFlags,
+    source: flags.ModelFlags,
+    decoder: flags.DecoderFlags,
+    prior_flags: flags.PriorFlags,
+    samplers: flags.SamplerFlags,
+    steering: flags.SteeringFlags,
+    upsampling: flags.UpsamplerFlags,
+    prompts: Annotated[list[str] | None, argument("Prompts to draw.")] = None,
     file: Annotated[
-        Path | None, Option("--prompts", "--file", "-f", help="A file with a prompt a line; goes on where it stopped.")
+        Path | None,
+        option(
+            "Text file, one prompt per line. Images already in --out are skipped.", None, "--prompts", "--file", "-f"
+        ),
     ] = None,
-    out: options.Out = Path("out"),
-    model: options.Model = str(SHIPPED_MODEL),
-    prior: options.Prior = None,
-    clip: options.Clip = None,
-    count: options.Count = 1,
-    seed: options.Seed = None,
-    negative_prompt: Annotated[str | None, Option(help="What the prior moves away from.")] = None,
-    decoder_negative_prompt: Annotated[str | None, Option(help="What the decoder moves away from.")] = None,
-    steps: options.Steps = None,
-    guidance_scale: options.GuidanceScale = None,
-    guidance: options.GuidanceSettings = None,
-    prior_steps: options.PriorSteps = None,
-    prior_guidance_scale: options.PriorGuidanceScale = None,
-    prior_guidance: options.GuidanceSettings = None,
-    steer_class: options.SteerClass = None,
-    steer_text: options.SteerText = None,
-    steer_picture: options.SteerPicture = None,
-    steer_scale: options.SteerScale = None,
-    classifier: options.Classifier = None,
-    candidates: options.Candidates = None,
-    height: options.Height = None,
-    width: options.Width = None,
-    sampler: options.Sampler = None,
-    prior_sampler: options.PriorSampler = None,
-    eta: options.Eta = None,
-    noise_level: options.NoiseLevel = None,
-    prior_temperature: options.PriorTemperature = None,
-    upsample: options.Upsample = None,
-    upsampler: options.Upsampler = None,
-    batch_size: Annotated[str | None, Option(help="Pictures at once; auto: 16, or fewer if they do not fit.")] = None,
-    dtype: options.Dtype = None,
-    compile: options.Compile = False,
-    device: options.Device = "auto",
-) -> None:
-    """Draw pictures for prompts, or for none if they are steered; prints their paths.
+    negative_prompt: flags.NegativePrompt = None,
+    decoder_negative_prompt: Annotated[str | None, option("A text that the decoder is guided away from.")] = None,
+    height: Annotated[int | None, option("Image height in pixels.", "the model's")] = None,
+    width: Annotated[int | None, option("Image width in pixels.", "the model's")] = None,
+    noise_level: flags.NoiseLevel = None,
+    batch_size: Annotated[
+        str | None, option("Images at once; auto is 16, or fewer if memory is short.", "auto")
+    ] = None,
+    dtype: Annotated[
+        list[str] | None, option("Dtype of the weights, fp32, bf16 or fp16, or of a part: decoder=bf16. Repeatable.")
+    ] = None,
+    compile: Annotated[
+        bool, option("Compile the decoder first, for many images of one size.", None, "--compile")
+    ] = False,
+) -> Iterator[Path]:
+    """Draw images for prompts and print their paths.
 
-    With a file the seed is 0 if left out, and what is in the folder already is not drawn again. Several processes
-    share the pictures: torchrun or accelerate launch, with -m t2i generate ...
+    Without prompts, steering alone decides what is drawn.
+
+    With --prompts the default seed is 0, so that the same command, run again, finishes the list.
+
+    Several processes share the images: start them with torchrun or accelerate launch, as `-m t2i generate ...`.
     """
     from t2i.runtime.launch import count_forgotten_processes, exec_torchrun
 
     if (processes := count_forgotten_processes()) > 1:
         exec_torchrun(["-m", "t2i", *sys.argv[1:]], processes)
-    with speed_up_imports():
-        from t2i.pipelines.jobs.dtypes import parse_dtypes
-        from t2i.pipelines.jobs.generation import generate_files
+    from t2i.pipelines.jobs.dtypes import parse_dtypes
+    from t2i.pipelines.jobs.generation import generate_files
 
-    steering = options.build_steering_settings(steer_class, steer_text, steer_picture, classifier, steer_scale)
-    texts = read_prompts(prompts, file, required=not steering)
-    settings = steering | options.select_given_settings(
-        negative_prompt=negative_prompt,
-        decoder_negative_prompt=decoder_negative_prompt,
-        num_inference_steps=steps,
-        prior_num_inference_steps=prior_steps,
-        prior_candidates=candidates,
-        height=height,
-        width=width,
-        sampler=sampler,
-        prior_sampler=prior_sampler,
-        eta=eta,
-        noise_level=noise_level,
-        prior_temperature=prior_temperature,
-        upsample=upsample,
-    )
-    settings |= options.build_guidance_settings(guidance_scale, guidance, prior_guidance_scale, prior_guidance)
-    resume = file is not None
-    seed = 0 if resume and seed is None else seed
-    more = (upsampler, prior, batch_size, resume, parse_dtypes(dtype), clip, compile)
-    for path in generate_files(texts, out, model, count, seed, device, settings, *more):
-        # With its end in one: a launcher's processes are unbuffered, and two would write into one line.
-        print(f"{path}\n", end="", flush=True)
+    # Collect the settings
+    settings = steering.build_settings()
+    texts = read_prompts(prompts, file, required=not settings)
+    settings |= drop_missing(negative_prompt=negative_prompt, decoder_negative_prompt=decoder_negative_prompt)
+    settings |= decoder.build_settings() | prior_flags.build_settings() | drop_missing(height=height, width=width)
+    settings |= samplers.build_settings() | drop_missing(noise_level=noise_level, upsample=upsampling.upsample)
+    if file is not None and output.seed is None:
+        output.seed = 0
+
+    # Draw
+    model = source.build(upsampler=upsampling.upsampler, dtype=parse_dtypes(dtype), compile=compile)
+    return generate_files(texts, model, output.build(), settings, batch_size, resume=file is not None)
 
 
 @app.command()
+@flags.print_paths
 def upsample(
-    pictures: Annotated[list[Path], Argument(help="What to enlarge.", show_default=False)],
-    out: options.Out = Path("out"),
-    model: Annotated[str | None, Option(help="A model with an upsampler, if no --upsampler is named.")] = None,
-    upsampler: options.Upsampler = None,
-    times: Annotated[int, Option(help="That pictures pass through the upsampler.")] = 1,
-    steps: Annotated[int | None, Option(help="Of the upsampler, each time.")] = None,
-    level: Annotated[float | None, Option(help="Of noise put on first: more lets flaws be redrawn.")] = None,
-    tile: Annotated[int | None, Option(help="Side of the windows of larger pictures, in pixels.")] = None,
-    seed: options.Seed = None,
-    device: options.Device = "auto",
-) -> None:
-    """Enlarge pictures with the upsampler of a model, or models/emoji-upsampler; prints their paths."""
-    with speed_up_imports():
-        from t2i.pipelines.jobs.generation import upsample_files
+    pictures: flags.ImageFiles,
+    out: flags.Out = Path("out"),
+    model: Annotated[str | None, option("Model that has an upsampler.", "models/emoji-upsampler")] = None,
+    upsampler: Annotated[str | None, option("Folder that `t2i train upsampler` wrote; replaces --model.")] = None,
+    times: Annotated[int, option("Times that each image passes through the upsampler.")] = 1,
+    steps: Annotated[int | None, option("Denoising steps of each pass.", "4")] = None,
+    level: Annotated[float | None, option("Noise added first, 0 to 1. More redraws more of an image.", "0")] = None,
+    tile: Annotated[int | None, option("Side in pixels of the windows for larger images.", "512")] = None,
+    seed: flags.Seed = None,
+    device: flags.Device = "auto",
+) -> Iterator[Path]:
+    """Upsample images and print the paths of the results."""
     from t2i.checks import check_integer, check_range
+    from t2i.pipelines.jobs.generation import upsample_files
+    from t2i.pipelines.jobs.planning import ModelSource, Output
     from t2i.sampling.upsampling import MAX_ENLARGEMENTS
 
     check_integer("times", times, 1, MAX_ENLARGEMENTS)
     check_range("level", level or 0, 0, 1)
-    settings = options.select_given_settings(num_inference_steps=steps, level=level, tile=tile)
-    named = upsampler or model or str(SHIPPED_MODEL.with_name("emoji-upsampler"))
-    for path in upsample_files(pictures, out, named, times, seed, device, settings):
-        print(path)
-
-
-Pictures = Annotated[list[Path], Argument(help="Picture files.", show_default=False)]
-Prompt = Annotated[str | None, Option(help="What the whole picture is to show; what it shows, if left out.")]
+    settings = drop_missing(num_inference_steps=steps, level=level, tile=tile)
+    source = ModelSource(upsampler or model or str(SHIPPED_MODEL.with_name("emoji-upsampler")), device=device)
+    return upsample_files(pictures, source, Output(out, seed=seed), times, settings)
 
 
 @app.command()
+@flags.print_paths
 def image_to_image(
-    pictures: Pictures,
-    prompt: Prompt = None,
-    strength: Annotated[float, Option(help="Share of the steps that are taken: 1 keeps nothing.")] = 0.6,
-    negative_prompt: Annotated[str | None, Option(help="What the prior moves away from.")] = None,
-    out: options.Out = Path("out"),
-    model: options.Model = str(SHIPPED_MODEL),
-    prior: options.Prior = None,
-    clip: options.Clip = None,
-    count: options.Count = 1,
-    seed: options.Seed = None,
-    steps: options.Steps = None,
-    guidance_scale: options.GuidanceScale = None,
-    guidance: options.GuidanceSettings = None,
-    device: options.Device = "auto",
-) -> None:
-    """Draw pictures that start from others; prints their paths."""
-    with speed_up_imports():
-        from t2i.pipelines.jobs.generation import redraw_files
+    pictures: flags.ImageFiles,
+    prompts: flags.PromptFlags,
+    output: flags.OutputFlags,
+    source: flags.ModelFlags,
+    decoder: flags.DecoderFlags,
+    strength: Annotated[float, option("Fraction of the steps to take. 1 keeps nothing of the image.")] = 0.6,
+) -> Iterator[Path]:
+    """Draw images that start from the given ones, and print their paths."""
     from t2i.pipelines.image_to_image import ImageToImagePipeline, check_strength
+    from t2i.pipelines.jobs.generation import redraw_files
 
     check_strength(strength)
-    settings = build_redraw_settings(prompt, negative_prompt, steps, guidance_scale, guidance) | {"strength": strength}
-    for path in redraw_files(
-        ImageToImagePipeline, pictures, out, model, count, seed, device, settings, prior=prior, clip=clip
-    ):
-        print(path)
+    settings = prompts.build_settings() | decoder.build_settings() | {"strength": strength}
+    return redraw_files(ImageToImagePipeline, pictures, source.build(), output.build(), settings)
 
 
 @app.command()
+@flags.print_paths
 def inpaint(
-    picture: Annotated[Path, Argument(help="A picture file.")],
-    mask: Annotated[Path, Argument(help="A picture of its size: what is white is painted anew.")],
-    prompt: Prompt = None,
-    strength: Annotated[float, Option(help="Share of the steps that are taken: less leaves something.")] = 1.0,
-    negative_prompt: Annotated[str | None, Option(help="What the prior moves away from.")] = None,
-    out: options.Out = Path("out"),
-    model: options.Model = str(SHIPPED_MODEL),
-    prior: options.Prior = None,
-    clip: options.Clip = None,
-    count: options.Count = 1,
-    seed: options.Seed = None,
-    steps: options.Steps = None,
-    guidance_scale: options.GuidanceScale = None,
-    guidance: options.GuidanceSettings = None,
-    device: options.Device = "auto",
-) -> None:
-    """Paint a part of a picture anew; the rest stays pixel for pixel."""
-    with speed_up_imports():
-        from PIL.Image import Image
+    picture: flags.ImageFile,
+    mask: Annotated[Path, argument("Image file of the same size. White parts are painted anew.")],
+    prompts: flags.PromptFlags,
+    output: flags.OutputFlags,
+    source: flags.ModelFlags,
+    decoder: flags.DecoderFlags,
+    strength: Annotated[float, option("Fraction of the steps to take. Below 1, some of the masked part stays.")] = 1.0,
+) -> Iterator[Path]:
+    """Paint the masked part of an image anew, and print the paths of the results.
 
-        from t2i.pipelines.jobs.generation import redraw_files
+    All other pixels stay exactly as they are.
+    """
     from t2i.pipelines.image_to_image import check_strength
     from t2i.pipelines.inpaint import InpaintPipeline
     from t2i.pipelines.inputs import read_masks
+    from t2i.pipelines.jobs.generation import redraw_files
 
-    check_strength(strength)
-    settings = build_redraw_settings(prompt, negative_prompt, steps, guidance_scale, guidance)
-    settings |= {"mask_image": str(mask), "strength": strength}
-
-    def check(image: Image) -> None:
+    def check_mask(image: "Image") -> None:
         read_masks(str(mask), 1, (image.height, image.width))
 
-    for path in redraw_files(
-        InpaintPipeline, [picture], out, model, count, seed, device, settings, check, prior=prior, clip=clip
-    ):
-        print(path)
+    check_strength(strength)
+    settings = prompts.build_settings() | decoder.build_settings() | {"mask_image": str(mask), "strength": strength}
+    return redraw_files(InpaintPipeline, [picture], source.build(), output.build(), settings, check_mask)
 
 
 @app.command()
+@flags.print_paths
 def outpaint(
-    picture: Annotated[Path, Argument(help="A picture file.")],
-    left: Annotated[int, Option(help="Pixels to paint beside it.")] = 0,
-    right: Annotated[int, Option(help="Pixels to paint beside it.")] = 0,
-    top: Annotated[int, Option(help="Pixels to paint above it.")] = 0,
-    bottom: Annotated[int, Option(help="Pixels to paint below it.")] = 0,
-    prompt: Prompt = None,
-    negative_prompt: Annotated[str | None, Option(help="What the prior moves away from.")] = None,
-    out: options.Out = Path("out"),
-    model: options.Model = str(SHIPPED_MODEL),
-    prior: options.Prior = None,
-    clip: options.Clip = None,
-    count: options.Count = 1,
-    seed: options.Seed = None,
-    steps: options.Steps = None,
-    guidance_scale: options.GuidanceScale = None,
-    guidance: options.GuidanceSettings = None,
-    device: options.Device = "auto",
-) -> None:
-    """Paint around a picture; what was there stays pixel for pixel."""
-    with speed_up_imports():
-        from PIL.Image import Image
+    picture: flags.ImageFile,
+    prompts: flags.PromptFlags,
+    output: flags.OutputFlags,
+    source: flags.ModelFlags,
+    decoder: flags.DecoderFlags,
+    left: Annotated[int, option("Pixels to paint at the left.")] = 0,
+    right: Annotated[int, option("Pixels to paint at the right.")] = 0,
+    top: Annotated[int, option("Pixels to paint at the top.")] = 0,
+    bottom: Annotated[int, option("Pixels to paint at the bottom.")] = 0,
+) -> Iterator[Path]:
+    """Paint around an image, and print the paths of the results.
 
-        from t2i.pipelines.jobs.generation import redraw_files
+    The pixels of the image stay exactly as they are.
+    """
     from t2i.pipelines.inpaint import OutpaintPipeline, check_enlarged_size, check_margins
+    from t2i.pipelines.jobs.generation import redraw_files
 
     margins = {"left": left, "right": right, "top": top, "bottom": bottom}
-    check_margins(**margins)
-    settings = build_redraw_settings(prompt, negative_prompt, steps, guidance_scale, guidance) | margins
 
-    def check(image: Image) -> None:
+    def check_size(image: "Image") -> None:
         check_enlarged_size(image.width, image.height, **margins)
 
-    for path in redraw_files(
-        OutpaintPipeline, [picture], out, model, count, seed, device, settings, check, prior=prior, clip=clip
-    ):
-        print(path)
-
-
-def build_redraw_settings(
-    prompt: str | None,
-    negative_prompt: str | None,
-    steps: int | None,
-    guidance_scale: float | None,
-    guidance: list[str] | None,
-) -> dict[str, Any]:
-    """Those of a pipeline that starts from a picture. Raises InputError for texts that none takes."""
-    from t2i.checks import check_texts
-
-    check_texts("prompt", [] if prompt is None else [prompt], empty=False)
-    check_texts("negative_prompt", [] if negative_prompt is None else [negative_prompt])
-    settings = options.select_given_settings(prompt=prompt, negative_prompt=negative_prompt, num_inference_steps=steps)
-    return settings | options.build_guidance_settings(guidance_scale, guidance)
+    check_margins(**margins)
+    settings = prompts.build_settings() | decoder.build_settings() | margins
+    return redraw_files(OutpaintPipeline, [picture], source.build(), output.build(), settings, check_size)
 
 
 def read_prompts(prompts: list[str] | None, file: Path | None, required: bool = True) -> list[str]:
-    """The prompts of the command line and of a file, in this order."""
-    found = list(prompts or [])
-    if file is not None:
-        try:
-            lines = file.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot read the prompts in {str(file)!r} ({error}); it is a text file") from error
-        found += [line.strip() for line in lines if line.strip()]
-    if not found and required:
-        raise InputError("no prompts; give some, or a file with one a line (--prompts)")
-    return found
+    """Return the prompts of the command line, then those of the file. Raises InputError if there is none."""
+    texts = list(prompts or []) + (read_lines(file, "prompts") if file is not None else [])
+    if not texts and required:
+        raise InputError("no prompts; give at least one, or a text file with one per line (--prompts)")
+    return texts

@@ -1,59 +1,61 @@
-"""What measures: `t2i eval`."""
+"""Commands that measure models: `t2i eval`."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer import Argument, Option
 
-from t2i.commands import SHIPPED_MODEL, quality
+from t2i.commands import SHIPPED_MODEL, flags, quality
+from t2i.commands.flags import argument, option
 
-app = typer.Typer(help="Measure a model.")
+app = typer.Typer(help="Evaluate models and drawn images.")
 app.add_typer(quality.app)
 
 
 @app.command(name="emoji")
 def evaluate_emoji(
-    folder: Annotated[Path, Argument(help="What `t2i data emoji` drew.")],
-    model: Annotated[str, Option(help="A model folder, or a repository on the hub.")] = str(SHIPPED_MODEL),
-    out: Annotated[Path, Option(help="Folder for the figures and contact sheets.")] = Path("out/eval"),
-    true_embeddings: Annotated[bool, Option("--true-embeddings", help="Draw each emoji's own embedding.")] = False,
-    device: Annotated[str, Option(help="auto, cpu, cuda, mps.")] = "auto",
+    folder: Annotated[Path, argument("Folder that `t2i data emoji` wrote.")],
+    model: flags.Model = str(SHIPPED_MODEL),
+    out: Annotated[Path, option("Folder for the results and contact sheets.")] = Path("out/eval"),
+    true_embeddings: Annotated[
+        bool, option("Draw from the emoji's own embeddings.", None, "--true-embeddings")
+    ] = False,
+    device: flags.Device = "auto",
 ) -> None:
-    """Draw an emoji for its caption: is the nearest of all real emoji the right one?"""
+    """Draw emoji for their captions, and print how often the nearest real emoji is the right one."""
     from t2i.evaluation.emoji import choose_emoji_captions, evaluate_emoji_drawings, open_emoji_dataset
     from t2i.evaluation.results import check_result_folder
-    from t2i.pipelines.jobs.generation import load_pipeline
+    from t2i.pipelines.jobs.planning import ModelSource, load_pipeline
 
     choose_emoji_captions(open_emoji_dataset(folder)[1])  # complain before the model loads
     check_result_folder(out)
-    scores = evaluate_emoji_drawings(load_pipeline(model, device), folder, out, true_embeddings)
+    pipeline: Any = load_pipeline(ModelSource(model, device=device))
+    scores = evaluate_emoji_drawings(pipeline, folder, out, true_embeddings)
     for split in ("train", "held_out"):
         score = scores[split]
         print(
-            f"{split}: of {score['captions']} captions, nearest is the very emoji {score['exact']:.1%}, "
-            f"the same name up to the modifier {score['same_name']:.1%}"
+            f"{split}: of {score['captions']} captions, the nearest emoji is the same for {score['exact']:.1%}, "
+            f"and the same up to its modifier for {score['same_name']:.1%}"
         )
-    print(f"figures and pictures are in {out}")
+    print(f"results and images: {out}")
 
 
 @app.command(name="prior")
 def evaluate_prior(
-    cache: Annotated[Path, Argument(help="What `t2i data cache` wrote.")],
-    prior: Annotated[str, Option(help="A folder of a trained prior or of a pipeline; none: the text itself.")] = str(
-        SHIPPED_MODEL
-    ),
-    count: Annotated[int, Option(help="Captions of each split, at most.")] = 512,
-    steps: Annotated[int, Option(help="Of a diffusion prior.")] = 25,
-    guidance_scale: Annotated[float | None, Option(help="1 is off; what is usual for the prior, if left out.")] = None,
-    candidates: Annotated[int, Option(help="For each caption; the nearest to it is taken.")] = 2,
-    temperature: Annotated[float | None, Option(help="Of an autoregressive prior.")] = None,
-    seed: Annotated[int, Option(help="Of the first caption; the next has the next.")] = 0,
-    out: Annotated[Path | None, Option(help="A file for the figures.")] = None,
+    cache: Annotated[Path, argument("Cache that `t2i data cache` wrote.")],
+    prior: Annotated[
+        str, option("Folder of a prior or a pipeline; none evaluates the text embeddings themselves.", "models/emoji")
+    ] = str(SHIPPED_MODEL),
+    count: Annotated[int, option("Largest number of captions from each split.")] = 512,
+    steps: Annotated[int, option("Denoising steps of a diffusion prior.")] = 25,
+    guidance_scale: Annotated[float | None, option("Guidance scale. 1 turns guidance off.", "the prior's")] = None,
+    candidates: Annotated[int, option("Embeddings sampled for each caption, to use the nearest to it.")] = 2,
+    temperature: Annotated[float | None, option("Temperature of an autoregressive prior.", "the prior's")] = None,
+    seed: Annotated[int, option("Seed of the first caption. Each further caption adds 1.")] = 0,
+    out: Annotated[Path | None, option("Also write the results to this JSON file.")] = None,
 ) -> None:
-    """How near does a prior come to the image embeddings of the captions? Prints JSON."""
-    import json
-
+    """Compare a prior's embeddings with the image embeddings of the captions, and print the results as JSON."""
     from t2i.checks import check_integer, check_range
     from t2i.diffusion.guidance import MAX_GUIDANCE_SCALE
     from t2i.diffusion.sampling_loop import MAX_STEPS
@@ -61,15 +63,19 @@ def evaluate_prior(
     from t2i.evaluation.results import check_result_file, collect_package_versions, write_result_file
     from t2i.sampling.embeddings import MAX_CANDIDATES, default_guidance_scale, load_prior
 
+    # Check the options
     check_integer("count", count, 1, 10_000_000)
     check_integer("steps", steps, 1, MAX_STEPS)
     check_integer("candidates", candidates, 1, MAX_CANDIDATES)
     check_integer("seed", seed, 0, 2**62)
     if guidance_scale is not None:
         check_range("guidance-scale", guidance_scale, 0, MAX_GUIDANCE_SCALE)
-    check_range("temperature", 0 if temperature is None else temperature, 0, 10)
+    if temperature is not None:
+        check_range("temperature", temperature, 0, 10)
     if out is not None:
         check_result_file(out)
+
+    # Evaluate
     model, scheduler = load_prior(prior)
     model = None if model is None else model.float()
     settings: dict[str, Any] = {
@@ -79,15 +85,11 @@ def evaluate_prior(
         "temperature": temperature,
     }
     scores = evaluate_prior_splits(model, scheduler, open_cache_splits(cache, model), count, **settings, seed=seed)
+
+    # Report
     kind = "none" if model is None else type(model).__name__
-    result = {
-        "prior": prior,
-        "kind": kind,
-        **settings,
-        "seed": seed,
-        "scores": scores,
-        "versions": collect_package_versions(),
-    }
+    result = {"prior": prior, "kind": kind, **settings, "seed": seed, "scores": scores}
+    result["versions"] = collect_package_versions()
     print(json.dumps(result, indent=1))
     if out is not None:
         write_result_file(result, out)
@@ -95,23 +97,24 @@ def evaluate_prior(
 
 @app.command(name="likelihood")
 def evaluate_likelihood(
-    folder: Annotated[Path, Argument(help="A data folder, as `t2i data check` leaves it.")],
-    model: Annotated[str, Option(help="A model folder, or a repository on the hub.")] = str(SHIPPED_MODEL),
-    out: Annotated[Path, Option(help="File for the figures.")] = Path("out/eval/likelihood.json"),
-    count: Annotated[int, Option("--count", "-n", help="Pictures of each split.")] = 32,
-    terms: Annotated[int, Option(help="Of the bound, evaluated at random times.")] = 100,
-    steps: Annotated[int, Option(help="Of the ODE.")] = 25,
-    seed: Annotated[int, Option(help="Of the first picture; the next has the next.")] = 0,
-    stage: Annotated[list[str] | None, Option(help="prior, decoder; both if left out.")] = None,
-    device: Annotated[str, Option(help="auto, cpu, cuda, mps.")] = "auto",
+    folder: Annotated[Path, argument("Data folder with a manifest; `t2i data check` writes one.")],
+    model: flags.Model = str(SHIPPED_MODEL),
+    out: Annotated[Path, option("JSON file for the results.")] = Path("out/eval/likelihood.json"),
+    count: Annotated[int, option("Images from each split.", None, "--count", "-n")] = 32,
+    terms: Annotated[int, option("Terms of the variational bound, evaluated at random timesteps.")] = 100,
+    steps: Annotated[int, option("Steps of the ODE solver.")] = 25,
+    seed: Annotated[int, option("Seed of the first image. Each further image adds 1.")] = 0,
+    stage: Annotated[list[str] | None, option("Stage to evaluate: prior or decoder. Repeatable.", "both")] = None,
+    device: flags.Device = "auto",
 ) -> None:
-    """Bits per dimension of the true latents and embeddings: the variational bound and the ODE's likelihood."""
+    """Compute bits per dimension of true latents and embeddings, by the variational bound and by the ODE."""
     from t2i.evaluation.likelihood import MEASURED_STAGES, SPLITS, check_likelihood_settings, evaluate_model_likelihood
-    from t2i.pipelines.jobs.generation import load_pipeline
+    from t2i.pipelines.jobs.planning import ModelSource, load_pipeline
 
     stages = tuple(stage or MEASURED_STAGES)
     check_likelihood_settings(out, count, terms, steps, seed, stages)
-    result = evaluate_model_likelihood(load_pipeline(model, device), folder, out, count, terms, steps, seed, stages)
+    pipeline: Any = load_pipeline(ModelSource(model, device=device))
+    result = evaluate_model_likelihood(pipeline, folder, out, count, terms, steps, seed, stages)
     for split in SPLITS:
         for name, figures in result[split].items():
             bound, ode, normal = (figures[key] for key in ("bound", "ode", "gaussian"))
@@ -120,4 +123,4 @@ def evaluate_likelihood(
                 f"+- {bound['standard_error']:.3f}, ODE {ode['bits']:.3f} +- {ode['standard_error']:.3f}, "
                 f"N(0, 1) {normal['bits']:.3f} bits per dimension"
             )
-    print(f"the figures are in {out}")
+    print(f"results: {out}")

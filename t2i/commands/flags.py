@@ -1,110 +1,261 @@
-"""Options that drawing commands share, and what they mean to a pipeline."""
+"""Options that several commands share, as dataclasses, and the decorator that lets a command take them.
 
+Nothing here imports torch, so that `t2i --help` is quick.
+"""
+
+from collections.abc import Callable, Iterator
+from copy import copy
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from functools import wraps
+from inspect import Parameter, signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, get_args, get_type_hints
 
-from typer import Option
+from typer import Argument, Option
 
-Out = Annotated[Path, Option(help="Folder for the pictures, or a .png for one.")]
-Model = Annotated[str, Option(help="A model folder, or a repository on the hub.")]
-Prior = Annotated[
-    str | None, Option(help="The prior of a public model, if it is elsewhere: a folder, or a repository on the hub.")
-]
-Clip = Annotated[
-    str | None, Option(help="The CLIP of a public model, if it is in neither: a folder, or a repository on the hub.")
-]
-Upsampler = Annotated[
-    str | None, Option(help="A folder that `t2i train upsampler` wrote, or a model that has one; else the model's own.")
-]
-Count = Annotated[int, Option("--count", "-n", help="Pictures for each input.")]
-Seed = Annotated[int | None, Option(help="Of the first picture; the next has the next. Random if left out.")]
-Steps = Annotated[int | None, Option(help="Steps of the decoder.")]
-GuidanceScale = Annotated[float | None, Option(help="Guidance of the decoder; 1 is off.")]
-GuidanceSettings = Annotated[
-    list[str] | None,
-    Option(help="KEY=VALUE, again and again: interval=LOW:HIGH, rescale, threshold, parallel, norm, momentum."),
-]
-Height = Annotated[int | None, Option(help="Of the pictures, in pixels; as in training if left out.")]
-Width = Annotated[int | None, Option(help="The same.")]
-PriorSteps = Annotated[int | None, Option(help="Steps of the prior.")]
-PriorGuidanceScale = Annotated[float | None, Option(help="Guidance of the prior; 1 is off.")]
-SteerClass = Annotated[str | None, Option(help="A class of the classifier to steer towards.")]
-SteerText = Annotated[str | None, Option(help="A text to steer towards, as CLIP sees it.")]
-SteerPicture = Annotated[Path | None, Option(help="A picture to steer towards, as CLIP sees it.")]
-SteerScale = Annotated[float | None, Option(help="How much the gradient counts; 1 if left out, 0 is off.")]
-Classifier = Annotated[Path | None, Option(help="What `t2i train classifier` wrote; a text or a picture needs none.")]
-Candidates = Annotated[int | None, Option(help="Of the prior, for each picture; the nearest to the prompt is drawn.")]
-SAMPLER_NAMES = "ddpm, ddim, dpmsolver++, sde-dpmsolver++, unipc, ode or sde; the model's own if left out."
-Sampler = Annotated[str | None, Option(help=f"Of the decoder: {SAMPLER_NAMES}")]
-PriorSampler = Annotated[str | None, Option(help=f"Of the prior: {SAMPLER_NAMES}")]
-NoiseLevel = Annotated[
-    int | None, Option(help="Of Stable unCLIP: how far z_i is noised, 0 to 999; more is more variety.")
-]
-Eta = Annotated[float | None, Option(help="Noise of the sampler ddim, 0 to 1.")]
-PriorTemperature = Annotated[
-    float | None, Option(help="Of an autoregressive prior: 0 takes the likeliest; the model's own if left out.")
-]
-Upsample = Annotated[int | None, Option(help="Times that pictures pass through the upsampler.")]
-Dtype = Annotated[
-    list[str] | None,
-    Option(help="Of the weights: fp32, bf16 or fp16; or PART=DTYPE, again and again, such as decoder=bf16."),
-]
-Compile = Annotated[
-    bool, Option("--compile", help="Compile the decoder first: for many pictures of one size, in batches of one size.")
-]
-Device = Annotated[str, Option(help="auto, cpu, cuda, mps.")]
+from t2i.commands import SHIPPED_MODEL, speed_up_imports
+from t2i.errors import InputError
+
+if TYPE_CHECKING:
+    from t2i.pipelines.jobs.planning import ModelSource, Output
+
+Result = TypeVar("Result")
+
+SAMPLER_NAMES = "ddpm, ddim, dpmsolver++, sde-dpmsolver++, unipc, ode or sde"
+GUIDANCE_KEYS = "interval=LOW:HIGH, rescale, threshold, parallel, norm or momentum"
+SETTING_NAMES = {  # of the pipelines, for options with shorter names
+    "steps": "num_inference_steps",
+    "prior_steps": "prior_num_inference_steps",
+    "candidates": "prior_candidates",
+}
 
 
-def select_given_settings(**settings: Any) -> dict[str, Any]:
-    """Those that were given."""
+def option(help: str, default: str | None = None, *names: str) -> Any:
+    """Return an option; `default` describes its default in the help, where that is None or a path."""
+    return Option(*names, help=help, show_default=default or True)
+
+
+def argument(help: str, default: str | bool = False) -> Any:
+    return Argument(help=help, show_default=default)
+
+
+ImageFile = Annotated[Path, argument("Image file.")]
+ImageFiles = Annotated[list[Path], argument("Image files.")]
+Out = Annotated[Path, option("Folder to write to, or a .png file for a single image.")]
+Model = Annotated[str, option("Model folder, or repository on the hub.", "models/emoji")]
+Prior = Annotated[str | None, option("Folder or repository of a public model's prior, if the model lacks it.")]
+Clip = Annotated[str | None, option("Folder or repository of a public model's CLIP, if the model lacks it.")]
+Device = Annotated[str, option("Device to run on: auto, cpu, cuda or mps.")]
+Seed = Annotated[int | None, option("Seed of the first image. Each further image adds 1.", "random")]
+Steps = Annotated[int | None, option("Denoising steps of the decoder.", "the model's")]
+GuidanceScale = Annotated[float | None, option("Guidance scale of the decoder. 1 turns guidance off.", "the model's")]
+PriorSteps = Annotated[int | None, option("Denoising steps of the prior.", "25")]
+PriorGuidanceScale = Annotated[float | None, option("Guidance scale of the prior. 1 turns it off.", "the model's")]
+Candidates = Annotated[int | None, option("Embeddings that the prior samples, to use the nearest to the prompt.", "2")]
+Sampler = Annotated[str | None, option(f"Sampler of the decoder: {SAMPLER_NAMES}.", "the model's")]
+Eta = Annotated[float | None, option("Noise that the sampler ddim adds in each step, 0 to 1.", "0")]
+NoiseLevel = Annotated[int | None, option("Noise that Stable unCLIP adds to the image embedding, 0 to 999.")]
+NegativePrompt = Annotated[str | None, option("What not to show: a text that the prior is guided away from.")]
+
+
+def print_paths(command: Callable[..., Iterator[Path]]) -> Callable[..., None]:
+    """Let a command return the paths of images, each of which is printed as soon as it is written."""
+    run_command = share_options(command)
+
+    @wraps(run_command)
+    def run_and_print(**values: Any) -> None:
+        with speed_up_imports():
+            paths = run_command(**values)
+        for path in paths:
+            # One write per line: the processes of a launcher are unbuffered, and print writes the line's end apart.
+            print(f"{path}\n", end="", flush=True)
+
+    return run_and_print
+
+
+def share_options(command: Callable[..., Result]) -> Callable[..., Result]:
+    """Let a command take dataclasses of options: typer reads their fields as if they were parameters of the command.
+
+    The help shows the fields of a dataclass together, under the title `panel` of its class if there is one.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    parameters = []
+    for parameter in signature(command).parameters.values():
+        if parameter.name in groups:
+            parameters += list_group_parameters(groups[parameter.name])
+        else:
+            parameters.append(parameter.replace(annotation=hints[parameter.name], kind=Parameter.KEYWORD_ONLY))
+
+    @wraps(command)
+    def run_command(**values: Any) -> Result:
+        built = {
+            name: group(**{field.name: values.pop(field.name) for field in fields(group)})
+            for name, group in groups.items()
+        }
+        return command(**values, **built)
+
+    # typer calls inspect.signature, which returns this attribute if there is one.
+    run_command.__signature__ = signature(command).replace(parameters=parameters)  # type: ignore[attr-defined]
+    run_command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run_command
+
+
+def list_group_parameters(group: Any) -> list[Parameter]:
+    """Return a keyword parameter for each field of a dataclass of options."""
+    hints = get_type_hints(group, include_extras=True)
+    parameters = []
+    for field in fields(group):
+        value_type, info = get_args(hints[field.name])
+        info = copy(info)
+        info.rich_help_panel = getattr(group, "panel", None)
+        annotation: Any = Annotated[value_type, info]  # type: ignore[valid-type]
+        default = Parameter.empty if field.default is MISSING else field.default
+        parameters.append(Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
+    return parameters
+
+
+class Settings:
+    """Options that become settings of a pipeline."""
+
+    def build_settings(self) -> dict[str, Any]:
+        """Return those that are set, under the pipelines' names. Raises InputError for a bad guidance setting."""
+        settings = drop_missing(**vars(self))
+        for name, texts in (("guidance_scale", "guidance"), ("prior_guidance_scale", "prior_guidance")):
+            if values := settings.pop(texts, None):
+                settings[name] = parse_guidance_settings(name, settings.get(name), values)
+        return {SETTING_NAMES.get(name, name): value for name, value in settings.items()}
+
+
+@dataclass
+class OutputFlags:
+    panel: ClassVar[str] = "Output"
+    out: Out = Path("out")
+    count: Annotated[int, option("Images to draw for each input.", None, "--count", "-n")] = 1
+    seed: Seed = None
+
+    def build(self) -> "Output":
+        from t2i.pipelines.jobs.planning import Output
+
+        return Output(self.out, self.count, self.seed)
+
+
+@dataclass
+class ModelFlags:
+    panel: ClassVar[str] = "Model"
+    model: Model = str(SHIPPED_MODEL)
+    prior: Prior = None
+    clip: Clip = None
+    device: Device = "auto"
+
+    def build(self, **more: Any) -> "ModelSource":
+        from t2i.pipelines.jobs.planning import ModelSource
+
+        return ModelSource(**vars(self), **more)
+
+
+@dataclass
+class DecoderFlags(Settings):
+    panel: ClassVar[str] = "Decoder"
+    steps: Steps = None
+    guidance_scale: GuidanceScale = None
+    guidance: Annotated[
+        list[str] | None, option(f"Another guidance setting of the decoder, KEY=VALUE: {GUIDANCE_KEYS}. Repeatable.")
+    ] = None
+
+
+@dataclass
+class PriorFlags(Settings):
+    panel: ClassVar[str] = "Prior"
+    prior_steps: PriorSteps = None
+    prior_guidance_scale: PriorGuidanceScale = None
+    prior_guidance: Annotated[list[str] | None, option("Like --guidance, for the prior. Repeatable.")] = None
+    candidates: Candidates = None
+
+
+@dataclass
+class SamplerFlags(Settings):
+    panel: ClassVar[str] = "Samplers"
+    sampler: Sampler = None
+    prior_sampler: Annotated[str | None, option("Like --sampler, for the prior.", "the model's")] = None
+    eta: Eta = None
+    prior_temperature: Annotated[
+        float | None, option("Temperature of an autoregressive prior. 0 takes the likeliest code.", "the model's")
+    ] = None
+
+
+@dataclass
+class PromptFlags(Settings):
+    panel: ClassVar[str] = "Prompt"
+    prompt: Annotated[str | None, option("What the whole image should show.", "what it shows now")] = None
+    negative_prompt: NegativePrompt = None
+
+    def __post_init__(self) -> None:
+        from t2i.checks import check_texts
+
+        check_texts("prompt", [] if self.prompt is None else [self.prompt], empty=False)
+        check_texts("negative_prompt", [] if self.negative_prompt is None else [self.negative_prompt])
+
+
+@dataclass
+class UpsamplerFlags:
+    panel: ClassVar[str] = "Upsampling"
+    upsample: Annotated[int | None, option("Times that the images pass through the upsampler.", "0")] = None
+    upsampler: Annotated[
+        str | None, option("Folder that `t2i train upsampler` wrote, or a model with an upsampler.", "the model's")
+    ] = None
+
+
+@dataclass
+class SteeringFlags:
+    panel: ClassVar[str] = "Steering"
+    steer_class: Annotated[str | None, option("Steer towards this class of the classifier.")] = None
+    steer_text: Annotated[str | None, option("Steer towards this text, as CLIP embeds it.")] = None
+    steer_picture: Annotated[Path | None, option("Steer towards this image file, as CLIP embeds it.")] = None
+    steer_scale: Annotated[float | None, option("Weight of the steering gradient. 0 turns it off.", "1")] = None
+    classifier: Annotated[Path | None, option("Folder that `t2i train classifier` wrote; classes need one.")] = None
+
+    def build_settings(self) -> dict[str, Any]:
+        """Return `steering` of a pipeline, or nothing if no option is set. Raises InputError."""
+        # Check the combination
+        goals = {
+            "--steer-class": self.steer_class,
+            "--steer-text": self.steer_text,
+            "--steer-picture": self.steer_picture,
+        }
+        chosen = list(drop_missing(**goals))
+        if len(chosen) > 1:
+            raise InputError(f"{' and '.join(chosen)} exclude each other; give one of them")
+        if not chosen:
+            for name in drop_missing(**{"--classifier": self.classifier, "--steer-scale": self.steer_scale}):
+                raise InputError(f"{name} needs one of {', '.join(goals)}, got none of them")
+            return {}
+        if self.steer_class is not None and self.classifier is None:
+            name = f"--steer-class {self.steer_class!r}"
+            raise InputError(f"{name} needs --classifier, a folder that `t2i train classifier` wrote")
+        from t2i.checks import check_range
+        from t2i.sampling.steering import MAX_STEERING_SCALE, Steering, load_classifier, read_image_tensor
+
+        # Load what it steers by
+        scale = 1.0 if self.steer_scale is None else self.steer_scale
+        check_range("--steer-scale", scale, 0, MAX_STEERING_SCALE)
+        image = None if self.steer_picture is None else read_image_tensor(self.steer_picture)
+        classifier = None if self.classifier is None else load_classifier(self.classifier)
+        if self.steer_class is not None and classifier is not None:
+            classifier.find_class_index(self.steer_class)
+        return {"steering": Steering(scale, classifier, self.steer_class, self.steer_text, image)}
+
+
+def drop_missing(**settings: Any) -> dict[str, Any]:
+    """Return the settings that are not None."""
     return {name: value for name, value in settings.items() if value is not None}
 
 
-def build_guidance_settings(
-    scale: float | None,
-    settings: list[str] | None,
-    prior_scale: float | None = None,
-    prior_settings: list[str] | None = None,
-) -> dict[str, Any]:
-    """`guidance_scale` and `prior_guidance_scale` of a pipeline, as far as they were given."""
-    from t2i.diffusion.guidance import Guidance, parse_guidance
-    from t2i.pipelines.options import DecoderOptions
-    from t2i.sampling.embeddings import default_guidance_scale
+def parse_guidance_settings(name: str, scale: float | None, texts: list[str]) -> dict[str, Any]:
+    """Return the fields of `Guidance` from KEY=VALUE texts, without the scale if it is left to the model."""
+    from t2i.diffusion.guidance import parse_guidance
 
-    found: dict[str, Any] = {}
-    for name, default, number, texts in (
-        ("guidance_scale", DecoderOptions.guidance_scale, scale, settings),
-        ("prior_guidance_scale", default_guidance_scale(None), prior_scale, prior_settings),
-    ):
-        number = Guidance.from_value(default).scale if number is None and texts else number
-        if number is not None:
-            found[name] = parse_guidance(name, number, texts) if texts else number
-    return found
-
-
-def build_steering_settings(
-    class_name: str | None, text: str | None, picture: Path | None, classifier: Path | None, scale: float | None
-) -> dict[str, Any]:
-    """`steering` of a pipeline, if there is anything to steer towards. Raises InputError for several at once."""
-    from t2i.errors import InputError
-
-    goals = {"--steer-class": class_name, "--steer-text": text, "--steer-picture": picture}
-    asked = [name for name, value in goals.items() if value is not None]
-    if len(asked) > 1:
-        raise InputError(f"{' and '.join(asked)} are given; a picture is steered towards one of them")
-    if not asked:
-        useless = {"--classifier": classifier, "--steer-scale": scale}
-        if name := next((name for name, value in useless.items() if value is not None), None):
-            raise InputError(f"{name} is given without {', '.join(goals)}; give one of them")
-        return {}
-    if class_name is not None and classifier is None:
-        raise InputError(f"--steer-class {class_name!r} needs a --classifier, which `t2i train classifier` makes")
-    from t2i.checks import check_range
-    from t2i.sampling.steering import MAX_STEERING_SCALE, Steering, load_classifier, read_image_tensor
-
-    check_range("--steer-scale", 1.0 if scale is None else scale, 0, MAX_STEERING_SCALE)
-    seen = None if picture is None else read_image_tensor(picture)
-    judge = None if classifier is None else load_classifier(classifier)
-    if class_name is not None and judge is not None:
-        judge.find_class_index(class_name)
-    return {"steering": Steering(1.0 if scale is None else scale, judge, class_name, text, seen)}
+    guidance = asdict(parse_guidance(name, 1.0 if scale is None else scale, texts))
+    if scale is None:
+        del guidance["scale"]
+    return guidance

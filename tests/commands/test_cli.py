@@ -1,5 +1,6 @@
 """The command line, as a user meets it."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -8,6 +9,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from t2i.pipelines.options import DecoderOptions, PriorOptions
+from t2i.pipelines.text_diff import DEFAULT_THETA
+from t2i.pipelines.upsample import UpsamplePipeline
+from typer.main import get_command
 
 from t2i import cli
 from tests.conftest import arguments
@@ -32,6 +37,22 @@ def test_help_imports_no_torch():
     assert result.returncode == 0, result.stderr
     for command in ("generate", "train", "data", "assemble", "eval", "doctor"):
         assert command in result.stdout
+
+
+def test_the_help_shows_the_defaults_that_the_pipelines_have():
+    commands = get_command(cli.app).commands
+
+    def shown(command: str, option: str) -> object:
+        return next(parameter.show_default for parameter in commands[command].params if parameter.name == option)
+
+    upsampling = inspect.signature(UpsamplePipeline.__call__).parameters
+    assert shown("generate", "prior_steps") == str(PriorOptions.prior_num_inference_steps)
+    assert shown("generate", "candidates") == str(PriorOptions.prior_candidates)
+    assert shown("generate", "upsample") == str(DecoderOptions.upsample)
+    assert shown("upsample", "steps") == str(upsampling["num_inference_steps"].default)
+    assert shown("upsample", "level") == f"{upsampling['level'].default:g}"
+    assert shown("upsample", "tile") == str(upsampling["tile"].default)
+    assert shown("edit", "theta") == str(DEFAULT_THETA)
 
 
 def test_generate_writes_pictures_that_know_how_they_were_made(monkeypatch, capsys, pipeline_folder, tmp_path):
@@ -109,7 +130,7 @@ def test_a_named_file_is_written_once(monkeypatch, capsys, pipeline_folder, tmp_
         (["generate", "cat", "--device", "cuda:99"], "device 'cuda:99' is not available"),
         (["generate", "cat", "--file", "nowhere.txt"], "nowhere.txt"),
         (["generate", "cat", "--model", "no/such/model"], "no/such/model"),
-        (["generate", "cat", "dog", "--out", "one.png"], "2 pictures are asked for"),
+        (["generate", "cat", "dog", "--out", "one.png"], "there are 2 images to draw"),
         (["train", "everything"], "stage must be one of clip, autoencoder, prior, decoder"),
         (["train", "prior", "nowhere.yaml"], "no configuration file"),
         (["train", "prior", "cache=null", "clip=nowhere"], "nowhere"),

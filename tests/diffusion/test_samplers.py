@@ -316,7 +316,7 @@ def test_eta_reaches_the_decoder(pipeline):
     torch.testing.assert_close(draw(sampler="ddim", eta=0.8), draw(eta=0.8), atol=1e-4, rtol=1e-4)
     for settings in ({"sampler": "unipc", "eta": 0.5}, {"eta": 2.0}, {"prior_sampler": "euler"}):
         with pytest.raises(
-            InputError, match="eta is of the sampler ddim|eta must be from 0|prior_sampler must be one of"
+            InputError, match="eta needs the sampler ddim|eta must be from 0|prior_sampler must be one of"
         ):
             draw(**settings)
 

@@ -67,7 +67,7 @@ def test_the_command_line_takes_it_there_and_back(
     there, back = tmp_path / "there", tmp_path / "back"
     assert run(monkeypatch, "convert", EMOJI, there, "--to", "prior-transformer") == 0
     assert run(monkeypatch, "convert", there, back) == 2
-    assert "is a prior alone; --clip names the folder of its CLIP" in capsys.readouterr().err
+    assert "is a prior alone; give --clip, the folder of its CLIP" in capsys.readouterr().err
     assert run(monkeypatch, "convert", there, back, "--clip", EMOJI) == 0
     pictures = []
     for number, prior in enumerate([[], ["--prior", there], ["--prior", back]]):
@@ -139,7 +139,7 @@ def test_a_part_of_a_public_pipeline_becomes_a_run_with_the_null_of_its_clip(tmp
 
 
 def test_a_prior_alone_is_no_whole_pipeline(tmp_path: Path):
-    with pytest.raises(InputError, match="is no whole pipeline, as karlo is"):
+    with pytest.raises(InputError, match="is not a complete pipeline, which karlo needs"):
         convert_folder(str(kandinsky_22_prior() / "prior"), tmp_path / "new", "karlo")
     with pytest.raises(InputError, match="--clip names the folder of its CLIP"):
         save_eclipse_prior(tmp_path / "alone")

@@ -196,8 +196,8 @@ def test_the_command_writes_frames_in_their_order_or_a_strip(pipeline_folder, tm
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["missing.png", "red circle"], "no picture 'missing.png'; an anchor is a picture's file or a text"),
-        (["a", "b", "--weights", "1,x"], "weights must be numbers with commas between them"),
+        (["missing.png", "red circle"], "no image file 'missing.png'; an anchor is an image file or a text"),
+        (["a", "b", "--weights", "1,x"], "weights must be comma-separated numbers"),
         (["a", "b", "--weights", "0,0"], "weights must sum to something positive"),
         (["a"], "anchors are one"),
     ],

@@ -410,9 +410,9 @@ NAN = float("nan")
         ({"latents": torch.zeros(1, 4, 9, 9)}, r"latents must be a tensor of shape \(1, 4, 8, 8\)"),
         ({"prior_latents": torch.full((1, 32), NAN)}, "prior_latents must be finite"),
         ({"image_embeds": torch.zeros(2, 5)}, "image_embeds must be a tensor"),
-        ({"callback_on_step_end_tensor_inputs": ["z"]}, "may contain"),
-        ({"super_res_latents": torch.zeros(1, 3, 64, 64)}, "super_res_latents is of a cascade"),
-        ({"super_res_num_inference_steps": 3}, "super_res_num_inference_steps is of a cascade"),
+        ({"callback_on_step_end_tensor_inputs": ["z"]}, "may contain 'latents', got z"),
+        ({"super_res_latents": torch.zeros(1, 3, 64, 64)}, "super_res_latents needs a cascade"),
+        ({"super_res_num_inference_steps": 3}, "super_res_num_inference_steps needs a cascade"),
     ],
 )
 def test_bad_input_is_refused_before_any_work(pipeline, monkeypatch, settings, message):
@@ -472,7 +472,7 @@ def test_where_pictures_are_given_they_decide_the_size(pipeline) -> None:
     from t2i import ImageToImagePipeline
 
     redraw = ImageToImagePipeline.from_pipe(pipeline)
-    with pytest.raises(InputError, match="height is 64, but here pictures have the size of those that are given"):
+    with pytest.raises(InputError, match="height is 64, but the images have the size of the given ones"):
         redraw(np.zeros((32, 32, 3), dtype=np.uint8), "red circle", height=64)
 
 
@@ -483,5 +483,5 @@ def test_where_the_mask_s_canvas_decides_the_size_nothing_is_asked_of_a_cascade_
     mask[:, :32] = 0
     painter, canvas = InpaintPipeline.from_pipe(pipeline), (torch.zeros(3, 64, 64), mask)
     for given in ({"super_res_latents": torch.zeros(1, 3, 64, 64)}, {"super_res_num_inference_steps": 3}):
-        with pytest.raises(InputError, match=f"{[*given][0]} is of a cascade"):
+        with pytest.raises(InputError, match=f"{[*given][0]} needs a cascade"):
             painter(*canvas, "red circle", **given)

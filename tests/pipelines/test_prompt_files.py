@@ -18,8 +18,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from t2i.pipelines.jobs import batches, generation
-from t2i.pipelines.jobs.batches import draw_fitting_batches, find_drawn_files, iterate_in_order, split_batches
+from t2i.pipelines.jobs import batches, records
+from t2i.pipelines.jobs.batches import draw_fitting_batches, iterate_in_order, split_batches
+from t2i.pipelines.jobs.records import find_drawn_files
 from torch import nn
 
 from t2i.commands.drawing import read_prompts
@@ -138,7 +139,7 @@ def test_what_is_there_already_is_not_drawn_again(monkeypatch, capsys, caplog, c
     renamed.rename(tmp_path / "out" / "another name.png")
     with caplog.at_level(logging.WARNING):
         status, out, _ = run(monkeypatch, capsys, *command("out"))
-    assert status == 0 and "2 of 5 pictures are in" in caplog.text
+    assert status == 0 and "already holds 2 of 5 images" in caplog.text
     assert (pixels(lost).shape == (32, 32, 3)) and str(lost) in out.splitlines()
     drawn = {path.name for path in map(Path, out.splitlines()) if path != lost}
     assert drawn == {f"{damaged.stem}-2.png", f"{cut.stem}-2.png"}  # nothing is overwritten
@@ -226,14 +227,14 @@ def test_a_folder_of_anything_is_looked_through(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no picture")
     (tmp_path / "folder.png").mkdir()
     record = {"prompt": "a cat", "seed": 3}
-    (tmp_path / "said.png").write_bytes(generation.encode_png_image(Image.new("RGB", (4, 4)), record))
+    (tmp_path / "said.png").write_bytes(records.encode_png_image(Image.new("RGB", (4, 4)), record))
     assert find_drawn_files(tmp_path, [{"prompt": "a dog", "seed": 3}, record]) == {1: tmp_path / "said.png"}
     assert find_drawn_files(tmp_path / "nowhere", [record]) == {}
 
 
 def test_a_picture_whose_pixels_are_damaged_is_not_there(tmp_path):
     record = {"prompt": "a cat", "seed": 3}
-    whole = generation.encode_png_image(Image.radial_gradient("L"), record)
+    whole = records.encode_png_image(Image.radial_gradient("L"), record)
     changed = bytearray(whole)
     changed[whole.index(b"IDAT") + 50] ^= 1
     for name, content in (("a", whole[: len(whole) // 2]), ("b", changed), ("c", whole[:-12])):
@@ -250,7 +251,7 @@ def test_huge_pictures_and_pipes_of_others_are_passed_over(tmp_path, recwarn):
         (tmp_path / f"{side}.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
     os.mkfifo(tmp_path / "pipe.png")
     record = {"prompt": "a cat", "seed": 3}
-    (tmp_path / "said.png").write_bytes(generation.encode_png_image(Image.new("RGB", (4, 4)), record))
+    (tmp_path / "said.png").write_bytes(records.encode_png_image(Image.new("RGB", (4, 4)), record))
     assert find_drawn_files(tmp_path, [record]) == {0: tmp_path / "said.png"}
     assert not recwarn.list
 
@@ -277,7 +278,7 @@ def test_a_model_has_its_folders_name_however_it_is_named(monkeypatch, capsys, c
     monkeypatch.chdir(pipeline_folder)
     status, out, err = run(monkeypatch, capsys, *command("out", "--model", "."))
     assert (status, out) == (0, ""), err
-    assert generation.format_model_name("org/a-model") == "a-model"  # the hub's
+    assert records.format_model_name("org/a-model") == "a-model"  # the hub's
 
 
 @pytest.mark.parametrize(
@@ -365,7 +366,7 @@ def test_processes_that_share_need_one_seed(monkeypatch, capsys, pipeline_folder
     for name, value in zip(LAUNCHER, ("0", "2", "0")):
         monkeypatch.setenv(name, value)
     status, _, err = run(monkeypatch, capsys, "generate", "a", "b", "--model", pipeline_folder, "--out", tmp_path)
-    assert status == 2 and "seed is missing; 2 processes share the pictures and need the same" in err
+    assert status == 2 and "seed is missing; 2 processes share the images and need the same seed" in err
 
 
 def test_the_largest_batch_is_a_number_of_its_own():

@@ -137,7 +137,7 @@ def test_a_standalone_pipeline_saves_and_loads(upsampler_folder, whole_folder, t
     [
         ({"upsample": 9}, "upsample must be an integer from 0 to 8, got 9"),
         ({"upsample": 1}, "upsample is 1, but this pipeline has no upsampler"),
-        ({"upsample": 1, "output_type": "latent"}, "upsample is of pictures, output_type is latent"),
+        ({"upsample": 1, "output_type": "latent"}, "upsample needs images, but output_type is 'latent'"),
         ({"upsample_steps": 0}, "upsample_steps must be an integer from 1 to 1000, got 0"),
         ({"upsample_level": 2}, "upsample_level must be from 0 to 1, got 2"),
     ],

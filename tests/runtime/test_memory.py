@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch
 import torch.nn.functional as F
-from t2i.pipelines.jobs.generation import write_drawn_images
+from t2i.pipelines.jobs.batches import BatchPlan, write_images
 from t2i.pipelines.memory_needed import (
     OVERCOUNT_FACTOR,
     check_batch_fits,
@@ -251,16 +251,13 @@ def test_a_batch_that_is_left_to_us_begins_with_what_fits(tmp_path: Path) -> Non
     def drawn(name: str, batch_size: int | None) -> list[int]:
         sizes = []
 
-        def draw(records: list, generators: list) -> list[Image.Image]:
-            sizes.append(len(records))
-            return [Image.new("RGB", (4, 4))] * len(records)
+        def draw(indices: list[int]) -> list[Image.Image]:
+            sizes.append(len(indices))
+            return [Image.new("RGB", (4, 4))] * len(indices)
 
-        records = [{"prompt": "a"}] * 10
-        list(
-            write_drawn_images(
-                draw, records, 0, tmp_path / name, "m", {}, batch_size, fitting=lambda size: (size + 2) // 3
-            )
-        )
+        records = [{"prompt": "a", "seed": seed} for seed in range(10)]
+        plan = BatchPlan(batch_size, find_fitting_size=lambda size: (size + 2) // 3)
+        list(write_images(draw, records, tmp_path / name, plan))
         return sizes
 
     assert drawn("auto", None) == [4, 4, 2]
@@ -272,12 +269,12 @@ def test_after_a_batch_that_was_halved_the_next_begin_with_what_fitted(tmp_path:
 
     sizes = []
 
-    def draw(records: list, generators: list) -> list[Image.Image]:
-        sizes.append(len(records))
-        if len(records) > 4:
+    def draw(indices: list[int]) -> list[Image.Image]:
+        sizes.append(len(indices))
+        if len(indices) > 4:
             raise MemoryError
-        return [Image.new("RGB", (4, 4))] * len(records)
+        return [Image.new("RGB", (4, 4))] * len(indices)
 
-    paths = list(write_drawn_images(draw, [{"prompt": "a"}] * 22, 0, tmp_path, "m", {}))
+    paths = list(write_images(draw, [{"prompt": "a", "seed": seed} for seed in range(22)], tmp_path, BatchPlan()))
     assert sizes == [16, 8, 4, 4, 4, 4, 4, 2]
     assert [path.stem for path in paths] == [f"a-{seed}" for seed in range(22)]

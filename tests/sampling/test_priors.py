@@ -346,7 +346,7 @@ def test_guidance_by_noise_levels_is_refused_by_a_prior_that_has_none():
     ("arguments", "message"),
     [
         ({"prior_guidance_scale": Guidance(2.0, rescale=0.5)}, "autoregressive prior must be a scale alone"),
-        ({"prior_sampler": "ddim"}, "prior_sampler is of a diffusion prior, which this is not; got 'ddim'"),
+        ({"prior_sampler": "ddim"}, "prior_sampler needs a diffusion prior, which this is not; got 'ddim'"),
     ],
 )
 def test_what_is_of_diffusion_is_refused_by_a_pipeline_of_another_prior_before_work_starts(

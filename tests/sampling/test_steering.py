@@ -195,9 +195,9 @@ def test_the_command_draws_towards_a_class_without_a_prompt(
     status, out, err = run(monkeypatch, capsys, *common, "a circle", "--steer-text", "red", "--prior-steps", 2)
     assert status == 0 and len(out.split()) == 2
     for wrong, message in [
-        (["--steer-class", "red"], "--steer-class 'red' needs a --classifier"),
-        (["--steer-class", "red", "--steer-text", "a"], "--steer-class and --steer-text are given"),
-        (["a", "--steer-scale", 3], "--steer-scale is given without --steer-class, --steer-text, --steer-picture"),
+        (["--steer-class", "red"], "--steer-class 'red' needs --classifier"),
+        (["--steer-class", "red", "--steer-text", "a"], "--steer-class and --steer-text exclude each other"),
+        (["a", "--steer-scale", 3], "--steer-scale needs one of --steer-class, --steer-text, --steer-picture"),
         (
             ["--steer-class", "x", "--classifier", classifier_folder],
             "the classifier has no class 'x'; it has blue, green, red",

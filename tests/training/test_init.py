@@ -231,7 +231,7 @@ def test_too_few_pictures_are_refused(photos):
 def test_a_share_to_hold_out_is_refused_where_a_manifest_has_decided_it(monkeypatch, capsys, photos, tmp_path):
     write_manifest(photos, held_out=0, quiet=True)
     status, _, err = run(monkeypatch, capsys, "init", tmp_path / "run", "--data", photos, "--held-out", 0.1)
-    assert status == 2 and "has decided it" in err and not (tmp_path / "run").exists()
+    assert status == 2 and "has splits already" in err and not (tmp_path / "run").exists()
 
 
 def test_what_has_changed_since_the_check_is_named(monkeypatch, capsys, photos, tmp_path):
@@ -244,7 +244,7 @@ def test_what_has_changed_since_the_check_is_named(monkeypatch, capsys, photos, 
     Image.new("RGB", (40, 30), "blue").save(photos / "new.png")
     assert find_changes(photos) == "1 new (such as 'new.png'), 1 gone (such as '2.png'), 3 changed (such as '0.png')"
     status, _, err = run(monkeypatch, capsys, "init", tmp_path / "run", "--data", photos)
-    assert status == 2 and "is not what was checked: 1 new" in err and not (tmp_path / "run").exists()
+    assert status == 2 and "has changed since it was checked: 1 new" in err and not (tmp_path / "run").exists()
     write_manifest(photos, held_out=0, quiet=True)
     assert find_changes(photos) is None
 

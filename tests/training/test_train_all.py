@@ -221,7 +221,7 @@ def test_it_takes_one_folder_and_no_overrides(monkeypatch, capsys, fresh):
     status, _, err = run(monkeypatch, capsys, "train", "all")
     assert status == 2 and "train all takes one folder" in err
     status, _, err = run(monkeypatch, capsys, "train", "all", "run", "train.steps=3")
-    assert status == 2 and "'train.steps=3' belongs into its configurations" in err
+    assert status == 2 and "'train.steps=3' belongs in its configuration files" in err
 
 
 def test_data_that_changes_after_the_start_is_a_warning(capsys, trained):

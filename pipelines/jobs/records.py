@@ -1,0 +1,121 @@
+"""Records: how an image was drawn, as JSON in its PNG file. Reading them back finds images that are drawn already."""
+
+import json
+import warnings
+from dataclasses import asdict
+from io import BytesIO
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from t2i.pipelines.jobs.planning import ModelSource
+from t2i.pipelines.options import PRIOR_OPTION_NAMES, ResolvedOptions
+
+from t2i import __version__
+from t2i.diffusion.guidance import Guidance
+from t2i.sampling.steering import Steering
+
+Record: TypeAlias = dict[str, Any]  # the input first, then its seed, the model and all options that matter
+
+# Options in every record. Others are recorded if the user sets them.
+RECORDED_OPTIONS = ("num_inference_steps", "guidance_scale")
+RECORDED_PRIOR_OPTIONS = ("prior_num_inference_steps", "prior_guidance_scale", "prior_candidates")
+PARAMETER_LABELS = {  # the names that other programs use
+    "Steps": "num_inference_steps",
+    "CFG scale": "guidance_scale",
+    "Prior steps": "prior_num_inference_steps",
+    "Prior CFG scale": "prior_guidance_scale",
+    "Seed": "seed",
+    "Model": "model",
+}
+
+
+def build_settings_record(
+    source: ModelSource, settings: dict[str, Any], resolved: ResolvedOptions, uses_prior: bool
+) -> Record:
+    """Return what images record of the model and the settings, in values that JSON can hold.
+
+    settings: those that the user set. uses_prior: False leaves the options of the prior out.
+    """
+    prior, decoder = resolved
+    record = {name: getattr(decoder, name) for name in RECORDED_OPTIONS}
+    if uses_prior:
+        record |= {name: getattr(prior, name) for name in RECORDED_PRIOR_OPTIONS}
+    unused = frozenset() if uses_prior else PRIOR_OPTION_NAMES
+    record |= {name: value for name, value in settings.items() if name not in record and name not in unused}
+    for name in ("upsampler", "prior", "clip"):
+        if (folder := getattr(source, name)) is not None:
+            record[name] = format_model_name(folder)
+    if source.dtype is not None:
+        record["dtype"] = source.dtype
+    return {name: convert_to_json_value(value) for name, value in record.items()}
+
+
+def format_model_name(model: str) -> str:
+    """Return the name of a model's folder, also for ".", or the last part of a repository's name."""
+    path = Path(model)
+    return path.resolve().name if path.is_dir() else path.name
+
+
+def convert_to_json_value(value: Any) -> Any:
+    """Return a value as JSON can hold it. Guidance that is a scale alone becomes a number."""
+    if isinstance(value, Steering):
+        return value.build_metadata()
+    if isinstance(value, Guidance):
+        return value.scale if value == Guidance(value.scale) else asdict(value)
+    return value
+
+
+def encode_png_image(image: Image.Image, record: Record) -> bytes:
+    """Return a PNG file with its record: JSON under "t2i", and under "parameters" the text that other programs read."""
+    lines = [record.get("prompt", "")]
+    if "negative_prompt" in record:
+        lines.append(f"Negative prompt: {record['negative_prompt']}")
+    parameters = {label: record[name] for label, name in PARAMETER_LABELS.items() if name in record}
+    parameters = {label: value["scale"] if isinstance(value, dict) else value for label, value in parameters.items()}
+    parameters |= {"Size": f"{image.width}x{image.height}", "Version": f"t2i {__version__}"}
+    lines.append(", ".join(f"{label}: {value}" for label, value in parameters.items()))
+    info = PngInfo()
+    info.add_itxt("parameters", "\n".join(lines))
+    info.add_itxt("t2i", json.dumps({"version": __version__, **record}, ensure_ascii=False))
+    buffer = BytesIO()
+    image.save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def find_drawn_files(folder: Path, records: list[Record]) -> dict[int, Path]:
+    """Return the complete PNG files of a folder that have one of these records, by the record's index.
+
+    The first of several files with the same record counts. Files that cannot be read to their end are skipped.
+    """
+    indices = {format_record_key(record): index for index, record in enumerate(records)}
+    drawn: dict[int, Path] = {}
+    for path in sorted(folder.glob("*.png")) if folder.is_dir() else []:
+        try:
+            index = find_record_index(path, indices)
+        except (OSError, ValueError, SyntaxError, IndexError, RecursionError, Image.DecompressionBombError):
+            continue
+        if index is not None:
+            drawn.setdefault(index, path)
+    return drawn
+
+
+def find_record_index(path: Path, indices: dict[str, int]) -> int | None:
+    """Return the index of a PNG file's record; None for another record. Raises Pillow's errors for damaged files."""
+    if not path.is_file():  # opening a pipe would block
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # no pixel is decoded
+        with Image.open(path, formats=["PNG"]) as image:
+            record = json.loads(image.info.get("t2i", "null"))
+            index = indices.get(format_record_key(record)) if isinstance(record, dict) else None
+            if index is not None:
+                # The text stands before the pixels, which a crash may have cut off.
+                image.verify()
+            return index
+
+
+def format_record_key(record: Record) -> str:
+    """Return the record as JSON without the version, which does not decide what is drawn."""
+    return json.dumps({key: value for key, value in record.items() if key != "version"}, sort_keys=True)
