@@ -1,10 +1,18 @@
-"""diffusers' UNet2DConditionModel, run so that what depends on the condition alone is computed once per picture.
+"""Steps of diffusers' U-Nets that compute what depends on the condition alone once per picture.
 
-`prepare_unet_context` projects the condition and makes the keys and values that every attention has of its tokens.
-`run_unet_step` calls the
-model's own layers with that. On a CPU each convolution's weights are put, at the first step, in the order in which
-oneDNN reads them for pictures of that size, which it would do in every step otherwise. A U-Net of other layers than
-these runs by its own `forward`.
+`prepare_unet_context` computes the embedding of the condition, and each attention's keys and values of its tokens.
+`run_unet_step` runs the U-Net's own layers as `unet.forward` does, with these in place of the condition. On processors
+the first step also puts each convolution's weights in the order in which oneDNN reads them for pictures of that size;
+otherwise every step would.
+
+`is_known_unet` compares a U-Net with the layers and settings that are written out here. Any other runs by its own
+`forward`, and so do all with `T2I_FAST_PATHS=0` (`t2i.runtime.fast_paths`).
+
+Three private operators of torch are used; if one is missing, `HAS_PACKED_CONVOLUTION` is False and weights stay:
+
+- `torch.ops.mkldnn._reorder_convolution_weight` and `_convolution_pointwise`, to reorder and to convolve. torch's own
+  compiler puts both in the place of the same layers. They have no gradient, so they run without gradients only.
+- `torch.ops.mkldnn._is_mkldnn_bf16_supported`, by which torch's tests decide whether oneDNN computes in bf16.
 """
 
 from dataclasses import dataclass
@@ -24,66 +32,69 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from t2i.networks.layers import KeyValue, split_attention_heads
+from t2i.runtime import fast_paths
 
-KNOWN_BLOCKS = (
-    blocks.DownBlock2D,
-    blocks.CrossAttnDownBlock2D,
-    blocks.ResnetDownsampleBlock2D,
-    blocks.SimpleCrossAttnDownBlock2D,
-    blocks.UNetMidBlock2D,
-    blocks.UNetMidBlock2DCrossAttn,
-    blocks.UNetMidBlock2DSimpleCrossAttn,
-    blocks.UpBlock2D,
-    blocks.CrossAttnUpBlock2D,
-    blocks.ResnetUpsampleBlock2D,
-    blocks.SimpleCrossAttnUpBlock2D,
+SUPPORTED_BLOCKS = (
+    *(blocks.DownBlock2D, blocks.CrossAttnDownBlock2D),
+    *(blocks.ResnetDownsampleBlock2D, blocks.SimpleCrossAttnDownBlock2D),
+    *(blocks.UNetMidBlock2D, blocks.UNetMidBlock2DCrossAttn, blocks.UNetMidBlock2DSimpleCrossAttn),
+    *(blocks.UpBlock2D, blocks.CrossAttnUpBlock2D),
+    *(blocks.ResnetUpsampleBlock2D, blocks.SimpleCrossAttnUpBlock2D),
 )
-KNOWN_LAYERS: dict[str, tuple[type[nn.Module], ...]] = {  # of a block's lists, that `run_unet_step` knows
+SUPPORTED_LAYERS: dict[str, tuple[type[nn.Module], ...]] = {  # by the list of a block that they are in
     "resnets": (ResnetBlock2D,),
     "attentions": (Attention, Transformer2DModel),
     "downsamplers": (Downsample2D, ResnetBlock2D),
     "upsamplers": (Upsample2D, ResnetBlock2D),
 }
-FREE_U_ATTRIBUTES = ("s1", "s2", "b1", "b2")  # what diffusers' FreeU sets in a block
-KNOWN_SETTINGS: dict[str, tuple[Any, ...]] = {  # of a U-Net, that `run_unet_step` knows
+SUPPORTED_SETTINGS: dict[str, tuple[Any, ...]] = {  # of a U-Net's configuration; the first value is the default
     "center_input_sample": (False,),
     "class_embeddings_concat": (False,),
     "addition_embed_type": (None, "image", "text_image"),
     "encoder_hid_dim_type": (None, "text_proj", "image_proj", "text_image_proj"),
 }
+FREE_U_ATTRIBUTES = ("s1", "s2", "b1", "b2")  # that diffusers' FreeU sets in a block
+PRIVATE_OPERATORS = ("_reorder_convolution_weight", "_convolution_pointwise", "_is_mkldnn_bf16_supported")
+HAS_PACKED_CONVOLUTION = torch.backends.mkldnn.is_available() and all(
+    hasattr(torch.ops.mkldnn, name) for name in PRIVATE_OPERATORS
+)
 
 
 class PackedWeights(dict[nn.Module, Tensor]):
-    """Weights of convolutions as oneDNN reads them: a second copy, for as long as a context holds it."""
+    """Convolutions' weights in oneDNN's order: a second copy, which lives as long as a context refers to it."""
 
-    def __init__(self, of: list[tuple[int, int]]):
+    def __init__(self, weight_versions: list[tuple[int, int]]):
         super().__init__()
-        self.weight_versions = of  # the weights as they were
+        self.weight_versions = weight_versions  # of the weights that were copied
 
 
+# Contexts of one U-Net share its packed weights. Both references are weak, so neither outlives its last user.
 PACKED_WEIGHTS: WeakKeyDictionary[nn.Module, "ref[PackedWeights]"] = WeakKeyDictionary()
 
 
 @dataclass
 class UNetStepContext:
-    """What a step needs of the condition, in place of the condition itself."""
+    """All that a step needs of the condition, in place of the condition itself."""
 
-    added_embedding: Tensor | None  # (B, E), to the timestep's embedding
-    keys: dict[nn.Module, KeyValue]  # of each attention that looks at the tokens
-    mask: Tensor | None  # (B, 1, 1, L), bool: which tokens count
+    added_embedding: Tensor | None  # (B, E), added to the timestep's embedding
+    key_values: dict[nn.Module, KeyValue]  # of the tokens, for each attention that attends to them
+    mask: Tensor | None  # (B, 1, 1, L), bool: False for tokens that are padding
     packed_weights: PackedWeights | None = None  # where oneDNN convolves
 
 
-class ActivatedTimeEmbedding(NamedTuple):
-    """A timestep's embedding, (B, E), and what the activation that nearly all blocks have makes of it."""
+class StepEmbedding(NamedTuple):
+    """The embedding of the timestep and the condition, (B, E), before and after SiLU, with which most blocks begin."""
 
     embedding: Tensor
-    silu: Tensor
+    activated: Tensor
 
-    def get_block_embedding(self, block: ResnetBlock2D) -> Tensor:
+    def get_block_input(self, block: ResnetBlock2D) -> Tensor:
         if block.skip_time_act:
             return self.embedding
-        return self.silu if isinstance(block.nonlinearity, nn.SiLU) else block.nonlinearity(self.embedding)
+        return self.activated if isinstance(block.nonlinearity, nn.SiLU) else block.nonlinearity(self.embedding)
+
+
+# The condition, once per picture
 
 
 def prepare_unet_context(
@@ -124,221 +135,243 @@ def prepare_unet_context(
 
 
 def prepare_unconditional_context(unet: UNet2DModel, like: Tensor) -> UNetStepContext | None:
-    """For a U-Net that is told nothing but pictures like these; None for one that `run_unet_step` does not know."""
-    if unet.config.time_embedding_type != "positional" or unet.class_embedding is not None or not is_known_unet(unet):
+    """Return the context of a U-Net without a condition, for pictures with the device and dtype of `like`.
+
+    None for a U-Net that is not supported.
+    """
+    if unet.config.time_embedding_type != "positional" or unet.class_embedding is not None:
         return None
-    return UNetStepContext(None, {}, None, get_packed_weights(unet, like))
+    return UNetStepContext(None, {}, None, get_packed_weights(unet, like)) if is_known_unet(unet) else None
+
+
+# One step
 
 
 def run_unet_step(unet: UNet2DConditionModel | UNet2DModel, x: Tensor, t: Tensor, context: UNetStepContext) -> Tensor:
-    """What `unet(x, t, ...)` predicts: x: (B, C, H, W), t: (B,)."""
-    time = unet.time_embedding(unet.time_proj(t).to(x.dtype))
+    """Return the output of `unet(x, t, ...)`, (B, C', H, W), for x, (B, C, H, W), and timesteps t, (B,)."""
+    # The embedding of the timestep and the condition
+    embedding = unet.time_embedding(unet.time_proj(t).to(x.dtype))
     if context.added_embedding is not None:
-        time = time + context.added_embedding
+        embedding = embedding + context.added_embedding
     if getattr(unet, "time_embed_act", None) is not None:
-        time = unet.time_embed_act(time)
-    times = ActivatedTimeEmbedding(time, F.silu(time))
+        embedding = unet.time_embed_act(embedding)
+    step = StepEmbedding(embedding, F.silu(embedding))
+
+    # Down, with a skip connection from every layer
     if context.packed_weights is not None:
-        x = x.contiguous(memory_format=torch.channels_last)
-    x = run_packed_convolution(unet.conv_in, x, context)
+        x = x.contiguous(memory_format=torch.channels_last)  # as oneDNN's convolutions return it
+    x = convolve(unet.conv_in, x, context)
     skips = [x]
     for block in unet.down_blocks:
         for i in range(len(block.resnets)):
-            skips.append(x := run_layer_pair(block, i, i, x, times, context))
+            x = run_layer(block, i, x, step, context)
+            skips.append(x)
         for sampler in block.downsamplers or ():
-            skips.append(x := resample_features(sampler, x, times, None, context))
+            x = sampler(x) if isinstance(sampler, Downsample2D) else run_resnet_block(sampler, x, step, context)
+            skips.append(x)
+
+    # The middle, which begins and ends with a resnet block
     if unet.mid_block is not None:
-        x = run_resnet_block(unet.mid_block.resnets[0], x, times, context)
-        for i in range(len(unet.mid_block.attentions)):
-            if unet.mid_block.attentions[i] is not None:
-                x = run_attention_block(unet.mid_block.attentions[i], x, context)
-            x = run_resnet_block(unet.mid_block.resnets[i + 1], x, times, context)
+        x = run_resnet_block(unet.mid_block.resnets[0], x, step, context)
+        for i, attention in enumerate(unet.mid_block.attentions):
+            if attention is not None:
+                x = run_attention(attention, x, context)
+            x = run_resnet_block(unet.mid_block.resnets[i + 1], x, step, context)
+
+    # Up, to the sizes of the skip connections: odd sides were rounded on the way down
     for block in unet.up_blocks:
         for i in range(len(block.resnets)):
-            x = run_layer_pair(block, i, i, torch.cat([x, skips.pop()], dim=1), times, context)
+            x = run_layer(block, i, torch.cat([x, skips.pop()], dim=1), step, context)
         for sampler in block.upsamplers or ():
-            x = resample_features(sampler, x, times, skips[-1].shape[-2:], context)
+            size = skips[-1].shape[-2:]
+            x = sampler(x, size) if isinstance(sampler, Upsample2D) else run_resnet_block(sampler, x, step, context)
     if unet.conv_norm_out is not None:
-        x = apply_activation(unet.conv_act, unet.conv_norm_out(x))
-    return run_packed_convolution(unet.conv_out, x, context)
+        x = activate(unet.conv_act, unet.conv_norm_out(x))
+    return convolve(unet.conv_out, x, context)
 
 
-def run_layer_pair(
-    block: nn.Module, resnet: int, attention: int, x: Tensor, times: ActivatedTimeEmbedding, context: UNetStepContext
-) -> Tensor:
-    x = run_resnet_block(block.resnets[resnet], x, times, context)
-    return run_attention_block(block.attentions[attention], x, context) if hasattr(block, "attentions") else x
+def run_layer(block: nn.Module, i: int, x: Tensor, step: StepEmbedding, context: UNetStepContext) -> Tensor:
+    x = run_resnet_block(block.resnets[i], x, step, context)
+    return run_attention(block.attentions[i], x, context) if hasattr(block, "attentions") else x
 
 
-def resample_features(
-    sampler: nn.Module, x: Tensor, times: ActivatedTimeEmbedding, size: torch.Size | None, context: UNetStepContext
-) -> Tensor:
-    """Half the sides, or those of `size`."""
-    if isinstance(sampler, ResnetBlock2D):
-        return run_resnet_block(sampler, x, times, context)
-    return sampler(x, size) if isinstance(sampler, Upsample2D) else sampler(x)
-
-
-def run_resnet_block(
-    block: ResnetBlock2D, x: Tensor, times: ActivatedTimeEmbedding, context: UNetStepContext
-) -> Tensor:
-    hidden = apply_activation(block.nonlinearity, block.norm1(x))
+def run_resnet_block(block: ResnetBlock2D, x: Tensor, step: StepEmbedding, context: UNetStepContext) -> Tensor:
+    """(B, C, H, W) -> (B, C', H, W), or half or twice the sides if the block resamples."""
+    hidden = activate(block.nonlinearity, block.norm1(x))
     for resample in (block.upsample, block.downsample):
         if resample is not None:
             x, hidden = resample(x), resample(hidden)
-    hidden = run_packed_convolution(block.conv1, hidden, context)
-    moved = block.time_emb_proj(times.get_block_embedding(block))[:, :, None, None]
+    hidden = convolve(block.conv1, hidden, context)
+    embedding = block.time_emb_proj(step.get_block_input(block))[:, :, None, None]
     if block.time_embedding_norm == "scale_shift":
-        scale, shift = moved.chunk(2, dim=1)
+        scale, shift = embedding.chunk(2, dim=1)
         hidden = torch.addcmul(shift, block.norm2(hidden), 1 + scale)
     else:
-        hidden = block.norm2(hidden + moved)
-    hidden = apply_activation(block.nonlinearity, hidden)
+        hidden = block.norm2(hidden + embedding)
+    hidden = activate(block.nonlinearity, hidden)
     if block.dropout.training:
         hidden = block.dropout(hidden)
-    hidden = run_packed_convolution(block.conv2, hidden, context)
+    hidden = convolve(block.conv2, hidden, context)
     if block.conv_shortcut is not None:
-        x = run_packed_convolution(block.conv_shortcut, x, context)
+        x = convolve(block.conv_shortcut, x, context)
     hidden = x + hidden
     return hidden if block.output_scale_factor == 1 else hidden / block.output_scale_factor
 
 
-def run_attention_block(attention: nn.Module, x: Tensor, context: UNetStepContext) -> Tensor:
-    """Pixels look at each other and at the tokens."""
-    height, width = x.shape[-2:]
-    if isinstance(attention, Attention):  # at both at once
-        pixels = attention.group_norm(x).flatten(2).transpose(1, 2).contiguous()  # read three times
-        past = context.keys[attention]
-        mask = context.mask
-        if attention.only_cross_attention:
-            keys, values = past
-        else:
-            own = compute_key_value(attention, pixels, own=True)
-            keys, values = (torch.cat(pair, dim=2) for pair in zip(past, own))
-            mask = None if mask is None else F.pad(mask, (0, pixels.shape[1]), value=True)
-        pixels = compute_attention_output(attention, pixels, (keys, values), mask)
-        return x + pixels.transpose(1, 2).unflatten(2, (height, width))
-    assert isinstance(attention, Transformer2DModel), "is_known_unet has looked"
-    hidden = attention.norm(x)
-    if not attention.use_linear_projection:
-        hidden = run_packed_convolution(attention.proj_in, hidden, context)
-    pixels = hidden.flatten(2).transpose(1, 2)
-    if attention.use_linear_projection:
-        pixels = attention.proj_in(pixels)
-    for block in attention.transformer_blocks:
+def run_attention(layer: nn.Module, x: Tensor, context: UNetStepContext) -> Tensor:
+    """(B, C, H, W) -> (B, C, H, W): pixels attend to each other and to the tokens."""
+    run = run_joint_attention if isinstance(layer, Attention) else run_transformer
+    return run(layer, x, context)
+
+
+def run_joint_attention(attention: Attention, x: Tensor, context: UNetStepContext) -> Tensor:
+    """Let pixels attend to tokens and pixels in one attention, as in Karlo and Kandinsky."""
+    # (B, C, H, W) -> (B, H W, C); contiguous, for three projections read it.
+    pixels = attention.group_norm(x).flatten(2).transpose(1, 2).contiguous()
+    keys, values = context.key_values[attention]
+    mask = context.mask
+    if not attention.only_cross_attention:
+        own_keys, own_values = compute_key_value(attention, pixels, of_pixels=True)
+        keys, values = torch.cat([keys, own_keys], dim=2), torch.cat([values, own_values], dim=2)
+        mask = None if mask is None else F.pad(mask, (0, pixels.shape[1]), value=True)
+    out = compute_attention(attention, pixels, (keys, values), mask)
+    return x + out.transpose(1, 2).unflatten(2, x.shape[-2:])
+
+
+def run_transformer(transformer: Transformer2DModel, x: Tensor, context: UNetStepContext) -> Tensor:
+    """Let pixels attend to pixels, then to tokens, block by block, as in Stable Diffusion."""
+    hidden = transformer.norm(x)
+    # The projections are linear layers of pixels, (B, H W, C), or convolutions of 1 x 1, (B, C, H, W).
+    if transformer.use_linear_projection:
+        pixels = transformer.proj_in(hidden.flatten(2).transpose(1, 2))
+    else:
+        pixels = convolve(transformer.proj_in, hidden, context).flatten(2).transpose(1, 2)
+    for block in transformer.transformer_blocks:
         normed = block.norm1(pixels)
-        pixels = pixels + compute_attention_output(block.attn1, normed, compute_key_value(block.attn1, normed), None)
-        pixels = pixels + compute_attention_output(
-            block.attn2, block.norm2(pixels), context.keys[block.attn2], context.mask
-        )
+        pixels = pixels + compute_attention(block.attn1, normed, compute_key_value(block.attn1, normed), None)
+        tokens = context.key_values[block.attn2]
+        pixels = pixels + compute_attention(block.attn2, block.norm2(pixels), tokens, context.mask)
         pixels = pixels + block.ff(block.norm3(pixels))
-    if attention.use_linear_projection:
-        pixels = attention.proj_out(pixels)
-    hidden = pixels.transpose(1, 2).unflatten(2, (height, width))
-    return x + (
-        hidden if attention.use_linear_projection else run_packed_convolution(attention.proj_out, hidden, context)
-    )
+    if transformer.use_linear_projection:
+        return x + transformer.proj_out(pixels).transpose(1, 2).unflatten(2, x.shape[-2:])
+    return x + convolve(transformer.proj_out, pixels.transpose(1, 2).unflatten(2, x.shape[-2:]), context)
 
 
-def compute_attention_output(attention: Attention, x: Tensor, seen: KeyValue, mask: Tensor | None) -> Tensor:
-    """(B, L, C), of what their queries find."""
+def compute_attention(attention: Attention, x: Tensor, key_value: KeyValue, mask: Tensor | None) -> Tensor:
+    """(B, L, C) -> (B, L, C), the output of attention to the keys and values."""
     query = split_attention_heads(attention.to_q(x), attention.heads)
-    found = F.scaled_dot_product_attention(query, *seen, attn_mask=mask)
-    return attention.to_out[1](attention.to_out[0](found.transpose(1, 2).flatten(2)))
+    out = F.scaled_dot_product_attention(query, *key_value, attn_mask=mask)
+    return attention.to_out[1](attention.to_out[0](out.transpose(1, 2).flatten(2)))
 
 
-def compute_key_value(attention: Attention, x: Tensor, own: bool = False) -> KeyValue:
-    """Keys and values of (B, L, C). own: of the pixels, where an attention has others for the tokens."""
-    if attention.added_kv_proj_dim is not None and not own:
+def compute_key_value(attention: Attention, x: Tensor, of_pixels: bool = False) -> KeyValue:
+    """Return the keys and values of (B, L, C). Joint attention has further projections, which are for tokens."""
+    if attention.added_kv_proj_dim is not None and not of_pixels:
         key, value = attention.add_k_proj(x), attention.add_v_proj(x)
     else:
         key, value = attention.to_k(x), attention.to_v(x)
     return split_attention_heads(key, attention.heads), split_attention_heads(value, attention.heads)
 
 
-def run_packed_convolution(layer: nn.Module, x: Tensor, context: UNetStepContext) -> Tensor:
-    plain = type(layer) is not nn.Conv2d or layer.padding_mode != "zeros" or isinstance(layer.padding, str)
-    plain = plain or bool(layer._forward_hooks or layer._forward_pre_hooks)  # somebody wants to be called
-    # What is packed has no gradient, and a compiler packs by itself.
-    if plain or context.packed_weights is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+def activate(function: nn.Module, x: Tensor) -> Tensor:
+    """Return `function(x)`, in place if it can be: x must not be used elsewhere."""
+    return F.silu(x, inplace=not torch.is_grad_enabled()) if isinstance(function, nn.SiLU) else function(x)
+
+
+# Convolutions with packed weights
+
+
+def convolve(layer: nn.Module, x: Tensor, context: UNetStepContext) -> Tensor:
+    """Return `layer(x)`, (B, C', H', W'), computed from packed weights where the context has them."""
+    if context.packed_weights is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return layer(x)  # packed weights have no gradient, and a compiler packs by itself
+    plain = type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    if not plain or layer._forward_hooks or layer._forward_pre_hooks:  # hooks run only in a call of the layer
         return layer(x)
-    sizes = (layer.padding, layer.stride, layer.dilation, layer.groups)
+    geometry = (layer.padding, layer.stride, layer.dilation, layer.groups)
     packed = context.packed_weights.get(layer)
     if packed is None:
+        # The order is the best for this shape of x, and correct for any other.
         weight = layer.weight.detach().contiguous(memory_format=torch.channels_last)
-        packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *sizes, list(x.shape))
-        context.packed_weights[layer] = packed  # for other numbers of pictures too
-    return torch.ops.mkldnn._convolution_pointwise(x, packed, layer.bias, *sizes, "none", [], "")
+        packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *geometry, list(x.shape))
+        context.packed_weights[layer] = packed
+    return torch.ops.mkldnn._convolution_pointwise(x, packed, layer.bias, *geometry, "none", [], "")
 
 
 def get_packed_weights(unet: nn.Module, like: Tensor) -> PackedWeights | None:
-    """None where oneDNN does not convolve. Contexts of the same weights share it: guidance in an interval has two."""
+    """Return the packed weights that all contexts of a U-Net share, at first none; None where oneDNN does not convolve.
+
+    They are packed anew after a change of the weights. Guidance in an interval has two contexts, for instance.
+    """
     if not can_pack_weights(unet, like):
         return None
-    weights = [one.weight for one in unet.modules() if isinstance(one, nn.Conv2d)]
-    now = [(one.data_ptr(), 0 if one.is_inference() else one._version) for one in weights]
-    held = PACKED_WEIGHTS[unet]() if unet in PACKED_WEIGHTS else None
-    if held is None or held.weight_versions != now:
-        held = PackedWeights(now)
-        PACKED_WEIGHTS[unet] = ref(held)
-    return held
+    weights = [layer.weight for layer in unet.modules() if isinstance(layer, nn.Conv2d)]
+    # torch counts in `_version` how often a tensor was changed in place; tensors of inference mode have no count.
+    versions = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
+    packed = PACKED_WEIGHTS[unet]() if unet in PACKED_WEIGHTS else None
+    if packed is None or packed.weight_versions != versions:
+        packed = PackedWeights(versions)
+        PACKED_WEIGHTS[unet] = ref(packed)
+    return packed
 
 
 def can_pack_weights(unet: nn.Module, like: Tensor) -> bool:
-    """Whether oneDNN convolves, in a dtype that it packs, with weights that stay where they are."""
-    if not torch.backends.mkldnn.enabled or not torch.backends.mkldnn.is_available():
+    """Return True if oneDNN convolves, in the device and dtype of `like`, with weights that stay where they are."""
+    if not HAS_PACKED_CONVOLUTION or not torch.backends.mkldnn.enabled:
         return False
     if like.device.type != "cpu" or like.dtype not in (torch.float32, torch.bfloat16):
         return False
     if like.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():  # as without AVX-512
         return False
-    convolutions = [one for one in unet.modules() if isinstance(one, nn.Conv2d)]
-    here = all(one.weight.device.type == "cpu" and one.weight.dtype == like.dtype for one in convolutions)
-    return here and not any(hasattr(one, "_hf_hook") for one in convolutions)
+    convolutions = [layer for layer in unet.modules() if isinstance(layer, nn.Conv2d)]
+    fitting = all(layer.weight.device.type == "cpu" and layer.weight.dtype == like.dtype for layer in convolutions)
+    return fitting and not any(hasattr(layer, "_hf_hook") for layer in convolutions)  # accelerate's hooks move weights
 
 
-def apply_activation(function: nn.Module, x: Tensor) -> Tensor:
-    """`function` of what nobody else holds."""
-    return F.silu(x, inplace=not torch.is_grad_enabled()) if isinstance(function, nn.SiLU) else function(x)
+# What is supported
 
 
 def is_known_unet(unet: UNet2DConditionModel | UNet2DModel) -> bool:
-    """Whether `run_unet_step` computes what the U-Net's own `forward` does."""
-    if any(unet.config.get(key, allowed[0]) not in allowed for key, allowed in KNOWN_SETTINGS.items()):
+    """Return True if `run_unet_step` computes the same as the U-Net's own `forward`, and fast paths are on."""
+    if not fast_paths.enabled:
+        return False
+    if any(unet.config.get(key, allowed[0]) not in allowed for key, allowed in SUPPORTED_SETTINGS.items()):
         return False
     parts = [*unet.down_blocks, *([] if unet.mid_block is None else [unet.mid_block]), *unet.up_blocks]
-    if any(
-        type(part) not in KNOWN_BLOCKS or any(getattr(part, name, None) for name in FREE_U_ATTRIBUTES) for part in parts
-    ):
-        return False
-    for part, (name, kinds) in product(parts, KNOWN_LAYERS.items()):
-        if any(one is not None and type(one) not in kinds for one in getattr(part, name, None) or ()):
+    for part in parts:
+        if type(part) not in SUPPORTED_BLOCKS or any(getattr(part, name, None) for name in FREE_U_ATTRIBUTES):
             return False
-    return all(is_known_layer(one) for part in parts for one in part.modules())
+    for part, (name, types) in product(parts, SUPPORTED_LAYERS.items()):
+        if any(layer is not None and type(layer) not in types for layer in getattr(part, name, None) or ()):
+            return False
+    return all(is_supported_layer(layer) for part in parts for layer in part.modules())
 
 
-def is_known_layer(one: nn.Module) -> bool:
-    match one:
+def is_supported_layer(layer: nn.Module) -> bool:
+    """Return False for a layer with an option that is not written out here."""
+    match layer:
         case ResnetBlock2D():
-            return one.time_emb_proj is not None
+            return layer.time_emb_proj is not None
         case Upsample2D():
-            return one.norm is None and not one.use_conv_transpose and one.interpolate
+            return layer.norm is None and not layer.use_conv_transpose and layer.interpolate
         case Downsample2D():
-            return one.norm is None
+            return layer.norm is None
         case Transformer2DModel():
-            return one.is_input_continuous and getattr(one, "caption_projection", None) is None
+            return layer.is_input_continuous and getattr(layer, "caption_projection", None) is None
         case BasicTransformerBlock():
-            plain = one.norm_type == "layer_norm" and one.attn2 is not None and one.pos_embed is None
-            return plain and not one.only_cross_attention and one._chunk_size is None and is_token_attention(one.attn2)
+            plain = layer.norm_type == "layer_norm" and layer.attn2 is not None and layer.pos_embed is None
+            plain = plain and not layer.only_cross_attention and layer._chunk_size is None
+            return plain and is_token_attention(layer.attn2)
         case Attention():
-            if one.norm_cross or one.spatial_norm is not None or one.norm_q is not None or one.norm_k is not None:
+            if layer.norm_cross or any(norm is not None for norm in (layer.spatial_norm, layer.norm_q, layer.norm_k)):
                 return False
-            if one.added_kv_proj_dim is not None:
-                return type(one.processor) is AttnAddedKVProcessor2_0
-            usual = one.group_norm is None and not one.residual_connection and one.rescale_output_factor == 1
-            return usual and type(one.processor) is AttnProcessor2_0
+            if layer.added_kv_proj_dim is not None:
+                return type(layer.processor) is AttnAddedKVProcessor2_0
+            plain = layer.group_norm is None and not layer.residual_connection and layer.rescale_output_factor == 1
+            return plain and type(layer.processor) is AttnProcessor2_0
     return True
 
 
 def is_token_attention(attention: Attention) -> bool:
+    """Return True for an attention to the condition's tokens, whether or not to pixels as well."""
     return attention.added_kv_proj_dim is not None or attention.is_cross_attention

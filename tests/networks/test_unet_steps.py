@@ -14,6 +14,7 @@ from diffusers.models.transformers.dual_transformer_2d import DualTransformer2DM
 from torch import Tensor, nn
 
 from t2i.networks.unet_steps import prepare_unconditional_context, prepare_unet_context, run_unet_step
+from t2i.runtime import fast_paths
 from tests.helpers.kandinsky_folders import KANDINSKY_TEXT, tiny_kandinsky_unet
 from tests.helpers.karlo_folders import karlo_super_resolution
 from tests.helpers.public_folders import EMBED_DIM, randomised
@@ -173,6 +174,7 @@ def test_hooks_of_a_convolution_run_in_a_step() -> None:
 BF16_WITHOUT_AVX512 = """
 import torch
 from t2i.networks.unet_steps import prepare_unet_context, run_unet_step
+from tests.networks.test_unet_steps import random, tiny_unet
 
 unet, x, t = tiny_unet().bfloat16(), random(1, 4, 8, 8, seed=6).bfloat16(), torch.tensor([400])
 condition = {"encoder_hidden_states": random(1, 5, 12, seed=4), "class_labels": random(1, 16, seed=5)}
@@ -221,3 +223,9 @@ def test_a_u_net_that_the_steps_do_not_know_is_left_to_diffusers(change) -> None
     unet = tiny_kandinsky_unet("2.2")
     change(unet)
     assert prepare_unet_context(unet, **CASES["2.2"][1]) is None
+
+
+def test_the_switch_of_the_fast_paths_leaves_every_u_net_to_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast_paths, "enabled", False)
+    assert prepare_unet_context(tiny_unet(), **CASES["ours"][1]) is None
+    assert prepare_unconditional_context(karlo_super_resolution(0), torch.zeros(1)) is None
