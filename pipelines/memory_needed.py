@@ -10,7 +10,7 @@ from t2i.pipelines.options import DecoderOptions, PriorOptions
 from torch import nn
 
 from t2i.errors import InputError
-from t2i.networks.unet_steps import can_pack_weights, is_known_unet
+from t2i.networks.unet_steps import can_pack_weights, is_supported_unet
 from t2i.networks.upsampler import LowResolution
 from t2i.runtime.memory import (
     MEMORY_MARGIN,
@@ -174,7 +174,7 @@ def count_packed_bytes(decoder: nn.Module) -> int:
     """Return the bytes of the convolution weights that a U-Net's steps copy into oneDNN's order."""
     packed = 0
     for unet in decoder.modules():
-        if not isinstance(unet, UNet2DConditionModel) or not is_known_unet(unet):
+        if not isinstance(unet, UNet2DConditionModel) or not is_supported_unet(unet):
             continue
         if can_pack_weights(unet, next(unet.parameters())):
             convolutions = [layer for layer in unet.modules() if type(layer) is nn.Conv2d]

@@ -1,11 +1,11 @@
 """The autoregressive prior: from a caption's encoding to an image embedding, number by number (DALL-E 2, section 2.2).
 
-z_i is rotated to its principal components, of which those that matter are quantised, in the order of decreasing
-variance. A causal transformer over [caption tokens, z_t, z_t . z_i, codes] predicts each code from those before it.
+z_i is rotated to its principal components. The K with the largest variance are quantised to codes, largest first. A
+causal transformer over [caption tokens, z_t, z_t . z_i, codes] predicts each code from those before it.
 
-Beside the paper, it may start from a trained regression: the logits of a code are then those of a Gaussian around what
-the regression says of it, and the transformer learns the rest. Which of K functions of the caption a position needs is
-what a small transformer on little data learns last.
+Beyond the paper, it may start from a trained regression: the logits of a code are then those of a Gaussian around the
+regression's prediction, and the transformer learns the difference. A small transformer on little data is slow to learn
+which function of the caption each of K positions needs.
 """
 
 from dataclasses import dataclass
@@ -30,33 +30,33 @@ from t2i.networks.regression_prior import RegressionPrior
 
 @dataclass
 class AutoregressiveContext:
-    """What has been read so far, and what it says of the next code; `step` adds to it."""
+    """The keys and values of the tokens so far, and the logits of the next code; `step` updates both."""
 
     past: list[KeyValue]  # one pair a block
     mask: Tensor  # (B, tokens so far), bool
-    regression_logits: Tensor | None  # (B, K + 1, buckets), logits by the regression, if there is one
+    regression_logits: Tensor | None  # (B, K + 1, buckets), if there is a regression
     logits: Tensor  # (B, buckets), of the next code
 
 
 class AutoregressivePrior(PriorMixin, ModelMixin, ConfigMixin):
-    """Predicts the codes of z_i given a TextEncoding; `sample_image_embeds` draws z_i.
+    """Predictor of the codes of z_i given a TextEncoding; `sample_image_embeds` samples z_i.
 
     Args:
         embed_dim: dimensions D of z_t and z_i.
         text_width: dimensions of a caption's token states.
         context_length: longest caption, in tokens.
         width, depth, heads: of the transformer.
-        components: K, principal components of z_i that are drawn; the others keep their mean.
-        buckets: values that a component is quantised to, between the least and the largest of the training data.
-        dropout: share of what each block adds that is left out in training.
+        components: K, the principal components of z_i that are sampled; the others keep their mean.
+        buckets: number of values of a code, between the least and the largest of the training data.
+        dropout: of the output of each attention and feed-forward layer.
         regression: arguments of the `RegressionPrior` that it starts from, if any.
-        temperature: of the codes when they are drawn; below 1, likely values become likelier.
+        temperature: of sampling; below 1, likely codes become likelier.
         null_length: tokens of the empty caption; a start and an end for most CLIPs.
-        clip_fingerprint: of the CLIP that it was trained with.
+        clip_fingerprint: of the CLIP in training.
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["PriorBlock"]  # what FSDP shards as one
+    _no_split_modules = ["PriorBlock"]  # FSDP shards each as a unit
     lora_targets = ("to_qkv", "to_out")
     needs_scheduler = takes_noise = False
     takes_temperature = True
@@ -86,8 +86,9 @@ class AutoregressivePrior(PriorMixin, ModelMixin, ConfigMixin):
         self.gradient_checkpointing = False
         self.from_states = Linear(text_width, width)
         self.from_text = Linear(embed_dim, width)
+        # Of the caption's tokens, then of z_t and of all codes but the last
         self.positions = nn.Parameter(torch.randn(context_length + 1 + components, width) * 0.01)
-        # A code is read as the number that it stands for, so that neighbours are alike.
+        # A code is embedded by its value times a direction, so that neighbouring codes are alike.
         self.directions = nn.Parameter(torch.randn(components, width))
         self.blocks = nn.ModuleList(PriorBlock(width, heads, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
@@ -96,9 +97,9 @@ class AutoregressivePrior(PriorMixin, ModelMixin, ConfigMixin):
         if regression is not None:
             self.regressor = RegressionPrior(embed_dim, text_width, **regression).requires_grad_(False)
             self.log_width = nn.Parameter(torch.full((components,), 0.1).log())
-            nn.init.zeros_(self.to_logits.weight)  # the Gaussian alone
+            nn.init.zeros_(self.to_logits.weight)  # training starts with the Gaussian alone
             nn.init.zeros_(self.to_logits.bias)
-        # The components and their range, and the encoding of the empty caption: set by `train_prior.py`.
+        # The components, their range and the encoding of the empty caption, set by `set_embed_statistics`
         self.register_buffer("mean", torch.zeros(embed_dim))
         self.register_buffer("basis", torch.eye(embed_dim)[:components].clone())
         self.register_buffer("low", torch.full((components,), -1.0))
@@ -113,7 +114,7 @@ class AutoregressivePrior(PriorMixin, ModelMixin, ConfigMixin):
 
     @property
     def codes_per_embedding(self) -> int:
-        """Codes of one z_i: its dot product with z_t and its K components."""
+        """Number of codes of a z_i: K + 1, for its dot product with z_t and its K components."""
         return self.config.components + 1
 
     def count_steps(self, steps: int) -> int:
@@ -123,7 +124,7 @@ class AutoregressivePrior(PriorMixin, ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def set_embed_statistics(self, null: TextEncoding, embeddings: Tensor) -> None:
-        """Take over the encoding of the empty caption, and the components and their range from z_i, (n, D)."""
+        """Store the encoding of the empty caption, and the principal components of z_i, (n, D), with their ranges."""
         self.null_embedding.copy_(null.embedding[0])
         self.null_states.copy_(null.states[0])
         mean, basis, _ = compute_principal_components(embeddings)
@@ -136,86 +137,96 @@ class AutoregressivePrior(PriorMixin, ModelMixin, ConfigMixin):
         self.high.copy_(torch.maximum(high, low + 1e-6))
 
     def quantise_image_embeds(self, z_t: Tensor, z_i: Tensor) -> Tensor:
-        """(B, D), (B, D), unit length -> codes, (B, K + 1), int64: of the dot product, then of the components."""
+        """Return the codes of z_i, (B, K + 1), int64: of the dot product with z_t, then of the components.
+
+        z_t, z_i: (B, D) of unit length.
+        """
         values = (z_i.float() - self.mean.float()) @ self.basis.float().T
-        share = (values - self.low) / (self.high - self.low)
-        dot = ((z_t.float() * z_i.float()).sum(dim=-1, keepdim=True) + 1) / 2
+        fractions = (values - self.low) / (self.high - self.low)  # (B, K), from 0 to 1 in the range
+        dot = ((z_t.float() * z_i.float()).sum(dim=-1, keepdim=True) + 1) / 2  # from [-1, 1] to [0, 1]
         buckets = self.config.buckets
-        return (torch.cat([dot, share], dim=-1) * buckets).long().clamp(0, buckets - 1)
+        return (torch.cat([dot, fractions], dim=-1) * buckets).long().clamp(0, buckets - 1)
 
     def dequantise_codes(self, codes: Tensor) -> Tensor:
-        """Codes of the dot product and the first k components, (B, 1 + k) -> z_i, (B, D), of unit length, fp32.
+        """Return z_i, (B, D), of unit length, fp32, from the codes of the dot product and the first k components.
 
-        A component between the ends of its range comes back within half a bucket; one that has no code yet as its mean.
+        codes: (B, 1 + k). A component in its range comes back within half a bucket, components without a code as their
+        mean.
         """
-        share = (codes[:, 1:].float() + 0.5) / self.config.buckets
-        known = slice(0, share.shape[1])
-        values = torch.lerp(self.low[known].float(), self.high[known].float(), share)
-        return F.normalize(values @ self.basis[known].float() + self.mean.float(), dim=-1)
+        fractions = (codes[:, 1:].float() + 0.5) / self.config.buckets  # the middle of each bucket
+        count = fractions.shape[1]
+        values = torch.lerp(self.low[:count].float(), self.high[:count].float(), fractions)
+        return F.normalize(values @ self.basis[:count].float() + self.mean.float(), dim=-1)
 
     # The transformer
 
     def forward(self, text: TextEncoding, codes: Tensor) -> Tensor:
-        """codes: (B, K + 1) -> logits, (B, K + 1, buckets), of each given those before it. What training calls."""
+        """Return the logits, (B, K + 1, buckets), of codes, (B, K + 1), each given those before it. For training."""
         text, count = text.expand(), codes.shape[1]
+        # [caption, z_t, all codes but the last], of which the last K + 1 positions predict the K + 1 codes
         tokens = torch.cat([embed_caption_tokens(self, text), self.embed_code_tokens(codes[:, :-1], 0)], dim=1)
         mask = torch.cat([text.mask, text.mask.new_ones(len(codes), count)], dim=1)[:, None, None, :]
         mask = mask & build_causal_mask(tokens)
         for block in self.blocks:
             tokens = run_checkpointed_block(self, block, tokens, mask)
-        logits, guess = self.to_logits(self.norm(tokens[:, -count:])), self.regression_logits(text)
-        return logits if guess is None else logits + guess
+        logits, regression = self.to_logits(self.norm(tokens[:, -count:])), self.compute_regression_logits(text)
+        return logits if regression is None else logits + regression
 
     @apply_forward_hook
     def prepare(self, text: TextEncoding) -> AutoregressiveContext:
-        """The caption read, and the logits of the first code."""
+        """Return the context of captions, with the logits of the first code."""
         text = text.expand()
-        known = torch.cat([text.mask, text.mask.new_ones(len(text), 1)], dim=1)
+        token_mask = torch.cat([text.mask, text.mask.new_ones(len(text), 1)], dim=1)  # (B, L + 1)
         tokens, past = embed_caption_tokens(self, text), []
-        mask = known[:, None, None, :] & build_causal_mask(tokens)
+        mask = token_mask[:, None, None, :] & build_causal_mask(tokens)
         for block in self.blocks:
             tokens, key_value = block.forward_with_key_value(tokens, mask)
             past.append(key_value)
-        logits, guess = self.to_logits(self.norm(tokens[:, -1])), self.regression_logits(text)
-        return AutoregressiveContext(past, known, guess, logits if guess is None else logits + guess[:, 0])
+        logits, regression = self.to_logits(self.norm(tokens[:, -1])), self.compute_regression_logits(text)
+        if regression is not None:
+            logits = logits + regression[:, 0]
+        return AutoregressiveContext(past, token_mask, regression, logits)
 
     @apply_forward_hook
     def step(self, codes: Tensor, position: int, context: AutoregressiveContext) -> None:
-        """The code at a position, (B,), read after those before it; changes `context`."""
+        """Read the codes at a position, (B,), after those before it; updates `context`."""
         tokens = self.embed_code_tokens(codes[:, None], position)
         context.mask = torch.cat([context.mask, context.mask.new_ones(len(codes), 1)], dim=1)
         for i, block in enumerate(self.blocks):
-            past = context.past[i]
-            tokens, new = block.forward_with_key_value(tokens, context.mask[:, None, None, :], [past])
-            context.past[i] = (torch.cat([past[0], new[0]], dim=2), torch.cat([past[1], new[1]], dim=2))
+            keys, values = context.past[i]
+            tokens, new = block.forward_with_key_value(tokens, context.mask[:, None, None, :], [(keys, values)])
+            context.past[i] = (torch.cat([keys, new[0]], dim=2), torch.cat([values, new[1]], dim=2))
         context.logits = self.to_logits(self.norm(tokens[:, -1]))
         if context.regression_logits is not None:
             context.logits = context.logits + context.regression_logits[:, position + 1]
 
-    def regression_logits(self, text: TextEncoding) -> Tensor | None:
-        """(B, K + 1, buckets): the logits of Gaussians around the regression's answer; none for the dot product."""
+    def compute_regression_logits(self, text: TextEncoding) -> Tensor | None:
+        """Return the logits of Gaussians around the regression's prediction, (B, K + 1, buckets), or None without one.
+
+        They are 0 for the dot product, the first code.
+        """
         if self.regressor is None:
             return None
-        answer = self.regressor.sample_image_embeds(text.map_tensors(Tensor.detach))
-        values = (answer - self.mean.float()) @ self.basis.float().T
-        where = 2 * (values - self.low) / (self.high - self.low) - 1
+        z_i = self.regressor.sample_image_embeds(text.map_tensors(Tensor.detach))
+        values = (z_i - self.mean.float()) @ self.basis.float().T
+        means = 2 * (values - self.low) / (self.high - self.low) - 1  # (B, K), from -1 to 1 in the range
         buckets = self.config.buckets
-        centres = (torch.arange(buckets, device=where.device) + 0.5) * (2 / buckets) - 1
-        distance = (centres - where[..., None]) / self.log_width.exp()[:, None]
+        centres = (torch.arange(buckets, device=means.device) + 0.5) * (2 / buckets) - 1  # (buckets,), on that scale
+        distance = (centres - means[..., None]) / self.log_width.exp()[:, None]  # in standard deviations
         return F.pad(-0.5 * distance.square(), (0, 0, 1, 0)).to(text.embedding.dtype)
 
     def embed_code_tokens(self, codes: Tensor, first: int) -> Tensor:
-        """Codes, (B, n), of the positions from `first` on -> (B, n, width)."""
+        """Return the tokens, (B, n, width), of the codes, (B, n), at the positions from `first` on."""
         here = slice(first, first + codes.shape[1])
-        number = (codes.to(self.directions.dtype) + 0.5) * (2 / self.config.buckets) - 1
-        return number[..., None] * self.directions[here] + self.positions[self.config.context_length + 1 :][here]
+        values = (codes.to(self.directions.dtype) + 0.5) * (2 / self.config.buckets) - 1  # from -1 to 1
+        return values[..., None] * self.directions[here] + self.positions[self.config.context_length + 1 :][here]
 
     def null(self, count: int) -> TextEncoding:
-        """The encoding of the empty caption, `count` times."""
+        """Return the encoding of the empty caption, `count` times."""
         mask = torch.ones(1, len(self.null_states), dtype=torch.bool, device=self.null_states.device)
         return TextEncoding(self.null_embedding[None], self.null_states[None], mask).repeat(count)
 
-    # Drawing
+    # Sampling
 
     @torch.no_grad()
     def sample_image_embeds(
@@ -227,32 +238,37 @@ class AutoregressivePrior(PriorMixin, ModelMixin, ConfigMixin):
     ) -> Tensor:
         """Sample z_i of unit length, (N, D), fp32, on the device of `text`.
 
-        The dot product is drawn from the upper half of its distribution, as in the paper, the codes from theirs at a
-        temperature (0 takes the likeliest; None is the model's own).
-
-        negative: the captions to guide away from; None is the null. sampling: its steps are the codes, whatever it
-        says; with a guidance scale w log-probabilities are negative + w (text - negative); `on_step` gets z_i as far
-        as it is known, and cannot change it.
+        negative: the captions to guide away from; None is the null. sampling: each code is a step, whatever number of
+        steps it has; with a guidance scale w log-probabilities are negative + w (text - negative); `on_step` gets z_i
+        from the codes so far, and cannot change it. temperature: of all codes but the dot product; 0 takes the
+        likeliest, None is the model's own.
         """
         guidance = self.default_guidance_scale if sampling.guidance is None else sampling.guidance
         scale = Guidance.from_value(guidance).scale
         temperature = self.config.temperature if temperature is None else temperature
+
+        # A quantile for each code, (K + 1, N), from each picture's generator. The dot product, the first code, is
+        # sampled from the upper half of its distribution, as in the paper: z_i is then closer to the caption.
         device, count, length = text.device, len(text), self.codes_per_embedding
         uniform = [torch.rand(length, generator=item, device=item.device).to(device) for item in sampling.generators]
         quantiles = torch.stack(uniform, dim=1)
         quantiles[0] = (1 + quantiles[0]) / 2
+
+        # Guidance runs both captions in one batch
         text = text.to(device, self.dtype)
         if scale == 1:
             context = self.prepare(text)
         else:
             negative = self.null(count) if negative is None else negative
             context = self.prepare(negative.to(device, self.dtype).cat(text))
+
+        # Code by code
         codes = torch.zeros(count, 0, dtype=torch.long, device=device)
         for i in sampling.progress(range(length)):
             logits = context.logits.double().log_softmax(dim=-1)
             if scale != 1:
-                away, wanted = logits.chunk(2)
-                logits = away.lerp(wanted, scale)
+                negative_logits, positive_logits = logits.chunk(2)
+                logits = negative_logits.lerp(positive_logits, scale)
             chosen = select_code_buckets(logits, quantiles[i], 1.0 if i == 0 else temperature)
             codes = torch.cat([codes, chosen[:, None]], dim=1)
             if sampling.on_step is not None:
@@ -263,23 +279,23 @@ class AutoregressivePrior(PriorMixin, ModelMixin, ConfigMixin):
 
 
 def build_causal_mask(tokens: Tensor) -> Tensor:
+    """Return (L, L), bool, for tokens, (B, L, width)."""
     length = tokens.shape[1]
     return torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()
 
 
-def select_code_buckets(logits: Tensor, where: Tensor, temperature: float) -> Tensor:
-    """(B, buckets), (B,) in [0, 1) -> (B,): the bucket that holds this quantile; at temperature 0 the likeliest."""
+def select_code_buckets(logits: Tensor, quantiles: Tensor, temperature: float) -> Tensor:
+    """(B, buckets), (B,) in [0, 1) -> (B,): the bucket with each quantile, or the likeliest at temperature 0."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     cumulated = (logits / temperature).softmax(dim=-1).cumsum(dim=-1)
-    cumulated = cumulated / cumulated[:, -1:]
-    return torch.searchsorted(cumulated, where[:, None].to(cumulated.dtype), right=True)[:, 0].clamp(
-        max=logits.shape[-1] - 1
-    )
+    cumulated = cumulated / cumulated[:, -1:]  # rounding leaves the last value a little beside 1
+    buckets = torch.searchsorted(cumulated, quantiles[:, None].to(cumulated.dtype), right=True)[:, 0]
+    return buckets.clamp(max=logits.shape[-1] - 1)
 
 
 def compute_principal_components(embeddings: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(n, D) -> mean, (D,); components of unit length as rows, (D, D), by decreasing variance; variances, (D,)."""
+    """Return the mean, (D,), components of unit length as rows, (D, D), by decreasing variance, and variances, (D,)."""
     embeddings = embeddings.double()
     mean = embeddings.mean(dim=0)
     centred = embeddings - mean
@@ -288,7 +304,7 @@ def compute_principal_components(embeddings: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 def count_principal_components(embeddings: Tensor, explained_variance: float) -> int:
-    """How many principal components of z_i, (n, D), hold this share of the variance."""
+    """Return how many principal components of z_i, (n, D), explain this fraction of the variance."""
     _, _, variances = compute_principal_components(embeddings)
-    share = variances.cumsum(0) / variances.sum().clamp(min=1e-12)
-    return min(len(share), int((share < explained_variance - 1e-9).sum()) + 1)
+    fractions = variances.cumsum(0) / variances.sum().clamp(min=1e-12)
+    return min(len(fractions), int((fractions < explained_variance - 1e-9).sum()) + 1)

@@ -1,8 +1,8 @@
-"""The decoder: latents of a picture that shows what an image embedding says (DALL-E 2, section 2.1).
+"""The decoder: from an image embedding to the latents of a picture (Ramesh et al. 2022, DALL-E 2, section 2.1).
 
-A transformer over patches of latents. The image embedding conditions it twice, as in the paper: added to the timestep
-(here it modulates every block: adaptive layer norm, Peebles and Xie 2023) and as a few extra tokens to attend to.
-A caption may be attended to as well.
+A transformer over patches of latents. The image embedding z_i conditions it twice, as in the paper: added to the
+timestep's embedding, which modulates every block (adaptive layer norm, Peebles and Xie 2023), and as a few extra tokens
+in every attention. A caption's tokens may be among these as well.
 """
 
 from collections.abc import Sequence
@@ -33,33 +33,66 @@ ExtraTokens: TypeAlias = KeyValue | Tensor  # the tokens: (B, L, condition_width
 
 @dataclass
 class DecoderContext:
-    """What depends on the condition alone."""
+    """All that depends on the condition alone."""
 
-    image: Tensor  # (B, condition_width): z_i, to be added to the timestep
+    image: Tensor  # (B, condition_width): z_i, added to the timestep's embedding
     extra: Sequence[ExtraTokens]  # one a block: keys and values of the extra tokens, or the tokens themselves
-    mask: Tensor | None  # (B, extra tokens), bool; None where all count
-    masked_latents: Tensor | None = None  # (B, C + 1, h, w), to stand beside the noisy latents
+    mask: Tensor | None  # (B, extra tokens), bool: False for padding; None without padding
+    masked_latents: Tensor | None = None  # (B, C + 1, h, w), concatenated to the noisy latents
 
 
-class Decoder(DecoderMixin, ModelMixin, ConfigMixin):
-    """Denoises latents of unit variance, given an ImageCondition.
+class ImageTokensMixin(DecoderMixin):
+    """The condition of `Decoder` and `UNetDecoder`: tokens made from z_i, then those of the caption if it is read."""
+
+    config: Any
+    device: Any
+    dtype: Any
+    to_tokens: nn.Module
+    from_text: nn.Module | None
+
+    def embed_condition_tokens(self, condition: ImageCondition) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return z_i of unit variance, (B, D), the tokens, (B, L, width), and their mask, (B, L), None without padding.
+
+        Raises ValueError if the decoder reads captions and the condition has none.
+        """
+        z_i = condition.embedding * self.config.embed_dim**0.5
+        count = self.config.image_tokens
+        tokens = self.to_tokens(z_i).unflatten(-1, (count, -1))  # (B, count * width) -> (B, count, width)
+        if self.from_text is None:
+            return z_i, tokens, None
+        if condition.text is None:
+            raise ValueError("this decoder reads captions: its condition needs a text")
+        tokens = torch.cat([tokens, self.from_text(condition.text.states)], dim=1)
+        return z_i, tokens, F.pad(condition.text.mask, (count, 0), value=True)
+
+    def null(self, count: int) -> ImageCondition:
+        """Return zero embeddings, and captions of no tokens for decoders that read captions."""
+        z_i, text = torch.zeros(1, self.config.embed_dim, device=self.device, dtype=self.dtype), None
+        if self.from_text is not None:
+            states = z_i.new_zeros(1, 1, self.config.text_width)
+            text = TokenStates(states, states.new_zeros(1, 1, dtype=torch.bool))
+        return ImageCondition(z_i, text).repeat(count)
+
+
+class Decoder(ImageTokensMixin, ModelMixin, ConfigMixin):
+    """Denoiser of latents of unit variance, given an ImageCondition.
 
     Args:
         embed_dim: dimensions D of z_i.
-        latent_channels, latent_size: shape (C, S, S) of the latents it is trained on.
+        latent_channels, latent_size: shape (C, S, S) of the latents in training.
         width, depth, heads: of the transformer.
-        patch_size: latents per token, along a side.
+        patch_size: latents per token along a side.
         condition_width: dimensions of the vector that modulates the blocks.
         image_tokens: extra tokens made from z_i.
         text_width: dimensions of a caption's token states; None if it reads no captions.
-        clip_fingerprint: of the CLIP that it was trained with.
-        learned_variance: it also predicts the variance of the reverse steps, as further C channels.
-        reads_masks: it sees what is to stay of a picture; see `t2i.diffusion.inpainting`.
-        text_encoder_fingerprint: of the text encoder that its captions come from; None if they come from CLIP.
+        clip_fingerprint: of the CLIP in training.
+        learned_variance: the output has further C channels for the variance of the reverse steps.
+        reads_masks: the input has the latents to keep and their mask; see `t2i.diffusion.inpainting`.
+        text_encoder_fingerprint: of the text encoder of the captions; None if they come from CLIP.
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["DecoderBlock"]  # what FSDP shards as one
+    _no_split_modules = ["DecoderBlock"]  # FSDP shards each as a unit
     lora_targets = ("to_qkv", "to_out", "to_key_value")
 
     @register_to_config
@@ -83,12 +116,12 @@ class Decoder(DecoderMixin, ModelMixin, ConfigMixin):
         super().__init__()
         self.gradient_checkpointing = False
         if latent_size % patch_size or width % 4:
-            raise ValueError(
-                f"patch_size must divide latent_size {latent_size}, and 4 width; got {patch_size} and {width}"
-            )
-        side, channels = latent_size // patch_size, latent_channels * patch_size**2
-        read = count_input_channels(latent_channels, reads_masks) * patch_size**2
-        self.from_latents = Linear(read, width)
+            allowed = f"patch_size must divide latent_size {latent_size}, and width must be a multiple of 4"
+            raise ValueError(f"{allowed}; got {patch_size} and {width}")
+        side = latent_size // patch_size
+        inputs = count_input_channels(latent_channels, reads_masks) * patch_size**2
+        outputs = latent_channels * patch_size**2 * (2 if learned_variance else 1)
+        self.from_latents = Linear(inputs, width)
         self.positions = nn.Parameter(build_grid_embedding(side, width))
         self.from_time = TimeEmbedding(width, condition_width)
         self.from_image = Linear(embed_dim, condition_width)
@@ -97,77 +130,72 @@ class Decoder(DecoderMixin, ModelMixin, ConfigMixin):
         self.blocks = nn.ModuleList(DecoderBlock(width, heads, condition_width) for _ in range(depth))
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.modulation = zero_layer_weights(Linear(condition_width, 2 * width))
-        self.to_latents = zero_layer_weights(Linear(width, channels * (2 if learned_variance else 1)))
+        self.to_latents = zero_layer_weights(Linear(width, outputs))
 
     def forward(self, x: Tensor, t: Tensor, condition: ImageCondition) -> Tensor:
-        """x: (B, C, H, W) noisy latents; t: (B,) timesteps -> (B, C, H, W), the prediction; or (B, 2C, H, W)."""
-        condition = condition.expand()
-        z_i, tokens, mask = embed_condition_tokens(self, condition)
-        # In one pass each block makes its own keys and values: FSDP has its weights only while it runs.
-        known = resolve_masked_latents(self, condition)
-        return self.step(x, t, DecoderContext(self.from_image(z_i), [tokens] * len(self.blocks), mask, known))
+        """Return the prediction, (B, C, H, W); or (B, 2C, H, W) with a learned variance.
+
+        x: (B, C, H, W) noisy latents; t: (B,) timesteps.
+        """
+        # Here each block computes its keys and values as it runs: under FSDP it has its weights only then.
+        return self.step(x, t, self.build_context(condition))
 
     @apply_forward_hook
     def prepare(self, condition: ImageCondition) -> DecoderContext:
+        context = self.build_context(condition)
+        context.extra = [block.compute_key_value(tokens) for block, tokens in zip(self.blocks, context.extra)]
+        return context
+
+    def build_context(self, condition: ImageCondition) -> DecoderContext:
+        """Return the context with the extra tokens themselves in the place of their keys and values."""
         condition = condition.expand()
-        z_i, tokens, mask = embed_condition_tokens(self, condition)
-        extra = [block.compute_key_value(tokens) for block in self.blocks]
-        return DecoderContext(self.from_image(z_i), extra, mask, resolve_masked_latents(self, condition))
+        z_i, tokens, mask = self.embed_condition_tokens(condition)
+        masked_latents = resolve_masked_latents(self, condition)
+        return DecoderContext(self.from_image(z_i), [tokens] * len(self.blocks), mask, masked_latents)
 
     @apply_forward_hook
     def step(self, x: Tensor, t: Tensor, context: DecoderContext) -> Tensor:
+        # Patches become tokens: (B, C, H, W) -> (B, C p^2, H / p, W / p) -> (B, h w, C p^2) -> (B, h w, width)
         patch = self.config.patch_size
         height, width = x.shape[-2] // patch, x.shape[-1] // patch
         if context.masked_latents is not None:
             x = torch.cat([x, context.masked_latents], dim=1)
         tokens = F.pixel_unshuffle(x, patch).flatten(2).transpose(1, 2)
         tokens = self.from_latents(tokens) + self.resize_position_grid(height, width)
+
+        # The transformer; the mask is for the extra tokens, then all of the patches
         condition = F.silu(self.from_time(t) + context.image)
         mask = None
         if context.mask is not None:
             mask = F.pad(context.mask, (0, tokens.shape[1]), value=True)[:, None, None, :]
         for block, extra in zip(self.blocks, context.extra):
             tokens = run_checkpointed_block(self, block, tokens, condition, extra, mask)
+
+        # Back to latents: (B, h w, C p^2) -> (B, C p^2, h, w) -> (B, C, H, W)
         scale, shift = self.modulation(condition)[:, None].chunk(2, dim=-1)
         tokens = self.to_latents(self.norm(tokens) * (1 + scale) + shift)
         return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(-1, (height, width)), patch)
 
-    def null(self, count: int) -> ImageCondition:
-        """The zero embedding, and a caption of no tokens."""
-        return build_null_condition(self, count)
-
     def resize_position_grid(self, height: int, width: int) -> Tensor:
-        """(height * width, C): the learned grid, resized for pictures of another size or shape."""
+        """Return the learned positions, (height * width, C), resized for latents of another size or shape."""
         side = self.config.latent_size // self.config.patch_size
         if (height, width) == (side, side):
             return self.positions
+        # (side^2, C) -> (1, C, side, side) for the resizing, and back
         grid = self.positions.T.unflatten(-1, (side, side))[None]
         return F.interpolate(grid, (height, width), mode="bicubic")[0].flatten(1).T
 
 
-def embed_condition_tokens(decoder: Any, condition: ImageCondition) -> tuple[Tensor, Tensor, Tensor | None]:
-    """z_i of unit variance; the tokens made from it, followed by the caption's; which of them count, None for all.
-
-    Both decoders have `to_tokens` and, if they read captions, `from_text`.
-    """
-    z_i = condition.embedding * decoder.config.embed_dim**0.5
-    count = decoder.config.image_tokens
-    tokens = decoder.to_tokens(z_i).unflatten(-1, (count, -1))
-    if decoder.from_text is None:
-        return z_i, tokens, None
-    if condition.text is None:
-        raise ValueError("this decoder reads captions: its condition needs a text")
-    tokens = torch.cat([tokens, decoder.from_text(condition.text.states)], dim=1)
-    return z_i, tokens, F.pad(condition.text.mask, (count, 0), value=True)
-
-
 def count_input_channels(latent_channels: int, reads_masks: bool) -> int:
-    """The noisy latents; beside them those that stay, and the mask."""
+    """Return the channels of the noisy latents with, if masks are read, the latents to keep and the mask."""
     return 2 * latent_channels + 1 if reads_masks else latent_channels
 
 
 def resolve_masked_latents(decoder: Any, condition: ImageCondition) -> Tensor | None:
-    """What is to stay of the picture, for decoders that read it; without a word of it, nothing stays."""
+    """Return the latents to keep and the mask, (B, C + 1, h, w), for decoders that read them, else None.
+
+    A condition without them stands for keeping nothing: the mask is 1 everywhere.
+    """
     if not decoder.config.reads_masks:
         return None
     if condition.masked_latents is not None:
@@ -178,16 +206,9 @@ def resolve_masked_latents(decoder: Any, condition: ImageCondition) -> Tensor | 
     return nothing
 
 
-def build_null_condition(decoder: Any, count: int) -> ImageCondition:
-    """The zero embedding, and a caption of no tokens for decoders that read captions."""
-    z_i, text = torch.zeros(1, decoder.config.embed_dim, device=decoder.device, dtype=decoder.dtype), None
-    if decoder.from_text is not None:
-        states = z_i.new_zeros(1, 1, decoder.config.text_width)
-        text = TokenStates(states, states.new_zeros(1, 1, dtype=torch.bool))
-    return ImageCondition(z_i, text).repeat(count)
-
-
 class DecoderBlock(nn.Module):
+    """A block of a transformer whose norms the condition scales and shifts, and whose outputs it gates (adaLN-zero)."""
+
     def __init__(self, width: int, heads: int, condition_width: int):
         super().__init__()
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
@@ -197,11 +218,12 @@ class DecoderBlock(nn.Module):
         self.to_key_value = Linear(condition_width, 2 * width)
 
     def compute_key_value(self, tokens: Tensor) -> KeyValue:
-        """Keys and values of the extra tokens."""
+        """Return the keys and values of extra tokens, (B, L, condition_width)."""
         key, value = split_attention_heads(self.to_key_value(tokens), 2 * self.attention.heads).chunk(2, dim=1)
         return key, value
 
     def forward(self, x: Tensor, condition: Tensor, extra: ExtraTokens, mask: Tensor | None) -> Tensor:
+        """x: (B, L, width); condition: (B, condition_width); mask: for extra tokens and x -> (B, L, width)"""
         past = self.compute_key_value(extra) if isinstance(extra, Tensor) else extra
         scale_1, shift_1, gate_1, scale_2, shift_2, gate_2 = self.modulation(condition)[:, None].chunk(6, dim=-1)
         attended, _ = self.attention(torch.addcmul(shift_1, self.norm(x), 1 + scale_1), mask, [past])
@@ -210,16 +232,17 @@ class DecoderBlock(nn.Module):
 
 
 def zero_layer_weights(layer: Linear) -> Linear:
-    """Starts as nothing, so that every block starts as the identity."""
+    """Set weights and bias to zero in place. Gates start closed, so every block starts as the identity."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
 
 
 def build_grid_embedding(side: int, width: int) -> Tensor:
-    """(side * side, width): cosines and sines of rows and columns, where learned positions start."""
-    at = torch.arange(side, dtype=torch.float32)
+    """Return cosines and sines of rows and columns, (side * side, width), the initial values of learned positions."""
+    places = torch.arange(side, dtype=torch.float32)
     frequencies = 1 / 100 ** (torch.arange(width // 4) / (width // 4))  # a grid is short: wavelengths of 6 to 600
-    waves = torch.cat([(at[:, None] * frequencies).cos(), (at[:, None] * frequencies).sin()], dim=-1)
-    rows, columns = waves[:, None].expand(-1, side, -1), waves[None].expand(side, -1, -1)
+    angles = places[:, None] * frequencies  # (side, width / 4)
+    waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
+    rows, columns = waves[:, None].expand(-1, side, -1), waves[None].expand(side, -1, -1)  # (side, side, width / 2)
     return torch.cat([rows, columns], dim=-1).flatten(0, 1)

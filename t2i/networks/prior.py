@@ -1,7 +1,9 @@
-"""The diffusion prior: from a caption's encoding to an image embedding (DALL-E 2, section 2.2).
+"""The diffusion prior: from a caption's encoding to an image embedding (Ramesh et al. 2022, DALL-E 2, section 2.2).
 
-A causal transformer over [caption tokens, z_t, timestep, noisy z_i, query]; the query's output is the clean z_i.
-Its arithmetic contains diffusers' PriorTransformer: same order, pre-norm, learned positions.
+A causal transformer over [caption tokens, z_t, timestep, noisy z_i, query]; the query's output is the clean z_i. The
+weights of diffusers' PriorTransformer fit into it: same order, pre-norm, learned positions.
+
+Under the causal mask the caption's keys and values depend on neither x nor t, so they are computed once per caption.
 """
 
 from collections.abc import Sequence
@@ -27,22 +29,22 @@ from t2i.networks.layers import (
 )
 from t2i.networks.linear import Linear
 
-MAX_PREPARED_TIMESTEPS = 64  # whose tokens are computed ahead: their keys and values are kept, for every caption
+MAX_PREPARED_TIMESTEPS = 64  # of a sampling; the keys and values of each take memory for every caption
 
 
 @dataclass
 class PriorContext:
-    """What depends on the caption and the timestep alone: keys and values of all that stands before the noisy z_i."""
+    """Keys and values of all tokens before the noisy z_i, which depend on the caption and the timestep alone."""
 
     past: list[KeyValue]  # one pair a block, of the caption's tokens and z_t
     mask: Tensor  # (B, L + 1), bool
-    timesteps: Tensor  # (S,): the timesteps that are known already
+    timesteps: Tensor  # (S,): the timesteps that are prepared
     timestep_key_values: list[KeyValue]  # one pair a block, for U different captions: (U, S, heads, 1, width / heads)
-    rows: Tensor  # (B,): which of the U it is
+    groups: Tensor  # (B,): the number of each caption among the U
 
 
 class Prior(PriorMixin, ModelMixin, ConfigMixin):
-    """Denoises z_i, scaled to zero mean and unit variance, given a TextEncoding.
+    """Denoiser of z_i, scaled to zero mean and unit variance, given a TextEncoding.
 
     Args:
         embed_dim: dimensions D of z_t and z_i.
@@ -50,15 +52,15 @@ class Prior(PriorMixin, ModelMixin, ConfigMixin):
         context_length: longest caption, in tokens.
         width, depth, heads: of the transformer.
         null_length: tokens of the empty caption; a start and an end for most CLIPs.
-        clip_fingerprint: of the CLIP that it was trained with.
-        learned_variance: it also predicts the variance of the reverse steps, as further D dimensions.
-        unit_length: of the CLIP's embeddings: z_t comes scaled to unit variance then, and z_i goes out of unit length.
-            False for the public priors, which know embeddings as they are.
-        usual_guidance: the guidance scale, if nothing is said; 4 for the public priors.
+        clip_fingerprint: of the CLIP in training.
+        learned_variance: the output has further D dimensions for the variance of the reverse steps.
+        unit_length: the CLIP's embeddings have length 1; the network's input z_t is then scaled to unit variance, and
+            z_i is normalised. False for the public priors, which were trained on embeddings as they are.
+        usual_guidance: the default guidance scale; 4 for the public priors.
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["PriorBlock"]  # what FSDP shards as one
+    _no_split_modules = ["PriorBlock"]  # FSDP shards each as a unit
     lora_targets = ("to_qkv", "to_out")
     prepares_timesteps = True
 
@@ -84,11 +86,12 @@ class Prior(PriorMixin, ModelMixin, ConfigMixin):
         self.from_time = TimeEmbedding(width, width)
         self.from_image = Linear(embed_dim, width)
         self.query = nn.Parameter(torch.zeros(width))
+        # Of the caption's tokens, then of z_t, the timestep, the noisy z_i and the query
         self.positions = nn.Parameter(torch.randn(context_length + 4, width) * 0.01)
         self.blocks = nn.ModuleList(PriorBlock(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.to_image = Linear(width, embed_dim * (2 if learned_variance else 1))
-        # The statistics of z_i, and the encoding of the empty caption: set by `train_prior.py`.
+        # The statistics of z_i and the encoding of the empty caption, set by `set_embed_statistics`
         self.register_buffer("mean", torch.zeros(embed_dim))
         self.register_buffer("std", torch.full((embed_dim,), embed_dim**-0.5))
         self.register_buffer("null_embedding", torch.zeros(embed_dim))
@@ -99,55 +102,65 @@ class Prior(PriorMixin, ModelMixin, ConfigMixin):
         return self.config.get("usual_guidance", 2.0)
 
     def forward(self, x: Tensor, t: Tensor, text: TextEncoding) -> Tensor:
-        """x: (B, D) noisy scaled z_i; t: (B,) timesteps -> (B, D), the clean one; or (B, 2D). What training calls."""
+        """Return the clean z_i, (B, D); or (B, 2D) with a learned variance. Training calls this.
+
+        x: (B, D) noisy scaled z_i; t: (B,) timesteps.
+        """
         text = text.expand()
         tokens = torch.cat([embed_caption_tokens(self, text), self.embed_image_tokens(x, t)], dim=1)
-        rows, order = PackedSequences.from_token_mask(torch.cat([text.mask, text.mask.new_ones(len(x), 4)], dim=1))
-        tokens = tokens.flatten(0, 1).index_select(0, order)
+        token_mask = torch.cat([text.mask, text.mask.new_ones(len(x), 4)], dim=1)  # (B, L + 4)
+        packed, order = PackedSequences.from_token_mask(token_mask)
+        tokens = tokens.flatten(0, 1).index_select(0, order)  # (B, L + 4, width) -> (T, width)
         for block in self.blocks[:-1]:
-            tokens = run_checkpointed_block(self, block, tokens, rows)
-        return self.to_image(self.norm(run_checkpointed_block(self, self.blocks[-1], tokens, rows, True)))
+            tokens = run_checkpointed_block(self, block, tokens, packed)
+        # Only the query, the last token, is read: the last block computes no other.
+        tokens = run_checkpointed_block(self, self.blocks[-1], tokens, packed, True)
+        return self.to_image(self.norm(tokens))
 
     @apply_forward_hook
-    def prepare(self, text: TextEncoding, times: Tensor | None = None) -> PriorContext:
-        """The part of `forward` that does not depend on x, once for each different caption.
+    def prepare(self, text: TextEncoding, timesteps: Tensor | None = None) -> PriorContext:
+        """Compute the part of `forward` that does not depend on x, once for each different caption.
 
-        times: (S,), the timesteps that `step` will be asked for, as far as they are known. Their tokens see the caption
-        and themselves alone, so that all are computed together here.
+        timesteps: (S,), those of the sampling, if they are known. Their tokens attend to the caption and to themselves
+        alone, so all are computed together here.
         """
-        first, rows = text.find_unique_rows()
+        # The sequence [caption, z_t, S timesteps] of U different captions. All timesteps stand at the same position.
+        first, groups = text.find_unique_rows()
         text = text.take_rows(first).expand()
-        times = (
-            text.mask.new_zeros(0, dtype=torch.long)
-            if times is None
-            else times[:MAX_PREPARED_TIMESTEPS].to(text.mask.device)
-        )
-        tokens = embed_caption_tokens(self, text)
+        timesteps = text.mask.new_zeros(0, dtype=torch.long) if timesteps is None else timesteps
+        timesteps = timesteps[:MAX_PREPARED_TIMESTEPS].to(text.mask.device)
+        tokens = embed_caption_tokens(self, text)  # (U, L + 1, width)
         count, length = tokens.shape[:2]
-        tokens = torch.cat([tokens, (self.from_time(times) + self.positions[-3]).expand(count, -1, -1)], dim=1)
-        known = torch.cat([text.mask, text.mask.new_ones(count, 1)], dim=1)
+        timestep_tokens = self.from_time(timesteps) + self.positions[-3]
+        tokens = torch.cat([tokens, timestep_tokens.expand(count, -1, -1)], dim=1)  # (U, L + 1 + S, width)
+
+        # Caption and z_t are masked causally; a timestep attends to all of them and to itself, to no other timestep.
+        token_mask = torch.cat([text.mask, text.mask.new_ones(count, 1)], dim=1)  # (U, L + 1)
         mask = torch.eye(tokens.shape[1], dtype=torch.bool, device=tokens.device).repeat(count, 1, 1, 1)
         causal = torch.ones(mask.shape[2], length, dtype=torch.bool, device=tokens.device).tril()
-        mask[..., :length] = known[:, None, None, :] & causal
-        past, at_times = [], []
+        mask[..., :length] = token_mask[:, None, None, :] & causal
+
+        past, timestep_key_values = [], []
         for block in self.blocks:
-            tokens, pair = block.forward_with_key_value(tokens, mask, last=block is self.blocks[-1])
-            keys, values = pair
-            past.append((keys[rows, :, :length], values[rows, :, :length]))
-            at_times.append((separate_timesteps(keys[:, :, length:]), separate_timesteps(values[:, :, length:])))
-        return PriorContext(past, known[rows], times, at_times, rows)
+            tokens, (keys, values) = block.forward_with_key_value(tokens, mask, last=block is self.blocks[-1])
+            past.append((keys[groups, :, :length], values[groups, :, :length]))
+            keys, values = separate_timesteps(keys[:, :, length:]), separate_timesteps(values[:, :, length:])
+            timestep_key_values.append((keys, values))
+        return PriorContext(past, token_mask[groups], timesteps, timestep_key_values, groups)
 
     @apply_forward_hook
     def step(self, x: Tensor, t: Tensor, context: PriorContext) -> Tensor:
-        """The rest of it: two tokens instead of the whole sequence, or three at a timestep that was not prepared."""
-        tokens, past = self.embed_image_tokens(x, t), [[pair] for pair in context.past]
-        same = t[:, None] == context.timesteps
+        """Return the prediction: `forward` from the noisy z_i on, or from the timestep on if it was not prepared."""
+        tokens = self.embed_image_tokens(x, t)  # (B, 3, width)
+        past = [[pair] for pair in context.past]
+        same = t[:, None] == context.timesteps  # (B, S)
         if len(context.timesteps) and same.any(dim=1).all():
-            tokens, at = tokens[:, 1:], (context.rows, same.int().argmax(dim=1))
+            tokens, index = tokens[:, 1:], (context.groups, same.int().argmax(dim=1))
             for pairs, (keys, values) in zip(past, context.timestep_key_values):
-                pairs.append((keys[at], values[at]))
+                pairs.append((keys[index], values[index]))
+        # Causal: all tokens attend to the context, and among themselves to those before
         count = tokens.shape[1]
-        mask = torch.cat([context.mask, context.mask.new_ones(len(x), 3)], dim=1)[:, None, None, :]
+        mask = torch.cat([context.mask, context.mask.new_ones(len(x), 3)], dim=1)[:, None, None, :]  # (B, 1, 1, L + 4)
         mask = mask & torch.ones(count, mask.shape[-1], dtype=torch.bool, device=x.device).tril(mask.shape[-1] - count)
         for block, pairs in zip(self.blocks, past):
             tokens, _ = block.forward_with_key_value(tokens, mask, pairs, last=block is self.blocks[-1])
@@ -155,49 +168,55 @@ class Prior(PriorMixin, ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def set_embed_statistics(self, null: TextEncoding, mean: Tensor, std: Tensor) -> None:
-        """Take over the encoding of the empty caption, and each dimension's mean and deviation of z_i, (D,)."""
+        """Store the encoding of the empty caption, and the mean and deviation of each dimension of z_i, (D,)."""
         self.null_embedding.copy_(null.embedding[0])
         self.null_states.copy_(null.states[0])
         self.mean.copy_(mean)
         self.std.copy_(std.clamp(min=1e-6))
 
     def null(self, count: int) -> TextEncoding:
-        """The encoding of the empty caption, `count` times."""
+        """Return the encoding of the empty caption, `count` times."""
         mask = torch.ones(1, len(self.null_states), dtype=torch.bool, device=self.null_states.device)
         return TextEncoding(self.null_embedding[None], self.null_states[None], mask).repeat(count)
 
     def scale_image_embeds(self, z_i: Tensor) -> Tensor:
-        """z_i -> what the prior denoises: zero mean and unit variance in each dimension."""
+        """Return z_i with zero mean and unit variance in each dimension, as it is denoised."""
         return (z_i - self.mean) / self.std
 
     def unscale_image_embeds(self, x: Tensor) -> Tensor:
-        """The reverse, of unit length (if the CLIP's embeddings are) whatever x is."""
+        """Return the z_i of a scaled one, normalised if the CLIP's embeddings have length 1."""
         z_i = x * self.std + self.mean
         return F.normalize(z_i, dim=-1) if self.config.unit_length else z_i
 
     def embed_image_tokens(self, x: Tensor, t: Tensor) -> Tensor:
-        """[time, noisy z_i, query] at their positions: (B, 3, width)."""
+        """Return [timestep, noisy z_i, query] at their positions, (B, 3, width)."""
         tokens = torch.stack([self.from_time(t), self.from_image(x), self.query.expand(len(x), -1)], dim=1)
         return tokens + self.positions[-3:]
 
 
 def embed_caption_tokens(prior: Any, text: TextEncoding) -> Tensor:
-    """[caption, z_t] at their positions: (B, L + 1, width). z_t keeps its place however short the captions are."""
+    """Return [caption, z_t] at their positions, (B, L + 1, width). z_t keeps its position for captions of any length.
+
+    prior: has `from_states`, `from_text` and `positions`, as Prior does. Raises ValueError for captions beyond its
+    context length.
+    """
     length, last = text.mask.shape[1], prior.config.context_length
     if length > last:
-        raise ValueError(f"a caption has {length} tokens, the prior takes at most {last}")
+        raise ValueError(f"captions must have at most {last} tokens for this prior, got {length}")
     caption = prior.from_states(text.states) + prior.positions[:length]
-    scale = prior.config.embed_dim**0.5 if prior.config.get("unit_length", True) else 1.0
+    scale = prior.config.embed_dim**0.5 if prior.config.get("unit_length", True) else 1.0  # to unit variance
     z_t = prior.from_text(text.embedding * scale) + prior.positions[last]
     return torch.cat([caption, z_t[:, None]], dim=1)
 
 
 def separate_timesteps(x: Tensor) -> Tensor:
-    """(U, heads, S, width / heads) -> (U, S, heads, 1, width / heads)"""
+    """(U, heads, S, width / heads) -> (U, S, heads, 1, width / heads), so that a pair of indices takes a timestep."""
     return x.transpose(1, 2).unsqueeze(3).contiguous()
 
 
 class PriorBlock(nn.Module):
+    """A block of a pre-norm transformer."""
+
     def __init__(self, width: int, heads: int, dropout: float = 0.0):
         super().__init__()
         self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
@@ -206,25 +225,23 @@ class PriorBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, mask: Tensor | PackedSequences, last: bool = False) -> Tensor:
-        """mask: what x, (B, L, width), may look at; or how x, (T, width), is sequences, which look back.
+        """Return the output for x, (B, L, width) with a bool mask, or (T, width) with the layout of its sequences.
 
-        last: of sequences, only what comes out for the last token of each, (B, width).
+        Packed sequences are masked causally. last: of these, return the output of each last token alone, (B, width).
         """
         if not isinstance(mask, PackedSequences):
             return self.forward_with_key_value(x, mask)[0]
-        normed = self.norm_1(x)
-        attended = (
-            self.attention.attend_last_tokens(normed, mask) if last else self.attention.attend_all_tokens(normed, mask)
-        )
+        attend = self.attention.attend_last_tokens if last else self.attention.attend_all_tokens
+        attended = attend(self.norm_1(x), mask)
         x = (x[mask.last_rows] if last else x) + self.dropout(attended)
         return x + self.dropout(self.mlp(self.norm_2(x)))
 
     def forward_with_key_value(
         self, x: Tensor, mask: Tensor, past: Sequence[KeyValue] = (), last: bool = False
     ) -> tuple[Tensor, KeyValue]:
-        """Also the keys and values of x; training, which has no use for them, does not keep them.
+        """Return the output for x, (B, L, width), and its keys and values; arguments as of `Attention.forward`.
 
-        last: only what comes out for the last token, (B, 1, width).
+        last: return the output of the last token alone, (B, 1, width).
         """
         attended, key_value = self.attention(self.norm_1(x), mask, past, last)
         x = (x[:, -1:] if last else x) + self.dropout(attended)

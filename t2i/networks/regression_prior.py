@@ -1,4 +1,4 @@
-"""A prior that knows one answer to a caption: z_i as a function of z_t. A baseline to measure priors against."""
+"""The regression prior: z_i as a function of the caption, always the same. A baseline to measure priors against."""
 
 import torch
 import torch.nn.functional as F
@@ -6,6 +6,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from t2i.checks import check_choice
 from t2i.diffusion.condition import TextEncoding
 from t2i.diffusion.denoiser import PriorMixin
 from t2i.networks.linear import Linear
@@ -14,15 +15,15 @@ REGRESSION_KINDS = ("linear", "mlp")
 
 
 class RegressionPrior(PriorMixin, ModelMixin, ConfigMixin):
-    """Predicts z_i, scaled to zero mean and unit variance, from a TextEncoding.
+    """Predictor of z_i, scaled to zero mean and unit variance, from a TextEncoding.
 
     Args:
         embed_dim: dimensions D of z_t and z_i.
         text_width: dimensions of a caption's token states.
         kind: "linear", of z_t alone; or "mlp", of z_t and the mean of the token states.
         width, depth: of the hidden layers of an mlp.
-        dropout: share of the hidden values that is left out in training.
-        clip_fingerprint: of the CLIP that it was trained with.
+        dropout: of the hidden values.
+        clip_fingerprint: of the CLIP in training.
     """
 
     lora_targets = ("layers",)
@@ -40,24 +41,23 @@ class RegressionPrior(PriorMixin, ModelMixin, ConfigMixin):
         clip_fingerprint: str | None = None,
     ):
         super().__init__()
-        if kind not in REGRESSION_KINDS:
-            raise ValueError(f"kind must be one of {', '.join(REGRESSION_KINDS)}, got {kind!r}")
+        check_choice("kind", kind, REGRESSION_KINDS)
         if kind == "linear":
             self.layers = nn.Sequential(Linear(embed_dim, embed_dim))
         else:
             hidden: list[nn.Module] = []
             for i in range(depth):
-                into = embed_dim + text_width if i == 0 else width
-                hidden += [Linear(into, width), nn.GELU(), nn.Dropout(dropout)]
+                inputs = embed_dim + text_width if i == 0 else width
+                hidden += [Linear(inputs, width), nn.GELU(), nn.Dropout(dropout)]
             self.layers = nn.Sequential(*hidden, Linear(width, embed_dim))
-        # The statistics of z_i: set by `train_prior.py`.
+        # The statistics of z_i, set by `set_embed_statistics`
         self.register_buffer("mean", torch.zeros(embed_dim))
         self.register_buffer("std", torch.full((embed_dim,), embed_dim**-0.5))
 
     def forward(self, text: TextEncoding) -> Tensor:
-        """(B, D): the scaled z_i."""
+        """Return the scaled z_i, (B, D)."""
         text = text.expand()
-        z_t = text.embedding * self.config.embed_dim**0.5
+        z_t = text.embedding * self.config.embed_dim**0.5  # to unit variance
         if self.config.kind == "linear":
             return self.layers(z_t)
         mask = text.mask[..., None].to(text.states.dtype)
@@ -66,19 +66,19 @@ class RegressionPrior(PriorMixin, ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def sample_image_embeds(self, text: TextEncoding) -> Tensor:
-        """z_i of unit length, (N, D), fp32, on the device of `text`: always the same."""
+        """Return z_i of unit length, (N, D), fp32, on the device of `text`: always the same for a caption."""
         return self.unscale_image_embeds(self(text.to(text.embedding.device, self.dtype)).float())
 
     @torch.no_grad()
     def set_embed_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Take over each dimension's mean and deviation of z_i, (D,)."""
+        """Store the mean and deviation of each dimension of z_i, (D,)."""
         self.mean.copy_(mean)
         self.std.copy_(std.clamp(min=1e-6))
 
     def scale_image_embeds(self, z_i: Tensor) -> Tensor:
-        """z_i of unit length -> zero mean and unit variance."""
+        """Return z_i with zero mean and unit variance in each dimension."""
         return (z_i - self.mean) / self.std
 
     def unscale_image_embeds(self, x: Tensor) -> Tensor:
-        """The reverse, of unit length whatever x is."""
+        """Return the normalised z_i of a scaled one."""
         return F.normalize(x * self.std + self.mean, dim=-1)

@@ -5,7 +5,7 @@
 the first step also puts each convolution's weights in the order in which oneDNN reads them for pictures of that size;
 otherwise every step would.
 
-`is_known_unet` compares a U-Net with the layers and settings that are written out here. Any other runs by its own
+`is_supported_unet` compares a U-Net with the layers and settings that are written out here. Any other runs by its own
 `forward`, and so do all with `T2I_FAST_PATHS=0` (`t2i.runtime.fast_paths`).
 
 Three private operators of torch are used; if one is missing, `HAS_PACKED_CONVOLUTION` is False and weights stay:
@@ -105,33 +105,32 @@ def prepare_unet_context(
     encoder_attention_mask: Tensor | None = None,
     unique_rows: tuple[Tensor, Tensor] | None = None,
 ) -> UNetStepContext | None:
-    """Of a condition as `unet.forward` takes it; the mask: bool, (B, L). None for a U-Net that `run_unet_step` does
-    not know.
+    """Return the context of B conditions, given as to `unet.forward`; None for a U-Net that is not supported.
 
-    unique_rows: as `Condition.find_unique_rows` returns them, so that the same condition is computed once.
+    encoder_attention_mask: (B, L), bool. unique_rows: as `Condition.find_unique_rows` returns them, so that equal
+    conditions are computed once.
     """
-    if not is_known_unet(unet):
+    if not is_supported_unet(unet):
         return None
-    states, labels, told, mask = encoder_hidden_states, class_labels, added_cond_kwargs or {}, encoder_attention_mask
-    given = [value for value in (states, labels, mask, *told.values()) if value is not None]
-    every = torch.arange(len(given[0]), device=given[0].device)
-    first, rows = unique_rows or (every, every)
-    states, labels, mask = (None if one is None else one[first] for one in (states, labels, mask))
-    told, like = {name: value[first] for name, value in told.items()}, next(one for one in given if one is not mask)
-    embedding = unet.get_class_embed(like, labels)
-    extra = unet.get_aug_embed(like, states, told)
-    both = [one for one in (embedding, extra) if one is not None]
-    tokens = unet.process_encoder_hidden_states(states, told)
-    keys = {
-        one: compute_key_value(one, tokens)
-        for one in unet.modules()
-        if isinstance(one, Attention) and is_token_attention(one)
-    }
-    allowed = None if mask is None else mask[rows, None, None, :]
-    keys = {one: (key[rows], value[rows]) for one, (key, value) in keys.items()}
-    return UNetStepContext(
-        sum(both[1:], both[0])[rows] if both else None, keys, allowed, get_packed_weights(unet, like)
-    )
+    # Take one row of each group of equal conditions; `groups` leads back to all of them.
+    states, labels, mask, added = encoder_hidden_states, class_labels, encoder_attention_mask, added_cond_kwargs or {}
+    like = next(value for value in (states, labels, *added.values()) if value is not None)
+    first, groups = unique_rows or (slice(None), slice(None))
+    states, labels, mask = (None if value is None else value[first] for value in (states, labels, mask))
+    added = {name: value[first] for name, value in added.items()}
+
+    # The embeddings of the condition
+    embeddings = [unet.get_class_embed(like, labels), unet.get_aug_embed(like, states, added)]
+    embeddings = [embedding for embedding in embeddings if embedding is not None]
+    added_embedding = sum(embeddings[1:], embeddings[0])[groups] if embeddings else None
+
+    # The keys and values of its tokens
+    tokens = unet.process_encoder_hidden_states(states, added)
+    attentions = [layer for layer in unet.modules() if isinstance(layer, Attention) and is_token_attention(layer)]
+    key_values = {layer: compute_key_value(layer, tokens) for layer in attentions}
+    key_values = {layer: (key[groups], value[groups]) for layer, (key, value) in key_values.items()}
+    mask = None if mask is None else mask[groups, None, None, :]  # (U, L) -> (B, 1, 1, L)
+    return UNetStepContext(added_embedding, key_values, mask, get_packed_weights(unet, like))
 
 
 def prepare_unconditional_context(unet: UNet2DModel, like: Tensor) -> UNetStepContext | None:
@@ -141,7 +140,7 @@ def prepare_unconditional_context(unet: UNet2DModel, like: Tensor) -> UNetStepCo
     """
     if unet.config.time_embedding_type != "positional" or unet.class_embedding is not None:
         return None
-    return UNetStepContext(None, {}, None, get_packed_weights(unet, like)) if is_known_unet(unet) else None
+    return UNetStepContext(None, {}, None, get_packed_weights(unet, like)) if is_supported_unet(unet) else None
 
 
 # One step
@@ -331,7 +330,7 @@ def can_pack_weights(unet: nn.Module, like: Tensor) -> bool:
 # What is supported
 
 
-def is_known_unet(unet: UNet2DConditionModel | UNet2DModel) -> bool:
+def is_supported_unet(unet: UNet2DConditionModel | UNet2DModel) -> bool:
     """Return True if `run_unet_step` computes the same as the U-Net's own `forward`, and fast paths are on."""
     if not fast_paths.enabled:
         return False
