@@ -202,8 +202,8 @@ def changed(tmp_path: Path, part: str, **settings: Any) -> Path:
 @pytest.mark.parametrize(
     ("part", "settings", "said"),
     [
-        ("decoder", {"class_embed_type": None}, "class_embed_type None; Karlo's is 'identity'"),
-        ("decoder", {"out_channels": 5}, "in_channels 3 and out_channels 5"),
+        ("decoder", {"class_embed_type": None}, "class_embed_type in .* must be one of identity; got None"),
+        ("decoder", {"out_channels": 5}, "out_channels in .* must be one of 3, 6; got 5"),
         ("decoder", {"cross_attention_dim": 32}, "24 dimensions, the decoder reads 32"),
         ("decoder", {"block_out_channels": [16, 32]}, "decoder"),
         ("text_proj", {"clip_embeddings_dim": 12}, "text_proj.*misshapen"),

@@ -141,7 +141,7 @@ def test_a_prediction_is_diffusers(images):
     )
     theirs = reference(images).unet(x, t, text.states, class_labels=labels).sample
     torch.testing.assert_close(decoder(x, t, ImageCondition(labels, text)), theirs, atol=1e-5, rtol=1e-5)
-    null = decoder.null(3)
+    null = decoder.null(3).expand()
     theirs = reference(images).unet(x, t, null.text.states, class_labels=torch.zeros_like(labels)).sample
     torch.testing.assert_close(decoder(x, t, null), theirs, atol=1e-5, rtol=1e-5)
 
@@ -226,11 +226,15 @@ def change(path: Path, **changed: object) -> None:
         (
             "unet/config.json",
             {"class_embed_type": None},
-            "class_embed_type None; a Stable unCLIP of 16 dimensions has projection",
+            "class_embed_type of .* must be projection for 16 dimensions of z_i, got None",
         ),
-        ("unet/config.json", {"out_channels": 8}, "out_channels 8; a Stable unCLIP of 16 dimensions has 4"),
+        ("unet/config.json", {"out_channels": 8}, "out_channels of .* must be 4 for 16 dimensions of z_i, got 8"),
         ("unet/config.json", {"cross_attention_dim": 32}, "misshapen tensors"),
-        ("image_normalizer/config.json", {"embedding_dim": 20}, "class_embeddings_input_dim 32; .* of 20 .* has 40"),
+        (
+            "image_normalizer/config.json",
+            {"embedding_dim": 20},
+            "class_embeddings_input_dim of .* must be 40 for 20 dimensions of z_i, got 32",
+        ),
         ("image_noising_scheduler/scheduler_config.json", {"num_train_timesteps": 10**9}, "from 0 to 100,000"),
     ],
 )
@@ -247,7 +251,7 @@ def test_a_text_encoder_of_another_kind_or_width_is_refused(tmp_path):
         encoder = load_caption_encoder(Component(plain_tower(folder), folder, stem="model"), folder / "tokenizer")
         decoder_of(folder).set_null_condition(None, encoder)
     change(folder / "text_encoder" / "config.json", model_type="t5")
-    with pytest.raises(InputError, match="is a t5; Stable Diffusion reads captions by a clip_text_model"):
+    with pytest.raises(InputError, match="model_type in .* must be one of clip_text_model; got 't5'"):
         load_caption_encoder(Component(folder / "text_encoder", folder, stem="model"), folder / "tokenizer")
 
 

@@ -1,4 +1,4 @@
-"""The decoder of DALLE2-pytorch: a U-Net on small pictures, and the further ones of its cascade."""
+"""The decoder of DALLE2-pytorch: a U-Net on small pictures, and the further U-Nets of its cascade."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,16 +23,16 @@ from t2i.networks.upsampler import reduce_to_low_resolution
 
 @dataclass
 class DALLE2DecoderContext:
-    hiddens: Tensor | None  # (B, 4 dim): z_i, to be added to the time
+    hiddens: Tensor | None  # (B, 4 dim): z_i, added to the timestep
     image: Tensor | None  # (B, L, cond_dim): tokens of z_i
     text: Tensor | None  # (B, max_text_len, cond_dim): the caption, padded
 
 
 class DALLE2Decoder(DecoderMixin, ModelMixin, ConfigMixin):
-    """Denoises pictures, (B, 3, S, S) in [-1, 1], given an ImageCondition.
+    """Denoiser of pictures, (B, 3, S, S) in [-1, 1], given an ImageCondition.
 
-    The condition that says nothing is the zero z_i and a caption of no tokens: they stand for the learned vector and
-    tokens of "no picture", and for the learned padding.
+    The null condition is the zero z_i and a caption of no tokens. They select the learned vector and tokens of "no
+    picture", and the learned padding.
 
     Args:
         embed_dim: dimensions D of z_i.
@@ -40,10 +40,10 @@ class DALLE2Decoder(DecoderMixin, ModelMixin, ConfigMixin):
         unet: further arguments of `t2i.networks.dalle2.unet.Unet`.
         text_width: dimensions of a caption's token states; None if it reads no captions.
         learned_variance: it also predicts the variance of the reverse steps, as further C channels.
-        reads_masks, clip_fingerprint, text_encoder_fingerprint: as of `t2i.networks.unet_decoder.UNetDecoder`.
+        reads_masks, clip_fingerprint, text_encoder_fingerprint: as in `t2i.networks.unet_decoder.UNetDecoder`.
     """
 
-    default_guidance_scale, default_steps = 1.7, 100  # the scale is that of LAION's own program for its decoder
+    default_guidance_scale, default_steps = 1.7, 100  # the scale of LAION's program for its decoder
     _no_split_modules = ["ResnetBlock"]
     lora_targets = ("to_q", "to_kv", "to_out.0")
 
@@ -63,7 +63,7 @@ class DALLE2Decoder(DecoderMixin, ModelMixin, ConfigMixin):
         super().__init__()
         check_integer("latent_size", latent_size, 1, 1024)  # no tensor has this size
         if reads_masks:
-            raise InputError("DALLE2-pytorch's decoder reads no masks, got reads_masks = true")
+            raise InputError("reads_masks must be false for DALLE2-pytorch's decoder, got true")
         derived = {
             "image_embed_dim": embed_dim,
             "cond_on_image_embeds": True,
@@ -72,34 +72,35 @@ class DALLE2Decoder(DecoderMixin, ModelMixin, ConfigMixin):
             "channels": latent_channels,
             "channels_out": latent_channels * (2 if learned_variance else 1),
         }
-        self.net = Unet(**{**unet, **derived})
+        self.net = Unet(**(unet | derived))
 
     @property
     def states_width(self) -> int | None:
         return self.config.text_width
 
     def forward(self, x: Tensor, t: Tensor, condition: ImageCondition) -> Tensor:
-        """x: (B, C, H, W) noisy pictures; t: (B,) timesteps -> (B, C, H, W), the prediction; or (B, 2C, H, W)."""
+        """Predict from noisy pictures x, (B, C, H, W), at timesteps t, (B,).
+
+        Returns (B, C, H, W), or (B, 2C, H, W) with learned_variance.
+        """
         return self.step(x, t, self.prepare(condition))
 
     @apply_forward_hook
     def prepare(self, condition: ImageCondition) -> DALLE2DecoderContext:
-        condition = condition.expand()
+        condition, text = condition.expand(), None
         hiddens, image = self.net.embed_image_condition(condition.embedding, (condition.embedding == 0).all(dim=-1))
-        if self.config.text_width is None:
-            return DALLE2DecoderContext(hiddens, image, None)
-        if condition.text is None:
-            raise ValueError("this decoder reads captions: its condition needs a text")
-        return DALLE2DecoderContext(
-            hiddens, image, self.net.embed_text_condition(condition.text.states, condition.text.mask)
-        )
+        if self.config.text_width is not None:
+            if condition.text is None:
+                raise ValueError("this decoder reads captions: its condition needs a text")
+            text = self.net.embed_text_condition(condition.text.states, condition.text.mask)
+        return DALLE2DecoderContext(hiddens, image, text)
 
     @apply_forward_hook
     def step(self, x: Tensor, t: Tensor, context: DALLE2DecoderContext) -> Tensor:
         return self.net(x, t, context.hiddens, context.image, context.text)
 
     def null(self, count: int) -> ImageCondition:
-        """The zero z_i, and a caption of no tokens if it reads captions."""
+        """Return the zero z_i, and a caption of no tokens if the decoder reads captions."""
         z_i, text = build_null_embeds(self, 1), None
         if self.config.text_width is not None:
             states = z_i.new_zeros(1, 1, self.config.text_width)
@@ -108,7 +109,7 @@ class DALLE2Decoder(DecoderMixin, ModelMixin, ConfigMixin):
 
 
 class DALLE2Pixels(ModelMixin, ConfigMixin):
-    """Stands where pipelines have an autoencoder, for decoders of a single U-Net: their "latents" are the pictures."""
+    """The place of a pipeline's autoencoder for decoders of a single U-Net, whose "latents" are the pictures."""
 
     factor, is_cascade = 1, False
 
@@ -116,7 +117,7 @@ class DALLE2Pixels(ModelMixin, ConfigMixin):
     def __init__(self, channels: int = 3):
         super().__init__()
         self.channels = channels
-        self.nothing = nn.Parameter(torch.zeros(1), requires_grad=False)  # a model has a device and a dtype
+        self.nothing = nn.Parameter(torch.zeros(1), requires_grad=False)  # gives the model a device and a dtype
 
     def encode(self, image: Tensor) -> Tensor:
         return image
@@ -129,19 +130,19 @@ class DALLE2Pixels(ModelMixin, ConfigMixin):
 
 
 class DALLE2Cascade(ModelMixin, ConfigMixin):
-    """The further U-Nets: each enlarges what the one before has drawn. They read neither z_i nor captions.
+    """The further U-Nets: each enlarges the pictures of the one before. They read neither z_i nor captions.
 
-    It stands in the autoencoder's place, with the contract of
-    `t2i.networks.public.super_resolution.SuperResolution`: `encode`
-    and `decode` are quick and without a network, `draw` is the diffusion.
+    Pipelines have it in the place of the autoencoder, as `t2i.networks.public.super_resolution.SuperResolution`:
+    `encode` and `decode` only resize, `draw_images` is the diffusion.
 
     Args:
-        low_size: side of the pictures of the first U-Net.
-        sizes: sides that the others make of them.
-        unets: arguments of `t2i.networks.dalle2.unet.Unet`, one each.
-        schedulers: arguments of `DDIMScheduler`, one each.
-        noise_levels: timesteps, of a linear schedule of 1,000, that each one's small picture is noised to; None for
-            those that were trained with blurred ones.
+        low_size: side of the pictures of the decoder.
+        sizes: side of the pictures of each further U-Net.
+        unets: arguments of `t2i.networks.dalle2.unet.Unet` for each.
+        schedulers: arguments of `DDIMScheduler` for each.
+        noise_levels: for each, the timestep of a linear schedule of 1,000 that its small picture is noised to; None for
+            a U-Net that was trained with blurred pictures.
+        channels: of the pictures.
     """
 
     is_cascade = True  # `draw_images` is a diffusion of its own
@@ -158,33 +159,35 @@ class DALLE2Cascade(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         if not len(sizes) == len(unets) == len(schedulers) == len(noise_levels) > 0:
-            raise InputError("sizes, unets, schedulers and noise_levels must be of the same U-Nets, one or more")
+            raise InputError("sizes, unets, schedulers and noise_levels must have one value a U-Net, at least one")
         for before, size in zip([low_size, *sizes], sizes):
             check_integer("a side of the cascade", size, 1, 4096)
             if size % before or size == before:
                 raise InputError(f"each side of a cascade must be a multiple of the one before, got {before}, {size}")
         self.channels = channels
-        read = ({"lowres_cond": True, "lowres_noise_cond": level is not None} for level in noise_levels)
-        self.nets = nn.ModuleList(Unet(**{**unet, "channels": channels, **more}) for unet, more in zip(unets, read))
+        self.nets = nn.ModuleList()
+        for unet, level in zip(unets, noise_levels):
+            derived = {"channels": channels, "lowres_cond": True, "lowres_noise_cond": level is not None}
+            self.nets.append(Unet(**(unet | derived)))
         self.all_schedulers = [ExactDDIMScheduler(**arguments) for arguments in schedulers]
-        self.noising = DDPMScheduler(beta_schedule="linear")  # whatever the U-Nets' own schedules are
+        self.noising = DDPMScheduler(beta_schedule="linear")  # in every model, whatever the U-Nets' own schedules are
 
     @property
     def factor(self) -> int:
-        """How many times the sides grow."""
+        """Factor by which the sides grow."""
         return self.config.sizes[-1] // self.config.low_size
 
     @property
     def scheduler(self) -> SchedulerMixin:
-        """Of the last U-Net."""
+        """The scheduler of the last U-Net."""
         return self.all_schedulers[-1]
 
     def encode(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, 3, H / factor, W / factor), bicubic with antialiasing."""
+        """Shrink pictures, (B, 3, H, W) in [-1, 1], to (B, 3, H / factor, W / factor), bicubic with antialiasing."""
         return reduce_to_low_resolution(image, self.factor)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """(B, 3, h, w) -> (B, 3, factor h, factor w): each pixel a square."""
+        """Enlarge pictures, (B, 3, h, w), to (B, 3, factor h, factor w); each pixel becomes a square."""
         return F.interpolate(latents, scale_factor=self.factor, mode="nearest")
 
     @apply_forward_hook
@@ -210,7 +213,7 @@ class DALLE2Cascade(ModelMixin, ConfigMixin):
         return x.clamp(-1, 1)
 
     def build_unet_predict(self, net: nn.Module, low: Tensor, level: int | None, generators: list[Generator]) -> Any:
-        """What a U-Net predicts of pictures whose small one is `low`, (N, 3, H, W), enlarged."""
+        """Return the `Predict` of a U-Net. low: (N, 3, H, W), the small pictures, enlarged. level: to noise them to."""
         levels = None
         if level is not None:
             levels = torch.full((len(low),), level, device=low.device)
@@ -223,5 +226,5 @@ class DALLE2Cascade(ModelMixin, ConfigMixin):
         return predict
 
     def forward(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) -> the same, made small and enlarged without a network."""
+        """Shrink and enlarge pictures without a network."""
         return self.decode(self.encode(image))

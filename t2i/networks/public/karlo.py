@@ -5,45 +5,29 @@ added to the timestep, and z_i once more as four tokens beside the caption's.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
+from diffusers import ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from t2i.checks import check_integer
+from t2i.checks import check_choice, check_integer
 from t2i.diffusion.condition import ImageCondition, TokenStates
-from t2i.diffusion.denoiser import DecoderMixin
 from t2i.errors import InputError
 from t2i.files.component import Component, load_from_components, to_json_types
 from t2i.networks.linear import Linear, use_onednn_linear
-from t2i.networks.unet_steps import UNetStepContext, prepare_unet_context, run_unet_step
+from t2i.networks.public.unet_denoiser import UNetDenoiser, UNetDenoiserContext
 
-DERIVED_UNET_KEYS = (
-    "sample_size",
-    "in_channels",
-    "out_channels",
-    "cross_attention_dim",
-    "class_embed_type",
-)  # of the U-Net
-
-
-@dataclass
-class KarloContext:
-    embedding: Tensor  # (B, E): z_i and z_t, added to the timestep
-    tokens: Tensor  # (B, L, W), to attend to
-    mask: Tensor  # (B, L), bool
-    step_context: UNetStepContext | None = (
-        None  # the same, as the U-Net's steps take it; None for one that they do not know
-    )
+# Settings of the U-Net that follow from the other arguments of a KarloDecoder.
+DERIVED_UNET_KEYS = ("sample_size", "in_channels", "out_channels", "cross_attention_dim", "class_embed_type")
 
 
 class TextProjection(nn.Module):
-    """From z_i and a caption to what the U-Net is told. The tensors of diffusers' UnCLIPTextProjModel, by its names."""
+    """Projections of z_i, z_t and a caption to inputs of the U-Net; tensors as in diffusers' UnCLIPTextProjModel."""
 
     def __init__(self, embed_dim: int, text_width: int, time_width: int, context_width: int, extra_tokens: int):
         super().__init__()
@@ -55,24 +39,28 @@ class TextProjection(nn.Module):
         self.encoder_hidden_states_proj = Linear(text_width, context_width)
         self.text_encoder_hidden_states_norm = nn.LayerNorm(context_width)
 
-    def forward(self, z_i: Tensor, z_t: Tensor, text: TokenStates) -> KarloContext:
+    def forward(self, z_i: Tensor, z_t: Tensor, text: TokenStates) -> UNetDenoiserContext:
+        """z_i and z_t, (B, D), are added to the timestep; z_i's tokens and the caption's are attended to."""
         time = self.clip_image_embeddings_project_to_time_embeddings(z_i) + self.embedding_proj(z_t)
-        # A token's dimensions are not neighbours in what is projected: the first number of every token comes first.
+        # The projection's output holds the first dimension of every token, then the second, and so on.
         extra = self.clip_extra_context_tokens_proj(z_i).unflatten(-1, (-1, self.extra_tokens)).mT
         caption = self.text_encoder_hidden_states_norm(self.encoder_hidden_states_proj(text.states))
         tokens = torch.cat([extra, caption], dim=1)
-        return KarloContext(time, tokens, F.pad(text.mask, (self.extra_tokens, 0), value=True))
+        mask = F.pad(text.mask, (self.extra_tokens, 0), value=True)
+        return UNetDenoiserContext(
+            {"encoder_hidden_states": tokens, "class_labels": time, "encoder_attention_mask": mask}
+        )
 
     @apply_forward_hook
     def null(self, count: int) -> Tensor:
-        """(count, D): the learned z_i of no picture."""
+        """Return the learned z_i of no picture, (count, D)."""
         return self.learned_classifier_free_guidance_embeddings.expand(count, -1)
 
 
-class KarloDecoder(DecoderMixin, ModelMixin, ConfigMixin):
-    """Denoises pictures, (B, 3, 64, 64) in [-1, 1], given an ImageCondition with a caption; learns the variance too.
+class KarloDecoder(UNetDenoiser, ModelMixin):
+    """Denoiser of pictures, (B, 3, 64, 64) in [-1, 1], given an ImageCondition with a caption.
 
-    z_i and z_t are CLIP's projections as they are, not of unit length.
+    z_i and z_t are CLIP's raw projections, not of unit length.
 
     Args:
         embed_dim: dimensions D of z_i and z_t.
@@ -80,15 +68,14 @@ class KarloDecoder(DecoderMixin, ModelMixin, ConfigMixin):
         text_width: dimensions of a caption's token states.
         context_width, time_width: dimensions of the tokens that the U-Net attends to, and of its timestep's embedding.
         unet_config: further arguments of `UNet2DConditionModel`.
-        extra_tokens: made from z_i.
+        extra_tokens: number of tokens made from z_i.
         null_length: tokens of the empty caption.
         learned_variance: it also predicts the variance of the reverse steps, as further C channels.
-        reads_masks, clip_fingerprint, text_encoder_fingerprint: as of `t2i.networks.unet_decoder.UNetDecoder`.
+        reads_masks, clip_fingerprint, text_encoder_fingerprint: as in `t2i.networks.unet_decoder.UNetDecoder`.
     """
 
-    default_guidance_scale, default_steps = 8.0, 25
-    _supports_gradient_checkpointing = True  # diffusers' blocks do it
-    _no_split_modules = ["ResnetBlock2D"]  # what FSDP shards as one
+    default_guidance_scale = 8.0
+    _no_split_modules = ["ResnetBlock2D"]  # units that FSDP shards
     lora_targets = ("to_q", "to_k", "to_v", "add_k_proj", "add_v_proj", "to_out.0")
 
     @register_to_config
@@ -111,30 +98,30 @@ class KarloDecoder(DecoderMixin, ModelMixin, ConfigMixin):
         super().__init__()
         check_integer("latent_size", latent_size, 1, 1024)  # no tensor has this size
         if reads_masks:
-            raise InputError("Karlo's decoder reads no masks, got reads_masks = true")
-        own = {
+            raise InputError("reads_masks must be false for Karlo's decoder, got true")
+        derived = {
             "sample_size": latent_size,
             "in_channels": latent_channels,
             "out_channels": latent_channels * (2 if learned_variance else 1),
             "cross_attention_dim": context_width,
             "class_embed_type": "identity",
         }
-        # from_config passes over settings of older versions.
-        self.unet = use_onednn_linear(UNet2DConditionModel.from_config({**unet_config, **own}))
-        if self.unet.time_embedding.linear_2.out_features != time_width:
-            ours = self.unet.time_embedding.linear_2.out_features
-            raise InputError(f"the U-Net's timesteps have {ours} dimensions, what is added to them {time_width}")
+        # from_config ignores settings of older versions of diffusers.
+        self.unet = use_onednn_linear(UNet2DConditionModel.from_config({**unet_config, **derived}))
+        width = self.unet.time_embedding.linear_2.out_features
+        if width != time_width:
+            raise InputError(f"time_width must be {width}, the dimensions of the U-Net's timesteps, got {time_width}")
         self.text_proj = TextProjection(embed_dim, text_width, time_width, context_width, extra_tokens)
-        # What CLIP says of the empty caption: set by `set_null_condition`.
+        # CLIP's encoding of the empty caption, set by `set_null_condition`.
         self.register_buffer("null_pooled", torch.zeros(embed_dim))
         self.register_buffer("null_states", torch.zeros(null_length, text_width))
 
     @classmethod
-    def from_components(cls, decoder: Component, text_proj: Component, dtype: torch.dtype | None = None) -> Any:
-        """Of a folder's `decoder` and `text_proj`, in their own dtype if none is given; `set_null_condition` is
-        still to come.
+    def from_components(cls, decoder: Component, text_proj: Component, dtype: torch.dtype | None = None) -> Self:
+        """Load a folder's `decoder` and `text_proj`; the caller calls `set_null_condition` next.
 
-        Raises InputError for a U-Net of another kind, or that does not go with the projection.
+        dtype: None is that of the files. Raises InputError for a U-Net of another kind, or that does not fit the
+        projection.
         """
         config = derive_karlo_config(decoder, text_proj)
         parts = {"unet.": decoder, "text_proj.": text_proj}
@@ -142,76 +129,57 @@ class KarloDecoder(DecoderMixin, ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def set_null_condition(self, clip: Any, text_encoder: Any = None) -> None:
-        """Take over what `clip` says of the empty caption, which the decoder is guided away from."""
+        """Store CLIP's encoding of the empty caption, which guidance leads away from."""
         null = clip.encode_text([""])
-        if null.states[0].shape != self.null_states.shape:
-            ours, theirs = tuple(self.null_states.shape), tuple(null.states[0].shape)
-            raise InputError(f"CLIP says {theirs} of the empty caption (tokens, width), the decoder takes {ours}")
+        shape, expected = tuple(null.states[0].shape), tuple(self.null_states.shape)
+        if shape != expected:
+            raise InputError(f"CLIP's empty caption has {shape} (tokens, width), the decoder takes {expected}")
         self.null_pooled.copy_(null.embedding[0])
         self.null_states.copy_(null.states[0])
 
-    def forward(self, x: Tensor, t: Tensor, condition: ImageCondition) -> Tensor:
-        """x: (B, C, H, W) noisy pictures; t: (B,) timesteps -> (B, 2C, H, W): the noise, and of the variance."""
-        # In one pass each layer makes its own keys and values: FSDP has its weights only while it runs.
-        return self.step(x, t, self.build_unet_context(condition.expand()))
-
-    @apply_forward_hook
-    def prepare(self, condition: ImageCondition) -> KarloContext:
-        unique, context = condition.find_unique_rows(), self.build_unet_context(condition.expand())
-        context.step_context = prepare_unet_context(
-            self.unet, context.tokens, context.embedding, None, context.mask, unique
-        )
-        return context
-
-    def build_unet_context(self, condition: ImageCondition) -> KarloContext:
-        """The condition as the U-Net takes it."""
+    def build_unet_context(self, condition: ImageCondition) -> UNetDenoiserContext:
         text = condition.text
         if not isinstance(text, TokenStates) or text.pooled is None:
             raise ValueError("Karlo's decoder reads captions: its condition needs a text and its z_t")
         return self.text_proj(condition.embedding, text.pooled, text)
 
-    @apply_forward_hook
-    def step(self, x: Tensor, t: Tensor, context: KarloContext) -> Tensor:
-        if context.step_context is not None:
-            return run_unet_step(self.unet, x, t, context.step_context)
-        halvings = range(len(self.unet.config.block_out_channels))
-        areas = {-(-x.shape[-2] // 2**i) * -(-x.shape[-1] // 2**i) for i in halvings}
-        tokens, mask = pad_caption_tokens(context.tokens, context.mask, areas)
-        return self.unet(x, t, tokens, class_labels=context.embedding, encoder_attention_mask=mask).sample
+    def step(self, x: Tensor, t: Tensor, context: UNetDenoiserContext) -> Tensor:
+        if context.step_context is None:
+            halvings = range(len(self.unet.config.block_out_channels))
+            areas = {-(-x.shape[-2] // 2**i) * -(-x.shape[-1] // 2**i) for i in halvings}
+            context = replace(context, arguments=pad_caption_tokens(context.arguments, areas))
+        return super().step(x, t, context)
 
     def null(self, count: int) -> ImageCondition:
-        """The learned z_i of no picture, and the empty caption."""
+        """Return the learned z_i of no picture, and the empty caption."""
         mask = torch.ones(1, len(self.null_states), dtype=torch.bool, device=self.null_states.device)
         text = TokenStates(self.null_states[None], mask, self.null_pooled[None])
         return ImageCondition(self.text_proj.null(1), text).repeat(count)
 
 
-def pad_caption_tokens(tokens: Tensor, mask: Tensor, areas: Iterable[int]) -> tuple[Tensor, Tensor]:
-    """Tokens, (B, L, W), and their mask, (B, L), padded until L is none of `areas`, the pixels of the U-Net's levels.
+def pad_caption_tokens(arguments: dict[str, Any], areas: Iterable[int]) -> dict[str, Any]:
+    """Return the U-Net's arguments with the tokens padded until their number is none of `areas`.
 
-    Where it is, diffusers takes the mask of the tokens for one of tokens and pixels together, and fails.
+    areas: the numbers of pixels in the U-Net's levels. With as many tokens as pixels, diffusers takes the tokens' mask
+    for a mask of tokens and pixels together, and fails.
     """
+    tokens, mask = arguments["encoder_hidden_states"], arguments["encoder_attention_mask"]
     while tokens.shape[1] in areas:
         tokens, mask = F.pad(tokens, (0, 0, 0, 1)), F.pad(mask, (0, 1), value=False)
-    return tokens, mask
+    return arguments | {"encoder_hidden_states": tokens, "encoder_attention_mask": mask}
 
 
 def derive_karlo_config(decoder: Component, text_proj: Component) -> dict[str, Any]:
-    """The arguments of `KarloDecoder` for a folder's parts. Raises InputError for those that are not Karlo's."""
+    """Return the arguments of `KarloDecoder` for the parts of a folder. Raises InputError if they are not Karlo's."""
     unet, projection = decoder.get_config_arguments(), text_proj.get_config_arguments()
-    if unet.get("class_embed_type") != "identity":
-        raise InputError(
-            f"{str(decoder.folder)!r} has class_embed_type {unet.get('class_embed_type')!r:.80}; Karlo's is 'identity'"
-        )
+    where = f"in {str(decoder.folder)!r}"
+    check_choice(f"class_embed_type {where}", unet.get("class_embed_type"), ("identity",))
     channels, out = unet.get("in_channels", 4), unet.get("out_channels", 4)
-    if out not in (channels, 2 * channels):
-        raise InputError(
-            f"{str(decoder.folder)!r} has in_channels {channels} and out_channels {out}, not as many or 2x"
-        )
-    context = projection.get("cross_attention_dim")
-    if unet.get("cross_attention_dim", 1280) != context:
-        theirs = f"tokens of {context} dimensions, the decoder reads {unet.get('cross_attention_dim', 1280)!r:.80}"
-        raise InputError(f"{str(text_proj.folder)!r} makes {theirs}; they were not trained together")
+    check_choice(f"out_channels {where}", out, (channels, 2 * channels))
+    context, read = projection.get("cross_attention_dim"), unet.get("cross_attention_dim", 1280)
+    if read != context:
+        widths = f"makes tokens of {context!r:.80} dimensions, the decoder reads {read!r:.80}"
+        raise InputError(f"{str(text_proj.folder)!r} {widths}; they were not trained together")
     return {
         "embed_dim": projection.get("clip_embeddings_dim", 768),
         "latent_channels": channels,

@@ -1,9 +1,10 @@
-"""Karlo's super-resolution, from 64 to 256 pixels: a diffusion in few steps, the last by a network of its own.
+"""Karlo's super-resolution, from 64 to 256 pixels: a diffusion of few steps, the last with a network of its own.
 
-It stands in the autoencoder's place: the decoder's "latents" are small pictures, and to decode them is to enlarge them.
+Pipelines have it in the place of the autoencoder: the decoder's "latents" are small pictures, and decoding enlarges
+them.
 """
 
-from typing import Any
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -23,15 +24,14 @@ from t2i.networks.upsampler import reduce_to_low_resolution
 
 
 class SuperResolution(ModelMixin, ConfigMixin):
-    """Two U-Nets on pictures in [-1, 1] that see the small picture, enlarged, beside the noisy one.
+    """Two U-Nets on pictures in [-1, 1] that read the small picture, enlarged, beside the noisy one.
 
-    `encode` and `decode` are quick and without a network, for previews and for pictures that are painted over; `draw`
-    is the diffusion.
+    `encode` and `decode` only resize, for previews and inpainting; `draw_images` is the diffusion.
 
     Args:
-        first, last: arguments of `UNet2DModel`: of all steps but the last, and of the last.
+        first, last: arguments of `UNet2DModel`, for all steps but the last, and for the last.
         scheduler: arguments of `UnCLIPScheduler`.
-        low_size: side of the small pictures; that of the large ones is the networks' sample_size.
+        low_size: side of the small pictures; the large ones have the networks' sample_size.
     """
 
     default_steps = 7
@@ -43,18 +43,17 @@ class SuperResolution(ModelMixin, ConfigMixin):
         check_integer("low_size", low_size, 1, 1024)  # no tensor has this size
         check_integer("sample_size", first.get("sample_size"), 1, 4096)
         if first["sample_size"] % low_size or first["sample_size"] != last.get("sample_size"):
-            sizes = f"{first['sample_size']} and {last.get('sample_size')} for a small picture of {low_size}"
-            raise InputError(f"both sample_size must be the same multiple of the small side, got {sizes}")
-        self.super_res_first, self.super_res_last = (
-            use_onednn_linear(UNet2DModel.from_config(one)) for one in (first, last)
-        )
+            sizes = f"{first['sample_size']} and {last.get('sample_size')}"
+            raise InputError(f"both sample_size must be the same multiple of low_size {low_size}, got {sizes}")
+        self.super_res_first = use_onednn_linear(UNet2DModel.from_config(first))
+        self.super_res_last = use_onednn_linear(UNet2DModel.from_config(last))
         self.scheduler = UnCLIPRespacedScheduler(**scheduler)
 
     @classmethod
     def from_components(
         cls, first: Component, last: Component, scheduler: dict, low_size: int, dtype: torch.dtype | None = None
-    ) -> Any:
-        """Of a folder's `super_res_first`, `super_res_last`, and what its super_res_scheduler's configuration says."""
+    ) -> Self:
+        """Load a folder's `super_res_first` and `super_res_last`. scheduler: the config of `super_res_scheduler`."""
         arguments = {key: value for key, value in scheduler.items() if not key.startswith("_")}
         config = {
             "first": to_json_types(first.get_config_arguments()),
@@ -70,17 +69,17 @@ class SuperResolution(ModelMixin, ConfigMixin):
 
     @property
     def factor(self) -> int:
-        """How many times the sides grow."""
+        """Factor by which the sides grow."""
         return self.config.first["sample_size"] // self.config.low_size
 
     def encode(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, 3, H / factor, W / factor), bicubic with antialiasing."""
+        """Shrink pictures, (B, 3, H, W) in [-1, 1], to (B, 3, H / factor, W / factor), bicubic with antialiasing."""
         return reduce_to_low_resolution(image, self.factor)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """(B, 3, h, w) -> (B, 3, factor h, factor w), bicubic: what the networks see of the small picture."""
+        """Enlarge pictures, (B, 3, h, w), to (B, 3, factor h, factor w), bicubic, as the networks read them."""
         size = [self.factor * side for side in latents.shape[-2:]]
-        # With "antialias", which changes the kernel although nothing is made smaller, as Karlo has it.
+        # Karlo sets `antialias`, which changes the kernel even here, where nothing shrinks.
         return F.interpolate(latents.float(), size=size, mode="bicubic", antialias=True).to(latents.dtype)
 
     @apply_forward_hook
@@ -104,15 +103,12 @@ class SuperResolution(ModelMixin, ConfigMixin):
             is_last = bool(t == scheduler.timesteps[scheduler.timesteps >= 0][-1])
             network, context = networks[is_last], contexts[is_last]
             both = torch.cat([x, low], dim=1).to(dtype)
-            found = (
-                network(both, t).sample
-                if context is None
-                else run_unet_step(network, both, t.expand(len(both)), context)
-            )
-            return found.to(x.dtype)
+            if context is None:
+                return network(both, t).sample.to(x.dtype)
+            return run_unet_step(network, both, t.expand(len(both)), context).to(x.dtype)
 
         return sample_from_noise(predict, scheduler, noise, sampling).clamp(-1, 1)
 
     def forward(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) -> the same, made small and enlarged without a network."""
+        """Shrink and enlarge pictures without a network."""
         return self.decode(self.encode(image))
