@@ -11,6 +11,7 @@ from PIL import Image
 from t2i.training.common.preview import (
     Columns,
     Preview,
+    PreviewPipeline,
     SampleConfig,
     draw_autoencoder_preview,
     draw_clip_preview,
@@ -51,6 +52,11 @@ def columns(dataset, pipeline) -> Columns:
     found = encode_columns(read_fixed_records(dataset, 3), ["a blue square"], pipeline.clip)
     assert found is not None
     return found
+
+
+def decoding(pipeline) -> PreviewPipeline:
+    parts = {"decoder": pipeline.decoder, "decoder_scheduler": pipeline.decoder_scheduler}
+    return PreviewPipeline(**parts, autoencoder=pipeline.autoencoder)
 
 
 def count_pixels(image: Image.Image, color: tuple[int, int, int]) -> int:
@@ -142,25 +148,25 @@ def test_columns_are_the_same_from_pictures_and_from_what_was_encoded_before(dat
 
 def test_a_column_is_what_the_pipeline_draws_with_its_seed(columns, pipeline):
     config = SampleConfig(seed=5, **FAST)
-    z_i = sample_column_embeds(columns, config, pipeline.prior, pipeline.prior_scheduler)
-    parts = (pipeline.decoder, pipeline.decoder_scheduler, pipeline.autoencoder)
+    z_i = sample_column_embeds(columns, config, PreviewPipeline(pipeline.prior, pipeline.prior_scheduler))
+    stages = decoding(pipeline)
     expected = pipeline(columns.captions, generator=seeds(5, 6, 7, 8), output_type="pt", **FAST)
     torch.testing.assert_close(z_i, expected.image_embeds)
-    pictures = draw_column_images(columns, z_i, config, *parts)
+    pictures = draw_column_images(columns, z_i, config, stages)
     torch.testing.assert_close((pictures / 2 + 0.5).clamp(0, 1), expected.images)
-    true = draw_column_images(columns, columns.z_i, config, *parts)
+    true = draw_column_images(columns, columns.z_i, config, stages)
     expected = pipeline(
         columns.captions[:3], image_embeds=columns.z_i, generator=seeds(5, 6, 7), output_type="pt", **FAST
     )
     torch.testing.assert_close((true / 2 + 0.5).clamp(0, 1), expected.images)
-    other = draw_column_images(columns, columns.z_i, SampleConfig(seed=6, **FAST), *parts)
+    other = draw_column_images(columns, columns.z_i, SampleConfig(seed=6, **FAST), stages)
     assert not torch.allclose(true, other, atol=1e-2)
 
 
 def test_more_columns_than_a_batch_are_drawn_each_with_its_own_caption_and_seed(dataset, pipeline):
     columns = encode_columns(read_fixed_records(dataset, 19), [], pipeline.clip)
     config = SampleConfig(**FAST)
-    z_i = sample_column_embeds(columns, config, pipeline.prior, pipeline.prior_scheduler)
+    z_i = sample_column_embeds(columns, config, PreviewPipeline(pipeline.prior, pipeline.prior_scheduler))
     assert z_i.shape == (19, 32)
     expected = pipeline(columns.captions[18], generator=seeds(18), output_type="latent", **FAST)
     torch.testing.assert_close(z_i[18:], expected.image_embeds, atol=1e-4, rtol=1e-3)
@@ -168,16 +174,16 @@ def test_more_columns_than_a_batch_are_drawn_each_with_its_own_caption_and_seed(
 
 def test_the_grid_has_a_row_for_each_stage_at_hand(columns, pipeline):
     config = SampleConfig(**FAST)
-    parts = (pipeline.decoder, pipeline.decoder_scheduler, pipeline.autoencoder)
-    z_i = sample_column_embeds(columns, config, pipeline.prior, pipeline.prior_scheduler)
-    whole, alone = draw_decoder_preview(columns, config, *parts, z_i), draw_decoder_preview(columns, config, *parts)
+    stages = decoding(pipeline)
+    z_i = sample_column_embeds(columns, config, PreviewPipeline(pipeline.prior, pipeline.prior_scheduler))
+    whole, alone = draw_decoder_preview(columns, config, stages, z_i), draw_decoder_preview(columns, config, stages)
     assert whole.height - alone.height == 96 + 8  # the row of the prior
     assert whole.width - alone.width == 96 + 8  # the column of the prompt, which the prior alone can draw
     blind = Columns(columns.captions, columns.text, columns.z_i, None)
-    assert alone.height - draw_decoder_preview(blind, config, *parts).height == 96 + 8  # the row of the pictures
+    assert alone.height - draw_decoder_preview(blind, config, stages).height == 96 + 8  # the row of the pictures
     prompts = Columns(["a cat"], columns.text.map_tensors(lambda tensor: tensor[:1]), torch.zeros(0, 32), None)
-    assert draw_decoder_preview(prompts, config, *parts) is None and draw_prior_preview(prompts, z_i[:1]) is None
-    assert draw_decoder_preview(prompts, config, *parts, z_i[:1]).width == 120 + 96 + 2 * 8
+    assert draw_decoder_preview(prompts, config, stages) is None and draw_prior_preview(prompts, z_i[:1]) is None
+    assert draw_decoder_preview(prompts, config, stages, z_i[:1]).width == 120 + 96 + 2 * 8
 
 
 def test_a_perfect_prior_finds_every_picture(columns):
@@ -202,13 +208,14 @@ def test_the_previews_of_clip_and_autoencoder_show_every_record(dataset, pipelin
             assert grid.crop((left, top, left + 96, top + 96)) == image.resize((96, 96), Image.Resampling.NEAREST)
 
 
-def test_weights_that_are_not_finite_are_drawn_black_and_stop_nothing(columns, pipeline):
-    config = SampleConfig(**FAST)
+def test_weights_that_are_not_finite_stop_nothing_and_are_named(columns, runs, pipeline, caplog):
+    preview = preview_of(runs, columns, pipeline.clip)
     next(pipeline.prior.parameters()).data.fill_(torch.nan)
-    z_i = sample_column_embeds(columns, config, pipeline.prior, pipeline.prior_scheduler)
-    parts = (pipeline.decoder, pipeline.decoder_scheduler, pipeline.autoencoder)
-    assert count_pixels(draw_decoder_preview(columns, config, *parts, z_i), (0, 0, 0)) >= 4 * 96 * 96
-    draw_prior_preview(columns, z_i)
+    assert preview.preview_prior(pipeline.prior, pipeline.prior_scheduler) == {}
+    assert "sample pictures lack a stage: the prior returned values that are not finite" in caplog.text
+    next(pipeline.decoder.parameters()).data.fill_(torch.nan)
+    assert preview.preview_decoder(pipeline.decoder, pipeline.decoder_scheduler, lambda: pipeline.autoencoder) == {}
+    assert "sample pictures lack a stage: the decoder returned values that are not finite" in caplog.text
 
 
 # In a run

@@ -1,7 +1,6 @@
-"""Whether a run learns, seen: the same records, prompts and seeds drawn again and again, each time as one picture.
+"""Previews of a run: the same samples, prompts and seeds drawn again and again, by the pipeline's own stages.
 
-Nothing here touches the global random state, so that a run with previews is the run without them. Models are in eval
-mode.
+Previews do not change the global random state, so a run with previews equals the run without them.
 """
 
 import copy
@@ -10,51 +9,54 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, SchedulerMixin
 from PIL.Image import Image
+from t2i.pipelines.base import UnCLIPPipeline
+from t2i.pipelines.stages import StagedPipeline
 from t2i.training.common.encodings import EncodingSource, encode_captions
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from t2i.checks import check_integer, check_range, check_texts
 from t2i.data import Batch, CaptionedPictures
 from t2i.data.dataset import SampleIndex
 from t2i.diffusion.condition import TextEncoding
 from t2i.diffusion.guidance import MAX_GUIDANCE_SCALE
-from t2i.diffusion.samplers import resolve_sampler
-from t2i.diffusion.sampling_loop import MAX_STEPS, Sampling
+from t2i.diffusion.sampling_loop import MAX_STEPS
 from t2i.errors import InputError
 from t2i.evaluation.contact_sheet import build_labelled_rows, build_similarity_matrix, to_pil_images
 from t2i.files.model_folder import load_model, load_or_explain
 from t2i.interop.by_name import load_autoencoder, load_text_encoder
+from t2i.interop.trainable import PUBLIC_DECODERS
 from t2i.networks.autoencoder import Autoencoder
 from t2i.networks.clip import CLIP
 from t2i.networks.decoder import Decoder
 from t2i.networks.text_encoder import TextEncoder
 from t2i.networks.unet_decoder import UNetDecoder
 from t2i.sampling.embeddings import MAX_CANDIDATES, PRIOR_CLASSES, AnyPrior
-from t2i.sampling.embeddings import sample_image_embeds as draw_any
-from t2i.sampling.sample import build_decoder_condition, sample_decoder, split_generators
+from t2i.sampling.sample import split_generators
 
 logger = logging.getLogger(__name__)
 
-COLUMNS_PER_BATCH = 16  # columns at a time: less memory than a step of training takes
+COLUMNS_PER_BATCH = 16  # columns drawn at once, which takes less memory than a training step
 MAX_PROMPTS = 64
+
+Result = TypeVar("Result")
 
 
 @dataclass
 class SampleConfig:
-    count: int = 8  # records of the data, a column each
-    prompts: list[str] = field(default_factory=list)  # further columns, which have no true picture
-    seed: int = 0  # of the first column; the next has the next
-    prior: str | None = None  # folder of a trained prior, for pictures of a decoder in training
-    decoder: str | None = None  # folder of a trained decoder, for pictures of a prior in training ...
-    autoencoder: str | None = None  # ... and of its autoencoder, or a diffusers VAE
+    count: int = 8  # samples of the data, a column each
+    prompts: list[str] = field(default_factory=list)  # further columns, without a true picture
+    seed: int = 0  # of the first column; the next column has the next seed
+    prior: str | None = None  # folder of a trained prior, for images in the previews of a decoder
+    decoder: str | None = None  # folder of a trained decoder, for images in the previews of a prior, ...
+    autoencoder: str | None = None  # ... and the folder of its autoencoder, or the name of a diffusers VAE
     prior_num_inference_steps: int = 25
-    prior_guidance_scale: float | None = None  # what is usual for the prior
+    prior_guidance_scale: float | None = None  # null is the prior's default
     prior_candidates: int = 2
     num_inference_steps: int = 25
     guidance_scale: float = 1.5
@@ -74,9 +76,40 @@ class SampleConfig:
         if (self.decoder is None) != (self.autoencoder is None):
             raise InputError("sample.decoder and sample.autoencoder go together; give both or none")
 
+    @property
+    def pipeline_options(self) -> dict[str, Any]:
+        """The options that a pipeline's stages take."""
+        of_prior = ("prior_num_inference_steps", "prior_guidance_scale", "prior_candidates")
+        names = (*of_prior, "num_inference_steps", "guidance_scale")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+class PreviewPipeline(UnCLIPPipeline):
+    """A pipeline of only those stages that a preview draws with.
+
+    Its input is encoded before, so CLIP and text encoder are missing: a run from a cache does not load them.
+    """
+
+    _optional_components = ["prior", "prior_scheduler", "decoder", "decoder_scheduler", "autoencoder"]
+    default_decoder_options: dict[str, Any] = {}  # type: ignore[assignment]  # `pipeline_options` has them all
+
+    def __init__(
+        self,
+        prior: AnyPrior | None = None,
+        prior_scheduler: SchedulerMixin | None = None,
+        decoder: Any = None,
+        decoder_scheduler: SchedulerMixin | None = None,
+        autoencoder: Any = None,
+    ):
+        super(StagedPipeline, self).__init__()  # StagedPipeline's requires all stages
+        # Copies, because setting the steps of a scheduler would change that of the training
+        schedulers = {"prior_scheduler": prior_scheduler, "decoder_scheduler": decoder_scheduler}
+        self.register_modules(prior=prior, decoder=decoder, autoencoder=autoencoder, **copy.deepcopy(schedulers))
+        self.set_progress_bar_config(disable=True)
+
 
 def read_fixed_records(dataset: CaptionedPictures, count: int) -> Batch | None:
-    """At most `count` records from all over a data set, the same ones every time; None for no records."""
+    """Read at most `count` samples, evenly spread over a data set; None for no samples."""
     keys = choose_fixed_keys(len(dataset), count)
     return dataset.__getitems__(keys) if keys else None
 
@@ -88,7 +121,7 @@ def choose_fixed_keys(size: int, count: int) -> list[SampleIndex]:
 
 @dataclass
 class Columns:
-    """What is drawn: N captions, of which the first K have true pictures. Floating-point tensors are fp32."""
+    """Input of a preview: N captions, of which the first K have true pictures. Floating-point tensors are fp32."""
 
     captions: list[str]
     text: TextEncoding  # of the N captions
@@ -104,34 +137,37 @@ class Columns:
 def encode_columns(
     records: Batch | None, prompts: list[str], clip: CLIP | None, reader: TextEncoder | None = None
 ) -> Columns | None:
-    """Columns of records and further prompts, on the CPU; CLIP encodes what the batch does not hold already, if any,
-    and `reader`, the decoder's text encoder if it has its own.
+    """Return the columns of samples and further prompts, on the CPU; None if there are neither.
 
-    None if there are neither.
+    Encodings that the batch lacks, and those of the prompts, are computed by `clip`, and by `reader`, the decoder's
+    text encoder, if it has its own.
     """
     captions = [] if records is None else records.captions
     if not captions and not prompts:
         return None
+    cpu = torch.device("cpu")
+    # Captions
     if records is not None and records.text is not None:
-        text = records.text.to(torch.device("cpu"), torch.float32)
+        text = records.text.to(cpu, torch.float32)
         if prompts:
-            assert clip is not None, "somebody has to encode the prompts"
-            text = text.cat(encode_captions(clip, reader, prompts).to(torch.device("cpu"), torch.float32))
+            assert clip is not None, "prompts need CLIP"
+            text = text.cat(encode_captions(clip, reader, prompts).to(cpu, torch.float32))
     else:
-        assert clip is not None, "somebody has to encode the captions"
+        assert clip is not None, "captions need CLIP"
         text = encode_captions(clip, reader, [*captions, *prompts])
+    # Pictures
     if records is None:
         z_i, pictures = torch.zeros(0, text.embedding.shape[1]), None
     else:
         z_i, pictures = records.image_embeds, records.image
         if z_i is None:
-            assert clip is not None and pictures is not None, "a batch holds pictures or their embeddings"
+            assert clip is not None and pictures is not None, "a batch has pictures or their embeddings"
             z_i = clip.encode_image(pictures.to(clip.device, clip.dtype))
-    return Columns([*captions, *prompts], text, z_i.float(), pictures).to(torch.device("cpu"))
+    return Columns([*captions, *prompts], text, z_i.float(), pictures).to(cpu)
 
 
 def choose_columns(source: EncodingSource, config: SampleConfig) -> Columns | None:
-    """The columns of a prior's or a decoder's run, encoded by where it gets its batches from."""
+    """Return the columns of a prior's or a decoder's run."""
     dataset = source.validation or source.dataset
     keys = choose_fixed_keys(len(dataset), config.count)
     clip = source.load_clip() if config.prompts else None
@@ -141,99 +177,81 @@ def choose_columns(source: EncodingSource, config: SampleConfig) -> Columns | No
 
 @torch.no_grad()
 def add_decoder_tokens(text_encoder: TextEncoder | None, columns: Columns) -> Columns:
-    """The columns with what a decoder's own text encoder says of their captions."""
+    """Return the columns with captions encoded by a decoder's own text encoder, if there is one."""
     if text_encoder is None:
         return columns
-    tokens = [text_encoder.encode(columns.captions[part]) for part in slice_columns(len(columns.captions))]
-    tokens = [one.to(torch.device("cpu"), torch.float32) for one in tokens]
-    found = reduce(lambda one, other: one.cat(other), tokens)
-    return replace(columns, text=replace(columns.text, decoder_tokens=found))
+    batches = [text_encoder.encode(columns.captions[part]) for part in slice_columns(len(columns.captions))]
+    batches = [tokens.to(torch.device("cpu"), torch.float32) for tokens in batches]
+    tokens = reduce(lambda first, second: first.cat(second), batches)
+    return replace(columns, text=replace(columns.text, decoder_tokens=tokens))
 
 
 @torch.no_grad()
 def draw_autoencoder_preview(autoencoder: Autoencoder, pictures: Tensor) -> Image:
-    """Pictures, (K, 3, H, W) in [-1, 1], over what is left of them as latents; below, how near, in dB."""
+    """Draw pictures, (K, 3, H, W) in [-1, 1], their reconstructions, and the PSNR of those in dB."""
     pictures = pictures.to(autoencoder.device)
-    again = apply_in_batches(lambda part: autoencoder.decode(autoencoder.encode(part)).float(), pictures)
-    psnr = 10 * torch.log10(4 / (again.clamp(-1, 1) - pictures).square().mean(dim=(1, 2, 3)))  # pictures span 2
-    rows = {"picture": to_pil_images(pictures), "reconstruction": to_pil_images(again)}
+    decoded = apply_in_batches(lambda part: autoencoder.decode(autoencoder.encode(part)).float(), pictures)
+    psnr = 10 * torch.log10(4 / (decoded.clamp(-1, 1) - pictures).square().mean(dim=(1, 2, 3)))  # pictures span 2
+    rows = {"picture": to_pil_images(pictures), "reconstruction": to_pil_images(decoded)}
     return build_labelled_rows(rows, [f"{value:.1f} dB" for value in psnr.tolist()])
 
 
 @torch.no_grad()
 def draw_clip_preview(clip: CLIP, pictures: Tensor, captions: list[str]) -> Image:
-    """The cosines of every caption with every picture, (K, 3, H, W); `clip` has its tokenizer."""
+    """Draw the cosines of every caption with every picture, (K, 3, H, W); `clip` has its tokenizer."""
     z_i = apply_in_batches(clip.encode_image, pictures.to(clip.device))
     z_t = clip.encode_text(captions).embedding
     return build_similarity_matrix(z_t @ z_i.T, to_pil_images(pictures), captions, "cosine of caption and picture")
 
 
-def sample_column_embeds(
-    columns: Columns, config: SampleConfig, prior: AnyPrior, scheduler: SchedulerMixin | None
-) -> Tensor:
-    """The prior's z_i for every column, (N, D), unit length, fp32, on the CPU."""
-    scheduler, device = copy.deepcopy(scheduler), prior.device  # setting its steps would change the trainer's
-    scheduler = None if scheduler is None else resolve_sampler(None, scheduler, prior)  # as the pipeline draws
-    steps, scale, candidates = config.prior_num_inference_steps, config.prior_guidance_scale, config.prior_candidates
-    generators, _ = build_generators(columns, config)
-
-    def draw(part: slice) -> Tensor:
-        text = columns.text.map_tensors(lambda tensor: tensor[part].to(device))
-        return draw_any(prior, scheduler, text, None, Sampling(steps, generators[part], scale), candidates).cpu()
-
-    return torch.cat([draw(part) for part in slice_columns(len(columns.captions))])
+@torch.no_grad()
+def sample_column_embeds(columns: Columns, config: SampleConfig, pipeline: UnCLIPPipeline) -> Tensor:
+    """Sample the prior's z_i for every column, (N, D), unit length, fp32, on the CPU."""
+    prior_options, decoder_options = pipeline.resolve_options(**config.pipeline_options)
+    count = len(columns.captions)
+    generators, _ = split_generators(build_generators(config, count), count)
+    batches = []
+    for part in slice_columns(count):
+        text = columns.text.take_rows(torch.arange(count)[part])
+        z_i = pipeline.sample_image_embeds(text, None, prior_options, generators[part], decoder_options)
+        batches.append(z_i.cpu())
+    return torch.cat(batches)
 
 
 @torch.no_grad()
-def draw_column_images(
-    columns: Columns,
-    z_i: Tensor,
-    config: SampleConfig,
-    decoder: Decoder | UNetDecoder,
-    scheduler: SchedulerMixin,
-    autoencoder: Autoencoder,
-) -> Tensor:
-    """The decoder's pictures of z_i, (M, D), of the first M columns: (M, 3, H, W), fp32, on the CPU.
+def draw_column_images(columns: Columns, z_i: Tensor, config: SampleConfig, pipeline: UnCLIPPipeline) -> Tensor:
+    """Draw the decoder's images of z_i, (M, D), for the first M columns: (M, 3, H, W), fp32, on the CPU.
 
     A column's noise is the same for any z_i, and that of the pipeline with the column's seed.
     """
-    scheduler, device = resolve_sampler(None, copy.deepcopy(scheduler), decoder), decoder.device
-    steps, scale = config.num_inference_steps, config.guidance_scale
+    _, options = pipeline.resolve_options(**config.pipeline_options)
     count = len(z_i)
-    generators, texts = (
-        build_generators(columns, config)[1][:count],
-        columns.text.map_tensors(lambda tensor: tensor[:count]),
-    )
-
-    def draw(part: slice) -> Tensor:
-        text = texts.map_tensors(lambda tensor: tensor[part].to(device))
-        condition = build_decoder_condition(decoder, z_i[part].to(device), text)
-        latents = sample_decoder(decoder, scheduler, condition, Sampling(steps, generators[part], scale))
-        return autoencoder.decode(latents.to(autoencoder.device, autoencoder.dtype)).float().cpu()
-
-    return torch.cat([draw(part) for part in slice_columns(count)])
+    _, generators = split_generators(build_generators(config, count), count)
+    batches = []
+    for part in slice_columns(count):
+        text = columns.text.take_rows(torch.arange(count)[part])
+        latents = pipeline.sample_decoder(z_i[part], text, options, generators[part])
+        batches.append(pipeline.decode_images(latents).cpu())
+    return torch.cat(batches)
 
 
 def draw_decoder_preview(
-    columns: Columns,
-    config: SampleConfig,
-    decoder: Decoder | UNetDecoder,
-    scheduler: SchedulerMixin,
-    autoencoder: Autoencoder,
-    prior_z_i: Tensor | None = None,
+    columns: Columns, config: SampleConfig, pipeline: UnCLIPPipeline, prior_z_i: Tensor | None = None
 ) -> Image | None:
-    """True pictures over those that the decoder draws of the true z_i and, if given, of the prior's, (N, D).
+    """Draw the true pictures, the decoder's images of the true z_i, and those of the prior's z_i, (N, D), if given.
 
-    The first row of the two that is bad tells which stage is. None if there is nothing to draw from: prompts without a
-    prior.
+    The first bad row of the last two shows which stage is bad. None if there is nothing to draw from: prompts without
+    a prior.
     """
     rows: dict[str, list] = {}
     if columns.pictures is not None:
         rows["picture"] = to_pil_images(columns.pictures)
-    for label, z_i in {"true": columns.z_i, "prior": prior_z_i}.items():
-        if z_i is not None and len(z_i):
-            name = "decoder from the true image embedding" if label == "true" else "decoder from the prior"
-            rows[name] = to_pil_images(draw_column_images(columns, z_i, config, decoder, scheduler, autoencoder))
+    if len(columns.z_i):
+        images = draw_column_images(columns, columns.z_i, config, pipeline)
+        rows["decoder from the true image embedding"] = to_pil_images(images)
+    if prior_z_i is not None:
+        images = draw_column_images(columns, prior_z_i, config, pipeline)
+        rows["decoder from the prior"] = to_pil_images(images)
     if not rows:
         return None
     shown = max(map(len, rows.values()))
@@ -241,7 +259,7 @@ def draw_decoder_preview(
 
 
 def draw_prior_preview(columns: Columns, prior_z_i: Tensor) -> Image | None:
-    """The cosines of the prior's z_i of every caption, (N, D), with the true z_i; None without true ones."""
+    """Draw the cosines of the prior's z_i of every caption, (N, D), with the true z_i; None without true ones."""
     count = len(columns.z_i)
     if not count:
         return None
@@ -252,98 +270,97 @@ def draw_prior_preview(columns: Columns, prior_z_i: Tensor) -> Image | None:
 
 
 class Preview:
-    """Previews of a prior or a decoder in training, with the other stages from their folders where those are given.
+    """Previews of a prior or a decoder in training, with the other stages from their folders, where those are given.
 
-    Loads the other stages that are there once at the start, to refuse in time what does not fit, and again whenever it
-    draws; between two drawings they take no memory. One that does not load then, or is not there yet, is left out,
-    which the log says.
+    The other stages are loaded once at the start, to refuse early those that do not fit, and again for each preview;
+    in between they take no memory. A stage that does not load, or is not there yet, is left out with a warning.
 
     Args:
-        columns: what to draw; None draws nothing.
-        fingerprint: of the CLIP that encoded them.
+        columns: the input; None draws nothing.
+        fingerprint: identity of the CLIP that encoded the columns.
     """
 
     def __init__(self, config: SampleConfig, columns: Columns | None, fingerprint: str):
         self.config, self.columns, self.fingerprint = config, columns, fingerprint
-        if is_existing_path(config.prior):
-            self.load_trained_prior()
-        if is_existing_path(config.decoder):
-            self.load_trained_decoder()
+        with torch.random.fork_rng(devices=[]):  # a model is built with random weights before it is loaded
+            if is_existing_path(config.prior):
+                self.load_trained_prior()
+            if is_existing_path(config.decoder):
+                self.load_trained_decoder()
 
     def preview_decoder(
-        self, decoder: Decoder | UNetDecoder, scheduler: SchedulerMixin, load_autoencoder: Callable[[], Autoencoder]
+        self, decoder: Any, scheduler: SchedulerMixin, load_autoencoder: Callable[[], Autoencoder]
     ) -> dict[str, Image]:
-        """Pictures by name, perhaps none."""
-        if self.columns is None:
+        """Return images by name, perhaps none."""
+        columns, config, device = self.columns, self.config, decoder.device
+        if columns is None:
             return {}
         with torch.random.fork_rng(devices=[]):
-            found = load_or_skip(lambda: (load_autoencoder(),), decoder.device)
-        if found is None:
-            return {}
-        [autoencoder] = found
-        z_i = self.sample_trained_prior(decoder.device)
-        image = draw_decoder_preview(self.columns, self.config, decoder, scheduler, autoencoder, z_i)
+            autoencoder = skip_failure(load_autoencoder)
+            if autoencoder is None:
+                return {}
+            # The prior is gone again before the decoder draws.
+            z_i = None
+            if config.prior is not None:
+                z_i = skip_failure(lambda: sample_column_embeds(columns, config, self.load_trained_prior().to(device)))
+            pipeline = PreviewPipeline(decoder=decoder, decoder_scheduler=scheduler, autoencoder=autoencoder.to(device))
+            image = skip_failure(lambda: draw_decoder_preview(columns, config, pipeline, z_i))
         return {} if image is None else {"pictures": image}
 
     def preview_prior(self, prior: AnyPrior, scheduler: SchedulerMixin | None) -> dict[str, Image]:
-        """Pictures by name, perhaps none."""
-        if self.columns is None:
+        """Return images by name, perhaps none."""
+        columns, config = self.columns, self.config
+        if columns is None:
             return {}
-        z_i = sample_column_embeds(self.columns, self.config, prior, scheduler)
-        images = {"embeddings": draw_prior_preview(self.columns, z_i)}
-        if trained := load_or_skip(self.load_trained_decoder, prior.device):
-            decoder, decoder_scheduler, autoencoder, text_encoder = trained
-            columns = add_decoder_tokens(text_encoder, self.columns)
-            images["pictures"] = draw_decoder_preview(
-                columns, self.config, decoder, decoder_scheduler, autoencoder, z_i
-            )
+        with torch.random.fork_rng(devices=[]):
+            pipeline = PreviewPipeline(prior, scheduler)
+            z_i = skip_failure(lambda: sample_column_embeds(columns, config, pipeline))
+            if z_i is None:
+                return {}
+            images = {"embeddings": draw_prior_preview(columns, z_i)}
+            if config.decoder is not None:
+                images["pictures"] = skip_failure(lambda: self.draw_with_trained_decoder(columns, z_i, prior.device))
         return {name: image for name, image in images.items() if image is not None}
 
-    def sample_trained_prior(self, device: torch.device) -> Tensor | None:
-        """The trained prior's z_i; when this returns, the prior takes no memory any more."""
-        assert self.columns is not None, "there is something to draw"
-        trained = load_or_skip(self.load_trained_prior, device)
-        return None if trained is None else sample_column_embeds(self.columns, self.config, *trained)
+    def draw_with_trained_decoder(self, columns: Columns, z_i: Tensor, device: torch.device) -> Image | None:
+        pipeline, text_encoder = self.load_trained_decoder()
+        if text_encoder is not None:
+            text_encoder.to(device)
+        columns = add_decoder_tokens(text_encoder, columns)
+        return draw_decoder_preview(columns, self.config, pipeline.to(device), z_i)
 
-    def load_trained_prior(self) -> tuple[AnyPrior, SchedulerMixin | None] | None:
-        return None if self.config.prior is None else self.load_trained_stage("prior", self.config.prior, PRIOR_CLASSES)
+    def load_trained_prior(self) -> PreviewPipeline:
+        return PreviewPipeline(*self.load_trained_stage("prior", PRIOR_CLASSES))
 
-    def load_trained_decoder(
-        self,
-    ) -> tuple[Decoder | UNetDecoder, SchedulerMixin, Autoencoder, TextEncoder | None] | None:
-        if self.config.decoder is None or self.config.autoencoder is None:
-            return None
-        from t2i.interop.trainable import PUBLIC_DECODERS
-
-        decoder, scheduler = self.load_trained_stage(
-            "decoder", self.config.decoder, (Decoder, UNetDecoder, *PUBLIC_DECODERS)
-        )
-        with torch.random.fork_rng(devices=[]):
-            autoencoder = load_autoencoder(self.config.autoencoder).eval()
+    def load_trained_decoder(self) -> tuple[PreviewPipeline, TextEncoder | None]:
+        """Load the trained decoder with its autoencoder, and its text encoder if it has one. Raises InputError."""
+        name, autoencoder_name = str(self.config.decoder), str(self.config.autoencoder)
+        decoder, scheduler = self.load_trained_stage("decoder", (Decoder, UNetDecoder, *PUBLIC_DECODERS))
+        autoencoder = load_autoencoder(autoencoder_name).eval()
         if decoder.config.latent_channels != autoencoder.channels:
             raise InputError(
-                f"sample.autoencoder is {self.config.autoencoder!r}, of {autoencoder.channels} channels; those of "
+                f"sample.autoencoder is {autoencoder_name!r}, of {autoencoder.channels} channels; those of "
                 f"sample.decoder's latents are {decoder.config.latent_channels}, they were not trained together"
             )
         text_encoder = None
-        if (wanted := decoder.config.text_encoder_fingerprint) is not None:
-            with torch.random.fork_rng(devices=[]):
-                text_encoder = load_text_encoder(self.config.decoder)
-            if text_encoder.identity != wanted:
-                raise InputError(f"sample.decoder is {self.config.decoder!r}, which lacks its text encoder {wanted}")
-        return decoder, scheduler, autoencoder, text_encoder
+        expected = decoder.config.text_encoder_fingerprint
+        if expected is not None:
+            text_encoder = load_text_encoder(name)
+            if text_encoder.identity != expected:
+                raise InputError(f"sample.decoder is {name!r}, which lacks its text encoder {expected}")
+        pipeline = PreviewPipeline(decoder=decoder, decoder_scheduler=scheduler, autoencoder=autoencoder)
+        return pipeline, text_encoder
 
-    def load_trained_stage(self, name: str, folder: str, classes: Any) -> tuple[Any, SchedulerMixin | None]:
-        """A trained stage and its scheduler, if it has one. Raises InputError if it was trained with another CLIP."""
-        with torch.random.fork_rng(devices=[]):  # a model is built at random before it is filled
-            model = load_model(classes, folder).eval()
-        scheduler = None
+    def load_trained_stage(self, stage: str, classes: tuple[type[nn.Module], ...]) -> tuple[Any, SchedulerMixin | None]:
+        """Load a stage and its scheduler, if it has one. Raises InputError if it was trained with another CLIP."""
+        folder = str(getattr(self.config, stage))
+        model, scheduler = load_model(classes, folder).eval(), None
         if model.needs_scheduler:
             scheduler = load_or_explain(DDIMScheduler.from_pretrained, Path(folder) / "scheduler")
-        theirs = model.config.clip_fingerprint
-        if theirs is not None and theirs != self.fingerprint:
+        stored = model.config.clip_fingerprint
+        if stored is not None and stored != self.fingerprint:
             raise InputError(
-                f"sample.{name} is {folder!r}, trained with the CLIP {theirs}; this run has {self.fingerprint}"
+                f"sample.{stage} is {folder!r}, trained with the CLIP {stored}; this run has {self.fingerprint}"
             )
         return model, scheduler
 
@@ -352,20 +369,18 @@ def is_existing_path(name: str | None) -> bool:
     return name is not None and Path(name).exists()
 
 
-def load_or_skip(load: Callable[[], tuple | None], device: torch.device) -> tuple | None:
-    """What `load` returns, on a device; None if it no longer loads, which is no reason to stop a run."""
+def skip_failure(function: Callable[[], Result]) -> Result | None:
+    """Return `function()`; None, with a warning, if a stage does not load or its values are not finite."""
     try:
-        found = load()
-    except InputError as error:
+        return function()
+    except ValueError as error:  # InputError is one
         logger.warning("sample pictures lack a stage: %s", error)
         return None
-    return found and tuple(part.to(device) if isinstance(part, torch.nn.Module) else part for part in found)
 
 
-def build_generators(columns: Columns, config: SampleConfig) -> tuple[list[Generator], ...]:
-    """Each column's generators, for the prior and for the decoder, as the pipeline makes them of the column's seed."""
-    seeds = [Generator().manual_seed(config.seed + i) for i in range(len(columns.captions))]
-    return split_generators(seeds, len(seeds))
+def build_generators(config: SampleConfig, count: int) -> list[Generator]:
+    """Return the generator of each column, as a user of the pipeline makes it from the column's seed."""
+    return [Generator().manual_seed(config.seed + i) for i in range(count)]
 
 
 def slice_columns(count: int) -> list[slice]:
