@@ -163,7 +163,7 @@ def test_training_without_labels_or_with_some_missing_is_refused_before_any_work
     with pytest.raises(InputError, match="1 of 32 pictures have no label, such as '00.png'"):
         fit(folder, runs, tmp_path, 1)
     write_labels(folder / "t2i", "color", dict.fromkeys(known, "red"))
-    with pytest.raises(InputError, match="has 1 classes; from 2 to"):
+    with pytest.raises(InputError, match="has 1 classes; it needs from 2 to"):
         fit(folder, runs, tmp_path, 1)
     twice = pq.read_table(labelled / "t2i" / LABELS_FILE)
     import pyarrow as pa
