@@ -18,21 +18,10 @@ from t2i.pipelines import Text2ImagePipeline
 from t2i.pipelines.base import SUPER_RESOLUTION_STREAM
 from torch import Generator, Tensor
 
-from benchmarks import shapes
+from benchmarks import shapes, side_by_side
 from benchmarks.report import run
 from benchmarks.shapes import KANDINSKY_EMBED, KARLO_EMBED, KARLO_SIDES, PROMPTS
-from benchmarks.side_by_side import (
-    Row,
-    Work,
-    build_row,
-    check_equal,
-    count_operations,
-    device,
-    generators,
-    measure_peaks,
-    synchronize,
-    time_in_turns,
-)
+from benchmarks.side_by_side import Row, Work
 from t2i.diffusion.sampling_loop import generate_noise
 from t2i.sampling.sample import split_generators
 from t2i.sampling.upsampling import derive_stage_generators
@@ -81,14 +70,14 @@ def compare_pictures(family: Family, quick: bool) -> list[Row]:
             "ours": partial(family.ours, prompts, family.steps),
             "diffusers": partial(family.peer, prompts, family.steps),
         }
-        worst = check_equal(works["ours"]().cpu(), works["diffusers"]().cpu())
-        seconds = time_in_turns(works, rounds, warm)
-        memory = measure_peaks(
+        worst = side_by_side.check_equal(works["ours"]().cpu(), works["diffusers"]().cpu())
+        seconds = side_by_side.time_in_turns(works, rounds, warm)
+        memory = side_by_side.measure_peaks(
             {"ours": partial(family.ours, prompts, few), "diffusers": partial(family.peer, prompts, few)}
         )
         what = f"text to picture, {family.name}, {', '.join(map(str, family.steps))} steps, {len(prompts)} prompts"
         note = f"{describe_stages(family.pipeline, works['ours'])}{family.note}"
-        rows.append(build_row(what, seconds, 1.5, difference=worst, memory=memory, note=note))
+        rows.append(side_by_side.build_row(what, seconds, 1.5, difference=worst, memory=memory, note=note))
     return rows
 
 
@@ -98,10 +87,10 @@ def timed_method(part: Any, name: str) -> Iterator[list[float]]:
     method, seconds = getattr(part, name), []
 
     def timed(*arguments: Any, **options: Any) -> Any:
-        synchronize()
+        side_by_side.synchronize()
         start = time.perf_counter()
         result = method(*arguments, **options)
-        synchronize()
+        side_by_side.synchronize()
         seconds.append(time.perf_counter() - start)
         return result
 
@@ -145,7 +134,7 @@ def build_kandinsky_family(quick: bool) -> KandinskyFamily:
     def draw(prompts: list[str], steps: Steps) -> Tensor:
         return pipeline(
             prompts,
-            generator=generators(len(prompts)),
+            generator=side_by_side.generators(len(prompts)),
             output_type="pt",
             prior_num_inference_steps=steps[0],
             prior_guidance_scale=SCALE,
@@ -155,7 +144,7 @@ def build_kandinsky_family(quick: bool) -> KandinskyFamily:
         ).images
 
     def draw_by_peer(prompts: list[str], steps: Steps) -> Tensor:
-        first, second = split_generators(generators(len(prompts)), len(prompts))
+        first, second = split_generators(side_by_side.generators(len(prompts)), len(prompts))
         z_i, negative = peer.prior_pipe(
             prompts, num_inference_steps=steps[0], guidance_scale=SCALE, generator=first, return_dict=False
         )
@@ -172,28 +161,28 @@ def compare_decoders(family: KandinskyFamily, quick: bool) -> list[Row]:
     pipeline, peer, rows, side = family.pipeline, family.diffusers.decoder_pipe, [], family.pipeline.image_size
     latent_size = pipeline.decoder.config.latent_size
     for batch in (1, 2) if quick else (1, 4):
-        z_i = torch.randn(batch, KANDINSKY_EMBED, generator=Generator().manual_seed(2)).to(device())
-        noise = generate_noise((4, latent_size, latent_size), generators(batch), device())
+        z_i = torch.randn(batch, KANDINSKY_EMBED, generator=Generator().manual_seed(2)).to(side_by_side.device())
+        noise = generate_noise((4, latent_size, latent_size), side_by_side.generators(batch), side_by_side.device())
         negative = pipeline.decoder.null_embedding.expand_as(z_i)
 
         def draw(steps: int, z_i: Tensor = z_i, noise: Tensor = noise) -> Tensor:
-            own = generators(len(z_i))
+            own = side_by_side.generators(len(z_i))
             options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": SCALE, "output_type": "latent"}
             return pipeline(image_embeds=z_i, generator=own, latents=noise, **options).images
 
         def draw_by_peer(steps: int, z_i: Tensor = z_i, noise: Tensor = noise, negative: Tensor = negative) -> Tensor:
-            _, own = split_generators(generators(len(z_i)), len(z_i))
+            _, own = split_generators(side_by_side.generators(len(z_i)), len(z_i))
             options: dict[str, Any] = {"height": side, "width": side, "guidance_scale": SCALE, "output_type": "latent"}
             return peer(z_i, negative, num_inference_steps=steps, generator=own, latents=noise, **options).images
 
         steps = family.steps[1]
         works = {"ours": partial(draw, steps), "diffusers": partial(draw_by_peer, steps)}
-        worst = check_equal(*(work() for work in works.values()))
-        counts = {name: count_operations(work) for name, work in works.items()}
-        seconds = time_in_turns(works, rounds=1 if quick else 5, warm=0 if quick else 1)
-        memory = measure_peaks({"ours": partial(draw, 1), "diffusers": partial(draw_by_peer, 1)})
+        worst = side_by_side.check_equal(*(work() for work in works.values()))
+        counts = {name: side_by_side.count_operations(work) for name, work in works.items()}
+        seconds = side_by_side.time_in_turns(works, rounds=1 if quick else 5, warm=0 if quick else 1)
+        memory = side_by_side.measure_peaks({"ours": partial(draw, 1), "diffusers": partial(draw_by_peer, 1)})
         what = f"{family.name} decoder, {steps} steps with guidance, batch {batch}"
-        rows.append(build_row(what, seconds, 1.2, counts, difference=worst, memory=memory))
+        rows.append(side_by_side.build_row(what, seconds, 1.2, counts, difference=worst, memory=memory))
     return rows
 
 
@@ -217,7 +206,10 @@ def draw_karlo_noise(count: int, away: float = AWAY) -> dict[str, Tensor]:
     """
     low, high = KARLO_SIDES
     sizes = {"prior_latents": (KARLO_EMBED,), "latents": (3, low, low), "super_res_latents": (3, high, high)}
-    drawn = {name: generate_noise(size, generators(count), device()) for name, size in sizes.items()}
+    drawn = {
+        name: generate_noise(size, side_by_side.generators(count), side_by_side.device())
+        for name, size in sizes.items()
+    }
     return {name: noise.sign() * noise.abs().clamp(min=away) for name, noise in drawn.items()}
 
 
@@ -234,7 +226,7 @@ def build_karlo_family(quick: bool) -> Family:
         names = ("prior_num_inference_steps", "num_inference_steps", "super_res_num_inference_steps")
         return pipeline(
             prompts,
-            generator=generators(len(prompts)),
+            generator=side_by_side.generators(len(prompts)),
             output_type="pt",
             prior_guidance_scale=SCALE,
             prior_candidates=1,
@@ -244,7 +236,7 @@ def build_karlo_family(quick: bool) -> Family:
         ).images
 
     def draw_by_peer(prompts: list[str], steps: Steps, away: float = AWAY) -> Tensor:
-        first, second = split_generators(generators(len(prompts)), len(prompts))
+        first, second = split_generators(side_by_side.generators(len(prompts)), len(prompts))
         streams = (first, second, derive_stage_generators(second, SUPER_RESOLUTION_STREAM))
         options: dict[str, Any] = {"prior_guidance_scale": SCALE, "decoder_guidance_scale": KARLO_SCALE}
         noises = draw_karlo_noise(len(prompts), away).values()

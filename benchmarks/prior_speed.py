@@ -18,18 +18,10 @@ import torch
 from diffusers import KandinskyV22PriorPipeline, UnCLIPScheduler
 from torch import Generator, Tensor, nn
 
+from benchmarks import side_by_side
 from benchmarks.peers import has_dalle2_pytorch, import_dalle2_pytorch
 from benchmarks.report import run
-from benchmarks.side_by_side import (
-    Row,
-    build_row,
-    check_equal,
-    count_operations,
-    device,
-    generators,
-    measure_peaks,
-    time_in_turns,
-)
+from benchmarks.side_by_side import Row
 from t2i.diffusion.condition import TextEncoding
 from t2i.diffusion.respaced import UnCLIPRespacedScheduler
 from t2i.diffusion.sampling_loop import Sampling
@@ -68,7 +60,7 @@ def make_prior(width: int, depth: int) -> Prior:
     prior = Prior(width, width, PADDED, width, depth, width // 64 or 1, unit_length=False, usual_guidance=SCALE)
     nn.init.normal_(prior.query, std=0.02)
     prior.set_embed_statistics(make_captions(1, width, (2, 2)), torch.zeros(width), torch.ones(width))
-    return prior.eval().requires_grad_(False).to(device())
+    return prior.eval().requires_grad_(False).to(side_by_side.device())
 
 
 def make_captions(count: int, width: int, lengths: tuple[int, int] = (5, 20)) -> TextEncoding:
@@ -78,30 +70,29 @@ def make_captions(count: int, width: int, lengths: tuple[int, int] = (5, 20)) ->
     drawn[0] = lengths[1]
     mask = torch.arange(lengths[1]) < drawn[:, None]
     states = torch.randn(*mask.shape, width, generator=generator) * mask[..., None]
-    return TextEncoding(torch.randn(count, width, generator=generator), states, mask).to(device())
+    return TextEncoding(torch.randn(count, width, generator=generator), states, mask).to(side_by_side.device())
 
 
 def draw(prior: Prior, text: TextEncoding, noise: Tensor, steps: int = STEPS) -> Tensor:
-    return sample_prior(
-        prior,
-        UnCLIPRespacedScheduler(**SCHEDULE),
-        text,
-        None,
-        Sampling(steps, generators(len(text)), SCALE, noise=noise),
-    )
+    sampling = Sampling(steps, side_by_side.generators(len(text)), SCALE, noise=noise)
+    return sample_prior(prior, UnCLIPRespacedScheduler(**SCHEDULE), text, None, sampling)
 
 
 def build_diffusers_loop(prior: Prior, text: TextEncoding, noise: Tensor) -> Draw:
     """Return steps -> z_i by diffusers' pipeline with the weights of `prior`."""
     parts = dict.fromkeys(("image_encoder", "text_encoder", "tokenizer", "image_processor"))
-    peer = to_prior_transformer(prior).to(device())
+    peer = to_prior_transformer(prior).to(side_by_side.device())
     pipe = EncodedPriorPipeline(prior=peer, scheduler=UnCLIPScheduler(**SCHEDULE), **parts)
     pipe.set_captions(text, prior.null(len(text)).expand())
     pipe.set_progress_bar_config(disable=True)
 
     def draw_by_peer(steps: int) -> Tensor:
         prompts = [""] * len(text)
-        settings = {"num_inference_steps": steps, "guidance_scale": SCALE, "generator": generators(len(text))}
+        settings = {
+            "num_inference_steps": steps,
+            "guidance_scale": SCALE,
+            "generator": side_by_side.generators(len(text)),
+        }
         return pipe(prompts, latents=noise, **settings).image_embeds
 
     return draw_by_peer
@@ -113,7 +104,7 @@ def make_dalle2_prior(width: int, depth: int) -> Any:
     sizes = {"depth": depth, "dim_head": 64, "heads": width // 64 or 1}
     net = package.DiffusionPriorNetwork(width, num_timesteps=1000, max_text_len=PADDED, **sizes)
     prior = package.DiffusionPrior(net, image_embed_dim=width, cond_drop_prob=0.1)
-    return prior.eval().requires_grad_(False).to(device())
+    return prior.eval().requires_grad_(False).to(side_by_side.device())
 
 
 def build_dalle2_loop(prior: Any, text: TextEncoding) -> Draw:
@@ -132,23 +123,23 @@ def compare(name: str, batch: int, ours: Draw, peer: Draw, same_weights: bool, q
     few, rounds = PEER_STEPS[name][batch], 1 if quick else ROUNDS[name][batch]
     most = min(2 * few, STEPS)  # that the peer runs
     results: dict[str, Tensor] = {}
-    counts = {"ours": float(count_operations(lambda: ours(STEPS)))}
+    counts = {"ours": float(side_by_side.count_operations(lambda: ours(STEPS)))}
 
     def draw_and_count() -> None:  # all products of a peer are in its steps
-        counts[name] = count_operations(lambda: results.update(peer=peer(most))) * STEPS / most
+        counts[name] = side_by_side.count_operations(lambda: results.update(peer=peer(most))) * STEPS / most
 
-    memory = measure_peaks({"ours": lambda: ours(STEPS), name: draw_and_count})
-    worst = check_equal(ours(most), results["peer"]) if same_weights else None
+    memory = side_by_side.measure_peaks({"ours": lambda: ours(STEPS), name: draw_and_count})
+    worst = side_by_side.check_equal(ours(most), results["peer"]) if same_weights else None
     works = {"ours": lambda: ours(STEPS), name: lambda: peer(few)}
     if few < STEPS:
         works["twice"] = lambda: peer(most)
-    seconds = time_in_turns(works, rounds, warm=0)  # both have run
+    seconds = side_by_side.time_in_turns(works, rounds, warm=0)  # both have run
     if few < STEPS:
         note += f"; of the peer {few} and {most} steps are timed, and {STEPS} follow from the line through both"
         seconds[name] = extrapolate(seconds[name], seconds.pop("twice"), few)
     what = f"prior, {STEPS} steps with guidance, batch {batch}"
     more = {"difference": worst, "memory": memory, "note": note.removeprefix("; ")}
-    return build_row(what, seconds, AT_LEAST[name][batch], counts, **more)
+    return side_by_side.build_row(what, seconds, AT_LEAST[name][batch], counts, **more)
 
 
 def extrapolate(once: list[float], twice: list[float], steps: int) -> list[float]:
@@ -164,7 +155,7 @@ def main(quick: bool, batches: Sequence[int] = (1, 8, 32)) -> list[Row]:
     has_dalle2 = has_dalle2_pytorch()
     for batch in batches:
         text = make_captions(batch, width)
-        noise = torch.randn(batch, width, generator=Generator().manual_seed(batch)).to(device())
+        noise = torch.randn(batch, width, generator=Generator().manual_seed(batch)).to(side_by_side.device())
         ours = partial(draw, prior, text, noise)
         rows.append(compare("diffusers", batch, ours, build_diffusers_loop(prior, text, noise), True, quick))
         if has_dalle2:

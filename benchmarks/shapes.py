@@ -21,6 +21,7 @@ PRIOR = {  # the published ones have 20 layers of 32 heads of 64
     False: {"num_attention_heads": 8, "attention_head_dim": 32, "num_layers": 6},
     True: {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2},
 }
+PRIOR_SCHEDULE = {"variance_type": "fixed_small_log", "prediction_type": "sample"}
 KANDINSKY_UNET = {  # the published one has (384, 768, 1152, 1536), 3 layers a level, heads of 64
     False: {"block_out_channels": (64, 128, 192, 256), "layers_per_block": 3, "attention_head_dim": 32},
     True: {  # few groups keep enough pixels in each, or the norm divides by almost nothing
@@ -97,7 +98,7 @@ def build_kandinsky(quick: bool) -> diffusers.KandinskyV22CombinedPipeline:
     bounds: dict[str, Any] = {"thresholding": True, "sample_max_value": 2.0, "clip_sample": False}
     prior_parts: dict[str, Any] = build_prior_parts(KANDINSKY_EMBED, quick) | {
         "image_encoder": transformers.CLIPVisionModelWithProjection(vision),
-        "scheduler": build_prior_scheduler(10.0),
+        "scheduler": UnCLIPScheduler(**PRIOR_SCHEDULE, clip_sample_range=10.0),
         "image_processor": transformers.CLIPImageProcessor(
             size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
         ),
@@ -158,16 +159,12 @@ def build_karlo(quick: bool) -> diffusers.DiffusionPipeline:
             text_proj=UnCLIPTextProjModel(**text),
             super_res_first=first,
             super_res_last=last,
-            prior_scheduler=build_prior_scheduler(5.0),
+            prior_scheduler=UnCLIPScheduler(**PRIOR_SCHEDULE, clip_sample_range=5.0),
             decoder_scheduler=UnCLIPScheduler(variance_type="learned_range", **noise_prediction),
             super_res_scheduler=UnCLIPScheduler(variance_type="fixed_small_log", **noise_prediction),
             **build_prior_parts(KARLO_EMBED, quick),
         )
     )
-
-
-def build_prior_scheduler(clip_range: float) -> UnCLIPScheduler:
-    return UnCLIPScheduler(variance_type="fixed_small_log", prediction_type="sample", clip_sample_range=clip_range)
 
 
 def freeze(pipeline: Any) -> Any:

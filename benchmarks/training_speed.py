@@ -15,7 +15,6 @@ of the peer's. Each step has other captions than the one before. Peers have no m
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +78,7 @@ def build_our_step(source: RandomEncodings, width: int, depth: int) -> tuple[Ste
 
 def build_diffusers_step(source: RandomEncodings, prior: Prior) -> tuple[Work, int, float]:
     """Return its step, its parameters, and the largest difference of its loss and gradients from ours."""
-    peer = prepare_for_training(to_prior_transformer(prior))
+    peer = to_prior_transformer(prior).to(device()).train().requires_grad_(True)
     scheduler = DDPMScheduler(**SCHEDULE)
     batches = cycle_padded(source)
 
@@ -152,7 +151,7 @@ def build_dalle2_step(source: RandomEncodings, width: int, depth: int) -> tuple[
     sizes = {"dim": width, "depth": depth, "dim_head": 64, "heads": width // 64}
     net = package.DiffusionPriorNetwork(max_text_len=77, num_timesteps=1000, **sizes)
     model = package.DiffusionPrior(net, image_embed_dim=width, timesteps=1000, cond_drop_prob=0.0)
-    model = prepare_for_training(model)
+    model.to(device()).train()
     batches = cycle_padded(source)
 
     def compute_loss() -> Tensor:
@@ -160,10 +159,6 @@ def build_dalle2_step(source: RandomEncodings, width: int, depth: int) -> tuple[
         return model(text_embed=text.embedding, text_encodings=text.states, image_embed=z_i)
 
     return optimize(model, compute_loss), count_parameters(model)
-
-
-def prepare_for_training(model: Any) -> Any:
-    return model.to(device()).train().requires_grad_(True)
 
 
 def count_parameters(model: nn.Module) -> int:
