@@ -141,7 +141,7 @@ def test_a_part_of_a_public_pipeline_becomes_a_run_with_the_null_of_its_clip(tmp
 def test_a_prior_alone_is_no_whole_pipeline(tmp_path: Path):
     with pytest.raises(InputError, match="is not a complete pipeline, which karlo needs"):
         convert_folder(str(kandinsky_22_prior() / "prior"), tmp_path / "new", "karlo")
-    with pytest.raises(InputError, match="--clip names the folder of its CLIP"):
+    with pytest.raises(InputError, match="is a prior alone; give --clip"):
         save_eclipse_prior(tmp_path / "alone")
         convert_folder(str(tmp_path / "alone"), tmp_path / "new")
     assert not (tmp_path / "new").exists()

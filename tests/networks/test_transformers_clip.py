@@ -295,7 +295,7 @@ def test_pictures_are_searched_and_measured_by_a_public_clip(tmp_path: Path) -> 
     index = open_image_index(clip, tmp_path)
     assert search_image_index(clip, index, None, tmp_path / "1.png", 1)[0][0] == "1.png"
     assert len(search_image_index(clip, index, "a cat", None, 2)) == 2
-    with pytest.raises(InputError, match="no scale of the logits"):
+    with pytest.raises(InputError, match="has no logit scale"):
         classify_image_embeds(clip, found, ["cat", "dog"])
 
 

@@ -103,10 +103,10 @@ def test_a_decoder_that_reads_captions_reads_that_of_the_nearest_anchor(between,
     monkeypatch.setattr(between, "redraw_images", lambda latent, text, *_: read.append(text) or latent.latents)
     between(["red circle", "blue square"], frames=4, **QUICK)
     expected = between.encode_prompt(["red circle", "red circle", "blue square", "blue square"])
-    torch.testing.assert_close(read[0].states, expected.states)
-    assert (read[0].mask == expected.mask).all()
+    torch.testing.assert_close(read[0].expand().states, expected.expand().states)
+    assert (read[0].expand().mask == expected.expand().mask).all()
     between([picture(), "blue square"], frames=4, **QUICK)
-    assert read[1].mask.any(dim=1).tolist() == [False, False, True, True]  # of a picture, nothing
+    assert read[1].expand().mask.any(dim=1).tolist() == [False, False, True, True]  # of a picture, nothing
 
 
 @pytest.mark.parametrize(
