@@ -67,7 +67,7 @@ class Canvas:
 
 @dataclass
 class UnCLIPPipelineOutput(BaseOutput):
-    """What a pipeline returns.
+    """Result of a pipeline.
 
     images: PIL pictures; or, by `output_type`, (N, H, W, 3) numpy or (N, 3, H, W) torch in [0, 1], or latents.
     image_embeds: (N, D): the z_i that were drawn, of unit length if the CLIP's `unit_length`.
@@ -106,7 +106,7 @@ class UnCLIPPipeline(StagedPipeline):
         return text if rows is None else text.take_rows(rows)
 
     def encode_decoder_prompt(self, prompts: list[str]) -> Any:
-        """What the decoder reads of captions: a text encoder of its own does without CLIP's, which may be missing."""
+        """Encode captions for the decoder. With a text encoder of its own, CLIP's is not needed and may be missing."""
         if self.clip.reads_captions or self.text_encoder is None:
             return self.encode_prompt(prompts)
         self.offload_all_but("text_encoder")

@@ -37,7 +37,7 @@ Anchor: TypeAlias = ImageInput | str  # a str is a text, a Path a picture
 
 @dataclass
 class AnchorLatents:
-    """What is mixed, K of them."""
+    """Latents of the K anchors that are mixed."""
 
     image_embeds: Tensor  # (K, D), unit length
     latents: Tensor  # (K, C, h, w)
@@ -198,7 +198,7 @@ def place_captions(text: TextEncoding, places: Tensor, nothing: TokenStates) -> 
 
 
 def slice_steering(steering: Steering | None, part: slice) -> Steering | None:
-    """What steers a part of the pictures: of what is one a picture, theirs."""
+    """Return the steering of a part of the pictures, with their own targets where each picture has one."""
 
     def slice_value(value: Any) -> Any:
         return value[part] if isinstance(value, list | Tensor) and len(value) > 1 else value

@@ -27,7 +27,7 @@ class BipartiteLatent(NamedTuple):
 
 
 class InvertingPipeline(UnCLIPPipeline):
-    """What variations, interpolations and edits of given pictures share."""
+    """Base of variations, interpolations and edits of given pictures."""
 
     @torch.no_grad()
     def invert(
@@ -73,7 +73,7 @@ class InvertingPipeline(UnCLIPPipeline):
 
     @torch.no_grad()
     def invert_images(self, pictures: Tensor, text: TextEncoding | None, options: DecoderOptions) -> BipartiteLatent:
-        """The same of (N, 3, H, W) in [-1, 1]."""
+        """Invert pictures, (N, 3, H, W) in [-1, 1]."""
         z_i, scheduler = self.encode_image(pictures), self.decoder_scheduler
         latents = self.encode_latents(pictures)
         self.offload_all_but("decoder")
@@ -108,7 +108,7 @@ def build_inversion_options(options: dict[str, Any], eta: float = 0.0) -> Decode
 
 
 def resolve_ddim_options(options: DecoderOptions, eta: float = 0.0) -> DecoderOptions:
-    """The same with the sampler that pictures come back by. Raises InputError if another, or another eta, is given."""
+    """Set the sampler to DDIM, which draws inverted pictures again. Raises InputError for another sampler or eta."""
     if options.sampler not in (None, "ddim"):
         raise InputError(
             f"sampler must be ddim here, for pictures are drawn from their own noise; got {options.sampler}"

@@ -13,7 +13,7 @@ class Interrupted(RuntimeError):
 
 @dataclass
 class Preview:
-    """What a stage expects to end with, as it sees it after a step.
+    """Estimate of a stage's result after a step.
 
     stage: "inversion", "prior", "decoder" or "upsampler". step: from 1 to steps. estimate: the clean sample: z_i of
     unit length, (N, D); latents, (N, C, h, w), of the inversion as noisy as they are by then; or pictures,

@@ -194,7 +194,7 @@ class StagedPipeline(WatchedPipeline):
 
     @property
     def is_cascade(self) -> bool:
-        """Whether decoding is a diffusion of its own."""
+        """True if decoding is a diffusion of its own."""
         return self.autoencoder.is_cascade
 
     @property

@@ -100,7 +100,7 @@ class Text2ImagePipeline(UnCLIPPipeline):
         generators: list[Generator],
         decoder: DecoderOptions,
     ) -> ImageCondition | None:
-        """What the decoder is guided away from: given z_i, (N, D), and texts; None is its null."""
+        """Encode the decoder's negative condition from given z_i, (N, D), and texts; None is its null."""
         read = self.encode_prompt if z_i is None else self.encode_decoder_prompt
         said = read(negatives).repeat(each) if negatives else None
         if z_i is not None:
@@ -111,7 +111,7 @@ class Text2ImagePipeline(UnCLIPPipeline):
         return ImageCondition(self.sample_image_embeds(said, None, prior, generators, unseen), said)
 
     def check_image_embeds(self, image_embeds: Tensor, asked: int) -> int:
-        """How many there are; `asked` is how many pictures the prompts ask for, 0 for no prompts."""
+        """Check z_i and return their number; `asked` is the number of pictures for the prompts, 0 for no prompts."""
         if not isinstance(image_embeds, Tensor) or image_embeds.ndim != 2 or not len(image_embeds):
             raise InputError(f"image_embeds must be a tensor (N, {self.clip.embed_dim}), got {image_embeds!r:.80}")
         self.check_tensor("image_embeds", image_embeds, (len(image_embeds), self.clip.embed_dim))

@@ -60,7 +60,7 @@ class UpsamplePipeline(WatchedPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
-        """What `training/train_upsampler.py` wrote; or the folder, or the repository on the hub, of a whole pipeline
+        """Load what `training/train_upsampler.py` wrote, or a whole pipeline from a folder or the hub
         that has an upsampler. Raises InputError, in one line."""
         path = Path(pretrained_model_name_or_path)
         if not is_folder(path):

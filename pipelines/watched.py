@@ -33,7 +33,7 @@ class WatchedPipeline(DiffusionPipeline):
         to_estimate: Callable[[Tensor], Tensor],
         to_images: Callable[[Tensor], list[Image.Image]],
     ) -> tuple[PredictTransform, StepCallback]:
-        """What a stage's sampling passes its predictions and steps through, for previews and `interrupt`."""
+        """Build what a stage's sampling passes its predictions and steps through, for previews and `interrupt`."""
         seen: dict[str, Tensor] = {}
         steps = count_model_evaluations(scheduler, steps)
 

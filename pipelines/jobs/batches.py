@@ -31,7 +31,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How images are divided into batches and processes."""
+    """Division of images into batches and processes."""
 
     size: int | None = None  # images drawn at once; None is 16, halved after running out of memory
     find_fitting_size: Callable[[int], int] | None = None  # reduces the 16 to what fits into memory

@@ -22,7 +22,7 @@ IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".ti
 
 @dataclass(frozen=True)
 class FrameSettings:
-    """What to draw between the anchors, and how to write it."""
+    """Frames to draw between the anchors, and the form in which they are written."""
 
     weights: list[float] | None = None  # one for each anchor, for one mix; None is the way from each to the next
     frames: int = 8  # from each anchor to the next, both included

@@ -39,7 +39,7 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class Output:
-    """Where a job writes its images, how many it draws for each input, and the seed of the first one."""
+    """Destination of a job's images, their number for each input, and the seed of the first one."""
 
     path: Path  # a folder, or a PNG file for one image
     count: int = 1

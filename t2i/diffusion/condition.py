@@ -184,7 +184,7 @@ class TokenStates(Condition):
 
 @dataclass
 class ImageCondition(Condition):
-    """What pictures are to show: the condition of the decoder. A TextEncoding is reduced to its `token_states`."""
+    """Condition of the decoder: z_i, the caption, the known latents. A TextEncoding becomes its `token_states`."""
 
     embedding: Tensor  # (B, D), unit length (if the CLIP's `unit_length`) or zero: z_i
     text: TokenStates | TextEncoding | None = None  # the caption, for decoders that read it too

@@ -20,7 +20,7 @@ ANGLE_EXPONENT = 1.75
 class ContinuousScheduler(
     ExactDDIMScheduler, SchedulerMixin
 ):  # named: diffusers loads what has its mixin in the module
-    """What both share: fractional times, noise at them, and the count of steps."""
+    """Base of both schedulers: fractional times, the noise at them, and the number of steps."""
 
     def spaced_timesteps(self, count: int) -> Tensor:
         """(count,), fp32, falling: from the last trained timestep, in powers of the angle, denser where noise is low.
@@ -90,7 +90,7 @@ class ProbabilityFlowScheduler(ContinuousScheduler):
 
 
 class ReverseSDEScheduler(ContinuousScheduler):
-    """The reverse SDE by SDE-DPM-Solver++(2M) (Lu et al. 2022) at fractional times: one evaluation a step.
+    """Reverse SDE by SDE-DPM-Solver++(2M) (Lu et al. 2022) at fractional times: one evaluation a step.
 
     Each step draws from q(x_s | x_t, x_0), which is the SDE's solution for a clean sample that stays the same; from the
     second step on, the clean sample is followed along its straight line in the log-SNR.

@@ -48,7 +48,7 @@ class ExactDDIMScheduler(DDIMScheduler):
 
     @property
     def final_timestep(self) -> int:
-        """Where the last step leads: -1 is the clean sample; 0, without `set_alpha_to_one`, leaves the least noise."""
+        """Last timestep: -1 is the clean sample; 0, without `set_alpha_to_one`, leaves the least noise."""
         return -1 if self.config.set_alpha_to_one else 0
 
     def previous_timestep(self, timestep: Tensor | int) -> Tensor:

@@ -27,7 +27,7 @@ ScoreFunction = Callable[[Tensor, Tensor], Tensor]  # x: (B, ...), t: () -> (B,)
 
 @dataclass(frozen=True)
 class Guidance:
-    """How far to go from the negative condition to the wanted one, and what keeps it from going too far.
+    """Settings of classifier-free guidance: its scale, and what keeps it from going too far.
 
     scale: w in negative + w (wanted - negative); 1 is off. Papers that write (1 + w) cond - w uncond mean w + 1 here.
     interval: of the training timesteps, as shares: 0 is no noise, 1 is pure noise. Outside, the model is not guided,
@@ -198,7 +198,7 @@ def build_steered_predict(
     if scale == 0:
         return predict
 
-    def predicted(x: Tensor, t: Tensor) -> Tensor:
+    def predict_steered(x: Tensor, t: Tensor) -> Tensor:
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             if of_clean:
@@ -212,4 +212,4 @@ def build_steered_predict(
         moved = predict_x0(scheduler, prediction, x, t) + scale * sigma.square() / alpha.clamp(min=MIN_ALPHA) * gradient
         return join_variance(x0_to_prediction(scheduler, moved, x, t), prediction)
 
-    return predicted
+    return predict_steered

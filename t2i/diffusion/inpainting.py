@@ -49,7 +49,7 @@ def generate_random_masks(count: int, height: int, width: int, device: torch.dev
 def build_blend_callback(
     scheduler: SchedulerMixin, latents: Tensor, mask: Tensor, noise: Tensor
 ) -> Callable[[int, Tensor, Tensor], Tensor]:
-    """What runs after each step of sampling: where nothing is painted, the known latents at the level of the next step.
+    """Build the callback that puts known latents back after each step, at the noise level of the next step.
 
     scheduler: the one that is sampled with, of levels as `t2i.diffusion.process.alpha_sigma` has them. latents, noise:
     (B, C, h, w),
@@ -72,7 +72,7 @@ def build_blend_callback(
 
 
 def paste_painted_region(painted: Tensor, pictures: Tensor, mask: Tensor) -> Tensor:
-    """What is painted, in what stays: (N, 3, H, W) each, mask: (N, 1, H, W).
+    """Return the painted region within the kept picture: (N, 3, H, W) each, mask: (N, 1, H, W).
 
     The autoencoder returns no picture exactly, so that a step would show at the border; what is painted next to it is
     shifted by the error that the kept pixels beside it have.

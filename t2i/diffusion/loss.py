@@ -44,7 +44,7 @@ def predict_noised_batch(
 
 
 def generate_noise_and_timesteps(scheduler: SchedulerMixin, x: Tensor, shift: float) -> tuple[Tensor, Tensor]:
-    """What a batch is noised with: noise like x, fp32, and timesteps, (B,)."""
+    """Generate the noise of a batch, like x, fp32, and its timesteps, (B,)."""
     noise = torch.randn_like(x, dtype=torch.float32)
     uniform = torch.rand(len(x), device=x.device)
     steps = scheduler.config.num_train_timesteps

@@ -34,7 +34,7 @@ def build_noise_scheduler(arguments: dict[str, Any]) -> DDIMScheduler:
 
 
 def compute_prediction_target(scheduler: SchedulerMixin, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """What the model is to predict, of x_t = sqrt(abar_t) x + sqrt(1 - abar_t) noise."""
+    """Compute the target of a prediction for x_t = sqrt(abar_t) x + sqrt(1 - abar_t) noise."""
     match scheduler.config.prediction_type:
         case "epsilon":
             return noise
@@ -71,7 +71,7 @@ def alpha_bar(scheduler: SchedulerMixin, t: Tensor, like: Tensor) -> Tensor:
 
 
 def split_variance(prediction: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What a model predicts of the mean, like x, and of the variance: None for a model that has not learned it."""
+    """Split a prediction into that of the mean, like x, and that of the variance: None without a learned variance."""
     if prediction.shape[1] == x.shape[1]:
         return prediction, None
     mean, share = prediction.chunk(2, dim=1)
@@ -98,7 +98,7 @@ def posterior_mean_variance(
 def posterior_coefficients(
     scheduler: SchedulerMixin, t: Tensor, previous: Tensor, like: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of q(x_s | x_t, x_0): the shares of x_t and of x_0 in its mean, and its variance; the variance of q(x_t | x_s).
+    """Return the weights of x_t and x_0 in the mean of q(x_s | x_t, x_0), its variance, and that of q(x_t | x_s).
 
     All fp64, () or (B, 1, ...). The two variances bound that of the reverse step, for data of unit variance.
     """

@@ -62,7 +62,7 @@ def resolve_sampler(name: str | None, scheduler: SchedulerMixin, model: Any) -> 
 
 
 def count_model_evaluations(scheduler: SchedulerMixin, steps: int) -> int:
-    """How often a sampling of so many steps asks the model."""
+    """Count the evaluations of the model in a sampling of `steps` steps."""
     twice = isinstance(scheduler, PNDMScheduler) and steps > 1  # at the second timestep
     return (steps - 1) * getattr(scheduler, "order", 1) + 1 + twice
 

@@ -119,7 +119,7 @@ def build_candidate_generators(generator: Generator, candidates: int) -> list[Ge
 
 
 def select_nearest_candidates(z_i: Tensor, z_t: Tensor) -> Tensor:
-    """Of the candidates of each caption, (N * candidates, D), the one of the largest cosine with z_t, (N, D)."""
+    """Select, from (N * candidates, D), the candidate of each caption with the largest cosine with z_t, (N, D)."""
     groups = z_i.view(len(z_t), -1, z_i.shape[-1])
     best = F.cosine_similarity(groups, z_t.to(groups)[:, None], dim=-1).argmax(dim=1)
     return groups[torch.arange(len(groups), device=groups.device), best]

@@ -50,7 +50,7 @@ class Steering:
     picture: Tensor | None = None
 
     def build_metadata(self) -> dict[str, Any]:
-        """As plain text and numbers, to be written into a picture."""
+        """Return the settings as plain text and numbers, for the metadata of a picture."""
         given: dict[str, Any]
         given = {"class": self.class_name, "text": self.text, "picture": None if self.picture is None else "a picture"}
         if self.classifier is not None:
@@ -129,7 +129,7 @@ def read_image_tensor(path: Path) -> Tensor:
 
 
 def load_classifier(folder: str | Path) -> LatentClassifier:
-    """What `t2i train classifier` wrote. Raises InputError, in one line, if there is none that loads."""
+    """Load what `t2i train classifier` wrote. Raises InputError, in one line, if none is there or it does not load."""
     return load_model(LatentClassifier, folder).eval()
 
 
@@ -141,7 +141,7 @@ def build_steering_transform(
     count: int,
     device: torch.device,
 ) -> PredictTransform:
-    """What makes a `Predict` of `count` latents a steered one. Raises InputError as `check_steering`."""
+    """Build the transform that steers a `Predict` of `count` latents. Raises InputError as `check_steering`."""
     check_steering("steering", steering, clip, autoencoder, count)
     score = build_steering_score(steering, scheduler, clip, autoencoder, count, device)
     of_clean = steering.classifier is None

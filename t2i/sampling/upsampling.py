@@ -112,7 +112,7 @@ def build_tile_slices(side: int, tile: int, overlap: int) -> list[slice]:
 
 
 def compute_fade_weights(span: slice, side: int, overlap: int) -> Tensor:
-    """How much each pixel of a window counts: 1, but falling to 0 where another window goes on."""
+    """Compute the weight of each pixel of a window: 1, falling to 0 where another window overlaps."""
     place = torch.arange(span.start, span.stop) + 0.5
     weight = torch.ones(len(place))
     for ends_inside, distance in ((span.start > 0, place - span.start), (span.stop < side, span.stop - place)):
