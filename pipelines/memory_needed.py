@@ -1,7 +1,6 @@
 """Count the memory that a batch of images needs, stage by stage, and how many images fit; see `t2i.runtime.memory`."""
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -61,51 +60,39 @@ def check_batch_fits(
     memory = measure_available_memory(device).divide_by_processes(processes)
     if has_ample_memory(pipeline, decoder, count, memory.free):
         return
-    count_bytes = build_byte_counter(pipeline, prior, decoder, window)
-    if count_bytes(count) > memory.free * OVERCOUNT_FACTOR:
+    needed = count_bytes_needed(pipeline, prior, decoder, count, window)
+    if needed > memory.free * OVERCOUNT_FACTOR:
         # Memory freed earlier may still belong to the C library
         release_freed_memory()
         memory = measure_available_memory(device).divide_by_processes(processes)
-    if count_bytes(count) <= memory.free * OVERCOUNT_FACTOR:
+    if needed <= memory.free * OVERCOUNT_FACTOR:
         return
     # Advise a count that fits with a margin, else one that may just fit
-    fitting_count = halve_until_fits(count_bytes, count, memory.free / MEMORY_MARGIN)
-    fitting_count = fitting_count or halve_until_fits(count_bytes, count, memory.free * OVERCOUNT_FACTOR)
-    reason = f"a batch of {count} does not fit into memory: it needs {format_bytes(count_bytes(count))}, {memory}"
+    fitting_count = 0
+    for free in (memory.free / MEMORY_MARGIN, memory.free * OVERCOUNT_FACTOR):
+        fitting_count = fitting_count or find_fitting_count(pipeline, prior, decoder, count, free, window)
+    reason = f"a batch of {count} does not fit into memory: it needs {format_bytes(needed)}, {memory}"
     if processes > 1:
         reason += f" for each of {processes} processes"
     raise BatchTooLargeError(reason, fitting_count)
 
 
 def find_fitting_count(
-    pipeline: Any, prior: PriorOptions | None, decoder: DecoderOptions, count: int, free: float
+    pipeline: Any,
+    prior: PriorOptions | None,
+    decoder: DecoderOptions,
+    count: int,
+    free: float,
+    window: int | None = None,
 ) -> int:
-    """Return `count`, halved until a batch needs at most `free` bytes; 0 if one image needs more."""
-    count_bytes = build_byte_counter(pipeline, prior, decoder)
-
-    def count_unless_ample(fewer: int) -> int:
-        return 0 if has_ample_memory(pipeline, decoder, fewer, free) else count_bytes(fewer)
-
-    return halve_until_fits(count_unless_ample, count, free)
-
-
-def halve_until_fits(count_bytes: Callable[[int], int], count: int, free: float) -> int:
-    """Return the count, halved (rounding up) until `count_bytes` of it are free; 0 if one image needs more."""
-    while count_bytes(count) > free:
+    """Return `count`, halved (rounding up) until a batch needs at most `free` bytes; 0 if one image needs more."""
+    while not has_ample_memory(pipeline, decoder, count, free):
+        if count_bytes_needed(pipeline, prior, decoder, count, window) <= free:
+            break
         if count == 1:
             return 0
         count = (count + 1) // 2
     return count
-
-
-def build_byte_counter(
-    pipeline: Any, prior: PriorOptions | None, decoder: DecoderOptions, window: int | None = None
-) -> Callable[[int], int]:
-    """Return `count_bytes_needed` as a function of the count alone, computed once for each.
-
-    The cache lives as long as the function: a pipeline's components may change between two drawings.
-    """
-    return cache(lambda count: count_bytes_needed(pipeline, prior, decoder, count, window))
 
 
 def has_ample_memory(pipeline: Any, decoder: DecoderOptions, count: int, free: float) -> bool:

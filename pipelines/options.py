@@ -27,6 +27,9 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 StepCallback = Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
 
 
+# Both are frozen: the check of a batch's memory, the record in a PNG file and the call share one object.
+
+
 @dataclass(frozen=True)
 class PriorOptions:
     """Options of the prior, which samples z_i for captions.
@@ -165,9 +168,12 @@ def build_options(
         InputError: for a value that is not allowed.
         TypeError: for an unknown name.
     """
+    # Refuse unknown names
     known = DECODER_OPTION_NAMES | PRIOR_OPTION_NAMES if uses_prior else DECODER_OPTION_NAMES
     if unknown := sorted(options.keys() - known):
         raise TypeError(f"unknown argument {unknown[0]!r}; pipelines.options lists the arguments")
+
+    # Fill in the defaults, also of a guidance that is given in part
     values: dict[str, Any] = {name: getattr(options_class, name) for name, options_class in GUIDANCE_OPTIONS.items()}
     values |= defaults or {}
     for name, value in options.items():

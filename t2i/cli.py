@@ -31,6 +31,7 @@ def main() -> None:
     status = 0
     with report_errors():
         try:
+            # Outside of its standalone mode typer raises errors, instead of printing them over several lines
             status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
         except typer.TyperException as error:
             raise InputError(error.format_message() + format_option_value(error)) from error
@@ -102,6 +103,7 @@ def train(
 
     A run that was stopped continues from its last checkpoint. To train on several machines, use accelerate launch.
     """
+    # Check the arguments
     stages = (*STAGES, *EXTRA_STAGES)
     if stage not in (*stages, "all"):
         raise InputError(f"stage must be one of {', '.join(stages)}, all; got {stage!r}")
@@ -116,6 +118,8 @@ def train(
     check_range("max-restarts", max_restarts, 0, 1000)
     if stage == "all":
         raise typer.Exit(train_all_stages(arguments or [], num_processes, max_restarts, dry_run))
+
+    # Check the configuration here, then train in this process, or become torchrun and several processes
     overrides = [*(arguments or []), *(["train.dry_run=true"] if dry_run else [])]
     with speed_up_imports(without=()):
         script = import_module(f"t2i.training.train_{stage}")

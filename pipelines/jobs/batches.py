@@ -23,7 +23,8 @@ logger = logging.getLogger(__name__)
 
 AUTO_BATCH_SIZE = 16
 MAX_BATCH_SIZE = 1024
-SORTED_BATCHES = 8  # batches sorted by caption length together; more would delay the first images of the list
+# Batches whose captions are sorted by length together. More would delay the first images of the list.
+SORTED_BATCHES = 8
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -54,7 +55,7 @@ def write_images(
     drawn = find_drawn_files(out, records) if plan.resume else {}
     missing = [i for i in own if i not in drawn]
     if len(missing) < len(own):
-        logger.warning("%s already holds %d of %d images; they are skipped", out, len(own) - len(missing), len(own))
+        logger.warning("%s already contains %d of %d images; they are skipped", out, len(own) - len(missing), len(own))
 
     # Draw and write them
     if plan.size is None and missing and plan.find_fitting_size is not None:
@@ -87,7 +88,8 @@ def check_batch_size(value: str | int | None) -> int | None:
     if value is None or value == "auto":
         return None
     text = str(value)
-    short = text.isdecimal() and len(text) <= len(str(MAX_BATCH_SIZE))  # Python refuses to read very long numbers
+    # Python refuses to read very long numbers
+    short = text.isdecimal() and len(text) <= len(str(MAX_BATCH_SIZE))
     if not short or not 1 <= int(text) <= MAX_BATCH_SIZE:
         raise InputError(f"batch-size must be auto or an integer from 1 to {MAX_BATCH_SIZE}, got {value!r:.80}")
     return int(text)
@@ -129,7 +131,8 @@ def draw_fitting_batches(
     while part := items[start : start + size]:
         try:
             results = draw(part)
-        except BatchTooLargeError as error:  # raised before anything is drawn
+        except BatchTooLargeError as error:
+            # Raised before anything is drawn
             reason, fitting_count = error.reason, error.fitting_count
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -141,6 +144,7 @@ def draw_fitting_batches(
             yield from zip(part, results)
             start += len(part)
             continue
+        # Halve the batch, or give up
         if not automatic or len(part) == 1:
             advice = f"give --batch-size {fitting_count} or auto" if fitting_count else "ask for smaller pictures"
             raise InputError(f"{reason}; {advice}")

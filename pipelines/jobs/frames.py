@@ -88,7 +88,8 @@ def parse_anchor(argument: str) -> str | Path:
     path = Path(argument)
     try:
         is_file = path.is_file()
-    except OSError:  # the text is too long for a name
+    except OSError:
+        # The text is too long for a name
         is_file = False
     if not is_file and path.suffix.lower() in IMAGE_SUFFIXES:
         raise InputError(f"no image file {argument!r}; an anchor is an image file or a text")

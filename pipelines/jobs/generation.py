@@ -28,7 +28,8 @@ from t2i.runtime.memory import MEMORY_MARGIN, measure_available_memory
 from t2i.runtime.rank import find_process_rank
 from t2i.sampling.upsampling import check_upsampled_size
 
-DRAWING_COMPONENTS = ("prior", "decoder", "autoencoder", "clip", "text_encoder", "upsampler")  # fingerprinted
+# Components whose weights decide what is drawn. Their fingerprint is recorded, so that `resume` tells models apart.
+DRAWING_COMPONENTS = ("prior", "decoder", "autoencoder", "clip", "text_encoder", "upsampler")
 
 
 def generate_files(
@@ -63,7 +64,8 @@ def generate_files(
     for name in ("negative_prompt", "decoder_negative_prompt"):
         check_texts(name, [arguments[name]] if name in arguments else [])
     if not prompts:
-        options = {"guidance_scale": 1.0, **options}  # without a condition there is nothing to guide towards
+        # Without a condition there is nothing to guide towards
+        options = {"guidance_scale": 1.0, **options}
     Text2ImagePipeline.build_options(options)
     output.check_path(len(inputs) * output.count, plan.rank)
 
@@ -177,7 +179,8 @@ def upsample_files(
     """
     output.check_path(len(paths))
     first_seed = output.choose_first_seed(len(paths))
-    images = [open_image(path) for path in paths]  # complain before the model loads
+    # Complain about an image before the model loads
+    images = [open_image(path) for path in paths]
     pipeline = load_pipeline(source, UpsamplePipeline)
     for image in images:
         check_upsampled_size(pipeline.upsampler, *image.size, times)

@@ -66,6 +66,7 @@ class Output:
                 raise InputError(f"{str(path)!r} exists and is not overwritten; give another name")
         elif path.exists() and not path.is_dir():
             raise InputError(f"out is {str(path)!r}, which is a file; give a folder, or a name that ends in .png")
+        # The folder may not exist yet: the nearest one above must be writable
         folder = path.absolute().parent if path.suffix == ".png" else path.absolute()
         parent = next(ancestor for ancestor in (folder, *folder.parents) if ancestor.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):

@@ -69,6 +69,7 @@ def convert_to_json_value(value: Any) -> Any:
 
 def encode_png_image(image: Image.Image, record: Record) -> bytes:
     """Return a PNG file with its record: JSON under "t2i", and under "parameters" the text that other programs read."""
+    # The text that other programs read: the prompt, the negative prompt, and a line of parameters
     lines = [record.get("prompt", "")]
     if "negative_prompt" in record:
         lines.append(f"Negative prompt: {record['negative_prompt']}")
@@ -76,6 +77,8 @@ def encode_png_image(image: Image.Image, record: Record) -> bytes:
     parameters = {label: value["scale"] if isinstance(value, dict) else value for label, value in parameters.items()}
     parameters |= {"Size": f"{image.width}x{image.height}", "Version": f"t2i {__version__}"}
     lines.append(", ".join(f"{label}: {value}" for label, value in parameters.items()))
+
+    # The record, and the file
     info = PngInfo()
     info.add_itxt("parameters", "\n".join(lines))
     info.add_itxt("t2i", json.dumps({"version": __version__, **record}, ensure_ascii=False))

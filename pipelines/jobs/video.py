@@ -74,6 +74,7 @@ def write_mp4(frames: list[Image.Image], path: Path, fps: float) -> None:
 
     width, height = frames[0].size
     odd = ((0, height % 2), (0, width % 2), (0, 0))
+    # "faststart" puts the index first, so that players on the web start before the file has loaded
     with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as file:
         stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000), options={"crf": "16"})
         stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"

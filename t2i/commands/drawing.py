@@ -98,6 +98,7 @@ def upsample(
     from t2i.pipelines.jobs.planning import ModelSource, Output
     from t2i.sampling.upsampling import MAX_ENLARGEMENTS
 
+    # The pipeline checks these too, but only after the model has loaded
     check_integer("times", times, 1, MAX_ENLARGEMENTS)
     check_range("level", level or 0, 0, 1)
     settings = drop_missing(num_inference_steps=steps, level=level, tile=tile)

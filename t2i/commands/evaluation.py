@@ -28,8 +28,11 @@ def evaluate_emoji(
     from t2i.evaluation.results import check_result_folder
     from t2i.pipelines.jobs.planning import ModelSource, load_pipeline
 
-    choose_emoji_captions(open_emoji_dataset(folder)[1])  # complain before the model loads
+    # Complain before the model loads
+    choose_emoji_captions(open_emoji_dataset(folder)[1])
     check_result_folder(out)
+
+    # Draw and report
     pipeline: Any = load_pipeline(ModelSource(model, device=device))
     scores = evaluate_emoji_drawings(pipeline, folder, out, true_embeddings)
     for split in ("train", "held_out"):
@@ -111,10 +114,13 @@ def evaluate_likelihood(
     from t2i.evaluation.likelihood import MEASURED_STAGES, SPLITS, check_likelihood_settings, evaluate_model_likelihood
     from t2i.pipelines.jobs.planning import ModelSource, load_pipeline
 
+    # Evaluate
     stages = tuple(stage or MEASURED_STAGES)
     check_likelihood_settings(out, count, terms, steps, seed, stages)
     pipeline: Any = load_pipeline(ModelSource(model, device=device))
     result = evaluate_model_likelihood(pipeline, folder, out, count, terms, steps, seed, stages)
+
+    # Report
     for split in SPLITS:
         for name, figures in result[split].items():
             bound, ode, normal = (figures[key] for key in ("bound", "ode", "gaussian"))

@@ -23,7 +23,8 @@ Result = TypeVar("Result")
 
 SAMPLER_NAMES = "ddpm, ddim, dpmsolver++, sde-dpmsolver++, unipc, ode or sde"
 GUIDANCE_KEYS = "interval=LOW:HIGH, rescale, threshold, parallel, norm or momentum"
-SETTING_NAMES = {  # of the pipelines, for options with shorter names
+# Names of the pipelines' arguments, for options with shorter names
+SETTING_NAMES = {
     "steps": "num_inference_steps",
     "prior_steps": "prior_num_inference_steps",
     "candidates": "prior_candidates",
@@ -107,6 +108,7 @@ def list_group_parameters(group: Any) -> list[Parameter]:
     parameters = []
     for field in fields(group):
         value_type, info = get_args(hints[field.name])
+        # A copy, because commands without panels share the annotation
         info = copy(info)
         info.rich_help_panel = getattr(group, "panel", None)
         annotation: Any = Annotated[value_type, info]  # type: ignore[valid-type]
@@ -256,6 +258,7 @@ def parse_guidance_settings(name: str, scale: float | None, texts: list[str]) ->
     from t2i.diffusion.guidance import parse_guidance
 
     guidance = asdict(parse_guidance(name, 1.0 if scale is None else scale, texts))
+    # `build_options` takes a scale that is left out from the model's default
     if scale is None:
         del guidance["scale"]
     return guidance

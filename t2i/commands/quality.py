@@ -71,11 +71,14 @@ def evaluate_quality(
     from t2i.evaluation.metrics import MetricSettings
     from t2i.evaluation.results import check_result_file
 
+    # Check the options
     names = tuple(dict.fromkeys(name.strip() for name in metrics.split(",") if name.strip()))
     settings = MetricSettings(names, kid_subset_size, neighbours=neighbours, seed=comparison.seed)
     check_range("num-processes", num_processes, 1, 1024)
     check_comparison(comparison, drawing.build_settings())
     check_result_file(out)
+
+    # Measure, in several processes if asked to: then torchrun starts this command again
     if num_processes > 1:
         from t2i.runtime.launch import exec_torchrun
 

@@ -42,9 +42,12 @@ def classify(
     from t2i.checks import check_integer
     from t2i.evaluation.retrieval import check_label_templates, check_labels, classify_image_embeds, embed_image_files
 
+    # Check everything that needs no model
     names = check_labels(read_labels(labels, labels_file))
     templates = check_label_templates(template or ["{}"])
     check_integer("top", top, 1, 10_000)
+
+    # Classify and print
     model = load_clip_model(clip, device)
     probabilities = classify_image_embeds(model, embed_image_files(model, pictures), names, templates)
     for path, row in zip(pictures, probabilities.tolist()):
@@ -79,13 +82,16 @@ def search(
     from t2i.data.pictures import open_image
     from t2i.evaluation.retrieval import open_image_index, search_image_index
 
+    # Check everything that needs no model
     if (text is None) == (picture is None):
         raise InputError(f"give a text or a --picture to search for, got {'none' if text is None else 'both'}")
     if text is not None and not text.strip():
         raise InputError(f"the text must not be empty, got {text!r}")
     check_integer("top", top, 1, 10_000)
     if picture is not None:
-        open_image(picture)  # complain before the model loads
+        open_image(picture)
+
+    # Search
     model = load_clip_model(clip, device)
     for name, cosine in search_image_index(model, open_image_index(model, where, index), text, picture, top):
         print(f"{cosine:.4f}  {name}")

@@ -139,7 +139,7 @@ def test_what_is_there_already_is_not_drawn_again(monkeypatch, capsys, caplog, c
     renamed.rename(tmp_path / "out" / "another name.png")
     with caplog.at_level(logging.WARNING):
         status, out, _ = run(monkeypatch, capsys, *command("out"))
-    assert status == 0 and "already holds 2 of 5 images" in caplog.text
+    assert status == 0 and "already contains 2 of 5 images" in caplog.text
     assert (pixels(lost).shape == (32, 32, 3)) and str(lost) in out.splitlines()
     drawn = {path.name for path in map(Path, out.splitlines()) if path != lost}
     assert drawn == {f"{damaged.stem}-2.png", f"{cut.stem}-2.png"}  # nothing is overwritten
