@@ -1,4 +1,4 @@
-"""Conditions of denoisers: batches of tensors with an index that says which of the stored rows each condition is.
+"""Conditions of denoisers: batches of tensors, with an index of the stored row that each condition of the batch is.
 
 "No condition" is a value of the same type (a denoiser's `null`), never a switch: dropping a condition in training
 chooses between two values, guidance extrapolates from one to the other.
@@ -15,98 +15,88 @@ from torch import Tensor
 
 @dataclass
 class Condition:
-    """A batch of B conditions: fields are tensors, nested conditions, or None where a model takes no such input.
+    """A batch of B conditions. Fields are tensors, nested conditions, or None where a model takes no such input.
 
-    `repeat`, `take_rows` and `cat` change the index alone, so that several pictures of one caption share its tensors.
-    `expand` copies them, once, where a denoiser needs a row for each picture. Nested conditions have their own index.
+    `repeat`, `take_rows` and `cat` change the index alone, so that several images of one caption share its tensors.
+    `expand` copies them, once, where a denoiser needs a row for each image. Nested conditions have their own index.
 
-    rows: (B,), int64, on the CPU: the stored row of each condition. None: the B stored rows in order.
+    rows: (B,), int64, on the CPU: the stored row of each condition. None: the B stored rows, in order.
     """
 
     rows: Tensor | None = field(default=None, kw_only=True)
-    unindexed: ClassVar[tuple[str, ...]] = ()  # tensors that always have B rows, for each picture has its own
-
-    def __len__(self) -> int:
-        return self.stored_count if self.rows is None else len(self.rows)
+    unindexed: ClassVar[tuple[str, ...]] = ()  # fields that always have B rows, because no two images share them
 
     @property
     def parts(self) -> dict[str, Any]:
-        """The tensors and nested conditions that are not None, by field."""
+        """The tensors and nested conditions by field, without those that are None."""
         return {name: value for name, value in vars(self).items() if value is not None and name != "rows"}
 
     @property
     def first_tensor(self) -> Tensor:
-        return next(value for value in self.parts.values() if isinstance(value, Tensor))
+        return next(part for part in self.parts.values() if isinstance(part, Tensor))
 
     @property
     def device(self) -> torch.device:
         return self.first_tensor.device
 
     @property
-    def stored_count(self) -> int:
-        return len(self.first_tensor)
-
-    @property
     def index(self) -> Tensor:
-        """(B,), int64: the stored row of each condition."""
-        return torch.arange(self.stored_count) if self.rows is None else self.rows
+        """(B,), int64, on the CPU: the stored row of each condition."""
+        return torch.arange(len(self.first_tensor)) if self.rows is None else self.rows
+
+    def __len__(self) -> int:
+        return len(self.index)
 
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> Self:
         """Apply a function to every stored tensor."""
-        nested = {name: part.map_tensors(function) for name, part in self.parts.items() if isinstance(part, Condition)}
-        own = {name: function(part) for name, part in self.parts.items() if isinstance(part, Tensor)}
-        return replace(self, **own, **nested)
+        parts = {
+            name: part.map_tensors(function) if isinstance(part, Condition) else function(part)
+            for name, part in self.parts.items()
+        }
+        return replace(self, **parts)
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Self:
-        """Move to a device; floating-point tensors also to a dtype, if one is given."""
+        """Move to a device; convert floating-point tensors to a dtype, if one is given."""
         return self.map_tensors(lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None))
 
     def repeat(self, count: int) -> Self:
-        """Return each of the B conditions `count` times in a row."""
+        """Repeat each of the B conditions `count` times in a row."""
         return self.take_rows(torch.arange(len(self)).repeat_interleave(count))
 
     def take_rows(self, rows: Tensor) -> Self:
-        """Return the conditions with these numbers, (N,), int64, of the B."""
+        """Select conditions by their numbers in the batch, (N,), int64."""
         nested = {name: part.take_rows(rows) for name, part in self.parts.items() if isinstance(part, Condition)}
-        own = {name: getattr(self, name) for name in self.unindexed}
-        own = {name: part if part is None else part[rows.to(part.device)] for name, part in own.items()}
-        return replace(self, rows=self.index[rows.cpu()], **own, **nested)
+        own = {name: self.parts[name] for name in self.unindexed if name in self.parts}
+        own = {name: tensor[rows.to(tensor.device)] for name, tensor in own.items()}
+        return replace(self, rows=self.index[rows.cpu()], **nested, **own)
 
     def expand(self) -> Self:
         """Return the same conditions with B rows in every tensor and without an index."""
-
-        def copy_rows(name: str, part: Any) -> Any:
+        parts: dict[str, Any] = {}
+        for name, part in self.parts.items():
             if isinstance(part, Condition):
-                return part.expand()
-            if self.rows is None or name in self.unindexed:
-                return part
-            return part[self.rows.to(part.device)]
-
-        return replace(self, rows=None, **{name: copy_rows(name, part) for name, part in self.parts.items()})
+                parts[name] = part.expand()
+            elif self.rows is not None and name not in self.unindexed:
+                parts[name] = part[self.rows.to(part.device)]
+        return replace(self, rows=None, **parts)
 
     def find_unique_rows(self) -> tuple[Tensor, Tensor]:
-        """Return the numbers of the first of each group of equal conditions, (U,), and the group of each, (B,).
+        """Group equal conditions, those of the same stored rows, whose context can be computed once.
 
-        Both int64, on the device of the tensors. Conditions are equal if they have the same stored rows: what depends
-        on the condition alone is computed once for each group.
+        Returns the number of the first of each group, (U,), and the group of each condition, (B,): int64, on the device
+        of the tensors. No tensor is compared but the indexes.
         """
-        keys = list(zip(*(index.tolist() for index in self.collect_indexes())))
-        first: dict[tuple[int, ...], int] = {}
-        for number, key in enumerate(keys):
-            first.setdefault(key, number)
-        groups = {key: group for group, key in enumerate(first)}
-        return (
-            torch.tensor(list(first.values()), device=self.device),
-            torch.tensor([groups[key] for key in keys], device=self.device),
-        )
+        _, groups = torch.stack(self.collect_indexes(), dim=1).unique(dim=0, return_inverse=True)
+        first = (groups == torch.arange(int(groups.max()) + 1)[:, None]).int().argmax(dim=1)
+        return first.to(self.device), groups.to(self.device)
 
     def collect_indexes(self) -> list[Tensor]:
-        """Return the index of this condition and those of the nested ones."""
-        nested = [part.collect_indexes() for part in self.parts.values() if isinstance(part, Condition)]
+        """Return the index of this condition and of the nested ones."""
+        nested = (part.collect_indexes() for part in self.parts.values() if isinstance(part, Condition))
         return [self.index, *(index for indexes in nested for index in indexes)]
 
     def pad_like(self, other: Self) -> Self:
-        """Pad to the lengths of `other`, so that both can stand in one batch."""
+        """Pad to the lengths of `other`, so that both fit into one batch."""
         return self
 
     def where(self, keep: Tensor, other: Self) -> Self:
@@ -118,13 +108,11 @@ class Condition:
         return self.expand().combine(other.expand(), choose, lambda mine, others: mine.where(keep, others))
 
     def cat(self, other: Self) -> Self:
-        """Return one batch of both."""
-        both = self.combine(
-            other, lambda mine, others: torch.cat([mine, others]), lambda mine, others: mine.cat(others)
-        )
+        """Join both into one batch."""
+        both = self.combine(other, lambda mine, others: torch.cat([mine, others]), Condition.cat)
         if self.rows is None and other.rows is None:
             return both
-        return replace(both, rows=torch.cat([self.index, self.stored_count + other.index]))
+        return replace(both, rows=torch.cat([self.index, len(self.first_tensor) + other.index]))
 
     def combine(
         self,
@@ -133,12 +121,12 @@ class Condition:
         of_conditions: Callable[["Condition", "Condition"], "Condition"],
     ) -> Self:
         """Apply functions to the pairs of padded fields. A field that one of the two lacks becomes None."""
-        padded, others = self.pad_like(other), other.pad_like(self)
-        parts = dict.fromkeys(self.parts)
-        for name in self.parts.keys() & others.parts.keys():
-            mine, its = padded.parts[name], others.parts[name]
-            parts[name] = of_conditions(mine, its) if isinstance(mine, Condition) else of_tensors(mine, its)
-        return replace(padded, **parts)
+        mine, others = self.pad_like(other).parts, other.pad_like(self).parts
+        parts = dict.fromkeys(mine)
+        for name in mine.keys() & others.keys():
+            function: Any = of_conditions if isinstance(mine[name], Condition) else of_tensors
+            parts[name] = function(mine[name], others[name])
+        return replace(self, **parts)
 
 
 @dataclass
@@ -184,10 +172,10 @@ class TokenStates(Condition):
 
 @dataclass
 class ImageCondition(Condition):
-    """Condition of the decoder: z_i, the caption, the known latents. A TextEncoding becomes its `token_states`."""
+    """The condition of the decoder. A TextEncoding is reduced to its `token_states`."""
 
-    embedding: Tensor  # (B, D), unit length (if the CLIP's `unit_length`) or zero: z_i
-    text: TokenStates | TextEncoding | None = None  # the caption, for decoders that read it too
+    embedding: Tensor  # (B, D): z_i, as the decoder's `noise_image_embeds` returns it; zero or learned for the null
+    text: TokenStates | TextEncoding | None = None  # captions, for decoders that read them
     masked_latents: Tensor | None = None  # (B, C + 1, h, w): kept latents and mask, for decoders that read them
     unindexed: ClassVar[tuple[str, ...]] = ("masked_latents",)
 

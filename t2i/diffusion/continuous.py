@@ -1,7 +1,7 @@
 """Sampling in continuous time, from the same model: the probability-flow ODE and the reverse SDE (Song et al. 2021).
 
 Noise levels between the trained ones are interpolated in the logarithm of the signal-to-noise ratio, and the model is
-asked at fractional timesteps. Both are schedulers as diffusers has them: a drop-in for the saved one.
+evaluated at fractional timesteps. Both are schedulers of diffusers' kind, drop-ins for the saved one.
 """
 
 import torch
@@ -12,36 +12,35 @@ from torch import Generator, Tensor
 
 from t2i.checks import check_integer
 from t2i.diffusion.ddim import ExactDDIMScheduler
-from t2i.diffusion.process import alpha_bar, alpha_sigma, posterior_mean_variance, predict_x0
+from t2i.diffusion.process import alpha_bar, alpha_sigma, noise_angle, posterior_mean_variance, predict_x0
 
 ANGLE_EXPONENT = 1.75
 
 
-class ContinuousScheduler(
-    ExactDDIMScheduler, SchedulerMixin
-):  # named: diffusers loads what has its mixin in the module
-    """Base of both schedulers: fractional times, the noise at them, and the number of steps."""
+# SchedulerMixin is a base by name because diffusers loads a class only from modules that name its mixin.
+class ContinuousScheduler(ExactDDIMScheduler, SchedulerMixin):
+    """Base of both: fractional timesteps, noise at them, and the index of the present step."""
 
     def spaced_timesteps(self, count: int) -> Tensor:
-        """(count,), fp32, falling: from the last trained timestep, in powers of the angle, denser where noise is low.
+        """Return timesteps, (count,), fp32, falling from the last trained one, denser where noise is low.
 
-        Of the angle and its powers this one served best on Gaussian data, narrow and wide; see docs/likelihood.md.
+        They are even in a power of the angle; ANGLE_EXPONENT did best on Gaussian data, see docs/likelihood.md.
         """
         check_integer("the number of steps", count, 1, 100_000)
         trained = self.alphas_cumprod.double().sqrt().acos()
         left = torch.arange(count, 0, -1, dtype=torch.float64) / count
         angles = trained[0] + (trained[-1] - trained[0]) * left**ANGLE_EXPONENT
-        # The timestep of each angle, on the straight lines in log(tan), half the log-SNR, that `alpha_sigma` draws.
+        # Invert `alpha_sigma`, which interpolates linearly in log(tan), half the log-SNR.
         high = torch.searchsorted(trained, angles).clamp(1, len(trained) - 1)
         low, at, after = (angle.tan().log() for angle in (trained[high - 1], angles, trained[high]))
         return (high - 1 + (at - low) / (after - low)).float()
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Start in the middle: at this index of the timesteps."""
+        """Start in the middle, at this index of the timesteps."""
         self.index = begin_index
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """x_t of clean samples, (B, ...), for timesteps (B,), fractional ones too."""
+        """Return x_t of clean samples, (B, ...), at timesteps (B,), also fractional ones."""
         alpha, sigma = alpha_sigma(self, timesteps, original_samples)
         return alpha * original_samples + sigma * noise
 
@@ -52,15 +51,14 @@ class ContinuousScheduler(
 class ProbabilityFlowScheduler(ContinuousScheduler):
     """The probability-flow ODE by Heun's method, of second order: 2 steps - 1 evaluations of the model.
 
-    In the angle phi of the noise level (see `t2i.diffusion.ddim`) the ODE is dx / dphi = v, whose right-hand side
-    stays of the
-    size of the data at both ends. (Euler's method for it is DDIM.) The last step, to the clean sample, is Euler's.
+    In the angle phi of the noise level (see `t2i.diffusion.ddim`) the ODE is dx / dphi = v, whose right-hand side stays
+    of the size of the data at both ends. Euler's method for it is DDIM. The last step, to the clean sample, is Euler's.
     """
 
     order = 2
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """Timesteps (2 num_inference_steps - 1,), fp32: each but the first twice, to land on and to leave from."""
+        """Set the timesteps, (2 num_inference_steps - 1,), fp32: each but the first twice, as Heun's method does."""
         self.num_inference_steps = num_inference_steps
         self.timesteps = self.spaced_timesteps(num_inference_steps).repeat_interleave(2)[1:].to(device)
         self.index = 0
@@ -68,7 +66,7 @@ class ProbabilityFlowScheduler(ContinuousScheduler):
     def step(  # type: ignore[override]
         self, model_output: Tensor, timestep: Tensor, sample: Tensor, return_dict: bool = True
     ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
-        """Half a step of Heun's: to the next time, or once more with what the model says there."""
+        """Take half a step of Heun's: to the next timestep, or the same again with the mean of both velocities."""
         t = torch.as_tensor(timestep, device=sample.device)
         x_0 = self.clip_x0(predict_x0(self, model_output, sample, t))
         alpha, sigma = alpha_sigma(self, t, sample)
@@ -79,25 +77,22 @@ class ProbabilityFlowScheduler(ContinuousScheduler):
             x = (alpha * alpha_s + sigma * sigma_s) * sample - (sigma * alpha_s - alpha * sigma_s) * velocity
         else:
             t_left, x_left, velocity_left = self.last_step
-            half = (self.compute_angle(t_left, sample) - self.compute_angle(t, sample)) / 2
-            # tan(half), not half: then it is exact where sample and noise stay the same.
+            half = (noise_angle(self, t_left, sample) - noise_angle(self, t, sample)) / 2
+            # tan(half), not half: exact where sample and noise stay the same.
             x = x_left - half.tan().to(sample.dtype) * (velocity_left + velocity)
         self.index += 1
         return DDIMSchedulerOutput(x, x_0) if return_dict else (x, x_0)
 
-    def compute_angle(self, t: Tensor, like: Tensor) -> Tensor:
-        return alpha_bar(self, t, like).sqrt().acos()
-
 
 class ReverseSDEScheduler(ContinuousScheduler):
-    """Reverse SDE by SDE-DPM-Solver++(2M) (Lu et al. 2022) at fractional times: one evaluation a step.
+    """The reverse SDE by SDE-DPM-Solver++(2M) (Lu et al. 2022) at fractional timesteps: one evaluation a step.
 
-    Each step draws from q(x_s | x_t, x_0), which is the SDE's solution for a clean sample that stays the same; from the
-    second step on, the clean sample is followed along its straight line in the log-SNR.
+    Each step draws from q(x_s | x_t, x_0), which is the SDE's solution for a constant clean sample; from the second
+    step on, the clean sample is extrapolated linearly in the log-SNR.
     """
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """Timesteps (num_inference_steps,), fp32."""
+        """Set the timesteps, (num_inference_steps,), fp32."""
         self.num_inference_steps = num_inference_steps
         self.timesteps = self.spaced_timesteps(num_inference_steps).to(device)
         self.index = 0
@@ -111,14 +106,18 @@ class ReverseSDEScheduler(ContinuousScheduler):
         generator: Generator | list[Generator] | None = None,
         return_dict: bool = True,
     ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
+        """Take one step, with fresh noise from the generators."""
         t = torch.as_tensor(timestep, device=sample.device)
         previous = self.find_next_timestep(self.index + 1)
         x_0 = self.clip_x0(predict_x0(self, model_output, sample, t))
-        ahead, log_snr = x_0, torch.logit(alpha_bar(self, t, sample))
-        if self.last_step is not None and previous >= 0 and (since := log_snr - self.last_step[0]).isfinite():
-            share = (torch.logit(alpha_bar(self, previous, sample)) - log_snr) / since
-            ahead = x_0 + (share / 2).to(sample.dtype) * (x_0 - self.last_step[1])
-        mean, variance = posterior_mean_variance(self, ahead, sample, t, previous)
+        extrapolated, log_snr = x_0, torch.logit(alpha_bar(self, t, sample))
+        if self.last_step is not None and previous >= 0:
+            last_log_snr, last_x_0 = self.last_step
+            change = log_snr - last_log_snr
+            if change.isfinite():  # pure noise has a log-SNR of minus infinity
+                ratio = (torch.logit(alpha_bar(self, previous, sample)) - log_snr) / change
+                extrapolated = x_0 + (ratio / 2).to(sample.dtype) * (x_0 - last_x_0)
+        mean, variance = posterior_mean_variance(self, extrapolated, sample, t, previous)
         fresh = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
         self.last_step, self.index = (log_snr, x_0), self.index + 1
         x = mean + variance.sqrt() * fresh

@@ -21,23 +21,19 @@ from t2i.checks import check_integer
 from t2i.diffusion.denoiser import Predict
 from t2i.diffusion.process import alpha_sigma, posterior_coefficients, predict_x0, split_variance
 
-MIN_ALPHA = 0.02  # nearer to pure noise a velocity is not made of a predicted noise
-CLASS_SPECIFIC_KEYS = (
-    "variance_type",
-    "algorithm_type",
-    "solver_order",
-    "solver_type",
-)  # a class's own, though others share the names
+MIN_ALPHA = 0.02  # nearer to pure noise the velocity of a predicted noise is divided by almost zero
+# Settings that schedulers of different classes share by name, but not by meaning.
+CLASS_SPECIFIC_KEYS = ("variance_type", "algorithm_type", "solver_order", "solver_type")
 
 
 class ExactDDIMScheduler(DDIMScheduler):
-    """DDIM whose steps lead from each of its timesteps to the very next, also where their number does not divide T.
+    """DDIM whose steps lead from each timestep to the next one, also where their number does not divide T.
 
-    diffusers' own takes a step of T // steps each time, and so misses the next timestep by a little. Same arguments.
+    diffusers' DDIMScheduler steps by T // steps each time, and so misses the next timestep by a little. Same arguments.
     """
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """Timesteps (num_inference_steps,), int64, falling."""
+        """Set the timesteps, (num_inference_steps,), int64, falling."""
         if self.config.timestep_spacing != "trailing":
             super().set_timesteps(num_inference_steps, device)
             return
@@ -48,16 +44,16 @@ class ExactDDIMScheduler(DDIMScheduler):
 
     @property
     def final_timestep(self) -> int:
-        """Last timestep: -1 is the clean sample; 0, without `set_alpha_to_one`, leaves the least noise."""
+        """Timestep that the last step leads to: -1, the clean sample; or 0, without `set_alpha_to_one`."""
         return -1 if self.config.set_alpha_to_one else 0
 
     def previous_timestep(self, timestep: Tensor | int) -> Tensor:
-        """The timestep that a step from this one leads to; from the last, `end`."""
+        """Return the timestep that a step from this one leads to; `final_timestep` from the last."""
         after = (self.timesteps == timestep).nonzero()[-1, 0] + 1
         return self.timesteps[after] if after < len(self.timesteps) else self.timesteps.new_tensor(self.final_timestep)
 
     def clip_x0(self, sample: Tensor) -> Tensor:
-        """The clean sample as the configuration bounds it: `thresholding`, `clip_sample`, or not at all."""
+        """Bound a clean sample as the configuration says: by `thresholding`, `clip_sample`, or not at all."""
         if self.config.thresholding:
             return self._threshold_sample(sample)
         bound = self.config.clip_sample_range
@@ -72,7 +68,7 @@ class ExactDDIMScheduler(DDIMScheduler):
         generator: Generator | list[Generator] | None = None,
         return_dict: bool = True,
     ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
-        """One step (eq. 12). eta: 0 is deterministic, 1 has the noise of ancestral sampling (eq. 16)."""
+        """Take one step (eq. 12). eta: 0 is deterministic, 1 adds the noise of ancestral sampling (eq. 16)."""
         t = torch.as_tensor(timestep, device=sample.device)
         previous = self.previous_timestep(t).to(sample.device)
         x_0 = self.clip_x0(predict_x0(self, model_output, sample, t))
@@ -88,18 +84,19 @@ class ExactDDIMScheduler(DDIMScheduler):
 
 
 def build_scheduler_like(kind: type[SchedulerMixin], scheduler: SchedulerMixin, **settings: Any) -> Any:
-    """A scheduler of another class with the noise schedule, prediction type and timestep spacing of this one.
+    """Build a scheduler of another class with the noise schedule, prediction type and timestep spacing of this one.
 
     It clips only where this one does. (diffusers' `from_config` would replace defaults of one class by the other's.)
     """
-    known = {key: scheduler.config[key] for key in signature(kind.__init__).parameters if key in scheduler.config}
-    if "beta_schedule" not in known:  # such as UnCLIPScheduler, which has but one
-        known["trained_betas"] = scheduler.betas.tolist()
-    if "timestep_spacing" in signature(kind.__init__).parameters:
-        known.setdefault("timestep_spacing", "linspace")  # the timesteps that UnCLIPScheduler takes
-    if "clip_sample" in signature(kind.__init__).parameters:
-        known.setdefault("clip_sample", False)
-    return kind(**{**{key: value for key, value in known.items() if key not in CLASS_SPECIFIC_KEYS}, **settings})
+    accepted = signature(kind.__init__).parameters
+    shared = {key: scheduler.config[key] for key in accepted if key in scheduler.config}
+    if "beta_schedule" not in shared:  # such as UnCLIPScheduler, which has only one
+        shared["trained_betas"] = scheduler.betas.tolist()
+    if "timestep_spacing" in accepted:
+        shared.setdefault("timestep_spacing", "linspace")  # the timesteps that UnCLIPScheduler takes
+    if "clip_sample" in accepted:
+        shared.setdefault("clip_sample", False)
+    return kind(**{**{key: value for key, value in shared.items() if key not in CLASS_SPECIFIC_KEYS}, **settings})
 
 
 @torch.no_grad()
@@ -112,22 +109,23 @@ def invert_sample(
     progress: Callable[[Iterable], Iterable] = iter,
     on_step: Callable[[int, Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """The noise, like `x_0`, from which DDIM with eta 0 and as many steps draws `x_0`, (B, ...).
+    """Return the noise, like `x_0`, from which DDIM with eta 0 and as many steps samples `x_0`, (B, ...).
 
-    To draw it again: `sample(predict, make_sampler("ddim", scheduler), noise, steps)` with the same predict. What a
-    step started from solves x_t = (x_s + sin(d) v(x_t, t)) / cos(d). For a model of the noise that is the same as
-    x_t = (alpha_t x_s + sin(d) noise(x_t, t)) / alpha_s, which converges more slowly, but stays bounded where alpha_t,
-    which v is divided by, is almost zero. Taking v at x_s instead, the usual inversion, is off by O(d^2) a step; here
-    the equation is solved by `refinements` evaluations a step, so this costs refinements * steps evaluations; 1 is the
-    usual inversion and costs as much as sampling. The rate is d times how fast v changes: strong guidance or few steps
-    may need more. Clipping and thresholding, which cannot be undone, are left out; so must be a `predict` that keeps a
-    state, for it is asked several times a step. on_step(i, t, x) runs after each step, with x at t, and may change x.
+    To sample it again: `sample_from_noise(predict, build_sampler("ddim", scheduler), noise, Sampling(steps))`.
+
+    The start of a step solves x_t = (x_s + sin(d) v(x_t, t)) / cos(d). The usual inversion takes v at x_s instead,
+    which is off by O(d^2) a step. Here the equation is solved by fixed-point iteration with `refinements` evaluations
+    a step; 1 is the usual inversion. It converges at a rate of d times the change of v: strong guidance or few steps
+    may need more. Clipping and thresholding cannot be undone and are left out. `predict` must not have a state, because
+    it is evaluated several times a step.
+
+    on_step: `on_step(i, t, x)` runs after each step, with x at t, and may change x.
     """
     check_integer("refinements", refinements, 1, 100)
     exact = build_scheduler_like(ExactDDIMScheduler, scheduler)
     exact.set_timesteps(steps, device=x_0.device)
     x, velocity = x_0, None
-    of_noise = exact.config.prediction_type == "epsilon"
+    predicts_noise = exact.config.prediction_type == "epsilon"
     previous = exact.timesteps.new_tensor(exact.final_timestep)
     for i, t in enumerate(progress(exact.timesteps.flip(0))):
         (alpha, sigma), (alpha_s, sigma_s) = alpha_sigma(exact, t, x), alpha_sigma(exact, previous, x)
@@ -137,7 +135,9 @@ def invert_sample(
             prediction, _ = split_variance(predict(guess, t), guess)
             velocity = (alpha * guess - predict_x0(exact, prediction, guess, t)) / sigma
             guess = (x + sine * velocity) / cosine
-            if of_noise and alpha < MIN_ALPHA:  # a velocity made of noise and x is divided by it
+            if predicts_noise and alpha < MIN_ALPHA:
+                # The same equation in terms of the noise: it converges more slowly, but stays bounded where alpha is
+                # almost 0, by which the velocity is divided.
                 guess = (alpha * x + sine * prediction) / alpha_s
         x, previous = guess if on_step is None else on_step(i, t, guess), t
     return x

@@ -1,8 +1,8 @@
-"""Ways between vectors whose direction is what they say: embeddings and noise (DALL-E 2, section 3.2).
+"""Interpolation on the sphere, for embeddings and noise (DALL-E 2, section 3.2).
 
 A straight line between two embeddings leaves the sphere where all embeddings lie, and one between two noises leaves the
-shell where noise lies; these keep to great circles. Directions follow the circle; lengths are interpolated linearly, so
-that unit vectors stay unit vectors, and noise stays as long as noise is.
+shell where noise lies. Here directions follow great circles and lengths are interpolated linearly, so that unit vectors
+stay unit vectors, and noise keeps the length of noise.
 """
 
 import torch
@@ -11,38 +11,38 @@ from torch import Tensor
 
 from t2i.errors import InputError
 
-MAX_ITERATIONS = 100  # of the spherical mean, at most; it converges in a few
-MIN_SINE = 1e-7  # sine of an angle below which no direction is left to go along
+MAX_ITERATIONS = 100  # of the spherical mean; it converges in a few
+MIN_SINE = 1e-7  # sine of an angle below which the tangent has no reliable direction
 
 
-def slerp(start: Tensor, end: Tensor, share: float | Tensor) -> Tensor:
-    """(..., D), (..., D) -> (..., D): a share of the way from one to the other, 0 to 1, on the great circle.
+def slerp(start: Tensor, end: Tensor, fraction: float | Tensor) -> Tensor:
+    """Return the point at a fraction of the way from `start` to `end`, (..., D), on the great circle.
 
-    share: a number, or (...). Between opposite vectors, where any half circle is a shortest way, it is always the same
-    one.
+    fraction: a number from 0 to 1, or (...). Between opposite vectors, where every half circle is a shortest way, the
+    same one is always taken.
     """
-    share = torch.as_tensor(share, dtype=torch.float64, device=start.device)[..., None]
-    lengths = [one.double().norm(dim=-1, keepdim=True) for one in (start, end)]
+    fraction = torch.as_tensor(fraction, dtype=torch.float64, device=start.device)[..., None]
+    lengths = [vector.double().norm(dim=-1, keepdim=True) for vector in (start, end)]
     point = F.normalize(start.double(), dim=-1)
-    moved = exp_map(point, share * log_map(point, F.normalize(end.double(), dim=-1)))
-    return (moved * torch.lerp(*lengths, share)).to(start.dtype)
+    moved = exp_map(point, fraction * log_map(point, F.normalize(end.double(), dim=-1)))
+    return (moved * torch.lerp(*lengths, fraction)).to(start.dtype)
 
 
 def compute_spherical_mean(points: Tensor, weights: Tensor) -> Tensor:
-    """(K, D), (K,) -> (D,): the point whose squared angles to the points, weighted, are least in sum.
+    """Return the point, (D,), with the least weighted sum of squared angles to K points, (K, D), (K,).
 
-    For two points it is slerp. Buss and Fillmore 2001, algorithm A1; where the points do not determine it (opposite
-    ones, say), it is the one that is found from the first point on, so always the same. Raises InputError for weights
-    as `check_weights` does.
+    Buss and Fillmore 2001, algorithm A1; slerp for two points. Where the points do not determine it, such as opposite
+    ones, the iteration from the first point decides. Raises InputError for weights as `check_weights` does.
     """
     weights = check_weights(weights, len(points)).to(points.device)
     length = (weights[:, None] * points.double().norm(dim=-1, keepdim=True)).sum()
     used = weights > 0
     directions, weights = F.normalize(points.double(), dim=-1)[used], weights[used]
-    mean, done = directions[0], weights[0]
-    for direction, weight in zip(directions[1:], weights[1:]):  # exact for two, near for more
-        done = done + weight
-        mean = slerp(mean, direction, weight / done)
+    # Start from successive slerps: exact for two points, near for more.
+    mean, total = directions[0], weights[0]
+    for direction, weight in zip(directions[1:], weights[1:]):
+        total = total + weight
+        mean = slerp(mean, direction, weight / total)
     if len(directions) > 2:
         for _ in range(MAX_ITERATIONS):
             step = (weights[:, None] * log_map(mean.expand_as(directions), directions)).sum(dim=0)
@@ -53,35 +53,35 @@ def compute_spherical_mean(points: Tensor, weights: Tensor) -> Tensor:
 
 
 def check_weights(weights: Tensor, count: int) -> Tensor:
-    """(K,) -> (K,), fp64, summing to 1. Raises InputError unless there are `count`, none negative, some positive."""
+    """Normalize weights to a sum of 1, (K,), fp64. Raises InputError unless there are `count` and all are valid."""
     weights = torch.as_tensor(weights, dtype=torch.float64)
     shown = ", ".join(f"{weight:g}" for weight in weights.flatten()[:8].tolist())
     if weights.shape != (count,):
-        raise InputError(f"weights are {weights.numel()} ({shown}) for {count} anchors; give one for each")
+        raise InputError(f"weights has {weights.numel()} numbers ({shown}) for {count} anchors; give one for each")
     if not weights.isfinite().all() or (weights < 0).any():
         raise InputError(f"weights must be finite and not negative, got {shown}")
     if not weights.sum() > 0:
-        raise InputError(f"weights must sum to something positive, got {shown}")
+        raise InputError(f"weights must have a positive sum, got {shown}")
     return weights / weights.sum()
 
 
 def log_map(point: Tensor, other: Tensor) -> Tensor:
-    """Unit vectors (..., D) -> the tangent at `point` that leads to `other`, as long as the angle between them."""
+    """Return the tangent at `point` that leads to `other`, both unit vectors (..., D), as long as their angle."""
     cosine = (point * other).sum(dim=-1, keepdim=True)
     across = other - cosine * point
-    across = across - (point * across).sum(dim=-1, keepdim=True) * point  # again, for what rounding has left
+    across = across - (point * across).sum(dim=-1, keepdim=True) * point  # twice: once leaves a rounding error
     sine = across.norm(dim=-1, keepdim=True)
     angle = torch.atan2(sine, cosine)
     return angle * torch.where(sine > MIN_SINE, across / sine.clamp(min=MIN_SINE), find_orthogonal_vector(point))
 
 
 def exp_map(point: Tensor, tangent: Tensor) -> Tensor:
-    """Unit vectors (..., D) and tangents -> where these lead to, unit vectors: the reverse of `log_map`."""
+    """Return the unit vectors that tangents at `point`, (..., D), lead to: the inverse of `log_map`."""
     angle = tangent.norm(dim=-1, keepdim=True)
     return F.normalize(angle.cos() * point + angle.sin() * F.normalize(tangent, dim=-1), dim=-1)
 
 
 def find_orthogonal_vector(point: Tensor) -> Tensor:
-    """Unit vectors (..., D) -> a unit vector at right angles to each, from the axis that it has least of."""
+    """Return a unit vector orthogonal to each unit vector, (..., D), from the axis of its smallest component."""
     axis = F.one_hot(point.abs().argmin(dim=-1), point.shape[-1]).to(point.dtype)
     return F.normalize(axis - (axis * point).sum(dim=-1, keepdim=True) * point, dim=-1)

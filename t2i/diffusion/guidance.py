@@ -1,8 +1,8 @@
 """Guidance: functions that return a `Predict` which goes further than the model's own.
 
-Classifier-free guidance moves from one condition to another; steering adds the gradient of a score. Both work on the
-clean sample that a prediction stands for, so that it does not matter what the model predicts. A learned variance stays
-that of the wanted condition.
+Classifier-free guidance extrapolates from a negative condition to the wanted one; steering adds the gradient of a
+score. Both work on the clean sample that a prediction stands for, so that it does not matter what the model predicts. A
+learned variance stays that of the wanted condition.
 """
 
 from collections.abc import Callable
@@ -20,26 +20,25 @@ from t2i.diffusion.process import alpha_sigma, join_variance, predict_x0, split_
 from t2i.errors import InputError
 
 MAX_GUIDANCE_SCALE = 1000
-MIN_ALPHA = 0.02  # nearer to pure noise a score says nothing, but its gradient would be divided by almost zero
+MIN_ALPHA = 0.02  # nearer to pure noise the gradient of a score, which has no meaning there, is divided by almost zero
 
 ScoreFunction = Callable[[Tensor, Tensor], Tensor]  # x: (B, ...), t: () -> (B,), such as log p(class | x)
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """Settings of classifier-free guidance: its scale, and what keeps it from going too far.
+    """Scale of classifier-free guidance, and settings against its side effects.
 
     scale: w in negative + w (wanted - negative); 1 is off. Papers that write (1 + w) cond - w uncond mean w + 1 here.
-    interval: of the training timesteps, as shares: 0 is no noise, 1 is pure noise. Outside, the model is not guided,
-        which costs half (Kynkaanniemi et al. 2024).
-    rescale: share of the way back to the standard deviation of the unguided prediction (Lin et al. 2023, section 3.4).
-    threshold: dynamic thresholding (Saharia et al. 2022, section 2.3): a guided clean sample beyond this quantile of
-        its absolute values is cut there, and shrunk until the quantile is the unguided one's; 1 is off. Where pixels
-        would be bounded by 1, latents are bounded by the unguided sample.
-    parallel, norm, momentum: adaptive projected guidance (Sadat et al. 2024): how much counts of the part of the
-        difference that is parallel to the wanted sample (it saturates; 1 is all), the largest root mean square that the
-        difference may have (None is any), and the momentum of its average over the steps (negative in the paper; 0
-        is off).
+    interval: guided part of the training timesteps, as fractions: 0 is no noise, 1 is pure noise. Outside, the model is
+        not guided, which costs half (Kynkaanniemi et al. 2024).
+    rescale: fraction of the way back to the standard deviation of the unguided prediction (Lin et al. 2023, sec. 3.4).
+    threshold: dynamic thresholding (Saharia et al. 2022, section 2.3): a guided clean sample is cut at this quantile of
+        its absolute values, and shrunk until the quantile is that of the unguided sample; 1 is off. Pixels would be
+        bounded by 1 instead; latents have no such bound.
+    parallel, norm, momentum: adaptive projected guidance (Sadat et al. 2024): factor of the part of the difference that
+        is parallel to the wanted sample and saturates colours (1 keeps it), largest root mean square of the difference
+        (None: any), and momentum of its average over the steps (negative in the paper; 0 is off).
     """
 
     scale: float = 1.0
@@ -52,6 +51,7 @@ class Guidance:
 
     @classmethod
     def from_value(cls, value: "float | Guidance") -> "Guidance":
+        """Return a Guidance for a scale alone; a Guidance is returned as it is."""
         return value if isinstance(value, Guidance) else cls(value)
 
     @property
@@ -73,7 +73,7 @@ GUIDANCE_RANGES = {
 
 
 def check_guidance(name: str, value: Any) -> Guidance:
-    """A scale or a Guidance, under the name of the argument. Raises InputError for values that make no sense."""
+    """Return a scale or a Guidance as a Guidance. Raises InputError, under `name`, for values out of range."""
     guidance = Guidance.from_value(value)
     check_range(name, guidance.scale, 0, MAX_GUIDANCE_SCALE)
     for key, (low, high) in GUIDANCE_RANGES.items():
@@ -85,14 +85,14 @@ def check_guidance(name: str, value: Any) -> Guidance:
         check_range(f"{name}.interval", end, 0, 1)
     low, high = guidance.interval
     if low >= high:
-        raise InputError(f"{name}.interval is upside down: it goes from {low:g} to {high:g}; give the lower one first")
+        raise InputError(f"{name}.interval must rise, got {low:g} to {high:g}; give the lower number first")
     return guidance
 
 
 def parse_guidance(name: str, scale: float, settings: list[str]) -> Guidance:
-    """A Guidance from `key=value` texts, `interval=LOW:HIGH` among them. Raises InputError for other keys."""
-    known = [one.name for one in fields(Guidance) if one.name != "scale"]
-    found: dict[str, Any] = {}
+    """Parse `key=value` texts, such as `interval=LOW:HIGH`, into a Guidance. Raises InputError for other keys."""
+    known = [field.name for field in fields(Guidance) if field.name != "scale"]
+    values: dict[str, Any] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
         if key not in known or not equals:
@@ -103,8 +103,8 @@ def parse_guidance(name: str, scale: float, settings: list[str]) -> Guidance:
             raise InputError(f"{name} {key} must be a number (interval: LOW:HIGH), got {value!r}") from None
         if len(numbers) != (2 if key == "interval" else 1):
             raise InputError(f"{name} {key} must be a number (interval: LOW:HIGH), got {value!r}")
-        found[key] = numbers if key == "interval" else numbers[0]
-    return check_guidance(name, Guidance(scale, **found))
+        values[key] = numbers if key == "interval" else numbers[0]
+    return check_guidance(name, Guidance(scale, **values))
 
 
 def build_guided_predict(
@@ -115,14 +115,15 @@ def build_guided_predict(
     scheduler: SchedulerMixin,
     timesteps: Tensor | None = None,
 ) -> Predict:
-    """Classifier-free guidance (Ho and Salimans 2022): both conditions in one batch, and from one towards the other.
+    """Return the prediction with classifier-free guidance (Ho and Salimans 2022): both conditions in one batch.
 
-    `negative` is the model's null, or any other condition to move away from. timesteps: (S,), for denoisers that
-    prepare them too. The result keeps a state if `momentum` is used: make a new one for every sampling.
+    negative: the model's null, or any other condition to move away from. timesteps: (S,), for denoisers that prepare
+    them too. The result has a state if `momentum` is used: build a new one for every sampling.
     """
     guidance = Guidance.from_value(guidance)
     if guidance.is_off:
         return build_conditional_predict(denoiser, condition, timesteps)
+    # Prepare both conditions once, and the wanted one alone for steps outside of the interval
     context, dtype = prepare_context(denoiser, negative.cat(condition), timesteps), denoiser.dtype
     outside = None if guidance.interval == (0, 1) else build_conditional_predict(denoiser, condition, timesteps)
     low, high = (end * scheduler.config.num_train_timesteps for end in guidance.interval)
@@ -133,33 +134,33 @@ def build_guided_predict(
             return outside(x, t)
         twice = torch.cat([x, x]).to(dtype)
         both = denoiser.step(twice, t.expand(2 * len(x)), context).to(x.dtype).chunk(2)
-        (away, _), (wanted, _) = (split_variance(one, x) for one in both)
+        (unwanted, _), (wanted, _) = (split_variance(prediction, x) for prediction in both)
         if combine is None:
-            prediction = away.lerp(wanted, guidance.scale)
+            prediction = unwanted.lerp(wanted, guidance.scale)
         else:
-            ends = (predict_x0(scheduler, one, x, t) for one in (away, wanted))
+            ends = (predict_x0(scheduler, end, x, t) for end in (unwanted, wanted))
             prediction = x0_to_prediction(scheduler, combine(*ends), x, t)
         if guidance.rescale:
             prediction = rescale_std(prediction, wanted, guidance.rescale)
         if guidance.threshold < 1:
-            sample, usual = (predict_x0(scheduler, one, x, t) for one in (prediction, wanted))
-            prediction = x0_to_prediction(scheduler, threshold_x0(sample, usual, guidance.threshold), x, t)
+            guided, unguided = (predict_x0(scheduler, end, x, t) for end in (prediction, wanted))
+            prediction = x0_to_prediction(scheduler, threshold_x0(guided, unguided, guidance.threshold), x, t)
         return join_variance(prediction, both[1])
 
     return predict
 
 
 class ProjectedGuidance:
-    """Adaptive projected guidance of one sampling: it remembers the average of the differences."""
+    """Adaptive projected guidance of one sampling, with its running average of the differences."""
 
     def __init__(self, guidance: Guidance):
         self.guidance = guidance
         self.average_difference: Tensor | float = 0.0
 
-    def __call__(self, away: Tensor, wanted: Tensor) -> Tensor:
-        """Clean samples, (B, ...) -> the guided one: Sadat et al. 2024, algorithm 1."""
+    def __call__(self, unwanted: Tensor, wanted: Tensor) -> Tensor:
+        """Return the guided clean sample from those of both conditions, (B, ...): Sadat et al. 2024, algorithm 1."""
         guidance = self.guidance
-        self.average_difference = difference = wanted - away + guidance.momentum * self.average_difference
+        self.average_difference = difference = wanted - unwanted + guidance.momentum * self.average_difference
         if guidance.norm is not None:
             size = difference.flatten(1).square().mean(dim=1).sqrt()
             difference = difference * broadcast_like(difference, (guidance.norm / size.clamp(min=1e-12)).clamp(max=1))
@@ -168,21 +169,21 @@ class ProjectedGuidance:
         return wanted + (guidance.scale - 1) * (difference - parallel + guidance.parallel * parallel)
 
 
-def rescale_std(prediction: Tensor, wanted: Tensor, share: float) -> Tensor:
-    """Towards the standard deviation that each sample's unguided prediction has."""
+def rescale_std(prediction: Tensor, wanted: Tensor, fraction: float) -> Tensor:
+    """Rescale a guided prediction towards the standard deviation of each sample's unguided one."""
     ratio = wanted.flatten(1).std(dim=1) / prediction.flatten(1).std(dim=1).clamp(min=1e-12)
-    return prediction * broadcast_like(prediction, share * ratio + 1 - share)
+    return prediction * broadcast_like(prediction, fraction * ratio + 1 - fraction)
 
 
 def threshold_x0(sample: Tensor, wanted: Tensor, quantile: float) -> Tensor:
-    """A clean sample, cut at its own quantile and shrunk to the quantile of the unguided one, if that is smaller."""
-    bound, usual = (one.abs().flatten(1).quantile(quantile, dim=1) for one in (sample, wanted))
-    bound, usual = broadcast_like(sample, bound.clamp(min=1e-12)), broadcast_like(sample, usual)
-    return torch.where(bound > usual, sample.clamp(-bound, bound) * (usual / bound), sample)
+    """Cut a clean sample at its own quantile, and shrink it to the quantile of the unguided one, if that is smaller."""
+    bound, limit = (end.abs().flatten(1).quantile(quantile, dim=1) for end in (sample, wanted))
+    bound, limit = broadcast_like(sample, bound.clamp(min=1e-12)), broadcast_like(sample, limit)
+    return torch.where(bound > limit, sample.clamp(-bound, bound) * (limit / bound), sample)
 
 
 def broadcast_like(x: Tensor, value: Tensor) -> Tensor:
-    """(B,) -> (B, 1, ...), to go with x."""
+    """Reshape (B,) to (B, 1, ...), to be broadcast over x."""
     return value.view(-1, *[1] * (x.ndim - 1))
 
 
@@ -191,9 +192,10 @@ def build_steered_predict(
 ) -> Predict:
     """Add the gradient of a score: classifier guidance (Dhariwal and Nichol 2021, algorithm 2), for any prediction.
 
-    With scale 1 and the score log p(y | x_t) of an exact classifier this samples p(x | y). of_clean: the score judges
-    the clean sample that the model sees in x_t instead, with the gradient through the model, which is dearer but takes
-    any differentiable judge of clean samples.
+    With scale 1 and the score log p(y | x_t) of an exact classifier this samples p(x | y).
+
+    of_clean: apply the score to the model's estimate of the clean sample instead of x_t. The gradient then runs through
+    the model, which costs more, but allows every differentiable score of clean samples.
     """
     if scale == 0:
         return predict
@@ -203,10 +205,10 @@ def build_steered_predict(
             leaf = x.detach().requires_grad_()
             if of_clean:
                 prediction = predict(leaf, t)
-                judged = predict_x0(scheduler, prediction, leaf, t)
+                scored = predict_x0(scheduler, prediction, leaf, t)
             else:
-                prediction, judged = predict(x, t), leaf
-            (gradient,) = torch.autograd.grad(score(judged, t).sum(), leaf)
+                prediction, scored = predict(x, t), leaf
+            (gradient,) = torch.autograd.grad(score(scored, t).sum(), leaf)
         prediction = prediction.detach()
         alpha, sigma = alpha_sigma(scheduler, t, x)
         moved = predict_x0(scheduler, prediction, x, t) + scale * sigma.square() / alpha.clamp(min=MIN_ALPHA) * gradient

@@ -1,4 +1,4 @@
-"""The one diffusion loss."""
+"""The diffusion loss of every denoiser, and dropping its condition."""
 
 import math
 from collections.abc import Callable
@@ -22,19 +22,19 @@ LOSS_WEIGHTINGS = ("none", "min_snr")
 
 
 def check_loss_weighting(scheduler: SchedulerMixin, weighting: str) -> None:
-    """Refuse to leave untrained the step that sampling starts with."""
+    """Refuse a weighting that would leave the first step of sampling untrained."""
     check_choice("loss_weighting", weighting, LOSS_WEIGHTINGS)
     if weighting == "min_snr" and scheduler.alphas_cumprod[-1] == 0:
         raise InputError(
-            "loss_weighting=min_snr gives no weight to pure noise, where scheduler.rescale_betas_zero_snr ends and "
-            "sampling starts; leave one of the two"
+            "loss_weighting=min_snr gives pure noise no weight, but with scheduler.rescale_betas_zero_snr sampling "
+            "starts there; leave out one of the two"
         )
 
 
 def predict_noised_batch(
     model: Callable[..., Tensor], scheduler: SchedulerMixin, x: Tensor, condition: Condition, shift: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Noise clean `x` by random amounts and let the model undo it: its prediction and the target, fp32; t, (B,).
+    """Noise clean `x` by random amounts; return the model's prediction and the target, fp32, and t, (B,).
 
     shift > 1 draws high noise more often (t -> shift t / (1 + (shift - 1) t) for uniform t in [0, 1]); 1 is uniform.
     """
@@ -44,7 +44,7 @@ def predict_noised_batch(
 
 
 def generate_noise_and_timesteps(scheduler: SchedulerMixin, x: Tensor, shift: float) -> tuple[Tensor, Tensor]:
-    """Generate the noise of a batch, like x, fp32, and its timesteps, (B,)."""
+    """Draw noise like x, fp32, and timesteps, (B,), for a batch."""
     noise = torch.randn_like(x, dtype=torch.float32)
     uniform = torch.rand(len(x), device=x.device)
     steps = scheduler.config.num_train_timesteps
@@ -60,21 +60,22 @@ def compute_diffusion_loss(
     weighting: str = "none",
     gamma: float = 5.0,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """The loss of a denoiser on clean `x`, as "loss", and what it predicted of the mean, like x, fp32.
+    """Return the loss of a denoiser on clean `x`, as "loss", and its prediction of the mean, like x, fp32.
 
-    For a model that learns its variance this is the hybrid loss (Nichol and Dhariwal 2021, eq. 16): the squared error,
-    and a thousandth of the variational bound, in bits per dimension, which reaches the variance alone. "bound" is that
-    bound, estimated from one time a sample (for uniform times, shift 1).
+    For a model that learns its variance this is the hybrid loss (Nichol and Dhariwal 2021, eq. 16): the squared error
+    plus a thousandth of the variational bound in bits per dimension, whose gradient reaches the variance alone. "bound"
+    is that bound, estimated from one timestep a sample; for uniform timesteps, shift 1.
     """
     x = x.float()
     noise, t = generate_noise_and_timesteps(scheduler, x, shift)
     noisy = scheduler.add_noise(x, noise, t)
-    mean, share = split_variance(model(noisy, t, condition).float(), x)
+    mean, fraction = split_variance(model(noisy, t, condition).float(), x)
     weight = compute_loss_weight(scheduler, t, weighting, gamma)
     losses = {"loss": compute_weighted_mse(mean, compute_prediction_target(scheduler, x, noise, t), weight)}
-    if share is not None:
+    if fraction is not None:
+        # The mean is detached: it has its own, simpler loss.
         error = x - predict_x0(scheduler, mean.detach(), noisy, t)
-        log_variance = reverse_log_variance(scheduler, share, t, t - 1)
+        log_variance = reverse_log_variance(scheduler, fraction, t, t - 1)
         term = variational_term(scheduler, error, log_variance, t, t - 1).mean()
         losses["bound"] = term / math.log(2) * scheduler.config.num_train_timesteps
         losses["loss"] = losses["loss"] + 0.001 * losses["bound"]
@@ -83,9 +84,9 @@ def compute_diffusion_loss(
 
 
 def compute_loss_weight(scheduler: SchedulerMixin, t: Tensor, weighting: str, gamma: float) -> Tensor:
-    """(B,) timesteps -> (B,), fp32: how much the squared error of each sample counts.
+    """Return the weight of each sample's squared error, (B,), fp32, at timesteps t, (B,).
 
-    "none": all the same. "min_snr" (Hang et al. 2023): an error in the clean sample counts min(SNR, gamma) with
+    "none": 1. "min_snr" (Hang et al. 2023): min(SNR, gamma) for an error in the clean sample, with
     SNR = abar / (1 - abar), so that the many steps of low noise do not outvote the rest; divided by SNR for noise and
     by SNR + 1 for velocity, whose errors are those of the clean sample in other units.
     """
@@ -103,10 +104,10 @@ def compute_loss_weight(scheduler: SchedulerMixin, t: Tensor, weighting: str, ga
 
 
 def compute_weighted_mse(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """(B, ...), (B, ...), (B,) -> the mean over samples of weight times mean squared error."""
+    """Return the mean over samples of weight, (B,), times mean squared error of (B, ...)."""
     return (weight * (prediction - target).square().flatten(1).mean(dim=1)).mean()
 
 
 def drop_condition(condition: Condition, null: Condition, probability: float) -> Condition:
-    """Each condition replaced by the one that says nothing, with this probability: what makes guidance possible."""
+    """Replace each condition by the null with this probability, for classifier-free guidance."""
     return condition.where(torch.rand(len(condition), device=condition.device) >= probability, null)

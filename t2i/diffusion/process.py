@@ -1,4 +1,4 @@
-"""Alpha, sigma, posterior; clean sample <-> prediction."""
+"""The diffusion process: noise levels, the posterior, and what predictions stand for (Ho et al. 2020)."""
 
 import math
 from typing import Any
@@ -13,19 +13,19 @@ from t2i.errors import InputError
 
 
 def build_noise_scheduler(arguments: dict[str, Any]) -> DDIMScheduler:
-    """The schedule of the noise, by its configuration. Raises InputError for one that cannot be trained with."""
+    """Build a noise schedule from its configuration. Raises InputError for one that cannot be trained with."""
     check_integer("scheduler.num_train_timesteps", arguments.get("num_train_timesteps", 1000), 1, 100_000)
     scheduler = build_or_explain(DDIMScheduler, "scheduler", arguments)
     abar = scheduler.alphas_cumprod
     falls = (abar.diff() <= 0).all()
     if not (abar.isfinite().all() and abar.min() >= 0 and abar.max() <= 1 and falls):
         raise InputError(
-            f"scheduler does not turn pictures into noise: their share goes from {abar[0]:g} to {abar[-1]:g}; it must "
-            "fall within 1 and 0, see its beta_start, beta_end and trained_betas"
+            f"scheduler does not turn images into noise: alpha_bar goes from {abar[0]:g} to {abar[-1]:g}; it must fall "
+            "and stay between 1 and 0, see its beta_start, beta_end and trained_betas"
         )
     kind = scheduler.config.prediction_type
     check_choice("scheduler.prediction_type", kind, ("sample", "v_prediction", "epsilon"))
-    if abar[-1] == 0 and kind == "epsilon":  # pure noise says nothing of the clean sample
+    if abar[-1] == 0 and kind == "epsilon":  # pure noise does not determine the clean sample
         raise InputError(
             "a schedule that ends in pure noise, as with scheduler.rescale_betas_zero_snr, needs "
             "scheduler.prediction_type sample or v_prediction, got epsilon"
@@ -34,7 +34,7 @@ def build_noise_scheduler(arguments: dict[str, Any]) -> DDIMScheduler:
 
 
 def compute_prediction_target(scheduler: SchedulerMixin, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """Compute the target of a prediction for x_t = sqrt(abar_t) x + sqrt(1 - abar_t) noise."""
+    """Return the target of a prediction from x_t = sqrt(abar_t) x + sqrt(1 - abar_t) noise."""
     match scheduler.config.prediction_type:
         case "epsilon":
             return noise
@@ -47,49 +47,54 @@ def compute_prediction_target(scheduler: SchedulerMixin, x: Tensor, noise: Tenso
 
 
 def alpha_sigma(scheduler: SchedulerMixin, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """sqrt(abar_t) and sqrt(1 - abar_t), the shares of sample and noise in an x_t like `like`; t: () or (B,).
+    """Return sqrt(abar_t) and sqrt(1 - abar_t), the factors of sample and noise in an x_t like `like`; t: () or (B,).
 
-    A time below 0 is the clean sample, as diffusers' schedulers count. Times between the trained ones are interpolated
-    in the logarithm of the signal-to-noise ratio.
+    A timestep below 0 is the clean sample, as diffusers' schedulers count. Timesteps between the trained ones are
+    interpolated in the logarithm of the signal-to-noise ratio.
     """
     at = alpha_bar(scheduler, t, like)
     return at.sqrt().to(like.dtype), (1 - at).sqrt().to(like.dtype)
 
 
 def alpha_bar(scheduler: SchedulerMixin, t: Tensor, like: Tensor) -> Tensor:
-    """abar_t as `alpha_sigma` takes it, fp64: () or (B, 1, ...)."""
+    """Return abar_t as `alpha_sigma` uses it, fp64: () or (B, 1, ...)."""
     abar = scheduler.alphas_cumprod.to(like.device, torch.float64)
     t = torch.as_tensor(t, device=like.device)
     if t.is_floating_point() and not (t == t.round()).all():
         low = t.floor().long().clamp(0, len(abar) - 1)
-        high, share = (low + 1).clamp(max=len(abar) - 1), (t - low).clamp(min=0)
-        at = torch.sigmoid(torch.lerp(torch.logit(abar[low]), torch.logit(abar[high]), share.double()))
+        high, fraction = (low + 1).clamp(max=len(abar) - 1), (t - low).clamp(min=0)
+        at = torch.sigmoid(torch.lerp(torch.logit(abar[low]), torch.logit(abar[high]), fraction.double()))
     else:
         at = abar[t.long().clamp(0, len(abar) - 1)]
     at = torch.where(t < 0, 1.0, at)
     return at.view(-1, *[1] * (like.ndim - 1)) if at.ndim else at
 
 
+def noise_angle(scheduler: SchedulerMixin, t: Tensor, like: Tensor) -> Tensor:
+    """Return the angle phi of abar_t = cos^2 phi, fp64: () or (B, 1, ...)."""
+    return alpha_bar(scheduler, t, like).sqrt().acos()
+
+
 def split_variance(prediction: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Split a prediction into that of the mean, like x, and that of the variance: None without a learned variance."""
+    """Split a prediction into that of the mean, like x, and that of the variance, None if the model learned none."""
     if prediction.shape[1] == x.shape[1]:
         return prediction, None
-    mean, share = prediction.chunk(2, dim=1)
-    return mean, share
+    mean, fraction = prediction.chunk(2, dim=1)
+    return mean, fraction
 
 
 def join_variance(mean: Tensor, prediction: Tensor) -> Tensor:
-    """A prediction with another mean: what changes the mean alone, as guidance does, returns this."""
-    _, share = split_variance(prediction, mean)
-    return mean if share is None else torch.cat([mean, share], dim=1)
+    """Join a changed mean, such as a guided one, with the variance of the prediction that it was made of."""
+    _, fraction = split_variance(prediction, mean)
+    return mean if fraction is None else torch.cat([mean, fraction], dim=1)
 
 
 def posterior_mean_variance(
     scheduler: SchedulerMixin, sample: Tensor, x: Tensor, t: Tensor, previous: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """q(x_s | x_t, x_0) for any s = `previous` < t: its mean, like x, and its variance, () or (B, 1, ...).
+    """Return mean, like x, and variance, () or (B, 1, ...), of q(x_s | x_t, x_0) for any s = `previous` < t.
 
-    Ho et al. 2020, eq. 6 and 7, for neighbours s = t - 1. Below 0, s is the clean sample: no variance is left.
+    Ho et al. 2020, eq. 6 and 7, for neighbours s = t - 1. Below 0, s is the clean sample, and the variance is 0.
     """
     of_x, of_sample, variance, _ = posterior_coefficients(scheduler, t, previous, x)
     return of_x.to(x.dtype) * x + of_sample.to(x.dtype) * sample, variance.to(x.dtype)
@@ -98,7 +103,7 @@ def posterior_mean_variance(
 def posterior_coefficients(
     scheduler: SchedulerMixin, t: Tensor, previous: Tensor, like: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the weights of x_t and x_0 in the mean of q(x_s | x_t, x_0), its variance, and that of q(x_t | x_s).
+    """Return the factors of x_t and x_0 in the mean of q(x_s | x_t, x_0), its variance, and that of q(x_t | x_s).
 
     All fp64, () or (B, 1, ...). The two variances bound that of the reverse step, for data of unit variance.
     """
@@ -107,26 +112,27 @@ def posterior_coefficients(
     return step.sqrt() * left, before.sqrt() * (1 - step) / (1 - now), (1 - step) * left, 1 - step
 
 
-def reverse_log_variance(scheduler: SchedulerMixin, share: Tensor, t: Tensor, previous: Tensor) -> Tensor:
-    """log Sigma of a learned reverse step (Nichol and Dhariwal 2021, eq. 15), like `share`, which the model predicts.
+def reverse_log_variance(scheduler: SchedulerMixin, fraction: Tensor, t: Tensor, previous: Tensor) -> Tensor:
+    """Return log Sigma of a learned reverse step (Nichol and Dhariwal 2021, eq. 15), like `fraction`.
 
-    From the posterior's at -1 to that of the forward step at 1, in the logarithm.
+    fraction: what the model predicts, from -1, the posterior's variance, to 1, that of the forward step; in between the
+    logarithm is interpolated.
     """
-    _, _, small, large = posterior_coefficients(scheduler, t, previous, share)
-    # The last step has a posterior without variance; it borrows that of the step before, as the paper's code does.
+    _, _, small, large = posterior_coefficients(scheduler, t, previous, fraction)
+    # The posterior of the last step has no variance; it borrows that of the step before, as the paper's code does.
     first, second = torch.zeros_like(t), torch.ones_like(t)
-    small = torch.where(small > 0, small, posterior_coefficients(scheduler, second, first, share)[2])
-    low, high = small.log().to(share.dtype), large.log().to(share.dtype)
-    return low + (share + 1) / 2 * (high - low)
+    small = torch.where(small > 0, small, posterior_coefficients(scheduler, second, first, fraction)[2])
+    low, high = small.log().to(fraction.dtype), large.log().to(fraction.dtype)
+    return low + (fraction + 1) / 2 * (high - low)
 
 
 def variational_term(
     scheduler: SchedulerMixin, error: Tensor, log_variance: Tensor, t: Tensor, previous: Tensor
 ) -> Tensor:
-    """A term of the variational bound for each dimension, in nats, like `error`.
+    """Return a term of the variational bound for each dimension, in nats, like `error`.
 
     KL(q(x_s | x_t, x_0) || p(x_s | x_t)) (Ho et al. 2020, eq. 5); where s = `previous` is the clean sample, below 0,
-    -log of the density p(x_0 | x_t). error: x_0 minus what the model takes for it. log_variance: of p, to be broadcast.
+    -log of the density p(x_0 | x_t). error: x_0 minus the model's estimate of it. log_variance: of p, broadcast.
     """
     _, of_sample, variance, _ = posterior_coefficients(scheduler, t, previous, error)
     scaled = (of_sample.to(error.dtype) * error).square() * (-log_variance).exp()
@@ -138,7 +144,7 @@ def variational_term(
 
 
 def predict_x0(scheduler: SchedulerMixin, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    """The clean sample that a prediction at x_t stands for, like x. Where all is noise, epsilon says nothing of it."""
+    """Return the clean sample that a prediction at x_t stands for, like x; infinite for epsilon where abar_t is 0."""
     prediction, _ = split_variance(prediction, x)
     alpha, sigma = alpha_sigma(scheduler, t, x)
     match scheduler.config.prediction_type:
@@ -151,7 +157,7 @@ def predict_x0(scheduler: SchedulerMixin, prediction: Tensor, x: Tensor, t: Tens
 
 
 def x0_to_prediction(scheduler: SchedulerMixin, sample: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    """The prediction that says that x_t comes from this clean sample: the reverse of `predict_x0`."""
+    """Return the prediction that stands for a clean sample at x_t: the inverse of `predict_x0`."""
     alpha, sigma = alpha_sigma(scheduler, t, x)
     match scheduler.config.prediction_type:
         case "sample":

@@ -1,4 +1,4 @@
-"""Samplers by name: schedulers that draw from a model with the noise schedule it was trained with."""
+"""Samplers by name: schedulers that sample from a model with the noise schedule it was trained with."""
 
 import copy
 from typing import Any
@@ -20,18 +20,13 @@ from t2i.diffusion.sampling_loop import Sampling, sample_from_noise
 from t2i.errors import InputError
 from t2i.files.untrusted import format_error
 
-TRIAL_STEPS = 4  # steps
+TRIAL_STEPS = 4
 LEARNED_VARIANCE_TYPES = ("learned", "learned_range")
-CONFIG_CHOICES = {  # of settings that schedulers do not all check; the first where they have none
+FIXED_VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
+# Allowed settings, which not all schedulers check. The first is assumed where a scheduler has no such setting.
+CONFIG_CHOICES = {
     "prediction_type": ("epsilon", "sample", "v_prediction"),
-    "variance_type": (
-        None,
-        "fixed_small",
-        "fixed_small_log",
-        "fixed_large",
-        "fixed_large_log",
-        *LEARNED_VARIANCE_TYPES,
-    ),
+    "variance_type": (None, *FIXED_VARIANCE_TYPES, *LEARNED_VARIANCE_TYPES),
     "timestep_spacing": ("leading", "linspace", "trailing"),
 }
 
@@ -47,12 +42,12 @@ SAMPLERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
 
 
 def check_sampler_name(name: str, value: Any) -> None:
-    """Refuse what is no sampler, with the list of those that are."""
+    """Refuse a value that is not the name of a sampler."""
     check_choice(name, value, tuple(SAMPLERS))
 
 
 def resolve_sampler(name: str | None, scheduler: SchedulerMixin, model: Any) -> SchedulerMixin:
-    """The sampler of this name for a model that `scheduler` belongs to; for None that scheduler itself.
+    """Return the sampler of this name for the model that `scheduler` belongs to; None is that scheduler itself.
 
     diffusers' plain DDIM becomes the exact one, which is the same where the number of steps divides the training's.
     """
@@ -62,13 +57,13 @@ def resolve_sampler(name: str | None, scheduler: SchedulerMixin, model: Any) -> 
 
 
 def count_model_evaluations(scheduler: SchedulerMixin, steps: int) -> int:
-    """Count the evaluations of the model in a sampling of `steps` steps."""
-    twice = isinstance(scheduler, PNDMScheduler) and steps > 1  # at the second timestep
-    return (steps - 1) * getattr(scheduler, "order", 1) + 1 + twice
+    """Return how often a sampling of so many steps evaluates the model."""
+    repeated = isinstance(scheduler, PNDMScheduler) and steps > 1  # at the second timestep
+    return (steps - 1) * getattr(scheduler, "order", 1) + 1 + repeated
 
 
 def build_sampler(name: str, scheduler: SchedulerMixin, learned_variance: bool = False) -> SchedulerMixin:
-    """A new scheduler that samples as `name` says, of the noise schedule and prediction type of `scheduler`.
+    """Build the sampler of this name with the noise schedule and prediction type of `scheduler`.
 
     learned_variance: the model predicts the variance of the reverse steps, which ddpm then uses and the others ignore.
     Raises InputError for an unknown name.
@@ -81,9 +76,9 @@ def build_sampler(name: str, scheduler: SchedulerMixin, learned_variance: bool =
 
 
 def check_scheduler_sampling(name: str, scheduler: SchedulerMixin) -> None:
-    """Refuse a scheduler that `sample_from_noise` cannot sample with: it samples four numbers in a few steps.
+    """Refuse a scheduler that `sample_from_noise` cannot sample with, by sampling four numbers in a few steps.
 
-    name: what the message calls it.
+    name: of the scheduler in the message.
     """
     config, kind = scheduler.config, type(scheduler).__name__
     for key, allowed in CONFIG_CHOICES.items():
@@ -96,8 +91,9 @@ def check_scheduler_sampling(name: str, scheduler: SchedulerMixin) -> None:
         sampling = Sampling(min(TRIAL_STEPS, config.num_train_timesteps), generators)
         drawn = sample_from_noise(lambda x, _: torch.cat([x, x], 1) / 2 if learned else x / 2, trial, noise, sampling)
         falls = trial.timesteps[0] >= trial.timesteps[-1] and trial.alphas_cumprod.isfinite().all()
-    except Exception as error:  # whatever a library makes of a configuration that nobody checked
-        raise InputError(f"nothing can be drawn by the {name}, a {kind} ({format_error(error)})") from error
-    if not falls or not drawn.isfinite().all():
-        what = "its timesteps do not fall" if drawn.isfinite().all() else "what it draws is not finite"
-        raise InputError(f"nothing can be drawn by the {name}, a {kind}: {what}")
+    except Exception as error:  # a library raises anything for a configuration that it did not check
+        raise InputError(f"the {name}, a {kind}, cannot sample ({format_error(error)})") from error
+    if not drawn.isfinite().all():
+        raise InputError(f"the {name}, a {kind}, cannot sample: its samples are not finite")
+    if not falls:
+        raise InputError(f"the {name}, a {kind}, cannot sample: its timesteps do not fall")

@@ -1,4 +1,4 @@
-"""Stored_schedulers."""
+"""Schedulers stored beside the models that were trained with them."""
 
 from importlib import import_module
 from pathlib import Path
@@ -11,39 +11,39 @@ from t2i.errors import InputError
 from t2i.files.model_folder import load_or_explain
 from t2i.files.untrusted import MAX_TIMESTEPS, check_folder_files, read_config
 
-
-def load_scheduler(folder: Path, root: Path | None = None) -> SchedulerMixin:
-    """The scheduler that a prior or a decoder was trained with: of the class that its file names, of diffusers or ours.
-
-    root: of the pipeline, which links may lead into.
-    """
-    name = read_scheduler_config(folder, root).get("_class_name", DDIMScheduler.__name__)
-    home = next((home for home, names in PROJECT_SCHEDULERS.items() if name in names), "diffusers")
-    check_scheduler_class(folder, name, home)
-    return load_or_explain(getattr(import_module(home), name).from_pretrained, folder)
-
-
-PROJECT_SCHEDULERS = {  # this project's own, by module
+# By module, as strings: a check does not import them.
+PROJECT_SCHEDULERS = {
     "t2i.diffusion.ddim": ("ExactDDIMScheduler",),
     "t2i.diffusion.continuous": ("ProbabilityFlowScheduler", "ReverseSDEScheduler"),
     "t2i.diffusion.respaced": ("UnCLIPRespacedScheduler",),
 }
 
 
+def load_scheduler(folder: Path, root: Path | None = None) -> SchedulerMixin:
+    """Load a scheduler of the class that its file names, of diffusers or of this project.
+
+    root: of the pipeline, which links may lead into. Raises InputError for any other class or an incomplete folder.
+    """
+    name = read_scheduler_config(folder, root).get("_class_name", DDIMScheduler.__name__)
+    module = next((module for module, names in PROJECT_SCHEDULERS.items() if name in names), "diffusers")
+    check_scheduler_class(folder, name, module)
+    return load_or_explain(getattr(import_module(module), name).from_pretrained, folder)
+
+
 def check_scheduler_folder(
-    folder: Path, name: Any = "DDIMScheduler", root: Path | None = None, home: str = "diffusers"
+    folder: Path, name: Any = "DDIMScheduler", root: Path | None = None, module: str = "diffusers"
 ) -> None:
-    """Refuse what is not the folder of a scheduler of diffusers or of ours, or has more timesteps than any."""
-    check_scheduler_class(folder, name, home)
+    """Refuse a folder without a scheduler of diffusers or this project. name, module: of its class."""
+    check_scheduler_class(folder, name, module)
     read_scheduler_config(folder, root)
 
 
-def check_scheduler_class(folder: Path, name: Any, home: str) -> None:
-    """Raise InputError for a class that is no scheduler of the module `home`."""
-    found = getattr(diffusers, name, None) if isinstance(name, str) and name.endswith("Scheduler") else None
-    theirs = home == "diffusers" and isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin)
-    if not theirs and name not in PROJECT_SCHEDULERS.get(home, ()):
-        raise InputError(f"{str(folder)!r} should hold a scheduler of diffusers or of ours, got {name!r:.80}")
+def check_scheduler_class(folder: Path, name: Any, module: str) -> None:
+    """Refuse a class that is no scheduler of `module`."""
+    kind = getattr(diffusers, name, None) if isinstance(name, str) and name.endswith("Scheduler") else None
+    of_diffusers = module == "diffusers" and isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)
+    if not of_diffusers and name not in PROJECT_SCHEDULERS.get(module, ()):
+        raise InputError(f"{str(folder)!r} must contain a scheduler of diffusers or of this project, got {name!r:.80}")
 
 
 def read_scheduler_config(folder: Path, root: Path | None = None) -> dict[str, Any]:

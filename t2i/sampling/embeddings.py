@@ -1,4 +1,4 @@
-"""Priors of every kind, or none: how they are loaded, and one function that draws z_i with any of them."""
+"""Priors of every kind, or none: loading them, and sampling z_i with any of them."""
 
 import logging
 from dataclasses import replace
@@ -32,7 +32,7 @@ AnyPrior = Prior | DALLE2Prior | AutoregressivePrior | RegressionPrior | Eclipse
 
 
 def load_prior(folder: str | Path) -> tuple[AnyPrior | None, SchedulerMixin | None]:
-    """The prior of a run or of a pipeline, with its scheduler if it has one; of "none" neither."""
+    """Load the prior of a run or of a pipeline, with its scheduler if it has one; "none" is neither."""
     if str(folder) == "none":
         return None, None
     path = Path(folder)
@@ -112,14 +112,17 @@ def warn_unused_options(
 
 
 def build_candidate_generators(generator: Generator, candidates: int) -> list[Generator]:
-    """The picture's own for the first candidate, and one for each other, seeded from a copy of its state."""
+    """Return the image's generator for the first candidate, and new ones for the others.
+
+    Their seeds are drawn from a copy, so that the first candidate is the one that is sampled alone.
+    """
     copy = generator.clone_state()
     seeds = [int(torch.randint(2**62, (1,), generator=copy, device=copy.device)) for _ in range(candidates - 1)]
     return [generator, *(Generator().manual_seed(seed) for seed in seeds)]
 
 
 def select_nearest_candidates(z_i: Tensor, z_t: Tensor) -> Tensor:
-    """Select, from (N * candidates, D), the candidate of each caption with the largest cosine with z_t, (N, D)."""
+    """Select for each caption the candidate of (N * candidates, D) with the largest cosine with z_t, (N, D)."""
     groups = z_i.view(len(z_t), -1, z_i.shape[-1])
     best = F.cosine_similarity(groups, z_t.to(groups)[:, None], dim=-1).argmax(dim=1)
     return groups[torch.arange(len(groups), device=groups.device), best]
@@ -128,4 +131,4 @@ def select_nearest_candidates(z_i: Tensor, z_t: Tensor) -> Tensor:
 def check_scale_only(guidance: float | Guidance) -> None:
     """Refuse guidance settings that need noise levels or clean samples, which an autoregressive prior lacks."""
     if Guidance.from_value(guidance) != Guidance(Guidance.from_value(guidance).scale):
-        raise InputError(f"prior_guidance_scale of an autoregressive prior must be a scale alone, got {guidance}")
+        raise InputError(f"prior_guidance_scale of an autoregressive prior must be a number alone, got {guidance}")

@@ -107,10 +107,10 @@ def build_decoder_predict(
 
 
 def split_generators(generator: Generator | list[Generator] | None, count: int) -> tuple[list[Generator], ...]:
-    """Return generators for the prior and for the decoder, one a picture each.
+    """Return generators for the prior and for the decoder, one an image each.
 
-    Two streams, so that a picture's decoder noise does not depend on the prior's steps. From one generator the seeds of
-    all pictures are drawn in order, so the first pictures of a larger batch are those of a smaller one.
+    Two streams, so that the noise of the decoder does not depend on the prior's steps. From one generator the seeds of
+    all images are drawn in order, so that the first images of a larger batch are those of a smaller one.
     """
     if generator is None:
         generator = Generator().manual_seed(int(torch.randint(2**62, (1,))))
@@ -118,7 +118,7 @@ def split_generators(generator: Generator | list[Generator] | None, count: int) 
     if not isinstance(generators, list) or not all(isinstance(item, Generator) for item in generators):
         raise InputError(f"generator must be a torch.Generator or a list of them, got {generator!r:.80}")
     if len(generators) != count:
-        raise InputError(f"generator has {len(generators)} generators for {count} pictures; give one, or one a picture")
+        raise InputError(f"generator has {len(generators)} generators for {count} images; give one, or one an image")
     seeds = [
         [int(torch.randint(2**62, (1,), generator=item, device=item.device)) for _ in range(2)] for item in generators
     ]

@@ -1,9 +1,7 @@
-"""Steering: where the gradient comes from that moves a sample, beside the condition of its model.
+"""Steering: scores whose gradient moves a sample towards a class, a text or an image.
 
-A score is what `t2i.diffusion.guidance.build_steered_predict` takes: a log-probability of noisy or of clean latents.
-It works on
-conditional
-models and on those whose condition says nothing, for it leaves the model as it is.
+A score is a log-probability of noisy or clean latents, for `t2i.diffusion.guidance.build_steered_predict`. It leaves
+the model as it is, and so works with every condition, the null included.
 """
 
 from dataclasses import dataclass
@@ -17,7 +15,7 @@ from torch import Tensor
 
 from t2i.checks import check_range, check_texts
 from t2i.data.pictures import open_image, to_tensor
-from t2i.diffusion.denoiser import Predict, PredictTransform
+from t2i.diffusion.denoiser import PredictTransform
 from t2i.diffusion.guidance import ScoreFunction, build_steered_predict
 from t2i.errors import InputError
 from t2i.files.fingerprints import EXACT_DTYPES, compute_weights_fingerprint
@@ -27,20 +25,20 @@ from t2i.networks.classifier import LatentClassifier, compute_noise_level
 from t2i.networks.clip import CLIP
 
 MAX_STEERING_SCALE = 10_000
-LOGIT_SCALE = 100.0  # CLIP's: a cosine times this is a logit, which goes with the log-probability of a class
+LOGIT_SCALE = 100.0  # CLIP's: a cosine times this is a logit, in the scale of a class's log-probability
 
 
 @dataclass(frozen=True, eq=False)
 class Steering:
-    """Towards a class, a text or a picture: exactly one of them.
+    """A goal to steer towards: a class, a text or an image, exactly one of them.
 
-    scale: gamma, of the score's gradient; 0 is off, 1 samples the posterior if model and classifier are exact, more
-        samples what the classifier is surer of, with less diversity (Dhariwal and Nichol 2021, section 4.3).
-    classifier: a `LatentClassifier`, on noisy latents. Classes need one. With one, a text or a picture is sought by its
-        noise-aware image embedding; without, the clean estimate of every step is decoded and seen by CLIP itself, with
-        the gradient through autoencoder and model, which takes several times as long.
-    class_name: one for all pictures, or one a picture; so is text.
-    picture: (1 or N, 3, H, W) in [-1, 1].
+    scale: gamma, the factor of the score's gradient; 0 is off, 1 samples the posterior if model and classifier are
+        exact, more gives surer and less diverse samples (Dhariwal and Nichol 2021, section 4.3).
+    classifier: a `LatentClassifier` on noisy latents. A class needs one. With one, a text or an image is compared with
+        its noise-aware image embedding. Without one, the clean estimate of every step is decoded and encoded by CLIP,
+        with the gradient through autoencoder and model, which takes several times as long.
+    class_name, text: one for all images, or one an image.
+    picture: the image, (1 or N, 3, H, W) in [-1, 1].
     """
 
     scale: float = 1.0
@@ -50,29 +48,26 @@ class Steering:
     picture: Tensor | None = None
 
     def build_metadata(self) -> dict[str, Any]:
-        """Return the settings as plain text and numbers, for the metadata of a picture."""
-        given: dict[str, Any]
-        given = {"class": self.class_name, "text": self.text, "picture": None if self.picture is None else "a picture"}
+        """Return plain texts and numbers, to be written into an image."""
+        picture = None if self.picture is None else "a picture"
+        goal: dict[str, Any] = {"class": self.class_name, "text": self.text, "picture": picture}
         if self.classifier is not None:
             folder = Path(self.classifier.config.get("_name_or_path") or "")
             folder = folder.parent if folder.name == "model" else folder  # of a run
-            given["classifier"] = {
-                "folder": folder.name or None,
-                "fingerprint": compute_weights_fingerprint(self.classifier),
-            }
-        return {"scale": self.scale, **{name: value for name, value in given.items() if value is not None}}
+            fingerprint = compute_weights_fingerprint(self.classifier)
+            goal["classifier"] = {"folder": folder.name or None, "fingerprint": fingerprint}
+        return {"scale": self.scale, **{name: value for name, value in goal.items() if value is not None}}
 
 
 def check_steering(name: str, steering: Any, clip: CLIP, autoencoder: Autoencoder, count: int | None = None) -> None:
-    """Refuse what cannot steer `count` pictures (any number for None) of this pipeline. Raises InputError."""
+    """Refuse steering that does not fit this pipeline, or `count` images; None is any number. Raises InputError."""
     if not isinstance(steering, Steering):
         raise InputError(f"{name} must be a Steering, got {steering!r:.80}")
     check_range(f"{name}.scale", steering.scale, 0, MAX_STEERING_SCALE)
     goals = {key: getattr(steering, key) for key in ("class_name", "text", "picture")}
-    given = [key for key, value in goals.items() if value is not None]
-    if len(given) != 1:
-        found = " and ".join(given) or "none of them"
-        raise InputError(f"{name} needs a class_name, a text or a picture, got {found}")
+    keys = [key for key, value in goals.items() if value is not None]
+    if len(keys) != 1:
+        raise InputError(f"{name} needs a class_name, a text or a picture, got {' and '.join(keys) or 'none of them'}")
     if steering.picture is not None:
         check_steering_image(name, steering.picture, count)
     for key in ("class_name", "text"):
@@ -80,15 +75,13 @@ def check_steering(name: str, steering: Any, clip: CLIP, autoencoder: Autoencode
             texts = [goals[key]] if isinstance(goals[key], str) else goals[key]
             check_texts(f"{name}.{key}", texts, empty=False)
             if isinstance(goals[key], list) and count is not None and len(texts) not in (1, count):
-                raise InputError(
-                    f"{name}.{key} has {len(texts)} texts for {count} pictures; give one, or one a picture"
-                )
+                raise InputError(f"{name}.{key} has {len(texts)} texts for {count} images; give one, or one an image")
     if steering.class_name is not None and steering.classifier is None:
         raise InputError(f"{name}.class_name needs a classifier; `t2i train classifier` makes one")
     if steering.classifier is not None:
         check_steering_classifier(steering.classifier, clip, autoencoder, embeds=steering.class_name is None)
-        for one in ensure_list(steering.class_name):
-            steering.classifier.find_class_index(one)
+        for class_name in ensure_list(steering.class_name):
+            steering.classifier.find_class_index(class_name)
 
 
 def check_steering_image(name: str, picture: Any, count: int | None) -> None:
@@ -96,7 +89,7 @@ def check_steering_image(name: str, picture: Any, count: int | None) -> None:
     if not isinstance(picture, Tensor) or picture.ndim != 4 or picture.shape[1] != 3 or min(picture.shape) < 1:
         raise InputError(f"{name}.picture must be a tensor (1 or N, 3, H, W), got {shape}")
     if count is not None and len(picture) not in (1, count):
-        raise InputError(f"{name}.picture has {len(picture)} pictures for {count}; give one, or one a picture")
+        raise InputError(f"{name}.picture has {len(picture)} images for {count}; give one, or one an image")
     if not picture.isfinite().all():
         raise InputError(f"{name}.picture must be finite, got NaN or infinity")
     low, high = picture.min().item(), picture.max().item()
@@ -106,30 +99,26 @@ def check_steering_image(name: str, picture: Any, count: int | None) -> None:
 
 def check_steering_classifier(classifier: LatentClassifier, clip: CLIP, autoencoder: Autoencoder, embeds: bool) -> None:
     """Refuse a classifier of another latent space or, where its embeddings are used, of another CLIP."""
-    theirs = classifier.config.autoencoder_fingerprint
-    if (
-        theirs is not None
-        and autoencoder.dtype in EXACT_DTYPES
-        and theirs != (ours := compute_weights_fingerprint(autoencoder))
-    ):
-        trained = f"it was trained with the autoencoder {theirs}, this pipeline has {ours}"
-        raise InputError(f"the classifier is of another latent space: {trained}")
+    expected, exact = classifier.config.autoencoder_fingerprint, autoencoder.dtype in EXACT_DTYPES
+    actual = compute_weights_fingerprint(autoencoder) if expected is not None and exact else expected
+    if actual != expected:
+        raise InputError(f"the classifier was trained with the autoencoder {expected}, this pipeline has {actual}")
     if classifier.config.latent_channels != autoencoder.channels:
-        channels = f"{classifier.config.latent_channels} channels, this pipeline's have {autoencoder.channels}"
-        raise InputError(f"the classifier is of another latent space: its latents have {channels}")
-    theirs = classifier.config.clip_fingerprint
-    if embeds and theirs is not None and theirs != clip.identity:
-        raise InputError(f"the classifier's embeddings are of the CLIP {theirs}, this pipeline has {clip.identity}")
+        channels = f"{classifier.config.latent_channels} channels, this pipeline's latents have {autoencoder.channels}"
+        raise InputError(f"the classifier was trained with another autoencoder: on latents of {channels}")
+    expected = classifier.config.clip_fingerprint
+    if embeds and expected not in (None, clip.identity):
+        raise InputError(f"the classifier was trained with the CLIP {expected}, this pipeline has {clip.identity}")
 
 
 def read_image_tensor(path: Path) -> Tensor:
-    """A picture file as (1, 3, S, S) in [-1, 1], its middle square. Raises InputError if it cannot be read."""
+    """Read the middle square of an image file, (1, 3, S, S) in [-1, 1]. Raises InputError if it cannot be read."""
     image = open_image(path)
     return to_tensor(image, min(image.size))[None]
 
 
 def load_classifier(folder: str | Path) -> LatentClassifier:
-    """Load what `t2i train classifier` wrote. Raises InputError, in one line, if none is there or it does not load."""
+    """Load a classifier that `t2i train classifier` wrote. Raises InputError if there is none that loads."""
     return load_model(LatentClassifier, folder).eval()
 
 
@@ -141,15 +130,11 @@ def build_steering_transform(
     count: int,
     device: torch.device,
 ) -> PredictTransform:
-    """Build the transform that steers a `Predict` of `count` latents. Raises InputError as `check_steering`."""
+    """Return the transform of a `Predict` of `count` latents into a steered one. Raises InputError."""
     check_steering("steering", steering, clip, autoencoder, count)
     score = build_steering_score(steering, scheduler, clip, autoencoder, count, device)
     of_clean = steering.classifier is None
-
-    def wrap(predict: Predict) -> Predict:
-        return build_steered_predict(predict, scheduler, score, steering.scale, of_clean)
-
-    return wrap
+    return lambda predict: build_steered_predict(predict, scheduler, score, steering.scale, of_clean)
 
 
 def build_steering_score(
@@ -160,6 +145,7 @@ def build_steering_score(
     count: int,
     device: torch.device,
 ) -> ScoreFunction:
+    """Return the score of the goal of steering."""
     classifier = steering.classifier
     if classifier is not None:
         classifier = classifier.to(device).eval()
@@ -178,7 +164,7 @@ def build_steering_score(
 
 
 def build_class_score(classifier: LatentClassifier, scheduler: SchedulerMixin, names: list[str]) -> ScoreFunction:
-    """log p(class | x_t) of noisy latents, one class a picture (Dhariwal and Nichol 2021, section 4)."""
+    """Return the score log p(class | x_t) of noisy latents, one class an image (Dhariwal and Nichol 2021, sec. 4)."""
     numbers = torch.tensor([classifier.find_class_index(name) for name in names])
 
     def score(x: Tensor, t: Tensor) -> Tensor:
@@ -189,7 +175,7 @@ def build_class_score(classifier: LatentClassifier, scheduler: SchedulerMixin, n
 
 
 def build_noisy_clip_score(classifier: LatentClassifier, scheduler: SchedulerMixin, target: Tensor) -> ScoreFunction:
-    """A logit of CLIP, from noisy latents: how near what is seen in them is to `target`, (N, D), of unit length."""
+    """Return the score of noisy latents by the classifier's embedding: its CLIP logit with `target`, (N, D)."""
 
     def score(x: Tensor, t: Tensor) -> Tensor:
         z_i = classifier.predict_image_embeds(x, compute_noise_level(scheduler, t, x))
@@ -199,12 +185,12 @@ def build_noisy_clip_score(classifier: LatentClassifier, scheduler: SchedulerMix
 
 
 def build_clip_score(clip: CLIP, autoencoder: Autoencoder, target: Tensor) -> ScoreFunction:
-    """A logit of CLIP, from clean latents: how near their picture is to `target`, (N, D), of unit length."""
+    """Return the score of clean latents by their decoded image: its CLIP logit with `target`, (N, D)."""
 
     def score(x: Tensor, t: Tensor) -> Tensor:
-        picture = autoencoder.decode(x.to(autoencoder.dtype)).clamp(-1, 1)
-        seen = F.normalize(clip.encode_image(picture.to(clip.dtype)).float(), dim=-1)
-        return LOGIT_SCALE * (seen * target).sum(dim=-1)
+        image = autoencoder.decode(x.to(autoencoder.dtype)).clamp(-1, 1)
+        z_i = F.normalize(clip.encode_image(image.to(clip.dtype)).float(), dim=-1)
+        return LOGIT_SCALE * (z_i * target).sum(dim=-1)
 
     return score
 
@@ -214,5 +200,5 @@ def ensure_list(value: str | list[str] | None) -> list[str]:
 
 
 def repeat_values(values: list[str], count: int) -> list[str]:
-    """One for all, or as they are."""
+    """Repeat a single value `count` times; several are returned as they are."""
     return values * count if len(values) == 1 else values

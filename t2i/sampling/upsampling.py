@@ -1,4 +1,4 @@
-"""Pictures in low resolution in, pictures in high resolution out, in few steps and in bounded memory."""
+"""Upsampling of images in few steps and bounded memory."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,8 +17,8 @@ from t2i.errors import InputError
 from t2i.networks.upsampler import LowResolution, Upsampler, augment_low_resolution, enlarge_low_resolution
 
 DEFAULT_TILE_SIZE = 512  # pixels of the high resolution
-MAX_ENLARGEMENTS = 8  # that a picture is enlarged
-SEED_STRIDE = 0x9E3779B97F4A7C15  # between the seeds of each time: 2^64 by the golden ratio, as in SplitMix64
+MAX_ENLARGEMENTS = 8  # times that an image passes through the upsampler
+SEED_STRIDE = 0x9E3779B97F4A7C15  # between the seeds of stages: 2^64 by the golden ratio, as in SplitMix64
 
 
 @torch.no_grad()
@@ -78,11 +78,11 @@ def sample_upsampler(
 
 
 def build_tiled_predict(window: Callable[[Tensor, Tensor, slice, slice], Tensor], tile: int, overlap: int) -> Predict:
-    """A prediction of whole pictures from `window(x, t, rows, columns)`, that of a part of x.
+    """Return the prediction for whole images from `window(x, t, rows, columns)`, that for a part of x.
 
-    The outer quarter of an overlap counts nothing, for a network sees nothing beyond its window; the middle half fades
-    from one window to the next. So a network that looks no further than a quarter of the overlap says the same in
-    windows and whole.
+    The outer quarter of an overlap has no weight, because a network sees nothing beyond its window; the middle half
+    fades from one window to the next. So a network whose receptive field is a quarter of the overlap predicts the same
+    in windows and as a whole.
     """
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
@@ -92,10 +92,9 @@ def build_tiled_predict(window: Callable[[Tensor, Tensor, slice, slice], Tensor]
         total, weights = torch.zeros_like(x), x.new_zeros(x.shape[-2:])
         for down in rows:
             for across in columns:
-                weight = compute_fade_weights(down, x.shape[-2], overlap)[:, None] * compute_fade_weights(
-                    across, x.shape[-1], overlap
-                )
-                weight = weight.to(x)
+                fade_down = compute_fade_weights(down, x.shape[-2], overlap)
+                fade_across = compute_fade_weights(across, x.shape[-1], overlap)
+                weight = (fade_down[:, None] * fade_across).to(x)
                 total[..., down, across] += weight * window(x, t, down, across)
                 weights[down, across] += weight
         return total / weights
@@ -104,7 +103,7 @@ def build_tiled_predict(window: Callable[[Tensor, Tensor, slice, slice], Tensor]
 
 
 def build_tile_slices(side: int, tile: int, overlap: int) -> list[slice]:
-    """Windows that cover 0 ... side, the last one moved back to the end."""
+    """Return windows that cover 0 ... side, the last one moved back to the end."""
     if side <= tile:
         return [slice(0, side)]
     starts = [*range(0, side - tile, tile - overlap), side - tile]
@@ -112,49 +111,49 @@ def build_tile_slices(side: int, tile: int, overlap: int) -> list[slice]:
 
 
 def compute_fade_weights(span: slice, side: int, overlap: int) -> Tensor:
-    """Compute the weight of each pixel of a window: 1, falling to 0 where another window overlaps."""
-    place = torch.arange(span.start, span.stop) + 0.5
-    weight = torch.ones(len(place))
-    for ends_inside, distance in ((span.start > 0, place - span.start), (span.stop < side, span.stop - place)):
-        if ends_inside:
+    """Return the weight of each pixel of a window along a side: 1, falling to 0 where another window overlaps."""
+    position = torch.arange(span.start, span.stop) + 0.5
+    weight = torch.ones(len(position))
+    for is_inside, distance in ((span.start > 0, position - span.start), (span.stop < side, span.stop - position)):
+        if is_inside:
             weight *= ((distance - overlap / 4) / (overlap / 2)).clamp(0, 1)
     return weight
 
 
 def pad_edges(low: Tensor, factor: int, multiple: int) -> Tensor:
-    """Pictures with their last row and column repeated until the enlarged sides are multiples of `multiple`."""
+    """Repeat the last row and column of images until their enlarged sides are multiples of `multiple`."""
     step = max(1, multiple // factor)
     down, across = (-side % step for side in low.shape[-2:])
     return F.pad(low, (0, across, 0, down), mode="replicate") if down or across else low
 
 
 def resolve_image_embeds(upsampler: Upsampler, z_i: Tensor | None, count: int) -> Tensor | None:
-    """z_i for those that take it, and what says nothing if none is given."""
+    """Return z_i for upsamplers that take it, the null's if none is given; None for others."""
     return upsampler.null(count).embedding if z_i is None or upsampler.config.embed_dim is None else z_i
 
 
 def check_low_resolution(upsampler: Upsampler, low: Tensor, generators: int) -> None:
     if low.ndim != 4 or low.shape[1] != 3:
-        raise InputError(f"low must be pictures, (N, 3, height, width), got {tuple(low.shape)}")
+        raise InputError(f"low must be images, (N, 3, height, width), got {tuple(low.shape)}")
     if len(low) != generators:
-        raise InputError(f"there are {generators} generators for {len(low)} pictures; give one a picture")
+        raise InputError(f"there are {generators} generators for {len(low)} images; give one an image")
     check_upsampled_size(upsampler, low.shape[-1], low.shape[-2])
 
 
 def check_upsampled_size(upsampler: Upsampler, width: int, height: int, times: int = 1) -> None:
-    """Refuse to enlarge, so many times, pictures that are smaller than a patch of the network or become too large."""
+    """Refuse images that are smaller than a patch of the network, or too large after `times` enlargements."""
     factor = upsampler.config.factor
     least = max(1, upsampler.image_size_multiple // factor)
     if min(width, height) < least:
-        raise InputError(f"a picture to upsample needs sides of at least {least} pixels, got {width} x {height}")
+        raise InputError(f"an image to upsample needs sides of at least {least} pixels, got {width} x {height}")
     scale = factor**times
     if width * height * scale**2 > MAX_PIXELS:
         larger = f"{width} x {height} would become {width * scale} x {height * scale}"
-        raise InputError(f"upsampled pictures may have {MAX_PIXELS:,} pixels, {larger}")
+        raise InputError(f"upsampled images may have {MAX_PIXELS:,} pixels, {larger}")
 
 
 def resolve_tile_overlap(tile: Any, overlap: Any, multiple: int) -> int:
-    """The overlap: what is given, or an eighth of the window."""
+    """Check the tile and return the overlap: the given one, or an eighth of the tile."""
     check_integer("tile", tile, multiple, 8192)
     if overlap is None:
         overlap = max(multiple, tile // 8 // multiple * multiple)
@@ -165,12 +164,11 @@ def resolve_tile_overlap(tile: Any, overlap: Any, multiple: int) -> int:
 
 
 def iterate_stage_generators(generators: list[Generator], times: int) -> Iterator[list[Generator]]:
-    """For each time that pictures are enlarged, a stream of its own for each picture, from the seed of the decoder's:
-    what was drawn without upsampling stays as it is."""
+    """Yield for each enlargement a generator an image, seeded from the decoder's, whose state stays as it is."""
     for stage in range(1, times + 1):
         yield derive_stage_generators(generators, stage)
 
 
 def derive_stage_generators(generators: list[Generator], stage: int) -> list[Generator]:
-    """A stream for a stage after the decoder, whose generators these are; `stage` is any number but 0."""
-    return [Generator().manual_seed((one.initial_seed() + SEED_STRIDE * stage) % 2**63) for one in generators]
+    """Return generators for another stage from the seeds of the decoder's; `stage` is any number but 0."""
+    return [Generator().manual_seed((item.initial_seed() + SEED_STRIDE * stage) % 2**63) for item in generators]

@@ -91,8 +91,8 @@ def test_the_mean_of_opposite_points_is_a_point():
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ([1.0, 1.0], "weights are 2 .1, 1. for 3 anchors; give one for each"),
-        ([0.0, 0.0, 0.0], "weights must sum to something positive, got 0, 0, 0"),
+        ([1.0, 1.0], "weights has 2 numbers .1, 1. for 3 anchors; give one for each"),
+        ([0.0, 0.0, 0.0], "weights must have a positive sum, got 0, 0, 0"),
         ([1.0, -1.0, 2.0], "weights must be finite and not negative, got 1, -1, 2"),
         ([1.0, math.nan, 2.0], "weights must be finite and not negative, got 1, nan, 2"),
     ],

@@ -126,7 +126,7 @@ def test_momentum_averages_the_differences_of_one_sampling(ends):
     ("guidance", "message"),
     [
         (float("nan"), "g must be a number from 0 to 1000, got nan"),
-        (Guidance(2.0, interval=(0.7, 0.3)), "g.interval is upside down: it goes from 0.7 to 0.3"),
+        (Guidance(2.0, interval=(0.7, 0.3)), "g.interval must rise, got 0.7 to 0.3"),
         (Guidance(2.0, interval=(0.7,)), "g.interval must be two numbers"),
         (Guidance(2.0, interval=(-1, 1)), "g.interval must be from 0 to 1, got -1"),
         (Guidance(2.0, rescale=1.5), "g.rescale must be from 0 to 1"),

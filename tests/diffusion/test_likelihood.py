@@ -138,7 +138,7 @@ def test_the_bound_of_pictures_counts_levels():
     scheduler = schedule("cosine", "sample")
     x = (torch.randint(256, (4, 12)).double() / 255) * 2 - 1
     predict = lambda noisy, t: x  # noqa: E731
-    bound = compute_variational_bound(predict, scheduler, x, generators(4), terms=50, pictures=True)
+    bound = compute_variational_bound(predict, scheduler, x, generators(4), terms=50, images=True)
     assert bound.data.min() > 0 and bound.data.max() < 1  # a deviation of 1.2 levels' halves: 0.7 bits
     assert bound.steps.abs().max() < 1e-6 and bound.prior.abs().max() < 1e-4
     density = compute_variational_bound(predict, scheduler, x, generators(4), terms=50)

@@ -59,7 +59,7 @@ def test_a_scheduler_keeps_its_configuration_in_a_folder_that_is_accepted(tmp_pa
     assert hasattr(t2i.diffusion.respaced, "SchedulerMixin")  # diffusers' pipelines look there for how to load it
     saved = UnCLIPRespacedScheduler(clip_sample_range=5.0, prediction_type="sample")
     saved.save_pretrained(tmp_path)
-    check_scheduler_folder(tmp_path, "UnCLIPRespacedScheduler", home="t2i.diffusion.respaced")
+    check_scheduler_folder(tmp_path, "UnCLIPRespacedScheduler", module="t2i.diffusion.respaced")
     loaded = UnCLIPRespacedScheduler.from_pretrained(tmp_path)
     assert (loaded.config.clip_sample_range, loaded.config.prediction_type) == (5.0, "sample")
 

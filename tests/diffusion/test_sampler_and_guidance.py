@@ -253,7 +253,7 @@ def assert_same(a: TextEncoding, b: TextEncoding) -> None:
     ("arguments", "message"),
     [
         ({"num_train_timesteps": 0}, "num_train_timesteps must be an integer from 1 to 100000, got 0"),
-        ({"beta_start": 5.0}, "does not turn pictures into noise"),
+        ({"beta_start": 5.0}, "does not turn images into noise"),
         ({"trained_betas": [0.1, 1.0], "prediction_type": "epsilon"}, "ends in pure noise"),
     ],
 )
@@ -265,5 +265,5 @@ def test_a_schedule_that_is_none_is_refused(arguments, message):
 def test_a_weighting_that_leaves_pure_noise_untrained_is_refused():
     scheduler = build_noise_scheduler({"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"})
     check_loss_weighting(scheduler, "none")
-    with pytest.raises(InputError, match="leave one of the two"):
+    with pytest.raises(InputError, match="leave out one of the two"):
         check_loss_weighting(scheduler, "min_snr")

@@ -288,7 +288,7 @@ def test_a_scheduler_that_is_not_one_of_ours_is_refused(pipeline, tmp_path):
     index = json.loads((tmp_path / "model_index.json").read_text())
     index["decoder_scheduler"] = ["t2i.diffusion.ddim", "invert"]
     (tmp_path / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(InputError, match="should hold a scheduler of diffusers or of ours, got 'invert'"):
+    with pytest.raises(InputError, match="must contain a scheduler of diffusers or of this project, got 'invert'"):
         type(pipeline).from_pretrained(tmp_path)
 
 

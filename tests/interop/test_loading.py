@@ -373,20 +373,20 @@ SETTINGS_FAULTS: dict[str, tuple[Change, str]] = {
         lambda folder: rewrite(
             folder / "prior_scheduler" / SCHEDULER, lambda one: one.update(prediction_type="v_prediction")
         ),
-        "nothing can be drawn by the prior_scheduler.*, a UnCLIPRespacedScheduler",
+        "the prior_scheduler.*, a UnCLIPRespacedScheduler, cannot sample",
     ),
     "a scheduler of flows": (
         lambda folder: rewrite(
             folder / INDEX,
             lambda index: index.update(decoder_scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"]),
         ),
-        "nothing can be drawn by the decoder_scheduler.*, a FlowMatchEulerDiscreteScheduler",
+        "the decoder_scheduler.*, a FlowMatchEulerDiscreteScheduler, cannot sample",
     ),
     "a scheduler that is driven otherwise": (
         lambda folder: rewrite(
             folder / INDEX, lambda index: index.update(decoder_scheduler=["diffusers", "KarrasVeScheduler"])
         ),
-        "nothing can be drawn by the decoder_scheduler in .*, a KarrasVeScheduler",
+        "the decoder_scheduler in .*, a KarrasVeScheduler, cannot sample",
     ),
 }
 

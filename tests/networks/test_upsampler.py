@@ -192,8 +192,8 @@ def test_each_time_a_picture_is_enlarged_has_a_stream_of_its_own():
     ("settings", "message"),
     [
         ({"low": torch.zeros(1, 3, 1, 9)}, "sides of at least 2 pixels, got 9 x 1"),
-        ({"low": torch.zeros(1, 1, 8, 8)}, r"low must be pictures, \(N, 3, height, width\), got \(1, 1, 8, 8\)"),
-        ({"low": torch.zeros(2, 3, 8, 8)}, "1 generators for 2 pictures"),
+        ({"low": torch.zeros(1, 1, 8, 8)}, r"low must be images, \(N, 3, height, width\), got \(1, 1, 8, 8\)"),
+        ({"low": torch.zeros(2, 3, 8, 8)}, "1 generators for 2 images"),
         ({"low": torch.zeros(1, 3, 1, 1).expand(1, 3, 4000, 4000)}, "40,000,000 pixels, 4000 x 4000 would become 8000"),
         ({"steps": 0}, "steps must be an integer from 1 to 1000, got 0"),
         ({"level": 0.7}, "level must be from 0 to 0.5, got 0.7"),

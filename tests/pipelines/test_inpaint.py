@@ -307,7 +307,7 @@ def test_a_decoder_learns_to_read_masks_from_one_that_does_not(shapes, runs, tmp
         ({"strength": 0}, "strength must be from 0.001 to 1, got 0"),
         ({"prompt": ""}, "prompt must not be empty"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt must be an integer"),
-        ({"generator": seeds(1, 2)}, "2 generators for 1 pictures"),
+        ({"generator": seeds(1, 2)}, "2 generators for 1 images"),
         ({"latents": torch.zeros(1, 4, 9, 9)}, "latents must be a tensor of shape"),
         ({"steering": Steering()}, "steering needs a class_name, a text or a picture"),
         (

@@ -336,7 +336,7 @@ def test_without_a_prior_the_text_embedding_is_drawn():
 
 
 def test_guidance_by_noise_levels_is_refused_by_a_prior_that_has_none():
-    with pytest.raises(InputError, match="autoregressive prior must be a scale alone"):
+    with pytest.raises(InputError, match="autoregressive prior must be a number alone"):
         sample_image_embeds(
             autoregressive(), None, captions(4), None, Sampling(4, seeds(1), Guidance(2.0, rescale=0.5))
         )
@@ -345,7 +345,7 @@ def test_guidance_by_noise_levels_is_refused_by_a_prior_that_has_none():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"prior_guidance_scale": Guidance(2.0, rescale=0.5)}, "autoregressive prior must be a scale alone"),
+        ({"prior_guidance_scale": Guidance(2.0, rescale=0.5)}, "autoregressive prior must be a number alone"),
         ({"prior_sampler": "ddim"}, "prior_sampler needs a diffusion prior, which this is not; got 'ddim'"),
     ],
 )

@@ -143,7 +143,7 @@ def test_what_cannot_steer_is_refused_before_any_work(pipeline, classifier, monk
         (Steering(-1.0, text="a"), "steering.scale must be from 0 to 10000, got -1"),
         (Steering(class_name="red"), "steering.class_name needs a classifier"),
         (Steering(1.0, classifier, "purple"), "the classifier has no class 'purple'; it has blue, green, red"),
-        (Steering(1.0, classifier, ["red"] * 3), "steering.class_name has 3 texts for 2 pictures"),
+        (Steering(1.0, classifier, ["red"] * 3), "steering.class_name has 3 texts for 2 images"),
         (Steering(text=""), "steering.text must not be empty"),
         (
             Steering(picture=torch.zeros(3, 8, 8)),
@@ -161,12 +161,10 @@ def test_a_classifier_of_another_latent_space_or_clip_is_refused(pipeline, class
     theirs = classifier.config.autoencoder_fingerprint
     classifier.register_to_config(clip_fingerprint="0" * 16)
     draw(pipeline, Steering(1.0, classifier, "red"))  # classes need no CLIP
-    with pytest.raises(InputError, match="the classifier's embeddings are of the CLIP 0000"):
+    with pytest.raises(InputError, match="the classifier was trained with the CLIP 0000"):
         draw(pipeline, Steering(1.0, classifier, text="red"))
     pipeline.autoencoder.mean += 1
-    with pytest.raises(
-        InputError, match=f"of another latent space: it was trained with the autoencoder {theirs}, this"
-    ):
+    with pytest.raises(InputError, match=f"the classifier was trained with the autoencoder {theirs}, this"):
         draw(pipeline, Steering(1.0, classifier, "red"))
 
 

@@ -78,7 +78,7 @@ def read_schedule(folder: Path) -> dict[str, Any]:
     config = read_config(folder / "scheduler_config.json", MAX_TIMESTEPS)
     name = config.get("_class_name", "DDIMScheduler")
     module = next((module for module, names in PROJECT_SCHEDULERS.items() if name in names), "diffusers")
-    check_scheduler_folder(folder, name, home=module)
+    check_scheduler_folder(folder, name, module=module)
     scheduler = load_or_explain(getattr(import_module(module), name).from_pretrained, folder)
     if not hasattr(scheduler, "alphas_cumprod"):
         raise InputError(f"{str(folder)!r} holds a {name}, which has no noise schedule as DDPM has")
