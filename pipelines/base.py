@@ -1,4 +1,4 @@
-"""What all pipelines share: each stage as a method."""
+"""Base of all drawing pipelines: each stage as a method."""
 
 import logging
 from collections.abc import Callable
@@ -32,10 +32,8 @@ logger = logging.getLogger(__name__)
 
 MAX_IMAGES = 1024
 PREVIEW_STEPS = 4  # of the decoder, for a preview of the prior
-SUPER_RESOLUTION_STREAM, EMBEDS_NOISE_STREAM = (
-    -1,
-    -2,
-)  # numbers of their streams of noise; those of the upsampler count from 1
+# Stages of `derive_stage_generators`; those of the upsampler count from 1.
+SUPER_RESOLUTION_STREAM, EMBEDS_NOISE_STREAM = -1, -2
 
 
 @dataclass
@@ -69,8 +67,8 @@ class Canvas:
 class UnCLIPPipelineOutput(BaseOutput):
     """Result of a pipeline.
 
-    images: PIL pictures; or, by `output_type`, (N, H, W, 3) numpy or (N, 3, H, W) torch in [0, 1], or latents.
-    image_embeds: (N, D): the z_i that were drawn, of unit length if the CLIP's `unit_length`.
+    images: PIL images; or, by `output_type`, (N, H, W, 3) numpy or (N, 3, H, W) torch in [0, 1], or latents.
+    image_embeds: (N, D): the z_i of the images, of unit length if the CLIP's `unit_length`.
     """
 
     images: list[Image.Image] | np.ndarray | Tensor
@@ -78,7 +76,7 @@ class UnCLIPPipelineOutput(BaseOutput):
 
 
 class UnCLIPPipeline(StagedPipeline):
-    """Each stage as a method. Each subclass is a `__call__`; by `from_pipe` they share their stages without copies."""
+    """Base with each stage as a method. A subclass adds a `__call__`; `from_pipe` shares the stages without copies."""
 
     # The stages
 
@@ -90,7 +88,7 @@ class UnCLIPPipeline(StagedPipeline):
         """
         if not self.clip.reads_captions:
             lacks = "no text encoder of its CLIP" if self.prior else "no prior and no text encoder of its CLIP"
-            raise InputError(f"this model has {lacks}: it draws from pictures or image_embeds, not from texts")
+            raise InputError(f"this model has {lacks}: it draws from images or image_embeds, not from texts")
         different, rows = find_unique_prompts(prompts)
         for prompt in different:
             if cut := self.clip.tokenizer.find_truncated_text(prompt):
@@ -106,7 +104,7 @@ class UnCLIPPipeline(StagedPipeline):
         return text if rows is None else text.take_rows(rows)
 
     def encode_decoder_prompt(self, prompts: list[str]) -> Any:
-        """Encode captions for the decoder. With a text encoder of its own, CLIP's is not needed and may be missing."""
+        """Encode captions for the decoder. If it has its own text encoder, a CLIP without a text tower will do."""
         if self.clip.reads_captions or self.text_encoder is None:
             return self.encode_prompt(prompts)
         self.offload_all_but("text_encoder")
@@ -115,21 +113,21 @@ class UnCLIPPipeline(StagedPipeline):
         return tokens if rows is None else tokens.take_rows(rows)
 
     @torch.no_grad()
-    def encode_image(self, pictures: Tensor) -> Tensor:
-        """(N, 3, H, W) in [-1, 1] -> z_i, (N, D), fp32."""
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Encode images, (N, 3, H, W) in [-1, 1], by CLIP as z_i, (N, D), fp32."""
         self.offload_all_but("clip")
-        z_i = self.clip.encode_image(pictures.to(self._execution_device, self.clip.dtype))
+        z_i = self.clip.encode_image(images.to(self._execution_device, self.clip.dtype))
         return self.normalize_embeds(check_finite_values("CLIP", z_i.float()))
 
     def normalize_embeds(self, z_i: Tensor) -> Tensor:
-        """(N, D), of the length that the models know: unit length, or as it is."""
+        """Normalize z_i, (N, D), if the models were trained on embeddings of unit length."""
         return F.normalize(z_i, dim=-1) if self.clip.unit_length else z_i
 
     @torch.no_grad()
-    def encode_latents(self, pictures: Tensor) -> Tensor:
-        """(N, 3, H, W) in [-1, 1] -> latents of unit variance, (N, C, h, w), fp32."""
+    def encode_latents(self, images: Tensor) -> Tensor:
+        """Encode images, (N, 3, H, W) in [-1, 1], as latents of unit variance, (N, C, h, w), fp32."""
         self.offload_all_but("autoencoder")
-        latents = self.autoencoder.encode(pictures.to(self._execution_device, self.autoencoder.dtype))
+        latents = self.autoencoder.encode(images.to(self._execution_device, self.autoencoder.dtype))
         return check_finite_values("autoencoder", latents.float())
 
     def sample_image_embeds(
@@ -140,9 +138,9 @@ class UnCLIPPipeline(StagedPipeline):
         generators: list[Generator],
         decoding: DecoderOptions,
     ) -> Tensor:
-        """z_i for captions, (N, D), fp32; `decoding` says who watches.
+        """Sample z_i for captions, (N, D), fp32. decoding: options with the callback of previews.
 
-        Without a prior the decoder gets the captions' own z_t, which is there to compare priors with.
+        Without a prior, return the captions' own z_t, as a baseline for priors.
         """
         prior, scheduler, steps = self.prior, self.prior_scheduler, options.prior_num_inference_steps
         self.offload_all_but("prior")
@@ -242,7 +240,7 @@ class UnCLIPPipeline(StagedPipeline):
         options: DecoderOptions,
         generators: list[Generator],
     ) -> ImageCondition:
-        """Build the decoder's condition for z_i, (N, D); a decoder that noises z_i does so from a stream a picture."""
+        """Build the decoder's condition for z_i, (N, D); a decoder that noises z_i does so from a stream an image."""
         noise = options.image_embeds_noise
         if noise is None and self.decoder.noise_levels is not None:
             noise = generate_noise(z_i.shape[1:], derive_stage_generators(generators, EMBEDS_NOISE_STREAM), z_i.device)
@@ -257,18 +255,18 @@ class UnCLIPPipeline(StagedPipeline):
         self,
         prompts: list[str],
         negatives: list[str],
-        pictures: Tensor,
+        images: Tensor,
         each: int,
         prior: PriorOptions,
         generators: list[Generator],
         decoder: DecoderOptions,
     ) -> tuple[Tensor, TextEncoding | None]:
-        """z_i as the prior draws them of captions, with these; or, where there are none, those of the pictures.
+        """Sample z_i for captions, and return both; without captions, encode the images, (P, 3, H, W) in [-1, 1].
 
-        `each` of every caption or picture, (P, 3, H, W) in [-1, 1].
+        each: number of z_i for every caption or image.
         """
         if not prompts:
-            return self.encode_image(pictures).repeat_interleave(each, dim=0), None
+            return self.encode_image(images).repeat_interleave(each, dim=0), None
         text = self.encode_prompt(prompts).repeat(each)
         negative = self.encode_prompt(negatives).repeat(each) if negatives else None
         return self.sample_image_embeds(text, negative, prior, generators, decoder), text
@@ -286,10 +284,9 @@ class UnCLIPPipeline(StagedPipeline):
         latents = self.sample_decoder(z_i, text, options, generators, negative, canvas)
         if not options.upsample:
             return self.decode(latents, options.output_type, options, generators)
-        pictures = 2 * self.decode(latents, "pt", options, generators) - 1
-        return self.image_processor.postprocess(
-            self.upsample_images(pictures, z_i, options, generators), options.output_type
-        )
+        images = 2 * self.decode(latents, "pt", options, generators) - 1
+        images = self.upsample_images(images, z_i, options, generators)
+        return self.image_processor.postprocess(images, options.output_type)
 
     @torch.no_grad()
     def decode(
@@ -299,7 +296,7 @@ class UnCLIPPipeline(StagedPipeline):
         options: DecoderOptions | None = None,
         generators: list[Generator] | None = None,
     ) -> Any:
-        """Pictures of latents, as `output_type` says; the rest is for `decode_images`."""
+        """Decode latents into images in the form of `output_type`. options, generators: see `decode_images`."""
         if output_type == "latent":
             return latents
         return self.image_processor.postprocess(self.decode_images(latents, options, generators), output_type)
@@ -308,8 +305,11 @@ class UnCLIPPipeline(StagedPipeline):
     def decode_images(
         self, latents: Tensor, options: DecoderOptions | None = None, generators: list[Generator] | None = None
     ) -> Tensor:
-        """(N, 3, H, W), fp32, about in [-1, 1]. Where decoding is a diffusion (Karlo's), it is one with options and
-        generators of the decoder; without, as for previews, the latents are only enlarged."""
+        """Decode latents into images, (N, 3, H, W), fp32, about in [-1, 1].
+
+        The decoding of a cascade (Karlo) is a diffusion, which needs the options and generators of the decoder. Without
+        them, as for previews, a cascade only enlarges the latents.
+        """
         latents = latents.to(self._execution_device, self.autoencoder.dtype)
         if options is not None:  # the last stage, not a preview
             self.offload_all_but("autoencoder")
@@ -332,6 +332,7 @@ class UnCLIPPipeline(StagedPipeline):
         return check_finite_values("super-resolution", images.float())
 
     def build_output(self, images: Any, z_i: Tensor, return_dict: bool) -> UnCLIPPipelineOutput | tuple:
+        """Return the result of a call, and release the device from offloaded models."""
         self.maybe_free_model_hooks()
         return UnCLIPPipelineOutput(images, z_i) if return_dict else (images, z_i)
 

@@ -1,4 +1,4 @@
-"""What can be seen of a drawing while it is made, and how it is stopped."""
+"""Previews and interruption of a drawing: what callbacks get and raise."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,17 +8,19 @@ from torch import Tensor
 
 
 class Interrupted(RuntimeError):
-    """Somebody called `interrupt()`: the drawing ended between two steps. The pipeline can be called again."""
+    """End of a drawing between two steps, after `interrupt()`. The pipeline can be called again."""
 
 
 @dataclass
 class Preview:
     """Estimate of a stage's result after a step.
 
-    stage: "inversion", "prior", "decoder" or "upsampler". step: from 1 to steps. estimate: the clean sample: z_i of
-    unit length, (N, D); latents, (N, C, h, w), of the inversion as noisy as they are by then; or pictures,
-    (N, 3, H, W) in [-1, 1]. images(): N pictures of it, made when they are asked for: of latents as the autoencoder
-    decodes them, of z_i as the decoder draws them in a few steps.
+    stage: "inversion", "prior", "decoder", "super_resolution" or "upsampler".
+    step: from 1 to steps.
+    estimate: the clean sample: z_i of unit length, (N, D); latents, (N, C, h, w), which are still noisy in an
+        inversion; or images, (N, 3, H, W) in [-1, 1].
+    images: `images()` makes N PIL images of the estimate: latents are decoded, z_i is drawn by the decoder in a few
+        steps.
     """
 
     stage: str

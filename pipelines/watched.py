@@ -1,4 +1,4 @@
-"""What can be seen of a drawing while it is made, and how it is stopped; and the stage that every pipeline has."""
+"""Previews and interruption of a drawing, and the upsampler, which every pipeline has."""
 
 from collections.abc import Callable
 
@@ -16,12 +16,12 @@ from t2i.sampling.upsampling import DEFAULT_TILE_SIZE, iterate_stage_generators,
 
 
 class WatchedPipeline(DiffusionPipeline):
-    """Previews, `interrupt`, and the upsampler."""
+    """Base with previews, `interrupt`, and the upsampler."""
 
     interrupted = False
 
     def interrupt(self) -> None:
-        """End the call that is going on, from a callback or another thread: its next step raises `Interrupted`."""
+        """End the running call, from a callback or another thread: its next step raises `Interrupted`."""
         self.interrupted = True
 
     def build_preview_hooks(
@@ -33,42 +33,45 @@ class WatchedPipeline(DiffusionPipeline):
         to_estimate: Callable[[Tensor], Tensor],
         to_images: Callable[[Tensor], list[Image.Image]],
     ) -> tuple[PredictTransform, StepCallback]:
-        """Build what a stage's sampling passes its predictions and steps through, for previews and `interrupt`."""
-        seen: dict[str, Tensor] = {}
+        """Return the transform and the callback of a stage's sampling that make previews and `interrupt` work.
+
+        to_estimate: from x to the estimate of a `Preview`. to_images: from the estimate to images.
+        """
+        last_x0: dict[str, Tensor] = {}
         steps = count_model_evaluations(scheduler, steps)
 
-        def wrap_predict(predict: Predict) -> Predict:
+        def record_predictions(predict: Predict) -> Predict:
             def predict_and_record(x: Tensor, t: Tensor) -> Tensor:
                 prediction = predict(x, t)
-                seen["clean"] = predict_x0(scheduler, prediction, x, t)
+                last_x0["x0"] = predict_x0(scheduler, prediction, x, t)
                 return prediction
 
             return predict if options.on_preview is None else predict_and_record
 
         def report_step(step: int, t: Tensor, x: Tensor) -> Tensor:
             if options.on_preview is not None and ((step + 1) % options.preview_every == 0 or step + 1 == steps):
-                estimate = to_estimate(x if step + 1 == steps else seen.get("clean", x))
+                estimate = to_estimate(x if step + 1 == steps else last_x0.get("x0", x))
                 options.on_preview(Preview(stage, step + 1, steps, estimate, lambda: to_images(estimate)))
             if self.interrupted:
                 self.interrupted = False
                 raise Interrupted(f"interrupted after step {step + 1} of {steps} of the {stage}")
             return x
 
-        return wrap_predict, report_step
+        return record_predictions, report_step
 
     def upsample_images(
         self,
-        pictures: Tensor,
+        images: Tensor,
         z_i: Tensor | None,
         options: DecoderOptions,
         generators: list[Generator],
         tile: int = DEFAULT_TILE_SIZE,
     ) -> Tensor:
-        """(N, 3, H, W) in [-1, 1], enlarged `options.upsample` times; fp32. `generators` are those of the decoder."""
+        """Enlarge images, (N, 3, H, W) in [-1, 1], `options.upsample` times; fp32. generators: of the decoder."""
         assert self.upsampler is not None and self.upsampler_scheduler is not None, "checked before"
         steps, level = options.upsample_steps, options.upsample_level
         for own in iterate_stage_generators(generators, options.upsample):
-            sides = [self.upsampler.config.factor * side for side in pictures.shape[-2:]]
+            sides = [self.upsampler.config.factor * side for side in images.shape[-2:]]
 
             def crop_estimate(x: Tensor, sides: list[int] = sides) -> Tensor:
                 return x[..., : sides[0], : sides[1]].clamp(-1, 1)
@@ -77,12 +80,13 @@ class WatchedPipeline(DiffusionPipeline):
                 "upsampler", self.upsampler_scheduler, steps, options, crop_estimate, self.image_processor.postprocess
             )
             sampling = Sampling(steps, own, progress=self.progress_bar, on_step=on_step, transform=transform)
-            pictures = sample_upsampler(self.upsampler, self.upsampler_scheduler, pictures, sampling, z_i, level, tile)
-            pictures = check_finite_values("upsampler", pictures)
-        return pictures
+            images = sample_upsampler(self.upsampler, self.upsampler_scheduler, images, sampling, z_i, level, tile)
+            images = check_finite_values("upsampler", images)
+        return images
 
 
 def check_finite_values(stage: str, x: Tensor) -> Tensor:
+    """Return x. Raises ValueError for NaN or infinity."""
     if not x.isfinite().all():
         raise ValueError(f"the {stage} returned values that are not finite; its weights or the precision are at fault")
     return x
