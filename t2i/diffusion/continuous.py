@@ -49,7 +49,7 @@ class ContinuousScheduler(ExactDDIMScheduler, SchedulerMixin):
 
 
 class ProbabilityFlowScheduler(ContinuousScheduler):
-    """The probability-flow ODE by Heun's method, of second order: 2 steps - 1 evaluations of the model.
+    """Probability-flow ODE by Heun's method, of second order: 2 steps - 1 evaluations of the model.
 
     In the angle phi of the noise level (see `t2i.diffusion.ddim`) the ODE is dx / dphi = v, whose right-hand side stays
     of the size of the data at both ends. Euler's method for it is DDIM. The last step, to the clean sample, is Euler's.
@@ -85,7 +85,7 @@ class ProbabilityFlowScheduler(ContinuousScheduler):
 
 
 class ReverseSDEScheduler(ContinuousScheduler):
-    """The reverse SDE by SDE-DPM-Solver++(2M) (Lu et al. 2022) at fractional timesteps: one evaluation a step.
+    """Reverse SDE by SDE-DPM-Solver++(2M) (Lu et al. 2022) at fractional timesteps: one evaluation a step.
 
     Each step draws from q(x_s | x_t, x_0), which is the SDE's solution for a constant clean sample; from the second
     step on, the clean sample is extrapolated linearly in the log-SNR.
