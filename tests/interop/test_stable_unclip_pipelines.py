@@ -177,7 +177,7 @@ def test_the_noise_of_a_picture_is_its_own_whatever_the_batch():
 
 def test_what_cannot_be_is_said():
     mine, variations = stable(True), ImageVariationPipeline.from_pipe(stable(True))
-    with pytest.raises(InputError, match="no prior and no text encoder of its CLIP: it draws from pictures"):
+    with pytest.raises(InputError, match="no prior and no text encoder of its CLIP: it draws from images"):
         mine("a red cat")
     with pytest.raises(InputError, match="no image encoder in the folder"):
         ImageVariationPipeline.from_pipe(stable())(pictures(1))
