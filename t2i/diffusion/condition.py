@@ -42,7 +42,7 @@ class Condition:
     @property
     def index(self) -> Tensor:
         """(B,), int64, on the CPU: the stored row of each condition."""
-        return torch.arange(len(self.first_tensor)) if self.rows is None else self.rows
+        return count_up(len(self.first_tensor)) if self.rows is None else self.rows
 
     def __len__(self) -> int:
         return len(self.index)
@@ -61,7 +61,7 @@ class Condition:
 
     def repeat(self, count: int) -> Self:
         """Repeat each of the B conditions `count` times in a row."""
-        return self.take_rows(torch.arange(len(self)).repeat_interleave(count))
+        return self.take_rows(count_up(len(self)).repeat_interleave(count))
 
     def take_rows(self, rows: Tensor) -> Self:
         """Select conditions by their numbers in the batch, (N,), int64."""
@@ -83,12 +83,12 @@ class Condition:
     def find_unique_rows(self) -> tuple[Tensor, Tensor]:
         """Group equal conditions, those of the same stored rows, whose context can be computed once.
 
-        Returns the number of the first of each group, (U,), and the group of each condition, (B,): int64, on the device
-        of the tensors. No tensor is compared but the indexes.
+        Returns the number of the first of each group, (U,), on the CPU as all indexes, and the group of each condition,
+        (B,), on the device of the tensors: int64. No tensor is compared but the indexes.
         """
         _, groups = torch.stack(self.collect_indexes(), dim=1).unique(dim=0, return_inverse=True)
-        first = (groups == torch.arange(int(groups.max()) + 1)[:, None]).int().argmax(dim=1)
-        return first.to(self.device), groups.to(self.device)
+        first = (groups == count_up(int(groups.max()) + 1)[:, None]).int().argmax(dim=1)
+        return first, groups.to(self.device)
 
     def collect_indexes(self) -> list[Tensor]:
         """Return the index of this condition and of the nested ones."""
@@ -127,6 +127,11 @@ class Condition:
             function: Any = of_conditions if isinstance(mine[name], Condition) else of_tensors
             parts[name] = function(mine[name], others[name])
         return replace(self, **parts)
+
+
+def count_up(count: int) -> Tensor:
+    """Return 0 to count - 1, int64, on the CPU also where memory is counted with meta as the default device."""
+    return torch.arange(count, device="cpu")
 
 
 @dataclass
