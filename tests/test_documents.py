@@ -41,6 +41,14 @@ def test_links_and_pictures_exist(page):
     assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
 
 
+def test_the_code_of_today_on_the_page_of_before_and_after_is_that_of_its_file():
+    shown = re.findall(r"`([\w/]+\.py)`:\n\n```python\n(.*?)```", BEFORE.read_text(), re.DOTALL)
+    assert len(shown) == 5
+    for file, code in shown:
+        lines = ["...", *map(str.strip, (ROOT / file).read_text().splitlines())]
+        assert [line for line in map(str.strip, code.splitlines()) if line not in lines] == [], file
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if page not in (HISTORY, BEFORE)], ids=name)
 def test_named_files_and_modules_exist(page):
     text = page.read_text()
