@@ -13,6 +13,13 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # results are equal bit for bit on a CP
 os.environ["ACCELERATE_USE_CPU"] = "true"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors gain nothing from threads, and workers share the cores
 
+# Each worker and all that it starts keeps to cores of its own: a training takes every core that it may use, and
+# threads of two workers on one core wait for each other, up to 40 times as long as one alone.
+if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
+    number, count = int(os.environ["PYTEST_XDIST_WORKER"][2:]), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, cores[number % len(cores) :: count])
+
 import pytest
 import torch
 from filelock import FileLock
