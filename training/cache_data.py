@@ -34,10 +34,7 @@ from t2i.checks import check_choice, check_multiple_of, check_range
 from t2i.config import DataConfig, TrainConfig
 from t2i.data import CaptionedPictures, open_datasets
 from t2i.data.cache import (
-    AutoencoderFacts,
     CachedPairs,
-    ClipFacts,
-    TextEncoderFacts,
     build_shard_path,
     check_cache_key,
     compute_offsets,
@@ -112,26 +109,8 @@ def main(config: Config) -> None:
     folder = Path(config.output)
     check_writable_folder(folder)
     datasets = open_datasets(config.data)
-    # The frozen models
-    clip, autoencoder, text_encoder = None, None, None
-    facts: dict[str, ClipFacts | AutoencoderFacts | TextEncoderFacts | None] = {"clip": None, "autoencoder": None}
-    if config.clip is not None:
-        clip = load_clip(config.clip)
-        facts["clip"] = build_clip_facts(config.clip, clip)
-    if config.autoencoder is not None:
-        autoencoder = load_autoencoder(config.autoencoder)
-        facts["autoencoder"] = build_autoencoder_facts(config.autoencoder, autoencoder)
-        check_multiple_of("data.image_size", config.data.image_size, autoencoder.factor)
-    if config.text_encoder is not None:
-        dtype = TEXT_DTYPES[config.text_encoder_dtype]
-        text_encoder = load_text_encoder(config.text_encoder, config.text_encoder_tokens, dtype)
-        if isinstance(text_encoder, MultilingualCLIP):
-            raise InputError(
-                f"text_encoder={config.text_encoder!r} makes a vector for each caption beside its token states, which "
-                "a cache cannot store; leave it out, and the decoder's training encodes captions in the step"
-            )
-        facts["text_encoder"] = build_text_encoder_facts(text_encoder)
-    key = build_cache_key(config, facts, datasets)
+    encoder = Encoder(config)
+    key = build_cache_key(config, encoder.facts, datasets)
     check_cache_key(folder, key)
     # The shards, by all processes
     accelerator = build_accelerator(TrainConfig(output=config.output, mixed_precision=config.mixed_precision))
@@ -143,7 +122,7 @@ def main(config: Config) -> None:
             most = max(count_max_captions(dataset) for dataset in datasets.values())
             if (config.text or config.text_encoder) and most > config.variations:
                 print(f"caching {config.variations} of up to {most} captions of a picture; `variations` sets how many")
-        encoder = Encoder(config, accelerator, clip, autoencoder, text_encoder)
+        encoder.prepare(accelerator)
         shards = [
             shard
             for split, dataset in datasets.items()
@@ -152,7 +131,7 @@ def main(config: Config) -> None:
         write_missing_shards(folder, datasets, shards, encoder, accelerator)
         if accelerator.is_main_process:
             counts = {split: sum(shard.split == split for shard in shards) for split in datasets}
-            models = {name: None if fact is None else asdict(fact) for name, fact in facts.items()}
+            models = {name: None if facts is None else asdict(facts) for name, facts in encoder.facts.items()}
             training = [shard.path(folder) for shard in shards if shard.split == "train"]
             finish_cache(folder, key, models, encoder.compute_shared_tensors(training), counts)
             print(format_cache_summary(folder, counts))
@@ -243,21 +222,37 @@ def iterate_image_batches(
 
 
 class Encoder:
-    """The frozen models, and the dtypes of their encodings."""
+    """The frozen models, facts about them, and the dtypes of their encodings."""
 
-    def __init__(
-        self,
-        config: Config,
-        accelerator: Accelerator,
-        clip: CLIP | None,
-        autoencoder: Autoencoder | None,
-        text_encoder: TextEncoder | None = None,
-    ):
-        self.config, self.accelerator = config, accelerator
-        self.clip = clip.to(accelerator.device).eval() if clip is not None else None
-        self.autoencoder = autoencoder.to(accelerator.device).eval() if autoencoder is not None else None
-        self.text_encoder = text_encoder.to(accelerator.device) if text_encoder is not None else None
-        self.dtype = CACHE_DTYPES[config.dtype]
+    def __init__(self, config: Config):
+        self.config, self.dtype = config, CACHE_DTYPES[config.dtype]
+        self.clip: CLIP | None = None
+        self.autoencoder: Autoencoder | None = None
+        self.text_encoder: TextEncoder | None = None
+        self.facts: dict[str, Any] = {"clip": None, "autoencoder": None}
+        if config.clip is not None:
+            self.clip = load_clip(config.clip).eval()
+            self.facts["clip"] = build_clip_facts(config.clip, self.clip)
+        if config.autoencoder is not None:
+            self.autoencoder = load_autoencoder(config.autoencoder).eval()
+            self.facts["autoencoder"] = build_autoencoder_facts(config.autoencoder, self.autoencoder)
+            check_multiple_of("data.image_size", config.data.image_size, self.autoencoder.factor)
+        if config.text_encoder is not None:
+            dtype = TEXT_DTYPES[config.text_encoder_dtype]
+            self.text_encoder = load_text_encoder(config.text_encoder, config.text_encoder_tokens, dtype)
+            if isinstance(self.text_encoder, MultilingualCLIP):
+                raise InputError(
+                    f"text_encoder={config.text_encoder!r} makes a vector for each caption beside its token states, "
+                    "which a cache cannot store; leave it out, and the decoder's training encodes captions in the step"
+                )
+            self.facts["text_encoder"] = build_text_encoder_facts(self.text_encoder)
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        """Move the models to the accelerator's device."""
+        self.accelerator = accelerator
+        for model in (self.clip, self.autoencoder, self.text_encoder):
+            if model is not None:
+                model.to(accelerator.device)
 
     def encode(self, dataset: CaptionedPictures, pictures: range, images: Iterator[Tensor]) -> dict[str, Tensor]:
         """Return the tensors of a shard. The next items of `images` are the shard's pictures."""
@@ -287,34 +282,27 @@ class Encoder:
         different, size = list(numbers), self.config.batch_size
         batches = [different[first : first + size] for first in range(0, len(different), size)]
         tensors = {"choice": torch.tensor(choice)}
+        # One batch at a time, for the states of all captions may not fit on the device
         if self.clip is not None and self.config.text:
-            embeds: list[Tensor] = []
-            tensors |= self.concatenate_states("text", self.encode_clip_captions(self.clip, batches, embeds))
-            tensors["text_embeds"] = torch.cat(embeds)
+            with self.accelerator.autocast():
+                tensors |= self.concatenate_states("text", map(self.clip.encode_text, batches))
         if self.text_encoder is not None:
             with torch.autocast(self.accelerator.device.type, enabled=False):
                 tokens = (encode_tokens(self.text_encoder, batch) for batch in batches)
                 tensors |= self.concatenate_states("text_encoder", tokens)
         return tensors
 
-    def encode_clip_captions(
-        self, clip: CLIP, batches: list[list[str]], embeds: list[Tensor]
-    ) -> Iterator[TextEncoding]:
-        """Yield the encoding of each batch of captions by CLIP, and append its embeddings to `embeds`."""
-        for batch in batches:
-            with self.accelerator.autocast():
-                text = clip.encode_text(batch)
-            embeds.append(text.embedding.float().cpu())
-            yield text
-
     def concatenate_states(self, name: str, texts: Iterable[TextEncoding | TokenStates]) -> dict[str, Tensor]:
-        """Return the token states of captions end to end, without padding, and the offsets of the captions."""
-        states, lengths = [], []
+        """Return the token states of captions end to end, without padding, the offsets of the captions, and any z_t."""
+        states, lengths, embeds = [], [], []
         for text in texts:
             tokens, counts = strip_padding(text)
             states.append(tokens.to("cpu", self.dtype))
             lengths += counts.tolist()
-        return {f"{name}_states": torch.cat(states), f"{name}_offsets": compute_offsets(lengths)}
+            if isinstance(text, TextEncoding):
+                embeds.append(text.embedding.float().cpu())
+        tensors = {f"{name}_states": torch.cat(states), f"{name}_offsets": compute_offsets(lengths)}
+        return tensors | ({f"{name}_embeds": torch.cat(embeds)} if embeds else {})
 
     def compute_shared_tensors(self, shards: list[Path]) -> dict[str, Tensor]:
         """Return the statistics of z_i in the training split, and the encoding of the empty caption."""
