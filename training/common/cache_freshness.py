@@ -10,7 +10,7 @@ from typing import Any
 
 from t2i.config import DataConfig
 from t2i.data.cache import AutoencoderFacts, CachedPairs, ClipFacts, TextEncoderFacts, read_json
-from t2i.data.dataset import open_datasets
+from t2i.data.dataset import CaptionedPictures, open_datasets
 from t2i.data.manifest import SPLITS, find_manifest
 from t2i.errors import InputError
 from t2i.files.fingerprints import compute_files_fingerprint, compute_stored_fingerprint, compute_weights_fingerprint
@@ -31,8 +31,17 @@ PIPELINE_PARTS = {  # subfolders of public pipelines
 }
 
 
-def check_cache_freshness(cache: CachedPairs, data: DataConfig, clip: str, autoencoder: str | None) -> None:
-    """Refuse a cache that was made from other models or data than those named in this configuration."""
+def check_cache_freshness(
+    cache: CachedPairs,
+    data: DataConfig,
+    pictures: dict[str, CaptionedPictures],
+    clip: str,
+    autoencoder: str | None,
+) -> None:
+    """Refuse a cache that was made from other models or data than those named in this configuration.
+
+    pictures: the data sets of `data`, by split; empty if they are not there.
+    """
     # Pairs of what the cache was made with, and what is there now
     pairs: dict[str, tuple[Any, Any]] = {"data.image_size": (cache.made_from["image_size"], data.image_size)}
     stored = cache.made_from.get("stored", {})
@@ -43,9 +52,8 @@ def check_cache_freshness(cache: CachedPairs, data: DataConfig, clip: str, autoe
         pairs["autoencoder"] = compare_model(
             "Autoencoder", autoencoder, cache.autoencoder, compute_stored_fingerprint, stored.get("autoencoder")
         )
-    if has_manifest(data):
-        datasets, before = open_datasets(data), cache.made_from["data"]
-        now = {split: dataset.compute_digest() for split, dataset in datasets.items()}
+    if pictures:
+        before, now = cache.made_from["data"], {split: each.compute_digest() for split, each in pictures.items()}
         pairs |= {name: (before.get(split), now.get(split)) for name, split in zip(("data", "held-out data"), SPLITS)}
     elif os.environ.get("RANK", "0") == "0":
         print(f"no manifest in data.path={data.path!r}: the cache {str(cache.folder)!r} is not compared with its data")
@@ -57,13 +65,13 @@ def check_cache_freshness(cache: CachedPairs, data: DataConfig, clip: str, autoe
             )
 
 
-def has_manifest(data: DataConfig) -> bool:
-    """Return whether the data are there; training from a cache works without them."""
+def open_data_if_present(data: DataConfig) -> dict[str, CaptionedPictures]:
+    """Open the data sets, by split; none if there is no manifest, for training from a cache works without data."""
     try:
         find_manifest(Path(data.path))
     except InputError:
-        return False
-    return True
+        return {}
+    return open_datasets(data)
 
 
 def compare_model(

@@ -6,7 +6,6 @@ Both sources fill the same fields of a batch, so that a loss is the same for bot
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Protocol
 
 import torch
 from t2i.training.common.cache_freshness import (
@@ -15,13 +14,13 @@ from t2i.training.common.cache_freshness import (
     build_text_encoder_facts,
     check_cache_freshness,
     collect_identities,
-    has_manifest,
+    open_data_if_present,
 )
 from torch import Tensor
 
 from t2i.config import DataConfig
-from t2i.data.cache import AutoencoderFacts, CachedPairs, ClipFacts, TextEncoderFacts, compute_statistics
-from t2i.data.dataset import Batch, CaptionedPictures, SampleIndex, open_datasets
+from t2i.data.cache import CachedPairs, compute_statistics
+from t2i.data.dataset import Batch, SampleIndex, open_datasets
 from t2i.diffusion.condition import TextEncoding, TokenStates
 from t2i.errors import InputError
 from t2i.interop.by_name import load_autoencoder, load_clip
@@ -36,43 +35,11 @@ MAX_MEASURED_IMAGES = 4096  # pictures encoded for the mean and std of z_i, with
 MAX_COMPONENT_EMBEDS = 16_384  # z_i of a cache from which principal components are computed
 
 
-class EncodingSource(Protocol):
-    """The data of a prior or a decoder, encoded."""
-
-    dataset: CaptionedPictures | CachedPairs  # the training split
-    validation: CaptionedPictures | CachedPairs | None  # the held-out split
-    clip: ClipFacts
-    autoencoder: AutoencoderFacts | None
-    text_encoder: TextEncoderFacts | None  # a decoder's own, for its captions
-    made_from: dict[str, str]
-
-    def to(self, device: torch.device) -> None: ...
-
-    def encode(self, batch: Batch) -> Batch:
-        """Fill image_embeds, latents and text, as far as the stage needs them: float32, on the batch's device."""
-
-    def null(self) -> TextEncoding:
-        """Return the encoding of the empty caption."""
-
-    def compute_statistics(self) -> tuple[Tensor, Tensor]:
-        """Return the mean and the standard deviation of the image embeddings, (D,), float64."""
-
-    def collect_embeds(self) -> Tensor:
-        """Return image embeddings, evenly spread over the training split, (n, D), fp32, on the CPU."""
-
-    def encode_records(self, keys: list[SampleIndex]) -> Batch:
-        """Encode samples for previews, with captions, and with pictures if they are there.
-
-        The samples are of the held-out split, or of the training split if there is none.
-        """
-
-    def load_clip(self) -> CLIP: ...
-    def load_autoencoder(self) -> Autoencoder: ...
-    def load_text_encoder(self) -> TextEncoder: ...
-
-
 class FrozenModels:
-    """Encodes the batches of a data set in the step."""
+    """The data of a prior or a decoder, encoded by frozen models in the step.
+
+    clip, autoencoder, text_encoder: facts about the models. text_encoder: a decoder's own, for its captions.
+    """
 
     def __init__(
         self,
@@ -85,131 +52,146 @@ class FrozenModels:
         datasets = open_datasets(data)
         self.dataset, self.validation = datasets["train"], datasets.get("held_out")
         self.reads_captions = reads_captions
-        self.encoder = load_clip(clip).eval().requires_grad_(False)
-        self.clip = build_clip_facts(clip, self.encoder)
-        self.coder, self.autoencoder = None, None
+        self.clip_model = load_clip(clip).eval().requires_grad_(False)
+        self.clip = build_clip_facts(clip, self.clip_model)
+        self.autoencoder_model, self.autoencoder = None, None
         if autoencoder is not None:
-            self.coder = load_autoencoder(autoencoder).eval().requires_grad_(False)
-            self.autoencoder = build_autoencoder_facts(autoencoder, self.coder)
-        self.reader, self.text_encoder = None, None
+            self.autoencoder_model = load_autoencoder(autoencoder).eval().requires_grad_(False)
+            self.autoencoder = build_autoencoder_facts(autoencoder, self.autoencoder_model)
+        self.text_model, self.text_encoder = None, None
         if load_text_encoder is not None:
-            self.reader = load_text_encoder()
-            self.text_encoder = build_text_encoder_facts(self.reader)
+            self.text_model = load_text_encoder()
+            self.text_encoder = build_text_encoder_facts(self.text_model)
         digest = self.dataset.compute_digest()
         self.made_from = collect_identities(digest, self.clip, self.autoencoder, self.text_encoder)
 
     def to(self, device: torch.device) -> None:
-        for model in (self.encoder, self.coder, self.reader):
+        for model in (self.clip_model, self.autoencoder_model, self.text_model):
             if model is not None:
                 model.to(device)
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> Batch:
+        """Fill image_embeds, latents and text, as far as the stage needs them: float32, on the batch's device."""
         assert batch.image is not None
         device = batch.image.device
         with torch.autocast(device.type, enabled=False):  # as exact as a cache
-            encoded = replace(batch, image_embeds=self.encoder.encode_image(batch.image).float())
-            if self.coder is not None:
-                latents = self.coder.encode(batch.image).float()
+            encoded = replace(batch, image_embeds=self.clip_model.encode_image(batch.image).float())
+            if self.autoencoder_model is not None:
+                latents = self.autoencoder_model.encode(batch.image).float()
                 encoded.latents = latents.contiguous()  # random noise depends on the memory layout
-            if self.reader is not None:
-                encoded.tokens = encode_tokens(self.reader, batch.captions).to(device, torch.float32)
+            if self.text_model is not None:
+                encoded.tokens = encode_tokens(self.text_model, batch.captions).to(device, torch.float32)
             elif self.reads_captions:
-                encoded.text = self.encoder.encode_text(batch.captions).to(device, torch.float32)
+                encoded.text = self.clip_model.encode_text(batch.captions).to(device, torch.float32)
         return encoded
 
     @torch.no_grad()
     def null(self) -> TextEncoding:
-        return self.encoder.encode_text([""])
+        """Return the encoding of the empty caption."""
+        return self.clip_model.encode_text([""])
 
     def compute_statistics(self) -> tuple[Tensor, Tensor]:
+        """Return the mean and the standard deviation of the image embeddings, (D,), float64."""
         return compute_statistics(self.iterate_embeds())
 
     def collect_embeds(self) -> Tensor:
+        """Return image embeddings, evenly spread over the training split, (n, D), fp32, on the CPU."""
         return torch.cat(list(self.iterate_embeds()))
 
     @torch.no_grad()
     def iterate_embeds(self) -> Iterator[Tensor]:
         for image in self.dataset.iterate_images(MAX_MEASURED_IMAGES, batch_size=64):
-            yield self.encoder.encode_image(image.to(self.encoder.device)).float().cpu()
+            yield self.clip_model.encode_image(image.to(self.clip_model.device)).float().cpu()
 
     @torch.no_grad()
     def encode_records(self, keys: list[SampleIndex]) -> Batch:
-        batch = (self.validation or self.dataset).__getitems__(keys).to(self.encoder.device)
-        return replace(self.encode(batch), text=encode_captions(self.encoder, self.reader, batch.captions))
+        """Encode samples for previews: image_embeds and text, with captions, and with pictures if they are there.
+
+        The samples are of the held-out split, or of the training split if there is none.
+        """
+        batch = (self.validation or self.dataset).__getitems__(keys).to(self.clip_model.device)
+        return replace(self.encode(batch), text=encode_captions(self.clip_model, self.text_model, batch.captions))
 
     def load_clip(self) -> CLIP:
-        return self.encoder
+        return self.clip_model
 
     def load_autoencoder(self) -> Autoencoder:
-        assert self.coder is not None
-        return self.coder
+        assert self.autoencoder_model is not None
+        return self.autoencoder_model
 
     def load_text_encoder(self) -> TextEncoder:
-        assert self.reader is not None
-        return self.reader
+        assert self.text_model is not None
+        return self.text_model
 
 
 class CachedEncodings:
-    """Reads encodings from a cache, and loads CLIP and autoencoder only for previews.
+    """The data of a prior or a decoder, encoded in a cache. Attributes and methods are those of `FrozenModels`.
 
-    Captions for a text encoder whose states are not in the cache are encoded in the step.
+    CLIP and autoencoder are loaded only for previews. Captions for a text encoder whose states are not in the cache are
+    encoded in the step.
     """
 
     def __init__(
         self,
-        dataset: CachedPairs,
-        validation: CachedPairs | None,
+        cache: str,
         data: DataConfig,
         clip: str,
         autoencoder: str | None,
+        reads_captions: bool,
         load_text_encoder: LoadTextEncoder | None = None,
     ):
-        assert dataset.clip is not None
-        self.dataset, self.validation, self.data = dataset, validation, data
+        # The cache
+        with_latents, with_tokens = autoencoder is not None, load_text_encoder is not None
+        with_text = reads_captions and not with_tokens
+        self.dataset = CachedPairs(cache, "train", with_latents, with_text, with_tokens)
+        made_from, facts = self.dataset.made_from, self.dataset.clip
+        present = {"clip": facts, "autoencoder": self.dataset.autoencoder, "text": made_from["text"]}
+        needed = {"clip": True, "autoencoder": with_latents, "text": with_text}
+        if missing := [name for name in needed if needed[name] and not present[name]]:
+            raise InputError(f"the cache {cache!r} was made without {' and '.join(missing)}; make a new one with it")
+        assert facts is not None
+        pictures = open_data_if_present(data)
+        check_cache_freshness(self.dataset, data, pictures, clip, autoencoder)
+        self.validation = None
+        if "held_out" in self.dataset.splits:
+            self.validation = CachedPairs(cache, "held_out", with_latents, with_text, with_tokens)
+        # Previews show pictures of one split. The others are closed, for the manifest of a large one takes much memory.
+        self.preview_split = "train" if self.validation is None else "held_out"
+        self.preview_pictures = pictures.get(self.preview_split)
+        # The models
+        self.clip, self.autoencoder = facts, self.dataset.autoencoder if with_latents else None
         self.clip_name, self.autoencoder_name, self.open_text_encoder = clip, autoencoder, load_text_encoder
-        self.clip = dataset.clip
-        self.autoencoder = None if autoencoder is None else dataset.autoencoder
-        self.text_encoder, self.reader = None, None
+        self.text_encoder, self.text_model = None, None
         if load_text_encoder is not None:
-            reader = load_text_encoder()
-            self.text_encoder = build_text_encoder_facts(reader)
-            self.reader = None if dataset.tokens else reader
-            self.attach_captions()
-        digest = dataset.made_from["data"]["train"]
+            text_model = load_text_encoder()
+            self.text_encoder = build_text_encoder_facts(text_model)
+            if self.dataset.tokens and self.text_encoder != self.dataset.text_encoder:
+                raise InputError(f"the cache {cache!r} is stale: it was made with another text encoder; make a new one")
+            if not self.dataset.tokens:
+                if not pictures:
+                    raise InputError(
+                        f"the cache {cache!r} has no states of a text encoder, and data.path={data.path!r} no captions "
+                        "to encode in the step; make the cache with text_encoder, or give the data"
+                    )
+                self.text_model, self.dataset.captions = text_model, pictures["train"]
+                if self.validation is not None:
+                    self.validation.captions = pictures["held_out"]
+        digest = made_from["data"]["train"]
         self.made_from = collect_identities(digest, self.clip, self.autoencoder, self.text_encoder)
-        self.made_from["cache"] = dataset.compute_digest()
-
-    def attach_captions(self) -> None:
-        """Let the data sets return captions, if those are encoded in the step; refuse states of another encoder."""
-        folder = str(self.dataset.folder)
-        if self.reader is None:
-            if self.text_encoder != self.dataset.text_encoder:
-                raise InputError(
-                    f"the cache {folder!r} is stale: it was made with another text encoder; make a new one"
-                )
-            return
-        if not has_manifest(self.data):
-            raise InputError(
-                f"the cache {folder!r} has no states of a text encoder, and data.path={self.data.path!r} no captions "
-                "to encode in the step; make the cache with text_encoder, or give the data"
-            )
-        datasets = open_datasets(self.data)
-        self.dataset.captions = datasets["train"]
-        if self.validation is not None:
-            self.validation.captions = datasets["held_out"]
+        self.made_from["cache"] = self.dataset.compute_digest()
 
     def to(self, device: torch.device) -> None:
-        if self.reader is not None:
-            self.reader.to(device)
+        if self.text_model is not None:
+            self.text_model.to(device)
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> Batch:
-        if self.reader is None:
+        if self.text_model is None:
             return batch
         device = batch.index.device if batch.latents is None else batch.latents.device
         with torch.autocast(device.type, enabled=False):  # as exact as a cache
-            return replace(batch, tokens=encode_tokens(self.reader, batch.captions).to(device, torch.float32))
+            return replace(batch, tokens=encode_tokens(self.text_model, batch.captions).to(device, torch.float32))
 
     def null(self) -> TextEncoding:
         return self.dataset.null
@@ -224,31 +206,30 @@ class CachedEncodings:
 
     @torch.no_grad()
     def encode_records(self, keys: list[SampleIndex]) -> Batch:
-        split = "train" if self.validation is None else "held_out"
-        cached = CachedPairs(self.dataset.folder, split, latents=False)
+        # A data set of its own, because that of the training may lack CLIP's encoding of the captions
+        cached = CachedPairs(self.dataset.folder, self.preview_split, latents=False)
         batch = cached.__getitems__(keys)
         # Captions and pictures, from the data if they are there
-        if has_manifest(self.data):
-            pictures = CaptionedPictures(self.data, split)
-            for index, _ in keys:
-                if cached.sample_key(index) != pictures.sample_key(index):
-                    raise InputError(
-                        f"the cache {str(cached.folder)!r} is stale: its picture {index} of {split} is "
-                        f"{cached.sample_key(index)!r}, in the data {pictures.sample_key(index)!r}; make a new one"
-                    )
-            records = pictures.__getitems__(keys)
-            batch.captions, batch.image = records.captions, records.image
+        names = [cached.sample_key(index) for index, _ in keys]
+        if self.preview_pictures is None:
+            batch.captions = names
         else:
-            batch.captions = [cached.sample_key(index) for index, _ in keys]
+            for (index, _), name in zip(keys, names):
+                if name != (current := self.preview_pictures.sample_key(index)):
+                    raise InputError(
+                        f"the cache {str(cached.folder)!r} is stale: its picture {index} of {self.preview_split} is "
+                        f"{name!r}, in the data {current!r}; make a new one"
+                    )
+            records = self.preview_pictures.__getitems__(keys)
+            batch.captions, batch.image = records.captions, records.image
         # What the cache lacks of the captions' encodings
         if batch.text is None:
             batch.text = self.load_clip().encode_text(batch.captions)
-        if self.text_encoder is not None:
-            if self.reader is None:
-                tokens = CachedPairs(cached.folder, split, latents=False, tokens=True).__getitems__(keys).tokens
-            else:
-                tokens = self.reader.encode(batch.captions)
-            batch.text = replace(batch.text, decoder_tokens=tokens)
+        if self.text_model is not None:
+            batch.text = replace(batch.text, decoder_tokens=self.text_model.encode(batch.captions))
+        elif self.text_encoder is not None:
+            stored = CachedPairs(cached.folder, self.preview_split, latents=False, tokens=True).__getitems__(keys)
+            batch.text = replace(batch.text, decoder_tokens=stored.tokens)
         return batch
 
     def load_clip(self) -> CLIP:
@@ -260,7 +241,10 @@ class CachedEncodings:
 
     def load_text_encoder(self) -> TextEncoder:
         assert self.open_text_encoder is not None
-        return self.reader or self.open_text_encoder()
+        return self.text_model or self.open_text_encoder()
+
+
+EncodingSource = FrozenModels | CachedEncodings
 
 
 def open_source(
@@ -278,32 +262,21 @@ def open_source(
 
     Raises InputError for a cache that lacks some of these encodings, or was made from other models or data.
     """
-    if cache is None:
-        return FrozenModels(data, clip, autoencoder, reads_captions, load_text_encoder)
-    with_latents, with_tokens = autoencoder is not None, load_text_encoder is not None
-    with_text = reads_captions and not with_tokens
-    dataset = CachedPairs(cache, "train", with_latents, with_text, with_tokens)
-    present = {"clip": dataset.clip, "autoencoder": dataset.autoencoder, "text": dataset.made_from["text"]}
-    needed = {"clip": True, "autoencoder": with_latents, "text": with_text}
-    if missing := [name for name in needed if needed[name] and not present[name]]:
-        raise InputError(f"the cache {cache!r} was made without {' and '.join(missing)}; make a new one with it")
-    check_cache_freshness(dataset, data, clip, autoencoder)
-    validation = None
-    if "held_out" in dataset.splits:
-        validation = CachedPairs(cache, "held_out", with_latents, with_text, with_tokens)
-    return CachedEncodings(dataset, validation, data, clip, autoencoder, load_text_encoder)
+    models = (clip, autoencoder, reads_captions, load_text_encoder)
+    return FrozenModels(data, *models) if cache is None else CachedEncodings(cache, data, *models)
 
 
-def encode_tokens(reader: TextEncoder, captions: list[str]) -> TokenStates:
+def encode_tokens(text_encoder: TextEncoder, captions: list[str]) -> TokenStates:
     """Encode captions by a decoder's own text encoder; log the first that is too long for it."""
-    if not reader.has_warned and (cut := next(filter(None, map(reader.find_truncated_text, captions)), "")):
-        longest = reader.config.context_length
+    cut = "" if text_encoder.has_warned else next(filter(None, map(text_encoder.find_truncated_text, captions)), "")
+    if cut:
+        longest = text_encoder.config.context_length
         logger.warning("a caption has more than the text encoder's %d tokens; such ends are cut: %r", longest, cut)
-        reader.has_warned = True
-    return reader.encode(captions)
+        text_encoder.has_warned = True
+    return text_encoder.encode(captions)
 
 
-def encode_captions(clip: CLIP, reader: TextEncoder | None, captions: list[str]) -> TextEncoding:
+def encode_captions(clip: CLIP, text_encoder: TextEncoder | None, captions: list[str]) -> TextEncoding:
     """Encode captions by CLIP, and by a decoder's own text encoder if there is one."""
     text = clip.encode_text(captions)
-    return text if reader is None else replace(text, decoder_tokens=reader.encode(captions))
+    return text if text_encoder is None else replace(text, decoder_tokens=text_encoder.encode(captions))

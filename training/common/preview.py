@@ -5,7 +5,7 @@ Previews do not change the global random state, so a run with previews equals th
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch import Generator, Tensor, nn
 from t2i.checks import check_integer, check_range, check_texts
 from t2i.data import Batch, CaptionedPictures
 from t2i.data.dataset import SampleIndex
-from t2i.diffusion.condition import TextEncoding
+from t2i.diffusion.condition import TextEncoding, TokenStates
 from t2i.diffusion.guidance import MAX_GUIDANCE_SCALE
 from t2i.diffusion.sampling_loop import MAX_STEPS
 from t2i.errors import InputError
@@ -43,6 +43,13 @@ logger = logging.getLogger(__name__)
 
 COLUMNS_PER_BATCH = 16  # columns drawn at once, which takes less memory than a training step
 MAX_PROMPTS = 64
+SAMPLING_OPTIONS = (
+    "prior_num_inference_steps",
+    "prior_guidance_scale",
+    "prior_candidates",
+    "num_inference_steps",
+    "guidance_scale",
+)
 
 Result = TypeVar("Result")
 
@@ -78,10 +85,8 @@ class SampleConfig:
 
     @property
     def pipeline_options(self) -> dict[str, Any]:
-        """The options that a pipeline's stages take."""
-        of_prior = ("prior_num_inference_steps", "prior_guidance_scale", "prior_candidates")
-        names = (*of_prior, "num_inference_steps", "guidance_scale")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        """The options that a pipeline's stages take. A scale of None is the prior's default there too."""
+        return {name: getattr(self, name) for name in SAMPLING_OPTIONS}
 
 
 class PreviewPipeline(UnCLIPPipeline):
@@ -128,51 +133,28 @@ class Columns:
     z_i: Tensor  # (K, D), unit length
     pictures: Tensor | None  # (K, 3, H, W) in [-1, 1]; None where only their embeddings are known
 
-    def to(self, device: torch.device) -> "Columns":
-        pictures = None if self.pictures is None else self.pictures.to(device)
-        return Columns(self.captions, self.text.to(device, torch.float32), self.z_i.to(device), pictures)
-
 
 @torch.no_grad()
-def encode_columns(
-    records: Batch | None, prompts: list[str], clip: CLIP | None, reader: TextEncoder | None = None
-) -> Columns | None:
-    """Return the columns of samples and further prompts, on the CPU; None if there are neither.
-
-    Encodings that the batch lacks, and those of the prompts, are computed by `clip`, and by `reader`, the decoder's
-    text encoder, if it has its own.
-    """
-    captions = [] if records is None else records.captions
-    if not captions and not prompts:
-        return None
-    cpu = torch.device("cpu")
-    # Captions
-    if records is not None and records.text is not None:
-        text = records.text.to(cpu, torch.float32)
-        if prompts:
-            assert clip is not None, "prompts need CLIP"
-            text = text.cat(encode_captions(clip, reader, prompts).to(cpu, torch.float32))
-    else:
-        assert clip is not None, "captions need CLIP"
-        text = encode_captions(clip, reader, [*captions, *prompts])
-    # Pictures
-    if records is None:
-        z_i, pictures = torch.zeros(0, text.embedding.shape[1]), None
-    else:
-        z_i, pictures = records.image_embeds, records.image
-        if z_i is None:
-            assert clip is not None and pictures is not None, "a batch has pictures or their embeddings"
-            z_i = clip.encode_image(pictures.to(clip.device, clip.dtype))
-    return Columns([*captions, *prompts], text, z_i.float(), pictures).to(cpu)
-
-
 def choose_columns(source: EncodingSource, config: SampleConfig) -> Columns | None:
-    """Return the columns of a prior's or a decoder's run."""
-    dataset = source.validation or source.dataset
-    keys = choose_fixed_keys(len(dataset), config.count)
-    clip = source.load_clip() if config.prompts else None
-    reader = source.load_text_encoder() if config.prompts and source.text_encoder is not None else None
-    return encode_columns(source.encode_records(keys) if keys else None, config.prompts, clip, reader)
+    """Encode the samples and prompts for the previews of a prior or a decoder, on the CPU; None if there are neither.
+
+    Samples come from the held-out split, or from the training split if there is none.
+    """
+    texts: list[TextEncoding] = []
+    captions, z_i, pictures = list(config.prompts), torch.zeros(0, source.clip.embed_dim), None
+    if keys := choose_fixed_keys(len(source.validation or source.dataset), config.count):
+        records = source.encode_records(keys)
+        assert records.text is not None and records.image_embeds is not None, "that is what previews draw from"
+        captions, z_i = [*records.captions, *captions], records.image_embeds.float().cpu()
+        pictures = None if records.image is None else records.image.cpu()
+        texts.append(records.text)
+    if config.prompts:
+        text_encoder = None if source.text_encoder is None else source.load_text_encoder()
+        texts.append(encode_captions(source.load_clip(), text_encoder, config.prompts))
+    if not texts:
+        return None
+    text = reduce(TextEncoding.cat, [text.to(torch.device("cpu"), torch.float32) for text in texts])
+    return Columns(captions, text, z_i, pictures)
 
 
 @torch.no_grad()
@@ -181,8 +163,7 @@ def add_decoder_tokens(text_encoder: TextEncoder | None, columns: Columns) -> Co
     if text_encoder is None:
         return columns
     batches = [text_encoder.encode(columns.captions[part]) for part in slice_columns(len(columns.captions))]
-    batches = [tokens.to(torch.device("cpu"), torch.float32) for tokens in batches]
-    tokens = reduce(lambda first, second: first.cat(second), batches)
+    tokens = reduce(TokenStates.cat, [batch.to(torch.device("cpu"), torch.float32) for batch in batches])
     return replace(columns, text=replace(columns.text, decoder_tokens=tokens))
 
 
@@ -207,14 +188,11 @@ def draw_clip_preview(clip: CLIP, pictures: Tensor, captions: list[str]) -> Imag
 @torch.no_grad()
 def sample_column_embeds(columns: Columns, config: SampleConfig, pipeline: UnCLIPPipeline) -> Tensor:
     """Sample the prior's z_i for every column, (N, D), unit length, fp32, on the CPU."""
-    prior_options, decoder_options = pipeline.resolve_options(**config.pipeline_options)
-    count = len(columns.captions)
-    generators, _ = split_generators(build_generators(config, count), count)
-    batches = []
-    for part in slice_columns(count):
-        text = columns.text.take_rows(torch.arange(count)[part])
-        z_i = pipeline.sample_image_embeds(text, None, prior_options, generators[part], decoder_options)
-        batches.append(z_i.cpu())
+    prior, decoder = pipeline.resolve_options(**config.pipeline_options)
+    batches = [
+        pipeline.sample_image_embeds(text, None, prior, generators, decoder).cpu()
+        for _, text, generators, _ in iterate_columns(columns, config, len(columns.captions))
+    ]
     return torch.cat(batches)
 
 
@@ -222,17 +200,26 @@ def sample_column_embeds(columns: Columns, config: SampleConfig, pipeline: UnCLI
 def draw_column_images(columns: Columns, z_i: Tensor, config: SampleConfig, pipeline: UnCLIPPipeline) -> Tensor:
     """Draw the decoder's images of z_i, (M, D), for the first M columns: (M, 3, H, W), fp32, on the CPU.
 
-    A column's noise is the same for any z_i, and that of the pipeline with the column's seed.
+    A column's noise is the same for any z_i.
     """
-    _, options = pipeline.resolve_options(**config.pipeline_options)
-    count = len(z_i)
-    _, generators = split_generators(build_generators(config, count), count)
-    batches = []
-    for part in slice_columns(count):
-        text = columns.text.take_rows(torch.arange(count)[part])
-        latents = pipeline.sample_decoder(z_i[part], text, options, generators[part])
-        batches.append(pipeline.decode_images(latents).cpu())
+    _, decoder = pipeline.resolve_options(**config.pipeline_options)
+    batches = [
+        pipeline.decode_images(pipeline.sample_decoder(z_i[part], text, decoder, generators)).cpu()
+        for part, text, _, generators in iterate_columns(columns, config, len(z_i))
+    ]
     return torch.cat(batches)
+
+
+def iterate_columns(
+    columns: Columns, config: SampleConfig, count: int
+) -> Iterator[tuple[slice, TextEncoding, list[Generator], list[Generator]]]:
+    """Yield the first `count` columns in batches: their positions, captions, and generators of prior and decoder."""
+    for part in slice_columns(count):
+        numbers = range(count)[part]
+        # As in a pipeline that is called with the column's seed
+        seeded = [Generator().manual_seed(config.seed + number) for number in numbers]
+        of_prior, of_decoder = split_generators(seeded, len(numbers))
+        yield part, columns.text.take_rows(torch.tensor(numbers)), of_prior, of_decoder
 
 
 def draw_decoder_preview(
@@ -246,12 +233,10 @@ def draw_decoder_preview(
     rows: dict[str, list] = {}
     if columns.pictures is not None:
         rows["picture"] = to_pil_images(columns.pictures)
-    if len(columns.z_i):
-        images = draw_column_images(columns, columns.z_i, config, pipeline)
-        rows["decoder from the true image embedding"] = to_pil_images(images)
-    if prior_z_i is not None:
-        images = draw_column_images(columns, prior_z_i, config, pipeline)
-        rows["decoder from the prior"] = to_pil_images(images)
+    embeddings = {"decoder from the true image embedding": columns.z_i, "decoder from the prior": prior_z_i}
+    for label, z_i in embeddings.items():
+        if z_i is not None and len(z_i):
+            rows[label] = to_pil_images(draw_column_images(columns, z_i, config, pipeline))
     if not rows:
         return None
     shown = max(map(len, rows.values()))
@@ -283,9 +268,9 @@ class Preview:
     def __init__(self, config: SampleConfig, columns: Columns | None, fingerprint: str):
         self.config, self.columns, self.fingerprint = config, columns, fingerprint
         with torch.random.fork_rng(devices=[]):  # a model is built with random weights before it is loaded
-            if is_existing_path(config.prior):
+            if config.prior is not None and Path(config.prior).exists():
                 self.load_trained_prior()
-            if is_existing_path(config.decoder):
+            if config.decoder is not None and Path(config.decoder).exists():
                 self.load_trained_decoder()
 
     def preview_decoder(
@@ -365,10 +350,6 @@ class Preview:
         return model, scheduler
 
 
-def is_existing_path(name: str | None) -> bool:
-    return name is not None and Path(name).exists()
-
-
 def skip_failure(function: Callable[[], Result]) -> Result | None:
     """Return `function()`; None, with a warning, if a stage does not load or its values are not finite."""
     try:
@@ -376,11 +357,6 @@ def skip_failure(function: Callable[[], Result]) -> Result | None:
     except ValueError as error:  # InputError is one
         logger.warning("sample pictures lack a stage: %s", error)
         return None
-
-
-def build_generators(config: SampleConfig, count: int) -> list[Generator]:
-    """Return the generator of each column, as a user of the pipeline makes it from the column's seed."""
-    return [Generator().manual_seed(config.seed + i) for i in range(count)]
 
 
 def slice_columns(count: int) -> list[slice]:
