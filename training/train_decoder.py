@@ -32,8 +32,8 @@ from t2i.errors import InputError
 from t2i.files.fingerprints import compute_weights_fingerprint
 from t2i.files.model_folder import load_model, save_model_folder
 from t2i.interop.by_name import find_text_encoder_folder, load_text_encoder
-from t2i.interop.parts import PublicPart, find_public_part
-from t2i.interop.trainable import PUBLIC_DECODERS, check_part_trainable, load_trainable_decoder
+from t2i.interop.parts import PublicPart
+from t2i.interop.trainable import PUBLIC_DECODERS, find_trainable_part, load_trainable_decoder
 from t2i.networks.decoder import Decoder
 from t2i.networks.text_encoder import DTYPES, MAX_TOKENS, TextEncoder
 from t2i.networks.unet_decoder import UNetDecoder
@@ -91,21 +91,23 @@ class Config:
 
 
 def main(config: Config) -> None:
-    check_part_trainable(config.init, "unet", ("projection",))
+    public = find_trainable_part(config.init, "unet", ("projection",))
     source = open_source(
         config.cache, config.data, config.clip, config.autoencoder, config.reads_captions, config.load_text_encoder
     )
     accelerator = build_accelerator(config.train)
-    fit(accelerator, build_stage(config, source, accelerator.device), config.train)
+    fit(accelerator, build_stage(config, source, accelerator.device, public), config.train)
 
 
-def build_stage(config: Config, source: EncodingSource, device: torch.device) -> Stage:
+def build_stage(
+    config: Config, source: EncodingSource, device: torch.device, public: PublicPart | None = None
+) -> Stage:
+    """Build the stage. public: the part of a public model that `init` names."""
     source.to(device)
     assert source.autoencoder is not None
     check_multiple_of("data.image_size", config.data.image_size, source.autoencoder.factor)
     output = Path(config.train.output)
     # The noise schedule
-    public = None if config.init is None else find_public_part(config.init, ("unet",), ("projection",))
     public_scheduler = None if public is None else public.source.find_folder("decoder_scheduler")
     scheduler = resolve_init_scheduler(config.init, config.scheduler, public_scheduler)
     check_loss_weighting(scheduler, config.loss_weighting)
@@ -120,17 +122,21 @@ def build_stage(config: Config, source: EncodingSource, device: torch.device) ->
     if config.lora is not None:
         add_adapters(decoder, config.lora)
     decoder.to(device)
-    weighting: dict[str, Any] = {
-        "shift": config.timestep_shift,
-        "weighting": config.loss_weighting,
-        "gamma": config.min_snr_gamma,
-    }
 
     def loss(model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
         batch = source.encode(batch)
         assert batch.latents is not None
         condition = build_training_condition(config, decoder, batch)
-        return compute_diffusion_loss(model, scheduler, batch.latents, condition, **weighting)[0]
+        losses, _ = compute_diffusion_loss(
+            model,
+            scheduler,
+            batch.latents,
+            condition,
+            config.timestep_shift,
+            config.loss_weighting,
+            config.min_snr_gamma,
+        )
+        return losses
 
     def export(average: torch.nn.Module) -> None:
         export_adapted_model(average, output)

@@ -32,8 +32,8 @@ from t2i.diffusion.process import build_noise_scheduler
 from t2i.errors import InputError
 from t2i.files.fingerprints import compute_weights_fingerprint
 from t2i.files.model_folder import load_model, save_model_folder
-from t2i.interop.parts import PublicPart, find_public_part
-from t2i.interop.trainable import CLIPSummary, check_part_trainable, load_trainable_prior
+from t2i.interop.parts import PublicPart
+from t2i.interop.trainable import CLIPSummary, find_trainable_part, load_trainable_prior
 from t2i.networks.autoregressive_prior import AutoregressivePrior, count_principal_components
 from t2i.networks.prior import Prior
 from t2i.networks.regression_prior import REGRESSION_KINDS, RegressionPrior
@@ -105,14 +105,16 @@ class Config:
 
 
 def main(config: Config) -> None:
-    if config.architecture == "diffusion":
-        check_part_trainable(config.init, "prior")
+    public = find_trainable_part(config.init, "prior") if config.architecture == "diffusion" else None
     source = open_source(config.cache, config.data, config.clip)
     accelerator = build_accelerator(config.train)
-    fit(accelerator, build_stage(config, source, accelerator.device), config.train)
+    fit(accelerator, build_stage(config, source, accelerator.device, public), config.train)
 
 
-def build_stage(config: Config, source: EncodingSource, device: torch.device) -> Stage:
+def build_stage(
+    config: Config, source: EncodingSource, device: torch.device, public: PublicPart | None = None
+) -> Stage:
+    """Build the stage. public: the part of a public model that `init` names."""
     source.to(device)
     is_diffusion, output = config.architecture == "diffusion", Path(config.train.output)
     if not is_diffusion and not source.clip.unit_length:
@@ -121,9 +123,8 @@ def build_stage(config: Config, source: EncodingSource, device: torch.device) ->
             "make; use diffusion"
         )
     # The noise schedule
-    public = scheduler = None
+    scheduler = None
     if is_diffusion:
-        public = None if config.init is None else find_public_part(config.init, ("prior",))
         public_scheduler = None if public is None else public.source.find_folder("prior_scheduler")
         scheduler = resolve_init_scheduler(config.init, config.scheduler, public_scheduler)
         check_loss_weighting(scheduler, config.loss_weighting)
@@ -224,13 +225,10 @@ def compute_denoising_loss(
 ) -> dict[str, Tensor]:
     """Return the diffusion loss, and the cosine of z_i and its estimate if the prior predicts it directly."""
     condition = drop_condition(text, prior.null(len(text)), config.caption_dropout)
-    weighting: dict[str, Any] = {
-        "shift": config.timestep_shift,
-        "weighting": config.loss_weighting,
-        "gamma": config.min_snr_gamma,
-    }
     x = prior.scale_image_embeds(z_i)
-    metrics, prediction = compute_diffusion_loss(model, scheduler, x, condition, **weighting)
+    metrics, prediction = compute_diffusion_loss(
+        model, scheduler, x, condition, config.timestep_shift, config.loss_weighting, config.min_snr_gamma
+    )
     if scheduler.config.prediction_type == "sample":
         metrics["cosine"] = F.cosine_similarity(prior.unscale_image_embeds(prediction.detach()), z_i).mean()
     return metrics

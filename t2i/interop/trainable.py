@@ -21,10 +21,13 @@ PublicDecoder = KarloDecoder | KandinskyDecoder
 PUBLIC_DECODERS = (KarloDecoder, KandinskyDecoder)
 
 
-def check_part_trainable(init: str | None, part: str, others: tuple[str, ...] = ()) -> None:
-    """Raise InputError for a public model that is not trained here, before anything else is loaded."""
+def find_trainable_part(init: str | None, part: str, others: tuple[str, ...] = ()) -> PublicPart | None:
+    """Find the part of the public model `init`; None if it is not a public model's name.
+
+    Raises InputError for a public model that is not trained here.
+    """
     if init is None:
-        return
+        return None
     if is_folder(init) and (class_name := str(read_model_class(Path(init)))).startswith("DALLE2"):
         raise InputError(f"{init!r} is a {class_name}: converted models of DALLE2-pytorch are not trained here")
     public = find_public_part(init, (part,), others)
@@ -39,6 +42,7 @@ def check_part_trainable(init: str | None, part: str, others: tuple[str, ...] = 
             f"{init!r} has an ECLIPSE prior, which draws in one pass: there is no noise to train it with; start from a "
             "diffusion prior (additional_embeddings 4)"
         )
+    return public
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class CLIPSummary:
 def load_trainable_prior(part: PublicPart, clip: CLIPSummary) -> Prior:
     """Load a PriorTransformer as this project's Prior, in fp32; its null is the CLIP's empty caption."""
     prior = load_prior_transformer(part.component(), clip, torch.float32)
-    assert isinstance(prior, Prior), "check_part_trainable has refused others"
+    assert isinstance(prior, Prior), "find_trainable_part has refused others"
     return prior.requires_grad_(True)
 
 

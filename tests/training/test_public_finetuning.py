@@ -308,11 +308,15 @@ def stage(kind: str, config):
     """The model that a run would train."""
     from t2i.training.common.encodings import open_source
 
+    from t2i.interop.trainable import find_trainable_part
+
     script = import_module(f"t2i.training.train_{stage_of(kind)}")
-    names = (config.clip,)
+    names, part = (config.clip,), ("prior",)
     if kind != "prior":
         names = (config.clip, config.autoencoder, config.reads_captions, config.load_text_encoder)
-    return script.build_stage(config, open_source(config.cache, config.data, *names), torch.device("cpu")).model
+        part = ("unet", ("projection",))
+    source = open_source(config.cache, config.data, *names)
+    return script.build_stage(config, source, torch.device("cpu"), find_trainable_part(config.init, *part)).model
 
 
 def test_of_a_repository_on_the_hub_the_parts_in_question_are_fetched_alone(shapes, tmp_path, monkeypatch):
