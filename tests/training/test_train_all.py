@@ -201,7 +201,7 @@ def fresh(shapes, tmp_path, monkeypatch) -> Path:
     [
         (lambda folder: shutil.rmtree(folder), "'run' has no cache.yaml, prior.yaml, decoder.yaml; `t2i init"),
         (lambda folder: (folder / "prior.yaml").unlink(), "'run' has no prior.yaml; `t2i init"),
-        (lambda folder: (folder / "clip.yaml").unlink(), "wants 'run/clip', but 'run' has no clip.yaml"),
+        (lambda folder: (folder / "clip.yaml").unlink(), "run/cache.yaml needs 'run/clip', but 'run' has no clip.yaml"),
         (lambda folder: change(folder / "decoder.yaml", train__stepz=3), "stepz"),
         (lambda folder: change(folder / "prior.yaml", train__output="x"), "writes to 'x', which is not 'run/prior'"),
         (lambda folder: change(folder / "clip.yaml", data__path="gone"), "no manifest in 'gone'"),
