@@ -1,4 +1,6 @@
-"""Train an autoencoder between pictures and latents, alone or against a discriminator (docs/autoencoder.md).
+"""Train an autoencoder between pictures and latents, alone or against a discriminator.
+
+docs/explanation/autoencoder.md compares both.
 
 accelerate launch training/train_autoencoder.py configs/emoji/autoencoder.yaml train.steps=1000
 """

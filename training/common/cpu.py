@@ -1,7 +1,8 @@
-"""Two ways to train faster on a CPU; `docs/speed.md` has the figures."""
+"""Faster training on a CPU; docs/explanation/speed.md has the figures."""
 
 import contextlib
 import ctypes
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -16,15 +17,19 @@ MAX_SHORT_QUERIES = 256  # with more queries, attention in bf16 is faster
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
 
+def count_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def keep_memory() -> bool:
     """Let this process keep the memory that it frees, until it ends. Returns False if its allocator cannot.
 
     Every step of a training run takes and frees the same memory. glibc returns it to the system at once and requests it
     again, and the system fills each page with zeros: a tenth to a fifth of a step.
     """
-    if (
-        not sys.platform.startswith("linux") or not fast_paths.enabled
-    ):  # elsewhere there is no glibc, and CDLL(None) fails on Windows
+    # Elsewhere there is no glibc, and CDLL(None) fails on Windows.
+    if not (sys.platform.startswith("linux") and fast_paths.enabled):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))

@@ -1,7 +1,6 @@
 """The training loop of all stages. A stage brings a model, a loss, a data set, and a way to export the model."""
 
 import contextlib
-import os
 import signal
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -13,7 +12,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, parse_flag_from_env
 from PIL import Image
-from t2i.training.common.cpu import choose_short_attention, keep_memory
+from t2i.training.common.cpu import choose_short_attention, count_cores, keep_memory
 from t2i.training.common.ema import EMA, gather_full_tensor
 from t2i.training.common.health import HealthMonitor
 from t2i.training.common.log import MetricsLog, check_trackers, format_duration, measure_peak_memory
@@ -68,8 +67,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     accelerator = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[ddp])
     # Threads: `accelerate launch` leaves each process only one
     if device == "cpu":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // accelerator.num_processes))
+        torch.set_num_threads(max(1, count_cores() // accelerator.num_processes))
         keep_memory()
     torch.manual_seed(config.seed)  # the same initial weights on every process
     return accelerator

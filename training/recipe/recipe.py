@@ -5,10 +5,10 @@ The configurations are the templates beside this file, filled in.
 
 import math
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 import yaml
+from t2i.training.common.cpu import count_cores
+from t2i.training.common.state import flatten_config
 from t2i.training.recipe.sizes import (
     LARGE,
     MEDIUM,
@@ -50,6 +52,7 @@ MIN_IMAGES, FEW_IMAGES = 10, 200
 MAX_MEASURED_CAPTIONS = 2_000  # captions whose lengths are measured
 PUBLIC_CLIP = "ViT-B-32:laion2b_s34b_b79k"
 STAGES = ("clip", "autoencoder", "cache", "prior", "decoder")  # one file each, in the order of training
+EMA_DECAYS = {1_000: 0.99, 10_000: 0.998, math.inf: 0.9995}  # number of steps below which each is chosen
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -110,14 +113,13 @@ def read_data_facts(path: str) -> DataFacts:
 def find_device(name: str) -> Device:
     """Describe the device `name`, cpu, cuda or auto; auto is a GPU if there is one."""
     check_choice("device", name, ("auto", "cpu", "cuda"))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if torch.cuda.is_available() and name != "cpu":
         count = torch.cuda.device_count()
         memory = min(torch.cuda.get_device_properties(i).total_memory for i in range(count)) / 1e9
-        return Device("cuda", cores, memory, count)
+        return Device("cuda", count_cores(), memory, count)
     if name == "cuda":
         raise InputError("device is 'cuda', but this torch sees no GPU; `t2i doctor` says what it sees")
-    return Device("cpu", cores, measure_available_memory().total / 1e9)
+    return Device("cpu", count_cores(), measure_available_memory().total / 1e9)
 
 
 def compose_recipe(
@@ -214,11 +216,17 @@ def choose_training(stage: str, size: RecipeSize, facts: DataFacts) -> tuple[dic
         "learning_rate": schedule.rate,
         "warmup_steps": min(200, tenth),
         "decay_steps": steps // 3,
-        "ema_decay": 0.99 if steps < 1_000 else 0.998 if steps < 10_000 else 0.9995,
+        "ema_decay": next(decay for limit, decay in EMA_DECAYS.items() if steps < limit),
         "log_every": max(1, min(50, tenth // 4)),
         "tenth": tenth,
     }
     return values, {"batch_size": why_batch, "steps": why_steps}
+
+
+class DottedTemplate(Template):
+    """A text with values such as ${data.path}."""
+
+    idpattern = r"[\w.]+"
 
 
 def fill_template(stage: str, values: dict[str, Any]) -> str:
@@ -226,19 +234,12 @@ def fill_template(stage: str, values: dict[str, Any]) -> str:
 
     A value is written as YAML on one line, in a comment as plain text.
     """
-
-    def find_value(match: re.Match[str]) -> Any:
-        value: Any = values
-        for key in match[1].split("."):
-            value = value[key]
-        return value
-
+    plain = flatten_config(values)
+    inline = {name: format_inline_yaml(value) for name, value in plain.items()}
     lines = []
     for line in (TEMPLATES / f"{stage}.yaml").read_text(encoding="utf-8").splitlines(keepends=True):
         content, mark, comment = line.partition("#")
-        content = re.sub(r"\$\{([\w.]+)\}", lambda match: format_inline_yaml(find_value(match)), content)
-        comment = re.sub(r"\$\{([\w.]+)\}", lambda match: str(find_value(match)), comment)
-        lines.append(content + mark + comment)
+        lines.append(DottedTemplate(content).substitute(inline) + mark + DottedTemplate(comment).substitute(plain))
     return "".join(lines)
 
 
@@ -260,7 +261,7 @@ def format_advice(facts: DataFacts, clip: str | None) -> list[str]:
     if facts.pictures < MEDIUM.cpu_pictures and clip is None:
         lines.append(
             f"advice: a public CLIP knows more words than {facts.captions:,} captions teach: --clip {PUBLIC_CLIP} (it "
-            "needs a network), or start from a trained model: docs/own-pictures.md, Fine-tuning"
+            "needs a network), or start from a trained model: docs/tutorial/own-pictures.md"
         )
     if not facts.held_out:
         lines.append("advice: nothing is held out, so nothing tells learning from learning by heart; see --held-out")
