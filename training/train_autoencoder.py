@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from PIL.Image import Image
 from t2i.training.common.entry import run
-from t2i.training.common.finetuning import load_init_model
+from t2i.training.common.finetuning import prepare_init_model
 from t2i.training.common.loop import Critic, Stage, build_accelerator, fit
 from t2i.training.common.preview import SampleConfig, draw_autoencoder_preview, read_fixed_records
 from torch import Tensor
@@ -126,7 +126,7 @@ def main(config: Config) -> None:
     if config.init is None:
         autoencoder = build_or_explain(Autoencoder, "model", config.model)
     else:
-        autoencoder = load_init_model(load_autoencoder, config.init, config.model)
+        autoencoder = prepare_init_model(load_autoencoder(config.init), config.init, config.model)
         made_from["init"] = compute_weights_fingerprint(autoencoder)
     autoencoder.to(memory_format=torch.channels_last)
     check_multiple_of("data.image_size", config.data.image_size, autoencoder.factor)

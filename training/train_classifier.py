@@ -58,9 +58,8 @@ class LabelledDataset(Dataset):
 
     def __getitems__(self, keys: list[SampleIndex]) -> Batch:
         batch = self.dataset.__getitems__(keys)
-        return replace(
-            batch, labels=self.numbers[batch.index]
-        )  # of the samples that were read, which may replace bad ones
+        # By `batch.index`: the samples that were read may replace bad ones among `keys`.
+        return replace(batch, labels=self.numbers[batch.index])
 
     def sample_key(self, index: int) -> str:
         return self.dataset.sample_key(index)

@@ -13,7 +13,7 @@ from accelerate import DistributedType
 from open_clip import ClipLoss
 from PIL.Image import Image
 from t2i.training.common.entry import run
-from t2i.training.common.finetuning import load_init_model
+from t2i.training.common.finetuning import prepare_init_model
 from t2i.training.common.loop import Stage, build_accelerator, fit
 from t2i.training.common.preview import SampleConfig, draw_clip_preview, read_fixed_records
 
@@ -72,7 +72,8 @@ def main(config: Config) -> None:
         made_from["vocabulary"] = tokenizer.digest()
     else:
         config.model.get("text_cfg", {}).pop("vocab_size", None)  # an upper bound for new ones; the model has its own
-        clip = load_init_model(load_clip, config.init, {"model": config.model, "preprocess": config.preprocess})
+        settings = {"model": config.model, "preprocess": config.preprocess}
+        clip = prepare_init_model(load_clip(config.init), config.init, settings)
         if not isinstance(clip, CLIP):
             raise InputError(f"init={config.init!r} is the CLIP of a public pipeline, which cannot be trained here")
         tokenizer, made_from["init"] = clip.tokenizer, compute_weights_fingerprint(clip)

@@ -15,7 +15,7 @@ import torch
 from t2i.training.common.cache_freshness import read_stored_fingerprint
 from t2i.training.common.encodings import EncodingSource, open_source
 from t2i.training.common.entry import run
-from t2i.training.common.finetuning import load_init_model, resolve_init_scheduler
+from t2i.training.common.finetuning import prepare_init_model, resolve_init_scheduler
 from t2i.training.common.loop import Stage, build_accelerator, fit
 from t2i.training.common.lora import LoraConfig, add_adapters, check_lora_init, export_adapted_model
 from t2i.training.common.preview import Preview, SampleConfig, choose_columns
@@ -170,14 +170,13 @@ def build_training_condition(config: Config, decoder: Any, batch: Batch) -> Imag
 
 def load_init_decoder(config: Config, source: EncodingSource, public: PublicPart | None) -> Any:
     """Return the decoder `init`, ours or a public one."""
-
-    def load(init: str) -> Any:
-        if public is None:
-            return load_decoder(init, config.reads_masks)
+    init = str(config.init)
+    if public is None:
+        decoder = load_decoder(init, config.reads_masks)
+    else:
         text_encoder = None if source.text_encoder is None else source.load_text_encoder()
-        return load_trainable_decoder(public, source.load_clip, text_encoder)
-
-    return load_init_model(load, str(config.init), config.model, **collect_decoder_arguments(config, source))
+        decoder = load_trainable_decoder(public, source.load_clip, text_encoder)
+    return prepare_init_model(decoder, init, config.model, **collect_decoder_arguments(config, source))
 
 
 def load_decoder(folder: str, reads_masks: bool) -> Any:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from t2i.training.common.encodings import EncodingSource, open_source
 from t2i.training.common.entry import run
-from t2i.training.common.finetuning import load_init_model, resolve_init_scheduler
+from t2i.training.common.finetuning import prepare_init_model, resolve_init_scheduler
 from t2i.training.common.loop import Stage, build_accelerator, fit
 from t2i.training.common.lora import LoraConfig, add_adapters, check_lora_init, export_adapted_model
 from t2i.training.common.preview import Preview, SampleConfig, choose_columns
@@ -187,7 +187,11 @@ def build_prior(config: Config, source: EncodingSource) -> Any:
     regression = None
     if config.regression is not None:
         regression = load_model(RegressionPrior, config.regression)
-        check_regression_clip(config.regression, regression, source.clip)
+        stored, current = regression.config.clip_fingerprint, source.clip.identity
+        if stored not in (None, current):
+            raise InputError(
+                f"regression={config.regression!r} was trained with the CLIP {stored}, this run has {current}"
+            )
         arguments |= {"regression": {name: regression.config[name] for name in ("kind", "width", "depth")}}
     with torch.device("meta"):  # a trial, for bad arguments
         build_or_explain(prior_class, "model", {"components": 1} | arguments, **needed)
@@ -202,22 +206,14 @@ def build_prior(config: Config, source: EncodingSource) -> Any:
 
 def load_init_prior(config: Config, source: EncodingSource, public: PublicPart | None) -> Any:
     """Return the prior `init`, whose null and statistics belong to its weights; a public one gets the data's null."""
-    clip = source.clip
-
-    def load(init: str) -> Any:
-        if public is None:
-            return load_model(ARCHITECTURES[config.architecture], init)
+    clip, init = source.clip, str(config.init)
+    if public is None:
+        prior = load_model(ARCHITECTURES[config.architecture], init)
+    else:
         summary = CLIPSummary(clip.embed_dim, clip.text_width, clip.unit_length, source.null())
-        return load_trainable_prior(public, summary)
-
+        prior = load_trainable_prior(public, summary)
     settings, needed = collect_model_arguments(config), collect_clip_arguments(config, clip)
-    return load_init_model(load, str(config.init), settings, **needed)
-
-
-def check_regression_clip(folder: str, regression: RegressionPrior, clip: ClipFacts) -> None:
-    stored = regression.config.clip_fingerprint
-    if stored is not None and stored != clip.identity:
-        raise InputError(f"regression={folder!r} was trained with the CLIP {stored}, this run has {clip.identity}")
+    return prepare_init_model(prior, init, settings, **needed)
 
 
 def compute_denoising_loss(

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from diffusers import SchedulerMixin
 from PIL.Image import Image
 from t2i.training.common.entry import run
-from t2i.training.common.finetuning import check_prediction_type, load_init_model
+from t2i.training.common.finetuning import check_prediction_type, prepare_init_model
 from t2i.training.common.loop import Stage, build_accelerator, fit
 from t2i.training.common.preview import SampleConfig, read_fixed_records
 from torch import Generator, Tensor
@@ -115,7 +115,7 @@ def main(config: Config) -> None:
         upsampler = build_or_explain(Upsampler, "model", config.model, **needed)
     else:
         check_prediction_type(config.init, scheduler)
-        upsampler = load_init_model(partial(load_model, Upsampler), config.init, config.model, **needed)
+        upsampler = prepare_init_model(load_model(Upsampler, config.init), config.init, config.model, **needed)
         made_from["init"] = compute_weights_fingerprint(upsampler)
     check_multiple_of("crop_size", config.crop_size, max(upsampler.image_size_multiple, config.factor))
     upsampler.to(accelerator.device, memory_format=torch.channels_last)

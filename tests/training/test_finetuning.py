@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from t2i.training.common.finetuning import load_init_model
+from t2i.training.common.finetuning import prepare_init_model
 
 from t2i.config import load_config
 from t2i.data.manifest import write_manifest
@@ -118,7 +118,8 @@ def test_embeddings_are_still_dropped(shapes, runs, tmp_path):
 
 def test_half_precision_becomes_single(runs, tmp_path):
     load_model(Prior, runs / "prior").half().save_pretrained(tmp_path / "half")
-    model = load_init_model(LOADERS["prior"], str(tmp_path / "half"), {})
+    half = str(tmp_path / "half")
+    model = prepare_init_model(LOADERS["prior"](half), half, {})
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
 
 

@@ -1,6 +1,5 @@
 """Training from a trained model (`init`) instead of random weights."""
 
-from collections.abc import Callable
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -18,19 +17,17 @@ from t2i.files.untrusted import MAX_TIMESTEPS, read_config
 Model = TypeVar("Model", bound=ModelMixin)
 
 
-def load_init_model(load: Callable[[str], Model], init: str, settings: dict[str, Any], **needed: Any) -> Model:
-    """Return the model `init`, in fp32, to be trained further.
+def prepare_init_model(model: Model, init: str, settings: dict[str, Any], **needed: Any) -> Model:
+    """Return a loaded model in fp32, to be trained further.
 
     Args:
-        load: a function that loads it, such as `t2i.interop.by_name.load_clip`.
-        init: a folder that a training script wrote, or another name that `load` takes.
+        init: its name in the configuration, for messages.
         settings: the architecture in the configuration; left out, that of the model.
-        needed: arguments of the model that follow from the data and the frozen models. A public model stores no
-            `clip_fingerprint`; then it is not compared.
+        needed: arguments of the model that follow from the data and the frozen models.
 
-    Raises InputError, in one line, if the model does not load or was made with other arguments.
+    Raises InputError if the model was made with other arguments.
     """
-    model = load(init)
+    # A public model does not store its CLIP, so there is nothing to compare with.
     if model.config.get("clip_fingerprint", "") is None:
         needed.pop("clip_fingerprint", None)
     check_same_setting("", {**settings, **needed}, model.config, init)
@@ -59,15 +56,12 @@ def resolve_init_scheduler(init: str | None, settings: dict[str, Any], public: P
     scheduler, before = build_noise_scheduler({**stored, **settings}), build_noise_scheduler(stored)
     kind = "scheduler.prediction_type"
     check_same_setting(kind, scheduler.config.prediction_type, before.config.prediction_type, str(init))
-    if public is not None and not has_same_noise_levels(scheduler, before):
+    levels, stored_levels = scheduler.alphas_cumprod, before.alphas_cumprod
+    same = levels.shape == stored_levels.shape and torch.allclose(levels, stored_levels, rtol=1e-3, atol=1e-8)
+    if public is not None and not same:
         keys = ", ".join(f"scheduler.{key}={value!r}" for key, value in settings.items())
         raise InputError(f"init={init!r} was trained with other noise than {keys} makes; leave the scheduler out")
     return scheduler
-
-
-def has_same_noise_levels(first: SchedulerMixin, second: SchedulerMixin) -> bool:
-    levels, other_levels = first.alphas_cumprod, second.alphas_cumprod
-    return levels.shape == other_levels.shape and torch.allclose(levels, other_levels, rtol=1e-3, atol=1e-8)
 
 
 def read_schedule(folder: Path) -> dict[str, Any]:
