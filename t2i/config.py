@@ -73,12 +73,8 @@ class TrainConfig:
             check_integer(f"train.{name}", getattr(self, name), 0, 10**9)
         check_integer("train.validation_samples", self.validation_samples, 1, 10**6)
         check_integer("train.seed", self.seed, 0, 2**20 - 1)
-        check_range("train.learning_rate", self.learning_rate, 0, 1)
-        check_range("train.weight_decay", self.weight_decay, 0, 1)
-        check_range("train.adam_beta2", self.adam_beta2, 0, 0.9999999)
-        check_range("train.ema_decay", self.ema_decay, 0, 1)
-        check_range("train.max_grad_norm", self.max_grad_norm, 0, 1e9)
-        check_range("train.stall_timeout", self.stall_timeout, 5, 1e6)
+        check_fields(self, "train.", learning_rate=(0, 1), weight_decay=(0, 1), adam_beta2=(0, 0.9999999))
+        check_fields(self, "train.", ema_decay=(0, 1), max_grad_norm=(0, 1e9), stall_timeout=(5, 1e6))
 
         # Names
         if self.mixed_precision == "False":  # YAML 1.1 reads a bare `no` as false
@@ -91,6 +87,12 @@ class TrainConfig:
 
         # Limit the schedule to the run, so that train.steps=100 alone is a short run
         self.warmup_steps, self.decay_steps = min(self.warmup_steps, self.steps), min(self.decay_steps, self.steps)
+
+
+def check_fields(config: Any, prefix: str = "", **ranges: tuple[float, float]) -> None:
+    """Refuse fields of a configuration that are not numbers from the first to the second of `ranges`."""
+    for name, (low, high) in ranges.items():
+        check_range(f"{prefix}{name}", getattr(config, name), low, high)
 
 
 def load_config(config_class: type[Config], stage: str, arguments: list[str]) -> Config:

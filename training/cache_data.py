@@ -30,8 +30,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from t2i.checks import check_choice, check_multiple_of, check_range
-from t2i.config import DataConfig, TrainConfig
+from t2i.checks import check_choice, check_multiple_of
+from t2i.config import DataConfig, TrainConfig, check_fields
 from t2i.data import CaptionedPictures, open_datasets
 from t2i.data.cache import (
     CachedPairs,
@@ -81,11 +81,9 @@ class Config:
             self.mixed_precision = "no"
         check_choice("mixed_precision", self.mixed_precision, ("auto", "no", "fp16", "bf16"))
         check_choice("dtype", self.dtype, tuple(CACHE_DTYPES))
-        check_range("text_encoder_tokens", self.text_encoder_tokens, 3, MAX_TOKENS)
         check_choice("text_encoder_dtype", self.text_encoder_dtype, tuple(TEXT_DTYPES))
-        check_range("variations", self.variations, 1, 1024)
-        check_range("batch_size", self.batch_size, 1, 65_536)
-        check_range("shard_size", self.shard_size, 1, 1_000_000)
+        check_fields(self, text_encoder_tokens=(3, MAX_TOKENS), variations=(1, 1024))
+        check_fields(self, batch_size=(1, 65_536), shard_size=(1, 1_000_000))
         if self.clip is None and self.autoencoder is None:
             raise InputError("clip and autoencoder are both null; give at least one of them")
         self.text = self.text and self.clip is not None

@@ -19,8 +19,8 @@ from t2i.training.common.loop import Critic, Stage, build_accelerator, fit
 from t2i.training.common.preview import SampleConfig, draw_autoencoder_preview, read_fixed_records
 from torch import Tensor
 
-from t2i.checks import check_multiple_of, check_range
-from t2i.config import DataConfig, TrainConfig, build_or_explain
+from t2i.checks import check_multiple_of
+from t2i.config import DataConfig, TrainConfig, build_or_explain, check_fields
 from t2i.data import Batch, open_datasets
 from t2i.errors import InputError
 from t2i.files.fingerprints import compute_weights_fingerprint
@@ -60,10 +60,8 @@ class Config:
     sample: SampleConfig = field(default_factory=SampleConfig)  # previews, every train.sample_every steps
 
     def __post_init__(self) -> None:
-        check_range("kl_weight", self.kl_weight, 0, 1e6)
-        check_range("perceptual_weight", self.perceptual_weight, 0, 1e6)
-        check_range("adversarial_weight", self.adversarial_weight, 0, 1e6)
-        check_range("adversarial_start", self.adversarial_start, 0, 10**9)
+        check_fields(self, kl_weight=(0, 1e6), perceptual_weight=(0, 1e6), adversarial_weight=(0, 1e6))
+        check_fields(self, adversarial_start=(0, 10**9))
         if self.freeze_encoder and self.init is None:
             raise InputError("freeze_encoder=true needs init, a trained autoencoder")
         if self.perceptual_weight and self.perceptual_clip is None:

@@ -18,8 +18,8 @@ from t2i.training.common.loop import Stage, build_accelerator, fit
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from t2i.checks import check_multiple_of, check_range
-from t2i.config import DataConfig, TrainConfig, build_or_explain
+from t2i.checks import check_multiple_of
+from t2i.config import DataConfig, TrainConfig, build_or_explain, check_fields
 from t2i.data import Batch
 from t2i.data.dataset import SampleIndex
 from t2i.data.labels import Labels
@@ -43,7 +43,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        check_range("embedding_weight", self.embedding_weight, 0, 1000)
+        check_fields(self, embedding_weight=(0, 1000))
         build_noise_scheduler(self.scheduler)
 
 

@@ -21,8 +21,8 @@ from t2i.training.common.lora import LoraConfig, add_adapters, check_lora_init, 
 from t2i.training.common.preview import Preview, SampleConfig, choose_columns
 from torch import Tensor
 
-from t2i.checks import check_choice, check_multiple_of, check_range
-from t2i.config import DataConfig, TrainConfig, build_or_explain
+from t2i.checks import check_choice, check_multiple_of
+from t2i.config import DataConfig, TrainConfig, build_or_explain, check_fields
 from t2i.data import Batch
 from t2i.diffusion.condition import ImageCondition
 from t2i.diffusion.inpainting import concat_masked_latents, generate_random_masks
@@ -71,13 +71,10 @@ class Config:
 
     def __post_init__(self) -> None:
         check_choice("architecture", self.architecture, tuple(ARCHITECTURES))
-        check_range("embedding_dropout", self.embedding_dropout, 0, 1)
-        check_range("caption_dropout", self.caption_dropout, 0, 1)
-        check_range("timestep_shift", self.timestep_shift, 0.01, 100)
-        check_range("min_snr_gamma", self.min_snr_gamma, 0.01, 1000)
+        check_fields(self, embedding_dropout=(0, 1), caption_dropout=(0, 1))
+        check_fields(self, timestep_shift=(0.01, 100), min_snr_gamma=(0.01, 1000), text_encoder_tokens=(3, MAX_TOKENS))
         check_loss_weighting(build_noise_scheduler(self.scheduler), self.loss_weighting)
         check_lora_init(self.lora, self.init)
-        check_range("text_encoder_tokens", self.text_encoder_tokens, 3, MAX_TOKENS)
         check_choice("text_encoder_dtype", self.text_encoder_dtype, tuple(DTYPES))
         if self.text_encoder is not None and not self.reads_captions:
             raise InputError(f"text_encoder={self.text_encoder!r} needs reads_captions=true")

@@ -22,8 +22,8 @@ from t2i.training.common.preview import Preview, SampleConfig, choose_columns
 from torch import Tensor
 from torch.nn import Module
 
-from t2i.checks import check_choice, check_range
-from t2i.config import DataConfig, TrainConfig, build_or_explain
+from t2i.checks import check_choice
+from t2i.config import DataConfig, TrainConfig, build_or_explain, check_fields
 from t2i.data import Batch
 from t2i.data.cache import ClipFacts
 from t2i.diffusion.condition import TextEncoding
@@ -85,12 +85,8 @@ class Config:
 
     def __post_init__(self) -> None:
         check_choice("architecture", self.architecture, tuple(ARCHITECTURES))
-        check_range("caption_dropout", self.caption_dropout, 0, 1)
-        check_range("timestep_shift", self.timestep_shift, 0.01, 100)
-        check_range("min_snr_gamma", self.min_snr_gamma, 0.01, 1000)
-        check_range("explained_variance", self.explained_variance, 0.01, 1)
-        check_range("label_smoothing", self.label_smoothing, 0, 100)
-        check_range("code_noise", self.code_noise, 0, 1)
+        check_fields(self, caption_dropout=(0, 1), timestep_shift=(0.01, 100), min_snr_gamma=(0.01, 1000))
+        check_fields(self, explained_variance=(0.01, 1), label_smoothing=(0, 100), code_noise=(0, 1))
         for name, architectures in OPTION_ARCHITECTURES.items():
             default = getattr(Config, name, {})  # `scheduler` has a factory, which leaves no class attribute
             if self.architecture not in architectures and getattr(self, name) != default:

@@ -20,8 +20,8 @@ from t2i.training.common.loop import Stage, build_accelerator, fit
 from t2i.training.common.preview import SampleConfig, read_fixed_records
 from torch import Generator, Tensor
 
-from t2i.checks import check_multiple_of, check_range
-from t2i.config import DataConfig, TrainConfig, build_or_explain
+from t2i.checks import check_multiple_of
+from t2i.config import DataConfig, TrainConfig, build_or_explain, check_fields
 from t2i.data import Batch, CaptionedPictures, open_datasets
 from t2i.data.cache import CachedPairs
 from t2i.data.dataset import SampleIndex
@@ -62,12 +62,8 @@ class Config:
     sample: SampleConfig = field(default_factory=lambda: SampleConfig(num_inference_steps=8))  # count, seed, steps
 
     def __post_init__(self) -> None:
-        check_range("crop_size", self.crop_size, 8, self.data.image_size)
-        for name in ("embedding_dropout", "blur_probability"):
-            check_range(name, getattr(self, name), 0, 1)
-        check_range("max_blur", self.max_blur, 0, 10)
-        check_range("timestep_shift", self.timestep_shift, 0.01, 100)
-        check_range("min_snr_gamma", self.min_snr_gamma, 0.01, 1000)
+        check_fields(self, crop_size=(8, self.data.image_size), embedding_dropout=(0, 1), blur_probability=(0, 1))
+        check_fields(self, max_blur=(0, 10), timestep_shift=(0.01, 100), min_snr_gamma=(0.01, 1000))
         check_loss_weighting(build_noise_scheduler(self.scheduler), self.loss_weighting)
 
 
