@@ -110,7 +110,7 @@ def main(config: Config) -> None:
     encoder = Encoder(config)
     key = build_cache_key(config, encoder.facts, datasets)
     check_cache_key(folder, key)
-    # The shards, by all processes
+    # What is cached is written down first, so that an unfinished cache can be continued
     accelerator = build_accelerator(TrainConfig(output=config.output, mixed_precision=config.mixed_precision))
     with lock_folder(accelerator, folder, "output"):
         if accelerator.is_main_process:
@@ -121,12 +121,14 @@ def main(config: Config) -> None:
             if (config.text or config.text_encoder) and most > config.variations:
                 print(f"caching {config.variations} of up to {most} captions of a picture; `variations` sets how many")
         encoder.prepare(accelerator)
+        # Each process makes a part of the shards
         shards = [
             shard
             for split, dataset in datasets.items()
             for shard in divide_split(split, len(dataset), config.shard_size)
         ]
         write_missing_shards(folder, datasets, shards, encoder, accelerator)
+        # The index, which finishes the cache
         if accelerator.is_main_process:
             counts = {split: sum(shard.split == split for shard in shards) for split in datasets}
             models = {name: None if facts is None else asdict(facts) for name, facts in encoder.facts.items()}
@@ -166,12 +168,15 @@ def write_missing_shards(
     accelerator: Accelerator,
 ) -> None:
     """Make the shards that are missing or damaged; each process makes a part of them."""
+    # Which ones? Each process checks its part, and all agree on the sum.
     rank, world = accelerator.process_index, accelerator.num_processes
     missing = [shard for shard in shards[rank::world] if not is_shard_intact(shard.path(folder))]
     missing = sorted(gather_object(missing), key=shards.index)
+    # Without cache.json, the cache counts as unfinished.
     if missing and accelerator.is_main_process:
-        (folder / "cache.json").unlink(missing_ok=True)  # without it, the cache is unfinished
+        (folder / "cache.json").unlink(missing_ok=True)
     accelerator.wait_for_everyone()
+    # Make them
     assigned = missing[rank::world]
     images = iterate_image_batches(datasets, assigned, encoder.config)
     total = sum(shard.end - shard.first for shard in assigned)
@@ -254,6 +259,7 @@ class Encoder:
 
     def encode(self, dataset: CaptionedPictures, pictures: range, images: Iterator[Tensor]) -> dict[str, Tensor]:
         """Return the tensors of a shard. The next items of `images` are the shard's pictures."""
+        # Pictures
         parts: dict[str, list[Tensor]] = {}
         for batch in islice(images, -(-len(pictures) // self.config.batch_size)):
             with self.accelerator.autocast():
@@ -262,8 +268,9 @@ class Encoder:
                     parts.setdefault("image_embeds", []).append(self.clip.encode_image(batch).float().cpu())
                 if self.autoencoder is not None:
                     parts.setdefault("latents", []).append(self.autoencoder.encode(batch).to("cpu", self.dtype))
-        names = [dataset.sample_key(index).encode() for index in pictures]
         tensors = {name: torch.cat(part).contiguous() for name, part in parts.items()}
+        # Names and captions
+        names = [dataset.sample_key(index).encode() for index in pictures]
         tensors["keys"] = torch.frombuffer(bytearray(b"".join(names)), dtype=torch.uint8)
         tensors["key_offsets"] = compute_offsets(map(len, names))
         if self.config.text or self.text_encoder is not None:

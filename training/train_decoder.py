@@ -151,6 +151,7 @@ def build_stage(
 def build_training_condition(config: Config, decoder: Any, batch: Batch) -> ImageCondition:
     """Return the condition of a training step, with captions and z_i dropped independently for some samples."""
     assert batch.image_embeds is not None and batch.latents is not None, "a decoder is trained on z_i and latents"
+    # z_i and the captions are dropped apart, so that guidance can leave out either or both.
     z_i, latents = decoder.noise_image_embeds(batch.image_embeds), batch.latents
     null = decoder.null(len(latents)).expand()
     text: Any = ImageCondition(z_i, batch.text if batch.tokens is None else batch.tokens).text
@@ -181,9 +182,11 @@ def load_decoder(folder: str, reads_masks: bool) -> Any:
     decoder = load_model((*ARCHITECTURES.values(), *PUBLIC_DECODERS), folder)
     if not reads_masks or decoder.config.reads_masks or isinstance(decoder, PUBLIC_DECODERS):
         return decoder
+    # The same model with more input channels
     arguments = {key: value for key, value in decoder.config.items() if not key.startswith("_")}
     wider = type(decoder)(**{**arguments, "reads_masks": True})
     weights, patch = decoder.state_dict(), getattr(decoder.config, "patch_size", 1)
+    # Zero weights for them, so that it starts with the predictions of before
     name = "net.conv_in.weight" if isinstance(decoder, UNetDecoder) else "from_latents.weight"
     extra = wider.state_dict()[name].shape[1] - weights[name].shape[1]
     assert extra == (decoder.config.latent_channels + 1) * patch**2, "further channels come after the latents'"

@@ -137,6 +137,7 @@ def build_stage(
         add_adapters(prior, config.lora)
     prior.to(device)
 
+    # Called with the wrapped model; `prior` is the bare one, for its null and its scales.
     def loss(model: Module, batch: Batch) -> dict[str, Tensor]:
         batch = source.encode(batch)
         text, z_i = batch.text, batch.image_embeds
@@ -189,7 +190,8 @@ def build_prior(config: Config, source: EncodingSource) -> Any:
                 f"regression={config.regression!r} was trained with the CLIP {stored}, this run has {current}"
             )
         arguments |= {"regression": {name: regression.config[name] for name in ("kind", "width", "depth")}}
-    with torch.device("meta"):  # a trial, for bad arguments
+    # A trial for bad arguments, before all pictures are encoded
+    with torch.device("meta"):
         build_or_explain(prior_class, "model", {"components": 1} | arguments, **needed)
     embeddings = source.collect_embeds()
     arguments = {"components": count_principal_components(embeddings, config.explained_variance)} | arguments
@@ -233,7 +235,8 @@ def compute_autoregressive_loss(
     codes = prior.quantise_image_embeds(text.embedding, z_i)
     condition = drop_condition(text, prior.null(len(text)), config.caption_dropout)
     inputs = codes
-    if config.code_noise and model.training:  # in sampling, the codes before are less exact than those of the data
+    # In sampling, the codes before are less exact than those of the data.
+    if config.code_noise and model.training:
         noise = config.code_noise * prior.config.buckets * torch.randn(codes.shape, device=codes.device)
         inputs = (codes + noise.round().long()).clamp(0, prior.config.buckets - 1)
     logits = model(condition, inputs).float()

@@ -51,6 +51,7 @@ class FrozenModels:
     ):
         datasets = open_datasets(data)
         self.dataset, self.validation = datasets["train"], datasets.get("held_out")
+        # The models, and facts about them
         self.reads_captions = reads_captions
         self.clip_model = load_clip(clip).eval().requires_grad_(False)
         self.clip = build_clip_facts(clip, self.clip_model)
@@ -75,11 +76,12 @@ class FrozenModels:
         """Fill image_embeds, latents and text, as far as the stage needs them: float32, on the batch's device."""
         assert batch.image is not None
         device = batch.image.device
-        with torch.autocast(device.type, enabled=False):  # as exact as a cache
+        # Without autocast, so that the encodings are as exact as those of a cache
+        with torch.autocast(device.type, enabled=False):
             encoded = replace(batch, image_embeds=self.clip_model.encode_image(batch.image).float())
             if self.autoencoder_model is not None:
-                latents = self.autoencoder_model.encode(batch.image).float()
-                encoded.latents = latents.contiguous()  # random noise depends on the memory layout
+                # Contiguous, because random noise depends on the memory layout
+                encoded.latents = self.autoencoder_model.encode(batch.image).float().contiguous()
             if self.text_model is not None:
                 encoded.tokens = encode_tokens(self.text_model, batch.captions).to(device, torch.float32)
             elif self.reads_captions:
@@ -111,6 +113,7 @@ class FrozenModels:
         The samples are of the held-out split, or of the training split if there is none.
         """
         batch = (self.validation or self.dataset).__getitems__(keys).to(self.clip_model.device)
+        # A stage may read no captions; previews need them for the prior.
         return replace(self.encode(batch), text=encode_captions(self.clip_model, self.text_model, batch.captions))
 
     def load_clip(self) -> CLIP:
@@ -156,7 +159,7 @@ class CachedEncodings:
         self.validation = None
         if "held_out" in self.dataset.splits:
             self.validation = CachedPairs(cache, "held_out", with_latents, with_text, with_tokens)
-        # Previews show pictures of one split. The others are closed, for the manifest of a large one takes much memory.
+        # Previews show one split. The other is closed, for the manifest of a large one takes much memory.
         self.preview_split = "train" if self.validation is None else "held_out"
         self.preview_pictures = pictures.get(self.preview_split)
         # The models

@@ -49,14 +49,15 @@ class HealthMonitor:
 
     def judge_step(self, step: int, norm: Tensor | None, signal: int) -> tuple[bool, int]:
         """Return whether the step is finite on all processes, and the signal that any of them got to stop, or 0."""
+        # Exchange the numbers. Only here a step waits for the device.
         finite = torch.isfinite(torch.stack(self.losses))
         norm_finite = torch.ones_like(finite[0]) if norm is None else torch.isfinite(norm)
-        counts = torch.tensor(
-            [signal, sum(map(len, self.read_indices)), len(self.new_rejections)], device=finite.device
-        )
+        read = sum(map(len, self.read_indices))
+        counts = torch.tensor([signal, read, len(self.new_rejections)], device=finite.device)
         verdict = torch.cat([torch.stack([~finite.all(), ~norm_finite]), counts]).float()
-        verdicts = self.accelerator.gather(verdict[None]).tolist()  # the only place where a step waits for the device
+        verdicts = self.accelerator.gather(verdict[None]).tolist()
         bad_loss, bad_norm, signals, seen, rejected = zip(*verdicts)
+        # Judge: one bad process makes the step bad for all
         self.seen += int(sum(seen))
         self.rejected += int(sum(rejected))
         if any(rejected):

@@ -75,11 +75,13 @@ class MetricsLog:
         self.bar.update()
         if step % self.config.log_every and step != self.config.steps and more is None:
             return
+        # The means, and the state of the run
         row = self.reduce_metric_means()
         row["learning_rate"] = rate
         if norm is not None:
             row["gradient_norm"] = float(norm)
         self.memory = max(self.memory, measure_peak_memory(self.accelerator))
+        # Speed since the last row; time left from the speed over the recent rows, which is steadier
         (last_step, last_time), (first_step, first_time), now = self.rows[-1], self.rows[0], time.perf_counter()
         row["samples_per_second"] = (step - last_step) * self.samples_per_step / (now - last_time)
         row["memory_gb"] = self.memory
@@ -155,6 +157,7 @@ def open_tracker(name: str, config: TrainConfig, step: int) -> GeneralTracker:
         lines = json.dumps(settings, indent=1).splitlines()
         tracker.log({"configuration": "\n".join(f"    {line}" for line in lines)}, step=step)
         return tracker
+    # The others find a run by its code, for two folders may have the same name.
     title, code = "-".join(folder.absolute().parts[-2:]), resolve_run_code(folder, step)
     if name == "wandb":
         tracker = WandBTracker(TRACKER_PROJECT, name=title, id=code, resume="allow", dir=str(folder))

@@ -96,6 +96,7 @@ def fit(accelerator: Accelerator, stage: Stage, config: TrainConfig) -> None:
                 run_on_main_process(accelerator, state.check_disk_space)
                 train(accelerator, stage, state)
             else:
+                # Again, because the run may have died between its last checkpoint and the export.
                 accelerator.print(f"{config.output} is already trained for {state.step} steps")
                 export_ema(accelerator, stage, state)
     except (RuntimeError, MemoryError) as error:
@@ -119,15 +120,15 @@ def check_stage(accelerator: Accelerator, stage: Stage, config: TrainConfig) -> 
 
 def prepare_state(accelerator: Accelerator, stage: Stage, config: TrainConfig) -> TrainState:
     """Move the stage's model to its device, wrap it there, and return the state of a run at step 0."""
-    sharded = accelerator.distributed_type == DistributedType.FSDP
+    # What cannot be sharded
+    if accelerator.distributed_type == DistributedType.FSDP:
+        remedy = "use configs/accelerate/gpus.yaml (DDP)"
+        if hasattr(stage.model, "peft_config"):
+            raise InputError(f"lora cannot be trained under FSDP; adapters are small, {remedy}")
+        if stage.critic is not None:
+            raise InputError(f"a discriminator cannot be trained under FSDP; {remedy}")
     if config.gradient_checkpointing:
         stage.model.enable_gradient_checkpointing()
-    if sharded and hasattr(stage.model, "peft_config"):
-        raise InputError(
-            "lora cannot be trained under FSDP; adapters are small, use configs/accelerate/gpus.yaml (DDP)"
-        )
-    if sharded and stage.critic is not None:
-        raise InputError("a discriminator cannot be trained under FSDP; use configs/accelerate/gpus.yaml (DDP)")
     # From here on stage.model may be wrapped or compiled; `bare` is neither.
     model_class, optimizer = type(stage.model), build_optimizer(config, stage.model, stage.critic)
     if config.compile:
@@ -169,7 +170,7 @@ def train(accelerator: Accelerator, stage: Stage, state: TrainState) -> None:
             update_weights(accelerator, state, rate, healthy, health.loss_was_finite)
             health.check_skipped_steps(state.skipped)
             done = state.step == config.steps
-            # Log, save, and stop if asked to
+            # Log, save, and stop if asked to. A preview comes after the checkpoint, for it may take long or fail.
             with watch.guarded_wait():
                 log.step(state.step, rate, norm, validate_ema(accelerator, stage, state, health))
             if stop_signal or done or state.step % config.save_every == 0:
@@ -216,9 +217,10 @@ def compute_gradient(
     Returns the norm before clipping, (); of a critic's gradient instead, if that is not finite.
     """
     config, model, critic = state.config, stage.model, stage.critic
-    models = [model] if critic is None else [model, critic.model]
+    models = [model]
     if critic is not None:
         critic.step = state.step
+        models.append(critic.model)
     for trained in models:
         trained.train()
     # Neither a compiler nor the second forward pass of checkpointing runs under the replaced attention.
@@ -227,7 +229,8 @@ def compute_gradient(
         batch = next(loader).to(accelerator.device)
         seed_step_noise(config.seed, state.step * config.gradient_accumulation + micro, accelerator)
         with watch.guarded_wait(), contextlib.ExitStack() as contexts:
-            if micro < config.gradient_accumulation - 1:  # processes exchange gradients once, in the last one
+            # Processes exchange gradients once, in the last micro-batch.
+            if micro < config.gradient_accumulation - 1:
                 for trained in models:
                     contexts.enter_context(accelerator.no_sync(trained))
             if attention_replaceable:
@@ -241,7 +244,8 @@ def compute_gradient(
         health.add_micro_batch(batch, total)
     with watch.guarded_wait():
         norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        if critic is not None and norm is not None:  # not by accelerate, which would unscale fp16's gradients again
+        # A critic's gradient is not clipped by accelerate, which would unscale fp16's gradients a second time.
+        if critic is not None and norm is not None:
             critic_norm = nn.utils.clip_grad_norm_(critic.model.parameters(), config.max_grad_norm)
             norm = torch.where(torch.isfinite(critic_norm), norm, critic_norm)
         return None if norm is None else gather_full_tensor(norm)
@@ -323,10 +327,12 @@ def validate_ema(
     config, world = state.config, accelerator.num_processes
     if stage.validation is None or not is_step_due(state, config.validate_every):
         return None
+    # As many whole batches as the samples fill on all processes, at least one
     count = min(len(stage.validation), config.validation_samples)  # type: ignore[arg-type]
     batch_size = max(1, min(config.batch_size, count // world))
     order = {"batch_size": batch_size, "seed": 0, "rank": accelerator.process_index, "world": world}
     loader, batches = iterate_batches(stage.validation, num_workers=0, **order), max(1, count // (batch_size * world))
+    # Their means, over batches here and over processes at the end
     sums: dict[str, Tensor] = {}
     with state.average.ema_weights() as model:
         for i in range(batches):
@@ -344,6 +350,7 @@ def validate_ema(
 
 def estimate_run(accelerator: Accelerator, stage: Stage, state: TrainState) -> None:
     """Take a few real steps and print the cost of the run; nothing is written (`train.dry_run`)."""
+    # Steps with a learning rate of zero
     config = state.config
     watch = ProcessWatch(accelerator, config.stall_timeout, str)
     health = HealthMonitor(accelerator, stage.dataset, config.output)
@@ -357,18 +364,17 @@ def estimate_run(accelerator: Accelerator, stage: Stage, state: TrainState) -> N
     finally:
         loader.close()
         watch.close()
-    seconds = min(times[1:])  # the first one also warms up
+    # The report
+    seconds = min(times[1:])  # the first step also warms up
     trained, total = count_elements(state.average.parameters.values()), count_elements(state.model.parameters())
     critic = "" if state.critic is None else f", and {count_elements(state.critic.parameters()):,} of its critic"
     size, per_step = len(stage.dataset), state.samples_per_step  # type: ignore[arg-type]
-    passes, devices = (
-        config.steps * per_step / size,
-        f"{accelerator.num_processes} on {accelerator.device.type}, precision {accelerator.mixed_precision}",
-    )
     accelerator.print(
         f"parameters: {trained:,} trained of {total:,}{critic}\n"
-        f"processes: {devices}\n"
-        f"samples: {size:,}, {per_step} a step; {config.steps:,} steps see each {passes:,.1f} x\n"
+        f"processes: {accelerator.num_processes} on {accelerator.device.type}, "
+        f"precision {accelerator.mixed_precision}\n"
+        f"samples: {size:,}, {per_step} a step; "
+        f"{config.steps:,} steps see each {config.steps * per_step / size:,.1f} x\n"
         f"memory: {measure_peak_memory(accelerator):.2f} GB a process after a step, at the peak on a GPU\n"
         f"disk: {state.count_checkpoint_bytes() / 1e6:,.1f} MB a checkpoint, {config.keep} are kept\n"
         f"time: {seconds:.3g} s a step, {format_duration(seconds * config.steps)} for all; nothing was written"

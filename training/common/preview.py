@@ -140,6 +140,7 @@ def choose_columns(source: EncodingSource, config: SampleConfig) -> Columns | No
 
     Samples come from the held-out split, or from the training split if there is none.
     """
+    # Samples of the data
     texts: list[TextEncoding] = []
     captions, z_i, pictures = list(config.prompts), torch.zeros(0, source.clip.embed_dim), None
     if keys := choose_fixed_keys(len(source.validation or source.dataset), config.count):
@@ -148,6 +149,7 @@ def choose_columns(source: EncodingSource, config: SampleConfig) -> Columns | No
         captions, z_i = [*records.captions, *captions], records.image_embeds.float().cpu()
         pictures = None if records.image is None else records.image.cpu()
         texts.append(records.text)
+    # Prompts, which no cache contains
     if config.prompts:
         text_encoder = None if source.text_encoder is None else source.load_text_encoder()
         texts.append(encode_captions(source.load_clip(), text_encoder, config.prompts))
@@ -230,6 +232,7 @@ def draw_decoder_preview(
     The first bad row of the last two shows which stage is bad. None if there is nothing to draw from: prompts without
     a prior.
     """
+    # A row for each input at hand; rows of samples are shorter than those that prompts have too
     rows: dict[str, list] = {}
     if columns.pictures is not None:
         rows["picture"] = to_pil_images(columns.pictures)
@@ -267,7 +270,8 @@ class Preview:
 
     def __init__(self, config: SampleConfig, columns: Columns | None, fingerprint: str):
         self.config, self.columns, self.fingerprint = config, columns, fingerprint
-        with torch.random.fork_rng(devices=[]):  # a model is built with random weights before it is loaded
+        # A model is built with random weights before it is loaded, which must not change the run's random numbers.
+        with torch.random.fork_rng(devices=[]):
             if config.prior is not None and Path(config.prior).exists():
                 self.load_trained_prior()
             if config.decoder is not None and Path(config.decoder).exists():
@@ -327,6 +331,7 @@ class Preview:
                 f"sample.autoencoder is {autoencoder_name!r}, of {autoencoder.channels} channels; those of "
                 f"sample.decoder's latents are {decoder.config.latent_channels}, they were not trained together"
             )
+        # The text encoder lies beside the decoder
         text_encoder = None
         expected = decoder.config.text_encoder_fingerprint
         if expected is not None:

@@ -67,14 +67,13 @@ class TrainState:
 
     def save_state(self) -> None:
         """Write a checkpoint; all processes must call this. Raises OSError, with nothing changed, if writing fails."""
-        groups = {
-            "model": self.model.state_dict(),
-            "ema": self.average.values,
-            "optimizer": flatten_optimizer(self.optimizer),
-        }
+        # Tensors, a file for each group
+        optimizer = flatten_optimizer(self.optimizer)
+        groups = {"model": self.model.state_dict(), "ema": self.average.values, "optimizer": optimizer}
         if self.critic is not None:
             groups["critic"] = self.critic.state_dict()
         tensors = {name: gather_full_tensors(self.accelerator, group) for name, group in groups.items()}
+        # All else, as JSON
         state: dict[str, Any] = {
             "config": asdict(self.config),
             "made_from": self.made_from,
@@ -97,6 +96,7 @@ class TrainState:
         path = run_on_main_process(self.accelerator, self.find_checkpoint)
         if path is None:
             return
+        # The main process has found it; on another machine the same path may lead elsewhere.
         if not path.is_dir():
             rank = self.accelerator.process_index
             raise InputError(
@@ -119,6 +119,7 @@ class TrainState:
 
     def find_checkpoint(self) -> Path | None:
         """Return the checkpoint to resume from, None for a new run. Raises if it is damaged or not the newest."""
+        # The one that is named. It must be the newest, or the log and the next checkpoints would mix two runs.
         if self.config.resume != "latest":
             path = self.checkpoint_folder / Path(self.config.resume).name
             if problem := verify_checkpoint(path):
@@ -129,6 +130,7 @@ class TrainState:
                     f"{self.checkpoint_folder}, or leave train.resume out to resume from the newest"
                 )
             return path
+        # The newest that is whole. Damaged ones alone are refused, for a new run would delete them.
         newest, problems = find_newest_checkpoint(self.checkpoint_folder)
         for problem in problems:
             self.accelerator.print(f"skipped: {problem}")
@@ -147,8 +149,9 @@ class TrainState:
         before = select_fixed_settings(state["stage"], state["config"])
         now = select_fixed_settings(self.stage_config, asdict(self.config))
         for name in sorted({**before, **now}):
+            # An option that is newer than the checkpoint, and off
             if name not in before and "." not in name and not now[name]:
-                continue  # an option that is newer than the checkpoint, and off
+                continue
             if before.get(name) != now.get(name):
                 raise InputError(
                     f"{path} was trained with {name}={before.get(name)!r}, now {now.get(name)!r}; keep it, {remedy}"
@@ -181,6 +184,7 @@ class TrainState:
                 yield model
                 return
             weights = gather_full_tensors(self.accelerator, model.state_dict())
+        # A second model, since a sharded one runs on all processes only
         if self.accelerator.is_main_process:
             model = self.model_class.from_config(self.model.config)
             model.load_state_dict(weights)
@@ -283,6 +287,7 @@ def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
         elif value.numel() == parameter.numel() and name in ("exp_avg", "exp_avg_sq"):
             raise ValueError(f"its optimizer's {key} has shape {tuple(value.shape)}, not {tuple(parameter.shape)}")
         else:
+            # The scales and tables of an 8-bit optimizer
             state[name] = value.to(parameter.device)
 
 
@@ -313,9 +318,10 @@ def lock_folder(accelerator: Accelerator, folder: Path, setting: str = "train.ou
         except OSError as error:
             raise InputError(f"{setting}={str(folder)!r} cannot be written ({error}); give another folder") from error
         files.append(file)
+        # The system releases the lock when the process ends, also by SIGKILL.
         if fcntl is not None:
             try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends, also by SIGKILL
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError) as error:
                 file.seek(0)
                 holder = file.read().strip() or "another process"
