@@ -64,11 +64,6 @@ class LabelledDataset(Dataset):
     def sample_key(self, index: int) -> str:
         return self.dataset.sample_key(index)
 
-    def digest_labels(self, classes: list[str]) -> str:
-        """Return 16 hexadecimal digits of the class of every sample."""
-        content = json.dumps([classes, self.numbers.tolist()])
-        return hashlib.sha256(content.encode()).hexdigest()[:16]
-
 
 def main(config: Config) -> None:
     labels = Labels(find_manifest(Path(config.data.path)))
@@ -84,7 +79,8 @@ def build_stage(config: Config, source: EncodingSource, labels: Labels, device: 
     scheduler = build_noise_scheduler(config.scheduler)
     dataset = LabelledDataset(source.dataset, labels)
     validation = None if source.validation is None else LabelledDataset(source.validation, labels)
-    made_from = {**source.made_from, "labels": dataset.digest_labels(labels.classes)}
+    content = json.dumps([labels.classes, dataset.numbers.tolist()])
+    made_from = {**source.made_from, "labels": hashlib.sha256(content.encode()).hexdigest()[:16]}
     needed = {
         "classes": labels.classes,
         "latent_channels": source.autoencoder.channels,

@@ -4,7 +4,6 @@ Models and data in folders of this machine are identified by their content, othe
 """
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +44,11 @@ def check_cache_freshness(
     # Pairs of what the cache was made with, and what is there now
     pairs: dict[str, tuple[Any, Any]] = {"data.image_size": (cache.made_from["image_size"], data.image_size)}
     stored = cache.made_from.get("stored", {})
-    pairs["clip"] = compare_model("CLIP", clip, cache.clip, read_stored_fingerprint, stored.get("clip"))
+    pairs["clip"] = compare_model("CLIP", clip, cache.clip, stored.get("clip"))
     if find_local_folder(clip) is not None:
         pairs["tokenizer"] = (stored.get("tokenizer"), digest_tokenizer_files(clip))
     if autoencoder is not None:
-        pairs["autoencoder"] = compare_model(
-            "Autoencoder", autoencoder, cache.autoencoder, compute_stored_fingerprint, stored.get("autoencoder")
-        )
+        pairs["autoencoder"] = compare_model("Autoencoder", autoencoder, cache.autoencoder, stored.get("autoencoder"))
     if pictures:
         before, now = cache.made_from["data"], {split: each.compute_digest() for split, each in pictures.items()}
         pairs |= {name: (before.get(split), now.get(split)) for name, split in zip(("data", "held-out data"), SPLITS)}
@@ -75,36 +72,34 @@ def open_data_if_present(data: DataConfig) -> dict[str, CaptionedPictures]:
 
 
 def compare_model(
-    kind: str,
-    name: str,
-    facts: ClipFacts | AutoencoderFacts | None,
-    identify: Callable[[Path], str],
-    stored_digest: str | None,
+    kind: str, name: str, facts: ClipFacts | AutoencoderFacts | None, stored_digest: str | None
 ) -> tuple[str | None, str | None]:
     """Return the identities of the cache's model, and of the model that the configuration names.
 
-    kind: a key of OWN_CLASSES. identify: the identity of a model of our own in a folder.
-    stored_digest: of `digest_stored_files` in the cache's key.
+    kind: a key of OWN_CLASSES. stored_digest: of `digest_stored_files` in the cache's key.
     """
     assert facts is not None
     folder = find_local_folder(name)
     if folder is None:
         return facts.name, name
-    if read_model_class(folder) in OWN_CLASSES[kind]:
-        return facts.identity, identify(folder)
-    return stored_digest, digest_model_files(name, kind)
+    if read_model_class(folder) not in OWN_CLASSES[kind]:
+        return stored_digest, digest_model_files(name, kind)
+    # A CLIP stores its fingerprint, an autoencoder's is computed.
+    return facts.identity, read_stored_fingerprint(folder) if kind == "CLIP" else compute_stored_fingerprint(folder)
 
 
-def find_local_folder(name: str) -> Path | None:
-    """Find the folder of this machine that holds a model; None for the name of a public model."""
+def find_local_folder(name: str | None) -> Path | None:
+    """Find the folder of this machine that holds a model; None for the name of a public model, or no name."""
+    if name is None:
+        return None
     path = Path(name if is_folder(name) else name.removeprefix("local-dir:"))
     return next((folder for folder in (path / "model", path / "model.replaced", path) if is_folder(folder)), None)
 
 
-def digest_model_files(name: str, kind: str) -> str | None:
-    """Return a digest of a foreign model's files in a folder; of a pipeline, of the files of the parts in question.
+def digest_model_files(name: str | None, kind: str) -> str | None:
+    """Return a digest of a foreign model's files in a folder; of a pipeline, of the parts in question.
 
-    Returns None for a model of our own, which has an identity, and for the name of a public model.
+    Returns None for a model of our own, which has an identity, and where `find_local_folder` finds none.
     """
     folder = find_local_folder(name)
     if folder is None or read_model_class(folder) in OWN_CLASSES[kind]:
@@ -114,7 +109,7 @@ def digest_model_files(name: str, kind: str) -> str | None:
     return compute_files_fingerprint(folder, (*PUBLIC_MODEL_FILES, *part_files))
 
 
-def digest_tokenizer_files(name: str) -> str | None:
+def digest_tokenizer_files(name: str | None) -> str | None:
     """Return a digest of the tokenizer in a CLIP's folder; None for a public CLIP."""
     folder = find_local_folder(name)
     return None if folder is None else compute_files_fingerprint(folder, TOKENIZER_FILES)
@@ -123,9 +118,9 @@ def digest_tokenizer_files(name: str) -> str | None:
 def digest_stored_files(clip: str | None, autoencoder: str | None) -> dict[str, str | None]:
     """Return the digests of model files in folders of this machine, for a cache's key."""
     return {
-        "clip": None if clip is None else digest_model_files(clip, "CLIP"),
-        "tokenizer": None if clip is None else digest_tokenizer_files(clip),
-        "autoencoder": None if autoencoder is None else digest_model_files(autoencoder, "Autoencoder"),
+        "clip": digest_model_files(clip, "CLIP"),
+        "tokenizer": digest_tokenizer_files(clip),
+        "autoencoder": digest_model_files(autoencoder, "Autoencoder"),
     }
 
 

@@ -28,8 +28,6 @@ from t2i.runtime.devices import choose_training_precision
 from t2i.runtime.memory import format_needed_memory, is_out_of_memory, measure_available_memory
 from t2i.runtime.processes import ProcessWatch, StopRequest, check_processes_agree, run_on_main_process
 
-LossFunction = Callable[[nn.Module, Batch], dict[str, Tensor]]  # "loss" is minimised, all else is logged beside it
-
 MAX_FAILED_SAVES = 3  # in a row
 DRY_RUN_STEPS = 3
 
@@ -39,7 +37,7 @@ class Stage:
     """The parts of a training run that differ from stage to stage."""
 
     model: nn.Module
-    loss: LossFunction
+    loss: Callable[[nn.Module, Batch], dict[str, Tensor]]  # "loss" is minimised, all else is logged beside it
     dataset: Dataset  # returns whole batches, and `sample_key(index)`, the name of a sample
     export: Callable[[nn.Module], None]  # saves the averaged model; on the main process, beside every checkpoint
     made_from: dict[str, str]  # identities of what the run depends on beside its configuration: data, frozen models
