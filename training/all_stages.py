@@ -80,6 +80,7 @@ class Run:
                 f"{str(folder)!r} has no {', '.join(missing)}; `t2i init {folder} --data PICTURES` writes them"
             )
         run = cls(folder, [read_stage(folder, name) for name in STAGE_SCRIPTS if (folder / f"{name}.yaml").is_file()])
+        # Inputs that are missing or have changed
         run.check_stage_models()
         run.check_data_manifest()
         # The pipeline folder is replaced at the end, so it must be one
@@ -122,10 +123,6 @@ class Run:
         if step:
             files += [step.file, find_manifest(Path(step.config.data.path))]
         return hash_files(files)
-
-    def read_example_caption(self) -> str:
-        """Return a caption of the data, to show in a command."""
-        return sanitize_text(next(open_manifest(self["prior"].data.path).iterate_rows("captions"))["captions"][0])
 
 
 def read_stage(folder: Path, name: str) -> RunStage:
@@ -190,17 +187,21 @@ class Trainer:
             self.print_stage_status(PIPELINE_NAME, f"done, {folder}")
         else:
             self.print_stage_status(PIPELINE_NAME, f"assembles the stages in {folder}")
+            # The decoder's configuration names the models that were not trained here
             decoder = self.run["decoder"]
             pipeline = assemble_pipeline(self.run.folder, clip=decoder.clip, autoencoder=decoder.autoencoder)
             with create_folder_atomically(folder) as unfinished:
                 pipeline.save_pretrained(unfinished)
             self.record_stage_done(PIPELINE_NAME, inputs, find_files(folder))
-        caption, model = shlex.quote(self.run.read_example_caption()), shlex.quote(str(folder))
-        print(f"draw: t2i generate {caption} --model {model}", flush=True)
+        # A command to draw with, for the first caption of the data
+        example = next(open_manifest(self.run["prior"].data.path).iterate_rows("captions"))
+        caption = shlex.quote(sanitize_text(example["captions"][0]))
+        print(f"draw: t2i generate {caption} --model {shlex.quote(str(folder))}", flush=True)
         return 0
 
     def estimate_costs(self) -> int:
         """Print the cost of each stage whose inputs are there; nothing is written. Returns the exit status."""
+        # Trial steps need the pictures or the cache. A cache that is not there needs trained models.
         for step in self.run.steps:
             cached = (self.run.folder / "cache" / "cache.json").is_file()
             if step.name == "cache":
@@ -208,6 +209,7 @@ class Trainer:
             elif step.name in OPTIONAL_STAGES or cached:
                 self.print_stage_status(step.name, step.task_description)
                 overrides = ["train.dry_run=true"]
+                # Without a trained prior, the decoder's previews have no row of it
                 if step.name == "decoder" and read_model_class(self.run.folder / "prior" / "model") is None:
                     overrides.append("sample.prior=null")
                 if status := self.run_stage(step, *overrides):

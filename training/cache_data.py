@@ -34,7 +34,6 @@ from t2i.checks import check_choice, check_multiple_of
 from t2i.config import DataConfig, TrainConfig, check_fields
 from t2i.data import CaptionedPictures, open_datasets
 from t2i.data.cache import (
-    CachedPairs,
     build_shard_path,
     check_cache_key,
     compute_offsets,
@@ -89,7 +88,7 @@ class Config:
         self.text = self.text and self.clip is not None
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class CacheShard:
     """A file of the cache: the pictures from `first` to `end` (exclusive) of a split."""
 
@@ -122,11 +121,10 @@ def main(config: Config) -> None:
                 print(f"caching {config.variations} of up to {most} captions of a picture; `variations` sets how many")
         encoder.prepare(accelerator)
         # Each process makes a part of the shards
-        shards = [
-            shard
-            for split, dataset in datasets.items()
-            for shard in divide_split(split, len(dataset), config.shard_size)
-        ]
+        shards = []
+        for split, dataset in datasets.items():
+            for number, first in enumerate(range(0, len(dataset), config.shard_size)):
+                shards.append(CacheShard(split, number, first, min(first + config.shard_size, len(dataset))))
         write_missing_shards(folder, datasets, shards, encoder, accelerator)
         # The index, which finishes the cache
         if accelerator.is_main_process:
@@ -134,7 +132,8 @@ def main(config: Config) -> None:
             models = {name: None if facts is None else asdict(facts) for name, facts in encoder.facts.items()}
             training = [shard.path(folder) for shard in shards if shard.split == "train"]
             finish_cache(folder, key, models, encoder.compute_shared_tensors(training), counts)
-            print(format_cache_summary(folder, counts))
+            pictures = ", ".join(f"{len(dataset)} pictures of {split}" for split, dataset in datasets.items())
+            print(f"{folder}: {pictures}; {sum(path.stat().st_size for path in folder.iterdir()) / 1e6:.1f} MB")
 
 
 def build_cache_key(config: Config, facts: dict[str, Any], datasets: dict[str, CaptionedPictures]) -> dict[str, Any]:
@@ -154,10 +153,6 @@ def count_max_captions(dataset: CaptionedPictures) -> int:
     """Return the largest number of captions and keywords that a picture has."""
     rows = dataset.manifest.iterate_rows("captions", "keywords")
     return max(len(row["captions"]) + len(row["keywords"]) for row in rows)
-
-
-def divide_split(split: str, count: int, size: int) -> list[CacheShard]:
-    return [CacheShard(split, i, first, min(first + size, count)) for i, first in enumerate(range(0, count, size))]
 
 
 def write_missing_shards(
@@ -317,11 +312,6 @@ class Encoder:
         empty = self.clip.encode_text([""])
         null = {"null_embedding": empty.embedding.float().cpu(), "null_states": empty.states.float().cpu()}
         return {"mean": mean, "std": std, **null}
-
-
-def format_cache_summary(folder: Path, counts: dict[str, int]) -> str:
-    pictures = ", ".join(f"{len(CachedPairs(folder, split))} pictures of {split}" for split in counts)
-    return f"{folder}: {pictures}; {sum(path.stat().st_size for path in folder.iterdir()) / 1e6:.1f} MB"
 
 
 if __name__ == "__main__":

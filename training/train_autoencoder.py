@@ -1,8 +1,8 @@
 """Train an autoencoder between pictures and latents, alone or against a discriminator.
 
-docs/explanation/autoencoder.md compares both.
-
 accelerate launch training/train_autoencoder.py configs/emoji/autoencoder.yaml train.steps=1000
+
+docs/explanation/autoencoder.md compares both.
 """
 
 import sys
@@ -96,7 +96,8 @@ class ReconstructionLoss:
             metrics["perceptual"] = self.perceptual(reconstruction, batch.image).mean()
             likeness = likeness + self.config.perceptual_weight * metrics["perceptual"]
         metrics["loss"] = likeness + self.config.kl_weight * kl.float().mean()
-        if self.critic is not None and torch.is_grad_enabled():  # not in validation
+        # Validation computes no gradients, which the adaptive weight needs.
+        if self.critic is not None and torch.is_grad_enabled():
             metrics |= self.compute_adversarial_terms(likeness, reconstruction, batch.image)
             metrics["loss"] = metrics["loss"] + metrics["adversarial_weight"] * metrics["adversarial"]
         return metrics
@@ -140,6 +141,7 @@ def main(config: Config) -> None:
     loss = ReconstructionLoss(config, autoencoder, perceptual, critic)
 
     def export(average: torch.nn.Module) -> None:
+        # A frozen encoder keeps its latents, and so their statistics.
         if not config.freeze_encoder:
             average.set_latent_statistics(dataset.iterate_images(MAX_MEASURED_IMAGES, batch_size=64))
         save_model_folder(average, Path(config.train.output))

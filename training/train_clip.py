@@ -60,7 +60,8 @@ def main(config: Config) -> None:
     datasets = open_datasets(config.data)
     dataset, held_out = datasets["train"], datasets.get("held_out")
     accelerator = build_accelerator(config.train)
-    if accelerator.distributed_type == DistributedType.FSDP:  # it cannot shard a single number, the scale of the logits
+    # FSDP cannot shard a single number, such as the scale of the logits.
+    if accelerator.distributed_type == DistributedType.FSDP:
         raise InputError("CLIP cannot be trained under FSDP; use configs/accelerate/gpus.yaml (DDP)")
     # The model and its tokenizer
     made_from = {"data": dataset.compute_digest()}
@@ -71,13 +72,15 @@ def main(config: Config) -> None:
         clip = build_or_explain(CLIP, "model", {"model": config.model, "preprocess": config.preprocess})
         made_from["vocabulary"] = tokenizer.digest()
     else:
-        config.model.get("text_cfg", {}).pop("vocab_size", None)  # an upper bound for new ones; the model has its own
+        # The configuration's is an upper bound for a new vocabulary; the model has its own.
+        config.model.get("text_cfg", {}).pop("vocab_size", None)
         settings = {"model": config.model, "preprocess": config.preprocess}
         clip = prepare_init_model(load_clip(config.init), config.init, settings)
         if not isinstance(clip, CLIP):
             raise InputError(f"init={config.init!r} is the CLIP of a public pipeline, which cannot be trained here")
         tokenizer, made_from["init"] = clip.tokenizer, compute_weights_fingerprint(clip)
-        clip.register_to_config(fingerprint=None, rounded=False)  # training changes the identity
+        # Training changes the weights, and so the identity.
+        clip.register_to_config(fingerprint=None, rounded=False)
     # Negatives come from all processes
     contrastive_loss = ClipLoss(
         local_loss=True,

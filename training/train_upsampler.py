@@ -93,6 +93,7 @@ class RandomCrops(CaptionedPictures):
         return replace(batch, image=torch.stack(crops), image_embeds=z_i)
 
     def crop_image(self, image: Tensor, draw: int) -> Tensor:
+        # A function of the draw alone, so that a resumed run sees the same squares
         rng, largest = random.Random(draw), image.shape[-1] - self.crop_size
         top, left = rng.randint(0, largest), rng.randint(0, largest)
         return image[:, top : top + self.crop_size, left : left + self.crop_size]
@@ -106,7 +107,14 @@ def main(config: Config) -> None:
     # The model
     scheduler = build_noise_scheduler(config.scheduler)
     made_from = {"data": dataset.compute_digest()}
-    needed = collect_upsampler_arguments(config, dataset)
+    clip = None if dataset.embeddings is None else dataset.embeddings.clip
+    needed = {
+        "factor": config.factor,
+        "low_size": config.crop_size // config.factor,
+        "adds_detail": scheduler.config.prediction_type == "sample",
+        "embed_dim": None if clip is None else clip.embed_dim,
+        "clip_fingerprint": None if clip is None else clip.identity,
+    }
     if config.init is None:
         upsampler = build_or_explain(Upsampler, "model", config.model, **needed)
     else:
@@ -137,21 +145,10 @@ def main(config: Config) -> None:
     fit(accelerator, stage, config.train)
 
 
-def collect_upsampler_arguments(config: Config, dataset: RandomCrops) -> dict[str, Any]:
-    """Return the model's arguments that the configuration and the data decide."""
-    clip = None if dataset.embeddings is None else dataset.embeddings.clip
-    return {
-        "factor": config.factor,
-        "low_size": config.crop_size // config.factor,
-        "adds_detail": build_noise_scheduler(config.scheduler).config.prediction_type == "sample",
-        "embed_dim": None if clip is None else clip.embed_dim,
-        "clip_fingerprint": None if clip is None else clip.identity,
-    }
-
-
 def degrade_images(config: Config, upsampler: Upsampler, picture: Tensor, z_i: Tensor | None) -> LowResolution:
     """Return the condition of a training step: pictures reduced, some of them blurred, all noised by a random level."""
     count, device = len(picture), picture.device
+    # Pictures of a decoder are less sharp than reduced ones.
     sigma = config.max_blur * torch.rand(count, device=device)
     sigma = sigma * (torch.rand(count, device=device) < config.blur_probability)
     low = blur_images(reduce_to_low_resolution(picture, config.factor), sigma)
@@ -189,7 +186,8 @@ def draw_upsampler_preview(
     drawn = sample_upsampler(upsampler, scheduler, low, Sampling(config.num_inference_steps, generators)).cpu()
     rows = {"bicubic": enlarge_low_resolution(low, factor).clamp(-1, 1), "upsampled": drawn}
     psnr = {name: 10 * torch.log10(4 / (row - pictures).square().mean(dim=(1, 2, 3))) for name, row in rows.items()}
-    labels = [f"{a:.1f} dB, {b:.1f} dB" for a, b in zip(psnr["bicubic"].tolist(), psnr["upsampled"].tolist())]
+    pairs = zip(psnr["bicubic"].tolist(), psnr["upsampled"].tolist())
+    labels = [f"{resized:.1f} dB, {upsampled:.1f} dB" for resized, upsampled in pairs]
     images = {name: to_pil_images(row) for name, row in (rows | {"picture": pictures}).items()}
     return {"upsampled": build_labelled_rows(images, labels)}
 

@@ -45,7 +45,7 @@ def attend_few_queries_in_fp32() -> Iterator[None]:
     attention = F.scaled_dot_product_attention
 
     def attend_in_fp32(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not is_short_query(query):
+        if query.device.type != "cpu" or query.dtype != torch.bfloat16 or query.shape[-2] > MAX_SHORT_QUERIES:
             return attention(query, *args, **kwargs)
         args = tuple(cast_to_fp32(value) for value in args)
         kwargs = {name: cast_to_fp32(value) for name, value in kwargs.items()}
@@ -59,10 +59,6 @@ def attend_few_queries_in_fp32() -> Iterator[None]:
         yield
     finally:
         F.scaled_dot_product_attention = attention
-
-
-def is_short_query(query: Tensor) -> bool:
-    return query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.shape[-2] <= MAX_SHORT_QUERIES
 
 
 def cast_to_fp32(value: Any) -> Any:

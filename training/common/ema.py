@@ -46,17 +46,14 @@ class EMA:
 
     @torch.no_grad()
     def swap_weights(self) -> None:
-        self.reshard()
+        # Free the weights that FSDP has gathered, so that the next forward pass gathers the new ones.
+        for part in self.model.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
         for average, weight in zip(collect_local_tensors(self.values), collect_local_tensors(self.parameters)):
             before = weight.clone()
             weight.copy_(average)
             average.copy_(before)
-
-    def reshard(self) -> None:
-        """Free the weights that FSDP has gathered, so that the next forward pass gathers the new ones."""
-        for part in self.model.modules():
-            if isinstance(part, FSDPModule):
-                part.reshard()
 
 
 def collect_local_tensors(tensors: dict[str, Tensor]) -> list[Tensor]:

@@ -54,8 +54,8 @@ def build_optimizer(config: TrainConfig, model: nn.Module, critic: Critic | None
 
 def build_parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
     """Return two groups of the trained weights: matrices and kernels with weight decay, all others without."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
     return [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [weight for weight in trained if weight.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [weight for weight in trained if weight.ndim <= 1], "weight_decay": 0.0},
     ]

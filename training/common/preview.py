@@ -160,16 +160,6 @@ def choose_columns(source: EncodingSource, config: SampleConfig) -> Columns | No
 
 
 @torch.no_grad()
-def add_decoder_tokens(text_encoder: TextEncoder | None, columns: Columns) -> Columns:
-    """Return the columns with captions encoded by a decoder's own text encoder, if there is one."""
-    if text_encoder is None:
-        return columns
-    batches = [text_encoder.encode(columns.captions[part]) for part in slice_columns(len(columns.captions))]
-    tokens = reduce(TokenStates.cat, [batch.to(torch.device("cpu"), torch.float32) for batch in batches])
-    return replace(columns, text=replace(columns.text, decoder_tokens=tokens))
-
-
-@torch.no_grad()
 def draw_autoencoder_preview(autoencoder: Autoencoder, pictures: Tensor) -> Image:
     """Draw pictures, (K, 3, H, W) in [-1, 1], their reconstructions, and the PSNR of those in dB."""
     pictures = pictures.to(autoencoder.device)
@@ -311,11 +301,15 @@ class Preview:
                 images["pictures"] = skip_failure(lambda: self.draw_with_trained_decoder(columns, z_i, prior.device))
         return {name: image for name, image in images.items() if image is not None}
 
+    @torch.no_grad()
     def draw_with_trained_decoder(self, columns: Columns, z_i: Tensor, device: torch.device) -> Image | None:
         pipeline, text_encoder = self.load_trained_decoder()
+        # A decoder with its own text encoder reads its tokens instead of CLIP's
         if text_encoder is not None:
             text_encoder.to(device)
-        columns = add_decoder_tokens(text_encoder, columns)
+            batches = [text_encoder.encode(columns.captions[part]) for part in slice_columns(len(columns.captions))]
+            tokens = reduce(TokenStates.cat, [batch.to(torch.device("cpu"), torch.float32) for batch in batches])
+            columns = replace(columns, text=replace(columns.text, decoder_tokens=tokens))
         return draw_decoder_preview(columns, self.config, pipeline.to(device), z_i)
 
     def load_trained_prior(self) -> PreviewPipeline:

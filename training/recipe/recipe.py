@@ -134,6 +134,7 @@ def compose_recipe(
 
     Raises InputError for models that are not there or do not fit.
     """
+    # The models
     size, side, why_side = choose_recipe_size(facts, device, image_size)
     models = choose_models(size, facts, clip)
     channels, factor = read_autoencoder_shape(autoencoder, models["autoencoder"])
@@ -190,6 +191,7 @@ def choose_models(size: RecipeSize, facts: DataFacts, clip: str | None) -> dict[
         models["clip"]["text_cfg"] = limits | models["clip"]["text_cfg"]
         return models
     models["clip"] = read_clip_config(clip)
+    # The wide embeddings of a public CLIP take a larger prior than our own small ones
     if size is not LARGE and models["clip"]["embed_dim"] > MEDIUM.models["clip"]["embed_dim"]:
         models["prior"] = PUBLIC_PRIOR
     return models
@@ -236,6 +238,7 @@ def fill_template(stage: str, values: dict[str, Any]) -> str:
     """
     plain = flatten_config(values)
     inline = {name: format_inline_yaml(value) for name, value in plain.items()}
+    # Line by line, for a comment and its value need different forms
     lines = []
     for line in (TEMPLATES / f"{stage}.yaml").read_text(encoding="utf-8").splitlines(keepends=True):
         content, mark, comment = line.partition("#")

@@ -83,6 +83,7 @@ def choose_recipe_size(facts: DataFacts, device: Device, image_size: int | None)
     """Return the row of the table, the side of the pictures in pixels, and the reason for this side."""
     if image_size is not None:
         check_choice("image-size", image_size, IMAGE_SIZES)
+        # The largest models that were made for at most this side
         fitting = [size for size in SIZES if size.image_size <= max(image_size, SMALL.image_size)]
         return fitting[-1], image_size, "as you asked"
     size, why = SMALL, ""
@@ -129,6 +130,7 @@ def choose_batch_size(schedule: StageSchedule, facts: DataFacts, contrastive: bo
 
 def choose_steps(schedule: StageSchedule, facts: DataFacts, batch: int) -> ExplainedValue:
     """Choose the steps for the schedule's passes over the data, within its bounds."""
+    # Two digits are enough for a number of steps that people read
     ideal = schedule.passes * facts.pictures / batch
     steps = min(max(round_to_two_digits(ideal), schedule.least), schedule.most)
     times = steps * batch / facts.pictures
