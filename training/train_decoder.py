@@ -122,18 +122,12 @@ def build_stage(
 
     def loss(model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
         batch = source.encode(batch)
-        assert batch.latents is not None
+        latents = batch.latents
+        assert latents is not None
         condition = build_training_condition(config, decoder, batch)
-        losses, _ = compute_diffusion_loss(
-            model,
-            scheduler,
-            batch.latents,
-            condition,
-            config.timestep_shift,
-            config.loss_weighting,
-            config.min_snr_gamma,
-        )
-        return losses
+        return compute_diffusion_loss(
+            model, scheduler, latents, condition, config.timestep_shift, config.loss_weighting, config.min_snr_gamma
+        )[0]
 
     def export(average: torch.nn.Module) -> None:
         export_adapted_model(average, output)
