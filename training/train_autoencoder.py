@@ -54,7 +54,7 @@ class Config:
     adversarial_weight: float = 0.0
     adversarial_fixed: bool = False
     adversarial_start: int = 0  # step from which the verdict counts; the discriminator learns from step 0
-    discriminator: dict[str, Any] = field(default_factory=dict)  # arguments of t2i.discriminator.Discriminator
+    discriminator: dict[str, Any] = field(default_factory=dict)  # arguments of t2i.networks.discriminator.Discriminator
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)  # previews, every train.sample_every steps
@@ -146,8 +146,7 @@ def main(config: Config) -> None:
             average.set_latent_statistics(dataset.iterate_images(MAX_MEASURED_IMAGES, batch_size=64))
         save_model_folder(average, Path(config.train.output))
 
-    count = config.sample.count if config.train.sample_every else 0
-    records = read_fixed_records(held_out or dataset, count)
+    records = read_fixed_records(held_out or dataset, config.sample.count if config.train.sample_every else 0)
 
     def preview(average: torch.nn.Module) -> dict[str, Image]:
         return {"reconstructions": draw_autoencoder_preview(average, records.image)} if records else {}

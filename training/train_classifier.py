@@ -36,7 +36,7 @@ class Config:
     clip: str = "???"  # folder of a trained CLIP, or a public one; the same as the decoder's
     autoencoder: str = "???"  # folder of a trained autoencoder, or a diffusers VAE; the same as the decoder's
     cache: str | None = None  # folder that `t2i data cache` wrote; null encodes pictures in every step
-    model: dict[str, Any] = field(default_factory=dict)  # widths, depth, ... of t2i.classifier.LatentClassifier
+    model: dict[str, Any] = field(default_factory=dict)  # arguments of t2i.networks.classifier.LatentClassifier
     scheduler: dict[str, Any] = field(default_factory=dict)  # arguments of diffusers' DDIMScheduler
     embedding_weight: float = 1.0  # of 1 - cosine to z_i, added to the cross-entropy; 0 trains the classes alone
     data: DataConfig = field(default_factory=DataConfig)  # with labels.parquet beside the manifest
@@ -112,8 +112,7 @@ def build_stage(config: Config, source: EncodingSource, labels: Labels, device: 
         save_model_folder(average, Path(config.train.output))
         save_model_folder(scheduler, Path(config.train.output), "scheduler")
 
-    num_workers = config.data.num_workers
-    return Stage(classifier, loss, dataset, export, made_from, asdict(config), num_workers, validation)
+    return Stage(classifier, loss, dataset, export, made_from, asdict(config), config.data.num_workers, validation)
 
 
 def compute_level_accuracies(correct: Tensor) -> dict[str, Tensor]:

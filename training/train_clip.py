@@ -99,15 +99,13 @@ def main(config: Config) -> None:
         average.tokenizer = tokenizer
         save_model_folder(average, Path(config.train.output))
 
-    count = config.sample.count if config.train.sample_every else 0
-    records = read_fixed_records(held_out or dataset, count)
+    records = read_fixed_records(held_out or dataset, config.sample.count if config.train.sample_every else 0)
 
     def preview(average: torch.nn.Module) -> dict[str, Image]:
         average.tokenizer = tokenizer
         return {"similarity": draw_clip_preview(average, records.image, records.captions)} if records else {}
 
-    num_workers = config.data.num_workers
-    stage = Stage(clip, loss, dataset, export, made_from, asdict(config), num_workers, held_out, preview)
+    stage = Stage(clip, loss, dataset, export, made_from, asdict(config), config.data.num_workers, held_out, preview)
     fit(accelerator, stage, config.train)
 
 
