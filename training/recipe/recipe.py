@@ -151,20 +151,16 @@ def compose_recipe(
         "autoencoder": autoencoder or f"{run}/autoencoder",
         "cache": f"{run}/cache",
         "prior": f"{run}/prior",
+        "size": size.image_size,
+        "latent_size": side // factor,
+        "captions": f"{facts.captions:,}",
+        "caption_tokens": facts.caption_tokens,
         "variations": facts.variations,
         "data": {"path": facts.path, "image_size": side, "num_workers": workers},
     }
-    reasons = {
-        "image_size": why_side,
-        "num_workers": why_workers,
-        "size": f"of the recipe for {size.image_size} x {size.image_size} pictures",
-        "caption_tokens": facts.caption_tokens,
-        "captions": f"{facts.captions:,}",
-        "latents": f"pictures become {side // factor} x {side // factor} x {channels} latents",
-        "variations": "draws of a picture's captions and keywords stand for the endless ones"
-        if facts.variations > 1
-        else "each has one caption",
-    }
+    reasons = {"image_size": why_side, "num_workers": why_workers, "variations": "each has one caption"}
+    if facts.variations > 1:
+        reasons["variations"] = "draws of a picture's captions and keywords stand for the endless ones"
 
     # One file a stage, and a line about each
     lines = [
