@@ -163,7 +163,7 @@ def write_missing_shards(
     accelerator: Accelerator,
 ) -> None:
     """Make the shards that are missing or damaged; each process makes a part of them."""
-    # Which ones? Each process checks its part, and all agree on the sum.
+    # Each process checks its part, for a shard is read whole to compute its SHA-256.
     rank, world = accelerator.process_index, accelerator.num_processes
     missing = [shard for shard in shards[rank::world] if not is_shard_intact(shard.path(folder))]
     missing = sorted(gather_object(missing), key=shards.index)
@@ -171,7 +171,7 @@ def write_missing_shards(
     if missing and accelerator.is_main_process:
         (folder / "cache.json").unlink(missing_ok=True)
     accelerator.wait_for_everyone()
-    # Make them
+    # Divided anew: the missing ones may all lie in one part.
     assigned = missing[rank::world]
     images = iterate_image_batches(datasets, assigned, encoder.config)
     total = sum(shard.end - shard.first for shard in assigned)
@@ -254,7 +254,6 @@ class Encoder:
 
     def encode(self, dataset: CaptionedPictures, pictures: range, images: Iterator[Tensor]) -> dict[str, Tensor]:
         """Return the tensors of a shard. The next items of `images` are the shard's pictures."""
-        # Pictures
         parts: dict[str, list[Tensor]] = {}
         for batch in islice(images, -(-len(pictures) // self.config.batch_size)):
             with self.accelerator.autocast():
@@ -264,7 +263,7 @@ class Encoder:
                 if self.autoencoder is not None:
                     parts.setdefault("latents", []).append(self.autoencoder.encode(batch).to("cpu", self.dtype))
         tensors = {name: torch.cat(part).contiguous() for name, part in parts.items()}
-        # Names and captions
+        # Names of any length, end to end, with the offset of each
         names = [dataset.sample_key(index).encode() for index in pictures]
         tensors["keys"] = torch.frombuffer(bytearray(b"".join(names)), dtype=torch.uint8)
         tensors["key_offsets"] = compute_offsets(map(len, names))

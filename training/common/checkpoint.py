@@ -78,7 +78,6 @@ def load_checkpoint(path: Path) -> Checkpoint:
 def verify_checkpoint(path: Path) -> str | None:
     """Return what is wrong with a checkpoint folder, or None. Raises InputError if a newer version wrote it."""
     try:
-        # The files that the manifest lists
         manifest = json.loads((path / CHECKPOINT_MANIFEST).read_text())
         if "state.json" not in manifest:
             return f"{path / CHECKPOINT_MANIFEST} does not list state.json"
@@ -88,7 +87,7 @@ def verify_checkpoint(path: Path) -> str | None:
             actual = compute_file_sha256(path / name)
             if actual != expected:
                 return f"{path / name} does not match its SHA-256: {actual} instead of {expected}"
-        # The step and the format
+        # A folder that was renamed by hand would resume at another step than its name tells.
         state = json.loads((path / "state.json").read_text())
         if parse_checkpoint_step(path.name) != state["step"]:
             return f"{path} contains step {state['step']}, which is not the step in its name"

@@ -51,7 +51,6 @@ class FrozenModels:
     ):
         datasets = open_datasets(data)
         self.dataset, self.validation = datasets["train"], datasets.get("held_out")
-        # The models, and facts about them
         self.reads_captions = reads_captions
         self.clip_model = load_clip(clip).eval().requires_grad_(False)
         self.clip = build_clip_facts(clip, self.clip_model)
@@ -63,6 +62,7 @@ class FrozenModels:
         if load_text_encoder is not None:
             self.text_model = load_text_encoder()
             self.text_encoder = build_text_encoder_facts(self.text_model)
+        # A resumed run must see the same data and models.
         digest = self.dataset.compute_digest()
         self.made_from = collect_identities(digest, self.clip, self.autoencoder, self.text_encoder)
 

@@ -75,7 +75,6 @@ class MetricsLog:
         self.bar.update()
         if step % self.config.log_every and step != self.config.steps and more is None:
             return
-        # The means, and the state of the run
         row = self.reduce_metric_means()
         row["learning_rate"] = rate
         if norm is not None:

@@ -140,7 +140,6 @@ def choose_columns(source: EncodingSource, config: SampleConfig) -> Columns | No
 
     Samples come from the held-out split, or from the training split if there is none.
     """
-    # Samples of the data
     texts: list[TextEncoding] = []
     captions, z_i, pictures = list(config.prompts), torch.zeros(0, source.clip.embed_dim), None
     if keys := choose_fixed_keys(len(source.validation or source.dataset), config.count):
