@@ -126,22 +126,14 @@ def load_config(config_class: type[Config], stage: str, arguments: list[str]) ->
         merged = OmegaConf.merge(OmegaConf.structured(config_class), file, overrides)
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
-        raise InputError(f"{path}: {explain_config_error(error, config_class)}") from error
+        # Its first line, with the key and the keys that exist
+        message = next(line for line in str(error).splitlines() if line.strip())
+        if key := getattr(error, "full_key", None):
+            names = ", ".join(key_field.name for key_field in fields(config_class))  # type: ignore[arg-type]
+            message = f"{message} (key {key}; top-level keys: {names})"
+        raise InputError(f"{path}: {message}") from error
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise InputError(f"{path} is not YAML: {error}") from error
-
-
-def format_config_yaml(config: Any) -> str:
-    """Return a configuration as YAML, with all keys."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config)).rstrip()
-
-
-def explain_config_error(error: Exception, config_class: type) -> str:
-    """Return OmegaConf's message in one line, with the key and the top-level keys that exist."""
-    message = next(line for line in str(error).splitlines() if line.strip())
-    key = getattr(error, "full_key", None)
-    names = ", ".join(key_field.name for key_field in fields(config_class))
-    return f"{message} (key {key}; top-level keys: {names})" if key else message
 
 
 def build_or_explain(factory: Callable[..., Built], name: str, arguments: dict[str, Any], **fixed: Any) -> Built:

@@ -4,7 +4,9 @@ import os
 import sys
 from collections.abc import Callable
 
-from t2i.config import format_config_yaml, load_config
+from omegaconf import OmegaConf
+
+from t2i.config import load_config
 from t2i.errors import report_errors
 from t2i.runtime.launch import Config, count_forgotten_processes, end_process_group, exec_torchrun
 
@@ -23,6 +25,6 @@ def start_training(main: Callable[[Config], None], config: Config) -> None:
     """Run a stage's `main`; before a dry run, print the whole configuration."""
     training = getattr(config, "train", None)  # cache_data.py has none
     if training is not None and training.dry_run and os.environ.get("RANK", "0") == "0":
-        print(format_config_yaml(config), flush=True)
+        print(OmegaConf.to_yaml(OmegaConf.structured(config)).rstrip(), flush=True)
     main(config)
     end_process_group()

@@ -100,11 +100,9 @@ def fit(accelerator: Accelerator, stage: Stage, config: TrainConfig) -> None:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        what = f"out of memory with train.batch_size={config.batch_size}: {format_needed_memory(str(error))}"
-        raise RunError(
-            f"{what}, {measure_available_memory(accelerator.device)}; {suggest_less_memory(config)}. "
-            "The last checkpoint is kept"
-        ) from error
+        needed, available = format_needed_memory(str(error)), measure_available_memory(accelerator.device)
+        what = f"out of memory with train.batch_size={config.batch_size}: {needed}, {available}"
+        raise RunError(f"{what}; {suggest_less_memory(config)}. The last checkpoint is kept") from error
 
 
 def check_stage(accelerator: Accelerator, stage: Stage, config: TrainConfig) -> None:
@@ -167,15 +165,14 @@ def train(accelerator: Accelerator, stage: Stage, state: TrainState) -> None:
                 healthy, stop_signal = health.judge_step(state.step + 1, norm, stop.signal)
             update_weights(accelerator, state, rate, healthy, health.loss_was_finite)
             health.check_skipped_steps(state.skipped)
-            done = state.step == config.steps
             # Log, save, and stop if asked to. A preview comes after the checkpoint, for it may take long or fail.
             with watch.guarded_wait():
                 log.step(state.step, rate, norm, validate_ema(accelerator, stage, state, health))
-            if stop_signal or done or state.step % config.save_every == 0:
+            must_save = bool(stop_signal) or state.step == config.steps
+            if must_save or state.step % config.save_every == 0:
                 with watch.guarded_wait(busy=True):
-                    must_save = bool(stop_signal) or done
                     failed_saves = save_progress(accelerator, stage, state, failed_saves, must_save)
-            if stop_signal and not done:
+            if stop_signal and state.step < config.steps:
                 what = f"stopped at step {state.step} of {config.steps}, which is saved in {config.output}"
                 status = 128 + stop_signal if stop_signal == signal.SIGINT else RESUMABLE_STATUS
                 raise RunStopped(f"{what}; the same command continues from there", status)
@@ -215,10 +212,9 @@ def compute_gradient(
     Returns the norm before clipping, (); of a critic's gradient instead, if that is not finite.
     """
     config, model, critic = state.config, stage.model, stage.critic
-    models = [model]
+    models = [model] if critic is None else [model, critic.model]
     if critic is not None:
         critic.step = state.step
-        models.append(critic.model)
     for trained in models:
         trained.train()
     # Neither a compiler nor the second forward pass of checkpointing runs under the replaced attention.
@@ -367,12 +363,11 @@ def estimate_run(accelerator: Accelerator, stage: Stage, state: TrainState) -> N
     trained, total = count_elements(state.average.parameters.values()), count_elements(state.model.parameters())
     critic = "" if state.critic is None else f", and {count_elements(state.critic.parameters()):,} of its critic"
     size, per_step = len(stage.dataset), state.samples_per_step  # type: ignore[arg-type]
+    passes, device = config.steps * per_step / size, accelerator.device.type
     accelerator.print(
         f"parameters: {trained:,} trained of {total:,}{critic}\n"
-        f"processes: {accelerator.num_processes} on {accelerator.device.type}, "
-        f"precision {accelerator.mixed_precision}\n"
-        f"samples: {size:,}, {per_step} a step; "
-        f"{config.steps:,} steps see each {config.steps * per_step / size:,.1f} x\n"
+        f"processes: {accelerator.num_processes} on {device}, precision {accelerator.mixed_precision}\n"
+        f"samples: {size:,}, {per_step} a step; {config.steps:,} steps see each {passes:,.1f} x\n"
         f"memory: {measure_peak_memory(accelerator):.2f} GB a process after a step, at the peak on a GPU\n"
         f"disk: {state.count_checkpoint_bytes() / 1e6:,.1f} MB a checkpoint, {config.keep} are kept\n"
         f"time: {seconds:.3g} s a step, {format_duration(seconds * config.steps)} for all; nothing was written"
