@@ -72,12 +72,10 @@ class HealthMonitor:
     def report_rejected_samples(self, step: int) -> None:
         """Write the names of unreadable samples to a file; raise RunError if they are too many."""
         rows = [{"step": step, "key": key, "reason": reason} for key, reason in self.new_rejections]
-        self.write_rows("rejected.jsonl", gather_object(rows) if self.accelerator.num_processes > 1 else rows)
+        self.write_rows("rejected.jsonl", gather_object(rows))
         if self.rejected <= MAX_REJECTED_FRACTION * max(self.seen, MIN_SAMPLES_READ):
             return
-        counts = [dict(self.reasons)]
-        counts = gather_object(counts) if self.accelerator.num_processes > 1 else counts
-        total: Counter[str] = sum((Counter(count) for count in counts), Counter())
+        total = sum(gather_object([self.reasons]), Counter())
         reasons = ", ".join(f"{count} x {reason}" for reason, count in total.most_common())
         raise RunError(
             f"{self.rejected} of the {self.seen} samples read so far are bad, more than "
@@ -88,8 +86,7 @@ class HealthMonitor:
     def report_skipped_steps(self, step: int, finite: list[bool], norm: Tensor | None) -> None:
         """Write down the samples of micro-batches whose loss is not finite; all of them if only the gradient is not."""
         suspects = [indices for indices, good in zip(self.read_indices, finite) if self.loss_was_finite or not good]
-        keys = [self.dataset.sample_key(index) for indices in suspects for index in indices.tolist()]
-        keys = gather_object(keys) if self.accelerator.num_processes > 1 else keys
+        keys = gather_object([self.dataset.sample_key(index) for indices in suspects for index in indices.tolist()])
         value = math.nan if norm is None else float(norm)
         what = "gradient" if self.loss_was_finite else "loss"
         row = {"step": step, "not_finite": what, "gradient_norm": str(value), "keys": keys}
