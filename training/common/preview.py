@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler, SchedulerMixin
 from PIL.Image import Image
 from t2i.pipelines.base import UnCLIPPipeline
+from t2i.pipelines.options import DECODER_OPTION_NAMES, PRIOR_OPTION_NAMES
 from t2i.pipelines.stages import StagedPipeline
 from t2i.training.common.encodings import EncodingSource, encode_captions
 from torch import Generator, Tensor, nn
@@ -43,13 +44,6 @@ logger = logging.getLogger(__name__)
 
 COLUMNS_PER_BATCH = 16  # columns drawn at once, which takes less memory than a training step
 MAX_PROMPTS = 64
-SAMPLING_OPTIONS = (
-    "prior_num_inference_steps",
-    "prior_guidance_scale",
-    "prior_candidates",
-    "num_inference_steps",
-    "guidance_scale",
-)
 
 Result = TypeVar("Result")
 
@@ -86,7 +80,8 @@ class SampleConfig:
     @property
     def pipeline_options(self) -> dict[str, Any]:
         """The options that a pipeline's stages take. A scale of None is the prior's default there too."""
-        return {name: getattr(self, name) for name in SAMPLING_OPTIONS}
+        known = PRIOR_OPTION_NAMES | DECODER_OPTION_NAMES
+        return {name: value for name, value in vars(self).items() if name in known}
 
 
 class PreviewPipeline(UnCLIPPipeline):
