@@ -69,7 +69,7 @@ class Run:
     """The folder that `t2i init` wrote, with its stages in the order of training."""
 
     folder: Path
-    steps: list[RunStage]
+    stages: list[RunStage]
 
     @classmethod
     def read_folder(cls, folder: Path) -> "Run":
@@ -94,34 +94,34 @@ class Run:
 
     def __getitem__(self, name: str) -> Any:
         """Return the configuration of a stage."""
-        return next(step.config for step in self.steps if step.name == name)
+        return next(stage.config for stage in self.stages if stage.name == name)
 
     def check_stage_models(self) -> None:
         """Refuse a stage that needs a model of this folder which is not there, and which no stage will train."""
-        names = [step.name for step in self.steps]
-        for step in self.steps:
+        names = [stage.name for stage in self.stages]
+        for stage in self.stages:
             for model in OPTIONAL_STAGES:
-                name = getattr(step.config, model, None)
+                name = getattr(stage.config, model, None)
                 in_folder = name is not None and Path(name).resolve() == (self.folder / model).resolve()
                 if in_folder and model not in names and read_model_class(self.folder / model / "model") is None:
-                    raise InputError(f"{step.file} needs {name!r}, but {str(self.folder)!r} has no {model}.yaml")
+                    raise InputError(f"{stage.file} needs {name!r}, but {str(self.folder)!r} has no {model}.yaml")
 
     def check_data_manifest(self) -> None:
         """Refuse data without a manifest, and, before anything is trained, data that have changed since."""
-        for path in sorted({step.config.data.path for step in self.steps}):
+        for path in sorted({stage.config.data.path for stage in self.stages}):
             open_manifest(path)
             if found := find_changes(path):
                 what = f"{path!r} is not what was checked: {found}"
-                if not any(step.output.exists() for step in self.steps):
+                if not any(stage.output.exists() for stage in self.stages):
                     raise InputError(f"{what}; `t2i data check {path}` reads it again")
                 print(f"warning: {what}; training goes on with what was checked", flush=True)
 
-    def hash_inputs(self, step: RunStage | None) -> str:
+    def hash_inputs(self, stage: RunStage | None) -> str:
         """Return a hash of all files that a stage depends on; None stands for the pipeline."""
-        before = self.steps[: self.steps.index(step)] if step else self.steps
+        before = self.stages[: self.stages.index(stage)] if stage else self.stages
         files = [path for earlier in before for path in earlier.find_result_files()]
-        if step:
-            files += [step.file, find_manifest(Path(step.config.data.path))]
+        if stage:
+            files += [stage.file, find_manifest(Path(stage.config.data.path))]
         return hash_files(files)
 
 
@@ -169,15 +169,15 @@ class Trainer:
                 signal.signal(number, handler)
 
     def train_stages(self) -> int:
-        for step in self.run.steps:
-            inputs = self.run.hash_inputs(step)
-            if self.is_stage_done(step.name, inputs, step.find_result_files()):
-                self.print_stage_status(step.name, f"done, {step.output}")
+        for stage in self.run.stages:
+            inputs = self.run.hash_inputs(stage)
+            if self.is_stage_done(stage.name, inputs, stage.find_result_files()):
+                self.print_stage_status(stage.name, f"done, {stage.output}")
                 continue
-            self.print_stage_status(step.name, step.task_description)
-            if status := self.run_stage(step):
+            self.print_stage_status(stage.name, stage.task_description)
+            if status := self.run_stage(stage):
                 return status
-            self.record_stage_done(step.name, inputs, step.find_result_files())
+            self.record_stage_done(stage.name, inputs, stage.find_result_files())
         return 0
 
     def assemble_pipeline(self) -> int:
@@ -202,25 +202,23 @@ class Trainer:
     def estimate_costs(self) -> int:
         """Print the cost of each stage whose inputs are there; nothing is written. Returns the exit status."""
         # Trial steps need the pictures or the cache. A cache that is not there needs trained models.
-        for step in self.run.steps:
-            cached = (self.run.folder / "cache" / "cache.json").is_file()
-            if step.name == "cache":
-                self.print_stage_status(step.name, step.task_description)
-            elif step.name in OPTIONAL_STAGES or cached:
-                self.print_stage_status(step.name, step.task_description)
+        cached = (self.run.folder / "cache" / "cache.json").is_file()
+        for stage in self.run.stages:
+            is_tried = stage.name in OPTIONAL_STAGES or (cached and stage.name != "cache")
+            note = "" if is_tried or stage.name == "cache" else "; its cost is known once the cache is made"
+            self.print_stage_status(stage.name, f"{stage.task_description}{note}")
+            if is_tried:
                 overrides = ["train.dry_run=true"]
                 # Without a trained prior, the decoder's previews have no row of it
-                if step.name == "decoder" and read_model_class(self.run.folder / "prior" / "model") is None:
+                if stage.name == "decoder" and read_model_class(self.run.folder / "prior" / "model") is None:
                     overrides.append("sample.prior=null")
-                if status := self.run_stage(step, *overrides):
+                if status := self.run_stage(stage, *overrides):
                     return status
-            else:
-                self.print_stage_status(step.name, f"{step.task_description}; its cost is known once the cache is made")
         return 0
 
-    def run_stage(self, step: RunStage, *overrides: str) -> int:
+    def run_stage(self, stage: RunStage, *overrides: str) -> int:
         """Run a stage's script to its end, and return its exit status. Raises RunError if a signal ended it."""
-        script = [str(step.script), str(step.file), *overrides]
+        script = [str(stage.script), str(stage.file), *overrides]
         if self.num_processes > 1:
             command = build_torchrun_command(script, self.num_processes, self.max_restarts)
         else:
@@ -237,7 +235,7 @@ class Trainer:
         if status < 0:
             name = signal.Signals(-status).name
             raise RunError(
-                f"{step.name} was ended by {name}, by hand or for lack of memory; run the same command again"
+                f"{stage.name} was ended by {name}, by hand or for lack of memory; run the same command again"
             )
         return status
 
@@ -258,5 +256,5 @@ class Trainer:
         return read_json(path) if path.is_file() else {}
 
     def print_stage_status(self, name: str, what: str) -> None:
-        names = [*(step.name for step in self.run.steps), PIPELINE_NAME]
+        names = [*(stage.name for stage in self.run.stages), PIPELINE_NAME]
         print(f"{names.index(name) + 1}/{len(names)} {name}: {what}", flush=True)

@@ -163,7 +163,7 @@ def test_a_stage_that_is_killed_is_named(trained, monkeypatch):
     trainer = Trainer(Run.read_folder(Path("run")))
     monkeypatch.setattr(sys, "executable", "/bin/sh")
     (trained / "kill.sh").write_text("kill -9 $$\n")
-    step = trainer.run.steps[0]
+    step = trainer.run.stages[0]
     object.__setattr__(step, "script", trained / "kill.sh")
     with pytest.raises(RunError, match="clip was ended by SIGKILL, by hand or for lack of memory"):
         trainer.train()
