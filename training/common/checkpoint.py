@@ -87,7 +87,7 @@ def verify_checkpoint(path: Path) -> str | None:
             actual = compute_file_sha256(path / name)
             if actual != expected:
                 return f"{path / name} does not match its SHA-256: {actual} instead of {expected}"
-        # A folder that was renamed by hand would resume at another step than its name tells.
+        # A folder that was renamed by hand would resume at another step than the one in its name.
         state = json.loads((path / "state.json").read_text())
         if parse_checkpoint_step(path.name) != state["step"]:
             return f"{path} contains step {state['step']}, which is not the step in its name"
