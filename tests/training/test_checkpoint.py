@@ -1,11 +1,20 @@
 """A checkpoint is the new one or the older one, never a mixture and never none, wherever the process dies."""
 
+import json
+import shutil
 from pathlib import Path
 
+import pytest
 import torch
+from safetensors.torch import load_file
 from t2i.training.common.checkpoint import Checkpoint, find_newest_checkpoint, load_checkpoint, save_checkpoint
 
+from t2i.files.atomic import compute_file_sha256
+from tests.conftest import train
 from tests.faults.test_checkpoint_faults import die_at_call, in_child
+
+# What commit 9b39f46 wrote into checkpoints of configs/tiny, by stage: state.json, and the shapes of all tensors
+BEFORE = json.loads(Path(__file__).with_name("checkpoints_of_9b39f46.json").read_text())
 
 
 def save(folder: Path, step: int, keep: int = 1) -> None:
@@ -64,3 +73,22 @@ def test_older_checkpoints_are_pruned(tmp_path):
     for step in (1, 2, 3):
         save(tmp_path, step, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+
+
+@pytest.mark.parametrize("stage", list(BEFORE))
+def test_a_checkpoint_of_before_the_new_layout_of_the_code_is_resumed(stage, shapes, runs, tmp_path, capsys):
+    """That of today, with the state.json of then; only the identities of data and models are those of this test."""
+    shutil.copytree(runs / stage, tmp_path / stage)
+    path, _ = find_newest_checkpoint(tmp_path / stage / "checkpoints")
+    tensors = {file.stem: load_file(file) for file in path.glob("*.safetensors")}
+    shapes_now = {file: {name: list(value.shape) for name, value in group.items()} for file, group in tensors.items()}
+    assert shapes_now == BEFORE[stage]["tensors"]
+    identities = json.loads((path / "state.json").read_text())["made_from"]
+    state = BEFORE[stage]["state"]
+    assert identities.keys() == state["made_from"].keys() and path.name == f"step-{state['step']:08}"
+    (path / "state.json").write_text(json.dumps({**state, "made_from": identities}))
+    manifest = {file.name: compute_file_sha256(file) for file in path.iterdir() if file.name != "manifest.json"}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    parts = {part: runs / part for part in ("clip", "autoencoder") if part in identities}
+    train(stage, shapes, tmp_path, state["step"] + 1, **parts)
+    assert f"resuming from {path}" in capsys.readouterr().out
