@@ -75,7 +75,7 @@ class HealthMonitor:
         self.write_rows("rejected.jsonl", gather_object(rows))
         if self.rejected <= MAX_REJECTED_FRACTION * max(self.seen, MIN_SAMPLES_READ):
             return
-        total = sum(gather_object([self.reasons]), Counter())
+        total: Counter[str] = sum(gather_object([self.reasons]), Counter())
         reasons = ", ".join(f"{count} x {reason}" for reason, count in total.most_common())
         raise RunError(
             f"{self.rejected} of the {self.seen} samples read so far are bad, more than "
