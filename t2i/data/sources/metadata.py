@@ -19,18 +19,11 @@ from t2i.data.sources.samples import (
     Source,
     SourceNotes,
     build_file_sample,
-    check_column_unset,
     choose_column,
-    count_ignored_file,
     escape_name,
-    get_relative_name,
     infer_splits,
     is_image_file,
     iterate_batch_rows,
-    parse_captions,
-    parse_keywords,
-    parse_labels,
-    parse_split,
 )
 from t2i.errors import InputError
 
@@ -44,26 +37,24 @@ def open_metadata(root: Path, files: list[Path], notes: SourceNotes, columns: Co
 
     A row has file_name, relative to the metadata file, text or caption, and optionally keywords, split and a label.
     """
-    check_column_unset("image", columns.image, "metadata lists its pictures in file_name")
+    columns.check_unset("image", reason="metadata lists its pictures in file_name")
     tables = [file for file in files if file.name in METADATA_FILES]
     for first, second in zip(tables, tables[1:]):
         if first.parent == second.parent:
             raise InputError(f"both {first.name} and {second.name} are in {str(first.parent)!r}; remove one")
     column = {table: find_caption_column(table, columns) for table in tables}
-    splits = infer_splits([get_relative_name(table.parent, root) for table in tables])
-    for file in files:
-        if not is_image_file(file) and file not in column:
-            count_ignored_file(file, notes)
+    splits = infer_splits([table.parent.relative_to(root).as_posix() for table in tables])
+    notes.count_ignored(file for file in files if not is_image_file(file) and file not in column)
 
     def iterate_listed_samples() -> Iterator[Sample]:
         for table, split in zip(tables, splits):
-            folder = "" if table.parent == root else get_relative_name(table.parent, root) + "/"
+            name = table.relative_to(root)
+            chosen = Columns(caption=column[table], label=columns.label)
             for number, row in iterate_metadata_rows(table):
-                chosen = Columns(caption=column[table], label=columns.label)
-                yield build_metadata_sample(folder, f"{get_relative_name(table, root)}:{number}", row, chosen, split)
+                yield build_metadata_sample(name.parent, f"{name.as_posix()}:{number}", row, chosen, split)
 
     def iterate_samples(work: Path) -> Iterator[Sample]:
-        left = {get_relative_name(file, root) for file in files if is_image_file(file)}
+        left = {file.relative_to(root).as_posix() for file in files if is_image_file(file)}
         # Read the metadata twice rather than keep it in memory
         rows = Counter(sample.file for sample in iterate_listed_samples() if sample.file)
         for sample in iterate_listed_samples():
@@ -142,7 +133,7 @@ def iterate_json_rows(lines: BinaryIO) -> Iterator[tuple[int, dict[str, Any] | R
 
 
 def build_metadata_sample(
-    folder: str, key: str, row: dict[str, Any] | RejectedSample, columns: Columns, split: str | None
+    folder: Path, key: str, row: dict[str, Any] | RejectedSample, columns: Columns, split: str | None
 ) -> Sample:
     """Return the sample of a row; `key` names it until its file name is known."""
     sample = Sample(key)
@@ -154,12 +145,9 @@ def build_metadata_sample(
             raise RejectedSample(Reason.bad_row, "no file_name")
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise RejectedSample(Reason.outside_folder, escape_name(name))
-        sample = build_file_sample(folder + PurePosixPath(name).as_posix())
+        sample = build_file_sample((folder / name).as_posix())
         if sample.problem is None:
-            sample.captions = parse_captions(row.get(str(columns.caption)))
-            sample.keywords = parse_keywords(row.get("keywords"))
-            sample.labels = parse_labels(row.get(columns.label)) if columns.label else []
-            sample.split = parse_split(row.get("split")) or split
+            sample.read_row(row, columns, split)
     except RejectedSample as error:
         sample.problem = error
     return sample

@@ -22,15 +22,9 @@ from t2i.data.sources.samples import (
     Source,
     SourceNotes,
     choose_column,
-    count_ignored_file,
     escape_name,
-    get_relative_name,
     infer_splits,
     iterate_batch_rows,
-    parse_captions,
-    parse_keywords,
-    parse_labels,
-    parse_split,
 )
 from t2i.errors import InputError
 
@@ -43,16 +37,14 @@ def open_parquet(root: Path, files: list[Path], columns: Columns, notes: SourceN
     """Return the source of Parquet files with the same columns. Raises InputError, with the columns of the file."""
     notes = notes or SourceNotes()
     tables = [file for file in files if file.suffix.lower() == ".parquet"]
-    for file in files:
-        if file not in tables:
-            count_ignored_file(file, notes)
+    notes.count_ignored(file for file in files if file not in tables)
     total = needed = 0
     for table in tables:
         parquet = open_table(table)
         chosen = choose_columns(parquet.schema_arrow, columns, table)  # refuse before any work
         total += parquet.metadata.num_rows
         needed += count_uncompressed_bytes(parquet.metadata, list_used_columns(parquet, chosen))
-    names = [get_relative_name(table, root) for table in tables]
+    names = [table.relative_to(root).as_posix() for table in tables]
 
     def iterate_samples(work: Path) -> Iterator[Sample]:
         if (free := shutil.disk_usage(work).free) < needed:
@@ -183,7 +175,7 @@ def index_arrow_rows(
 ) -> Iterator[Sample]:
     """Yield the samples of an Arrow file, with the offset of each picture's bytes in it."""
     assert columns.image and columns.caption
-    file = get_relative_name(path, root)
+    file = path.relative_to(root).as_posix()
     buffer = pa.memory_map(str(path)).read_buffer()
     notes.containers[file] = buffer.size
     number = 0
@@ -199,10 +191,7 @@ def index_arrow_rows(
                     raise row
                 check_cell_bytes(picture)
                 sample.file, (sample.offset, sample.size) = file, place
-                sample.captions = parse_captions(row[columns.caption])
-                sample.keywords = parse_keywords(row.get("keywords"))
-                sample.labels = parse_labels(row[columns.label]) if columns.label else []
-                sample.split = parse_split(row.get("split")) or split
+                sample.read_row(row, columns, split)
             except RejectedSample as error:
                 sample.problem = error
             yield sample

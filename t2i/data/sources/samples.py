@@ -4,7 +4,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -46,6 +46,16 @@ class Sample:
     split: str | None = None  # train, held_out, or None: the check decides
     problem: RejectedSample | None = None
 
+    def read_row(self, row: dict[str, Any], columns: "Columns", split: str | None) -> None:
+        """Take captions, keywords, labels and split from a row of a table; `split`: where the row has none.
+
+        Raises RejectedSample.
+        """
+        self.captions = parse_captions(row.get(str(columns.caption)))
+        self.keywords = parse_keywords(row.get("keywords"))
+        self.labels = parse_labels(row.get(columns.label)) if columns.label else []
+        self.split = parse_split(row.get("split")) or split
+
 
 @dataclass
 class SourceNotes:
@@ -54,6 +64,9 @@ class SourceNotes:
     ignored: Counter[str] = field(default_factory=Counter)  # files by suffix
     shards: list[str] = field(default_factory=list)  # a line for each problem
     containers: dict[str, int] = field(default_factory=dict)  # files with many pictures: sizes in bytes
+
+    def count_ignored(self, files: Iterable[Path]) -> None:
+        self.ignored.update(file.suffix.lower() or "no suffix" for file in files)
 
 
 @dataclass
@@ -74,22 +87,15 @@ class Columns:
     caption: str | None = None
     label: str | None = None  # None: the samples have no labels
 
-
-def check_column_unset(kind: str, column: str | None, reason: str) -> None:
-    if column is not None:
-        raise InputError(f"--{kind}-column {column!r} does not apply: {reason}")
-
-
-def count_ignored_file(path: Path, notes: SourceNotes) -> None:
-    notes.ignored[path.suffix.lower() or "no suffix"] += 1
+    def check_unset(self, *kinds: str, reason: str) -> None:
+        """Raise InputError if the command line names a column of these kinds, which the source does not have."""
+        for kind in kinds:
+            if (column := getattr(self, kind)) is not None:
+                raise InputError(f"--{kind}-column {column!r} does not apply: {reason}")
 
 
 def is_image_file(file: Path) -> bool:
     return file.suffix.lower() in IMAGE_SUFFIXES
-
-
-def get_relative_name(file: Path, root: Path) -> str:
-    return file.relative_to(root).as_posix()
 
 
 def build_file_sample(name: str) -> Sample:

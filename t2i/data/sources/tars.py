@@ -24,11 +24,8 @@ from t2i.data.sources.samples import (
     Sample,
     Source,
     SourceNotes,
-    check_column_unset,
     check_name,
-    count_ignored_file,
     escape_name,
-    get_relative_name,
     infer_splits,
     open_inside_root,
     parse_caption_bytes,
@@ -69,8 +66,8 @@ def has_images(file: Path) -> bool:
 
 def open_tars(root: Path, files: list[Path], columns: Columns, notes: SourceNotes | None = None) -> Source:
     """Return the source of shards with captions in .txt or .json. Raises InputError for a compressed shard."""
-    check_column_unset("image", columns.image, "tars contain pictures as files")
-    check_column_unset("label", columns.label, "tars contain no labels")
+    columns.check_unset("image", reason="tars contain pictures as files")
+    columns.check_unset("label", reason="tars contain no labels")
     notes = notes or SourceNotes()
     shards = [file for file in files if is_tar(file)]
     for shard in shards:
@@ -78,13 +75,11 @@ def open_tars(root: Path, files: list[Path], columns: Columns, notes: SourceNote
             raise InputError(
                 f"{str(shard)!r} is compressed and cannot be read by offset; decompress it to a plain .tar"
             )
-    for file in files:
-        if not is_tar(file) and not file.name.endswith("_stats.json"):
-            count_ignored_file(file, notes)
-    notes.shards += find_shard_gaps([get_relative_name(shard, root) for shard in shards])
+    notes.count_ignored(file for file in files if not is_tar(file) and not file.name.endswith("_stats.json"))
+    names = [shard.relative_to(root).as_posix() for shard in shards]
+    notes.shards += find_shard_gaps(names)
 
     def iterate_samples(work: Path) -> Iterator[Sample]:
-        names = [get_relative_name(shard, root) for shard in shards]
         for name, split in zip(names, infer_splits(names)):
             try:
                 with open_inside_root(root, check_name(name)) as file:
