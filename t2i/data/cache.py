@@ -129,32 +129,31 @@ class CachedPairs(Dataset):
             row = torch.tensor([index % self.shard_size for index, _ in chosen])
             draw = torch.tensor([draw % self.variations for _, draw in chosen])
             parts.append(gather_rows(self.open_shard(number), row, draw))
-        batch = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        text = pad_texts(batch["text_embeds"], batch["states"], batch["lengths"]) if self.text else None
-        tokens = pad_tokens(batch["states"], batch["lengths"]) if self.tokens else None
-        embeds, latents = batch.get("image_embeds"), batch.get("latents")
-        if len(parts) > 1:  # from the order of the shards to that of the keys
-            inverse = torch.tensor(order).argsort()
-            embeds, latents = (None if tensor is None else tensor[inverse] for tensor in (embeds, latents))
-            text = text and text.map_tensors(lambda tensor: tensor[inverse])
-            tokens = tokens and tokens.map_tensors(lambda tensor: tensor[inverse])
+        rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+        # Make the batch, and bring it from the order of the shards to that of the keys
         captions = [] if self.captions is None else [self.captions.get_caption(*key) for key in keys]
         index = torch.tensor([index for index, _ in keys])
-        return Batch(index, captions, image_embeds=embeds, latents=latents, text=text, tokens=tokens)
+        batch = Batch(index, captions, image_embeds=rows.get("image_embeds"), latents=rows.get("latents"))
+        if self.text or self.tokens:
+            tokens = pad_tokens(rows["states"], rows["lengths"])
+            batch.text = TextEncoding(rows["text_embeds"], tokens.states, tokens.mask) if self.text else None
+            batch.tokens = tokens if self.tokens else None
+        inverse = torch.tensor(order).argsort()
+        return batch if len(parts) == 1 else batch.map_tensors(lambda tensor: tensor[inverse])
 
     def open_shard(self, number: int) -> dict[str, Tensor]:
         """Return the tensors of a shard that batches need, mapped into memory. Raises InputError if one is missing."""
         if number not in self.shard_tensors:
             tensors, row = open_tensors(self.paths[number]), self.rows[number]
-            needed = {"keys": None, "key_offsets": row["pictures"] + 1}
-            needed |= {"image_embeds": row["pictures"]} if self.clip else {}
-            needed |= {"latents": row["pictures"]} if self.latents else {}
+            images, texts = row["pictures"], row["captions"]
+            needed = {"keys": None, "key_offsets": images + 1}  # rows of each tensor; None: any number
+            needed |= {"image_embeds": images} if self.clip else {}
+            needed |= {"latents": images} if self.latents else {}
             if self.text:
-                needed |= {"text_embeds": row["captions"], "text_offsets": row["captions"] + 1}
-                needed |= {"text_states": None, "choice": row["pictures"]}
+                needed |= {"text_embeds": texts, "text_offsets": texts + 1, "text_states": None, "choice": images}
             if self.tokens:
-                needed |= {"text_encoder_states": None, "text_encoder_offsets": row["captions"] + 1}
-                needed |= {"choice": row["pictures"]}
+                needed |= {"text_encoder_states": None, "text_encoder_offsets": texts + 1, "choice": images}
             for name, count in needed.items():
                 if name not in tensors or count not in (None, len(tensors[name])):
                     fault = f"{name} is missing or has another length"
@@ -195,12 +194,6 @@ def gather_rows(shard: dict[str, Tensor], row: Tensor, draw: Tensor) -> dict[str
         token = torch.arange(int(length.sum())) + (start - start_in_batch).repeat_interleave(length)
         rows |= {"states": shard[f"{kind}_states"][token].float(), "lengths": length}
     return rows
-
-
-def pad_texts(embeds: Tensor, states: Tensor, lengths: Tensor) -> TextEncoding:
-    """Pad captions whose tokens lie end to end, (T, W), to the longest."""
-    tokens = pad_tokens(states, lengths)
-    return TextEncoding(embeds, tokens.states, tokens.mask)
 
 
 def pad_tokens(states: Tensor, lengths: Tensor) -> TokenStates:
@@ -259,12 +252,17 @@ def check_shard_values(path: Path, tensors: dict[str, Tensor]) -> None:
 def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a shard, then the JSON with its SHA-256. Raises InputError for values that are not finite."""
     check_shard_values(path, tensors)
-    with create_file_atomically(path) as unfinished:
-        save_file(tensors, unfinished)
-        row = {"sha256": compute_file_sha256(unfinished), "bytes": unfinished.stat().st_size}
+    row = save_with_digest(path, tensors)
     captions = tensors.get("text_offsets", tensors.get("text_encoder_offsets", [0]))
     row |= {"pictures": len(tensors["key_offsets"]) - 1, "captions": len(captions) - 1}
     write_json_file(path.with_suffix(".json"), row)
+
+
+def save_with_digest(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Write a safetensors file, complete or not at all, and return its SHA-256 and its size."""
+    with create_file_atomically(path) as unfinished:
+        save_file(tensors, unfinished)
+        return {"sha256": compute_file_sha256(unfinished), "bytes": unfinished.stat().st_size}
 
 
 def find_shard_damage(path: Path) -> str | None:
@@ -281,19 +279,13 @@ def finish_cache(
     folder: Path, key: dict[str, Any], facts: dict[str, Any], shared: dict[str, Tensor], counts: dict
 ) -> None:
     """Write shared.safetensors and cache.json, which finish a cache. `counts`: number of shards of each split."""
-    with create_file_atomically(folder / "shared.safetensors") as unfinished:
-        save_file(shared, unfinished)
-        row = {"sha256": compute_file_sha256(unfinished), "bytes": unfinished.stat().st_size}
-    splits = {
-        split: [
-            json.loads(build_shard_path(folder, split, number).with_suffix(".json").read_text())
-            for number in range(count)
-        ]
-        for split, count in counts.items()
-    }
-    write_json_file(
-        folder / "cache.json", {"format": CACHE_FORMAT, "key": key, **facts, "shared": row, "splits": splits}
-    )
+    row = save_with_digest(folder / "shared.safetensors", shared)
+    splits = {}
+    for split, count in counts.items():
+        paths = [build_shard_path(folder, split, number) for number in range(count)]
+        splits[split] = [json.loads(path.with_suffix(".json").read_text()) for path in paths]
+    content = {"format": CACHE_FORMAT, "key": key, **facts, "shared": row, "splits": splits}
+    write_json_file(folder / "cache.json", content)
     for leftover in folder.glob(".*.unfinished"):
         leftover.unlink(missing_ok=True)
 

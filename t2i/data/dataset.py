@@ -8,9 +8,10 @@ import random
 import signal
 import threading
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from t2i.config import DataConfig
 from t2i.data.manifest import Manifest, open_manifest, open_manifests
 from t2i.data.pictures import decode_image, silence_pillow, to_tensor
 from t2i.data.reasons import RejectedSample
-from t2i.diffusion.condition import TextEncoding, TokenStates
+from t2i.diffusion.condition import Condition, TextEncoding, TokenStates
 from t2i.errors import InputError
 
 MAX_READ_ATTEMPTS = 100  # so many unreadable pictures in a row mean that the disk or the folder is at fault
@@ -74,12 +75,18 @@ class Batch:
     tokens: TokenStates | None = None  # of a decoder's own text encoder
     rejected: list[tuple[str, str]] = field(default_factory=list)  # (key, reason) of pictures that were replaced
 
+    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        """Apply a function to every tensor but `index`."""
+        mapped: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor) and name != "index":
+                mapped[name] = function(value)
+            elif isinstance(value, Condition):
+                mapped[name] = value.map_tensors(function)
+        return replace(self, **mapped)
+
     def to(self, device: torch.device) -> "Batch":
-        tensors = {name: getattr(self, name) for name in ("image", "image_embeds", "latents", "labels")}
-        moved = {name: value.to(device, non_blocking=True) for name, value in tensors.items() if value is not None}
-        text = self.text and self.text.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
-        tokens = self.tokens and self.tokens.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
-        return replace(self, text=text, tokens=tokens, **moved)
+        return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
 
 class CaptionedPictures(Dataset):

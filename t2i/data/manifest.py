@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -151,7 +152,8 @@ def write_rows(file: Path, rows: Iterable[ManifestRow], report: Report, about: d
     `about` is the JSON of the metadata. It is written last, for sources find their containers while they are read.
     """
     with pq.ParquetWriter(file, MANIFEST_SCHEMA, compression="zstd") as writer:
-        for group in iterate_groups(map(asdict, rows), ROW_GROUP_SIZE):
+        remaining = map(asdict, rows)
+        while group := list(islice(remaining, ROW_GROUP_SIZE)):
             for row in group:
                 report.count_row(row)
             writer.write_table(pa.Table.from_pylist(group, MANIFEST_SCHEMA))
@@ -200,7 +202,8 @@ def examine_sample(sample: Sample, root: Path, held_out: float, min_size: int) -
             raise sample.problem
         data = read_range(root, sample.file, sample.offset, sample.size)
         row.size, row.sha256 = len(data), hashlib.sha256(data).digest()
-        if sample.split is None and is_chosen_by_hash(row.sha256, held_out):
+        # By the hash of the picture, so that its copies are in the same split
+        if sample.split is None and int.from_bytes(row.sha256[:8]) < held_out * 2**64:
             row.split = "held_out"
         row.width, row.height = decode_image(data).size
         if min(row.width, row.height) < min_size:
@@ -208,11 +211,6 @@ def examine_sample(sample: Sample, root: Path, held_out: float, min_size: int) -
     except RejectedSample as error:
         row.mark_rejected(error.reason, error.detail)
     return row
-
-
-def is_chosen_by_hash(digest: bytes, fraction: float) -> bool:
-    """Return True for about this fraction of all digests; copies of a picture get the same answer."""
-    return int.from_bytes(digest[:8]) < fraction * 2**64
 
 
 def map_in_order(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
@@ -240,17 +238,6 @@ def reject_duplicates(rows: Iterable[ManifestRow]) -> Iterator[ManifestRow]:
                 row.mark_rejected(Reason.duplicate, "")
             seen.add(row.sha256)
         yield row
-
-
-def iterate_groups(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    group: list[Item] = []
-    for item in items:
-        group.append(item)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group
 
 
 def find_duplicates(manifest: Path) -> Duplicates:

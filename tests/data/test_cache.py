@@ -23,7 +23,7 @@ from t2i.training.common.encodings import FrozenModels, open_source
 
 from t2i.config import DataConfig, load_config
 from t2i.data import CaptionedPictures
-from t2i.data.cache import CachedPairs, compute_statistics, pad_texts, strip_padding, write_shard
+from t2i.data.cache import CachedPairs, compute_statistics, pad_tokens, strip_padding, write_shard
 from t2i.data.manifest import write_manifest
 from t2i.diffusion.condition import TextEncoding
 from t2i.errors import InputError
@@ -124,8 +124,8 @@ def test_trimmed_encodings_restore_exactly():
     text = TextEncoding(torch.randn(4, 2), torch.randn(4, 5, 3) * mask[..., None], mask)
     states, counts = strip_padding(text)
     assert states.shape == (9, 3) and counts.equal(lengths)
-    restored = pad_texts(text.embedding, states, counts)
-    assert all(torch.equal(getattr(restored, name), getattr(text, name)) for name in ("embedding", "states", "mask"))
+    restored = pad_tokens(states, counts)
+    assert torch.equal(restored.states, text.states) and torch.equal(restored.mask, text.mask)
 
 
 def test_statistics_and_the_empty_caption_are_those_of_the_training_split(runs, finished):
