@@ -26,10 +26,9 @@ def get_single_label(sample: Any, column: str) -> str:
 
 def write_labels(folder: Path, column: str, labels: dict[str, str]) -> None:
     """Write the label of each key into `folder/labels.parquet`."""
-    table = pa.table({"key": list(labels), "label": list(labels.values())}, LABELS_SCHEMA)
-    pq.write_table(
-        table.replace_schema_metadata({b"column": column.encode()}), folder / LABELS_FILE, compression="zstd"
-    )
+    schema = LABELS_SCHEMA.with_metadata({b"column": column.encode()})
+    table = pa.table({"key": list(labels), "label": list(labels.values())}, schema)
+    pq.write_table(table, folder / LABELS_FILE, compression="zstd")
 
 
 class Labels:

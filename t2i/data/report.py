@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from t2i.data.reasons import Reason
 from t2i.data.sources.samples import SourceNotes
 
-SIDE_BINS = (8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096)  # lower edges of the bins
+SIDE_BINS = (1, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096)  # lower edges of the bins
 MAX_LISTED = 10  # shards and kinds of ignored files in the terminal
 SHAPE_LIMITS = {"tall": 0.6, "3:4": 0.9, "square": 1.1, "4:3": 1.6, "wide": float("inf")}  # width / height below
 
@@ -61,7 +61,7 @@ class Report:
         self.ok += 1
         self.held_out += row["split"] == "held_out"
         self.captions += len(row["captions"])
-        self.sides[max(edge for edge in (1, *SIDE_BINS) if edge <= min(width, height))] += 1
+        self.sides[max(edge for edge in SIDE_BINS if edge <= min(width, height))] += 1
         self.shapes[next(name for name, limit in SHAPE_LIMITS.items() if width / height < limit)] += 1
 
     def write_files(self, folder: Path) -> None:
@@ -117,9 +117,8 @@ class Report:
         return [*lines, f"manifest: {self.manifest}"]
 
     def format_ignored(self) -> str:
-        return ", ".join(
-            f"{count:,} {sanitize_text(kind)}" for kind, count in self.notes.ignored.most_common(MAX_LISTED)
-        )
+        most = self.notes.ignored.most_common(MAX_LISTED)
+        return ", ".join(f"{count:,} {sanitize_text(kind)}" for kind, count in most)
 
     def format_complaint(self) -> str | None:
         """Return one line if no sample was accepted, else None."""
@@ -147,8 +146,8 @@ def sanitize_text(text: str) -> str:
 def plot_sizes(report: Report) -> Image.Image:
     """Draw two bar charts: the short sides and the shapes of the pictures."""
     sheet = Image.new("RGB", (1080, 420), "white")
-    used = [edge for edge in (1, *SIDE_BINS) if report.sides[edge]]
-    edges = [edge for edge in (1, *SIDE_BINS) if used and used[0] <= edge <= used[-1]]  # empty bins between them too
+    used = [edge for edge in SIDE_BINS if report.sides[edge]]
+    edges = [edge for edge in SIDE_BINS if used and used[0] <= edge <= used[-1]]  # empty bins between them too
     sides = {str(edge) if edge < SIDE_BINS[-1] else f"{edge}+": report.sides[edge] for edge in edges}
     shapes = {name: report.shapes[name] for name in SHAPE_LIMITS}
     plot_bars(sheet, (40, 20, 700, 400), f"Short side of {report.ok:,} pictures, in pixels from", sides)
@@ -176,7 +175,6 @@ def plot_bars(sheet: Image.Image, box: tuple[int, int, int, int], title: str, ba
 
 def format_count(count: int) -> str:
     """Return a count in at most five characters: 950, 3,655, 12.3k, 4.5M."""
-    for unit, size in (("M", 10**6), ("k", 10**3)):
-        if count >= size * (1 if unit == "M" else 10):
-            return f"{count / size:.1f}{unit}"
-    return f"{count:,}"
+    if count >= 10**6:
+        return f"{count / 10**6:.1f}M"
+    return f"{count / 10**3:.1f}k" if count >= 10**4 else f"{count:,}"

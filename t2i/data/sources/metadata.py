@@ -4,6 +4,7 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TextIO
@@ -13,13 +14,11 @@ import pyarrow.parquet as pq
 
 from t2i.data.reasons import Reason, RejectedSample
 from t2i.data.sources.samples import (
-    CAPTION_COLUMNS,
     Columns,
     Sample,
     Source,
     SourceNotes,
     build_file_sample,
-    choose_column,
     escape_name,
     infer_splits,
     is_image_file,
@@ -42,16 +41,15 @@ def open_metadata(root: Path, files: list[Path], notes: SourceNotes, columns: Co
     for first, second in zip(tables, tables[1:]):
         if first.parent == second.parent:
             raise InputError(f"both {first.name} and {second.name} are in {str(first.parent)!r}; remove one")
-    column = {table: find_caption_column(table, columns) for table in tables}
+    chosen = {table: choose_table_columns(table, columns) for table in tables}
     splits = infer_splits([table.parent.relative_to(root).as_posix() for table in tables])
-    notes.count_ignored(file for file in files if not is_image_file(file) and file not in column)
+    notes.count_ignored(file for file in files if not is_image_file(file) and file not in chosen)
 
     def iterate_listed_samples() -> Iterator[Sample]:
         for table, split in zip(tables, splits):
             name = table.relative_to(root)
-            chosen = Columns(caption=column[table], label=columns.label)
             for number, row in iterate_metadata_rows(table):
-                yield build_metadata_sample(name.parent, f"{name.as_posix()}:{number}", row, chosen, split)
+                yield build_metadata_sample(name.parent, f"{name.as_posix()}:{number}", row, chosen[table], split)
 
     def iterate_samples(work: Path) -> Iterator[Sample]:
         left = {file.relative_to(root).as_posix() for file in files if is_image_file(file)}
@@ -71,15 +69,14 @@ def open_metadata(root: Path, files: list[Path], notes: SourceNotes, columns: Co
     return Source(root, iterate_samples, notes)
 
 
-def find_caption_column(table: Path, columns: Columns) -> str:
-    """Return the name of the captions' column. Raises InputError if a column is missing or ambiguous."""
+def choose_table_columns(table: Path, columns: Columns) -> Columns:
+    """Choose the columns of caption and label. Raises InputError if a column is missing or ambiguous."""
     rows = (row for _, row in islice(iterate_metadata_rows(table), INSPECTED_ROWS) if isinstance(row, dict))
     names = list(dict.fromkeys(map(str, chain.from_iterable(rows))))
     if names and "file_name" not in names:
         raise InputError(f"no column file_name in {str(table)!r}; its columns: {', '.join(map(escape_name, names))}")
-    if columns.label is not None:
-        choose_column("label", columns.label, (), names, table)
-    return choose_column("caption", columns.caption, CAPTION_COLUMNS, names, table) if names else "text"
+    # No row could be read so far; later ones may have the usual column.
+    return columns.choose_texts(names, table) if names else replace(columns, caption="text")
 
 
 def iterate_metadata_rows(table: Path) -> Iterator[tuple[int, dict[str, Any] | RejectedSample]]:

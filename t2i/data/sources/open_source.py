@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from t2i.data.sources import parquet, tars
 from t2i.data.sources.metadata import METADATA_FILES, open_metadata
 from t2i.data.sources.samples import Columns, Source, SourceNotes
 from t2i.data.sources.sidecars import has_pairs, open_sidecars
@@ -19,14 +20,11 @@ LEFTOVER_SUFFIXES = (".unfinished", ".replaced")  # of folders whose writing was
 
 def open_source(name: str, columns: Columns) -> Source:
     """Open the source of a path or of a name on the hub. Raises InputError if it does not exist or cannot be read."""
-    from t2i.data.sources import parquet as rows
-    from t2i.data.sources import tars
-
     # A name on the hub: not data/typo, whose first folder exists here
     path = Path(name)
     is_local = path.exists() or path.parts[:1] and Path(path.parts[0]).exists()
     if name.startswith("hub:") or (not is_local and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)):
-        return rows.open_hub(name.removeprefix("hub:"), columns)
+        return parquet.open_hub(name.removeprefix("hub:"), columns)
     if not path.exists():
         raise InputError(f"no file or folder {name!r}; give one, or hub:ORGANISATION/NAME")
     # A single file
@@ -37,7 +35,7 @@ def open_source(name: str, columns: Columns) -> Source:
         if path.suffix.lower() == ".tar":
             return tars.open_tars(path.parent, [path], columns)
         if path.suffix.lower() == ".parquet":
-            return rows.open_parquet(path.parent, [path], columns)
+            return parquet.open_parquet(path.parent, [path], columns)
         raise InputError(f"{name!r} is neither a .tar nor a .parquet file; give one of them, or a folder")
     if not path.is_dir():
         raise InputError(f"{name!r} is neither an ordinary file nor a folder")
@@ -50,8 +48,8 @@ def open_source(name: str, columns: Columns) -> Source:
     pairs = has_pairs(files)  # if so, tars and tables without pictures are ignored
     if shards and (not pairs or any(map(tars.has_images, shards))):
         return tars.open_tars(path, files, columns, notes)
-    if tables and (not pairs or any(map(rows.has_image_column, tables))):
-        return rows.open_parquet(path, files, columns, notes)
+    if tables and (not pairs or any(map(parquet.has_image_column, tables))):
+        return parquet.open_parquet(path, files, columns, notes)
     return open_sidecars(path, files, notes, columns)
 
 

@@ -6,6 +6,7 @@ they are: Parquet files are copied into Arrow files beside the manifest, and `da
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from os.path import commonpath
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ import pyarrow.parquet as pq
 
 from t2i.data.reasons import Reason, RejectedSample
 from t2i.data.sources.samples import (
-    CAPTION_COLUMNS,
     Columns,
     Sample,
     Source,
@@ -39,23 +39,23 @@ def open_parquet(root: Path, files: list[Path], columns: Columns, notes: SourceN
     tables = [file for file in files if file.suffix.lower() == ".parquet"]
     notes.count_ignored(file for file in files if file not in tables)
     total = needed = 0
+    chosen: list[Columns] = []
     for table in tables:
         parquet = open_table(table)
-        chosen = choose_columns(parquet.schema_arrow, columns, table)  # refuse before any work
+        chosen.append(choose_columns(parquet.schema_arrow, columns, table))
         total += parquet.metadata.num_rows
-        needed += count_uncompressed_bytes(parquet.metadata, list_used_columns(parquet, chosen))
+        needed += count_uncompressed_bytes(parquet.metadata, list_used_columns(parquet.schema_arrow, chosen[-1]))
     names = [table.relative_to(root).as_posix() for table in tables]
 
     def iterate_samples(work: Path) -> Iterator[Sample]:
         if (free := shutil.disk_usage(work).free) < needed:
             sizes = f"that takes {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free"
             raise InputError(f"the rows of {str(root)!r} are copied uncompressed into {str(work.parent)!r}: {sizes}")
-        for number, (table, name, split) in enumerate(zip(tables, names, infer_splits(names))):
+        (work / "rows").mkdir()
+        for number, (table, used, name, split) in enumerate(zip(tables, chosen, names, infer_splits(names))):
             copy = work / "rows" / f"{number:05}.arrow"
-            copy.parent.mkdir(exist_ok=True)
-            chosen = choose_columns(open_table(table).schema_arrow, columns, table)
-            copy_rows(table, chosen, copy)
-            yield from index_arrow_rows(copy, work, escape_name(name), chosen, split, notes)
+            copy_rows(table, used, copy)
+            yield from index_arrow_rows(copy, work, escape_name(name), used, split, notes)
 
     return Source(None, iterate_samples, notes, total)
 
@@ -90,10 +90,7 @@ def choose_columns(schema: pa.Schema, columns: Columns, table: Path | str) -> Co
     if image is None and not pictures:
         raise InputError(f"no column of {str(table)!r} contains pictures; its columns: {', '.join(schema.names)}")
     image = choose_column("image", image, IMAGE_COLUMNS, names, table)
-    caption = choose_column("caption", columns.caption, CAPTION_COLUMNS, schema.names, table)
-    if columns.label is not None:
-        choose_column("label", columns.label, (), schema.names, table)
-    return Columns(image, caption, columns.label)
+    return replace(columns.choose_texts(schema.names, table), image=image)
 
 
 def is_bytes_type(kind: pa.DataType) -> bool:
@@ -102,15 +99,11 @@ def is_bytes_type(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-def list_used_columns(parquet: pq.ParquetFile, columns: Columns) -> list[str]:
+def list_used_columns(schema: pa.Schema, columns: Columns) -> list[str]:
+    """Return the names of the columns in use: the picture's, the caption's, and others that the table has."""
     assert columns.image and columns.caption
-    optional = [name for name in list_optional_columns(columns) if name in parquet.schema_arrow.names]
-    return list(dict.fromkeys([columns.image, columns.caption, *optional]))
-
-
-def list_optional_columns(columns: Columns) -> list[str]:
-    """Return the columns beside those of picture and caption, used if the table has them."""
-    return [*([columns.label] if columns.label else []), *OPTIONAL_COLUMNS]
+    others = [name for name in (columns.label, *OPTIONAL_COLUMNS) if name in schema.names]
+    return [columns.image, *dict.fromkeys([columns.caption, *others])]
 
 
 def count_uncompressed_bytes(metadata: pq.FileMetaData, names: list[str]) -> int:
@@ -123,7 +116,8 @@ def count_uncompressed_bytes(metadata: pq.FileMetaData, names: list[str]) -> int
 def copy_rows(table: Path, columns: Columns, copy: Path) -> None:
     """Copy the columns in use into an uncompressed Arrow stream."""
     parquet = open_table(table)
-    schema = pa.schema([parquet.schema_arrow.field(name) for name in list_used_columns(parquet, columns)])
+    names = dict.fromkeys(list_used_columns(parquet.schema_arrow, columns))
+    schema = pa.schema([parquet.schema_arrow.field(name) for name in names])
     try:
         with pa.OSFile(str(copy), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
             for batch in parquet.iter_batches(COPY_BATCH_SIZE, columns=schema.names):
@@ -145,20 +139,20 @@ def open_hub(name: str, columns: Columns) -> Source:
     except Exception as error:  # of a dozen types: network, files, the builder of the data set
         reason = str(error) or type(error).__name__
         raise InputError(f"{name!r} is neither a file here nor a data set that loads: {reason}") from error
-    has_splits = len(loaded) > 1 and "train" in loaded
-    parts: list[tuple[str, Path]] = [
-        (split, Path(file["filename"])) for split in loaded for file in loaded[split].cache_files
-    ]
+    splits: dict[str, str] = {}  # of the manifest, by the data set's
+    if len(loaded) > 1 and "train" in loaded:
+        splits = dict.fromkeys(loaded, "held_out") | {"train": "train"}
+    parts = [(name, Path(file["filename"])) for name in loaded for file in loaded[name].cache_files]
     if not parts:
         raise InputError(f"the data set {name!r} has no Arrow files in the cache of `datasets`")
     root = Path(commonpath([path.parent.resolve() for _, path in parts]))
-    chosen = {path: choose_columns(open_arrow(path).schema, columns, f"{name}, {split}") for split, path in parts}
+    chosen = {path: choose_columns(open_arrow(path).schema, columns, f"{name}, {part}") for part, path in parts}
     notes = SourceNotes()
 
     def iterate_samples(work: Path) -> Iterator[Sample]:
-        for name, path in parts:
-            split = None if not has_splits else "train" if name == "train" else "held_out"
-            yield from index_arrow_rows(path.resolve(), root, f"{name}/{path.name}", chosen[path], split, notes)
+        for part, path in parts:
+            key = f"{part}/{path.name}"
+            yield from index_arrow_rows(path.resolve(), root, key, chosen[path], splits.get(part), notes)
 
     return Source(root, iterate_samples, notes, sum(part.num_rows for part in loaded.values()))
 
@@ -174,15 +168,13 @@ def index_arrow_rows(
     path: Path, root: Path, name: str, columns: Columns, split: str | None, notes: SourceNotes
 ) -> Iterator[Sample]:
     """Yield the samples of an Arrow file, with the offset of each picture's bytes in it."""
-    assert columns.image and columns.caption
     file = path.relative_to(root).as_posix()
     buffer = pa.memory_map(str(path)).read_buffer()
     notes.containers[file] = buffer.size
     number = 0
     for batch in pa.ipc.open_stream(buffer):
-        names = dict.fromkeys([columns.caption, *list_optional_columns(columns)])
-        rows = iterate_batch_rows(batch.select([name for name in names if name in batch.schema.names]))
-        pictures = batch.column(columns.image)
+        image, *names = list_used_columns(batch.schema, columns)
+        rows, pictures = iterate_batch_rows(batch.select(names)), batch.column(image)
         for picture, place, row in zip(pictures, iterate_cell_ranges(pictures, buffer), rows):
             sample = Sample(f"{name}/{number}", split=split)
             number += 1

@@ -5,7 +5,7 @@ import re
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -86,6 +86,13 @@ class Columns:
     image: str | None = None
     caption: str | None = None
     label: str | None = None  # None: the samples have no labels
+
+    def choose_texts(self, names: list[str], table: Path | str) -> "Columns":
+        """Return the columns with that of the captions in a table with these `names`. Raises InputError."""
+        caption = choose_column("caption", self.caption, CAPTION_COLUMNS, names, table)
+        if self.label is not None:
+            choose_column("label", self.label, (), names, table)
+        return replace(self, caption=caption)
 
     def check_unset(self, *kinds: str, reason: str) -> None:
         """Raise InputError if the command line names a column of these kinds, which the source does not have."""
