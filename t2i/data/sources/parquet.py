@@ -51,7 +51,7 @@ def open_parquet(root: Path, files: list[Path], columns: Columns, notes: SourceN
         if (free := shutil.disk_usage(work).free) < needed:
             sizes = f"that takes {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free"
             raise InputError(f"the rows of {str(root)!r} are copied uncompressed into {str(work.parent)!r}: {sizes}")
-        (work / "rows").mkdir()
+        (work / "rows").mkdir(exist_ok=True)
         for number, (table, used, name, split) in enumerate(zip(tables, chosen, names, infer_splits(names))):
             copy = work / "rows" / f"{number:05}.arrow"
             copy_rows(table, used, copy)
@@ -102,7 +102,7 @@ def is_bytes_type(kind: pa.DataType) -> bool:
 def list_used_columns(schema: pa.Schema, columns: Columns) -> list[str]:
     """Return the names of the columns in use: the picture's, the caption's, and others that the table has."""
     assert columns.image and columns.caption
-    others = [name for name in (columns.label, *OPTIONAL_COLUMNS) if name in schema.names]
+    others = [name for name in (columns.label, *OPTIONAL_COLUMNS) if name and name in schema.names]
     return [columns.image, *dict.fromkeys([columns.caption, *others])]
 
 
