@@ -1,5 +1,6 @@
 """The command `t2i eval quality`, which compares drawn images with real ones."""
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,11 +79,11 @@ def evaluate_quality(
     check_comparison(comparison, drawing.build_settings())
     check_result_file(out)
 
-    # Measure, in several processes if asked to: then torchrun starts this command again
-    if num_processes > 1:
+    # Measure, in several processes if asked to: torchrun starts this same command in each, and sets RANK there
+    if num_processes > 1 and "RANK" not in os.environ:
         from t2i.runtime.launch import exec_torchrun
 
-        exec_torchrun(["-m", "t2i", *remove_command_option(sys.argv[1:], "--num-processes")], num_processes)
+        exec_torchrun(["-m", "t2i", *sys.argv[1:]], num_processes)
     measure_and_report(comparison, drawing.build_settings(), settings, out, device)
 
 
@@ -104,17 +105,6 @@ def check_comparison(comparison: Comparison, drawing: dict[str, Any]) -> None:
         check_choice("split", comparison.split, ("train", "held_out"))
     if comparison.image_size is not None:
         check_range("image-size", comparison.image_size, 8, 4096)
-
-
-def remove_command_option(arguments: list[str], option: str) -> list[str]:
-    """Return arguments without an option and its value."""
-    kept, rest = [], iter(arguments)
-    for word in rest:
-        if word == option:
-            next(rest, None)
-        elif not word.startswith(option + "="):
-            kept.append(word)
-    return kept
 
 
 def measure_and_report(

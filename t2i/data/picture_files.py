@@ -1,6 +1,5 @@
 """Picture files of a folder without captions, to be measured, sorted or searched."""
 
-import hashlib
 from pathlib import Path
 
 from t2i.data.manifest import MANIFEST_FILE, MANIFEST_FOLDER
@@ -27,9 +26,3 @@ def find_images(folder: str | Path) -> list[Path]:
     if not images:
         raise InputError(f"no pictures in {str(folder)!r}; they end in {', '.join(sorted(SUPPORTED_SUFFIXES))}")
     return images
-
-
-def compute_file_digest(path: Path) -> bytes:
-    """Return the SHA-256 of a file, 32 bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()

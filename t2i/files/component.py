@@ -152,22 +152,19 @@ def load_from_components(
 
     # Compare the tensors of the files with those of the model
     stored: dict[str, TensorSpec] = {}
-    names_by_prefix: dict[str, list[str]] = {prefix: [] for prefix in parts}
+    stored_by_prefix: dict[str, dict[str, TensorSpec]] = {}
     for prefix, part in parts.items():
-        for name, spec in part.tensor_specs.items():
-            if prefix + name not in unused:
-                stored[model_name(prefix, name)] = spec
-                names_by_prefix[prefix].append(model_name(prefix, name))
+        used = {name: spec for name, spec in part.tensor_specs.items() if prefix + name not in unused}
+        stored_by_prefix[prefix] = {model_name(prefix, name): spec for name, spec in used.items()}
+        stored |= stored_by_prefix[prefix]
     folder = next(iter(parts.values())).folder
     with bounded_meta_device(stored, folder):
         expected = {name: tensor for name, tensor in make().state_dict().items() if name not in extra}
     # One component at a time, so that the message names its folder.
     for prefix, part in parts.items():
-        own = {name: stored[name] for name in names_by_prefix[prefix]}
-        missing = {name for name in expected if name.startswith(prefix) and name not in stored}
-        check_tensor_specs(
-            {name: tensor for name, tensor in expected.items() if name in own or name in missing}, own, part.folder
-        )
+        own = stored_by_prefix[prefix]
+        names = [name for name in expected if name in own or (name.startswith(prefix) and name not in stored)]
+        check_tensor_specs({name: expected[name] for name in names}, own, part.folder)
 
     # Fill the model
     with init_empty_weights(include_buffers=False):
