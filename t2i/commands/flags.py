@@ -90,11 +90,9 @@ def share_options(command: Callable[..., Result]) -> Callable[..., Result]:
 
     @wraps(command)
     def run_command(**values: Any) -> Result:
-        built = {
-            name: group(**{field.name: values.pop(field.name) for field in fields(group)})
-            for name, group in groups.items()
-        }
-        return command(**values, **built)
+        for name, group in groups.items():
+            values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
+        return command(**values)
 
     # typer calls inspect.signature, which returns this attribute if there is one.
     run_command.__signature__ = signature(command).replace(parameters=parameters)  # type: ignore[attr-defined]

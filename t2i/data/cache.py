@@ -340,10 +340,7 @@ def check_cache_key(folder: Path, key: dict[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    def read_object(path: Path) -> dict[str, Any]:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("not a JSON object")
-        return content
-
-    return load_or_explain(read_object, path)
+    content = load_or_explain(lambda path: json.loads(path.read_text(encoding="utf-8")), path)
+    if not isinstance(content, dict):
+        raise InputError(f"{str(path)!r} does not load: ValueError: not a JSON object")
+    return content

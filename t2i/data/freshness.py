@@ -8,7 +8,7 @@ from t2i.data.manifest import find_manifest, read_manifest_metadata
 from t2i.data.reasons import Reason
 from t2i.data.sources.metadata import METADATA_FILES
 from t2i.data.sources.open_source import open_source
-from t2i.data.sources.samples import Columns, Sample
+from t2i.data.sources.samples import Columns
 from t2i.errors import InputError
 
 PRESENT_ROWS = [("status", "!=", Reason.missing_file.name)]
@@ -35,21 +35,11 @@ def find_changes(path: str | Path) -> str | None:
     has_text_files = not any(next(root.rglob(name), None) for name in METADATA_FILES)
     samples = (sample for sample in source.iterate_samples(root) if sample.file)
     now = {sample.file: sample for sample in samples if (root / sample.file).is_file()}
-    changes = {
-        "new": now.keys() - before.keys(),
-        "gone": before.keys() - now.keys(),
-        "changed": {
-            name
-            for name in now.keys() & before.keys()
-            if is_sample_changed(root, now[name], before[name], has_text_files)
-        },
-    }
+    changes = {"new": now.keys() - before.keys(), "gone": before.keys() - now.keys(), "changed": set()}
+    for name in now.keys() & before.keys():
+        size = before[name]["size"]
+        other_captions = has_text_files and now[name].captions != before[name]["captions"]
+        if other_captions or (size is not None and (root / name).stat().st_size != size):
+            changes["changed"].add(name)
     phrases = [f"{len(names):,} {kind} (such as {min(names)!r})" for kind, names in changes.items() if names]
     return ", ".join(phrases) or None
-
-
-def is_sample_changed(root: Path, sample: Sample, row: dict, compare_captions: bool) -> bool:
-    """Return True if a picture has another size than when it was checked, or other captions."""
-    if compare_captions and sample.captions != row["captions"]:
-        return True
-    return row["size"] is not None and (root / sample.file).stat().st_size != row["size"]

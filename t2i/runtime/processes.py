@@ -149,7 +149,7 @@ class ProcessWatch:
             # The connection to a dead process breaks. Wait until the dead one is surely silent, to name it.
             time.sleep((MAX_MISSED_HEARTBEATS + 2) * HEARTBEAT_SECONDS)
             if silent := self.find_silent_processes():
-                self.end_process(self.format_process_failure(silent, "died"))
+                self.end_process(silent, "died")
             raise
         finally:
             self.wait_started_at = 0.0
@@ -206,13 +206,10 @@ class ProcessWatch:
         if self.wait_started_at != wait:
             return
         if asked_to_end and silent:
-            self.end_process(self.format_process_failure(silent, "died"))
+            self.end_process(silent, "died")
         elif stalled:
             late = silent or [rank for rank, other in self.heartbeats.items() if other.waits < self.wait_count]
-            reason = f"did not arrive within {self.stall_timeout:g} s (train.stall_timeout)"
-            self.end_process(
-                self.format_process_failure(late, reason) if late else f"the processes {reason}. {self.advice()}"
-            )
+            self.end_process(late, f"did not arrive within {self.stall_timeout:g} s (train.stall_timeout)")
 
     def find_silent_processes(self) -> list[int]:
         """Return the ranks without a heartbeat during this wait; rank 0 if the store, which it serves, is silent."""
@@ -222,12 +219,13 @@ class ProcessWatch:
             return [0] if self.rank else []
         return [rank for rank, other in self.heartbeats.items() if max(other.seen_at, start) < long_ago]
 
-    def format_process_failure(self, ranks: list[int], reason: str) -> str:
-        names = ", ".join(map(str, ranks))
-        return f"process {names} of {self.world} {reason}, as seen by process {self.rank}. {self.advice()}"
-
-    def end_process(self, message: str) -> None:
-        print_error_line(message)
+    def end_process(self, ranks: list[int], reason: str) -> None:
+        """Exit at once, with a line that names the processes of these ranks as the cause, if there are any."""
+        failure = f"the processes {reason}"
+        if ranks:
+            names = ", ".join(map(str, ranks))
+            failure = f"process {names} of {self.world} {reason}, as seen by process {self.rank}"
+        print_error_line(f"{failure}. {self.advice()}")
         os._exit(1)
 
     def close(self) -> None:
