@@ -80,6 +80,7 @@ def parity(
     from t2i.pipelines.jobs.parity import compare_public_stages
 
     prompts = prompt or PARITY_PROMPTS
+    # Print each stage when it is done, for a stage takes minutes
     largest = 0.0
     for stage, difference in compare_public_stages(folder, prior, prompts, steps, guidance_scale, variant, seed, clip):
         print(f"{stage:18} {difference:.2e}", flush=True)

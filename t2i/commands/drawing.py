@@ -145,6 +145,7 @@ def inpaint(
     from t2i.pipelines.inputs import read_masks
     from t2i.pipelines.jobs.generation import redraw_files
 
+    # The image is opened later, once, before the model loads
     def check_mask(image: "Image") -> None:
         read_masks(str(mask), 1, (image.height, image.width))
 
@@ -175,6 +176,7 @@ def outpaint(
 
     margins = {"left": left, "right": right, "top": top, "bottom": bottom}
 
+    # The image is opened later, once, before the model loads
     def check_size(image: "Image") -> None:
         check_enlarged_size(image.width, image.height, **margins)
 

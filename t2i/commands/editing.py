@@ -66,10 +66,13 @@ def interpolate(
     from t2i.pipelines.jobs.frames import FrameSettings, interpolate_files
     from t2i.pipelines.jobs.planning import Output
 
+    # Collect the settings
     settings = decoder.build_settings() | prior_flags.build_settings() | samplers.build_settings()
     settings |= drop_missing(upsample=upsampling.upsample) | steering.build_settings()
     numbers = None if weights is None else parse_anchor_weights(weights)
     shape = FrameSettings(numbers, frames, inverted, strip, video, fps)
+
+    # Draw
     model = source.build(upsampler=upsampling.upsampler)
     return interpolate_files(anchors, model, Output(out, seed=seed), shape, settings)
 
@@ -94,6 +97,7 @@ def edit(
     from t2i.pipelines.text_diff import DEFAULT_THETA, TextDiffPipeline, check_caption_pair
 
     theta = DEFAULT_THETA if theta is None else theta
+    # The pipeline checks these too, but only after the model has loaded
     check_range("theta", theta, 0, 1)
     check_caption_pair(before, after)
     settings = decoder.build_settings() | drop_missing(upsample=upsampling.upsample)

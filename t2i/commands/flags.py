@@ -81,6 +81,7 @@ def share_options(command: Callable[..., Result]) -> Callable[..., Result]:
     """
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    # Replace each dataclass among the command's parameters by its fields
     parameters = []
     for parameter in signature(command).parameters.values():
         if parameter.name in groups:
@@ -120,6 +121,7 @@ class Settings:
 
     def build_settings(self) -> dict[str, Any]:
         """Return those that are set, under the pipelines' names. Raises InputError for a bad guidance setting."""
+        # A scale and further guidance settings of one stage become a single value
         settings = drop_missing(**vars(self))
         for name, texts in (("guidance_scale", "guidance"), ("prior_guidance_scale", "prior_guidance")):
             if values := settings.pop(texts, None):

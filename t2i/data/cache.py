@@ -94,6 +94,7 @@ class CachedPairs(Dataset):
 
     def load_index(self, finished: dict[str, Any], split: str) -> None:
         """Store the content of cache.json, and compare the sizes of the files with it."""
+        # What the cache was made from, and what of it batches contain
         self.made_from: dict[str, Any] = finished["key"]
         self.clip = finished["clip"] and ClipFacts(**finished["clip"])
         self.autoencoder = finished["autoencoder"] and AutoencoderFacts(**finished["autoencoder"])
@@ -102,6 +103,8 @@ class CachedPairs(Dataset):
         self.latents = self.latents and self.autoencoder is not None
         self.tokens = self.tokens and self.text_encoder is not None
         self.text = self.text and self.made_from["text"] and not self.tokens
+
+        # The shards of the split
         self.splits = splits = finished["splits"]
         if split not in splits:
             raise InputError(f"the cache {str(self.folder)!r} has no split {split!r}; it has {', '.join(splits)}")
@@ -110,6 +113,8 @@ class CachedPairs(Dataset):
         self.size = sum(int(row["pictures"]) for row in self.rows)
         for path, row in zip(self.paths, self.rows):
             check_file_size(path, row["bytes"])
+
+        # The small tensors that all splits share, compared as a whole
         shared = self.folder / "shared.safetensors"
         check_file_size(shared, finished["shared"]["bytes"])
         if compute_file_sha256(shared) != finished["shared"]["sha256"]:
@@ -221,6 +226,7 @@ def compute_statistics(embeds: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation, (D,), float64, of embeddings that come (n, D) at a time."""
     count, total, squares = 0, torch.zeros(()), torch.zeros(())
     for part in embeds:
+        # In double precision, for the variance is a small difference of large sums
         part = part.double()
         count, total, squares = count + len(part), total + part.sum(dim=0), squares + part.square().sum(dim=0)
     mean = total / count
@@ -330,6 +336,7 @@ def check_cache_key(folder: Path, key: dict[str, Any]) -> None:
         if folder.exists() and any(not path.name.endswith((".unfinished", ".lock")) for path in folder.iterdir()):
             raise InputError(f"output is {str(folder)!r}, which contains other files than a cache; give a new folder")
         return
+    # The folder has a cache: continue it if it was begun with the same key
     before = read_json(folder / "key.json")
     for name, value in key.items():
         if before.get(name) != value:

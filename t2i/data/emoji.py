@@ -54,6 +54,7 @@ def render_emoji(
     Writes a PNG for each and `metadata.jsonl` in the imagefolder convention; the folder appears complete or not at all.
     Then the manifest is written into it. Raises InputError if the font or a data file is missing, or Pillow lacks raqm.
     """
+    # Check everything that the system must have
     folder = Path(folder).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{str(folder)!r} exists and is not an empty folder; give a new one")
@@ -64,12 +65,14 @@ def render_emoji(
     if not features.check("raqm"):  # joins the characters of a sequence; Pillow's wheels have it, but not fribidi
         raise InputError("Pillow does not find raqm; install libfribidi0 (apt-get install libfribidi0)")
 
+    # Collect names and keywords
     emoji = read_emoji_names(names)
     keywords = read_keywords(CLDR_FOLDER)
     for item in emoji:
         item.keywords = keywords.get(item.characters.replace(EMOJI_PRESENTATION, ""), [])
     mark_held_out(emoji)
 
+    # Draw and write
     face = ImageFont.truetype(str(font), BITMAP_SIZE, layout_engine=ImageFont.Layout.RAQM)
     with (
         create_folder_atomically(folder) as unfinished,
@@ -122,6 +125,7 @@ def mark_held_out(emoji: list[Emoji], one_in: int = 16) -> None:
         if int(hashlib.sha256(item.text.encode()).hexdigest(), 16) % one_in == 0:
             item.split = "held_out"
     trained_parts = {part for item in emoji if item.split == "train" for part in item.composition_parts}
+    # Back to training where a part would be seen nowhere
     for item in compositions:
         if not trained_parts.issuperset(item.composition_parts):
             item.split = "train"
@@ -130,6 +134,7 @@ def mark_held_out(emoji: list[Emoji], one_in: int = 16) -> None:
 def render_character(characters: str, face: ImageFont.FreeTypeFont, size: int) -> Image.Image:
     """Draw an emoji, centred on a white square."""
     left, top, right, bottom = (int(edge) for edge in face.getbbox(characters))
+    # No smaller than a bitmap's width, so that narrow emoji keep their size relative to others
     side = max(right - left, bottom - top, 136)
     canvas = Image.new("RGB", (side, side), "white")
     corner = ((side - right - left) // 2, (side - bottom - top) // 2)

@@ -20,6 +20,7 @@ def find_changes(path: str | Path) -> str | None:
     Names, sizes and captions are compared; no picture is read. For tars and Parquet files `open_manifest` compares the
     sizes instead. Raises InputError if there is no manifest.
     """
+    # Open the source again as the check did
     file = find_manifest(Path(path))
     about = read_manifest_metadata(file)
     root = (file.parent / about["root"]).resolve()
@@ -29,6 +30,8 @@ def find_changes(path: str | Path) -> str | None:
         source = open_source(str(root), Columns())
     except InputError as error:  # no pictures any more, or columns that were given as options of the check
         return str(error) if "no pictures" in str(error) else None
+
+    # Compare its samples with the rows of the manifest
     rows = pq.read_table(file, columns=["file", "size", "captions"], filters=PRESENT_ROWS, partitioning=None)
     before = {row["file"]: row for row in rows.to_pylist() if row["file"]}
     # Captions of metadata may be in a column that was an option of the check: compare those of text files alone.

@@ -46,6 +46,7 @@ class Labels:
             table = pq.read_table(file, columns=["key", "label"], partitioning=None)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise InputError(f"{str(file)!r} contains no labels ({error}); {remedy}") from error
+        # One label for each key, and more than one class
         keys, labels = (table[name].to_pylist() for name in ("key", "label"))
         if twice := [key for key, count in Counter(keys).items() if count > 1]:
             raise InputError(f"{str(file)!r} gives {twice[0]!r} {keys.count(twice[0])} labels; every picture needs one")

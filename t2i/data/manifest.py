@@ -172,6 +172,7 @@ def default_manifest_folder(name: str) -> Path:
 
 def check_output_folder(out: Path, source: str) -> None:
     """Refuse to replace the source or files that no check wrote, and a folder that cannot be written."""
+    # `out` will be replaced as a whole: nothing in it may be lost
     path, advice = Path(source.removeprefix("hub:")), "give another folder with --out"
     if path.exists() and path.resolve().is_relative_to(out.resolve()):
         raise InputError(f"{str(out)!r} is or contains the source {source!r}; {advice}")
@@ -195,6 +196,7 @@ def format_source_root(source: Source, out: Path) -> str:
 
 def examine_sample(sample: Sample, root: Path, held_out: float, min_size: int) -> ManifestRow:
     """Read and decode the picture of a sample, and return its row."""
+    # A rejected sample keeps what is known of it until the fault
     row = ManifestRow(sample.key, sample.file, sample.offset, sample.size, split=sample.split or "train")
     row.captions, row.keywords = sample.captions, sample.keywords
     try:
@@ -218,6 +220,7 @@ def map_in_order(function: Callable[[Item], Result], items: Iterable[Item]) -> I
 
     Threads suffice: Pillow's decoders and SHA-256 release the interpreter's lock.
     """
+    # The processors that this process may use, which a scheduler may limit
     threads = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     waiting: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(threads) as pool:
@@ -317,6 +320,8 @@ def open_manifests(path: str | Path, splits: tuple[str | None, ...] = SPLITS) ->
     file = find_manifest(Path(path))
     about = read_manifest_metadata(file)
     root = (file.parent / about["root"]).resolve()
+
+    # Filter batch by batch, so that rejected rows do not fill the memory
     batches: dict[str | None, list[pa.RecordBatch]] = {split: [] for split in splits}
     for batch in pq.ParquetFile(file).iter_batches(READ_BATCH_SIZE, columns=[*TRAINING_COLUMNS, "status"]):
         accepted = batch.filter(pc.equal(batch["status"], STATUS_OK)).select(TRAINING_COLUMNS)
@@ -326,6 +331,7 @@ def open_manifests(path: str | Path, splits: tuple[str | None, ...] = SPLITS) ->
     if not batches[splits[0]]:
         kind = "" if splits[0] is None else f" of split {splits[0]!r}"
         raise InputError(f"no pictures{kind} in {str(file)!r}; {str(file.parent / 'report.json')!r} gives the reasons")
+    # Pictures in tars are read by offset, which is wrong in another file of the same name
     for name, size in about["containers"].items():
         check_container(root, name, size, file)
     return {split: Manifest(pa.Table.from_batches(parts), root) for split, parts in batches.items() if parts}

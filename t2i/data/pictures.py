@@ -110,6 +110,7 @@ def convert_grey(image: Image.Image) -> Image.Image:
     small = ((values + 128) // 257).astype(np.uint8)
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
+        # The new image keeps no transparency, so what is transparent becomes white here
         small[values == transparent] = 255
     return Image.fromarray(small)
 

@@ -97,10 +97,12 @@ class Report:
             f"  {self.ok - self.held_out:,} to train on, {self.held_out:,} held out",
             f"rejected: {self.rejected_count:,} of {self.indexed:,}",
         ]
+        # Rejected samples, with examples
         for name, count in self.reasons.most_common():
             lines.append(f"  {name}: {count:,} x {Reason[name].value}")
             for example in self.examples[name]:
                 lines.append(f"    {sanitize_text(example['key'])}  {sanitize_text(example['detail'])}".rstrip())
+        # Faults of the whole
         if self.duplicates.groups:
             copies, groups, both = self.duplicates.copies, self.duplicates.groups, self.duplicates.in_both_splits
             examples = "; ".join(" = ".join(map(sanitize_text, keys)) for keys in self.duplicates.examples)
@@ -125,6 +127,7 @@ class Report:
         if self.ok:
             return None
         if not self.indexed:
+            # Perhaps a shard was damaged, or the folder holds files of other kinds
             shard = f"; {sanitize_text(self.notes.shards[0])}" if self.notes.shards else ""
             ignored = f"; ignored files: {self.format_ignored()}" if self.notes.ignored else ""
             names = ", ".join(map(sanitize_text, list(self.notes.containers)[: self.EXAMPLES]))
@@ -160,6 +163,7 @@ def plot_bars(sheet: Image.Image, box: tuple[int, int, int, int], title: str, ba
     pen = ImageDraw.Draw(sheet)
     pen.text((left, top), title, fill="#222222", font=ImageFont.load_default(size=18))
     font = ImageFont.load_default(size=13)
+    # Axis and bars, with the count above and the label below each
     floor, ceiling = bottom - 30, top + 60
     pen.line((left, floor, right, floor), fill="#999999", width=1)
     step = min(90, (right - left) / max(1, len(bars)))
@@ -167,6 +171,7 @@ def plot_bars(sheet: Image.Image, box: tuple[int, int, int, int], title: str, ba
         middle = left + (number + 0.5) * step
         height = round((floor - ceiling) * count / max(1, *bars.values()))
         if count:
+            # At least two pixels, so that a single picture among millions can be seen
             peak = floor - max(2, height)
             pen.rectangle((middle - step * 0.38, peak, middle + step * 0.38, floor - 1), fill="#3b76af")
             pen.text((middle, peak - 4), format_count(count), fill="#444444", font=font, anchor="ms")

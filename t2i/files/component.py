@@ -50,11 +50,7 @@ class Component:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        root: Path | None = None,
-        variant: str | None = None,
-        stem: str = "diffusion_pytorch_model",
+        self, folder: Path, root: Path | None = None, variant: str | None = None, stem: str = "diffusion_pytorch_model"
     ):
         if not is_folder(folder):
             raise InputError(f"no folder {folder.name!r} in {str(folder.parent)!r}; the model is incomplete")
@@ -113,6 +109,7 @@ def iterate_stored_tensors(path: Path, dtype: torch.dtype | None = None) -> Iter
 
     A tensor that keeps its dtype stays mapped, and is read from the disk when it is first used.
     """
+    # In the order of the file, so that a disk reads it from beginning to end
     with safe_open(path, "pt") as file:
         left = list(reversed(file.offset_keys()))
     # Pages that were read count as memory while the file is mapped, so a conversion maps it again from time to time.
@@ -160,7 +157,7 @@ def load_from_components(
     folder = next(iter(parts.values())).folder
     with bounded_meta_device(stored, folder):
         expected = {name: tensor for name, tensor in make().state_dict().items() if name not in extra}
-    # One component at a time, so that the message names its folder.
+    # One component at a time, so that the message names its folder. The prefix shows whose a missing tensor is.
     for prefix, part in parts.items():
         own = stored_by_prefix[prefix]
         names = [name for name in expected if name in own or (name.startswith(prefix) and name not in stored)]
@@ -173,6 +170,7 @@ def load_from_components(
         for name, tensor in part.iterate_tensors(dtype):
             if prefix + name not in unused:
                 set_module_tensor_to_device(model, model_name(prefix, name), "cpu", tensor, tensor.dtype)
+    # Buffers that no file holds get the dtype of the weights
     model_dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     for name in extra:
         buffer = model.get_buffer(name)

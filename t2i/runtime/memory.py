@@ -171,7 +171,7 @@ class MemoryTracker(TorchDispatchMode):
                 size = tensor.numel() * tensor.element_size() if packed else storage.nbytes()
             self.now += size
             finalizer = weakref.finalize(storage, self.forget_storage, id(storage), size)
-            finalizer.atexit = False
+            finalizer.atexit = False  # at exit there is nothing to count
             self.finalizers[id(storage)] = finalizer
 
     def forget_storage(self, key: int, size: int) -> None:
@@ -191,9 +191,9 @@ class FusedAttention(TorchFunctionMode):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return True if a device, torch's allocator, a kernel (all a RuntimeError) or Python ran out of memory."""
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and OUT_OF_MEMORY_PATTERN.search(str(error)) is not None
-    )
+    if isinstance(error, RuntimeError):
+        return OUT_OF_MEMORY_PATTERN.search(str(error)) is not None
+    return isinstance(error, MemoryError)
 
 
 def format_needed_memory(message: str) -> str:

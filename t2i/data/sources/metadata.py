@@ -37,6 +37,8 @@ def open_metadata(root: Path, files: list[Path], notes: SourceNotes, columns: Co
     A row has file_name, relative to the metadata file, text or caption, and optionally keywords, split and a label.
     """
     columns.check_unset("image", reason="metadata lists its pictures in file_name")
+
+    # Choose the columns of each metadata file, so that a wrong one is refused before any work
     tables = [file for file in files if file.name in METADATA_FILES]
     for first, second in zip(tables, tables[1:]):
         if first.parent == second.parent:
@@ -61,6 +63,7 @@ def open_metadata(root: Path, files: list[Path], notes: SourceNotes, columns: Co
                 sample.problem = RejectedSample(Reason.repeated_key, detail)
             left.discard(sample.file)
             yield sample
+        # Pictures that no row lists are rejected, not forgotten
         for name in sorted(left):
             sample = build_file_sample(name)
             sample.problem = sample.problem or RejectedSample(Reason.no_caption, "the metadata does not list it")
@@ -118,6 +121,7 @@ def iterate_json_rows(lines: BinaryIO) -> Iterator[tuple[int, dict[str, Any] | R
     while line := lines.readline(MAX_LINE_BYTES):
         number += 1
         if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+            # Skip the rest of the line in pieces, however long it is
             while (rest := lines.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
                 pass
             yield number, RejectedSample(Reason.bad_row, f"a line of more than {MAX_LINE_BYTES:,} bytes")
@@ -140,6 +144,7 @@ def build_metadata_sample(
         name = row.get("file_name")
         if not isinstance(name, str) or not name:
             raise RejectedSample(Reason.bad_row, "no file_name")
+        # Refused before the name becomes the key of the sample
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise RejectedSample(Reason.outside_folder, escape_name(name))
         sample = build_file_sample((folder / name).as_posix())

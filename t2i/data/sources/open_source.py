@@ -27,6 +27,7 @@ def open_source(name: str, columns: Columns) -> Source:
         return parquet.open_hub(name.removeprefix("hub:"), columns)
     if not path.exists():
         raise InputError(f"no file or folder {name!r}; give one, or hub:ORGANISATION/NAME")
+
     # A single file
     path = path.resolve()
     if path.is_file():
@@ -39,7 +40,8 @@ def open_source(name: str, columns: Columns) -> Source:
         raise InputError(f"{name!r} is neither a .tar nor a .parquet file; give one of them, or a folder")
     if not path.is_dir():
         raise InputError(f"{name!r} is neither an ordinary file nor a folder")
-    # A folder, by the files in it
+
+    # A folder, by the files in it. Metadata comes first: it lists pictures that may have text files beside them.
     files = list(walk_files(path, notes := SourceNotes()))
     if any(file.name in METADATA_FILES for file in files):
         return open_metadata(path, files, notes, columns)

@@ -38,6 +38,8 @@ def open_parquet(root: Path, files: list[Path], columns: Columns, notes: SourceN
     notes = notes or SourceNotes()
     tables = [file for file in files if file.suffix.lower() == ".parquet"]
     notes.count_ignored(file for file in files if file not in tables)
+
+    # Refuse bad columns, and count the bytes to copy, before any work
     total = needed = 0
     chosen: list[Columns] = []
     for table in tables:
@@ -80,16 +82,16 @@ def open_table(path: Path) -> pq.ParquetFile:
 def choose_columns(schema: pa.Schema, columns: Columns, table: Path | str) -> Columns:
     """Choose the columns of picture, caption and label: those given, else by type and name. Raises InputError."""
     pictures = [column.name for column in schema if is_bytes_type(column.type)]
-    image = columns.image
-    if image is None and len(pictures) == 1:
-        image = pictures[0]
-    elif image is not None and image in schema.names and image not in pictures:
-        kind = schema.field(image).type
-        raise InputError(f"column {image!r} of {str(table)!r} has the type {kind}; it must contain bytes")
-    names = schema.names if image is not None else [name for name in schema.names if name in pictures]
-    if image is None and not pictures:
+    if columns.image is not None:
+        image = choose_column("image", columns.image, (), schema.names, table)
+        if image not in pictures:
+            kind = schema.field(image).type
+            raise InputError(f"column {image!r} of {str(table)!r} has the type {kind}; it must contain bytes")
+    elif not pictures:
         raise InputError(f"no column of {str(table)!r} contains pictures; its columns: {', '.join(schema.names)}")
-    image = choose_column("image", image, IMAGE_COLUMNS, names, table)
+    else:
+        # A single column of bytes is the picture whatever its name
+        image = pictures[0] if len(pictures) == 1 else choose_column("image", None, IMAGE_COLUMNS, pictures, table)
     return replace(columns.choose_texts(schema.names, table), image=image)
 
 
@@ -134,11 +136,14 @@ def open_hub(name: str, columns: Columns) -> Source:
         raise InputError("the name after hub: is empty; give hub:ORGANISATION/NAME")
     import datasets
 
+    # Load it, which may download it
     try:
         loaded = datasets.load_dataset(name)
     except Exception as error:  # of a dozen types: network, files, the builder of the data set
         reason = str(error) or type(error).__name__
         raise InputError(f"{name!r} is neither a file here nor a data set that loads: {reason}") from error
+
+    # Find its splits and Arrow files
     splits: dict[str, str] = {}  # of the manifest, by the data set's
     if len(loaded) > 1 and "train" in loaded:
         splits = dict.fromkeys(loaded, "held_out") | {"train": "train"}
@@ -181,6 +186,7 @@ def index_arrow_rows(
             try:
                 if isinstance(row, RejectedSample):
                     raise row
+                # Before the captions, so that a row without a picture counts as that
                 check_cell_bytes(picture)
                 sample.file, (sample.offset, sample.size) = file, place
                 sample.read_row(row, columns, split)

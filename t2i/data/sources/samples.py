@@ -213,6 +213,7 @@ def parse_keywords(value: Any) -> list[str]:
 
 def parse_labels(value: Any) -> list[str]:
     """Return the labels in a text, an integer or a list of them; an empty list for None. Raises RejectedSample."""
+    # Data sets for classification often number their classes
     values = value if isinstance(value, list) else [value]
     texts = [str(item) if isinstance(item, int) else item for item in values if item is not None]
     return parse_texts(texts, Reason.bad_row)
@@ -257,6 +258,7 @@ def open_inside_root(root: Path, name: str) -> BinaryIO:
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
         raise RejectedSample(Reason.outside_folder, name)
     try:
+        # A link may lead out of the root although its name does not
         path = (root / name).resolve(strict=True)
         if not path.is_relative_to(root):
             raise RejectedSample(Reason.outside_folder, f"a link to {path}")
@@ -275,6 +277,7 @@ def read_range(root: Path, name: str, offset: int, size: int | None, limit: int 
         raise RejectedSample(Reason.too_many_bytes, f"{size:,}")
     with open_inside_root(root, name) as file:
         try:
+            # One byte more than the limit is enough to see that a file is too large
             file.seek(offset)
             data = file.read(limit + 1 if size is None else size)
         except OSError as error:

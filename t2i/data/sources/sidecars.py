@@ -29,6 +29,8 @@ def open_sidecars(root: Path, files: list[Path], notes: SourceNotes, columns: Co
     if not pictures:
         kinds = "name.png with name.txt, pictures with metadata.jsonl or .csv, .tar files, or .parquet files"
         raise InputError(f"no pictures in {str(root)!r}; it can contain {kinds}")
+
+    # Pair pictures and text files by their names without suffix
     texts = [file for file in files if file.suffix.lower() in CAPTION_SUFFIXES]
     stems = {file.with_suffix("") for file in texts}
     counts = Counter(file.with_suffix("") for file in pictures)
@@ -48,6 +50,7 @@ def open_sidecars(root: Path, files: list[Path], notes: SourceNotes, columns: Co
                 except RejectedSample as error:
                     sample.problem = error
             yield sample
+        # Text files without a picture are rejected samples, so that nothing is lost silently
         for file in lone:
             name = escape_name(file.relative_to(root).as_posix())
             yield Sample(name, problem=RejectedSample(Reason.no_picture))
@@ -64,6 +67,7 @@ def has_pairs(files: list[Path]) -> bool:
 def read_sidecar(root: Path, picture: Path) -> list[str]:
     """Return the captions in the text file of a picture. Raises RejectedSample."""
     for suffix in CAPTION_SUFFIXES:
+        # A file system may tell .txt and .TXT apart
         for text in (picture.with_suffix(suffix), picture.with_suffix(suffix.upper())):
             if text.exists() or text.is_symlink():
                 with open_inside_root(root, text.relative_to(root).as_posix()) as file:

@@ -75,6 +75,8 @@ def open_tars(root: Path, files: list[Path], columns: Columns, notes: SourceNote
             raise InputError(
                 f"{str(shard)!r} is compressed and cannot be read by offset; decompress it to a plain .tar"
             )
+
+    # img2dataset writes statistics beside each shard: they are read later, not ignored
     notes.count_ignored(file for file in files if not is_tar(file) and not file.name.endswith("_stats.json"))
     names = [shard.relative_to(root).as_posix() for shard in shards]
     notes.shards += find_shard_gaps(names)
@@ -154,12 +156,14 @@ class TarShard:
 
     def index_members(self) -> None:
         """Group the members by key, and note damage of the shard."""
+        # Read the headers one after the other
         self.file.seek(0)
         end = 0  # of the last member
         try:
             guarded: IO[bytes] = GuardedFile(self.file)  # type: ignore[assignment]
             with tarfile.open(fileobj=guarded, mode="r:") as tar:
                 while (member := tar.next()) is not None:
+                    # A hostile size could lead back to a header that was read, without end
                     if tar.offset <= end or member.size < 0:
                         raise tarfile.ReadError(f"{escape_name(member.name)!r} has a size of {member.size:,}")
                     end = tar.offset
@@ -170,6 +174,8 @@ class TarShard:
         except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
             self.notes.shards.append(f"{self.name}: not a tar, or damaged, at byte {end:,} of {self.size:,} ({error})")
             return
+
+        # Look for the mark of the end, two blocks of zeros, and for anything behind it
         self.file.seek(min(end, self.size))
         if self.file.read(512) != bytes(512):
             place = f"byte {min(end, self.size):,} of {self.size:,}"
@@ -186,6 +192,7 @@ class TarShard:
         if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
             self.notes.ignored["links and devices in tars"] += 1
             return
+        # The key ends at the first dot, the suffix begins at the last: cat.seg.png is a picture of the key cat
         stem, _, suffixes = path.name.partition(".")
         suffix = PurePosixPath("x." + suffixes.lower()).suffix
         if suffix not in (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES, ".json") or not stem:
