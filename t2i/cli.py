@@ -103,19 +103,18 @@ def train(
 
     A run that was stopped continues from its last checkpoint. To train on several machines, use accelerate launch.
     """
-    # Check the arguments
-    stages = (*STAGES, *EXTRA_STAGES)
-    if stage not in (*stages, "all"):
-        raise InputError(f"stage must be one of {', '.join(stages)}, all; got {stage!r}")
+    from t2i.checks import check_choice, check_range
+
+    # Check the arguments before torch is imported
+    check_choice("stage", stage, (*STAGES, *EXTRA_STAGES, "all"))
+    check_range("num-processes", num_processes, 1, 1024)
+    check_range("max-restarts", max_restarts, 0, 1000)
     from importlib import import_module
 
-    from t2i.checks import check_range
     from t2i.config import load_config
     from t2i.runtime.launch import exec_torchrun
     from t2i.training.common.entry import start_training
 
-    check_range("num-processes", num_processes, 1, 1024)
-    check_range("max-restarts", max_restarts, 0, 1000)
     if stage == "all":
         raise typer.Exit(train_all_stages(arguments or [], num_processes, max_restarts, dry_run))
 

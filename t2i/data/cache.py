@@ -169,8 +169,7 @@ class CachedPairs(Dataset):
     def sample_key(self, index: int) -> str:
         """Return the name of a sample."""
         shard, row = self.open_shard(index // self.shard_size), index % self.shard_size
-        start, end = shard["key_offsets"][row : row + 2].tolist()
-        return bytes(shard["keys"][start:end].tolist()).decode()
+        return get_sample_key(shard, row)
 
     def compute_digest(self) -> str:
         """Return 16 hexadecimal digits of the content of all shards."""
@@ -182,6 +181,11 @@ class CachedPairs(Dataset):
         """Return the encoding of the empty caption, for one picture."""
         states = self.shared["null_states"]
         return TextEncoding(self.shared["null_embedding"], states, torch.ones(states.shape[:2], dtype=torch.bool))
+
+
+def get_sample_key(shard: dict[str, Tensor], row: int) -> str:
+    start, end = shard["key_offsets"][row : row + 2].tolist()
+    return bytes(shard["keys"][start:end].tolist()).decode()
 
 
 def gather_rows(shard: dict[str, Tensor], row: Tensor, draw: Tensor) -> dict[str, Tensor]:
@@ -247,12 +251,8 @@ def check_shard_values(path: Path, tensors: dict[str, Tensor]) -> None:
             row = torch.searchsorted(tensors[name.replace("states", "offsets")], row, right=True) - 1
         if name.startswith("text_"):  # a row is a caption
             row = torch.isin(tensors["choice"], row).any(dim=1).nonzero()[:, 0]
-        start, end = tensors["key_offsets"][int(row[0]) : int(row[0]) + 2].tolist()
-        key = bytes(tensors["keys"][start:end].tolist()).decode()
-        raise InputError(
-            f"{path.name} would contain NaN or infinity in {name}, first for {key!r}; dtype=float32 and "
-            "mixed_precision=no allow larger values"
-        )
+        fault = f"would contain NaN or infinity in {name}, first for {get_sample_key(tensors, int(row[0]))!r}"
+        raise InputError(f"{path.name} {fault}; dtype=float32 and mixed_precision=no allow larger values")
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -340,10 +340,8 @@ def check_cache_key(folder: Path, key: dict[str, Any]) -> None:
     before = read_json(folder / "key.json")
     for name, value in key.items():
         if before.get(name) != value:
-            raise InputError(
-                f"the cache {str(folder)!r} was made with another {name}: {before.get(name)}, now {value}; "
-                "give another output or delete it"
-            )
+            values = f"{before.get(name)}, now {value}; give another output or delete it"
+            raise InputError(f"the cache {str(folder)!r} was made with another {name}: {values}")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -176,11 +176,13 @@ def check_output_folder(out: Path, source: str) -> None:
     path, advice = Path(source.removeprefix("hub:")), "give another folder with --out"
     if path.exists() and path.resolve().is_relative_to(out.resolve()):
         raise InputError(f"{str(out)!r} is or contains the source {source!r}; {advice}")
-    if out.is_dir() and any(out.iterdir()) and not is_check_output(out):
-        raise InputError(f"{str(out)!r} is not empty and contains no manifest; {advice}")
-    if out.is_dir() and (others := {file.name for file in out.iterdir()} - CHECK_OUTPUTS):
-        raise InputError(f"{str(out)!r} contains {min(others)!r}, which no check wrote; {advice}")
-    if out.exists() and not out.is_dir():
+    if out.is_dir():
+        names = {file.name for file in out.iterdir()}
+        if names and not is_check_output(out):
+            raise InputError(f"{str(out)!r} is not empty and contains no manifest; {advice}")
+        if others := names - CHECK_OUTPUTS:
+            raise InputError(f"{str(out)!r} contains {min(others)!r}, which no check wrote; {advice}")
+    elif out.exists():
         raise InputError(f"{str(out)!r} is a file; give a folder with --out")
     parent = next(parent for parent in out.resolve().parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):

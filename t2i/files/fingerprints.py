@@ -61,12 +61,11 @@ def compute_brief_fingerprint(models: Mapping[str, Module | None], more: str = "
 
 def format_scheduler_configs(components: Mapping[str, object]) -> str:
     """Return the configurations of a pipeline's schedulers as JSON, without paths and versions."""
-    configs = {
-        name: {"class": type(scheduler).__name__}
-        | {key: value for key, value in scheduler.config.items() if key[0] != "_"}
-        for name, scheduler in components.items()
-        if isinstance(scheduler, SchedulerMixin)
-    }
+    configs = {}
+    for name, scheduler in components.items():
+        if isinstance(scheduler, SchedulerMixin):
+            settings = {key: value for key, value in scheduler.config.items() if key[0] != "_"}
+            configs[name] = {"class": type(scheduler).__name__, **settings}
     return json.dumps(configs, sort_keys=True)
 
 

@@ -234,21 +234,18 @@ def bounded_meta_device(stored: dict[str, TensorSpec], folder: Path) -> Iterator
 
 def check_tensor_specs(expected: dict[str, Tensor], stored: dict[str, TensorSpec], folder: Path) -> None:
     """Raise InputError for tensors that are missing, unknown, or of another shape or kind than the model's."""
-    both = sorted(expected.keys() & stored.keys())
-    faults = {
-        "lacks": [f"{name} {tuple(expected[name].shape)}" for name in sorted(expected.keys() - stored.keys())],
-        "has unknown": [f"{name} {stored[name].shape}" for name in sorted(stored.keys() - expected.keys())],
-        "has misshapen": [
-            f"{name} {stored[name].shape}, not {tuple(expected[name].shape)}"
-            for name in both
-            if stored[name].shape != tuple(expected[name].shape)
-        ],
-        "has mistyped": [
-            f"{name} of {stored[name].dtype}, not {expected[name].dtype}"
-            for name in both
-            if (stored[name].dtype in FLOAT_DTYPES) != expected[name].is_floating_point()
-        ],
-    }
+    missing = sorted(expected.keys() - stored.keys())
+    faults: dict[str, list[str]] = {"lacks": [f"{name} {tuple(expected[name].shape)}" for name in missing]}
+    faults |= {"has unknown": [], "has misshapen": [], "has mistyped": []}
+    for name, spec in sorted(stored.items()):
+        tensor = expected.get(name)
+        if tensor is None:
+            faults["has unknown"].append(f"{name} {spec.shape}")
+        elif spec.shape != tuple(tensor.shape):
+            faults["has misshapen"].append(f"{name} {spec.shape}, not {tuple(tensor.shape)}")
+        elif (spec.dtype in FLOAT_DTYPES) != tensor.is_floating_point():
+            faults["has mistyped"].append(f"{name} of {spec.dtype}, not {tensor.dtype}")
+    # The first kind of fault often explains the others
     for fault, names in faults.items():
         if names:
             first = "; ".join(names[:5]) + (" ..." if len(names) > 5 else "")

@@ -30,6 +30,7 @@ HELD_OUT_NAMES = {"held_out", "test", "validation", "valid", "val", "dev", "eval
 MAX_CAPTION_LENGTH = 4_096  # characters
 MAX_TEXT_SIZE = 65_536  # bytes of a text file; characters of all captions, or of all keywords, of a picture
 MAX_NAME_LENGTH = 1_024
+MAX_IMAGE_BYTES = 2**28
 
 
 @dataclass
@@ -223,14 +224,13 @@ def parse_split(value: Any) -> str | None:
     """Return train or held_out for any usual name of a split, None for no value. Raises RejectedSample."""
     if value is None or value == "":
         return None
-    name = value.lower() if isinstance(value, str) else value
+    name = str(value).lower()
     if name == "train":
         return "train"
-    if isinstance(name, str) and name in HELD_OUT_NAMES:
+    if name in HELD_OUT_NAMES:
         return "held_out"
-    raise RejectedSample(
-        Reason.bad_row, f"split must be train or one of {', '.join(sorted(HELD_OUT_NAMES))}, got {value!r}"[:200]
-    )
+    allowed = f"train or one of {', '.join(sorted(HELD_OUT_NAMES))}"
+    raise RejectedSample(Reason.bad_row, f"split must be {allowed}, got {value!r}"[:200])
 
 
 def infer_splits(names: list[str]) -> list[str | None]:
@@ -271,18 +271,18 @@ def open_inside_root(root: Path, name: str) -> BinaryIO:
         raise error if isinstance(error, RejectedSample) else RejectedSample(Reason.unreadable, str(error)) from error
 
 
-def read_range(root: Path, name: str, offset: int, size: int | None, limit: int = 2**28) -> bytes:
+def read_range(root: Path, name: str, offset: int, size: int | None) -> bytes:
     """Return the bytes of a picture; `size` None: of the whole file. Raises RejectedSample."""
-    if size is not None and size > limit:
+    if size is not None and size > MAX_IMAGE_BYTES:
         raise RejectedSample(Reason.too_many_bytes, f"{size:,}")
     with open_inside_root(root, name) as file:
         try:
             # One byte more than the limit is enough to see that a file is too large
             file.seek(offset)
-            data = file.read(limit + 1 if size is None else size)
+            data = file.read(MAX_IMAGE_BYTES + 1 if size is None else size)
         except OSError as error:
             raise RejectedSample(Reason.unreadable, str(error)) from error
-    if len(data) > limit:
+    if len(data) > MAX_IMAGE_BYTES:
         raise RejectedSample(Reason.too_many_bytes)
     return data
 
