@@ -76,6 +76,7 @@ def ensure_fresh_manifest(source: str, held_out: float | None) -> None:
     from t2i.data.freshness import find_changes
     from t2i.data.manifest import find_manifest
 
+    # Without a manifest, check the data; otherwise compare the two
     try:
         manifest = find_manifest(Path(source))
     except InputError:

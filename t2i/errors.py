@@ -44,12 +44,9 @@ def report_errors() -> Iterator[None]:
     except RunStopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(stopped.status)
-    except (InputError, OSError) as error:  # the message of an OSError contains the file and the reason
+    except (InputError, OSError, RunError) as error:  # the message of an OSError contains the file and the reason
         print_error_line(error)
-        sys.exit(2)
-    except RunError as error:
-        print_error_line(error)
-        sys.exit(1)
+        sys.exit(1 if isinstance(error, RunError) else 2)
     except KeyboardInterrupt:
         sys.exit(130)
 

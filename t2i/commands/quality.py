@@ -92,12 +92,14 @@ def check_comparison(comparison: Comparison, drawing: dict[str, Any]) -> None:
     from t2i.checks import check_choice, check_integer, check_range
     from t2i.pipelines.options import build_options
 
+    # Options of a model do not go with images that are drawn already
     pictures, count = comparison.pictures, comparison.count
     if comparison.model is not None and pictures is not None:
         raise InputError(f"give --model or --pictures, not both: {comparison.model!r}, {str(pictures)!r}")
     if pictures is not None and (drawing or count is not None):
         name = next(iter(drawing), "count")
         raise InputError(f"{name} needs a model that draws; --pictures {str(pictures)!r} are drawn already")
+    # Ranges and names
     if count is not None:
         check_integer("count", count, 1, 10_000_000)
     build_options(drawing)
@@ -146,7 +148,7 @@ def measure_and_report(
         settings.check_image_counts({"drawn": len(drawn), "reference": len(images)}, extractor.dim)
         real = measure_reference_statistics(images, extractor, size, comparison.statistics, state)
 
-    # Measure the drawn images
+    # Measure the drawn images. A CLIP score says less if the model draws with the same CLIP.
     conditioning = None if pipeline is None else pipeline.clip.identity
     result = measure_quality(drawn, real, extractor, settings, state, scorer, conditioning)
     if state.is_main_process:
@@ -168,7 +170,6 @@ def load_drawing_pipeline(comparison: Comparison, device: str) -> Any:
 
 
 def format_quality_lines(result: dict[str, Any], clip_score: str | None) -> list[str]:
-    """Return the results as lines to print."""
     metrics, drawn, real = result["metrics"], result["drawn"]["count"], result["reference"]["count"]
     lines = [f"{drawn:,} drawn and {real:,} real pictures, features of {result['extractor']}"]
     is_inception = result["extractor"].startswith("inception")

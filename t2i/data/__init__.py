@@ -7,18 +7,11 @@ if TYPE_CHECKING:
     from t2i.data.dataset import Batch, CaptionedPictures, Record, iterate_batches, open_datasets
     from t2i.data.pictures import open_image, to_tensor
 
-__all__ = [
-    "Batch",
-    "CaptionedPictures",
-    "Record",
-    "iterate_batches",
-    "open_datasets",
-    "open_image",
-    "to_tensor",
-]
+__all__ = ["Batch", "CaptionedPictures", "Record", "iterate_batches", "open_datasets", "open_image", "to_tensor"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 't2i.data' has no attribute {name!r}")
-    return getattr(import_module("t2i.data.pictures" if name in __all__[-2:] else "t2i.data.dataset"), name)
+    module = "t2i.data.pictures" if name in ("open_image", "to_tensor") else "t2i.data.dataset"
+    return getattr(import_module(module), name)

@@ -48,6 +48,7 @@ def vary_caption(captions: list[str], keywords: list[str], rng: random.Random) -
     text = captions[0] if len(captions) == 1 else rng.choice(captions)
     if not keywords:
         return text
+    # The order of these draws is part of the format: caches and runs that resume depend on it
     keywords = rng.sample(keywords, rng.randint(1, min(4, len(keywords))))
     kind = rng.random()
     if kind < 0.5:
@@ -118,6 +119,7 @@ class CaptionedPictures(Dataset):
     def read_next_image(self, index: int, rejected: list[tuple[str, str]]) -> tuple[int, Tensor]:
         """Return the first readable sample from `index` on and its picture; add those before it to `rejected`."""
         tries = min(MAX_READ_ATTEMPTS, len(self))
+        # From the end of the data on to its beginning
         for i in (number % len(self) for number in range(index, index + tries)):
             try:
                 return i, self.read_image(i)
@@ -196,6 +198,7 @@ class EndlessBatchSampler(Sampler[list[SampleIndex]]):
         while True:
             batch = []
             for position in range(start + self.rank, start + self.batch_size * self.world_size, self.world_size):
+                # Each pass has a permutation of its own, also where it begins within a batch
                 if position // self.size != epoch:
                     epoch = position // self.size
                     generator = torch.Generator().manual_seed(self.seed + epoch)
@@ -212,6 +215,7 @@ def iterate_batches(dataset: Dataset, num_workers: int, **order: int) -> Generat
     Closing the generator ends its workers. After an error they end when the generator is released.
     """
     sampler = EndlessBatchSampler(len(dataset), **order)  # type: ignore[arg-type]
+    # The sampler yields batches, and the data set returns each as a whole
     settings = {"num_workers": num_workers, "collate_fn": return_batch, "worker_init_fn": set_worker_signals}
     with shorten_worker_errors():
         with block_signals():

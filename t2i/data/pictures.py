@@ -63,6 +63,7 @@ def decode_image(data: bytes) -> Image.Image:
     """Decode the bytes of a file to an RGB picture, upright, transparency on white. Raises RejectedSample."""
     if not data:
         raise RejectedSample(Reason.empty_file)
+    # `Image.OPEN` has the formats of this build of Pillow, once all plugins are loaded
     Image.init()
     try:
         with Image.open(io.BytesIO(data), formats=[name for name in PILLOW_FORMATS if name in Image.OPEN]) as file:
@@ -117,6 +118,7 @@ def convert_grey(image: Image.Image) -> Image.Image:
 
 def explain_unidentified(data: bytes) -> RejectedSample:
     """Return the rejection of bytes that no decoder accepts, by what they begin with."""
+    # Text files may begin with a byte order mark and spaces
     start = data[:64].lstrip(b"\xef\xbb\xbf \t\r\n")
     for prefix, (reason, detail) in FILE_SIGNATURES.items():
         if start.startswith(prefix):

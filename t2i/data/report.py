@@ -50,7 +50,6 @@ class Report:
         return sum(self.reasons.values())
 
     def count_row(self, row: dict[str, Any]) -> None:
-        """Count a row of the manifest."""
         if row["status"] != "ok":
             self.reasons[row["status"]] += 1
             examples = self.examples.setdefault(row["status"], [])
@@ -91,7 +90,6 @@ class Report:
         }
 
     def format_lines(self) -> list[str]:
-        """Return the report as lines for the terminal."""
         lines = [
             f"{self.source}: {self.ok:,} pictures with {self.captions:,} captions",
             f"  {self.ok - self.held_out:,} to train on, {self.held_out:,} held out",

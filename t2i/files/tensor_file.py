@@ -24,6 +24,7 @@ def write_tensor_file(path: Path, tensors: dict[str, Tensor], about: dict[str, A
 
 def read_tensor_file(path: Path, kind: str, names: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors and `about`. Raises InputError for any file but one of this kind with these tensors."""
+    # The header is checked before the library opens the file
     stored = read_safetensors_header(path)
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}

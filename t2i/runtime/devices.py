@@ -25,6 +25,7 @@ def resolve_device_name(name: str) -> str:
     available = find_available_devices()
     if name == "auto":
         return available[0]
+    # Of all devices only CUDA's are numbered
     numbered = family == "cuda" and index in map(str, range(torch.cuda.device_count()))
     if family not in ("auto", *available) or (colon and not numbered):
         raise InputError(f"device {name!r:.80} is not available here; `t2i doctor` lists the devices")

@@ -35,6 +35,7 @@ def count_forgotten_processes() -> int:
     # accelerate (1.15) starts one process for these two options, and sets no variable of the environment to N.
     if "--cpu" not in command or not any(part.endswith(("launch", "launch.py")) for part in command):
         return 1
+    # Both `--num_processes N` and `--num-processes=N` are allowed
     for option, following in zip(command, [*command[1:], ""]):
         name, _, value = option.replace("-", "_").partition("=")
         if name == "__num_processes" and (value or following).isdigit():

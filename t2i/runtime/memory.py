@@ -63,6 +63,7 @@ def measure_available_memory(device: torch.device | str = "cpu") -> AvailableMem
         return AvailableMemory(free + unused, total, on_device=True)
     memory = psutil.virtual_memory()
     free, total = memory.available, memory.total
+    # A container may report the memory of the whole machine, so its own limits count too
     for limit, used in chain(iterate_container_limits(), iterate_process_limits()):
         free, total = min(free, max(0, limit - used)), min(total, limit)
     return AvailableMemory(free, total)

@@ -47,6 +47,7 @@ def check_processes_agree(accelerator: Accelerator, values: dict[str, Any]) -> N
     """Check that every process was given the same values. Raises InputError with the first that differs."""
     if accelerator.num_processes == 1:
         return
+    # Every process compares all values, so that all of them raise the same error
     gathered: list[dict[str, Any]] = [{}] * accelerator.num_processes
     torch.distributed.all_gather_object(gathered, values)
     first = gathered[0]
@@ -198,6 +199,7 @@ class ProcessWatch:
         now, wait = time.monotonic(), self.wait_started_at
         if not wait or self.closed.is_set():
             return
+        # Time in which this process was stopped does not count against the others
         start = max(wait, self.awake_since)
         silent = self.find_silent_processes()
         asked_to_end = self.end_requested_at and now - max(start, self.end_requested_at) > SIGNAL_GRACE_SECONDS

@@ -141,7 +141,7 @@ class MemberGroup:
     """The members of one key in a shard."""
 
     picture: tarfile.TarInfo | None = None
-    texts: dict[str, bytes | RejectedSample] = field(default_factory=dict)  # by suffix
+    texts: dict[str, tuple[int, int]] = field(default_factory=dict)  # offset and size, by suffix
     problem: RejectedSample | None = None
 
 
@@ -209,13 +209,7 @@ class TarShard:
         elif suffix in group.texts:
             group.problem = RejectedSample(Reason.repeated_key, f"two files {escape_name(member.name)}")
         else:
-            group.texts[suffix] = self.read_text(member, MAX_JSON_SIZE if suffix == ".json" else MAX_TEXT_SIZE + 1)
-
-    def read_text(self, member: tarfile.TarInfo, limit: int) -> bytes | RejectedSample:
-        if member.offset_data + member.size > self.size:
-            return RejectedSample(Reason.truncated, "the shard ends within the caption")
-        self.file.seek(member.offset_data)
-        return self.file.read(min(member.size, limit))
+            group.texts[suffix] = member.offset_data, member.size
 
     def iterate_samples(self, column: str | None, split: str | None) -> Iterator[Sample]:
         """Yield a sample for each key; `column` is the key of the captions in .json files."""
@@ -232,29 +226,29 @@ class TarShard:
                 sample.file, sample.offset, sample.size = self.name, group.picture.offset_data, group.picture.size
                 if sample.offset + sample.size > self.size:
                     raise RejectedSample(Reason.truncated, "the shard ends within the picture")
-                sample.captions = parse_member_captions(group.texts, column)
+                sample.captions = self.read_captions(group, column)
             except RejectedSample as error:
                 sample.problem = error
             yield sample
 
+    def read_captions(self, group: MemberGroup, column: str | None) -> list[str]:
+        """Return the captions in the text file of a sample, else in its JSON. Raises RejectedSample."""
+        for suffix in CAPTION_SUFFIXES:
+            if suffix in group.texts and column is None:
+                return parse_caption_bytes(self.read_text(*group.texts[suffix], MAX_TEXT_SIZE + 1))
+        if ".json" not in group.texts:
+            raise RejectedSample(Reason.no_caption, "no .txt and no .json in the shard")
+        try:
+            row: Any = json.loads(self.read_text(*group.texts[".json"], MAX_JSON_SIZE))
+        except (ValueError, RecursionError) as error:
+            raise RejectedSample(Reason.bad_row, f"its .json does not parse: {error}"[:200]) from error
+        # The first usual name that has a value
+        row = row if isinstance(row, dict) else {}
+        values = [row.get(name) for name in ([column] if column else CAPTION_COLUMNS)]
+        return parse_captions(next((value for value in values if value is not None), None))
 
-def parse_member_captions(texts: dict[str, bytes | RejectedSample], column: str | None) -> list[str]:
-    """Return the captions in the text file of a sample, else in its JSON. Raises RejectedSample."""
-    for suffix in CAPTION_SUFFIXES:
-        if suffix in texts and column is None:
-            return parse_caption_bytes(unwrap_text(texts[suffix]))
-    if ".json" not in texts:
-        raise RejectedSample(Reason.no_caption, "no .txt and no .json in the shard")
-    try:
-        row: Any = json.loads(unwrap_text(texts[".json"]))
-    except (ValueError, RecursionError) as error:
-        raise RejectedSample(Reason.bad_row, f"its .json does not parse: {error}"[:200]) from error
-    names = [column] if column else CAPTION_COLUMNS
-    value = next((row[name] for name in names if row.get(name) is not None), None) if isinstance(row, dict) else None
-    return parse_captions(value)
-
-
-def unwrap_text(text: bytes | RejectedSample) -> bytes:
-    if isinstance(text, RejectedSample):
-        raise text
-    return text
+    def read_text(self, offset: int, size: int, limit: int) -> bytes:
+        if offset + size > self.size:
+            raise RejectedSample(Reason.truncated, "the shard ends within the caption")
+        self.file.seek(offset)
+        return self.file.read(min(size, limit))
