@@ -72,9 +72,8 @@ def open_tars(root: Path, files: list[Path], columns: Columns, notes: SourceNote
     shards = [file for file in files if is_tar(file)]
     for shard in shards:
         if is_compressed(shard):
-            raise InputError(
-                f"{str(shard)!r} is compressed and cannot be read by offset; decompress it to a plain .tar"
-            )
+            remedy = "decompress it to a plain .tar"
+            raise InputError(f"{str(shard)!r} is compressed and cannot be read by offset; {remedy}")
 
     # img2dataset writes statistics beside each shard: they are read later, not ignored
     notes.count_ignored(file for file in files if not is_tar(file) and not file.name.endswith("_stats.json"))
@@ -175,7 +174,7 @@ class TarShard:
             self.notes.shards.append(f"{self.name}: not a tar, or damaged, at byte {end:,} of {self.size:,} ({error})")
             return
 
-        # Look for the mark of the end, two blocks of zeros, and for anything behind it
+        # Look for the mark of the end, which is zeros, and for anything else behind it
         self.file.seek(min(end, self.size))
         if self.file.read(512) != bytes(512):
             place = f"byte {min(end, self.size):,} of {self.size:,}"
@@ -250,5 +249,8 @@ class TarShard:
     def read_text(self, offset: int, size: int, limit: int) -> bytes:
         if offset + size > self.size:
             raise RejectedSample(Reason.truncated, "the shard ends within the caption")
-        self.file.seek(offset)
-        return self.file.read(min(size, limit))
+        try:
+            self.file.seek(offset)
+            return self.file.read(min(size, limit))
+        except OSError as error:
+            raise RejectedSample(Reason.unreadable, str(error)) from error
