@@ -148,7 +148,7 @@ def measure_and_report(
         settings.check_image_counts({"drawn": len(drawn), "reference": len(images)}, extractor.dim)
         real = measure_reference_statistics(images, extractor, size, comparison.statistics, state)
 
-    # Measure the drawn images. A CLIP score says less if the model draws with the same CLIP.
+    # Measure the drawn images. A CLIP score flatters a model that draws with the same CLIP.
     conditioning = None if pipeline is None else pipeline.clip.identity
     result = measure_quality(drawn, real, extractor, settings, state, scorer, conditioning)
     if state.is_main_process:

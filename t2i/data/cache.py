@@ -94,7 +94,7 @@ class CachedPairs(Dataset):
 
     def load_index(self, finished: dict[str, Any], split: str) -> None:
         """Store the content of cache.json, and compare the sizes of the files with it."""
-        # What the cache was made from, and what of it batches contain
+        # Facts about the cache, and the encodings that batches take from it
         self.made_from: dict[str, Any] = finished["key"]
         self.clip = finished["clip"] and ClipFacts(**finished["clip"])
         self.autoencoder = finished["autoencoder"] and AutoencoderFacts(**finished["autoencoder"])
@@ -114,7 +114,7 @@ class CachedPairs(Dataset):
         for path, row in zip(self.paths, self.rows):
             check_file_size(path, row["bytes"])
 
-        # The small tensors that all splits share, compared as a whole
+        # The tensors that all splits share: small enough to compare their SHA-256 each time
         shared = self.folder / "shared.safetensors"
         check_file_size(shared, finished["shared"]["bytes"])
         if compute_file_sha256(shared) != finished["shared"]["sha256"]:

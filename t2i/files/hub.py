@@ -36,7 +36,6 @@ def query_hub_repository(
 @contextmanager
 def explain_hub_errors(name: str) -> Iterator[None]:
     """Raise errors of the hub's library as InputError, in one line. Raises InputError, too, for the name of a file."""
-    # Without this check the hub's library would complain about the form of a repository's name
     try:
         if Path(name).exists():
             raise InputError(f"{name!r} is a file; give the folder of a model")
