@@ -54,7 +54,7 @@ def render_emoji(
     Writes a PNG for each and `metadata.jsonl` in the imagefolder convention; the folder appears complete or not at all.
     Then the manifest is written into it. Raises InputError if the font or a data file is missing, or Pillow lacks raqm.
     """
-    # Check everything that the system must have
+    # Check everything before an emoji is drawn
     folder = Path(folder).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{str(folder)!r} exists and is not an empty folder; give a new one")

@@ -38,11 +38,7 @@ def find_changes(path: str | Path) -> str | None:
     has_text_files = not any(next(root.rglob(name), None) for name in METADATA_FILES)
     samples = (sample for sample in source.iterate_samples(root) if sample.file)
     now = {sample.file: sample for sample in samples if (root / sample.file).is_file()}
-    changes: dict[str, set[str]] = {
-        "new": now.keys() - before.keys(),
-        "gone": before.keys() - now.keys(),
-        "changed": set(),
-    }
+    changes = {"new": now.keys() - before.keys(), "gone": before.keys() - now.keys(), "changed": set[str]()}
     for name in now.keys() & before.keys():
         size = before[name]["size"]
         other_captions = has_text_files and now[name].captions != before[name]["captions"]
