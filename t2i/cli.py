@@ -161,6 +161,7 @@ def check(
     columns = Columns(image_column, caption_column, label_column)
     report = write_manifest(source, out, columns, held_out, min_size, drop_duplicates)
     print("\n".join(report.format_lines()))
+    # The manifest and the report are kept: they list the reasons
     if complaint := report.format_complaint():
         raise InputError(complaint)
 

@@ -39,6 +39,7 @@ def load_model(classes: Any, folder: str | Path) -> Any:
         raise InputError(f"no trained {expected} in {str(folder)!r}, it has no config.json; train that stage first")
     if name not in known:
         raise InputError(f"{str(path)!r} holds a {name:.80}; it must be a {expected}")
+    # Headers and configuration must agree before any memory is allocated
     component = Component(path, Path(folder))
     component.check_model(known[name])
     model = load_or_explain(lambda _: load_component_model(known[name], component), path)

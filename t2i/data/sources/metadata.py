@@ -108,6 +108,7 @@ def iterate_csv_rows(text: TextIO, table: Path) -> Iterator[tuple[int, dict[str,
     names = reader.fieldnames or []
     if repeated := [name for name, count in Counter(names).items() if count > 1]:
         raise InputError(f"{str(table)!r} has several columns {repeated[0]!r}; names of columns must differ")
+    # Line 1 has the names
     for number, row in enumerate(reader, start=2):
         if None in row:  # a comma outside quotes cut a text in two
             detail = f"more than {len(names)} values; a text with commas needs quotes"

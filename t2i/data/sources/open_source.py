@@ -64,6 +64,7 @@ def walk_files(root: Path, notes: SourceNotes) -> Iterator[Path]:
     for folder, folders, names in os.walk(root, onerror=raise_error):
         here = Path(folder)
         links = [name for name in folders if (here / name).is_symlink()]
+        # Links may form a circle, or lead out of the source
         notes.ignored.update({"linked folders": len(links)} if links else {})
         folders[:] = sorted(name for name in folders if name not in links and not is_skipped_folder(here / name))
         for name in sorted(names):
