@@ -32,7 +32,6 @@ from t2i.files.untrusted import (
 )
 
 Model = TypeVar("Model", bound=Module)
-NameMapping = Callable[[str], str]
 DTYPE_NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
 CHUNK_BYTES = 2**22  # of a file, that are converted before it is mapped again
 
@@ -130,29 +129,26 @@ def load_from_components(
     make: Callable[[], Model],
     parts: dict[str, Component],
     dtype: torch.dtype | None = None,
-    rename: NameMapping | None = None,
+    rename: Callable[[str], str] = str,
     extra: tuple[str, ...] = (),
     unused: tuple[str, ...] = (),
 ) -> Model:
     """Build a model with `make` and fill it with the tensors of its components, frozen and in eval mode.
 
     parts: components by the prefix of their tensors in the model, such as "unet.". dtype: of floating-point tensors;
-    None is as they are stored. rename: maps a prefixed name to the model's. extra: buffers of the model that no file
-    holds, which stay as they are made. unused: prefixed names of tensors in older files, which no model needs.
+    None is as they are stored. rename: maps a prefixed name to the model's; the default keeps it. extra: buffers of the
+    model that no file holds, which stay as they are made. unused: prefixed names of tensors in older files, which no
+    model needs.
 
     Raises InputError, in one line, for tensors that are missing, unknown, misshapen or not finite. Nothing of the
     model's size is allocated before its tensors are known to fit.
     """
-
-    def model_name(prefix: str, name: str) -> str:
-        return rename(prefix + name) if rename else prefix + name
-
     # Compare the tensors of the files with those of the model
     stored: dict[str, TensorSpec] = {}
     stored_by_prefix: dict[str, dict[str, TensorSpec]] = {}
     for prefix, part in parts.items():
         used = {name: spec for name, spec in part.tensor_specs.items() if prefix + name not in unused}
-        stored_by_prefix[prefix] = {model_name(prefix, name): spec for name, spec in used.items()}
+        stored_by_prefix[prefix] = {rename(prefix + name): spec for name, spec in used.items()}
         stored |= stored_by_prefix[prefix]
     folder = next(iter(parts.values())).folder
     with bounded_meta_device(stored, folder):
@@ -169,7 +165,7 @@ def load_from_components(
     for prefix, part in parts.items():
         for name, tensor in part.iterate_tensors(dtype):
             if prefix + name not in unused:
-                set_module_tensor_to_device(model, model_name(prefix, name), "cpu", tensor, tensor.dtype)
+                set_module_tensor_to_device(model, rename(prefix + name), "cpu", tensor, tensor.dtype)
     # Buffers that no file holds get the dtype of the weights
     model_dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     for name in extra:
