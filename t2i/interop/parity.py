@@ -233,13 +233,10 @@ class ParityCheck:
         z_t, states, mask = self.encode_captions(self.sources.find_clip_tower("text_tower"))
         projection = self.pipeline.decoder.text_proj
         null = projection.learned_classifier_free_guidance_embeddings
-        condition = projection(self.prepend_null(null, z_i), z_t, TokenStates(states, mask))
+        arguments = projection(self.prepend_null(null, z_i), z_t, TokenStates(states, mask)).arguments
+        # diffusers' pipeline gave the mask of the tokens by this name.
+        arguments["attention_mask"] = arguments.pop("encoder_attention_mask")
         unet = load_library_part(UNet2DConditionModel, self.decoder, "unet")
-        arguments = {
-            "encoder_hidden_states": condition.tokens,
-            "class_labels": condition.embedding,
-            "attention_mask": condition.mask,
-        }
         return self.run_decoder_scheduler(lambda x, t: unet(x, t, **arguments).sample)
 
     def decode_karlo_latents(self, latents: Tensor) -> Tensor:

@@ -109,7 +109,8 @@ class AutoregressivePrior(PriorMixin, ModelMixin, ConfigMixin):
 
     @property
     def default_guidance_scale(self) -> float:
-        """2; or 1, off, where it starts from a regression, for guidance takes that too far (docs/priors.md)."""
+        """2; or 1, off, if it starts from a regression."""
+        # Guidance takes z_i too far from a regression's prediction (docs/explanation/priors.md).
         return 2.0 if self.config.regression is None else 1.0
 
     @property

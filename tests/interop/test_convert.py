@@ -271,7 +271,7 @@ def test_parity_refuses_what_no_public_class_draws_before_it_loads_anything(
 ) -> None:
     monkeypatch.setattr(Text2ImagePipeline, "from_pretrained", lambda *_, **__: pytest.fail("it was loaded"))
     save_eclipse_prior(tmp_path / "eclipse")
-    refused = {"which no public class draws with": tmp_path / "eclipse", "nor of converted files of": dalle2()}
+    refused = {"which no public class draws with": tmp_path / "eclipse", "is in this project's own layout": dalle2()}
     for said, prior in refused.items():
         assert run(monkeypatch, "parity", kandinsky_22_combined(), "--prior", prior) == 2
         captured = capsys.readouterr()

@@ -257,6 +257,7 @@ def test_it_learns_to_draw_what_bicubic_blurs_and_loads_in_a_fresh_process(shape
         from t2i.diffusion.stored_schedulers import load_scheduler
         from t2i.data import CaptionedPictures
         from t2i.networks.upsampler import Upsampler, enlarge_low_resolution, reduce_to_low_resolution
+        from t2i.diffusion.sampling_loop import Sampling
         from t2i.sampling.upsampling import sample_upsampler
         from t2i.config import DataConfig
         folder = Path({str(tmp_path / "upsampler")!r})
@@ -264,7 +265,7 @@ def test_it_learns_to_draw_what_bicubic_blurs_and_loads_in_a_fresh_process(shape
         pictures = CaptionedPictures(DataConfig({str(shapes)!r}, 32), "held_out")
         truth = torch.stack([pictures.load_image(i) for i in range(4)])
         low = reduce_to_low_resolution(truth, 2)
-        drawn = sample_upsampler(upsampler.eval(), scheduler, low, [torch.Generator() for _ in low], steps=4)
+        drawn = sample_upsampler(upsampler.eval(), scheduler, low, Sampling(4, [torch.Generator() for _ in low]))
         print(float((drawn - truth).square().mean()), float((enlarge_low_resolution(low, 2) - truth).square().mean()))
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
