@@ -1,6 +1,8 @@
-"""The decoder as a U-Net: diffusers' UNet2DConditionModel with the contract of `t2i.diffusion.denoiser`."""
+"""Decoders with a U-Net of diffusers behind the contract of `t2i.diffusion.denoiser`; this project's own is one."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
@@ -10,23 +12,60 @@ from torch import Tensor
 
 from t2i.checks import check_integer
 from t2i.diffusion.condition import ImageCondition
+from t2i.diffusion.denoiser import DecoderMixin
 from t2i.networks.decoder import ImageTokensMixin, count_input_channels, resolve_masked_latents
 from t2i.networks.linear import Linear, use_onednn_linear
 from t2i.networks.unet_steps import UNetStepContext, prepare_unet_context, run_unet_step
 
 
 @dataclass
-class UNetContext:
-    """All that depends on the condition alone."""
+class UNetDenoiserContext:
+    """The condition of B images as their U-Net takes it."""
 
-    embedding: Tensor  # (B, D): z_i of unit variance, added to the timestep's embedding
-    tokens: Tensor  # (B, L, context_width), for cross-attention
-    mask: Tensor | None  # (B, L), bool: False for padding; None without padding
+    arguments: dict[str, Any]  # of the U-Net's `forward`
     masked_latents: Tensor | None = None  # (B, C + 1, h, w), concatenated to the noisy latents
-    step_context: UNetStepContext | None = None  # the condition for `run_unet_step`; None: the U-Net runs by itself
+    step_context: UNetStepContext | None = None  # of `run_unet_step`; None for a U-Net that it does not support
 
 
-class UNetDecoder(ImageTokensMixin, ModelMixin, ConfigMixin):
+class UNetDenoiser(DecoderMixin, ModelMixin, ConfigMixin, ABC):
+    """A decoder with a U-Net of diffusers, `unet`.
+
+    Subclasses name ModelMixin as a base once more, because diffusers' pipelines look for that name in the module of a
+    component's class.
+    """
+
+    unet: Any
+    _supports_gradient_checkpointing = True  # in diffusers' blocks
+
+    @abstractmethod
+    def build_unet_context(self, condition: ImageCondition) -> UNetDenoiserContext:
+        """Return a condition with a row for each image as the U-Net's `forward` takes it."""
+
+    def forward(self, x: Tensor, t: Tensor, condition: ImageCondition) -> Tensor:
+        """Return the prediction, (B, C, H, W); or (B, 2C, H, W) with a learned variance.
+
+        x: (B, C, H, W) noisy latents; t: (B,) timesteps.
+        """
+        # Here each layer computes its keys and values as it runs: under FSDP it has its weights only then.
+        return self.step(x, t, self.build_unet_context(condition.expand()))
+
+    @apply_forward_hook
+    def prepare(self, condition: ImageCondition) -> UNetDenoiserContext:
+        context = self.build_unet_context(condition.expand())
+        unique = condition.find_unique_rows()
+        context.step_context = prepare_unet_context(self.unet, **context.arguments, unique_rows=unique)
+        return context
+
+    @apply_forward_hook
+    def step(self, x: Tensor, t: Tensor, context: UNetDenoiserContext) -> Tensor:
+        if context.masked_latents is not None:
+            x = torch.cat([x, context.masked_latents], dim=1)
+        if context.step_context is not None:
+            return run_unet_step(self.unet, x, t, context.step_context)
+        return self.unet(x, t, **context.arguments).sample
+
+
+class UNetDecoder(ImageTokensMixin, UNetDenoiser, ModelMixin):
     """Denoiser of latents of unit variance, given an ImageCondition.
 
     Args:
@@ -37,7 +76,6 @@ class UNetDecoder(ImageTokensMixin, ModelMixin, ConfigMixin):
     The other arguments are those of `Decoder`.
     """
 
-    _supports_gradient_checkpointing = True  # in diffusers' blocks
     _no_split_modules = ["BasicTransformerBlock", "ResnetBlock2D"]  # FSDP shards each as a unit
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -72,38 +110,12 @@ class UNetDecoder(ImageTokensMixin, ModelMixin, ConfigMixin):
             )
         )
 
-    def forward(self, x: Tensor, t: Tensor, condition: ImageCondition) -> Tensor:
-        """Return the prediction, (B, C, H, W); or (B, 2C, H, W) with a learned variance.
+    @property
+    def unet(self) -> UNet2DConditionModel:  # type: ignore[override]
+        """The U-Net. Its tensors have the prefix "net." in files."""
+        return self.net
 
-        x: (B, C, H, W) noisy latents; t: (B,) timesteps.
-        """
-        # Here each layer computes its keys and values as it runs: under FSDP it has its weights only then.
-        return self.step(x, t, self.build_unet_context(condition))
-
-    @apply_forward_hook
-    def prepare(self, condition: ImageCondition) -> UNetContext:
-        context = self.build_unet_context(condition)
-        context.step_context = prepare_unet_context(
-            self.net,
-            encoder_hidden_states=context.tokens,
-            class_labels=context.embedding,
-            encoder_attention_mask=context.mask,
-            unique_rows=condition.find_unique_rows(),
-        )
-        return context
-
-    def build_unet_context(self, condition: ImageCondition) -> UNetContext:
-        """Return the condition as the U-Net's own `forward` takes it."""
-        condition = condition.expand()
+    def build_unet_context(self, condition: ImageCondition) -> UNetDenoiserContext:
         z_i, tokens, mask = self.embed_condition_tokens(condition)
-        return UNetContext(z_i, tokens, mask, resolve_masked_latents(self, condition))
-
-    @apply_forward_hook
-    def step(self, x: Tensor, t: Tensor, context: UNetContext) -> Tensor:
-        if context.masked_latents is not None:
-            x = torch.cat([x, context.masked_latents], dim=1)
-        if context.step_context is not None:
-            return run_unet_step(self.net, x, t, context.step_context)
-        return self.net(
-            x, t, context.tokens, class_labels=context.embedding, encoder_attention_mask=context.mask
-        ).sample
+        arguments = {"encoder_hidden_states": tokens, "class_labels": z_i, "encoder_attention_mask": mask}
+        return UNetDenoiserContext(arguments, resolve_masked_latents(self, condition))

@@ -16,7 +16,7 @@ from t2i.errors import InputError
 from t2i.files.component import Component, load_from_components
 from t2i.networks.decoder import resolve_masked_latents
 from t2i.networks.linear import use_onednn_linear
-from t2i.networks.public.unet_denoiser import UNetDenoiser, UNetDenoiserContext
+from t2i.networks.unet_decoder import UNetDenoiser, UNetDenoiserContext
 
 VERSIONS_BY_CONDITION = {  # by a U-Net's addition_embed_type and encoder_hid_dim_type
     ("image", "image_proj"): "2.2",

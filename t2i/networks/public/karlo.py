@@ -20,7 +20,7 @@ from t2i.diffusion.condition import ImageCondition, TokenStates
 from t2i.errors import InputError
 from t2i.files.component import Component, load_from_components, to_json_types
 from t2i.networks.linear import Linear, use_onednn_linear
-from t2i.networks.public.unet_denoiser import UNetDenoiser, UNetDenoiserContext
+from t2i.networks.unet_decoder import UNetDenoiser, UNetDenoiserContext
 
 # Settings of the U-Net that follow from the other arguments of a KarloDecoder.
 DERIVED_UNET_KEYS = ("sample_size", "in_channels", "out_channels", "cross_attention_dim", "class_embed_type")

@@ -24,9 +24,9 @@ from t2i.networks.autoencoder import Autoencoder
 from t2i.networks.linear import use_onednn_linear
 from t2i.networks.public.clip_tokenizer import CLIPTokenizer
 from t2i.networks.public.movq import rename_attention_tensor
-from t2i.networks.public.unet_denoiser import UNetDenoiser, UNetDenoiserContext
 from t2i.networks.text_encoder import TextEncoder, parse_encoder_settings
 from t2i.networks.tokenizer import TextTokenizer
+from t2i.networks.unet_decoder import UNetDenoiser, UNetDenoiserContext
 
 
 class EmbedNormalizer(nn.Module):
