@@ -11,30 +11,14 @@ Each stage of ours starts from the reference's result of the stage before, so th
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import diffusers
 import torch
 import torch.nn.functional as F
-from diffusers import (
-    AutoencoderKL,
-    DDPMScheduler,
-    KandinskyPipeline,
-    KandinskyV22Pipeline,
-    PriorTransformer,
-    StableUnCLIPImg2ImgPipeline,
-    UnCLIPScheduler,
-    UNet2DConditionModel,
-    UNet2DModel,
-    VQModel,
-)
+import transformers
+from diffusers import UNet2DConditionModel, UNet2DModel, VQModel
 from diffusers.pipelines.kandinsky.text_encoder import MultilingualCLIP
 from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 from torch import Generator, Tensor
-from transformers import (
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    CLIPVisionModelWithProjection,
-    XLMRobertaTokenizer,
-)
 
 from t2i.diffusion.condition import TextEncoding, TokenStates
 from t2i.diffusion.inpainting import concat_masked_latents
@@ -83,10 +67,9 @@ class ParityCheck:
             reference = self.sample_reference_prior()
             yield "prior embedding", compute_max_difference(self.sample_our_prior(), reference)
             z_i = reference
-        sample_latents, decode_latents = self.select_reference_functions()
-        latents = sample_latents(z_i)
+        latents = self.sample_reference_decoder(z_i)
         yield "decoder output", compute_max_difference(self.sample_our_decoder(z_i), latents)
-        reference = decode_latents(latents)
+        reference = self.decode_reference(latents)
         if self.pipeline.is_cascade:
             noise = self.generate_noise(self.compute_large_shape(latents), 3)
             sampling = Sampling(self.steps, self.build_generators(), noise=noise)
@@ -100,11 +83,8 @@ class ParityCheck:
     # Inputs of both sides
 
     def generate_noise(self, shape: tuple[int, ...], stage: int) -> Tensor:
+        """Return the noise of a stage: 0 stands for z_i, 1 prior, 2 decoder, 3 super-resolution, 4 the masked image."""
         return torch.randn((len(self.prompts), *shape), generator=Generator().manual_seed(self.seed + 1000 * stage))
-
-    def generate_latents(self) -> Tensor:
-        """Return the decoder's starting noise."""
-        return self.generate_noise(self.pipeline.latent_shape, 2)
 
     def build_generators(self) -> list[Generator]:
         return [Generator().manual_seed(self.seed + number) for number in range(len(self.prompts))]
@@ -133,15 +113,14 @@ class ParityCheck:
         text: TextEncoding | Any = None
         if pipeline.text_encoder is not None:
             text = pipeline.text_encoder.encode(self.prompts)
-        elif pipeline.clip.config.text is not None:
+        elif pipeline.clip.reads_captions:
             text = pipeline.encode_prompt(self.prompts)
         embeds_noise = None
         if pipeline.decoder.noise_levels is not None:  # the reference draws this noise first, even for level 0
             embeds_noise = torch.stack([torch.randn(z_i.shape[1:], generator=item) for item in generators])
         known = concat_masked_latents(*self.build_masked_canvas()) if pipeline.decoder.config.reads_masks else None
         condition = build_decoder_condition(pipeline.decoder, z_i, text, known, embeds_noise)
-        noise = self.generate_latents()
-        sampling = Sampling(self.steps, generators, self.scale, noise)
+        sampling = Sampling(self.steps, generators, self.scale, self.generate_noise(pipeline.latent_shape, 2))
         return sample_decoder(pipeline.decoder, pipeline.decoder_scheduler, condition, sampling)
 
     # The reference: shared
@@ -149,8 +128,8 @@ class ParityCheck:
     def encode_captions(self, source: SourceFolder | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return z_t, states and mask of captions, padded to the longest that there can be; see `tokenize_prompts`."""
         assert source is not None, "a model that reads captions has their tower"
-        tower = load_library_part(CLIPTextModelWithProjection, source, "text_tower")
-        tokenizer = CLIPTokenizer.from_pretrained(source.folder("tokenizer"))
+        tower = load_library_part(transformers.CLIPTextModelWithProjection, source, "text_tower")
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(source.folder("tokenizer"))
         tokens = self.tokenize_prompts(tokenizer, tower.config.max_position_embeddings)
         output = tower(tokens.input_ids)
         return output.text_embeds, output.last_hidden_state, tokens.attention_mask.bool()
@@ -181,13 +160,13 @@ class ParityCheck:
         scheduler.set_timesteps(self.steps)
         for t, after in zip(scheduler.timesteps, [*scheduler.timesteps[1:], None]):
             # Karlo's pipelines hand the next timestep over. Others are computed by the scheduler.
-            more = {"prev_timestep": after} if isinstance(scheduler, UnCLIPScheduler) else {}
+            more = {"prev_timestep": after} if isinstance(scheduler, diffusers.UnCLIPScheduler) else {}
             x = scheduler.step(predict(x, t, after is None), t, x, generator=generators, **more).prev_sample
         return x
 
     def run_decoder_scheduler(self, predict: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Sample latents with guidance; `predict` takes (x, t) of the null condition, if any, and of z_i."""
-        noise = self.generate_latents()
+        noise = self.generate_noise(self.pipeline.latent_shape, 2)
         return self.run_reference_scheduler(
             self.decoder, "decoder_scheduler", noise, lambda x, t, _: self.predict_guided(predict, x, t)
         )
@@ -196,35 +175,45 @@ class ParityCheck:
         source = self.sources.prior
         assert source is not None, "there is a prior"
         z_t, states, mask = self.encode_captions(self.sources.find_clip_tower("text_tower"))
-        prior = load_library_part(PriorTransformer, source, "prior")
-        condition = {"proj_embedding": z_t, "encoder_hidden_states": states, "attention_mask": mask}
+        prior = load_library_part(diffusers.PriorTransformer, source, "prior")
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
-            return prior(x, timestep=t, **condition).predicted_image_embedding
+            return prior(x, t, z_t, states, mask).predicted_image_embedding
 
-        schedulers = next(folder for folder in [source, *self.sources.folders] if "prior_scheduler" in folder)
+        scheduler_folder = next(folder for folder in [source, *self.sources.folders] if "prior_scheduler" in folder)
         noise = self.generate_noise((prior.config.embedding_dim,), 1)
         sample = self.run_reference_scheduler(
-            schedulers, "prior_scheduler", noise, lambda x, t, _: self.predict_guided(predict, x, t)
+            scheduler_folder, "prior_scheduler", noise, lambda x, t, _: self.predict_guided(predict, x, t)
         )
         return prior.post_process_latents(sample)
 
-    def select_reference_functions(self) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-        """Return functions from z_i to latents, and from latents to images in [-1, 1]."""
+    def sample_reference_decoder(self, z_i: Tensor) -> Tensor:
         match self.decoder.family:
             case "karlo":
-                return self.sample_karlo_latents, self.decode_karlo_latents
+                return self.sample_karlo_latents(z_i)
             case "kandinsky" if self.pipeline.decoder.config.reads_masks:
-                return self.sample_inpainted_kandinsky_latents, self.decode_kandinsky_latents
+                return self.sample_inpainted_kandinsky_latents(z_i)
             case "kandinsky":
-                return self.sample_kandinsky_latents, self.decode_kandinsky_latents
+                return self.sample_kandinsky_latents(z_i)
             case _:
-                return self.sample_stable_unclip_latents, self.decode_stable_unclip_latents
+                return self.sample_stable_unclip_latents(z_i)
+
+    def decode_reference(self, latents: Tensor) -> Tensor:
+        """Return images in [-1, 1]."""
+        match self.decoder.family:
+            case "karlo":
+                return self.enlarge_karlo_images(latents)
+            case "kandinsky":
+                return load_library_part(VQModel, self.decoder, "movq").decode(latents, force_not_quantize=True).sample
+            case _:
+                vae = load_library_part(diffusers.AutoencoderKL, self.decoder, "vae")
+                return vae.decode(latents / vae.config.scaling_factor).sample
 
     def run_pipeline(self, pipeline: Any, *prompt: Any, **arguments: Any) -> Any:
         """Return what a pipeline of diffusers draws with the settings that all of them take."""
         pipeline.set_progress_bar_config(disable=True)
-        arguments |= {"latents": self.generate_latents(), "generator": self.build_generators()}
+        arguments |= {"latents": self.generate_noise(self.pipeline.latent_shape, 2)}
+        arguments |= {"generator": self.build_generators()}
         return pipeline(*prompt, num_inference_steps=self.steps, guidance_scale=self.scale, **arguments).images
 
     # The reference: Karlo
@@ -239,10 +228,9 @@ class ParityCheck:
         unet = load_library_part(UNet2DConditionModel, self.decoder, "unet")
         return self.run_decoder_scheduler(lambda x, t: unet(x, t, **arguments).sample)
 
-    def decode_karlo_latents(self, latents: Tensor) -> Tensor:
-        first, last = (
-            load_library_part(UNet2DModel, self.decoder, part) for part in ("super_res_first", "super_res_last")
-        )
+    def enlarge_karlo_images(self, latents: Tensor) -> Tensor:
+        parts = ("super_res_first", "super_res_last")
+        first, last = (load_library_part(UNet2DModel, self.decoder, part) for part in parts)
         shape = self.compute_large_shape(latents)
         small = F.interpolate(latents.clamp(-1, 1), size=shape[1:], mode="bicubic", antialias=True)
 
@@ -259,12 +247,12 @@ class ParityCheck:
         source = self.sources.find_clip_tower("image_tower")
         if source is None:
             raise InputError("no folder has an image encoder; Kandinsky is guided away from its embedding of zeros")
-        tower = load_library_part(CLIPVisionModelWithProjection, source, "image_tower")
+        tower = load_library_part(transformers.CLIPVisionModelWithProjection, source, "image_tower")
         side = tower.config.image_size
         return tower(torch.zeros(1, 3, side, side)).image_embeds
 
-    def load_multilingual_clip(self) -> tuple[MultilingualCLIP, XLMRobertaTokenizer]:
-        tokenizer = XLMRobertaTokenizer.from_pretrained(self.decoder.folder("multilingual_tokenizer"))
+    def load_multilingual_clip(self) -> tuple[MultilingualCLIP, transformers.XLMRobertaTokenizer]:
+        tokenizer = transformers.XLMRobertaTokenizer.from_pretrained(self.decoder.folder("multilingual_tokenizer"))
         return load_library_part(MultilingualCLIP, self.decoder, "multilingual_clip"), tokenizer
 
     def sample_kandinsky_latents(self, z_i: Tensor) -> Tensor:
@@ -277,12 +265,12 @@ class ParityCheck:
             "scheduler": self.decoder.load_scheduler("decoder_scheduler"),
         }
         if "multilingual_clip" not in self.decoder:
-            return self.run_pipeline(KandinskyV22Pipeline(**parts), **arguments, output_type="latent")
+            return self.run_pipeline(diffusers.KandinskyV22Pipeline(**parts), **arguments, output_type="latent")
         # The pipeline of 2.1 returns images alone; its callback sees the latents.
         parts["text_encoder"], parts["tokenizer"] = self.load_multilingual_clip()
         seen: list[Tensor] = []
         arguments["callback"] = lambda step, t, latents: seen.append(latents)
-        self.run_pipeline(KandinskyPipeline(**parts), self.prompts, **arguments, output_type="pt")
+        self.run_pipeline(diffusers.KandinskyPipeline(**parts), self.prompts, **arguments, output_type="pt")
         return seen[-1]
 
     def sample_inpainted_kandinsky_latents(self, z_i: Tensor) -> Tensor:
@@ -304,29 +292,22 @@ class ParityCheck:
 
         return self.run_decoder_scheduler(predict)
 
-    def decode_kandinsky_latents(self, latents: Tensor) -> Tensor:
-        return load_library_part(VQModel, self.decoder, "movq").decode(latents, force_not_quantize=True).sample
-
     # The reference: Stable unCLIP
 
     def sample_stable_unclip_latents(self, z_i: Tensor) -> Tensor:
-        source, vae = self.decoder, load_library_part(AutoencoderKL, self.decoder, "vae")
-        pipeline = StableUnCLIPImg2ImgPipeline(
+        source, vae = self.decoder, load_library_part(diffusers.AutoencoderKL, self.decoder, "vae")
+        pipeline = diffusers.StableUnCLIPImg2ImgPipeline(
             feature_extractor=None,
             image_encoder=vae,  # only its dtype is read, for the embeddings are given
             image_normalizer=StableUnCLIPImageNormalizer.from_pretrained(source.folder("normalizer")),
-            image_noising_scheduler=DDPMScheduler.from_pretrained(source.folder("noising_scheduler")),
-            tokenizer=CLIPTokenizer.from_pretrained(source.folder("text_tokenizer")),
-            text_encoder=load_library_part(CLIPTextModel, source, "text_encoder"),
+            image_noising_scheduler=diffusers.DDPMScheduler.from_pretrained(source.folder("noising_scheduler")),
+            tokenizer=transformers.CLIPTokenizer.from_pretrained(source.folder("text_tokenizer")),
+            text_encoder=load_library_part(transformers.CLIPTextModel, source, "text_encoder"),
             unet=load_library_part(UNet2DConditionModel, source, "unet"),
             scheduler=source.load_scheduler("decoder_scheduler"),
             vae=vae,
         )
         return self.run_pipeline(pipeline, prompt=self.prompts, image_embeds=z_i, output_type="latent")
-
-    def decode_stable_unclip_latents(self, latents: Tensor) -> Tensor:
-        vae = load_library_part(AutoencoderKL, self.decoder, "vae")
-        return vae.decode(latents / vae.config.scaling_factor).sample
 
 
 def load_library_part(model_class: Any, source: SourceFolder, part: str) -> Any:
