@@ -17,13 +17,7 @@ from t2i.errors import InputError
 from t2i.files.atomic import create_folder_atomically, raise_as_oserror
 from t2i.files.component import TensorComponent, load_from_components
 from t2i.files.untrusted import read_config
-from t2i.interop.dalle2_files import (
-    DALLE2File,
-    format_release,
-    parse_release,
-    read_dalle2_file,
-    require_file_release,
-)
+from t2i.interop.dalle2_files import DALLE2File, format_release, parse_release, read_dalle2_file, require_file_release
 from t2i.networks.clip import CLIP
 from t2i.networks.dalle2.decoder import DALLE2Cascade, DALLE2Decoder, DALLE2Pixels
 from t2i.networks.dalle2.prior import DALLE2Prior

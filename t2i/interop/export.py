@@ -13,14 +13,7 @@ from torch import Tensor
 from t2i.diffusion.respaced import UnCLIPRespacedScheduler
 from t2i.errors import InputError
 from t2i.files.tensor_file import save_tensors
-from t2i.interop.layouts import (
-    DIFFUSERS_STEM,
-    LAYOUTS_BY_NAME,
-    PART_CLASSES,
-    TRANSFORMERS_PARTS,
-    TRANSFORMERS_STEM,
-    PublicLayout,
-)
+from t2i.interop.layouts import DIFFUSERS_STEM, LAYOUTS_BY_NAME, TRANSFORMERS_PARTS, TRANSFORMERS_STEM, PublicLayout
 from t2i.interop.prior_transformer import map_tensor_names, to_prior_transformer
 from t2i.networks.autoencoder import Autoencoder
 from t2i.networks.prior import Prior
@@ -119,10 +112,13 @@ def save_library_model(model: Any, target: Path) -> str:
     return type(model).__name__
 
 
-def save_plain_model(tensors: dict[str, Tensor], target: Path, config: dict[str, Any], stem: str) -> None:
+def save_plain_model(
+    class_name: str, config: dict[str, Any], tensors: dict[str, Tensor], target: Path, stem: str = DIFFUSERS_STEM
+) -> str:
     """Save a model whose public class is no longer in a library, or is inside a pipeline only."""
     write_config(target / "config.json", config)
     save_tensors(target / f"{stem}.safetensors", tensors, {"format": "pt"})
+    return class_name
 
 
 def write_config(path: Path, config: dict[str, Any]) -> None:
@@ -134,26 +130,16 @@ def save_prior(components: Mapping[str, Any], target: Path) -> str:
     prior = components["prior"]
     if not isinstance(prior, EclipsePrior):
         return save_library_model(to_prior_transformer(prior), target)
-    save_plain_model(build_eclipse_tensors(prior), target, build_eclipse_config(prior), DIFFUSERS_STEM)
-    return "PriorTransformer"
-
-
-def build_eclipse_config(prior: EclipsePrior) -> dict[str, Any]:
-    """Return the configuration of the PriorTransformer without a time that an EclipsePrior was read from."""
-    config = prior.config
-    return {
+    # A PriorTransformer without a token for the time, which is what an EclipsePrior is read from
+    config = {
         "_class_name": "PriorTransformer",
-        "num_attention_heads": config.heads,
-        "attention_head_dim": config.width // config.heads,
-        "num_layers": config.depth,
-        "embedding_dim": config.embed_dim,
-        "num_embeddings": config.context_length,
+        "num_attention_heads": prior.config.heads,
+        "attention_head_dim": prior.config.width // prior.config.heads,
+        "num_layers": prior.config.depth,
+        "embedding_dim": prior.config.embed_dim,
+        "num_embeddings": prior.config.context_length,
         "additional_embeddings": 3,
     }
-
-
-def build_eclipse_tensors(prior: EclipsePrior) -> dict[str, Tensor]:
-    """Return the tensors by their public names."""
     state = prior.state_dict()
     # Nothing reads the statistics of z_i, but the class has them.
     state |= {"mean": torch.zeros_like(state["to_image.bias"]), "std": torch.ones_like(state["to_image.bias"])}
@@ -161,7 +147,7 @@ def build_eclipse_tensors(prior: EclipsePrior) -> dict[str, Tensor]:
     for name, sources in map_tensor_names(prior.config.depth, time=False).items():
         for public, tensor in zip(sources, state[name].chunk(len(sources))):
             tensors[public] = tensor.reshape((1,) * BATCH_DIMS.get(public, 0) + tensor.shape)
-    return tensors
+    return save_plain_model("PriorTransformer", config, tensors, target)
 
 
 def convert_to_public_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
@@ -228,15 +214,13 @@ def save_text_projection(components: Mapping[str, Any], target: Path) -> str:
         "time_embed_dim": decoder.unet.time_embedding.linear_2.out_features,
         "cross_attention_dim": decoder.config.context_width,
     }
-    save_plain_model(decoder.text_proj.state_dict(), target, config, DIFFUSERS_STEM)
-    return "UnCLIPTextProjModel"
+    return save_plain_model("UnCLIPTextProjModel", config, decoder.text_proj.state_dict(), target)
 
 
 def save_embed_normalizer(components: Mapping[str, Any], target: Path) -> str:
     decoder = components["decoder"]
     config = {"_class_name": "StableUnCLIPImageNormalizer", "embedding_dim": decoder.config.embed_dim}
-    save_plain_model(decoder.normalizer.state_dict(), target, config, DIFFUSERS_STEM)
-    return "StableUnCLIPImageNormalizer"
+    return save_plain_model("StableUnCLIPImageNormalizer", config, decoder.normalizer.state_dict(), target)
 
 
 def save_multilingual_clip(components: Mapping[str, Any], target: Path) -> str:
@@ -247,16 +231,7 @@ def save_multilingual_clip(components: Mapping[str, Any], target: Path) -> str:
         "numDims": encoder.config.pooled_width,
         "transformerDimensions": encoder.width,
     }
-    save_plain_model(encoder.state_dict(), target, config, TRANSFORMERS_STEM)
-    return "MultilingualCLIP"
-
-
-def save_noising_scheduler(components: Mapping[str, Any], target: Path) -> str:
-    return save_library_model(DDPMScheduler(**components["decoder"].config.noising), target)
-
-
-def save_multilingual_tokenizer(components: Mapping[str, Any], target: Path) -> str:
-    return save_tokenizer(components["text_encoder"].tokenizer, target, PART_CLASSES["multilingual_tokenizer"][0])
+    return save_plain_model("MultilingualCLIP", config, encoder.state_dict(), target, TRANSFORMERS_STEM)
 
 
 def make_model_writer(name: str, attribute: str) -> "PartWriter":
@@ -283,9 +258,13 @@ PART_WRITERS: dict[str, PartWriter] = {
     "movq": make_model_writer("autoencoder", "coder"),
     "vae": make_model_writer("autoencoder", "coder"),
     "normalizer": save_embed_normalizer,
-    "noising_scheduler": save_noising_scheduler,
+    "noising_scheduler": lambda components, target: save_library_model(
+        DDPMScheduler(**components["decoder"].config.noising), target
+    ),
     "multilingual_clip": save_multilingual_clip,
-    "multilingual_tokenizer": save_multilingual_tokenizer,
+    "multilingual_tokenizer": lambda components, target: save_tokenizer(
+        components["text_encoder"].tokenizer, target, "XLMRobertaTokenizer"
+    ),
     "text_encoder": make_model_writer("text_encoder", "net"),
     "text_tokenizer": save_caption_tokenizer,
 }

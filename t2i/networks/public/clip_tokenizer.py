@@ -14,12 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from t2i.checks import check_integer
 from t2i.errors import InputError
 from t2i.files.untrusted import MAX_TOKENIZER_BYTES, check_folder_files, check_size_limit, is_folder, read_json
-from t2i.networks.tokenizer import (
-    BaseTokenizer,
-    check_highest_token,
-    explain_tokenizer_errors,
-    read_tokenizer_config,
-)
+from t2i.networks.tokenizer import BaseTokenizer, check_highest_token, explain_tokenizer_errors, read_tokenizer_config
 
 START_TOKEN, END_TOKEN = "<|startoftext|>", "<|endoftext|>"
 WORD_PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
