@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, SchedulerMixin, UnCLIPScheduler
+from diffusers import AutoencoderKL, SchedulerMixin
 
-from t2i.diffusion.respaced import UnCLIPRespacedScheduler
 from t2i.diffusion.stored_schedulers import load_scheduler
 from t2i.errors import InputError
 from t2i.files.component import Component
@@ -15,7 +14,7 @@ from t2i.files.fingerprints import EXACT_DTYPES
 from t2i.files.hub import find_or_download_folder
 from t2i.files.model_folder import load_model, load_or_explain, read_model_class
 from t2i.files.untrusted import MAX_TIMESTEPS, bounded_meta_device, check_finite_weights, is_folder, read_config
-from t2i.interop.folders import SourceFolder
+from t2i.interop.folders import SourceFolder, respace_scheduler
 from t2i.interop.parts import PublicPart, find_public_part
 from t2i.interop.prior_transformer import load_prior_transformer
 from t2i.networks.autoencoder import Autoencoder
@@ -43,8 +42,9 @@ def load_autoencoder(name: str | Path, classes: tuple[type, ...] = (Autoencoder,
     public pipeline: Kandinsky's with a MoVQ, or Karlo's with its super-resolution. classes: of this project's that are
     allowed, beside the public ones.
     """
-    if (public := load_public_autoencoder(str(name))) is not None:
-        return public
+    part = find_public_part(str(name), ("movq", "super_res_first"), ("super_res_last",))
+    if part is not None:
+        return load_public_autoencoder(part)
     folder = find_or_download_folder(name, VAE_FILES)
     if read_model_class(folder) != "AutoencoderKL":
         return load_model(tuple(dict.fromkeys((*classes, Autoencoder, *PUBLIC_AUTOENCODERS))), folder)
@@ -62,11 +62,8 @@ def load_autoencoder(name: str | Path, classes: tuple[type, ...] = (Autoencoder,
     return load_or_explain(lambda _: Autoencoder.from_vae(vae), folder)
 
 
-def load_public_autoencoder(name: str) -> MoVQ | SuperResolution | None:
-    """Load Kandinsky's MoVQ, or Karlo's super-resolution, frozen, in fp32; return None for other models."""
-    part = find_public_part(name, ("movq", "super_res_first"), ("super_res_last",))
-    if part is None:
-        return None
+def load_public_autoencoder(part: PublicPart) -> MoVQ | SuperResolution:
+    """Load Kandinsky's MoVQ, or Karlo's super-resolution, frozen, in fp32."""
     if part.part == "movq":
         return MoVQ.from_component(part.component(), torch.float32)
     networks = (part.component(), part.component("super_res_last"))
@@ -133,8 +130,10 @@ def load_text_encoder(name: str | Path, context_length: int = 128, dtype: torch.
     name on the hub; or Kandinsky 2.1's pipeline, whose encoder becomes a MultilingualCLIP. context_length: in tokens,
     for models of transformers.
     """
-    if (public := load_public_text_encoder(str(name), dtype)) is not None:
-        return public
+    part = find_public_part(str(name), ("multilingual_clip",))
+    if part is not None:
+        tokenizer = part.source.folder("multilingual_tokenizer")
+        return MultilingualCLIP.from_component(part.component(), tokenizer, dtype)
     folder = find_or_download_folder(name, HUB_FILES)
     folder = find_text_encoder_folder(folder) or folder
     if read_model_class(folder) in ("TextEncoder", "MultilingualCLIP"):
@@ -142,14 +141,6 @@ def load_text_encoder(name: str | Path, context_length: int = 128, dtype: torch.
         encoder.register_to_config(rounded=encoder.config.rounded or dtype not in EXACT_DTYPES)
         return encoder.to(dtype).eval().requires_grad_(False)
     return load_or_explain(lambda path: TextEncoder.from_transformers(path, context_length, dtype), folder)
-
-
-def load_public_text_encoder(name: str, dtype: torch.dtype) -> MultilingualCLIP | None:
-    """Load Kandinsky 2.1's text encoder, frozen; return None for other models."""
-    part = find_public_part(name, ("multilingual_clip",))
-    if part is None:
-        return None
-    return MultilingualCLIP.from_component(part.component(), part.source.folder("multilingual_tokenizer"), dtype)
 
 
 def find_text_encoder_folder(run: Path) -> Path | None:
@@ -185,7 +176,7 @@ def load_own_prior(folder: str | Path, dtype: torch.dtype | None = None) -> dict
     """
     prior, scheduler = load_prior(folder)
     source = SourceFolder(Path(folder))
-    if dtype is None and is_folder(folder) and source.has_public_parts:
+    if dtype is None and source.has_public_parts:
         dtype = source.find_stored_dtypes().get("prior")
     if prior is not None and dtype is not None:
         prior.to(dtype)
@@ -197,7 +188,4 @@ def load_prior_scheduler(prior: PublicPart) -> SchedulerMixin | None:
     folder = prior.source.find_folder("prior_scheduler") or prior.folder / "scheduler"
     if not is_folder(folder):
         return None
-    scheduler = load_scheduler(folder, prior.source.path)
-    if isinstance(scheduler, UnCLIPScheduler):
-        return UnCLIPRespacedScheduler.from_config(scheduler.config)
-    return scheduler
+    return respace_scheduler(load_scheduler(folder, prior.source.path))

@@ -2,7 +2,6 @@
 
 import logging
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from t2i.networks.clip import CLIP
 from t2i.networks.dalle2.decoder import DALLE2Cascade, DALLE2Decoder, DALLE2Pixels
 from t2i.networks.dalle2.prior import DALLE2Prior
 from t2i.networks.dalle2.unet import UnetConfig
+from t2i.networks.public.transformers_clip import CLIP_MEAN, CLIP_STD
 from t2i.networks.tokenizer import build_public_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,6 @@ BETA_SCHEDULES = {
     "linear": "linear",
     "quadratic": "scaled_linear",
 }  # their name: diffusers'
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's, of images
 OLDEST_DECODER_RELEASE, OLDEST_PRIOR_RELEASE = (1, 0, 2), (0, 23, 3)  # of models that were compared with these
 NEW_ATTENTION_RELEASE, SCALED_ATTENTION_RELEASE = (1, 4, 0), (1, 4, 3)  # changed attention
 
@@ -138,9 +137,12 @@ def convert_dalle2_prior(file: DALLE2File, settings: dict[str, Any], source: Pat
         raise InputError(f"image_embed_dim is {width}, net.dim {network.get('dim')}; they must agree")
 
     # Tensors; rotary frequencies are computed here, and are the same in every file
-    tensors = select_prefixed_tensors(file.state, "net.", "net.")
+    tensors = {name: tensor for name, tensor in file.state.items() if name.startswith("net.")}
     for name in [name for name in tensors if name.endswith("rotary_emb.freqs")]:
-        check_rotary_frequencies(tensors.pop(name), name, source)
+        frequencies = tensors.pop(name).float()
+        width = 2 * len(frequencies)
+        if not torch.allclose(frequencies, 10_000 ** (-torch.arange(0, width, 2) / width), rtol=1e-2):
+            raise InputError(f"{name} in {str(source)!r} are not the usual rotary frequencies, which are computed here")
     learned_null, old_attention = detect_prior_features(file, tensors, source)
     config |= {
         "learned_null": learned_null,
@@ -148,7 +150,7 @@ def convert_dalle2_prior(file: DALLE2File, settings: dict[str, Any], source: Pat
         "reads_captions": settings.get("condition_on_text_encodings", True),
         "embed_scale": settings.get("image_embed_scale"),
     }
-    prior = build_loaded_model(lambda: DALLE2Prior(**config), tensors, source)
+    prior = load_from_components(lambda: DALLE2Prior(**config), {"": TensorComponent(tensors, source)})
 
     # Scheduler
     prediction = resolve_prediction_type(settings.get("predict_v", False), settings.get("predict_x_start", True))
@@ -169,13 +171,6 @@ def detect_prior_features(file: DALLE2File, tensors: dict[str, Tensor], source: 
         raise InputError(f"{str(source)!r} is of release {format_release(release)}; priors before 0.23.3 do not load")
     logger.warning("%s is of a release before 1.9.0, where nothing was dropped: do not guide it", source)
     return False, release < SCALED_ATTENTION_RELEASE
-
-
-def check_rotary_frequencies(frequencies: Tensor, name: str, source: Path) -> None:
-    width = 2 * len(frequencies)
-    expected = 10_000 ** (-torch.arange(0, width, 2, dtype=torch.float32) / width)
-    if not torch.allclose(frequencies.float(), expected, rtol=1e-2):
-        raise InputError(f"{name} in {str(source)!r} are not the usual rotary frequencies, which are computed here")
 
 
 # Decoder
@@ -218,8 +213,8 @@ def convert_dalle2_decoder(file: DALLE2File, settings: dict[str, Any], source: P
             "text_width": text_width if reads_captions else None,
             "learned_variance": first.learned_variance,
         }
-        tensors = select_prefixed_tensors(first.tensors, "", "net.")
-        parts["model"] = build_loaded_model(lambda: DALLE2Decoder(unet=first.unet, **config), tensors, source)
+        tensors = {"net.": TensorComponent(first.tensors, source)}
+        parts["model"] = load_from_components(lambda: DALLE2Decoder(unet=first.unet, **config), tensors)
         parts["scheduler"] = DDIMScheduler(**first.scheduler)
     if len(stages) > 1 and 1 in present:
         parts["autoencoder"] = convert_dalle2_cascade(stages, channels, source)
@@ -234,7 +229,7 @@ def convert_dalle2_cascade(stages: list[CascadeStage], channels: int, source: Pa
             raise InputError(f"U-Net {i + 2} of {str(source)!r} reads captions while it enlarges, which none here does")
         if stage.learned_variance:
             stage.unet["channels_out"] = 2 * channels
-        tensors |= select_prefixed_tensors(stage.tensors, "", f"nets.{i}.")
+        tensors |= {f"nets.{i}.{name}": tensor for name, tensor in stage.tensors.items()}
     config = {
         "low_size": stages[0].size,
         "sizes": [stage.size for stage in stages[1:]],
@@ -242,7 +237,8 @@ def convert_dalle2_cascade(stages: list[CascadeStage], channels: int, source: Pa
         "schedulers": [stage.scheduler for stage in stages[1:]],
         "noise_levels": [stage.noise_level for stage in stages[1:]],
     }
-    return build_loaded_model(lambda: DALLE2Cascade(**config, channels=channels), tensors, source)
+    cascade = {"": TensorComponent(tensors, source)}
+    return load_from_components(lambda: DALLE2Cascade(**config, channels=channels), cascade)
 
 
 def read_cascade_stages(file: DALLE2File, settings: dict[str, Any], source: Path) -> list[CascadeStage]:
@@ -274,7 +270,7 @@ def read_cascade_stages(file: DALLE2File, settings: dict[str, Any], source: Path
             ratio = settings.get("dynamic_thres_percentile", 0.95)
             scheduler |= {"thresholding": True, "dynamic_thresholding_ratio": ratio, "sample_max_value": 1e6}
         check_noise_schedule(file.state.get(f"noise_schedulers.{i}.betas"), scheduler, source)
-        tensors = select_prefixed_tensors(file.state, f"unets.{i}.", "")
+        tensors = select_prefixed_tensors(file.state, f"unets.{i}.")
         arguments = convert_unet_arguments(file, unet, tensors, source)
         tensors = {name.replace(".cross_attn.fn.", ".cross_attn."): tensor for name, tensor in tensors.items()}
         level = noise_level if noised[i] else None
@@ -323,7 +319,7 @@ def convert_stored_clip(file: DALLE2File, settings: dict[str, Any], source: Path
     """Return the frozen CLIP that a file holds, as this project's; None if it holds none."""
     import open_clip
 
-    tensors = select_prefixed_tensors(file.state, "clip.clip.", "net.")
+    tensors = select_prefixed_tensors(file.state, "clip.clip.")
     if not tensors:
         return None
     section = settings.get("clip")
@@ -337,10 +333,10 @@ def convert_stored_clip(file: DALLE2File, settings: dict[str, Any], source: Path
     if config is None:
         raise InputError(f"open_clip knows no model {model_name!r:.80}, which the configuration names as {make} {name}")
     for extra in ("input_resolution", "context_length", "vocab_size"):
-        tensors.pop(f"net.{extra}", None)
-    preprocess = {"size": config["vision_cfg"]["image_size"], "mean": list(CLIP_MEAN), "std": list(CLIP_STD)}
+        tensors.pop(extra, None)
+    preprocess = {"size": config["vision_cfg"]["image_size"], "mean": CLIP_MEAN, "std": CLIP_STD}
     tokenizer, kind = build_public_tokenizer(model_name, config["text_cfg"])
-    clip = build_loaded_model(lambda: CLIP(config, preprocess, kind), tensors, source)
+    clip = load_from_components(lambda: CLIP(config, preprocess, kind), {"net.": TensorComponent(tensors, source)})
     clip.tokenizer = tokenizer
     return clip
 
@@ -348,13 +344,9 @@ def convert_stored_clip(file: DALLE2File, settings: dict[str, Any], source: Path
 # Shared by prior and decoder
 
 
-def select_prefixed_tensors(state: dict[str, Tensor], prefix: str, new_prefix: str) -> dict[str, Tensor]:
-    return {new_prefix + name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-
-
-def build_loaded_model(make: Callable[[], Any], tensors: dict[str, Tensor], source: Path) -> Any:
-    """Return the model of `make` with these tensors, in their dtypes. Memory is allocated only once they fit."""
-    return load_from_components(make, {"": TensorComponent(tensors, source)})
+def select_prefixed_tensors(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose names have a prefix, under their names without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def check_unsupported_options(*sections: dict[str, Any]) -> None:

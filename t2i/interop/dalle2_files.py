@@ -77,7 +77,8 @@ def read_dalle2_file(path: Path) -> DALLE2File:
         fault = f"{wrong[0]!r:.80} in it is no plain tensor" if wrong else f"it has {len(state):,} of them"
         raise InputError(f"{str(path)!r} should hold a model's tensors by name; {fault}")
     config = content.get("config")
-    release = find_pickled_release(content.get("version"))
+    version = content.get("version")
+    release = parse_release(version) if isinstance(version, str) else next(iterate_releases(version), None)
     return DALLE2File(state, weights_name, release, config if isinstance(config, dict) else None)
 
 
@@ -116,15 +117,8 @@ def select_averaged_weights(content: dict) -> tuple[dict[str, Tensor], str]:
     return content, "the tensors"
 
 
-def find_pickled_release(version: Any) -> tuple[int, ...] | None:
-    """Return (1, 15, 6) for a version, as text or as any release of `packaging` pickled it; None for other objects."""
-    if isinstance(version, str):
-        return parse_release(version)
-    return next(iterate_releases(version), None)
-
-
 def iterate_releases(value: Any) -> Iterator[tuple[int, ...]]:
-    """Yield every tuple of integers in a stand-in."""
+    """Yield every tuple of integers in a version as any release of `packaging` pickled it, such as (1, 15, 6)."""
     if isinstance(value, InertObject):
         yield from iterate_releases(value.state)
     elif isinstance(value, tuple | list) and len(value) > 1 and all(isinstance(part, int) for part in value):

@@ -39,12 +39,17 @@ PUBLIC_MODULES = ("t2i.networks.public.", "t2i.networks.dalle2.")
 
 def replace_old_modules(index: dict[str, Any]) -> dict[str, Any]:
     """Return the content of a model_index.json with the modules of today."""
+    replaced = dict(index)
+    for name, entry in index.items():
+        if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str):
+            replaced[name] = [OLD_MODULES.get(entry[0], entry[0]), entry[1]]
+    return replaced
 
-    def replace(entry: Any) -> Any:
-        named = isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)
-        return [OLD_MODULES.get(entry[0], entry[0]), entry[1]] if named else entry
 
-    return {name: replace(entry) for name, entry in index.items()}
+def respace_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
+    """Return an UnCLIPScheduler as one that finds the previous timestep by itself; others as they are."""
+    respaced = isinstance(scheduler, UnCLIPScheduler)
+    return UnCLIPRespacedScheduler.from_config(scheduler.config) if respaced else scheduler
 
 
 class SourceFolder:
@@ -193,10 +198,9 @@ class SourceFolder:
         return getattr(diffusers, str(class_name))
 
     def load_scheduler(self, part: str) -> SchedulerMixin:
-        """Load a scheduler. An UnCLIPScheduler becomes one that finds the previous timestep by itself."""
+        """Load a scheduler; see `respace_scheduler`."""
         scheduler = load_or_explain(self.find_scheduler_class(part).from_pretrained, self.folder(part))
-        if isinstance(scheduler, UnCLIPScheduler):
-            scheduler = UnCLIPRespacedScheduler.from_config(scheduler.config)
+        scheduler = respace_scheduler(scheduler)
         check_scheduler_sampling(f"{part} in {str(self.folder(part))!r}", scheduler)
         return scheduler
 
@@ -221,5 +225,7 @@ class SourceFolder:
             if (self.path / name / "config.json").is_file():
                 # A damaged component may be replaced by the caller's. If not, it is refused where it is loaded.
                 with suppress(InputError):
-                    dtypes[name] = self.own_component(name).find_stored_dtype()
-        return {name: dtype for name, dtype in dtypes.items() if dtype is not None}
+                    dtype = self.own_component(name).find_stored_dtype()
+                    if dtype is not None:
+                        dtypes[name] = dtype
+        return dtypes

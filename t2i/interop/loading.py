@@ -243,7 +243,9 @@ class ModelFolders:
             sizes.append((f"the prior in {str(self.prior.path)!r}", size))
         for part in CLIP_TOWERS:
             if (folder := self.find_clip_tower(part)) is not None:
-                sizes.append((f"the CLIP in {str(folder.path)!r}", read_tower_embed_dim(folder, part)))
+                name = "text_projection.weight" if part == "text_tower" else "visual_projection.weight"
+                width = read_matrix_side(folder.component(part), name, 0)
+                sizes.append((f"the CLIP in {str(folder.path)!r}", width))
         return sizes
 
     def check_same_towers(self, part: str) -> None:
@@ -272,11 +274,6 @@ def read_decoder_embed_dim(source: SourceFolder) -> Any:
             return read_matrix_side(source.component("unet"), "add_embedding.image_proj.weight", 1)
         case _:
             return source.component("normalizer").config.get("embedding_dim", 768)
-
-
-def read_tower_embed_dim(source: SourceFolder, part: str) -> int:
-    name = "text_projection.weight" if part == "text_tower" else "visual_projection.weight"
-    return read_matrix_side(source.component(part), name, 0)
 
 
 def read_matrix_side(component: Component, name: str, axis: int) -> int:

@@ -231,11 +231,7 @@ class AutoregressivePrior(PriorMixin, ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def sample_image_embeds(
-        self,
-        text: TextEncoding,
-        negative: TextEncoding | None,
-        sampling: Sampling,
-        temperature: float | None = None,
+        self, text: TextEncoding, negative: TextEncoding | None, sampling: Sampling, temperature: float | None = None
     ) -> Tensor:
         """Sample z_i of unit length, (N, D), fp32, on the device of `text`.
 

@@ -195,10 +195,7 @@ class TransformersCLIP(Encoder, ModelMixin):
     def resize_settings(self) -> dict[str, str]:
         """Resizing to `size`, with the keys of `t2i.networks.clip.CLIP.resize_settings`."""
         steps = self.config.preprocess
-        return {
-            "interpolation": steps["resample"],
-            "resize_mode": "squash" if steps["crop"] is None else "shortest",
-        }
+        return {"interpolation": steps["resample"], "resize_mode": "squash" if steps["crop"] is None else "shortest"}
 
     def check_text_encoder(self) -> None:
         if self.text_encoder is None:
