@@ -1,7 +1,7 @@
 """Read the files (.pth) of DALLE2-pytorch's trainers, and select the tensors to convert.
 
-They are pickles, which could run any code. torch's `weights_only` reader makes tensors and plain containers alone. The
-one foreign object in these files, the version that wrote them, becomes an inert stand-in. All else is refused.
+They are pickles, which could run any code. torch's `weights_only` reader makes tensors and plain containers alone, and
+an inert stand-in for the version that wrote the file. All else is refused.
 """
 
 import re

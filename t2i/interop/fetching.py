@@ -1,7 +1,4 @@
-"""Download what a model is loaded from: a repository's configurations, and then the weights that they ask for.
-
-A repository holds more than that: other variants, pickles, checkpoints of other programs beside the parts.
-"""
+"""Download what a model is loaded from: a repository's configurations, and then the weights that they ask for."""
 
 import logging
 from collections.abc import Collection
@@ -38,8 +35,8 @@ def fetch_model_folder(
     of the weights, such as "fp16"; a part without files of it comes with its plain ones. otherwise: patterns of the
     files to download if the hub does not list them, as when offline. options: of `snapshot_download`.
 
-    Raises InputError, in one line, if there is neither; and, before any weights are downloaded, for a part whose
-    weights are only pickles or of another variant.
+    Raises InputError if there is neither; and, before any weights are downloaded, for a part whose weights are only
+    pickles or of another variant.
     """
     if is_folder(name):
         return Path(name)

@@ -42,10 +42,9 @@ def load_components(
     folder: of the decoder, or of the whole model. prior: the folder with the prior, where it is another; either of the
     two may hold the decoder. A prior alone, public or of this project, is sampled with the CLIP of `folder` or `clip`.
     clip: the folder with the CLIP, if it is in neither. dtype: of the weights, for all components or by their names;
-    None, and components without an entry, are as stored. overrides: components to take their place.
+    None is as stored. overrides: components to take their place.
 
-    At most one tensor is held beyond the components. Raises InputError, in one line, for folders that are no whole
-    model together, or that do not belong together.
+    At most one tensor is held beyond the components. Raises InputError for folders that are no whole model together.
     """
     # Find out which folder holds what, before anything is loaded
     own_prior = prior if prior is not None and prior.layout is None else None
@@ -201,10 +200,7 @@ class ModelFolders:
         return next((folder for folder in order if part in folder), None)
 
     def check_compatible_parts(self, own_prior: SourceFolder | None = None) -> None:
-        """Raise InputError for parts that are no whole model, or do not belong together.
-
-        Reads the towers that several folders have. own_prior: of this project.
-        """
+        """Raise InputError for parts that are no whole model, or do not belong together. own_prior: of this project."""
         if "clip" in self.overrides:
             return
         self.check_clip_found(own_prior)

@@ -1,9 +1,9 @@
 """Run the same noise and captions through this project and through diffusers, and compare the stages' results.
 
 The reference is made of diffusers' and transformers' own classes: their public pipelines for Kandinsky and Stable
-unCLIP. Karlo's is no longer public, so its loops are here, written from its description over diffusers' models; no
-library has its projection of the condition any more, so both sides use this project's. The loops of the prior, and of
-Kandinsky's inpainting, are here too: their pipelines take images alone and change the masks.
+unCLIP. The loops of Karlo, of the prior and of Kandinsky's inpainting are written out here: Karlo's pipeline is no
+longer public, the others take images alone and change the masks. No library has Karlo's projection of the condition any
+more, so both sides use this project's.
 
 Each stage of ours starts from the reference's result of the stage before, so that a difference is of one stage alone.
 """

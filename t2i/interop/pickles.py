@@ -25,9 +25,8 @@ INDEX_SUFFIX = ".bin.index.json"
 def read_pickle(path: Path, stand_ins: tuple[tuple[Any, str], ...] = ()) -> Any:
     """Return the content of a pickle of torch: tensors on the CPU, mapped from the file, in plain containers.
 
-    stand_ins: classes to make in the place of others, with the others' names.
-
-    Raises InputError for a file that holds anything else, which is not run, or that is damaged.
+    stand_ins: classes to make in the place of others, with the others' names. Raises InputError for a file that holds
+    anything else, which is not run, or that is damaged.
     """
     if path.suffix not in PICKLE_FILE_TYPES or not path.is_file():
         raise InputError(f"{str(path)!r} is no file of weights; such a file ends in {', '.join(PICKLE_FILE_TYPES[:4])}")
@@ -45,10 +44,7 @@ def read_pickle(path: Path, stand_ins: tuple[tuple[Any, str], ...] = ()) -> Any:
 
 
 def parse_refused_name(error: Exception) -> str | None:
-    """Return the name of the object that torch's reader refused, None if its message has none.
-
-    The message itself is not shown, for it recommends to switch the reader's protection off.
-    """
+    """Return the name of the object that torch's reader refused, None if its message has none."""
     match = re.search(r"(?:GLOBAL|unsupported class|unrecognized function) (\S+)", str(error))
     return match[1] if match else None
 

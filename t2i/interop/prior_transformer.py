@@ -1,7 +1,6 @@
 """Convert between diffusers' PriorTransformer, as Karlo, Kandinsky and ECLIPSE use it, and this project's Prior.
 
-The arithmetic is the same; the names differ, and queries, keys and values are one tensor here. An imported prior is
-faster than the original: what depends on the caption alone is computed once, and a step runs two tokens, not 81.
+The arithmetic is the same; the names differ, and queries, keys and values are one tensor here.
 """
 
 import inspect
@@ -56,9 +55,8 @@ def load_prior_transformer(
 
     clip: the prior's. Its encoding of the empty caption is the prior's null condition, which is not in the files.
     Without a CLIP the null is still to be set, by `prior.set_embed_statistics(null, prior.mean, prior.std)`. dtype: of
-    floating-point tensors; None is that of the files.
-
-    Raises InputError for what neither class can express, with the reason, and for a CLIP of other widths.
+    floating-point tensors; None is that of the files. Raises InputError for what neither class can express, with the
+    reason, and for a CLIP of other widths.
     """
     if part.config.get("additional_embeddings", 4) == 3:
         prior: Prior | EclipsePrior = load_eclipse_prior(part, dtype)
@@ -105,10 +103,8 @@ def load_eclipse_prior(part: Component, dtype: torch.dtype | None) -> EclipsePri
 
 
 class RenamedComponent(Component):
-    """A PriorTransformer's component with the tensors of a Prior.
-
-    names: see `map_tensor_names`. Tensors without an entry are left out.
-    """
+    """A PriorTransformer's component with the tensors of a Prior. names: see `map_tensor_names`; other tensors are left
+    out."""
 
     def __init__(self, part: Component, names: dict[str, tuple[str, ...]]):
         self.part, self.folder, self.root = part, part.folder, part.root
@@ -201,8 +197,7 @@ def check_tensor_shapes(part: Component, settings: dict[str, Any], time: bool = 
 def to_prior_transformer(prior: Prior) -> PriorTransformer:
     """Return a PriorTransformer with the same predictions, on the CPU, in the prior's dtype, frozen.
 
-    It holds neither the encoding of the empty caption, which its pipelines compute, nor that z_i has unit length: for
-    such embeddings, normalize what `post_process_latents` returns.
+    It does not hold that z_i has unit length: for such embeddings, normalize what `post_process_latents` returns.
     Raises InputError for what a PriorTransformer cannot express, with the reason.
     """
     config = prior.config

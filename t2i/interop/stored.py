@@ -45,10 +45,8 @@ def check_variant(variant: Any, *folders: Path) -> None:
 
 
 def check_dtype(dtype: Any) -> Any:
-    """Return `dtype`: a torch.dtype, a dict of them by components, "auto" for those of the files, or None.
-
-    Raises InputError for anything else.
-    """
+    """Return `dtype`: a torch.dtype, a dict of them by components, "auto" for those of the files, or None. Raises
+    InputError for anything else."""
     each = dtype if isinstance(dtype, dict) else {"default": dtype}
     if unknown := [name for name in each if name not in DTYPE_PARTS]:
         raise InputError(f"dtype names the part {unknown[0]!r:.80}; the parts are {', '.join(DTYPE_PARTS)}")

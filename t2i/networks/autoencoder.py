@@ -1,4 +1,4 @@
-"""The autoencoder between pictures and latents. Only here are latents scaled: outside, they have unit variance."""
+"""The autoencoder between images and latents. Only here are latents scaled: outside, they have unit variance."""
 
 from collections.abc import Iterable
 
@@ -13,11 +13,11 @@ from t2i.networks.linear import use_onednn_linear
 
 
 class Autoencoder(ModelMixin, ConfigMixin):
-    """diffusers' AutoencoderKL, with pictures optionally cut into patches first, and latents of unit variance.
+    """diffusers' AutoencoderKL, with images optionally cut into patches first, and latents of unit variance.
 
     Args:
         vae: arguments of `AutoencoderKL`; its input and output have 3 * patch_size**2 channels.
-        patch_size: side of the squares of pixels that become channels (space to depth). 1 leaves pictures as they are;
+        patch_size: side of the squares of pixels that become channels (space to depth). 1 leaves images as they are;
             4 saves the convolutions at full resolution, which cost most.
     """
 
@@ -52,9 +52,9 @@ class Autoencoder(ModelMixin, ConfigMixin):
         return self.config.patch_size * 2 ** (len(self.coder.config.block_out_channels) - 1)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the reconstruction of pictures, (B, 3, H, W), from sampled latents, and the KL divergence, (B,).
+        """Return the reconstruction of images, (B, 3, H, W), from sampled latents, and the KL divergence, (B,).
 
-        The divergence of the posterior from the standard normal is divided by the number of values of a picture.
+        The divergence of the posterior from the standard normal is divided by the number of values of an image.
         """
         posterior = self.coder.encode(self.split_into_patches(image)).latent_dist
         reconstruction = self.merge_patches(self.coder.decode(posterior.sample()).sample)
@@ -73,7 +73,7 @@ class Autoencoder(ModelMixin, ConfigMixin):
         return self.merge_patches(self.coder.decode(latents).sample)
 
     def freeze_encoder(self) -> None:
-        """Keep the latents of a picture as they are: from here on only the decoder's weights are trained."""
+        """Keep the latents of an image as they are: from here on only the decoder's weights are trained."""
         for part in (self.coder.encoder, self.coder.quant_conv):
             if part is not None:  # some VAEs have no convolution there
                 part.requires_grad_(False)
@@ -87,7 +87,7 @@ class Autoencoder(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def set_latent_statistics(self, images: Iterable[Tensor]) -> None:
-        """Set the mean and standard deviation of each latent channel from batches of pictures, (B, 3, H, W)."""
+        """Set the mean and standard deviation of each latent channel from batches of images, (B, 3, H, W)."""
         self.mean.zero_()
         self.std.fill_(1)
         latents = torch.cat([self.encode(image.to(self.device)).cpu().double() for image in images])

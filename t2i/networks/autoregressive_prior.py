@@ -3,9 +3,8 @@
 z_i is rotated to its principal components. The K with the largest variance are quantised to codes, largest first. A
 causal transformer over [caption tokens, z_t, z_t . z_i, codes] predicts each code from those before it.
 
-Beyond the paper, it may start from a trained regression: the logits of a code are then those of a Gaussian around the
-regression's prediction, and the transformer learns the difference. A small transformer on little data is slow to learn
-which function of the caption each of K positions needs.
+Beyond the paper, it may start from a trained regression, which a small transformer is slow to learn from little data:
+the logits of a code are then those of a Gaussian around the regression's prediction, plus the transformer's.
 """
 
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from t2i.diffusion.guidance import Guidance
 from t2i.diffusion.sampling_loop import Sampling
 from t2i.networks.layers import KeyValue, run_checkpointed_block
 from t2i.networks.linear import Linear
-from t2i.networks.prior import PriorBlock, embed_caption_tokens
+from t2i.networks.prior import PriorBlock, build_causal_mask, embed_caption_tokens
 from t2i.networks.regression_prior import RegressionPrior
 
 
@@ -151,8 +150,7 @@ class AutoregressivePrior(PriorMixin, ModelMixin, ConfigMixin):
     def dequantise_codes(self, codes: Tensor) -> Tensor:
         """Return z_i, (B, D), of unit length, fp32, from the codes of the dot product and the first k components.
 
-        codes: (B, 1 + k). A component in its range comes back within half a bucket, components without a code as their
-        mean.
+        codes: (B, 1 + k). Components come back within half a bucket; those without a code are their mean.
         """
         fractions = (codes[:, 1:].float() + 0.5) / self.config.buckets  # the middle of each bucket
         count = fractions.shape[1]
@@ -166,8 +164,8 @@ class AutoregressivePrior(PriorMixin, ModelMixin, ConfigMixin):
         text, count = text.expand(), codes.shape[1]
         # [caption, z_t, all codes but the last], of which the last K + 1 positions predict the K + 1 codes
         tokens = torch.cat([embed_caption_tokens(self, text), self.embed_code_tokens(codes[:, :-1], 0)], dim=1)
-        mask = torch.cat([text.mask, text.mask.new_ones(len(codes), count)], dim=1)[:, None, None, :]
-        mask = mask & build_causal_mask(tokens)
+        token_mask = torch.cat([text.mask, text.mask.new_ones(len(codes), count)], dim=1)
+        mask = build_causal_mask(token_mask, tokens.shape[1])
         for block in self.blocks:
             tokens = run_checkpointed_block(self, block, tokens, mask)
         logits, regression = self.to_logits(self.norm(tokens[:, -count:])), self.compute_regression_logits(text)
@@ -179,7 +177,7 @@ class AutoregressivePrior(PriorMixin, ModelMixin, ConfigMixin):
         text = text.expand()
         token_mask = torch.cat([text.mask, text.mask.new_ones(len(text), 1)], dim=1)  # (B, L + 1)
         tokens, past = embed_caption_tokens(self, text), []
-        mask = token_mask[:, None, None, :] & build_causal_mask(tokens)
+        mask = build_causal_mask(token_mask, tokens.shape[1])
         for block in self.blocks:
             tokens, key_value = block.forward_with_key_value(tokens, mask)
             past.append(key_value)
@@ -204,7 +202,7 @@ class AutoregressivePrior(PriorMixin, ModelMixin, ConfigMixin):
     def compute_regression_logits(self, text: TextEncoding) -> Tensor | None:
         """Return the logits of Gaussians around the regression's prediction, (B, K + 1, buckets), or None without one.
 
-        They are 0 for the dot product, the first code.
+        They are 0 for the first code, the dot product.
         """
         if self.regressor is None:
             return None
@@ -236,15 +234,14 @@ class AutoregressivePrior(PriorMixin, ModelMixin, ConfigMixin):
         """Sample z_i of unit length, (N, D), fp32, on the device of `text`.
 
         negative: the captions to guide away from; None is the null. sampling: each code is a step, whatever number of
-        steps it has; with a guidance scale w log-probabilities are negative + w (text - negative); `on_step` gets z_i
-        from the codes so far, and cannot change it. temperature: of all codes but the dot product; 0 takes the
-        likeliest, None is the model's own.
+        steps it has; `on_step` gets z_i from the codes so far, and cannot change it. temperature: of all codes but the
+        dot product; 0 takes the likeliest, None is the model's own.
         """
         guidance = self.default_guidance_scale if sampling.guidance is None else sampling.guidance
         scale = Guidance.from_value(guidance).scale
         temperature = self.config.temperature if temperature is None else temperature
 
-        # A quantile for each code, (K + 1, N), from each picture's generator. The dot product, the first code, is
+        # A quantile for each code, (K + 1, N), from each image's generator. The dot product, the first code, is
         # sampled from the upper half of its distribution, as in the paper: z_i is then closer to the caption.
         device, count, length = text.device, len(text), self.codes_per_embedding
         uniform = [torch.rand(length, generator=item, device=item.device).to(device) for item in sampling.generators]
@@ -273,12 +270,6 @@ class AutoregressivePrior(PriorMixin, ModelMixin, ConfigMixin):
             if i + 1 < length:
                 self.step(chosen if scale == 1 else chosen.repeat(2), i, context)
         return self.dequantise_codes(codes)
-
-
-def build_causal_mask(tokens: Tensor) -> Tensor:
-    """Return (L, L), bool, for tokens, (B, L, width)."""
-    length = tokens.shape[1]
-    return torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()
 
 
 def select_code_buckets(logits: Tensor, quantiles: Tensor, temperature: float) -> Tensor:

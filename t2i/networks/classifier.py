@@ -1,7 +1,7 @@
 """A classifier of noisy latents, whose gradient steers in classifier guidance (Dhariwal and Nichol 2021, section 4.1).
 
 Its input is the noise level as an angle, not as a timestep, so it works with every variance-preserving schedule. A
-second head predicts the image embedding z_i of the clean picture from the noisy one, for CLIP guidance (Liu et al.
+second head predicts the image embedding z_i of the clean image from the noisy one, for CLIP guidance (Liu et al.
 2021, "More Control for Free!", section 3.2).
 """
 
@@ -88,7 +88,7 @@ class LatentClassifier(ModelMixin, ConfigMixin):
             if number and number % self.config.depth == 0:
                 x = F.avg_pool2d(x, 2)
             x = run_checkpointed_block(self, block, x, condition)
-        # Features of the whole picture from those of its places: (B, width, h, w) -> (B, h w, width) -> (B, 2 width)
+        # Features of the whole image from those of its places: (B, width, h, w) -> (B, h w, width) -> (B, 2 width)
         tokens = x.flatten(2).transpose(1, 2)
         tokens = tokens + self.attention(self.norm(tokens))[0]
         pooled = self.drop(self.pooled(torch.cat([tokens.mean(dim=1), tokens.amax(dim=1)], dim=-1)))
@@ -101,7 +101,7 @@ class LatentClassifier(ModelMixin, ConfigMixin):
 
     @apply_forward_hook
     def predict_image_embeds(self, x: Tensor, level: Tensor) -> Tensor:
-        """Return z_i of the clean picture, (B, D), of unit length, fp32."""
+        """Return z_i of the clean image, (B, D), of unit length, fp32."""
         return F.normalize(self(x.to(self.dtype), level)[1].float(), dim=-1)
 
     def find_class_index(self, name: str) -> int:
@@ -131,10 +131,10 @@ class Block(nn.Module):
 
 
 def compute_noise_level(scheduler: SchedulerMixin, t: Tensor, like: Tensor) -> Tensor:
-    """Return the noise level of x_t, (B,), fp32: 0 for a clean sample, 1 for pure noise.
+    """Return the noise level of x_t, (B,), fp32: 0 for a clean sample, 1 for pure noise, whatever the schedule.
 
-    It is the angle a in x_t = cos(a) x_0 + sin(a) noise, as a fraction of a right angle, and so independent of the
-    schedule. t: () or (B,) timesteps; like: (B, ...), a batch with the shape of x_t.
+    It is the angle a in x_t = cos(a) x_0 + sin(a) noise, as a fraction of a right angle. t: () or (B,) timesteps;
+    like: (B, ...), a batch with the shape of x_t.
     """
     alpha, sigma = alpha_sigma(scheduler, t, like.float())
     return (torch.atan2(sigma, alpha) * (2 / math.pi)).flatten().expand(len(like))

@@ -1,7 +1,6 @@
-"""CLIP: captions and pictures in one embedding space (Radford et al. 2021). open_clip's model, saved as by diffusers.
+"""CLIP: captions and images in one embedding space (Radford et al. 2021). open_clip's model, saved as by diffusers.
 
-A prior and a decoder work with the embeddings of one CLIP only. They store the fingerprint of its weights and
-preprocessing, which is defined here.
+A prior and a decoder store the fingerprint of their CLIP, of its weights and preprocessing, which is defined here.
 """
 
 import copy
@@ -58,7 +57,7 @@ class CLIP(Encoder, ModelMixin):
 
     Args:
         model: open_clip's model configuration (`embed_dim`, `vision_cfg`, `text_cfg`, ...).
-        preprocess: `size`, `mean` and `std` of the vision tower's input, and how pictures are resized, if not as CLIP
+        preprocess: `size`, `mean` and `std` of the vision tower's input, and how images are resized, if not as CLIP
             does it: `interpolation` "bicubic" or "bilinear", `resize_mode` "shortest" (then cropped) or "squash".
         tokenizer_kind: "captions" (a vocabulary trained on them), "clip" (open_clip's) or "transformers".
         fingerprint: of weights and preprocessing; written on saving, checked on loading.
@@ -257,8 +256,8 @@ def check_tower_settings(text: dict, vision: dict) -> None:
 def find_open_clip_source(name: str) -> tuple[str, dict]:
     """Return the name by which open_clip creates a model, and the model's configuration.
 
-    A repository of the hub ("hf-hub:") is downloaded first, only its JSON and safetensors; a folder ("local-dir:") is
-    checked. Raises InputError for an unknown name and for a folder that is not a whole model.
+    Of a repository ("hf-hub:") only JSON and safetensors are downloaded; a folder ("local-dir:") is checked. Raises
+    InputError for an unknown name and for a folder that is not a whole model.
     """
     if name.startswith("hf-hub:"):
         folder = find_or_download_folder(name.removeprefix("hf-hub:"), OPEN_CLIP_FILES)

@@ -1,8 +1,8 @@
-"""The decoder: from an image embedding to the latents of a picture (Ramesh et al. 2022, DALL-E 2, section 2.1).
+"""The decoder: from an image embedding to the latents of an image (Ramesh et al. 2022, DALL-E 2, section 2.1).
 
 A transformer over patches of latents. The image embedding z_i conditions it twice, as in the paper: added to the
-timestep's embedding, which modulates every block (adaptive layer norm, Peebles and Xie 2023), and as a few extra tokens
-in every attention. A caption's tokens may be among these as well.
+timestep's embedding, which modulates every block (adaptive layer norm, Peebles and Xie 2023), and as extra tokens in
+every attention, with a caption's tokens if it reads them.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,6 @@
-"""The discriminator: a network that classifies patches as parts of real pictures or of reconstructions.
+"""The discriminator: a network that classifies patches as parts of real images or of reconstructions.
 
-It is the second player of adversarial training, with which the autoencoder of latent diffusion is trained (Rombach et
-al. 2022, section 3.1), after VQGAN (Esser et al. 2021) and pix2pix (Isola et al. 2017, section 3.2.2).
+It is the second player of adversarial training (VQGAN, Esser et al. 2021; pix2pix, Isola et al. 2017, section 3.2.2).
 """
 
 import torch
@@ -16,9 +15,9 @@ ADAM_BETAS = (0.5, 0.9)  # shorter averages than usual, because the opponent cha
 
 
 class Discriminator(nn.Module):
-    """PatchGAN: a logit for each of many overlapping patches, positive for real pictures.
+    """PatchGAN: a logit for each of many overlapping patches, positive for real images.
 
-    Normalisation is over groups of channels of a picture, so a logit depends neither on the batch nor on earlier steps.
+    Normalisation is over groups of channels of an image, so a logit depends neither on the batch nor on earlier steps.
 
     Args:
         width: channels after the first convolution, a multiple of 8; they double up to eight times as many.
@@ -45,17 +44,17 @@ class Discriminator(nn.Module):
 
     @property
     def min_image_size(self) -> int:
-        """The smallest side of a picture, in pixels, for which there is a logit."""
+        """The smallest side of an image, in pixels, for which there is a logit."""
         return 3 * 2**self.depth
 
 
 def compute_hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Return the discriminator's loss, (), which drives logits of pictures up to 1, of reconstructions down to -1."""
+    """Return the discriminator's loss, (), which drives logits of images up to 1, of reconstructions down to -1."""
     return (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean()) / 2
 
 
 def compute_frozen_logits(discriminator: nn.Module, image: Tensor) -> Tensor:
-    """Return logits whose gradient reaches the pictures, but not the discriminator's weights."""
+    """Return logits whose gradient reaches the images, but not the discriminator's weights."""
     weights = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}
     return torch.func.functional_call(discriminator, weights, (image,))
 

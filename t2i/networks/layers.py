@@ -155,10 +155,8 @@ def attend_key_values(query: Tensor, pairs: Sequence[KeyValue], mask: Tensor | N
 
 
 def run_checkpointed_block(model: Any, block: nn.Module, *inputs: Any) -> Any:
-    """Return `block(*inputs)`; with gradient checkpointing, the backward pass computes the block once more.
-
-    The switch is diffusers' `model.enable_gradient_checkpointing()`.
-    """
+    """Return `block(*inputs)`; after diffusers' `model.enable_gradient_checkpointing()`, the backward pass computes the
+    block once more."""
     if model.gradient_checkpointing and torch.is_grad_enabled():
         return model._gradient_checkpointing_func(block, *inputs)
     return block(*inputs)

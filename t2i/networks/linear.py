@@ -1,17 +1,13 @@
 """Linear layers in fp32 on processors by oneDNN instead of MKL, which torch calls.
 
 MKL keeps its widest instructions for one maker's processors: on AMD's with AVX-512 oneDNN is two to three times as
-fast, forward and backward, with results equal to rounding (`docs/explanation/speed.md`). It reads weights as they are.
-
-To go back to MKL, set `T2I_FAST_PATHS=0` (see `t2i.runtime.fast_paths`) or call
-`torch.backends.mkldnn.set_flags(False)`. Tools that look for `torch.nn.Linear` by its exact class, as torch's dynamic
-quantisation does, need `layer.__class__ = torch.nn.Linear` before.
+fast, with results equal to rounding (`docs/explanation/speed.md`). `T2I_FAST_PATHS=0` and
+`torch.backends.mkldnn.set_flags(False)` go back to MKL. Tools that look for `torch.nn.Linear` by its exact class, as
+torch's dynamic quantisation does, need `layer.__class__ = torch.nn.Linear` before.
 
 Three private names of torch are used; if one is missing, `HAS_ONEDNN` is False and torch multiplies:
-
-- `torch.ops.mkldnn._linear_pointwise`, the product. torch's own compiler puts it in the place of the same layers.
-- `torch._C._are_functorch_transforms_active`, which `torch.autograd.backward` calls as well.
-- `forward_ad._current_level`, which `torch.autograd.forward_ad` sets: -1 where no forward derivative is computed.
+`torch.ops.mkldnn._linear_pointwise`, the product, which torch's compiler puts in the place of the same layers;
+`torch._C._are_functorch_transforms_active`; and `forward_ad._current_level`, -1 if no forward derivative is computed.
 """
 
 import math

@@ -1,7 +1,6 @@
-"""The perceptual distance: how different two pictures look, measured in the features of a frozen network.
+"""The perceptual distance: how different two images look, measured in the features of a frozen network.
 
-LPIPS (Zhang et al. 2018, equation 1) takes a network trained on ImageNet and weights its channels by human judgement.
-Here the network is the vision tower of a CLIP, the project's own or any of open_clip's, and all channels have the same
+As LPIPS (Zhang et al. 2018, equation 1), but the network is the vision tower of a CLIP, and all channels have the same
 weight, so neither weights nor labels have to be downloaded.
 """
 
@@ -13,7 +12,7 @@ from t2i.networks.clip import CLIP
 
 
 class PerceptualDistance(nn.Module):
-    """The perceptual distance by a CLIP, which is frozen: gradients reach only the pictures.
+    """The perceptual distance by a CLIP, which is frozen: gradients reach only the images.
 
     Args:
         clip: see `t2i.interop.by_name.load_clip`. Its vision tower must return the features of its layers, as ViTs,
@@ -38,7 +37,7 @@ class PerceptualDistance(nn.Module):
         return [nn.functional.normalize(features.float(), dim=1) for features in output["image_intermediates"]]
 
     def forward(self, image: Tensor, other: Tensor) -> Tensor:
-        """Return the distances of two batches, (B, 3, H, W) in [-1, 1]: (B,), from 0 for the same picture to 4.
+        """Return the distances of two batches, (B, 3, H, W) in [-1, 1]: (B,), from 0 for the same image to 4.
 
         It is the squared distance of the features, averaged over positions and then over layers.
         """

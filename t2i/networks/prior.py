@@ -1,9 +1,7 @@
 """The diffusion prior: from a caption's encoding to an image embedding (Ramesh et al. 2022, DALL-E 2, section 2.2).
 
-A causal transformer over [caption tokens, z_t, timestep, noisy z_i, query]; the query's output is the clean z_i. The
-weights of diffusers' PriorTransformer fit into it: same order, pre-norm, learned positions.
-
-Under the causal mask the caption's keys and values depend on neither x nor t, so they are computed once per caption.
+A causal transformer over [caption tokens, z_t, timestep, noisy z_i, query]; the query's output is the clean z_i. Under
+the causal mask the caption's keys and values depend on neither x nor t, so they are computed once per caption.
 """
 
 from collections.abc import Sequence
@@ -121,8 +119,7 @@ class Prior(PriorMixin, ModelMixin, ConfigMixin):
     def prepare(self, text: TextEncoding, timesteps: Tensor | None = None) -> PriorContext:
         """Compute the part of `forward` that does not depend on x, once for each different caption.
 
-        timesteps: (S,), those of the sampling, if they are known. Their tokens attend to the caption and to themselves
-        alone, so all are computed together here.
+        timesteps: (S,), those of the sampling, if they are known. Their tokens are computed here too.
         """
         # The sequence [caption, z_t, S timesteps] of U different captions. All timesteps stand at the same position.
         first, groups = text.find_unique_rows()
@@ -158,10 +155,8 @@ class Prior(PriorMixin, ModelMixin, ConfigMixin):
             tokens, index = tokens[:, 1:], (context.groups, same.int().argmax(dim=1))
             for pairs, (keys, values) in zip(past, context.timestep_key_values):
                 pairs.append((keys[index], values[index]))
-        # Causal: all tokens attend to the context, and among themselves to those before
-        count = tokens.shape[1]
-        mask = torch.cat([context.mask, context.mask.new_ones(len(x), 3)], dim=1)[:, None, None, :]  # (B, 1, 1, L + 4)
-        mask = mask & torch.ones(count, mask.shape[-1], dtype=torch.bool, device=x.device).tril(mask.shape[-1] - count)
+        token_mask = torch.cat([context.mask, context.mask.new_ones(len(x), 3)], dim=1)  # (B, L + 4)
+        mask = build_causal_mask(token_mask, tokens.shape[1])
         for block, pairs in zip(self.blocks, past):
             tokens, _ = block.forward_with_key_value(tokens, mask, pairs, last=block is self.blocks[-1])
         return self.to_image(self.norm(tokens[:, -1]))
@@ -197,8 +192,7 @@ class Prior(PriorMixin, ModelMixin, ConfigMixin):
 def embed_caption_tokens(prior: Any, text: TextEncoding) -> Tensor:
     """Return [caption, z_t] at their positions, (B, L + 1, width). z_t keeps its position for captions of any length.
 
-    prior: has `from_states`, `from_text` and `positions`, as Prior does. Raises ValueError for captions beyond its
-    context length.
+    Raises ValueError for captions beyond the prior's context length.
     """
     length, last = text.mask.shape[1], prior.config.context_length
     if length > last:
@@ -207,6 +201,16 @@ def embed_caption_tokens(prior: Any, text: TextEncoding) -> Tensor:
     scale = prior.config.embed_dim**0.5 if prior.config.get("unit_length", True) else 1.0  # to unit variance
     z_t = prior.from_text(text.embedding * scale) + prior.positions[last]
     return torch.cat([caption, z_t[:, None]], dim=1)
+
+
+def build_causal_mask(token_mask: Tensor, count: int) -> Tensor:
+    """Return what the last `count` tokens attend to: the tokens before them and themselves, (B, 1, count, L), bool.
+
+    token_mask: (B, L), bool, False for padding.
+    """
+    length = token_mask.shape[1]
+    causal = torch.ones(count, length, dtype=torch.bool, device=token_mask.device).tril(length - count)
+    return token_mask[:, None, None, :] & causal
 
 
 def separate_timesteps(x: Tensor) -> Tensor:
@@ -225,7 +229,7 @@ class PriorBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, mask: Tensor | PackedSequences, last: bool = False) -> Tensor:
-        """Return the output for x, (B, L, width) with a bool mask, or (T, width) with the layout of its sequences.
+        """Return the output for x: (B, L, width) with a bool mask, or (T, width) with the layout of its sequences.
 
         Packed sequences are masked causally. last: of these, return the output of each last token alone, (B, width).
         """

@@ -1,8 +1,5 @@
-"""A frozen text encoder of transformers (T5, BERT, CLIP, ...) whose token states a decoder reads.
-
-The prior always reads CLIP's encoding: only there do captions and pictures share a space. A decoder may read the states
-of a language model for each token of the caption instead (Saharia et al. 2022, section 2.1).
-"""
+"""A frozen text encoder of transformers (T5, BERT, CLIP, ...) whose token states a decoder reads (Saharia et al. 2022,
+section 2.1). The prior always reads CLIP's encoding: only there do captions and images share a space."""
 
 import inspect
 from collections.abc import Container, Iterable
@@ -51,10 +48,6 @@ class Architecture:
 
     def build_config(self, **settings: Any) -> Any:
         return getattr(transformers, self.config_class)(**settings)
-
-    def build_model(self, config: Any) -> torch.nn.Module:
-        model = getattr(transformers, self.model_class)(config, **self.model_options)
-        return model.encoder if self.has_wrapper else model
 
 
 # T5's encoder and decoder share their embeddings; files of 2018 have the old names of LayerNorm's parameters.
@@ -122,8 +115,8 @@ class TextEncoder(Encoder, ModelMixin):
     ) -> "TextEncoder":
         """Load a public encoder, or the encoder of a larger model: a folder that transformers wrote, or a hub name.
 
-        Only its config.json, tokenizer.json and safetensors are read. The fingerprint is that of the weights in the
-        files, whatever the dtype. `context_length` is reduced to the positions that the encoder has.
+        The fingerprint is that of the weights in the files, whatever the dtype. `context_length` is reduced to the
+        positions that the encoder has.
         """
         folder = find_or_download_folder(name, HUB_FILES)
         part = Component(folder, stem="model")
@@ -155,15 +148,11 @@ class TextEncoder(Encoder, ModelMixin):
         check_integer("pad_token_id", pad, 0, config.vocab_size - 1)
         self.tokenizer = load_text_tokenizer(folder, self.config.context_length, pad, config.vocab_size)
 
-    @property
-    def tokenizer_identity(self) -> str:
-        """A text for all that decides the states beside the weights."""
-        padding = f" padded with {self.tokenizer.pad}" if self.config.padded else ""
-        return f"{self.config.context_length} {self.tokenizer.digest()}{padding}"
-
     def fingerprint(self) -> str:
         """Return 16 hexadecimal digits for weights, vocabulary and context length, the same in fp32 and fp16."""
-        return compute_weights_fingerprint(self.net, self.tokenizer_identity)
+        padding = f" padded with {self.tokenizer.pad}" if self.config.padded else ""
+        tokens = f"{self.config.context_length} {self.tokenizer.digest()}{padding}"
+        return compute_weights_fingerprint(self.net, tokens)
 
     @property
     def width(self) -> int:
@@ -173,9 +162,8 @@ class TextEncoder(Encoder, ModelMixin):
     def encode(self, texts: list[str], device: torch.device | None = None) -> TokenStates:
         """Return the states of captions, (B, L, width), in the encoder's dtype, with the mask of their tokens.
 
-        L is the number of tokens of the longest caption, or the context length if the encoder is `padded`. A caption's
-        states do not depend on the others, but for rounding. device: where the encoder computes, if it is elsewhere
-        now (offloading). Raises ValueError if float16 overflows.
+        L is the length of the longest caption, or the context length if the encoder is `padded`. device: where it
+        computes, if it is elsewhere now (offloading). Raises ValueError if float16 overflows.
         """
         tokens, mask = self.tokenizer(texts)
         if self.config.padded:
@@ -202,14 +190,20 @@ def build_text_encoder(architecture: str, model: dict[str, Any], context_length:
     check_integer("context_length", context_length, 3, MAX_TOKENS)
     if not isinstance(model, dict) or not all(isinstance(value, int | float | str | None) for value in model.values()):
         raise InputError(f"model must be a mapping of plain values, got {model!r:.80}")
-    if unknown := sorted(set(model) - ENCODER_SETTINGS):
-        allowed = ", ".join(sorted(ENCODER_SETTINGS))
-        raise InputError(f"model has {unknown[0]!r:.80}; a text encoder's may have {allowed}")
+    check_encoder_settings(model)
     kind = ARCHITECTURES[architecture]
     config = kind.build_config(**model, attn_implementation="sdpa")
     if (positions := count_token_positions(kind, config)) is not None:
         check_integer(f"context_length of a {architecture} with {positions} positions", context_length, 3, positions)
-    return kind.build_model(config)
+    encoder = getattr(transformers, kind.model_class)(config, **kind.model_options)
+    return encoder.encoder if kind.has_wrapper else encoder
+
+
+def check_encoder_settings(model: dict[str, Any]) -> None:
+    """Raise InputError for a setting that is not passed on to transformers."""
+    if unknown := sorted(set(model) - ENCODER_SETTINGS):
+        allowed = ", ".join(sorted(ENCODER_SETTINGS))
+        raise InputError(f"model has {unknown[0]!r:.80}; a text encoder's may have {allowed}")
 
 
 def count_token_positions(kind: Architecture, config: Any) -> int | None:

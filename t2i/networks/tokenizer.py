@@ -186,11 +186,12 @@ def load_clip_tokenizer(folder: Path, kind: str, text_cfg: dict[str, Any]) -> Ca
     if kind == "clip":
         return PublicTokenizer(SimpleTokenizer(context_length=context_length))
     if kind == "transformers":
-        check_public_tokenizer(folder / "tokenizer", text_cfg)
-        options = {"tokenizer_mode": text_cfg.get("tokenizer_mode"), **text_cfg.get("tokenizer_kwargs", {})}
         folder = folder / "tokenizer"
+        check_public_tokenizer(folder, text_cfg)
+        options = {"tokenizer_mode": text_cfg.get("tokenizer_mode"), **text_cfg.get("tokenizer_kwargs", {})}
         return PublicTokenizer(HFTokenizer(str(folder), context_length, trust_remote_code=False, **options))
 
+    # A vocabulary trained on captions
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise InputError(f"no {str(path)!r}; it is the vocabulary that this CLIP was trained with")

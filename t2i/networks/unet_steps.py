@@ -1,18 +1,12 @@
-"""Steps of diffusers' U-Nets that compute what depends on the condition alone once per picture.
+"""Steps of diffusers' U-Nets that compute what depends on the condition alone once per image.
 
-`prepare_unet_context` computes the embedding of the condition, and each attention's keys and values of its tokens.
-`run_unet_step` runs the U-Net's own layers as `unet.forward` does, with these in place of the condition. On processors
-the first step also puts each convolution's weights in the order in which oneDNN reads them for pictures of that size;
-otherwise every step would.
+`prepare_unet_context` computes the embedding of the condition, and each attention's keys and values of its tokens;
+`run_unet_step` runs the U-Net's own layers with these. On processors the first step also puts each convolution's
+weights in the order in which oneDNN reads them; otherwise every step would. A U-Net that `is_supported_unet` refuses
+runs by its own `forward`, and so do all with `T2I_FAST_PATHS=0` (`t2i.runtime.fast_paths`).
 
-`is_supported_unet` compares a U-Net with the layers and settings that are written out here. Any other runs by its own
-`forward`, and so do all with `T2I_FAST_PATHS=0` (`t2i.runtime.fast_paths`).
-
-Three private operators of torch are used; if one is missing, `HAS_PACKED_CONVOLUTION` is False and weights stay:
-
-- `torch.ops.mkldnn._reorder_convolution_weight` and `_convolution_pointwise`, to reorder and to convolve. torch's own
-  compiler puts both in the place of the same layers. They have no gradient, so they run without gradients only.
-- `torch.ops.mkldnn._is_mkldnn_bf16_supported`, by which torch's tests decide whether oneDNN computes in bf16.
+Three private operators of torch are used, `PRIVATE_OPERATORS`; if one is missing, weights stay as they are. torch's own
+compiler uses the same two to convolve. They have no gradient, so they run without gradients only.
 """
 
 from dataclasses import dataclass
@@ -94,7 +88,7 @@ class StepEmbedding(NamedTuple):
         return self.activated if isinstance(block.nonlinearity, nn.SiLU) else block.nonlinearity(self.embedding)
 
 
-# The condition, once per picture
+# The condition, once per image
 
 
 def prepare_unet_context(
@@ -134,10 +128,8 @@ def prepare_unet_context(
 
 
 def prepare_unconditional_context(unet: UNet2DModel, like: Tensor) -> UNetStepContext | None:
-    """Return the context of a U-Net without a condition, for pictures with the device and dtype of `like`.
-
-    None for a U-Net that is not supported.
-    """
+    """Return the context of a U-Net without a condition, for images with the device and dtype of `like`; None for a
+    U-Net that is not supported."""
     if unet.config.time_embedding_type != "positional" or unet.class_embedding is not None:
         return None
     return UNetStepContext(None, {}, None, get_packed_weights(unet, like)) if is_supported_unet(unet) else None
@@ -299,9 +291,7 @@ def convolve(layer: nn.Module, x: Tensor, context: UNetStepContext) -> Tensor:
 
 def get_packed_weights(unet: nn.Module, like: Tensor) -> PackedWeights | None:
     """Return the packed weights that all contexts of a U-Net share, at first none; None where oneDNN does not convolve.
-
-    They are packed anew after a change of the weights. Guidance in an interval has two contexts, for instance.
-    """
+    They are packed anew after a change of the weights."""
     if not can_pack_weights(unet, like):
         return None
     weights = [layer.weight for layer in unet.modules() if isinstance(layer, nn.Conv2d)]

@@ -1,8 +1,7 @@
-"""The upsampler: a denoiser of pictures conditioned on the same picture in low resolution.
+"""The upsampler: a denoiser of images conditioned on the same image in low resolution.
 
 Ho et al. 2021, "Cascaded Diffusion Models", section 3: the low resolution is resized and concatenated to the noisy
-picture. It is noised a little, in training by a random level that the network reads as well, so that errors of the
-stage before are redrawn instead of enlarged.
+image, noised a little, so that errors of the stage before are redrawn instead of enlarged.
 """
 
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ UPSAMPLING_FACTORS = (2, 4)
 
 @dataclass
 class LowResolution(Condition):
-    """The pictures to enlarge: the condition of the upsampler."""
+    """The images to enlarge: the condition of the upsampler."""
 
     low: Tensor  # (B, 3, h, w) in [-1, 1], noised by `augment_low_resolution`
     level: Tensor  # (B,) in [0, 1]: of that noise
@@ -39,14 +38,14 @@ class UpsamplerContext:
     embedding: Tensor  # (B, E): level and z_i, added to the timestep
 
     def crop_window(self, rows: slice, columns: slice) -> Self:
-        """Return the context of a part of the pictures."""
+        """Return the context of a part of the images."""
         return replace(self, low=self.low[..., rows, columns])
 
 
 class Upsampler(ModelMixin, ConfigMixin):
-    """Denoiser of pictures, (B, 3, H, W) in [-1, 1], given a LowResolution whose sides are smaller by `factor`.
+    """Denoiser of images, (B, 3, H, W) in [-1, 1], given a LowResolution whose sides are smaller by `factor`.
 
-    Without attention in `unet` it is convolutional, and works on pictures of any size that is a multiple of
+    Without attention in `unet` it is convolutional, and works on images of any size that is a multiple of
     `image_size_multiple`.
 
     Args:
@@ -84,7 +83,7 @@ class Upsampler(ModelMixin, ConfigMixin):
         channels = 3 * patch_size**2
         fixed = {"in_channels": 2 * channels, "out_channels": channels, "class_embed_type": "identity"}
         self.net = use_onednn_linear(UNet2DModel(**{"add_attention": False, **unet, **fixed}))
-        nn.init.zeros_(self.net.conv_out.weight)  # so with `adds_detail` training starts from the resized picture
+        nn.init.zeros_(self.net.conv_out.weight)  # so with `adds_detail` training starts from the resized image
         nn.init.zeros_(self.net.conv_out.bias)
         width = self.net.config.block_out_channels[0]
         self.from_level = TimeEmbedding(width, self.net.time_embedding.linear_2.out_features)
@@ -92,11 +91,11 @@ class Upsampler(ModelMixin, ConfigMixin):
 
     @property
     def image_size_multiple(self) -> int:
-        """The number that must divide the sides of a picture, in pixels of the high resolution."""
+        """The number that must divide the sides of an image, in pixels of the high resolution."""
         return self.config.patch_size * 2 ** (len(self.net.config.block_out_channels) - 1)
 
     def forward(self, x: Tensor, t: Tensor, condition: LowResolution) -> Tensor:
-        """x: (B, 3, H, W) noisy pictures; t: (B,) timesteps -> the prediction, (B, 3, H, W)."""
+        """x: (B, 3, H, W) noisy images; t: (B,) timesteps -> the prediction, (B, 3, H, W)."""
         return self.step(x, t, self.prepare(condition))
 
     @apply_forward_hook
@@ -117,7 +116,7 @@ class Upsampler(ModelMixin, ConfigMixin):
         if any(side % self.image_size_multiple or not side for side in x.shape[-2:]):
             sides = " x ".join(map(str, x.shape[-2:]))
             raise InputError(f"the picture's sides must be multiples of {self.image_size_multiple} pixels, got {sides}")
-        # The network sees both pictures as patches: (B, 3, H, W) twice -> (B, 6 p^2, H / p, W / p)
+        # The network sees both images as patches: (B, 3, H, W) twice -> (B, 6 p^2, H / p, W / p)
         both = torch.cat([self.split_into_patches(x), self.split_into_patches(context.low)], dim=1)
         out = F.pixel_shuffle(self.net(both, t, class_labels=context.embedding).sample, self.config.patch_size)
         return out + context.low if self.config.adds_detail else out
@@ -126,7 +125,7 @@ class Upsampler(ModelMixin, ConfigMixin):
         return F.pixel_unshuffle(image, self.config.patch_size).contiguous(memory_format=torch.channels_last)
 
     def null(self, count: int) -> LowResolution:
-        """Return pictures at noise level 1, where nothing is left of them, in the size of training."""
+        """Return images at noise level 1, where nothing is left of them, in the size of training."""
         side, dim = self.config.low_size, self.config.embed_dim
         options: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
         embedding = None if dim is None else torch.zeros(count, dim, **options)
@@ -134,13 +133,13 @@ class Upsampler(ModelMixin, ConfigMixin):
 
 
 def augment_low_resolution(low: Tensor, level: Tensor, noise: Tensor) -> Tensor:
-    """Noise pictures, (B, 3, h, w), by levels, (B,): 0 changes nothing, 1 leaves only noise (section 3)."""
+    """Noise images, (B, 3, h, w), by levels, (B,): 0 changes nothing, 1 leaves only noise (section 3)."""
     level = level.view(-1, 1, 1, 1)
     return (1 - level.square()).sqrt() * low + level * noise
 
 
 def enlarge_low_resolution(low: Tensor, factor: int) -> Tensor:
-    """(B, 3, h, w) -> (B, 3, factor h, factor w), bicubic: the enlarged picture without a model."""
+    """(B, 3, h, w) -> (B, 3, factor h, factor w), bicubic: the enlarged image without a model."""
     return F.interpolate(low.float(), scale_factor=factor, mode="bicubic").to(low.dtype)
 
 

@@ -120,7 +120,9 @@ def test_super_resolution_draws_what_diffusers_classes_draw(name: str, steps: in
     low, x = 1.2 * noise(2, 3, 8, 8), noise(2, 3, 16, 16)
     model = our_super_resolution(karlo())
     ours, theirs = schedulers(name, super_resolution_scheduler())
-    drawn = model.draw_images(low, Sampling(steps, seeds(1, 2), noise=x), None if name == "unclip" else ours)
+    if name != "unclip":
+        model.scheduler = ours
+    drawn = model.draw_images(low, Sampling(steps, seeds(1, 2), noise=x))
     expected = reference_super_resolution(low, theirs, x, steps, seeds(1, 2))
     torch.testing.assert_close(drawn, expected.clamp(-1, 1), **CLOSE)
 

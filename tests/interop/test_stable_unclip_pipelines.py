@@ -34,11 +34,11 @@ def stable(images: bool = False):
     if images:
         folder = stable_unclip_images()
         tower = Component(folder / "image_encoder", folder, stem="model")
-        clip = TransformersCLIP.from_components(vision=tower, processor=folder / "feature_extractor", root=folder)
+        clip = TransformersCLIP.from_components(vision=tower, processor=folder / "feature_extractor")
     else:
         folder = stable_unclip()
         tower = Component(folder / "prior_text_encoder", folder, stem="model")
-        clip = TransformersCLIP.from_components(text=tower, tokenizer=folder / "prior_tokenizer", root=folder)
+        clip = TransformersCLIP.from_components(text=tower, tokenizer=folder / "prior_tokenizer")
     theirs = reference(images)
     own = type(theirs.scheduler).from_config(theirs.scheduler.config)
     prior = {}

@@ -53,7 +53,7 @@ def clip_folder(folder: Path) -> None:
 def load(folder: Path, dtype: torch.dtype | None = None, images: bool = True, texts: bool = True) -> TransformersCLIP:
     text = Component(folder / "text_encoder", folder, stem="model") if texts else None
     vision = Component(folder / "image_encoder", folder, stem="model") if images else None
-    settings = (folder / "tokenizer", vision, folder / "image_processor", dtype, folder)
+    settings = (folder / "tokenizer", vision, folder / "image_processor", dtype)
     return TransformersCLIP.from_components(text, *settings)
 
 

@@ -23,7 +23,7 @@ class Residual(nn.Module):
 
 
 class PixelSequence(nn.Module):
-    """A module of sequences, (B, H W, C), applied to pictures, (B, C, H, W)."""
+    """A module of sequences, (B, H W, C), applied to images, (B, C, H, W)."""
 
     def __init__(self, fn: nn.Module):
         super().__init__()

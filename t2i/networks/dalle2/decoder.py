@@ -1,4 +1,4 @@
-"""The decoder of DALLE2-pytorch: a U-Net on small pictures, and the further U-Nets of its cascade."""
+"""The decoder of DALLE2-pytorch: a U-Net on small images, and the further U-Nets of its cascade."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,14 +29,14 @@ class DALLE2DecoderContext:
 
 
 class DALLE2Decoder(DecoderMixin, ModelMixin, ConfigMixin):
-    """Denoiser of pictures, (B, 3, S, S) in [-1, 1], given an ImageCondition.
+    """Denoiser of images, (B, 3, S, S) in [-1, 1], given an ImageCondition.
 
     The null condition is the zero z_i and a caption of no tokens. They select the learned vector and tokens of "no
-    picture", and the learned padding.
+    image", and the learned padding.
 
     Args:
         embed_dim: dimensions D of z_i.
-        latent_channels, latent_size: shape (C, S, S) of the pictures.
+        latent_channels, latent_size: shape (C, S, S) of the images.
         unet: further arguments of `t2i.networks.dalle2.unet.Unet`.
         text_width: dimensions of a caption's token states; None if it reads no captions.
         learned_variance: it also predicts the variance of the reverse steps, as further C channels.
@@ -79,9 +79,9 @@ class DALLE2Decoder(DecoderMixin, ModelMixin, ConfigMixin):
         return self.config.text_width
 
     def forward(self, x: Tensor, t: Tensor, condition: ImageCondition) -> Tensor:
-        """Predict from noisy pictures x, (B, C, H, W), at timesteps t, (B,).
+        """Return the prediction, (B, C, H, W); or (B, 2C, H, W) with a learned variance.
 
-        Returns (B, C, H, W), or (B, 2C, H, W) with learned_variance.
+        x: (B, C, H, W) noisy images; t: (B,) timesteps.
         """
         return self.step(x, t, self.prepare(condition))
 
@@ -109,7 +109,7 @@ class DALLE2Decoder(DecoderMixin, ModelMixin, ConfigMixin):
 
 
 class DALLE2Pixels(ModelMixin, ConfigMixin):
-    """The place of a pipeline's autoencoder for decoders of a single U-Net, whose "latents" are the pictures."""
+    """The place of a pipeline's autoencoder for decoders of a single U-Net, whose "latents" are the images."""
 
     factor, is_cascade = 1, False
 
@@ -130,19 +130,19 @@ class DALLE2Pixels(ModelMixin, ConfigMixin):
 
 
 class DALLE2Cascade(ModelMixin, ConfigMixin):
-    """The further U-Nets: each enlarges the pictures of the one before. They read neither z_i nor captions.
+    """The further U-Nets: each enlarges the images of the one before. They read neither z_i nor captions.
 
     Pipelines have it in the place of the autoencoder, as `t2i.networks.public.super_resolution.SuperResolution`:
     `encode` and `decode` only resize, `draw_images` is the diffusion.
 
     Args:
-        low_size: side of the pictures of the decoder.
-        sizes: side of the pictures of each further U-Net.
+        low_size: side of the images of the decoder.
+        sizes: side of the images of each further U-Net.
         unets: arguments of `t2i.networks.dalle2.unet.Unet` for each.
         schedulers: arguments of `DDIMScheduler` for each.
-        noise_levels: for each, the timestep of a linear schedule of 1,000 that its small picture is noised to; None for
-            a U-Net that was trained with blurred pictures.
-        channels: of the pictures.
+        noise_levels: for each, the timestep of a linear schedule of 1,000 that its small image is noised to; None for
+            a U-Net that was trained with blurred images.
+        channels: of the images.
     """
 
     is_cascade = True  # `draw_images` is a diffusion of its own
@@ -183,17 +183,17 @@ class DALLE2Cascade(ModelMixin, ConfigMixin):
         return self.all_schedulers[-1]
 
     def encode(self, image: Tensor) -> Tensor:
-        """Shrink pictures, (B, 3, H, W) in [-1, 1], to (B, 3, H / factor, W / factor), bicubic with antialiasing."""
+        """Shrink images, (B, 3, H, W) in [-1, 1], to (B, 3, H / factor, W / factor), bicubic with antialiasing."""
         return reduce_to_low_resolution(image, self.factor)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Enlarge pictures, (B, 3, h, w), to (B, 3, factor h, factor w); each pixel becomes a square."""
+        """Enlarge images, (B, 3, h, w), to (B, 3, factor h, factor w); each pixel becomes a square."""
         return F.interpolate(latents, scale_factor=self.factor, mode="nearest")
 
     @apply_forward_hook
     @torch.no_grad()
     def draw_images(self, latents: Tensor, sampling: Sampling) -> Tensor:
-        """Enlarge small pictures, (N, 3, h, w), to (N, 3, factor h, factor w) in [-1, 1], fp32, on their device.
+        """Enlarge small images, (N, 3, h, w), to (N, 3, factor h, factor w) in [-1, 1], fp32, on their device.
 
         sampling: its steps and generators are for each U-Net; `noise`, like the result, `on_step` and `transform` are
         for the last U-Net alone.
@@ -213,7 +213,7 @@ class DALLE2Cascade(ModelMixin, ConfigMixin):
         return x.clamp(-1, 1)
 
     def build_unet_predict(self, net: nn.Module, low: Tensor, level: int | None, generators: list[Generator]) -> Any:
-        """Return the `Predict` of a U-Net. low: (N, 3, H, W), the small pictures, enlarged. level: to noise them to."""
+        """Return the `Predict` of a U-Net. low: (N, 3, H, W), the small images, enlarged. level: to noise them to."""
         levels = None
         if level is not None:
             levels = torch.full((len(low),), level, device=low.device)
@@ -226,5 +226,5 @@ class DALLE2Cascade(ModelMixin, ConfigMixin):
         return predict
 
     def forward(self, image: Tensor) -> Tensor:
-        """Shrink and enlarge pictures without a network."""
+        """Shrink and enlarge images without a network."""
         return self.decode(self.encode(image))

@@ -1,8 +1,8 @@
 """The diffusion prior of DALLE2-pytorch, whose published weights are LAION's.
 
-The sequence is the paper's (DALL-E 2, section 2.2), the transformer is not that of `t2i.networks.prior.Prior`: relative
-and rotary positions, queries and keys of unit length, one head of keys and values, gated feed-forward layers. Neither
-can be rewritten as the other. Padding is learned, and is attended to.
+The sequence is the paper's (DALL-E 2, section 2.2). The transformer cannot be rewritten as that of
+`t2i.networks.prior.Prior`: relative and rotary positions, queries and keys of unit length, one head of keys and values,
+gated feed-forward layers. Padding is learned, and is attended to.
 """
 
 import math
@@ -211,10 +211,8 @@ class CausalTransformer(nn.Module):
         self.project_out = Linear(width, width, bias=False) if config["project_out"] else nn.Identity()
 
     def forward(self, x: Tensor, past: list[KeyValue] | None = None) -> tuple[Tensor, list[KeyValue]]:
-        """Run tokens, (B, L, width), behind those of `past`, and return their states before the last norm.
-
-        Also returns the keys and values of each layer.
-        """
+        """Run tokens, (B, L, width), behind those of `past`; return their states before the last norm, and the keys and
+        values of each layer."""
         first = 0 if past is None else past[0][0].shape[2]
         bias = self.bias_scale * self.rel_pos_bias(first, x.shape[1], x.device)
         x, pairs = self.init_norm(x), []

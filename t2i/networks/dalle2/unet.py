@@ -33,12 +33,12 @@ class UnetConfig:
     num_image_tokens: int = 4  # made from z_i
     num_time_tokens: int = 2  # made from the timestep
     dim_mults: Any = (1, 2, 4, 8)  # one a level: its channels, in multiples of `dim`
-    channels: int = 3  # of the pictures
+    channels: int = 3  # of the images
     channels_out: int | None = None  # of the prediction; `channels` if None
     self_attn: Any = False  # full attention among pixels
     attn_dim_head: int = 32
     attn_heads: int = 16
-    lowres_cond: bool = False  # the U-Net reads an enlarged small picture
+    lowres_cond: bool = False  # the U-Net reads an enlarged small image
     lowres_noise_cond: bool = False  # and the timestep that it was noised to
     sparse_attn: bool = False  # linear attention among pixels in levels without full attention
     cosine_sim_cross_attn: bool = False  # queries and keys of unit length
@@ -92,7 +92,7 @@ class UnetConfig:
 
 
 class Unet(nn.Module):
-    """A U-Net from pictures, (B, channels, H, W), to a prediction, (B, channels_out, H, W).
+    """A U-Net from images, (B, channels, H, W), to a prediction, (B, channels_out, H, W).
 
     arguments: the fields of `UnetConfig`. H and W must be multiples of `multiple`.
     """
@@ -138,7 +138,7 @@ class Unet(nn.Module):
             assert config.text_embed_dim is not None, "UnetConfig checks it"
             self.text_to_cond = Linear(config.text_embed_dim, token)
         self.null_text_embed = nn.Parameter(torch.randn(1, config.max_text_len, token))
-        # The timestep that the small picture was noised to
+        # The timestep that the small image was noised to
         self.to_lowres_noise_cond: nn.Module | None = None
         if config.lowres_noise_cond:
             self.to_lowres_noise_cond = nn.Sequential(nn.Identity(), Linear(dim, time), nn.GELU(), Linear(time, time))
@@ -171,7 +171,7 @@ class Unet(nn.Module):
             attention = self.build_self_attention(out, attends[i])
             after = self.build_upsample_layer(out, inner) if early or i > 0 else nn.Identity()
             self.ups.append(nn.ModuleList([first, others, attention, after]))
-        # The first level's first width is that of the picture's features, to which the last block returns.
+        # The first level's first width is that of the image's features, to which the last block returns.
         self.final_resnet_block = resnet(2 * config.dim, config.dim, groups[0])
 
     def build_resnet_block(self, width: int, out: int, groups: int, reads: bool = False) -> nn.Module:
@@ -234,10 +234,10 @@ class Unet(nn.Module):
         low: Tensor | None = None,
         level: Tensor | None = None,
     ) -> Tensor:
-        """Predict from noisy pictures x at timesteps t, (B,).
+        """Predict from noisy images x at timesteps t, (B,).
 
         hiddens, image, text: from `embed_image_condition` and `embed_text_condition`. low: (B, channels, H, W), the
-        small picture, enlarged. level: (B,), the timestep that it was noised to.
+        small image, enlarged. level: (B,), the timestep that it was noised to.
         """
         if any(side % self.multiple for side in x.shape[-2:]):
             raise InputError(f"sides must be multiples of {self.multiple} for this U-Net, got {tuple(x.shape[-2:])}")

@@ -1,8 +1,8 @@
 """CLIP's byte pairs from the files of transformers' CLIPTokenizer: only the vocabulary is taken from them.
 
-All of CLIP's tokenizers split texts in the same way. That way is built here, so a file cannot ask for anything else.
-A special token's text is text like any other: transformers takes "!" out of captions where it is the padding, as in
-Karlo's files, but the models were trained with tokenizers that have no such token.
+How texts are split is built here, so a file cannot ask for anything else. A special token's text is text like any
+other: transformers takes "!" out of captions where it is the padding, as in Karlo's files, but the models were trained
+without such a token.
 """
 
 import json
@@ -56,8 +56,8 @@ class CLIPTokenizer(BaseTokenizer):
     ) -> "CLIPTokenizer":
         """Load vocab.json and merges.txt, or tokenizer.json, for a text tower of `vocab_size` tokens.
 
-        context_length: positions of the text tower, which bound the length that the files state. root: the pipeline's
-        folder, which links may lead into. Raises InputError for files that are missing or damaged or do not fit.
+        context_length: positions of the text tower, which bound the length in the files. root: the pipeline's folder,
+        which links may lead into. Raises InputError for files that are missing or damaged or do not fit.
         """
         if not is_folder(folder):
             raise InputError(f"no folder {folder.name!r} in {str(folder.parent)!r}; a text encoder needs its tokenizer")

@@ -1,8 +1,7 @@
 """The priors of ECLIPSE (Patel et al. 2023), without diffusion: one pass from a caption and noise to z_i.
 
-Their network is a PriorTransformer without the timestep's token, and its output is z_i itself, not scaled. Guidance
-does not apply; only the decoder is guided, away from the z_i of a negative prompt. They are read by
-`t2i.interop.prior_transformer`.
+Their network is a PriorTransformer without the timestep's token (`t2i.interop.prior_transformer` reads it), and its
+output is z_i itself, not scaled. Only the decoder is guided, away from the z_i of a negative prompt.
 """
 
 import torch
@@ -14,7 +13,7 @@ from t2i.diffusion.condition import TextEncoding
 from t2i.diffusion.denoiser import PriorMixin
 from t2i.diffusion.sampling_loop import Sampling
 from t2i.networks.linear import Linear
-from t2i.networks.prior import PriorBlock, embed_caption_tokens
+from t2i.networks.prior import PriorBlock, build_causal_mask, embed_caption_tokens
 
 
 class EclipsePrior(PriorMixin, ModelMixin, ConfigMixin):
@@ -58,9 +57,8 @@ class EclipsePrior(PriorMixin, ModelMixin, ConfigMixin):
         text = text.expand()
         image = torch.stack([self.from_image(noise), self.query.expand(len(noise), -1)], dim=1) + self.positions[-2:]
         tokens = torch.cat([embed_caption_tokens(self, text), image], dim=1)
-        length = tokens.shape[1]
-        mask = torch.cat([text.mask, text.mask.new_ones(len(noise), 3)], dim=1)[:, None, None, :]
-        mask = mask & torch.ones(length, length, dtype=torch.bool, device=noise.device).tril()
+        token_mask = torch.cat([text.mask, text.mask.new_ones(len(noise), 3)], dim=1)
+        mask = build_causal_mask(token_mask, tokens.shape[1])
         for block in self.blocks:
             tokens = block(tokens, mask)
         return self.to_image(self.norm(tokens[:, -1]))
@@ -68,6 +66,5 @@ class EclipsePrior(PriorMixin, ModelMixin, ConfigMixin):
     @torch.no_grad()
     def sample_image_embeds(self, text: TextEncoding, sampling: Sampling) -> Tensor:
         """Return z_i of any length, (N, D), fp32, on the device of `text`. sampling.noise: (N, D)."""
-        device = text.device
-        noise = sampling.get_noise((self.config.embed_dim,), device)
-        return self(noise.to(device, self.dtype), text.to(device, self.dtype)).float()
+        noise = sampling.get_noise((self.config.embed_dim,), text.device)
+        return self(noise.to(self.dtype), text.to(text.device, self.dtype)).float()

@@ -36,7 +36,7 @@ class KandinskyDecoder(UNetDenoiser, ModelMixin):
         embed_dim: dimensions D of z_i.
         latent_channels, latent_size: shape (C, S, S) of the latents it is trained on.
         learned_variance: it also predicts the variance of the reverse steps, as further C channels.
-        reads_masks: it reads the latents to keep of a picture; see `t2i.diffusion.inpainting`.
+        reads_masks: it reads the latents to keep of an image; see `t2i.diffusion.inpainting`.
         text_width: dimensions of a caption's token states; None for 2.2, which reads no captions.
         clip_fingerprint: None, because the public files do not contain it.
         text_encoder_fingerprint: of the text encoder that encoded the null's empty caption; None for 2.2.
@@ -65,7 +65,7 @@ class KandinskyDecoder(UNetDenoiser, ModelMixin):
                 raise InputError(f"{key} must be {value!r} for this U-Net, got {self.config[key]!r:.80}")
         # from_config ignores settings of older versions of diffusers.
         self.unet = use_onednn_linear(UNet2DConditionModel.from_config(dict(model)))
-        # The null condition: CLIP's embedding of the zero picture and, in 2.1, the encoding of "".
+        # The null condition: CLIP's embedding of the zero image and, in 2.1, the encoding of "".
         self.register_buffer("null_embedding", torch.zeros(embed_dim))
         if text_width is not None:
             self.register_buffer("null_states", torch.zeros(CAPTION_LENGTH, text_width))
@@ -104,12 +104,12 @@ class KandinskyDecoder(UNetDenoiser, ModelMixin):
                 raise ValueError("this decoder reads captions: its condition needs a text with its pooled vector")
             states, added["text_embeds"] = condition.text.states, condition.text.pooled
         kept = resolve_masked_latents(self, condition)
-        if kept is not None:  # the public models have 1 where the picture stays, and 0 where it is painted
+        if kept is not None:  # the public models have 1 where the image stays, and 0 where it is painted
             kept = torch.cat([kept[:, :-1], 1 - kept[:, -1:]], dim=1)
         return UNetDenoiserContext({"encoder_hidden_states": states, "added_cond_kwargs": added}, kept)
 
     def null(self, count: int) -> ImageCondition:
-        """Return the zero picture's embedding and, for 2.1, the empty caption."""
+        """Return the zero image's embedding and, for 2.1, the empty caption."""
         text = None
         if self.config.text_width is not None:
             states = self.null_states[None]

@@ -1,7 +1,6 @@
 """Karlo's decoder: a U-Net on pixels that reads z_i, z_t and the caption's tokens (DALL-E 2, section 2.1).
 
-Karlo is the public unCLIP model nearest to the paper. Its decoder is GLIDE's (Nichol et al. 2021), with z_t and z_i
-added to the timestep, and z_i once more as four tokens beside the caption's.
+It is GLIDE's (Nichol et al. 2021), with z_t and z_i added to the timestep, and z_i once more as four tokens.
 """
 
 from collections.abc import Iterable
@@ -53,18 +52,18 @@ class TextProjection(nn.Module):
 
     @apply_forward_hook
     def null(self, count: int) -> Tensor:
-        """Return the learned z_i of no picture, (count, D)."""
+        """Return the learned z_i of no image, (count, D)."""
         return self.learned_classifier_free_guidance_embeddings.expand(count, -1)
 
 
 class KarloDecoder(UNetDenoiser, ModelMixin):
-    """Denoiser of pictures, (B, 3, 64, 64) in [-1, 1], given an ImageCondition with a caption.
+    """Denoiser of images, (B, 3, 64, 64) in [-1, 1], given an ImageCondition with a caption.
 
     z_i and z_t are CLIP's raw projections, not of unit length.
 
     Args:
         embed_dim: dimensions D of z_i and z_t.
-        latent_channels, latent_size: shape (C, S, S) of the pictures.
+        latent_channels, latent_size: shape (C, S, S) of the images.
         text_width: dimensions of a caption's token states.
         context_width, time_width: dimensions of the tokens that the U-Net attends to, and of its timestep's embedding.
         unet_config: further arguments of `UNet2DConditionModel`.
@@ -151,18 +150,15 @@ class KarloDecoder(UNetDenoiser, ModelMixin):
         return super().step(x, t, context)
 
     def null(self, count: int) -> ImageCondition:
-        """Return the learned z_i of no picture, and the empty caption."""
+        """Return the learned z_i of no image, and the empty caption."""
         mask = torch.ones(1, len(self.null_states), dtype=torch.bool, device=self.null_states.device)
         text = TokenStates(self.null_states[None], mask, self.null_pooled[None])
         return ImageCondition(self.text_proj.null(1), text).repeat(count)
 
 
 def pad_caption_tokens(arguments: dict[str, Any], areas: Iterable[int]) -> dict[str, Any]:
-    """Return the U-Net's arguments with the tokens padded until their number is none of `areas`.
-
-    areas: the numbers of pixels in the U-Net's levels. With as many tokens as pixels, diffusers takes the tokens' mask
-    for a mask of tokens and pixels together, and fails.
-    """
+    """Return the U-Net's arguments with the tokens padded until their number is none of `areas`, the numbers of pixels
+    in the U-Net's levels."""
     tokens, mask = arguments["encoder_hidden_states"], arguments["encoder_attention_mask"]
     while tokens.shape[1] in areas:
         tokens, mask = F.pad(tokens, (0, 0, 0, 1)), F.pad(mask, (0, 1), value=False)

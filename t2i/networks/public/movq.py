@@ -1,7 +1,6 @@
 """Kandinsky's autoencoder: diffusers' VQModel behind the contract of `t2i.networks.autoencoder.Autoencoder`.
 
-The public decoders were trained on its raw latents: neither scaled (nothing reads the configuration's `scaling_factor`)
-nor rounded to the codebook, which only its own training needs.
+The public decoders were trained on its raw latents, neither scaled nor rounded to the codebook.
 """
 
 from typing import Any, Self
@@ -21,7 +20,7 @@ OLD_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_at
 
 
 class MoVQ(ModelMixin, ConfigMixin):
-    """Autoencoder between pictures and Kandinsky's latents. vq: arguments of `VQModel`."""
+    """Autoencoder between images and Kandinsky's latents. vq: arguments of `VQModel`."""
 
     is_cascade = False
     _supports_gradient_checkpointing = True  # diffusers' blocks do it
@@ -54,17 +53,17 @@ class MoVQ(ModelMixin, ConfigMixin):
         return 2 ** (len(self.coder.config.block_out_channels) - 1)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Reconstruct pictures, (B, 3, H, W) in [-1, 1]."""
+        """Reconstruct images, (B, 3, H, W) in [-1, 1]."""
         return self.decode(self.encode(image))
 
     @apply_forward_hook
     def encode(self, image: Tensor) -> Tensor:
-        """Encode pictures, (B, 3, H, W) in [-1, 1], to latents, (B, C, H / factor, W / factor)."""
+        """Encode images, (B, 3, H, W) in [-1, 1], to latents, (B, C, H / factor, W / factor)."""
         return self.coder.encode(image).latents
 
     @apply_forward_hook
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode latents to pictures, whose values may leave [-1, 1] a little."""
+        """Decode latents to images, whose values may leave [-1, 1] a little."""
         return self.coder.decode(latents, force_not_quantize=True).sample
 
 

@@ -18,7 +18,7 @@ from t2i.files.component import Component, load_from_components
 from t2i.files.fingerprints import compute_weights_fingerprint
 from t2i.networks.encoder import Encoder
 from t2i.networks.linear import Linear, use_onednn_linear
-from t2i.networks.text_encoder import ENCODER_SETTINGS
+from t2i.networks.text_encoder import ENCODER_SETTINGS, check_encoder_settings
 from t2i.networks.tokenizer import TextTokenizer, load_text_tokenizer
 
 CAPTION_LENGTH = 77  # tokens, which the decoder attends to with their padding
@@ -48,9 +48,7 @@ class MultilingualCLIP(Encoder, ModelMixin):
         rounded: bool = False,
     ):
         super().__init__()
-        if unknown := sorted(set(model) - ENCODER_SETTINGS):
-            allowed = ", ".join(sorted(ENCODER_SETTINGS))
-            raise InputError(f"model has {unknown[0]!r:.80}; a text encoder's may have {allowed}")
+        check_encoder_settings(model)
         config = transformers.XLMRobertaConfig(**model, attn_implementation="sdpa")
         positions = config.max_position_embeddings - config.pad_token_id - 1
         check_integer(f"context_length of a text encoder with {positions} positions", context_length, 3, positions)
@@ -70,16 +68,13 @@ class MultilingualCLIP(Encoder, ModelMixin):
             expected = f"it must be M-CLIP with transformerDimensions {width}, its hidden_size"
             raise InputError(f"{str(part.folder)!r} is {kind!r:.80} with {dims!r:.80}; {expected}")
         encoder = load_from_components(lambda: cls(model, pooled), {"": part}, dtype, unused=UNUSED_TENSORS)
-        encoder.tokenizer = encoder.load_text_tokenizer(tokenizer)
+        encoder.load_tokenizer_folder(tokenizer, tokenizer)
         return encoder
 
     def load_tokenizer_folder(self, folder: Path, root: Path) -> None:
-        self.tokenizer = self.load_text_tokenizer(folder)
-
-    def load_text_tokenizer(self, folder: Path) -> TextTokenizer:
-        config = self.transformer.config
-        check_integer("pad_token_id", config.pad_token_id, 0, config.vocab_size - 1)
-        return load_text_tokenizer(folder, self.config.context_length, config.pad_token_id, config.vocab_size)
+        pad, vocab_size = self.transformer.config.pad_token_id, self.transformer.config.vocab_size
+        check_integer("pad_token_id", pad, 0, vocab_size - 1)
+        self.tokenizer = load_text_tokenizer(folder, self.config.context_length, pad, vocab_size)
 
     def fingerprint(self) -> str:
         """Return 16 hexadecimal digits for weights, vocabulary and context length, the same in fp32 and fp16."""
@@ -93,8 +88,7 @@ class MultilingualCLIP(Encoder, ModelMixin):
     def encode(self, texts: list[str], device: torch.device | None = None) -> TokenStates:
         """Encode captions to a state per token, (B, 77, width), and a pooled vector, (B, D).
 
-        The mask is True everywhere: the decoder was trained to attend to the padding too. device: where the encoder
-        computes, if its weights are elsewhere now (offloading).
+        The mask is True everywhere. device: where the encoder computes, if its weights are elsewhere now (offloading).
         """
         tokens, mask = (tensor.to(device or self.device) for tensor in self.tokenizer(texts))
         missing = (0, self.config.context_length - tokens.shape[1])

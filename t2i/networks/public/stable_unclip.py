@@ -115,10 +115,6 @@ class StableUnCLIPDecoder(UNetDenoiser, ModelMixin):
         self.register_to_config(text_encoder_fingerprint=text_encoder.identity)
 
     @property
-    def noise_schedule(self) -> DDPMScheduler:
-        return DDPMScheduler.from_config(self.config.noising)
-
-    @property
     def noise_levels(self) -> int:
         """Number of levels that `noise_image_embeds` takes, from 0 on."""
         return self.config.noising.get("num_train_timesteps", 1000)
@@ -132,7 +128,8 @@ class StableUnCLIPDecoder(UNetDenoiser, ModelMixin):
         levels = torch.full((len(z_i),), level, device=z_i.device)
         mean, std = self.normalizer.mean.to(z_i), self.normalizer.std.to(z_i)
         noise = torch.zeros_like(z_i) if noise is None else noise.to(z_i)
-        noisy = self.noise_schedule.add_noise((z_i - mean) / std, noise, levels) * std + mean
+        schedule = DDPMScheduler.from_config(self.config.noising)
+        noisy = schedule.add_noise((z_i - mean) / std, noise, levels) * std + mean
         waves = get_timestep_embedding(levels, self.config.embed_dim, flip_sin_to_cos=True, downscale_freq_shift=0)
         return torch.cat([noisy, waves.to(z_i)], dim=1) * z_i.any(dim=1, keepdim=True)
 

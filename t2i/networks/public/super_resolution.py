@@ -1,7 +1,6 @@
 """Karlo's super-resolution, from 64 to 256 pixels: a diffusion of few steps, the last with a network of its own.
 
-Pipelines have it in the place of the autoencoder: the decoder's "latents" are small pictures, and decoding enlarges
-them.
+Pipelines have it in the place of the autoencoder: the decoder's "latents" are small images, decoding enlarges them.
 """
 
 from typing import Self
@@ -24,14 +23,14 @@ from t2i.networks.upsampler import reduce_to_low_resolution
 
 
 class SuperResolution(ModelMixin, ConfigMixin):
-    """Two U-Nets on pictures in [-1, 1] that read the small picture, enlarged, beside the noisy one.
+    """Two U-Nets on images in [-1, 1] that read the small image, enlarged, beside the noisy one.
 
     `encode` and `decode` only resize, for previews and inpainting; `draw_images` is the diffusion.
 
     Args:
         first, last: arguments of `UNet2DModel`, for all steps but the last, and for the last.
         scheduler: arguments of `UnCLIPScheduler`.
-        low_size: side of the small pictures; the large ones have the networks' sample_size.
+        low_size: side of the small images; the large ones have the networks' sample_size.
     """
 
     default_steps = 7
@@ -47,7 +46,7 @@ class SuperResolution(ModelMixin, ConfigMixin):
             raise InputError(f"both sample_size must be the same multiple of low_size {low_size}, got {sizes}")
         self.super_res_first = use_onednn_linear(UNet2DModel.from_config(first))
         self.super_res_last = use_onednn_linear(UNet2DModel.from_config(last))
-        self.scheduler = UnCLIPRespacedScheduler(**scheduler)
+        self.scheduler: SchedulerMixin = UnCLIPRespacedScheduler(**scheduler)
 
     @classmethod
     def from_components(
@@ -73,24 +72,23 @@ class SuperResolution(ModelMixin, ConfigMixin):
         return self.config.first["sample_size"] // self.config.low_size
 
     def encode(self, image: Tensor) -> Tensor:
-        """Shrink pictures, (B, 3, H, W) in [-1, 1], to (B, 3, H / factor, W / factor), bicubic with antialiasing."""
+        """Shrink images, (B, 3, H, W) in [-1, 1], to (B, 3, H / factor, W / factor), bicubic with antialiasing."""
         return reduce_to_low_resolution(image, self.factor)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Enlarge pictures, (B, 3, h, w), to (B, 3, factor h, factor w), bicubic, as the networks read them."""
+        """Enlarge images, (B, 3, h, w), to (B, 3, factor h, factor w), bicubic, as the networks read them."""
         size = [self.factor * side for side in latents.shape[-2:]]
         # Karlo sets `antialias`, which changes the kernel even here, where nothing shrinks.
         return F.interpolate(latents.float(), size=size, mode="bicubic", antialias=True).to(latents.dtype)
 
     @apply_forward_hook
     @torch.no_grad()
-    def draw_images(self, latents: Tensor, sampling: Sampling, scheduler: SchedulerMixin | None = None) -> Tensor:
-        """Enlarge small pictures, (N, 3, h, w), to (N, 3, factor h, factor w) in [-1, 1], fp32, on their device.
+    def draw_images(self, latents: Tensor, sampling: Sampling) -> Tensor:
+        """Enlarge small images, (N, 3, h, w), to (N, 3, factor h, factor w) in [-1, 1], fp32, on their device.
 
-        Values beyond [-1, 1] are cut. sampling.noise: like the result. scheduler: another than its own.
+        Values beyond [-1, 1] are cut. sampling.noise: like the result.
         """
         check_integer("steps", sampling.steps, 1, MAX_STEPS)
-        scheduler = scheduler or self.scheduler
         low = self.decode(latents.float().clamp(-1, 1))
         noise = sampling.get_noise(low.shape[1:], low.device)
         if noise.shape != low.shape:
@@ -100,15 +98,16 @@ class SuperResolution(ModelMixin, ConfigMixin):
         contexts = [prepare_unconditional_context(network, low.to(dtype)) for network in networks]
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
-            is_last = bool(t == scheduler.timesteps[scheduler.timesteps >= 0][-1])
+            timesteps = self.scheduler.timesteps
+            is_last = bool(t == timesteps[timesteps >= 0][-1])
             network, context = networks[is_last], contexts[is_last]
             both = torch.cat([x, low], dim=1).to(dtype)
             if context is None:
                 return network(both, t).sample.to(x.dtype)
             return run_unet_step(network, both, t.expand(len(both)), context).to(x.dtype)
 
-        return sample_from_noise(predict, scheduler, noise, sampling).clamp(-1, 1)
+        return sample_from_noise(predict, self.scheduler, noise, sampling).clamp(-1, 1)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Shrink and enlarge pictures without a network."""
+        """Shrink and enlarge images without a network."""
         return self.decode(self.encode(image))

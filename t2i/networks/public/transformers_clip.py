@@ -1,7 +1,6 @@
 """The CLIP towers of the public models: transformers' classes behind the contract of `t2i.networks.clip.CLIP`.
 
-A folder may lack one tower: Karlo's text-to-image repository has no image encoder, Stable unCLIP's has no text encoder
-of the same embedding space.
+A folder may lack one tower: Karlo's text-to-image repository has no image encoder, Stable unCLIP's no text encoder.
 """
 
 import inspect
@@ -45,7 +44,7 @@ POSITION_BUFFERS = (  # in old files; current versions of transformers compute t
     "image_encoder.vision_model.embeddings.position_ids",
 )
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
-MAX_IMAGE_SIDE = 4096  # pixels that a picture may be resized to
+MAX_IMAGE_SIDE = 4096  # pixels that an image may be resized to
 RESAMPLING_MODES = {2: "bilinear", 3: "bicubic"}  # by PIL's numbers
 
 
@@ -56,7 +55,7 @@ class TransformersCLIP(Encoder, ModelMixin):
 
     Args:
         text, vision: `TEXT_KEYS` and `VISION_KEYS` of the towers' configurations; None without that tower.
-        preprocess: steps from a picture to the vision tower, as `read_preprocess_config` returns them.
+        preprocess: steps from an image to the vision tower, as `read_preprocess_config` returns them.
         context_length: tokens of a caption.
         fingerprint: of weights and preprocessing; written on saving, checked on loading.
         rounded: the weights went through a dtype that changes the fingerprint, such as bfloat16.
@@ -111,15 +110,13 @@ class TransformersCLIP(Encoder, ModelMixin):
         vision: Component | None = None,
         processor: Path | None = None,
         dtype: torch.dtype | None = None,
-        root: Path | None = None,
     ) -> "TransformersCLIP":
         """Load the towers of a public pipeline's folder.
 
         Args:
             text, vision: the towers. tokenizer: folder of the text tower's tokenizer, needed with it.
-            processor: folder of the image processor; without it, pictures are preprocessed as CLIP's usually are.
+            processor: folder of the image processor; without it, images are preprocessed as CLIP's usually are.
             dtype: None is that of the files.
-            root: the pipeline's folder, which links may lead into; that of the components if None.
 
         Raises InputError for files that are missing, damaged, or do not fit each other.
         """
@@ -130,14 +127,14 @@ class TransformersCLIP(Encoder, ModelMixin):
             if tokenizer is None:
                 raise InputError(f"{str(text.folder.parent)!r} has a text encoder, but no tokenizer")
             positions, vocab_size = config["text"]["max_position_embeddings"], config["text"]["vocab_size"]
-            loaded_tokenizer = CLIPTokenizer.from_folder(tokenizer, positions, vocab_size, root or text.root)
+            loaded_tokenizer = CLIPTokenizer.from_folder(tokenizer, positions, vocab_size, text.root)
             config["context_length"] = loaded_tokenizer.context_length
         if vision is not None:
             parts["image_encoder."], config["vision"] = vision, read_tower_config(vision, "clip_vision_model")
             side = config["vision"]["image_size"]
             config["preprocess"] = build_default_preprocess(side)
             if processor is not None:
-                config["preprocess"] = read_preprocess_config(processor, side, root or vision.root)
+                config["preprocess"] = read_preprocess_config(processor, side, vision.root)
         if not parts:
             return cls(**config)  # raises InputError
         clip = load_from_components(lambda: cls(**config), parts, dtype, unused=POSITION_BUFFERS)
@@ -187,7 +184,7 @@ class TransformersCLIP(Encoder, ModelMixin):
 
     @property
     def size(self) -> int:
-        """Side of the pictures that the vision tower takes, in pixels."""
+        """Side of the images that the vision tower takes, in pixels."""
         self.check_image_encoder()
         return self.config.vision["image_size"]
 
@@ -216,31 +213,29 @@ class TransformersCLIP(Encoder, ModelMixin):
             raise InputError(f"the tokenizer's end token is {end}, the text encoder takes {expected}")
 
     def forward(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, TextEncoding]:
-        """Encode pictures and captions: z_i, (B, D), and a TextEncoding."""
+        """Encode images and captions: z_i, (B, D), and a TextEncoding."""
         return self.encode_image(image), self.encode_tokens(tokens)
 
     @apply_forward_hook
     def encode_image(self, image: Tensor) -> Tensor:
-        """Encode pictures, (B, 3, H, W) in [-1, 1], to z_i, (B, D), of any length."""
-        self.check_image_encoder()
+        """Encode images, (B, 3, H, W) in [-1, 1], to z_i, (B, D), of any length."""
         return self.image_encoder(pixel_values=self.preprocess(image)).image_embeds
 
     @apply_forward_hook
     def encode_zero_image(self) -> Tensor:
-        """Return the embedding of pixel values of zero, (1, D): "no picture" for Kandinsky's decoders."""
-        self.check_image_encoder()
+        """Return the embedding of pixel values of zero, (1, D): "no image" for Kandinsky's decoders."""
         zeros = torch.zeros(1, 3, self.size, self.size, device=self.device, dtype=self.dtype)
         return self.image_encoder(pixel_values=zeros).image_embeds
 
     def preprocess(self, image: Tensor) -> Tensor:
-        """Preprocess pictures, (B, 3, H, W) in [-1, 1], to (B, 3, size, size), as CLIPImageProcessor does.
+        """Preprocess images, (B, 3, H, W) in [-1, 1], to (B, 3, size, size), as CLIPImageProcessor does.
 
-        A resized picture is rounded to 8 bits as there, unless it requires a gradient.
+        A resized image is rounded to 8 bits as there, unless it requires a gradient.
         """
         self.check_image_encoder()
         steps, image = self.config.preprocess, (image.float() + 1) / 2
         side, crop = steps["resize"], steps["crop"]
-        # A picture of the right size is not resampled, and keeps its values.
+        # An image of the right size is not resampled, and keeps its values.
         if side is not None and tuple(image.shape[-2:]) != (side[-1], side[-1]):
             mode = InterpolationMode(steps["resample"])
             if not image.requires_grad:
@@ -252,13 +247,11 @@ class TransformersCLIP(Encoder, ModelMixin):
         return ((image - self.mean) / self.std).to(self.dtype)
 
     def encode_text(self, texts: list[str]) -> TextEncoding:
-        self.check_text_encoder()
         return self.encode_tokens(self.tokenizer(texts).to(self.device))
 
     @apply_forward_hook
     def encode_tokens(self, tokens: Tensor) -> TextEncoding:
         """Encode tokens, (B, context_length), int64, to z_t of any length and a state per token."""
-        self.check_text_encoder()
         # The tower is causal, so tokens after the end of the longest caption change nothing before it.
         end = (tokens == self.tokenizer.end).int().argmax(dim=-1)
         length = int(end.max()) + 1
@@ -268,7 +261,7 @@ class TransformersCLIP(Encoder, ModelMixin):
 
 
 def crop_image_center(image: Tensor, side: int) -> Tensor:
-    """Crop pictures, (..., H, W), to the middle, (..., side, side); a smaller picture gets a black frame."""
+    """Crop images, (..., H, W), to the middle, (..., side, side); a smaller image gets a black frame."""
     # An odd remainder is rounded down above and to the left, as in transformers; torchvision rounds it.
     above, left = ((length - side) // 2 if length >= side else -((side - length) // 2) for length in image.shape[-2:])
     below, right = (image.shape[-2] - side - above, image.shape[-1] - side - left)
@@ -299,10 +292,8 @@ def read_preprocess_config(folder: Path, side: int, root: Path | None = None) ->
     """Return the preprocessing in a CLIPImageProcessor's folder, for a vision tower of `side` x `side` pixels.
 
     Keys of the result: resize: [the shorter side], [height, width] or None. crop: the side of the square that is cut
-    out of the middle, or None. resample: "bicubic" or "bilinear". mean, std: for pictures in [0, 1].
-
-    root: the pipeline's folder, which links may lead into. Raises InputError for steps that CLIP's image processors do
-    not have.
+    out of the middle, or None. resample: "bicubic" or "bilinear". mean, std: for images in [0, 1]. root: the pipeline's
+    folder, which links may lead into. Raises InputError for steps that CLIP's image processors do not have.
     """
     check_folder_files(folder, root)
     path = folder / "preprocessor_config.json"
@@ -311,7 +302,7 @@ def read_preprocess_config(folder: Path, side: int, root: Path | None = None) ->
     # The result must have the tower's size
     resizes, crops = config.get("do_resize", True), config.get("do_center_crop", True)
     size, crop = parse_image_size(config.get("size", side)), parse_image_size(config.get("crop_size", side))
-    final = crop if crops else size if resizes and len(size) == 2 else []  # sides that are the same for every picture
+    final = crop if crops else size if resizes and len(size) == 2 else []  # sides that are the same for every image
     valid = all(type(length) is int and 0 < length <= MAX_IMAGE_SIDE for length in size)
     if set(final) != {side} or not valid:
         raise InputError(f"{str(path)!r} makes pictures of size {size}, crop {crop}; the image encoder takes {side}")
