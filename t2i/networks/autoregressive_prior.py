@@ -41,17 +41,13 @@ class AutoregressivePrior(PriorMixin, ModelMixin, ConfigMixin):
     """Predictor of the codes of z_i given a TextEncoding; `sample_image_embeds` samples z_i.
 
     Args:
-        embed_dim: dimensions D of z_t and z_i.
-        text_width: dimensions of a caption's token states.
-        context_length: longest caption, in tokens.
-        width, depth, heads: of the transformer.
         components: K, the principal components of z_i that are sampled; the others keep their mean.
         buckets: number of values of a code, between the least and the largest of the training data.
         dropout: of the output of each attention and feed-forward layer.
         regression: arguments of the `RegressionPrior` that it starts from, if any.
         temperature: of sampling; below 1, likely codes become likelier.
-        null_length: tokens of the empty caption; a start and an end for most CLIPs.
-        clip_fingerprint: of the CLIP in training.
+
+    The other arguments are those of `Prior`.
     """
 
     _supports_gradient_checkpointing = True

@@ -60,8 +60,7 @@ class CLIP(Encoder, ModelMixin):
         preprocess: `size`, `mean` and `std` of the vision tower's input, and how images are resized, if not as CLIP
             does it: `interpolation` "bicubic" or "bilinear", `resize_mode` "shortest" (then cropped) or "squash".
         tokenizer_kind: "captions" (a vocabulary trained on them), "clip" (open_clip's) or "transformers".
-        fingerprint: of weights and preprocessing; written on saving, checked on loading.
-        rounded: the weights went through a dtype that does not keep the fingerprint, such as bfloat16.
+        fingerprint, rounded: of weights and preprocessing; see `t2i.networks.encoder.Encoder`.
     """
 
     _supports_gradient_checkpointing = True
@@ -185,7 +184,10 @@ class CLIP(Encoder, ModelMixin):
             return self.encode_padded_tokens(tokens)
         # Under a causal mask, tokens after the end of a caption change nothing before it. So the batch is trimmed to
         # its longest caption, and the tower's own forward, which needs all positions, is written out here.
-        end = tokens.argmax(dim=-1) if self.is_argmax_pooling else (tokens == self.end_token_id).int().argmax(dim=-1)
+        # z_t is the state of the token with the highest number, or of a tower's own end token.
+        pooling = getattr(tower, "text_pool_type", getattr(tower, "pool_type", "argmax"))
+        end_token = getattr(tower, "text_eos_id", getattr(tower, "eos_id", None))
+        end = (tokens if pooling == "argmax" else (tokens == end_token).int()).argmax(dim=-1)
         length = int(end.max()) + 1
         tokens = tokens[:, :length]
         states = tower.token_embedding(tokens) + tower.positional_embedding[:length]
@@ -205,16 +207,6 @@ class CLIP(Encoder, ModelMixin):
         mask = tokens != getattr(tower, "pad_id", getattr(getattr(tower, "config", None), "pad_token_id", 0))
         length = int(mask.sum(dim=1).max())
         return TextEncoding(F.normalize(pooled, dim=-1), states[:, :length], mask[:, :length])
-
-    @property
-    def is_argmax_pooling(self) -> bool:
-        """True if z_t is the state of the token with the highest number, False if that of `end_token_id`."""
-        tower = self.text_tower
-        return getattr(tower, "text_pool_type", getattr(tower, "pool_type", "argmax")) == "argmax"
-
-    @property
-    def end_token_id(self) -> int | None:
-        return getattr(self.text_tower, "text_eos_id", getattr(self.text_tower, "eos_id", None))
 
 
 def build_open_clip_model(config: dict) -> torch.nn.Module:

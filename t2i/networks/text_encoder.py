@@ -88,8 +88,7 @@ class TextEncoder(Encoder, ModelMixin):
         architecture: transformers' model type, one of `ARCHITECTURES`.
         model: its configuration, limited to `ENCODER_SETTINGS`.
         context_length: tokens of a caption at most, special ones included; what is longer is cut.
-        fingerprint: of weights, vocabulary and context length; written on saving, checked on loading.
-        rounded: the weights went through a dtype that does not keep the fingerprint, such as bfloat16.
+        fingerprint, rounded: of weights, vocabulary and context length; see `t2i.networks.encoder.Encoder`.
         padded: captions are padded to the context length, and the encoder and the decoder read the padding as well, as
             in Stable Diffusion.
     """

@@ -20,12 +20,9 @@ from t2i.files.untrusted import MAX_HEADER_BYTES, MAX_TOKENIZER_BYTES, check_fol
 PAD, START, END = "<pad>", "<start>", "<end>"
 # A pattern of a stranger may backtrack: the library bounds one attempt at a match, but not their number, and a caption
 # of 400 characters can take minutes. So only patterns of known public tokenizers are accepted.
-KNOWN_PATTERNS = {
-    r"\s+",
-    " {2,}",
-    r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
-    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
-}
+PLAIN_WORD_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+CLIP_WORD_PATTERN = rf"<\|startoftext\|>|<\|endoftext\|>|{PLAIN_WORD_PATTERN}"
+KNOWN_PATTERNS = {r"\s+", " {2,}", PLAIN_WORD_PATTERN, CLIP_WORD_PATTERN}
 LENGTHENING_STEPS = ("Replace", "Prepend")  # steps of a tokenizer.json whose output may be longer than their input
 MAX_SPECIAL_TOKENS = 8  # that a text encoder's tokenizer adds to a caption
 PUBLIC_SETTINGS = {"clean", "strip_sep_token", "language"}  # keywords of open_clip's tokenizers that run no code

@@ -11,7 +11,7 @@ compiler uses the same two to convolve. They have no gradient, so they run witho
 
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -76,18 +76,6 @@ class UNetStepContext:
     packed_weights: PackedWeights | None = None  # where oneDNN convolves
 
 
-class StepEmbedding(NamedTuple):
-    """The embedding of the timestep and the condition, (B, E), before and after SiLU, with which most blocks begin."""
-
-    embedding: Tensor
-    activated: Tensor
-
-    def get_block_input(self, block: ResnetBlock2D) -> Tensor:
-        if block.skip_time_act:
-            return self.embedding
-        return self.activated if isinstance(block.nonlinearity, nn.SiLU) else block.nonlinearity(self.embedding)
-
-
 # The condition, once per image
 
 
@@ -146,7 +134,6 @@ def run_unet_step(unet: UNet2DConditionModel | UNet2DModel, x: Tensor, t: Tensor
         embedding = embedding + context.added_embedding
     if getattr(unet, "time_embed_act", None) is not None:
         embedding = unet.time_embed_act(embedding)
-    step = StepEmbedding(embedding, F.silu(embedding))
 
     # Down, with a skip connection from every layer
     if context.packed_weights is not None:
@@ -155,45 +142,51 @@ def run_unet_step(unet: UNet2DConditionModel | UNet2DModel, x: Tensor, t: Tensor
     skips = [x]
     for block in unet.down_blocks:
         for i in range(len(block.resnets)):
-            x = run_layer(block, i, x, step, context)
+            x = run_layer(block, i, x, embedding, context)
             skips.append(x)
         for sampler in block.downsamplers or ():
-            x = sampler(x) if isinstance(sampler, Downsample2D) else run_resnet_block(sampler, x, step, context)
+            x = sampler(x) if isinstance(sampler, Downsample2D) else run_resnet_block(sampler, x, embedding, context)
             skips.append(x)
 
     # The middle, which begins and ends with a resnet block
     if unet.mid_block is not None:
-        x = run_resnet_block(unet.mid_block.resnets[0], x, step, context)
+        x = run_resnet_block(unet.mid_block.resnets[0], x, embedding, context)
         for i, attention in enumerate(unet.mid_block.attentions):
             if attention is not None:
                 x = run_attention(attention, x, context)
-            x = run_resnet_block(unet.mid_block.resnets[i + 1], x, step, context)
+            x = run_resnet_block(unet.mid_block.resnets[i + 1], x, embedding, context)
 
     # Up, to the sizes of the skip connections: odd sides were rounded on the way down
     for block in unet.up_blocks:
         for i in range(len(block.resnets)):
-            x = run_layer(block, i, torch.cat([x, skips.pop()], dim=1), step, context)
+            x = run_layer(block, i, torch.cat([x, skips.pop()], dim=1), embedding, context)
         for sampler in block.upsamplers or ():
-            size = skips[-1].shape[-2:]
-            x = sampler(x, size) if isinstance(sampler, Upsample2D) else run_resnet_block(sampler, x, step, context)
+            if isinstance(sampler, Upsample2D):
+                x = sampler(x, skips[-1].shape[-2:])
+            else:
+                x = run_resnet_block(sampler, x, embedding, context)
     if unet.conv_norm_out is not None:
         x = activate(unet.conv_act, unet.conv_norm_out(x))
     return convolve(unet.conv_out, x, context)
 
 
-def run_layer(block: nn.Module, i: int, x: Tensor, step: StepEmbedding, context: UNetStepContext) -> Tensor:
-    x = run_resnet_block(block.resnets[i], x, step, context)
+def run_layer(block: nn.Module, i: int, x: Tensor, embedding: Tensor, context: UNetStepContext) -> Tensor:
+    x = run_resnet_block(block.resnets[i], x, embedding, context)
     return run_attention(block.attentions[i], x, context) if hasattr(block, "attentions") else x
 
 
-def run_resnet_block(block: ResnetBlock2D, x: Tensor, step: StepEmbedding, context: UNetStepContext) -> Tensor:
-    """(B, C, H, W) -> (B, C', H, W), or half or twice the sides if the block resamples."""
+def run_resnet_block(block: ResnetBlock2D, x: Tensor, embedding: Tensor, context: UNetStepContext) -> Tensor:
+    """(B, C, H, W) -> (B, C', H, W), or half or twice the sides if the block resamples.
+
+    embedding: (B, E), of the timestep and the condition.
+    """
     hidden = activate(block.nonlinearity, block.norm1(x))
     for resample in (block.upsample, block.downsample):
         if resample is not None:
             x, hidden = resample(x), resample(hidden)
     hidden = convolve(block.conv1, hidden, context)
-    embedding = block.time_emb_proj(step.get_block_input(block))[:, :, None, None]
+    embedding = embedding if block.skip_time_act else block.nonlinearity(embedding)
+    embedding = block.time_emb_proj(embedding)[:, :, None, None]
     if block.time_embedding_norm == "scale_shift":
         scale, shift = embedding.chunk(2, dim=1)
         hidden = torch.addcmul(shift, block.norm2(hidden), 1 + scale)

@@ -32,15 +32,8 @@ class DALLE2Decoder(DecoderMixin, ModelMixin, ConfigMixin):
     """Denoiser of images, (B, 3, S, S) in [-1, 1], given an ImageCondition.
 
     The null condition is the zero z_i and a caption of no tokens. They select the learned vector and tokens of "no
-    image", and the learned padding.
-
-    Args:
-        embed_dim: dimensions D of z_i.
-        latent_channels, latent_size: shape (C, S, S) of the images.
-        unet: further arguments of `t2i.networks.dalle2.unet.Unet`.
-        text_width: dimensions of a caption's token states; None if it reads no captions.
-        learned_variance: it also predicts the variance of the reverse steps, as further C channels.
-        reads_masks, clip_fingerprint, text_encoder_fingerprint: as in `t2i.networks.unet_decoder.UNetDecoder`.
+    image", and the learned padding. unet: further arguments of `t2i.networks.dalle2.unet.Unet`; the others are those
+    of `t2i.networks.decoder.Decoder`.
     """
 
     default_guidance_scale, default_steps = 1.7, 100  # the scale of LAION's program for its decoder

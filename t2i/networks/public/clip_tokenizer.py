@@ -14,10 +14,15 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from t2i.checks import check_integer
 from t2i.errors import InputError
 from t2i.files.untrusted import MAX_TOKENIZER_BYTES, check_folder_files, check_size_limit, is_folder, read_json
-from t2i.networks.tokenizer import BaseTokenizer, check_highest_token, explain_tokenizer_errors, read_tokenizer_config
+from t2i.networks.tokenizer import (
+    CLIP_WORD_PATTERN,
+    BaseTokenizer,
+    check_highest_token,
+    explain_tokenizer_errors,
+    read_tokenizer_config,
+)
 
 START_TOKEN, END_TOKEN = "<|startoftext|>", "<|endoftext|>"
-WORD_PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 MAX_CONTEXT_LENGTH = 4096  # tokens of a caption
 Merges = list[tuple[str, str]]
 
@@ -43,7 +48,7 @@ class CLIPTokenizer(BaseTokenizer):
         tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token=end, end_of_word_suffix="</w>"))
         spaces = normalizers.Replace(Regex(r"\s+"), " ")
         tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
-        words = pre_tokenizers.Split(Regex(WORD_PATTERN), "removed", invert=True)
+        words = pre_tokenizers.Split(Regex(CLIP_WORD_PATTERN), "removed", invert=True)
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False)])
         tokenizer.decoder = decoders.ByteLevel()
         super().__init__(tokenizer, context_length, vocab[pad], vocab[start], vocab[end])

@@ -19,13 +19,7 @@ from t2i.networks.prior import PriorBlock, build_causal_mask, embed_caption_toke
 class EclipsePrior(PriorMixin, ModelMixin, ConfigMixin):
     """A causal transformer over [caption tokens, z_t, noise, query]; the query's output is z_i.
 
-    Args:
-        embed_dim: dimensions D of z_t and z_i.
-        text_width: dimensions of a caption's token states.
-        context_length: longest caption, in tokens.
-        width, depth, heads: of the transformer.
-        clip_fingerprint: of the CLIP that it was trained with, if known.
-        unit_length: False; embeddings are the raw projections of the public CLIPs.
+    The arguments are those of `Prior`. unit_length: False, because embeddings are the public CLIPs' raw projections.
     """
 
     needs_scheduler = takes_guidance = False

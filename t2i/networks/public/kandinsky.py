@@ -29,17 +29,14 @@ NULL_BUFFERS = ("null_embedding", "null_states", "null_pooled")
 class KandinskyDecoder(UNetDenoiser, ModelMixin):
     """Denoiser of MoVQ's latents, given an ImageCondition with z_i as CLIP's raw projection.
 
-    The other arguments follow from `model`: see `derive_kandinsky_config`.
-
     Args:
         model: arguments of `UNet2DConditionModel`.
-        embed_dim: dimensions D of z_i.
-        latent_channels, latent_size: shape (C, S, S) of the latents it is trained on.
-        learned_variance: it also predicts the variance of the reverse steps, as further C channels.
-        reads_masks: it reads the latents to keep of an image; see `t2i.diffusion.inpainting`.
         text_width: dimensions of a caption's token states; None for 2.2, which reads no captions.
         clip_fingerprint: None, because the public files do not contain it.
         text_encoder_fingerprint: of the text encoder that encoded the null's empty caption; None for 2.2.
+
+    The other arguments are those of `t2i.networks.decoder.Decoder`, and follow from `model`: see
+    `derive_kandinsky_config`.
     """
 
     default_guidance_scale, default_steps = 4.0, 100  # of the reference's pipelines
@@ -73,10 +70,7 @@ class KandinskyDecoder(UNetDenoiser, ModelMixin):
 
     @classmethod
     def from_component(cls, part: Component, dtype: torch.dtype | None = None) -> Self:
-        """Load a public folder `unet`; the caller calls `set_null_condition` next.
-
-        Raises InputError, in one line, if it is not a complete U-Net of Kandinsky's.
-        """
+        """Load a public folder `unet`; the caller calls `set_null_condition` next. Raises InputError for other U-Nets."""
         settings = part.get_config_arguments()
         derived = derive_kandinsky_config(settings)
         buffers = NULL_BUFFERS if derived["text_width"] is not None else NULL_BUFFERS[:1]
@@ -84,9 +78,9 @@ class KandinskyDecoder(UNetDenoiser, ModelMixin):
 
     @torch.no_grad()
     def set_null_condition(self, clip: Any, text_encoder: Any = None) -> None:
-        """Compute the null condition with the pipeline's encoders. text_encoder: needed for 2.1.
+        """Compute the null condition with the pipeline's encoders.
 
-        Raises InputError if the CLIP has no image encoder, or the text encoder is missing.
+        Raises InputError for a CLIP without an image encoder, and without the text encoder that 2.1 needs.
         """
         self.null_embedding.copy_(clip.encode_zero_image()[0])
         if self.config.text_width is not None:

@@ -62,15 +62,12 @@ class KarloDecoder(UNetDenoiser, ModelMixin):
     z_i and z_t are CLIP's raw projections, not of unit length.
 
     Args:
-        embed_dim: dimensions D of z_i and z_t.
-        latent_channels, latent_size: shape (C, S, S) of the images.
-        text_width: dimensions of a caption's token states.
         context_width, time_width: dimensions of the tokens that the U-Net attends to, and of its timestep's embedding.
         unet_config: further arguments of `UNet2DConditionModel`.
         extra_tokens: number of tokens made from z_i.
         null_length: tokens of the empty caption.
-        learned_variance: it also predicts the variance of the reverse steps, as further C channels.
-        reads_masks, clip_fingerprint, text_encoder_fingerprint: as in `t2i.networks.unet_decoder.UNetDecoder`.
+
+    The other arguments are those of `t2i.networks.decoder.Decoder`.
     """
 
     default_guidance_scale = 8.0

@@ -32,8 +32,7 @@ class MultilingualCLIP(Encoder, ModelMixin):
         model: transformers' configuration of the XLM-RoBERTa, limited to `t2i.networks.text_encoder.ENCODER_SETTINGS`.
         pooled_width: dimensions of the projection.
         context_length: tokens of a caption, special ones and padding included; longer captions are cut.
-        fingerprint: of weights, vocabulary and context length; written on saving, checked on loading.
-        rounded: the weights went through a dtype that changes the fingerprint, such as bfloat16.
+        fingerprint, rounded: of weights, vocabulary and context length; see `t2i.networks.encoder.Encoder`.
     """
 
     tokenizer: TextTokenizer

@@ -44,13 +44,11 @@ class StableUnCLIPDecoder(UNetDenoiser, ModelMixin):
     Args:
         unet_config: configuration of diffusers' `UNet2DConditionModel`.
         noising: configuration of the `DDPMScheduler` that noises z_i.
-        embed_dim: dimensions D of z_i.
-        latent_channels, latent_size: shape (C, S, S) of the latents.
-        text_width: dimensions W of a caption's token states.
         context_length: tokens of a caption, padding included.
         clip_fingerprint: None, because the public files do not contain it.
-        text_encoder_fingerprint: of the text encoder that encoded the null's empty caption.
         learned_variance, reads_masks: False; no such model is known.
+
+    The other arguments are those of `t2i.networks.decoder.Decoder`.
     """
 
     default_guidance_scale, default_steps = 10.0, 20

@@ -57,8 +57,7 @@ class TransformersCLIP(Encoder, ModelMixin):
         text, vision: `TEXT_KEYS` and `VISION_KEYS` of the towers' configurations; None without that tower.
         preprocess: steps from an image to the vision tower, as `read_preprocess_config` returns them.
         context_length: tokens of a caption.
-        fingerprint: of weights and preprocessing; written on saving, checked on loading.
-        rounded: the weights went through a dtype that changes the fingerprint, such as bfloat16.
+        fingerprint, rounded: of weights and preprocessing; see `t2i.networks.encoder.Encoder`.
 
     Whatever needs a tower that is missing raises InputError.
     """
