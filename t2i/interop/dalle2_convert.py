@@ -91,6 +91,7 @@ def convert_dalle2(
     settings = file.config if settings is None else settings
     if settings is None:
         raise InputError(f"{str(source)!r} holds no configuration; give the JSON of its training by --config")
+    # The names of the tensors decide what the file is; the configuration may describe both.
     is_prior = any(name.startswith("net.") for name in file.state)
     if not is_prior and not any(name.startswith("unets.") for name in file.state):
         first = next(iter(file.state))
@@ -143,6 +144,7 @@ def convert_dalle2_prior(file: DALLE2File, settings: dict[str, Any], source: Pat
         width = 2 * len(frequencies)
         if not torch.allclose(frequencies, 10_000 ** (-torch.arange(0, width, 2) / width), rtol=1e-2):
             raise InputError(f"{name} in {str(source)!r} are not the usual rotary frequencies, which are computed here")
+    # What the tensors and the release decide
     learned_null, old_attention = detect_prior_features(file, tensors, source)
     config |= {
         "learned_null": learned_null,
@@ -332,6 +334,7 @@ def convert_stored_clip(file: DALLE2File, settings: dict[str, Any], source: Path
     config = open_clip.get_model_config(model_name)
     if config is None:
         raise InputError(f"open_clip knows no model {model_name!r:.80}, which the configuration names as {make} {name}")
+    # Numbers of OpenAI's JIT archives, which are no weights
     for extra in ("input_resolution", "context_length", "vocab_size"):
         tensors.pop(extra, None)
     preprocess = {"size": config["vision_cfg"]["image_size"], "mean": CLIP_MEAN, "std": CLIP_STD}

@@ -185,6 +185,7 @@ def save_caption_tokenizer(components: Mapping[str, Any], target: Path) -> str:
 def save_image_processor(components: Mapping[str, Any], target: Path) -> str:
     """Write the preprocessor_config.json for the preprocessing of this project's CLIP."""
     config = components["clip"].config
+    # A size of one number is the shorter side, as in CLIPImageProcessor.
     steps, side = config.preprocess, config.vision["image_size"]
     size = [side] if steps["resize"] is None else steps["resize"]
     content = {

@@ -50,6 +50,7 @@ def fetch_model_folder(
             reached, files = query_hub_repository(name, options.get("revision"), options.get("token"))
             options = {**reached, **options}
         path = Path(snapshot_download(name, allow_patterns=otherwise if files is None else TEXT_PATTERNS, **options))
+        # Offline, nothing more can be asked for.
         if files is None:
             return path
         # Then the weights of the parts that they name

@@ -106,6 +106,7 @@ class SourceFolder:
         """Return the public layout. Raises InputError for any other folder, with what was found and all layouts."""
         if self.layout is not None:
             return self.layout
+        # Describe what was found
         folder = self.path
         if self.class_name is None:
             names = sorted(path.name for path in folder.iterdir())

@@ -215,6 +215,7 @@ class ModelFolders:
                 )
 
     def check_clip_found(self, own_prior: SourceFolder | None) -> None:
+        # No tower at all, or none for the captions that a prior reads
         first, prior = self.folders[0], own_prior or self.prior
         if not any(self.find_clip_tower(part) for part in CLIP_TOWERS):
             layout_name = first.require_layout().name

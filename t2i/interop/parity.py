@@ -67,8 +67,10 @@ class ParityCheck:
             reference = self.sample_reference_prior()
             yield "prior embedding", compute_max_difference(self.sample_our_prior(), reference)
             z_i = reference
+        # The decoder, from the reference's z_i
         latents = self.sample_reference_decoder(z_i)
         yield "decoder output", compute_max_difference(self.sample_our_decoder(z_i), latents)
+        # Images, from the reference's latents
         reference = self.decode_reference(latents)
         if self.pipeline.is_cascade:
             noise = self.generate_noise(self.compute_large_shape(latents), 3)

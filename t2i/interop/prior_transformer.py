@@ -64,6 +64,7 @@ def load_prior_transformer(
         prior = load_diffusion_prior(part, dtype, clip is not None and clip.unit_length)
     if clip is None:
         return prior
+    # Its null condition comes from its CLIP
     clip_widths, prior_widths = (clip.embed_dim, clip.text_width), (prior.config.embed_dim, prior.config.text_width)
     if clip_widths != prior_widths:
         raise InputError(
@@ -230,6 +231,7 @@ def to_prior_transformer(prior: Prior) -> PriorTransformer:
 
 def map_tensor_names(depth: int, time: bool = True) -> dict[str, tuple[str, ...]]:
     """Return a Prior's tensor names, and for each the tensors of a PriorTransformer that are stacked into it."""
+    # Tensors that stand alone, then layers with weight and bias
     alone = {"positions": "positional_embedding", "query": "prd_embedding", "mean": "clip_mean", "std": "clip_std"}
     layers = {
         "from_states": "encoder_hidden_states_proj",
@@ -241,6 +243,7 @@ def map_tensor_names(depth: int, time: bool = True) -> dict[str, tuple[str, ...]
     if time:
         layers |= {f"from_time.linear_{i}": f"time_embedding.linear_{i}" for i in (1, 2)}
     names: dict[str, tuple[str, ...]] = {name: (public,) for name, public in alone.items()}
+    # Blocks: queries, keys and values are stacked into one tensor
     for i in range(depth):
         block, public_block = f"blocks.{i}.", f"transformer_blocks.{i}."
         layers |= {block + "norm_1": public_block + "norm1", block + "norm_2": public_block + "norm3"}

@@ -88,6 +88,7 @@ class Autoencoder(ModelMixin, ConfigMixin):
     @torch.no_grad()
     def set_latent_statistics(self, images: Iterable[Tensor]) -> None:
         """Set the mean and standard deviation of each latent channel from batches of images, (B, 3, H, W)."""
+        # `encode` then returns latents as the coder has them.
         self.mean.zero_()
         self.std.fill_(1)
         latents = torch.cat([self.encode(image.to(self.device)).cpu().double() for image in images])

@@ -63,12 +63,14 @@ class LatentClassifier(ModelMixin, ConfigMixin):
         if not widths or latent_size % 2 ** (len(widths) - 1):
             raise InputError(f"latents of side {latent_size} cannot be halved {len(widths) - 1} times; use less widths")
         self.gradient_checkpointing = False
+        # Convolutions, with `depth` blocks at each resolution
         condition_width = 4 * widths[0]
         self.from_level = TimeEmbedding(widths[0], condition_width)
         self.from_latents = nn.Conv2d(latent_channels, widths[0], 3, padding=1)
         outputs = [width for width in widths for _ in range(depth)]
         inputs = [widths[0], *outputs[:-1]]
         self.blocks = nn.ModuleList(Block(before, after, condition_width) for before, after in zip(inputs, outputs))
+        # Attention over all positions, then two heads on their mean and maximum
         self.norm = nn.LayerNorm(widths[-1])
         self.attention = Attention(widths[-1], heads)
         self.pooled = nn.LayerNorm(2 * widths[-1])

@@ -215,6 +215,7 @@ def build_open_clip_model(config: dict) -> torch.nn.Module:
     text, vision = config["text_cfg"], config["vision_cfg"]
     check_tower_settings(text, vision)
     import_timm_for(config)
+    # In open_clip's plain CLIP the layers of the text tower are the model's own; in others the tower is `text`.
     custom = config.pop("custom_text", False) or "hf_model_name" in text
     # By default open_clip would download weights for towers of other libraries.
     if "hf_model_name" in text:

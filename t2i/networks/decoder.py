@@ -55,6 +55,7 @@ class ImageTokensMixin(DecoderMixin):
 
         Raises ValueError if the decoder reads captions and the condition has none.
         """
+        # z_i has unit length: times sqrt(D), its dimensions have unit variance.
         z_i = condition.embedding * self.config.embed_dim**0.5
         count = self.config.image_tokens
         tokens = self.to_tokens(z_i).unflatten(-1, (count, -1))  # (B, count * width) -> (B, count, width)
@@ -118,15 +119,18 @@ class Decoder(ImageTokensMixin, ModelMixin, ConfigMixin):
         if latent_size % patch_size or width % 4:
             allowed = f"patch_size must divide latent_size {latent_size}, and width must be a multiple of 4"
             raise ValueError(f"{allowed}; got {patch_size} and {width}")
+        # Sizes of a patch, in and out
         side = latent_size // patch_size
         inputs = count_input_channels(latent_channels, reads_masks) * patch_size**2
         outputs = latent_channels * patch_size**2 * (2 if learned_variance else 1)
+        # What enters: patches at their positions, the timestep, z_i and the caption
         self.from_latents = Linear(inputs, width)
         self.positions = nn.Parameter(build_grid_embedding(side, width))
         self.from_time = TimeEmbedding(width, condition_width)
         self.from_image = Linear(embed_dim, condition_width)
         self.to_tokens = Linear(embed_dim, image_tokens * condition_width)
         self.from_text = None if text_width is None else Linear(text_width, condition_width)
+        # The transformer, and the way back to latents
         self.blocks = nn.ModuleList(DecoderBlock(width, heads, condition_width) for _ in range(depth))
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.modulation = zero_layer_weights(Linear(condition_width, 2 * width))

@@ -122,6 +122,7 @@ class Attention(nn.Module):
 
     def attend_all_tokens(self, x: Tensor, packed: PackedSequences) -> Tensor:
         """(T, width) -> (T, width): every token attends to itself and to those of its sequence before it."""
+        # torch allows no mask beside `is_causal`, and packed sequences need none.
         query, key, value = split_projections(packed.pad_to_batch(self.to_qkv(x)), 3, self.heads)
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         return self.to_out(packed.unpad_to_rows(out.transpose(1, 2).flatten(2)))

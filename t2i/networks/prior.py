@@ -79,6 +79,7 @@ class Prior(PriorMixin, ModelMixin, ConfigMixin):
     ):
         super().__init__()
         self.gradient_checkpointing = False
+        # What enters the sequence, and the learned query
         self.from_states = Linear(text_width, width)
         self.from_text = Linear(embed_dim, width)
         self.from_time = TimeEmbedding(width, width)
@@ -137,6 +138,7 @@ class Prior(PriorMixin, ModelMixin, ConfigMixin):
         causal = torch.ones(mask.shape[2], length, dtype=torch.bool, device=tokens.device).tril()
         mask[..., :length] = token_mask[:, None, None, :] & causal
 
+        # Block by block, keep the keys and values, of B conditions for the caption, of U for the timesteps
         past, timestep_key_values = [], []
         for block in self.blocks:
             tokens, (keys, values) = block.forward_with_key_value(tokens, mask, last=block is self.blocks[-1])
@@ -149,6 +151,7 @@ class Prior(PriorMixin, ModelMixin, ConfigMixin):
     def step(self, x: Tensor, t: Tensor, context: PriorContext) -> Tensor:
         """Return the prediction: `forward` from the noisy z_i on, or from the timestep on if it was not prepared."""
         tokens = self.embed_image_tokens(x, t)  # (B, 3, width)
+        # A timestep that was prepared is taken from the context; others run as a token of their own.
         past = [[pair] for pair in context.past]
         same = t[:, None] == context.timesteps  # (B, S)
         if len(context.timesteps) and same.any(dim=1).all():

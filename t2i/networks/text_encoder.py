@@ -229,6 +229,7 @@ def parse_encoder_settings(config: Any, folder: Path) -> tuple[str, dict[str, An
 
 def find_tensor_names(expected: Iterable[str], stored: Container[str], kind: Architecture) -> dict[str, str]:
     """Return the encoder's tensors by their names in the files; those that no file has are left out."""
+    # A name may stand with or without the larger model's prefix, and under an older name.
     own_names = {}
     for name in expected:
         aliases = [name.replace(own, other) for own, other in kind.tensor_aliases if own in name]

@@ -222,6 +222,7 @@ def load_text_tokenizer(folder: Path, context_length: int, pad: int, vocab_size:
     if not path.is_file():
         how = "AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER) of transformers writes it"
         raise InputError(f"no 'tokenizer.json' in {str(folder)!r}; {how}")
+    # The settings are read for a refusal alone: no value of them is used.
     if (folder / "tokenizer_config.json").is_file():
         read_tokenizer_config(folder / "tokenizer_config.json")
     check_text_tokenizer(path)

@@ -98,6 +98,7 @@ class UNetDecoder(ImageTokensMixin, UNetDenoiser, ModelMixin):
         check_integer("latent_size", latent_size, 1, 1024)  # first, since no tensor of the model has this size
         self.to_tokens = Linear(embed_dim, image_tokens * context_width)
         self.from_text = None if text_width is None else Linear(text_width, context_width)
+        # z_i takes the place of a class: it is projected and added to the timestep.
         self.net = use_onednn_linear(
             UNet2DConditionModel(
                 sample_size=latent_size,

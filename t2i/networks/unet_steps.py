@@ -180,11 +180,13 @@ def run_resnet_block(block: ResnetBlock2D, x: Tensor, embedding: Tensor, context
 
     embedding: (B, E), of the timestep and the condition.
     """
+    # Norm, activation, resampling of both ways, convolution
     hidden = activate(block.nonlinearity, block.norm1(x))
     for resample in (block.upsample, block.downsample):
         if resample is not None:
             x, hidden = resample(x), resample(hidden)
     hidden = convolve(block.conv1, hidden, context)
+    # The embedding scales and shifts the features, or is added to them
     embedding = embedding if block.skip_time_act else block.nonlinearity(embedding)
     embedding = block.time_emb_proj(embedding)[:, :, None, None]
     if block.time_embedding_norm == "scale_shift":
@@ -192,6 +194,7 @@ def run_resnet_block(block: ResnetBlock2D, x: Tensor, embedding: Tensor, context
         hidden = torch.addcmul(shift, block.norm2(hidden), 1 + scale)
     else:
         hidden = block.norm2(hidden + embedding)
+    # Activation, convolution, and the shortcut
     hidden = activate(block.nonlinearity, hidden)
     if block.dropout.training:
         hidden = block.dropout(hidden)
@@ -230,6 +233,7 @@ def run_transformer(transformer: Transformer2DModel, x: Tensor, context: UNetSte
         pixels = transformer.proj_in(hidden.flatten(2).transpose(1, 2))
     else:
         pixels = convolve(transformer.proj_in, hidden, context).flatten(2).transpose(1, 2)
+    # Self-attention, attention to the tokens, and the feed-forward layer
     for block in transformer.transformer_blocks:
         normed = block.norm1(pixels)
         pixels = pixels + compute_attention(block.attn1, normed, compute_key_value(block.attn1, normed), None)

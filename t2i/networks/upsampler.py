@@ -81,6 +81,7 @@ class Upsampler(ModelMixin, ConfigMixin):
         check_integer("patch_size", patch_size, 1, 16)
         check_range("max_level", max_level, 0, 1)
         channels = 3 * patch_size**2
+        # Both images enter; the embedding of level and z_i takes the place of a class.
         fixed = {"in_channels": 2 * channels, "out_channels": channels, "class_embed_type": "identity"}
         self.net = use_onednn_linear(UNet2DModel(**{"add_attention": False, **unet, **fixed}))
         nn.init.zeros_(self.net.conv_out.weight)  # so with `adds_detail` training starts from the resized image

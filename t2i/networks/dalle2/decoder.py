@@ -81,6 +81,7 @@ class DALLE2Decoder(DecoderMixin, ModelMixin, ConfigMixin):
     @apply_forward_hook
     def prepare(self, condition: ImageCondition) -> DALLE2DecoderContext:
         condition, text = condition.expand(), None
+        # A zero z_i is the null: no embedding of an image is zero.
         hiddens, image = self.net.embed_image_condition(condition.embedding, (condition.embedding == 0).all(dim=-1))
         if self.config.text_width is not None:
             if condition.text is None:
@@ -151,6 +152,7 @@ class DALLE2Cascade(ModelMixin, ConfigMixin):
         channels: int = 3,
     ):
         super().__init__()
+        # Check that each U-Net enlarges by whole pixels
         if not len(sizes) == len(unets) == len(schedulers) == len(noise_levels) > 0:
             raise InputError("sizes, unets, schedulers and noise_levels must have one value a U-Net, at least one")
         for before, size in zip([low_size, *sizes], sizes):
@@ -158,6 +160,7 @@ class DALLE2Cascade(ModelMixin, ConfigMixin):
             if size % before or size == before:
                 raise InputError(f"each side of a cascade must be a multiple of the one before, got {before}, {size}")
         self.channels = channels
+        # The U-Nets, and what noises their images
         self.nets = nn.ModuleList()
         for unet, level in zip(unets, noise_levels):
             derived = {"channels": channels, "lowres_cond": True, "lowres_noise_cond": level is not None}
@@ -192,6 +195,7 @@ class DALLE2Cascade(ModelMixin, ConfigMixin):
         for the last U-Net alone.
         """
         check_integer("steps", sampling.steps, 1, MAX_STEPS)
+        # A caller sees and steers only what has the final size.
         hidden = replace(sampling, noise=None, on_step=None, transform=None)
         x, before = latents.float(), self.config.low_size
         for i, (net, size, level) in enumerate(zip(self.nets, self.config.sizes, self.config.noise_levels)):

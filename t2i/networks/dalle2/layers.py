@@ -79,6 +79,7 @@ class Attention(nn.Module):
         null_key, null_value = self.null_kv.to(x.dtype)[:, None, None, None].expand(-1, len(x), -1, -1, -1)
         if self.cosine:
             query, key, null_key = (F.normalize(vectors, dim=-1) for vectors in (query, key, null_key))
+        # One head of keys and values serves all heads of the queries.
         pairs = [(null_key, null_value), *([] if past is None else [past]), (key, value)]
         keys, values = (torch.cat(tensors, dim=2).expand(-1, self.heads, -1, -1) for tensors in zip(*pairs))
         mask = None if bias is None else bias.to(x.dtype)

@@ -104,6 +104,7 @@ class DALLE2Prior(PriorMixin, ModelMixin, ConfigMixin):
     @apply_forward_hook
     def prepare(self, text: TextEncoding) -> DALLE2PriorContext:
         text, length = text.expand(), self.config.context_length
+        # A zero z_t is the null: no embedding of a caption is zero.
         dropped = (text.embedding == 0).all(dim=-1) & self.config.learned_null
         states, mask = text.states[:, :length], text.mask[:, :length] & self.config.reads_captions
         extra = length - mask.shape[1]
@@ -144,6 +145,7 @@ class PriorNetwork(nn.Module):
         self.to_image_embeds = nn.Sequential(build_token_layer(width, config["image_tokens"]))
         self.width, total = width, width * config["time_tokens"]
         steps = config["num_timesteps"]
+        # Sequential and Identity only give the tensors the names that they have in the files.
         self.to_time_embeds = nn.Sequential(
             nn.Embedding(steps, total) if steps else nn.Sequential(nn.Identity(), TimeNetwork(width, total))
         )

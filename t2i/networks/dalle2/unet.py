@@ -103,6 +103,7 @@ class Unet(nn.Module):
         self.skip_scale = 2**-0.5 if config.scale_skip_connection else 1.0
         self.multiple = 2 ** (len(config.dim_mults) - (0 if config.memory_efficient else 1))
         self.build_condition_layers()
+        # Channels before the first level, and after each
         widths = [config.init_dim or config.dim, *(config.dim * factor for factor in config.dim_mults)]
         read = config.channels * (2 if config.lowres_cond else 1)
         if config.init_cross_embed:
@@ -110,6 +111,7 @@ class Unet(nn.Module):
         else:
             self.init_conv = build_same_size_conv(read, widths[0], config.init_conv_kernel_size)
         self.build_unet_levels(widths)
+        # The output reads the small image once more.
         last = config.dim + (config.channels if config.lowres_cond else 0)
         out = config.channels_out or config.channels
         self.to_out = build_same_size_conv(last, out, config.final_conv_kernel_size)
@@ -152,6 +154,7 @@ class Unet(nn.Module):
         self.init_resnet_block = resnet(widths[0], widths[0], groups[0]) if early else None
         self.downs, self.ups = nn.ModuleList(), nn.ModuleList()
         levels = list(enumerate(zip(widths, widths[1:])))
+        # Down: the first level does not attend to tokens.
         for i, (inner, out) in levels:
             width = out if early else inner
             before = self.build_downsample_layer(inner, out) if early else nn.Identity()
@@ -161,9 +164,11 @@ class Unet(nn.Module):
             keeps_size = early or i == len(levels) - 1
             after = nn.Conv2d(width, out, 1) if keeps_size else self.build_downsample_layer(width, out)
             self.downs.append(nn.ModuleList([before, first, others, attention, after]))
+        # The middle
         self.mid_block1 = resnet(widths[-1], widths[-1], groups[-1], reads=True)
         self.mid_attn = self.build_self_attention(widths[-1], full=True)
         self.mid_block2 = resnet(widths[-1], widths[-1], groups[-1], reads=True)
+        # Up, with a skip connection into every block
         for i, (inner, out) in reversed(levels):
             read = out + (out if early else inner)  # with the skip connection
             first = resnet(read, out, groups[i], reads=i > 0)

@@ -74,12 +74,14 @@ class CLIPTokenizer(BaseTokenizer):
             # In older folders the second file counts, if it exists; newer ones have this key in the first.
             if (folder / name).is_file() and "added_tokens_decoder" not in config:
                 config |= read_tokenizer_config(folder / name)
+        # The special tokens, which may be stored as objects
         special: dict[str, Any] = {"pad": END_TOKEN, "start": START_TOKEN, "end": END_TOKEN}
         for name, key in (("pad", "pad_token"), ("start", "bos_token"), ("end", "eos_token")):
             token = config.get(key) or special[name]
             special[name] = token.get("content") if isinstance(token, dict) else token
             if vocab.get(special[name]) is None:
                 raise InputError(f"the vocabulary in {str(folder)!r} lacks the token {special[name]!r:.80}")
+        # The length of a caption
         longest = config.get("model_max_length", context_length)  # transformers writes 1e30 for no limit
         length = int(min(longest, context_length)) if isinstance(longest, int | float) else context_length
         check_integer(f"model_max_length in {str(folder)!r}", length, 3, MAX_CONTEXT_LENGTH)
@@ -102,6 +104,7 @@ class CLIPTokenizer(BaseTokenizer):
 
 def read_vocabulary(folder: Path) -> tuple[dict[str, int], Merges]:
     """Return the vocabulary and the merges in a tokenizer's folder."""
+    # transformers writes either one file or two, and versions of it store a merge as "a b" or as ["a", "b"].
     single, merges_file = folder / "tokenizer.json", folder / "merges.txt"
     if single.is_file():
         model = read_json(single, MAX_TOKENIZER_BYTES).get("model")

@@ -70,7 +70,7 @@ class KandinskyDecoder(UNetDenoiser, ModelMixin):
 
     @classmethod
     def from_component(cls, part: Component, dtype: torch.dtype | None = None) -> Self:
-        """Load a public folder `unet`; the caller calls `set_null_condition` next. Raises InputError for other U-Nets."""
+        """Load a public folder `unet`; the caller calls `set_null_condition` next. Raises InputError for others."""
         settings = part.get_config_arguments()
         derived = derive_kandinsky_config(settings)
         buffers = NULL_BUFFERS if derived["text_width"] is not None else NULL_BUFFERS[:1]
@@ -129,10 +129,12 @@ def derive_kandinsky_config(unet: dict[str, Any]) -> dict[str, Any]:
             "addition_embed_type and encoder_hid_dim_type of Kandinsky's U-Nets must be image and image_proj, or "
             f"text_image and text_image_proj; {got}"
         )
+    # Widths of the condition. In 2.1 z_i is as wide as the tokens; in 2.2 the tokens are made from it.
     width, outer = unet.get("cross_attention_dim", 1280), unet.get("encoder_hid_dim")
     check_integer("cross_attention_dim", width, 1, 100_000)
     check_integer("encoder_hid_dim", outer, 1, 100_000)
     check_integer("sample_size", unet.get("sample_size"), 1, 1024)  # no tensor has this size
+    # Channels: twice as many out with a learned variance, and one more than twice in with masks
     read, predicted = unet.get("in_channels", 4), unet.get("out_channels", 4)
     channels = read if predicted in (read, 2 * read) else (read - 1) // 2
     if read not in (channels, 2 * channels + 1) or predicted not in (channels, 2 * channels):

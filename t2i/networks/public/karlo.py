@@ -141,6 +141,7 @@ class KarloDecoder(UNetDenoiser, ModelMixin):
 
     def step(self, x: Tensor, t: Tensor, context: UNetDenoiserContext) -> Tensor:
         if context.step_context is None:
+            # Sides are halved at each level, and rounded up.
             halvings = range(len(self.unet.config.block_out_channels))
             areas = {-(-x.shape[-2] // 2**i) * -(-x.shape[-1] // 2**i) for i in halvings}
             context = replace(context, arguments=pad_caption_tokens(context.arguments, areas))
@@ -157,6 +158,7 @@ def pad_caption_tokens(arguments: dict[str, Any], areas: Iterable[int]) -> dict[
     """Return the U-Net's arguments with the tokens padded until their number is none of `areas`, the numbers of pixels
     in the U-Net's levels."""
     tokens, mask = arguments["encoder_hidden_states"], arguments["encoder_attention_mask"]
+    # With as many tokens as pixels, diffusers takes the tokens' mask for one of tokens and pixels, and fails.
     while tokens.shape[1] in areas:
         tokens, mask = F.pad(tokens, (0, 0, 0, 1)), F.pad(mask, (0, 1), value=False)
     return arguments | {"encoder_hidden_states": tokens, "encoder_attention_mask": mask}
@@ -169,6 +171,7 @@ def derive_karlo_config(decoder: Component, text_proj: Component) -> dict[str, A
     check_choice(f"class_embed_type {where}", unet.get("class_embed_type"), ("identity",))
     channels, out = unet.get("in_channels", 4), unet.get("out_channels", 4)
     check_choice(f"out_channels {where}", out, (channels, 2 * channels))
+    # The projection makes the tokens that the U-Net reads.
     context, read = projection.get("cross_attention_dim"), unet.get("cross_attention_dim", 1280)
     if read != context:
         widths = f"makes tokens of {context!r:.80} dimensions, the decoder reads {read!r:.80}"

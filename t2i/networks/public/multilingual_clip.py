@@ -49,6 +49,7 @@ class MultilingualCLIP(Encoder, ModelMixin):
         super().__init__()
         check_encoder_settings(model)
         config = transformers.XLMRobertaConfig(**model, attn_implementation="sdpa")
+        # RoBERTa counts positions from the padding's number on.
         positions = config.max_position_embeddings - config.pad_token_id - 1
         check_integer(f"context_length of a text encoder with {positions} positions", context_length, 3, positions)
         self.transformer = use_onednn_linear(transformers.XLMRobertaModel(config))

@@ -89,6 +89,7 @@ class StableUnCLIPDecoder(UNetDenoiser, ModelMixin):
         noising: the configuration of `image_noising_scheduler`. Raises InputError for parts that do not fit each other
         or their configurations.
         """
+        # diffusers' defaults stand for what a configuration lacks.
         settings = unet.get_config_arguments()
         arguments = {
             "unet_config": to_json_types(settings),
@@ -128,6 +129,7 @@ class StableUnCLIPDecoder(UNetDenoiser, ModelMixin):
         noise = torch.zeros_like(z_i) if noise is None else noise.to(z_i)
         schedule = DDPMScheduler.from_config(self.config.noising)
         noisy = schedule.add_noise((z_i - mean) / std, noise, levels) * std + mean
+        # The level is embedded as a timestep. A zero z_i, the null, stays zero with its level.
         waves = get_timestep_embedding(levels, self.config.embed_dim, flip_sin_to_cos=True, downscale_freq_shift=0)
         return torch.cat([noisy, waves.to(z_i)], dim=1) * z_i.any(dim=1, keepdim=True)
 
@@ -172,6 +174,7 @@ def load_caption_encoder(text_encoder: Component, tokenizer: Path, dtype: torch.
     start, end = (words.names["bos_token"], words.start), (words.names["eos_token"], words.end)
     words.tokenizer.post_processor = RobertaProcessing(end, start, trim_offsets=False, add_prefix_space=False)
     length, model["pad_token_id"] = words.context_length, words.pad
+    # Names differ between versions of transformers: with and without `text_model.`
     encoder = load_from_components(
         lambda: TextEncoder(kind, model, length, padded=True),
         {"net.": text_encoder},

@@ -89,6 +89,7 @@ class SuperResolution(ModelMixin, ConfigMixin):
         Values beyond [-1, 1] are cut. sampling.noise: like the result.
         """
         check_integer("steps", sampling.steps, 1, MAX_STEPS)
+        # The networks read the enlarged small image beside the noisy one.
         low = self.decode(latents.float().clamp(-1, 1))
         noise = sampling.get_noise(low.shape[1:], low.device)
         if noise.shape != low.shape:
@@ -97,6 +98,7 @@ class SuperResolution(ModelMixin, ConfigMixin):
         networks, dtype = (self.super_res_first, self.super_res_last), self.dtype
         contexts = [prepare_unconditional_context(network, low.to(dtype)) for network in networks]
 
+        # The last step has a network of its own. Negative timesteps only mark the schedule's end.
         def predict(x: Tensor, t: Tensor) -> Tensor:
             timesteps = self.scheduler.timesteps
             is_last = bool(t == timesteps[timesteps >= 0][-1])

@@ -119,6 +119,7 @@ class TransformersCLIP(Encoder, ModelMixin):
 
         Raises InputError for files that are missing, damaged, or do not fit each other.
         """
+        # The text tower with its tokenizer
         config: dict[str, Any] = {}
         parts: dict[str, Component] = {}
         if text is not None:
@@ -128,6 +129,7 @@ class TransformersCLIP(Encoder, ModelMixin):
             positions, vocab_size = config["text"]["max_position_embeddings"], config["text"]["vocab_size"]
             loaded_tokenizer = CLIPTokenizer.from_folder(tokenizer, positions, vocab_size, text.root)
             config["context_length"] = loaded_tokenizer.context_length
+        # The vision tower with its preprocessing
         if vision is not None:
             parts["image_encoder."], config["vision"] = vision, read_tower_config(vision, "clip_vision_model")
             side = config["vision"]["image_size"]
@@ -204,6 +206,7 @@ class TransformersCLIP(Encoder, ModelMixin):
     def check_end_token(self) -> None:
         """Refuse a tokenizer with another end token than the text tower's, whose state becomes z_t."""
         end, expected = self.tokenizer.end, self.config.text["eos_token_id"]
+        # transformers reads this number as "the highest token" and pools there.
         if expected == HIGHEST_TOKEN:
             highest = max(self.tokenizer.vocab.values())
             if end != highest:
