@@ -111,13 +111,12 @@ def load_clip_towers(
     text: SourceFolder | None, image: SourceFolder | None, dtype: torch.dtype | None
 ) -> TransformersCLIP:
     """Load the text tower of one folder and the image tower of another, or only one of them."""
-    return TransformersCLIP.from_components(
-        text=None if text is None else text.component("text_tower"),
-        tokenizer=None if text is None else text.find_folder("tokenizer"),
-        vision=None if image is None else image.component("image_tower"),
-        processor=None if image is None else image.find_folder("image_processor"),
-        dtype=dtype,
-    )
+    towers: dict[str, Any] = {}
+    if text is not None:
+        towers |= {"text": text.component("text_tower"), "tokenizer": text.find_folder("tokenizer")}
+    if image is not None:
+        towers |= {"vision": image.component("image_tower"), "processor": image.find_folder("image_processor")}
+    return TransformersCLIP.from_components(**towers, dtype=dtype)
 
 
 # Text encoders of decoders

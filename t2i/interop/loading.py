@@ -1,6 +1,5 @@
 """Load a public model, from one folder or several, as the components of this project's pipelines."""
 
-import hashlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 
 from t2i.errors import InputError
 from t2i.files.component import Component
+from t2i.files.fingerprints import compute_tensors_fingerprint
 from t2i.files.model_folder import read_model_class
 from t2i.files.untrusted import is_folder
 from t2i.interop.by_name import load_clip_towers, load_own_prior, load_prior_scheduler
@@ -281,9 +281,6 @@ def read_matrix_side(component: Component, name: str, axis: int) -> int:
 
 def compute_tower_digest(component: Component) -> str:
     """Return 16 hexadecimal digits for a tower's weights, the same in fp32 and fp16."""
-    digests = {
-        name: hashlib.sha256(tensor.half().reshape(-1).numpy()).hexdigest()
-        for name, tensor in component.iterate_tensors()
-        if tensor.is_floating_point()
-    }
-    return hashlib.sha256("".join(name + digests[name] for name in sorted(digests)).encode()).hexdigest()[:16]
+    # Old files have tables of positions beside the weights, in integers.
+    tensors = {name: tensor for name, tensor in component.iterate_tensors() if tensor.is_floating_point()}
+    return compute_tensors_fingerprint(tensors)

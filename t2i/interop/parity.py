@@ -127,8 +127,9 @@ class ParityCheck:
 
     # The reference: shared
 
-    def encode_captions(self, source: SourceFolder | None) -> tuple[Tensor, Tensor, Tensor]:
+    def encode_captions(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return z_t, states and mask of captions, padded to the longest that there can be; see `tokenize_prompts`."""
+        source = self.sources.find_clip_tower("text_tower")
         assert source is not None, "a model that reads captions has their tower"
         tower = load_library_part(transformers.CLIPTextModelWithProjection, source, "text_tower")
         tokenizer = transformers.CLIPTokenizer.from_pretrained(source.folder("tokenizer"))
@@ -176,7 +177,7 @@ class ParityCheck:
     def sample_reference_prior(self) -> Tensor:
         source = self.sources.prior
         assert source is not None, "there is a prior"
-        z_t, states, mask = self.encode_captions(self.sources.find_clip_tower("text_tower"))
+        z_t, states, mask = self.encode_captions()
         prior = load_library_part(diffusers.PriorTransformer, source, "prior")
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
@@ -221,7 +222,7 @@ class ParityCheck:
     # The reference: Karlo
 
     def sample_karlo_latents(self, z_i: Tensor) -> Tensor:
-        z_t, states, mask = self.encode_captions(self.sources.find_clip_tower("text_tower"))
+        z_t, states, mask = self.encode_captions()
         projection = self.pipeline.decoder.text_proj
         null = projection.learned_classifier_free_guidance_embeddings
         arguments = projection(self.prepend_null(null, z_i), z_t, TokenStates(states, mask)).arguments

@@ -44,8 +44,12 @@ def find_public_part(
     """
     if not is_folder(name) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is None:
         return None
+    # Where the hub lists no files, all text is downloaded, and the folders of these parts in any layout.
     needed = (*parts, *others)
-    path = fetch_model_folder(name, needed, variant, otherwise=build_file_patterns(*needed)).absolute()
+    places = {layout.part_folders[part] for layout in LAYOUTS for part in needed if part in layout.part_folders}
+    files = [f"{stem}{end}.safetensors" for stem in WEIGHT_STEMS for end in ("", "-*")]
+    patterns = ["*.json", "*.txt", *(f"{place}/{file}" for place in sorted(places - {"."}) for file in files)]
+    path = fetch_model_folder(name, needed, variant, otherwise=patterns).absolute()
     return locate_public_part(SourceFolder(path, variant), parts, name)
 
 
@@ -73,10 +77,3 @@ def locate_public_part(source: SourceFolder, parts: tuple[str, ...], name: str |
         if part not in TRANSFORMERS_PARTS and class_name in PART_CLASSES[part]:
             return PublicPart(part, path, source)
     return None
-
-
-def build_file_patterns(*parts: str) -> list[str]:
-    """Return patterns of the files to download where the hub lists none: these parts in any layout, and all text."""
-    places = {layout.part_folders[part] for layout in LAYOUTS for part in parts if part in layout.part_folders}
-    files = [f"{stem}{end}.safetensors" for stem in WEIGHT_STEMS for end in ("", "-*")]
-    return ["*.json", "*.txt", *(f"{place}/{file}" for place in sorted(places - {"."}) for file in files)]

@@ -5,7 +5,7 @@ The arithmetic is the same; the names differ, and queries, keys and values are o
 
 import inspect
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -13,7 +13,6 @@ from diffusers import PriorTransformer
 from torch import Tensor
 
 from t2i.checks import check_integer
-from t2i.diffusion.condition import TextEncoding
 from t2i.errors import InputError
 from t2i.files.component import Component, load_from_components
 from t2i.files.untrusted import TensorSpec, bounded_meta_device, check_tensor_specs
@@ -33,24 +32,10 @@ REQUIRED_SETTINGS: dict[str, tuple[Any, str]] = {  # what a Prior can express, a
 TOKEN_NAMES = {4: "z_t, time, noisy z_i and query", 3: "z_t, noisy z_i and query"}  # by `additional_embeddings`
 
 
-class CaptionEncoder(Protocol):
-    """The properties of a CLIP that a prior needs."""
-
-    @property
-    def unit_length(self) -> bool: ...
-    @property
-    def embed_dim(self) -> int: ...
-    @property
-    def text_width(self) -> int: ...
-    def encode_text(self, texts: list[str]) -> TextEncoding: ...
-
-
 # From a PriorTransformer
 
 
-def load_prior_transformer(
-    part: Component, clip: CaptionEncoder | None = None, dtype: torch.dtype | None = None
-) -> Prior | EclipsePrior:
+def load_prior_transformer(part: Component, clip: Any = None, dtype: torch.dtype | None = None) -> Prior | EclipsePrior:
     """Load a PriorTransformer as a Prior; or, without a token for the time, as an EclipsePrior. Frozen.
 
     clip: the prior's. Its encoding of the empty caption is the prior's null condition, which is not in the files.

@@ -9,6 +9,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
+from t2i.networks.layers import split_into_patches
 from t2i.networks.linear import use_onednn_linear
 
 
@@ -56,34 +57,27 @@ class Autoencoder(ModelMixin, ConfigMixin):
 
         The divergence of the posterior from the standard normal is divided by the number of values of an image.
         """
-        posterior = self.coder.encode(self.split_into_patches(image)).latent_dist
-        reconstruction = self.merge_patches(self.coder.decode(posterior.sample()).sample)
+        posterior = self.coder.encode(split_into_patches(image, self.config.patch_size)).latent_dist
+        reconstruction = F.pixel_shuffle(self.coder.decode(posterior.sample()).sample, self.config.patch_size)
         return reconstruction, posterior.kl() / image[0].numel()
 
     @apply_forward_hook
     def encode(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, C, H / factor, W / factor) of unit variance: the mean of the posterior."""
-        latents = self.coder.encode(self.split_into_patches(image)).latent_dist.mode()
+        latents = self.coder.encode(split_into_patches(image, self.config.patch_size)).latent_dist.mode()
         return (latents - self.mean[:, None, None]) / self.std[:, None, None]
 
     @apply_forward_hook
     def decode(self, latents: Tensor) -> Tensor:
         """(B, C, h, w) of unit variance -> (B, 3, h * factor, w * factor), which may leave [-1, 1] a little."""
         latents = latents * self.std[:, None, None] + self.mean[:, None, None]
-        return self.merge_patches(self.coder.decode(latents).sample)
+        return F.pixel_shuffle(self.coder.decode(latents).sample, self.config.patch_size)
 
     def freeze_encoder(self) -> None:
         """Keep the latents of an image as they are: from here on only the decoder's weights are trained."""
         for part in (self.coder.encoder, self.coder.quant_conv):
             if part is not None:  # some VAEs have no convolution there
                 part.requires_grad_(False)
-
-    def split_into_patches(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, 3 p^2, H / p, W / p), channels last"""
-        return F.pixel_unshuffle(image, self.config.patch_size).contiguous(memory_format=torch.channels_last)
-
-    def merge_patches(self, patches: Tensor) -> Tensor:
-        return F.pixel_shuffle(patches, self.config.patch_size)
 
     @torch.no_grad()
     def set_latent_statistics(self, images: Iterable[Tensor]) -> None:

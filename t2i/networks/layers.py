@@ -173,6 +173,11 @@ def split_projections(x: Tensor, kinds: int, heads: int) -> list[Tensor]:
     return [part.transpose(1, 2) for part in x.unflatten(-1, (kinds, heads, -1)).unbind(2)]
 
 
+def split_into_patches(image: Tensor, patch_size: int) -> Tensor:
+    """(B, C, H, W) -> (B, C p^2, H / p, W / p), channels last"""
+    return F.pixel_unshuffle(image, patch_size).contiguous(memory_format=torch.channels_last)
+
+
 def build_feed_forward(width: int) -> nn.Sequential:
     """Return the two layers behind attention, four times as wide between them."""
     return nn.Sequential(Linear(width, 4 * width), nn.GELU(), Linear(4 * width, width))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from t2i.checks import check_choice, check_integer, check_range
 from t2i.diffusion.condition import Condition
 from t2i.errors import InputError
-from t2i.networks.layers import TimeEmbedding
+from t2i.networks.layers import TimeEmbedding, split_into_patches
 from t2i.networks.linear import use_onednn_linear
 
 UPSAMPLING_FACTORS = (2, 4)
@@ -118,12 +118,9 @@ class Upsampler(ModelMixin, ConfigMixin):
             sides = " x ".join(map(str, x.shape[-2:]))
             raise InputError(f"the picture's sides must be multiples of {self.image_size_multiple} pixels, got {sides}")
         # The network sees both images as patches: (B, 3, H, W) twice -> (B, 6 p^2, H / p, W / p)
-        both = torch.cat([self.split_into_patches(x), self.split_into_patches(context.low)], dim=1)
+        both = torch.cat([split_into_patches(image, self.config.patch_size) for image in (x, context.low)], dim=1)
         out = F.pixel_shuffle(self.net(both, t, class_labels=context.embedding).sample, self.config.patch_size)
         return out + context.low if self.config.adds_detail else out
-
-    def split_into_patches(self, image: Tensor) -> Tensor:
-        return F.pixel_unshuffle(image, self.config.patch_size).contiguous(memory_format=torch.channels_last)
 
     def null(self, count: int) -> LowResolution:
         """Return images at noise level 1, where nothing is left of them, in the size of training."""

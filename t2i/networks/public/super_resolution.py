@@ -98,7 +98,7 @@ class SuperResolution(ModelMixin, ConfigMixin):
         networks, dtype = (self.super_res_first, self.super_res_last), self.dtype
         contexts = [prepare_unconditional_context(network, low.to(dtype)) for network in networks]
 
-        # The last step has a network of its own. Negative timesteps only mark the schedule's end.
+        # The last step has a network of its own.
         def predict(x: Tensor, t: Tensor) -> Tensor:
             timesteps = self.scheduler.timesteps
             is_last = bool(t == timesteps[timesteps >= 0][-1])
