@@ -78,8 +78,6 @@ def convert_dalle2(
         config: the JSON of its training; not needed if the file holds it.
         release: of DALLE2-pytorch that trained it, if the file does not have it and it matters.
         fp16: store the weights in half precision.
-
-    Raises InputError, in one line, for files that cannot be read, and for models that none here computes.
     """
     # Read the file and its configuration
     if folder.exists():

@@ -60,9 +60,9 @@ class DALLE2File:
 
 
 def read_dalle2_file(path: Path) -> DALLE2File:
-    """Read a file of a prior or a decoder, with the averaged weights, if it has them. The tensors are mapped, not read.
+    """Read a prior or a decoder, with the averaged weights, if it has them. The tensors are mapped, not read.
 
-    Raises InputError, in one line, for anything else.
+    Raises InputError for anything else.
     """
     # Look at the file before anything is unpickled
     check_size_limit(path, MAX_FILE_SIZE)

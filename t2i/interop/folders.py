@@ -53,9 +53,7 @@ def respace_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
 
 
 class SourceFolder:
-    """A folder that a model is loaded from: a whole pipeline's, or that of one component alone.
-
-    Everything is read when it is first needed, and then kept.
+    """A folder that a model is loaded from: a whole pipeline's, or that of one component alone. Each file is read once.
 
     Args:
         path: of the folder.

@@ -53,10 +53,7 @@ class Autoencoder(ModelMixin, ConfigMixin):
         return self.config.patch_size * 2 ** (len(self.coder.config.block_out_channels) - 1)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the reconstruction of images, (B, 3, H, W), from sampled latents, and the KL divergence, (B,).
-
-        The divergence of the posterior from the standard normal is divided by the number of values of an image.
-        """
+        """(B, 3, H, W) -> reconstructions from sampled latents, (B, 3, H, W), and KL divergence per value, (B,)."""
         posterior = self.coder.encode(split_into_patches(image, self.config.patch_size)).latent_dist
         reconstruction = F.pixel_shuffle(self.coder.decode(posterior.sample()).sample, self.config.patch_size)
         return reconstruction, posterior.kl() / image[0].numel()

@@ -79,9 +79,9 @@ class LatentClassifier(ModelMixin, ConfigMixin):
         self.to_embedding = nn.Linear(2 * widths[-1], embed_dim)
 
     def forward(self, x: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the logits, (B, classes), and z_i of unit length, (B, D).
+        """x: (B, C, S, S) noisy latents -> logits, (B, classes), and z_i of unit length, (B, D).
 
-        x: (B, C, S, S) noisy latents; level: (B,) in [0, 1], see `compute_noise_level`.
+        level: (B,) in [0, 1], see `compute_noise_level`.
         """
         condition = F.silu(self.from_level(1000 * level.float()))  # in the range of timesteps, for its frequencies
         x = self.from_latents(x)

@@ -51,7 +51,7 @@ class ImageTokensMixin(DecoderMixin):
     from_text: nn.Module | None
 
     def embed_condition_tokens(self, condition: ImageCondition) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return z_i of unit variance, (B, D), the tokens, (B, L, width), and their mask, (B, L), None without padding.
+        """Return z_i of unit variance, (B, D), tokens, (B, L, width), and their mask, (B, L), None without padding.
 
         Raises ValueError if the decoder reads captions and the condition has none.
         """
@@ -137,10 +137,7 @@ class Decoder(ImageTokensMixin, ModelMixin, ConfigMixin):
         self.to_latents = zero_layer_weights(Linear(width, outputs))
 
     def forward(self, x: Tensor, t: Tensor, condition: ImageCondition) -> Tensor:
-        """Return the prediction, (B, C, H, W); or (B, 2C, H, W) with a learned variance.
-
-        x: (B, C, H, W) noisy latents; t: (B,) timesteps.
-        """
+        """x: (B, C, H, W) noisy latents; t: (B,) timesteps -> (B, C, H, W); (B, 2C, H, W) with a learned variance."""
         # Here each block computes its keys and values as it runs: under FSDP it has its weights only then.
         return self.step(x, t, self.build_context(condition))
 
@@ -196,10 +193,7 @@ def count_input_channels(latent_channels: int, reads_masks: bool) -> int:
 
 
 def resolve_masked_latents(decoder: Any, condition: ImageCondition) -> Tensor | None:
-    """Return the latents to keep and the mask, (B, C + 1, h, w), for decoders that read them, else None.
-
-    A condition without them stands for keeping nothing: the mask is 1 everywhere.
-    """
+    """Return the latents to keep and the mask, (B, C + 1, h, w), for decoders that read them, else None."""
     if not decoder.config.reads_masks:
         return None
     if condition.masked_latents is not None:

@@ -101,10 +101,7 @@ class Prior(PriorMixin, ModelMixin, ConfigMixin):
         return self.config.get("usual_guidance", 2.0)
 
     def forward(self, x: Tensor, t: Tensor, text: TextEncoding) -> Tensor:
-        """Return the clean z_i, (B, D); or (B, 2D) with a learned variance. Training calls this.
-
-        x: (B, D) noisy scaled z_i; t: (B,) timesteps.
-        """
+        """x: (B, D) noisy scaled z_i; t: (B,) timesteps -> the clean z_i, (B, D); (B, 2D) with a learned variance."""
         text = text.expand()
         tokens = torch.cat([embed_caption_tokens(self, text), self.embed_image_tokens(x, t)], dim=1)
         token_mask = torch.cat([text.mask, text.mask.new_ones(len(x), 4)], dim=1)  # (B, L + 4)

@@ -33,10 +33,7 @@ HUB_FILES = ["config.json", "tokenizer.json", "model*.safetensors", "model.safet
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model type of transformers: how to build its encoder, and how to find it in the files of larger models.
-
-    Classes are named, not imported: importing one takes transformers a while, and a pipeline needs at most one.
-    """
+    """A model type of transformers: how to build its encoder, and how to find it in the files of larger models."""
 
     config_class: str
     model_class: str

@@ -42,10 +42,7 @@ class UNetDenoiser(DecoderMixin, ModelMixin, ConfigMixin, ABC):
         """Return a condition with a row for each image as the U-Net's `forward` takes it."""
 
     def forward(self, x: Tensor, t: Tensor, condition: ImageCondition) -> Tensor:
-        """Return the prediction, (B, C, H, W); or (B, 2C, H, W) with a learned variance.
-
-        x: (B, C, H, W) noisy latents; t: (B,) timesteps.
-        """
+        """x: (B, C, H, W) noisy latents; t: (B,) timesteps -> (B, C, H, W); (B, 2C, H, W) with a learned variance."""
         # Here each layer computes its keys and values as it runs: under FSDP it has its weights only then.
         return self.step(x, t, self.build_unet_context(condition.expand()))
 

@@ -72,10 +72,7 @@ class DALLE2Decoder(DecoderMixin, ModelMixin, ConfigMixin):
         return self.config.text_width
 
     def forward(self, x: Tensor, t: Tensor, condition: ImageCondition) -> Tensor:
-        """Return the prediction, (B, C, H, W); or (B, 2C, H, W) with a learned variance.
-
-        x: (B, C, H, W) noisy images; t: (B,) timesteps.
-        """
+        """x: (B, C, H, W) noisy images; t: (B,) timesteps -> (B, C, H, W); (B, 2C, H, W) with a learned variance."""
         return self.step(x, t, self.prepare(condition))
 
     @apply_forward_hook
@@ -191,8 +188,7 @@ class DALLE2Cascade(ModelMixin, ConfigMixin):
     def draw_images(self, latents: Tensor, sampling: Sampling) -> Tensor:
         """Enlarge small images, (N, 3, h, w), to (N, 3, factor h, factor w) in [-1, 1], fp32, on their device.
 
-        sampling: its steps and generators are for each U-Net; `noise`, like the result, `on_step` and `transform` are
-        for the last U-Net alone.
+        sampling: steps and generators are for each U-Net, the rest for the last; `noise` is like the result.
         """
         check_integer("steps", sampling.steps, 1, MAX_STEPS)
         # A caller sees and steers only what has the final size.

@@ -59,7 +59,7 @@ class MultilingualCLIP(Encoder, ModelMixin):
     def from_component(cls, part: Component, tokenizer: Path, dtype: torch.dtype | None = None) -> Self:
         """Load a public folder `text_encoder`, a Component with the stem "model", and the folder of its tokenizer.
 
-        Raises InputError, in one line, if it is not a complete MultilingualCLIP.
+        Raises InputError if it is not a complete MultilingualCLIP.
         """
         model = {key: value for key, value in part.config.items() if key in ENCODER_SETTINGS}
         width, pooled = model.get("hidden_size", 768), part.config.get("numDims", 768)
@@ -99,10 +99,7 @@ class MultilingualCLIP(Encoder, ModelMixin):
 
     @apply_forward_hook
     def encode_tokens(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode tokens, (B, L), int64, to states, (B, L, width), and the projected mean of unpadded states, (B, D).
-
-        mask: (B, L), bool, False for padding.
-        """
+        """(B, L) int64, (B, L) bool -> states, (B, L, width), and the projected mean of unpadded states, (B, D)."""
         states = self.transformer(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
         weights = mask.to(states.dtype)[..., None]
         mean = (states * weights).sum(dim=1) / weights.sum(dim=1)

@@ -86,8 +86,7 @@ class StableUnCLIPDecoder(UNetDenoiser, ModelMixin):
     ) -> Self:
         """Load the folders `unet` and `image_normalizer`; the caller calls `set_null_condition` next.
 
-        noising: the configuration of `image_noising_scheduler`. Raises InputError for parts that do not fit each other
-        or their configurations.
+        noising: the configuration of `image_noising_scheduler`. Raises InputError for parts that do not fit each other.
         """
         # diffusers' defaults stand for what a configuration lacks.
         settings = unet.get_config_arguments()
@@ -164,7 +163,7 @@ def check_stable_unet(unet: dict[str, Any], embed_dim: int, where: str) -> None:
 def load_caption_encoder(text_encoder: Component, tokenizer: Path, dtype: torch.dtype | None = None) -> TextEncoder:
     """Load Stable Diffusion's text encoder, CLIP's text tower, from the folders `text_encoder` and `tokenizer`.
 
-    Captions are padded, and the padding's states are read too. Raises InputError for another model.
+    Raises InputError for another model.
     """
     kind, model = parse_encoder_settings(text_encoder.config, text_encoder.folder)
     check_choice(f"model_type in {str(text_encoder.folder)!r}", kind, ("clip_text_model",))
