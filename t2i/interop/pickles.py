@@ -38,15 +38,12 @@ def read_pickle(path: Path, stand_ins: tuple[tuple[Any, str], ...] = ()) -> Any:
             except RuntimeError:  # files of before torch 1.6 cannot be mapped
                 return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the reader raises errors of any class
-        name = parse_refused_name(error)
-        fault = f"holds a {name!r:.80}, which is no weights" if name else "holds more than weights, or is damaged"
+        # The message itself is not shown, for it recommends to switch the reader's protection off.
+        refused = re.search(r"(?:GLOBAL|unsupported class|unrecognized function) (\S+)", str(error))
+        fault = (
+            f"holds a {refused[1]!r:.80}, which is no weights" if refused else "holds more than weights, or is damaged"
+        )
         raise InputError(f"{str(path)!r} {fault}; nothing of it was run") from error
-
-
-def parse_refused_name(error: Exception) -> str | None:
-    """Return the name of the object that torch's reader refused, None if its message has none."""
-    match = re.search(r"(?:GLOBAL|unsupported class|unrecognized function) (\S+)", str(error))
-    return match[1] if match else None
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

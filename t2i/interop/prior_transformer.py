@@ -43,8 +43,13 @@ def load_prior_transformer(part: Component, clip: Any = None, dtype: torch.dtype
     floating-point tensors; None is that of the files. Raises InputError for what neither class can express, with the
     reason, and for a CLIP of other widths.
     """
+    prior: Prior | EclipsePrior
     if part.config.get("additional_embeddings", 4) == 3:
-        prior: Prior | EclipsePrior = load_eclipse_prior(part, dtype)
+        settings = read_prior_config(part, 3)
+        names = map_tensor_names(settings["num_layers"], time=False)
+        del names["mean"], names["std"]  # which an ECLIPSE prior does not use
+        parts: dict[str, Component] = {"": RenamedComponent(part, names)}
+        prior = load_from_components(lambda: EclipsePrior(**convert_prior_config(settings)), parts, dtype)
     else:
         prior = load_diffusion_prior(part, dtype, clip is not None and clip.unit_length)
     if clip is None:
@@ -64,7 +69,6 @@ def load_prior_transformer(part: Component, clip: Any = None, dtype: torch.dtype
 def load_diffusion_prior(part: Component, dtype: torch.dtype | None, unit_length: bool) -> Prior:
     """Load a Prior. unit_length: of the CLIP's embeddings, which is true for exported priors of this project alone."""
     settings = read_prior_config(part, 4)
-    check_tensor_shapes(part, settings)
     arguments = {**convert_prior_config(settings), "unit_length": unit_length}
     if not unit_length:
         arguments["usual_guidance"] = DEFAULT_GUIDANCE_SCALE
@@ -77,15 +81,6 @@ def load_diffusion_prior(part: Component, dtype: torch.dtype | None, unit_length
         with torch.no_grad():
             prior.from_text.weight.div_(settings["embedding_dim"] ** 0.5)
     return prior
-
-
-def load_eclipse_prior(part: Component, dtype: torch.dtype | None) -> EclipsePrior:
-    settings = read_prior_config(part, 3)
-    check_tensor_shapes(part, settings, time=False)
-    names = map_tensor_names(settings["num_layers"], time=False)
-    del names["mean"], names["std"]  # which an ECLIPSE prior does not use
-    renamed = RenamedComponent(part, names)
-    return load_from_components(lambda: EclipsePrior(**convert_prior_config(settings)), {"": renamed}, dtype)
 
 
 class RenamedComponent(Component):
@@ -126,9 +121,10 @@ def compute_stacked_shape(shape: tuple[int, ...], count: int) -> tuple[int, ...]
 
 
 def read_prior_config(part: Component, tokens: int) -> dict[str, Any]:
-    """Return a PriorTransformer's arguments, checked, with diffusers' defaults for what the configuration lacks.
+    """Return a PriorTransformer's arguments, with diffusers' defaults for what the configuration lacks.
 
-    tokens: the number of `additional_embeddings` that there must be, see `TOKEN_NAMES`.
+    tokens: the number of `additional_embeddings` that there must be, see `TOKEN_NAMES`. Raises InputError for other
+    values, and for tensors that are not those of the configuration.
     """
     folder, defaults = str(part.folder), inspect.signature(PriorTransformer.__init__).parameters
     if (class_name := part.config.get("_class_name", "PriorTransformer")) != "PriorTransformer":
@@ -152,6 +148,12 @@ def read_prior_config(part: Component, tokens: int) -> dict[str, Any]:
         if (size := settings[name]) not in (None, expected):
             reason = "z_t, z_i and the token states are of one width here, and so are time and tokens"
             raise InputError(f"{folder!r} has {name} = {size!r:.80}, only {expected} is read: {reason}")
+    # The tensors, by their names in the file
+    with bounded_meta_device(part.tensor_specs, part.folder):
+        tensors = PriorTransformer(**settings).state_dict()
+    if tokens == 3:
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("time_embedding.")}
+    check_tensor_specs(tensors, part.tensor_specs, part.folder)
     return settings
 
 
@@ -166,15 +168,6 @@ def convert_prior_config(settings: dict[str, Any]) -> dict[str, Any]:
         "depth": settings["num_layers"],
         "heads": heads,
     }
-
-
-def check_tensor_shapes(part: Component, settings: dict[str, Any], time: bool = True) -> None:
-    """Raise InputError for tensors that are not those of the configuration, with their names in the file."""
-    with bounded_meta_device(part.tensor_specs, part.folder):
-        expected = PriorTransformer(**settings).state_dict()
-    if not time:
-        expected = {name: tensor for name, tensor in expected.items() if not name.startswith("time_embedding.")}
-    check_tensor_specs(expected, part.tensor_specs, part.folder)
 
 
 # To a PriorTransformer

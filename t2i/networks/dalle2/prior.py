@@ -116,8 +116,9 @@ class DALLE2Prior(PriorMixin, ModelMixin, ConfigMixin):
     def step(self, x: Tensor, t: Tensor, context: DALLE2PriorContext) -> Tensor:
         """Run the rest of the sequence: timestep, noisy z_i and query."""
         tokens = self.net.build_image_tokens(x, t, context.dropped)
-        tokens, _ = self.net.causal_transformer(tokens, context.past)
-        return self.net.causal_transformer.project_last_token(tokens[:, -1])
+        transformer = self.net.causal_transformer
+        tokens, _ = transformer(tokens, context.past)
+        return transformer.project_out(transformer.norm(tokens[:, -1]))
 
     def null(self, count: int) -> TextEncoding:
         """Return the zero z_t, and a caption of no tokens."""
@@ -222,9 +223,6 @@ class CausalTransformer(nn.Module):
             x, pair = layer(x, bias, None if past is None else past[i])
             pairs.append(pair)
         return x, pairs
-
-    def project_last_token(self, x: Tensor) -> Tensor:
-        return self.project_out(self.norm(x))
 
 
 class Layer(nn.ModuleList):
