@@ -1,4 +1,4 @@
-"""Download what a model is loaded from: a repository's configurations, and then the weights that they ask for."""
+"""Download what a model is loaded from: a repository's configurations, then the weights of the parts that they name."""
 
 import logging
 from collections.abc import Collection
@@ -50,7 +50,7 @@ def fetch_model_folder(
             reached, files = query_hub_repository(name, options.get("revision"), options.get("token"))
             options = {**reached, **options}
         path = Path(snapshot_download(name, allow_patterns=otherwise if files is None else TEXT_PATTERNS, **options))
-        # Offline, nothing more can be asked for.
+        # Without a list of files, as offline, all of `otherwise` was downloaded at once.
         if files is None:
             return path
         # Then the weights of the parts that they name

@@ -1,4 +1,4 @@
-"""The variants and dtypes that weights are stored in, and those that a caller asks for."""
+"""The variants and dtypes that weights are stored in, and those that a caller requests."""
 
 import re
 from collections.abc import Iterable

@@ -57,7 +57,7 @@ class PackedSequences:
         count, length = token_mask.shape
         lengths = token_mask.sum(dim=1)
         if token_mask.device.type != "cpu" or torch.compiler.is_compiling():
-            # T depends on values: a host would wait for them, and a compiler wants static shapes. So padding stays,
+            # T depends on values: a host would wait for them, and a compiler needs static shapes. So padding stays,
             # moved behind the real tokens.
             order = token_mask.int().argsort(dim=1, descending=True, stable=True)
             starts = torch.arange(count, device=token_mask.device) * length

@@ -107,5 +107,5 @@ def is_onednn_available() -> bool:
     )
 
 
-# Read once: the answer does not change, and every product asks for it.
+# Read once: the answer does not change, and every product needs it.
 HAS_ONEDNN = is_onednn_available()

@@ -1,6 +1,6 @@
 """CLIP's byte pairs from the files of transformers' CLIPTokenizer: only the vocabulary is taken from them.
 
-How texts are split is built here, so a file cannot ask for anything else. A special token's text is text like any
+How texts are split is built here, so a file cannot change it. A special token's text is text like any
 other: transformers takes "!" out of captions where it is the padding, as in Karlo's files, but the models were trained
 without such a token.
 """

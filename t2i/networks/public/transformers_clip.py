@@ -304,7 +304,11 @@ def read_preprocess_config(folder: Path, side: int, root: Path | None = None) ->
     # The result must have the tower's size
     resizes, crops = config.get("do_resize", True), config.get("do_center_crop", True)
     size, crop = parse_image_size(config.get("size", side)), parse_image_size(config.get("crop_size", side))
-    final = crop if crops else size if resizes and len(size) == 2 else []  # sides that are the same for every image
+    final: list[Any] = []  # sides that are the same for every image
+    if crops:
+        final = crop
+    elif resizes and len(size) == 2:
+        final = size
     valid = all(type(length) is int and 0 < length <= MAX_IMAGE_SIDE for length in size)
     if set(final) != {side} or not valid:
         raise InputError(f"{str(path)!r} makes pictures of size {size}, crop {crop}; the image encoder takes {side}")
