@@ -26,7 +26,8 @@ from t2i.networks.tokenizer import build_public_tokenizer
 
 logger = logging.getLogger(__name__)
 
-PRIOR_ARGUMENT_NAMES = {  # DALLE2-pytorch's name: ours
+# DALLE2-pytorch's name: ours
+PRIOR_ARGUMENT_NAMES = {
     "dim": "embed_dim",
     "depth": "depth",
     "heads": "heads",
@@ -56,11 +57,8 @@ PRIOR_UNUSED = ("attn_dropout", "ff_dropout")
 UNET_UNUSED = ("out_dim", "attend_at_middle", "checkpoint_during_training")  # the last two change nothing in drawing
 UNET_DERIVED = ("channels", "channels_out", "lowres_cond", "lowres_noise_cond", "cond_on_image_embeds")
 UNET_ARGUMENTS = {field.name for field in fields(UnetConfig)} - set(UNET_DERIVED)
-BETA_SCHEDULES = {
-    "cosine": "squaredcos_cap_v2",
-    "linear": "linear",
-    "quadratic": "scaled_linear",
-}  # their name: diffusers'
+# DALLE2-pytorch's name: diffusers'
+BETA_SCHEDULES = {"cosine": "squaredcos_cap_v2", "linear": "linear", "quadratic": "scaled_linear"}
 OLDEST_DECODER_RELEASE, OLDEST_PRIOR_RELEASE = (1, 0, 2), (0, 23, 3)  # of models that were compared with these
 NEW_ATTENTION_RELEASE, SCALED_ATTENTION_RELEASE = (1, 4, 0), (1, 4, 3)  # changed attention
 
@@ -88,17 +86,17 @@ def convert_dalle2(
         file.release = parse_release(release)
     settings = file.config if settings is None else settings
     if settings is None:
-        raise InputError(f"{str(source)!r} holds no configuration; give the JSON of its training by --config")
+        raise InputError(f"{file.name} holds no configuration; give the JSON of its training by --config")
     # The names of the tensors decide what the file is; the configuration may describe both.
     is_prior = any(name.startswith("net.") for name in file.state)
     if not is_prior and not any(name.startswith("unets.") for name in file.state):
         first = next(iter(file.state))
-        raise InputError(f"{str(source)!r} is neither a prior (net.*) nor a decoder (unets.*), its first is {first!r}")
+        raise InputError(f"{file.name} is neither a prior (net.*) nor a decoder (unets.*), its first is {first!r}")
     settings = select_model_section(settings, is_prior)
 
     # Convert and write
-    parts = (convert_dalle2_prior if is_prior else convert_dalle2_decoder)(file, settings, source)
-    if clip := convert_stored_clip(file, settings, source):
+    parts = (convert_dalle2_prior if is_prior else convert_dalle2_decoder)(file, settings)
+    if clip := convert_stored_clip(file, settings):
         parts["clip"] = clip
     logger.info("took %s of %s", file.weights_name, source)
     with create_folder_atomically(folder) as unfinished, raise_as_oserror():
@@ -125,12 +123,12 @@ def select_model_section(settings: dict[str, Any], is_prior: bool) -> dict[str, 
 # Prior
 
 
-def convert_dalle2_prior(file: DALLE2File, settings: dict[str, Any], source: Path) -> dict[str, Any]:
+def convert_dalle2_prior(file: DALLE2File, settings: dict[str, Any]) -> dict[str, Any]:
     # Arguments
     network = settings["net"]
     check_unsupported_options(settings, network)
     for key in network.keys() - {*PRIOR_ARGUMENT_NAMES, *UNSUPPORTED_OPTIONS, *PRIOR_UNUSED}:
-        logger.warning("%s: the option %s of a prior's net is unknown and changes nothing", source, key)
+        logger.warning("%s: the option %s of a prior's net is unknown and changes nothing", file.path, key)
     config = {name: network[key] for key, name in PRIOR_ARGUMENT_NAMES.items() if network.get(key) is not None}
     if (width := settings.get("image_embed_dim", network.get("dim"))) != network.get("dim"):
         raise InputError(f"image_embed_dim is {width}, net.dim {network.get('dim')}; they must agree")
@@ -141,35 +139,37 @@ def convert_dalle2_prior(file: DALLE2File, settings: dict[str, Any], source: Pat
         frequencies = tensors.pop(name).float()
         width = 2 * len(frequencies)
         if not torch.allclose(frequencies, 10_000 ** (-torch.arange(0, width, 2) / width), rtol=1e-2):
-            raise InputError(f"{name} in {str(source)!r} are not the usual rotary frequencies, which are computed here")
+            raise InputError(f"{name} in {file.name} are not the usual rotary frequencies, which are computed here")
     # What the tensors and the release decide
-    learned_null, old_attention = detect_prior_features(file, tensors, source)
+    learned_null, old_attention = detect_prior_features(file, tensors)
     config |= {
         "learned_null": learned_null,
         "old_attention": old_attention,
         "reads_captions": settings.get("condition_on_text_encodings", True),
         "embed_scale": settings.get("image_embed_scale"),
     }
-    prior = load_from_components(lambda: DALLE2Prior(**config), {"": TensorComponent(tensors, source)})
+    prior = load_from_components(lambda: DALLE2Prior(**config), {"": TensorComponent(tensors, file.path)})
 
     # Scheduler
     prediction = resolve_prediction_type(settings.get("predict_v", False), settings.get("predict_x_start", True))
     kind, steps = settings.get("beta_schedule", "cosine"), settings.get("timesteps", 1000)
     scheduler = convert_noise_schedule(kind, steps, prediction) | {"clip_sample": prediction == "epsilon"}
-    check_noise_schedule(file.state.get("noise_scheduler.betas"), scheduler, source)
+    check_noise_schedule(file, "noise_scheduler.betas", scheduler)
     return {"model": prior, "scheduler": DDIMScheduler(**scheduler)}
 
 
-def detect_prior_features(file: DALLE2File, tensors: dict[str, Tensor], source: Path) -> tuple[bool, bool]:
+def detect_prior_features(file: DALLE2File, tensors: dict[str, Tensor]) -> tuple[bool, bool]:
     """Return whether a prior has a learned null condition, and whether its attention is that before release 1.4.3."""
     if "net.null_text_encodings" in tensors:
         if (1, 9, 0) <= (file.release or SCALED_ATTENTION_RELEASE) < (1, 10, 4):
-            logger.warning("%s is of a release from 1.9.0 to 1.10.3, which never dropped z_t: do not guide it", source)
+            logger.warning(
+                "%s is of a release from 1.9.0 to 1.10.3, which never dropped z_t: do not guide it", file.path
+            )
         return True, False
-    release = require_file_release(file, source, "net.null_text_embed, as priors before 1.9.0")
+    release = require_file_release(file, "net.null_text_embed, as priors before 1.9.0")
     if release < OLDEST_PRIOR_RELEASE:
-        raise InputError(f"{str(source)!r} is of release {format_release(release)}; priors before 0.23.3 do not load")
-    logger.warning("%s is of a release before 1.9.0, where nothing was dropped: do not guide it", source)
+        raise InputError(f"{file.name} is of release {format_release(release)}; priors before 0.23.3 do not load")
+    logger.warning("%s is of a release before 1.9.0, where nothing was dropped: do not guide it", file.path)
     return False, release < SCALED_ATTENTION_RELEASE
 
 
@@ -188,17 +188,15 @@ class CascadeStage:
     tensors: dict[str, Tensor]  # by its own names; empty if the file lacks it
 
 
-def convert_dalle2_decoder(file: DALLE2File, settings: dict[str, Any], source: Path) -> dict[str, Any]:
+def convert_dalle2_decoder(file: DALLE2File, settings: dict[str, Any]) -> dict[str, Any]:
     # Trainers save the U-Nets that they trained: the first, the others, or all
     check_unsupported_options(settings, *settings["unets"])
     if any(name.startswith("vaes.") for name in file.state):
-        raise InputError(f"{str(source)!r} denoises latents of a VQGAN (vaes.*); only decoders of pictures load")
-    stages = read_cascade_stages(file, settings, source)
+        raise InputError(f"{file.name} denoises latents of a VQGAN (vaes.*); only decoders of pictures load")
+    stages = read_cascade_stages(file, settings)
     present = [i for i, stage in enumerate(stages) if any(name.startswith("to_out.") for name in stage.tensors)]
     if present not in ([0], list(range(len(stages))), list(range(1, len(stages)))) or not present:
-        raise InputError(
-            f"{str(source)!r} has the U-Nets {present} of {len(stages)}; it must have the first or the others"
-        )
+        raise InputError(f"{file.name} has the U-Nets {present} of {len(stages)}; it must have the first or the others")
     # The first U-Net is the decoder, the others are the cascade after it
     channels = settings.get("channels", 3)
     parts: dict[str, Any] = {"autoencoder": DALLE2Pixels(channels)}
@@ -213,20 +211,20 @@ def convert_dalle2_decoder(file: DALLE2File, settings: dict[str, Any], source: P
             "text_width": text_width if reads_captions else None,
             "learned_variance": first.learned_variance,
         }
-        tensors = {"net.": TensorComponent(first.tensors, source)}
+        tensors = {"net.": TensorComponent(first.tensors, file.path)}
         parts["model"] = load_from_components(lambda: DALLE2Decoder(unet=first.unet, **config), tensors)
         parts["scheduler"] = DDIMScheduler(**first.scheduler)
     if len(stages) > 1 and 1 in present:
-        parts["autoencoder"] = convert_dalle2_cascade(stages, channels, source)
+        parts["autoencoder"] = convert_dalle2_cascade(file, stages, channels)
     return parts
 
 
-def convert_dalle2_cascade(stages: list[CascadeStage], channels: int, source: Path) -> DALLE2Cascade:
+def convert_dalle2_cascade(file: DALLE2File, stages: list[CascadeStage], channels: int) -> DALLE2Cascade:
     """Return the U-Nets after the first, which enlarge its images."""
     tensors: dict[str, Tensor] = {}
     for i, stage in enumerate(stages[1:]):
         if stage.unet.get("cond_on_text_encodings"):
-            raise InputError(f"U-Net {i + 2} of {str(source)!r} reads captions while it enlarges, which none here does")
+            raise InputError(f"U-Net {i + 2} of {file.name} reads captions while it enlarges, which none here does")
         if stage.learned_variance:
             stage.unet["channels_out"] = 2 * channels
         tensors |= {f"nets.{i}.{name}": tensor for name, tensor in stage.tensors.items()}
@@ -237,11 +235,11 @@ def convert_dalle2_cascade(stages: list[CascadeStage], channels: int, source: Pa
         "schedulers": [stage.scheduler for stage in stages[1:]],
         "noise_levels": [stage.noise_level for stage in stages[1:]],
     }
-    cascade = {"": TensorComponent(tensors, source)}
+    cascade = {"": TensorComponent(tensors, file.path)}
     return load_from_components(lambda: DALLE2Cascade(**config, channels=channels), cascade)
 
 
-def read_cascade_stages(file: DALLE2File, settings: dict[str, Any], source: Path) -> list[CascadeStage]:
+def read_cascade_stages(file: DALLE2File, settings: dict[str, Any]) -> list[CascadeStage]:
     """Return the U-Nets with their settings. An option with one value applies to the U-Nets that the reference applies
     it to: all, the first, or all but the first."""
     # Options for each U-Net
@@ -269,25 +267,23 @@ def read_cascade_stages(file: DALLE2File, settings: dict[str, Any], source: Path
         if settings.get("use_dynamic_thres"):
             ratio = settings.get("dynamic_thres_percentile", 0.95)
             scheduler |= {"thresholding": True, "dynamic_thresholding_ratio": ratio, "sample_max_value": 1e6}
-        check_noise_schedule(file.state.get(f"noise_schedulers.{i}.betas"), scheduler, source)
+        check_noise_schedule(file, f"noise_schedulers.{i}.betas", scheduler)
         tensors = select_prefixed_tensors(file.state, f"unets.{i}.")
-        arguments = convert_unet_arguments(file, unet, tensors, source)
+        arguments = convert_unet_arguments(file, unet, tensors)
         tensors = {name.replace(".cross_attn.fn.", ".cross_attn."): tensor for name, tensor in tensors.items()}
         level = noise_level if noised[i] else None
         stages.append(CascadeStage(arguments, sizes[i], scheduler, bool(learned[i]), level, tensors))
     return stages
 
 
-def convert_unet_arguments(
-    file: DALLE2File, settings: dict[str, Any], tensors: dict[str, Tensor], source: Path
-) -> dict[str, Any]:
+def convert_unet_arguments(file: DALLE2File, settings: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Return our arguments for a U-Net, with the layers of the release that trained it. tensors: by its own names."""
     arguments = {}
     for key, value in settings.items():
         if key in UNET_ARGUMENTS and value is not None:
             arguments[key] = value
         elif key not in (*UNET_UNUSED, *UNET_DERIVED, *UNSUPPORTED_OPTIONS):
-            logger.warning("%s: the option %s of a U-Net is unknown and changes nothing", source, key)
+            logger.warning("%s: the option %s of a U-Net is unknown and changes nothing", file.path, key)
     # Older releases sample down by a convolution of 4 x 4 pixels, newer ones by shuffling pixels. A block with several
     # convolutions side by side has either; then the names of attention, which changed later, decide.
     strided = any(
@@ -296,9 +292,9 @@ def convert_unet_arguments(
     crossed = any(re.match(r"downs\.\d+\.[04]\.convs\.", name) for name in tensors)
     release: tuple[int, ...] = SCALED_ATTENTION_RELEASE
     if strided or (crossed and any(".cross_attn.fn." in name for name in tensors)):
-        release = require_file_release(file, source, "layers as before 1.10.0")
+        release = require_file_release(file, "layers as before 1.10.0")
         if not OLDEST_DECODER_RELEASE <= release < NEW_ATTENTION_RELEASE and not release >= SCALED_ATTENTION_RELEASE:
-            prefix = f"{str(source)!r} is of release {format_release(release)}"
+            prefix = f"{file.name} is of release {format_release(release)}"
             raise InputError(f"{prefix}; decoders of 1.4.0 to 1.4.2 and before 1.0.2 do not load")
     return arguments | {"old_attention": release < NEW_ATTENTION_RELEASE, "old_downsample": strided}
 
@@ -315,7 +311,7 @@ def expand_per_unet(value: Any, count: int) -> list:
 # CLIP
 
 
-def convert_stored_clip(file: DALLE2File, settings: dict[str, Any], source: Path) -> CLIP | None:
+def convert_stored_clip(file: DALLE2File, settings: dict[str, Any]) -> CLIP | None:
     """Return the frozen CLIP that a file holds, as this project's; None if it holds none."""
     import open_clip
 
@@ -325,7 +321,7 @@ def convert_stored_clip(file: DALLE2File, settings: dict[str, Any], source: Path
     section = settings.get("clip")
     make, name = (section.get("make"), section.get("model")) if isinstance(section, dict) else (None, None)
     if make not in ("openai", "open_clip") or not isinstance(name, str):
-        logger.warning("the CLIP in %s is left out: its configuration does not say which it is", source)
+        logger.warning("the CLIP in %s is left out: its configuration does not say which it is", file.path)
         return None
     # OpenAI's models have QuickGELU, which open_clip has under another name. With the plain one embeddings are ruined.
     model_name = name.replace("/", "-") + ("-quickgelu" if make == "openai" else "")
@@ -337,7 +333,7 @@ def convert_stored_clip(file: DALLE2File, settings: dict[str, Any], source: Path
         tensors.pop(extra, None)
     preprocess = {"size": config["vision_cfg"]["image_size"], "mean": CLIP_MEAN, "std": CLIP_STD}
     tokenizer, kind = build_public_tokenizer(model_name, config["text_cfg"])
-    clip = load_from_components(lambda: CLIP(config, preprocess, kind), {"net.": TensorComponent(tensors, source)})
+    clip = load_from_components(lambda: CLIP(config, preprocess, kind), {"net.": TensorComponent(tensors, file.path)})
     clip.tokenizer = tokenizer
     return clip
 
@@ -374,12 +370,12 @@ def convert_noise_schedule(kind: Any, steps: Any, prediction: str) -> dict[str, 
     return {"num_train_timesteps": steps, "beta_schedule": BETA_SCHEDULES[kind], **betas, **shared}
 
 
-def check_noise_schedule(betas: Tensor | None, arguments: dict[str, Any], source: Path) -> None:
+def check_noise_schedule(file: DALLE2File, name: str, arguments: dict[str, Any]) -> None:
     """Raise InputError if the file stores another noise schedule than its configuration describes."""
-    expected = DDIMScheduler(**arguments).betas
+    betas, expected = file.state.get(name), DDIMScheduler(**arguments).betas
     if betas is None:
         return
     tolerance = 1e-5 if betas.dtype == torch.float32 else 1e-2
     if betas.shape != expected.shape or not torch.allclose(betas.float(), expected, rtol=0, atol=tolerance):
         described = f"{arguments['beta_schedule']} of {arguments['num_train_timesteps']} steps"
-        raise InputError(f"the noise schedule in {str(source)!r} is not its configuration's ({described})")
+        raise InputError(f"the noise schedule in {file.name} is not its configuration's ({described})")

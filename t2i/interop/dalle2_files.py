@@ -47,16 +47,22 @@ VERSION_CLASSES = (  # the classes of a version in a pickle, in any release of `
 
 @dataclass
 class DALLE2File:
-    """The content of a file.
+    """The content of the file at `path`.
 
     state: tensors by DALLE2-pytorch's names. weights_name: the file's name for them, such as "ema_model". release: the
     one that wrote the file, such as (1, 1, 0), None if it is not stored. config: of the training, None without one.
     """
 
+    path: Path
     state: dict[str, Tensor]
     weights_name: str
     release: tuple[int, ...] | None
     config: dict[str, Any] | None
+
+    @property
+    def name(self) -> str:
+        """The path in quotes, for messages."""
+        return repr(str(self.path))
 
 
 def read_dalle2_file(path: Path) -> DALLE2File:
@@ -79,7 +85,7 @@ def read_dalle2_file(path: Path) -> DALLE2File:
     config = content.get("config")
     version = content.get("version")
     release = parse_release(version) if isinstance(version, str) else next(iterate_releases(version), None)
-    return DALLE2File(state, weights_name, release, config if isinstance(config, dict) else None)
+    return DALLE2File(path, state, weights_name, release, config if isinstance(config, dict) else None)
 
 
 def check_torch_archive(path: Path) -> None:
@@ -134,11 +140,11 @@ def parse_release(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split("."))
 
 
-def require_file_release(file: DALLE2File, source: Path, feature: str) -> tuple[int, ...]:
+def require_file_release(file: DALLE2File, feature: str) -> tuple[int, ...]:
     """Return the release that trained a model. Raises InputError if it is not known."""
     if file.release is None:
         hint = "and does not say which release trained it; give --release, such as 1.1.0"
-        raise InputError(f"{str(source)!r} has {feature}, {hint}")
+        raise InputError(f"{file.name} has {feature}, {hint}")
     return file.release
 
 

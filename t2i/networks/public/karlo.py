@@ -39,7 +39,7 @@ class TextProjection(nn.Module):
         self.text_encoder_hidden_states_norm = nn.LayerNorm(context_width)
 
     def forward(self, z_i: Tensor, z_t: Tensor, text: TokenStates) -> UNetDenoiserContext:
-        """Return z_i and z_t, (B, D), as a class to add to the timestep, and tokens of z_i and the caption to attend to."""
+        """Return z_i and z_t, (B, D), as one vector to add to the timestep, and with the caption as tokens."""
         time = self.clip_image_embeddings_project_to_time_embeddings(z_i) + self.embedding_proj(z_t)
         # The projection's output holds the first dimension of every token, then the second, and so on.
         extra = self.clip_extra_context_tokens_proj(z_i).unflatten(-1, (-1, self.extra_tokens)).mT
