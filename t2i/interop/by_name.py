@@ -131,8 +131,8 @@ def load_text_encoder(name: str | Path, context_length: int = 128, dtype: torch.
     """
     part = find_public_part(str(name), ("multilingual_clip",))
     if part is not None:
-        tokenizer = part.source.folder("multilingual_tokenizer")
-        return MultilingualCLIP.from_component(part.component(), tokenizer, dtype)
+        component, tokenizer = part.component(), part.source.folder("multilingual_tokenizer")
+        return MultilingualCLIP.from_component(component, tokenizer, dtype)
     folder = find_or_download_folder(name, HUB_FILES)
     folder = find_text_encoder_folder(folder) or folder
     if read_model_class(folder) in ("TextEncoder", "MultilingualCLIP"):

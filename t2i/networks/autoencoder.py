@@ -39,9 +39,13 @@ class Autoencoder(ModelMixin, ConfigMixin):
         """Take over a pretrained VAE of diffusers with its published scale."""
         autoencoder = cls({key: value for key, value in vae.config.items() if not key.startswith("_")})
         autoencoder.coder.load_state_dict(vae.state_dict())
-        autoencoder.std.fill_(1 / vae.config.scaling_factor)
-        autoencoder.mean.fill_(vae.config.shift_factor or 0.0)
+        autoencoder.use_published_scale()
         return autoencoder
+
+    def use_published_scale(self) -> None:
+        """Scale latents as the configuration of the VAE states."""
+        self.std.fill_(1 / self.coder.config.scaling_factor)
+        self.mean.fill_(self.coder.config.shift_factor or 0.0)
 
     @property
     def channels(self) -> int:

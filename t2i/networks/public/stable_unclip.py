@@ -198,7 +198,5 @@ def load_latent_autoencoder(vae: Component, dtype: torch.dtype | None = None) ->
     autoencoder = load_from_components(
         lambda: Autoencoder(settings), {"coder.": vae}, dtype, rename=rename_attention_tensor, extra=("mean", "std")
     )
-    published = autoencoder.coder.config  # with the defaults of diffusers
-    autoencoder.std.fill_(1 / published.scaling_factor)
-    autoencoder.mean.fill_(published.shift_factor or 0.0)
+    autoencoder.use_published_scale()
     return autoencoder
