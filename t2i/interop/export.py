@@ -14,7 +14,7 @@ from t2i.diffusion.respaced import UnCLIPRespacedScheduler
 from t2i.errors import InputError
 from t2i.files.tensor_file import save_tensors
 from t2i.interop.layouts import DIFFUSERS_STEM, LAYOUTS_BY_NAME, TRANSFORMERS_PARTS, TRANSFORMERS_STEM, PublicLayout
-from t2i.interop.prior_transformer import map_tensor_names, to_prior_transformer
+from t2i.interop.prior_transformer import map_tensor_names, split_prior_tensors, to_prior_transformer
 from t2i.networks.autoencoder import Autoencoder
 from t2i.networks.prior import Prior
 from t2i.networks.public.clip_tokenizer import CLIPTokenizer
@@ -30,8 +30,6 @@ from t2i.networks.text_encoder import TextEncoder
 
 DECODER_CLASSES = {"karlo": KarloDecoder, "kandinsky": KandinskyDecoder, "stable": StableUnCLIPDecoder}
 AUTOENCODER_CLASSES = {"karlo": SuperResolution, "kandinsky": MoVQ, "stable": Autoencoder}
-# Tensors of a PriorTransformer with leading axes of length one, and how many
-BATCH_DIMS = {"positional_embedding": 1, "prd_embedding": 2, "clip_mean": 1, "clip_std": 1}
 RESAMPLING_NUMBERS = {"bilinear": 2, "bicubic": 3}  # PIL's
 
 
@@ -143,10 +141,7 @@ def save_prior(components: Mapping[str, Any], target: Path) -> str:
     state = prior.state_dict()
     # Nothing reads the statistics of z_i, but the class has them.
     state |= {"mean": torch.zeros_like(state["to_image.bias"]), "std": torch.ones_like(state["to_image.bias"])}
-    tensors = {}
-    for name, sources in map_tensor_names(prior.config.depth, time=False).items():
-        for public, tensor in zip(sources, state[name].chunk(len(sources))):
-            tensors[public] = tensor.reshape((1,) * BATCH_DIMS.get(public, 0) + tensor.shape)
+    tensors = split_prior_tensors(state, map_tensor_names(prior.config.depth, time=False))
     return save_plain_model("PriorTransformer", config, tensors, target)
 
 

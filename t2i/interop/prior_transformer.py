@@ -29,6 +29,8 @@ REQUIRED_SETTINGS: dict[str, tuple[Any, str]] = {  # what a Prior can express, a
     "encoder_hid_proj_type": ("linear", "this project's prior reads the caption's tokens through a linear layer"),
     "time_embed_act_fn": ("silu", "this project's time embedding has SiLU"),
 }
+# Tensors of a PriorTransformer with leading axes of length one, and how many
+BATCH_DIMS = {"positional_embedding": 1, "prd_embedding": 2, "clip_mean": 1, "clip_std": 1}
 TOKEN_NAMES = {4: "z_t, time, noisy z_i and query", 3: "z_t, noisy z_i and query"}  # by `additional_embeddings`
 
 
@@ -195,16 +197,20 @@ def to_prior_transformer(prior: Prior) -> PriorTransformer:
             embedding_dim=config.embed_dim,
             num_embeddings=config.context_length,
         )
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    tensors: dict[str, Tensor] = {}
-    state = prior.state_dict()
-    for name, sources in map_tensor_names(config.depth).items():
-        for public, tensor in zip(sources, state[name].detach().cpu().chunk(len(sources))):
-            tensors[public] = tensor.clone().view(shapes[public])
+    tensors = split_prior_tensors(prior.state_dict(), map_tensor_names(config.depth))
     if config.unit_length:  # a Prior scales z_t by sqrt(D) itself
         tensors["embedding_proj.weight"] *= config.embed_dim**0.5
     model.load_state_dict(tensors, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def split_prior_tensors(state: dict[str, Tensor], names: dict[str, tuple[str, ...]]) -> dict[str, Tensor]:
+    """Return copies of a Prior's tensors, on the CPU, by their names in a PriorTransformer; see `map_tensor_names`."""
+    tensors = {}
+    for name, sources in names.items():
+        for public, tensor in zip(sources, state[name].detach().cpu().chunk(len(sources))):
+            tensors[public] = tensor.clone().reshape((1,) * BATCH_DIMS.get(public, 0) + tensor.shape)
+    return tensors
 
 
 def map_tensor_names(depth: int, time: bool = True) -> dict[str, tuple[str, ...]]:
