@@ -14,7 +14,12 @@ from t2i.diffusion.respaced import UnCLIPRespacedScheduler
 from t2i.errors import InputError
 from t2i.files.tensor_file import save_tensors
 from t2i.interop.layouts import DIFFUSERS_STEM, LAYOUTS_BY_NAME, TRANSFORMERS_PARTS, TRANSFORMERS_STEM, PublicLayout
-from t2i.interop.prior_transformer import map_tensor_names, split_prior_tensors, to_prior_transformer
+from t2i.interop.prior_transformer import (
+    build_transformer_config,
+    map_tensor_names,
+    split_prior_tensors,
+    to_prior_transformer,
+)
 from t2i.networks.autoencoder import Autoencoder
 from t2i.networks.prior import Prior
 from t2i.networks.public.clip_tokenizer import CLIPTokenizer
@@ -129,15 +134,8 @@ def save_prior(components: Mapping[str, Any], target: Path) -> str:
     if not isinstance(prior, EclipsePrior):
         return save_library_model(to_prior_transformer(prior), target)
     # A PriorTransformer without a token for the time, which is what an EclipsePrior is read from
-    config = {
-        "_class_name": "PriorTransformer",
-        "num_attention_heads": prior.config.heads,
-        "attention_head_dim": prior.config.width // prior.config.heads,
-        "num_layers": prior.config.depth,
-        "embedding_dim": prior.config.embed_dim,
-        "num_embeddings": prior.config.context_length,
-        "additional_embeddings": 3,
-    }
+    sizes = build_transformer_config(prior.config)
+    config = {"_class_name": "PriorTransformer", **sizes, "additional_embeddings": 3}
     state = prior.state_dict()
     # Nothing reads the statistics of z_i, but the class has them.
     state |= {"mean": torch.zeros_like(state["to_image.bias"]), "std": torch.ones_like(state["to_image.bias"])}

@@ -190,18 +190,23 @@ def to_prior_transformer(prior: Prior) -> PriorTransformer:
         raise InputError(f"a PriorTransformer reads token states as wide as the embeddings; {widths}")
     # The model, and its tensors under their public names
     with init_empty_weights(include_buffers=False):
-        model = PriorTransformer(
-            num_attention_heads=config.heads,
-            attention_head_dim=config.width // config.heads,
-            num_layers=config.depth,
-            embedding_dim=config.embed_dim,
-            num_embeddings=config.context_length,
-        )
+        model = PriorTransformer(**build_transformer_config(config))
     tensors = split_prior_tensors(prior.state_dict(), map_tensor_names(config.depth))
     if config.unit_length:  # a Prior scales z_t by sqrt(D) itself
         tensors["embedding_proj.weight"] *= config.embed_dim**0.5
     model.load_state_dict(tensors, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def build_transformer_config(config: Any) -> dict[str, Any]:
+    """Return the arguments of a PriorTransformer for those of a Prior; the reverse of `convert_prior_config`."""
+    return {
+        "num_attention_heads": config.heads,
+        "attention_head_dim": config.width // config.heads,
+        "num_layers": config.depth,
+        "embedding_dim": config.embed_dim,
+        "num_embeddings": config.context_length,
+    }
 
 
 def split_prior_tensors(state: dict[str, Tensor], names: dict[str, tuple[str, ...]]) -> dict[str, Tensor]:
