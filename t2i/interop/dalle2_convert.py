@@ -211,8 +211,8 @@ def convert_dalle2_decoder(file: DALLE2File, settings: dict[str, Any]) -> dict[s
             "text_width": text_width if reads_captions else None,
             "learned_variance": first.learned_variance,
         }
-        tensors = {"net.": TensorComponent(first.tensors, file.path)}
-        parts["model"] = load_from_components(lambda: DALLE2Decoder(unet=first.unet, **config), tensors)
+        net = TensorComponent(first.tensors, file.path)
+        parts["model"] = load_from_components(lambda: DALLE2Decoder(unet=first.unet, **config), {"net.": net})
         parts["scheduler"] = DDIMScheduler(**first.scheduler)
     if len(stages) > 1 and 1 in present:
         parts["autoencoder"] = convert_dalle2_cascade(file, stages, channels)
@@ -235,8 +235,8 @@ def convert_dalle2_cascade(file: DALLE2File, stages: list[CascadeStage], channel
         "schedulers": [stage.scheduler for stage in stages[1:]],
         "noise_levels": [stage.noise_level for stage in stages[1:]],
     }
-    cascade = {"": TensorComponent(tensors, file.path)}
-    return load_from_components(lambda: DALLE2Cascade(**config, channels=channels), cascade)
+    nets = TensorComponent(tensors, file.path)
+    return load_from_components(lambda: DALLE2Cascade(**config, channels=channels), {"": nets})
 
 
 def read_cascade_stages(file: DALLE2File, settings: dict[str, Any]) -> list[CascadeStage]:

@@ -202,7 +202,7 @@ def test_a_picture_is_inverted_and_drawn_again_by_the_same_condition(monkeypatch
     step = mine.decoder.step
 
     def watched(x: Tensor, t: Tensor, context) -> Tensor:
-        told.append(context.labels)
+        told.append(context.arguments["class_labels"])
         return step(x, t, context)
 
     monkeypatch.setattr(mine.decoder, "step", watched)

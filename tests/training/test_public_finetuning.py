@@ -178,9 +178,7 @@ def test_what_was_trained_predicts_the_same_here_and_in_diffusers(kind, trained,
         with torch.no_grad():
             ours = model(x, t, condition)
             if kind == "karlo":
-                reference = theirs(
-                    x, t, context.tokens, class_labels=context.embedding, encoder_attention_mask=context.mask
-                ).sample
+                reference = theirs(x, t, **context.arguments).sample
             else:
                 added, text = {"image_embeds": condition.embedding}, condition.text
                 added |= {} if text is None else {"text_embeds": text.pooled}
