@@ -11,11 +11,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from diffusers import UnCLIPScheduler
 from t2i.pipelines import Text2ImagePipeline
-from t2i.pipelines.base import SUPER_RESOLUTION_STREAM
+from t2i.pipelines.stages import SUPER_RESOLUTION_STREAM
 from torch import Generator, Tensor
 
 from benchmarks import shapes, side_by_side
@@ -23,15 +24,10 @@ from benchmarks.report import run
 from benchmarks.shapes import KANDINSKY_EMBED, KARLO_EMBED, KARLO_SIDES, PROMPTS
 from benchmarks.side_by_side import Row, Work
 from t2i.diffusion.sampling_loop import generate_noise
+from t2i.sampling import embeddings, sample
 from t2i.sampling.sample import split_generators
 from t2i.sampling.upsampling import derive_stage_generators
 
-STAGES = {  # by the methods of a pipeline
-    "encode_prompt": "captions",
-    "sample_image_embeds": "prior",
-    "sample_decoder": "decoder",
-    "decode": "pictures of latents",
-}
 SCALE = 4.0  # of the guidance of Kandinsky's stages and of Karlo's prior
 KARLO_SCALE = 8.0  # of Karlo's decoder
 AWAY = 0.6  # see `draw_karlo_noise`
@@ -94,17 +90,20 @@ def timed_method(part: Any, name: str) -> Iterator[list[float]]:
         seconds.append(time.perf_counter() - start)
         return result
 
-    setattr(part, name, timed)
-    try:
+    with mock.patch.object(part, name, timed):
         yield seconds
-    finally:
-        delattr(part, name)
 
 
 def time_stages(pipeline: Text2ImagePipeline, work: Work) -> dict[str, float]:
     """Return the seconds of each stage in one run of `work`, and of the rest."""
+    stages: dict[str, tuple[Any, str]] = {
+        "captions": (pipeline, "encode_prompt"),
+        "prior": (embeddings, "sample_image_embeds"),
+        "decoder": (sample, "sample_decoder"),
+        "pictures of latents": (pipeline, "decode"),
+    }
     with ExitStack() as stack:
-        calls = {stage: stack.enter_context(timed_method(pipeline, name)) for name, stage in STAGES.items()}
+        calls = {stage: stack.enter_context(timed_method(*function)) for stage, function in stages.items()}
         start = time.perf_counter()
         work()
         total = time.perf_counter() - start

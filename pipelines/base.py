@@ -1,66 +1,49 @@
-"""Base of all drawing pipelines: each stage as a method."""
+"""Base of the pipelines that draw with unCLIP: their components, and what is encoded and decoded with them."""
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import reduce
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 from PIL import Image
-from t2i.pipelines.options import DecoderOptions, PriorOptions
-from t2i.pipelines.stages import StagedPipeline
-from t2i.pipelines.watched import check_finite_values
+from t2i.pipelines.compatibility import check_components
+from t2i.pipelines.folder import (
+    COMPONENT_CLASSES,
+    OPTIONAL_COMPONENTS,
+    AnyAutoencoder,
+    AnyCLIP,
+    AnyDecoder,
+    AnyTextEncoder,
+    PipelineFolder,
+    check_component_types,
+)
+from t2i.pipelines.loading import FETCH_ARGUMENTS, build_own_arguments, load_public_components
+from t2i.pipelines.options import DecoderOptions, ResolvedOptions, build_options
+from t2i.pipelines.progress import Interruptible
+from t2i.pipelines.stages import check_finite_values, sample_super_resolution
 from torch import Generator, Tensor
 
-from t2i.diffusion.condition import ImageCondition, TextEncoding, TokenStates
-from t2i.diffusion.denoiser import PredictTransform, StepCallback
-from t2i.diffusion.guidance import Guidance
-from t2i.diffusion.inpainting import build_blend_callback, build_canvas_windows, concat_masked_latents
-from t2i.diffusion.samplers import resolve_sampler
-from t2i.diffusion.sampling_loop import Sampling, generate_noise
+from t2i.diffusion.condition import TextEncoding
 from t2i.errors import InputError
-from t2i.sampling.embeddings import sample_image_embeds, select_nearest_candidates
-from t2i.sampling.sample import build_decoder_condition, sample_decoder
-from t2i.sampling.steering import build_steering_transform
-from t2i.sampling.upsampling import derive_stage_generators
+from t2i.files.model_folder import load_or_explain
+from t2i.files.untrusted import is_folder
+from t2i.interop.fetching import fetch_model_folder
+from t2i.interop.folders import replace_old_modules
+from t2i.interop.stored import has_bf16
+from t2i.networks.upsampler import Upsampler
+from t2i.runtime.compiling import check_compiler, compile_steps
+from t2i.runtime.devices import check_bf16_support, warn_of_slow_bf16
+from t2i.sampling.embeddings import AnyPrior, default_guidance_scale
 
 logger = logging.getLogger(__name__)
 
 MAX_IMAGES = 1024
-PREVIEW_STEPS = 4  # of the decoder, for a preview of the prior
-# Stages of `derive_stage_generators`; those of the upsampler count from 1.
-SUPER_RESOLUTION_STREAM, EMBEDS_NOISE_STREAM = -1, -2
-
-
-@dataclass
-class Canvas:
-    """Given images that the decoder starts from, or paints in.
-
-    latents: (N, C, h, w), of the images; None: there are none.
-    mask: (N, 1, h, w), 1 where there is to be painted; None: nothing of the images has to stay.
-    strength: fraction of the steps that are taken, in (0, 1].
-    to_images: makes previews of latents; None decodes them.
-    """
-
-    latents: Tensor | None = None
-    mask: Tensor | None = None
-    strength: float = 1.0
-    to_images: Callable[[Tensor], list[Image.Image]] | None = None
-
-    @property
-    def original(self) -> Tensor | None:
-        """The latents to start from; None: noise alone, as for a mask under which nothing of the images stays."""
-        return None if self.mask is not None and self.strength == 1 else self.latents
-
-    def build_masked_latents(self, noise: Tensor) -> Tensor:
-        """Return (N, C + 1, h, w), for decoders that read masks; without a mask everything is to be painted."""
-        if self.latents is None or self.mask is None:
-            return concat_masked_latents(torch.zeros_like(noise), torch.ones_like(noise[:, :1]))
-        return concat_masked_latents(self.latents, self.mask)
 
 
 @dataclass
@@ -75,10 +58,196 @@ class UnCLIPPipelineOutput(BaseOutput):
     image_embeds: Tensor
 
 
-class UnCLIPPipeline(StagedPipeline):
-    """Base with each stage as a method. A subclass adds a `__call__`; `from_pipe` shares the stages without copies."""
+class UnCLIPPipeline(Interruptible, DiffusionPipeline):
+    """CLIP, prior, decoder, autoencoder, upsampler and text encoder. All pipelines load from the same folders.
 
-    # The stages
+    A subclass adds a `__call__`; `from_pipe` shares the components without copies. Arguments that the calls share:
+
+        image: images to start from; see `t2i.pipelines.inputs.read_images`.
+        prompt: what the images are to show: one text for all, or one for each given image.
+        negative_prompt: what the prior is guided away from; one for all or one for each, as `prompt`.
+        num_images_per_prompt: images for each prompt or given image. Those of one are in a row.
+        generator: one for all, or one for each image. An image depends on its own seed alone, not on its batch.
+        return_dict: False returns the tuple (images, image_embeds) in place of a `UnCLIPPipelineOutput`.
+        options: fields of `t2i.pipelines.options.PriorOptions` and `DecoderOptions`.
+
+    Each raises InputError for a value that is not allowed, before any work starts.
+    """
+
+    model_cpu_offload_seq = "clip->text_encoder->prior->decoder->autoencoder->upsampler"
+    _callback_tensor_inputs = ["latents"]
+    _optional_components = list(OPTIONAL_COMPONENTS)
+
+    # Components: construction, loading and saving
+
+    def __init__(
+        self,
+        clip: AnyCLIP,
+        decoder: AnyDecoder,
+        decoder_scheduler: SchedulerMixin,
+        autoencoder: AnyAutoencoder,
+        prior: AnyPrior | None = None,
+        prior_scheduler: SchedulerMixin | None = None,
+        upsampler: Upsampler | None = None,
+        upsampler_scheduler: SchedulerMixin | None = None,
+        text_encoder: AnyTextEncoder | None = None,
+    ):
+        super().__init__()
+        components = {
+            "clip": clip,
+            "decoder": decoder,
+            "decoder_scheduler": decoder_scheduler,
+            "autoencoder": autoencoder,
+            "prior": prior,
+            "prior_scheduler": prior_scheduler,
+            "upsampler": upsampler,
+            "upsampler_scheduler": upsampler_scheduler,
+            "text_encoder": text_encoder,
+        }
+        check_components(components)
+        self.register_modules(**components)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=autoencoder.factor)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
+        """Load a pipeline from a folder or from a repository on the hub.
+
+        Args:
+            pretrained_model_name_or_path: a folder that `save_pretrained` or `t2i assemble` wrote, one in a public
+                layout (`t2i.interop.layouts`), or the name of a repository.
+            prior: a component; or, for a public model in two parts, the folder or repository of the other part. May be
+                left out for a decoder's repository whose prior is known. May also name a prior alone: a run's folder,
+                or a PriorTransformer.
+            clip: a component; or the folder or repository of a public model's CLIP, if neither part has it.
+            dtype: of the weights; or a dict of dtypes by component (`t2i.interop.stored.DTYPE_PARTS`), in which
+                "default" is the rest. "auto" is the stored dtype. None is the stored dtype for public models, also
+                after they were saved here, and float32 for models that were trained here, which may be stored in half
+                precision. torch.bfloat16 is refused where the machine cannot compute in it.
+            variant: of the file names, such as "fp16". A component without files of it is read from its plain ones.
+            compile: compile the decoder's steps, once for each size and number of images and each length of captions
+                that it reads, at the first step of each.
+            kwargs: other components, which replace those of the folder, and diffusers' arguments.
+
+        Raises InputError, in one line, if the model is missing, incomplete, truncated or made of parts of different
+        CLIPs, and for a variant that no component has.
+        """
+        if any(has_bf16(kwargs.get(name)) for name in ("dtype", "torch_dtype")):
+            check_bf16_support()
+        if kwargs.pop("compile", False):
+            check_compiler()
+            pipeline = cls.from_pretrained(pretrained_model_name_or_path, **kwargs)
+            compile_steps(pipeline.decoder)
+            return pipeline
+        # Find the folder
+        names = [part for part in ("prior", "clip") if isinstance(kwargs.get(part), str | Path)]
+        check_component_types(
+            {part: kwargs[part] for part in COMPONENT_CLASSES if part in kwargs and part not in names}
+        )
+        path = Path(pretrained_model_name_or_path)
+        if not is_folder(path):
+            path = Path(cls.download(str(path), **kwargs))
+        folder = PipelineFolder(path, kwargs.get("variant"))
+        # Load it
+        if folder.is_own:
+            settings = {**build_own_arguments(folder, cls.download, **kwargs), "use_safetensors": True}
+            # diffusers looks for the class that the folder names in the class of the caller, so super() must be bound.
+            pipeline = load_or_explain(lambda path: super(UnCLIPPipeline, cls).from_pretrained(path, **settings), path)
+            if "clip" not in kwargs:
+                folder.check_saved_clip(pipeline.clip)
+        else:
+            name = str(pretrained_model_name_or_path)
+            pipeline = cls(**load_public_components(name, folder, cls.download, **kwargs))
+            pipeline.register_to_config(_name_or_path=name)
+        warn_of_slow_bf16(pipeline.components)
+        return pipeline
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """Return the index that diffusers loads components by, with the modules of today."""
+        config = super().load_config(*args, **kwargs)
+        return replace_old_modules(config) if isinstance(config, dict) else config
+
+    def save_config(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Write the index. Beside public models, which do not store which CLIP is theirs, it has the fingerprint."""
+        if not self.clip.unit_length:
+            self.register_to_config(_clip_fingerprint=self.clip.identity)
+        super().save_config(save_directory, *args, **kwargs)
+
+    def offload_all_but(self, *names: str) -> None:
+        """Take the other components off the device, under `enable_model_cpu_offload`, until they are used again.
+
+        Its hooks offload the component before in a caption's order alone. That is not enough where CLIP is followed by
+        the autoencoder or the decoder.
+        """
+        kept = [getattr(self, name) for name in names]
+        for hook in getattr(self, "_all_hooks", []):
+            if not any(hook.model is model for model in kept):
+                hook.offload()
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **components: Any) -> Self:
+        """Build this pipeline from the components of another one, which stay as they are; `components` replace some."""
+        other = cls(**{**pipeline.components, **components})
+        other.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
+        other.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
+        return other
+
+    @classmethod
+    def download(cls, pretrained_model_name: str | Path, **kwargs: Any) -> str:
+        """Download what is read of a repository. diffusers' own method refuses components of other packages."""
+        options = {name: kwargs[name] for name in FETCH_ARGUMENTS if kwargs.get(name) is not None}
+        return str(fetch_model_folder(pretrained_model_name, variant=kwargs.get("variant"), **options))
+
+    # Sizes and options
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of the pictures that the decoder was trained on."""
+        config = self.decoder.config
+        return config.latent_channels, config.latent_size, config.latent_size
+
+    @property
+    def image_size(self) -> int:
+        """The side, in pixels, of the images that the decoder was trained on."""
+        return self.decoder.config.latent_size * self.autoencoder.factor
+
+    @property
+    def is_cascade(self) -> bool:
+        """True if decoding is a diffusion of its own."""
+        return self.autoencoder.is_cascade
+
+    def compute_latent_shape(self, options: DecoderOptions) -> tuple[int, int, int]:
+        """Return (C, h, w) of the images that the options ask for."""
+        height, width = (side or self.image_size for side in (options.height, options.width))
+        return self.latent_shape[0], height // self.autoencoder.factor, width // self.autoencoder.factor
+
+    @property
+    def default_decoder_options(self) -> dict[str, Any]:
+        """Defaults of `DecoderOptions` that depend on the decoder."""
+        decoder = self.decoder
+        return {"num_inference_steps": decoder.default_steps, "guidance_scale": decoder.default_guidance_scale}
+
+    def resolve_options(self, resolved: ResolvedOptions | None = None, **options: Any) -> ResolvedOptions:
+        """Return the checked options of both stages, with this model's defaults for those that are left out.
+
+        Each `__call__` passes its `**options` through here. A caller that draws many times resolves them once and then
+        calls the pipeline with `resolved=...`, which is returned as it is.
+
+        Raises:
+            InputError: for a value that is not allowed.
+            TypeError: for an unknown name.
+        """
+        if resolved is not None:
+            return resolved
+        prior_default = {"prior_guidance_scale": default_guidance_scale(self.prior)}
+        return self.build_options(options, self.default_decoder_options | prior_default)
+
+    @classmethod
+    def build_options(cls, options: dict[str, Any], defaults: dict[str, Any] | None = None) -> ResolvedOptions:
+        """Check the options of this kind of pipeline, also before a model is loaded. See `options.build_options`."""
+        return build_options(options, defaults)
+
+    # Encoding and decoding
 
     def encode_prompt(self, prompts: list[str]) -> TextEncoding:
         """Encode prompts by CLIP, for the prior, and by the decoder's own text encoder, if it has one.
@@ -130,164 +299,6 @@ class UnCLIPPipeline(StagedPipeline):
         latents = self.autoencoder.encode(images.to(self._execution_device, self.autoencoder.dtype))
         return check_finite_values("autoencoder", latents.float())
 
-    def sample_image_embeds(
-        self,
-        text: TextEncoding,
-        negative: TextEncoding | None,
-        options: PriorOptions,
-        generators: list[Generator],
-        decoding: DecoderOptions,
-    ) -> Tensor:
-        """Sample z_i for captions, (N, D), fp32. decoding: options with the callback of previews.
-
-        Without a prior, return the captions' own z_t, as a baseline for priors.
-        """
-        prior, scheduler, steps = self.prior, self.prior_scheduler, options.prior_num_inference_steps
-        self.offload_all_but("prior")
-        text = text.to(self._execution_device, self.clip.dtype if prior is None else prior.dtype)
-        if prior is None:
-            logger.warning("this pipeline has no prior: the decoder gets the embedding of the text")
-        else:
-            steps = prior.count_steps(steps)
-            scheduler = None if scheduler is None else resolve_sampler(options.prior_sampler, scheduler, prior)
-
-        def estimate_image_embeds(x: Tensor) -> Tensor:
-            z_i = prior.unscale_image_embeds(x) if prior.needs_scheduler else x
-            return select_nearest_candidates(z_i.float(), text.expand().embedding)
-
-        def draw_preview_images(z_i: Tensor) -> list[Image.Image]:
-            fresh = [Generator().manual_seed(0) for _ in z_i]
-            quick = DecoderOptions(num_inference_steps=PREVIEW_STEPS, guidance_scale=Guidance(1.0))
-            return self.decode(self.sample_decoder(z_i, text, quick, fresh))
-
-        transform, on_step = self.build_preview_hooks(
-            "prior", scheduler, steps, decoding, estimate_image_embeds, draw_preview_images
-        )
-        sampling = Sampling(
-            options.prior_num_inference_steps,
-            generators,
-            options.prior_guidance_scale,
-            options.prior_latents,
-            self.progress_bar,
-            on_step,
-            transform,
-        )
-        candidates, temperature = options.prior_candidates, options.prior_temperature
-        z_i = sample_image_embeds(prior, scheduler, text, negative, sampling, candidates, temperature)
-        return check_finite_values("prior", z_i if prior is not None else self.normalize_embeds(z_i))
-
-    def sample_decoder(
-        self,
-        z_i: Tensor,
-        text: TextEncoding | TokenStates | None,
-        options: DecoderOptions,
-        generators: list[Generator],
-        negative: ImageCondition | None = None,
-        canvas: Canvas | None = None,
-    ) -> Tensor:
-        """Sample latents of unit variance, (N, C, h, w), fp32, that show z_i, (N, D).
-
-        negative: z_i and captions to guide away from; None is the decoder's null. canvas: given images to start from.
-        """
-        z_i, canvas = z_i.to(self._execution_device), canvas or Canvas()
-        self.offload_all_but("decoder")
-        scheduler = resolve_sampler(options.sampler, self.decoder_scheduler, self.decoder)
-        shape = self.compute_latent_shape(options) if canvas.latents is None else tuple(canvas.latents.shape[1:])
-        noise = Sampling(1, generators, noise=options.latents).get_noise(shape, z_i.device)
-
-        # The conditions
-        masked_latents = canvas.build_masked_latents(noise)
-        condition = self.build_decoder_condition(z_i, text, masked_latents, options, generators)
-        if negative is not None:
-            negative = self.build_decoder_condition(
-                negative.embedding.to(z_i), negative.text, masked_latents, options, generators
-            )
-
-        # What runs around each step: steering and previews; the given images, the user's callback and previews
-        transforms: list[PredictTransform] = []
-        callbacks: list[StepCallback] = []
-        if options.steering is not None:
-            parts = (scheduler, self.clip, self.autoencoder, len(z_i), z_i.device)
-            transforms.append(build_steering_transform(options.steering, *parts))
-        if canvas.mask is not None:
-            callbacks.append(build_blend_callback(scheduler, canvas.latents, canvas.mask, noise))
-        if options.callback_on_step_end is not None:
-            callbacks.append(build_step_callback(self, options))
-        sampling = Sampling(
-            options.num_inference_steps,
-            generators,
-            options.guidance_scale,
-            noise,
-            self.progress_bar,
-            eta=options.eta,
-            original=canvas.original,
-            strength=canvas.strength,
-        )
-        watch, report_step = self.build_preview_hooks(
-            "decoder", scheduler, sampling.steps_left, options, lambda x: x, canvas.to_images or self.decode
-        )
-        transform, on_step = chain_transforms([*transforms, watch]), chain_callbacks([*callbacks, report_step])
-        sampling = replace(sampling, transform=transform, on_step=on_step)
-        windows = [] if canvas.mask is None else build_canvas_windows(shape[1], shape[2], self.latent_shape[-1])
-        x = sample_decoder(self.decoder, scheduler, condition, sampling, negative, windows)
-        return check_finite_values("decoder", x)
-
-    def build_decoder_condition(
-        self,
-        z_i: Tensor,
-        text: TextEncoding | TokenStates | None,
-        masked_latents: Tensor,
-        options: DecoderOptions,
-        generators: list[Generator],
-    ) -> ImageCondition:
-        """Build the decoder's condition for z_i, (N, D); a decoder that noises z_i does so from a stream an image."""
-        noise = options.image_embeds_noise
-        if noise is None and self.decoder.noise_levels is not None:
-            noise = generate_noise(z_i.shape[1:], derive_stage_generators(generators, EMBEDS_NOISE_STREAM), z_i.device)
-        return build_decoder_condition(self.decoder, z_i, text, masked_latents, noise, options.noise_level)
-
-    def build_negative_condition(self, z_i: Tensor | None, count: int) -> ImageCondition | None:
-        """Return given z_i, (N, D), to guide away from, as a condition. Raises InputError for another shape."""
-        self.check_tensor("negative_image_embeds", z_i, (count, self.clip.embed_dim))
-        return None if z_i is None else ImageCondition(self.normalize_embeds(z_i.to(self._execution_device).float()))
-
-    def compute_image_embeds(
-        self,
-        prompts: list[str],
-        negatives: list[str],
-        images: Tensor,
-        each: int,
-        prior: PriorOptions,
-        generators: list[Generator],
-        decoder: DecoderOptions,
-    ) -> tuple[Tensor, TextEncoding | None]:
-        """Sample z_i for captions, and return both; without captions, encode the images, (P, 3, H, W) in [-1, 1].
-
-        each: number of z_i for every caption or image.
-        """
-        if not prompts:
-            return self.encode_image(images).repeat_interleave(each, dim=0), None
-        text = self.encode_prompt(prompts).repeat(each)
-        negative = self.encode_prompt(negatives).repeat(each) if negatives else None
-        return self.sample_image_embeds(text, negative, prior, generators, decoder), text
-
-    def draw_images(
-        self,
-        z_i: Tensor,
-        text: TextEncoding | TokenStates | None,
-        options: DecoderOptions,
-        generators: list[Generator],
-        negative: ImageCondition | None = None,
-        canvas: Canvas | None = None,
-    ) -> Any:
-        """Draw images that show z_i, (N, D), in the form of `output_type`. negative, canvas: see `sample_decoder`."""
-        latents = self.sample_decoder(z_i, text, options, generators, negative, canvas)
-        if not options.upsample:
-            return self.decode(latents, options.output_type, options, generators)
-        images = 2 * self.decode(latents, "pt", options, generators) - 1
-        images = self.upsample_images(images, z_i, options, generators)
-        return self.image_processor.postprocess(images, options.output_type)
-
     @torch.no_grad()
     def decode(
         self,
@@ -315,49 +326,12 @@ class UnCLIPPipeline(StagedPipeline):
             self.offload_all_but("autoencoder")
         if options is None or generators is None or not self.is_cascade:
             return check_finite_values("autoencoder", self.autoencoder.decode(latents).float())
-        steps, scheduler = options.super_res_num_inference_steps, self.autoencoder.scheduler
-        shown = self.image_processor.postprocess
-        transform, on_step = self.build_preview_hooks(
-            "super_resolution", scheduler, steps, options, lambda x: x.clamp(-1, 1), shown
-        )
-        sampling = Sampling(
-            steps,
-            derive_stage_generators(generators, SUPER_RESOLUTION_STREAM),
-            noise=options.super_res_latents,
-            progress=self.progress_bar,
-            on_step=on_step,
-            transform=transform,
-        )
-        images = self.autoencoder.draw_images(latents, sampling)
-        return check_finite_values("super-resolution", images.float())
+        return sample_super_resolution(self, latents, options, generators)
 
     def build_output(self, images: Any, z_i: Tensor, return_dict: bool) -> UnCLIPPipelineOutput | tuple:
         """Return the result of a call, and release the device from offloaded models."""
         self.maybe_free_model_hooks()
         return UnCLIPPipelineOutput(images, z_i) if return_dict else (images, z_i)
-
-
-def build_step_callback(pipeline: UnCLIPPipeline, options: DecoderOptions) -> StepCallback:
-    """Return the user's `callback_on_step_end` as a callback of the sampling loop."""
-    callback = options.callback_on_step_end
-    assert callback is not None
-    return lambda step, t, x: callback(pipeline, step, t, {"latents": x}).pop("latents", x)
-
-
-def chain_transforms(transforms: list[PredictTransform]) -> PredictTransform:
-    """Return a transform that applies others one after the other."""
-    return lambda predict: reduce(lambda inner, transform: transform(inner), transforms, predict)
-
-
-def chain_callbacks(callbacks: list[StepCallback]) -> StepCallback:
-    """Return a callback that runs others one after the other."""
-
-    def run_callbacks(step: int, t: Tensor, x: Tensor) -> Tensor:
-        for callback in callbacks:
-            x = callback(step, t, x)
-        return x
-
-    return run_callbacks
 
 
 def find_unique_prompts(prompts: list[str]) -> tuple[list[str], Tensor | None]:

@@ -1,19 +1,41 @@
-"""A picture in, pictures like it out: the decoder starts from its latents instead of noise."""
+"""An image in, images like it out: the decoder starts from its latents instead of noise."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from t2i.pipelines.base import MAX_IMAGES, Canvas, UnCLIPPipeline, UnCLIPPipelineOutput
+from t2i.pipelines.argument_checks import check_prompts, check_stage_inputs
+from t2i.pipelines.base import MAX_IMAGES, UnCLIPPipeline, UnCLIPPipelineOutput
 from t2i.pipelines.inputs import ImageInputs, read_images
 from t2i.pipelines.memory_needed import check_batch_fits
+from t2i.pipelines.options import DecoderOptions, PriorOptions, ResolvedOptions
+from t2i.pipelines.stages import Canvas, draw_images, sample_image_embeds
 from torch import Generator, Tensor
 
-from t2i.checks import check_integer, check_range, check_texts
+from t2i.checks import check_integer, check_range
+from t2i.diffusion.condition import TextEncoding
 from t2i.sampling.sample import split_generators
 
 
+@dataclass(frozen=True)
+class Redrawing:
+    """Checked arguments of a call that draws from P given images.
+
+    prompts, negatives: P texts each, or none. each: images drawn from one. prior: None without prompts. generators: one
+    for each drawn image, as prior_generators.
+    """
+
+    prompts: list[str]
+    negatives: list[str]
+    each: int
+    prior: PriorOptions | None
+    decoder: DecoderOptions
+    prior_generators: list[Generator]
+    generators: list[Generator]
+
+
 class ImageToImagePipeline(UnCLIPPipeline):
-    """Picture -> latents -> noised as far as `strength` says -> (decoder, told what to show) -> picture."""
+    """Image -> latents -> noised as far as `strength` says -> (decoder, told what to show) -> image."""
 
     @torch.no_grad()
     def __call__(
@@ -24,47 +46,59 @@ class ImageToImagePipeline(UnCLIPPipeline):
         strength: float = 0.6,
         num_images_per_prompt: int = 1,
         generator: Generator | list[Generator] | None = None,
-        negative_image_embeds: Tensor | None = None,
         return_dict: bool = True,
         **options: Any,
     ) -> UnCLIPPipelineOutput | tuple:
-        """Draw `num_images_per_prompt` pictures for each picture: those of one in a row.
+        """Draw `num_images_per_prompt` images for each image. See `UnCLIPPipeline` for other arguments.
 
         Args:
-            image: pictures, see `t2i.pipelines.inputs.read_images`; resized and cropped to the size that the decoder
-                draws.
-            prompt: what they are to show; one for all or one a picture. None is what the pictures show.
-            negative_prompt: what the prior is guided away from.
-            strength: share of the steps that are taken, in (0, 1]: 1 leaves nothing of the picture but what it shows.
-            generator: one for all, or one a drawn picture.
-            negative_image_embeds: (N, D), z_i that the decoder is guided away from, such as those drawn for what is not
-                wanted; None is the decoder's null.
-            return_dict: False returns the tuple (images, image_embeds).
-            options: those of `t2i.pipelines.options.PriorOptions` and `DecoderOptions`.
-
-        Raises:
-            InputError: for a value that is not allowed, before any work starts.
+            image: resized and cropped to the size that the decoder draws.
+            prompt: None is what the images show.
+            strength: fraction of the steps that are taken, in (0, 1]: 1 leaves nothing of an image but what it shows.
         """
+        # Check the arguments
         self.interrupted = False
-        check_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES)
         check_strength(strength)
-        prior, decoder = self.resolve_options(**options)
-        pictures = read_images(image, self.image_size)
-        prompts = self.check_prompts("prompt", prompt, len(pictures))
-        check_texts("prompt", prompts, empty=False)
-        negatives = self.check_prompts("negative_prompt", negative_prompt, len(pictures))
-        count = len(pictures) * num_images_per_prompt
-        prior_generators, generators = split_generators(generator, count)
-        self.check_stage_inputs(prior if prompts else None, decoder, count)
-        away = self.build_negative_condition(negative_image_embeds, count)
-        check_batch_fits(self, prior if prompts else None, decoder, count)
+        resolved = self.resolve_options(**options)
+        images = read_images(image, self.image_size)
+        work = check_redrawing(len(images), prompt, negative_prompt, num_images_per_prompt, generator, resolved)
+        count = len(work.generators)
+        check_stage_inputs(self, work.prior, work.decoder, count)
+        check_batch_fits(self, work.prior, work.decoder, count)
 
-        z_i, text = self.compute_image_embeds(
-            prompts, negatives, pictures, num_images_per_prompt, prior, prior_generators, decoder
-        )
-        latents = self.encode_latents(pictures).repeat_interleave(num_images_per_prompt, dim=0)
-        images = self.draw_images(z_i, text, decoder, generators, away, Canvas(latents, strength=strength))
-        return self.build_output(images, z_i, return_dict)
+        # Draw
+        z_i, text = compute_image_embeds(self, images, work)
+        canvas = Canvas(self.encode_latents(images).repeat_interleave(work.each, dim=0), strength=strength)
+        drawn = draw_images(self, z_i, text, work.decoder, work.generators, canvas=canvas)
+        return self.build_output(drawn, z_i, return_dict)
+
+
+def check_redrawing(
+    count: int,
+    prompt: str | list[str] | None,
+    negative_prompt: str | list[str] | None,
+    each: int,
+    generator: Generator | list[Generator] | None,
+    resolved: ResolvedOptions,
+) -> Redrawing:
+    """Check the arguments of a call that draws from `count` images, `each` for one. Raises InputError."""
+    check_integer("num_images_per_prompt", each, 1, MAX_IMAGES)
+    wanted = check_prompts("prompt", prompt, count, empty=False)
+    negatives = check_prompts("negative_prompt", negative_prompt, count)
+    prior, decoder = resolved
+    streams = split_generators(generator, count * each)
+    return Redrawing(wanted, negatives, each, prior if wanted else None, decoder, *streams)
+
+
+def compute_image_embeds(
+    pipeline: UnCLIPPipeline, images: Tensor, work: Redrawing
+) -> tuple[Tensor, TextEncoding | None]:
+    """Sample z_i for the prompts, and return both; without prompts, encode the images, (P, 3, H, W) in [-1, 1]."""
+    if work.prior is None:
+        return pipeline.encode_image(images).repeat_interleave(work.each, dim=0), None
+    text = pipeline.encode_prompt(work.prompts).repeat(work.each)
+    negative = pipeline.encode_prompt(work.negatives).repeat(work.each) if work.negatives else None
+    return sample_image_embeds(pipeline, text, negative, work.prior, work.prior_generators, work.decoder), text
 
 
 def check_strength(strength: float) -> None:

@@ -1,4 +1,4 @@
-"""Pictures between pictures and texts (DALL-E 2, section 3.2)."""
+"""Images between images and texts (DALL-E 2, section 3.2)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -8,10 +8,12 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from PIL import Image
+from t2i.pipelines.argument_checks import check_stage_inputs, check_stage_options, check_tensor
 from t2i.pipelines.base import MAX_IMAGES, UnCLIPPipelineOutput
 from t2i.pipelines.inputs import ImageInput, read_images, split_images
 from t2i.pipelines.inversion import (
     INVERSION_DEFAULTS,
+    REDRAWING_OPTIONS,
     BipartiteLatent,
     InvertingPipeline,
     check_inversion_guidance,
@@ -19,6 +21,7 @@ from t2i.pipelines.inversion import (
 )
 from t2i.pipelines.memory_needed import check_batch_fits
 from t2i.pipelines.options import DecoderOptions, PriorOptions, ResolvedOptions, build_options
+from t2i.pipelines.stages import sample_image_embeds
 from torch import Generator, Tensor
 
 from t2i.checks import check_integer, check_texts
@@ -32,7 +35,7 @@ from t2i.sampling.steering import Steering
 FRAMES_PER_BATCH = 16  # frames that are drawn at a time
 MAX_ANCHORS = 64
 
-Anchor: TypeAlias = ImageInput | str  # a str is a text, a Path a picture
+Anchor: TypeAlias = ImageInput | str  # a str is a text, a Path an image
 
 
 @dataclass
@@ -41,12 +44,12 @@ class AnchorLatents:
 
     image_embeds: Tensor  # (K, D), unit length
     latents: Tensor  # (K, C, h, w)
-    text: TextEncoding | None  # what the decoder reads, nothing for pictures; None for decoders that read no captions
+    text: TextEncoding | None  # what the decoder reads, nothing for images; None for decoders that read no captions
     seed: int  # of the noise that a sampler adds
 
 
 class InterpolationPipeline(InvertingPipeline):
-    """Pictures and texts -> their (z_i, x_T) -> those in between, on great circles -> pictures."""
+    """Images and texts -> their (z_i, x_T) -> those in between, on great circles -> images."""
 
     @torch.no_grad()
     def __call__(
@@ -61,59 +64,61 @@ class InterpolationPipeline(InvertingPipeline):
     ) -> UnCLIPPipelineOutput | tuple:
         """Draw the way from each anchor to the next, or the mixes that `weights` ask for.
 
-        Both z_i and x_T are interpolated: between two by slerp, between more by the weighted spherical mean.
+        Both z_i and x_T are interpolated: between two by slerp, between more by the weighted spherical mean. See
+        `UnCLIPPipeline` for other arguments.
 
         Args:
-            anchors: texts (str), which pass through the prior if there is one, and pictures: paths (Path), PIL
-                pictures, arrays (H, W, 3), tensors (3, H, W); see `t2i.pipelines.inputs.read_images`.
+            anchors: texts (str), which pass through the prior if there is one, and images: paths (Path), PIL images,
+                arrays (H, W, 3), tensors (3, H, W).
             weights: (K,), one an anchor, for one mix; or (N, K), a row for each of N mixes. None is the whole way.
-            frames: pictures from each anchor to the next, both included: (K - 1) (frames - 1) + 1 in all.
-            inverted: start from the pictures' own noise, so that the way begins and ends with them; else all start from
+            frames: images from each anchor to the next, both included: (K - 1) (frames - 1) + 1 in all.
+            inverted: start from the images' own noise, so that the way begins and ends with them; else all start from
                 one new noise, as texts do in any case.
             generator: of the noise of texts, of the prior, and of what a sampler or the upsampler adds.
-            return_dict: False returns the tuple (images, image_embeds).
-            options: those of `t2i.pipelines.options.PriorOptions` and `DecoderOptions`. If pictures are inverted, 50
-            steps
-                and no guidance of the decoder are the default, the inversion uses the same, and the sampler is ddim;
-                else that is the default. What steers may be one a drawn picture. A decoder that reads captions reads
-                that of the anchor with the largest weight: its text; nothing, if it is a picture.
+            options: if images are inverted, 50 steps and no guidance of the decoder are the default, the inversion uses
+                the same, and the sampler is ddim; else that is the default. A goal of steering may be one for each
+                image. `negative_image_embeds` is not allowed.
 
-        Raises:
-            InputError: for a value that is not allowed, before any work starts.
+        A decoder that reads captions gets that of the anchor with the largest weight, or nothing if it is an image.
         """
+        # Check the arguments
         self.interrupted = False
-        found = check_anchors(anchors)
-        rows = build_mixing_weights(len(found), weights, frames)
-        inverted = inverted and not all(isinstance(anchor, str) for anchor in found)
+        checked = check_anchors(anchors)
+        rows = build_mixing_weights(len(checked), weights, frames)
+        texts = [anchor for anchor in checked if isinstance(anchor, str)]
+        image_anchors = [anchor for anchor in checked if not isinstance(anchor, str)]
+        inverted = inverted and bool(image_anchors)
         prior, decoder = self.resolve_options(**options, inverted=inverted)
         if inverted:
             check_inversion_guidance(decoder)
-        texts = [anchor for anchor in found if isinstance(anchor, str)]
-        self.check_tensor("prior_latents", prior.prior_latents, (len(texts), self.clip.embed_dim))
-        self.check_stage_options(prior if texts else None, decoder)
-        self.check_stage_inputs(None, decoder, len(rows))
+        check_tensor("prior_latents", prior.prior_latents, (len(texts), self.clip.embed_dim))
+        check_stage_options(self, prior if texts else None, decoder)
+        check_stage_inputs(self, None, decoder, len(rows))
         check_batch_fits(self, None, decoder, min(len(rows), FRAMES_PER_BATCH))
-        pictures = [anchor for anchor in found if not isinstance(anchor, str)]
-        read = read_images(pictures, self.image_size, "anchors") if pictures else None
-        held = self.encode_anchors(found, read, inverted, prior, decoder, generator)
+        images = read_images(image_anchors, self.image_size, "anchors") if image_anchors else None
+        ends = self.encode_anchors(checked, images, inverted, prior, decoder, generator)
 
-        mixed = [compute_spherical_mean(held.image_embeds, row) for row in rows]
-        noise = [compute_spherical_mean(held.latents.flatten(1), row).view(self.latent_shape) for row in rows]
-        z_i, x_T, images = torch.stack(mixed), torch.stack(noise), []
+        # Mix, and draw in batches
+        z_i = torch.stack([compute_spherical_mean(ends.image_embeds, row) for row in rows])
+        flat_noise = ends.latents.flatten(1)
+        x_T = torch.stack([compute_spherical_mean(flat_noise, row).view(self.latent_shape) for row in rows])
+        drawn = []
         for start in range(0, len(rows), FRAMES_PER_BATCH):
             part = slice(start, start + FRAMES_PER_BATCH)
-            text = None if held.text is None else held.text.take_rows(rows[part].argmax(dim=1))
-            fresh = [Generator().manual_seed(held.seed) for _ in rows[part]]  # what is added is the same for all
-            settings = replace(decoder, steering=slice_steering(decoder.steering, part))
-            images.append(self.redraw_images(BipartiteLatent(z_i[part], x_T[part]), text, settings, fresh))
-        return self.build_output(concatenate_images(images), z_i, return_dict)
+            text = None if ends.text is None else ends.text.take_rows(rows[part].argmax(dim=1))
+            # The noise that a sampler adds is the same for all, or the frames would flicker
+            streams = [Generator().manual_seed(ends.seed) for _ in rows[part]]
+            part_options = replace(decoder, steering=slice_steering(decoder.steering, part))
+            drawn.append(self.redraw_images(BipartiteLatent(z_i[part], x_T[part]), text, part_options, streams))
+        return self.build_output(concatenate_images(drawn), z_i, return_dict)
 
     @classmethod
     def build_options(cls, options: dict[str, Any], defaults: dict[str, Any] | None = None) -> ResolvedOptions:
         """Check the options, with `inverted` among them: then the defaults of the inversion stand for the model's."""
         inverted = options.get("inverted", False)
         options = {name: value for name, value in options.items() if name != "inverted"}
-        prior, decoder = build_options(options, (defaults or {}) | (INVERSION_DEFAULTS if inverted else {}))
+        defaults = (defaults or {}) | (INVERSION_DEFAULTS if inverted else {})
+        prior, decoder = build_options(options, defaults, REDRAWING_OPTIONS)
         if decoder.latents is not None:
             raise InputError("latents is one noise, here it is interpolated; give a generator")
         if decoder.image_embeds_noise is not None:
@@ -123,35 +128,35 @@ class InterpolationPipeline(InvertingPipeline):
     def encode_anchors(
         self,
         anchors: list[Anchor],
-        pictures: Tensor | None,
+        images: Tensor | None,
         inverted: bool,
         prior: PriorOptions,
         decoder: DecoderOptions,
         generator: Generator | None,
     ) -> AnchorLatents:
-        """z_i and x_T of each anchor; texts, and pictures that are not inverted, have one noise in common."""
+        """Compute z_i and x_T of each anchor; texts, and images that are not inverted, have one noise in common."""
         is_text = torch.tensor([isinstance(anchor, str) for anchor in anchors])
         (prior_generator,), (noise_generator,) = split_generators(generator, 1)
         noise = generate_noise(self.latent_shape, [noise_generator], self._execution_device)
         seed = int(torch.randint(2**62, (1,), generator=noise_generator))
         latents = noise.repeat(len(anchors), 1, 1, 1)
         z_i = latents.new_empty(len(anchors), self.clip.embed_dim)
-        read = self.decoder.null(len(anchors)).text
+        captions = self.decoder.null(len(anchors)).text
         if is_text.any():
             places = is_text.nonzero()[:, 0]
             text = self.encode_prompt([anchor for anchor in anchors if isinstance(anchor, str)])
             _, generators = split_generators(prior_generator, len(places))
-            z_i[is_text] = self.sample_image_embeds(text, None, prior, generators, decoder)
-            read = None if read is None else place_captions(text, places, read)
-        if pictures is not None and inverted:
-            z_i[~is_text], latents[~is_text] = self.invert_images(pictures, None, decoder)
-        elif pictures is not None:
-            z_i[~is_text] = self.encode_image(pictures)
-        return AnchorLatents(z_i, latents, read, seed)
+            z_i[is_text] = sample_image_embeds(self, text, None, prior, generators, decoder)
+            captions = None if captions is None else place_captions(text, places, captions)
+        if images is not None and inverted:
+            z_i[~is_text], latents[~is_text] = self.invert_images(images, None, decoder)
+        elif images is not None:
+            z_i[~is_text] = self.encode_image(images)
+        return AnchorLatents(z_i, latents, captions, seed)
 
 
 def check_anchors(anchors: Any) -> list[Anchor]:
-    """One by one. Raises InputError for none, for too many, and for texts that say nothing."""
+    """Return the anchors as a list. Raises InputError for none, for too many, and for texts without words."""
     if isinstance(anchors, str | Path | Image.Image):
         anchors = [anchors]
     if not isinstance(anchors, Sequence | np.ndarray | Tensor):
@@ -162,13 +167,14 @@ def check_anchors(anchors: Any) -> list[Anchor]:
         raise InputError(f"anchors are {len(anchors)}; at most {MAX_ANCHORS} are taken")
     check_texts("anchors", [anchor for anchor in anchors if isinstance(anchor, str)], empty=False)
     for i, anchor in enumerate(anchors):
-        if (found := len(split_images(anchor, f"anchors {i + 1}"))) != 1:
-            raise InputError(f"anchors {i + 1} must be a text or one picture, got {found} pictures in one")
+        images = len(split_images(anchor, f"anchors {i + 1}"))
+        if images != 1:
+            raise InputError(f"anchors {i + 1} must be a text or one picture, got {images} pictures in one")
     return list(anchors)
 
 
 def build_mixing_weights(count: int, weights: Any, frames: int) -> Tensor:
-    """(N, count), fp64, each row summing to 1: how much of each anchor is in each picture. Raises InputError."""
+    """Return how much of each anchor is in each image, (N, count), fp64, each row with sum 1. Raises InputError."""
     if weights is not None:
         try:
             given = torch.as_tensor(weights, dtype=torch.float64)
@@ -181,12 +187,14 @@ def build_mixing_weights(count: int, weights: Any, frames: int) -> Tensor:
     check_integer("frames", frames, 2, MAX_IMAGES)
     if count < 2:
         raise InputError("anchors are one, and there is no way from it; give another, or weights")
-    if (total := (count - 1) * (frames - 1) + 1) > MAX_IMAGES:
+    total = (count - 1) * (frames - 1) + 1
+    if total > MAX_IMAGES:
         raise InputError(
             f"frames {frames} between {count} anchors are {total} pictures; at most {MAX_IMAGES} are drawn"
         )
-    at = torch.linspace(0, count - 1, total, dtype=torch.float64)
-    return (1 - (at[:, None] - torch.arange(count)).abs()).clamp(min=0)
+    # A frame at position p, in anchors, has the weights 1 - |p - k|: only its two neighbours have any
+    positions = torch.linspace(0, count - 1, total, dtype=torch.float64)
+    return (1 - (positions[:, None] - torch.arange(count)).abs()).clamp(min=0)
 
 
 def place_captions(text: TextEncoding, places: Tensor, nothing: TokenStates) -> TokenStates:
@@ -198,7 +206,7 @@ def place_captions(text: TextEncoding, places: Tensor, nothing: TokenStates) -> 
 
 
 def slice_steering(steering: Steering | None, part: slice) -> Steering | None:
-    """Return the steering of a part of the pictures, with their own targets where each picture has one."""
+    """Return the steering of a part of the images, with their own goals where each image has one."""
 
     def slice_value(value: Any) -> Any:
         return value[part] if isinstance(value, list | Tensor) and len(value) > 1 else value
@@ -210,7 +218,7 @@ def slice_steering(steering: Steering | None, part: slice) -> Steering | None:
 
 
 def concatenate_images(parts: list[Any]) -> Any:
-    """Batches of pictures, of any output type, as one."""
+    """Join batches of images, of any output type."""
     if isinstance(parts[0], Tensor):
         return torch.cat(parts)
     return np.concatenate(parts) if isinstance(parts[0], np.ndarray) else [image for part in parts for image in part]

@@ -1,12 +1,14 @@
-"""Pictures as bipartite latents (DALL-E 2, section 3): z_i, what is seen in them, and x_T, the noise with the rest."""
+"""Images as bipartite latents (DALL-E 2, section 3): z_i, what CLIP sees in them, and x_T, the noise with the rest."""
 
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+from t2i.pipelines.argument_checks import check_prompts, check_stage_options, check_tensor
 from t2i.pipelines.base import UnCLIPPipeline
 from t2i.pipelines.inputs import ImageInputs, read_images
-from t2i.pipelines.options import DecoderOptions, build_options
+from t2i.pipelines.options import DECODER_OPTION_NAMES, OPTION_NAMES, DecoderOptions, build_options
+from t2i.pipelines.stages import build_preview_hooks, draw_images
 from torch import Generator, Tensor
 
 from t2i.diffusion.condition import TextEncoding
@@ -16,18 +18,21 @@ from t2i.diffusion.samplers import resolve_sampler
 from t2i.errors import InputError
 from t2i.sampling.sample import build_decoder_condition, build_decoder_predict
 
-INVERSION_DEFAULTS = {"num_inference_steps": 50, "guidance_scale": 1.0}  # defaults where pictures are to come back
+INVERSION_DEFAULTS = {"num_inference_steps": 50, "guidance_scale": 1.0}  # defaults where images are to come back
+# An inversion is guided away from nothing but the null
+REDRAWING_OPTIONS = OPTION_NAMES - {"negative_image_embeds"}
+DECODER_REDRAWING_OPTIONS = REDRAWING_OPTIONS & DECODER_OPTION_NAMES
 
 
 class BipartiteLatent(NamedTuple):
-    """A picture, as the decoder has it."""
+    """Images as the decoder has them."""
 
     image_embeds: Tensor  # (N, D), unit length: z_i
     latents: Tensor  # (N, C, h, w), about unit variance: x_T
 
 
 class InvertingPipeline(UnCLIPPipeline):
-    """Base of variations, interpolations and edits of given pictures."""
+    """Base of variations, interpolations and edits of given images."""
 
     @torch.no_grad()
     def invert(
@@ -37,51 +42,49 @@ class InvertingPipeline(UnCLIPPipeline):
         num_inference_steps: int = INVERSION_DEFAULTS["num_inference_steps"],  # type: ignore[assignment]
         guidance_scale: float | Guidance = INVERSION_DEFAULTS["guidance_scale"],
     ) -> BipartiteLatent:
-        """N pictures -> (z_i, x_T), from which DDIM draws them again, up to what the autoencoder loses.
+        """Invert N images: (z_i, x_T), from which DDIM draws them again, up to what the autoencoder loses.
 
         Args:
-            image: see `t2i.pipelines.inputs.read_images`; resized and cropped to the size that the decoder draws.
-            prompt: what caption-reading decoders read meanwhile, one for all or one a picture; None is nothing.
-            num_inference_steps, guidance_scale: the same as when they are drawn again. Guidance makes it less exact.
+            image: resized and cropped to the size that the decoder draws.
+            prompt: what caption-reading decoders read meanwhile, one for all or one an image; None is nothing.
+            num_inference_steps, guidance_scale: the same as for drawing them again. Guidance makes it less exact.
 
-        Raises:
-            InputError: for a value that is not allowed, before any work starts.
+        Raises InputError for a value that is not allowed, before any work starts.
         """
         self.interrupted = False
         options = DecoderOptions(num_inference_steps, Guidance.from_value(guidance_scale), sampler="ddim")
         check_inversion_guidance(options)
-        self.check_stage_options(None, options)
-        pictures = read_images(image, self.image_size)
-        prompts = self.check_prompts("prompt", prompt, len(pictures))
+        check_stage_options(self, None, options)
+        images = read_images(image, self.image_size)
+        prompts = check_prompts("prompt", prompt, len(images))
         text = self.encode_decoder_prompt(prompts) if prompts else None
-        return self.invert_images(pictures, text, options)
+        return self.invert_images(images, text, options)
 
     def read_image_or_latent(self, image: ImageInputs | BipartiteLatent) -> tuple[Tensor | BipartiteLatent, int]:
-        """Pictures, (N, 3, H, W) in [-1, 1], or what they are to the decoder, checked; and N."""
+        """Return images, (N, 3, H, W) in [-1, 1], or checked latents of images, on the device; and N."""
         if not isinstance(image, BipartiteLatent):
-            pictures = read_images(image, self.image_size)
-            return pictures, len(pictures)
+            images = read_images(image, self.image_size)
+            return images, len(images)
         count = len(image.image_embeds)
-        self.check_tensor("image_embeds", image.image_embeds, (count, self.clip.embed_dim))
-        self.check_tensor("latents", image.latents, (count, *self.latent_shape))
-        return BipartiteLatent(*(one.to(self._execution_device).float() for one in image)), count
-
-    def ensure_inverted(
-        self, given: Tensor | BipartiteLatent, text: TextEncoding | None, options: DecoderOptions
-    ) -> BipartiteLatent:
-        return given if isinstance(given, BipartiteLatent) else self.invert_images(given, text, options)
+        check_tensor("image_embeds", image.image_embeds, (count, self.clip.embed_dim))
+        check_tensor("latents", image.latents, (count, *self.latent_shape))
+        return BipartiteLatent(*(tensor.to(self._execution_device).float() for tensor in image)), count
 
     @torch.no_grad()
-    def invert_images(self, pictures: Tensor, text: TextEncoding | None, options: DecoderOptions) -> BipartiteLatent:
-        """Invert pictures, (N, 3, H, W) in [-1, 1]."""
-        z_i, scheduler = self.encode_image(pictures), self.decoder_scheduler
-        latents = self.encode_latents(pictures)
+    def invert_images(
+        self, given: Tensor | BipartiteLatent, text: TextEncoding | None, options: DecoderOptions
+    ) -> BipartiteLatent:
+        """Invert images, (N, 3, H, W) in [-1, 1]. Images that are inverted already are returned as they are."""
+        if isinstance(given, BipartiteLatent):
+            return given
+        z_i, scheduler = self.encode_image(given), self.decoder_scheduler
+        latents = self.encode_latents(given)
         self.offload_all_but("decoder")
         condition = build_decoder_condition(self.decoder, z_i, text)
         predict = build_decoder_predict(self.decoder, scheduler, condition, options.guidance_scale)
         steps = options.num_inference_steps
         exact = resolve_sampler("ddim", scheduler, self.decoder)
-        _, on_step = self.build_preview_hooks("inversion", exact, steps, options, lambda x: x, self.decode)
+        _, on_step = build_preview_hooks(self, "inversion", exact, steps, options, lambda x: x, self.decode)
         noise = invert_sample(predict, scheduler, latents, steps, progress=self.progress_bar, on_step=on_step)
         return BipartiteLatent(z_i, noise)
 
@@ -92,23 +95,23 @@ class InvertingPipeline(UnCLIPPipeline):
         options: DecoderOptions,
         generators: list[Generator],
     ) -> Any:
-        """The pictures that are drawn from (z_i, x_T), as `output_type` says: by DDIM, for those to come back."""
-        # As it was told of z_i when it was inverted: without noise.
+        """Draw images from (z_i, x_T), in the form of `output_type`: by DDIM, for those to come back."""
+        # The inversion does not noise z_i, so that a decoder that does must not noise it here either
         noise = torch.zeros_like(latent.image_embeds) if options.noise_level == 0 else None
-        settings = replace(options, latents=latent.latents, image_embeds_noise=noise)
-        return self.draw_images(latent.image_embeds, text, settings, generators)
+        options = replace(options, latents=latent.latents, image_embeds_noise=noise)
+        return draw_images(self, latent.image_embeds, text, options, generators)
 
 
 def build_inversion_options(options: dict[str, Any], eta: float = 0.0) -> DecoderOptions:
-    """Build the decoder's options for drawing from the noise of given pictures: DDIM with this eta."""
-    _, decoder = build_options(options, INVERSION_DEFAULTS, uses_prior=False)
+    """Build the decoder's options for drawing from the noise of given images: DDIM with this eta."""
+    _, decoder = build_options(options, INVERSION_DEFAULTS, DECODER_REDRAWING_OPTIONS)
     if decoder.latents is not None:
         raise InputError("latents is the noise to start from, which is that of the picture here; leave it out")
     return resolve_ddim_options(decoder, eta)
 
 
 def resolve_ddim_options(options: DecoderOptions, eta: float = 0.0) -> DecoderOptions:
-    """Set the sampler to DDIM, which draws inverted pictures again. Raises InputError for another sampler or eta."""
+    """Set the sampler to DDIM, which draws inverted images again. Raises InputError for another sampler or eta."""
     if options.sampler not in (None, "ddim"):
         raise InputError(
             f"sampler must be ddim here, for pictures are drawn from their own noise; got {options.sampler}"
@@ -121,7 +124,7 @@ def resolve_ddim_options(options: DecoderOptions, eta: float = 0.0) -> DecoderOp
 
 
 def check_inversion_guidance(options: DecoderOptions) -> None:
-    """Refuse guidance that remembers its steps: the inversion asks several times in each."""
+    """Refuse guidance that remembers its steps: an inversion evaluates the model several times in each."""
     guidance = options.guidance_scale
     if guidance.momentum and not guidance.is_off:
         raise InputError(f"guidance_scale.momentum must be 0 where pictures are inverted, got {guidance.momentum:g}")

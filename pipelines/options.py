@@ -1,6 +1,6 @@
 """Keyword arguments that all drawing pipelines take, as two dataclasses: one for the prior, one for the decoder.
 
-`StagedPipeline.resolve_options` builds both, with the model's own defaults for what is left out.
+`UnCLIPPipeline.resolve_options` builds both, with the model's own defaults for what is left out.
 """
 
 from collections.abc import Callable
@@ -84,6 +84,8 @@ class DecoderOptions:
         height, width: size of the images in pixels; None is the size that the decoder was trained on.
         noise_level: noise added to z_i by decoders that do so (Stable unCLIP), 0 to 999. More noise gives more variety.
         image_embeds_noise: (N, D), that noise.
+        negative_image_embeds: (N, D), z_i that the decoder is guided away from, such as those drawn for what is not
+            wanted; None is the decoder's null. Not for pipelines that invert images.
         super_res_num_inference_steps: steps of the super-resolution that a cascade (Karlo) always ends with. Other
             models refuse a value other than the default.
         super_res_latents: (N, 3, H, W), the noise that the super-resolution starts from.
@@ -109,6 +111,7 @@ class DecoderOptions:
     width: int | None = None
     noise_level: int = 0
     image_embeds_noise: Tensor | None = None
+    negative_image_embeds: Tensor | None = None
     super_res_num_inference_steps: int = 7
     super_res_latents: Tensor | None = None
     callback_on_step_end: StepCallback | None = None
@@ -149,12 +152,13 @@ class DecoderOptions:
 ResolvedOptions: TypeAlias = tuple[PriorOptions, DecoderOptions]
 PRIOR_OPTION_NAMES = frozenset(field.name for field in fields(PriorOptions))
 DECODER_OPTION_NAMES = frozenset(field.name for field in fields(DecoderOptions))
+OPTION_NAMES = PRIOR_OPTION_NAMES | DECODER_OPTION_NAMES
 
 GUIDANCE_OPTIONS = {"prior_guidance_scale": PriorOptions, "guidance_scale": DecoderOptions}
 
 
 def build_options(
-    options: dict[str, Any], defaults: dict[str, Any] | None = None, uses_prior: bool = True
+    options: dict[str, Any], defaults: dict[str, Any] | None = None, allowed: frozenset[str] = OPTION_NAMES
 ) -> ResolvedOptions:
     """Build the options of both stages from keyword arguments.
 
@@ -162,15 +166,14 @@ def build_options(
         options: values of the fields of `PriorOptions` and `DecoderOptions`. A guidance scale may also be a dict with
             some of the fields of `Guidance`; the others are those of the default.
         defaults: a model's own defaults, for options that are left out.
-        uses_prior: False refuses the options of the prior.
+        allowed: names of the options that may be given.
 
     Raises:
         InputError: for a value that is not allowed.
         TypeError: for an unknown name.
     """
     # Refuse unknown names
-    known = DECODER_OPTION_NAMES | PRIOR_OPTION_NAMES if uses_prior else DECODER_OPTION_NAMES
-    if unknown := sorted(options.keys() - known):
+    if unknown := sorted(options.keys() - allowed):
         raise TypeError(f"unknown argument {unknown[0]!r}; pipelines.options lists the arguments")
 
     # Fill in the defaults, also of a guidance that is given in part

@@ -11,6 +11,16 @@ class Interrupted(RuntimeError):
     """End of a drawing between two steps, after `interrupt()`. The pipeline can be called again."""
 
 
+class Interruptible:
+    """Base of all pipelines: the flag that `t2i.pipelines.stages.build_preview_hooks` reads after each step."""
+
+    interrupted = False
+
+    def interrupt(self) -> None:
+        """End the running call, from a callback or another thread: its next step raises `Interrupted`."""
+        self.interrupted = True
+
+
 @dataclass
 class Preview:
     """Estimate of a stage's result after a step.

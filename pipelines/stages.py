@@ -1,375 +1,303 @@
-"""The stages of unCLIP in a pipeline: how they are loaded, what goes with what, and what can be asked of them."""
+"""The sampling of each stage: prior, decoder, super-resolution and upsampler, with previews.
 
-import copy
-from pathlib import Path
-from typing import Any, Self
+`pipeline` is the `UnCLIPPipeline` whose components sample; `upsample_images` also takes an `UpsamplePipeline`.
+"""
 
-from diffusers import DiffusionPipeline, SchedulerMixin
-from diffusers.image_processor import VaeImageProcessor
-from t2i.pipelines.folder import (
-    COMPONENT_CLASSES,
-    OPTIONAL_COMPONENTS,
-    AnyAutoencoder,
-    AnyCLIP,
-    AnyDecoder,
-    AnyTextEncoder,
-    PipelineFolder,
-    check_component_types,
-)
-from t2i.pipelines.loading import FETCH_ARGUMENTS, build_own_arguments, load_public_components
-from t2i.pipelines.options import DecoderOptions, PriorOptions, ResolvedOptions, build_options
-from t2i.pipelines.watched import WatchedPipeline
-from torch import Tensor
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
 
-from t2i.checks import check_integer, check_multiple_of, check_range, check_texts
-from t2i.diffusion.samplers import check_scheduler_sampling, resolve_sampler
-from t2i.diffusion.sampling_loop import check_eta
-from t2i.errors import InputError
-from t2i.files.model_folder import load_or_explain
-from t2i.files.untrusted import is_folder
-from t2i.interop.fetching import fetch_model_folder
-from t2i.interop.folders import replace_old_modules
-from t2i.interop.stored import has_bf16
-from t2i.networks.autoregressive_prior import AutoregressivePrior
-from t2i.networks.upsampler import Upsampler
-from t2i.runtime.compiling import check_compiler, compile_steps
-from t2i.runtime.devices import check_bf16_support, warn_of_slow_bf16
-from t2i.sampling.embeddings import AnyPrior, check_scale_only, default_guidance_scale
-from t2i.sampling.steering import check_steering
-from t2i.sampling.upsampling import check_upsampled_size
+import torch
+from diffusers import SchedulerMixin
+from PIL import Image
+from t2i.pipelines.options import DecoderOptions, PriorOptions
+from t2i.pipelines.progress import Interrupted, Preview
+from torch import Generator, Tensor
+
+from t2i.diffusion.condition import ImageCondition, TextEncoding, TokenStates
+from t2i.diffusion.denoiser import Predict, PredictTransform, StepCallback
+from t2i.diffusion.guidance import Guidance
+from t2i.diffusion.inpainting import build_blend_callback, build_canvas_windows, concat_masked_latents
+from t2i.diffusion.process import predict_x0
+from t2i.diffusion.samplers import count_model_evaluations, resolve_sampler
+from t2i.diffusion.sampling_loop import Sampling, count_steps_left, generate_noise
+from t2i.sampling import embeddings, sample
+from t2i.sampling.steering import build_steering_transform
+from t2i.sampling.upsampling import DEFAULT_TILE_SIZE, derive_stage_generators, sample_upsampler
+
+logger = logging.getLogger(__name__)
+
+PREVIEW_STEPS = 4  # of the decoder, for a preview of the prior
+# Stages of `derive_stage_generators`; those of the upsampler count from 1.
+SUPER_RESOLUTION_STREAM, EMBEDS_NOISE_STREAM = -1, -2
 
 
-class StagedPipeline(WatchedPipeline):
-    """CLIP, prior, decoder, autoencoder, upsampler and text encoder. All load from the same folders."""
+@dataclass(frozen=True)
+class Canvas:
+    """Given images that the decoder starts from, or paints in.
 
-    model_cpu_offload_seq = "clip->text_encoder->prior->decoder->autoencoder->upsampler"
-    _callback_tensor_inputs = ["latents"]
-    _optional_components = list(OPTIONAL_COMPONENTS)
+    latents: (N, C, h, w), of the images; None: there are none.
+    mask: (N, 1, h, w), 1 where there is to be painted; None: nothing of the images has to stay.
+    strength: fraction of the steps that are taken, in (0, 1].
+    to_images: makes previews of latents; None decodes them.
+    """
 
-    def __init__(
-        self,
-        clip: AnyCLIP,
-        decoder: AnyDecoder,
-        decoder_scheduler: SchedulerMixin,
-        autoencoder: AnyAutoencoder,
-        prior: AnyPrior | None = None,
-        prior_scheduler: SchedulerMixin | None = None,
-        upsampler: Upsampler | None = None,
-        upsampler_scheduler: SchedulerMixin | None = None,
-        text_encoder: AnyTextEncoder | None = None,
-    ):
-        super().__init__()
-        check_component_types({"clip": clip, "prior": prior, "decoder": decoder, "autoencoder": autoencoder})
-        schedulers = {"decoder_scheduler": decoder_scheduler, "prior_scheduler": prior_scheduler}
-        check_component_types({**schedulers, "upsampler_scheduler": upsampler_scheduler, "upsampler": upsampler})
-        check_component_types({"text_encoder": text_encoder})
-        for name, scheduler in schedulers.items():
-            if scheduler is not None:
-                check_scheduler_sampling(name, scheduler)
-        for name, model in {"prior": prior, "decoder": decoder, "upsampler": upsampler}.items():
-            fingerprint = None if model is None else model.config.clip_fingerprint
-            if fingerprint is not None and fingerprint != clip.identity:
-                raise InputError(
-                    f"the {name} was trained with the CLIP {fingerprint}, this pipeline has {clip.identity}"
-                )
-        check_embed_widths(clip, prior, decoder)
-        check_text_encoder(decoder, text_encoder)
-        if (prior is None or not prior.needs_scheduler) != (prior_scheduler is None):
-            what = "no prior" if prior is None else f"as prior a {type(prior).__name__}"
-            has = "no prior_scheduler" if prior_scheduler is None else "a prior_scheduler"
-            raise InputError(f"this pipeline has {what} and {has}; only the diffusion prior goes with a scheduler")
-        if (upsampler is None) != (upsampler_scheduler is None):
-            raise InputError("upsampler and upsampler_scheduler go together; one of them is missing")
-        if decoder.config.latent_channels != autoencoder.channels:
-            channels = f"{decoder.config.latent_channels} channels, the autoencoder's have {autoencoder.channels}"
-            raise InputError(f"the decoder's latents have {channels}; they were not trained together")
-        self.register_modules(
-            clip=clip,
-            decoder=decoder,
-            decoder_scheduler=decoder_scheduler,
-            autoencoder=autoencoder,
-            prior=prior,
-            prior_scheduler=prior_scheduler,
-            upsampler=upsampler,
-            upsampler_scheduler=upsampler_scheduler,
-            text_encoder=text_encoder,
+    latents: Tensor | None = None
+    mask: Tensor | None = None
+    strength: float = 1.0
+    to_images: Callable[[Tensor], list[Image.Image]] | None = None
+
+    @property
+    def original(self) -> Tensor | None:
+        """The latents to start from; None: noise alone, as for a mask under which nothing of the images stays."""
+        return None if self.mask is not None and self.strength == 1 else self.latents
+
+    def build_masked_latents(self, noise: Tensor) -> Tensor:
+        """Return (N, C + 1, h, w), for decoders that read masks; without a mask everything is to be painted."""
+        if self.latents is None or self.mask is None:
+            return concat_masked_latents(torch.zeros_like(noise), torch.ones_like(noise[:, :1]))
+        return concat_masked_latents(self.latents, self.mask)
+
+
+def sample_image_embeds(
+    pipeline: Any,
+    text: TextEncoding,
+    negative: TextEncoding | None,
+    options: PriorOptions,
+    generators: list[Generator],
+    decoding: DecoderOptions,
+) -> Tensor:
+    """Sample z_i for captions, (N, D), fp32. decoding: options with the callback of previews.
+
+    Without a prior, return the captions' own z_t, as a baseline for priors.
+    """
+    prior, scheduler, steps = pipeline.prior, pipeline.prior_scheduler, options.prior_num_inference_steps
+    pipeline.offload_all_but("prior")
+    text = text.to(pipeline._execution_device, pipeline.clip.dtype if prior is None else prior.dtype)
+    if prior is None:
+        logger.warning("this pipeline has no prior: the decoder gets the embedding of the text")
+    else:
+        steps = prior.count_steps(steps)
+        scheduler = None if scheduler is None else resolve_sampler(options.prior_sampler, scheduler, prior)
+
+    def estimate_image_embeds(x: Tensor) -> Tensor:
+        z_i = prior.unscale_image_embeds(x) if prior.needs_scheduler else x
+        return embeddings.select_nearest_candidates(z_i.float(), text.expand().embedding)
+
+    def draw_preview_images(z_i: Tensor) -> list[Image.Image]:
+        fresh = [Generator().manual_seed(0) for _ in z_i]
+        quick = DecoderOptions(num_inference_steps=PREVIEW_STEPS, guidance_scale=Guidance(1.0))
+        return pipeline.decode(sample_decoder(pipeline, z_i, text, quick, fresh))
+
+    transform, on_step = build_preview_hooks(
+        pipeline, "prior", scheduler, steps, decoding, estimate_image_embeds, draw_preview_images
+    )
+    sampling = Sampling(
+        options.prior_num_inference_steps,
+        generators,
+        options.prior_guidance_scale,
+        options.prior_latents,
+        pipeline.progress_bar,
+        on_step,
+        transform,
+    )
+    candidates, temperature = options.prior_candidates, options.prior_temperature
+    z_i = embeddings.sample_image_embeds(prior, scheduler, text, negative, sampling, candidates, temperature)
+    return check_finite_values("prior", z_i if prior is not None else pipeline.normalize_embeds(z_i))
+
+
+def sample_decoder(
+    pipeline: Any,
+    z_i: Tensor,
+    text: TextEncoding | TokenStates | None,
+    options: DecoderOptions,
+    generators: list[Generator],
+    negative: ImageCondition | None = None,
+    canvas: Canvas | None = None,
+) -> Tensor:
+    """Sample latents of unit variance, (N, C, h, w), fp32, that show z_i, (N, D).
+
+    negative: z_i and captions to guide away from; None: those of the options, or the decoder's null.
+    """
+    decoder, device = pipeline.decoder, pipeline._execution_device
+    z_i, canvas = z_i.to(device), canvas or Canvas()
+    pipeline.offload_all_but("decoder")
+    scheduler = resolve_sampler(options.sampler, pipeline.decoder_scheduler, decoder)
+    shape = pipeline.compute_latent_shape(options) if canvas.latents is None else tuple(canvas.latents.shape[1:])
+    noise = Sampling(1, generators, noise=options.latents).get_noise(shape, device)
+
+    # The conditions
+    masked_latents = canvas.build_masked_latents(noise)
+    embeds_noise = options.image_embeds_noise
+    if embeds_noise is None and decoder.noise_levels is not None:
+        embeds_noise = generate_noise(z_i.shape[1:], derive_stage_generators(generators, EMBEDS_NOISE_STREAM), device)
+
+    def build_condition(embeds: Tensor, read: TextEncoding | TokenStates | None) -> ImageCondition:
+        level = options.noise_level
+        return sample.build_decoder_condition(decoder, embeds, read, masked_latents, embeds_noise, level)
+
+    if negative is None and options.negative_image_embeds is not None:
+        negative = ImageCondition(pipeline.normalize_embeds(options.negative_image_embeds.to(device).float()))
+    if negative is not None:
+        negative = build_condition(negative.embedding.to(z_i), negative.text)
+
+    # What runs around each step: steering and previews; the given images, the user's callback and previews
+    transforms: list[PredictTransform] = []
+    callbacks: list[StepCallback] = []
+    if options.steering is not None:
+        parts = (scheduler, pipeline.clip, pipeline.autoencoder)
+        transforms.append(build_steering_transform(options.steering, *parts, len(z_i), device))
+    if canvas.mask is not None:
+        callbacks.append(build_blend_callback(scheduler, canvas.latents, canvas.mask, noise))
+    if options.callback_on_step_end is not None:
+        callbacks.append(build_step_callback(pipeline, options))
+    steps = options.num_inference_steps
+    steps_left = steps if canvas.original is None else count_steps_left(steps, canvas.strength)
+    watch, report_step = build_preview_hooks(
+        pipeline, "decoder", scheduler, steps_left, options, lambda x: x, canvas.to_images or pipeline.decode
+    )
+
+    sampling = Sampling(
+        steps,
+        generators,
+        options.guidance_scale,
+        noise,
+        pipeline.progress_bar,
+        chain_callbacks([*callbacks, report_step]),
+        chain_transforms([*transforms, watch]),
+        options.eta,
+        canvas.original,
+        canvas.strength,
+    )
+    windows = [] if canvas.mask is None else build_canvas_windows(shape[1], shape[2], pipeline.latent_shape[-1])
+    x = sample.sample_decoder(decoder, scheduler, build_condition(z_i, text), sampling, negative, windows)
+    return check_finite_values("decoder", x)
+
+
+def draw_images(
+    pipeline: Any,
+    z_i: Tensor,
+    text: TextEncoding | TokenStates | None,
+    options: DecoderOptions,
+    generators: list[Generator],
+    negative: ImageCondition | None = None,
+    canvas: Canvas | None = None,
+) -> Any:
+    """Draw images that show z_i, (N, D), in the form of `output_type`. negative, canvas: see `sample_decoder`."""
+    latents = sample_decoder(pipeline, z_i, text, options, generators, negative, canvas)
+    if not options.upsample:
+        return pipeline.decode(latents, options.output_type, options, generators)
+    images = 2 * pipeline.decode(latents, "pt", options, generators) - 1
+    images = upsample_images(pipeline, images, z_i, options, generators)
+    return pipeline.image_processor.postprocess(images, options.output_type)
+
+
+def sample_super_resolution(
+    pipeline: Any, latents: Tensor, options: DecoderOptions, generators: list[Generator]
+) -> Tensor:
+    """Sample the images of a cascade (Karlo), (N, 3, H, W), fp32, from its latents, which are smaller images."""
+    steps, scheduler = options.super_res_num_inference_steps, pipeline.autoencoder.scheduler
+    to_images = pipeline.image_processor.postprocess
+    transform, on_step = build_preview_hooks(
+        pipeline, "super_resolution", scheduler, steps, options, lambda x: x.clamp(-1, 1), to_images
+    )
+    sampling = Sampling(
+        steps,
+        derive_stage_generators(generators, SUPER_RESOLUTION_STREAM),
+        noise=options.super_res_latents,
+        progress=pipeline.progress_bar,
+        on_step=on_step,
+        transform=transform,
+    )
+    return check_finite_values("super-resolution", pipeline.autoencoder.draw_images(latents, sampling).float())
+
+
+def upsample_images(
+    pipeline: Any,
+    images: Tensor,
+    z_i: Tensor | None,
+    options: DecoderOptions,
+    generators: list[Generator],
+    tile: int = DEFAULT_TILE_SIZE,
+) -> Tensor:
+    """Enlarge images, (N, 3, H, W) in [-1, 1], `options.upsample` times; fp32. generators: of the decoder."""
+    upsampler, scheduler = pipeline.upsampler, pipeline.upsampler_scheduler
+    steps, level = options.upsample_steps, options.upsample_level
+    for stage in range(1, options.upsample + 1):
+        height, width = (upsampler.config.factor * side for side in images.shape[-2:])
+
+        # The network's sides are multiples of its patches; the defaults are the sides of this enlargement
+        def crop_estimate(x: Tensor, height: int = height, width: int = width) -> Tensor:
+            return x[..., :height, :width].clamp(-1, 1)
+
+        transform, on_step = build_preview_hooks(
+            pipeline, "upsampler", scheduler, steps, options, crop_estimate, pipeline.image_processor.postprocess
         )
-        self.image_processor = VaeImageProcessor(vae_scale_factor=autoencoder.factor)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
-        """Load a pipeline from a folder or from a repository on the hub.
-
-        Args:
-            pretrained_model_name_or_path: a folder that `save_pretrained` or `t2i assemble` wrote, one in a public
-                layout (`t2i.interop.layouts`), or the name of a repository.
-            prior: a component; or, for a public model in two parts, the folder or repository of the other part. May be
-                left out for a decoder's repository whose prior is known. May also name a prior alone: a run's folder,
-                or a PriorTransformer.
-            clip: a component; or the folder or repository of a public model's CLIP, if neither part has it.
-            dtype: of the weights; or a dict of dtypes by component (`t2i.interop.stored.DTYPE_PARTS`), in which
-                "default" is the rest. "auto" is the stored dtype. None is the stored dtype for public models, also
-                after they were saved here, and float32 for models that were trained here, which may be stored in half
-                precision. torch.bfloat16 is refused where the machine cannot compute in it.
-            variant: of the file names, such as "fp16". A component without files of it is read from its plain ones.
-            compile: compile the decoder's steps, once for each size and number of images and each length of captions
-                that it reads, at the first step of each.
-            kwargs: other components, which replace those of the folder, and diffusers' arguments.
-
-        Raises InputError, in one line, if the model is missing, incomplete, truncated or made of parts of different
-        CLIPs, and for a variant that no component has.
-        """
-        if any(has_bf16(kwargs.get(name)) for name in ("dtype", "torch_dtype")):
-            check_bf16_support()
-        if kwargs.pop("compile", False):
-            check_compiler()
-            pipeline = cls.from_pretrained(pretrained_model_name_or_path, **kwargs)
-            compile_steps(pipeline.decoder)
-            return pipeline
-        # Find the folder
-        names = [part for part in ("prior", "clip") if isinstance(kwargs.get(part), str | Path)]
-        check_component_types(
-            {part: kwargs[part] for part in COMPONENT_CLASSES if part in kwargs and part not in names}
-        )
-        path = Path(pretrained_model_name_or_path)
-        if not is_folder(path):
-            path = Path(cls.download(str(path), **kwargs))
-        folder = PipelineFolder(path, kwargs.get("variant"))
-        # Load it
-        if folder.is_own:
-            settings = {**build_own_arguments(folder, cls.download, **kwargs), "use_safetensors": True}
-            # diffusers looks for the class that the folder names in the class of the caller, so super() must be bound.
-            pipeline = load_or_explain(lambda path: super(StagedPipeline, cls).from_pretrained(path, **settings), path)
-            if "clip" not in kwargs:
-                folder.check_saved_clip(pipeline.clip)
-        else:
-            name = str(pretrained_model_name_or_path)
-            pipeline = cls(**load_public_components(name, folder, cls.download, **kwargs))
-            pipeline.register_to_config(_name_or_path=name)
-        warn_of_slow_bf16(pipeline.components)
-        return pipeline
-
-    @classmethod
-    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """Return the index that diffusers loads components by, with the modules of today."""
-        config = super().load_config(*args, **kwargs)
-        return replace_old_modules(config) if isinstance(config, dict) else config
-
-    def save_config(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Write the index. Beside public models, which do not store which CLIP is theirs, it has the fingerprint."""
-        if not self.clip.unit_length:
-            self.register_to_config(_clip_fingerprint=self.clip.identity)
-        super().save_config(save_directory, *args, **kwargs)
-
-    def offload_all_but(self, *names: str) -> None:
-        """Take the other components off the device, under `enable_model_cpu_offload`, until they are used again.
-
-        Its hooks offload the component before in a caption's order alone. That is not enough where CLIP is followed by
-        the autoencoder or the decoder.
-        """
-        kept = [getattr(self, name) for name in names]
-        for hook in getattr(self, "_all_hooks", []):
-            if not any(hook.model is model for model in kept):
-                hook.offload()
-
-    @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **components: Any) -> Self:
-        """Build this pipeline from the components of another one, which stay as they are; `components` replace some."""
-        other = cls(**{**pipeline.components, **components})
-        other.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
-        other.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
-        return other
-
-    @classmethod
-    def download(cls, pretrained_model_name: str | Path, **kwargs: Any) -> str:
-        """Download what is read of a repository. diffusers' own method refuses components of other packages."""
-        options = {name: kwargs[name] for name in FETCH_ARGUMENTS if kwargs.get(name) is not None}
-        return str(fetch_model_folder(pretrained_model_name, variant=kwargs.get("variant"), **options))
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of the pictures that the decoder was trained on."""
-        config = self.decoder.config
-        return config.latent_channels, config.latent_size, config.latent_size
-
-    @property
-    def is_cascade(self) -> bool:
-        """True if decoding is a diffusion of its own."""
-        return self.autoencoder.is_cascade
-
-    @property
-    def default_decoder_options(self) -> dict[str, Any]:
-        """Defaults of `DecoderOptions` that depend on the decoder."""
-        return {
-            "num_inference_steps": self.decoder.default_steps,
-            "guidance_scale": self.decoder.default_guidance_scale,
-        }
-
-    def compute_latent_shape(self, options: DecoderOptions) -> tuple[int, int, int]:
-        """(C, h, w) of the pictures that the options ask for."""
-        sides = ((side or self.image_size) // self.autoencoder.factor for side in (options.height, options.width))
-        return self.latent_shape[0], *sides  # type: ignore[return-value]
-
-    @property
-    def image_size(self) -> int:
-        """The side, in pixels, of the pictures that the decoder was trained on."""
-        return self.decoder.config.latent_size * self.autoencoder.factor
-
-    def resolve_options(self, resolved: ResolvedOptions | None = None, **options: Any) -> ResolvedOptions:
-        """Return the checked options of both stages, with this model's defaults for those that are left out.
-
-        Each `__call__` passes its `**options` through here. A caller that draws many times resolves them once and then
-        calls the pipeline with `resolved=...`, which is returned as it is.
-
-        Raises:
-            InputError: for a value that is not allowed.
-            TypeError: for an unknown name.
-        """
-        if resolved is not None:
-            return resolved
-        prior_default = {"prior_guidance_scale": default_guidance_scale(self.prior)}
-        return self.build_options(options, self.default_decoder_options | prior_default)
-
-    @classmethod
-    def build_options(cls, options: dict[str, Any], defaults: dict[str, Any] | None = None) -> ResolvedOptions:
-        """Check the options of this kind of pipeline, also before a model is loaded. See `options.build_options`."""
-        return build_options(options, defaults)
-
-    # Checks of arguments and options
-
-    def check_prompts(self, name: str, prompt: str | list[str] | None, count: int | None = None) -> list[str]:
-        """Return texts as a list, one text repeated `count` times. Raises InputError for anything else."""
-        prompts = [] if prompt is None else [prompt] if isinstance(prompt, str) else prompt
-        check_texts(name, prompts)
-        if count is None or not prompts:
-            return list(prompts)
-        if isinstance(prompt, list) and len(prompts) != count:
-            raise InputError(f"{name} has {len(prompts)} texts for {count} prompts")
-        return list(prompts) if isinstance(prompt, list) else prompts * count
-
-    def check_tensor(self, name: str, value: Tensor | None, shape: tuple[int, ...]) -> None:
-        """Raise InputError for a tensor of another shape, and for values that are not finite. None passes."""
-        if value is None:
-            return
-        if not isinstance(value, Tensor) or value.shape != shape:
-            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise InputError(f"{name} must be a tensor of shape {shape}, got {got}")
-        if not value.isfinite().all():
-            raise InputError(f"{name} must be finite, got NaN or infinity")
-
-    def check_stage_inputs(
-        self, prior: PriorOptions | None, decoder: DecoderOptions, count: int, any_size: bool = False
-    ) -> None:
-        """Raise InputError for options that these stages do not take, to draw `count` images.
-
-        prior: None if the prior is not used. any_size: allow other sizes than the decoder was trained on.
-        """
-        self.check_stage_options(prior, decoder)
-        self.check_image_sides(decoder, any_size)
-        channels, height, width = self.compute_latent_shape(decoder)
-        height_in_pixels, width_in_pixels = height * self.autoencoder.factor, width * self.autoencoder.factor
-        if decoder.steering is not None:
-            check_steering("steering", decoder.steering, self.clip, self.autoencoder, count)
-        if prior is not None:
-            self.check_tensor("prior_latents", prior.prior_latents, (count, self.clip.embed_dim))
-        self.check_tensor("latents", decoder.latents, (count, channels, height, width))
-        self.check_tensor("image_embeds_noise", decoder.image_embeds_noise, (count, self.clip.embed_dim))
-        self.check_super_resolution(decoder, (count, 3, height_in_pixels, width_in_pixels))
-        self.check_upsampling(decoder, height_in_pixels, width_in_pixels)
-
-    def check_stage_options(self, prior: PriorOptions | None, decoder: DecoderOptions) -> None:
-        """Raise InputError for what these models and schedulers cannot do. prior: None if the prior is not used."""
-        # The prior
-        if prior is not None:
-            if self.prior is None and self.clip.reads_captions and not self.clip.unit_length:
-                raise InputError("this model has no prior; give prior=..., the folder of one, or image_embeds")
-            if self.prior_scheduler is not None:
-                scheduler = resolve_sampler(prior.prior_sampler, self.prior_scheduler, self.prior)
-                check_step_count("prior_num_inference_steps", prior.prior_num_inference_steps, scheduler)
-            elif prior.prior_sampler is not None:
-                raise InputError(
-                    f"prior_sampler needs a diffusion prior, which this is not; got {prior.prior_sampler!r}"
-                )
-            if isinstance(self.prior, AutoregressivePrior):
-                check_scale_only(prior.prior_guidance_scale)
-
-        # The decoder
-        levels = self.decoder.noise_levels
-        if levels is not None:
-            check_integer("noise_level", decoder.noise_level, 0, levels - 1)
-        elif decoder.noise_level or decoder.image_embeds_noise is not None:
-            name = "noise_level" if decoder.noise_level else "image_embeds_noise"
-            raise InputError(
-                f"{name} needs a decoder that adds noise to image_embeds (Stable unCLIP's); this one does not"
-            )
-        scheduler = resolve_sampler(decoder.sampler, self.decoder_scheduler, self.decoder)
-        check_eta(scheduler, decoder.eta)
-        check_step_count("num_inference_steps", decoder.num_inference_steps, scheduler)
-
-    def check_image_sides(self, options: DecoderOptions, any_size: bool) -> None:
-        """Raise InputError for a height or width that cannot be drawn."""
-        for name, side in {"height": options.height, "width": options.width}.items():
-            if side in (None, self.image_size):
-                continue
-            if not any_size:
-                raise InputError(f"{name} is {side}, but the images have the size of the given ones; leave it out")
-            if options.steering is not None:
-                raise InputError(f"{name} must be {self.image_size} for images that are steered, got {side}")
-            check_multiple_of(name, side, self.autoencoder.factor * compute_latent_multiple(self.decoder))
-
-    def check_super_resolution(self, options: DecoderOptions, shape: tuple[int, ...]) -> None:
-        """Raise InputError for super_res_latents of another shape, and for super_res options without a cascade."""
-        changed = [] if options.super_res_latents is None else ["super_res_latents"]
-        if options.super_res_num_inference_steps != DecoderOptions.super_res_num_inference_steps:
-            changed.append("super_res_num_inference_steps")
-        if changed and not self.is_cascade:
-            raise InputError(
-                f"{changed[0]} needs a cascade, which ends with a super-resolution (Karlo); this model does not"
-            )
-        self.check_tensor("super_res_latents", options.super_res_latents, shape)
-
-    def check_upsampling(self, options: DecoderOptions, height: int, width: int) -> None:
-        """Raise InputError if images of this size cannot be upsampled as the options say."""
-        if not options.upsample:
-            return
-        if self.upsampler is None or self.upsampler_scheduler is None:
-            raise InputError(f"upsample is {options.upsample}, but this pipeline has no upsampler; load one")
-        check_range("upsample_level", options.upsample_level, 0, self.upsampler.config.max_level)
-        check_upsampled_size(self.upsampler, width, height, options.upsample)
-        check_step_count("upsample_steps", options.upsample_steps, self.upsampler_scheduler)
+        own = derive_stage_generators(generators, stage)
+        sampling = Sampling(steps, own, progress=pipeline.progress_bar, on_step=on_step, transform=transform)
+        images = sample_upsampler(upsampler, scheduler, images, sampling, z_i, level, tile)
+        images = check_finite_values("upsampler", images)
+    return images
 
 
-def compute_latent_multiple(decoder: Any) -> int:
-    """Return what the sides of a decoder's latents must be a multiple of: a U-Net halves them, others cut patches."""
-    parts = dict(decoder.named_children())
-    net = parts.get("net", parts.get("unet"))
-    return decoder.config.get("patch_size", 1) if net is None else 2 ** (len(net.config.block_out_channels) - 1)
+def build_preview_hooks(
+    pipeline: Any,
+    stage: str,
+    scheduler: SchedulerMixin,
+    steps: int,
+    options: DecoderOptions,
+    to_estimate: Callable[[Tensor], Tensor],
+    to_images: Callable[[Tensor], list[Image.Image]],
+) -> tuple[PredictTransform, StepCallback]:
+    """Return the transform and the callback of a stage's sampling that make previews and `interrupt` work.
+
+    to_estimate: from x to the estimate of a `Preview`. to_images: from the estimate to images.
+    """
+    last_x0: dict[str, Tensor] = {}
+    steps = count_model_evaluations(scheduler, steps)
+
+    def record_predictions(predict: Predict) -> Predict:
+        def predict_and_record(x: Tensor, t: Tensor) -> Tensor:
+            prediction = predict(x, t)
+            last_x0["x0"] = predict_x0(scheduler, prediction, x, t)
+            return prediction
+
+        return predict if options.on_preview is None else predict_and_record
+
+    def report_step(step: int, t: Tensor, x: Tensor) -> Tensor:
+        if options.on_preview is not None and ((step + 1) % options.preview_every == 0 or step + 1 == steps):
+            # Priors without a scheduler call no `Predict`: their x is an estimate already
+            estimate = to_estimate(x if step + 1 == steps else last_x0.get("x0", x))
+            options.on_preview(Preview(stage, step + 1, steps, estimate, lambda: to_images(estimate)))
+        if pipeline.interrupted:
+            pipeline.interrupted = False
+            raise Interrupted(f"interrupted after step {step + 1} of {steps} of the {stage}")
+        return x
+
+    return record_predictions, report_step
 
 
-def check_embed_widths(clip: AnyCLIP, prior: AnyPrior | None, decoder: AnyDecoder) -> None:
-    """Refuse stages whose embeddings have other dimensions than the CLIP's, or its token states, where they say so."""
-    for name, model in {"prior": prior, "decoder": decoder}.items():
-        if model is not None and model.config.embed_dim != clip.embed_dim:
-            width = f"the CLIP's have {clip.embed_dim}"
-            raise InputError(f"the {name}'s embeddings have {model.config.embed_dim} dimensions, {width}: another CLIP")
-        states = None if model is None else model.states_width
-        if states is not None and clip.reads_captions and states != clip.text_width:
-            width = f"the CLIP's have {clip.text_width}"
-            raise InputError(f"the {name} reads token states of {states} dimensions, {width}: another CLIP")
+def build_step_callback(pipeline: Any, options: DecoderOptions) -> StepCallback:
+    """Return the user's `callback_on_step_end` as a callback of the sampling loop."""
+    callback = options.callback_on_step_end
+    assert callback is not None
+    return lambda step, t, x: callback(pipeline, step, t, {"latents": x}).pop("latents", x)
 
 
-def check_text_encoder(decoder: AnyDecoder, text_encoder: AnyTextEncoder | None) -> None:
-    """Refuse another text encoder than the decoder was trained with, one that it does not read, or none."""
-    expected = decoder.config.get("text_encoder_fingerprint")
-    identity = None if text_encoder is None else text_encoder.identity
-    if identity != expected:
-        captions = f"captions from the text encoder {expected}" if expected else "no text encoder's captions"
-        raise InputError(f"the decoder was trained with {captions}, this pipeline has {identity or 'no text encoder'}")
+def chain_transforms(transforms: list[PredictTransform]) -> PredictTransform:
+    """Return a transform that applies others one after the other."""
+    return lambda predict: reduce(lambda inner, transform: transform(inner), transforms, predict)
 
 
-def check_step_count(name: str, steps: int, scheduler: SchedulerMixin) -> None:
-    """Raise InputError for more steps than a scheduler takes: most take at most as many as the training had."""
-    try:
-        copy.deepcopy(scheduler).set_timesteps(steps)
-    except ValueError as error:
-        raise InputError(f"{name} is {steps}, which {type(scheduler).__name__} refuses: {error}") from error
+def chain_callbacks(callbacks: list[StepCallback]) -> StepCallback:
+    """Return a callback that runs others one after the other."""
+    return lambda step, t, x: reduce(lambda inner, callback: callback(step, t, inner), callbacks, x)
+
+
+def check_finite_values(stage: str, x: Tensor) -> Tensor:
+    """Return x. Raises ValueError for NaN or infinity."""
+    if not x.isfinite().all():
+        raise ValueError(f"the {stage} returned values that are not finite; its weights or the precision are at fault")
+    return x

@@ -1,16 +1,18 @@
-"""A caption in, pictures out."""
+"""A caption in, images out."""
 
 import logging
 from dataclasses import replace
 from typing import Any
 
 import torch
+from t2i.pipelines.argument_checks import check_prompts, check_stage_inputs, check_tensor
 from t2i.pipelines.base import MAX_IMAGES, UnCLIPPipeline, UnCLIPPipelineOutput
 from t2i.pipelines.memory_needed import check_batch_fits
 from t2i.pipelines.options import DecoderOptions, PriorOptions
+from t2i.pipelines.stages import draw_images, sample_image_embeds
 from torch import Generator, Tensor
 
-from t2i.checks import check_integer, check_texts
+from t2i.checks import check_integer
 from t2i.diffusion.condition import ImageCondition
 from t2i.errors import InputError
 from t2i.sampling.sample import split_generators
@@ -19,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class Text2ImagePipeline(UnCLIPPipeline):
-    """Caption -> z_t -> (prior) -> z_i -> (decoder) -> latents -> (autoencoder) -> picture."""
+    """Caption -> z_t -> (prior) -> z_i -> (decoder) -> latents -> (autoencoder) -> image."""
 
     @torch.no_grad()
     def __call__(
@@ -29,45 +31,33 @@ class Text2ImagePipeline(UnCLIPPipeline):
         num_images_per_prompt: int = 1,
         generator: Generator | list[Generator] | None = None,
         image_embeds: Tensor | None = None,
-        negative_image_embeds: Tensor | None = None,
         decoder_negative_prompt: str | list[str] | None = None,
         return_dict: bool = True,
         **options: Any,
     ) -> UnCLIPPipelineOutput | tuple:
-        """Draw `num_images_per_prompt` pictures for each prompt: N in all, those of one prompt in a row.
+        """Draw `num_images_per_prompt` images for each prompt: N in all. See `UnCLIPPipeline` for other arguments.
 
         Args:
             prompt: a text or a list; may be left out if `image_embeds` is given.
-            negative_prompt: what the prior is guided away from; one for all or one a prompt (or a row of `image_embeds`
-                where there are no prompts).
-            generator: one for all, or one a picture. A picture depends on its own seed alone, not on the batch.
-            image_embeds: (N, D), z_i to draw instead of the prior's; normalised if the CLIP's `unit_length`.
-            negative_image_embeds: (N, D), z_i that the decoder is guided away from, instead of its null.
+            image_embeds: (N, D), z_i to draw instead of the prior's; normalized if the CLIP's `unit_length`.
             decoder_negative_prompt: what the decoder is guided away from, as the prior imagines it from the same noise;
-                one for all or one a prompt, as `negative_prompt`.
-            return_dict: False returns the tuple (images, image_embeds).
-            options: those of `t2i.pipelines.options.PriorOptions` and `DecoderOptions`.
-
-        Raises:
-            InputError: for a value that is not allowed, before any work starts.
+                one for all or one a prompt. With `negative_image_embeds`, their captions.
         """
+        # Check the arguments
         self.interrupted = False
         check_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES)
         prior, decoder = self.resolve_options(**options)
         if image_embeds is None and (prompt is None or prompt == []):
             raise InputError("prompt is missing; give a text, a list of texts, or image_embeds")
-        prompts = self.check_prompts("prompt", prompt)
-        check_texts("prompt", prompts, empty=False)
+        prompts = check_prompts("prompt", prompt, empty=False)
         count, each = len(prompts) * num_images_per_prompt, num_images_per_prompt if prompts else 1
         if image_embeds is not None:
             count = self.check_image_embeds(image_embeds, count)
-        negatives = self.check_prompts("negative_prompt", negative_prompt, count // each)
-        decoder_negatives = self.check_prompts("decoder_negative_prompt", decoder_negative_prompt, count // each)
-        self.check_tensor("negative_image_embeds", negative_image_embeds, (count, self.clip.embed_dim))
-        prior_generators, decoder_generators = split_generators(generator, count)
-        self.check_stage_inputs(
-            prior if image_embeds is None or decoder_negatives else None, decoder, count, any_size=True
-        )
+        negatives = check_prompts("negative_prompt", negative_prompt, count // each)
+        decoder_negatives = check_prompts("decoder_negative_prompt", decoder_negative_prompt, count // each)
+        prior_generators, generators = split_generators(generator, count)
+        uses_prior = image_embeds is None or decoder_negatives
+        check_stage_inputs(self, prior if uses_prior else None, decoder, count, any_size=True)
         check_batch_fits(self, prior if image_embeds is None else None, decoder, count)
         if negatives and (prior.prior_guidance_scale.is_off or image_embeds is not None):
             logger.warning("negative_prompt has no effect: it guides the prior, which is not guided or not used here")
@@ -75,46 +65,43 @@ class Text2ImagePipeline(UnCLIPPipeline):
             logger.warning("decoder_negative_prompt has no effect: the decoder is not guided")
             decoder_negatives = []
 
-        same_noise = [one.clone_state() for one in prior_generators]
-        read = self.encode_prompt if image_embeds is None else self.encode_decoder_prompt
-        text = read(prompts).repeat(each) if prompts else None
+        # Draw. The prior starts from the same noise for what is wanted and for what is not.
+        same_noise = [stream.clone_state() for stream in prior_generators]
+        encode = self.encode_prompt if image_embeds is None else self.encode_decoder_prompt
+        text = encode(prompts).repeat(each) if prompts else None
         if image_embeds is None:
             assert text is not None, "there are prompts or embeddings"
             negative = self.encode_prompt(negatives).repeat(each) if negatives else None
-            z_i = self.sample_image_embeds(text, negative, prior, prior_generators, decoder)
+            z_i = sample_image_embeds(self, text, negative, prior, prior_generators, decoder)
         else:
             z_i = self.normalize_embeds(image_embeds.to(self._execution_device).float())
-        away = self.encode_negative_condition(
-            negative_image_embeds, decoder_negatives, each, prior, same_noise, decoder
-        )
-        return self.build_output(
-            self.draw_images(z_i, text, decoder, decoder_generators, negative=away), z_i, return_dict
-        )
+        unwanted = self.encode_decoder_negatives(decoder_negatives, each, prior, same_noise, decoder)
+        return self.build_output(draw_images(self, z_i, text, decoder, generators, unwanted), z_i, return_dict)
 
-    def encode_negative_condition(
+    def encode_decoder_negatives(
         self,
-        z_i: Tensor | None,
         negatives: list[str],
         each: int,
         prior: PriorOptions,
         generators: list[Generator],
         decoder: DecoderOptions,
     ) -> ImageCondition | None:
-        """Encode the decoder's negative condition from given z_i, (N, D), and texts; None is its null."""
-        read = self.encode_prompt if z_i is None else self.encode_decoder_prompt
-        said = read(negatives).repeat(each) if negatives else None
-        if z_i is not None:
-            return ImageCondition(self.normalize_embeds(z_i.to(self._execution_device).float()), said)
-        if said is None:
+        """Encode texts that the decoder is guided away from, with the given z_i or the prior's; None for no texts."""
+        if not negatives:
             return None
+        given = decoder.negative_image_embeds
+        encode = self.encode_prompt if given is None else self.encode_decoder_prompt
+        text = encode(negatives).repeat(each)
+        if given is not None:
+            return ImageCondition(self.normalize_embeds(given.to(self._execution_device).float()), text)
         unseen = replace(decoder, on_preview=None)  # previews are of what is wanted
-        return ImageCondition(self.sample_image_embeds(said, None, prior, generators, unseen), said)
+        return ImageCondition(sample_image_embeds(self, text, None, prior, generators, unseen), text)
 
-    def check_image_embeds(self, image_embeds: Tensor, asked: int) -> int:
-        """Check z_i and return their number; `asked` is the number of pictures for the prompts, 0 for no prompts."""
+    def check_image_embeds(self, image_embeds: Tensor, expected: int) -> int:
+        """Check z_i and return their number; `expected` is the number of images for the prompts, 0 for no prompts."""
         if not isinstance(image_embeds, Tensor) or image_embeds.ndim != 2 or not len(image_embeds):
             raise InputError(f"image_embeds must be a tensor (N, {self.clip.embed_dim}), got {image_embeds!r:.80}")
-        self.check_tensor("image_embeds", image_embeds, (len(image_embeds), self.clip.embed_dim))
-        if asked and asked != len(image_embeds):
-            raise InputError(f"image_embeds has {len(image_embeds)} rows, the prompts ask for {asked} pictures")
+        check_tensor("image_embeds", image_embeds, (len(image_embeds), self.clip.embed_dim))
+        if expected and expected != len(image_embeds):
+            raise InputError(f"image_embeds has {len(image_embeds)} rows, the prompts ask for {expected} pictures")
         return len(image_embeds)

@@ -1,9 +1,10 @@
-"""A picture, changed by the direction from one caption to another (DALL-E 2, section 3.3)."""
+"""An image, changed by the direction from one caption to another (DALL-E 2, section 3.3)."""
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from t2i.pipelines.argument_checks import check_prompts, check_stage_inputs
 from t2i.pipelines.base import UnCLIPPipelineOutput
 from t2i.pipelines.inputs import ImageInputs
 from t2i.pipelines.inversion import (
@@ -26,7 +27,7 @@ MIN_CAPTION_DISTANCE = 1e-3  # captions whose embeddings are no further apart sa
 
 
 class TextDiffPipeline(InvertingPipeline):
-    """Picture -> (z_i, x_T); z_i turned towards z_t(target) - z_t(source); both -> picture. The prior is not used."""
+    """Image -> (z_i, x_T); z_i turned towards z_t(target) - z_t(source); both -> image. The prior is not used."""
 
     @torch.no_grad()
     def __call__(
@@ -39,44 +40,39 @@ class TextDiffPipeline(InvertingPipeline):
         return_dict: bool = True,
         **options: Any,
     ) -> UnCLIPPipelineOutput | tuple:
-        """Change each picture from what `source` says to what `target` says: N pictures for N.
+        """Change each image from what `source` says to what `target` says: N images for N.
 
-        The drawing starts from the picture's own noise, so that what the captions do not speak of tends to stay.
+        The drawing starts from the image's own noise, so that what the captions do not mention tends to stay. See
+        `UnCLIPPipeline` for other arguments.
 
         Args:
-            image: see `t2i.pipelines.inputs.read_images`; resized and cropped to the size that the decoder draws.
-                Or what `invert` has made of pictures.
-            source: what the picture shows, one for all or one a picture.
+            image: resized and cropped to the size that the decoder draws. Or what `invert` returned for images.
+            source: what the image shows, one for all or one an image.
             target: what it is to show.
-            theta: how far to turn: a share of the angle between z_i and the direction, 0 to 1. 0 gives the picture
-                back; the paper goes up to 0.25 to 0.5, the default is what does best with the emoji.
-            generator: decides nothing, for nothing is drawn by chance here; taken as other pipelines take it.
-            return_dict: False returns the tuple (images, image_embeds).
-            options: those of `t2i.pipelines.options.DecoderOptions`; 50 steps and no guidance if left out. The
-            inversion
-                uses the same. The captions act through z_i alone: a decoder that reads captions reads nothing here,
-                or it would draw another picture for theta 0 already.
-
-        Raises:
-            InputError: for a value that is not allowed, before any work starts.
+            theta: how far to turn: a fraction of the angle between z_i and the direction, 0 to 1. 0 gives the image
+                back; the paper goes up to 0.25 to 0.5, the default did best with the emoji.
+            generator: has no effect, for nothing is drawn by chance here; taken as other pipelines take it.
+            options: those of the decoder alone, without `negative_image_embeds`; 50 steps and no guidance if left out.
+                The inversion uses the same. The captions act through z_i alone: a decoder that reads captions reads
+                nothing here, or it would draw another image for theta 0 already.
         """
+        # Check the arguments
         self.interrupted = False
         check_range("theta", theta, 0, 1)
         _, decoder = self.resolve_options(**options)
         given, count = self.read_image_or_latent(image)
         if not isinstance(given, BipartiteLatent):
             check_inversion_guidance(decoder)
-        sources, targets = (
-            self.check_captions(name, value, count) for name, value in (("source", source), ("target", target))
-        )
-        for one, other in zip(sources, targets):
-            check_caption_pair(one, other)
+        sources, targets = check_captions("source", source, count), check_captions("target", target, count)
+        for before, after in zip(sources, targets):
+            check_caption_pair(before, after)
         _, generators = split_generators(generator, count)
-        self.check_stage_inputs(None, decoder, count)
+        check_stage_inputs(self, None, decoder, count)
         check_batch_fits(self, None, decoder, count)
         direction = self.compute_text_direction(sources, targets)
 
-        z_i, noise = self.ensure_inverted(given, None, decoder)
+        # Draw. The direction gets the length of z_i, which is not 1 with all CLIPs.
+        z_i, noise = self.invert_images(given, None, decoder)
         z_i = slerp(z_i, direction.to(z_i) * z_i.norm(dim=-1, keepdim=True), theta)
         images = self.redraw_images(BipartiteLatent(z_i, noise), None, decoder, generators)
         return self.build_output(images, z_i, return_dict)
@@ -86,23 +82,27 @@ class TextDiffPipeline(InvertingPipeline):
         """Check the options; the defaults of the inversion stand for the model's."""
         return PriorOptions(), build_inversion_options(options)
 
-    def check_captions(self, name: str, value: str | list[str], count: int) -> list[str]:
-        captions = self.check_prompts(name, value, count)
-        if not captions:
-            raise InputError(f"{name} is missing; give a text, or one for each picture")
-        return captions
-
     def compute_text_direction(self, sources: list[str], targets: list[str]) -> Tensor:
-        """norm(z_t(target) - z_t(source)), (N, D), fp32. Raises InputError where there is none."""
+        """Return norm(z_t(target) - z_t(source)), (N, D), fp32. Raises InputError where both are the same."""
         before, after = (self.encode_prompt(texts).expand().embedding.float() for texts in (sources, targets))
         difference = after - before
-        for one, other, size in zip(sources, targets, difference.norm(dim=-1).tolist()):
-            if size < MIN_CAPTION_DISTANCE:
-                raise InputError(f"source {one!r:.80} and target {other!r:.80} say the same to this CLIP; differ more")
+        for source, target, distance in zip(sources, targets, difference.norm(dim=-1).tolist()):
+            if distance < MIN_CAPTION_DISTANCE:
+                captions = f"source {source!r:.80} and target {target!r:.80}"
+                raise InputError(f"{captions} say the same to this CLIP; differ more")
         return F.normalize(difference, dim=-1)
 
 
+def check_captions(name: str, value: str | list[str], count: int) -> list[str]:
+    """Return `count` captions. Raises InputError if there are none, or another number."""
+    captions = check_prompts(name, value, count)
+    if not captions:
+        raise InputError(f"{name} is missing; give a text, or one for each picture")
+    return captions
+
+
 def check_caption_pair(source: str, target: str) -> None:
+    """Refuse captions without words, and two captions that are the same."""
     check_texts("source", [source], empty=False)
     check_texts("target", [target], empty=False)
     if source.strip() == target.strip():

@@ -1,6 +1,5 @@
-"""Pictures in, larger pictures out."""
+"""Images in, larger images out."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -11,13 +10,14 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 from PIL import Image
+from t2i.pipelines.argument_checks import check_step_count
 from t2i.pipelines.base import UnCLIPPipeline
+from t2i.pipelines.compatibility import check_clip_fingerprint
 from t2i.pipelines.folder import PipelineFolder
 from t2i.pipelines.inputs import ImageInputs, read_image, split_images
-from t2i.pipelines.options import DecoderOptions
-from t2i.pipelines.progress import Preview
-from t2i.pipelines.stages import check_step_count
-from t2i.pipelines.watched import WatchedPipeline
+from t2i.pipelines.options import build_options
+from t2i.pipelines.progress import Interruptible
+from t2i.pipelines.stages import upsample_images
 from torch import Generator, Tensor
 
 from t2i.checks import check_choice, check_integer, check_range
@@ -32,19 +32,20 @@ from t2i.sampling.sample import split_generators
 from t2i.sampling.upsampling import DEFAULT_TILE_SIZE, MAX_ENLARGEMENTS, check_upsampled_size, resolve_tile_overlap
 
 OUTPUT_TYPES = ("pil", "pt")
+UPSAMPLE_OPTIONS = frozenset({"on_preview", "preview_every"})
 
 
 @dataclass
 class UpsamplePipelineOutput(BaseOutput):
-    """images: a list of PIL pictures, or of (3, H, W) torch in [0, 1], by `output_type`."""
+    """Result of `UpsamplePipeline`: a list of PIL images, or of (3, H, W) torch in [0, 1], by `output_type`."""
 
     images: list[Image.Image] | list[Tensor]
 
 
-class UpsamplePipeline(WatchedPipeline):
-    """Pictures of any size, through the upsampler any number of times.
+class UpsamplePipeline(Interruptible, DiffusionPipeline):
+    """Images of any size, through the upsampler any number of times.
 
-    `clip` is needed by upsamplers alone that take z_i, which is then that of the picture.
+    clip: only for upsamplers that take z_i, which is then that of the image.
     """
 
     model_cpu_offload_seq = "clip->upsampler"
@@ -52,16 +53,16 @@ class UpsamplePipeline(WatchedPipeline):
 
     def __init__(self, upsampler: Upsampler, upsampler_scheduler: SchedulerMixin, clip: CLIP | None = None):
         super().__init__()
-        theirs = upsampler.config.clip_fingerprint
-        if clip is not None and theirs not in (None, clip.identity):
-            raise InputError(f"the upsampler was trained with the CLIP {theirs}, this pipeline has {clip.identity}")
+        check_clip_fingerprint("upsampler", upsampler, clip)
         self.register_modules(upsampler=upsampler, upsampler_scheduler=upsampler_scheduler, clip=clip)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
-        """Load what `training/train_upsampler.py` wrote, or a whole pipeline from a folder or the hub
-        that has an upsampler. Raises InputError, in one line."""
+        """Load what `training/train_upsampler.py` wrote, or the upsampler of a pipeline in a folder or on the hub.
+
+        Raises InputError, in one line, also for a pipeline without an upsampler.
+        """
         path = Path(pretrained_model_name_or_path)
         if not is_folder(path):
             path = Path(UnCLIPPipeline.download(str(path), **kwargs | {"variant": None}))  # plain files are read below
@@ -81,7 +82,7 @@ class UpsamplePipeline(WatchedPipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **components: Any) -> Self:
-        """The upsampler of another pipeline, and its CLIP."""
+        """Build this pipeline from the upsampler of another pipeline, and its CLIP."""
         names = ("upsampler", "upsampler_scheduler", "clip")
         found = {name: pipeline.components.get(name) for name in names} | components
         if found["upsampler"] is None:
@@ -99,25 +100,26 @@ class UpsamplePipeline(WatchedPipeline):
         tile: int = DEFAULT_TILE_SIZE,
         output_type: str = "pil",
         return_dict: bool = True,
-        on_preview: Callable[[Preview], None] | None = None,
-        preview_every: int = 1,
+        **options: Any,
     ) -> UpsamplePipelineOutput | tuple:
-        """Enlarge each picture by the upsampler's factor, `times` times.
+        """Enlarge each image by the upsampler's factor, `times` times.
 
         Args:
-            image: one or several, of any sizes; what they may be is said in `t2i.pipelines.inputs.read_images`.
+            image: one or several, of any sizes; see `t2i.pipelines.inputs.read_images`.
             times: 1 to 8.
             num_inference_steps: each time, 1 to 1000.
-            level: of the noise that is put on the picture first (`Upsampler.config.max_level` at most): 0 trusts every
+            level: of the noise that is put on the image first (`Upsampler.config.max_level` at most): 0 trusts every
                 pixel; more lets flaws be redrawn.
-            generator: one for all, or one a picture. A picture depends on its own alone.
-            tile: larger pictures are denoised in windows of so many pixels, which bounds the memory.
+            generator: one for all, or one an image. An image depends on its own alone.
+            tile: larger images are denoised in windows of so many pixels, which bounds the memory.
             output_type: "pil" or "pt".
-            on_preview: called with a `Preview` of one picture after every `preview_every` steps of each enlargement.
+            options: `on_preview` and `preview_every`; see `t2i.pipelines.options.DecoderOptions`. A preview is of one
+                image.
 
         Raises:
-            InputError: for a picture that is too small or becomes too large, and for values that are not allowed.
+            InputError: for an image that is too small or becomes too large, and for values that are not allowed.
         """
+        # Check the arguments
         self.interrupted = False
         check_integer("times", times, 1, MAX_ENLARGEMENTS)
         check_integer("num_inference_steps", num_inference_steps, 1, MAX_STEPS)
@@ -125,29 +127,26 @@ class UpsamplePipeline(WatchedPipeline):
         check_range("level", level, 0, self.upsampler.config.max_level)
         resolve_tile_overlap(tile, None, self.upsampler.image_size_multiple)
         check_choice("output_type", output_type, OUTPUT_TYPES)
-        options = DecoderOptions(
-            upsample=times,
-            upsample_steps=num_inference_steps,
-            upsample_level=level,
-            on_preview=on_preview,
-            preview_every=preview_every,
-        )
-        pictures = [read_image(one, None) for one in split_images(image)]
-        if not pictures:
+        stage = {"upsample": times, "upsample_steps": num_inference_steps, "upsample_level": level}
+        _, resolved = build_options(options, stage, UPSAMPLE_OPTIONS)
+        originals = [read_image(item, None) for item in split_images(image)]
+        if not originals:
             raise InputError("image has no pictures; give one or more")
-        for one in pictures:
-            check_upsampled_size(self.upsampler, one.shape[-1], one.shape[-2], times)
-        generators = split_generators(generator, len(pictures))[1]
+        for original in originals:
+            check_upsampled_size(self.upsampler, original.shape[-1], original.shape[-2], times)
+        _, generators = split_generators(generator, len(originals))
+
+        # Enlarge one by one, for their sizes may differ
         images: list = []
-        for one, own in zip(pictures, generators):
-            x = one[None].to(self._execution_device)
-            x = self.upsample_images(x, self.encode_upsampler_image(x), options, [own], tile)
+        for original, stream in zip(originals, generators):
+            x = original[None].to(self._execution_device)
+            x = upsample_images(self, x, self.encode_upsampler_image(x), resolved, [stream], tile)
             images += list(self.image_processor.postprocess(x.cpu(), output_type))
         self.maybe_free_model_hooks()
         return UpsamplePipelineOutput(images) if return_dict else (images,)
 
-    def encode_upsampler_image(self, picture: Tensor) -> Tensor | None:
-        """z_i for upsamplers that take it, where there is a CLIP."""
+    def encode_upsampler_image(self, image: Tensor) -> Tensor | None:
+        """Encode an image, (1, 3, H, W), as z_i, for upsamplers that take it; None without a CLIP, and for others."""
         if self.clip is None or self.upsampler.config.embed_dim is None:
             return None
-        return F.normalize(self.clip.encode_image(picture.to(self.clip.dtype)).float(), dim=-1)
+        return F.normalize(self.clip.encode_image(image.to(self.clip.dtype)).float(), dim=-1)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from diffusers import DiffusionPipeline
 from t2i.pipelines.jobs.dtypes import check_dtype_parts, convert_to_torch_dtypes
-from t2i.pipelines.options import DECODER_OPTION_NAMES, PRIOR_OPTION_NAMES
+from t2i.pipelines.options import OPTION_NAMES
 from t2i.pipelines.text2image import Text2ImagePipeline
 from t2i.pipelines.upsample import UpsamplePipeline
 
@@ -107,7 +107,6 @@ def split_settings(kind: type[DiffusionPipeline], settings: dict[str, Any]) -> t
     A name may be in both: variations take `eta` as an argument, which decides their options.
     """
     parameters = signature(kind.__call__).parameters
-    option_names = PRIOR_OPTION_NAMES | DECODER_OPTION_NAMES
     arguments = {name: value for name, value in settings.items() if name in parameters}
-    options = {name: value for name, value in settings.items() if name in option_names or name not in parameters}
+    options = {name: value for name, value in settings.items() if name in OPTION_NAMES or name not in parameters}
     return arguments, options

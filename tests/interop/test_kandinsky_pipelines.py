@@ -274,7 +274,7 @@ def test_a_caption_is_painted_into_a_picture_as_in_the_combined_pipeline(
     kept = pipe.encode_latents(torch.as_tensor(PICTURE).permute(2, 0, 1)[None] / 127.5 - 1)
     close(mine[..., :4], kept[..., :4])
     if version == "2.1":
-        monkeypatch.setattr("t2i.pipelines.base.build_blend_callback", lambda *_: lambda i, t, x: x)
+        monkeypatch.setattr("t2i.pipelines.stages.build_blend_callback", lambda *_: lambda i, t, x: x)
         mine = pipe(**settings, generator=generators(1)).images
         assert (mine - kept)[..., :4].abs().max() > 0.1
     close(pipe.decode(mine, "np"), theirs)

@@ -133,7 +133,7 @@ def test_a_steered_picture_does_not_depend_on_its_batch(pipeline, classifier):
 
 
 def test_what_cannot_steer_is_refused_before_any_work(pipeline, classifier, monkeypatch):
-    monkeypatch.setattr("t2i.pipelines.base.sample_decoder", lambda *_: pytest.fail("work has started"))
+    monkeypatch.setattr("t2i.sampling.sample.sample_decoder", lambda *_: pytest.fail("work has started"))
     picture = torch.zeros(1, 3, 8, 8)
     for steering, message in [
         (3.0, "steering must be a Steering, got 3.0"),

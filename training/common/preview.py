@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, SchedulerMixin
+from diffusers import DDIMScheduler, DiffusionPipeline, SchedulerMixin
 from PIL.Image import Image
 from t2i.pipelines.base import UnCLIPPipeline
 from t2i.pipelines.options import DECODER_OPTION_NAMES, PRIOR_OPTION_NAMES
-from t2i.pipelines.stages import StagedPipeline
+from t2i.pipelines.stages import sample_decoder, sample_image_embeds
 from t2i.training.common.encodings import EncodingSource, encode_captions
 from torch import Generator, Tensor, nn
 
@@ -101,7 +101,7 @@ class PreviewPipeline(UnCLIPPipeline):
         decoder_scheduler: SchedulerMixin | None = None,
         autoencoder: Any = None,
     ):
-        super(StagedPipeline, self).__init__()  # StagedPipeline's requires all stages
+        DiffusionPipeline.__init__(self)  # UnCLIPPipeline's requires all stages
         # Copies, because setting the steps of a scheduler would change that of the training
         schedulers = {"prior_scheduler": prior_scheduler, "decoder_scheduler": decoder_scheduler}
         self.register_modules(prior=prior, decoder=decoder, autoencoder=autoencoder, **copy.deepcopy(schedulers))
@@ -176,7 +176,7 @@ def sample_column_embeds(columns: Columns, config: SampleConfig, pipeline: UnCLI
     """Sample the prior's z_i for every column, (N, D), unit length, fp32, on the CPU."""
     prior, decoder = pipeline.resolve_options(**config.pipeline_options)
     batches = [
-        pipeline.sample_image_embeds(text, None, prior, generators, decoder).cpu()
+        sample_image_embeds(pipeline, text, None, prior, generators, decoder).cpu()
         for _, text, generators, _ in iterate_columns(columns, config, len(columns.captions))
     ]
     return torch.cat(batches)
@@ -190,7 +190,7 @@ def draw_column_images(columns: Columns, z_i: Tensor, config: SampleConfig, pipe
     """
     _, decoder = pipeline.resolve_options(**config.pipeline_options)
     batches = [
-        pipeline.decode_images(pipeline.sample_decoder(z_i[part], text, decoder, generators)).cpu()
+        pipeline.decode_images(sample_decoder(pipeline, z_i[part], text, decoder, generators)).cpu()
         for part, text, _, generators in iterate_columns(columns, config, len(z_i))
     ]
     return torch.cat(batches)

@@ -1,0 +1,151 @@
+"""Checks of a call's arguments: what these models and schedulers can draw. All raise InputError, before any work.
+
+`pipeline` is the `UnCLIPPipeline` that draws.
+"""
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+from diffusers import SchedulerMixin
+from t2i.pipelines.options import DecoderOptions, PriorOptions
+from torch import Tensor
+
+from t2i.checks import check_integer, check_multiple_of, check_range, check_texts
+from t2i.diffusion.samplers import resolve_sampler
+from t2i.diffusion.sampling_loop import check_eta
+from t2i.errors import InputError
+from t2i.networks.autoregressive_prior import AutoregressivePrior
+from t2i.sampling.embeddings import check_scale_only
+from t2i.sampling.steering import check_steering
+from t2i.sampling.upsampling import check_upsampled_size
+
+
+def check_prompts(name: str, prompt: str | list[str] | None, count: int | None = None, empty: bool = True) -> list[str]:
+    """Return texts as a list, one text repeated `count` times. empty: also allow texts without words."""
+    prompts = [] if prompt is None else [prompt] if isinstance(prompt, str) else prompt
+    check_texts(name, prompts, empty=empty)
+    if count is None or not prompts:
+        return list(prompts)
+    if isinstance(prompt, list) and len(prompts) != count:
+        raise InputError(f"{name} has {len(prompts)} texts for {count} prompts")
+    return list(prompts) if isinstance(prompt, list) else prompts * count
+
+
+def check_tensor(name: str, value: Tensor | None, shape: tuple[int, ...]) -> None:
+    """Refuse a tensor of another shape, and values that are not finite. None passes."""
+    if value is None:
+        return
+    if not isinstance(value, Tensor) or value.shape != shape:
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise InputError(f"{name} must be a tensor of shape {shape}, got {got}")
+    if not value.isfinite().all():
+        raise InputError(f"{name} must be finite, got NaN or infinity")
+
+
+def check_stage_inputs(
+    pipeline: Any,
+    prior: PriorOptions | None,
+    decoder: DecoderOptions,
+    count: int,
+    any_size: bool = False,
+    canvas: tuple[int, int] | None = None,
+) -> None:
+    """Refuse options that these stages do not take, to draw `count` images.
+
+    prior: None if the prior is not used. any_size: allow other sizes than the decoder was trained on. canvas: height
+    and width of given images that are painted in.
+    """
+    check_stage_options(pipeline, prior, decoder)
+    check_image_sides(pipeline, decoder, any_size)
+    if decoder.steering is not None:
+        check_steering("steering", decoder.steering, pipeline.clip, pipeline.autoencoder, count)
+    if canvas is not None:
+        decoder = replace(decoder, height=canvas[0], width=canvas[1])
+    channels, *latent_sides = pipeline.compute_latent_shape(decoder)
+    height, width = (side * pipeline.autoencoder.factor for side in latent_sides)
+    embeds_shape = (count, pipeline.clip.embed_dim)
+    if prior is not None:
+        check_tensor("prior_latents", prior.prior_latents, embeds_shape)
+    check_tensor("latents", decoder.latents, (count, channels, *latent_sides))
+    check_tensor("image_embeds_noise", decoder.image_embeds_noise, embeds_shape)
+    check_tensor("negative_image_embeds", decoder.negative_image_embeds, embeds_shape)
+    check_super_resolution(pipeline, decoder, (count, 3, height, width))
+    check_upsampling(pipeline, decoder, height, width)
+
+
+def check_stage_options(pipeline: Any, prior: PriorOptions | None, decoder: DecoderOptions) -> None:
+    """Refuse what these models and schedulers cannot do. prior: None if the prior is not used."""
+    # The prior
+    if prior is not None:
+        if pipeline.prior is None and pipeline.clip.reads_captions and not pipeline.clip.unit_length:
+            raise InputError("this model has no prior; give prior=..., the folder of one, or image_embeds")
+        if pipeline.prior_scheduler is not None:
+            scheduler = resolve_sampler(prior.prior_sampler, pipeline.prior_scheduler, pipeline.prior)
+            check_step_count("prior_num_inference_steps", prior.prior_num_inference_steps, scheduler)
+        elif prior.prior_sampler is not None:
+            raise InputError(f"prior_sampler needs a diffusion prior, which this is not; got {prior.prior_sampler!r}")
+        if isinstance(pipeline.prior, AutoregressivePrior):
+            check_scale_only(prior.prior_guidance_scale)
+
+    # The decoder
+    levels = pipeline.decoder.noise_levels
+    if levels is not None:
+        check_integer("noise_level", decoder.noise_level, 0, levels - 1)
+    elif decoder.noise_level or decoder.image_embeds_noise is not None:
+        name = "noise_level" if decoder.noise_level else "image_embeds_noise"
+        raise InputError(f"{name} needs a decoder that adds noise to image_embeds (Stable unCLIP's); this one does not")
+    scheduler = resolve_sampler(decoder.sampler, pipeline.decoder_scheduler, pipeline.decoder)
+    check_eta(scheduler, decoder.eta)
+    check_step_count("num_inference_steps", decoder.num_inference_steps, scheduler)
+
+
+def check_step_count(name: str, steps: int, scheduler: SchedulerMixin) -> None:
+    """Refuse more steps than a scheduler takes: most take at most as many as the training had."""
+    try:
+        copy.deepcopy(scheduler).set_timesteps(steps)
+    except ValueError as error:
+        raise InputError(f"{name} is {steps}, which {type(scheduler).__name__} refuses: {error}") from error
+
+
+def check_image_sides(pipeline: Any, options: DecoderOptions, any_size: bool) -> None:
+    """Refuse a height or width that cannot be drawn."""
+    trained_side = pipeline.image_size
+    for name, side in {"height": options.height, "width": options.width}.items():
+        if side in (None, trained_side):
+            continue
+        if not any_size:
+            raise InputError(f"{name} is {side}, but the images have the size of the given ones; leave it out")
+        if options.steering is not None:
+            raise InputError(f"{name} must be {trained_side} for images that are steered, got {side}")
+        check_multiple_of(name, side, pipeline.autoencoder.factor * compute_latent_multiple(pipeline.decoder))
+
+
+def compute_latent_multiple(decoder: Any) -> int:
+    """Return what the sides of a decoder's latents must be a multiple of: a U-Net halves them, others cut patches."""
+    parts = dict(decoder.named_children())
+    net = parts.get("net", parts.get("unet"))
+    return decoder.config.get("patch_size", 1) if net is None else 2 ** (len(net.config.block_out_channels) - 1)
+
+
+def check_super_resolution(pipeline: Any, options: DecoderOptions, shape: tuple[int, ...]) -> None:
+    """Refuse super_res_latents of another shape, and super_res options without a cascade."""
+    changed = [] if options.super_res_latents is None else ["super_res_latents"]
+    if options.super_res_num_inference_steps != DecoderOptions.super_res_num_inference_steps:
+        changed.append("super_res_num_inference_steps")
+    if changed and not pipeline.autoencoder.is_cascade:
+        raise InputError(
+            f"{changed[0]} needs a cascade, which ends with a super-resolution (Karlo); this model does not"
+        )
+    check_tensor("super_res_latents", options.super_res_latents, shape)
+
+
+def check_upsampling(pipeline: Any, options: DecoderOptions, height: int, width: int) -> None:
+    """Refuse to upsample images of this size as the options ask for."""
+    if not options.upsample:
+        return
+    if pipeline.upsampler is None or pipeline.upsampler_scheduler is None:
+        raise InputError(f"upsample is {options.upsample}, but this pipeline has no upsampler; load one")
+    check_range("upsample_level", options.upsample_level, 0, pipeline.upsampler.config.max_level)
+    check_upsampled_size(pipeline.upsampler, width, height, options.upsample)
+    check_step_count("upsample_steps", options.upsample_steps, pipeline.upsampler_scheduler)
