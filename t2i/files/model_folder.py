@@ -16,6 +16,13 @@ from t2i.files.untrusted import check_finite_weights, format_error, is_folder, r
 Loaded = TypeVar("Loaded")
 
 
+class CompanionFiles:
+    """Base of models with more in their folder than weights and configuration, such as a tokenizer."""
+
+    def load_companion_files(self, folder: Path, root: Path) -> None:
+        """Load what the folder has beside the weights: nothing, by default. Links may lead into `root`."""
+
+
 def save_model_folder(model: Any, folder: Path, name: str = "model") -> None:
     """Save a diffusers model or scheduler as `folder/name`, complete or not at all, replacing an older one."""
     with create_folder_atomically(folder / name) as unfinished, raise_as_oserror():
@@ -60,7 +67,7 @@ def load_component_model(model_class: Any, component: Component, dtype: torch.dt
     model.load_state_dict(dict(component.iterate_tensors(dtype)), assign=True)
     Module.to(model, dtype)  # for buffers that no file holds; diffusers' own `to` warns, whatever the model
     model.register_to_config(_name_or_path=str(component.folder))
-    if hasattr(model, "load_companion_files"):
+    if isinstance(model, CompanionFiles):
         model.load_companion_files(component.folder, component.root or component.folder)
     return model.eval()
 

@@ -8,9 +8,10 @@ from diffusers import ConfigMixin, ModelMixin
 
 from t2i.files.fingerprints import EXACT_DTYPES, check_weights_fingerprint
 from t2i.files.hub import find_or_download_folder
+from t2i.files.model_folder import CompanionFiles
 
 
-class Encoder(ModelMixin, ConfigMixin, ABC):
+class Encoder(CompanionFiles, ModelMixin, ConfigMixin, ABC):
     """A model of diffusers with more in its folder than weights.
 
     Its configuration has `fingerprint`, written on saving and checked on loading, and `rounded`: the weights went
