@@ -61,7 +61,7 @@ def evaluate_prior(
     """Compare a prior's embeddings with the image embeddings of the captions, and print the results as JSON."""
     from t2i.checks import check_integer, check_range
     from t2i.diffusion.guidance import MAX_GUIDANCE_SCALE
-    from t2i.diffusion.sampling_loop import MAX_STEPS
+    from t2i.diffusion.sampling_loop import MAX_STEPS, Sampling
     from t2i.evaluation.priors import evaluate_prior_splits, open_cache_splits
     from t2i.evaluation.results import check_result_file, collect_package_versions, write_result_file
     from t2i.sampling.embeddings import MAX_CANDIDATES, default_guidance_scale, load_prior
@@ -87,7 +87,9 @@ def evaluate_prior(
         "candidates": candidates,
         "temperature": temperature,
     }
-    scores = evaluate_prior_splits(model, scheduler, open_cache_splits(cache, model), count, **settings, seed=seed)
+    sampling = Sampling(steps, guidance=settings["guidance"])
+    splits = open_cache_splits(cache, model)
+    scores = evaluate_prior_splits(model, scheduler, splits, sampling, count, candidates, temperature, seed)
 
     # Report
     kind = "none" if model is None else type(model).__name__
@@ -111,14 +113,15 @@ def evaluate_likelihood(
     device: flags.Device = "auto",
 ) -> None:
     """Compute bits per dimension of true latents and embeddings, by the variational bound and by the ODE."""
-    from t2i.evaluation.likelihood import MEASURED_STAGES, SPLITS, check_likelihood_settings, evaluate_model_likelihood
+    from t2i.evaluation.likelihood import MEASURED_STAGES, SPLITS, LikelihoodSettings, evaluate_model_likelihood
+    from t2i.evaluation.results import check_result_file
     from t2i.pipelines.jobs.planning import ModelSource, load_pipeline
 
     # Evaluate
-    stages = tuple(stage or MEASURED_STAGES)
-    check_likelihood_settings(out, count, terms, steps, seed, stages)
+    settings = LikelihoodSettings(count, terms, steps, seed, tuple(stage or MEASURED_STAGES))
+    check_result_file(out)
     pipeline: Any = load_pipeline(ModelSource(model, device=device))
-    result = evaluate_model_likelihood(pipeline, folder, out, count, terms, steps, seed, stages)
+    result = evaluate_model_likelihood(pipeline, folder, out, settings)
 
     # Report
     for split in SPLITS:

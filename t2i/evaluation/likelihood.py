@@ -1,5 +1,6 @@
 """Bits per dimension of the true latents and image embeddings under a pipeline's two denoisers."""
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,75 +27,72 @@ RESULT_NOTE = (
 )
 
 
+@dataclass(frozen=True)
+class LikelihoodSettings:
+    """What is measured of each split.
+
+    count: pictures, spread over the split. terms: of the variational bound. steps: of the ODE. seed: of the first
+    picture, each further one adds 1, and of the bound's timesteps.
+
+    Raises InputError for a value out of range.
+    """
+
+    count: int = 32
+    terms: int = 100
+    steps: int = 25
+    seed: int = 0
+    stages: tuple[str, ...] = MEASURED_STAGES
+
+    def __post_init__(self) -> None:
+        check_integer("count", self.count, 2, 100_000)
+        check_integer("terms", self.terms, 2, 100_000)
+        check_integer("steps", self.steps, 2, 10_000)
+        check_integer("seed", self.seed, 0, 2**62)
+        for stage in self.stages:
+            check_choice("stage", stage, MEASURED_STAGES)
+
+
 def evaluate_model_likelihood(
-    pipeline: Any,
-    folder: str | Path,
-    out: str | Path,
-    count: int = 32,
-    terms: int = 100,
-    steps: int = 25,
-    seed: int = 0,
-    stages: tuple[str, ...] = MEASURED_STAGES,
+    pipeline: Any, folder: str | Path, out: str | Path, settings: LikelihoodSettings
 ) -> dict[str, Any]:
-    """Measure `count` pictures of each split, spread over it; write the result to `out`, a JSON file, and return it.
+    """Measure pictures of each split; write the result to `out`, a JSON file, and return it.
 
     Measured are the latents given the true z_i under the decoder, and z_i given the caption under the prior, both
-    without guidance. Picture i has the seed `seed + i`, the timesteps of the bound have `seed`. terms: of the
-    variational bound; steps: of the ODE. Raises InputError for too few pictures.
+    without guidance. Raises InputError for too few pictures.
     """
-    check_likelihood_settings(out, count, terms, steps, seed, stages)
-    config = DataConfig(str(folder), pipeline.image_size, 0)
-    splits = open_datasets(config)
+    check_result_file(Path(out))
+    splits = open_datasets(DataConfig(str(folder), pipeline.image_size, 0))
     for split in SPLITS:
         size = len(splits[split]) if split in splits else 0
-        if size < count:
-            raise InputError(f"{str(folder)!r} has {size} pictures in {split}; count must be at most that, got {count}")
+        if size < settings.count:
+            missing = f"count must be at most that, got {settings.count}"
+            raise InputError(f"{str(folder)!r} has {size} pictures in {split}; {missing}")
     result: dict[str, Any] = {
         "what": "likelihood",
         "note": RESULT_NOTE,
         "model": str(pipeline.config.get("_name_or_path")),
         "data": str(folder),
-        "settings": {"count": count, "terms": terms, "steps": steps, "seed": seed},
+        "settings": {name: value for name, value in asdict(settings).items() if name != "stages"},
         "versions": collect_package_versions(),
     }
     for split, dataset in splits.items():
-        result[split] = measure_split_likelihood(pipeline, dataset, count, terms, steps, seed, stages)
+        result[split] = measure_split_likelihood(pipeline, dataset, settings)
     write_result_file(result, Path(out))
     return result
 
 
-def check_likelihood_settings(
-    out: str | Path, count: int, terms: int, steps: int, seed: int, stages: tuple[str, ...]
-) -> None:
-    """Refuse settings that are out of range, before a model is loaded."""
-    for name, value, high in (("count", count, 100_000), ("terms", terms, 100_000), ("steps", steps, 10_000)):
-        check_integer(name, value, 2, high)
-    check_integer("seed", seed, 0, 2**62)
-    for stage in stages:
-        check_choice("stage", stage, MEASURED_STAGES)
-    check_result_file(Path(out))
-
-
-def measure_split_likelihood(
-    pipeline: Any,
-    dataset: CaptionedPictures,
-    count: int,
-    terms: int,
-    steps: int,
-    seed: int,
-    stages: tuple[str, ...],
-) -> dict[str, Any]:
+def measure_split_likelihood(pipeline: Any, dataset: CaptionedPictures, settings: LikelihoodSettings) -> dict[str, Any]:
     """Return the figures of one split, by stage."""
-    bits: dict[str, dict[str, list[Tensor]]] = {stage: {} for stage in stages}
+    bits: dict[str, dict[str, list[Tensor]]] = {stage: {} for stage in settings.stages}
     dimensions = {}
-    chosen = [i * len(dataset) // count for i in range(count)]
-    for start in range(0, count, BATCH_SIZE):
+    chosen = [i * len(dataset) // settings.count for i in range(settings.count)]
+    for start in range(0, settings.count, BATCH_SIZE):
         part = chosen[start : start + BATCH_SIZE]
-        seeds = [seed + start + i for i in range(len(part))]
-        for stage in stages:
+        seeds = [settings.seed + start + i for i in range(len(part))]
+        for stage in settings.stages:
             x, scheduler, predict = prepare_stage_data(pipeline, dataset, part, stage)
             dimensions[stage] = x[0].numel()
-            for name, values in compute_bits_per_dimension(predict, scheduler, x, seeds, terms, steps, seed).items():
+            for name, values in compute_bits_per_dimension(predict, scheduler, x, seeds, settings).items():
                 bits[stage].setdefault(name, []).append(values.double().cpu())
     return {
         stage: {
@@ -128,13 +126,15 @@ def prepare_stage_data(
 
 
 def compute_bits_per_dimension(
-    predict: Predict, scheduler: SchedulerMixin, x: Tensor, seeds: list[int], terms: int, steps: int, seed: int
+    predict: Predict, scheduler: SchedulerMixin, x: Tensor, seeds: list[int], settings: LikelihoodSettings
 ) -> dict[str, Tensor]:
     """Return bits per dimension, (B,) each; `gaussian` is N(0, 1), a baseline without a model."""
 
+    # Both measures start from the same generators
     def build_generators() -> list[Generator]:
         return [Generator().manual_seed(picture_seed) for picture_seed in seeds]
 
+    terms, seed = settings.terms, settings.seed
     bound = compute_variational_bound(
         predict, scheduler, x, build_generators(), terms=terms, variance="large", seed=seed
     )
@@ -144,7 +144,7 @@ def compute_bits_per_dimension(
         "bound_prior": bound.prior,
         "bound_steps": bound.steps.sum(dim=1),
         "bound_data": bound.data,
-        "ode": compute_ode_bits(predict, scheduler, x, build_generators(), steps),
+        "ode": compute_ode_bits(predict, scheduler, x, build_generators(), settings.steps),
         "gaussian": -normal.log_prob(x).flatten(1).mean(dim=1) / torch.tensor(2.0, device=x.device).log(),
     }
 

@@ -161,10 +161,10 @@ def test_the_bound_of_a_sample_does_not_depend_on_those_beside_it():
 
 
 def test_a_shipped_model_is_measured(pipeline, shapes, tmp_path):
-    from t2i.evaluation.likelihood import evaluate_model_likelihood
+    from t2i.evaluation.likelihood import LikelihoodSettings, evaluate_model_likelihood
 
     out = tmp_path / "figures" / "likelihood.json"
-    result = evaluate_model_likelihood(pipeline, shapes, out, count=3, terms=3, steps=3)
+    result = evaluate_model_likelihood(pipeline, shapes, out, LikelihoodSettings(3, 3, 3))
     assert json.loads(out.read_text()) == result
     assert {"t2i", "torch", "diffusers", "python"} == result["versions"].keys()
     for split in ("train", "held_out"):
@@ -173,11 +173,11 @@ def test_a_shipped_model_is_measured(pipeline, shapes, tmp_path):
             parts = sum(figures[name]["bits"] for name in ("bound_prior", "bound_steps", "bound_data"))
             assert abs(figures["bound"]["bits"] - parts) < 1e-3 * max(1, abs(parts))
             assert math.isfinite(figures["ode"]["bits"]) and figures["ode"]["standard_error"] > 0
-    assert evaluate_model_likelihood(pipeline, shapes, out, count=3, terms=3, steps=3) == result
+    assert evaluate_model_likelihood(pipeline, shapes, out, LikelihoodSettings(3, 3, 3)) == result
     with pytest.raises(InputError, match="has 4 pictures in held_out; count must be at most that, got 5"):
-        evaluate_model_likelihood(pipeline, shapes, out, count=5)
+        evaluate_model_likelihood(pipeline, shapes, out, LikelihoodSettings(5))
     with pytest.raises(InputError, match="count must be an integer from 2"):
-        evaluate_model_likelihood(pipeline, shapes, out, count=1)
+        LikelihoodSettings(count=1)
 
 
 def test_what_makes_no_sense_is_refused():

@@ -323,7 +323,9 @@ def test_an_evaluation_and_a_preview_guide_a_prior_as_the_pipeline_does_if_nothi
     prior.set_embed_statistics(null, unit(300, D))
     shaken(prior)
     pairs = {"train": Pairs(unit(10, D), unit(10, D, seed=3))}
-    default, one, two = (evaluate_prior_splits(prior, None, pairs, guidance=scale) for scale in (None, 1.0, 2.0))
+    default, one, two = (
+        evaluate_prior_splits(prior, None, pairs, Sampling(25, guidance=scale)) for scale in (None, 1.0, 2.0)
+    )
     assert default == one != two
     assert SampleConfig().prior_guidance_scale is None and SampleConfig(prior_guidance_scale=1.5).prior_guidance_scale
 
@@ -462,10 +464,10 @@ def test_a_prior_that_knows_the_answer_has_cosine_and_retrieval_1_and_one_that_m
     z_i = torch.eye(D)
     right = {"train": Pairs(z_i[:10], z_i[:10]), "held_out": Pairs(z_i[10:], z_i[10:])}
     for split, count in (("train", 10), ("held_out", 6)):
-        score = evaluate_prior_splits(None, None, right)[split]
+        score = evaluate_prior_splits(None, None, right, Sampling(25))[split]
         assert score == {"captions": count, "cosine": 1, "retrieval": 1, "text": 1, "true_text": 1}
     wrong = {"train": Pairs(z_i, z_i.roll(1, dims=0))}
-    assert evaluate_prior_splits(None, None, wrong)["train"] == {
+    assert evaluate_prior_splits(None, None, wrong, Sampling(25))["train"] == {
         "captions": D, "cosine": 0, "retrieval": 0, "text": 1, "true_text": 0,
     }  # fmt: skip
 
