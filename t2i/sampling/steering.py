@@ -130,40 +130,24 @@ def build_steering_transform(
     count: int,
     device: torch.device,
 ) -> PredictTransform:
-    """Return the transform of a `Predict` of `count` latents into a steered one. Raises InputError."""
-    check_steering("steering", steering, clip, autoencoder, count)
-    score = build_steering_score(steering, scheduler, clip, autoencoder, count, device)
-    of_clean = steering.classifier is None
+    """Return the transform of a `Predict` of `count` latents into one steered by `steering`, which is checked."""
+    classifier = None if steering.classifier is None else steering.classifier.to(device).eval()
+    if steering.class_name is not None:
+        names = ensure_list(steering.class_name)
+        score = build_class_score(classifier, scheduler, names * count if len(names) == 1 else names)
+    else:
+        with torch.no_grad():
+            if steering.picture is not None:
+                target = clip.encode_image(steering.picture.to(device, clip.dtype))
+            else:
+                target = clip.encode_text(ensure_list(steering.text)).embedding
+        target = F.normalize(target.to(device).float(), dim=-1).expand(count, -1)
+        score = build_clip_score(classifier, scheduler, clip, autoencoder, target)
+    of_clean = classifier is None  # CLIP sees no noisy images
     return lambda predict: build_steered_predict(predict, scheduler, score, steering.scale, of_clean)
 
 
-def build_steering_score(
-    steering: Steering,
-    scheduler: SchedulerMixin,
-    clip: CLIP,
-    autoencoder: Autoencoder,
-    count: int,
-    device: torch.device,
-) -> ScoreFunction:
-    """Return the score of the goal of steering."""
-    classifier = steering.classifier
-    if classifier is not None:
-        classifier = classifier.to(device).eval()
-    if steering.class_name is not None:
-        assert classifier is not None
-        return build_class_score(classifier, scheduler, repeat_values(ensure_list(steering.class_name), count))
-    with torch.no_grad():
-        if steering.picture is not None:
-            target = clip.encode_image(steering.picture.to(device, clip.dtype))
-        else:
-            target = clip.encode_text(ensure_list(steering.text)).embedding
-    target = F.normalize(target.to(device).float(), dim=-1).expand(count, -1)
-    if classifier is not None:
-        return build_noisy_clip_score(classifier, scheduler, target)
-    return build_clip_score(clip, autoencoder, target)
-
-
-def build_class_score(classifier: LatentClassifier, scheduler: SchedulerMixin, names: list[str]) -> ScoreFunction:
+def build_class_score(classifier: Any, scheduler: SchedulerMixin, names: list[str]) -> ScoreFunction:
     """Return the score log p(class | x_t) of noisy latents, one class an image (Dhariwal and Nichol 2021, sec. 4)."""
     numbers = torch.tensor([classifier.find_class_index(name) for name in names])
 
@@ -174,22 +158,20 @@ def build_class_score(classifier: LatentClassifier, scheduler: SchedulerMixin, n
     return score
 
 
-def build_noisy_clip_score(classifier: LatentClassifier, scheduler: SchedulerMixin, target: Tensor) -> ScoreFunction:
-    """Return the score of noisy latents by the classifier's embedding: its CLIP logit with `target`, (N, D)."""
+def build_clip_score(
+    classifier: Any, scheduler: SchedulerMixin, clip: CLIP, autoencoder: Autoencoder, target: Tensor
+) -> ScoreFunction:
+    """Return the score of latents by their CLIP logit with `target`, (N, D).
+
+    With a classifier they are noisy, and it estimates their embedding; without one they are clean, and decoded.
+    """
 
     def score(x: Tensor, t: Tensor) -> Tensor:
-        z_i = classifier.predict_image_embeds(x, compute_noise_level(scheduler, t, x))
-        return LOGIT_SCALE * (z_i * target).sum(dim=-1)
-
-    return score
-
-
-def build_clip_score(clip: CLIP, autoencoder: Autoencoder, target: Tensor) -> ScoreFunction:
-    """Return the score of clean latents by their decoded image: its CLIP logit with `target`, (N, D)."""
-
-    def score(x: Tensor, t: Tensor) -> Tensor:
-        image = autoencoder.decode(x.to(autoencoder.dtype)).clamp(-1, 1)
-        z_i = F.normalize(clip.encode_image(image.to(clip.dtype)).float(), dim=-1)
+        if classifier is not None:
+            z_i = classifier.predict_image_embeds(x, compute_noise_level(scheduler, t, x))
+        else:
+            image = autoencoder.decode(x.to(autoencoder.dtype)).clamp(-1, 1)
+            z_i = F.normalize(clip.encode_image(image.to(clip.dtype)).float(), dim=-1)
         return LOGIT_SCALE * (z_i * target).sum(dim=-1)
 
     return score
@@ -197,8 +179,3 @@ def build_clip_score(clip: CLIP, autoencoder: Autoencoder, target: Tensor) -> Sc
 
 def ensure_list(value: str | list[str] | None) -> list[str]:
     return [] if value is None else [value] if isinstance(value, str) else list(value)
-
-
-def repeat_values(values: list[str], count: int) -> list[str]:
-    """Repeat a single value `count` times; several are returned as they are."""
-    return values * count if len(values) == 1 else values

@@ -1,6 +1,6 @@
 """Upsampling of images in few steps and bounded memory."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -61,7 +61,8 @@ def sample_upsampler(
     levels, seen = torch.full((len(low),), float(level), device=device), low
     if level:
         seen = augment_low_resolution(low, levels, generate_noise(low.shape[1:], generators, device))
-    condition = LowResolution(seen, levels, resolve_image_embeds(upsampler, z_i, len(low)))
+    takes_embeds = z_i is not None and upsampler.config.embed_dim is not None
+    condition = LowResolution(seen, levels, z_i if takes_embeds else upsampler.null(len(low)).embedding)
     context = upsampler.prepare(condition.to(device, dtype))
 
     def predict_window(x: Tensor, t: Tensor, rows: slice, columns: slice) -> Tensor:
@@ -127,11 +128,6 @@ def pad_edges(low: Tensor, factor: int, multiple: int) -> Tensor:
     return F.pad(low, (0, across, 0, down), mode="replicate") if down or across else low
 
 
-def resolve_image_embeds(upsampler: Upsampler, z_i: Tensor | None, count: int) -> Tensor | None:
-    """Return z_i for upsamplers that take it, the null's if none is given; None for others."""
-    return upsampler.null(count).embedding if z_i is None or upsampler.config.embed_dim is None else z_i
-
-
 def check_low_resolution(upsampler: Upsampler, low: Tensor, generators: int) -> None:
     if low.ndim != 4 or low.shape[1] != 3:
         raise InputError(f"low must be images, (N, 3, height, width), got {tuple(low.shape)}")
@@ -163,12 +159,9 @@ def resolve_tile_overlap(tile: Any, overlap: Any, multiple: int) -> int:
     return overlap
 
 
-def iterate_stage_generators(generators: list[Generator], times: int) -> Iterator[list[Generator]]:
-    """Yield for each enlargement a generator an image, seeded from the decoder's, whose state stays as it is."""
-    for stage in range(1, times + 1):
-        yield derive_stage_generators(generators, stage)
-
-
 def derive_stage_generators(generators: list[Generator], stage: int) -> list[Generator]:
-    """Return generators for another stage from the seeds of the decoder's; `stage` is any number but 0."""
+    """Return generators for another stage from the seeds of the decoder's, whose state stays as it is.
+
+    stage: any number but 0.
+    """
     return [Generator().manual_seed((item.initial_seed() + SEED_STRIDE * stage) % 2**63) for item in generators]

@@ -28,7 +28,7 @@ from t2i.sampling.upsampling import (
     build_tiled_predict,
     check_upsampled_size,
     compute_fade_weights,
-    iterate_stage_generators,
+    derive_stage_generators,
     sample_upsampler,
 )
 from tests.conftest import arguments, seeds, train
@@ -182,8 +182,8 @@ def test_a_picture_does_not_depend_on_its_batch_nor_on_windows_that_it_does_not_
 
 
 def test_each_time_a_picture_is_enlarged_has_a_stream_of_its_own():
-    first, second = iterate_stage_generators(seeds(4, 5), 2)
-    assert next(iterate_stage_generators(seeds(9, 5), 1))[1].initial_seed() == first[1].initial_seed()
+    first, second = (derive_stage_generators(seeds(4, 5), stage) for stage in (1, 2))
+    assert derive_stage_generators(seeds(9, 5), 1)[1].initial_seed() == first[1].initial_seed()
     drawn = {tuple(torch.randn(4, generator=one).tolist()) for one in (*first, *second, *seeds(4, 5))}
     assert len(drawn) == 6
 
