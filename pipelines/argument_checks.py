@@ -59,7 +59,7 @@ def check_stage_inputs(
     check_stage_options(pipeline, prior, decoder)
     check_image_sides(pipeline, decoder, any_size)
     if decoder.steering is not None:
-        check_steering("steering", decoder.steering, pipeline.clip, pipeline.autoencoder, count)
+        check_steering(decoder.steering, pipeline.clip, pipeline.autoencoder, count)
     if canvas is not None:
         decoder = replace(decoder, height=canvas[0], width=canvas[1])
     channels, *latent_sides = pipeline.compute_latent_shape(decoder)

@@ -1,4 +1,4 @@
-"""Pictures as arguments: what every pipeline takes, read by one function."""
+"""Images and masks as arguments of pipelines."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,104 +25,112 @@ ImageInputs: TypeAlias = ImageInput | Sequence[ImageInput]
 
 
 def read_images(images: ImageInputs, size: int | None = None, name: str = "image") -> Tensor:
-    """-> (N, 3, size, size), fp32, in [-1, 1]: the short side resized to `size`, the middle cut out.
+    """Read images, (N, 3, size, size), fp32, in [-1, 1]: the short side resized to `size`, the middle cut out.
 
-    Without a size: (N, 3, H, W), pictures of one size as they are.
+    Without a size: (N, 3, H, W), images of one size as they are.
 
     Args:
-        images: one picture or a list: PIL pictures; paths; arrays (H, W, 3), of uint8, or of floats in [0, 1]; tensors
-            (3, H, W), likewise. Arrays and tensors may have a first dimension more: several pictures.
-        size: in pixels. A picture that has it already keeps its values.
+        images: one or a list: PIL images; paths; arrays (H, W, 3), of uint8, or of floats in [0, 1]; tensors (3, H, W),
+            likewise. Arrays and tensors may have a first dimension more: several images.
+        size: in pixels. An image that has it already keeps its values.
         name: of the argument, for the message.
 
     Raises:
-        InputError: for what is no picture, does not decode, is too large, or has values out of range; for none at all.
+        InputError: for what is no image, does not decode, is too large, or has values out of range; for none at all.
     """
     if size is not None:
         check_integer("size", size, 1, MAX_IMAGE_SIZE)
-    found = split_images(images, name)
-    if not found:
+    items = split_images(images, name)
+    if not items:
         raise InputError(f"{name} has no pictures; give one or more")
-    if len(found) > MAX_INPUT_IMAGES:
-        raise InputError(f"{name} has {len(found)} pictures; at most {MAX_INPUT_IMAGES} are taken")
-    several = len(found) > 1
-    read = [read_image(one, size, f"{name} {i + 1}" if several else name) for i, one in enumerate(found)]
-    for i, one in enumerate(read):
-        if one.shape != read[0].shape:
-            raise InputError(
-                f"{name} {i + 1} is {format_size(one)}, the first is {format_size(read[0])}; give them of one size"
-            )
-    return torch.stack(read)
+    if len(items) > MAX_INPUT_IMAGES:
+        raise InputError(f"{name} has {len(items)} pictures; at most {MAX_INPUT_IMAGES} are taken")
+    numbered = len(items) > 1
+    pixels = [read_image(item, size, f"{name} {i + 1}" if numbered else name) for i, item in enumerate(items)]
+    for i, image in enumerate(pixels):
+        if image.shape != pixels[0].shape:
+            sizes = f"is {format_size(image)}, the first is {format_size(pixels[0])}"
+            raise InputError(f"{name} {i + 1} {sizes}; give them of one size")
+    return torch.stack(pixels)
 
 
 def read_masks(masks: ImageInputs, count: int, size: tuple[int, int], name: str = "mask_image") -> Tensor:
-    """-> (count, 1, H, W), fp32, of 0 and 1: 1, what is to be painted, from half the range on.
+    """Read masks, (count, 1, H, W), fp32, of 0 and 1: 1, what is to be painted, from half the range on.
 
     Args:
-        masks: one for all or one a picture: as pictures, or with one channel, or without: (H, W). Three dimensions are
+        masks: one for all or one an image: as images, or with one channel, or without: (H, W). Three dimensions are
             one mask with channels; several masks without them are a list.
-        count: of pictures.
-        size: (H, W) of the pictures.
+        count: of images.
+        size: (H, W) of the images.
 
     Raises:
         InputError: for masks of another number, shape or size, and for those that paint nothing or everything.
     """
-    found = split_images(masks, name, least=2)
-    if len(found) not in (1, count):
-        raise InputError(f"{name} has {len(found)} masks for {count} pictures; give one, or one a picture")
-    read = [read_mask(one, name) for one in found]
-    for one in read:
-        if one.shape[-2:] != size:
-            raise InputError(f"{name} is {format_size(one)}, the picture is {size[1]} x {size[0]}; they must agree")
-        if one.all() or not one.any():
-            what = "white: nothing stays; draw a new picture" if one.all() else "black: there is nothing to paint"
-            raise InputError(f"{name} is all {what}")
-    return torch.stack(read * count if len(read) == 1 else read)
+    items = split_images(masks, name, least_dimensions=2)
+    if len(items) not in (1, count):
+        raise InputError(f"{name} has {len(items)} masks for {count} pictures; give one, or one a picture")
+    pixels = [read_mask(item, name) for item in items]
+    for mask in pixels:
+        if mask.shape[-2:] != size:
+            raise InputError(f"{name} is {format_size(mask)}, the picture is {size[1]} x {size[0]}; they must agree")
+        if mask.all():
+            raise InputError(f"{name} is all white: nothing stays; draw a new picture")
+        if not mask.any():
+            raise InputError(f"{name} is all black: there is nothing to paint")
+    return torch.stack(pixels * count if len(pixels) == 1 else pixels)
 
 
 def read_mask(mask: ImageInput, name: str) -> Tensor:
-    """-> (1, H, W), fp32, of 0 and 1."""
+    """Read one mask, (1, H, W), fp32, of 0 and 1."""
     if isinstance(mask, str | Path):
         mask = open_image(mask)
     if isinstance(mask, Image.Image):
         check_pixel_count(name, mask.width, mask.height)
         values = np.asarray(to_rgb(mask).convert("L"))
     else:
+        channels = find_channel_axis(mask)
         values = np.asarray(mask) if isinstance(mask, np.ndarray) else mask.detach().cpu().numpy()
         if values.ndim == 3:
-            channels = -1 if isinstance(mask, np.ndarray) else 0
             if values.shape[channels] not in (1, 3):
                 raise InputError(f"{name} has the shape {values.shape}; {MASK_SHAPES}")
+            # The mean of bytes is cut to a byte, as a grey picture has it
             values = values.mean(axis=channels).astype(values.dtype)
         check_pixel_count(name, values.shape[-1], values.shape[-2])
-    if values.dtype == bool:
-        return torch.from_numpy(values)[None].float()
     if values.dtype == np.uint8:
-        return torch.from_numpy(values >= 128)[None].float()
-    if not np.issubdtype(values.dtype, np.floating) or not (values.min() >= 0 and values.max() <= 1):
-        raise InputError(f"{name} has values of {values.dtype}; give uint8, bool, or floats in [0, 1]")
-    return torch.from_numpy(values >= 0.5)[None].float()
+        values = values >= 128
+    elif values.dtype != bool:
+        # The comparison fails for NaN
+        if not np.issubdtype(values.dtype, np.floating) or not (values.min() >= 0 and values.max() <= 1):
+            raise InputError(f"{name} has values of {values.dtype}; give uint8, bool, or floats in [0, 1]")
+        values = values >= 0.5
+    return torch.from_numpy(values)[None].float()
 
 
-def format_size(picture: Tensor) -> str:
-    return f"{picture.shape[-1]} x {picture.shape[-2]}"
+def find_channel_axis(pixels: np.ndarray | Tensor) -> int:
+    """Return the axis of the channels: the last one of arrays, the first one of tensors."""
+    return -1 if isinstance(pixels, np.ndarray) else 0
 
 
-def split_images(images: Any, name: str = "image", least: int = 3) -> list[Any]:
-    """Pictures one by one; `least` is the number of dimensions of one, or one less than of several."""
+def format_size(image: Tensor) -> str:
+    return f"{image.shape[-1]} x {image.shape[-2]}"
+
+
+def split_images(images: Any, name: str = "image", least_dimensions: int = 3) -> list[Any]:
+    """Return images one by one, as they were given. least_dimensions: of one array or tensor."""
     if isinstance(images, Image.Image | str | Path):
         return [images]
     if isinstance(images, np.ndarray | Tensor):
-        if not least <= images.ndim <= 4:
+        if not least_dimensions <= images.ndim <= 4:
             raise InputError(f"{name} has the shape {tuple(images.shape)}; {IMAGE_SHAPES}")
         return [images] if images.ndim < 4 else list(images)
+    # Bytes are a sequence of integers, but no list of images
     if isinstance(images, Sequence) and not isinstance(images, bytes | bytearray):
-        return [part for one in images for part in split_images(one, name, least)]
+        return [part for item in images for part in split_images(item, name, least_dimensions)]
     raise InputError(f"{name} must be a picture or a list of pictures, got {type(images).__name__}")
 
 
 def read_image(image: ImageInput, size: int | None, name: str = "image") -> Tensor:
-    """One picture -> (3, size, size), or (3, H, W) without a size; fp32, in [-1, 1]. Raises InputError."""
+    """Read one image, (3, size, size), or (3, H, W) without a size; fp32, in [-1, 1]. Raises InputError."""
     if isinstance(image, str | Path):
         return convert_to_tensor(open_image(image), size)
     if isinstance(image, Image.Image):
@@ -131,8 +139,8 @@ def read_image(image: ImageInput, size: int | None, name: str = "image") -> Tens
             return convert_to_tensor(to_rgb(image), size)
         except (InputError, OSError, ValueError) as error:
             raise InputError(f"{name} cannot be read: {error}") from error
+    channels = find_channel_axis(image)
     values = torch.from_numpy(np.array(image)) if isinstance(image, np.ndarray) else image.detach().cpu()
-    channels = -1 if isinstance(image, np.ndarray) else 0
     if values.shape[channels] != 3:
         raise InputError(f"{name} has the shape {tuple(values.shape)}; {IMAGE_SHAPES}")
     values = values.movedim(channels, 0)
@@ -145,7 +153,7 @@ def convert_to_tensor(image: Image.Image, size: int | None) -> Tensor:
 
 
 def scale_pixel_values(values: Tensor, name: str) -> Tensor:
-    """(3, H, W) of bytes, or of floats in [0, 1] -> fp32 in [-1, 1]."""
+    """Scale pixels, (3, H, W), bytes or floats in [0, 1], to fp32 in [-1, 1]."""
     if values.dtype == torch.uint8:
         return values.float() / 127.5 - 1
     if not values.is_floating_point():
@@ -157,7 +165,7 @@ def scale_pixel_values(values: Tensor, name: str) -> Tensor:
 
 
 def resize_and_crop(values: Tensor, size: int | None) -> Tensor:
-    """(3, H, W) -> (3, size, size), as `to_tensor` does it with PIL pictures, without rounding to bytes."""
+    """Return (3, size, size) of (3, H, W), as `to_tensor` does with PIL images, but without rounding to bytes."""
     if size is None or values.shape[1:] == (size, size):
         return values
     resize = v2.Resize(size, v2.InterpolationMode.BICUBIC, antialias=True)
@@ -165,6 +173,7 @@ def resize_and_crop(values: Tensor, size: int | None) -> Tensor:
 
 
 def check_pixel_count(name: str, width: int, height: int) -> None:
+    """Refuse images without pixels, and those with too many."""
     if not width or not height:
         raise InputError(f"{name} is {width} x {height}: it has no pixels")
     if width * height > MAX_PIXELS:

@@ -30,7 +30,7 @@ from t2i.diffusion.geometry import check_weights, compute_spherical_mean
 from t2i.diffusion.sampling_loop import generate_noise
 from t2i.errors import InputError
 from t2i.sampling.sample import split_generators
-from t2i.sampling.steering import Steering
+from t2i.sampling.steering import GOALS, Steering
 
 FRAMES_PER_BATCH = 16  # frames that are drawn at a time
 MAX_ANCHORS = 64
@@ -213,7 +213,7 @@ def slice_steering(steering: Steering | None, part: slice) -> Steering | None:
 
     if steering is None:
         return None
-    goals = {name: slice_value(getattr(steering, name)) for name in ("class_name", "text", "picture")}
+    goals = {name: slice_value(getattr(steering, name)) for name in GOALS}
     return replace(steering, **goals)
 
 

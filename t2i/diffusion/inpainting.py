@@ -17,7 +17,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 from t2i.diffusion.denoiser import Predict
 from t2i.diffusion.process import alpha_sigma
 
-SEAM_BLUR_SIGMA = 1.0  # pixels: deviation of the blur that hides the border; see docs/inpainting.md
+SEAM_BLUR_SIGMA = 1.0  # pixels: deviation of the blur that hides the border; see docs/how-to/inpaint.md
 FULL_MASK_FRACTION = 0.25  # fraction of training masks that cover everything, so that whole images are learned too
 
 

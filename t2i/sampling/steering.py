@@ -24,6 +24,7 @@ from t2i.networks.autoencoder import Autoencoder
 from t2i.networks.classifier import LatentClassifier, compute_noise_level
 from t2i.networks.clip import CLIP
 
+GOALS = ("class_name", "text", "picture")  # fields of `Steering`
 MAX_STEERING_SCALE = 10_000
 LOGIT_SCALE = 100.0  # CLIP's: a cosine times this is a logit, in the scale of a class's log-probability
 
@@ -59,46 +60,49 @@ class Steering:
         return {"scale": self.scale, **{name: value for name, value in goal.items() if value is not None}}
 
 
-def check_steering(name: str, steering: Any, clip: CLIP, autoencoder: Autoencoder, count: int | None = None) -> None:
-    """Refuse steering that does not fit this pipeline, or `count` images; None is any number. Raises InputError."""
+def check_steering(steering: Any, clip: CLIP, autoencoder: Autoencoder, count: int) -> None:
+    """Refuse steering that does not fit this pipeline, or `count` images. Raises InputError."""
     if not isinstance(steering, Steering):
-        raise InputError(f"{name} must be a Steering, got {steering!r:.80}")
-    check_range(f"{name}.scale", steering.scale, 0, MAX_STEERING_SCALE)
-    goals = {key: getattr(steering, key) for key in ("class_name", "text", "picture")}
+        raise InputError(f"steering must be a Steering, got {steering!r:.80}")
+    check_range("steering.scale", steering.scale, 0, MAX_STEERING_SCALE)
+    goals = {key: getattr(steering, key) for key in GOALS}
     keys = [key for key, value in goals.items() if value is not None]
     if len(keys) != 1:
-        raise InputError(f"{name} needs a class_name, a text or a picture, got {' and '.join(keys) or 'none of them'}")
-    if steering.picture is not None:
-        check_steering_image(name, steering.picture, count)
-    for key in ("class_name", "text"):
-        if goals[key] is not None:
-            texts = [goals[key]] if isinstance(goals[key], str) else goals[key]
-            check_texts(f"{name}.{key}", texts, empty=False)
-            if isinstance(goals[key], list) and count is not None and len(texts) not in (1, count):
-                raise InputError(f"{name}.{key} has {len(texts)} texts for {count} images; give one, or one an image")
-    if steering.class_name is not None and steering.classifier is None:
-        raise InputError(f"{name}.class_name needs a classifier; `t2i train classifier` makes one")
+        given = " and ".join(keys) or "none of them"
+        raise InputError(f"steering needs a class_name, a text or a picture, got {given}")
+    (key,) = keys
+    if key == "picture":
+        check_steering_image(steering.picture, count)
+    else:
+        texts = ensure_list(goals[key])
+        check_texts(f"steering.{key}", texts, empty=False)
+        if isinstance(goals[key], list) and len(texts) not in (1, count):
+            raise InputError(f"steering.{key} has {len(texts)} texts for {count} images; give one, or one an image")
+    if key == "class_name" and steering.classifier is None:
+        raise InputError("steering.class_name needs a classifier; `t2i train classifier` makes one")
     if steering.classifier is not None:
-        check_steering_classifier(steering.classifier, clip, autoencoder, embeds=steering.class_name is None)
+        check_steering_classifier(steering.classifier, clip, autoencoder, embeds=key != "class_name")
         for class_name in ensure_list(steering.class_name):
             steering.classifier.find_class_index(class_name)
 
 
-def check_steering_image(name: str, picture: Any, count: int | None) -> None:
+def check_steering_image(picture: Any, count: int) -> None:
+    """Refuse anything but images, (1 or `count`, 3, H, W), with finite values in [-1, 1]."""
     shape = tuple(picture.shape) if isinstance(picture, Tensor) else type(picture).__name__
     if not isinstance(picture, Tensor) or picture.ndim != 4 or picture.shape[1] != 3 or min(picture.shape) < 1:
-        raise InputError(f"{name}.picture must be a tensor (1 or N, 3, H, W), got {shape}")
-    if count is not None and len(picture) not in (1, count):
-        raise InputError(f"{name}.picture has {len(picture)} images for {count}; give one, or one an image")
+        raise InputError(f"steering.picture must be a tensor (1 or N, 3, H, W), got {shape}")
+    if len(picture) not in (1, count):
+        raise InputError(f"steering.picture has {len(picture)} images for {count}; give one, or one an image")
     if not picture.isfinite().all():
-        raise InputError(f"{name}.picture must be finite, got NaN or infinity")
+        raise InputError("steering.picture must be finite, got NaN or infinity")
     low, high = picture.min().item(), picture.max().item()
     if low < -1 or high > 1:
-        raise InputError(f"{name}.picture must have values from -1 to 1, got {low:g} to {high:g}")
+        raise InputError(f"steering.picture must have values from -1 to 1, got {low:g} to {high:g}")
 
 
 def check_steering_classifier(classifier: LatentClassifier, clip: CLIP, autoencoder: Autoencoder, embeds: bool) -> None:
     """Refuse a classifier of another latent space or, where its embeddings are used, of another CLIP."""
+    # Rounded weights, such as bfloat16's, have another fingerprint: those are not compared
     expected, exact = classifier.config.autoencoder_fingerprint, autoencoder.dtype in EXACT_DTYPES
     actual = compute_weights_fingerprint(autoencoder) if expected is not None and exact else expected
     if actual != expected:
@@ -143,7 +147,8 @@ def build_steering_transform(
                 target = clip.encode_text(ensure_list(steering.text)).embedding
         target = F.normalize(target.to(device).float(), dim=-1).expand(count, -1)
         score = build_clip_score(classifier, scheduler, clip, autoencoder, target)
-    of_clean = classifier is None  # CLIP sees no noisy images
+    # CLIP saw no noisy images in training, so that without a classifier the clean estimate is scored
+    of_clean = classifier is None
     return lambda predict: build_steered_predict(predict, scheduler, score, steering.scale, of_clean)
 
 
@@ -178,4 +183,6 @@ def build_clip_score(
 
 
 def ensure_list(value: str | list[str] | None) -> list[str]:
-    return [] if value is None else [value] if isinstance(value, str) else list(value)
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) else value
