@@ -19,10 +19,11 @@ from torch import Generator, Tensor
 from t2i.diffusion.condition import ImageCondition, TextEncoding, TokenStates
 from t2i.diffusion.denoiser import Predict, PredictTransform, StepCallback
 from t2i.diffusion.guidance import Guidance
-from t2i.diffusion.inpainting import build_blend_callback, build_canvas_windows, concat_masked_latents
+from t2i.diffusion.inpainting import build_blend_callback, concat_masked_latents
 from t2i.diffusion.process import predict_x0
 from t2i.diffusion.samplers import count_model_evaluations, resolve_sampler
 from t2i.diffusion.sampling_loop import Sampling, count_steps_left, generate_noise
+from t2i.diffusion.windows import build_canvas_windows
 from t2i.sampling import embeddings, sample
 from t2i.sampling.steering import build_steering_transform
 from t2i.sampling.upsampling import DEFAULT_TILE_SIZE, derive_stage_generators, sample_upsampler

@@ -24,7 +24,7 @@ class ContinuousScheduler(ExactDDIMScheduler, SchedulerMixin):
     def spaced_timesteps(self, count: int) -> Tensor:
         """Return timesteps, (count,), fp32, falling from the last trained one, denser where noise is low.
 
-        They are even in a power of the angle; ANGLE_EXPONENT did best on Gaussian data, see docs/explanation/likelihood.md.
+        They are even in phi^(1 / ANGLE_EXPONENT), which did best on Gaussian data; see docs/explanation/samplers.md.
         """
         check_integer("the number of steps", count, 1, 100_000)
         trained = self.alphas_cumprod.double().sqrt().acos()

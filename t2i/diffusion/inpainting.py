@@ -1,4 +1,4 @@
-"""Inpainting, and images larger than those that the decoder was trained on.
+"""Inpainting: what is known, what is painted, and the seam between them.
 
 A mask is 1 where there is to be painted. Two methods keep the rest, and combine: *blending* puts the known latents back
 at their noise level after every step (Lugmayr et al. 2022, without the resampling); *conditioning* shows the known
@@ -6,7 +6,6 @@ latents and the mask to a decoder that was trained with masks, beside the noisy 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +13,6 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from t2i.diffusion.denoiser import Predict
 from t2i.diffusion.process import alpha_sigma
 
 SEAM_BLUR_SIGMA = 1.0  # pixels: deviation of the blur that hides the border; see docs/how-to/inpaint.md
@@ -79,51 +77,3 @@ def paste_painted_region(painted: Tensor, images: Tensor, mask: Tensor) -> Tenso
     size = 2 * round(3 * SEAM_BLUR_SIGMA) + 1
     error = gaussian_blur((images - painted) * (1 - mask), [size, size], [SEAM_BLUR_SIGMA, SEAM_BLUR_SIGMA])
     return torch.where(mask > 0, painted + 2 * error, images)  # twice: half of a blur at a border is of the other side
-
-
-@dataclass(frozen=True)
-class Window:
-    """Square part of a canvas, in latents."""
-
-    top: int
-    left: int
-    size: int
-
-    def crop_latents(self, x: Tensor) -> Tensor:
-        """Crop (..., h, w) to (..., size, size)."""
-        return x[..., self.top : self.top + self.size, self.left : self.left + self.size]
-
-
-def build_canvas_windows(height: int, width: int, size: int) -> list[Window]:
-    """Return squares that cover a canvas and overlap by at least half; a canvas of that size is one square."""
-
-    def starts(length: int) -> list[int]:
-        count = 1 + -(-(length - size) // max(1, size // 2))
-        return [round(i * (length - size) / max(1, count - 1)) for i in range(count)]
-
-    return [Window(top, left, size) for top in starts(height) for left in starts(width)]
-
-
-def build_windowed_predict(predicts: list[Predict], windows: list[Window]) -> Predict:
-    """Blend the predictions of overlapping windows, weighted by the distance from their borders.
-
-    Bar-Tal et al. 2023 take the plain average.
-    """
-    if len(windows) == 1:
-        return predicts[0]
-    size = windows[0].size
-    ramp = 1 - ((torch.arange(size) + 0.5) / size * 2 - 1).abs()
-    weight = ramp[:, None] * ramp
-
-    def predict(x: Tensor, t: Tensor) -> Tensor:
-        total, weights = None, x.new_zeros(x.shape[-2:])
-        for predict_window, window in zip(predicts, windows):
-            part = predict_window(window.crop_latents(x), t)
-            if total is None:  # a learned variance has twice the channels of x
-                total = x.new_zeros(len(x), part.shape[1], *x.shape[-2:])
-            window.crop_latents(total).add_(part * weight.to(x))
-            window.crop_latents(weights).add_(weight.to(x))
-        assert total is not None, "there are windows"
-        return total / weights
-
-    return predict

@@ -11,8 +11,8 @@ from torch import Generator, Tensor
 from t2i.diffusion.condition import ImageCondition, TextEncoding, TokenStates
 from t2i.diffusion.denoiser import Predict
 from t2i.diffusion.guidance import Guidance, build_guided_predict
-from t2i.diffusion.inpainting import Window, build_windowed_predict
 from t2i.diffusion.sampling_loop import Sampling, sample_from_noise
+from t2i.diffusion.windows import Window, build_windowed_predict
 from t2i.errors import InputError
 
 
@@ -98,12 +98,12 @@ def build_decoder_predict(
 
     def build_window_predict(window: Window) -> Predict:
         latents = condition.masked_latents
-        part = None if latents is None else window.crop_latents(latents)
-        both = replace(condition, masked_latents=part), replace(negative, masked_latents=part)
-        return build_guided_predict(decoder, *both, guidance, scheduler)
+        part = None if latents is None else window.crop(latents)
+        seen, unwanted = replace(condition, masked_latents=part), replace(negative, masked_latents=part)
+        return build_guided_predict(decoder, seen, unwanted, guidance, scheduler)
 
     # One prediction a window, for guidance with momentum has a state.
-    return build_windowed_predict([build_window_predict(window) for window in windows], list(windows))
+    return build_windowed_predict([build_window_predict(window) for window in windows], windows)
 
 
 def split_generators(generator: Generator | list[Generator] | None, count: int) -> tuple[list[Generator], ...]:

@@ -1,6 +1,6 @@
 """Upsampling of images in few steps and bounded memory."""
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,9 +10,9 @@ from torch import Generator, Tensor
 
 from t2i.checks import check_integer, check_multiple_of, check_range
 from t2i.data.pictures import MAX_PIXELS
-from t2i.diffusion.denoiser import Predict
 from t2i.diffusion.process import alpha_sigma
 from t2i.diffusion.sampling_loop import MAX_STEPS, Sampling, generate_noise, sample_from_noise
+from t2i.diffusion.windows import Window, build_windowed_predict
 from t2i.errors import InputError
 from t2i.networks.upsampler import LowResolution, Upsampler, augment_low_resolution, enlarge_low_resolution
 
@@ -65,42 +65,35 @@ def sample_upsampler(
     condition = LowResolution(seen, levels, z_i if takes_embeds else upsampler.null(len(low)).embedding)
     context = upsampler.prepare(condition.to(device, dtype))
 
-    def predict_window(x: Tensor, t: Tensor, rows: slice, columns: slice) -> Tensor:
-        part = x[..., rows, columns].to(dtype)
-        return upsampler.step(part, t.expand(len(x)), context.crop_window(rows, columns)).to(x.dtype)
+    def predict_window(window: Window, x: Tensor, t: Tensor) -> Tensor:
+        part = context.crop_window(window.rows, window.columns)
+        return upsampler.step(x.to(dtype), t.expand(len(x)), part).to(x.dtype)
 
     # Start from the resized low resolution, noised to the first timestep
     scheduler.set_timesteps(sampling.steps, device=device)
     start = enlarge_low_resolution(low, factor)
     alpha, sigma = alpha_sigma(scheduler, scheduler.timesteps[0], start)
     x = alpha * start + sigma * generate_noise(start.shape[1:], generators, device)
-    x = sample_from_noise(build_tiled_predict(predict_window, tile, overlap), scheduler, x, sampling)
+    windows = build_tile_windows(*x.shape[-2:], tile, overlap)
+    predict = build_windowed_predict([partial(predict_window, window) for window in windows], windows)
+    x = sample_from_noise(predict, scheduler, x, sampling)
     return x[..., : factor * height, : factor * width].clamp(-1, 1)
 
 
-def build_tiled_predict(window: Callable[[Tensor, Tensor, slice, slice], Tensor], tile: int, overlap: int) -> Predict:
-    """Return the prediction for whole images from `window(x, t, rows, columns)`, that for a part of x.
+def build_tile_windows(height: int, width: int, tile: int, overlap: int) -> list[Window]:
+    """Return windows that cover an image, with the weights of their predictions.
 
     The outer quarter of an overlap has no weight, because a network sees nothing beyond its window; the middle half
     fades from one window to the next. So a network whose receptive field is a quarter of the overlap predicts the same
     in windows and as a whole.
     """
-
-    def predict(x: Tensor, t: Tensor) -> Tensor:
-        rows, columns = (build_tile_slices(side, tile, overlap) for side in x.shape[-2:])
-        if len(rows) == len(columns) == 1:
-            return window(x, t, slice(None), slice(None))
-        total, weights = torch.zeros_like(x), x.new_zeros(x.shape[-2:])
-        for down in rows:
-            for across in columns:
-                fade_down = compute_fade_weights(down, x.shape[-2], overlap)
-                fade_across = compute_fade_weights(across, x.shape[-1], overlap)
-                weight = (fade_down[:, None] * fade_across).to(x)
-                total[..., down, across] += weight * window(x, t, down, across)
-                weights[down, across] += weight
-        return total / weights
-
-    return predict
+    windows = []
+    for rows in build_tile_slices(height, tile, overlap):
+        for columns in build_tile_slices(width, tile, overlap):
+            down = compute_fade_weights(rows, height, overlap)
+            across = compute_fade_weights(columns, width, overlap)
+            windows.append(Window(rows, columns, down[:, None] * across))
+    return windows
 
 
 def build_tile_slices(side: int, tile: int, overlap: int) -> list[slice]:

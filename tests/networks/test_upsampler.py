@@ -14,6 +14,7 @@ from t2i.training.train_upsampler import Config, RandomCrops, blur_images
 
 from t2i.config import CONFIG_FOLDER, load_config
 from t2i.diffusion.sampling_loop import Sampling
+from t2i.diffusion.windows import build_windowed_predict
 from t2i.errors import InputError
 from t2i.networks.upsampler import (
     LowResolution,
@@ -25,7 +26,7 @@ from t2i.networks.upsampler import (
 )
 from t2i.sampling.upsampling import (
     build_tile_slices,
-    build_tiled_predict,
+    build_tile_windows,
     check_upsampled_size,
     compute_fade_weights,
     derive_stage_generators,
@@ -117,14 +118,18 @@ def test_windows_say_what_the_whole_says_where_the_network_is_local():
 def test_a_picture_that_a_window_holds_is_denoised_whole_and_no_window_is_larger_than_asked():
     seen = []
 
-    def window(x, t, rows, columns):
-        seen.append(tuple(x[..., rows, columns].shape[-2:]))
-        return x[..., rows, columns]
+    def predict(x, t):
+        seen.append(tuple(x.shape[-2:]))
+        return x
+
+    def predict_by_tiles(tile):
+        windows = build_tile_windows(40, 64, tile, 16)
+        return build_windowed_predict([predict] * len(windows), windows)(x, torch.tensor(3))
 
     x = torch.randn(1, 3, 40, 64)
-    assert torch.equal(build_tiled_predict(window, 64, 16)(x, torch.tensor(3)), x) and seen == [(40, 64)]
+    assert torch.equal(predict_by_tiles(64), x) and seen == [(40, 64)]
     seen.clear()
-    torch.testing.assert_close(build_tiled_predict(window, 32, 16)(x, torch.tensor(3)), x)
+    torch.testing.assert_close(predict_by_tiles(32), x)
     assert set(seen) == {(32, 32)} and len(seen) == 2 * 3
 
 

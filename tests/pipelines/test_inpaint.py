@@ -15,10 +15,7 @@ from t2i.diffusion.condition import Condition, ImageCondition
 from t2i.diffusion.denoiser import build_conditional_predict
 from t2i.diffusion.guidance import Guidance
 from t2i.diffusion.inpainting import (
-    Window,
     build_blend_callback,
-    build_canvas_windows,
-    build_windowed_predict,
     concat_masked_latents,
     downsample_mask,
     generate_random_masks,
@@ -27,6 +24,7 @@ from t2i.diffusion.inpainting import (
 from t2i.diffusion.process import alpha_sigma, x0_to_prediction
 from t2i.diffusion.samplers import SAMPLERS
 from t2i.diffusion.sampling_loop import Sampling, sample_from_noise
+from t2i.diffusion.windows import Window, build_canvas_windows, build_windowed_predict
 from t2i.files.model_folder import load_model
 from t2i.networks.decoder import Decoder
 from t2i.networks.unet_decoder import UNetDecoder
@@ -196,11 +194,11 @@ def test_windows_cover_a_canvas_and_overlap_by_half(height, width):
     places = build_canvas_windows(height, width, 8)
     seen = torch.zeros(height, width)
     for place in places:
-        part = place.crop_latents(seen)
+        part = place.crop(seen)
         assert part.shape == (8, 8)
         part += 1
     assert seen.min() >= 1
-    for length, starts in ((height, {p.top for p in places}), (width, {p.left for p in places})):
+    for length, starts in ((height, {p.rows.start for p in places}), (width, {p.columns.start for p in places})):
         ordered = sorted(starts)
         assert ordered[0] == 0 and ordered[-1] == length - 8
         assert all(b - a <= 4 for a, b in zip(ordered, ordered[1:]))
@@ -211,7 +209,7 @@ def test_windows_of_an_oracle_say_what_the_oracle_says_of_the_whole():
     x = torch.randn(2, 4, 20, 13)
     predict = build_windowed_predict([lambda part, t: 3 * part + t] * len(places), places)
     torch.testing.assert_close(predict(x, torch.tensor(5)), 3 * x + 5, atol=1e-4, rtol=1e-5)
-    lone = build_windowed_predict([lambda part, t: part], [Window(0, 0, 8)])
+    lone = build_windowed_predict([lambda part, t: part], [Window(slice(8), slice(8), torch.ones(8, 8))])
     assert lone(x[..., :8, :8], torch.tensor(5)).equal(x[..., :8, :8])
 
 

@@ -1,0 +1,58 @@
+"""Predictions of large samples from overlapping windows, so that a window bounds the memory of a step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from t2i.diffusion.denoiser import Predict
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """Part of a sample, and the weight of its predictions, (height, width): small at the borders of the part."""
+
+    rows: slice
+    columns: slice
+    weight: Tensor
+
+    def crop(self, x: Tensor) -> Tensor:
+        """Return the part of (..., H, W)."""
+        return x[..., self.rows, self.columns]
+
+
+def build_canvas_windows(height: int, width: int, size: int) -> list[Window]:
+    """Return squares that cover a canvas and overlap by at least half; a canvas of that size is one square.
+
+    Their weight falls from the middle to the borders (Bar-Tal et al. 2023 take the plain average).
+    """
+
+    def build_slices(length: int) -> list[slice]:
+        count = 1 + -(-(length - size) // max(1, size // 2))
+        starts = [round(i * (length - size) / max(1, count - 1)) for i in range(count)]
+        return [slice(start, start + size) for start in starts]
+
+    ramp = 1 - ((torch.arange(size) + 0.5) / size * 2 - 1).abs()
+    weight = ramp[:, None] * ramp
+    return [Window(rows, columns, weight) for rows in build_slices(height) for columns in build_slices(width)]
+
+
+def build_windowed_predict(predicts: Sequence[Predict], windows: Sequence[Window]) -> Predict:
+    """Return the mean of the windows' predictions, by their weights. predicts: one a window, for its part of x."""
+    if len(windows) == 1:
+        return predicts[0]
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        total, weights = None, x.new_zeros(x.shape[-2:])
+        for predict_window, window in zip(predicts, windows):
+            part = predict_window(window.crop(x), t)
+            if total is None:  # a learned variance has twice the channels of x
+                total = x.new_zeros(len(x), part.shape[1], *x.shape[-2:])
+            weight = window.weight.to(x)
+            window.crop(total).add_(part * weight)
+            window.crop(weights).add_(weight)
+        assert total is not None, "there are windows"
+        return total / weights
+
+    return predict
