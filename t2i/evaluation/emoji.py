@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,6 @@ from t2i.evaluation.results import check_result_folder, collect_package_versions
 EMOJI_SIZE = 128
 TRAINING_CAPTIONS = 200
 SHEET_IMAGES = 32  # pictures on a contact sheet, the first ones
-
-
-@dataclass
-class EmojiScore:
-    """Fractions of captions whose drawing has its own emoji, or a related one, as the nearest of all real emoji."""
-
-    captions: int
-    exact: float  # nearest to the emoji of the caption
-    same_name: float  # nearest to an emoji with the same name up to the modifier, such as "waving hand"
 
 
 def compute_pixel_features(images: Tensor) -> Tensor:
@@ -78,7 +68,7 @@ def evaluate_emoji_drawings(
     Writes `out/emoji.json` and a contact sheet for each split. `true_embeddings` draws the z_i of each real emoji
     instead of the prior's, which measures the decoder alone. `settings` go to the pipeline, which has the defaults.
     """
-    # Open the data, and refuse what cannot work before anything is drawn
+    # Open the data, and refuse what cannot work, before anything is drawn
     out = Path(out)
     check_result_folder(out)
     dataset, records = open_emoji_dataset(folder)
@@ -90,11 +80,9 @@ def evaluate_emoji_drawings(
     scores: dict[str, Any] = {}
     for split, chosen in captions.items():
         images = torch.cat(list(draw_emoji_batches(pipeline, dataset, chosen, true_embeddings, batch_size, settings)))
-        nearest = [records[i] for i in torch.cdist(compute_pixel_features(images * 2 - 1), real).argmin(dim=1).tolist()]
-        exact = [record.index == other.index for record, other in zip(chosen, nearest)]
-        names = [[strip_name_modifier(record.text) for record in records] for records in (chosen, nearest)]
-        related = [name == other for name, other in zip(*names)]
-        scores[split] = asdict(EmojiScore(len(chosen), compute_mean_fraction(exact), compute_mean_fraction(related)))
+        distances = torch.cdist(compute_pixel_features(images * 2 - 1), real)
+        nearest = [records[i] for i in distances.argmin(dim=1).tolist()]
+        scores[split] = compare_emoji(chosen, nearest)
         pictures = [to_pil_image(image) for image in images[:SHEET_IMAGES]]
         sheet = build_contact_sheet(pictures, [record.text for record in chosen])
         sheet.quantize(256).save(out / f"{split}.png", optimize=True)  # a fifth of the size, without a visible change
@@ -134,5 +122,13 @@ def iterate_emoji_batches(dataset: CaptionedPictures, records: list[Record], bat
         yield torch.stack([dataset.load_image(record.index) for record in records[start : start + batch_size]])
 
 
-def compute_mean_fraction(values: list[bool]) -> float:
-    return round(sum(values) / max(1, len(values)), 4)
+def compare_emoji(chosen: list[Record], nearest: list[Record]) -> dict[str, float]:
+    """Return the fractions of captions whose drawing has its own emoji, or a related one, as the nearest real emoji.
+
+    same_name: an emoji with the same name up to the modifier, such as "waving hand".
+    """
+    exact = [record.index == other.index for record, other in zip(chosen, nearest)]
+    names = [[strip_name_modifier(record.text) for record in records] for records in (chosen, nearest)]
+    fractions = {"exact": exact, "same_name": [name == other for name, other in zip(*names)]}
+    count = max(1, len(chosen))
+    return {"captions": len(chosen), **{name: round(sum(hits) / count, 4) for name, hits in fractions.items()}}

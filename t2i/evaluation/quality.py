@@ -50,29 +50,22 @@ class ReferenceStatistics:
     source_facts: dict[str, Any]
 
 
-def check_reference_statistics(about: dict[str, Any], expected: dict[str, Any], path: Path) -> None:
-    """Refuse statistics of another extractor, another size of the pictures, or other pictures."""
+def read_reference_statistics(path: Path, expected: dict[str, Any]) -> ReferenceStatistics:
+    """Read stored statistics. Raises InputError if they are not complete, or not of `expected`.
+
+    expected: the extractor, the size of the pictures and the digest of their files.
+    """
+    tensors, about = read_tensor_file(path, STATISTICS_KIND, STATISTICS_TENSORS)
     for key, kind in (("extractor", "extractor"), ("image_size", "image size"), ("digest", "set of pictures")):
         stored = about.get(key)
         if key in expected and stored != expected[key]:
             values = f"{stored!r}; this {kind} is {expected[key]!r}"
             raise InputError(f"{str(path)!r} contains statistics of another {kind}, {values}")
-
-
-def read_reference_statistics(path: Path, expected: dict[str, Any]) -> ReferenceStatistics:
-    """Read stored statistics. Raises InputError if they differ from `expected` or are not complete."""
-    tensors, about = read_tensor_file(path, STATISTICS_KIND, STATISTICS_TENSORS)
-    check_reference_statistics(about, expected, path)
     features, mean, covariance = (tensors[name] for name in STATISTICS_TENSORS)
     dim = features.shape[-1]
     if features.ndim != 2 or mean.shape != (dim,) or covariance.shape != (dim, dim):
         raise InputError(f"{str(path)!r} is not complete; delete it to compute it anew")
     return ReferenceStatistics(features, (mean, covariance), about)
-
-
-def get_statistics_path(pictures: SourcePictures | FolderPictures, extractor: FeatureExtractor, size: int) -> Path:
-    """Return the default file for the statistics of a reference: a hidden file in its folder."""
-    return pictures.folder / f".t2i-statistics-{extractor.identity}-{size}-{pictures.digest}.safetensors"
 
 
 def measure_reference_statistics(
@@ -84,10 +77,11 @@ def measure_reference_statistics(
 ) -> ReferenceStatistics:
     """Read the statistics of a reference from a file, or compute them in all processes and write them.
 
-    path: the file, else `get_statistics_path`. Raises InputError if it contains statistics of anything else.
+    path: the file; None: a hidden file in the folder of the pictures. Raises InputError if it contains statistics of anything else.
     """
     # Read them, if they were computed before
-    target = path or get_statistics_path(pictures, extractor, size)
+    default_name = f".t2i-statistics-{extractor.identity}-{size}-{pictures.digest}.safetensors"
+    target = path or pictures.folder / default_name
     expected = {"extractor": extractor.identity, "image_size": size, "digest": pictures.digest}
 
     def read_stored() -> ReferenceStatistics | None:
@@ -174,7 +168,7 @@ def measure_quality(
         result["clip_score"] = cosines.double().mean().item()
         result["clip_score_by"] = {
             "clip": scorer.identity,
-            "is_conditioning_clip": is_same_clip(scorer.identity, conditioning),
+            "is_conditioning_clip": None if conditioning is None else scorer.identity == conditioning,
         }
     return {
         "metrics": result,
@@ -185,8 +179,3 @@ def measure_quality(
         "processes": state.num_processes,
         "versions": {"t2i": __version__, **{name: version(name) for name in VERSIONED_PACKAGES}},
     }
-
-
-def is_same_clip(scorer: str, conditioning: str | None) -> bool | None:
-    """Return True if both are the same CLIP; None if the conditioning CLIP is unknown."""
-    return None if conditioning is None else scorer == conditioning
