@@ -60,6 +60,7 @@ def check_stage_inputs(
     check_image_sides(pipeline, decoder, any_size)
     if decoder.steering is not None:
         check_steering(decoder.steering, pipeline.clip, pipeline.autoencoder, count)
+    # The options' sides are checked before, against the trained size; noise has the canvas' size
     if canvas is not None:
         decoder = replace(decoder, height=canvas[0], width=canvas[1])
     channels, *latent_sides = pipeline.compute_latent_shape(decoder)

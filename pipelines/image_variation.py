@@ -86,5 +86,6 @@ class ImageVariationPipeline(InvertingPipeline):
         if (eta := options.get("eta")) is None:
             return build_options(options, defaults, DECODER_REDRAWING_OPTIONS)
         check_range("eta", eta, 0, 1)
+        # The call's `eta` also decides whether to invert: the decoder's own option must not contradict it
         options = {name: value for name, value in options.items() if name != "eta"}
         return PriorOptions(), build_inversion_options(options, eta)

@@ -138,9 +138,11 @@ class InterpolationPipeline(InvertingPipeline):
         is_text = torch.tensor([isinstance(anchor, str) for anchor in anchors])
         (prior_generator,), (noise_generator,) = split_generators(generator, 1)
         noise = generate_noise(self.latent_shape, [noise_generator], self._execution_device)
+        # Drawn after the noise, so that the noise is that of the generator's first numbers
         seed = int(torch.randint(2**62, (1,), generator=noise_generator))
         latents = noise.repeat(len(anchors), 1, 1, 1)
         z_i = latents.new_empty(len(anchors), self.clip.embed_dim)
+        # Images have no caption: the null's stands for it
         captions = self.decoder.null(len(anchors)).text
         if is_text.any():
             places = is_text.nonzero()[:, 0]

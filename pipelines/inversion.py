@@ -80,6 +80,7 @@ class InvertingPipeline(UnCLIPPipeline):
         z_i, scheduler = self.encode_image(given), self.decoder_scheduler
         latents = self.encode_latents(given)
         self.offload_all_but("decoder")
+        # Without noise on z_i, and by DDIM, whose steps can be undone
         condition = build_decoder_condition(self.decoder, z_i, text)
         predict = build_decoder_predict(self.decoder, scheduler, condition, options.guidance_scale)
         steps = options.num_inference_steps

@@ -59,6 +59,7 @@ def locate_other_folders(
     name: of the model. For a decoder on the hub whose prior's repository is known, `prior` may be None. prior, clip:
     names, or components of the caller's. find_folder: returns the folder of a name.
     """
+    # Decoders on the hub are published without their prior, which is in another repository
     default = DEFAULT_PRIORS.get(name)
     prior = default if prior is None else prior
     prior_folder = None

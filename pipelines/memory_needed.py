@@ -112,6 +112,7 @@ def count_bytes_needed(
     Stages that cannot be counted are left out, and so is CLIP, which needs little. window: see `check_batch_fits`.
     """
     workloads = collect_stage_workloads(pipeline, prior, decoder, count, window)
+    # Stages run one after another, so that the largest one decides
     peaks = {name: count_peak_bytes(getattr(pipeline, name), workload) for name, workload in workloads.items()}
     if peaks["decoder"] is not None:
         peaks["decoder"] += count_packed_bytes(pipeline.decoder)

@@ -89,6 +89,7 @@ def sample_image_embeds(
 
     def draw_preview_images(z_i: Tensor) -> list[Image.Image]:
         fresh = [Generator().manual_seed(0) for _ in z_i]
+        # Always the same noise, so that previews show how z_i changes and nothing else
         quick = DecoderOptions(num_inference_steps=PREVIEW_STEPS, guidance_scale=Guidance(1.0))
         return pipeline.decode(sample_decoder(pipeline, z_i, text, quick, fresh))
 
@@ -126,6 +127,7 @@ def sample_decoder(
     z_i, canvas = z_i.to(device), canvas or Canvas()
     pipeline.offload_all_but("decoder")
     scheduler = resolve_sampler(options.sampler, pipeline.decoder_scheduler, decoder)
+    # Given images decide the size
     shape = pipeline.compute_latent_shape(options) if canvas.latents is None else tuple(canvas.latents.shape[1:])
     noise = Sampling(1, generators, noise=options.latents).get_noise(shape, device)
 

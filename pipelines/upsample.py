@@ -66,6 +66,7 @@ class UpsamplePipeline(Interruptible, DiffusionPipeline):
         path = Path(pretrained_model_name_or_path)
         if not is_folder(path):
             path = Path(UnCLIPPipeline.download(str(path), **kwargs | {"variant": None}))  # plain files are read below
+        # The folder of a run: the upsampler alone
         if not (path / "model_index.json").is_file():
             return cls(load_model(Upsampler, path), load_scheduler(path / "scheduler"))
         folder = PipelineFolder(path)

@@ -104,7 +104,7 @@ def split_batches(items: list[Item], size: int, length: Callable[[Item], int]) -
 
 def iterate_in_order(results: Iterable[tuple[int, Result]], order: list[int]) -> Iterator[Result]:
     """Yield results, which come with their numbers in any order, in the order of `order`."""
-    waiting: dict[int, Result] = {}
+    waiting: dict[int, Result] = {}  # results that came before their turn
     remaining = iter(order)
     number = next(remaining, None)
     for result_number, result in results:

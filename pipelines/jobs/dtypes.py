@@ -21,6 +21,7 @@ def parse_dtypes(texts: list[str] | None) -> str | dict[str, str] | None:
         return None
     dtypes: dict[str, str] = {}
     for text in texts:
+        # Without a part, rpartition leaves the first two empty
         part, equals, name = text.rpartition("=")
         if name not in DTYPES:
             check_choice("dtype", name, tuple(SHORT_DTYPES))

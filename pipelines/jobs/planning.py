@@ -50,6 +50,7 @@ class Output:
         if not 1 <= self.count <= MAX_IMAGES_PER_INPUT:
             raise InputError(f"count must be an integer from 1 to {MAX_IMAGES_PER_INPUT}, got {self.count}")
         seed = secrets.randbelow(2**32) if self.seed is None else self.seed
+        # The last image's seed must still fit into 63 bits
         largest = MAX_SEED - inputs * self.count
         if not 0 <= seed <= largest:
             raise InputError(f"seed must be an integer from 0 to {largest}, got {seed}")

@@ -66,6 +66,7 @@ class Condition:
     def take_rows(self, rows: Tensor) -> Self:
         """Select conditions by their numbers in the batch, (N,), int64."""
         nested = {name: part.take_rows(rows) for name, part in self.parts.items() if isinstance(part, Condition)}
+        # Unindexed fields have a row for each condition, so that these rows are taken themselves
         own = {name: self.parts[name] for name in self.unindexed if name in self.parts}
         own = {name: tensor[rows.to(tensor.device)] for name, tensor in own.items()}
         return replace(self, rows=self.index[rows.cpu()], **nested, **own)
@@ -86,6 +87,7 @@ class Condition:
         Returns the number of the first of each group, (U,), on the CPU as all indexes, and the group of each condition,
         (B,), on the device of the tensors: int64. No tensor is compared but the indexes.
         """
+        # Conditions are equal if all their indexes are, those of nested conditions included
         _, groups = torch.stack(self.collect_indexes(), dim=1).unique(dim=0, return_inverse=True)
         first = (groups == count_up(int(groups.max()) + 1)[:, None]).int().argmax(dim=1)
         return first, groups.to(self.device)
@@ -112,6 +114,7 @@ class Condition:
         both = self.combine(other, lambda mine, others: torch.cat([mine, others]), Condition.cat)
         if self.rows is None and other.rows is None:
             return both
+        # The stored rows of the other follow those of this one
         return replace(both, rows=torch.cat([self.index, len(self.first_tensor) + other.index]))
 
     def combine(

@@ -71,11 +71,13 @@ class ProbabilityFlowScheduler(ContinuousScheduler):
         x_0 = self.clip_x0(predict_x0(self, model_output, sample, t))
         alpha, sigma = alpha_sigma(self, t, sample)
         velocity = (alpha * sample - x_0) / sigma
+        # Even: Euler's step to the next timestep. Odd: the same step again, with the mean of both velocities
         if self.index % 2 == 0:
             self.last_step = (t, sample, velocity)
             alpha_s, sigma_s = alpha_sigma(self, self.find_next_timestep(self.index + 1), sample)
             x = (alpha * alpha_s + sigma * sigma_s) * sample - (sigma * alpha_s - alpha * sigma_s) * velocity
         else:
+            # Undo the Euler step: start again from where it started
             t_left, x_left, velocity_left = self.last_step
             half = (noise_angle(self, t_left, sample) - noise_angle(self, t, sample)) / 2
             # tan(half), not half: exact where sample and noise stay the same.
@@ -110,6 +112,7 @@ class ReverseSDEScheduler(ContinuousScheduler):
         t = torch.as_tensor(timestep, device=sample.device)
         previous = self.find_next_timestep(self.index + 1)
         x_0 = self.clip_x0(predict_x0(self, model_output, sample, t))
+        # The first step, and the one to the clean sample, take the estimate as it is
         extrapolated, log_snr = x_0, torch.logit(alpha_bar(self, t, sample))
         if self.last_step is not None and previous >= 0:
             last_log_snr, last_x_0 = self.last_step

@@ -73,6 +73,7 @@ class ExactDDIMScheduler(DDIMScheduler):
         previous = self.previous_timestep(t).to(sample.device)
         x_0 = self.clip_x0(predict_x0(self, model_output, sample, t))
         (alpha, sigma), (alpha_s, sigma_s) = alpha_sigma(self, t, sample), alpha_sigma(self, previous, sample)
+        # The noise that belongs to the clipped clean sample, not the predicted one
         noise = (sample - alpha * x_0) / sigma
         if eta == 0:
             x = alpha_s * x_0 + sigma_s * noise
@@ -94,6 +95,7 @@ def build_scheduler_like(kind: type[SchedulerMixin], scheduler: SchedulerMixin, 
         shared["trained_betas"] = scheduler.betas.tolist()
     if "timestep_spacing" in accepted:
         shared.setdefault("timestep_spacing", "linspace")  # the timesteps that UnCLIPScheduler takes
+    # A class's own default would clip what the model was not trained to have clipped
     if "clip_sample" in accepted:
         shared.setdefault("clip_sample", False)
     return kind(**{**{key: value for key, value in shared.items() if key not in CLASS_SPECIFIC_KEYS}, **settings})
@@ -126,10 +128,12 @@ def invert_sample(
     exact.set_timesteps(steps, device=x_0.device)
     x, velocity = x_0, None
     predicts_noise = exact.config.prediction_type == "epsilon"
+    # From the clean sample towards noise: the sampler's timesteps in the other order
     previous = exact.timesteps.new_tensor(exact.final_timestep)
     for i, t in enumerate(progress(exact.timesteps.flip(0))):
         (alpha, sigma), (alpha_s, sigma_s) = alpha_sigma(exact, t, x), alpha_sigma(exact, previous, x)
         cosine, sine = alpha * alpha_s + sigma * sigma_s, sigma * alpha_s - alpha * sigma_s
+        # The last step's velocity is nearly this one's
         guess = x if velocity is None else (x + sine * velocity) / cosine
         for _ in range(refinements):
             prediction, _ = split_variance(predict(guess, t), guess)

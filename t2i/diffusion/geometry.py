@@ -36,6 +36,7 @@ def compute_spherical_mean(points: Tensor, weights: Tensor) -> Tensor:
     """
     weights = check_weights(weights, len(points)).to(points.device)
     length = (weights[:, None] * points.double().norm(dim=-1, keepdim=True)).sum()
+    # Anchors without weight must not decide where the iteration starts
     used = weights > 0
     directions, weights = F.normalize(points.double(), dim=-1)[used], weights[used]
     # Start from successive slerps: exact for two points, near for more.
@@ -43,6 +44,7 @@ def compute_spherical_mean(points: Tensor, weights: Tensor) -> Tensor:
     for direction, weight in zip(directions[1:], weights[1:]):
         total = total + weight
         mean = slerp(mean, direction, weight / total)
+    # Algorithm A1: to the mean of the tangents, until that is zero
     if len(directions) > 2:
         for _ in range(MAX_ITERATIONS):
             step = (weights[:, None] * log_map(mean.expand_as(directions), directions)).sum(dim=0)

@@ -126,18 +126,22 @@ def build_guided_predict(
     # Prepare both conditions once, and the wanted one alone for steps outside of the interval
     context, dtype = prepare_context(denoiser, negative.cat(condition), timesteps), denoiser.dtype
     outside = None if guidance.interval == (0, 1) else build_conditional_predict(denoiser, condition, timesteps)
+    # Fractions of the training timesteps become timesteps
     low, high = (end * scheduler.config.num_train_timesteps for end in guidance.interval)
     combine = ProjectedGuidance(guidance) if guidance.is_projected else None
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
         if outside is not None and not low <= t <= high:
             return outside(x, t)
+        # Negative first: `context` has the rows in this order
         twice = torch.cat([x, x]).to(dtype)
         both = denoiser.step(twice, t.expand(2 * len(x)), context).to(x.dtype).chunk(2)
         (unwanted, _), (wanted, _) = (split_variance(prediction, x) for prediction in both)
         if combine is None:
+            # Linear in the prediction, so that it is the same for noise, clean sample and velocity
             prediction = unwanted.lerp(wanted, guidance.scale)
         else:
+            # Projections and norms are those of clean samples
             ends = (predict_x0(scheduler, end, x, t) for end in (unwanted, wanted))
             prediction = x0_to_prediction(scheduler, combine(*ends), x, t)
         if guidance.rescale:
@@ -145,6 +149,7 @@ def build_guided_predict(
         if guidance.threshold < 1:
             guided, unguided = (predict_x0(scheduler, end, x, t) for end in (prediction, wanted))
             prediction = x0_to_prediction(scheduler, threshold_x0(guided, unguided, guidance.threshold), x, t)
+        # The variance is that of the wanted condition
         return join_variance(prediction, both[1])
 
     return predict
@@ -164,6 +169,7 @@ class ProjectedGuidance:
         if guidance.norm is not None:
             size = difference.flatten(1).square().mean(dim=1).sqrt()
             difference = difference * broadcast_like(difference, (guidance.norm / size.clamp(min=1e-12)).clamp(max=1))
+        # Split the difference into the parts along the wanted sample and across it
         direction = torch.nn.functional.normalize(wanted.flatten(1), dim=1).view_as(wanted)
         parallel = direction * broadcast_like(wanted, (difference * direction).flatten(1).sum(dim=1))
         return wanted + (guidance.scale - 1) * (difference - parallel + guidance.parallel * parallel)
@@ -208,9 +214,11 @@ def build_steered_predict(
                 scored = predict_x0(scheduler, prediction, leaf, t)
             else:
                 prediction, scored = predict(x, t), leaf
+            # The sum's gradient is each sample's own, for no score reads another sample
             (gradient,) = torch.autograd.grad(score(scored, t).sum(), leaf)
         prediction = prediction.detach()
         alpha, sigma = alpha_sigma(scheduler, t, x)
+        # Algorithm 2 moves the noise by -sigma gradient, which moves the clean sample by sigma^2 / alpha gradient
         moved = predict_x0(scheduler, prediction, x, t) + scale * sigma.square() / alpha.clamp(min=MIN_ALPHA) * gradient
         return join_variance(x0_to_prediction(scheduler, moved, x, t), prediction)
 

@@ -39,6 +39,7 @@ def generate_random_masks(count: int, height: int, width: int, device: torch.dev
     (top, bottom), (left, right) = span(height), span(width)
     rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
     inside = ((rows >= top) & (rows < bottom))[:, :, None] & ((columns >= left) & (columns < right))[:, None, :]
+    # A quarter covers everything; the rest is inside or outside of a rectangle, with equal chances
     kind = torch.rand(count, 1, 1, device=device)
     mask = torch.where(kind < (1 + FULL_MASK_FRACTION) / 2, inside, ~inside)
     return (mask | (kind < FULL_MASK_FRACTION))[:, None].float()
@@ -75,5 +76,6 @@ def paste_painted_region(painted: Tensor, images: Tensor, mask: Tensor) -> Tenso
     are shifted by the blurred error of the kept pixels beside them.
     """
     size = 2 * round(3 * SEAM_BLUR_SIGMA) + 1
+    # The autoencoder's error of what stays, carried over the border by a blur
     error = gaussian_blur((images - painted) * (1 - mask), [size, size], [SEAM_BLUR_SIGMA, SEAM_BLUR_SIGMA])
     return torch.where(mask > 0, painted + 2 * error, images)  # twice: half of a blur at a border is of the other side

@@ -84,6 +84,7 @@ def compute_variational_bound(
     sizes = edges.diff()
     draws = random.Random(seed)
     chosen = torch.tensor([draws.random() for _ in range(count)], dtype=torch.float64)
+    # One timestep at random in each stretch
     timesteps = edges[:-1] + (chosen * sizes).long().clamp(max=sizes - 1)
 
     def reverse_step(t: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,6 +106,7 @@ def compute_variational_bound(
         data = -compute_level_log_probability(x_0, estimate, log_variance)
     else:
         data = variational_term(scheduler, x_0 - estimate, log_variance, first, first - 1)
+    # L_T: KL of q(x_T | x_0) from N(0, 1)
     alpha, sigma = alpha_sigma(scheduler, timesteps.new_tensor(last), x_0)
     start = ((alpha * x_0).square() + sigma**2 - 1 - 2 * sigma.log()) / 2
     data, start = (nats.flatten(1).mean(dim=1) for nats in (data, start))
@@ -144,6 +146,7 @@ def compute_ode_bits(
     check_integer("steps", steps, 2, 10_000)
     check_integer("probes", probes, 1, 1000)
     timesteps = build_scheduler_like(ProbabilityFlowScheduler, scheduler).spaced_timesteps(steps - 1)
+    # Rising from the lowest trained noise level: from data to noise
     timesteps = torch.cat([timesteps, timesteps.new_zeros(1)]).flip(0).to(x_0.device)
     signs = torch.stack([generate_noise(x_0.shape[1:], generators, x_0.device).sign() for _ in range(probes)])
 
@@ -154,6 +157,7 @@ def compute_ode_bits(
             x = x.detach().requires_grad_()
             velocity = (alpha * x - predict_x0(scheduler, predict(x, t), x, t)) / sigma
             trace = torch.zeros(len(x), device=x.device, dtype=x.dtype)
+            # E[s^T J s] = tr J for random signs s
             for i, sign in enumerate(signs.to(x.dtype)):
                 (product,) = torch.autograd.grad(velocity, x, sign, retain_graph=i + 1 < probes)
                 trace = trace + (product * sign).flatten(1).sum(dim=1) / probes
@@ -164,9 +168,11 @@ def compute_ode_bits(
     for t, after in zip(timesteps[:-1], timesteps[1:]):
         length = (noise_angle(scheduler, after, x) - noise_angle(scheduler, t, x)).to(x.dtype)
         velocity, trace = derivatives(x, t)
+        # Heun's method: the mean of the derivatives at both ends
         next_velocity, next_trace = derivatives(x + length * velocity, after)
         x = x + length * (velocity + next_velocity) / 2
         change = change + length * (trace + next_trace) / 2
+    # x_0 was scaled by alpha at the start, which changes its density by log alpha a dimension
     dimensions = x_0[0].numel()
     density = -(x.square() + math.log(2 * math.pi)).flatten(1).sum(dim=1) / 2
     return nats_to_bits(-(density + change) / dimensions - alpha.log())

@@ -47,6 +47,7 @@ def generate_noise_and_timesteps(scheduler: SchedulerMixin, x: Tensor, shift: fl
     """Draw noise like x, fp32, and timesteps, (B,), for a batch."""
     noise = torch.randn_like(x, dtype=torch.float32)
     uniform = torch.rand(len(x), device=x.device)
+    # Uniform in (0, 1), then shifted towards noise, then cut to whole timesteps
     steps = scheduler.config.num_train_timesteps
     return noise, (shift * uniform / (1 + (shift - 1) * uniform) * steps).long().clamp(max=steps - 1)
 
@@ -70,6 +71,7 @@ def compute_diffusion_loss(
     noise, t = generate_noise_and_timesteps(scheduler, x, shift)
     noisy = scheduler.add_noise(x, noise, t)
     mean, fraction = split_variance(model(noisy, t, condition).float(), x)
+    # The loss of the mean
     weight = compute_loss_weight(scheduler, t, weighting, gamma)
     losses = {"loss": compute_weighted_mse(mean, compute_prediction_target(scheduler, x, noise, t), weight)}
     if fraction is not None:
@@ -78,6 +80,7 @@ def compute_diffusion_loss(
         log_variance = reverse_log_variance(scheduler, fraction, t, t - 1)
         term = variational_term(scheduler, error, log_variance, t, t - 1).mean()
         losses["bound"] = term / math.log(2) * scheduler.config.num_train_timesteps
+        # The weight of the bound in eq. 16
         losses["loss"] = losses["loss"] + 0.001 * losses["bound"]
         losses["bound"] = losses["bound"].detach()
     return losses, mean

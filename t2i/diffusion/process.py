@@ -60,6 +60,7 @@ def alpha_bar(scheduler: SchedulerMixin, t: Tensor, like: Tensor) -> Tensor:
     """Return abar_t as `alpha_sigma` uses it, fp64: () or (B, 1, ...)."""
     abar = scheduler.alphas_cumprod.to(like.device, torch.float64)
     t = torch.as_tensor(t, device=like.device)
+    # sigmoid and logit are abar as a function of the log-SNR, and back
     if t.is_floating_point() and not (t == t.round()).all():
         low = t.floor().long().clamp(0, len(abar) - 1)
         high, fraction = (low + 1).clamp(max=len(abar) - 1), (t - low).clamp(min=0)
@@ -108,6 +109,7 @@ def posterior_coefficients(
     All fp64, () or (B, 1, ...). The two variances bound that of the reverse step, for data of unit variance.
     """
     now, before = alpha_bar(scheduler, t, like), alpha_bar(scheduler, previous, like)
+    # step: 1 - beta of the whole step from s to t. left: the part of x_t's noise that x_s has already
     step, left = now / before, (1 - before) / (1 - now)
     return step.sqrt() * left, before.sqrt() * (1 - step) / (1 - now), (1 - step) * left, 1 - step
 
@@ -136,9 +138,11 @@ def variational_term(
     """
     _, of_sample, variance, _ = posterior_coefficients(scheduler, t, previous, error)
     scaled = (of_sample.to(error.dtype) * error).square() * (-log_variance).exp()
+    # -log N(x_0; estimate, variance): of the last step, which is no divergence
     density = (scaled + log_variance + math.log(2 * math.pi)) / 2
     before = torch.as_tensor(previous, device=error.device).view(-1, *[1] * (error.ndim - 1)) < 0
     log_true = torch.where(variance > 0, variance, 1.0).log().to(error.dtype)
+    # KL of two Gaussians whose means differ by of_sample * error
     divergence = (scaled + log_variance - log_true + (log_true - log_variance).exp() - 1) / 2
     return torch.where(before, density, divergence)
 

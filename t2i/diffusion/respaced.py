@@ -24,6 +24,7 @@ class UnCLIPRespacedScheduler(UnCLIPScheduler, SchedulerMixin):
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Set the timesteps, (num_inference_steps,), int64, falling; a single step leads to the clean sample."""
         check_integer("the number of steps", num_inference_steps, 1, self.config.num_train_timesteps)
+        # diffusers' spacing divides by the number of steps minus one
         if num_inference_steps > 1:
             super().set_timesteps(num_inference_steps, device)
         else:

@@ -70,6 +70,7 @@ def build_sampler(name: str, scheduler: SchedulerMixin, learned_variance: bool =
     """
     check_sampler_name("sampler", name)
     kind, settings = SAMPLERS[name]
+    # The other samplers take no variance from the model
     if name == "ddpm" and (learned_variance or scheduler.config.get("variance_type") == "learned_range"):
         settings = {"variance_type": "learned_range"}
     return build_scheduler_like(kind, scheduler, **settings)
@@ -84,12 +85,14 @@ def check_scheduler_sampling(name: str, scheduler: SchedulerMixin) -> None:
     for key, allowed in CONFIG_CHOICES.items():
         if (value := config.get(key, allowed[0])) not in allowed:
             raise InputError(f"the {name}, a {kind}, has {key} {value!r:.80}; it may be {', '.join(map(str, allowed))}")
+    # A copy, for sampling sets the scheduler's timesteps
     trial = copy.deepcopy(scheduler)
     learned = config.get("variance_type") in LEARNED_VARIANCE_TYPES
     noise, generators = torch.ones(1, 1, 2, 2), [torch.Generator().manual_seed(0)]
     try:
         sampling = Sampling(min(TRIAL_STEPS, config.num_train_timesteps), generators)
         drawn = sample_from_noise(lambda x, _: torch.cat([x, x], 1) / 2 if learned else x / 2, trial, noise, sampling)
+        # A schedule that rises would add noise instead of removing it
         falls = trial.timesteps[0] >= trial.timesteps[-1] and trial.alphas_cumprod.isfinite().all()
     except Exception as error:  # a library raises anything for a configuration that it did not check
         raise InputError(f"the {name}, a {kind}, cannot sample ({format_error(error)})") from error

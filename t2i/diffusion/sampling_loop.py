@@ -61,6 +61,7 @@ def sample_from_noise(predict: Predict, scheduler: SchedulerMixin, noise: Tensor
     """Denoise from `noise`, (N, ...) of unit variance, to samples, step by step, in the noise's dtype."""
     check_eta(scheduler, sampling.eta)
     scheduler.set_timesteps(sampling.steps, device=noise.device)
+    # diffusers' schedulers differ in what `step` takes
     accepted = signature(scheduler.step).parameters
     extra: dict[str, Any] = {"generator": sampling.generators or None} if "generator" in accepted else {}
     if sampling.eta is not None:
@@ -71,6 +72,7 @@ def sample_from_noise(predict: Predict, scheduler: SchedulerMixin, noise: Tensor
     x, timesteps = initialize_sampling(scheduler, noise, sampling)
     for i, t in enumerate(sampling.progress(timesteps)):
         prediction = predict(scheduler.scale_model_input(x, t), t)
+        # These schedulers take no variance, which a model may have learned all the same
         if not learned:
             prediction, _ = split_variance(prediction, x)
         x = scheduler.step(prediction, t, x, **extra).prev_sample
@@ -86,6 +88,7 @@ def initialize_sampling(scheduler: SchedulerMixin, noise: Tensor, sampling: Samp
     if sampling.original is None:
         return noise * scheduler.init_noise_sigma, timesteps
     check_range("strength", sampling.strength, 0, 1)
+    # Samplers of second order have two timesteps a step
     first = (sampling.steps - sampling.steps_left) * getattr(scheduler, "order", 1)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(first)

@@ -24,6 +24,7 @@ def load_scheduler(folder: Path, root: Path | None = None) -> SchedulerMixin:
 
     root: of the pipeline, which links may lead into. Raises InputError for any other class or an incomplete folder.
     """
+    # A file without a class is of DDIM, by which models are trained here
     name = read_scheduler_config(folder, root).get("_class_name", DDIMScheduler.__name__)
     module = next((module for module, names in PROJECT_SCHEDULERS.items() if name in names), "diffusers")
     check_scheduler_class(folder, name, module)

@@ -33,6 +33,7 @@ def build_canvas_windows(height: int, width: int, size: int) -> list[Window]:
         starts = [round(i * (length - size) / max(1, count - 1)) for i in range(count)]
         return [slice(start, start + size) for start in starts]
 
+    # At the pixels' centres, so that no weight is 0 and every pixel has a prediction
     ramp = 1 - ((torch.arange(size) + 0.5) / size * 2 - 1).abs()
     weight = ramp[:, None] * ramp
     return [Window(rows, columns, weight) for rows in build_slices(height) for columns in build_slices(width)]

@@ -34,11 +34,13 @@ def build_labelled_rows(rows: Mapping[str, Sequence[Image.Image | None]], captio
     side = next(image.width for row in rows.values() for image in row if image is not None)
     shown = min(max(side, MIN_CELL_SIZE), MAX_CELL_SIZE)
     gutter, cell = 120, shown + GAP
+    # Bands of equal length, rather than a last one of a single column
     bands = -(-len(captions) // MAX_COLUMNS)
     columns = -(-len(captions) // bands)
     footer = max(len(wrap_text(caption, shown, 3)) for caption in captions) * LINE_HEIGHT + GAP
     sheet = Image.new("RGB", (gutter + columns * cell + GAP, GAP + bands * (len(rows) * cell + footer)), "white")
     pen = ImageDraw.Draw(sheet)
+    # A band of at most ten columns: all rows, then the captions
     for start in range(0, len(captions), columns):
         top = GAP + start // columns * (len(rows) * cell + footer)
         part = captions[start : start + columns]

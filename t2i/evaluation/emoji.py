@@ -27,6 +27,7 @@ def compute_pixel_features(images: Tensor) -> Tensor:
     They are the colours, averaged over a 16 x 16 grid, and the absolute horizontal and vertical gradients of the
     32 x 32 reduction, averaged over an 8 x 8 grid.
     """
+    # Reductions, so that a shift by a pixel or two changes little
     small = F.adaptive_avg_pool2d(images, 32)
     color = F.adaptive_avg_pool2d(images, 16).flatten(1)
     horizontal = F.pad((small[..., :, 1:] - small[..., :, :-1]).abs(), (0, 1))

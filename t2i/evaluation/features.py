@@ -95,6 +95,7 @@ def read_inception_weights(file: Path | None) -> dict[str, Tensor]:
         tensors = load_or_explain(lambda path: torch.load(path, map_location="cpu", weights_only=True), file)
     else:
         raise InputError(f"--inception must be a .safetensors or torch-fidelity's .pth, got {str(file)!r}")
+    # A .pth may hold anything; only tensors by name are weights
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise InputError(f"{str(file)!r} must contain tensors by name")
     return tensors

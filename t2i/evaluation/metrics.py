@@ -41,6 +41,7 @@ class MetricSettings:
 
     def check_image_counts(self, counts: dict[str, int], dim: int) -> None:
         """Refuse sets of pictures that are too small for the metrics; `counts`: pictures by name, `dim`: features."""
+        # With fewer pictures than features the covariance is singular, and its distance is biased
         for name, count in counts.items():
             if "fd" in self.metrics and count <= dim:
                 needed = f"a covariance of {dim} features needs {dim + 1:,} for full rank"
@@ -71,6 +72,7 @@ def compute_feature_moments(features: Tensor) -> Moments:
 
 def compute_frechet_distance(drawn: Moments, real: Moments) -> float:
     """Return |mean - mean'|^2 + trace(C + C' - 2 (C C')^(1/2))."""
+    # torch-fidelity's statistics are dicts of numpy arrays
     both = [{"mu": mean.numpy(), "sigma": covariance.numpy()} for mean, covariance in (drawn, real)]
     result = import_torch_fidelity().metric_fid.fid_statistics_to_metric(*both, verbose=False)
     return result["frechet_inception_distance"]

@@ -116,6 +116,7 @@ class DrawnPictures:
         usable = [caption for caption in captions if caption]
         if not usable:
             raise InputError("the reference has no captions to draw; check a source with captions, or give --pictures")
+        # Shuffled, so that the first `count` are a fair sample of the reference
         order = random.Random(seed).sample(usable, len(usable))
         self.captions: list[str | None] = [order[i % len(order)] for i in range(count or len(order))]
         self.pipeline, self.seed, self.settings = pipeline, seed, settings
@@ -128,6 +129,7 @@ class DrawnPictures:
         prompts = [self.captions[index] for index in indices]
         seeds = [Generator().manual_seed(self.seed + index) for index in indices]
         images = self.pipeline(prompts, generator=seeds, output_type="pt", **self.settings).images.float().cpu()
+        # To the levels of a file, as all other pictures have them
         return (images.clamp(0, 1) * 255).round() / 127.5 - 1
 
     def source_facts(self) -> dict[str, Any]:

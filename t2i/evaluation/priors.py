@@ -48,6 +48,7 @@ def evaluate_prior_splits(
     gallery = F.normalize(torch.cat([collect_image_embeds(pairs) for pairs in splits.values()]), dim=-1)
     first, scores = 0, {}  # first: row of the split's first pair in the gallery
     for split, pairs in splits.items():
+        # Evenly spread: every k-th, with the least k that gives at most `count`
         chosen = list(range(0, len(pairs), -(-len(pairs) // count)))
         sampled, true, text = [], [], []
         for start in range(0, len(chosen), BATCH_SIZE):
@@ -60,6 +61,7 @@ def evaluate_prior_splits(
             true.append(batch.image_embeds)
             text.append(batch.text.embedding)
         z_i, true_z_i, z_t = torch.cat(sampled), torch.cat(true), torch.cat(text)
+        # By the cosine: the gallery has unit length, and the length of z_i changes no order
         is_nearest = (z_i @ gallery.T).argmax(dim=1) == torch.tensor(chosen) + first
         figures = {
             "cosine": F.cosine_similarity(z_i, true_z_i).mean(),

@@ -77,7 +77,7 @@ def measure_reference_statistics(
 ) -> ReferenceStatistics:
     """Read the statistics of a reference from a file, or compute them in all processes and write them.
 
-    path: the file; None: a hidden file in the folder of the pictures. Raises InputError if it contains statistics of anything else.
+    path: the file; None: a hidden one in the folder of the pictures. Raises InputError if it is of anything else.
     """
     # Read them, if they were computed before
     default_name = f".t2i-statistics-{extractor.identity}-{size}-{pictures.digest}.safetensors"
@@ -109,6 +109,7 @@ def extract_set_features(
 
     All processes return the same; picture i is the work of process i modulo the number of processes.
     """
+    # Round robin: processes differ by one picture at most
     mine = list(range(state.process_index, len(pictures), state.num_processes))
     rows, cosines = [torch.zeros(0, extractor.dim)], [torch.zeros(0)]
     for start in tqdm(range(0, len(mine), BATCH_SIZE), desc=kind, disable=None if state.is_main_process else True):
@@ -160,6 +161,7 @@ def measure_quality(
         missing = sum(not caption for caption in drawn.captions)
         raise InputError(f"{missing:,} of {len(drawn):,} pictures have no caption, which a CLIP score needs")
     settings.check_image_counts({"drawn": len(drawn), "reference": len(reference.features)}, extractor.dim)
+    # All processes draw and extract; the first one compares
     features, cosines = extract_set_features(drawn, extractor, state, "drawn", scorer)
     result: dict[str, Any] = run_on_main_process(
         state, lambda: compare_feature_sets(features, reference.features, reference.moments, settings)

@@ -36,6 +36,7 @@ def load_prior(folder: str | Path) -> tuple[AnyPrior | None, SchedulerMixin | No
     if str(folder) == "none":
         return None, None
     path = Path(folder)
+    # A run's folder has `model` and `scheduler`, a pipeline's has `prior` and `prior_scheduler`
     in_pipeline = is_folder(path) and (path / "model_index.json").is_file()
     prior = load_model(PRIOR_CLASSES, path / "prior" if in_pipeline else path).eval()
     if not prior.needs_scheduler:
@@ -71,9 +72,11 @@ def sample_image_embeds(
         return text.expand().embedding.float()
     guidance = Guidance.from_value(default_guidance_scale(prior) if sampling.guidance is None else sampling.guidance)
     warn_unused_options(prior, negative, guidance, sampling.noise, temperature)
+    # A regression has one answer: neither guidance nor candidates
     if isinstance(prior, RegressionPrior):
         return prior.sample_image_embeds(text)
     candidates = count_candidates(prior, candidates, sampling.noise)
+    # Candidates of one caption are neighbours, as `select_nearest_candidates` expects
     streams = [stream for item in sampling.generators for stream in build_candidate_generators(item, candidates)]
     sampling = replace(sampling, guidance=guidance, generators=streams)
     captions, negative = text.repeat(candidates), None if negative is None else negative.repeat(candidates)

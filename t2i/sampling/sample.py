@@ -29,6 +29,7 @@ def sample_prior(
     negative = prior.null(len(text)) if negative is None else negative
     guidance = prior.default_guidance_scale if sampling.guidance is None else sampling.guidance
     scheduler.set_timesteps(sampling.steps, device=device)
+    # Set before: `prepare` computes tokens of these timesteps ahead
     timesteps = scheduler.timesteps if prior.prepares_timesteps else None
     predict = build_guided_predict(prior, text, negative.to(device, prior.dtype), guidance, scheduler, timesteps)
     noise = sampling.get_noise((prior.config.embed_dim,), device)
@@ -69,6 +70,7 @@ def build_decoder_condition(
     text: None is the null's caption. masked_latents: (N, C + 1, h, w), see
     `t2i.diffusion.inpainting.concat_masked_latents`. noise, level: for decoders that noise z_i first; noise is (N, D).
     """
+    # The null has a caption only if the decoder reads captions
     null = decoder.null(len(z_i))
     read = None if null.text is None else text or null.text
     return ImageCondition(

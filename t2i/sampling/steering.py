@@ -50,6 +50,7 @@ class Steering:
 
     def build_metadata(self) -> dict[str, Any]:
         """Return plain texts and numbers, to be written into an image."""
+        # An image's pixels are not recorded, only that there was one
         picture = None if self.picture is None else "a picture"
         goal: dict[str, Any] = {"class": self.class_name, "text": self.text, "picture": picture}
         if self.classifier is not None:

@@ -100,6 +100,7 @@ def build_tile_slices(side: int, tile: int, overlap: int) -> list[slice]:
     """Return windows that cover 0 ... side, the last one moved back to the end."""
     if side <= tile:
         return [slice(0, side)]
+    # The last window is moved back, so that all have one size
     starts = [*range(0, side - tile, tile - overlap), side - tile]
     return [slice(start, start + tile) for start in starts]
 
