@@ -35,7 +35,7 @@ from t2i.files.model_folder import load_or_explain
 from t2i.files.untrusted import is_folder
 from t2i.interop.fetching import fetch_model_folder
 from t2i.interop.folders import replace_old_modules
-from t2i.interop.stored import has_bf16
+from t2i.interop.stored import check_dtype, has_bf16
 from t2i.networks.upsampler import Upsampler
 from t2i.runtime.compiling import check_compiler, compile_steps
 from t2i.runtime.devices import check_bf16_support, warn_of_slow_bf16
@@ -131,23 +131,24 @@ class UnCLIPPipeline(Interruptible, DiffusionPipeline):
         Raises InputError, in one line, if the model is missing, incomplete, truncated or made of parts of different
         CLIPs, and for a variant that no component has.
         """
-        if any(has_bf16(kwargs.get(name)) for name in ("dtype", "torch_dtype")):
+        # Check the arguments
+        older = kwargs.pop("torch_dtype", None)  # the older name of `dtype`
+        kwargs["dtype"] = check_dtype(older if kwargs.get("dtype") is None else kwargs["dtype"])
+        if has_bf16(kwargs["dtype"]):
             check_bf16_support()
         if kwargs.pop("compile", False):
             check_compiler()
             pipeline = cls.from_pretrained(pretrained_model_name_or_path, **kwargs)
             compile_steps(pipeline.decoder)
             return pipeline
-        # Find the folder
-        names = [part for part in ("prior", "clip") if isinstance(kwargs.get(part), str | Path)]
-        check_component_types(
-            {part: kwargs[part] for part in COMPONENT_CLASSES if part in kwargs and part not in names}
-        )
+        named = [part for part in ("prior", "clip") if isinstance(kwargs.get(part), str | Path)]
+        check_component_types({part: kwargs[part] for part in COMPONENT_CLASSES if part in kwargs.keys() - named})
+
+        # Find the folder, and load it
         path = Path(pretrained_model_name_or_path)
         if not is_folder(path):
             path = Path(cls.download(str(path), **kwargs))
         folder = PipelineFolder(path, kwargs.get("variant"))
-        # Load it
         if folder.is_own:
             settings = {**build_own_arguments(folder, cls.download, **kwargs), "use_safetensors": True}
             # diffusers looks for the class that the folder names in the class of the caller, so super() must be bound.

@@ -51,7 +51,7 @@ def check_clip_fingerprint(name: str, model: Any, clip: Any) -> None:
 def check_embed_widths(name: str, model: Any, clip: Any) -> None:
     """Raise InputError if a model's embeddings, or the token states that it reads, have other widths than the CLIP's.
 
-    Not all public models store a fingerprint, so that the widths are what tells CLIPs apart.
+    Not all public models store a fingerprint: their widths alone show that a CLIP is another one.
     """
     if model.config.embed_dim != clip.embed_dim:
         width = f"the CLIP's have {clip.embed_dim}"

@@ -35,7 +35,7 @@ class Redrawing:
 
 
 class ImageToImagePipeline(UnCLIPPipeline):
-    """Image -> latents -> noised as far as `strength` says -> (decoder, told what to show) -> image."""
+    """Image -> latents -> noised to `strength` -> (decoder) -> latents -> (autoencoder) -> image."""
 
     @torch.no_grad()
     def __call__(

@@ -11,7 +11,7 @@ from t2i.files.untrusted import is_folder
 from t2i.interop.by_name import load_any_prior
 from t2i.interop.layouts import DEFAULT_PRIORS
 from t2i.interop.loading import load_components
-from t2i.interop.stored import AUTO_DTYPE, Dtypes, check_dtype, check_variant, resolve_part_dtype
+from t2i.interop.stored import AUTO_DTYPE, Dtypes, check_variant, resolve_part_dtype
 
 FETCH_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 IGNORED_ARGUMENTS = ("use_safetensors", "low_cpu_mem_usage")  # of diffusers; here they are always true
@@ -24,12 +24,9 @@ def load_public_components(
 ) -> dict[str, Any]:
     """Load the components of a public model, by the arguments of `from_pretrained`.
 
-    name: as the user gave it. folder: of that name. download: of the pipeline's class. dtype: also as `torch_dtype`,
-    its older name. Raises InputError.
+    name: as the user gave it. folder: of that name. download: of the pipeline's class. Raises InputError.
     """
     # Sort the arguments
-    older = kwargs.pop("torch_dtype", None)
-    dtype = check_dtype(older if dtype is None else dtype)
     fetching = {key: kwargs.pop(key) for key in FETCH_ARGUMENTS if key in kwargs} | {"variant": folder.variant}
     for key in ("variant", *IGNORED_ARGUMENTS):
         kwargs.pop(key, None)
@@ -82,21 +79,19 @@ def build_own_arguments(
 ) -> dict[str, Any]:
     """Check a folder in this project's own layout, and return arguments of diffusers' `from_pretrained` for it.
 
-    Models are loaded here: diffusers holds a file beside its model, and takes no variant where a component's folder has
-    folders in it. dtype: of all components, or by their names; also as `torch_dtype`, its older name. None is float32
-    for models that were trained here, and the stored dtype for folders with public models. `prior` may name another
-    prior, public or of this project, of the folder's CLIP. Raises InputError.
+    Models are loaded here: diffusers keeps a file in memory beside its model, and takes no variant where a component's
+    folder has folders in it. dtype: of all components, or by their names. None is float32 for models that were trained
+    here, and the stored dtype for folders with public models. `prior` may name another prior, public or of this
+    project, of the folder's CLIP. Raises InputError.
     """
     # Check the arguments and the folder
     if isinstance(kwargs.get("clip"), str | Path):
         raise InputError(f"clip is {str(kwargs['clip'])!r:.200}, but this project's own models hold their CLIP")
-    older = kwargs.pop("torch_dtype", None)
-    dtype = check_dtype(older if dtype is None else dtype)
     check_variant(folder.variant, folder.path)
     folder.check([name for name in COMPONENT_CLASSES if name not in kwargs])
     dtype = resolve_stored_dtypes(folder, dtype)
 
-    # Load the models, unless diffusers is to do it in a way that is known to it alone, such as with a device_map
+    # Load the models, unless there is an argument that only diffusers can handle, such as a device_map
     if folder.variant is not None or not kwargs.keys() - OWN_ARGUMENTS:
         for name in COMPONENT_CLASSES:
             if name not in kwargs and folder.find_component_class(name) is not None:

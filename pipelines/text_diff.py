@@ -23,7 +23,7 @@ from t2i.errors import InputError
 from t2i.sampling.sample import split_generators
 
 DEFAULT_THETA = 0.35
-MIN_CAPTION_DISTANCE = 1e-3  # captions whose embeddings are no further apart say the same to this CLIP
+MIN_CAPTION_DISTANCE = 1e-3  # captions whose embeddings are no further apart are the same to a CLIP
 
 
 class TextDiffPipeline(InvertingPipeline):
@@ -40,7 +40,7 @@ class TextDiffPipeline(InvertingPipeline):
         return_dict: bool = True,
         **options: Any,
     ) -> UnCLIPPipelineOutput | tuple:
-        """Change each image from what `source` says to what `target` says: N images for N.
+        """Change each image by the direction from caption `source` to caption `target`: N images for N.
 
         The drawing starts from the image's own noise, so that what the captions do not mention tends to stay. See
         `UnCLIPPipeline` for other arguments.

@@ -28,7 +28,7 @@ from t2i.runtime.memory import MEMORY_MARGIN, measure_available_memory
 from t2i.runtime.rank import find_process_rank
 from t2i.sampling.upsampling import check_upsampled_size
 
-# Components whose weights decide what is drawn. Their fingerprint is recorded, so that `resume` tells models apart.
+# Components whose weights decide what is drawn. Their fingerprint is recorded, so that `resume` distinguishes models.
 DRAWING_COMPONENTS = ("prior", "decoder", "autoencoder", "clip", "text_encoder", "upsampler")
 
 

@@ -1,4 +1,4 @@
-"""What a drawing job needs to know before it starts: which model, where the images go, and with which seeds."""
+"""What a drawing job checks and loads before it starts: the model, the place of the images, their seeds."""
 
 import os
 import secrets

@@ -53,7 +53,7 @@ class ExactDDIMScheduler(DDIMScheduler):
         return self.timesteps[after] if after < len(self.timesteps) else self.timesteps.new_tensor(self.final_timestep)
 
     def clip_x0(self, sample: Tensor) -> Tensor:
-        """Bound a clean sample as the configuration says: by `thresholding`, `clip_sample`, or not at all."""
+        """Bound a clean sample by the configuration's `thresholding` or `clip_sample`, or not at all."""
         if self.config.thresholding:
             return self._threshold_sample(sample)
         bound = self.config.clip_sample_range
