@@ -12,7 +12,6 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 from PIL import Image
-from t2i.pipelines.compatibility import check_components
 from t2i.pipelines.folder import (
     COMPONENT_CLASSES,
     OPTIONAL_COMPONENTS,
@@ -22,6 +21,7 @@ from t2i.pipelines.folder import (
     AnyTextEncoder,
     PipelineFolder,
     check_component_types,
+    check_components,
 )
 from t2i.pipelines.loading import FETCH_ARGUMENTS, build_own_arguments, load_public_components
 from t2i.pipelines.options import DecoderOptions, ResolvedOptions, build_options

@@ -146,30 +146,16 @@ def sample_decoder(
     if negative is not None:
         negative = build_condition(negative.embedding.to(z_i), negative.text)
 
-    # What runs around each step: steering and previews; the given images, the user's callback and previews
-    transforms: list[PredictTransform] = []
-    callbacks: list[StepCallback] = []
-    if options.steering is not None:
-        parts = (scheduler, pipeline.clip, pipeline.autoencoder)
-        transforms.append(build_steering_transform(options.steering, *parts, len(z_i), device))
-    if canvas.mask is not None:
-        callbacks.append(build_blend_callback(scheduler, canvas.latents, canvas.mask, noise))
-    if options.callback_on_step_end is not None:
-        callbacks.append(build_step_callback(pipeline, options))
-    steps = options.num_inference_steps
-    steps_left = steps if canvas.original is None else count_steps_left(steps, canvas.strength)
-    watch, report_step = build_preview_hooks(
-        pipeline, "decoder", scheduler, steps_left, options, lambda x: x, canvas.to_images or pipeline.decode
-    )
-
+    # The sampling, in windows if images are painted in
+    transform, on_step = build_decoder_hooks(pipeline, scheduler, options, canvas, noise)
     sampling = Sampling(
-        steps,
+        options.num_inference_steps,
         generators,
         options.guidance_scale,
         noise,
         pipeline.progress_bar,
-        chain_callbacks([*callbacks, report_step]),
-        chain_transforms([*transforms, watch]),
+        on_step,
+        transform,
         options.eta,
         canvas.original,
         canvas.strength,
@@ -177,6 +163,30 @@ def sample_decoder(
     windows = [] if canvas.mask is None else build_canvas_windows(shape[1], shape[2], pipeline.latent_shape[-1])
     x = sample.sample_decoder(decoder, scheduler, build_condition(z_i, text), sampling, negative, windows)
     return check_finite_values("decoder", x)
+
+
+def build_decoder_hooks(
+    pipeline: Any, scheduler: SchedulerMixin, options: DecoderOptions, canvas: Canvas, noise: Tensor
+) -> tuple[PredictTransform, StepCallback]:
+    """Return what runs around each step of the decoder: steering, given images, the user's callback, and previews."""
+    transforms: list[PredictTransform] = []
+    callbacks: list[StepCallback] = []
+    if options.steering is not None:
+        clip, autoencoder = pipeline.clip, pipeline.autoencoder
+        transforms.append(
+            build_steering_transform(options.steering, scheduler, clip, autoencoder, len(noise), noise.device)
+        )
+    if canvas.mask is not None:
+        callbacks.append(build_blend_callback(scheduler, canvas.latents, canvas.mask, noise))
+    if options.callback_on_step_end is not None:
+        callbacks.append(build_step_callback(pipeline, options))
+    # Previews come last, so that they show what the others made of the step
+    steps = options.num_inference_steps
+    steps_left = steps if canvas.original is None else count_steps_left(steps, canvas.strength)
+    watch, report_step = build_preview_hooks(
+        pipeline, "decoder", scheduler, steps_left, options, lambda x: x, canvas.to_images or pipeline.decode
+    )
+    return chain_transforms([*transforms, watch]), chain_callbacks([*callbacks, report_step])
 
 
 def draw_images(

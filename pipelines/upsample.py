@@ -12,8 +12,7 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from t2i.pipelines.argument_checks import check_step_count
 from t2i.pipelines.base import UnCLIPPipeline
-from t2i.pipelines.compatibility import check_clip_fingerprint
-from t2i.pipelines.folder import PipelineFolder
+from t2i.pipelines.folder import PipelineFolder, check_clip_fingerprint
 from t2i.pipelines.inputs import ImageInputs, read_image, split_images
 from t2i.pipelines.options import build_options
 from t2i.pipelines.progress import Interruptible

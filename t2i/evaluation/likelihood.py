@@ -29,7 +29,7 @@ RESULT_NOTE = (
 
 @dataclass(frozen=True)
 class LikelihoodSettings:
-    """What is measured of each split.
+    """Settings of a measurement of each split.
 
     count: pictures, spread over the split. terms: of the variational bound. steps: of the ODE. seed: of the first
     picture, each further one adds 1, and of the bound's timesteps.
