@@ -9,7 +9,7 @@ from t2i.pipelines.base import MAX_IMAGES, UnCLIPPipeline, UnCLIPPipelineOutput
 from t2i.pipelines.inputs import ImageInputs, read_images
 from t2i.pipelines.memory_needed import check_batch_fits
 from t2i.pipelines.options import DecoderOptions, PriorOptions, ResolvedOptions
-from t2i.pipelines.stages import Canvas, draw_images, sample_image_embeds
+from t2i.pipelines.stages import Canvas, finish_images, sample_decoder, sample_image_embeds
 from torch import Generator, Tensor
 
 from t2i.checks import check_integer, check_range
@@ -69,8 +69,8 @@ class ImageToImagePipeline(UnCLIPPipeline):
         # Draw
         z_i, text = compute_image_embeds(self, images, work)
         canvas = Canvas(self.encode_latents(images).repeat_interleave(work.each, dim=0), strength=strength)
-        drawn = draw_images(self, z_i, text, work.decoder, work.generators, canvas=canvas)
-        return self.build_output(drawn, z_i, return_dict)
+        latents = sample_decoder(self, z_i, text, work.decoder, work.generators, canvas=canvas)
+        return self.build_output(finish_images(self, latents, z_i, work.decoder, work.generators), z_i, return_dict)
 
 
 def check_redrawing(

@@ -16,7 +16,7 @@ from t2i.pipelines.inversion import (
 )
 from t2i.pipelines.memory_needed import check_batch_fits
 from t2i.pipelines.options import PriorOptions, ResolvedOptions, build_options
-from t2i.pipelines.stages import draw_images
+from t2i.pipelines.stages import finish_images, sample_decoder
 from torch import Generator
 
 from t2i.checks import check_integer, check_range
@@ -77,7 +77,8 @@ class ImageVariationPipeline(InvertingPipeline):
         else:
             z_i = given.image_embeds if isinstance(given, BipartiteLatent) else self.encode_image(given)
             z_i = z_i.repeat_interleave(each, dim=0)
-            images = draw_images(self, z_i, repeated_text, decoder, generators)
+            latents = sample_decoder(self, z_i, repeated_text, decoder, generators)
+            images = finish_images(self, latents, z_i, decoder, generators)
         return self.build_output(images, z_i, return_dict)
 
     @classmethod

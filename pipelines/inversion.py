@@ -8,7 +8,7 @@ from t2i.pipelines.argument_checks import check_prompts, check_stage_options, ch
 from t2i.pipelines.base import UnCLIPPipeline
 from t2i.pipelines.inputs import ImageInputs, read_images
 from t2i.pipelines.options import DECODER_OPTION_NAMES, OPTION_NAMES, DecoderOptions, build_options
-from t2i.pipelines.stages import build_preview_hooks, draw_images
+from t2i.pipelines.stages import build_preview_hooks, finish_images, sample_decoder
 from torch import Generator, Tensor
 
 from t2i.diffusion.condition import TextEncoding
@@ -100,7 +100,8 @@ class InvertingPipeline(UnCLIPPipeline):
         # The inversion does not noise z_i, so that a decoder that does must not noise it here either
         noise = torch.zeros_like(latent.image_embeds) if options.noise_level == 0 else None
         options = replace(options, latents=latent.latents, image_embeds_noise=noise)
-        return draw_images(self, latent.image_embeds, text, options, generators)
+        latents = sample_decoder(self, latent.image_embeds, text, options, generators)
+        return finish_images(self, latents, latent.image_embeds, options, generators)
 
 
 def build_inversion_options(options: dict[str, Any], eta: float = 0.0) -> DecoderOptions:

@@ -156,9 +156,9 @@ def sample_decoder(
         pipeline.progress_bar,
         on_step,
         transform,
-        options.eta,
-        canvas.original,
-        canvas.strength,
+        eta=options.eta,
+        original=canvas.original,
+        strength=canvas.strength,
     )
     windows = [] if canvas.mask is None else build_canvas_windows(shape[1], shape[2], pipeline.latent_shape[-1])
     x = sample.sample_decoder(decoder, scheduler, build_condition(z_i, text), sampling, negative, windows)
@@ -189,17 +189,10 @@ def build_decoder_hooks(
     return chain_transforms([*transforms, watch]), chain_callbacks([*callbacks, report_step])
 
 
-def draw_images(
-    pipeline: Any,
-    z_i: Tensor,
-    text: TextEncoding | TokenStates | None,
-    options: DecoderOptions,
-    generators: list[Generator],
-    negative: ImageCondition | None = None,
-    canvas: Canvas | None = None,
+def finish_images(
+    pipeline: Any, latents: Tensor, z_i: Tensor, options: DecoderOptions, generators: list[Generator]
 ) -> Any:
-    """Draw images that show z_i, (N, D), in the form of `output_type`. negative, canvas: see `sample_decoder`."""
-    latents = sample_decoder(pipeline, z_i, text, options, generators, negative, canvas)
+    """Decode latents and upsample the images, as the options ask for, in the form of `output_type`."""
     if not options.upsample:
         return pipeline.decode(latents, options.output_type, options, generators)
     images = 2 * pipeline.decode(latents, "pt", options, generators) - 1

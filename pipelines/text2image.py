@@ -9,7 +9,7 @@ from t2i.pipelines.argument_checks import check_prompts, check_stage_inputs, che
 from t2i.pipelines.base import MAX_IMAGES, UnCLIPPipeline, UnCLIPPipelineOutput
 from t2i.pipelines.memory_needed import check_batch_fits
 from t2i.pipelines.options import DecoderOptions, PriorOptions
-from t2i.pipelines.stages import draw_images, sample_image_embeds
+from t2i.pipelines.stages import finish_images, sample_decoder, sample_image_embeds
 from torch import Generator, Tensor
 
 from t2i.checks import check_integer
@@ -76,7 +76,8 @@ class Text2ImagePipeline(UnCLIPPipeline):
         else:
             z_i = self.normalize_embeds(image_embeds.to(self._execution_device).float())
         unwanted = self.encode_decoder_negatives(decoder_negatives, each, prior, same_noise, decoder)
-        return self.build_output(draw_images(self, z_i, text, decoder, generators, unwanted), z_i, return_dict)
+        latents = sample_decoder(self, z_i, text, decoder, generators, unwanted)
+        return self.build_output(finish_images(self, latents, z_i, decoder, generators), z_i, return_dict)
 
     def encode_decoder_negatives(
         self,
