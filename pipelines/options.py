@@ -13,7 +13,7 @@ from torch import Tensor
 
 from t2i.checks import check_choice, check_integer, check_range
 from t2i.diffusion.guidance import Guidance, check_guidance
-from t2i.diffusion.samplers import check_sampler_name
+from t2i.diffusion.samplers import SAMPLERS
 from t2i.diffusion.sampling_loop import MAX_STEPS
 from t2i.errors import InputError
 from t2i.files.untrusted import MAX_TIMESTEPS
@@ -62,7 +62,7 @@ class PriorOptions:
         if self.prior_temperature is not None:
             check_range("prior_temperature", self.prior_temperature, 0, 10)
         if self.prior_sampler is not None:
-            check_sampler_name("prior_sampler", self.prior_sampler)
+            check_choice("prior_sampler", self.prior_sampler, tuple(SAMPLERS))
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class DecoderOptions:
         check_integer("num_inference_steps", self.num_inference_steps, 1, MAX_STEPS)
         object.__setattr__(self, "guidance_scale", check_guidance("guidance_scale", self.guidance_scale))
         if self.sampler is not None:
-            check_sampler_name("sampler", self.sampler)
+            check_choice("sampler", self.sampler, tuple(SAMPLERS))
         if self.eta is not None:
             check_range("eta", self.eta, 0, 1)
             if self.sampler not in (None, "ddim"):

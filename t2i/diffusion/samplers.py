@@ -41,11 +41,6 @@ SAMPLERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
 }
 
 
-def check_sampler_name(name: str, value: Any) -> None:
-    """Refuse a value that is not the name of a sampler."""
-    check_choice(name, value, tuple(SAMPLERS))
-
-
 def resolve_sampler(name: str | None, scheduler: SchedulerMixin, model: Any) -> SchedulerMixin:
     """Return the sampler of this name for the model that `scheduler` belongs to; None is that scheduler itself.
 
@@ -68,7 +63,7 @@ def build_sampler(name: str, scheduler: SchedulerMixin, learned_variance: bool =
     learned_variance: the model predicts the variance of the reverse steps, which ddpm then uses and the others ignore.
     Raises InputError for an unknown name.
     """
-    check_sampler_name("sampler", name)
+    check_choice("sampler", name, tuple(SAMPLERS))
     kind, settings = SAMPLERS[name]
     # The other samplers take no variance from the model
     if name == "ddpm" and (learned_variance or scheduler.config.get("variance_type") == "learned_range"):
