@@ -74,7 +74,7 @@ def sample_upsampler(
     start = enlarge_low_resolution(low, factor)
     alpha, sigma = alpha_sigma(scheduler, scheduler.timesteps[0], start)
     x = alpha * start + sigma * generate_noise(start.shape[1:], generators, device)
-    windows = build_tile_windows(*x.shape[-2:], tile, overlap)
+    windows = build_tile_windows(x.shape[-2], x.shape[-1], tile, overlap)
     predict = build_windowed_predict([partial(predict_window, window) for window in windows], windows)
     x = sample_from_noise(predict, scheduler, x, sampling)
     return x[..., : factor * height, : factor * width].clamp(-1, 1)
