@@ -137,7 +137,7 @@ ALONE = {"prior_candidates": 1}  # as the reference: it does not choose the best
 @pytest.fixture
 def one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     """A picture's decoder goes on with the generator of its prior, as in the combined pipelines."""
-    for module in ("text2image", "image_to_image", "inpaint"):
+    for module in ("text2image", "image_to_image"):  # inpainting splits them in the latter
         monkeypatch.setattr(
             f"t2i.pipelines.{module}.split_generators", lambda generators, count: (generators, generators)
         )
