@@ -103,6 +103,7 @@ def check_stage_options(pipeline: Any, prior: PriorOptions | None, decoder: Deco
 
 def check_step_count(name: str, steps: int, scheduler: SchedulerMixin) -> None:
     """Refuse more steps than a scheduler takes: most take at most as many as the training had."""
+    # A scheduler has no check of its own: only setting the steps, here of a copy, refuses them
     try:
         copy.deepcopy(scheduler).set_timesteps(steps)
     except ValueError as error:

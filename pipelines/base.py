@@ -262,6 +262,7 @@ class UnCLIPPipeline(Interruptible, DiffusionPipeline):
         different, rows = find_unique_prompts(prompts)
         for prompt in different:
             if cut := self.clip.tokenizer.find_truncated_text(prompt):
+                # The tokens of start and end take two places
                 longest = self.clip.context_length - 2
                 logger.warning("a prompt is longer than %d tokens; this was cut: %r", longest, cut)
             if self.text_encoder is not None and (cut := self.text_encoder.find_truncated_text(prompt)):

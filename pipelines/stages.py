@@ -178,8 +178,10 @@ def build_decoder_hooks(
         )
     if canvas.mask is not None:
         callbacks.append(build_blend_callback(scheduler, canvas.latents, canvas.mask, noise))
-    if options.callback_on_step_end is not None:
-        callbacks.append(build_step_callback(pipeline, options))
+    users_callback = options.callback_on_step_end
+    if users_callback is not None:
+        # It may return other latents, or none: then the present ones stay
+        callbacks.append(lambda step, t, x: users_callback(pipeline, step, t, {"latents": x}).pop("latents", x))
     # Previews come last, so that they show what the others made of the step
     steps = options.num_inference_steps
     steps_left = steps if canvas.original is None else count_steps_left(steps, canvas.strength)
@@ -283,13 +285,6 @@ def build_preview_hooks(
         return x
 
     return record_predictions, report_step
-
-
-def build_step_callback(pipeline: Any, options: DecoderOptions) -> StepCallback:
-    """Return the user's `callback_on_step_end` as a callback of the sampling loop."""
-    callback = options.callback_on_step_end
-    assert callback is not None
-    return lambda step, t, x: callback(pipeline, step, t, {"latents": x}).pop("latents", x)
 
 
 def chain_transforms(transforms: list[PredictTransform]) -> PredictTransform:

@@ -53,6 +53,7 @@ def interpolate_files(
     check_range("fps", frames.fps, 0.1, 100)
     if frames.video is not None:
         check_new_video(frames.video)
+    # Opened before the model loads, so that a damaged file is refused at once
     images = [anchor if isinstance(anchor, str) else open_image(anchor) for anchor in anchors]
 
     # Draw

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -156,18 +155,15 @@ def redraw_files(
     records = build_records("image", names, first_seed, source.model, used)
 
     # Draw each image alone, for they may differ in size
-    arguments["resolved"] = resolved
-    calls = [
-        {"image": images[i // output.count], "generator": [Generator().manual_seed(first_seed + i)], **arguments}
-        for i in range(len(records))
-    ]
-    plan = BatchPlan(size=1, device=pipeline.device)
-    yield from write_images(partial(draw_calls, pipeline, calls), records, output.path, plan)
+    def draw(indices: list[int]) -> list[Image.Image]:
+        drawn = []
+        for i in indices:
+            stream = [Generator().manual_seed(first_seed + i)]
+            result = pipeline(images[i // output.count], generator=stream, resolved=resolved, **arguments)
+            drawn.append(result.images[0])
+        return drawn
 
-
-def draw_calls(pipeline: UnCLIPPipeline, calls: list[dict[str, Any]], indices: list[int]) -> list[Image.Image]:
-    """Return the image of each of these calls of the pipeline."""
-    return [pipeline(**calls[i]).images[0] for i in indices]
+    yield from write_images(draw, records, output.path, BatchPlan(size=1, device=pipeline.device))
 
 
 def upsample_files(

@@ -42,6 +42,7 @@ def build_settings_record(
     record = {name: getattr(decoder, name) for name in RECORDED_OPTIONS}
     if uses_prior:
         record |= {name: getattr(prior, name) for name in RECORDED_PRIOR_OPTIONS}
+    # What the user set is recorded even if it equals a default, unless nothing reads it
     unused = frozenset() if uses_prior else PRIOR_OPTION_NAMES
     record |= {name: value for name, value in settings.items() if name not in record and name not in unused}
     for name in ("upsampler", "prior", "clip"):
@@ -95,6 +96,7 @@ def find_drawn_files(folder: Path, records: list[Record]) -> dict[int, Path]:
     indices = {format_record_key(record): index for index, record in enumerate(records)}
     drawn: dict[int, Path] = {}
     for path in sorted(folder.glob("*.png")) if folder.is_dir() else []:
+        # A damaged file, such as one that a crash left, counts as not drawn
         try:
             index = find_record_index(path, indices)
         except (OSError, ValueError, SyntaxError, IndexError, RecursionError, Image.DecompressionBombError):

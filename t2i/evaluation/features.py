@@ -62,6 +62,7 @@ class CLIPFeatures:
         clip = self.clip
         if not clip.unit_length:
             return clip.encode_image(pictures.to(clip.device, clip.dtype)).float().cpu()
+        # `encode_image` normalizes; the network behind it can leave that out
         prepared = clip.preprocess(pictures.to(clip.device, clip.dtype))
         return clip.net.encode_image(prepared, normalize=False).float().cpu()
 

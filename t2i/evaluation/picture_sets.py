@@ -97,6 +97,7 @@ class FolderPictures:
 
 def read_image_settings(path: Path) -> dict[str, Any]:
     """Return the settings that `t2i generate` wrote into a picture; an empty dict for other pictures."""
+    # A folder may hold pictures of any origin, also damaged ones: these have no settings
     try:
         with Image.open(path, formats=["PNG"]) as file:
             settings = json.loads(file.info.get("t2i", "{}"))

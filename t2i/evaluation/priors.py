@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import SchedulerMixin
-from torch import Generator, Tensor
+from torch import Generator
 
 from t2i.data.cache import CachedPairs
 from t2i.diffusion.sampling_loop import Sampling
@@ -45,7 +45,9 @@ def evaluate_prior_splits(
     retrieval: fraction of captions to whose z_i the true z_i is the nearest of all splits.
     text: mean cosine with z_t; `true_text` is that of the true z_i.
     """
-    gallery = F.normalize(torch.cat([collect_image_embeds(pairs) for pairs in splits.values()]), dim=-1)
+    # All true z_i of all splits, among which the nearest is searched
+    shards = [pairs.open_shard(i)["image_embeds"] for pairs in splits.values() for i in range(len(pairs.rows))]
+    gallery = F.normalize(torch.cat(shards).float(), dim=-1)
     first, scores = 0, {}  # first: row of the split's first pair in the gallery
     for split, pairs in splits.items():
         # Evenly spread: every k-th, with the least k that gives at most `count`
@@ -72,8 +74,3 @@ def evaluate_prior_splits(
         scores[split] = {"captions": len(chosen)} | {name: round(float(value), 4) for name, value in figures.items()}
         first += len(pairs)
     return scores
-
-
-def collect_image_embeds(pairs: CachedPairs) -> Tensor:
-    """Return all z_i of a split, (n, D), fp32."""
-    return torch.cat([pairs.open_shard(number)["image_embeds"] for number in range(len(pairs.rows))]).float()
