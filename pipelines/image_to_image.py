@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from t2i.pipelines.argument_checks import check_prompts, check_stage_inputs
 from t2i.pipelines.base import MAX_IMAGES, UnCLIPPipeline, UnCLIPPipelineOutput
+from t2i.pipelines.calls.signature import pipeline_call
 from t2i.pipelines.inputs import ImageInputs, read_images
 from t2i.pipelines.memory_needed import check_batch_fits
 from t2i.pipelines.options import DecoderOptions, PriorOptions, ResolvedOptions
@@ -37,7 +37,7 @@ class Redrawing:
 class ImageToImagePipeline(UnCLIPPipeline):
     """Image -> latents -> noised to `strength` -> (decoder) -> latents -> (autoencoder) -> image."""
 
-    @torch.no_grad()
+    @pipeline_call()
     def __call__(
         self,
         image: ImageInputs,

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from t2i.pipelines.argument_checks import check_stage_inputs, check_stage_options, check_tensor
 from t2i.pipelines.base import MAX_IMAGES, UnCLIPPipelineOutput
+from t2i.pipelines.calls.signature import pipeline_call
 from t2i.pipelines.inputs import ImageInput, read_images, split_images
 from t2i.pipelines.inversion import (
     INVERSION_DEFAULTS,
@@ -51,7 +52,7 @@ class AnchorLatents:
 class InterpolationPipeline(InvertingPipeline):
     """Images and texts -> their (z_i, x_T) -> those in between, on great circles -> images."""
 
-    @torch.no_grad()
+    @pipeline_call(REDRAWING_OPTIONS)
     def __call__(
         self,
         anchors: Sequence[Anchor],

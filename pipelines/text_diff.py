@@ -2,12 +2,13 @@
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from t2i.pipelines.argument_checks import check_prompts, check_stage_inputs
 from t2i.pipelines.base import UnCLIPPipelineOutput
+from t2i.pipelines.calls.signature import pipeline_call
 from t2i.pipelines.inputs import ImageInputs
 from t2i.pipelines.inversion import (
+    DECODER_REDRAWING_OPTIONS,
     BipartiteLatent,
     InvertingPipeline,
     build_inversion_options,
@@ -29,7 +30,7 @@ MIN_CAPTION_DISTANCE = 1e-3  # captions whose embeddings are no further apart ar
 class TextDiffPipeline(InvertingPipeline):
     """Image -> (z_i, x_T); z_i turned towards z_t(target) - z_t(source); both -> image. The prior is not used."""
 
-    @torch.no_grad()
+    @pipeline_call(DECODER_REDRAWING_OPTIONS)
     def __call__(
         self,
         image: ImageInputs | BipartiteLatent,
