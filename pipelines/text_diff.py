@@ -22,6 +22,7 @@ from t2i.checks import check_range, check_texts
 from t2i.diffusion.geometry import slerp
 from t2i.errors import InputError
 from t2i.sampling.sample import split_generators
+from t2i.texts import normalize_text
 
 DEFAULT_THETA = 0.35
 MIN_CAPTION_DISTANCE = 1e-3  # captions whose embeddings are no further apart are the same to a CLIP
@@ -106,5 +107,5 @@ def check_caption_pair(source: str, target: str) -> None:
     """Refuse captions without words, and two captions that are the same."""
     check_texts("source", [source], empty=False)
     check_texts("target", [target], empty=False)
-    if source.strip() == target.strip():
+    if normalize_text(source) == normalize_text(target):
         raise InputError(f"source and target are the same, {source!r:.80}; there is no direction from a text to itself")

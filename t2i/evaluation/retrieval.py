@@ -23,6 +23,7 @@ from t2i.errors import InputError
 from t2i.files.atomic import check_writable_folder, compute_file_sha256
 from t2i.files.tensor_file import read_tensor_file, write_tensor_file
 from t2i.networks.clip import CLIP
+from t2i.texts import normalize_text
 
 BATCH_SIZE = 64
 INDEX_FILE = ".t2i-index.safetensors"  # in a folder that was searched
@@ -38,6 +39,7 @@ def check_labels(labels: list[str]) -> list[str]:
     if not labels:
         raise InputError("no labels; give at least two, such as --labels cat,dog")
     check_texts("label", labels, empty=False)
+    labels = [normalize_text(label) for label in labels]
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
         raise InputError(f"the label {twice[0]!r} is given twice; labels must differ")
