@@ -75,7 +75,7 @@ class ImageVariationPipeline(InvertingPipeline):
             inverted = BipartiteLatent(*(tensor.repeat_interleave(each, dim=0) for tensor in inverted))
             z_i, images = inverted.image_embeds, self.redraw_images(inverted, repeated_text, decoder, generators)
         else:
-            z_i = given.image_embeds if isinstance(given, BipartiteLatent) else self.encode_image(given)
+            z_i = given.image_embeds if isinstance(given, BipartiteLatent) else self.encode_image(given.seen)
             z_i = z_i.repeat_interleave(each, dim=0)
             latents = sample_decoder(self, z_i, repeated_text, decoder, generators)
             images = finish_images(self, latents, z_i, decoder, generators)
