@@ -12,7 +12,7 @@ MAX_TEXT_CHARACTERS = 4096
 
 def check_integer(name: str, value: Any, low: int, high: int) -> None:
     """Refuse anything but an integer from `low` to `high`."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value <= high:  # NumPy's integers too
+    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= int(value) <= high:  # NumPy's too
         raise InputError(f"{name} must be an integer from {low} to {high}, got {value!r}")
 
 
