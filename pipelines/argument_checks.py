@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from diffusers import SchedulerMixin
+from t2i.pipelines.inputs import read_images
 from t2i.pipelines.options import DecoderOptions, PriorOptions
 from torch import Tensor
 
@@ -50,12 +51,15 @@ def check_stage_inputs(
     count: int,
     any_size: bool = False,
     canvas: tuple[int, int] | None = None,
+    each: int = 1,
 ) -> None:
     """Refuse options that these stages do not take, to draw `count` images.
 
     prior: None if the prior is not used. any_size: allow other sizes than the decoder was trained on. canvas: height
-    and width of given images that are painted in.
+    and width of given images that are painted in. each: images for each prompt or given image.
     """
+    if canvas is not None and pipeline.decoder.control_factor is not None:
+        raise InputError("this decoder is a ControlNet, which does not inpaint; use another decoder")
     check_stage_options(pipeline, prior, decoder)
     check_image_sides(pipeline, decoder, any_size)
     if decoder.steering is not None:
@@ -71,6 +75,10 @@ def check_stage_inputs(
     check_tensor("latents", decoder.latents, (count, channels, *latent_sides))
     check_tensor("image_embeds_noise", decoder.image_embeds_noise, embeds_shape)
     check_tensor("negative_image_embeds", decoder.negative_image_embeds, embeds_shape)
+    if decoder.control_image is not None:
+        given, needed = len(read_images(decoder.control_image, name="control_image")), count // each
+        if given not in (1, needed):
+            raise InputError(f"control_image has {given} pictures for {needed} prompts or images; give 1 or {needed}")
     check_super_resolution(pipeline, decoder, (count, 3, height, width))
     check_upsampling(pipeline, decoder, height, width)
 
@@ -96,6 +104,14 @@ def check_stage_options(pipeline: Any, prior: PriorOptions | None, decoder: Deco
     elif decoder.noise_level or decoder.image_embeds_noise is not None:
         name = "noise_level" if decoder.noise_level else "image_embeds_noise"
         raise InputError(f"{name} needs a decoder that adds noise to image_embeds (Stable unCLIP's); this one does not")
+    if pipeline.decoder.control_factor is not None and decoder.control_image is None:
+        raise InputError(
+            "control_image is missing; this decoder is a ControlNet, which draws by one, such as a depth map"
+        )
+    if pipeline.decoder.control_factor is None and decoder.control_image is not None:
+        raise InputError(
+            "control_image needs a ControlNet decoder (Kandinsky 2.2's), which this one is not; leave it out"
+        )
     scheduler = resolve_sampler(decoder.sampler, pipeline.decoder_scheduler, pipeline.decoder)
     check_eta(scheduler, decoder.eta)
     check_step_count("num_inference_steps", decoder.num_inference_steps, scheduler)

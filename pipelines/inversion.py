@@ -4,11 +4,11 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from t2i.pipelines.argument_checks import check_prompts, check_stage_options, check_tensor
+from t2i.pipelines.argument_checks import check_prompts, check_stage_inputs, check_tensor
 from t2i.pipelines.base import UnCLIPPipeline
-from t2i.pipelines.inputs import GivenImages, ImageInputs, read_given_images
+from t2i.pipelines.inputs import ImageInputs, read_images
 from t2i.pipelines.options import DECODER_OPTION_NAMES, OPTION_NAMES, DecoderOptions, build_options
-from t2i.pipelines.stages import build_preview_hooks, finish_images, sample_decoder
+from t2i.pipelines.stages import build_control, build_preview_hooks, finish_images, sample_decoder
 from torch import Generator, Tensor
 
 from t2i.diffusion.condition import TextEncoding
@@ -41,30 +41,34 @@ class InvertingPipeline(UnCLIPPipeline):
         prompt: str | list[str] | None = None,
         num_inference_steps: int = INVERSION_DEFAULTS["num_inference_steps"],  # type: ignore[assignment]
         guidance_scale: float | Guidance = INVERSION_DEFAULTS["guidance_scale"],
+        control_image: ImageInputs | None = None,
     ) -> BipartiteLatent:
         """Invert N images: (z_i, x_T), from which DDIM draws them again, up to what the autoencoder loses.
 
         Args:
             image: resized and cropped to the size that the decoder draws.
             prompt: what caption-reading decoders read meanwhile, one for all or one an image; None is nothing.
-            num_inference_steps, guidance_scale: the same as for drawing them again. Guidance makes it less exact.
+            num_inference_steps, guidance_scale, control_image: the same as for drawing them again. Guidance makes it
+                less exact.
 
         Raises InputError for a value that is not allowed, before any work starts.
         """
         self.interrupted = False
-        options = DecoderOptions(num_inference_steps, Guidance.from_value(guidance_scale), sampler="ddim")
+        options = DecoderOptions(
+            num_inference_steps, Guidance.from_value(guidance_scale), sampler="ddim", control_image=control_image
+        )
         check_inversion_guidance(options)
-        check_stage_options(self, None, options)
-        images = read_given_images(image, self.image_size, self.clip)
-        prompts = check_prompts("prompt", prompt, len(images.pixels))
+        images = read_images(image, self.image_size)
+        check_stage_inputs(self, None, options, len(images))
+        prompts = check_prompts("prompt", prompt, len(images))
         text = self.encode_decoder_prompt(prompts) if prompts else None
         return self.invert_images(images, text, options)
 
-    def read_image_or_latent(self, image: ImageInputs | BipartiteLatent) -> tuple[GivenImages | BipartiteLatent, int]:
-        """Return N images, or checked latents of images, on the device; and N."""
+    def read_image_or_latent(self, image: ImageInputs | BipartiteLatent) -> tuple[Tensor | BipartiteLatent, int]:
+        """Return images, (N, 3, H, W) in [-1, 1], or checked latents of images, on the device; and N."""
         if not isinstance(image, BipartiteLatent):
-            images = read_given_images(image, self.image_size, self.clip)
-            return images, len(images.pixels)
+            images = read_images(image, self.image_size)
+            return images, len(images)
         count = len(image.image_embeds)
         check_tensor("image_embeds", image.image_embeds, (count, self.clip.embed_dim))
         check_tensor("latents", image.latents, (count, *self.latent_shape))
@@ -72,16 +76,17 @@ class InvertingPipeline(UnCLIPPipeline):
 
     @torch.no_grad()
     def invert_images(
-        self, given: GivenImages | BipartiteLatent, text: TextEncoding | None, options: DecoderOptions
+        self, given: Tensor | BipartiteLatent, text: TextEncoding | None, options: DecoderOptions
     ) -> BipartiteLatent:
-        """Invert images. Images that are inverted already are returned as they are."""
+        """Invert images, (N, 3, H, W) in [-1, 1]. Images that are inverted already are returned as they are."""
         if isinstance(given, BipartiteLatent):
             return given
-        z_i, scheduler = self.encode_image(given.seen), self.decoder_scheduler
-        latents = self.encode_latents(given.pixels)
+        z_i, scheduler = self.encode_image(given), self.decoder_scheduler
+        latents = self.encode_latents(given)
         self.offload_all_but("decoder")
         # Without noise on z_i, and by DDIM, whose steps can be undone
-        condition = build_decoder_condition(self.decoder, z_i, text)
+        control = build_control(self.decoder, options, len(z_i), self.latent_shape[1:])
+        condition = build_decoder_condition(self.decoder, z_i, text, control=control)
         predict = build_decoder_predict(self.decoder, scheduler, condition, options.guidance_scale)
         steps = options.num_inference_steps
         exact = resolve_sampler("ddim", scheduler, self.decoder)

@@ -130,7 +130,10 @@ def collect_stage_workloads(
     sides = [height * pipeline.autoencoder.factor, width * pipeline.autoencoder.factor]
 
     def run_denoiser(model: Any, rows: int, *shape: int) -> None:
-        context = model.prepare(model.null(rows).expand())  # as many captions as there are rows
+        condition = model.null(rows).expand()  # as many captions as there are rows
+        if factor := getattr(model, "control_factor", None):
+            condition.control = torch.empty(rows, 3, *(factor * side for side in shape[1:]), dtype=model.dtype)
+        context = model.prepare(condition)
         model.step(torch.empty(rows, *shape, dtype=model.dtype), torch.zeros(rows, dtype=torch.long), context)
 
     def run_upsampler(model: Any) -> None:

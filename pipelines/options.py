@@ -8,7 +8,8 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias
 
 from diffusers import DiffusionPipeline
-from t2i.pipelines.calls.progress import Preview
+from t2i.pipelines.inputs import ImageInputs
+from t2i.pipelines.progress import Preview
 from torch import Tensor
 
 from t2i.checks import check_choice, check_integer, check_range
@@ -86,13 +87,14 @@ class DecoderOptions:
         image_embeds_noise: (N, D), that noise.
         negative_image_embeds: (N, D), z_i that the decoder is guided away from, such as those drawn for what is not
             wanted; None is the decoder's null. Not for pipelines that invert images.
+        control_image: what a ControlNet decoder (Kandinsky 2.2's) draws by, such as a depth map: one image for all, or
+            one for each prompt or given image; see `t2i.pipelines.inputs.read_control_images`. Not for inpainting.
         super_res_num_inference_steps: steps of the super-resolution that a cascade (Karlo) always ends with. Other
             models refuse a value other than the default.
         super_res_latents: (N, 3, H, W), the noise that the super-resolution starts from.
         callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}) after each decoder step. The
             "latents" that it returns replace the present ones.
-        callback_on_step_end_tensor_inputs: names of the tensors that the callback gets; None is "latents" alone.
-        on_preview, preview_every: called with a `Preview` after every `preview_every` steps of each stage.
+        on_preview: called with a `Preview` after every `preview_every` steps of each stage.
 
     Raises:
         InputError: for a value out of range, and for two values that exclude each other.
@@ -113,6 +115,7 @@ class DecoderOptions:
     noise_level: int = 0
     image_embeds_noise: Tensor | None = None
     negative_image_embeds: Tensor | None = None
+    control_image: ImageInputs | None = None
     super_res_num_inference_steps: int = 7
     super_res_latents: Tensor | None = None
     callback_on_step_end: StepCallback | None = None
@@ -175,7 +178,7 @@ def build_options(
     """
     # Refuse unknown names
     if unknown := sorted(options.keys() - allowed):
-        raise TypeError(f"unknown argument {unknown[0]!r}; it takes {', '.join(sorted(allowed))}")
+        raise TypeError(f"unknown argument {unknown[0]!r}; pipelines.options lists the arguments")
 
     # Fill in the defaults, also of a guidance that is given in part
     values: dict[str, Any] = {name: getattr(options_class, name) for name, options_class in GUIDANCE_OPTIONS.items()}
@@ -183,7 +186,7 @@ def build_options(
     for name, value in options.items():
         if name in GUIDANCE_OPTIONS and isinstance(value, dict):
             value = replace(Guidance.from_value(values[name]), **value)
-        if value is not None:  # None is the default
+        if name != "prior_guidance_scale" or value is not None:
             values[name] = value
     prior = {name: value for name, value in values.items() if name in PRIOR_OPTION_NAMES}
     decoder = {name: value for name, value in values.items() if name in DECODER_OPTION_NAMES}

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from diffusers import SchedulerMixin
 from PIL import Image
-from t2i.pipelines.calls.progress import Interrupted, Preview
+from t2i.pipelines.inputs import read_control_images
 from t2i.pipelines.options import DecoderOptions, PriorOptions
+from t2i.pipelines.progress import Interrupted, Preview
 from torch import Generator, Tensor
 
 from t2i.diffusion.condition import ImageCondition, TextEncoding, TokenStates
@@ -90,7 +91,8 @@ def sample_image_embeds(
     def draw_preview_images(z_i: Tensor) -> list[Image.Image]:
         fresh = [Generator().manual_seed(0) for _ in z_i]
         # Always the same noise, so that previews show how z_i changes and nothing else
-        quick = DecoderOptions(num_inference_steps=PREVIEW_STEPS, guidance_scale=Guidance(1.0))
+        unguided, control = Guidance(1.0), decoding.control_image
+        quick = DecoderOptions(num_inference_steps=PREVIEW_STEPS, guidance_scale=unguided, control_image=control)
         return pipeline.decode(sample_decoder(pipeline, z_i, text, quick, fresh))
 
     transform, on_step = build_preview_hooks(
@@ -137,9 +139,11 @@ def sample_decoder(
     if embeds_noise is None and decoder.noise_levels is not None:
         embeds_noise = generate_noise(z_i.shape[1:], derive_stage_generators(generators, EMBEDS_NOISE_STREAM), device)
 
+    control = build_control(decoder, options, len(z_i), (shape[1], shape[2]))
+
     def build_condition(embeds: Tensor, read: TextEncoding | TokenStates | None) -> ImageCondition:
         level = options.noise_level
-        return sample.build_decoder_condition(decoder, embeds, read, masked_latents, embeds_noise, level)
+        return sample.build_decoder_condition(decoder, embeds, read, masked_latents, embeds_noise, level, control)
 
     if negative is None and options.negative_image_embeds is not None:
         negative = ImageCondition(pipeline.normalize_embeds(options.negative_image_embeds.to(device).float()))
@@ -163,6 +167,14 @@ def sample_decoder(
     windows = [] if canvas.mask is None else build_canvas_windows(shape[1], shape[2], pipeline.latent_shape[-1])
     x = sample.sample_decoder(decoder, scheduler, build_condition(z_i, text), sampling, negative, windows)
     return check_finite_values("decoder", x)
+
+
+def build_control(decoder: Any, options: DecoderOptions, count: int, sides: tuple[int, int]) -> Tensor | None:
+    """Return control images, (count, 3, H, W) in [0, 1], for latents with these sides; None without any."""
+    if options.control_image is None:
+        return None
+    height, width = (decoder.control_factor * side for side in sides)
+    return read_control_images(options.control_image, count, (height, width))
 
 
 def build_decoder_hooks(

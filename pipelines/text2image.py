@@ -4,9 +4,9 @@ import logging
 from dataclasses import replace
 from typing import Any
 
+import torch
 from t2i.pipelines.argument_checks import check_prompts, check_stage_inputs, check_tensor
 from t2i.pipelines.base import MAX_IMAGES, UnCLIPPipeline, UnCLIPPipelineOutput
-from t2i.pipelines.calls.signature import pipeline_call
 from t2i.pipelines.memory_needed import check_batch_fits
 from t2i.pipelines.options import DecoderOptions, PriorOptions
 from t2i.pipelines.stages import finish_images, sample_decoder, sample_image_embeds
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 class Text2ImagePipeline(UnCLIPPipeline):
     """Caption -> z_t -> (prior) -> z_i -> (decoder) -> latents -> (autoencoder) -> image."""
 
-    @pipeline_call()
+    @torch.no_grad()
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -57,7 +57,7 @@ class Text2ImagePipeline(UnCLIPPipeline):
         decoder_negatives = check_prompts("decoder_negative_prompt", decoder_negative_prompt, count // each)
         prior_generators, generators = split_generators(generator, count)
         uses_prior = image_embeds is None or decoder_negatives
-        check_stage_inputs(self, prior if uses_prior else None, decoder, count, any_size=True)
+        check_stage_inputs(self, prior if uses_prior else None, decoder, count, any_size=True, each=each)
         check_batch_fits(self, prior if image_embeds is None else None, decoder, count)
         if negatives and (prior.prior_guidance_scale.is_off or image_embeds is not None):
             logger.warning("negative_prompt has no effect: it guides the prior, which is not guided or not used here")

@@ -60,8 +60,7 @@ def interpolate_files(
     pipeline = load_pipeline(source, InterpolationPipeline)
     resolved = pipeline.resolve_options(**options)
     generator = Generator().manual_seed(seed)
-    result: Any = pipeline(images, frames.weights, frames.frames, frames.inverted, generator, resolved=resolved)
-    drawn = result.images
+    drawn = pipeline(images, frames.weights, frames.frames, frames.inverted, generator, resolved=resolved).images
 
     # Write
     record: Record = {

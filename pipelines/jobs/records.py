@@ -65,7 +65,7 @@ def convert_to_json_value(value: Any) -> Any:
         return value.build_metadata()
     if isinstance(value, Guidance):
         return value.scale if value == Guidance(value.scale) else asdict(value)
-    return value
+    return str(value) if isinstance(value, Path) else value
 
 
 def encode_png_image(image: Image.Image, record: Record) -> bytes:

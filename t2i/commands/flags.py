@@ -164,6 +164,15 @@ class DecoderFlags(Settings):
     guidance: Annotated[
         list[str] | None, option(f"Another guidance setting of the decoder, KEY=VALUE: {GUIDANCE_KEYS}. Repeatable.")
     ] = None
+    control_image: Annotated[
+        Path | None, option("Image file that a ControlNet decoder draws by, such as a depth map.")
+    ] = None
+
+    def __post_init__(self) -> None:
+        if self.control_image is not None:
+            from t2i.data.pictures import open_image
+
+            open_image(self.control_image)  # complains before the model loads
 
 
 @dataclass

@@ -185,7 +185,8 @@ class ImageCondition(Condition):
     embedding: Tensor  # (B, D): z_i, as the decoder's `noise_image_embeds` returns it; zero or learned for the null
     text: TokenStates | TextEncoding | None = None  # captions, for decoders that read them
     masked_latents: Tensor | None = None  # (B, C + 1, h, w): kept latents and mask, for decoders that read them
-    unindexed: ClassVar[tuple[str, ...]] = ("masked_latents",)
+    control: Tensor | None = None  # (B, 3, H, W) in [0, 1]: control images, for decoders that read them
+    unindexed: ClassVar[tuple[str, ...]] = ("masked_latents", "control")
 
     def __post_init__(self) -> None:
         if isinstance(self.text, TextEncoding):

@@ -64,11 +64,13 @@ class PriorMixin:
 class DecoderMixin:
     """Defaults of what pipelines read of a decoder; a decoder overrides what differs.
 
-    default_steps, default_guidance_scale: of a pipeline, where none are given.
+    default_steps, default_guidance_scale: of a pipeline, where none are given. control_factor: pixels of the control
+    image that it reads, along a side of a latent; None if it reads none.
     """
 
     default_steps, default_guidance_scale = 25, 1.5
     needs_scheduler = True
+    control_factor: int | None = None
 
     @property
     def states_width(self) -> int | None:

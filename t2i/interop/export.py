@@ -104,6 +104,10 @@ def check_component_kinds(components: Mapping[str, Any], layout: PublicLayout) -
             raise InputError(
                 f"the decoder reads {reads}, that of {layout.name} reads {expected}: it is another Kandinsky's"
             )
+        controlled = components["decoder"].control_factor is not None
+        if controlled != layout.name.endswith("controlnet"):
+            kind = "a ControlNet" if controlled else "no ControlNet"
+            raise InputError(f"the decoder is {kind}, which {layout.name} does not hold; its layout is another")
 
 
 # Writers of parts: each returns the name of the class for the index

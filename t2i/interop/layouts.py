@@ -79,6 +79,7 @@ STABLE_FOLDERS = {
 STABLE_PRIOR_FOLDERS = PRIOR_FOLDERS | {"text_tower": "prior_text_encoder", "tokenizer": "prior_tokenizer"}
 STABLE_IMAGE_FOLDERS, STABLE_TEXT_FOLDERS = STABLE_FOLDERS | IMAGE_TOWER_FOLDERS, STABLE_FOLDERS | STABLE_PRIOR_FOLDERS
 STABLE = "Stable unCLIP"
+CONTROLNET_CLASSES = ("KandinskyV22ControlnetPipeline", "KandinskyV22ControlnetImg2ImgPipeline")
 
 
 def build_kandinsky_layouts(version: str, stem: str, folders: dict[str, str], priors: tuple[str, ...]) -> list:
@@ -99,6 +100,9 @@ LAYOUTS: tuple[PublicLayout, ...] = (
     PublicLayout("karlo", "Karlo", ("UnCLIPPipeline",), "karlo", PRIOR_FOLDERS | KARLO_FOLDERS),
     PublicLayout("karlo-variations", "Karlo", ("UnCLIPImageVariationPipeline",), "karlo", KARLO_VARIATION_FOLDERS),
     *build_kandinsky_layouts("2.2", "KandinskyV22", KANDINSKY_FOLDERS, ("Prior", "PriorEmb2Emb")),
+    PublicLayout(
+        "kandinsky-2-2-controlnet", "Kandinsky 2.2 ControlNet", CONTROLNET_CLASSES, "kandinsky", KANDINSKY_FOLDERS
+    ),
     *build_kandinsky_layouts("2.1", "Kandinsky", KANDINSKY_FOLDERS | MULTILINGUAL_FOLDERS, ("Prior",)),
     PublicLayout("stable-unclip", STABLE, ("StableUnCLIPImg2ImgPipeline",), "stable", STABLE_IMAGE_FOLDERS),
     PublicLayout("stable-unclip-text", STABLE, ("StableUnCLIPPipeline",), "stable", STABLE_TEXT_FOLDERS),
@@ -112,6 +116,7 @@ DEFAULT_PRIORS = {
     "kandinsky-community/kandinsky-2-1-inpaint": "kandinsky-community/kandinsky-2-1-prior",
     "kandinsky-community/kandinsky-2-2-decoder": "kandinsky-community/kandinsky-2-2-prior",
     "kandinsky-community/kandinsky-2-2-decoder-inpaint": "kandinsky-community/kandinsky-2-2-prior",
+    "kandinsky-community/kandinsky-2-2-controlnet-depth": "kandinsky-community/kandinsky-2-2-prior",
     "stabilityai/stable-diffusion-2-1-unclip-small": "kakaobrain/karlo-v1-alpha",
 }
 

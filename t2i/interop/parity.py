@@ -85,7 +85,8 @@ class ParityCheck:
     # Inputs of both sides
 
     def generate_noise(self, shape: tuple[int, ...], stage: int) -> Tensor:
-        """Return the noise of a stage: 0 stands for z_i, 1 prior, 2 decoder, 3 super-resolution, 4 the masked image."""
+        """Return the noise of a stage: 0 stands for z_i, 1 prior, 2 decoder, 3 super-resolution, 4 the masked image, 5
+        the control image."""
         return torch.randn((len(self.prompts), *shape), generator=Generator().manual_seed(self.seed + 1000 * stage))
 
     def build_generators(self) -> list[Generator]:
@@ -97,6 +98,12 @@ class ParityCheck:
         mask = torch.zeros_like(latents[:, :1])
         mask[..., mask.shape[-1] // 2 :] = 1
         return latents, mask
+
+    def build_control_images(self) -> Tensor | None:
+        """Return control images of noise, (B, 3, H, W) in [0, 1]; None for a decoder that reads none."""
+        factor = self.pipeline.decoder.control_factor
+        side = None if factor is None else factor * self.pipeline.latent_shape[1]
+        return None if side is None else self.generate_noise((3, side, side), 5).sigmoid()
 
     def compute_large_shape(self, latents: Tensor) -> tuple[int, ...]:
         factor = self.pipeline.autoencoder.factor
@@ -121,7 +128,8 @@ class ParityCheck:
         if pipeline.decoder.noise_levels is not None:  # the reference draws this noise first, even for level 0
             embeds_noise = torch.stack([torch.randn(z_i.shape[1:], generator=item) for item in generators])
         known = concat_masked_latents(*self.build_masked_canvas()) if pipeline.decoder.config.reads_masks else None
-        condition = build_decoder_condition(pipeline.decoder, z_i, text, known, embeds_noise)
+        control = self.build_control_images()
+        condition = build_decoder_condition(pipeline.decoder, z_i, text, known, embeds_noise, control=control)
         sampling = Sampling(self.steps, generators, self.scale, self.generate_noise(pipeline.latent_shape, 2))
         return sample_decoder(pipeline.decoder, pipeline.decoder_scheduler, condition, sampling)
 
@@ -267,13 +275,18 @@ class ParityCheck:
             "movq": load_library_part(VQModel, self.decoder, "movq"),
             "scheduler": self.decoder.load_scheduler("decoder_scheduler"),
         }
-        if "multilingual_clip" not in self.decoder:
+        hint = self.build_control_images()
+        if "multilingual_clip" in self.decoder:
+            parts["text_encoder"], parts["tokenizer"] = self.load_multilingual_clip()
+            pipeline, arguments["prompt"] = diffusers.KandinskyPipeline(**parts), self.prompts
+        elif hint is not None:
+            pipeline, arguments["hint"] = diffusers.KandinskyV22ControlnetPipeline(**parts), hint
+        else:
             return self.run_pipeline(diffusers.KandinskyV22Pipeline(**parts), **arguments, output_type="latent")
-        # The pipeline of 2.1 returns images alone; its callback sees the latents.
-        parts["text_encoder"], parts["tokenizer"] = self.load_multilingual_clip()
+        # These pipelines return images alone; their callbacks see the latents.
         seen: list[Tensor] = []
         arguments["callback"] = lambda step, t, latents: seen.append(latents)
-        self.run_pipeline(diffusers.KandinskyPipeline(**parts), self.prompts, **arguments, output_type="pt")
+        self.run_pipeline(pipeline, **arguments, output_type="pt")
         return seen[-1]
 
     def sample_inpainted_kandinsky_latents(self, z_i: Tensor) -> Tensor:

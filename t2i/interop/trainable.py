@@ -37,6 +37,10 @@ def find_trainable_part(init: str | None, part: str, others: tuple[str, ...] = (
             f"{init!r} has the U-Net of Stable unCLIP, which is not trained here; of public models, Karlo's and "
             "Kandinsky's decoders are"
         )
+    if part == "unet" and config.get("addition_embed_type") == "image_hint":
+        raise InputError(
+            f"{init!r} has a ControlNet's U-Net, which is not trained here: no data set has its control images"
+        )
     if part == "prior" and config.get("additional_embeddings", 4) == 3:
         raise InputError(
             f"{init!r} has an ECLIPSE prior, which draws in one pass: there is no noise to train it with; start from a "

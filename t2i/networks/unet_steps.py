@@ -44,7 +44,7 @@ SUPPORTED_LAYERS: dict[str, tuple[type[nn.Module], ...]] = {  # by the list of a
 SUPPORTED_SETTINGS: dict[str, tuple[Any, ...]] = {  # of a U-Net's configuration; the first value is the default
     "center_input_sample": (False,),
     "class_embeddings_concat": (False,),
-    "addition_embed_type": (None, "image", "text_image"),
+    "addition_embed_type": (None, "image", "text_image", "image_hint"),
     "encoder_hid_dim_type": (None, "text_proj", "image_proj", "text_image_proj"),
 }
 FREE_U_ATTRIBUTES = ("s1", "s2", "b1", "b2")  # that diffusers' FreeU sets in a block
@@ -74,6 +74,7 @@ class UNetStepContext:
     key_values: dict[nn.Module, KeyValue]  # of the tokens, for each attention that attends to them
     mask: Tensor | None  # (B, 1, 1, L), bool: False for tokens that are padding
     packed_weights: PackedWeights | None = None  # where oneDNN convolves
+    hint: Tensor | None = None  # (B, 4, H, W), of a control image, concatenated to x
 
 
 # The condition, once per image
@@ -99,10 +100,14 @@ def prepare_unet_context(
     like = next(value for value in (states, labels, *added.values()) if value is not None)
     first, groups = unique_rows or (slice(None), slice(None))
     states, labels, mask = (None if value is None else value[first] for value in (states, labels, mask))
-    added = {name: value[first] for name, value in added.items()}
+    # Equal conditions may have different control images, `hint`
+    added = {name: value if name == "hint" else value[first] for name, value in added.items()}
 
     # The embeddings of the condition
-    embeddings = [unet.get_class_embed(like, labels), unet.get_aug_embed(like, states, added)]
+    added_one, hint = unet.get_aug_embed(like, states, added), None
+    if "hint" in added:
+        added_one, hint = added_one
+    embeddings = [unet.get_class_embed(like, labels), added_one]
     embeddings = [embedding for embedding in embeddings if embedding is not None]
     added_embedding = sum(embeddings[1:], embeddings[0])[groups] if embeddings else None
 
@@ -112,7 +117,7 @@ def prepare_unet_context(
     key_values = {layer: compute_key_value(layer, tokens) for layer in attentions}
     key_values = {layer: (key[groups], value[groups]) for layer, (key, value) in key_values.items()}
     mask = None if mask is None else mask[groups, None, None, :]  # (U, L) -> (B, 1, 1, L)
-    return UNetStepContext(added_embedding, key_values, mask, get_packed_weights(unet, like))
+    return UNetStepContext(added_embedding, key_values, mask, get_packed_weights(unet, like), hint)
 
 
 def prepare_unconditional_context(unet: UNet2DModel, like: Tensor) -> UNetStepContext | None:
@@ -136,6 +141,8 @@ def run_unet_step(unet: UNet2DConditionModel | UNet2DModel, x: Tensor, t: Tensor
         embedding = unet.time_embed_act(embedding)
 
     # Down, with a skip connection from every layer
+    if context.hint is not None:
+        x = torch.cat([x, context.hint], dim=1)
     if context.packed_weights is not None:
         x = x.contiguous(memory_format=torch.channels_last)  # as oneDNN's convolutions return it
     x = convolve(unet.conv_in, x, context)

@@ -64,18 +64,19 @@ def build_decoder_condition(
     masked_latents: Tensor | None = None,
     noise: Tensor | None = None,
     level: int = 0,
+    control: Tensor | None = None,
 ) -> ImageCondition:
     """Return the decoder's condition for z_i, (N, D), with the parts that this decoder reads, and no others.
 
     text: None is the null's caption. masked_latents: (N, C + 1, h, w), see
     `t2i.diffusion.inpainting.concat_masked_latents`. noise, level: for decoders that noise z_i first; noise is (N, D).
+    control: (N, 3, H, W) in [0, 1], with sides `decoder.control_factor` times the latents'.
     """
     # The null has a caption only if the decoder reads captions
     null = decoder.null(len(z_i))
     read = None if null.text is None else text or null.text
-    return ImageCondition(
-        decoder.noise_image_embeds(z_i, noise, level), read, masked_latents if decoder.config.reads_masks else None
-    )
+    masked_latents = masked_latents if decoder.config.reads_masks else None
+    return ImageCondition(decoder.noise_image_embeds(z_i, noise, level), read, masked_latents, control)
 
 
 def build_decoder_predict(
@@ -88,13 +89,15 @@ def build_decoder_predict(
 ) -> Predict:
     """Return the guided decoder's prediction, of latents on the device of `condition`.
 
-    condition, negative: of `build_decoder_condition`; a negative of None is the decoder's null, and the masked latents
-    are those of `condition`. windows: that cover the latents, for the decoder to see one after the other.
+    condition, negative: of `build_decoder_condition`; a negative of None is the decoder's null. It gets the masked
+    latents and the control images of `condition`. windows: that cover the latents, for the decoder to see one after
+    the other.
     """
     device, dtype = condition.device, decoder.dtype
     condition = condition.to(device, dtype)
     negative = decoder.null(len(condition)) if negative is None else negative
-    negative = replace(negative, masked_latents=condition.masked_latents).to(device, dtype)
+    given = {"masked_latents": condition.masked_latents, "control": condition.control}
+    negative = replace(negative, **given).to(device, dtype)
     if not windows:
         return build_guided_predict(decoder, condition, negative, guidance, scheduler)
 

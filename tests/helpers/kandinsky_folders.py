@@ -75,6 +75,15 @@ def tiny_kandinsky_unet(
     return randomised(UNet2DConditionModel(**settings | of_version[version] | changed), seed)
 
 
+def tiny_controlnet_unet() -> UNet2DConditionModel:
+    """That of 2.2 with a control image, of eight times the latents' sides, as four more input channels."""
+    unet = tiny_kandinsky_unet("2.2", addition_embed_type="image_hint", in_channels=8)
+    with torch.no_grad():
+        for layer in unet.add_embedding.input_hint_block[::2]:
+            layer.weight.mul_(2.5)  # random layers shrink their input: after eight, nothing would be left of the image
+    return unet
+
+
 def tiny_movq(seed: int = 4) -> VQModel:
     torch.manual_seed(seed)
     movq = VQModel(
@@ -164,6 +173,12 @@ def kandinsky_22_decoder(folder: Path) -> None:
 @built
 def kandinsky_22_inpaint(folder: Path) -> None:
     save_parts(folder, "KandinskyV22InpaintPipeline", **kandinsky_decoder_parts("2.2", masks=True))
+
+
+@built
+def kandinsky_22_controlnet(folder: Path) -> None:
+    parts = kandinsky_decoder_parts("2.2") | {"unet": ("diffusers", tiny_controlnet_unet())}
+    save_parts(folder, "KandinskyV22ControlnetPipeline", **parts)
 
 
 @built

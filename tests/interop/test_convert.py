@@ -25,6 +25,7 @@ from tests.helpers.kandinsky_folders import (
     kandinsky_21_inpaint,
     kandinsky_21_prior,
     kandinsky_22_combined,
+    kandinsky_22_controlnet,
     kandinsky_22_inpaint,
     kandinsky_22_prior,
 )
@@ -129,6 +130,7 @@ def test_parity_of_this_projects_own_folder_has_no_reference(
         (karlo, "karlo-variations", "CLIP has no image encoder, which karlo-variations holds"),
         (karlo_variations, "karlo", "the prior is nothing; karlo holds the weights of a Prior"),
         (kandinsky_22_combined, "kandinsky-2-1", "the text encoder is nothing"),
+        (kandinsky_22_combined, "kandinsky-2-2-controlnet", "the decoder is no ControlNet"),
         (kandinsky_21_combined, "kandinsky-2-2", "the decoder reads captions, that of kandinsky-2-2 reads none"),
         (karlo, "dall-e", "no layout 'dall-e'; there are t2i"),
     ],
@@ -220,6 +222,7 @@ def test_other_things_than_tensors_are_named(tmp_path: Path) -> None:
 
 
 INPAINTING = {
+    "kandinsky-2-2-controlnet": (kandinsky_22_controlnet, kandinsky_22_prior),
     "kandinsky-2-2-inpaint": (kandinsky_22_inpaint, kandinsky_22_prior),
     "kandinsky-2-1-inpaint": (kandinsky_21_inpaint, kandinsky_21_prior),
 }

@@ -367,7 +367,7 @@ def test_half_precision_is_kept(tmp_path: Path) -> None:
 
 def test_other_u_nets_are_refused_with_the_reason(tmp_path: Path) -> None:
     for name, changed, said in (
-        ("hint", {"addition_embed_type": "image_hint", "in_channels": 8}, "ControlNet.*depth"),
+        ("hint", {"addition_embed_type": "image_hint", "in_channels": 9}, "got 9 and 8"),
         ("mixed", {"addition_embed_type": None}, "addition_embed_type .*got None"),
         ("channels", {"out_channels": 7}, "got 4 and 7"),
     ):

@@ -37,6 +37,7 @@ from tests.helpers.kandinsky_folders import (
     kandinsky_21_combined,
     kandinsky_21_inpaint,
     kandinsky_21_prior,
+    kandinsky_22_controlnet,
     kandinsky_22_decoder,
     kandinsky_22_inpaint,
     kandinsky_22_prior,
@@ -64,6 +65,7 @@ MODELS: dict[str, Callable[[], tuple]] = {  # the decoder's folder, and what `pr
     "Karlo, image variations with Karlo's prior": lambda: (karlo_variations(), {"prior": karlo()}),
     "Kandinsky 2.2": lambda: (kandinsky_22_decoder(), {"prior": kandinsky_22_prior()}),
     "Kandinsky 2.2 inpainting": lambda: (kandinsky_22_inpaint(), {"prior": kandinsky_22_prior()}),
+    "Kandinsky 2.2 ControlNet": lambda: (kandinsky_22_controlnet(), {"prior": kandinsky_22_prior()}),
     "Kandinsky 2.1": lambda: (kandinsky_21_combined(), {}),
     "Kandinsky 2.1 inpainting": lambda: (kandinsky_21_inpaint(), {"prior": kandinsky_21_prior()}),
     "DALLE2-pytorch and LAION, converted": lambda: (dalle2(), {}),
@@ -110,6 +112,11 @@ def upper_half(pipeline: Text2ImagePipeline) -> Image.Image:
     return Image.fromarray(mask)
 
 
+def control(pipeline: Text2ImagePipeline) -> dict[str, Any]:
+    """The control image of a ControlNet; nothing for other models."""
+    return {} if pipeline.decoder.control_factor is None else {"control_image": picture(pipeline, 2)}
+
+
 def drawn(pipeline: Text2ImagePipeline, images: list[Image.Image], count: int) -> None:
     assert [one.size for one in images] == [(pipeline.image_size,) * 2] * count
     assert all(np.asarray(one).std() > 0 for one in images)
@@ -117,14 +124,14 @@ def drawn(pipeline: Text2ImagePipeline, images: list[Image.Image], count: int) -
 
 def draw_texts(model: str, cell: str) -> None:
     pipeline = loaded(model)
-    drawn(pipeline, pipeline(["a red cat", "dog"], generator=seeds(1, 2), **BOTH).images, 2)
+    drawn(pipeline, pipeline(["a red cat", "dog"], generator=seeds(1, 2), **BOTH, **control(pipeline)).images, 2)
 
 
 def vary(model: str, cell: str) -> None:
     pipeline = loaded(model)
-    way = ImageVariationPipeline.from_pipe(pipeline)
-    drawn(pipeline, way(picture(pipeline), num_images_per_prompt=2, generator=seeds(1, 2), **STEPS).images, 2)
-    drawn(pipeline, way(picture(pipeline), eta=0.0, **STEPS).images, 1)
+    way, options = ImageVariationPipeline.from_pipe(pipeline), STEPS | control(pipeline)
+    drawn(pipeline, way(picture(pipeline), num_images_per_prompt=2, generator=seeds(1, 2), **options).images, 2)
+    drawn(pipeline, way(picture(pipeline), eta=0.0, **options).images, 1)
 
 
 def inpaint(model: str, cell: str) -> None:
@@ -133,7 +140,7 @@ def inpaint(model: str, cell: str) -> None:
     prompt = "a cat" if cell == "yes, with a prompt" else None
     options = {"prior_num_inference_steps": 2} if prompt else {}
     paint = InpaintPipeline.from_pipe(pipeline)
-    painted = np.asarray(paint(given, upper_half(pipeline), prompt, **STEPS, **options).images[0])
+    painted = np.asarray(paint(given, upper_half(pipeline), prompt, **STEPS, **options, **control(pipeline)).images[0])
     assert (painted[half:] == np.asarray(given)[half:]).all()
     assert (painted[:half] != np.asarray(given)[:half]).any()
     if prompt is not None:
@@ -149,9 +156,10 @@ def interpolate(model: str, cell: str) -> None:
         with pytest.raises(InputError, match="no image encoder"):
             between([picture(pipeline), "a cat"], **BOTH)
         return
-    drawn(pipeline, between([picture(pipeline), picture(pipeline, 1)], frames=3, **STEPS).images, 3)
+    more = control(pipeline)
+    drawn(pipeline, between([picture(pipeline), picture(pipeline, 1)], frames=3, **STEPS, **more).images, 3)
     if pipeline.prior is not None:
-        drawn(pipeline, between([picture(pipeline), "a cat"], frames=2, **BOTH).images, 2)
+        drawn(pipeline, between([picture(pipeline), "a cat"], frames=2, **BOTH, **more).images, 2)
 
 
 WAYS = {"text to image": draw_texts, "variation": vary, "inpaint": inpaint, "interpolate": interpolate}
@@ -174,13 +182,14 @@ def test_it_loads_in_half_precision_and_from_what_it_saved(model: str, cell: str
     parts = [part for part in half.components.values() if isinstance(part, torch.nn.Module)]
     assert {tensor.dtype for part in parts for tensor in part.parameters()} == {torch.bfloat16}
     z_i = torch.randn(1, half.clip.embed_dim, generator=seeds(3)[0])
-    assert half(image_embeds=z_i, output_type="pt", **STEPS).images.isfinite().all()
-
     pipeline = loaded(model)
+    options = STEPS | control(pipeline)
+    assert half(image_embeds=z_i, output_type="pt", **options).images.isfinite().all()
+
     pipeline.save_pretrained(tmp_path / "own")
     again = Text2ImagePipeline.from_pretrained(tmp_path / "own")
     pictures = [
-        one(image_embeds=z_i, generator=seeds(4), output_type="pt", **STEPS).images for one in (pipeline, again)
+        one(image_embeds=z_i, generator=seeds(4), output_type="pt", **options).images for one in (pipeline, again)
     ]
     torch.testing.assert_close(*pictures, atol=ROUNDING, rtol=0)
 
@@ -268,10 +277,11 @@ def test_it_is_written_in_the_public_layout_again_or_says_why_not(model: str, ce
         assert not (tmp_path / "theirs").exists()
         return
     convert_folder(str(tmp_path / "own"), tmp_path / "theirs", cell)
-    again = Text2ImagePipeline.from_pretrained(tmp_path / "theirs")
-    z_i = torch.randn(1, pipeline.clip.embed_dim, generator=seeds(3)[0])
+    # There is no combined layout of a ControlNet: its prior and CLIP are in another folder
+    again = Text2ImagePipeline.from_pretrained(tmp_path / "theirs", **others if "ControlNet" in model else {})
+    z_i, options = torch.randn(1, pipeline.clip.embed_dim, generator=seeds(3)[0]), STEPS | control(pipeline)
     pictures = [
-        one(image_embeds=z_i, generator=seeds(4), output_type="pt", **STEPS).images for one in (pipeline, again)
+        one(image_embeds=z_i, generator=seeds(4), output_type="pt", **options).images for one in (pipeline, again)
     ]
     torch.testing.assert_close(*pictures, atol=ROUNDING, rtol=0)
 
@@ -279,6 +289,7 @@ def test_it_is_written_in_the_public_layout_again_or_says_why_not(model: str, ce
 STAGES = ("prior", "decoder")
 NOT_TRAINED = {  # of cells without the stage, the reason
     ("Karlo", "prior"): "it holds .*, and no prior",  # the repository of image variations
+    ("Kandinsky 2.2 ControlNet", "decoder"): "a ControlNet's U-Net, which is not trained here",
     ("DALLE2-pytorch and LAION", "prior"): "is a DALLE2Prior: converted models of DALLE2-pytorch are not trained",
     ("DALLE2-pytorch and LAION", "decoder"): "is a DALLE2Decoder: converted models of DALLE2-pytorch are not trained",
     ("Stable unCLIP small with Karlo's prior", "decoder"): "the U-Net of Stable unCLIP, which is not trained here",

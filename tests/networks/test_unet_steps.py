@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from t2i.networks.unet_steps import prepare_unconditional_context, prepare_unet_context, run_unet_step
 from t2i.runtime import fast_paths
-from tests.helpers.kandinsky_folders import KANDINSKY_TEXT, tiny_kandinsky_unet
+from tests.helpers.kandinsky_folders import KANDINSKY_TEXT, tiny_controlnet_unet, tiny_kandinsky_unet
 from tests.helpers.karlo_folders import karlo_super_resolution
 from tests.helpers.public_folders import EMBED_DIM, randomised
 
@@ -46,6 +46,10 @@ IMAGES = {"image_embeds": random(3, EMBED_DIM, seed=1)}
 MASK = torch.tensor([[True] * 5, [True] * 3 + [False] * 2, [True] * 4 + [False]])
 CASES = {
     "2.2": (lambda: tiny_kandinsky_unet("2.2"), {"added_cond_kwargs": IMAGES}),
+    "2.2 ControlNet": (
+        tiny_controlnet_unet,
+        {"added_cond_kwargs": IMAGES | {"hint": random(3, 3, 64, 64, seed=7)}},
+    ),
     "2.1": (
         lambda: tiny_kandinsky_unet("2.1"),
         {

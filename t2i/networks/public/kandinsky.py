@@ -1,6 +1,7 @@
 """Kandinsky's decoders: the U-Nets of versions 2.1 and 2.2.
 
-2.2 reads z_i alone, twice: added to the timestep, and as 32 tokens to attend to. 2.1 also reads the caption from a text
+2.2 reads z_i alone, twice: added to the timestep, and as 32 tokens to attend to. Its ControlNet also reads a control
+image, such as a depth map, beside the noisy latents. 2.1 also reads the caption from a text
 encoder of its own: one vector, added to the timestep, and a state per token.
 """
 
@@ -21,7 +22,10 @@ from t2i.networks.unet_decoder import UNetDenoiser, UNetDenoiserContext
 VERSIONS_BY_CONDITION = {  # by a U-Net's addition_embed_type and encoder_hid_dim_type
     ("image", "image_proj"): "2.2",
     ("text_image", "text_image_proj"): "2.1",
+    ("image_hint", "image_proj"): "2.2 ControlNet",
 }
+# The control image is reduced to channels of the size of the latents (diffusers' ImageHintTimeEmbedding).
+CONTROL_FACTOR, CONTROL_CHANNELS = 8, 4
 CAPTION_LENGTH = 77  # tokens that 2.1 attends to, whatever the caption's length
 NULL_BUFFERS = ("null_embedding", "null_states", "null_pooled")
 
@@ -91,12 +95,21 @@ class KandinskyDecoder(UNetDenoiser, ModelMixin):
             self.null_pooled.copy_(empty.pooled[0])
             self.register_to_config(text_encoder_fingerprint=text_encoder.identity)
 
+    @property
+    def control_factor(self) -> int | None:  # type: ignore[override]
+        """Pixels of a control image along a side of a latent; None for a decoder that is no ControlNet."""
+        return CONTROL_FACTOR if self.unet.config.addition_embed_type == "image_hint" else None
+
     def build_unet_context(self, condition: ImageCondition) -> UNetDenoiserContext:
         states, added = None, {"image_embeds": condition.embedding}
         if self.config.text_width is not None:
             if not isinstance(condition.text, TokenStates) or condition.text.pooled is None:
                 raise ValueError("this decoder reads captions: its condition needs a text with its pooled vector")
             states, added["text_embeds"] = condition.text.states, condition.text.pooled
+        if self.control_factor is not None:
+            if condition.control is None:
+                raise InputError("this decoder is a ControlNet: its condition needs a control image")
+            added["hint"] = condition.control
         kept = resolve_masked_latents(self, condition)
         if kept is not None:  # the public models have 1 where the image stays, and 0 where it is painted
             kept = torch.cat([kept[:, :-1], 1 - kept[:, -1:]], dim=1)
@@ -118,16 +131,11 @@ def derive_kandinsky_config(unet: dict[str, Any]) -> dict[str, Any]:
     Raises InputError for the U-Net of another model.
     """
     kinds = unet.get("addition_embed_type"), unet.get("encoder_hid_dim_type")
-    if kinds[0] == "image_hint":
-        raise InputError(
-            "addition_embed_type 'image_hint' is Kandinsky 2.2's ControlNet, which needs a depth picture at every step "
-            "and is not supported; use kandinsky-2-2-decoder"
-        )
     if kinds not in VERSIONS_BY_CONDITION:
         got = f"got {kinds[0]!r:.80} and {kinds[1]!r:.80}"
         raise InputError(
-            "addition_embed_type and encoder_hid_dim_type of Kandinsky's U-Nets must be image and image_proj, or "
-            f"text_image and text_image_proj; {got}"
+            "addition_embed_type and encoder_hid_dim_type of Kandinsky's U-Nets must be image and image_proj, "
+            f"image_hint and image_proj, or text_image and text_image_proj; {got}"
         )
     # Widths of the condition. In 2.1 z_i is as wide as the tokens; in 2.2 the tokens are made from it.
     width, outer = unet.get("cross_attention_dim", 1280), unet.get("encoder_hid_dim")
@@ -135,11 +143,13 @@ def derive_kandinsky_config(unet: dict[str, Any]) -> dict[str, Any]:
     check_integer("encoder_hid_dim", outer, 1, 100_000)
     check_integer("sample_size", unet.get("sample_size"), 1, 1024)  # no tensor has this size
     # Channels: twice as many out with a learned variance, and one more than twice in with masks
-    read, predicted = unet.get("in_channels", 4), unet.get("out_channels", 4)
-    channels = read if predicted in (read, 2 * read) else (read - 1) // 2
+    given, predicted, controlled = unet.get("in_channels", 4), unet.get("out_channels", 4), kinds[0] == "image_hint"
+    read = given - CONTROL_CHANNELS if controlled else given
+    channels = read if controlled or predicted in (read, 2 * read) else (read - 1) // 2
     if read not in (channels, 2 * channels + 1) or predicted not in (channels, 2 * channels):
         raise InputError(
-            f"in_channels and out_channels of Kandinsky's U-Nets must be 4 or 9, and 8; got {read} and {predicted}"
+            "in_channels and out_channels of Kandinsky's U-Nets must be 4 or 9 (8 of a ControlNet), and 8; got "
+            f"{given} and {predicted}"
         )
     captions = VERSIONS_BY_CONDITION[kinds] == "2.1"
     return {

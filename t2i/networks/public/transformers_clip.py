@@ -190,11 +190,10 @@ class TransformersCLIP(Encoder, ModelMixin):
         return self.config.vision["image_size"]
 
     @property
-    def resize_settings(self) -> dict[str, Any]:
+    def resize_settings(self) -> dict[str, str]:
         """Resizing to `size`, with the keys of `t2i.networks.clip.CLIP.resize_settings`."""
         steps = self.config.preprocess
-        side = tuple(steps["resize"] or ())
-        return {"interpolation": steps["resample"], "side": side, "rounds_down": True}
+        return {"interpolation": steps["resample"], "resize_mode": "squash" if steps["crop"] is None else "shortest"}
 
     def check_text_encoder(self) -> None:
         if self.text_encoder is None:
