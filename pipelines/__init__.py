@@ -1,12 +1,12 @@
 """Inference pipelines."""
 
 from t2i.pipelines.base import UnCLIPPipelineOutput
+from t2i.pipelines.calls.progress import Interrupted, Preview
 from t2i.pipelines.image_to_image import ImageToImagePipeline
 from t2i.pipelines.image_variation import ImageVariationPipeline
 from t2i.pipelines.inpaint import InpaintPipeline, OutpaintPipeline
 from t2i.pipelines.interpolation import InterpolationPipeline
 from t2i.pipelines.inversion import BipartiteLatent
-from t2i.pipelines.progress import Interrupted, Preview
 from t2i.pipelines.text2image import Text2ImagePipeline
 from t2i.pipelines.text_diff import TextDiffPipeline
 from t2i.pipelines.upsample import UpsamplePipeline

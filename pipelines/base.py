@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 from PIL import Image
+from t2i.pipelines.calls.progress import Interruptible
 from t2i.pipelines.folder import (
     COMPONENT_CLASSES,
     OPTIONAL_COMPONENTS,
@@ -25,7 +26,6 @@ from t2i.pipelines.folder import (
 )
 from t2i.pipelines.loading import FETCH_ARGUMENTS, build_own_arguments, load_public_components
 from t2i.pipelines.options import DecoderOptions, ResolvedOptions, build_options
-from t2i.pipelines.progress import Interruptible
 from t2i.pipelines.stages import check_finite_values, sample_super_resolution
 from torch import Generator, Tensor
 

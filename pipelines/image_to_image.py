@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from t2i.pipelines.argument_checks import check_prompts, check_stage_inputs
 from t2i.pipelines.base import MAX_IMAGES, UnCLIPPipeline, UnCLIPPipelineOutput
-from t2i.pipelines.inputs import ImageInputs, read_images
+from t2i.pipelines.calls.signature import pipeline_call
+from t2i.pipelines.inputs import ImageInputs, read_given_images, read_images
 from t2i.pipelines.memory_needed import check_batch_fits
 from t2i.pipelines.options import DecoderOptions, PriorOptions, ResolvedOptions
 from t2i.pipelines.stages import Canvas, finish_images, sample_decoder, sample_image_embeds
@@ -37,7 +37,7 @@ class Redrawing:
 class ImageToImagePipeline(UnCLIPPipeline):
     """Image -> latents -> noised to `strength` -> (decoder) -> latents -> (autoencoder) -> image."""
 
-    @torch.no_grad()
+    @pipeline_call()
     def __call__(
         self,
         image: ImageInputs,
@@ -67,7 +67,9 @@ class ImageToImagePipeline(UnCLIPPipeline):
         check_batch_fits(self, work.prior, work.decoder, count)
 
         # Draw
-        z_i, text = compute_image_embeds(self, images, work)
+        # A CLIP without an image encoder will do where prompts say what to draw
+        seen = images if work.prompts else read_given_images(image, self.image_size, self.clip).seen
+        z_i, text = compute_image_embeds(self, seen, work)
         canvas = Canvas(self.encode_latents(images).repeat_interleave(work.each, dim=0), strength=strength)
         latents = sample_decoder(self, z_i, text, work.decoder, work.generators, canvas=canvas)
         return self.build_output(finish_images(self, latents, z_i, work.decoder, work.generators), z_i, return_dict)

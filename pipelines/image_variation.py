@@ -3,9 +3,9 @@
 import logging
 from typing import Any
 
-import torch
 from t2i.pipelines.argument_checks import check_prompts, check_stage_inputs
 from t2i.pipelines.base import MAX_IMAGES, UnCLIPPipelineOutput
+from t2i.pipelines.calls.signature import pipeline_call
 from t2i.pipelines.inputs import ImageInputs
 from t2i.pipelines.inversion import (
     DECODER_REDRAWING_OPTIONS,
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 class ImageVariationPipeline(InvertingPipeline):
     """Image -> z_i -> (decoder) -> latents -> (autoencoder) -> image. The prior is not used."""
 
-    @torch.no_grad()
+    @pipeline_call(DECODER_REDRAWING_OPTIONS)
     def __call__(
         self,
         image: ImageInputs | BipartiteLatent,
@@ -75,7 +75,7 @@ class ImageVariationPipeline(InvertingPipeline):
             inverted = BipartiteLatent(*(tensor.repeat_interleave(each, dim=0) for tensor in inverted))
             z_i, images = inverted.image_embeds, self.redraw_images(inverted, repeated_text, decoder, generators)
         else:
-            z_i = given.image_embeds if isinstance(given, BipartiteLatent) else self.encode_image(given)
+            z_i = given.image_embeds if isinstance(given, BipartiteLatent) else self.encode_image(given.seen)
             z_i = z_i.repeat_interleave(each, dim=0)
             latents = sample_decoder(self, z_i, repeated_text, decoder, generators)
             images = finish_images(self, latents, z_i, decoder, generators)

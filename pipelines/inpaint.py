@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from t2i.pipelines.argument_checks import check_stage_inputs
 from t2i.pipelines.base import UnCLIPPipeline, UnCLIPPipelineOutput
+from t2i.pipelines.calls.signature import pipeline_call
 from t2i.pipelines.image_to_image import check_redrawing, check_strength, compute_image_embeds
 from t2i.pipelines.inputs import ImageInputs, check_pixel_count, read_images, read_masks
 from t2i.pipelines.memory_needed import check_batch_fits
@@ -39,7 +40,7 @@ class PaintedImages(NamedTuple):
 class InpaintPipeline(UnCLIPPipeline):
     """Image and mask -> image, of any size from the decoder's own on; larger ones in overlapping windows."""
 
-    @torch.no_grad()
+    @pipeline_call()
     def __call__(
         self,
         image: ImageInputs,
@@ -129,7 +130,7 @@ class InpaintPipeline(UnCLIPPipeline):
 class OutpaintPipeline(InpaintPipeline):
     """Image -> a larger image around it."""
 
-    @torch.no_grad()
+    @pipeline_call()
     def __call__(  # type: ignore[override]
         self,
         image: ImageInputs,
@@ -139,20 +140,22 @@ class OutpaintPipeline(InpaintPipeline):
         bottom: int = 0,
         prompt: str | list[str] | None = None,
         negative_prompt: str | list[str] | None = None,
-        **settings: Any,
+        num_images_per_prompt: int = 1,
+        generator: Generator | list[Generator] | None = None,
+        return_dict: bool = True,
+        **options: Any,
     ) -> UnCLIPPipelineOutput | tuple:
-        """Paint `left`, `right`, `top` and `bottom` pixels around each image.
-
-        settings: `num_images_per_prompt`, `generator`, `return_dict` and the options, as for `InpaintPipeline`.
-        """
+        """Paint `left`, `right`, `top` and `bottom` pixels around each image. See `UnCLIPPipeline` for the rest."""
         margins = check_margins(left=left, right=right, top=top, bottom=bottom)
         images = read_images(image)
         check_enlarged_size(images.shape[-1], images.shape[-2], *margins)
         enlarged = F.pad(images, margins, mode="replicate")
         self.check_canvas_size(enlarged)
         mask = F.pad(torch.zeros_like(images[:, :1]), margins, value=1.0)
-        # A margin has nothing to keep: always all of the steps are taken
-        return self.paint_images(PaintedImages(images, enlarged, mask), prompt, negative_prompt, 1.0, **settings)
+        given, strength = PaintedImages(images, enlarged, mask), 1.0  # a margin has nothing to keep
+        return self.paint_images(
+            given, prompt, negative_prompt, strength, num_images_per_prompt, generator, return_dict, **options
+        )
 
 
 def check_margins(**margins: int) -> tuple[int, ...]:

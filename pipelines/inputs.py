@@ -1,30 +1,56 @@
 """Images and masks as arguments of pipelines."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from t2i.checks import check_integer
-from t2i.data.pictures import MAX_PIXELS, open_image, to_rgb, to_tensor
+from t2i.checks import check_choice, check_integer
+from t2i.data.pictures import (
+    MAX_PIXELS,
+    READING,
+    Reading,
+    Resizing,
+    open_image,
+    to_eight_bits,
+    to_rgb,
+    to_tensor,
+)
 from t2i.errors import InputError
+from t2i.networks.clip import CLIP
 
 MAX_INPUT_IMAGES = 1024
 MAX_IMAGE_SIZE = 4096
 IMAGE_SHAPES = "an array is (H, W, 3), a tensor is (3, H, W), or several of them in one"
+MASK_CHANNELS = ("luminance", "alpha")
 MASK_SHAPES = "a mask is (H, W), as an array (H, W, 1 or 3), as a tensor (1 or 3, H, W); give several as a list"
 
 ImageInput: TypeAlias = Image.Image | str | Path | np.ndarray | Tensor
 ImageInputs: TypeAlias = ImageInput | Sequence[ImageInput]
 
 
-def read_images(images: ImageInputs, size: int | None = None, name: str = "image") -> Tensor:
+class GivenImages(NamedTuple):
+    """Images as the decoder and as CLIP get them: each resized once, from the image as it was given."""
+
+    pixels: Tensor  # (N, 3, S, S), in [-1, 1]
+    seen: Tensor  # (N, 3, s, s), in [-1, 1]: what CLIP sees
+
+
+def read_given_images(images: ImageInputs, size: int, clip: CLIP, name: str = "image") -> GivenImages:
+    """Read images for a decoder of this size and for a CLIP; see `read_images`."""
+    pixels, resizing = read_images(images, size, name), Resizing.for_clip(clip)
+    is_same = resizing == Resizing((size,), size)
+    return GivenImages(pixels, pixels if is_same else read_images(images, resizing, name))
+
+
+def read_images(images: ImageInputs, size: int | Resizing | None = None, name: str = "image") -> Tensor:
     """Read images, (N, 3, size, size), fp32, in [-1, 1]: the short side resized to `size`, the middle cut out.
 
     Without a size: (N, 3, H, W), images of one size as they are.
@@ -32,14 +58,15 @@ def read_images(images: ImageInputs, size: int | None = None, name: str = "image
     Args:
         images: one or a list: PIL images; paths; arrays (H, W, 3), of uint8, or of floats in [0, 1]; tensors (3, H, W),
             likewise. Arrays and tensors may have a first dimension more: several images.
-        size: in pixels. An image that has it already keeps its values.
+        size: in pixels. An image that has it already keeps its values. Or how images are resized.
         name: of the argument, for the message.
 
     Raises:
         InputError: for what is no image, does not decode, is too large, or has values out of range; for none at all.
     """
-    if size is not None:
+    if isinstance(size, int):
         check_integer("size", size, 1, MAX_IMAGE_SIZE)
+        size = Resizing((size,), size)
     items = split_images(images, name)
     if not items:
         raise InputError(f"{name} has no pictures; give one or more")
@@ -73,7 +100,9 @@ def read_control_images(images: ImageInputs, count: int, size: tuple[int, int]) 
     return (pixels / 2 + 0.5).repeat_interleave(count // len(pixels), dim=0)
 
 
-def read_masks(masks: ImageInputs, count: int, size: tuple[int, int], name: str = "mask_image") -> Tensor:
+def read_masks(
+    masks: ImageInputs, count: int, size: tuple[int, int], name: str = "mask_image", channel: str = "luminance"
+) -> Tensor:
     """Read masks, (count, 1, H, W), fp32, of 0 and 1: 1, what is to be painted, from half the range on.
 
     Args:
@@ -81,14 +110,16 @@ def read_masks(masks: ImageInputs, count: int, size: tuple[int, int], name: str 
             one mask with channels; several masks without them are a list.
         count: of images.
         size: (H, W) of the images.
+        channel: "luminance", white is painted, or "alpha", what is transparent in pictures.
 
     Raises:
         InputError: for masks of another number, shape or size, and for those that paint nothing or everything.
     """
+    check_choice("mask_channel", channel, MASK_CHANNELS)
     items = split_images(masks, name, least_dimensions=2)
     if len(items) not in (1, count):
         raise InputError(f"{name} has {len(items)} masks for {count} pictures; give one, or one a picture")
-    pixels = [read_mask(item, name) for item in items]
+    pixels = [read_mask(item, name, channel) for item in items]
     for mask in pixels:
         if mask.shape[-2:] != size:
             raise InputError(f"{name} is {format_size(mask)}, the picture is {size[1]} x {size[0]}; they must agree")
@@ -99,16 +130,25 @@ def read_masks(masks: ImageInputs, count: int, size: tuple[int, int], name: str 
     return torch.stack(pixels * count if len(pixels) == 1 else pixels)
 
 
-def read_mask(mask: ImageInput, name: str) -> Tensor:
+def read_mask(mask: ImageInput, name: str, channel: str = "luminance") -> Tensor:
     """Read one mask, (1, H, W), fp32, of 0 and 1."""
+    extract_values = extract_transparency if channel == "alpha" else extract_luminance
     if isinstance(mask, str | Path):
-        mask = open_image(mask)
-    if isinstance(mask, Image.Image):
+        values = np.asarray(open_image(mask, extract_values))
+    elif isinstance(mask, Image.Image):
         check_pixel_count(name, mask.width, mask.height)
-        values = np.asarray(to_rgb(mask).convert("L"))
+        try:
+            values = np.asarray(extract_values(mask, READING))
+        except InputError as error:
+            raise InputError(f"{name} cannot be read: {error}") from error
+    elif channel == "alpha":
+        raise InputError(f"{name} is of values; give a picture with transparency, or leave out mask_channel")
     else:
         channels = find_channel_axis(mask)
-        values = np.asarray(mask) if isinstance(mask, np.ndarray) else mask.detach().cpu().numpy()
+        if isinstance(mask, Tensor):
+            mask = mask.detach().cpu()
+            mask = (mask.float() if mask.is_floating_point() else mask).numpy()  # NumPy has no bfloat16
+        values = np.asarray(mask)
         if values.ndim == 3:
             if values.shape[channels] not in (1, 3):
                 raise InputError(f"{name} has the shape {values.shape}; {MASK_SHAPES}")
@@ -123,6 +163,18 @@ def read_mask(mask: ImageInput, name: str) -> Tensor:
             raise InputError(f"{name} has values of {values.dtype}; give uint8, bool, or floats in [0, 1]")
         values = values >= 0.5
     return torch.from_numpy(values)[None].float()
+
+
+def extract_luminance(mask: Image.Image, reading: Reading) -> Image.Image:
+    """Return a mask's grey values, mode L, transparency white. They are no colours, so a profile changes nothing."""
+    return to_rgb(mask, replace(reading, profiles=False)).convert("L")
+
+
+def extract_transparency(mask: Image.Image, reading: Reading) -> Image.Image:
+    """Return where a picture is transparent, mode L. Raises InputError for one without transparency."""
+    if not mask.has_transparency_data:
+        raise InputError(f"a mask of alpha needs transparency, which a picture of mode {mask.mode} lacks")
+    return ImageOps.invert(to_eight_bits(mask, reading)[0].convert("RGBA").getchannel("A"))
 
 
 def find_channel_axis(pixels: np.ndarray | Tensor) -> int:
@@ -148,8 +200,8 @@ def split_images(images: Any, name: str = "image", least_dimensions: int = 3) ->
     raise InputError(f"{name} must be a picture or a list of pictures, got {type(images).__name__}")
 
 
-def read_image(image: ImageInput, size: int | None, name: str = "image") -> Tensor:
-    """Read one image, (3, size, size), or (3, H, W) without a size; fp32, in [-1, 1]. Raises InputError."""
+def read_image(image: ImageInput, size: Resizing | None, name: str = "image") -> Tensor:
+    """Read one image, (3, S, S), or (3, H, W) without a size; fp32, in [-1, 1]. Raises InputError."""
     if isinstance(image, str | Path):
         return convert_to_tensor(open_image(image), size)
     if isinstance(image, Image.Image):
@@ -167,7 +219,7 @@ def read_image(image: ImageInput, size: int | None, name: str = "image") -> Tens
     return resize_and_crop(scale_pixel_values(values, name), size)
 
 
-def convert_to_tensor(image: Image.Image, size: int | None) -> Tensor:
+def convert_to_tensor(image: Image.Image, size: Resizing | None) -> Tensor:
     return to_tensor(image, size) if size is not None else pil_to_tensor(image).float() / 127.5 - 1
 
 
@@ -183,12 +235,11 @@ def scale_pixel_values(values: Tensor, name: str) -> Tensor:
     return values.float() * 2 - 1
 
 
-def resize_and_crop(values: Tensor, size: int | None) -> Tensor:
-    """Return (3, size, size) of (3, H, W), as `to_tensor` does with PIL images, but without rounding to bytes."""
-    if size is None or values.shape[1:] == (size, size):
+def resize_and_crop(values: Tensor, size: Resizing | None) -> Tensor:
+    """Return (3, S, S) of (3, H, W), as `to_tensor` does with PIL images, but without rounding to bytes."""
+    if size is None or values.shape[1:] == (size.square, size.square):
         return values
-    resize = v2.Resize(size, v2.InterpolationMode.BICUBIC, antialias=True)
-    return v2.Compose([resize, v2.CenterCrop(size)])(values).clamp(-1, 1)
+    return size.apply(values).clamp(-1, 1)
 
 
 def check_pixel_count(name: str, width: int, height: int) -> None:

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from t2i.pipelines.argument_checks import check_stage_inputs, check_stage_options, check_tensor
 from t2i.pipelines.base import MAX_IMAGES, UnCLIPPipelineOutput
-from t2i.pipelines.inputs import ImageInput, read_images, split_images
+from t2i.pipelines.calls.signature import pipeline_call
+from t2i.pipelines.inputs import GivenImages, ImageInput, read_given_images, split_images
 from t2i.pipelines.inversion import (
     INVERSION_DEFAULTS,
     REDRAWING_OPTIONS,
@@ -51,7 +52,7 @@ class AnchorLatents:
 class InterpolationPipeline(InvertingPipeline):
     """Images and texts -> their (z_i, x_T) -> those in between, on great circles -> images."""
 
-    @torch.no_grad()
+    @pipeline_call(REDRAWING_OPTIONS)
     def __call__(
         self,
         anchors: Sequence[Anchor],
@@ -95,7 +96,7 @@ class InterpolationPipeline(InvertingPipeline):
         check_stage_options(self, prior if texts else None, decoder)
         check_stage_inputs(self, None, decoder, len(rows))
         check_batch_fits(self, None, decoder, min(len(rows), FRAMES_PER_BATCH))
-        images = read_images(image_anchors, self.image_size, "anchors") if image_anchors else None
+        images = read_given_images(image_anchors, self.image_size, self.clip, "anchors") if image_anchors else None
         ends = self.encode_anchors(checked, images, inverted, prior, decoder, generator)
 
         # Mix, and draw in batches
@@ -131,7 +132,7 @@ class InterpolationPipeline(InvertingPipeline):
     def encode_anchors(
         self,
         anchors: list[Anchor],
-        images: Tensor | None,
+        images: GivenImages | None,
         inverted: bool,
         prior: PriorOptions,
         decoder: DecoderOptions,
@@ -156,7 +157,7 @@ class InterpolationPipeline(InvertingPipeline):
         if images is not None and inverted:
             z_i[~is_text], latents[~is_text] = self.invert_images(images, None, decoder)
         elif images is not None:
-            z_i[~is_text] = self.encode_image(images)
+            z_i[~is_text] = self.encode_image(images.seen)
         return AnchorLatents(z_i, latents, captions, seed)
 
 

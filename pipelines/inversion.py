@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from t2i.pipelines.argument_checks import check_prompts, check_stage_inputs, check_tensor
 from t2i.pipelines.base import UnCLIPPipeline
-from t2i.pipelines.inputs import ImageInputs, read_images
+from t2i.pipelines.inputs import GivenImages, ImageInputs, read_given_images
 from t2i.pipelines.options import DECODER_OPTION_NAMES, OPTION_NAMES, DecoderOptions, build_options
 from t2i.pipelines.stages import build_control, build_preview_hooks, finish_images, sample_decoder
 from torch import Generator, Tensor
@@ -58,17 +58,17 @@ class InvertingPipeline(UnCLIPPipeline):
             num_inference_steps, Guidance.from_value(guidance_scale), sampler="ddim", control_image=control_image
         )
         check_inversion_guidance(options)
-        images = read_images(image, self.image_size)
-        check_stage_inputs(self, None, options, len(images))
-        prompts = check_prompts("prompt", prompt, len(images))
+        images = read_given_images(image, self.image_size, self.clip)
+        check_stage_inputs(self, None, options, len(images.pixels))
+        prompts = check_prompts("prompt", prompt, len(images.pixels))
         text = self.encode_decoder_prompt(prompts) if prompts else None
         return self.invert_images(images, text, options)
 
-    def read_image_or_latent(self, image: ImageInputs | BipartiteLatent) -> tuple[Tensor | BipartiteLatent, int]:
-        """Return images, (N, 3, H, W) in [-1, 1], or checked latents of images, on the device; and N."""
+    def read_image_or_latent(self, image: ImageInputs | BipartiteLatent) -> tuple[GivenImages | BipartiteLatent, int]:
+        """Return N images, or checked latents of images, on the device; and N."""
         if not isinstance(image, BipartiteLatent):
-            images = read_images(image, self.image_size)
-            return images, len(images)
+            images = read_given_images(image, self.image_size, self.clip)
+            return images, len(images.pixels)
         count = len(image.image_embeds)
         check_tensor("image_embeds", image.image_embeds, (count, self.clip.embed_dim))
         check_tensor("latents", image.latents, (count, *self.latent_shape))
@@ -76,13 +76,13 @@ class InvertingPipeline(UnCLIPPipeline):
 
     @torch.no_grad()
     def invert_images(
-        self, given: Tensor | BipartiteLatent, text: TextEncoding | None, options: DecoderOptions
+        self, given: GivenImages | BipartiteLatent, text: TextEncoding | None, options: DecoderOptions
     ) -> BipartiteLatent:
-        """Invert images, (N, 3, H, W) in [-1, 1]. Images that are inverted already are returned as they are."""
+        """Invert images. Images that are inverted already are returned as they are."""
         if isinstance(given, BipartiteLatent):
             return given
-        z_i, scheduler = self.encode_image(given), self.decoder_scheduler
-        latents = self.encode_latents(given)
+        z_i, scheduler = self.encode_image(given.seen), self.decoder_scheduler
+        latents = self.encode_latents(given.pixels)
         self.offload_all_but("decoder")
         # Without noise on z_i, and by DDIM, whose steps can be undone
         control = build_control(self.decoder, options, len(z_i), self.latent_shape[1:])

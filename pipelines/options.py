@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias
 
 from diffusers import DiffusionPipeline
+from t2i.pipelines.calls.progress import Preview
 from t2i.pipelines.inputs import ImageInputs
-from t2i.pipelines.progress import Preview
 from torch import Tensor
 
 from t2i.checks import check_choice, check_integer, check_range
@@ -94,7 +94,8 @@ class DecoderOptions:
         super_res_latents: (N, 3, H, W), the noise that the super-resolution starts from.
         callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}) after each decoder step. The
             "latents" that it returns replace the present ones.
-        on_preview: called with a `Preview` after every `preview_every` steps of each stage.
+        callback_on_step_end_tensor_inputs: names of the tensors that the callback gets; None is "latents" alone.
+        on_preview, preview_every: called with a `Preview` after every `preview_every` steps of each stage.
 
     Raises:
         InputError: for a value out of range, and for two values that exclude each other.
@@ -178,7 +179,7 @@ def build_options(
     """
     # Refuse unknown names
     if unknown := sorted(options.keys() - allowed):
-        raise TypeError(f"unknown argument {unknown[0]!r}; pipelines.options lists the arguments")
+        raise TypeError(f"unknown argument {unknown[0]!r}; it takes {', '.join(sorted(allowed))}")
 
     # Fill in the defaults, also of a guidance that is given in part
     values: dict[str, Any] = {name: getattr(options_class, name) for name, options_class in GUIDANCE_OPTIONS.items()}
@@ -186,7 +187,7 @@ def build_options(
     for name, value in options.items():
         if name in GUIDANCE_OPTIONS and isinstance(value, dict):
             value = replace(Guidance.from_value(values[name]), **value)
-        if name != "prior_guidance_scale" or value is not None:
+        if value is not None:  # None is the default
             values[name] = value
     prior = {name: value for name, value in values.items() if name in PRIOR_OPTION_NAMES}
     decoder = {name: value for name, value in values.items() if name in DECODER_OPTION_NAMES}

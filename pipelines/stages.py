@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from diffusers import SchedulerMixin
 from PIL import Image
+from t2i.pipelines.calls.progress import Interrupted, Preview
 from t2i.pipelines.inputs import read_control_images
 from t2i.pipelines.options import DecoderOptions, PriorOptions
-from t2i.pipelines.progress import Interrupted, Preview
 from torch import Generator, Tensor
 
 from t2i.diffusion.condition import ImageCondition, TextEncoding, TokenStates

@@ -4,9 +4,9 @@ import logging
 from dataclasses import replace
 from typing import Any
 
-import torch
 from t2i.pipelines.argument_checks import check_prompts, check_stage_inputs, check_tensor
 from t2i.pipelines.base import MAX_IMAGES, UnCLIPPipeline, UnCLIPPipelineOutput
+from t2i.pipelines.calls.signature import pipeline_call
 from t2i.pipelines.memory_needed import check_batch_fits
 from t2i.pipelines.options import DecoderOptions, PriorOptions
 from t2i.pipelines.stages import finish_images, sample_decoder, sample_image_embeds
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 class Text2ImagePipeline(UnCLIPPipeline):
     """Caption -> z_t -> (prior) -> z_i -> (decoder) -> latents -> (autoencoder) -> image."""
 
-    @torch.no_grad()
+    @pipeline_call()
     def __call__(
         self,
         prompt: str | list[str] | None = None,

@@ -2,12 +2,13 @@
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from t2i.pipelines.argument_checks import check_prompts, check_stage_inputs
 from t2i.pipelines.base import UnCLIPPipelineOutput
+from t2i.pipelines.calls.signature import pipeline_call
 from t2i.pipelines.inputs import ImageInputs
 from t2i.pipelines.inversion import (
+    DECODER_REDRAWING_OPTIONS,
     BipartiteLatent,
     InvertingPipeline,
     build_inversion_options,
@@ -21,6 +22,7 @@ from t2i.checks import check_range, check_texts
 from t2i.diffusion.geometry import slerp
 from t2i.errors import InputError
 from t2i.sampling.sample import split_generators
+from t2i.texts import normalize_text
 
 DEFAULT_THETA = 0.35
 MIN_CAPTION_DISTANCE = 1e-3  # captions whose embeddings are no further apart are the same to a CLIP
@@ -29,7 +31,7 @@ MIN_CAPTION_DISTANCE = 1e-3  # captions whose embeddings are no further apart ar
 class TextDiffPipeline(InvertingPipeline):
     """Image -> (z_i, x_T); z_i turned towards z_t(target) - z_t(source); both -> image. The prior is not used."""
 
-    @torch.no_grad()
+    @pipeline_call(DECODER_REDRAWING_OPTIONS)
     def __call__(
         self,
         image: ImageInputs | BipartiteLatent,
@@ -105,5 +107,5 @@ def check_caption_pair(source: str, target: str) -> None:
     """Refuse captions without words, and two captions that are the same."""
     check_texts("source", [source], empty=False)
     check_texts("target", [target], empty=False)
-    if source.strip() == target.strip():
+    if normalize_text(source) == normalize_text(target):
         raise InputError(f"source and target are the same, {source!r:.80}; there is no direction from a text to itself")

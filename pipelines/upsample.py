@@ -1,10 +1,10 @@
 """Images in, larger images out."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
@@ -12,10 +12,11 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from t2i.pipelines.argument_checks import check_step_count
 from t2i.pipelines.base import UnCLIPPipeline
+from t2i.pipelines.calls.progress import Interruptible, Preview
+from t2i.pipelines.calls.signature import pipeline_call
 from t2i.pipelines.folder import PipelineFolder, check_clip_fingerprint
 from t2i.pipelines.inputs import ImageInputs, read_image, split_images
 from t2i.pipelines.options import build_options
-from t2i.pipelines.progress import Interruptible
 from t2i.pipelines.stages import upsample_images
 from torch import Generator, Tensor
 
@@ -31,7 +32,6 @@ from t2i.sampling.sample import split_generators
 from t2i.sampling.upsampling import DEFAULT_TILE_SIZE, MAX_ENLARGEMENTS, check_upsampled_size, resolve_tile_overlap
 
 OUTPUT_TYPES = ("pil", "pt")
-UPSAMPLE_OPTIONS = frozenset({"on_preview", "preview_every"})
 
 
 @dataclass
@@ -89,7 +89,7 @@ class UpsamplePipeline(Interruptible, DiffusionPipeline):
             raise InputError("this pipeline has no upsampler; load one with upsampler=... and upsampler_scheduler=...")
         return cls(**found)
 
-    @torch.no_grad()
+    @pipeline_call(())
     def __call__(
         self,
         image: ImageInputs,
@@ -100,7 +100,8 @@ class UpsamplePipeline(Interruptible, DiffusionPipeline):
         tile: int = DEFAULT_TILE_SIZE,
         output_type: str = "pil",
         return_dict: bool = True,
-        **options: Any,
+        on_preview: Callable[[Preview], None] | None = None,
+        preview_every: int = 1,
     ) -> UpsamplePipelineOutput | tuple:
         """Enlarge each image by the upsampler's factor, `times` times.
 
@@ -113,8 +114,7 @@ class UpsamplePipeline(Interruptible, DiffusionPipeline):
             generator: one for all, or one an image. An image depends on its own alone.
             tile: larger images are denoised in windows of so many pixels, which bounds the memory.
             output_type: "pil" or "pt".
-            options: `on_preview` and `preview_every`; see `t2i.pipelines.options.DecoderOptions`. A preview is of one
-                image.
+            on_preview, preview_every: see `t2i.pipelines.options.DecoderOptions`. A preview is of one image.
 
         Raises:
             InputError: for an image that is too small or becomes too large, and for values that are not allowed.
@@ -128,7 +128,7 @@ class UpsamplePipeline(Interruptible, DiffusionPipeline):
         resolve_tile_overlap(tile, None, self.upsampler.image_size_multiple)
         check_choice("output_type", output_type, OUTPUT_TYPES)
         stage = {"upsample": times, "upsample_steps": num_inference_steps, "upsample_level": level}
-        _, resolved = build_options(options, stage, UPSAMPLE_OPTIONS)
+        _, resolved = build_options(stage | {"on_preview": on_preview, "preview_every": preview_every})
         originals = [read_image(item, None) for item in split_images(image)]
         if not originals:
             raise InputError("image has no pictures; give one or more")

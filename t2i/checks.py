@@ -1,17 +1,18 @@
 """Checks of single values. Each raises an InputError of one line: the name, what is allowed, and the value."""
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 from t2i.errors import InputError
+from t2i.texts import normalize_text
 
 MAX_TEXT_CHARACTERS = 4096
 
 
 def check_integer(name: str, value: Any, low: int, high: int) -> None:
     """Refuse anything but an integer from `low` to `high`."""
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= int(value) <= high:  # NumPy's too
         raise InputError(f"{name} must be an integer from {low} to {high}, got {value!r}")
 
 
@@ -46,7 +47,7 @@ def check_texts(name: str, texts: Any, empty: bool = True) -> None:
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise InputError(f"{name} must be a text or a list of texts, got {texts!r:.80}")
     for text in texts:
-        if not empty and not text.strip():
+        if not empty and not normalize_text(text):
             raise InputError(f"{name} must not be empty, got {text!r}")
         # Lone surrogates: Python's stand-ins for bytes of the command line that are not UTF-8
         if any("\ud800" <= character <= "\udfff" for character in text):

@@ -144,22 +144,26 @@ def train_all_stages(arguments: list[str], num_processes: int, max_restarts: int
 def check(
     source: Annotated[str, argument("Folder, .tar or .parquet file, or hub:ORGANISATION/NAME.")],
     out: Annotated[Path | None, option("Folder for the manifest and the report.", "SOURCE/t2i")] = None,
-    image_column: Annotated[str | None, option("Image column of Parquet files and hub data.", "found by type")] = None,
+    image_column: Annotated[str | None, option("Column of the images or of their file names.", "found by type")] = None,
     caption_column: Annotated[str | None, option("Caption column.", "text or caption")] = None,
     label_column: Annotated[str | None, option("Column with one label per image, for classifiers.")] = None,
     held_out: Annotated[float, option("Fraction of images to hold out, if the source has no splits.")] = 0.01,
     min_size: Annotated[int, option("Smallest short side in pixels. Smaller images are rejected.")] = 8,
     drop_duplicates: Annotated[bool, option("Reject further copies of an image.", None, "--drop-duplicates")] = False,
+    max_megapixels: Annotated[float, option("Largest image to accept, in millions of pixels.")] = 40.0,
 ) -> None:
     """Read every image and caption once, write the manifest that training needs, and print what was rejected."""
     from t2i.checks import check_range
     from t2i.data.manifest import write_manifest
+    from t2i.data.pictures import HIGHEST_MAX_PIXELS, Reading
     from t2i.data.sources.samples import Columns
 
     check_range("held-out", held_out, 0, 0.5)
     check_range("min-size", min_size, 1, 4096)
+    check_range("max-megapixels", max_megapixels, 0.001, HIGHEST_MAX_PIXELS / 10**6)
     columns = Columns(image_column, caption_column, label_column)
-    report = write_manifest(source, out, columns, held_out, min_size, drop_duplicates)
+    reading = Reading(max_pixels=int(max_megapixels * 10**6))
+    report = write_manifest(source, out, columns, held_out, min_size, drop_duplicates, reading=reading)
     print("\n".join(report.format_lines()))
     # The manifest and the report are kept: they list the reasons
     if complaint := report.format_complaint():

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count, islice
@@ -76,11 +77,19 @@ def write_new_image(out: Path, name: str, image: Image.Image, record: Record) ->
     if out.suffix == ".png":
         path = write_new_file(out.parent, [out.name], content)
     else:
-        stem = f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')[:40] or 'picture'}-{record['seed']}"
+        stem = f"{build_file_stem(name)}-{record['seed']}"
         path = write_new_file(out, (f"{stem}{'' if i == 1 else f'-{i}'}.png" for i in count(1)), content)
     if path is None:
         raise InputError(f"{str(out)!r} exists and is not overwritten; give another name")
     return path
+
+
+def build_file_stem(text: str) -> str:
+    """Return the letters and digits of a text, of any script, in at most 40 characters, for the name of a file."""
+    text = unicodedata.normalize("NFC", text.lower())
+    # With the marks of letters, such as the vowels of Hindi
+    kept = "".join(character if unicodedata.category(character)[0] in "LMN" else "-" for character in text)
+    return re.sub("-+", "-", kept).strip("-")[:40] or "picture"
 
 
 def check_batch_size(value: str | int | None) -> int | None:

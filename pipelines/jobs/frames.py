@@ -60,7 +60,8 @@ def interpolate_files(
     pipeline = load_pipeline(source, InterpolationPipeline)
     resolved = pipeline.resolve_options(**options)
     generator = Generator().manual_seed(seed)
-    drawn = pipeline(images, frames.weights, frames.frames, frames.inverted, generator, resolved=resolved).images
+    result: Any = pipeline(images, frames.weights, frames.frames, frames.inverted, generator, resolved=resolved)
+    drawn = result.images
 
     # Write
     record: Record = {

@@ -112,7 +112,8 @@ class PromptDrawer:
         if not self.has_prompts:
             inputs = {"image_embeds": torch.zeros(len(records), self.pipeline.clip.embed_dim)}
         generators = [Generator().manual_seed(record["seed"]) for record in records]
-        return self.pipeline(**inputs, generator=generators, resolved=self.resolved, **self.arguments).images
+        result: Any = self.pipeline(**inputs, generator=generators, resolved=self.resolved, **self.arguments)
+        return result.images
 
     def find_fitting_size(self, size: int) -> int:
         """Return the size, halved until a batch fits, with a margin, into this process's part of the free memory."""
@@ -184,7 +185,8 @@ def upsample_files(
     used = {name: settings.get(name, parameters[name].default) for name in ("num_inference_steps", "level")}
     for i, (path, image) in enumerate(zip(paths, images)):
         generator = Generator().manual_seed(first_seed + i)
-        upsampled = pipeline(image, times, generator=generator, **settings).images[0]
+        result: Any = pipeline(image, times, generator=generator, **settings)
+        upsampled = result.images[0]
         model = format_model_name(source.model)
         record = {"picture": path.name, "seed": first_seed + i, "model": model, "upsample": times, **used}
         yield write_new_image(output.path, path.stem, upsampled, record)

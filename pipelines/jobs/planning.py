@@ -3,7 +3,7 @@
 import os
 import secrets
 from dataclasses import dataclass
-from inspect import signature
+from inspect import signature, unwrap
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -107,7 +107,8 @@ def split_settings(kind: type[DiffusionPipeline], settings: dict[str, Any]) -> t
 
     A name may be in both: variations take `eta` as an argument, which decides their options.
     """
-    parameters = signature(kind.__call__).parameters
+    # The signature of the call also shows its options; the function behind it has its own arguments alone
+    parameters = signature(unwrap(kind.__call__)).parameters
     arguments = {name: value for name, value in settings.items() if name in parameters}
     options = {name: value for name, value in settings.items() if name in OPTION_NAMES or name not in parameters}
     return arguments, options

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from t2i.errors import InputError
 from t2i.shipped import find_shipped_folder
+from t2i.texts import normalize_text, split_lines
 
 SHIPPED_MODEL = find_shipped_folder("models") / "emoji"
 UNUSED_IN_DRAWING = ("peft", "timm")  # diffusers imports the one and open_clip the other, if they are installed
@@ -41,7 +42,7 @@ def speed_up_imports(without: Sequence[str] = UNUSED_IN_DRAWING) -> Iterator[Non
 def read_lines(file: Path, content: str) -> list[str]:
     """Return the lines of a text file without the empty ones. `content` names them in the error."""
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = split_lines(file.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the {content} in {str(file)!r} ({error}); give a UTF-8 text file") from error
-    return [line.strip() for line in lines if line.strip()]
+    return [line.strip() for line in lines if normalize_text(line)]

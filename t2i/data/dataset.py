@@ -23,6 +23,7 @@ from t2i.data.pictures import decode_image, silence_pillow, to_tensor
 from t2i.data.reasons import RejectedSample
 from t2i.diffusion.condition import Condition, TextEncoding, TokenStates
 from t2i.errors import InputError
+from t2i.texts import normalize_text
 
 MAX_READ_ATTEMPTS = 100  # so many unreadable pictures in a row mean that the disk or the folder is at fault
 
@@ -133,7 +134,7 @@ class CaptionedPictures(Dataset):
         """Return a picture, (3, H, W), float32 in [-1, 1]. Raises RejectedSample."""
         data = self.manifest.read_image(index)
         with silence_pillow():
-            return to_tensor(decode_image(data), self.size)
+            return to_tensor(decode_image(data, self.manifest.reading), self.size)
 
     def load_image(self, index: int) -> Tensor:
         """Return a picture, (3, H, W), float32 in [-1, 1]. Raises InputError with the sample's key."""
@@ -162,8 +163,12 @@ class CaptionedPictures(Dataset):
     def compute_digest(self) -> str:
         """Return 16 hexadecimal digits of the pictures, captions, keywords and their order, not of their places."""
         hasher = hashlib.sha256()
-        for row in self.manifest.iterate_rows("sha256", "captions", "keywords"):
-            hasher.update(json.dumps([row["sha256"].hex(), row["captions"], row["keywords"]]).encode())
+        for row in self.manifest.iterate_rows("sha256", "captions", "keywords", "detail"):
+            # Texts as tokenizers get them, so that spaces which say nothing change nothing
+            captions, keywords = ([normalize_text(text) for text in row[name]] for name in ("captions", "keywords"))
+            # A picture that is converted is another picture than it was to versions that converted none
+            conversion = [row["detail"]] if row["detail"] else []
+            hasher.update(json.dumps([row["sha256"].hex(), captions, keywords, *conversion]).encode())
         return hasher.hexdigest()[:16]
 
     def iterate_images(self, count: int, batch_size: int) -> Iterator[Tensor]:

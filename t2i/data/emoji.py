@@ -16,6 +16,7 @@ from t2i.data.manifest import write_manifest
 from t2i.data.sources.samples import Columns
 from t2i.errors import InputError
 from t2i.files.atomic import create_folder_atomically
+from t2i.texts import split_lines
 
 FONT_FILE = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 EMOJI_TEST_FILE = Path("/usr/share/unicode/emoji/emoji-test.txt")
@@ -90,7 +91,7 @@ def render_emoji(
 def read_emoji_names(path: Path) -> list[Emoji]:
     """Return every fully-qualified emoji of an `emoji-test.txt`."""
     emoji, group, subgroup = [], "", ""
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in split_lines(path.read_text(encoding="utf-8")):
         if line.startswith("# group: "):
             group = line.removeprefix("# group: ")
         elif line.startswith("# subgroup: "):

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from t2i.data.labels import LABELS_FILE, get_single_label, write_labels
-from t2i.data.pictures import decode_image, silence_pillow
+from t2i.data.pictures import CONVERTED, OLD_READING, READING, Reading, decode_image, silence_pillow
 from t2i.data.reasons import Reason, RejectedSample
 from t2i.data.report import Duplicates, Report
 from t2i.data.sources.open_source import is_check_output, open_source
@@ -55,16 +55,17 @@ MANIFEST_SCHEMA = pa.schema(
         "width": pa.int32(),  # upright
         "height": pa.int32(),
         "status": pa.string(),  # ok, or the name of a Reason
-        "detail": pa.string(),
+        "detail": pa.string(),  # of a rejected sample; of an accepted one, how its picture is converted
     }
 )
-TRAINING_COLUMNS = ["key", "file", "offset", "size", "sha256", "captions", "keywords", "split"]
+TRAINING_COLUMNS = ["key", "file", "offset", "size", "sha256", "captions", "keywords", "split", "detail"]
 METADATA_KEY = b"t2i"  # of our JSON in the Parquet metadata
 MANIFEST_VERSION = 1
 ROW_GROUP_SIZE = 4_096
 READ_BATCH_SIZE = 65_536  # rows; larger batches cost less memory than one per row group
 MIN_FILE_AGE = 2 * 10**9  # nanoseconds; the coarsest file times in use (FAT's) are 2 seconds apart
 STATUS_OK = "ok"
+DETAIL_CONVERTED = "converted to sRGB of 8 bits"  # a part of the digest of data, so it stays
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -99,6 +100,7 @@ def write_manifest(
     min_size: int = 8,
     drop_duplicates: bool = False,
     quiet: bool = False,
+    reading: Reading = READING,
 ) -> Report:
     """Check every sample of a source and write the folder `out`.
 
@@ -118,10 +120,11 @@ def write_manifest(
         # Read and decode in threads, write in order
         root, manifest = source.root or unfinished, unfinished / MANIFEST_FILE
         samples = count_samples(source.iterate_samples(unfinished), report, columns.label, labels)
-        rows = map_in_order(lambda sample: examine_sample(sample, root, held_out, min_size), samples)
+        rows = map_in_order(lambda sample: examine_sample(sample, root, held_out, min_size, reading), samples)
         rows = reject_duplicates(rows) if drop_duplicates else rows
         bar = tqdm(rows, desc="checking", unit=" pictures", total=source.total, disable=True if quiet else None)
         about = {"version": MANIFEST_VERSION, "source": str(name), "root": format_source_root(source, out)}
+        about["reading"] = asdict(reading)
         write_rows(manifest, bar, report, about | {"containers": source.notes.containers})
         assert report.ok + report.rejected_count == report.indexed == pq.read_metadata(manifest).num_rows
 
@@ -196,7 +199,7 @@ def format_source_root(source: Source, out: Path) -> str:
     return ".." if source.root == out.parent else str(source.root)
 
 
-def examine_sample(sample: Sample, root: Path, held_out: float, min_size: int) -> ManifestRow:
+def examine_sample(sample: Sample, root: Path, held_out: float, min_size: int, reading: Reading) -> ManifestRow:
     """Read and decode the picture of a sample, and return its row."""
     # A rejected sample keeps what is known of it until the fault
     row = ManifestRow(sample.key, sample.file, sample.offset, sample.size, split=sample.split or "train")
@@ -209,7 +212,9 @@ def examine_sample(sample: Sample, root: Path, held_out: float, min_size: int) -
         # By the hash of the picture, so that its copies are in the same split
         if sample.split is None and int.from_bytes(row.sha256[:8]) < held_out * 2**64:
             row.split = "held_out"
-        row.width, row.height = decode_image(data).size
+        picture = decode_image(data, reading)
+        row.width, row.height = picture.size
+        row.detail = DETAIL_CONVERTED if CONVERTED in picture.info else ""
         if min(row.width, row.height) < min_size:
             raise RejectedSample(Reason.too_small, f"{row.width} x {row.height}")
     except RejectedSample as error:
@@ -268,9 +273,9 @@ class Manifest:
     Python lists would take several times as much, once in each worker that decodes pictures.
     """
 
-    def __init__(self, table: pa.Table, root: Path):
+    def __init__(self, table: pa.Table, root: Path, reading: Reading):
         """`table` has the `TRAINING_COLUMNS`; `root` is the folder that its file names are relative to."""
-        self.table, self.root = table, root
+        self.table, self.root, self.reading = table, root, reading
         # The same Arrow arrays, not copies: a table looks a column up anew at every access.
         self.columns = {name: table[name] for name in TRAINING_COLUMNS}
         # When the file of each picture had last been changed when its SHA-256 was compared; 0: not compared yet
@@ -336,7 +341,8 @@ def open_manifests(path: str | Path, splits: tuple[str | None, ...] = SPLITS) ->
     # Pictures in tars are read by offset, which is wrong in another file of the same name
     for name, size in about["containers"].items():
         check_container(root, name, size, file)
-    return {split: Manifest(pa.Table.from_batches(parts), root) for split, parts in batches.items() if parts}
+    tables = {split: pa.Table.from_batches(parts) for split, parts in batches.items() if parts}
+    return {split: Manifest(table, root, about["reading"]) for split, table in tables.items()}
 
 
 def check_container(root: Path, name: str, size: int, manifest: Path) -> None:
@@ -373,6 +379,7 @@ def read_manifest_metadata(file: Path) -> dict[str, Any]:
         about = json.loads((read_parquet_metadata(file) or {})[METADATA_KEY])
         version = about["version"]
         complete = isinstance(about["root"], str) and isinstance(about["containers"], dict)
+        about["reading"] = replace(OLD_READING, **about.get("reading", {}))
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{str(file)!r} is not a complete manifest; `t2i data check` writes one") from error
     schema = pq.read_schema(file).remove_metadata()

@@ -1,26 +1,40 @@
-"""Decoding of pictures: bytes in, tensors out.
+"""Decoding of pictures: bytes in, tensors out. Every picture that is read passes through `to_rgb`.
 
 Outside the models, pictures are (3, H, W), float32 in [-1, 1].
 """
 
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
-import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
-from torchvision.transforms.functional import InterpolationMode, center_crop, pil_to_tensor, resize
+from torchvision.transforms.functional import (
+    InterpolationMode,
+    center_crop,
+    crop,
+    get_image_size,
+    pil_to_tensor,
+    resize,
+)
 
+from t2i.data.colors import SIXTEEN_BITS, convert_to_srgb, find_sample_range, scale_to_eight_bits
 from t2i.data.reasons import Reason, RejectedSample
 from t2i.errors import InputError
 
+if TYPE_CHECKING:
+    from t2i.networks.clip import CLIP
+
 MAX_PIXELS = 40_000_000  # compared with the header, before anything is decoded
+HIGHEST_MAX_PIXELS = 178_000_000  # Pillow refuses more
 PILLOW_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")  # of eight bits a channel
 # The formats that Pillow may try. Of its some forty others, EPS runs another program and many are hardly maintained.
 PILLOW_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+CONVERTED = "converted"  # key of a decoded picture's `info`
 PngImagePlugin.MAX_TEXT_MEMORY = 2**23  # bytes of decompressed text in a PNG; Pillow allows eight times as many
 # First bytes of files that are often found in place of a readable picture
 FILE_SIGNATURES = {
@@ -39,11 +53,34 @@ FILE_SIGNATURES = {
 }
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """Read an RGB picture, upright, transparency on white. Raises InputError if it does not decode or is too large."""
+@dataclass(frozen=True)
+class Reading:
+    """How pictures are read. A manifest stores it, so that training reads pictures as they were checked.
+
+    profiles: convert colours by an embedded profile to sRGB.
+    sample_ranges: take the range of deep grey values from the file; else it is that of 16 bits.
+    max_pixels: largest width times height; None is `MAX_PIXELS`.
+    """
+
+    profiles: bool = True
+    sample_ranges: bool = True
+    max_pixels: int | None = None
+
+
+Picture = TypeVar("Picture", Image.Image, Tensor)
+Convert: TypeAlias = Callable[[Image.Image, Reading], Image.Image]
+READING = Reading()
+OLD_READING = Reading(profiles=False, sample_ranges=False)  # of manifests that store none
+
+
+def open_image(path: str | Path, convert: Convert | None = None) -> Image.Image:
+    """Read an RGB picture in sRGB, upright, transparency on white; or what `convert` makes of the stored one.
+
+    Raises InputError if it does not decode or is too large.
+    """
     try:
         with silence_pillow():
-            return decode_image(Path(path).read_bytes())
+            return decode_image(Path(path).read_bytes(), READING, convert or to_rgb)
     except RejectedSample as error:
         raise InputError(f"{str(path)!r}: {error}") from error
 
@@ -59,19 +96,21 @@ def silence_pillow() -> Iterator[None]:
         yield
 
 
-def decode_image(data: bytes) -> Image.Image:
-    """Decode the bytes of a file to an RGB picture, upright, transparency on white. Raises RejectedSample."""
+def decode_image(data: bytes, reading: Reading = READING, convert: Convert | None = None) -> Image.Image:
+    """Decode the bytes of a file to an RGB picture in sRGB, upright, transparency on white. Raises RejectedSample.
+
+    convert: makes the picture of the stored one; None is `to_rgb`.
+    """
     if not data:
         raise RejectedSample(Reason.empty_file)
     # `Image.OPEN` has the formats of this build of Pillow, once all plugins are loaded
     Image.init()
     try:
         with Image.open(io.BytesIO(data), formats=[name for name in PILLOW_FORMATS if name in Image.OPEN]) as file:
-            check_image_header(file)
+            check_image_header(file, reading.max_pixels)
             file.load()
-            ImageOps.exif_transpose(file, in_place=True)
-            return to_rgb(file)
-    except RejectedSample:
+            return (convert or to_rgb)(file, reading)
+    except InputError:
         raise
     except UnidentifiedImageError as error:
         raise explain_unidentified(data) from error
@@ -83,10 +122,11 @@ def decode_image(data: bytes) -> Image.Image:
         raise RejectedSample(reason, f"{str(error) or type(error).__name__}"[:200]) from error
 
 
-def check_image_header(file: Image.Image) -> None:
+def check_image_header(file: Image.Image, max_pixels: int | None = None) -> None:
     """Refuse a picture by its header, before a pixel is decoded. Raises RejectedSample."""
-    if file.width * file.height > MAX_PIXELS:
-        raise RejectedSample(Reason.too_many_pixels, f"{file.width} x {file.height}")
+    most = max_pixels or MAX_PIXELS
+    if file.width * file.height > most:
+        raise RejectedSample(Reason.too_many_pixels, f"{file.width} x {file.height}, at most {most / 1e6:g} million")
     # Phones append a second view or a depth map to a picture and call the file MPO: it is not animated.
     if file.format != "MPO" and (frames := getattr(file, "n_frames", 1)) > 1:
         raise RejectedSample(Reason.animated, f"{file.format} of {frames} frames")
@@ -94,26 +134,31 @@ def check_image_header(file: Image.Image) -> None:
         raise RejectedSample(Reason.unsupported_format, f"{file.format} of mode {file.mode}")
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert to 8-bit RGB: transparency on white, 16-bit grey scaled down."""
-    if image.mode.startswith("I"):
-        image = convert_grey(image)
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("RGB")
+def to_rgb(image: Image.Image, reading: Reading = READING) -> Image.Image:
+    """Convert to 8-bit RGB in sRGB: upright, transparency on white, deep grey scaled down.
+
+    The result's `info` is empty but for `CONVERTED`, where the values are others than those of `OLD_READING`. Raises
+    RejectedSample for values outside their range.
+    """
+    upright, is_converted = to_eight_bits(image, reading)
+    colors = convert_to_srgb(upright) if reading.profiles else upright
+    is_converted |= colors is not upright
+    if colors.has_transparency_data:
+        colors = Image.alpha_composite(Image.new("RGBA", colors.size, "white"), colors.convert("RGBA"))
+    rgb = colors.convert("RGB")
+    rgb.info = {CONVERTED: True} if is_converted else {}
+    return rgb
 
 
-def convert_grey(image: Image.Image) -> Image.Image:
-    """Convert 16-bit grey to 8 bits; Pillow's own conversion would clip it to white. Raises RejectedSample."""
-    values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
-        raise RejectedSample(Reason.unsupported_format, f"{image.format} of 32 bits a pixel")
-    small = ((values + 128) // 257).astype(np.uint8)
-    transparent = image.info.get("transparency")
-    if isinstance(transparent, int):
-        # The new image keeps no transparency, so what is transparent becomes white here
-        small[values == transparent] = 255
-    return Image.fromarray(small)
+def to_eight_bits(image: Image.Image, reading: Reading = READING) -> tuple[Image.Image, bool]:
+    """Return a picture upright, with 8 bits a channel, and whether it has other values than by `OLD_READING`."""
+    old = SIXTEEN_BITS if image.mode.startswith("I") else None
+    samples = find_sample_range(image) if reading.sample_ranges else old
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        format_name = image.format
+        image = ImageOps.exif_transpose(image)
+        image.format = format_name
+    return (image, False) if samples is None else (scale_to_eight_bits(image, samples), samples != old)
 
 
 def explain_unidentified(data: bytes) -> RejectedSample:
@@ -132,7 +177,40 @@ def explain_unidentified(data: bytes) -> RejectedSample:
     return RejectedSample(Reason.not_a_picture, f"it starts with {data[:8]!r}")
 
 
-def to_tensor(image: Image.Image, size: int) -> Tensor:
+@dataclass(frozen=True)
+class Resizing:
+    """How pictures of any size become squares.
+
+    side: the new short side; or the new height and width; () for none.
+    square: side of the square that is then cut out of the middle.
+    interpolation: "bicubic" or "bilinear".
+    rounds_down: half a pixel before the square is rounded down, as by transformers; else to an even number.
+    """
+
+    side: tuple[int, ...]
+    square: int
+    interpolation: str = "bicubic"
+    rounds_down: bool = False
+
+    @classmethod
+    def for_clip(cls, clip: "CLIP") -> "Resizing":
+        """Return the resizing after which a CLIP's own preprocessing only crops and normalizes."""
+        steps = clip.resize_settings
+        square = steps["side"][-1] if steps["side"] else clip.size
+        return cls(steps["side"], square, steps["interpolation"], steps.get("rounds_down", False))
+
+    def apply(self, picture: Picture) -> Picture:
+        """Resize and crop a PIL picture, or a tensor, (3, H, W)."""
+        if self.side:
+            picture = resize(picture, list(self.side), InterpolationMode(self.interpolation), antialias=True)
+        if self.rounds_down:
+            width, height = get_image_size(picture)
+            odd_height, odd_width = ((side - self.square) % 2 * (side > self.square) for side in (height, width))
+            picture = crop(picture, 0, 0, height - odd_height, width - odd_width)
+        return center_crop(picture, [self.square])
+
+
+def to_tensor(image: Image.Image, size: int | Resizing) -> Tensor:
     """Return (3, size, size), float32 in [-1, 1]: the short side resized, then the centre cropped."""
-    square = center_crop(resize(image, [size], InterpolationMode.BICUBIC), [size])
-    return pil_to_tensor(square).float() / 127.5 - 1
+    resizing = Resizing((size,), size) if isinstance(size, int) else size
+    return pil_to_tensor(resizing.apply(image)).float() / 127.5 - 1

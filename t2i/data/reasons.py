@@ -30,7 +30,7 @@ class Reason(Enum):
     animated = "a picture of several frames or pages"
     truncated = "a picture that ends early"
     damaged = "a picture that does not decode"
-    too_many_pixels = "a picture of more than 40 million pixels according to its header"
+    too_many_pixels = "a picture of more pixels than are allowed, according to its header"
     too_small = "a picture whose short side is below --min-size"
     duplicate = "a copy of an earlier picture, rejected by --drop-duplicates"
     changed = "a picture whose bytes have changed since it was checked"

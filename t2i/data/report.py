@@ -38,6 +38,7 @@ class Report:
     ok: int = 0
     held_out: int = 0
     captions: int = 0
+    converted: int = 0  # pictures with a colour profile or unusual grey values
     reasons: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[dict[str, str]]] = field(default_factory=dict)
     sides: Counter[int] = field(default_factory=Counter)  # pictures by short side, in bins
@@ -60,6 +61,7 @@ class Report:
         self.ok += 1
         self.held_out += row["split"] == "held_out"
         self.captions += len(row["captions"])
+        self.converted += bool(row["detail"])
         self.sides[max(edge for edge in SIDE_BINS if edge <= min(width, height))] += 1
         self.shapes[next(name for name, limit in SHAPE_LIMITS.items() if width / height < limit)] += 1
 
@@ -81,6 +83,7 @@ class Report:
             "train": self.ok - self.held_out,
             "held_out": self.held_out,
             "captions": self.captions,
+            "converted": self.converted,
             "rejected": rejected,
             "duplicates": vars(self.duplicates),
             "ignored": dict(self.notes.ignored.most_common()),
@@ -96,6 +99,8 @@ class Report:
             f"rejected: {self.rejected_count:,} of {self.indexed:,}",
         ]
         # Rejected samples, with examples
+        if self.converted:
+            lines.insert(2, f"  {self.converted:,} are converted to sRGB of 8 bits")
         for name, count in self.reasons.most_common():
             lines.append(f"  {name}: {count:,} x {Reason[name].value}")
             for example in self.examples[name]:

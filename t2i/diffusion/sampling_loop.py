@@ -101,8 +101,8 @@ def initialize_sampling(scheduler: SchedulerMixin, noise: Tensor, sampling: Samp
 
 
 def count_steps_left(steps: int, strength: float) -> int:
-    """Return how many of the steps are taken: the last `strength` of them, and at least one."""
-    return max(1, min(round(steps * strength), steps))
+    """Return how many of the steps are taken: the last `strength` of them, rounded down as in diffusers; at least 1."""
+    return max(1, min(int(steps * strength), steps))
 
 
 def check_eta(scheduler: SchedulerMixin, eta: float | None) -> None:

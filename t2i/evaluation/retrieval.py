@@ -10,19 +10,18 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
-from torchvision.transforms.functional import InterpolationMode, center_crop, pil_to_tensor, resize
 from tqdm import tqdm
 
 from t2i.checks import check_integer, check_texts
 from t2i.data.cache import CachedPairs, read_finished_cache
 from t2i.data.picture_files import find_images
-from t2i.data.pictures import open_image
+from t2i.data.pictures import Resizing, open_image, to_tensor
 from t2i.errors import InputError
 from t2i.files.atomic import check_writable_folder, compute_file_sha256
 from t2i.files.tensor_file import read_tensor_file, write_tensor_file
 from t2i.networks.clip import CLIP
+from t2i.texts import normalize_text
 
 BATCH_SIZE = 64
 INDEX_FILE = ".t2i-index.safetensors"  # in a folder that was searched
@@ -38,6 +37,7 @@ def check_labels(labels: list[str]) -> list[str]:
     if not labels:
         raise InputError("no labels; give at least two, such as --labels cat,dog")
     check_texts("label", labels, empty=False)
+    labels = [normalize_text(label) for label in labels]
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
         raise InputError(f"the label {twice[0]!r} is given twice; labels must differ")
@@ -79,20 +79,13 @@ def classify_image_embeds(clip: CLIP, z_i: Tensor, labels: list[str], templates:
 # Pictures
 
 
-def resize_for_clip(clip: CLIP, image: Image.Image) -> Tensor:
-    """Resize a picture of any size as this CLIP does: (3, size, size), float32 in [-1, 1]."""
-    side = [clip.size] if clip.resize_settings["resize_mode"] == "shortest" else [clip.size, clip.size]
-    small = center_crop(resize(image, side, InterpolationMode(clip.resize_settings["interpolation"])), [clip.size])
-    return pil_to_tensor(small).float() / 127.5 - 1
-
-
 @torch.no_grad()
 def embed_image_files(clip: CLIP, paths: Sequence[Path]) -> Tensor:
     """Return z_i of picture files, (N, D), unit length, fp32, on the CPU. Raises InputError for other files."""
-    embeds = [torch.zeros(0, clip.embed_dim)]
+    embeds, resizing = [torch.zeros(0, clip.embed_dim)], Resizing.for_clip(clip)
     hide_bar = None if len(paths) > BATCH_SIZE else True  # None: hidden unless standard error is a terminal
     for start in tqdm(range(0, len(paths), BATCH_SIZE), desc="pictures", disable=hide_bar):
-        pictures = torch.stack([resize_for_clip(clip, open_image(path)) for path in paths[start : start + BATCH_SIZE]])
+        pictures = torch.stack([to_tensor(open_image(path), resizing) for path in paths[start : start + BATCH_SIZE]])
         z_i = clip.encode_image(pictures.to(clip.device, clip.dtype)).float()
         embeds.append(F.normalize(z_i, dim=-1).cpu())
     return torch.cat(embeds)

@@ -84,12 +84,15 @@ class CLIP(Encoder, ModelMixin):
         # FSDP shards each block of open_clip's own towers as a unit.
         blocks = {type(layer).__name__ for layer in self.net.modules() if isinstance(layer, OPEN_CLIP_BLOCKS)}
         self._no_split_modules = sorted(blocks)
-        self.resize_settings = {key: preprocess.get(key, default) for key, default in DEFAULT_RESIZING.items()}
-        check_choice("preprocess.interpolation", self.resize_settings["interpolation"], ("bicubic", "bilinear"))
-        check_choice("preprocess.resize_mode", self.resize_settings["resize_mode"], ("shortest", "squash"))
+        interpolation, mode = (preprocess.get(key, default) for key, default in DEFAULT_RESIZING.items())
+        check_choice("preprocess.interpolation", interpolation, ("bicubic", "bilinear"))
+        check_choice("preprocess.resize_mode", mode, ("shortest", "squash"))
         size = preprocess["size"]
         self.size = size if isinstance(size, int) else size[0]
         check_integer("preprocess.size", self.size, 1, 4096)
+        # side: the new short side, or the new height and width
+        side = (self.size,) if mode == "shortest" else (self.size, self.size)
+        self.resize_settings: dict[str, Any] = {"interpolation": interpolation, "side": side}
         # Constants of the configuration, so no weights to save
         self.register_buffer("mean", torch.tensor(preprocess["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(preprocess["std"]).view(3, 1, 1), persistent=False)
@@ -167,9 +170,8 @@ class CLIP(Encoder, ModelMixin):
     def preprocess(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, 3, size, size), in the values of the vision tower's training."""
         if image.shape[-2:] != (self.size, self.size):
-            side = [self.size] if self.resize_settings["resize_mode"] == "shortest" else [self.size, self.size]
-            mode = InterpolationMode(self.resize_settings["interpolation"])
-            image = center_crop(resize(image, side, interpolation=mode, antialias=True), [self.size])
+            side, mode = self.resize_settings["side"], InterpolationMode(self.resize_settings["interpolation"])
+            image = center_crop(resize(image, list(side), interpolation=mode, antialias=True), [self.size])
         return (((image + 1) / 2 - self.mean) / self.std).to(self.mean.dtype)
 
     def encode_text(self, texts: list[str]) -> TextEncoding:

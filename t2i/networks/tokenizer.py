@@ -16,6 +16,7 @@ from torch import Tensor
 from t2i.checks import check_integer
 from t2i.errors import InputError
 from t2i.files.untrusted import MAX_HEADER_BYTES, MAX_TOKENIZER_BYTES, check_folder_files, check_size_limit, read_json
+from t2i.texts import normalize_text
 
 PAD, START, END = "<pad>", "<start>", "<end>"
 # A pattern of a stranger may backtrack: the library bounds one attempt at a match, but not their number, and a caption
@@ -47,13 +48,19 @@ class BaseTokenizer:
     def __call__(self, texts: list[str]) -> Tensor:
         """Return the tokens, (B, context_length), int64."""
         tokens = torch.full((len(texts), self.context_length), self.pad)
-        for row, encoding in zip(tokens, self.tokenizer.encode_batch(texts, add_special_tokens=False)):
+        cleaned = [self.clean_text(text) for text in texts]
+        for row, encoding in zip(tokens, self.tokenizer.encode_batch(cleaned, add_special_tokens=False)):
             ids = [self.start, *encoding.ids[: self.context_length - 2], self.end]
             row[: len(ids)] = torch.tensor(ids)
         return tokens
 
+    def clean_text(self, text: str) -> str:
+        """Return a text as the tokenizer gets it."""
+        return normalize_text(text)
+
     def find_truncated_text(self, text: str) -> str:
         """Return the end of a text that does not fit, empty if all of it does."""
+        text = self.clean_text(text)
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
         rest = encoding.offsets[self.context_length - 2 :]
         return text[rest[0][0] :].strip() if rest else ""
@@ -85,7 +92,7 @@ class CaptionTokenizer(BaseTokenizer):
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        tokenizer.train_from_iterator(captions, trainer)
+        tokenizer.train_from_iterator(map(normalize_text, captions), trainer)
         tokenizer.add_special_tokens([END])  # after training, for the highest number
         return cls(tokenizer, context_length)
 
@@ -112,7 +119,7 @@ class TextTokenizer:
 
         L is the number of tokens of the longest text, at least 1.
         """
-        ids = [encoding.ids for encoding in self.tokenizer.encode_batch(texts)]
+        ids = [encoding.ids for encoding in self.tokenizer.encode_batch([normalize_text(text) for text in texts])]
         lengths = torch.tensor([len(row) for row in ids])
         mask = torch.arange(max(1, int(lengths.max()))) < lengths[:, None]
         tokens = torch.full(mask.shape, self.pad)
@@ -120,6 +127,7 @@ class TextTokenizer:
         return tokens, mask
 
     def find_truncated_text(self, text: str) -> str:
+        text = normalize_text(text)
         for rest in self.tokenizer.encode(text).overflowing:
             starts = [start for (start, _), special in zip(rest.offsets, rest.special_tokens_mask) if not special]
             return text[starts[0] :].strip() if starts else ""
@@ -140,9 +148,10 @@ class PublicTokenizer:
         self.tokenizer, self.context_length = tokenizer, tokenizer.context_length
 
     def __call__(self, texts: list[str]) -> Tensor:
-        return self.tokenizer(texts)
+        return self.tokenizer([normalize_text(text) for text in texts])
 
     def find_truncated_text(self, text: str) -> str:
+        text = normalize_text(text)
         if isinstance(self.tokenizer, SimpleTokenizer):
             return self.tokenizer.decode(self.tokenizer.encode(text)[self.context_length - 2 :]).strip()
         # Two tokens of the context are for the start and the end

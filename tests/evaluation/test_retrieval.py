@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from t2i.data.picture_files import find_images
-from t2i.data.pictures import open_image
+from t2i.data.pictures import Resizing, open_image, to_tensor
 from t2i.errors import InputError
 from t2i.evaluation import retrieval
 from t2i.evaluation.contact_sheet import GREEN, build_similarity_matrix
@@ -18,7 +18,6 @@ from t2i.evaluation.retrieval import (
     embed_image_files,
     embed_labels,
     open_image_index,
-    resize_for_clip,
     search_image_index,
 )
 from tests.commands.test_cli import run
@@ -91,8 +90,8 @@ def test_a_picture_of_the_right_size_is_seen_as_it_is(folder):
     clip = make()
     image = open_image(folder / "red.png").crop((0, 0, 32, 32))
     expected = torch.tensor(list(image.tobytes()), dtype=torch.float32).view(32, 32, 3).permute(2, 0, 1) / 127.5 - 1
-    assert torch.equal(resize_for_clip(clip, image), expected)
-    assert resize_for_clip(clip, open_image(folder / "below/yellow.png")).shape == (3, 32, 32)
+    assert torch.equal(to_tensor(image, Resizing.for_clip(clip)), expected)
+    assert to_tensor(open_image(folder / "below/yellow.png"), Resizing.for_clip(clip)).shape == (3, 32, 32)
 
 
 def test_a_picture_is_nearest_to_itself_and_texts_to_what_the_cosine_says(folder):

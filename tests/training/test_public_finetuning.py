@@ -180,6 +180,7 @@ def test_what_was_trained_predicts_the_same_here_and_in_diffusers(kind, trained,
             if kind == "karlo":
                 reference = theirs(x, t, **context.arguments).sample
             else:
+                condition = condition.expand()  # the reference takes a row for each picture
                 added, text = {"image_embeds": condition.embedding}, condition.text
                 added |= {} if text is None else {"text_embeds": text.pooled}
                 reference = theirs(x, t, None if text is None else text.states, added_cond_kwargs=added).sample

@@ -7,18 +7,21 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, TextIO
+from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from t2i.data.reasons import Reason, RejectedSample
+from t2i.data.sources.names import FolderNames, LookalikeName
 from t2i.data.sources.samples import (
+    CAPTION_COLUMNS,
     Columns,
     Sample,
     Source,
     SourceNotes,
     build_file_sample,
+    choose_column,
     escape_name,
     infer_splits,
     is_image_file,
@@ -26,6 +29,10 @@ from t2i.data.sources.samples import (
 )
 from t2i.errors import InputError
 
+FILE_COLUMN = "file_name"  # as `datasets` calls it
+OTHER_FILE_COLUMNS = (
+    "filename", "file", "filepath", "file_path", "path", "image", "image_file", "image_path", "img", "picture",
+)  # fmt: skip
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 MAX_LINE_BYTES = 2**20  # of metadata.jsonl
 INSPECTED_ROWS = 100  # rows of a metadata file from which its columns are found
@@ -35,9 +42,8 @@ def open_metadata(root: Path, files: list[Path], notes: SourceNotes, columns: Co
     """Return the source of a folder with metadata.
 
     A row has file_name, relative to the metadata file, text or caption, and optionally keywords, split and a label.
+    `columns.image` is the name of the column in place of file_name.
     """
-    columns.check_unset("image", reason="metadata lists its pictures in file_name")
-
     # Choose the columns of each metadata file, so that a wrong one is refused before any work
     tables = [file for file in files if file.name in METADATA_FILES]
     for first, second in zip(tables, tables[1:]):
@@ -47,11 +53,13 @@ def open_metadata(root: Path, files: list[Path], notes: SourceNotes, columns: Co
     splits = infer_splits([table.parent.relative_to(root).as_posix() for table in tables])
     notes.count_ignored(file for file in files if not is_image_file(file) and file not in chosen)
 
+    paths = FolderNames(root, (file.relative_to(root).as_posix() for file in files))
+
     def iterate_listed_samples() -> Iterator[Sample]:
         for table, split in zip(tables, splits):
-            name = table.relative_to(root)
+            name = PurePosixPath(table.relative_to(root).as_posix())
             for number, row in iterate_metadata_rows(table):
-                yield build_metadata_sample(name.parent, f"{name.as_posix()}:{number}", row, chosen[table], split)
+                yield build_metadata_sample(paths, name.parent, f"{name}:{number}", row, chosen[table], split)
 
     def iterate_samples(work: Path) -> Iterator[Sample]:
         left = {file.relative_to(root).as_posix() for file in files if is_image_file(file)}
@@ -62,6 +70,8 @@ def open_metadata(root: Path, files: list[Path], notes: SourceNotes, columns: Co
                 detail = f"in {count} rows; one row can have a list of captions"
                 sample.problem = RejectedSample(Reason.repeated_key, detail)
             left.discard(sample.file)
+            if isinstance(sample.problem, LookalikeName):
+                left.difference_update(sample.problem.alike)
             yield sample
         # Pictures that no row lists are rejected, not forgotten
         for name in sorted(left):
@@ -73,21 +83,33 @@ def open_metadata(root: Path, files: list[Path], notes: SourceNotes, columns: Co
 
 
 def choose_table_columns(table: Path, columns: Columns) -> Columns:
-    """Choose the columns of caption and label. Raises InputError if a column is missing or ambiguous."""
+    """Choose the columns of file name, caption and label. Raises InputError if a column is missing or ambiguous."""
     rows = (row for _, row in islice(iterate_metadata_rows(table), INSPECTED_ROWS) if isinstance(row, dict))
     names = list(dict.fromkeys(map(str, chain.from_iterable(rows))))
-    if names and "file_name" not in names:
+    if not names:
+        # No row could be read so far; later ones may have the usual columns.
+        return replace(columns, image=columns.image or FILE_COLUMN, caption=columns.caption or CAPTION_COLUMNS[0])
+    if columns.image is None and not {FILE_COLUMN, *OTHER_FILE_COLUMNS} & {name.lower() for name in names}:
         raise InputError(f"no column file_name in {str(table)!r}; its columns: {', '.join(map(escape_name, names))}")
-    # No row could be read so far; later ones may have the usual column.
-    return columns.choose_texts(names, table) if names else replace(columns, caption="text")
+    image = choose_column("image", columns.image, (FILE_COLUMN,), names, table, OTHER_FILE_COLUMNS)
+    return replace(columns.choose_texts(names, table), image=image)
 
 
 def iterate_metadata_rows(table: Path) -> Iterator[tuple[int, dict[str, Any] | RejectedSample]]:
-    """Yield the number and content of each row; a row that does not parse is a RejectedSample."""
+    """Yield the number and content of each row, without blanks around the names of columns.
+
+    A row that does not parse is a RejectedSample.
+    """
+    for number, row in iterate_stored_rows(table):
+        yield number, row if isinstance(row, RejectedSample) else {str(key).strip(): row[key] for key in row}
+
+
+def iterate_stored_rows(table: Path) -> Iterator[tuple[int, dict[str, Any] | RejectedSample]]:
     if not table.is_file():
         raise InputError(f"{str(table)!r} is not an ordinary file")
     if table.suffix == ".jsonl":
-        with open(table, "rb") as lines:
+        # Latin-1 has a character for each byte: lines end as in `t2i.texts`, and one that is not UTF-8 ends no other.
+        with open(table, encoding="latin-1", newline=None) as lines:
             yield from iterate_json_rows(lines)
     elif table.suffix == ".csv":
         try:
@@ -105,7 +127,7 @@ def iterate_metadata_rows(table: Path) -> Iterator[tuple[int, dict[str, Any] | R
 
 def iterate_csv_rows(text: TextIO, table: Path) -> Iterator[tuple[int, dict[str, Any] | RejectedSample]]:
     reader = csv.DictReader(text)
-    names = reader.fieldnames or []
+    names = reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
     if repeated := [name for name, count in Counter(names).items() if count > 1]:
         raise InputError(f"{str(table)!r} has several columns {repeated[0]!r}; names of columns must differ")
     # Line 1 has the names
@@ -117,38 +139,42 @@ def iterate_csv_rows(text: TextIO, table: Path) -> Iterator[tuple[int, dict[str,
             yield number, dict(row)
 
 
-def iterate_json_rows(lines: BinaryIO) -> Iterator[tuple[int, dict[str, Any] | RejectedSample]]:
+def iterate_json_rows(lines: TextIO) -> Iterator[tuple[int, dict[str, Any] | RejectedSample]]:
+    """Yield the number and content of each line of JSON, whose bytes are read as Latin-1."""
     number = 0
     while line := lines.readline(MAX_LINE_BYTES):
         number += 1
-        if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+        if len(line) == MAX_LINE_BYTES and not line.endswith("\n"):
             # Skip the rest of the line in pieces, however long it is
-            while (rest := lines.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
+            while (rest := lines.readline(MAX_LINE_BYTES)) and not rest.endswith("\n"):
                 pass
             yield number, RejectedSample(Reason.bad_row, f"a line of more than {MAX_LINE_BYTES:,} bytes")
         elif line.strip():
             try:
-                row = json.loads(line.decode("utf-8-sig"))
+                row = json.loads(line.encode("latin-1").decode("utf-8-sig"))
                 yield number, row if isinstance(row, dict) else RejectedSample(Reason.bad_row, "not a JSON object")
             except (ValueError, RecursionError) as error:
                 yield number, RejectedSample(Reason.bad_row, str(error)[:200])
 
 
 def build_metadata_sample(
-    folder: Path, key: str, row: dict[str, Any] | RejectedSample, columns: Columns, split: str | None
+    paths: FolderNames,
+    folder: PurePosixPath,
+    key: str,
+    row: dict[str, Any] | RejectedSample,
+    columns: Columns,
+    split: str | None,
 ) -> Sample:
-    """Return the sample of a row; `key` names it until its file name is known."""
+    """Return the sample of a row of the metadata in a folder; `key` names it until its file name is known."""
     sample = Sample(key)
     try:
         if isinstance(row, RejectedSample):
             raise row
-        name = row.get("file_name")
+        name = row.get(str(columns.image))
         if not isinstance(name, str) or not name:
-            raise RejectedSample(Reason.bad_row, "no file_name")
+            raise RejectedSample(Reason.bad_row, f"no {columns.image}")
         # Refused before the name becomes the key of the sample
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise RejectedSample(Reason.outside_folder, escape_name(name))
-        sample = build_file_sample((folder / name).as_posix())
+        sample = build_file_sample(paths.find_file(folder, name))
         if sample.problem is None:
             sample.read_row(row, columns, split)
     except RejectedSample as error:

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from t2i.data.reasons import Reason, RejectedSample
 from t2i.errors import InputError
+from t2i.texts import normalize_text, split_lines
 
 SUPPORTED_SUFFIXES = {
     ".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp",
@@ -25,6 +26,7 @@ UNSUPPORTED_SUFFIXES = {
 IMAGE_SUFFIXES = SUPPORTED_SUFFIXES | UNSUPPORTED_SUFFIXES
 CAPTION_SUFFIXES = (".txt", ".caption")  # in order of preference
 CAPTION_COLUMNS = ("text", "caption", "captions")
+OTHER_CAPTION_COLUMNS = ("prompt", "prompts", "description", "alt_text", "alt")  # where there is none of the usual
 HELD_OUT_NAMES = {"held_out", "test", "validation", "valid", "val", "dev", "eval"}
 
 MAX_CAPTION_LENGTH = 4_096  # characters
@@ -90,7 +92,7 @@ class Columns:
 
     def choose_texts(self, names: list[str], table: Path | str) -> "Columns":
         """Return the columns with that of the captions in a table with these `names`. Raises InputError."""
-        caption = choose_column("caption", self.caption, CAPTION_COLUMNS, names, table)
+        caption = choose_column("caption", self.caption, CAPTION_COLUMNS, names, table, OTHER_CAPTION_COLUMNS)
         if self.label is not None:
             choose_column("label", self.label, (), names, table)
         return replace(self, caption=caption)
@@ -143,7 +145,7 @@ def parse_caption_bytes(data: bytes) -> list[str]:
     if len(data) > MAX_TEXT_SIZE:
         raise RejectedSample(Reason.caption_too_long, f"more than {MAX_TEXT_SIZE:,} bytes of text")
     try:
-        return parse_captions(data.decode("utf-8-sig").split("\n"))
+        return parse_captions(split_lines(data.decode("utf-8-sig")))
     except UnicodeDecodeError as error:
         raise RejectedSample(Reason.caption_not_text, str(error)) from error
 
@@ -170,13 +172,18 @@ def parse_texts(value: Any, reason: Reason) -> list[str]:
         raise RejectedSample(reason, "it contains a NUL or an incomplete character")
     if sum(map(len, texts)) > MAX_TEXT_SIZE:
         raise RejectedSample(Reason.caption_too_long, f"more than {MAX_TEXT_SIZE:,} characters")
-    return [text.strip() for text in texts if text.strip()]
+    return list(filter(None, map(normalize_text, texts)))
 
 
 def choose_column(
-    kind: str, column: str | None, default_names: tuple[str, ...], names: list[str], table: Path | str
+    kind: str,
+    column: str | None,
+    default_names: tuple[str, ...],
+    names: list[str],
+    table: Path | str,
+    other_names: tuple[str, ...] = (),
 ) -> str:
-    """Return `column` if given, else the only one of `names` with a default name.
+    """Return `column` if given, else the only one of `names` with a default name, or else with one of `other_names`.
 
     Raises InputError with the columns of the table if there is none, or more than one.
     """
@@ -185,7 +192,8 @@ def choose_column(
         if column not in names:
             raise InputError(f"no column {column!r}; {columns}")
         return column
-    candidates = [name for name in names if name.lower() in default_names]
+    candidates = [name for name in names if name.strip().lower() in default_names]
+    candidates = candidates or [name for name in names if name.strip().lower() in other_names]
     if len(candidates) != 1:
         number = "several columns" if candidates else "no column"
         raise InputError(f"{number} for the {kind}; give --{kind}-column; {columns}")

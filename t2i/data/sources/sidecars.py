@@ -1,10 +1,13 @@
-"""Folders of pictures with a text file beside each: name.png with name.txt or name.caption."""
+"""Folders of pictures with a text file beside each: name.png with name.txt, name.caption or name.png.txt."""
 
-from collections import Counter
-from collections.abc import Iterator
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from t2i.data.reasons import Reason, RejectedSample
+from t2i.data.sources.names import describe_names, fold_look, fold_name
 from t2i.data.sources.samples import (
     CAPTION_SUFFIXES,
     IMAGE_SUFFIXES,
@@ -25,51 +28,100 @@ from t2i.errors import InputError
 def open_sidecars(root: Path, files: list[Path], notes: SourceNotes, columns: Columns) -> Source:
     """Return the source of a folder of pictures with text files. Each line of a text file is a caption."""
     columns.check_unset("image", "caption", "label", reason="pictures with text files have no columns")
-    pictures = [file for file in files if is_image_file(file)]
-    if not pictures:
+    names = [file.relative_to(root).as_posix() for file in files if is_image_file(file)]
+    if not names:
         kinds = "name.png with name.txt, pictures with metadata.jsonl or .csv, .tar files, or .parquet files"
         raise InputError(f"no pictures in {str(root)!r}; it can contain {kinds}")
-
-    # Pair pictures and text files by their names without suffix
-    texts = [file for file in files if file.suffix.lower() in CAPTION_SUFFIXES]
-    stems = {file.with_suffix("") for file in texts}
-    counts = Counter(file.with_suffix("") for file in pictures)
-    lone = [file for file in texts if file.with_suffix("") not in counts]
+    pairs = pair_names(names, [file.relative_to(root).as_posix() for file in files if is_text_file(file)])
     notes.count_ignored(file for file in files if file.suffix.lower() not in (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES))
 
     def iterate_samples(work: Path) -> Iterator[Sample]:
-        for picture in pictures:
-            sample = build_file_sample(picture.relative_to(root).as_posix())
+        for name in names:
+            sample = build_file_sample(name)
             if sample.problem is None:
                 try:
-                    if picture.with_suffix("") not in stems:
-                        raise RejectedSample(Reason.no_caption, f"no {picture.stem}.txt")
-                    if (count := counts[picture.with_suffix("")]) > 1:
-                        raise RejectedSample(Reason.repeated_key, f"{count} pictures {picture.stem} with one text file")
-                    sample.captions = read_sidecar(root, picture)
+                    with open_inside_root(root, pairs.find_text(name)) as file:
+                        sample.captions = parse_caption_bytes(file.read(MAX_TEXT_SIZE + 1))
                 except RejectedSample as error:
                     sample.problem = error
             yield sample
         # Text files without a picture are rejected samples, so that nothing is lost silently
-        for file in lone:
-            name = escape_name(file.relative_to(root).as_posix())
-            yield Sample(name, problem=RejectedSample(Reason.no_picture))
+        for name in pairs.lone:
+            yield Sample(escape_name(name), problem=RejectedSample(Reason.no_picture))
 
-    return Source(root, iterate_samples, notes, len(pictures) + len(lone))
+    return Source(root, iterate_samples, notes, len(names) + len(pairs.lone))
+
+
+def is_text_file(file: Path) -> bool:
+    return file.suffix.lower() in CAPTION_SUFFIXES
 
 
 def has_pairs(files: list[Path]) -> bool:
     """Return True if any picture has a text file of its name."""
-    texts = {file.with_suffix("") for file in files if file.suffix.lower() in CAPTION_SUFFIXES}
-    return any(is_image_file(file) and file.with_suffix("") in texts for file in files)
+    names = (file.as_posix() for file in files if is_image_file(file))
+    return bool(pair_names(names, [file.as_posix() for file in files if is_text_file(file)]).texts)
 
 
-def read_sidecar(root: Path, picture: Path) -> list[str]:
-    """Return the captions in the text file of a picture. Raises RejectedSample."""
-    for suffix in CAPTION_SUFFIXES:
-        # A file system may tell .txt and .TXT apart
-        for text in (picture.with_suffix(suffix), picture.with_suffix(suffix.upper())):
-            if text.exists() or text.is_symlink():
-                with open_inside_root(root, text.relative_to(root).as_posix()) as file:
-                    return parse_caption_bytes(file.read(MAX_TEXT_SIZE + 1))
-    raise RejectedSample(Reason.no_caption, f"no {picture.stem}.txt")
+@dataclass
+class NamePairs:
+    """Pictures and text files that belong together, by their names."""
+
+    texts: dict[str, str]  # the text file of a picture
+    uses: Counter[str]  # the number of pictures of a text file
+    alike: dict[str, str]  # for a picture without a text file: one whose name looks like that of its text file
+    lone: list[str]  # text files without a picture
+
+    def find_text(self, name: str) -> str:
+        """Return the name of a picture's text file. Raises RejectedSample if there is none, or others share it."""
+        stem = Path(name).stem
+        if name in self.alike:
+            detail = f"{describe_names(name, self.alike[name])}: their names differ"
+            raise RejectedSample(Reason.no_caption, detail)
+        if name not in self.texts:
+            raise RejectedSample(Reason.no_caption, f"no {stem}.txt")
+        if (count := self.uses[self.texts[name]]) > 1:
+            raise RejectedSample(Reason.repeated_key, f"{count} pictures {stem} with one text file")
+        return self.texts[name]
+
+
+def pair_names(names: Iterable[str], texts: list[str]) -> NamePairs:
+    """Pair pictures and text files: name.png with name.png.txt, or else with name.txt.
+
+    Names in the same spelling come first, and .txt before .caption.
+    """
+    by_stem = defaultdict[str, list[str]](list)
+    for text in sorted(texts, key=lambda text: (rank_suffix(text), text)):
+        stem = remove_suffix(text)
+        for spelling in dict.fromkeys((stem, unicodedata.normalize("NFC", stem), fold_name(stem))):
+            by_stem[spelling].append(text)
+
+    # Each picture gets the first text file under one of its names
+    found: dict[str, str] = {}
+    used: set[str] = set()  # by any picture, as its text file or as one that comes later
+    without = []
+    for name in names:
+        stem = remove_suffix(name)
+        spellings = (name, stem, fold_name(name), unicodedata.normalize("NFC", stem))
+        choices = [text for spelling in dict.fromkeys(spellings) for text in by_stem.get(spelling, [])]
+        used.update(choices)
+        if choices:
+            found[name] = choices[0]
+        else:
+            without.append(name)
+
+    # Of the others, name what looks alike; such a picture and text file count as one sample
+    lone = [text for text in texts if text not in used]
+    by_look = {fold_look(remove_suffix(text)): text for text in lone}
+    looks = {name: by_look.get(fold_look(remove_suffix(name))) for name in without}
+    alike = {name: text for name, text in looks.items() if text is not None}
+    return NamePairs(found, Counter(found.values()), alike, [text for text in lone if text not in alike.values()])
+
+
+def remove_suffix(name: str) -> str:
+    return name.removesuffix(Path(name).suffix)
+
+
+def rank_suffix(name: str) -> tuple[int, bool]:
+    """Return the order of a text file among those of one name."""
+    suffix = Path(name).suffix
+    return CAPTION_SUFFIXES.index(suffix.lower()), suffix != suffix.lower()

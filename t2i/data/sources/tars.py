@@ -7,6 +7,7 @@ whatever is missing or damaged, a caption is never paired with the picture of an
 import json
 import re
 import tarfile
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from t2i.data.sources.samples import (
     CAPTION_SUFFIXES,
     IMAGE_SUFFIXES,
     MAX_TEXT_SIZE,
+    OTHER_CAPTION_COLUMNS,
     UNSUPPORTED_SUFFIXES,
     Columns,
     Sample,
@@ -197,7 +199,9 @@ class TarShard:
         if suffix not in (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES, ".json") or not stem:
             self.notes.ignored[suffix or "no suffix"] += 1
             return
-        group = self.members.setdefault(str(path.with_name(stem)), MemberGroup())
+        # Letters with accents are composed, for the files of one sample may come from different systems
+        key = unicodedata.normalize("NFC", str(path.with_name(stem)))
+        group = self.members.setdefault(key, MemberGroup())
         if path.is_absolute() or ".." in path.parts:
             group.problem = RejectedSample(Reason.outside_folder, escape_name(member.name))
         elif suffix in IMAGE_SUFFIXES:
@@ -243,7 +247,8 @@ class TarShard:
             raise RejectedSample(Reason.bad_row, f"its .json does not parse: {error}"[:200]) from error
         # The first usual name that has a value
         row = row if isinstance(row, dict) else {}
-        values = [row.get(name) for name in ([column] if column else CAPTION_COLUMNS)]
+        names = [column] if column else [*CAPTION_COLUMNS, *OTHER_CAPTION_COLUMNS]
+        values = [row.get(name) for name in names]
         return parse_captions(next((value for value in values if value is not None), None))
 
     def read_text(self, offset: int, size: int, limit: int) -> bytes:

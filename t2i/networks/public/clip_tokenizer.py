@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from open_clip.tokenizer import basic_clean
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from t2i.checks import check_integer
@@ -21,6 +22,7 @@ from t2i.networks.tokenizer import (
     explain_tokenizer_errors,
     read_tokenizer_config,
 )
+from t2i.texts import split_lines
 
 START_TOKEN, END_TOKEN = "<|startoftext|>", "<|endoftext|>"
 MAX_CONTEXT_LENGTH = 4096  # tokens of a caption
@@ -54,6 +56,13 @@ class CLIPTokenizer(BaseTokenizer):
         super().__init__(tokenizer, context_length, vocab[pad], vocab[start], vocab[end])
         self.vocab, self.merges = vocab, merges
         self.names = {"pad_token": pad, "bos_token": start, "eos_token": end}
+
+    def clean_text(self, text: str) -> str:
+        """Return a text as CLIP's own tokenizer cleans it: encodings repaired, HTML's entities resolved.
+
+        The models were trained with texts that were cleaned so; diffusers' pipelines leave it out.
+        """
+        return super().clean_text(basic_clean(text))
 
     @classmethod
     def from_folder(
@@ -116,7 +125,7 @@ def read_vocabulary(folder: Path) -> tuple[dict[str, int], Merges]:
         vocab = read_json(folder / "vocab.json", MAX_TOKENIZER_BYTES)
         check_size_limit(merges_file, MAX_TOKENIZER_BYTES)
         try:
-            lines = merges_file.read_text(encoding="utf-8").split("\n")
+            lines = split_lines(merges_file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InputError(f"{str(merges_file)!r} is not a text file ({error})") from error
         merges = [line for line in lines if line.strip() and not line.startswith("#version")]

@@ -190,10 +190,11 @@ class TransformersCLIP(Encoder, ModelMixin):
         return self.config.vision["image_size"]
 
     @property
-    def resize_settings(self) -> dict[str, str]:
+    def resize_settings(self) -> dict[str, Any]:
         """Resizing to `size`, with the keys of `t2i.networks.clip.CLIP.resize_settings`."""
         steps = self.config.preprocess
-        return {"interpolation": steps["resample"], "resize_mode": "squash" if steps["crop"] is None else "shortest"}
+        side = tuple(steps["resize"] or ())
+        return {"interpolation": steps["resample"], "side": side, "rounds_down": True}
 
     def check_text_encoder(self) -> None:
         if self.text_encoder is None:

@@ -1,0 +1,102 @@
+"""Signatures of pipelines: a call that takes `**options` shows them one by one, with defaults, types and help."""
+
+import inspect
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, Field, fields
+from difflib import get_close_matches
+from functools import wraps
+from inspect import Parameter, Signature
+from typing import Any, TypeVar, cast
+
+import torch
+from t2i.pipelines.options import GUIDANCE_OPTIONS, OPTION_NAMES, DecoderOptions, PriorOptions, ResolvedOptions
+
+from t2i.diffusion.guidance import Guidance
+from t2i.errors import InputError
+
+Call = TypeVar("Call", bound=Callable[..., Any])
+
+# Their defaults are the model's or the pipeline's, not the dataclasses': a signature shows None
+MODEL_DEFAULTS = frozenset({"num_inference_steps", *GUIDANCE_OPTIONS})
+RESOLVED = Parameter("resolved", Parameter.KEYWORD_ONLY, default=None, annotation=ResolvedOptions | None)
+
+
+def pipeline_call(options: Iterable[str] = OPTION_NAMES) -> Callable[[Call], Call]:
+    """Return a decorator for the `__call__` of a pipeline whose `**options` are these fields of the option dataclasses.
+
+    `inspect.signature`, the annotations and `help` of the call show each option by itself. The call computes no
+    gradients. Raises TypeError, in one line with the nearest name, for an unknown keyword.
+    """
+    allowed = frozenset(options)
+
+    def decorate(call: Call) -> Call:
+        signature = build_call_signature(call, allowed)
+        own = inspect.signature(call).parameters
+
+        @wraps(call)
+        @torch.no_grad()
+        def checked_call(pipeline: Any, *arguments: Any, **keywords: Any) -> Any:
+            check_keywords(keywords, list(signature.parameters)[1:])
+            if keywords.get("resolved") is not None and (beside := sorted(keywords.keys() - own.keys() - {"resolved"})):
+                raise InputError(f"{beside[0]} has no effect beside resolved, which has all options; leave one out")
+            return call(pipeline, *arguments, **keywords)
+
+        shown: Any = checked_call
+        shown.__signature__ = signature
+        shown.__annotations__ = {
+            name: parameter.annotation for name, parameter in signature.parameters.items() if name != "self"
+        } | {"return": signature.return_annotation}
+        shown.__doc__ = inspect.getdoc(call) or ""
+        if texts := collect_option_texts(allowed - own.keys()):
+            shown.__doc__ += "\n\nOptions:\n" + "\n".join(texts.values())
+        return cast(Call, shown)
+
+    return decorate
+
+
+def build_call_signature(call: Callable[..., Any], options: frozenset[str]) -> Signature:
+    """Return the signature of a call with these options, by keyword, in the place of its `**options`."""
+    signature = inspect.signature(call)
+    own = [parameter for parameter in signature.parameters.values() if parameter.kind is not Parameter.VAR_KEYWORD]
+    names = {parameter.name for parameter in own}
+    shown = [
+        build_option_parameter(field)
+        for options_class in (PriorOptions, DecoderOptions)
+        for field in fields(options_class)
+        if field.name in options and field.name not in names
+    ]
+    return signature.replace(parameters=[*own, *shown, *([RESOLVED] if shown else [])])
+
+
+def build_option_parameter(field: Field) -> Parameter:
+    """Return the parameter of an option."""
+    annotation: Any = field.type
+    if field.name in GUIDANCE_OPTIONS:
+        annotation = float | Guidance | dict[str, Any]
+    assert field.default is not MISSING, "all options have defaults"
+    default = field.default
+    if field.name in MODEL_DEFAULTS:
+        annotation, default = annotation | None, None
+    return Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def collect_option_texts(options: frozenset[str]) -> dict[str, str]:
+    """Return what the docstrings of the option dataclasses say of these options, by their names, indented."""
+    texts = {}
+    for options_class in (PriorOptions, DecoderOptions):
+        section = (inspect.getdoc(options_class) or "").partition("Args:\n")[2].partition("\n\n")[0]
+        for entry in re.split(r"\n(?=    \w)", section):
+            names = entry.partition(":")[0].strip()
+            if options.intersection(names.split(", ")):
+                texts[names] = entry
+    return texts
+
+
+def check_keywords(keywords: Iterable[str], allowed: list[str]) -> None:
+    """Raise TypeError, in one line with the nearest name, for a keyword that is not among `allowed`."""
+    for name in keywords:
+        if name not in allowed:
+            near = get_close_matches(name, allowed, 1)
+            advice = f"did you mean {near[0]!r}?" if near else f"the arguments are {', '.join(allowed)}"
+            raise TypeError(f"unknown argument {name!r}; {advice}")

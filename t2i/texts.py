@@ -1,0 +1,24 @@
+"""Texts as people and other programs write them: where lines end, and characters that nobody sees."""
+
+import re
+
+LINE_END = re.compile(r"\r\n|\r|\n")  # not the other separators of str.splitlines, such as U+2028 and form feeds
+# Byte-order mark, zero-width space, word joiner, soft hyphen, invisible operators, and marks of the writing direction
+INVISIBLE_CHARACTERS = re.compile("[\ufeff\u200b\u2060-\u2064\u00ad\u180e\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+# Joiners change emoji and the letters of Persian and Indian scripts, and nothing beside Latin letters.
+LONE_JOINERS = re.compile("(?<![\u0300-\U0010ffff])[\u200c\u200d]+|[\u200c\u200d]+(?![\u0300-\U0010ffff])")
+
+
+def normalize_text(text: str) -> str:
+    """Return a text with single spaces for white space, also of line ends, and without characters of no width.
+
+    Every tokenizer calls this first, so that prompts, captions and labels that look the same are the same.
+    """
+    if not text.isascii():
+        text = LONE_JOINERS.sub("", INVISIBLE_CHARACTERS.sub("", text))
+    return " ".join(text.split())
+
+
+def split_lines(text: str) -> list[str]:
+    """Return the lines of a text as an editor shows them: they end with LF, CR LF or CR, and with nothing else."""
+    return LINE_END.split(text)
