@@ -51,6 +51,7 @@ class InpaintPipeline(UnCLIPPipeline):
         num_images_per_prompt: int = 1,
         generator: Generator | list[Generator] | None = None,
         return_dict: bool = True,
+        mask_channel: str = "luminance",
         **options: Any,
     ) -> UnCLIPPipelineOutput | tuple:
         """Paint where the mask is white, `num_images_per_prompt` times. See `UnCLIPPipeline` for other arguments.
@@ -60,11 +61,14 @@ class InpaintPipeline(UnCLIPPipeline):
             mask_image: one for all or one an image, of the images' size: white, from half the range on, is painted.
             prompt: what the whole images are to show. None is what they show now.
             strength: fraction of the steps that are taken, in (0, 1]; below 1, something of what is painted over stays.
+            mask_channel: "alpha" paints where pictures that are given as masks are transparent.
             options: `latents` have the images' size.
         """
         images = read_images(image)
         self.check_canvas_size(images)
-        given = PaintedImages(images, images, read_masks(mask_image, len(images), images.shape[-2:]))
+        given = PaintedImages(
+            images, images, read_masks(mask_image, len(images), images.shape[-2:], channel=mask_channel)
+        )
         return self.paint_images(
             given, prompt, negative_prompt, strength, num_images_per_prompt, generator, return_dict, **options
         )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias
 
+import numpy as np
 from diffusers import DiffusionPipeline
 from t2i.pipelines.calls.progress import Preview
 from t2i.pipelines.inputs import ImageInputs
@@ -188,7 +189,7 @@ def build_options(
         if name in GUIDANCE_OPTIONS and isinstance(value, dict):
             value = replace(Guidance.from_value(values[name]), **value)
         if value is not None:  # None is the default
-            values[name] = value
+            values[name] = value.item() if isinstance(value, np.generic) else value  # JSON has no numbers of NumPy
     prior = {name: value for name, value in values.items() if name in PRIOR_OPTION_NAMES}
     decoder = {name: value for name, value in values.items() if name in DECODER_OPTION_NAMES}
     return PriorOptions(**prior), DecoderOptions(**decoder)

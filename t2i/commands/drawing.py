@@ -135,6 +135,7 @@ def inpaint(
     source: flags.ModelFlags,
     decoder: flags.DecoderFlags,
     strength: Annotated[float, option("Fraction of the steps to take. Below 1, some of the masked part stays.")] = 1.0,
+    mask_channel: Annotated[str, option("luminance, or alpha: transparent parts are painted.")] = "luminance",
 ) -> Iterator[Path]:
     """Paint the masked part of an image anew, and print the paths of the results.
 
@@ -147,10 +148,11 @@ def inpaint(
 
     # The image is opened later, once, before the model loads
     def check_mask(image: "Image") -> None:
-        read_masks(str(mask), 1, (image.height, image.width))
+        read_masks(str(mask), 1, (image.height, image.width), channel=mask_channel)
 
     check_strength(strength)
-    settings = prompts.build_settings() | decoder.build_settings() | {"mask_image": str(mask), "strength": strength}
+    settings = prompts.build_settings() | decoder.build_settings() | {"strength": strength}
+    settings |= {"mask_image": str(mask)} | ({} if mask_channel == "luminance" else {"mask_channel": mask_channel})
     return redraw_files(InpaintPipeline, [picture], source.build(), output.build(), settings, check_mask)
 
 

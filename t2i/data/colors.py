@@ -24,19 +24,23 @@ def convert_to_srgb(image: Image.Image) -> Image.Image:
     Its profile is `image.info["icc_profile"]`. A profile that is broken or belongs to another kind of picture is
     ignored. One that is sRGB, up to one level of 255, converts nothing, so that the values stay.
     """
-    profile = image.info.get("icc_profile")
-    if not isinstance(profile, bytes) or not 0 < len(profile) <= MAX_PROFILE_BYTES or image.mode == "1":
-        return image
-    mode = {"L": "L", "LA": "L", "CMYK": "CMYK"}.get(image.mode, "RGB")
-    transform = build_srgb_transform(profile, mode)
+    transform = find_srgb_transform(image.info.get("icc_profile"), image.mode)
     if transform is None:
         return image
+    mode = transform.input_mode
     if not image.has_transparency_data:
         return transform.apply(image.convert(mode))
     whole = image.convert("RGBA")
     converted = transform.apply(whole.convert("RGB") if mode == "RGB" else image.convert(mode))
     converted.putalpha(whole.getchannel("A"))
     return converted
+
+
+def find_srgb_transform(profile: object, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """Return the transform to sRGB for pictures of a mode with an embedded profile; None if nothing is converted."""
+    if not isinstance(profile, bytes) or not 0 < len(profile) <= MAX_PROFILE_BYTES or mode == "1":
+        return None
+    return build_srgb_transform(profile, {"L": "L", "LA": "L", "CMYK": "CMYK"}.get(mode, "RGB"))
 
 
 @lru_cache(maxsize=16)

@@ -1,10 +1,22 @@
 """Picture files of a folder without captions, to be measured, sorted or searched."""
 
+import hashlib
 from pathlib import Path
 
 from t2i.data.manifest import MANIFEST_FILE, MANIFEST_FOLDER
+from t2i.data.pictures import is_converted
 from t2i.data.sources.samples import SUPPORTED_SUFFIXES
 from t2i.errors import InputError
+from t2i.files.atomic import compute_file_sha256
+
+
+def compute_picture_digest(path: Path) -> bytes:
+    """Return the SHA-256 of a picture's file; another one if its values are converted when they are read.
+
+    So what is stored for pictures by their digest, before conversions existed, stays valid for all others.
+    """
+    digest = bytes.fromhex(compute_file_sha256(path))
+    return hashlib.sha256(digest + b"converted").digest() if is_converted(path) else digest
 
 
 def find_images(folder: str | Path) -> list[Path]:

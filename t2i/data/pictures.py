@@ -22,7 +22,13 @@ from torchvision.transforms.functional import (
     resize,
 )
 
-from t2i.data.colors import SIXTEEN_BITS, convert_to_srgb, find_sample_range, scale_to_eight_bits
+from t2i.data.colors import (
+    SIXTEEN_BITS,
+    convert_to_srgb,
+    find_sample_range,
+    find_srgb_transform,
+    scale_to_eight_bits,
+)
 from t2i.data.reasons import Reason, RejectedSample
 from t2i.errors import InputError
 
@@ -103,10 +109,8 @@ def decode_image(data: bytes, reading: Reading = READING, convert: Convert | Non
     """
     if not data:
         raise RejectedSample(Reason.empty_file)
-    # `Image.OPEN` has the formats of this build of Pillow, once all plugins are loaded
-    Image.init()
     try:
-        with Image.open(io.BytesIO(data), formats=[name for name in PILLOW_FORMATS if name in Image.OPEN]) as file:
+        with Image.open(io.BytesIO(data), formats=list_formats()) as file:
             check_image_header(file, reading.max_pixels)
             file.load()
             return (convert or to_rgb)(file, reading)
@@ -120,6 +124,12 @@ def decode_image(data: bytes, reading: Reading = READING, convert: Convert | Non
         is_truncated = isinstance(error, EOFError) or "truncat" in str(error).lower()
         reason = Reason.truncated if is_truncated else Reason.damaged
         raise RejectedSample(reason, f"{str(error) or type(error).__name__}"[:200]) from error
+
+
+def list_formats() -> list[str]:
+    """Return the formats to read that this build of Pillow has."""
+    Image.init()  # loads all plugins, which fill `Image.OPEN`
+    return [name for name in PILLOW_FORMATS if name in Image.OPEN]
 
 
 def check_image_header(file: Image.Image, max_pixels: int | None = None) -> None:
@@ -159,6 +169,20 @@ def to_eight_bits(image: Image.Image, reading: Reading = READING) -> tuple[Image
         image = ImageOps.exif_transpose(image)
         image.format = format_name
     return (image, False) if samples is None else (scale_to_eight_bits(image, samples), samples != old)
+
+
+def is_converted(path: str | Path) -> bool:
+    """Return True if the values of a file's picture are others than by `OLD_READING`. Its header alone is read."""
+    try:
+        with (
+            silence_pillow(),
+            Image.open(path, formats=list_formats()) as file,
+        ):
+            samples, old = find_sample_range(file), SIXTEEN_BITS if file.mode.startswith("I") else None
+            mode = file.mode if samples is None else "L"
+            return samples != old or find_srgb_transform(file.info.get("icc_profile"), mode) is not None
+    except Exception:  # decoders raise errors of any type for damaged data, which are reported where it is decoded
+        return False
 
 
 def explain_unidentified(data: bytes) -> RejectedSample:

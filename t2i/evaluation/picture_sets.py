@@ -14,10 +14,9 @@ from torch import Generator, Tensor
 from t2i.config import DataConfig
 from t2i.data import CaptionedPictures
 from t2i.data.manifest import find_manifest
-from t2i.data.picture_files import find_images
+from t2i.data.picture_files import compute_picture_digest, find_images
 from t2i.data.pictures import open_image, to_tensor
 from t2i.errors import InputError
-from t2i.files.atomic import compute_file_sha256
 
 
 class PictureSet(Protocol):
@@ -87,7 +86,7 @@ class FolderPictures:
     @cached_property
     def digest(self) -> str:
         """Return 16 hexadecimal digits of the pictures, independent of their order."""
-        digests = sorted(bytes.fromhex(compute_file_sha256(path)) for path in self.paths)
+        digests = sorted(compute_picture_digest(path) for path in self.paths)
         return hashlib.sha256(b"".join(digests)).hexdigest()[:16]
 
     def source_facts(self) -> dict[str, Any]:

@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 from t2i.checks import check_integer, check_texts
 from t2i.data.cache import CachedPairs, read_finished_cache
-from t2i.data.picture_files import find_images
+from t2i.data.picture_files import compute_picture_digest, find_images
 from t2i.data.pictures import Resizing, open_image, to_tensor
 from t2i.errors import InputError
-from t2i.files.atomic import check_writable_folder, compute_file_sha256
+from t2i.files.atomic import check_writable_folder
 from t2i.files.tensor_file import read_tensor_file, write_tensor_file
 from t2i.networks.clip import CLIP
 from t2i.texts import normalize_text
@@ -143,7 +143,7 @@ def index_image_folder(clip: CLIP, folder: Path, file: Path | None = None) -> Im
     stored: dict[bytes, Tensor] = {}
     if target.exists():
         stored = read_index_file(clip, target, own=file is None)
-    digests = [bytes.fromhex(compute_file_sha256(path)) for path in paths]
+    digests = [compute_picture_digest(path) for path in paths]
     new = {digest: path for digest, path in zip(digests, paths) if digest not in stored}
     if new:
         check_writable_folder(target.parent)

@@ -1,5 +1,6 @@
 """Colours: profiles are converted to sRGB, values of every depth keep their range, and old manifests their pictures."""
 
+import hashlib
 import io
 import json
 from pathlib import Path
@@ -14,7 +15,8 @@ from t2i.pipelines.inputs import read_images, read_masks
 from t2i.config import DataConfig
 from t2i.data import CaptionedPictures, open_image
 from t2i.data.manifest import METADATA_KEY, write_manifest
-from t2i.data.pictures import decode_image, silence_pillow
+from t2i.data.picture_files import compute_picture_digest
+from t2i.data.pictures import Reading, decode_image, is_converted, silence_pillow
 from t2i.evaluation.picture_sets import FolderPictures
 from t2i.sampling.steering import read_image_tensor
 from tests.helpers.profiles import SRGB, cmyk_profile, decode, gamma, grey_profile, lab_to_srgb, p3_to_srgb, rgb_profile
@@ -151,11 +153,22 @@ def test_an_older_manifest_reads_pictures_as_they_were_checked_and_keeps_its_dig
     assert found == {"plain": (0, True), "srgb": (0, True), "p3": (1, False)}
 
 
+def test_what_is_stored_by_the_digest_of_a_file_stays_valid_where_nothing_is_converted(tmp_path):
+    profiles = {"plain": {}, "srgb": {"icc_profile": rgb_profile(SRGB)}, "p3": {"icc_profile": rgb_profile()}}
+    for name, given in profiles.items():
+        path = tmp_path / f"{name}.png"
+        path.write_bytes(encode(Image.new("RGB", (4, 4), GREEN), **given))
+        same = compute_picture_digest(path) == hashlib.sha256(path.read_bytes()).digest()
+        assert same == (name != "p3")
+    (tmp_path / "inverted.tif").write_bytes(tiff(RAMP.astype("<u2"), photometric=0))
+    assert is_converted(tmp_path / "inverted.tif")
+    (tmp_path / "no.png").write_bytes(b"no picture")
+    assert not is_converted(tmp_path / "no.png")
+
+
 def test_larger_pictures_are_read_where_the_check_allowed_them(tmp_path, monkeypatch):
     monkeypatch.setattr("t2i.data.pictures.MAX_PIXELS", 100)
     write_pictures(tmp_path / "data", None)
-    from t2i.data.pictures import Reading
-
     report = write_manifest(tmp_path / "data", held_out=0, quiet=True)
     assert report.reasons == {"too_many_pixels": 2}
     assert report.examples["too_many_pixels"][0]["detail"] == "16 x 16, at most 0.0001 million"

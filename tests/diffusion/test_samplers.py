@@ -16,7 +16,7 @@ from t2i.diffusion.continuous import ProbabilityFlowScheduler, ReverseSDESchedul
 from t2i.diffusion.ddim import ExactDDIMScheduler, invert_sample
 from t2i.diffusion.process import alpha_sigma
 from t2i.diffusion.samplers import SAMPLERS, build_sampler, count_model_evaluations, resolve_sampler
-from t2i.diffusion.sampling_loop import Sampling, sample_from_noise
+from t2i.diffusion.sampling_loop import Sampling, count_steps_left, sample_from_noise
 from t2i.errors import InputError
 from tests.conftest import seeds
 from tests.helpers.gaussian import PREDICTIONS, SCHEDULES, Gaussian, schedule
@@ -347,3 +347,11 @@ def test_pndm_finds_what_is_sure_from_any_step_on(strength):
     assert asked[1:2] == asked[2:3] and len(set(asked)) == steps
     if strength < 1:  # from pure noise, what is said of the clean sample is not that it is this one
         torch.testing.assert_close(x, original, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("strength", [0.001, 0.29, 0.5, 0.58, 0.6, 0.75, 0.999, 1.0])
+def test_strength_takes_the_steps_that_diffusers_takes(strength):
+    """Of one or more: diffusers refuses a strength that takes none."""
+    for steps in (1, 7, 10, 25, 50, 100):
+        assert count_steps_left(steps, strength) == max(1, min(int(steps * strength), steps))
+    assert count_steps_left(25, 0.58) == 14  # not 15, the nearest

@@ -67,6 +67,15 @@ def test_what_is_not_masked_comes_back_pixel_for_pixel(inpaint, size, prompt):
     assert (np.asarray(after)[painted] != np.asarray(before)[painted]).mean() > 0.9
 
 
+def test_transparent_parts_of_a_picture_are_painted_on_request(inpaint):
+    before, mask = picture(), mask_of((5, 7, 20, 25))
+    hole = before.convert("RGBA")
+    hole.putalpha(Image.eval(mask, lambda value: 255 - value))
+    wanted = inpaint(before, mask, generator=seeds(1), **QUICK).images[0]
+    painted = inpaint(before, hole, generator=seeds(1), mask_channel="alpha", **QUICK).images[0]
+    assert painted.tobytes() == wanted.tobytes()
+
+
 def test_a_painting_depends_on_its_own_seed_alone(inpaint):
     pictures, masks = [picture(seed=1), picture(seed=2)], [mask_of((0, 0, 16, 16)), mask_of((4, 4, 30, 20))]
     together = inpaint(pictures, masks, generator=seeds(1, 2, 3, 4), num_images_per_prompt=2, output_type="pt", **QUICK)

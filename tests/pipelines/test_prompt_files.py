@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from t2i.pipelines.jobs import batches, records
-from t2i.pipelines.jobs.batches import draw_fitting_batches, iterate_in_order, split_batches
+from t2i.pipelines.jobs.batches import build_file_stem, draw_fitting_batches, iterate_in_order, split_batches
 from t2i.pipelines.jobs.records import find_drawn_files
 from torch import nn
 
@@ -371,3 +371,20 @@ def test_processes_that_share_need_one_seed(monkeypatch, capsys, pipeline_folder
 
 def test_the_largest_batch_is_a_number_of_its_own():
     assert batches.check_batch_size("auto") is None and batches.check_batch_size("7") == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "stem"),
+    [
+        ("A red, round circle!", "a-red-round-circle"),
+        ("собака на пляже", "собака-на-пляже"),
+        ("猫 と 犬", "猫-と-犬"),
+        ("बिल्ली", "बिल्ली"),
+        ("cafe\u0301", "café"),
+        ("../../etc/passwd", "etc-passwd"),
+        ("\U0001f431", "picture"),
+        ("x" * 90, "x" * 40),
+    ],
+)
+def test_prompts_of_any_script_name_their_files(text, stem):
+    assert build_file_stem(text) == stem
