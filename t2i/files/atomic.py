@@ -1,5 +1,6 @@
 """Write files and folders that appear under their name only when they are complete."""
 
+import errno
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from t2i.errors import InputError
+from t2i.files.file_systems import REFUSED_ERRORS, UNSUPPORTED_ERRORS, tolerate_missing
 
 
 def compute_file_sha256(path: Path) -> str:
@@ -96,26 +98,45 @@ def write_new_file(folder: Path, names: Iterable[str], content: bytes) -> Path |
     with create_unfinished_file(folder) as unfinished:
         unfinished.write_bytes(content)
         for name in names:
-            # Unlike a rename, a link never replaces a file.
             with suppress(FileExistsError):
-                os.link(unfinished, folder / name)
+                rename_to_new(unfinished, folder / name)
                 return folder / name
     return None
+
+
+def rename_to_new(unfinished: Path, final: Path) -> None:
+    """Give a file a second name. Raises FileExistsError if there is a file of this name."""
+    # Unlike a rename, a link never replaces a file.
+    with tolerate_missing("a crash may leave an empty file in place of a new one", REFUSED_ERRORS):
+        os.link(unfinished, final)
+        return
+    # Whoever creates the empty file owns the name, and may replace it.
+    os.close(os.open(final, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    try:
+        os.replace(unfinished, final)
+    except BaseException:
+        final.unlink(missing_ok=True)
+        raise
 
 
 def apply_umask(path: Path) -> None:
     """Give a file the permissions of a new one. safetensors makes its files private."""
     mask = os.umask(0)
     os.umask(mask)
-    path.chmod(0o666 & ~mask)
+    with tolerate_missing("files keep the permissions that their folder gives them", REFUSED_ERRORS):
+        path.chmod(0o666 & ~mask)
 
 
 def sync_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Wait until a file or folder is on the disk."""
+    # A folder that may be written to need not be readable, and on Windows none can be opened.
+    errors = REFUSED_ERRORS | {errno.EBADF, errno.EISDIR} if path.is_dir() else UNSUPPORTED_ERRORS
+    with tolerate_missing("after a power failure the newest files may be missing", errors):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """The state of a run: the content of its checkpoints, and the settings that a resumed run must share with them."""
 
 import os
-import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,12 +26,8 @@ from torch.optim import Optimizer
 
 from t2i.config import TrainConfig
 from t2i.errors import InputError, RunError
+from t2i.files.file_systems import lock_file, measure_free_bytes
 from t2i.runtime.processes import run_on_main_process
-
-try:
-    import fcntl
-except ImportError:  # Windows, where two trainers in one folder are not noticed
-    fcntl = None  # type: ignore[assignment]
 
 # Settings that may differ when a run resumes. Paths may, because `made_from` identifies what lies there.
 PATH_KEYS = ("clip", "autoencoder", "text_encoder", "cache", "init", "perceptual_clip", "data.path")
@@ -208,7 +203,7 @@ class TrainState:
         present = sum(path.stat().st_size for path in self.checkpoint_folder.glob("step-*/*") if path.is_file())
         exported = 2 * count_bytes(self.model.state_dict())  # the new one is written before the old one goes
         needed = max(size, (keep + 1) * size - present) + exported
-        free = shutil.disk_usage(self.config.output).free
+        free = measure_free_bytes(self.config.output)
         if free < needed:
             raise InputError(
                 f"too little disk for train.output={self.config.output!r}: {keep + 1} checkpoints of "
@@ -318,14 +313,10 @@ def lock_folder(accelerator: Accelerator, folder: Path, setting: str = "train.ou
         except OSError as error:
             raise InputError(f"{setting}={str(folder)!r} cannot be written ({error}); give another folder") from error
         files.append(file)
-        # The system releases the lock when the process ends, also by SIGKILL.
-        if fcntl is not None:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError) as error:
-                file.seek(0)
-                holder = file.read().strip() or "another process"
-                raise InputError(f"{setting}={str(folder)!r} is locked by {holder}; wait for it or stop it") from error
+        if not lock_file(file):
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise InputError(f"{setting}={str(folder)!r} is locked by {holder}; wait for it or stop it")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()

@@ -4,7 +4,6 @@ Parquet compresses pages of many rows, so pictures cannot be read from it by off
 they are: Parquet files are copied into Arrow files beside the manifest, and `datasets` caches data sets as Arrow files.
 """
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from os.path import commonpath
@@ -27,6 +26,7 @@ from t2i.data.sources.samples import (
     iterate_batch_rows,
 )
 from t2i.errors import InputError
+from t2i.files.file_systems import measure_free_bytes
 
 IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "jpeg", "png", "webp")
 OPTIONAL_COLUMNS = ("keywords", "split")  # used if they are there
@@ -50,7 +50,7 @@ def open_parquet(root: Path, files: list[Path], columns: Columns, notes: SourceN
     names = [table.relative_to(root).as_posix() for table in tables]
 
     def iterate_samples(work: Path) -> Iterator[Sample]:
-        if (free := shutil.disk_usage(work).free) < needed:
+        if (free := measure_free_bytes(work)) < needed:
             sizes = f"that takes {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free"
             raise InputError(f"the rows of {str(root)!r} are copied uncompressed into {str(work.parent)!r}: {sizes}")
         (work / "rows").mkdir(exist_ok=True)
