@@ -31,6 +31,7 @@ class ModelSource:
     model: str  # a folder, or a repository on the hub, as prior and clip
     prior: str | None = None
     clip: str | None = None
+    variant: str | None = None  # of the weight files, such as "fp16"
     upsampler: str | None = None  # a folder whose upsampler replaces the model's own
     dtype: str | dict[str, str] | None = None  # a name of `jobs.dtypes.DTYPES`, or names by part
     compile: bool = False
@@ -79,6 +80,7 @@ def load_pipeline(source: ModelSource, kind: type[Pipeline] = Text2ImagePipeline
     # Check device and dtype before the model loads
     device = resolve_device_name(source.device)
     options: dict[str, Any] = {"prior": source.prior, "clip": source.clip, "compile": source.compile or None}
+    options["variant"] = source.variant
     options["dtype"] = convert_to_torch_dtypes(source.dtype)
     if has_bf16(options["dtype"]):
         check_bf16_support(device)

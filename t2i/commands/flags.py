@@ -15,6 +15,7 @@ from typer import Argument, Option
 
 from t2i.commands import SHIPPED_MODEL, speed_up_imports
 from t2i.errors import InputError
+from t2i.terminal import print_line
 
 if TYPE_CHECKING:
     from t2i.pipelines.jobs.planning import ModelSource, Output
@@ -68,8 +69,7 @@ def print_paths(command: Callable[..., Iterator[Path]]) -> Callable[..., None]:
         with speed_up_imports():
             paths = run_command(**values)
         for path in paths:
-            # One write per line: the processes of a launcher are unbuffered, and print writes the line's end apart.
-            print(f"{path}\n", end="", flush=True)
+            print_line(path)
 
     return run_and_print
 
@@ -148,6 +148,7 @@ class ModelFlags:
     model: Model = str(SHIPPED_MODEL)
     prior: Prior = None
     clip: Clip = None
+    variant: Annotated[str | None, option("Variant of a public model's files, such as fp16.", "plain files")] = None
     device: Device = "auto"
 
     def build(self, **more: Any) -> "ModelSource":

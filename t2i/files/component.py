@@ -4,6 +4,7 @@ Its tensors go one by one onto a model that was made without memory, so that no 
 """
 
 import json
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,17 +20,21 @@ from torch.nn import Module
 
 from t2i.errors import InputError
 from t2i.files.untrusted import (
+    DIFFUSERS_STEM,
     FLOAT_DTYPES,
     TensorSpec,
     bounded_meta_device,
     check_finite_weights,
     check_folder_files,
     check_tensor_specs,
+    choose_stored_variant,
     find_weight_files,
     is_folder,
     read_config,
     read_safetensors_header,
 )
+
+logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=Module)
 DTYPE_NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
@@ -42,15 +47,13 @@ class Component:
     folder: with config.json and safetensors. root: the pipeline's folder, which links may lead into. variant, stem: of
     the file names, see `find_weight_files`.
 
-    `config` is the content of config.json; `tensor_specs` and `files` are the specification and the file of each tensor
-    by name.
+    `config` is the content of config.json; `variant` is that of the files which are read, None for the plain ones;
+    `tensor_specs` and `files` are the specification and the file of each tensor by name.
 
     Raises InputError, in one line, for a folder that is missing, damaged, or holds pickles or code.
     """
 
-    def __init__(
-        self, folder: Path, root: Path | None = None, variant: str | None = None, stem: str = "diffusion_pytorch_model"
-    ):
+    def __init__(self, folder: Path, root: Path | None = None, variant: str | None = None, stem: str = DIFFUSERS_STEM):
         if not is_folder(folder):
             raise InputError(f"no folder {folder.name!r} in {str(folder.parent)!r}; the model is incomplete")
         self.folder, self.root = folder, root
@@ -59,7 +62,10 @@ class Component:
         # A header alone has every tensor's shape: nothing of a tensor is read here.
         self.files: dict[str, Path] = {}
         self.tensor_specs: dict[str, TensorSpec] = {}
-        for path in find_weight_files(folder, variant, stem):
+        self.variant = choose_stored_variant(folder, variant, stem)
+        if variant is None and self.variant is not None:
+            logger.warning("%s has its weights in the variant %s alone, which is used", folder, self.variant)
+        for path in find_weight_files(folder, self.variant, stem):
             header = read_safetensors_header(path)
             self.tensor_specs |= header
             self.files |= dict.fromkeys(header, path)

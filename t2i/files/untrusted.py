@@ -7,8 +7,9 @@ bound the model: a configuration that describes more than they hold is refused b
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import shlex
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,14 @@ PICKLE_FILE_TYPES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", 
 CODE_KEYS = ("auto_map", "custom_pipeline", "quantization_config", "trust_remote_code")  # make libraries import
 SIGNED_KEYS = ("init_logit_bias",)  # integers that may be negative
 FLOAT_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+DIFFUSERS_STEM = "diffusion_pytorch_model"  # of the names of weight files in diffusers
+# First bytes of files that are often found in the place of others: what they are, and what helps
+STAND_INS = {
+    b"version https://git-lfs": ("a Git LFS pointer", "`git lfs pull` in its repository fetches the file itself"),
+    b"<!doctype": ("a web page", "download the file itself; for a gated model, log in first"),
+    b"<html": ("a web page", "download the file itself; for a gated model, log in first"),
+    b"<?xml": ("an XML page", "download the file itself; for a gated model, log in first"),
+}
 # On Windows these are devices, whatever their suffix.
 DEVICE_NAME = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
@@ -74,6 +83,18 @@ def check_size_limit(path: Path, limit: int) -> None:
         raise InputError(f"no file {str(path)!r}")
     if (size := path.stat().st_size) > limit:
         raise InputError(f"{str(path)!r} has {size:,} bytes; such a file has at most {limit:,}")
+    check_no_stand_in(path)
+
+
+def check_no_stand_in(path: Path) -> None:
+    """Raise InputError for an empty file, a Git LFS pointer or a web page: remains of a download that failed."""
+    with suppress(OSError), open(path, "rb") as file:
+        start = file.read(64).lower().lstrip()
+        if not start:
+            raise InputError(f"{str(path)!r} is empty; download the file again")
+        for prefix, (what, remedy) in STAND_INS.items():
+            if start.startswith(prefix):
+                raise InputError(f"{str(path)!r} is {what}, which stands in for the file; {remedy}")
 
 
 def parse_json(content: bytes, path: Path) -> dict[str, Any]:
@@ -137,39 +158,58 @@ def check_link_target(path: Path, root: Path) -> None:
         raise InputError(f"{str(path)!r} is a link out of {str(root)!r}, which is not followed; copy the files")
 
 
+def choose_stored_variant(
+    folder: Path, variant: str | None = None, stem: str = DIFFUSERS_STEM, names: Collection[str] | None = None
+) -> str | None:
+    """Return the variant of the weights to read from a model's folder; None for the plain files.
+
+    It is the requested one, else the plain files, else the only one there is. For the arguments see
+    `find_weight_files`. Raises InputError if there are several and none of them was requested.
+    """
+    names = [path.name for path in folder.iterdir()] if names is None else names
+    pattern = re.compile(rf"{stem}(?:\.safetensors\.index(?:\.(.+))?\.json|(?:\.([^.]+))?\.safetensors)")
+    matches = [match for match in map(pattern.fullmatch, names) if match]
+    stored = {match[1] or match[2] for match in matches} - {""}
+    if variant in stored or not stored or None in stored:
+        return variant if variant in stored else None
+    if len(stored) > 1:
+        known = " and ".join(sorted(map(str, stored)))
+        raise InputError(
+            f"{str(folder)!r} has its weights in the variants {known} alone; choose one by variant, or --variant"
+        )
+    return stored.pop()
+
+
 def find_weight_files(
-    folder: Path,
-    variant: str | None = None,
-    stem: str = "diffusion_pytorch_model",
-    exists: Callable[[Path], bool] = Path.exists,
+    folder: Path, variant: str | None = None, stem: str = DIFFUSERS_STEM, names: Collection[str] | None = None
 ) -> list[Path]:
     """Return the safetensors files of a model's folder: the shards that its index lists, or the single file.
 
-    variant: such as "fp16"; a folder without files of it has the plain ones. stem: of the file names:
-    "diffusion_pytorch_model" in diffusers, "model" in transformers. exists: for files that are yet to be downloaded.
+    variant: such as "fp16"; see `choose_stored_variant`. stem: of the file names: "diffusion_pytorch_model" in
+    diffusers, "model" in transformers. names: of the folder's files, where they are yet to be downloaded.
     """
+    names = [path.name for path in folder.iterdir()] if names is None else names
+    variant = choose_stored_variant(folder, variant, stem, names)
     middle = f".{variant}" if variant else ""
     index = folder / f"{stem}.safetensors.index{middle}.json"
-    single = folder / f"{stem}{middle}.safetensors"
     # An index may name any file, so each name is checked before it is joined to the folder.
-    if exists(index):
+    if index.name in names:
         shards = read_json(index, MAX_HEADER_BYTES).get("weight_map")
         if not isinstance(shards, dict) or not shards:
             raise InputError(f"{str(index)!r} has no weight_map that names files")
-        names = sorted(set(map(str, shards.values())))
-        for name in names:
+        files = sorted(set(map(str, shards.values())))
+        for name in files:
             if not check_file_name(f"a file in {str(index)!r}", name).endswith(".safetensors"):
                 raise InputError(f"{str(index)!r} names {name!r}; only .safetensors is loaded")
-        return [folder / name for name in names]
-    if variant and not exists(single):
-        return find_weight_files(folder, stem=stem, exists=exists)
-    return [single]
+        return [folder / name for name in files]
+    return [folder / f"{stem}{middle}.safetensors"]
 
 
 def read_safetensors_header(path: Path) -> dict[str, TensorSpec]:
     """Return the tensors of a safetensors file by name. Raises InputError for any other file, or a damaged one."""
     if not path.is_file():
         refuse_missing_weights(path)
+    check_no_stand_in(path)
     try:
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
@@ -193,7 +233,7 @@ def refuse_missing_weights(path: Path) -> None:
     pickles += sorted(other.name for other in path.parent.iterdir() if other.suffix in PICKLE_FILE_TYPES)
     hint = ""
     if pickles:
-        command = f"`t2i convert {path.with_name(pickles[0])}`"
+        command = f"`{shlex.join(['t2i', 'convert', str(path.with_name(pickles[0]))])}`"
         hint = f"; it has {pickles[0]}, but only .safetensors is loaded; {command} makes that of it"
     raise InputError(f"no file {path.name!r} in {str(path.parent)!r}{hint}")
 

@@ -52,7 +52,7 @@ def load_autoencoder(name: str | Path, classes: tuple[type, ...] = (Autoencoder,
     component = Component(folder)
     with bounded_meta_device(component.tensor_specs, folder):
         AutoencoderKL.from_config(component.config)
-    settings = {"use_safetensors": True, "output_loading_info": True}
+    settings = {"use_safetensors": True, "output_loading_info": True, "variant": component.variant}
     vae, info = load_or_explain(lambda path: AutoencoderKL.from_pretrained(path, **settings), folder)
     # diffusers renames the tensors of older files while it loads them, so they are compared afterwards.
     for fault in ("missing", "unexpected"):

@@ -10,9 +10,9 @@ from huggingface_hub import snapshot_download
 from t2i.errors import InputError
 from t2i.files.hub import explain_hub_errors, query_hub_repository
 from t2i.files.model_folder import read_model_class
-from t2i.files.untrusted import check_file_name, find_weight_files, is_folder
+from t2i.files.untrusted import DIFFUSERS_STEM, check_file_name, find_weight_files, is_folder
 from t2i.interop.folders import SourceFolder
-from t2i.interop.layouts import DIFFUSERS_STEM, LAYOUTS_BY_CLASS, PART_CLASSES, TRANSFORMERS_PARTS, weight_stem
+from t2i.interop.layouts import LAYOUTS_BY_CLASS, PART_CLASSES, TRANSFORMERS_PARTS, weight_stem
 from t2i.interop.stored import parse_variant_names
 
 logger = logging.getLogger(__name__)
@@ -90,16 +90,14 @@ def find_part_weights(
     name: str, path: Path, place: PurePosixPath, stem: str, files: Collection[str], variant: str | None
 ) -> list[str]:
     """Return the weight files of a part, none for a tokenizer or scheduler. Raises InputError if it has only others."""
-    paths = find_weight_files(path / place, variant, stem, lambda file: (place / file.name).as_posix() in files)
+    beside = sorted(file for file in files if PurePosixPath(file).parent == place)
+    paths = find_weight_files(path / place, variant, stem, [PurePosixPath(file).name for file in beside])
     names = [(place / file.name).as_posix() for file in paths]
     if all(file in files for file in names):
         return names
-    beside = sorted(file for file in files if PurePosixPath(file).parent == place)
-    if known := sorted(parse_variant_names(beside)):
-        raise InputError(f"{name!r} on the hub has no {names[0]!r}, but the variant {' and '.join(known)} of it")
     pickles = [file for file in beside if file.endswith(".bin.index.json")]
     pickles += [file for file in beside if file.endswith(PICKLE_SUFFIXES)]
     if pickles:
-        commands = f"`hf download {name} --local-dir FOLDER` and `t2i convert FOLDER/{pickles[0]}` make that of it"
+        commands = f"`hf download {name} --local-dir FOLDER` and `t2i convert FOLDER` make that of it"
         raise InputError(f"{name!r} on the hub has {pickles[0]!r}, but only .safetensors is loaded; {commands}")
     return []

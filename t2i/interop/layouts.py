@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from t2i.files.untrusted import DIFFUSERS_STEM
+
 # A part's name here -> the classes that an index may name for it. Schedulers may be any of diffusers'.
 PART_CLASSES: dict[str, tuple[str, ...]] = {
     "prior": ("PriorTransformer",),
@@ -22,7 +24,8 @@ PART_CLASSES: dict[str, tuple[str, ...]] = {
     "text_tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
 }
 TRANSFORMERS_PARTS = ("text_tower", "image_tower", "multilingual_clip", "text_encoder")
-DIFFUSERS_STEM, TRANSFORMERS_STEM = WEIGHT_STEMS = ("diffusion_pytorch_model", "model")  # names of weights, by library
+TRANSFORMERS_STEM = "model"  # of the names of weight files in transformers
+WEIGHT_STEMS = (DIFFUSERS_STEM, TRANSFORMERS_STEM)
 # The modules that an index may name: the two libraries, and diffusers' own folders of pipelines.
 PIPELINE_LIBRARIES = ("unclip", "stable_diffusion", "kandinsky", "kandinsky2_2", "multilingual_clip")
 KNOWN_LIBRARIES = ("diffusers", "transformers", *PIPELINE_LIBRARIES)

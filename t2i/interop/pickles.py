@@ -16,7 +16,7 @@ from torch.serialization import safe_globals
 from t2i.errors import InputError
 from t2i.files.atomic import create_file_atomically
 from t2i.files.tensor_file import save_tensors
-from t2i.files.untrusted import MAX_HEADER_BYTES, PICKLE_FILE_TYPES, check_file_name, read_json
+from t2i.files.untrusted import MAX_HEADER_BYTES, PICKLE_FILE_TYPES, check_file_name, check_no_stand_in, read_json
 
 WRAPPER_KEYS = ("state_dict", "model")  # under which trainers store weights
 INDEX_SUFFIX = ".bin.index.json"
@@ -30,6 +30,7 @@ def read_pickle(path: Path, stand_ins: tuple[tuple[Any, str], ...] = ()) -> Any:
     """
     if path.suffix not in PICKLE_FILE_TYPES or not path.is_file():
         raise InputError(f"{str(path)!r} is no file of weights; such a file ends in {', '.join(PICKLE_FILE_TYPES[:4])}")
+    check_no_stand_in(path)
     try:
         with safe_globals(list(stand_ins)), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # old formats

@@ -112,7 +112,7 @@ def test_a_part_that_is_a_pickle_alone_is_refused_before_weights_are_fetched(ind
     if index:
         asked += ".index.json"
         hub.add(asked)
-    how = f"`hf download {NAME} --local-dir FOLDER` and `t2i convert FOLDER/{asked}` make that of it"
+    how = f"`hf download {NAME} --local-dir FOLDER` and `t2i convert FOLDER` make that of it"
     for fetch in (Text2ImagePipeline.from_pretrained, lambda name: find_public_part(name, ("unet",))):
         hub.fetched.clear()
         with pytest.raises(InputError) as caught:
@@ -122,12 +122,18 @@ def test_a_part_that_is_a_pickle_alone_is_refused_before_weights_are_fetched(ind
     find_public_part(NAME, ("movq",))  # which is there
 
 
-def test_weights_that_come_in_another_variant_alone_are_told(repository):
+def test_weights_that_come_in_one_variant_alone_are_fetched_and_of_several_one_must_be_chosen(repository):
     hub = repository(kandinsky_22_decoder())
     (hub.place / f"{MOVQ}.safetensors").rename(hub.place / f"{MOVQ}.fp16.safetensors")
-    with pytest.raises(InputError, match=f"has no '{MOVQ}.safetensors', but the variant fp16 of it"):
+    Text2ImagePipeline.download(NAME)
+    assert hub.weights() == [f"{MOVQ}.fp16.safetensors", f"{UNET}.safetensors"]
+    hub.fetched.clear()
+    hub.add(f"{MOVQ}.bf16.safetensors")
+    with pytest.raises(InputError, match="in the variants bf16 and fp16 alone; choose one by variant, or --variant"):
         Text2ImagePipeline.download(NAME)
     assert hub.weights() == []
+    Text2ImagePipeline.download(NAME, variant="bf16")
+    assert hub.weights() == [f"{MOVQ}.bf16.safetensors", f"{UNET}.safetensors"]
 
 
 def test_a_variant_that_the_repository_has_not_is_told_in_the_log(repository, caplog):
