@@ -11,6 +11,7 @@ import typer
 from t2i.commands import SHIPPED_MODEL, flags
 from t2i.commands.flags import argument, option
 from t2i.errors import InputError
+from t2i.terminal import print_line
 
 if TYPE_CHECKING:
     from t2i.evaluation.metrics import MetricSettings
@@ -71,6 +72,7 @@ def evaluate_quality(
     from t2i.checks import check_range
     from t2i.evaluation.metrics import MetricSettings
     from t2i.evaluation.results import check_result_file
+    from t2i.runtime.rank import ignore_leftover_ranks
 
     # Check the options
     names = tuple(dict.fromkeys(name.strip() for name in metrics.split(",") if name.strip()))
@@ -80,6 +82,7 @@ def evaluate_quality(
     check_result_file(out)
 
     # Measure, in several processes if asked to: torchrun starts this same command in each, and sets RANK there
+    ignore_leftover_ranks()
     if num_processes > 1 and "RANK" not in os.environ:
         from t2i.runtime.launch import exec_torchrun
 
@@ -121,7 +124,7 @@ def measure_and_report(
     from t2i.evaluation.results import write_result_file
     from t2i.interop.by_name import load_clip
     from t2i.runtime.devices import resolve_device_name
-    from t2i.runtime.launch import end_process_group
+    from t2i.runtime.launch import check_environment, end_process_group
 
     reference, folder, clip_score = comparison.reference, comparison.pictures, comparison.clip_score
     is_statistics_file = reference.suffix == ".safetensors" and reference.is_file()
@@ -129,6 +132,7 @@ def measure_and_report(
         raise InputError(f"{str(reference)!r} contains statistics, but no captions to draw; give --pictures")
 
     # Load the models onto the device of this process
+    check_environment()
     state = PartialState(cpu=device == "cpu")
     own_device = "cpu" if state.device.type == "cpu" else str(state.device)
     device = resolve_device_name(device) if state.num_processes == 1 else own_device
@@ -153,7 +157,8 @@ def measure_and_report(
     result = measure_quality(drawn, real, extractor, settings, state, scorer, conditioning)
     if state.is_main_process:
         write_result_file(result, out)
-        print("\n".join([*format_quality_lines(result, clip_score), f"results: {out}"]))
+        for line in [*format_quality_lines(result, clip_score), f"results: {out}"]:
+            print_line(line)
         if conditioning is not None and scorer is not None and scorer.identity == conditioning:
             print("warning: the CLIP score is by the CLIP that the model draws with; this flatters it", file=sys.stderr)
     end_process_group()

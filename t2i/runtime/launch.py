@@ -1,11 +1,19 @@
 """Start of a command in several processes on this machine."""
 
+import logging
 import os
 import sys
+from contextlib import suppress
 from typing import NoReturn, TypeVar
 
 import psutil
 
+from t2i.runtime.rank import ignore_leftover_ranks, warn_of_unknown_launcher
+
+logger = logging.getLogger(__name__)
+
+OFF_VALUES = ("", "0", "no", "false", "none")  # of accelerate's variables
+UNUSED_VARIABLES = ("ACCELERATE_MIXED_PRECISION",)  # train.mixed_precision decides
 Config = TypeVar("Config")
 
 
@@ -25,6 +33,7 @@ def end_process_group() -> None:
 
 def count_forgotten_processes() -> int:
     """Return N of the parent `accelerate launch --cpu --num_processes N`, which starts one process only; else 1."""
+    ignore_leftover_ranks()
     if "RANK" in os.environ:
         return 1
     try:
@@ -41,6 +50,33 @@ def count_forgotten_processes() -> int:
         if name == "__num_processes" and (value or following).isdigit():
             return int(value or following)
     return 1
+
+
+def check_environment() -> None:
+    """Make sure that the environment decides nothing silently: call it before accelerate reads it."""
+    ignore_leftover_ranks()
+    warn_of_unknown_launcher()
+    warn_of_accelerate_variables()
+
+
+def warn_of_accelerate_variables() -> None:
+    """Log a warning with accelerate's variables of the environment that decide, if no `accelerate launch` set them."""
+    named = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
+    for name in [name for name, value in named.items() if value.lower() in OFF_VALUES or name in UNUSED_VARIABLES]:
+        del named[name]
+    if named and os.environ.get("RANK", "0") == "0" and not has_accelerate_ancestor():
+        found = " ".join(f"{name}={value}" for name, value in sorted(named.items()))
+        logger.warning("%s: from the environment, for no `accelerate launch` started this process; it decides", found)
+
+
+def has_accelerate_ancestor() -> bool:
+    """Return True if `accelerate launch` started this process, or one that started it."""
+    with suppress(psutil.Error):
+        for parent in psutil.Process().parents():
+            with suppress(psutil.Error):
+                if any("accelerate" in part for part in parent.cmdline()[:4]):
+                    return True
+    return False
 
 
 def exec_torchrun(script: list[str], processes: int, restarts: int = 0) -> NoReturn:

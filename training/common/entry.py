@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from t2i.config import load_config
 from t2i.errors import report_errors
 from t2i.runtime.launch import Config, count_forgotten_processes, end_process_group, exec_torchrun
+from t2i.runtime.rank import ignore_leftover_ranks
 
 
 def run(main: Callable[[Config], None], config_class: type[Config], stage: str, arguments: list[str]) -> None:
@@ -23,6 +24,7 @@ def run(main: Callable[[Config], None], config_class: type[Config], stage: str, 
 
 def start_training(main: Callable[[Config], None], config: Config) -> None:
     """Run a stage's `main`; before a dry run, print the whole configuration."""
+    ignore_leftover_ranks()
     training = getattr(config, "train", None)  # cache_data.py has none
     if training is not None and training.dry_run and os.environ.get("RANK", "0") == "0":
         print(OmegaConf.to_yaml(OmegaConf.structured(config)).rstrip(), flush=True)

@@ -25,6 +25,7 @@ from t2i.config import TrainConfig
 from t2i.data import Batch, iterate_batches
 from t2i.errors import RESUMABLE_STATUS, InputError, RunError, RunStopped
 from t2i.runtime.devices import choose_training_precision
+from t2i.runtime.launch import check_environment
 from t2i.runtime.memory import format_needed_memory, is_out_of_memory, measure_available_memory
 from t2i.runtime.processes import ProcessWatch, StopRequest, check_processes_agree, run_on_main_process
 
@@ -55,6 +56,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     check_trackers(config.trackers)
     # Device and precision. `cpu` is given, because accelerate treats processes that torchrun starts on a machine
     # without a GPU as unrelated ones otherwise.
+    check_environment()
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not (torch.cuda.is_available() or torch.mps.is_available())
     device = PartialState(cpu=cpu).device.type
     precision = choose_training_precision(device) if config.mixed_precision == "auto" else config.mixed_precision
