@@ -11,6 +11,7 @@ from t2i import EXTRA_STAGES, STAGES
 from t2i.commands import conversion, drawing, editing, evaluation, seeing, speed_up_imports
 from t2i.commands.flags import argument, option
 from t2i.errors import InputError, report_errors
+from t2i.terminal import print_line
 
 app = typer.Typer(
     help="Text-to-image models in the way of DALL-E 2 (unCLIP): draw with them, train them, evaluate them.",
@@ -164,7 +165,8 @@ def check(
     columns = Columns(image_column, caption_column, label_column)
     reading = Reading(max_pixels=int(max_megapixels * 10**6))
     report = write_manifest(source, out, columns, held_out, min_size, drop_duplicates, reading=reading)
-    print("\n".join(report.format_lines()))
+    for line in report.format_lines():
+        print_line(line)
     # The manifest and the report are kept: they list the reasons
     if complaint := report.format_complaint():
         raise InputError(complaint)
@@ -180,7 +182,9 @@ def emoji(
 
     drawn = render_emoji(folder, size)
     held_out = sum(image.split == "held_out" for image in drawn)
-    print(f"{folder}: {len(drawn)} images of {size} x {size}: {len(drawn) - held_out} to train on, {held_out} held out")
+    print_line(
+        f"{folder}: {len(drawn)} images of {size} x {size}: {len(drawn) - held_out} to train on, {held_out} held out"
+    )
 
 
 @data.command(context_settings={"ignore_unknown_options": True})
@@ -213,7 +217,7 @@ def assemble(
     from t2i.pipelines.jobs.assemble import assemble_pipeline_folder
 
     parts = {"clip": clip, "autoencoder": autoencoder, "prior": prior, "decoder": decoder, "upsampler": upsampler}
-    print(assemble_pipeline_folder(runs, folder, fp16, **parts))
+    print_line(assemble_pipeline_folder(runs, folder, fp16, **parts))
 
 
 @app.command()

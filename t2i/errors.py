@@ -4,6 +4,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from t2i.terminal import make_output_safe, print_line
+
 RESUMABLE_STATUS = 75  # exit status of a run that was stopped and can be resumed (EX_TEMPFAIL of sysexits.h)
 
 
@@ -39,10 +41,11 @@ def report_errors() -> Iterator[None]:
     Exit status: 2 for bad input, 1 for a run that failed, 75 for a run that was stopped and can be resumed, 130 for
     Ctrl-C.
     """
+    make_output_safe()
     try:
         yield
     except RunStopped as stopped:
-        print(stopped, file=sys.stderr)
+        print_line(stopped, sys.stderr)
         sys.exit(stopped.status)
     except (InputError, OSError, RunError) as error:  # the message of an OSError contains the file and the reason
         print_error_line(error)
@@ -52,4 +55,4 @@ def report_errors() -> Iterator[None]:
 
 
 def print_error_line(error: object) -> None:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    print_line(f"error: {' '.join(str(error).split())}", sys.stderr)

@@ -19,6 +19,7 @@ from t2i.pipelines.text2image import Text2ImagePipeline
 from t2i.pipelines.upsample import UpsamplePipeline
 from torch import Generator
 
+from t2i.bulk import BulkJob
 from t2i.checks import check_texts
 from t2i.data.pictures import open_image
 from t2i.errors import InputError
@@ -132,6 +133,8 @@ def redraw_files(
 ) -> Iterator[Path]:
     """Draw `output.count` images from each image file with a pipeline that takes an `image`, and yield the new paths.
 
+    Of several files, those that cannot be used are named and left out; an InputError at the end has their number.
+
     settings: other arguments and options of the pipeline. check_image: raises InputError for an image that does not go
     with them. Raises InputError for a value that is not allowed, before the model loads where that is possible.
     """
@@ -140,10 +143,8 @@ def redraw_files(
     kind.build_options(options)
     first_seed = output.choose_first_seed(len(paths))
     output.check_path(len(paths) * output.count)
-    images = [open_image(path) for path in paths]
-    if check_image is not None:
-        for image in images:
-            check_image(image)
+    job = BulkJob(len(paths))
+    images = open_usable_images(paths, job, check_image)
 
     # Load the model
     pipeline = load_pipeline(source, kind)
@@ -155,16 +156,36 @@ def redraw_files(
     names = [path.name for path in paths for _ in range(output.count)]
     records = build_records("image", names, first_seed, source.model, used)
 
-    # Draw each image alone, for they may differ in size
-    def draw(indices: list[int]) -> list[Image.Image]:
+    # Draw each image alone, for they may differ in size. Its seeds do not depend on images that are left out.
+    def draw(first: int, indices: list[int]) -> list[Image.Image]:
         drawn = []
         for i in indices:
-            stream = [Generator().manual_seed(first_seed + i)]
-            result = pipeline(images[i // output.count], generator=stream, resolved=resolved, **arguments)
-            drawn.append(result.images[0])
+            stream = [Generator().manual_seed(first_seed + first + i)]
+            drawn += pipeline(images[first // output.count], generator=stream, resolved=resolved, **arguments).images
         return drawn
 
-    yield from write_images(draw, records, output.path, BatchPlan(size=1, device=pipeline.device))
+    plan = BatchPlan(size=1, device=pipeline.device)
+    for number in images:
+        first = number * output.count
+        own = records[first : first + output.count]
+        with job.skip_bad(paths[number]):
+            yield from write_images(partial(draw, first), own, output.path, plan)
+    job.finish()
+
+
+def open_usable_images(
+    paths: list[Path], job: BulkJob, check_image: Callable[[Image.Image], object] | None = None
+) -> dict[int, Image.Image]:
+    """Return the images of files by their number; see `BulkJob` for the others. Raises InputError if none is left."""
+    images = {}
+    for number, path in enumerate(paths):
+        with job.skip_bad(path, OSError):
+            image = open_image(path)
+            if check_image is not None:
+                check_image(image)
+            images[number] = image
+    job.check_any_left()
+    return images
 
 
 def upsample_files(
@@ -177,19 +198,21 @@ def upsample_files(
     output.check_path(len(paths))
     first_seed = output.choose_first_seed(len(paths))
     # Complain about an image before the model loads
-    images = [open_image(path) for path in paths]
+    job = BulkJob(len(paths))
+    images = open_usable_images(paths, job)
     pipeline = load_pipeline(source, UpsamplePipeline)
-    for image in images:
-        check_upsampled_size(pipeline.upsampler, *image.size, times)
     parameters = signature(UpsamplePipeline.__call__).parameters
     used = {name: settings.get(name, parameters[name].default) for name in ("num_inference_steps", "level")}
-    for i, (path, image) in enumerate(zip(paths, images)):
-        generator = Generator().manual_seed(first_seed + i)
-        result: Any = pipeline(image, times, generator=generator, **settings)
-        upsampled = result.images[0]
-        model = format_model_name(source.model)
-        record = {"picture": path.name, "seed": first_seed + i, "model": model, "upsample": times, **used}
-        yield write_new_image(output.path, path.stem, upsampled, record)
+    for i, image in images.items():
+        with job.skip_bad(path := paths[i]):
+            check_upsampled_size(pipeline.upsampler, *image.size, times)
+            generator = Generator().manual_seed(first_seed + i)
+            result: Any = pipeline(image, times, generator=generator, **settings)
+            upsampled = result.images[0]
+            model = format_model_name(source.model)
+            record = {"picture": path.name, "seed": first_seed + i, "model": model, "upsample": times, **used}
+            yield write_new_image(output.path, path.stem, upsampled, record)
+    job.finish()
 
 
 def build_records(key: str, inputs: list[str], first_seed: int, model: str, used: Record) -> list[Record]:

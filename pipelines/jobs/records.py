@@ -77,15 +77,26 @@ def encode_png_image(image: Image.Image, record: Record) -> bytes:
     parameters = {label: record[name] for label, name in PARAMETER_LABELS.items() if name in record}
     parameters = {label: value["scale"] if isinstance(value, dict) else value for label, value in parameters.items()}
     parameters |= {"Size": f"{image.width}x{image.height}", "Version": f"t2i {__version__}"}
-    lines.append(", ".join(f"{label}: {value}" for label, value in parameters.items()))
+    lines.append(", ".join(f"{label}: {quote_parameter(value)}" for label, value in parameters.items()))
 
     # The record, and the file
     info = PngInfo()
-    info.add_itxt("parameters", "\n".join(lines))
-    info.add_itxt("t2i", json.dumps({"version": __version__, **record}, ensure_ascii=False))
+    info.add_itxt("parameters", replace_surrogates("\n".join(lines)))
+    info.add_itxt("t2i", replace_surrogates(json.dumps({"version": __version__, **record}, ensure_ascii=False)))
     buffer = BytesIO()
     image.save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()
+
+
+def quote_parameter(value: Any) -> str:
+    """Return a value of the line of parameters. One that contains its separators is quoted, as other programs do."""
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ",:\n") else text
+
+
+def replace_surrogates(text: str) -> str:
+    """Return text that UTF-8 can encode. JSON reads back alike what replaces bytes that are not UTF-8."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def find_drawn_files(folder: Path, records: list[Record]) -> dict[int, Path]:

@@ -8,6 +8,7 @@ import typer
 from t2i.commands import flags
 from t2i.commands.flags import argument, option
 from t2i.errors import InputError
+from t2i.terminal import print_line
 
 app = typer.Typer()
 
@@ -42,12 +43,12 @@ def convert(
 
         if out is None:
             raise InputError("the new folder is missing; t2i convert FILE.pth --config FILE.json NEW_FOLDER")
-        print(convert_dalle2(Path(source), config, out, release, fp16))
+        print_line(convert_dalle2(Path(source), config, out, release, fp16))
         return
 
     # Other pickled weights
     if suffix in PICKLE_FILE_TYPES or source.endswith(INDEX_SUFFIX):
-        print(convert_weights(Path(source), out))
+        print_line(convert_weights(Path(source), out))
         return
 
     # A model folder
@@ -55,7 +56,7 @@ def convert(
         raise InputError("the new folder is missing; t2i convert FOLDER NEW_FOLDER")
     from t2i.pipelines.jobs.convert import convert_folder
 
-    print(convert_folder(source, out, to, prior, variant, fp16, clip))
+    print_line(convert_folder(source, out, to, prior, variant, fp16, clip))
 
 
 @app.command()

@@ -8,6 +8,7 @@ import typer
 
 from t2i.commands import SHIPPED_MODEL, flags, quality
 from t2i.commands.flags import argument, option
+from t2i.terminal import print_line
 
 app = typer.Typer(help="Evaluate models and drawn images.")
 app.add_typer(quality.app)
@@ -41,7 +42,7 @@ def evaluate_emoji(
             f"{split}: of {score['captions']} captions, the nearest emoji is the same for {score['exact']:.1%}, "
             f"and the same up to its modifier for {score['same_name']:.1%}"
         )
-    print(f"results and images: {out}")
+    print_line(f"results and images: {out}")
 
 
 @app.command(name="prior")
@@ -132,4 +133,4 @@ def evaluate_likelihood(
                 f"+- {bound['standard_error']:.3f}, ODE {ode['bits']:.3f} +- {ode['standard_error']:.3f}, "
                 f"N(0, 1) {normal['bits']:.3f} bits per dimension"
             )
-    print(f"results: {out}")
+    print_line(f"results: {out}")

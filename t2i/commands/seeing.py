@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from t2i.bulk import BulkJob
 from t2i.commands import SHIPPED_MODEL, flags, read_lines
 from t2i.commands.flags import argument, option
 from t2i.errors import InputError
+from t2i.terminal import print_line
 
 if TYPE_CHECKING:
     from t2i.networks.clip import CLIP
@@ -40,7 +42,12 @@ def classify(
 ) -> None:
     """Classify images among any labels, without training, and print the probability of each label."""
     from t2i.checks import check_integer
-    from t2i.evaluation.retrieval import check_label_templates, check_labels, classify_image_embeds, embed_image_files
+    from t2i.evaluation.retrieval import (
+        check_label_templates,
+        check_labels,
+        classify_image_embeds,
+        embed_usable_files,
+    )
 
     # Check everything that needs no model
     names = check_labels(read_labels(labels, labels_file))
@@ -49,13 +56,15 @@ def classify(
 
     # Classify and print
     model = load_clip_model(clip, device)
-    probabilities = classify_image_embeds(model, embed_image_files(model, pictures), names, templates)
-    for path, row in zip(pictures, probabilities.tolist()):
+    job = BulkJob(len(pictures))
+    usable, z_i = embed_usable_files(model, pictures, job)
+    for path, row in zip(usable, classify_image_embeds(model, z_i, names, templates).tolist()):
         ranked = sorted(zip(row, names), reverse=True)
         if as_json:
             print(json.dumps({"picture": str(path), "labels": {name: value for value, name in ranked}}))
         else:
-            print(f"{path}: " + ", ".join(f"{name} {value:.1%}" for value, name in ranked[:top]))
+            print_line(f"{path}: " + ", ".join(f"{name} {value:.1%}" for value, name in ranked[:top]))
+    job.finish()
 
 
 def read_labels(labels: str | None, file: Path | None) -> list[str]:
@@ -93,8 +102,10 @@ def search(
 
     # Search
     model = load_clip_model(clip, device)
-    for name, cosine in search_image_index(model, open_image_index(model, where, index), text, picture, top):
-        print(f"{cosine:.4f}  {name}")
+    job = BulkJob(0)
+    for name, cosine in search_image_index(model, open_image_index(model, where, index, job), text, picture, top):
+        print_line(f"{cosine:.4f}  {name}")
+    job.finish()
 
 
 @app.command()
@@ -118,7 +129,12 @@ def similarity(
         reason = "exists and is not overwritten" if out.exists() else "does not end in .png"
         raise InputError(f"out is {str(out)!r}, which {reason}; give another name")
     check_texts("text", text or [], empty=False)
-    thumbnails = to_pil_images(torch.stack([to_tensor(open_image(path), 64) for path in pictures]))
+    job, thumbnails = BulkJob(len(pictures)), []
+    for path in pictures:
+        with job.skip_bad(path, OSError):
+            thumbnails.append((path, to_tensor(open_image(path), 64)))
+    job.check_any_left()
+    pictures = [path for path, _ in thumbnails]
 
     # Compare
     model = load_clip_model(clip, device)
@@ -127,5 +143,7 @@ def similarity(
     names = text or [path.stem for path in pictures]
     title = f"cosine of {'text and picture' if text else 'two pictures'}"
     out.parent.mkdir(parents=True, exist_ok=True)
-    build_similarity_matrix(rows @ z_i.T, thumbnails, names, title, paired=False).save(out)
-    print(out)
+    shown = to_pil_images(torch.stack([thumbnail for _, thumbnail in thumbnails]))
+    build_similarity_matrix(rows @ z_i.T, shown, names, title, paired=False).save(out)
+    print_line(out)
+    job.finish()

@@ -31,7 +31,7 @@ def write_result_file(result: dict[str, Any], out: Path) -> None:
     """Write a result as JSON, completely or not at all; an existing file is replaced."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with create_file_atomically(out) as unfinished:
-        unfinished.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        unfinished.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", "utf-8", "backslashreplace")
 
 
 def collect_package_versions() -> dict[str, str]:

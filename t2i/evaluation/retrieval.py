@@ -4,7 +4,7 @@ Radford et al. 2021, section 3.1: a label is represented by the embedding of a s
 over several sentences (a prompt ensemble). Nothing is trained.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from t2i.bulk import BulkJob
 from t2i.checks import check_integer, check_texts
 from t2i.data.cache import CachedPairs, read_finished_cache
 from t2i.data.picture_files import compute_picture_digest, find_images
@@ -79,16 +80,36 @@ def classify_image_embeds(clip: CLIP, z_i: Tensor, labels: list[str], templates:
 # Pictures
 
 
-@torch.no_grad()
 def embed_image_files(clip: CLIP, paths: Sequence[Path]) -> Tensor:
     """Return z_i of picture files, (N, D), unit length, fp32, on the CPU. Raises InputError for other files."""
-    embeds, resizing = [torch.zeros(0, clip.embed_dim)], Resizing.for_clip(clip)
+    return stack_embeds(clip, [row for _, row in iterate_image_embeds(clip, paths, BulkJob())])
+
+
+def stack_embeds(clip: CLIP, rows: list[Tensor]) -> Tensor:
+    return torch.stack(rows) if rows else torch.zeros(0, clip.embed_dim)
+
+
+def embed_usable_files(clip: CLIP, paths: Sequence[Path], job: BulkJob) -> tuple[list[Path], Tensor]:
+    """Return the picture files that can be used, and their z_i. Raises InputError if there is none."""
+    rows = list(iterate_image_embeds(clip, paths, job))
+    job.check_any_left()
+    return [path for path, _ in rows], torch.stack([row for _, row in rows])
+
+
+@torch.no_grad()
+def iterate_image_embeds(clip: CLIP, paths: Sequence[Path], job: BulkJob) -> Iterator[tuple[Path, Tensor]]:
+    """Yield each picture file that can be used with its z_i, (D,), unit length, fp32, on the CPU."""
+    resizing = Resizing.for_clip(clip)
     hide_bar = None if len(paths) > BATCH_SIZE else True  # None: hidden unless standard error is a terminal
     for start in tqdm(range(0, len(paths), BATCH_SIZE), desc="pictures", disable=hide_bar):
-        pictures = torch.stack([to_tensor(open_image(path), resizing) for path in paths[start : start + BATCH_SIZE]])
-        z_i = clip.encode_image(pictures.to(clip.device, clip.dtype)).float()
-        embeds.append(F.normalize(z_i, dim=-1).cpu())
-    return torch.cat(embeds)
+        batch: list[tuple[Path, Tensor]] = []
+        for path in paths[start : start + BATCH_SIZE]:
+            with job.skip_bad(path, OSError):
+                batch.append((path, to_tensor(open_image(path), resizing)))
+        if batch:
+            pictures = torch.stack([picture for _, picture in batch]).to(clip.device, clip.dtype)
+            z_i = F.normalize(clip.encode_image(pictures).float(), dim=-1).cpu()
+            yield from ((path, row) for (path, _), row in zip(batch, z_i))
 
 
 @dataclass(frozen=True)
@@ -105,19 +126,23 @@ class ImageIndex:
         return [(self.names[i], value) for value, i in zip(best.values.tolist(), best.indices.tolist())]
 
 
-def open_image_index(clip: CLIP, folder: str | Path, file: Path | None = None) -> ImageIndex:
+def open_image_index(
+    clip: CLIP, folder: str | Path, file: Path | None = None, job: BulkJob | None = None
+) -> ImageIndex:
     """Return the index of the pictures of a folder or of a cache.
 
     Embeddings of a folder are stored in `file`, by default .t2i-index.safetensors in the folder, by the pictures'
-    SHA-256 and the CLIP's fingerprint: only new and changed pictures are embedded. Raises InputError for a cache or a
-    `file` of another CLIP.
+    SHA-256 and the CLIP's fingerprint: only new and changed pictures are embedded, and what an interrupted call has
+    embedded is kept. job: notes the pictures that cannot be used; None raises InputError for them.
+
+    Raises InputError for a cache or a `file` of another CLIP.
     """
     folder = Path(folder)
     if (folder / "key.json").is_file():
         if file is not None:
             raise InputError(f"{str(folder)!r} is a cache, which needs no index {str(file)!r}")
         return read_cache_index(clip, folder)
-    return index_image_folder(clip, folder, file)
+    return index_image_folder(clip, folder, file, job or BulkJob())
 
 
 def read_cache_index(clip: CLIP, folder: Path) -> ImageIndex:
@@ -135,45 +160,67 @@ def read_cache_index(clip: CLIP, folder: Path) -> ImageIndex:
     return ImageIndex(names, F.normalize(torch.cat(embeds), dim=-1))
 
 
-def index_image_folder(clip: CLIP, folder: Path, file: Path | None = None) -> ImageIndex:
+def index_image_folder(clip: CLIP, folder: Path, file: Path | None, job: BulkJob) -> ImageIndex:
     """Return the index of the pictures of a folder, and update the file with it; see `open_image_index`."""
-    # Embed the pictures that the stored index does not contain
+    # Find the pictures that the stored index does not contain
     paths = find_images(folder)
+    job.total = job.total or len(paths)
     target = folder / INDEX_FILE if file is None else file
-    stored: dict[bytes, Tensor] = {}
-    if target.exists():
-        stored = read_index_file(clip, target, own=file is None)
-    digests = [compute_picture_digest(path) for path in paths]
-    new = {digest: path for digest, path in zip(digests, paths) if digest not in stored}
+    stored = read_index_file(clip, target, own=file is None) if target.exists() else {}
+    digests: dict[Path, bytes] = {}
+    for path in paths:
+        with job.skip_bad(path, OSError):
+            digests[path] = compute_picture_digest(path)
+    new = {digest: path for path, digest in digests.items() if digest not in stored}
     if new:
         check_writable_folder(target.parent)
-    stored |= zip(new, embed_image_files(clip, list(new.values())))
 
-    # Store the index if it differs from the stored one
-    names = [path.relative_to(folder).as_posix() for path in paths]
-    index = ImageIndex(names, torch.stack([stored[digest] for digest in digests]))
-    if new or len(stored) > len(set(digests)):
-        encoded = [name.encode(errors="surrogateescape") for name in names]
-        tensors = {
-            "image_embeds": index.image_embeds,
-            "digests": torch.tensor([list(digest) for digest in digests], dtype=torch.uint8),
-            "names": torch.tensor(list(b"".join(encoded)), dtype=torch.uint8),
-            "name_offsets": torch.tensor([0, *map(len, encoded)]).cumsum(0),
-        }
-        write_tensor_file(target, tensors, {"kind": INDEX_KIND, "format": 1, "clip": clip.identity})
+    # Embed them, and store what is known if it differs from the stored index, also after Ctrl-C
+    before = set(stored)
+    try:
+        for path, row in iterate_image_embeds(clip, list(new.values()), job):
+            stored[digests[path]] = row
+    finally:
+        known = {path: digest for path, digest in digests.items() if digest in stored}
+        embeds = stack_embeds(clip, [stored[digest] for digest in known.values()])
+        index = ImageIndex([path.relative_to(folder).as_posix() for path in known], embeds)
+        if known and set(known.values()) != before:
+            write_index_file(clip, target, index, list(known.values()))
+
+    # Name the copies of pictures that cannot be used
+    for path, digest in digests.items():
+        if path not in known and new[digest] != path:
+            with job.skip_bad(path):
+                raise InputError(f"{str(path)!r}: the same bytes as {str(new[digest])!r}, which cannot be used")
+    job.check_any_left()
     return index
+
+
+def write_index_file(clip: CLIP, target: Path, index: ImageIndex, digests: list[bytes]) -> None:
+    """Write an index, with the SHA-256 of each picture in its order."""
+    encoded = [name.encode(errors="surrogateescape") for name in index.names]
+    tensors = {
+        "image_embeds": index.image_embeds,
+        "digests": torch.tensor([list(digest) for digest in digests], dtype=torch.uint8),
+        "names": torch.tensor(list(b"".join(encoded)), dtype=torch.uint8),
+        "name_offsets": torch.tensor([0, *map(len, encoded)]).cumsum(0),
+    }
+    write_tensor_file(target, tensors, {"kind": INDEX_KIND, "format": 1, "clip": clip.identity})
 
 
 def read_index_file(clip: CLIP, path: Path, own: bool) -> dict[bytes, Tensor]:
     """Return stored embeddings by the pictures' digests; none if a file of our `own` is of another CLIP."""
-    tensors, about = read_tensor_file(path, INDEX_KIND, INDEX_TENSORS)
+    try:
+        tensors, about = read_tensor_file(path, INDEX_KIND, INDEX_TENSORS)
+    except InputError as error:
+        raise InputError(f"{error}; delete it, and the next search makes the index anew") from error
     if about.get("clip") != clip.identity:
         if own:
             return {}
         raise InputError(f"{str(path)!r} is an index of the CLIP {about.get('clip')}, this is {clip.identity}")
     digests, embeds = tensors["digests"], tensors["image_embeds"]
     if digests.shape != (len(embeds), 32) or embeds.shape[1:] != (clip.embed_dim,):
-        raise InputError(f"{str(path)!r} is not a complete index; delete it to make it anew")
+        raise InputError(f"{str(path)!r} is not a complete index; delete it, and the next search makes it anew")
     return {bytes(digest.tolist()): row for digest, row in zip(digests, embeds.float())}
 
 

@@ -17,6 +17,7 @@ from t2i.evaluation.retrieval import (
     classify_image_embeds,
     embed_image_files,
     embed_labels,
+    iterate_image_embeds,
     open_image_index,
     search_image_index,
 )
@@ -110,11 +111,11 @@ def test_a_picture_is_nearest_to_itself_and_texts_to_what_the_cosine_says(folder
 def test_only_what_is_new_is_embedded_again(folder, monkeypatch):
     clip, embedded = make(), []
 
-    def counting(clip, paths):
+    def counting(clip, paths, job):
         embedded.append([path.name for path in paths])
-        return embed_image_files(clip, paths)
+        return iterate_image_embeds(clip, paths, job)
 
-    monkeypatch.setattr(retrieval, "embed_image_files", counting)
+    monkeypatch.setattr(retrieval, "iterate_image_embeds", counting)
     first = open_image_index(clip, folder)
     assert (folder / INDEX_FILE).is_file()
     (folder / "red.png").rename(folder / "rouge.png")  # known by its content

@@ -193,7 +193,7 @@ def track_image(tracker: GeneralTracker, name: str, image: Image.Image, step: in
 def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """Append lines of JSON. A full disk only gives a warning, for later checkpoints may fit."""
     try:
-        with open(path, "a", encoding="utf-8") as file:
+        with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     except OSError as error:
         print(f"warning: {path} lacks {len(rows)} rows ({error})", flush=True)
