@@ -168,8 +168,9 @@ def choose_stored_variant(
     """
     names = [path.name for path in folder.iterdir()] if names is None else names
     pattern = re.compile(rf"{stem}(?:\.safetensors\.index(?:\.(.+))?\.json|(?:\.([^.]+))?\.safetensors)")
-    matches = [match for match in map(pattern.fullmatch, names) if match]
-    stored = {match[1] or match[2] for match in matches} - {""}
+    # Shards do not count without the index that names them
+    matches = [pattern.fullmatch(name) for name in names if not re.search(r"-\d{5}-of-\d{5}\.", name)]
+    stored = {match[1] or match[2] for match in matches if match}
     if variant in stored or not stored or None in stored:
         return variant if variant in stored else None
     if len(stored) > 1:
