@@ -21,9 +21,10 @@ class BulkJob:
     @contextmanager
     def skip_bad(self, name: object, *errors: type[Exception]) -> Iterator[None]:
         """Name an input that raises InputError, or another of `errors`, and go on."""
+        expected: tuple[type[Exception], ...] = (InputError, *errors)
         try:
             yield
-        except (InputError, *errors) as error:
+        except expected as error:
             if self.total == 1:
                 raise
             known = str(name) in str(error)
