@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 from PIL import Image
+from t2i.pipelines.calls.offload import DiskOffloading
 from t2i.pipelines.calls.progress import Interruptible
 from t2i.pipelines.folder import (
     COMPONENT_CLASSES,
@@ -58,7 +59,7 @@ class UnCLIPPipelineOutput(BaseOutput):
     image_embeds: Tensor
 
 
-class UnCLIPPipeline(Interruptible, DiffusionPipeline):
+class UnCLIPPipeline(Interruptible, DiskOffloading):
     """CLIP, prior, decoder, autoencoder, upsampler and text encoder. All pipelines load from the same folders.
 
     A subclass adds a `__call__`; `from_pipe` shares the components without copies. Arguments that the calls share:

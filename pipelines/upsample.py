@@ -12,6 +12,7 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from t2i.pipelines.argument_checks import check_step_count
 from t2i.pipelines.base import UnCLIPPipeline
+from t2i.pipelines.calls.offload import DiskOffloading
 from t2i.pipelines.calls.progress import Interruptible, Preview
 from t2i.pipelines.calls.signature import pipeline_call
 from t2i.pipelines.folder import PipelineFolder, check_clip_fingerprint
@@ -41,7 +42,7 @@ class UpsamplePipelineOutput(BaseOutput):
     images: list[Image.Image] | list[Tensor]
 
 
-class UpsamplePipeline(Interruptible, DiffusionPipeline):
+class UpsamplePipeline(Interruptible, DiskOffloading):
     """Images of any size, through the upsampler any number of times.
 
     clip: only for upsamplers that take z_i, which is then that of the image.

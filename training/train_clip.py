@@ -90,6 +90,7 @@ def main(config: Config) -> None:
     )
 
     def loss(model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        clip.bound_logit_scale()
         z_i, z_t, scale = model(batch.image, tokenizer(batch.captions).to(accelerator.device))
         z_i, z_t = z_i.float(), z_t.float()
         nearest = (z_t @ z_i.T).argmax(dim=1) == torch.arange(len(z_t), device=z_t.device)
@@ -97,6 +98,7 @@ def main(config: Config) -> None:
 
     def export(average: torch.nn.Module) -> None:
         average.tokenizer = tokenizer
+        average.bound_logit_scale()
         save_model_folder(average, Path(config.train.output))
 
     records = read_fixed_records(held_out or dataset, config.sample.count if config.train.sample_every else 0)

@@ -72,7 +72,7 @@ def classify_image_embeds(clip: CLIP, z_i: Tensor, labels: list[str], templates:
     """Return the probability of each label, (N, L), fp32, for z_i (N, D): a softmax over scaled cosines."""
     if not isinstance(clip, CLIP):
         raise InputError("the CLIP of a public pipeline has no logit scale; give an open_clip model, or train a CLIP")
-    scale = clip.net.logit_scale.detach().float().exp().clamp(max=100)
+    scale = clip.compute_logit_scale().detach().float()
     cosines = z_i @ embed_labels(clip, labels, templates).to(z_i.device).T
     return (scale.to(z_i.device) * cosines).softmax(dim=-1)
 

@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
 from t2i.networks.layers import split_into_patches
 from t2i.networks.linear import use_onednn_linear
+from t2i.runtime.hooks import run_like_forward
 
 
 class Autoencoder(ModelMixin, ConfigMixin):
@@ -56,19 +56,20 @@ class Autoencoder(ModelMixin, ConfigMixin):
         """Pixels per latent along a side."""
         return self.config.patch_size * 2 ** (len(self.coder.config.block_out_channels) - 1)
 
+    @run_like_forward
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) -> reconstructions from sampled latents, (B, 3, H, W), and KL divergence per value, (B,)."""
         posterior = self.coder.encode(split_into_patches(image, self.config.patch_size)).latent_dist
         reconstruction = F.pixel_shuffle(self.coder.decode(posterior.sample()).sample, self.config.patch_size)
         return reconstruction, posterior.kl() / image[0].numel()
 
-    @apply_forward_hook
+    @run_like_forward
     def encode(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, C, H / factor, W / factor) of unit variance: the mean of the posterior."""
         latents = self.coder.encode(split_into_patches(image, self.config.patch_size)).latent_dist.mode()
         return (latents - self.mean[:, None, None]) / self.std[:, None, None]
 
-    @apply_forward_hook
+    @run_like_forward
     def decode(self, latents: Tensor) -> Tensor:
         """(B, C, h, w) of unit variance -> (B, 3, h * factor, w * factor), which may leave [-1, 1] a little."""
         latents = latents * self.std[:, None, None] + self.mean[:, None, None]

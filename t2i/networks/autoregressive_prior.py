@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from t2i.diffusion.condition import TextEncoding
@@ -25,6 +24,7 @@ from t2i.networks.layers import KeyValue, run_checkpointed_block
 from t2i.networks.linear import Linear
 from t2i.networks.prior import PriorBlock, build_causal_mask, embed_caption_tokens
 from t2i.networks.regression_prior import RegressionPrior
+from t2i.runtime.hooks import run_like_forward
 
 
 @dataclass
@@ -132,6 +132,7 @@ class AutoregressivePrior(PriorMixin, ModelMixin, ConfigMixin):
         self.low.copy_(low)
         self.high.copy_(torch.maximum(high, low + 1e-6))
 
+    @run_like_forward
     def quantise_image_embeds(self, z_t: Tensor, z_i: Tensor) -> Tensor:
         """Return the codes of z_i, (B, K + 1), int64: of the dot product with z_t, then of the components.
 
@@ -143,6 +144,7 @@ class AutoregressivePrior(PriorMixin, ModelMixin, ConfigMixin):
         buckets = self.config.buckets
         return (torch.cat([dot, fractions], dim=-1) * buckets).long().clamp(0, buckets - 1)
 
+    @run_like_forward
     def dequantise_codes(self, codes: Tensor) -> Tensor:
         """Return z_i, (B, D), of unit length, fp32, from the codes of the dot product and the first k components.
 
@@ -167,7 +169,7 @@ class AutoregressivePrior(PriorMixin, ModelMixin, ConfigMixin):
         logits, regression = self.to_logits(self.norm(tokens[:, -count:])), self.compute_regression_logits(text)
         return logits if regression is None else logits + regression
 
-    @apply_forward_hook
+    @run_like_forward
     def prepare(self, text: TextEncoding) -> AutoregressiveContext:
         """Return the context of captions, with the logits of the first code."""
         text = text.expand()
@@ -182,7 +184,7 @@ class AutoregressivePrior(PriorMixin, ModelMixin, ConfigMixin):
             logits = logits + regression[:, 0]
         return AutoregressiveContext(past, token_mask, regression, logits)
 
-    @apply_forward_hook
+    @run_like_forward
     def step(self, codes: Tensor, position: int, context: AutoregressiveContext) -> None:
         """Read the codes at a position, (B,), after those before it; updates `context`."""
         tokens = self.embed_code_tokens(codes[:, None], position)
@@ -216,6 +218,7 @@ class AutoregressivePrior(PriorMixin, ModelMixin, ConfigMixin):
         values = (codes.to(self.directions.dtype) + 0.5) * (2 / self.config.buckets) - 1  # from -1 to 1
         return values[..., None] * self.directions[here] + self.positions[self.config.context_length + 1 :][here]
 
+    @run_like_forward
     def null(self, count: int) -> TextEncoding:
         """Return the encoding of the empty caption, `count` times."""
         mask = torch.ones(1, len(self.null_states), dtype=torch.bool, device=self.null_states.device)

@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from t2i.checks import check_integer, check_range
 from t2i.diffusion.process import alpha_sigma
 from t2i.errors import InputError
 from t2i.networks.layers import Attention, TimeEmbedding, run_checkpointed_block
+from t2i.runtime.hooks import run_like_forward
 
 MAX_LISTED_CLASSES = 8  # in an error message
 
@@ -96,12 +96,12 @@ class LatentClassifier(ModelMixin, ConfigMixin):
         pooled = self.drop(self.pooled(torch.cat([tokens.mean(dim=1), tokens.amax(dim=1)], dim=-1)))
         return self.to_class(pooled), F.normalize(self.to_embedding(pooled), dim=-1)
 
-    @apply_forward_hook
+    @run_like_forward
     def predict_log_probs(self, x: Tensor, level: Tensor) -> Tensor:
         """Return log p(class | x), (B, classes), fp32."""
         return self(x.to(self.dtype), level)[0].float().log_softmax(dim=-1)
 
-    @apply_forward_hook
+    @run_like_forward
     def predict_image_embeds(self, x: Tensor, level: Tensor) -> Tensor:
         """Return z_i of the clean image, (B, D), of unit length, fp32."""
         return F.normalize(self(x.to(self.dtype), level)[1].float(), dim=-1)

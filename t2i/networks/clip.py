@@ -6,17 +6,17 @@ A prior and a decoder store the fingerprint of their CLIP, of its weights and pr
 import copy
 import importlib
 import json
+import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import open_clip
 import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.utils.accelerate_utils import apply_forward_hook
-from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH
+from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH, SimpleTokenizer
 from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentionBlock
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
@@ -45,10 +45,12 @@ from t2i.networks.tokenizer import (
     check_public_tokenizer,
     load_clip_tokenizer,
 )
+from t2i.runtime.hooks import borrow_weights, find_compute_device, run_like_forward
 
 DEFAULT_RESIZING = {"interpolation": "bicubic", "resize_mode": "shortest"}  # CLIP's own
 OPEN_CLIP_BLOCKS = (ResidualAttentionBlock, CustomResidualAttentionBlock)
 OPEN_CLIP_FILES = ["open_clip_config.json", "open_clip_model.safetensors", "tokenizer*.json"]
+MAX_LOGIT_SCALE = math.log(100)
 MAX_POSITION_VALUES = 2**26  # values of a table of positions, which open_clip computes in NumPy even on meta
 
 
@@ -64,6 +66,8 @@ class CLIP(Encoder, ModelMixin):
     """
 
     _supports_gradient_checkpointing = True
+    _group_offload_block_modules: ClassVar[list[str]] = ["net", "visual", "text", "transformer"]  # have layers
+    _skip_layerwise_casting_patterns: ClassVar[list[str]] = [r"resblocks\.0\.mlp\.c_fc$"]  # whose dtype open_clip reads
     is_trainable = True
     unit_length = True  # z_t and z_i have length 1
     reads_captions = True
@@ -80,10 +84,12 @@ class CLIP(Encoder, ModelMixin):
     ):
         super().__init__()
         self.gradient_checkpointing = False
-        self.net = use_onednn_linear(build_open_clip_model(model))
+        self.net = use_hooked_attention(use_onednn_linear(build_open_clip_model(model)))
         # FSDP shards each block of open_clip's own towers as a unit.
         blocks = {type(layer).__name__ for layer in self.net.modules() if isinstance(layer, OPEN_CLIP_BLOCKS)}
         self._no_split_modules = sorted(blocks)
+        if tokenizer_kind == "clip":  # comes with open_clip
+            self.tokenizer = PublicTokenizer(SimpleTokenizer(context_length=self.context_length))
         interpolation, mode = (preprocess.get(key, default) for key, default in DEFAULT_RESIZING.items())
         check_choice("preprocess.interpolation", interpolation, ("bicubic", "bilinear"))
         check_choice("preprocess.resize_mode", mode, ("shortest", "squash"))
@@ -158,15 +164,27 @@ class CLIP(Encoder, ModelMixin):
         self.gradient_checkpointing = enable
         self.net.set_grad_checkpointing(enable)
 
+    @run_like_forward
     def forward(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return z_i and z_t, (B, D), and the scale of the logits, (), at most 100 as in CLIP (section 2.5)."""
-        return self.encode_image(image), self.encode_tokens(tokens).embedding, self.net.logit_scale.exp().clamp(max=100)
+        return self.encode_image(image), self.encode_tokens(tokens).embedding, self.compute_logit_scale()
 
-    @apply_forward_hook
+    def compute_logit_scale(self) -> Tensor:
+        """Return the factor of cosines in logits, (), at most 100 as in CLIP (section 2.5)."""
+        with borrow_weights(self.net):
+            return self.net.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
+
+    @torch.no_grad()
+    def bound_logit_scale(self) -> None:
+        """Bound the weight itself, as CLIP's training does after every step, so that it does not drift beyond."""
+        self.net.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+
+    @run_like_forward
     def encode_image(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, D), unit length: z_i."""
         return self.net.encode_image(self.preprocess(image), normalize=True)
 
+    @run_like_forward
     def preprocess(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, 3, size, size), in the values of the vision tower's training."""
         if image.shape[-2:] != (self.size, self.size):
@@ -176,14 +194,20 @@ class CLIP(Encoder, ModelMixin):
 
     def encode_text(self, texts: list[str]) -> TextEncoding:
         """Return z_t and the token states of B captions; what does not fit in the context length is cut."""
-        return self.encode_tokens(self.tokenizer(texts).to(self.device))
+        return self.encode_tokens(self.tokenizer(texts).to(find_compute_device(self)))
 
-    @apply_forward_hook
+    @run_like_forward
     def encode_tokens(self, tokens: Tensor) -> TextEncoding:
         """(B, context_length), int64 -> z_t, (B, D), of unit length, and token states, (B, L, width)."""
         tower = self.text_tower
         if getattr(tower, "attn_mask", None) is None or getattr(tower, "cls_emb", None) is not None:
             return self.encode_padded_tokens(tokens)
+        with borrow_weights(tower):
+            return self.encode_causal_tokens(tokens)
+
+    def encode_causal_tokens(self, tokens: Tensor) -> TextEncoding:
+        """Encode tokens with a causal tower, whose weights are in place."""
+        tower = self.text_tower
         # Under a causal mask, tokens after the end of a caption change nothing before it. So the batch is trimmed to
         # its longest caption, and the tower's own forward, which needs all positions, is written out here.
         # z_t is the state of the token with the highest number, or of a tower's own end token.
@@ -209,6 +233,31 @@ class CLIP(Encoder, ModelMixin):
         mask = tokens != getattr(tower, "pad_id", getattr(getattr(tower, "config", None), "pad_token_id", 0))
         length = int(mask.sum(dim=1).max())
         return TextEncoding(F.normalize(pooled, dim=-1), states[:, :length], mask[:, :length])
+
+
+class MultiheadAttention(torch.nn.MultiheadAttention):
+    """`torch.nn.MultiheadAttention`, which reads the weights of its last layer without calling it."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with borrow_weights(*self.children()):
+            return super().forward(*args, **kwargs)
+
+
+class AttentionPool2d(open_clip.modified_resnet.AttentionPool2d):
+    """The last layer of open_clip's ResNets, which reads the weights of its layers without calling them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with borrow_weights(*self.children()):
+            return super().forward(x)
+
+
+def use_hooked_attention(model: torch.nn.Module) -> torch.nn.Module:
+    """Let hooks reach all weights of a model's attention layers, in place."""
+    for layer in model.modules():
+        for hooked in (MultiheadAttention, AttentionPool2d):
+            if type(layer) is hooked.__base__:
+                layer.__class__ = hooked
+    return model
 
 
 def build_open_clip_model(config: dict) -> torch.nn.Module:

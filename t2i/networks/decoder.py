@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from t2i.diffusion.condition import ImageCondition, TokenStates
@@ -27,6 +26,7 @@ from t2i.networks.layers import (
     split_attention_heads,
 )
 from t2i.networks.linear import Linear
+from t2i.runtime.hooks import find_compute_device, run_like_forward
 
 ExtraTokens: TypeAlias = KeyValue | Tensor  # the tokens: (B, L, condition_width)
 
@@ -68,7 +68,7 @@ class ImageTokensMixin(DecoderMixin):
 
     def null(self, count: int) -> ImageCondition:
         """Return zero embeddings, and captions of no tokens for decoders that read captions."""
-        z_i, text = torch.zeros(1, self.config.embed_dim, device=self.device, dtype=self.dtype), None
+        z_i, text = build_null_embeds(self), None
         if self.from_text is not None:
             states = z_i.new_zeros(1, 1, self.config.text_width)
             text = TokenStates(states, states.new_zeros(1, 1, dtype=torch.bool))
@@ -125,7 +125,8 @@ class Decoder(ImageTokensMixin, ModelMixin, ConfigMixin):
         outputs = latent_channels * patch_size**2 * (2 if learned_variance else 1)
         # What enters: patches at their positions, the timestep, z_i and the caption
         self.from_latents = Linear(inputs, width)
-        self.positions = nn.Parameter(build_grid_embedding(side, width))
+        # In the dtype that diffusers sets while it loads: by the first tensor it decides whether to convert the others.
+        self.positions = nn.Parameter(build_grid_embedding(side, width).to(torch.get_default_dtype()))
         self.from_time = TimeEmbedding(width, condition_width)
         self.from_image = Linear(embed_dim, condition_width)
         self.to_tokens = Linear(embed_dim, image_tokens * condition_width)
@@ -136,12 +137,13 @@ class Decoder(ImageTokensMixin, ModelMixin, ConfigMixin):
         self.modulation = zero_layer_weights(Linear(condition_width, 2 * width))
         self.to_latents = zero_layer_weights(Linear(width, outputs))
 
+    @run_like_forward
     def forward(self, x: Tensor, t: Tensor, condition: ImageCondition) -> Tensor:
         """x: (B, C, H, W) noisy latents; t: (B,) timesteps -> (B, C, H, W); (B, 2C, H, W) with a learned variance."""
         # Here each block computes its keys and values as it runs: under FSDP it has its weights only then.
         return self.step(x, t, self.build_context(condition))
 
-    @apply_forward_hook
+    @run_like_forward
     def prepare(self, condition: ImageCondition) -> DecoderContext:
         context = self.build_context(condition)
         context.extra = [block.compute_key_value(tokens) for block, tokens in zip(self.blocks, context.extra)]
@@ -154,7 +156,7 @@ class Decoder(ImageTokensMixin, ModelMixin, ConfigMixin):
         masked_latents = resolve_masked_latents(self, condition)
         return DecoderContext(self.from_image(z_i), [tokens] * len(self.blocks), mask, masked_latents)
 
-    @apply_forward_hook
+    @run_like_forward
     def step(self, x: Tensor, t: Tensor, context: DecoderContext) -> Tensor:
         # Patches become tokens: (B, C, H, W) -> (B, C p^2, H / p, W / p) -> (B, h w, C p^2) -> (B, h w, width)
         patch = self.config.patch_size
@@ -187,6 +189,11 @@ class Decoder(ImageTokensMixin, ModelMixin, ConfigMixin):
         return F.interpolate(grid, (height, width), mode="bicubic")[0].flatten(1).T
 
 
+def build_null_embeds(model: Any) -> Tensor:
+    """Return the null embedding of zeros, (1, D), where the model computes."""
+    return torch.zeros(1, model.config.embed_dim, device=find_compute_device(model), dtype=model.dtype)
+
+
 def count_input_channels(latent_channels: int, reads_masks: bool) -> int:
     """Return the channels of the noisy latents with, if masks are read, the latents to keep and the mask."""
     return 2 * latent_channels + 1 if reads_masks else latent_channels
@@ -215,11 +222,13 @@ class DecoderBlock(nn.Module):
         self.modulation = zero_layer_weights(Linear(condition_width, 6 * width))
         self.to_key_value = Linear(condition_width, 2 * width)
 
+    @run_like_forward
     def compute_key_value(self, tokens: Tensor) -> KeyValue:
         """Return the keys and values of extra tokens, (B, L, condition_width)."""
         key, value = split_attention_heads(self.to_key_value(tokens), 2 * self.attention.heads).chunk(2, dim=1)
         return key, value
 
+    @run_like_forward
     def forward(self, x: Tensor, condition: Tensor, extra: ExtraTokens, mask: Tensor | None) -> Tensor:
         """x: (B, L, width); condition: (B, condition_width); mask: for extra tokens and x -> (B, L, width)"""
         past = self.compute_key_value(extra) if isinstance(extra, Tensor) else extra

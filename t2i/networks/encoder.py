@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Self
 
 from diffusers import ConfigMixin, ModelMixin
 
+from t2i.errors import InputError
 from t2i.files.fingerprints import EXACT_DTYPES, check_weights_fingerprint
 from t2i.files.hub import find_or_download_folder
 from t2i.files.model_folder import CompanionFiles
@@ -24,6 +25,16 @@ class Encoder(CompanionFiles, ModelMixin, ConfigMixin, ABC):
     cached_identity: str | None = None
     has_warned = False  # set by training, which logs only the first caption that is cut
     tokenizer: Any
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "tokenizer":
+            raise InputError(f"this {type(self).__name__} has no tokenizer; assign one to `tokenizer`, or load a model")
+        return super().__getattr__(name)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """False for a model that was built from a configuration, and whose tokenizer was not assigned."""
+        return "tokenizer" in vars(self)
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -49,13 +60,21 @@ class Encoder(CompanionFiles, ModelMixin, ConfigMixin, ABC):
 
     def load_companion_files(self, folder: Path, root: Path) -> None:
         """Load what a folder has beside the weights. Raises InputError, also for weights of another fingerprint."""
-        self.load_tokenizer_folder(folder, root)
+        if not self.config.get("_without_tokenizer"):
+            self.load_tokenizer_folder(folder, root)
         check_weights_fingerprint(self, folder)
         if not self.is_trainable:
             self.requires_grad_(False)
 
     # diffusers' pipelines look for the parameter `variant` in this signature before they pass it.
     def save_pretrained(self, save_directory: str | Path, variant: str | None = None, **kwargs: Any) -> None:
+        if not self.has_tokenizer:
+            # Without its vocabulary an encoder is none of those that others refer to.
+            self.register_to_config(_without_tokenizer=True, fingerprint=None, rounded=False)
+            super().save_pretrained(save_directory, variant=variant, **kwargs)
+            return
+        if self.config.get("_without_tokenizer"):
+            self.register_to_config(_without_tokenizer=False)
         if self.dtype not in EXACT_DTYPES:
             # These weights are rounded. Priors and decoders refer to the encoder by its fingerprint before that.
             self.register_to_config(fingerprint=self.identity, rounded=True)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2i.networks.linear import Linear
+from t2i.runtime.hooks import get_compute_dtype
 
 KeyValue = tuple[Tensor, Tensor]  # each (B, heads, L, width / heads)
 MAX_FEW_QUERIES = 4  # queries, for which copying keys and values takes longer than attending to them
@@ -32,7 +33,7 @@ class TimeEmbedding(nn.Module):
         self.linear_1, self.linear_2 = Linear(width, out), Linear(out, out)
 
     def forward(self, t: Tensor) -> Tensor:
-        embedding = embed_timesteps(t, self.width).to(self.linear_1.weight.dtype)
+        embedding = embed_timesteps(t, self.width).to(get_compute_dtype(self.linear_1))
         return self.linear_2(F.silu(self.linear_1(embedding)))
 
 

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from t2i.diffusion.condition import TextEncoding
@@ -26,6 +25,7 @@ from t2i.networks.layers import (
     run_checkpointed_block,
 )
 from t2i.networks.linear import Linear
+from t2i.runtime.hooks import run_like_forward
 
 MAX_PREPARED_TIMESTEPS = 64  # of a sampling; the keys and values of each take memory for every caption
 
@@ -113,7 +113,7 @@ class Prior(PriorMixin, ModelMixin, ConfigMixin):
         tokens = run_checkpointed_block(self, self.blocks[-1], tokens, packed, True)
         return self.to_image(self.norm(tokens))
 
-    @apply_forward_hook
+    @run_like_forward
     def prepare(self, text: TextEncoding, timesteps: Tensor | None = None) -> PriorContext:
         """Compute the part of `forward` that does not depend on x, once for each different caption.
 
@@ -144,7 +144,7 @@ class Prior(PriorMixin, ModelMixin, ConfigMixin):
             timestep_key_values.append((keys, values))
         return PriorContext(past, token_mask[groups], timesteps, timestep_key_values, groups)
 
-    @apply_forward_hook
+    @run_like_forward
     def step(self, x: Tensor, t: Tensor, context: PriorContext) -> Tensor:
         """Return the prediction: `forward` from the noisy z_i on, or from the timestep on if it was not prepared."""
         tokens = self.embed_image_tokens(x, t)  # (B, 3, width)
@@ -169,15 +169,18 @@ class Prior(PriorMixin, ModelMixin, ConfigMixin):
         self.mean.copy_(mean)
         self.std.copy_(std.clamp(min=1e-6))
 
+    @run_like_forward
     def null(self, count: int) -> TextEncoding:
         """Return the encoding of the empty caption, `count` times."""
         mask = torch.ones(1, len(self.null_states), dtype=torch.bool, device=self.null_states.device)
         return TextEncoding(self.null_embedding[None], self.null_states[None], mask).repeat(count)
 
+    @run_like_forward
     def scale_image_embeds(self, z_i: Tensor) -> Tensor:
         """Return z_i with zero mean and unit variance in each dimension, as it is denoised."""
         return (z_i - self.mean) / self.std
 
+    @run_like_forward
     def unscale_image_embeds(self, x: Tensor) -> Tensor:
         """Return the z_i of a scaled one, normalised if the CLIP's embeddings have length 1."""
         z_i = x * self.std + self.mean
@@ -228,6 +231,7 @@ class PriorBlock(nn.Module):
         self.mlp = build_feed_forward(width)
         self.dropout = nn.Dropout(dropout)
 
+    @run_like_forward
     def forward(self, x: Tensor, mask: Tensor | PackedSequences, last: bool = False) -> Tensor:
         """Return the output for x: (B, L, width) with a bool mask, or (T, width) with the layout of its sequences.
 
@@ -240,6 +244,7 @@ class PriorBlock(nn.Module):
         x = (x[mask.last_rows] if last else x) + self.dropout(attended)
         return x + self.dropout(self.mlp(self.norm_2(x)))
 
+    @run_like_forward
     def forward_with_key_value(
         self, x: Tensor, mask: Tensor, past: Sequence[KeyValue] = (), last: bool = False
     ) -> tuple[Tensor, KeyValue]:

@@ -10,6 +10,7 @@ from t2i.checks import check_choice
 from t2i.diffusion.condition import TextEncoding
 from t2i.diffusion.denoiser import PriorMixin
 from t2i.networks.linear import Linear
+from t2i.runtime.hooks import run_like_forward
 
 REGRESSION_KINDS = ("linear", "mlp")
 
@@ -26,6 +27,7 @@ class RegressionPrior(PriorMixin, ModelMixin, ConfigMixin):
         clip_fingerprint: of the CLIP in training.
     """
 
+    _no_split_modules = ["Linear"]
     lora_targets = ("layers",)
     needs_scheduler = takes_noise = takes_guidance = False
 
@@ -75,10 +77,12 @@ class RegressionPrior(PriorMixin, ModelMixin, ConfigMixin):
         self.mean.copy_(mean)
         self.std.copy_(std.clamp(min=1e-6))
 
+    @run_like_forward
     def scale_image_embeds(self, z_i: Tensor) -> Tensor:
         """Return z_i with zero mean and unit variance in each dimension."""
         return (z_i - self.mean) / self.std
 
+    @run_like_forward
     def unscale_image_embeds(self, x: Tensor) -> Tensor:
         """Return the normalised z_i of a scaled one."""
         return F.normalize(x * self.std + self.mean, dim=-1)

@@ -5,14 +5,13 @@ import inspect
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 import transformers
 from diffusers import ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
 from t2i.checks import check_choice, check_integer
@@ -25,6 +24,7 @@ from t2i.files.untrusted import CODE_KEYS, bounded_meta_device
 from t2i.networks.encoder import Encoder
 from t2i.networks.linear import use_onednn_linear
 from t2i.networks.tokenizer import TextTokenizer, load_text_tokenizer
+from t2i.runtime.hooks import find_compute_device, run_like_forward
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_TOKENS = 4096  # of a caption
@@ -91,6 +91,9 @@ class TextEncoder(Encoder, ModelMixin):
     """
 
     tokenizer: TextTokenizer
+    # Have layers that are offloaded one by one, in one of these architectures
+    _group_offload_block_modules: ClassVar[list[str]] = ["net", "encoder", "transformer", "text_model"]
+    _skip_layerwise_casting_patterns: ClassVar[list[str]] = [r"\bwo$"]  # T5 reads the dtype of these weights
 
     @register_to_config
     def __init__(
@@ -165,10 +168,10 @@ class TextEncoder(Encoder, ModelMixin):
         if self.config.padded:
             tokens = F.pad(tokens, (0, self.config.context_length - tokens.shape[1]), value=self.tokenizer.pad)
             mask = torch.ones_like(tokens, dtype=torch.bool)
-        tokens, mask = (tensor.to(device or self.device) for tensor in (tokens, mask))
+        tokens, mask = (tensor.to(device or find_compute_device(self)) for tensor in (tokens, mask))
         return TokenStates(self.encode_tokens(tokens, mask), mask)
 
-    @apply_forward_hook
+    @run_like_forward
     def encode_tokens(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """(B, L) int64, (B, L) bool -> (B, L, width): the last layer's states, zero where the mask is False."""
         attended = mask.clone()

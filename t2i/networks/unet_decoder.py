@@ -2,12 +2,11 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
 from t2i.checks import check_integer
@@ -16,6 +15,7 @@ from t2i.diffusion.denoiser import DecoderMixin
 from t2i.networks.decoder import ImageTokensMixin, count_input_channels, resolve_masked_latents
 from t2i.networks.linear import Linear, use_onednn_linear
 from t2i.networks.unet_steps import UNetStepContext, prepare_unet_context, run_unet_step
+from t2i.runtime.hooks import run_like_forward
 
 
 @dataclass
@@ -35,25 +35,27 @@ class UNetDenoiser(DecoderMixin, ModelMixin, ConfigMixin, ABC):
     """
 
     unet: Any
+    _group_offload_block_modules: ClassVar[list[str]] = ["unet"]  # has blocks that are offloaded one by one
     _supports_gradient_checkpointing = True  # in diffusers' blocks
 
     @abstractmethod
     def build_unet_context(self, condition: ImageCondition) -> UNetDenoiserContext:
         """Return a condition with a row for each image as the U-Net's `forward` takes it."""
 
+    @run_like_forward
     def forward(self, x: Tensor, t: Tensor, condition: ImageCondition) -> Tensor:
         """x: (B, C, H, W) noisy latents; t: (B,) timesteps -> (B, C, H, W); (B, 2C, H, W) with a learned variance."""
         # Here each layer computes its keys and values as it runs: under FSDP it has its weights only then.
         return self.step(x, t, self.build_unet_context(condition.expand()))
 
-    @apply_forward_hook
+    @run_like_forward
     def prepare(self, condition: ImageCondition) -> UNetDenoiserContext:
         context = self.build_unet_context(condition.expand())
         unique = condition.find_unique_rows()
         context.step_context = prepare_unet_context(self.unet, **context.arguments, unique_rows=unique)
         return context
 
-    @apply_forward_hook
+    @run_like_forward
     def step(self, x: Tensor, t: Tensor, context: UNetDenoiserContext) -> Tensor:
         if context.masked_latents is not None:
             x = torch.cat([x, context.masked_latents], dim=1)
@@ -73,6 +75,7 @@ class UNetDecoder(ImageTokensMixin, UNetDenoiser, ModelMixin):
     The other arguments are those of `Decoder`.
     """
 
+    _group_offload_block_modules = ["net"]
     _no_split_modules = ["BasicTransformerBlock", "ResnetBlock2D"]  # FSDP shards each as a unit
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from t2i.networks.layers import KeyValue, split_attention_heads
 from t2i.runtime import fast_paths
+from t2i.runtime.hooks import list_hooks
 
 SUPPORTED_BLOCKS = (
     *(blocks.DownBlock2D, blocks.CrossAttnDownBlock2D),
@@ -47,6 +48,10 @@ SUPPORTED_SETTINGS: dict[str, tuple[Any, ...]] = {  # of a U-Net's configuration
     "addition_embed_type": (None, "image", "text_image", "image_hint"),
     "encoder_hid_dim_type": (None, "text_proj", "image_proj", "text_image_proj"),
 }
+UNCALLED = (  # modules that are written out here, so that hooks around their calls would not run
+    *(UNet2DConditionModel, UNet2DModel, *SUPPORTED_BLOCKS),
+    *(ResnetBlock2D, Transformer2DModel, BasicTransformerBlock, Attention),
+)
 FREE_U_ATTRIBUTES = ("s1", "s2", "b1", "b2")  # that diffusers' FreeU sets in a block
 PRIVATE_OPERATORS = ("_reorder_convolution_weight", "_convolution_pointwise", "_is_mkldnn_bf16_supported")
 HAS_PACKED_CONVOLUTION = torch.backends.mkldnn.is_available() and all(
@@ -281,7 +286,8 @@ def convolve(layer: nn.Module, x: Tensor, context: UNetStepContext) -> Tensor:
     if context.packed_weights is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return layer(x)  # packed weights have no gradient, and a compiler packs by itself
     plain = type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-    if not plain or layer._forward_hooks or layer._forward_pre_hooks:  # hooks run only in a call of the layer
+    # Hooks run only in a call of the layer
+    if not plain or layer._forward_hooks or layer._forward_pre_hooks or list_hooks(layer):
         return layer(x)
     geometry = (layer.padding, layer.stride, layer.dilation, layer.groups)
     packed = context.packed_weights.get(layer)
@@ -318,7 +324,7 @@ def can_pack_weights(unet: nn.Module, like: Tensor) -> bool:
         return False
     convolutions = [layer for layer in unet.modules() if isinstance(layer, nn.Conv2d)]
     fitting = all(layer.weight.device.type == "cpu" and layer.weight.dtype == like.dtype for layer in convolutions)
-    return fitting and not any(hasattr(layer, "_hf_hook") for layer in convolutions)  # accelerate's hooks move weights
+    return fitting and not any(list_hooks(layer) for layer in convolutions)  # hooks move weights
 
 
 # What is supported
@@ -329,6 +335,8 @@ def is_supported_unet(unet: UNet2DConditionModel | UNet2DModel) -> bool:
     if not fast_paths.enabled:
         return False
     if any(unet.config.get(key, allowed[0]) not in allowed for key, allowed in SUPPORTED_SETTINGS.items()):
+        return False
+    if any(isinstance(layer, UNCALLED) and list_hooks(layer) for layer in unet.modules()):
         return False
     parts = [*unet.down_blocks, *([] if unet.mid_block is None else [unet.mid_block]), *unet.up_blocks]
     for part in parts:

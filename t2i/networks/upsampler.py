@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin, UNet2DModel
 from diffusers.configuration_utils import register_to_config
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from t2i.checks import check_choice, check_integer, check_range
@@ -19,6 +18,7 @@ from t2i.diffusion.condition import Condition
 from t2i.errors import InputError
 from t2i.networks.layers import TimeEmbedding, split_into_patches
 from t2i.networks.linear import use_onednn_linear
+from t2i.runtime.hooks import find_compute_device, run_like_forward
 
 UPSAMPLING_FACTORS = (2, 4)
 
@@ -61,6 +61,7 @@ class Upsampler(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True  # in diffusers' blocks
+    _group_offload_block_modules = ["net"]  # has blocks that are offloaded one by one
     _no_split_modules = ["ResnetBlock2D"]  # FSDP shards each as a unit
 
     @register_to_config
@@ -84,6 +85,7 @@ class Upsampler(ModelMixin, ConfigMixin):
         # Both images enter; the embedding of level and z_i takes the place of a class.
         fixed = {"in_channels": 2 * channels, "out_channels": channels, "class_embed_type": "identity"}
         self.net = use_onednn_linear(UNet2DModel(**{"add_attention": False, **unet, **fixed}))
+        self.net._no_split_modules = self._no_split_modules  # diffusers has none, and asks for them
         nn.init.zeros_(self.net.conv_out.weight)  # so with `adds_detail` training starts from the resized image
         nn.init.zeros_(self.net.conv_out.bias)
         width = self.net.config.block_out_channels[0]
@@ -95,11 +97,12 @@ class Upsampler(ModelMixin, ConfigMixin):
         """The number that must divide the sides of an image, in pixels of the high resolution."""
         return self.config.patch_size * 2 ** (len(self.net.config.block_out_channels) - 1)
 
+    @run_like_forward
     def forward(self, x: Tensor, t: Tensor, condition: LowResolution) -> Tensor:
         """x: (B, 3, H, W) noisy images; t: (B,) timesteps -> the prediction, (B, 3, H, W)."""
         return self.step(x, t, self.prepare(condition))
 
-    @apply_forward_hook
+    @run_like_forward
     def prepare(self, condition: LowResolution) -> UpsamplerContext:
         if (condition.embedding is None) != (self.from_image is None):
             takes, got = ("no z_i", "with") if self.from_image is None else ("z_i", "without")
@@ -109,7 +112,7 @@ class Upsampler(ModelMixin, ConfigMixin):
             embedding = embedding + self.from_image(condition.embedding * self.config.embed_dim**0.5)
         return UpsamplerContext(enlarge_low_resolution(condition.low, self.config.factor), embedding)
 
-    @apply_forward_hook
+    @run_like_forward
     def step(self, x: Tensor, t: Tensor, context: UpsamplerContext) -> Tensor:
         if x.shape != context.low.shape:
             size, expected = ("x".join(map(str, tensor.shape[-2:])) for tensor in (x, context.low))
@@ -125,7 +128,7 @@ class Upsampler(ModelMixin, ConfigMixin):
     def null(self, count: int) -> LowResolution:
         """Return images at noise level 1, where nothing is left of them, in the size of training."""
         side, dim = self.config.low_size, self.config.embed_dim
-        options: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
+        options: dict[str, Any] = {"device": find_compute_device(self), "dtype": self.dtype}
         embedding = None if dim is None else torch.zeros(count, dim, **options)
         return LowResolution(torch.zeros(count, 3, side, side, **options), torch.ones(count, **options), embedding)
 
@@ -147,4 +150,6 @@ def reduce_to_low_resolution(picture: Tensor, factor: int) -> Tensor:
     if height % factor or width % factor:
         raise InputError(f"the picture's sides must be multiples of the factor {factor}, got {width} x {height}")
     size = (height // factor, width // factor)
-    return F.interpolate(picture, size=size, mode="bicubic", antialias=True).clamp(-1, 1)
+    # In fp32: there is no such kernel in half precision on processors.
+    reduced = F.interpolate(picture.float(), size=size, mode="bicubic", antialias=True)
+    return reduced.clamp(-1, 1).to(picture.dtype)

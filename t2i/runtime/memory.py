@@ -18,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from t2i.runtime.hooks import list_hooks
+
 # An automatic batch size leaves room for this many times the count: allocators keep part of what is freed.
 MEMORY_MARGIN = 2.0
 # The last line is oneDNN's. Its error about a primitive's descriptor means shapes or dtypes that it does not support.
@@ -125,7 +127,7 @@ def copy_to_meta(model: nn.Module) -> nn.Module:
 
     Raises ValueError if the weights move between devices.
     """
-    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+    if any(list_hooks(module) for module in model.modules()):
         raise ValueError("its weights move between devices")
     # deepcopy takes what its memo holds for an object instead of a copy: so no weights are copied.
     memo: dict[int, Any] = {}

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, DDPMScheduler, ModelMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Generator, Tensor, nn
 
 from t2i.checks import check_integer
@@ -16,9 +15,10 @@ from t2i.diffusion.ddim import ExactDDIMScheduler
 from t2i.diffusion.denoiser import DecoderMixin
 from t2i.diffusion.sampling_loop import MAX_STEPS, Sampling, generate_noise, sample_from_noise
 from t2i.errors import InputError
-from t2i.networks.dalle2.layers import build_null_embeds
 from t2i.networks.dalle2.unet import Unet
+from t2i.networks.decoder import build_null_embeds
 from t2i.networks.upsampler import reduce_to_low_resolution
+from t2i.runtime.hooks import run_like_forward
 
 
 @dataclass
@@ -71,11 +71,12 @@ class DALLE2Decoder(DecoderMixin, ModelMixin, ConfigMixin):
     def states_width(self) -> int | None:
         return self.config.text_width
 
+    @run_like_forward
     def forward(self, x: Tensor, t: Tensor, condition: ImageCondition) -> Tensor:
         """x: (B, C, H, W) noisy images; t: (B,) timesteps -> (B, C, H, W); (B, 2C, H, W) with a learned variance."""
         return self.step(x, t, self.prepare(condition))
 
-    @apply_forward_hook
+    @run_like_forward
     def prepare(self, condition: ImageCondition) -> DALLE2DecoderContext:
         condition, text = condition.expand(), None
         # A zero z_i is the null: no embedding of an image is zero.
@@ -86,13 +87,13 @@ class DALLE2Decoder(DecoderMixin, ModelMixin, ConfigMixin):
             text = self.net.embed_text_condition(condition.text.states, condition.text.mask)
         return DALLE2DecoderContext(hiddens, image, text)
 
-    @apply_forward_hook
+    @run_like_forward
     def step(self, x: Tensor, t: Tensor, context: DALLE2DecoderContext) -> Tensor:
         return self.net(x, t, context.hiddens, context.image, context.text)
 
     def null(self, count: int) -> ImageCondition:
         """Return the zero z_i, and a caption of no tokens if the decoder reads captions."""
-        z_i, text = build_null_embeds(self, 1), None
+        z_i, text = build_null_embeds(self), None
         if self.config.text_width is not None:
             states = z_i.new_zeros(1, 1, self.config.text_width)
             text = TokenStates(states, torch.zeros(1, 1, dtype=torch.bool, device=z_i.device))
@@ -183,7 +184,7 @@ class DALLE2Cascade(ModelMixin, ConfigMixin):
         """Enlarge images, (B, 3, h, w), to (B, 3, factor h, factor w); each pixel becomes a square."""
         return F.interpolate(latents, scale_factor=self.factor, mode="nearest")
 
-    @apply_forward_hook
+    @run_like_forward
     @torch.no_grad()
     def draw_images(self, latents: Tensor, sampling: Sampling) -> Tensor:
         """Enlarge small images, (N, 3, h, w), to (N, 3, factor h, factor w) in [-1, 1], fp32, on their device.

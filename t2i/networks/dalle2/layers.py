@@ -1,13 +1,11 @@
 """Layers that DALLE2-pytorch's prior and U-Net share. The files fix the names and shapes of the tensors."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from t2i.networks.linear import Linear
+from t2i.runtime.hooks import run_like_forward
 
 KeyValue = tuple[Tensor, Tensor]  # each (B, 1, L, head_width): one head for all heads of the queries
 
@@ -56,12 +54,12 @@ class Attention(nn.Module):
         self.to_kv = Linear(width, 2 * head_width, bias=False)
         self.to_out = nn.Sequential(Linear(heads * head_width, width, bias=False), Norm(width))
 
+    @run_like_forward
     def forward(self, x: Tensor) -> Tensor:
         """Attend from every token to every token: (B, L, width) -> (B, L, width)."""
         return self.forward_with_key_value(x)[0]
 
-    # Offloading brings the weights when `forward` is called, and here it is not.
-    @apply_forward_hook
+    @run_like_forward
     def forward_with_key_value(
         self, x: Tensor, bias: Tensor | None = None, past: KeyValue | None = None
     ) -> tuple[Tensor, KeyValue]:
@@ -105,9 +103,3 @@ def embed_timesteps(t: Tensor, width: int) -> Tensor:
     frequencies = 10_000 ** (-torch.arange(half, device=t.device, dtype=torch.float32) / (half - 1))
     angles = t[:, None].float() * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
-
-
-def build_null_embeds(model: Any, count: int) -> Tensor:
-    """Return null embeddings: zeros, (count, D), on the model's device; on the CPU if that is "meta"."""
-    device = torch.device("cpu") if model.device.type == "meta" else model.device
-    return torch.zeros(count, model.config.embed_dim, device=device, dtype=model.dtype)

@@ -12,14 +12,15 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from t2i.checks import check_integer
 from t2i.diffusion.condition import TextEncoding
 from t2i.diffusion.denoiser import PriorMixin
-from t2i.networks.dalle2.layers import OLD_BIAS_SCALE, Attention, KeyValue, Norm, build_null_embeds, embed_timesteps
+from t2i.networks.dalle2.layers import OLD_BIAS_SCALE, Attention, KeyValue, Norm, embed_timesteps
+from t2i.networks.decoder import build_null_embeds
 from t2i.networks.linear import Linear
+from t2i.runtime.hooks import run_like_forward
 
 POSITION_BUCKETS, MAX_POSITION_DISTANCE = 32, 128  # of the relative positions
 
@@ -97,11 +98,12 @@ class DALLE2Prior(PriorMixin, ModelMixin, ConfigMixin):
     def default_guidance_scale(self) -> float:
         return self.config.usual_guidance
 
+    @run_like_forward
     def forward(self, x: Tensor, t: Tensor, text: TextEncoding) -> Tensor:
         """Predict from noisy scaled z_i, x: (B, D), at timesteps t: (B,). Returns (B, D)."""
         return self.step(x, t, self.prepare(text))
 
-    @apply_forward_hook
+    @run_like_forward
     def prepare(self, text: TextEncoding) -> DALLE2PriorContext:
         text, length = text.expand(), self.config.context_length
         # A zero z_t is the null: no embedding of a caption is zero.
@@ -112,7 +114,7 @@ class DALLE2Prior(PriorMixin, ModelMixin, ConfigMixin):
         _, past = self.net.causal_transformer(self.net.build_caption_tokens(text.embedding, states, mask, dropped))
         return DALLE2PriorContext(past, dropped)
 
-    @apply_forward_hook
+    @run_like_forward
     def step(self, x: Tensor, t: Tensor, context: DALLE2PriorContext) -> Tensor:
         """Run the rest of the sequence: timestep, noisy z_i and query."""
         tokens = self.net.build_image_tokens(x, t, context.dropped)
@@ -122,7 +124,7 @@ class DALLE2Prior(PriorMixin, ModelMixin, ConfigMixin):
 
     def null(self, count: int) -> TextEncoding:
         """Return the zero z_t, and a caption of no tokens."""
-        z_t = build_null_embeds(self, 1)
+        z_t = build_null_embeds(self)
         states = z_t[:, None]
         mask = torch.zeros(states.shape[:2], dtype=torch.bool, device=z_t.device)
         return TextEncoding(z_t, states, mask).repeat(count)
@@ -161,7 +163,7 @@ class PriorNetwork(nn.Module):
         else:
             self.null_text_embed = nn.Parameter(torch.randn(1, length, width))
 
-    @apply_forward_hook
+    @run_like_forward
     def build_caption_tokens(self, z_t: Tensor, states: Tensor, mask: Tensor, dropped: Tensor) -> Tensor:
         """Return the caption with learned padding, then z_t: (B, L + text_tokens, D).
 
@@ -174,7 +176,7 @@ class PriorNetwork(nn.Module):
             z_t = torch.where(dropped[:, None, None], self.null_text_embeds.to(z_t.dtype), z_t)
         return torch.cat([caption, z_t], dim=1)
 
-    @apply_forward_hook
+    @run_like_forward
     def build_image_tokens(self, x: Tensor, t: Tensor, dropped: Tensor) -> Tensor:
         """Return the tokens of the timestep, the noisy z_i and the query: (B, time_tokens + image_tokens + 1, D)."""
         is_table = isinstance(self.to_time_embeds[0], nn.Embedding)

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from t2i.checks import check_integer
@@ -20,6 +19,7 @@ from t2i.networks.dalle2.blocks import (
 )
 from t2i.networks.dalle2.layers import Attention, embed_timesteps
 from t2i.networks.linear import Linear
+from t2i.runtime.hooks import run_like_forward
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ class Unet(nn.Module):
             return PixelShuffleUpsample(width, out)
         return nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(width, out, 3, padding=1))
 
-    @apply_forward_hook
+    @run_like_forward
     def embed_image_condition(self, z_i: Tensor, dropped: Tensor) -> tuple[Tensor | None, Tensor]:
         """Return a vector to add to the time's, (B, 4 dim), and tokens, (B, num_image_tokens, cond_dim).
 
@@ -216,7 +216,7 @@ class Unet(nn.Module):
         hiddens = self.to_image_hiddens(z_i)
         return torch.where(dropped[:, None], self.null_image_hiddens.to(hiddens.dtype), hiddens), tokens
 
-    @apply_forward_hook
+    @run_like_forward
     def embed_text_condition(self, states: Tensor, mask: Tensor) -> Tensor:
         """Return tokens, (B, max_text_len, cond_dim), of a caption's states, (B, L, W), and their mask, (B, L), bool.
 

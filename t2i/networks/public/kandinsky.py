@@ -18,6 +18,7 @@ from t2i.files.component import Component, load_from_components
 from t2i.networks.decoder import resolve_masked_latents
 from t2i.networks.linear import use_onednn_linear
 from t2i.networks.unet_decoder import UNetDenoiser, UNetDenoiserContext
+from t2i.runtime.hooks import run_like_forward
 
 VERSIONS_BY_CONDITION = {  # by a U-Net's addition_embed_type and encoder_hid_dim_type
     ("image", "image_proj"): "2.2",
@@ -26,6 +27,7 @@ VERSIONS_BY_CONDITION = {  # by a U-Net's addition_embed_type and encoder_hid_di
 }
 # The control image is reduced to channels of the size of the latents (diffusers' ImageHintTimeEmbedding).
 CONTROL_FACTOR, CONTROL_CHANNELS = 8, 4
+DEFAULT_LATENT_SIZE = 64  # where a U-Net has no sample_size: of the reference's default pictures, 512 x 512
 CAPTION_LENGTH = 77  # tokens that 2.1 attends to, whatever the caption's length
 NULL_BUFFERS = ("null_embedding", "null_states", "null_pooled")
 
@@ -45,6 +47,7 @@ class KandinskyDecoder(UNetDenoiser, ModelMixin):
 
     default_guidance_scale, default_steps = 4.0, 100  # of the reference's pipelines
     _no_split_modules = ["ResnetBlock2D", "SimpleCrossAttnDownBlock2D", "SimpleCrossAttnUpBlock2D"]
+    _skip_layerwise_casting_patterns = [r"encoder_hid_proj\.image_embeds$"]  # diffusers reads the dtype of its weights
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj")
 
     @register_to_config
@@ -115,6 +118,7 @@ class KandinskyDecoder(UNetDenoiser, ModelMixin):
             kept = torch.cat([kept[:, :-1], 1 - kept[:, -1:]], dim=1)
         return UNetDenoiserContext({"encoder_hidden_states": states, "added_cond_kwargs": added}, kept)
 
+    @run_like_forward
     def null(self, count: int) -> ImageCondition:
         """Return the zero image's embedding and, for 2.1, the empty caption."""
         text = None
@@ -141,7 +145,8 @@ def derive_kandinsky_config(unet: dict[str, Any]) -> dict[str, Any]:
     width, outer = unet.get("cross_attention_dim", 1280), unet.get("encoder_hid_dim")
     check_integer("cross_attention_dim", width, 1, 100_000)
     check_integer("encoder_hid_dim", outer, 1, 100_000)
-    check_integer("sample_size", unet.get("sample_size"), 1, 1024)  # no tensor has this size
+    size = DEFAULT_LATENT_SIZE if unet.get("sample_size") is None else unet["sample_size"]
+    check_integer("sample_size", size, 1, 1024)  # no tensor has this size
     # Channels: twice as many out with a learned variance, and one more than twice in with masks
     given, predicted, controlled = unet.get("in_channels", 4), unet.get("out_channels", 4), kinds[0] == "image_hint"
     read = given - CONTROL_CHANNELS if controlled else given
@@ -155,7 +160,7 @@ def derive_kandinsky_config(unet: dict[str, Any]) -> dict[str, Any]:
     return {
         "embed_dim": width if captions else outer,
         "latent_channels": channels,
-        "latent_size": unet["sample_size"],
+        "latent_size": size,
         "learned_variance": predicted == 2 * channels,
         "reads_masks": read != channels,
         "text_width": outer if captions else None,

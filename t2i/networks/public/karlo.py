@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from t2i.checks import check_choice, check_integer
@@ -20,6 +19,7 @@ from t2i.errors import InputError
 from t2i.files.component import Component, load_from_components, to_json_types
 from t2i.networks.linear import Linear, use_onednn_linear
 from t2i.networks.unet_decoder import UNetDenoiser, UNetDenoiserContext
+from t2i.runtime.hooks import run_like_forward
 
 # Settings of the U-Net that follow from the other arguments of a KarloDecoder.
 DERIVED_UNET_KEYS = ("sample_size", "in_channels", "out_channels", "cross_attention_dim", "class_embed_type")
@@ -50,7 +50,7 @@ class TextProjection(nn.Module):
             {"encoder_hidden_states": tokens, "class_labels": time, "encoder_attention_mask": mask}
         )
 
-    @apply_forward_hook
+    @run_like_forward
     def null(self, count: int) -> Tensor:
         """Return the learned z_i of no image, (count, D)."""
         return self.learned_classifier_free_guidance_embeddings.expand(count, -1)
@@ -147,6 +147,7 @@ class KarloDecoder(UNetDenoiser, ModelMixin):
             context = replace(context, arguments=pad_caption_tokens(context.arguments, areas))
         return super().step(x, t, context)
 
+    @run_like_forward
     def null(self, count: int) -> ImageCondition:
         """Return the learned z_i of no image, and the empty caption."""
         mask = torch.ones(1, len(self.null_states), dtype=torch.bool, device=self.null_states.device)

@@ -8,12 +8,12 @@ from typing import Any, Self
 import torch
 from diffusers import ConfigMixin, ModelMixin, VQModel
 from diffusers.configuration_utils import register_to_config
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
 from t2i.errors import InputError
 from t2i.files.component import Component, load_from_components
 from t2i.networks.linear import use_onednn_linear
+from t2i.runtime.hooks import run_like_forward
 
 # Names of an attention's layers in files of diffusers before 0.17.
 OLD_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -36,6 +36,7 @@ class MoVQ(ModelMixin, ConfigMixin):
             raise InputError(f"in_channels and out_channels of a MoVQ must be 3, got {channels[0]} and {channels[1]}")
         # from_config ignores settings of older versions of diffusers.
         self.coder = use_onednn_linear(VQModel.from_config(dict(vq)))
+        self.coder._no_split_modules = self._no_split_modules  # diffusers has none, and asks for them
 
     @classmethod
     def from_component(cls, part: Component, dtype: torch.dtype | None = None) -> Self:
@@ -52,16 +53,17 @@ class MoVQ(ModelMixin, ConfigMixin):
         """Pixels per latent, along a side."""
         return 2 ** (len(self.coder.config.block_out_channels) - 1)
 
+    @run_like_forward
     def forward(self, image: Tensor) -> Tensor:
         """Reconstruct images, (B, 3, H, W) in [-1, 1]."""
         return self.decode(self.encode(image))
 
-    @apply_forward_hook
+    @run_like_forward
     def encode(self, image: Tensor) -> Tensor:
         """Encode images, (B, 3, H, W) in [-1, 1], to latents, (B, C, H / factor, W / factor)."""
         return self.coder.encode(image).latents
 
-    @apply_forward_hook
+    @run_like_forward
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents to images, whose values may leave [-1, 1] a little."""
         return self.coder.decode(latents, force_not_quantize=True).sample

@@ -1,13 +1,12 @@
 """The text encoder of Kandinsky 2.1: an XLM-RoBERTa with a projection into CLIP's space (Carlsson et al. 2022)."""
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import transformers
 from diffusers import ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -20,6 +19,7 @@ from t2i.networks.encoder import Encoder
 from t2i.networks.linear import Linear, use_onednn_linear
 from t2i.networks.text_encoder import ENCODER_SETTINGS, check_encoder_settings
 from t2i.networks.tokenizer import TextTokenizer, load_text_tokenizer
+from t2i.runtime.hooks import find_compute_device, run_like_forward
 
 CAPTION_LENGTH = 77  # tokens, which the decoder attends to with their padding
 UNUSED_TENSORS = ("transformer.embeddings.position_ids", "transformer.embeddings.token_type_ids")  # in older files
@@ -36,6 +36,7 @@ class MultilingualCLIP(Encoder, ModelMixin):
     """
 
     tokenizer: TextTokenizer
+    _group_offload_block_modules: ClassVar[list[str]] = ["transformer", "encoder"]  # have layers, offloaded one by one
 
     @register_to_config
     def __init__(
@@ -90,14 +91,14 @@ class MultilingualCLIP(Encoder, ModelMixin):
 
         The mask is True everywhere. device: where the encoder computes, if its weights are elsewhere now (offloading).
         """
-        tokens, mask = (tensor.to(device or self.device) for tensor in self.tokenizer(texts))
+        tokens, mask = (tensor.to(device or find_compute_device(self)) for tensor in self.tokenizer(texts))
         missing = (0, self.config.context_length - tokens.shape[1])
         tokens, mask = pad(tokens, missing, value=self.tokenizer.pad), pad(mask, missing)
         # The transformer masks the padding; only its states are read.
         states, pooled = self.encode_tokens(tokens, mask)
         return TokenStates(states, torch.ones_like(states[..., 0], dtype=torch.bool), pooled)
 
-    @apply_forward_hook
+    @run_like_forward
     def encode_tokens(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """(B, L) int64, (B, L) bool -> states, (B, L, width), and the projected mean of unpadded states, (B, D)."""
         states = self.transformer(input_ids=tokens, attention_mask=mask.long()).last_hidden_state

@@ -11,7 +11,6 @@ import torch
 from diffusers import DDPMScheduler, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import get_timestep_embedding
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from tokenizers.processors import RobertaProcessing
 from torch import Tensor, nn
 
@@ -27,6 +26,7 @@ from t2i.networks.public.movq import rename_attention_tensor
 from t2i.networks.text_encoder import TextEncoder, parse_encoder_settings
 from t2i.networks.tokenizer import TextTokenizer
 from t2i.networks.unet_decoder import UNetDenoiser, UNetDenoiserContext
+from t2i.runtime.hooks import run_like_forward
 
 
 class EmbedNormalizer(nn.Module):
@@ -36,6 +36,11 @@ class EmbedNormalizer(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(1, embed_dim))  # buffers, because training keeps them
         self.register_buffer("std", torch.ones(1, embed_dim))
+
+    @run_like_forward
+    def get_statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean and the deviation, (1, D), with the device and dtype of `like`."""
+        return self.mean.to(like, copy=True), self.std.to(like, copy=True)
 
 
 class StableUnCLIPDecoder(UNetDenoiser, ModelMixin):
@@ -117,14 +122,14 @@ class StableUnCLIPDecoder(UNetDenoiser, ModelMixin):
         """Number of levels that `noise_image_embeds` takes, from 0 on."""
         return self.config.noising.get("num_train_timesteps", 1000)
 
-    @apply_forward_hook
+    @run_like_forward
     def noise_image_embeds(self, z_i: Tensor, noise: Tensor | None = None, level: int = 0) -> Tensor:
         """Return the input of the U-Net for z_i, (B, D) -> (B, 2D): z_i noised to a level, and the level.
 
         noise: (B, D), of unit variance; None is none. Zero, the null, is returned as zero.
         """
         levels = torch.full((len(z_i),), level, device=z_i.device)
-        mean, std = self.normalizer.mean.to(z_i), self.normalizer.std.to(z_i)
+        mean, std = self.normalizer.get_statistics(z_i)
         noise = torch.zeros_like(z_i) if noise is None else noise.to(z_i)
         schedule = DDPMScheduler.from_config(self.config.noising)
         noisy = schedule.add_noise((z_i - mean) / std, noise, levels) * std + mean
@@ -138,6 +143,7 @@ class StableUnCLIPDecoder(UNetDenoiser, ModelMixin):
         states = condition.text.states
         return UNetDenoiserContext({"encoder_hidden_states": states, "class_labels": condition.embedding})
 
+    @run_like_forward
     def null(self, count: int) -> ImageCondition:
         """Return the zero embedding without a level, and the encoding of the empty caption."""
         z_i, states = self.null_states.new_zeros(1, 2 * self.config.embed_dim), self.null_states[None]

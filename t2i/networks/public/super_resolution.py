@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin, SchedulerMixin, UNet2DModel
 from diffusers.configuration_utils import register_to_config
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
 from t2i.checks import check_integer
@@ -20,6 +19,7 @@ from t2i.files.component import Component, load_from_components, to_json_types
 from t2i.networks.linear import use_onednn_linear
 from t2i.networks.unet_steps import prepare_unconditional_context, run_unet_step
 from t2i.networks.upsampler import reduce_to_low_resolution
+from t2i.runtime.hooks import run_like_forward
 
 
 class SuperResolution(ModelMixin, ConfigMixin):
@@ -34,6 +34,7 @@ class SuperResolution(ModelMixin, ConfigMixin):
     """
 
     default_steps = 7
+    _group_offload_block_modules = ["super_res_first", "super_res_last"]  # have blocks that are offloaded one by one
     is_cascade = True  # `draw_images` is a diffusion of its own
 
     @register_to_config
@@ -81,7 +82,7 @@ class SuperResolution(ModelMixin, ConfigMixin):
         # Karlo sets `antialias`, which changes the kernel even here, where nothing shrinks.
         return F.interpolate(latents.float(), size=size, mode="bicubic", antialias=True).to(latents.dtype)
 
-    @apply_forward_hook
+    @run_like_forward
     @torch.no_grad()
     def draw_images(self, latents: Tensor, sampling: Sampling) -> Tensor:
         """Enlarge small images, (N, 3, h, w), to (N, 3, factor h, factor w) in [-1, 1], fp32, on their device.

@@ -7,14 +7,13 @@ import inspect
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 import transformers
 from diffusers import ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize
@@ -28,6 +27,7 @@ from t2i.files.untrusted import check_folder_files, read_config
 from t2i.networks.encoder import Encoder
 from t2i.networks.linear import use_onednn_linear
 from t2i.networks.public.clip_tokenizer import CLIPTokenizer
+from t2i.runtime.hooks import find_compute_device, run_like_forward
 
 SIZE_KEYS = ("hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers", "num_attention_heads")
 SHARED_KEYS = (*SIZE_KEYS, "hidden_act", "layer_norm_eps")
@@ -64,6 +64,10 @@ class TransformersCLIP(Encoder, ModelMixin):
 
     hub_files = ["*.json", "*.txt", "*.safetensors"]
     unit_length = False
+    # Have layers that are offloaded one by one
+    _group_offload_block_modules: ClassVar[list[str]] = [
+        *("text_encoder", "text_model", "image_encoder", "vision_model", "encoder"),
+    ]
     loaded_tokenizer: CLIPTokenizer | None = None
 
     @register_to_config
@@ -97,7 +101,9 @@ class TransformersCLIP(Encoder, ModelMixin):
             raise InputError(f"the text encoder's embeddings have {dims}; they are not of one CLIP")
         if text:
             check_integer("context_length", context_length, 3, text["max_position_embeddings"])
-        preprocess = build_default_preprocess(224) if preprocess is None else preprocess
+        if preprocess is None:
+            preprocess = build_default_preprocess(224 if vision is None else vision["image_size"])
+            self.register_to_config(preprocess=preprocess)
         self.register_buffer("mean", torch.tensor(preprocess["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(preprocess["std"]).view(3, 1, 1), persistent=False)
 
@@ -180,8 +186,13 @@ class TransformersCLIP(Encoder, ModelMixin):
     @property
     def tokenizer(self) -> CLIPTokenizer:
         self.check_text_encoder()
-        assert self.loaded_tokenizer is not None, "it is loaded with the text encoder"
+        if self.loaded_tokenizer is None:
+            raise InputError("this CLIP has no tokenizer; assign one to `loaded_tokenizer`, or load a model")
         return self.loaded_tokenizer
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return self.loaded_tokenizer is not None or self.text_encoder is None
 
     @property
     def size(self) -> int:
@@ -215,21 +226,23 @@ class TransformersCLIP(Encoder, ModelMixin):
         elif end != expected:
             raise InputError(f"the tokenizer's end token is {end}, the text encoder takes {expected}")
 
+    @run_like_forward
     def forward(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, TextEncoding]:
         """Encode images and captions: z_i, (B, D), and a TextEncoding."""
         return self.encode_image(image), self.encode_tokens(tokens)
 
-    @apply_forward_hook
+    @run_like_forward
     def encode_image(self, image: Tensor) -> Tensor:
         """Encode images, (B, 3, H, W) in [-1, 1], to z_i, (B, D), of any length."""
         return self.image_encoder(pixel_values=self.preprocess(image)).image_embeds
 
-    @apply_forward_hook
+    @run_like_forward
     def encode_zero_image(self) -> Tensor:
         """Return the embedding of pixel values of zero, (1, D): "no image" for Kandinsky's decoders."""
-        zeros = torch.zeros(1, 3, self.size, self.size, device=self.device, dtype=self.dtype)
+        zeros = torch.zeros(1, 3, self.size, self.size, device=find_compute_device(self), dtype=self.dtype)
         return self.image_encoder(pixel_values=zeros).image_embeds
 
+    @run_like_forward
     def preprocess(self, image: Tensor) -> Tensor:
         """Preprocess images, (B, 3, H, W) in [-1, 1], to (B, 3, size, size), as CLIPImageProcessor does.
 
@@ -250,9 +263,9 @@ class TransformersCLIP(Encoder, ModelMixin):
         return ((image - self.mean) / self.std).to(self.dtype)
 
     def encode_text(self, texts: list[str]) -> TextEncoding:
-        return self.encode_tokens(self.tokenizer(texts).to(self.device))
+        return self.encode_tokens(self.tokenizer(texts).to(find_compute_device(self)))
 
-    @apply_forward_hook
+    @run_like_forward
     def encode_tokens(self, tokens: Tensor) -> TextEncoding:
         """Encode tokens, (B, context_length), int64, to z_t of any length and a state per token."""
         # The tower is causal, so tokens after the end of the longest caption change nothing before it.

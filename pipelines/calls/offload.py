@@ -1,0 +1,39 @@
+"""Offloading of a pipeline's components to a disk."""
+
+from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
+from typing import Any
+from weakref import finalize
+
+from diffusers import DiffusionPipeline
+from torch.nn import Module
+
+
+class DiskOffloading(DiffusionPipeline):
+    """A pipeline whose components are offloaded to folders of their own."""
+
+    def enable_group_offload(
+        self,
+        onload_device: Any,
+        *args: Any,
+        offload_to_disk_path: str | None = None,
+        exclude_modules: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Offload groups of layers, as diffusers does; on a disk each component has a new folder of its own.
+
+        diffusers names the files by the layers alone, and loads those that are there: another component's.
+        """
+        if offload_to_disk_path is None:
+            return super().enable_group_offload(onload_device, *args, exclude_modules=exclude_modules, **kwargs)
+        excluded = [exclude_modules] if isinstance(exclude_modules, str) else list(exclude_modules or ())
+        models = {name: part for name, part in self.components.items() if isinstance(part, Module)}
+        Path(offload_to_disk_path).mkdir(parents=True, exist_ok=True)
+        for name, model in models.items():
+            if name in excluded:
+                model.to(onload_device)
+                continue
+            folder = mkdtemp(prefix=f"{name}-", dir=offload_to_disk_path)
+            finalize(model, rmtree, folder, ignore_errors=True)  # other pipelines may share the model
+            model.enable_group_offload(onload_device, *args, offload_to_disk_path=folder, **kwargs)

@@ -1,0 +1,128 @@
+"""Every family of models under every way to offload or cast its weights: the same pictures as without.
+
+The device is the CPU. tests/networks/test_model_offload.py checks each model, method by method.
+"""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload
+
+from t2i import ImageVariationPipeline, Text2ImagePipeline
+from tests.helpers.dalle2_folders import dalle2
+from tests.helpers.kandinsky_folders import kandinsky_21_combined, kandinsky_22_combined
+from tests.helpers.karlo_folders import karlo
+from tests.helpers.stable_unclip_folders import stable_unclip
+from tests.networks.test_model_offload import waiting_weights_are_nan
+
+__all__ = ["waiting_weights_are_nan"]  # a fixture
+CPU = torch.device("cpu")
+FOLDERS: dict[str, Callable[[], Path]] = {
+    "karlo": karlo,
+    "kandinsky 2.1": kandinsky_21_combined,
+    "kandinsky 2.2": kandinsky_22_combined,
+    "stable unclip": stable_unclip,
+    "dalle2": dalle2,
+}
+FAMILIES = ["own", *FOLDERS]
+
+
+@pytest.fixture(scope="module")
+def families(pipeline_folder: Path) -> Callable[[str], Any]:
+    loaded: dict[str, Any] = {}
+
+    def copy_pipeline(family: str) -> Any:
+        if family not in loaded:
+            folder = pipeline_folder if family == "own" else FOLDERS[family]()
+            loaded[family] = Text2ImagePipeline.from_pretrained(folder)
+            loaded[family].set_progress_bar_config(disable=True)
+        return copy.deepcopy(loaded[family])
+
+    return copy_pipeline
+
+
+def draw(pipeline: Any) -> list[torch.Tensor]:
+    """A picture of a prompt with a negative one, and where there is an image encoder, a variation of it."""
+    steps = {"num_inference_steps": 2}
+    if pipeline.is_cascade:
+        steps["super_res_num_inference_steps"] = 2
+    settings = {"generator": [torch.Generator().manual_seed(5)], "output_type": "pt", **steps}
+    drawn = pipeline("a red cat", negative_prompt="dog", prior_num_inference_steps=2, **settings)
+    pictures = [drawn.image_embeds, drawn.images]
+    if getattr(pipeline.clip, "image_encoder", pipeline.clip) is not None:
+        settings["generator"] = [torch.Generator().manual_seed(6)]
+        pictures.append(ImageVariationPipeline.from_pipe(pipeline)(drawn.images, **settings).images)
+    return pictures
+
+
+def offload_in_sequence(pipeline: Any, folder: Path) -> None:
+    """As `enable_sequential_cpu_offload`, whose device would be "cpu:0"; accelerate fails on it with any model."""
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            cpu_offload(part, CPU, offload_buffers=len(part._parameters) > 0)
+
+
+def offload_models(pipeline: Any, folder: Path) -> None:
+    pipeline.enable_model_cpu_offload(device="cpu")
+
+
+def offload_blocks(pipeline: Any, folder: Path) -> None:
+    pipeline.enable_group_offload(CPU, offload_type="block_level", num_blocks_per_group=1)
+
+
+def offload_leaves(pipeline: Any, folder: Path) -> None:
+    pipeline.enable_group_offload(CPU, offload_type="leaf_level")
+
+
+def offload_blocks_to_disk(pipeline: Any, folder: Path) -> None:
+    settings = {"offload_type": "block_level", "num_blocks_per_group": 2}
+    pipeline.enable_group_offload(CPU, offload_to_disk_path=str(folder), **settings)
+
+
+def offload_leaves_to_disk(pipeline: Any, folder: Path) -> None:
+    pipeline.enable_group_offload(CPU, offload_type="leaf_level", offload_to_disk_path=str(folder))
+
+
+WAYS: list[Callable[[Any, Path], None]] = [
+    *(offload_in_sequence, offload_models, offload_blocks, offload_leaves),
+    *(offload_blocks_to_disk, offload_leaves_to_disk),
+]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_offloading_changes_no_picture(family: str, way: Any, families: Any, tmp_path: Path) -> None:
+    expected, pipeline = draw(families(family)), families(family)
+    way(pipeline, tmp_path)
+    for found, wanted in zip(draw(pipeline), expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_that_store_fewer_bits_draw_as_rounded_weights_do(family: str, families: Any) -> None:
+    pipeline, rounded = families(family), families(family)
+    for name, part in pipeline.components.items():
+        if isinstance(part, torch.nn.Module):
+            part.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+            for key, parameter in rounded.components[name].named_parameters():
+                if part.get_parameter(key).dtype == torch.bfloat16:
+                    parameter.data = parameter.data.bfloat16().float()
+    for found, wanted in zip(draw(pipeline), draw(rounded), strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_weights_on_the_disk_are_those_of_this_pipeline(families: Any, tmp_path: Path) -> None:
+    """Layers of two models have the same name, and an earlier pipeline may have left its files."""
+    for _ in range(2):
+        pipeline = families("own")
+        with torch.no_grad():
+            for parameter in pipeline.decoder.parameters():
+                parameter.add_(0.02 * torch.randn(parameter.shape))
+        expected = draw(pipeline)
+        offload_leaves_to_disk(pipeline, tmp_path)
+        for found, wanted in zip(draw(pipeline), expected, strict=True):
+            torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
