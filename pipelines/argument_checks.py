@@ -21,6 +21,8 @@ from t2i.sampling.embeddings import check_scale_only
 from t2i.sampling.steering import check_steering
 from t2i.sampling.upsampling import check_upsampled_size
 
+MAX_PIXEL_VALUE = 2.0  # images span [-1, 1]; what an autoencoder or a resizing made leaves that a little
+
 
 def check_prompts(name: str, prompt: str | list[str] | None, count: int | None = None, empty: bool = True) -> list[str]:
     """Return texts as a list, one text repeated `count` times. empty: also allow texts without words."""
@@ -33,15 +35,31 @@ def check_prompts(name: str, prompt: str | list[str] | None, count: int | None =
     return list(prompts) if isinstance(prompt, list) else prompts * count
 
 
-def check_tensor(name: str, value: Tensor | None, shape: tuple[int, ...]) -> None:
-    """Refuse a tensor of another shape, and values that are not finite. None passes."""
+def check_tensor(name: str, value: Tensor | None, shape: tuple[int | str, ...]) -> None:
+    """Refuse a tensor of another shape, and values that are not finite. None passes.
+
+    shape: a side that may be any number, but not 0, has a letter.
+    """
     if value is None:
         return
-    if not isinstance(value, Tensor) or value.shape != shape:
+    sides = value.shape if isinstance(value, Tensor) else ()
+    fits = len(sides) == len(shape) and all(
+        side > 0 if isinstance(wanted, str) else side == wanted for side, wanted in zip(sides, shape)
+    )
+    if not fits or not isinstance(value, Tensor):
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise InputError(f"{name} must be a tensor of shape {shape}, got {got}")
+        expected = ", ".join(map(str, shape))
+        raise InputError(f"{name} must be a tensor of shape ({expected}), got {got}")
     if not value.isfinite().all():
         raise InputError(f"{name} must be finite, got NaN or infinity")
+
+
+def check_images(images: Any) -> None:
+    """Refuse what is no tensor of images, (N, 3, H, W) in about [-1, 1], such as pixels from 0 to 255."""
+    check_tensor("images", images, ("N", 3, "H", "W"))
+    if not images.is_floating_point() or images.abs().max() > MAX_PIXEL_VALUE:
+        got = f"{images.dtype} from {images.min():g} to {images.max():g}"
+        raise InputError(f"images must be floats in [-1, 1], got {got}; t2i.pipelines.inputs.read_images makes them")
 
 
 def check_stage_inputs(
@@ -94,6 +112,8 @@ def check_stage_options(pipeline: Any, prior: PriorOptions | None, decoder: Deco
             check_step_count("prior_num_inference_steps", prior.prior_num_inference_steps, scheduler)
         elif prior.prior_sampler is not None:
             raise InputError(f"prior_sampler needs a diffusion prior, which this is not; got {prior.prior_sampler!r}")
+        if prior.prior_callback_on_step_end is not None and not (pipeline.prior and pipeline.prior.needs_scheduler):
+            raise InputError("prior_callback_on_step_end needs a diffusion prior, whose steps it sees; this is not one")
         if isinstance(pipeline.prior, AutoregressivePrior):
             check_scale_only(prior.prior_guidance_scale)
 

@@ -12,6 +12,9 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 from PIL import Image
+from t2i.pipelines.argument_checks import check_images, check_prompts, check_tensor
+from t2i.pipelines.calls.aliases import DiffusersNames, resolve_aliases
+from t2i.pipelines.calls.callbacks import CALLBACK_TENSORS
 from t2i.pipelines.calls.offload import DiskOffloading
 from t2i.pipelines.calls.progress import Interruptible
 from t2i.pipelines.folder import (
@@ -26,10 +29,11 @@ from t2i.pipelines.folder import (
     check_components,
 )
 from t2i.pipelines.loading import FETCH_ARGUMENTS, build_own_arguments, load_public_components
-from t2i.pipelines.options import DecoderOptions, ResolvedOptions, build_options
+from t2i.pipelines.options import OUTPUT_TYPES, DecoderOptions, ResolvedOptions, build_options
 from t2i.pipelines.stages import check_finite_values, sample_super_resolution
 from torch import Generator, Tensor
 
+from t2i.checks import check_choice, check_multiple_of
 from t2i.diffusion.condition import TextEncoding
 from t2i.errors import InputError
 from t2i.files.model_folder import load_or_explain
@@ -59,7 +63,7 @@ class UnCLIPPipelineOutput(BaseOutput):
     image_embeds: Tensor
 
 
-class UnCLIPPipeline(Interruptible, DiskOffloading):
+class UnCLIPPipeline(DiffusersNames, Interruptible, DiskOffloading):
     """CLIP, prior, decoder, autoencoder, upsampler and text encoder. All pipelines load from the same folders.
 
     A subclass adds a `__call__`; `from_pipe` shares the components without copies. Arguments that the calls share:
@@ -76,7 +80,7 @@ class UnCLIPPipeline(Interruptible, DiskOffloading):
     """
 
     model_cpu_offload_seq = "clip->text_encoder->prior->decoder->autoencoder->upsampler"
-    _callback_tensor_inputs = ["latents"]
+    _callback_tensor_inputs = list(CALLBACK_TENSORS)
     _optional_components = list(OPTIONAL_COMPONENTS)
 
     # Components: construction, loading and saving
@@ -133,6 +137,7 @@ class UnCLIPPipeline(Interruptible, DiskOffloading):
         CLIPs, and for a variant that no component has.
         """
         # Check the arguments
+        kwargs = resolve_aliases(kwargs)
         older = kwargs.pop("torch_dtype", None)  # the older name of `dtype`
         kwargs["dtype"] = check_dtype(older if kwargs.get("dtype") is None else kwargs["dtype"])
         if has_bf16(kwargs["dtype"]):
@@ -188,8 +193,24 @@ class UnCLIPPipeline(Interruptible, DiskOffloading):
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **components: Any) -> Self:
-        """Build this pipeline from the components of another one, which stay as they are; `components` replace some."""
-        other = cls(**{**pipeline.components, **components})
+        """Build this pipeline from the components of another one, which stay as they are; `components` replace some.
+
+        dtype, or `torch_dtype`, converts the weights, which both pipelines then share; None keeps them. Raises
+        InputError for components that the other pipeline does not have or that do not belong together.
+        """
+        components = resolve_aliases(components)
+        older = components.pop("torch_dtype", None)
+        dtype = components.pop("dtype", None) or older
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise InputError(f"dtype must be a torch.dtype, got {dtype!r:.80}")
+        found = {**pipeline.components, **components}
+        if unknown := sorted(found.keys() - COMPONENT_CLASSES.keys()):
+            raise InputError(f"{unknown[0]!r} is no component; they are {', '.join(COMPONENT_CLASSES)}")
+        if lacking := [name for name in ("clip", "decoder", "decoder_scheduler", "autoencoder") if name not in found]:
+            raise InputError(f"a {type(pipeline).__name__} has no {lacking[0]}, which a {cls.__name__} needs")
+        other = cls(**found)
+        if dtype is not None:
+            other.to(dtype=dtype)
         other.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
         other.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
         return other
@@ -251,12 +272,16 @@ class UnCLIPPipeline(Interruptible, DiskOffloading):
 
     # Encoding and decoding
 
-    def encode_prompt(self, prompts: list[str]) -> TextEncoding:
+    @torch.no_grad()
+    def encode_prompt(self, prompts: str | list[str]) -> TextEncoding:
         """Encode prompts by CLIP, for the prior, and by the decoder's own text encoder, if it has one.
 
         Each different prompt is encoded once; `expand` of the result has a row for each prompt. Logs what of a prompt
-        does not fit. Raises InputError for a CLIP without a text tower.
+        does not fit. Raises InputError for what is no text, for no prompts, and for a CLIP without a text tower.
         """
+        prompts = check_prompts("prompts", prompts)
+        if not prompts:
+            raise InputError("prompts are missing; give a text or a list of texts")
         if not self.clip.reads_captions:
             lacks = "no text encoder of its CLIP" if self.prior else "no prior and no text encoder of its CLIP"
             raise InputError(f"this model has {lacks}: it draws from images or image_embeds, not from texts")
@@ -275,10 +300,12 @@ class UnCLIPPipeline(Interruptible, DiskOffloading):
             text = replace(text, decoder_tokens=self.text_encoder.encode(different, self._execution_device))
         return text if rows is None else text.take_rows(rows)
 
-    def encode_decoder_prompt(self, prompts: list[str]) -> Any:
+    @torch.no_grad()
+    def encode_decoder_prompt(self, prompts: str | list[str]) -> Any:
         """Encode captions for the decoder. If it has its own text encoder, a CLIP without a text tower will do."""
         if self.clip.reads_captions or self.text_encoder is None:
             return self.encode_prompt(prompts)
+        prompts = check_prompts("prompts", prompts)
         self.offload_all_but("text_encoder")
         different, rows = find_unique_prompts(prompts)
         tokens = self.text_encoder.encode(different, self._execution_device)
@@ -286,18 +313,26 @@ class UnCLIPPipeline(Interruptible, DiskOffloading):
 
     @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:
-        """Encode images, (N, 3, H, W) in [-1, 1], by CLIP as z_i, (N, D), fp32."""
+        """Encode images, (N, 3, H, W) in [-1, 1], by CLIP as z_i, (N, D), fp32. Raises InputError for others."""
+        check_images(images)
         self.offload_all_but("clip")
         z_i = self.clip.encode_image(images.to(self._execution_device, self.clip.dtype))
         return self.normalize_embeds(check_finite_values("CLIP", z_i.float()))
 
     def normalize_embeds(self, z_i: Tensor) -> Tensor:
-        """Normalize z_i, (N, D), if the models were trained on embeddings of unit length."""
+        """Normalize z_i, (N, D), if the models were trained on embeddings of unit length; others raise InputError."""
+        check_tensor("z_i", z_i, ("N", self.clip.embed_dim))
         return F.normalize(z_i, dim=-1) if self.clip.unit_length else z_i
 
     @torch.no_grad()
     def encode_latents(self, images: Tensor) -> Tensor:
-        """Encode images, (N, 3, H, W) in [-1, 1], as latents of unit variance, (N, C, h, w), fp32."""
+        """Encode images, (N, 3, H, W) in [-1, 1], as latents of unit variance, (N, C, h, w), fp32.
+
+        Raises InputError for others, and for sides that are no multiples of the autoencoder's factor.
+        """
+        check_images(images)
+        for name, side in zip(("height", "width"), images.shape[-2:]):
+            check_multiple_of(f"{name} of images", side, self.autoencoder.factor)
         self.offload_all_but("autoencoder")
         latents = self.autoencoder.encode(images.to(self._execution_device, self.autoencoder.dtype))
         return check_finite_values("autoencoder", latents.float())
@@ -311,6 +346,7 @@ class UnCLIPPipeline(Interruptible, DiskOffloading):
         generators: list[Generator] | None = None,
     ) -> Any:
         """Decode latents into images in the form of `output_type`. options, generators: see `decode_images`."""
+        check_choice("output_type", output_type, OUTPUT_TYPES)
         if output_type == "latent":
             return latents
         return self.image_processor.postprocess(self.decode_images(latents, options, generators), output_type)
@@ -322,8 +358,9 @@ class UnCLIPPipeline(Interruptible, DiskOffloading):
         """Decode latents into images, (N, 3, H, W), fp32, about in [-1, 1].
 
         The decoding of a cascade (Karlo) is a diffusion, which needs the options and generators of the decoder. Without
-        them, as for previews, a cascade only enlarges the latents.
+        them, as for previews, a cascade only enlarges the latents. Raises InputError for latents of another shape.
         """
+        check_tensor("latents", latents, ("N", self.latent_shape[0], "h", "w"))
         latents = latents.to(self._execution_device, self.autoencoder.dtype)
         if options is not None:  # the last stage, not a preview
             self.offload_all_but("autoencoder")

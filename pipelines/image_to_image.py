@@ -57,7 +57,6 @@ class ImageToImagePipeline(UnCLIPPipeline):
             strength: fraction of the steps that are taken, in (0, 1]: 1 leaves nothing of an image but what it shows.
         """
         # Check the arguments
-        self.interrupted = False
         check_strength(strength)
         resolved = self.resolve_options(**options)
         images = read_images(image, self.image_size)

@@ -53,7 +53,6 @@ class ImageVariationPipeline(InvertingPipeline):
             options: those of the decoder alone, without `negative_image_embeds`.
         """
         # Check the arguments
-        self.interrupted = False
         check_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES)
         _, decoder = self.resolve_options(**options, eta=eta)
         given, count = self.read_image_or_latent(image)

@@ -86,7 +86,6 @@ class InpaintPipeline(UnCLIPPipeline):
     ) -> UnCLIPPipelineOutput | tuple:
         """Paint in the given images; the other arguments are those of `__call__`."""
         # Check the arguments
-        self.interrupted = False
         check_strength(strength)
         resolved = self.resolve_options(**options)
         if resolved[1].upsample:

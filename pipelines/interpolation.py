@@ -83,7 +83,6 @@ class InterpolationPipeline(InvertingPipeline):
         A decoder that reads captions gets that of the anchor with the largest weight, or nothing if it is an image.
         """
         # Check the arguments
-        self.interrupted = False
         checked = check_anchors(anchors)
         rows = build_mixing_weights(len(checked), weights, frames)
         texts = [anchor for anchor in checked if isinstance(anchor, str)]

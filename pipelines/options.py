@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias
 
 import numpy as np
-from diffusers import DiffusionPipeline
+from t2i.pipelines.calls.callbacks import CALLBACK_TENSORS, PRIOR_CALLBACK_TENSORS, UserCallback, check_callback
 from t2i.pipelines.calls.progress import Preview
 from t2i.pipelines.inputs import ImageInputs
 from torch import Tensor
@@ -26,8 +26,6 @@ from t2i.sampling.upsampling import MAX_ENLARGEMENTS
 MAX_IMAGE_SIDE = 4096  # pixels
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
-StepCallback = Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
-
 
 # Both are frozen: the check of a batch's memory, the record in a PNG file and the call share one object.
 
@@ -44,6 +42,9 @@ class PriorOptions:
         prior_temperature: temperature of an autoregressive prior, 0 to 10. 0 takes the most likely code, None the
             model's own temperature.
         prior_sampler: a name of `t2i.diffusion.samplers.SAMPLERS`; None is the model's own scheduler.
+        prior_callback_on_step_end: as `callback_on_step_end`, after each step of a diffusion prior. Its latents are
+            (N * candidates, D), those of one caption in a row.
+        prior_callback_on_step_end_tensor_inputs: "latents" alone.
 
     Raises:
         InputError: for a value out of range.
@@ -55,6 +56,8 @@ class PriorOptions:
     prior_candidates: int = 2
     prior_temperature: float | None = None
     prior_sampler: str | None = None
+    prior_callback_on_step_end: UserCallback | None = None
+    prior_callback_on_step_end_tensor_inputs: list[str] | None = None
 
     def __post_init__(self) -> None:
         check_integer("prior_num_inference_steps", self.prior_num_inference_steps, 1, MAX_STEPS)
@@ -65,6 +68,9 @@ class PriorOptions:
             check_range("prior_temperature", self.prior_temperature, 0, 10)
         if self.prior_sampler is not None:
             check_choice("prior_sampler", self.prior_sampler, tuple(SAMPLERS))
+        name = "prior_callback_on_step_end"
+        callback, tensors = self.prior_callback_on_step_end, self.prior_callback_on_step_end_tensor_inputs
+        check_callback(name, callback, tensors, PRIOR_CALLBACK_TENSORS)
 
 
 @dataclass(frozen=True)
@@ -94,8 +100,11 @@ class DecoderOptions:
             models refuse a value other than the default.
         super_res_latents: (N, 3, H, W), the noise that the super-resolution starts from.
         callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}) after each decoder step. The
-            "latents" that it returns replace the present ones.
-        callback_on_step_end_tensor_inputs: names of the tensors that the callback gets; None is "latents" alone.
+            tensors that it returns replace the present ones; None changes nothing. It may set the pipeline's
+            `_guidance_scale`, and `_interrupt` to end the steps. diffusers' callbacks for guidance work.
+        callback_on_step_end_tensor_inputs: names of the tensors that the callback gets; None is "latents" alone. Others
+            are the decoder's condition, with a row for each image: "image_embeds", z_i as the decoder reads it;
+            "prompt_embeds", its token states, without columns if it reads no captions; and both with "negative_".
         on_preview, preview_every: called with a `Preview` after every `preview_every` steps of each stage.
 
     Raises:
@@ -120,7 +129,7 @@ class DecoderOptions:
     control_image: ImageInputs | None = None
     super_res_num_inference_steps: int = 7
     super_res_latents: Tensor | None = None
-    callback_on_step_end: StepCallback | None = None
+    callback_on_step_end: UserCallback | None = None
     callback_on_step_end_tensor_inputs: list[str] | None = None
     on_preview: Callable[[Preview], None] | None = None
     preview_every: int = 1
@@ -151,8 +160,8 @@ class DecoderOptions:
 
         # Callbacks
         check_integer("preview_every", self.preview_every, 1, MAX_STEPS)
-        if unknown := sorted(set(self.callback_on_step_end_tensor_inputs or []) - {"latents"}):
-            raise InputError(f"callback_on_step_end_tensor_inputs may contain 'latents', got {', '.join(unknown)}")
+        callback, tensors = self.callback_on_step_end, self.callback_on_step_end_tensor_inputs
+        check_callback("callback_on_step_end", callback, tensors, CALLBACK_TENSORS)
 
 
 ResolvedOptions: TypeAlias = tuple[PriorOptions, DecoderOptions]

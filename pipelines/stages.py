@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from diffusers import SchedulerMixin
 from PIL import Image
+from t2i.pipelines.calls.callbacks import PRIOR_CALLBACK_TENSORS, ConditionCallback, watch_interruption
 from t2i.pipelines.calls.progress import Interrupted, Preview
 from t2i.pipelines.inputs import read_control_images
 from t2i.pipelines.options import DecoderOptions, PriorOptions
@@ -19,12 +20,12 @@ from torch import Generator, Tensor
 
 from t2i.diffusion.condition import ImageCondition, TextEncoding, TokenStates
 from t2i.diffusion.denoiser import Predict, PredictTransform, StepCallback
-from t2i.diffusion.guidance import Guidance
+from t2i.diffusion.guidance import Guidance, build_guided_predict
 from t2i.diffusion.inpainting import build_blend_callback, concat_masked_latents
 from t2i.diffusion.process import predict_x0
 from t2i.diffusion.samplers import count_model_evaluations, resolve_sampler
 from t2i.diffusion.sampling_loop import Sampling, count_steps_left, generate_noise
-from t2i.diffusion.windows import build_canvas_windows
+from t2i.diffusion.windows import Window, build_canvas_windows
 from t2i.sampling import embeddings, sample
 from t2i.sampling.steering import build_steering_transform
 from t2i.sampling.upsampling import DEFAULT_TILE_SIZE, derive_stage_generators, sample_upsampler
@@ -93,23 +94,47 @@ def sample_image_embeds(
         # Always the same noise, so that previews show how z_i changes and nothing else
         unguided, control = Guidance(1.0), decoding.control_image
         quick = DecoderOptions(num_inference_steps=PREVIEW_STEPS, guidance_scale=unguided, control_image=control)
-        return pipeline.decode(sample_decoder(pipeline, z_i, text, quick, fresh))
+        return pipeline.decode(sample_decoder(pipeline, z_i, text, quick, fresh, is_preview=True))
 
-    transform, on_step = build_preview_hooks(
+    watch, report_step = build_preview_hooks(
         pipeline, "prior", scheduler, steps, decoding, estimate_image_embeds, draw_preview_images
     )
+    callback = build_prior_callback(pipeline, scheduler, text, negative, options)
+    transforms, callbacks = ([callback.transform], [callback.on_step]) if callback is not None else ([], [])
+    counts_steps = prior is not None and prior.needs_scheduler
     sampling = Sampling(
         options.prior_num_inference_steps,
         generators,
         options.prior_guidance_scale,
         options.prior_latents,
-        pipeline.progress_bar,
-        on_step,
-        transform,
+        watch_interruption(pipeline, pipeline.progress_bar) if counts_steps else pipeline.progress_bar,
+        chain_callbacks([*callbacks, report_step]),
+        chain_transforms([*transforms, watch]),
     )
     candidates, temperature = options.prior_candidates, options.prior_temperature
     z_i = embeddings.sample_image_embeds(prior, scheduler, text, negative, sampling, candidates, temperature)
     return check_finite_values("prior", z_i if prior is not None else pipeline.normalize_embeds(z_i))
+
+
+def build_prior_callback(
+    pipeline: Any, scheduler: Any, text: TextEncoding, negative: TextEncoding | None, options: PriorOptions
+) -> ConditionCallback | None:
+    """Return the user's callback after each step of a diffusion prior, which may change the guidance scale."""
+    prior, callback = pipeline.prior, options.prior_callback_on_step_end
+    if callback is None:
+        return None
+    candidates = embeddings.count_candidates(prior, options.prior_candidates, options.prior_latents)
+    captions = text.repeat(candidates)
+    unwanted = prior.null(len(captions)) if negative is None else negative.repeat(candidates)
+    unwanted = unwanted.to(text.device, prior.dtype)
+
+    def build_predict(wanted: TextEncoding, unwanted: TextEncoding, guidance: Guidance) -> Predict:
+        timesteps = scheduler.timesteps if prior.prepares_timesteps else None
+        return build_guided_predict(prior, wanted, unwanted, guidance, scheduler, timesteps)
+
+    names = options.prior_callback_on_step_end_tensor_inputs
+    guidance, conditions = options.prior_guidance_scale, (captions, unwanted)
+    return ConditionCallback(pipeline, callback, names, guidance, conditions, build_predict, PRIOR_CALLBACK_TENSORS)
 
 
 def sample_decoder(
@@ -120,10 +145,12 @@ def sample_decoder(
     generators: list[Generator],
     negative: ImageCondition | None = None,
     canvas: Canvas | None = None,
+    is_preview: bool = False,
 ) -> Tensor:
     """Sample latents of unit variance, (N, C, h, w), fp32, that show z_i, (N, D).
 
-    negative: z_i and captions to guide away from; None: those of the options, or the decoder's null.
+    negative: z_i and captions to guide away from; None: those of the options, or the decoder's null. is_preview: of the
+    prior, whose `CallbackState` stays as it is.
     """
     decoder, device = pipeline.decoder, pipeline._execution_device
     z_i, canvas = z_i.to(device), canvas or Canvas()
@@ -151,21 +178,23 @@ def sample_decoder(
         negative = build_condition(negative.embedding.to(z_i), negative.text)
 
     # The sampling, in windows if images are painted in
-    transform, on_step = build_decoder_hooks(pipeline, scheduler, options, canvas, noise)
+    windows = [] if canvas.mask is None else build_canvas_windows(shape[1], shape[2], pipeline.latent_shape[-1])
+    condition = build_condition(z_i, text)
+    callback = build_decoder_callback(pipeline, scheduler, options, condition, negative, windows)
+    transform, on_step = build_decoder_hooks(pipeline, scheduler, options, canvas, noise, callback)
     sampling = Sampling(
         options.num_inference_steps,
         generators,
         options.guidance_scale,
         noise,
-        pipeline.progress_bar,
+        pipeline.progress_bar if is_preview else watch_interruption(pipeline, pipeline.progress_bar),
         on_step,
         transform,
         eta=options.eta,
         original=canvas.original,
         strength=canvas.strength,
     )
-    windows = [] if canvas.mask is None else build_canvas_windows(shape[1], shape[2], pipeline.latent_shape[-1])
-    x = sample.sample_decoder(decoder, scheduler, build_condition(z_i, text), sampling, negative, windows)
+    x = sample.sample_decoder(decoder, scheduler, condition, sampling, negative, windows)
     return check_finite_values("decoder", x)
 
 
@@ -177,11 +206,37 @@ def build_control(decoder: Any, options: DecoderOptions, count: int, sides: tupl
     return read_control_images(options.control_image, count, (height, width))
 
 
+def build_decoder_callback(
+    pipeline: Any,
+    scheduler: SchedulerMixin,
+    options: DecoderOptions,
+    condition: ImageCondition,
+    negative: ImageCondition | None,
+    windows: list[Window],
+) -> ConditionCallback | None:
+    """Return the user's callback after each step, which may change the guidance scale and the condition."""
+    decoder, callback = pipeline.decoder, options.callback_on_step_end
+    if callback is None:
+        return None
+
+    def build_predict(wanted: ImageCondition, unwanted: ImageCondition, guidance: Guidance) -> Predict:
+        return sample.build_decoder_predict(decoder, scheduler, wanted, guidance, unwanted, windows)
+
+    conditions = (condition, decoder.null(len(condition)) if negative is None else negative)
+    names = options.callback_on_step_end_tensor_inputs
+    return ConditionCallback(pipeline, callback, names, options.guidance_scale, conditions, build_predict)
+
+
 def build_decoder_hooks(
-    pipeline: Any, scheduler: SchedulerMixin, options: DecoderOptions, canvas: Canvas, noise: Tensor
+    pipeline: Any,
+    scheduler: SchedulerMixin,
+    options: DecoderOptions,
+    canvas: Canvas,
+    noise: Tensor,
+    callback: ConditionCallback | None = None,
 ) -> tuple[PredictTransform, StepCallback]:
     """Return what runs around each step of the decoder: steering, given images, the user's callback, and previews."""
-    transforms: list[PredictTransform] = []
+    transforms: list[PredictTransform] = [] if callback is None else [callback.transform]
     callbacks: list[StepCallback] = []
     if options.steering is not None:
         clip, autoencoder = pipeline.clip, pipeline.autoencoder
@@ -190,10 +245,8 @@ def build_decoder_hooks(
         )
     if canvas.mask is not None:
         callbacks.append(build_blend_callback(scheduler, canvas.latents, canvas.mask, noise))
-    users_callback = options.callback_on_step_end
-    if users_callback is not None:
-        # It may return other latents, or none: then the present ones stay
-        callbacks.append(lambda step, t, x: users_callback(pipeline, step, t, {"latents": x}).pop("latents", x))
+    if callback is not None:
+        callbacks.append(callback.on_step)
     # Previews come last, so that they show what the others made of the step
     steps = options.num_inference_steps
     steps_left = steps if canvas.original is None else count_steps_left(steps, canvas.strength)

@@ -39,20 +39,22 @@ class Text2ImagePipeline(UnCLIPPipeline):
 
         Args:
             prompt: a text or a list; may be left out if `image_embeds` is given.
-            image_embeds: (N, D), z_i to draw instead of the prior's; normalized if the CLIP's `unit_length`.
+            image_embeds: z_i to draw instead of the prior's; normalized if the CLIP's `unit_length`. (N, D), or (P, D)
+                for P prompts; without prompts `num_images_per_prompt` images are drawn for each.
             decoder_negative_prompt: what the decoder is guided away from, as the prior imagines it from the same noise;
                 one for all or one a prompt. With `negative_image_embeds`, their captions.
         """
         # Check the arguments
-        self.interrupted = False
         check_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES)
         prior, decoder = self.resolve_options(**options)
         if image_embeds is None and (prompt is None or prompt == []):
             raise InputError("prompt is missing; give a text, a list of texts, or image_embeds")
         prompts = check_prompts("prompt", prompt, empty=False)
-        count, each = len(prompts) * num_images_per_prompt, num_images_per_prompt if prompts else 1
+        each = num_images_per_prompt
+        count = len(prompts) * each
         if image_embeds is not None:
-            count = self.check_image_embeds(image_embeds, count)
+            image_embeds = self.repeat_image_embeds(image_embeds, len(prompts), each)
+            count = len(image_embeds)
         negatives = check_prompts("negative_prompt", negative_prompt, count // each)
         decoder_negatives = check_prompts("decoder_negative_prompt", decoder_negative_prompt, count // each)
         prior_generators, generators = split_generators(generator, count)
@@ -98,11 +100,10 @@ class Text2ImagePipeline(UnCLIPPipeline):
         unseen = replace(decoder, on_preview=None)  # previews are of what is wanted
         return ImageCondition(sample_image_embeds(self, text, None, prior, generators, unseen), text)
 
-    def check_image_embeds(self, image_embeds: Tensor, expected: int) -> int:
-        """Check z_i and return their number; `expected` is the number of images for the prompts, 0 for no prompts."""
-        if not isinstance(image_embeds, Tensor) or image_embeds.ndim != 2 or not len(image_embeds):
-            raise InputError(f"image_embeds must be a tensor (N, {self.clip.embed_dim}), got {image_embeds!r:.80}")
-        check_tensor("image_embeds", image_embeds, (len(image_embeds), self.clip.embed_dim))
-        if expected and expected != len(image_embeds):
-            raise InputError(f"image_embeds has {len(image_embeds)} rows, the prompts ask for {expected} pictures")
-        return len(image_embeds)
+    def repeat_image_embeds(self, image_embeds: Tensor, prompts: int, each: int) -> Tensor:
+        """Return z_i of all images, (N, D). prompts: their number, 0 for none. each: images of one."""
+        check_tensor("image_embeds", image_embeds, ("N", self.clip.embed_dim))
+        count = len(image_embeds)
+        if prompts and count not in (prompts, prompts * each):
+            raise InputError(f"image_embeds has {count} rows, the prompts ask for {prompts * each} pictures")
+        return image_embeds if count == prompts * each else image_embeds.repeat_interleave(each, dim=0)

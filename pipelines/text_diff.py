@@ -59,7 +59,6 @@ class TextDiffPipeline(InvertingPipeline):
                 nothing here, or it would draw another image for theta 0 already.
         """
         # Check the arguments
-        self.interrupted = False
         check_range("theta", theta, 0, 1)
         _, decoder = self.resolve_options(**options)
         given, count = self.read_image_or_latent(image)

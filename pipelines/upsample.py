@@ -121,7 +121,6 @@ class UpsamplePipeline(Interruptible, DiskOffloading):
             InputError: for an image that is too small or becomes too large, and for values that are not allowed.
         """
         # Check the arguments
-        self.interrupted = False
         check_integer("times", times, 1, MAX_ENLARGEMENTS)
         check_integer("num_inference_steps", num_inference_steps, 1, MAX_STEPS)
         check_step_count("num_inference_steps", num_inference_steps, self.upsampler_scheduler)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from PIL import Image
+from t2i.pipelines.calls.callbacks import CallbackState
 from torch import Tensor
 
 
@@ -11,7 +12,7 @@ class Interrupted(RuntimeError):
     """End of a drawing between two steps, after `interrupt()`. The pipeline can be called again."""
 
 
-class Interruptible:
+class Interruptible(CallbackState):
     """Base of all pipelines: the flag that `t2i.pipelines.stages.build_preview_hooks` reads after each step."""
 
     interrupted = False

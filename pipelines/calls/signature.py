@@ -10,6 +10,7 @@ from inspect import Parameter, Signature
 from typing import Any, TypeVar, cast
 
 import torch
+from t2i.pipelines.calls.arguments import check_call_arguments
 from t2i.pipelines.options import GUIDANCE_OPTIONS, OPTION_NAMES, DecoderOptions, PriorOptions, ResolvedOptions
 
 from t2i.diffusion.guidance import Guidance
@@ -26,7 +27,11 @@ def pipeline_call(options: Iterable[str] = OPTION_NAMES) -> Callable[[Call], Cal
     """Return a decorator for the `__call__` of a pipeline whose `**options` are these fields of the option dataclasses.
 
     `inspect.signature`, the annotations and `help` of the call show each option by itself. The call computes no
-    gradients. Raises TypeError, in one line with the nearest name, for an unknown keyword.
+    gradients. What all calls have in common is done here: checks of names, texts and picture files.
+
+    Raises:
+        InputError: for what is no text, and for a name of no picture file.
+        TypeError: for an unknown keyword, with the nearest name.
     """
     allowed = frozenset(options)
 
@@ -40,6 +45,9 @@ def pipeline_call(options: Iterable[str] = OPTION_NAMES) -> Callable[[Call], Cal
             check_keywords(keywords, list(signature.parameters)[1:])
             if keywords.get("resolved") is not None and (beside := sorted(keywords.keys() - own.keys() - {"resolved"})):
                 raise InputError(f"{beside[0]} has no effect beside resolved, which has all options; leave one out")
+            bound = signature.bind_partial(pipeline, *arguments, **keywords).arguments
+            check_call_arguments(bound)
+            pipeline.interrupted = pipeline._interrupt = False
             return call(pipeline, *arguments, **keywords)
 
         shown: Any = checked_call

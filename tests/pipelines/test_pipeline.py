@@ -421,7 +421,7 @@ NAN = float("nan")
         ({"latents": torch.zeros(1, 4, 9, 9)}, r"latents must be a tensor of shape \(1, 4, 8, 8\)"),
         ({"prior_latents": torch.full((1, 32), NAN)}, "prior_latents must be finite"),
         ({"image_embeds": torch.zeros(2, 5)}, "image_embeds must be a tensor"),
-        ({"callback_on_step_end_tensor_inputs": ["z"]}, "may contain 'latents', got z"),
+        ({"callback_on_step_end_tensor_inputs": ["z"]}, "may contain 'latents', .*; got 'z'"),
         ({"super_res_latents": torch.zeros(1, 3, 64, 64)}, "super_res_latents needs a cascade"),
         ({"super_res_num_inference_steps": 3}, "super_res_num_inference_steps needs a cascade"),
     ],

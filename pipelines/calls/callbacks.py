@@ -1,0 +1,183 @@
+"""The user's callbacks after each step, as diffusers' pipelines call them, and what they may change."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from diffusers.callbacks import IPAdapterScaleCutoffCallback, MultiPipelineCallbacks, PipelineCallback
+from torch import Tensor
+
+from t2i.diffusion.denoiser import Predict
+from t2i.diffusion.guidance import Guidance
+from t2i.errors import InputError
+
+# Tensors that a callback may ask for. Those of the decoder are its condition, "negative_" what it is guided away from.
+PRIOR_CALLBACK_TENSORS = ("latents",)
+CALLBACK_TENSORS = ("latents", "image_embeds", "negative_image_embeds", "prompt_embeds", "negative_prompt_embeds")
+
+UserCallback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
+
+
+class CallbackState:
+    """Base of all pipelines: what callbacks read, and set, on the pipeline, under diffusers' names.
+
+    `_guidance_scale` may be set: from the next step on it is the scale; 1 or less is no guidance. `_interrupt = True`
+    ends the stage after this step, and what is there is decoded.
+    """
+
+    _guidance_scale: float | None = None
+    _num_timesteps: int | None = None
+    _interrupt = False
+
+    @property
+    def guidance_scale(self) -> float | None:
+        """The guidance scale of the stage that runs with a callback, or ran last; None before."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """True if that stage goes beyond its condition."""
+        return self._guidance_scale is not None and self._guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int | None:
+        """Number of its steps."""
+        return self._num_timesteps
+
+
+class ConditionCallback:
+    """The user's callback after each step of a stage, and the prediction by what it changed.
+
+    Args:
+        pipeline: that the callback gets, with its `CallbackState`.
+        callback: of the user.
+        names: of the tensors that it gets; None is "latents" alone. A callback of diffusers names them itself.
+        guidance: of the stage.
+        conditions: the wanted condition, and the one to guide away from.
+        build_predict: builds the prediction from the two conditions and a guidance.
+        allowed: names of the tensors that the callback may change.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        callback: UserCallback,
+        names: list[str] | None,
+        guidance: Guidance,
+        conditions: tuple[Any, Any],
+        build_predict: Callable[[Any, Any, Guidance], Predict],
+        allowed: tuple[str, ...] = CALLBACK_TENSORS,
+    ):
+        self.pipeline, self.callback, self.guidance = pipeline, callback, guidance
+        self.names = list_tensor_names(callback, names)
+        self.conditions = {"": conditions[0], "negative_": conditions[1]}
+        self.build_predict, self.allowed = build_predict, allowed
+        self.built: tuple[Guidance, Predict] | None = None
+        pipeline._guidance_scale = guidance.scale
+
+    def transform(self, predict: Predict) -> Predict:
+        """Return a prediction that is `predict` until the callback changes the guidance or a condition."""
+        self.built = (self.guidance, predict)
+
+        def predict_by_state(x: Tensor, t: Tensor) -> Tensor:
+            guidance = self.read_guidance()
+            if self.built is None or self.built[0] != guidance:
+                self.built = guidance, self.build_predict(self.conditions[""], self.conditions["negative_"], guidance)
+            return self.built[1](x, t)
+
+        return predict_by_state
+
+    def read_guidance(self) -> Guidance:
+        """Return the guidance with the scale that the pipeline has now; 1 or less, if it was changed, is off."""
+        scale = self.pipeline._guidance_scale
+        if scale == self.guidance.scale:
+            return self.guidance
+        return replace(self.guidance, scale=scale if scale > 1 else 1.0)
+
+    def on_step(self, step: int, t: Tensor, x: Tensor) -> Tensor:
+        """Call the callback, take what it returns, and return the latents. None changes nothing."""
+        tensors = {name: x if name == "latents" else self.read_tensor(name) for name in self.names}
+        # Copies, so that what a callback changes in place is seen
+        handed = {name: tensor if name == "latents" else tensor.clone() for name, tensor in tensors.items()}
+        returned = self.callback(self.pipeline, step, t, handed)
+        if returned is None:
+            returned = handed
+        if not isinstance(returned, dict):
+            raise InputError(f"callback_on_step_end must return a dict or None, got a {type(returned).__name__}")
+        for name, value in returned.items():
+            if name == "latents":
+                check_returned(name, value, x)
+                x = value.to(x)
+            elif name not in self.allowed:
+                known = ", ".join(self.allowed)
+                raise InputError(f"callback_on_step_end returned {name!r}; it may return {known}")
+            else:
+                self.take_tensor(name, value)
+        return x
+
+    def read_tensor(self, name: str) -> Tensor:
+        """Return a tensor of a condition, with a row for each image; without columns if the stage reads no such one."""
+        condition = self.conditions["negative_" if name.startswith("negative_") else ""].expand()
+        if name.endswith("image_embeds"):
+            return condition.embedding
+        text = condition.text
+        return condition.embedding.new_empty(len(condition), 0, 0) if text is None else text.states
+
+    def take_tensor(self, name: str, value: Any) -> None:
+        """Put a tensor into its condition. Nothing changes for the same values, and for the last rows of the same."""
+        present = self.read_tensor(name)
+        # Callbacks of diffusers drop the rows without a condition, which come first there, and are not here
+        if isinstance(value, Tensor) and 0 < len(value) < len(present) and torch.equal(value, present[-len(value) :]):
+            return
+        check_returned(name, value, present)
+        if torch.equal(value, present):
+            return
+        key = "negative_" if name.startswith("negative_") else ""
+        condition, value = self.conditions[key].expand(), value.to(present)
+        if name.endswith("image_embeds"):
+            self.conditions[key] = replace(condition, embedding=value)
+        else:
+            self.conditions[key] = replace(condition, text=replace(condition.text, states=value))
+        self.built = None
+
+
+def check_returned(name: str, value: Any, present: Tensor) -> None:
+    """Refuse what a callback returned unless it is a finite tensor of the present shape."""
+    if not isinstance(value, Tensor) or value.shape != present.shape:
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise InputError(f"callback_on_step_end must return {name} as a tensor {tuple(present.shape)}, got {got}")
+    if not value.isfinite().all():
+        raise InputError(f"callback_on_step_end returned {name} with NaN or infinity")
+
+
+def list_tensor_names(callback: Any, names: list[str] | None) -> list[str]:
+    """Return the names of the tensors that a callback gets."""
+    if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
+        return list(dict.fromkeys(callback.tensor_inputs))
+    return ["latents"] if names is None else list(names)
+
+
+def check_callback(name: str, callback: Any, names: list[str] | None, allowed: tuple[str, ...]) -> None:
+    """Refuse what cannot be called, and tensors that a stage does not have."""
+    if callback is not None and not callable(callback):
+        raise InputError(f"{name} must be a function or a callback of diffusers, got {callback!r:.80}")
+    parts = callback.callbacks if isinstance(callback, MultiPipelineCallbacks) else [callback]
+    if any(isinstance(part, IPAdapterScaleCutoffCallback) for part in parts):
+        raise InputError(f"{name} is an IPAdapterScaleCutoffCallback, but these models have no IP-Adapter")
+    if unknown := [part for part in list_tensor_names(callback, names) if part not in allowed]:
+        raise InputError(f"{name}_tensor_inputs may contain {', '.join(map(repr, allowed))}; got {unknown[0]!r}")
+
+
+def watch_interruption(pipeline: Any, progress: Callable[[Iterable], Iterable]) -> Callable[[Any], Iterator]:
+    """Return what iterates over the timesteps of a stage, until `_interrupt` is set, and counts them before."""
+
+    def iterate(timesteps: Any) -> Iterator:
+        pipeline._num_timesteps = len(timesteps)
+        for t in progress(timesteps):
+            if pipeline._interrupt:
+                break
+            yield t
+        pipeline._interrupt = False  # the next stage runs
+
+    return iterate
