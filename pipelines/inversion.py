@@ -19,8 +19,8 @@ from t2i.errors import InputError
 from t2i.sampling.sample import build_decoder_condition, build_decoder_predict
 
 INVERSION_DEFAULTS = {"num_inference_steps": 50, "guidance_scale": 1.0}  # defaults where images are to come back
-# An inversion is guided away from nothing but the null
-REDRAWING_OPTIONS = OPTION_NAMES - {"negative_image_embeds"}
+# An inversion is guided away from nothing but the null, and takes the scheduler's own timesteps
+REDRAWING_OPTIONS = OPTION_NAMES - {"negative_image_embeds", "timesteps", "sigmas"}
 DECODER_REDRAWING_OPTIONS = REDRAWING_OPTIONS & DECODER_OPTION_NAMES
 
 
@@ -81,7 +81,7 @@ class InvertingPipeline(UnCLIPPipeline):
         """Invert images. Images that are inverted already are returned as they are."""
         if isinstance(given, BipartiteLatent):
             return given
-        z_i, scheduler = self.encode_image(given.seen), self.decoder_scheduler
+        z_i, scheduler = self.encode_image(given.seen), resolve_sampler("ddim", self.decoder_scheduler, self.decoder)
         latents = self.encode_latents(given.pixels)
         self.offload_all_but("decoder")
         # Without noise on z_i, and by DDIM, whose steps can be undone
@@ -89,8 +89,7 @@ class InvertingPipeline(UnCLIPPipeline):
         condition = build_decoder_condition(self.decoder, z_i, text, control=control)
         predict = build_decoder_predict(self.decoder, scheduler, condition, options.guidance_scale)
         steps = options.num_inference_steps
-        exact = resolve_sampler("ddim", scheduler, self.decoder)
-        _, on_step = build_preview_hooks(self, "inversion", exact, steps, options, lambda x: x, self.decode)
+        _, on_step = build_preview_hooks(self, "inversion", scheduler, steps, options, lambda x: x, self.decode)
         noise = invert_sample(predict, scheduler, latents, steps, progress=self.progress_bar, on_step=on_step)
         return BipartiteLatent(z_i, noise)
 

@@ -57,7 +57,9 @@ class ProbabilityFlowScheduler(ContinuousScheduler):
 
     order = 2
 
-    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+    def set_timesteps(  # type: ignore[override]
+        self, num_inference_steps: int, device: str | torch.device | None = None
+    ) -> None:
         """Set the timesteps, (2 num_inference_steps - 1,), fp32: each but the first twice, as Heun's method does."""
         self.num_inference_steps = num_inference_steps
         self.timesteps = self.spaced_timesteps(num_inference_steps).repeat_interleave(2)[1:].to(device)
@@ -93,7 +95,9 @@ class ReverseSDEScheduler(ContinuousScheduler):
     step on, the clean sample is extrapolated linearly in the log-SNR.
     """
 
-    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+    def set_timesteps(  # type: ignore[override]
+        self, num_inference_steps: int, device: str | torch.device | None = None
+    ) -> None:
         """Set the timesteps, (num_inference_steps,), fp32."""
         self.num_inference_steps = num_inference_steps
         self.timesteps = self.spaced_timesteps(num_inference_steps).to(device)

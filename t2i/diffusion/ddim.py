@@ -7,7 +7,7 @@ With abar = cos^2 phi a deterministic step turns x_t by the angle between two no
 which is Euler's method for the probability-flow ODE dx / dphi = v, exact where sample and noise stay the same.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from inspect import signature
 from typing import Any
 
@@ -32,8 +32,18 @@ class ExactDDIMScheduler(DDIMScheduler):
     diffusers' DDIMScheduler steps by T // steps each time, and so misses the next timestep by a little. Same arguments.
     """
 
-    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """Set the timesteps, (num_inference_steps,), int64, falling."""
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[float] | None = None,
+    ) -> None:
+        """Set the timesteps, (num_inference_steps,), int64, falling; or those that are given."""
+        if timesteps is not None:
+            self.timesteps = torch.as_tensor(timesteps, device=device).round().long()
+            self.num_inference_steps = len(self.timesteps)
+            return
+        assert num_inference_steps is not None, "one of both is given"
         if self.config.timestep_spacing != "trailing":
             super().set_timesteps(num_inference_steps, device)
             return
@@ -65,16 +75,25 @@ class ExactDDIMScheduler(DDIMScheduler):
         timestep: Tensor | int,
         sample: Tensor,
         eta: float = 0.0,
+        use_clipped_model_output: bool = False,
         generator: Generator | list[Generator] | None = None,
         return_dict: bool = True,
     ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
-        """Take one step (eq. 12). eta: 0 is deterministic, 1 adds the noise of ancestral sampling (eq. 16)."""
+        """Take one step (eq. 12).
+
+        eta: 0 is deterministic, 1 adds the noise of ancestral sampling (eq. 16). use_clipped_model_output: take the
+        noise that belongs to a clipped clean sample, as OpenAI's code does, instead of the predicted one.
+        """
         t = torch.as_tensor(timestep, device=sample.device)
         previous = self.previous_timestep(t).to(sample.device)
-        x_0 = self.clip_x0(predict_x0(self, model_output, sample, t))
+        predicted = predict_x0(self, model_output, sample, t)
+        x_0 = self.clip_x0(predicted)
         (alpha, sigma), (alpha_s, sigma_s) = alpha_sigma(self, t, sample), alpha_sigma(self, previous, sample)
-        # The noise that belongs to the clipped clean sample, not the predicted one
         noise = (sample - alpha * x_0) / sigma
+        # Clipping changes the clean sample alone, unless the caller wants both to fit
+        if x_0 is not predicted and not use_clipped_model_output:
+            is_noise = self.config.prediction_type == "epsilon"
+            noise = split_variance(model_output, sample)[0] if is_noise else (sample - alpha * predicted) / sigma
         if eta == 0:
             x = alpha_s * x_0 + sigma_s * noise
         else:

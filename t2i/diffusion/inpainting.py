@@ -13,7 +13,7 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from t2i.diffusion.process import alpha_sigma
+from t2i.diffusion.process import own_alpha_sigma
 
 SEAM_BLUR_SIGMA = 1.0  # pixels: deviation of the blur that hides the border; see docs/how-to/inpaint.md
 FULL_MASK_FRACTION = 0.25  # fraction of training masks that cover everything, so that whole images are learned too
@@ -62,7 +62,7 @@ def build_blend_callback(
             next_timesteps = timesteps[int((timesteps == t).nonzero()[-1]) + 1 :]
         known = latents
         if step < len(next_timesteps):  # by number, not by timestep: Heun's method visits each twice
-            alpha, sigma = alpha_sigma(scheduler, next_timesteps[step], latents)
+            alpha, sigma = own_alpha_sigma(scheduler, next_timesteps[step], latents)
             known = alpha * latents + sigma * noise
         return torch.where(mask > 0, x, known)
 

@@ -49,17 +49,55 @@ def compute_prediction_target(scheduler: SchedulerMixin, x: Tensor, noise: Tenso
 def alpha_sigma(scheduler: SchedulerMixin, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     """Return sqrt(abar_t) and sqrt(1 - abar_t), the factors of sample and noise in an x_t like `like`; t: () or (B,).
 
-    A timestep below 0 is the clean sample, as diffusers' schedulers count. Timesteps between the trained ones are
-    interpolated in the logarithm of the signal-to-noise ratio.
+    This is the x that a model sees: `own_alpha_sigma` returns the factors in the x that a scheduler steps. A timestep
+    below 0 is the clean sample, as diffusers' schedulers count. Timesteps between the trained ones are interpolated in
+    the logarithm of the signal-to-noise ratio, unless the scheduler is about to step from there by its own sigma.
     """
     at = alpha_bar(scheduler, t, like)
     return at.sqrt().to(like.dtype), (1 - at).sqrt().to(like.dtype)
 
 
+def own_alpha_sigma(scheduler: SchedulerMixin, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the factors of sample and noise in the x that a scheduler is about to step from timestep t, ().
+
+    Those of `alpha_sigma` for most schedulers; 1 and sigma for those that scale x before the model sees it.
+    """
+    (alpha, sigma), scale = alpha_sigma(scheduler, t, like), get_input_scale(scheduler, t)
+    return (alpha, sigma) if scale == 1 else (alpha / scale.to(alpha), sigma / scale.to(sigma))
+
+
+def get_input_scale(scheduler: SchedulerMixin, t: Tensor) -> Tensor:
+    """Return the factor of x in what the model sees, (), fp64, in the step from timestep t that comes next."""
+    return scheduler.scale_model_input(torch.ones((), dtype=torch.float64), t)
+
+
+def find_step_sigma(scheduler: SchedulerMixin, t: Tensor) -> Tensor | None:
+    """Return sigma / alpha of the step from timestep t that comes next, (), fp64.
+
+    Schedulers that step in sigmas round or interpolate timesteps, so that x is not exactly at the trained level of t.
+    None: the scheduler has no sigmas, or t is not its next timestep.
+    """
+    # Before `set_timesteps` sigmas and timesteps may be in other orders
+    if t.ndim or not hasattr(scheduler, "sigmas") or scheduler.num_inference_steps is None:
+        return None
+    timesteps = scheduler.timesteps
+    steps = (timesteps == t.to(timesteps.device)).nonzero()[:, 0].tolist()
+    following = scheduler.step_index
+    if following is None:
+        following = scheduler.begin_index or next(iter(steps), None)
+    if following not in steps:
+        return None
+    # The scale is exact between two steps of a method of second order too, where `sigmas` is not
+    scale = get_input_scale(scheduler, t)
+    return scheduler.sigmas[following].double() if scale == 1 else (scale**-2 - 1).sqrt()
+
+
 def alpha_bar(scheduler: SchedulerMixin, t: Tensor, like: Tensor) -> Tensor:
     """Return abar_t as `alpha_sigma` uses it, fp64: () or (B, 1, ...)."""
-    abar = scheduler.alphas_cumprod.to(like.device, torch.float64)
     t = torch.as_tensor(t, device=like.device)
+    if (step_sigma := find_step_sigma(scheduler, t)) is not None:
+        return 1 / (1 + step_sigma.to(like.device) ** 2)
+    abar = scheduler.alphas_cumprod.to(like.device, torch.float64)
     # sigmoid and logit are abar as a function of the log-SNR, and back
     if t.is_floating_point() and not (t == t.round()).all():
         low = t.floor().long().clamp(0, len(abar) - 1)

@@ -1,33 +1,70 @@
 """Samplers by name: schedulers that sample from a model with the noise schedule it was trained with."""
 
 import copy
+from inspect import signature
 from typing import Any
 
 import torch
 from diffusers import (
+    DDIMParallelScheduler,
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    LCMScheduler,
     PNDMScheduler,
     SchedulerMixin,
+    UnCLIPScheduler,
     UniPCMultistepScheduler,
 )
+from torch import Tensor
 
 from t2i.checks import check_choice
 from t2i.diffusion.continuous import ProbabilityFlowScheduler, ReverseSDEScheduler
 from t2i.diffusion.ddim import ExactDDIMScheduler, build_scheduler_like
-from t2i.diffusion.sampling_loop import Sampling, sample_from_noise
+from t2i.diffusion.denoiser import Predict
+from t2i.diffusion.process import x0_to_prediction
+from t2i.diffusion.respaced import UnCLIPRespacedScheduler
+from t2i.diffusion.sampling_loop import (
+    LEARNED_VARIANCE_TYPES,
+    Sampling,
+    reads_variance,
+    sample_from_noise,
+)
 from t2i.errors import InputError
 from t2i.files.untrusted import format_error
 
-TRIAL_STEPS = 4
-LEARNED_VARIANCE_TYPES = ("learned", "learned_range")
+TRIAL_STEPS = 10
+# Schedulers of diffusers that sample here, for the message of those that do not. A test runs all of diffusers'.
+SAMPLING_SCHEDULERS = (
+    "DDIM",
+    "DDIMParallel",
+    "DDPM",
+    "DDPMParallel",
+    "DEISMultistep",
+    "DPMSolverMultistep",
+    "DPMSolverSDE",
+    "DPMSolverSinglestep",
+    "EulerAncestralDiscrete",
+    "EulerDiscrete",
+    "HeunDiscrete",
+    "KDPM2AncestralDiscrete",
+    "KDPM2Discrete",
+    "LMSDiscrete",
+    "PNDM",
+    "SASolver",
+    "TCD",
+    "UnCLIP",
+    "UniPCMultistep",
+)
 FIXED_VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
 # Allowed settings, which not all schedulers check. The first is assumed where a scheduler has no such setting.
 CONFIG_CHOICES = {
     "prediction_type": ("epsilon", "sample", "v_prediction"),
     "variance_type": (None, *FIXED_VARIANCE_TYPES, *LEARNED_VARIANCE_TYPES),
     "timestep_spacing": ("leading", "linspace", "trailing"),
+    "timestep_type": ("discrete",),
+    "use_flow_sigmas": (False,),
+    "snr_shift_scale": (1.0,),
 }
 
 SAMPLERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
@@ -44,16 +81,28 @@ SAMPLERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
 def resolve_sampler(name: str | None, scheduler: SchedulerMixin, model: Any) -> SchedulerMixin:
     """Return the sampler of this name for the model that `scheduler` belongs to; None is that scheduler itself.
 
-    diffusers' plain DDIM becomes the exact one, which is the same where the number of steps divides the training's.
+    Some of diffusers' have a better form: plain DDIM becomes the exact one, which is the same where the number of steps
+    divides the training's, UnCLIPScheduler the one that finds its previous timestep by itself. Those that cannot read
+    a learned variance, but cut off channels by that setting, go without it.
     """
-    if name is None:
-        return build_sampler("ddim", scheduler) if type(scheduler) is DDIMScheduler else scheduler
-    return build_sampler(name, scheduler, bool(model.config.get("learned_variance", False)))
+    if name is not None:
+        return build_sampler(name, scheduler, bool(model.config.get("learned_variance", False)))
+    kind = type(scheduler)
+    if kind in (DDIMScheduler, DDIMParallelScheduler):
+        return build_sampler("ddim", scheduler)
+    if kind is UnCLIPScheduler:
+        return UnCLIPRespacedScheduler.from_config(scheduler.config)
+    is_foreign = scheduler.config.get("variance_type") in LEARNED_VARIANCE_TYPES and not reads_variance(scheduler)
+    if is_foreign and "variance_type" in signature(kind.__init__).parameters:
+        return kind.from_config(scheduler.config, variance_type=None)
+    return scheduler
 
 
 def count_model_evaluations(scheduler: SchedulerMixin, steps: int) -> int:
     """Return how often a sampling of so many steps evaluates the model."""
-    repeated = isinstance(scheduler, PNDMScheduler) and steps > 1  # at the second timestep
+    repeated = 0
+    if isinstance(scheduler, PNDMScheduler):  # at the second timestep; or Runge-Kutta steps at the start
+        repeated = (steps > 1) if scheduler.config.skip_prk_steps else 9
     return (steps - 1) * getattr(scheduler, "order", 1) + 1 + repeated
 
 
@@ -72,26 +121,49 @@ def build_sampler(name: str, scheduler: SchedulerMixin, learned_variance: bool =
 
 
 def check_scheduler_sampling(name: str, scheduler: SchedulerMixin) -> None:
-    """Refuse a scheduler that `sample_from_noise` cannot sample with, by sampling four numbers in a few steps.
+    """Refuse a scheduler that `sample_from_noise` cannot sample with, by sampling from an exact model in a few steps.
 
-    name: of the scheduler in the message.
+    name: of the scheduler in the message, which names the schedulers that work.
     """
-    config, kind = scheduler.config, type(scheduler).__name__
+    kind = type(scheduler).__name__
+    if reason := find_sampling_fault(scheduler):
+        works = ", ".join(SAMPLING_SCHEDULERS)
+        raise InputError(f"the {name}, a {kind}, {reason}; these schedulers of diffusers work: {works}")
+
+
+def find_sampling_fault(scheduler: SchedulerMixin) -> str | None:
+    """Return why a scheduler cannot sample; None if it can."""
+    if isinstance(scheduler, LCMScheduler):
+        return "is for consistency models, which this is not"
     for key, allowed in CONFIG_CHOICES.items():
-        if (value := config.get(key, allowed[0])) not in allowed:
-            raise InputError(f"the {name}, a {kind}, has {key} {value!r:.80}; it may be {', '.join(map(str, allowed))}")
-    # A copy, for sampling sets the scheduler's timesteps
-    trial = copy.deepcopy(scheduler)
-    learned = config.get("variance_type") in LEARNED_VARIANCE_TYPES
-    noise, generators = torch.ones(1, 1, 2, 2), [torch.Generator().manual_seed(0)]
+        if (value := scheduler.config.get(key, allowed[0])) not in allowed:
+            return f"has {key} {value!r:.80}; it may be {', '.join(map(str, allowed))}"
+    generators = [torch.Generator().manual_seed(0)]
     try:
-        sampling = Sampling(min(TRIAL_STEPS, config.num_train_timesteps), generators)
-        drawn = sample_from_noise(lambda x, _: torch.cat([x, x], 1) / 2 if learned else x / 2, trial, noise, sampling)
+        # A copy, for sampling sets the scheduler's timesteps
+        trial = copy.deepcopy(resolve_sampler(None, scheduler, None))
+        sampling = Sampling(min(TRIAL_STEPS, trial.config.num_train_timesteps), generators)
+        drawn = sample_from_noise(build_trial_predict(trial), trial, torch.ones(1, 1, 2, 2), sampling)
         # A schedule that rises would add noise instead of removing it
         falls = trial.timesteps[0] >= trial.timesteps[-1] and trial.alphas_cumprod.isfinite().all()
+        left = 3 * (1 - trial.alphas_cumprod[0]).sqrt()
     except Exception as error:  # a library raises anything for a configuration that it did not check
-        raise InputError(f"the {name}, a {kind}, cannot sample ({format_error(error)})") from error
+        return f"cannot sample ({format_error(error)})"
     if not drawn.isfinite().all():
-        raise InputError(f"the {name}, a {kind}, cannot sample: its samples are not finite")
+        return "cannot sample: its samples are not finite"
     if not falls:
-        raise InputError(f"the {name}, a {kind}, cannot sample: its timesteps do not fall")
+        return "cannot sample: its timesteps do not fall"
+    if (miss := drawn.abs().max()) > 0.1 + left:
+        return f"cannot sample: from a model that knows the answer it is {miss:.2g} away"
+    return None
+
+
+def build_trial_predict(scheduler: SchedulerMixin) -> Predict:
+    """Return the prediction of a model that knows that the sample is 0, which nothing clips."""
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        prediction = x0_to_prediction(scheduler, torch.zeros_like(x), x, t)
+        # The smallest variance that can be learned
+        return torch.cat([prediction, -torch.ones_like(x)], 1) if reads_variance(scheduler) else prediction
+
+    return predict

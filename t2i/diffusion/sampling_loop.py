@@ -1,12 +1,12 @@
 """The sampling loop, the same for every denoiser, and its settings."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any
 
 import torch
-from diffusers import PNDMScheduler, SchedulerMixin
+from diffusers import DDPMParallelScheduler, DDPMScheduler, PNDMScheduler, SchedulerMixin, UnCLIPScheduler
 from torch import Generator, Tensor
 
 from t2i.checks import check_range
@@ -16,6 +16,14 @@ from t2i.diffusion.process import split_variance
 from t2i.errors import InputError
 
 MAX_STEPS = 1000
+LEARNED_VARIANCE_TYPES = ("learned", "learned_range")
+# Schedulers that sample with a variance from the model. Others carry the setting along, or cut off channels by it.
+VARIANCE_READERS = (DDPMScheduler, DDPMParallelScheduler, UnCLIPScheduler)
+# What takes given noise levels, for the message of those that do not
+TAKING_SCHEDULERS = {
+    "timesteps": "the samplers ddim, ddpm and dpmsolver++ take them",
+    "sigmas": "EulerDiscreteScheduler takes them",
+}
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,9 @@ class Sampling:
     on_step: `on_step(i, t, x)` runs after step i, at timestep t, and returns x, which it may change.
     transform: a further function of the guided `Predict`, such as steering.
     eta: how much of the noise of ancestral sampling DDIM adds, 0 to 1; None: the scheduler's default.
+    use_clipped_model_output: DDIM takes the noise that belongs to a clipped clean sample, not the predicted one.
+    timesteps, sigmas: noise levels of the steps, falling, in place of the scheduler's own; for schedulers that take
+        them. `steps` is then their number of steps.
     original: (N, ...), clean samples to start from instead, noised as far as the last `strength` of the steps undo.
     strength: fraction of the steps that are taken from `original`, in (0, 1].
     """
@@ -42,6 +53,9 @@ class Sampling:
     on_step: StepCallback | None = None
     transform: PredictTransform | None = None
     eta: float | None = None
+    use_clipped_model_output: bool = False
+    timesteps: Sequence[float] | None = None
+    sigmas: Sequence[float] | None = None
     original: Tensor | None = None
     strength: float = 1.0
 
@@ -59,14 +73,9 @@ class Sampling:
 @torch.no_grad()
 def sample_from_noise(predict: Predict, scheduler: SchedulerMixin, noise: Tensor, sampling: Sampling) -> Tensor:
     """Denoise from `noise`, (N, ...) of unit variance, to samples, step by step, in the noise's dtype."""
-    check_eta(scheduler, sampling.eta)
-    scheduler.set_timesteps(sampling.steps, device=noise.device)
-    # diffusers' schedulers differ in what `step` takes
-    accepted = signature(scheduler.step).parameters
-    extra: dict[str, Any] = {"generator": sampling.generators or None} if "generator" in accepted else {}
-    if sampling.eta is not None:
-        extra["eta"] = sampling.eta
-    learned = scheduler.config.get("variance_type") in ("learned", "learned_range")
+    extra = build_step_arguments(scheduler, sampling)
+    set_timesteps(scheduler, sampling, noise.device)
+    learned = reads_variance(scheduler)
     if sampling.transform is not None:
         predict = sampling.transform(predict)
     x, timesteps = initialize_sampling(scheduler, noise, sampling)
@@ -81,22 +90,61 @@ def sample_from_noise(predict: Predict, scheduler: SchedulerMixin, noise: Tensor
     return x
 
 
+def build_step_arguments(scheduler: SchedulerMixin, sampling: Sampling) -> dict[str, Any]:
+    """Return the further arguments of a scheduler's `step`, which differ. Raises InputError for one that it lacks."""
+    check_eta(scheduler, sampling.eta)
+    accepted = signature(scheduler.step).parameters
+    arguments: dict[str, Any] = {"generator": sampling.generators or None} if "generator" in accepted else {}
+    if sampling.eta is not None:
+        arguments["eta"] = sampling.eta
+    if sampling.use_clipped_model_output:
+        check_ddim_argument(scheduler, "use_clipped_model_output", True)
+        arguments["use_clipped_model_output"] = True
+    return arguments
+
+
+def set_timesteps(scheduler: SchedulerMixin, sampling: Sampling, device: torch.device | None = None) -> None:
+    """Set a scheduler's timesteps: the given ones, or as many as there are steps. Raises InputError if it refuses."""
+    given = {name: value for name in TAKING_SCHEDULERS if (value := getattr(sampling, name)) is not None}
+    if not given:
+        scheduler.set_timesteps(sampling.steps, device=device)
+        return
+    kind = type(scheduler).__name__
+    for name in given.keys() - signature(scheduler.set_timesteps).parameters.keys():
+        raise InputError(f"{kind} does not take {name}; {TAKING_SCHEDULERS[name]}")
+    if sampling.timesteps is not None:
+        last = scheduler.config.num_train_timesteps - 1
+        check_range("timesteps", max(sampling.timesteps), 0, last)
+    try:
+        scheduler.set_timesteps(device=device, **{name: list(values) for name, values in given.items()})
+    except ValueError as error:
+        raise InputError(f"{' and '.join(given)} cannot be given to this {kind}: {error}") from error
+
+
+def reads_variance(scheduler: SchedulerMixin) -> bool:
+    """Return True if a scheduler samples with a variance that the model predicts."""
+    return isinstance(scheduler, VARIANCE_READERS) and scheduler.config.get("variance_type") in LEARNED_VARIANCE_TYPES
+
+
 def initialize_sampling(scheduler: SchedulerMixin, noise: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """Return what sampling starts from, like `noise`, and the timesteps that are left."""
     # diffusers' trailing timesteps end, for some numbers of steps, with one too many: -1, where there is no noise.
     timesteps = scheduler.timesteps[scheduler.timesteps >= 0]
+    # Samplers of second order have two timesteps a step
+    first = (sampling.steps - sampling.steps_left) * getattr(scheduler, "order", 1)
+    if hasattr(scheduler, "set_begin_index"):  # by itself it starts at the second of two equal timesteps
+        scheduler.set_begin_index(first)
     if sampling.original is None:
         return noise * scheduler.init_noise_sigma, timesteps
     check_range("strength", sampling.strength, 0, 1)
-    # Samplers of second order have two timesteps a step
-    first = (sampling.steps - sampling.steps_left) * getattr(scheduler, "order", 1)
-    if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(first)
     timesteps = timesteps[first:]
-    if isinstance(scheduler, PNDMScheduler) and scheduler.config.skip_prk_steps:
+    if isinstance(scheduler, PNDMScheduler):
+        if first and not scheduler.config.skip_prk_steps:
+            raise InputError("strength below 1 needs a PNDMScheduler with skip_prk_steps=True: others start with noise")
         # Its first step is a step of Heun's method, which evaluates the model at the second timestep once more.
-        left = scheduler.timesteps.unique_consecutive()[first:]
-        scheduler.timesteps = timesteps = torch.cat([left[:2], left[1:]])
+        elif scheduler.config.skip_prk_steps:
+            left = scheduler.timesteps.unique_consecutive()[first:]
+            scheduler.timesteps = timesteps = torch.cat([left[:2], left[1:]])
     return scheduler.add_noise(sampling.original.to(noise), noise, timesteps[:1].expand(len(noise))), timesteps
 
 
@@ -110,8 +158,14 @@ def check_eta(scheduler: SchedulerMixin, eta: float | None) -> None:
     if eta is None:
         return
     check_range("eta", eta, 0, 1)
-    if "eta" not in signature(scheduler.step).parameters:
-        raise InputError(f"eta is of the sampler ddim; {type(scheduler).__name__} does not take it, got eta={eta:g}")
+    check_ddim_argument(scheduler, "eta", eta)
+
+
+def check_ddim_argument(scheduler: SchedulerMixin, name: str, value: float) -> None:
+    """Refuse an argument that the scheduler's `step` does not take."""
+    if name not in signature(scheduler.step).parameters:
+        kind = type(scheduler).__name__
+        raise InputError(f"{name} is of the sampler ddim; {kind} does not take it, got {name}={value!r}")
 
 
 def generate_noise(shape: tuple[int, ...], generators: list[Generator], device: torch.device) -> Tensor:

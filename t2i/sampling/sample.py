@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 from t2i.diffusion.condition import ImageCondition, TextEncoding, TokenStates
 from t2i.diffusion.denoiser import Predict
 from t2i.diffusion.guidance import Guidance, build_guided_predict
-from t2i.diffusion.sampling_loop import Sampling, sample_from_noise
+from t2i.diffusion.sampling_loop import Sampling, sample_from_noise, set_timesteps
 from t2i.diffusion.windows import Window, build_windowed_predict
 from t2i.errors import InputError
 
@@ -28,7 +28,7 @@ def sample_prior(
     text = text.to(device, prior.dtype)
     negative = prior.null(len(text)) if negative is None else negative
     guidance = prior.default_guidance_scale if sampling.guidance is None else sampling.guidance
-    scheduler.set_timesteps(sampling.steps, device=device)
+    set_timesteps(scheduler, sampling, device)
     # Set before: `prepare` computes tokens of these timesteps ahead
     timesteps = scheduler.timesteps if prior.prepares_timesteps else None
     predict = build_guided_predict(prior, text, negative.to(device, prior.dtype), guidance, scheduler, timesteps)
