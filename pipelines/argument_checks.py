@@ -14,7 +14,7 @@ from torch import Tensor
 
 from t2i.checks import check_integer, check_multiple_of, check_range, check_texts
 from t2i.diffusion.samplers import resolve_sampler
-from t2i.diffusion.sampling_loop import check_eta
+from t2i.diffusion.sampling_loop import Sampling, build_step_arguments, set_timesteps
 from t2i.errors import InputError
 from t2i.networks.autoregressive_prior import AutoregressivePrior
 from t2i.sampling.embeddings import check_scale_only
@@ -133,8 +133,13 @@ def check_stage_options(pipeline: Any, prior: PriorOptions | None, decoder: Deco
             "control_image needs a ControlNet decoder (Kandinsky 2.2's), which this one is not; leave it out"
         )
     scheduler = resolve_sampler(decoder.sampler, pipeline.decoder_scheduler, pipeline.decoder)
-    check_eta(scheduler, decoder.eta)
-    check_step_count("num_inference_steps", decoder.num_inference_steps, scheduler)
+    given = {name: getattr(decoder, name) for name in ("eta", "use_clipped_model_output", "timesteps", "sigmas")}
+    sampling = Sampling(decoder.num_inference_steps, **given)
+    build_step_arguments(scheduler, sampling)
+    if decoder.timesteps is None and decoder.sigmas is None:
+        check_step_count("num_inference_steps", decoder.num_inference_steps, scheduler)
+    else:
+        set_timesteps(copy.deepcopy(scheduler), sampling)
 
 
 def check_step_count(name: str, steps: int, scheduler: SchedulerMixin) -> None:

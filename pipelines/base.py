@@ -27,6 +27,7 @@ from t2i.pipelines.folder import (
     PipelineFolder,
     check_component_types,
     check_components,
+    check_parts,
 )
 from t2i.pipelines.loading import FETCH_ARGUMENTS, build_own_arguments, load_public_components
 from t2i.pipelines.options import OUTPUT_TYPES, DecoderOptions, ResolvedOptions, build_options
@@ -112,6 +113,22 @@ class UnCLIPPipeline(DiffusersNames, Interruptible, DiskOffloading):
         check_components(components)
         self.register_modules(**components)
         self.image_processor = VaeImageProcessor(vae_scale_factor=autoencoder.factor)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute. A component that replaces another is checked as in the constructor."""
+        self.check_replaced_part(name, value)
+        super().__setattr__(name, value)
+
+    def register_modules(self, **components: Any) -> None:
+        """Register components; those that replace others are checked before anything changes."""
+        for name, component in components.items():
+            self.check_replaced_part(name, component)
+        super().register_modules(**components)
+
+    def check_replaced_part(self, name: str, value: Any) -> None:
+        """Raise InputError for a component that does not fit the others. The constructor checks all at once."""
+        if name in COMPONENT_CLASSES and name in self.__dict__:
+            check_parts({**{part: self.__dict__[part] for part in COMPONENT_CLASSES}, name: value}, (name,))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:

@@ -65,14 +65,28 @@ def check_components(components: Mapping[str, Any]) -> None:
 
     components: the arguments of `UnCLIPPipeline`, by name.
     """
-    check_component_types(components)
-    clip, decoder, autoencoder = (components[name] for name in ("clip", "decoder", "autoencoder"))
+    check_parts(components, tuple(components))
     prior, prior_scheduler, upsampler = (components[name] for name in ("prior", "prior_scheduler", "upsampler"))
-    for name in ("decoder_scheduler", "prior_scheduler"):
-        if components[name] is not None:
-            check_scheduler_sampling(name, components[name])
+    if (prior is None or not prior.needs_scheduler) != (prior_scheduler is None):
+        what = "no prior" if prior is None else f"as prior a {type(prior).__name__}"
+        has = "no prior_scheduler" if prior_scheduler is None else "a prior_scheduler"
+        raise InputError(f"this pipeline has {what} and {has}; only the diffusion prior goes with a scheduler")
+    if (upsampler is None) != (components["upsampler_scheduler"] is None):
+        raise InputError("upsampler and upsampler_scheduler go together; one of them is missing")
+
+
+def check_parts(components: Mapping[str, Any], new: tuple[str, ...]) -> None:
+    """Raise InputError for components that do not fit the others, but for a model without its scheduler.
+
+    That is left out because two parts are assigned one after the other. new: names of those that are not checked yet.
+    """
+    check_component_types({name: components[name] for name in new})
+    for name in new:
+        check_component(name, components[name], name in OPTIONAL_COMPONENTS)
 
     # All belong to one CLIP, and the decoder to its autoencoder and text encoder
+    clip, decoder, autoencoder = (components[name] for name in ("clip", "decoder", "autoencoder"))
+    prior, upsampler = components["prior"], components["upsampler"]
     for name, model in {"prior": prior, "decoder": decoder, "upsampler": upsampler}.items():
         check_clip_fingerprint(name, model, clip)
     for name, model in {"prior": prior, "decoder": decoder}.items():
@@ -83,13 +97,14 @@ def check_components(components: Mapping[str, Any]) -> None:
         channels = f"{decoder.config.latent_channels} channels, the autoencoder's have {autoencoder.channels}"
         raise InputError(f"the decoder's latents have {channels}; they were not trained together")
 
-    # Models and their schedulers
-    if (prior is None or not prior.needs_scheduler) != (prior_scheduler is None):
-        what = "no prior" if prior is None else f"as prior a {type(prior).__name__}"
-        has = "no prior_scheduler" if prior_scheduler is None else "a prior_scheduler"
-        raise InputError(f"this pipeline has {what} and {has}; only the diffusion prior goes with a scheduler")
-    if (upsampler is None) != (components["upsampler_scheduler"] is None):
-        raise InputError("upsampler and upsampler_scheduler go together; one of them is missing")
+
+def check_component(name: str, component: Any, optional: bool) -> None:
+    """Raise InputError for a component that cannot be what `name` says, whatever the others are."""
+    check_component_types({name: component})
+    if component is None and not optional:
+        raise InputError(f"{name} is None, but this pipeline needs one")
+    if component is not None and COMPONENT_CLASSES[name] == (SchedulerMixin,):
+        check_scheduler_sampling(name, component)
 
 
 def check_clip_fingerprint(name: str, model: Any, clip: Any) -> None:

@@ -3,11 +3,12 @@
 `UnCLIPPipeline.resolve_options` builds both, with the model's own defaults for what is left out.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 from t2i.pipelines.calls.callbacks import CALLBACK_TENSORS, PRIOR_CALLBACK_TENSORS, UserCallback, check_callback
 from t2i.pipelines.calls.progress import Preview
 from t2i.pipelines.inputs import ImageInputs
@@ -81,11 +82,15 @@ class DecoderOptions:
         num_inference_steps: denoising steps, 1 to 1000. Pipelines take the decoder's `default_steps` if left out.
         guidance_scale: a number, where 1 is off, or a `Guidance`; stored as a `Guidance`. Pipelines take the decoder's
             `default_guidance_scale` if left out.
+        guidance_rescale: `Guidance.rescale`, by diffusers' name, 0 to 1; None leaves it to `guidance_scale`.
         latents: (N, C, h, w), the noise that the decoder starts from.
         steering: a `Steering` towards a class, a text or an image, in addition to guidance.
         output_type: "pil", "np", "pt" or "latent".
         sampler: a name of `t2i.diffusion.samplers.SAMPLERS`; None is the model's own scheduler.
         eta: noise that the sampler ddim adds: 0 is none, 1 is as much as ancestral sampling.
+        use_clipped_model_output: ddim with a scheduler that clips takes the noise that fits the clipped clean sample.
+        timesteps, sigmas: noise levels of the steps, falling, in place of the scheduler's own, one of both. They decide
+            the number of steps. Not for pipelines that invert images.
         upsample: number of times the images pass through the upsampler, 0 to 8.
         upsample_steps: denoising steps of each upsampling.
         upsample_level: noise added to the images before upsampling, 0 to 1. More noise redraws more of them.
@@ -113,11 +118,15 @@ class DecoderOptions:
 
     num_inference_steps: int = 25
     guidance_scale: Guidance = Guidance(1.5)
+    guidance_rescale: float | None = None
     latents: Tensor | None = None
     steering: Steering | None = None
     output_type: str = "pil"
     sampler: str | None = None
     eta: float | None = None
+    use_clipped_model_output: bool = False
+    timesteps: Sequence[float] | None = None
+    sigmas: Sequence[float] | None = None
     upsample: int = 0
     upsample_steps: int = 4
     upsample_level: float = 0.0
@@ -136,8 +145,13 @@ class DecoderOptions:
 
     def __post_init__(self) -> None:
         # Denoising
+        self.resolve_noise_levels()
         check_integer("num_inference_steps", self.num_inference_steps, 1, MAX_STEPS)
         object.__setattr__(self, "guidance_scale", check_guidance("guidance_scale", self.guidance_scale))
+        if self.guidance_rescale is not None:
+            check_range("guidance_rescale", self.guidance_rescale, 0, 1)
+            guidance = replace(self.guidance_scale, rescale=float(self.guidance_rescale))
+            object.__setattr__(self, "guidance_scale", guidance)
         if self.sampler is not None:
             check_choice("sampler", self.sampler, tuple(SAMPLERS))
         if self.eta is not None:
@@ -162,6 +176,31 @@ class DecoderOptions:
         check_integer("preview_every", self.preview_every, 1, MAX_STEPS)
         callback, tensors = self.callback_on_step_end, self.callback_on_step_end_tensor_inputs
         check_callback("callback_on_step_end", callback, tensors, CALLBACK_TENSORS)
+
+    def resolve_noise_levels(self) -> None:
+        """Check the given timesteps or sigmas, and set the number of steps to theirs."""
+        names = [name for name in ("timesteps", "sigmas") if getattr(self, name) is not None]
+        if len(names) > 1:
+            raise InputError("timesteps and sigmas exclude each other; give one of them")
+        for name in names:
+            levels = check_falling_numbers(name, getattr(self, name))
+            object.__setattr__(self, name, levels)
+            # As diffusers' schedulers take them, the last sigma is where the last step leads to
+            object.__setattr__(self, "num_inference_steps", len(levels) - (name == "sigmas"))
+
+
+def check_falling_numbers(name: str, values: Any) -> tuple[float, ...]:
+    """Return a list, array or tensor of numbers as a tuple. Raises InputError unless they fall and none is negative."""
+    try:
+        numbers = torch.as_tensor(values, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(f"{name} must be a list of numbers, got {values!r:.80}") from None
+    least = 2 if name == "sigmas" else 1
+    if numbers.ndim != 1 or not least <= len(numbers) <= MAX_STEPS + 1 or not numbers.isfinite().all():
+        raise InputError(f"{name} must be a list of {least} to {MAX_STEPS + 1} finite numbers, got {values!r:.80}")
+    if numbers.min() < 0 or (numbers.diff() >= 0).any():
+        raise InputError(f"{name} must fall to 0 or more, got {values!r:.80}")
+    return tuple(int(number) if number == int(number) else number for number in numbers.tolist())
 
 
 ResolvedOptions: TypeAlias = tuple[PriorOptions, DecoderOptions]

@@ -191,6 +191,9 @@ def sample_decoder(
         on_step,
         transform,
         eta=options.eta,
+        use_clipped_model_output=options.use_clipped_model_output,
+        timesteps=options.timesteps,
+        sigmas=options.sigmas,
         original=canvas.original,
         strength=canvas.strength,
     )

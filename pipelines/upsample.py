@@ -15,7 +15,7 @@ from t2i.pipelines.base import UnCLIPPipeline
 from t2i.pipelines.calls.offload import DiskOffloading
 from t2i.pipelines.calls.progress import Interruptible, Preview
 from t2i.pipelines.calls.signature import pipeline_call
-from t2i.pipelines.folder import PipelineFolder, check_clip_fingerprint
+from t2i.pipelines.folder import COMPONENT_CLASSES, PipelineFolder, check_clip_fingerprint, check_component
 from t2i.pipelines.inputs import ImageInputs, read_image, split_images
 from t2i.pipelines.options import build_options
 from t2i.pipelines.stages import upsample_images
@@ -56,6 +56,12 @@ class UpsamplePipeline(Interruptible, DiskOffloading):
         check_clip_fingerprint("upsampler", upsampler, clip)
         self.register_modules(upsampler=upsampler, upsampler_scheduler=upsampler_scheduler, clip=clip)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute, after a check of a component."""
+        if name in COMPONENT_CLASSES:
+            check_component(name, value, name in self._optional_components)
+        super().__setattr__(name, value)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:

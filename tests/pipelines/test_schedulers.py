@@ -1,0 +1,244 @@
+"""Schedulers that a user puts into a pipeline: one check at every door, and each task with each kind of scale."""
+
+import warnings
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    UnCLIPScheduler,
+)
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from PIL import Image
+from t2i.pipelines.options import DecoderOptions, build_options
+
+from t2i import ImageToImagePipeline, ImageVariationPipeline, InpaintPipeline, Text2ImagePipeline, UpsamplePipeline
+from t2i.diffusion.guidance import Guidance
+from t2i.diffusion.respaced import UnCLIPRespacedScheduler
+from t2i.errors import InputError
+from t2i.networks.upsampler import Upsampler
+from tests.conftest import seeds
+from tests.helpers.kandinsky_folders import kandinsky_22_combined
+from tests.networks.test_upsampler import UNET
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what diffusers calls of NumPy
+REFUSED = ("DDIMInverse", "DPMSolverMultistepInverse", "EDMEuler", "IPNDM", "CMStochasticIterative", "LCM")
+REFUSED += ("FlowMatchEulerDiscrete", "RePaint")
+DRAWING = {"num_inference_steps": 3, "prior_num_inference_steps": 2, "prior_candidates": 1, "output_type": "latent"}
+
+
+def picture(seed=0, size=32):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8))
+
+
+def kind_of(name):
+    return getattr(diffusers, f"{name}Scheduler")
+
+
+def open_doors(pipeline, name, value):
+    """Each way to put a component into a pipeline."""
+    kind, parts = type(pipeline), dict(pipeline.components)
+    return {
+        "constructor": lambda: kind(**{**parts, name: value}),
+        "from_pipe": lambda: kind.from_pipe(pipeline, **{name: value}),
+        "assignment": lambda: setattr(pipeline, name, value),
+        "register_modules": lambda: pipeline.register_modules(**{name: value}),
+    }
+
+
+@pytest.mark.parametrize("door", ["constructor", "from_pipe", "assignment", "register_modules"])
+def test_a_scheduler_that_cannot_draw_is_refused_at_every_door_with_those_that_can(pipeline, door):
+    before = dict(pipeline.components)
+    for name in REFUSED:
+        scheduler = kind_of(name).from_config(pipeline.decoder_scheduler.config)
+        with pytest.raises(InputError, match=f"the decoder_scheduler, a {name}.*schedulers.*work: DDIM") as caught:
+            open_doors(pipeline, "decoder_scheduler", scheduler)[door]()
+        assert "\n" not in str(caught.value)
+    for name in ("clip", "decoder", "decoder_scheduler", "autoencoder"):
+        with pytest.raises(InputError, match=f"^{name} is None, but this pipeline needs one$"):
+            open_doors(pipeline, name, None)[door]()
+    with pytest.raises(InputError, match="^decoder_scheduler must be a SchedulerMixin, got 'ddim', a str"):
+        open_doors(pipeline, "decoder_scheduler", "ddim")[door]()
+    assert pipeline.config.decoder_scheduler[1] == type(pipeline.decoder_scheduler).__name__
+    assert all(pipeline.components[name] is part for name, part in before.items())
+
+
+def test_a_model_of_another_clip_cannot_be_assigned(pipeline):
+    prior = pipeline.prior
+    pipeline.prior = prior
+    prior.register_to_config(clip_fingerprint="0" * 16)
+    with pytest.raises(InputError, match="the prior was trained with the CLIP 0000000000000000, this pipeline has"):
+        pipeline.prior = prior
+
+
+def test_a_prior_and_its_scheduler_can_be_taken_out_one_after_the_other(pipeline):
+    pipeline.prior = None
+    pipeline.prior_scheduler = None
+    assert pipeline("red circle", **DRAWING).images.isfinite().all()
+
+
+def test_the_upsamplers_scheduler_is_checked_too():
+    upsampler = Upsampler(2, 8, UNET, patch_size=2)
+    good = DDIMScheduler(prediction_type="v_prediction", clip_sample=False)
+    pipeline = UpsamplePipeline(upsampler, good)
+    for value, message in ((kind_of("IPNDM")(), "the upsampler_scheduler, a IPNDM"), (None, "is None")):
+        with pytest.raises(InputError, match=message):
+            pipeline.upsampler_scheduler = value
+        with pytest.raises(InputError, match=message):
+            UpsamplePipeline(upsampler, value)
+
+
+@pytest.fixture(scope="module")
+def kandinsky():
+    pipeline = Text2ImagePipeline.from_pretrained(kandinsky_22_combined())
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw_kandinsky(pipeline, **settings):
+    torch.manual_seed(0)  # some of diffusers' schedulers take no generators
+    return pipeline("a cat", generator=seeds(1), **{**DRAWING, "num_inference_steps": 6, **settings}).images
+
+
+@pytest.mark.parametrize("name", [scheduler.name for scheduler in KarrasDiffusionSchedulers])
+def test_schedulers_from_the_configuration_of_kandinskys_draw(kandinsky, name):
+    """Whose variance is learned, which hardly any other scheduler reads."""
+    kind = kind_of(name.removesuffix("Scheduler"))
+    if kind.__module__.startswith("diffusers.utils.dummy"):
+        pytest.skip("needs another package")
+    saved = kandinsky.decoder_scheduler
+    scheduler = kind.from_config(saved.config)
+    try:
+        if name == "EDMEulerScheduler":
+            with pytest.raises(InputError, match="EDMEulerScheduler, cannot sample"):
+                kandinsky.decoder_scheduler = scheduler
+            return
+        kandinsky.decoder_scheduler = scheduler
+        assert kandinsky.decoder_scheduler is scheduler
+        drawn = draw_kandinsky(kandinsky)
+        if name != "DDPMScheduler":  # which reads it
+            kandinsky.decoder_scheduler = kind.from_config({**saved.config, "variance_type": None})
+        without = draw_kandinsky(kandinsky)
+    finally:
+        kandinsky.decoder_scheduler = saved
+    assert drawn.isfinite().all()
+    torch.testing.assert_close(drawn, without, atol=0, rtol=0)
+
+
+def test_diffusers_unclip_scheduler_draws_what_the_folders_does(pipeline, kandinsky):
+    plain = UnCLIPScheduler(**dict(kandinsky.prior_scheduler.config))
+    assert type(plain) is UnCLIPScheduler and type(kandinsky.prior_scheduler) is UnCLIPRespacedScheduler
+    saved, expected = kandinsky.prior_scheduler, draw_kandinsky(kandinsky, prior_num_inference_steps=5)
+    try:
+        kandinsky.prior_scheduler = plain
+        drawn = draw_kandinsky(kandinsky, prior_num_inference_steps=5)
+    finally:
+        kandinsky.prior_scheduler = saved
+    torch.testing.assert_close(drawn, expected, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("kind", [EulerDiscreteScheduler, HeunDiscreteScheduler])
+def test_pictures_are_inverted_by_ddim_whatever_scheduler_is_in_the_pipeline(pipeline, kind):
+    """Also with guidance that needs noise levels, and after a sampling that leaves levels of its own."""
+    variation = ImageVariationPipeline.from_pipe(pipeline)
+    settings = {"num_inference_steps": 4, "guidance_scale": Guidance(2.0, norm=0.5)}
+    expected = variation.invert(picture(), **settings).latents
+    other = Text2ImagePipeline.from_pipe(pipeline)
+    other.decoder_scheduler = kind.from_config(pipeline.decoder_scheduler.config)
+    other("red circle", generator=seeds(1), **DRAWING)
+    found = ImageVariationPipeline.from_pipe(other).invert(picture(), **settings).latents
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "DPMSolverSinglestep"])
+@pytest.mark.parametrize("task", [ImageToImagePipeline, InpaintPipeline])
+def test_given_pictures_keep_what_they_have_to_with_schedulers_of_other_scales(pipeline, name, task):
+    torch.manual_seed(0)
+    pipeline.decoder_scheduler = kind_of(name).from_config(pipeline.decoder_scheduler.config)
+    draw, size = task.from_pipe(pipeline), (32, 48) if task is InpaintPipeline else (32, 32)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
+    previews = []
+    settings = {"generator": seeds(1), "num_inference_steps": 4, "strength": 0.5, "on_preview": previews.append}
+    if task is InpaintPipeline:
+        mask = Image.new("L", image.size, 0)
+        mask.paste(255, (0, 0, 10, 32))
+        settings["mask_image"] = mask
+    result = draw(image, output_type="latent", **settings).images
+    known = draw.encode_latents(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1)
+    assert previews[-1].step == previews[-1].steps == len(previews)
+    for preview in previews:
+        assert preview.estimate.std() < 3 * max(known.std(), 1)  # at Euler's own scale it would be far more
+    if task is InpaintPipeline:
+        torch.testing.assert_close(result[..., 4:], known[..., 4:], atol=1e-5, rtol=0)
+    assert result.isfinite().all() and result.std() < 3 * max(known.std(), 1)
+
+
+def test_timesteps_sigmas_and_guidance_rescale_are_taken_by_the_decoder(pipeline):
+    def draw(**settings):
+        return pipeline("red circle", generator=seeds(1), **{**DRAWING, "num_inference_steps": 4, **settings}).images
+
+    seen = []
+
+    def watch(_, step, t, tensors):
+        seen.append(float(t))
+        return tensors
+
+    draw(timesteps=[900, 500.0, 20], callback_on_step_end=watch)
+    assert seen == [900, 500, 20]
+    rescaled = draw(guidance_scale=3.0, guidance_rescale=0.7)
+    torch.testing.assert_close(rescaled, draw(guidance_scale=Guidance(3.0, rescale=0.7)), atol=0, rtol=0)
+    assert (rescaled - draw(guidance_scale=3.0)).abs().max() > 1e-3
+    with pytest.raises(InputError, match="ExactDDIMScheduler does not take sigmas; EulerDiscreteScheduler takes them"):
+        draw(sigmas=[10, 1, 0])
+    pipeline.decoder_scheduler = EulerDiscreteScheduler.from_config(pipeline.decoder_scheduler.config)
+    previews = []
+    assert draw(sigmas=np.array([10, 1, 0.1, 0]), on_preview=previews.append).isfinite().all()
+    assert [preview.steps for preview in previews if preview.stage == "decoder"] == [3, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"timesteps": [5, 9]}, r"timesteps must fall to 0 or more, got \[5, 9\]"),
+        ({"timesteps": []}, "timesteps must be a list of 1 to 1001 finite numbers"),
+        ({"timesteps": "abc"}, "timesteps must be a list of numbers, got 'abc'"),
+        ({"sigmas": [1.0]}, "sigmas must be a list of 2 to 1001 finite numbers"),
+        ({"sigmas": [3, 1], "timesteps": [3, 1]}, "timesteps and sigmas exclude each other"),
+        ({"guidance_rescale": 2}, "guidance_rescale must be from 0 to 1, got 2"),
+    ],
+)
+def test_noise_levels_that_cannot_be_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        build_options(options)
+
+
+def test_given_noise_levels_decide_the_number_of_steps():
+    assert DecoderOptions(timesteps=torch.tensor([9, 5, 1])).num_inference_steps == 3
+    assert DecoderOptions(50, sigmas=[9.5, 5, 0]).num_inference_steps == 2
+
+
+def test_a_clipping_scheduler_draws_as_in_diffusers_and_either_way(pipeline):
+    settings = {"clip_sample": True, "clip_sample_range": 0.3}
+    pipeline.decoder_scheduler = DDIMScheduler.from_config(pipeline.decoder_scheduler.config, **settings)
+
+    def draw(**options):
+        return pipeline("red circle", generator=seeds(1), **DRAWING, **options).images
+
+    assert (draw() - draw(use_clipped_model_output=True)).abs().max() > 1e-3
+    with pytest.raises(InputError, match="use_clipped_model_output is of the sampler ddim"):
+        draw(use_clipped_model_output=True, sampler="unipc")
+
+
+def test_a_scheduler_that_is_used_again_has_no_state_of_the_last_picture(pipeline):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipeline.decoder_scheduler = DPMSolverMultistepScheduler.from_config(
+            pipeline.decoder_scheduler.config, use_karras_sigmas=True
+        )
+    first, second = (pipeline("red circle", generator=seeds(1), **DRAWING).images for _ in range(2))
+    torch.testing.assert_close(first, second, atol=0, rtol=0)
