@@ -11,6 +11,7 @@ from t2i.commands import SHIPPED_MODEL, flags, read_lines
 from t2i.commands.flags import argument, option
 from t2i.errors import InputError
 from t2i.terminal import print_line
+from t2i.texts import normalize_text
 
 if TYPE_CHECKING:
     from t2i.networks.clip import CLIP
@@ -94,7 +95,7 @@ def search(
     # Check everything that needs no model
     if (text is None) == (picture is None):
         raise InputError(f"give a text or a --picture to search for, got {'none' if text is None else 'both'}")
-    if text is not None and not text.strip():
+    if text is not None and not normalize_text(text):
         raise InputError(f"the text must not be empty, got {text!r}")
     check_integer("top", top, 1, 10_000)
     if picture is not None:

@@ -203,6 +203,7 @@ class TransformersCLIP(Encoder, ModelMixin):
     @property
     def resize_settings(self) -> dict[str, Any]:
         """Resizing to `size`, with the keys of `t2i.networks.clip.CLIP.resize_settings`."""
+        self.check_image_encoder()
         steps = self.config.preprocess
         side = tuple(steps["resize"] or ())
         return {"interpolation": steps["resample"], "side": side, "rounds_down": True}
