@@ -2,12 +2,19 @@
 
 import math
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 from t2i.errors import InputError
 from t2i.texts import normalize_text
 
 MAX_TEXT_CHARACTERS = 4096
+# Suffixes of files for which a folder is mistaken. Others may end a folder's name: runs/v1.5, 2026.12
+FILE_SUFFIXES = frozenset({
+    ".avif", ".bin", ".bmp", ".ckpt", ".csv", ".gif", ".heic", ".jpeg", ".jpg", ".json", ".jsonl", ".jxl", ".mov",
+    ".mp4", ".parquet", ".pdf", ".png", ".pt", ".pth", ".safetensors", ".svg", ".tar", ".tif", ".tiff", ".txt",
+    ".webm", ".webp", ".yaml", ".yml", ".zip",
+})  # fmt: skip
 
 
 def check_integer(name: str, value: Any, low: int, high: int) -> None:
@@ -34,6 +41,12 @@ def check_choice(name: str, value: Any, choices: tuple) -> None:
     """Refuse a value that is not among `choices`."""
     if value not in choices:
         raise InputError(f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}")
+
+
+def check_folder_name(name: str, folder: Path, advice: str = "give a folder") -> None:
+    """Refuse a folder that is yet to be made and has the suffix of a file."""
+    if folder.suffix.lower() in FILE_SUFFIXES and not folder.is_dir():
+        raise InputError(f"{name} is {str(folder)!r}, but {folder.suffix} is the suffix of a file; {advice}")
 
 
 def check_required_keys(name: str, value: dict[str, Any], required: tuple[str, ...]) -> None:

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from t2i import EXTRA_STAGES, STAGES
+from t2i import EXTRA_STAGES, STAGES, __version__
 from t2i.commands import conversion, drawing, editing, evaluation, seeing, speed_up_imports
-from t2i.commands.flags import argument, option
+from t2i.commands.flags import argument, check_needed, option
 from t2i.errors import InputError, report_errors
 from t2i.terminal import print_line
 
@@ -17,6 +17,7 @@ app = typer.Typer(
     help="Text-to-image models in the way of DALL-E 2 (unCLIP): draw with them, train them, evaluate them.",
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 data = typer.Typer(help="Prepare and check training data.")
 app.add_typer(drawing.app)
@@ -25,6 +26,21 @@ app.add_typer(seeing.app)
 app.add_typer(conversion.app)
 app.add_typer(data, name="data")
 app.add_typer(evaluation.app, name="eval")
+
+
+def print_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"t2i {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def take_common_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:
@@ -65,7 +81,7 @@ def init(
     check_run_folder(run, source)
     machine = find_device(device)
     ensure_fresh_manifest(source, held_out)
-    recipe = compose_recipe(run, read_data_facts(source), machine, clip, autoencoder, image_size)
+    recipe = compose_recipe(run, read_data_facts(source, clip), machine, clip, autoencoder, image_size)
     recipe.write_folder(run)
     print("\n".join(recipe.lines))
     folder = shlex.quote(str(run))
@@ -88,7 +104,9 @@ def ensure_fresh_manifest(source: str, held_out: float | None) -> None:
             f"held-out is {held_out}, but {str(manifest)!r} has splits already; `t2i data check` makes new ones"
         )
     if changes := find_changes(source):
-        raise InputError(f"{source!r} has changed since it was checked: {changes}; run `t2i data check {source}` again")
+        raise InputError(
+            f"{source!r} has changed since it was checked: {changes}; run `t2i data check {shlex.quote(source)}` again"
+        )
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
@@ -111,6 +129,7 @@ def train(
     check_choice("stage", stage, (*STAGES, *EXTRA_STAGES, "all"))
     check_range("num-processes", num_processes, 1, 1024)
     check_range("max-restarts", max_restarts, 0, 1000)
+    check_needed("--max-restarts", max_restarts or None, "--num-processes of 2 or more", num_processes > 1)
     from importlib import import_module
 
     from t2i.config import load_config

@@ -9,7 +9,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from t2i.checks import check_choice, check_integer, check_range
+from t2i.checks import check_choice, check_folder_name, check_integer, check_range
 from t2i.errors import InputError
 from t2i.shipped import find_shipped_folder
 
@@ -77,6 +77,7 @@ class TrainConfig:
         check_fields(self, "train.", ema_decay=(0, 1), max_grad_norm=(0, 1e9), stall_timeout=(5, 1e6))
 
         # Names
+        check_folder_name("train.output", Path(self.output))
         if self.mixed_precision == "False":  # YAML 1.1 reads a bare `no` as false
             self.mixed_precision = "no"
         check_choice("train.mixed_precision", self.mixed_precision, ("auto", "no", "fp16", "bf16"))

@@ -76,9 +76,8 @@ class Run:
         """Read and check all configurations in a folder. Raises InputError."""
         needed = [name for name in STAGE_SCRIPTS if name not in OPTIONAL_STAGES]
         if missing := [f"{name}.yaml" for name in needed if not (folder / f"{name}.yaml").is_file()]:
-            raise InputError(
-                f"{str(folder)!r} has no {', '.join(missing)}; `t2i init {folder} --data PICTURES` writes them"
-            )
+            command = shlex.join(["t2i", "init", str(folder), "--data", "PICTURES"])
+            raise InputError(f"{str(folder)!r} has no {', '.join(missing)}; `{command}` writes them")
         run = cls(folder, [read_stage(folder, name) for name in STAGE_SCRIPTS if (folder / f"{name}.yaml").is_file()])
         # Inputs that are missing or have changed
         run.check_stage_models()
@@ -113,7 +112,7 @@ class Run:
             if found := find_changes(path):
                 what = f"{path!r} is not what was checked: {found}"
                 if not any(stage.output.exists() for stage in self.stages):
-                    raise InputError(f"{what}; `t2i data check {path}` reads it again")
+                    raise InputError(f"{what}; `t2i data check {shlex.quote(path)}` reads it again")
                 print(f"warning: {what}; training goes on with what was checked", flush=True)
 
     def hash_inputs(self, stage: RunStage | None) -> str:

@@ -12,6 +12,7 @@ import torch
 from accelerate import DistributedType
 from open_clip import ClipLoss
 from PIL.Image import Image
+from t2i.training.common.captions import format_cut_captions, measure_caption_lengths
 from t2i.training.common.entry import run
 from t2i.training.common.finetuning import prepare_init_model
 from t2i.training.common.loop import Stage, build_accelerator, fit
@@ -63,6 +64,10 @@ def main(config: Config) -> None:
     # FSDP cannot shard a single number, such as the scale of the logits.
     if accelerator.distributed_type == DistributedType.FSDP:
         raise InputError("CLIP cannot be trained under FSDP; use configs/accelerate/gpus.yaml (DDP)")
+    if config.train.batch_size * accelerator.num_processes == 1:
+        raise InputError(
+            "train.batch_size must be at least 2 on one process, got 1: CLIP learns to tell pictures apart"
+        )
     # The model and its tokenizer
     made_from = {"data": dataset.compute_digest()}
     if config.init is None:
@@ -81,6 +86,8 @@ def main(config: Config) -> None:
         tokenizer, made_from["init"] = clip.tokenizer, compute_weights_fingerprint(clip)
         # Training changes the weights, and so the identity.
         clip.register_to_config(fingerprint=None, rounded=False)
+    if cut := format_cut_captions(measure_caption_lengths(dataset, tokenizer), tokenizer.context_length):
+        accelerator.print(f"warning: {cut}")
     # Negatives come from all processes
     contrastive_loss = ClipLoss(
         local_loss=True,

@@ -7,6 +7,7 @@ from t2i.pipelines.folder import COMPONENT_CLASSES
 from t2i.pipelines.text2image import Text2ImagePipeline
 
 from t2i import STAGES
+from t2i.checks import check_folder_name
 from t2i.diffusion.stored_schedulers import load_scheduler
 from t2i.errors import InputError
 from t2i.files.atomic import create_folder_atomically
@@ -58,6 +59,7 @@ def assemble_pipeline_folder(runs: str | Path, folder: str | Path, fp16: bool = 
     folder = Path(folder)
     if folder.exists():
         raise InputError(f"{str(folder)!r} exists; give a new folder")
+    check_folder_name("the new folder", folder)
     pipeline = assemble_pipeline(runs, **folders)
     if fp16:
         for component in pipeline.components.values():

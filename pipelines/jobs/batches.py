@@ -74,7 +74,7 @@ def write_new_image(out: Path, name: str, image: Image.Image, record: Record) ->
     Returns the path. Raises InputError if the file `out` exists.
     """
     content = encode_png_image(image, record)
-    if out.suffix == ".png":
+    if out.suffix.lower() == ".png":
         path = write_new_file(out.parent, [out.name], content)
     else:
         stem = f"{build_file_stem(name)}-{record['seed']}"

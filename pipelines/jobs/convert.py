@@ -6,6 +6,7 @@ import torch
 from t2i.pipelines.folder import PipelineFolder
 from t2i.pipelines.text2image import Text2ImagePipeline
 
+from t2i.checks import check_folder_name
 from t2i.errors import InputError
 from t2i.files.atomic import create_folder_atomically
 from t2i.files.untrusted import is_folder
@@ -48,6 +49,7 @@ def convert_folder(
     # Check the arguments
     if out.exists():
         raise InputError(f"{str(out)!r} exists; give a new folder")
+    check_folder_name("the new folder", out)
     if to != OWN_LAYOUT and to not in LAYOUTS_BY_NAME:
         public = ", ".join(LAYOUTS_BY_NAME)
         raise InputError(f"no layout {to!r:.80}; there are {OWN_LAYOUT}, which is this project's own, and {public}")

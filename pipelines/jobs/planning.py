@@ -13,6 +13,7 @@ from t2i.pipelines.options import OPTION_NAMES
 from t2i.pipelines.text2image import Text2ImagePipeline
 from t2i.pipelines.upsample import UpsamplePipeline
 
+from t2i.checks import check_folder_name
 from t2i.errors import InputError
 from t2i.interop.stored import has_bf16, resolve_part_dtype
 from t2i.runtime.devices import check_bf16_support, resolve_device_name
@@ -60,7 +61,7 @@ class Output:
     def check_path(self, files: int, rank: Rank = SINGLE_PROCESS) -> None:
         """Raise InputError if so many files cannot be written to the path."""
         path = self.path
-        if path.suffix == ".png":
+        if path.suffix.lower() == ".png":
             if files != 1:
                 raise InputError(f"out is one file, {str(path)!r}, but there are {files} images to draw; give a folder")
             # Only the first process draws one image. Others may start after it has written the file.
@@ -68,8 +69,10 @@ class Output:
                 raise InputError(f"{str(path)!r} exists and is not overwritten; give another name")
         elif path.exists() and not path.is_dir():
             raise InputError(f"out is {str(path)!r}, which is a file; give a folder, or a name that ends in .png")
+        else:
+            check_folder_name("out", path, "pictures are written as .png; give a folder, or a name that ends in .png")
         # The folder may not exist yet: the nearest one above must be writable
-        folder = path.absolute().parent if path.suffix == ".png" else path.absolute()
+        folder = path.absolute().parent if path.suffix.lower() == ".png" else path.absolute()
         parent = next(ancestor for ancestor in (folder, *folder.parents) if ancestor.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise InputError(f"out is {str(path)!r}, which is not writable; give a folder that you may write to")

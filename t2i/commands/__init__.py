@@ -40,9 +40,10 @@ def speed_up_imports(without: Sequence[str] = UNUSED_IN_DRAWING) -> Iterator[Non
 
 
 def read_lines(file: Path, content: str) -> list[str]:
-    """Return the lines of a text file without the empty ones. `content` names them in the error."""
+    """Return the lines of a text file without the empty ones; "-" is standard input. `content` names them in errors."""
     try:
-        lines = split_lines(file.read_text(encoding="utf-8-sig"))
+        text = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+        lines = split_lines(text.decode("utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the {content} in {str(file)!r} ({error}); give a UTF-8 text file") from error
     return [line.strip() for line in lines if normalize_text(line)]

@@ -31,10 +31,11 @@ def convert(
 ) -> None:
     """Convert a model to another layout, or pickled weights to safetensors, and print the new path.
 
-    Code inside pickled weights is never run.
+    Without a new folder, all pickled weights of a model folder are converted, beside themselves. Code inside pickled
+    weights is never run.
     """
-    from t2i.files.untrusted import PICKLE_FILE_TYPES
-    from t2i.interop.pickles import INDEX_SUFFIX, convert_weights
+    from t2i.files.untrusted import PICKLE_FILE_TYPES, is_folder
+    from t2i.interop.pickles import INDEX_SUFFIX, convert_folder_weights, convert_weights
 
     # A checkpoint of DALLE2-pytorch
     suffix = Path(source).suffix
@@ -47,8 +48,13 @@ def convert(
         return
 
     # Other pickled weights
-    if suffix in PICKLE_FILE_TYPES or source.endswith(INDEX_SUFFIX):
-        print_line(convert_weights(Path(source), out))
+    is_file = suffix in PICKLE_FILE_TYPES or source.endswith(INDEX_SUFFIX)
+    if is_file or (out is None and is_folder(source)):
+        settings = {"--to": to if to != "t2i" else None, "--prior": prior, "--clip": clip, "--variant": variant}
+        for name, value in {**settings, "--fp16": fp16}.items():
+            flags.check_needed(name, value, "a model folder and a new folder", False)
+        for path in [convert_weights(Path(source), out)] if is_file else convert_folder_weights(Path(source)):
+            print_line(path)
         return
 
     # A model folder

@@ -1,5 +1,6 @@
 """Commands that draw: `t2i generate`, `upsample`, `image-to-image`, `inpaint` and `outpaint`."""
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +32,11 @@ def generate(
     file: Annotated[
         Path | None,
         option(
-            "Text file, one prompt per line. Images already in --out are skipped.", None, "--prompts", "--file", "-f"
+            "Text file, one prompt per line; - is standard input. Images already in --out are skipped.",
+            None,
+            "--prompts",
+            "--file",
+            "-f",
         ),
     ] = None,
     negative_prompt: flags.NegativePrompt = None,
@@ -59,7 +64,10 @@ def generate(
     """
     from t2i.runtime.launch import count_forgotten_processes, exec_torchrun
 
-    if (processes := count_forgotten_processes()) > 1:
+    processes = count_forgotten_processes()
+    if str(file) == "-" and (processes > 1 or os.environ.get("WORLD_SIZE", "1") != "1"):
+        raise InputError("--prompts - cannot be read by several processes; give a file")
+    if processes > 1:
         exec_torchrun(["-m", "t2i", *sys.argv[1:]], processes)
     from t2i.pipelines.jobs.dtypes import parse_dtypes
     from t2i.pipelines.jobs.generation import generate_files
@@ -84,7 +92,7 @@ def upsample(
     pictures: flags.ImageFiles,
     out: flags.Out = Path("out"),
     model: Annotated[str | None, option("Model that has an upsampler.", "models/emoji-upsampler")] = None,
-    upsampler: Annotated[str | None, option("Folder that `t2i train upsampler` wrote; replaces --model.")] = None,
+    upsampler: Annotated[str | None, option("Folder that `t2i train upsampler` wrote, instead of --model.")] = None,
     times: Annotated[int, option("Times that each image passes through the upsampler.")] = 1,
     steps: Annotated[int | None, option("Denoising steps of each pass.", "4")] = None,
     level: Annotated[float | None, option("Noise added first, 0 to 1. More redraws more of an image.", "0")] = None,
@@ -98,6 +106,8 @@ def upsample(
     from t2i.pipelines.jobs.planning import ModelSource, Output
     from t2i.sampling.upsampling import MAX_ENLARGEMENTS
 
+    if model is not None and upsampler is not None:
+        raise InputError(f"give --model or --upsampler, not both: {model!r}, {upsampler!r}")
     # The pipeline checks these too, but only after the model has loaded
     check_integer("times", times, 1, MAX_ENLARGEMENTS)
     check_range("level", level or 0, 0, 1)

@@ -52,10 +52,10 @@ def interpolate(
     steering: flags.SteeringFlags,
     upsampling: flags.UpsamplerFlags,
     weights: Annotated[str | None, option("Comma-separated numbers, one for each anchor: draw one mix of all.")] = None,
-    frames: Annotated[int, option("Images from each anchor to the next, both included.")] = 8,
+    frames: Annotated[int | None, option("Images from each anchor to the next, both included.", "8")] = None,
     strip: Annotated[bool, option("Write a single image with all frames side by side.", None, "--strip")] = False,
     video: Annotated[Path | None, option("Also write the frames to this file, a .mp4, .webp, .png or .gif.")] = None,
-    fps: Annotated[float, option("Frames per second of the video.")] = 12.0,
+    fps: Annotated[float | None, option("Frames per second of the video.", "12")] = None,
     inverted: Annotated[
         bool, option("Start and end with the given images, or with variations.", None, "--inverted/--new-noise")
     ] = True,
@@ -67,10 +67,13 @@ def interpolate(
     from t2i.pipelines.jobs.planning import Output
 
     # Collect the settings
+    flags.check_needed("--fps", fps, "--video", video is not None)
+    if weights is not None and frames is not None:
+        raise InputError(f"--frames {frames} does not apply to --weights, which draw one mix")
     settings = decoder.build_settings() | prior_flags.build_settings() | samplers.build_settings()
     settings |= drop_missing(upsample=upsampling.upsample) | steering.build_settings()
     numbers = None if weights is None else parse_anchor_weights(weights)
-    shape = FrameSettings(numbers, frames, inverted, strip, video, fps)
+    shape = FrameSettings(numbers, inverted=inverted, strip=strip, video=video, **drop_missing(frames=frames, fps=fps))
 
     # Draw
     model = source.build(upsampler=upsampling.upsampler)

@@ -217,6 +217,9 @@ class UpsamplerFlags:
         str | None, option("Folder that `t2i train upsampler` wrote, or a model with an upsampler.", "the model's")
     ] = None
 
+    def __post_init__(self) -> None:
+        check_needed("--upsampler", self.upsampler, "--upsample", bool(self.upsample))
+
 
 @dataclass
 class SteeringFlags:
@@ -256,6 +259,12 @@ class SteeringFlags:
         if self.steer_class is not None and classifier is not None:
             classifier.find_class_index(self.steer_class)
         return {"steering": Steering(scale, classifier, self.steer_class, self.steer_text, image)}
+
+
+def check_needed(name: str, value: Any, needed: str, is_given: bool) -> None:
+    """Raise InputError for an option that does nothing without another one."""
+    if value not in (None, False) and not is_given:
+        raise InputError(f"{name} needs {needed}, and does nothing without it")
 
 
 def drop_missing(**settings: Any) -> dict[str, Any]:

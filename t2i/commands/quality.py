@@ -57,8 +57,10 @@ def evaluate_quality(
     comparison: Comparison,
     drawing: DrawingFlags,
     metrics: Annotated[str, option("Comma-separated metrics: fd, kid, prc.")] = "fd,kid,prc",
-    kid_subset_size: Annotated[int, option("Images in each of the 100 subsets of the kernel distance.")] = 1000,
-    neighbours: Annotated[int, option("Nearest neighbours for precision and recall.")] = 3,
+    kid_subset_size: Annotated[
+        int | None, option("Images in each of the 100 subsets of the kernel distance.", "1000")
+    ] = None,
+    neighbours: Annotated[int | None, option("Nearest neighbours for precision and recall.", "3")] = None,
     out: Annotated[Path, option("JSON file for the results. An older one is replaced.")] = Path("out/quality.json"),
     num_processes: Annotated[int, option("Processes on this machine, which share its GPUs or CPU cores.")] = 1,
     device: flags.Device = "auto",
@@ -76,7 +78,11 @@ def evaluate_quality(
 
     # Check the options
     names = tuple(dict.fromkeys(name.strip() for name in metrics.split(",") if name.strip()))
-    settings = MetricSettings(names, kid_subset_size, neighbours=neighbours, seed=comparison.seed)
+    flags.check_needed("--kid-subset-size", kid_subset_size, "the metric kid", "kid" in names)
+    flags.check_needed("--neighbours", neighbours, "the metric prc", "prc" in names)
+    flags.check_needed("--inception", comparison.inception, "--features inception", comparison.features == "inception")
+    sizes = flags.drop_missing(kid_subset_size=kid_subset_size, neighbours=neighbours)
+    settings = MetricSettings(names, **sizes, seed=comparison.seed)
     check_range("num-processes", num_processes, 1, 1024)
     check_comparison(comparison, drawing.build_settings())
     check_result_file(out)

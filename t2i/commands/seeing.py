@@ -36,7 +36,7 @@ def classify(
     template: Annotated[
         list[str] | None, option("Sentence with {} for the label. Repeatable for a mean.", "{}")
     ] = None,
-    top: Annotated[int, option("Number of labels to print for each image.")] = 3,
+    top: Annotated[int | None, option("Number of labels to print for each image.", "3")] = None,
     as_json: Annotated[bool, option("Print all probabilities, one line of JSON per image.", None, "--json")] = False,
     clip: Clip = str(SHIPPED_MODEL / "clip"),
     device: flags.Device = "auto",
@@ -53,6 +53,9 @@ def classify(
     # Check everything that needs no model
     names = check_labels(read_labels(labels, labels_file))
     templates = check_label_templates(template or ["{}"])
+    if as_json and top is not None:
+        raise InputError(f"--top {top} does not apply to --json, which prints all labels")
+    top = 3 if top is None else top
     check_integer("top", top, 1, 10_000)
 
     # Classify and print

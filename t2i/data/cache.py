@@ -299,7 +299,9 @@ def finish_cache(
 def read_finished_cache(folder: Path) -> dict[str, Any]:
     """Return the content of cache.json. Raises InputError if the folder is not a finished cache of this format."""
     if not (folder / "key.json").is_file():
-        raise InputError(f"no cache {str(folder)!r}; `t2i data cache FILE.yaml output={folder}` makes one")
+        raise InputError(
+            f"no cache {str(folder)!r}; `t2i data cache FILE.yaml output={shlex.quote(str(folder))}` makes one"
+        )
     if not (folder / "cache.json").is_file():
         raise InputError(f"the cache {str(folder)!r} is not finished; {format_remedy(folder)}")
     finished = read_json(folder / "cache.json")

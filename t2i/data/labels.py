@@ -1,5 +1,6 @@
 """Labels of pictures for classifiers: one for each picture, in a table beside the manifest."""
 
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ class Labels:
 
     def __init__(self, manifest: Path):
         self.file = file = manifest.parent / LABELS_FILE
-        remedy = f"`t2i data check {manifest.parent.parent} --label-column COLUMN` writes them"
+        remedy = f"`t2i data check {shlex.quote(str(manifest.parent.parent))} --label-column COLUMN` writes them"
         if not file.is_file():
             raise InputError(f"no labels in {str(file)!r}; {remedy}")
         try:

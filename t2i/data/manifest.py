@@ -6,6 +6,7 @@
 import hashlib
 import json
 import os
+import shlex
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -363,7 +364,7 @@ def find_manifest(path: Path) -> Path:
     for file in (*candidates, default_manifest_folder(str(path)) / MANIFEST_FILE):
         if file.suffix == ".parquet" and file.is_file() and METADATA_KEY in (read_parquet_metadata(file) or {}):
             return file
-    raise InputError(f"no manifest in {str(path)!r}; `t2i data check {path}` writes one")
+    raise InputError(f"no manifest in {str(path)!r}; `t2i data check {shlex.quote(str(path))}` writes one")
 
 
 def read_parquet_metadata(file: Path) -> dict[bytes, bytes] | None:

@@ -56,6 +56,7 @@ FILE_SIGNATURES = {
     b"<!DOCTYPE": (Reason.not_a_picture, "a web page"),
     b"<!doctype": (Reason.not_a_picture, "a web page"),
     b"<html": (Reason.not_a_picture, "a web page"),
+    b"version https://git-lfs": (Reason.not_a_picture, "a Git LFS pointer; `git lfs pull` fetches the picture"),
 }
 
 

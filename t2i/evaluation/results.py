@@ -9,6 +9,7 @@ import diffusers
 import torch
 
 from t2i import __version__
+from t2i.checks import check_folder_name
 from t2i.errors import InputError
 from t2i.files.atomic import check_writable_folder, create_file_atomically
 
@@ -24,6 +25,7 @@ def check_result_folder(out: Path) -> None:
     """Refuse a result folder that cannot be created or written to."""
     if out.exists() and not out.is_dir():
         raise InputError(f"out must be in a folder, got {str(out)!r}, which is a file")
+    check_folder_name("out", out)
     check_writable_folder(out)
 
 

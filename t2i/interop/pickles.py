@@ -6,6 +6,7 @@ A pickle can run any code. torch's `weights_only` reader makes tensors and plain
 import json
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,22 @@ import torch
 from torch import Tensor
 from torch.serialization import safe_globals
 
+from t2i.bulk import BulkJob
 from t2i.errors import InputError
-from t2i.files.atomic import create_file_atomically
+from t2i.files.atomic import create_file_atomically, write_bytes_atomically
 from t2i.files.tensor_file import save_tensors
-from t2i.files.untrusted import MAX_HEADER_BYTES, PICKLE_FILE_TYPES, check_file_name, check_no_stand_in, read_json
+from t2i.files.untrusted import (
+    MAX_HEADER_BYTES,
+    PICKLE_FILE_TYPES,
+    check_file_name,
+    check_no_stand_in,
+    is_folder,
+    read_json,
+)
 
 WRAPPER_KEYS = ("state_dict", "model")  # under which trainers store weights
 INDEX_SUFFIX = ".bin.index.json"
+WEIGHT_FILE_TYPES = PICKLE_FILE_TYPES[:4]  # the others are seldom weights of a model
 
 
 def read_pickle(path: Path, stand_ins: tuple[tuple[Any, str], ...] = ()) -> Any:
@@ -81,21 +91,51 @@ def convert_weights(source: Path, out: Path | None = None) -> Path:
     return out
 
 
-def convert_shards(index: Path) -> Path:
-    table = read_json(index, MAX_HEADER_BYTES)
-    names = table.get("weight_map")
+def convert_folder_weights(folder: Path) -> Iterator[Path]:
+    """Convert all pickles in a folder and in the folders in it, each beside itself, and yield the new files.
+
+    Those with a safetensors file beside them are done already. Others that hold no weights, such as an optimizer's, are
+    named and left out. Raises InputError if there is nothing to convert, and at the end with the number left out.
+    """
+    folders = [folder, *sorted(path for path in folder.iterdir() if is_folder(path) and not path.is_symlink())]
+    files = [path for place in folders for path in sorted(place.iterdir()) if path.is_file()]
+    indexes = [path for path in files if path.name.endswith(INDEX_SUFFIX)]
+    shards = {path.with_name(str(name)) for path in indexes for name in read_shard_names(path).values()}
+    pickles = [path for path in files if path.suffix in WEIGHT_FILE_TYPES and path not in shards]
+    waiting = [path for path in [*indexes, *pickles] if not path.with_name(convert_file_name(path.name)).exists()]
+    if not waiting:
+        raise InputError(f"{str(folder)!r} has no pickles to convert; for another layout, name the new folder too")
+    job = BulkJob(len(waiting), "files")
+    for path in waiting:
+        with job.skip_bad(path):
+            yield convert_weights(path)
+    job.finish()
+
+
+def read_shard_names(index: Path) -> dict[str, str]:
+    """Return the files of tensors by the tensors' names. Raises InputError if the index lists none."""
+    names = read_json(index, MAX_HEADER_BYTES).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise InputError(f"{str(index)!r} has no weight_map that names files")
-    # The index comes last, when all that it names is there.
-    for name in sorted(set(map(str, names.values()))):
-        convert_weights(index.with_name(check_file_name(f"a file in {str(index)!r}", name)))
-    table["weight_map"] = {key: convert_file_name(str(name)) for key, name in names.items()}
-    out = index.with_name(convert_file_name(index.name.removesuffix(".index.json")) + ".index.json")
-    out.write_text(json.dumps(table, indent=2))
+    return {key: check_file_name(f"a file in {str(index)!r}", str(name)) for key, name in names.items()}
+
+
+def convert_shards(index: Path) -> Path:
+    names = read_shard_names(index)
+    # The index comes last, when all that it names is there. Shards of an interrupted conversion are whole.
+    for name in sorted(set(names.values())):
+        if not index.with_name(convert_file_name(name)).exists():
+            convert_weights(index.with_name(name))
+    out = index.with_name(convert_file_name(index.name))
+    weight_map = {key: convert_file_name(name) for key, name in names.items()}
+    table = read_json(index, MAX_HEADER_BYTES) | {"weight_map": weight_map}
+    write_bytes_atomically(out, json.dumps(table, indent=2).encode())
     return out
 
 
 def convert_file_name(name: str) -> str:
     """Return model.safetensors for pytorch_model.bin, as transformers looks for it; other names keep their stem."""
+    if name.endswith(INDEX_SUFFIX):
+        return convert_file_name(name.removesuffix(".index.json")) + ".index.json"
     stem = Path(name).stem
     return (stem.removeprefix("pytorch_") if stem.startswith("pytorch_model") else stem) + ".safetensors"

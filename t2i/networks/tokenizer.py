@@ -58,6 +58,11 @@ class BaseTokenizer:
         """Return a text as the tokenizer gets it."""
         return normalize_text(text)
 
+    def count_tokens(self, texts: list[str]) -> list[int]:
+        """Return the number of tokens of each text, start and end included, before anything is cut."""
+        cleaned = [self.clean_text(text) for text in texts]
+        return [len(one.ids) + 2 for one in self.tokenizer.encode_batch(cleaned, add_special_tokens=False)]
+
     def find_truncated_text(self, text: str) -> str:
         """Return the end of a text that does not fit, empty if all of it does."""
         text = self.clean_text(text)
@@ -150,13 +155,20 @@ class PublicTokenizer:
     def __call__(self, texts: list[str]) -> Tensor:
         return self.tokenizer([normalize_text(text) for text in texts])
 
-    def find_truncated_text(self, text: str) -> str:
+    def encode(self, text: str) -> list[int]:
+        """Return all tokens of a text, without start and end."""
         text = normalize_text(text)
         if isinstance(self.tokenizer, SimpleTokenizer):
-            return self.tokenizer.decode(self.tokenizer.encode(text)[self.context_length - 2 :]).strip()
+            return self.tokenizer.encode(text)
+        return self.tokenizer.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def count_tokens(self, texts: list[str]) -> list[int]:
+        return [len(self.encode(text)) + 2 for text in texts]
+
+    def find_truncated_text(self, text: str) -> str:
+        decoder: Any = self.tokenizer if isinstance(self.tokenizer, SimpleTokenizer) else self.tokenizer.tokenizer
         # Two tokens of the context are for the start and the end
-        ids = self.tokenizer.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return self.tokenizer.tokenizer.decode(ids[self.context_length - 2 :]).strip()
+        return decoder.decode(self.encode(text)[self.context_length - 2 :]).strip()
 
     def save(self, folder: Path) -> None:
         if isinstance(self.tokenizer, HFTokenizer):  # CLIP's own vocabulary comes with open_clip

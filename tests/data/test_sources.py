@@ -456,3 +456,24 @@ def test_a_picture_in_an_arrow_file_lies_where_the_manifest_says(tmp_path):
     for color, row in zip(COLORS, rows.values()):
         data = (Path(report.manifest).parent / row["file"]).read_bytes()[row["offset"] :][: row["size"]]
         assert data == picture(color) and Image.open(io.BytesIO(data)).size == (16, 16)
+
+
+@pytest.mark.parametrize("kind", ["splits", "one"])
+def test_what_datasets_saved_to_a_folder_is_read_by_offset(tmp_path, kind):
+    import datasets
+
+    datasets.disable_progress_bars()
+    parts = {"train": COLORS, "test": COLORS[:3]} if kind == "splits" else {"": COLORS}
+    tables = {name: datasets.Dataset(table(colors)) for name, colors in parts.items()}
+    saved = datasets.DatasetDict(tables) if kind == "splits" else tables[""]
+    saved.save_to_disk(tmp_path / "set", **({} if kind == "splits" else {"num_shards": 2}))
+    rows, report = check(tmp_path / "set", out=tmp_path / "out")
+    assert report.ok == sum(map(len, parts.values()))
+    if kind == "splits":
+        assert report.held_out == 3
+    assert {Path(row["file"]).suffix for row in rows.values()} == {".arrow"}
+    assert assert_paired(tmp_path / "out") == report.ok
+    state = next((tmp_path / "set").rglob("state.json"))
+    state.write_text(json.dumps({"_data_files": [{"filename": "../evil.arrow"}]}))
+    with pytest.raises(InputError, match="must be a plain name"):
+        check(tmp_path / "set", out=tmp_path / "other")

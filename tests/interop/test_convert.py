@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline, KandinskyV22CombinedPipeline, PriorTransformer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from t2i.pipelines.jobs.convert import convert_folder
 from t2i.pipelines.text2image import Text2ImagePipeline
 
@@ -174,6 +174,33 @@ def test_shards_of_a_pickle_are_converted_by_their_index(tmp_path: Path) -> None
     assert made.name == "model.safetensors.index.json"
     assert json.loads(made.read_text())["weight_map"]["b"] == "model-00002-of-00002.safetensors"
     assert torch.equal(load_file(tmp_path / "model-00002-of-00002.safetensors")["b"], torch.zeros(2))
+
+
+def test_all_pickles_of_a_folder_are_converted_beside_themselves_and_what_holds_no_weights_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for place, name in {"unet": "diffusion_pytorch_model.fp16.bin", "text encoder": "pytorch_model.bin"}.items():
+        (tmp_path / place).mkdir()
+        torch.save({place: torch.ones(2)}, tmp_path / place / name)
+    torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model-00001-of-00001.bin")
+    index = {"weight_map": {"a": "pytorch_model-00001-of-00001.bin"}}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    torch.save({"step": 3}, tmp_path / "optimizer.bin")
+    (tmp_path / "unet/pointer.bin").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    torch.save({"done": torch.ones(1)}, tmp_path / "done.pt")
+    save_file({"done": torch.zeros(1)}, tmp_path / "done.safetensors")
+    assert run(monkeypatch, "convert", tmp_path) == 2
+    captured = capsys.readouterr()
+    made = ["model.safetensors.index.json", "text encoder/model.safetensors"]
+    made.append("unet/diffusion_pytorch_model.fp16.safetensors")
+    assert [str(Path(line).relative_to(tmp_path)) for line in captured.out.splitlines()] == made
+    assert "2 of 5 files were left out" in captured.err and "Git LFS pointer" in captured.err
+    assert torch.equal(load_file(tmp_path / "model-00001-of-00001.safetensors")["a"], torch.ones(2))
+    assert torch.equal(load_file(tmp_path / "done.safetensors")["done"], torch.zeros(1))
+    (tmp_path / "optimizer.bin").unlink()
+    (tmp_path / "unet/pointer.bin").unlink()
+    assert run(monkeypatch, "convert", tmp_path) == 2
+    assert "has no pickles to convert" in capsys.readouterr().err
 
 
 class Trap:

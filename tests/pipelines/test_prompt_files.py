@@ -1,5 +1,6 @@
 """Drawing from a file of prompts: batches, processes, going on."""
 
+import io
 import json
 import logging
 import os
@@ -20,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from t2i.pipelines.jobs import batches, records
 from t2i.pipelines.jobs.batches import build_file_stem, draw_fitting_batches, iterate_in_order, split_batches
-from t2i.pipelines.jobs.records import find_drawn_files
+from t2i.pipelines.jobs.records import encode_png_image, find_drawn_files
 from torch import nn
 
 from t2i.commands.drawing import read_prompts
@@ -259,6 +260,36 @@ def test_huge_pictures_and_pipes_of_others_are_passed_over(tmp_path, recwarn):
 def test_a_mark_of_the_byte_order_is_no_part_of_a_prompt_or_a_label(tmp_path):
     (file := tmp_path / "texts.txt").write_text("a cat\na dög\n", encoding="utf-8-sig")
     assert read_prompts([], file) == read_labels(None, file) == ["a cat", "a dög"]
+
+
+def test_prompts_come_from_standard_input_to_a_single_process(monkeypatch, capsys, pipeline_folder, tmp_path):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("red circle\r\n\nblue squäre\n".encode())))
+    command = ["generate", "--prompts", "-", "--model", pipeline_folder, "--out", tmp_path / "out", *QUICK]
+    status, out, err = run(monkeypatch, capsys, *command)
+    assert status == 0, err
+    assert [Path(line).name for line in out.splitlines()] == ["red-circle-0.png", "blue-squäre-1.png"]
+    for name, value in zip(LAUNCHER, ("0", "2", "0")):
+        monkeypatch.setenv(name, value)
+    status, _, err = run(monkeypatch, capsys, *command)
+    assert status == 2 and "--prompts - cannot be read by several processes" in err
+
+
+@pytest.mark.parametrize("name", ["my, own: model", 'with "quotes", too', "plain-name_1.5"])
+def test_names_with_separators_are_quoted_in_the_parameters_as_other_programs_read_them(name):
+    with Image.open(io.BytesIO(encode_png_image(Image.new("RGB", (8, 8)), {"model": name, "seed": 3}))) as image:
+        line = image.info["parameters"].splitlines()[-1]
+    # The pattern by which stable-diffusion-webui reads the line
+    pattern = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+    found = dict(pattern.findall(line))
+    assert found["Seed"] == "3" and found["Size"] == "8x8"
+    read = json.loads(found["Model"]) if found["Model"].startswith('"') else found["Model"]
+    assert read == name and (found["Model"] == name) == (name == "plain-name_1.5")
+
+
+def test_a_name_that_is_not_utf_8_is_recorded_and_read_back(tmp_path):
+    record = {"image": "caf\udce9 \\udce9.png", "seed": 1}
+    (tmp_path / "a.png").write_bytes(encode_png_image(Image.new("RGB", (8, 8)), record))
+    assert find_drawn_files(tmp_path, [record]) == {0: tmp_path / "a.png"}
 
 
 def test_of_two_processes_only_the_one_that_draws_needs_a_free_file(monkeypatch, capsys, pipeline_folder, tmp_path):

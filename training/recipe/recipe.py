@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 import yaml
+from t2i.training.common.captions import format_cut_captions, measure_caption_lengths
 from t2i.training.common.cpu import count_cores
 from t2i.training.common.state import flatten_config
 from t2i.training.recipe.sizes import (
@@ -34,7 +35,7 @@ from t2i.training.recipe.sizes import (
     choose_vocabulary_size,
 )
 
-from t2i.checks import check_choice
+from t2i.checks import check_choice, check_folder_name
 from t2i.config import DataConfig
 from t2i.data.dataset import CaptionedPictures
 from t2i.data.manifest import STATUS_OK, find_manifest
@@ -44,12 +45,11 @@ from t2i.files.untrusted import is_folder, read_config
 from t2i.networks.autoencoder import Autoencoder
 from t2i.networks.clip import CLIP
 from t2i.networks.prior import Prior
-from t2i.networks.tokenizer import CaptionTokenizer
+from t2i.networks.tokenizer import CaptionTokenizer, PublicTokenizer
 from t2i.networks.unet_decoder import UNetDecoder
 from t2i.runtime.memory import measure_available_memory
 
 MIN_IMAGES, FEW_IMAGES = 10, 200
-MAX_MEASURED_CAPTIONS = 2_000  # captions whose lengths are measured
 PUBLIC_CLIP = "ViT-B-32:laion2b_s34b_b79k"
 STAGES = ("clip", "autoencoder", "cache", "prior", "decoder")  # one file each, in the order of training
 EMA_DECAYS = {1_000: 0.99, 10_000: 0.998, math.inf: 0.9995}  # number of steps below which each is chosen
@@ -79,13 +79,17 @@ def check_run_folder(run: Path, data: str) -> None:
     for name in (str(run), data):
         if "${" in name or name == "???" or not name.isprintable():
             raise InputError(f"{name!r} cannot stand in a configuration; give another name")
+    check_folder_name("the new folder", run)
     parent = next(folder for folder in run.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"{str(run)!r} cannot be written; give a folder that is yours")
 
 
-def read_data_facts(path: str) -> DataFacts:
-    """Read the facts from a manifest. Raises InputError if there is none, or too few pictures to train on."""
+def read_data_facts(path: str, clip: str | None = None) -> DataFacts:
+    """Read the facts from a manifest, with the lengths of captions for a CLIP; None for one that will be trained.
+
+    Raises InputError if there is no manifest, or if there are too few pictures to train on.
+    """
     dataset = CaptionedPictures(DataConfig(path))
     if len(dataset) < MIN_IMAGES:
         raise InputError(f"{path!r} has {len(dataset)} pictures to train on; it takes {MIN_IMAGES} at least")
@@ -96,9 +100,8 @@ def read_data_facts(path: str) -> DataFacts:
     captions, keywords = (pc.list_value_length(table[name]) for name in ("captions", "keywords"))
     # The lengths of captions in tokens, by a vocabulary of the size that training will use
     tokenizer = CaptionTokenizer.train(dataset.iterate_texts(), choose_vocabulary_size(pc.sum(captions).as_py()), 3)
-    measured = range(0, len(dataset), math.ceil(len(dataset) / MAX_MEASURED_CAPTIONS))
-    encodings = tokenizer.tokenizer.encode_batch([dataset.get_caption(i, draw=i) for i in measured])
-    lengths = [len(encoding.ids) + 2 for encoding in encodings]  # with the start and end tokens
+    lengths = measure_caption_lengths(dataset, tokenizer)
+    read_by = tokenizer if clip is None else find_public_tokenizer(clip)
     return DataFacts(
         path=path,
         pictures=len(dataset),
@@ -107,7 +110,16 @@ def read_data_facts(path: str) -> DataFacts:
         caption_tokens=math.ceil(np.percentile(lengths, 95)),
         captions=pc.sum(captions).as_py(),
         variations=16 if pc.max(keywords).as_py() else min(16, pc.max(captions).as_py()),
+        caption_lengths=tuple(measure_caption_lengths(dataset, read_by)) if read_by else (),
     )
+
+
+def find_public_tokenizer(clip: str) -> PublicTokenizer | None:
+    """Return the tokenizer of a public CLIP, None if that would take the network, or for a folder."""
+    config = None if is_folder(clip) else open_clip.get_model_config(clip.partition(":")[0])
+    if config is None or config["text_cfg"].get("hf_tokenizer_name") or config["text_cfg"].get("tokenizer_kwargs"):
+        return None
+    return PublicTokenizer(open_clip.SimpleTokenizer())
 
 
 def find_device(name: str) -> Device:
@@ -176,7 +188,8 @@ def compose_recipe(
             parameters, steps = f"{counts[stage] / 1e6:.1f} M parameters", f"{train['steps']:,} steps"
             lines.append(f"  {stage:<12} {parameters}, {steps} of {train['batch_size']}: {why_train['steps']}")
         files[stage] = fill_template(stage, values)
-    return Recipe(files, lines + format_advice(facts, clip))
+    cut = format_cut_captions(facts.caption_lengths, models["clip"]["text_cfg"].get("context_length", 77))
+    return Recipe(files, lines + ([f"warning: {cut}"] if cut else []) + format_advice(facts, clip))
 
 
 def choose_models(size: RecipeSize, facts: DataFacts, clip: str | None) -> dict[str, dict[str, Any]]:

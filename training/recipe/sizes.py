@@ -27,6 +27,7 @@ class DataFacts:
     caption_tokens: int  # 95 of 100 captions have at most this many
     captions: int  # in all
     variations: int  # captions that training can draw for a picture
+    caption_lengths: tuple[int, ...] = ()  # tokens of measured captions, by the tokenizer of CLIP if that is known
 
 
 @dataclass(frozen=True)

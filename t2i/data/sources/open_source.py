@@ -40,6 +40,8 @@ def open_source(name: str, columns: Columns) -> Source:
         raise InputError(f"{name!r} is neither a .tar nor a .parquet file; give one of them, or a folder")
     if not path.is_dir():
         raise InputError(f"{name!r} is neither an ordinary file nor a folder")
+    if parquet.is_saved_dataset(path):
+        return parquet.open_saved_dataset(path, columns)
 
     # A folder, by the files in it. Metadata comes first: it lists pictures that may have text files beside them.
     files = list(walk_files(path, notes := SourceNotes()))

@@ -27,10 +27,12 @@ from t2i.data.sources.samples import (
 )
 from t2i.errors import InputError
 from t2i.files.file_systems import measure_free_bytes
+from t2i.files.untrusted import check_file_name, read_json
 
 IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "jpeg", "png", "webp")
 OPTIONAL_COLUMNS = ("keywords", "split")  # used if they are there
 COPY_BATCH_SIZE = 64  # rows
+SPLITS_FILE, STATE_FILE = "dataset_dict.json", "state.json"  # of `save_to_disk` of `datasets`
 
 
 def open_parquet(root: Path, files: list[Path], columns: Columns, notes: SourceNotes | None = None) -> Source:
@@ -143,23 +145,52 @@ def open_hub(name: str, columns: Columns) -> Source:
         reason = str(error) or type(error).__name__
         raise InputError(f"{name!r} is neither a file here nor a data set that loads: {reason}") from error
 
-    # Find its splits and Arrow files
-    splits: dict[str, str] = {}  # of the manifest, by the data set's
-    if len(loaded) > 1 and "train" in loaded:
-        splits = dict.fromkeys(loaded, "held_out") | {"train": "train"}
-    parts = [(name, Path(file["filename"])) for name in loaded for file in loaded[name].cache_files]
+    # Find its Arrow files
+    parts = [(part, Path(file["filename"])) for part in loaded for file in loaded[part].cache_files]
     if not parts:
         raise InputError(f"the data set {name!r} has no Arrow files in the cache of `datasets`")
     root = Path(commonpath([path.parent.resolve() for _, path in parts]))
+    return open_arrow_parts(name, root, parts, columns, sum(part.num_rows for part in loaded.values()))
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Return True for a folder that `save_to_disk` of `datasets` wrote, with splits or without."""
+    return any((folder / name).is_file() for name in (SPLITS_FILE, STATE_FILE))
+
+
+def open_saved_dataset(root: Path, columns: Columns) -> Source:
+    """Return the source of a folder that `save_to_disk` of `datasets` wrote, without decoding its pictures."""
+    splits = [""]
+    if (root / SPLITS_FILE).is_file():
+        splits = read_json(root / SPLITS_FILE).get("splits") or []
+        splits = [check_file_name(f"a split in {str(root / SPLITS_FILE)!r}", split) for split in splits]
+    parts = []
+    for split in splits:
+        state = root / split / STATE_FILE
+        for entry in read_json(state).get("_data_files") or []:
+            name = check_file_name(f"a file in {str(state)!r}", entry.get("filename"))
+            parts.append((split, root / split / name))
+    if not parts:
+        raise InputError(f"{str(root)!r} names no Arrow files; `save_to_disk` of `datasets` writes it anew")
+    return open_arrow_parts(str(root), root, parts, columns, None)
+
+
+def open_arrow_parts(
+    name: str, root: Path, parts: list[tuple[str, Path]], columns: Columns, total: int | None
+) -> Source:
+    """Return the source of Arrow files, each with the name of its split; "" is none."""
+    splits: dict[str, str] = {}  # of the manifest, by the data set's
+    if len({part for part, _ in parts}) > 1 and "train" in dict(parts):
+        splits = dict.fromkeys(dict(parts), "held_out") | {"train": "train"}
     chosen = {path: choose_columns(open_arrow(path).schema, columns, f"{name}, {part}") for part, path in parts}
     notes = SourceNotes()
 
     def iterate_samples(work: Path) -> Iterator[Sample]:
         for part, path in parts:
-            key = f"{part}/{path.name}"
+            key = f"{part}/{path.name}" if part else path.name
             yield from index_arrow_rows(path.resolve(), root, key, chosen[path], splits.get(part), notes)
 
-    return Source(root, iterate_samples, notes, sum(part.num_rows for part in loaded.values()))
+    return Source(root, iterate_samples, notes, total)
 
 
 def open_arrow(path: Path) -> pa.RecordBatchStreamReader:
