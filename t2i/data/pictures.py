@@ -165,11 +165,19 @@ def to_eight_bits(image: Image.Image, reading: Reading = READING) -> tuple[Image
     """Return a picture upright, with 8 bits a channel, and whether it has other values than by `OLD_READING`."""
     old = SIXTEEN_BITS if image.mode.startswith("I") else None
     samples = find_sample_range(image) if reading.sample_ranges else old
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+    if is_turned(image):
         format_name = image.format
         image = ImageOps.exif_transpose(image)
         image.format = format_name
     return (image, False) if samples is None else (scale_to_eight_bits(image, samples), samples != old)
+
+
+def is_turned(image: Image.Image) -> bool:
+    """Return True if a picture's EXIF tells to turn it. Broken EXIF tells nothing."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    except Exception:  # Pillow's parsers raise errors of many types
+        return False
 
 
 def is_converted(path: str | Path) -> bool:

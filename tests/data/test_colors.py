@@ -274,6 +274,13 @@ def test_a_masks_profile_changes_nothing(tmp_path):
     assert read_masks(tmp_path / "mask.png", 1, (1, 4)).flatten().tolist() == [0, 0, 1, 1]
 
 
+def test_a_broken_exif_tells_nothing():
+    data = encode(Image.new("RGB", (8, 8), GREEN), "JPEG", quality=100, exif=b"Exif\0\0no TIFF header")
+    assert decode_image(data).size == (8, 8)
+    with Image.open(io.BytesIO(data)) as opened:
+        assert read_images(opened).shape == (1, 3, 8, 8)
+
+
 def test_a_pil_picture_is_turned_upright_as_its_exif_says():
     image = Image.new("RGB", (20, 10), "white")
     image.paste("black", (0, 0, 10, 10))
