@@ -7,6 +7,7 @@ from t2i.pipelines.image_variation import ImageVariationPipeline
 from t2i.pipelines.inpaint import InpaintPipeline, OutpaintPipeline
 from t2i.pipelines.interpolation import InterpolationPipeline
 from t2i.pipelines.inversion import BipartiteLatent
+from t2i.pipelines.prior import PriorPipeline, PriorPipelineOutput
 from t2i.pipelines.text2image import Text2ImagePipeline
 from t2i.pipelines.text_diff import TextDiffPipeline
 from t2i.pipelines.upsample import UpsamplePipeline
@@ -20,6 +21,8 @@ __all__ = [
     "Interrupted",
     "OutpaintPipeline",
     "Preview",
+    "PriorPipeline",
+    "PriorPipelineOutput",
     "Text2ImagePipeline",
     "TextDiffPipeline",
     "UnCLIPPipelineOutput",

@@ -62,6 +62,20 @@ def check_images(images: Any) -> None:
         raise InputError(f"images must be floats in [-1, 1], got {got}; t2i.pipelines.inputs.read_images makes them")
 
 
+def repeat_image_embeds(pipeline: Any, image_embeds: Tensor, inputs: int, each: int) -> Tensor:
+    """Return given z_i of all images, (N, D), as the decoder reads them, on the device.
+
+    image_embeds: (N, D), or a row for each of the `inputs`, prompts or given images; 0 is any number of rows. each:
+    images drawn for one. Raises InputError for another shape.
+    """
+    check_tensor("image_embeds", image_embeds, ("N", pipeline.clip.embed_dim))
+    count = len(image_embeds)
+    if inputs and count not in (inputs, inputs * each):
+        raise InputError(f"image_embeds has {count} rows for {inputs * each} images")
+    rows = image_embeds if count == inputs * each else image_embeds.repeat_interleave(each, dim=0)
+    return pipeline.normalize_embeds(rows.to(pipeline._execution_device).float())
+
+
 def check_stage_inputs(
     pipeline: Any,
     prior: PriorOptions | None,
@@ -103,19 +117,8 @@ def check_stage_inputs(
 
 def check_stage_options(pipeline: Any, prior: PriorOptions | None, decoder: DecoderOptions) -> None:
     """Refuse what these models and schedulers cannot do. prior: None if the prior is not used."""
-    # The prior
     if prior is not None:
-        if pipeline.prior is None and pipeline.clip.reads_captions and not pipeline.clip.unit_length:
-            raise InputError("this model has no prior; give prior=..., the folder of one, or image_embeds")
-        if pipeline.prior_scheduler is not None:
-            scheduler = resolve_sampler(prior.prior_sampler, pipeline.prior_scheduler, pipeline.prior)
-            check_step_count("prior_num_inference_steps", prior.prior_num_inference_steps, scheduler)
-        elif prior.prior_sampler is not None:
-            raise InputError(f"prior_sampler needs a diffusion prior, which this is not; got {prior.prior_sampler!r}")
-        if prior.prior_callback_on_step_end is not None and not (pipeline.prior and pipeline.prior.needs_scheduler):
-            raise InputError("prior_callback_on_step_end needs a diffusion prior, whose steps it sees; this is not one")
-        if isinstance(pipeline.prior, AutoregressivePrior):
-            check_scale_only(prior.prior_guidance_scale)
+        check_prior_options(pipeline, prior)
 
     # The decoder
     levels = pipeline.decoder.noise_levels
@@ -140,6 +143,21 @@ def check_stage_options(pipeline: Any, prior: PriorOptions | None, decoder: Deco
         check_step_count("num_inference_steps", decoder.num_inference_steps, scheduler)
     else:
         set_timesteps(copy.deepcopy(scheduler), sampling)
+
+
+def check_prior_options(pipeline: Any, prior: PriorOptions) -> None:
+    """Refuse what this prior, or none, and its scheduler cannot do."""
+    if pipeline.prior is None and pipeline.clip.reads_captions and not pipeline.clip.unit_length:
+        raise InputError("this model has no prior; give prior=..., the folder of one, or image_embeds")
+    if pipeline.prior_scheduler is not None:
+        scheduler = resolve_sampler(prior.prior_sampler, pipeline.prior_scheduler, pipeline.prior)
+        check_step_count("prior_num_inference_steps", prior.prior_num_inference_steps, scheduler)
+    elif prior.prior_sampler is not None:
+        raise InputError(f"prior_sampler needs a diffusion prior, which this is not; got {prior.prior_sampler!r}")
+    if prior.prior_callback_on_step_end is not None and not (pipeline.prior and pipeline.prior.needs_scheduler):
+        raise InputError("prior_callback_on_step_end needs a diffusion prior, whose steps it sees; this is not one")
+    if isinstance(pipeline.prior, AutoregressivePrior):
+        check_scale_only(prior.prior_guidance_scale)
 
 
 def check_step_count(name: str, steps: int, scheduler: SchedulerMixin) -> None:

@@ -1,20 +1,19 @@
 """Base of the pipelines that draw with unCLIP: their components, and what is encoded and decoded with them."""
 
-import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 from PIL import Image
-from t2i.pipelines.argument_checks import check_images, check_prompts, check_tensor
+from t2i.pipelines.argument_checks import check_images, check_tensor
 from t2i.pipelines.calls.aliases import DiffusersNames, resolve_aliases
 from t2i.pipelines.calls.callbacks import CALLBACK_TENSORS
+from t2i.pipelines.calls.encoding import PromptEncoding
 from t2i.pipelines.calls.offload import DiskOffloading
 from t2i.pipelines.calls.progress import Interruptible
 from t2i.pipelines.folder import (
@@ -35,7 +34,6 @@ from t2i.pipelines.stages import check_finite_values, sample_super_resolution
 from torch import Generator, Tensor
 
 from t2i.checks import check_choice, check_multiple_of
-from t2i.diffusion.condition import TextEncoding
 from t2i.errors import InputError
 from t2i.files.model_folder import load_or_explain
 from t2i.files.untrusted import is_folder
@@ -46,8 +44,6 @@ from t2i.networks.upsampler import Upsampler
 from t2i.runtime.compiling import check_compiler, compile_steps
 from t2i.runtime.devices import check_bf16_support, warn_of_slow_bf16
 from t2i.sampling.embeddings import AnyPrior, default_guidance_scale
-
-logger = logging.getLogger(__name__)
 
 MAX_IMAGES = 1024
 
@@ -64,7 +60,7 @@ class UnCLIPPipelineOutput(BaseOutput):
     image_embeds: Tensor
 
 
-class UnCLIPPipeline(DiffusersNames, Interruptible, DiskOffloading):
+class UnCLIPPipeline(DiffusersNames, PromptEncoding, Interruptible, DiskOffloading):
     """CLIP, prior, decoder, autoencoder, upsampler and text encoder. All pipelines load from the same folders.
 
     A subclass adds a `__call__`; `from_pipe` shares the components without copies. Arguments that the calls share:
@@ -74,6 +70,10 @@ class UnCLIPPipeline(DiffusersNames, Interruptible, DiskOffloading):
         negative_prompt: what the prior is guided away from; one for all or one for each, as `prompt`.
         num_images_per_prompt: images for each prompt or given image. Those of one are in a row.
         generator: one for all, or one for each image. An image depends on its own seed alone, not on its batch.
+        image_embeds: z_i of what is drawn, in place of the prior's and of that of given images: (P, D), a row for each
+            of them, or (N, D), one for each image that is drawn.
+        prompt_embeds, negative_prompt_embeds: encodings in place of the texts: what `encode_prompt` returns, or
+            (states, pooled) or (states, pooled, mask); see `t2i.pipelines.calls.texts.read_prompt_embeds`.
         return_dict: False returns the tuple (images, image_embeds) in place of a `UnCLIPPipelineOutput`.
         options: fields of `t2i.pipelines.options.PriorOptions` and `DecoderOptions`.
 
@@ -197,17 +197,6 @@ class UnCLIPPipeline(DiffusersNames, Interruptible, DiskOffloading):
             self.register_to_config(_clip_fingerprint=self.clip.identity)
         super().save_config(save_directory, *args, **kwargs)
 
-    def offload_all_but(self, *names: str) -> None:
-        """Take the other components off the device, under `enable_model_cpu_offload`, until they are used again.
-
-        Its hooks offload the component before in a caption's order alone. That is not enough where CLIP is followed by
-        the autoencoder or the decoder.
-        """
-        kept = [getattr(self, name) for name in names]
-        for hook in getattr(self, "_all_hooks", []):
-            if not any(hook.model is model for model in kept):
-                hook.offload()
-
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **components: Any) -> Self:
         """Build this pipeline from the components of another one, which stay as they are; `components` replace some.
@@ -290,56 +279,12 @@ class UnCLIPPipeline(DiffusersNames, Interruptible, DiskOffloading):
     # Encoding and decoding
 
     @torch.no_grad()
-    def encode_prompt(self, prompts: str | list[str]) -> TextEncoding:
-        """Encode prompts by CLIP, for the prior, and by the decoder's own text encoder, if it has one.
-
-        Each different prompt is encoded once; `expand` of the result has a row for each prompt. Logs what of a prompt
-        does not fit. Raises InputError for what is no text, for no prompts, and for a CLIP without a text tower.
-        """
-        prompts = check_prompts("prompts", prompts)
-        if not prompts:
-            raise InputError("prompts are missing; give a text or a list of texts")
-        if not self.clip.reads_captions:
-            lacks = "no text encoder of its CLIP" if self.prior else "no prior and no text encoder of its CLIP"
-            raise InputError(f"this model has {lacks}: it draws from images or image_embeds, not from texts")
-        different, rows = find_unique_prompts(prompts)
-        for prompt in different:
-            if cut := self.clip.tokenizer.find_truncated_text(prompt):
-                # The tokens of start and end take two places
-                longest = self.clip.context_length - 2
-                logger.warning("a prompt is longer than %d tokens; this was cut: %r", longest, cut)
-            if self.text_encoder is not None and (cut := self.text_encoder.find_truncated_text(prompt)):
-                longest = self.text_encoder.config.context_length
-                logger.warning("a prompt has more than the text encoder's %d tokens; this was cut: %r", longest, cut)
-        self.offload_all_but("clip")
-        text = self.clip.encode_tokens(self.clip.tokenizer(different).to(self._execution_device))
-        if self.text_encoder is not None:
-            text = replace(text, decoder_tokens=self.text_encoder.encode(different, self._execution_device))
-        return text if rows is None else text.take_rows(rows)
-
-    @torch.no_grad()
-    def encode_decoder_prompt(self, prompts: str | list[str]) -> Any:
-        """Encode captions for the decoder. If it has its own text encoder, a CLIP without a text tower will do."""
-        if self.clip.reads_captions or self.text_encoder is None:
-            return self.encode_prompt(prompts)
-        prompts = check_prompts("prompts", prompts)
-        self.offload_all_but("text_encoder")
-        different, rows = find_unique_prompts(prompts)
-        tokens = self.text_encoder.encode(different, self._execution_device)
-        return tokens if rows is None else tokens.take_rows(rows)
-
-    @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:
         """Encode images, (N, 3, H, W) in [-1, 1], by CLIP as z_i, (N, D), fp32. Raises InputError for others."""
         check_images(images)
         self.offload_all_but("clip")
         z_i = self.clip.encode_image(images.to(self._execution_device, self.clip.dtype))
         return self.normalize_embeds(check_finite_values("CLIP", z_i.float()))
-
-    def normalize_embeds(self, z_i: Tensor) -> Tensor:
-        """Normalize z_i, (N, D), if the models were trained on embeddings of unit length; others raise InputError."""
-        check_tensor("z_i", z_i, ("N", self.clip.embed_dim))
-        return F.normalize(z_i, dim=-1) if self.clip.unit_length else z_i
 
     @torch.no_grad()
     def encode_latents(self, images: Tensor) -> Tensor:
@@ -389,10 +334,3 @@ class UnCLIPPipeline(DiffusersNames, Interruptible, DiskOffloading):
         """Return the result of a call, and release the device from offloaded models."""
         self.maybe_free_model_hooks()
         return UnCLIPPipelineOutput(images, z_i) if return_dict else (images, z_i)
-
-
-def find_unique_prompts(prompts: list[str]) -> tuple[list[str], Tensor | None]:
-    """Return the different prompts, and the number among them of each, (N,); None if all are different."""
-    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
-    rows = None if len(numbers) == len(prompts) else torch.tensor([numbers[prompt] for prompt in prompts])
-    return list(numbers), rows

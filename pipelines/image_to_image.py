@@ -1,11 +1,13 @@
 """An image in, images like it out: the decoder starts from its latents instead of noise."""
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
-from t2i.pipelines.argument_checks import check_prompts, check_stage_inputs
+from t2i.pipelines.argument_checks import check_stage_inputs, check_tensor, repeat_image_embeds
 from t2i.pipelines.base import MAX_IMAGES, UnCLIPPipeline, UnCLIPPipelineOutput
 from t2i.pipelines.calls.signature import pipeline_call
+from t2i.pipelines.calls.texts import PromptEmbeds, Texts, choose_text_pair
 from t2i.pipelines.inputs import ImageInputs, read_given_images, read_images
 from t2i.pipelines.memory_needed import check_batch_fits
 from t2i.pipelines.options import DecoderOptions, PriorOptions, ResolvedOptions
@@ -16,22 +18,30 @@ from t2i.checks import check_integer, check_range
 from t2i.diffusion.condition import TextEncoding
 from t2i.sampling.sample import split_generators
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Redrawing:
     """Checked arguments of a call that draws from P given images.
 
-    prompts, negatives: P texts each, or none. each: images drawn from one. prior: None without prompts. generators: one
-    for each drawn image, as prior_generators.
+    prompts, negatives: P texts each, or none. each: images drawn from one. prior: None where it is not used.
+    generators: one for each drawn image, as prior_generators. image_embeds: (N, D), given z_i of all drawn images.
     """
 
-    prompts: list[str]
-    negatives: list[str]
+    prompts: Texts
+    negatives: Texts
     each: int
     prior: PriorOptions | None
     decoder: DecoderOptions
     prior_generators: list[Generator]
     generators: list[Generator]
+    image_embeds: Tensor | None = None
+
+    @property
+    def reads_images(self) -> bool:
+        """True if z_i is that of the images."""
+        return self.prior is None and self.image_embeds is None
 
 
 class ImageToImagePipeline(UnCLIPPipeline):
@@ -47,59 +57,99 @@ class ImageToImagePipeline(UnCLIPPipeline):
         num_images_per_prompt: int = 1,
         generator: Generator | list[Generator] | None = None,
         return_dict: bool = True,
+        image_embeds: Tensor | None = None,
+        prompt_embeds: PromptEmbeds | None = None,
+        negative_prompt_embeds: PromptEmbeds | None = None,
         **options: Any,
     ) -> UnCLIPPipelineOutput | tuple:
         """Draw `num_images_per_prompt` images for each image. See `UnCLIPPipeline` for other arguments.
 
         Args:
-            image: resized and cropped to the size that the decoder draws.
+            image: resized and cropped to the size that the decoder draws. Or latents, (P, C, h, w), as
+                `output_type="latent"` gives them.
             prompt: None is what the images show.
             strength: fraction of the steps that are taken, in (0, 1]: 1 leaves nothing of an image but what it shows.
         """
         # Check the arguments
         check_strength(strength)
         resolved = self.resolve_options(**options)
-        images = read_images(image, self.image_size)
-        work = check_redrawing(len(images), prompt, negative_prompt, num_images_per_prompt, generator, resolved)
+        latents = read_latents(self, image)
+        given = read_images(image, self.image_size) if latents is None else latents
+        count = len(given)
+        texts = choose_text_pair(self, count, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        work = check_redrawing(self, count, texts, num_images_per_prompt, generator, resolved, image_embeds)
         count = len(work.generators)
         check_stage_inputs(self, work.prior, work.decoder, count, each=work.each)
         check_batch_fits(self, work.prior, work.decoder, count)
 
         # Draw
         # A CLIP without an image encoder will do where prompts say what to draw
-        seen = images if work.prompts else read_given_images(image, self.image_size, self.clip).seen
+        seen = None
+        if work.reads_images:
+            shown = image if latents is None else self.decode(latents, "pt")
+            seen = read_given_images(shown, self.image_size, self.clip).seen
         z_i, text = compute_image_embeds(self, seen, work)
-        canvas = Canvas(self.encode_latents(images).repeat_interleave(work.each, dim=0), strength=strength)
+        latents = self.encode_latents(given) if latents is None else latents
+        canvas = Canvas(latents.repeat_interleave(work.each, dim=0), strength=strength)
         latents = sample_decoder(self, z_i, text, work.decoder, work.generators, canvas=canvas)
         return self.build_output(finish_images(self, latents, z_i, work.decoder, work.generators), z_i, return_dict)
 
 
 def check_redrawing(
+    pipeline: UnCLIPPipeline,
     count: int,
-    prompt: str | list[str] | None,
-    negative_prompt: str | list[str] | None,
+    texts: tuple[Texts, Texts],
     each: int,
     generator: Generator | list[Generator] | None,
     resolved: ResolvedOptions,
+    image_embeds: Tensor | None = None,
 ) -> Redrawing:
-    """Check the arguments of a call that draws from `count` images, `each` for one. Raises InputError."""
+    """Check the arguments of a call that draws from `count` images, `each` for one. Raises InputError.
+
+    texts: of `choose_text_pair`.
+    """
     check_integer("num_images_per_prompt", each, 1, MAX_IMAGES)
-    wanted = check_prompts("prompt", prompt, count, empty=False)
-    negatives = check_prompts("negative_prompt", negative_prompt, count)
     prior, decoder = resolved
-    streams = split_generators(generator, count * each)
-    return Redrawing(wanted, negatives, each, prior if wanted else None, decoder, *streams)
+    prior_generators, generators = split_generators(generator, count * each)
+    if image_embeds is not None:
+        image_embeds = repeat_image_embeds(pipeline, image_embeds, count, each)
+    uses_prior = image_embeds is None and len(texts[0]) > 0
+    if len(texts[1]) and not (uses_prior and pipeline.prior and not prior.prior_guidance_scale.is_off):
+        logger.warning("negative_prompt has no effect: it guides the prior, which is not guided or not used here")
+    wanted, negatives = texts
+    used = prior if uses_prior else None
+    return Redrawing(wanted, negatives, each, used, decoder, prior_generators, generators, image_embeds)
 
 
 def compute_image_embeds(
-    pipeline: UnCLIPPipeline, images: Tensor, work: Redrawing
+    pipeline: UnCLIPPipeline, images: Tensor | None, work: Redrawing
 ) -> tuple[Tensor, TextEncoding | None]:
-    """Sample z_i for the prompts, and return both; without prompts, encode the images, (P, 3, H, W) in [-1, 1]."""
-    if work.prior is None:
+    """Return z_i and the captions that the decoder reads: those given, or z_i sampled for the prompts.
+
+    Without either, encode the images, (P, 3, H, W) in [-1, 1], which may be None otherwise.
+    """
+    if work.reads_images:
+        assert images is not None, "the caller reads them"
         return pipeline.encode_image(images).repeat_interleave(work.each, dim=0), None
+    if work.image_embeds is not None:
+        text = pipeline.encode_decoder_prompt(work.prompts).repeat(work.each) if len(work.prompts) else None
+        return work.image_embeds, text
+    assert work.prior is not None, "there are prompts"
     text = pipeline.encode_prompt(work.prompts).repeat(work.each)
-    negative = pipeline.encode_prompt(work.negatives).repeat(work.each) if work.negatives else None
+    negative = pipeline.encode_prompt(work.negatives).repeat(work.each) if len(work.negatives) else None
     return sample_image_embeds(pipeline, text, negative, work.prior, work.prior_generators, work.decoder), text
+
+
+def read_latents(pipeline: UnCLIPPipeline, image: Any) -> Tensor | None:
+    """Return given images that are latents, (P, C, h, w), fp32, on the device; None for pictures.
+
+    Latents have the decoder's number of channels, unless that is 3, as of pictures. Raises InputError for other sides.
+    """
+    channels = pipeline.latent_shape[0]
+    if channels == 3 or not isinstance(image, Tensor) or image.ndim != 4 or image.shape[1] != channels:
+        return None
+    check_tensor("image (latents)", image, ("N", *pipeline.latent_shape))
+    return image.to(pipeline._execution_device).float()
 
 
 def check_strength(strength: float) -> None:

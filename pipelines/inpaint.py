@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from t2i.pipelines.argument_checks import check_stage_inputs
 from t2i.pipelines.base import UnCLIPPipeline, UnCLIPPipelineOutput
 from t2i.pipelines.calls.signature import pipeline_call
-from t2i.pipelines.image_to_image import check_redrawing, check_strength, compute_image_embeds
+from t2i.pipelines.calls.texts import PromptEmbeds, choose_text_pair
+from t2i.pipelines.image_to_image import Redrawing, check_redrawing, check_strength, compute_image_embeds
 from t2i.pipelines.inputs import ImageInputs, check_pixel_count, read_images, read_masks
 from t2i.pipelines.memory_needed import check_batch_fits
 from t2i.pipelines.stages import Canvas, sample_decoder
@@ -52,6 +53,9 @@ class InpaintPipeline(UnCLIPPipeline):
         generator: Generator | list[Generator] | None = None,
         return_dict: bool = True,
         mask_channel: str = "luminance",
+        image_embeds: Tensor | None = None,
+        prompt_embeds: PromptEmbeds | None = None,
+        negative_prompt_embeds: PromptEmbeds | None = None,
         **options: Any,
     ) -> UnCLIPPipelineOutput | tuple:
         """Paint where the mask is white, `num_images_per_prompt` times. See `UnCLIPPipeline` for other arguments.
@@ -66,31 +70,25 @@ class InpaintPipeline(UnCLIPPipeline):
         """
         images = read_images(image)
         self.check_canvas_size(images)
-        given = PaintedImages(
-            images, images, read_masks(mask_image, len(images), images.shape[-2:], channel=mask_channel)
-        )
-        return self.paint_images(
-            given, prompt, negative_prompt, strength, num_images_per_prompt, generator, return_dict, **options
-        )
+        masks = read_masks(mask_image, len(images), images.shape[-2:], channel=mask_channel)
+        given = PaintedImages(images, images, masks)
+        texts = choose_text_pair(self, len(images), prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        resolved = self.resolve_options(**options)
+        work = check_redrawing(self, len(images), texts, num_images_per_prompt, generator, resolved, image_embeds)
+        return self.paint_images(given, work, strength, return_dict)
 
     def paint_images(
         self,
         given: PaintedImages,
-        prompt: str | list[str] | None,
-        negative_prompt: str | list[str] | None,
+        work: Redrawing,
         strength: float = 1.0,
-        num_images_per_prompt: int = 1,
-        generator: Generator | list[Generator] | None = None,
         return_dict: bool = True,
-        **options: Any,
     ) -> UnCLIPPipelineOutput | tuple:
-        """Paint in the given images; the other arguments are those of `__call__`."""
+        """Paint in the given images. work: the checked arguments."""
         # Check the arguments
         check_strength(strength)
-        resolved = self.resolve_options(**options)
-        if resolved[1].upsample:
+        if work.decoder.upsample:
             raise InputError("upsample is not for inpainting, which keeps pixels as they are; upsample its pictures")
-        work = check_redrawing(len(given.images), prompt, negative_prompt, num_images_per_prompt, generator, resolved)
         count, decoder = len(work.generators), work.decoder
         padded, mask = (self.pad_to_latent_cells(x).to(self._execution_device) for x in (given.images, given.masks))
         height, width = padded.shape[-2:]
@@ -146,6 +144,9 @@ class OutpaintPipeline(InpaintPipeline):
         num_images_per_prompt: int = 1,
         generator: Generator | list[Generator] | None = None,
         return_dict: bool = True,
+        image_embeds: Tensor | None = None,
+        prompt_embeds: PromptEmbeds | None = None,
+        negative_prompt_embeds: PromptEmbeds | None = None,
         **options: Any,
     ) -> UnCLIPPipelineOutput | tuple:
         """Paint `left`, `right`, `top` and `bottom` pixels around each image. See `UnCLIPPipeline` for the rest."""
@@ -155,10 +156,11 @@ class OutpaintPipeline(InpaintPipeline):
         enlarged = F.pad(images, margins, mode="replicate")
         self.check_canvas_size(enlarged)
         mask = F.pad(torch.zeros_like(images[:, :1]), margins, value=1.0)
-        given, strength = PaintedImages(images, enlarged, mask), 1.0  # a margin has nothing to keep
-        return self.paint_images(
-            given, prompt, negative_prompt, strength, num_images_per_prompt, generator, return_dict, **options
-        )
+        texts = choose_text_pair(self, len(images), prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        resolved = self.resolve_options(**options)
+        work = check_redrawing(self, len(images), texts, num_images_per_prompt, generator, resolved, image_embeds)
+        # A margin has nothing to keep: always all of the steps are taken
+        return self.paint_images(PaintedImages(images, enlarged, mask), work, 1.0, return_dict)
 
 
 def check_margins(**margins: int) -> tuple[int, ...]:

@@ -4,9 +4,10 @@ import logging
 from dataclasses import replace
 from typing import Any
 
-from t2i.pipelines.argument_checks import check_prompts, check_stage_inputs, check_tensor
+from t2i.pipelines.argument_checks import check_prompts, check_stage_inputs, repeat_image_embeds
 from t2i.pipelines.base import MAX_IMAGES, UnCLIPPipeline, UnCLIPPipelineOutput
 from t2i.pipelines.calls.signature import pipeline_call
+from t2i.pipelines.calls.texts import PromptEmbeds, choose_texts
 from t2i.pipelines.memory_needed import check_batch_fits
 from t2i.pipelines.options import DecoderOptions, PriorOptions
 from t2i.pipelines.stages import finish_images, sample_decoder, sample_image_embeds
@@ -33,6 +34,8 @@ class Text2ImagePipeline(UnCLIPPipeline):
         image_embeds: Tensor | None = None,
         decoder_negative_prompt: str | list[str] | None = None,
         return_dict: bool = True,
+        prompt_embeds: PromptEmbeds | None = None,
+        negative_prompt_embeds: PromptEmbeds | None = None,
         **options: Any,
     ) -> UnCLIPPipelineOutput | tuple:
         """Draw `num_images_per_prompt` images for each prompt: N in all. See `UnCLIPPipeline` for other arguments.
@@ -47,15 +50,15 @@ class Text2ImagePipeline(UnCLIPPipeline):
         # Check the arguments
         check_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES)
         prior, decoder = self.resolve_options(**options)
-        if image_embeds is None and (prompt is None or prompt == []):
+        if image_embeds is None and prompt_embeds is None and (prompt is None or prompt == []):
             raise InputError("prompt is missing; give a text, a list of texts, or image_embeds")
-        prompts = check_prompts("prompt", prompt, empty=False)
+        prompts = choose_texts(self, "prompt", prompt, prompt_embeds, empty=False)
         each = num_images_per_prompt
         count = len(prompts) * each
         if image_embeds is not None:
-            image_embeds = self.repeat_image_embeds(image_embeds, len(prompts), each)
+            image_embeds = repeat_image_embeds(self, image_embeds, len(prompts), each)
             count = len(image_embeds)
-        negatives = check_prompts("negative_prompt", negative_prompt, count // each)
+        negatives = choose_texts(self, "negative_prompt", negative_prompt, negative_prompt_embeds, count // each)
         decoder_negatives = check_prompts("decoder_negative_prompt", decoder_negative_prompt, count // each)
         prior_generators, generators = split_generators(generator, count)
         uses_prior = image_embeds is None or decoder_negatives
@@ -76,7 +79,7 @@ class Text2ImagePipeline(UnCLIPPipeline):
             negative = self.encode_prompt(negatives).repeat(each) if negatives else None
             z_i = sample_image_embeds(self, text, negative, prior, prior_generators, decoder)
         else:
-            z_i = self.normalize_embeds(image_embeds.to(self._execution_device).float())
+            z_i = image_embeds
         unwanted = self.encode_decoder_negatives(decoder_negatives, each, prior, same_noise, decoder)
         latents = sample_decoder(self, z_i, text, decoder, generators, unwanted)
         return self.build_output(finish_images(self, latents, z_i, decoder, generators), z_i, return_dict)
@@ -97,13 +100,6 @@ class Text2ImagePipeline(UnCLIPPipeline):
         text = encode(negatives).repeat(each)
         if given is not None:
             return ImageCondition(self.normalize_embeds(given.to(self._execution_device).float()), text)
-        unseen = replace(decoder, on_preview=None)  # previews are of what is wanted
-        return ImageCondition(sample_image_embeds(self, text, None, prior, generators, unseen), text)
-
-    def repeat_image_embeds(self, image_embeds: Tensor, prompts: int, each: int) -> Tensor:
-        """Return z_i of all images, (N, D). prompts: their number, 0 for none. each: images of one."""
-        check_tensor("image_embeds", image_embeds, ("N", self.clip.embed_dim))
-        count = len(image_embeds)
-        if prompts and count not in (prompts, prompts * each):
-            raise InputError(f"image_embeds has {count} rows, the prompts ask for {prompts * each} pictures")
-        return image_embeds if count == prompts * each else image_embeds.repeat_interleave(each, dim=0)
+        # Previews and callbacks are of what is wanted
+        unseen, uncalled = replace(decoder, on_preview=None), replace(prior, prior_callback_on_step_end=None)
+        return ImageCondition(sample_image_embeds(self, text, None, uncalled, generators, unseen), text)

@@ -23,6 +23,7 @@ _MODULES = {
     "LatentClassifier": "t2i.networks.classifier",
     "OutpaintPipeline": "t2i.pipelines",
     "Prior": "t2i.networks.prior",
+    "PriorPipeline": "t2i.pipelines",
     "Steering": "t2i.sampling.steering",
     "Text2ImagePipeline": "t2i.pipelines",
     "TextDiffPipeline": "t2i.pipelines",

@@ -1,0 +1,140 @@
+"""The prior alone: captions in, z_i out, which any of the other pipelines draws as its `image_embeds`."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.utils import BaseOutput
+from t2i.pipelines.argument_checks import check_prior_options, check_tensor
+from t2i.pipelines.base import MAX_IMAGES, UnCLIPPipeline
+from t2i.pipelines.calls.aliases import alias_component
+from t2i.pipelines.calls.callbacks import PRIOR_CALLBACK_TENSORS
+from t2i.pipelines.calls.encoding import PromptEncoding
+from t2i.pipelines.calls.progress import Interruptible
+from t2i.pipelines.calls.signature import pipeline_call
+from t2i.pipelines.calls.texts import PromptEmbeds, choose_texts
+from t2i.pipelines.folder import AnyCLIP, PipelineFolder, check_clip_fingerprint, check_embed_widths
+from t2i.pipelines.options import PRIOR_OPTION_NAMES, DecoderOptions, build_options
+from t2i.pipelines.stages import sample_image_embeds
+from torch import Generator, Tensor
+
+from t2i.checks import check_integer
+from t2i.diffusion.stored_schedulers import load_scheduler
+from t2i.errors import InputError
+from t2i.files.untrusted import check_folder_files, is_folder
+from t2i.sampling.embeddings import AnyPrior, default_guidance_scale
+from t2i.sampling.sample import split_generators
+
+
+@dataclass
+class PriorPipelineOutput(BaseOutput):
+    """Result of `PriorPipeline`.
+
+    image_embeds: (N, D), z_i, fp32, for `image_embeds` of another pipeline.
+    negative_image_embeds: (N, D), z_i of the negative prompts, for `negative_image_embeds`; None without any.
+    """
+
+    image_embeds: Tensor
+    negative_image_embeds: Tensor | None
+
+
+class PriorPipeline(PromptEncoding, Interruptible, DiffusionPipeline):
+    """Caption -> z_t -> (prior) -> z_i. The decoder and the autoencoder need not be in memory."""
+
+    model_cpu_offload_seq = "clip->prior"
+    _optional_components = ["prior_scheduler"]
+    _callback_tensor_inputs = list(PRIOR_CALLBACK_TENSORS)
+    scheduler = alias_component("scheduler", "prior_scheduler")
+
+    def __init__(self, clip: AnyCLIP, prior: AnyPrior, prior_scheduler: SchedulerMixin | None = None):
+        super().__init__()
+        if clip is None or prior is None:
+            raise InputError(f"{'clip' if clip is None else 'prior'} is None; this pipeline needs a CLIP and a prior")
+        check_clip_fingerprint("prior", prior, clip)
+        check_embed_widths("prior", prior, clip)
+        if prior.needs_scheduler == (prior_scheduler is None):
+            has = "no prior_scheduler" if prior_scheduler is None else "a prior_scheduler"
+            raise InputError(f"the prior is a {type(prior).__name__} and has {has}; only a diffusion prior has one")
+        self.register_modules(clip=clip, prior=prior, prior_scheduler=prior_scheduler)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
+        """Load the CLIP and the prior of any pipeline's folder or repository; arguments as of `UnCLIPPipeline`.
+
+        Of this project's own folders nothing else is read. Raises InputError, also for a model without a prior.
+        """
+        path = Path(pretrained_model_name_or_path)
+        folder = PipelineFolder(path) if is_folder(path) else None
+        if kwargs or folder is None or not (folder.is_own or folder.class_name == cls.__name__):
+            return cls.from_pipe(UnCLIPPipeline.from_pretrained(pretrained_model_name_or_path, **kwargs))
+        check_folder_files(path)
+        if folder.lacks("prior"):
+            raise InputError(f"the pipeline {str(path)!r} has no prior")
+        has_scheduler = not folder.lacks("prior_scheduler")
+        for name in ("clip", "prior", "prior_scheduler")[: 2 + has_scheduler]:
+            folder.check_component(name)
+        scheduler = load_scheduler(path / "prior_scheduler") if has_scheduler else None
+        return cls(folder.load_component("clip"), folder.load_component("prior"), scheduler)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **components: Any) -> Self:
+        """Build this pipeline from the CLIP and the prior of another one."""
+        names = ("clip", "prior", "prior_scheduler")
+        found = {name: pipeline.components.get(name) for name in names} | components
+        if found["prior"] is None:
+            raise InputError("this pipeline has no prior; load one with prior=... and prior_scheduler=...")
+        other = cls(**found)
+        other.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
+        return other
+
+    @pipeline_call(PRIOR_OPTION_NAMES)
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        generator: Generator | list[Generator] | None = None,
+        return_dict: bool = True,
+        prompt_embeds: PromptEmbeds | None = None,
+        negative_prompt_embeds: PromptEmbeds | None = None,
+        **options: Any,
+    ) -> PriorPipelineOutput | tuple:
+        """Sample `num_images_per_prompt` z_i for each prompt: those of `Text2ImagePipeline` for the same seeds.
+
+        Args:
+            prompt: a text or a list.
+            negative_prompt: what the prior is guided away from; one for all or one a prompt. Its own z_i, from the same
+                noise, are returned too.
+            num_images_per_prompt: z_i for each prompt, in a row.
+            generator: one for all, or one for each z_i.
+            return_dict: False returns the tuple (image_embeds, negative_image_embeds).
+            prompt_embeds, negative_prompt_embeds: encodings in place of the texts; see
+                `t2i.pipelines.calls.texts.read_prompt_embeds`.
+
+        Raises InputError for a value that is not allowed, before any work starts.
+        """
+        # Check the arguments
+        check_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES)
+        defaults = {"prior_guidance_scale": default_guidance_scale(self.prior)}
+        prior, _ = options.pop("resolved", None) or build_options(options, defaults, PRIOR_OPTION_NAMES)
+        texts = choose_texts(self, "prompt", prompt, prompt_embeds, empty=False)
+        if not len(texts):
+            raise InputError("prompt is missing; give a text, a list of texts, or prompt_embeds")
+        negatives = choose_texts(self, "negative_prompt", negative_prompt, negative_prompt_embeds, len(texts))
+        count = len(texts) * num_images_per_prompt
+        generators, _ = split_generators(generator, count)
+        check_prior_options(self, prior)
+        check_tensor("prior_latents", prior.prior_latents, (count, self.clip.embed_dim))
+
+        # Sample. Both start from the same noise.
+        same_noise = [stream.clone_state() for stream in generators]
+        text = self.encode_prompt(texts).repeat(num_images_per_prompt)
+        unwanted = self.encode_prompt(negatives).repeat(num_images_per_prompt) if len(negatives) else None
+        no_preview = DecoderOptions()
+        z_i, z_not = sample_image_embeds(self, text, unwanted, prior, generators, no_preview), None
+        if unwanted is not None:
+            uncalled = replace(prior, prior_callback_on_step_end=None)
+            z_not = sample_image_embeds(self, unwanted, None, uncalled, same_noise, no_preview)
+        self.maybe_free_model_hooks()
+        return PriorPipelineOutput(z_i, z_not) if return_dict else (z_i, z_not)

@@ -1,0 +1,125 @@
+"""Conditions that are given in place of prompts and pictures, and the prior that makes them by itself."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from t2i.pipelines import OutpaintPipeline
+
+from t2i import ImageToImagePipeline, InpaintPipeline, InputError, PriorPipeline, Text2ImagePipeline
+from tests.conftest import seeds
+
+QUICK = {"prior_num_inference_steps": 2, "num_inference_steps": 2, "output_type": "latent"}
+
+
+def same(first, second):
+    torch.testing.assert_close(first.images, second.images, rtol=0, atol=1e-5)
+    torch.testing.assert_close(first.image_embeds, second.image_embeds, rtol=0, atol=1e-6)
+
+
+def as_tuple(pipeline, prompt):
+    text = pipeline.encode_prompt(prompt).expand()
+    return text.states, text.embedding, text.mask
+
+
+@pytest.mark.parametrize("form", ("encoding", "tuple"))
+def test_encodings_draw_what_their_prompts_draw(pipeline, form, monkeypatch):
+    prompts, negative = ["red circle", "a long blue square"], "green"
+    drawn = pipeline(prompts, negative, 2, seeds(1, 2, 3, 4), **QUICK)
+    encode = pipeline.encode_prompt if form == "encoding" else lambda prompt: as_tuple(pipeline, prompt)
+    embeds = {"prompt_embeds": encode(prompts), "negative_prompt_embeds": encode(negative)}
+    monkeypatch.setattr(pipeline.clip, "encode_tokens", lambda *_: pytest.fail("the texts are encoded already"))
+    same(pipeline(num_images_per_prompt=2, generator=seeds(1, 2, 3, 4), **embeds, **QUICK), drawn)
+
+
+def test_weighted_states_draw_something_else(pipeline):
+    states, pooled, mask = as_tuple(pipeline, "red circle")
+    plain = pipeline("red circle", generator=seeds(1), **QUICK)
+    weighted = pipeline(prompt_embeds=(states * 1.3, pooled, mask), generator=seeds(1), **QUICK)
+    assert (weighted.image_embeds - plain.image_embeds).abs().max() > 1e-4
+
+
+def test_embeddings_have_the_length_of_the_clips(pipeline):
+    states, pooled, mask = as_tuple(pipeline, "red circle")
+    embeds = {"prompt_embeds": (states, 3 * pooled, mask), "generator": seeds(1)}
+    torch.testing.assert_close(
+        pipeline(**embeds, **QUICK).images, pipeline("red circle", generator=seeds(1), **QUICK).images
+    )
+
+
+@pytest.mark.parametrize("kind", (ImageToImagePipeline, InpaintPipeline, OutpaintPipeline))
+def test_pictures_are_drawn_from_with_given_conditions(pipeline, kind):
+    picture, mask = torch.rand(2, 3, 32, 32, generator=seeds(0)[0]), torch.zeros(32, 32)
+    mask[8:] = 1
+    more = {InpaintPipeline: {"mask_image": mask}, OutpaintPipeline: {"left": 8}}.get(kind, {})
+    pipe, text = kind.from_pipe(pipeline), pipeline.encode_prompt("red circle")
+    by_prompt = pipe(picture, prompt="red circle", generator=seeds(1, 2), **more, **QUICK)
+    same(pipe(picture, prompt_embeds=text, generator=seeds(1, 2), **more, **QUICK), by_prompt)
+    given = {"image_embeds": by_prompt.image_embeds, "prompt": "red circle"}
+    same(pipe(picture, generator=seeds(1, 2), **given, **more, **QUICK), by_prompt)
+
+
+def test_an_image_is_given_as_its_latents(pipeline):
+    pipe, picture = ImageToImagePipeline.from_pipe(pipeline), torch.rand(2, 3, 32, 32, generator=seeds(0)[0])
+    latents = pipeline.encode_latents(2 * picture - 1)
+    by_prompt = {"prompt": "red circle", "num_images_per_prompt": 2, "generator": seeds(1, 2, 3, 4)}
+    expected = pipe(picture, **by_prompt, **QUICK)
+    same(pipe(latents, **by_prompt | {"generator": seeds(1, 2, 3, 4)}, **QUICK), expected)
+    # Without a prompt, what they show is what CLIP sees in the decoded latents
+    shown = pipe(latents, generator=seeds(1, 2), **QUICK).image_embeds
+    torch.testing.assert_close(shown, pipe(pipeline.decode(latents, "pt"), generator=seeds(1, 2), **QUICK).image_embeds)
+    with pytest.raises(InputError, match=r"image \(latents\) must be a tensor of shape \(N, 4, 8, 8\)"):
+        pipe(latents[..., :4])
+
+
+@pytest.mark.parametrize(
+    ("embeds", "message"),
+    (
+        (torch.zeros(1, 5, 32), "the prior also reads the text's one embedding"),
+        ((torch.zeros(1, 5, 31), torch.zeros(1, 32)), r"prompt_embeds \(states\) must be a tensor of shape"),
+        ((torch.zeros(5, 32), torch.zeros(1, 32)), r"prompt_embeds\[0\] must be a tensor of shape \(B, L, W\)"),
+        ("a cat", "prompt_embeds must be a TextEncoding or a tuple"),
+    ),
+)
+def test_other_encodings_are_refused(pipeline, embeds, message):
+    with pytest.raises(InputError, match=message):
+        pipeline(prompt_embeds=embeds)
+
+
+def test_encodings_beside_prompts_are_refused(pipeline):
+    text = pipeline.encode_prompt(["a", "b"])
+    with pytest.raises(InputError, match="prompt and prompt_embeds are both given"):
+        pipeline("a cat", prompt_embeds=text)
+    with pytest.raises(InputError, match="negative_prompt_embeds has 2 rows for 1 prompts"):
+        pipeline("a cat", negative_prompt_embeds=text)
+    wide = replace(text.expand(), mask=text.expand().mask[:, :1])
+    with pytest.raises(InputError, match=r"prompt_embeds \(mask\) must be a tensor of shape"):
+        pipeline(prompt_embeds=wide)
+
+
+def test_the_prior_alone_samples_what_the_whole_pipeline_draws(pipeline, pipeline_folder):
+    options = {"prior_num_inference_steps": 2, "num_images_per_prompt": 2}
+    prior = PriorPipeline.from_pipe(pipeline)
+    sampled = prior("red circle", "green", generator=seeds(1, 2), **options)
+    drawn = pipeline("red circle", "green", generator=seeds(1, 2), **options, num_inference_steps=2)
+    torch.testing.assert_close(sampled.image_embeds, drawn.image_embeds, rtol=0, atol=0)
+    assert sampled.negative_image_embeds.shape == (2, 32)
+    alone, nothing = prior(prompt_embeds=prior.encode_prompt("red circle"), return_dict=False)
+    assert alone.shape == (1, 32) and nothing is None
+    pipeline(**sampled, num_inference_steps=2, guidance_scale=3.0)
+    same_weights = PriorPipeline.from_pretrained(pipeline_folder).prior.state_dict()
+    assert same_weights.keys() == prior.prior.state_dict().keys()
+    with pytest.raises(InputError, match="prompt is missing"):
+        prior()
+
+
+def test_the_prior_alone_is_saved_and_loaded(pipeline, tmp_path):
+    prior = PriorPipeline.from_pipe(pipeline)
+    prior.save_pretrained(tmp_path / "prior")
+    again = PriorPipeline.from_pretrained(tmp_path / "prior")
+    options = {"prior_num_inference_steps": 2}
+    before, after = (one("a cat", generator=seeds(1), **options).image_embeds for one in (prior, again))
+    torch.testing.assert_close(before, after, rtol=0, atol=0)
+    without = Text2ImagePipeline.from_pipe(pipeline, prior=None, prior_scheduler=None)
+    with pytest.raises(InputError, match="this pipeline has no prior"):
+        PriorPipeline.from_pipe(without)
