@@ -33,7 +33,7 @@ from t2i.files.fingerprints import compute_weights_fingerprint
 from t2i.files.model_folder import load_model, save_model_folder
 from t2i.interop.by_name import find_text_encoder_folder, load_text_encoder
 from t2i.interop.parts import PublicPart
-from t2i.interop.trainable import PUBLIC_DECODERS, find_trainable_part, load_trainable_decoder
+from t2i.interop.trainable import DECODER_PARTS, PUBLIC_DECODERS, find_trainable_part, load_trainable_decoder
 from t2i.networks.decoder import Decoder
 from t2i.networks.text_encoder import DTYPES, MAX_TOKENS, TextEncoder
 from t2i.networks.unet_decoder import UNetDecoder
@@ -51,7 +51,7 @@ class Config:
     architecture: str = "unet"  # or transformer
     model: dict[str, Any] = field(default_factory=dict)  # arguments of the decoder's class, but for those below
     # Folder of a trained decoder to start from, instead of random weights; or the folder or hub name of a public
-    # pipeline, Karlo's or Kandinsky's, whose architecture is kept.
+    # pipeline, Karlo's, Kandinsky's or Stable unCLIP's, whose architecture is kept.
     init: str | None = None
     lora: LoraConfig | None = None  # train adapters on `init` instead of its weights: rank, alpha, targets
     scheduler: dict[str, Any] = field(default_factory=dict)  # arguments of DDIMScheduler; the rest is as in `init`
@@ -88,7 +88,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    public = find_trainable_part(config.init, "unet", ("projection",))
+    public = find_trainable_part(config.init, "unet", DECODER_PARTS)
     source = open_source(
         config.cache, config.data, config.clip, config.autoencoder, config.reads_captions, config.load_text_encoder
     )
@@ -145,8 +145,11 @@ def build_stage(
 def build_training_condition(config: Config, decoder: Any, batch: Batch) -> ImageCondition:
     """Return the condition of a training step, with captions and z_i dropped independently for some samples."""
     assert batch.image_embeds is not None and batch.latents is not None, "a decoder is trained on z_i and latents"
+    z_i, latents = batch.image_embeds, batch.latents
+    if decoder.noise_levels is not None:  # Stable unCLIP: any level, as it is told of in sampling
+        levels = torch.randint(decoder.noise_levels, (len(z_i),), device=z_i.device)
+        z_i = decoder.noise_image_embeds(z_i, torch.randn_like(z_i), levels)
     # z_i and the captions are dropped apart, so that guidance can leave out either or both.
-    z_i, latents = decoder.noise_image_embeds(batch.image_embeds), batch.latents
     null = decoder.null(len(latents)).expand()
     text: Any = ImageCondition(z_i, batch.text if batch.tokens is None else batch.tokens).text
     if text is not None:

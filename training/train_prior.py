@@ -2,7 +2,7 @@
 
 accelerate launch training/train_prior.py configs/emoji/prior.yaml train.steps=1000
 
-`architecture` is diffusion, autoregressive, or a regression (linear, mlp) as a baseline.
+`architecture` is diffusion, autoregressive, eclipse, or a regression (linear, mlp) as a baseline.
 """
 
 import sys
@@ -36,11 +36,13 @@ from t2i.interop.parts import PublicPart
 from t2i.interop.trainable import CLIPSummary, find_trainable_part, load_trainable_prior
 from t2i.networks.autoregressive_prior import AutoregressivePrior, count_principal_components
 from t2i.networks.prior import Prior
+from t2i.networks.public.eclipse import EclipsePrior
 from t2i.networks.regression_prior import REGRESSION_KINDS, RegressionPrior
 
 ARCHITECTURES: dict[str, Any] = {
     "diffusion": Prior,
     "autoregressive": AutoregressivePrior,
+    "eclipse": EclipsePrior,
     "linear": RegressionPrior,
     "mlp": RegressionPrior,
 }
@@ -54,7 +56,10 @@ OPTION_ARCHITECTURES = {
     "regression": ("autoregressive",),
     "label_smoothing": ("autoregressive",),
     "code_noise": ("autoregressive",),
+    "contrastive_weight": ("eclipse",),
 }
+PUBLIC_ARCHITECTURES = ("diffusion", "eclipse")
+CONTRASTIVE_TEMPERATURE = 0.07  # of the cosines in ECLIPSE's loss; CLIP's before training
 
 
 @dataclass
@@ -62,10 +67,10 @@ class Config:
     # Folder of a trained CLIP, or a public one: ViT-L-14:laion2b_s32b_b82k, hf-hub:name, local-dir:path
     clip: str = "???"
     cache: str | None = None  # folder that `t2i data cache` wrote; null encodes pictures in every step
-    architecture: str = "diffusion"  # or autoregressive, linear, mlp
+    architecture: str = "diffusion"  # or autoregressive, linear, mlp; or eclipse, to train one further (`init`)
     model: dict[str, Any] = field(default_factory=dict)  # arguments of the prior's class, but for those CLIP decides
     # Folder of a trained prior to start from, instead of random weights; or the folder or hub name of a public
-    # pipeline, Karlo's or Kandinsky's.
+    # pipeline, Karlo's or Kandinsky's, or of an ECLIPSE prior.
     init: str | None = None
     lora: LoraConfig | None = None  # train adapters on `init` instead of its weights: rank, alpha, targets
     caption_dropout: float = 0.1  # of diffusion and autoregressive priors; guidance needs it
@@ -79,6 +84,8 @@ class Config:
     regression: str | None = None  # folder of a trained linear or mlp prior, whose output the codes are relative to
     label_smoothing: float = 0.0  # standard deviation, in buckets, of the target around the true bucket
     code_noise: float = 0.0  # standard deviation of noise on the input codes, as a fraction of all buckets
+    # ECLIPSE only
+    contrastive_weight: float = 0.2  # of the cross-entropy by which z_i finds its own caption among those of the batch
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)  # previews, every train.sample_every steps
@@ -87,6 +94,7 @@ class Config:
         check_choice("architecture", self.architecture, tuple(ARCHITECTURES))
         check_fields(self, caption_dropout=(0, 1), timestep_shift=(0.01, 100), min_snr_gamma=(0.01, 1000))
         check_fields(self, explained_variance=(0.01, 1), label_smoothing=(0, 100), code_noise=(0, 1))
+        check_fields(self, contrastive_weight=(0, 100))
         for name, architectures in OPTION_ARCHITECTURES.items():
             default = getattr(Config, name, {})  # `scheduler` has a factory, which leaves no class attribute
             if self.architecture not in architectures and getattr(self, name) != default:
@@ -96,15 +104,33 @@ class Config:
             raise InputError(
                 f"regression={self.regression!r} is for new weights, but init={self.init!r} is given; give one of them"
             )
+        if self.architecture == "eclipse" and self.init is None:
+            raise InputError("architecture=eclipse trains an ECLIPSE prior further; give it as init")
         check_loss_weighting(build_noise_scheduler(self.scheduler), self.loss_weighting)
         check_lora_init(self.lora, self.init)
 
 
 def main(config: Config) -> None:
-    public = find_trainable_part(config.init, "prior") if config.architecture == "diffusion" else None
+    public = find_public_prior(config)
     source = open_source(config.cache, config.data, config.clip)
     accelerator = build_accelerator(config.train)
     fit(accelerator, build_stage(config, source, accelerator.device, public), config.train)
+
+
+def find_public_prior(config: Config) -> PublicPart | None:
+    """Find the prior of the public model `init`; None if it is no public model's name, or none of this architecture's.
+
+    Raises InputError for a public prior of another architecture.
+    """
+    if config.architecture not in PUBLIC_ARCHITECTURES:
+        return None
+    public = find_trainable_part(config.init, "prior")
+    if public is not None:
+        tokens = public.component().config.get("additional_embeddings", 4)
+        found = "eclipse" if tokens == 3 else "diffusion"  # without a token for the time
+        if found != config.architecture:
+            raise InputError(f"init={config.init!r} has a prior of architecture={found}, got {config.architecture}")
+    return public
 
 
 def build_stage(
@@ -113,7 +139,7 @@ def build_stage(
     """Build the stage. public: the part of a public model that `init` names."""
     source.to(device)
     is_diffusion, output = config.architecture == "diffusion", Path(config.train.output)
-    if not is_diffusion and not source.clip.unit_length:
+    if config.architecture not in PUBLIC_ARCHITECTURES and not source.clip.unit_length:
         raise InputError(
             f"architecture={config.architecture} needs embeddings of unit length, which clip={config.clip!r} does not "
             "make; use diffusion"
@@ -146,6 +172,8 @@ def build_stage(
         match config.architecture:
             case "diffusion":
                 return metrics | compute_denoising_loss(config, model, prior, scheduler, text, z_i)
+            case "eclipse":
+                return metrics | compute_eclipse_loss(config, model, text, z_i)
             case "autoregressive":
                 return metrics | compute_autoregressive_loss(config, model, prior, text, z_i)
             case _:
@@ -257,6 +285,24 @@ def compute_cross_entropy(logits: Tensor, codes: Tensor, smoothing: float) -> Te
     return -((-0.5 * distance.square()).softmax(dim=-1) * logits.log_softmax(dim=-1)).sum(dim=-1)
 
 
+def compute_eclipse_loss(config: Config, model: Module, text: TextEncoding, z_i: Tensor) -> dict[str, Tensor]:
+    """Return ECLIPSE's loss (Patel et al. 2023): the squared error of z_i, drawn from noise in one pass, and a weighted
+    contrastive term, the cross-entropy by which it finds the z_t of its own caption among those of the batch.
+    """
+    prediction = model(torch.randn_like(z_i), text).float()
+    error = F.mse_loss(prediction, z_i)
+    z_t = F.normalize(text.embedding.float(), dim=-1)
+    cosines = F.normalize(prediction, dim=-1) @ z_t.T
+    # Other pictures of the same caption are no wrong answers
+    own = torch.eye(len(z_t), dtype=torch.bool, device=z_t.device)
+    same = z_t @ z_t.T > 1 - 1e-6
+    logits = (cosines / CONTRASTIVE_TEMPERATURE).masked_fill(same & ~own, -torch.inf)
+    contrast = F.cross_entropy(logits, torch.arange(len(z_t), device=z_t.device))
+    cosine = F.cosine_similarity(prediction.detach(), z_i).mean()
+    parts = {"error": error.detach(), "contrast": contrast.detach(), "cosine": cosine}
+    return {"loss": error + config.contrastive_weight * contrast, **parts}
+
+
 def compute_regression_loss(
     model: Module, prior: RegressionPrior, text: TextEncoding, z_i: Tensor
 ) -> dict[str, Tensor]:
@@ -278,7 +324,7 @@ def collect_clip_arguments(config: Config, clip: ClipFacts) -> dict[str, Any]:
     arguments = {"embed_dim": clip.embed_dim, "text_width": clip.text_width, "clip_fingerprint": clip.identity}
     if config.architecture not in REGRESSION_KINDS:
         arguments["context_length"] = clip.context_length
-    if config.architecture == "diffusion":
+    if config.architecture in PUBLIC_ARCHITECTURES:
         arguments["unit_length"] = clip.unit_length
     return arguments
 

@@ -82,7 +82,7 @@ class DecoderMixin:
         """Number of levels that `noise_image_embeds` takes, from 0 on; None if it does not noise z_i."""
         return None
 
-    def noise_image_embeds(self, z_i: Tensor, noise: Tensor | None = None, level: int = 0) -> Tensor:
+    def noise_image_embeds(self, z_i: Tensor, noise: Tensor | None = None, level: int | Tensor = 0) -> Tensor:
         """Return the embedding of an ImageCondition for z_i, (B, D): z_i itself, unless the decoder noises it."""
         return z_i
 

@@ -22,6 +22,7 @@ from t2i.networks.clip import CLIP
 from t2i.networks.public.eclipse import EclipsePrior
 from t2i.networks.public.movq import MoVQ
 from t2i.networks.public.multilingual_clip import MultilingualCLIP
+from t2i.networks.public.stable_unclip import load_caption_encoder, load_latent_autoencoder
 from t2i.networks.public.super_resolution import SuperResolution
 from t2i.networks.public.transformers_clip import TransformersCLIP
 from t2i.networks.text_encoder import HUB_FILES, TextEncoder
@@ -39,11 +40,11 @@ def load_autoencoder(name: str | Path, classes: tuple[type, ...] = (Autoencoder,
     """Load an autoencoder.
 
     name: a folder that `train_autoencoder.py` wrote; a diffusers VAE, by its folder or repository on the hub; or a
-    public pipeline: Kandinsky's with a MoVQ, or Karlo's with its super-resolution. classes: of this project's that are
-    allowed, beside the public ones.
+    public pipeline: Kandinsky's with a MoVQ, Karlo's with its super-resolution, Stable unCLIP's with a VAE. classes: of
+    this project's that are allowed, beside the public ones.
     """
-    part = find_public_part(str(name), ("movq", "super_res_first"), ("super_res_last",))
-    if part is not None:
+    part = find_public_part(str(name), ("movq", "super_res_first", "vae"), ("super_res_last",))
+    if part is not None and (part.in_pipeline or part.part != "vae"):
         return load_public_autoencoder(part)
     folder = find_or_download_folder(name, VAE_FILES)
     if read_model_class(folder) != "AutoencoderKL":
@@ -62,8 +63,10 @@ def load_autoencoder(name: str | Path, classes: tuple[type, ...] = (Autoencoder,
     return load_or_explain(lambda _: Autoencoder.from_vae(vae), folder)
 
 
-def load_public_autoencoder(part: PublicPart) -> MoVQ | SuperResolution:
-    """Load Kandinsky's MoVQ, or Karlo's super-resolution, frozen, in fp32."""
+def load_public_autoencoder(part: PublicPart) -> MoVQ | SuperResolution | Autoencoder:
+    """Load Kandinsky's MoVQ, Karlo's super-resolution, or Stable unCLIP's VAE, frozen, in fp32."""
+    if part.part == "vae":
+        return load_latent_autoencoder(part.component(), torch.float32)
     if part.part == "movq":
         return MoVQ.from_component(part.component(), torch.float32)
     networks = (part.component(), part.component("super_res_last"))
@@ -126,10 +129,12 @@ def load_text_encoder(name: str | Path, context_length: int = 128, dtype: torch.
     """Load a text encoder, frozen.
 
     name: the folder of a decoder's run that has one, with its context length; a model of transformers, by its folder or
-    name on the hub; or Kandinsky 2.1's pipeline, whose encoder becomes a MultilingualCLIP. context_length: in tokens,
-    for models of transformers.
+    name on the hub; or Kandinsky 2.1's pipeline, whose encoder becomes a MultilingualCLIP, or Stable unCLIP's.
+    context_length: in tokens, for models of transformers.
     """
-    part = find_public_part(str(name), ("multilingual_clip",))
+    part = find_public_part(str(name), ("multilingual_clip", "text_encoder"))
+    if part is not None and part.part == "text_encoder":
+        return load_caption_encoder(part.component(), part.source.folder("text_tokenizer"), dtype)
     if part is not None:
         component, tokenizer = part.component(), part.source.folder("multilingual_tokenizer")
         return MultilingualCLIP.from_component(component, tokenizer, dtype)

@@ -14,11 +14,14 @@ from t2i.files.untrusted import is_folder
 from t2i.interop.parts import PublicPart, find_public_part
 from t2i.interop.prior_transformer import load_prior_transformer
 from t2i.networks.prior import Prior
+from t2i.networks.public.eclipse import EclipsePrior
 from t2i.networks.public.kandinsky import KandinskyDecoder
 from t2i.networks.public.karlo import KarloDecoder
+from t2i.networks.public.stable_unclip import StableUnCLIPDecoder
 
-PublicDecoder = KarloDecoder | KandinskyDecoder
-PUBLIC_DECODERS = (KarloDecoder, KandinskyDecoder)
+PublicDecoder = KarloDecoder | KandinskyDecoder | StableUnCLIPDecoder
+PUBLIC_DECODERS = (KarloDecoder, KandinskyDecoder, StableUnCLIPDecoder)
+DECODER_PARTS = ("projection", "normalizer", "noising_scheduler")  # that a public decoder may have beside its U-Net
 
 
 def find_trainable_part(init: str | None, part: str, others: tuple[str, ...] = ()) -> PublicPart | None:
@@ -32,19 +35,9 @@ def find_trainable_part(init: str | None, part: str, others: tuple[str, ...] = (
         raise InputError(f"{init!r} is a {class_name}: converted models of DALLE2-pytorch are not trained here")
     public = find_public_part(init, (part,), others)
     config = {} if public is None else public.component().config
-    if part == "unet" and config.get("class_embed_type") == "projection":
-        raise InputError(
-            f"{init!r} has the U-Net of Stable unCLIP, which is not trained here; of public models, Karlo's and "
-            "Kandinsky's decoders are"
-        )
     if part == "unet" and config.get("addition_embed_type") == "image_hint":
         raise InputError(
             f"{init!r} has a ControlNet's U-Net, which is not trained here: no data set has its control images"
-        )
-    if part == "prior" and config.get("additional_embeddings", 4) == 3:
-        raise InputError(
-            f"{init!r} has an ECLIPSE prior, which draws in one pass: there is no noise to train it with; start from a "
-            "diffusion prior (additional_embeddings 4)"
         )
     return public
 
@@ -63,20 +56,22 @@ class CLIPSummary:
         return self.null
 
 
-def load_trainable_prior(part: PublicPart, clip: CLIPSummary) -> Prior:
-    """Load a PriorTransformer as this project's Prior, in fp32; its null is the CLIP's empty caption."""
-    prior = load_prior_transformer(part.component(), clip, torch.float32)
-    assert isinstance(prior, Prior), "find_trainable_part has refused others"
-    return prior.requires_grad_(True)
+def load_trainable_prior(part: PublicPart, clip: CLIPSummary) -> Prior | EclipsePrior:
+    """Load a PriorTransformer in fp32: as a Prior, whose null is the CLIP's empty caption, or as an EclipsePrior."""
+    return load_prior_transformer(part.component(), clip, torch.float32).requires_grad_(True)
 
 
 def load_trainable_decoder(part: PublicPart, load_clip: Callable[[], Any], text_encoder: Any = None) -> PublicDecoder:
-    """Load Karlo's or Kandinsky's decoder, in fp32; its null is made by the CLIP of `load_clip()`."""
+    """Load a public decoder, in fp32; its null is made by the CLIP of `load_clip()` and the text encoder."""
     unet = part.component()
     decoder: PublicDecoder
-    if unet.config.get("class_embed_type") == "identity":
-        decoder = KarloDecoder.from_components(unet, part.component("projection"), torch.float32)
-    else:
-        decoder = KandinskyDecoder.from_component(unet, torch.float32)
+    match unet.config.get("class_embed_type"):
+        case "identity":
+            decoder = KarloDecoder.from_components(unet, part.component("projection"), torch.float32)
+        case "projection":
+            normalizer, noising = part.component("normalizer"), part.source.load_scheduler("noising_scheduler")
+            decoder = StableUnCLIPDecoder.from_components(unet, normalizer, dict(noising.config), torch.float32)
+        case _:
+            decoder = KandinskyDecoder.from_component(unet, torch.float32)
     decoder.set_null_condition(load_clip(), text_encoder)
     return decoder.requires_grad_(True)

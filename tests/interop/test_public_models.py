@@ -292,10 +292,7 @@ NOT_TRAINED = {  # of cells without the stage, the reason
     ("Kandinsky 2.2 ControlNet", "decoder"): "a ControlNet's U-Net, which is not trained here",
     ("DALLE2-pytorch and LAION", "prior"): "is a DALLE2Prior: converted models of DALLE2-pytorch are not trained",
     ("DALLE2-pytorch and LAION", "decoder"): "is a DALLE2Decoder: converted models of DALLE2-pytorch are not trained",
-    ("Stable unCLIP small with Karlo's prior", "decoder"): "the U-Net of Stable unCLIP, which is not trained here",
     ("Stable unCLIP", "prior"): "it holds .*, and no prior",
-    ("Stable unCLIP", "decoder"): "the U-Net of Stable unCLIP, which is not trained here",
-    ("ECLIPSE prior", "prior"): "an ECLIPSE prior, which draws in one pass: there is no noise to train it with",
 }
 
 
@@ -311,7 +308,9 @@ def test_it_is_trained_further_or_says_why_not(model: str, cell: str, stage: str
     named = {"clip": clip, "init": prior if stage == "prior" else folder}
     if stage == "decoder":
         named |= {"autoencoder": folder, "reads_captions": "2.2" not in model, "reads_masks": "inpainting" in model}
-        named |= {"text_encoder": folder} if "2.1" in model else {}
+        named |= {"text_encoder": folder} if "2.1" in model or "Stable" in model else {}
+    elif model.startswith("ECLIPSE"):
+        named["architecture"] = "eclipse"
     if model.startswith("DALLE2"):  # in this project's own layout
         named = {name: folder / part for name, part in {"clip": "clip", "init": stage}.items()}
         named |= {"autoencoder": folder / "autoencoder"} if stage == "decoder" else {}

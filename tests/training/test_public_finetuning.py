@@ -5,13 +5,21 @@ import functools
 import json
 import shutil
 from fnmatch import fnmatch
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from diffusers import DDIMScheduler, PriorTransformer, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    PriorTransformer,
+    StableUnCLIPImg2ImgPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.models.embeddings import get_timestep_embedding
 from t2i.pipelines.jobs.assemble import assemble_pipeline_folder
 from t2i.pipelines.jobs.convert import convert_folder
 
@@ -25,19 +33,39 @@ from t2i.files.model_folder import load_model
 from t2i.interop.by_name import load_autoencoder, load_clip, load_text_encoder
 from t2i.interop.prior_transformer import load_prior_transformer
 from t2i.networks.prior import Prior
+from t2i.networks.public.eclipse import EclipsePrior
 from t2i.networks.public.kandinsky import KandinskyDecoder
 from t2i.networks.public.karlo import KarloDecoder
+from t2i.networks.public.stable_unclip import StableUnCLIPDecoder
 from tests.helpers.kandinsky_folders import (
     kandinsky_21_decoder,
     kandinsky_21_prior,
+    kandinsky_22_controlnet,
     kandinsky_22_decoder,
     kandinsky_22_inpaint,
     kandinsky_22_prior,
 )
 from tests.helpers.karlo_folders import karlo, karlo_variations
-from tests.helpers.public_folders import tiny_prior_transformer, tiny_text_tower
+from tests.helpers.public_folders import save_eclipse_prior, session_folder, tiny_prior_transformer, tiny_text_tower
+from tests.helpers.stable_unclip_folders import stable_unclip_images, stable_unclip_small
 
-CLASSES = {"prior": Prior, "karlo": KarloDecoder, "kandinsky": KandinskyDecoder, "kandinsky21": KandinskyDecoder}
+CLASSES = {
+    "prior": Prior,
+    "eclipse": EclipsePrior,
+    "karlo": KarloDecoder,
+    "kandinsky": KandinskyDecoder,
+    "kandinsky21": KandinskyDecoder,
+    "stable": StableUnCLIPDecoder,
+}
+FIRST = ("prior", "karlo", "kandinsky", "kandinsky21")  # the others have tests of their own below
+
+
+@functools.cache
+def eclipse() -> Path:
+    """A prior alone, in ECLIPSE's layout."""
+    folder = session_folder() / "eclipse-to-train"
+    save_eclipse_prior(folder)
+    return folder
 
 
 def names(kind: str) -> dict[str, object]:
@@ -45,6 +73,12 @@ def names(kind: str) -> dict[str, object]:
     match kind:
         case "prior":
             return {"clip": kandinsky_22_prior(), "init": kandinsky_22_prior()}
+        case "eclipse":
+            return {"clip": kandinsky_22_prior(), "init": eclipse(), "architecture": "eclipse"}
+        case "stable":  # whose CLIP has no text tower
+            folder = stable_unclip_images()
+            named = {"clip": folder, "autoencoder": folder, "init": folder, "text_encoder": folder}
+            return named | {"reads_captions": True}
         case "kandinsky":
             decoder = kandinsky_22_decoder()
             return {"clip": kandinsky_22_prior(), "autoencoder": decoder, "init": decoder}
@@ -57,7 +91,7 @@ def names(kind: str) -> dict[str, object]:
 
 
 def stage_of(kind: str) -> str:
-    return "prior" if kind == "prior" else "decoder"
+    return "prior" if kind in ("prior", "eclipse") else "decoder"
 
 
 def configured(kind: str, data: Path, folder: Path, steps: int = 2, **overrides: object):
@@ -107,7 +141,7 @@ def conditions(decoder, count: int = 2):
     return ImageCondition(decoder.noise_image_embeds(z_i), condition.text)
 
 
-@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("kind", FIRST)
 def test_a_run_without_a_step_of_its_own_is_the_public_model_with_its_schedule_and_its_null(kind, shapes, tmp_path):
     after = tune(kind, shapes, tmp_path, steps=1, **{"train.learning_rate": 0})
     init = Path(str(names(kind)["init"]))
@@ -153,7 +187,7 @@ def test_a_run_without_a_step_of_its_own_is_the_public_model_with_its_schedule_a
     torch.testing.assert_close(scheduler.betas, betas.float(), atol=1e-5, rtol=1e-3)
 
 
-@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("kind", FIRST)
 def test_what_was_trained_predicts_the_same_here_and_in_diffusers(kind, trained, tmp_path):
     model = load_model(CLASSES[kind], trained(kind)).eval()
     generator, t = torch.Generator().manual_seed(1), torch.tensor([20, 700])
@@ -195,7 +229,7 @@ def rows(tensor: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
     return (tensor - row).abs().flatten(1).amax(dim=1) < 1e-6
 
 
-@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("kind", [*FIRST, "stable"])
 def test_half_of_the_conditions_are_the_null_and_the_others_are_the_pictures_own(kind, shapes, tmp_path, monkeypatch):
     seen: list = []
     forward = CLASSES[kind].forward
@@ -221,8 +255,10 @@ def test_half_of_the_conditions_are_the_null_and_the_others_are_the_pictures_own
             torch.testing.assert_close(
                 condition.states[without][:, :length], null.states.expand(int(without.sum()), -1, -1)
             )
-    if kind in ("karlo", "kandinsky21"):  # captions are dropped on their own
-        texts = torch.cat([rows(condition.text.pooled, null.text.pooled[0]) for condition, _ in seen])
+    if kind in ("karlo", "kandinsky21", "stable"):  # captions are dropped on their own
+        name = "states" if kind == "stable" else "pooled"
+        pairs = [(getattr(condition.text, name), getattr(null.text, name)[0]) for condition, null in seen]
+        texts = torch.cat([rows(texts, nothing) for texts, nothing in pairs])
         assert 16 < int(texts.sum()) < 48 and int((texts & ~dropped).sum()) > 0 and int((~texts & dropped).sum()) > 0
 
 
@@ -257,6 +293,9 @@ def test_training_goes_on_from_what_was_trained_by_its_own_schedule(kind, traine
     after = tune(kind, shapes, tmp_path, steps=1, init=trained(kind), **{"train.learning_rate": 0}).state_dict()
     for name, value in before.items():
         torch.testing.assert_close(after[name], value, msg=name)
+    if kind == "eclipse":
+        assert not (tmp_path / kind / "scheduler").exists()
+        return
     one, other = (DDIMScheduler.from_pretrained(folder / "scheduler") for folder in (trained(kind), tmp_path / kind))
     assert torch.equal(one.betas, other.betas) and one.config.prediction_type == other.config.prediction_type
 
@@ -307,13 +346,13 @@ def stage(kind: str, config):
     """The model that a run would train."""
     from t2i.training.common.encodings import open_source
 
-    from t2i.interop.trainable import find_trainable_part
+    from t2i.interop.trainable import DECODER_PARTS, find_trainable_part
 
     script = import_module(f"t2i.training.train_{stage_of(kind)}")
     names, part = (config.clip,), ("prior",)
-    if kind != "prior":
+    if stage_of(kind) == "decoder":
         names = (config.clip, config.autoencoder, config.reads_captions, config.load_text_encoder)
-        part = ("unet", ("projection",))
+        part = ("unet", DECODER_PARTS)
     source = open_source(config.cache, config.data, *names)
     return script.build_stage(config, source, torch.device("cpu"), find_trainable_part(config.init, *part)).model
 
@@ -357,7 +396,18 @@ def test_of_a_repository_on_the_hub_the_parts_in_question_are_fetched_alone(shap
         ("kandinsky", {"autoencoder": "PRIOR"}, "and no movq or super_res_first"),
         ("karlo", {"init": "ALONE"}, "goes with the folder 'projection' of its pipeline, which is not there"),
         ("prior", {"clip": "TEXT"}, "no image encoder in the folder"),
-        ("prior", {"init": "ECLIPSE"}, "an ECLIPSE prior, which draws in one pass"),
+        ("prior", {"init": "ECLIPSE"}, "has a prior of architecture=eclipse, got diffusion"),
+        ("eclipse", {"init": "PRIOR"}, "has a prior of architecture=diffusion, got eclipse"),
+        ("eclipse", {"init": "null"}, "architecture=eclipse trains an ECLIPSE prior further; give it as init"),
+        ("eclipse", {"caption_dropout": 0.2}, "caption_dropout needs architecture=diffusion or autoregressive"),
+        ("prior", {"contrastive_weight": 0.5}, "contrastive_weight needs architecture=eclipse, got diffusion"),
+        (
+            "stable",
+            {"text_encoder": "null", "clip": "BOTH", "init": "SMALL", "autoencoder": "SMALL"},
+            "reads captions: it needs its text_encoder",
+        ),
+        ("stable", {"reads_captions": False, "text_encoder": "null"}, "no text encoder in the folder"),
+        ("kandinsky", {"init": "CONTROLNET"}, "a ControlNet's U-Net, which is not trained here"),
         ("prior", {"init": "WIDER"}, "reads embeddings and token states of .* they do not belong together"),
     ],
 )
@@ -373,6 +423,7 @@ def test_what_contradicts_the_public_model_is_refused_in_one_line(kind, override
             made.save_pretrained(tmp_path / name)
     places = {"DECODER": kandinsky_22_decoder(), "PRIOR": kandinsky_22_prior(), "TEXT": karlo(), "ALONE": alone}
     places |= {"ECLIPSE": tmp_path / "ECLIPSE", "WIDER": tmp_path / "WIDER"}
+    places |= {"SMALL": stable_unclip_small(), "BOTH": karlo_variations(), "CONTROLNET": kandinsky_22_controlnet()}
     given = {key: places.get(value, value) if isinstance(value, str) else value for key, value in overrides.items()}
     with pytest.raises(InputError, match=message) as caught:
         script, config = configured(kind, shapes, tmp_path, **given)
@@ -395,7 +446,7 @@ def test_adapters_learn_alone_and_merge_into_plain_weights(kind, shapes, tmp_pat
     script, config = configured(kind, shapes, tmp_path / "again")
     before = stage(kind, config).state_dict()
     moved = {name for name in before if not torch.allclose(after[name], before[name], atol=1e-7)}
-    targets = (".to_qkv.", ".to_out.") if kind == "prior" else (".to_", ".add_k_proj.", ".add_v_proj.")
+    targets = (".to_qkv.", ".to_out.") if stage_of(kind) == "prior" else (".to_", ".add_k_proj.", ".add_v_proj.")
     assert moved and all(any(part in name for part in targets) and name.endswith("weight") for name in moved)
     assert (tmp_path / kind / "adapters").is_dir()
 
@@ -483,3 +534,135 @@ def test_previews_are_drawn(kind, shapes, tmp_path):
     more = {"sample.count": 2, "sample.prior_num_inference_steps": 2, "sample.num_inference_steps": 2}
     tune(kind, shapes, tmp_path, steps=1, **more, **{"train.sample_every": 1})
     assert list((tmp_path / kind).rglob("*.png"))
+
+
+# Stable unCLIP's decoder
+
+
+def test_stable_unclip_starts_as_it_is_published_with_its_schedule_and_its_null(shapes, tmp_path):
+    folder = stable_unclip_images()
+    after = tune("stable", shapes, tmp_path, steps=1, **{"train.learning_rate": 0})
+    published = [("unet.", "unet"), ("normalizer.", "image_normalizer")]
+    before = {f"{prefix}{name}": value for prefix, part in published for name, value in read(folder / part).items()}
+    assert after.state_dict().keys() - before.keys() == {"null_states"}
+    for name, value in before.items():
+        torch.testing.assert_close(after.state_dict()[name], value, msg=name)
+    null = after.null(1).expand()
+    torch.testing.assert_close(null.text.states, load_text_encoder(folder).encode([""]).states)
+    assert null.text.states.shape[1] == 77 and not null.embedding.any()
+    own, theirs = (DDIMScheduler.from_pretrained(path / "scheduler") for path in (tmp_path / "stable", folder))
+    torch.testing.assert_close(own.betas, theirs.betas)
+    assert own.config.prediction_type == theirs.config.prediction_type == "v_prediction"
+    vae = load_autoencoder(folder)
+    picture = torch.rand(1, 3, 16, 16) * 2 - 1
+    scaled = AutoencoderKL.from_pretrained(folder / "vae").encode(picture).latent_dist.mode() * 0.18215
+    torch.testing.assert_close(vae.encode(picture), scaled, atol=1e-5, rtol=1e-4)
+
+
+def read(part: Path) -> dict[str, torch.Tensor]:
+    return dict(Component(part).iterate_tensors())
+
+
+def test_stable_unclip_is_trained_on_all_levels_of_noise_and_told_of_each(shapes, tmp_path, monkeypatch):
+    told: list = []
+    noise = StableUnCLIPDecoder.noise_image_embeds
+
+    def recorded(self, z_i, noisy=None, level=0):
+        embedding = noise(self, z_i, noisy, level)
+        told.append((self, z_i, noisy, level, embedding))
+        return embedding
+
+    monkeypatch.setattr(StableUnCLIPDecoder, "noise_image_embeds", recorded)
+    tune("stable", shapes, tmp_path, steps=4, **{"train.learning_rate": 0})
+    levels = torch.cat([level for _, _, _, level, _ in told])
+    assert len(levels) == 32 and levels.unique().numel() > 25 and levels.min() < 200 < 800 < levels.max() < 1000
+    # As diffusers' pipeline noises z_i and tells of the level, one by one
+    decoder, z_i, noisy, level, embedding = told[-1]
+    reference = StableUnCLIPImg2ImgPipeline.from_pretrained(stable_unclip_images())
+    normalizer, schedule = reference.image_normalizer, reference.image_noising_scheduler
+    scaled = schedule.add_noise(normalizer.scale(z_i), noisy, level)
+    waves = get_timestep_embedding(level, 20, flip_sin_to_cos=True, downscale_freq_shift=0)
+    torch.testing.assert_close(embedding, torch.cat([normalizer.unscale(scaled), waves], dim=1), atol=1e-5, rtol=1e-5)
+
+
+def test_stable_unclip_trained_predicts_the_same_in_diffusers_and_goes_back_into_its_layout(trained, tmp_path):
+    folder = stable_unclip_images()
+    stages = {"clip": str(folder), "autoencoder": str(folder), "prior": "none", "decoder": str(trained("stable"))}
+    own = assemble_pipeline_folder(tmp_path, tmp_path / "own", **stages)
+    public = convert_folder(str(own), tmp_path / "public", "stable-unclip")
+    mine, theirs = Text2ImagePipeline.from_pretrained(own), StableUnCLIPImg2ImgPipeline.from_pretrained(public)
+    for pipeline in (mine, theirs):
+        pipeline.set_progress_bar_config(disable=True)
+    start = UNet2DConditionModel.from_pretrained(folder / "unet")
+    assert (start.conv_in.weight - theirs.unet.conv_in.weight).abs().max() > 1e-3
+    z_i, noise = (torch.randn(1, 20, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    settings = {"num_inference_steps": 3, "guidance_scale": 4.0, "latents": latents, "noise_level": 100}
+    noised = partial(theirs.noise_image_embeddings, noise=noise)
+    theirs.noise_image_embeddings = lambda image_embeds, noise_level, generator: noised(image_embeds, noise_level)
+    wanted = theirs(prompt="a cat", image_embeds=z_i, output_type="pt", **settings).images
+    got = mine("a cat", image_embeds=z_i, image_embeds_noise=noise, output_type="pt", **settings).images
+    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=0)
+    assert read(public / "image_normalizer").keys() == {"mean", "std"}
+
+
+# ECLIPSE's prior
+
+
+def test_eclipse_starts_as_it_is_published_and_its_loss_is_that_of_the_paper(shapes, tmp_path):
+    script, config = configured("eclipse", shapes, tmp_path)
+    model = stage("eclipse", config)
+    before = load_prior_transformer(Component(eclipse())).state_dict()
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    text = load_clip(str(kandinsky_22_prior())).encode_text(["red circle", "blue circle", "red circle"])
+    z_i, seen = torch.randn(3, 16, generator=torch.Generator().manual_seed(1)), []
+
+    def drawn(noise, captions):
+        seen.append(noise)
+        return model(noise, captions)
+
+    with torch.no_grad():
+        parts = script.compute_eclipse_loss(config, drawn, text, z_i)
+        prediction = model(seen[0], text)
+    assert seen[0].std() > 0.5 and seen[0].shape == z_i.shape
+    z_t = text.expand().embedding
+    contrast = 0.0
+    for row, others in enumerate([(0, 1), (0, 1, 2), (1, 2)]):  # the third caption is the first one's
+        scores = [torch.cosine_similarity(prediction[row], z_t[other], dim=0) / 0.07 for other in others]
+        own = torch.cosine_similarity(prediction[row], z_t[row], dim=0) / 0.07
+        contrast += float(torch.tensor(scores).logsumexp(dim=0) - own) / 3
+    error = float((prediction - z_i).square().mean())
+    assert float(parts["contrast"]) == pytest.approx(contrast, rel=1e-4)
+    assert float(parts["loss"]) == pytest.approx(error + 0.2 * contrast, rel=1e-4)
+
+
+def test_eclipse_trained_predicts_the_same_in_diffusers_and_learns(trained, shapes, tmp_path):
+    """No class of diffusers has its sequence: the reference is a PriorTransformer whose time no token attends to."""
+    model = load_model(EclipsePrior, trained("eclipse")).eval()
+    exported = convert_folder(str(trained("eclipse")), tmp_path / "prior", "prior-transformer")
+    stored, start = read(exported), read(eclipse())
+    assert stored.keys() == start.keys() and (stored["proj_in.weight"] - start["proj_in.weight"]).abs().max() > 1e-3
+    theirs = save_eclipse_prior(tmp_path / "masked")
+    time = theirs.config.num_embeddings + 1  # the place of its token
+    places = stored["positional_embedding"]
+    stored["positional_embedding"] = torch.cat([places[:, :time], places[:, :1], places[:, time:]], dim=1)
+    assert not theirs.load_state_dict(stored, strict=False).unexpected_keys
+    text = load_clip(str(kandinsky_22_prior())).encode_text(["red circle", ""])
+    noise, width = torch.randn(2, 16, generator=torch.Generator().manual_seed(1)), 77 - text.states.shape[1]
+    states = torch.nn.functional.pad(text.states, (0, 0, 0, width))
+    mask = torch.nn.functional.pad(text.mask, (0, width))
+    with torch.no_grad():
+        reference = theirs(noise, 0, text.embedding, states, mask).predicted_image_embedding
+        torch.testing.assert_close(model(noise, text), reference, atol=1e-4, rtol=1e-4)
+    tune("eclipse", shapes, tmp_path, steps=30)
+    lines = metrics(tmp_path / "eclipse")
+    assert lines[-1]["loss"] < 0.8 * lines[0]["loss"] and lines[-1]["cosine"] > lines[0]["cosine"]
+
+
+def test_eclipse_trained_draws_with_a_public_decoder(trained):
+    settings = {"prior": str(trained("eclipse")), "clip": kandinsky_22_prior()}
+    pipeline = Text2ImagePipeline.from_pretrained(kandinsky_22_decoder(), **settings)
+    kept = load_model(EclipsePrior, trained("eclipse"))
+    assert torch.equal(pipeline.prior.to_image.weight, kept.to_image.weight)
+    assert drawn(pipeline).std() > 0

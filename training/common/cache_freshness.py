@@ -136,11 +136,13 @@ def collect_identities(
     return {"data": data} | {name: facts.identity for name, facts in models.items() if facts is not None}
 
 
-def build_clip_facts(name: str, clip: CLIP) -> ClipFacts:
-    """Describe a CLIP. Raises InputError for a public CLIP that lacks a tower."""
+def build_clip_facts(name: str, clip: CLIP, needs_text: bool = True) -> ClipFacts:
+    """Describe a CLIP. Raises InputError for a public CLIP that lacks a tower. needs_text: False takes one tower."""
     if isinstance(clip, TransformersCLIP):
         clip.check_image_encoder()
-    return ClipFacts(name, clip.identity, clip.embed_dim, clip.text_width, clip.context_length, clip.unit_length)
+    reads = needs_text or clip.reads_captions
+    text_width, context_length = (clip.text_width, clip.context_length) if reads else (0, 0)
+    return ClipFacts(name, clip.identity, clip.embed_dim, text_width, context_length, clip.unit_length)
 
 
 def build_autoencoder_facts(name: str, autoencoder: Autoencoder) -> AutoencoderFacts:

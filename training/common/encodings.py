@@ -53,7 +53,8 @@ class FrozenModels:
         self.dataset, self.validation = datasets["train"], datasets.get("held_out")
         self.reads_captions = reads_captions
         self.clip_model = load_clip(clip).eval().requires_grad_(False)
-        self.clip = build_clip_facts(clip, self.clip_model)
+        # A decoder that reads captions by its own text encoder needs none of CLIP's (Stable unCLIP's has none)
+        self.clip = build_clip_facts(clip, self.clip_model, needs_text=load_text_encoder is None)
         self.autoencoder_model, self.autoencoder = None, None
         if autoencoder is not None:
             self.autoencoder_model = load_autoencoder(autoencoder).eval().requires_grad_(False)
@@ -280,6 +281,13 @@ def encode_tokens(text_encoder: TextEncoder, captions: list[str]) -> TokenStates
 
 
 def encode_captions(clip: CLIP, text_encoder: TextEncoder | None, captions: list[str]) -> TextEncoding:
-    """Encode captions by CLIP, and by a decoder's own text encoder if there is one."""
+    """Encode captions by CLIP, and by a decoder's own text encoder if there is one.
+
+    A CLIP without a text tower makes a z_t of zeros.
+    """
+    if text_encoder is not None and not clip.reads_captions:
+        tokens = text_encoder.encode(captions)
+        z_t = tokens.states.new_zeros(len(captions), clip.embed_dim)
+        return TextEncoding(z_t, tokens.states, tokens.mask, tokens)
     text = clip.encode_text(captions)
     return text if text_encoder is None else replace(text, decoder_tokens=text_encoder.encode(captions))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from t2i.diffusion.condition import TextEncoding
 from t2i.diffusion.denoiser import PriorMixin
 from t2i.diffusion.sampling_loop import Sampling
+from t2i.networks.layers import run_checkpointed_block
 from t2i.networks.linear import Linear
 from t2i.networks.prior import PriorBlock, build_causal_mask, embed_caption_tokens
 
@@ -23,6 +24,9 @@ class EclipsePrior(PriorMixin, ModelMixin, ConfigMixin):
     """
 
     needs_scheduler = takes_guidance = False
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["PriorBlock"]  # FSDP shards each as a unit
+    lora_targets = ("to_qkv", "to_out")
 
     @register_to_config
     def __init__(
@@ -37,6 +41,7 @@ class EclipsePrior(PriorMixin, ModelMixin, ConfigMixin):
         unit_length: bool = False,
     ):
         super().__init__()
+        self.gradient_checkpointing = False
         self.from_states = Linear(text_width, width)
         self.from_text = Linear(embed_dim, width)
         self.from_image = Linear(embed_dim, width)
@@ -54,7 +59,7 @@ class EclipsePrior(PriorMixin, ModelMixin, ConfigMixin):
         token_mask = torch.cat([text.mask, text.mask.new_ones(len(noise), 3)], dim=1)
         mask = build_causal_mask(token_mask, tokens.shape[1])
         for block in self.blocks:
-            tokens = block(tokens, mask)
+            tokens = run_checkpointed_block(self, block, tokens, mask)
         return self.to_image(self.norm(tokens[:, -1]))
 
     @torch.no_grad()

@@ -108,8 +108,13 @@ class StableUnCLIPDecoder(UNetDenoiser, ModelMixin):
         return load_from_components(lambda: cls(**arguments), parts, dtype, extra=("null_states",))
 
     @torch.no_grad()
-    def set_null_condition(self, clip: Any, text_encoder: TextEncoder) -> None:
-        """Store the text encoder's encoding of the empty caption, which guidance leads away from."""
+    def set_null_condition(self, clip: Any, text_encoder: TextEncoder | None) -> None:
+        """Store the text encoder's encoding of the empty caption, which guidance leads away from.
+
+        Raises InputError without a text encoder, and for another one than the decoder's.
+        """
+        if text_encoder is None:
+            raise InputError("this decoder (Stable unCLIP) reads captions: it needs its text_encoder")
         states = text_encoder.encode([""]).states[0]
         if states.shape != self.null_states.shape:
             shape, expected = tuple(states.shape), tuple(self.null_states.shape)
@@ -123,12 +128,13 @@ class StableUnCLIPDecoder(UNetDenoiser, ModelMixin):
         return self.config.noising.get("num_train_timesteps", 1000)
 
     @run_like_forward
-    def noise_image_embeds(self, z_i: Tensor, noise: Tensor | None = None, level: int = 0) -> Tensor:
+    def noise_image_embeds(self, z_i: Tensor, noise: Tensor | None = None, level: int | Tensor = 0) -> Tensor:
         """Return the input of the U-Net for z_i, (B, D) -> (B, 2D): z_i noised to a level, and the level.
 
-        noise: (B, D), of unit variance; None is none. Zero, the null, is returned as zero.
+        noise: (B, D), of unit variance; None is none. level: for all, or (B,), int64. Zero, the null, is returned as
+        zero.
         """
-        levels = torch.full((len(z_i),), level, device=z_i.device)
+        levels = torch.as_tensor(level, device=z_i.device).expand(len(z_i))
         mean, std = self.normalizer.get_statistics(z_i)
         noise = torch.zeros_like(z_i) if noise is None else noise.to(z_i)
         schedule = DDPMScheduler.from_config(self.config.noising)
