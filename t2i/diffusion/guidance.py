@@ -18,6 +18,7 @@ from t2i.diffusion.condition import Condition
 from t2i.diffusion.denoiser import Denoiser, Predict, build_conditional_predict, prepare_context
 from t2i.diffusion.process import alpha_sigma, join_variance, predict_x0, split_variance, x0_to_prediction
 from t2i.errors import InputError
+from t2i.runtime.hooks import keep_used_weights
 
 MAX_GUIDANCE_SCALE = 1000
 MIN_ALPHA = 0.02  # nearer to pure noise the gradient of a score, which has no meaning there, is divided by almost zero
@@ -207,7 +208,7 @@ def build_steered_predict(
         return predict
 
     def predict_steered(x: Tensor, t: Tensor) -> Tensor:
-        with torch.enable_grad():
+        with torch.enable_grad(), keep_used_weights():
             leaf = x.detach().requires_grad_()
             if of_clean:
                 prediction = predict(leaf, t)

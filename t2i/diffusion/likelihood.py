@@ -25,6 +25,7 @@ from t2i.diffusion.process import (
     variational_term,
 )
 from t2i.diffusion.sampling_loop import generate_noise
+from t2i.runtime.hooks import keep_used_weights
 
 # Variance of the posterior and of the forward step, as `reverse_log_variance` counts.
 REVERSE_VARIANCES = {"small": -1.0, "large": 1.0}
@@ -153,7 +154,7 @@ def compute_ode_bits(
     def derivatives(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return v, like x, and the trace of its Jacobian, (B,)."""
         alpha, sigma = alpha_sigma(scheduler, t, x)
-        with torch.enable_grad():
+        with torch.enable_grad(), keep_used_weights():
             x = x.detach().requires_grad_()
             velocity = (alpha * x - predict_x0(scheduler, predict(x, t), x, t)) / sigma
             trace = torch.zeros(len(x), device=x.device, dtype=x.dtype)

@@ -10,6 +10,7 @@ from t2i.errors import InputError
 from t2i.files.fingerprints import EXACT_DTYPES, check_weights_fingerprint
 from t2i.files.hub import find_or_download_folder
 from t2i.files.model_folder import CompanionFiles
+from t2i.runtime.hooks import borrow_weights
 
 
 class Encoder(CompanionFiles, ModelMixin, ConfigMixin, ABC):
@@ -88,7 +89,8 @@ class Encoder(CompanionFiles, ModelMixin, ConfigMixin, ABC):
         """The fingerprint when the encoder was last loaded or saved, or the present one if it never was."""
         if self.config.fingerprint:
             return self.config.fingerprint
-        if self.is_trainable:
-            return self.fingerprint()
-        self.cached_identity = self.cached_identity or self.fingerprint()  # reads all weights, so only once
+        if self.cached_identity and not self.is_trainable:
+            return self.cached_identity
+        with borrow_weights(*self.modules()):
+            self.cached_identity = self.fingerprint()  # reads all weights
         return self.cached_identity

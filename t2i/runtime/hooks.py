@@ -12,6 +12,7 @@ from functools import wraps
 from typing import Any, TypeVar
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import Module
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -56,6 +57,14 @@ def borrow_weights(*modules: Module) -> Iterator[None]:
     finally:
         for module, hook in reversed(borrowed):
             hook.post_forward(module, None)
+
+
+def keep_used_weights() -> saved_tensors_hooks:
+    """Return a context in which the graph of a gradient keeps the weights that it used.
+
+    Group offloading exchanges the memory of a weight behind the graph's back, before the gradient is computed.
+    """
+    return saved_tensors_hooks(torch.Tensor.detach, lambda tensor: tensor)
 
 
 def list_hooks(module: Module) -> list[Any]:

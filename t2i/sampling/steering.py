@@ -23,6 +23,7 @@ from t2i.files.model_folder import load_model
 from t2i.networks.autoencoder import Autoencoder
 from t2i.networks.classifier import LatentClassifier, compute_noise_level
 from t2i.networks.clip import CLIP
+from t2i.runtime.hooks import borrow_weights
 
 GOALS = ("class_name", "text", "picture")  # fields of `Steering`
 MAX_STEERING_SCALE = 10_000
@@ -104,8 +105,10 @@ def check_steering_image(picture: Any, count: int) -> None:
 def check_steering_classifier(classifier: LatentClassifier, clip: CLIP, autoencoder: Autoencoder, embeds: bool) -> None:
     """Refuse a classifier of another latent space or, where its embeddings are used, of another CLIP."""
     # Rounded weights, such as bfloat16's, have another fingerprint: those are not compared
-    expected, exact = classifier.config.autoencoder_fingerprint, autoencoder.dtype in EXACT_DTYPES
-    actual = compute_weights_fingerprint(autoencoder) if expected is not None and exact else expected
+    expected = classifier.config.autoencoder_fingerprint
+    exact = all(weight.dtype in EXACT_DTYPES for weight in autoencoder.parameters())
+    with borrow_weights(*autoencoder.modules()):
+        actual = compute_weights_fingerprint(autoencoder) if expected is not None and exact else expected
     if actual != expected:
         raise InputError(f"the classifier was trained with the autoencoder {expected}, this pipeline has {actual}")
     if classifier.config.latent_channels != autoencoder.channels:

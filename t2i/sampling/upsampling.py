@@ -15,6 +15,7 @@ from t2i.diffusion.sampling_loop import MAX_STEPS, Sampling, generate_noise, sam
 from t2i.diffusion.windows import Window, build_windowed_predict
 from t2i.errors import InputError
 from t2i.networks.upsampler import LowResolution, Upsampler, augment_low_resolution, enlarge_low_resolution
+from t2i.runtime.hooks import find_compute_device
 
 DEFAULT_TILE_SIZE = 512  # pixels of the high resolution
 MAX_ENLARGEMENTS = 8  # times that an image passes through the upsampler
@@ -56,7 +57,7 @@ def sample_upsampler(
     check_range("level", level, 0, upsampler.config.max_level)
     overlap = resolve_tile_overlap(tile, overlap, multiple)
     # Prepare the condition: the padded low resolution, noised to the level
-    device, dtype, (height, width) = upsampler.device, upsampler.dtype, low.shape[-2:]
+    device, dtype, (height, width) = find_compute_device(upsampler), upsampler.dtype, low.shape[-2:]
     low = pad_edges(low.to(device).float(), factor, multiple)
     levels, seen = torch.full((len(low),), float(level), device=device), low
     if level:

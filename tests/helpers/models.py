@@ -1,7 +1,7 @@
 """Every model class of the project at tiny size: how it is built, and all that is asked of it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -62,6 +62,7 @@ KANDINSKY: dict[str, dict[str, Any]] = {
         "cross_attention_dim": 8,
     },
 }
+KANDINSKY["2.2 ControlNet"] = KANDINSKY["2.2"] | {"addition_embed_type": "image_hint"}
 VQ = {
     "down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"],
     "up_block_types": ["AttnUpDecoderBlock2D", "UpDecoderBlock2D"],
@@ -150,7 +151,10 @@ def run_denoiser(x: tuple[int, ...], condition: Callable[[Any], Any], model: Any
     """Two steps of one context, of a condition and the null, and both ways of z_i."""
     null, given = model.null(B), condition(model)
     outputs: list[Any] = [null]
-    for one in (given, null.to(torch.device("cpu"), model.dtype)):
+    null = null.to(torch.device("cpu"), model.dtype)
+    if getattr(given, "control", None) is not None:  # never part of a null
+        null = replace(null, control=given.control)
+    for one in (given, null):
         context = model.prepare(one)
         outputs += [model.step(draw(*x, seed=seed, like=model), NOISE_AT, context) for seed in (2, 3)]
     if hasattr(model, "unscale_image_embeds"):
@@ -168,11 +172,16 @@ def denoiser(model_class: Any, x: tuple[int, ...], condition: Callable[[Any], An
     )
 
 
-def kandinsky(version: str) -> ModelCase:
-    unet = SIMPLE | KANDINSKY[version] | {"sample_size": 8, "in_channels": 4, "out_channels": 8}
+def kandinsky(version: str, condition: Any = None) -> ModelCase:
+    inputs = 8 if "ControlNet" in version else 4
+    unet = SIMPLE | KANDINSKY[version] | {"sample_size": 8, "in_channels": inputs, "out_channels": 8}
     arguments = {"model": unet, **derive_kandinsky_config(unet)}
-    captions = version == "2.1"
-    return denoiser(KandinskyDecoder, (4, 8, 8), partial(image_condition, text=captions, length=77), **arguments)
+    condition = condition or partial(image_condition, text=version == "2.1", length=77)
+    return denoiser(KandinskyDecoder, (4, 8, 8), condition, **arguments)
+
+
+def controlled(model: Any) -> ImageCondition:
+    return replace(image_condition(model, text=False), control=draw(B, 3, 64, 64, like=model))
 
 
 def run_autoregressive(model: Any) -> list[Any]:
@@ -271,6 +280,7 @@ MODELS = {
     ),
     "kandinsky 2.1": kandinsky("2.1"),
     "kandinsky 2.2": kandinsky("2.2"),
+    "kandinsky controlnet": kandinsky("2.2 ControlNet", controlled),
     "karlo": denoiser(
         KarloDecoder,
         (3, 8, 8),

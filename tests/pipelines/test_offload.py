@@ -12,10 +12,13 @@ import pytest
 import torch
 from accelerate import cpu_offload
 
-from t2i import ImageVariationPipeline, Text2ImagePipeline
+from t2i import ImageVariationPipeline, Steering, Text2ImagePipeline, UpsamplePipeline
+from t2i.diffusion.process import build_noise_scheduler
+from t2i.networks.upsampler import Upsampler
 from tests.helpers.dalle2_folders import dalle2
 from tests.helpers.kandinsky_folders import kandinsky_21_combined, kandinsky_22_combined
 from tests.helpers.karlo_folders import karlo
+from tests.helpers.models import PLAIN
 from tests.helpers.stable_unclip_folders import stable_unclip
 from tests.networks.test_model_offload import waiting_weights_are_nan
 
@@ -60,7 +63,7 @@ def draw(pipeline: Any) -> list[torch.Tensor]:
 
 
 def offload_in_sequence(pipeline: Any, folder: Path) -> None:
-    """As `enable_sequential_cpu_offload`, whose device would be "cpu:0"; accelerate fails on it with any model."""
+    """As `enable_sequential_cpu_offload`, which makes "cpu:0" of the CPU, on which accelerate fails with any model."""
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             cpu_offload(part, CPU, offload_buffers=len(part._parameters) > 0)
@@ -100,6 +103,35 @@ def test_offloading_changes_no_picture(family: str, way: Any, families: Any, tmp
     way(pipeline, tmp_path)
     for found, wanted in zip(draw(pipeline), expected, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_steering_by_a_gradient_through_offloaded_weights_is_the_same(way: Any, families: Any, tmp_path: Path) -> None:
+    pictures = []
+    for offloads in (False, True):
+        pipeline = families("own")
+        if offloads:
+            way(pipeline, tmp_path)
+        settings = {"num_inference_steps": 2, "prior_num_inference_steps": 2, "steering": Steering(10.0, text="dog")}
+        generator = torch.Generator().manual_seed(5)
+        pictures.append(pipeline("a red cat", generator=generator, output_type="pt", **settings).images)
+    torch.testing.assert_close(pictures[1], pictures[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_an_offloaded_upsampler_enlarges_the_same(way: Any, tmp_path: Path) -> None:
+    pictures = []
+    for offloads in (False, True):
+        torch.manual_seed(0)
+        model = Upsampler(factor=2, low_size=8, unet=PLAIN).eval()
+        pipeline = UpsamplePipeline(model, build_noise_scheduler({"beta_schedule": "linear"}))
+        pipeline.set_progress_bar_config(disable=True)
+        if offloads:
+            way(pipeline, tmp_path)
+        picture = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        settings = {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(5), "output_type": "pt"}
+        pictures.append(pipeline(picture, **settings).images)
+    torch.testing.assert_close(pictures[1], pictures[0], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
