@@ -50,7 +50,7 @@ from t2i.runtime.hooks import borrow_weights, find_compute_device, run_like_forw
 DEFAULT_RESIZING = {"interpolation": "bicubic", "resize_mode": "shortest"}  # CLIP's own
 OPEN_CLIP_BLOCKS = (ResidualAttentionBlock, CustomResidualAttentionBlock)
 OPEN_CLIP_FILES = ["open_clip_config.json", "open_clip_model.safetensors", "tokenizer*.json"]
-MAX_LOGIT_SCALE = math.log(100)
+MAX_LOGIT_SCALE = torch.tensor(math.log(100)).item()  # of the weight, a float32: a weight at the bound is not beyond it
 MAX_POSITION_VALUES = 2**26  # values of a table of positions, which open_clip computes in NumPy even on meta
 
 
@@ -172,7 +172,9 @@ class CLIP(Encoder, ModelMixin):
     def compute_logit_scale(self) -> Tensor:
         """Return the factor of cosines in logits, (), at most 100 as in CLIP (section 2.5)."""
         with borrow_weights(self.net):
-            return self.net.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
+            weight = self.net.logit_scale
+            # Not `clamp`, which has no gradient at the bound itself
+            return torch.where(weight > MAX_LOGIT_SCALE, MAX_LOGIT_SCALE, weight).exp()
 
     @torch.no_grad()
     def bound_logit_scale(self) -> None:

@@ -1,19 +1,23 @@
 """The public Kandinsky models at their real sizes, without memory: every tensor has its published name and shape."""
 
 import math
+from inspect import signature
+from pathlib import Path
 
 import pytest
 import torch
-from diffusers import PriorTransformer, UNet2DConditionModel, VQModel
+from diffusers import KandinskyV22Pipeline, PriorTransformer, UNet2DConditionModel, VQModel
 from diffusers.pipelines.kandinsky.text_encoder import MCLIPConfig
 from diffusers.pipelines.kandinsky.text_encoder import MultilingualCLIP as TheirMultilingualCLIP
 from torch import nn
 
+from t2i.files.component import Component
 from t2i.interop.prior_transformer import convert_prior_config, map_tensor_names
 from t2i.networks.prior import Prior
 from t2i.networks.public.kandinsky import KandinskyDecoder, derive_kandinsky_config
 from t2i.networks.public.movq import MoVQ
 from t2i.networks.public.multilingual_clip import MultilingualCLIP
+from tests.helpers.kandinsky_folders import tiny_kandinsky_unet
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -169,3 +173,12 @@ def test_a_prior_has_the_published_tensors(version: str, dimensions: int) -> Non
         assert math.prod(ours[name]) == stacked and ours[name][-1] == wanted[parts[0]][-1] * (
             len(parts) if len(ours[name]) == 1 else 1
         )
+
+
+def test_a_u_net_without_a_size_draws_pictures_of_512_pixels_as_in_the_reference(tmp_path: Path) -> None:
+    tiny_kandinsky_unet(sample_size=None).save_pretrained(tmp_path / "unet")
+    model = KandinskyDecoder.from_component(Component(tmp_path / "unet", tmp_path))
+    assert model.config.latent_size * 8 == signature(KandinskyV22Pipeline.__call__).parameters["height"].default
+    model.save_pretrained(tmp_path / "own")
+    again = KandinskyDecoder.from_pretrained(tmp_path / "own")
+    assert again.config.latent_size == 64 and again.unet.config.sample_size is None

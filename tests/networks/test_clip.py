@@ -1,6 +1,7 @@
 """CLIP: our text encoding is open_clip's, folders carry an identity, vocabularies round-trip."""
 
 import json
+import math
 import warnings
 
 import open_clip
@@ -13,6 +14,7 @@ from t2i.interop.by_name import load_autoencoder, load_clip
 from t2i.networks.autoencoder import Autoencoder
 from t2i.networks.clip import CLIP
 from t2i.networks.tokenizer import CaptionTokenizer
+from tests.conftest import train
 
 VISION = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}
 TEXT = {"context_length": 12, "vocab_size": 400, "width": 24, "heads": 2, "layers": 2}
@@ -204,3 +206,42 @@ def test_a_pretrained_diffusers_vae_loads_with_its_scale(tmp_path):
     torch.testing.assert_close(ours.encode(image), vae.encode(image).latent_dist.mode() * 0.5)
     latents = torch.randn(1, 4, 16, 16)
     torch.testing.assert_close(ours.decode(latents), vae.decode(latents / 0.5).sample)
+
+
+def test_the_scale_of_the_logits_is_bounded_as_a_weight_and_in_use():
+    clip = make()
+    scale = clip.net.logit_scale
+    with torch.no_grad():
+        scale.fill_(6.0)
+    assert clip.compute_logit_scale().item() == pytest.approx(100)
+    clip.bound_logit_scale()
+    assert scale.item() == pytest.approx(math.log(100))
+    clip.compute_logit_scale().backward()
+    assert scale.grad.item() == pytest.approx(100)  # at the bound it may still fall
+
+
+def test_a_trained_clip_stores_a_bounded_scale(shapes, tmp_path):
+    """open_clip reads the weight, without a bound."""
+    train("clip", shapes, tmp_path, 2, **{"model.init_logit_scale": 6.0})
+    assert load_clip(tmp_path / "clip").net.logit_scale.item() <= math.log(100) + 1e-6
+
+
+def test_a_clip_of_a_configuration_alone_is_saved_without_a_vocabulary_and_says_so_when_it_needs_one(tmp_path):
+    make().save_pretrained(tmp_path / "whole")
+    clip = CLIP.from_config(CLIP.load_config(tmp_path / "whole"))
+    clip.save_pretrained(tmp_path / "bare")
+    loaded, image = load_clip(tmp_path / "bare"), torch.zeros(1, 3, 32, 32)
+    assert loaded.encode_image(image).equal(clip.eval().encode_image(image))
+    with pytest.raises(InputError, match="has no tokenizer; assign one"):
+        loaded.encode_text(["a cat"])
+    loaded.tokenizer = make().tokenizer
+    expected = loaded.encode_text(CAPTIONS).embedding
+    loaded.save_pretrained(tmp_path / "whole")
+    whole = load_clip(tmp_path / "whole")
+    assert whole.encode_text(CAPTIONS).embedding.equal(expected) and whole.identity == whole.fingerprint()
+
+
+def test_open_clips_own_vocabulary_needs_no_file():
+    sizes = {**TEXT, "vocab_size": 49408, "context_length": 12}
+    clip = CLIP({"embed_dim": 16, "vision_cfg": VISION, "text_cfg": sizes}, PREPROCESS, "clip").eval()
+    assert clip.encode_text(["a cat"]).mask.sum() == 4
