@@ -183,10 +183,8 @@ def is_turned(image: Image.Image) -> bool:
 def is_converted(path: str | Path) -> bool:
     """Return True if the values of a file's picture are others than by `OLD_READING`. Its header alone is read."""
     try:
-        with (
-            silence_pillow(),
-            Image.open(path, formats=list_formats()) as file,
-        ):
+        with silence_pillow(), Image.open(path, formats=list_formats()) as file:
+            check_image_header(file)  # the range of mode F, which is refused, is in its pixels
             samples, old = find_sample_range(file), SIXTEEN_BITS if file.mode.startswith("I") else None
             mode = file.mode if samples is None else "L"
             return samples != old or find_srgb_transform(file.info.get("icc_profile"), mode) is not None

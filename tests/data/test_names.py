@@ -1,6 +1,7 @@
 """Files are found by the names that other systems wrote, and names that look alike are told apart in messages."""
 
 import json
+import tarfile
 import unicodedata
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from t2i.data.manifest import write_manifest
 from t2i.data.sources.names import describe_names, fold_name
 from t2i.data.sources.samples import Columns
 from t2i.errors import InputError
-from tests.helpers.samples import checked, picture, reasons
+from tests.helpers.samples import add, checked, picture, reasons
 
 COMPOSED, DECOMPOSED = unicodedata.normalize("NFC", "café"), unicodedata.normalize("NFD", "café")
 
@@ -120,6 +121,17 @@ def test_a_text_file_whose_name_only_looks_alike_is_named(tmp_path):
     rows, report = check(tmp_path)
     assert reasons(rows) == {"Photo.png": "no_caption"} and report.indexed == 2
     assert rows["Photo.png"]["detail"] == "'Photo.png', 'photo.txt': their names differ"
+
+
+def test_the_files_of_a_sample_in_a_tar_may_come_from_different_systems(tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        add(tar, f"{DECOMPOSED}.JPG", picture("red", "JPEG"))
+        add(tar, f"{COMPOSED}.Txt", b"red")
+        add(tar, "b.png", picture("blue"))
+        add(tar, "b.json", b'{"prompt": "blue"}')
+    rows, report = check(tmp_path)
+    assert {key: row["captions"] for key, row in rows.items()} == {f"0.tar/{COMPOSED}": ["red"], "0.tar/b": ["blue"]}
+    assert report.ok == 2
 
 
 def test_headers_with_blanks_and_other_names_of_the_columns(tmp_path):
