@@ -34,6 +34,7 @@ from t2i.pipelines.stages import check_finite_values, sample_super_resolution
 from torch import Generator, Tensor
 
 from t2i.checks import check_choice, check_multiple_of
+from t2i.diffusion.samplers import warn_of_other_levels
 from t2i.errors import InputError
 from t2i.files.model_folder import load_or_explain
 from t2i.files.untrusted import is_folder
@@ -117,6 +118,8 @@ class UnCLIPPipeline(DiffusersNames, PromptEncoding, Interruptible, DiskOffloadi
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute. A component that replaces another is checked as in the constructor."""
         self.check_replaced_part(name, value)
+        if name in COMPONENT_CLASSES:
+            warn_of_other_levels(name, value, self.__dict__.get(name))
         super().__setattr__(name, value)
 
     def register_modules(self, **components: Any) -> None:

@@ -1,6 +1,7 @@
 """Samplers by name: schedulers that sample from a model with the noise schedule it was trained with."""
 
 import copy
+import logging
 from inspect import signature
 from typing import Any
 
@@ -33,8 +34,11 @@ from t2i.diffusion.sampling_loop import (
 from t2i.errors import InputError
 from t2i.files.untrusted import format_error
 
+logger = logging.getLogger(__name__)
+
 TRIAL_STEPS = 10
-# Schedulers of diffusers that sample here, for the message of those that do not. A test runs all of diffusers'.
+MAX_LEVEL_CHANGE = 0.1  # of the factor of the sample, between two schedules that count as the same
+# Schedulers of diffusers that sample here, for the message of those that do not. A test runs all of diffusers'
 SAMPLING_SCHEDULERS = (
     "DDIM",
     "DDIMParallel",
@@ -56,6 +60,11 @@ SAMPLING_SCHEDULERS = (
     "UnCLIP",
     "UniPCMultistep",
 )
+# Those of them that read no such prediction
+BLIND_SCHEDULERS = {
+    "sample": ("DPMSolverSDE", "EulerAncestralDiscrete", "KDPM2AncestralDiscrete", "KDPM2Discrete", "PNDM"),
+    "v_prediction": ("UnCLIP",),
+}
 FIXED_VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
 # Allowed settings, which not all schedulers check. The first is assumed where a scheduler has no such setting.
 CONFIG_CHOICES = {
@@ -127,8 +136,29 @@ def check_scheduler_sampling(name: str, scheduler: SchedulerMixin) -> None:
     """
     kind = type(scheduler).__name__
     if reason := find_sampling_fault(scheduler):
-        works = ", ".join(SAMPLING_SCHEDULERS)
+        works = ", ".join(list_sampling_schedulers(scheduler.config.get("prediction_type")))
         raise InputError(f"the {name}, a {kind}, {reason}; these schedulers of diffusers work: {works}")
+
+
+def list_sampling_schedulers(prediction_type: str | None) -> list[str]:
+    """Return the names, without "Scheduler", of those of diffusers that sample from such predictions."""
+    return [name for name in SAMPLING_SCHEDULERS if name not in BLIND_SCHEDULERS.get(prediction_type or "", ())]
+
+
+def warn_of_other_levels(name: str, scheduler: Any, before: Any) -> None:
+    """Log that a scheduler has other noise levels than the one that it replaces, which are those of the model."""
+    new, old = (getattr(one, "alphas_cumprod", None) for one in (scheduler, before))
+    if new is None or old is None:
+        return
+    # Schedules that end in pure noise are rescaled a little
+    if len(new) != len(old) or (new.sqrt() - old.sqrt()).abs().max() > MAX_LEVEL_CHANGE:
+        logger.warning(
+            "the new %s, a %s, has other noise levels than the one before, by which the model was trained; "
+            "%s.from_config(pipeline.%s.config) takes them over",
+            name,
+            *[type(scheduler).__name__] * 2,
+            name,
+        )
 
 
 def find_sampling_fault(scheduler: SchedulerMixin) -> str | None:

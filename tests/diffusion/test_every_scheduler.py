@@ -17,12 +17,16 @@ from t2i.diffusion.samplers import (
     check_scheduler_sampling,
     count_model_evaluations,
     find_sampling_fault,
+    list_sampling_schedulers,
     resolve_sampler,
 )
-from t2i.diffusion.sampling_loop import Sampling, count_steps_left, sample_from_noise
+from t2i.diffusion.sampling_loop import Sampling, count_steps_left, generate_noise, sample_from_noise
 from t2i.errors import InputError
+from t2i.networks.upsampler import Upsampler, enlarge_low_resolution
+from t2i.sampling.upsampling import sample_upsampler
 from tests.conftest import seeds
 from tests.helpers.gaussian import PREDICTIONS, Gaussian, schedule
+from tests.networks.test_upsampler import UNET
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what diffusers calls of NumPy
 
@@ -69,6 +73,18 @@ def test_the_list_of_schedulers_that_sample_is_true(name):
     with pytest.raises(InputError, match="these schedulers of diffusers work: DDIM, DDIMParallel, .*UniPC") as caught:
         check_scheduler_sampling("decoder_scheduler", scheduler)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_a_message_names_a_scheduler_only_if_it_reads_what_the_model_predicts(name, prediction_type):
+    try:
+        fault = find_sampling_fault(
+            KINDS[name].from_config({**trained(name).config, "prediction_type": prediction_type})
+        )
+    except ValueError:  # not even built
+        fault = "none of these predictions"
+    assert (name in list_sampling_schedulers(prediction_type)) == (fault is None)
 
 
 @pytest.mark.parametrize("strength", [None, 0.5])
@@ -309,3 +325,25 @@ def test_pndm_of_runge_kutta_starts_from_noise_alone():
 def test_settings_with_which_a_scheduler_draws_something_else_are_refused(name, settings, message):
     with pytest.raises(InputError, match=message):
         check_scheduler_sampling("decoder_scheduler", build(name, **settings))
+
+
+class Recorder(Upsampler):
+    """Believes that nothing has to be changed, and keeps what it is shown first."""
+
+    def step(self, x, t, context):
+        self.first = getattr(self, "first", (x, t))
+        return torch.zeros_like(x)
+
+
+@pytest.mark.parametrize("name", [name for name in ACCEPTED if name != "UnCLIP"])
+def test_upsampling_starts_from_the_picture_at_the_level_that_the_model_is_told(name):
+    """The schedule ends far from noise, where the factors of a scheduler's own x and of the model's differ most."""
+    scheduler, level = build(name, beta_start=1e-5, beta_end=7.6e-3, timestep_spacing="leading"), trained(name)
+    level = DDIMScheduler.from_config(level.config, beta_start=1e-5, beta_end=7.6e-3)
+    upsampler, low = Recorder(2, 8, UNET, patch_size=2).eval(), torch.rand(1, 3, 8, 8)
+    sample_upsampler(upsampler, scheduler, low, Sampling(4, seeds(1)))
+    x, t = upsampler.first
+    start = enlarge_low_resolution(low, 2)
+    alpha, sigma = alpha_sigma(level, t[0], start)
+    noise = generate_noise(start.shape[1:], seeds(1), torch.device("cpu"))
+    torch.testing.assert_close(x, alpha * start + sigma * noise, atol=2e-3, rtol=0)

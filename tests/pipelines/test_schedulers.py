@@ -48,10 +48,13 @@ def open_doors(pipeline, name, value):
         "from_pipe": lambda: kind.from_pipe(pipeline, **{name: value}),
         "assignment": lambda: setattr(pipeline, name, value),
         "register_modules": lambda: pipeline.register_modules(**{name: value}),
+        "alias": lambda: setattr(
+            pipeline, {"decoder_scheduler": "scheduler", "decoder": "unet"}.get(name, name), value
+        ),
     }
 
 
-@pytest.mark.parametrize("door", ["constructor", "from_pipe", "assignment", "register_modules"])
+@pytest.mark.parametrize("door", ["constructor", "from_pipe", "assignment", "register_modules", "alias"])
 def test_a_scheduler_that_cannot_draw_is_refused_at_every_door_with_those_that_can(pipeline, door):
     before = dict(pipeline.components)
     for name in REFUSED:
@@ -74,6 +77,16 @@ def test_a_model_of_another_clip_cannot_be_assigned(pipeline):
     prior.register_to_config(clip_fingerprint="0" * 16)
     with pytest.raises(InputError, match="the prior was trained with the CLIP 0000000000000000, this pipeline has"):
         pipeline.prior = prior
+
+
+def test_a_schedule_that_the_model_was_not_trained_with_is_said(pipeline, caplog):
+    config = pipeline.decoder_scheduler.config
+    pipeline.decoder_scheduler = EulerDiscreteScheduler.from_config(config)
+    pipeline.decoder_scheduler = EulerDiscreteScheduler.from_config(config, rescale_betas_zero_snr=True)
+    assert not caplog.records
+    pipeline.decoder_scheduler = EulerDiscreteScheduler(prediction_type=config.prediction_type)
+    (record,) = caplog.records
+    assert "EulerDiscreteScheduler.from_config(pipeline.decoder_scheduler.config) takes them over" in record.message
 
 
 def test_a_prior_and_its_scheduler_can_be_taken_out_one_after_the_other(pipeline):
