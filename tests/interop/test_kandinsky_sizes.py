@@ -38,6 +38,7 @@ CONDITIONS = {
     "2.1": {"addition_embed_type": "text_image", "encoder_hid_dim_type": "text_image_proj", "encoder_hid_dim": 1024},
     "2.2": {"addition_embed_type": "image", "encoder_hid_dim_type": "image_proj", "encoder_hid_dim": 1280},
 }
+CONDITIONS["2.2 ControlNet"] = CONDITIONS["2.2"] | {"addition_embed_type": "image_hint"}
 MOVQ = {
     "down_block_types": [*["DownEncoderBlock2D"] * 3, "AttnDownEncoderBlock2D"],
     "up_block_types": ["AttnUpDecoderBlock2D", *["UpDecoderBlock2D"] * 3],
@@ -84,6 +85,22 @@ PUBLISHED: dict[str, Shapes] = {
         "add_embedding.image_norm.bias": (TIME,),
     },
 }
+# The layers that reduce a control image, and their channels
+HINT_CHANNELS = {
+    0: (3, 16),
+    2: (16, 16),
+    4: (16, 32),
+    6: (32, 32),
+    8: (32, 96),
+    10: (96, 96),
+    12: (96, 256),
+    14: (256, 4),
+}
+PUBLISHED["2.2 ControlNet"] = PUBLISHED["2.2"] | {
+    f"add_embedding.input_hint_block.{layer}.{name}": shape
+    for layer, (into, out) in HINT_CHANNELS.items()
+    for name, shape in {"weight": (out, into, 3, 3), "bias": (out,)}.items()
+}
 
 
 def shapes(module: nn.Module, prefix: str = "") -> Shapes:
@@ -96,10 +113,11 @@ def linear(name: str, out: int, into: int) -> Shapes:
     return {f"{name}.weight": (out, into), f"{name}.bias": (out,)}
 
 
-@pytest.mark.parametrize("masks", [False, True])
-@pytest.mark.parametrize("version", CONDITIONS)
-def test_a_u_net_has_the_published_tensors(version: str, masks: bool) -> None:
-    settings = UNET | CONDITIONS[version] | {"in_channels": 9 if masks else 4}
+@pytest.mark.parametrize(
+    ("version", "channels"), [("2.1", 4), ("2.1", 9), ("2.2", 4), ("2.2", 9), ("2.2 ControlNet", 8)]
+)
+def test_a_u_net_has_the_published_tensors(version: str, channels: int) -> None:
+    settings = UNET | CONDITIONS[version] | {"in_channels": channels}
     with torch.device("meta"):
         decoder = KandinskyDecoder(settings, **derive_kandinsky_config(settings))
         theirs = shapes(UNet2DConditionModel(**settings))
@@ -107,7 +125,7 @@ def test_a_u_net_has_the_published_tensors(version: str, masks: bool) -> None:
     assert ours == theirs
     of_condition = ("encoder_hid_proj.", "add_embedding.")
     assert {name: shape for name, shape in ours.items() if name.startswith(of_condition)} == PUBLISHED[version]
-    assert ours["conv_in.weight"] == (384, 9 if masks else 4, 3, 3) and ours["conv_out.weight"] == (8, 384, 3, 3)
+    assert ours["conv_in.weight"] == (384, channels, 3, 3) and ours["conv_out.weight"] == (8, 384, 3, 3)
     assert ours["down_blocks.1.attentions.0.add_k_proj.weight"] == (768, TOKEN)
     assert ours["time_embedding.linear_2.weight"] == (TIME, TIME)
     nulls = {name for name in decoder.state_dict() if not name.startswith("unet.")}

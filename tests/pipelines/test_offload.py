@@ -16,7 +16,12 @@ from t2i import ImageVariationPipeline, Steering, Text2ImagePipeline, UpsamplePi
 from t2i.diffusion.process import build_noise_scheduler
 from t2i.networks.upsampler import Upsampler
 from tests.helpers.dalle2_folders import dalle2
-from tests.helpers.kandinsky_folders import kandinsky_21_combined, kandinsky_22_combined
+from tests.helpers.kandinsky_folders import (
+    kandinsky_21_combined,
+    kandinsky_22_combined,
+    kandinsky_22_controlnet,
+    kandinsky_22_prior,
+)
 from tests.helpers.karlo_folders import karlo
 from tests.helpers.models import PLAIN
 from tests.helpers.stable_unclip_folders import stable_unclip
@@ -28,6 +33,7 @@ FOLDERS: dict[str, Callable[[], Path]] = {
     "karlo": karlo,
     "kandinsky 2.1": kandinsky_21_combined,
     "kandinsky 2.2": kandinsky_22_combined,
+    "kandinsky 2.2 controlnet": kandinsky_22_controlnet,
     "stable unclip": stable_unclip,
     "dalle2": dalle2,
 }
@@ -41,7 +47,8 @@ def families(pipeline_folder: Path) -> Callable[[str], Any]:
     def copy_pipeline(family: str) -> Any:
         if family not in loaded:
             folder = pipeline_folder if family == "own" else FOLDERS[family]()
-            loaded[family] = Text2ImagePipeline.from_pretrained(folder)
+            others = {"prior": kandinsky_22_prior()} if family == "kandinsky 2.2 controlnet" else {}
+            loaded[family] = Text2ImagePipeline.from_pretrained(folder, **others)
             loaded[family].set_progress_bar_config(disable=True)
         return copy.deepcopy(loaded[family])
 
@@ -50,7 +57,9 @@ def families(pipeline_folder: Path) -> Callable[[str], Any]:
 
 def draw(pipeline: Any) -> list[torch.Tensor]:
     """A picture of a prompt with a negative one, and where there is an image encoder, a variation of it."""
-    steps = {"num_inference_steps": 2}
+    steps: dict[str, Any] = {"num_inference_steps": 2}
+    if pipeline.decoder.control_factor is not None:
+        steps["control_image"] = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(4))
     if pipeline.is_cascade:
         steps["super_res_num_inference_steps"] = 2
     settings = {"generator": [torch.Generator().manual_seed(5)], "output_type": "pt", **steps}
