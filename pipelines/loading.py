@@ -6,12 +6,13 @@ from typing import Any
 
 from t2i.pipelines.folder import COMPONENT_CLASSES, PipelineFolder
 
+from t2i.diffusion.stored_schedulers import load_scheduler
 from t2i.errors import InputError
-from t2i.files.untrusted import is_folder
+from t2i.files.untrusted import check_folder_files, is_folder
 from t2i.interop.by_name import load_any_prior
 from t2i.interop.layouts import DEFAULT_PRIORS
 from t2i.interop.loading import load_components
-from t2i.interop.stored import AUTO_DTYPE, Dtypes, check_variant, resolve_part_dtype
+from t2i.interop.stored import AUTO_DTYPE, Dtypes, check_dtype, check_variant, resolve_part_dtype
 
 FETCH_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 IGNORED_ARGUMENTS = ("use_safetensors", "low_cpu_mem_usage")  # of diffusers; here they are always true
@@ -99,6 +100,37 @@ def build_own_arguments(
     if isinstance(kwargs.get("prior"), str | Path):
         kwargs |= load_other_prior(folder, download, dtype, kwargs)
     return {**kwargs, "dtype": dtype}
+
+
+def load_own_parts(folder: PipelineFolder, names: tuple[str, ...], dtype: Any = None) -> dict[str, Any]:
+    """Load some components of a folder in this project's own layout; nothing else of it is read.
+
+    dtype: see `build_own_arguments`. Raises InputError for parts that are not sound, and for a variant that none has.
+    """
+    check_folder_files(folder.path)
+    check_variant(folder.variant, folder.path)
+    dtypes, loaded = resolve_stored_dtypes(folder, check_dtype(dtype)), {}
+    for name in names:
+        folder.check_component(name)
+        if name.endswith("_scheduler"):
+            loaded[name] = load_scheduler(folder.path / name)
+        else:
+            part_dtype = resolve_part_dtype(dtypes, name)
+            loaded[name] = folder.load_component(name, None if part_dtype == AUTO_DTYPE else part_dtype)
+    return loaded
+
+
+def pop_loading_arguments(kwargs: dict[str, Any]) -> tuple[Any, str | None, dict[str, Any]]:
+    """Return the dtype, the variant and the arguments of fetching among those of a `from_pretrained`.
+
+    Raises InputError for an argument that has no effect on a pipeline of few parts.
+    """
+    known = {"dtype", "torch_dtype", "variant", *FETCH_ARGUMENTS, *IGNORED_ARGUMENTS}
+    if unknown := sorted(kwargs.keys() - known):
+        raise InputError(f"{unknown[0]!r} is no argument here; they are {', '.join(sorted(known))}")
+    dtype = kwargs.get("torch_dtype") if kwargs.get("dtype") is None else kwargs["dtype"]
+    fetching = {name: kwargs[name] for name in FETCH_ARGUMENTS if name in kwargs}
+    return check_dtype(dtype), kwargs.get("variant"), fetching
 
 
 def resolve_stored_dtypes(folder: PipelineFolder, dtype: Any) -> Dtypes:

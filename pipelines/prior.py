@@ -7,7 +7,7 @@ from typing import Any, Self
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import BaseOutput
 from t2i.pipelines.argument_checks import check_prior_options, check_tensor
-from t2i.pipelines.base import MAX_IMAGES, UnCLIPPipeline
+from t2i.pipelines.base import MAX_IMAGES
 from t2i.pipelines.calls.aliases import alias_component
 from t2i.pipelines.calls.callbacks import PRIOR_CALLBACK_TENSORS
 from t2i.pipelines.calls.encoding import PromptEncoding
@@ -15,14 +15,15 @@ from t2i.pipelines.calls.progress import Interruptible
 from t2i.pipelines.calls.signature import pipeline_call
 from t2i.pipelines.calls.texts import PromptEmbeds, choose_texts
 from t2i.pipelines.folder import AnyCLIP, PipelineFolder, check_clip_fingerprint, check_embed_widths
+from t2i.pipelines.loading import load_own_parts, pop_loading_arguments
 from t2i.pipelines.options import PRIOR_OPTION_NAMES, DecoderOptions, build_options
 from t2i.pipelines.stages import sample_image_embeds
+from t2i.pipelines.text2image import Text2ImagePipeline
 from torch import Generator, Tensor
 
 from t2i.checks import check_integer
-from t2i.diffusion.stored_schedulers import load_scheduler
 from t2i.errors import InputError
-from t2i.files.untrusted import check_folder_files, is_folder
+from t2i.files.untrusted import is_folder
 from t2i.sampling.embeddings import AnyPrior, default_guidance_scale
 from t2i.sampling.sample import split_generators
 
@@ -65,17 +66,14 @@ class PriorPipeline(PromptEncoding, Interruptible, DiffusionPipeline):
         Of this project's own folders nothing else is read. Raises InputError, also for a model without a prior.
         """
         path = Path(pretrained_model_name_or_path)
-        folder = PipelineFolder(path) if is_folder(path) else None
-        if kwargs or folder is None or not (folder.is_own or folder.class_name == cls.__name__):
-            return cls.from_pipe(UnCLIPPipeline.from_pretrained(pretrained_model_name_or_path, **kwargs))
-        check_folder_files(path)
+        folder = PipelineFolder(path, kwargs.get("variant")) if is_folder(path) else None
+        if folder is None or not (folder.is_own or folder.class_name == cls.__name__):
+            return cls.from_pipe(Text2ImagePipeline.from_pretrained(pretrained_model_name_or_path, **kwargs))
+        dtype, _, _ = pop_loading_arguments(kwargs)
         if folder.lacks("prior"):
             raise InputError(f"the pipeline {str(path)!r} has no prior")
         has_scheduler = not folder.lacks("prior_scheduler")
-        for name in ("clip", "prior", "prior_scheduler")[: 2 + has_scheduler]:
-            folder.check_component(name)
-        scheduler = load_scheduler(path / "prior_scheduler") if has_scheduler else None
-        return cls(folder.load_component("clip"), folder.load_component("prior"), scheduler)
+        return cls(**load_own_parts(folder, ("clip", "prior", "prior_scheduler")[: 2 + has_scheduler], dtype))
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **components: Any) -> Self:

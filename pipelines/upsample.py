@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
@@ -17,6 +18,7 @@ from t2i.pipelines.calls.progress import Interruptible, Preview
 from t2i.pipelines.calls.signature import pipeline_call
 from t2i.pipelines.folder import COMPONENT_CLASSES, PipelineFolder, check_clip_fingerprint, check_component
 from t2i.pipelines.inputs import ImageInputs, read_image, split_images
+from t2i.pipelines.loading import load_own_parts, pop_loading_arguments
 from t2i.pipelines.options import build_options
 from t2i.pipelines.stages import upsample_images
 from torch import Generator, Tensor
@@ -26,7 +28,8 @@ from t2i.diffusion.sampling_loop import MAX_STEPS
 from t2i.diffusion.stored_schedulers import load_scheduler
 from t2i.errors import InputError
 from t2i.files.model_folder import load_model
-from t2i.files.untrusted import check_folder_files, is_folder
+from t2i.files.untrusted import is_folder
+from t2i.interop.stored import resolve_part_dtype
 from t2i.networks.clip import CLIP
 from t2i.networks.upsampler import Upsampler
 from t2i.sampling.sample import split_generators
@@ -67,25 +70,27 @@ class UpsamplePipeline(Interruptible, DiskOffloading):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
         """Load what `training/train_upsampler.py` wrote, or the upsampler of a pipeline in a folder or on the hub.
 
-        Raises InputError, in one line, also for a pipeline without an upsampler.
+        kwargs: dtype, variant, and the arguments of fetching, as of `UnCLIPPipeline`. Raises InputError, in one line,
+        also for a pipeline without an upsampler.
         """
+        dtype, variant, fetching = pop_loading_arguments(kwargs)
         path = Path(pretrained_model_name_or_path)
         if not is_folder(path):
-            path = Path(UnCLIPPipeline.download(str(path), **kwargs | {"variant": None}))  # plain files are read below
+            path = Path(UnCLIPPipeline.download(str(path), variant=variant, **fetching))
         # The folder of a run: the upsampler alone
         if not (path / "model_index.json").is_file():
-            return cls(load_model(Upsampler, path), load_scheduler(path / "scheduler"))
-        folder = PipelineFolder(path)
-        check_folder_files(path)
+            upsampler = load_model(Upsampler, path)
+            part_dtype = resolve_part_dtype(dtype, "upsampler")
+            if isinstance(part_dtype, torch.dtype):
+                upsampler.to(part_dtype)
+            return cls(upsampler, load_scheduler(path / "scheduler"))
+        folder = PipelineFolder(path, variant)
         if not is_folder(path / "upsampler") or not is_folder(path / "upsampler_scheduler"):
             raise InputError(f"the pipeline {str(path)!r} has no upsampler; name one that `t2i train upsampler` wrote")
-        for name in ("upsampler", "upsampler_scheduler"):
-            folder.check_component(name)
-        upsampler, clip = load_model(Upsampler, path / "upsampler"), None
-        if upsampler.config.embed_dim is not None and is_folder(path / "clip"):
-            folder.check_component("clip")
-            clip = load_model(CLIP, path / "clip")
-        return cls(upsampler, load_scheduler(path / "upsampler_scheduler"), clip)
+        parts = load_own_parts(folder, ("upsampler", "upsampler_scheduler"), dtype)
+        if parts["upsampler"].config.embed_dim is not None and is_folder(path / "clip"):
+            parts |= load_own_parts(folder, ("clip",), dtype)
+        return cls(**parts)
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **components: Any) -> Self:
