@@ -24,6 +24,7 @@ PUBLIC = {
     "karlo",
     "kandinsky-2-1",
     "kandinsky-2-2",
+    "stable-unclip",
 }  # start from public models: tests/training/test_public_finetuning.py builds
 MODELS = [path for path in SHIPPED if path.stem != "cache" and path.parent.name not in PUBLIC]
 

@@ -312,7 +312,8 @@ def test_a_part_of_a_pipeline_is_a_name_too(shapes, tmp_path):
             assert torch.equal(made.state_dict()[name], value), name
 
 
-SHIPPED = [path for path in sorted(CONFIG_FOLDER.glob("ka*/*.yaml")) if path.stem != "cache"]
+PUBLIC_CONFIGS = (*CONFIG_FOLDER.glob("ka*/*.yaml"), *CONFIG_FOLDER.glob("stable-unclip/*.yaml"))
+SHIPPED = [path for path in sorted(PUBLIC_CONFIGS) if path.stem != "cache"]
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -325,14 +326,17 @@ def test_every_shipped_configuration_builds_the_model_that_it_names(path, shapes
         "kandinsky-community/kandinsky-2-1-prior": kandinsky_21_prior,
         "kandinsky-community/kandinsky-2-2-prior": kandinsky_22_prior,
         "kandinsky-community/kandinsky-2-2-decoder": kandinsky_22_decoder,
+        "ECLIPSE-Community/ECLIPSE_KandinskyV22_Prior": eclipse,
+        "stabilityai/stable-diffusion-2-1-unclip": stable_unclip_images,
     }
     written = yaml.safe_load(path.read_text())
     public = ("clip", "autoencoder", "init", "text_encoder")
     given = {key: tiny[written[key]]() for key in public if written.get(key)}
     given |= {"cache": "null", "data.path": shapes, "data.image_size": 16, "train.sample_every": 0}
-    script = import_module(f"t2i.training.train_{path.stem}")
-    config = load_config(script.Config, path.stem, [str(path), *(f"{key}={value}" for key, value in given.items())])
-    kind = "prior" if path.stem == "prior" else path.parent.name.split("-")[0]
+    name, _, architecture = path.stem.partition("-")
+    script = import_module(f"t2i.training.train_{name}")
+    config = load_config(script.Config, name, [str(path), *(f"{key}={value}" for key, value in given.items())])
+    kind = architecture or ("prior" if name == "prior" else path.parent.name.split("-")[0])
     model = stage(kind, config)
     assert isinstance(model, CLASSES[kind]) and all(one.requires_grad for one in model.parameters())
     cache = path.with_name("cache.yaml")
@@ -604,6 +608,17 @@ def test_stable_unclip_trained_predicts_the_same_in_diffusers_and_goes_back_into
     got = mine("a cat", image_embeds=z_i, image_embeds_noise=noise, output_type="pt", **settings).images
     torch.testing.assert_close(got, wanted, atol=1e-4, rtol=0)
     assert read(public / "image_normalizer").keys() == {"mean", "std"}
+
+
+def test_stable_unclip_trains_the_same_from_a_cache(shapes, tmp_path):
+    """Which needs a CLIP with both towers: here that of the small variant, whose text tower is in Karlo's folder."""
+    folder, clip = stable_unclip_small(), karlo_variations()
+    named = {"clip": clip, "autoencoder": folder, "text_encoder": folder}
+    cache = cached(shapes, tmp_path / "cache", **named, variations=8)
+    for way, more in {"cached": {"cache": cache}, "frozen": {}}.items():
+        tune("stable", shapes, tmp_path / way, steps=1, init=folder, **named, **more)
+    one, other = ([line["loss"] for line in metrics(tmp_path / way / "stable")] for way in ("cached", "frozen"))
+    assert len(one) == 1 and one == pytest.approx(other, rel=1e-4)
 
 
 # ECLIPSE's prior
