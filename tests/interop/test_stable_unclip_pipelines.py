@@ -4,6 +4,7 @@ import copy
 import functools
 from inspect import signature
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -26,6 +27,11 @@ from tests.interop.test_stable_unclip import drawn, ours, reference
 
 PROMPTS = ["a red cat and a dog", "cat"]
 SCHEDULERS = {"own": None, "ddim": DDIMScheduler, "ddpm": DDPMScheduler}
+# Those without fresh noise; each at the scale of x that is its own
+SCHEDULERS |= {
+    name: getattr(diffusers, f"{name}Scheduler") for name in ("EulerDiscrete", "HeunDiscrete", "KDPM2Discrete")
+}
+SCHEDULERS |= {name: getattr(diffusers, f"{name}MultistepScheduler") for name in ("DEIS", "DPMSolver", "UniPC")}
 
 
 @functools.cache
@@ -85,6 +91,20 @@ def test_given_embeddings_become_the_pictures_of_diffusers(monkeypatch, level, s
     wanted = theirs(prompt=prompts, image_embeds=z_i, output_type="pt", **settings).images
     got = mine(prompts, image_embeds=z_i, image_embeds_noise=noise, output_type="pt", **settings).images
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what diffusers calls of NumPy
+@pytest.mark.parametrize("scheduler", [name for name in SCHEDULERS if name not in ("own", "ddim", "ddpm")])
+def test_a_scheduler_in_the_place_of_the_own_draws_what_it_draws_in_diffusers(monkeypatch, scheduler):
+    theirs, mine = with_scheduler(scheduler, True)
+    z_i, noise, x = drawn(1, 20), drawn(1, 20, seed=1), drawn(1, 4, 8, 8, seed=2)
+    same_noise(monkeypatch, theirs, noise)
+    settings = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "pt"}
+    theirs.scheduler.set_timesteps(4)
+    start = x * theirs.scheduler.init_noise_sigma  # diffusers scales the latents that it draws alone
+    wanted = theirs(prompt=PROMPTS[:1], image_embeds=z_i, latents=start, **settings).images
+    got = mine(PROMPTS[:1], image_embeds=z_i, image_embeds_noise=noise, latents=x, **settings).images
+    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])
