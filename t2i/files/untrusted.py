@@ -86,15 +86,20 @@ def check_size_limit(path: Path, limit: int) -> None:
     check_no_stand_in(path)
 
 
+def describe_stand_in(start: bytes) -> str | None:
+    """Return what a file with these first bytes is in place of another, and what helps; None for other files."""
+    start = start.lower().lstrip()
+    for prefix, (what, remedy) in STAND_INS.items():
+        if start.startswith(prefix):
+            return f"{what}, which stands in for the file; {remedy}"
+    return None if start else "empty; download the file again"
+
+
 def check_no_stand_in(path: Path) -> None:
     """Raise InputError for an empty file, a Git LFS pointer or a web page: remains of a download that failed."""
     with suppress(OSError), open(path, "rb") as file:
-        start = file.read(64).lower().lstrip()
-        if not start:
-            raise InputError(f"{str(path)!r} is empty; download the file again")
-        for prefix, (what, remedy) in STAND_INS.items():
-            if start.startswith(prefix):
-                raise InputError(f"{str(path)!r} is {what}, which stands in for the file; {remedy}")
+        if fault := describe_stand_in(file.read(64)):
+            raise InputError(f"{str(path)!r} is {fault}")
 
 
 def parse_json(content: bytes, path: Path) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from t2i.errors import InputError
 logger = logging.getLogger(__name__)
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-# One of these is set by torchrun and `accelerate launch`, Slurm, Open MPI, MPICH and Intel MPI.
-LAUNCHER_VARIABLES = ("TORCHELASTIC_RUN_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+# One of these is set by torchrun and `accelerate launch`, its launcher in notebooks, Slurm, Open MPI, MPICH, Intel MPI.
+LAUNCHER_VARIABLES = ("TORCHELASTIC_RUN_ID", "FORK_LAUNCHED", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 
 class Rank(NamedTuple):

@@ -477,3 +477,15 @@ def test_what_datasets_saved_to_a_folder_is_read_by_offset(tmp_path, kind):
     state.write_text(json.dumps({"_data_files": [{"filename": "../evil.arrow"}]}))
     with pytest.raises(InputError, match="must be a plain name"):
         check(tmp_path / "set", out=tmp_path / "other")
+
+
+@pytest.mark.parametrize("name", ["train.parquet", "00000.tar", "a.png"])
+def test_pointers_of_git_lfs_in_place_of_data_are_named(tmp_path, name):
+    (tmp_path / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    (tmp_path / "a.txt").write_text("a cat")
+    if name == "a.png":
+        assert "git lfs pull" in check(tmp_path)[0]["a.png"]["detail"]
+        return
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(InputError, match=f"{name}'?:? .*a Git LFS pointer"):
+        check(tmp_path)

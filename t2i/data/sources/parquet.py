@@ -27,7 +27,7 @@ from t2i.data.sources.samples import (
 )
 from t2i.errors import InputError
 from t2i.files.file_systems import measure_free_bytes
-from t2i.files.untrusted import check_file_name, read_json
+from t2i.files.untrusted import check_file_name, check_no_stand_in, read_json
 
 IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "jpeg", "png", "webp")
 OPTIONAL_COLUMNS = ("keywords", "split")  # used if they are there
@@ -75,6 +75,7 @@ def has_image_column(table: Path) -> bool:
 def open_table(path: Path) -> pq.ParquetFile:
     if not path.is_file():
         raise InputError(f"{str(path)!r} is not an ordinary file")
+    check_no_stand_in(path)
     try:
         return pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
@@ -194,6 +195,7 @@ def open_arrow_parts(
 
 
 def open_arrow(path: Path) -> pa.RecordBatchStreamReader:
+    check_no_stand_in(path)
     try:
         return pa.ipc.open_stream(pa.memory_map(str(path)).read_buffer())
     except (pa.ArrowException, OSError) as error:

@@ -34,6 +34,7 @@ from t2i.data.sources.samples import (
     parse_captions,
 )
 from t2i.errors import InputError
+from t2i.files.untrusted import describe_stand_in
 
 MAX_HEADER_SIZE = 2**20  # bytes of a header with its names and PAX records
 MAX_JSON_SIZE = 2**20
@@ -173,7 +174,10 @@ class TarShard:
                     if end > self.size:
                         break
         except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
-            self.notes.shards.append(f"{self.name}: not a tar, or damaged, at byte {end:,} of {self.size:,} ({error})")
+            self.file.seek(0)
+            fault = describe_stand_in(self.file.read(64)) if end <= 0 else None
+            fault = fault or f"not a tar, or damaged, at byte {end:,} of {self.size:,} ({error})"
+            self.notes.shards.append(f"{self.name}: {fault}")
             return
 
         # Look for the mark of the end, which is zeros, and for anything else behind it
