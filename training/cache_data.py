@@ -54,6 +54,7 @@ from t2i.networks.clip import CLIP
 from t2i.networks.public.multilingual_clip import MultilingualCLIP
 from t2i.networks.text_encoder import DTYPES as TEXT_DTYPES
 from t2i.networks.text_encoder import MAX_TOKENS, TextEncoder
+from t2i.terminal import print_line
 
 CACHE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
@@ -133,7 +134,7 @@ def main(config: Config) -> None:
             training = [shard.path(folder) for shard in shards if shard.split == "train"]
             finish_cache(folder, key, models, encoder.compute_shared_tensors(training), counts)
             pictures = ", ".join(f"{len(dataset)} pictures of {split}" for split, dataset in datasets.items())
-            print(f"{folder}: {pictures}; {sum(path.stat().st_size for path in folder.iterdir()) / 1e6:.1f} MB")
+            print_line(f"{folder}: {pictures}; {sum(path.stat().st_size for path in folder.iterdir()) / 1e6:.1f} MB")
 
 
 def build_cache_key(config: Config, facts: dict[str, Any], datasets: dict[str, CaptionedPictures]) -> dict[str, Any]:
@@ -190,7 +191,7 @@ def is_shard_intact(path: Path) -> bool:
         return False
     problem = find_shard_damage(path)
     if problem is not None:
-        print(f"made again: {problem}")
+        print_line(f"made again: {problem}")
     return problem is None
 
 

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from t2i.config import TrainConfig
 from t2i.errors import InputError
 from t2i.files.atomic import write_bytes_atomically
+from t2i.terminal import print_line
 
 TRACKER_PROJECT = "t2i"  # project of the runs in W&B and trackio
 RECENT_ROWS = 10  # the time left is computed from the speed over these rows
@@ -196,7 +197,7 @@ def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
         with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     except OSError as error:
-        print(f"warning: {path} lacks {len(rows)} rows ({error})", flush=True)
+        print_line(f"warning: {path} lacks {len(rows)} rows ({error})")
 
 
 def drop_rows(path: Path, step: int) -> None:

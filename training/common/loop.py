@@ -28,6 +28,7 @@ from t2i.runtime.devices import choose_training_precision
 from t2i.runtime.launch import check_environment
 from t2i.runtime.memory import format_needed_memory, is_out_of_memory, measure_available_memory
 from t2i.runtime.processes import ProcessWatch, StopRequest, check_processes_agree, run_on_main_process
+from t2i.terminal import escape_text
 
 MAX_FAILED_SAVES = 3  # in a row
 DRY_RUN_STEPS = 3
@@ -97,7 +98,7 @@ def fit(accelerator: Accelerator, stage: Stage, config: TrainConfig) -> None:
                 train(accelerator, stage, state)
             else:
                 # Again, because the run may have died between its last checkpoint and the export.
-                accelerator.print(f"{config.output} is already trained for {state.step} steps")
+                accelerator.print(escape_text(f"{config.output} is already trained for {state.step} steps"))
                 export_ema(accelerator, stage, state)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -280,7 +281,7 @@ def save_progress(accelerator: Accelerator, stage: Stage, state: TrainState, fai
         message = f"step {state.step} could not be saved: {error}. {state.describe_newest_checkpoint()}"
         if must or failed + 1 >= MAX_FAILED_SAVES:
             raise RunError(message) from error
-        accelerator.print(f"warning: {message}")
+        accelerator.print(escape_text(f"warning: {message}"))
         return failed + 1
 
 

@@ -28,6 +28,7 @@ from t2i.config import TrainConfig
 from t2i.errors import InputError, RunError
 from t2i.files.file_systems import lock_file, measure_free_bytes
 from t2i.runtime.processes import run_on_main_process
+from t2i.terminal import escape_text
 
 # Settings that may differ when a run resumes. Paths may, because `made_from` identifies what lies there.
 PATH_KEYS = ("clip", "autoencoder", "text_encoder", "cache", "init", "perceptual_clip", "data.path")
@@ -82,7 +83,7 @@ class TrainState:
 
         def write() -> None:
             for problem in save_checkpoint(self.checkpoint_folder, self.step, tensors, state, self.config.keep):
-                self.accelerator.print(f"warning: {problem}")
+                self.accelerator.print(escape_text(f"warning: {problem}"))
 
         run_on_main_process(self.accelerator, write)
 
@@ -110,7 +111,7 @@ class TrainState:
         if self.accelerator.scaler is not None and "scaler" in checkpoint.state:
             self.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
         self.step, self.skipped = checkpoint.state["step"], checkpoint.state["skipped"]
-        self.accelerator.print(f"resuming from {path}")
+        self.accelerator.print(escape_text(f"resuming from {path}"))
 
     def find_checkpoint(self) -> Path | None:
         """Return the checkpoint to resume from, None for a new run. Raises if it is damaged or not the newest."""
@@ -128,7 +129,7 @@ class TrainState:
         # The newest that is whole. Damaged ones alone are refused, for a new run would delete them.
         newest, problems = find_newest_checkpoint(self.checkpoint_folder)
         for problem in problems:
-            self.accelerator.print(f"skipped: {problem}")
+            self.accelerator.print(escape_text(f"skipped: {problem}"))
         if newest is None and problems:
             raise RunError(
                 f"all checkpoints in {self.checkpoint_folder} are damaged; delete them to start anew. "
