@@ -110,7 +110,7 @@ def check_stage_inputs(
     if decoder.control_image is not None:
         given, needed = len(read_images(decoder.control_image, name="control_image")), count // each
         if given not in (1, needed):
-            raise InputError(f"control_image has {given} pictures for {needed} prompts or images; give 1 or {needed}")
+            raise InputError(f"control_image has {given} images for {needed} prompts or images; give 1 or {needed}")
     check_super_resolution(pipeline, decoder, (count, 3, height, width))
     check_upsampling(pipeline, decoder, height, width)
 

@@ -234,7 +234,7 @@ class UnCLIPPipeline(DiffusersNames, PromptEncoding, Interruptible, DiskOffloadi
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of the pictures that the decoder was trained on."""
+        """(C, h, w) of the images that the decoder was trained on."""
         config = self.decoder.config
         return config.latent_channels, config.latent_size, config.latent_size
 

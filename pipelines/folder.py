@@ -202,5 +202,5 @@ class PipelineFolder(SourceFolder):
         if stored is not None and stored != clip.identity:
             raise InputError(
                 f"{str(self.path)!r} was saved with the CLIP {str(stored)[:40]}, its folder 'clip' has "
-                f"{clip.identity}: another CLIP, whose embeddings the other components do not know"
+                f"{clip.identity}: the other components were not trained on its embeddings"
             )

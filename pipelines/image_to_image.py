@@ -141,9 +141,9 @@ def compute_image_embeds(
 
 
 def read_latents(pipeline: UnCLIPPipeline, image: Any) -> Tensor | None:
-    """Return given images that are latents, (P, C, h, w), fp32, on the device; None for pictures.
+    """Return given images that are latents, (P, C, h, w), fp32, on the device; None for pixels.
 
-    Latents have the decoder's number of channels, unless that is 3, as of pictures. Raises InputError for other sides.
+    Latents have the decoder's number of channels, unless that is 3, as of pixels. Raises InputError for other sides.
     """
     channels = pipeline.latent_shape[0]
     if channels == 3 or not isinstance(image, Tensor) or image.ndim != 4 or image.shape[1] != channels:

@@ -65,7 +65,7 @@ class InpaintPipeline(UnCLIPPipeline):
             mask_image: one for all or one an image, of the images' size: white, from half the range on, is painted.
             prompt: what the whole images are to show. None is what they show now.
             strength: fraction of the steps that are taken, in (0, 1]; below 1, something of what is painted over stays.
-            mask_channel: "alpha" paints where pictures that are given as masks are transparent.
+            mask_channel: "alpha" paints where images that are given as masks are transparent.
             options: `latents` have the images' size.
         """
         images = read_images(image)
@@ -88,7 +88,7 @@ class InpaintPipeline(UnCLIPPipeline):
         # Check the arguments
         check_strength(strength)
         if work.decoder.upsample:
-            raise InputError("upsample is not for inpainting, which keeps pixels as they are; upsample its pictures")
+            raise InputError("upsample is not for inpainting, which keeps pixels as they are; upsample its images")
         count, decoder = len(work.generators), work.decoder
         padded, mask = (self.pad_to_latent_cells(x).to(self._execution_device) for x in (given.images, given.masks))
         height, width = padded.shape[-2:]
@@ -123,7 +123,7 @@ class InpaintPipeline(UnCLIPPipeline):
         height, width = images.shape[-2:]
         if min(height, width) < self.image_size:
             raise InputError(
-                f"image is {width} x {height} pixels; this model paints pictures of {self.image_size} x "
+                f"image is {width} x {height} pixels; this model paints images of {self.image_size} x "
                 f"{self.image_size} or more: enlarge it, or outpaint it to that size"
             )
 

@@ -69,9 +69,9 @@ def read_images(images: ImageInputs, size: int | Resizing | None = None, name: s
         size = Resizing((size,), size)
     items = split_images(images, name)
     if not items:
-        raise InputError(f"{name} has no pictures; give one or more")
+        raise InputError(f"{name} has no images; give one or more")
     if len(items) > MAX_INPUT_IMAGES:
-        raise InputError(f"{name} has {len(items)} pictures; at most {MAX_INPUT_IMAGES} are taken")
+        raise InputError(f"{name} has {len(items)} images; at most {MAX_INPUT_IMAGES} are taken")
     numbered = len(items) > 1
     pixels = [read_image(item, size, f"{name} {i + 1}" if numbered else name) for i, item in enumerate(items)]
     for i, image in enumerate(pixels):
@@ -110,7 +110,7 @@ def read_masks(
             one mask with channels; several masks without them are a list.
         count: of images.
         size: (H, W) of the images.
-        channel: "luminance", white is painted, or "alpha", what is transparent in pictures.
+        channel: "luminance", white is painted, or "alpha", what is transparent in images.
 
     Raises:
         InputError: for masks of another number, shape or size, and for those that paint nothing or everything.
@@ -118,13 +118,13 @@ def read_masks(
     check_choice("mask_channel", channel, MASK_CHANNELS)
     items = split_images(masks, name, least_dimensions=2)
     if len(items) not in (1, count):
-        raise InputError(f"{name} has {len(items)} masks for {count} pictures; give one, or one a picture")
+        raise InputError(f"{name} has {len(items)} masks for {count} images; give one, or one an image")
     pixels = [read_mask(item, name, channel) for item in items]
     for mask in pixels:
         if mask.shape[-2:] != size:
-            raise InputError(f"{name} is {format_size(mask)}, the picture is {size[1]} x {size[0]}; they must agree")
+            raise InputError(f"{name} is {format_size(mask)}, the image is {size[1]} x {size[0]}; they must agree")
         if mask.all():
-            raise InputError(f"{name} is all white: nothing stays; draw a new picture")
+            raise InputError(f"{name} is all white: nothing stays; draw a new image")
         if not mask.any():
             raise InputError(f"{name} is all black: there is nothing to paint")
     return torch.stack(pixels * count if len(pixels) == 1 else pixels)
@@ -142,7 +142,7 @@ def read_mask(mask: ImageInput, name: str, channel: str = "luminance") -> Tensor
         except InputError as error:
             raise InputError(f"{name} cannot be read: {error}") from error
     elif channel == "alpha":
-        raise InputError(f"{name} is of values; give a picture with transparency, or leave out mask_channel")
+        raise InputError(f"{name} is an array; give an image with transparency, or leave out mask_channel")
     else:
         channels = find_channel_axis(mask)
         if isinstance(mask, Tensor):
@@ -152,7 +152,7 @@ def read_mask(mask: ImageInput, name: str, channel: str = "luminance") -> Tensor
         if values.ndim == 3:
             if values.shape[channels] not in (1, 3):
                 raise InputError(f"{name} has the shape {values.shape}; {MASK_SHAPES}")
-            # The mean of bytes is cut to a byte, as a grey picture has it
+            # The mean of bytes is cut to a byte, as a grey image has it
             values = values.mean(axis=channels).astype(values.dtype)
         check_pixel_count(name, values.shape[-1], values.shape[-2])
     if values.dtype == np.uint8:
@@ -171,9 +171,9 @@ def extract_luminance(mask: Image.Image, reading: Reading) -> Image.Image:
 
 
 def extract_transparency(mask: Image.Image, reading: Reading) -> Image.Image:
-    """Return where a picture is transparent, mode L. Raises InputError for one without transparency."""
+    """Return where an image is transparent, mode L. Raises InputError for one without transparency."""
     if not mask.has_transparency_data:
-        raise InputError(f"a mask of alpha needs transparency, which a picture of mode {mask.mode} lacks")
+        raise InputError(f"mask_channel alpha needs an image with transparency, got mode {mask.mode}")
     return ImageOps.invert(to_eight_bits(mask, reading)[0].convert("RGBA").getchannel("A"))
 
 
@@ -197,7 +197,7 @@ def split_images(images: Any, name: str = "image", least_dimensions: int = 3) ->
     # Bytes are a sequence of integers, but no list of images
     if isinstance(images, Sequence) and not isinstance(images, bytes | bytearray):
         return [part for item in images for part in split_images(item, name, least_dimensions)]
-    raise InputError(f"{name} must be a picture or a list of pictures, got {type(images).__name__}")
+    raise InputError(f"{name} must be an image or a list of images, got {type(images).__name__}")
 
 
 def read_image(image: ImageInput, size: Resizing | None, name: str = "image") -> Tensor:
@@ -231,7 +231,7 @@ def scale_pixel_values(values: Tensor, name: str) -> Tensor:
         raise InputError(f"{name} is of {values.dtype}; give uint8, or floats in [0, 1]")
     low, high = (end.item() for end in values.aminmax()) if values.numel() else (0, 0)
     if not (low >= 0 and high <= 1):  # NaN is neither
-        raise InputError(f"{name} has values from {low:g} to {high:g}; a picture of floats has values in [0, 1]")
+        raise InputError(f"{name} has values from {low:g} to {high:g}; an image of floats has values in [0, 1]")
     return values.float() * 2 - 1
 
 

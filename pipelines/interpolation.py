@@ -63,7 +63,7 @@ class InterpolationPipeline(InvertingPipeline):
         return_dict: bool = True,
         **options: Any,
     ) -> UnCLIPPipelineOutput | tuple:
-        """Draw the way from each anchor to the next, or the mixes that `weights` ask for.
+        """Draw frames from each anchor to the next, or the mixes that `weights` ask for.
 
         Both z_i and x_T are interpolated: between two by slerp, between more by the weighted spherical mean. See
         `UnCLIPPipeline` for other arguments.
@@ -120,12 +120,12 @@ class InterpolationPipeline(InvertingPipeline):
         defaults = (defaults or {}) | (INVERSION_DEFAULTS if inverted else {})
         prior, decoder = build_options(options, defaults, REDRAWING_OPTIONS)
         if decoder.latents is not None:
-            raise InputError("latents is one noise, here it is interpolated; give a generator")
+            raise InputError("latents is not allowed in an interpolation; give a generator")
         if decoder.image_embeds_noise is not None:
-            raise InputError("image_embeds_noise is of single pictures, here all have one in common; give a generator")
+            raise InputError("image_embeds_noise is not allowed in an interpolation; give a generator")
         control = decoder.control_image
         if control is not None and len(split_images(control, "control_image")) != 1:
-            raise InputError("control_image must be one picture here, for all have it in common")
+            raise InputError("control_image must be one image in an interpolation, for all frames")
         return prior, resolve_ddim_options(decoder) if inverted else replace(decoder, sampler=decoder.sampler or "ddim")
 
     def encode_anchors(
@@ -165,16 +165,16 @@ def check_anchors(anchors: Any) -> list[Anchor]:
     if isinstance(anchors, str | Path | Image.Image):
         anchors = [anchors]
     if not isinstance(anchors, Sequence | np.ndarray | Tensor):
-        raise InputError(f"anchors must be a list of texts and pictures, got {type(anchors).__name__}")
+        raise InputError(f"anchors must be a list of texts and images, got {type(anchors).__name__}")
     if not len(anchors):
-        raise InputError("anchors are missing; give texts and pictures, two or more for a way between them")
+        raise InputError("anchors is empty; give at least two texts or images")
     if len(anchors) > MAX_ANCHORS:
-        raise InputError(f"anchors are {len(anchors)}; at most {MAX_ANCHORS} are taken")
+        raise InputError(f"anchors has {len(anchors)} entries; at most {MAX_ANCHORS} are allowed")
     check_texts("anchors", [anchor for anchor in anchors if isinstance(anchor, str)], empty=False)
     for i, anchor in enumerate(anchors):
         images = len(split_images(anchor, f"anchors {i + 1}"))
         if images != 1:
-            raise InputError(f"anchors {i + 1} must be a text or one picture, got {images} pictures in one")
+            raise InputError(f"anchors {i + 1} must be a text or one image, got {images} images in one")
     return list(anchors)
 
 
@@ -191,11 +191,11 @@ def build_mixing_weights(count: int, weights: Any, frames: int) -> Tensor:
         return torch.stack([check_weights(row, count) for row in rows])
     check_integer("frames", frames, 2, MAX_IMAGES)
     if count < 2:
-        raise InputError("anchors are one, and there is no way from it; give another, or weights")
+        raise InputError("anchors has one entry; give two or more, or weights")
     total = (count - 1) * (frames - 1) + 1
     if total > MAX_IMAGES:
         raise InputError(
-            f"frames {frames} between {count} anchors are {total} pictures; at most {MAX_IMAGES} are drawn"
+            f"frames {frames} between {count} anchors makes {total} images; at most {MAX_IMAGES} are allowed"
         )
     # A frame at position p, in anchors, has the weights 1 - |p - k|: only its two neighbours have any
     positions = torch.linspace(0, count - 1, total, dtype=torch.float64)

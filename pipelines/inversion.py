@@ -112,20 +112,18 @@ def build_inversion_options(options: dict[str, Any], eta: float = 0.0) -> Decode
     """Build the decoder's options for drawing from the noise of given images: DDIM with this eta."""
     _, decoder = build_options(options, INVERSION_DEFAULTS, DECODER_REDRAWING_OPTIONS)
     if decoder.latents is not None:
-        raise InputError("latents is the noise to start from, which is that of the picture here; leave it out")
+        raise InputError("latents is not allowed here: the noise comes from the image")
     return resolve_ddim_options(decoder, eta)
 
 
 def resolve_ddim_options(options: DecoderOptions, eta: float = 0.0) -> DecoderOptions:
     """Set the sampler to DDIM, which draws inverted images again. Raises InputError for another sampler or eta."""
     if options.sampler not in (None, "ddim"):
-        raise InputError(
-            f"sampler must be ddim here, for pictures are drawn from their own noise; got {options.sampler}"
-        )
+        raise InputError(f"sampler must be ddim for inverted images, got {options.sampler}")
     if options.eta is not None and options.eta != eta:
-        raise InputError(f"eta must be {eta:g} here, for pictures are drawn from their own noise; got {options.eta:g}")
+        raise InputError(f"eta must be {eta:g} for inverted images, got {options.eta:g}")
     if options.noise_level or options.image_embeds_noise is not None:
-        raise InputError("noise_level must be 0 here, without image_embeds_noise, for pictures are to come back")
+        raise InputError("noise_level must be 0 for inverted images, without image_embeds_noise")
     return replace(options, sampler="ddim", eta=eta)
 
 
@@ -133,4 +131,4 @@ def check_inversion_guidance(options: DecoderOptions) -> None:
     """Refuse guidance that remembers its steps: an inversion evaluates the model several times in each."""
     guidance = options.guidance_scale
     if guidance.momentum and not guidance.is_off:
-        raise InputError(f"guidance_scale.momentum must be 0 where pictures are inverted, got {guidance.momentum:g}")
+        raise InputError(f"guidance_scale.momentum must be 0 for inverted images, got {guidance.momentum:g}")

@@ -36,7 +36,7 @@ class BatchTooLargeError(InputError):
     """
 
     def __init__(self, reason: str, fitting_count: int):
-        advice = f"draw {fitting_count} at once" if fitting_count else "ask for smaller pictures"
+        advice = f"draw {fitting_count} at once" if fitting_count else "ask for smaller images"
         super().__init__(f"{reason}; {advice}")
         self.reason, self.fitting_count = reason, fitting_count
 

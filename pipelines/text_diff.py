@@ -90,7 +90,7 @@ class TextDiffPipeline(InvertingPipeline):
         for source, target, distance in zip(sources, targets, difference.norm(dim=-1).tolist()):
             if distance < MIN_CAPTION_DISTANCE:
                 captions = f"source {source!r:.80} and target {target!r:.80}"
-                raise InputError(f"{captions} say the same to this CLIP; differ more")
+                raise InputError(f"this CLIP embeds {captions} identically; give captions that differ more")
         return F.normalize(difference, dim=-1)
 
 
@@ -98,7 +98,7 @@ def check_captions(name: str, value: str | list[str], count: int) -> list[str]:
     """Return `count` captions. Raises InputError if there are none, or another number."""
     captions = check_prompts(name, value, count)
     if not captions:
-        raise InputError(f"{name} is missing; give a text, or one for each picture")
+        raise InputError(f"{name} is missing; give a text, or one for each image")
     return captions
 
 

@@ -142,7 +142,7 @@ class UpsamplePipeline(Interruptible, DiskOffloading):
         _, resolved = build_options(stage | {"on_preview": on_preview, "preview_every": preview_every})
         originals = [read_image(item, None) for item in split_images(image)]
         if not originals:
-            raise InputError("image has no pictures; give one or more")
+            raise InputError("image has no images; give one or more")
         for original in originals:
             check_upsampled_size(self.upsampler, original.shape[-1], original.shape[-2], times)
         _, generators = split_generators(generator, len(originals))

@@ -1,4 +1,4 @@
-"""Checks of what any pipeline is called with, before the call begins: texts, and names of picture files."""
+"""Checks of what any pipeline is called with, before the call begins: texts, and names of image files."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,12 +16,12 @@ PICTURE_ARGUMENTS = ("image", "mask_image", "control_image")
 
 
 def check_call_arguments(arguments: Mapping[str, Any]) -> None:
-    """Refuse, by the arguments' names, what is no text and what is no picture. Raises InputError."""
+    """Refuse, by the arguments' names, what is no text and what is no image. Raises InputError."""
     for name in TEXT_ARGUMENTS:
         if (value := arguments.get(name)) is not None:
             if isinstance(value, Image.Image | np.ndarray | Tensor):
                 kind = type(value).__name__
-                raise InputError(f"{name} must be a text, got a picture ({kind}); give both by name, image=... first")
+                raise InputError(f"{name} must be a text, got an image ({kind}); give both by name, image=... first")
             check_texts(name, [value] if isinstance(value, str) else value)
     for name in PICTURE_ARGUMENTS:
         value = arguments.get(name)
@@ -37,4 +37,4 @@ def check_picture_file(name: str, path: str | Path) -> None:
     except (OSError, ValueError):  # too long for a name, or with a null character
         is_file = False
     if not is_file:
-        raise InputError(f"{name} {str(path)!r:.200} is no file; give a picture or the path of one")
+        raise InputError(f"{name} {str(path)!r:.200} is no file; give an image or the path of one")

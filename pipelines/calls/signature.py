@@ -27,10 +27,10 @@ def pipeline_call(options: Iterable[str] = OPTION_NAMES) -> Callable[[Call], Cal
     """Return a decorator for the `__call__` of a pipeline whose `**options` are these fields of the option dataclasses.
 
     `inspect.signature`, the annotations and `help` of the call show each option by itself. The call computes no
-    gradients. What all calls have in common is done here: checks of names, texts and picture files.
+    gradients. What all calls have in common is done here: checks of names, texts and image files.
 
     Raises:
-        InputError: for what is no text, and for a name of no picture file.
+        InputError: for what is no text, and for a name of no image file.
         TypeError: for an unknown keyword, with the nearest name.
     """
     allowed = frozenset(options)

@@ -155,6 +155,6 @@ def draw_fitting_batches(
             continue
         # Halve the batch, or give up
         if not automatic or len(part) == 1:
-            advice = f"give --batch-size {fitting_count} or auto" if fitting_count else "ask for smaller pictures"
+            advice = f"give --batch-size {fitting_count} or auto" if fitting_count else "ask for smaller images"
             raise InputError(f"{reason}; {advice}")
         size = (len(part) + 1) // 2

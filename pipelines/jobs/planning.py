@@ -70,7 +70,7 @@ class Output:
         elif path.exists() and not path.is_dir():
             raise InputError(f"out is {str(path)!r}, which is a file; give a folder, or a name that ends in .png")
         else:
-            check_folder_name("out", path, "pictures are written as .png; give a folder, or a name that ends in .png")
+            check_folder_name("out", path, "images are written as .png; give a folder, or a name that ends in .png")
         # The folder may not exist yet: the nearest one above must be writable
         folder = path.absolute().parent if path.suffix.lower() == ".png" else path.absolute()
         parent = next(ancestor for ancestor in (folder, *folder.parents) if ancestor.exists())

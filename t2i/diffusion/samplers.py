@@ -184,12 +184,12 @@ def find_sampling_fault(scheduler: SchedulerMixin) -> str | None:
     if not falls:
         return "cannot sample: its timesteps do not fall"
     if (miss := drawn.abs().max()) > 0.1 + left:
-        return f"cannot sample: from a model that knows the answer it is {miss:.2g} away"
+        return f"cannot sample: from an exact model it is {miss:.2g} away"
     return None
 
 
 def build_trial_predict(scheduler: SchedulerMixin) -> Predict:
-    """Return the prediction of a model that knows that the sample is 0, which nothing clips."""
+    """Return the prediction of an exact model of one sample, 0, which nothing clips."""
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
         prediction = x0_to_prediction(scheduler, torch.zeros_like(x), x, t)

@@ -165,7 +165,7 @@ def check_ddim_argument(scheduler: SchedulerMixin, name: str, value: float) -> N
     """Refuse an argument that the scheduler's `step` does not take."""
     if name not in signature(scheduler.step).parameters:
         kind = type(scheduler).__name__
-        raise InputError(f"{name} is of the sampler ddim; {kind} does not take it, got {name}={value!r}")
+        raise InputError(f"{name} needs the sampler ddim; {kind} does not take it, got {name}={value!r}")
 
 
 def generate_noise(shape: tuple[int, ...], generators: list[Generator], device: torch.device) -> Tensor:

@@ -91,14 +91,16 @@ def convert_dalle2(
     is_prior = any(name.startswith("net.") for name in file.state)
     if not is_prior and not any(name.startswith("unets.") for name in file.state):
         first = next(iter(file.state))
-        raise InputError(f"{file.name} is neither a prior (net.*) nor a decoder (unets.*), its first is {first!r}")
+        raise InputError(
+            f"{file.name} is neither a prior (net.*) nor a decoder (unets.*); its first tensor is {first!r}"
+        )
     settings = select_model_section(settings, is_prior)
 
     # Convert and write
     parts = (convert_dalle2_prior if is_prior else convert_dalle2_decoder)(file, settings)
     if clip := convert_stored_clip(file, settings):
         parts["clip"] = clip
-    logger.info("took %s of %s", file.weights_name, source)
+    logger.info("read the weights %s of %s", file.weights_name, source)
     with create_folder_atomically(folder) as unfinished, raise_as_oserror():
         for name, part in parts.items():
             if fp16 and isinstance(part, Module):
@@ -163,13 +165,14 @@ def detect_prior_features(file: DALLE2File, tensors: dict[str, Tensor]) -> tuple
     if "net.null_text_encodings" in tensors:
         if (1, 9, 0) <= (file.release or SCALED_ATTENTION_RELEASE) < (1, 10, 4):
             logger.warning(
-                "%s is of a release from 1.9.0 to 1.10.3, which never dropped z_t: do not guide it", file.path
+                "%s was trained without dropout of z_t (a release from 1.9.0 to 1.10.3); use guidance scale 1",
+                file.path,
             )
         return True, False
     release = require_file_release(file, "net.null_text_embed, as priors before 1.9.0")
     if release < OLDEST_PRIOR_RELEASE:
         raise InputError(f"{file.name} is of release {format_release(release)}; priors before 0.23.3 do not load")
-    logger.warning("%s is of a release before 1.9.0, where nothing was dropped: do not guide it", file.path)
+    logger.warning("%s was trained without condition dropout (a release before 1.9.0); use guidance scale 1", file.path)
     return False, release < SCALED_ATTENTION_RELEASE
 
 
@@ -192,7 +195,7 @@ def convert_dalle2_decoder(file: DALLE2File, settings: dict[str, Any]) -> dict[s
     # Trainers save the U-Nets that they trained: the first, the others, or all
     check_unsupported_options(settings, *settings["unets"])
     if any(name.startswith("vaes.") for name in file.state):
-        raise InputError(f"{file.name} denoises latents of a VQGAN (vaes.*); only decoders of pictures load")
+        raise InputError(f"{file.name} denoises latents of a VQGAN (vaes.*); only decoders of images load")
     stages = read_cascade_stages(file, settings)
     present = [i for i, stage in enumerate(stages) if any(name.startswith("to_out.") for name in stage.tensors)]
     if present not in ([0], list(range(len(stages))), list(range(1, len(stages)))) or not present:
@@ -224,7 +227,8 @@ def convert_dalle2_cascade(file: DALLE2File, stages: list[CascadeStage], channel
     tensors: dict[str, Tensor] = {}
     for i, stage in enumerate(stages[1:]):
         if stage.unet.get("cond_on_text_encodings"):
-            raise InputError(f"U-Net {i + 2} of {file.name} reads captions while it enlarges, which none here does")
+            reason = "upsampling U-Nets that read captions are not supported"
+            raise InputError(f"U-Net {i + 2} of {file.name} reads captions; {reason}")
         if stage.learned_variance:
             stage.unet["channels_out"] = 2 * channels
         tensors |= {f"nets.{i}.{name}": tensor for name, tensor in stage.tensors.items()}
@@ -321,13 +325,13 @@ def convert_stored_clip(file: DALLE2File, settings: dict[str, Any]) -> CLIP | No
     section = settings.get("clip")
     make, name = (section.get("make"), section.get("model")) if isinstance(section, dict) else (None, None)
     if make not in ("openai", "open_clip") or not isinstance(name, str):
-        logger.warning("the CLIP in %s is left out: its configuration does not say which it is", file.path)
+        logger.warning("the CLIP in %s is left out: its configuration does not name it", file.path)
         return None
     # OpenAI's models have QuickGELU, which open_clip has under another name. With the plain one embeddings are ruined.
     model_name = name.replace("/", "-") + ("-quickgelu" if make == "openai" else "")
     config = open_clip.get_model_config(model_name)
     if config is None:
-        raise InputError(f"open_clip knows no model {model_name!r:.80}, which the configuration names as {make} {name}")
+        raise InputError(f"open_clip has no model {model_name!r:.80}, which the configuration names as {make} {name}")
     # Numbers of OpenAI's JIT archives, which are no weights
     for extra in ("input_resolution", "context_length", "vocab_size"):
         tensors.pop(extra, None)

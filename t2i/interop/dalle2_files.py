@@ -143,7 +143,7 @@ def parse_release(text: str) -> tuple[int, ...]:
 def require_file_release(file: DALLE2File, feature: str) -> tuple[int, ...]:
     """Return the release that trained a model. Raises InputError if it is not known."""
     if file.release is None:
-        hint = "and does not say which release trained it; give --release, such as 1.1.0"
+        hint = "but no release of DALLE2-pytorch; give the one that trained it, as --release 1.1.0"
         raise InputError(f"{file.name} has {feature}, {hint}")
     return file.release
 

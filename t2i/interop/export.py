@@ -83,8 +83,8 @@ def check_exportable_components(components: Mapping[str, Any], name: str) -> Pub
             kind = "nothing" if component is None else f"a {type(component).__name__}"
             names = " or ".join(allowed_class.__name__ for allowed_class in classes)
             raise InputError(
-                f"the {part.replace('_', ' ')} is {kind}; {name} holds the weights of a {names}, whose arithmetic is "
-                "another, so that no file of that layout draws the same"
+                f"the {part.replace('_', ' ')} is {kind}; {name} holds the weights of a {names}, which computes "
+                "differently; no file of that layout can represent it"
             )
     check_component_kinds(components, layout)
     if "prior" in allowed and isinstance(components["prior"], Prior):
@@ -156,7 +156,7 @@ def convert_to_public_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
 def save_scheduler(scheduler: SchedulerMixin, target: Path) -> str:
     scheduler = convert_to_public_scheduler(scheduler)
     if not hasattr(diffusers, type(scheduler).__name__):
-        raise InputError(f"the scheduler is a {type(scheduler).__name__}, which public pipelines do not know")
+        raise InputError(f"the scheduler is a {type(scheduler).__name__}, which public pipelines cannot load")
     return save_library_model(scheduler, target)
 
 

@@ -80,7 +80,7 @@ class ParityCheck:
         else:
             images = self.pipeline.autoencoder.decode(latents)
         images = self.pipeline.image_processor.postprocess(images, "pt")
-        yield "final picture", compute_max_difference(images, (reference / 2 + 0.5).clamp(0, 1))
+        yield "final image", compute_max_difference(images, (reference / 2 + 0.5).clamp(0, 1))
 
     # Inputs of both sides
 

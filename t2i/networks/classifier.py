@@ -61,7 +61,9 @@ class LatentClassifier(ModelMixin, ConfigMixin):
         if len(set(classes)) != len(classes) or len(classes) < 2:
             raise InputError(f"classes must be at least two different names, got {len(classes)}")
         if not widths or latent_size % 2 ** (len(widths) - 1):
-            raise InputError(f"latents of side {latent_size} cannot be halved {len(widths) - 1} times; use less widths")
+            raise InputError(
+                f"latents of side {latent_size} cannot be halved {len(widths) - 1} times; use fewer widths"
+            )
         self.gradient_checkpointing = False
         # Convolutions, with `depth` blocks at each resolution
         condition_width = 4 * widths[0]

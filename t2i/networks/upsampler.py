@@ -116,10 +116,10 @@ class Upsampler(ModelMixin, ConfigMixin):
     def step(self, x: Tensor, t: Tensor, context: UpsamplerContext) -> Tensor:
         if x.shape != context.low.shape:
             size, expected = ("x".join(map(str, tensor.shape[-2:])) for tensor in (x, context.low))
-            raise InputError(f"the picture must have {expected} pixels as the enlarged low resolution, got {size}")
+            raise InputError(f"image must have {expected} pixels as the enlarged low resolution, got {size}")
         if any(side % self.image_size_multiple or not side for side in x.shape[-2:]):
             sides = " x ".join(map(str, x.shape[-2:]))
-            raise InputError(f"the picture's sides must be multiples of {self.image_size_multiple} pixels, got {sides}")
+            raise InputError(f"the image's sides must be multiples of {self.image_size_multiple} pixels, got {sides}")
         # The network sees both images as patches: (B, 3, H, W) twice -> (B, 6 p^2, H / p, W / p)
         both = torch.cat([split_into_patches(image, self.config.patch_size) for image in (x, context.low)], dim=1)
         out = F.pixel_shuffle(self.net(both, t, class_labels=context.embedding).sample, self.config.patch_size)
@@ -144,12 +144,12 @@ def enlarge_low_resolution(low: Tensor, factor: int) -> Tensor:
     return F.interpolate(low.float(), scale_factor=factor, mode="bicubic").to(low.dtype)
 
 
-def reduce_to_low_resolution(picture: Tensor, factor: int) -> Tensor:
+def reduce_to_low_resolution(image: Tensor, factor: int) -> Tensor:
     """(B, 3, H, W) -> (B, 3, H / factor, W / factor), bicubic with antialiasing, within [-1, 1]."""
-    height, width = picture.shape[-2:]
+    height, width = image.shape[-2:]
     if height % factor or width % factor:
-        raise InputError(f"the picture's sides must be multiples of the factor {factor}, got {width} x {height}")
+        raise InputError(f"the image's sides must be multiples of the factor {factor}, got {width} x {height}")
     size = (height // factor, width // factor)
     # In fp32: there is no such kernel in half precision on processors.
-    reduced = F.interpolate(picture.float(), size=size, mode="bicubic", antialias=True)
-    return reduced.clamp(-1, 1).to(picture.dtype)
+    reduced = F.interpolate(image.float(), size=size, mode="bicubic", antialias=True)
+    return reduced.clamp(-1, 1).to(image.dtype)

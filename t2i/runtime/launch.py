@@ -66,7 +66,9 @@ def warn_of_accelerate_variables() -> None:
         del named[name]
     if named and os.environ.get("RANK", "0") == "0" and not has_accelerate_ancestor():
         found = " ".join(f"{name}={value}" for name, value in sorted(named.items()))
-        logger.warning("%s: from the environment, for no `accelerate launch` started this process; it decides", found)
+        logger.warning(
+            "%s is set in the environment, not by `accelerate launch`, and overrides accelerate's defaults", found
+        )
 
 
 def has_accelerate_ancestor() -> bool:

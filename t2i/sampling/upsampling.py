@@ -36,19 +36,19 @@ def sample_upsampler(
     """Sample (N, 3, factor h, factor w) in [-1, 1], fp32, on the upsampler's device, from `low`, (N, 3, h, w).
 
     Starts where the schedule does, from the resized low resolution noised to there: from noise alone if the schedule
-    ends in noise. Pictures have any size; those that no multiple fits are continued at the right and below meanwhile.
+    ends in noise. Images have any size; those that no multiple fits are continued at the right and below meanwhile.
 
     Args:
         low: in [-1, 1].
-        sampling: its noise is drawn for whole pictures, so that it does not depend on the tiles; x in its `on_step` and
-            `transform` has the sides that the network takes, with the picture as its upper left part.
+        sampling: its noise is drawn for whole images, so that it does not depend on the tiles; x in its `on_step` and
+            `transform` has the sides that the network takes, with the image as its upper left part.
         z_i: (N, D), unit length, for upsamplers that take it.
         level: of the noise-conditioning augmentation, up to the upsampler's `max_level`: more lets it redraw more.
-        tile, overlap: larger pictures are denoised in overlapping windows of `tile` x `tile` pixels of the high
+        tile, overlap: larger images are denoised in overlapping windows of `tile` x `tile` pixels of the high
             resolution, whose predictions are blended in every step, so that the window bounds the memory of a step.
             Both are multiples of the upsampler's `image_size_multiple`; overlap None is an eighth of the window.
 
-    Raises InputError, in one line, for a picture that is too small or too large, and values out of range.
+    Raises InputError, in one line, for an image that is too small or too large, and values out of range.
     """
     # Check the arguments
     factor, multiple, generators = upsampler.config.factor, upsampler.image_size_multiple, sampling.generators

@@ -31,7 +31,7 @@ from tests.commands.test_cli import run
         (["eval", "quality", "x", "--features", "clip:a", "--inception", "b"], "--inception needs --features"),
         (["convert", "a.bin", "--fp16"], "--fp16 needs a model folder"),
         (["convert", "a.ckpt", "b.safetensors", "--to", "karlo"], "--to needs a model folder"),
-        (["generate", "a", "--out", "cat.jpg"], ".jpg is the suffix of a file; pictures are written as .png"),
+        (["generate", "a", "--out", "cat.jpg"], ".jpg is the suffix of a file; images are written as .png"),
         (["assemble", "runs", "model.safetensors"], "the new folder is 'model.safetensors', but .safetensors is"),
         (["convert", ".", "model.zip"], "the new folder is 'model.zip', but .zip is"),
     ],

@@ -262,7 +262,7 @@ def test_alpha_is_a_mask_on_request_and_white_otherwise(tmp_path):
     picture.save(tmp_path / "hole.png")
     for form in (picture, tmp_path / "hole.png"):
         assert read_masks(form, 1, (1, 4), channel="alpha").flatten().tolist() == [0, 0, 1, 1]
-    with pytest.raises(Exception, match="mask_image.* needs transparency, which a picture of mode RGB lacks"):
+    with pytest.raises(Exception, match="mask_image.* needs an image with transparency, got mode RGB"):
         read_masks(picture.convert("RGB"), 1, (1, 4), channel="alpha")
     with pytest.raises(Exception, match="mask_channel must be one of luminance, alpha; got 'red'"):
         read_masks(picture, 1, (1, 4), channel="red")

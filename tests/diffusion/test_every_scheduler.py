@@ -258,7 +258,7 @@ def test_clipping_ddim_is_that_of_diffusers_either_way(settings, clipped, predic
         expected = theirs.step(0.7 * expected, t, expected, use_clipped_model_output=clipped).prev_sample
     sampling = Sampling(10, use_clipped_model_output=clipped)
     torch.testing.assert_close(sample_from_noise(lambda x, t: 0.7 * x, mine, x, sampling), expected, atol=1e-4, rtol=0)
-    with pytest.raises(InputError, match="use_clipped_model_output is of the sampler ddim; UniPC.* does not take it"):
+    with pytest.raises(InputError, match="use_clipped_model_output needs the sampler ddim; UniPC.* does not take it"):
         sample_from_noise(lambda x, t: x, build("UniPCMultistep"), x, Sampling(3, use_clipped_model_output=True))
 
 

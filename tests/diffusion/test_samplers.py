@@ -263,7 +263,7 @@ def test_what_is_no_sampler_or_takes_no_eta_is_refused():
     with pytest.raises(InputError, match="sampler must be one of ddpm, ddim, .*; got 'euler a'"):
         build_sampler("euler a", schedule())
     noise = torch.zeros(1, 3)
-    with pytest.raises(InputError, match="eta is of the sampler ddim; .* got eta=0.5"):
+    with pytest.raises(InputError, match="eta needs the sampler ddim; .* got eta=0.5"):
         sample_from_noise(lambda x, t: x, build_sampler("unipc", schedule()), noise, Sampling(5, eta=0.5))
     with pytest.raises(InputError, match="eta must be from 0 to 1, got 2"):
         sample_from_noise(lambda x, t: x, build_sampler("ddim", schedule()), noise, Sampling(5, eta=2))

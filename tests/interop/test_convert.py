@@ -267,7 +267,7 @@ def test_parity_finds_no_difference_with_and_without_guidance(
     for scale in (4, 1):
         assert run(monkeypatch, "parity", *places, "--steps", 3, "--guidance-scale", scale) == 0
         stages = [line.rsplit(maxsplit=1)[0] for line in capsys.readouterr().out.splitlines()]
-        assert stages[-1] == "final picture" and "decoder output" in stages
+        assert stages[-1] == "final image" and "decoder output" in stages
         assert ("super-resolution" in stages) == name.startswith("karlo")
 
 
@@ -281,7 +281,7 @@ def test_parity_finds_a_difference_and_ends_with_status_1(
     assert run(monkeypatch, "parity", kandinsky_22_combined(), "--steps", 2) == 1
     printed = capsys.readouterr().out
     assert "beyond the tolerance of 0.0001" in printed
-    assert float(printed.split("final picture")[1].split()[0]) > 2e-4
+    assert float(printed.split("final image")[1].split()[0]) > 2e-4
 
 
 def test_parity_of_a_decoder_that_inpaints_gives_it_half_of_a_picture(

@@ -271,5 +271,5 @@ def test_a_file_without_the_name_of_its_clip_is_converted_without_it(
     (tmp_path / "prior.json").write_text(json.dumps(settings))
     with caplog.at_level(logging.WARNING):
         convert_dalle2(files / "prior.pth", tmp_path / "prior.json", tmp_path / "out")
-    assert "its configuration does not say which it is" in caplog.text
+    assert "its configuration does not name it" in caplog.text
     assert not (tmp_path / "out" / "clip").exists()

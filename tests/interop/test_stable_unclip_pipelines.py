@@ -234,7 +234,7 @@ def test_pictures_are_interpolated_and_inpainted():
     mine = InterpolationPipeline.from_pipe(stable(True))
     settings = {"num_inference_steps": 2, "noise_level": 100, "generator": Generator().manual_seed(0)}
     assert len(mine(pictures(2), frames=3, inverted=False, **settings).images) == 3
-    with pytest.raises(InputError, match="image_embeds_noise is of single pictures"):
+    with pytest.raises(InputError, match="image_embeds_noise is not allowed in an interpolation"):
         mine(pictures(2), frames=3, image_embeds_noise=drawn(3, 20))
     mask = np.zeros((16, 16), np.uint8)
     mask[4:9, 4:9] = 255

@@ -50,15 +50,15 @@ def test_a_form_of_output_that_there_is_not(pipeline):
 @pytest.mark.parametrize("picture", (PICTURE, np.zeros((32, 32, 3), np.uint8), torch.zeros(3, 32, 32)))
 def test_prompt_and_picture_in_the_wrong_order(pipeline, picture):
     for kind, more in ((ImageToImagePipeline, ()), (InpaintPipeline, (PICTURE,))):
-        with pytest.raises(InputError, match="prompt must be a text, got a picture|image 'a cat' is no file"):
+        with pytest.raises(InputError, match="prompt must be a text, got an image|image 'a cat' is no file"):
             kind.from_pipe(pipeline)("a cat", *more, picture)
-    with pytest.raises(InputError, match="source must be a text, got a picture"):
+    with pytest.raises(InputError, match="source must be a text, got an image"):
         TextDiffPipeline.from_pipe(pipeline)("a cat", picture, "a dog")
 
 
 @pytest.mark.parametrize("name", ("a cat", "x" * 5000, "nowhere.png", "a\0b"))
 def test_a_picture_that_is_no_file(pipeline, name):
-    with pytest.raises(InputError, match="^image .* is no file; give a picture or the path of one$"):
+    with pytest.raises(InputError, match="^image .* is no file; give an image or the path of one$"):
         ImageToImagePipeline.from_pipe(pipeline)(name, "a cat")
 
 
@@ -74,7 +74,7 @@ def test_given_embeddings_are_drawn_as_often_as_asked_for(pipeline):
         for z_i in (embeds, embeds.repeat_interleave(2, dim=0))
     ]
     torch.testing.assert_close(*shown, rtol=0, atol=0)
-    with pytest.raises(InputError, match="image_embeds has 3 rows, the prompts ask for 4 pictures"):
+    with pytest.raises(InputError, match="image_embeds has 3 rows for 4 images"):
         pipeline(image_embeds=embeds[[0, 0, 0]], **prompts)
 
 

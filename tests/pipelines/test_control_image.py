@@ -158,7 +158,7 @@ def test_memory_of_other_sizes_is_counted(pipeline: Text2ImagePipeline) -> None:
     ("given", "said"),
     [
         ({}, "control_image is missing; this decoder is a ControlNet"),
-        ({"control_image": [DEPTH, DEPTH, DEPTH]}, "control_image has 3 pictures for 2 prompts or images; give 1 or 2"),
+        ({"control_image": [DEPTH, DEPTH, DEPTH]}, "control_image has 3 images for 2 prompts or images; give 1 or 2"),
         ({"control_image": 2 * make_hint(DEPTH)}, "control_image has values from 0 to"),
         ({"control_image": "no-such-file.png"}, "no-such-file.png"),
         ({"control_image": random(1, 64, 64, seed=0)}, "control_image has the shape"),
@@ -176,7 +176,7 @@ def test_what_does_not_go_with_a_control_image_is_refused(pipeline: Text2ImagePi
         InpaintPipeline.from_pipe(pipeline)(PICTURE, mask, "a cat", **control)
     with pytest.raises(InputError, match="a ControlNet, which does not inpaint"):
         OutpaintPipeline.from_pipe(pipeline)(PICTURE, left=8)
-    with pytest.raises(InputError, match="control_image must be one picture here"):
+    with pytest.raises(InputError, match="control_image must be one image in an interpolation"):
         InterpolationPipeline.from_pipe(pipeline)(["a cat", "a dog"], control_image=[DEPTH, OTHER])
     plain = Text2ImagePipeline.from_pretrained(kandinsky_22_combined())
     with pytest.raises(InputError, match="control_image needs a ControlNet decoder"):

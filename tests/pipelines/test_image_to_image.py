@@ -64,7 +64,7 @@ def test_pictures_are_fitted_to_the_model(redraw):
     [
         ({"strength": 1.5}, "strength must be from 0.001 to 1, got 1.5"),
         ({"strength": float("nan")}, "strength must be a number"),
-        ({"image": 3}, "image must be a picture or a list of pictures, got int"),
+        ({"image": 3}, "image must be an image or a list of images, got int"),
         ({"prompt": ["a", "b"]}, "prompt has 2 texts for 1"),
         ({"prompt": " "}, "prompt must not be empty"),
         ({"num_inference_steps": 0}, "num_inference_steps must be an integer"),

@@ -96,13 +96,13 @@ def test_a_decoder_that_reads_captions_reads_the_prompt_there_and_back(vary):
     ("arguments", "message"),
     [
         ({"eta": 2}, "eta must be from 0 to 1, got 2"),
-        ({"eta": 0.0, "latents": torch.zeros(1, 4, 8, 8)}, "latents is the noise to start from, which is that of the"),
+        ({"eta": 0.0, "latents": torch.zeros(1, 4, 8, 8)}, "latents is not allowed here: the noise comes from the"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt must be an integer from 1"),
-        ({"image": []}, "image has no pictures"),
+        ({"image": []}, "image has no images"),
         ({"prompt": ["a", "b"]}, "prompt has 2 texts for 1"),
         ({"upsample": 1}, "this pipeline has no upsampler"),
-        ({"eta": 0.0, "sampler": "ode"}, "sampler must be ddim here"),
-        ({"eta": 0.0, "guidance_scale": Guidance(2.0, momentum=-0.5)}, "guidance_scale.momentum must be 0 where"),
+        ({"eta": 0.0, "sampler": "ode"}, "sampler must be ddim for inverted images"),
+        ({"eta": 0.0, "guidance_scale": Guidance(2.0, momentum=-0.5)}, "guidance_scale.momentum must be 0 for"),
         (
             {"image": BipartiteLatent(torch.zeros(1, 3), torch.zeros(1, 4, 8, 8))},
             "image_embeds must be a tensor of shape",
@@ -117,7 +117,7 @@ def test_what_is_not_allowed_is_refused_in_one_line_before_work_starts(vary, mon
 
 
 def test_to_invert_with_guidance_that_remembers_is_refused(vary):
-    with pytest.raises(InputError, match="guidance_scale.momentum must be 0 where pictures are inverted, got -0.5"):
+    with pytest.raises(InputError, match="guidance_scale.momentum must be 0 for inverted images, got -0.5"):
         vary.invert(picture(), guidance_scale=Guidance(2.0, momentum=-0.5))
 
 

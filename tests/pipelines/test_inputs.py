@@ -53,14 +53,14 @@ def test_what_is_transparent_is_white():
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        ([], "image has no pictures; give one or more"),
-        (None, "image must be a picture or a list of pictures, got NoneType"),
-        (7, "image must be a picture or a list of pictures, got int"),
+        ([], "image has no images; give one or more"),
+        (None, "image must be an image or a list of images, got NoneType"),
+        (7, "image must be an image or a list of images, got int"),
         (torch.zeros(8, 8), r"image has the shape \(8, 8\); an array is \(H, W, 3\)"),
         (torch.zeros(8, 8, 3), r"image has the shape \(8, 8, 3\)"),
         (np.zeros((3, 8, 8)), r"image has the shape \(3, 8, 8\)"),
         (torch.zeros(3, 0, 8), "image is 8 x 0: it has no pixels"),
-        (torch.full((3, 8, 8), -1.0), r"image has values from -1 to -1; a picture of floats has values in \[0, 1\]"),
+        (torch.full((3, 8, 8), -1.0), r"image has values from -1 to -1; an image of floats has values in \[0, 1\]"),
         (torch.full((3, 8, 8), float("nan")), "image has values from nan to nan"),
         (torch.zeros(3, 8, 8, dtype=torch.int64), "image is of torch.int64; give uint8"),
         ([picture(), "no-such.png"], "no-such.png"),

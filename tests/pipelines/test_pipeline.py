@@ -209,7 +209,7 @@ def test_without_prompts_what_to_avoid_goes_for_every_given_embedding(pipeline, 
     [
         ({"num_inference_steps": 60, "sampler": "ddpm"}, "num_inference_steps is 60, which DDPMScheduler refuses"),
         ({"prior_num_inference_steps": 60}, "prior_num_inference_steps is 60, which .*Scheduler refuses"),
-        ({"eta": 0.5}, "eta is of the sampler ddim; DPMSolverMultistepScheduler does not take it"),
+        ({"eta": 0.5}, "eta needs the sampler ddim; DPMSolverMultistepScheduler does not take it"),
     ],
 )
 def test_what_a_scheduler_cannot_do_is_refused_in_one_line_before_work_starts(

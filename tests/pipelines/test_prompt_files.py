@@ -217,7 +217,7 @@ def test_a_batch_that_fits_alone_and_not_beside_the_other_processes_is_refused(m
         monkeypatch.setenv(name, str(value))
     status, out, err = run(monkeypatch, capsys, *command("out", "--batch-size", 2, "--seed", 0))
     assert (status, out, len(said_in(err))) == (2, "", 1)
-    assert "GiB are free for each of 1000000 processes; ask for smaller pictures" in err
+    assert "GiB are free for each of 1000000 processes; ask for smaller images" in err
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # the others have machines of their own
     status, out, err = run(monkeypatch, capsys, *command("out", "--batch-size", 2, "--seed", 0))
     assert (status, len(out.splitlines())) == (0, 1), err
@@ -359,7 +359,7 @@ def test_one_picture_that_does_not_fit_and_other_failures_are_not_tried_again():
     def draw(items):
         raise MemoryError
 
-    with pytest.raises(InputError, match="a batch of 1 does not fit .*; ask for smaller pictures"):
+    with pytest.raises(InputError, match="a batch of 1 does not fit .*; ask for smaller images"):
         list(draw_fitting_batches(draw, [1], 1, automatic=True))
 
     for said in ("a size does not match", "could not create a primitive descriptor for the matmul primitive"):

@@ -243,7 +243,7 @@ def test_a_clipping_scheduler_draws_as_in_diffusers_and_either_way(pipeline):
         return pipeline("red circle", generator=seeds(1), **DRAWING, **options).images
 
     assert (draw() - draw(use_clipped_model_output=True)).abs().max() > 1e-3
-    with pytest.raises(InputError, match="use_clipped_model_output is of the sampler ddim"):
+    with pytest.raises(InputError, match="use_clipped_model_output needs the sampler ddim"):
         draw(use_clipped_model_output=True, sampler="unipc")
 
 

@@ -78,10 +78,10 @@ def test_a_picture_inverted_once_is_edited_many_times(edit):
         ({"target": ["red circle", "blue square"]}, "target has 2 texts for 1"),
         ({"target": " "}, "target must not be empty"),
         ({"source": []}, "source is missing"),
-        ({"latents": torch.zeros(1, 4, 8, 8)}, "latents is the noise to start from"),
-        ({"sampler": "ode"}, "sampler must be ddim here, for pictures are drawn from their own noise; got ode"),
-        ({"eta": 0.5}, "eta must be 0 here"),
-        ({"guidance_scale": Guidance(2.0, momentum=-0.5)}, "guidance_scale.momentum must be 0 where pictures are"),
+        ({"latents": torch.zeros(1, 4, 8, 8)}, "latents is not allowed here: the noise comes from the image"),
+        ({"sampler": "ode"}, "sampler must be ddim for inverted images, got ode"),
+        ({"eta": 0.5}, "eta must be 0 for inverted images"),
+        ({"guidance_scale": Guidance(2.0, momentum=-0.5)}, "guidance_scale.momentum must be 0 for inverted images"),
         ({"steering": Steering()}, "steering needs a class_name, a text or a picture"),
         ({"upsample": 1}, "this pipeline has no upsampler"),
     ],
@@ -111,7 +111,7 @@ def test_the_inversion_is_previewed_and_can_be_interrupted(edit):
 
 
 def test_captions_that_say_the_same_to_the_model_are_refused(edit):
-    with pytest.raises(InputError, match="say the same to this CLIP"):
+    with pytest.raises(InputError, match="this CLIP embeds source"):
         edit(picture(), "red circle " * 40, "red circle " * 41, **QUICK)  # cut where the model's captions end
 
 

@@ -158,8 +158,8 @@ def test_one_of_upsampler_and_scheduler_and_a_folder_without_are_refused(pipelin
         UpsamplePipeline.from_pipe(pipeline)
     alone = UpsamplePipeline.from_pretrained(upsampler_folder)
     for image, message in (
-        ([], "image has no pictures"),
-        (7, "image must be a picture or a list of pictures, got int"),
+        ([], "image has no images"),
+        (7, "image must be an image or a list of images, got int"),
         (torch.zeros(1, 8, 8), r"image has the shape \(1, 8, 8\)"),
         (torch.full((3, 8, 8), float("nan")), "has values in .0, 1."),
         (Image.new("RGB", (1, 9)), "sides of at least 2 pixels, got 1 x 9"),
@@ -206,7 +206,7 @@ def test_the_commands_upsample_assemble_and_draw(
         asked = asked | {"upsampler": upsampler_folder.name, "steering": {"scale": 1.0, "text": "red"}}
         assert asked.items() <= written.items()
     refusals = {
-        "sampler must be ddim here": ["variations", pictures[0], "--eta", 0.5, "--sampler", "ode"],
+        "sampler must be ddim for inverted images": ["variations", pictures[0], "--eta", 0.5, "--sampler", "ode"],
         "no upsampler": ["upsample", pictures[0], "--model", pipeline_folder],
         "times must be": ["upsample", pictures[0], "--times", 0],
         "no such": ["upsample", tmp_path / "c.png"],

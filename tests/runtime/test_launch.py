@@ -66,7 +66,7 @@ def test_variables_of_accelerate_that_no_launcher_of_it_set_are_said(monkeypatch
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
     check_environment()
-    assert len(caplog.records) == 1 and "ACCELERATE_USE_CPU=true: from the environment" in caplog.text
+    assert len(caplog.records) == 1 and "ACCELERATE_USE_CPU=true is set in the environment" in caplog.text
     assert "FSDP" not in caplog.text
     monkeypatch.setattr(launch, "has_accelerate_ancestor", lambda: True)
     check_environment()

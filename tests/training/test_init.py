@@ -213,7 +213,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(monkeypatch, capsys, photo
 def test_a_run_inside_the_data_or_of_an_odd_name_is_refused(photos):
     for name, message in {
         photos / "run": "lies in the data",
-        Path("${x}"): "cannot stand",
+        Path("${x}"): "contains characters that a configuration cannot store",
         Path("a\nb"): "cannot",
     }.items():
         with pytest.raises(InputError, match=message):
@@ -224,7 +224,7 @@ def test_too_few_pictures_are_refused(photos):
     for i in range(4, 12):
         (photos / f"{i}.txt").unlink()
     write_manifest(photos, held_out=0, quiet=True)
-    with pytest.raises(InputError, match="has 4 pictures to train on; it takes 10 at least"):
+    with pytest.raises(InputError, match="has 4 pictures to train on; at least 10 are needed"):
         read_data_facts(str(photos))
 
 

@@ -78,7 +78,7 @@ def check_run_folder(run: Path, data: str) -> None:
         raise InputError(f"{str(run)!r} lies in the data {data!r}, where its pictures would be taken for data")
     for name in (str(run), data):
         if "${" in name or name == "???" or not name.isprintable():
-            raise InputError(f"{name!r} cannot stand in a configuration; give another name")
+            raise InputError(f"{name!r} contains characters that a configuration cannot store; give another name")
     check_folder_name("the new folder", run)
     parent = next(folder for folder in run.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -92,7 +92,7 @@ def read_data_facts(path: str, clip: str | None = None) -> DataFacts:
     """
     dataset = CaptionedPictures(DataConfig(path))
     if len(dataset) < MIN_IMAGES:
-        raise InputError(f"{path!r} has {len(dataset)} pictures to train on; it takes {MIN_IMAGES} at least")
+        raise InputError(f"{path!r} has {len(dataset)} pictures to train on; at least {MIN_IMAGES} are needed")
     # All splits, for counts and sizes; the data set above is the training split alone
     columns = ["width", "height", "captions", "keywords"]
     accepted = [("status", "=", STATUS_OK)]
@@ -130,7 +130,7 @@ def find_device(name: str) -> Device:
         memory = min(torch.cuda.get_device_properties(i).total_memory for i in range(count)) / 1e9
         return Device("cuda", count_cores(), memory, count)
     if name == "cuda":
-        raise InputError("device is 'cuda', but this torch sees no GPU; `t2i doctor` says what it sees")
+        raise InputError("device is 'cuda', but this torch sees no GPU; `t2i doctor` lists the devices")
     return Device("cpu", count_cores(), measure_available_memory().total / 1e9)
 
 
@@ -272,8 +272,8 @@ def format_advice(facts: DataFacts, clip: str | None) -> list[str]:
         )
     if facts.pictures < MEDIUM.cpu_pictures and clip is None:
         lines.append(
-            f"advice: a public CLIP knows more words than {facts.captions:,} captions teach: --clip {PUBLIC_CLIP} (it "
-            "needs a network), or start from a trained model: docs/tutorial/own-pictures.md"
+            f"advice: a public CLIP was trained on more words than {facts.captions:,} captions hold: "
+            f"--clip {PUBLIC_CLIP} (it needs a network), or start from a trained model: docs/tutorial/own-pictures.md"
         )
     if not facts.held_out:
         lines.append("advice: nothing is held out, so nothing tells learning from learning by heart; see --held-out")

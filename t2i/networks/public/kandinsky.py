@@ -27,7 +27,7 @@ VERSIONS_BY_CONDITION = {  # by a U-Net's addition_embed_type and encoder_hid_di
 }
 # The control image is reduced to channels of the size of the latents (diffusers' ImageHintTimeEmbedding).
 CONTROL_FACTOR, CONTROL_CHANNELS = 8, 4
-DEFAULT_LATENT_SIZE = 64  # where a U-Net has no sample_size: of the reference's default pictures, 512 x 512
+DEFAULT_LATENT_SIZE = 64  # where a U-Net has no sample_size: of the reference's default images, 512 x 512
 CAPTION_LENGTH = 77  # tokens that 2.1 attends to, whatever the caption's length
 NULL_BUFFERS = ("null_embedding", "null_states", "null_pooled")
 

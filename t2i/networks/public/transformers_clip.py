@@ -210,11 +210,11 @@ class TransformersCLIP(Encoder, ModelMixin):
 
     def check_text_encoder(self) -> None:
         if self.text_encoder is None:
-            raise InputError("no text encoder in the folder: this model cannot read captions, only pictures")
+            raise InputError("no text encoder in the folder: this model cannot read captions, only images")
 
     def check_image_encoder(self) -> None:
         if self.image_encoder is None:
-            raise InputError("no image encoder in the folder: this model cannot encode pictures, only captions")
+            raise InputError("no image encoder in the folder: this model cannot encode images, only captions")
 
     def check_end_token(self) -> None:
         """Refuse a tokenizer with another end token than the text tower's, whose state becomes z_t."""
@@ -326,7 +326,7 @@ def read_preprocess_config(folder: Path, side: int, root: Path | None = None) ->
         final = size
     valid = all(type(length) is int and 0 < length <= MAX_IMAGE_SIDE for length in size)
     if set(final) != {side} or not valid:
-        raise InputError(f"{str(path)!r} makes pictures of size {size}, crop {crop}; the image encoder takes {side}")
+        raise InputError(f"{str(path)!r} makes images of size {size}, crop {crop}; the image encoder takes {side}")
 
     # Values: resampled, divided by 255, normalised
     mean, std = [0.0] * 3, [1.0] * 3
