@@ -11,6 +11,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 from PIL import Image
 from t2i.pipelines.argument_checks import check_images, check_tensor
+from t2i.pipelines.calls.adapters import Adapters
 from t2i.pipelines.calls.aliases import DiffusersNames, resolve_aliases
 from t2i.pipelines.calls.callbacks import CALLBACK_TENSORS
 from t2i.pipelines.calls.encoding import PromptEncoding
@@ -61,7 +62,7 @@ class UnCLIPPipelineOutput(BaseOutput):
     image_embeds: Tensor
 
 
-class UnCLIPPipeline(DiffusersNames, PromptEncoding, Interruptible, DiskOffloading):
+class UnCLIPPipeline(Adapters, DiffusersNames, PromptEncoding, Interruptible, DiskOffloading):
     """CLIP, prior, decoder, autoencoder, upsampler and text encoder. All pipelines load from the same folders.
 
     A subclass adds a `__call__`; `from_pipe` shares the components without copies. Arguments that the calls share:
