@@ -38,6 +38,7 @@ class BulkJob:
 
     def finish(self) -> None:
         """Raise InputError, with the number, if inputs were left out; call it when all else is done."""
+        self.check_any_left()
         if self.faults:
             first = f"the first: {self.faults[0]}"
             raise InputError(f"{len(self.faults)} of {self.total} {self.what} were left out, all others done; {first}")

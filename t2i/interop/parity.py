@@ -24,7 +24,9 @@ from t2i.diffusion.condition import TextEncoding, TokenStates
 from t2i.diffusion.inpainting import concat_masked_latents
 from t2i.diffusion.sampling_loop import Sampling
 from t2i.errors import InputError
+from t2i.files.untrusted import choose_stored_variant
 from t2i.interop.folders import SourceFolder
+from t2i.interop.layouts import weight_stem
 from t2i.interop.loading import ModelFolders
 from t2i.sampling.embeddings import sample_image_embeds
 from t2i.sampling.sample import build_decoder_condition, sample_decoder
@@ -327,12 +329,10 @@ class ParityCheck:
 
 
 def load_library_part(model_class: Any, source: SourceFolder, part: str) -> Any:
-    """Load a part by its library, in fp32. A part without files of the variant is read from its plain ones."""
-    settings: dict[str, Any] = {"use_safetensors": True, "torch_dtype": torch.float32}
+    """Load a part by its library, in fp32, from the files that are read here too."""
     folder = source.folder(part)
-    if source.variant and any(f".{source.variant}." in path.name for path in folder.glob("*.safetensors*")):
-        settings["variant"] = source.variant
-    return model_class.from_pretrained(folder, **settings).eval()
+    settings = {"variant": choose_stored_variant(folder, source.variant, weight_stem(part)), "use_safetensors": True}
+    return model_class.from_pretrained(folder, torch_dtype=torch.float32, **settings).eval()
 
 
 def compute_max_difference(result: Tensor, reference: Tensor) -> float:

@@ -52,6 +52,12 @@ def test_a_job_names_what_it_leaves_out_and_a_single_input_is_refused_at_once(ca
     with pytest.raises(InputError, match="^damaged$"), BulkJob(1).skip_bad("a"):
         raise InputError("damaged")
     BulkJob(2).finish()
+    job = BulkJob(2)
+    for name in "ab":
+        with job.skip_bad(name):
+            raise InputError(f"{name} is damaged")
+    with pytest.raises(InputError, match="none of 2 pictures can be used; the first: a is damaged"):
+        job.finish()
 
 
 def test_a_search_leaves_out_bad_pictures_every_time_and_keeps_the_others(monkeypatch, capsys, folder, clip):

@@ -308,12 +308,13 @@ def test_parity_refuses_what_no_public_class_draws_before_it_loads_anything(
         assert said in captured.err and not captured.out
 
 
+@pytest.mark.parametrize("options", [("--variant", "fp16"), ()], ids=["named", "the only one"])
 def test_parity_takes_a_folder_where_only_some_parts_have_the_variant(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, options: tuple[str, ...]
 ) -> None:
     folder = tmp_path / "karlo"
     shutil.copytree(karlo(), folder)
     for weights in folder.glob("*/diffusion_pytorch_model.safetensors"):
         weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
     assert (folder / "text_encoder" / "model.safetensors").is_file()
-    assert run(monkeypatch, "parity", folder, "--variant", "fp16", "--steps", 2) == 0, capsys.readouterr().err
+    assert run(monkeypatch, "parity", folder, *options, "--steps", 2) == 0, capsys.readouterr().err
