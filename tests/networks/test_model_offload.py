@@ -119,6 +119,18 @@ def test_weights_that_wait_elsewhere_give_the_same_outputs(name: str, way: Any, 
     assert waiting or len(list_float_tensors(model)) == 1 or way is offload_half
 
 
+@pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
+@pytest.mark.parametrize("name", ["unet decoder", "kandinsky 2.2", "karlo", "stable unclip"])
+def test_a_u_net_alone_is_offloaded_and_then_runs_block_by_block(name: str, kind: str, tmp_path: Path) -> None:
+    case = MODELS[name]
+    expected, model = case.run(case.build()), case.build()
+    model.unet.enable_group_offload(
+        CPU, offload_type=kind, num_blocks_per_group=1, offload_to_disk_path=str(tmp_path / "unet")
+    )
+    for one, other in zip(case.run(model), expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("storage", [torch.float8_e4m3fn, torch.bfloat16], ids=["fp8", "bf16"])
 @pytest.mark.parametrize("name", NAMES)
 def test_layers_that_store_fewer_bits_compute_as_rounded_weights_do(name: str, storage: torch.dtype) -> None:
