@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from diffusers import SchedulerMixin
+from t2i.pipelines.folder import check_prior_scheduler
 from t2i.pipelines.inputs import read_images
 from t2i.pipelines.options import DecoderOptions, PriorOptions
 from torch import Tensor
@@ -149,6 +150,7 @@ def check_prior_options(pipeline: Any, prior: PriorOptions) -> None:
     """Refuse what this prior, or none, and its scheduler cannot do."""
     if pipeline.prior is None and pipeline.clip.reads_captions and not pipeline.clip.unit_length:
         raise InputError("this model has no prior; give prior=..., the folder of one, or image_embeds")
+    check_prior_scheduler(pipeline.prior, pipeline.prior_scheduler)  # two parts can be assigned one by one
     if pipeline.prior_scheduler is not None:
         scheduler = resolve_sampler(prior.prior_sampler, pipeline.prior_scheduler, pipeline.prior)
         check_step_count("prior_num_inference_steps", prior.prior_num_inference_steps, scheduler)

@@ -66,13 +66,17 @@ def check_components(components: Mapping[str, Any]) -> None:
     components: the arguments of `UnCLIPPipeline`, by name.
     """
     check_parts(components, tuple(components))
-    prior, prior_scheduler, upsampler = (components[name] for name in ("prior", "prior_scheduler", "upsampler"))
-    if (prior is None or not prior.needs_scheduler) != (prior_scheduler is None):
-        what = "no prior" if prior is None else f"as prior a {type(prior).__name__}"
-        has = "no prior_scheduler" if prior_scheduler is None else "a prior_scheduler"
-        raise InputError(f"this pipeline has {what} and {has}; only the diffusion prior goes with a scheduler")
-    if (upsampler is None) != (components["upsampler_scheduler"] is None):
+    check_prior_scheduler(components["prior"], components["prior_scheduler"])
+    if (components["upsampler"] is None) != (components["upsampler_scheduler"] is None):
         raise InputError("upsampler and upsampler_scheduler go together; one of them is missing")
+
+
+def check_prior_scheduler(prior: Any, scheduler: SchedulerMixin | None) -> None:
+    """Raise InputError for a diffusion prior without a scheduler, and for a scheduler without such a prior."""
+    if (prior is None or not prior.needs_scheduler) != (scheduler is None):
+        what = "no prior" if prior is None else f"as prior a {type(prior).__name__}"
+        has = "no prior_scheduler" if scheduler is None else "a prior_scheduler"
+        raise InputError(f"this pipeline has {what} and {has}; only the diffusion prior goes with a scheduler")
 
 
 def check_parts(components: Mapping[str, Any], new: tuple[str, ...]) -> None:

@@ -90,6 +90,12 @@ def test_a_schedule_that_the_model_was_not_trained_with_is_said(pipeline, caplog
 
 
 def test_a_prior_and_its_scheduler_can_be_taken_out_one_after_the_other(pipeline):
+    prior, scheduler = pipeline.prior, pipeline.prior_scheduler
+    for part in ("prior", "prior_scheduler"):
+        setattr(pipeline, part, None)
+        with pytest.raises(InputError, match="only the diffusion prior goes with a scheduler"):
+            pipeline("red circle", **DRAWING)
+        pipeline.prior, pipeline.prior_scheduler = prior, scheduler
     pipeline.prior = None
     pipeline.prior_scheduler = None
     assert pipeline("red circle", **DRAWING).images.isfinite().all()
