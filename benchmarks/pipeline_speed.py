@@ -100,7 +100,7 @@ def time_stages(pipeline: Text2ImagePipeline, work: Work) -> dict[str, float]:
         "captions": (pipeline, "encode_prompt"),
         "prior": (embeddings, "sample_image_embeds"),
         "decoder": (sample, "sample_decoder"),
-        "pictures of latents": (pipeline, "decode"),
+        "autoencoder": (pipeline, "decode"),
     }
     with ExitStack() as stack:
         calls = {stage: stack.enter_context(timed_method(*function)) for stage, function in stages.items()}
@@ -114,7 +114,7 @@ def time_stages(pipeline: Text2ImagePipeline, work: Work) -> dict[str, float]:
 def describe_stages(pipeline: Text2ImagePipeline, work: Work) -> str:
     seconds = time_stages(pipeline, work)
     total = sum(seconds.values())
-    return "of our time " + ", ".join(f"{stage} {value / total:.1%}" for stage, value in seconds.items())
+    return "time of t2i: " + ", ".join(f"{stage} {value / total:.1%}" for stage, value in seconds.items())
 
 
 # Kandinsky 2.2

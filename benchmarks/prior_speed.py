@@ -163,7 +163,7 @@ def main(quick: bool, batches: Sequence[int] = (1, 8, 32)) -> list[Row]:
             other = make_dalle2_prior(width, depth)
             size, other_size = (sum(one.numel() for one in model.parameters()) / 1e6 for model in (deeper, other))
             note = (
-                f"{size:.0f} M parameters, {depth + depth // 6} x {width}; theirs {other_size:.0f} M, {depth} x {width}"
+                f"{size:.0f} M parameters, {depth + depth // 6} x {width}; peer {other_size:.0f} M, {depth} x {width}"
             )
             ours, peer = partial(draw, deeper, text, noise), build_dalle2_loop(other, text)
             rows.append(compare("dalle2-pytorch", batch, ours, peer, False, quick, note))

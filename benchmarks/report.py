@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ PAGE = Path(__file__).parent.parent / "docs" / "explanation" / "speed.md"
 BEGIN, END = "<!-- python -m benchmarks.report writes from here on -->", "<!-- to here -->"
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "dalle2-pytorch", "numpy")
 COLUMNS = (
-    "what", "against", "ours, s", "theirs, s", "times as fast", "wanted", "outputs differ by", "matrix rate",
-    "peak memory, MiB, ours / theirs",
+    "what", "against", "t2i, s", "peer, s", "times as fast", "goal", "outputs differ by", "matrix rate",
+    "peak memory, MiB, t2i / peer",
 )  # fmt: skip
 
 
@@ -91,38 +92,56 @@ def describe_processor() -> str:
 
 
 def format_table(rows: list[Row]) -> str:
-    """Return the rows as a Markdown table, with their notes below."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    """Return the rows as a Markdown table without empty columns, with numbers of the notes below it.
+
+    Rows of the same note share its number.
+    """
+    notes = list(dict.fromkeys(row.note for row in rows if row.note))
+    table = [list(COLUMNS)]
     for row in rows:
         missed = ": missed" if row.at_least is not None and row.ratio.median < row.at_least else ""
         seconds = [f"{value:.3g}" for value in row.seconds.values()] or ["", ""]
-        cells = [row.what, row.against, seconds[0], seconds[-1], f"{row.ratio}{missed}"]
+        mark = f" [{notes.index(row.note) + 1}]" if row.note else ""
+        cells = [row.what + mark, row.against, seconds[0], seconds[-1], f"{row.ratio}{missed}"]
         cells.append("" if row.at_least is None else f"{row.at_least:.3g}")
         cells.append("" if row.difference is None else f"{row.difference:.0e}")
         cells.append(" / ".join(f"{fraction:.0%}" for fraction in row.rate.values()))
         cells.append(" / ".join(f"{peak / 2**20:.0f}" for peak in row.memory.values()))
-        lines.append("| " + " | ".join(cells) + " |")
-    notes = [f"- {row.what}, against {row.against}: {row.note}" for row in rows if row.note]
-    return "\n".join([*lines, "", *notes] if notes else lines)
+        table.append(cells)
+    filled = [any(cells[column] for cells in table[1:]) for column in range(len(COLUMNS))]
+    lines = ["| " + " | ".join(compress(cells, filled)) + " |" for cells in table]
+    lines.insert(1, "|---" * sum(filled) + "|")
+    numbered = [f"{number}. {note}" for number, note in enumerate(notes, start=1)]
+    return "\n".join([*lines, "", *numbered] if notes else lines)
 
 
 def format_section(result: dict[str, Any]) -> str:
     """Return the heading, the machine and the table of a stored result."""
     machine = result["machine"]
-    rates = ", ".join(f"{rate} GFLOP/s in {name}" for name, rate in machine["matrix_gflops"].items())
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    rates = ", ".join(f"{name} {rate}" for name, rate in machine["matrix_gflops"].items())
     about = (
-        f"{machine['device']}, {machine['threads']} threads, {machine['date']}; matrix products: {rates}; {versions}."
+        f"{machine['device']}, {machine['threads']} threads, {machine['date']}; matrix products in GFLOP/s: {rates}."
     )
     rows = [Row(**row | {"ratio": Ratio(**row["ratio"])}) for row in result["rows"]]
     return f"### `{result['command']}`\n\n{about}\n\n{format_table(rows)}"
+
+
+def format_versions(results: list[dict[str, Any]]) -> str:
+    """Return a line with the versions of the packages for each set of them, and the commands that ran with it."""
+    commands: dict[str, list[str]] = {}
+    for result in results:
+        versions = ", ".join(f"{name} {version}" for name, version in result["machine"]["versions"].items())
+        commands.setdefault(versions, []).append(f"`{result['command']}`")
+    if len(commands) == 1:
+        return f"Versions: {next(iter(commands))}."
+    return "\n".join(f"- Versions of {', '.join(names)}: {versions}" for versions, names in commands.items())
 
 
 def update_page(page: str) -> str:
     """Return the page with the tables of all stored results in place of those that it has."""
     before, rest = page.split(BEGIN)
     results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    tables = "\n\n".join(format_section(result) for result in results)
+    tables = "\n\n".join([format_versions(results), *map(format_section, results)])
     return f"{before}{BEGIN}\n\n{tables}\n\n{END}{rest.split(END)[1]}"
 
 

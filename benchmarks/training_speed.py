@@ -58,7 +58,7 @@ def main(quick: bool) -> list[Row]:
             counts = {"ours": ours.count_operations(min(8, len(source.batches)))}
             seconds = time_in_turns({"ours": ours, name: peer}, rounds=1 if quick else rounds)
             sizes = f"{count_parameters(prior) / 1e6:.1f} M parameters, {our_depth} x {width}"
-            note = f"fp32, {sizes}; theirs {peer_size / 1e6:.1f} M, {depth} x {width}"
+            note = f"fp32, {sizes}; peer {peer_size / 1e6:.1f} M, {depth} x {width}"
             what = f"prior training step, batch {batch}, {captions}"
             rows.append(build_row(what, seconds, at_least, counts, difference=worst, note=note))
     return rows

@@ -64,9 +64,9 @@ def test_a_ratio_is_of_the_same_rounds_with_its_spread(monkeypatch: pytest.Monke
     memory = {"ours": 2**21, "peer": 2**22}
     one = build_row("what", times, at_least=2, operations={"ours": 1e8, "peer": 3e8}, memory=memory, note="why")
     assert one.against == "peer" and one.rate == {"ours": 0.1, "peer": 0.1}
-    lines = report.format_table([one, build_row("bare", times)]).splitlines()
-    assert lines[2] == "| what | peer | 1 | 3 | 2 (2-3) | 2 |  | 10% / 10% | 2 / 4 |"
-    assert lines[3] == "| bare | peer | 1 | 3 | 2 (2-3) |  |  |  |  |" and lines[5:] == ["- what, against peer: why"]
+    lines = report.format_table([one, build_row("bare", times), one]).splitlines()
+    assert lines[2] == lines[4] == "| what [1] | peer | 1 | 3 | 2 (2-3) | 2 | 10% / 10% | 2 / 4 |"
+    assert lines[3] == "| bare | peer | 1 | 3 | 2 (2-3) |  |  |  |" and lines[6:] == ["1. why"]
 
 
 def test_outputs_that_differ_are_not_timed() -> None:
@@ -106,6 +106,14 @@ def test_a_peer_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(peers, "NEEDED", ("no_such_peer",))
     with pytest.raises(InputError, match="^no_such_peer not installed: .*`make test`"):
         peers.import_dalle2_pytorch()
+
+
+def test_versions_are_told_once_if_they_are_the_same() -> None:
+    one, two = ({"command": name, "machine": {"versions": {"torch": "1", "numpy": "2"}}} for name in "ab")
+    assert report.format_versions([one, two]) == "Versions: torch 1, numpy 2."
+    two["machine"]["versions"] = {"torch": "3"}
+    lines = report.format_versions([one, two]).splitlines()
+    assert lines == ["- Versions of `a`: torch 1, numpy 2", "- Versions of `b`: torch 3"]
 
 
 def test_the_page_of_speed_has_the_tables_that_the_results_make() -> None:
@@ -195,9 +203,11 @@ def test_a_row_of_memory_has_no_seconds_and_what_is_missed_says_so() -> None:
     less = Row(
         "loading", "its weights", Ratio(0.8, 0.7, 0.9), 1 / 1.2, {}, memory={"ours": 5 * 2**20, "weights": 2**22}
     )
-    assert report.format_table([less]).splitlines()[2] == (
-        "| loading | its weights |  |  | 0.8 (0.7-0.9): missed | 0.833 |  |  | 5 / 4 |"
-    )
+    assert report.format_table([less]).splitlines() == [
+        "| what | against | times as fast | goal | peak memory, MiB, t2i / peer |",
+        "|---|---|---|---|---|",
+        "| loading | its weights | 0.8 (0.7-0.9): missed | 0.833 | 5 / 4 |",
+    ]
 
 
 def test_steps_that_were_not_run_are_told_by_the_line_through_two_times() -> None:
