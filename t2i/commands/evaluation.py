@@ -39,8 +39,8 @@ def evaluate_emoji(
     for split in ("train", "held_out"):
         score = scores[split]
         print(
-            f"{split}: of {score['captions']} captions, the nearest emoji is the same for {score['exact']:.1%}, "
-            f"and the same up to its modifier for {score['same_name']:.1%}"
+            f"{split}: of {score['captions']} captions, exact emoji for {score['exact']:.1%}, "
+            f"same emoji, ignoring skin tone, hair and gender, for {score['same_name']:.1%}"
         )
     print_line(f"results and images: {out}")
 
