@@ -4,7 +4,7 @@
 # make lint   ruff and mypy
 # make gallery draw every picture of docs/gallery.md (five minutes; needs data/emoji)
 # make bench every benchmark of speed, side by side with its peers: a table each, and benchmarks/results
-# make faults every fault test, a half hour's worth, and a table of what was injected and survived
+# make faults every fault test, half an hour, and a table of what was injected and survived
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
