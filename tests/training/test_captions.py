@@ -4,13 +4,14 @@ import pytest
 from open_clip import SimpleTokenizer
 from t2i.training import train_clip
 from t2i.training.common.captions import format_cut_captions, measure_caption_lengths
-from t2i.training.recipe.recipe import compose_recipe, find_public_tokenizer, read_data_facts
+from t2i.training.recipe.recipe import compose_recipe, find_clip_tokenizer, read_data_facts
 
 from t2i.config import load_config
 from t2i.data import open_datasets
 from t2i.errors import InputError
 from t2i.networks.tokenizer import CaptionTokenizer, PublicTokenizer
 from tests.conftest import CONFIGS
+from tests.networks.test_clip import make
 from tests.training.test_init import CPU, EMOJI
 
 
@@ -43,12 +44,20 @@ def test_the_recipe_says_how_many_captions_its_clip_cuts(tmp_path):
 def test_lengths_are_measured_by_the_tokenizer_of_the_clip_that_is_named(shapes):
     own, public = (read_data_facts(str(shapes), clip) for clip in (None, "ViT-B-32:laion2b_s34b_b79k"))
     assert len(own.caption_lengths) == len(public.caption_lengths) == 32
-    tokenizer = find_public_tokenizer("ViT-B-32:laion2b_s34b_b79k")
+    tokenizer = find_clip_tokenizer("ViT-B-32:laion2b_s34b_b79k")
     assert tokenizer is not None
     [dataset] = [open_datasets(load_config(train_clip.Config, "clip", [f"data.path={shapes}"]).data)["train"]]
     assert list(public.caption_lengths) == measure_caption_lengths(dataset, tokenizer)
-    assert find_public_tokenizer("ViT-B-16-SigLIP:webli") is None  # its tokenizer takes the network
-    assert find_public_tokenizer(str(shapes)) is None
+    assert find_clip_tokenizer("ViT-B-16-SigLIP:webli") is None  # its tokenizer takes the network
+
+
+def test_the_tokenizer_of_a_trained_clip_is_read_from_its_folder(tmp_path):
+    clip = make()
+    clip.save_pretrained(tmp_path / "model")
+    texts = ["a red cat", "square"]
+    for folder in (tmp_path, tmp_path / "model"):
+        tokenizer = find_clip_tokenizer(str(folder))
+        assert tokenizer is not None and tokenizer.count_tokens(texts) == clip.tokenizer.count_tokens(texts)
 
 
 def test_a_clip_refuses_a_batch_of_one(shapes, tmp_path):

@@ -45,7 +45,7 @@ from t2i.files.untrusted import is_folder, read_config
 from t2i.networks.autoencoder import Autoencoder
 from t2i.networks.clip import CLIP
 from t2i.networks.prior import Prior
-from t2i.networks.tokenizer import CaptionTokenizer, PublicTokenizer
+from t2i.networks.tokenizer import CaptionTokenizer, PublicTokenizer, load_clip_tokenizer
 from t2i.networks.unet_decoder import UNetDecoder
 from t2i.runtime.memory import measure_available_memory
 
@@ -101,7 +101,7 @@ def read_data_facts(path: str, clip: str | None = None) -> DataFacts:
     # The lengths of captions in tokens, by a vocabulary of the size that training will use
     tokenizer = CaptionTokenizer.train(dataset.iterate_texts(), choose_vocabulary_size(pc.sum(captions).as_py()), 3)
     lengths = measure_caption_lengths(dataset, tokenizer)
-    read_by = tokenizer if clip is None else find_public_tokenizer(clip)
+    read_by = tokenizer if clip is None else find_clip_tokenizer(clip)
     return DataFacts(
         path=path,
         pictures=len(dataset),
@@ -114,9 +114,13 @@ def read_data_facts(path: str, clip: str | None = None) -> DataFacts:
     )
 
 
-def find_public_tokenizer(clip: str) -> PublicTokenizer | None:
-    """Return the tokenizer of a public CLIP, None if that would take the network, or for a folder."""
-    config = None if is_folder(clip) else open_clip.get_model_config(clip.partition(":")[0])
+def find_clip_tokenizer(clip: str) -> CaptionTokenizer | PublicTokenizer | None:
+    """Return the tokenizer of a trained CLIP's folder or of a public CLIP, None if that would take the network."""
+    if is_folder(clip):
+        config = read_folder_config(clip, "CLIP")
+        path = Path(clip) / "model" if is_folder(Path(clip) / "model") else Path(clip)
+        return load_clip_tokenizer(path, config.get("tokenizer_kind", "captions"), config["model"]["text_cfg"])
+    config = open_clip.get_model_config(clip.partition(":")[0])
     if config is None or config["text_cfg"].get("hf_tokenizer_name") or config["text_cfg"].get("tokenizer_kwargs"):
         return None
     return PublicTokenizer(open_clip.SimpleTokenizer())
