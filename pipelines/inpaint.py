@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from t2i.pipelines.argument_checks import check_stage_inputs
 from t2i.pipelines.base import UnCLIPPipeline, UnCLIPPipelineOutput
 from t2i.pipelines.calls.signature import pipeline_call
@@ -53,6 +54,7 @@ class InpaintPipeline(UnCLIPPipeline):
         generator: Generator | list[Generator] | None = None,
         return_dict: bool = True,
         mask_channel: str = "luminance",
+        padding_mask_crop: int | None = None,
         image_embeds: Tensor | None = None,
         prompt_embeds: PromptEmbeds | None = None,
         negative_prompt_embeds: PromptEmbeds | None = None,
@@ -61,11 +63,13 @@ class InpaintPipeline(UnCLIPPipeline):
         """Paint where the mask is white, `num_images_per_prompt` times. See `UnCLIPPipeline` for other arguments.
 
         Args:
-            image: images of one size, which are not resized.
-            mask_image: one for all or one an image, of the images' size: white, from half the range on, is painted.
+            image: images of one size, which are not resized; others are resized to the size of the first.
+            mask_image: one for all or one an image, resized to theirs: white, from half the range on, is painted.
             prompt: what the whole images are to show. None is what they show now.
             strength: fraction of the steps that are taken, in (0, 1]; below 1, something of what is painted over stays.
             mask_channel: "alpha" paints where images that are given as masks are transparent.
+            padding_mask_crop: paint the part around the mask alone, with so many pixels on each side, at the size that
+                the decoder was trained on. That shows more detail in a small part. None paints the whole.
             options: `latents` have the images' size.
         """
         images = read_images(image)
@@ -75,7 +79,45 @@ class InpaintPipeline(UnCLIPPipeline):
         texts = choose_text_pair(self, len(images), prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         resolved = self.resolve_options(**options)
         work = check_redrawing(self, len(images), texts, num_images_per_prompt, generator, resolved, image_embeds)
-        return self.paint_images(given, work, strength, return_dict)
+        if padding_mask_crop is None:
+            return self.paint_images(given, work, strength, return_dict)
+        check_integer("padding_mask_crop", padding_mask_crop, 0, MAX_MARGIN)
+        return self.paint_crops(given, padding_mask_crop, work, strength, return_dict)
+
+    def paint_crops(
+        self, given: PaintedImages, padding: int, work: Redrawing, strength: float, return_dict: bool
+    ) -> UnCLIPPipelineOutput | tuple:
+        """Paint the parts around the masks, enlarged or reduced to the trained size, and put them into the images."""
+        if work.decoder.output_type == "latent":
+            raise InputError("padding_mask_crop needs images, but output_type is 'latent'; choose another output_type")
+        side, processor = self.image_size, self.image_processor
+        images, masks = (
+            processor.numpy_to_pil(x.movedim(1, -1).numpy()) for x in (given.images / 2 + 0.5, given.masks)
+        )
+        regions = [processor.get_crop_region(mask, side, side, pad=padding) for mask in masks]
+
+        def crop(whole: list[Image.Image]) -> Tensor:
+            parts = [image.crop(region) for image, region in zip(whole, regions)]
+            parts = [processor.resize(part, side, side, resize_mode="fill") for part in parts]
+            return torch.from_numpy(processor.pil_to_numpy(parts)).movedim(-1, 1)
+
+        # Paint
+        parts = PaintedImages(given.shown, 2 * crop(images) - 1, (crop(masks)[:, :1] >= 0.5).float())
+        in_images = replace(work, decoder=replace(work.decoder, output_type="pil"))
+        drawn: Any = self.paint_images(parts, in_images, strength)
+        each = work.each
+        whole = [
+            processor.apply_overlay(masks[i // each], images[i // each], painted, regions[i // each])
+            for i, painted in enumerate(drawn.images)
+        ]
+
+        # In the form that was asked for
+        result: Any = [image.convert("RGB") for image in whole]
+        if work.decoder.output_type != "pil":
+            result = processor.pil_to_numpy(result)
+        if work.decoder.output_type == "pt":
+            result = torch.from_numpy(result).movedim(-1, 1)
+        return self.build_output(result, drawn.image_embeds, return_dict)
 
     def paint_images(
         self,

@@ -1,5 +1,6 @@
 """Images and masks as arguments of pipelines."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import v2
@@ -25,6 +27,8 @@ from t2i.data.pictures import (
 )
 from t2i.errors import InputError
 from t2i.networks.clip import CLIP
+
+logger = logging.getLogger(__name__)
 
 MAX_INPUT_IMAGES = 1024
 MAX_IMAGE_SIZE = 4096
@@ -53,7 +57,7 @@ def read_given_images(images: ImageInputs, size: int, clip: CLIP, name: str = "i
 def read_images(images: ImageInputs, size: int | Resizing | None = None, name: str = "image") -> Tensor:
     """Read images, (N, 3, size, size), fp32, in [-1, 1]: the short side resized to `size`, the middle cut out.
 
-    Without a size: (N, 3, H, W), images of one size as they are.
+    Without a size: (N, 3, H, W), images as they are; those of another size than the first are resized to its.
 
     Args:
         images: one or a list: PIL images; paths; arrays (H, W, 3), of uint8, or of floats in [0, 1]; tensors (3, H, W),
@@ -76,8 +80,8 @@ def read_images(images: ImageInputs, size: int | Resizing | None = None, name: s
     pixels = [read_image(item, size, f"{name} {i + 1}" if numbered else name) for i, item in enumerate(items)]
     for i, image in enumerate(pixels):
         if image.shape != pixels[0].shape:
-            sizes = f"is {format_size(image)}, the first is {format_size(pixels[0])}"
-            raise InputError(f"{name} {i + 1} {sizes}; give them of one size")
+            log_resizing(f"{name} {i + 1}", image, pixels[0].shape[-2:], "the first image")
+            pixels[i] = resize_like_diffusers(image, pixels[0].shape[-2:])
     return torch.stack(pixels)
 
 
@@ -109,20 +113,21 @@ def read_masks(
         masks: one for all or one an image: as images, or with one channel, or without: (H, W). Three dimensions are
             one mask with channels; several masks without them are a list.
         count: of images.
-        size: (H, W) of the images.
+        size: (H, W) of the images; masks of another are resized.
         channel: "luminance", white is painted, or "alpha", what is transparent in images.
 
     Raises:
-        InputError: for masks of another number, shape or size, and for those that paint nothing or everything.
+        InputError: for masks of another number or shape, and for those that paint nothing or everything.
     """
     check_choice("mask_channel", channel, MASK_CHANNELS)
     items = split_images(masks, name, least_dimensions=2)
     if len(items) not in (1, count):
         raise InputError(f"{name} has {len(items)} masks for {count} images; give one, or one an image")
     pixels = [read_mask(item, name, channel) for item in items]
-    for mask in pixels:
+    for i, mask in enumerate(pixels):
         if mask.shape[-2:] != size:
-            raise InputError(f"{name} is {format_size(mask)}, the image is {size[1]} x {size[0]}; they must agree")
+            log_resizing(name, mask, size, "the image")
+            pixels[i] = mask = (resize_like_diffusers(2 * mask - 1, size) >= 0).float()
         if mask.all():
             raise InputError(f"{name} is all white: nothing stays; draw a new image")
         if not mask.any():
@@ -180,6 +185,17 @@ def extract_transparency(mask: Image.Image, reading: Reading) -> Image.Image:
 def find_channel_axis(pixels: np.ndarray | Tensor) -> int:
     """Return the axis of the channels: the last one of arrays, the first one of tensors."""
     return -1 if isinstance(pixels, np.ndarray) else 0
+
+
+def log_resizing(name: str, image: Tensor, size: tuple[int, ...], target: str) -> None:
+    logger.warning("%s is %s and is resized to %d x %d, as %s", name, format_size(image), size[1], size[0], target)
+
+
+def resize_like_diffusers(image: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Resize an image or mask, (C, H, W) in [-1, 1], to `size`, (H, W), whatever its proportions, in bytes."""
+    [given] = VaeImageProcessor.numpy_to_pil((image[None] / 2 + 0.5).clamp(0, 1).movedim(1, -1).numpy())
+    resized = given.resize((size[1], size[0]), Image.Resampling.LANCZOS)
+    return pil_to_tensor(resized).float() / 127.5 - 1
 
 
 def format_size(image: Tensor) -> str:

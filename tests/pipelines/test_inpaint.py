@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from t2i.pipelines import InpaintPipeline, OutpaintPipeline
+from t2i.pipelines.inputs import read_images, read_masks
 from t2i.pipelines.jobs.assemble import assemble_pipeline
 
 from t2i import InputError
@@ -297,19 +299,49 @@ def test_a_decoder_learns_to_read_masks_from_one_that_does_not(shapes, runs, tmp
     )
 
 
+def test_what_has_another_size_is_resized_as_in_diffusers(inpaint, caplog):
+    """Masks to the size of the image and images to that of the first, by Lanczos' filter, and the log says so."""
+    mask, second = mask_of((3, 3, 40, 20), 50, 45), picture(40, 36, seed=1)
+    processor = VaeImageProcessor(do_normalize=False, do_binarize=True, do_convert_grayscale=True, vae_scale_factor=1)
+    expected = processor.preprocess(mask, 33, 64)
+    assert torch.equal(read_masks(mask, 1, (33, 64)), expected)
+    assert "mask_image is 50 x 45 and is resized to 64 x 33, as the image" in caplog.text
+    both = read_images([picture(64, 33), second])
+    processor = VaeImageProcessor(vae_scale_factor=1)
+    torch.testing.assert_close(both[1:], processor.preprocess(second, 33, 64), atol=1e-6, rtol=0)
+    assert "image 2 is 40 x 36 and is resized to 64 x 33, as the first image" in caplog.text
+    assert inpaint([picture(64, 33), second], mask, generator=seeds(1, 2), **QUICK).images[1].size == (64, 33)
+
+
+@pytest.mark.parametrize("padding", (3, 6))
+def test_the_part_around_the_mask_is_painted_at_the_trained_size(inpaint, padding):
+    whole, mask = picture(80, 60), mask_of((50, 20, 60, 26), 80, 60)
+    settings = {"prompt": "red circle", "num_images_per_prompt": 2, **QUICK}
+    drawn = inpaint(whole, mask, generator=seeds(1, 2), padding_mask_crop=padding, **settings).images
+    region = VaeImageProcessor.get_crop_region(mask, 32, 32, pad=padding)
+    assert region[2] - region[0] == region[3] - region[1] == 10 + 2 * padding
+    # The same by hand: the part, enlarged, is painted and put back
+    part, part_mask = (image.crop(region).resize((32, 32), Image.Resampling.LANCZOS) for image in (whole, mask))
+    painted = inpaint(part, part_mask, generator=seeds(1, 2), **settings).images
+    for image, small in zip(drawn, painted):
+        patch = small.resize((region[2] - region[0],) * 2, Image.Resampling.LANCZOS)
+        expected = whole.copy()
+        expected.paste(patch, region[:2], mask.crop(region))
+        assert np.array_equal(np.asarray(image), np.asarray(expected))
+    array = inpaint(whole, mask, generator=seeds(1, 2), padding_mask_crop=padding, output_type="pt", **settings).images
+    assert array.shape == (2, 3, 60, 80)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (
-            {"mask_image": mask_of((0, 0, 9, 9), 31, 32)},
-            "mask_image is 31 x 32, the image is 32 x 32; they must agree",
-        ),
         ({"mask_image": mask_of((0, 0, 0, 0))}, "mask_image is all black: there is nothing to paint"),
         ({"mask_image": mask_of((0, 0, 32, 32))}, "mask_image is all white: nothing stays"),
         ({"mask_image": [mask_of((0, 0, 9, 9))] * 3}, "mask_image has 3 masks for 1 images"),
         ({"mask_image": torch.full((32, 32), 2.0)}, "mask_image has values of float32"),
         ({"image": picture(20, 32)}, "image is 20 x 32 pixels; this model paints images of 32 x 32 or more"),
-        ({"image": [picture(), picture(40)]}, "image 2 is 40 x 32, the first is 32 x 32"),
+        ({"padding_mask_crop": -1}, "padding_mask_crop must be an integer from 0 to 4096"),
+        ({"padding_mask_crop": 4, "output_type": "latent"}, "padding_mask_crop needs images"),
         ({"image": []}, "image has no images"),
         ({"strength": 0}, "strength must be from 0.001 to 1, got 0"),
         ({"prompt": ""}, "prompt must not be empty"),
