@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
+PROMPT_FILE_HELP = "Text file, one prompt per line; - is standard input. Images already in --out are skipped."
+PromptFile = Annotated[Path | None, option(PROMPT_FILE_HELP, None, "--prompts", "--file", "-f")]
+
 
 @app.command()
 @flags.print_paths
@@ -29,16 +32,7 @@ def generate(
     steering: flags.SteeringFlags,
     upsampling: flags.UpsamplerFlags,
     prompts: Annotated[list[str] | None, argument("Prompts to draw.")] = None,
-    file: Annotated[
-        Path | None,
-        option(
-            "Text file, one prompt per line; - is standard input. Images already in --out are skipped.",
-            None,
-            "--prompts",
-            "--file",
-            "-f",
-        ),
-    ] = None,
+    file: PromptFile = None,
     negative_prompt: flags.NegativePrompt = None,
     decoder_negative_prompt: Annotated[str | None, option("A text that the decoder is guided away from.")] = None,
     height: Annotated[int | None, option("Image height in pixels.", "the model's")] = None,
@@ -65,8 +59,7 @@ def generate(
     from t2i.runtime.launch import count_forgotten_processes, exec_torchrun
 
     processes = count_forgotten_processes()
-    if str(file) == "-" and (processes > 1 or os.environ.get("WORLD_SIZE", "1") != "1"):
-        raise InputError("--prompts - cannot be read by several processes; give a file")
+    check_standard_input(file, processes)
     if processes > 1:
         exec_torchrun(["-m", "t2i", *sys.argv[1:]], processes)
     from t2i.pipelines.jobs.dtypes import parse_dtypes
@@ -195,6 +188,12 @@ def outpaint(
     check_margins(**margins)
     settings = prompts.build_settings() | decoder.build_settings() | margins
     return redraw_files(OutpaintPipeline, [picture], source.build(), output.build(), settings, check_size)
+
+
+def check_standard_input(file: Path | None, processes: int) -> None:
+    """Raise InputError if several processes would share standard input, which only one of them could read."""
+    if str(file) == "-" and (processes > 1 or os.environ.get("WORLD_SIZE", "1") != "1"):
+        raise InputError("--prompts - cannot be read by several processes; give a file")
 
 
 def read_prompts(prompts: list[str] | None, file: Path | None, required: bool = True) -> list[str]:
