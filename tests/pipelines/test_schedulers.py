@@ -26,7 +26,8 @@ from tests.conftest import seeds
 from tests.helpers.kandinsky_folders import kandinsky_22_combined
 from tests.networks.test_upsampler import UNET
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what diffusers calls of NumPy
+# Of what diffusers calls of NumPy, and of torchsde's rounding
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Should have t:UserWarning")
 REFUSED = ("DDIMInverse", "DPMSolverMultistepInverse", "EDMEuler", "IPNDM", "CMStochasticIterative", "LCM")
 REFUSED += ("FlowMatchEulerDiscrete", "RePaint")
 DRAWING = {"num_inference_steps": 3, "prior_num_inference_steps": 2, "prior_candidates": 1, "output_type": "latent"}
