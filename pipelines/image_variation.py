@@ -1,10 +1,11 @@
 """An image in, images of the same out (DALL-E 2, section 3.1)."""
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 from t2i.pipelines.argument_checks import check_prompts, check_stage_inputs
-from t2i.pipelines.base import MAX_IMAGES, UnCLIPPipelineOutput
+from t2i.pipelines.base import MAX_IMAGES, UnCLIPPipeline, UnCLIPPipelineOutput
 from t2i.pipelines.calls.signature import pipeline_call
 from t2i.pipelines.inputs import ImageInputs
 from t2i.pipelines.inversion import (
@@ -15,11 +16,13 @@ from t2i.pipelines.inversion import (
     check_inversion_guidance,
 )
 from t2i.pipelines.memory_needed import check_batch_fits
-from t2i.pipelines.options import PriorOptions, ResolvedOptions, build_options
-from t2i.pipelines.stages import finish_images, sample_decoder
+from t2i.pipelines.options import DecoderOptions, PriorOptions, ResolvedOptions, build_options
+from t2i.pipelines.stages import finish_images, sample_decoder, sample_image_embeds
 from torch import Generator
 
 from t2i.checks import check_integer, check_range
+from t2i.diffusion.condition import ImageCondition
+from t2i.errors import InputError
 from t2i.sampling.sample import split_generators
 
 logger = logging.getLogger(__name__)
@@ -37,6 +40,7 @@ class ImageVariationPipeline(InvertingPipeline):
         eta: float | None = None,
         generator: Generator | list[Generator] | None = None,
         return_dict: bool = True,
+        negative_prompt: str | list[str] | None = None,
         **options: Any,
     ) -> UnCLIPPipelineOutput | tuple:
         """Draw `num_images_per_prompt` images for each image. See `UnCLIPPipeline` for other arguments.
@@ -50,18 +54,28 @@ class ImageVariationPipeline(InvertingPipeline):
             eta: None starts from new noise. From 0 to 1, starts from the image's own, and this is how much of the
                 noise of ancestral sampling is added in each step. Then the default options are 50 steps and no
                 guidance, for the image to come back; the inversion uses the same.
+            negative_prompt: what the decoder is guided away from; one for all or one an image. Decoders that read
+                captions read it; for others the prior imagines it. Not with `eta`.
             options: those of the decoder alone, without `negative_image_embeds`.
         """
         # Check the arguments
         check_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES)
-        _, decoder = self.resolve_options(**options, eta=eta)
+        prior, decoder = self.resolve_options(**options, eta=eta)
         given, count = self.read_image_or_latent(image)
         if eta is not None and not isinstance(given, BipartiteLatent):
             check_inversion_guidance(decoder)
         prompts = check_prompts("prompt", prompt, count)
         each = num_images_per_prompt
-        _, generators = split_generators(generator, count * each)
-        check_stage_inputs(self, None, decoder, len(generators), any_size=eta is None, each=each)
+        negatives = check_prompts("negative_prompt", negative_prompt, count)
+        if negatives and eta is not None:
+            raise InputError("negative_prompt is for images from new noise; leave out one of both")
+        prior_generators, generators = split_generators(generator, count * each)
+        imagines = bool(negatives) and self.decoder.null(1).text is None
+        if imagines and self.prior is None:
+            raise InputError("negative_prompt needs a prior here, for this decoder reads no captions; load one")
+        if negatives and decoder.guidance_scale.is_off:
+            logger.warning("negative_prompt has no effect: the decoder is not guided")
+        check_stage_inputs(self, prior if imagines else None, decoder, len(generators), any_size=eta is None, each=each)
         check_batch_fits(self, None, decoder, len(generators))
         if eta == 0 and each > 1:
             logger.warning("num_images_per_prompt is %d, but with eta 0 they are all the same", each)
@@ -76,7 +90,10 @@ class ImageVariationPipeline(InvertingPipeline):
         else:
             z_i = given.image_embeds if isinstance(given, BipartiteLatent) else self.encode_image(given.seen)
             z_i = z_i.repeat_interleave(each, dim=0)
-            latents = sample_decoder(self, z_i, repeated_text, decoder, generators)
+            unwanted = None
+            if negatives:
+                unwanted = encode_unwanted_texts(self, negatives, each, prior, prior_generators, decoder)
+            latents = sample_decoder(self, z_i, repeated_text, decoder, generators, unwanted)
             images = finish_images(self, latents, z_i, decoder, generators)
         return self.build_output(images, z_i, return_dict)
 
@@ -89,3 +106,23 @@ class ImageVariationPipeline(InvertingPipeline):
         # The call's `eta` also decides whether to invert: the decoder's own option must not contradict it
         options = {name: value for name, value in options.items() if name != "eta"}
         return PriorOptions(), build_inversion_options(options, eta)
+
+
+def encode_unwanted_texts(
+    pipeline: UnCLIPPipeline,
+    texts: list[str],
+    each: int,
+    prior: PriorOptions,
+    generators: list[Generator],
+    decoder: DecoderOptions,
+) -> ImageCondition:
+    """Encode texts to guide the decoder away from: captions without a picture, or the prior's z_i."""
+    null = pipeline.decoder.null(len(texts) * each).expand()
+    if null.text is None:
+        text = pipeline.encode_prompt(texts).repeat(each)
+        unseen = replace(decoder, on_preview=None)  # previews are of what is wanted
+        return ImageCondition(sample_image_embeds(pipeline, text, None, prior, generators, unseen), text)
+    # The null of decoders that noise z_i is wider than z_i, and zero is their null too
+    width = pipeline.clip.embed_dim
+    nothing = null.embedding if null.embedding.shape[1] == width else null.embedding.new_zeros(len(null), width)
+    return ImageCondition(nothing, pipeline.encode_decoder_prompt(texts).repeat(each))

@@ -136,15 +136,17 @@ def pictures(count: int) -> list[Image.Image]:
     return [Image.fromarray((255 * one).byte().numpy()) for one in values]
 
 
+@pytest.mark.parametrize("negative", [None, ["a dog", "red"]])
 @pytest.mark.parametrize("prompts", [None, PROMPTS])
 @pytest.mark.parametrize("scheduler", ["own", "ddpm"])
-def test_variations_are_those_of_diffusers(monkeypatch, prompts, scheduler):
+def test_variations_are_those_of_diffusers(monkeypatch, prompts, negative, scheduler):
     theirs, mine = with_scheduler(scheduler, True)
     noise, x = drawn(2, 20, seed=1), drawn(2, 4, 8, 8, seed=2)
     same_noise(monkeypatch, theirs, noise)
     settings = {"num_inference_steps": 4, "latents": x, "noise_level": 30, "output_type": "pt"}
     generators = [Generator().manual_seed(seed) for seed in (1, 2)]
     _, own = split_generators([one.clone_state() for one in generators], 2)
+    settings["negative_prompt"] = negative
     wanted = theirs(pictures(2), prompts, generator=own, **settings).images
     mine = ImageVariationPipeline.from_pipe(mine)
     got = mine(pictures(2), prompts, generator=generators, image_embeds_noise=noise, **settings).images

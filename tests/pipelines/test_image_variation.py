@@ -141,3 +141,17 @@ def test_the_command_draws_variations_and_writes_how_into_them(pipeline_folder, 
         cli.main()
     used = read_settings(tmp_path / "same.png")
     assert (used["eta"], used["guidance_scale"]) == (0, 1)
+
+
+def test_a_negative_prompt_is_what_the_prior_imagines_for_decoders_without_captions(pipeline):
+    """A decoder that reads captions reads it, a decoder that does not is guided away from its z_i."""
+    vary, image = ImageVariationPipeline.from_pipe(pipeline), torch.rand(1, 3, 32, 32, generator=seeds(0)[0])
+    settings = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "latent"}
+    plain = vary(image, generator=seeds(1), **settings).images
+    away = vary(image, generator=seeds(1), negative_prompt="red circle", **settings).images
+    assert (away - plain).abs().max() > 1e-5
+    unguided = settings | {"guidance_scale": 1.0}
+    off = [vary(image, generator=seeds(1), negative_prompt=text, **unguided).images for text in (None, "red circle")]
+    torch.testing.assert_close(*off, rtol=0, atol=0)
+    with pytest.raises(InputError, match="negative_prompt is for images from new noise"):
+        vary(image, negative_prompt="red circle", eta=0.5)
