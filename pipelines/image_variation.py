@@ -66,15 +66,11 @@ class ImageVariationPipeline(InvertingPipeline):
             check_inversion_guidance(decoder)
         prompts = check_prompts("prompt", prompt, count)
         each = num_images_per_prompt
+        prior_generators, generators = split_generators(generator, count * each)
         negatives = check_prompts("negative_prompt", negative_prompt, count)
         if negatives and eta is not None:
             raise InputError("negative_prompt is for images from new noise; leave out one of both")
-        prior_generators, generators = split_generators(generator, count * each)
-        imagines = bool(negatives) and self.decoder.null(1).text is None
-        if imagines and self.prior is None:
-            raise InputError("negative_prompt needs a prior here, for this decoder reads no captions; load one")
-        if negatives and decoder.guidance_scale.is_off:
-            logger.warning("negative_prompt has no effect: the decoder is not guided")
+        imagines = bool(negatives) and check_negative_prompt(self, decoder)
         check_stage_inputs(self, prior if imagines else None, decoder, len(generators), any_size=eta is None, each=each)
         check_batch_fits(self, None, decoder, len(generators))
         if eta == 0 and each > 1:
@@ -106,6 +102,16 @@ class ImageVariationPipeline(InvertingPipeline):
         # The call's `eta` also decides whether to invert: the decoder's own option must not contradict it
         options = {name: value for name, value in options.items() if name != "eta"}
         return PriorOptions(), build_inversion_options(options, eta)
+
+
+def check_negative_prompt(pipeline: UnCLIPPipeline, decoder: DecoderOptions) -> bool:
+    """Return whether the prior imagines a negative prompt: for decoders that read no captions. Raises InputError."""
+    imagines = pipeline.decoder.null(1).text is None
+    if imagines and pipeline.prior is None:
+        raise InputError("negative_prompt needs a prior here, for this decoder reads no captions; load one")
+    if decoder.guidance_scale.is_off:
+        logger.warning("negative_prompt has no effect: the decoder is not guided")
+    return imagines
 
 
 def encode_unwanted_texts(

@@ -162,10 +162,7 @@ def sample_decoder(
 
     # The conditions
     masked_latents = canvas.build_masked_latents(noise)
-    embeds_noise = options.image_embeds_noise
-    if embeds_noise is None and decoder.noise_levels is not None:
-        embeds_noise = generate_noise(z_i.shape[1:], derive_stage_generators(generators, EMBEDS_NOISE_STREAM), device)
-
+    embeds_noise = get_embeds_noise(decoder, options, z_i, generators)
     control = build_control(decoder, options, len(z_i), (shape[1], shape[2]))
 
     def build_condition(embeds: Tensor, read: TextEncoding | TokenStates | None) -> ImageCondition:
@@ -199,6 +196,13 @@ def sample_decoder(
     )
     x = sample.sample_decoder(decoder, scheduler, condition, sampling, negative, windows)
     return check_finite_values("decoder", x)
+
+
+def get_embeds_noise(decoder: Any, options: DecoderOptions, z_i: Tensor, generators: list[Generator]) -> Tensor | None:
+    """Return the noise of z_i, (N, D), given or drawn; None for decoders that do not noise it."""
+    if options.image_embeds_noise is not None or decoder.noise_levels is None:
+        return options.image_embeds_noise
+    return generate_noise(z_i.shape[1:], derive_stage_generators(generators, EMBEDS_NOISE_STREAM), z_i.device)
 
 
 def build_control(decoder: Any, options: DecoderOptions, count: int, sides: tuple[int, int]) -> Tensor | None:

@@ -10,7 +10,7 @@ from inspect import Parameter, Signature
 from typing import Any, TypeVar, cast
 
 import torch
-from t2i.pipelines.calls.arguments import check_call_arguments
+from t2i.pipelines.calls.arguments import check_call_arguments, warn_of_unused_arguments
 from t2i.pipelines.options import GUIDANCE_OPTIONS, OPTION_NAMES, DecoderOptions, PriorOptions, ResolvedOptions
 
 from t2i.diffusion.guidance import Guidance
@@ -38,6 +38,7 @@ def pipeline_call(options: Iterable[str] = OPTION_NAMES) -> Callable[[Call], Cal
     def decorate(call: Call) -> Call:
         signature = build_call_signature(call, allowed)
         own = inspect.signature(call).parameters
+        defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
 
         @wraps(call)
         @torch.no_grad()
@@ -47,6 +48,7 @@ def pipeline_call(options: Iterable[str] = OPTION_NAMES) -> Callable[[Call], Cal
                 raise InputError(f"{beside[0]} has no effect beside resolved, which has all options; leave one out")
             bound = signature.bind_partial(pipeline, *arguments, **keywords).arguments
             check_call_arguments(bound)
+            warn_of_unused_arguments(bound, defaults)
             pipeline.interrupted = pipeline._interrupt = False
             return call(pipeline, *arguments, **keywords)
 

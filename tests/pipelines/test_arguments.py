@@ -9,7 +9,14 @@ from diffusers import DDIMScheduler, VQModel
 from PIL import Image
 from t2i.pipelines.calls.aliases import call_networks
 
-from t2i import ImageToImagePipeline, InpaintPipeline, InputError, Text2ImagePipeline, TextDiffPipeline
+from t2i import (
+    ImageToImagePipeline,
+    InpaintPipeline,
+    InputError,
+    InterpolationPipeline,
+    Text2ImagePipeline,
+    TextDiffPipeline,
+)
 from tests.conftest import seeds
 
 PICTURE = Image.new("RGB", (32, 32), "red")
@@ -137,3 +144,26 @@ def test_methods_on_networks_that_there_are_not_are_refused(pipeline):
         call_networks("enable_freeu", [(pipeline.decoder, "unet"), (pipeline.prior, "unet")])
     with pytest.raises(InputError, match="^enable_tiling: .*VQModel"):
         call_networks("enable_tiling", [(SimpleNamespace(coder=VQModel(layers_per_block=1)), "coder")])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    (
+        ({"upsample_steps": 2}, "upsample_steps has no effect without upsample"),
+        ({"preview_every": 2}, "preview_every has no effect without on_preview"),
+        (
+            {"prior_candidates": 3, "image_embeds": torch.ones(1, 32)},
+            "prior_candidates has no effect beside image_embeds",
+        ),
+        ({"upsample_steps": 4, "preview_every": 1, "prior_candidates": 2, "image_embeds": torch.ones(1, 32)}, ""),
+    ),
+)
+def test_arguments_without_an_effect_are_named(pipeline, caplog, settings, message):
+    pipeline("a cat", num_inference_steps=1, prior_num_inference_steps=25, output_type="latent", **settings)
+    assert message in caplog.text and (message or "no effect" not in caplog.text)
+
+
+def test_frames_beside_weights_are_named(pipeline, caplog):
+    mix = InterpolationPipeline.from_pipe(pipeline)
+    mix(["a", "b"], [1.0, 2.0], 5, num_inference_steps=1, prior_num_inference_steps=1, output_type="latent")
+    assert "frames has no effect beside weights" in caplog.text
