@@ -140,7 +140,7 @@ def compute_image_embeds(
     return sample_image_embeds(pipeline, text, negative, work.prior, work.prior_generators, work.decoder), text
 
 
-def read_latents(pipeline: UnCLIPPipeline, image: Any) -> Tensor | None:
+def read_latents(pipeline: UnCLIPPipeline, image: Any, any_size: bool = False) -> Tensor | None:
     """Return given images that are latents, (P, C, h, w), fp32, on the device; None for pixels.
 
     Latents have the decoder's number of channels, unless that is 3, as of pixels. Raises InputError for other sides.
@@ -148,7 +148,7 @@ def read_latents(pipeline: UnCLIPPipeline, image: Any) -> Tensor | None:
     channels = pipeline.latent_shape[0]
     if channels == 3 or not isinstance(image, Tensor) or image.ndim != 4 or image.shape[1] != channels:
         return None
-    check_tensor("image (latents)", image, ("N", *pipeline.latent_shape))
+    check_tensor("image (latents)", image, ("N", channels, "h", "w") if any_size else ("N", *pipeline.latent_shape))
     return image.to(pipeline._execution_device).float()
 
 

@@ -13,7 +13,7 @@ from t2i.pipelines.argument_checks import check_stage_inputs
 from t2i.pipelines.base import UnCLIPPipeline, UnCLIPPipelineOutput
 from t2i.pipelines.calls.signature import pipeline_call
 from t2i.pipelines.calls.texts import PromptEmbeds, choose_text_pair
-from t2i.pipelines.image_to_image import Redrawing, check_redrawing, check_strength, compute_image_embeds
+from t2i.pipelines.image_to_image import Redrawing, check_redrawing, check_strength, compute_image_embeds, read_latents
 from t2i.pipelines.inputs import ImageInputs, check_pixel_count, read_images, read_masks
 from t2i.pipelines.memory_needed import check_batch_fits
 from t2i.pipelines.stages import Canvas, sample_decoder
@@ -64,6 +64,7 @@ class InpaintPipeline(UnCLIPPipeline):
 
         Args:
             image: images of one size, which are not resized; others are resized to the size of the first.
+                Or latents, (P, C, h, w), which are decoded first.
             mask_image: one for all or one an image, resized to theirs: white, from half the range on, is painted.
             prompt: what the whole images are to show. None is what they show now.
             strength: fraction of the steps that are taken, in (0, 1]; below 1, something of what is painted over stays.
@@ -72,7 +73,7 @@ class InpaintPipeline(UnCLIPPipeline):
                 the decoder was trained on. That shows more detail in a small part. None paints the whole.
             options: `latents` have the images' size.
         """
-        images = read_images(image)
+        images = self.read_canvas(image)
         self.check_canvas_size(images)
         masks = read_masks(mask_image, len(images), images.shape[-2:], channel=mask_channel)
         given = PaintedImages(images, images, masks)
@@ -155,6 +156,11 @@ class InpaintPipeline(UnCLIPPipeline):
         drawn = x if is_latent else to_images(x, decoder.output_type, decoder, work.generators)
         return self.build_output(drawn, z_i, return_dict)
 
+    def read_canvas(self, image: Any) -> Tensor:
+        """Return images to paint in, (P, 3, H, W), in [-1, 1]. Latents, (P, C, h, w), are decoded."""
+        latents = read_latents(self, image, any_size=True)
+        return read_images(image) if latents is None else self.decode_images(latents).clamp(-1, 1).cpu()
+
     def pad_to_latent_cells(self, x: Tensor) -> Tensor:
         """Pad images or masks, (P, 3 or 1, H, W), to whole latents: images repeat their border, masks get zeros."""
         right, bottom = (-side % self.autoencoder.factor for side in (x.shape[-1], x.shape[-2]))
@@ -193,7 +199,7 @@ class OutpaintPipeline(InpaintPipeline):
     ) -> UnCLIPPipelineOutput | tuple:
         """Paint `left`, `right`, `top` and `bottom` pixels around each image. See `UnCLIPPipeline` for the rest."""
         margins = check_margins(left=left, right=right, top=top, bottom=bottom)
-        images = read_images(image)
+        images = self.read_canvas(image)
         check_enlarged_size(images.shape[-1], images.shape[-2], *margins)
         enlarged = F.pad(images, margins, mode="replicate")
         self.check_canvas_size(enlarged)

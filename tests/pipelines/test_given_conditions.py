@@ -72,6 +72,17 @@ def test_an_image_is_given_as_its_latents(pipeline):
         pipe(latents[..., :4])
 
 
+def test_latents_are_painted_in_as_what_they_decode_to(pipeline):
+    latents, mask = torch.randn(1, 4, 8, 12, generator=seeds(0)[0]), torch.zeros(32, 48)
+    mask[:, 24:] = 1
+    shown, settings = pipeline.decode(latents, "pt"), {"prompt": "red circle", **QUICK, "output_type": "pt"}
+    for kind, more in ((InpaintPipeline, {"mask_image": mask}), (OutpaintPipeline, {"right": 8})):
+        pipe = kind.from_pipe(pipeline)
+        painted = pipe(latents, generator=seeds(1), **more, **settings)
+        same(painted, pipe(shown, generator=seeds(1), **more, **settings))
+        torch.testing.assert_close(painted.images[..., :24], shown[..., :24])
+
+
 @pytest.mark.parametrize(
     ("embeds", "message"),
     (
