@@ -137,8 +137,7 @@ def check_stage_options(pipeline: Any, prior: PriorOptions | None, decoder: Deco
             "control_image needs a ControlNet decoder (Kandinsky 2.2's), which this one is not; leave it out"
         )
     scheduler = resolve_sampler(decoder.sampler, pipeline.decoder_scheduler, pipeline.decoder)
-    given = {name: getattr(decoder, name) for name in ("eta", "use_clipped_model_output", "timesteps", "sigmas")}
-    sampling = Sampling(decoder.num_inference_steps, **given)
+    sampling = Sampling(decoder.num_inference_steps, **decoder.scheduler_settings)
     build_step_arguments(scheduler, sampling)
     if decoder.timesteps is None and decoder.sigmas is None:
         check_step_count("num_inference_steps", decoder.num_inference_steps, scheduler)
@@ -181,14 +180,7 @@ def check_image_sides(pipeline: Any, options: DecoderOptions, any_size: bool) ->
             raise InputError(f"{name} is {side}, but the images have the size of the given ones; leave it out")
         if options.steering is not None:
             raise InputError(f"{name} must be {trained_side} for images that are steered, got {side}")
-        check_multiple_of(name, side, pipeline.autoencoder.factor * compute_latent_multiple(pipeline.decoder))
-
-
-def compute_latent_multiple(decoder: Any) -> int:
-    """Return what the sides of a decoder's latents must be a multiple of: a U-Net halves them, others cut patches."""
-    parts = dict(decoder.named_children())
-    net = parts.get("net", parts.get("unet"))
-    return decoder.config.get("patch_size", 1) if net is None else 2 ** (len(net.config.block_out_channels) - 1)
+        check_multiple_of(name, side, pipeline.autoencoder.factor * pipeline.decoder.latent_multiple)
 
 
 def check_super_resolution(pipeline: Any, options: DecoderOptions, shape: tuple[int, ...]) -> None:

@@ -132,7 +132,8 @@ class InpaintPipeline(UnCLIPPipeline):
         check_strength(strength)
         if work.decoder.upsample:
             raise InputError("upsample is not for inpainting, which keeps pixels as they are; upsample its images")
-        count, decoder = len(work.generators), work.decoder
+        decoder, generators = work.decoder, work.generators
+        count = len(generators)
         padded, mask = (self.pad_to_latent_cells(x).to(self._execution_device) for x in (given.images, given.masks))
         height, width = padded.shape[-2:]
         check_stage_inputs(self, work.prior, decoder, count, canvas=(height, width))
@@ -142,8 +143,9 @@ class InpaintPipeline(UnCLIPPipeline):
         # Decoded images are cropped to the given ones' size, and show the given pixels where nothing is painted
         whole, inside = (x.repeat_interleave(work.each, dim=0).to(padded.device) for x in (given.images, given.masks))
 
-        def to_images(latents: Tensor, output_type: str = "pil", *cascade: Any) -> Any:
-            painted = self.decode_images(latents, *cascade)[..., : whole.shape[-2], : whole.shape[-1]]
+        def to_images(latents: Tensor, output_type: str = "pil", is_preview: bool = True) -> Any:
+            painted = self.decode_images(latents) if is_preview else self.decode_images(latents, decoder, generators)
+            painted = painted[..., : whole.shape[-2], : whole.shape[-1]]
             return self.image_processor.postprocess(paste_painted_region(painted, whole, inside), output_type)
 
         # Draw
@@ -151,9 +153,9 @@ class InpaintPipeline(UnCLIPPipeline):
         latents = self.encode_latents(padded).repeat_interleave(work.each, dim=0)
         mask = downsample_mask(mask, self.autoencoder.factor).repeat_interleave(work.each, dim=0)
         canvas = Canvas(latents, mask, strength, to_images)
-        x = sample_decoder(self, z_i, text, decoder, work.generators, canvas=canvas)
+        x = sample_decoder(self, z_i, text, decoder, generators, canvas=canvas)
         is_latent = decoder.output_type == "latent"
-        drawn = x if is_latent else to_images(x, decoder.output_type, decoder, work.generators)
+        drawn = x if is_latent else to_images(x, decoder.output_type, is_preview=False)
         return self.build_output(drawn, z_i, return_dict)
 
     def read_canvas(self, image: Any) -> Tensor:
@@ -200,7 +202,7 @@ class OutpaintPipeline(InpaintPipeline):
         """Paint `left`, `right`, `top` and `bottom` pixels around each image. See `UnCLIPPipeline` for the rest."""
         margins = check_margins(left=left, right=right, top=top, bottom=bottom)
         images = self.read_canvas(image)
-        check_enlarged_size(images.shape[-1], images.shape[-2], *margins)
+        check_enlarged_size(images.shape[-1], images.shape[-2], margins)
         enlarged = F.pad(images, margins, mode="replicate")
         self.check_canvas_size(enlarged)
         mask = F.pad(torch.zeros_like(images[:, :1]), margins, value=1.0)
@@ -211,15 +213,17 @@ class OutpaintPipeline(InpaintPipeline):
         return self.paint_images(PaintedImages(images, enlarged, mask), work, 1.0, return_dict)
 
 
-def check_margins(**margins: int) -> tuple[int, ...]:
+def check_margins(left: int, right: int, top: int, bottom: int) -> tuple[int, int, int, int]:
     """Return the pixels on each side, in the order of the arguments. Raises InputError if none has any."""
-    for name, value in margins.items():
+    margins = (left, right, top, bottom)
+    for name, value in zip(("left", "right", "top", "bottom"), margins):
         check_integer(name, value, 0, MAX_MARGIN)
-    if not any(margins.values()):
+    if not any(margins):
         raise InputError("left, right, top and bottom are 0; give the pixels to paint on one side at least")
-    return tuple(margins.values())
+    return margins
 
 
-def check_enlarged_size(width: int, height: int, left: int, right: int, top: int, bottom: int) -> None:
-    """Refuse margins that enlarge an image beyond the size that is taken."""
+def check_enlarged_size(width: int, height: int, margins: tuple[int, int, int, int]) -> None:
+    """Refuse margins, left, right, top and bottom, that enlarge an image beyond the largest size that is allowed."""
+    left, right, top, bottom = margins
     check_pixel_count("image with its margins", width + left + right, height + top + bottom)

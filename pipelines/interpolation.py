@@ -126,7 +126,9 @@ class InterpolationPipeline(InvertingPipeline):
         control = decoder.control_image
         if control is not None and len(split_images(control, "control_image")) != 1:
             raise InputError("control_image must be one image in an interpolation, for all frames")
-        return prior, resolve_ddim_options(decoder) if inverted else replace(decoder, sampler=decoder.sampler or "ddim")
+        if inverted:
+            return ResolvedOptions(prior, resolve_ddim_options(decoder))
+        return ResolvedOptions(prior, replace(decoder, sampler=decoder.sampler or "ddim"))
 
     def encode_anchors(
         self,

@@ -21,8 +21,8 @@ from t2i.runtime.memory import (
 from t2i.sampling.embeddings import count_candidates
 from t2i.sampling.upsampling import DEFAULT_TILE_SIZE, pad_edges
 
-# No stage needs more than so many bytes for each pixel and 64 times as many for each latent. With that much free,
-# nothing is counted.
+# Upper bound of any stage: this many bytes per pixel, plus 64 times as many per latent. If that fits, nothing is
+# counted.
 AMPLE_BYTES_PER_PIXEL = 12_000
 # The count may exceed what is allocated: by a ninth where captions are long and images small, by more without AVX-512
 # (tests allow 1.05 and 1.25). A batch is refused only if the count divided by this is too much.
@@ -96,7 +96,7 @@ def find_fitting_count(
 
 
 def has_ample_memory(pipeline: Any, decoder: DecoderOptions, count: int, free: float) -> bool:
-    """Return whether so many bytes are free that a count, which takes tenths of a second, is not worthwhile."""
+    """Return True if so much memory is free that counting, which takes tenths of a second, is unnecessary."""
     _, height, width = pipeline.compute_latent_shape(decoder)
     factor = pipeline.autoencoder.factor
     if decoder.upsample and pipeline.upsampler is not None:
@@ -131,7 +131,7 @@ def collect_stage_workloads(
 
     def run_denoiser(model: Any, rows: int, *shape: int) -> None:
         condition = model.null(rows).expand()  # as many captions as there are rows
-        if factor := getattr(model, "control_factor", None):
+        if factor := model.control_factor:
             condition.control = torch.empty(rows, 3, *(factor * side for side in shape[1:]), dtype=model.dtype)
         context = model.prepare(condition)
         model.step(torch.empty(rows, *shape, dtype=model.dtype), torch.zeros(rows, dtype=torch.long), context)

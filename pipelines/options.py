@@ -5,7 +5,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -177,6 +177,11 @@ class DecoderOptions:
         callback, tensors = self.callback_on_step_end, self.callback_on_step_end_tensor_inputs
         check_callback("callback_on_step_end", callback, tensors, CALLBACK_TENSORS)
 
+    @property
+    def scheduler_settings(self) -> dict[str, Any]:
+        """Fields of `Sampling` that only some schedulers take."""
+        return {name: getattr(self, name) for name in ("eta", "use_clipped_model_output", "timesteps", "sigmas")}
+
     def resolve_noise_levels(self) -> None:
         """Check the given timesteps or sigmas, and set the number of steps to theirs."""
         names = [name for name in ("timesteps", "sigmas") if getattr(self, name) is not None]
@@ -203,7 +208,13 @@ def check_falling_numbers(name: str, values: Any) -> tuple[float, ...]:
     return tuple(int(number) if number == int(number) else number for number in numbers.tolist())
 
 
-ResolvedOptions: TypeAlias = tuple[PriorOptions, DecoderOptions]
+class ResolvedOptions(NamedTuple):
+    """Checked options of both stages."""
+
+    prior: PriorOptions
+    decoder: DecoderOptions
+
+
 PRIOR_OPTION_NAMES = frozenset(field.name for field in fields(PriorOptions))
 DECODER_OPTION_NAMES = frozenset(field.name for field in fields(DecoderOptions))
 OPTION_NAMES = PRIOR_OPTION_NAMES | DECODER_OPTION_NAMES
@@ -240,4 +251,4 @@ def build_options(
             values[name] = value.item() if isinstance(value, np.generic) else value  # JSON has no numbers of NumPy
     prior = {name: value for name, value in values.items() if name in PRIOR_OPTION_NAMES}
     decoder = {name: value for name, value in values.items() if name in DECODER_OPTION_NAMES}
-    return PriorOptions(**prior), DecoderOptions(**decoder)
+    return ResolvedOptions(PriorOptions(**prior), DecoderOptions(**decoder))

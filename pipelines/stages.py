@@ -103,13 +103,13 @@ def sample_image_embeds(
     transforms, callbacks = ([callback.transform], [callback.on_step]) if callback is not None else ([], [])
     counts_steps = prior is not None and prior.needs_scheduler
     sampling = Sampling(
-        options.prior_num_inference_steps,
-        generators,
-        options.prior_guidance_scale,
-        options.prior_latents,
-        watch_interruption(pipeline, pipeline.progress_bar) if counts_steps else pipeline.progress_bar,
-        chain_callbacks([*callbacks, report_step]),
-        chain_transforms([*transforms, watch]),
+        steps=options.prior_num_inference_steps,
+        generators=generators,
+        guidance=options.prior_guidance_scale,
+        noise=options.prior_latents,
+        progress=watch_interruption(pipeline, pipeline.progress_bar) if counts_steps else pipeline.progress_bar,
+        on_step=chain_callbacks([*callbacks, report_step]),
+        transform=chain_transforms([*transforms, watch]),
     )
     candidates, temperature = options.prior_candidates, options.prior_temperature
     z_i = embeddings.sample_image_embeds(prior, scheduler, text, negative, sampling, candidates, temperature)
@@ -158,7 +158,7 @@ def sample_decoder(
     scheduler = resolve_sampler(options.sampler, pipeline.decoder_scheduler, decoder)
     # Given images decide the size
     shape = pipeline.compute_latent_shape(options) if canvas.latents is None else tuple(canvas.latents.shape[1:])
-    noise = Sampling(1, generators, noise=options.latents).get_noise(shape, device)
+    noise = generate_noise(shape, generators, device) if options.latents is None else options.latents.to(device).float()
 
     # The conditions
     masked_latents = canvas.build_masked_latents(noise)
@@ -180,22 +180,20 @@ def sample_decoder(
     callback = build_decoder_callback(pipeline, scheduler, options, condition, negative, windows)
     transform, on_step = build_decoder_hooks(pipeline, scheduler, options, canvas, noise, callback)
     sampling = Sampling(
-        options.num_inference_steps,
-        generators,
-        options.guidance_scale,
-        noise,
-        pipeline.progress_bar if is_preview else watch_interruption(pipeline, pipeline.progress_bar),
-        on_step,
-        transform,
-        eta=options.eta,
-        use_clipped_model_output=options.use_clipped_model_output,
-        timesteps=options.timesteps,
-        sigmas=options.sigmas,
+        steps=options.num_inference_steps,
+        generators=generators,
+        guidance=options.guidance_scale,
+        noise=noise,
+        progress=pipeline.progress_bar if is_preview else watch_interruption(pipeline, pipeline.progress_bar),
+        on_step=on_step,
+        transform=transform,
+        **options.scheduler_settings,
         original=canvas.original,
         strength=canvas.strength,
     )
-    x = sample.sample_decoder(decoder, scheduler, condition, sampling, negative, windows)
-    return check_finite_values("decoder", x)
+    return check_finite_values(
+        "decoder", sample.sample_decoder(decoder, scheduler, condition, sampling, negative, windows)
+    )
 
 
 def get_embeds_noise(decoder: Any, options: DecoderOptions, z_i: Tensor, generators: list[Generator]) -> Tensor | None:

@@ -81,7 +81,7 @@ class TextDiffPipeline(InvertingPipeline):
     @classmethod
     def build_options(cls, options: dict[str, Any], defaults: dict[str, Any] | None = None) -> ResolvedOptions:
         """Check the options; the defaults of the inversion stand for the model's."""
-        return PriorOptions(), build_inversion_options(options)
+        return ResolvedOptions(PriorOptions(), build_inversion_options(options))
 
     def compute_text_direction(self, sources: list[str], targets: list[str]) -> Tensor:
         """Return norm(z_t(target) - z_t(source)), (N, D), fp32. Raises InputError where both are the same."""

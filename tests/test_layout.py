@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import t2i
+
 ROOT = Path(__file__).resolve().parents[1]
 # From the ground up. A module may import its own layer and those before it, also lazily.
 LAYERS = (
@@ -42,13 +44,21 @@ def imports(path: Path) -> set[str]:
     """Modules of this project that a file imports, also inside functions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            for alias in node.names:
-                name = f"{node.module}.{alias.name}"
-                found.add(name if name in MODULES else node.module)
+        if isinstance(node, ast.ImportFrom):
+            assert node.module and not node.level, f"{path}:{node.lineno}: a relative import; name the module in full"
+            found.update(resolve_import(node.module, alias.name) for alias in node.names)
         elif isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
+            found.update(resolve_import(alias.name) for alias in node.names)
     return {name for name in found if name in MODULES and name != FRONT_DOOR}
+
+
+def resolve_import(module: str, name: str = "") -> str:
+    """The module that an import reads: of `from module import name`, the submodule, or where the front door has it."""
+    if module.split(".")[0] in ("pipelines", "training"):  # names of a checkout
+        module = f"t2i.{module}"
+    if module == FRONT_DOOR and name in t2i._MODULES:
+        return t2i._MODULES[name]
+    return f"{module}.{name}" if f"{module}.{name}" in MODULES else module
 
 
 GRAPH = {name: imports(path) for name, path in MODULES.items()}
@@ -93,6 +103,48 @@ def test_no_package_of_components_is_named_as_a_pipeline_of_diffusers():
 def test_a_folder_holds_at_most_18_files():
     folders = {path.parent for path in MODULES.values()}
     assert {folder: count for folder in folders if (count := len(list(folder.glob("*.py")))) > 18} == {}
+
+
+def test_files_functions_and_their_parameters_keep_to_the_limits():
+    beyond = []
+    for name, path in MODULES.items():
+        if (lines := len(path.read_text().splitlines())) > 400:
+            beyond.append(f"{name} has {lines} lines")
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            is_command = name == "t2i.cli" or name.startswith("t2i.commands.")
+            lines, taken = node.end_lineno - node.lineno + 1, node.args
+            names = {parameter.arg for parameter in (*taken.posonlyargs, *taken.args, *taken.kwonlyargs)}
+            if lines > 60 and not is_command:  # the options of a command are its documentation
+                beyond.append(f"{name}.{node.name} has {lines} lines")
+            if len(names - {"self", "cls"}) > 8 and not is_command and node.name not in ("__init__", "__call__"):
+                beyond.append(f"{name}.{node.name} has {len(names)} parameters")
+    assert beyond == []
+
+
+@pytest.mark.parametrize(
+    ("line", "module"),
+    [
+        ("from t2i import Text2ImagePipeline", "t2i.pipelines"),
+        ("from t2i import Steering", "t2i.sampling.steering"),
+        ("from pipelines import text2image", "t2i.pipelines.text2image"),
+        ("import training.cache_data", "t2i.training.cache_data"),
+        ("from t2i.files import atomic", "t2i.files.atomic"),
+        ("from t2i.files.atomic import write_json_file", "t2i.files.atomic"),
+    ],
+)
+def test_every_form_of_an_import_is_found(tmp_path, line, module):
+    path = tmp_path / "module.py"
+    path.write_text(f"def use():\n    {line}\n")
+    assert imports(path) == {module}
+
+
+def test_a_relative_import_is_refused(tmp_path):
+    path = tmp_path / "module.py"
+    path.write_text("from .atomic import write_json_file\n")
+    with pytest.raises(AssertionError, match="a relative import"):
+        imports(path)
 
 
 def test_nothing_outside_the_tests_imports_them():

@@ -18,13 +18,13 @@ from typing import Any
 from t2i.pipelines.jobs.assemble import assemble_pipeline
 
 from t2i.config import load_config
-from t2i.data.cache import read_json
 from t2i.data.freshness import find_changes
 from t2i.data.manifest import find_manifest, open_manifest
 from t2i.data.report import sanitize_text
 from t2i.errors import RESUMABLE_STATUS, InputError, RunError
 from t2i.files.atomic import compute_file_sha256, create_folder_atomically, write_json_file
 from t2i.files.model_folder import read_model_class
+from t2i.files.untrusted import read_json
 from t2i.runtime.launch import build_torchrun_command
 from t2i.terminal import print_line
 

@@ -151,8 +151,18 @@ def main(config: Config) -> None:
     def preview(average: torch.nn.Module) -> dict[str, Image]:
         return {"reconstructions": draw_autoencoder_preview(average, records.image)} if records else {}
 
-    num_workers = config.data.num_workers
-    stage = Stage(autoencoder, loss, dataset, export, made_from, asdict(config), num_workers, held_out, preview, critic)
+    stage = Stage(
+        model=autoencoder,
+        loss=loss,
+        dataset=dataset,
+        export=export,
+        made_from=made_from,
+        config=asdict(config),
+        num_workers=config.data.num_workers,
+        validation=held_out,
+        preview=preview,
+        critic=critic,
+    )
     fit(accelerator, stage, config.train)
 
 

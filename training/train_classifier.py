@@ -112,7 +112,16 @@ def build_stage(config: Config, source: EncodingSource, labels: Labels, device: 
         save_model_folder(average, Path(config.train.output))
         save_model_folder(scheduler, Path(config.train.output), "scheduler")
 
-    return Stage(classifier, loss, dataset, export, made_from, asdict(config), config.data.num_workers, validation)
+    return Stage(
+        model=classifier,
+        loss=loss,
+        dataset=dataset,
+        export=export,
+        made_from=made_from,
+        config=asdict(config),
+        num_workers=config.data.num_workers,
+        validation=validation,
+    )
 
 
 def compute_level_accuracies(correct: Tensor) -> dict[str, Tensor]:

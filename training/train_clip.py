@@ -20,7 +20,7 @@ from t2i.training.common.preview import SampleConfig, draw_clip_preview, read_fi
 
 from t2i.checks import check_integer, check_required_keys
 from t2i.config import DataConfig, TrainConfig, build_or_explain
-from t2i.data import Batch, open_datasets
+from t2i.data import Batch, CaptionedPictures, open_datasets
 from t2i.errors import InputError
 from t2i.files.fingerprints import compute_weights_fingerprint
 from t2i.files.model_folder import save_model_folder
@@ -58,6 +58,7 @@ class Config:
 
 
 def main(config: Config) -> None:
+    """Train a CLIP on the captioned pictures of a data folder."""
     datasets = open_datasets(config.data)
     dataset, held_out = datasets["train"], datasets.get("held_out")
     accelerator = build_accelerator(config.train)
@@ -68,24 +69,7 @@ def main(config: Config) -> None:
         raise InputError(
             "train.batch_size must be at least 2 on one process, got 1: CLIP learns to tell pictures apart"
         )
-    # The model and its tokenizer
-    made_from = {"data": dataset.compute_digest()}
-    if config.init is None:
-        text = config.model["text_cfg"]
-        tokenizer = CaptionTokenizer.train(dataset.iterate_texts(), text["vocab_size"], text["context_length"])
-        text["vocab_size"] = tokenizer.vocab_size
-        clip = build_or_explain(CLIP, "model", {"model": config.model, "preprocess": config.preprocess})
-        made_from["vocabulary"] = tokenizer.digest()
-    else:
-        # The configuration's is an upper bound for a new vocabulary; the model has its own.
-        config.model.get("text_cfg", {}).pop("vocab_size", None)
-        settings = {"model": config.model, "preprocess": config.preprocess}
-        clip = prepare_init_model(load_clip(config.init), config.init, settings)
-        if not isinstance(clip, CLIP):
-            raise InputError(f"init={config.init!r} is the CLIP of a public pipeline, which cannot be trained here")
-        tokenizer, made_from["init"] = clip.tokenizer, compute_weights_fingerprint(clip)
-        # Training changes the weights, and so the identity.
-        clip.register_to_config(fingerprint=None, rounded=False)
+    clip, tokenizer, made_from = build_clip(config, dataset)
     if cut := format_cut_captions(measure_caption_lengths(dataset, tokenizer), tokenizer.context_length):
         accelerator.print(f"warning: {cut}")
     # Negatives come from all processes
@@ -114,8 +98,40 @@ def main(config: Config) -> None:
         average.tokenizer = tokenizer
         return {"similarity": draw_clip_preview(average, records.image, records.captions)} if records else {}
 
-    stage = Stage(clip, loss, dataset, export, made_from, asdict(config), config.data.num_workers, held_out, preview)
+    stage = Stage(
+        model=clip,
+        loss=loss,
+        dataset=dataset,
+        export=export,
+        made_from=made_from,
+        config=asdict(config),
+        num_workers=config.data.num_workers,
+        validation=held_out,
+        preview=preview,
+    )
     fit(accelerator, stage, config.train)
+
+
+def build_clip(config: Config, dataset: CaptionedPictures) -> tuple[CLIP, CaptionTokenizer, dict[str, str]]:
+    """Return the model and its tokenizer, new or those of `init`, and the identities of what they are made from."""
+    made_from = {"data": dataset.compute_digest()}
+    if config.init is None:
+        text = config.model["text_cfg"]
+        tokenizer = CaptionTokenizer.train(dataset.iterate_texts(), text["vocab_size"], text["context_length"])
+        text["vocab_size"] = tokenizer.vocab_size
+        clip = build_or_explain(CLIP, "model", {"model": config.model, "preprocess": config.preprocess})
+        made_from["vocabulary"] = tokenizer.digest()
+    else:
+        # The configuration's is an upper bound for a new vocabulary; the model has its own.
+        config.model.get("text_cfg", {}).pop("vocab_size", None)
+        settings = {"model": config.model, "preprocess": config.preprocess}
+        clip = prepare_init_model(load_clip(config.init), config.init, settings)
+        if not isinstance(clip, CLIP):
+            raise InputError(f"init={config.init!r} is the CLIP of a public pipeline, which cannot be trained here")
+        tokenizer, made_from["init"] = clip.tokenizer, compute_weights_fingerprint(clip)
+        # Training changes the weights, and so the identity.
+        clip.register_to_config(fingerprint=None, rounded=False)
+    return clip, tokenizer, made_from
 
 
 if __name__ == "__main__":

@@ -90,7 +90,12 @@ class Config:
 def main(config: Config) -> None:
     public = find_trainable_part(config.init, "unet", DECODER_PARTS)
     source = open_source(
-        config.cache, config.data, config.clip, config.autoencoder, config.reads_captions, config.load_text_encoder
+        cache=config.cache,
+        data=config.data,
+        clip=config.clip,
+        autoencoder=config.autoencoder,
+        reads_captions=config.reads_captions,
+        load_text_encoder=config.load_text_encoder,
     )
     accelerator = build_accelerator(config.train)
     fit(accelerator, build_stage(config, source, accelerator.device, public), config.train)
@@ -138,8 +143,17 @@ def build_stage(
     if config.train.sample_every:
         previews = Preview(config.sample, choose_columns(source, config.sample), source.clip.identity)
         preview = partial(previews.preview_decoder, scheduler=scheduler, load_autoencoder=source.load_autoencoder)
-    num_workers, held_out = config.data.num_workers, source.validation
-    return Stage(decoder, loss, source.dataset, export, made_from, asdict(config), num_workers, held_out, preview)
+    return Stage(
+        model=decoder,
+        loss=loss,
+        dataset=source.dataset,
+        export=export,
+        made_from=made_from,
+        config=asdict(config),
+        num_workers=config.data.num_workers,
+        validation=source.validation,
+        preview=preview,
+    )
 
 
 def build_training_condition(config: Config, decoder: Any, batch: Batch) -> ImageCondition:

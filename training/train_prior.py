@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers import DDIMScheduler
 from t2i.training.common.encodings import EncodingSource, open_source
 from t2i.training.common.entry import run
 from t2i.training.common.finetuning import prepare_init_model, resolve_init_scheduler
@@ -138,18 +139,12 @@ def build_stage(
 ) -> Stage:
     """Build the stage. public: the part of a public model that `init` names."""
     source.to(device)
-    is_diffusion, output = config.architecture == "diffusion", Path(config.train.output)
     if config.architecture not in PUBLIC_ARCHITECTURES and not source.clip.unit_length:
         raise InputError(
             f"architecture={config.architecture} needs embeddings of unit length, which clip={config.clip!r} does not "
             "make; use diffusion"
         )
-    # The noise schedule
-    scheduler = None
-    if is_diffusion:
-        public_scheduler = None if public is None else public.source.find_folder("prior_scheduler")
-        scheduler = resolve_init_scheduler(config.init, config.scheduler, public_scheduler)
-        check_loss_weighting(scheduler, config.loss_weighting)
+    scheduler = resolve_noise_schedule(config, public) if config.architecture == "diffusion" else None
     # The model
     made_from = dict(source.made_from)
     if config.init is None:
@@ -163,7 +158,7 @@ def build_stage(
         add_adapters(prior, config.lora)
     prior.to(device)
 
-    # Called with the wrapped model; `prior` is the bare one, for its null and its scales.
+    # Called with the wrapped model; `prior` is the bare one, for its null and its scales
     def loss(model: Module, batch: Batch) -> dict[str, Tensor]:
         batch = source.encode(batch)
         text, z_i = batch.text, batch.image_embeds
@@ -180,16 +175,33 @@ def build_stage(
                 return metrics | compute_regression_loss(model, prior, text, z_i)
 
     def export(average: Module) -> None:
-        export_adapted_model(average, output)
+        export_adapted_model(average, Path(config.train.output))
         if scheduler is not None:
-            save_model_folder(scheduler, output, "scheduler")
+            save_model_folder(scheduler, Path(config.train.output), "scheduler")
 
     preview = None
     if config.train.sample_every:
-        previews = Preview(config.sample, choose_columns(source, config.sample), source.clip.identity)
-        preview = partial(previews.preview_prior, scheduler=scheduler)
-    num_workers, held_out = config.data.num_workers, source.validation
-    return Stage(prior, loss, source.dataset, export, made_from, asdict(config), num_workers, held_out, preview)
+        columns = choose_columns(source, config.sample)
+        preview = partial(Preview(config.sample, columns, source.clip.identity).preview_prior, scheduler=scheduler)
+    return Stage(
+        model=prior,
+        loss=loss,
+        dataset=source.dataset,
+        export=export,
+        made_from=made_from,
+        config=asdict(config),
+        num_workers=config.data.num_workers,
+        validation=source.validation,
+        preview=preview,
+    )
+
+
+def resolve_noise_schedule(config: Config, public: PublicPart | None) -> DDIMScheduler:
+    """Return the scheduler of a diffusion prior: that of `init` if it has one, else the configuration's."""
+    public_scheduler = None if public is None else public.source.find_folder("prior_scheduler")
+    scheduler = resolve_init_scheduler(config.init, config.scheduler, public_scheduler)
+    check_loss_weighting(scheduler, config.loss_weighting)
+    return scheduler
 
 
 def build_prior(config: Config, source: EncodingSource) -> Any:
@@ -201,12 +213,14 @@ def build_prior(config: Config, source: EncodingSource) -> Any:
     prior_class = ARCHITECTURES[config.architecture]
     if config.architecture in REGRESSION_KINDS:
         prior = build_or_explain(prior_class, "model", arguments, **needed)
-        prior.set_embed_statistics(*source.compute_statistics())
+        mean, std = source.compute_statistics()
+        prior.set_embed_statistics(mean, std)
         return prior
     needed["null_length"] = source.null().states.shape[1]
     if config.architecture == "diffusion":
         prior = build_or_explain(prior_class, "model", arguments, **needed)
-        prior.set_embed_statistics(source.null(), *source.compute_statistics())
+        mean, std = source.compute_statistics()
+        prior.set_embed_statistics(source.null(), mean, std)
         return prior
     # An autoregressive prior, perhaps on top of a regression
     regression = None

@@ -140,8 +140,18 @@ def main(config: Config) -> None:
     records = read_fixed_records(datasets.get("held_out", datasets["train"]), count)
     if records is not None:
         preview = partial(draw_upsampler_preview, pictures=records.image, scheduler=scheduler, config=config.sample)
-    num_workers = config.data.num_workers
-    stage = Stage(upsampler, loss, dataset, export, made_from, asdict(config), num_workers, held_out, preview)
+
+    stage = Stage(
+        model=upsampler,
+        loss=loss,
+        dataset=dataset,
+        export=export,
+        made_from=made_from,
+        config=asdict(config),
+        num_workers=config.data.num_workers,
+        validation=held_out,
+        preview=preview,
+    )
     fit(accelerator, stage, config.train)
 
 

@@ -41,8 +41,10 @@ from t2i.diffusion.condition import TextEncoding, TokenStates
 from t2i.errors import InputError
 from t2i.files.atomic import compute_file_sha256, create_file_atomically, write_json_file
 from t2i.files.model_folder import load_or_explain
+from t2i.files.untrusted import read_json
 
 CACHE_FORMAT = 1
+MAX_CACHE_JSON_BYTES = 1_000_000_000  # of cache.json, which has some 200 bytes for each shard
 
 
 @dataclass(frozen=True)
@@ -304,7 +306,7 @@ def read_finished_cache(folder: Path) -> dict[str, Any]:
         )
     if not (folder / "cache.json").is_file():
         raise InputError(f"the cache {str(folder)!r} is not finished; {format_remedy(folder)}")
-    finished = read_json(folder / "cache.json")
+    finished = read_json(folder / "cache.json", MAX_CACHE_JSON_BYTES)
     missing = {"format", "key", "clip", "autoencoder", "shared", "splits"} - finished.keys()
     if missing or finished["format"] != CACHE_FORMAT:
         fault = f"lacks {', '.join(sorted(missing))}" if missing else f"has format {finished['format']}"
@@ -344,10 +346,3 @@ def check_cache_key(folder: Path, key: dict[str, Any]) -> None:
         if before.get(name) != value:
             values = f"{before.get(name)}, now {value}; give another output or delete it"
             raise InputError(f"the cache {str(folder)!r} was made with another {name}: {values}")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    content = load_or_explain(lambda path: json.loads(path.read_text(encoding="utf-8")), path)
-    if not isinstance(content, dict):
-        raise InputError(f"{str(path)!r} does not load: ValueError: not a JSON object")
-    return content

@@ -39,12 +39,13 @@ class PriorMixin:
 
     needs_scheduler: z_i is denoised, by `t2i.sampling.sample.sample_prior`; other priors return it by themselves.
     prepares_timesteps: `prepare` also takes the timesteps of the sampling, (S,), and computes their tokens ahead.
-    takes_noise, takes_temperature, takes_guidance: options that have an effect.
+    takes_noise, takes_temperature, takes_guidance: options that have an effect. control_factor: as of a decoder.
     """
 
     needs_scheduler = True
     prepares_timesteps = False
     takes_noise, takes_temperature, takes_guidance = True, False, True
+    control_factor: int | None = None
 
     def count_steps(self, steps: int) -> int:
         """Return the number of steps that it takes where `steps` are asked for."""
@@ -76,6 +77,11 @@ class DecoderMixin:
     def states_width(self) -> int | None:
         """Dimensions of the token states of CLIP that it reads; None if any, or if that is not known."""
         return None
+
+    @property
+    def latent_multiple(self) -> int:
+        """What the sides of the latents must be a multiple of."""
+        return 1
 
     @property
     def noise_levels(self) -> int | None:

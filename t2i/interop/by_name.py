@@ -69,10 +69,10 @@ def load_public_autoencoder(part: PublicPart) -> MoVQ | SuperResolution | Autoen
         return load_latent_autoencoder(part.component(), torch.float32)
     if part.part == "movq":
         return MoVQ.from_component(part.component(), torch.float32)
-    networks = (part.component(), part.component("super_res_last"))
+    first, last = part.component(), part.component("super_res_last")
     scheduler = read_config(part.source.folder("super_res_scheduler") / "scheduler_config.json", MAX_TIMESTEPS)
     side = read_config(part.source.folder("unet") / "config.json").get("sample_size")
-    return SuperResolution.from_components(*networks, scheduler, side, torch.float32)
+    return SuperResolution.from_components(first, last, scheduler, side, torch.float32)
 
 
 # CLIP

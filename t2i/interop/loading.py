@@ -145,8 +145,8 @@ def load_decoder(source: SourceFolder, dtype: torch.dtype | None) -> Any:
             return KandinskyDecoder.from_component(source.component("unet"), dtype)
         case _:
             noising = dict(source.load_scheduler("noising_scheduler").config)
-            networks = (source.component("unet"), source.component("normalizer"))
-            return StableUnCLIPDecoder.from_components(*networks, noising, dtype)
+            unet, normalizer = source.component("unet"), source.component("normalizer")
+            return StableUnCLIPDecoder.from_components(unet, normalizer, noising, dtype)
 
 
 def load_text_encoder(source: SourceFolder, dtype: torch.dtype | None) -> Any:
@@ -162,10 +162,10 @@ def load_text_encoder(source: SourceFolder, dtype: torch.dtype | None) -> Any:
 def load_autoencoder(source: SourceFolder, dtype: torch.dtype | None) -> Any:
     match source.family:
         case "karlo":
-            networks = (source.component("super_res_first"), source.component("super_res_last"))
+            first, last = source.component("super_res_first"), source.component("super_res_last")
             scheduler = dict(source.load_scheduler("super_res_scheduler").config)
             low_size = source.component("unet").config.get("sample_size")
-            return SuperResolution.from_components(*networks, scheduler, low_size, dtype)
+            return SuperResolution.from_components(first, last, scheduler, low_size, dtype)
         case "kandinsky":
             return MoVQ.from_component(source.component("movq"), dtype)
         case _:

@@ -129,7 +129,10 @@ class ParityCheck:
         embeds_noise = None
         if pipeline.decoder.noise_levels is not None:  # the reference draws this noise first, even for level 0
             embeds_noise = torch.stack([torch.randn(z_i.shape[1:], generator=item) for item in generators])
-        known = concat_masked_latents(*self.build_masked_canvas()) if pipeline.decoder.config.reads_masks else None
+        known = None
+        if pipeline.decoder.config.reads_masks:
+            latents, mask = self.build_masked_canvas()
+            known = concat_masked_latents(latents, mask)
         control = self.build_control_images()
         condition = build_decoder_condition(pipeline.decoder, z_i, text, known, embeds_noise, control=control)
         sampling = Sampling(self.steps, generators, self.scale, self.generate_noise(pipeline.latent_shape, 2))

@@ -38,6 +38,10 @@ class UNetDenoiser(DecoderMixin, ModelMixin, ConfigMixin, ABC):
     _group_offload_block_modules: ClassVar[list[str]] = ["unet"]  # has blocks that are offloaded one by one
     _supports_gradient_checkpointing = True  # in diffusers' blocks
 
+    @property
+    def latent_multiple(self) -> int:
+        return 2 ** (len(self.unet.config.block_out_channels) - 1)  # each level but the last halves the sides
+
     @abstractmethod
     def build_unet_context(self, condition: ImageCondition) -> UNetDenoiserContext:
         """Return a condition with a row for each image as the U-Net's `forward` takes it."""

@@ -251,7 +251,7 @@ def test_what_cannot_be_painted_is_refused_before_the_model_loads(monkeypatch, c
     monkeypatch.setattr("t2i.pipelines.inputs.MAX_PIXELS", 41 * 32)
     expected = {
         ("inpaint", a, tmp_path / "none.png"): "none.png",
-        ("inpaint", a, tmp_path / "small.png"): "mask_image is 4 x 3, the picture is 40 x 32",
+        ("inpaint", a, tmp_path / "small.png"): "mask_image is 4 x 3, the image is 40 x 32",
         ("inpaint", a, tmp_path / "white.png"): "mask_image is all white",
         ("inpaint", a, tmp_path / "black.png"): "mask_image is all black",
         ("inpaint", a, tmp_path / "white.png", "--strength", 2): "strength must be from 0.001 to 1, got 2",

@@ -238,8 +238,8 @@ def flip(path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "does not load"),
-        ("[]", "not a JSON object"),
+        ("{", "is not JSON"),
+        ("[]", "must be a JSON object, got list"),
         ("{}", "lacks autoencoder, clip, format, key, shared, splits; this version reads format 1"),
         ('{"format": 2, "key": 0, "clip": 0, "autoencoder": 0, "shared": 0, "splits": 0}', "has format 2"),
         ('{"format": 1, "key": {}, "clip": 0, "autoencoder": 0, "shared": 0, "splits": 0}', "does not load"),

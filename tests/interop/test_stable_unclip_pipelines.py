@@ -208,7 +208,7 @@ def test_what_cannot_be_is_said():
             variations(pictures(1), noise_level=level)
     with pytest.raises(InputError, match=r"image_embeds_noise must be a tensor of shape \(1, 20\), got \(2, 20\)"):
         variations(pictures(1), image_embeds_noise=drawn(2, 20))
-    with pytest.raises(InputError, match="noise_level must be 0 here"):
+    with pytest.raises(InputError, match="noise_level must be 0 for inverted images"):
         variations(pictures(1), eta=0.0, noise_level=3)
 
 

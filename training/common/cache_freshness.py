@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from t2i.config import DataConfig
-from t2i.data.cache import AutoencoderFacts, CachedPairs, ClipFacts, TextEncoderFacts, read_json
+from t2i.data.cache import AutoencoderFacts, CachedPairs, ClipFacts, TextEncoderFacts
 from t2i.data.dataset import CaptionedPictures, open_datasets
 from t2i.data.manifest import SPLITS, find_manifest
 from t2i.errors import InputError
 from t2i.files.fingerprints import compute_files_fingerprint, compute_stored_fingerprint, compute_weights_fingerprint
 from t2i.files.model_folder import read_model_class
-from t2i.files.untrusted import is_folder
+from t2i.files.untrusted import is_folder, read_json
 from t2i.networks.autoencoder import Autoencoder
 from t2i.networks.clip import CLIP
 from t2i.networks.public.transformers_clip import TransformersCLIP

@@ -266,8 +266,9 @@ def open_source(
 
     Raises InputError for a cache that lacks some of these encodings, or was made from other models or data.
     """
-    models = (clip, autoencoder, reads_captions, load_text_encoder)
-    return FrozenModels(data, *models) if cache is None else CachedEncodings(cache, data, *models)
+    if cache is None:
+        return FrozenModels(data, clip, autoencoder, reads_captions, load_text_encoder)
+    return CachedEncodings(cache, data, clip, autoencoder, reads_captions, load_text_encoder)
 
 
 def encode_tokens(text_encoder: TextEncoder, captions: list[str]) -> TokenStates:

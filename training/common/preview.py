@@ -307,7 +307,8 @@ class Preview:
         return draw_decoder_preview(columns, self.config, pipeline.to(device), z_i)
 
     def load_trained_prior(self) -> PreviewPipeline:
-        return PreviewPipeline(*self.load_trained_stage("prior", PRIOR_CLASSES))
+        prior, scheduler = self.load_trained_stage("prior", PRIOR_CLASSES)
+        return PreviewPipeline(prior, scheduler)
 
     def load_trained_decoder(self) -> tuple[PreviewPipeline, TextEncoder | None]:
         """Load the trained decoder with its autoencoder, and its text encoder if it has one. Raises InputError."""

@@ -71,6 +71,10 @@ class DALLE2Decoder(DecoderMixin, ModelMixin, ConfigMixin):
     def states_width(self) -> int | None:
         return self.config.text_width
 
+    @property
+    def latent_multiple(self) -> int:
+        return self.net.multiple
+
     @run_like_forward
     def forward(self, x: Tensor, t: Tensor, condition: ImageCondition) -> Tensor:
         """x: (B, C, H, W) noisy images; t: (B,) timesteps -> (B, C, H, W); (B, 2C, H, W) with a learned variance."""
