@@ -179,14 +179,14 @@ def outpaint(
     from t2i.pipelines.inpaint import OutpaintPipeline, check_enlarged_size, check_margins
     from t2i.pipelines.jobs.generation import redraw_files
 
-    margins = {"left": left, "right": right, "top": top, "bottom": bottom}
+    margins = check_margins(left, right, top, bottom)
 
     # The image is opened later, once, before the model loads
     def check_size(image: "Image") -> None:
-        check_enlarged_size(image.width, image.height, **margins)
+        check_enlarged_size(image.width, image.height, margins)
 
-    check_margins(**margins)
-    settings = prompts.build_settings() | decoder.build_settings() | margins
+    settings = prompts.build_settings() | decoder.build_settings()
+    settings |= {"left": left, "right": right, "top": top, "bottom": bottom}
     return redraw_files(OutpaintPipeline, [picture], source.build(), output.build(), settings, check_size)
 
 
