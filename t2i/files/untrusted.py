@@ -34,6 +34,7 @@ CODE_KEYS = ("auto_map", "custom_pipeline", "quantization_config", "trust_remote
 SIGNED_KEYS = ("init_logit_bias",)  # integers that may be negative
 FLOAT_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 DIFFUSERS_STEM = "diffusion_pytorch_model"  # of the names of weight files in diffusers
+STAND_IN_BYTES = 64  # first bytes of a file that tell whether it stands in for another
 # First bytes of files that are often found in the place of others: what they are, and what helps
 STAND_INS = {
     b"version https://git-lfs": ("a Git LFS pointer", "`git lfs pull` in its repository fetches the file itself"),
@@ -71,19 +72,26 @@ def is_folder(name: str | Path) -> bool:
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """Read a JSON object from a file of at most `limit` bytes. Raises InputError for anything else."""
-    check_size_limit(path, limit)
+    check_size(path, limit)
     try:
-        return parse_json(path.read_bytes(), path)
+        content = path.read_bytes()
     except OSError as error:
         raise InputError(f"{str(path)!r} cannot be read ({error})") from error
+    check_start(path, content[:STAND_IN_BYTES])
+    return parse_json(content, path)
 
 
 def check_size_limit(path: Path, limit: int) -> None:
+    """Raise InputError for a file of more than `limit` bytes, or one that stands in for another."""
+    check_size(path, limit)
+    check_no_stand_in(path)
+
+
+def check_size(path: Path, limit: int) -> None:
     if not path.is_file():  # reading a pipe would block
         raise InputError(f"no file {str(path)!r}")
     if (size := path.stat().st_size) > limit:
         raise InputError(f"{str(path)!r} has {size:,} bytes; such a file has at most {limit:,}")
-    check_no_stand_in(path)
 
 
 def describe_stand_in(start: bytes) -> str | None:
@@ -98,8 +106,13 @@ def describe_stand_in(start: bytes) -> str | None:
 def check_no_stand_in(path: Path) -> None:
     """Raise InputError for an empty file, a Git LFS pointer or a web page: remains of a download that failed."""
     with suppress(OSError), open(path, "rb") as file:
-        if fault := describe_stand_in(file.read(64)):
-            raise InputError(f"{str(path)!r} is {fault}")
+        check_start(path, file.read(STAND_IN_BYTES))
+
+
+def check_start(path: Path, start: bytes) -> None:
+    """Raise InputError if a file with these first bytes stands in for another."""
+    if fault := describe_stand_in(start):
+        raise InputError(f"{str(path)!r} is {fault}")
 
 
 def parse_json(content: bytes, path: Path) -> dict[str, Any]:
