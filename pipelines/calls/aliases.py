@@ -58,6 +58,14 @@ class DiffusersNames:
         """Encode and decode images whole again."""
         call_networks("disable_tiling", [(self.autoencoder, "coder")])
 
+    def enable_attention_slicing(self, slice_size: str | int = "auto") -> None:
+        """Compute the attention of a U-Net in slices, which needs less memory; see diffusers for `slice_size`."""
+        call_networks("set_attention_slice", [(self.decoder, "unet")], slice_size=slice_size)
+
+    def disable_attention_slicing(self) -> None:
+        """Compute attention at once again."""
+        call_networks("set_attention_slice", [(self.decoder, "unet")], slice_size=None)
+
     def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
         """Weigh the skip connections (s1, s2) and the backbone (b1, b2) of a U-Net anew (FreeU, Si et al. 2023)."""
         call_networks("enable_freeu", [(self.decoder, "unet")], s1=s1, s2=s2, b1=b1, b2=b2)
@@ -77,7 +85,7 @@ class DiffusersNames:
         call_networks("unfuse_qkv_projections", networks)
 
 
-def call_networks(method: str, networks: list[tuple[Any, str]], **settings: float) -> None:
+def call_networks(method: str, networks: list[tuple[Any, str]], **settings: Any) -> None:
     """Call a method of the network of diffusers, by its name, in each component.
 
     Raises InputError, before any is called, for a component without such a network; and for one that refuses.
