@@ -4,6 +4,7 @@ A prior and a decoder store the fingerprint of their CLIP, of its weights and pr
 """
 
 import copy
+import functools
 import importlib
 import json
 import math
@@ -49,6 +50,11 @@ from t2i.runtime.hooks import borrow_weights, find_compute_device, run_like_forw
 
 DEFAULT_RESIZING = {"interpolation": "bicubic", "resize_mode": "shortest"}  # CLIP's own
 OPEN_CLIP_BLOCKS = (ResidualAttentionBlock, CustomResidualAttentionBlock)
+READING_LAYERS = {  # that read the weights of the layers in them
+    *("torch.nn.modules.activation.MultiheadAttention", "open_clip.modified_resnet.AttentionPool2d"),
+    *("timm.models.beit.Attention", "timm.models.eva.EvaAttention", "timm.models.mobilevit.LinearSelfAttention"),
+    *("timm.models.eva.Eva", "timm.models.swin_transformer_v2.WindowAttention"),
+}
 OPEN_CLIP_FILES = ["open_clip_config.json", "open_clip_model.safetensors", "tokenizer*.json"]
 MAX_LOGIT_SCALE = torch.tensor(math.log(100)).item()  # of the weight, a float32: a weight at the bound is not beyond it
 MAX_POSITION_VALUES = 2**26  # values of a table of positions, which open_clip computes in NumPy even on meta
@@ -237,28 +243,24 @@ class CLIP(Encoder, ModelMixin):
         return TextEncoding(F.normalize(pooled, dim=-1), states[:, :length], mask[:, :length])
 
 
-class MultiheadAttention(torch.nn.MultiheadAttention):
-    """`torch.nn.MultiheadAttention`, which reads the weights of its last layer without calling it."""
+class ReadsChildren(torch.nn.Module):
+    """A layer that reads the weights of the layers in it, without calling these."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with borrow_weights(*self.children()):
             return super().forward(*args, **kwargs)
 
 
-class AttentionPool2d(open_clip.modified_resnet.AttentionPool2d):
-    """The last layer of open_clip's ResNets, which reads the weights of its layers without calling them."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        with borrow_weights(*self.children()):
-            return super().forward(x)
+@functools.cache
+def build_reading_class(layer_class: type[torch.nn.Module]) -> type[torch.nn.Module]:
+    return type(layer_class.__name__, (ReadsChildren, layer_class), {})
 
 
 def use_hooked_attention(model: torch.nn.Module) -> torch.nn.Module:
     """Let hooks reach all weights of a model's attention layers, in place."""
     for layer in model.modules():
-        for hooked in (MultiheadAttention, AttentionPool2d):
-            if type(layer) is hooked.__base__:
-                layer.__class__ = hooked
+        if f"{type(layer).__module__}.{type(layer).__name__}" in READING_LAYERS:
+            layer.__class__ = build_reading_class(type(layer))
     return model
 
 

@@ -11,14 +11,21 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
+from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
 from diffusers.hooks.group_offloading import ModuleGroup
 from torch import Tensor
 
+from t2i.networks.clip import use_hooked_attention
 from t2i.runtime.hooks import find_compute_device
 from tests.helpers.models import MODELS, TRAINED, compute_loss, list_float_tensors
 
 CPU = torch.device("cpu")
 NAMES = list(MODELS)
+TIMM: dict[str, dict[str, Any]] = {
+    "beit_base_patch16_224": {"depth": 1, "embed_dim": 24, "num_heads": 2, "img_size": 32},
+    "eva02_tiny_patch14_224": {"depth": 1, "embed_dim": 24, "num_heads": 2, "img_size": 28},
+    "swinv2_tiny_window8_256": {"depths": (1,), "embed_dim": 24, "num_heads": (2,), "img_size": 64},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -129,6 +136,27 @@ def test_a_u_net_alone_is_offloaded_and_then_runs_block_by_block(name: str, kind
     )
     for one, other in zip(case.run(model), expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("way", ["in sequence", "leaves", "cast"])
+@pytest.mark.parametrize("name", TIMM)
+def test_layers_of_timm_that_read_others_weights_find_them(name: str, way: str, tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    tower = use_hooked_attention(timm.create_model(name, num_classes=0, **TIMM[name]).eval())
+    image = torch.randn(1, 3, TIMM[name]["img_size"], TIMM[name]["img_size"])
+    with torch.no_grad():
+        if way == "cast":
+            for parameter in tower.parameters():  # the stored weights are then exact
+                parameter.copy_(parameter.bfloat16())
+        expected = tower(image)
+        if way == "in sequence":
+            cpu_offload(tower, CPU)
+        elif way == "leaves":
+            apply_group_offloading(tower, CPU, offload_type="leaf_level", offload_to_disk_path=str(tmp_path))
+        else:
+            apply_layerwise_casting(tower, torch.bfloat16, torch.float32)
+        torch.testing.assert_close(tower(image), expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("storage", [torch.float8_e4m3fn, torch.bfloat16], ids=["fp8", "bf16"])
