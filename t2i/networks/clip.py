@@ -259,8 +259,9 @@ def build_reading_class(layer_class: type[torch.nn.Module]) -> type[torch.nn.Mod
 def use_hooked_attention(model: torch.nn.Module) -> torch.nn.Module:
     """Let hooks reach all weights of a model's attention layers, in place."""
     for layer in model.modules():
-        if f"{type(layer).__module__}.{type(layer).__name__}" in READING_LAYERS:
-            layer.__class__ = build_reading_class(type(layer))
+        layer_class: Any = type(layer)
+        if f"{layer_class.__module__}.{layer_class.__name__}" in READING_LAYERS:
+            layer.__class__ = build_reading_class(layer_class)
     return model
 
 
