@@ -24,42 +24,42 @@ class PromptEncoding:
     _execution_device: torch.device
 
     @torch.no_grad()
-    def encode_prompt(self, prompts: str | list[str] | TextEncoding) -> TextEncoding:
+    def encode_prompt(self, prompt: str | list[str] | TextEncoding) -> TextEncoding:
         """Encode prompts by CLIP, for the prior, and by the decoder's own text encoder, if it has one.
 
         Each different prompt is encoded once; `expand` of the result has a row for each prompt. Logs what of a prompt
         does not fit. An encoding is returned as it is. Raises InputError for what is no text, for no prompts, and for
         a CLIP without a text tower.
         """
-        if isinstance(prompts, TextEncoding):
-            return prompts
-        prompts = check_prompts("prompts", prompts)
+        if isinstance(prompt, TextEncoding):
+            return prompt
+        prompts = check_prompts("prompt", prompt)
         if not prompts:
-            raise InputError("prompts are missing; give a text or a list of texts")
+            raise InputError("prompt is missing; give a text or a list of texts")
         if not self.clip.reads_captions:
             lacks = "no text encoder of its CLIP" if self.prior else "no prior and no text encoder of its CLIP"
             raise InputError(f"this model has {lacks}: it draws from images or image_embeds, not from texts")
         different, rows = find_unique_prompts(prompts)
-        for prompt in different:
-            if cut := self.clip.tokenizer.find_truncated_text(prompt):
+        for text in different:
+            if cut := self.clip.tokenizer.find_truncated_text(text):
                 # The tokens of start and end take two places
                 longest = self.clip.context_length - 2
                 logger.warning("a prompt is longer than %d tokens; this was cut: %r", longest, cut)
-            if self.text_encoder is not None and (cut := self.text_encoder.find_truncated_text(prompt)):
+            if self.text_encoder is not None and (cut := self.text_encoder.find_truncated_text(text)):
                 longest = self.text_encoder.config.context_length
                 logger.warning("a prompt has more than the text encoder's %d tokens; this was cut: %r", longest, cut)
         self.offload_all_but("clip")
-        text = self.clip.encode_tokens(self.clip.tokenizer(different).to(self._execution_device))
+        encoding = self.clip.encode_tokens(self.clip.tokenizer(different).to(self._execution_device))
         if self.text_encoder is not None:
-            text = replace(text, decoder_tokens=self.text_encoder.encode(different, self._execution_device))
-        return text if rows is None else text.take_rows(rows)
+            encoding = replace(encoding, decoder_tokens=self.text_encoder.encode(different, self._execution_device))
+        return encoding if rows is None else encoding.take_rows(rows)
 
     @torch.no_grad()
-    def encode_decoder_prompt(self, prompts: str | list[str] | TextEncoding) -> Any:
+    def encode_decoder_prompt(self, prompt: str | list[str] | TextEncoding) -> Any:
         """Encode captions for the decoder. If it has its own text encoder, a CLIP without a text tower will do."""
-        if isinstance(prompts, TextEncoding) or self.clip.reads_captions or self.text_encoder is None:
-            return self.encode_prompt(prompts)
-        prompts = check_prompts("prompts", prompts)
+        if isinstance(prompt, TextEncoding) or self.clip.reads_captions or self.text_encoder is None:
+            return self.encode_prompt(prompt)
+        prompts = check_prompts("prompt", prompt)
         self.offload_all_but("text_encoder")
         different, rows = find_unique_prompts(prompts)
         tokens = self.text_encoder.encode(different, self._execution_device)

@@ -23,16 +23,16 @@ PICTURE = Image.new("RGB", (32, 32), "red")
 
 
 def test_one_text_is_one_prompt(pipeline):
-    one, listed = pipeline.encode_prompt("a cat"), pipeline.encode_prompt(["a cat"])
+    one, listed = pipeline.encode_prompt(prompt="a cat"), pipeline.encode_prompt(["a cat"])
     assert len(one) == 1 and torch.equal(one.embedding, listed.embedding)
 
 
 @pytest.mark.parametrize(
     ("method", "argument", "message"),
     (
-        ("encode_prompt", 3, "prompts must be a text or a list of texts, got 3"),
-        ("encode_prompt", [], "prompts are missing"),
-        ("encode_prompt", ["a", None], "prompts must be a text or a list of texts"),
+        ("encode_prompt", 3, "prompt must be a text or a list of texts, got 3"),
+        ("encode_prompt", [], "prompt is missing"),
+        ("encode_prompt", ["a", None], "prompt must be a text or a list of texts"),
         ("encode_image", PICTURE, r"images must be a tensor of shape \(N, 3, H, W\), got Image"),
         ("encode_image", torch.zeros(3, 32, 32), r"images must be a tensor of shape \(N, 3, H, W\), got \(3, 32, 32\)"),
         ("encode_image", torch.full((1, 3, 8, 8), 255.0), r"images must be floats in \[-1, 1\]"),
