@@ -113,7 +113,8 @@ def ensure_fresh_manifest(source: str, held_out: float | None) -> None:
 def train(
     stage: Annotated[str, argument(f"Stage to train: {', '.join((*STAGES, *EXTRA_STAGES))}, or all.")],
     arguments: Annotated[
-        list[str] | None, argument("FILE.yaml and changes, key=value ...; for all, the folder.")
+        list[str] | None,
+        argument("FILE.yaml and overrides key=value; for `all`, the folder that `t2i init` wrote."),
     ] = None,
     dry_run: Annotated[bool, option("Print what the run would cost, and write nothing.", None, "--dry-run")] = False,
     num_processes: Annotated[int, option("Processes on this machine, which share its GPUs or CPU cores.")] = 1,
@@ -208,7 +209,7 @@ def emoji(
 
 @data.command(context_settings={"ignore_unknown_options": True})
 def cache(
-    arguments: Annotated[list[str] | None, argument("Configuration and changes: FILE.yaml key=value ...")] = None,
+    arguments: Annotated[list[str] | None, argument("FILE.yaml and overrides key=value.")] = None,
 ) -> None:
     """Encode every image and caption once, so that priors and decoders train without the encoders.
 

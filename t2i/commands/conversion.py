@@ -70,7 +70,7 @@ def parity(
     folder: Annotated[str, argument("Public model: its folder, or a repository on the hub.")],
     prior: flags.Prior = None,
     clip: flags.Clip = None,
-    prompt: Annotated[list[str] | None, option("Prompt to draw. Repeatable.", "two prompts")] = None,
+    prompt: Annotated[list[str] | None, option("Prompt to draw. Repeatable.", "two prompts", metavar="PROMPT")] = None,
     steps: Annotated[int, option("Denoising steps of each stage.")] = 4,
     guidance_scale: Annotated[float, option("Guidance scale of each stage. 1 turns guidance off.")] = 4.0,
     variant: Annotated[str | None, option("Variant of the files, such as fp16. Computed in fp32 anyway.")] = None,
@@ -79,8 +79,8 @@ def parity(
 ) -> None:
     """Draw with this project and with diffusers from the same noise, and print the largest difference of each stage.
 
-    A decoder that inpaints gets half of an image. Two things are this project's own code on both sides: Karlo's
-    projection of the condition, which no library contains, and the sampling loops of the prior and of Karlo.
+    A decoder that inpaints gets half of an image. This project's own code stands on both sides for Karlo's projection
+    of the condition, and for the sampling loops of the prior, of Karlo and of Kandinsky's inpainting.
 
     The exit status is 1 if a difference is beyond the tolerance. The model is held twice, in fp32, on the CPU.
     """

@@ -42,7 +42,8 @@ def generate(
         str | None, option("Images at once; auto is 16, or fewer if memory is short.", "auto")
     ] = None,
     dtype: Annotated[
-        list[str] | None, option("Dtype of the weights, fp32, bf16 or fp16, or of a part: decoder=bf16. Repeatable.")
+        list[str] | None,
+        option("Dtype of the weights, fp32, bf16 or fp16, or of a part: decoder=bf16. Repeatable.", metavar="DTYPE"),
     ] = None,
     compile: Annotated[
         bool, option("Compile the decoder first, for many images of one size.", None, "--compile")
@@ -86,7 +87,7 @@ def upsample(
     out: flags.Out = Path("out"),
     model: Annotated[str | None, option("Model that has an upsampler.", "models/emoji-upsampler")] = None,
     upsampler: Annotated[str | None, option("Folder that `t2i train upsampler` wrote, instead of --model.")] = None,
-    times: Annotated[int, option("Times that each image passes through the upsampler.")] = 1,
+    times: Annotated[int, option("Number of passes through the upsampler.")] = 1,
     steps: Annotated[int | None, option("Denoising steps of each pass.", "4")] = None,
     level: Annotated[float | None, option("Noise added first, 0 to 1. More redraws more of an image.", "0")] = None,
     tile: Annotated[int | None, option("Side in pixels of the windows for larger images.", "512")] = None,
@@ -119,7 +120,7 @@ def image_to_image(
     decoder: flags.DecoderFlags,
     strength: Annotated[float, option("Fraction of the steps to take. 1 keeps nothing of the image.")] = 0.6,
 ) -> Iterator[Path]:
-    """Draw images that start from the given ones, and print their paths."""
+    """Redraw images from their noised latents, and print their paths."""
     from t2i.pipelines.image_to_image import ImageToImagePipeline, check_strength
     from t2i.pipelines.jobs.generation import redraw_files
 

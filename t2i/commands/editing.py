@@ -24,7 +24,11 @@ def variations(
     upsampling: flags.UpsamplerFlags,
     eta: Annotated[
         float | None,
-        option("Start from the image's own noise, and add this much: 0 gives it back, 1 goes far.", "new noise"),
+        option(
+            "Start from the noise of the inverted image, with this much new noise: 0 reproduces the image, 1 varies it "
+            "most.",
+            "new noise",
+        ),
     ] = None,
     prompt: Annotated[str | None, option("Caption for decoders that read captions.")] = None,
     sampler: flags.Sampler = None,
@@ -93,7 +97,7 @@ def edit(
     theta: Annotated[float | None, option("How far to go: 0 changes nothing, 1 goes all the way.", "0.35")] = None,
     out: flags.Out = Path("out"),
 ) -> Iterator[Path]:
-    """Change an image by the difference of two captions, and print the path of the result."""
+    """Change an image along the direction from one caption to another, and print the path of the result."""
     from t2i.checks import check_range
     from t2i.pipelines.jobs.generation import redraw_files
     from t2i.pipelines.jobs.planning import Output

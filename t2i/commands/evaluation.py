@@ -110,7 +110,9 @@ def evaluate_likelihood(
     terms: Annotated[int, option("Terms of the variational bound, evaluated at random timesteps.")] = 100,
     steps: Annotated[int, option("Steps of the ODE solver.")] = 25,
     seed: Annotated[int, option("Seed of the first image. Each further image adds 1.")] = 0,
-    stage: Annotated[list[str] | None, option("Stage to evaluate: prior or decoder. Repeatable.", "both")] = None,
+    stage: Annotated[
+        list[str] | None, option("Stage to evaluate: prior or decoder. Repeatable.", "both", metavar="STAGE")
+    ] = None,
     device: flags.Device = "auto",
 ) -> None:
     """Compute bits per dimension of true latents and embeddings, by the variational bound and by the ODE."""

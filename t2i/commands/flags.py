@@ -32,9 +32,16 @@ SETTING_NAMES = {
 }
 
 
-def option(help: str, default: str | None = None, *names: str) -> Any:
-    """Return an option; `default` describes its default in the help, where that is None or a path."""
-    return Option(*names, help=help, show_default=default or True)
+def option(help: str, default: str | None = None, *names: str, metavar: str | None = None) -> Any:
+    """Return an option.
+
+    default: describes its default in the help, where that is None or a path. metavar: stands for its value there; None
+    names the type.
+    """
+    # typer puts parentheses around a description, but a value that can be given has none
+    if default is not None and (default == "auto" or default.replace(".", "", 1).isdigit()):
+        return Option(*names, help=f"{help} [default: {default}]", show_default=False, metavar=metavar)
+    return Option(*names, help=help, show_default=default or True, metavar=metavar)
 
 
 def argument(help: str, default: str | bool = False) -> Any:
@@ -53,7 +60,9 @@ Steps = Annotated[int | None, option("Denoising steps of the decoder.", "the mod
 GuidanceScale = Annotated[float | None, option("Guidance scale of the decoder. 1 turns guidance off.", "the model's")]
 PriorSteps = Annotated[int | None, option("Denoising steps of the prior.", "25")]
 PriorGuidanceScale = Annotated[float | None, option("Guidance scale of the prior. 1 turns it off.", "the model's")]
-Candidates = Annotated[int | None, option("Embeddings that the prior samples, to use the nearest to the prompt.", "2")]
+Candidates = Annotated[
+    int | None, option("Image embeddings to sample per image; the nearest to the prompt is used.", "2")
+]
 Sampler = Annotated[str | None, option(f"Sampler of the decoder: {SAMPLER_NAMES}.", "the model's")]
 Eta = Annotated[float | None, option("Noise that the sampler ddim adds in each step, 0 to 1.", "0")]
 NoiseLevel = Annotated[int | None, option("Noise that Stable unCLIP adds to the image embedding, 0 to 999.")]
@@ -163,7 +172,8 @@ class DecoderFlags(Settings):
     steps: Steps = None
     guidance_scale: GuidanceScale = None
     guidance: Annotated[
-        list[str] | None, option(f"Another guidance setting of the decoder, KEY=VALUE: {GUIDANCE_KEYS}. Repeatable.")
+        list[str] | None,
+        option(f"Another guidance setting of the decoder: {GUIDANCE_KEYS}. Repeatable.", metavar="KEY=VALUE"),
     ] = None
     control_image: Annotated[
         Path | None, option("Image file that a ControlNet decoder draws by, such as a depth map.")
@@ -181,7 +191,9 @@ class PriorFlags(Settings):
     panel: ClassVar[str] = "Prior"
     prior_steps: PriorSteps = None
     prior_guidance_scale: PriorGuidanceScale = None
-    prior_guidance: Annotated[list[str] | None, option("Like --guidance, for the prior. Repeatable.")] = None
+    prior_guidance: Annotated[
+        list[str] | None, option("Like --guidance, for the prior. Repeatable.", metavar="KEY=VALUE")
+    ] = None
     candidates: Candidates = None
 
 
@@ -212,7 +224,7 @@ class PromptFlags(Settings):
 @dataclass
 class UpsamplerFlags:
     panel: ClassVar[str] = "Upsampling"
-    upsample: Annotated[int | None, option("Times that the images pass through the upsampler.", "0")] = None
+    upsample: Annotated[int | None, option("Number of passes through the upsampler.", "0")] = None
     upsampler: Annotated[
         str | None, option("Folder that `t2i train upsampler` wrote, or a model with an upsampler.", "the model's")
     ] = None
@@ -226,7 +238,10 @@ class SteeringFlags:
     panel: ClassVar[str] = "Steering"
     steer_class: Annotated[str | None, option("Steer towards this class of the classifier.")] = None
     steer_text: Annotated[str | None, option("Steer towards this text, as CLIP embeds it.")] = None
-    steer_picture: Annotated[Path | None, option("Steer towards this image file, as CLIP embeds it.")] = None
+    steer_image: Annotated[
+        Path | None,
+        option("Steer towards this image file, as CLIP embeds it.", None, "--steer-image", "--steer-picture"),
+    ] = None
     steer_scale: Annotated[float | None, option("Weight of the steering gradient. 0 turns it off.", "1")] = None
     classifier: Annotated[Path | None, option("Folder that `t2i train classifier` wrote; classes need one.")] = None
 
@@ -236,7 +251,7 @@ class SteeringFlags:
         goals = {
             "--steer-class": self.steer_class,
             "--steer-text": self.steer_text,
-            "--steer-picture": self.steer_picture,
+            "--steer-image": self.steer_image,
         }
         chosen = list(drop_missing(**goals))
         if len(chosen) > 1:
@@ -254,7 +269,7 @@ class SteeringFlags:
         # Load what it steers by
         scale = 1.0 if self.steer_scale is None else self.steer_scale
         check_range("--steer-scale", scale, 0, MAX_STEERING_SCALE)
-        image = None if self.steer_picture is None else read_image_tensor(self.steer_picture)
+        image = None if self.steer_image is None else read_image_tensor(self.steer_image)
         classifier = None if self.classifier is None else load_classifier(self.classifier)
         if self.steer_class is not None and classifier is not None:
             classifier.find_class_index(self.steer_class)

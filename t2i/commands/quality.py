@@ -25,7 +25,9 @@ class Comparison:
 
     reference: Annotated[Path, argument("Real images: a folder, a checked source, or a file of their statistics.")]
     model: Annotated[str | None, option("Model that draws the captions of the reference.", "models/emoji")] = None
-    pictures: Annotated[Path | None, option("Folder of drawn images, instead of --model.")] = None
+    pictures: Annotated[
+        Path | None, option("Folder of drawn images, instead of --model.", None, "--images", "--pictures")
+    ] = None
     features: Annotated[str, option("Feature extractor: inception, or clip:FOLDER_OR_NAME.")] = "inception"
     inception: Annotated[Path | None, option("Weights of Inception: .safetensors, or torch-fidelity's .pth.")] = None
     clip_score: Annotated[
@@ -97,17 +99,17 @@ def evaluate_quality(
 
 
 def check_comparison(comparison: Comparison, drawing: dict[str, Any]) -> None:
-    """Raise InputError for values that are not allowed, and for options of a model together with --pictures."""
+    """Raise InputError for values that are not allowed, and for options of a model together with --images."""
     from t2i.checks import check_choice, check_integer, check_range
     from t2i.pipelines.options import build_options
 
     # Options of a model do not go with images that are drawn already
     pictures, count = comparison.pictures, comparison.count
     if comparison.model is not None and pictures is not None:
-        raise InputError(f"give --model or --pictures, not both: {comparison.model!r}, {str(pictures)!r}")
+        raise InputError(f"give --model or --images, not both: {comparison.model!r}, {str(pictures)!r}")
     if pictures is not None and (drawing or count is not None):
         name = next(iter(drawing), "count")
-        raise InputError(f"{name} needs a model that draws; --pictures {str(pictures)!r} are drawn already")
+        raise InputError(f"{name} needs a model that draws; --images {str(pictures)!r} are drawn already")
     # Ranges and names
     if count is not None:
         check_integer("count", count, 1, 10_000_000)
@@ -135,7 +137,7 @@ def measure_and_report(
     reference, folder, clip_score = comparison.reference, comparison.pictures, comparison.clip_score
     is_statistics_file = reference.suffix == ".safetensors" and reference.is_file()
     if is_statistics_file and folder is None:
-        raise InputError(f"{str(reference)!r} contains statistics, but no captions to draw; give --pictures")
+        raise InputError(f"{str(reference)!r} contains statistics, but no captions to draw; give --images")
 
     # Load the models onto the device of this process
     check_environment()

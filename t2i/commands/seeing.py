@@ -34,7 +34,7 @@ def classify(
     labels: Annotated[str | None, option("Comma-separated labels.")] = None,
     labels_file: Annotated[Path | None, option("Text file with one label per line.")] = None,
     template: Annotated[
-        list[str] | None, option("Sentence with {} for the label. Repeatable for a mean.", "{}")
+        list[str] | None, option("Sentence with {} for the label. Repeatable for a mean.", "{}", metavar="SENTENCE")
     ] = None,
     top: Annotated[int | None, option("Number of labels to print for each image.", "3")] = None,
     as_json: Annotated[bool, option("Print all probabilities, one line of JSON per image.", None, "--json")] = False,
@@ -81,7 +81,9 @@ def read_labels(labels: str | None, file: Path | None) -> list[str]:
 def search(
     text: Annotated[str | None, argument("Text to search for.")] = None,
     where: Annotated[str, option("Folder of images, or a cache that `t2i data cache` wrote.", None, "--in")] = ".",
-    picture: Annotated[Path | None, option("Image file to search for, instead of a text.")] = None,
+    image: Annotated[
+        Path | None, option("Image file to search for, instead of a text.", None, "--image", "--picture")
+    ] = None,
     top: Annotated[int, option("Number of images to print.")] = 10,
     index: Annotated[Path | None, option("File that stores the folder's embeddings.", "in the folder")] = None,
     clip: Clip = str(SHIPPED_MODEL / "clip"),
@@ -96,18 +98,18 @@ def search(
     from t2i.evaluation.retrieval import open_image_index, search_image_index
 
     # Check everything that needs no model
-    if (text is None) == (picture is None):
-        raise InputError(f"give a text or a --picture to search for, got {'none' if text is None else 'both'}")
+    if (text is None) == (image is None):
+        raise InputError(f"give a text or an --image to search for, got {'none' if text is None else 'both'}")
     if text is not None and not normalize_text(text):
         raise InputError(f"the text must not be empty, got {text!r}")
     check_integer("top", top, 1, 10_000)
-    if picture is not None:
-        open_image(picture)
+    if image is not None:
+        open_image(image)
 
     # Search
     model = load_clip_model(clip, device)
     job = BulkJob(0)
-    for name, cosine in search_image_index(model, open_image_index(model, where, index, job), text, picture, top):
+    for name, cosine in search_image_index(model, open_image_index(model, where, index, job), text, image, top):
         print_line(f"{cosine:.4f}  {name}")
     job.finish()
 
@@ -115,7 +117,9 @@ def search(
 @app.command()
 def similarity(
     pictures: flags.ImageFiles,
-    text: Annotated[list[str] | None, option("Text to compare with, repeatable; without it, each other.")] = None,
+    text: Annotated[
+        list[str] | None, option("Text to compare with, repeatable; without it, each other.", metavar="TEXT")
+    ] = None,
     out: Annotated[Path, option("PNG file to write. It must not exist.")] = Path("similarity.png"),
     clip: Clip = str(SHIPPED_MODEL / "clip"),
     device: flags.Device = "auto",

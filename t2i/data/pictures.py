@@ -62,7 +62,7 @@ FILE_SIGNATURES = {
 
 @dataclass(frozen=True)
 class Reading:
-    """How pictures are read. A manifest stores it, so that training reads pictures as they were checked.
+    """Settings for reading pictures. A manifest stores it, so that training reads pictures as they were checked.
 
     profiles: convert colours by an embedded profile to sRGB.
     sample_ranges: take the range of deep grey values from the file; else it is that of 16 bits.
@@ -210,7 +210,7 @@ def explain_unidentified(data: bytes) -> RejectedSample:
 
 @dataclass(frozen=True)
 class Resizing:
-    """How pictures of any size become squares.
+    """Settings for resizing pictures to squares.
 
     side: the new short side; or the new height and width; () for none.
     square: side of the square that is then cut out of the middle.

@@ -115,7 +115,7 @@ class DrawnPictures:
         """
         usable = [caption for caption in captions if caption]
         if not usable:
-            raise InputError("the reference has no captions to draw; check a source with captions, or give --pictures")
+            raise InputError("the reference has no captions to draw; check a source with captions, or give --images")
         # Shuffled, so that the first `count` are a fair sample of the reference
         order = random.Random(seed).sample(usable, len(usable))
         self.captions: list[str | None] = [order[i % len(order)] for i in range(count or len(order))]

@@ -225,11 +225,11 @@ def read_index_file(clip: CLIP, path: Path, own: bool) -> dict[bytes, Tensor]:
 
 
 def search_image_index(
-    clip: CLIP, index: ImageIndex, text: str | None, picture: Path | None, count: int
+    clip: CLIP, index: ImageIndex, text: str | None, image: Path | None, count: int
 ) -> list[tuple[str, float]]:
-    """Return names and cosines of the pictures nearest to a text or a picture."""
+    """Return names and cosines of the pictures nearest to a text or an image."""
     check_integer("top", count, 1, 10_000)
-    if picture is not None:
-        return index.find_nearest_images(embed_image_files(clip, [picture])[0], count)
-    assert text is not None, "either a text or a picture is given"
+    if image is not None:
+        return index.find_nearest_images(embed_image_files(clip, [image])[0], count)
+    assert text is not None, "either a text or an image is given"
     return index.find_nearest_images(embed_labels(clip, [text])[0], count)

@@ -4,7 +4,7 @@ A score is a log-probability of noisy or clean latents, for `t2i.diffusion.guida
 the model as it is, and so works with every condition, the null included.
 """
 
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from t2i.networks.classifier import LatentClassifier, compute_noise_level
 from t2i.networks.clip import CLIP
 from t2i.runtime.hooks import borrow_weights
 
-GOALS = ("class_name", "text", "picture")  # fields of `Steering`
+GOALS = ("class_name", "text", "image")  # fields of `Steering`
 MAX_STEERING_SCALE = 10_000
 LOGIT_SCALE = 100.0  # CLIP's: a cosine times this is a logit, in the scale of a class's log-probability
 
@@ -40,20 +40,25 @@ class Steering:
         its noise-aware image embedding. Without one, the clean estimate of every step is decoded and encoded by CLIP,
         with the gradient through autoencoder and model, which takes several times as long.
     class_name, text: one for all images, or one an image.
-    picture: the image, (1 or N, 3, H, W) in [-1, 1].
+    image: (1 or N, 3, H, W) in [-1, 1]. picture: its old name.
     """
 
     scale: float = 1.0
     classifier: LatentClassifier | None = None
     class_name: str | list[str] | None = None
     text: str | list[str] | None = None
-    picture: Tensor | None = None
+    image: Tensor | None = None
+    picture: InitVar[Tensor | None] = None
+
+    def __post_init__(self, picture: Tensor | None) -> None:
+        if picture is not None:
+            object.__setattr__(self, "image", picture)
 
     def build_metadata(self) -> dict[str, Any]:
         """Return plain texts and numbers, to be written into an image."""
         # An image's pixels are not recorded, only that there was one
-        picture = None if self.picture is None else "a picture"
-        goal: dict[str, Any] = {"class": self.class_name, "text": self.text, "picture": picture}
+        image = None if self.image is None else "a picture"
+        goal: dict[str, Any] = {"class": self.class_name, "text": self.text, "picture": image}
         if self.classifier is not None:
             folder = Path(self.classifier.config.get("_name_or_path") or "")
             folder = folder.parent if folder.name == "model" else folder  # of a run
@@ -71,10 +76,10 @@ def check_steering(steering: Any, clip: CLIP, autoencoder: Autoencoder, count: i
     keys = [key for key, value in goals.items() if value is not None]
     if len(keys) != 1:
         given = " and ".join(keys) or "none of them"
-        raise InputError(f"steering needs a class_name, a text or a picture, got {given}")
+        raise InputError(f"steering needs a class_name, a text or an image, got {given}")
     (key,) = keys
-    if key == "picture":
-        check_steering_image(steering.picture, count)
+    if key == "image":
+        check_steering_image(steering.image, count)
     else:
         texts = ensure_list(goals[key])
         check_texts(f"steering.{key}", texts, empty=False)
@@ -88,18 +93,18 @@ def check_steering(steering: Any, clip: CLIP, autoencoder: Autoencoder, count: i
             steering.classifier.find_class_index(class_name)
 
 
-def check_steering_image(picture: Any, count: int) -> None:
+def check_steering_image(image: Any, count: int) -> None:
     """Refuse anything but images, (1 or `count`, 3, H, W), with finite values in [-1, 1]."""
-    shape = tuple(picture.shape) if isinstance(picture, Tensor) else type(picture).__name__
-    if not isinstance(picture, Tensor) or picture.ndim != 4 or picture.shape[1] != 3 or min(picture.shape) < 1:
-        raise InputError(f"steering.picture must be a tensor (1 or N, 3, H, W), got {shape}")
-    if len(picture) not in (1, count):
-        raise InputError(f"steering.picture has {len(picture)} images for {count}; give one, or one an image")
-    if not picture.isfinite().all():
-        raise InputError("steering.picture must be finite, got NaN or infinity")
-    low, high = picture.min().item(), picture.max().item()
+    shape = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
+    if not isinstance(image, Tensor) or image.ndim != 4 or image.shape[1] != 3 or min(image.shape) < 1:
+        raise InputError(f"steering.image must be a tensor (1 or N, 3, H, W), got {shape}")
+    if len(image) not in (1, count):
+        raise InputError(f"steering.image has {len(image)} images for {count}; give one, or one an image")
+    if not image.isfinite().all():
+        raise InputError("steering.image must be finite, got NaN or infinity")
+    low, high = image.min().item(), image.max().item()
     if low < -1 or high > 1:
-        raise InputError(f"steering.picture must have values from -1 to 1, got {low:g} to {high:g}")
+        raise InputError(f"steering.image must have values from -1 to 1, got {low:g} to {high:g}")
 
 
 def check_steering_classifier(classifier: LatentClassifier, clip: CLIP, autoencoder: Autoencoder, embeds: bool) -> None:
@@ -145,8 +150,8 @@ def build_steering_transform(
         score = build_class_score(classifier, scheduler, names * count if len(names) == 1 else names)
     else:
         with torch.no_grad():
-            if steering.picture is not None:
-                target = clip.encode_image(steering.picture.to(device, clip.dtype))
+            if steering.image is not None:
+                target = clip.encode_image(steering.image.to(device, clip.dtype))
             else:
                 target = clip.encode_text(ensure_list(steering.text)).embedding
         target = F.normalize(target.to(device).float(), dim=-1).expand(count, -1)

@@ -184,7 +184,7 @@ def test_the_commands_name_find_and_compare_pictures(monkeypatch, capsys, folder
         (["classify", "a.png", "--labels", "cat,dog,cat"], "the label 'cat' is given twice"),
         (["classify", "a.png", "--labels", "cat,dog", "--template", "no place"], "a template must contain {} once"),
         (["classify", "a.png", "--labels-file", "nowhere.txt"], "nowhere.txt"),
-        (["search"], "give a text or a --picture to search for, got none"),
+        (["search"], "give a text or an --image to search for, got none"),
         (["search", "cat", "--picture", "a.png"], "got both"),
         (["search", "--picture", "nowhere.png"], "nowhere.png"),
         (["search", "cat", "--in", "nowhere"], "no folder 'nowhere'"),

@@ -348,7 +348,7 @@ def test_the_part_around_the_mask_is_painted_at_the_trained_size(inpaint, paddin
         ({"num_images_per_prompt": 0}, "num_images_per_prompt must be an integer"),
         ({"generator": seeds(1, 2)}, "2 generators for 1 images"),
         ({"latents": torch.zeros(1, 4, 9, 9)}, "latents must be a tensor of shape"),
-        ({"steering": Steering()}, "steering needs a class_name, a text or a picture"),
+        ({"steering": Steering()}, "steering needs a class_name, a text or an image"),
         (
             {"image": [picture()] * 2, "mask_image": torch.eye(32).expand(2, -1, -1)},
             r"mask_image has the shape \(2, 32, 32\); a mask is \(H, W\)",

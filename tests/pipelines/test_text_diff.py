@@ -82,7 +82,7 @@ def test_a_picture_inverted_once_is_edited_many_times(edit):
         ({"sampler": "ode"}, "sampler must be ddim for inverted images, got ode"),
         ({"eta": 0.5}, "eta must be 0 for inverted images"),
         ({"guidance_scale": Guidance(2.0, momentum=-0.5)}, "guidance_scale.momentum must be 0 for inverted images"),
-        ({"steering": Steering()}, "steering needs a class_name, a text or a picture"),
+        ({"steering": Steering()}, "steering needs a class_name, a text or an image"),
         ({"upsample": 1}, "this pipeline has no upsampler"),
     ],
 )

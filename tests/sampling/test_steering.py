@@ -1,5 +1,6 @@
 """Steering: exact classifiers, and what it does to a pipeline."""
 
+import dataclasses
 import json
 import math
 from types import SimpleNamespace
@@ -114,7 +115,7 @@ def test_clip_is_followed_towards_a_text_and_a_picture(noise_aware, pipeline, cl
             x.flatten(1)[:, : pipeline.clip.embed_dim], dim=1
         )
     judge = classifier if noise_aware else None
-    goals = [Steering(0.5, judge, text="red circle"), Steering(0.5, judge, picture=torch.rand(1, 3, 32, 32) * 2 - 1)]
+    goals = [Steering(0.5, judge, text="red circle"), Steering(0.5, judge, image=torch.rand(1, 3, 32, 32) * 2 - 1)]
 
     def seen(x):
         return judge.predict_image_embeds(x, None) if judge else pipeline.encode_image(pipeline.autoencoder.decode(x))
@@ -137,8 +138,8 @@ def test_what_cannot_steer_is_refused_before_any_work(pipeline, classifier, monk
     picture = torch.zeros(1, 3, 8, 8)
     for steering, message in [
         (3.0, "steering must be a Steering, got 3.0"),
-        (Steering(1.0), "needs a class_name, a text or a picture, got none of them"),
-        (Steering(1.0, text="a", picture=picture), "got text and picture"),
+        (Steering(1.0), "needs a class_name, a text or an image, got none of them"),
+        (Steering(1.0, text="a", image=picture), "got text and image"),
         (Steering(float("nan"), text="a"), "steering.scale must be a number from 0 to 10000, got nan"),
         (Steering(-1.0, text="a"), "steering.scale must be from 0 to 10000, got -1"),
         (Steering(class_name="red"), "steering.class_name needs a classifier"),
@@ -146,11 +147,11 @@ def test_what_cannot_steer_is_refused_before_any_work(pipeline, classifier, monk
         (Steering(1.0, classifier, ["red"] * 3), "steering.class_name has 3 texts for 2 images"),
         (Steering(text=""), "steering.text must not be empty"),
         (
-            Steering(picture=torch.zeros(3, 8, 8)),
-            r"steering.picture must be a tensor \(1 or N, 3, H, W\), got \(3, 8, 8\)",
+            Steering(image=torch.zeros(3, 8, 8)),
+            r"steering.image must be a tensor \(1 or N, 3, H, W\), got \(3, 8, 8\)",
         ),
-        (Steering(picture=picture / 0), "steering.picture must be finite"),
-        (Steering(picture=picture + 255), "steering.picture must have values from -1 to 1, got 255 to 255"),
+        (Steering(image=picture / 0), "steering.image must be finite"),
+        (Steering(image=picture + 255), "steering.image must have values from -1 to 1, got 255 to 255"),
     ]:
         with pytest.raises(InputError, match=message) as caught:
             draw(pipeline, steering)
@@ -195,7 +196,7 @@ def test_the_command_draws_towards_a_class_without_a_prompt(
     for wrong, message in [
         (["--steer-class", "red"], "--steer-class 'red' needs --classifier"),
         (["--steer-class", "red", "--steer-text", "a"], "--steer-class and --steer-text exclude each other"),
-        (["a", "--steer-scale", 3], "--steer-scale needs one of --steer-class, --steer-text, --steer-picture"),
+        (["a", "--steer-scale", 3], "--steer-scale needs one of --steer-class, --steer-text, --steer-image"),
         (
             ["--steer-class", "x", "--classifier", classifier_folder],
             "the classifier has no class 'x'; it has blue, green, red",
@@ -213,3 +214,9 @@ def test_a_score_of_classes_is_the_column_of_each_picture():
     fake = SimpleNamespace(find_class_index="abcd".index, predict_log_probs=lambda x, level: table)
     score = build_class_score(fake, schedule(), ["d", "a", "c"])(torch.zeros(3, 2), torch.tensor(5))
     assert torch.equal(score, torch.stack([table[0, 3], table[1, 0], table[2, 2]]))
+
+
+def test_the_image_may_have_its_old_name():
+    image = torch.zeros(1, 3, 8, 8)
+    assert Steering(picture=image).image is image
+    assert dataclasses.replace(Steering(picture=image), scale=2.0).image is image
