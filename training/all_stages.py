@@ -132,7 +132,8 @@ def read_stage(folder: Path, name: str) -> RunStage:
     output = config.output if name == "cache" else config.train.output
     if Path(output).resolve() != (folder / name).resolve():
         remedy = "run this where `t2i init` was run, or change the output"
-        raise InputError(f"{file} writes to {output!r}, which is not {str(folder / name)!r} seen from here; {remedy}")
+        place = f"{str(folder / name)!r}, relative to the present folder"
+        raise InputError(f"{file} writes to {output!r}, which is not {place}; {remedy}")
     return RunStage(name, Path(str(script.__file__)), file, config, folder / name)
 
 
@@ -228,8 +229,8 @@ class Trainer:
         if self.signal:  # it arrived while the process started
             self.child.send_signal(self.signal)
         status = self.child.wait()
-        # After a signal, these statuses do not tell that it stopped the stage: the script had ended already, it makes
-        # the cache, which catches no signal, or torchrun reports 1.
+        # After a signal these statuses mean "stopped": the script may have ended before it, cache_data catches no
+        # signal, and torchrun reports 1.
         if self.signal and (status <= 0 or self.num_processes > 1):
             return 128 + signal.SIGINT if self.signal == signal.SIGINT else RESUMABLE_STATUS
         if status < 0:

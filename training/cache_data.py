@@ -104,6 +104,7 @@ class CacheShard:
 
 @torch.no_grad()
 def main(config: Config) -> None:
+    """Encode all pictures and captions of a data folder, and write or finish their cache."""
     folder = Path(config.output)
     check_writable_folder(folder)
     datasets = open_datasets(config.data)

@@ -117,6 +117,7 @@ class ReconstructionLoss:
 
 
 def main(config: Config) -> None:
+    """Train an autoencoder on the pictures of a data folder."""
     datasets = open_datasets(config.data)
     dataset, held_out = datasets["train"], datasets.get("held_out")
     accelerator = build_accelerator(config.train)

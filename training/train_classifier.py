@@ -73,6 +73,7 @@ def main(config: Config) -> None:
 
 
 def build_stage(config: Config, source: EncodingSource, labels: Labels, device: torch.device) -> Stage:
+    """Build the stage: a classifier of noisy latents by these labels."""
     source.to(device)
     assert source.autoencoder is not None
     check_multiple_of("data.image_size", config.data.image_size, source.autoencoder.factor)

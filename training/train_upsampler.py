@@ -100,6 +100,7 @@ class RandomCrops(CaptionedPictures):
 
 
 def main(config: Config) -> None:
+    """Train an upsampler on crops of the pictures of a data folder."""
     datasets = open_datasets(config.data)
     crops = {split: RandomCrops(config, split, pictures.manifest) for split, pictures in datasets.items()}
     dataset, held_out = crops["train"], crops.get("held_out")

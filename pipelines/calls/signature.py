@@ -92,7 +92,7 @@ def build_option_parameter(field: Field) -> Parameter:
 
 
 def collect_option_texts(options: frozenset[str]) -> dict[str, str]:
-    """Return what the docstrings of the option dataclasses say of these options, by their names, indented."""
+    """Return the descriptions of these options from the dataclasses' docstrings, by name, indented."""
     texts = {}
     for options_class in (PriorOptions, DecoderOptions):
         section = (inspect.getdoc(options_class) or "").partition("Args:\n")[2].partition("\n\n")[0]

@@ -104,7 +104,8 @@ class PromptDrawer:
 
     def draw(self, indices: list[int]) -> list[Image.Image]:
         """Return the images of these records."""
-        # The first batch must fit beside those of the other processes. After it, what is free leaves theirs out.
+        # Other processes draw their first batch at the same time, so it must fit beside theirs. Later, their memory is
+        # already in use.
         processes, self.processes = self.processes, 1
         prior, decoder = self.resolved
         if processes > 1:

@@ -67,7 +67,7 @@ def evaluate_prior(
     from t2i.evaluation.results import check_result_file, collect_package_versions, write_result_file
     from t2i.sampling.embeddings import MAX_CANDIDATES, default_guidance_scale, load_prior
 
-    # Check the options
+    # Before the model loads
     check_integer("count", count, 1, 10_000_000)
     check_integer("steps", steps, 1, MAX_STEPS)
     check_integer("candidates", candidates, 1, MAX_CANDIDATES)
@@ -79,7 +79,6 @@ def evaluate_prior(
     if out is not None:
         check_result_file(out)
 
-    # Evaluate
     model, scheduler = load_prior(prior)
     model = None if model is None else model.float()
     settings: dict[str, Any] = {
@@ -92,7 +91,6 @@ def evaluate_prior(
     splits = open_cache_splits(cache, model)
     scores = evaluate_prior_splits(model, scheduler, splits, sampling, count, candidates, temperature, seed)
 
-    # Report
     kind = "none" if model is None else type(model).__name__
     result = {"prior": prior, "kind": kind, **settings, "seed": seed, "scores": scores}
     result["versions"] = collect_package_versions()
@@ -120,13 +118,11 @@ def evaluate_likelihood(
     from t2i.evaluation.results import check_result_file
     from t2i.pipelines.jobs.planning import ModelSource, load_pipeline
 
-    # Evaluate
     settings = LikelihoodSettings(count, terms, steps, seed, tuple(stage or MEASURED_STAGES))
     check_result_file(out)
     pipeline: Any = load_pipeline(ModelSource(model, device=device))
     result = evaluate_model_likelihood(pipeline, folder, out, settings)
 
-    # Report
     for split in SPLITS:
         for name, figures in result[split].items():
             bound, ode, normal = (figures[key] for key in ("bound", "ode", "gaussian"))

@@ -245,7 +245,7 @@ def block_signals() -> Iterator[None]:
 
 
 def set_worker_signals(worker: int) -> None:
-    """Let a worker end by a SIGTERM of its parent only: multiprocessing ends its children with one."""
+    """Let a worker end only by SIGTERM from its parent: multiprocessing ends its children with one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # without it the sender of a signal is unknown, and torch's handler stays
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # for start methods that lose the mask

@@ -279,7 +279,7 @@ class Manifest:
         self.table, self.root, self.reading = table, root, reading
         # The same Arrow arrays, not copies: a table looks a column up anew at every access.
         self.columns = {name: table[name] for name in TRAINING_COLUMNS}
-        # When the file of each picture had last been changed when its SHA-256 was compared; 0: not compared yet
+        # Change time of each picture's file at its last SHA-256 comparison; 0: never compared
         self.verified_times = np.zeros(len(table), np.int64)
 
     def __len__(self) -> int:

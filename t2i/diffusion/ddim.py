@@ -19,9 +19,8 @@ from torch import Generator, Tensor
 
 from t2i.checks import check_integer
 from t2i.diffusion.denoiser import Predict
-from t2i.diffusion.process import alpha_sigma, posterior_coefficients, predict_x0, split_variance
+from t2i.diffusion.process import MIN_ALPHA, alpha_sigma, posterior_coefficients, predict_x0, split_variance
 
-MIN_ALPHA = 0.02  # nearer to pure noise the velocity of a predicted noise is divided by almost zero
 # Settings that schedulers of different classes share by name, but not by meaning.
 CLASS_SPECIFIC_KEYS = ("variance_type", "algorithm_type", "solver_order", "solver_type")
 

@@ -16,12 +16,11 @@ from torch import Tensor
 from t2i.checks import check_range
 from t2i.diffusion.condition import Condition
 from t2i.diffusion.denoiser import Denoiser, Predict, build_conditional_predict, prepare_context
-from t2i.diffusion.process import alpha_sigma, join_variance, predict_x0, split_variance, x0_to_prediction
+from t2i.diffusion.process import MIN_ALPHA, alpha_sigma, join_variance, predict_x0, split_variance, x0_to_prediction
 from t2i.errors import InputError
 from t2i.runtime.hooks import keep_used_weights
 
 MAX_GUIDANCE_SCALE = 1000
-MIN_ALPHA = 0.02  # nearer to pure noise the gradient of a score, which has no meaning there, is divided by almost zero
 
 ScoreFunction = Callable[[Tensor, Tensor], Tensor]  # x: (B, ...), t: () -> (B,), such as log p(class | x)
 

@@ -11,6 +11,8 @@ from t2i.checks import check_choice, check_integer
 from t2i.config import build_or_explain
 from t2i.errors import InputError
 
+MIN_ALPHA = 0.02  # nearer to pure noise, quotients by alpha mean nothing and may overflow
+
 
 def build_noise_scheduler(arguments: dict[str, Any]) -> DDIMScheduler:
     """Build a noise schedule from its configuration. Raises InputError for one that cannot be trained with."""

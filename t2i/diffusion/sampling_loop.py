@@ -141,7 +141,7 @@ def initialize_sampling(scheduler: SchedulerMixin, noise: Tensor, sampling: Samp
     if isinstance(scheduler, PNDMScheduler):
         if first and not scheduler.config.skip_prk_steps:
             raise InputError("strength below 1 needs a PNDMScheduler with skip_prk_steps=True: others start with noise")
-        # Its first step is a step of Heun's method, which evaluates the model at the second timestep once more.
+        # PNDM's first step is Heun's: it evaluates the second timestep twice.
         elif scheduler.config.skip_prk_steps:
             left = scheduler.timesteps.unique_consecutive()[first:]
             scheduler.timesteps = timesteps = torch.cat([left[:2], left[1:]])

@@ -77,9 +77,6 @@ def classify_image_embeds(clip: CLIP, z_i: Tensor, labels: list[str], templates:
     return (scale.to(z_i.device) * cosines).softmax(dim=-1)
 
 
-# Pictures
-
-
 def embed_image_files(clip: CLIP, paths: Sequence[Path]) -> Tensor:
     """Return z_i of picture files, (N, D), unit length, fp32, on the CPU. Raises InputError for other files."""
     return stack_embeds(clip, [row for _, row in iterate_image_embeds(clip, paths, BulkJob())])

@@ -126,6 +126,7 @@ def select_model_section(settings: dict[str, Any], is_prior: bool) -> dict[str, 
 
 
 def convert_dalle2_prior(file: DALLE2File, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return `model` and `scheduler` of a prior."""
     # Arguments
     network = settings["net"]
     check_unsupported_options(settings, network)
@@ -192,6 +193,7 @@ class CascadeStage:
 
 
 def convert_dalle2_decoder(file: DALLE2File, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return `model` and `scheduler` of the first U-Net, and `autoencoder` for the others."""
     # Trainers save the U-Nets that they trained: the first, the others, or all
     check_unsupported_options(settings, *settings["unets"])
     if any(name.startswith("vaes.") for name in file.state):

@@ -179,7 +179,7 @@ class ModelFolders:
     """The folders that a model comes in, and which of them holds which part.
 
     folders: of the model, of its prior, and of its CLIP. overrides: names of components that the caller has.
-    `decoder` is the first folder with a decoder, `prior` the second if it has a prior, or else the first that has one.
+    `decoder`: first folder with a decoder. `prior`: the second folder if it has a prior, else the first that has one.
     """
 
     decoder: SourceFolder

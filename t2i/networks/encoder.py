@@ -70,7 +70,7 @@ class Encoder(CompanionFiles, ModelMixin, ConfigMixin, ABC):
     # diffusers' pipelines look for the parameter `variant` in this signature before they pass it.
     def save_pretrained(self, save_directory: str | Path, variant: str | None = None, **kwargs: Any) -> None:
         if not self.has_tokenizer:
-            # Without its vocabulary an encoder is none of those that others refer to.
+            # Without a tokenizer an encoder has no fingerprint: no prior or decoder refers to it.
             self.register_to_config(_without_tokenizer=True, fingerprint=None, rounded=False)
             super().save_pretrained(save_directory, variant=variant, **kwargs)
             return

@@ -91,7 +91,7 @@ class PackedSequences:
 
 
 def count_padding_rows(rows: int) -> int:
-    """Return how many rows make their number a multiple of a 32nd of the power of two below it: at most a 32nd."""
+    """Return the number of rows that round `rows` up to a multiple of 1/32 of the largest power of two below it."""
     step = max(1, 2 ** (rows.bit_length() - 1) // SIZES_PER_DOUBLING)
     return -rows % step
 

@@ -20,7 +20,7 @@ IN_PLACE = "weights_are_in_place"  # attribute of a module while its hooks have 
 
 
 def run_like_forward(method: Method) -> Method:
-    """Let a module's method run between the module's hooks, its arguments and result moved as those of `forward`.
+    """Run the module's hooks around a method, as around `forward`: they also move its arguments and result.
 
     A `forward` that calls such methods of its own module is decorated too, so that they find the weights in place.
     """

@@ -186,7 +186,7 @@ class ProcessWatch:
         while not self.closed.is_set():
             ready, _, _ = select.select([self.reader], [], [], HEARTBEAT_SECONDS)
             now = time.monotonic()
-            # After a gap in its own time, this process was stopped, and so were the others perhaps.
+            # A gap means that this process was stopped, and perhaps the others too.
             if now - last > MAX_MISSED_HEARTBEATS * HEARTBEAT_SECONDS:
                 self.awake_since = now
             last = now

@@ -210,6 +210,7 @@ class CachedEncodings:
 
     @torch.no_grad()
     def encode_records(self, keys: list[SampleIndex]) -> Batch:
+        """Read the encodings of samples for previews, as `FrozenModels.encode_records` computes them."""
         # A data set of its own, because that of the training may lack CLIP's encoding of the captions
         cached = CachedPairs(self.dataset.folder, self.preview_split, latents=False)
         batch = cached.__getitems__(keys)

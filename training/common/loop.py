@@ -361,7 +361,6 @@ def estimate_run(accelerator: Accelerator, stage: Stage, state: TrainState) -> N
     finally:
         loader.close()
         watch.close()
-    # The report
     seconds = min(times[1:])  # the first step also warms up
     trained, total = count_elements(state.average.parameters.values()), count_elements(state.model.parameters())
     critic = "" if state.critic is None else f", and {count_elements(state.critic.parameters()):,} of its critic"

@@ -30,7 +30,8 @@ from t2i.files.file_systems import lock_file, measure_free_bytes
 from t2i.runtime.processes import run_on_main_process
 from t2i.terminal import escape_text
 
-# Settings that may differ when a run resumes. Paths may, because `made_from` identifies what lies there.
+# Settings that may change between a run and its resumption. Paths are among them, because `made_from` identifies what
+# lies there.
 PATH_KEYS = ("clip", "autoencoder", "text_encoder", "cache", "init", "perceptual_clip", "data.path")
 MUTABLE_KEYS = ("train.", "sample.", "data.num_workers", *PATH_KEYS)
 FIXED_TRAIN_KEYS = ("seed", "optimizer")  # of TrainConfig, whose other settings may differ
@@ -141,7 +142,6 @@ class TrainState:
         """Refuse settings that would make the resumed run another run: other samples, noise, data or models."""
         state, path = checkpoint.state, checkpoint.path
         remedy = "or use another train.output"
-        # Settings
         before = select_fixed_settings(state["stage"], state["config"])
         now = select_fixed_settings(self.stage_config, asdict(self.config))
         for name in sorted({**before, **now}):
