@@ -81,7 +81,7 @@ class RandomEncodings(Dataset):
         """Make all batches the same and without captions, for a model that reads none."""
         self.batches = [replace(self.batches[0], text=None)]
 
-    def sample_key(self, index: int) -> str:
+    def get_sample_key(self, index: int) -> str:
         return str(index)
 
     def to(self, device: torch.device) -> None:

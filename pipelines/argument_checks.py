@@ -25,7 +25,7 @@ from t2i.sampling.upsampling import check_upsampled_size
 MAX_PIXEL_VALUE = 2.0  # images span [-1, 1]; what an autoencoder or a resizing made leaves that a little
 
 
-def check_prompts(name: str, prompt: str | list[str] | None, count: int | None = None, empty: bool = True) -> list[str]:
+def list_prompts(name: str, prompt: str | list[str] | None, count: int | None = None, empty: bool = True) -> list[str]:
     """Return texts as a list, one text repeated `count` times. empty: also allow texts without words."""
     prompts = [] if prompt is None else [prompt] if isinstance(prompt, str) else prompt
     check_texts(name, prompts, empty=empty)

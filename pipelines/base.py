@@ -45,7 +45,7 @@ from t2i.interop.stored import check_dtype, has_bf16
 from t2i.networks.upsampler import Upsampler
 from t2i.runtime.compiling import check_compiler, compile_steps
 from t2i.runtime.devices import check_bf16_support, warn_of_slow_bf16
-from t2i.sampling.embeddings import AnyPrior, default_guidance_scale
+from t2i.sampling.embeddings import AnyPrior, get_default_guidance_scale
 
 MAX_IMAGES = 1024
 
@@ -272,7 +272,7 @@ class UnCLIPPipeline(Adapters, DiffusersNames, PromptEncoding, Interruptible, Di
         """
         if resolved is not None:
             return resolved
-        prior_default = {"prior_guidance_scale": default_guidance_scale(self.prior)}
+        prior_default = {"prior_guidance_scale": get_default_guidance_scale(self.prior)}
         return self.build_options(options, self.default_decoder_options | prior_default)
 
     @classmethod

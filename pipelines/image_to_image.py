@@ -6,12 +6,12 @@ from typing import Any
 
 from t2i.pipelines.argument_checks import check_stage_inputs, check_tensor, repeat_image_embeds
 from t2i.pipelines.base import MAX_IMAGES, UnCLIPPipeline, UnCLIPPipelineOutput
-from t2i.pipelines.calls.signature import pipeline_call
+from t2i.pipelines.calls.signature import declare_pipeline_call
 from t2i.pipelines.calls.texts import PromptEmbeds, Texts, choose_text_pair
 from t2i.pipelines.inputs import ImageInputs, read_given_images, read_images
 from t2i.pipelines.memory_needed import check_batch_fits
 from t2i.pipelines.options import DecoderOptions, PriorOptions, ResolvedOptions
-from t2i.pipelines.stages import Canvas, finish_images, sample_decoder, sample_image_embeds
+from t2i.pipelines.stages import Canvas, finish_images, run_decoder_stage, run_prior_stage
 from torch import Generator, Tensor
 
 from t2i.checks import check_integer, check_range
@@ -47,7 +47,7 @@ class Redrawing:
 class ImageToImagePipeline(UnCLIPPipeline):
     """Image -> latents -> noised to `strength` -> (decoder) -> latents -> (autoencoder) -> image."""
 
-    @pipeline_call()
+    @declare_pipeline_call()
     def __call__(
         self,
         image: ImageInputs,
@@ -77,7 +77,7 @@ class ImageToImagePipeline(UnCLIPPipeline):
         given = read_images(image, self.image_size) if latents is None else latents
         count = len(given)
         texts = choose_text_pair(self, count, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
-        work = check_redrawing(self, count, texts, num_images_per_prompt, generator, resolved, image_embeds)
+        work = plan_redrawing(self, count, texts, num_images_per_prompt, generator, resolved, image_embeds)
         count = len(work.generators)
         check_stage_inputs(self, work.prior, work.decoder, count, each=work.each)
         check_batch_fits(self, work.prior, work.decoder, count)
@@ -91,11 +91,11 @@ class ImageToImagePipeline(UnCLIPPipeline):
         z_i, text = compute_image_embeds(self, seen, work)
         latents = self.encode_latents(given) if latents is None else latents
         canvas = Canvas(latents.repeat_interleave(work.each, dim=0), strength=strength)
-        latents = sample_decoder(self, z_i, text, work.decoder, work.generators, canvas=canvas)
+        latents = run_decoder_stage(self, z_i, text, work.decoder, work.generators, canvas=canvas)
         return self.build_output(finish_images(self, latents, z_i, work.decoder, work.generators), z_i, return_dict)
 
 
-def check_redrawing(
+def plan_redrawing(
     pipeline: UnCLIPPipeline,
     count: int,
     texts: tuple[Texts, Texts],
@@ -137,7 +137,7 @@ def compute_image_embeds(
     assert work.prior is not None, "there are prompts"
     text = pipeline.encode_prompt(work.prompts).repeat(work.each)
     negative = pipeline.encode_prompt(work.negatives).repeat(work.each) if len(work.negatives) else None
-    return sample_image_embeds(pipeline, text, negative, work.prior, work.prior_generators, work.decoder), text
+    return run_prior_stage(pipeline, text, negative, work.prior, work.prior_generators, work.decoder), text
 
 
 def read_latents(pipeline: UnCLIPPipeline, image: Any, any_size: bool = False) -> Tensor | None:

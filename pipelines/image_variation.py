@@ -4,9 +4,9 @@ import logging
 from dataclasses import replace
 from typing import Any
 
-from t2i.pipelines.argument_checks import check_prompts, check_stage_inputs
+from t2i.pipelines.argument_checks import check_stage_inputs, list_prompts
 from t2i.pipelines.base import MAX_IMAGES, UnCLIPPipeline, UnCLIPPipelineOutput
-from t2i.pipelines.calls.signature import pipeline_call
+from t2i.pipelines.calls.signature import declare_pipeline_call
 from t2i.pipelines.inputs import ImageInputs
 from t2i.pipelines.inversion import (
     DECODER_REDRAWING_OPTIONS,
@@ -17,7 +17,7 @@ from t2i.pipelines.inversion import (
 )
 from t2i.pipelines.memory_needed import check_batch_fits
 from t2i.pipelines.options import DecoderOptions, PriorOptions, ResolvedOptions, build_options
-from t2i.pipelines.stages import finish_images, sample_decoder, sample_image_embeds
+from t2i.pipelines.stages import finish_images, run_decoder_stage, run_prior_stage
 from torch import Generator
 
 from t2i.checks import check_integer, check_range
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 class ImageVariationPipeline(InvertingPipeline):
     """Image -> z_i -> (decoder) -> latents -> (autoencoder) -> image. The prior is not used."""
 
-    @pipeline_call(DECODER_REDRAWING_OPTIONS)
+    @declare_pipeline_call(DECODER_REDRAWING_OPTIONS)
     def __call__(
         self,
         image: ImageInputs | BipartiteLatent,
@@ -64,10 +64,10 @@ class ImageVariationPipeline(InvertingPipeline):
         given, count = self.read_image_or_latent(image)
         if eta is not None and not isinstance(given, BipartiteLatent):
             check_inversion_guidance(decoder)
-        prompts = check_prompts("prompt", prompt, count)
+        prompts = list_prompts("prompt", prompt, count)
         each = num_images_per_prompt
         prior_generators, generators = split_generators(generator, count * each)
-        negatives = check_prompts("negative_prompt", negative_prompt, count)
+        negatives = list_prompts("negative_prompt", negative_prompt, count)
         if negatives and eta is not None:
             raise InputError("negative_prompt is for images from new noise; leave out one of both")
         imagines = bool(negatives) and check_negative_prompt(self, decoder)
@@ -89,7 +89,7 @@ class ImageVariationPipeline(InvertingPipeline):
             unwanted = None
             if negatives:
                 unwanted = encode_unwanted_texts(self, negatives, each, prior, prior_generators, decoder)
-            latents = sample_decoder(self, z_i, repeated_text, decoder, generators, unwanted)
+            latents = run_decoder_stage(self, z_i, repeated_text, decoder, generators, unwanted)
             images = finish_images(self, latents, z_i, decoder, generators)
         return self.build_output(images, z_i, return_dict)
 
@@ -127,7 +127,7 @@ def encode_unwanted_texts(
     if null.text is None:
         text = pipeline.encode_prompt(texts).repeat(each)
         unseen = replace(decoder, on_preview=None)  # previews are of what is wanted
-        return ImageCondition(sample_image_embeds(pipeline, text, None, prior, generators, unseen), text)
+        return ImageCondition(run_prior_stage(pipeline, text, None, prior, generators, unseen), text)
     # The null of decoders that noise z_i is wider than z_i, and zero is their null too
     width = pipeline.clip.embed_dim
     nothing = null.embedding if null.embedding.shape[1] == width else null.embedding.new_zeros(len(null), width)

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from PIL import Image
 from t2i.pipelines.argument_checks import check_stage_inputs
 from t2i.pipelines.base import UnCLIPPipeline, UnCLIPPipelineOutput
-from t2i.pipelines.calls.signature import pipeline_call
+from t2i.pipelines.calls.signature import declare_pipeline_call
 from t2i.pipelines.calls.texts import PromptEmbeds, choose_text_pair
-from t2i.pipelines.image_to_image import Redrawing, check_redrawing, check_strength, compute_image_embeds, read_latents
+from t2i.pipelines.image_to_image import Redrawing, check_strength, compute_image_embeds, plan_redrawing, read_latents
 from t2i.pipelines.inputs import ImageInputs, check_pixel_count, read_images, read_masks
 from t2i.pipelines.memory_needed import check_batch_fits
-from t2i.pipelines.stages import Canvas, sample_decoder
+from t2i.pipelines.stages import Canvas, run_decoder_stage
 from torch import Generator, Tensor
 
 from t2i.checks import check_integer
@@ -42,7 +42,7 @@ class PaintedImages(NamedTuple):
 class InpaintPipeline(UnCLIPPipeline):
     """Image and mask -> image, of any size from the decoder's own on; larger ones in overlapping windows."""
 
-    @pipeline_call()
+    @declare_pipeline_call()
     def __call__(
         self,
         image: ImageInputs,
@@ -79,7 +79,7 @@ class InpaintPipeline(UnCLIPPipeline):
         given = PaintedImages(images, images, masks)
         texts = choose_text_pair(self, len(images), prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         resolved = self.resolve_options(**options)
-        work = check_redrawing(self, len(images), texts, num_images_per_prompt, generator, resolved, image_embeds)
+        work = plan_redrawing(self, len(images), texts, num_images_per_prompt, generator, resolved, image_embeds)
         if padding_mask_crop is None:
             return self.paint_images(given, work, strength, return_dict)
         check_integer("padding_mask_crop", padding_mask_crop, 0, MAX_MARGIN)
@@ -153,7 +153,7 @@ class InpaintPipeline(UnCLIPPipeline):
         latents = self.encode_latents(padded).repeat_interleave(work.each, dim=0)
         mask = downsample_mask(mask, self.autoencoder.factor).repeat_interleave(work.each, dim=0)
         canvas = Canvas(latents, mask, strength, to_images)
-        x = sample_decoder(self, z_i, text, decoder, generators, canvas=canvas)
+        x = run_decoder_stage(self, z_i, text, decoder, generators, canvas=canvas)
         is_latent = decoder.output_type == "latent"
         drawn = x if is_latent else to_images(x, decoder.output_type, is_preview=False)
         return self.build_output(drawn, z_i, return_dict)
@@ -181,7 +181,7 @@ class InpaintPipeline(UnCLIPPipeline):
 class OutpaintPipeline(InpaintPipeline):
     """Image -> a larger image around it."""
 
-    @pipeline_call()
+    @declare_pipeline_call()
     def __call__(  # type: ignore[override]
         self,
         image: ImageInputs,
@@ -200,7 +200,7 @@ class OutpaintPipeline(InpaintPipeline):
         **options: Any,
     ) -> UnCLIPPipelineOutput | tuple:
         """Paint `left`, `right`, `top` and `bottom` pixels around each image. See `UnCLIPPipeline` for the rest."""
-        margins = check_margins(left=left, right=right, top=top, bottom=bottom)
+        margins = collect_margins(left=left, right=right, top=top, bottom=bottom)
         images = self.read_canvas(image)
         check_enlarged_size(images.shape[-1], images.shape[-2], margins)
         enlarged = F.pad(images, margins, mode="replicate")
@@ -208,12 +208,12 @@ class OutpaintPipeline(InpaintPipeline):
         mask = F.pad(torch.zeros_like(images[:, :1]), margins, value=1.0)
         texts = choose_text_pair(self, len(images), prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         resolved = self.resolve_options(**options)
-        work = check_redrawing(self, len(images), texts, num_images_per_prompt, generator, resolved, image_embeds)
+        work = plan_redrawing(self, len(images), texts, num_images_per_prompt, generator, resolved, image_embeds)
         # A margin has nothing to keep: always all of the steps are taken
         return self.paint_images(PaintedImages(images, enlarged, mask), work, 1.0, return_dict)
 
 
-def check_margins(left: int, right: int, top: int, bottom: int) -> tuple[int, int, int, int]:
+def collect_margins(left: int, right: int, top: int, bottom: int) -> tuple[int, int, int, int]:
     """Return the pixels on each side, in the order of the arguments. Raises InputError if none has any."""
     margins = (left, right, top, bottom)
     for name, value in zip(("left", "right", "top", "bottom"), margins):

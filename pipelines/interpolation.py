@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from t2i.pipelines.argument_checks import check_stage_inputs, check_stage_options, check_tensor
 from t2i.pipelines.base import MAX_IMAGES, UnCLIPPipelineOutput
-from t2i.pipelines.calls.signature import pipeline_call
+from t2i.pipelines.calls.signature import declare_pipeline_call
 from t2i.pipelines.inputs import GivenImages, ImageInput, read_given_images, split_images
 from t2i.pipelines.inversion import (
     INVERSION_DEFAULTS,
@@ -22,12 +22,12 @@ from t2i.pipelines.inversion import (
 )
 from t2i.pipelines.memory_needed import check_batch_fits
 from t2i.pipelines.options import DecoderOptions, PriorOptions, ResolvedOptions, build_options
-from t2i.pipelines.stages import sample_image_embeds
+from t2i.pipelines.stages import run_prior_stage
 from torch import Generator, Tensor
 
 from t2i.checks import check_integer, check_texts
 from t2i.diffusion.condition import TextEncoding, TokenStates
-from t2i.diffusion.geometry import check_weights, compute_spherical_mean
+from t2i.diffusion.geometry import compute_spherical_mean, normalize_weights
 from t2i.diffusion.sampling_loop import generate_noise
 from t2i.errors import InputError
 from t2i.sampling.sample import split_generators
@@ -52,7 +52,7 @@ class AnchorLatents:
 class InterpolationPipeline(InvertingPipeline):
     """Images and texts -> their (z_i, x_T) -> those in between, on great circles -> images."""
 
-    @pipeline_call(REDRAWING_OPTIONS)
+    @declare_pipeline_call(REDRAWING_OPTIONS)
     def __call__(
         self,
         anchors: Sequence[Anchor],
@@ -83,7 +83,7 @@ class InterpolationPipeline(InvertingPipeline):
         A decoder that reads captions gets that of the anchor with the largest weight, or nothing if it is an image.
         """
         # Check the arguments
-        checked = check_anchors(anchors)
+        checked = list_anchors(anchors)
         rows = build_mixing_weights(len(checked), weights, frames)
         texts = [anchor for anchor in checked if isinstance(anchor, str)]
         image_anchors = [anchor for anchor in checked if not isinstance(anchor, str)]
@@ -153,7 +153,7 @@ class InterpolationPipeline(InvertingPipeline):
             places = is_text.nonzero()[:, 0]
             text = self.encode_prompt([anchor for anchor in anchors if isinstance(anchor, str)])
             _, generators = split_generators(prior_generator, len(places))
-            z_i[is_text] = sample_image_embeds(self, text, None, prior, generators, decoder)
+            z_i[is_text] = run_prior_stage(self, text, None, prior, generators, decoder)
             captions = None if captions is None else place_captions(text, places, captions)
         if images is not None and inverted:
             z_i[~is_text], latents[~is_text] = self.invert_images(images, None, decoder)
@@ -162,7 +162,7 @@ class InterpolationPipeline(InvertingPipeline):
         return AnchorLatents(z_i, latents, captions, seed)
 
 
-def check_anchors(anchors: Any) -> list[Anchor]:
+def list_anchors(anchors: Any) -> list[Anchor]:
     """Return the anchors as a list. Raises InputError for none, for too many, and for texts without words."""
     if isinstance(anchors, str | Path | Image.Image):
         anchors = [anchors]
@@ -190,7 +190,7 @@ def build_mixing_weights(count: int, weights: Any, frames: int) -> Tensor:
         rows = given[None] if given.ndim == 1 else given
         if rows.ndim != 2 or not 1 <= len(rows) <= MAX_IMAGES:
             raise InputError(f"weights have the shape {tuple(given.shape)}; they are ({count},), or (N, {count})")
-        return torch.stack([check_weights(row, count) for row in rows])
+        return torch.stack([normalize_weights(row, count) for row in rows])
     check_integer("frames", frames, 2, MAX_IMAGES)
     if count < 2:
         raise InputError("anchors has one entry; give two or more, or weights")

@@ -4,11 +4,11 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from t2i.pipelines.argument_checks import check_prompts, check_stage_inputs, check_tensor
+from t2i.pipelines.argument_checks import check_stage_inputs, check_tensor, list_prompts
 from t2i.pipelines.base import UnCLIPPipeline
 from t2i.pipelines.inputs import GivenImages, ImageInputs, read_given_images
 from t2i.pipelines.options import DECODER_OPTION_NAMES, OPTION_NAMES, DecoderOptions, build_options
-from t2i.pipelines.stages import build_control, build_preview_hooks, finish_images, sample_decoder
+from t2i.pipelines.stages import build_control, build_preview_hooks, finish_images, run_decoder_stage
 from torch import Generator, Tensor
 
 from t2i.diffusion.condition import TextEncoding
@@ -60,7 +60,7 @@ class InvertingPipeline(UnCLIPPipeline):
         check_inversion_guidance(options)
         images = read_given_images(image, self.image_size, self.clip)
         check_stage_inputs(self, None, options, len(images.pixels))
-        prompts = check_prompts("prompt", prompt, len(images.pixels))
+        prompts = list_prompts("prompt", prompt, len(images.pixels))
         text = self.encode_decoder_prompt(prompts) if prompts else None
         return self.invert_images(images, text, options)
 
@@ -104,7 +104,7 @@ class InvertingPipeline(UnCLIPPipeline):
         # The inversion does not noise z_i, so that a decoder that does must not noise it here either
         noise = torch.zeros_like(latent.image_embeds) if options.noise_level == 0 else None
         options = replace(options, latents=latent.latents, image_embeds_noise=noise)
-        latents = sample_decoder(self, latent.image_embeds, text, options, generators)
+        latents = run_decoder_stage(self, latent.image_embeds, text, options, generators)
         return finish_images(self, latents, latent.image_embeds, options, generators)
 
 

@@ -15,7 +15,7 @@ from t2i.pipelines.inputs import ImageInputs
 from torch import Tensor
 
 from t2i.checks import check_choice, check_integer, check_range
-from t2i.diffusion.guidance import Guidance, check_guidance
+from t2i.diffusion.guidance import Guidance, parse_guidance_value
 from t2i.diffusion.samplers import SAMPLERS
 from t2i.diffusion.sampling_loop import MAX_STEPS
 from t2i.errors import InputError
@@ -62,7 +62,7 @@ class PriorOptions:
 
     def __post_init__(self) -> None:
         check_integer("prior_num_inference_steps", self.prior_num_inference_steps, 1, MAX_STEPS)
-        guidance = check_guidance("prior_guidance_scale", self.prior_guidance_scale)
+        guidance = parse_guidance_value("prior_guidance_scale", self.prior_guidance_scale)
         object.__setattr__(self, "prior_guidance_scale", guidance)
         check_integer("prior_candidates", self.prior_candidates, 1, MAX_CANDIDATES)
         if self.prior_temperature is not None:
@@ -147,7 +147,7 @@ class DecoderOptions:
         # Denoising
         self.resolve_noise_levels()
         check_integer("num_inference_steps", self.num_inference_steps, 1, MAX_STEPS)
-        object.__setattr__(self, "guidance_scale", check_guidance("guidance_scale", self.guidance_scale))
+        object.__setattr__(self, "guidance_scale", parse_guidance_value("guidance_scale", self.guidance_scale))
         if self.guidance_rescale is not None:
             check_range("guidance_rescale", self.guidance_rescale, 0, 1)
             guidance = replace(self.guidance_scale, rescale=float(self.guidance_rescale))

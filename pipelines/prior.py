@@ -12,19 +12,19 @@ from t2i.pipelines.calls.aliases import alias_component
 from t2i.pipelines.calls.callbacks import PRIOR_CALLBACK_TENSORS
 from t2i.pipelines.calls.encoding import PromptEncoding
 from t2i.pipelines.calls.progress import Interruptible
-from t2i.pipelines.calls.signature import pipeline_call
+from t2i.pipelines.calls.signature import declare_pipeline_call
 from t2i.pipelines.calls.texts import PromptEmbeds, choose_texts
 from t2i.pipelines.folder import AnyCLIP, PipelineFolder, check_clip_fingerprint, check_embed_widths
 from t2i.pipelines.loading import load_own_parts, pop_loading_arguments
 from t2i.pipelines.options import PRIOR_OPTION_NAMES, DecoderOptions, build_options
-from t2i.pipelines.stages import sample_image_embeds
+from t2i.pipelines.stages import run_prior_stage
 from t2i.pipelines.text2image import Text2ImagePipeline
 from torch import Generator, Tensor
 
 from t2i.checks import check_integer
 from t2i.errors import InputError
 from t2i.files.untrusted import is_folder
-from t2i.sampling.embeddings import AnyPrior, default_guidance_scale
+from t2i.sampling.embeddings import AnyPrior, get_default_guidance_scale
 from t2i.sampling.sample import split_generators
 
 
@@ -86,7 +86,7 @@ class PriorPipeline(PromptEncoding, Interruptible, DiffusionPipeline):
         other.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
         return other
 
-    @pipeline_call(PRIOR_OPTION_NAMES)
+    @declare_pipeline_call(PRIOR_OPTION_NAMES)
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -114,7 +114,7 @@ class PriorPipeline(PromptEncoding, Interruptible, DiffusionPipeline):
         """
         # Check the arguments
         check_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES)
-        defaults = {"prior_guidance_scale": default_guidance_scale(self.prior)}
+        defaults = {"prior_guidance_scale": get_default_guidance_scale(self.prior)}
         prior, _ = options.pop("resolved", None) or build_options(options, defaults, PRIOR_OPTION_NAMES)
         texts = choose_texts(self, "prompt", prompt, prompt_embeds, empty=False)
         if not len(texts):
@@ -130,9 +130,9 @@ class PriorPipeline(PromptEncoding, Interruptible, DiffusionPipeline):
         text = self.encode_prompt(texts).repeat(num_images_per_prompt)
         unwanted = self.encode_prompt(negatives).repeat(num_images_per_prompt) if len(negatives) else None
         no_preview = DecoderOptions()
-        z_i, z_not = sample_image_embeds(self, text, unwanted, prior, generators, no_preview), None
+        z_i, z_not = run_prior_stage(self, text, unwanted, prior, generators, no_preview), None
         if unwanted is not None:
             uncalled = replace(prior, prior_callback_on_step_end=None)
-            z_not = sample_image_embeds(self, unwanted, None, uncalled, same_noise, no_preview)
+            z_not = run_prior_stage(self, unwanted, None, uncalled, same_noise, no_preview)
         self.maybe_free_model_hooks()
         return PriorPipelineOutput(z_i, z_not) if return_dict else (z_i, z_not)

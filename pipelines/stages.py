@@ -64,7 +64,7 @@ class Canvas:
         return concat_masked_latents(self.latents, self.mask)
 
 
-def sample_image_embeds(
+def run_prior_stage(
     pipeline: Any,
     text: TextEncoding,
     negative: TextEncoding | None,
@@ -94,7 +94,7 @@ def sample_image_embeds(
         # Always the same noise, so that previews show how z_i changes and nothing else
         unguided, control = Guidance(1.0), decoding.control_image
         quick = DecoderOptions(num_inference_steps=PREVIEW_STEPS, guidance_scale=unguided, control_image=control)
-        return pipeline.decode(sample_decoder(pipeline, z_i, text, quick, fresh, is_preview=True))
+        return pipeline.decode(run_decoder_stage(pipeline, z_i, text, quick, fresh, is_preview=True))
 
     watch, report_step = build_preview_hooks(
         pipeline, "prior", scheduler, steps, decoding, estimate_image_embeds, draw_preview_images
@@ -137,7 +137,7 @@ def build_prior_callback(
     return ConditionCallback(pipeline, callback, names, guidance, conditions, build_predict, PRIOR_CALLBACK_TENSORS)
 
 
-def sample_decoder(
+def run_decoder_stage(
     pipeline: Any,
     z_i: Tensor,
     text: TextEncoding | TokenStates | None,

@@ -4,13 +4,13 @@ import logging
 from dataclasses import replace
 from typing import Any
 
-from t2i.pipelines.argument_checks import check_prompts, check_stage_inputs, repeat_image_embeds
+from t2i.pipelines.argument_checks import check_stage_inputs, list_prompts, repeat_image_embeds
 from t2i.pipelines.base import MAX_IMAGES, UnCLIPPipeline, UnCLIPPipelineOutput
-from t2i.pipelines.calls.signature import pipeline_call
+from t2i.pipelines.calls.signature import declare_pipeline_call
 from t2i.pipelines.calls.texts import PromptEmbeds, choose_texts
 from t2i.pipelines.memory_needed import check_batch_fits
 from t2i.pipelines.options import DecoderOptions, PriorOptions
-from t2i.pipelines.stages import finish_images, sample_decoder, sample_image_embeds
+from t2i.pipelines.stages import finish_images, run_decoder_stage, run_prior_stage
 from torch import Generator, Tensor
 
 from t2i.checks import check_integer
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 class Text2ImagePipeline(UnCLIPPipeline):
     """Caption -> z_t -> (prior) -> z_i -> (decoder) -> latents -> (autoencoder) -> image."""
 
-    @pipeline_call()
+    @declare_pipeline_call()
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -59,7 +59,7 @@ class Text2ImagePipeline(UnCLIPPipeline):
             image_embeds = repeat_image_embeds(self, image_embeds, len(prompts), each)
             count = len(image_embeds)
         negatives = choose_texts(self, "negative_prompt", negative_prompt, negative_prompt_embeds, count // each)
-        decoder_negatives = check_prompts("decoder_negative_prompt", decoder_negative_prompt, count // each)
+        decoder_negatives = list_prompts("decoder_negative_prompt", decoder_negative_prompt, count // each)
         prior_generators, generators = split_generators(generator, count)
         uses_prior = image_embeds is None or decoder_negatives
         check_stage_inputs(self, prior if uses_prior else None, decoder, count, any_size=True, each=each)
@@ -77,11 +77,11 @@ class Text2ImagePipeline(UnCLIPPipeline):
         if image_embeds is None:
             assert text is not None, "there are prompts or embeddings"
             negative = self.encode_prompt(negatives).repeat(each) if negatives else None
-            z_i = sample_image_embeds(self, text, negative, prior, prior_generators, decoder)
+            z_i = run_prior_stage(self, text, negative, prior, prior_generators, decoder)
         else:
             z_i = image_embeds
         unwanted = self.encode_decoder_negatives(decoder_negatives, each, prior, same_noise, decoder)
-        latents = sample_decoder(self, z_i, text, decoder, generators, unwanted)
+        latents = run_decoder_stage(self, z_i, text, decoder, generators, unwanted)
         return self.build_output(finish_images(self, latents, z_i, decoder, generators), z_i, return_dict)
 
     def encode_decoder_negatives(
@@ -102,4 +102,4 @@ class Text2ImagePipeline(UnCLIPPipeline):
             return ImageCondition(self.normalize_embeds(given.to(self._execution_device).float()), text)
         # Previews and callbacks are of what is wanted
         unseen, uncalled = replace(decoder, on_preview=None), replace(prior, prior_callback_on_step_end=None)
-        return ImageCondition(sample_image_embeds(self, text, None, uncalled, generators, unseen), text)
+        return ImageCondition(run_prior_stage(self, text, None, uncalled, generators, unseen), text)

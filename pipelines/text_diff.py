@@ -3,9 +3,9 @@
 from typing import Any
 
 import torch.nn.functional as F
-from t2i.pipelines.argument_checks import check_prompts, check_stage_inputs
+from t2i.pipelines.argument_checks import check_stage_inputs, list_prompts
 from t2i.pipelines.base import UnCLIPPipelineOutput
-from t2i.pipelines.calls.signature import pipeline_call
+from t2i.pipelines.calls.signature import declare_pipeline_call
 from t2i.pipelines.inputs import ImageInputs
 from t2i.pipelines.inversion import (
     DECODER_REDRAWING_OPTIONS,
@@ -31,7 +31,7 @@ MIN_CAPTION_DISTANCE = 1e-3  # captions whose embeddings are no further apart ar
 class TextDiffPipeline(InvertingPipeline):
     """Image -> (z_i, x_T); z_i turned towards z_t(target) - z_t(source); both -> image. The prior is not used."""
 
-    @pipeline_call(DECODER_REDRAWING_OPTIONS)
+    @declare_pipeline_call(DECODER_REDRAWING_OPTIONS)
     def __call__(
         self,
         image: ImageInputs | BipartiteLatent,
@@ -64,7 +64,7 @@ class TextDiffPipeline(InvertingPipeline):
         given, count = self.read_image_or_latent(image)
         if not isinstance(given, BipartiteLatent):
             check_inversion_guidance(decoder)
-        sources, targets = check_captions("source", source, count), check_captions("target", target, count)
+        sources, targets = list_captions("source", source, count), list_captions("target", target, count)
         for before, after in zip(sources, targets):
             check_caption_pair(before, after)
         _, generators = split_generators(generator, count)
@@ -94,9 +94,9 @@ class TextDiffPipeline(InvertingPipeline):
         return F.normalize(difference, dim=-1)
 
 
-def check_captions(name: str, value: str | list[str], count: int) -> list[str]:
+def list_captions(name: str, value: str | list[str], count: int) -> list[str]:
     """Return `count` captions. Raises InputError if there are none, or another number."""
-    captions = check_prompts(name, value, count)
+    captions = list_prompts(name, value, count)
     if not captions:
         raise InputError(f"{name} is missing; give a text, or one for each image")
     return captions

@@ -15,7 +15,7 @@ from t2i.pipelines.argument_checks import check_step_count
 from t2i.pipelines.base import UnCLIPPipeline
 from t2i.pipelines.calls.offload import DiskOffloading
 from t2i.pipelines.calls.progress import Interruptible, Preview
-from t2i.pipelines.calls.signature import pipeline_call
+from t2i.pipelines.calls.signature import declare_pipeline_call
 from t2i.pipelines.folder import COMPONENT_CLASSES, PipelineFolder, check_clip_fingerprint, check_component
 from t2i.pipelines.inputs import ImageInputs, read_image, split_images
 from t2i.pipelines.loading import load_own_parts, pop_loading_arguments
@@ -101,7 +101,7 @@ class UpsamplePipeline(Interruptible, DiskOffloading):
             raise InputError("this pipeline has no upsampler; load one with upsampler=... and upsampler_scheduler=...")
         return cls(**found)
 
-    @pipeline_call(())
+    @declare_pipeline_call(())
     def __call__(
         self,
         image: ImageInputs,

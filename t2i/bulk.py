@@ -19,7 +19,7 @@ class BulkJob:
         self.faults: list[str] = []
 
     @contextmanager
-    def skip_bad(self, name: object, *errors: type[Exception]) -> Iterator[None]:
+    def skip_bad_input(self, name: object, *errors: type[Exception]) -> Iterator[None]:
         """Name an input that raises InputError, or another of `errors`, and go on."""
         expected: tuple[type[Exception], ...] = (InputError, *errors)
         try:

@@ -7,7 +7,7 @@ from t2i.checks import check_integer, check_texts
 from t2i.commands import read_lines
 from t2i.data.sources.samples import parse_caption_bytes, parse_labels
 from t2i.errors import InputError
-from t2i.evaluation.retrieval import check_labels
+from t2i.evaluation.retrieval import normalize_labels
 from t2i.networks.public.clip_tokenizer import CLIPTokenizer
 from t2i.networks.tokenizer import CaptionTokenizer, PublicTokenizer, TextTokenizer
 from t2i.texts import normalize_text, split_lines
@@ -92,9 +92,9 @@ def test_a_text_of_nothing_that_is_seen_is_empty():
 
 def test_labels_that_look_the_same_are_the_same():
     assert parse_labels(["big  cat", "dog\ufeff"]) == ["big cat", "dog"]
-    assert check_labels(["cat ", "a\u00a0dog"]) == ["cat", "a dog"]
+    assert normalize_labels(["cat ", "a\u00a0dog"]) == ["cat", "a dog"]
     with pytest.raises(InputError, match="the label 'cat' is given twice"):
-        check_labels(["cat", "c\u200bat"])
+        normalize_labels(["cat", "c\u200bat"])
 
 
 # Lines

@@ -108,7 +108,7 @@ def main(config: Config) -> None:
     folder = Path(config.output)
     check_writable_folder(folder)
     datasets = open_datasets(config.data)
-    encoder = Encoder(config)
+    encoder = CacheEncoder(config)
     key = build_cache_key(config, encoder.facts, datasets)
     check_cache_key(folder, key)
     # What is cached is written down first, so that an unfinished cache can be continued
@@ -161,7 +161,7 @@ def write_missing_shards(
     folder: Path,
     datasets: dict[str, CaptionedPictures],
     shards: list[CacheShard],
-    encoder: "Encoder",
+    encoder: "CacheEncoder",
     accelerator: Accelerator,
 ) -> None:
     """Make the shards that are missing or damaged; each process makes a part of them."""
@@ -221,7 +221,7 @@ def iterate_image_batches(
         yield from DataLoader(ImageBatches(datasets), sampler=order, batch_size=None, num_workers=workers)  # type: ignore
 
 
-class Encoder:
+class CacheEncoder:
     """The frozen models, facts about them, and the dtypes of their encodings."""
 
     def __init__(self, config: Config):
@@ -266,7 +266,7 @@ class Encoder:
                     parts.setdefault("latents", []).append(self.autoencoder.encode(batch).to("cpu", self.dtype))
         tensors = {name: torch.cat(part).contiguous() for name, part in parts.items()}
         # Names of any length, end to end, with the offset of each
-        names = [dataset.sample_key(index).encode() for index in pictures]
+        names = [dataset.get_sample_key(index).encode() for index in pictures]
         tensors["keys"] = torch.frombuffer(bytearray(b"".join(names)), dtype=torch.uint8)
         tensors["key_offsets"] = compute_offsets(map(len, names))
         if self.config.text or self.text_encoder is not None:

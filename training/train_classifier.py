@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from t2i.training.common.encodings import EncodingSource, open_source
+from t2i.training.common.encodings import EncodingSource, open_encodings
 from t2i.training.common.entry import run
 from t2i.training.common.loop import Stage, build_accelerator, fit
 from torch import Tensor
@@ -61,13 +61,13 @@ class LabelledDataset(Dataset):
         # By `batch.index`: the samples that were read may replace bad ones among `keys`.
         return replace(batch, labels=self.numbers[batch.index])
 
-    def sample_key(self, index: int) -> str:
-        return self.dataset.sample_key(index)
+    def get_sample_key(self, index: int) -> str:
+        return self.dataset.get_sample_key(index)
 
 
 def main(config: Config) -> None:
     labels = Labels(find_manifest(Path(config.data.path)))
-    source = open_source(config.cache, config.data, config.clip, config.autoencoder, reads_captions=False)
+    source = open_encodings(config.cache, config.data, config.clip, config.autoencoder, reads_captions=False)
     accelerator = build_accelerator(config.train)
     fit(accelerator, build_stage(config, source, labels, accelerator.device), config.train)
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from t2i.training.common.cache_freshness import read_stored_fingerprint
-from t2i.training.common.encodings import EncodingSource, open_source
+from t2i.training.common.encodings import EncodingSource, open_encodings
 from t2i.training.common.entry import run
 from t2i.training.common.finetuning import prepare_init_model, resolve_init_scheduler
 from t2i.training.common.loop import Stage, build_accelerator, fit
 from t2i.training.common.lora import LoraConfig, add_adapters, check_lora_init, export_adapted_model
-from t2i.training.common.preview import Preview, SampleConfig, choose_columns
+from t2i.training.common.preview import SampleConfig, TrainingPreviews, encode_preview_input
 from torch import Tensor
 
 from t2i.checks import check_choice, check_multiple_of
@@ -89,7 +89,7 @@ class Config:
 
 def main(config: Config) -> None:
     public = find_trainable_part(config.init, "unet", DECODER_PARTS)
-    source = open_source(
+    source = open_encodings(
         cache=config.cache,
         data=config.data,
         clip=config.clip,
@@ -141,7 +141,7 @@ def build_stage(
 
     preview = None
     if config.train.sample_every:
-        previews = Preview(config.sample, choose_columns(source, config.sample), source.clip.identity)
+        previews = TrainingPreviews(config.sample, encode_preview_input(source, config.sample), source.clip.identity)
         preview = partial(previews.preview_decoder, scheduler=scheduler, load_autoencoder=source.load_autoencoder)
     return Stage(
         model=decoder,

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler
-from t2i.training.common.encodings import EncodingSource, open_source
+from t2i.training.common.encodings import EncodingSource, open_encodings
 from t2i.training.common.entry import run
 from t2i.training.common.finetuning import prepare_init_model, resolve_init_scheduler
 from t2i.training.common.loop import Stage, build_accelerator, fit
 from t2i.training.common.lora import LoraConfig, add_adapters, check_lora_init, export_adapted_model
-from t2i.training.common.preview import Preview, SampleConfig, choose_columns
+from t2i.training.common.preview import SampleConfig, TrainingPreviews, encode_preview_input
 from torch import Tensor
 from torch.nn import Module
 
@@ -113,7 +113,7 @@ class Config:
 
 def main(config: Config) -> None:
     public = find_public_prior(config)
-    source = open_source(config.cache, config.data, config.clip)
+    source = open_encodings(config.cache, config.data, config.clip)
     accelerator = build_accelerator(config.train)
     fit(accelerator, build_stage(config, source, accelerator.device, public), config.train)
 
@@ -145,7 +145,6 @@ def build_stage(
             "make; use diffusion"
         )
     scheduler = resolve_noise_schedule(config, public) if config.architecture == "diffusion" else None
-    # The model
     made_from = dict(source.made_from)
     if config.init is None:
         prior = build_prior(config, source)
@@ -181,8 +180,10 @@ def build_stage(
 
     preview = None
     if config.train.sample_every:
-        columns = choose_columns(source, config.sample)
-        preview = partial(Preview(config.sample, columns, source.clip.identity).preview_prior, scheduler=scheduler)
+        columns = encode_preview_input(source, config.sample)
+        preview = partial(
+            TrainingPreviews(config.sample, columns, source.clip.identity).preview_prior, scheduler=scheduler
+        )
     return Stage(
         model=prior,
         loss=loss,

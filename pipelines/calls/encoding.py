@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from t2i.pipelines.argument_checks import check_prompts, check_tensor
+from t2i.pipelines.argument_checks import check_tensor, list_prompts
 from torch import Tensor
 
 from t2i.diffusion.condition import TextEncoding
@@ -33,7 +33,7 @@ class PromptEncoding:
         """
         if isinstance(prompt, TextEncoding):
             return prompt
-        prompts = check_prompts("prompt", prompt)
+        prompts = list_prompts("prompt", prompt)
         if not prompts:
             raise InputError("prompt is missing; give a text or a list of texts")
         if not self.clip.reads_captions:
@@ -59,7 +59,7 @@ class PromptEncoding:
         """Encode captions for the decoder. If it has its own text encoder, a CLIP without a text tower will do."""
         if isinstance(prompt, TextEncoding) or self.clip.reads_captions or self.text_encoder is None:
             return self.encode_prompt(prompt)
-        prompts = check_prompts("prompt", prompt)
+        prompts = list_prompts("prompt", prompt)
         self.offload_all_but("text_encoder")
         different, rows = find_unique_prompts(prompts)
         tokens = self.text_encoder.encode(different, self._execution_device)

@@ -23,7 +23,7 @@ MODEL_DEFAULTS = frozenset({"num_inference_steps", *GUIDANCE_OPTIONS})
 RESOLVED = Parameter("resolved", Parameter.KEYWORD_ONLY, default=None, annotation=ResolvedOptions | None)
 
 
-def pipeline_call(options: Iterable[str] = OPTION_NAMES) -> Callable[[Call], Call]:
+def declare_pipeline_call(options: Iterable[str] = OPTION_NAMES) -> Callable[[Call], Call]:
     """Return a decorator for the `__call__` of a pipeline whose `**options` are these fields of the option dataclasses.
 
     `inspect.signature`, the annotations and `help` of the call show each option by itself. The call computes no

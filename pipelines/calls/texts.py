@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
-from t2i.pipelines.argument_checks import check_prompts, check_tensor
+from t2i.pipelines.argument_checks import check_tensor, list_prompts
 from torch import Tensor
 
 from t2i.diffusion.condition import TextEncoding
@@ -26,10 +26,10 @@ def choose_texts(
 ) -> Texts:
     """Return the texts of an argument, or the encodings that are given in place of them; one is repeated `count` times.
 
-    Raises InputError for both, and for those that `check_prompts` and `read_prompt_embeds` refuse.
+    Raises InputError for both, and for those that `list_prompts` and `read_prompt_embeds` refuse.
     """
     if embeds is None:
-        return check_prompts(name, prompt, count, empty)
+        return list_prompts(name, prompt, count, empty)
     if prompt is not None:
         raise InputError(f"{name} and {name}_embeds are both given; leave one out")
     encoding = read_prompt_embeds(pipeline, f"{name}_embeds", embeds)

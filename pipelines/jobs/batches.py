@@ -92,7 +92,7 @@ def build_file_stem(text: str) -> str:
     return re.sub("-+", "-", kept).strip("-")[:40] or "picture"
 
 
-def check_batch_size(value: str | int | None) -> int | None:
+def parse_batch_size(value: str | int | None) -> int | None:
     """Return the number of images drawn at once; None for "auto" and for None. Raises InputError for other values."""
     if value is None or value == "auto":
         return None

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from t2i.pipelines.interpolation import InterpolationPipeline, build_mixing_weights, check_anchors
+from t2i.pipelines.interpolation import InterpolationPipeline, build_mixing_weights, list_anchors
 from t2i.pipelines.jobs.batches import write_new_image
 from t2i.pipelines.jobs.planning import ModelSource, Output, load_pipeline
 from t2i.pipelines.jobs.records import Record, build_settings_record, format_model_name
@@ -43,7 +43,7 @@ def interpolate_files(
     """
     # Check everything that needs no model
     anchors = [parse_anchor(argument) for argument in arguments]
-    check_anchors(anchors)
+    list_anchors(anchors)
     texts = [anchor for anchor in anchors if isinstance(anchor, str)]
     total = len(build_mixing_weights(len(anchors), frames.weights, frames.frames))
     options = {**settings, "inverted": frames.inverted and len(texts) < len(anchors)}

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from t2i.pipelines.base import UnCLIPPipeline
 from t2i.pipelines.inversion import InvertingPipeline
-from t2i.pipelines.jobs.batches import BatchPlan, check_batch_size, write_images, write_new_image
+from t2i.pipelines.jobs.batches import BatchPlan, parse_batch_size, write_images, write_new_image
 from t2i.pipelines.jobs.planning import ModelSource, Output, load_pipeline, split_settings
 from t2i.pipelines.jobs.records import Record, build_settings_record, format_model_name
 from t2i.pipelines.memory_needed import check_batch_fits, find_fitting_count
@@ -55,7 +55,7 @@ def generate_files(
         InputError: for a value that is not allowed, before the model loads where that is possible.
     """
     # Check everything that needs no model
-    plan = BatchPlan(check_batch_size(batch_size), rank=find_process_rank(), resume=resume)
+    plan = BatchPlan(parse_batch_size(batch_size), rank=find_process_rank(), resume=resume)
     if output.seed is None and plan.rank.world_size > 1:
         raise InputError(f"seed is missing; {plan.rank.world_size} processes share the images and need the same seed")
     inputs = prompts or [""]
@@ -170,7 +170,7 @@ def redraw_files(
     for number in images:
         first = number * output.count
         own = records[first : first + output.count]
-        with job.skip_bad(paths[number]):
+        with job.skip_bad_input(paths[number]):
             yield from write_images(partial(draw, first), own, output.path, plan)
     job.finish()
 
@@ -181,7 +181,7 @@ def open_usable_images(
     """Return the images of files by their number; see `BulkJob` for the others. Raises InputError if none is left."""
     images = {}
     for number, path in enumerate(paths):
-        with job.skip_bad(path, OSError):
+        with job.skip_bad_input(path, OSError):
             image = open_image(path)
             if check_image is not None:
                 check_image(image)
@@ -206,7 +206,7 @@ def upsample_files(
     parameters = signature(UpsamplePipeline.__call__).parameters
     used = {name: settings.get(name, parameters[name].default) for name in ("num_inference_steps", "level")}
     for i, image in images.items():
-        with job.skip_bad(path := paths[i]):
+        with job.skip_bad_input(path := paths[i]):
             check_upsampled_size(pipeline.upsampler, *image.size, times)
             generator = Generator().manual_seed(first_seed + i)
             result: Any = pipeline(image, times, generator=generator, **settings)

@@ -10,7 +10,7 @@ from t2i.pipelines.loading import locate_other_folders
 from t2i.pipelines.text2image import Text2ImagePipeline
 
 from t2i.checks import check_integer, check_texts
-from t2i.diffusion.guidance import check_guidance
+from t2i.diffusion.guidance import parse_guidance_value
 from t2i.diffusion.sampling_loop import MAX_STEPS
 from t2i.errors import InputError
 from t2i.files.untrusted import is_folder
@@ -32,7 +32,7 @@ def compare_public_stages(
     # Check the arguments
     check_texts("prompt", prompts, empty=False)
     check_integer("steps", steps, 2, MAX_STEPS)  # the reference's scheduler does not take 1
-    check_guidance("guidance-scale", scale)
+    parse_guidance_value("guidance-scale", scale)
     check_integer("seed", seed, 0, 2**32)
 
     # Find the folders

@@ -177,10 +177,10 @@ def outpaint(
 
     The pixels of the image stay exactly as they are.
     """
-    from t2i.pipelines.inpaint import OutpaintPipeline, check_enlarged_size, check_margins
+    from t2i.pipelines.inpaint import OutpaintPipeline, check_enlarged_size, collect_margins
     from t2i.pipelines.jobs.generation import redraw_files
 
-    margins = check_margins(left, right, top, bottom)
+    margins = collect_margins(left, right, top, bottom)
 
     # The image is opened later, once, before the model loads
     def check_size(image: "Image") -> None:

@@ -65,7 +65,7 @@ def evaluate_prior(
     from t2i.diffusion.sampling_loop import MAX_STEPS, Sampling
     from t2i.evaluation.priors import evaluate_prior_splits, open_cache_splits
     from t2i.evaluation.results import check_result_file, collect_package_versions, write_result_file
-    from t2i.sampling.embeddings import MAX_CANDIDATES, default_guidance_scale, load_prior
+    from t2i.sampling.embeddings import MAX_CANDIDATES, get_default_guidance_scale, load_prior
 
     # Before the model loads
     check_integer("count", count, 1, 10_000_000)
@@ -83,7 +83,7 @@ def evaluate_prior(
     model = None if model is None else model.float()
     settings: dict[str, Any] = {
         "steps": steps,
-        "guidance": default_guidance_scale(model) if guidance_scale is None else guidance_scale,
+        "guidance": get_default_guidance_scale(model) if guidance_scale is None else guidance_scale,
         "candidates": candidates,
         "temperature": temperature,
     }

@@ -45,13 +45,13 @@ def classify(
     from t2i.checks import check_integer
     from t2i.evaluation.retrieval import (
         check_label_templates,
-        check_labels,
         classify_image_embeds,
         embed_usable_files,
+        normalize_labels,
     )
 
     # Check everything that needs no model
-    names = check_labels(read_labels(labels, labels_file))
+    names = normalize_labels(read_labels(labels, labels_file))
     templates = check_label_templates(template or ["{}"])
     if as_json and top is not None:
         raise InputError(f"--top {top} does not apply to --json, which prints all labels")
@@ -139,7 +139,7 @@ def similarity(
     check_texts("text", text or [], empty=False)
     job, thumbnails = BulkJob(len(pictures)), []
     for path in pictures:
-        with job.skip_bad(path, OSError):
+        with job.skip_bad_input(path, OSError):
             thumbnails.append((path, to_tensor(open_image(path), 64)))
     job.check_any_left()
     pictures = [path for path, _ in thumbnails]

@@ -4,10 +4,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from t2i.data.dataset import Batch, CaptionedPictures, Record, iterate_batches, open_datasets
+    from t2i.data.dataset import Batch, CaptionedPictures, SampleText, iterate_batches, open_datasets
     from t2i.data.pictures import open_image, to_tensor
 
-__all__ = ["Batch", "CaptionedPictures", "Record", "iterate_batches", "open_datasets", "open_image", "to_tensor"]
+__all__ = ["Batch", "CaptionedPictures", "SampleText", "iterate_batches", "open_datasets", "open_image", "to_tensor"]
 
 
 def __getattr__(name: str) -> Any:

@@ -168,10 +168,10 @@ class CachedPairs(Dataset):
             self.shard_tensors[number] = {name: tensors[name] for name in needed}
         return self.shard_tensors[number]
 
-    def sample_key(self, index: int) -> str:
+    def get_sample_key(self, index: int) -> str:
         """Return the name of a sample."""
         shard, row = self.open_shard(index // self.shard_size), index % self.shard_size
-        return get_sample_key(shard, row)
+        return decode_sample_key(shard, row)
 
     def compute_digest(self) -> str:
         """Return 16 hexadecimal digits of the content of all shards."""
@@ -185,7 +185,7 @@ class CachedPairs(Dataset):
         return TextEncoding(self.shared["null_embedding"], states, torch.ones(states.shape[:2], dtype=torch.bool))
 
 
-def get_sample_key(shard: dict[str, Tensor], row: int) -> str:
+def decode_sample_key(shard: dict[str, Tensor], row: int) -> str:
     start, end = shard["key_offsets"][row : row + 2].tolist()
     return bytes(shard["keys"][start:end].tolist()).decode()
 
@@ -253,7 +253,7 @@ def check_shard_values(path: Path, tensors: dict[str, Tensor]) -> None:
             row = torch.searchsorted(tensors[name.replace("states", "offsets")], row, right=True) - 1
         if name.startswith("text_"):  # a row is a caption
             row = torch.isin(tensors["choice"], row).any(dim=1).nonzero()[:, 0]
-        fault = f"would contain NaN or infinity in {name}, first for {get_sample_key(tensors, int(row[0]))!r}"
+        fault = f"would contain NaN or infinity in {name}, first for {decode_sample_key(tensors, int(row[0]))!r}"
         raise InputError(f"{path.name} {fault}; dtype=float32 and mixed_precision=no allow larger values")
 
 

@@ -96,7 +96,10 @@ def find_sample_range(image: Image.Image) -> SampleRange | None:
     if image.mode not in ("L", "F") and not image.mode.startswith("I"):
         return None
     tags = getattr(image, "tag_v2", {})
-    bits, is_signed = first(tags.get(BITS_PER_SAMPLE, 0)), first(tags.get(SAMPLE_FORMAT, 1)) == SIGNED
+    bits, is_signed = (
+        get_first_channel(tags.get(BITS_PER_SAMPLE, 0)),
+        get_first_channel(tags.get(SAMPLE_FORMAT, 1)) == SIGNED,
+    )
     if image.mode == "L":
         return SampleRange(-128, 127) if is_signed and bits == 8 else None
     if image.mode == "F" or (image.mode == "I" and image.format is None):
@@ -110,7 +113,7 @@ def find_sample_range(image: Image.Image) -> SampleRange | None:
     return SampleRange(found.white, found.black) if tags.get(PHOTOMETRIC) == INVERTED else found
 
 
-def first(value: object) -> int:
+def get_first_channel(value: object) -> int:
     """Return a TIFF tag's value for the first channel."""
     return value[0] if isinstance(value, tuple) and value else value  # type: ignore[return-value]
 

@@ -31,7 +31,7 @@ SampleIndex = tuple[int, int]  # index of a sample, and the draw that chooses am
 
 
 @dataclass(frozen=True)
-class Record:
+class SampleText:
     """A sample without its picture."""
 
     index: int
@@ -125,7 +125,7 @@ class CaptionedPictures(Dataset):
             try:
                 return i, self.read_image(i)
             except RejectedSample as error:
-                rejected.append((self.sample_key(i), error.reason.name))
+                rejected.append((self.get_sample_key(i), error.reason.name))
         counts = Counter(reason for _, reason in rejected[-tries:])
         reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
         raise InputError(f"{tries} pictures in a row cannot be read ({reasons}), the first is {rejected[-tries][0]!r}")
@@ -141,19 +141,21 @@ class CaptionedPictures(Dataset):
         try:
             return self.read_image(index)
         except RejectedSample as error:
-            raise InputError(f"{self.sample_key(index)!r}: {error}; another `t2i data check` leaves it out") from error
+            raise InputError(
+                f"{self.get_sample_key(index)!r}: {error}; another `t2i data check` leaves it out"
+            ) from error
 
     def get_caption(self, index: int, draw: int) -> str:
         captions, keywords = self.manifest.get_values(index, "captions", "keywords")
         return vary_caption(captions, keywords, random.Random(draw))
 
-    def sample_key(self, index: int) -> str:
+    def get_sample_key(self, index: int) -> str:
         """Return the name of a sample."""
         return self.manifest.get_values(index, "key")[0]
 
-    def get_record(self, index: int) -> Record:
+    def get_record(self, index: int) -> SampleText:
         key, captions, keywords, split = self.manifest.get_values(index, "key", "captions", "keywords", "split")
-        return Record(index, key, captions[0], keywords, split)
+        return SampleText(index, key, captions[0], keywords, split)
 
     def iterate_texts(self) -> Iterator[str]:
         """Yield all words of each sample as one text, to train a tokenizer on."""

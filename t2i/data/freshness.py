@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 from t2i.data.manifest import find_manifest, read_manifest_metadata
 from t2i.data.reasons import Reason
 from t2i.data.sources.metadata import METADATA_FILES
-from t2i.data.sources.open_source import open_source
+from t2i.data.sources.open_data_source import open_data_source
 from t2i.data.sources.samples import Columns
 from t2i.errors import InputError
 
@@ -27,7 +27,7 @@ def find_changes(path: str | Path) -> str | None:
     if about["containers"] or not root.is_dir():
         return None
     try:
-        source = open_source(str(root), Columns())
+        source = open_data_source(str(root), Columns())
     except InputError as error:  # no pictures any more, or columns that were given as options of the check
         return str(error) if "no pictures" in str(error) else None
 

@@ -59,7 +59,7 @@ class Labels:
 
     def find_classes(self, dataset: Any) -> torch.Tensor:
         """Return the class of each sample, (len(dataset),), int64. Raises InputError for a sample without a label."""
-        keys = [dataset.sample_key(index) for index in range(len(dataset))]
+        keys = [dataset.get_sample_key(index) for index in range(len(dataset))]
         if missing := [key for key in keys if key not in self.class_numbers]:
             number = f"{len(missing)} of {len(keys)} pictures have no label, such as {missing[0]!r}"
             raise InputError(f"{number}; {str(self.file)!r} must have one for each")

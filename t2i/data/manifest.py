@@ -26,7 +26,7 @@ from t2i.data.labels import LABELS_FILE, get_single_label, write_labels
 from t2i.data.pictures import CONVERTED, OLD_READING, READING, Reading, decode_image, silence_pillow
 from t2i.data.reasons import Reason, RejectedSample
 from t2i.data.report import Duplicates, Report
-from t2i.data.sources.open_source import is_check_output, open_source
+from t2i.data.sources.open_data_source import is_check_output, open_data_source
 from t2i.data.sources.samples import (
     Columns,
     Sample,
@@ -112,8 +112,8 @@ def write_manifest(
     """
     # Open the source, and refuse what cannot work before any picture is read
     columns = columns or Columns()
-    out = out or default_manifest_folder(str(name))
-    source = open_source(str(name), columns)
+    out = out or get_default_manifest_folder(str(name))
+    source = open_data_source(str(name), columns)
     check_output_folder(out, str(name))
     report, labels = Report(str(name), str(out / MANIFEST_FILE)), dict[str, str]()
     out = out.resolve()
@@ -164,7 +164,7 @@ def write_rows(file: Path, rows: Iterable[ManifestRow], report: Report, about: d
         writer.add_key_value_metadata({METADATA_KEY: json.dumps(about).encode()})
 
 
-def default_manifest_folder(name: str) -> Path:
+def get_default_manifest_folder(name: str) -> Path:
     """Return the folder of a source's manifest; for hub:ORGANISATION/NAME, data/ORGANISATION--NAME."""
     path = Path(name)
     if path.is_dir():
@@ -361,7 +361,7 @@ def check_container(root: Path, name: str, size: int, manifest: Path) -> None:
 def find_manifest(path: Path) -> Path:
     """Return the manifest file of `path`: the file itself, the folder of a check, or a source that was checked."""
     candidates = (path, path / MANIFEST_FILE, path / MANIFEST_FOLDER / MANIFEST_FILE)
-    for file in (*candidates, default_manifest_folder(str(path)) / MANIFEST_FILE):
+    for file in (*candidates, get_default_manifest_folder(str(path)) / MANIFEST_FILE):
         if file.suffix == ".parquet" and file.is_file() and METADATA_KEY in (read_parquet_metadata(file) or {}):
             return file
     raise InputError(f"no manifest in {str(path)!r}; `t2i data check {shlex.quote(str(path))}` writes one")

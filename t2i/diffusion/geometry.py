@@ -32,9 +32,9 @@ def compute_spherical_mean(points: Tensor, weights: Tensor) -> Tensor:
     """Return the point, (D,), with the least weighted sum of squared angles to K points, (K, D), (K,).
 
     Buss and Fillmore 2001, algorithm A1; slerp for two points. Where the points do not determine it, such as opposite
-    ones, the iteration from the first point decides. Raises InputError for weights as `check_weights` does.
+    ones, the iteration from the first point decides. Raises InputError for weights as `normalize_weights` does.
     """
-    weights = check_weights(weights, len(points)).to(points.device)
+    weights = normalize_weights(weights, len(points)).to(points.device)
     length = (weights[:, None] * points.double().norm(dim=-1, keepdim=True)).sum()
     # Anchors without weight must not decide where the iteration starts
     used = weights > 0
@@ -54,7 +54,7 @@ def compute_spherical_mean(points: Tensor, weights: Tensor) -> Tensor:
     return (mean * length).to(points.dtype)
 
 
-def check_weights(weights: Tensor, count: int) -> Tensor:
+def normalize_weights(weights: Tensor, count: int) -> Tensor:
     """Normalize weights to a sum of 1, (K,), fp64. Raises InputError unless there are `count` and all are valid."""
     weights = torch.as_tensor(weights, dtype=torch.float64)
     shown = ", ".join(f"{weight:g}" for weight in weights.flatten()[:8].tolist())

@@ -72,7 +72,7 @@ GUIDANCE_RANGES = {
 }
 
 
-def check_guidance(name: str, value: Any) -> Guidance:
+def parse_guidance_value(name: str, value: Any) -> Guidance:
     """Return a scale or a Guidance as a Guidance. Raises InputError, under `name`, for values out of range."""
     guidance = Guidance.from_value(value)
     check_range(name, guidance.scale, 0, MAX_GUIDANCE_SCALE)
@@ -104,7 +104,7 @@ def parse_guidance(name: str, scale: float, settings: list[str]) -> Guidance:
         if len(numbers) != (2 if key == "interval" else 1):
             raise InputError(f"{name} {key} must be a number (interval: LOW:HIGH), got {value!r}")
         values[key] = numbers if key == "interval" else numbers[0]
-    return check_guidance(name, Guidance(scale, **values))
+    return parse_guidance_value(name, Guidance(scale, **values))
 
 
 def build_guided_predict(

@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from t2i.config import DataConfig
-from t2i.data import CaptionedPictures, Record
+from t2i.data import CaptionedPictures, SampleText
 from t2i.errors import InputError
 from t2i.evaluation.contact_sheet import build_contact_sheet
 from t2i.evaluation.results import check_result_folder, collect_package_versions, write_result_file
@@ -41,13 +41,13 @@ def strip_name_modifier(text: str) -> str:
     return text if text.startswith(("flag: ", "keycap: ")) else text.split(": ")[0]
 
 
-def open_emoji_dataset(folder: str | Path) -> tuple[CaptionedPictures, list[Record]]:
+def open_emoji_dataset(folder: str | Path) -> tuple[CaptionedPictures, list[SampleText]]:
     """Open the data set of all real emoji, of both splits. Raises InputError without a manifest."""
     dataset = CaptionedPictures(DataConfig(str(folder), EMOJI_SIZE, 0), split=None)
     return dataset, [dataset.get_record(index) for index in range(len(dataset))]
 
 
-def choose_emoji_captions(records: list[Record], count: int = TRAINING_CAPTIONS) -> dict[str, list[Record]]:
+def choose_emoji_captions(records: list[SampleText], count: int = TRAINING_CAPTIONS) -> dict[str, list[SampleText]]:
     """Return the captions to draw: `count` of the training split, always the same, and all that are held out."""
     training = [record for record in records if record.split == "train"]
     held_out = [record for record in records if record.split == "held_out"]
@@ -100,7 +100,7 @@ def evaluate_emoji_drawings(
 def draw_emoji_batches(
     pipeline: Any,
     dataset: CaptionedPictures,
-    records: list[Record],
+    records: list[SampleText],
     true_embeddings: bool,
     batch_size: int,
     settings: dict[str, Any],
@@ -118,12 +118,14 @@ def draw_emoji_batches(
         yield pipeline(**inputs, generator=seeds, output_type="pt", **settings).images.float().cpu()
 
 
-def iterate_emoji_batches(dataset: CaptionedPictures, records: list[Record], batch_size: int = 256) -> Iterator[Tensor]:
+def iterate_emoji_batches(
+    dataset: CaptionedPictures, records: list[SampleText], batch_size: int = 256
+) -> Iterator[Tensor]:
     for start in range(0, len(records), batch_size):
         yield torch.stack([dataset.load_image(record.index) for record in records[start : start + batch_size]])
 
 
-def compare_emoji(chosen: list[Record], nearest: list[Record]) -> dict[str, float]:
+def compare_emoji(chosen: list[SampleText], nearest: list[SampleText]) -> dict[str, float]:
     """Return the fractions of captions whose drawing has its own emoji, or a related one, as the nearest real emoji.
 
     same_name: an emoji with the same name up to the modifier, such as "waving hand".

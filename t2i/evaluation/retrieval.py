@@ -33,7 +33,7 @@ INDEX_TENSORS = ("image_embeds", "digests", "names", "name_offsets")
 # Labels
 
 
-def check_labels(labels: list[str]) -> list[str]:
+def normalize_labels(labels: list[str]) -> list[str]:
     """Return the labels; refuse fewer than two, empty labels and repeated ones."""
     if not labels:
         raise InputError("no labels; give at least two, such as --labels cat,dog")
@@ -101,7 +101,7 @@ def iterate_image_embeds(clip: CLIP, paths: Sequence[Path], job: BulkJob) -> Ite
     for start in tqdm(range(0, len(paths), BATCH_SIZE), desc="pictures", disable=hide_bar):
         batch: list[tuple[Path, Tensor]] = []
         for path in paths[start : start + BATCH_SIZE]:
-            with job.skip_bad(path, OSError):
+            with job.skip_bad_input(path, OSError):
                 batch.append((path, to_tensor(open_image(path), resizing)))
         if batch:
             pictures = torch.stack([picture for _, picture in batch]).to(clip.device, clip.dtype)
@@ -152,7 +152,7 @@ def read_cache_index(clip: CLIP, folder: Path) -> ImageIndex:
     names, embeds = [], []
     for split in finished["splits"]:
         cached = CachedPairs(folder, split, latents=False, text=False)
-        names += [cached.sample_key(index) for index in range(len(cached))]
+        names += [cached.get_sample_key(index) for index in range(len(cached))]
         embeds += [cached.open_shard(number)["image_embeds"].float() for number in range(len(cached.rows))]
     return ImageIndex(names, F.normalize(torch.cat(embeds), dim=-1))
 
@@ -166,7 +166,7 @@ def index_image_folder(clip: CLIP, folder: Path, file: Path | None, job: BulkJob
     stored = read_index_file(clip, target, own=file is None) if target.exists() else {}
     digests: dict[Path, bytes] = {}
     for path in paths:
-        with job.skip_bad(path, OSError):
+        with job.skip_bad_input(path, OSError):
             digests[path] = compute_picture_digest(path)
     new = {digest: path for path, digest in digests.items() if digest not in stored}
     if new:
@@ -187,7 +187,7 @@ def index_image_folder(clip: CLIP, folder: Path, file: Path | None, job: BulkJob
     # Name the copies of pictures that cannot be used
     for path, digest in digests.items():
         if path not in known and new[digest] != path:
-            with job.skip_bad(path):
+            with job.skip_bad_input(path):
                 raise InputError(f"{str(path)!r}: the same bytes as {str(new[digest])!r}, which cannot be used")
     job.check_any_left()
     return index

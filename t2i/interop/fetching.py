@@ -12,7 +12,7 @@ from t2i.files.hub import explain_hub_errors, query_hub_repository
 from t2i.files.model_folder import read_model_class
 from t2i.files.untrusted import DIFFUSERS_STEM, check_file_name, find_weight_files, is_folder
 from t2i.interop.folders import SourceFolder
-from t2i.interop.layouts import LAYOUTS_BY_CLASS, PART_CLASSES, TRANSFORMERS_PARTS, weight_stem
+from t2i.interop.layouts import LAYOUTS_BY_CLASS, PART_CLASSES, TRANSFORMERS_PARTS, get_weight_stem
 from t2i.interop.stored import parse_variant_names
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def find_weight_stems(path: Path, parts: Collection[str] | None) -> dict[str, st
     class_name = str(index.get("_class_name")) if index else read_model_class(path)
     if class_name in LAYOUTS_BY_CLASS:
         folders = LAYOUTS_BY_CLASS[class_name].part_folders
-        return {place: weight_stem(part) for part, place in folders.items() if parts is None or part in parts}
+        return {place: get_weight_stem(part) for part, place in folders.items() if parts is None or part in parts}
     if parts is not None:
         alone = any(class_name in PART_CLASSES[part] for part in parts if part not in TRANSFORMERS_PARTS)
         return {".": DIFFUSERS_STEM} if alone else {}

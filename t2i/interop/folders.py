@@ -17,7 +17,7 @@ from t2i.errors import InputError
 from t2i.files.component import Component
 from t2i.files.model_folder import load_or_explain
 from t2i.files.untrusted import check_folder_files, is_folder, read_config
-from t2i.interop.layouts import KNOWN_LIBRARIES, LAYOUTS, LAYOUTS_BY_CLASS, PART_CLASSES, PublicLayout, weight_stem
+from t2i.interop.layouts import KNOWN_LIBRARIES, LAYOUTS, LAYOUTS_BY_CLASS, PART_CLASSES, PublicLayout, get_weight_stem
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ class SourceFolder:
     def component(self, part: str) -> Component:
         """Return a part's configuration and headers. Raises InputError for a model of another class."""
         if part not in self.components:
-            component = Component(self.folder(part), self.path, self.variant, weight_stem(part))
+            component = Component(self.folder(part), self.path, self.variant, get_weight_stem(part))
             named = component.config.get("_class_name") or component.config.get("architectures")
             names = named if isinstance(named, list) else [named]
             # Configurations of towers may name the model that they were taken out of.

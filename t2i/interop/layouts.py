@@ -124,6 +124,6 @@ DEFAULT_PRIORS = {
 }
 
 
-def weight_stem(part: str) -> str:
+def get_weight_stem(part: str) -> str:
     """Return the stem of a public part's weight files."""
     return TRANSFORMERS_STEM if part in TRANSFORMERS_PARTS else DIFFUSERS_STEM

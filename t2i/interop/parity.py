@@ -26,7 +26,7 @@ from t2i.diffusion.sampling_loop import Sampling
 from t2i.errors import InputError
 from t2i.files.untrusted import choose_stored_variant
 from t2i.interop.folders import SourceFolder
-from t2i.interop.layouts import weight_stem
+from t2i.interop.layouts import get_weight_stem
 from t2i.interop.loading import ModelFolders
 from t2i.sampling.embeddings import sample_image_embeds
 from t2i.sampling.sample import build_decoder_condition, sample_decoder
@@ -334,7 +334,10 @@ class ParityCheck:
 def load_library_part(model_class: Any, source: SourceFolder, part: str) -> Any:
     """Load a part by its library, in fp32, from the files that are read here too."""
     folder = source.folder(part)
-    settings = {"variant": choose_stored_variant(folder, source.variant, weight_stem(part)), "use_safetensors": True}
+    settings = {
+        "variant": choose_stored_variant(folder, source.variant, get_weight_stem(part)),
+        "use_safetensors": True,
+    }
     return model_class.from_pretrained(folder, torch_dtype=torch.float32, **settings).eval()
 
 

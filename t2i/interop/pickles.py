@@ -107,7 +107,7 @@ def convert_folder_weights(folder: Path) -> Iterator[Path]:
         raise InputError(f"{str(folder)!r} has no pickles to convert; for another layout, name the new folder too")
     job = BulkJob(len(waiting), "files")
     for path in waiting:
-        with job.skip_bad(path):
+        with job.skip_bad_input(path):
             yield convert_weights(path)
     job.finish()
 

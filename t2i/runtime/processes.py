@@ -100,7 +100,7 @@ class ProcessWatch:
 
     Every process publishes its heartbeats and its number of waits in the group's store; training steps publish nothing.
     Process 0 or the launcher serves the store, and the store's own timeouts fail if that server hangs. So there are two
-    threads: one talks to the store, the other judges from what the first has read. Put `guarded_wait` around every
+    threads: one talks to the store, the other judges from what the first has read. Put `guard_wait` around every
     call that waits for other processes. In a run of one process it does nothing.
 
     Args:
@@ -132,7 +132,7 @@ class ProcessWatch:
                 self.threads[-1].start()
 
     @contextmanager
-    def guarded_wait(self, busy: bool = False) -> Iterator[None]:
+    def guard_wait(self, busy: bool = False) -> Iterator[None]:
         """Watch the other processes while this one waits until all have reached the same place.
 
         busy: process 0 works for an unknown time there, so only a death ends the wait.

@@ -44,7 +44,7 @@ def load_prior(folder: str | Path) -> tuple[AnyPrior | None, SchedulerMixin | No
     return prior, load_scheduler(path / ("prior_scheduler" if in_pipeline else "scheduler"))
 
 
-def default_guidance_scale(prior: AnyPrior | None) -> float:
+def get_default_guidance_scale(prior: AnyPrior | None) -> float:
     """Return the guidance scale of a prior where none is given; 2 where there is no prior."""
     return 2.0 if prior is None else prior.default_guidance_scale
 
@@ -70,7 +70,9 @@ def sample_image_embeds(
     """
     if prior is None:
         return text.expand().embedding.float()
-    guidance = Guidance.from_value(default_guidance_scale(prior) if sampling.guidance is None else sampling.guidance)
+    guidance = Guidance.from_value(
+        get_default_guidance_scale(prior) if sampling.guidance is None else sampling.guidance
+    )
     warn_unused_options(prior, negative, guidance, sampling.noise, temperature)
     # A regression has one answer: neither guidance nor candidates
     if isinstance(prior, RegressionPrior):

@@ -37,24 +37,24 @@ def clip(tmp_path_factory) -> Path:
 
 def test_a_job_names_what_it_leaves_out_and_a_single_input_is_refused_at_once(capsys):
     job = BulkJob(3, "files")
-    with job.skip_bad("a"):
+    with job.skip_bad_input("a"):
         raise InputError("'a' is damaged")
-    with job.skip_bad("b", OSError):
+    with job.skip_bad_input("b", OSError):
         raise PermissionError("denied")
     assert capsys.readouterr().err == "left out: 'a' is damaged\nleft out: 'b': denied\n"
-    with job.skip_bad("c"):
+    with job.skip_bad_input("c"):
         pass
     job.check_any_left()
     with pytest.raises(InputError, match="2 of 3 files were left out, all others done; the first: 'a' is damaged"):
         job.finish()
-    with pytest.raises(RuntimeError), job.skip_bad("c"):
+    with pytest.raises(RuntimeError), job.skip_bad_input("c"):
         raise RuntimeError
-    with pytest.raises(InputError, match="^damaged$"), BulkJob(1).skip_bad("a"):
+    with pytest.raises(InputError, match="^damaged$"), BulkJob(1).skip_bad_input("a"):
         raise InputError("damaged")
     BulkJob(2).finish()
     job = BulkJob(2)
     for name in "ab":
-        with job.skip_bad(name):
+        with job.skip_bad_input(name):
             raise InputError(f"{name} is damaged")
     with pytest.raises(InputError, match="none of 2 pictures can be used; the first: a is damaged"):
         job.finish()

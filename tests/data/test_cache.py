@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from t2i.training import cache_data
 from t2i.training.common.checkpoint import Checkpoint, find_newest_checkpoint, load_checkpoint
-from t2i.training.common.encodings import FrozenModels, open_source
+from t2i.training.common.encodings import FrozenModels, open_encodings
 
 from t2i.config import DataConfig, load_config
 from t2i.data import CaptionedPictures
@@ -112,7 +112,7 @@ def test_both_splits_stand_side_by_side_with_the_names_of_their_pictures(shapes,
     for split, count in (("train", 32), ("held_out", 4)):
         pairs, dataset = CachedPairs(finished, split), CaptionedPictures(data, split)
         assert len(pairs) == count == len(dataset)
-        assert [pairs.sample_key(i) for i in range(count)] == [dataset.sample_key(i) for i in range(count)]
+        assert [pairs.get_sample_key(i) for i in range(count)] == [dataset.get_sample_key(i) for i in range(count)]
     assert CachedPairs(finished).compute_digest() != CachedPairs(finished, "held_out").compute_digest()
     with pytest.raises(InputError, match="no split 'test'; it has train, held_out"):
         CachedPairs(finished, "test")
@@ -326,7 +326,7 @@ def test_other_weights_in_the_folder_of_a_public_model_make_a_cache_stale(file, 
     clip, vae = public
     cache = make(shapes, runs, tmp_path / "cache", clip=clip, autoencoder=vae)
     data = DataConfig(str(shapes), 32, 0)
-    open_source(str(cache), data, clip, vae)
+    open_encodings(str(cache), data, clip, vae)
     changed = Path(vae).parent / file
     before = changed.read_bytes()
     try:
@@ -335,7 +335,7 @@ def test_other_weights_in_the_folder_of_a_public_model_make_a_cache_stale(file, 
         else:
             flip(changed)
         with pytest.raises(InputError, match=f"is stale: it was made with another {what}, [0-9a-f]{{16}}, now"):
-            open_source(str(cache), data, clip, vae)
+            open_encodings(str(cache), data, clip, vae)
         with pytest.raises(InputError, match="was made with another"):
             make(shapes, runs, cache, clip=clip, autoencoder=vae)
     finally:
@@ -349,7 +349,7 @@ def test_a_changed_caption_of_a_held_out_picture_makes_a_cache_stale(shapes, run
     (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     write_manifest(data, quiet=True)
     with pytest.raises(InputError, match="is stale: it was made with another held-out data, [0-9a-f]{16}, now"):
-        open_source(str(finished), DataConfig(str(data), 32, 0), str(runs / "clip"))
+        open_encodings(str(finished), DataConfig(str(data), 32, 0), str(runs / "clip"))
 
 
 def test_records_are_refused_where_pictures_have_other_names(shapes, runs, finished, tmp_path):
@@ -361,14 +361,14 @@ def test_records_are_refused_where_pictures_have_other_names(shapes, runs, finis
     renamed = [json.loads(line) | {"file_name": "new-" + json.loads(line)["file_name"]} for line in lines]
     (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, renamed)))
     write_manifest(data, quiet=True)
-    source = open_source(str(finished), DataConfig(str(data), 32, 0), str(runs / "clip"))
+    source = open_encodings(str(finished), DataConfig(str(data), 32, 0), str(runs / "clip"))
     with pytest.raises(InputError, match="is stale: its picture 1 of held_out is '.*', in the data 'new-"):
         source.encode_records([(1, 0)])
 
 
 def test_data_without_a_manifest_are_said_not_to_be_compared(shapes, runs, finished, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    open_source(str(finished), DataConfig("hub:org/shapes", 32, 0), str(runs / "clip"))
+    open_encodings(str(finished), DataConfig("hub:org/shapes", 32, 0), str(runs / "clip"))
     assert f"'hub:org/shapes': the cache {str(finished)!r} is not compared" in capsys.readouterr().out
     shutil.copytree(shapes, tmp_path / "data/org--shapes")
     lines = (tmp_path / "data/org--shapes/metadata.jsonl").read_text().splitlines()
@@ -376,15 +376,15 @@ def test_data_without_a_manifest_are_said_not_to_be_compared(shapes, runs, finis
     write_manifest(tmp_path / "data/org--shapes", quiet=True)
     shutil.move(tmp_path / "data/org--shapes/t2i/manifest.parquet", tmp_path / "data/org--shapes/manifest.parquet")
     with pytest.raises(InputError, match="another data, "):
-        open_source(str(finished), DataConfig("hub:org/shapes", 32, 0), str(runs / "clip"))
-    open_source(str(finished), DataConfig(str(shapes), 32, 0), str(runs / "clip"))
+        open_encodings(str(finished), DataConfig("hub:org/shapes", 32, 0), str(runs / "clip"))
+    open_encodings(str(finished), DataConfig(str(shapes), 32, 0), str(runs / "clip"))
     assert capsys.readouterr().out == ""
 
 
 def test_another_tokenizer_of_the_same_clip_makes_a_cache_stale(shapes, runs, finished, tmp_path):
     shutil.copytree(runs / "clip/model", tmp_path / "clip")
     data = DataConfig(str(shapes), 32, 0)
-    open_source(str(finished), data, str(tmp_path / "clip"))
+    open_encodings(str(finished), data, str(tmp_path / "clip"))
     tokenizer = tmp_path / "clip/tokenizer.json"
     content = json.loads(tokenizer.read_text())
     content["model"]["merges"].pop()
@@ -392,7 +392,7 @@ def test_another_tokenizer_of_the_same_clip_makes_a_cache_stale(shapes, runs, fi
     with pytest.raises(
         InputError, match="is stale: it was made with another tokenizer, [0-9a-f]{16}, now [0-9a-f]{16}"
     ):
-        open_source(str(finished), data, str(tmp_path / "clip"))
+        open_encodings(str(finished), data, str(tmp_path / "clip"))
 
 
 @pytest.mark.parametrize(
@@ -462,7 +462,7 @@ def test_it_is_said_where_pictures_have_more_captions_than_are_cached(shapes, ru
 def test_a_shard_with_a_value_that_is_not_finite_is_not_written(name, row, picture, finished, tmp_path):
     tensors = load_file(finished / "train-00000.safetensors")
     write_shard(tmp_path / "good.safetensors", tensors)
-    key = CachedPairs(finished).sample_key(picture)
+    key = CachedPairs(finished).get_sample_key(picture)
     tensors[name][row] = torch.tensor(1e6).half()  # infinity
     with pytest.raises(
         InputError, match=f"^bad.safetensors would contain NaN or infinity in {name}, first for '{key}'"

@@ -93,9 +93,11 @@ def test_a_picture_that_changed_is_replaced_by_the_next_and_named(shapes, tmp_pa
     dataset = CaptionedPictures(DataConfig(str(tmp_path / "data"), 32, 0))
     whole = dataset.__getitems__([(3, 0), (5, 1), (31, 2)])
     (tmp_path / "data/03.png").write_bytes((tmp_path / "data/02.png").read_bytes())
-    (tmp_path / "data" / dataset.sample_key(31)).unlink()
+    (tmp_path / "data" / dataset.get_sample_key(31)).unlink()
     batch = dataset.__getitems__([(3, 0), (5, 1), (31, 2)])
-    assert batch.rejected == [("03.png", "changed"), (dataset.sample_key(31), "missing_file")] and not whole.rejected
+    assert (
+        batch.rejected == [("03.png", "changed"), (dataset.get_sample_key(31), "missing_file")] and not whole.rejected
+    )
     assert batch.index.tolist() == [4, 5, 0]
     assert batch.captions == [dataset.get_caption(4, 0), whole.captions[1], dataset.get_caption(0, 2)]
     assert batch.image[1].equal(whole.image[1]) and batch.image[0].equal(dataset.load_image(4))

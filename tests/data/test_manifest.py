@@ -23,7 +23,7 @@ from t2i.data.manifest import (
     MANIFEST_SCHEMA,
     MANIFEST_VERSION,
     METADATA_KEY,
-    default_manifest_folder,
+    get_default_manifest_folder,
     open_manifest,
     write_manifest,
 )
@@ -88,14 +88,14 @@ def test_training_finds_the_manifest(tmp_path, place):
     folder_of(tmp_path / "folder", "abc")
     write_manifest(tmp_path / "folder", held_out=0, quiet=True)
     dataset = CaptionedPictures(DataConfig(str(tmp_path / place), 16, 0))
-    assert [dataset.sample_key(index) for index in range(3)] == ["a.png", "b.png", "c.png"]
+    assert [dataset.get_sample_key(index) for index in range(3)] == ["a.png", "b.png", "c.png"]
     assert list(dataset.iterate_texts()) == ["picture a", "picture b", "picture c"]
     assert sum(len(part) for part in dataset.iterate_images(2, 1)) == 2
 
 
 def test_data_sets_of_one_name_have_folders_of_their_own():
     names = ("hub:one/birds", "two/birds", "hub:birds")
-    assert [str(default_manifest_folder(name)) for name in names] == [
+    assert [str(get_default_manifest_folder(name)) for name in names] == [
         "data/one--birds",
         "data/two--birds",
         "data/birds",

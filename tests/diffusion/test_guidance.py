@@ -8,7 +8,13 @@ from diffusers import DDIMScheduler, DDPMScheduler
 
 from t2i.diffusion.condition import Condition
 from t2i.diffusion.denoiser import build_conditional_predict
-from t2i.diffusion.guidance import Guidance, build_guided_predict, build_steered_predict, check_guidance, parse_guidance
+from t2i.diffusion.guidance import (
+    Guidance,
+    build_guided_predict,
+    build_steered_predict,
+    parse_guidance,
+    parse_guidance_value,
+)
 from t2i.diffusion.process import alpha_sigma, predict_x0, x0_to_prediction
 from t2i.diffusion.sampling_loop import Sampling, sample_from_noise
 from t2i.errors import InputError
@@ -137,7 +143,7 @@ def test_momentum_averages_the_differences_of_one_sampling(ends):
 )
 def test_guidance_that_makes_no_sense_is_refused(guidance, message):
     with pytest.raises(InputError, match=message):
-        check_guidance("g", guidance)
+        parse_guidance_value("g", guidance)
 
 
 def test_guidance_is_read_from_texts():

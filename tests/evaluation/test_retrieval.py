@@ -84,7 +84,7 @@ def test_probabilities_are_the_softmax_of_scaled_cosines():
 )
 def test_labels_given_twice_or_none_are_refused(labels, message):
     with pytest.raises(InputError, match=message):
-        retrieval.check_labels(labels)
+        retrieval.normalize_labels(labels)
 
 
 def test_a_picture_of_the_right_size_is_seen_as_it_is(folder):

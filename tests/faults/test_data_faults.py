@@ -410,14 +410,14 @@ def test_every_flipped_bit_of_a_picture_is_noticed_when_it_is_read(tmp_path, kin
     rng, flips, noticed = random.Random(0), 300, 0
     for _ in range(flips):
         index = rng.randrange(len(dataset))
-        row = names[dataset.sample_key(index)]
+        row = names[dataset.get_sample_key(index)]
         path = tmp_path / row["file"]
         whole = path.read_bytes()
         data = bytearray(whole)
         data[row["offset"] + rng.randrange(row["size"])] ^= 1 << rng.randrange(8)
         path.write_bytes(data)
         batch = dataset.__getitems__([(index, 0)])
-        noticed += batch.rejected == [(dataset.sample_key(index), "changed")] and batch.index.item() != index
+        noticed += batch.rejected == [(dataset.get_sample_key(index), "changed")] and batch.index.item() != index
         path.write_bytes(whole)
     assert not dataset.__getitems__([(index, 0) for index in range(len(dataset))]).rejected
     record(f"C11 flipped bits in a {kind}", flips, noticed)

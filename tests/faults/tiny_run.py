@@ -53,14 +53,16 @@ class Numbers(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return self.size
 
-    def sample_key(self, index: int) -> str:
+    def get_sample_key(self, index: int) -> str:
         return f"number-{index:02}"
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> Batch:
         if self.sleeps and keys[0][1] >= self.sleeps:
             time.sleep(1000)
         rows = [torch.randn(8, generator=torch.Generator().manual_seed(index)) for index, _ in keys]
-        bad = [(self.sample_key(index), "gone") for index, draw in keys if (draw * 7919 % 1000) / 1000 < self.rejected]
+        bad = [
+            (self.get_sample_key(index), "gone") for index, draw in keys if (draw * 7919 % 1000) / 1000 < self.rejected
+        ]
         return Batch(torch.tensor([index for index, _ in keys]), image=torch.stack(rows), rejected=bad)
 
 

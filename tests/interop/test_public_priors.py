@@ -36,7 +36,7 @@ from t2i.interop.prior_transformer import (
 from t2i.networks.prior import Prior
 from t2i.networks.public.eclipse import EclipsePrior
 from t2i.networks.public.transformers_clip import TransformersCLIP
-from t2i.sampling.embeddings import default_guidance_scale, sample_image_embeds
+from t2i.sampling.embeddings import get_default_guidance_scale, sample_image_embeds
 from tests.helpers.kandinsky_folders import kandinsky_22_combined, kandinsky_22_prior
 from tests.helpers.public_folders import (
     EMBED_DIM,
@@ -214,7 +214,7 @@ def test_a_picture_does_not_depend_on_its_batch() -> None:
 
 def test_a_public_prior_is_guided_by_4_and_its_null_is_the_empty_caption() -> None:
     prior, empty = imported(), clip().encode_text([""])
-    assert default_guidance_scale(prior) == 4 and default_guidance_scale(None) == 2
+    assert get_default_guidance_scale(prior) == 4 and get_default_guidance_scale(None) == 2
     assert not prior.config.unit_length
     torch.testing.assert_close(prior.null(2).expand().states[1], empty.states[0])
     torch.testing.assert_close(prior.null(2).expand().embedding[1], empty.embedding[0])
@@ -375,7 +375,7 @@ def test_an_eclipse_prior_is_saved_loaded_and_never_guided(tmp_path: Path, caplo
     text = clip().encode_text(CAPTIONS)
     draws = [sample_image_embeds(one, None, text, text, Sampling(1, generators(4), 3.0)) for one in (prior, again)]
     torch.testing.assert_close(*draws)
-    assert default_guidance_scale(prior) == 1
+    assert get_default_guidance_scale(prior) == 1
     assert "prior_guidance_scale has no effect: it cannot guide a prior of one pass" in caplog.text
 
 

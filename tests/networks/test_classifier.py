@@ -71,7 +71,7 @@ def test_a_cache_gives_the_same_classes_and_trains(labelled, runs, tmp_path):
         data = LabelledDataset(dataset, labels)
         batch = data.__getitems__([(20, 0), (3, 1), (11, 0)])
         # The color is a function of the file's number: see the fixture `shapes`.
-        true = [("red", "green", "blue")[int(data.sample_key(index)[:2]) % 3] for index in (20, 3, 11)]
+        true = [("red", "green", "blue")[int(data.get_sample_key(index)[:2]) % 3] for index in (20, 3, 11)]
         assert [COLORS[number] for number in batch.labels.tolist()] == true
     folder = fit(labelled, runs, tmp_path / "run", 2, cache=tmp_path / "cache")
     assert load_model(LatentClassifier, folder).config.latent_size == 8

@@ -401,7 +401,7 @@ def test_processes_that_share_need_one_seed(monkeypatch, capsys, pipeline_folder
 
 
 def test_the_largest_batch_is_a_number_of_its_own():
-    assert batches.check_batch_size("auto") is None and batches.check_batch_size("7") == 7
+    assert batches.parse_batch_size("auto") is None and batches.parse_batch_size("7") == 7
 
 
 @pytest.mark.parametrize(

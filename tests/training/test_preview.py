@@ -10,16 +10,16 @@ import torch
 from PIL import Image
 from t2i.training.common.encodings import FrozenModels
 from t2i.training.common.preview import (
-    Columns,
-    Preview,
+    PreviewInput,
     PreviewPipeline,
     SampleConfig,
-    choose_columns,
+    TrainingPreviews,
     draw_autoencoder_preview,
     draw_clip_preview,
     draw_column_images,
     draw_decoder_preview,
     draw_prior_preview,
+    encode_preview_input,
     read_fixed_records,
     sample_column_embeds,
 )
@@ -48,17 +48,17 @@ def dataset(shapes) -> CaptionedPictures:
 
 
 @pytest.fixture
-def columns(dataset, pipeline) -> Columns:
+def columns(dataset, pipeline) -> PreviewInput:
     """Three records and a prompt."""
     return encode_columns(dataset, pipeline.clip, 3, ["a blue square"])
 
 
-def encode_columns(dataset, clip, count: int, prompts: list[str]) -> Columns:
+def encode_columns(dataset, clip, count: int, prompts: list[str]) -> PreviewInput:
     """Columns as CLIP encodes them."""
     records = read_fixed_records(dataset, count)
     captions = [*records.captions, *prompts]
     with torch.no_grad():
-        return Columns(captions, clip.encode_text(captions), clip.encode_image(records.image), records.image)
+        return PreviewInput(captions, clip.encode_text(captions), clip.encode_image(records.image), records.image)
 
 
 def decoding(pipeline) -> PreviewPipeline:
@@ -139,7 +139,7 @@ def test_columns_are_records_of_the_held_out_split_and_prompts_in_single_precisi
     source = FrozenModels(DataConfig(str(shapes), 32, 0), str(runs / "clip"), None, reads_captions=True)
     source.clip_model.half()
     prompts = ["a rather long prompt about a blue square and a red circle"]
-    columns = choose_columns(source, SampleConfig(count=3, prompts=prompts))
+    columns = encode_preview_input(source, SampleConfig(count=3, prompts=prompts))
     expected = encode_columns(source.validation, pipeline.clip, 3, prompts)
     assert columns.captions == expected.captions and columns.captions[3:] == prompts
     assert torch.equal(columns.pictures, expected.pictures) and torch.equal(columns.text.mask, expected.text.mask)
@@ -152,9 +152,9 @@ def test_columns_are_records_of_the_held_out_split_and_prompts_in_single_precisi
 
 def test_columns_may_be_prompts_alone_or_none(shapes, runs):
     source = FrozenModels(DataConfig(str(shapes), 32, 0), str(runs / "clip"), None, reads_captions=True)
-    alone = choose_columns(source, SampleConfig(count=0, prompts=["a cat"]))
+    alone = encode_preview_input(source, SampleConfig(count=0, prompts=["a cat"]))
     assert alone.captions == ["a cat"] and alone.pictures is None and alone.z_i.shape == (0, source.clip.embed_dim)
-    assert choose_columns(source, SampleConfig(count=0)) is None
+    assert encode_preview_input(source, SampleConfig(count=0)) is None
 
 
 def test_a_column_is_what_the_pipeline_draws_with_its_seed(columns, pipeline):
@@ -190,16 +190,16 @@ def test_the_grid_has_a_row_for_each_stage_at_hand(columns, pipeline):
     whole, alone = draw_decoder_preview(columns, config, stages, z_i), draw_decoder_preview(columns, config, stages)
     assert whole.height - alone.height == 96 + 8  # the row of the prior
     assert whole.width - alone.width == 96 + 8  # the column of the prompt, which the prior alone can draw
-    blind = Columns(columns.captions, columns.text, columns.z_i, None)
+    blind = PreviewInput(columns.captions, columns.text, columns.z_i, None)
     assert alone.height - draw_decoder_preview(blind, config, stages).height == 96 + 8  # the row of the pictures
-    prompts = Columns(["a cat"], columns.text.map_tensors(lambda tensor: tensor[:1]), torch.zeros(0, 32), None)
+    prompts = PreviewInput(["a cat"], columns.text.map_tensors(lambda tensor: tensor[:1]), torch.zeros(0, 32), None)
     assert draw_decoder_preview(prompts, config, stages) is None and draw_prior_preview(prompts, z_i[:1]) is None
     assert draw_decoder_preview(prompts, config, stages, z_i[:1]).width == 120 + 96 + 2 * 8
 
 
 def test_a_perfect_prior_finds_every_picture(columns):
     z_i = torch.nn.functional.one_hot(torch.arange(3), 32).float()
-    columns = Columns(columns.captions, columns.text, z_i, columns.pictures)
+    columns = PreviewInput(columns.captions, columns.text, z_i, columns.pictures)
     perfect, wrong = draw_prior_preview(columns, torch.cat([z_i, z_i[:1]])), draw_prior_preview(columns, z_i.roll(1, 0))
     assert count_pixels(perfect, GREEN) > 300 and count_pixels(perfect, RED) == 0
     assert count_pixels(wrong, RED) > 300 and count_pixels(wrong, GREEN) == 0
@@ -232,9 +232,9 @@ def test_weights_that_are_not_finite_stop_nothing_and_are_named(columns, runs, p
 # In a run
 
 
-def preview_of(runs, columns, clip, **settings) -> Preview:
+def preview_of(runs, columns, clip, **settings) -> TrainingPreviews:
     folders = {name: str(runs / name) for name in ("prior", "decoder", "autoencoder")}
-    return Preview(SampleConfig(**{**FAST, **folders, **settings}), columns, clip.identity)
+    return TrainingPreviews(SampleConfig(**{**FAST, **folders, **settings}), columns, clip.identity)
 
 
 def test_previews_leave_random_numbers_models_and_schedulers_as_they_were(dataset, runs, pipeline):
@@ -280,7 +280,7 @@ def test_a_stage_that_does_not_fit_is_refused_at_the_start(columns, shapes, runs
     with pytest.raises(InputError, match="holds a UNetDecoder; it must be a Prior"):
         preview_of(runs, columns, pipeline.clip, prior=str(runs / "decoder"))
     with pytest.raises(InputError, match="sample.prior is .*, trained with the CLIP [0-9a-f]+; this run has other"):
-        Preview(SampleConfig(prior=str(runs / "prior")), columns, "other")
+        TrainingPreviews(SampleConfig(prior=str(runs / "prior")), columns, "other")
     shutil.copytree(runs / "prior", tmp_path / "prior")
     shutil.rmtree(tmp_path / "prior/scheduler")
     with pytest.raises(InputError, match="scheduler"):

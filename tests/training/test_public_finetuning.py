@@ -348,7 +348,7 @@ def test_every_shipped_configuration_builds_the_model_that_it_names(path, shapes
 
 def stage(kind: str, config):
     """The model that a run would train."""
-    from t2i.training.common.encodings import open_source
+    from t2i.training.common.encodings import open_encodings
 
     from t2i.interop.trainable import DECODER_PARTS, find_trainable_part
 
@@ -357,7 +357,7 @@ def stage(kind: str, config):
     if stage_of(kind) == "decoder":
         names = (config.clip, config.autoencoder, config.reads_captions, config.load_text_encoder)
         part = ("unet", DECODER_PARTS)
-    source = open_source(config.cache, config.data, *names)
+    source = open_encodings(config.cache, config.data, *names)
     return script.build_stage(config, source, torch.device("cpu"), find_trainable_part(config.init, *part)).model
 
 

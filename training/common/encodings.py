@@ -215,12 +215,12 @@ class CachedEncodings:
         cached = CachedPairs(self.dataset.folder, self.preview_split, latents=False)
         batch = cached.__getitems__(keys)
         # Captions and pictures, from the data if they are there
-        names = [cached.sample_key(index) for index, _ in keys]
+        names = [cached.get_sample_key(index) for index, _ in keys]
         if self.preview_pictures is None:
             batch.captions = names
         else:
             for (index, _), name in zip(keys, names):
-                if name != (current := self.preview_pictures.sample_key(index)):
+                if name != (current := self.preview_pictures.get_sample_key(index)):
                     raise InputError(
                         f"the cache {str(cached.folder)!r} is stale: its picture {index} of {self.preview_split} is "
                         f"{name!r}, in the data {current!r}; make a new one"
@@ -252,7 +252,7 @@ class CachedEncodings:
 EncodingSource = FrozenModels | CachedEncodings
 
 
-def open_source(
+def open_encodings(
     cache: str | None,
     data: DataConfig,
     clip: str,

@@ -87,7 +87,7 @@ class HealthMonitor:
     def report_skipped_steps(self, step: int, finite: list[bool], norm: Tensor | None) -> None:
         """Write down the samples of micro-batches whose loss is not finite; all of them if only the gradient is not."""
         suspects = [indices for indices, good in zip(self.read_indices, finite) if self.loss_was_finite or not good]
-        keys = gather_object([self.dataset.sample_key(index) for indices in suspects for index in indices.tolist()])
+        keys = gather_object([self.dataset.get_sample_key(index) for indices in suspects for index in indices.tolist()])
         value = math.nan if norm is None else float(norm)
         what = "gradient" if self.loss_was_finite else "loss"
         row = {"step": step, "not_finite": what, "gradient_norm": str(value), "keys": keys}

@@ -40,7 +40,7 @@ class Stage:
 
     model: nn.Module
     loss: Callable[[nn.Module, Batch], dict[str, Tensor]]  # "loss" is minimised, all else is logged beside it
-    dataset: Dataset  # returns whole batches, and `sample_key(index)`, the name of a sample
+    dataset: Dataset  # returns whole batches, and `get_sample_key(index)`, the name of a sample
     export: Callable[[nn.Module], None]  # saves the averaged model; on the main process, beside every checkpoint
     made_from: dict[str, str]  # identities of what the run depends on beside its configuration: data, frozen models
     config: dict[str, Any]  # the stage's whole configuration
@@ -158,28 +158,28 @@ def train(accelerator: Accelerator, stage: Stage, state: TrainState) -> None:
     health = HealthMonitor(accelerator, stage.dataset, config.output)
     loader, failed_saves = iterate_training_batches(stage, state), 0
     try:
-        with watch.guarded_wait(busy=True):
+        with watch.guard_wait(busy=True):
             run_on_main_process(accelerator, log.open)
         while state.step < config.steps:
             # The step
             rate = compute_learning_rate(state.step, config)
             norm = compute_gradient(accelerator, stage, state, loader, log, watch, health)
-            with watch.guarded_wait():
+            with watch.guard_wait():
                 healthy, stop_signal = health.judge_step(state.step + 1, norm, stop.signal)
             update_weights(accelerator, state, rate, healthy, health.loss_was_finite)
             health.check_skipped_steps(state.skipped)
             # Log, save, and stop if asked to. A preview comes after the checkpoint, for it may take long or fail.
-            with watch.guarded_wait():
+            with watch.guard_wait():
                 log.step(state.step, rate, norm, validate_ema(accelerator, stage, state, health))
             must_save = bool(stop_signal) or state.step == config.steps
             if must_save or state.step % config.save_every == 0:
-                with watch.guarded_wait(busy=True):
+                with watch.guard_wait(busy=True):
                     failed_saves = save_progress(accelerator, stage, state, failed_saves, must_save)
             if stop_signal and state.step < config.steps:
                 what = f"stopped at step {state.step} of {config.steps}, which is saved in {config.output}"
                 status = 128 + stop_signal if stop_signal == signal.SIGINT else RESUMABLE_STATUS
                 raise RunStopped(f"{what}; the same command continues from there", status)
-            with watch.guarded_wait(busy=True):
+            with watch.guard_wait(busy=True):
                 draw_due_preview(accelerator, stage, state, log)
     finally:
         loader.close()
@@ -225,7 +225,7 @@ def compute_gradient(
     for micro in range(config.gradient_accumulation):
         batch = next(loader).to(accelerator.device)
         seed_step_noise(config.seed, state.step * config.gradient_accumulation + micro, accelerator)
-        with watch.guarded_wait(), contextlib.ExitStack() as contexts:
+        with watch.guard_wait(), contextlib.ExitStack() as contexts:
             # Processes exchange gradients once, in the last micro-batch.
             if micro < config.gradient_accumulation - 1:
                 for trained in models:
@@ -239,7 +239,7 @@ def compute_gradient(
         if log is not None:
             log.add_micro_batch(metrics)
         health.add_micro_batch(batch, total)
-    with watch.guarded_wait():
+    with watch.guard_wait():
         norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         # A critic's gradient is not clipped by accelerate, which would unscale fp16's gradients a second time.
         if critic is not None and norm is not None:

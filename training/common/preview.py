@@ -17,7 +17,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, SchedulerMixin
 from PIL.Image import Image
 from t2i.pipelines.base import UnCLIPPipeline
 from t2i.pipelines.options import DECODER_OPTION_NAMES, PRIOR_OPTION_NAMES
-from t2i.pipelines.stages import sample_decoder, sample_image_embeds
+from t2i.pipelines.stages import run_decoder_stage, run_prior_stage
 from t2i.training.common.encodings import EncodingSource, encode_captions
 from torch import Generator, Tensor, nn
 
@@ -120,7 +120,7 @@ def choose_fixed_keys(size: int, count: int) -> list[SampleIndex]:
 
 
 @dataclass
-class Columns:
+class PreviewInput:
     """Input of a preview: N captions, of which the first K have true pictures. Floating-point tensors are fp32."""
 
     captions: list[str]
@@ -130,7 +130,7 @@ class Columns:
 
 
 @torch.no_grad()
-def choose_columns(source: EncodingSource, config: SampleConfig) -> Columns | None:
+def encode_preview_input(source: EncodingSource, config: SampleConfig) -> PreviewInput | None:
     """Encode the samples and prompts for the previews of a prior or a decoder, on the CPU; None if there are neither.
 
     Samples come from the held-out split, or from the training split if there is none.
@@ -150,7 +150,7 @@ def choose_columns(source: EncodingSource, config: SampleConfig) -> Columns | No
     if not texts:
         return None
     text = reduce(TextEncoding.cat, [text.to(torch.device("cpu"), torch.float32) for text in texts])
-    return Columns(captions, text, z_i, pictures)
+    return PreviewInput(captions, text, z_i, pictures)
 
 
 @torch.no_grad()
@@ -172,32 +172,32 @@ def draw_clip_preview(clip: CLIP, pictures: Tensor, captions: list[str]) -> Imag
 
 
 @torch.no_grad()
-def sample_column_embeds(columns: Columns, config: SampleConfig, pipeline: UnCLIPPipeline) -> Tensor:
+def sample_column_embeds(columns: PreviewInput, config: SampleConfig, pipeline: UnCLIPPipeline) -> Tensor:
     """Sample the prior's z_i for every column, (N, D), unit length, fp32, on the CPU."""
     prior, decoder = pipeline.resolve_options(**config.pipeline_options)
     batches = [
-        sample_image_embeds(pipeline, text, None, prior, generators, decoder).cpu()
+        run_prior_stage(pipeline, text, None, prior, generators, decoder).cpu()
         for _, text, generators, _ in iterate_columns(columns, config, len(columns.captions))
     ]
     return torch.cat(batches)
 
 
 @torch.no_grad()
-def draw_column_images(columns: Columns, z_i: Tensor, config: SampleConfig, pipeline: UnCLIPPipeline) -> Tensor:
+def draw_column_images(columns: PreviewInput, z_i: Tensor, config: SampleConfig, pipeline: UnCLIPPipeline) -> Tensor:
     """Draw the decoder's images of z_i, (M, D), for the first M columns: (M, 3, H, W), fp32, on the CPU.
 
     A column's noise is the same for any z_i.
     """
     _, decoder = pipeline.resolve_options(**config.pipeline_options)
     batches = [
-        pipeline.decode_images(sample_decoder(pipeline, z_i[part], text, decoder, generators)).cpu()
+        pipeline.decode_images(run_decoder_stage(pipeline, z_i[part], text, decoder, generators)).cpu()
         for part, text, _, generators in iterate_columns(columns, config, len(z_i))
     ]
     return torch.cat(batches)
 
 
 def iterate_columns(
-    columns: Columns, config: SampleConfig, count: int
+    columns: PreviewInput, config: SampleConfig, count: int
 ) -> Iterator[tuple[slice, TextEncoding, list[Generator], list[Generator]]]:
     """Yield the first `count` columns in batches: their positions, captions, and generators of prior and decoder."""
     for part in slice_columns(count):
@@ -209,7 +209,7 @@ def iterate_columns(
 
 
 def draw_decoder_preview(
-    columns: Columns, config: SampleConfig, pipeline: UnCLIPPipeline, prior_z_i: Tensor | None = None
+    columns: PreviewInput, config: SampleConfig, pipeline: UnCLIPPipeline, prior_z_i: Tensor | None = None
 ) -> Image | None:
     """Draw the true pictures, the decoder's images of the true z_i, and those of the prior's z_i, (N, D), if given.
 
@@ -230,7 +230,7 @@ def draw_decoder_preview(
     return build_labelled_rows(rows, columns.captions[:shown])
 
 
-def draw_prior_preview(columns: Columns, prior_z_i: Tensor) -> Image | None:
+def draw_prior_preview(columns: PreviewInput, prior_z_i: Tensor) -> Image | None:
     """Draw the cosines of the prior's z_i of every caption, (N, D), with the true z_i; None without true ones."""
     count = len(columns.z_i)
     if not count:
@@ -241,7 +241,7 @@ def draw_prior_preview(columns: Columns, prior_z_i: Tensor) -> Image | None:
     return build_similarity_matrix(cosines, images, columns.captions[:count], label)
 
 
-class Preview:
+class TrainingPreviews:
     """Previews of a prior or a decoder in training, with the other stages from their folders, where those are given.
 
     The other stages are loaded once at the start, to refuse early those that do not fit, and again for each preview;
@@ -252,7 +252,7 @@ class Preview:
         fingerprint: identity of the CLIP that encoded the columns.
     """
 
-    def __init__(self, config: SampleConfig, columns: Columns | None, fingerprint: str):
+    def __init__(self, config: SampleConfig, columns: PreviewInput | None, fingerprint: str):
         self.config, self.columns, self.fingerprint = config, columns, fingerprint
         # A model is built with random weights before it is loaded, which must not change the run's random numbers.
         with torch.random.fork_rng(devices=[]):
@@ -296,7 +296,7 @@ class Preview:
         return {name: image for name, image in images.items() if image is not None}
 
     @torch.no_grad()
-    def draw_with_trained_decoder(self, columns: Columns, z_i: Tensor, device: torch.device) -> Image | None:
+    def draw_with_trained_decoder(self, columns: PreviewInput, z_i: Tensor, device: torch.device) -> Image | None:
         pipeline, text_encoder = self.load_trained_decoder()
         # A decoder with its own text encoder reads its tokens instead of CLIP's
         if text_encoder is not None:

@@ -18,7 +18,7 @@ from t2i.errors import InputError
 LEFTOVER_SUFFIXES = (".unfinished", ".replaced")  # of folders whose writing was interrupted
 
 
-def open_source(name: str, columns: Columns) -> Source:
+def open_data_source(name: str, columns: Columns) -> Source:
     """Open the source of a path or of a name on the hub. Raises InputError if it does not exist or cannot be read."""
     # A name on the hub: not data/typo, whose first folder exists here
     path = Path(name)
