@@ -20,10 +20,9 @@ def main() -> None:
     }
     skipped = [name for name, status in statuses.items() if status == CANNOT_RUN]
     failed = [name for name, status in statuses.items() if status not in (0, CANNOT_RUN)]
-    if skipped:
-        print(f"cannot run here, for the reason above: {', '.join(skipped)}", file=sys.stderr)
-    if failed:
-        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    for what, named in (("cannot run here, for the reason above", skipped), ("failed", failed)):
+        if named:
+            print(f"{what}: {', '.join(named)}", file=sys.stderr)
     sys.exit(1 if failed else 0)
 
 

@@ -28,8 +28,7 @@ from t2i.sampling import embeddings, sample
 from t2i.sampling.sample import split_generators
 from t2i.sampling.upsampling import derive_stage_generators
 
-SCALE = 4.0  # of the guidance of Kandinsky's stages and of Karlo's prior
-KARLO_SCALE = 8.0  # of Karlo's decoder
+SCALE, KARLO_SCALE = 4.0, 8.0  # guidance of Kandinsky's stages and of Karlo's prior; of Karlo's decoder
 AWAY = 0.6  # see `draw_karlo_noise`
 Steps = tuple[int, ...]  # of each stage
 
@@ -60,17 +59,13 @@ def main(quick: bool) -> list[Row]:
 def compare_pictures(family: Family, quick: bool) -> list[Row]:
     """Return the rows of one prompt and of four."""
     rows, rounds, warm = [], 1 if quick else 5, 0 if quick else 1
+    sides = {"ours": family.ours, "diffusers": family.peer}
     few = tuple(2 for _ in family.steps)  # steps for the peak of memory: each step takes the same
     for prompts in (PROMPTS[:1],) if quick else (PROMPTS[:1], PROMPTS):
-        works = {
-            "ours": partial(family.ours, prompts, family.steps),
-            "diffusers": partial(family.peer, prompts, family.steps),
-        }
+        works = {name: partial(draw, prompts, family.steps) for name, draw in sides.items()}
         worst = side_by_side.check_equal(works["ours"]().cpu(), works["diffusers"]().cpu())
         seconds = side_by_side.time_in_turns(works, rounds, warm)
-        memory = side_by_side.measure_peaks(
-            {"ours": partial(family.ours, prompts, few), "diffusers": partial(family.peer, prompts, few)}
-        )
+        memory = side_by_side.measure_peaks({name: partial(draw, prompts, few) for name, draw in sides.items()})
         what = f"text to picture, {family.name}, {', '.join(map(str, family.steps))} steps, {len(prompts)} prompts"
         note = f"{describe_stages(family.pipeline, works['ours'])}{family.note}"
         rows.append(side_by_side.build_row(what, seconds, 1.5, difference=worst, memory=memory, note=note))

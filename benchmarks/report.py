@@ -92,10 +92,7 @@ def describe_processor() -> str:
 
 
 def format_table(rows: list[Row]) -> str:
-    """Return the rows as a Markdown table without empty columns, with numbers of the notes below it.
-
-    Rows of the same note share its number.
-    """
+    """Return the rows as a Markdown table without empty columns; rows of the same note share its number."""
     notes = list(dict.fromkeys(row.note for row in rows if row.note))
     table = [list(COLUMNS)]
     for row in rows:
@@ -111,30 +108,23 @@ def format_table(rows: list[Row]) -> str:
     filled = [any(cells[column] for cells in table[1:]) for column in range(len(COLUMNS))]
     lines = ["| " + " | ".join(compress(cells, filled)) + " |" for cells in table]
     lines.insert(1, "|---" * sum(filled) + "|")
-    numbered = [f"{number}. {note}" for number, note in enumerate(notes, start=1)]
-    return "\n".join([*lines, "", *numbered] if notes else lines)
+    numbered = ["", *(f"{number}. {note}" for number, note in enumerate(notes, start=1))]
+    return "\n".join([*lines, *numbered] if notes else lines)
 
 
 def format_section(result: dict[str, Any]) -> str:
     """Return the heading, the machine and the table of a stored result."""
     machine = result["machine"]
     rates = ", ".join(f"{name} {rate}" for name, rate in machine["matrix_gflops"].items())
-    about = (
-        f"{machine['device']}, {machine['threads']} threads, {machine['date']}; matrix products in GFLOP/s: {rates}."
-    )
+    about = f"{machine['device']}, {machine['threads']} threads, {machine['date']}"
     rows = [Row(**row | {"ratio": Ratio(**row["ratio"])}) for row in result["rows"]]
-    return f"### `{result['command']}`\n\n{about}\n\n{format_table(rows)}"
+    return f"### `{result['command']}`\n\n{about}; matrix products in GFLOP/s: {rates}.\n\n{format_table(rows)}"
 
 
 def format_versions(results: list[dict[str, Any]]) -> str:
-    """Return a line with the versions of the packages for each set of them, and the commands that ran with it."""
-    commands: dict[str, list[str]] = {}
-    for result in results:
-        versions = ", ".join(f"{name} {version}" for name, version in result["machine"]["versions"].items())
-        commands.setdefault(versions, []).append(f"`{result['command']}`")
-    if len(commands) == 1:
-        return f"Versions: {next(iter(commands))}."
-    return "\n".join(f"- Versions of {', '.join(names)}: {versions}" for versions, names in commands.items())
+    """Return a line for each set of package versions that the results were measured with."""
+    sets = (", ".join(map(" ".join, result["machine"]["versions"].items())) for result in results)
+    return "\n".join(f"Versions: {versions}." for versions in dict.fromkeys(sets))
 
 
 def update_page(page: str) -> str:

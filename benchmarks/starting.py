@@ -49,13 +49,13 @@ def main(quick: bool) -> list[Row]:
         seconds = time_in_turns(works, rounds=1 if quick else 5, warm=0 if quick else 1)
         times = 1 / compute_ratio(seconds, "ours", "the imports").median
         note = f"{times:.2f} times as long as the imports; goal: at most {AT_MOST}"
-        rows = [build_row("t2i generate, cold, to the file", seconds, at_least=1 / AT_MOST, note=note)]
+        started = build_row("t2i generate, cold, to the file", seconds, at_least=1 / AT_MOST, note=note)
         larger = Path(folder) / "larger"
         save_with_larger_prior(larger, *(TINY if quick else LARGE))
         folders = {} if quick else {"the shipped model": SHIPPED_MODEL}
         folders["the shipped model with a larger prior"] = larger
         loading = (measure_loading(name, path, 1 if quick else 3) for name, path in folders.items())
-        return [*rows, *(row for row in loading if row is not None)]
+        return [started, *(row for row in loading if row is not None)]
 
 
 def save_with_larger_prior(folder: Path, width: int, depth: int) -> None:
@@ -85,8 +85,7 @@ def measure_loading(name: str, folder: Path, rounds: int) -> Row | None:
     )
     ratio = Ratio(weights / peak, weights / max(peaks), weights / min(peaks))
     memory = {"ours": int(peak), "its weights": weights}
-    what = f"memory of loading {name}"
-    return Row(what, "its weights", ratio, 1 / MEMORY_AT_MOST, {}, memory=memory, note=note)
+    return Row(f"memory of loading {name}", "its weights", ratio, 1 / MEMORY_AT_MOST, {}, memory=memory, note=note)
 
 
 def run_python(code: str, *arguments: str) -> str:
