@@ -180,10 +180,8 @@ def build_stage(
 
     preview = None
     if config.train.sample_every:
-        columns = encode_preview_input(source, config.sample)
-        preview = partial(
-            TrainingPreviews(config.sample, columns, source.clip.identity).preview_prior, scheduler=scheduler
-        )
+        previews = TrainingPreviews(config.sample, encode_preview_input(source, config.sample), source.clip.identity)
+        preview = partial(previews.preview_prior, scheduler=scheduler)
     return Stage(
         model=prior,
         loss=loss,
