@@ -24,11 +24,9 @@ import pytest
 import torch
 from filelock import FileLock
 
-from tests.helpers.drawings import colored, draw_shapes, relabel
+from tests.helpers.drawings import colored, draw_shapes
 from tests.helpers.slow import mark_slow_tests
-from tests.helpers.stages import CONFIGS, arguments, seeds, train
-
-__all__ = ["CONFIGS", "arguments", "colored", "relabel", "seeds", "train"]  # older imports of tests
+from tests.helpers.stages import train
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 

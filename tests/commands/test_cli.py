@@ -16,7 +16,7 @@ from t2i.pipelines.upsample import UpsamplePipeline
 from typer.main import get_command
 
 from t2i import cli
-from tests.conftest import arguments
+from tests.helpers.stages import arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["--steps", "3", "--prior-steps", "2"]

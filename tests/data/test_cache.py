@@ -29,7 +29,7 @@ from t2i.diffusion.condition import TextEncoding
 from t2i.errors import InputError
 from t2i.files.fingerprints import compute_stored_fingerprint, compute_weights_fingerprint
 from t2i.interop.by_name import load_autoencoder, load_clip
-from tests.conftest import CONFIGS, train
+from tests.helpers.stages import CONFIGS, train
 
 ROOT = Path(__file__).resolve().parents[2]
 PASSING = ("config.yaml", "run.lock")  # of a cache, that say who made it

@@ -24,8 +24,8 @@ from t2i.diffusion.sampling_loop import Sampling, count_steps_left, generate_noi
 from t2i.errors import InputError
 from t2i.networks.upsampler import Upsampler, enlarge_low_resolution
 from t2i.sampling.upsampling import sample_upsampler
-from tests.conftest import seeds
 from tests.helpers.gaussian import PREDICTIONS, Gaussian, schedule
+from tests.helpers.stages import seeds
 from tests.networks.test_upsampler import UNET
 
 # Of what diffusers calls of NumPy, and of torchsde's rounding

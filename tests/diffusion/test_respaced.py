@@ -13,9 +13,9 @@ from t2i.diffusion.samplers import build_sampler
 from t2i.diffusion.sampling_loop import Sampling, sample_from_noise
 from t2i.diffusion.stored_schedulers import check_scheduler_folder
 from t2i.errors import InputError
-from tests.conftest import seeds
 from tests.helpers.karlo_folders import karlo
 from tests.helpers.karlo_reference import noise, stepped
+from tests.helpers.stages import seeds
 
 
 @pytest.mark.parametrize("steps", [2, 7, 25])

@@ -18,8 +18,8 @@ from t2i.diffusion.process import alpha_sigma
 from t2i.diffusion.samplers import SAMPLERS, build_sampler, count_model_evaluations, resolve_sampler
 from t2i.diffusion.sampling_loop import Sampling, count_steps_left, sample_from_noise
 from t2i.errors import InputError
-from tests.conftest import seeds
 from tests.helpers.gaussian import PREDICTIONS, SCHEDULES, Gaussian, schedule
+from tests.helpers.stages import seeds
 
 COUNT = 10_000
 STEPS = {"ddpm": 400, "ddim": 200, "dpmsolver++": 60, "unipc": 60, "ode": 20, "sde": 100, "sde-dpmsolver++": 100}

@@ -24,8 +24,8 @@ from t2i.diffusion.sampling_loop import Sampling, sample_from_noise
 from t2i.networks.decoder import Decoder
 from t2i.networks.prior import Prior
 from t2i.networks.unet_decoder import UNetDecoder
-from tests.conftest import seeds, train
 from tests.helpers.gaussian import SCHEDULES, Gaussian, schedule
+from tests.helpers.stages import seeds, train
 
 
 @dataclass

@@ -205,7 +205,7 @@ def test_a_cache_is_searched_by_the_clip_that_made_it_alone(shapes, runs, tmp_pa
 
     from t2i.config import load_config
     from t2i.interop.by_name import load_clip
-    from tests.conftest import CONFIGS
+    from tests.helpers.stages import CONFIGS
 
     settings = {"data.path": shapes, "output": tmp_path / "cache", "clip": runs / "clip", "autoencoder": "null"}
     arguments = [str(CONFIGS / "tiny/cache.yaml"), *(f"{key}={value}" for key, value in settings.items())]

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from t2i.training.common.checkpoint import find_newest_checkpoint
 
 from t2i import STAGES
-from tests.conftest import arguments
 from tests.faults import tiny_run
 from tests.faults.record import record
 from tests.faults.test_checkpoint_faults import contents, finish, start, wait_for
+from tests.helpers.stages import arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 40

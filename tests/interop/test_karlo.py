@@ -20,7 +20,6 @@ from t2i.errors import InputError
 from t2i.networks.public.karlo import KarloDecoder, derive_karlo_config
 from t2i.networks.public.super_resolution import SuperResolution
 from t2i.sampling.sample import build_decoder_condition, build_decoder_predict
-from tests.conftest import seeds
 from tests.helpers.karlo_folders import karlo, super_resolution_scheduler
 from tests.helpers.karlo_reference import (
     CLOSE,
@@ -33,6 +32,7 @@ from tests.helpers.karlo_reference import (
     schedulers,
 )
 from tests.helpers.public_folders import EMBED_DIM
+from tests.helpers.stages import seeds
 
 ONE, MIXED = ["a red cat"], ["cat", "a red dog and a red cat", ""]
 

@@ -23,7 +23,6 @@ from t2i import (
 )
 from t2i.diffusion.guidance import Guidance
 from t2i.errors import InputError
-from tests.conftest import seeds
 from tests.helpers.karlo_folders import karlo, karlo_parts, karlo_variations
 from tests.helpers.karlo_reference import noise
 from tests.helpers.public_folders import (
@@ -33,6 +32,7 @@ from tests.helpers.public_folders import (
     tiny_image_tower,
     tiny_prior_transformer,
 )
+from tests.helpers.stages import seeds
 
 ONE, MIXED = ["a red cat"], ["cat", "a red dog and a red cat", "dog"]
 STEPS = {"prior_num_inference_steps": 4, "super_res_num_inference_steps": 3}

@@ -19,7 +19,6 @@ from t2i import cli
 from t2i.diffusion.respaced import UnCLIPRespacedScheduler
 from t2i.errors import InputError
 from t2i.sampling.embeddings import load_prior
-from tests.conftest import seeds
 from tests.helpers.kandinsky_folders import (
     kandinsky_21_combined,
     kandinsky_21_decoder,
@@ -30,6 +29,7 @@ from tests.helpers.kandinsky_folders import (
 from tests.helpers.karlo_folders import karlo
 from tests.helpers.public_folders import save_eclipse_prior
 from tests.helpers.stable_unclip_folders import stable_unclip
+from tests.helpers.stages import seeds
 
 EMOJI = Path(__file__).parents[2] / "models" / "emoji"  # whose token states are as wide as its embeddings
 STEPS = {"num_inference_steps": 2, "prior_num_inference_steps": 2, "output_type": "pt"}

@@ -31,7 +31,6 @@ from t2i import (
 from t2i.config import load_config
 from t2i.diffusion.guidance import Guidance
 from t2i.diffusion.samplers import SAMPLERS
-from tests.conftest import seeds
 from tests.helpers.dalle2_folders import dalle2
 from tests.helpers.kandinsky_folders import (
     kandinsky_21_combined,
@@ -45,6 +44,7 @@ from tests.helpers.kandinsky_folders import (
 from tests.helpers.karlo_folders import karlo, karlo_variations
 from tests.helpers.public_folders import save_eclipse_prior, session_folder
 from tests.helpers.stable_unclip_folders import stable_unclip_images, stable_unclip_small
+from tests.helpers.stages import seeds
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "public-models.md"
 ROUNDING = 2e-5  # kernels round as tensors lie in memory, which differs between files

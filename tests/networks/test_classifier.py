@@ -21,8 +21,9 @@ from t2i.diffusion.stored_schedulers import load_scheduler
 from t2i.errors import InputError
 from t2i.files.model_folder import load_model
 from t2i.networks.classifier import LatentClassifier, compute_noise_level
-from tests.conftest import colored, relabel, train
+from tests.helpers.drawings import colored, relabel
 from tests.helpers.gaussian import schedule
+from tests.helpers.stages import train
 
 COLORS = ["blue", "green", "red"]
 

@@ -14,7 +14,7 @@ from t2i.interop.by_name import load_autoencoder, load_clip
 from t2i.networks.autoencoder import Autoencoder
 from t2i.networks.clip import CLIP
 from t2i.networks.tokenizer import CaptionTokenizer
-from tests.conftest import train
+from tests.helpers.stages import train
 
 VISION = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}
 TEXT = {"context_length": 12, "vocab_size": 400, "width": 24, "heads": 2, "layers": 2}

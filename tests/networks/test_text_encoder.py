@@ -18,7 +18,7 @@ from t2i.files.model_folder import load_model
 from t2i.interop.by_name import load_text_encoder
 from t2i.networks.text_encoder import ARCHITECTURES
 from t2i.networks.unet_decoder import UNetDecoder
-from tests.conftest import seeds, train
+from tests.helpers.stages import seeds, train
 from tests.helpers.text_encoders import MADE, make, make_tokenizer, reference
 
 CAPTIONS = ["a red circle", "the large blue square with two small green circle", "square", ""]

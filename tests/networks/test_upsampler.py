@@ -32,7 +32,7 @@ from t2i.sampling.upsampling import (
     derive_stage_generators,
     sample_upsampler,
 )
-from tests.conftest import arguments, seeds, train
+from tests.helpers.stages import arguments, seeds, train
 
 UNET = {
     "block_out_channels": [16, 32],

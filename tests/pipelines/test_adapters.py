@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from t2i.training.common.lora import LoraConfig, add_adapters, export_adapted_model
 
 from t2i import InputError, Text2ImagePipeline
-from tests.conftest import seeds
+from tests.helpers.stages import seeds
 
 QUICK = {"prior_num_inference_steps": 2, "num_inference_steps": 2, "output_type": "latent"}
 

@@ -17,7 +17,7 @@ from t2i import (
     Text2ImagePipeline,
     TextDiffPipeline,
 )
-from tests.conftest import seeds
+from tests.helpers.stages import seeds
 
 PICTURE = Image.new("RGB", (32, 32), "red")
 

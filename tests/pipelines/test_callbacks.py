@@ -11,7 +11,7 @@ from diffusers.callbacks import (
 from t2i.pipelines.calls.callbacks import CALLBACK_TENSORS
 
 from t2i import ImageVariationPipeline, InputError
-from tests.conftest import seeds
+from tests.helpers.stages import seeds
 
 STEPS = 4
 QUICK = {"prior_num_inference_steps": 2, "num_inference_steps": STEPS, "output_type": "latent"}

@@ -7,7 +7,7 @@ import torch
 from t2i.pipelines import OutpaintPipeline
 
 from t2i import ImageToImagePipeline, InpaintPipeline, InputError, PriorPipeline, Text2ImagePipeline
-from tests.conftest import seeds
+from tests.helpers.stages import seeds
 
 QUICK = {"prior_num_inference_steps": 2, "num_inference_steps": 2, "output_type": "latent"}
 

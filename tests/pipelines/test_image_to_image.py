@@ -7,7 +7,7 @@ from PIL import Image
 from t2i.pipelines import ImageToImagePipeline
 
 from t2i import InputError
-from tests.conftest import seeds
+from tests.helpers.stages import seeds
 
 QUICK = {"prior_num_inference_steps": 2, "num_inference_steps": 10}
 

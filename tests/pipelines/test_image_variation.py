@@ -15,7 +15,7 @@ from t2i.pipelines.inversion import build_inversion_options
 
 from t2i import InputError, Text2ImagePipeline
 from t2i.diffusion.guidance import Guidance
-from tests.conftest import seeds
+from tests.helpers.stages import seeds
 
 QUICK = {"num_inference_steps": 8, "output_type": "latent"}
 

@@ -32,7 +32,7 @@ from t2i.networks.decoder import Decoder
 from t2i.networks.unet_decoder import UNetDecoder
 from t2i.sampling.sample import build_decoder_condition, build_decoder_predict
 from t2i.sampling.steering import Steering
-from tests.conftest import seeds, train
+from tests.helpers.stages import seeds, train
 
 QUICK = {"prior_num_inference_steps": 2, "num_inference_steps": 3}
 

@@ -21,7 +21,7 @@ from t2i.config import load_config
 from t2i.diffusion.ddim import build_scheduler_like
 from t2i.diffusion.guidance import Guidance
 from t2i.networks.decoder import Decoder
-from tests.conftest import CONFIGS, arguments, seeds, train
+from tests.helpers.stages import CONFIGS, arguments, seeds, train
 
 QUICK = {"prior_num_inference_steps": 3, "num_inference_steps": 4}
 

@@ -19,7 +19,7 @@ from t2i.pipelines.base import UnCLIPPipeline
 
 from t2i import InputError, Text2ImagePipeline, pipelines
 from t2i.networks.upsampler import Upsampler
-from tests.conftest import seeds
+from tests.helpers.stages import seeds
 
 STEPS = 2
 PROMPTS = ["red circle", "a long caption of a blue square", "green"]

@@ -22,8 +22,8 @@ from t2i.diffusion.guidance import Guidance
 from t2i.diffusion.respaced import UnCLIPRespacedScheduler
 from t2i.errors import InputError
 from t2i.networks.upsampler import Upsampler
-from tests.conftest import seeds
 from tests.helpers.kandinsky_folders import kandinsky_22_combined
+from tests.helpers.stages import seeds
 from tests.networks.test_upsampler import UNET
 
 # Of what diffusers calls of NumPy, and of torchsde's rounding

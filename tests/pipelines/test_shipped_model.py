@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from t2i import Text2ImagePipeline
-from tests.conftest import seeds
+from tests.helpers.stages import seeds
 
 FOLDER = Path(__file__).resolve().parents[2] / "models" / "emoji"
 

@@ -15,7 +15,7 @@ from t2i.pipelines.options import GUIDANCE_OPTIONS, OPTION_NAMES, PRIOR_OPTION_N
 
 from t2i import InputError, Text2ImagePipeline
 from t2i.diffusion.guidance import Guidance
-from tests.conftest import seeds
+from tests.helpers.stages import seeds
 
 ALL = [getattr(pipelines, name) for name in pipelines.__all__ if name.endswith("Pipeline")]
 OPTIONS = {field.name: field for options in (PriorOptions, DecoderOptions) for field in fields(options)}

@@ -14,7 +14,7 @@ from t2i.commands import drawing
 from t2i.diffusion.stored_schedulers import load_scheduler
 from t2i.errors import InputError
 from t2i.networks.upsampler import Upsampler
-from tests.conftest import seeds, train
+from tests.helpers.stages import seeds, train
 from tests.networks.test_upsampler import UNET
 
 

@@ -29,7 +29,7 @@ from t2i.sampling.embeddings import (
     select_nearest_candidates,
 )
 from t2i.sampling.sample import sample_prior
-from tests.conftest import CONFIGS, arguments, seeds
+from tests.helpers.stages import CONFIGS, arguments, seeds
 
 D, W, LENGTH = 16, 12, 10
 

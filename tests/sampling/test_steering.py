@@ -18,8 +18,8 @@ from t2i.files.fingerprints import compute_weights_fingerprint
 from t2i.networks.classifier import LatentClassifier, compute_noise_level
 from t2i.sampling.steering import Steering, build_class_score, load_classifier
 from tests.commands.test_cli import run
-from tests.conftest import seeds
 from tests.helpers.gaussian import Gaussian, schedule
+from tests.helpers.stages import seeds
 
 
 class ExactClassifier:

@@ -21,8 +21,8 @@ from t2i.interop.by_name import load_autoencoder, load_clip
 from t2i.networks.clip import CLIP
 from t2i.networks.discriminator import Discriminator, compute_adaptive_weight, compute_frozen_logits, compute_hinge_loss
 from t2i.networks.perceptual import PerceptualDistance
-from tests.conftest import arguments, train
 from tests.faults.tiny_run import SETTINGS, Layers, Numbers
+from tests.helpers.stages import arguments, train
 
 SMALL = {"width": 8, "depth": 1}
 ADVERSARIAL = {"adversarial_weight": 0.5, "discriminator.width": 8, "discriminator.depth": 1}

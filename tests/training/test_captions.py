@@ -10,7 +10,7 @@ from t2i.config import load_config
 from t2i.data import open_datasets
 from t2i.errors import InputError
 from t2i.networks.tokenizer import CaptionTokenizer, PublicTokenizer
-from tests.conftest import CONFIGS
+from tests.helpers.stages import CONFIGS
 from tests.networks.test_clip import make
 from tests.training.test_init import CPU, EMOJI
 

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from t2i.training.common.checkpoint import Checkpoint, find_newest_checkpoint, load_checkpoint, save_checkpoint
 
 from t2i.files.atomic import compute_file_sha256
-from tests.conftest import train
 from tests.faults.test_checkpoint_faults import die_at_call, in_child
+from tests.helpers.stages import train
 
 # What commit 9b39f46 wrote into checkpoints of configs/tiny, by stage: state.json, and the shapes of all tensors
 BEFORE = json.loads(Path(__file__).with_name("checkpoints_of_9b39f46.json").read_text())

@@ -17,7 +17,7 @@ from t2i.networks.autoencoder import Autoencoder
 from t2i.networks.classifier import LatentClassifier
 from t2i.networks.clip import CLIP
 from t2i.networks.upsampler import Upsampler
-from tests.conftest import train
+from tests.helpers.stages import train
 
 SHIPPED = sorted(path for path in CONFIG_FOLDER.glob("*/*.yaml") if path.parent.name != "accelerate")
 PUBLIC = {

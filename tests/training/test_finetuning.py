@@ -17,7 +17,7 @@ from t2i.networks.autoencoder import Autoencoder
 from t2i.networks.decoder import Decoder
 from t2i.networks.prior import Prior
 from t2i.networks.unet_decoder import UNetDecoder
-from tests.conftest import arguments, train
+from tests.helpers.stages import arguments, train
 from tests.training.test_lora import drift
 
 STAGES = ("clip", "autoencoder", "prior", "decoder")

@@ -25,7 +25,7 @@ from t2i.config import TrainConfig
 from t2i.data.manifest import write_manifest
 from t2i.errors import InputError
 from t2i.networks.layers import PackedSequences
-from tests.conftest import arguments, train
+from tests.helpers.stages import arguments, train
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -21,7 +21,7 @@ from t2i.errors import InputError
 from t2i.files.model_folder import load_model
 from t2i.networks.prior import Prior
 from t2i.networks.unet_decoder import UNetDecoder
-from tests.conftest import arguments, train
+from tests.helpers.stages import arguments, train
 from tests.training.test_large import D, captions, loss_of, make, one_process, shard  # noqa: F401
 
 

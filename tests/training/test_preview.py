@@ -37,7 +37,7 @@ from t2i.evaluation.contact_sheet import (
     to_pil_images,
     wrap_text,
 )
-from tests.conftest import seeds, train
+from tests.helpers.stages import seeds, train
 
 FAST = {"prior_num_inference_steps": 3, "num_inference_steps": 3}
 
