@@ -23,10 +23,7 @@ RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent.parent / "docs" / "explanation" / "speed.md"
 BEGIN, END = "<!-- python -m benchmarks.report writes from here on -->", "<!-- to here -->"
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "dalle2-pytorch", "numpy")
-COLUMNS = (
-    "what", "against", "t2i, s", "peer, s", "times as fast", "goal", "outputs differ by", "matrix rate",
-    "peak memory, MiB, t2i / peer",
-)  # fmt: skip
+COLUMNS = "what|against|t2i, s|peer, s|times as fast|goal|outputs differ by|matrix rate|peak MiB, t2i / peer".split("|")
 
 
 def run(name: str, main: Callable[[bool], list[Row]]) -> None:
@@ -123,8 +120,11 @@ def format_section(result: dict[str, Any]) -> str:
 
 def format_versions(results: list[dict[str, Any]]) -> str:
     """Return a line for each set of package versions that the results were measured with."""
-    sets = (", ".join(map(" ".join, result["machine"]["versions"].items())) for result in results)
-    return "\n".join(f"Versions: {versions}." for versions in dict.fromkeys(sets))
+    commands: dict[str, list[str]] = {}
+    for result in results:
+        versions = ", ".join(map(" ".join, result["machine"]["versions"].items()))
+        commands.setdefault(versions, []).append(f"`{result['command']}`")
+    return "\n".join(f"Versions of {', '.join(names)}: {versions}." for versions, names in commands.items())
 
 
 def update_page(page: str) -> str:
