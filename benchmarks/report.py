@@ -23,7 +23,7 @@ RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent.parent / "docs" / "explanation" / "speed.md"
 BEGIN, END = "<!-- python -m benchmarks.report writes from here on -->", "<!-- to here -->"
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "dalle2-pytorch", "numpy")
-COLUMNS = "what|against|t2i, s|peer, s|times as fast|goal|outputs differ by|matrix rate|peak MiB, t2i / peer".split("|")
+COLUMNS = ["what", "against", "t2i, s", "peer, s", "ratio", "goal", "difference", "matrix rate", "MiB, t2i / peer"]
 
 
 def run(name: str, main: Callable[[bool], list[Row]]) -> None:
