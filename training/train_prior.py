@@ -60,6 +60,7 @@ OPTION_ARCHITECTURES = {
     "contrastive_weight": ("eclipse",),
 }
 PUBLIC_ARCHITECTURES = ("diffusion", "eclipse")
+CONTRASTIVE_WEIGHT = 0.2  # of ECLIPSE's loss, where none is given
 CONTRASTIVE_TEMPERATURE = 0.07  # of the cosines in ECLIPSE's loss; CLIP's before training
 
 
@@ -86,7 +87,8 @@ class Config:
     label_smoothing: float = 0.0  # standard deviation, in buckets, of the target around the true bucket
     code_noise: float = 0.0  # standard deviation of noise on the input codes, as a fraction of all buckets
     # ECLIPSE only
-    contrastive_weight: float = 0.2  # of the cross-entropy by which z_i finds its own caption among those of the batch
+    # Weight of the cross-entropy by which z_i finds its own caption among those of the batch; null is 0.2
+    contrastive_weight: float | None = None
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)  # previews, every train.sample_every steps
@@ -95,7 +97,8 @@ class Config:
         check_choice("architecture", self.architecture, tuple(ARCHITECTURES))
         check_fields(self, caption_dropout=(0, 1), timestep_shift=(0.01, 100), min_snr_gamma=(0.01, 1000))
         check_fields(self, explained_variance=(0.01, 1), label_smoothing=(0, 100), code_noise=(0, 1))
-        check_fields(self, contrastive_weight=(0, 100))
+        if self.contrastive_weight is not None:
+            check_fields(self, contrastive_weight=(0, 100))
         for name, architectures in OPTION_ARCHITECTURES.items():
             default = getattr(Config, name, {})  # `scheduler` has a factory, which leaves no class attribute
             if self.architecture not in architectures and getattr(self, name) != default:
@@ -313,7 +316,8 @@ def compute_eclipse_loss(config: Config, model: Module, text: TextEncoding, z_i:
     contrast = F.cross_entropy(logits, torch.arange(len(z_t), device=z_t.device))
     cosine = F.cosine_similarity(prediction.detach(), z_i).mean()
     parts = {"error": error.detach(), "contrast": contrast.detach(), "cosine": cosine}
-    return {"loss": error + config.contrastive_weight * contrast, **parts}
+    weight = CONTRASTIVE_WEIGHT if config.contrastive_weight is None else config.contrastive_weight
+    return {"loss": error + weight * contrast, **parts}
 
 
 def compute_regression_loss(

@@ -67,8 +67,6 @@ def stepped(scheduler: Any, predict: Any, x: Tensor, steps: int, generators: lis
         output = predict(i, x, t)
         if scheduler.config.get("variance_type") != "learned_range":
             output = output[:, : x.shape[1]]
-        if isinstance(scheduler, DDIMScheduler):  # the noise that goes with the clamped sample, as ours has it
-            extra["use_clipped_model_output"] = True
         x = scheduler.step(output, t, x, **extra).prev_sample
     return x
 
