@@ -36,6 +36,7 @@ def declare_pipeline_call(options: Iterable[str] = OPTION_NAMES) -> Callable[[Ca
     allowed = frozenset(options)
 
     def decorate(call: Call) -> Call:
+        # What the call takes: its own arguments and the options, each with its default
         signature = build_call_signature(call, allowed)
         own = inspect.signature(call).parameters
         defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
@@ -43,6 +44,7 @@ def declare_pipeline_call(options: Iterable[str] = OPTION_NAMES) -> Callable[[Ca
         @wraps(call)
         @torch.no_grad()
         def checked_call(pipeline: Any, *arguments: Any, **keywords: Any) -> Any:
+            # Refuse what a call would ignore, before anything is computed
             check_keywords(keywords, list(signature.parameters)[1:])
             if keywords.get("resolved") is not None and (beside := sorted(keywords.keys() - own.keys() - {"resolved"})):
                 raise InputError(f"{beside[0]} has no effect beside resolved, which has all options; leave one out")
@@ -52,6 +54,7 @@ def declare_pipeline_call(options: Iterable[str] = OPTION_NAMES) -> Callable[[Ca
             pipeline.interrupted = pipeline._interrupt = False
             return call(pipeline, *arguments, **keywords)
 
+        # inspect, help() and diffusers' own tools read these three attributes
         shown: Any = checked_call
         shown.__signature__ = signature
         shown.__annotations__ = {

@@ -66,6 +66,7 @@ def read_prompt_embeds(pipeline: Any, name: str, embeds: Any) -> TextEncoding:
             f"{name} is a tensor {tuple(embeds.shape)}; the prior also reads the text's one embedding: give "
             "(states, pooled), (states, pooled, mask), or what encode_prompt returns"
         )
+    # A tuple, as libraries that weight prompts return it
     if isinstance(embeds, list | tuple) and len(embeds) in (2, 3):
         states, pooled, *mask = embeds
         if not isinstance(states, Tensor) or states.ndim != 3:
@@ -74,6 +75,7 @@ def read_prompt_embeds(pipeline: Any, name: str, embeds: Any) -> TextEncoding:
         embeds = TextEncoding(pooled, states, mask[0] if mask and mask[0] is not None else full)
     if not isinstance(embeds, TextEncoding):
         raise InputError(f"{name} must be a TextEncoding or a tuple (states, pooled), got {embeds!r:.80}")
+    # An encoding of another CLIP may have other sizes
     clip = pipeline.clip
     check_tensor(f"{name} (states)", embeds.states, ("B", "L", clip.text_width))
     rows, length = embeds.states.shape[:2]

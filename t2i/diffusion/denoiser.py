@@ -80,7 +80,7 @@ class DecoderMixin:
 
     @property
     def latent_multiple(self) -> int:
-        """What the sides of the latents must be a multiple of."""
+        """The number that the sides of the latents must be a multiple of."""
         return 1
 
     @property

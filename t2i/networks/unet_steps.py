@@ -360,12 +360,14 @@ def is_supported_layer(layer: nn.Module) -> bool:
         case Transformer2DModel():
             return layer.is_input_continuous and getattr(layer, "caption_projection", None) is None
         case BasicTransformerBlock():
+            # Other norms read the timestep, and chunks split what is computed once here
             plain = layer.norm_type == "layer_norm" and layer.attn2 is not None and layer.pos_embed is None
             plain = plain and not layer.only_cross_attention and layer._chunk_size is None
             return plain and is_token_attention(layer.attn2)
         case Attention():
             if layer.norm_cross or any(norm is not None for norm in (layer.spatial_norm, layer.norm_q, layer.norm_k)):
                 return False
+            # Other processors compute something else, for instance that of a user's adapter
             if layer.added_kv_proj_dim is not None:
                 return type(layer.processor) is AttnAddedKVProcessor2_0
             plain = layer.group_norm is None and not layer.residual_connection and layer.rescale_output_factor == 1

@@ -31,6 +31,7 @@ def run_like_forward(method: Method) -> Method:
         state = self.__dict__
         if "forward" not in state or IN_PLACE in state:  # hooks hide the class's `forward`; without any, this is all
             return method(self, *args, **kwargs)
+        # A method of the model that calls another must not move its weights twice
         hooks = [] if is_forward else list_hooks(self)
         state[IN_PLACE] = True
         try:

@@ -72,6 +72,7 @@ def check_steering(steering: Any, clip: CLIP, autoencoder: Autoencoder, count: i
     if not isinstance(steering, Steering):
         raise InputError(f"steering must be a Steering, got {steering!r:.80}")
     check_range("steering.scale", steering.scale, 0, MAX_STEERING_SCALE)
+    # Exactly one goal
     goals = {key: getattr(steering, key) for key in GOALS}
     keys = [key for key, value in goals.items() if value is not None]
     if len(keys) != 1:
@@ -85,6 +86,7 @@ def check_steering(steering: Any, clip: CLIP, autoencoder: Autoencoder, count: i
         check_texts(f"steering.{key}", texts, empty=False)
         if isinstance(goals[key], list) and len(texts) not in (1, count):
             raise InputError(f"steering.{key} has {len(texts)} texts for {count} images; give one, or one an image")
+    # A class needs a classifier; with one, a text or an image is compared with the embedding that it predicts
     if key == "class_name" and steering.classifier is None:
         raise InputError("steering.class_name needs a classifier; `t2i train classifier` makes one")
     if steering.classifier is not None:

@@ -347,7 +347,7 @@ def validate_ema(
 
 def estimate_run(accelerator: Accelerator, stage: Stage, state: TrainState) -> None:
     """Take a few real steps and print the cost of the run; nothing is written (`train.dry_run`)."""
-    # Steps with a learning rate of zero
+    # Time some steps, with a learning rate of zero
     config = state.config
     watch = ProcessWatch(accelerator, config.stall_timeout, str)
     health = HealthMonitor(accelerator, stage.dataset, config.output)
@@ -361,6 +361,7 @@ def estimate_run(accelerator: Accelerator, stage: Stage, state: TrainState) -> N
     finally:
         loader.close()
         watch.close()
+    # Print what the whole run costs
     seconds = min(times[1:])  # the first step also warms up
     trained, total = count_elements(state.average.parameters.values()), count_elements(state.model.parameters())
     critic = "" if state.critic is None else f", and {count_elements(state.critic.parameters()):,} of its critic"

@@ -313,6 +313,7 @@ def lock_folder(accelerator: Accelerator, folder: Path, setting: str = "train.ou
             file = open(folder / "run.lock", "a+", encoding="utf-8")  # noqa: SIM115  open until the run ends
         except OSError as error:
             raise InputError(f"{setting}={str(folder)!r} cannot be written ({error}); give another folder") from error
+        # The lock ends with the process, so that a killed run leaves none behind
         files.append(file)
         if not lock_file(file):
             file.seek(0)

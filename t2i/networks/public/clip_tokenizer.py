@@ -114,6 +114,7 @@ class CLIPTokenizer(BaseTokenizer):
 def read_vocabulary(folder: Path) -> tuple[dict[str, int], Merges]:
     """Return the vocabulary and the merges in a tokenizer's folder."""
     # transformers writes either one file or two, and versions of it store a merge as "a b" or as ["a", "b"].
+    # One file, as fast tokenizers have it, or two, as CLIP was published
     single, merges_file = folder / "tokenizer.json", folder / "merges.txt"
     if single.is_file():
         model = read_json(single, MAX_TOKENIZER_BYTES).get("model")
@@ -129,6 +130,7 @@ def read_vocabulary(folder: Path) -> tuple[dict[str, int], Merges]:
         except (OSError, ValueError) as error:
             raise InputError(f"{str(merges_file)!r} is not a text file ({error})") from error
         merges = [line for line in lines if line.strip() and not line.startswith("#version")]
+    # A library would index by these numbers and join these texts without a check
     pairs = [tuple(pair.split(" ")) if isinstance(pair, str) else pair for pair in merges or []]
     sound = isinstance(vocab, dict) and vocab and all(type(row) is int and row >= 0 for row in vocab.values())
     if not sound or any(len(pair) != 2 or not all(isinstance(part, str) for part in pair) for pair in pairs):
