@@ -121,7 +121,7 @@ def test_clip_is_followed_towards_a_text_and_a_picture(noise_aware, pipeline, cl
         return judge.predict_image_embeds(x, None) if judge else pipeline.encode_image(pipeline.autoencoder.decode(x))
 
     with torch.no_grad():
-        targets = [pipeline.clip.encode_text(["red circle"]).embedding, pipeline.encode_image(goals[1].picture)]
+        targets = [pipeline.clip.encode_text(["red circle"]).embedding, pipeline.encode_image(goals[1].image)]
         plain = seen(draw(pipeline, None))
         for steering, target in zip(goals, targets):
             moved = seen(draw(pipeline, steering))
