@@ -11,6 +11,7 @@ from t2i.pipelines.base import MAX_IMAGES
 from t2i.pipelines.calls.aliases import alias_component
 from t2i.pipelines.calls.callbacks import PRIOR_CALLBACK_TENSORS
 from t2i.pipelines.calls.encoding import PromptEncoding
+from t2i.pipelines.calls.offload import DiskOffloading
 from t2i.pipelines.calls.progress import Interruptible
 from t2i.pipelines.calls.signature import declare_pipeline_call
 from t2i.pipelines.calls.texts import PromptEmbeds, choose_texts
@@ -40,7 +41,7 @@ class PriorPipelineOutput(BaseOutput):
     negative_image_embeds: Tensor | None
 
 
-class PriorPipeline(PromptEncoding, Interruptible, DiffusionPipeline):
+class PriorPipeline(PromptEncoding, Interruptible, DiskOffloading):
     """Caption -> z_t -> (prior) -> z_i. The decoder and the autoencoder need not be in memory."""
 
     model_cpu_offload_seq = "clip->prior"

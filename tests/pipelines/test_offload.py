@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 
-from t2i import ImageVariationPipeline, Steering, Text2ImagePipeline, UpsamplePipeline
+from t2i import ImageVariationPipeline, PriorPipeline, Steering, Text2ImagePipeline, UpsamplePipeline
 from t2i.diffusion.process import build_noise_scheduler
 from t2i.networks.upsampler import Upsampler
 from tests.helpers.dalle2_folders import dalle2
@@ -167,3 +167,13 @@ def test_weights_on_the_disk_are_those_of_this_pipeline(families: Any, tmp_path:
         offload_leaves_to_disk(pipeline, tmp_path)
         for found, wanted in zip(draw(pipeline), expected, strict=True):
             torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_the_prior_alone_is_offloaded_to_folders_of_its_own(families: Callable[[str], Any], tmp_path: Path) -> None:
+    plain, offloaded = (PriorPipeline.from_pipe(families("own")) for _ in range(2))
+    offloaded.enable_group_offload(CPU, offload_type="leaf_level", offload_to_disk_path=str(tmp_path / "disk"))
+    z_i = [
+        pipeline("a red circle", generator=torch.Generator().manual_seed(0), prior_num_inference_steps=2).image_embeds
+        for pipeline in (plain, offloaded)
+    ]
+    assert torch.equal(*z_i) and len(list((tmp_path / "disk").iterdir())) == 2

@@ -20,6 +20,7 @@ from t2i import (
 )
 from tests.helpers.habits import PRIOR, QUICK, differs, draw, other, photo, refuse, same, works
 from tests.helpers.kandinsky_folders import kandinsky_22_controlnet, kandinsky_22_prior
+from tests.helpers.karlo_folders import karlo
 from tests.helpers.stages import seeds
 
 
@@ -79,6 +80,10 @@ def sample_the_prior_apart(pipe: Any) -> None:
     sampled = PriorPipeline.from_pipe(pipe)("red circle", "green", generator=seeds(1)[0], **PRIOR)
     drawn = pipe(**sampled, guidance_scale=3.0, **QUICK)
     same(drawn.image_embeds, draw_result(pipe, negative_prompt="green").image_embeds)
+    reader = Text2ImagePipeline.from_pretrained(karlo())  # its decoder also reads the prompt
+    reader.set_progress_bar_config(disable=True)
+    sampled = PriorPipeline.from_pipe(reader)("red circle", generator=seeds(1)[0], **PRIOR)
+    same(draw_result(reader, **sampled).images, draw_result(reader).images)
 
 
 def draw_result(pipe: Any, **settings: Any) -> Any:

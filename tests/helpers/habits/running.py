@@ -155,12 +155,12 @@ def store_fewer_bits(pipe: Any) -> None:
 
 @differs("`pipe.vae.enable_slicing()`, tiling")
 def slice_the_autoencoder(pipe: Any) -> None:
-    plain = draw(pipe)
+    plain = draw(pipe, num_images_per_prompt=2)  # slices are pictures
     assert not hasattr(pipe.vae, "enable_slicing") and not hasattr(pipe.vae, "enable_tiling")
     pipe.enable_vae_slicing()
     pipe.enable_vae_tiling()
     assert pipe.vae.coder.use_slicing and pipe.vae.coder.use_tiling
-    same(draw(pipe), plain)
+    same(draw(pipe, num_images_per_prompt=2), plain)
 
 
 @works("`enable_attention_slicing`, `fuse_qkv_projections`, `enable_freeu`")
