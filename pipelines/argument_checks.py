@@ -21,13 +21,14 @@ from t2i.networks.autoregressive_prior import AutoregressivePrior
 from t2i.sampling.embeddings import check_scale_only
 from t2i.sampling.steering import check_steering
 from t2i.sampling.upsampling import check_upsampled_size
+from t2i.texts import wrap_text
 
 MAX_PIXEL_VALUE = 2.0  # images span [-1, 1]; what an autoencoder or a resizing made leaves that a little
 
 
 def list_prompts(name: str, prompt: str | list[str] | None, count: int | None = None, empty: bool = True) -> list[str]:
     """Return texts as a list, one text repeated `count` times. empty: also allow texts without words."""
-    prompts = [] if prompt is None else [prompt] if isinstance(prompt, str) else prompt
+    prompts = [] if prompt is None else wrap_text(prompt)
     check_texts(name, prompts, empty=empty)
     if count is None or not prompts:
         return list(prompts)

@@ -1,6 +1,10 @@
 """Texts as people and other programs write them: where lines end, and characters that nobody sees."""
 
 import re
+from collections.abc import Iterable
+from typing import TypeVar
+
+Texts = TypeVar("Texts", bound=Iterable[str])
 
 LINE_END = re.compile(r"\r\n|\r|\n")  # not the other separators of str.splitlines, such as U+2028 and form feeds
 # Byte-order mark, zero-width space, word joiner, soft hyphen, invisible operators, and marks of the writing direction
@@ -17,6 +21,11 @@ def normalize_text(text: str) -> str:
     if not text.isascii():
         text = LONE_JOINERS.sub("", INVISIBLE_CHARACTERS.sub("", text))
     return " ".join(text.split())
+
+
+def wrap_text(texts: str | Texts) -> list[str] | Texts:
+    """Return one text as a list of it, for a string is also a sequence of its letters; several texts as they are."""
+    return [texts] if isinstance(texts, str) else texts
 
 
 def split_lines(text: str) -> list[str]:

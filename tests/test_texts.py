@@ -1,17 +1,23 @@
 """Texts that look the same are the same, for every tokenizer, and lines end where an editor ends them."""
 
+import ast
+import re
+from pathlib import Path
+
 import pytest
+import torch
 from open_clip.tokenizer import SimpleTokenizer
 
 from t2i.checks import check_integer, check_texts
 from t2i.commands import read_lines
 from t2i.data.sources.samples import parse_caption_bytes, parse_labels
 from t2i.errors import InputError
-from t2i.evaluation.retrieval import normalize_labels
+from t2i.evaluation.retrieval import check_label_templates, embed_labels, normalize_labels
 from t2i.networks.public.clip_tokenizer import CLIPTokenizer
 from t2i.networks.tokenizer import CaptionTokenizer, PublicTokenizer, TextTokenizer
-from t2i.texts import normalize_text, split_lines
+from t2i.texts import normalize_text, split_lines, wrap_text
 from tests.helpers.text_encoders import make_tokenizer
+from tests.networks.test_clip import make
 
 SPELLINGS = [
     "a\ncat", "a\r\n cat", " a  cat\t", "\ufeffa cat", "a\u00a0cat", "a c\u200bat", "a ca\u00adt", "a\u2028cat",
@@ -122,3 +128,51 @@ def test_numpys_integers_are_integers():
     for value in (True, np.bool_(True), 3.0, np.float32(3), "3"):
         with pytest.raises(InputError, match="steps must be an integer from 1 to 10"):
             check_integer("steps", value, 1, 10)
+
+
+TEXT_NAMES = ("texts", "captions", "prompts", "prompt", "labels", "templates")
+# A text for each image, row or file: the caller has a list of them. And texts of the command line.
+ONE_A_ROW = {"build_contact_sheet", "build_labelled_rows", "build_similarity_matrix", "draw_clip_preview"}
+ONE_A_ROW |= {"encode_unwanted_texts", "find_unique_prompts", "pair_names", "vary_caption"}
+ONE_A_ROW |= {"__init__", "parse_dtypes", "parse_guidance_settings", "read_prompts"}
+
+
+def list_text_parameters() -> dict[str, str]:
+    """Return the annotation of each argument of several texts, by function and file."""
+    root, found = Path(__file__).resolve().parents[1], {}
+    for path in [path for folder in ("t2i", "pipelines", "training") for path in (root / folder).rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name not in ONE_A_ROW:
+                for argument in node.args.args:
+                    kind = "" if argument.annotation is None else ast.unparse(argument.annotation)
+                    if argument.arg in TEXT_NAMES and re.search(r"^(?!Annotated).*(list|Sequence|Iterable)\[str", kind):
+                        found[f"{path.name} {node.lineno} {node.name}"] = kind
+    return found
+
+
+def test_every_function_that_takes_texts_takes_one_too():
+    found = list_text_parameters()
+    assert len(found) > 20
+    assert [place for place, kind in found.items() if not kind.startswith("str | ")] == []
+
+
+@pytest.mark.parametrize("kind", ["own", "text", "open_clip", "clip"])
+def test_a_text_alone_is_one_text_and_not_its_letters(kind, tokenizers):
+    tokenizer = tokenizers[kind]
+    one, listed = tokenizer("a red cat"), tokenizer(["a red cat"])
+    for first, second in zip(one, listed) if kind == "text" else [(one, listed)]:
+        assert len(first) == 1 and torch.equal(first, second)
+    if kind != "text":
+        assert tokenizer.count_tokens("a red cat") == tokenizer.count_tokens(["a red cat"])
+    assert wrap_text(("a", "b")) == ("a", "b")
+
+
+def test_labels_and_templates_alone_are_one_each():
+    clip = make()
+    several = embed_labels(clip, ["a cat"], ["a {} here"])
+    assert torch.equal(embed_labels(clip, "a cat", "a {} here"), several) and len(several) == 1
+    assert torch.equal(clip.encode_text("a cat").embedding, clip.encode_text(["a cat"]).embedding)
+    assert check_label_templates("a {}") == ["a {}"]
+    with pytest.raises(InputError, match="one label, 'cat', leaves no choice"):
+        normalize_labels("cat")
+    assert CaptionTokenizer.train("abcabc", 270, 8).digest() == CaptionTokenizer.train(["abcabc"], 270, 8).digest()

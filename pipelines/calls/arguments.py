@@ -11,6 +11,7 @@ from torch import Tensor
 
 from t2i.checks import check_texts
 from t2i.errors import InputError
+from t2i.texts import wrap_text
 
 TEXT_ARGUMENTS = ("prompt", "negative_prompt", "decoder_negative_prompt", "source", "target")
 PICTURE_ARGUMENTS = ("image", "mask_image", "control_image")
@@ -33,7 +34,7 @@ def check_call_arguments(arguments: Mapping[str, Any]) -> None:
             if isinstance(value, Image.Image | np.ndarray | Tensor):
                 kind = type(value).__name__
                 raise InputError(f"{name} must be a text, got an image ({kind}); give both by name, image=... first")
-            check_texts(name, [value] if isinstance(value, str) else value)
+            check_texts(name, wrap_text(value))
     for name in PICTURE_ARGUMENTS:
         value = arguments.get(name)
         for item in value if isinstance(value, list | tuple) else [value]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from t2i.diffusion.denoiser import Predict
 from t2i.diffusion.guidance import Guidance
 from t2i.errors import InputError
+from t2i.texts import wrap_text
 
 # Tensors that a callback may ask for. Those of the decoder are its condition, "negative_" what it is guided away from.
 PRIOR_CALLBACK_TENSORS = ("latents",)
@@ -155,7 +156,7 @@ def list_tensor_names(callback: Any, names: list[str] | None) -> list[str]:
     """Return the names of the tensors that a callback gets."""
     if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
         return list(dict.fromkeys(callback.tensor_inputs))
-    return ["latents"] if names is None else list(names)
+    return ["latents"] if names is None else list(wrap_text(names))
 
 
 def check_callback(name: str, callback: Any, names: list[str] | None, allowed: tuple[str, ...]) -> None:

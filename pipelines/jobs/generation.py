@@ -28,13 +28,14 @@ from t2i.files.fingerprints import compute_brief_fingerprint, format_scheduler_c
 from t2i.runtime.memory import MEMORY_MARGIN, measure_available_memory
 from t2i.runtime.rank import find_process_rank
 from t2i.sampling.upsampling import check_upsampled_size
+from t2i.texts import wrap_text
 
 # Components whose weights decide what is drawn. Their fingerprint is recorded, so that `resume` distinguishes models.
 DRAWING_COMPONENTS = ("prior", "decoder", "autoencoder", "clip", "text_encoder", "upsampler")
 
 
 def generate_files(
-    prompts: list[str],
+    prompts: str | list[str],
     source: ModelSource,
     output: Output,
     settings: dict[str, Any],
@@ -55,6 +56,7 @@ def generate_files(
         InputError: for a value that is not allowed, before the model loads where that is possible.
     """
     # Check everything that needs no model
+    prompts = wrap_text(prompts)
     plan = BatchPlan(parse_batch_size(batch_size), rank=find_process_rank(), resume=resume)
     if output.seed is None and plan.rank.world_size > 1:
         raise InputError(f"seed is missing; {plan.rank.world_size} processes share the images and need the same seed")

@@ -16,12 +16,13 @@ from t2i.errors import InputError
 from t2i.files.untrusted import is_folder
 from t2i.interop.loading import ModelFolders
 from t2i.interop.parity import Difference, ParityCheck, check_comparable_models
+from t2i.texts import wrap_text
 
 
 def compare_public_stages(
     folder: str,
     prior: str | None,
-    prompts: list[str],
+    prompts: str | list[str],
     steps: int,
     scale: float,
     variant: str | None,
@@ -30,6 +31,7 @@ def compare_public_stages(
 ) -> Iterator[Difference]:
     """Yield each stage's name and the largest difference of its results; see `t2i.interop.parity`."""
     # Check the arguments
+    prompts = wrap_text(prompts)
     check_texts("prompt", prompts, empty=False)
     check_integer("steps", steps, 2, MAX_STEPS)  # the reference's scheduler does not take 1
     parse_guidance_value("guidance-scale", scale)

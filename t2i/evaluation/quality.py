@@ -124,7 +124,7 @@ def extract_set_features(
     return features, None if scorer is None else gather_process_rows(torch.cat(cosines), len(pictures), state)
 
 
-def compute_clip_scores(clip: CLIP, pictures: Tensor, captions: list[str]) -> Tensor:
+def compute_clip_scores(clip: CLIP, pictures: Tensor, captions: str | list[str]) -> Tensor:
     """Return the cosine of each picture with its caption, (B,)."""
     z_i = clip.encode_image(pictures.to(clip.device, clip.dtype)).float()
     z_t = clip.encode_text(captions).embedding.float()

@@ -22,7 +22,7 @@ from t2i.errors import InputError
 from t2i.files.atomic import check_writable_folder
 from t2i.files.tensor_file import read_tensor_file, write_tensor_file
 from t2i.networks.clip import CLIP
-from t2i.texts import normalize_text
+from t2i.texts import normalize_text, wrap_text
 
 BATCH_SIZE = 64
 INDEX_FILE = ".t2i-index.safetensors"  # in a folder that was searched
@@ -33,10 +33,11 @@ INDEX_TENSORS = ("image_embeds", "digests", "names", "name_offsets")
 # Labels
 
 
-def normalize_labels(labels: list[str]) -> list[str]:
+def normalize_labels(labels: str | list[str]) -> list[str]:
     """Return the labels; refuse fewer than two, empty labels and repeated ones."""
     if not labels:
         raise InputError("no labels; give at least two, such as --labels cat,dog")
+    labels = wrap_text(labels)
     check_texts("label", labels, empty=False)
     labels = [normalize_text(label) for label in labels]
     twice = sorted({label for label in labels if labels.count(label) > 1})
@@ -47,8 +48,9 @@ def normalize_labels(labels: list[str]) -> list[str]:
     return labels
 
 
-def check_label_templates(templates: list[str]) -> list[str]:
+def check_label_templates(templates: str | list[str]) -> list[str]:
     """Return the templates; refuse a template without exactly one {} for the label."""
+    templates = wrap_text(templates)
     for template in templates:
         if template.count("{}") != 1:
             raise InputError(f"a template must contain {{}} once, for the label, got {template!r:.80}")
@@ -56,9 +58,9 @@ def check_label_templates(templates: list[str]) -> list[str]:
 
 
 @torch.no_grad()
-def embed_labels(clip: CLIP, labels: list[str], templates: Sequence[str] = ("{}",)) -> Tensor:
+def embed_labels(clip: CLIP, labels: str | list[str], templates: str | Sequence[str] = "{}") -> Tensor:
     """Return the mean z_t of each label's sentences, one for each template: (L, D), unit length, fp32."""
-    embeds = []
+    labels, templates, embeds = wrap_text(labels), wrap_text(templates), []
     for start in range(0, len(labels), BATCH_SIZE):
         part, rows = labels[start : start + BATCH_SIZE], []
         for template in templates:
@@ -68,7 +70,9 @@ def embed_labels(clip: CLIP, labels: list[str], templates: Sequence[str] = ("{}"
     return torch.cat(embeds)
 
 
-def classify_image_embeds(clip: CLIP, z_i: Tensor, labels: list[str], templates: Sequence[str] = ("{}",)) -> Tensor:
+def classify_image_embeds(
+    clip: CLIP, z_i: Tensor, labels: str | list[str], templates: str | Sequence[str] = "{}"
+) -> Tensor:
     """Return the probability of each label, (N, L), fp32, for z_i (N, D): a softmax over scaled cosines."""
     if not isinstance(clip, CLIP):
         raise InputError("the CLIP of a public pipeline has no logit scale; give an open_clip model, or train a CLIP")

@@ -18,6 +18,7 @@ from t2i.networks.public.eclipse import EclipsePrior
 from t2i.networks.public.kandinsky import KandinskyDecoder
 from t2i.networks.public.karlo import KarloDecoder
 from t2i.networks.public.stable_unclip import StableUnCLIPDecoder
+from t2i.texts import wrap_text
 
 PublicDecoder = KarloDecoder | KandinskyDecoder | StableUnCLIPDecoder
 PUBLIC_DECODERS = (KarloDecoder, KandinskyDecoder, StableUnCLIPDecoder)
@@ -51,8 +52,8 @@ class CLIPSummary:
     unit_length: bool
     null: TextEncoding  # of the empty caption
 
-    def encode_text(self, texts: list[str]) -> TextEncoding:
-        assert texts == [""], "the summary contains the empty caption alone"
+    def encode_text(self, texts: str | list[str]) -> TextEncoding:
+        assert wrap_text(texts) == [""], "the summary contains the empty caption alone"
         return self.null
 
 

@@ -37,7 +37,7 @@ from t2i.files.untrusted import (
     read_config,
     read_safetensors_header,
 )
-from t2i.networks.encoder import Encoder
+from t2i.networks.encoder import Encoder, check_image_batch
 from t2i.networks.linear import use_onednn_linear
 from t2i.networks.tokenizer import (
     CaptionTokenizer,
@@ -189,7 +189,8 @@ class CLIP(Encoder, ModelMixin):
 
     @run_like_forward
     def encode_image(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, D), unit length: z_i."""
+        """(B, 3, H, W) in [-1, 1] -> (B, D), unit length: z_i. Raises InputError for another shape or dtype."""
+        check_image_batch(image)
         return self.net.encode_image(self.preprocess(image), normalize=True)
 
     @run_like_forward
@@ -200,7 +201,7 @@ class CLIP(Encoder, ModelMixin):
             image = center_crop(resize(image, list(side), interpolation=mode, antialias=True), [self.size])
         return (((image + 1) / 2 - self.mean) / self.std).to(self.mean.dtype)
 
-    def encode_text(self, texts: list[str]) -> TextEncoding:
+    def encode_text(self, texts: str | list[str]) -> TextEncoding:
         """Return z_t and the token states of B captions; what does not fit in the context length is cut."""
         return self.encode_tokens(self.tokenizer(texts).to(find_compute_device(self)))
 

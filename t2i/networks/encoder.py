@@ -5,12 +5,21 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from diffusers import ConfigMixin, ModelMixin
+from torch import Tensor
 
 from t2i.errors import InputError
 from t2i.files.fingerprints import EXACT_DTYPES, check_weights_fingerprint
 from t2i.files.hub import find_or_download_folder
 from t2i.files.model_folder import CompanionFiles
 from t2i.runtime.hooks import borrow_weights
+
+
+def check_image_batch(image: Any) -> None:
+    """Refuse anything but images as floats, (B, 3, H, W). The values, which may be on a device, are not read."""
+    fits = isinstance(image, Tensor) and image.ndim == 4 and image.shape[1] == 3
+    if not fits or not image.is_floating_point():
+        got = f"{tuple(image.shape)} of {image.dtype}" if isinstance(image, Tensor) else type(image).__name__
+        raise InputError(f"image must be a tensor of floats in [-1, 1], (B, 3, H, W), got {got}")
 
 
 class Encoder(CompanionFiles, ModelMixin, ConfigMixin, ABC):

@@ -158,7 +158,7 @@ class TextEncoder(Encoder, ModelMixin):
         """Dimensions of a token's state."""
         return self.net.config.hidden_size
 
-    def encode(self, texts: list[str], device: torch.device | None = None) -> TokenStates:
+    def encode(self, texts: str | list[str], device: torch.device | None = None) -> TokenStates:
         """Return the states of captions, (B, L, width), in the encoder's dtype, with the mask of their tokens.
 
         L is the length of the longest caption, or the context length if the encoder is `padded`. device: where it

@@ -16,7 +16,7 @@ from torch import Tensor
 from t2i.checks import check_integer
 from t2i.errors import InputError
 from t2i.files.untrusted import MAX_HEADER_BYTES, MAX_TOKENIZER_BYTES, check_folder_files, check_size_limit, read_json
-from t2i.texts import normalize_text
+from t2i.texts import normalize_text, wrap_text
 
 PAD, START, END = "<pad>", "<start>", "<end>"
 # A pattern of a stranger may backtrack: the library bounds one attempt at a match, but not their number, and a caption
@@ -45,10 +45,10 @@ class BaseTokenizer:
         self.tokenizer, self.context_length = tokenizer, context_length
         self.pad, self.start, self.end = pad, start, end
 
-    def __call__(self, texts: list[str]) -> Tensor:
+    def __call__(self, texts: str | list[str]) -> Tensor:
         """Return the tokens, (B, context_length), int64."""
-        tokens = torch.full((len(texts), self.context_length), self.pad)
-        cleaned = [self.clean_text(text) for text in texts]
+        cleaned = [self.clean_text(text) for text in wrap_text(texts)]
+        tokens = torch.full((len(cleaned), self.context_length), self.pad)
         for row, encoding in zip(tokens, self.tokenizer.encode_batch(cleaned, add_special_tokens=False)):
             ids = [self.start, *encoding.ids[: self.context_length - 2], self.end]
             row[: len(ids)] = torch.tensor(ids)
@@ -58,9 +58,9 @@ class BaseTokenizer:
         """Return a text as the tokenizer gets it."""
         return normalize_text(text)
 
-    def count_tokens(self, texts: list[str]) -> list[int]:
+    def count_tokens(self, texts: str | list[str]) -> list[int]:
         """Return the number of tokens of each text, start and end included, before anything is cut."""
-        cleaned = [self.clean_text(text) for text in texts]
+        cleaned = [self.clean_text(text) for text in wrap_text(texts)]
         return [len(one.ids) + 2 for one in self.tokenizer.encode_batch(cleaned, add_special_tokens=False)]
 
     def find_truncated_text(self, text: str) -> str:
@@ -88,7 +88,7 @@ class CaptionTokenizer(BaseTokenizer):
         super().__init__(tokenizer, context_length, pad=0, start=1, end=end)
 
     @classmethod
-    def train(cls, captions: Iterable[str], vocab_size: int, context_length: int) -> "CaptionTokenizer":
+    def train(cls, captions: str | Iterable[str], vocab_size: int, context_length: int) -> "CaptionTokenizer":
         """Return a tokenizer with at most `vocab_size` tokens (at least 259) learned from captions."""
         tokenizer = build_untrained_tokenizer()
         trainer = trainers.BpeTrainer(
@@ -97,7 +97,7 @@ class CaptionTokenizer(BaseTokenizer):
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        tokenizer.train_from_iterator(map(normalize_text, captions), trainer)
+        tokenizer.train_from_iterator(map(normalize_text, wrap_text(captions)), trainer)
         tokenizer.add_special_tokens([END])  # after training, for the highest number
         return cls(tokenizer, context_length)
 
@@ -119,12 +119,13 @@ class TextTokenizer:
         tokenizer.enable_truncation(context_length)  # special tokens included
         self.tokenizer, self.context_length, self.pad = tokenizer, context_length, pad
 
-    def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+    def __call__(self, texts: str | list[str]) -> tuple[Tensor, Tensor]:
         """Return the tokens, (B, L), int64, and a mask, (B, L), bool, False for padding.
 
         L is the number of tokens of the longest text, at least 1.
         """
-        ids = [encoding.ids for encoding in self.tokenizer.encode_batch([normalize_text(text) for text in texts])]
+        cleaned = [normalize_text(text) for text in wrap_text(texts)]
+        ids = [encoding.ids for encoding in self.tokenizer.encode_batch(cleaned)]
         lengths = torch.tensor([len(row) for row in ids])
         mask = torch.arange(max(1, int(lengths.max()))) < lengths[:, None]
         tokens = torch.full(mask.shape, self.pad)
@@ -152,8 +153,8 @@ class PublicTokenizer:
     def __init__(self, tokenizer: SimpleTokenizer | HFTokenizer):
         self.tokenizer, self.context_length = tokenizer, tokenizer.context_length
 
-    def __call__(self, texts: list[str]) -> Tensor:
-        return self.tokenizer([normalize_text(text) for text in texts])
+    def __call__(self, texts: str | list[str]) -> Tensor:
+        return self.tokenizer([normalize_text(text) for text in wrap_text(texts)])
 
     def encode(self, text: str) -> list[int]:
         """Return all tokens of a text, without start and end."""
@@ -162,8 +163,8 @@ class PublicTokenizer:
             return self.tokenizer.encode(text)
         return self.tokenizer.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def count_tokens(self, texts: list[str]) -> list[int]:
-        return [len(self.encode(text)) + 2 for text in texts]
+    def count_tokens(self, texts: str | list[str]) -> list[int]:
+        return [len(self.encode(text)) + 2 for text in wrap_text(texts)]
 
     def find_truncated_text(self, text: str) -> str:
         decoder: Any = self.tokenizer if isinstance(self.tokenizer, SimpleTokenizer) else self.tokenizer.tokenizer

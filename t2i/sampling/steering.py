@@ -24,6 +24,7 @@ from t2i.networks.autoencoder import Autoencoder
 from t2i.networks.classifier import LatentClassifier, compute_noise_level
 from t2i.networks.clip import CLIP
 from t2i.runtime.hooks import borrow_weights
+from t2i.texts import wrap_text
 
 GOALS = ("class_name", "text", "image")  # fields of `Steering`
 MAX_STEERING_SCALE = 10_000
@@ -194,6 +195,4 @@ def build_clip_score(
 
 
 def ensure_list(value: str | list[str] | None) -> list[str]:
-    if value is None:
-        return []
-    return [value] if isinstance(value, str) else value
+    return [] if value is None else wrap_text(value)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import warnings
 
 import open_clip
@@ -14,6 +15,7 @@ from t2i.interop.by_name import load_autoencoder, load_clip
 from t2i.networks.autoencoder import Autoencoder
 from t2i.networks.clip import CLIP
 from t2i.networks.tokenizer import CaptionTokenizer
+from tests.helpers.models import MODELS
 from tests.helpers.stages import train
 
 VISION = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}
@@ -71,6 +73,20 @@ def test_pictures_are_preprocessed_as_the_model_wants():
     expected = clip.net.encode_image(((image + 1) / 2 - mean) / std, normalize=True)
     torch.testing.assert_close(clip.encode_image(image), expected)
     assert clip.encode_image(torch.rand(1, 3, 50, 80)).shape == (1, 16)
+
+
+@pytest.mark.parametrize("kind", ["clip", "transformers clip"])
+def test_what_is_no_image_in_floats_is_refused(kind):
+    clip = MODELS[kind].build()
+    for image, got in (
+        (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), "(1, 3, 16, 16) of torch.uint8"),
+        (torch.zeros(3, 16, 16), "(3, 16, 16) of torch.float32"),
+        (torch.zeros(1, 4, 16, 16), "(1, 4, 16, 16) of torch.float32"),
+        ("a.png", "str"),
+    ):
+        with pytest.raises(InputError, match=re.escape(f"floats in [-1, 1], (B, 3, H, W), got {got}")):
+            clip.encode_image(image)
+    assert clip.encode_image(torch.zeros(2, 3, 16, 16)).shape == (2, clip.embed_dim)
 
 
 def test_a_folder_keeps_weights_vocabulary_and_identity_also_in_half_precision(tmp_path):

@@ -27,6 +27,7 @@ from t2i.interop.by_name import load_autoencoder, load_clip
 from t2i.networks.autoencoder import Autoencoder
 from t2i.networks.clip import CLIP
 from t2i.networks.text_encoder import TextEncoder
+from t2i.texts import wrap_text
 
 logger = logging.getLogger(__name__)
 
@@ -272,8 +273,9 @@ def open_encodings(
     return CachedEncodings(cache, data, clip, autoencoder, reads_captions, load_text_encoder)
 
 
-def encode_tokens(text_encoder: TextEncoder, captions: list[str]) -> TokenStates:
+def encode_tokens(text_encoder: TextEncoder, captions: str | list[str]) -> TokenStates:
     """Encode captions by a decoder's own text encoder; log the first that is too long for it."""
+    captions = wrap_text(captions)
     cut = "" if text_encoder.has_warned else next(filter(None, map(text_encoder.find_truncated_text, captions)), "")
     if cut:
         longest = text_encoder.config.context_length
@@ -282,11 +284,12 @@ def encode_tokens(text_encoder: TextEncoder, captions: list[str]) -> TokenStates
     return text_encoder.encode(captions)
 
 
-def encode_captions(clip: CLIP, text_encoder: TextEncoder | None, captions: list[str]) -> TextEncoding:
+def encode_captions(clip: CLIP, text_encoder: TextEncoder | None, captions: str | list[str]) -> TextEncoding:
     """Encode captions by CLIP, and by a decoder's own text encoder if there is one.
 
     A CLIP without a text tower makes a z_t of zeros.
     """
+    captions = wrap_text(captions)
     if text_encoder is not None and not clip.reads_captions:
         tokens = text_encoder.encode(captions)
         z_t = tokens.states.new_zeros(len(captions), clip.embed_dim)

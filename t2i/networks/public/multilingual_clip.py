@@ -86,7 +86,7 @@ class MultilingualCLIP(Encoder, ModelMixin):
         """Dimensions of a token's state."""
         return self.transformer.config.hidden_size
 
-    def encode(self, texts: list[str], device: torch.device | None = None) -> TokenStates:
+    def encode(self, texts: str | list[str], device: torch.device | None = None) -> TokenStates:
         """Encode captions to a state per token, (B, 77, width), and a pooled vector, (B, D).
 
         The mask is True everywhere. device: where the encoder computes, if its weights are elsewhere now (offloading).

@@ -24,7 +24,7 @@ from t2i.errors import InputError
 from t2i.files.component import Component, load_from_components
 from t2i.files.fingerprints import compute_tensors_fingerprint
 from t2i.files.untrusted import check_folder_files, read_config
-from t2i.networks.encoder import Encoder
+from t2i.networks.encoder import Encoder, check_image_batch
 from t2i.networks.linear import use_onednn_linear
 from t2i.networks.public.clip_tokenizer import CLIPTokenizer
 from t2i.runtime.hooks import find_compute_device, run_like_forward
@@ -234,7 +234,8 @@ class TransformersCLIP(Encoder, ModelMixin):
 
     @run_like_forward
     def encode_image(self, image: Tensor) -> Tensor:
-        """Encode images, (B, 3, H, W) in [-1, 1], to z_i, (B, D), of any length."""
+        """Encode images, (B, 3, H, W) in [-1, 1], to z_i, (B, D), of any length. Raises InputError for others."""
+        check_image_batch(image)
         return self.image_encoder(pixel_values=self.preprocess(image)).image_embeds
 
     @run_like_forward
@@ -263,7 +264,7 @@ class TransformersCLIP(Encoder, ModelMixin):
             image = crop_image_center(image, crop)
         return ((image - self.mean) / self.std).to(self.dtype)
 
-    def encode_text(self, texts: list[str]) -> TextEncoding:
+    def encode_text(self, texts: str | list[str]) -> TextEncoding:
         return self.encode_tokens(self.tokenizer(texts).to(find_compute_device(self)))
 
     @run_like_forward
