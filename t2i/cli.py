@@ -167,7 +167,10 @@ def check(
     out: Annotated[Path | None, option("Folder for the manifest and the report.", "SOURCE/t2i")] = None,
     image_column: Annotated[str | None, option("Column of the images or of their file names.", "found by type")] = None,
     caption_column: Annotated[str | None, option("Caption column.", "text or caption")] = None,
-    label_column: Annotated[str | None, option("Column with one label per image, for classifiers.")] = None,
+    label_column: Annotated[
+        list[str] | None,
+        option("Column with one label per image, for classifiers; further ones to sample by. May be repeated.", "none"),
+    ] = None,
     held_out: Annotated[float, option("Fraction of images to hold out, if the source has no splits.")] = 0.01,
     min_size: Annotated[int, option("Smallest short side in pixels. Smaller images are rejected.")] = 8,
     drop_duplicates: Annotated[bool, option("Reject further copies of an image.", None, "--drop-duplicates")] = False,
@@ -182,7 +185,7 @@ def check(
     check_range("held-out", held_out, 0, 0.5)
     check_range("min-size", min_size, 1, 4096)
     check_range("max-megapixels", max_megapixels, 0.001, HIGHEST_MAX_PIXELS / 10**6)
-    columns = Columns(image_column, caption_column, label_column)
+    columns = Columns(image_column, caption_column, tuple(label_column or ()))
     reading = Reading(max_pixels=int(max_megapixels * 10**6))
     report = write_manifest(source, out, columns, held_out, min_size, drop_duplicates, reading=reading)
     for line in report.format_lines():
@@ -196,11 +199,21 @@ def check(
 def emoji(
     folder: Annotated[Path, argument("New folder.")],
     size: Annotated[int, option("Side of the images in pixels.")] = 128,
+    keywords: Annotated[
+        str | None,
+        option("Further keyword lists: emojilib, gemoji, emoji-mart, emojibase, with commas; or all.", "CLDR's only"),
+    ] = None,
+    packages: Annotated[
+        Path | None, option("Folder of the lists' packages, as `npm pack` writes them.", "npm downloads them")
+    ] = None,
 ) -> None:
     """Draw every emoji of the Noto Color Emoji font, with its name and keywords as captions."""
-    from t2i.data.emoji import render_emoji
+    check_needed("--packages", packages, "--keywords", keywords is not None)
+    from t2i.data.emoji.keywords import choose_keyword_lists
+    from t2i.data.emoji.noto import render_emoji
 
-    drawn = render_emoji(folder, size)
+    lists = choose_keyword_lists(keywords) if keywords is not None else []
+    drawn = render_emoji(folder, size, lists=lists, packages=packages)
     held_out = sum(image.split == "held_out" for image in drawn)
     print_line(
         f"{folder}: {len(drawn)} images of {size} x {size}: {len(drawn) - held_out} to train on, {held_out} held out"

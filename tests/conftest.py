@@ -84,7 +84,7 @@ def labelled(shapes: Path, make_once) -> Path:
     from t2i.data.sources.samples import Columns
 
     def label(folder: Path) -> None:
-        write_manifest(colored(shapes, folder), columns=Columns(label="color"), quiet=True)
+        write_manifest(colored(shapes, folder), columns=Columns(labels=("color",)), quiet=True)
 
     return make_once("labelled", label)
 

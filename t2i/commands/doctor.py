@@ -38,7 +38,8 @@ def find_missing_emoji_packages() -> list[str]:
     """Return a line for each system package that `t2i data emoji` lacks. Nothing else needs them."""
     from PIL import features
 
-    from t2i.data.emoji import CLDR_FOLDER, EMOJI_TEST_FILE, FONT_FILE
+    from t2i.data.emoji.keywords import CLDR_FOLDER
+    from t2i.data.emoji.noto import EMOJI_TEST_FILE, FONT_FILE
 
     installed = {"fonts-noto-color-emoji": FONT_FILE.exists(), "unicode-data": EMOJI_TEST_FILE.exists()}
     installed |= {"unicode-cldr-core": CLDR_FOLDER.exists(), "libfribidi0": bool(features.check("raqm"))}

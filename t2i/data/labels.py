@@ -1,7 +1,12 @@
-"""Labels of pictures for classifiers: one for each picture, in a table beside the manifest."""
+"""Labels of pictures: one of each column for each picture, in a table beside the manifest.
+
+The first column holds the classes of classifiers. Training may sample by any of them.
+"""
 
 import shlex
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +17,53 @@ import torch
 from t2i.errors import InputError
 
 LABELS_FILE = "labels.parquet"
-LABELS_SCHEMA = pa.schema({"key": pa.string(), "label": pa.string()})  # key: as in the manifest
+PREFIX = "label:"  # of the further columns
 MAX_CLASSES = 100_000
 
 
 def get_single_label(sample: Any, column: str) -> str:
     """Return the label of a sample. Raises InputError if it has none or several."""
-    labels = list(dict.fromkeys(sample.labels))
+    labels = list(dict.fromkeys(sample.labels.get(column, [])))
     if len(labels) != 1:
         number = f"{len(labels)} labels, {', '.join(map(repr, labels))}" if labels else "no label"
         raise InputError(f"{sample.key!r} has {number} in column {column!r}; every picture needs one")
     return labels[0]
 
 
-def write_labels(folder: Path, column: str, labels: dict[str, str]) -> None:
-    """Write the label of each key into `folder/labels.parquet`."""
-    schema = LABELS_SCHEMA.with_metadata({b"column": column.encode()})
-    table = pa.table({"key": list(labels), "label": list(labels.values())}, schema)
-    pq.write_table(table, folder / LABELS_FILE, compression="zstd")
+def write_labels(folder: Path, labels: dict[str, dict[str, str]]) -> None:
+    """Write the labels of each column, by the keys of the manifest, into `folder/labels.parquet`."""
+    # The first column is "label", as in files of earlier versions; a prefix keeps the others' names apart from it
+    first, *others = labels
+    names = {"label": first} | {f"{PREFIX}{column}": column for column in others}
+    keys = list(labels[first])
+    table = pa.table({"key": keys, **{name: [labels[column][key] for key in keys] for name, column in names.items()}})
+    pq.write_table(table.replace_schema_metadata({b"column": first.encode()}), folder / LABELS_FILE, compression="zstd")
+
+
+def read_labels(manifest: Path, column: str) -> dict[str, str]:
+    """Return the label of each key in a column. Raises InputError, with the columns there are, if it was not kept."""
+    file = manifest.parent / LABELS_FILE
+    remedy = (
+        f"`t2i data check {shlex.quote(str(manifest.parent.parent))} --label-column {shlex.quote(column)}` keeps it"
+    )
+    if not file.is_file():
+        raise InputError(f"no column {column!r}: there is no {str(file)!r}; {remedy}")
+    with explain_label_errors(file, remedy):
+        table = pq.read_table(file, partitioning=None)
+        first = (table.schema.metadata or {})[b"column"].decode()
+        names = {first: "label"} | {name.removeprefix(PREFIX): name for name in table.column_names if PREFIX in name}
+        if column not in names:
+            raise InputError(f"no column {column!r} in {str(file)!r}; it has {', '.join(names)}; {remedy}")
+        return dict(zip(table["key"].to_pylist(), table[names[column]].to_pylist()))
+
+
+@contextmanager
+def explain_label_errors(file: Path, remedy: str) -> Iterator[None]:
+    """Turn an error of reading inside the block into an InputError of one line."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        raise InputError(f"{str(file)!r} contains no labels ({error}); {remedy}") from error
 
 
 class Labels:
@@ -43,10 +77,8 @@ class Labels:
         remedy = f"`t2i data check {shlex.quote(str(manifest.parent.parent))} --label-column COLUMN` writes them"
         if not file.is_file():
             raise InputError(f"no labels in {str(file)!r}; {remedy}")
-        try:
+        with explain_label_errors(file, remedy):
             table = pq.read_table(file, columns=["key", "label"], partitioning=None)
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise InputError(f"{str(file)!r} contains no labels ({error}); {remedy}") from error
         # One label for each key, and more than one class
         keys, labels = (table[name].to_pylist() for name in ("key", "label"))
         if twice := [key for key, count in Counter(keys).items() if count > 1]:

@@ -105,7 +105,7 @@ def write_manifest(
 ) -> Report:
     """Check every sample of a source and write the folder `out`.
 
-    The folder gets manifest.parquet, report.json and sizes.png, and labels.parquet if `columns` names a column of
+    The folder gets manifest.parquet, report.json and sizes.png, and labels.parquet if `columns` names columns of
     labels. It appears complete or not at all, and replaces the result of an earlier check. Raises InputError if the
     source does not exist or has no samples, a picture has no label or several, or `out` cannot be written. Faults of
     single samples go into the manifest.
@@ -115,12 +115,15 @@ def write_manifest(
     out = out or get_default_manifest_folder(str(name))
     source = open_data_source(str(name), columns)
     check_output_folder(out, str(name))
-    report, labels = Report(str(name), str(out / MANIFEST_FILE)), dict[str, str]()
+    report, labels = (
+        Report(str(name), str(out / MANIFEST_FILE)),
+        {column: dict[str, str]() for column in columns.labels},
+    )
     out = out.resolve()
     with create_folder_atomically(out) as unfinished, silence_pillow():
         # Read and decode in threads, write in order
         root, manifest = source.root or unfinished, unfinished / MANIFEST_FILE
-        samples = count_samples(source.iterate_samples(unfinished), report, columns.label, labels)
+        samples = count_samples(source.iterate_samples(unfinished), report, labels)
         rows = map_in_order(lambda sample: examine_sample(sample, root, held_out, min_size, reading), samples)
         rows = reject_duplicates(rows) if drop_duplicates else rows
         bar = tqdm(rows, desc="checking", unit=" pictures", total=source.total, disable=True if quiet else None)
@@ -133,20 +136,19 @@ def write_manifest(
         report.notes, report.duplicates = source.notes, find_duplicates(manifest)
         if not report.indexed and (complaint := report.format_complaint()):
             raise InputError(complaint)
-        if columns.label:
-            write_labels(unfinished, columns.label, labels)
+        if labels:
+            write_labels(unfinished, labels)
         report.write_files(unfinished)
     return report
 
 
-def count_samples(
-    samples: Iterable[Sample], report: Report, label_column: str | None, labels: dict[str, str]
-) -> Iterator[Sample]:
-    """Pass samples on; count them in `report` and add their labels to `labels`."""
+def count_samples(samples: Iterable[Sample], report: Report, labels: dict[str, dict[str, str]]) -> Iterator[Sample]:
+    """Pass samples on; count them in `report` and add their labels to the columns of `labels`."""
     for sample in samples:
         report.indexed += 1
-        if label_column and sample.problem is None:
-            labels[sample.key] = get_single_label(sample, label_column)
+        if sample.problem is None:
+            for column, known in labels.items():
+                known[sample.key] = get_single_label(sample, column)
         yield sample
 
 

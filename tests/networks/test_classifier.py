@@ -131,7 +131,7 @@ def test_labels_given_twice_or_not_at_all_are_refused_by_the_check(change, messa
     folder = colored(shapes, tmp_path / "shapes")
     relabel(folder, lambda row, number: change(row) if number == 5 else None)
     with pytest.raises(InputError, match=re.escape(message)) as caught:
-        write_manifest(folder, columns=Columns(label="color"), quiet=True)
+        write_manifest(folder, columns=Columns(labels=("color",)), quiet=True)
     assert "\n" not in str(caught.value) and not (folder / "t2i").exists()
     write_manifest(folder, quiet=True)  # without labels it is as good as ever
     assert not (folder / "t2i" / LABELS_FILE).exists()
@@ -139,7 +139,7 @@ def test_labels_given_twice_or_not_at_all_are_refused_by_the_check(change, messa
 
 def test_a_column_that_there_is_not_is_refused_with_those_there_are(shapes, tmp_path):
     with pytest.raises(InputError, match="no column 'group'; the columns of .*: file_name, text, keywords, split"):
-        write_manifest(shapes, tmp_path / "out", columns=Columns(label="group"), quiet=True)
+        write_manifest(shapes, tmp_path / "out", columns=Columns(labels=("group",)), quiet=True)
 
 
 def test_numbers_and_parquet_columns_are_labels_too(shapes, tmp_path):
@@ -148,7 +148,7 @@ def test_numbers_and_parquet_columns_are_labels_too(shapes, tmp_path):
     pictures = sorted(shapes.glob("*.png"))[:4]
     rows = {"image": [path.read_bytes() for path in pictures], "text": ["a"] * 4, "kind": [3, 1, 3, 1]}
     pq.write_table(pa.table(rows), tmp_path / "data.parquet")
-    write_manifest(tmp_path / "data.parquet", tmp_path / "out", Columns(label="kind"), 0, quiet=True)
+    write_manifest(tmp_path / "data.parquet", tmp_path / "out", Columns(labels=("kind",)), 0, quiet=True)
     labels = Labels(tmp_path / "out/manifest.parquet")
     assert labels.classes == ["1", "3"]
     assert labels.find_classes(CaptionedPictures(DataConfig(str(tmp_path / "out"), 32, 0))).tolist() == [1, 0, 1, 0]
@@ -160,10 +160,10 @@ def test_training_without_labels_or_with_some_missing_is_refused_before_any_work
     folder = Path(shutil.copytree(labelled, tmp_path / "shapes"))
     table = pq.read_table(folder / "t2i" / LABELS_FILE).to_pylist()
     known = {row["key"]: row["label"] for row in table}
-    write_labels(folder / "t2i", "color", {key: known[key] for key in list(known)[1:]})
+    write_labels(folder / "t2i", {"color": {key: known[key] for key in list(known)[1:]}})
     with pytest.raises(InputError, match="1 of 32 pictures have no label, such as '00.png'"):
         fit(folder, runs, tmp_path, 1)
-    write_labels(folder / "t2i", "color", dict.fromkeys(known, "red"))
+    write_labels(folder / "t2i", {"color": dict.fromkeys(known, "red")})
     with pytest.raises(InputError, match="has 1 classes; it needs from 2 to"):
         fit(folder, runs, tmp_path, 1)
     twice = pq.read_table(labelled / "t2i" / LABELS_FILE)

@@ -107,7 +107,7 @@ def is_bytes_type(kind: pa.DataType) -> bool:
 def list_used_columns(schema: pa.Schema, columns: Columns) -> list[str]:
     """Return the names of the columns in use: the picture's, the caption's, and others that the table has."""
     assert columns.image and columns.caption
-    others = [name for name in (columns.label, *OPTIONAL_COLUMNS) if name and name in schema.names]
+    others = [name for name in (*columns.labels, *OPTIONAL_COLUMNS) if name in schema.names]
     return [columns.image, *dict.fromkeys([columns.caption, *others])]
 
 

@@ -45,7 +45,7 @@ class Sample:
     size: int | None = None  # None: the whole file
     captions: list[str] = field(default_factory=list)
     keywords: list[str] = field(default_factory=list)
-    labels: list[str] = field(default_factory=list)  # from the column given by --label-column
+    labels: dict[str, list[str]] = field(default_factory=dict)  # by column, of those given by --label-column
     split: str | None = None  # train, held_out, or None: the check decides
     problem: RejectedSample | None = None
 
@@ -56,7 +56,7 @@ class Sample:
         """
         self.captions = parse_captions(row.get(str(columns.caption)))
         self.keywords = parse_keywords(row.get("keywords"))
-        self.labels = parse_labels(row.get(columns.label)) if columns.label else []
+        self.labels = {column: parse_labels(row.get(column)) for column in columns.labels}
         self.split = parse_split(row.get("split")) or split
 
 
@@ -88,20 +88,22 @@ class Columns:
 
     image: str | None = None
     caption: str | None = None
-    label: str | None = None  # None: the samples have no labels
+    labels: tuple[str, ...] = ()  # the first one holds the classes of classifiers
 
     def choose_texts(self, names: list[str], table: Path | str) -> "Columns":
         """Return the columns with that of the captions in a table with these `names`. Raises InputError."""
         caption = choose_column("caption", self.caption, CAPTION_COLUMNS, names, table, OTHER_CAPTION_COLUMNS)
-        if self.label is not None:
-            choose_column("label", self.label, (), names, table)
+        for label in self.labels:
+            choose_column("label", label, (), names, table)
         return replace(self, caption=caption)
 
     def check_unset(self, *kinds: str, reason: str) -> None:
         """Raise InputError if the command line names a column of these kinds, which the source does not have."""
+        given = {"image": [self.image], "caption": [self.caption], "label": self.labels}
         for kind in kinds:
-            if (column := getattr(self, kind)) is not None:
-                raise InputError(f"--{kind}-column {column!r} does not apply: {reason}")
+            for column in given[kind]:
+                if column is not None:
+                    raise InputError(f"--{kind}-column {column!r} does not apply: {reason}")
 
 
 def is_image_file(file: Path) -> bool:

@@ -1,17 +1,27 @@
-"""The emoji of Unicode as a data set: pictures from the Noto Color Emoji font, captions from Unicode's names.
+"""The emoji of Unicode, drawn with the Noto Color Emoji font. Captions are Unicode's names.
 
-Names, groups and order come from Unicode's `emoji-test.txt`, keywords from CLDR's annotations.
+Names, groups and order come from Unicode's `emoji-test.txt`, keywords from CLDR's annotations and other lists.
 """
 
 import hashlib
 import json
-import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from PIL import Image, ImageDraw, ImageFont, features
 
 from t2i.checks import check_integer
+from t2i.data.emoji.keywords import (
+    CLDR_FOLDER,
+    KeywordList,
+    find_keywords,
+    get_code,
+    merge_keywords,
+    read_cldr_keywords,
+    read_keyword_list,
+)
 from t2i.data.manifest import write_manifest
 from t2i.data.sources.samples import Columns
 from t2i.errors import InputError
@@ -20,9 +30,9 @@ from t2i.texts import split_lines
 
 FONT_FILE = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 EMOJI_TEST_FILE = Path("/usr/share/unicode/emoji/emoji-test.txt")
-CLDR_FOLDER = Path("/usr/share/unicode/cldr/common")
 BITMAP_SIZE = 109  # the only size of the font's bitmaps, which are 136 x 128 pixels
-EMOJI_PRESENTATION = "\ufe0f"  # not a part of CLDR's keys
+SKIN_TONE = " skin tone"  # ends the part of a name
+LABEL_COLUMNS = ("group", "subgroup", "concept", "kind")  # the first is that of classifiers
 
 
 @dataclass
@@ -46,14 +56,37 @@ class Emoji:
         base, _, modifiers = self.text.partition(": ")
         return [base, *modifiers.split(", ")] if modifiers else [base]
 
+    @property
+    def concept(self) -> str:
+        """The name without skin tones, so that an emoji with all its tones is one concept."""
+        base, *modifiers = self.composition_parts
+        modifiers = [part for part in modifiers if not part.endswith(SKIN_TONE)]
+        return f"{base}: {', '.join(modifiers)}" if modifiers else base
+
+    @property
+    def kind(self) -> str:
+        """What is drawn: flags, symbols, skin tones, people without one, or things, which are all others."""
+        if self.group in ("Flags", "Symbols"):
+            return self.group.lower()
+        if self.concept != self.text:
+            return "skin tones"
+        return "people" if self.group == "People & Body" else "things"
+
 
 def render_emoji(
-    folder: str | Path, size: int = 128, font: Path = FONT_FILE, names: Path = EMOJI_TEST_FILE
+    folder: str | Path,
+    size: int = 128,
+    font: Path = FONT_FILE,
+    names: Path = EMOJI_TEST_FILE,
+    lists: Sequence[KeywordList] = (),
+    packages: Path | None = None,
 ) -> list[Emoji]:
     """Draw every fully-qualified emoji into `folder`, which must be new or empty, at `size` x `size` pixels on white.
 
     Writes a PNG for each and `metadata.jsonl` in the imagefolder convention; the folder appears complete or not at all.
-    Then the manifest is written into it. Raises InputError if the font or a data file is missing, or Pillow lacks raqm.
+    Then the manifest is written into it. `lists` add keywords to CLDR's; npm puts their packages into `packages`, by
+    default into a temporary folder. Raises InputError if the font, a data file or a package is missing, or Pillow lacks
+    raqm.
     """
     # Check everything before an emoji is drawn
     folder = Path(folder).resolve()
@@ -68,9 +101,13 @@ def render_emoji(
 
     # Collect names and keywords
     emoji = read_emoji_names(names)
-    keywords = read_keywords(CLDR_FOLDER)
+    keywords = read_cldr_keywords(CLDR_FOLDER)
+    with TemporaryDirectory() as temporary:
+        others = [read_keyword_list(source, packages or Path(temporary)) for source in lists]
     for item in emoji:
-        item.keywords = keywords.get(item.characters.replace(EMOJI_PRESENTATION, ""), [])
+        item.keywords = merge_keywords(
+            keywords.get(get_code(item.characters), []), find_keywords(item.characters, others)
+        )
     mark_held_out(emoji)
 
     # Draw and write
@@ -81,10 +118,10 @@ def render_emoji(
     ):
         for item in emoji:
             render_character(item.characters, face, size).save(unfinished / item.file_name, optimize=True)
-            row = {"file_name": item.file_name, **asdict(item)}
+            row = {"file_name": item.file_name, **asdict(item), "concept": item.concept, "kind": item.kind}
             del row["characters"]
             metadata.write(json.dumps(row, ensure_ascii=False) + "\n")
-    write_manifest(folder, columns=Columns(label="group"), quiet=True)
+    write_manifest(folder, columns=Columns(labels=LABEL_COLUMNS), quiet=True)
     return emoji
 
 
@@ -102,18 +139,6 @@ def read_emoji_names(path: Path) -> list[Emoji]:
             name = comment.split("#", 1)[1].split(maxsplit=2)[2]  # "😀 E1.0 grinning face"
             emoji.append(Emoji(characters, name, group, subgroup))
     return emoji
-
-
-def read_keywords(folder: Path) -> dict[str, list[str]]:
-    """Return CLDR's English keywords by emoji."""
-    keywords = {}
-    for path in (folder / "annotations/en.xml", folder / "annotationsDerived/en.xml"):
-        if not path.is_file():
-            raise InputError(f"no file {str(path)!r}; install it (apt-get install unicode-cldr-core)")
-        for element in ElementTree.parse(path).iter("annotation"):
-            if element.get("type") != "tts" and element.text:
-                keywords[element.attrib["cp"]] = [word.strip() for word in element.text.split("|")]
-    return keywords
 
 
 def mark_held_out(emoji: list[Emoji], one_in: int = 16) -> None:
