@@ -29,6 +29,7 @@ from t2i.data.colors import (
     find_srgb_transform,
     scale_to_eight_bits,
 )
+from t2i.data.extra_formats import ADVICE, MODULES, find_extra_format, format_name, read_jxl_size, register_extra_format
 from t2i.data.reasons import Reason, RejectedSample
 from t2i.errors import InputError
 
@@ -38,7 +39,8 @@ if TYPE_CHECKING:
 MAX_PIXELS = 40_000_000  # compared with the header, before anything is decoded
 HIGHEST_MAX_PIXELS = 178_000_000  # Pillow refuses more
 PILLOW_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")  # of eight bits a channel
-# The formats that Pillow may try. Of its some forty others, EPS runs another program and many are hardly maintained.
+# The formats that Pillow may try, beside those of `MODULES`. Of its some forty others, EPS runs another program and
+# many are hardly maintained.
 PILLOW_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 CONVERTED = "converted"  # key of a decoded picture's `info`
 PngImagePlugin.MAX_TEXT_MEMORY = 2**23  # bytes of decompressed text in a PNG; Pillow allows eight times as many
@@ -111,7 +113,7 @@ def decode_image(data: bytes, reading: Reading = READING, convert: Convert | Non
     if not data:
         raise RejectedSample(Reason.empty_file)
     try:
-        with Image.open(io.BytesIO(data), formats=list_formats()) as file:
+        with Image.open(io.BytesIO(data), formats=prepare_formats(data, reading.max_pixels)) as file:
             check_image_header(file, reading.max_pixels)
             file.load()
             return (convert or to_rgb)(file, reading)
@@ -122,22 +124,37 @@ def decode_image(data: bytes, reading: Reading = READING, convert: Convert | Non
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise RejectedSample(Reason.too_many_pixels, "more than twice as many") from error
     except Exception as error:  # decoders raise errors of any type for damaged data
+        if find_extra_format(data) == "JXL":  # its decoder's messages are about libraries
+            raise explain_unidentified(data) from error
         is_truncated = isinstance(error, EOFError) or "truncat" in str(error).lower()
         reason = Reason.truncated if is_truncated else Reason.damaged
         raise RejectedSample(reason, f"{str(error) or type(error).__name__}"[:200]) from error
 
 
-def list_formats() -> list[str]:
-    """Return the formats to read that this build of Pillow has."""
+def prepare_formats(data: bytes, max_pixels: int | None = None) -> list[str]:
+    """Return the formats to read that this build of Pillow has, with that of `MODULES` which the file seems to have.
+
+    data: the file, or its beginning. Raises RejectedSample for a JPEG XL of too many pixels.
+    """
     Image.init()  # loads all plugins, which fill `Image.OPEN`
-    return [name for name in PILLOW_FORMATS if name in Image.OPEN]
+    extra = find_extra_format(data)
+    if extra is not None:
+        register_extra_format(extra)
+    if extra == "JXL" and (size := read_jxl_size(data)):
+        check_image_pixels(*size, max_pixels)
+    return [name for name in (*PILLOW_FORMATS, *MODULES) if name in Image.OPEN]
+
+
+def check_image_pixels(width: int, height: int, max_pixels: int | None) -> None:
+    """Refuse a picture of too many pixels. Raises RejectedSample."""
+    most = max_pixels or MAX_PIXELS
+    if width * height > most:
+        raise RejectedSample(Reason.too_many_pixels, f"{width} x {height}, at most {most / 1e6:g} million")
 
 
 def check_image_header(file: Image.Image, max_pixels: int | None = None) -> None:
     """Refuse a picture by its header, before a pixel is decoded. Raises RejectedSample."""
-    most = max_pixels or MAX_PIXELS
-    if file.width * file.height > most:
-        raise RejectedSample(Reason.too_many_pixels, f"{file.width} x {file.height}, at most {most / 1e6:g} million")
+    check_image_pixels(file.width, file.height, max_pixels)
     # Phones append a second view or a depth map to a picture and call the file MPO: it is not animated.
     if file.format != "MPO" and (frames := getattr(file, "n_frames", 1)) > 1:
         raise RejectedSample(Reason.animated, f"{file.format} of {frames} frames")
@@ -174,6 +191,8 @@ def to_eight_bits(image: Image.Image, reading: Reading = READING) -> tuple[Image
 
 def is_turned(image: Image.Image) -> bool:
     """Return True if a picture's EXIF tells to turn it. Broken EXIF tells nothing."""
+    if image.format == "JXL" and not getattr(image, "jpeg", False):  # its decoder turns it, unless it is a packed JPEG
+        return False
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
     except Exception:  # Pillow's parsers raise errors of many types
@@ -183,7 +202,9 @@ def is_turned(image: Image.Image) -> bool:
 def is_converted(path: str | Path) -> bool:
     """Return True if the values of a file's picture are others than by `OLD_READING`. Its header alone is read."""
     try:
-        with silence_pillow(), Image.open(path, formats=list_formats()) as file:
+        with open(path, "rb") as start:
+            formats = prepare_formats(start.read(2**16))
+        with silence_pillow(), Image.open(path, formats=formats) as file:
             check_image_header(file)  # the range of mode F, which is refused, is in its pixels
             samples, old = find_sample_range(file), SIXTEEN_BITS if file.mode.startswith("I") else None
             mode = file.mode if samples is None else "L"
@@ -199,12 +220,14 @@ def explain_unidentified(data: bytes) -> RejectedSample:
     for prefix, (reason, detail) in FILE_SIGNATURES.items():
         if start.startswith(prefix):
             return RejectedSample(reason, detail)
+    if extra := find_extra_format(data):
+        if extra in Image.OPEN:
+            return RejectedSample(Reason.damaged, f"a {format_name(extra)} that does not decode")
+        return RejectedSample(Reason.unsupported_format, f"{format_name(extra)}; {ADVICE}")
     if data[4:12] == b"ftypavif":
         return RejectedSample(Reason.damaged, "an AVIF that does not decode")
     if data[4:8] == b"ftyp":
-        return RejectedSample(
-            Reason.unsupported_format, f"{data[8:12].decode('ascii', 'replace')}, such as HEIC or a video"
-        )
+        return RejectedSample(Reason.unsupported_format, f"{data[8:12].decode('ascii', 'replace')}, such as a video")
     return RejectedSample(Reason.not_a_picture, f"it starts with {data[:8]!r}")
 
 

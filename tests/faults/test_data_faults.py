@@ -12,6 +12,7 @@ import sys
 import tarfile
 import time
 import zlib
+from importlib.util import find_spec
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -118,6 +119,7 @@ def test_what_is_no_picture_has_a_reason_and_some_is_never_opened(tmp_path):
         f"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n({sentinel}) (w) file closefile\nshowpage\n".encode()
     )
     svg = b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>'
+    has_heif = find_spec("pillow_heif") is not None
     files = {
         "page.jpg": (b"<!DOCTYPE html><html>404</html>", "not_a_picture"),
         "text.png": (b"hello", "not_a_picture"),
@@ -126,7 +128,7 @@ def test_what_is_no_picture_has_a_reason_and_some_is_never_opened(tmp_path):
         "svg.png": (svg, "unsupported_format"),
         "xml.png": (b'<?xml version="1.0"?>' + svg, "unsupported_format"),
         "psd.png": (b"8BPS\0\1" + bytes(100), "unsupported_format"),
-        "heic.jpg": (b"\0\0\0\x18ftypheic" + bytes(100), "unsupported_format"),
+        "heic.jpg": (b"\0\0\0\x18ftypheic" + bytes(100), "damaged" if has_heif else "unsupported_format"),
         "video.jpg": (b"\0\0\0\x18ftypisom" + bytes(100), "unsupported_format"),
         "real.eps": (postscript, "unsupported_format"),
         "real.svg": (svg, "unsupported_format"),

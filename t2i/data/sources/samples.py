@@ -16,12 +16,13 @@ from t2i.errors import InputError
 from t2i.texts import normalize_text, split_lines
 
 SUPPORTED_SUFFIXES = {
-    ".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp",
+    ".avif", ".bmp", ".gif", ".heic", ".heif", ".hif", ".jfif", ".jpe", ".jpeg", ".jpg", ".jxl", ".pgm", ".png", ".ppm",
+    ".tif", ".tiff", ".webp",
 }  # fmt: skip
 # Pictures in formats that are not read. Samples with them are rejected without opening the file.
 UNSUPPORTED_SUFFIXES = {
-    ".ai", ".arw", ".cr2", ".cr3", ".dng", ".eps", ".exr", ".heic", ".heif", ".ico", ".jp2", ".jxl", ".nef", ".orf",
-    ".pdf", ".ps", ".psd", ".raf", ".rw2", ".svg", ".svgz", ".tga", ".wmf", ".xcf",
+    ".ai", ".arw", ".cr2", ".cr3", ".dng", ".eps", ".exr", ".ico", ".jp2", ".nef", ".orf", ".pdf",
+    ".ps", ".psd", ".raf", ".rw2", ".svg", ".svgz", ".tga", ".wmf", ".xcf",
 }  # fmt: skip
 IMAGE_SUFFIXES = SUPPORTED_SUFFIXES | UNSUPPORTED_SUFFIXES
 CAPTION_SUFFIXES = (".txt", ".caption")  # in order of preference
