@@ -27,10 +27,18 @@ class DataConfig:
     path: str = "???"  # a source that `t2i data check` has read; "???" marks a value that the YAML file must contain
     image_size: int = 256  # pixels; pictures are resized on the short side and cropped to a square
     num_workers: int = 2  # processes that decode pictures, for each training process; 0 decodes in the training process
+    # Column of labels, kept by `t2i data check --label-column`, whose values are all drawn equally often
+    balance_by: str | None = None
+    neighbours: int = 0  # with balance_by: further pictures of a value that follow each, such as look-alikes for CLIP
+    keyword_alone: float = 0.0  # fraction of captions that are a single keyword, where a picture has any
 
     def __post_init__(self) -> None:
         check_integer("data.image_size", self.image_size, 8, 4096)
         check_integer("data.num_workers", self.num_workers, 0, 256)
+        check_integer("data.neighbours", self.neighbours, 0, 1024)
+        check_range("data.keyword_alone", self.keyword_alone, 0, 1)
+        if self.neighbours and self.balance_by is None:
+            raise InputError(f"data.neighbours={self.neighbours} needs data.balance_by, the column of the groups")
 
 
 @dataclass

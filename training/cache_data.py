@@ -148,6 +148,8 @@ def build_cache_key(config: Config, facts: dict[str, Any], datasets: dict[str, C
         "stored": digest_stored_files(config.clip, config.autoencoder),
         "image_size": config.data.image_size,
         **{name: getattr(config, name) for name in settings},
+        # Absent where it is off, as in the keys of caches that are older than the option
+        **({"keyword_alone": config.data.keyword_alone} if config.data.keyword_alone else {}),
     }
 
 

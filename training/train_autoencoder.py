@@ -22,6 +22,7 @@ from torch import Tensor
 from t2i.checks import check_multiple_of
 from t2i.config import DataConfig, TrainConfig, build_or_explain, check_fields
 from t2i.data import Batch, open_datasets
+from t2i.data.groups import open_groups
 from t2i.errors import InputError
 from t2i.files.fingerprints import compute_weights_fingerprint
 from t2i.files.model_folder import save_model_folder
@@ -160,6 +161,7 @@ def main(config: Config) -> None:
         made_from=made_from,
         config=asdict(config),
         num_workers=config.data.num_workers,
+        groups=open_groups(config.data, dataset),
         validation=held_out,
         preview=preview,
         critic=critic,

@@ -22,6 +22,7 @@ from t2i.checks import check_multiple_of
 from t2i.config import DataConfig, TrainConfig, build_or_explain, check_fields
 from t2i.data import Batch
 from t2i.data.dataset import SampleIndex
+from t2i.data.groups import open_groups
 from t2i.data.labels import Labels
 from t2i.data.manifest import find_manifest
 from t2i.diffusion.process import build_noise_scheduler
@@ -121,6 +122,7 @@ def build_stage(config: Config, source: EncodingSource, labels: Labels, device: 
         made_from=made_from,
         config=asdict(config),
         num_workers=config.data.num_workers,
+        groups=open_groups(config.data, source.dataset),
         validation=validation,
     )
 

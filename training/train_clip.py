@@ -16,11 +16,13 @@ from t2i.training.common.captions import format_cut_captions, measure_caption_le
 from t2i.training.common.entry import run
 from t2i.training.common.finetuning import prepare_init_model
 from t2i.training.common.loop import Stage, build_accelerator, fit
+from t2i.training.common.picture_bank import PictureBank
 from t2i.training.common.preview import SampleConfig, draw_clip_preview, read_fixed_records
 
 from t2i.checks import check_integer, check_required_keys
 from t2i.config import DataConfig, TrainConfig, build_or_explain
 from t2i.data import Batch, CaptionedPictures, open_datasets
+from t2i.data.groups import open_groups
 from t2i.errors import InputError
 from t2i.files.fingerprints import compute_weights_fingerprint
 from t2i.files.model_folder import save_model_folder
@@ -39,6 +41,9 @@ class Config:
     # hf-hub:name, local-dir:path
     init: str | None = None
     preprocess: dict[str, Any] = field(default_factory=dict)  # size, mean, std
+    # Train the text tower of `init` alone, and compare each caption with every picture of the training split instead of
+    # those of its batch; all pictures that have the caption's phrases are right.
+    text_only: bool = False
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)  # previews, every train.sample_every steps
@@ -48,6 +53,8 @@ class Config:
             raise InputError(
                 f"preprocess has no {', '.join(sorted(unknown))}; it has size, mean, std, {', '.join(DEFAULT_RESIZING)}"
             )
+        if self.text_only and self.init is None:
+            raise InputError("text_only=true needs init, a trained CLIP")
         if self.init is not None:  # the model has its own
             return
         check_required_keys("model", self.model, ("embed_dim", "vision_cfg", "text_cfg"))
@@ -80,9 +87,19 @@ def main(config: Config) -> None:
         world_size=accelerator.num_processes,
     )
 
+    bank = None
+    if config.text_only:
+        clip.to(accelerator.device).net.visual.requires_grad_(False)
+        bank = PictureBank(clip, dataset)
+        dataset.reads_images = False
+
     def loss(model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         clip.bound_logit_scale()
-        z_i, z_t, scale = model(batch.image, tokenizer(batch.captions).to(accelerator.device))
+        tokens = tokenizer(batch.captions).to(accelerator.device)
+        if bank is not None and model.training:  # held-out pictures are not in the bank
+            _, z_t, scale = model(None, tokens)
+            return bank.compute_loss(z_t.float(), scale, batch.phrases) | {"scale": scale}
+        z_i, z_t, scale = model(batch.image, tokens)
         z_i, z_t = z_i.float(), z_t.float()
         nearest = (z_t @ z_i.T).argmax(dim=1) == torch.arange(len(z_t), device=z_t.device)
         return {"loss": contrastive_loss(z_i, z_t, scale), "found": nearest.float().mean(), "scale": scale}
@@ -106,6 +123,7 @@ def main(config: Config) -> None:
         made_from=made_from,
         config=asdict(config),
         num_workers=config.data.num_workers,
+        groups=open_groups(config.data, dataset),
         validation=held_out,
         preview=preview,
     )

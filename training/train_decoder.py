@@ -24,6 +24,7 @@ from torch import Tensor
 from t2i.checks import check_choice, check_multiple_of
 from t2i.config import DataConfig, TrainConfig, build_or_explain, check_fields
 from t2i.data import Batch
+from t2i.data.groups import open_groups
 from t2i.diffusion.condition import ImageCondition
 from t2i.diffusion.inpainting import concat_masked_latents, generate_random_masks
 from t2i.diffusion.loss import check_loss_weighting, compute_diffusion_loss, drop_condition
@@ -151,6 +152,7 @@ def build_stage(
         made_from=made_from,
         config=asdict(config),
         num_workers=config.data.num_workers,
+        groups=open_groups(config.data, source.dataset),
         validation=source.validation,
         preview=preview,
     )

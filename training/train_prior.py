@@ -27,6 +27,7 @@ from t2i.checks import check_choice
 from t2i.config import DataConfig, TrainConfig, build_or_explain, check_fields
 from t2i.data import Batch
 from t2i.data.cache import ClipFacts
+from t2i.data.groups import open_groups
 from t2i.diffusion.condition import TextEncoding
 from t2i.diffusion.loss import check_loss_weighting, compute_diffusion_loss, drop_condition
 from t2i.diffusion.process import build_noise_scheduler
@@ -193,6 +194,7 @@ def build_stage(
         made_from=made_from,
         config=asdict(config),
         num_workers=config.data.num_workers,
+        groups=open_groups(config.data, source.dataset),
         validation=source.validation,
         preview=preview,
     )

@@ -25,6 +25,7 @@ from t2i.config import DataConfig, TrainConfig, build_or_explain, check_fields
 from t2i.data import Batch, CaptionedPictures, open_datasets
 from t2i.data.cache import CachedPairs
 from t2i.data.dataset import SampleIndex
+from t2i.data.groups import open_groups
 from t2i.data.manifest import Manifest
 from t2i.diffusion.loss import check_loss_weighting, compute_loss_weight, compute_weighted_mse, predict_noised_batch
 from t2i.diffusion.process import build_noise_scheduler
@@ -150,6 +151,7 @@ def main(config: Config) -> None:
         made_from=made_from,
         config=asdict(config),
         num_workers=config.data.num_workers,
+        groups=open_groups(config.data, dataset),
         validation=held_out,
         preview=preview,
     )

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from t2i.config import DataConfig
+from t2i.data.groups import SampleGroups
 from t2i.data.manifest import Manifest, open_manifest, open_manifests
 from t2i.data.pictures import decode_image, silence_pillow, to_tensor
 from t2i.data.reasons import RejectedSample
@@ -41,24 +42,31 @@ class SampleText:
     split: str
 
 
-def vary_caption(captions: list[str], keywords: list[str], rng: random.Random) -> str:
-    """Choose a caption for one use in training: a caption, one with keywords, or keywords alone.
+def draw_phrases(captions: list[str], keywords: list[str], rng: random.Random, keyword_alone: float = 0.0) -> list[str]:
+    """Choose the phrases of a caption for one use in training: a caption, one with keywords, or keywords alone.
 
-    A caption with keywords or of keywords gets an article in a fifth of the cases.
+    keyword_alone: probability of a single keyword, before all else.
     """
     text = captions[0] if len(captions) == 1 else rng.choice(captions)
     if not keywords:
-        return text
+        return [text]
     # The order of these draws is part of the format: caches and runs that resume depend on it
+    if keyword_alone and rng.random() < keyword_alone:
+        return [rng.choice(keywords)]
     keywords = rng.sample(keywords, rng.randint(1, min(4, len(keywords))))
     kind = rng.random()
     if kind < 0.5:
-        caption = text
-    elif kind < 0.8:
-        caption = " ".join([text, *keywords])
-    else:
-        caption = " ".join(keywords)
-    if rng.random() < 0.2:
+        return [text]
+    return [text, *keywords] if kind < 0.8 else keywords
+
+
+def vary_caption(captions: list[str], keywords: list[str], rng: random.Random, keyword_alone: float = 0.0) -> str:
+    """Choose a caption for one use in training, of the phrases that `draw_phrases` returns.
+
+    It gets an article in a fifth of the cases, if there are keywords.
+    """
+    caption = " ".join(draw_phrases(captions, keywords, rng, keyword_alone))
+    if keywords and rng.random() < 0.2:
         caption = ("an " if caption[0].lower() in "aeiou" else "a ") + caption
     return caption
 
@@ -76,6 +84,7 @@ class Batch:
     labels: Tensor | None = None  # (B,), int64: the class, for classifiers
     tokens: TokenStates | None = None  # of a decoder's own text encoder
     rejected: list[tuple[str, str]] = field(default_factory=list)  # (key, reason) of pictures that were replaced
+    phrases: list[list[str]] = field(default_factory=list)  # of the captions, where pictures are not read
 
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         """Apply a function to every tensor but `index`."""
@@ -97,7 +106,7 @@ class CaptionedPictures(Dataset):
     def __init__(self, config: DataConfig, split: str | None = "train", manifest: Manifest | None = None):
         """`split` None: all samples. `manifest`: that of the split, where it is open already."""
         self.manifest = open_manifest(config.path, split) if manifest is None else manifest
-        self.size = config.image_size
+        self.size, self.keyword_alone = config.image_size, config.keyword_alone
         self.reads_images = True  # False: batches have captions alone, for pictures that a cache encoded before
 
     def __len__(self) -> int:
@@ -110,7 +119,8 @@ class CaptionedPictures(Dataset):
         InputError if a hundred in a row, or all, cannot be read.
         """
         if not self.reads_images:
-            return Batch(torch.tensor([index for index, _ in keys]), [self.get_caption(*key) for key in keys])
+            captions, phrases = ([get(*key) for key in keys] for get in (self.get_caption, self.get_phrases))
+            return Batch(torch.tensor([index for index, _ in keys]), captions, phrases=phrases)
         rejected: list[tuple[str, str]] = []
         samples = [self.read_next_image(index, rejected) for index, _ in keys]
         captions = [self.get_caption(index, draw) for (index, _), (_, draw) in zip(samples, keys)]
@@ -147,7 +157,12 @@ class CaptionedPictures(Dataset):
 
     def get_caption(self, index: int, draw: int) -> str:
         captions, keywords = self.manifest.get_values(index, "captions", "keywords")
-        return vary_caption(captions, keywords, random.Random(draw))
+        return vary_caption(captions, keywords, random.Random(draw), self.keyword_alone)
+
+    def get_phrases(self, index: int, draw: int) -> list[str]:
+        """Return the phrases of `get_caption`: the caption without its article."""
+        captions, keywords = self.manifest.get_values(index, "captions", "keywords")
+        return draw_phrases(captions, keywords, random.Random(draw), self.keyword_alone)
 
     def get_sample_key(self, index: int) -> str:
         """Return the name of a sample."""
@@ -194,11 +209,22 @@ class EndlessBatchSampler(Sampler[list[SampleIndex]]):
 
     The position in the data is one integer, the number of pictures that all processes have used. Every process takes
     its part of each global batch. A pass may end in the middle of a batch, so no picture is ever left out.
+    With groups, a pass has as many samples of each.
     """
 
-    def __init__(self, size: int, batch_size: int, seed: int, position: int = 0, rank: int = 0, world: int = 1):
-        self.size, self.batch_size, self.seed, self.position = size, batch_size, seed, position
-        self.rank, self.world_size = rank, world
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        seed: int,
+        position: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        groups: SampleGroups | None = None,
+    ):
+        self.size = size if groups is None else len(groups)  # of a pass
+        self.batch_size, self.seed, self.position = batch_size, seed, position
+        self.rank, self.world_size, self.groups = rank, world, groups
 
     def __iter__(self) -> Iterator[list[SampleIndex]]:
         start, epoch, order = self.position, -1, []
@@ -208,15 +234,20 @@ class EndlessBatchSampler(Sampler[list[SampleIndex]]):
                 # Each pass has a permutation of its own, also where it begins within a batch
                 if position // self.size != epoch:
                     epoch = position // self.size
-                    generator = torch.Generator().manual_seed(self.seed + epoch)
-                    order = torch.randperm(self.size, generator=generator).tolist()
+                    order = self.arrange_pass(epoch)
                 # The draw differs between passes and, in its upper bits, between runs of other seeds.
                 batch.append((order[position % self.size], position + (self.seed << 48)))
             yield batch
             start += self.batch_size * self.world_size
 
+    def arrange_pass(self, epoch: int) -> list[int]:
+        """Return the samples of a pass in order."""
+        if self.groups is not None:
+            return self.groups.arrange_pass(self.seed, epoch)
+        return torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed + epoch)).tolist()
 
-def iterate_batches(dataset: Dataset, num_workers: int, **order: int) -> Generator[Batch, None, None]:
+
+def iterate_batches(dataset: Dataset, num_workers: int, **order: Any) -> Generator[Batch, None, None]:
     """Yield endless batches of a data set; `order` holds the keyword arguments of `EndlessBatchSampler`.
 
     Closing the generator ends its workers. After an error they end when the generator is released.

@@ -171,9 +171,13 @@ class CLIP(Encoder, ModelMixin):
         self.net.set_grad_checkpointing(enable)
 
     @run_like_forward
-    def forward(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return z_i and z_t, (B, D), and the scale of the logits, (), at most 100 as in CLIP (section 2.5)."""
-        return self.encode_image(image), self.encode_tokens(tokens).embedding, self.compute_logit_scale()
+    def forward(self, image: Tensor | None, tokens: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Return z_i and z_t, (B, D), and the scale of the logits, (), at most 100 as in CLIP (section 2.5).
+
+        z_i is None without an image.
+        """
+        z_i = None if image is None else self.encode_image(image)
+        return z_i, self.encode_tokens(tokens).embedding, self.compute_logit_scale()
 
     def compute_logit_scale(self) -> Tensor:
         """Return the factor of cosines in logits, (), at most 100 as in CLIP (section 2.5)."""

@@ -43,6 +43,8 @@ def check_cache_freshness(
     """
     # Pairs of what the cache was made with, and what is there now
     pairs: dict[str, tuple[Any, Any]] = {"data.image_size": (cache.made_from["image_size"], data.image_size)}
+    if cache.text or cache.tokens:  # older caches have captions without this option
+        pairs["data.keyword_alone"] = (cache.made_from.get("keyword_alone", 0.0), data.keyword_alone)
     stored = cache.made_from.get("stored", {})
     pairs["clip"] = compare_model("CLIP", clip, cache.clip, stored.get("clip"))
     if find_local_folder(clip) is not None:

@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 
 from t2i.config import TrainConfig
 from t2i.data import Batch, iterate_batches
+from t2i.data.groups import SampleGroups
 from t2i.errors import RESUMABLE_STATUS, InputError, RunError, RunStopped
 from t2i.runtime.devices import choose_training_precision
 from t2i.runtime.launch import check_environment
@@ -48,6 +49,7 @@ class Stage:
     validation: Dataset | None = None  # the held-out split
     preview: Callable[[nn.Module], dict[str, Image.Image]] | None = None  # draws with the averaged model
     critic: Critic | None = None
+    groups: SampleGroups | None = None  # of the data set, that are drawn equally often
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
@@ -144,7 +146,7 @@ def prepare_state(accelerator: Accelerator, stage: Stage, config: TrainConfig) -
         model_class=model_class,
         average=EMA(bare),
         optimizer=optimizer,
-        made_from=stage.made_from,
+        made_from=stage.made_from | ({} if stage.groups is None else {"groups": stage.groups.compute_digest()}),
         stage_config=stage.config,
         critic=bare_critic,
     )
@@ -198,6 +200,7 @@ def iterate_training_batches(stage: Stage, state: TrainState) -> Generator[Batch
         position=state.step * state.samples_per_step,
         rank=state.accelerator.process_index,
         world=state.accelerator.num_processes,
+        groups=stage.groups,
     )
 
 

@@ -146,7 +146,7 @@ class TrainState:
         now = select_fixed_settings(self.stage_config, asdict(self.config))
         for name in sorted({**before, **now}):
             # An option that is newer than the checkpoint, and off
-            if name not in before and "." not in name and not now[name]:
+            if name not in before and name.removeprefix("data.").isidentifier() and not now[name]:
                 continue
             if before.get(name) != now.get(name):
                 raise InputError(
