@@ -241,3 +241,12 @@ def test_emoji_are_drawn_in_colour_with_keywords(tmp_path):
     picture = open_image(tmp_path / "emoji" / rows[0]["file_name"])
     assert picture.size == (64, 64) and picture.getpixel((0, 0)) == (255, 255, 255)
     assert len(picture.getcolors(10_000)) > 50
+
+
+def test_keywords_alone_are_drawn_as_often_as_the_configuration_says():
+    keywords = ["cat", "pet", "kitty"]
+    captions = [vary_caption(["cat face"], keywords, random.Random(i), keyword_alone=0.5) for i in range(2000)]
+    alone = [caption for caption in captions if caption.removeprefix("a ").removeprefix("an ") in keywords]
+    # One of two draws, and of the others 1/15: keywords alone (1/5), and one of them (1/3)
+    assert len(alone) / 2000 == pytest.approx(0.5 + 0.5 / 15, abs=0.03)
+    assert vary_caption(["cat face"], [], random.Random(0), keyword_alone=1.0) == "cat face"

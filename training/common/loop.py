@@ -320,10 +320,7 @@ def draw_due_preview(accelerator: Accelerator, stage: Stage, state: TrainState, 
 def validate_ema(
     accelerator: Accelerator, stage: Stage, state: TrainState, health: HealthMonitor
 ) -> dict[str, float] | None:
-    """Return the averaged model's metrics on held-out samples; None if the step is not due for it.
-
-    Samples, noise and timesteps are the same every time.
-    """
+    """Return the averaged model's metrics on held-out samples and noise, the same each time; None if it is not due."""
     config, world = state.config, accelerator.num_processes
     if stage.validation is None or not is_step_due(state, config.validate_every):
         return None
