@@ -4,12 +4,13 @@ accelerate launch training/train_clip.py configs/emoji/clip.yaml train.steps=100
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import DistributedType
+from accelerate import Accelerator, DistributedType
 from open_clip import ClipLoss
 from PIL.Image import Image
 from t2i.training.common.captions import format_cut_captions, measure_caption_lengths
@@ -79,30 +80,12 @@ def main(config: Config) -> None:
     clip, tokenizer, made_from = build_clip(config, dataset)
     if cut := format_cut_captions(measure_caption_lengths(dataset, tokenizer), tokenizer.context_length):
         accelerator.print(f"warning: {cut}")
-    # Negatives come from all processes
-    contrastive_loss = ClipLoss(
-        local_loss=True,
-        gather_with_grad=True,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-    )
-
     bank = None
     if config.text_only:
         clip.to(accelerator.device).net.visual.requires_grad_(False)
         bank = PictureBank(clip, dataset)
         dataset.reads_images = False
-
-    def loss(model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        clip.bound_logit_scale()
-        tokens = tokenizer(batch.captions).to(accelerator.device)
-        if bank is not None and model.training:  # held-out pictures are not in the bank
-            _, z_t, scale = model(None, tokens)
-            return bank.compute_loss(z_t.float(), scale, batch.phrases) | {"scale": scale}
-        z_i, z_t, scale = model(batch.image, tokens)
-        z_i, z_t = z_i.float(), z_t.float()
-        nearest = (z_t @ z_i.T).argmax(dim=1) == torch.arange(len(z_t), device=z_t.device)
-        return {"loss": contrastive_loss(z_i, z_t, scale), "found": nearest.float().mean(), "scale": scale}
+    loss = build_loss(accelerator, clip, tokenizer, bank)
 
     def export(average: torch.nn.Module) -> None:
         average.tokenizer = tokenizer
@@ -128,6 +111,32 @@ def main(config: Config) -> None:
         preview=preview,
     )
     fit(accelerator, stage, config.train)
+
+
+def build_loss(
+    accelerator: Accelerator, clip: CLIP, tokenizer: CaptionTokenizer, bank: PictureBank | None
+) -> Callable[[torch.nn.Module, Batch], dict[str, torch.Tensor]]:
+    """Return the contrastive loss, or with a bank the cross-entropy among all of its pictures."""
+    # Negatives come from all processes
+    contrastive_loss = ClipLoss(
+        local_loss=True,
+        gather_with_grad=True,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+
+    def loss(model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        clip.bound_logit_scale()
+        tokens = tokenizer(batch.captions).to(accelerator.device)
+        if bank is not None and model.training:  # held-out pictures are not in the bank
+            _, z_t, scale = model(None, tokens)
+            return bank.compute_loss(z_t.float(), scale, batch.phrases) | {"scale": scale}
+        z_i, z_t, scale = model(batch.image, tokens)
+        z_i, z_t = z_i.float(), z_t.float()
+        nearest = (z_t @ z_i.T).argmax(dim=1) == torch.arange(len(z_t), device=z_t.device)
+        return {"loss": contrastive_loss(z_i, z_t, scale), "found": nearest.float().mean(), "scale": scale}
+
+    return loss
 
 
 def build_clip(config: Config, dataset: CaptionedPictures) -> tuple[CLIP, CaptionTokenizer, dict[str, str]]:

@@ -119,8 +119,9 @@ class CaptionedPictures(Dataset):
         InputError if a hundred in a row, or all, cannot be read.
         """
         if not self.reads_images:
-            captions, phrases = ([get(*key) for key in keys] for get in (self.get_caption, self.get_phrases))
-            return Batch(torch.tensor([index for index, _ in keys]), captions, phrases=phrases)
+            phrases = [self.get_phrases(*key) for key in keys]
+            index = torch.tensor([index for index, _ in keys])
+            return Batch(index, [self.get_caption(*key) for key in keys], phrases=phrases)
         rejected: list[tuple[str, str]] = []
         samples = [self.read_next_image(index, rejected) for index, _ in keys]
         captions = [self.get_caption(index, draw) for (index, _), (_, draw) in zip(samples, keys)]
