@@ -29,6 +29,7 @@ from t2i.files.fingerprints import compute_weights_fingerprint
 from t2i.files.model_folder import save_model_folder
 from t2i.interop.by_name import load_clip
 from t2i.networks.clip import CLIP, DEFAULT_RESIZING
+from t2i.networks.known_words import KnownWords
 from t2i.networks.tokenizer import CaptionTokenizer
 
 # A vocabulary has 256 bytes and special tokens before it has a word.
@@ -145,6 +146,7 @@ def build_clip(config: Config, dataset: CaptionedPictures) -> tuple[CLIP, Captio
     if config.init is None:
         text = config.model["text_cfg"]
         tokenizer = CaptionTokenizer.train(dataset.iterate_texts(), text["vocab_size"], text["context_length"])
+        tokenizer.known_words = KnownWords.collect(dataset.manifest.iterate_rows("captions", "keywords"))
         text["vocab_size"] = tokenizer.vocab_size
         clip = build_or_explain(CLIP, "model", {"model": config.model, "preprocess": config.preprocess})
         made_from["vocabulary"] = tokenizer.digest()
@@ -156,6 +158,10 @@ def build_clip(config: Config, dataset: CaptionedPictures) -> tuple[CLIP, Captio
         if not isinstance(clip, CLIP):
             raise InputError(f"init={config.init!r} is the CLIP of a public pipeline, which cannot be trained here")
         tokenizer, made_from["init"] = clip.tokenizer, compute_weights_fingerprint(clip)
+        # Where the words of its own captions are not known, those of the new ones alone would be too few
+        if (known := getattr(tokenizer, "known_words", None)) is not None:
+            words = KnownWords.collect(dataset.manifest.iterate_rows("captions", "keywords"))
+            tokenizer.known_words = known.merge(words)
         # Training changes the weights, and so the identity.
         clip.register_to_config(fingerprint=None, rounded=False)
     return clip, tokenizer, made_from

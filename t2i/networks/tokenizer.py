@@ -16,6 +16,7 @@ from torch import Tensor
 from t2i.checks import check_integer
 from t2i.errors import InputError
 from t2i.files.untrusted import MAX_HEADER_BYTES, MAX_TOKENIZER_BYTES, check_folder_files, check_size_limit, read_json
+from t2i.networks.known_words import KnownWords
 from t2i.texts import normalize_text, wrap_text
 
 PAD, START, END = "<pad>", "<start>", "<end>"
@@ -80,9 +81,13 @@ class CaptionTokenizer(BaseTokenizer):
 
     Captions are lower-cased. Every text can be encoded, since the vocabulary contains all single bytes.
     Token 0 pads, 1 starts, and the highest ends a caption, as open_clip's pooling expects.
+
+    Args:
+        known_words: the words of the captions; None if they are not known.
     """
 
-    def __init__(self, tokenizer: Tokenizer, context_length: int):
+    def __init__(self, tokenizer: Tokenizer, context_length: int, known_words: KnownWords | None = None):
+        self.known_words = known_words
         end = tokenizer.token_to_id(END)
         assert end is not None, "`train` adds it and `load_clip_tokenizer` checks it"
         super().__init__(tokenizer, context_length, pad=0, start=1, end=end)
@@ -100,6 +105,12 @@ class CaptionTokenizer(BaseTokenizer):
         tokenizer.train_from_iterator(map(normalize_text, wrap_text(captions)), trainer)
         tokenizer.add_special_tokens([END])  # after training, for the highest number
         return cls(tokenizer, context_length)
+
+    def save(self, folder: Path) -> None:
+        """Write `tokenizer.json`, and `words.json` if the words are known."""
+        super().save(folder)
+        if self.known_words is not None:
+            self.known_words.save(folder)
 
     @property
     def vocab_size(self) -> int:
@@ -225,7 +236,7 @@ def load_clip_tokenizer(folder: Path, kind: str, text_cfg: dict[str, Any]) -> Ca
     settings, expected = (extract_tokenizer_settings(item) for item in (tokenizer, build_untrained_tokenizer()))
     if other := [key for key in expected if settings.get(key) != expected[key]]:
         raise InputError(f"{str(path)!r} has another {other[0]} than the vocabularies that `t2i train clip` writes")
-    return CaptionTokenizer(tokenizer, context_length)
+    return CaptionTokenizer(tokenizer, context_length, KnownWords.load(folder))
 
 
 def extract_tokenizer_settings(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -1,0 +1,80 @@
+"""The words of the captions that a CLIP was trained on, to say which words of a prompt it never saw."""
+
+import json
+import re
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from t2i.errors import InputError
+from t2i.files.untrusted import read_json
+from t2i.texts import normalize_text
+
+WORDS_FILE = "words.json"  # beside the tokenizer
+MAX_WORDS_BYTES = 2**20  # with more words than fit in it, nearly all that people type are known
+WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
+
+
+def split_words(text: str) -> list[str]:
+    """Return the words of a text, in lower case, without numbers and punctuation."""
+    return WORD.findall(unicodedata.normalize("NFKC", normalize_text(text)).lower())
+
+
+@dataclass(frozen=True)
+class KnownWords:
+    """The words of captions, and those that occur in keywords alone, each with a caption whose keyword it is.
+
+    It is the caption that has the word earliest among its keywords, or else the shortest.
+    """
+
+    captions: frozenset[str]
+    keywords: dict[str, str]
+
+    @classmethod
+    def collect(cls, rows: Iterable[dict[str, Any]]) -> "KnownWords":
+        """Return the words of `captions` and `keywords`, lists of texts in each row."""
+        captions: set[str] = set()
+        keywords: dict[str, tuple[int, int, str]] = {}
+        for row in rows:
+            captions.update(word for text in row["captions"] for word in split_words(text))
+            shortest = min(map(normalize_text, row["captions"]), key=len)
+            for rank, text in enumerate(row["keywords"]):
+                for word in split_words(text):
+                    known = (rank, len(shortest), shortest)
+                    keywords[word] = min(keywords.get(word, known), known)
+        return cls(frozenset(captions), {word: keywords[word][-1] for word in sorted(keywords.keys() - captions)})
+
+    def merge(self, other: "KnownWords") -> "KnownWords":
+        """Return the words of both."""
+        captions = self.captions | other.captions
+        keywords = {word: text for word, text in (other.keywords | self.keywords).items() if word not in captions}
+        return KnownWords(captions, keywords)
+
+    def save(self, folder: Path) -> None:
+        """Write `words.json`, unless it would be larger than the limit."""
+        by_caption: dict[str, list[str]] = {}
+        for word, caption in sorted(self.keywords.items()):
+            by_caption.setdefault(caption, []).append(word)
+        content = {
+            "captions": " ".join(sorted(self.captions)),
+            "keywords": {caption: " ".join(words) for caption, words in sorted(by_caption.items())},
+        }
+        data = json.dumps(content, ensure_ascii=False, indent=0).encode()
+        if len(data) <= MAX_WORDS_BYTES:
+            (folder / WORDS_FILE).write_bytes(data)
+
+    @classmethod
+    def load(cls, folder: Path) -> "KnownWords | None":
+        """Return the words that `save` wrote; None if there are none. Raises InputError for a damaged file."""
+        file = folder / WORDS_FILE
+        if not file.exists():
+            return None
+        content = read_json(file, MAX_WORDS_BYTES)
+        captions, keywords = content.get("captions"), content.get("keywords")
+        texts = [captions, *(keywords.values() if isinstance(keywords, dict) else [None])]
+        if not isinstance(keywords, dict) or not all(isinstance(text, str) for text in texts):
+            raise InputError(f"{str(file)!r} has no words of captions and keywords; `t2i train clip` writes them")
+        words = {word: caption for caption, text in keywords.items() for word in text.split()}
+        return cls(frozenset(str(captions).split()), words)
