@@ -102,7 +102,7 @@ def time_stages(pipeline: Text2ImagePipeline, work: Work) -> dict[str, float]:
         start = time.perf_counter()
         work()
         total = time.perf_counter() - start
-    seconds = {stage: sum(each) for stage, each in calls.items()}
+    seconds = {stage: sum(times) for stage, times in calls.items()}
     return seconds | {"the rest": total - sum(seconds.values())}
 
 

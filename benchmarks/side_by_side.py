@@ -92,7 +92,7 @@ def build_row(
     operations: floating-point operations of one call, by name. more: the remaining fields of `Row`.
     """
     ours, peer = seconds
-    medians = {name: statistics.median(each) for name, each in seconds.items()}
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
     rates = {name: count / medians[name] / measure_matrix_rate() for name, count in (operations or {}).items()}
     return Row(what, peer, compute_ratio(seconds, ours, peer), at_least, medians, rate=rates, **more)
 

@@ -55,8 +55,8 @@ class RandomEncodings(Dataset):
     validation, text_encoder, made_from = None, None, {"data": "random"}
 
     def __init__(self, lengths: list[int], latents: tuple[int, int, int] = (4, 1, 1), width: int = 768):
-        self.clip = ClipFacts("random", "0" * 16, embed_dim=width, text_width=width, context_length=77)
-        self.autoencoder = AutoencoderFacts("random", "0" * 16, channels=latents[0], factor=8)
+        self.clip_facts = ClipFacts("random", "0" * 16, embed_dim=width, text_width=width, context_length=77)
+        self.autoencoder_facts = AutoencoderFacts("random", "0" * 16, channels=latents[0], factor=8)
         self.dataset, count = self, len(lengths)
         z_i, z_t = (torch.nn.functional.normalize(torch.randn(count, width), dim=-1) for _ in range(2))
         states, latent, shortest = torch.randn(count, max(lengths), width), torch.randn(count, *latents), min(lengths)
@@ -91,11 +91,11 @@ class RandomEncodings(Dataset):
         return batch
 
     def null(self) -> TextEncoding:
-        width = self.clip.embed_dim
+        width = self.clip_facts.embed_dim
         return TextEncoding(torch.zeros(1, width), torch.zeros(1, 2, width), torch.ones(1, 2, dtype=torch.bool))
 
     def compute_statistics(self) -> tuple[Tensor, Tensor]:
-        width = self.clip.embed_dim
+        width = self.clip_facts.embed_dim
         return torch.zeros(width), torch.full((width,), width**-0.5)
 
 

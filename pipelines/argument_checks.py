@@ -46,7 +46,7 @@ def check_tensor(name: str, value: Tensor | None, shape: tuple[int | str, ...]) 
         return
     sides = value.shape if isinstance(value, Tensor) else ()
     fits = len(sides) == len(shape) and all(
-        side > 0 if isinstance(wanted, str) else side == wanted for side, wanted in zip(sides, shape)
+        side > 0 if isinstance(expected, str) else side == expected for side, expected in zip(sides, shape)
     )
     if not fits or not isinstance(value, Tensor):
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
@@ -64,17 +64,18 @@ def check_images(images: Any) -> None:
         raise InputError(f"images must be floats in [-1, 1], got {got}; t2i.pipelines.inputs.read_images makes them")
 
 
-def repeat_image_embeds(pipeline: Any, image_embeds: Tensor, inputs: int, each: int) -> Tensor:
+def repeat_image_embeds(pipeline: Any, image_embeds: Tensor, inputs: int, images_per_prompt: int) -> Tensor:
     """Return given z_i of all images, (N, D), as the decoder reads them, on the device.
 
-    image_embeds: (N, D), or a row for each of the `inputs`, prompts or given images; 0 is any number of rows. each:
-    images drawn for one. Raises InputError for another shape.
+    image_embeds: (N, D), or a row for each of the `inputs`, prompts or given images; 0 is any number of rows.
+    images_per_prompt: images drawn for one. Raises InputError for another shape.
     """
     check_tensor("image_embeds", image_embeds, ("N", pipeline.clip.embed_dim))
     count = len(image_embeds)
-    if inputs and count not in (inputs, inputs * each):
-        raise InputError(f"image_embeds has {count} rows for {inputs * each} images")
-    rows = image_embeds if count == inputs * each else image_embeds.repeat_interleave(each, dim=0)
+    images = inputs * images_per_prompt
+    if inputs and count not in (inputs, images):
+        raise InputError(f"image_embeds has {count} rows for {images} images")
+    rows = image_embeds if count == images else image_embeds.repeat_interleave(images_per_prompt, dim=0)
     return pipeline.normalize_embeds(rows.to(pipeline._execution_device).float())
 
 
@@ -85,12 +86,12 @@ def check_stage_inputs(
     count: int,
     any_size: bool = False,
     canvas: tuple[int, int] | None = None,
-    each: int = 1,
+    images_per_prompt: int = 1,
 ) -> None:
     """Refuse options that these stages do not take, to draw `count` images.
 
     prior: None if the prior is not used. any_size: allow other sizes than the decoder was trained on. canvas: height
-    and width of given images that are painted in. each: images for each prompt or given image.
+    and width of given images that are painted in. images_per_prompt: or for each given image.
     """
     if canvas is not None and pipeline.decoder.control_factor is not None:
         raise InputError("this decoder is a ControlNet, which does not inpaint; use another decoder")
@@ -110,7 +111,7 @@ def check_stage_inputs(
     check_tensor("image_embeds_noise", decoder.image_embeds_noise, embeds_shape)
     check_tensor("negative_image_embeds", decoder.negative_image_embeds, embeds_shape)
     if decoder.control_image is not None:
-        given, needed = len(read_images(decoder.control_image, name="control_image")), count // each
+        given, needed = len(read_images(decoder.control_image, name="control_image")), count // images_per_prompt
         if given not in (1, needed):
             raise InputError(f"control_image has {given} images for {needed} prompts or images; give 1 or {needed}")
     check_super_resolution(pipeline, decoder, (count, 3, height, width))

@@ -182,7 +182,7 @@ class PipelineFolder(SourceFolder):
         if COMPONENT_CLASSES[name] == (SchedulerMixin,) and module in ("diffusers", *PROJECT_SCHEDULERS):
             check_scheduler_folder(self.path / name, class_name, self.path, module)
         elif component_class := self.find_component_class(name):
-            self.own_component(name).check_model(component_class)
+            self.open_own_component(name).check_model(component_class)
         else:
             asked = f"{str(entry)[:80]} as {name}; only this project's own parts are loaded"
             raise InputError(f"{str(self.path / 'model_index.json')!r} asks for {asked}")
@@ -197,7 +197,7 @@ class PipelineFolder(SourceFolder):
         """Load a component that `check` has passed; dtype: None is float32."""
         component_class = self.find_component_class(name)
         return load_or_explain(
-            lambda _: load_component_model(component_class, self.own_component(name), dtype), self.path
+            lambda _: load_component_model(component_class, self.open_own_component(name), dtype), self.path
         )
 
     def check_saved_clip(self, clip: AnyCLIP) -> None:

@@ -25,13 +25,13 @@ logger = logging.getLogger(__name__)
 class Redrawing:
     """Checked arguments of a call that draws from P given images.
 
-    prompts, negatives: P texts each, or none. each: images drawn from one. prior: None where it is not used.
-    generators: one for each drawn image, as prior_generators. image_embeds: (N, D), given z_i of all drawn images.
+    prompts, negatives: P texts each, or none. images_per_prompt: or for each given image. prior: None where it is not
+    used. generators: one for each drawn image, as prior_generators. image_embeds: (N, D), given z_i of all of them.
     """
 
     prompts: Texts
     negatives: Texts
-    each: int
+    images_per_prompt: int
     prior: PriorOptions | None
     decoder: DecoderOptions
     prior_generators: list[Generator]
@@ -77,67 +77,70 @@ class ImageToImagePipeline(UnCLIPPipeline):
         given = read_images(image, self.image_size) if latents is None else latents
         count = len(given)
         texts = choose_text_pair(self, count, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
-        work = plan_redrawing(self, count, texts, num_images_per_prompt, generator, resolved, image_embeds)
-        count = len(work.generators)
-        check_stage_inputs(self, work.prior, work.decoder, count, each=work.each)
-        check_batch_fits(self, work.prior, work.decoder, count)
+        redrawing = plan_redrawing(self, count, texts, num_images_per_prompt, generator, resolved, image_embeds)
+        count = len(redrawing.generators)
+        prior, decoder, images_per_prompt = redrawing.prior, redrawing.decoder, redrawing.images_per_prompt
+        check_stage_inputs(self, prior, decoder, count, images_per_prompt=images_per_prompt)
+        check_batch_fits(self, prior, decoder, count)
 
         # Draw
         # A CLIP without an image encoder will do where prompts say what to draw
         seen = None
-        if work.reads_images:
+        if redrawing.reads_images:
             shown = image if latents is None else self.decode(latents, "pt")
             seen = read_given_images(shown, self.image_size, self.clip).seen
-        z_i, text = compute_image_embeds(self, seen, work)
+        z_i, text = compute_image_embeds(self, seen, redrawing)
         latents = self.encode_latents(given) if latents is None else latents
-        canvas = Canvas(latents.repeat_interleave(work.each, dim=0), strength=strength)
-        latents = run_decoder_stage(self, z_i, text, work.decoder, work.generators, canvas=canvas)
-        return self.build_output(finish_images(self, latents, z_i, work.decoder, work.generators), z_i, return_dict)
+        canvas = Canvas(latents.repeat_interleave(images_per_prompt, dim=0), strength=strength)
+        latents = run_decoder_stage(self, z_i, text, decoder, redrawing.generators, canvas=canvas)
+        return self.build_output(finish_images(self, latents, z_i, decoder, redrawing.generators), z_i, return_dict)
 
 
 def plan_redrawing(
     pipeline: UnCLIPPipeline,
     count: int,
     texts: tuple[Texts, Texts],
-    each: int,
+    images_per_prompt: int,
     generator: Generator | list[Generator] | None,
     resolved: ResolvedOptions,
     image_embeds: Tensor | None = None,
 ) -> Redrawing:
-    """Check the arguments of a call that draws from `count` images, `each` for one. Raises InputError.
+    """Check the arguments of a call that draws from `count` images, `images_per_prompt` from each. Raises InputError.
 
     texts: of `choose_text_pair`.
     """
-    check_integer("num_images_per_prompt", each, 1, MAX_IMAGES)
+    check_integer("num_images_per_prompt", images_per_prompt, 1, MAX_IMAGES)
     prior, decoder = resolved
-    prior_generators, generators = split_generators(generator, count * each)
+    prior_generators, generators = split_generators(generator, count * images_per_prompt)
     if image_embeds is not None:
-        image_embeds = repeat_image_embeds(pipeline, image_embeds, count, each)
+        image_embeds = repeat_image_embeds(pipeline, image_embeds, count, images_per_prompt)
     uses_prior = image_embeds is None and len(texts[0]) > 0
     if len(texts[1]) and not (uses_prior and pipeline.prior and not prior.prior_guidance_scale.is_off):
         logger.warning("negative_prompt has no effect: it guides the prior, which is not guided or not used here")
-    wanted, negatives = texts
+    prompts, negatives = texts
     used = prior if uses_prior else None
-    return Redrawing(wanted, negatives, each, used, decoder, prior_generators, generators, image_embeds)
+    return Redrawing(prompts, negatives, images_per_prompt, used, decoder, prior_generators, generators, image_embeds)
 
 
 def compute_image_embeds(
-    pipeline: UnCLIPPipeline, images: Tensor | None, work: Redrawing
+    pipeline: UnCLIPPipeline, images: Tensor | None, redrawing: Redrawing
 ) -> tuple[Tensor, TextEncoding | None]:
     """Return z_i and the captions that the decoder reads: those given, or z_i sampled for the prompts.
 
     Without either, encode the images, (P, 3, H, W) in [-1, 1], which may be None otherwise.
     """
-    if work.reads_images:
+    prompts, negatives, images_per_prompt = redrawing.prompts, redrawing.negatives, redrawing.images_per_prompt
+    if redrawing.reads_images:
         assert images is not None, "the caller reads them"
-        return pipeline.encode_image(images).repeat_interleave(work.each, dim=0), None
-    if work.image_embeds is not None:
-        text = pipeline.encode_decoder_prompt(work.prompts).repeat(work.each) if len(work.prompts) else None
-        return work.image_embeds, text
-    assert work.prior is not None, "there are prompts"
-    text = pipeline.encode_prompt(work.prompts).repeat(work.each)
-    negative = pipeline.encode_prompt(work.negatives).repeat(work.each) if len(work.negatives) else None
-    return run_prior_stage(pipeline, text, negative, work.prior, work.prior_generators, work.decoder), text
+        return pipeline.encode_image(images).repeat_interleave(images_per_prompt, dim=0), None
+    if redrawing.image_embeds is not None:
+        text = pipeline.encode_decoder_prompt(prompts).repeat(images_per_prompt) if len(prompts) else None
+        return redrawing.image_embeds, text
+    assert redrawing.prior is not None, "there are prompts"
+    text = pipeline.encode_prompt(prompts).repeat(images_per_prompt)
+    negative = pipeline.encode_prompt(negatives).repeat(images_per_prompt) if len(negatives) else None
+    z_i = run_prior_stage(pipeline, text, negative, redrawing.prior, redrawing.prior_generators, redrawing.decoder)
+    return z_i, text
 
 
 def read_latents(pipeline: UnCLIPPipeline, image: Any, any_size: bool = False) -> Tensor | None:

@@ -65,31 +65,33 @@ class ImageVariationPipeline(InvertingPipeline):
         if eta is not None and not isinstance(given, BipartiteLatent):
             check_inversion_guidance(decoder)
         prompts = list_prompts("prompt", prompt, count)
-        each = num_images_per_prompt
-        prior_generators, generators = split_generators(generator, count * each)
+        prior_generators, generators = split_generators(generator, count * num_images_per_prompt)
         negatives = list_prompts("negative_prompt", negative_prompt, count)
         if negatives and eta is not None:
             raise InputError("negative_prompt is for images from new noise; leave out one of both")
         imagines = bool(negatives) and check_negative_prompt(self, decoder)
-        check_stage_inputs(self, prior if imagines else None, decoder, len(generators), any_size=eta is None, each=each)
-        check_batch_fits(self, None, decoder, len(generators))
-        if eta == 0 and each > 1:
-            logger.warning("num_images_per_prompt is %d, but with eta 0 they are all the same", each)
+        count, used_prior = len(generators), prior if imagines else None
+        check_stage_inputs(self, used_prior, decoder, count, eta is None, images_per_prompt=num_images_per_prompt)
+        check_batch_fits(self, None, decoder, count)
+        if eta == 0 and num_images_per_prompt > 1:
+            logger.warning("num_images_per_prompt is %d, but with eta 0 they are all the same", num_images_per_prompt)
 
         # Draw
         text = self.encode_decoder_prompt(prompts) if prompts else None
-        repeated_text = None if text is None else text.repeat(each)
+        repeated_text = None if text is None else text.repeat(num_images_per_prompt)
         if eta is not None:
             inverted = self.invert_images(given, text, decoder)
-            inverted = BipartiteLatent(*(tensor.repeat_interleave(each, dim=0) for tensor in inverted))
+            inverted = BipartiteLatent(*(tensor.repeat_interleave(num_images_per_prompt, dim=0) for tensor in inverted))
             z_i, images = inverted.image_embeds, self.redraw_images(inverted, repeated_text, decoder, generators)
         else:
             z_i = given.image_embeds if isinstance(given, BipartiteLatent) else self.encode_image(given.seen)
-            z_i = z_i.repeat_interleave(each, dim=0)
-            unwanted = None
+            z_i = z_i.repeat_interleave(num_images_per_prompt, dim=0)
+            negative = None
             if negatives:
-                unwanted = encode_unwanted_texts(self, negatives, each, prior, prior_generators, decoder)
-            latents = run_decoder_stage(self, z_i, repeated_text, decoder, generators, unwanted)
+                negative = encode_negative_texts(
+                    self, negatives, num_images_per_prompt, prior, prior_generators, decoder
+                )
+            latents = run_decoder_stage(self, z_i, repeated_text, decoder, generators, negative)
             images = finish_images(self, latents, z_i, decoder, generators)
         return self.build_output(images, z_i, return_dict)
 
@@ -114,21 +116,21 @@ def check_negative_prompt(pipeline: UnCLIPPipeline, decoder: DecoderOptions) -> 
     return imagines
 
 
-def encode_unwanted_texts(
+def encode_negative_texts(
     pipeline: UnCLIPPipeline,
     texts: list[str],
-    each: int,
+    images_per_prompt: int,
     prior: PriorOptions,
     generators: list[Generator],
     decoder: DecoderOptions,
 ) -> ImageCondition:
     """Encode texts to guide the decoder away from: captions without a picture, or the prior's z_i."""
-    null = pipeline.decoder.null(len(texts) * each).expand()
+    null = pipeline.decoder.null(len(texts) * images_per_prompt).expand()
     if null.text is None:
-        text = pipeline.encode_prompt(texts).repeat(each)
-        unseen = replace(decoder, on_preview=None)  # previews are of what is wanted
+        text = pipeline.encode_prompt(texts).repeat(images_per_prompt)
+        unseen = replace(decoder, on_preview=None)  # previews are of the image alone
         return ImageCondition(run_prior_stage(pipeline, text, None, prior, generators, unseen), text)
     # The null of decoders that noise z_i is wider than z_i, and zero is their null too
     width = pipeline.clip.embed_dim
     nothing = null.embedding if null.embedding.shape[1] == width else null.embedding.new_zeros(len(null), width)
-    return ImageCondition(nothing, pipeline.encode_decoder_prompt(texts).repeat(each))
+    return ImageCondition(nothing, pipeline.encode_decoder_prompt(texts).repeat(images_per_prompt))

@@ -79,17 +79,17 @@ class InpaintPipeline(UnCLIPPipeline):
         given = PaintedImages(images, images, masks)
         texts = choose_text_pair(self, len(images), prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         resolved = self.resolve_options(**options)
-        work = plan_redrawing(self, len(images), texts, num_images_per_prompt, generator, resolved, image_embeds)
+        redrawing = plan_redrawing(self, len(images), texts, num_images_per_prompt, generator, resolved, image_embeds)
         if padding_mask_crop is None:
-            return self.paint_images(given, work, strength, return_dict)
+            return self.paint_images(given, redrawing, strength, return_dict)
         check_integer("padding_mask_crop", padding_mask_crop, 0, MAX_MARGIN)
-        return self.paint_crops(given, padding_mask_crop, work, strength, return_dict)
+        return self.paint_crops(given, padding_mask_crop, redrawing, strength, return_dict)
 
     def paint_crops(
-        self, given: PaintedImages, padding: int, work: Redrawing, strength: float, return_dict: bool
+        self, given: PaintedImages, padding: int, redrawing: Redrawing, strength: float, return_dict: bool
     ) -> UnCLIPPipelineOutput | tuple:
         """Paint the parts around the masks, enlarged or reduced to the trained size, and put them into the images."""
-        if work.decoder.output_type == "latent":
+        if redrawing.decoder.output_type == "latent":
             raise InputError("padding_mask_crop needs images, but output_type is 'latent'; choose another output_type")
         side, processor = self.image_size, self.image_processor
         images, masks = (
@@ -104,44 +104,45 @@ class InpaintPipeline(UnCLIPPipeline):
 
         # Paint
         parts = PaintedImages(given.shown, 2 * crop(images) - 1, (crop(masks)[:, :1] >= 0.5).float())
-        in_images = replace(work, decoder=replace(work.decoder, output_type="pil"))
+        in_images = replace(redrawing, decoder=replace(redrawing.decoder, output_type="pil"))
         drawn: Any = self.paint_images(parts, in_images, strength)
-        each = work.each
+        sources = [i for i in range(len(images)) for _ in range(redrawing.images_per_prompt)]
         whole = [
-            processor.apply_overlay(masks[i // each], images[i // each], painted, regions[i // each])
-            for i, painted in enumerate(drawn.images)
+            processor.apply_overlay(masks[i], images[i], painted, regions[i])
+            for i, painted in zip(sources, drawn.images, strict=True)
         ]
 
         # In the form that was asked for
         result: Any = [image.convert("RGB") for image in whole]
-        if work.decoder.output_type != "pil":
+        if redrawing.decoder.output_type != "pil":
             result = processor.pil_to_numpy(result)
-        if work.decoder.output_type == "pt":
+        if redrawing.decoder.output_type == "pt":
             result = torch.from_numpy(result).movedim(-1, 1)
         return self.build_output(result, drawn.image_embeds, return_dict)
 
     def paint_images(
         self,
         given: PaintedImages,
-        work: Redrawing,
+        redrawing: Redrawing,
         strength: float = 1.0,
         return_dict: bool = True,
     ) -> UnCLIPPipelineOutput | tuple:
-        """Paint in the given images. work: the checked arguments."""
+        """Paint in the given images. redrawing: the checked arguments."""
         # Check the arguments
         check_strength(strength)
-        if work.decoder.upsample:
+        if redrawing.decoder.upsample:
             raise InputError("upsample is not for inpainting, which keeps pixels as they are; upsample its images")
-        decoder, generators = work.decoder, work.generators
+        decoder, generators = redrawing.decoder, redrawing.generators
         count = len(generators)
         padded, mask = (self.pad_to_latent_cells(x).to(self._execution_device) for x in (given.images, given.masks))
         height, width = padded.shape[-2:]
-        check_stage_inputs(self, work.prior, decoder, count, canvas=(height, width))
+        check_stage_inputs(self, redrawing.prior, decoder, count, canvas=(height, width))
         sized = replace(decoder, height=height, width=width)
-        check_batch_fits(self, work.prior, sized, count, window=self.latent_shape[-1])
+        check_batch_fits(self, redrawing.prior, sized, count, window=self.latent_shape[-1])
 
         # Decoded images are cropped to the given ones' size, and show the given pixels where nothing is painted
-        whole, inside = (x.repeat_interleave(work.each, dim=0).to(padded.device) for x in (given.images, given.masks))
+        repeats = redrawing.images_per_prompt
+        whole, inside = (x.repeat_interleave(repeats, dim=0).to(padded.device) for x in (given.images, given.masks))
 
         def to_images(latents: Tensor, output_type: str = "pil", is_preview: bool = True) -> Any:
             painted = self.decode_images(latents) if is_preview else self.decode_images(latents, decoder, generators)
@@ -149,9 +150,9 @@ class InpaintPipeline(UnCLIPPipeline):
             return self.image_processor.postprocess(paste_painted_region(painted, whole, inside), output_type)
 
         # Draw
-        z_i, text = compute_image_embeds(self, given.shown, work)
-        latents = self.encode_latents(padded).repeat_interleave(work.each, dim=0)
-        mask = downsample_mask(mask, self.autoencoder.factor).repeat_interleave(work.each, dim=0)
+        z_i, text = compute_image_embeds(self, given.shown, redrawing)
+        latents = self.encode_latents(padded).repeat_interleave(repeats, dim=0)
+        mask = downsample_mask(mask, self.autoencoder.factor).repeat_interleave(repeats, dim=0)
         canvas = Canvas(latents, mask, strength, to_images)
         x = run_decoder_stage(self, z_i, text, decoder, generators, canvas=canvas)
         is_latent = decoder.output_type == "latent"
@@ -208,9 +209,9 @@ class OutpaintPipeline(InpaintPipeline):
         mask = F.pad(torch.zeros_like(images[:, :1]), margins, value=1.0)
         texts = choose_text_pair(self, len(images), prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         resolved = self.resolve_options(**options)
-        work = plan_redrawing(self, len(images), texts, num_images_per_prompt, generator, resolved, image_embeds)
+        redrawing = plan_redrawing(self, len(images), texts, num_images_per_prompt, generator, resolved, image_embeds)
         # A margin has nothing to keep: always all of the steps are taken
-        return self.paint_images(PaintedImages(images, enlarged, mask), work, 1.0, return_dict)
+        return self.paint_images(PaintedImages(images, enlarged, mask), redrawing, 1.0, return_dict)
 
 
 def collect_margins(left: int, right: int, top: int, bottom: int) -> tuple[int, int, int, int]:

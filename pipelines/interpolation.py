@@ -107,9 +107,9 @@ class InterpolationPipeline(InvertingPipeline):
             part = slice(start, start + FRAMES_PER_BATCH)
             text = None if ends.text is None else ends.text.take_rows(rows[part].argmax(dim=1))
             # The noise that a sampler adds is the same for all, or the frames would flicker
-            streams = [Generator().manual_seed(ends.seed) for _ in rows[part]]
+            generators = [Generator().manual_seed(ends.seed) for _ in rows[part]]
             part_options = replace(decoder, steering=slice_steering(decoder.steering, part))
-            drawn.append(self.redraw_images(BipartiteLatent(z_i[part], x_T[part]), text, part_options, streams))
+            drawn.append(self.redraw_images(BipartiteLatent(z_i[part], x_T[part]), text, part_options, generators))
         return self.build_output(concatenate_images(drawn), z_i, return_dict)
 
     @classmethod

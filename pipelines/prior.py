@@ -129,11 +129,11 @@ class PriorPipeline(PromptEncoding, Interruptible, DiskOffloading):
         # Sample. Both start from the same noise.
         same_noise = [stream.clone_state() for stream in generators]
         text = self.encode_prompt(texts).repeat(num_images_per_prompt)
-        unwanted = self.encode_prompt(negatives).repeat(num_images_per_prompt) if len(negatives) else None
+        negative = self.encode_prompt(negatives).repeat(num_images_per_prompt) if len(negatives) else None
         no_preview = DecoderOptions()
-        z_i, z_not = run_prior_stage(self, text, unwanted, prior, generators, no_preview), None
-        if unwanted is not None:
+        z_i, z_not = run_prior_stage(self, text, negative, prior, generators, no_preview), None
+        if negative is not None:
             uncalled = replace(prior, prior_callback_on_step_end=None)
-            z_not = run_prior_stage(self, unwanted, None, uncalled, same_noise, no_preview)
+            z_not = run_prior_stage(self, negative, None, uncalled, same_noise, no_preview)
         self.maybe_free_model_hooks()
         return PriorPipelineOutput(z_i, z_not) if return_dict else (z_i, z_not)

@@ -125,15 +125,15 @@ def build_prior_callback(
         return None
     candidates = embeddings.count_candidates(prior, options.prior_candidates, options.prior_latents)
     captions = text.repeat(candidates)
-    unwanted = prior.null(len(captions)) if negative is None else negative.repeat(candidates)
-    unwanted = unwanted.to(text.device, prior.dtype)
+    negative = prior.null(len(captions)) if negative is None else negative.repeat(candidates)
+    negative = negative.to(text.device, prior.dtype)
 
-    def build_predict(wanted: TextEncoding, unwanted: TextEncoding, guidance: Guidance) -> Predict:
+    def build_predict(condition: TextEncoding, negative: TextEncoding, guidance: Guidance) -> Predict:
         timesteps = scheduler.timesteps if prior.prepares_timesteps else None
-        return build_guided_predict(prior, wanted, unwanted, guidance, scheduler, timesteps)
+        return build_guided_predict(prior, condition, negative, guidance, scheduler, timesteps)
 
     names = options.prior_callback_on_step_end_tensor_inputs
-    guidance, conditions = options.prior_guidance_scale, (captions, unwanted)
+    guidance, conditions = options.prior_guidance_scale, (captions, negative)
     return ConditionCallback(pipeline, callback, names, guidance, conditions, build_predict, PRIOR_CALLBACK_TENSORS)
 
 
@@ -224,8 +224,8 @@ def build_decoder_callback(
     if callback is None:
         return None
 
-    def build_predict(wanted: ImageCondition, unwanted: ImageCondition, guidance: Guidance) -> Predict:
-        return sample.build_decoder_predict(decoder, scheduler, wanted, guidance, unwanted, windows)
+    def build_predict(condition: ImageCondition, negative: ImageCondition, guidance: Guidance) -> Predict:
+        return sample.build_decoder_predict(decoder, scheduler, condition, guidance, negative, windows)
 
     conditions = (condition, decoder.null(len(condition)) if negative is None else negative)
     names = options.callback_on_step_end_tensor_inputs

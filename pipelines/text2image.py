@@ -53,16 +53,17 @@ class Text2ImagePipeline(UnCLIPPipeline):
         if image_embeds is None and prompt_embeds is None and (prompt is None or prompt == []):
             raise InputError("prompt is missing; give a text, a list of texts, or image_embeds")
         prompts = choose_texts(self, "prompt", prompt, prompt_embeds, empty=False)
-        each = num_images_per_prompt
-        count = len(prompts) * each
+        count = len(prompts) * num_images_per_prompt
         if image_embeds is not None:
-            image_embeds = repeat_image_embeds(self, image_embeds, len(prompts), each)
+            image_embeds = repeat_image_embeds(self, image_embeds, len(prompts), num_images_per_prompt)
             count = len(image_embeds)
-        negatives = choose_texts(self, "negative_prompt", negative_prompt, negative_prompt_embeds, count // each)
-        decoder_negatives = list_prompts("decoder_negative_prompt", decoder_negative_prompt, count // each)
+        inputs = count // num_images_per_prompt
+        negatives = choose_texts(self, "negative_prompt", negative_prompt, negative_prompt_embeds, inputs)
+        decoder_negatives = list_prompts("decoder_negative_prompt", decoder_negative_prompt, inputs)
         prior_generators, generators = split_generators(generator, count)
         uses_prior = image_embeds is None or decoder_negatives
-        check_stage_inputs(self, prior if uses_prior else None, decoder, count, any_size=True, each=each)
+        used_prior = prior if uses_prior else None
+        check_stage_inputs(self, used_prior, decoder, count, any_size=True, images_per_prompt=num_images_per_prompt)
         check_batch_fits(self, prior if image_embeds is None else None, decoder, count)
         if negatives and (prior.prior_guidance_scale.is_off or image_embeds is not None):
             logger.warning("negative_prompt has no effect: it guides the prior, which is not guided or not used here")
@@ -70,24 +71,26 @@ class Text2ImagePipeline(UnCLIPPipeline):
             logger.warning("decoder_negative_prompt has no effect: the decoder is not guided")
             decoder_negatives = []
 
-        # Draw. The prior starts from the same noise for what is wanted and for what is not.
+        # Draw. The prior starts from the same noise for the prompt and for the decoder's negative prompt.
         same_noise = [stream.clone_state() for stream in prior_generators]
         encode = self.encode_prompt if image_embeds is None else self.encode_decoder_prompt
-        text = encode(prompts).repeat(each) if prompts else None
+        text = encode(prompts).repeat(num_images_per_prompt) if prompts else None
         if image_embeds is None:
             assert text is not None, "there are prompts or embeddings"
-            negative = self.encode_prompt(negatives).repeat(each) if negatives else None
+            negative = self.encode_prompt(negatives).repeat(num_images_per_prompt) if negatives else None
             z_i = run_prior_stage(self, text, negative, prior, prior_generators, decoder)
         else:
             z_i = image_embeds
-        unwanted = self.encode_decoder_negatives(decoder_negatives, each, prior, same_noise, decoder)
-        latents = run_decoder_stage(self, z_i, text, decoder, generators, unwanted)
+        decoder_negative = self.encode_decoder_negatives(
+            decoder_negatives, num_images_per_prompt, prior, same_noise, decoder
+        )
+        latents = run_decoder_stage(self, z_i, text, decoder, generators, decoder_negative)
         return self.build_output(finish_images(self, latents, z_i, decoder, generators), z_i, return_dict)
 
     def encode_decoder_negatives(
         self,
         negatives: list[str],
-        each: int,
+        images_per_prompt: int,
         prior: PriorOptions,
         generators: list[Generator],
         decoder: DecoderOptions,
@@ -97,9 +100,9 @@ class Text2ImagePipeline(UnCLIPPipeline):
             return None
         given = decoder.negative_image_embeds
         encode = self.encode_prompt if given is None else self.encode_decoder_prompt
-        text = encode(negatives).repeat(each)
+        text = encode(negatives).repeat(images_per_prompt)
         if given is not None:
             return ImageCondition(self.normalize_embeds(given.to(self._execution_device).float()), text)
-        # Previews and callbacks are of what is wanted
+        # Previews and callbacks are of the prompt alone
         unseen, uncalled = replace(decoder, on_preview=None), replace(prior, prior_callback_on_step_end=None)
         return ImageCondition(run_prior_stage(self, text, None, uncalled, generators, unseen), text)

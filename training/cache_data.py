@@ -98,7 +98,7 @@ class CacheShard:
     first: int
     end: int
 
-    def path(self, folder: Path) -> Path:
+    def build_path(self, folder: Path) -> Path:
         return build_shard_path(folder, self.split, self.number)
 
 
@@ -132,7 +132,7 @@ def main(config: Config) -> None:
         if accelerator.is_main_process:
             counts = {split: sum(shard.split == split for shard in shards) for split in datasets}
             models = {name: None if facts is None else asdict(facts) for name, facts in encoder.facts.items()}
-            training = [shard.path(folder) for shard in shards if shard.split == "train"]
+            training = [shard.build_path(folder) for shard in shards if shard.split == "train"]
             finish_cache(folder, key, models, encoder.compute_shared_tensors(training), counts)
             pictures = ", ".join(f"{len(dataset)} pictures of {split}" for split, dataset in datasets.items())
             print_line(f"{folder}: {pictures}; {sum(path.stat().st_size for path in folder.iterdir()) / 1e6:.1f} MB")
@@ -169,7 +169,7 @@ def write_missing_shards(
     """Make the shards that are missing or damaged; each process makes a part of them."""
     # Each process checks its part, for a shard is read whole to compute its SHA-256.
     rank, world = accelerator.process_index, accelerator.num_processes
-    missing = [shard for shard in shards[rank::world] if not is_shard_intact(shard.path(folder))]
+    missing = [shard for shard in shards[rank::world] if not is_shard_intact(shard.build_path(folder))]
     missing = sorted(gather_object(missing), key=shards.index)
     # Without cache.json, the cache counts as unfinished.
     if missing and accelerator.is_main_process:
@@ -183,7 +183,7 @@ def write_missing_shards(
         for shard in assigned:
             dataset, pictures = datasets[shard.split], range(shard.first, shard.end)
             tensors = encoder.encode(dataset, pictures, images)
-            write_shard(shard.path(folder), tensors)
+            write_shard(shard.build_path(folder), tensors)
             bar.update(len(pictures))
     accelerator.wait_for_everyone()
 

@@ -76,8 +76,8 @@ def main(config: Config) -> None:
 def build_stage(config: Config, source: EncodingSource, labels: Labels, device: torch.device) -> Stage:
     """Build the stage: a classifier of noisy latents by these labels."""
     source.to(device)
-    assert source.autoencoder is not None
-    check_multiple_of("data.image_size", config.data.image_size, source.autoencoder.factor)
+    assert source.autoencoder_facts is not None
+    check_multiple_of("data.image_size", config.data.image_size, source.autoencoder_facts.factor)
     scheduler = build_noise_scheduler(config.scheduler)
     dataset = LabelledDataset(source.dataset, labels)
     validation = None if source.validation is None else LabelledDataset(source.validation, labels)
@@ -85,11 +85,11 @@ def build_stage(config: Config, source: EncodingSource, labels: Labels, device: 
     made_from = {**source.made_from, "labels": hashlib.sha256(content.encode()).hexdigest()[:16]}
     needed = {
         "classes": labels.classes,
-        "latent_channels": source.autoencoder.channels,
-        "latent_size": config.data.image_size // source.autoencoder.factor,
-        "embed_dim": source.clip.embed_dim,
-        "autoencoder_fingerprint": source.autoencoder.identity,
-        "clip_fingerprint": source.clip.identity,
+        "latent_channels": source.autoencoder_facts.channels,
+        "latent_size": config.data.image_size // source.autoencoder_facts.factor,
+        "embed_dim": source.clip_facts.embed_dim,
+        "autoencoder_fingerprint": source.autoencoder_facts.identity,
+        "clip_fingerprint": source.clip_facts.identity,
     }
     classifier = build_or_explain(LatentClassifier, "model", config.model, **needed).to(device)
 

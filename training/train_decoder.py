@@ -107,8 +107,8 @@ def build_stage(
 ) -> Stage:
     """Build the stage. public: the part of a public model that `init` names."""
     source.to(device)
-    assert source.autoencoder is not None
-    check_multiple_of("data.image_size", config.data.image_size, source.autoencoder.factor)
+    assert source.autoencoder_facts is not None
+    check_multiple_of("data.image_size", config.data.image_size, source.autoencoder_facts.factor)
     output = Path(config.train.output)
     # The noise schedule
     public_scheduler = None if public is None else public.source.find_folder("decoder_scheduler")
@@ -142,7 +142,9 @@ def build_stage(
 
     preview = None
     if config.train.sample_every:
-        previews = TrainingPreviews(config.sample, encode_preview_input(source, config.sample), source.clip.identity)
+        previews = TrainingPreviews(
+            config.sample, encode_preview_input(source, config.sample), source.clip_facts.identity
+        )
         preview = partial(previews.preview_decoder, scheduler=scheduler, load_autoencoder=source.load_autoencoder)
     return Stage(
         model=decoder,
@@ -185,7 +187,7 @@ def load_init_decoder(config: Config, source: EncodingSource, public: PublicPart
     if public is None:
         decoder = load_decoder(init, config.reads_masks)
     else:
-        text_encoder = None if source.text_encoder is None else source.load_text_encoder()
+        text_encoder = None if source.text_encoder_facts is None else source.load_text_encoder()
         decoder = load_trainable_decoder(public, source.load_clip, text_encoder)
     return prepare_init_model(decoder, init, config.model, **collect_decoder_arguments(config, source))
 
@@ -212,16 +214,16 @@ def load_decoder(folder: str, reads_masks: bool) -> Any:
 def export_text_encoder(source: EncodingSource, output: Path) -> None:
     """Save the decoder's text encoder, unless it is there already; delete one of an older run that had another."""
     folder = find_text_encoder_folder(output)
-    if source.text_encoder is None:
+    if source.text_encoder_facts is None:
         if folder is not None:
             shutil.rmtree(folder)
-    elif folder is None or read_stored_fingerprint(folder) != source.text_encoder.identity:
+    elif folder is None or read_stored_fingerprint(folder) != source.text_encoder_facts.identity:
         save_model_folder(source.load_text_encoder(), output, "text_encoder")
 
 
 def collect_decoder_arguments(config: Config, source: EncodingSource) -> dict[str, Any]:
     """Return the model's arguments that the configuration and the frozen models decide."""
-    clip, autoencoder, text_encoder = source.clip, source.autoencoder, source.text_encoder
+    clip, autoencoder, text_encoder = source.clip_facts, source.autoencoder_facts, source.text_encoder_facts
     assert autoencoder is not None
     text_width = clip.text_width if text_encoder is None else text_encoder.width
     return {

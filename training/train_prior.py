@@ -131,7 +131,7 @@ def find_public_prior(config: Config) -> PublicPart | None:
         return None
     public = find_trainable_part(config.init, "prior")
     if public is not None:
-        tokens = public.component().config.get("additional_embeddings", 4)
+        tokens = public.open_component().config.get("additional_embeddings", 4)
         found = "eclipse" if tokens == 3 else "diffusion"  # without a token for the time
         if found != config.architecture:
             raise InputError(f"init={config.init!r} has a prior of architecture={found}, got {config.architecture}")
@@ -143,7 +143,7 @@ def build_stage(
 ) -> Stage:
     """Build the stage. public: the part of a public model that `init` names."""
     source.to(device)
-    if config.architecture not in PUBLIC_ARCHITECTURES and not source.clip.unit_length:
+    if config.architecture not in PUBLIC_ARCHITECTURES and not source.clip_facts.unit_length:
         raise InputError(
             f"architecture={config.architecture} needs embeddings of unit length, which clip={config.clip!r} does not "
             "make; use diffusion"
@@ -184,7 +184,9 @@ def build_stage(
 
     preview = None
     if config.train.sample_every:
-        previews = TrainingPreviews(config.sample, encode_preview_input(source, config.sample), source.clip.identity)
+        previews = TrainingPreviews(
+            config.sample, encode_preview_input(source, config.sample), source.clip_facts.identity
+        )
         preview = partial(previews.preview_prior, scheduler=scheduler)
     return Stage(
         model=prior,
@@ -213,7 +215,7 @@ def build_prior(config: Config, source: EncodingSource) -> Any:
 
     Raises InputError for bad arguments, before the data are read.
     """
-    arguments, needed = collect_model_arguments(config), collect_clip_arguments(config, source.clip)
+    arguments, needed = collect_model_arguments(config), collect_clip_arguments(config, source.clip_facts)
     prior_class = ARCHITECTURES[config.architecture]
     if config.architecture in REGRESSION_KINDS:
         prior = build_or_explain(prior_class, "model", arguments, **needed)
@@ -230,7 +232,7 @@ def build_prior(config: Config, source: EncodingSource) -> Any:
     regression = None
     if config.regression is not None:
         regression = load_model(RegressionPrior, config.regression)
-        stored, current = regression.config.clip_fingerprint, source.clip.identity
+        stored, current = regression.config.clip_fingerprint, source.clip_facts.identity
         if stored not in (None, current):
             raise InputError(
                 f"regression={config.regression!r} was trained with the CLIP {stored}, this run has {current}"
@@ -250,7 +252,7 @@ def build_prior(config: Config, source: EncodingSource) -> Any:
 
 def load_init_prior(config: Config, source: EncodingSource, public: PublicPart | None) -> Any:
     """Return the prior `init`, whose null and statistics belong to its weights; a public one gets the data's null."""
-    clip, init = source.clip, str(config.init)
+    clip, init = source.clip_facts, str(config.init)
     if public is None:
         prior = load_model(ARCHITECTURES[config.architecture], init)
     else:

@@ -79,7 +79,10 @@ class RandomCrops(CaptionedPictures):
         self.crop_size, self.embeddings = config.crop_size, None
         if config.cache is not None:
             self.embeddings = CachedPairs(config.cache, split, latents=False, text=False)
-            if self.embeddings.clip is None or self.embeddings.made_from["data"].get(split) != self.compute_digest():
+            if (
+                self.embeddings.clip_facts is None
+                or self.embeddings.made_from["data"].get(split) != self.compute_digest()
+            ):
                 raise InputError(
                     f"the cache {config.cache!r} has no image embeddings of the split {split} of {config.data.path!r}"
                 )
@@ -109,7 +112,7 @@ def main(config: Config) -> None:
     # The model
     scheduler = build_noise_scheduler(config.scheduler)
     made_from = {"data": dataset.compute_digest()}
-    clip = None if dataset.embeddings is None else dataset.embeddings.clip
+    clip = None if dataset.embeddings is None else dataset.embeddings.clip_facts
     needed = {
         "factor": config.factor,
         "low_size": config.crop_size // config.factor,

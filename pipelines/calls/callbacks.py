@@ -55,7 +55,7 @@ class ConditionCallback:
         callback: of the user.
         names: of the tensors that it gets; None is "latents" alone. A callback of diffusers names them itself.
         guidance: of the stage.
-        conditions: the wanted condition, and the one to guide away from.
+        conditions: the condition, and the negative one.
         build_predict: builds the prediction from the two conditions and a guidance.
         allowed: names of the tensors that the callback may change.
     """

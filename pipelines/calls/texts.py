@@ -49,8 +49,8 @@ def choose_text_pair(
     negative_prompt_embeds: PromptEmbeds | None,
 ) -> tuple[Texts, Texts]:
     """Return what `count` images are to show, and what the prior is guided away from, `count` each or none."""
-    wanted = choose_texts(pipeline, "prompt", prompt, prompt_embeds, count, empty=False)
-    return wanted, choose_texts(pipeline, "negative_prompt", negative_prompt, negative_prompt_embeds, count)
+    prompts = choose_texts(pipeline, "prompt", prompt, prompt_embeds, count, empty=False)
+    return prompts, choose_texts(pipeline, "negative_prompt", negative_prompt, negative_prompt_embeds, count)
 
 
 def read_prompt_embeds(pipeline: Any, name: str, embeds: Any) -> TextEncoding:

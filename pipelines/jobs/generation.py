@@ -73,7 +73,7 @@ def generate_files(
     output.check_path(len(inputs) * output.count, plan.rank)
 
     # Load the model
-    pipeline = load_pipeline(replace(source, device=plan.rank.device(source.device)), Text2ImagePipeline)
+    pipeline = load_pipeline(replace(source, device=plan.rank.choose_device(source.device)), Text2ImagePipeline)
     resolved = pipeline.resolve_options(**options)
 
     # Record how the images are drawn

@@ -98,12 +98,12 @@ class CachedPairs(Dataset):
         """Store the content of cache.json, and compare the sizes of the files with it."""
         # Facts about the cache, and the encodings that batches take from it
         self.made_from: dict[str, Any] = finished["key"]
-        self.clip = finished["clip"] and ClipFacts(**finished["clip"])
-        self.autoencoder = finished["autoencoder"] and AutoencoderFacts(**finished["autoencoder"])
+        self.clip_facts = finished["clip"] and ClipFacts(**finished["clip"])
+        self.autoencoder_facts = finished["autoencoder"] and AutoencoderFacts(**finished["autoencoder"])
         self.shard_size, self.variations = int(self.made_from["shard_size"]), int(self.made_from["variations"])
-        self.text_encoder = finished.get("text_encoder") and TextEncoderFacts(**finished["text_encoder"])
-        self.latents = self.latents and self.autoencoder is not None
-        self.tokens = self.tokens and self.text_encoder is not None
+        self.text_encoder_facts = finished.get("text_encoder") and TextEncoderFacts(**finished["text_encoder"])
+        self.latents = self.latents and self.autoencoder_facts is not None
+        self.tokens = self.tokens and self.text_encoder_facts is not None
         self.text = self.text and self.made_from["text"] and not self.tokens
 
         # The shards of the split
@@ -155,7 +155,7 @@ class CachedPairs(Dataset):
             tensors, row = open_tensors(self.paths[number]), self.rows[number]
             images, texts = row["pictures"], row["captions"]
             needed = {"keys": None, "key_offsets": images + 1}  # rows of each tensor; None: any number
-            needed |= {"image_embeds": images} if self.clip else {}
+            needed |= {"image_embeds": images} if self.clip_facts else {}
             needed |= {"latents": images} if self.latents else {}
             if self.text:
                 needed |= {"text_embeds": texts, "text_offsets": texts + 1, "text_states": None, "choice": images}

@@ -21,7 +21,7 @@ ANGLE_EXPONENT = 1.75
 class ContinuousScheduler(ExactDDIMScheduler, SchedulerMixin):
     """Base of both: fractional timesteps, noise at them, and the index of the present step."""
 
-    def spaced_timesteps(self, count: int) -> Tensor:
+    def space_timesteps(self, count: int) -> Tensor:
         """Return timesteps, (count,), fp32, falling from the last trained one, denser where noise is low.
 
         They are even in phi^(1 / ANGLE_EXPONENT), which did best on Gaussian data; see docs/explanation/samplers.md.
@@ -62,7 +62,7 @@ class ProbabilityFlowScheduler(ContinuousScheduler):
     ) -> None:
         """Set the timesteps, (2 num_inference_steps - 1,), fp32: each but the first twice, as Heun's method does."""
         self.num_inference_steps = num_inference_steps
-        self.timesteps = self.spaced_timesteps(num_inference_steps).repeat_interleave(2)[1:].to(device)
+        self.timesteps = self.space_timesteps(num_inference_steps).repeat_interleave(2)[1:].to(device)
         self.index = 0
 
     def step(  # type: ignore[override]
@@ -70,9 +70,9 @@ class ProbabilityFlowScheduler(ContinuousScheduler):
     ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
         """Take half a step of Heun's: to the next timestep, or the same again with the mean of both velocities."""
         t = torch.as_tensor(timestep, device=sample.device)
-        x_0 = self.clip_x0(predict_x0(self, model_output, sample, t))
+        x0 = self.clip_x0(predict_x0(self, model_output, sample, t))
         alpha, sigma = alpha_sigma(self, t, sample)
-        velocity = (alpha * sample - x_0) / sigma
+        velocity = (alpha * sample - x0) / sigma
         # Even: Euler's step to the next timestep. Odd: the same step again, with the mean of both velocities
         if self.index % 2 == 0:
             self.last_step = (t, sample, velocity)
@@ -85,13 +85,13 @@ class ProbabilityFlowScheduler(ContinuousScheduler):
             # tan(half), not half: exact where sample and noise stay the same.
             x = x_left - half.tan().to(sample.dtype) * (velocity_left + velocity)
         self.index += 1
-        return DDIMSchedulerOutput(x, x_0) if return_dict else (x, x_0)
+        return DDIMSchedulerOutput(x, x0) if return_dict else (x, x0)
 
 
 class ReverseSDEScheduler(ContinuousScheduler):
     """Reverse SDE by SDE-DPM-Solver++(2M) (Lu et al. 2022) at fractional timesteps: one evaluation a step.
 
-    Each step draws from q(x_s | x_t, x_0), which is the SDE's solution for a constant clean sample; from the second
+    Each step draws from q(x_s | x_t, x0), which is the SDE's solution for a constant clean sample; from the second
     step on, the clean sample is extrapolated linearly in the log-SNR.
     """
 
@@ -100,7 +100,7 @@ class ReverseSDEScheduler(ContinuousScheduler):
     ) -> None:
         """Set the timesteps, (num_inference_steps,), fp32."""
         self.num_inference_steps = num_inference_steps
-        self.timesteps = self.spaced_timesteps(num_inference_steps).to(device)
+        self.timesteps = self.space_timesteps(num_inference_steps).to(device)
         self.index = 0
         self.last_step: tuple[Tensor, Tensor] | None = None  # the last step's log-SNR and clean sample
 
@@ -115,17 +115,17 @@ class ReverseSDEScheduler(ContinuousScheduler):
         """Take one step, with fresh noise from the generators."""
         t = torch.as_tensor(timestep, device=sample.device)
         previous = self.find_next_timestep(self.index + 1)
-        x_0 = self.clip_x0(predict_x0(self, model_output, sample, t))
+        x0 = self.clip_x0(predict_x0(self, model_output, sample, t))
         # The first step, and the one to the clean sample, take the estimate as it is
-        extrapolated, log_snr = x_0, torch.logit(alpha_bar(self, t, sample))
+        extrapolated, log_snr = x0, torch.logit(alpha_bar(self, t, sample))
         if self.last_step is not None and previous >= 0:
-            last_log_snr, last_x_0 = self.last_step
+            last_log_snr, last_x0 = self.last_step
             change = log_snr - last_log_snr
             if change.isfinite():  # pure noise has a log-SNR of minus infinity
                 ratio = (torch.logit(alpha_bar(self, previous, sample)) - log_snr) / change
-                extrapolated = x_0 + (ratio / 2).to(sample.dtype) * (x_0 - last_x_0)
+                extrapolated = x0 + (ratio / 2).to(sample.dtype) * (x0 - last_x0)
         mean, variance = posterior_mean_variance(self, extrapolated, sample, t, previous)
         fresh = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
-        self.last_step, self.index = (log_snr, x_0), self.index + 1
+        self.last_step, self.index = (log_snr, x0), self.index + 1
         x = mean + variance.sqrt() * fresh
-        return DDIMSchedulerOutput(x, x_0) if return_dict else (x, x_0)
+        return DDIMSchedulerOutput(x, x0) if return_dict else (x, x0)

@@ -86,20 +86,20 @@ class ExactDDIMScheduler(DDIMScheduler):
         t = torch.as_tensor(timestep, device=sample.device)
         previous = self.previous_timestep(t).to(sample.device)
         predicted = predict_x0(self, model_output, sample, t)
-        x_0 = self.clip_x0(predicted)
+        x0 = self.clip_x0(predicted)
         (alpha, sigma), (alpha_s, sigma_s) = alpha_sigma(self, t, sample), alpha_sigma(self, previous, sample)
-        noise = (sample - alpha * x_0) / sigma
+        noise = (sample - alpha * x0) / sigma
         # Clipping changes the clean sample alone, unless the caller wants both to fit
-        if x_0 is not predicted and not use_clipped_model_output:
+        if x0 is not predicted and not use_clipped_model_output:
             is_noise = self.config.prediction_type == "epsilon"
             noise = split_variance(model_output, sample)[0] if is_noise else (sample - alpha * predicted) / sigma
         if eta == 0:
-            x = alpha_s * x_0 + sigma_s * noise
+            x = alpha_s * x0 + sigma_s * noise
         else:
             variance = (eta**2 * posterior_coefficients(self, t, previous, sample)[2]).to(sample.dtype)
             fresh = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
-            x = alpha_s * x_0 + (sigma_s**2 - variance).clamp(min=0).sqrt() * noise + variance.sqrt() * fresh
-        return DDIMSchedulerOutput(x, x_0) if return_dict else (x, x_0)
+            x = alpha_s * x0 + (sigma_s**2 - variance).clamp(min=0).sqrt() * noise + variance.sqrt() * fresh
+        return DDIMSchedulerOutput(x, x0) if return_dict else (x, x0)
 
 
 def build_scheduler_like(kind: type[SchedulerMixin], scheduler: SchedulerMixin, **settings: Any) -> Any:
@@ -123,13 +123,13 @@ def build_scheduler_like(kind: type[SchedulerMixin], scheduler: SchedulerMixin, 
 def invert_sample(
     predict: Predict,
     scheduler: SchedulerMixin,
-    x_0: Tensor,
+    x0: Tensor,
     steps: int,
     refinements: int = 3,
     progress: Callable[[Iterable], Iterable] = iter,
     on_step: Callable[[int, Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Return the noise, like `x_0`, from which DDIM with eta 0 and as many steps samples `x_0`, (B, ...).
+    """Return the noise, like `x0`, from which DDIM with eta 0 and as many steps samples `x0`, (B, ...).
 
     To sample it again: `sample_from_noise(predict, build_sampler("ddim", scheduler), noise, Sampling(steps))`.
 
@@ -143,8 +143,8 @@ def invert_sample(
     """
     check_integer("refinements", refinements, 1, 100)
     exact = build_scheduler_like(ExactDDIMScheduler, scheduler)
-    exact.set_timesteps(steps, device=x_0.device)
-    x, velocity = x_0, None
+    exact.set_timesteps(steps, device=x0.device)
+    x, velocity = x0, None
     predicts_noise = exact.config.prediction_type == "epsilon"
     # From the clean sample towards noise: the sampler's timesteps in the other order
     previous = exact.timesteps.new_tensor(exact.final_timestep)

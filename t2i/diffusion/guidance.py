@@ -1,8 +1,8 @@
 """Guidance: functions that return a `Predict` which goes further than the model's own.
 
-Classifier-free guidance extrapolates from a negative condition to the wanted one; steering adds the gradient of a
+Classifier-free guidance extrapolates from a negative condition to the positive one; steering adds the gradient of a
 score. Both work on the clean sample that a prediction stands for, so that it does not matter what the model predicts. A
-learned variance stays that of the wanted condition.
+learned variance stays that of the positive condition.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ ScoreFunction = Callable[[Tensor, Tensor], Tensor]  # x: (B, ...), t: () -> (B,)
 class Guidance:
     """Scale of classifier-free guidance, and settings against its side effects.
 
-    scale: w in negative + w (wanted - negative); 1 is off. Papers that write (1 + w) cond - w uncond mean w + 1 here.
+    scale: w in negative + w (positive - negative); 1 is off. Papers that write (1 + w) cond - w uncond mean w + 1 here.
     interval: guided part of the training timesteps, as fractions: 0 is no noise, 1 is pure noise. Outside, the model is
         not guided, which costs half (Kynkaanniemi et al. 2024).
     rescale: fraction of the way back to the standard deviation of the unguided prediction (Lin et al. 2023, sec. 3.4).
@@ -37,8 +37,8 @@ class Guidance:
         its absolute values, and shrunk until the quantile is that of the unguided sample; 1 is off. Pixels would be
         bounded by 1 instead; latents have no such bound.
     parallel, norm, momentum: adaptive projected guidance (Sadat et al. 2024): factor of the part of the difference that
-        is parallel to the wanted sample and saturates colours (1 keeps it), largest root mean square of the difference
-        (None: any), and momentum of its average over the steps (negative in the paper; 0 is off).
+        is parallel to the positive sample and saturates colours (1 keeps it), largest root mean square of the
+        difference (None: any), and momentum of its average over the steps (negative in the paper; 0 is off).
     """
 
     scale: float = 1.0
@@ -123,7 +123,7 @@ def build_guided_predict(
     guidance = Guidance.from_value(guidance)
     if guidance.is_off:
         return build_conditional_predict(denoiser, condition, timesteps)
-    # Prepare both conditions once, and the wanted one alone for steps outside of the interval
+    # Prepare both conditions once, and the positive one alone for steps outside of the interval
     context, dtype = prepare_context(denoiser, negative.cat(condition), timesteps), denoiser.dtype
     outside = None if guidance.interval == (0, 1) else build_conditional_predict(denoiser, condition, timesteps)
     # Fractions of the training timesteps become timesteps
@@ -136,20 +136,20 @@ def build_guided_predict(
         # Negative first: `context` has the rows in this order
         twice = torch.cat([x, x]).to(dtype)
         both = denoiser.step(twice, t.expand(2 * len(x)), context).to(x.dtype).chunk(2)
-        (unwanted, _), (wanted, _) = (split_variance(prediction, x) for prediction in both)
+        (negative_prediction, _), (positive_prediction, _) = (split_variance(prediction, x) for prediction in both)
         if combine is None:
             # Linear in the prediction, so that it is the same for noise, clean sample and velocity
-            prediction = unwanted.lerp(wanted, guidance.scale)
+            prediction = negative_prediction.lerp(positive_prediction, guidance.scale)
         else:
             # Projections and norms are those of clean samples
-            ends = (predict_x0(scheduler, end, x, t) for end in (unwanted, wanted))
+            ends = (predict_x0(scheduler, end, x, t) for end in (negative_prediction, positive_prediction))
             prediction = x0_to_prediction(scheduler, combine(*ends), x, t)
         if guidance.rescale:
-            prediction = rescale_std(prediction, wanted, guidance.rescale)
+            prediction = rescale_std(prediction, positive_prediction, guidance.rescale)
         if guidance.threshold < 1:
-            guided, unguided = (predict_x0(scheduler, end, x, t) for end in (prediction, wanted))
+            guided, unguided = (predict_x0(scheduler, end, x, t) for end in (prediction, positive_prediction))
             prediction = x0_to_prediction(scheduler, threshold_x0(guided, unguided, guidance.threshold), x, t)
-        # The variance is that of the wanted condition
+        # The variance is that of the positive condition
         return join_variance(prediction, both[1])
 
     return predict
@@ -162,30 +162,30 @@ class ProjectedGuidance:
         self.guidance = guidance
         self.average_difference: Tensor | float = 0.0
 
-    def __call__(self, unwanted: Tensor, wanted: Tensor) -> Tensor:
+    def __call__(self, negative: Tensor, positive: Tensor) -> Tensor:
         """Return the guided clean sample from those of both conditions, (B, ...): Sadat et al. 2024, algorithm 1."""
         guidance = self.guidance
-        self.average_difference = difference = wanted - unwanted + guidance.momentum * self.average_difference
+        self.average_difference = difference = positive - negative + guidance.momentum * self.average_difference
         if guidance.norm is not None:
             size = difference.flatten(1).square().mean(dim=1).sqrt()
             difference = difference * broadcast_like(difference, (guidance.norm / size.clamp(min=1e-12)).clamp(max=1))
-        # Split the difference into the parts along the wanted sample and across it
-        direction = torch.nn.functional.normalize(wanted.flatten(1), dim=1).view_as(wanted)
-        parallel = direction * broadcast_like(wanted, (difference * direction).flatten(1).sum(dim=1))
-        return wanted + (guidance.scale - 1) * (difference - parallel + guidance.parallel * parallel)
+        # Split the difference into the parts along the positive sample and across it
+        direction = torch.nn.functional.normalize(positive.flatten(1), dim=1).view_as(positive)
+        parallel = direction * broadcast_like(positive, (difference * direction).flatten(1).sum(dim=1))
+        return positive + (guidance.scale - 1) * (difference - parallel + guidance.parallel * parallel)
 
 
-def rescale_std(prediction: Tensor, wanted: Tensor, fraction: float) -> Tensor:
+def rescale_std(prediction: Tensor, unguided: Tensor, fraction: float) -> Tensor:
     """Rescale a guided prediction towards the standard deviation of each sample's unguided one."""
-    ratio = wanted.flatten(1).std(dim=1) / prediction.flatten(1).std(dim=1).clamp(min=1e-12)
+    ratio = unguided.flatten(1).std(dim=1) / prediction.flatten(1).std(dim=1).clamp(min=1e-12)
     return prediction * broadcast_like(prediction, fraction * ratio + 1 - fraction)
 
 
-def threshold_x0(sample: Tensor, wanted: Tensor, quantile: float) -> Tensor:
+def threshold_x0(x0: Tensor, unguided: Tensor, quantile: float) -> Tensor:
     """Cut a clean sample at its own quantile, and shrink it to the quantile of the unguided one, if that is smaller."""
-    bound, limit = (end.abs().flatten(1).quantile(quantile, dim=1) for end in (sample, wanted))
-    bound, limit = broadcast_like(sample, bound.clamp(min=1e-12)), broadcast_like(sample, limit)
-    return torch.where(bound > limit, sample.clamp(-bound, bound) * (limit / bound), sample)
+    bound, limit = (end.abs().flatten(1).quantile(quantile, dim=1) for end in (x0, unguided))
+    bound, limit = broadcast_like(x0, bound.clamp(min=1e-12)), broadcast_like(x0, limit)
+    return torch.where(bound > limit, x0.clamp(-bound, bound) * (limit / bound), x0)
 
 
 def broadcast_like(x: Tensor, value: Tensor) -> Tensor:
@@ -194,13 +194,13 @@ def broadcast_like(x: Tensor, value: Tensor) -> Tensor:
 
 
 def build_steered_predict(
-    predict: Predict, scheduler: SchedulerMixin, score: ScoreFunction, scale: float, of_clean: bool = False
+    predict: Predict, scheduler: SchedulerMixin, score: ScoreFunction, scale: float, of_x0: bool = False
 ) -> Predict:
     """Add the gradient of a score: classifier guidance (Dhariwal and Nichol 2021, algorithm 2), for any prediction.
 
     With scale 1 and the score log p(y | x_t) of an exact classifier this samples p(x | y).
 
-    of_clean: apply the score to the model's estimate of the clean sample instead of x_t. The gradient then runs through
+    of_x0: apply the score to the model's estimate of the clean sample instead of x_t. The gradient then runs through
     the model, which costs more, but allows every differentiable score of clean samples.
     """
     if scale == 0:
@@ -209,7 +209,7 @@ def build_steered_predict(
     def predict_steered(x: Tensor, t: Tensor) -> Tensor:
         with torch.enable_grad(), keep_used_weights():
             leaf = x.detach().requires_grad_()
-            if of_clean:
+            if of_x0:
                 prediction = predict(leaf, t)
                 scored = predict_x0(scheduler, prediction, leaf, t)
             else:

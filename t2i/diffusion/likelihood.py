@@ -33,12 +33,12 @@ REVERSE_VARIANCES = {"small": -1.0, "large": 1.0}
 
 @dataclass
 class VariationalBound:
-    """Variational bound of each sample on -log p(x_0), in bits per dimension (Ho et al. 2020, eq. 5).
+    """Variational bound of each sample on -log p(x0), in bits per dimension (Ho et al. 2020, eq. 5).
 
     prior: L_T, (B,): the cost of starting from N(0, 1).
     steps: L_{t-1}, (B, K), for K of the timesteps t = 1, ..., T - 1; each stands for its part of the T - 1 steps.
     spaced_timesteps: those K timesteps.
-    data: L_0, (B,): -log p(x_0 | x_1), of the density, or of the levels of an image.
+    data: L_0, (B,): -log p(x0 | x_1), of the density, or of the levels of an image.
     """
 
     prior: Tensor
@@ -56,14 +56,14 @@ class VariationalBound:
 def compute_variational_bound(
     predict: Predict,
     scheduler: SchedulerMixin,
-    x_0: Tensor,
+    x0: Tensor,
     generators: list[Generator],
     variance: str = "small",
     terms: int | None = None,
     images: bool = False,
     seed: int = 0,
 ) -> VariationalBound:
-    """Compute the bound of `x_0`, (B, ...), with one draw of noise for each term: terms + 1 evaluations.
+    """Compute the bound of `x0`, (B, ...), with one draw of noise for each term: terms + 1 evaluations.
 
     Args:
         generators: one a sample, of its noise.
@@ -90,26 +90,26 @@ def compute_variational_bound(
 
     def reverse_step(t: Tensor) -> tuple[Tensor, Tensor]:
         """Return the estimate of the clean sample at t, and the logarithm of the reverse step's variance."""
-        alpha, sigma = alpha_sigma(scheduler, t, x_0)
-        noisy = alpha * x_0 + sigma * generate_noise(x_0.shape[1:], generators, x_0.device).to(x_0.dtype)
+        alpha, sigma = alpha_sigma(scheduler, t, x0)
+        noisy = alpha * x0 + sigma * generate_noise(x0.shape[1:], generators, x0.device).to(x0.dtype)
         mean, fraction = split_variance(predict(noisy, t), noisy)
-        fraction = torch.full_like(x_0, REVERSE_VARIANCES[variance]) if fraction is None else fraction
+        fraction = torch.full_like(x0, REVERSE_VARIANCES[variance]) if fraction is None else fraction
         return predict_x0(scheduler, mean, noisy, t), reverse_log_variance(scheduler, fraction, t, t - 1)
 
     # L_{t-1}, L_0 and L_T
     rows = []
-    for t, size in zip(timesteps.to(x_0.device), sizes.tolist()):
+    for t, size in zip(timesteps.to(x0.device), sizes.tolist()):
         estimate, log_variance = reverse_step(t)
-        rows.append(size * variational_term(scheduler, x_0 - estimate, log_variance, t, t - 1).flatten(1).mean(dim=1))
-    first = timesteps.new_tensor(0).to(x_0.device)
+        rows.append(size * variational_term(scheduler, x0 - estimate, log_variance, t, t - 1).flatten(1).mean(dim=1))
+    first = timesteps.new_tensor(0).to(x0.device)
     estimate, log_variance = reverse_step(first)
     if images:
-        data = -compute_level_log_probability(x_0, estimate, log_variance)
+        data = -compute_level_log_probability(x0, estimate, log_variance)
     else:
-        data = variational_term(scheduler, x_0 - estimate, log_variance, first, first - 1)
-    # L_T: KL of q(x_T | x_0) from N(0, 1)
-    alpha, sigma = alpha_sigma(scheduler, timesteps.new_tensor(last), x_0)
-    start = ((alpha * x_0).square() + sigma**2 - 1 - 2 * sigma.log()) / 2
+        data = variational_term(scheduler, x0 - estimate, log_variance, first, first - 1)
+    # L_T: KL of q(x_T | x0) from N(0, 1)
+    alpha, sigma = alpha_sigma(scheduler, timesteps.new_tensor(last), x0)
+    start = ((alpha * x0).square() + sigma**2 - 1 - 2 * sigma.log()) / 2
     data, start = (nats.flatten(1).mean(dim=1) for nats in (data, start))
     return VariationalBound(nats_to_bits(start), nats_to_bits(torch.stack(rows, dim=1)), timesteps, nats_to_bits(data))
 
@@ -132,12 +132,12 @@ def compute_level_log_probability(x: Tensor, mean: Tensor, log_variance: Tensor)
 def compute_ode_bits(
     predict: Predict,
     scheduler: SchedulerMixin,
-    x_0: Tensor,
+    x0: Tensor,
     generators: list[Generator],
     steps: int = 50,
     probes: int = 1,
 ) -> Tensor:
-    """Compute -log2 of the density of x_0, (B, ...), under the probability-flow ODE, in bits per dimension: (B,).
+    """Compute -log2 of the density of x0, (B, ...), under the probability-flow ODE, in bits per dimension: (B,).
 
     Song et al. 2021, section 4.3: in the angle phi of the noise level, dx / dphi = v and d log p = -tr(dv / dx) dphi,
     by Heun's method from the lowest trained noise level, added to the data, to the highest, taken for N(0, 1). The
@@ -146,10 +146,10 @@ def compute_ode_bits(
     """
     check_integer("steps", steps, 2, 10_000)
     check_integer("probes", probes, 1, 1000)
-    timesteps = build_scheduler_like(ProbabilityFlowScheduler, scheduler).spaced_timesteps(steps - 1)
+    timesteps = build_scheduler_like(ProbabilityFlowScheduler, scheduler).space_timesteps(steps - 1)
     # Rising from the lowest trained noise level: from data to noise
-    timesteps = torch.cat([timesteps, timesteps.new_zeros(1)]).flip(0).to(x_0.device)
-    signs = torch.stack([generate_noise(x_0.shape[1:], generators, x_0.device).sign() for _ in range(probes)])
+    timesteps = torch.cat([timesteps, timesteps.new_zeros(1)]).flip(0).to(x0.device)
+    signs = torch.stack([generate_noise(x0.shape[1:], generators, x0.device).sign() for _ in range(probes)])
 
     def derivatives(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return v, like x, and the trace of its Jacobian, (B,)."""
@@ -164,8 +164,8 @@ def compute_ode_bits(
                 trace = trace + (product * sign).flatten(1).sum(dim=1) / probes
         return velocity.detach(), trace
 
-    alpha, _ = alpha_sigma(scheduler, timesteps[0], x_0)
-    x, change = alpha * x_0, torch.zeros(len(x_0), device=x_0.device, dtype=x_0.dtype)
+    alpha, _ = alpha_sigma(scheduler, timesteps[0], x0)
+    x, change = alpha * x0, torch.zeros(len(x0), device=x0.device, dtype=x0.dtype)
     for t, after in zip(timesteps[:-1], timesteps[1:]):
         length = (noise_angle(scheduler, after, x) - noise_angle(scheduler, t, x)).to(x.dtype)
         velocity, trace = derivatives(x, t)
@@ -173,8 +173,8 @@ def compute_ode_bits(
         next_velocity, next_trace = derivatives(x + length * velocity, after)
         x = x + length * (velocity + next_velocity) / 2
         change = change + length * (trace + next_trace) / 2
-    # x_0 was scaled by alpha at the start, which changes its density by log alpha a dimension
-    dimensions = x_0[0].numel()
+    # x0 was scaled by alpha at the start, which changes its density by log alpha a dimension
+    dimensions = x0[0].numel()
     density = -(x.square() + math.log(2 * math.pi)).flatten(1).sum(dim=1) / 2
     return nats_to_bits(-(density + change) / dimensions - alpha.log())
 

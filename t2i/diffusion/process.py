@@ -131,20 +131,20 @@ def join_variance(mean: Tensor, prediction: Tensor) -> Tensor:
 
 
 def posterior_mean_variance(
-    scheduler: SchedulerMixin, sample: Tensor, x: Tensor, t: Tensor, previous: Tensor
+    scheduler: SchedulerMixin, x0: Tensor, x: Tensor, t: Tensor, previous: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return mean, like x, and variance, () or (B, 1, ...), of q(x_s | x_t, x_0) for any s = `previous` < t.
+    """Return mean, like x, and variance, () or (B, 1, ...), of q(x_s | x_t, x0) for any s = `previous` < t.
 
     Ho et al. 2020, eq. 6 and 7, for neighbours s = t - 1. Below 0, s is the clean sample, and the variance is 0.
     """
-    of_x, of_sample, variance, _ = posterior_coefficients(scheduler, t, previous, x)
-    return of_x.to(x.dtype) * x + of_sample.to(x.dtype) * sample, variance.to(x.dtype)
+    of_x, of_x0, variance, _ = posterior_coefficients(scheduler, t, previous, x)
+    return of_x.to(x.dtype) * x + of_x0.to(x.dtype) * x0, variance.to(x.dtype)
 
 
 def posterior_coefficients(
     scheduler: SchedulerMixin, t: Tensor, previous: Tensor, like: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the factors of x_t and x_0 in the mean of q(x_s | x_t, x_0), its variance, and that of q(x_t | x_s).
+    """Return the factors of x_t and x0 in the mean of q(x_s | x_t, x0), its variance, and that of q(x_t | x_s).
 
     All fp64, () or (B, 1, ...). The two variances bound that of the reverse step, for data of unit variance.
     """
@@ -173,16 +173,16 @@ def variational_term(
 ) -> Tensor:
     """Return a term of the variational bound for each dimension, in nats, like `error`.
 
-    KL(q(x_s | x_t, x_0) || p(x_s | x_t)) (Ho et al. 2020, eq. 5); where s = `previous` is the clean sample, below 0,
-    -log of the density p(x_0 | x_t). error: x_0 minus the model's estimate of it. log_variance: of p, broadcast.
+    KL(q(x_s | x_t, x0) || p(x_s | x_t)) (Ho et al. 2020, eq. 5); where s = `previous` is the clean sample, below 0,
+    -log of the density p(x0 | x_t). error: x0 minus the model's estimate of it. log_variance: of p, broadcast.
     """
-    _, of_sample, variance, _ = posterior_coefficients(scheduler, t, previous, error)
-    scaled = (of_sample.to(error.dtype) * error).square() * (-log_variance).exp()
-    # -log N(x_0; estimate, variance): of the last step, which is no divergence
+    _, of_x0, variance, _ = posterior_coefficients(scheduler, t, previous, error)
+    scaled = (of_x0.to(error.dtype) * error).square() * (-log_variance).exp()
+    # -log N(x0; estimate, variance): of the last step, which is no divergence
     density = (scaled + log_variance + math.log(2 * math.pi)) / 2
     before = torch.as_tensor(previous, device=error.device).view(-1, *[1] * (error.ndim - 1)) < 0
     log_true = torch.where(variance > 0, variance, 1.0).log().to(error.dtype)
-    # KL of two Gaussians whose means differ by of_sample * error
+    # KL of two Gaussians whose means differ by of_x0 * error
     divergence = (scaled + log_variance - log_true + (log_true - log_variance).exp() - 1) / 2
     return torch.where(before, density, divergence)
 
@@ -200,13 +200,13 @@ def predict_x0(scheduler: SchedulerMixin, prediction: Tensor, x: Tensor, t: Tens
             return alpha * x - sigma * prediction
 
 
-def x0_to_prediction(scheduler: SchedulerMixin, sample: Tensor, x: Tensor, t: Tensor) -> Tensor:
+def x0_to_prediction(scheduler: SchedulerMixin, x0: Tensor, x: Tensor, t: Tensor) -> Tensor:
     """Return the prediction that stands for a clean sample at x_t: the inverse of `predict_x0`."""
     alpha, sigma = alpha_sigma(scheduler, t, x)
     match scheduler.config.prediction_type:
         case "sample":
-            return sample
+            return x0
         case "epsilon":
-            return (x - alpha * sample) / sigma
+            return (x - alpha * x0) / sigma
         case _:  # velocity
-            return (alpha * x - sample) / sigma
+            return (alpha * x - x0) / sigma

@@ -28,7 +28,7 @@ class PictureSet(Protocol):
     def get_images(self, indices: list[int]) -> Tensor:
         """Return pictures, (B, 3, H, W), float32 in [-1, 1], of 256 levels a channel like those of files."""
 
-    def source_facts(self) -> dict[str, Any]:
+    def describe_source(self) -> dict[str, Any]:
         """Return the facts about this set that a result records, as JSON."""
 
 
@@ -52,7 +52,7 @@ class SourcePictures:
         """Return 16 hexadecimal digits of the pictures and their captions."""
         return self.dataset.compute_digest()
 
-    def source_facts(self) -> dict[str, Any]:
+    def describe_source(self) -> dict[str, Any]:
         return {"source": str(self.path), "split": self.split or "all", "count": len(self), "digest": self.digest}
 
 
@@ -89,7 +89,7 @@ class FolderPictures:
         digests = sorted(compute_picture_digest(path) for path in self.paths)
         return hashlib.sha256(b"".join(digests)).hexdigest()[:16]
 
-    def source_facts(self) -> dict[str, Any]:
+    def describe_source(self) -> dict[str, Any]:
         facts = {"folder": str(self.folder), "count": len(self), "digest": self.digest}
         return facts if None in self.seeds else {**facts, "seeds": self.seeds}
 
@@ -132,7 +132,7 @@ class DrawnPictures:
         # To the levels of a file, as all other pictures have them
         return (images.clamp(0, 1) * 255).round() / 127.5 - 1
 
-    def source_facts(self) -> dict[str, Any]:
+    def describe_source(self) -> dict[str, Any]:
         model = self.pipeline.config.get("_name_or_path")
         seeds = {"first": self.seed, "last": self.seed + len(self) - 1}
         return {"model": str(model), "count": len(self), "seeds": seeds, "settings": self.settings}

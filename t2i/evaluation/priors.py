@@ -19,11 +19,11 @@ BATCH_SIZE = 256
 def open_cache_splits(folder: str | Path, prior: AnyPrior | None) -> dict[str, CachedPairs]:
     """Open the splits of a cache. Raises InputError if it has no captions, or another CLIP than the prior."""
     first = CachedPairs(folder, latents=False)
-    if first.clip is None or not first.text:
+    if first.clip_facts is None or not first.text:
         raise InputError(f"the cache {str(folder)!r} was made without clip or text; a prior is measured on both")
     expected = None if prior is None else prior.config.clip_fingerprint
-    if expected is not None and expected != first.clip.identity:
-        raise InputError(f"the prior was trained with the CLIP {expected}, the cache has {first.clip.identity}")
+    if expected is not None and expected != first.clip_facts.identity:
+        raise InputError(f"the prior was trained with the CLIP {expected}, the cache has {first.clip_facts.identity}")
     return {split: CachedPairs(folder, split, latents=False) for split in first.splits}
 
 
@@ -57,8 +57,8 @@ def evaluate_prior_splits(
             part = chosen[start : start + BATCH_SIZE]
             batch = pairs.__getitems__([(index, 0) for index in part])
             assert batch.text is not None and batch.image_embeds is not None
-            streams = [Generator().manual_seed(seed + start + i) for i in range(len(part))]
-            settings = replace(sampling, generators=streams)
+            generators = [Generator().manual_seed(seed + start + i) for i in range(len(part))]
+            settings = replace(sampling, generators=generators)
             sampled.append(sample_image_embeds(prior, scheduler, batch.text, None, settings, candidates, temperature))
             true.append(batch.image_embeds)
             text.append(batch.text.embedding)

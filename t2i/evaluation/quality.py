@@ -95,7 +95,7 @@ def measure_reference_statistics(
     # Compute and write them
     features = extract_set_features(pictures, extractor, state, "reference")[0]
     mean, covariance = compute_feature_moments(features)
-    about = {"kind": STATISTICS_KIND, "format": 1, "version": __version__, **pictures.source_facts(), **expected}
+    about = {"kind": STATISTICS_KIND, "format": 1, "version": __version__, **pictures.describe_source(), **expected}
     tensors = dict(zip(STATISTICS_TENSORS, (features, mean, covariance)))
     run_on_main_process(state, lambda: write_tensor_file(target, tensors, about))
     return ReferenceStatistics(features, (mean, covariance), about)
@@ -176,7 +176,7 @@ def measure_quality(
         "metrics": result,
         "extractor": extractor.identity,
         "settings": asdict(settings),
-        "drawn": drawn.source_facts(),
+        "drawn": drawn.describe_source(),
         "reference": reference.source_facts,
         "processes": state.num_processes,
         "versions": {"t2i": __version__, **{name: version(name) for name in VERSIONED_PACKAGES}},

@@ -66,12 +66,12 @@ def load_autoencoder(name: str | Path, classes: tuple[type, ...] = (Autoencoder,
 def load_public_autoencoder(part: PublicPart) -> MoVQ | SuperResolution | Autoencoder:
     """Load Kandinsky's MoVQ, Karlo's super-resolution, or Stable unCLIP's VAE, frozen, in fp32."""
     if part.part == "vae":
-        return load_latent_autoencoder(part.component(), torch.float32)
+        return load_latent_autoencoder(part.open_component(), torch.float32)
     if part.part == "movq":
-        return MoVQ.from_component(part.component(), torch.float32)
-    first, last = part.component(), part.component("super_res_last")
-    scheduler = read_config(part.source.folder("super_res_scheduler") / "scheduler_config.json", MAX_TIMESTEPS)
-    side = read_config(part.source.folder("unet") / "config.json").get("sample_size")
+        return MoVQ.from_component(part.open_component(), torch.float32)
+    first, last = part.open_component(), part.open_component("super_res_last")
+    scheduler = read_config(part.source.get_folder("super_res_scheduler") / "scheduler_config.json", MAX_TIMESTEPS)
+    side = read_config(part.source.get_folder("unet") / "config.json").get("sample_size")
     return SuperResolution.from_components(first, last, scheduler, side, torch.float32)
 
 
@@ -116,9 +116,9 @@ def load_clip_towers(
     """Load the text tower of one folder and the image tower of another, or only one of them."""
     towers: dict[str, Any] = {}
     if text is not None:
-        towers |= {"text": text.component("text_tower"), "tokenizer": text.find_folder("tokenizer")}
+        towers |= {"text": text.open_component("text_tower"), "tokenizer": text.find_folder("tokenizer")}
     if image is not None:
-        towers |= {"vision": image.component("image_tower"), "processor": image.find_folder("image_processor")}
+        towers |= {"vision": image.open_component("image_tower"), "processor": image.find_folder("image_processor")}
     return TransformersCLIP.from_components(**towers, dtype=dtype)
 
 
@@ -134,9 +134,9 @@ def load_text_encoder(name: str | Path, context_length: int = 128, dtype: torch.
     """
     part = find_public_part(str(name), ("multilingual_clip", "text_encoder"))
     if part is not None and part.part == "text_encoder":
-        return load_caption_encoder(part.component(), part.source.folder("text_tokenizer"), dtype)
+        return load_caption_encoder(part.open_component(), part.source.get_folder("text_tokenizer"), dtype)
     if part is not None:
-        component, tokenizer = part.component(), part.source.folder("multilingual_tokenizer")
+        component, tokenizer = part.open_component(), part.source.get_folder("multilingual_tokenizer")
         return MultilingualCLIP.from_component(component, tokenizer, dtype)
     folder = find_or_download_folder(name, HUB_FILES)
     folder = find_text_encoder_folder(folder) or folder
@@ -166,7 +166,7 @@ def load_any_prior(
     part = find_public_part(str(name), ("prior",), variant=variant)
     if part is None:
         return load_own_prior(name, dtype)
-    prior = load_prior_transformer(part.component(), load_clip(), dtype)
+    prior = load_prior_transformer(part.open_component(), load_clip(), dtype)
     if isinstance(prior, EclipsePrior):
         return {"prior": prior, "prior_scheduler": None}
     scheduler = load_prior_scheduler(part)

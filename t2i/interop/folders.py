@@ -164,7 +164,7 @@ class SourceFolder:
         folder = self.path / self.layout.part_folders[part] if self.layout and part in self else None
         return folder if folder is not None and is_folder(folder) else None
 
-    def folder(self, part: str) -> Path:
+    def get_folder(self, part: str) -> Path:
         """Return the folder of a public part. Raises InputError if it is not there."""
         folder = self.find_folder(part)
         if folder is None:
@@ -175,10 +175,10 @@ class SourceFolder:
             )
         return folder
 
-    def component(self, part: str) -> Component:
+    def open_component(self, part: str) -> Component:
         """Return a part's configuration and headers. Raises InputError for a model of another class."""
         if part not in self.components:
-            component = Component(self.folder(part), self.path, self.variant, get_weight_stem(part))
+            component = Component(self.get_folder(part), self.path, self.variant, get_weight_stem(part))
             named = component.config.get("_class_name") or component.config.get("architectures")
             names = named if isinstance(named, list) else [named]
             # Configurations of towers may name the model that they were taken out of.
@@ -193,19 +193,19 @@ class SourceFolder:
         """Return the class of diffusers that the index names for a scheduler, after a check of its folder."""
         entry = self.index.get(self.require_layout().part_folders[part])
         class_name = entry[1] if isinstance(entry, list) else None
-        check_scheduler_folder(self.folder(part), class_name, self.path)
+        check_scheduler_folder(self.get_folder(part), class_name, self.path)
         return getattr(diffusers, str(class_name))
 
     def load_scheduler(self, part: str) -> SchedulerMixin:
         """Load a scheduler; see `respace_scheduler`."""
-        scheduler = load_or_explain(self.find_scheduler_class(part).from_pretrained, self.folder(part))
+        scheduler = load_or_explain(self.find_scheduler_class(part).from_pretrained, self.get_folder(part))
         scheduler = respace_scheduler(scheduler)
-        check_scheduler_sampling(f"{part} in {str(self.folder(part))!r}", scheduler)
+        check_scheduler_sampling(f"{part} in {str(self.get_folder(part))!r}", scheduler)
         return scheduler
 
     # A pipeline in this project's own layout
 
-    def own_component(self, name: str) -> Component:
+    def open_own_component(self, name: str) -> Component:
         """Return a component's configuration and headers; its folder has its name."""
         if name not in self.components:
             self.components[name] = Component(self.path / name, self.path, self.variant)
@@ -224,7 +224,7 @@ class SourceFolder:
             if (self.path / name / "config.json").is_file():
                 # A damaged component may be replaced by the caller's. If not, it is refused where it is loaded.
                 with suppress(InputError):
-                    dtype = self.own_component(name).find_stored_dtype()
+                    dtype = self.open_own_component(name).find_stored_dtype()
                     if dtype is not None:
                         dtypes[name] = dtype
         return dtypes

@@ -92,7 +92,7 @@ def load_layout_components(source: SourceFolder, layout: PublicLayout, dtype: to
     prior = locate_public_part(source, ("prior",)) if "prior" in parts else None
     if prior is not None:
         # Without its CLIP: the null condition is not in the files of the layout.
-        components["prior"] = load_prior_transformer(prior.component(), None, dtype)
+        components["prior"] = load_prior_transformer(prior.open_component(), None, dtype)
         components["prior_scheduler"] = load_prior_scheduler(prior)
     if {*CLIP_TOWERS} & parts:
         text, image = (source if part in parts else None for part in CLIP_TOWERS)
@@ -120,7 +120,7 @@ def load_model_prior(sources: "ModelFolders", clip: Any, dtype: torch.dtype | No
     """Load the prior, with its CLIP's empty caption as null, and its scheduler; nothing if no folder has a prior."""
     if sources.prior is None:
         return {}
-    prior = load_prior_transformer(sources.prior.component("prior"), clip, dtype)
+    prior = load_prior_transformer(sources.prior.open_component("prior"), clip, dtype)
     if isinstance(prior, EclipsePrior):  # draws in one pass
         return {"prior": prior}
     # Beside the prior, or else in any of the folders
@@ -140,36 +140,38 @@ def load_model_prior(sources: "ModelFolders", clip: Any, dtype: torch.dtype | No
 def load_decoder(source: SourceFolder, dtype: torch.dtype | None) -> Any:
     match source.family:
         case "karlo":
-            return KarloDecoder.from_components(source.component("unet"), source.component("projection"), dtype)
+            return KarloDecoder.from_components(
+                source.open_component("unet"), source.open_component("projection"), dtype
+            )
         case "kandinsky":
-            return KandinskyDecoder.from_component(source.component("unet"), dtype)
+            return KandinskyDecoder.from_component(source.open_component("unet"), dtype)
         case _:
             noising = dict(source.load_scheduler("noising_scheduler").config)
-            unet, normalizer = source.component("unet"), source.component("normalizer")
+            unet, normalizer = source.open_component("unet"), source.open_component("normalizer")
             return StableUnCLIPDecoder.from_components(unet, normalizer, noising, dtype)
 
 
 def load_text_encoder(source: SourceFolder, dtype: torch.dtype | None) -> Any:
     """Load the decoder's own text encoder; None if the decoder reads CLIP's tokens, or no caption."""
     if "multilingual_clip" in source:
-        tokenizer = source.folder("multilingual_tokenizer")
-        return MultilingualCLIP.from_component(source.component("multilingual_clip"), tokenizer, dtype)
+        tokenizer = source.get_folder("multilingual_tokenizer")
+        return MultilingualCLIP.from_component(source.open_component("multilingual_clip"), tokenizer, dtype)
     if "text_encoder" in source:
-        return load_caption_encoder(source.component("text_encoder"), source.folder("text_tokenizer"), dtype)
+        return load_caption_encoder(source.open_component("text_encoder"), source.get_folder("text_tokenizer"), dtype)
     return None
 
 
 def load_autoencoder(source: SourceFolder, dtype: torch.dtype | None) -> Any:
     match source.family:
         case "karlo":
-            first, last = source.component("super_res_first"), source.component("super_res_last")
+            first, last = source.open_component("super_res_first"), source.open_component("super_res_last")
             scheduler = dict(source.load_scheduler("super_res_scheduler").config)
-            low_size = source.component("unet").config.get("sample_size")
+            low_size = source.open_component("unet").config.get("sample_size")
             return SuperResolution.from_components(first, last, scheduler, low_size, dtype)
         case "kandinsky":
-            return MoVQ.from_component(source.component("movq"), dtype)
+            return MoVQ.from_component(source.open_component("movq"), dtype)
         case _:
-            return load_latent_autoencoder(source.component("vae"), dtype)
+            return load_latent_autoencoder(source.open_component("vae"), dtype)
 
 
 # What belongs together
@@ -236,19 +238,19 @@ class ModelFolders:
         """Return each part that reads or makes z_i, and the width of its z_i. The decoder is the first."""
         sizes = [(f"the decoder in {str(self.decoder.path)!r}", read_decoder_embed_dim(self.decoder))]
         if self.prior is not None:
-            size = self.prior.component("prior").config.get("embedding_dim", 768)
+            size = self.prior.open_component("prior").config.get("embedding_dim", 768)
             sizes.append((f"the prior in {str(self.prior.path)!r}", size))
         for part in CLIP_TOWERS:
             if (folder := self.find_clip_tower(part)) is not None:
                 name = "text_projection.weight" if part == "text_tower" else "visual_projection.weight"
-                width = read_matrix_side(folder.component(part), name, 0)
+                width = read_matrix_side(folder.open_component(part), name, 0)
                 sizes.append((f"the CLIP in {str(folder.path)!r}", width))
         return sizes
 
     def check_same_towers(self, part: str) -> None:
         """Raise InputError if two of the folders have different towers."""
         folders = [folder for folder in self.folders if part in folder]
-        digests = [compute_tower_digest(folder.component(part)) for folder in folders] if len(folders) > 1 else []
+        digests = [compute_tower_digest(folder.open_component(part)) for folder in folders] if len(folders) > 1 else []
         for folder, digest in zip(folders[1:], digests[1:]):
             if digest != digests[0]:
                 kind = "text encoders" if part == "text_tower" else "image encoders"
@@ -266,11 +268,11 @@ def read_decoder_embed_dim(source: SourceFolder) -> Any:
     """Return the width of the z_i that a decoder reads, from its configuration or its header."""
     match source.family:
         case "karlo":
-            return source.component("projection").config.get("clip_embeddings_dim", 768)
+            return source.open_component("projection").config.get("clip_embeddings_dim", 768)
         case "kandinsky":
-            return read_matrix_side(source.component("unet"), "add_embedding.image_proj.weight", 1)
+            return read_matrix_side(source.open_component("unet"), "add_embedding.image_proj.weight", 1)
         case _:
-            return source.component("normalizer").config.get("embedding_dim", 768)
+            return source.open_component("normalizer").config.get("embedding_dim", 768)
 
 
 def read_matrix_side(component: Component, name: str, axis: int) -> int:

@@ -38,7 +38,7 @@ LEARNED_VARIANCES = ("learned", "learned_range")  # a scheduler's `variance_type
 def check_comparable_models(sources: ModelFolders) -> None:
     """Raise InputError for a model without a public reference, before it is loaded, which may take minutes."""
     prior = sources.prior
-    if prior is not None and prior.component("prior").config.get("additional_embeddings", 4) == 3:
+    if prior is not None and prior.open_component("prior").config.get("additional_embeddings", 4) == 3:
         raise InputError(
             f"the prior in {str(prior.path)!r} is an ECLIPSE prior, which no public class draws with: there is "
             "nothing to compare it with"
@@ -145,7 +145,7 @@ class ParityCheck:
         source = self.sources.find_clip_tower("text_tower")
         assert source is not None, "a model that reads captions has their tower"
         tower = load_library_part(transformers.CLIPTextModelWithProjection, source, "text_tower")
-        tokenizer = transformers.CLIPTokenizer.from_pretrained(source.folder("tokenizer"))
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(source.get_folder("tokenizer"))
         tokens = self.tokenize_prompts(tokenizer, tower.config.max_position_embeddings)
         output = tower(tokens.input_ids)
         return output.text_embeds, output.last_hidden_state, tokens.attention_mask.bool()
@@ -171,7 +171,7 @@ class ParityCheck:
         self, source: SourceFolder, part: str, x: Tensor, predict: Callable[..., Tensor]
     ) -> Tensor:
         """Sample from noise by a scheduler of diffusers. `predict` takes (x, t, is_last)."""
-        scheduler = source.find_scheduler_class(part).from_pretrained(source.folder(part))
+        scheduler = source.find_scheduler_class(part).from_pretrained(source.get_folder(part))
         generators = self.build_generators()
         scheduler.set_timesteps(self.steps)
         for t, after in zip(scheduler.timesteps, [*scheduler.timesteps[1:], None]):
@@ -268,7 +268,7 @@ class ParityCheck:
         return tower(torch.zeros(1, 3, side, side)).image_embeds
 
     def load_multilingual_clip(self) -> tuple[MultilingualCLIP, transformers.XLMRobertaTokenizer]:
-        tokenizer = transformers.XLMRobertaTokenizer.from_pretrained(self.decoder.folder("multilingual_tokenizer"))
+        tokenizer = transformers.XLMRobertaTokenizer.from_pretrained(self.decoder.get_folder("multilingual_tokenizer"))
         return load_library_part(MultilingualCLIP, self.decoder, "multilingual_clip"), tokenizer
 
     def sample_kandinsky_latents(self, z_i: Tensor) -> Tensor:
@@ -320,9 +320,9 @@ class ParityCheck:
         pipeline = diffusers.StableUnCLIPImg2ImgPipeline(
             feature_extractor=None,
             image_encoder=vae,  # only its dtype is read, for the embeddings are given
-            image_normalizer=StableUnCLIPImageNormalizer.from_pretrained(source.folder("normalizer")),
-            image_noising_scheduler=diffusers.DDPMScheduler.from_pretrained(source.folder("noising_scheduler")),
-            tokenizer=transformers.CLIPTokenizer.from_pretrained(source.folder("text_tokenizer")),
+            image_normalizer=StableUnCLIPImageNormalizer.from_pretrained(source.get_folder("normalizer")),
+            image_noising_scheduler=diffusers.DDPMScheduler.from_pretrained(source.get_folder("noising_scheduler")),
+            tokenizer=transformers.CLIPTokenizer.from_pretrained(source.get_folder("text_tokenizer")),
             text_encoder=load_library_part(transformers.CLIPTextModel, source, "text_encoder"),
             unet=load_library_part(UNet2DConditionModel, source, "unet"),
             scheduler=source.load_scheduler("decoder_scheduler"),
@@ -333,7 +333,7 @@ class ParityCheck:
 
 def load_library_part(model_class: Any, source: SourceFolder, part: str) -> Any:
     """Load a part by its library, in fp32, from the files that are read here too."""
-    folder = source.folder(part)
+    folder = source.get_folder(part)
     settings = {
         "variant": choose_stored_variant(folder, source.variant, get_weight_stem(part)),
         "use_safetensors": True,

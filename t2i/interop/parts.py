@@ -26,11 +26,11 @@ class PublicPart:
     def in_pipeline(self) -> bool:
         return self.source.pipeline_layout is not None
 
-    def component(self, part: str | None = None) -> Component:
+    def open_component(self, part: str | None = None) -> Component:
         """Return this part, or another of the same pipeline. Raises InputError if it is not there."""
         if part is None and not self.in_pipeline:
             return Component(self.folder, self.source.path, self.source.variant)
-        return self.source.component(part or self.part)
+        return self.source.open_component(part or self.part)
 
 
 def find_public_part(

@@ -47,10 +47,10 @@ def check_variant(variant: Any, *folders: Path) -> None:
 def check_dtype(dtype: Any) -> Any:
     """Return `dtype`: a torch.dtype, a dict of them by components, "auto" for those of the files, or None. Raises
     InputError for anything else."""
-    each = dtype if isinstance(dtype, dict) else {"default": dtype}
-    if unknown := [name for name in each if name not in DTYPE_PARTS]:
+    dtypes = dtype if isinstance(dtype, dict) else {"default": dtype}
+    if unknown := [name for name in dtypes if name not in DTYPE_PARTS]:
         raise InputError(f"dtype names the part {unknown[0]!r:.80}; the parts are {', '.join(DTYPE_PARTS)}")
-    for value in each.values():
+    for value in dtypes.values():
         if not isinstance(value, torch.dtype) and (isinstance(dtype, dict) or value not in (None, AUTO_DTYPE)):
             raise InputError(f"dtype must be a torch.dtype, a dict of them, or {AUTO_DTYPE!r}, got {value!r:.80}")
     return dtype

@@ -35,7 +35,7 @@ def find_trainable_part(init: str | None, part: str, others: tuple[str, ...] = (
     if is_folder(init) and (class_name := str(read_model_class(Path(init)))).startswith("DALLE2"):
         raise InputError(f"{init!r} is a {class_name}: converted models of DALLE2-pytorch are not trained here")
     public = find_public_part(init, (part,), others)
-    config = {} if public is None else public.component().config
+    config = {} if public is None else public.open_component().config
     if part == "unet" and config.get("addition_embed_type") == "image_hint":
         raise InputError(
             f"{init!r} has a ControlNet's U-Net, which is not trained here: no data set has its control images"
@@ -59,18 +59,18 @@ class CLIPSummary:
 
 def load_trainable_prior(part: PublicPart, clip: CLIPSummary) -> Prior | EclipsePrior:
     """Load a PriorTransformer in fp32: as a Prior, whose null is the CLIP's empty caption, or as an EclipsePrior."""
-    return load_prior_transformer(part.component(), clip, torch.float32).requires_grad_(True)
+    return load_prior_transformer(part.open_component(), clip, torch.float32).requires_grad_(True)
 
 
 def load_trainable_decoder(part: PublicPart, load_clip: Callable[[], Any], text_encoder: Any = None) -> PublicDecoder:
     """Load a public decoder, in fp32; its null is made by the CLIP of `load_clip()` and the text encoder."""
-    unet = part.component()
+    unet = part.open_component()
     decoder: PublicDecoder
     match unet.config.get("class_embed_type"):
         case "identity":
-            decoder = KarloDecoder.from_components(unet, part.component("projection"), torch.float32)
+            decoder = KarloDecoder.from_components(unet, part.open_component("projection"), torch.float32)
         case "projection":
-            normalizer, noising = part.component("normalizer"), part.source.load_scheduler("noising_scheduler")
+            normalizer, noising = part.open_component("normalizer"), part.source.load_scheduler("noising_scheduler")
             decoder = StableUnCLIPDecoder.from_components(unet, normalizer, dict(noising.config), torch.float32)
         case _:
             decoder = KandinskyDecoder.from_component(unet, torch.float32)

@@ -137,7 +137,7 @@ class Block(nn.Module):
 def compute_noise_level(scheduler: SchedulerMixin, t: Tensor, like: Tensor) -> Tensor:
     """Return the noise level of x_t, (B,), fp32: 0 for a clean sample, 1 for pure noise, whatever the schedule.
 
-    It is the angle a in x_t = cos(a) x_0 + sin(a) noise, as a fraction of a right angle. t: () or (B,) timesteps;
+    It is the angle a in x_t = cos(a) x0 + sin(a) noise, as a fraction of a right angle. t: () or (B,) timesteps;
     like: (B, ...), a batch with the shape of x_t.
     """
     alpha, sigma = alpha_sigma(scheduler, t, like.float())

@@ -144,7 +144,7 @@ class CLIP(Encoder, ModelMixin):
     def load_tokenizer_folder(self, folder: Path, root: Path) -> None:
         self.tokenizer = load_clip_tokenizer(folder, self.config.tokenizer_kind, self.config.model["text_cfg"])
 
-    def fingerprint(self) -> str:
+    def compute_fingerprint(self) -> str:
         """Return 16 hexadecimal digits for the weights and the preprocessing, the same in fp32 and fp16."""
         return compute_weights_fingerprint(self.net, json.dumps(self.config.preprocess, sort_keys=True))
 

@@ -47,7 +47,7 @@ class Encoder(CompanionFiles, ModelMixin, ConfigMixin, ABC):
         return "tokenizer" in vars(self)
 
     @abstractmethod
-    def fingerprint(self) -> str:
+    def compute_fingerprint(self) -> str:
         """Return 16 hexadecimal digits for all that decides the outputs, the same in fp32 and fp16."""
 
     @abstractmethod
@@ -89,7 +89,7 @@ class Encoder(CompanionFiles, ModelMixin, ConfigMixin, ABC):
             # These weights are rounded. Priors and decoders refer to the encoder by its fingerprint before that.
             self.register_to_config(fingerprint=self.identity, rounded=True)
         elif self.config.fingerprint is None or not self.config.rounded:
-            self.register_to_config(fingerprint=self.fingerprint())
+            self.register_to_config(fingerprint=self.compute_fingerprint())
         super().save_pretrained(save_directory, variant=variant, **kwargs)
         self.save_tokenizer(Path(save_directory))
 
@@ -101,5 +101,5 @@ class Encoder(CompanionFiles, ModelMixin, ConfigMixin, ABC):
         if self.cached_identity and not self.is_trainable:
             return self.cached_identity
         with borrow_weights(*self.modules()):
-            self.cached_identity = self.fingerprint()  # reads all weights
+            self.cached_identity = self.compute_fingerprint()  # reads all weights
         return self.cached_identity

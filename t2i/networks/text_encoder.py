@@ -137,7 +137,7 @@ class TextEncoder(Encoder, ModelMixin):
             unused=unused,
         )
         encoder.load_tokenizer_folder(folder, folder)
-        encoder.register_to_config(fingerprint=encoder.fingerprint(), rounded=dtype not in EXACT_DTYPES)
+        encoder.register_to_config(fingerprint=encoder.compute_fingerprint(), rounded=dtype not in EXACT_DTYPES)
         encoder.net.to(dtype)
         return encoder
 
@@ -147,7 +147,7 @@ class TextEncoder(Encoder, ModelMixin):
         check_integer("pad_token_id", pad, 0, config.vocab_size - 1)
         self.tokenizer = load_text_tokenizer(folder, self.config.context_length, pad, config.vocab_size)
 
-    def fingerprint(self) -> str:
+    def compute_fingerprint(self) -> str:
         """Return 16 hexadecimal digits for weights, vocabulary and context length, the same in fp32 and fp16."""
         padding = f" padded with {self.tokenizer.pad}" if self.config.padded else ""
         tokens = f"{self.config.context_length} {self.tokenizer.digest()}{padding}"

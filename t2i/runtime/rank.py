@@ -21,7 +21,7 @@ class Rank(NamedTuple):
     local_rank: int = 0
     local_world_size: int = 1
 
-    def device(self, name: str) -> str:
+    def choose_device(self, name: str) -> str:
         """Return the name of a device; "auto" and "cuda" become a GPU of this process's own if there are several."""
         import torch
 

@@ -79,8 +79,8 @@ def sample_image_embeds(
         return prior.sample_image_embeds(text)
     candidates = count_candidates(prior, candidates, sampling.noise)
     # Candidates of one caption are neighbours, as `select_nearest_candidates` expects
-    streams = [stream for item in sampling.generators for stream in build_candidate_generators(item, candidates)]
-    sampling = replace(sampling, guidance=guidance, generators=streams)
+    generators = [new for given in sampling.generators for new in build_candidate_generators(given, candidates)]
+    sampling = replace(sampling, guidance=guidance, generators=generators)
     captions, negative = text.repeat(candidates), None if negative is None else negative.repeat(candidates)
     if isinstance(prior, AutoregressivePrior):
         check_scale_only(guidance)

@@ -104,8 +104,8 @@ def build_decoder_predict(
     def build_window_predict(window: Window) -> Predict:
         latents = condition.masked_latents
         part = None if latents is None else window.crop(latents)
-        seen, unwanted = replace(condition, masked_latents=part), replace(negative, masked_latents=part)
-        return build_guided_predict(decoder, seen, unwanted, guidance, scheduler)
+        positive, away = (replace(whole, masked_latents=part) for whole in (condition, negative))
+        return build_guided_predict(decoder, positive, away, guidance, scheduler)
 
     # One prediction a window, for guidance with momentum has a state.
     return build_windowed_predict([build_window_predict(window) for window in windows], windows)

@@ -160,8 +160,8 @@ def build_steering_transform(
         target = F.normalize(target.to(device).float(), dim=-1).expand(count, -1)
         score = build_clip_score(classifier, scheduler, clip, autoencoder, target)
     # CLIP saw no noisy images in training, so that without a classifier the clean estimate is scored
-    of_clean = classifier is None
-    return lambda predict: build_steered_predict(predict, scheduler, score, steering.scale, of_clean)
+    of_x0 = classifier is None
+    return lambda predict: build_steered_predict(predict, scheduler, score, steering.scale, of_x0)
 
 
 def build_class_score(classifier: Any, scheduler: SchedulerMixin, names: list[str]) -> ScoreFunction:

@@ -195,7 +195,7 @@ def test_steering_by_an_exact_classifier_samples_the_posterior(name):
         alpha, sigma = alpha_sigma(model, t, x)
         noisy = alpha**2 * covariance + sigma**2 * torch.eye(3)
         variance = (covariance - alpha**2 * covariance @ torch.linalg.solve(noisy, covariance))[0, 0] + 0.25
-        return -((y - gaussian.clean(model, x, t)[:, 0]) ** 2) / (2 * variance)
+        return -((y - gaussian.estimate_x0(model, x, t)[:, 0]) ** 2) / (2 * variance)
 
     predict = build_steered_predict(gaussian.denoiser(model), scheduler, score, 1.0)
     x = sample_from_noise(predict, scheduler, torch.randn(COUNT, 3).double(), Sampling(30))

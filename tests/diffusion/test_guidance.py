@@ -24,7 +24,7 @@ KINDS = ["sample", "epsilon", "v_prediction"]
 
 @dataclass
 class Answer(Condition):
-    clean: torch.Tensor
+    x0: torch.Tensor
 
 
 class Oracle:
@@ -36,7 +36,7 @@ class Oracle:
         self.scheduler, self.sizes = scheduler, []
 
     def prepare(self, condition):
-        return condition.clean
+        return condition.x0
 
     def step(self, x, t, answer):
         self.sizes.append(len(x))
@@ -49,25 +49,25 @@ def make(kind="sample", scheduler=DDIMScheduler):
     )
 
 
-def guide(guidance, kind="sample", t=500, wanted=None, away=None):
+def guide(guidance, kind="sample", t=500, positive=None, negative=None):
     """The clean sample that a guided oracle predicts at t; the oracle."""
     scheduler = make(kind)
     oracle = Oracle(scheduler)
-    x, t = torch.randn(wanted.shape), torch.tensor(t)
-    predict = build_guided_predict(oracle, Answer(wanted), Answer(away), guidance, scheduler)
+    x, t = torch.randn(positive.shape), torch.tensor(t)
+    predict = build_guided_predict(oracle, Answer(positive), Answer(negative), guidance, scheduler)
     return predict_x0(scheduler, predict(x, t), x, t), oracle
 
 
 @pytest.fixture
 def ends():
     torch.manual_seed(0)
-    return {"wanted": torch.randn(2, 64), "away": torch.randn(2, 64)}
+    return {"positive": torch.randn(2, 64), "negative": torch.randn(2, 64)}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
 def test_guidance_is_unconditional_conditional_and_extrapolated(scale, kind, ends):
-    expected = ends["away"] + scale * (ends["wanted"] - ends["away"])
+    expected = ends["negative"] + scale * (ends["positive"] - ends["negative"])
     torch.testing.assert_close(guide(scale, kind, **ends)[0], expected, atol=1e-4, rtol=1e-4)
 
 
@@ -76,13 +76,13 @@ def test_outside_its_interval_the_model_runs_once_and_is_not_guided(ends):
     for t, size in ((100, 2), (199, 2), (200, 4), (600, 4), (601, 2), (999, 2)):
         sample, oracle = guide(guidance, t=t, **ends)
         assert oracle.sizes == [size]
-        assert torch.equal(sample, ends["wanted"]) == (size == 2)
+        assert torch.equal(sample, ends["positive"]) == (size == 2)
 
 
 def test_rescaling_gives_back_the_deviation_of_the_wanted_sample(ends):
     plain, _ = guide(5.0, **ends)
     whole, _ = guide(Guidance(5.0, rescale=1.0), **ends)
-    torch.testing.assert_close(whole.std(dim=1), ends["wanted"].std(dim=1))
+    torch.testing.assert_close(whole.std(dim=1), ends["positive"].std(dim=1))
     half, _ = guide(Guidance(5.0, rescale=0.5), **ends)
     torch.testing.assert_close(half, (plain + whole) / 2)
 
@@ -90,10 +90,10 @@ def test_rescaling_gives_back_the_deviation_of_the_wanted_sample(ends):
 @pytest.mark.parametrize("kind", KINDS)
 def test_thresholding_bounds_a_sample_by_the_unguided_one(kind, ends):
     sample, _ = guide(Guidance(5.0, threshold=0.9), kind, **ends)
-    bound = ends["wanted"].abs().quantile(0.9, dim=1)
+    bound = ends["positive"].abs().quantile(0.9, dim=1)
     torch.testing.assert_close(sample.abs().amax(dim=1), bound, atol=1e-3, rtol=1e-3)
     unguided, _ = guide(Guidance(1.0, threshold=0.9), kind, **ends)
-    torch.testing.assert_close(unguided, ends["wanted"], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(unguided, ends["positive"], atol=1e-4, rtol=1e-4)
 
 
 def test_projected_guidance_with_everything_at_rest_is_plain_guidance(ends):
@@ -102,30 +102,30 @@ def test_projected_guidance_with_everything_at_rest_is_plain_guidance(ends):
 
 
 def test_projected_guidance_leaves_the_part_along_the_wanted_sample(ends):
-    wanted = ends["wanted"]
+    positive = ends["positive"]
     sample, _ = guide(Guidance(3.0, parallel=0.0), **ends)
-    along = ((sample - wanted) * wanted).sum(dim=1)
+    along = ((sample - positive) * positive).sum(dim=1)
     torch.testing.assert_close(along, torch.zeros(2), atol=1e-3, rtol=0)
-    assert (sample - wanted).norm() > 1
+    assert (sample - positive).norm() > 1
     # The rest is the difference less its projection.
-    difference = wanted - ends["away"]
-    share = (difference * wanted).sum(1, keepdim=True) / wanted.square().sum(1, keepdim=True)
-    torch.testing.assert_close(sample, wanted + 2 * (difference - share * wanted), atol=1e-4, rtol=1e-4)
+    difference = positive - ends["negative"]
+    share = (difference * positive).sum(1, keepdim=True) / positive.square().sum(1, keepdim=True)
+    torch.testing.assert_close(sample, positive + 2 * (difference - share * positive), atol=1e-4, rtol=1e-4)
 
 
 def test_projected_guidance_bounds_the_difference(ends):
     sample, _ = guide(Guidance(2.0, norm=0.1), **ends)
-    torch.testing.assert_close((sample - ends["wanted"]).square().mean(dim=1).sqrt(), torch.full((2,), 0.1))
+    torch.testing.assert_close((sample - ends["positive"]).square().mean(dim=1).sqrt(), torch.full((2,), 0.1))
 
 
 def test_momentum_averages_the_differences_of_one_sampling(ends):
     scheduler, x, t = make(), torch.randn(2, 64), torch.tensor(500)
     predict = build_guided_predict(
-        Oracle(scheduler), Answer(ends["wanted"]), Answer(ends["away"]), Guidance(2.0, momentum=-0.5), scheduler
+        Oracle(scheduler), Answer(ends["positive"]), Answer(ends["negative"]), Guidance(2.0, momentum=-0.5), scheduler
     )
-    difference = ends["wanted"] - ends["away"]
+    difference = ends["positive"] - ends["negative"]
     for share in (1.0, 0.5, 0.75):  # d, d - d / 2, d - d / 4
-        torch.testing.assert_close(predict(x, t), ends["wanted"] + share * difference)
+        torch.testing.assert_close(predict(x, t), ends["positive"] + share * difference)
 
 
 @pytest.mark.parametrize(
@@ -173,8 +173,8 @@ class Gaussian:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, DDPMScheduler])
-@pytest.mark.parametrize("of_clean", [False, True])
-def test_an_exact_classifier_moves_the_mean_to_the_posterior(kind, scheduler, of_clean):
+@pytest.mark.parametrize("of_x0", [False, True])
+def test_an_exact_classifier_moves_the_mean_to_the_posterior(kind, scheduler, of_x0):
     """Data from N(0.5, 0.8^2); a label y = x + noise of 0.6 was seen to be 1.5: a Gaussian posterior, in closed form.
 
     The classifier of noisy samples knows p(y | x_t). That of the clean estimate is p(y | x0_hat) with the variance that
@@ -187,14 +187,14 @@ def test_an_exact_classifier_moves_the_mean_to_the_posterior(kind, scheduler, of
     def score(x, t):
         alpha, sigma = alpha_sigma(scheduler, t, x)
         gain = alpha * deviation**2 / (alpha**2 * deviation**2 + sigma**2)
-        estimate = x if of_clean else mean + gain * (x - alpha * mean)
+        estimate = x if of_x0 else mean + gain * (x - alpha * mean)
         spread = deviation**2 * (1 - gain * alpha) + error**2
         return (-((seen - estimate) ** 2) / (2 * spread)).sum(dim=1)
 
     noise = torch.randn(4000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
     drawn = sample_from_noise(
-        build_steered_predict(predict, scheduler, score, 1.0, of_clean), scheduler, noise, Sampling(200)
+        build_steered_predict(predict, scheduler, score, 1.0, of_x0), scheduler, noise, Sampling(200)
     )
     variance = 1 / (1 / deviation**2 + 1 / error**2)
     posterior = variance * (mean / deviation**2 + seen / error**2)

@@ -30,11 +30,11 @@ def learned(gaussian, scheduler):
     def predict(x, t):
         alpha, sigma = alpha_sigma(scheduler, t, x)
         left = variance * sigma**2 / (alpha**2 * variance + sigma**2)
-        _, of_clean, small, large = posterior_coefficients(scheduler, t, t - 1, x)
+        _, of_x0, small, large = posterior_coefficients(scheduler, t, t - 1, x)
         if t == 0:
             exact, small = left, posterior_coefficients(scheduler, torch.tensor(1), torch.tensor(0), x)[2]
         else:
-            exact = small + of_clean**2 * left
+            exact = small + of_x0**2 * left
         share = 2 * (exact / small).log() / (large / small).log() - 1
         return torch.cat([gaussian.denoiser(scheduler)(x, t), share.expand_as(x)], dim=1)
 

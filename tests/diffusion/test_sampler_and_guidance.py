@@ -30,7 +30,7 @@ SCHEDULERS = [DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMu
 
 @dataclass
 class Answer(Condition):
-    clean: torch.Tensor
+    x0: torch.Tensor
 
 
 class Oracle:
@@ -42,13 +42,13 @@ class Oracle:
         self.scheduler = scheduler
 
     def prepare(self, condition):
-        return condition.clean
+        return condition.x0
 
-    def step(self, x, t, clean):
+    def step(self, x, t, x0):
         alpha = self.scheduler.alphas_cumprod[t.long()][:, None]
-        noise = (x - alpha.sqrt() * clean) / (1 - alpha).sqrt()
-        velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
-        return {"sample": clean, "epsilon": noise, "v_prediction": velocity}[self.scheduler.config.prediction_type]
+        noise = (x - alpha.sqrt() * x0) / (1 - alpha).sqrt()
+        velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * x0
+        return {"sample": x0, "epsilon": noise, "v_prediction": velocity}[self.scheduler.config.prediction_type]
 
     def __call__(self, x, t, condition):
         return self.step(x, t, self.prepare(condition))
@@ -113,10 +113,10 @@ def test_levels_between_two_timesteps_lie_between_theirs():
 def test_an_oracle_has_no_loss_and_another_model_has(prediction_type):
     scheduler = make(DDIMScheduler, prediction_type)
     x = torch.randn(64, 8)
-    prediction, wanted, _ = predict_noised_batch(Oracle(scheduler), scheduler, x, Answer(x))
-    torch.testing.assert_close(prediction, wanted, atol=2e-3, rtol=1e-3)
-    wrong, wanted, _ = predict_noised_batch(Oracle(scheduler), scheduler, x, Answer(-x))
-    assert (wrong - wanted).abs().mean() > 0.1
+    prediction, expected, _ = predict_noised_batch(Oracle(scheduler), scheduler, x, Answer(x))
+    torch.testing.assert_close(prediction, expected, atol=2e-3, rtol=1e-3)
+    wrong, expected, _ = predict_noised_batch(Oracle(scheduler), scheduler, x, Answer(-x))
+    assert (wrong - expected).abs().mean() > 0.1
 
 
 def test_a_shift_draws_high_noise_more_often():
@@ -163,9 +163,9 @@ def test_min_snr_weighs_the_same_error_the_same_whatever_is_predicted():
 
 
 def test_a_weight_counts_for_its_own_sample_alone():
-    prediction, wanted = torch.tensor([[1.0, 3.0], [2.0, 2.0]]), torch.zeros(2, 2)
-    assert compute_weighted_mse(prediction, wanted, torch.tensor([1.0, 0.0])) == 2.5  # (1 + 9) / 2, over two samples
-    assert compute_weighted_mse(prediction, wanted, torch.tensor([1.0, 1.0])) == ((prediction - wanted) ** 2).mean()
+    prediction, expected = torch.tensor([[1.0, 3.0], [2.0, 2.0]]), torch.zeros(2, 2)
+    assert compute_weighted_mse(prediction, expected, torch.tensor([1.0, 0.0])) == 2.5  # (1 + 9) / 2, over two samples
+    assert compute_weighted_mse(prediction, expected, torch.tensor([1.0, 1.0])) == ((prediction - expected) ** 2).mean()
 
 
 ZERO_SNR = {"beta_schedule": "squaredcos_cap_v2", "clip_sample": False, "timestep_spacing": "trailing"}
@@ -178,11 +178,11 @@ def test_a_schedule_that_ends_in_pure_noise_trains_and_samples(prediction_type, 
     scheduler = build_noise_scheduler({**ZERO_SNR, "prediction_type": prediction_type})
     assert scheduler.alphas_cumprod[-1] == 0
     x = torch.randn(16, 8)
-    prediction, wanted, t = predict_noised_batch(Oracle(scheduler), scheduler, x, Answer(-x), shift=1e9)
+    prediction, expected, t = predict_noised_batch(Oracle(scheduler), scheduler, x, Answer(-x), shift=1e9)
     assert t.eq(999).all()  # the last step alone
     wanted_there = {"sample": x, "v_prediction": -x}[prediction_type]  # v = sqrt(abar) noise - sqrt(1 - abar) x
-    torch.testing.assert_close(wanted, wanted_there)
-    assert compute_weighted_mse(prediction, wanted, compute_loss_weight(scheduler, t, weighting, 5.0)).isfinite()
+    torch.testing.assert_close(expected, wanted_there)
+    assert compute_weighted_mse(prediction, expected, compute_loss_weight(scheduler, t, weighting, 5.0)).isfinite()
     every = compute_loss_weight(scheduler, torch.arange(1000), weighting, 5.0)
     assert every.isfinite().all() and every[:-1].gt(0).all()
     answer = torch.randn(3, 8)

@@ -123,7 +123,7 @@ def test_without_a_name_diffusers_ddim_is_exact_and_the_same_where_steps_divide_
 def test_without_set_alpha_to_one_ddim_ends_where_that_of_diffusers_does_and_inverts_from_there(offset):
     """As the schedulers of public models have it."""
     settings = {"timestep_spacing": "leading", "steps_offset": offset}
-    saved, whole = (schedule(set_alpha_to_one=clean, **settings) for clean in (False, True))
+    saved, whole = (schedule(set_alpha_to_one=last, **settings) for last in (False, True))
     gaussian, noise = Gaussian(), torch.randn(50, 3, dtype=torch.float64)
     predict, exact = gaussian.denoiser(saved), resolve_sampler(None, saved, None)
     theirs, mine = (sample_from_noise(predict, one, noise, Sampling(25)) for one in (saved, exact))

@@ -36,43 +36,43 @@ class Nothing(Condition):
 @pytest.mark.parametrize(("t", "previous"), [(999, 998), (500, 250), (10, 0), (5, -1)])
 @pytest.mark.parametrize("noise", SCHEDULES)
 def test_the_posterior_is_what_bayes_says(noise, t, previous):
-    """q(x_s | x_t, x_0) is the conditional of the joint Gaussian of x_s and x_t given x_0."""
+    """q(x_s | x_t, x0) is the conditional of the joint Gaussian of x_s and x_t given x0."""
     scheduler = schedule(noise)
-    x_0, x_t = torch.tensor([[0.7]]).double(), torch.tensor([[-0.4]]).double()
-    (a_t, s_t), (a_s, s_s) = (alpha_sigma(scheduler, torch.tensor(time), x_0) for time in (t, previous))
+    x0, x_t = torch.tensor([[0.7]]).double(), torch.tensor([[-0.4]]).double()
+    (a_t, s_t), (a_s, s_s) = (alpha_sigma(scheduler, torch.tensor(time), x0) for time in (t, previous))
     covariance = s_s**2 * a_t / a_s  # of x_s and x_t, as x_t = a_t / a_s x_s + fresh noise
-    mean, variance = posterior_mean_variance(scheduler, x_0, x_t, torch.tensor(t), torch.tensor(previous))
-    torch.testing.assert_close(mean, a_s * x_0 + covariance / s_t**2 * (x_t - a_t * x_0))
+    mean, variance = posterior_mean_variance(scheduler, x0, x_t, torch.tensor(t), torch.tensor(previous))
+    torch.testing.assert_close(mean, a_s * x0 + covariance / s_t**2 * (x_t - a_t * x0))
     torch.testing.assert_close(variance, s_s**2 - covariance**2 / s_t**2, atol=1e-12, rtol=1e-6)
 
 
 def test_the_posterior_of_a_batch_is_that_of_each():
-    scheduler, x_0, x_t = schedule(), torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4)
+    scheduler, x0, x_t = schedule(), torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4)
     t, previous = torch.tensor([999, 40, 0]), torch.tensor([998, 3, -1])
-    together = posterior_mean_variance(scheduler, x_0, x_t, t, previous)
+    together = posterior_mean_variance(scheduler, x0, x_t, t, previous)
     for i in range(3):
-        one = posterior_mean_variance(scheduler, x_0[i : i + 1], x_t[i : i + 1], t[i], previous[i])
+        one = posterior_mean_variance(scheduler, x0[i : i + 1], x_t[i : i + 1], t[i], previous[i])
         torch.testing.assert_close(together[0][i : i + 1], one[0])
         torch.testing.assert_close(together[1][i].squeeze(), one[1])
-    torch.testing.assert_close(together[0][2], x_0[2])
+    torch.testing.assert_close(together[0][2], x0[2])
 
 
 def test_the_terms_of_the_bound_are_those_of_torch_distributions():
     scheduler, t, previous = schedule(), torch.tensor([700, 3, 0]), torch.tensor([699, 2, -1])
-    x_0, x_t = torch.randn(3, 5).double(), torch.randn(3, 5).double()
+    x0, x_t = torch.randn(3, 5).double(), torch.randn(3, 5).double()
     guess, log_variance = torch.randn(3, 5).double(), torch.randn(3, 5).double()
-    terms = variational_term(scheduler, x_0 - guess, log_variance, t, previous)
-    true_mean, true_variance = posterior_mean_variance(scheduler, x_0, x_t, t, previous)
+    terms = variational_term(scheduler, x0 - guess, log_variance, t, previous)
+    true_mean, true_variance = posterior_mean_variance(scheduler, x0, x_t, t, previous)
     mean, _ = posterior_mean_variance(scheduler, guess, x_t, t, previous)
     ours = torch.distributions.Normal(mean, (log_variance / 2).exp())
     true = torch.distributions.Normal(true_mean[:2], true_variance[:2].sqrt().expand(2, 5))
     kl = torch.distributions.kl_divergence(true, torch.distributions.Normal(ours.mean[:2], ours.stddev[:2]))
     torch.testing.assert_close(terms[:2], kl, rtol=1e-4, atol=1e-9)
-    torch.testing.assert_close(terms[2], -ours.log_prob(x_0)[2])
+    torch.testing.assert_close(terms[2], -ours.log_prob(x0)[2])
 
 
 def reverse_variance(scheduler, variance, t):
-    """Of p(x_{t-1} | x_t) where x_0 is N(0, variance): that of the posterior, and of what x_t leaves open of x_0."""
+    """Of p(x_{t-1} | x_t) where x0 is N(0, variance): that of the posterior, and of what x_t leaves open of x0."""
     times = torch.tensor(t), torch.tensor(t - 1)
     alpha, sigma = alpha_sigma(scheduler, times[0], torch.zeros(1, 1).double())
     of_x, of_sample, small, _ = posterior_coefficients(scheduler, *times, torch.zeros(1, 1).double())
@@ -182,25 +182,27 @@ class Split:
 
 
 def test_guidance_moves_the_mean_and_leaves_the_variance():
-    scheduler, wanted, away = schedule("cosine", "sample"), torch.randn(2, 4), torch.randn(2, 4)
+    scheduler, positive, negative = schedule("cosine", "sample"), torch.randn(2, 4), torch.randn(2, 4)
     x, t = torch.randn(2, 4), torch.tensor(500)
     for guidance in (3.0, Guidance(3.0, parallel=0.5), Guidance(3.0, rescale=0.5), Guidance(3.0, threshold=0.9)):
-        predict = build_guided_predict(Split(), Nothing(wanted), Nothing(away), guidance, scheduler)
+        predict = build_guided_predict(Split(), Nothing(positive), Nothing(negative), guidance, scheduler)
         mean, share = split_variance(predict(x, t), x)
-        torch.testing.assert_close(share, 2 * wanted)
-        assert (mean - wanted).abs().max() > 0.01
-    mean, share = split_variance(build_guided_predict(Split(), Nothing(wanted), Nothing(away), 3.0, scheduler)(x, t), x)
-    torch.testing.assert_close(mean, away + 3 * (wanted - away))
+        torch.testing.assert_close(share, 2 * positive)
+        assert (mean - positive).abs().max() > 0.01
+    mean, share = split_variance(
+        build_guided_predict(Split(), Nothing(positive), Nothing(negative), 3.0, scheduler)(x, t), x
+    )
+    torch.testing.assert_close(mean, negative + 3 * (positive - negative))
     pushed = build_steered_predict(predict, scheduler, lambda x, t: x.sum(dim=1), 1.0)
-    torch.testing.assert_close(split_variance(pushed(x, t), x)[1], 2 * wanted)
+    torch.testing.assert_close(split_variance(pushed(x, t), x)[1], 2 * positive)
 
 
 def test_a_prediction_with_a_variance_says_the_same_clean_sample():
-    scheduler, x, x_0, t = schedule(), torch.randn(2, 4), torch.randn(2, 4), torch.tensor(300)
-    prediction = x0_to_prediction(scheduler, x_0, x, t)
-    torch.testing.assert_close(predict_x0(scheduler, torch.cat([prediction, x], dim=1), x, t), x_0)
-    torch.testing.assert_close(join_variance(x, torch.cat([x_0, t * x], dim=1))[:, 4:], t * x)
-    assert join_variance(x, x_0) is x
+    scheduler, x, x0, t = schedule(), torch.randn(2, 4), torch.randn(2, 4), torch.tensor(300)
+    prediction = x0_to_prediction(scheduler, x0, x, t)
+    torch.testing.assert_close(predict_x0(scheduler, torch.cat([prediction, x], dim=1), x, t), x0)
+    torch.testing.assert_close(join_variance(x, torch.cat([x0, t * x], dim=1))[:, 4:], t * x)
+    assert join_variance(x, x0) is x
 
 
 @pytest.mark.parametrize("stage", ["prior", "decoder"])

@@ -97,7 +97,7 @@ class Tensors(torch.utils.data.Dataset):
     def get_images(self, indices):
         return self.bytes[indices].float() / 127.5 - 1
 
-    def source_facts(self):
+    def describe_source(self):
         return {"count": len(self)}
 
 
@@ -120,7 +120,7 @@ def test_figures_of_two_fixed_sets_equal_torch_fidelitys(state):
     settings |= {"kid_subset_size": 50, "kid_subsets": 20, "fid": True, "kid": True, "prc": True}
     theirs = torch_fidelity.calculate_metrics(input1=drawn, input2=real, **settings)
     features = extract_set_features(real, Ours(), state, "real")[0]
-    reference = quality.ReferenceStatistics(features, compute_feature_moments(features), real.source_facts())
+    reference = quality.ReferenceStatistics(features, compute_feature_moments(features), real.describe_source())
     ours = measure_quality(drawn, reference, Ours(), SMALL, state)["metrics"]
     assert ours["frechet_distance"] == pytest.approx(theirs["frechet_inception_distance"], abs=1e-6)
     assert ours["kernel_distance"] == pytest.approx(theirs["kernel_inception_distance_mean"], abs=1e-6)
@@ -304,7 +304,7 @@ def test_a_drawn_picture_depends_on_its_seed_alone(pipeline):
     assert len(drawn) == 5 and None not in drawn.captions and drawn.captions[3:] == drawn.captions[:2]
     together = drawn.get_images([0, 1, 4])
     torch.testing.assert_close(together[1:2], drawn.get_images([1]), atol=2 / 127.5, rtol=0)
-    assert drawn.source_facts()["seeds"] == {"first": 11, "last": 15}
+    assert drawn.describe_source()["seeds"] == {"first": 11, "last": 15}
     levels = (together + 1) * 127.5
     assert (levels - levels.round()).abs().max() < 1e-3 and not torch.equal(together[0], together[2])
 

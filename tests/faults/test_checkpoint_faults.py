@@ -127,11 +127,11 @@ def die_at_call(number: int) -> None:
         setattr(os, name, counted)
 
 
-def die_in_text(wanted: str, size: int) -> None:
+def die_in_text(expected: str, size: int) -> None:
     """In a child: end after the first bytes of one of the JSON files."""
 
     def write(path: Path, text: str, real=Path.write_text, **options) -> int:
-        if path.name != wanted:
+        if path.name != expected:
             return real(path, text, **options)
         real(path, text[:size], **options)
         os._exit(137)

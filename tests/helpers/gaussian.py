@@ -32,15 +32,15 @@ class Gaussian:
         noise = torch.randn(count, len(self.mean), generator=torch.Generator().manual_seed(seed)).double()
         return self.mean + noise @ torch.linalg.cholesky(self.covariance).T
 
-    def clean(self, scheduler, x, t):
-        """E[x_0 | x_t]; t: () ."""
+    def estimate_x0(self, scheduler, x, t):
+        """E[x0 | x_t]; t: () ."""
         alpha, sigma = alpha_sigma(scheduler, t, x)
         noisy = alpha**2 * self.covariance + sigma**2 * torch.eye(len(self.mean)).double()
         return self.mean + torch.linalg.solve(noisy, (x - alpha * self.mean).T).T @ self.covariance * alpha
 
     def denoiser(self, scheduler):
         """The exact one, as a `Predict`."""
-        return lambda x, t: x0_to_prediction(scheduler, self.clean(scheduler, x, t), x, t)
+        return lambda x, t: x0_to_prediction(scheduler, self.estimate_x0(scheduler, x, t), x, t)
 
     def standardised(self, x):
         """Samples as they would be N(0, 1) in each of D independent directions."""

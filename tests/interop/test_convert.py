@@ -56,9 +56,9 @@ def test_a_model_comes_back_from_this_projects_layout_with_every_tensor(name: st
     ours = convert_folder(str(source), tmp_path / "ours")
     back = convert_folder(str(ours), tmp_path / "back", name)
     index = json.loads((back / "model_index.json").read_text())
-    wanted = json.loads((source / "model_index.json").read_text())
+    expected = json.loads((source / "model_index.json").read_text())
     assert {key: value for key, value in index.items() if key[0] != "_"} == {
-        key: value for key, value in wanted.items() if key[0] != "_"
+        key: value for key, value in expected.items() if key[0] != "_"
     }
     compared = 0
     for path in source.rglob("*.safetensors"):

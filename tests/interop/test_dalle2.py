@@ -108,13 +108,13 @@ def test_the_prior_predicts_what_the_package_predicts_for_captions_of_mixed_leng
     theirs = their_prior(NETWORKS[name])
     ours, _ = our_prior(theirs, tmp_path, NETWORKS[name])
     text, x, t = captions(3, 7, 9), noise(3, WIDTH), torch.tensor([0, 17, 39])
-    wanted = theirs.net(x, t, text_embed=text.embedding, text_encodings=text.states)
-    torch.testing.assert_close(ours(x, t, text), wanted, atol=1e-5, rtol=1e-5)
+    expected = theirs.net(x, t, text_embed=text.embedding, text_encodings=text.states)
+    torch.testing.assert_close(ours(x, t, text), expected, atol=1e-5, rtol=1e-5)
     nothing = theirs.net(x, t, text_embed=text.embedding, text_cond_drop_prob=1.0, image_cond_drop_prob=1.0)
     torch.testing.assert_close(ours(x, t, ours.null(3)), nothing, atol=1e-5, rtol=1e-5)
     both = ours.null(3).cat(text)  # as guidance has them: the null is padded to the captions
     together = ours(torch.cat([x, x]), torch.cat([t, t]), both)
-    torch.testing.assert_close(together, torch.cat([nothing, wanted]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(together, torch.cat([nothing, expected]), atol=1e-5, rtol=1e-5)
 
 
 def test_the_prior_takes_vectors_alone_if_it_was_trained_so(tmp_path: Path) -> None:
@@ -135,15 +135,15 @@ def test_ancestral_sampling_of_the_prior_is_the_packages(
     text = captions(2, 9)
     noises = [noise(2, WIDTH, seed=i) for i in range(STEPS + 1)]
     condition = {"text_embed": text.embedding, "text_encodings": text.states}
-    wanted = replayed(
+    expected = replayed(
         monkeypatch, noises, lambda: theirs.p_sample_loop((2, WIDTH), text_cond=condition, cond_scale=scale)
     )
     predict = build_guided_predict(ours, text, ours.null(2), scale, scheduler)
     steps = [*noises[1:STEPS], noises[STEPS]]  # theirs draws one in the last step too, and adds nothing of it
     got = ancestral(predict, build_sampler("ddpm", scheduler), noises[0], steps, monkeypatch)
     # The package hands on what the sampler ends with; here z_i has unit length, as the decoders were trained with it.
-    torch.testing.assert_close(got / WIDTH**0.5, wanted, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(ours.unscale_image_embeds(got), F.normalize(wanted, dim=-1), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(got / WIDTH**0.5, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours.unscale_image_embeds(got), F.normalize(expected, dim=-1), atol=1e-4, rtol=1e-4)
 
 
 def ancestral(predict: Any, scheduler: Any, start: Tensor, noises: list[Tensor], patch: pytest.MonkeyPatch) -> Tensor:
@@ -190,14 +190,14 @@ def test_ddim_of_the_prior_is_the_packages_but_for_its_noise_levels_which_are_on
 
     off = draw()
     theirs.noise_scheduler.alphas_cumprod_prev = theirs.noise_scheduler.alphas_cumprod
-    wanted = draw()
+    expected = draw()
     predict = build_guided_predict(ours, text, ours.null(2), scale, scheduler)
     sampler = build_scheduler_like(Given, scheduler).at(times[:-1], -1)
     with monkeypatch.context() as patch:
         patch.setattr("t2i.diffusion.ddim.randn_tensor", Replay(noises[1:] + [torch.zeros(2, WIDTH)]))
         got = sample_from_noise(predict, sampler, noises[0], Sampling(steps, eta=1.0)) / WIDTH**0.5
-    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
-    assert (off - wanted).abs().max() > 1e-3
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    assert (off - expected).abs().max() > 1e-3
 
 
 def test_a_prior_of_another_kind_of_picture_has_a_caption_of_any_length_and_a_batch_that_changes_nothing(
@@ -242,12 +242,12 @@ def test_the_decoder_predicts_what_the_package_predicts(name: str, tmp_path: Pat
     text, x, t = captions(3, 7), noise(2, 3, 8, 8), torch.tensor([0, 33])
     z_i = captions(1, 2).embedding
     said = {"text_encodings": text.states} if ours.config.text_width else {}
-    wanted = theirs.unets[0](x, t, image_embed=z_i, **said)
-    torch.testing.assert_close(ours(x, t, ImageCondition(z_i, text)), wanted, atol=1e-5, rtol=1e-4)
+    expected = theirs.unets[0](x, t, image_embed=z_i, **said)
+    torch.testing.assert_close(ours(x, t, ImageCondition(z_i, text)), expected, atol=1e-5, rtol=1e-4)
     dropped = {"image_cond_drop_prob": 1.0, "text_cond_drop_prob": 1.0}
     nothing = theirs.unets[0](x, t, image_embed=z_i, **said, **dropped)
     torch.testing.assert_close(ours(x, t, ours.null(2)), nothing, atol=1e-5, rtol=1e-4)
-    assert not torch.allclose(wanted, nothing, atol=1e-3)
+    assert not torch.allclose(expected, nothing, atol=1e-3)
 
 
 @pytest.mark.parametrize("learned", [True, False])
@@ -262,7 +262,7 @@ def test_ancestral_sampling_of_the_decoder_is_the_packages_but_for_its_guided_va
     ours, scheduler, pixels = our_decoder(theirs, tmp_path, unets, image_size=8, learned_variance=learned)
     text, z_i = captions(2, 9), captions(1, 2).embedding
     noises = [noise(2, 3, 8, 8, seed=i) for i in range(STEPS + 1)]
-    wanted = replayed(
+    expected = replayed(
         monkeypatch,
         noises,
         lambda: theirs.sample(image_embed=z_i, text_encodings=text.states, cond_scale=scale),
@@ -272,9 +272,9 @@ def test_ancestral_sampling_of_the_decoder_is_the_packages_but_for_its_guided_va
     assert isinstance(sampler, DDPMScheduler) and sampler.config.clip_sample
     got = (pixels.decode(ancestral(predict, sampler, noises[0], noises[1:], monkeypatch)) + 1) / 2
     if learned and scale != 1:
-        assert (got - wanted).abs().max() > 1e-3
+        assert (got - expected).abs().max() > 1e-3
     else:
-        torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1.7])
@@ -289,7 +289,7 @@ def test_ddim_of_the_decoder_is_the_packages_but_for_its_timesteps_which_end_bef
     assert times[0] < STEPS - 1 and times[-1] == 0
     text, z_i, start = captions(2, 9), captions(1, 2).embedding, noise(2, 3, 8, 8)
     unused = [torch.zeros(2, 3, 8, 8)] * (steps - 1)  # eta is 0
-    wanted = replayed(
+    expected = replayed(
         monkeypatch,
         [start, *unused],
         lambda: theirs.sample(image_embed=z_i, text_encodings=text.states, cond_scale=scale),
@@ -298,7 +298,7 @@ def test_ddim_of_the_decoder_is_the_packages_but_for_its_timesteps_which_end_bef
     # The package takes the noise of the clipped clean sample, where diffusers takes the predicted noise
     sampling = Sampling(steps, use_clipped_model_output=True)
     got = sample_from_noise(predict, build_scheduler_like(Given, scheduler).at(times[:-1], 0), start, sampling)
-    torch.testing.assert_close((got + 1) / 2, wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close((got + 1) / 2, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("noised", [False, True])
@@ -314,7 +314,7 @@ def test_the_cascade_draws_what_the_package_draws(
     small, start, blur = noise(2, 3, 8, 8).clamp(-1, 1), noise(2, 3, 16, 16, seed=1), noise(2, 3, 16, 16, seed=2)
     later = [noise(2, 3, 16, 16, seed=3 + i) for i in range(STEPS)]
     before, z_i = [blur] if noised else [], noise(2, WIDTH)
-    wanted = replayed(
+    expected = replayed(
         monkeypatch,
         [*before, start, *later],
         lambda: theirs.sample(image=(small + 1) / 2, image_embed=z_i, start_at_unet_number=2),
@@ -324,7 +324,7 @@ def test_the_cascade_draws_what_the_package_draws(
         patch.setattr("t2i.networks.dalle2.decoder.generate_noise", Replay(before))
         patch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", Replay(later))
         got = cascade.draw_images(small, Sampling(STEPS, [torch.Generator(), torch.Generator()], noise=start))
-    torch.testing.assert_close((got + 1) / 2, wanted.clamp(0, 1), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close((got + 1) / 2, expected.clamp(0, 1), atol=1e-4, rtol=1e-4)
 
 
 def test_a_picture_of_the_cascade_does_not_depend_on_its_batch(tmp_path: Path) -> None:
@@ -506,10 +506,10 @@ PUBLISHED: dict[str, tuple[dict, dict]] = {
 def test_priors_of_published_sizes_have_the_packages_tensors(name: str) -> None:
     package, (theirs, ours) = reference(), PUBLISHED[name]
     with torch.device("meta"):
-        wanted = package.DiffusionPriorNetwork(**theirs).state_dict()
+        expected = package.DiffusionPriorNetwork(**theirs).state_dict()
         found = DALLE2Prior(**ours).net.state_dict()
-    wanted = {name: one for name, one in wanted.items() if "rotary" not in name}  # computed here
-    assert {name: one.shape for name, one in found.items()} == {name: one.shape for name, one in wanted.items()}
+    expected = {name: one for name, one in expected.items() if "rotary" not in name}  # computed here
+    assert {name: one.shape for name, one in found.items()} == {name: one.shape for name, one in expected.items()}
 
 
 def test_decoders_of_published_sizes_have_the_packages_tensors() -> None:
@@ -520,9 +520,9 @@ def test_decoders_of_published_sizes_have_the_packages_tensors() -> None:
     for unet, reads in ((example, False), (reader, True)):
         more = {"image_embed_dim": 768, "cond_on_image_embeds": True, "cond_on_text_encodings": reads}
         with torch.device("meta"):
-            wanted = reference().Unet(**unet, **more, channels_out=6).state_dict()
+            expected = reference().Unet(**unet, **more, channels_out=6).state_dict()
             found = DALLE2Decoder(768, 3, 64, unet, text_width=768 if reads else None).net.state_dict()
-        assert {name: one.shape for name, one in found.items()} == {name: one.shape for name, one in wanted.items()}
+        assert {name: one.shape for name, one in found.items()} == {name: one.shape for name, one in expected.items()}
 
 
 class Foreign:

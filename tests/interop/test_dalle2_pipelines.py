@@ -185,7 +185,7 @@ def test_the_final_picture_is_the_packages(
         condition = {"text_embed": text.embedding, "text_encodings": text.states * text.mask[..., None]}
         z_i = prior.p_sample_loop((2, WIDTH), text_cond=condition, cond_scale=scale)
         encodings = condition["text_encodings"]
-        wanted = decoder.sample(image_embed=z_i, text_encodings=encodings, cond_scale=(scale, 1.0))
+        expected = decoder.sample(image_embed=z_i, text_encodings=encodings, cond_scale=(scale, 1.0))
 
     for name, model, settings in (
         ("prior", prior, {"prior": {"net": NET, "image_embed_dim": WIDTH, "timesteps": STEPS}}),
@@ -204,7 +204,7 @@ def test_the_final_picture_is_the_packages(
         patch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", Replay(later))
         got = made(PROMPTS, output_type="pt", **steps, **scales, **starts)
     torch.testing.assert_close(got.image_embeds, z_i, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(got.images, wanted.clamp(0, 1), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(got.images, expected.clamp(0, 1), atol=1e-4, rtol=1e-4)
 
 
 def test_every_pipeline_takes_the_model(pipeline: Text2ImagePipeline, tmp_path: Path) -> None:

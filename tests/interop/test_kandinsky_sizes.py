@@ -162,7 +162,7 @@ def test_a_prior_has_the_published_tensors(version: str, dimensions: int) -> Non
     settings = {"num_attention_heads": 32, "attention_head_dim": 64, "num_layers": 20, "num_embeddings": 77}
     with torch.device("meta"):
         prior = PriorTransformer(**settings, embedding_dim=dimensions, additional_embeddings=4)
-    wanted: Shapes = {
+    expected: Shapes = {
         "positional_embedding": (1, 81, 2048),
         "prd_embedding": (1, 1, 2048),
         "clip_mean": (1, dimensions),
@@ -171,24 +171,24 @@ def test_a_prior_has_the_published_tensors(version: str, dimensions: int) -> Non
         "norm_out.bias": (2048,),
     }
     for name in ("proj_in", "embedding_proj", "encoder_hidden_states_proj"):
-        wanted |= linear(name, 2048, dimensions)
-    wanted |= linear("proj_to_clip_embeddings", dimensions, 2048)
-    wanted |= linear("time_embedding.linear_1", 2048, 2048) | linear("time_embedding.linear_2", 2048, 2048)
+        expected |= linear(name, 2048, dimensions)
+    expected |= linear("proj_to_clip_embeddings", dimensions, 2048)
+    expected |= linear("time_embedding.linear_1", 2048, 2048) | linear("time_embedding.linear_2", 2048, 2048)
     for block in (f"transformer_blocks.{number}" for number in range(20)):
         for norm in ("norm1", "norm3"):
-            wanted |= {f"{block}.{norm}.weight": (2048,), f"{block}.{norm}.bias": (2048,)}
+            expected |= {f"{block}.{norm}.weight": (2048,), f"{block}.{norm}.bias": (2048,)}
         for part in ("to_q", "to_k", "to_v", "to_out.0"):
-            wanted |= linear(f"{block}.attn1.{part}", 2048, 2048)
-        wanted |= linear(f"{block}.ff.net.0.proj", 8192, 2048) | linear(f"{block}.ff.net.2", 2048, 8192)
-    assert shapes(prior) == wanted and len(wanted) == 338
+            expected |= linear(f"{block}.attn1.{part}", 2048, 2048)
+        expected |= linear(f"{block}.ff.net.0.proj", 8192, 2048) | linear(f"{block}.ff.net.2", 2048, 8192)
+    assert shapes(prior) == expected and len(expected) == 338
     with torch.device("meta"):
         ours = shapes(Prior(**convert_prior_config({**settings, "embedding_dim": dimensions})))
     names = map_tensor_names(settings["num_layers"])
-    assert sorted(name for parts in names.values() for name in parts) == sorted(wanted)
+    assert sorted(name for parts in names.values() for name in parts) == sorted(expected)
     assert ours.keys() == {*names, "null_embedding", "null_states"}
     for name, parts in names.items():  # a Prior has no batch of one, and one tensor for query, key and value
-        stacked = sum(math.prod(wanted[part]) for part in parts)
-        assert math.prod(ours[name]) == stacked and ours[name][-1] == wanted[parts[0]][-1] * (
+        stacked = sum(math.prod(expected[part]) for part in parts)
+        assert math.prod(ours[name]) == stacked and ours[name][-1] == expected[parts[0]][-1] * (
             len(parts) if len(ours[name]) == 1 else 1
         )
 

@@ -160,9 +160,9 @@ def test_embeddings_are_those_of_kandinsky_s_prior_pipelines(
     x = noise(2 * count if negatives else count, EMBED_DIM)  # with negatives it draws those too
     pad = "!" if kind is KandinskyV22PriorPipeline else "<|endoftext|>"
     settings = {"num_inference_steps": STEPS, "guidance_scale": scale, "latents": x, "generator": generators(len(x))}
-    wanted = reference(kind, theirs, pad)(prompts, negatives, **settings).image_embeds
+    expected = reference(kind, theirs, pad)(prompts, negatives, **settings).image_embeds
     found = drawn(prompts, negatives, ours, scale, x[:count])
-    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert (found - drawn(prompts, negatives, ours, scale + 0.5, x[:count])).abs().max() > 1e-3  # it can fail
 
 
@@ -259,9 +259,9 @@ def test_a_prior_exported_and_imported_again_is_the_same(tmp_path: Path, unit_le
     loaded, text = PriorTransformer.from_pretrained(tmp_path), caption(prior)
     x, t = noise(2, 12), torch.tensor([700, 3])
     with torch.no_grad():
-        wanted = prior(x, t, text)
+        expected = prior(x, t, text)
         theirs = loaded(x, t, **padded(text, 9)).predicted_image_embedding
-    torch.testing.assert_close(theirs, wanted, atol=1e-5, rtol=0)
+    torch.testing.assert_close(theirs, expected, atol=1e-5, rtol=0)
     z_i = loaded.post_process_latents(x)
     wanted_z_i = nn.functional.normalize(z_i, dim=-1) if unit_length else z_i
     torch.testing.assert_close(wanted_z_i, prior.unscale_image_embeds(x), atol=1e-5, rtol=0)
@@ -280,9 +280,9 @@ def test_the_shipped_prior_predicts_the_same_in_diffusers(tmp_path: Path) -> Non
     theirs, text = PriorTransformer.from_pretrained(tmp_path), caption(prior, (4, 11, 32))
     x, t = noise(3, prior.config.embed_dim), torch.tensor([999, 400, 1])
     with torch.no_grad():
-        wanted = prior(x, t, text)
+        expected = prior(x, t, text)
         found = theirs(x, t, **padded(text, prior.config.context_length)).predicted_image_embedding
-    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -353,15 +353,15 @@ def test_an_eclipse_prior_is_a_prior_transformer_whose_time_no_token_sees(tmp_pa
     assert isinstance(prior, EclipsePrior)
     text, x = clip().encode_text(prompts), noise(len(prompts), EMBED_DIM)
     with torch.no_grad():
-        wanted = theirs(x, 7, **padded(text)).predicted_image_embedding
+        expected = theirs(x, 7, **padded(text)).predicted_image_embedding
     given = sample_image_embeds(prior, None, text, None, Sampling(1, generators(len(prompts)), noise=x), candidates=3)
-    torch.testing.assert_close(given, wanted, atol=1e-5, rtol=0)
+    torch.testing.assert_close(given, expected, atol=1e-5, rtol=0)
 
     own = torch.stack([torch.randn(EMBED_DIM, generator=one) for one in generators(len(prompts))])
     with torch.no_grad():
-        wanted = theirs(own, 7, **padded(text)).predicted_image_embedding
+        expected = theirs(own, 7, **padded(text)).predicted_image_embedding
     free = sample_image_embeds(prior, None, text, None, Sampling(1, generators(len(prompts))))
-    torch.testing.assert_close(free, wanted, atol=1e-5, rtol=0)
+    torch.testing.assert_close(free, expected, atol=1e-5, rtol=0)
     best = sample_image_embeds(prior, None, text, None, Sampling(1, generators(len(prompts))), candidates=4)
     cosines = [nn.functional.cosine_similarity(one, text.embedding) for one in (free, best)]
     assert (cosines[1] >= cosines[0] - 1e-6).all()
@@ -391,20 +391,20 @@ def test_an_eclipse_prior_draws_in_a_pipeline_and_is_saved_with_it(tmp_path: Pat
     assert isinstance(pipe.prior, EclipsePrior) and pipe.prior_scheduler is None
     x, prompts = noise(2, EMBED_DIM), ["a red cat", "a dog"]
     with torch.no_grad():
-        wanted, away = (
+        expected, away = (
             theirs(x, 0, **padded(clip().encode_text(texts))).predicted_image_embedding
             for texts in (prompts, ["red"] * 2)
         )
     settings = {"num_inference_steps": 2, "output_type": "pt", "prior_latents": x}
     drawn = pipe(prompts, decoder_negative_prompt="red", generator=generators(2), **settings)
-    torch.testing.assert_close(drawn.image_embeds, wanted, atol=1e-5, rtol=0)
+    torch.testing.assert_close(drawn.image_embeds, expected, atol=1e-5, rtol=0)
     given = pipe(prompts, negative_image_embeds=away, generator=generators(2), **settings)
     torch.testing.assert_close(drawn.images, given.images, atol=1e-4, rtol=0)
     pipe.save_pretrained(tmp_path / "saved")
     again = Text2ImagePipeline.from_pretrained(tmp_path / "saved")
     again.set_progress_bar_config(disable=True)
     embeds = again(prompts, generator=generators(2), **settings).image_embeds
-    torch.testing.assert_close(embeds, wanted, atol=1e-5, rtol=0)
+    torch.testing.assert_close(embeds, expected, atol=1e-5, rtol=0)
 
 
 def test_a_prior_with_the_time_s_weights_but_not_its_token_is_refused(tmp_path: Path) -> None:
@@ -454,8 +454,8 @@ def test_the_published_priors_have_the_listed_tensors_and_become_this_project_s(
     settings = read_prior_config(part, 4)
     with torch.device("meta"):
         prior = Prior(**convert_prior_config(settings))
-    wanted = {name: one for name, one in prior.state_dict().items() if not name.startswith("null_")}
-    check_tensor_specs(wanted, RenamedComponent(part, map_tensor_names(20)).tensor_specs, part.folder)
+    expected = {name: one for name, one in prior.state_dict().items() if not name.startswith("null_")}
+    check_tensor_specs(expected, RenamedComponent(part, map_tensor_names(20)).tensor_specs, part.folder)
     assert sum(one.numel() for one in prior.parameters()) == sum(
         torch.Size(shape).numel() for name, shape in shapes.items() if not name.startswith("clip_")
     )

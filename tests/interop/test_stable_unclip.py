@@ -112,9 +112,9 @@ def test_zero_is_the_null_and_is_not_noised():
 
 def test_captions_of_any_length_are_read_with_their_padding():
     _, encoder, _ = ours()
-    wanted, empty = reference().encode_prompt(PROMPTS, "cpu", 1, True)
+    expected, empty = reference().encode_prompt(PROMPTS, "cpu", 1, True)
     read = encoder.encode(PROMPTS)
-    torch.testing.assert_close(read.states, wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(read.states, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(encoder.encode([""]).states, empty[:1], atol=1e-5, rtol=1e-5)
     assert read.mask.all() and read.states.shape == (3, 77, encoder.width)
     assert encoder.find_truncated_text(PROMPTS[2]) and not encoder.find_truncated_text(PROMPTS[0])

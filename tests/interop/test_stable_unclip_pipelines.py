@@ -88,9 +88,9 @@ def test_given_embeddings_become_the_pictures_of_diffusers(monkeypatch, level, s
     same_noise(monkeypatch, theirs, noise)
     settings = {"num_inference_steps": 4, "guidance_scale": scale, "latents": x, "noise_level": level}
     prompts = PROMPTS[:count]
-    wanted = theirs(prompt=prompts, image_embeds=z_i, output_type="pt", **settings).images
+    expected = theirs(prompt=prompts, image_embeds=z_i, output_type="pt", **settings).images
     got = mine(prompts, image_embeds=z_i, image_embeds_noise=noise, output_type="pt", **settings).images
-    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what diffusers calls of NumPy
@@ -102,9 +102,9 @@ def test_a_scheduler_in_the_place_of_the_own_draws_what_it_draws_in_diffusers(mo
     settings = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "pt"}
     theirs.scheduler.set_timesteps(4)
     start = x * theirs.scheduler.init_noise_sigma  # diffusers scales the latents that it draws alone
-    wanted = theirs(prompt=PROMPTS[:1], image_embeds=z_i, latents=start, **settings).images
+    expected = theirs(prompt=PROMPTS[:1], image_embeds=z_i, latents=start, **settings).images
     got = mine(PROMPTS[:1], image_embeds=z_i, image_embeds_noise=noise, latents=x, **settings).images
-    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])
@@ -125,10 +125,10 @@ def test_prompts_become_the_pictures_of_diffusers(monkeypatch, count, scale, sch
     monkeypatch.setattr(
         theirs.prior, "post_process_latents", lambda x: embeddings.append(finish(theirs.prior, x)) or embeddings[0]
     )
-    wanted = theirs(PROMPTS[:count], generator=own, **settings).images
+    expected = theirs(PROMPTS[:count], generator=own, **settings).images
     got = mine(PROMPTS[:count], generator=generators, image_embeds_noise=noise, **settings)
     torch.testing.assert_close(got.image_embeds, embeddings[0], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(got.images, wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got.images, expected, atol=1e-5, rtol=1e-5)
 
 
 def pictures(count: int) -> list[Image.Image]:
@@ -147,10 +147,10 @@ def test_variations_are_those_of_diffusers(monkeypatch, prompts, negative, sched
     generators = [Generator().manual_seed(seed) for seed in (1, 2)]
     _, own = split_generators([one.clone_state() for one in generators], 2)
     settings["negative_prompt"] = negative
-    wanted = theirs(pictures(2), prompts, generator=own, **settings).images
+    expected = theirs(pictures(2), prompts, generator=own, **settings).images
     mine = ImageVariationPipeline.from_pipe(mine)
     got = mine(pictures(2), prompts, generator=generators, image_embeds_noise=noise, **settings).images
-    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_negative_prompt_of_diffusers_is_one_of_the_decoder_with_zero_embeddings(monkeypatch):
@@ -158,11 +158,11 @@ def test_a_negative_prompt_of_diffusers_is_one_of_the_decoder_with_zero_embeddin
     z_i, noise, x = drawn(2, 20), drawn(2, 20, seed=1), drawn(2, 4, 8, 8, seed=2)
     same_noise(monkeypatch, theirs, noise)
     settings = {"num_inference_steps": 3, "guidance_scale": 4.0, "latents": x, "output_type": "pt"}
-    wanted = theirs(prompt=PROMPTS, image_embeds=z_i, negative_prompt=["a dog", "red"], **settings).images
+    expected = theirs(prompt=PROMPTS, image_embeds=z_i, negative_prompt=["a dog", "red"], **settings).images
     nothing = torch.zeros(2, 20)
     settings |= {"decoder_negative_prompt": ["a dog", "red"], "negative_image_embeds": nothing}
     got = mine(PROMPTS, image_embeds=z_i, image_embeds_noise=noise, **settings).images
-    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_other_sides_and_half_precision(monkeypatch):
@@ -170,9 +170,9 @@ def test_other_sides_and_half_precision(monkeypatch):
     z_i, noise, x = drawn(1, 20), drawn(1, 20, seed=1), drawn(1, 4, 4, 12, seed=2)
     same_noise(monkeypatch, theirs, noise)
     settings = {"num_inference_steps": 3, "latents": x, "output_type": "pt", "height": 8, "width": 24}
-    wanted = theirs(prompt="cat", image_embeds=z_i, **settings).images
+    expected = theirs(prompt="cat", image_embeds=z_i, **settings).images
     got = mine("cat", image_embeds=z_i, image_embeds_noise=noise, **settings).images
-    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
     halves = {name: copy.deepcopy(mine.components[name]).bfloat16() for name in ("clip", "decoder", "autoencoder")}
     half = type(mine).from_pipe(mine, **halves, text_encoder=copy.deepcopy(mine.text_encoder).bfloat16())
     rounded = half("cat", image_embeds=z_i, image_embeds_noise=noise, **settings).images

@@ -91,12 +91,12 @@ def test_what_is_no_image_in_floats_is_refused(kind):
 
 def test_a_folder_keeps_weights_vocabulary_and_identity_also_in_half_precision(tmp_path):
     clip = make()
-    identity = clip.fingerprint()
+    identity = clip.compute_fingerprint()
     clip.save_pretrained(tmp_path / "full")
     clip.half().save_pretrained(tmp_path / "half")
     for name in ("full", "half"):
         loaded = load_clip(tmp_path / name)
-        assert loaded.identity == identity == loaded.fingerprint()
+        assert loaded.identity == identity == loaded.compute_fingerprint()
         assert loaded.tokenizer(CAPTIONS).equal(clip.tokenizer(CAPTIONS))
     full = load_clip(tmp_path / "full")
     assert full.dtype == torch.float32
@@ -254,7 +254,7 @@ def test_a_clip_of_a_configuration_alone_is_saved_without_a_vocabulary_and_says_
     expected = loaded.encode_text(CAPTIONS).embedding
     loaded.save_pretrained(tmp_path / "whole")
     whole = load_clip(tmp_path / "whole")
-    assert whole.encode_text(CAPTIONS).embedding.equal(expected) and whole.identity == whole.fingerprint()
+    assert whole.encode_text(CAPTIONS).embedding.equal(expected) and whole.identity == whole.compute_fingerprint()
 
 
 def test_open_clips_own_vocabulary_needs_no_file():

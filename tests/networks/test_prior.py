@@ -47,12 +47,12 @@ def test_timesteps_prepared_ahead_change_nothing(times):
 def test_what_several_pictures_share_is_computed_once(monkeypatch):
     prior, text, counts = make_prior(), captions(4, 6).repeat(3), []
     both, x, t = prior.null(6).cat(text), torch.randn(12, D), torch.full((12,), 7)
-    wanted = prior(x, t, both)
+    expected = prior(x, t, both)
     hook = prior.blocks[0].norm_1.register_forward_pre_hook(lambda _, inputs: counts.append(len(inputs[0])))
     context = prior.prepare(both, torch.tensor([7]))
     hook.remove()
     assert counts == [3]  # the null and two captions
-    torch.testing.assert_close(prior.step(x, t, context), wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(prior.step(x, t, context), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_step_has_the_gradient_of_the_full_pass():
@@ -60,10 +60,10 @@ def test_a_step_has_the_gradient_of_the_full_pass():
     x = torch.randn(2, D, requires_grad=True)
     with torch.no_grad():
         context = prior.prepare(text, torch.tensor([3]))
-    (found,), (wanted,) = (
+    (found,), (expected,) = (
         torch.autograd.grad(out.square().sum(), x) for out in (prior.step(x, t, context), prior(x, t, text))
     )
-    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_trimmed_captions_equal_padded_ones():

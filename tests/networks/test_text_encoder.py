@@ -53,14 +53,14 @@ def test_states_are_transformers_own_and_do_not_depend_on_the_batch(kind, folder
 @pytest.mark.parametrize("kind", MADE)
 def test_an_encoder_saved_and_loaded_says_the_same_and_has_the_same_fingerprint(kind, folders, tmp_path):
     encoder = load_text_encoder(folders[kind], context_length=16)
-    assert encoder.identity == encoder.fingerprint()
+    assert encoder.identity == encoder.compute_fingerprint()
     encoder.save_pretrained(tmp_path)
     again = load_text_encoder(tmp_path)
-    assert again.identity == again.fingerprint() == encoder.identity
+    assert again.identity == again.compute_fingerprint() == encoder.identity
     assert torch.equal(again.encode(CAPTIONS).states, encoder.encode(CAPTIONS).states)
     assert not any(parameter.requires_grad for parameter in again.parameters())
     half = load_text_encoder(folders[kind], 16, torch.float16)
-    assert half.identity == half.fingerprint() == encoder.identity
+    assert half.identity == half.compute_fingerprint() == encoder.identity
 
 
 # --- Training -----------------------------------------------------------------------------------------------------

@@ -136,11 +136,11 @@ def test_pictures_are_made_ready_and_encoded_as_transformers_does() -> None:
     image = pixels.float() / 127.5 - 1
     torch.testing.assert_close(clip.preprocess(image), theirs, atol=1e-5, rtol=0)
     with torch.no_grad():
-        wanted = tower(pixel_values=theirs).image_embeds
-        torch.testing.assert_close(clip.encode_image(image), wanted, atol=1e-5, rtol=0)
+        expected = tower(pixel_values=theirs).image_embeds
+        torch.testing.assert_close(clip.encode_image(image), expected, atol=1e-5, rtol=0)
         zero = tower(pixel_values=torch.zeros(1, 3, 16, 16)).image_embeds
     torch.testing.assert_close(clip.encode_zero_image(), zero, atol=1e-6, rtol=0)
-    assert not clip.unit_length and (wanted.norm(dim=-1) - 1).abs().min() > 0.01  # as they are
+    assert not clip.unit_length and (expected.norm(dim=-1) - 1).abs().min() > 0.01  # as they are
 
 
 @pytest.mark.parametrize("side", [16, 20, None])
@@ -216,11 +216,11 @@ def test_an_image_processor_of_another_kind_is_refused(tmp_path: Path, settings:
 def test_weights_of_16_bits_stay_so_and_the_fingerprint_is_the_same(tmp_path: Path) -> None:
     exact, half = load(clip_folder()), load(clip_folder(), torch.float16)
     assert {value.dtype for value in half.state_dict().values()} == {torch.float16}
-    assert half.fingerprint() == exact.fingerprint() == half.identity
+    assert half.compute_fingerprint() == exact.compute_fingerprint() == half.identity
     half.save_pretrained(tmp_path)
     again = TransformersCLIP.from_pretrained(tmp_path, torch_dtype=torch.float16)
     assert again.dtype == torch.float16 and again.identity == half.identity
-    assert again.config.fingerprint == half.fingerprint()
+    assert again.config.fingerprint == half.compute_fingerprint()
     text, image = again.encode_text(["a cat"]), again.encode_image(noise(1, 3, 20, 20).half())
     assert text.states.dtype == image.dtype == torch.float16
     torch.testing.assert_close(text.embedding.float(), exact.encode_text(["a cat"]).embedding, atol=0.01, rtol=0.01)
@@ -307,10 +307,10 @@ def test_pictures_are_searched_and_measured_by_a_public_clip(tmp_path: Path) -> 
     for i, one in enumerate(pixels):
         Image.fromarray(one.numpy()).save(tmp_path / f"{i}.png")
     image = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
-    wanted = clip.encode_image(image)
-    torch.testing.assert_close(CLIPFeatures(clip)(image), wanted, atol=1e-5, rtol=0)
+    expected = clip.encode_image(image)
+    torch.testing.assert_close(CLIPFeatures(clip)(image), expected, atol=1e-5, rtol=0)
     found = embed_image_files(clip, sorted(tmp_path.glob("*.png")))
-    torch.testing.assert_close(found, torch.nn.functional.normalize(wanted, dim=-1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found, torch.nn.functional.normalize(expected, dim=-1), atol=1e-5, rtol=0)
     index = open_image_index(clip, tmp_path)
     assert search_image_index(clip, index, None, tmp_path / "1.png", 1)[0][0] == "1.png"
     assert len(search_image_index(clip, index, "a cat", None, 2)) == 2
@@ -362,13 +362,15 @@ def test_the_published_towers_have_transformers_names_and_shapes(name: str) -> N
         towers = {"image_encoder": CLIPVisionModelWithProjection(CLIPVisionConfig(**configs["vision"]))}
         if text is not None:
             towers["text_encoder"] = CLIPTextModelWithProjection(CLIPTextConfig(**configs["text"]))
-    wanted = {f"{place}.{key}": one.shape for place, tower in towers.items() for key, one in tower.state_dict().items()}
-    assert {key: one.shape for key, one in clip.state_dict().items()} == wanted
-    assert wanted["image_encoder.visual_projection.weight"] == (dim, image[0])
+    expected = {
+        f"{place}.{key}": one.shape for place, tower in towers.items() for key, one in tower.state_dict().items()
+    }
+    assert {key: one.shape for key, one in clip.state_dict().items()} == expected
+    assert expected["image_encoder.visual_projection.weight"] == (dim, image[0])
     assert (clip.embed_dim, clip.size, clip.reads_captions) == (dim, 224, text is not None)
     layers, others = image[1], 8
     if text is not None:
-        assert wanted["text_encoder.text_projection.weight"] == (dim, text[0])
+        assert expected["text_encoder.text_projection.weight"] == (dim, text[0])
         assert (clip.text_width, clip.context_length) == (text[0], 77)
         layers, others = layers + text[1], others + 5
-    assert len(wanted) == 16 * layers + others  # two norms, four projections, an MLP's two layers; all with biases
+    assert len(expected) == 16 * layers + others  # two norms, four projections, an MLP's two layers; all with biases

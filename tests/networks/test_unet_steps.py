@@ -84,8 +84,8 @@ def test_a_step_is_the_forward_of_diffusers(case: str, gradient: bool) -> None:
         )
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
         if gradient:
-            wanted = [torch.autograd.grad(one.square().sum(), x, retain_graph=True)[0] for one in (mine, theirs)]
-            torch.testing.assert_close(*wanted, atol=1e-3, rtol=1e-4)
+            expected = [torch.autograd.grad(one.square().sum(), x, retain_graph=True)[0] for one in (mine, theirs)]
+            torch.testing.assert_close(*expected, atol=1e-3, rtol=1e-4)
 
 
 @torch.no_grad()

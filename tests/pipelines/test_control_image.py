@@ -74,9 +74,9 @@ def test_a_text_is_drawn_as_diffusers_draws_it(pipeline: Text2ImagePipeline, sca
     settings |= {"image_embeds": z_i, "negative_image_embeds": away}
     drawing = Text2ImagePipeline.from_pipe(pipeline, decoder_scheduler=SCHEDULERS[name])
     mine = drawing(["a cat", "a dog"], control_image=[DEPTH, OTHER], generator=build_generators(2), **settings).images
-    streams = split_generators(build_generators(2), 2)[1]
+    generators = split_generators(build_generators(2), 2)[1]
     hint, reference = make_hint(DEPTH, OTHER), build_reference(KandinskyV22ControlnetPipeline, name)
-    theirs = reference(hint=hint, generator=streams, **settings, **SIZE).images
+    theirs = reference(hint=hint, generator=generators, **settings, **SIZE).images
     np.testing.assert_allclose(mine, theirs, atol=1e-4)
     # One image for all, as a tensor; its own seed alone decides the first picture
     shared = drawing(["a cat", "a dog"], control_image=hint[:1], generator=build_generators(2), **settings).images

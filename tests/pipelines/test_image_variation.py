@@ -44,17 +44,17 @@ def test_a_variation_is_what_the_decoder_draws_for_the_embedding_of_the_picture(
 
 def test_with_eta_0_the_picture_comes_back_whatever_the_seed(vary):
     pictures = [picture(1), picture(2)]
-    wanted = vary.encode_latents(read_images(pictures, 32))
+    expected = vary.encode_latents(read_images(pictures, 32))
     for seed in (0, 1):
         found = vary(pictures, eta=0.0, generator=torch.Generator().manual_seed(seed), **QUICK).images
-        torch.testing.assert_close(found, wanted, atol=0.03, rtol=0)
+        torch.testing.assert_close(found, expected, atol=0.03, rtol=0)
 
 
 def test_the_larger_eta_the_further_a_variation_roams(vary):
-    wanted = vary.encode_latents(read_images(picture(), 32))
+    expected = vary.encode_latents(read_images(picture(), 32))
     away = [
         (
-            vary(picture(), num_images_per_prompt=4, eta=eta, generator=seeds(0, 1, 2, 3), **QUICK).images - wanted
+            vary(picture(), num_images_per_prompt=4, eta=eta, generator=seeds(0, 1, 2, 3), **QUICK).images - expected
         ).square()
         for eta in (0.1, 0.4, 1.0)
     ]
@@ -85,9 +85,9 @@ def test_the_noise_of_a_picture_drawn_from_known_noise_is_that_noise(vary):
 
 
 def test_a_decoder_that_reads_captions_reads_the_prompt_there_and_back(vary):
-    wanted = vary.encode_latents(read_images(picture(), 32))
+    expected = vary.encode_latents(read_images(picture(), 32))
     told = vary(picture(), "red circle", eta=0.0, generator=seeds(0), **QUICK)
-    torch.testing.assert_close(told.images, wanted, atol=0.03, rtol=0)
+    torch.testing.assert_close(told.images, expected, atol=0.03, rtol=0)
     noises = [vary.invert(picture(), prompt, num_inference_steps=8).latents for prompt in (None, "red circle")]
     assert (noises[0] - noises[1]).abs().max() > 1e-3
 

@@ -73,9 +73,9 @@ def test_transparent_parts_of_a_picture_are_painted_on_request(inpaint):
     before, mask = picture(), mask_of((5, 7, 20, 25))
     hole = before.convert("RGBA")
     hole.putalpha(Image.eval(mask, lambda value: 255 - value))
-    wanted = inpaint(before, mask, generator=seeds(1), **QUICK).images[0]
+    expected = inpaint(before, mask, generator=seeds(1), **QUICK).images[0]
     painted = inpaint(before, hole, generator=seeds(1), mask_channel="alpha", **QUICK).images[0]
-    assert painted.tobytes() == wanted.tobytes()
+    assert painted.tobytes() == expected.tobytes()
 
 
 def test_a_painting_depends_on_its_own_seed_alone(inpaint):

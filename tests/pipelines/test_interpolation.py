@@ -41,10 +41,10 @@ def between(pipeline: Text2ImagePipeline) -> InterpolationPipeline:
 
 def test_the_way_passes_through_the_very_pictures_and_embeddings_turn_evenly_between_them(between):
     pictures = [picture(1), picture(2), picture(3)]
-    wanted = between.encode_latents(read_images(pictures, 32))
+    expected = between.encode_latents(read_images(pictures, 32))
     z_i = between.encode_image(read_images(pictures, 32))
     found = between(pictures, frames=3, **QUICK)
-    torch.testing.assert_close(found.images[::2], wanted, atol=0.03, rtol=0)
+    torch.testing.assert_close(found.images[::2], expected, atol=0.03, rtol=0)
     torch.testing.assert_close(found.image_embeds[::2], z_i)
     torch.testing.assert_close(found.image_embeds[1::2], slerp(z_i[:-1], z_i[1:], 0.5))
 
@@ -76,18 +76,18 @@ def test_texts_pass_through_the_prior_and_begin_from_one_noise(between, pipeline
 
 
 def test_pictures_and_texts_mix(between):
-    wanted = between.encode_latents(read_images(picture(), 32))
+    expected = between.encode_latents(read_images(picture(), 32))
     found = between(["red circle", picture()], frames=2, generator=torch.Generator().manual_seed(1), **QUICK)
-    torch.testing.assert_close(found.images[1:], wanted, atol=0.03, rtol=0)
-    assert (found.images[0] - wanted[0]).abs().max() > 0.1
+    torch.testing.assert_close(found.images[1:], expected, atol=0.03, rtol=0)
+    assert (found.images[0] - expected[0]).abs().max() > 0.1
 
 
 def test_without_inversion_the_way_begins_with_a_variation(between, pipeline):
     pictures = [picture(1), picture(2)]
-    wanted = between.encode_latents(read_images(pictures, 32))
+    expected = between.encode_latents(read_images(pictures, 32))
     settings = {"frames": 2, "inverted": False, **QUICK}
     found = [between(pictures, generator=torch.Generator().manual_seed(1), **settings) for _ in range(2)]
-    assert (found[0].images - wanted).square().mean() > 0.1
+    assert (found[0].images - expected).square().mean() > 0.1
     torch.testing.assert_close(found[0].images, found[1].images)
 
 

@@ -110,8 +110,8 @@ WAYS: list[Callable[[Any, Path], None]] = [
 def test_offloading_changes_no_picture(family: str, way: Any, families: Any, tmp_path: Path) -> None:
     expected, pipeline = draw(families(family)), families(family)
     way(pipeline, tmp_path)
-    for found, wanted in zip(draw(pipeline), expected, strict=True):
-        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    for found, expected_part in zip(draw(pipeline), expected, strict=True):
+        torch.testing.assert_close(found, expected_part, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
@@ -152,8 +152,8 @@ def test_layers_that_store_fewer_bits_draw_as_rounded_weights_do(family: str, fa
             for key, parameter in rounded.components[name].named_parameters():
                 if part.get_parameter(key).dtype == torch.bfloat16:
                     parameter.data = parameter.data.bfloat16().float()
-    for found, wanted in zip(draw(pipeline), draw(rounded), strict=True):
-        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    for found, expected_part in zip(draw(pipeline), draw(rounded), strict=True):
+        torch.testing.assert_close(found, expected_part, atol=1e-4, rtol=1e-4)
 
 
 def test_weights_on_the_disk_are_those_of_this_pipeline(families: Any, tmp_path: Path) -> None:
@@ -165,8 +165,8 @@ def test_weights_on_the_disk_are_those_of_this_pipeline(families: Any, tmp_path:
                 parameter.add_(0.02 * torch.randn(parameter.shape))
         expected = draw(pipeline)
         offload_leaves_to_disk(pipeline, tmp_path)
-        for found, wanted in zip(draw(pipeline), expected, strict=True):
-            torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+        for found, expected_part in zip(draw(pipeline), expected, strict=True):
+            torch.testing.assert_close(found, expected_part, atol=1e-4, rtol=1e-4)
 
 
 def test_the_prior_alone_is_offloaded_to_folders_of_its_own(families: Callable[[str], Any], tmp_path: Path) -> None:

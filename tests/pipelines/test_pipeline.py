@@ -45,14 +45,14 @@ def test_a_picture_depends_on_its_own_seed_alone(pipeline):
 
 
 def test_prompts_that_look_the_same_and_numbers_of_numpy_draw_the_same(pipeline):
-    wanted = draw(pipeline, "red circle", seeds(5), guidance_scale=3.0)
+    expected = draw(pipeline, "red circle", seeds(5), guidance_scale=3.0)
     numbers = {
         "num_inference_steps": np.int64(4),
         "guidance_scale": np.float32(3),
         "num_images_per_prompt": np.int32(1),
     }
     for prompt in (" red\ncircle\ufeff", "re\u200bd\u00a0circle"):
-        assert torch.equal(draw(pipeline, prompt, seeds(5), **numbers), wanted)
+        assert torch.equal(draw(pipeline, prompt, seeds(5), **numbers), expected)
 
 
 def test_one_generator_draws_the_same_first_pictures_for_any_number(pipeline):

@@ -35,9 +35,9 @@ def edit(pipeline: Text2ImagePipeline) -> TextDiffPipeline:
 
 
 def test_turned_by_nothing_the_picture_comes_back(edit):
-    wanted = edit.encode_latents(read_images(picture(), 32))
+    expected = edit.encode_latents(read_images(picture(), 32))
     found = edit(picture(), "red circle", "blue square", theta=0, **QUICK)
-    torch.testing.assert_close(found.images, wanted, atol=0.03, rtol=0)
+    torch.testing.assert_close(found.images, expected, atol=0.03, rtol=0)
 
 
 def test_the_embedding_turns_by_its_share_of_the_angle_to_the_difference_of_the_captions(edit):

@@ -266,15 +266,17 @@ def test_candidates_are_the_plain_draw_and_others_of_which_the_nearest_is_taken(
     torch.testing.assert_close(draw_any(kind, text, [1, 2, 3], 1), plain)
     for i in range(3):
         one = text.map_tensors(lambda tensor, i=i: tensor[i : i + 1])
-        streams = build_candidate_generators(*seeds(i + 1), 4)
+        generators = build_candidate_generators(*seeds(i + 1), 4)
         if kind == "diffusion":
-            each = [sample_prior(*diffusion(), one, None, Sampling(4, [stream], 2.0)) for stream in streams]
+            candidates = [sample_prior(*diffusion(), one, None, Sampling(4, [stream], 2.0)) for stream in generators]
         else:
-            each = [autoregressive().sample_image_embeds(one, None, Sampling(1, [stream], 2.0)) for stream in streams]
-        torch.testing.assert_close(each[0][0], plain[i], atol=1e-5, rtol=0)
-        dots = torch.cat(each) @ text.embedding[i]
+            candidates = [
+                autoregressive().sample_image_embeds(one, None, Sampling(1, [stream], 2.0)) for stream in generators
+            ]
+        torch.testing.assert_close(candidates[0][0], plain[i], atol=1e-5, rtol=0)
+        dots = torch.cat(candidates) @ text.embedding[i]
         best = draw_any(kind, text, [1, 2, 3], 4)[i]
-        torch.testing.assert_close(best, each[int(dots.argmax())][0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(best, candidates[int(dots.argmax())][0], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["diffusion", "autoregressive"])

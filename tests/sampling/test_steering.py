@@ -32,7 +32,7 @@ class ExactClassifier:
         return ["other", "seen"].index(name)
 
     def predict_log_probs(self, x, level):
-        """Up to a constant: p(seen | x_t) is Gaussian about E[x_0 | x_t]."""
+        """Up to a constant: p(seen | x_t) is Gaussian about E[x0 | x_t]."""
         alpha, sigma = (function(level.double()[0] * math.pi / 2) for function in (torch.cos, torch.sin))
         covariance, eye = self.gaussian.covariance, torch.eye(len(self.gaussian.mean)).double()
         gain = alpha * torch.linalg.solve(alpha**2 * covariance + sigma**2 * eye, covariance)

@@ -153,7 +153,9 @@ def test_columns_are_records_of_the_held_out_split_and_prompts_in_single_precisi
 def test_columns_may_be_prompts_alone_or_none(shapes, runs):
     source = FrozenModels(DataConfig(str(shapes), 32, 0), str(runs / "clip"), None, reads_captions=True)
     alone = encode_preview_input(source, SampleConfig(count=0, prompts=["a cat"]))
-    assert alone.captions == ["a cat"] and alone.pictures is None and alone.z_i.shape == (0, source.clip.embed_dim)
+    assert (
+        alone.captions == ["a cat"] and alone.pictures is None and alone.z_i.shape == (0, source.clip_facts.embed_dim)
+    )
     assert encode_preview_input(source, SampleConfig(count=0)) is None
 
 

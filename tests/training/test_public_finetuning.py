@@ -373,8 +373,8 @@ def test_of_a_repository_on_the_hub_the_parts_in_question_are_fetched_alone(shap
     prior, decoder = hub
     _, config = configured("kandinsky", shapes, tmp_path, clip=prior, autoencoder=decoder, init=decoder)
     assert isinstance(stage("kandinsky", config), KandinskyDecoder)
-    for name, wanted in {prior: [("text_encoder", "image_encoder")], decoder: [("movq",), ("unet",)]}.items():
-        for patterns, places in zip(asked[name], wanted, strict=True):
+    for name, expected in {prior: [("text_encoder", "image_encoder")], decoder: [("movq",), ("unet",)]}.items():
+        for patterns, places in zip(asked[name], expected, strict=True):
             files = [path.relative_to(hub[name]).as_posix() for path in hub[name].rglob("*") if path.is_file()]
             fetched = [file for file in files if any(fnmatch(file, pattern) for pattern in patterns)]
             assert {file for file in files if file.endswith((".json", ".txt"))} <= set(fetched)
@@ -473,7 +473,7 @@ def test_a_cache_holds_embeddings_as_they_are_and_trains_the_same(shapes, tmp_pa
     cache = cached(shapes, tmp_path / "cache", clip=clip, autoencoder=decoder, variations=8)
     pairs = CachedPairs(cache)
     batch = pairs.__getitems__([(0, 0), (5, 0)])
-    assert pairs.clip is not None and not pairs.clip.unit_length
+    assert pairs.clip_facts is not None and not pairs.clip_facts.unit_length
     pictures = import_module("t2i.data").CaptionedPictures(configured("prior", shapes, tmp_path)[1].data)
     image = torch.stack([pictures.load_image(index) for index in (0, 5)])
     with torch.no_grad():
@@ -604,9 +604,9 @@ def test_stable_unclip_trained_predicts_the_same_in_diffusers_and_goes_back_into
     settings = {"num_inference_steps": 3, "guidance_scale": 4.0, "latents": latents, "noise_level": 100}
     noised = partial(theirs.noise_image_embeddings, noise=noise)
     theirs.noise_image_embeddings = lambda image_embeds, noise_level, generator: noised(image_embeds, noise_level)
-    wanted = theirs(prompt="a cat", image_embeds=z_i, output_type="pt", **settings).images
+    expected = theirs(prompt="a cat", image_embeds=z_i, output_type="pt", **settings).images
     got = mine("a cat", image_embeds=z_i, image_embeds_noise=noise, output_type="pt", **settings).images
-    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=0)
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
     assert read(public / "image_normalizer").keys() == {"mean", "std"}
 
 

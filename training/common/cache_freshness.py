@@ -46,13 +46,15 @@ def check_cache_freshness(
     if cache.text or cache.tokens:  # older caches have captions without this option
         pairs["data.keyword_alone"] = (cache.made_from.get("keyword_alone", 0.0), data.keyword_alone)
     stored = cache.made_from.get("stored", {})
-    pairs["clip"] = compare_model("CLIP", clip, cache.clip, stored.get("clip"))
+    pairs["clip"] = compare_model("CLIP", clip, cache.clip_facts, stored.get("clip"))
     if find_local_folder(clip) is not None:
         pairs["tokenizer"] = (stored.get("tokenizer"), digest_tokenizer_files(clip))
     if autoencoder is not None:
-        pairs["autoencoder"] = compare_model("Autoencoder", autoencoder, cache.autoencoder, stored.get("autoencoder"))
+        pairs["autoencoder"] = compare_model(
+            "Autoencoder", autoencoder, cache.autoencoder_facts, stored.get("autoencoder")
+        )
     if pictures:
-        before, now = cache.made_from["data"], {split: each.compute_digest() for split, each in pictures.items()}
+        before, now = cache.made_from["data"], {split: dataset.compute_digest() for split, dataset in pictures.items()}
         pairs |= {name: (before.get(split), now.get(split)) for name, split in zip(("data", "held-out data"), SPLITS)}
     elif os.environ.get("RANK", "0") == "0":
         print(f"no manifest in data.path={data.path!r}: the cache {str(cache.folder)!r} is not compared with its data")

@@ -39,7 +39,7 @@ MAX_COMPONENT_EMBEDS = 16_384  # z_i of a cache from which principal components 
 class FrozenModels:
     """The data of a prior or a decoder, encoded by frozen models in the step.
 
-    clip, autoencoder, text_encoder: facts about the models. text_encoder: a decoder's own, for its captions.
+    clip_facts, autoencoder_facts, text_encoder_facts: of the models; the text encoder is a decoder's own.
     """
 
     def __init__(
@@ -55,18 +55,18 @@ class FrozenModels:
         self.reads_captions = reads_captions
         self.clip_model = load_clip(clip).eval().requires_grad_(False)
         # A decoder that reads captions by its own text encoder needs none of CLIP's (Stable unCLIP's has none)
-        self.clip = build_clip_facts(clip, self.clip_model, needs_text=load_text_encoder is None)
-        self.autoencoder_model, self.autoencoder = None, None
+        self.clip_facts = build_clip_facts(clip, self.clip_model, needs_text=load_text_encoder is None)
+        self.autoencoder_model, self.autoencoder_facts = None, None
         if autoencoder is not None:
             self.autoencoder_model = load_autoencoder(autoencoder).eval().requires_grad_(False)
-            self.autoencoder = build_autoencoder_facts(autoencoder, self.autoencoder_model)
-        self.text_model, self.text_encoder = None, None
+            self.autoencoder_facts = build_autoencoder_facts(autoencoder, self.autoencoder_model)
+        self.text_model, self.text_encoder_facts = None, None
         if load_text_encoder is not None:
             self.text_model = load_text_encoder()
-            self.text_encoder = build_text_encoder_facts(self.text_model)
+            self.text_encoder_facts = build_text_encoder_facts(self.text_model)
         # A resumed run must see the same data and models.
         digest = self.dataset.compute_digest()
-        self.made_from = collect_identities(digest, self.clip, self.autoencoder, self.text_encoder)
+        self.made_from = collect_identities(digest, self.clip_facts, self.autoencoder_facts, self.text_encoder_facts)
 
     def to(self, device: torch.device) -> None:
         for model in (self.clip_model, self.autoencoder_model, self.text_model):
@@ -150,8 +150,8 @@ class CachedEncodings:
         with_latents, with_tokens = autoencoder is not None, load_text_encoder is not None
         with_text = reads_captions and not with_tokens
         self.dataset = CachedPairs(cache, "train", with_latents, with_text, with_tokens)
-        made_from, facts = self.dataset.made_from, self.dataset.clip
-        present = {"clip": facts, "autoencoder": self.dataset.autoencoder, "text": made_from["text"]}
+        made_from, facts = self.dataset.made_from, self.dataset.clip_facts
+        present = {"clip": facts, "autoencoder": self.dataset.autoencoder_facts, "text": made_from["text"]}
         needed = {"clip": True, "autoencoder": with_latents, "text": with_text}
         if missing := [name for name in needed if needed[name] and not present[name]]:
             raise InputError(f"the cache {cache!r} was made without {' and '.join(missing)}; make a new one with it")
@@ -165,13 +165,13 @@ class CachedEncodings:
         self.preview_split = "train" if self.validation is None else "held_out"
         self.preview_pictures = pictures.get(self.preview_split)
         # The models
-        self.clip, self.autoencoder = facts, self.dataset.autoencoder if with_latents else None
+        self.clip_facts, self.autoencoder_facts = facts, self.dataset.autoencoder_facts if with_latents else None
         self.clip_name, self.autoencoder_name, self.open_text_encoder = clip, autoencoder, load_text_encoder
-        self.text_encoder, self.text_model = None, None
+        self.text_encoder_facts, self.text_model = None, None
         if load_text_encoder is not None:
             text_model = load_text_encoder()
-            self.text_encoder = build_text_encoder_facts(text_model)
-            if self.dataset.tokens and self.text_encoder != self.dataset.text_encoder:
+            self.text_encoder_facts = build_text_encoder_facts(text_model)
+            if self.dataset.tokens and self.text_encoder_facts != self.dataset.text_encoder_facts:
                 raise InputError(f"the cache {cache!r} is stale: it was made with another text encoder; make a new one")
             if not self.dataset.tokens:
                 if not pictures:
@@ -183,7 +183,7 @@ class CachedEncodings:
                 if self.validation is not None:
                     self.validation.captions = pictures["held_out"]
         digest = made_from["data"]["train"]
-        self.made_from = collect_identities(digest, self.clip, self.autoencoder, self.text_encoder)
+        self.made_from = collect_identities(digest, self.clip_facts, self.autoencoder_facts, self.text_encoder_facts)
         self.made_from["cache"] = self.dataset.compute_digest()
 
     def to(self, device: torch.device) -> None:
@@ -233,7 +233,7 @@ class CachedEncodings:
             batch.text = self.load_clip().encode_text(batch.captions)
         if self.text_model is not None:
             batch.text = replace(batch.text, decoder_tokens=self.text_model.encode(batch.captions))
-        elif self.text_encoder is not None:
+        elif self.text_encoder_facts is not None:
             stored = CachedPairs(cached.folder, self.preview_split, latents=False, tokens=True).__getitems__(keys)
             batch.text = replace(batch.text, decoder_tokens=stored.tokens)
         return batch

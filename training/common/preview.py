@@ -136,7 +136,7 @@ def encode_preview_input(source: EncodingSource, config: SampleConfig) -> Previe
     Samples come from the held-out split, or from the training split if there is none.
     """
     texts: list[TextEncoding] = []
-    captions, z_i, pictures = list(config.prompts), torch.zeros(0, source.clip.embed_dim), None
+    captions, z_i, pictures = list(config.prompts), torch.zeros(0, source.clip_facts.embed_dim), None
     if keys := choose_fixed_keys(len(source.validation or source.dataset), config.count):
         records = source.encode_records(keys)
         assert records.text is not None and records.image_embeds is not None, "that is what previews draw from"
@@ -145,7 +145,7 @@ def encode_preview_input(source: EncodingSource, config: SampleConfig) -> Previe
         texts.append(records.text)
     # Prompts, which no cache contains
     if config.prompts:
-        text_encoder = None if source.text_encoder is None else source.load_text_encoder()
+        text_encoder = None if source.text_encoder_facts is None else source.load_text_encoder()
         texts.append(encode_captions(source.load_clip(), text_encoder, config.prompts))
     if not texts:
         return None

@@ -61,7 +61,7 @@ def open_metadata(root: Path, files: list[Path], notes: SourceNotes, columns: Co
             for number, row in iterate_metadata_rows(table):
                 yield build_metadata_sample(paths, name.parent, f"{name}:{number}", row, chosen[table], split)
 
-    def iterate_samples(work: Path) -> Iterator[Sample]:
+    def iterate_samples(scratch_folder: Path) -> Iterator[Sample]:
         left = {file.relative_to(root).as_posix() for file in files if is_image_file(file)}
         # Read the metadata twice rather than keep it in memory
         rows = Counter(sample.file for sample in iterate_listed_samples() if sample.file)

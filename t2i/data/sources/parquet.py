@@ -51,15 +51,16 @@ def open_parquet(root: Path, files: list[Path], columns: Columns, notes: SourceN
         needed += count_uncompressed_bytes(parquet.metadata, list_used_columns(parquet.schema_arrow, chosen[-1]))
     names = [table.relative_to(root).as_posix() for table in tables]
 
-    def iterate_samples(work: Path) -> Iterator[Sample]:
-        if (free := measure_free_bytes(work)) < needed:
+    def iterate_samples(scratch_folder: Path) -> Iterator[Sample]:
+        if (free := measure_free_bytes(scratch_folder)) < needed:
             sizes = f"that takes {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free"
-            raise InputError(f"the rows of {str(root)!r} are copied uncompressed into {str(work.parent)!r}: {sizes}")
-        (work / "rows").mkdir(exist_ok=True)
+            copied = f"are copied uncompressed into {str(scratch_folder.parent)!r}"
+            raise InputError(f"the rows of {str(root)!r} {copied}: {sizes}")
+        (scratch_folder / "rows").mkdir(exist_ok=True)
         for number, (table, used, name, split) in enumerate(zip(tables, chosen, names, infer_splits(names))):
-            copy = work / "rows" / f"{number:05}.arrow"
+            copy = scratch_folder / "rows" / f"{number:05}.arrow"
             copy_rows(table, used, copy)
-            yield from index_arrow_rows(copy, work, escape_name(name), used, split, notes)
+            yield from index_arrow_rows(copy, scratch_folder, escape_name(name), used, split, notes)
 
     return Source(None, iterate_samples, notes, total)
 
@@ -186,7 +187,7 @@ def open_arrow_parts(
     chosen = {path: choose_columns(open_arrow(path).schema, columns, f"{name}, {part}") for part, path in parts}
     notes = SourceNotes()
 
-    def iterate_samples(work: Path) -> Iterator[Sample]:
+    def iterate_samples(scratch_folder: Path) -> Iterator[Sample]:
         for part, path in parts:
             key = f"{part}/{path.name}" if part else path.name
             yield from index_arrow_rows(path.resolve(), root, key, chosen[path], splits.get(part), notes)

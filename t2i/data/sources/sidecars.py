@@ -35,7 +35,7 @@ def open_sidecars(root: Path, files: list[Path], notes: SourceNotes, columns: Co
     pairs = pair_names(names, [file.relative_to(root).as_posix() for file in files if is_text_file(file)])
     notes.count_ignored(file for file in files if file.suffix.lower() not in (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES))
 
-    def iterate_samples(work: Path) -> Iterator[Sample]:
+    def iterate_samples(scratch_folder: Path) -> Iterator[Sample]:
         for name in names:
             sample = build_file_sample(name)
             if sample.problem is None:

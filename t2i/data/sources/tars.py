@@ -83,7 +83,7 @@ def open_tars(root: Path, files: list[Path], columns: Columns, notes: SourceNote
     names = [shard.relative_to(root).as_posix() for shard in shards]
     notes.shards += find_shard_gaps(names)
 
-    def iterate_samples(work: Path) -> Iterator[Sample]:
+    def iterate_samples(scratch_folder: Path) -> Iterator[Sample]:
         for name, split in zip(names, infer_splits(names)):
             try:
                 with open_inside_root(root, check_name(name)) as file:

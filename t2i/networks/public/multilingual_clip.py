@@ -77,7 +77,7 @@ class MultilingualCLIP(Encoder, ModelMixin):
         check_integer("pad_token_id", pad, 0, vocab_size - 1)
         self.tokenizer = load_text_tokenizer(folder, self.config.context_length, pad, vocab_size)
 
-    def fingerprint(self) -> str:
+    def compute_fingerprint(self) -> str:
         """Return 16 hexadecimal digits for weights, vocabulary and context length, the same in fp32 and fp16."""
         return compute_weights_fingerprint(self, f"{self.config.context_length} {self.tokenizer.digest()}")
 

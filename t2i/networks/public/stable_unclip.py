@@ -194,7 +194,7 @@ def load_caption_encoder(text_encoder: Component, tokenizer: Path, dtype: torch.
         unused=("net.text_model.embeddings.position_ids", "net.embeddings.position_ids"),
     )
     encoder.tokenizer = TextTokenizer(words.tokenizer, length, words.pad)
-    encoder.register_to_config(fingerprint=encoder.fingerprint(), rounded=encoder.dtype not in EXACT_DTYPES)
+    encoder.register_to_config(fingerprint=encoder.compute_fingerprint(), rounded=encoder.dtype not in EXACT_DTYPES)
     return encoder
 
 

@@ -160,7 +160,7 @@ class TransformersCLIP(Encoder, ModelMixin):
         if self.text_encoder is not None:
             self.tokenizer.save(folder / "tokenizer")
 
-    def fingerprint(self) -> str:
+    def compute_fingerprint(self) -> str:
         """Return 16 hexadecimal digits for weights and preprocessing, the same in fp32 and fp16."""
         return compute_tensors_fingerprint(self.state_dict(), json.dumps(self.config.preprocess, sort_keys=True))
 

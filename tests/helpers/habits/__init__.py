@@ -50,12 +50,12 @@ def draw(pipe: Any, seed: int = 1, **settings: Any) -> Any:
     return pipe("red circle", generator=seeds(seed)[0], **{**QUICK, **settings}).images
 
 
-def same(found: Any, wanted: Any, atol: float = 2e-5) -> None:
-    torch.testing.assert_close(torch.as_tensor(found), torch.as_tensor(wanted), atol=atol, rtol=0)
+def same(found: Any, expected: Any, atol: float = 2e-5) -> None:
+    torch.testing.assert_close(torch.as_tensor(found), torch.as_tensor(expected), atol=atol, rtol=0)
 
 
-def other(found: Tensor, wanted: Tensor, at_least: float = 1e-4) -> None:
-    assert found.isfinite().all() and (found - wanted).abs().max() > at_least
+def other(found: Tensor, expected: Tensor, at_least: float = 1e-4) -> None:
+    assert found.isfinite().all() and (found - expected).abs().max() > at_least
 
 
 def refuse(pipe: Any, **settings: Any) -> None:
