@@ -19,29 +19,37 @@ def evaluate_emoji(
     folder: Annotated[Path, argument("Folder that `t2i data emoji` wrote.")],
     model: flags.Model = str(SHIPPED_MODEL),
     out: Annotated[Path, option("Folder for the results and contact sheets.")] = Path("out/eval"),
-    true_embeddings: Annotated[
-        bool, option("Draw from the emoji's own embeddings.", None, "--true-embeddings")
-    ] = False,
+    samples: Annotated[
+        int | None,
+        option("Number of captions of each kind, keywords and words.", "200, all that are held out, 50 of each kind"),
+    ] = None,
     device: flags.Device = "auto",
 ) -> None:
-    """Draw emoji for their captions, and print how often the nearest real emoji is the right one."""
-    from t2i.evaluation.emoji import choose_emoji_captions, evaluate_emoji_drawings, open_emoji_dataset
+    """Draw emoji for their captions, and print how good each stage is for each kind, and how many words are right.
+
+    A picture is right if the real emoji nearest to it, by colours and edges, is. The perceptual distance needs the
+    extra `judge`. Words that people type are in `t2i/evaluation/emoji/words.json`.
+    """
+    from t2i.checks import check_integer
+    from t2i.evaluation.emoji.drawings import evaluate_emoji_drawings, format_emoji_scores
+    from t2i.evaluation.emoji.measures import load_perceptual_judge
+    from t2i.evaluation.emoji.real_emoji import RealEmoji
     from t2i.evaluation.results import check_result_folder
     from t2i.pipelines.jobs.planning import ModelSource, load_pipeline
 
     # Complain before the model loads
-    choose_emoji_captions(open_emoji_dataset(folder)[1])
+    if samples is not None:
+        check_integer("samples", samples, 1, 1_000_000)
+    RealEmoji(folder)
     check_result_folder(out)
+    judge = load_perceptual_judge()
 
     # Draw and report
     pipeline: Any = load_pipeline(ModelSource(model, device=device))
-    scores = evaluate_emoji_drawings(pipeline, folder, out, true_embeddings)
-    for split in ("train", "held_out"):
-        score = scores[split]
-        print(
-            f"{split}: of {score['captions']} captions, exact emoji for {score['exact']:.1%}, "
-            f"same emoji, ignoring skin tone, hair and gender, for {score['same_name']:.1%}"
-        )
+    scores = evaluate_emoji_drawings(pipeline, folder, out, samples, judge)
+    print("\n".join(format_emoji_scores(scores)))
+    if judge is None:
+        print("the perceptual distance is left out; pip install 't2i[judge]' adds it")
     print_line(f"results and images: {out}")
 
 

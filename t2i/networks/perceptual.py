@@ -31,15 +31,20 @@ class PerceptualDistance(nn.Module):
         return super().train(False)
 
     def extract_layer_features(self, image: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) in [-1, 1] -> for each layer (B, C, h, w), of unit length at every position, fp32."""
+        """(B, 3, H, W) in [-1, 1] -> for each layer (B, C, h, w)."""
         tower = self.clip.net.visual
         output = tower.forward_intermediates(self.clip.preprocess(image), intermediates_only=True, output_fmt="NCHW")
-        return [nn.functional.normalize(features.float(), dim=1) for features in output["image_intermediates"]]
+        return output["image_intermediates"]
 
     def forward(self, image: Tensor, other: Tensor) -> Tensor:
-        """Return the distances of two batches, (B, 3, H, W) in [-1, 1]: (B,), from 0 for the same image to 4.
+        """Return the distances of two batches, (B, 3, H, W) in [-1, 1]: (B,), from 0 for the same image to 4."""
+        return compare_layers(self.extract_layer_features(image), self.extract_layer_features(other))
 
-        It is the squared distance of the features, averaged over positions and then over layers.
-        """
-        pairs = zip(self.extract_layer_features(image), self.extract_layer_features(other))
-        return torch.stack([(a - b).square().sum(dim=1).mean(dim=(1, 2)) for a, b in pairs]).mean(dim=0)
+
+def compare_layers(layers: list[Tensor], others: list[Tensor]) -> Tensor:
+    """Return the distances of two batches by the features of each layer, (B, C, h, w): (B,), from 0 to 4, fp32.
+
+    It is the squared distance of features of unit length, averaged over positions and then over layers.
+    """
+    pairs = [[nn.functional.normalize(layer.float(), dim=1) for layer in pair] for pair in zip(layers, others)]
+    return torch.stack([(a - b).square().sum(dim=1).mean(dim=(1, 2)) for a, b in pairs]).mean(dim=0)

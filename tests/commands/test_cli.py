@@ -189,10 +189,9 @@ def test_every_stage_trains_assembles_and_is_evaluated_from_the_command_line(mon
     status, out, _ = run(monkeypatch, capsys, "assemble", tmp_path / "runs", tmp_path / "model", "--fp16")
     assert status == 0 and out.strip() == str(tmp_path / "model")
     command = ["eval", "emoji", shapes, "--model", tmp_path / "model", "--out", tmp_path / "eval"]
-    for more in ([], ["--true-embeddings"]):
-        status, out, _ = run(monkeypatch, capsys, *command, *more)
-        assert status == 0 and "held_out: of 4 captions" in out
-        assert json.loads((tmp_path / "eval/emoji.json").read_text())["true_embeddings"] == bool(more)
+    status, out, _ = run(monkeypatch, capsys, *command, "--samples", 4)
+    assert status == 0 and "held_out: of 4 captions" in out and "whole way" in out
+    assert json.loads((tmp_path / "eval/emoji.json").read_text())["samples"] == 4
     status, _, err = run(monkeypatch, capsys, "assemble", tmp_path / "runs", tmp_path / "model")
     assert status == 2 and "exists; give a new folder" in err
 

@@ -1,0 +1,130 @@
+"""The real emoji that drawings are compared with, and the captions and words to draw."""
+
+import json
+import random
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from t2i.config import DataConfig
+from t2i.data import CaptionedPictures, SampleText
+from t2i.data.emoji.keywords import SKIN_TONES, get_code
+from t2i.data.emoji.noto import Emoji
+from t2i.data.labels import read_labels
+from t2i.data.manifest import find_manifest
+from t2i.errors import InputError
+from t2i.evaluation.emoji.measures import compute_pixel_features
+
+EMOJI_SIZE = 128
+TRAINING_CAPTIONS, KIND_CAPTIONS, KEYWORDS = 200, 50, 200  # drawn by default, of all kinds, of each kind, and alone
+KINDS = ("things", "symbols", "flags", "people", "skin tones")
+HELD_OUT, ALL = "held out", "all"  # what is held out counts as a kind of its own; all: where kinds are not known
+WORDS_FILE = Path(__file__).with_name("words.json")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt, and the indexes of the real emoji that answer it."""
+
+    prompt: str
+    answers: frozenset[int]
+
+
+class RealEmoji:
+    """All real emoji of a data set, of both splits. Raises InputError without a manifest, or without both splits."""
+
+    def __init__(self, folder: str | Path):
+        self.dataset = CaptionedPictures(DataConfig(str(folder), EMOJI_SIZE, 0), split=None)
+        self.records = [self.dataset.get_record(index) for index in range(len(self.dataset))]
+        self.kinds = read_kinds(find_manifest(Path(folder)), self.records)
+        counts = [sum(record.split == split for record in self.records) for split in ("train", "held_out")]
+        if not all(counts):
+            raise InputError(f"{counts[0]} training and {counts[1]} held-out pictures; both kinds are needed")
+
+    def choose_captions(self, samples: int | None = None) -> dict[str, list[SampleText]]:
+        """Return the captions to draw: "train", which are random ones, "held_out", and those of each kind.
+
+        samples: how many of each; by default 200, all, and at least 50. They are the same at every call, and those of
+        a kind include the random ones of it.
+        """
+        training = [record for record in self.records if record.split == "train"]
+        held_out = [record for record in self.records if record.split == "held_out"]
+        shuffled = random.Random(0).sample(training, len(training))
+        train = random.Random(0).sample(training, min(samples or TRAINING_CAPTIONS, len(training)))
+        if samples is not None:
+            held_out = random.Random(0).sample(held_out, min(samples, len(held_out)))
+        chosen = {"train": train, "held_out": held_out}
+        known = {record.index for record in train}
+        for kind in dict.fromkeys(name for name in (*KINDS, ALL) if name in self.kinds):
+            drawn = [record for record in train if self.kinds[record.index] == kind]
+            others = [one for one in shuffled if self.kinds[one.index] == kind and one.index not in known]
+            chosen[kind] = drawn + others[: max(0, (samples or KIND_CAPTIONS) - len(drawn))]
+        return chosen | {HELD_OUT: held_out}
+
+    def choose_keywords(self, samples: int | None = None) -> list[Question]:
+        """Return keywords that are no captions, the same at every call. All emoji with a keyword are right."""
+        answers: dict[str, set[int]] = {}
+        for record in self.records:
+            for keyword in record.keywords:
+                answers.setdefault(keyword.lower(), set()).add(record.index)
+        names = {record.text.lower() for record in self.records}
+        keywords = sorted(answers.keys() - names)
+        chosen = random.Random(0).sample(keywords, min(samples or KEYWORDS, len(keywords)))
+        return [Question(keyword, frozenset(answers[keyword])) for keyword in chosen]
+
+    def read_words(self, samples: int | None = None) -> dict[str, list[Question]]:
+        """Return the words that people type, alone and in a sentence each, of which the data has an emoji.
+
+        Skin tones are right whatever they are.
+        """
+        indexes: dict[str, set[int]] = {}
+        for record in self.records:
+            indexes.setdefault(get_key_code(record.key), set()).add(record.index)
+        questions: dict[str, list[Question]] = {"words": [], "sentences": []}
+        for word, entry in json.loads(WORDS_FILE.read_text(encoding="utf-8")).items():
+            answers = frozenset().union(*(indexes.get(get_code(one), set()) for one in entry["emoji"].split()))
+            if answers:
+                questions["words"].append(Question(word, answers))
+                questions["sentences"].append(Question(entry["sentence"], answers))
+        return {name: part[:samples] for name, part in questions.items()}
+
+    def load_images(self, records: list[SampleText]) -> Tensor:
+        """Return the real pictures, (N, 3, 128, 128) in [-1, 1]."""
+        return torch.stack([self.dataset.load_image(record.index) for record in records])
+
+    @cached_property
+    def features(self) -> Tensor:
+        starts = range(0, len(self.records), 256)
+        return torch.cat([compute_pixel_features(self.load_images(self.records[i : i + 256])) for i in starts])
+
+    def find_nearest(self, images: Tensor) -> list[SampleText]:
+        """Return the real emoji nearest to each picture, (N, 3, H, W) in [-1, 1], by colours and edges."""
+        distances = torch.cdist(compute_pixel_features(images), self.features)
+        return [self.records[index] for index in distances.argmin(dim=1).tolist()]
+
+
+def read_kinds(manifest: Path, records: list[SampleText]) -> list[str]:
+    """Return the kind of each emoji, from its group and name; "all" where the data has no groups."""
+    try:
+        groups = read_labels(manifest, "group")
+    except InputError:
+        return [ALL] * len(records)
+    return [Emoji("", record.text, groups.get(record.key, ""), "").kind for record in records]
+
+
+def get_key_code(key: str) -> str:
+    """Return the emoji of a picture's key, such as 1f44b-1f3fb.png, as far as words tell emoji apart."""
+    parts = key.removesuffix(".png").split("-")
+    try:
+        characters = "".join(chr(int(part, 16)) for part in parts)
+    except (ValueError, OverflowError):  # the key of another data set
+        return ""
+    return SKIN_TONES.sub("", get_code(characters))
+
+
+def strip_name_modifier(text: str) -> str:
+    """Return the name up to the modifier; after "flag:" and "keycap:" follows the content, not a modifier."""
+    return text if text.startswith(("flag: ", "keycap: ")) else text.split(": ")[0]
