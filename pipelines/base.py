@@ -222,7 +222,7 @@ class UnCLIPPipeline(Adapters, DiffusersNames, PromptEncoding, Interruptible, Di
         if dtype is not None:
             other.to(dtype=dtype)
         other.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
-        other.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
+        other.adopt_settings(pipeline)
         return other
 
     @classmethod

@@ -84,7 +84,7 @@ class PriorPipeline(PromptEncoding, Interruptible, DiskOffloading):
         if found["prior"] is None:
             raise InputError("this pipeline has no prior; load one with prior=... and prior_scheduler=...")
         other = cls(**found)
-        other.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
+        other.adopt_settings(pipeline)
         return other
 
     @declare_pipeline_call(PRIOR_OPTION_NAMES)

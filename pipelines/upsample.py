@@ -99,7 +99,9 @@ class UpsamplePipeline(Interruptible, DiskOffloading):
         found = {name: pipeline.components.get(name) for name in names} | components
         if found["upsampler"] is None:
             raise InputError("this pipeline has no upsampler; load one with upsampler=... and upsampler_scheduler=...")
-        return cls(**found)
+        other = cls(**found)
+        other.adopt_settings(pipeline)
+        return other
 
     @declare_pipeline_call(())
     def __call__(

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from tests.helpers.habits import TESTS, calling, read_rows, running
+from tests.helpers.offloading import waiting_weights_are_nan
 
-__all__ = ["calling", "running"]  # their tests register themselves
+__all__ = ["calling", "running", "waiting_weights_are_nan"]  # tests, which register themselves, and a fixture
 
 
 def test_every_row_has_a_test_and_every_test_a_row() -> None:

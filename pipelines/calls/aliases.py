@@ -2,8 +2,11 @@
 
 from typing import Any
 
+from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D, UpBlock2D
+
 from t2i.errors import InputError
 
+FREE_U_BLOCKS = (UpBlock2D, CrossAttnUpBlock2D)  # in which diffusers applies it
 COMPONENT_ALIASES = {"scheduler": "decoder_scheduler", "unet": "decoder", "vae": "autoencoder"}
 
 
@@ -67,7 +70,14 @@ class DiffusersNames:
         call_networks("set_attention_slice", [(self.decoder, "unet")], slice_size=None)
 
     def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
-        """Weigh the skip connections (s1, s2) and the backbone (b1, b2) of a U-Net anew (FreeU, Si et al. 2023)."""
+        """Weigh the skip connections (s1, s2) and the backbone (b1, b2) of a U-Net anew (FreeU, Si et al. 2023).
+
+        Blocks with joint attention, as in Karlo and Kandinsky, have no such weights.
+        """
+        blocks = getattr(getattr(self.decoder, "unet", None), "up_blocks", ())
+        if blocks and not any(isinstance(block, FREE_U_BLOCKS) for block in blocks):
+            kinds = ", ".join(sorted({type(block).__name__ for block in blocks}))
+            raise InputError(f"enable_freeu has no effect on this U-Net, whose up blocks are {kinds}")
         call_networks("enable_freeu", [(self.decoder, "unet")], s1=s1, s2=s2, b1=b1, b2=b2)
 
     def disable_freeu(self) -> None:
@@ -75,7 +85,7 @@ class DiffusersNames:
         call_networks("disable_freeu", [(self.decoder, "unet")])
 
     def fuse_qkv_projections(self, unet: bool = True, vae: bool = True) -> None:
-        """Compute queries, keys and values of an attention in one product."""
+        """Compute queries, keys and values in one product. Joint attention, as in Karlo and Kandinsky, is refused."""
         networks = [(self.decoder, "unet")] * unet + [(self.autoencoder, "coder")] * vae
         call_networks("fuse_qkv_projections", networks)
 

@@ -1,4 +1,4 @@
-"""Offloading of a pipeline's components to a disk."""
+"""Offloading of a pipeline's components: to a disk, and by pipelines that share them."""
 
 from pathlib import Path
 from shutil import rmtree
@@ -11,7 +11,7 @@ from torch.nn import Module
 
 
 class DiskOffloading(DiffusionPipeline):
-    """A pipeline whose components are offloaded to folders of their own."""
+    """A pipeline whose components are offloaded to folders of their own, and by all pipelines that share them."""
 
     def enable_group_offload(
         self,
@@ -37,3 +37,9 @@ class DiskOffloading(DiffusionPipeline):
             folder = mkdtemp(prefix=f"{name}-", dir=offload_to_disk_path)
             finalize(model, rmtree, folder, ignore_errors=True)  # other pipelines may share the model
             model.enable_group_offload(onload_device, *args, offload_to_disk_path=folder, **kwargs)
+
+    def adopt_settings(self, pipeline: DiffusionPipeline) -> None:
+        """Show progress as another pipeline does, and offload models as it does, whose components these are."""
+        self.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
+        if getattr(pipeline, "_all_hooks", None):  # else this one would leave on the device what it used
+            self.enable_model_cpu_offload(device=pipeline._offload_device)

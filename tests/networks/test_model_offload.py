@@ -1,10 +1,9 @@
 """Every model under every way to offload or cast its weights: the same outputs, from `forward` and all other methods.
 
-The device is the CPU. Weights that wait are on the meta device or on the disk, and what they leave in memory is NaN, so
-that a weight that is read while it waits cannot give the right result.
+The device is the CPU; see tests/helpers/offloading.py for what waiting weights leave in memory.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,55 +11,20 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
-from diffusers.hooks.group_offloading import ModuleGroup
-from torch import Tensor
 
 from t2i.networks.clip import use_hooked_attention
 from t2i.runtime.hooks import find_compute_device
 from tests.helpers.models import MODELS, TRAINED, compute_loss, list_float_tensors
+from tests.helpers.offloading import CPU, waiting_weights_are_nan
 
-CPU = torch.device("cpu")
+__all__ = ["waiting_weights_are_nan"]  # a fixture
+pytestmark = pytest.mark.usefixtures("waiting_weights_are_nan")
 NAMES = list(MODELS)
 TIMM: dict[str, dict[str, Any]] = {
     "beit_base_patch16_224": {"depth": 1, "embed_dim": 24, "num_heads": 2, "img_size": 32},
     "eva02_tiny_patch14_224": {"depth": 1, "embed_dim": 24, "num_heads": 2, "img_size": 28},
     "swinv2_tiny_window8_256": {"depths": (1,), "embed_dim": 24, "num_heads": (2,), "img_size": 64},
 }
-
-
-@pytest.fixture(autouse=True)
-def waiting_weights_are_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Group offloading leaves memory as it was, and offloading to memory does nothing where the device is the CPU."""
-    to_disk = ModuleGroup._offload_to_disk
-    saved: dict[int, Tensor] = {}
-
-    def list_tensors(group: ModuleGroup) -> Iterator[Tensor]:
-        for module in group.modules:
-            yield from (*module.parameters(), *module.buffers())
-        yield from (*group.parameters, *group.buffers)
-
-    def clear(group: ModuleGroup) -> None:
-        for tensor in list_tensors(group):
-            if tensor.is_floating_point():
-                tensor.data = torch.full_like(tensor.data.float(), torch.nan).to(tensor.dtype)
-
-    def offload_to_disk(group: ModuleGroup) -> None:
-        to_disk(group)
-        clear(group)
-
-    def offload_to_memory(group: ModuleGroup) -> None:
-        if id(group) not in saved:  # else it waits already
-            saved[id(group)] = {id(tensor): tensor.data for tensor in list_tensors(group)}  # type: ignore[assignment]
-            clear(group)
-
-    def onload_from_memory(group: ModuleGroup) -> None:
-        kept: Any = saved.pop(id(group), {})
-        for tensor in list_tensors(group):
-            tensor.data = kept.get(id(tensor), tensor.data)
-
-    monkeypatch.setattr(ModuleGroup, "_offload_to_disk", offload_to_disk)
-    monkeypatch.setattr(ModuleGroup, "_offload_to_memory", offload_to_memory)
-    monkeypatch.setattr(ModuleGroup, "_onload_from_memory", onload_from_memory)
 
 
 def offload_in_sequence(model: Any, folder: Path) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import cpu_offload
 
 from t2i import ImageVariationPipeline, PriorPipeline, Steering, Text2ImagePipeline, UpsamplePipeline
 from t2i.diffusion.process import build_noise_scheduler
@@ -24,11 +23,17 @@ from tests.helpers.kandinsky_folders import (
 )
 from tests.helpers.karlo_folders import karlo
 from tests.helpers.models import PLAIN
+from tests.helpers.offloading import (
+    CPU,
+    WAYS,
+    measure_waiting_parts,
+    offload_leaves_to_disk,
+    waiting_weights_are_nan,
+)
 from tests.helpers.stable_unclip_folders import stable_unclip
-from tests.networks.test_model_offload import waiting_weights_are_nan
 
 __all__ = ["waiting_weights_are_nan"]  # a fixture
-CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("waiting_weights_are_nan")
 FOLDERS: dict[str, Callable[[], Path]] = {
     "karlo": karlo,
     "kandinsky 2.1": kandinsky_21_combined,
@@ -71,40 +76,6 @@ def draw(pipeline: Any) -> list[torch.Tensor]:
     return pictures
 
 
-def offload_in_sequence(pipeline: Any, folder: Path) -> None:
-    """As `enable_sequential_cpu_offload`, which makes "cpu:0" of the CPU, on which accelerate fails with any model."""
-    for part in pipeline.components.values():
-        if isinstance(part, torch.nn.Module):
-            cpu_offload(part, CPU, offload_buffers=len(part._parameters) > 0)
-
-
-def offload_models(pipeline: Any, folder: Path) -> None:
-    pipeline.enable_model_cpu_offload(device="cpu")
-
-
-def offload_blocks(pipeline: Any, folder: Path) -> None:
-    pipeline.enable_group_offload(CPU, offload_type="block_level", num_blocks_per_group=1)
-
-
-def offload_leaves(pipeline: Any, folder: Path) -> None:
-    pipeline.enable_group_offload(CPU, offload_type="leaf_level")
-
-
-def offload_blocks_to_disk(pipeline: Any, folder: Path) -> None:
-    settings = {"offload_type": "block_level", "num_blocks_per_group": 2}
-    pipeline.enable_group_offload(CPU, offload_to_disk_path=str(folder), **settings)
-
-
-def offload_leaves_to_disk(pipeline: Any, folder: Path) -> None:
-    pipeline.enable_group_offload(CPU, offload_type="leaf_level", offload_to_disk_path=str(folder))
-
-
-WAYS: list[Callable[[Any, Path], None]] = [
-    *(offload_in_sequence, offload_models, offload_blocks, offload_leaves),
-    *(offload_blocks_to_disk, offload_leaves_to_disk),
-]
-
-
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_offloading_changes_no_picture(family: str, way: Any, families: Any, tmp_path: Path) -> None:
@@ -112,6 +83,7 @@ def test_offloading_changes_no_picture(family: str, way: Any, families: Any, tmp
     way(pipeline, tmp_path)
     for found, expected_part in zip(draw(pipeline), expected, strict=True):
         torch.testing.assert_close(found, expected_part, atol=1e-4, rtol=1e-4)
+    assert min(measure_waiting_parts(pipeline).values()) > 0.99
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
@@ -177,3 +149,20 @@ def test_the_prior_alone_is_offloaded_to_folders_of_its_own(families: Callable[[
         for pipeline in (plain, offloaded)
     ]
     assert torch.equal(*z_i) and len(list((tmp_path / "disk").iterdir())) == 2
+
+
+def test_a_pipeline_from_an_offloaded_one_is_offloaded_too(families: Any) -> None:
+    pipeline = families("own")
+    expected = draw(pipeline)
+    pipeline.enable_model_cpu_offload(device="cpu")
+    for kind in (ImageVariationPipeline, PriorPipeline, Text2ImagePipeline):
+        other = kind.from_pipe(pipeline)
+        settings = {"generator": torch.Generator().manual_seed(6)}
+        if kind is ImageVariationPipeline:
+            drawn = other(expected[1], num_inference_steps=2, output_type="pt", **settings).images
+            torch.testing.assert_close(drawn, expected[2], atol=1e-4, rtol=1e-4)
+        else:
+            other("a red cat", prior_num_inference_steps=2, **settings)
+        assert min(measure_waiting_parts(pipeline).values()) == 1
+    for found, expected_part in zip(draw(pipeline), expected, strict=True):  # the first one still works
+        torch.testing.assert_close(found, expected_part, atol=1e-4, rtol=1e-4)

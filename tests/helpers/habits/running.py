@@ -9,7 +9,6 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from accelerate import cpu_offload
 from diffusers.callbacks import IPAdapterScaleCutoffCallback, SDCFGCutoffCallback, SDXLCFGCutoffCallback
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
@@ -21,12 +20,21 @@ from t2i import (
     ImageVariationPipeline,
     InputError,
     PriorPipeline,
+    Text2ImagePipeline,
 )
 from t2i.config import DataConfig
 from t2i.data import CaptionedPictures
 from t2i.data.manifest import write_manifest
 from t2i.runtime.memory import measure_available_memory
 from tests.helpers.habits import LATENTS, differs, draw, other, photo, refuse, same, works
+from tests.helpers.kandinsky_folders import kandinsky_22_combined
+from tests.helpers.offloading import (
+    measure_waiting_parts,
+    offload_in_sequence,
+    offload_leaves,
+    offload_models,
+    record_inputs,
+)
 from tests.helpers.profiles import DISPLAY_P3, p3_to_srgb, rgb_profile
 from tests.helpers.samples import checked, reasons
 from tests.helpers.stages import seeds
@@ -127,22 +135,13 @@ def choose_a_sampler(pipe: Any) -> None:
 
 
 @works("`enable_model_cpu_offload`, `enable_sequential_cpu_offload`, `enable_group_offload`")
-def offload(loaded_pipeline: Any) -> None:
-    def in_sequence(pipe: Any) -> None:
-        """As diffusers, which calls the CPU "cpu:0", on which accelerate fails."""
-        for part in pipe.components.values():
-            if isinstance(part, torch.nn.Module):
-                cpu_offload(part, torch.device("cpu"), offload_buffers=len(part._parameters) > 0)
-
+def offload(loaded_pipeline: Any, waiting_weights_are_nan: None, tmp_path: Path) -> None:
     plain = draw(loaded_pipeline)
-    for way in (
-        lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
-        lambda pipe: pipe.enable_group_offload(torch.device("cpu"), offload_type="leaf_level"),
-        in_sequence,
-    ):
+    for way in (offload_models, offload_in_sequence, offload_leaves):
         pipe = copy.deepcopy(loaded_pipeline)
-        way(pipe)
+        way(pipe, tmp_path)
         same(draw(pipe), plain)
+        assert min(measure_waiting_parts(pipe).values()) > 0.99
 
 
 @works("`enable_layerwise_casting`")
@@ -155,26 +154,59 @@ def store_fewer_bits(pipe: Any) -> None:
 
 @differs("`pipe.vae.enable_slicing()`, tiling")
 def slice_the_autoencoder(pipe: Any) -> None:
-    plain = draw(pipe, num_images_per_prompt=2)  # slices are pictures
     assert not hasattr(pipe.vae, "enable_slicing") and not hasattr(pipe.vae, "enable_tiling")
-    pipe.enable_vae_slicing()
-    pipe.enable_vae_tiling()
-    assert pipe.vae.coder.use_slicing and pipe.vae.coder.use_tiling
-    same(draw(pipe, num_images_per_prompt=2), plain)
+    settings = {"num_images_per_prompt": 2, "height": 96, "width": 96}
+    with record_inputs(pipe.vae.coder.decoder) as seen:
+        plain = draw(pipe, **settings)
+        assert seen == [(2, 4, 24, 24)]
+        seen.clear()
+        pipe.enable_vae_slicing()
+        same(draw(pipe, **settings), plain)
+        assert seen == [(1, 4, 24, 24)] * 2
+        seen.clear()
+        pipe.enable_vae_tiling()
+        tiled = draw(pipe, **settings)
+    # Tiles share a quarter
+    assert seen == [(1, 4, 16, 16), (1, 4, 16, 12), (1, 4, 12, 16), (1, 4, 12, 12)] * 2
+    assert 0 < (tiled - plain).abs().mean() < 0.1
 
 
 @works("`enable_attention_slicing`, `fuse_qkv_projections`, `enable_freeu`")
 def change_the_unet(pipe: Any) -> None:
-    plain = draw(pipe)
+    def name_processors() -> set[str]:
+        return {type(one).__name__ for one in pipe.unet.unet.attn_processors.values()}
+
+    plain, before = draw(pipe), name_processors()
     pipe.enable_attention_slicing()
-    assert {type(one).__name__ for one in pipe.unet.unet.attn_processors.values()} == {"SlicedAttnProcessor"}
+    assert name_processors() == {"SlicedAttnProcessor"}
     same(draw(pipe), plain)
     pipe.disable_attention_slicing()
     pipe.fuse_qkv_projections()
+    assert name_processors() == {"FusedAttnProcessor2_0"}
     same(draw(pipe), plain)
     pipe.unfuse_qkv_projections()
+    assert name_processors() == before
     pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
     other(draw(pipe), plain)
+
+
+@differs("... of Karlo, Kandinsky")
+def change_a_unet_of_joint_attention() -> None:
+    pipe = Text2ImagePipeline.from_pretrained(kandinsky_22_combined())
+    pipe.set_progress_bar_config(disable=True)
+    plain = draw(pipe)
+    pipe.enable_attention_slicing()
+    same(draw(pipe), plain)
+    with pytest.raises(InputError, match="fuse_qkv_projections is not for a MoVQ"):
+        pipe.fuse_qkv_projections()
+    with pytest.raises(InputError, match="enable_freeu has no effect on this U-Net"):
+        pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    pipe.enable_vae_slicing()
+    pipe.vae.coder.tile_latent_min_size = 6
+    pipe.enable_vae_tiling()  # tiles are of the trained size, of 8 latents
+    with record_inputs(pipe.vae.coder.decoder) as seen:
+        tiled = draw(pipe, height=32)
+    assert seen == [(1, 4, 8, 8)] * 3 and tiled.isfinite().all()
 
 
 @works("`torch.compile(pipe.unet)`")
