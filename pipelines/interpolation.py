@@ -30,6 +30,7 @@ from t2i.diffusion.condition import TextEncoding, TokenStates
 from t2i.diffusion.geometry import compute_spherical_mean, normalize_weights
 from t2i.diffusion.sampling_loop import generate_noise
 from t2i.errors import InputError
+from t2i.progress import follow_batch
 from t2i.sampling.sample import split_generators
 from t2i.sampling.steering import GOALS, Steering
 
@@ -109,7 +110,8 @@ class InterpolationPipeline(InvertingPipeline):
             # The noise that a sampler adds is the same for all, or the frames would flicker
             generators = [Generator().manual_seed(ends.seed) for _ in rows[part]]
             part_options = replace(decoder, steering=slice_steering(decoder.steering, part))
-            drawn.append(self.redraw_images(BipartiteLatent(z_i[part], x_T[part]), text, part_options, generators))
+            with follow_batch(len(generators)):
+                drawn.append(self.redraw_images(BipartiteLatent(z_i[part], x_T[part]), text, part_options, generators))
         return self.build_output(concatenate_images(drawn), z_i, return_dict)
 
     @classmethod

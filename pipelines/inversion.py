@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from t2i.pipelines.argument_checks import check_stage_inputs, check_tensor, list_prompts
 from t2i.pipelines.base import UnCLIPPipeline
+from t2i.pipelines.calls.progress import show_steps
 from t2i.pipelines.inputs import GivenImages, ImageInputs, read_given_images
 from t2i.pipelines.options import DECODER_OPTION_NAMES, OPTION_NAMES, DecoderOptions, build_options
 from t2i.pipelines.stages import build_control, build_preview_hooks, finish_images, run_decoder_stage
@@ -90,7 +91,8 @@ class InvertingPipeline(UnCLIPPipeline):
         predict = build_decoder_predict(self.decoder, scheduler, condition, options.guidance_scale)
         steps = options.num_inference_steps
         _, on_step = build_preview_hooks(self, "inversion", scheduler, steps, options, lambda x: x, self.decode)
-        noise = invert_sample(predict, scheduler, latents, steps, progress=self.progress_bar, on_step=on_step)
+        progress = show_steps(self, "inversion")
+        noise = invert_sample(predict, scheduler, latents, steps, progress=progress, on_step=on_step)
         return BipartiteLatent(z_i, noise)
 
     def redraw_images(

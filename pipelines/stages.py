@@ -13,7 +13,7 @@ import torch
 from diffusers import SchedulerMixin
 from PIL import Image
 from t2i.pipelines.calls.callbacks import PRIOR_CALLBACK_TENSORS, ConditionCallback, watch_interruption
-from t2i.pipelines.calls.progress import Interrupted, Preview
+from t2i.pipelines.calls.progress import Interrupted, Preview, show_steps
 from t2i.pipelines.inputs import read_control_images
 from t2i.pipelines.options import DecoderOptions, PriorOptions
 from torch import Generator, Tensor
@@ -101,13 +101,13 @@ def run_prior_stage(
     )
     callback = build_prior_callback(pipeline, scheduler, text, negative, options)
     transforms, callbacks = ([callback.transform], [callback.on_step]) if callback is not None else ([], [])
-    counts_steps = prior is not None and prior.needs_scheduler
+    counts_steps, progress = prior is not None and prior.needs_scheduler, show_steps(pipeline, "prior")
     sampling = Sampling(
         steps=options.prior_num_inference_steps,
         generators=generators,
         guidance=options.prior_guidance_scale,
         noise=options.prior_latents,
-        progress=watch_interruption(pipeline, pipeline.progress_bar) if counts_steps else pipeline.progress_bar,
+        progress=watch_interruption(pipeline, progress) if counts_steps else progress,
         on_step=chain_callbacks([*callbacks, report_step]),
         transform=chain_transforms([*transforms, watch]),
     )
@@ -179,12 +179,13 @@ def run_decoder_stage(
     condition = build_condition(z_i, text)
     callback = build_decoder_callback(pipeline, scheduler, options, condition, negative, windows)
     transform, on_step = build_decoder_hooks(pipeline, scheduler, options, canvas, noise, callback)
+    progress = show_steps(pipeline, "decoder")
     sampling = Sampling(
         steps=options.num_inference_steps,
         generators=generators,
         guidance=options.guidance_scale,
         noise=noise,
-        progress=pipeline.progress_bar if is_preview else watch_interruption(pipeline, pipeline.progress_bar),
+        progress=progress if is_preview else watch_interruption(pipeline, progress),
         on_step=on_step,
         transform=transform,
         **options.scheduler_settings,
@@ -285,7 +286,7 @@ def sample_super_resolution(
         steps,
         derive_stage_generators(generators, SUPER_RESOLUTION_STREAM),
         noise=options.super_res_latents,
-        progress=pipeline.progress_bar,
+        progress=show_steps(pipeline, "super_resolution"),
         on_step=on_step,
         transform=transform,
     )
@@ -314,7 +315,8 @@ def upsample_images(
             pipeline, "upsampler", scheduler, steps, options, crop_estimate, pipeline.image_processor.postprocess
         )
         own = derive_stage_generators(generators, stage)
-        sampling = Sampling(steps, own, progress=pipeline.progress_bar, on_step=on_step, transform=transform)
+        progress = show_steps(pipeline, "upsampler")
+        sampling = Sampling(steps, own, progress=progress, on_step=on_step, transform=transform)
         images = sample_upsampler(upsampler, scheduler, images, sampling, z_i, level, tile)
         images = check_finite_values("upsampler", images)
     return images

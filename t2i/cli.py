@@ -2,18 +2,40 @@
 
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from t2i import EXTRA_STAGES, STAGES, __version__
 from t2i.commands import conversion, drawing, editing, evaluation, seeing, speed_up_imports
 from t2i.commands.flags import argument, check_needed, option
 from t2i.errors import InputError, report_errors
-from t2i.terminal import print_line
+from t2i.progress import Progress
+from t2i.terminal import be_quiet, print_line, print_note
+
+
+class QuietGroup(TyperGroup):
+    """A group of commands that take its option `--quiet` too, before or after their names."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        (quiet,) = [parameter for parameter in self.params if parameter.name == "quiet"]
+        for command in list_commands_below(self):
+            command.params.append(quiet)
+
+
+def list_commands_below(group: Any) -> Iterator[Any]:
+    """Yield the commands and groups in a group, and those in them."""
+    for command in getattr(group, "commands", {}).values():
+        yield command
+        yield from list_commands_below(command)
+
 
 app = typer.Typer(
+    cls=QuietGroup,
     help="Text-to-image models in the way of DALL-E 2 (unCLIP): draw with them, train them, evaluate them.",
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -34,8 +56,17 @@ def print_version(is_asked: bool) -> None:
         raise typer.Exit
 
 
+def take_quiet(quiet: bool) -> None:
+    if quiet:
+        be_quiet()
+
+
 @app.callback()
 def take_common_options(
+    quiet: Annotated[
+        bool,
+        typer.Option("--quiet", "-q", callback=take_quiet, expose_value=False, help="Print results and errors only."),
+    ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")
     ] = False,
@@ -83,9 +114,11 @@ def init(
     ensure_fresh_manifest(source, held_out)
     recipe = compose_recipe(run, read_data_facts(source, clip), machine, clip, autoencoder, image_size)
     recipe.write_folder(run)
-    print("\n".join(recipe.lines))
+    for line in recipe.lines:
+        print_note(line)
     folder = shlex.quote(str(run))
-    print(f"next: t2i train all {folder} --dry-run   estimates the costs\n      t2i train all {folder}")
+    print_note(f"next: t2i train all {folder} --dry-run   estimates the costs")
+    print_note(f"      t2i train all {folder}")
 
 
 def ensure_fresh_manifest(source: str, held_out: float | None) -> None:
@@ -250,7 +283,9 @@ def assemble(
     from t2i.pipelines.jobs.assemble import assemble_pipeline_folder
 
     parts = {"clip": clip, "autoencoder": autoencoder, "prior": prior, "decoder": decoder, "upsampler": upsampler}
-    print_line(assemble_pipeline_folder(runs, folder, fp16, **parts))
+    with Progress("assembling"):
+        path = assemble_pipeline_folder(runs, folder, fp16, **parts)
+    print_line(path)
 
 
 @app.command()

@@ -11,7 +11,17 @@ import t2i
 ROOT = Path(__file__).resolve().parents[1]
 # From the ground up. A module may import its own layer and those before it, also lazily.
 LAYERS = (
-    ("t2i.errors", "t2i.terminal", "t2i.bulk", "t2i.checks", "t2i.config", "t2i.aliases", "t2i.shipped", "t2i.texts"),
+    (
+        "t2i.errors",
+        "t2i.terminal",
+        "t2i.progress",
+        "t2i.bulk",
+        "t2i.checks",
+        "t2i.config",
+        "t2i.aliases",
+        "t2i.shipped",
+        "t2i.texts",
+    ),
     ("t2i.files",),
     ("t2i.runtime",),
     ("t2i.diffusion",),

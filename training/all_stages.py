@@ -26,7 +26,7 @@ from t2i.files.atomic import compute_file_sha256, create_folder_atomically, writ
 from t2i.files.model_folder import read_model_class
 from t2i.files.untrusted import read_json
 from t2i.runtime.launch import build_torchrun_command
-from t2i.terminal import print_line
+from t2i.terminal import print_note
 
 STAGE_SCRIPTS = {
     "clip": "train_clip",
@@ -114,7 +114,7 @@ class Run:
                 what = f"{path!r} is not what was checked: {found}"
                 if not any(stage.output.exists() for stage in self.stages):
                     raise InputError(f"{what}; `t2i data check {shlex.quote(path)}` reads it again")
-                print_line(f"warning: {what}; training goes on with what was checked")
+                print_note(f"warning: {what}; training goes on with what was checked")
 
     def hash_inputs(self, stage: RunStage | None) -> str:
         """Return a hash of all files that a stage depends on; None stands for the pipeline."""
@@ -197,7 +197,7 @@ class Trainer:
         # A command to draw with, for the first caption of the data
         example = next(open_manifest(self.run["prior"].data.path).iterate_rows("captions"))
         caption = shlex.quote(sanitize_text(example["captions"][0]))
-        print_line(f"draw: t2i generate {caption} --model {shlex.quote(str(folder))}")
+        print_note(f"draw: t2i generate {caption} --model {shlex.quote(str(folder))}")
         return 0
 
     def estimate_costs(self) -> int:
@@ -258,4 +258,4 @@ class Trainer:
 
     def print_stage_status(self, name: str, what: str) -> None:
         names = [*(stage.name for stage in self.run.stages), PIPELINE_NAME]
-        print_line(f"{names.index(name) + 1}/{len(names)} {name}: {what}")
+        print_note(f"{names.index(name) + 1}/{len(names)} {name}: {what}")

@@ -28,7 +28,6 @@ from t2i.training.common.loop import build_accelerator
 from t2i.training.common.state import lock_folder
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from t2i.checks import check_choice, check_multiple_of
 from t2i.config import DataConfig, TrainConfig, check_fields
@@ -54,7 +53,8 @@ from t2i.networks.clip import CLIP
 from t2i.networks.public.multilingual_clip import MultilingualCLIP
 from t2i.networks.text_encoder import DTYPES as TEXT_DTYPES
 from t2i.networks.text_encoder import MAX_TOKENS, TextEncoder
-from t2i.terminal import print_line
+from t2i.progress import Progress, follow_batch
+from t2i.terminal import print_line, print_note
 
 CACHE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
@@ -120,7 +120,8 @@ def main(config: Config) -> None:
             write_json_file(folder / "key.json", key)
             most = max(count_max_captions(dataset) for dataset in datasets.values())
             if (config.text or config.text_encoder) and most > config.variations:
-                print(f"caching {config.variations} of up to {most} captions of a picture; `variations` sets how many")
+                count = config.variations
+                print_note(f"caching {count} of up to {most} captions of a picture; `variations` sets how many")
         encoder.prepare(accelerator)
         # Each process makes a part of the shards
         shards = []
@@ -179,12 +180,11 @@ def write_missing_shards(
     assigned = missing[rank::world]
     images = iterate_image_batches(datasets, assigned, encoder.config)
     total = sum(shard.end - shard.first for shard in assigned)
-    with tqdm(total=total, disable=not accelerator.is_main_process, mininterval=5, desc=folder.name) as bar:
+    with Progress("encoding", total):
         for shard in assigned:
             dataset, pictures = datasets[shard.split], range(shard.first, shard.end)
             tensors = encoder.encode(dataset, pictures, images)
             write_shard(shard.build_path(folder), tensors)
-            bar.update(len(pictures))
     accelerator.wait_for_everyone()
 
 
@@ -194,7 +194,7 @@ def is_shard_intact(path: Path) -> bool:
         return False
     problem = find_shard_damage(path)
     if problem is not None:
-        print_line(f"made again: {problem}")
+        print_note(f"made again: {problem}")
     return problem is None
 
 
@@ -260,7 +260,7 @@ class CacheEncoder:
         """Return the tensors of a shard. The next items of `images` are the shard's pictures."""
         parts: dict[str, list[Tensor]] = {}
         for batch in islice(images, -(-len(pictures) // self.config.batch_size)):
-            with self.accelerator.autocast():
+            with follow_batch(len(batch)), self.accelerator.autocast():
                 batch = batch.to(self.accelerator.device)
                 if self.clip is not None:
                     parts.setdefault("image_embeds", []).append(self.clip.encode_image(batch).float().cpu())

@@ -31,6 +31,7 @@ from t2i.interop.by_name import load_clip
 from t2i.networks.clip import CLIP, DEFAULT_RESIZING
 from t2i.networks.known_words import KnownWords
 from t2i.networks.tokenizer import CaptionTokenizer
+from t2i.terminal import print_note
 
 # A vocabulary has 256 bytes and special tokens before it has a word.
 TEXT_CFG_LIMITS = {"vocab_size": (300, 1_000_000), "context_length": (3, 1024)}
@@ -80,7 +81,7 @@ def main(config: Config) -> None:
         )
     clip, tokenizer, made_from = build_clip(config, dataset)
     if cut := format_cut_captions(measure_caption_lengths(dataset, tokenizer), tokenizer.context_length):
-        accelerator.print(f"warning: {cut}")
+        print_note(f"warning: {cut}", is_shown=accelerator.is_local_main_process)
     bank = None
     if config.text_only:
         clip.to(accelerator.device).net.visual.requires_grad_(False)

@@ -1,11 +1,14 @@
-"""Previews and interruption of a drawing: what callbacks get and raise."""
+"""Previews, progress and interruption of a drawing: what callbacks get and raise, and what shows the steps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image
 from t2i.pipelines.calls.callbacks import CallbackState
 from torch import Tensor
+
+from t2i.progress import follow_steps
 
 
 class Interrupted(RuntimeError):
@@ -39,3 +42,8 @@ class Preview:
     steps: int
     estimate: Tensor
     images: Callable[[], list[Image.Image]]
+
+
+def show_steps(pipeline: Any, stage: str) -> Callable[[Iterable], Iterable]:
+    """Return what shows the steps of a stage while they are taken: the pipeline's bar, and a command's progress."""
+    return lambda steps: follow_steps(stage, pipeline.progress_bar(steps))

@@ -17,6 +17,7 @@ from t2i.pipelines.memory_needed import BatchTooLargeError
 
 from t2i.errors import InputError
 from t2i.files.atomic import write_new_file
+from t2i.progress import Progress
 from t2i.runtime.memory import format_needed_memory, is_out_of_memory, measure_available_memory
 from t2i.runtime.rank import SINGLE_PROCESS, Rank
 
@@ -43,11 +44,16 @@ class BatchPlan:
 
 
 def write_images(
-    draw: Callable[[list[int]], list[Image.Image]], records: list[Record], out: Path, plan: BatchPlan
+    draw: Callable[[list[int]], list[Image.Image]],
+    records: list[Record],
+    out: Path,
+    plan: BatchPlan,
+    progress: Progress | None = None,
 ) -> Iterator[Path]:
     """Draw an image for each record and write each batch as soon as it is drawn; yield paths in the records' order.
 
     draw: takes indices of records, returns their images. A record's first value and its seed name the file in `out`.
+    progress: counts the images, of which it expects all.
     """
     # Find this process's images. All processes must divide all images alike, so those drawn already drop out last.
     size = min(plan.size or AUTO_BATCH_SIZE, ceil(len(records) / plan.rank.world_size))
@@ -59,9 +65,16 @@ def write_images(
         logger.warning("%s already contains %d of %d images; they are skipped", out, len(own) - len(missing), len(own))
 
     # Draw and write them
+    progress = progress or Progress("drawing", is_shown=False)
+    progress.leave_out(len(records) - len(missing))
+
+    def draw_batch(indices: list[int]) -> list[Image.Image]:
+        with progress.follow_batch(len(indices)):
+            return draw(indices)
+
     if plan.size is None and missing and plan.find_fitting_size is not None:
         size = plan.find_fitting_size(size)
-    images = draw_fitting_batches(draw, missing, size, plan.size is None, plan.device)
+    images = draw_fitting_batches(draw_batch, missing, size, plan.size is None, plan.device)
     written = (
         (i, write_new_image(out, str(next(iter(records[i].values()))), image, records[i])) for i, image in images
     )

@@ -16,6 +16,7 @@ from torch import Generator
 from t2i.checks import check_range
 from t2i.data.pictures import open_image
 from t2i.errors import InputError
+from t2i.progress import Progress
 
 IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -60,7 +61,8 @@ def interpolate_files(
     pipeline = load_pipeline(source, InterpolationPipeline)
     resolved = pipeline.resolve_options(**options)
     generator = Generator().manual_seed(seed)
-    result: Any = pipeline(images, frames.weights, frames.frames, frames.inverted, generator, resolved=resolved)
+    with Progress("drawing", total, "frames"):
+        result: Any = pipeline(images, frames.weights, frames.frames, frames.inverted, generator, resolved=resolved)
     drawn = result.images
 
     # Write

@@ -25,6 +25,7 @@ from t2i.checks import check_texts
 from t2i.data.pictures import open_image
 from t2i.errors import InputError
 from t2i.files.fingerprints import compute_brief_fingerprint, format_scheduler_configs
+from t2i.progress import Progress, follow_batch
 from t2i.runtime.memory import MEMORY_MARGIN, measure_available_memory
 from t2i.runtime.rank import find_process_rank
 from t2i.sampling.upsampling import check_upsampled_size
@@ -87,7 +88,8 @@ def generate_files(
     # Draw
     drawer = PromptDrawer(pipeline, records, arguments, resolved, bool(prompts), plan.rank.local_world_size)
     plan = replace(plan, device=pipeline.device, find_fitting_size=drawer.find_fitting_size)
-    yield from write_images(drawer.draw, records, output.path, plan)
+    with Progress("drawing", len(records)) as progress:
+        yield from write_images(drawer.draw, records, output.path, plan, progress)
 
 
 @dataclass
@@ -169,11 +171,12 @@ def redraw_files(
         return drawn
 
     plan = BatchPlan(size=1, device=pipeline.device)
-    for number in images:
-        first = number * output.count
-        own = records[first : first + output.count]
-        with job.skip_bad_input(paths[number]):
-            yield from write_images(partial(draw, first), own, output.path, plan)
+    with Progress("drawing", len(images) * output.count) as progress:
+        for number in images:
+            first = number * output.count
+            own = records[first : first + output.count]
+            with job.skip_bad_input(paths[number]):
+                yield from write_images(partial(draw, first), own, output.path, plan, progress)
     job.finish()
 
 
@@ -207,15 +210,16 @@ def upsample_files(
     pipeline = load_pipeline(source, UpsamplePipeline)
     parameters = signature(UpsamplePipeline.__call__).parameters
     used = {name: settings.get(name, parameters[name].default) for name in ("num_inference_steps", "level")}
-    for i, image in images.items():
-        with job.skip_bad_input(path := paths[i]):
-            check_upsampled_size(pipeline.upsampler, *image.size, times)
-            generator = Generator().manual_seed(first_seed + i)
-            result: Any = pipeline(image, times, generator=generator, **settings)
-            upsampled = result.images[0]
-            model = format_model_name(source.model)
-            record = {"picture": path.name, "seed": first_seed + i, "model": model, "upsample": times, **used}
-            yield write_new_image(output.path, path.stem, upsampled, record)
+    model = format_model_name(source.model)
+    with Progress("upsampling", len(images)):
+        for i, image in images.items():
+            with job.skip_bad_input(path := paths[i]):
+                check_upsampled_size(pipeline.upsampler, *image.size, times)
+                generator = Generator().manual_seed(first_seed + i)
+                with follow_batch(1):
+                    result: Any = pipeline(image, times, generator=generator, **settings)
+                record = {"picture": path.name, "seed": first_seed + i, "model": model, "upsample": times, **used}
+                yield write_new_image(output.path, path.stem, result.images[0], record)
     job.finish()
 
 

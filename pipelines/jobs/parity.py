@@ -16,6 +16,7 @@ from t2i.errors import InputError
 from t2i.files.untrusted import is_folder
 from t2i.interop.loading import ModelFolders
 from t2i.interop.parity import Difference, ParityCheck, check_comparable_models
+from t2i.progress import show_loading
 from t2i.texts import wrap_text
 
 
@@ -55,6 +56,7 @@ def compare_public_stages(
     # Load the model and compare
     settings: dict[str, Any] = {"dtype": torch.float32, "variant": variant}
     settings |= {name: str(source.path) for name, source in zip(("prior", "clip"), others) if source is not None}
-    pipeline = Text2ImagePipeline.from_pretrained(model.path, **settings)
+    with show_loading(folder):
+        pipeline = Text2ImagePipeline.from_pretrained(model.path, **settings)
     pipeline.set_progress_bar_config(disable=True)
     yield from ParityCheck(pipeline, sources, prompts, steps, seed, float(scale)).compare_stages()

@@ -16,6 +16,7 @@ from t2i.pipelines.upsample import UpsamplePipeline
 from t2i.checks import check_folder_name
 from t2i.errors import InputError
 from t2i.interop.stored import has_bf16, resolve_part_dtype
+from t2i.progress import show_loading
 from t2i.runtime.devices import check_bf16_support, resolve_device_name
 from t2i.runtime.rank import SINGLE_PROCESS, Rank
 
@@ -79,7 +80,7 @@ class Output:
 
 
 def load_pipeline(source: ModelSource, kind: type[Pipeline] = Text2ImagePipeline) -> Pipeline:
-    """Load a pipeline onto its device, without progress bars. Raises InputError for a bad device or dtype."""
+    """Load a pipeline onto its device, without bars of its own. Raises InputError for a bad device or dtype."""
     # Check device and dtype before the model loads
     device = resolve_device_name(source.device)
     options: dict[str, Any] = {"prior": source.prior, "clip": source.clip, "compile": source.compile or None}
@@ -90,9 +91,10 @@ def load_pipeline(source: ModelSource, kind: type[Pipeline] = Text2ImagePipeline
 
     # Load the model, then the upsampler that replaces its own
     arguments = {name: value for name, value in options.items() if value is not None}
-    pipeline = kind.from_pretrained(source.model, **arguments).to(device, silence_dtype_warnings=True)
-    if source.upsampler is not None:
-        pipeline = replace_upsampler(pipeline, source.upsampler, source.dtype)
+    with show_loading(source.model):
+        pipeline = kind.from_pretrained(source.model, **arguments).to(device, silence_dtype_warnings=True)
+        if source.upsampler is not None:
+            pipeline = replace_upsampler(pipeline, source.upsampler, source.dtype)
     check_dtype_parts(pipeline, source.dtype)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

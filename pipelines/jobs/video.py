@@ -1,5 +1,6 @@
 """Write frames as a video: MP4 with the extra `video`, animated WebP, PNG and GIF without it."""
 
+from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from PIL import Image
 from t2i.checks import check_range
 from t2i.errors import InputError
 from t2i.files.atomic import create_file_atomically
+from t2i.progress import Progress
 
 # Pillow's options. GIF has 256 colours a frame, the others keep every pixel.
 ANIMATION_OPTIONS: dict[str, dict[str, Any]] = {".webp": {"lossless": True}, ".png": {}, ".gif": {}}
@@ -37,9 +39,9 @@ def write_video(frames: list[Image.Image], path: str | Path, fps: float = 12.0) 
         raise InputError(f"the frames of {str(path)!r} have different sizes, {sizes[0]} and {sizes[1]}; give one size")
     frames = [frame.convert("RGB") for frame in frames]
     suffix = path.suffix.lower()
-    with create_file_atomically(path) as unfinished:
+    with Progress("writing the video", len(frames), "frames") as progress, create_file_atomically(path) as unfinished:
         if suffix == ".mp4":
-            write_mp4(frames, unfinished, fps)
+            write_mp4(progress.iterate(frames), frames[0].size, unfinished, fps)
         else:
             options = {"append_images": frames[1:], "loop": 0, "duration": 1000 / fps, **ANIMATION_OPTIONS[suffix]}
             # The format is given by name, for the name of an unfinished file has another suffix.
@@ -69,10 +71,10 @@ def check_video_format(path: Path) -> None:
         ) from error
 
 
-def write_mp4(frames: list[Image.Image], path: Path, fps: float) -> None:
+def write_mp4(frames: Iterable[Image.Image], size: tuple[int, int], path: Path, fps: float) -> None:
     import av
 
-    width, height = frames[0].size
+    width, height = size
     odd = ((0, height % 2), (0, width % 2), (0, 0))
     # "faststart" puts the index first, so that players on the web start before the file has loaded
     with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as file:

@@ -8,6 +8,7 @@ import typer
 from t2i.commands import flags
 from t2i.commands.flags import argument, option
 from t2i.errors import InputError
+from t2i.progress import Progress, show_loading
 from t2i.terminal import print_line
 
 app = typer.Typer()
@@ -44,7 +45,9 @@ def convert(
 
         if out is None:
             raise InputError("the new folder is missing; t2i convert FILE.pth --config FILE.json NEW_FOLDER")
-        print_line(convert_dalle2(Path(source), config, out, release, fp16))
+        with Progress("converting"):
+            path = convert_dalle2(Path(source), config, out, release, fp16)
+        print_line(path)
         return
 
     # Other pickled weights
@@ -53,8 +56,9 @@ def convert(
         settings = {"--to": to if to != "t2i" else None, "--prior": prior, "--clip": clip, "--variant": variant}
         for name, value in {**settings, "--fp16": fp16}.items():
             flags.check_needed(name, value, "a model folder and a new folder", False)
-        for path in [convert_weights(Path(source), out)] if is_file else convert_folder_weights(Path(source)):
-            print_line(path)
+        with Progress("converting"):
+            for path in [convert_weights(Path(source), out)] if is_file else convert_folder_weights(Path(source)):
+                print_line(path)
         return
 
     # A model folder
@@ -62,7 +66,9 @@ def convert(
         raise InputError("the new folder is missing; t2i convert FOLDER NEW_FOLDER")
     from t2i.pipelines.jobs.convert import convert_folder
 
-    print_line(convert_folder(source, out, to, prior, variant, fp16, clip))
+    with show_loading(source, "converting"):
+        folder = convert_folder(source, out, to, prior, variant, fp16, clip)
+    print_line(folder)
 
 
 @app.command()
@@ -89,9 +95,11 @@ def parity(
     prompts = prompt or PARITY_PROMPTS
     # Print each stage when it is done, for a stage takes minutes
     largest = 0.0
-    for stage, difference in compare_public_stages(folder, prior, prompts, steps, guidance_scale, variant, seed, clip):
-        print(f"{stage:18} {difference:.2e}", flush=True)
-        largest = max(largest, difference)
+    stages = compare_public_stages(folder, prior, prompts, steps, guidance_scale, variant, seed, clip)
+    with Progress("comparing", unit="stages") as progress:
+        for stage, difference in progress.iterate(stages):
+            print_line(f"{stage:18} {difference:.2e}")
+            largest = max(largest, difference)
     if not largest <= tolerance:  # also true for NaN
         print(f"beyond the tolerance of {tolerance:g}")
         raise typer.Exit(1)

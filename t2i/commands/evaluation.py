@@ -8,7 +8,8 @@ import typer
 
 from t2i.commands import SHIPPED_MODEL, flags, quality
 from t2i.commands.flags import argument, option
-from t2i.terminal import print_line
+from t2i.progress import show_loading
+from t2i.terminal import print_line, print_note
 
 app = typer.Typer(help="Evaluate models and drawn images.")
 app.add_typer(quality.app)
@@ -49,7 +50,7 @@ def evaluate_emoji(
     scores = evaluate_emoji_drawings(pipeline, folder, out, samples, judge)
     print("\n".join(format_emoji_scores(scores)))
     if judge is None:
-        print("the perceptual distance is left out; pip install 't2i[judge]' adds it")
+        print_note("the perceptual distance is left out; pip install 't2i[judge]' adds it")
     print_line(f"results and images: {out}")
 
 
@@ -87,7 +88,8 @@ def evaluate_prior(
     if out is not None:
         check_result_file(out)
 
-    model, scheduler = load_prior(prior)
+    with show_loading(prior):
+        model, scheduler = load_prior(prior)
     model = None if model is None else model.float()
     settings: dict[str, Any] = {
         "steps": steps,

@@ -11,7 +11,7 @@ import typer
 from t2i.commands import SHIPPED_MODEL, flags
 from t2i.commands.flags import argument, option
 from t2i.errors import InputError
-from t2i.terminal import print_line
+from t2i.terminal import print_line, print_note
 
 if TYPE_CHECKING:
     from t2i.evaluation.metrics import MetricSettings
@@ -131,6 +131,7 @@ def measure_and_report(
     from t2i.evaluation.quality import measure_quality, measure_reference_statistics, read_reference_statistics
     from t2i.evaluation.results import write_result_file
     from t2i.interop.by_name import load_clip
+    from t2i.progress import show_loading
     from t2i.runtime.devices import resolve_device_name
     from t2i.runtime.launch import check_environment, end_process_group
 
@@ -144,8 +145,9 @@ def measure_and_report(
     state = PartialState(cpu=device == "cpu")
     own_device = "cpu" if state.device.type == "cpu" else str(state.device)
     device = resolve_device_name(device) if state.num_processes == 1 else own_device
-    extractor = load_feature_extractor(comparison.features, comparison.inception, device)
-    scorer = None if clip_score is None else load_clip(clip_score).to(device).eval()
+    with show_loading(comparison.features):
+        extractor = load_feature_extractor(comparison.features, comparison.inception, device)
+        scorer = None if clip_score is None else load_clip(clip_score).to(device).eval()
     pipeline: Any = None if folder is not None else load_drawing_pipeline(comparison, device)
     drawn: Any = None if folder is None else FolderPictures(folder, comparison.image_size)
     size = drawn.size if pipeline is None else pipeline.image_size
@@ -168,7 +170,7 @@ def measure_and_report(
         for line in [*format_quality_lines(result, clip_score), f"results: {out}"]:
             print_line(line)
         if conditioning is not None and scorer is not None and scorer.identity == conditioning:
-            print("warning: the CLIP score is by the CLIP that the model draws with; this flatters it", file=sys.stderr)
+            print_note("warning: the CLIP score is by the CLIP that the model draws with; this flatters it", sys.stderr)
     end_process_group()
 
 

@@ -23,9 +23,11 @@ Clip = Annotated[str, option("CLIP's folder, or a public NAME:TAG of open_clip."
 
 def load_clip_model(clip: str, device: str) -> "CLIP":
     from t2i.interop.by_name import load_clip
+    from t2i.progress import show_loading
     from t2i.runtime.devices import resolve_device_name
 
-    return load_clip(clip).to(resolve_device_name(device)).eval()
+    with show_loading(clip):
+        return load_clip(clip).to(resolve_device_name(device)).eval()
 
 
 @app.command()

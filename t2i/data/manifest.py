@@ -20,7 +20,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from t2i.data.labels import LABELS_FILE, get_single_label, write_labels
 from t2i.data.pictures import CONVERTED, OLD_READING, READING, Reading, decode_image, silence_pillow
@@ -38,6 +37,7 @@ from t2i.data.sources.samples import (
 )
 from t2i.errors import InputError
 from t2i.files.atomic import create_folder_atomically
+from t2i.progress import Progress
 
 MANIFEST_FILE = "manifest.parquet"
 MANIFEST_FOLDER = "t2i"  # below a source folder
@@ -126,10 +126,11 @@ def write_manifest(
         samples = count_samples(source.iterate_samples(unfinished), report, labels)
         rows = map_in_order(lambda sample: examine_sample(sample, root, held_out, min_size, reading), samples)
         rows = reject_duplicates(rows) if drop_duplicates else rows
-        bar = tqdm(rows, desc="checking", unit=" pictures", total=source.total, disable=True if quiet else None)
         about = {"version": MANIFEST_VERSION, "source": str(name), "root": format_source_root(source, out)}
         about["reading"] = asdict(reading)
-        write_rows(manifest, bar, report, about | {"containers": source.notes.containers})
+        with Progress("checking", source.total, is_shown=not quiet) as progress:
+            about |= {"containers": source.notes.containers}
+            write_rows(manifest, progress.iterate(rows), report, about)
         assert report.ok + report.rejected_count == report.indexed == pq.read_metadata(manifest).num_rows
 
         # Report; a source without samples is refused, and the result of an earlier check stays

@@ -25,6 +25,7 @@ from t2i.diffusion.process import (
     variational_term,
 )
 from t2i.diffusion.sampling_loop import generate_noise
+from t2i.progress import follow_steps
 from t2i.runtime.hooks import keep_used_weights
 
 # Variance of the posterior and of the forward step, as `reverse_log_variance` counts.
@@ -98,7 +99,7 @@ def compute_variational_bound(
 
     # L_{t-1}, L_0 and L_T
     rows = []
-    for t, size in zip(timesteps.to(x0.device), sizes.tolist()):
+    for t, size in follow_steps("bound", list(zip(timesteps.to(x0.device), sizes.tolist()))):
         estimate, log_variance = reverse_step(t)
         rows.append(size * variational_term(scheduler, x0 - estimate, log_variance, t, t - 1).flatten(1).mean(dim=1))
     first = timesteps.new_tensor(0).to(x0.device)
@@ -166,7 +167,7 @@ def compute_ode_bits(
 
     alpha, _ = alpha_sigma(scheduler, timesteps[0], x0)
     x, change = alpha * x0, torch.zeros(len(x0), device=x0.device, dtype=x0.dtype)
-    for t, after in zip(timesteps[:-1], timesteps[1:]):
+    for t, after in follow_steps("ODE", list(zip(timesteps[:-1], timesteps[1:]))):
         length = (noise_angle(scheduler, after, x) - noise_angle(scheduler, t, x)).to(x.dtype)
         velocity, trace = derivatives(x, t)
         # Heun's method: the mean of the derivatives at both ends

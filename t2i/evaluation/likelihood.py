@@ -16,6 +16,7 @@ from t2i.diffusion.denoiser import Predict, build_conditional_predict
 from t2i.diffusion.likelihood import compute_ode_bits, compute_variational_bound
 from t2i.errors import InputError
 from t2i.evaluation.results import check_result_file, collect_package_versions, write_result_file
+from t2i.progress import Progress, follow_batch
 from t2i.sampling.sample import build_decoder_condition, build_decoder_predict
 
 MEASURED_STAGES = ("prior", "decoder")
@@ -76,7 +77,8 @@ def evaluate_model_likelihood(
         "versions": collect_package_versions(),
     }
     for split, dataset in splits.items():
-        result[split] = measure_split_likelihood(pipeline, dataset, settings)
+        with Progress(f"measuring {split}", settings.count):
+            result[split] = measure_split_likelihood(pipeline, dataset, settings)
     write_result_file(result, Path(out))
     return result
 
@@ -89,11 +91,12 @@ def measure_split_likelihood(pipeline: Any, dataset: CaptionedPictures, settings
     for start in range(0, settings.count, BATCH_SIZE):
         part = chosen[start : start + BATCH_SIZE]
         seeds = [settings.seed + start + i for i in range(len(part))]
-        for stage in settings.stages:
-            x, scheduler, predict = prepare_stage_data(pipeline, dataset, part, stage)
-            dimensions[stage] = x[0].numel()
-            for name, values in compute_bits_per_dimension(predict, scheduler, x, seeds, settings).items():
-                bits[stage].setdefault(name, []).append(values.double().cpu())
+        with follow_batch(len(part)):
+            for stage in settings.stages:
+                x, scheduler, predict = prepare_stage_data(pipeline, dataset, part, stage)
+                dimensions[stage] = x[0].numel()
+                for name, values in compute_bits_per_dimension(predict, scheduler, x, seeds, settings).items():
+                    bits[stage].setdefault(name, []).append(values.double().cpu())
     return {
         stage: {
             "dimensions": dimensions[stage],

@@ -1,6 +1,7 @@
 """How near a prior's z_i come to those of the pictures, measured on a cache."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torch import Generator
 from t2i.data.cache import CachedPairs
 from t2i.diffusion.sampling_loop import Sampling
 from t2i.errors import InputError
+from t2i.progress import Progress, follow_steps
 from t2i.sampling.embeddings import AnyPrior, sample_image_embeds
 
 BATCH_SIZE = 256
@@ -53,15 +55,18 @@ def evaluate_prior_splits(
         # Evenly spread: every k-th, with the least k that gives at most `count`
         chosen = list(range(0, len(pairs), -(-len(pairs) // count)))
         sampled, true, text = [], [], []
-        for start in range(0, len(chosen), BATCH_SIZE):
-            part = chosen[start : start + BATCH_SIZE]
-            batch = pairs.__getitems__([(index, 0) for index in part])
-            assert batch.text is not None and batch.image_embeds is not None
-            generators = [Generator().manual_seed(seed + start + i) for i in range(len(part))]
-            settings = replace(sampling, generators=generators)
-            sampled.append(sample_image_embeds(prior, scheduler, batch.text, None, settings, candidates, temperature))
-            true.append(batch.image_embeds)
-            text.append(batch.text.embedding)
+        with Progress(f"sampling for {split}", len(chosen), "captions") as progress:
+            for start in range(0, len(chosen), BATCH_SIZE):
+                part = chosen[start : start + BATCH_SIZE]
+                batch = pairs.__getitems__([(index, 0) for index in part])
+                assert batch.text is not None and batch.image_embeds is not None
+                generators = [Generator().manual_seed(seed + start + i) for i in range(len(part))]
+                settings = replace(sampling, generators=generators, progress=partial(follow_steps, "sampling"))
+                with progress.follow_batch(len(part)):
+                    z_i = sample_image_embeds(prior, scheduler, batch.text, None, settings, candidates, temperature)
+                sampled.append(z_i)
+                true.append(batch.image_embeds)
+                text.append(batch.text.embedding)
         z_i, true_z_i, z_t = torch.cat(sampled), torch.cat(true), torch.cat(text)
         # By the cosine: the gallery has unit length, and the length of z_i changes no order
         is_nearest = (z_i @ gallery.T).argmax(dim=1) == torch.tensor(chosen) + first

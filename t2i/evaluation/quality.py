@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import gather
 from torch import Tensor
-from tqdm import tqdm
 
 from t2i import __version__
 from t2i.errors import InputError
@@ -24,6 +23,7 @@ from t2i.evaluation.picture_sets import FolderPictures, PictureSet, SourcePictur
 from t2i.files.atomic import check_writable_folder
 from t2i.files.tensor_file import read_tensor_file, write_tensor_file
 from t2i.networks.clip import CLIP
+from t2i.progress import Progress, follow_batch
 from t2i.runtime.processes import run_on_main_process
 
 STATISTICS_KIND = "statistics of pictures"
@@ -112,12 +112,15 @@ def extract_set_features(
     # Round robin: processes differ by one picture at most
     mine = list(range(state.process_index, len(pictures), state.num_processes))
     rows, cosines = [torch.zeros(0, extractor.dim)], [torch.zeros(0)]
-    for start in tqdm(range(0, len(mine), BATCH_SIZE), desc=kind, disable=None if state.is_main_process else True):
-        part = mine[start : start + BATCH_SIZE]
-        batch = pictures.get_images(part)
-        rows.append(extractor(batch))
-        if scorer is not None:
-            cosines.append(compute_clip_scores(scorer, batch, [str(pictures.captions[index]) for index in part]))
+    with Progress(f"measuring the {kind} pictures", len(mine), ""):
+        for start in range(0, len(mine), BATCH_SIZE):
+            part = mine[start : start + BATCH_SIZE]
+            with follow_batch(len(part)):
+                batch = pictures.get_images(part)
+                rows.append(extractor(batch))
+                if scorer is not None:
+                    captions = [str(pictures.captions[index]) for index in part]
+                    cosines.append(compute_clip_scores(scorer, batch, captions))
     features = gather_process_rows(torch.cat(rows), len(pictures), state)
     if not features.isfinite().all():
         raise InputError(f"features of the {kind} pictures are not finite; the extractor or its precision fails")

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from t2i.bulk import BulkJob
 from t2i.checks import check_integer, check_texts
@@ -22,6 +21,7 @@ from t2i.errors import InputError
 from t2i.files.atomic import check_writable_folder
 from t2i.files.tensor_file import read_tensor_file, write_tensor_file
 from t2i.networks.clip import CLIP
+from t2i.progress import Progress
 from t2i.texts import normalize_text, wrap_text
 
 BATCH_SIZE = 64
@@ -101,16 +101,18 @@ def embed_usable_files(clip: CLIP, paths: Sequence[Path], job: BulkJob) -> tuple
 def iterate_image_embeds(clip: CLIP, paths: Sequence[Path], job: BulkJob) -> Iterator[tuple[Path, Tensor]]:
     """Yield each picture file that can be used with its z_i, (D,), unit length, fp32, on the CPU."""
     resizing = Resizing.for_clip(clip)
-    hide_bar = None if len(paths) > BATCH_SIZE else True  # None: hidden unless standard error is a terminal
-    for start in tqdm(range(0, len(paths), BATCH_SIZE), desc="pictures", disable=hide_bar):
-        batch: list[tuple[Path, Tensor]] = []
-        for path in paths[start : start + BATCH_SIZE]:
-            with job.skip_bad_input(path, OSError):
-                batch.append((path, to_tensor(open_image(path), resizing)))
-        if batch:
-            pictures = torch.stack([picture for _, picture in batch]).to(clip.device, clip.dtype)
-            z_i = F.normalize(clip.encode_image(pictures).float(), dim=-1).cpu()
-            yield from ((path, row) for (path, _), row in zip(batch, z_i))
+    with Progress("embedding", len(paths)) as progress:
+        for start in range(0, len(paths), BATCH_SIZE):
+            batch: list[tuple[Path, Tensor]] = []
+            part = paths[start : start + BATCH_SIZE]
+            for path in part:
+                with job.skip_bad_input(path, OSError):
+                    batch.append((path, to_tensor(open_image(path), resizing)))
+            if batch:
+                pictures = torch.stack([picture for _, picture in batch]).to(clip.device, clip.dtype)
+                z_i = F.normalize(clip.encode_image(pictures).float(), dim=-1).cpu()
+                yield from ((path, row) for (path, _), row in zip(batch, z_i))
+            progress.update(len(part))
 
 
 @dataclass(frozen=True)
@@ -169,9 +171,10 @@ def index_image_folder(clip: CLIP, folder: Path, file: Path | None, job: BulkJob
     target = folder / INDEX_FILE if file is None else file
     stored = read_index_file(clip, target, own=file is None) if target.exists() else {}
     digests: dict[Path, bytes] = {}
-    for path in paths:
-        with job.skip_bad_input(path, OSError):
-            digests[path] = compute_picture_digest(path)
+    with Progress("reading", len(paths)) as progress:
+        for path in progress.iterate(paths):
+            with job.skip_bad_input(path, OSError):
+                digests[path] = compute_picture_digest(path)
     new = {digest: path for path, digest in digests.items() if digest not in stored}
     if new:
         check_writable_folder(target.parent)

@@ -10,12 +10,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from t2i.training.common.log import MetricsLog, check_trackers, drop_rows, format_duration, resolve_run_code
+from t2i.training.common.log import MetricsLog, check_trackers, drop_rows, resolve_run_code
 from t2i.training.common.loop import build_accelerator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from t2i.config import TRACKERS, TrainConfig
 from t2i.errors import InputError
+from t2i.terminal import format_duration
 
 
 def config_of(folder, **settings) -> TrainConfig:

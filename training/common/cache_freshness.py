@@ -19,6 +19,7 @@ from t2i.networks.autoencoder import Autoencoder
 from t2i.networks.clip import CLIP
 from t2i.networks.public.transformers_clip import TransformersCLIP
 from t2i.networks.text_encoder import TextEncoder
+from t2i.terminal import print_note
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer/*")  # of a CLIP's folder
 PUBLIC_MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model")  # weights, settings and tokenizer
@@ -57,7 +58,8 @@ def check_cache_freshness(
         before, now = cache.made_from["data"], {split: dataset.compute_digest() for split, dataset in pictures.items()}
         pairs |= {name: (before.get(split), now.get(split)) for name, split in zip(("data", "held-out data"), SPLITS)}
     elif os.environ.get("RANK", "0") == "0":
-        print(f"no manifest in data.path={data.path!r}: the cache {str(cache.folder)!r} is not compared with its data")
+        name = f"data.path={data.path!r}"
+        print_note(f"no manifest in {name}: the cache {str(cache.folder)!r} is not compared with its data")
     for name, (before, now) in pairs.items():
         if before != now:
             raise InputError(

@@ -13,6 +13,7 @@ from t2i.diffusion.stored_schedulers import PROJECT_SCHEDULERS, check_scheduler_
 from t2i.errors import InputError
 from t2i.files.model_folder import load_or_explain
 from t2i.files.untrusted import MAX_TIMESTEPS, read_config
+from t2i.terminal import print_note
 
 Model = TypeVar("Model", bound=ModelMixin)
 
@@ -97,7 +98,9 @@ def find_init_scheduler(init: str | None) -> Path | None:
     for place in places:
         if (place / "scheduler_config.json").is_file():
             return place
-    print(f"init={init!r} stores no prediction type; scheduler.prediction_type must be the one it was trained with")
+    print_note(
+        f"init={init!r} stores no prediction type; scheduler.prediction_type must be the one it was trained with"
+    )
     return None
 
 

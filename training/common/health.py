@@ -13,7 +13,7 @@ from torch import Tensor
 
 from t2i.data import Batch
 from t2i.errors import RunError
-from t2i.terminal import escape_text
+from t2i.terminal import print_note
 
 MAX_SKIPPED_STEPS = 10  # steps in a row without a finite loss and gradient
 MAX_REJECTED_FRACTION = 0.01  # of the samples read, or of MIN_SAMPLES_READ if that is more
@@ -96,7 +96,7 @@ class HealthMonitor:
         if len(keys) > MAX_SHOWN_KEYS:
             shown += f" and {len(keys) - MAX_SHOWN_KEYS} more"
         self.last_skipped = f"the {what} of step {step} was not finite, with the samples {shown}"
-        self.accelerator.print(escape_text(f"skipped: {self.last_skipped}"))
+        print_note(f"skipped: {self.last_skipped}", is_shown=self.accelerator.is_local_main_process)
 
     def check_skipped_steps(self, in_a_row: int) -> None:
         if in_a_row >= MAX_SKIPPED_STEPS:

@@ -1,4 +1,4 @@
-"""The log of a run: `metrics.jsonl`, trackers, preview images and a progress bar."""
+"""The log of a run: `metrics.jsonl`, trackers, preview images and progress."""
 
 import json
 import math
@@ -19,19 +19,19 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from t2i.config import TrainConfig
 from t2i.errors import InputError
 from t2i.files.atomic import write_bytes_atomically
-from t2i.terminal import print_line
+from t2i.progress import Progress
+from t2i.terminal import print_note
 
 TRACKER_PROJECT = "t2i"  # project of the runs in W&B and trackio
 RECENT_ROWS = 10  # the time left is computed from the speed over these rows
 
 
 class MetricsLog:
-    """Means of metrics between two rows of `metrics.jsonl`, which trackers and a progress bar show too.
+    """Means of metrics between two rows of `metrics.jsonl`, which trackers and the progress show too.
 
     Every process adds metrics; only the main process writes. A run that resumes at `step` deletes the rows after it,
     which it writes again.
@@ -44,14 +44,8 @@ class MetricsLog:
         self.count, self.memory = 0, 0.0
         self.start = step
         self.trackers: list[GeneralTracker] = []
-        self.bar = tqdm(
-            total=config.steps,
-            initial=step,
-            desc=self.folder.name,
-            disable=not accelerator.is_main_process,
-            mininterval=5,
-            dynamic_ncols=True,
-            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
+        self.progress = Progress(
+            f"training {self.folder.name}", config.steps, "steps", step, is_shown=accelerator.is_main_process
         )
         self.rows = deque([(step, time.perf_counter())], maxlen=RECENT_ROWS)  # (step, time)
 
@@ -73,7 +67,7 @@ class MetricsLog:
 
         more: metrics of this step alone, such as a loss on held-out data; given on all processes or on none.
         """
-        self.bar.update()
+        self.progress.update()
         if step % self.config.log_every and step != self.config.steps and more is None:
             return
         row = self.reduce_metric_means()
@@ -107,7 +101,7 @@ class MetricsLog:
         apart = ("learning_rate", "samples_per_second", "memory_gb", "seconds_left")
         shown = [f"{name}={value:.4g}" for name, value in row.items() if name not in apart]
         shown += [f"{row['samples_per_second']:.4g} samples/s", f"{row['memory_gb']:.1f} GB"]
-        self.bar.set_postfix_str(", ".join([*shown, f"{format_duration(row['seconds_left'])} left"]))
+        self.progress.update(0, ", ".join(shown), row["seconds_left"])
 
     def save_images(self, step: int, images: dict[str, Image.Image]) -> None:
         """Write preview images by name as `samples/NAME-STEP.png`, and into every tracker."""
@@ -121,7 +115,7 @@ class MetricsLog:
                 track_image(tracker, name, image, step)
 
     def close(self) -> None:
-        self.bar.close()
+        self.progress.close()
         for tracker in self.trackers:
             tracker.finish()
 
@@ -197,7 +191,7 @@ def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
         with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     except OSError as error:
-        print_line(f"warning: {path} lacks {len(rows)} rows ({error})")
+        print_note(f"warning: {path} lacks {len(rows)} rows ({error})")
 
 
 def drop_rows(path: Path, step: int) -> None:
@@ -221,17 +215,3 @@ def parse_row_step(line: bytes) -> float:
 def round_for_json(value: float) -> float | None:
     """Round to six digits; return None for infinity and NaN, which JSON does not have."""
     return float(f"{value:.6g}") if math.isfinite(value) else None
-
-
-def format_duration(seconds: float) -> str:
-    """Return a duration in at most two units, such as "3 d 4 h", "2 h 5 min", "12 min" or "45 s"."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    if minutes < 24 * 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    hours = round(minutes / 60)
-    return f"{hours // 24} d {hours % 24} h"

@@ -15,7 +15,7 @@ from PIL import Image
 from t2i.training.common.cpu import choose_short_attention, count_cores, keep_memory
 from t2i.training.common.ema import EMA, gather_full_tensor
 from t2i.training.common.health import HealthMonitor
-from t2i.training.common.log import MetricsLog, check_trackers, format_duration, measure_peak_memory
+from t2i.training.common.log import MetricsLog, check_trackers, measure_peak_memory
 from t2i.training.common.optimizer import Critic, build_optimizer, compute_learning_rate
 from t2i.training.common.state import TrainState, flatten_config, lock_folder
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from t2i.runtime.devices import choose_training_precision
 from t2i.runtime.launch import check_environment
 from t2i.runtime.memory import format_needed_memory, is_out_of_memory, measure_available_memory
 from t2i.runtime.processes import ProcessWatch, StopRequest, check_processes_agree, run_on_main_process
-from t2i.terminal import escape_text
+from t2i.terminal import format_duration, print_note
 
 MAX_FAILED_SAVES = 3  # in a row
 DRY_RUN_STEPS = 3
@@ -100,7 +100,8 @@ def fit(accelerator: Accelerator, stage: Stage, config: TrainConfig) -> None:
                 train(accelerator, stage, state)
             else:
                 # Again, because the run may have died between its last checkpoint and the export.
-                accelerator.print(escape_text(f"{config.output} is already trained for {state.step} steps"))
+                what = f"{config.output} is already trained for {state.step} steps"
+                print_note(what, is_shown=accelerator.is_local_main_process)
                 export_ema(accelerator, stage, state)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -284,7 +285,7 @@ def save_progress(accelerator: Accelerator, stage: Stage, state: TrainState, fai
         message = f"step {state.step} could not be saved: {error}. {state.describe_newest_checkpoint()}"
         if must or failed + 1 >= MAX_FAILED_SAVES:
             raise RunError(message) from error
-        accelerator.print(escape_text(f"warning: {message}"))
+        print_note(f"warning: {message}", is_shown=accelerator.is_local_main_process)
         return failed + 1
 
 
@@ -310,7 +311,7 @@ def draw_due_preview(accelerator: Accelerator, stage: Stage, state: TrainState, 
             # A full disk or little memory must not end a run; any other error is a defect.
             if not (isinstance(error, OSError) or is_out_of_memory(error)):
                 raise
-            accelerator.print(f"warning: no sample pictures of step {state.step}: {error}")
+            print_note(f"warning: no sample pictures of step {state.step}: {error}")
 
     with state.gather_ema_model() as model, torch.no_grad():
         run_on_main_process(accelerator, draw)

@@ -28,7 +28,7 @@ from t2i.config import TrainConfig
 from t2i.errors import InputError, RunError
 from t2i.files.file_systems import lock_file, measure_free_bytes
 from t2i.runtime.processes import run_on_main_process
-from t2i.terminal import escape_text
+from t2i.terminal import print_note
 
 # Settings that may change between a run and its resumption. Paths are among them, because `made_from` identifies what
 # lies there.
@@ -84,7 +84,7 @@ class TrainState:
 
         def write() -> None:
             for problem in save_checkpoint(self.checkpoint_folder, self.step, tensors, state, self.config.keep):
-                self.accelerator.print(escape_text(f"warning: {problem}"))
+                print_note(f"warning: {problem}")
 
         run_on_main_process(self.accelerator, write)
 
@@ -112,7 +112,7 @@ class TrainState:
         if self.accelerator.scaler is not None and "scaler" in checkpoint.state:
             self.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
         self.step, self.skipped = checkpoint.state["step"], checkpoint.state["skipped"]
-        self.accelerator.print(escape_text(f"resuming from {path}"))
+        print_note(f"resuming from {path}", is_shown=self.accelerator.is_local_main_process)
 
     def find_checkpoint(self) -> Path | None:
         """Return the checkpoint to resume from, None for a new run. Raises if it is damaged or not the newest."""
@@ -130,7 +130,7 @@ class TrainState:
         # The newest that is whole. Damaged ones alone are refused, for a new run would delete them.
         newest, problems = find_newest_checkpoint(self.checkpoint_folder)
         for problem in problems:
-            self.accelerator.print(escape_text(f"skipped: {problem}"))
+            print_note(f"skipped: {problem}", is_shown=self.accelerator.is_local_main_process)
         if newest is None and problems:
             raise RunError(
                 f"all checkpoints in {self.checkpoint_folder} are damaged; delete them to start anew. "

@@ -26,6 +26,7 @@ from t2i.data.manifest import write_manifest
 from t2i.data.sources.samples import Columns
 from t2i.errors import InputError
 from t2i.files.atomic import create_folder_atomically
+from t2i.progress import Progress
 from t2i.texts import split_lines
 
 FONT_FILE = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
@@ -113,10 +114,11 @@ def render_emoji(
     # Draw and write
     face = ImageFont.truetype(str(font), BITMAP_SIZE, layout_engine=ImageFont.Layout.RAQM)
     with (
+        Progress("drawing", len(emoji), "emoji") as progress,
         create_folder_atomically(folder) as unfinished,
         open(unfinished / "metadata.jsonl", "w", encoding="utf-8") as metadata,
     ):
-        for item in emoji:
+        for item in progress.iterate(emoji):
             render_character(item.characters, face, size).save(unfinished / item.file_name, optimize=True)
             row = {"file_name": item.file_name, **asdict(item), "concept": item.concept, "kind": item.kind}
             del row["characters"]

@@ -14,6 +14,7 @@ from t2i.evaluation.contact_sheet import build_contact_sheet, build_labelled_row
 from t2i.evaluation.emoji.measures import PerceptualJudge, compute_psnr, compute_ssim
 from t2i.evaluation.emoji.real_emoji import EMOJI_SIZE, Question, RealEmoji, strip_name_modifier
 from t2i.evaluation.results import check_result_folder, collect_package_versions, write_result_file
+from t2i.progress import Progress, follow_batch
 
 SHEET_IMAGES = 32  # pictures on the contact sheet of a split, the first ones
 KIND_IMAGES = 5  # of each kind, on the sheet of all kinds
@@ -43,7 +44,7 @@ class Artist:
             images = self.pipeline(**inputs, generator=seeds[part], output_type="pt", **self.settings).images
             return images.float().cpu() * 2 - 1
 
-        return self.run_batches(draw_batch, len(prompts))
+        return self.run_batches(draw_batch, len(prompts), "drawing emoji")
 
     def reconstruct(self, real: Tensor) -> Tensor:
         """Return what the autoencoder makes of real pictures, (N, 3, H, W) in [-1, 1]."""
@@ -53,12 +54,17 @@ class Artist:
             latents = autoencoder.encode(real[part].to(self.pipeline.device, autoencoder.dtype))
             return autoencoder.decode(latents).float().cpu().clamp(-1, 1)
 
-        return self.run_batches(reconstruct_batch, len(real))
+        return self.run_batches(reconstruct_batch, len(real), "reconstructing emoji")
 
     @torch.no_grad()
-    def run_batches(self, run: Callable[[slice], Tensor], count: int) -> Tensor:
-        """Return the pictures of all batches at the size of the real ones."""
-        images = torch.cat([run(part) for part in self.iterate_batches(count)])
+    def run_batches(self, run: Callable[[slice], Tensor], count: int, what: str) -> Tensor:
+        """Return the pictures of all batches at the size of the real ones. what: name of the work, for the progress."""
+        drawn = []
+        with Progress(what, count):
+            for part in self.iterate_batches(count):
+                with follow_batch(part.stop - part.start):
+                    drawn.append(run(part))
+        images = torch.cat(drawn)
         if images.shape[-1] == EMOJI_SIZE:
             return images
         return F.interpolate(images, (EMOJI_SIZE, EMOJI_SIZE), mode="bicubic", antialias=True).clamp(-1, 1)
