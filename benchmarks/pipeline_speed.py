@@ -1,4 +1,4 @@
-"""From text to picture, in the shapes of Kandinsky 2.2 and of Karlo, against diffusers' pipelines on the same weights
+"""From text to image, in the shapes of Kandinsky 2.2 and of Karlo, against diffusers' pipelines on the same weights
 and noise; Kandinsky's decoder alone.
 
     python -m benchmarks.pipeline_speed [--quick]
@@ -66,7 +66,7 @@ def compare_pictures(family: Family, quick: bool) -> list[Row]:
         worst = side_by_side.check_equal(works["ours"]().cpu(), works["diffusers"]().cpu())
         seconds = side_by_side.time_in_turns(works, rounds, warm)
         memory = side_by_side.measure_peaks({name: partial(draw, prompts, few) for name, draw in sides.items()})
-        what = f"text to picture, {family.name}, {', '.join(map(str, family.steps))} steps, {len(prompts)} prompts"
+        what = f"text to image, {family.name}, {', '.join(map(str, family.steps))} steps, {len(prompts)} prompts"
         note = f"{describe_stages(family.pipeline, works['ours'])}{family.note}"
         rows.append(side_by_side.build_row(what, seconds, 1.5, difference=worst, memory=memory, note=note))
     return rows
@@ -195,8 +195,8 @@ class StageScheduler(UnCLIPScheduler):
 def draw_karlo_noise(count: int, away: float = AWAY) -> dict[str, Tensor]:
     """Return the noise that each stage starts from, by our names, nowhere nearer to zero than `away`.
 
-    At the first timestep 1 / 20,000 of a picture's variance is left: an error of rounding grows by 141 where the clean
-    picture is not clamped, which is where the noise is about zero.
+    At the first timestep 1 / 20,000 of an image's variance is left: an error of rounding grows by 141 where the clean
+    image is not clamped, which is where the noise is about zero.
     """
     low, high = KARLO_SIDES
     sizes = {"prior_latents": (KARLO_EMBED,), "latents": (3, low, low), "super_res_latents": (3, high, high)}

@@ -31,7 +31,7 @@ KANDINSKY_UNET = {  # the published one has (384, 768, 1152, 1536), 3 layers a l
         "norm_num_groups": 4,
     },
 }
-KARLO_SIDES = (16, 64)  # of the decoder's and of the final pictures; the published ones are 64 and 256
+KARLO_SIDES = (16, 64)  # of the decoder's and of the final images; the published ones are 64 and 256
 
 
 def load_ours(pipeline: diffusers.DiffusionPipeline) -> Text2ImagePipeline:
@@ -116,7 +116,7 @@ def build_kandinsky(quick: bool) -> diffusers.KandinskyV22CombinedPipeline:
 
 
 def build_karlo(quick: bool) -> diffusers.DiffusionPipeline:
-    """Return Karlo with a prior, a decoder of small pictures that learns its variance, and super-resolution."""
+    """Return Karlo with a prior, a decoder of small images that learns its variance, and super-resolution."""
     from diffusers.pipelines.deprecated.unclip import UnCLIPPipeline, UnCLIPTextProjModel
 
     torch.manual_seed(0)

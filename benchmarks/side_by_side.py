@@ -121,7 +121,7 @@ def check_all_equal(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], to
 
 
 def generators(count: int) -> list[Generator]:
-    """Return a stream of noise for each picture of a batch."""
+    """Return a stream of noise for each image of a batch."""
     return [Generator().manual_seed(number) for number in range(count)]
 
 

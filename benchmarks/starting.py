@@ -1,4 +1,4 @@
-"""Cold start: from the command to the picture on disk against the imports alone; the peak of memory of loading.
+"""Cold start: from the command to the image on disk against the imports alone; the peak of memory of loading.
 
     python -m benchmarks.starting [--quick]
 
@@ -43,7 +43,7 @@ def main(quick: bool) -> list[Row]:
         def generate() -> None:
             out = Path(folder) / f"{next(numbers)}.png"
             run_python(COMMAND, "generate", "a cat", "--seed", "1", "--out", str(out))
-            assert out.is_file(), "the picture is on disk"
+            assert out.is_file(), "the image is on disk"
 
         works = {"ours": generate, "the imports": lambda: run_python(IMPORTS)}
         seconds = time_in_turns(works, rounds=1 if quick else 5, warm=0 if quick else 1)

@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/gallery.md with the shipped models: `make gallery`.
+"""Draw the images of docs/gallery.md with the shipped models: `make gallery`.
 
 Or some of them: python docs/gallery.py [--data data/emoji] [--out docs/images] [--only NAME ...]
 """
@@ -35,13 +35,13 @@ MODELS = ROOT / "models"
 PROMPTS = ["a cat", "red apple", "sunflower", "waving hand: dark skin tone", "snowman", "red heart"]
 CAT, APPLE, ROCKET, SNOWMAN, FOX, RAINBOW = "1f431", "1f34e", "1f680", "26c4", "1f98a", "1f308"  # emoji in data/emoji
 NAMES = ["cat face", "red apple", "rocket", "snowman", "fox", "rainbow"]
-MAX_BYTES = 300_000  # of one picture in the documents
+MAX_BYTES = 300_000  # of one image in the documents
 Rows = dict[str, list[Image.Image | None]]
 
 
 @dataclass
 class Gallery:
-    """The shipped pipeline, the folder of emoji, and the seed of each first picture."""
+    """The shipped pipeline, the folder of emoji, and the seed of each first image."""
 
     data: Path
     pipeline: Text2ImagePipeline
@@ -54,12 +54,12 @@ class Gallery:
         return list(self.pipeline(prompts, generator=self.generators(len(prompts)), **options).images)
 
     def steer(self, steering: Steering) -> Image.Image:
-        """Draw one picture from no condition at all, towards what `steering` measures."""
+        """Draw one image from no condition at all, towards what `steering` measures."""
         unconditional = torch.zeros(1, self.pipeline.clip.embed_dim)
         return self.pipeline(image_embeds=unconditional, generator=self.generators(1), steering=steering).images[0]
 
     def emoji(self, *codes: str) -> list[Image.Image]:
-        """Open pictures of the data by the code points in their file names."""
+        """Open images of the data by the code points in their file names."""
         return [open_image(self.data / f"{code}.png") for code in codes]
 
 
@@ -144,7 +144,7 @@ def draw_variations(gallery: Gallery) -> Image.Image:
 
 def draw_interpolation(gallery: Gallery) -> Image.Image:
     pipeline = InterpolationPipeline.from_pipe(gallery.pipeline)
-    pairs = {"picture to picture": gallery.emoji(CAT, FOX), "text to text": ["red apple", "sunflower"]}
+    pairs = {"image to image": gallery.emoji(CAT, FOX), "text to text": ["red apple", "sunflower"]}
     rows: Rows = {
         name: pipeline(anchors, frames=7, generator=gallery.generators(1)[0]).images for name, anchors in pairs.items()
     }
@@ -218,7 +218,7 @@ def draw_similarity(gallery: Gallery) -> Image.Image:
     clip, pictures = gallery.pipeline.clip, gallery.emoji(CAT, APPLE, ROCKET, SNOWMAN, FOX, RAINBOW)
     images = torch.stack([to_tensor(picture, clip.size) for picture in pictures])
     cosines = clip.encode_text(NAMES).embedding @ clip.encode_image(images).T
-    return build_similarity_matrix(cosines, pictures, NAMES, "cosine of caption and picture")
+    return build_similarity_matrix(cosines, pictures, NAMES, "cosine of caption and image")
 
 
 DRAWINGS: dict[str, Callable[[Gallery], Image.Image]] = {

@@ -124,7 +124,7 @@ def encode_negative_texts(
     generators: list[Generator],
     decoder: DecoderOptions,
 ) -> ImageCondition:
-    """Encode texts to guide the decoder away from: captions without a picture, or the prior's z_i."""
+    """Encode texts to guide the decoder away from: captions without an image, or the prior's z_i."""
     null = pipeline.decoder.null(len(texts) * images_per_prompt).expand()
     if null.text is None:
         text = pipeline.encode_prompt(texts).repeat(images_per_prompt)

@@ -22,15 +22,15 @@ Built = TypeVar("Built")
 
 @dataclass
 class DataConfig:
-    """The pictures that a stage trains on."""
+    """The images that a stage trains on."""
 
     path: str = "???"  # a source that `t2i data check` has read; "???" marks a value that the YAML file must contain
-    image_size: int = 256  # pixels; pictures are resized on the short side and cropped to a square
-    num_workers: int = 2  # processes that decode pictures, for each training process; 0 decodes in the training process
+    image_size: int = 256  # pixels; images are resized on the short side and cropped to a square
+    num_workers: int = 2  # processes that decode images, for each training process; 0 decodes in the training process
     # Column of labels, kept by `t2i data check --label-column`, whose values are all drawn equally often
     balance_by: str | None = None
-    neighbours: int = 0  # with balance_by: further pictures of a value that follow each, such as look-alikes for CLIP
-    keyword_alone: float = 0.0  # fraction of captions that are a single keyword, where a picture has any
+    neighbours: int = 0  # with balance_by: further images of a value that follow each, such as look-alikes for CLIP
+    keyword_alone: float = 0.0  # fraction of captions that are a single keyword, where an image has any
 
     def __post_init__(self) -> None:
         check_integer("data.image_size", self.image_size, 8, 4096)
@@ -47,7 +47,7 @@ class TrainConfig:
 
     output: str = "???"  # folder of the run: the trained model, its checkpoints and metrics.jsonl
     steps: int = 100_000  # optimizer steps
-    batch_size: int = 32  # pictures per process and micro-batch
+    batch_size: int = 32  # images per process and micro-batch
     gradient_accumulation: int = 1  # micro-batches per optimizer step
     optimizer: str = "adamw"  # or adamw8bit of bitsandbytes (the extra 8bit): a quarter of the optimizer's memory
     learning_rate: float = 1e-4
@@ -63,7 +63,7 @@ class TrainConfig:
     compile: bool = False  # torch.compile the model: starts later, runs faster
     log_every: int = 50  # steps
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])  # beside metrics.jsonl; also wandb, trackio
-    sample_every: int = 1_000  # steps between sample pictures; 0: none
+    sample_every: int = 1_000  # steps between sample images; 0: none
     validate_every: int = 500  # steps between losses on the held-out split; 0: none
     validation_samples: int = 512  # at most
     save_every: int = 1_000  # steps

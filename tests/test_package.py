@@ -110,7 +110,7 @@ def test_the_sdist_holds_the_licence_and_no_caches_and_no_tests(sdist: Path) -> 
 
 
 def test_the_installed_wheel_draws_what_the_checkout_draws(environment: Path, tmp_path: Path) -> None:
-    """Offline, from any folder; the picture is the same byte for byte."""
+    """Offline, from any folder; the image is the same byte for byte."""
     where = run(environment / "bin/python", "-c", "import t2i; print(t2i.__file__)", cwd=tmp_path)
     assert Path(where.strip()).is_relative_to(environment)
     words = ("generate", "a cat", "--seed", "0", "--out")

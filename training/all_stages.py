@@ -55,7 +55,7 @@ class RunStage:
     @property
     def task_description(self) -> str:
         if self.name == "cache":
-            return f"encodes every picture and caption into {self.output}"
+            return f"encodes every image and caption into {self.output}"
         return f"{self.config.train.steps:,} steps into {self.output}"
 
     def find_result_files(self) -> list[Path]:
@@ -202,7 +202,7 @@ class Trainer:
 
     def estimate_costs(self) -> int:
         """Print the cost of each stage whose inputs are there; nothing is written. Returns the exit status."""
-        # Trial steps need the pictures or the cache. A cache that is not there needs trained models.
+        # Trial steps need the images or the cache. A cache that is not there needs trained models.
         cached = (self.run.folder / "cache" / "cache.json").is_file()
         for stage in self.run.stages:
             is_tried = stage.name in OPTIONAL_STAGES or (cached and stage.name != "cache")

@@ -1,4 +1,4 @@
-"""Train an autoencoder between pictures and latents, alone or against a discriminator.
+"""Train an autoencoder between images and latents, alone or against a discriminator.
 
 accelerate launch training/train_autoencoder.py configs/emoji/autoencoder.yaml train.steps=1000
 
@@ -37,7 +37,7 @@ from t2i.networks.discriminator import (
 )
 from t2i.networks.perceptual import PerceptualDistance
 
-MAX_MEASURED_IMAGES = 4096  # pictures encoded for the mean and std of the latents
+MAX_MEASURED_IMAGES = 4096  # images encoded for the mean and std of the latents
 
 
 @dataclass
@@ -92,7 +92,7 @@ class ReconstructionLoss:
         reconstruction = reconstruction.float()
         likeness = F.l1_loss(reconstruction, batch.image)
         squared = F.mse_loss(reconstruction.detach().clamp(-1, 1), batch.image)
-        metrics = {"kl": kl.mean(), "psnr": 10 * torch.log10(4 / squared)}  # dB; pictures span 2
+        metrics = {"kl": kl.mean(), "psnr": 10 * torch.log10(4 / squared)}  # dB; images span 2
         if self.perceptual is not None:
             metrics["perceptual"] = self.perceptual(reconstruction, batch.image).mean()
             likeness = likeness + self.config.perceptual_weight * metrics["perceptual"]
@@ -118,7 +118,7 @@ class ReconstructionLoss:
 
 
 def main(config: Config) -> None:
-    """Train an autoencoder on the pictures of a data folder."""
+    """Train an autoencoder on the images of a data folder."""
     datasets = open_datasets(config.data)
     dataset, held_out = datasets["train"], datasets.get("held_out")
     accelerator = build_accelerator(config.train)
@@ -170,7 +170,7 @@ def main(config: Config) -> None:
 
 
 def build_discriminator(config: Config) -> Discriminator:
-    """Build the discriminator. Raises InputError for bad arguments, and for pictures smaller than a patch."""
+    """Build the discriminator. Raises InputError for bad arguments, and for images smaller than a patch."""
     discriminator = build_or_explain(Discriminator, "discriminator", config.discriminator)
     smallest = discriminator.min_image_size
     if config.data.image_size < smallest:

@@ -36,7 +36,7 @@ ACCURACY_LEVELS = 4  # parts of the noise schedule whose accuracies are logged
 class Config:
     clip: str = "???"  # folder of a trained CLIP, or a public one; the same as the decoder's
     autoencoder: str = "???"  # folder of a trained autoencoder, or a diffusers VAE; the same as the decoder's
-    cache: str | None = None  # folder that `t2i data cache` wrote; null encodes pictures in every step
+    cache: str | None = None  # folder that `t2i data cache` wrote; null encodes images in every step
     model: dict[str, Any] = field(default_factory=dict)  # arguments of t2i.networks.classifier.LatentClassifier
     scheduler: dict[str, Any] = field(default_factory=dict)  # arguments of diffusers' DDIMScheduler
     embedding_weight: float = 1.0  # of 1 - cosine to z_i, added to the cross-entropy; 0 trains the classes alone
@@ -49,7 +49,7 @@ class Config:
 
 
 class LabelledDataset(Dataset):
-    """Pictures or cached encodings, in whole batches, with a class for each sample."""
+    """Images or cached encodings, in whole batches, with a class for each sample."""
 
     def __init__(self, dataset: Any, labels: Labels):
         self.dataset, self.numbers = dataset, labels.find_classes(dataset)

@@ -1,4 +1,4 @@
-"""Train CLIP, an image encoder and a text encoder, on captioned pictures.
+"""Train CLIP, an image encoder and a text encoder, on captioned images.
 
 accelerate launch training/train_clip.py configs/emoji/clip.yaml train.steps=1000
 """
@@ -44,8 +44,8 @@ class Config:
     # hf-hub:name, local-dir:path
     init: str | None = None
     preprocess: dict[str, Any] = field(default_factory=dict)  # size, mean, std
-    # Train the text tower of `init` alone, and compare each caption with every picture of the training split instead of
-    # those of its batch; all pictures that have the caption's phrases are right.
+    # Train the text tower of `init` alone, and compare each caption with every image of the training split instead of
+    # those of its batch; all images that have the caption's phrases are right.
     text_only: bool = False
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -68,7 +68,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    """Train a CLIP on the captioned pictures of a data folder."""
+    """Train a CLIP on the captioned images of a data folder."""
     datasets = open_datasets(config.data)
     dataset, held_out = datasets["train"], datasets.get("held_out")
     accelerator = build_accelerator(config.train)
@@ -76,9 +76,7 @@ def main(config: Config) -> None:
     if accelerator.distributed_type == DistributedType.FSDP:
         raise InputError("CLIP cannot be trained under FSDP; use configs/accelerate/gpus.yaml (DDP)")
     if config.train.batch_size * accelerator.num_processes == 1:
-        raise InputError(
-            "train.batch_size must be at least 2 on one process, got 1: CLIP learns to tell pictures apart"
-        )
+        raise InputError("train.batch_size must be at least 2 on one process, got 1: CLIP learns to tell images apart")
     clip, tokenizer, made_from = build_clip(config, dataset)
     if cut := format_cut_captions(measure_caption_lengths(dataset, tokenizer), tokenizer.context_length):
         print_note(f"warning: {cut}", is_shown=accelerator.is_local_main_process)
@@ -118,7 +116,7 @@ def main(config: Config) -> None:
 def build_loss(
     accelerator: Accelerator, clip: CLIP, tokenizer: CaptionTokenizer, bank: PictureBank | None
 ) -> Callable[[torch.nn.Module, Batch], dict[str, torch.Tensor]]:
-    """Return the contrastive loss, or with a bank the cross-entropy among all of its pictures."""
+    """Return the contrastive loss, or with a bank the cross-entropy among all of its images."""
     # Negatives come from all processes
     contrastive_loss = ClipLoss(
         local_loss=True,
@@ -130,7 +128,7 @@ def build_loss(
     def loss(model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         clip.bound_logit_scale()
         tokens = tokenizer(batch.captions).to(accelerator.device)
-        if bank is not None and model.training:  # held-out pictures are not in the bank
+        if bank is not None and model.training:  # held-out images are not in the bank
             _, z_t, scale = model(None, tokens)
             return bank.compute_loss(z_t.float(), scale, batch.phrases) | {"scale": scale}
         z_i, z_t, scale = model(batch.image, tokens)

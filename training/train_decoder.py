@@ -48,7 +48,7 @@ class Config:
     clip: str = "???"
     # Folder of a trained autoencoder, or the folder or hub name of a diffusers VAE or of the public pipeline in `init`
     autoencoder: str = "???"
-    cache: str | None = None  # folder that `t2i data cache` wrote; null encodes pictures in every step
+    cache: str | None = None  # folder that `t2i data cache` wrote; null encodes images in every step
     architecture: str = "unet"  # or transformer
     model: dict[str, Any] = field(default_factory=dict)  # arguments of the decoder's class, but for those below
     # Folder of a trained decoder to start from, instead of random weights; or the folder or hub name of a public

@@ -69,7 +69,7 @@ CONTRASTIVE_TEMPERATURE = 0.07  # of the cosines in ECLIPSE's loss; CLIP's befor
 class Config:
     # Folder of a trained CLIP, or a public one: ViT-L-14:laion2b_s32b_b82k, hf-hub:name, local-dir:path
     clip: str = "???"
-    cache: str | None = None  # folder that `t2i data cache` wrote; null encodes pictures in every step
+    cache: str | None = None  # folder that `t2i data cache` wrote; null encodes images in every step
     architecture: str = "diffusion"  # or autoregressive, linear, mlp; or eclipse, to train one further (`init`)
     model: dict[str, Any] = field(default_factory=dict)  # arguments of the prior's class, but for those CLIP decides
     # Folder of a trained prior to start from, instead of random weights; or the folder or hub name of a public
@@ -238,7 +238,7 @@ def build_prior(config: Config, source: EncodingSource) -> Any:
                 f"regression={config.regression!r} was trained with the CLIP {stored}, this run has {current}"
             )
         arguments |= {"regression": {name: regression.config[name] for name in ("kind", "width", "depth")}}
-    # A trial for bad arguments, before all pictures are encoded
+    # A trial for bad arguments, before all images are encoded
     with torch.device("meta"):
         build_or_explain(prior_class, "model", {"components": 1} | arguments, **needed)
     embeddings = source.collect_embeds()
@@ -313,7 +313,7 @@ def compute_eclipse_loss(config: Config, model: Module, text: TextEncoding, z_i:
     error = F.mse_loss(prediction, z_i)
     z_t = F.normalize(text.embedding.float(), dim=-1)
     cosines = F.normalize(prediction, dim=-1) @ z_t.T
-    # Other pictures of the same caption are no wrong answers
+    # Other images of the same caption are no wrong answers
     own = torch.eye(len(z_t), dtype=torch.bool, device=z_t.device)
     same = z_t @ z_t.T > 1 - 1e-6
     logits = (cosines / CONTRASTIVE_TEMPERATURE).masked_fill(same & ~own, -torch.inf)

@@ -1,4 +1,4 @@
-"""Train an upsampler, from a picture in low resolution to the picture, on random crops.
+"""Train an upsampler, from an image in low resolution to the image, on random crops.
 
 accelerate launch training/train_upsampler.py configs/emoji/upsampler.yaml train.steps=1000
 """
@@ -48,10 +48,10 @@ from t2i.sampling.upsampling import sample_upsampler
 class Config:
     model: dict[str, Any] = field(default_factory=dict)  # arguments of the Upsampler, but for those below
     factor: int = 4  # side of the high resolution / side of the low resolution: 2 or 4
-    crop_size: int = 256  # pixels along a side, in high resolution; data.image_size is that of whole pictures
+    crop_size: int = 256  # pixels along a side, in high resolution; data.image_size is that of whole images
     cache: str | None = None  # folder that `t2i data cache` wrote with a CLIP; its z_i become a second condition
     embedding_dropout: float = 0.1  # of z_i
-    blur_probability: float = 0.5  # of the low resolution, since decoders draw less sharply than reduced pictures are
+    blur_probability: float = 0.5  # of the low resolution, since decoders draw less sharply than reduced images are
     max_blur: float = 0.6  # largest standard deviation of the blur, in pixels of the low resolution
     init: str | None = None  # folder of a trained upsampler to start from, instead of random weights
     scheduler: dict[str, Any] = field(default_factory=dict)  # arguments of diffusers' DDIMScheduler
@@ -69,7 +69,7 @@ class Config:
 
 
 class RandomCrops(CaptionedPictures):
-    """Random squares of the pictures, with z_i of the whole pictures if there is a cache.
+    """Random squares of the images, with z_i of the whole images if there is a cache.
 
     The squares are a function of the seed and the position in the data.
     """
@@ -104,7 +104,7 @@ class RandomCrops(CaptionedPictures):
 
 
 def main(config: Config) -> None:
-    """Train an upsampler on crops of the pictures of a data folder."""
+    """Train an upsampler on crops of the images of a data folder."""
     datasets = open_datasets(config.data)
     crops = {split: RandomCrops(config, split, pictures.manifest) for split, pictures in datasets.items()}
     dataset, held_out = crops["train"], crops.get("held_out")
@@ -162,9 +162,9 @@ def main(config: Config) -> None:
 
 
 def degrade_images(config: Config, upsampler: Upsampler, picture: Tensor, z_i: Tensor | None) -> LowResolution:
-    """Return the condition of a training step: pictures reduced, some of them blurred, all noised by a random level."""
+    """Return the condition of a training step: images reduced, some of them blurred, all noised by a random level."""
     count, device = len(picture), picture.device
-    # Pictures of a decoder are less sharp than reduced ones.
+    # Images of a decoder are less sharp than reduced ones.
     sigma = config.max_blur * torch.rand(count, device=device)
     sigma = sigma * (torch.rand(count, device=device) < config.blur_probability)
     low = blur_images(reduce_to_low_resolution(picture, config.factor), sigma)
@@ -175,13 +175,13 @@ def degrade_images(config: Config, upsampler: Upsampler, picture: Tensor, z_i: T
 
 
 def blur_images(pictures: Tensor, sigma: Tensor) -> Tensor:
-    """Blur pictures, (B, C, h, w), by Gaussians with a standard deviation for each, (B,), in pixels; 0 is no blur."""
+    """Blur images, (B, C, h, w), by Gaussians with a standard deviation for each, (B,), in pixels; 0 is no blur."""
     count, channels, height, width = pictures.shape
     radius = max(1, round(3 * float(sigma.max())))
     offset = torch.arange(-radius, radius + 1, device=pictures.device)
     kernel = torch.exp(-offset.square() / (2 * sigma.clamp(min=1e-3)[:, None].square()))
     kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(channels, dim=0)[:, None]
-    # One group a channel of a picture, so that each picture has its own kernel; first along rows, then along columns
+    # One group a channel of an image, so that each image has its own kernel; first along rows, then along columns
     groups = count * channels
     padded = F.pad(pictures, (radius,) * 4, mode="replicate")
     padded = padded.view(1, groups, height + 2 * radius, width + 2 * radius)
@@ -193,7 +193,7 @@ def blur_images(pictures: Tensor, sigma: Tensor) -> Tensor:
 def draw_upsampler_preview(
     upsampler: Upsampler, pictures: Tensor, scheduler: SchedulerMixin, config: SampleConfig
 ) -> dict[str, Image]:
-    """Draw pictures, (K, 3, H, W) in [-1, 1], from low resolution: resized and upsampled, with the PSNR of both."""
+    """Draw images, (K, 3, H, W) in [-1, 1], from low resolution: resized and upsampled, with the PSNR of both."""
     factor = upsampler.config.factor
     side = pictures.shape[-1] // factor * factor
     pictures = pictures[..., :side, :side]

@@ -186,7 +186,7 @@ def load_drawing_pipeline(comparison: Comparison, device: str) -> Any:
 
 def format_quality_lines(result: dict[str, Any], clip_score: str | None) -> list[str]:
     metrics, drawn, real = result["metrics"], result["drawn"]["count"], result["reference"]["count"]
-    lines = [f"{drawn:,} drawn and {real:,} real pictures, features of {result['extractor']}"]
+    lines = [f"{drawn:,} drawn and {real:,} real images, features of {result['extractor']}"]
     is_inception = result["extractor"].startswith("inception")
     if "frechet_distance" in metrics:
         lines.append(f"{'FID' if is_inception else 'Frechet distance'}: {metrics['frechet_distance']:.4f}")

@@ -1,4 +1,4 @@
-"""Captioned pictures. Names are imported when they are first used: who reads one picture needs no Parquet."""
+"""Captioned images. Names are imported when they are first used: who reads one image needs no Parquet."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""A cache: the encodings of all pictures and captions by frozen models, in safetensors shards.
+"""A cache: the encodings of all images and captions by frozen models, in safetensors shards.
 
 `training/cache_data.py` writes a cache; priors and decoders train from it without the models. It is a folder with
 
@@ -9,13 +9,13 @@
     shared.safetensors         mean and std of the image embeddings, and the encoding of the empty caption
     cache.json                 the contents of all JSON files, written last: without it a cache is not finished
 
-A shard contains n pictures with m different captions of T tokens in all:
+A shard contains n images with m different captions of T tokens in all:
 
-    image_embeds   (n, D), float32                        keys           bytes, the names of the pictures end to end
+    image_embeds   (n, D), float32                        keys           bytes, the names of the images end to end
     latents        (n, C, h, w)                           key_offsets    (n + 1,), int64
     text_embeds    (m, D), float32                        text_states    (T, W), captions end to end
     choice         (n, V), int64: the caption of each     text_offsets   (m + 1,), int64
-                   picture for draw 0, ..., V - 1         text_encoder_states, text_encoder_offsets: likewise, of a
+                   image for draw 0, ..., V - 1         text_encoder_states, text_encoder_offsets: likewise, of a
                                                           decoder's own text encoder
 
 Embeddings and latents are stored as the models return them: embeddings of our own CLIPs have unit length and latents of
@@ -78,7 +78,7 @@ class TextEncoderFacts:
 
 
 class CachedPairs(Dataset):
-    """The encoded pictures and captions of one split of a cache. Indexed by (index, draw) like CaptionedPictures.
+    """The encoded images and captions of one split of a cache. Indexed by (index, draw) like CaptionedPictures.
 
     Shards are mapped into memory when they are first read. Raises InputError if the cache does not exist, is not
     finished, or differs from its cache.json in the sizes of files. Only `t2i data cache` compares SHA-256s of shards.
@@ -180,7 +180,7 @@ class CachedPairs(Dataset):
 
     @property
     def null(self) -> TextEncoding:
-        """Return the encoding of the empty caption, for one picture."""
+        """Return the encoding of the empty caption, for one image."""
         states = self.shared["null_states"]
         return TextEncoding(self.shared["null_embedding"], states, torch.ones(states.shape[:2], dtype=torch.bool))
 
@@ -191,7 +191,7 @@ def decode_sample_key(shard: dict[str, Tensor], row: int) -> str:
 
 
 def gather_rows(shard: dict[str, Tensor], row: Tensor, draw: Tensor) -> dict[str, Tensor]:
-    """Return rows of a shard: encodings of the pictures (B, ...), states of all tokens (T, W), and lengths (B,)."""
+    """Return rows of a shard: encodings of the images (B, ...), states of all tokens (T, W), and lengths (B,)."""
     rows: dict[str, Tensor] = {name: shard[name][row].float() for name in ("image_embeds", "latents") if name in shard}
     if "choice" in shard:
         caption = shard["choice"][row, draw]
@@ -244,7 +244,7 @@ def build_shard_path(folder: Path, split: str, number: int) -> Path:
 
 
 def check_shard_values(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Refuse a shard with NaN or infinity. Raises InputError with the name of the first picture that has one."""
+    """Refuse a shard with NaN or infinity. Raises InputError with the name of the first image that has one."""
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or (finite := tensor.isfinite().flatten(1).all(dim=1)).all():
             continue

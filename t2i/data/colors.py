@@ -1,4 +1,4 @@
-"""Conversion to sRGB of pictures with an embedded colour profile, and of deep grey values to 8 bits."""
+"""Conversion to sRGB of images with an embedded colour profile, and of deep grey values to 8 bits."""
 
 import io
 from functools import lru_cache
@@ -19,9 +19,9 @@ INVERTED, SIGNED = 0, 2  # their values: white is zero, two's complement
 
 
 def convert_to_srgb(image: Image.Image) -> Image.Image:
-    """Return a picture of 8 bits a channel in sRGB: as RGB or RGBA, or itself where there is nothing to convert.
+    """Return an image of 8 bits a channel in sRGB: as RGB or RGBA, or itself where there is nothing to convert.
 
-    Its profile is `image.info["icc_profile"]`. A profile that is broken or belongs to another kind of picture is
+    Its profile is `image.info["icc_profile"]`. A profile that is broken or belongs to another kind of image is
     ignored. One that is sRGB, up to one level of 255, converts nothing, so that the values stay.
     """
     transform = find_srgb_transform(image.info.get("icc_profile"), image.mode)
@@ -37,7 +37,7 @@ def convert_to_srgb(image: Image.Image) -> Image.Image:
 
 
 def find_srgb_transform(profile: object, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """Return the transform to sRGB for pictures of a mode with an embedded profile; None if nothing is converted."""
+    """Return the transform to sRGB for images of a mode with an embedded profile; None if nothing is converted."""
     if not isinstance(profile, bytes) or not 0 < len(profile) <= MAX_PROFILE_BYTES or mode == "1":
         return None
     return build_srgb_transform(profile, {"L": "L", "LA": "L", "CMYK": "CMYK"}.get(mode, "RGB"))
@@ -45,7 +45,7 @@ def find_srgb_transform(profile: object, mode: str) -> ImageCms.ImageCmsTransfor
 
 @lru_cache(maxsize=16)
 def build_srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """Return the transform from a profile to sRGB for pictures of a mode; None where the profile is of no use."""
+    """Return the transform from a profile to sRGB for images of a mode; None where the profile is of no use."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if source.profile.xcolor_space.strip() != PROFILE_SPACES[mode]:
@@ -88,7 +88,7 @@ SIXTEEN_BITS = SampleRange(0, 65_535)
 
 
 def find_sample_range(image: Image.Image) -> SampleRange | None:
-    """Return the range of the grey values of a picture; None if they have 8 bits, as Pillow delivers most.
+    """Return the range of the grey values of an image; None if they have 8 bits, as Pillow delivers most.
 
     TIFF states it. Other files of Pillow's modes I have 16 bits. Values of modes I and F that were made in memory have
     8 bits, as Pillow's own conversions have it, unless they need 16 (I), or fit in [0, 1] (F).
@@ -119,7 +119,7 @@ def get_first_channel(value: object) -> int:
 
 
 def scale_to_eight_bits(image: Image.Image, samples: SampleRange) -> Image.Image:
-    """Return a grey picture of any mode in mode L, with its profile; values outside the range are refused.
+    """Return a grey image of any mode in mode L, with its profile; values outside the range are refused.
 
     Pillow's own conversion would clip them to 255. Raises RejectedSample.
     """

@@ -1,4 +1,4 @@
-"""Data sets of captioned pictures, and batches of them in an order that is a function of the seed."""
+"""Data sets of captioned images, and batches of them in an order that is a function of the seed."""
 
 import hashlib
 import json
@@ -26,14 +26,14 @@ from t2i.diffusion.condition import Condition, TextEncoding, TokenStates
 from t2i.errors import InputError
 from t2i.texts import normalize_text
 
-MAX_READ_ATTEMPTS = 100  # so many unreadable pictures in a row mean that the disk or the folder is at fault
+MAX_READ_ATTEMPTS = 100  # so many unreadable images in a row mean that the disk or the folder is at fault
 
 SampleIndex = tuple[int, int]  # index of a sample, and the draw that chooses among its captions
 
 
 @dataclass(frozen=True)
 class SampleText:
-    """A sample without its picture."""
+    """A sample without its image."""
 
     index: int
     key: str
@@ -73,7 +73,7 @@ def vary_caption(captions: list[str], keywords: list[str], rng: random.Random, k
 
 @dataclass
 class Batch:
-    """Input of a training step: captions and pictures, or their encodings from a cache."""
+    """Input of a training step: captions and images, or their encodings from a cache."""
 
     index: Tensor  # (B,), int64: which samples
     captions: list[str] = field(default_factory=list)
@@ -83,8 +83,8 @@ class Batch:
     text: TextEncoding | None = None
     labels: Tensor | None = None  # (B,), int64: the class, for classifiers
     tokens: TokenStates | None = None  # of a decoder's own text encoder
-    rejected: list[tuple[str, str]] = field(default_factory=list)  # (key, reason) of pictures that were replaced
-    phrases: list[list[str]] = field(default_factory=list)  # of the captions, where pictures are not read
+    rejected: list[tuple[str, str]] = field(default_factory=list)  # (key, reason) of images that were replaced
+    phrases: list[list[str]] = field(default_factory=list)  # of the captions, where images are not read
 
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         """Apply a function to every tensor but `index`."""
@@ -107,7 +107,7 @@ class CaptionedPictures(Dataset):
         """`split` None: all samples. `manifest`: that of the split, where it is open already."""
         self.manifest = open_manifest(config.path, split) if manifest is None else manifest
         self.size, self.keyword_alone = config.image_size, config.keyword_alone
-        self.reads_images = True  # False: batches have captions alone, for pictures that a cache encoded before
+        self.reads_images = True  # False: batches have captions alone, for images that a cache encoded before
 
     def __len__(self) -> int:
         return len(self.manifest)
@@ -115,7 +115,7 @@ class CaptionedPictures(Dataset):
     def __getitems__(self, keys: list[SampleIndex]) -> Batch:
         """Return the batch of these samples; a DataLoader calls this.
 
-        A picture that is gone or has changed is replaced by the next readable sample, and `rejected` lists it. Raises
+        An image that is gone or has changed is replaced by the next readable sample, and `rejected` lists it. Raises
         InputError if a hundred in a row, or all, cannot be read.
         """
         if not self.reads_images:
@@ -129,7 +129,7 @@ class CaptionedPictures(Dataset):
         return Batch(torch.tensor([index for index, _ in samples]), captions, image, rejected=rejected)
 
     def read_next_image(self, index: int, rejected: list[tuple[str, str]]) -> tuple[int, Tensor]:
-        """Return the first readable sample from `index` on and its picture; add those before it to `rejected`."""
+        """Return the first readable sample from `index` on and its image; add those before it to `rejected`."""
         tries = min(MAX_READ_ATTEMPTS, len(self))
         # From the end of the data on to its beginning
         for i in (number % len(self) for number in range(index, index + tries)):
@@ -139,16 +139,16 @@ class CaptionedPictures(Dataset):
                 rejected.append((self.get_sample_key(i), error.reason.name))
         counts = Counter(reason for _, reason in rejected[-tries:])
         reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
-        raise InputError(f"{tries} pictures in a row cannot be read ({reasons}), the first is {rejected[-tries][0]!r}")
+        raise InputError(f"{tries} images in a row cannot be read ({reasons}), the first is {rejected[-tries][0]!r}")
 
     def read_image(self, index: int) -> Tensor:
-        """Return a picture, (3, H, W), float32 in [-1, 1]. Raises RejectedSample."""
+        """Return an image, (3, H, W), float32 in [-1, 1]. Raises RejectedSample."""
         data = self.manifest.read_image(index)
         with silence_pillow():
             return to_tensor(decode_image(data, self.manifest.reading), self.size)
 
     def load_image(self, index: int) -> Tensor:
-        """Return a picture, (3, H, W), float32 in [-1, 1]. Raises InputError with the sample's key."""
+        """Return an image, (3, H, W), float32 in [-1, 1]. Raises InputError with the sample's key."""
         try:
             return self.read_image(index)
         except RejectedSample as error:
@@ -179,25 +179,25 @@ class CaptionedPictures(Dataset):
             yield " ".join([*row["captions"], *row["keywords"]])
 
     def compute_digest(self) -> str:
-        """Return 16 hexadecimal digits of the pictures, captions, keywords and their order, not of their places."""
+        """Return 16 hexadecimal digits of the images, captions, keywords and their order, not of their places."""
         hasher = hashlib.sha256()
         for row in self.manifest.iterate_rows("sha256", "captions", "keywords", "detail"):
             # Texts as tokenizers get them, so that spaces which say nothing change nothing
             captions, keywords = ([normalize_text(text) for text in row[name]] for name in ("captions", "keywords"))
-            # A picture that is converted is another picture than it was to versions that converted none
+            # An image that is converted is another image than it was to versions that converted none
             conversion = [row["detail"]] if row["detail"] else []
             hasher.update(json.dumps([row["sha256"].hex(), captions, keywords, *conversion]).encode())
         return hasher.hexdigest()[:16]
 
     def iterate_images(self, count: int, batch_size: int) -> Iterator[Tensor]:
-        """Yield at most `count` pictures, evenly spread over the data, (B, 3, H, W) at a time."""
+        """Yield at most `count` images, evenly spread over the data, (B, 3, H, W) at a time."""
         chosen = range(0, len(self), -(-len(self) // count))
         for start in range(0, len(chosen), batch_size):
             yield torch.stack([self.read_next_image(i, [])[1] for i in chosen[start : start + batch_size]])
 
 
 def open_datasets(config: DataConfig) -> dict[str, CaptionedPictures]:
-    """Open the data set of every split that has pictures: "train", and "held_out" if there is one.
+    """Open the data set of every split that has images: "train", and "held_out" if there is one.
 
     The manifest is read once. Raises InputError if there is none, or nothing to train on.
     """
@@ -208,8 +208,8 @@ def open_datasets(config: DataConfig) -> dict[str, CaptionedPictures]:
 class EndlessBatchSampler(Sampler[list[SampleIndex]]):
     """Endless batches in an order that is a function of the seed: pass after pass, each shuffled anew.
 
-    The position in the data is one integer, the number of pictures that all processes have used. Every process takes
-    its part of each global batch. A pass may end in the middle of a batch, so no picture is ever left out.
+    The position in the data is one integer, the number of images that all processes have used. Every process takes
+    its part of each global batch. A pass may end in the middle of a batch, so no image is ever left out.
     With groups, a pass has as many samples of each.
     """
 

@@ -1,4 +1,4 @@
-"""HEIC and JPEG XL, which packages of the extra `formats` decode. They are imported for the first such picture."""
+"""HEIC and JPEG XL, which packages of the extra `formats` decode. They are imported for the first such image."""
 
 from contextlib import suppress
 from importlib import import_module
@@ -31,7 +31,7 @@ def format_name(name: str) -> str:
 def read_jxl_size(data: bytes) -> tuple[int, int] | None:
     """Return width and height by the header of a JPEG XL (ISO 18181-1, SizeHeader); None if it has none.
 
-    Its plugin decodes a picture as it opens it, so the size has to be known before.
+    Its plugin decodes an image as it opens it, so the size has to be known before.
     """
     start = find_jxl_codestream(data)
     if start is None:

@@ -17,7 +17,7 @@ PRESENT_ROWS = [("status", "!=", Reason.missing_file.name)]
 def find_changes(path: str | Path) -> str | None:
     """Return one phrase about files that are new, gone or changed since a folder was checked, or None.
 
-    Names, sizes and captions are compared; no picture is read. For tars and Parquet files `open_manifest` compares the
+    Names, sizes and captions are compared; no image is read. For tars and Parquet files `open_manifest` compares the
     sizes instead. Raises InputError if there is no manifest.
     """
     # Open the source again as the check did
@@ -28,8 +28,8 @@ def find_changes(path: str | Path) -> str | None:
         return None
     try:
         source = open_data_source(str(root), Columns())
-    except InputError as error:  # no pictures any more, or columns that were given as options of the check
-        return str(error) if "no pictures" in str(error) else None
+    except InputError as error:  # no images any more, or columns that were given as options of the check
+        return str(error) if "no images" in str(error) else None
 
     # Compare its samples with the rows of the manifest
     rows = pq.read_table(file, columns=["file", "size", "captions"], filters=PRESENT_ROWS, partitioning=None)

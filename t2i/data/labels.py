@@ -1,4 +1,4 @@
-"""Labels of pictures: one of each column for each picture, in a table beside the manifest.
+"""Labels of images: one of each column for each image, in a table beside the manifest.
 
 The first column holds the classes of classifiers. Training may sample by any of them.
 """
@@ -26,7 +26,7 @@ def get_single_label(sample: Any, column: str) -> str:
     labels = list(dict.fromkeys(sample.labels.get(column, [])))
     if len(labels) != 1:
         number = f"{len(labels)} labels, {', '.join(map(repr, labels))}" if labels else "no label"
-        raise InputError(f"{sample.key!r} has {number} in column {column!r}; every picture needs one")
+        raise InputError(f"{sample.key!r} has {number} in column {column!r}; every image needs one")
     return labels[0]
 
 
@@ -82,7 +82,7 @@ class Labels:
         # One label for each key, and more than one class
         keys, labels = (table[name].to_pylist() for name in ("key", "label"))
         if twice := [key for key, count in Counter(keys).items() if count > 1]:
-            raise InputError(f"{str(file)!r} gives {twice[0]!r} {keys.count(twice[0])} labels; every picture needs one")
+            raise InputError(f"{str(file)!r} gives {twice[0]!r} {keys.count(twice[0])} labels; every image needs one")
         self.classes = sorted(set(labels))
         if not 2 <= len(self.classes) <= MAX_CLASSES:
             raise InputError(f"{str(file)!r} has {len(self.classes)} classes; it needs from 2 to {MAX_CLASSES:,}")
@@ -93,6 +93,6 @@ class Labels:
         """Return the class of each sample, (len(dataset),), int64. Raises InputError for a sample without a label."""
         keys = [dataset.get_sample_key(index) for index in range(len(dataset))]
         if missing := [key for key in keys if key not in self.class_numbers]:
-            number = f"{len(missing)} of {len(keys)} pictures have no label, such as {missing[0]!r}"
+            number = f"{len(missing)} of {len(keys)} images have no label, such as {missing[0]!r}"
             raise InputError(f"{number}; {str(self.file)!r} must have one for each")
         return torch.tensor([self.class_numbers[key] for key in keys])

@@ -1,4 +1,4 @@
-"""Picture files of a folder without captions, to be measured, sorted or searched."""
+"""Image files of a folder without captions, to be measured, sorted or searched."""
 
 import hashlib
 from pathlib import Path
@@ -11,22 +11,22 @@ from t2i.files.atomic import compute_file_sha256
 
 
 def compute_picture_digest(path: Path) -> bytes:
-    """Return the SHA-256 of a picture's file; another one if its values are converted when they are read.
+    """Return the SHA-256 of an image's file; another one if its values are converted when they are read.
 
-    So what is stored for pictures by their digest, before conversions existed, stays valid for all others.
+    So what is stored for images by their digest, before conversions existed, stays valid for all others.
     """
     digest = bytes.fromhex(compute_file_sha256(path))
     return hashlib.sha256(digest + b"converted").digest() if is_converted(path) else digest
 
 
 def find_images(folder: str | Path) -> list[Path]:
-    """Return the picture files in a folder and below, sorted. Raises InputError if there is none.
+    """Return the image files in a folder and below, sorted. Raises InputError if there is none.
 
     Hidden files and the result of `t2i data check` are left out.
     """
     root = Path(folder)
     if not root.is_dir():
-        raise InputError(f"no folder {str(folder)!r}; give one with pictures")
+        raise InputError(f"no folder {str(folder)!r}; give one with images")
     checked = root / MANIFEST_FOLDER if (root / MANIFEST_FOLDER / MANIFEST_FILE).exists() else None
     images = [
         path
@@ -36,5 +36,5 @@ def find_images(folder: str | Path) -> list[Path]:
         if checked is None or not path.is_relative_to(checked)
     ]
     if not images:
-        raise InputError(f"no pictures in {str(folder)!r}; they end in {', '.join(sorted(SUPPORTED_SUFFIXES))}")
+        raise InputError(f"no images in {str(folder)!r}; they end in {', '.join(sorted(SUPPORTED_SUFFIXES))}")
     return images

@@ -1,6 +1,6 @@
-"""Decoding of pictures: bytes in, tensors out. Every picture that is read passes through `to_rgb`.
+"""Decoding of images: bytes in, tensors out. Every image that is read passes through `to_rgb`.
 
-Outside the models, pictures are (3, H, W), float32 in [-1, 1].
+Outside the models, images are (3, H, W), float32 in [-1, 1].
 """
 
 import io
@@ -42,9 +42,9 @@ PILLOW_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr
 # The formats that Pillow may try, beside those of `MODULES`. Of its some forty others, EPS runs another program and
 # many are hardly maintained.
 PILLOW_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-CONVERTED = "converted"  # key of a decoded picture's `info`
+CONVERTED = "converted"  # key of a decoded image's `info`
 PngImagePlugin.MAX_TEXT_MEMORY = 2**23  # bytes of decompressed text in a PNG; Pillow allows eight times as many
-# First bytes of files that are often found in place of a readable picture
+# First bytes of files that are often found in place of a readable image
 FILE_SIGNATURES = {
     b"\xff\xd8\xff": (Reason.damaged, "a JPEG whose header does not decode"),
     b"\x89PNG": (Reason.damaged, "a PNG whose header does not decode"),
@@ -58,13 +58,13 @@ FILE_SIGNATURES = {
     b"<!DOCTYPE": (Reason.not_a_picture, "a web page"),
     b"<!doctype": (Reason.not_a_picture, "a web page"),
     b"<html": (Reason.not_a_picture, "a web page"),
-    b"version https://git-lfs": (Reason.not_a_picture, "a Git LFS pointer; `git lfs pull` fetches the picture"),
+    b"version https://git-lfs": (Reason.not_a_picture, "a Git LFS pointer; `git lfs pull` fetches the image"),
 }
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Settings for reading pictures. A manifest stores it, so that training reads pictures as they were checked.
+    """Settings for reading images. A manifest stores it, so that training reads images as they were checked.
 
     profiles: convert colours by an embedded profile to sRGB.
     sample_ranges: take the range of deep grey values from the file; else it is that of 16 bits.
@@ -83,7 +83,7 @@ OLD_READING = Reading(profiles=False, sample_ranges=False)  # of manifests that 
 
 
 def open_image(path: str | Path, convert: Convert | None = None) -> Image.Image:
-    """Read an RGB picture in sRGB, upright, transparency on white; or what `convert` makes of the stored one.
+    """Read an RGB image in sRGB, upright, transparency on white; or what `convert` makes of the stored one.
 
     Raises InputError if it does not decode or is too large.
     """
@@ -106,9 +106,9 @@ def silence_pillow() -> Iterator[None]:
 
 
 def decode_image(data: bytes, reading: Reading = READING, convert: Convert | None = None) -> Image.Image:
-    """Decode the bytes of a file to an RGB picture in sRGB, upright, transparency on white. Raises RejectedSample.
+    """Decode the bytes of a file to an RGB image in sRGB, upright, transparency on white. Raises RejectedSample.
 
-    convert: makes the picture of the stored one; None is `to_rgb`.
+    convert: makes the image of the stored one; None is `to_rgb`.
     """
     if not data:
         raise RejectedSample(Reason.empty_file)
@@ -146,16 +146,16 @@ def prepare_formats(data: bytes, max_pixels: int | None = None) -> list[str]:
 
 
 def check_image_pixels(width: int, height: int, max_pixels: int | None) -> None:
-    """Refuse a picture of too many pixels. Raises RejectedSample."""
+    """Refuse an image of too many pixels. Raises RejectedSample."""
     most = max_pixels or MAX_PIXELS
     if width * height > most:
         raise RejectedSample(Reason.too_many_pixels, f"{width} x {height}, at most {most / 1e6:g} million")
 
 
 def check_image_header(file: Image.Image, max_pixels: int | None = None) -> None:
-    """Refuse a picture by its header, before a pixel is decoded. Raises RejectedSample."""
+    """Refuse an image by its header, before a pixel is decoded. Raises RejectedSample."""
     check_image_pixels(file.width, file.height, max_pixels)
-    # Phones append a second view or a depth map to a picture and call the file MPO: it is not animated.
+    # Phones append a second view or a depth map to an image and call the file MPO: it is not animated.
     if file.format != "MPO" and (frames := getattr(file, "n_frames", 1)) > 1:
         raise RejectedSample(Reason.animated, f"{file.format} of {frames} frames")
     if file.mode not in PILLOW_MODES and not file.mode.startswith("I"):
@@ -179,7 +179,7 @@ def to_rgb(image: Image.Image, reading: Reading = READING) -> Image.Image:
 
 
 def to_eight_bits(image: Image.Image, reading: Reading = READING) -> tuple[Image.Image, bool]:
-    """Return a picture upright, with 8 bits a channel, and whether it has other values than by `OLD_READING`."""
+    """Return an image upright, with 8 bits a channel, and whether it has other values than by `OLD_READING`."""
     old = SIXTEEN_BITS if image.mode.startswith("I") else None
     samples = find_sample_range(image) if reading.sample_ranges else old
     if is_turned(image):
@@ -190,7 +190,7 @@ def to_eight_bits(image: Image.Image, reading: Reading = READING) -> tuple[Image
 
 
 def is_turned(image: Image.Image) -> bool:
-    """Return True if a picture's EXIF tells to turn it. Broken EXIF tells nothing."""
+    """Return True if an image's EXIF tells to turn it. Broken EXIF tells nothing."""
     if image.format == "JXL" and not getattr(image, "jpeg", False):  # its decoder turns it, unless it is a packed JPEG
         return False
     try:
@@ -200,7 +200,7 @@ def is_turned(image: Image.Image) -> bool:
 
 
 def is_converted(path: str | Path) -> bool:
-    """Return True if the values of a file's picture are others than by `OLD_READING`. Its header alone is read."""
+    """Return True if the values of a file's image are others than by `OLD_READING`. Its header alone is read."""
     try:
         with open(path, "rb") as start:
             formats = prepare_formats(start.read(2**16))
@@ -233,7 +233,7 @@ def explain_unidentified(data: bytes) -> RejectedSample:
 
 @dataclass(frozen=True)
 class Resizing:
-    """Settings for resizing pictures to squares.
+    """Settings for resizing images to squares.
 
     side: the new short side; or the new height and width; () for none.
     square: side of the square that is then cut out of the middle.
@@ -254,7 +254,7 @@ class Resizing:
         return cls(steps["side"], square, steps["interpolation"], steps.get("rounds_down", False))
 
     def apply(self, picture: Picture) -> Picture:
-        """Resize and crop a PIL picture, or a tensor, (3, H, W)."""
+        """Resize and crop a PIL image, or a tensor, (3, H, W)."""
         if self.side:
             picture = resize(picture, list(self.side), InterpolationMode(self.interpolation), antialias=True)
         if self.rounds_down:

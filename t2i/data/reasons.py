@@ -9,12 +9,12 @@ class Reason(Enum):
     """Reason for rejecting a sample: the name is in the manifest, the value is for people."""
 
     # captions
-    no_caption = "a picture without a caption"
+    no_caption = "an image without a caption"
     empty_caption = "a caption of nothing but spaces"
     caption_too_long = "a caption of more than 4,096 characters, or captions of more than 64 KiB together"
     caption_not_text = "a caption that is not UTF-8 text"
-    # the picture's file
-    no_picture = "a caption without a picture"
+    # the image's file
+    no_picture = "a caption without an image"
     bad_name = "a name that is too long or not UTF-8 text"
     bad_row = "a row of the metadata that cannot be used"
     repeated_key = "several samples of the same name, so that captions cannot be assigned"
@@ -23,17 +23,17 @@ class Reason(Enum):
     not_a_file = "a folder, pipe or device instead of a file"
     unreadable = "a file that the system does not let us read"
     empty_file = "an empty file"
-    too_many_bytes = "a picture of more than 256 MiB"
-    # the picture itself
-    not_a_picture = "a file that is not a picture"
-    unsupported_format = "a picture in an unsupported format"
-    animated = "a picture of several frames or pages"
-    truncated = "a picture that ends early"
-    damaged = "a picture that does not decode"
-    too_many_pixels = "a picture of more pixels than are allowed, according to its header"
-    too_small = "a picture whose short side is below --min-size"
-    duplicate = "a copy of an earlier picture, rejected by --drop-duplicates"
-    changed = "a picture whose bytes have changed since it was checked"
+    too_many_bytes = "an image of more than 256 MiB"
+    # the image itself
+    not_a_picture = "a file that is not an image"
+    unsupported_format = "an image in an unsupported format"
+    animated = "an image of several frames or pages"
+    truncated = "an image that ends early"
+    damaged = "an image that does not decode"
+    too_many_pixels = "an image of more pixels than are allowed, according to its header"
+    too_small = "an image whose short side is below --min-size"
+    duplicate = "a copy of an earlier image, rejected by --drop-duplicates"
+    changed = "an image whose bytes have changed since it was checked"
 
 
 class RejectedSample(InputError):

@@ -18,9 +18,9 @@ SHAPE_LIMITS = {"tall": 0.6, "3:4": 0.9, "square": 1.1, "4:3": 1.6, "wide": floa
 
 @dataclass
 class Duplicates:
-    """Counts of pictures that occur more than once, byte by byte."""
+    """Counts of images that occur more than once, byte by byte."""
 
-    groups: int = 0  # different pictures
+    groups: int = 0  # different images
     copies: int = 0  # beyond the first
     in_both_splits: int = 0  # groups
     examples: list[list[str]] = field(default_factory=list)  # two keys of each group
@@ -38,10 +38,10 @@ class Report:
     ok: int = 0
     held_out: int = 0
     captions: int = 0
-    converted: int = 0  # pictures with a colour profile or unusual grey values
+    converted: int = 0  # images with a colour profile or unusual grey values
     reasons: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[dict[str, str]]] = field(default_factory=dict)
-    sides: Counter[int] = field(default_factory=Counter)  # pictures by short side, in bins
+    sides: Counter[int] = field(default_factory=Counter)  # images by short side, in bins
     shapes: Counter[str] = field(default_factory=Counter)
     duplicates: Duplicates = field(default_factory=Duplicates)
     notes: SourceNotes = field(default_factory=SourceNotes)
@@ -94,7 +94,7 @@ class Report:
 
     def format_lines(self) -> list[str]:
         lines = [
-            f"{self.source}: {self.ok:,} pictures with {self.captions:,} captions",
+            f"{self.source}: {self.ok:,} images with {self.captions:,} captions",
             f"  {self.ok - self.held_out:,} to train on, {self.held_out:,} held out",
             f"rejected: {self.rejected_count:,} of {self.indexed:,}",
         ]
@@ -109,9 +109,9 @@ class Report:
         if self.duplicates.groups:
             copies, groups, both = self.duplicates.copies, self.duplicates.groups, self.duplicates.in_both_splits
             examples = "; ".join(" = ".join(map(sanitize_text, keys)) for keys in self.duplicates.examples)
-            lines.append(f"duplicates: {copies:,} copies of {groups:,} pictures: {examples}")
+            lines.append(f"duplicates: {copies:,} copies of {groups:,} images: {examples}")
             if both:
-                lines.append(f"  {both:,} of these pictures are both held out and trained on")
+                lines.append(f"  {both:,} of these images are both held out and trained on")
         if self.notes.ignored:
             lines.append(f"ignored files: {self.format_ignored()}")
         if shards := self.notes.shards:
@@ -134,7 +134,7 @@ class Report:
             shard = f"; {sanitize_text(self.notes.shards[0])}" if self.notes.shards else ""
             ignored = f"; ignored files: {self.format_ignored()}" if self.notes.ignored else ""
             names = ", ".join(map(sanitize_text, list(self.notes.containers)[: self.EXAMPLES]))
-            return f"no pictures in {self.source!r}" + (f", read from {names}" if names else "") + shard + ignored
+            return f"no images in {self.source!r}" + (f", read from {names}" if names else "") + shard + ignored
         name, count = self.reasons.most_common(1)[0]
         first = self.examples[name][0]
         return (
@@ -150,13 +150,13 @@ def sanitize_text(text: str) -> str:
 
 
 def plot_sizes(report: Report) -> Image.Image:
-    """Draw two bar charts: the short sides and the shapes of the pictures."""
+    """Draw two bar charts: the short sides and the shapes of the images."""
     sheet = Image.new("RGB", (1080, 420), "white")
     used = [edge for edge in SIDE_BINS if report.sides[edge]]
     edges = [edge for edge in SIDE_BINS if used and used[0] <= edge <= used[-1]]  # empty bins between them too
     sides = {str(edge) if edge < SIDE_BINS[-1] else f"{edge}+": report.sides[edge] for edge in edges}
     shapes = {name: report.shapes[name] for name in SHAPE_LIMITS}
-    plot_bars(sheet, (40, 20, 700, 400), f"Short side of {report.ok:,} pictures, in pixels from", sides)
+    plot_bars(sheet, (40, 20, 700, 400), f"Short side of {report.ok:,} images, in pixels from", sides)
     plot_bars(sheet, (760, 20, 1040, 400), "Shape, width : height", shapes)
     return sheet
 
@@ -174,7 +174,7 @@ def plot_bars(sheet: Image.Image, box: tuple[int, int, int, int], title: str, ba
         middle = left + (number + 0.5) * step
         height = round((floor - ceiling) * count / max(1, *bars.values()))
         if count:
-            # At least two pixels, so that a single picture among millions can be seen
+            # At least two pixels, so that a single image among millions can be seen
             peak = floor - max(2, height)
             pen.rectangle((middle - step * 0.38, peak, middle + step * 0.38, floor - 1), fill="#3b76af")
             pen.text((middle, peak - 4), format_count(count), fill="#444444", font=font, anchor="ms")

@@ -1,8 +1,8 @@
-"""The contract of every denoiser: the prior on vectors, the decoder on latents, the upsampler on pictures.
+"""The contract of every denoiser: the prior on vectors, the decoder on latents, the upsampler on images.
 
 A denoiser is a module with
 
-    context    = denoiser.prepare(condition)      all that depends on neither x nor t, once per picture
+    context    = denoiser.prepare(condition)      all that depends on neither x nor t, once per image
     prediction = denoiser.step(x, t, context)     every step
     denoiser(x, t, condition)                     the same in one pass: what training calls
     denoiser.null(n)                              n times the condition that stands for no condition

@@ -1,1 +1,1 @@
-"""How good the pictures are."""
+"""How good the images are."""

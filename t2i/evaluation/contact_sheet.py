@@ -1,4 +1,4 @@
-"""Sheets of many pictures, drawn with Pillow: with captions, in labelled rows, or as a matrix of similarities."""
+"""Sheets of many images, drawn with Pillow: with captions, in labelled rows, or as a matrix of similarities."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,14 +7,14 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 TEXT_COLOR, BLANK_COLOR, GREEN, RED, BLUE = (30, 30, 30), (244, 244, 244), (20, 140, 60), (200, 50, 40), (40, 90, 160)
-MIN_CELL_SIZE, MAX_CELL_SIZE = 96, 256  # side of a picture in `build_labelled_rows`: captions and screens must fit
+MIN_CELL_SIZE, MAX_CELL_SIZE = 96, 256  # side of an image in `build_labelled_rows`: captions and screens must fit
 MAX_COLUMNS = 10  # of a band in `build_labelled_rows`
 GAP, LINE_HEIGHT = 8, 14
 FONT = ImageFont.load_default(size=11)
 
 
 def build_contact_sheet(images: list[Image.Image], captions: list[str], columns: int = 8) -> Image.Image:
-    """Draw pictures of one size in rows on white, each above its caption."""
+    """Draw images of one size in rows on white, each above its caption."""
     width, height = images[0].size
     cell, line = width + 8, 13
     sheet = Image.new("RGB", (columns * cell, -(-len(images) // columns) * (height + 2 * line + 8)), "white")
@@ -27,7 +27,7 @@ def build_contact_sheet(images: list[Image.Image], captions: list[str], columns:
 
 
 def build_labelled_rows(rows: Mapping[str, Sequence[Image.Image | None]], captions: list[str]) -> Image.Image:
-    """Draw rows of square pictures of one size, with the label of each row on the left and captions under the columns.
+    """Draw rows of square images of one size, with the label of each row on the left and captions under the columns.
 
     None, or a row that ends early, leaves blank cells. More than ten columns are divided into bands below each other.
     """
@@ -63,9 +63,9 @@ def build_labelled_rows(rows: Mapping[str, Sequence[Image.Image | None]], captio
 def build_similarity_matrix(
     cosines: Tensor, images: Sequence[Image.Image], captions: list[str], label: str, paired: bool = True
 ) -> Image.Image:
-    """Draw cosines, (M, N), of M captions (rows) and N pictures (columns) as shades of blue.
+    """Draw cosines, (M, N), of M captions (rows) and N images (columns) as shades of blue.
 
-    paired: caption i belongs to picture i, and M = N; their cosine gets a frame, green if it is the largest of its row,
+    paired: caption i belongs to image i, and M = N; their cosine gets a frame, green if it is the largest of its row,
     else red. Not paired: the largest of each row gets a frame. label: what is compared. images: may be empty.
     """
     # Layout
@@ -99,7 +99,7 @@ def build_similarity_matrix(
     # Legend
     legend = f"{label}: {low:z.2f} (white) to {high:z.2f} (blue); "
     hits = sum(nearest[i] == i for i in range(rows))
-    legend += f"{hits} of {rows} captions are nearest to their picture" if paired else "the largest of a row is framed"
+    legend += f"{hits} of {rows} captions are nearest to their image" if paired else "the largest of a row is framed"
     paint_text_lines(pen, (GAP, top + rows * cell + GAP), wrap_text(legend, sheet.width - 2 * GAP, 2))
     return sheet
 
@@ -146,7 +146,7 @@ def wrap_text(text: str, width: int, lines: int = 2) -> list[str]:
 
 def shorten_line(line: str, width: int) -> str:
     """Return the line if it fits, else its beginning and an ellipsis."""
-    line = line[:500]  # more fits in no picture
+    line = line[:500]  # more fits in no image
     if FONT.getlength(line) <= width:
         return line
     while line and FONT.getlength(line + "…") > width:

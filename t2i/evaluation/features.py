@@ -1,4 +1,4 @@
-"""Extractors of the features by which sets of pictures are compared: Inception, or any CLIP of open_clip."""
+"""Extractors of the features by which sets of images are compared: Inception, or any CLIP of open_clip."""
 
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,17 +20,17 @@ INCEPTION_LAYER = "2048"  # the last average pooling of Inception, which FID use
 
 
 class FeatureExtractor(Protocol):
-    """A model that turns pictures into features."""
+    """A model that turns images into features."""
 
     identity: str  # fingerprint of weights and preprocessing; features of different extractors cannot be compared
     dim: int
 
     def __call__(self, pictures: Tensor) -> Tensor:
-        """Return the features, (B, dim), fp32 on the CPU, of pictures (B, 3, H, W) in [-1, 1]."""
+        """Return the features, (B, dim), fp32 on the CPU, of images (B, 3, H, W) in [-1, 1]."""
 
 
 class Inception:
-    """Inception-v3 as in FID: that of torch-fidelity, with TensorFlow's resizing, on 8-bit pictures."""
+    """Inception-v3 as in FID: that of torch-fidelity, with TensorFlow's resizing, on 8-bit images."""
 
     dim = int(INCEPTION_LAYER)
 

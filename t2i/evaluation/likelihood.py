@@ -23,7 +23,7 @@ MEASURED_STAGES = ("prior", "decoder")
 BATCH_SIZE = 16
 RESULT_NOTE = (
     "Bits per dimension of a continuous density: of latents, and of image embeddings scaled to unit variance, not of "
-    "pictures. They can be negative: half the standard deviation takes one bit less. The ODE's likelihood is that of "
+    "images. They can be negative: half the standard deviation takes one bit less. The ODE's likelihood is that of "
     "data with the noise of the lowest trained level."
 )
 
@@ -32,8 +32,8 @@ RESULT_NOTE = (
 class LikelihoodSettings:
     """Settings of a measurement of each split.
 
-    count: pictures, spread over the split. terms: of the variational bound. steps: of the ODE. seed: of the first
-    picture, each further one adds 1, and of the bound's timesteps.
+    count: images, spread over the split. terms: of the variational bound. steps: of the ODE. seed: of the first
+    image, each further one adds 1, and of the bound's timesteps.
 
     Raises InputError for a value out of range.
     """
@@ -56,10 +56,10 @@ class LikelihoodSettings:
 def evaluate_model_likelihood(
     pipeline: Any, folder: str | Path, out: str | Path, settings: LikelihoodSettings
 ) -> dict[str, Any]:
-    """Measure pictures of each split; write the result to `out`, a JSON file, and return it.
+    """Measure images of each split; write the result to `out`, a JSON file, and return it.
 
     Measured are the latents given the true z_i under the decoder, and z_i given the caption under the prior, both
-    without guidance. Raises InputError for too few pictures.
+    without guidance. Raises InputError for too few images.
     """
     check_result_file(Path(out))
     splits = open_datasets(DataConfig(str(folder), pipeline.image_size, 0))
@@ -67,7 +67,7 @@ def evaluate_model_likelihood(
         size = len(splits[split]) if split in splits else 0
         if size < settings.count:
             missing = f"count must be at most that, got {settings.count}"
-            raise InputError(f"{str(folder)!r} has {size} pictures in {split}; {missing}")
+            raise InputError(f"{str(folder)!r} has {size} images in {split}; {missing}")
     result: dict[str, Any] = {
         "what": "likelihood",
         "note": RESULT_NOTE,

@@ -1,4 +1,4 @@
-"""Distances between two sets of pictures by their features, with the arithmetic of torch-fidelity.
+"""Distances between two sets of images by their features, with the arithmetic of torch-fidelity.
 
 Frechet distance (Heusel et al. 2017: FID on Inception features), kernel distance (Binkowski et al. 2018: KID),
 precision and recall (Kynkaanniemi et al. 2019). Features are (N, D), float32.
@@ -24,9 +24,9 @@ class MetricSettings:
     """The metrics to compute, and their parameters."""
 
     metrics: tuple[str, ...] = METRICS
-    kid_subset_size: int = 1000  # pictures in each random subset
+    kid_subset_size: int = 1000  # images in each random subset
     kid_subsets: int = 100
-    neighbours: int = 3  # the ball of a picture, in precision and recall, reaches to this neighbour
+    neighbours: int = 3  # the ball of an image, in precision and recall, reaches to this neighbour
     seed: int = 0  # of the subsets
 
     def __post_init__(self) -> None:
@@ -40,17 +40,17 @@ class MetricSettings:
         check_integer("seed", self.seed, 0, 2**32 - 1)
 
     def check_image_counts(self, counts: dict[str, int], dim: int) -> None:
-        """Refuse sets of pictures that are too small for the metrics; `counts`: pictures by name, `dim`: features."""
-        # With fewer pictures than features the covariance is singular, and its distance is biased
+        """Refuse sets of images that are too small for the metrics; `counts`: images by name, `dim`: features."""
+        # With fewer images than features the covariance is singular, and its distance is biased
         for name, count in counts.items():
             if "fd" in self.metrics and count <= dim:
                 needed = f"a covariance of {dim} features needs {dim + 1:,} for full rank"
-                raise InputError(f"{name}: {count:,} pictures are too few, {needed}; or leave fd out of --metrics")
+                raise InputError(f"{name}: {count:,} images are too few, {needed}; or leave fd out of --metrics")
             if "kid" in self.metrics and count < self.kid_subset_size:
                 needed = f"--kid-subset-size is {self.kid_subset_size:,}"
-                raise InputError(f"{name}: {count:,} pictures are too few, {needed}; give more, or a smaller size")
+                raise InputError(f"{name}: {count:,} images are too few, {needed}; give more, or a smaller size")
             if "prc" in self.metrics and count <= self.neighbours:
-                raise InputError(f"{name}: {count:,} pictures are too few for {self.neighbours} neighbours each")
+                raise InputError(f"{name}: {count:,} images are too few for {self.neighbours} neighbours each")
 
 
 def import_torch_fidelity() -> Any:
@@ -92,9 +92,9 @@ def compute_kernel_distance(drawn: Tensor, real: Tensor, settings: MetricSetting
 
 
 def compute_precision_recall(drawn: Tensor, real: Tensor, neighbours: int) -> tuple[float, float]:
-    """Return the fraction of drawn pictures within the balls of real ones, and of real pictures within those of drawn.
+    """Return the fraction of drawn images within the balls of real ones, and of real images within those of drawn.
 
-    Computed in float64, for distances of similar pictures are nearly equal.
+    Computed in float64, for distances of similar images are nearly equal.
     """
     settings = {"prc_neighborhood": neighbours, "prc_batch_size": BLOCK_ROWS, "save_cpu_ram": True, "verbose": False}
     result = import_torch_fidelity().metric_prc.prc_features_to_metric(drawn.double(), real.double(), **settings)

@@ -1,4 +1,4 @@
-"""Sets of pictures to compare: of a checked source, of a folder, or drawn on demand."""
+"""Sets of images to compare: of a checked source, of a folder, or drawn on demand."""
 
 import hashlib
 import json
@@ -20,20 +20,20 @@ from t2i.errors import InputError
 
 
 class PictureSet(Protocol):
-    """Pictures with their captions, if known."""
+    """Images with their captions, if known."""
 
     captions: list[str | None]
 
     def __len__(self) -> int: ...
     def get_images(self, indices: list[int]) -> Tensor:
-        """Return pictures, (B, 3, H, W), float32 in [-1, 1], of 256 levels a channel like those of files."""
+        """Return images, (B, 3, H, W), float32 in [-1, 1], of 256 levels a channel like those of files."""
 
     def describe_source(self) -> dict[str, Any]:
         """Return the facts about this set that a result records, as JSON."""
 
 
 class SourcePictures:
-    """The pictures of a manifest, of one split or of all."""
+    """The images of a manifest, of one split or of all."""
 
     def __init__(self, path: str | Path, size: int, split: str | None):
         self.path, self.split = path, split
@@ -49,7 +49,7 @@ class SourcePictures:
 
     @cached_property
     def digest(self) -> str:
-        """Return 16 hexadecimal digits of the pictures and their captions."""
+        """Return 16 hexadecimal digits of the images and their captions."""
         return self.dataset.compute_digest()
 
     def describe_source(self) -> dict[str, Any]:
@@ -57,10 +57,10 @@ class SourcePictures:
 
 
 class FolderPictures:
-    """Picture files of a folder; files that `t2i generate` wrote contain their captions and seeds."""
+    """Image files of a folder; files that `t2i generate` wrote contain their captions and seeds."""
 
     def __init__(self, folder: str | Path, size: int | None = None):
-        """`size`: resize and crop to a square of this side; None: all must be squares of the first picture's size."""
+        """`size`: resize and crop to a square of this side; None: all must be squares of the first image's size."""
         self.folder, self.paths, self.requested_size = Path(folder), find_images(folder), size
         first = open_image(self.paths[0])
         self.size = size or first.width
@@ -85,7 +85,7 @@ class FolderPictures:
 
     @cached_property
     def digest(self) -> str:
-        """Return 16 hexadecimal digits of the pictures, independent of their order."""
+        """Return 16 hexadecimal digits of the images, independent of their order."""
         digests = sorted(compute_picture_digest(path) for path in self.paths)
         return hashlib.sha256(b"".join(digests)).hexdigest()[:16]
 
@@ -95,8 +95,8 @@ class FolderPictures:
 
 
 def read_image_settings(path: Path) -> dict[str, Any]:
-    """Return the settings that `t2i generate` wrote into a picture; an empty dict for other pictures."""
-    # A folder may hold pictures of any origin, also damaged ones: these have no settings
+    """Return the settings that `t2i generate` wrote into an image; an empty dict for other images."""
+    # A folder may hold images of any origin, also damaged ones: these have no settings
     try:
         with Image.open(path, formats=["PNG"]) as file:
             settings = json.loads(file.info.get("t2i", "{}"))
@@ -106,10 +106,10 @@ def read_image_settings(path: Path) -> dict[str, Any]:
 
 
 class DrawnPictures:
-    """Pictures that a pipeline draws for captions. Picture i has the seed `seed + i` in any process and batch."""
+    """Images that a pipeline draws for captions. Image i has the seed `seed + i` in any process and batch."""
 
     def __init__(self, pipeline: Any, captions: list[str | None], count: int | None, seed: int, **settings: Any):
-        """`count`: number of pictures, for captions shuffled by `seed` and repeated if necessary; None: one for each.
+        """`count`: number of images, for captions shuffled by `seed` and repeated if necessary; None: one for each.
 
         `settings` go to the pipeline. Raises InputError if there are no captions.
         """
@@ -129,7 +129,7 @@ class DrawnPictures:
         prompts = [self.captions[index] for index in indices]
         seeds = [Generator().manual_seed(self.seed + index) for index in indices]
         images = self.pipeline(prompts, generator=seeds, output_type="pt", **self.settings).images.float().cpu()
-        # To the levels of a file, as all other pictures have them
+        # To the levels of a file, as all other images have them
         return (images.clamp(0, 1) * 255).round() / 127.5 - 1
 
     def describe_source(self) -> dict[str, Any]:
@@ -139,7 +139,7 @@ class DrawnPictures:
 
 
 def open_reference_set(path: Path, size: int, split: str | None) -> SourcePictures | FolderPictures:
-    """Open the pictures of a checked source, or of a folder. Raises InputError if there are none."""
+    """Open the images of a checked source, or of a folder. Raises InputError if there are none."""
     try:
         find_manifest(path)
     except InputError:

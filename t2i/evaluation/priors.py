@@ -1,4 +1,4 @@
-"""How near a prior's z_i come to those of the pictures, measured on a cache."""
+"""How near a prior's z_i come to those of the images, measured on a cache."""
 
 from dataclasses import replace
 from functools import partial

@@ -1,6 +1,6 @@
-"""Comparison of drawn pictures with real ones: `t2i eval quality`.
+"""Comparison of drawn images with real ones: `t2i eval quality`.
 
-Runs in any number of processes. Picture i belongs to process i modulo the number of processes, so each picture counts
+Runs in any number of processes. Image i belongs to process i modulo the number of processes, so each image counts
 exactly once.
 """
 
@@ -26,7 +26,7 @@ from t2i.networks.clip import CLIP
 from t2i.progress import Progress, follow_batch
 from t2i.runtime.processes import run_on_main_process
 
-STATISTICS_KIND = "statistics of pictures"
+STATISTICS_KIND = "statistics of images"
 STATISTICS_TENSORS = ("features", "mean", "covariance")
 BATCH_SIZE = 32
 VERSIONED_PACKAGES = (
@@ -43,7 +43,7 @@ VERSIONED_PACKAGES = (
 
 @dataclass(frozen=True)
 class ReferenceStatistics:
-    """Features of real pictures, (N, D), fp32, with their mean and covariance."""
+    """Features of real images, (N, D), fp32, with their mean and covariance."""
 
     features: Tensor
     moments: Moments
@@ -53,10 +53,10 @@ class ReferenceStatistics:
 def read_reference_statistics(path: Path, expected: dict[str, Any]) -> ReferenceStatistics:
     """Read stored statistics. Raises InputError if they are not complete, or not of `expected`.
 
-    expected: the extractor, the size of the pictures and the digest of their files.
+    expected: the extractor, the size of the images and the digest of their files.
     """
     tensors, about = read_tensor_file(path, STATISTICS_KIND, STATISTICS_TENSORS)
-    for key, kind in (("extractor", "extractor"), ("image_size", "image size"), ("digest", "set of pictures")):
+    for key, kind in (("extractor", "extractor"), ("image_size", "image size"), ("digest", "set of images")):
         stored = about.get(key)
         if key in expected and stored != expected[key]:
             values = f"{stored!r}; this {kind} is {expected[key]!r}"
@@ -77,7 +77,7 @@ def measure_reference_statistics(
 ) -> ReferenceStatistics:
     """Read the statistics of a reference from a file, or compute them in all processes and write them.
 
-    path: the file; None: a hidden one in the folder of the pictures. Raises InputError if it is of anything else.
+    path: the file; None: a hidden one in the folder of the images. Raises InputError if it is of anything else.
     """
     # Read them, if they were computed before
     default_name = f".t2i-statistics-{extractor.identity}-{size}-{pictures.digest}.safetensors"
@@ -105,11 +105,11 @@ def measure_reference_statistics(
 def extract_set_features(
     pictures: PictureSet, extractor: FeatureExtractor, state: PartialState, kind: str, scorer: CLIP | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the features of all pictures, (N, D), and, with a `scorer`, the cosines with their captions, (N,).
+    """Return the features of all images, (N, D), and, with a `scorer`, the cosines with their captions, (N,).
 
-    All processes return the same; picture i is the work of process i modulo the number of processes.
+    All processes return the same; image i is the work of process i modulo the number of processes.
     """
-    # Round robin: processes differ by one picture at most
+    # Round robin: processes differ by one image at most
     mine = list(range(state.process_index, len(pictures), state.num_processes))
     rows, cosines = [torch.zeros(0, extractor.dim)], [torch.zeros(0)]
     with Progress(f"measuring the {kind} pictures", len(mine), ""):
@@ -123,19 +123,19 @@ def extract_set_features(
                     cosines.append(compute_clip_scores(scorer, batch, captions))
     features = gather_process_rows(torch.cat(rows), len(pictures), state)
     if not features.isfinite().all():
-        raise InputError(f"features of the {kind} pictures are not finite; the extractor or its precision fails")
+        raise InputError(f"features of the {kind} images are not finite; the extractor or its precision fails")
     return features, None if scorer is None else gather_process_rows(torch.cat(cosines), len(pictures), state)
 
 
 def compute_clip_scores(clip: CLIP, pictures: Tensor, captions: str | list[str]) -> Tensor:
-    """Return the cosine of each picture with its caption, (B,)."""
+    """Return the cosine of each image with its caption, (B,)."""
     z_i = clip.encode_image(pictures.to(clip.device, clip.dtype)).float()
     z_t = clip.encode_text(captions).embedding.float()
     return (F.normalize(z_i, dim=-1) * F.normalize(z_t, dim=-1)).sum(dim=-1).cpu()
 
 
 def gather_process_rows(mine: Tensor, count: int, state: PartialState) -> Tensor:
-    """Return the rows of all processes as one tensor of `count` rows, in the order of the pictures."""
+    """Return the rows of all processes as one tensor of `count` rows, in the order of the images."""
     if state.num_processes == 1:
         return mine
     # Gathering needs equal numbers of rows: pad, interleave, and cut the padding off
@@ -157,12 +157,12 @@ def measure_quality(
 ) -> dict[str, Any]:
     """Compute all figures, as JSON, in every process.
 
-    scorer: the CLIP of the CLIP score, which is the mean cosine of pictures and captions. conditioning: the identity of
-    the CLIP that the pictures were drawn with, if known. Its own score flatters the pictures; the result records that.
+    scorer: the CLIP of the CLIP score, which is the mean cosine of images and captions. conditioning: the identity of
+    the CLIP that the images were drawn with, if known. Its own score flatters the images; the result records that.
     """
     if scorer is not None and not all(drawn.captions):
         missing = sum(not caption for caption in drawn.captions)
-        raise InputError(f"{missing:,} of {len(drawn):,} pictures have no caption, which a CLIP score needs")
+        raise InputError(f"{missing:,} of {len(drawn):,} images have no caption, which a CLIP score needs")
     settings.check_image_counts({"drawn": len(drawn), "reference": len(reference.features)}, extractor.dim)
     # All processes draw and extract; the first one compares
     features, cosines = extract_set_features(drawn, extractor, state, "drawn", scorer)

@@ -1,4 +1,4 @@
-"""Uses of CLIP alone: classification of pictures by labels, and search for pictures by a text or a picture.
+"""Uses of CLIP alone: classification of images by labels, and search for images by a text or an image.
 
 Radford et al. 2021, section 3.1: a label is represented by the embedding of a sentence with it, or better by the mean
 over several sentences (a prompt ensemble). Nothing is trained.
@@ -26,7 +26,7 @@ from t2i.texts import normalize_text, wrap_text
 
 BATCH_SIZE = 64
 INDEX_FILE = ".t2i-index.safetensors"  # in a folder that was searched
-INDEX_KIND = "index of pictures"
+INDEX_KIND = "index of images"
 INDEX_TENSORS = ("image_embeds", "digests", "names", "name_offsets")
 
 
@@ -82,7 +82,7 @@ def classify_image_embeds(
 
 
 def embed_image_files(clip: CLIP, paths: Sequence[Path]) -> Tensor:
-    """Return z_i of picture files, (N, D), unit length, fp32, on the CPU. Raises InputError for other files."""
+    """Return z_i of image files, (N, D), unit length, fp32, on the CPU. Raises InputError for other files."""
     return stack_embeds(clip, [row for _, row in iterate_image_embeds(clip, paths, BulkJob())])
 
 
@@ -91,7 +91,7 @@ def stack_embeds(clip: CLIP, rows: list[Tensor]) -> Tensor:
 
 
 def embed_usable_files(clip: CLIP, paths: Sequence[Path], job: BulkJob) -> tuple[list[Path], Tensor]:
-    """Return the picture files that can be used, and their z_i. Raises InputError if there is none."""
+    """Return the image files that can be used, and their z_i. Raises InputError if there is none."""
     rows = list(iterate_image_embeds(clip, paths, job))
     job.check_any_left()
     return [path for path, _ in rows], torch.stack([row for _, row in rows])
@@ -99,7 +99,7 @@ def embed_usable_files(clip: CLIP, paths: Sequence[Path], job: BulkJob) -> tuple
 
 @torch.no_grad()
 def iterate_image_embeds(clip: CLIP, paths: Sequence[Path], job: BulkJob) -> Iterator[tuple[Path, Tensor]]:
-    """Yield each picture file that can be used with its z_i, (D,), unit length, fp32, on the CPU."""
+    """Yield each image file that can be used with its z_i, (D,), unit length, fp32, on the CPU."""
     resizing = Resizing.for_clip(clip)
     with Progress("embedding", len(paths)) as progress:
         for start in range(0, len(paths), BATCH_SIZE):
@@ -117,13 +117,13 @@ def iterate_image_embeds(clip: CLIP, paths: Sequence[Path], job: BulkJob) -> Ite
 
 @dataclass(frozen=True)
 class ImageIndex:
-    """Names of pictures and their embeddings, (N, D), unit length, fp32."""
+    """Names of images and their embeddings, (N, D), unit length, fp32."""
 
     names: list[str]
     image_embeds: Tensor
 
     def find_nearest_images(self, query: Tensor, count: int) -> list[tuple[str, float]]:
-        """Return names and cosines of the pictures nearest to a query, (D,), nearest first."""
+        """Return names and cosines of the images nearest to a query, (D,), nearest first."""
         cosines = self.image_embeds @ F.normalize(query.float().cpu(), dim=-1)
         best = cosines.topk(min(count, len(self.names)))
         return [(self.names[i], value) for value, i in zip(best.values.tolist(), best.indices.tolist())]
@@ -132,11 +132,11 @@ class ImageIndex:
 def open_image_index(
     clip: CLIP, folder: str | Path, file: Path | None = None, job: BulkJob | None = None
 ) -> ImageIndex:
-    """Return the index of the pictures of a folder or of a cache.
+    """Return the index of the images of a folder or of a cache.
 
-    Embeddings of a folder are stored in `file`, by default .t2i-index.safetensors in the folder, by the pictures'
-    SHA-256 and the CLIP's fingerprint: only new and changed pictures are embedded, and what an interrupted call has
-    embedded is kept. job: notes the pictures that cannot be used; None raises InputError for them.
+    Embeddings of a folder are stored in `file`, by default .t2i-index.safetensors in the folder, by the images'
+    SHA-256 and the CLIP's fingerprint: only new and changed images are embedded, and what an interrupted call has
+    embedded is kept. job: notes the images that cannot be used; None raises InputError for them.
 
     Raises InputError for a cache or a `file` of another CLIP.
     """
@@ -164,8 +164,8 @@ def read_cache_index(clip: CLIP, folder: Path) -> ImageIndex:
 
 
 def index_image_folder(clip: CLIP, folder: Path, file: Path | None, job: BulkJob) -> ImageIndex:
-    """Return the index of the pictures of a folder, and update the file with it; see `open_image_index`."""
-    # Find the pictures that the stored index does not contain
+    """Return the index of the images of a folder, and update the file with it; see `open_image_index`."""
+    # Find the images that the stored index does not contain
     paths = find_images(folder)
     job.total = job.total or len(paths)
     target = folder / INDEX_FILE if file is None else file
@@ -191,7 +191,7 @@ def index_image_folder(clip: CLIP, folder: Path, file: Path | None, job: BulkJob
         if known and set(known.values()) != before:
             write_index_file(clip, target, index, list(known.values()))
 
-    # Name the copies of pictures that cannot be used
+    # Name the copies of images that cannot be used
     for path, digest in digests.items():
         if path not in known and new[digest] != path:
             with job.skip_bad_input(path):
@@ -201,7 +201,7 @@ def index_image_folder(clip: CLIP, folder: Path, file: Path | None, job: BulkJob
 
 
 def write_index_file(clip: CLIP, target: Path, index: ImageIndex, digests: list[bytes]) -> None:
-    """Write an index, with the SHA-256 of each picture in its order."""
+    """Write an index, with the SHA-256 of each image in its order."""
     encoded = [name.encode(errors="surrogateescape") for name in index.names]
     tensors = {
         "image_embeds": index.image_embeds,
@@ -213,7 +213,7 @@ def write_index_file(clip: CLIP, target: Path, index: ImageIndex, digests: list[
 
 
 def read_index_file(clip: CLIP, path: Path, own: bool) -> dict[bytes, Tensor]:
-    """Return stored embeddings by the pictures' digests; none if a file of our `own` is of another CLIP."""
+    """Return stored embeddings by the images' digests; none if a file of our `own` is of another CLIP."""
     try:
         tensors, about = read_tensor_file(path, INDEX_KIND, INDEX_TENSORS)
     except InputError as error:
@@ -231,7 +231,7 @@ def read_index_file(clip: CLIP, path: Path, own: bool) -> dict[bytes, Tensor]:
 def search_image_index(
     clip: CLIP, index: ImageIndex, text: str | None, image: Path | None, count: int
 ) -> list[tuple[str, float]]:
-    """Return names and cosines of the pictures nearest to a text or an image."""
+    """Return names and cosines of the images nearest to a text or an image."""
     check_integer("top", count, 1, 10_000)
     if image is not None:
         return index.find_nearest_images(embed_image_files(clip, [image])[0], count)

@@ -261,7 +261,7 @@ def load_text_tokenizer(folder: Path, context_length: int, pad: int, vocab_size:
     check_text_tokenizer(path)
     with explain_tokenizer_errors(path):
         tokenizer = TextTokenizer(Tokenizer.from_file(str(path)), context_length, pad)
-        tokenizer(["", "a picture"])  # some damage shows only in use
+        tokenizer(["", "an image"])  # some damage shows only in use
     check_highest_token(path, tokenizer.tokenizer.get_vocab(), vocab_size)
     if (added := tokenizer.tokenizer.num_special_tokens_to_add(False)) > MAX_SPECIAL_TOKENS:
         raise InputError(f"{str(path)!r} adds {added} special tokens to a text; at most {MAX_SPECIAL_TOKENS} are taken")

@@ -1,4 +1,4 @@
-"""Commands over many pictures: a bad one is named and left out, the others are done, and the exit status says so."""
+"""Commands over many images: a bad one is named and left out, the others are done, and the exit status says so."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from tests.networks.test_clip import make
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three pictures, and between them a web page, an empty file and a copy of it."""
+    """Three images, and between them a web page, an empty file and a copy of it."""
     root = tmp_path / "pictures"
     root.mkdir()
     for name, color in {"a": "red", "d": "lime", "f": "blue"}.items():
@@ -56,7 +56,7 @@ def test_a_job_names_what_it_leaves_out_and_a_single_input_is_refused_at_once(ca
     for name in "ab":
         with job.skip_bad_input(name):
             raise InputError(f"{name} is damaged")
-    with pytest.raises(InputError, match="none of 2 pictures can be used; the first: a is damaged"):
+    with pytest.raises(InputError, match="none of 2 images can be used; the first: a is damaged"):
         job.finish()
 
 
@@ -67,14 +67,14 @@ def test_a_search_leaves_out_bad_pictures_every_time_and_keeps_the_others(monkey
         )
         assert status == 2 and out.startswith("1.0000  d.png\n") and len(out.splitlines()) == 3
         lines = err.splitlines()
-        assert len(lines) == 4 and lines[-1].startswith("error: 3 of 6 pictures were left out")
+        assert len(lines) == 4 and lines[-1].startswith("error: 3 of 6 images were left out")
         assert "b.jpg" in lines[0] and "a web page" in lines[0]
         assert {"c.png", "e.png"} <= set(" ".join(lines[1:3]).replace("'", "/").split("/"))
     with safe_open(folder / INDEX_FILE, "pt") as file:
         assert len(file.get_tensor("image_embeds")) == 3
     for name in "adf":
         (folder / f"{name}.png").unlink()
-    with pytest.raises(InputError, match="none of 3 pictures can be used"):
+    with pytest.raises(InputError, match="none of 3 images can be used"):
         open_image_index(make(), folder, job=BulkJob(0))
 
 
@@ -110,7 +110,7 @@ def test_labels_and_similarities_are_those_of_the_good_pictures(monkeypatch, cap
     paths = [folder / name for name in ("a.png", "b.jpg", "nowhere.png", "f.png")]
     command = ["classify", *paths, "--labels", "cat,dog", "--json", "--clip", clip]
     status, out, err = run(monkeypatch, capsys, *command)
-    assert status == 2 and "2 of 4 pictures were left out" in err
+    assert status == 2 and "2 of 4 images were left out" in err
     assert [json.loads(line)["picture"] for line in out.splitlines()] == [str(paths[0]), str(paths[3])]
     both = run(monkeypatch, capsys, "classify", paths[0], paths[3], *command[5:])
     assert both == (0, out, "")
@@ -127,7 +127,7 @@ def test_variations_are_drawn_of_the_good_pictures_with_the_seeds_of_their_place
     paths = [folder / name for name in ("a.png", "b.jpg", "f.png")]
     options = ["--model", pipeline_folder, "--steps", 2, "--count", 2, "--seed", 7]
     status, out, err = run(monkeypatch, capsys, "variations", *paths, *options, "--out", tmp_path / "out")
-    assert status == 2 and "1 of 3 pictures were left out" in err
+    assert status == 2 and "1 of 3 images were left out" in err
     assert [Path(line).name for line in out.splitlines()] == [
         "a-png-7.png",
         "a-png-8.png",
@@ -135,7 +135,7 @@ def test_variations_are_drawn_of_the_good_pictures_with_the_seeds_of_their_place
         "f-png-12.png",
     ]
     status, out, err = run(monkeypatch, capsys, "variations", *2 * [paths[1]], *options, "--out", tmp_path / "none")
-    assert status == 2 and not out and "none of 2 pictures can be used" in err and not (tmp_path / "none").exists()
+    assert status == 2 and not out and "none of 2 images can be used" in err and not (tmp_path / "none").exists()
 
 
 def test_a_picture_that_is_too_large_to_upsample_does_not_keep_the_others(monkeypatch, capsys, tmp_path):

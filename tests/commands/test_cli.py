@@ -70,7 +70,7 @@ def test_generate_writes_pictures_that_know_how_they_were_made(monkeypatch, caps
         assert settings["prompt"] == "blue square" and settings["seed"] == 5 and settings["num_inference_steps"] == 3
         assert settings["guidance_scale"] > 1  # defaults are recorded too
         assert image.info["parameters"].startswith("blue square\nSteps: 3, CFG scale: ")
-    # The same seed alone gives the same picture, under another name: nothing is overwritten.
+    # The same seed alone gives the same image, under another name: nothing is overwritten.
     before = paths[1].read_bytes()
     again = ["--model", pipeline_folder, "--out", tmp_path / "out", "--seed", 5, *QUICK]
     status, out, _ = run(monkeypatch, capsys, "generate", "blue square", *again)
@@ -178,7 +178,7 @@ def test_pictures_that_have_all_changed_stop_training_with_their_number(monkeypa
     config = Path(__file__).parents[2] / "configs/tiny/autoencoder.yaml"
     command = ["train", "autoencoder", config, f"data.path={tmp_path / 'data'}", f"train.output={tmp_path / 'run'}"]
     status, _, err = run(monkeypatch, capsys, *command, "train.decay_steps=0", f"data.num_workers={workers}")
-    assert status == 2 and "4 pictures in a row cannot be read (4 changed)" in err.splitlines()[-1]
+    assert status == 2 and "4 images in a row cannot be read (4 changed)" in err.splitlines()[-1]
     assert "Traceback" not in err
 
 

@@ -76,7 +76,7 @@ def test_every_command_has_help_in_short(monkeypatch, capsys):
 
 
 def test_suggested_commands_can_be_pasted_into_a_shell(tmp_path):
-    folder = tmp_path / "my pictures; $x"
+    folder = tmp_path / "my images; $x"
     folder.mkdir()
     (folder / "model.bin").touch()
     suggestions = {

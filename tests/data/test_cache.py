@@ -149,7 +149,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(shapes, runs, finishe
     folder = tmp_path / "cache"
     command = [sys.executable, str(ROOT / "training/cache_data.py"), *arguments(shapes, runs, folder)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    # Pictures that are read slowly make sure that shards are missing when the signal comes.
+    # Images that are read slowly make sure that shards are missing when the signal comes.
     slow = tmp_path / "sitecustomize.py"
     slow.write_text(
         "import PIL.Image, time\nread = PIL.Image.open\n"
@@ -178,7 +178,7 @@ def test_two_processes_make_the_same_shards_as_one(shapes, runs, finished, tmp_p
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "32 pictures of train, 4 pictures of held_out" in result.stdout
+    assert "32 images of train, 4 images of held_out" in result.stdout
     names = sorted(path.name for path in finished.glob("*.safetensors"))
     assert names == sorted(path.name for path in (tmp_path / "cache").glob("*.safetensors")) and len(names) == 8
     for name in names:  # each process has half the threads, which changes how sums are rounded
@@ -266,7 +266,7 @@ def test_a_shard_of_another_cache_is_refused_by_name(shapes, runs, cache, tmp_pa
 
 @pytest.fixture(scope="session")
 def others(shapes: Path, runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Another CLIP and another autoencoder, and the same pictures in another order."""
+    """Another CLIP and another autoencoder, and the same images in another order."""
     folder = tmp_path_factory.mktemp("others")
     for stage in ("clip", "autoencoder"):
         train(stage, shapes, folder, 1, **{"train.seed": 5})
@@ -362,7 +362,7 @@ def test_records_are_refused_where_pictures_have_other_names(shapes, runs, finis
     (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, renamed)))
     write_manifest(data, quiet=True)
     source = open_encodings(str(finished), DataConfig(str(data), 32, 0), str(runs / "clip"))
-    with pytest.raises(InputError, match="is stale: its picture 1 of held_out is '.*', in the data 'new-"):
+    with pytest.raises(InputError, match="is stale: its image 1 of held_out is '.*', in the data 'new-"):
         source.encode_records([(1, 0)])
 
 
@@ -450,9 +450,9 @@ def test_two_makers_do_not_work_in_one_folder(shapes, runs, cache):
 
 def test_it_is_said_where_pictures_have_more_captions_than_are_cached(shapes, runs, tmp_path, capsys):
     make(shapes, runs, tmp_path / "one", autoencoder="null", variations=1)
-    assert re.search(r"caching 1 of up to [2-9] captions of a picture", capsys.readouterr().out)
+    assert re.search(r"caching 1 of up to [2-9] captions of an image", capsys.readouterr().out)
     make(shapes, runs, tmp_path / "all", autoencoder="null", variations=64)
-    assert "captions of a picture" not in capsys.readouterr().out
+    assert "captions of an image" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -495,7 +495,7 @@ def test_a_picture_that_does_not_decode_stops_it_by_name_and_can_be_mended(worke
     picture = tmp_path / "data/20.png"
     whole = picture.read_bytes()
     picture.write_bytes(whole[:-30])
-    with pytest.raises(InputError, match="^'20.png': a picture whose bytes have changed") as caught:
+    with pytest.raises(InputError, match="^'20.png': an image whose bytes have changed") as caught:
         make(tmp_path / "data", runs, tmp_path / "cache", **{"data.num_workers": workers})
     assert "\n" not in str(caught.value) and not (tmp_path / "cache/cache.json").exists()
     picture.write_bytes(whole)
@@ -519,7 +519,7 @@ def test_a_stage_trains_from_a_cache_with_no_other_model_and_no_picture(
     )
     for loader in ("load_clip", "load_autoencoder"):
         monkeypatch.setattr(f"t2i.training.common.encodings.{loader}", lambda _: pytest.fail("a model is loaded"))
-    monkeypatch.setattr(CaptionedPictures, "load_image", lambda *_: pytest.fail("a picture is read"))
+    monkeypatch.setattr(CaptionedPictures, "load_image", lambda *_: pytest.fail("an image is read"))
     train(stage, shapes, tmp_path, 3, cache=finished, **parts)
     monkeypatch.undo()
     train(stage, shapes, tmp_path / "live", 3, **parts)

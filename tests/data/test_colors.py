@@ -1,4 +1,4 @@
-"""Colours: profiles are converted to sRGB, values of every depth keep their range, and old manifests their pictures."""
+"""Colours: profiles are converted to sRGB, values of every depth keep their range, and old manifests their images."""
 
 import hashlib
 import io
@@ -162,7 +162,7 @@ def test_what_is_stored_by_the_digest_of_a_file_stays_valid_where_nothing_is_con
         assert same == (name != "p3")
     (tmp_path / "inverted.tif").write_bytes(tiff(RAMP.astype("<u2"), photometric=0))
     assert is_converted(tmp_path / "inverted.tif")
-    (tmp_path / "no.png").write_bytes(b"no picture")
+    (tmp_path / "no.png").write_bytes(b"no image")
     assert not is_converted(tmp_path / "no.png")
 
 
@@ -289,5 +289,5 @@ def test_a_pil_picture_is_turned_upright_as_its_exif_says():
     opened = Image.open(io.BytesIO(encode(image, exif=exif)))
     upright = read_images(opened)[0]
     assert upright.shape == (3, 20, 10) and upright[0, 2, 5] == -1 and upright[0, 17, 5] == 1
-    assert opened.size == (20, 10)  # the caller's picture stays as it was
+    assert opened.size == (20, 10)  # the caller's image stays as it was
     assert read_masks(opened, 1, (20, 10))[0, 0, 17, 5] == 1

@@ -110,7 +110,7 @@ def test_pictures_that_are_all_gone_are_counted_and_refused(shapes, tmp_path):
     dataset = CaptionedPictures(DataConfig(str(tmp_path / "data"), 32, 0))
     for picture in (tmp_path / "data").glob("*.png"):
         picture.unlink()
-    with pytest.raises(InputError, match=r"32 pictures in a row cannot be read \(32 missing_file\)"):
+    with pytest.raises(InputError, match=r"32 images in a row cannot be read \(32 missing_file\)"):
         dataset.__getitems__([(0, 0)])
 
 
@@ -140,8 +140,8 @@ def test_pictures_are_cropped_to_a_square():
 
 
 def test_a_picture_that_does_not_decode_or_is_too_large_is_refused(tmp_path, monkeypatch):
-    (tmp_path / "bad.png").write_bytes(b"not a picture")
-    with pytest.raises(InputError, match=r"bad\.png.*a file that is not a picture"):
+    (tmp_path / "bad.png").write_bytes(b"not an image")
+    with pytest.raises(InputError, match=r"bad\.png.*a file that is not an image"):
         open_image(tmp_path / "bad.png")
     Image.new("RGB", (30, 30)).save(tmp_path / "large.png")
     monkeypatch.setattr("t2i.data.pictures.MAX_PIXELS", 100)

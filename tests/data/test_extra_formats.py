@@ -18,7 +18,7 @@ PACKAGES = {"HEIF": "pillow_heif.HeifImagePlugin", "JXL": "pillow_jxl"}
 
 
 def encode(kind: str, size: tuple[int, int] = (40, 20), **options: object) -> bytes:
-    """A picture whose left half is blue, and its right half red."""
+    """An image whose left half is blue, and its right half red."""
     pytest.importorskip(PACKAGES[kind])
     image = Image.new("RGB", size, "red")
     image.paste("blue", (0, 0, size[0] // 2, size[1]))

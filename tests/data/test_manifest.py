@@ -36,7 +36,7 @@ def folder_of(path, names, size=(16, 16)):
     path.mkdir(exist_ok=True)
     for number, name in enumerate(names):
         (path / f"{name}.png").write_bytes(picture(COLORS[number % len(COLORS)], size=(size[0], size[1] + number)))
-        (path / f"{name}.txt").write_text(f"picture {name}")
+        (path / f"{name}.txt").write_text(f"image {name}")
     return path
 
 
@@ -89,7 +89,7 @@ def test_training_finds_the_manifest(tmp_path, place):
     write_manifest(tmp_path / "folder", held_out=0, quiet=True)
     dataset = CaptionedPictures(DataConfig(str(tmp_path / place), 16, 0))
     assert [dataset.get_sample_key(index) for index in range(3)] == ["a.png", "b.png", "c.png"]
-    assert list(dataset.iterate_texts()) == ["picture a", "picture b", "picture c"]
+    assert list(dataset.iterate_texts()) == ["image a", "image b", "image c"]
     assert sum(len(part) for part in dataset.iterate_images(2, 1)) == 2
 
 
@@ -123,7 +123,7 @@ def test_data_without_a_manifest_of_ours_is_refused(tmp_path):
         {METADATA_KEY: json.dumps({"version": MANIFEST_VERSION, "root": ".", "containers": {}})}
     )
     pq.write_table(schema.empty_table(), tmp_path / "folder/manifest.parquet")
-    with pytest.raises(InputError, match="no pictures of split 'train'"):
+    with pytest.raises(InputError, match="no images of split 'train'"):
         open_manifest(tmp_path / "folder")
 
 
@@ -190,7 +190,7 @@ def test_a_folder_of_ours_that_holds_the_source_or_anything_else_is_not_replaced
     for source, target, message in (
         (out / "pictures", out, "is or contains the source"),
         (tmp_path / "folder", tmp_path / "folder", "is or contains the source"),
-        (tmp_path / "folder", out, "contains 'pictures', which no check wrote"),
+        (tmp_path / "folder", out, "contains 'images', which no check wrote"),
     ):
         with pytest.raises(InputError, match=message):
             write_manifest(source, target, quiet=True)
@@ -213,7 +213,7 @@ def test_the_command_prints_the_report_and_complains_when_nothing_is_left(tmp_pa
     monkeypatch.setattr(sys, "argv", ["t2i", "data", "check", str(tmp_path / "folder"), "--held-out", "0"])
     with pytest.raises(SystemExit) as caught:
         cli.main()
-    assert not caught.value.code and "3 pictures with 3 captions" in capsys.readouterr().out
+    assert not caught.value.code and "3 images with 3 captions" in capsys.readouterr().out
     for text in (tmp_path / "folder").glob("*.txt"):
         text.write_text(" ")
     with pytest.raises(SystemExit) as caught:
@@ -243,7 +243,7 @@ def test_memory_stays_flat_over_a_thousand_steps_on_a_hundred_thousand_rows(tmp_
         "offset": range(count),
         "size": [1] * count,
         "sha256": [i.to_bytes(32) for i in range(count)],
-        "captions": [[f"a picture of the number {i}", f"number {i}"] for i in range(count)],
+        "captions": [[f"an image of the number {i}", f"number {i}"] for i in range(count)],
         "keywords": [["number"]] * count,
         "split": ["train"] * count,
         "width": [64] * count,

@@ -31,7 +31,7 @@ def write(folder: Path, *names: str) -> None:
 
 
 def list_pictures(folder: Path, *names: str, column: str = "file_name") -> None:
-    rows = [json.dumps({column: name, "text": f"picture {i}"}) for i, name in enumerate(names)]
+    rows = [json.dumps({column: name, "text": f"image {i}"}) for i, name in enumerate(names)]
     (folder / "metadata.jsonl").write_text("\n".join(rows))
 
 
@@ -57,7 +57,7 @@ def test_a_listed_picture_is_found_by_another_spelling_and_counted_once(tmp_path
     write(tmp_path, file, "other.png")
     list_pictures(tmp_path, listed, "other.png")
     rows, report = check(tmp_path)
-    assert rows[file]["captions"] == ["picture 0"] and rows[file]["file"] == file
+    assert rows[file]["captions"] == ["image 0"] and rows[file]["file"] == file
     assert (report.indexed, report.ok) == (2, 2)
 
 
@@ -65,7 +65,7 @@ def test_the_very_name_comes_first_and_a_choice_is_refused(tmp_path):
     write(tmp_path, f"{COMPOSED}.png", f"{DECOMPOSED}.png", "x.PNG", "x.Png")
     list_pictures(tmp_path, f"{COMPOSED}.png", f"{DECOMPOSED}.png", "x.png")
     rows, report = check(tmp_path)
-    assert rows[f"{DECOMPOSED}.png"]["captions"] == ["picture 1"] and report.ok == 2
+    assert rows[f"{DECOMPOSED}.png"]["captions"] == ["image 1"] and report.ok == 2
     assert rows["metadata.jsonl:3"]["status"] == "repeated_key"
     assert rows["metadata.jsonl:3"]["detail"] == "'x.png', 'x.PNG', 'x.Png': which file is meant?"
 
@@ -86,7 +86,7 @@ def test_absolute_paths_inside_the_folder_are_its_pictures(tmp_path):
     names = [str(data / "a.png"), str(tmp_path / "link/deep/b.png"), str(tmp_path / "outside.png"), "/a\0/b.png"]
     list_pictures(tmp_path / "data", *names, str(data / "../outside.png"))
     rows, report = check(tmp_path / "data")
-    assert rows["a.png"]["captions"] == ["picture 0"] and rows["deep/b.png"]["captions"] == ["picture 1"]
+    assert rows["a.png"]["captions"] == ["image 0"] and rows["deep/b.png"]["captions"] == ["image 1"]
     assert list(reasons(rows).values()) == ["outside_folder"] * 3 and report.ok == 2
 
 

@@ -47,7 +47,7 @@ def test_pictures_with_text_files(tmp_path):
     (tmp_path / "blue.png").write_bytes(picture("blue"))
     (tmp_path / "blue.caption").write_text("only blue")
     (tmp_path / "deep/red.v1.caption").write_text("not this: .txt wins")
-    (tmp_path / "lone.txt").write_text("no picture")
+    (tmp_path / "lone.txt").write_text("no image")
     (tmp_path / "table.xlsx").write_text("?")
     (tmp_path / ".DS_Store").write_text("?")
     rows, report = check(tmp_path)
@@ -291,7 +291,7 @@ def test_a_check_that_finds_no_sample_says_what_is_there_and_keeps_the_manifest(
     (tmp_path / "a.tar").write_bytes(b"no tar")
     (tmp_path / "a.png").write_bytes(picture("red"))
     with pytest.raises(
-        InputError, match=r"no pictures in .*, read from a\.tar; a\.tar: not a tar.*; ignored files: 1 \.png"
+        InputError, match=r"no images in .*, read from a\.tar; a\.tar: not a tar.*; ignored files: 1 \.png"
     ):
         check(tmp_path)
     assert len(checked(before)) == len(COLORS)
@@ -360,7 +360,7 @@ def test_text_in_parquet_that_is_not_utf8_costs_its_row_alone(tmp_path):
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"url": ["x"], "text": ["x"]}, "no column.*contains pictures.*url, text"),
+        ({"url": ["x"], "text": ["x"]}, "no column.*contains images.*url, text"),
         ({"image": [b"x"], "mask": [b"x"], "picture": [b"x"], "text": ["x"]}, "several columns.*image, mask, picture"),
         ({"image": [b"x"], "label": [1]}, "no column for the caption.*image, label"),
     ],
@@ -439,7 +439,7 @@ def test_a_source_that_is_not_there_or_holds_no_pictures_is_refused(tmp_path, mo
     monkeypatch.chdir(tmp_path.parent)
     with pytest.raises(InputError, match="no file or folder"):  # not looked for on the hub
         check(f"{tmp_path.name}/typo")
-    with pytest.raises(InputError, match="no pictures in"):
+    with pytest.raises(InputError, match="no images in"):
         check(tmp_path)
     (tmp_path / "a.zip").write_bytes(b"PK")
     with pytest.raises(InputError, match="neither a .tar nor a .parquet"):

@@ -110,7 +110,7 @@ def test_samples_have_the_distribution_of_the_data_from_noise_and_from_noised_da
 
 @pytest.mark.parametrize("name", [name for name in ACCEPTED if name not in HALVING])
 def test_painting_is_the_plain_loop_with_the_schedulers_own_add_noise(name):
-    """On data with one offset a picture, which reaches the painted part from the known one."""
+    """On data with one offset an image, which reaches the painted part from the known one."""
     gaussian, scheduler = Gaussian((3.0, 0.1, 0.05)), build(name)
     known, noise = gaussian.draw(50), torch.randn(50, 3, generator=seeds(2)[0]).double()
     mask, predict = torch.tensor([[0.0, 0.0, 1.0]]).double(), gaussian.denoiser(trained(name))

@@ -174,7 +174,7 @@ def test_a_shipped_model_is_measured(pipeline, shapes, tmp_path):
             assert abs(figures["bound"]["bits"] - parts) < 1e-3 * max(1, abs(parts))
             assert math.isfinite(figures["ode"]["bits"]) and figures["ode"]["standard_error"] > 0
     assert evaluate_model_likelihood(pipeline, shapes, out, LikelihoodSettings(3, 3, 3)) == result
-    with pytest.raises(InputError, match="has 4 pictures in held_out; count must be at most that, got 5"):
+    with pytest.raises(InputError, match="has 4 images in held_out; count must be at most that, got 5"):
         evaluate_model_likelihood(pipeline, shapes, out, LikelihoodSettings(5))
     with pytest.raises(InputError, match="count must be an integer from 2"):
         LikelihoodSettings(count=1)

@@ -237,7 +237,7 @@ def test_repeated_conditions_share_their_tensors_and_are_equal_by_index():
     assert image.text.states.data_ptr() == text.states.data_ptr() and image.masked_latents.shape[0] == 6
     first, groups = image.find_unique_rows()
     assert first.tolist() == [0, 3] and groups.tolist() == [0, 0, 0, 1, 1, 1]
-    other = ImageCondition(torch.randn(6, 4), text.repeat(3))  # one picture each of the same captions
+    other = ImageCondition(torch.randn(6, 4), text.repeat(3))  # one image each of the same captions
     assert other.find_unique_rows()[0].tolist() == list(range(6))
     whole = image.expand()
     assert whole.rows is None and whole.text.rows is None and whole.embedding.shape == (6, 4)

@@ -80,7 +80,7 @@ class Ours:
 
 
 class Tensors(torch.utils.data.Dataset):
-    """A fixed set of pictures, as a data set for torch-fidelity and as a picture set for us."""
+    """A fixed set of images, as a data set for torch-fidelity and as an image set for us."""
 
     def __init__(self, seed, count, shift=0):
         generator = torch.Generator().manual_seed(seed)
@@ -175,8 +175,8 @@ def test_a_set_is_at_no_distance_from_itself():
 @pytest.mark.parametrize(
     ("counts", "message"),
     [
-        ({"drawn": 12, "reference": 100}, "drawn: 12 pictures are too few, .* needs 13 for full rank"),
-        ({"drawn": 100, "reference": 40}, "reference: 40 pictures are too few, --kid-subset-size is 50"),
+        ({"drawn": 12, "reference": 100}, "drawn: 12 images are too few, .* needs 13 for full rank"),
+        ({"drawn": 100, "reference": 40}, "reference: 40 images are too few, --kid-subset-size is 50"),
     ],
 )
 def test_too_few_pictures_are_refused_with_what_is_needed(counts, message):
@@ -264,7 +264,7 @@ def test_statistics_are_kept_and_of_another_extractor_refused(shapes, tmp_path, 
     for extractor_, pictures_, size, what in (
         (Ours(), pictures, 32, "another extractor, 'clip-.*'; this .* is 'pooled'"),
         (extractor, pictures, 16, "another image size, 32; this .* is 16"),
-        (extractor, open_reference_set(shapes, 32, None), 32, "another set of pictures"),
+        (extractor, open_reference_set(shapes, 32, None), 32, "another set of images"),
     ):
         with pytest.raises(InputError, match=what):
             measure_reference_statistics(pictures_, extractor_, size, file, state)
@@ -367,10 +367,10 @@ def test_drawn_files_know_their_captions_and_seeds(monkeypatch, capsys, shapes, 
     files += ["--statistics", tmp_path / "kept.safetensors"]
     status, out, err = run(monkeypatch, capsys, *files)
     assert status == 0 and not err, err
-    assert "6 drawn and 36 real pictures" in out and "drawn with: unknown" in out
+    assert "6 drawn and 36 real images" in out and "drawn with: unknown" in out
     result = json.loads((tmp_path / "q.json").read_text())
     assert result["drawn"]["seeds"] == [3, 4, 5, 6, 7, 8] and "frechet_distance" not in result["metrics"]
-    # Kept statistics stand for the pictures; for no other extractor.
+    # Kept statistics stand for the images; for no other extractor.
     files[2] = tmp_path / "kept.safetensors"
     assert run(monkeypatch, capsys, *files[:-2])[0] == 0
     assert json.loads((tmp_path / "q.json").read_text())["metrics"] == result["metrics"]
@@ -414,5 +414,5 @@ def test_bad_input_is_one_line(monkeypatch, capsys, tmp_path, shapes, more, mess
 def test_too_few_are_refused_before_anything_is_drawn(monkeypatch, capsys, shapes, pipeline_folder, tmp_path):
     arguments = command(shapes, pipeline_folder, tmp_path / "q.json", "--count", 5)
     status, _, err = run(monkeypatch, capsys, *arguments)
-    assert status == 2 and "drawn: 5 pictures are too few" in err and list(tmp_path.iterdir()) == []
+    assert status == 2 and "drawn: 5 images are too few" in err and list(tmp_path.iterdir()) == []
     assert not list(shapes.glob(".t2i-*"))

@@ -29,7 +29,7 @@ COLORS = ("red", "lime", "blue", "yellow")
 
 @pytest.fixture
 def folder(tmp_path):
-    """Four pictures of different colours and sizes, one of them in a folder below."""
+    """Four images of different colours and sizes, one of them in a folder below."""
     root = tmp_path / "pictures"
     (root / "below").mkdir(parents=True)
     for i, color in enumerate(COLORS):
@@ -68,7 +68,7 @@ def test_probabilities_are_the_softmax_of_scaled_cosines():
     cosines = z_i @ clip.encode_text(labels).embedding.T
     expected = (clip.net.logit_scale.exp() * cosines).softmax(dim=-1)
     torch.testing.assert_close(classify_image_embeds(clip, z_i, labels), expected, atol=1e-5, rtol=1e-4)
-    # A picture whose embedding is a label's own is of that label.
+    # An image whose embedding is a label's own is of that label.
     own = classify_image_embeds(clip, clip.encode_text(labels).embedding, labels)
     assert own.argmax(dim=1).tolist() == [0, 1, 2]
 
@@ -143,7 +143,7 @@ def test_an_index_that_was_given_must_be_of_this_clip(folder, tmp_path):
 def test_what_a_check_wrote_and_hidden_files_are_no_pictures(shapes, tmp_path):
     assert len(find_images(shapes)) == 36
     (tmp_path / ".hidden.png").touch()
-    with pytest.raises(InputError, match="no pictures in"):
+    with pytest.raises(InputError, match="no images in"):
         find_images(tmp_path)
 
 

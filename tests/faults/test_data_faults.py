@@ -47,18 +47,18 @@ def check(source, **options):
 
 
 def mispaired(folder) -> int:
-    """Samples of a manifest whose picture is not of the colour that the caption names."""
+    """Samples of a manifest whose image is not of the colour that the caption names."""
     try:
         dataset = CaptionedPictures(DataConfig(str(folder), 16, 0), split=None)
     except InputError as error:
-        assert "no pictures" in str(error)
+        assert "no images" in str(error)
         return 0
     captions = (dataset.get_record(index).text for index in range(len(dataset)))
     return sum(color_of(dataset.load_image(index)) != text for index, text in enumerate(captions))
 
 
 def shard(path: Path, colors: tuple[str, ...]) -> list[tuple[str, int, int]]:
-    """A tar of pictures and captions; (key, end of the picture, end of the caption) of each sample."""
+    """A tar of images and captions; (key, end of the image, end of the caption) of each sample."""
     with tarfile.open(path, "w") as tar:
         for number, color in enumerate(colors):
             add(tar, f"{number:03}.jpg", picture(color, "JPEG"))
@@ -144,7 +144,7 @@ def test_what_is_no_picture_has_a_reason_and_some_is_never_opened(tmp_path):
     opened, OPENED = {Path(name).name for name in OPENED}, None
     assert "page.jpg" in opened  # the listener hears
     survived = sum(rows[name]["status"] == reason for name, (_, reason) in files.items())
-    record("C2 no picture, or of another format", len(files), survived)
+    record("C2 no image, or of another format", len(files), survived)
     never = [name for name in files if name.startswith("real.")]
     record("C2 EPS, SVG, PSD never opened", len(never), sum(name not in opened for name in never))
     assert not sentinel.exists()
@@ -392,9 +392,9 @@ def test_data_that_is_all_bad_stops_at_once_with_the_counts(tmp_path):
     for path in tmp_path.glob("*.png"):
         path.write_bytes(picture("blue"))
     start = time.perf_counter()
-    with pytest.raises(InputError, match=r"100 pictures in a row cannot be read \(100 changed\)"):
+    with pytest.raises(InputError, match=r"100 images in a row cannot be read \(100 changed\)"):
         dataset.__getitems__([(number, 0) for number in range(8)])
-    record("C9 every picture bad", 300, 300 if time.perf_counter() - start < 5 else 0)
+    record("C9 every image bad", 300, 300 if time.perf_counter() - start < 5 else 0)
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar"])
@@ -457,7 +457,7 @@ def test_damaged_tars_and_pictures_are_always_accounted_for(tmp_path):
         try:
             _, report = check(tmp_path)  # asserts that the numbers add up
         except InputError as error:  # nothing is left of the shard
-            survived += "no pictures in" in str(error)
+            survived += "no images in" in str(error)
             continue
         survived += report.indexed <= len(COLORS) and "Traceback" not in "\n".join(report.format_lines())
     record("C12 damaged tars accounted for", tries, survived)
@@ -479,4 +479,4 @@ def test_damaged_pictures_never_raise_anything_else(tmp_path):
                     survived += decode_image(bytes(data)).mode == "RGB"
             except RejectedSample as error:
                 survived += bool(error.reason.name)
-    record("C12 damaged pictures have a reason", tries, survived)
+    record("C12 damaged images have a reason", tries, survived)

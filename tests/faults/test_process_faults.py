@@ -150,7 +150,7 @@ def test_a_signal_to_one_process_saves_and_stops_all(tmp_path):
 
 
 def test_looking_at_a_run_does_not_change_it(tmp_path):
-    """Validation, pictures, and both on two processes and in shards: the same checkpoint, bit for bit."""
+    """Validation, images, and both on two processes and in shards: the same checkpoint, bit for bit."""
     tiny_run.run(tmp_path / "plain")
     tiny_run.run(tmp_path / "seen", "validate_every=1", "sample_every=2")
     assert contents(tmp_path / "seen") == contents(tmp_path / "plain")
@@ -208,7 +208,7 @@ def test_the_error_of_one_process_is_shown_first(tmp_path):
     begun = time.monotonic()
     status, output = finish(start(tmp_path, "raise:1:5", processes=2))
     assert status != 0 and time.monotonic() - begun < 60
-    assert output.index("error: the picture of process 1 is bad") < output.index("error: process 1 of 2 died")
+    assert output.index("error: the image of process 1 is bad") < output.index("error: process 1 of 2 died")
 
 
 @pytest.mark.faults

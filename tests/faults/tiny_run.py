@@ -1,4 +1,4 @@
-"""A run small enough to break a hundred times: the real loop, on three small layers and numbers instead of pictures.
+"""A run small enough to break a hundred times: the real loop, on three small layers and numbers instead of images.
 
     python tests/faults/tiny_run.py OUTPUT [key=value ...] [fault:rank:step ...]
 
@@ -156,7 +156,7 @@ def broken(fault: str, value: torch.Tensor, now: bool, output: Path) -> torch.Te
         case "spike" if now:
             return value * 100
         case "raise" if now:
-            raise InputError("the picture of process 1 is bad")
+            raise InputError("the image of process 1 is bad")
         case "die" if now and not (output / "died").exists():
             (output / "died").touch()
             os.kill(os.getpid(), signal.SIGKILL)

@@ -99,7 +99,7 @@ def tiny_movq(seed: int = 4) -> VQModel:
     )
     movq = randomised(movq, seed)
     with torch.no_grad():
-        movq.decoder.conv_out.weight.mul_(0.4)  # most of a picture within [-1, 1]: nothing is hidden by cutting it
+        movq.decoder.conv_out.weight.mul_(0.4)  # most of an image within [-1, 1]: nothing is hidden by cutting it
     return movq
 
 

@@ -1,4 +1,4 @@
-"""Pictures of one colour, which know their caption, and what a check says of them."""
+"""Images of one colour, which know their caption, and what a check says of them."""
 
 import io
 import tarfile
@@ -21,7 +21,7 @@ def picture(color: str, kind: str = "PNG", size: tuple[int, int] = (16, 16)) -> 
 
 
 def color_of(image: Tensor) -> str:
-    """The colour of a (3, H, W) picture."""
+    """The colour of a (3, H, W) image."""
     shown = (image.mean(dim=(1, 2)) + 1) * 127.5
     return min(COLORS, key=lambda name: sum(abs(a - b) for a, b in zip(shown.tolist(), ImageColor.getrgb(name))))
 

@@ -31,7 +31,7 @@ def tiny_caption_encoder(width: int = 24, seed: int = 5) -> CLIPTextModel:
 
 
 def tiny_vae(seed: int = 6) -> AutoencoderKL:
-    """Reduces pictures by two."""
+    """Reduces images by two."""
     torch.manual_seed(seed)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     vae = AutoencoderKL(block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4, sample_size=16, **blocks)

@@ -1,4 +1,4 @@
-"""Kandinsky 2.1 and 2.2 against diffusers' own pipelines: the same noise and conditions give the same pictures."""
+"""Kandinsky 2.1 and 2.2 against diffusers' own pipelines: the same noise and conditions give the same images."""
 
 import functools
 import shutil
@@ -76,7 +76,7 @@ Z_I, ZERO = random(2, EMBED_DIM, seed=1), random(1, EMBED_DIM, seed=2)
 
 @functools.cache
 def decoder(version: str, masks: bool = False) -> KandinskyDecoder:
-    """As the door loads it, with a CLIP that says ZERO of the zero picture."""
+    """As the door loads it, with a CLIP that says ZERO of the zero image."""
     folder = FOLDERS[version, masks]()
     made = KandinskyDecoder.from_component(Component(folder / "unet", folder))
     made.set_null_condition(
@@ -161,7 +161,7 @@ def test_2_1_reads_its_captions() -> None:
         model.prepare(ImageCondition(Z_I[:1]))
 
 
-# Inpainting: half a picture is painted anew, along whole latents
+# Inpainting: half an image is painted anew, along whole latents
 
 MASK = torch.zeros(2, 1, PIXELS, PIXELS)
 MASK[0, :, :, PIXELS // 2 :] = 1
@@ -205,7 +205,7 @@ def test_2_1_inpaints_a_batch_as_diffusers_does_which_does_not_blend(name: str, 
 
 @pytest.mark.usefixtures("mask_as_given")
 def test_each_picture_of_a_batch_keeps_its_own_latents_where_diffusers_keeps_the_first_ones() -> None:
-    """The reference blends with image[:1] and mask[:1]: it deviates, for the second picture comes from the first."""
+    """The reference blends with image[:1] and mask[:1]: it deviates, for the second image comes from the first."""
     pipeline = reference(KandinskyV22InpaintPipeline, True)
     (theirs,) = pipeline(image=PICTURES, mask_image=MASK.clone(), **settings(4.0) | {"output_type": "latent"})
     latents, mask = of_latents(slice(2))

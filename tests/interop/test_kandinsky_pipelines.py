@@ -136,7 +136,7 @@ ALONE = {"prior_candidates": 1}  # as the reference: it does not choose the best
 
 @pytest.fixture
 def one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A picture's decoder goes on with the generator of its prior, as in the combined pipelines."""
+    """An image's decoder goes on with the generator of its prior, as in the combined pipelines."""
     for module in ("text2image", "image_to_image"):  # inpainting splits them in the latter
         monkeypatch.setattr(
             f"t2i.pipelines.{module}.split_generators", lambda generators, count: (generators, generators)
@@ -200,7 +200,7 @@ def test_a_negative_prompt_guides_the_prior_as_in_diffusers_and_its_embedding_th
     close(mine.images, theirs)
 
 
-# Pictures that are not only of noise
+# Images that are not only of noise
 
 ROWS, COLUMNS = np.mgrid[:16, :16]
 PICTURE = np.stack([ROWS * 16, COLUMNS * 16, (ROWS + COLUMNS) * 8], axis=-1).astype(np.uint8)
@@ -242,7 +242,7 @@ def test_a_picture_is_inpainted_as_diffusers_does(name: str) -> None:
 @pytest.mark.parametrize("task", ["redrawn", "inpainted"])
 def test_what_is_not_wanted_guides_the_decoder_of_2_2_away_in_every_task(task: str) -> None:
     """As in diffusers. Kandinsky's own repository deviates: there, the decoder's negative prompt is only for captions,
-    and a picture is redrawn and inpainted as if there were none."""
+    and an image is redrawn and inpainted as if there were none."""
     image, away, masks = Image.fromarray(PICTURE), random(1, EMBED_DIM, seed=9), task == "inpainted"
     settings: dict[str, Any] = {**QUICK, "output_type": "latent", "image": image}
     settings |= {"mask_image": Image.fromarray(MASK)} if masks else {"strength": 0.5}
@@ -264,7 +264,7 @@ def test_what_is_not_wanted_guides_the_decoder_of_2_2_away_in_every_task(task: s
 def test_a_caption_is_painted_into_a_picture_as_in_the_combined_pipeline(
     version: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The reference's 2.1 deviates: it never puts the known latents back, and so changes all of the picture."""
+    """The reference's 2.1 deviates: it never puts the known latents back, and so changes all of the image."""
     image, mask = Image.fromarray(PICTURE), Image.fromarray(MASK)
     pipe = ours(InpaintPipeline, version, name, masks=True)
     settings = {**STEPS, "output_type": "np", "image": image, "mask_image": mask, "prompt": PROMPTS[1]}
@@ -286,7 +286,7 @@ def test_a_caption_is_painted_into_a_picture_as_in_the_combined_pipeline(
 def test_a_picture_is_redrawn_for_a_caption_as_in_the_combined_pipeline(
     version: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The reference's 2.1 deviates: it noises the picture by a schedule of its own, not by that of its scheduler, and
+    """The reference's 2.1 deviates: it noises the image by a schedule of its own, not by that of its scheduler, and
     at another timestep than it then starts from. Told of the level where sampling starts, it agrees."""
     image, scheduler = Image.fromarray(PICTURE), SCHEDULERS[name]
     settings = {**STEPS, "output_type": "np", "image": image, "prompt": PROMPTS[1], "strength": 0.5}

@@ -1,4 +1,4 @@
-"""Karlo's folders in this project's pipelines, picture by picture beside diffusers' own (deprecated) pipelines."""
+"""Karlo's folders in this project's pipelines, image by image beside diffusers' own (deprecated) pipelines."""
 
 from collections import Counter
 from pathlib import Path
@@ -55,7 +55,7 @@ def same_noise(monkeypatch: pytest.MonkeyPatch) -> Counter:
 def starts(count: int) -> dict[str, Tensor]:
     """The noise that every stage starts from, by the names of diffusers' pipeline.
 
-    At the first timestep 1 / 20,000 of a picture is left, so that an error of rounding, 1e-7, becomes one of 2e-3 in
+    At the first timestep 1 / 20,000 of an image is left, so that an error of rounding, 1e-7, becomes one of 2e-3 in
     the clean pixels that are not clamped. Of noise like this there are none.
     """
     return {

@@ -1,4 +1,4 @@
-"""Stable unCLIP here and in diffusers: with the same noise the same embeddings, predictions and pictures."""
+"""Stable unCLIP here and in diffusers: with the same noise the same embeddings, predictions and images."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""Stable unCLIP in this project's pipelines and in diffusers': with the same noise the same pictures."""
+"""Stable unCLIP in this project's pipelines and in diffusers': with the same noise the same images."""
 
 import copy
 import functools

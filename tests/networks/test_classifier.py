@@ -122,7 +122,7 @@ def test_a_class_that_there_is_not_is_refused_with_those_there_are():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda row: row.pop("color"), "'05.png' has no label in column 'color'; every picture needs one"),
+        (lambda row: row.pop("color"), "'05.png' has no label in column 'color'; every image needs one"),
         (lambda row: row.update(color=" "), "'05.png' has no label in column 'color'"),
         (lambda row: row.update(color=["red", "blue"]), "'05.png' has 2 labels, 'red', 'blue' in column 'color'"),
     ],
@@ -161,7 +161,7 @@ def test_training_without_labels_or_with_some_missing_is_refused_before_any_work
     table = pq.read_table(folder / "t2i" / LABELS_FILE).to_pylist()
     known = {row["key"]: row["label"] for row in table}
     write_labels(folder / "t2i", {"color": {key: known[key] for key in list(known)[1:]}})
-    with pytest.raises(InputError, match="1 of 32 pictures have no label, such as '00.png'"):
+    with pytest.raises(InputError, match="1 of 32 images have no label, such as '00.png'"):
         fit(folder, runs, tmp_path, 1)
     write_labels(folder / "t2i", {"color": dict.fromkeys(known, "red")})
     with pytest.raises(InputError, match="has 1 classes; it needs from 2 to"):
@@ -170,7 +170,7 @@ def test_training_without_labels_or_with_some_missing_is_refused_before_any_work
     import pyarrow as pa
 
     pq.write_table(pa.concat_tables([twice, twice.slice(3, 1)]), folder / "t2i" / LABELS_FILE)
-    with pytest.raises(InputError, match="gives '03.png' 2 labels; every picture needs one"):
+    with pytest.raises(InputError, match="gives '03.png' 2 labels; every image needs one"):
         fit(folder, runs, tmp_path, 1)
     assert not (tmp_path / "classifier").exists()
 

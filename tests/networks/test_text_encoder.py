@@ -184,7 +184,7 @@ torch.testing.assert_close(draw(pipeline, {prompts!r}), torch.load({str(tmp_path
 """
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[2])
     alone = torch.cat([draw(pipeline, [prompts[0]]), pictures[1:]])
-    torch.testing.assert_close(alone, pictures, atol=1e-5, rtol=0)  # the picture of a caption, whatever the batch
+    torch.testing.assert_close(alone, pictures, atol=1e-5, rtol=0)  # the image of a caption, whatever the batch
 
     pipeline.text_encoder.encode_tokens = lambda tokens, mask: torch.zeros(*tokens.shape, 16)
     assert (draw(pipeline, prompts) - pictures).abs().max() > 1e-4  # it is what the decoder reads

@@ -145,7 +145,7 @@ def test_pictures_are_made_ready_and_encoded_as_transformers_does() -> None:
 
 @pytest.mark.parametrize("side", [16, 20, None])
 def test_a_picture_of_any_size_is_resized_once_before_clip_sees_it(side: int | None) -> None:
-    """Not to the decoder's size first: transformers' processor takes the picture as it was given."""
+    """Not to the decoder's size first: transformers' processor takes the image as it was given."""
     clip, tower = load(clip_folder()), tiny_image_tower()
     clip.register_to_config(preprocess={**clip.config.preprocess, "resize": side and [side]})
     pixels = (noise(90, 131, 3) * 127.5 + 127.5).round().to(torch.uint8).numpy()

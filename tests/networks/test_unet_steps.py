@@ -90,7 +90,7 @@ def test_a_step_is_the_forward_of_diffusers(case: str, gradient: bool) -> None:
 
 @torch.no_grad()
 def test_contexts_share_packed_weights_until_these_change() -> None:
-    """Of any number of pictures; nothing of them outlives the contexts."""
+    """Of any number of images; nothing of them outlives the contexts."""
     unet, condition = tiny_unet(), CASES["ours"][1]
     x, t = random(3, 4, 8, 8, seed=6), torch.tensor([400, 20, 999])
     whole, part = (

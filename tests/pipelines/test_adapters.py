@@ -1,4 +1,4 @@
-"""Adapters of a run on a loaded pipeline: the same pictures as of the merged model, and off again."""
+"""Adapters of a run on a loaded pipeline: the same images as of the merged model, and off again."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Arguments of public methods: what is no text, picture or tensor is refused in one line, before any work."""
+"""Arguments of public methods: what is no text, image or tensor is refused in one line, before any work."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""Kandinsky 2.2's ControlNet: pictures drawn by a control image, as diffusers' pipelines draw them."""
+"""Kandinsky 2.2's ControlNet: images drawn by a control image, as diffusers' pipelines draw them."""
 
 import json
 from pathlib import Path
@@ -78,7 +78,7 @@ def test_a_text_is_drawn_as_diffusers_draws_it(pipeline: Text2ImagePipeline, sca
     hint, reference = make_hint(DEPTH, OTHER), build_reference(KandinskyV22ControlnetPipeline, name)
     theirs = reference(hint=hint, generator=generators, **settings, **SIZE).images
     np.testing.assert_allclose(mine, theirs, atol=1e-4)
-    # One image for all, as a tensor; its own seed alone decides the first picture
+    # One image for all, as a tensor; its own seed alone decides the first image
     shared = drawing(["a cat", "a dog"], control_image=hint[:1], generator=build_generators(2), **settings).images
     np.testing.assert_allclose(shared[0], theirs[0], atol=1e-4)
     assert np.abs(shared[1] - theirs[1]).max() > 0.01

@@ -17,7 +17,7 @@ from tests.interop.test_loading import draw as draw_public
 
 BF16, FP32 = torch.bfloat16, torch.float32
 STAGES = ("clip", "prior", "decoder", "autoencoder")
-# Of a pixel from 0 to 1, on average: four times what was measured here. Two prompts' pictures differ by 0.07, and what
+# Of a pixel from 0 to 1, on average: four times what was measured here. Two prompts' images differ by 0.07, and what
 # a decoder with weights of three bits draws differs by 0.003.
 ALLOWED = {"clip": 1.2e-4, "prior": 4e-5, "decoder": 1e-3, "autoencoder": 5e-3}
 

@@ -1,4 +1,4 @@
-"""Conditions that are given in place of prompts and pictures, and the prior that makes them by itself."""
+"""Conditions that are given in place of prompts and images, and the prior that makes them by itself."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Pictures that start from other pictures."""
+"""Images that start from other images."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Variations of a picture, from new noise and from its own."""
+"""Variations of an image, from new noise and from its own."""
 
 import json
 import sys

@@ -115,7 +115,7 @@ class Answer(Condition):
 
 
 class Oracle:
-    """Believes that every picture is its condition."""
+    """Believes that every image is its condition."""
 
     dtype = torch.float32
 

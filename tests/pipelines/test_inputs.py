@@ -1,4 +1,4 @@
-"""Pictures as arguments of pipelines."""
+"""Images as arguments of pipelines."""
 
 from pathlib import Path
 

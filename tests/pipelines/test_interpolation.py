@@ -1,4 +1,4 @@
-"""Pictures between pictures and texts."""
+"""Images between images and texts."""
 
 import json
 import sys
@@ -106,7 +106,7 @@ def test_a_decoder_that_reads_captions_reads_that_of_the_nearest_anchor(between,
     torch.testing.assert_close(read[0].expand().states, expected.expand().states)
     assert (read[0].expand().mask == expected.expand().mask).all()
     between([picture(), "blue square"], frames=4, **QUICK)
-    assert read[1].expand().mask.any(dim=1).tolist() == [False, False, True, True]  # of a picture, nothing
+    assert read[1].expand().mask.any(dim=1).tolist() == [False, False, True, True]  # of an image, nothing
 
 
 @pytest.mark.parametrize(

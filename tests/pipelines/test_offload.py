@@ -1,4 +1,4 @@
-"""Every family of models under every way to offload or cast its weights: the same pictures as without.
+"""Every family of models under every way to offload or cast its weights: the same images as without.
 
 The device is the CPU. tests/networks/test_model_offload.py checks each model, method by method.
 """
@@ -61,7 +61,7 @@ def families(pipeline_folder: Path) -> Callable[[str], Any]:
 
 
 def draw(pipeline: Any) -> list[torch.Tensor]:
-    """A picture of a prompt with a negative one, and where there is an image encoder, a variation of it."""
+    """An image of a prompt with a negative one, and where there is an image encoder, a variation of it."""
     steps: dict[str, Any] = {"num_inference_steps": 2}
     if pipeline.decoder.control_factor is not None:
         steps["control_image"] = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(4))

@@ -97,9 +97,9 @@ CASES = {
 LEFT_OUT: dict[str, dict[str, str]] = {}  # reasons, by test and pipeline
 
 NO_BATCH = "its results are one way between the anchors, which depends on all of them"
-ONE_EACH = "it draws one picture for each"
+ONE_EACH = "it draws one image for each"
 NO_IMAGES = "it returns embeddings, which have one form"
-ONLY_LISTS = "its pictures differ in size, so that they are a list in any form"
+ONLY_LISTS = "its images differ in size, so that they are a list in any form"
 NO_CALLBACK = "it has no guidance and no latents; it is watched by on_preview"
 NO_GUIDANCE = "the upsampler is not guided"
 NO_TEXTS = "it reads no prompts"

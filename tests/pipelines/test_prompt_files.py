@@ -144,7 +144,7 @@ def test_what_is_there_already_is_not_drawn_again(monkeypatch, capsys, caplog, c
     assert (pixels(lost).shape == (32, 32, 3)) and str(lost) in out.splitlines()
     drawn = {path.name for path in map(Path, out.splitlines()) if path != lost}
     assert drawn == {f"{damaged.stem}-2.png", f"{cut.stem}-2.png"}  # nothing is overwritten
-    # Other settings are other pictures.
+    # Other settings are other images.
     status, out, _ = run(monkeypatch, capsys, *command("out", "--guidance-scale", 3))
     assert status == 0 and len(out.splitlines()) == 5
 
@@ -225,7 +225,7 @@ def test_a_batch_that_fits_alone_and_not_beside_the_other_processes_is_refused(m
 
 def test_a_folder_of_anything_is_looked_through(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "plain.png")
-    (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "broken.png").write_bytes(b"no image")
     (tmp_path / "folder.png").mkdir()
     record = {"prompt": "a cat", "seed": 3}
     (tmp_path / "said.png").write_bytes(records.encode_png_image(Image.new("RGB", (4, 4)), record))

@@ -1,4 +1,4 @@
-"""Edits of a picture by the direction from one caption to another."""
+"""Edits of an image by the direction from one caption to another."""
 
 import json
 import sys
@@ -107,7 +107,7 @@ def test_the_inversion_is_previewed_and_can_be_interrupted(edit):
     assert [(one.stage, one.step, one.steps) for one in seen] == [("inversion", i, 8) for i in range(1, 6)]
     assert seen[0].images()[0].size == (32, 32)
     away = [(one.estimate - edit.encode_latents(read_images(picture(), 32))).square().mean() for one in seen]
-    assert away == sorted(away)  # from the picture to noise
+    assert away == sorted(away)  # from the image to noise
 
 
 def test_captions_that_say_the_same_to_the_model_are_refused(edit):

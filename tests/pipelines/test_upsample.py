@@ -39,7 +39,7 @@ def lively(pipeline):
 
 
 def opened(path: str) -> tuple[tuple[int, int], dict]:
-    """The size of a picture and the settings in it."""
+    """The size of an image and the settings in it."""
     with Image.open(path) as file:
         return file.size, json.loads(file.text["t2i"])
 

@@ -157,7 +157,7 @@ def test_pictures_that_fit_are_not_refused_for_no_more_is_counted_than_is_taken(
     few = FEW | ({"super_res_num_inference_steps": 2} if one.is_cascade else {})
     counted = count_bytes_needed(one, *one.resolve_options(**few), 8)
     taken = allocated(lambda: one(["red circle"] * 8, output_type="pt", **few))
-    # Where captions are long beside so few pixels, what is the same for all pictures is counted for each; and how
+    # Where captions are long beside so few pixels, what is the same for all images is counted for each; and how
     # much is taken depends on the processor: with AVX-512 more than without.
     assert counted <= (OVERCOUNT_FACTOR if name == "kandinsky 2.1" else 1.05) * taken, (counted, taken)
     assert one.is_cascade or counted > 0.4 * taken, (counted, taken)

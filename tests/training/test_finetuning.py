@@ -40,7 +40,7 @@ def tune(stage, shapes, runs, folder, steps=3, **overrides):
 def test_a_run_without_a_step_of_its_own_is_the_trained_model(stage, shapes, runs, tmp_path):
     """With a learning rate of zero what comes out is what went in."""
     before, after = LOADERS[stage](runs / stage), tune(stage, shapes, runs, tmp_path, **{"train.learning_rate": 0})
-    moved = ("mean", "std") if stage == "autoencoder" else ()  # measured again, on the new pictures
+    moved = ("mean", "std") if stage == "autoencoder" else ()  # measured again, on the new images
     old, new = before.state_dict(), after.state_dict()
     assert set(old) == set(new)
     for name in set(old) - set(moved):
@@ -85,7 +85,7 @@ def test_a_decoder_still_tells_an_embedding_from_none(shapes, runs, tmp_path):
 
 
 def test_captions_are_still_dropped(shapes, runs, tmp_path):
-    """All dropped, it makes no difference which picture has which caption; none dropped, it does."""
+    """All dropped, it makes no difference which image has which caption; none dropped, it does."""
     swapped = tmp_path / "swapped"
     shutil.copytree(shapes, swapped)
     rows = [json.loads(line) for line in (shapes / "metadata.jsonl").read_text().splitlines()]

@@ -57,7 +57,7 @@ def load(folder: Path) -> dict:
         *((facts, device, None) for facts in (FEW, EMOJI, MANY) for device in (CPU, GPU)),
         *((EMOJI, CPU, side) for side in IMAGE_SIZES),
     ],
-    ids=lambda value: f"{value.pictures} pictures" if isinstance(value, DataFacts) else str(value),
+    ids=lambda value: f"{value.pictures} images" if isinstance(value, DataFacts) else str(value),
 )
 def test_every_written_configuration_loads_and_builds_its_model(facts, device, image_size, tmp_path):
     compose_recipe(tmp_path / "run", facts, device, image_size=image_size).write_folder(tmp_path / "run")
@@ -94,14 +94,14 @@ def test_the_data_and_device_of_the_shipped_model_give_its_configurations():
 @pytest.mark.parametrize(
     ("facts", "device", "size", "why"),
     [
-        (FEW, CPU, SMALL, "128 x 128 takes 2,000 pictures on a CPU, these are 32"),
+        (FEW, CPU, SMALL, "128 x 128 takes 2,000 images on a CPU, these are 32"),
         (EMOJI, CPU, MEDIUM, "256 x 256 takes a GPU"),
         (EMOJI, Device("cpu", 1, 24), SMALL, "takes two cores and 6 GB, this is a CPU with 1 core and"),
         (EMOJI, Device("cpu", 8, 4), SMALL, "takes two cores and 6 GB"),
-        (EMOJI, GPU, MEDIUM, "256 x 256 takes 20,000 pictures on a GPU, these are 3,529"),
+        (EMOJI, GPU, MEDIUM, "256 x 256 takes 20,000 images on a GPU, these are 3,529"),
         (MANY, GPU, LARGE, "the largest of these recipes"),
         (MANY, Device("cuda", 16, 8), MEDIUM, "takes a GPU with 16 GB, this is a GPU with 8 GB"),
-        (replace(MANY, side=200), GPU, MEDIUM, "half of the pictures are smaller than 256 x 256"),
+        (replace(MANY, side=200), GPU, MEDIUM, "half of the images are smaller than 256 x 256"),
         (MANY, CPU, MEDIUM, "256 x 256 takes a GPU"),
     ],
 )
@@ -118,7 +118,7 @@ def test_batches_and_steps_stay_within_the_pictures_and_the_table(size, pictures
         batch, _ = choose_batch_size(schedule, facts, contrastive=stage == "clip")
         steps, why = choose_steps(schedule, facts, batch)
         assert 1 < batch <= min(schedule.batch, pictures / (2 if stage == "clip" else 1))
-        assert schedule.least <= steps <= schedule.most and f"{pictures:,} pictures" in why
+        assert schedule.least <= steps <= schedule.most and f"{pictures:,} images" in why
         if schedule.least < steps < schedule.most:
             assert steps * batch / pictures == pytest.approx(schedule.passes, rel=0.06)
 
@@ -132,7 +132,7 @@ def test_facts_are_those_of_the_manifest(shapes):
 
 def test_few_pictures_are_warned_of_and_many_are_not():
     few, many = ("\n".join(compose_recipe(Path("run"), facts, CPU).lines) for facts in (FEW, EMOJI))
-    assert "warning: 32 pictures are few" in few and "--clip ViT-B-32:laion2b_s34b_b79k" in few
+    assert "warning: 32 images are few" in few and "--clip ViT-B-32:laion2b_s34b_b79k" in few
     assert "warning" not in many and "advice" not in many
 
 
@@ -157,7 +157,7 @@ def test_models_of_a_folder_are_taken_as_they_are(runs, tmp_path):
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """12 pictures with captions, one without."""
+    """12 images with captions, one without."""
     folder = tmp_path / "photos"
     folder.mkdir()
     for i in range(13):
@@ -172,7 +172,7 @@ def test_init_checks_the_data_first_and_says_what_to_do_next(monkeypatch, capsys
     command = ["init", "runs/my photos", "--data", "photos", "--device", "cpu", "--held-out", 0.0]
     status, out, err = run(monkeypatch, capsys, *command)
     assert status == 0, err
-    assert "no_caption: 1 x" in out and "for 12 pictures to train on" in out and "nothing is held out" in out
+    assert "no_caption: 1 x" in out and "for 12 images to train on" in out and "nothing is held out" in out
     assert "next: t2i train all 'runs/my photos' --dry-run" in out
     assert (photos / "t2i/manifest.parquet").is_file()
     assert sorted(path.name for path in Path("runs/my photos").iterdir()) == sorted(f"{s}.yaml" for s in STAGES)
@@ -180,7 +180,7 @@ def test_init_checks_the_data_first_and_says_what_to_do_next(monkeypatch, capsys
     assert configs["decoder"].sample.prior == "runs/my photos/prior" and configs["prior"].data.path == "photos"
     for stage in STAGES:  # every line that was chosen says why
         text = Path(f"runs/my photos/{stage}.yaml").read_text()
-        assert "image_size: 64 # 128 x 128 takes 2,000 pictures on a CPU, these are 12" in text
+        assert "image_size: 64 # 128 x 128 takes 2,000 images on a CPU, these are 12" in text
     before = {path: path.read_bytes() for path in Path("runs/my photos").iterdir()}
     status, out, err = run(monkeypatch, capsys, *command[:-2])
     assert status == 2 and err == "error: 'runs/my photos' exists and is not overwritten; give a new folder\n"
@@ -224,7 +224,7 @@ def test_too_few_pictures_are_refused(photos):
     for i in range(4, 12):
         (photos / f"{i}.txt").unlink()
     write_manifest(photos, held_out=0, quiet=True)
-    with pytest.raises(InputError, match="has 4 pictures to train on; at least 10 are needed"):
+    with pytest.raises(InputError, match="has 4 images to train on; at least 10 are needed"):
         read_data_facts(str(photos))
 
 

@@ -1,4 +1,4 @@
-"""Text towers trained against all pictures."""
+"""Text towers trained against all images."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a run shows of itself: the right pictures in the right cells, and a run that is the same without them."""
+"""What a run shows of itself: the right images in the right cells, and a run that is the same without them."""
 
 import copy
 import random
@@ -114,7 +114,7 @@ def test_the_frame_tells_which_captions_find_their_picture():
     own = [frames.getpixel((170 + 64 * i + 1, 64 + 16 + 64 * i + 1)) for i in range(3)]
     assert own == [GREEN, RED, GREEN]
     blank = build_similarity_matrix(torch.full((3, 3), torch.nan), [], captions, "cosine")
-    assert blank.height == frames.height - 64  # no pictures above
+    assert blank.height == frames.height - 64  # no images above
 
 
 def test_values_become_pixels_and_what_is_not_finite_is_black():
@@ -193,7 +193,7 @@ def test_the_grid_has_a_row_for_each_stage_at_hand(columns, pipeline):
     assert whole.height - alone.height == 96 + 8  # the row of the prior
     assert whole.width - alone.width == 96 + 8  # the column of the prompt, which the prior alone can draw
     blind = PreviewInput(columns.captions, columns.text, columns.z_i, None)
-    assert alone.height - draw_decoder_preview(blind, config, stages).height == 96 + 8  # the row of the pictures
+    assert alone.height - draw_decoder_preview(blind, config, stages).height == 96 + 8  # the row of the images
     prompts = PreviewInput(["a cat"], columns.text.map_tensors(lambda tensor: tensor[:1]), torch.zeros(0, 32), None)
     assert draw_decoder_preview(prompts, config, stages) is None and draw_prior_preview(prompts, z_i[:1]) is None
     assert draw_decoder_preview(prompts, config, stages, z_i[:1]).width == 120 + 96 + 2 * 8
@@ -225,10 +225,10 @@ def test_weights_that_are_not_finite_stop_nothing_and_are_named(columns, runs, p
     preview = preview_of(runs, columns, pipeline.clip)
     next(pipeline.prior.parameters()).data.fill_(torch.nan)
     assert preview.preview_prior(pipeline.prior, pipeline.prior_scheduler) == {}
-    assert "sample pictures lack a stage: the prior returned values that are not finite" in caplog.text
+    assert "sample images lack a stage: the prior returned values that are not finite" in caplog.text
     next(pipeline.decoder.parameters()).data.fill_(torch.nan)
     assert preview.preview_decoder(pipeline.decoder, pipeline.decoder_scheduler, lambda: pipeline.autoencoder) == {}
-    assert "sample pictures lack a stage: the decoder returned values that are not finite" in caplog.text
+    assert "sample images lack a stage: the decoder returned values that are not finite" in caplog.text
 
 
 # In a run
@@ -296,7 +296,7 @@ def test_a_stage_that_is_not_trained_yet_is_left_out_until_it_is_there(columns, 
     preview = preview_of(runs, columns, pipeline.clip, prior=str(tmp_path / "prior"))
     parts = (pipeline.decoder, pipeline.decoder_scheduler, lambda: pipeline.autoencoder)
     without = preview.preview_decoder(*parts)["pictures"]
-    assert "sample pictures lack a stage: no trained Prior" in caplog.text
+    assert "sample images lack a stage: no trained Prior" in caplog.text
     shutil.copytree(runs / "prior", tmp_path / "prior")
     assert preview.preview_decoder(*parts)["pictures"].height > without.height
 
@@ -308,7 +308,7 @@ def test_a_stage_that_goes_away_during_the_run_is_left_out_and_named(columns, ru
     whole = preview.preview_decoder(*parts[:2], lambda: parts[2])["pictures"]
     shutil.rmtree(tmp_path / "prior")
     assert preview.preview_decoder(*parts[:2], lambda: parts[2])["pictures"].height < whole.height
-    assert "sample pictures lack a stage: no trained Prior" in caplog.text
+    assert "sample images lack a stage: no trained Prior" in caplog.text
 
 
 @pytest.mark.parametrize(

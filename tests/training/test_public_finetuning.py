@@ -214,7 +214,7 @@ def test_what_was_trained_predicts_the_same_here_and_in_diffusers(kind, trained,
             if kind == "karlo":
                 reference = theirs(x, t, **context.arguments).sample
             else:
-                condition = condition.expand()  # the reference takes a row for each picture
+                condition = condition.expand()  # the reference takes a row for each image
                 added, text = {"image_embeds": condition.embedding}, condition.text
                 added |= {} if text is None else {"text_embeds": text.pooled}
                 reference = theirs(x, t, None if text is None else text.states, added_cond_kwargs=added).sample
@@ -246,7 +246,7 @@ def test_half_of_the_conditions_are_the_null_and_the_others_are_the_pictures_own
     dropped = rows(embeddings, null.embedding[0])
     assert 16 < int(dropped.sum()) < 48 == len(dropped) - 16
     distances = torch.cdist(embeddings[~dropped], null.embedding)
-    assert (distances > 1e-2).all(), "pictures say something else than the null"
+    assert (distances > 1e-2).all(), "images say something else than the null"
     if kind == "prior":
         for condition, null in seen:
             without = rows(condition.embedding, null.embedding[0])

@@ -130,7 +130,7 @@ def test_the_decoders_grid_has_the_row_of_the_prior(story):
 
     with Image.open(story[0] / "run/decoder/samples/pictures-00000003.png") as grid:
         rows = grid.height / grid.width
-    assert rows > 3 / 4  # three rows of two pictures, beside their labels
+    assert rows > 3 / 4  # three rows of two images, beside their labels
 
 
 def test_a_second_run_does_nothing(monkeypatch, capsys, trained):

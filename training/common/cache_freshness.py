@@ -40,7 +40,7 @@ def check_cache_freshness(
 ) -> None:
     """Refuse a cache that was made from other models or data than those named in this configuration.
 
-    pictures: the data sets of `data`, by split; empty if they are not there.
+    images: the data sets of `data`, by split; empty if they are not there.
     """
     # Pairs of what the cache was made with, and what is there now
     pairs: dict[str, tuple[Any, Any]] = {"data.image_size": (cache.made_from["image_size"], data.image_size)}

@@ -1,4 +1,4 @@
-"""Encoded pictures and captions for priors and decoders: from a cache, or by frozen models in every step.
+"""Encoded images and captions for priors and decoders: from a cache, or by frozen models in every step.
 
 Both sources fill the same fields of a batch, so that a loss is the same for both.
 """
@@ -32,7 +32,7 @@ from t2i.texts import wrap_text
 logger = logging.getLogger(__name__)
 
 LoadTextEncoder = Callable[[], TextEncoder]
-MAX_MEASURED_IMAGES = 4096  # pictures encoded for the mean and std of z_i, without a cache
+MAX_MEASURED_IMAGES = 4096  # images encoded for the mean and std of z_i, without a cache
 MAX_COMPONENT_EMBEDS = 16_384  # z_i of a cache from which principal components are computed
 
 
@@ -110,7 +110,7 @@ class FrozenModels:
 
     @torch.no_grad()
     def encode_records(self, keys: list[SampleIndex]) -> Batch:
-        """Encode samples for previews: image_embeds and text, with captions, and with pictures if they are there.
+        """Encode samples for previews: image_embeds and text, with captions, and with images if they are there.
 
         The samples are of the held-out split, or of the training split if there is none.
         """
@@ -215,7 +215,7 @@ class CachedEncodings:
         # A data set of its own, because that of the training may lack CLIP's encoding of the captions
         cached = CachedPairs(self.dataset.folder, self.preview_split, latents=False)
         batch = cached.__getitems__(keys)
-        # Captions and pictures, from the data if they are there
+        # Captions and images, from the data if they are there
         names = [cached.get_sample_key(index) for index, _ in keys]
         if self.preview_pictures is None:
             batch.captions = names
@@ -223,7 +223,7 @@ class CachedEncodings:
             for (index, _), name in zip(keys, names):
                 if name != (current := self.preview_pictures.get_sample_key(index)):
                     raise InputError(
-                        f"the cache {str(cached.folder)!r} is stale: its picture {index} of {self.preview_split} is "
+                        f"the cache {str(cached.folder)!r} is stale: its image {index} of {self.preview_split} is "
                         f"{name!r}, in the data {current!r}; make a new one"
                     )
             records = self.preview_pictures.__getitems__(keys)
@@ -263,7 +263,7 @@ def open_encodings(
 ) -> EncodingSource:
     """Open the data of a prior or a decoder.
 
-    Pictures are encoded by `clip`, and by `autoencoder` if it is given. Captions are encoded if `reads_captions`: by
+    Images are encoded by `clip`, and by `autoencoder` if it is given. Captions are encoded if `reads_captions`: by
     the text encoder if there is one, else by `clip`.
 
     Raises InputError for a cache that lacks some of these encodings, or was made from other models or data.

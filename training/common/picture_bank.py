@@ -1,4 +1,4 @@
-"""The embeddings of all training pictures, with which a text tower is compared at once."""
+"""The embeddings of all training images, with which a text tower is compared at once."""
 
 import torch
 import torch.nn.functional as F
@@ -13,14 +13,14 @@ MAX_BANK_IMAGES = 100_000  # every step compares its captions with all of them
 
 
 class PictureBank:
-    """z_i of every picture of a data set, and the pictures of each phrase of their captions and keywords.
+    """z_i of every image of a data set, and the images of each phrase of their captions and keywords.
 
-    A picture is right for a caption if it has all phrases of the caption. Raises InputError for too many pictures.
+    An image is right for a caption if it has all phrases of the caption. Raises InputError for too many images.
     """
 
     def __init__(self, clip: CLIP, dataset: CaptionedPictures):
         if len(dataset) > MAX_BANK_IMAGES:
-            raise InputError(f"text_only=true takes at most {MAX_BANK_IMAGES:,} pictures, these are {len(dataset):,}")
+            raise InputError(f"text_only=true takes at most {MAX_BANK_IMAGES:,} images, these are {len(dataset):,}")
         device = clip.device
         with torch.no_grad():
             images = dataset.iterate_images(len(dataset), batch_size=64)
@@ -31,7 +31,7 @@ class PictureBank:
                 self.pictures_by_phrase.setdefault(normalize_text(phrase), set()).add(index)
 
     def find_right_pictures(self, phrases: list[list[str]]) -> Tensor:
-        """Return the probability of each picture for the phrases of each caption, (B, N): equal for all right ones."""
+        """Return the probability of each image for the phrases of each caption, (B, N): equal for all right ones."""
         right = torch.zeros(len(phrases), len(self.z_i), device=self.z_i.device)
         for row, parts in zip(right, phrases):
             found = set.intersection(*(self.pictures_by_phrase[normalize_text(part)] for part in parts))
@@ -39,7 +39,7 @@ class PictureBank:
         return right
 
     def compute_loss(self, z_t: Tensor, scale: Tensor, phrases: list[list[str]]) -> dict[str, Tensor]:
-        """Return the cross-entropy of the right pictures among all, and the fraction of captions that find one.
+        """Return the cross-entropy of the right images among all, and the fraction of captions that find one.
 
         z_t: (B, D), float32, unit length. scale: (), of the logits.
         """

@@ -51,7 +51,7 @@ Result = TypeVar("Result")
 @dataclass
 class SampleConfig:
     count: int = 8  # samples of the data, a column each
-    prompts: list[str] = field(default_factory=list)  # further columns, without a true picture
+    prompts: list[str] = field(default_factory=list)  # further columns, without a true image
     seed: int = 0  # of the first column; the next column has the next seed
     prior: str | None = None  # folder of a trained prior, for images in the previews of a decoder
     decoder: str | None = None  # folder of a trained decoder, for images in the previews of a prior, ...
@@ -121,7 +121,7 @@ def choose_fixed_keys(size: int, count: int) -> list[SampleIndex]:
 
 @dataclass
 class PreviewInput:
-    """Input of a preview: N captions, of which the first K have true pictures. Floating-point tensors are fp32."""
+    """Input of a preview: N captions, of which the first K have true images. Floating-point tensors are fp32."""
 
     captions: list[str]
     text: TextEncoding  # of the N captions
@@ -155,20 +155,20 @@ def encode_preview_input(source: EncodingSource, config: SampleConfig) -> Previe
 
 @torch.no_grad()
 def draw_autoencoder_preview(autoencoder: Autoencoder, pictures: Tensor) -> Image:
-    """Draw pictures, (K, 3, H, W) in [-1, 1], their reconstructions, and the PSNR of those in dB."""
+    """Draw images, (K, 3, H, W) in [-1, 1], their reconstructions, and the PSNR of those in dB."""
     pictures = pictures.to(autoencoder.device)
     decoded = apply_in_batches(lambda part: autoencoder.decode(autoencoder.encode(part)).float(), pictures)
-    psnr = 10 * torch.log10(4 / (decoded.clamp(-1, 1) - pictures).square().mean(dim=(1, 2, 3)))  # pictures span 2
+    psnr = 10 * torch.log10(4 / (decoded.clamp(-1, 1) - pictures).square().mean(dim=(1, 2, 3)))  # images span 2
     rows = {"picture": to_pil_images(pictures), "reconstruction": to_pil_images(decoded)}
     return build_labelled_rows(rows, [f"{value:.1f} dB" for value in psnr.tolist()])
 
 
 @torch.no_grad()
 def draw_clip_preview(clip: CLIP, pictures: Tensor, captions: list[str]) -> Image:
-    """Draw the cosines of every caption with every picture, (K, 3, H, W); `clip` has its tokenizer."""
+    """Draw the cosines of every caption with every image, (K, 3, H, W); `clip` has its tokenizer."""
     z_i = apply_in_batches(clip.encode_image, pictures.to(clip.device))
     z_t = clip.encode_text(captions).embedding
-    return build_similarity_matrix(z_t @ z_i.T, to_pil_images(pictures), captions, "cosine of caption and picture")
+    return build_similarity_matrix(z_t @ z_i.T, to_pil_images(pictures), captions, "cosine of caption and image")
 
 
 @torch.no_grad()
@@ -211,7 +211,7 @@ def iterate_columns(
 def draw_decoder_preview(
     columns: PreviewInput, config: SampleConfig, pipeline: UnCLIPPipeline, prior_z_i: Tensor | None = None
 ) -> Image | None:
-    """Draw the true pictures, the decoder's images of the true z_i, and those of the prior's z_i, (N, D), if given.
+    """Draw the true images, the decoder's images of the true z_i, and those of the prior's z_i, (N, D), if given.
 
     The first bad row of the last two shows which stage is bad. None if there is nothing to draw from: prompts without
     a prior.
@@ -349,7 +349,7 @@ def skip_failure(function: Callable[[], Result]) -> Result | None:
     try:
         return function()
     except ValueError as error:  # InputError is one
-        logger.warning("sample pictures lack a stage: %s", error)
+        logger.warning("sample images lack a stage: %s", error)
         return None
 
 

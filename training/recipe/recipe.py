@@ -75,7 +75,7 @@ def check_run_folder(run: Path, data: str) -> None:
     if run.exists() and not (run.is_dir() and not any(run.iterdir())):
         raise InputError(f"{str(run)!r} exists and is not overwritten; give a new folder")
     if Path(data).is_dir() and run.resolve().is_relative_to(Path(data).resolve()):
-        raise InputError(f"{str(run)!r} lies in the data {data!r}, where its pictures would be taken for data")
+        raise InputError(f"{str(run)!r} lies in the data {data!r}, where its images would be taken for data")
     for name in (str(run), data):
         if "${" in name or name == "???" or not name.isprintable():
             raise InputError(f"{name!r} contains characters that a configuration cannot store; give another name")
@@ -88,11 +88,11 @@ def check_run_folder(run: Path, data: str) -> None:
 def read_data_facts(path: str, clip: str | None = None) -> DataFacts:
     """Read the facts from a manifest, with the lengths of captions for a CLIP; None for one that will be trained.
 
-    Raises InputError if there is no manifest, or if there are too few pictures to train on.
+    Raises InputError if there is no manifest, or if there are too few images to train on.
     """
     dataset = CaptionedPictures(DataConfig(path))
     if len(dataset) < MIN_IMAGES:
-        raise InputError(f"{path!r} has {len(dataset)} pictures to train on; at least {MIN_IMAGES} are needed")
+        raise InputError(f"{path!r} has {len(dataset)} images to train on; at least {MIN_IMAGES} are needed")
     # All splits, for counts and sizes; the data set above is the training split alone
     columns = ["width", "height", "captions", "keywords"]
     accepted = [("status", "=", STATUS_OK)]
@@ -176,12 +176,12 @@ def compose_recipe(
     }
     reasons = {"image_size": why_side, "num_workers": why_workers, "variations": "each has one caption"}
     if facts.variations > 1:
-        reasons["variations"] = "draws of a picture's captions and keywords stand for the endless ones"
+        reasons["variations"] = "draws of an image's captions and keywords stand for the endless ones"
 
     # One file a stage, and a line about each
     lines = [
-        f"{run}: for {facts.pictures:,} pictures to train on and {facts.held_out:,} held out, on {device}",
-        f"  pictures     {side} x {side}: {why_side}",
+        f"{run}: for {facts.pictures:,} images to train on and {facts.held_out:,} held out, on {device}",
+        f"  images     {side} x {side}: {why_side}",
     ]
     files: dict[str, str] = {}
     for stage in stages:
@@ -211,11 +211,11 @@ def choose_models(size: RecipeSize, facts: DataFacts, clip: str | None) -> dict[
 
 
 def choose_workers(facts: DataFacts, device: Device) -> ExplainedValue:
-    """Choose the number of processes that decode pictures."""
+    """Choose the number of processes that decode images."""
     if device.kind == "cuda":
-        return min(8, device.cores), "processes that decode pictures, so that the GPU does not wait"
+        return min(8, device.cores), "processes that decode images, so that the GPU does not wait"
     if facts.side > 512:
-        return min(2, device.cores), f"processes that decode, for pictures of {facts.side} pixels take long"
+        return min(2, device.cores), f"processes that decode, for images of {facts.side} pixels take long"
     return 0, "decoding takes little beside training on a CPU"
 
 
@@ -271,7 +271,7 @@ def format_advice(facts: DataFacts, clip: str | None) -> list[str]:
     lines = []
     if facts.pictures < FEW_IMAGES:
         lines.append(
-            f"warning: {facts.pictures} pictures are few: expect soft images that resemble one of them, and no effect "
+            f"warning: {facts.pictures} images are few: expect soft images that resemble one of them, and no effect "
             "of words that their captions lack"
         )
     if facts.pictures < MEDIUM.cpu_pictures and clip is None:

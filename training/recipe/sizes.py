@@ -26,7 +26,7 @@ class DataFacts:
     side: int  # median short side, in pixels
     caption_tokens: int  # 95 of 100 captions have at most this many
     captions: int  # in all
-    variations: int  # captions that training can draw for a picture
+    variations: int  # captions that training can draw for an image
     caption_lengths: tuple[int, ...] = ()  # tokens of measured captions, by the tokenizer of CLIP if that is known
 
 
@@ -48,7 +48,7 @@ class StageSchedule:
     """Length and learning rate of a stage's training."""
 
     batch: int  # at most
-    passes: int  # times that each picture is seen
+    passes: int  # times that each image is seen
     least: int  # steps
     most: int  # steps
     rate: float
@@ -81,7 +81,7 @@ def choose_vocabulary_size(captions: int) -> int:
 
 
 def choose_recipe_size(facts: DataFacts, device: Device, image_size: int | None) -> tuple[RecipeSize, int, str]:
-    """Return the row of the table, the side of the pictures in pixels, and the reason for this side."""
+    """Return the row of the table, the side of the images in pixels, and the reason for this side."""
     if image_size is not None:
         check_choice("image-size", image_size, IMAGE_SIZES)
         # The largest models that were made for at most this side
@@ -105,9 +105,9 @@ def find_obstacle(size: RecipeSize, facts: DataFacts, device: Device) -> str:
         return f"{pixels} takes a GPU"
     if facts.pictures < least_pictures:
         place = "a CPU" if on_cpu else "a GPU"
-        return f"{pixels} takes {least_pictures:,.0f} pictures on {place}, these are {facts.pictures:,}"
+        return f"{pixels} takes {least_pictures:,.0f} images on {place}, these are {facts.pictures:,}"
     if facts.side < size.image_size:
-        return f"half of the pictures are smaller than {pixels}"
+        return f"half of the images are smaller than {pixels}"
     if device.memory < size.memory or (on_cpu and device.cores < 2):
         needed = "two cores and" if on_cpu else "a GPU with"
         return f"{pixels} takes {needed} {size.memory:g} GB, this is {device}"
@@ -119,13 +119,13 @@ def choose_context_length(facts: DataFacts) -> int:
 
 
 def choose_batch_size(schedule: StageSchedule, facts: DataFacts, contrastive: bool) -> ExplainedValue:
-    """Choose a power of two that is at most the number of pictures; half of it for a contrastive loss."""
+    """Choose a power of two that is at most the number of images; half of it for a contrastive loss."""
     limit = facts.pictures // 2 if contrastive else facts.pictures
     batch = min(schedule.batch, 2 ** int(math.log2(limit)))
     if contrastive:
-        why, bound = "pictures of a step, told apart by their captions", f"at most half of the {facts.pictures:,}"
+        why, bound = "images of a step, told apart by their captions", f"at most half of the {facts.pictures:,}"
     else:
-        why, bound = "pictures a step", f"not more than the {facts.pictures:,}"
+        why, bound = "images a step", f"not more than the {facts.pictures:,}"
     return batch, why if batch == schedule.batch else f"{why}; {bound}"
 
 
@@ -135,7 +135,7 @@ def choose_steps(schedule: StageSchedule, facts: DataFacts, batch: int) -> Expla
     ideal = schedule.passes * facts.pictures / batch
     steps = min(max(round_to_two_digits(ideal), schedule.least), schedule.most)
     times = steps * batch / facts.pictures
-    seen = f"each of {facts.pictures:,} pictures is seen {times:,.{0 if times > 10 else 1}f} times"
+    seen = f"each of {facts.pictures:,} images is seen {times:,.{0 if times > 10 else 1}f} times"
     if ideal < schedule.least:
         return steps, f"the least; {seen}"
     return steps, seen if ideal <= schedule.most else f"{seen}; more steps will make it better"

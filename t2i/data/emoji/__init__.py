@@ -1,1 +1,1 @@
-"""The emoji of Unicode as a data set: pictures, names, and keywords from public lists."""
+"""The emoji of Unicode as a data set: images, names, and keywords from public lists."""

@@ -1,4 +1,4 @@
-"""Folders of pictures that a metadata.jsonl, .csv or .parquet lists."""
+"""Folders of images that a metadata.jsonl, .csv or .parquet lists."""
 
 import csv
 import json
@@ -73,7 +73,7 @@ def open_metadata(root: Path, files: list[Path], notes: SourceNotes, columns: Co
             if isinstance(sample.problem, LookalikeName):
                 left.difference_update(sample.problem.alike)
             yield sample
-        # Pictures that no row lists are rejected, not forgotten
+        # Images that no row lists are rejected, not forgotten
         for name in sorted(left):
             sample = build_file_sample(name)
             sample.problem = sample.problem or RejectedSample(Reason.no_caption, "the metadata does not list it")

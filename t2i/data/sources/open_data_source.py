@@ -1,7 +1,7 @@
 """Choice of the source: a folder with text files or metadata, tars, Parquet files, or a data set on the hub.
 
-A source yields samples: the captions of a picture, and its place as a file, an offset and a size, so that pictures of
-all sources are read in the same way. No picture is decoded here.
+A source yields samples: the captions of an image, and its place as a file, an offset and a size, so that images of
+all sources are read in the same way. No image is decoded here.
 """
 
 import os
@@ -43,13 +43,13 @@ def open_data_source(name: str, columns: Columns) -> Source:
     if parquet.is_saved_dataset(path):
         return parquet.open_saved_dataset(path, columns)
 
-    # A folder, by the files in it. Metadata comes first: it lists pictures that may have text files beside them.
+    # A folder, by the files in it. Metadata comes first: it lists images that may have text files beside them.
     files = list(walk_files(path, notes := SourceNotes()))
     if any(file.name in METADATA_FILES for file in files):
         return open_metadata(path, files, notes, columns)
     shards = [file for file in files if tars.is_tar(file)]
     tables = [file for file in files if file.suffix.lower() == ".parquet"]
-    pairs = has_pairs(files)  # if so, tars and tables without pictures are ignored
+    pairs = has_pairs(files)  # if so, tars and tables without images are ignored
     if shards and (not pairs or any(map(tars.has_images, shards))):
         return tars.open_tars(path, files, columns, notes)
     if tables and (not pairs or any(map(parquet.has_image_column, tables))):

@@ -1,6 +1,6 @@
-"""Parquet files and data sets on the hub, with the pictures' bytes in a column.
+"""Parquet files and data sets on the hub, with the images' bytes in a column.
 
-Parquet compresses pages of many rows, so pictures cannot be read from it by offset. Arrow files contain the bytes as
+Parquet compresses pages of many rows, so images cannot be read from it by offset. Arrow files contain the bytes as
 they are: Parquet files are copied into Arrow files beside the manifest, and `datasets` caches data sets as Arrow files.
 """
 
@@ -84,7 +84,7 @@ def open_table(path: Path) -> pq.ParquetFile:
 
 
 def choose_columns(schema: pa.Schema, columns: Columns, table: Path | str) -> Columns:
-    """Choose the columns of picture, caption and label: those given, else by type and name. Raises InputError."""
+    """Choose the columns of image, caption and label: those given, else by type and name. Raises InputError."""
     pictures = [column.name for column in schema if is_bytes_type(column.type)]
     if columns.image is not None:
         image = choose_column("image", columns.image, (), schema.names, table)
@@ -92,21 +92,21 @@ def choose_columns(schema: pa.Schema, columns: Columns, table: Path | str) -> Co
             kind = schema.field(image).type
             raise InputError(f"column {image!r} of {str(table)!r} has the type {kind}; it must contain bytes")
     elif not pictures:
-        raise InputError(f"no column of {str(table)!r} contains pictures; its columns: {', '.join(schema.names)}")
+        raise InputError(f"no column of {str(table)!r} contains images; its columns: {', '.join(schema.names)}")
     else:
-        # A single column of bytes is the picture whatever its name
+        # A single column of bytes is the image whatever its name
         image = pictures[0] if len(pictures) == 1 else choose_column("image", None, IMAGE_COLUMNS, pictures, table)
     return replace(columns.choose_texts(schema.names, table), image=image)
 
 
 def is_bytes_type(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):  # `datasets` stores a picture as a struct of bytes and path
+    if pa.types.is_struct(kind):  # `datasets` stores an image as a struct of bytes and path
         return kind.get_field_index("bytes") >= 0 and is_bytes_type(kind.field("bytes").type)
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
 def list_used_columns(schema: pa.Schema, columns: Columns) -> list[str]:
-    """Return the names of the columns in use: the picture's, the caption's, and others that the table has."""
+    """Return the names of the columns in use: the image's, the caption's, and others that the table has."""
     assert columns.image and columns.caption
     others = [name for name in (*columns.labels, *OPTIONAL_COLUMNS) if name in schema.names]
     return [columns.image, *dict.fromkeys([columns.caption, *others])]
@@ -135,7 +135,7 @@ def copy_rows(table: Path, columns: Columns, copy: Path) -> None:
 
 
 def open_hub(name: str, columns: Columns) -> Source:
-    """Return the source of a data set on the hub, without decoding its pictures."""
+    """Return the source of a data set on the hub, without decoding its images."""
     if not name:
         raise InputError("the name after hub: is empty; give hub:ORGANISATION/NAME")
     import datasets
@@ -161,7 +161,7 @@ def is_saved_dataset(folder: Path) -> bool:
 
 
 def open_saved_dataset(root: Path, columns: Columns) -> Source:
-    """Return the source of a folder that `save_to_disk` of `datasets` wrote, without decoding its pictures."""
+    """Return the source of a folder that `save_to_disk` of `datasets` wrote, without decoding its images."""
     splits = [""]
     if (root / SPLITS_FILE).is_file():
         splits = read_json(root / SPLITS_FILE).get("splits") or []
@@ -206,7 +206,7 @@ def open_arrow(path: Path) -> pa.RecordBatchStreamReader:
 def index_arrow_rows(
     path: Path, root: Path, name: str, columns: Columns, split: str | None, notes: SourceNotes
 ) -> Iterator[Sample]:
-    """Yield the samples of an Arrow file, with the offset of each picture's bytes in it."""
+    """Yield the samples of an Arrow file, with the offset of each image's bytes in it."""
     file = path.relative_to(root).as_posix()
     buffer = pa.memory_map(str(path)).read_buffer()
     notes.containers[file] = buffer.size
@@ -220,7 +220,7 @@ def index_arrow_rows(
             try:
                 if isinstance(row, RejectedSample):
                     raise row
-                # Before the captions, so that a row without a picture counts as that
+                # Before the captions, so that a row without an image counts as that
                 check_cell_bytes(picture)
                 sample.file, (sample.offset, sample.size) = file, place
                 sample.read_row(row, columns, split)

@@ -19,7 +19,7 @@ SUPPORTED_SUFFIXES = {
     ".avif", ".bmp", ".gif", ".heic", ".heif", ".hif", ".jfif", ".jpe", ".jpeg", ".jpg", ".jxl", ".pgm", ".png", ".ppm",
     ".tif", ".tiff", ".webp",
 }  # fmt: skip
-# Pictures in formats that are not read. Samples with them are rejected without opening the file.
+# Images in formats that are not read. Samples with them are rejected without opening the file.
 UNSUPPORTED_SUFFIXES = {
     ".ai", ".arw", ".cr2", ".cr3", ".dng", ".eps", ".exr", ".ico", ".jp2", ".nef", ".orf", ".pdf",
     ".ps", ".psd", ".raf", ".rw2", ".svg", ".svgz", ".tga", ".wmf", ".xcf",
@@ -31,14 +31,14 @@ OTHER_CAPTION_COLUMNS = ("prompt", "prompts", "description", "alt_text", "alt") 
 HELD_OUT_NAMES = {"held_out", "test", "validation", "valid", "val", "dev", "eval"}
 
 MAX_CAPTION_LENGTH = 4_096  # characters
-MAX_TEXT_SIZE = 65_536  # bytes of a text file; characters of all captions, or of all keywords, of a picture
+MAX_TEXT_SIZE = 65_536  # bytes of a text file; characters of all captions, or of all keywords, of an image
 MAX_NAME_LENGTH = 1_024
 MAX_IMAGE_BYTES = 2**28
 
 
 @dataclass
 class Sample:
-    """The place of a picture and its captions, or the problem that rejects it."""
+    """The place of an image and its captions, or the problem that rejects it."""
 
     key: str
     file: str = ""  # relative to the source's root, POSIX
@@ -67,7 +67,7 @@ class SourceNotes:
 
     ignored: Counter[str] = field(default_factory=Counter)  # files by suffix
     shards: list[str] = field(default_factory=list)  # a line for each problem
-    containers: dict[str, int] = field(default_factory=dict)  # files with many pictures: sizes in bytes
+    containers: dict[str, int] = field(default_factory=dict)  # files with many images: sizes in bytes
 
     def count_ignored(self, files: Iterable[Path]) -> None:
         self.ignored.update(file.suffix.lower() or "no suffix" for file in files)
@@ -112,7 +112,7 @@ def is_image_file(file: Path) -> bool:
 
 
 def build_file_sample(name: str) -> Sample:
-    """Return the sample of a picture in a file of its own."""
+    """Return the sample of an image in a file of its own."""
     try:
         key = check_name(name)
     except RejectedSample as error:
@@ -283,7 +283,7 @@ def open_inside_root(root: Path, name: str) -> BinaryIO:
 
 
 def read_range(root: Path, name: str, offset: int, size: int | None) -> bytes:
-    """Return the bytes of a picture; `size` None: of the whole file. Raises RejectedSample."""
+    """Return the bytes of an image; `size` None: of the whole file. Raises RejectedSample."""
     if size is not None and size > MAX_IMAGE_BYTES:
         raise RejectedSample(Reason.too_many_bytes, f"{size:,}")
     with open_inside_root(root, name) as file:

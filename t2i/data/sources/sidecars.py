@@ -1,4 +1,4 @@
-"""Folders of pictures with a text file beside each: name.png with name.txt, name.caption or name.png.txt."""
+"""Folders of images with a text file beside each: name.png with name.txt, name.caption or name.png.txt."""
 
 import unicodedata
 from collections import Counter, defaultdict
@@ -26,12 +26,12 @@ from t2i.errors import InputError
 
 
 def open_sidecars(root: Path, files: list[Path], notes: SourceNotes, columns: Columns) -> Source:
-    """Return the source of a folder of pictures with text files. Each line of a text file is a caption."""
-    columns.check_unset("image", "caption", "label", reason="pictures with text files have no columns")
+    """Return the source of a folder of images with text files. Each line of a text file is a caption."""
+    columns.check_unset("image", "caption", "label", reason="images with text files have no columns")
     names = [file.relative_to(root).as_posix() for file in files if is_image_file(file)]
     if not names:
-        kinds = "name.png with name.txt, pictures with metadata.jsonl or .csv, .tar files, or .parquet files"
-        raise InputError(f"no pictures in {str(root)!r}; it can contain {kinds}")
+        kinds = "name.png with name.txt, images with metadata.jsonl or .csv, .tar files, or .parquet files"
+        raise InputError(f"no images in {str(root)!r}; it can contain {kinds}")
     pairs = pair_names(names, [file.relative_to(root).as_posix() for file in files if is_text_file(file)])
     notes.count_ignored(file for file in files if file.suffix.lower() not in (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES))
 
@@ -45,7 +45,7 @@ def open_sidecars(root: Path, files: list[Path], notes: SourceNotes, columns: Co
                 except RejectedSample as error:
                     sample.problem = error
             yield sample
-        # Text files without a picture are rejected samples, so that nothing is lost silently
+        # Text files without an image are rejected samples, so that nothing is lost silently
         for name in pairs.lone:
             yield Sample(escape_name(name), problem=RejectedSample(Reason.no_picture))
 
@@ -57,22 +57,22 @@ def is_text_file(file: Path) -> bool:
 
 
 def has_pairs(files: list[Path]) -> bool:
-    """Return True if any picture has a text file of its name."""
+    """Return True if any image has a text file of its name."""
     names = (file.as_posix() for file in files if is_image_file(file))
     return bool(pair_names(names, [file.as_posix() for file in files if is_text_file(file)]).texts)
 
 
 @dataclass
 class NamePairs:
-    """Pictures and text files that belong together, by their names."""
+    """Images and text files that belong together, by their names."""
 
-    texts: dict[str, str]  # the text file of a picture
-    uses: Counter[str]  # the number of pictures of a text file
-    alike: dict[str, str]  # for a picture without a text file: one whose name looks like that of its text file
-    lone: list[str]  # text files without a picture
+    texts: dict[str, str]  # the text file of an image
+    uses: Counter[str]  # the number of images of a text file
+    alike: dict[str, str]  # for an image without a text file: one whose name looks like that of its text file
+    lone: list[str]  # text files without an image
 
     def find_text(self, name: str) -> str:
-        """Return the name of a picture's text file. Raises RejectedSample if there is none, or others share it."""
+        """Return the name of an image's text file. Raises RejectedSample if there is none, or others share it."""
         stem = Path(name).stem
         if name in self.alike:
             detail = f"{describe_names(name, self.alike[name])}: their names differ"
@@ -80,12 +80,12 @@ class NamePairs:
         if name not in self.texts:
             raise RejectedSample(Reason.no_caption, f"no {stem}.txt")
         if (count := self.uses[self.texts[name]]) > 1:
-            raise RejectedSample(Reason.repeated_key, f"{count} pictures {stem} with one text file")
+            raise RejectedSample(Reason.repeated_key, f"{count} images {stem} with one text file")
         return self.texts[name]
 
 
 def pair_names(names: Iterable[str], texts: list[str]) -> NamePairs:
-    """Pair pictures and text files: name.png with name.png.txt, or else with name.txt.
+    """Pair images and text files: name.png with name.png.txt, or else with name.txt.
 
     Names in the same spelling come first, and .txt before .caption.
     """
@@ -95,9 +95,9 @@ def pair_names(names: Iterable[str], texts: list[str]) -> NamePairs:
         for spelling in dict.fromkeys((stem, unicodedata.normalize("NFC", stem), fold_name(stem))):
             by_stem[spelling].append(text)
 
-    # Each picture gets the first text file under one of its names
+    # Each image gets the first text file under one of its names
     found: dict[str, str] = {}
-    used: set[str] = set()  # by any picture, as its text file or as one that comes later
+    used: set[str] = set()  # by any image, as its text file or as one that comes later
     without = []
     for name in names:
         stem = remove_suffix(name)
@@ -109,7 +109,7 @@ def pair_names(names: Iterable[str], texts: list[str]) -> NamePairs:
         else:
             without.append(name)
 
-    # Of the others, name what looks alike; such a picture and text file count as one sample
+    # Of the others, name what looks alike; such an image and text file count as one sample
     lone = [text for text in texts if text not in used]
     by_look = {fold_look(remove_suffix(text)): text for text in lone}
     looks = {name: by_look.get(fold_look(remove_suffix(name))) for name in without}

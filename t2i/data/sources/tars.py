@@ -1,7 +1,7 @@
 """WebDataset tars, as img2dataset writes them: indexed once, never unpacked, read by offset.
 
 The key of a member is its name up to the first dot of the last part. Members are grouped by key, within one shard:
-whatever is missing or damaged, a caption is never paired with the picture of another key.
+whatever is missing or damaged, a caption is never paired with the image of another key.
 """
 
 import json
@@ -55,7 +55,7 @@ def is_compressed(file: Path) -> bool:
 
 
 def has_images(file: Path) -> bool:
-    """Return True if a tar contains a picture, or is compressed, for then it is refused later."""
+    """Return True if a tar contains an image, or is compressed, for then it is refused later."""
     if is_compressed(file):
         return True
     try:
@@ -69,7 +69,7 @@ def has_images(file: Path) -> bool:
 
 def open_tars(root: Path, files: list[Path], columns: Columns, notes: SourceNotes | None = None) -> Source:
     """Return the source of shards with captions in .txt or .json. Raises InputError for a compressed shard."""
-    columns.check_unset("image", reason="tars contain pictures as files")
+    columns.check_unset("image", reason="tars contain images as files")
     columns.check_unset("label", reason="tars contain no labels")
     notes = notes or SourceNotes()
     shards = [file for file in files if is_tar(file)]
@@ -197,7 +197,7 @@ class TarShard:
         if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
             self.notes.ignored["links and devices in tars"] += 1
             return
-        # The key ends at the first dot, the suffix begins at the last: cat.seg.png is a picture of the key cat
+        # The key ends at the first dot, the suffix begins at the last: cat.seg.png is an image of the key cat
         stem, _, suffixes = path.name.partition(".")
         suffix = PurePosixPath("x." + suffixes.lower()).suffix
         if suffix not in (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES, ".json") or not stem:
@@ -232,7 +232,7 @@ class TarShard:
                     raise RejectedSample(Reason.unsupported_format, PurePosixPath(group.picture.name).suffix)
                 sample.file, sample.offset, sample.size = self.name, group.picture.offset_data, group.picture.size
                 if sample.offset + sample.size > self.size:
-                    raise RejectedSample(Reason.truncated, "the shard ends within the picture")
+                    raise RejectedSample(Reason.truncated, "the shard ends within the image")
                 sample.captions = self.read_captions(group, column)
             except RejectedSample as error:
                 sample.problem = error

@@ -96,7 +96,7 @@ class CLIPTokenizer(BaseTokenizer):
         check_integer(f"model_max_length in {str(folder)!r}", length, 3, MAX_CONTEXT_LENGTH)
         with explain_tokenizer_errors(folder):
             tokenizer = cls(vocab, merges, length, **special)
-            tokenizer(["", "a picture"])  # some damage shows only in use
+            tokenizer(["", "an image"])  # some damage shows only in use
         return tokenizer
 
     def save(self, folder: Path) -> None:

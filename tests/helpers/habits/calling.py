@@ -100,7 +100,7 @@ def draw_a_list(pipe: Any) -> None:
     same(several[3:], pipe("a dog", "blue", generator=seeds(4), **QUICK).images)
 
 
-@differs("one `generator` for several pictures")
+@differs("one `generator` for several images")
 def share_a_generator(pipe: Any) -> None:
     several = draw(pipe, num_images_per_prompt=2)
     same(several[:1], draw(pipe))  # in diffusers, noise of one batch is drawn at once
