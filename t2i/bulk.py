@@ -14,7 +14,7 @@ class BulkJob:
     total: number of inputs. what: their name in the plural, for messages.
     """
 
-    def __init__(self, total: int = 1, what: str = "pictures"):
+    def __init__(self, total: int = 1, what: str = "images"):
         self.total, self.what = total, what
         self.faults: list[str] = []
 

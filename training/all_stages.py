@@ -77,7 +77,7 @@ class Run:
         """Read and check all configurations in a folder. Raises InputError."""
         needed = [name for name in STAGE_SCRIPTS if name not in OPTIONAL_STAGES]
         if missing := [f"{name}.yaml" for name in needed if not (folder / f"{name}.yaml").is_file()]:
-            command = shlex.join(["t2i", "init", str(folder), "--data", "PICTURES"])
+            command = shlex.join(["t2i", "init", str(folder), "--data", "IMAGES"])
             raise InputError(f"{str(folder)!r} has no {', '.join(missing)}; `{command}` writes them")
         run = cls(folder, [read_stage(folder, name) for name in STAGE_SCRIPTS if (folder / f"{name}.yaml").is_file()])
         # Inputs that are missing or have changed

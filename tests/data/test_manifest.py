@@ -190,7 +190,7 @@ def test_a_folder_of_ours_that_holds_the_source_or_anything_else_is_not_replaced
     for source, target, message in (
         (out / "pictures", out, "is or contains the source"),
         (tmp_path / "folder", tmp_path / "folder", "is or contains the source"),
-        (tmp_path / "folder", out, "contains 'images', which no check wrote"),
+        (tmp_path / "folder", out, "contains 'pictures', which no check wrote"),
     ):
         with pytest.raises(InputError, match=message):
             write_manifest(source, target, quiet=True)
