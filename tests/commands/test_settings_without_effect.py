@@ -83,7 +83,7 @@ def test_suggested_commands_can_be_pasted_into_a_shell(tmp_path):
         lambda: find_manifest(folder): ["t2i", "data", "check", str(folder)],
         lambda: refuse_missing_weights(folder / "model.safetensors"): ["t2i", "convert", str(folder / "model.bin")],
         lambda: read_finished_cache(folder): ["t2i", "data", "cache", "FILE.yaml", f"output={folder}"],
-        lambda: Run.read_folder(folder): ["t2i", "init", str(folder), "--data", "PICTURES"],
+        lambda: Run.read_folder(folder): ["t2i", "init", str(folder), "--data", "IMAGES"],
     }
     for function, words in suggestions.items():
         with pytest.raises(InputError) as caught:
