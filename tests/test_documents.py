@@ -35,6 +35,11 @@ def test_the_documents_have_at_most_15_000_words():
     assert sum(len(page.read_text().split()) for page in DOCS) <= 15_000
 
 
+@pytest.mark.parametrize("page", [ROOT / "README.md", *DOCS], ids=name)
+def test_prose_calls_an_image_by_the_word_of_the_public_arguments(page):
+    assert re.findall(r"(?<![\w/.-])pictures?\b(?!\.\w)", page.read_text(), re.IGNORECASE) == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_links_and_pictures_exist(page):
     links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text())

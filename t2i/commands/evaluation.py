@@ -28,7 +28,7 @@ def evaluate_emoji(
 ) -> None:
     """Draw emoji for their captions, and print how good each stage is for each kind, and how many words are right.
 
-    A picture is right if the real emoji nearest to it, by colours and edges, is. The perceptual distance needs the
+    An image is right if the real emoji nearest to it, by colours and edges, is. The perceptual distance needs the
     extra `judge`. Words that people type are in `t2i/evaluation/emoji/words.json`.
     """
     from t2i.checks import check_integer

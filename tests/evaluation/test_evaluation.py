@@ -1,4 +1,4 @@
-"""The emoji score, on pictures whose answer is known."""
+"""The emoji score, on images whose answer is known."""
 
 import json
 import math
@@ -26,9 +26,9 @@ from t2i.evaluation.emoji.real_emoji import WORDS_FILE, RealEmoji, get_key_code,
 
 
 class Copier:
-    """Stands where a pipeline stands and draws the pictures of given captions, whatever it is asked for.
+    """Stands where a pipeline stands and draws the images of given captions, whatever it is asked for.
 
-    Its autoencoder returns every picture as it is; from embeddings, which are the pictures, it draws their negatives.
+    Its autoencoder returns every image as it is; from embeddings, which are the images, it draws their negatives.
     """
 
     device = torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Measures of how much a drawn picture is like a real one."""
+"""Measures of how much a drawn image is like a real one."""
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +12,12 @@ SSIM_WINDOW, SSIM_SIGMA = (
     1.5,
 )  # pixels; and the constants for a dynamic range of 1, all as Wang et al. 2004 have them
 SSIM_CONSTANTS = (0.01**2, 0.03**2)
-MAX_PSNR = 100.0  # dB, of the same picture
+MAX_PSNR = 100.0  # dB, of the same image
 JUDGE_SIDE = 224  # pixels, those of the network's training
 
 
 def compute_pixel_features(images: Tensor) -> Tensor:
-    """Return features, (B, 1152), of pictures (B, 3, H, W) in [-1, 1], to be compared by Euclidean distance.
+    """Return features, (B, 1152), of images (B, 3, H, W) in [-1, 1], to be compared by Euclidean distance.
 
     They are the colours, averaged over a 16 x 16 grid, and the absolute horizontal and vertical gradients of the
     32 x 32 reduction, averaged over an 8 x 8 grid.
@@ -32,15 +32,15 @@ def compute_pixel_features(images: Tensor) -> Tensor:
 
 
 def compute_psnr(images: Tensor, others: Tensor) -> Tensor:
-    """Return the peak signal-to-noise ratio in dB, (B,), at most 100, of pictures (B, 3, H, W) in [-1, 1]."""
+    """Return the peak signal-to-noise ratio in dB, (B,), at most 100, of images (B, 3, H, W) in [-1, 1]."""
     error = (images.double() - others.double()).square().mean(dim=(1, 2, 3))
-    return (10 * torch.log10(4 / error)).clamp(max=MAX_PSNR)  # pictures span 2
+    return (10 * torch.log10(4 / error)).clamp(max=MAX_PSNR)  # images span 2
 
 
 def compute_ssim(images: Tensor, others: Tensor) -> Tensor:
-    """Return the structural similarity, (B,), at most 1, of pictures (B, 3, H, W) in [-1, 1].
+    """Return the structural similarity, (B,), at most 1, of images (B, 3, H, W) in [-1, 1].
 
-    It is the mean over channels and over all windows within the picture (Wang et al. 2004, equation 13).
+    It is the mean over channels and over all windows within the image (Wang et al. 2004, equation 13).
     """
     # Means, variances and covariance under a Gaussian window, in values from 0 to 1
     x, y = ((pictures.double() / 2 + 0.5).flatten(0, 1)[:, None] for pictures in (images, others))
@@ -77,7 +77,7 @@ class PerceptualJudge:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, others: Tensor) -> Tensor:
-        """Return the distances, (B,), from 0 to 4, of pictures (B, 3, H, W) in [-1, 1]."""
+        """Return the distances, (B,), from 0 to 4, of images (B, 3, H, W) in [-1, 1]."""
         return compare_layers(self.extract_layer_features(images), self.extract_layer_features(others))
 
     def extract_layer_features(self, images: Tensor) -> list[Tensor]:

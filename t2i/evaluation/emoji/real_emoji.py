@@ -42,7 +42,7 @@ class RealEmoji:
         self.kinds = read_kinds(find_manifest(Path(folder)), self.records)
         counts = [sum(record.split == split for record in self.records) for split in ("train", "held_out")]
         if not all(counts):
-            raise InputError(f"{counts[0]} training and {counts[1]} held-out pictures; both kinds are needed")
+            raise InputError(f"{counts[0]} training and {counts[1]} held-out images; both kinds are needed")
 
     def choose_captions(self, samples: int | None = None) -> dict[str, list[SampleText]]:
         """Return the captions to draw: "train", which are random ones, "held_out", and those of each kind.
@@ -92,7 +92,7 @@ class RealEmoji:
         return {name: part[:samples] for name, part in questions.items()}
 
     def load_images(self, records: list[SampleText]) -> Tensor:
-        """Return the real pictures, (N, 3, 128, 128) in [-1, 1]."""
+        """Return the real images, (N, 3, 128, 128) in [-1, 1]."""
         return torch.stack([self.dataset.load_image(record.index) for record in records])
 
     @cached_property
@@ -101,7 +101,7 @@ class RealEmoji:
         return torch.cat([compute_pixel_features(self.load_images(self.records[i : i + 256])) for i in starts])
 
     def find_nearest(self, images: Tensor) -> list[SampleText]:
-        """Return the real emoji nearest to each picture, (N, 3, H, W) in [-1, 1], by colours and edges."""
+        """Return the real emoji nearest to each image, (N, 3, H, W) in [-1, 1], by colours and edges."""
         distances = torch.cdist(compute_pixel_features(images), self.features)
         return [self.records[index] for index in distances.argmin(dim=1).tolist()]
 
@@ -116,7 +116,7 @@ def read_kinds(manifest: Path, records: list[SampleText]) -> list[str]:
 
 
 def get_key_code(key: str) -> str:
-    """Return the emoji of a picture's key, such as 1f44b-1f3fb.png, as far as words tell emoji apart."""
+    """Return the emoji of an image's key, such as 1f44b-1f3fb.png, as far as words tell emoji apart."""
     parts = key.removesuffix(".png").split("-")
     try:
         characters = "".join(chr(int(part, 16)) for part in parts)
