@@ -62,7 +62,7 @@ def test_tiles_are_of_the_size_that_is_set_and_need_less_memory(movq: MoVQ) -> N
         for one, other in zip(tiled, whole, strict=True):
             assert one.shape == other.shape and one.dtype == other.dtype
             assert 1e-4 < (one - other).abs().mean() < other.std()  # norms and attention see less
-        # A picture of one tile is decoded as it is
+        # An image of one tile is decoded as it is
         small = latents[..., :4, :4]
         torch.testing.assert_close(movq.decode(small), movq.coder.decode(small, force_not_quantize=True).sample)
         peaks = [count_peak_bytes(movq, lambda model: model.decode(torch.empty(1, 4, 4, 7)))]

@@ -327,7 +327,7 @@ def train_on_pictures_of_a_phone(tmp_path: Path) -> None:
     assert (pictures[2] == 255).all()
 
 
-@differs("a broken picture")
+@differs("a broken image")
 def train_beside_a_broken_picture(tmp_path: Path) -> None:
     put(tmp_path, "one.png")
     put(tmp_path, "two.png")
