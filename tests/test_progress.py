@@ -83,12 +83,12 @@ def test_a_terminal_shows_pictures_steps_and_the_time_that_is_left(clock, use_sc
     screen = use_screen()
     draw(clock, [4, 4])
     shown = [text.split("] ")[1] for text in screen.shown[:-1]]
-    assert shown[:2] == ["0/8 pictures", "0/8 pictures, prior step 1/5"]  # the prior tells nothing of the decoder
+    assert shown[:2] == ["0/8 images", "0/8 images, prior step 1/5"]  # the prior tells nothing of the decoder
     # Of 5 + 40 s for each batch: after 5 + 8 s, 32 s of the first are left, and the second
-    assert shown[8] == "0/8 pictures, decoder step 3/10, 1 min left" and 32 + 45 == 77
-    assert shown[16:18] == ["4/8 pictures, 45 s left", "4/8 pictures, prior step 1/5, 45 s left"]
-    assert shown[-2:] == ["4/8 pictures, decoder step 10/10, 4 s left", "8/8 pictures"]
-    assert screen.shown[-1] == "drawing: 8 of 8 pictures in 2 min\n".rstrip() and screen.written.endswith("min\n")
+    assert shown[8] == "0/8 images, decoder step 3/10, 1 min left" and 32 + 45 == 77
+    assert shown[16:18] == ["4/8 images, 45 s left", "4/8 images, prior step 1/5, 45 s left"]
+    assert shown[-2:] == ["4/8 images, decoder step 10/10, 4 s left", "8/8 images"]
+    assert screen.shown[-1] == "drawing: 8 of 8 images in 2 min\n".rstrip() and screen.written.endswith("min\n")
     bars = [text.split("]")[0].count("█") for text in screen.shown[:-1]]
     assert bars == sorted(bars) and bars[0] == 0 and bars[16] == 10 and bars[-1] == 20
 
@@ -104,8 +104,8 @@ def test_a_log_gets_a_line_at_most_every_ten_seconds_or_tenth_of_the_whole(monke
     assert capsys.readouterr().err == ""  # four seconds in all
     draw(clock, [1] * 2, 1.0, 4.0)
     lines = capsys.readouterr().err.splitlines()
-    assert 5 <= len(lines) <= 10 and lines[0] == "drawing: 0 of 2 pictures, decoder step 3 of 10, 1 min left"
-    assert lines[-1] == "drawing: 2 of 2 pictures in 2 min"
+    assert 5 <= len(lines) <= 10 and lines[0] == "drawing: 0 of 2 images, decoder step 3 of 10, 1 min left"
+    assert lines[-1] == "drawing: 2 of 2 images in 2 min"
     draw(clock, [1] * 1000, 0.0, 10.0)
     lines = capsys.readouterr().err.splitlines()
     assert 1500 <= len(lines) <= 1700  # a line a minute, of 100,000 s
@@ -124,7 +124,7 @@ def test_a_dumb_terminal_gets_lines_as_a_log_does(monkeypatch, clock, use_screen
     screen = use_screen()
     monkeypatch.setenv("TERM", "dumb")
     draw(clock, [1, 1])
-    assert "\r" not in screen.written and screen.written.splitlines()[-1] == "drawing: 2 of 2 pictures in 2 min"
+    assert "\r" not in screen.written and screen.written.splitlines()[-1] == "drawing: 2 of 2 images in 2 min"
 
 
 def test_a_terminal_without_unicode_gets_an_ascii_bar(clock, use_screen):
@@ -135,11 +135,11 @@ def test_a_terminal_without_unicode_gets_an_ascii_bar(clock, use_screen):
 
 @pytest.mark.parametrize("columns", [100, 60, 40, 30, 12])
 def test_a_line_fits_its_terminal_and_keeps_the_count_and_the_time(columns):
-    parts = ["128/512 pictures", "super-resolution step 12/50", "loss=0.5", "12 min left"]
+    parts = ["128/512 images", "super-resolution step 12/50", "loss=0.5", "12 min left"]
     text = format_status("drawing", 0.5, parts, columns)
     assert len(text) < columns
     if columns >= 40:
-        assert "128/512 pictures" in text and "12 min left" in text
+        assert "128/512 images" in text and "12 min left" in text
     assert ("super-resolution" in text) == (columns >= 70) or columns == 60
     assert terminal.count_columns("模型 a") == 6 and format_status("loading", None, [], 40) == "loading"
 
@@ -157,7 +157,7 @@ def test_results_and_log_records_stand_above_the_status_line(monkeypatch, clock,
         assert screen.written.split("\r")[-1] == "memory is short\n"
         clock.now += 1
         drawing.update()
-        assert "1/3 pictures" in screen.written.split("\r")[-1]
+        assert "1/3 images" in screen.written.split("\r")[-1]
 
 
 def test_a_job_that_fails_removes_its_line_and_tells_how_far_it_came(clock, use_screen):
@@ -167,7 +167,7 @@ def test_a_job_that_fails_removes_its_line_and_tells_how_far_it_came(clock, use_
             clock.now += 20
             if number == 1:
                 raise InputError("broken")
-    assert screen.shown[-1] == "checking: 1 of 3 pictures in 40 s" and terminal.status == ""
+    assert screen.shown[-1] == "checking: 1 of 3 images in 40 s" and terminal.status == ""
     assert progress.current is None
 
 
@@ -187,7 +187,7 @@ def test_a_job_of_unknown_length_counts(clock, use_screen):
     with Progress("checking") as checking:
         for _ in checking.iterate(range(1500)):
             clock.now += 0.001
-    assert (screen.shown[0], screen.shown[-1]) == ("checking", "checking: 1,500 pictures")
+    assert (screen.shown[0], screen.shown[-1]) == ("checking", "checking: 1,500 images")
 
 
 def test_the_bars_of_a_pipeline_work_in_python_and_its_steps_are_followed_in_a_job(
@@ -238,7 +238,7 @@ def test_quiet_prints_results_and_errors_only(monkeypatch, capsys, pipeline_fold
     status, out, err = run(monkeypatch, capsys, *quiet)
     assert (status, err) == (0, "") and out == f"{tmp_path / 'out' / 'red-circle-0.png'}\n"
     assert os.environ["T2I_QUIET"] == "1"  # for the processes that a command starts
-    status, out, err = run(monkeypatch, capsys, *quiet)  # a warning, that the picture is there, is not printed
+    status, out, err = run(monkeypatch, capsys, *quiet)  # a warning, that the image is there, is not printed
     assert (status, out, err) == (0, "", "")
     status, out, err = run(monkeypatch, capsys, *quiet, "--steps", "0")
     assert status == 2 and err.startswith("error: num_inference_steps")

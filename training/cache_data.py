@@ -1,4 +1,4 @@
-"""Encode every picture and caption once, by CLIP and the autoencoder, for priors and decoders to train from.
+"""Encode every image and caption once, by CLIP and the autoencoder, for priors and decoders to train from.
 
 accelerate launch training/cache_data.py configs/emoji/cache.yaml data.path=data/emoji
 
@@ -69,9 +69,9 @@ class Config:
     text_encoder: str | None = None
     text_encoder_tokens: int = 128
     text_encoder_dtype: str = "float32"
-    variations: int = 1  # captions of a picture, from the first draws
-    batch_size: int = 64  # pictures or captions at a time, per process
-    shard_size: int = 4096  # pictures in a file
+    variations: int = 1  # captions of an image, from the first draws
+    batch_size: int = 64  # images or captions at a time, per process
+    shard_size: int = 4096  # images in a file
     dtype: str = "float16"  # of latents and token states; or float32, which embeddings always are
     mixed_precision: str = "no"  # or as in training: fp16, bf16 or auto
     data: DataConfig = field(default_factory=DataConfig)
@@ -91,7 +91,7 @@ class Config:
 
 @dataclass(frozen=True)
 class CacheShard:
-    """A file of the cache: the pictures from `first` to `end` (exclusive) of a split."""
+    """A file of the cache: the images from `first` to `end` (exclusive) of a split."""
 
     split: str
     number: int
@@ -104,7 +104,7 @@ class CacheShard:
 
 @torch.no_grad()
 def main(config: Config) -> None:
-    """Encode all pictures and captions of a data folder, and write or finish their cache."""
+    """Encode all images and captions of a data folder, and write or finish their cache."""
     folder = Path(config.output)
     check_writable_folder(folder)
     datasets = open_datasets(config.data)
@@ -121,7 +121,7 @@ def main(config: Config) -> None:
             most = max(count_max_captions(dataset) for dataset in datasets.values())
             if (config.text or config.text_encoder) and most > config.variations:
                 count = config.variations
-                print_note(f"caching {count} of up to {most} captions of a picture; `variations` sets how many")
+                print_note(f"caching {count} of up to {most} captions of an image; `variations` sets how many")
         encoder.prepare(accelerator)
         # Each process makes a part of the shards
         shards = []
@@ -135,7 +135,7 @@ def main(config: Config) -> None:
             models = {name: None if facts is None else asdict(facts) for name, facts in encoder.facts.items()}
             training = [shard.build_path(folder) for shard in shards if shard.split == "train"]
             finish_cache(folder, key, models, encoder.compute_shared_tensors(training), counts)
-            pictures = ", ".join(f"{len(dataset)} pictures of {split}" for split, dataset in datasets.items())
+            pictures = ", ".join(f"{len(dataset)} images of {split}" for split, dataset in datasets.items())
             print_line(f"{folder}: {pictures}; {sum(path.stat().st_size for path in folder.iterdir()) / 1e6:.1f} MB")
 
 
@@ -155,7 +155,7 @@ def build_cache_key(config: Config, facts: dict[str, Any], datasets: dict[str, C
 
 
 def count_max_captions(dataset: CaptionedPictures) -> int:
-    """Return the largest number of captions and keywords that a picture has."""
+    """Return the largest number of captions and keywords that an image has."""
     rows = dataset.manifest.iterate_rows("captions", "keywords")
     return max(len(row["captions"]) + len(row["keywords"]) for row in rows)
 
@@ -199,7 +199,7 @@ def is_shard_intact(path: Path) -> bool:
 
 
 class ImageBatches(Dataset):
-    """Pictures, (B, 3, H, W), by (split, indices)."""
+    """Images, (B, 3, H, W), by (split, indices)."""
 
     def __init__(self, datasets: dict[str, CaptionedPictures]):
         self.datasets = datasets
@@ -212,7 +212,7 @@ class ImageBatches(Dataset):
 def iterate_image_batches(
     datasets: dict[str, CaptionedPictures], shards: list[CacheShard], config: Config
 ) -> Iterator[Tensor]:
-    """Yield the pictures of these shards, (B, 3, H, W) at a time; no batch extends over two shards."""
+    """Yield the images of these shards, (B, 3, H, W) at a time; no batch extends over two shards."""
     order = [
         (shard.split, range(start, min(start + config.batch_size, shard.end)))
         for shard in shards
@@ -257,7 +257,7 @@ class CacheEncoder:
                 model.to(accelerator.device)
 
     def encode(self, dataset: CaptionedPictures, pictures: range, images: Iterator[Tensor]) -> dict[str, Tensor]:
-        """Return the tensors of a shard. The next items of `images` are the shard's pictures."""
+        """Return the tensors of a shard. The next items of `images` are the shard's images."""
         parts: dict[str, list[Tensor]] = {}
         for batch in islice(images, -(-len(pictures) // self.config.batch_size)):
             with follow_batch(len(batch)), self.accelerator.autocast():
@@ -276,7 +276,7 @@ class CacheEncoder:
         return tensors
 
     def encode_captions(self, dataset: CaptionedPictures, pictures: range) -> dict[str, Tensor]:
-        """Encode the captions of a shard's pictures, equal captions once; see `t2i.data.cache` for the format."""
+        """Encode the captions of a shard's images, equal captions once; see `t2i.data.cache` for the format."""
         numbers: dict[str, int] = {}  # by caption
         choice = []
         for index in pictures:

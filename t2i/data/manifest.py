@@ -1,6 +1,6 @@
 """The manifest: a Parquet file with one row for every sample of a source, accepted or rejected.
 
-`t2i data check` writes it. Training reads it and the pictures that it lists, nothing else.
+`t2i data check` writes it. Training reads it and the images that it lists, nothing else.
 """
 
 import hashlib
@@ -47,16 +47,16 @@ MANIFEST_SCHEMA = pa.schema(
     {
         "key": pa.string(),  # the sample's name
         "file": pa.string(),  # relative to the root in the metadata, POSIX
-        "offset": pa.int64(),  # of the picture's bytes in the file
-        "size": pa.int64(),  # of the picture, in bytes
-        "sha256": pa.binary(32),  # of the picture's bytes
+        "offset": pa.int64(),  # of the image's bytes in the file
+        "size": pa.int64(),  # of the image, in bytes
+        "sha256": pa.binary(32),  # of the image's bytes
         "captions": pa.list_(pa.string()),
         "keywords": pa.list_(pa.string()),
         "split": pa.string(),  # train or held_out
         "width": pa.int32(),  # upright
         "height": pa.int32(),
         "status": pa.string(),  # ok, or the name of a Reason
-        "detail": pa.string(),  # of a rejected sample; of an accepted one, how its picture is converted
+        "detail": pa.string(),  # of a rejected sample; of an accepted one, how its image is converted
     }
 )
 TRAINING_COLUMNS = ["key", "file", "offset", "size", "sha256", "captions", "keywords", "split", "detail"]
@@ -107,10 +107,10 @@ def write_manifest(
 
     The folder gets manifest.parquet, report.json and sizes.png, and labels.parquet if `columns` names columns of
     labels. It appears complete or not at all, and replaces the result of an earlier check. Raises InputError if the
-    source does not exist or has no samples, a picture has no label or several, or `out` cannot be written. Faults of
+    source does not exist or has no samples, an image has no label or several, or `out` cannot be written. Faults of
     single samples go into the manifest.
     """
-    # Open the source, and refuse what cannot work before any picture is read
+    # Open the source, and refuse what cannot work before any image is read
     columns = columns or Columns()
     out = out or get_default_manifest_folder(str(name))
     source = open_data_source(str(name), columns)
@@ -204,7 +204,7 @@ def format_source_root(source: Source, out: Path) -> str:
 
 
 def examine_sample(sample: Sample, root: Path, held_out: float, min_size: int, reading: Reading) -> ManifestRow:
-    """Read and decode the picture of a sample, and return its row."""
+    """Read and decode the image of a sample, and return its row."""
     # A rejected sample keeps what is known of it until the fault
     row = ManifestRow(sample.key, sample.file, sample.offset, sample.size, split=sample.split or "train")
     row.captions, row.keywords = sample.captions, sample.keywords
@@ -213,7 +213,7 @@ def examine_sample(sample: Sample, root: Path, held_out: float, min_size: int, r
             raise sample.problem
         data = read_range(root, sample.file, sample.offset, sample.size)
         row.size, row.sha256 = len(data), hashlib.sha256(data).digest()
-        # By the hash of the picture, so that its copies are in the same split
+        # By the hash of the image, so that its copies are in the same split
         if sample.split is None and int.from_bytes(row.sha256[:8]) < held_out * 2**64:
             row.split = "held_out"
         picture = decode_image(data, reading)
@@ -244,7 +244,7 @@ def map_in_order(function: Callable[[Item], Result], items: Iterable[Item]) -> I
 
 
 def reject_duplicates(rows: Iterable[ManifestRow]) -> Iterator[ManifestRow]:
-    """Reject every picture whose bytes were in an earlier row."""
+    """Reject every image whose bytes were in an earlier row."""
     seen: set[bytes] = set()
     for row in rows:
         if row.status == STATUS_OK and row.sha256 is not None:
@@ -255,7 +255,7 @@ def reject_duplicates(rows: Iterable[ManifestRow]) -> Iterator[ManifestRow]:
 
 
 def find_duplicates(manifest: Path) -> Duplicates:
-    """Count the accepted pictures that occur more than once, byte by byte."""
+    """Count the accepted images that occur more than once, byte by byte."""
     table = pq.read_table(
         manifest, columns=["key", "sha256", "split"], filters=[("status", "=", STATUS_OK)], partitioning=None
     )
@@ -274,7 +274,7 @@ def find_duplicates(manifest: Path) -> Duplicates:
 class Manifest:
     """The accepted samples of a split as Arrow columns, about 200 bytes of memory a row.
 
-    Python lists would take several times as much, once in each worker that decodes pictures.
+    Python lists would take several times as much, once in each worker that decodes images.
     """
 
     def __init__(self, table: pa.Table, root: Path, reading: Reading):
@@ -282,7 +282,7 @@ class Manifest:
         self.table, self.root, self.reading = table, root, reading
         # The same Arrow arrays, not copies: a table looks a column up anew at every access.
         self.columns = {name: table[name] for name in TRAINING_COLUMNS}
-        # Change time of each picture's file at its last SHA-256 comparison; 0: never compared
+        # Change time of each image's file at its last SHA-256 comparison; 0: never compared
         self.verified_times = np.zeros(len(table), np.int64)
 
     def __len__(self) -> int:
@@ -298,9 +298,9 @@ class Manifest:
             yield from batch.to_pylist()
 
     def read_image(self, index: int) -> bytes:
-        """Return the bytes of a picture, the same that were checked. Raises RejectedSample.
+        """Return the bytes of an image, the same that were checked. Raises RejectedSample.
 
-        The SHA-256 is compared when this object reads a picture first, and again whenever its file has changed since.
+        The SHA-256 is compared when this object reads an image first, and again whenever its file has changed since.
         """
         file, offset, size = self.get_values(index, "file", "offset", "size")
         path, verified_time = os.path.join(self.root, file), int(self.verified_times[index])
@@ -341,8 +341,8 @@ def open_manifests(path: str | Path, splits: tuple[str | None, ...] = SPLITS) ->
             batches[split] += [part] if len(part) else []
     if not batches[splits[0]]:
         kind = "" if splits[0] is None else f" of split {splits[0]!r}"
-        raise InputError(f"no pictures{kind} in {str(file)!r}; {str(file.parent / 'report.json')!r} gives the reasons")
-    # Pictures in tars are read by offset, which is wrong in another file of the same name
+        raise InputError(f"no images{kind} in {str(file)!r}; {str(file.parent / 'report.json')!r} gives the reasons")
+    # Images in tars are read by offset, which is wrong in another file of the same name
     for name, size in about["containers"].items():
         check_container(root, name, size, file)
     tables = {split: pa.Table.from_batches(parts) for split, parts in batches.items() if parts}

@@ -112,7 +112,7 @@ def extract_set_features(
     # Round robin: processes differ by one image at most
     mine = list(range(state.process_index, len(pictures), state.num_processes))
     rows, cosines = [torch.zeros(0, extractor.dim)], [torch.zeros(0)]
-    with Progress(f"measuring the {kind} pictures", len(mine), ""):
+    with Progress(f"measuring the {kind} images", len(mine), ""):
         for start in range(0, len(mine), BATCH_SIZE):
             part = mine[start : start + BATCH_SIZE]
             with follow_batch(len(part)):

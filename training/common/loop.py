@@ -311,7 +311,7 @@ def draw_due_preview(accelerator: Accelerator, stage: Stage, state: TrainState, 
             # A full disk or little memory must not end a run; any other error is a defect.
             if not (isinstance(error, OSError) or is_out_of_memory(error)):
                 raise
-            print_note(f"warning: no sample pictures of step {state.step}: {error}")
+            print_note(f"warning: no sample images of step {state.step}: {error}")
 
     with state.gather_ema_model() as model, torch.no_grad():
         run_on_main_process(accelerator, draw)

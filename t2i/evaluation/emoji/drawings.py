@@ -16,7 +16,7 @@ from t2i.evaluation.emoji.real_emoji import EMOJI_SIZE, Question, RealEmoji, str
 from t2i.evaluation.results import check_result_folder, collect_package_versions, write_result_file
 from t2i.progress import Progress, follow_batch
 
-SHEET_IMAGES = 32  # pictures on the contact sheet of a split, the first ones
+SHEET_IMAGES = 32  # images on the contact sheet of a split, the first ones
 KIND_IMAGES = 5  # of each kind, on the sheet of all kinds
 STAGES = {
     "autoencoder": "autoencoder",
@@ -26,14 +26,14 @@ STAGES = {
 
 
 class Artist:
-    """A pipeline that draws batch by batch; picture i of a list has seed i."""
+    """A pipeline that draws batch by batch; image i of a list has seed i."""
 
     def __init__(self, pipeline: Any, batch_size: int, settings: dict[str, Any]):
         self.pipeline, self.batch_size, self.settings = pipeline, batch_size, settings
         pipeline.set_progress_bar_config(disable=True)
 
     def draw(self, prompts: list[str], real: Tensor | None = None) -> Tensor:
-        """Return drawings, (N, 3, H, W) in [-1, 1]. real: pictures whose z_i are drawn, instead of the prior's."""
+        """Return drawings, (N, 3, H, W) in [-1, 1]. real: images whose z_i are drawn, instead of the prior's."""
         seeds = [Generator().manual_seed(i) for i in range(len(prompts))]
 
         def draw_batch(part: slice) -> Tensor:
@@ -47,7 +47,7 @@ class Artist:
         return self.run_batches(draw_batch, len(prompts), "drawing emoji")
 
     def reconstruct(self, real: Tensor) -> Tensor:
-        """Return what the autoencoder makes of real pictures, (N, 3, H, W) in [-1, 1]."""
+        """Return what the autoencoder makes of real images, (N, 3, H, W) in [-1, 1]."""
         autoencoder = self.pipeline.autoencoder
 
         def reconstruct_batch(part: slice) -> Tensor:
@@ -58,7 +58,7 @@ class Artist:
 
     @torch.no_grad()
     def run_batches(self, run: Callable[[slice], Tensor], count: int, what: str) -> Tensor:
-        """Return the pictures of all batches at the size of the real ones. what: name of the work, for the progress."""
+        """Return the images of all batches at the size of the real ones. what: name of the work, for the progress."""
         drawn = []
         with Progress(what, count):
             for part in self.iterate_batches(count):
@@ -83,7 +83,7 @@ def evaluate_emoji_drawings(
     batch_size: int = 32,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Draw emoji for their captions, for single keywords and for words that people type, and score the pictures.
+    """Draw emoji for their captions, for single keywords and for words that people type, and score the images.
 
     Writes `out/emoji.json` and contact sheets. samples: how many of each; None: see `RealEmoji`. judge: measures the
     perceptual distance; without it the scores lack it. `settings` go to the pipeline, which has the defaults.
@@ -129,7 +129,7 @@ def evaluate_emoji_drawings(
 
 
 def draw_stages(artist: Artist, real: RealEmoji, records: list[SampleText]) -> dict[str, Tensor]:
-    """Return the pictures of each stage, (N, 3, 128, 128) in [-1, 1]."""
+    """Return the images of each stage, (N, 3, 128, 128) in [-1, 1]."""
     targets, captions = real.load_images(records), [record.text for record in records]
     return {
         "autoencoder": artist.reconstruct(targets),
@@ -141,7 +141,7 @@ def draw_stages(artist: Artist, real: RealEmoji, records: list[SampleText]) -> d
 def measure_stages(
     real: RealEmoji, records: list[SampleText], drawings: dict[str, Tensor], judge: PerceptualJudge | None
 ) -> dict[int, dict[str, dict[str, float]]]:
-    """Return the measures of each picture, by the emoji's index and by stage.
+    """Return the measures of each image, by the emoji's index and by stage.
 
     exact: 1 if the nearest real emoji is the right one, else 0. same_name: 1 if it has the same name up to the
     modifier, such as "waving hand".
