@@ -52,7 +52,7 @@ class Progress:
     """
 
     def __init__(
-        self, what: str, total: int | None = None, unit: str = "pictures", done: int = 0, is_shown: bool = True
+        self, what: str, total: int | None = None, unit: str = "images", done: int = 0, is_shown: bool = True
     ):
         self.what, self.total, self.unit, self.done, self.first = escape_text(what), total, unit, done, done
         self.note, self.batch_size = "", 1
