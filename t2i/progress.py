@@ -51,9 +51,7 @@ class Progress:
         is_shown: False shows nothing.
     """
 
-    def __init__(
-        self, what: str, total: int | None = None, unit: str = "images", done: int = 0, is_shown: bool = True
-    ):
+    def __init__(self, what: str, total: int | None = None, unit: str = "images", done: int = 0, is_shown: bool = True):
         self.what, self.total, self.unit, self.done, self.first = escape_text(what), total, unit, done, done
         self.note, self.batch_size = "", 1
         self.stage: Stage | None = None
