@@ -37,6 +37,7 @@ from torch import Generator, Tensor
 from t2i.checks import check_choice, check_multiple_of
 from t2i.diffusion.samplers import warn_of_other_levels
 from t2i.errors import InputError
+from t2i.files.known_words import UnknownWord
 from t2i.files.model_folder import load_or_explain
 from t2i.files.untrusted import is_folder
 from t2i.interop.fetching import fetch_model_folder
@@ -56,10 +57,12 @@ class UnCLIPPipelineOutput(BaseOutput):
 
     images: PIL images; or, by `output_type`, (N, H, W, 3) numpy or (N, 3, H, W) torch in [0, 1], or latents.
     image_embeds: (N, D): the z_i of the images, of unit length if the CLIP's `unit_length`.
+    unknown_words: words of the texts that were in no caption in training; None without any, or if they are not known.
     """
 
     images: list[Image.Image] | np.ndarray | Tensor
     image_embeds: Tensor
+    unknown_words: list[UnknownWord] | None = None
 
 
 class UnCLIPPipeline(Adapters, DiffusersNames, PromptEncoding, Interruptible, DiskOffloading):

@@ -24,6 +24,7 @@ from torch import Generator, Tensor
 
 from t2i.checks import check_integer
 from t2i.errors import InputError
+from t2i.files.known_words import UnknownWord
 from t2i.files.untrusted import is_folder
 from t2i.sampling.embeddings import AnyPrior, get_default_guidance_scale
 from t2i.sampling.sample import split_generators
@@ -35,10 +36,12 @@ class PriorPipelineOutput(BaseOutput):
 
     image_embeds: (N, D), z_i, fp32, for `image_embeds` of another pipeline.
     negative_image_embeds: (N, D), z_i of the negative prompts, for `negative_image_embeds`; None without any.
+    unknown_words: as in `UnCLIPPipelineOutput`.
     """
 
     image_embeds: Tensor
     negative_image_embeds: Tensor | None
+    unknown_words: list[UnknownWord] | None = None
 
 
 class PriorPipeline(PromptEncoding, Interruptible, DiskOffloading):

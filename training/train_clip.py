@@ -26,10 +26,10 @@ from t2i.data import Batch, CaptionedPictures, open_datasets
 from t2i.data.groups import open_groups
 from t2i.errors import InputError
 from t2i.files.fingerprints import compute_weights_fingerprint
+from t2i.files.known_words import KnownWords
 from t2i.files.model_folder import save_model_folder
 from t2i.interop.by_name import load_clip
 from t2i.networks.clip import CLIP, DEFAULT_RESIZING
-from t2i.networks.known_words import KnownWords
 from t2i.networks.tokenizer import CaptionTokenizer
 from t2i.terminal import print_note
 

@@ -21,6 +21,7 @@ class PromptEncoding:
     clip: Any
     prior: Any
     text_encoder: Any = None
+    refuses_unknown_words = False  # of texts; if not, they are logged. See `t2i.pipelines.calls.unknown_words`
     _execution_device: torch.device
 
     @torch.no_grad()

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from t2i.pipelines.calls.arguments import check_call_arguments, warn_of_unused_arguments
+from t2i.pipelines.calls.unknown_words import collect_texts, report_unknown_words
 from t2i.pipelines.options import GUIDANCE_OPTIONS, OPTION_NAMES, DecoderOptions, PriorOptions, ResolvedOptions
 
 from t2i.diffusion.guidance import Guidance
@@ -52,7 +53,11 @@ def declare_pipeline_call(options: Iterable[str] = OPTION_NAMES) -> Callable[[Ca
             check_call_arguments(bound)
             warn_of_unused_arguments(bound, defaults)
             pipeline.interrupted = pipeline._interrupt = False
-            return call(pipeline, *arguments, **keywords)
+            unknown = report_unknown_words(pipeline, collect_texts(bound))
+            output = call(pipeline, *arguments, **keywords)
+            if unknown and not isinstance(output, tuple):
+                output.unknown_words = unknown
+            return output
 
         # inspect, help() and diffusers' own tools read these three attributes
         shown: Any = checked_call

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 from t2i.pipelines.base import UnCLIPPipeline
+from t2i.pipelines.calls.unknown_words import collect_texts, report_unknown_words
 from t2i.pipelines.inversion import InvertingPipeline
 from t2i.pipelines.jobs.batches import BatchPlan, parse_batch_size, write_images, write_new_image
 from t2i.pipelines.jobs.planning import ModelSource, Output, load_pipeline, split_settings
@@ -76,6 +77,7 @@ def generate_files(
     # Load the model
     pipeline = load_pipeline(replace(source, device=plan.rank.choose_device(source.device)), Text2ImagePipeline)
     resolved = pipeline.resolve_options(**options)
+    report_unknown_words(pipeline, collect_texts({"prompt": prompts} | arguments))  # of all batches, before the first
 
     # Record how the images are drawn
     uses_prior = bool(prompts) and pipeline.prior is not None
@@ -155,6 +157,7 @@ def redraw_files(
     # Load the model
     pipeline = load_pipeline(source, kind)
     resolved = pipeline.resolve_options(**options)
+    report_unknown_words(pipeline, collect_texts(arguments))  # before an image is read
 
     # Record how the images are drawn. Pipelines that invert images pass a prompt to the decoder alone.
     has_prompt = arguments.get("prompt") is not None and not issubclass(kind, InvertingPipeline)

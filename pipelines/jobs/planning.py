@@ -38,6 +38,7 @@ class ModelSource:
     dtype: str | dict[str, str] | None = None  # a name of `jobs.dtypes.DTYPES`, or names by part
     compile: bool = False
     device: str = "auto"
+    strict: bool = False  # refuse prompts with unknown words
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ def load_pipeline(source: ModelSource, kind: type[Pipeline] = Text2ImagePipeline
         if source.upsampler is not None:
             pipeline = replace_upsampler(pipeline, source.upsampler, source.dtype)
     check_dtype_parts(pipeline, source.dtype)
+    pipeline.refuses_unknown_words = source.strict
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -159,6 +159,9 @@ class ModelFlags:
     clip: Clip = None
     variant: Annotated[str | None, option("Variant of a public model's files, such as fp16.", "plain files")] = None
     device: Device = "auto"
+    strict: Annotated[
+        bool, option("Refuse prompts with words that the model has in no caption and no keyword.", None, "--strict")
+    ] = False
 
     def build(self, **more: Any) -> "ModelSource":
         from t2i.pipelines.jobs.planning import ModelSource

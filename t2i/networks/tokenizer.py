@@ -15,8 +15,8 @@ from torch import Tensor
 
 from t2i.checks import check_integer
 from t2i.errors import InputError
+from t2i.files.known_words import KnownWords
 from t2i.files.untrusted import MAX_HEADER_BYTES, MAX_TOKENIZER_BYTES, check_folder_files, check_size_limit, read_json
-from t2i.networks.known_words import KnownWords
 from t2i.texts import normalize_text, wrap_text
 
 PAD, START, END = "<pad>", "<start>", "<end>"

@@ -290,6 +290,7 @@ def test_the_folder_format_is_pinned(pipeline_folder):
     assert files == {
         "model_index.json",
         "clip/tokenizer.json",
+        "clip/words.json",
         "decoder_scheduler/scheduler_config.json",
         "prior_scheduler/scheduler_config.json",
         *(f"{name}/config.json" for name in models),

@@ -5,6 +5,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,49 @@ from t2i.texts import normalize_text
 WORDS_FILE = "words.json"  # beside the tokenizer
 MAX_WORDS_BYTES = 2**20  # with more words than fit in it, nearly all that people type are known
 WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
+LIKENESS = 0.75  # of a misspelled word to the known one, as difflib computes it
+# Words that name nothing to draw: they are not reported
+FUNCTION_TEXT = """
+a an and are as at be been but by can did do does for from had has have he her here him his how i if in into is it its
+just like me my no not of on one or our out over she so some than that the their them then there these they this to
+too under up us very was we were what when where which who will with would you your
+"""
+FUNCTION_WORDS = frozenset(FUNCTION_TEXT.split())
+PLURAL_ENDINGS = (
+    *(("ies", "y"), ("ves", "f"), ("ves", "fe"), ("es", ""), ("s", ""), ("'s", ""), ("’s", "")),
+    *(("men", "man"), ("children", "child"), ("people", "person"), ("mice", "mouse")),
+    *(("feet", "foot"), ("teeth", "tooth"), ("geese", "goose")),
+)
 
 
 def split_words(text: str) -> list[str]:
     """Return the words of a text, in lower case, without numbers and punctuation."""
     return WORD.findall(unicodedata.normalize("NFKC", normalize_text(text)).lower())
+
+
+def list_word_forms(word: str) -> list[str]:
+    """Return a word with its singulars and plurals, as English forms them."""
+    singulars = [word.removesuffix(end) + start for end, start in PLURAL_ENDINGS if word.endswith(end)]
+    plurals = [word.removesuffix(start) + end for end, start in PLURAL_ENDINGS if word.endswith(start)]
+    return [word, *singulars, *plurals]
+
+
+@dataclass(frozen=True)
+class UnknownWord:
+    """A word of a prompt that is in no caption.
+
+    nearest: a known word that is spelled much like it, if there is one; of a keyword, the caption. is_keyword: whether
+    it is in keywords, so that it is known, but less well.
+    """
+
+    word: str
+    nearest: str | None
+    is_keyword: bool
+
+    def __str__(self) -> str:
+        if self.is_keyword:
+            return f'"{self.word}" is in no caption, but a keyword of: {self.nearest}'
+        return f'"{self.word}" is in no caption' + (f"; nearest known: {self.nearest}" if self.nearest else "")
 
 
 @dataclass(frozen=True)
@@ -45,6 +84,18 @@ class KnownWords:
                     known = (rank, len(shortest), shortest)
                     keywords[word] = min(keywords.get(word, known), known)
         return cls(frozenset(captions), {word: keywords[word][-1] for word in sorted(keywords.keys() - captions)})
+
+    def find_unknown_words(self, text: str) -> list[UnknownWord]:
+        """Return the words of a text that are in no caption, also not in singular or plural, without repetitions."""
+        found = []
+        for word in dict.fromkeys(split_words(text)):
+            forms = list_word_forms(word)
+            if word in FUNCTION_WORDS or not self.captions.isdisjoint(forms):
+                continue
+            captions = [self.keywords[form] for form in forms if form in self.keywords]
+            nearest = captions or get_close_matches(word, [*self.captions, *self.keywords], 1, LIKENESS)
+            found.append(UnknownWord(word, nearest[0] if nearest else None, bool(captions)))
+        return found
 
     def merge(self, other: "KnownWords") -> "KnownWords":
         """Return the words of both."""

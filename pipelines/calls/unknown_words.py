@@ -1,0 +1,51 @@
+"""Words of prompts that a CLIP never saw in training, said once and not drawn as something else in silence."""
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from t2i.pipelines.calls.arguments import TEXT_ARGUMENTS
+
+from t2i.errors import InputError
+from t2i.files.known_words import UnknownWord
+from t2i.texts import wrap_text
+
+MAX_SAID_TEXTS = 1_000  # that a pipeline remembers, so that each is said once
+
+logger = logging.getLogger(__name__)
+
+
+def collect_texts(arguments: Mapping[str, Any]) -> list[str]:
+    """Return the texts among the arguments of a call, each once."""
+    values = [arguments.get(name) for name in TEXT_ARGUMENTS]
+    texts = [text for value in values if isinstance(value, str | list | tuple) for text in wrap_text(value)]
+    anchors = arguments.get("anchors")
+    texts += anchors if isinstance(anchors, list | tuple) else []
+    return list(dict.fromkeys(text for text in texts if isinstance(text, str)))
+
+
+def report_unknown_words(pipeline: Any, texts: Iterable[str]) -> list[UnknownWord]:
+    """Return the words of the texts that are in no caption; log those of each text, once for each pipeline.
+
+    A CLIP without the list of its captions' words, such as a public one, knows all. Raises InputError for a word that
+    is no keyword either, if the pipeline's `refuses_unknown_words` is set.
+    """
+    known = getattr(getattr(getattr(pipeline, "clip", None), "tokenizer", None), "known_words", None)
+    if known is None:
+        return []
+    said: set[str] = pipeline.__dict__.setdefault("_said_texts", set())
+    found: dict[UnknownWord, None] = {}
+    for text in texts:
+        words = known.find_unknown_words(text)
+        found |= dict.fromkeys(words)
+        unknown = [word for word in words if not word.is_keyword]
+        if unknown and getattr(pipeline, "refuses_unknown_words", False):
+            raise InputError(f"prompt {text!r:.200}: {'. '.join(map(str, unknown))}")
+        if words and text not in said:
+            if len(said) >= MAX_SAID_TEXTS:
+                said.clear()
+            said.add(text)
+            for level, part in ((logging.WARNING, unknown), (logging.INFO, [one for one in words if one.is_keyword])):
+                if part:
+                    logger.log(level, "prompt %.200r: %s", text, ". ".join(map(str, part)))
+    return list(found)
