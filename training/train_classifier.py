@@ -25,7 +25,8 @@ from t2i.data.dataset import SampleIndex
 from t2i.data.groups import open_groups
 from t2i.data.labels import Labels
 from t2i.data.manifest import find_manifest
-from t2i.diffusion.process import build_noise_scheduler
+from t2i.diffusion.flow import is_flow
+from t2i.diffusion.process import add_noise, build_noise_scheduler, preserve_variance
 from t2i.files.model_folder import save_model_folder
 from t2i.networks.classifier import LatentClassifier, compute_noise_level
 
@@ -100,8 +101,8 @@ def build_stage(config: Config, source: EncodingSource, labels: Labels, device: 
         # One timestep from each of `count` equal parts of the schedule, so that every batch has every noise level
         fraction = (torch.arange(count, device=x.device) + torch.rand(count, device=x.device)) / count
         steps = scheduler.config.num_train_timesteps
-        t = (fraction * steps).long().clamp(max=steps - 1)
-        noisy = scheduler.add_noise(x, torch.randn_like(x), t)
+        t = fraction * steps if is_flow(scheduler) else (fraction * steps).long().clamp(max=steps - 1)
+        noisy = preserve_variance(scheduler, add_noise(scheduler, x, torch.randn_like(x), t), t)
         logits, embedding = model(noisy, compute_noise_level(scheduler, t, x))
         entropy = F.cross_entropy(logits.float(), batch.labels)
         cosine = F.cosine_similarity(embedding.float(), batch.image_embeds).mean()

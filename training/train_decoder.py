@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import SchedulerMixin
 from t2i.training.common.cache_freshness import read_stored_fingerprint
 from t2i.training.common.encodings import EncodingSource, open_encodings
 from t2i.training.common.entry import run
@@ -27,7 +28,7 @@ from t2i.data import Batch
 from t2i.data.groups import open_groups
 from t2i.diffusion.condition import ImageCondition
 from t2i.diffusion.inpainting import concat_masked_latents, generate_random_masks
-from t2i.diffusion.loss import check_loss_weighting, compute_diffusion_loss, drop_condition
+from t2i.diffusion.loss import check_loss_settings, compute_diffusion_loss, drop_condition
 from t2i.diffusion.process import build_noise_scheduler
 from t2i.errors import InputError
 from t2i.files.fingerprints import compute_weights_fingerprint
@@ -55,7 +56,8 @@ class Config:
     # pipeline, Karlo's, Kandinsky's or Stable unCLIP's, whose architecture is kept.
     init: str | None = None
     lora: LoraConfig | None = None  # train adapters on `init` instead of its weights: rank, alpha, targets
-    scheduler: dict[str, Any] = field(default_factory=dict)  # arguments of DDIMScheduler; the rest is as in `init`
+    # Arguments of DDIMScheduler, the rest as in `init`; or `prediction_type: flow_prediction` and a `shift`
+    scheduler: dict[str, Any] = field(default_factory=dict)
     reads_captions: bool = False  # caption tokens as a second condition
     text_encoder: str | None = None  # folder or hub name of the T5, BERT, ... that encodes them; null is CLIP
     text_encoder_tokens: int = 128  # of a caption at most, within the encoder's limit; longer captions are cut
@@ -66,6 +68,8 @@ class Config:
     timestep_shift: float = 1.0  # above 1, high noise is drawn more often
     loss_weighting: str = "none"  # or min_snr, which gives timesteps of low noise less weight
     min_snr_gamma: float = 5.0
+    logit_mean: float = 0.0  # of flow_prediction's timesteps, which are logit-normal; above 0, more noise
+    logit_std: float = 1.0
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)  # previews, every train.sample_every steps
@@ -74,11 +78,17 @@ class Config:
         check_choice("architecture", self.architecture, tuple(ARCHITECTURES))
         check_fields(self, embedding_dropout=(0, 1), caption_dropout=(0, 1))
         check_fields(self, timestep_shift=(0.01, 100), min_snr_gamma=(0.01, 1000), text_encoder_tokens=(3, MAX_TOKENS))
-        check_loss_weighting(build_noise_scheduler(self.scheduler), self.loss_weighting)
+        check_fields(self, logit_mean=(-10, 10), logit_std=(0.01, 10))
+        self.check_loss(build_noise_scheduler(self.scheduler))
         check_lora_init(self.lora, self.init)
         check_choice("text_encoder_dtype", self.text_encoder_dtype, tuple(DTYPES))
         if self.text_encoder is not None and not self.reads_captions:
             raise InputError(f"text_encoder={self.text_encoder!r} needs reads_captions=true")
+
+    def check_loss(self, scheduler: SchedulerMixin) -> None:
+        """Refuse settings of the loss that do not fit a noise schedule."""
+        learned = bool(self.model.get("learned_variance"))
+        check_loss_settings(scheduler, self.loss_weighting, (self.logit_mean, self.logit_std), learned)
 
     @property
     def load_text_encoder(self) -> Callable[[], TextEncoder] | None:
@@ -113,7 +123,7 @@ def build_stage(
     # The noise schedule
     public_scheduler = None if public is None else public.source.find_folder("decoder_scheduler")
     scheduler = resolve_init_scheduler(config.init, config.scheduler, public_scheduler)
-    check_loss_weighting(scheduler, config.loss_weighting)
+    config.check_loss(scheduler)
     # The model
     made_from: dict[str, Any] = {"text_encoder": None, **source.made_from}
     if config.init is None:
@@ -131,9 +141,9 @@ def build_stage(
         latents = batch.latents
         assert latents is not None
         condition = build_training_condition(config, decoder, batch)
-        return compute_diffusion_loss(
-            model, scheduler, latents, condition, config.timestep_shift, config.loss_weighting, config.min_snr_gamma
-        )[0]
+        shift, weighting, gamma = config.timestep_shift, config.loss_weighting, config.min_snr_gamma
+        logit = (config.logit_mean, config.logit_std)
+        return compute_diffusion_loss(model, scheduler, latents, condition, shift, weighting, gamma, logit)[0]
 
     def export(average: torch.nn.Module) -> None:
         export_adapted_model(average, output)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler
+from diffusers import SchedulerMixin
 from t2i.training.common.encodings import EncodingSource, open_encodings
 from t2i.training.common.entry import run
 from t2i.training.common.finetuning import prepare_init_model, resolve_init_scheduler
@@ -29,7 +29,8 @@ from t2i.data import Batch
 from t2i.data.cache import ClipFacts
 from t2i.data.groups import open_groups
 from t2i.diffusion.condition import TextEncoding
-from t2i.diffusion.loss import check_loss_weighting, compute_diffusion_loss, drop_condition
+from t2i.diffusion.flow import get_prediction_type
+from t2i.diffusion.loss import check_loss_settings, compute_diffusion_loss, drop_condition
 from t2i.diffusion.process import build_noise_scheduler
 from t2i.errors import InputError
 from t2i.files.fingerprints import compute_weights_fingerprint
@@ -54,6 +55,8 @@ OPTION_ARCHITECTURES = {
     "timestep_shift": ("diffusion",),
     "loss_weighting": ("diffusion",),
     "min_snr_gamma": ("diffusion",),
+    "logit_mean": ("diffusion",),
+    "logit_std": ("diffusion",),
     "explained_variance": ("autoregressive",),
     "regression": ("autoregressive",),
     "label_smoothing": ("autoregressive",),
@@ -78,10 +81,13 @@ class Config:
     lora: LoraConfig | None = None  # train adapters on `init` instead of its weights: rank, alpha, targets
     caption_dropout: float = 0.1  # of diffusion and autoregressive priors; guidance needs it
     # Diffusion only
-    scheduler: dict[str, Any] = field(default_factory=dict)  # arguments of DDIMScheduler; the rest is as in `init`
+    # Arguments of DDIMScheduler, the rest as in `init`; or `prediction_type: flow_prediction` and a `shift`
+    scheduler: dict[str, Any] = field(default_factory=dict)
     timestep_shift: float = 1.0  # above 1, high noise is drawn more often
     loss_weighting: str = "none"  # or min_snr, which gives timesteps of low noise less weight
     min_snr_gamma: float = 5.0
+    logit_mean: float = 0.0  # of flow_prediction's timesteps, which are logit-normal; above 0, more noise
+    logit_std: float = 1.0
     # Autoregressive only
     explained_variance: float = 0.99  # of z_i, by its principal components, unless model.components is given
     regression: str | None = None  # folder of a trained linear or mlp prior, whose output the codes are relative to
@@ -111,8 +117,14 @@ class Config:
             )
         if self.architecture == "eclipse" and self.init is None:
             raise InputError("architecture=eclipse trains an ECLIPSE prior further; give it as init")
-        check_loss_weighting(build_noise_scheduler(self.scheduler), self.loss_weighting)
+        check_fields(self, logit_mean=(-10, 10), logit_std=(0.01, 10))
+        self.check_loss(build_noise_scheduler(self.scheduler))
         check_lora_init(self.lora, self.init)
+
+    def check_loss(self, scheduler: SchedulerMixin) -> None:
+        """Refuse settings of the loss that do not fit a noise schedule."""
+        learned = bool(self.model.get("learned_variance"))
+        check_loss_settings(scheduler, self.loss_weighting, (self.logit_mean, self.logit_std), learned)
 
 
 def main(config: Config) -> None:
@@ -202,11 +214,11 @@ def build_stage(
     )
 
 
-def resolve_noise_schedule(config: Config, public: PublicPart | None) -> DDIMScheduler:
+def resolve_noise_schedule(config: Config, public: PublicPart | None) -> SchedulerMixin:
     """Return the scheduler of a diffusion prior: that of `init` if it has one, else the configuration's."""
     public_scheduler = None if public is None else public.source.find_folder("prior_scheduler")
     scheduler = resolve_init_scheduler(config.init, config.scheduler, public_scheduler)
-    check_loss_weighting(scheduler, config.loss_weighting)
+    config.check_loss(scheduler)
     return scheduler
 
 
@@ -268,10 +280,10 @@ def compute_denoising_loss(
     """Return the diffusion loss, and the cosine of z_i and its estimate if the prior predicts it directly."""
     condition = drop_condition(text, prior.null(len(text)), config.caption_dropout)
     x = prior.scale_image_embeds(z_i)
-    metrics, prediction = compute_diffusion_loss(
-        model, scheduler, x, condition, config.timestep_shift, config.loss_weighting, config.min_snr_gamma
-    )
-    if scheduler.config.prediction_type == "sample":
+    shift, weighting, gamma = config.timestep_shift, config.loss_weighting, config.min_snr_gamma
+    logit = (config.logit_mean, config.logit_std)
+    metrics, prediction = compute_diffusion_loss(model, scheduler, x, condition, shift, weighting, gamma, logit)
+    if get_prediction_type(scheduler) == "sample":
         metrics["cosine"] = F.cosine_similarity(prior.unscale_image_embeds(prediction.detach()), z_i).mean()
     return metrics
 

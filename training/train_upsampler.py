@@ -27,7 +27,8 @@ from t2i.data.cache import CachedPairs
 from t2i.data.dataset import SampleIndex
 from t2i.data.groups import open_groups
 from t2i.data.manifest import Manifest
-from t2i.diffusion.loss import check_loss_weighting, compute_loss_weight, compute_weighted_mse, predict_noised_batch
+from t2i.diffusion.flow import get_prediction_type
+from t2i.diffusion.loss import check_loss_settings, compute_loss_weight, compute_weighted_mse, predict_noised_batch
 from t2i.diffusion.process import build_noise_scheduler
 from t2i.diffusion.sampling_loop import Sampling
 from t2i.errors import InputError
@@ -54,10 +55,13 @@ class Config:
     blur_probability: float = 0.5  # of the low resolution, since decoders draw less sharply than reduced images are
     max_blur: float = 0.6  # largest standard deviation of the blur, in pixels of the low resolution
     init: str | None = None  # folder of a trained upsampler to start from, instead of random weights
-    scheduler: dict[str, Any] = field(default_factory=dict)  # arguments of diffusers' DDIMScheduler
+    # Arguments of diffusers' DDIMScheduler; or `prediction_type: flow_prediction` and a `shift`
+    scheduler: dict[str, Any] = field(default_factory=dict)
     timestep_shift: float = 1.0  # above 1, high noise is drawn more often
     loss_weighting: str = "none"  # or min_snr, which gives timesteps of low noise less weight
     min_snr_gamma: float = 5.0
+    logit_mean: float = 0.0  # of flow_prediction's timesteps, which are logit-normal; above 0, more noise
+    logit_std: float = 1.0
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=lambda: SampleConfig(num_inference_steps=8))  # count, seed, steps
@@ -65,7 +69,9 @@ class Config:
     def __post_init__(self) -> None:
         check_fields(self, crop_size=(8, self.data.image_size), embedding_dropout=(0, 1), blur_probability=(0, 1))
         check_fields(self, max_blur=(0, 10), timestep_shift=(0.01, 100), min_snr_gamma=(0.01, 1000))
-        check_loss_weighting(build_noise_scheduler(self.scheduler), self.loss_weighting)
+        check_fields(self, logit_mean=(-10, 10), logit_std=(0.01, 10))
+        scheduler, logit = build_noise_scheduler(self.scheduler), (self.logit_mean, self.logit_std)
+        check_loss_settings(scheduler, self.loss_weighting, logit)
 
 
 class RandomCrops(CaptionedPictures):
@@ -116,7 +122,7 @@ def main(config: Config) -> None:
     needed = {
         "factor": config.factor,
         "low_size": config.crop_size // config.factor,
-        "adds_detail": scheduler.config.prediction_type == "sample",
+        "adds_detail": get_prediction_type(scheduler) == "sample",
         "embed_dim": None if clip is None else clip.embed_dim,
         "clip_fingerprint": None if clip is None else clip.identity,
     }
@@ -132,7 +138,8 @@ def main(config: Config) -> None:
     def loss(model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
         assert batch.image is not None
         condition = degrade_images(config, upsampler, batch.image, batch.image_embeds)
-        prediction, target, t = predict_noised_batch(model, scheduler, batch.image, condition, config.timestep_shift)
+        shift, logit = config.timestep_shift, (config.logit_mean, config.logit_std)
+        prediction, target, t = predict_noised_batch(model, scheduler, batch.image, condition, shift, logit)
         weight = compute_loss_weight(scheduler, t, config.loss_weighting, config.min_snr_gamma)
         return {"loss": compute_weighted_mse(prediction, target, weight)}
 

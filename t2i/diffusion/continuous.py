@@ -12,7 +12,16 @@ from torch import Generator, Tensor
 
 from t2i.checks import check_integer
 from t2i.diffusion.ddim import ExactDDIMScheduler
-from t2i.diffusion.process import alpha_bar, alpha_sigma, noise_angle, posterior_mean_variance, predict_x0
+from t2i.diffusion.flow import is_flow, space_flow_timesteps
+from t2i.diffusion.process import (
+    alpha_bar,
+    alpha_sigma,
+    path_position,
+    path_turn,
+    path_velocity,
+    posterior_mean_variance,
+    predict_x0,
+)
 
 ANGLE_EXPONENT = 1.75
 
@@ -25,8 +34,11 @@ class ContinuousScheduler(ExactDDIMScheduler, SchedulerMixin):
         """Return timesteps, (count,), fp32, falling from the last trained one, denser where noise is low.
 
         They are even in phi^(1 / ANGLE_EXPONENT), which did best on Gaussian data; see docs/explanation/samplers.md.
+        Those of a flow are even in sigma, but for its shift.
         """
         check_integer("the number of steps", count, 1, 100_000)
+        if is_flow(self):
+            return space_flow_timesteps(self, count)
         trained = self.alphas_cumprod.double().sqrt().acos()
         left = torch.arange(count, 0, -1, dtype=torch.float64) / count
         angles = trained[0] + (trained[-1] - trained[0]) * left**ANGLE_EXPONENT
@@ -71,19 +83,19 @@ class ProbabilityFlowScheduler(ContinuousScheduler):
         """Take half a step of Heun's: to the next timestep, or the same again with the mean of both velocities."""
         t = torch.as_tensor(timestep, device=sample.device)
         x0 = self.clip_x0(predict_x0(self, model_output, sample, t))
-        alpha, sigma = alpha_sigma(self, t, sample)
-        velocity = (alpha * sample - x0) / sigma
+        velocity = path_velocity(self, x0, sample, t)
         # Even: Euler's step to the next timestep. Odd: the same step again, with the mean of both velocities
         if self.index % 2 == 0:
             self.last_step = (t, sample, velocity)
-            alpha_s, sigma_s = alpha_sigma(self, self.find_next_timestep(self.index + 1), sample)
-            x = (alpha * alpha_s + sigma * sigma_s) * sample - (sigma * alpha_s - alpha * sigma_s) * velocity
+            cosine, sine = path_turn(self, t, self.find_next_timestep(self.index + 1), sample)
+            x = cosine * sample - sine * velocity
         else:
             # Undo the Euler step: start again from where it started
             t_left, x_left, velocity_left = self.last_step
-            half = (noise_angle(self, t_left, sample) - noise_angle(self, t, sample)) / 2
-            # tan(half), not half: exact where sample and noise stay the same.
-            x = x_left - half.tan().to(sample.dtype) * (velocity_left + velocity)
+            half = (path_position(self, t_left, sample) - path_position(self, t, sample)) / 2
+            # tan(half), not half: exact where sample and noise stay the same. A flow's path is straight
+            half = half if is_flow(self) else half.tan()
+            x = x_left - half.to(sample.dtype) * (velocity_left + velocity)
         self.index += 1
         return DDIMSchedulerOutput(x, x0) if return_dict else (x, x0)
 
@@ -94,6 +106,8 @@ class ReverseSDEScheduler(ContinuousScheduler):
     Each step draws from q(x_s | x_t, x0), which is the SDE's solution for a constant clean sample; from the second
     step on, the clean sample is extrapolated linearly in the log-SNR.
     """
+
+    extrapolates = True
 
     def set_timesteps(  # type: ignore[override]
         self, num_inference_steps: int, device: str | torch.device | None = None
@@ -118,7 +132,7 @@ class ReverseSDEScheduler(ContinuousScheduler):
         x0 = self.clip_x0(predict_x0(self, model_output, sample, t))
         # The first step, and the one to the clean sample, take the estimate as it is
         extrapolated, log_snr = x0, torch.logit(alpha_bar(self, t, sample))
-        if self.last_step is not None and previous >= 0:
+        if self.extrapolates and self.last_step is not None and previous >= 0:
             last_log_snr, last_x0 = self.last_step
             change = log_snr - last_log_snr
             if change.isfinite():  # pure noise has a log-SNR of minus infinity
@@ -129,3 +143,12 @@ class ReverseSDEScheduler(ContinuousScheduler):
         self.last_step, self.index = (log_snr, x0), self.index + 1
         x = mean + variance.sqrt() * fresh
         return DDIMSchedulerOutput(x, x0) if return_dict else (x, x0)
+
+
+class AncestralScheduler(ReverseSDEScheduler):
+    """Ancestral sampling at fractional timesteps: each step draws from q(x_s | x_t, x0) for the estimate of x0.
+
+    DDPM (Ho et al. 2020) of a flow, which diffusers' DDPMScheduler does not know.
+    """
+
+    extrapolates = False

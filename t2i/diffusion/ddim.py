@@ -4,7 +4,8 @@ With abar = cos^2 phi a deterministic step turns x_t by the angle between two no
 
     x_s = cos(d) x_t - sin(d) v(x_t, t),   d = phi_t - phi_s,   v = sqrt(abar) noise - sqrt(1 - abar) sample
 
-which is Euler's method for the probability-flow ODE dx / dphi = v, exact where sample and noise stay the same.
+which is Euler's method for the probability-flow ODE dx / dphi = v, exact where sample and noise stay the same. For
+rectified flow, with sigma for phi, the step is x_s = x_t - d v with d = sigma_t - sigma_s: Euler's method too.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -19,10 +20,21 @@ from torch import Generator, Tensor
 
 from t2i.checks import check_integer
 from t2i.diffusion.denoiser import Predict
-from t2i.diffusion.process import MIN_ALPHA, alpha_sigma, posterior_coefficients, predict_x0, split_variance
+from t2i.diffusion.flow import build_flow_settings, get_prediction_type, is_flow, space_flow_timesteps
+from t2i.diffusion.process import (
+    MIN_ALPHA,
+    alpha_sigma,
+    path_turn,
+    path_velocity,
+    posterior_coefficients,
+    predict_x0,
+    split_variance,
+)
 
 # Settings that schedulers of different classes share by name, but not by meaning.
 CLASS_SPECIFIC_KEYS = ("variance_type", "algorithm_type", "solver_order", "solver_type")
+# Spacings of FlowMatchEulerDiscreteScheduler, which the others have for other processes
+SPACING_KEYS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_dynamic_shifting")
 
 
 class ExactDDIMScheduler(DDIMScheduler):
@@ -37,12 +49,17 @@ class ExactDDIMScheduler(DDIMScheduler):
         device: str | torch.device | None = None,
         timesteps: Sequence[float] | None = None,
     ) -> None:
-        """Set the timesteps, (num_inference_steps,), int64, falling; or those that are given."""
+        """Set the timesteps, (num_inference_steps,), int64 or of a flow fp32, falling; or those that are given."""
         if timesteps is not None:
-            self.timesteps = torch.as_tensor(timesteps, device=device).round().long()
+            given = torch.as_tensor(timesteps, device=device)
+            self.timesteps = given.float() if is_flow(self) else given.round().long()
             self.num_inference_steps = len(self.timesteps)
             return
         assert num_inference_steps is not None, "one of both is given"
+        if is_flow(self):
+            self.num_inference_steps = num_inference_steps
+            self.timesteps = space_flow_timesteps(self, num_inference_steps).to(device)
+            return
         if self.config.timestep_spacing != "trailing":
             super().set_timesteps(num_inference_steps, device)
             return
@@ -109,14 +126,21 @@ def build_scheduler_like(kind: type[SchedulerMixin], scheduler: SchedulerMixin, 
     """
     accepted = signature(kind.__init__).parameters
     shared = {key: scheduler.config[key] for key in accepted if key in scheduler.config}
-    if "beta_schedule" not in shared:  # such as UnCLIPScheduler, which has only one
+    flow = build_flow_settings(scheduler) if is_flow(scheduler) else {}
+    if flow:
+        own = {key: value for key, value in shared.items() if key not in SPACING_KEYS}
+        shared = own | {key: value for key, value in flow.items() if key in accepted}
+    elif "beta_schedule" not in shared:  # such as UnCLIPScheduler, which has only one
         shared["trained_betas"] = scheduler.betas.tolist()
     if "timestep_spacing" in accepted:
         shared.setdefault("timestep_spacing", "linspace")  # the timesteps that UnCLIPScheduler takes
     # A class's own default would clip what the model was not trained to have clipped
     if "clip_sample" in accepted:
         shared.setdefault("clip_sample", False)
-    return kind(**{**{key: value for key, value in shared.items() if key not in CLASS_SPECIFIC_KEYS}, **settings})
+    built = kind(**{**{key: value for key, value in shared.items() if key not in CLASS_SPECIFIC_KEYS}, **settings})
+    if flow:  # the shift, which a DDIMScheduler has no argument for
+        built.register_to_config(flow_shift=flow["flow_shift"])
+    return built
 
 
 @torch.no_grad()
@@ -145,17 +169,17 @@ def invert_sample(
     exact = build_scheduler_like(ExactDDIMScheduler, scheduler)
     exact.set_timesteps(steps, device=x0.device)
     x, velocity = x0, None
-    predicts_noise = exact.config.prediction_type == "epsilon"
+    predicts_noise = get_prediction_type(exact) == "epsilon"
     # From the clean sample towards noise: the sampler's timesteps in the other order
     previous = exact.timesteps.new_tensor(exact.final_timestep)
     for i, t in enumerate(progress(exact.timesteps.flip(0))):
-        (alpha, sigma), (alpha_s, sigma_s) = alpha_sigma(exact, t, x), alpha_sigma(exact, previous, x)
-        cosine, sine = alpha * alpha_s + sigma * sigma_s, sigma * alpha_s - alpha * sigma_s
+        (alpha, _), (alpha_s, _) = alpha_sigma(exact, t, x), alpha_sigma(exact, previous, x)
+        cosine, sine = path_turn(exact, t, previous, x)
         # The last step's velocity is nearly this one's
         guess = x if velocity is None else (x + sine * velocity) / cosine
         for _ in range(refinements):
             prediction, _ = split_variance(predict(guess, t), guess)
-            velocity = (alpha * guess - predict_x0(exact, prediction, guess, t)) / sigma
+            velocity = path_velocity(exact, predict_x0(exact, prediction, guess, t), guess, t)
             guess = (x + sine * velocity) / cosine
             if predicts_noise and alpha < MIN_ALPHA:
                 # The same equation in terms of the noise: it converges more slowly, but stays bounded where alpha is

@@ -18,7 +18,9 @@ from t2i.diffusion.ddim import build_scheduler_like
 from t2i.diffusion.denoiser import Predict
 from t2i.diffusion.process import (
     alpha_sigma,
-    noise_angle,
+    find_lowest_timestep,
+    path_position,
+    path_velocity,
     predict_x0,
     reverse_log_variance,
     split_variance,
@@ -37,7 +39,8 @@ class VariationalBound:
     """Variational bound of each sample on -log p(x0), in bits per dimension (Ho et al. 2020, eq. 5).
 
     prior: L_T, (B,): the cost of starting from N(0, 1).
-    steps: L_{t-1}, (B, K), for K of the timesteps t = 1, ..., T - 1; each stands for its part of the T - 1 steps.
+    steps: L_{t-1}, (B, K), for K of the timesteps t = 1, ..., T - 1; each stands for its part of the T - 1 steps. Of a
+        flow t counts from 0, for the timestep 1, the lowest with noise.
     spaced_timesteps: those K timesteps.
     data: L_0, (B,): -log p(x0 | x_1), of the density, or of the levels of an image.
     """
@@ -98,18 +101,18 @@ def compute_variational_bound(
         return predict_x0(scheduler, mean, noisy, t), reverse_log_variance(scheduler, fraction, t, t - 1)
 
     # L_{t-1}, L_0 and L_T
-    rows = []
-    for t, size in follow_steps("bound", list(zip(timesteps.to(x0.device), sizes.tolist()))):
+    rows, lowest = [], find_lowest_timestep(scheduler)
+    for t, size in follow_steps("bound", list(zip(timesteps.to(x0.device) + lowest, sizes.tolist()))):
         estimate, log_variance = reverse_step(t)
         rows.append(size * variational_term(scheduler, x0 - estimate, log_variance, t, t - 1).flatten(1).mean(dim=1))
-    first = timesteps.new_tensor(0).to(x0.device)
+    first = timesteps.new_tensor(lowest).to(x0.device)
     estimate, log_variance = reverse_step(first)
     if images:
         data = -compute_level_log_probability(x0, estimate, log_variance)
     else:
         data = variational_term(scheduler, x0 - estimate, log_variance, first, first - 1)
     # L_T: KL of q(x_T | x0) from N(0, 1)
-    alpha, sigma = alpha_sigma(scheduler, timesteps.new_tensor(last), x0)
+    alpha, sigma = alpha_sigma(scheduler, timesteps.new_tensor(last + lowest), x0)
     start = ((alpha * x0).square() + sigma**2 - 1 - 2 * sigma.log()) / 2
     data, start = (nats.flatten(1).mean(dim=1) for nats in (data, start))
     return VariationalBound(nats_to_bits(start), nats_to_bits(torch.stack(rows, dim=1)), timesteps, nats_to_bits(data))
@@ -140,24 +143,24 @@ def compute_ode_bits(
 ) -> Tensor:
     """Compute -log2 of the density of x0, (B, ...), under the probability-flow ODE, in bits per dimension: (B,).
 
-    Song et al. 2021, section 4.3: in the angle phi of the noise level, dx / dphi = v and d log p = -tr(dv / dx) dphi,
-    by Heun's method from the lowest trained noise level, added to the data, to the highest, taken for N(0, 1). The
-    trace is Hutchinson's estimate from `probes` vectors of signs for each sample, the same in every step. Costs 2 steps
-    evaluations, each with `probes` backward passes.
+    Song et al. 2021, section 4.3: in the angle phi of the noise level, or in sigma of a flow, dx / dphi = v and
+    d log p = -tr(dv / dx) dphi, by Heun's method from the lowest trained noise level, added to the data, to the
+    highest, taken for N(0, 1). The trace is Hutchinson's estimate from `probes` vectors of signs for each sample, the
+    same in every step. Costs 2 steps evaluations, each with `probes` backward passes.
     """
     check_integer("steps", steps, 2, 10_000)
     check_integer("probes", probes, 1, 1000)
     timesteps = build_scheduler_like(ProbabilityFlowScheduler, scheduler).space_timesteps(steps - 1)
     # Rising from the lowest trained noise level: from data to noise
-    timesteps = torch.cat([timesteps, timesteps.new_zeros(1)]).flip(0).to(x0.device)
+    lowest = timesteps.new_full((1,), find_lowest_timestep(scheduler))
+    timesteps = torch.cat([timesteps, lowest]).flip(0).to(x0.device)
     signs = torch.stack([generate_noise(x0.shape[1:], generators, x0.device).sign() for _ in range(probes)])
 
     def derivatives(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return v, like x, and the trace of its Jacobian, (B,)."""
-        alpha, sigma = alpha_sigma(scheduler, t, x)
         with torch.enable_grad(), keep_used_weights():
             x = x.detach().requires_grad_()
-            velocity = (alpha * x - predict_x0(scheduler, predict(x, t), x, t)) / sigma
+            velocity = path_velocity(scheduler, predict_x0(scheduler, predict(x, t), x, t), x, t)
             trace = torch.zeros(len(x), device=x.device, dtype=x.dtype)
             # E[s^T J s] = tr J for random signs s
             for i, sign in enumerate(signs.to(x.dtype)):
@@ -168,7 +171,7 @@ def compute_ode_bits(
     alpha, _ = alpha_sigma(scheduler, timesteps[0], x0)
     x, change = alpha * x0, torch.zeros(len(x0), device=x0.device, dtype=x0.dtype)
     for t, after in follow_steps("ODE", list(zip(timesteps[:-1], timesteps[1:]))):
-        length = (noise_angle(scheduler, after, x) - noise_angle(scheduler, t, x)).to(x.dtype)
+        length = (path_position(scheduler, after, x) - path_position(scheduler, t, x)).to(x.dtype)
         velocity, trace = derivatives(x, t)
         # Heun's method: the mean of the derivatives at both ends
         next_velocity, next_trace = derivatives(x + length * velocity, after)

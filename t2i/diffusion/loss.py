@@ -9,7 +9,9 @@ from torch import Tensor
 
 from t2i.checks import check_choice
 from t2i.diffusion.condition import Condition
+from t2i.diffusion.flow import FLOW_PREDICTION, draw_flow_timesteps, get_prediction_type, is_flow, shift_fraction
 from t2i.diffusion.process import (
+    add_noise,
     compute_prediction_target,
     predict_x0,
     reverse_log_variance,
@@ -19,11 +21,27 @@ from t2i.diffusion.process import (
 from t2i.errors import InputError
 
 LOSS_WEIGHTINGS = ("none", "min_snr")
+STANDARD_LOGIT = (0.0, 1.0)  # mean and deviation of the logit of a flow's timesteps, as in Stable Diffusion 3
 
 
-def check_loss_weighting(scheduler: SchedulerMixin, weighting: str) -> None:
-    """Refuse a weighting that would leave the first step of sampling untrained."""
+def check_loss_settings(
+    scheduler: SchedulerMixin,
+    weighting: str,
+    logit: tuple[float, float] = STANDARD_LOGIT,
+    learned_variance: bool = False,
+) -> None:
+    """Refuse settings of the loss that a process has no use for, or that leave the first step of sampling untrained."""
     check_choice("loss_weighting", weighting, LOSS_WEIGHTINGS)
+    flow = f"scheduler.prediction_type={FLOW_PREDICTION}"
+    if is_flow(scheduler):
+        if weighting != "none":
+            weights = "timesteps are drawn by weight (logit_mean, logit_std, scheduler.shift)"
+            raise InputError(f"loss_weighting={weighting} does not go with {flow}, whose {weights}; leave it out")
+        if learned_variance:
+            raise InputError(f"model.learned_variance does not go with {flow}, whose samplers read none; leave it out")
+        return
+    if tuple(logit) != STANDARD_LOGIT:
+        raise InputError(f"logit_mean and logit_std need {flow}, got {get_prediction_type(scheduler)}; leave them out")
     if weighting == "min_snr" and scheduler.alphas_cumprod[-1] == 0:
         raise InputError(
             "loss_weighting=min_snr gives pure noise no weight, but with scheduler.rescale_betas_zero_snr sampling "
@@ -32,24 +50,34 @@ def check_loss_weighting(scheduler: SchedulerMixin, weighting: str) -> None:
 
 
 def predict_noised_batch(
-    model: Callable[..., Tensor], scheduler: SchedulerMixin, x: Tensor, condition: Condition, shift: float = 1.0
+    model: Callable[..., Tensor],
+    scheduler: SchedulerMixin,
+    x: Tensor,
+    condition: Condition,
+    shift: float = 1.0,
+    logit: tuple[float, float] = STANDARD_LOGIT,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Noise clean `x` by random amounts; return the model's prediction and the target, fp32, and t, (B,).
 
     shift > 1 draws high noise more often (t -> shift t / (1 + (shift - 1) t) for uniform t in [0, 1]); 1 is uniform.
+    logit: mean and deviation of a flow's timesteps, which are logit-normal instead of uniform.
     """
-    noise, t = generate_noise_and_timesteps(scheduler, x, shift)
-    prediction = model(scheduler.add_noise(x.float(), noise, t), t, condition)
+    noise, t = generate_noise_and_timesteps(scheduler, x, shift, logit)
+    prediction = model(add_noise(scheduler, x.float(), noise, t), t, condition)
     return prediction.float(), compute_prediction_target(scheduler, x.float(), noise, t), t
 
 
-def generate_noise_and_timesteps(scheduler: SchedulerMixin, x: Tensor, shift: float) -> tuple[Tensor, Tensor]:
+def generate_noise_and_timesteps(
+    scheduler: SchedulerMixin, x: Tensor, shift: float, logit: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
     """Draw noise like x, fp32, and timesteps, (B,), for a batch."""
     noise = torch.randn_like(x, dtype=torch.float32)
+    if is_flow(scheduler):
+        return noise, draw_flow_timesteps(scheduler, x, shift, logit)
     uniform = torch.rand(len(x), device=x.device)
     # Uniform in (0, 1), then shifted towards noise, then cut to whole timesteps
     steps = scheduler.config.num_train_timesteps
-    return noise, (shift * uniform / (1 + (shift - 1) * uniform) * steps).long().clamp(max=steps - 1)
+    return noise, (shift_fraction(uniform, shift) * steps).long().clamp(max=steps - 1)
 
 
 def compute_diffusion_loss(
@@ -60,6 +88,7 @@ def compute_diffusion_loss(
     shift: float = 1.0,
     weighting: str = "none",
     gamma: float = 5.0,
+    logit: tuple[float, float] = STANDARD_LOGIT,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Return the loss of a denoiser on clean `x`, as "loss", and its prediction of the mean, like x, fp32.
 
@@ -68,8 +97,8 @@ def compute_diffusion_loss(
     is that bound, estimated from one timestep a sample; for uniform timesteps, shift 1.
     """
     x = x.float()
-    noise, t = generate_noise_and_timesteps(scheduler, x, shift)
-    noisy = scheduler.add_noise(x, noise, t)
+    noise, t = generate_noise_and_timesteps(scheduler, x, shift, logit)
+    noisy = add_noise(scheduler, x, noise, t)
     mean, fraction = split_variance(model(noisy, t, condition).float(), x)
     # The loss of the mean
     weight = compute_loss_weight(scheduler, t, weighting, gamma)
@@ -97,7 +126,7 @@ def compute_loss_weight(scheduler: SchedulerMixin, t: Tensor, weighting: str, ga
         return torch.ones(len(t), device=t.device)
     abar = scheduler.alphas_cumprod.to(t.device)[t]
     snr = abar / (1 - abar)
-    match scheduler.config.prediction_type:
+    match get_prediction_type(scheduler):
         case "epsilon":
             return snr.clamp(max=gamma) / snr
         case "v_prediction":

@@ -11,6 +11,7 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    FlowMatchLCMScheduler,
     LCMScheduler,
     PNDMScheduler,
     SchedulerMixin,
@@ -20,9 +21,10 @@ from diffusers import (
 from torch import Tensor
 
 from t2i.checks import check_choice
-from t2i.diffusion.continuous import ProbabilityFlowScheduler, ReverseSDEScheduler
+from t2i.diffusion.continuous import AncestralScheduler, ProbabilityFlowScheduler, ReverseSDEScheduler
 from t2i.diffusion.ddim import ExactDDIMScheduler, build_scheduler_like
 from t2i.diffusion.denoiser import Predict
+from t2i.diffusion.flow import FLOW_PREDICTION, get_prediction_type, is_flow
 from t2i.diffusion.process import x0_to_prediction
 from t2i.diffusion.respaced import UnCLIPRespacedScheduler
 from t2i.diffusion.sampling_loop import (
@@ -60,6 +62,16 @@ SAMPLING_SCHEDULERS = (
     "UnCLIP",
     "UniPCMultistep",
 )
+# Those that sample from a flow
+FLOW_SAMPLING_SCHEDULERS = (
+    "DEISMultistep",
+    "DPMSolverMultistep",
+    "DPMSolverSinglestep",
+    "FlowMatchEulerDiscrete",
+    "FlowMatchHeunDiscrete",
+    "SASolver",
+    "UniPCMultistep",
+)
 # Those of them that read no such prediction
 BLIND_SCHEDULERS = {
     "sample": ("DPMSolverSDE", "EulerAncestralDiscrete", "KDPM2AncestralDiscrete", "KDPM2Discrete", "PNDM"),
@@ -68,11 +80,10 @@ BLIND_SCHEDULERS = {
 FIXED_VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
 # Allowed settings, which not all schedulers check. The first is assumed where a scheduler has no such setting.
 CONFIG_CHOICES = {
-    "prediction_type": ("epsilon", "sample", "v_prediction"),
+    "prediction_type": ("epsilon", "sample", "v_prediction", FLOW_PREDICTION),
     "variance_type": (None, *FIXED_VARIANCE_TYPES, *LEARNED_VARIANCE_TYPES),
     "timestep_spacing": ("leading", "linspace", "trailing"),
     "timestep_type": ("discrete",),
-    "use_flow_sigmas": (False,),
     "snr_shift_scale": (1.0,),
 }
 
@@ -123,6 +134,8 @@ def build_sampler(name: str, scheduler: SchedulerMixin, learned_variance: bool =
     """
     check_choice("sampler", name, tuple(SAMPLERS))
     kind, settings = SAMPLERS[name]
+    if is_flow(scheduler):
+        return build_scheduler_like(AncestralScheduler if name == "ddpm" else kind, scheduler, **settings)
     # The other samplers take no variance from the model
     if name == "ddpm" and (learned_variance or scheduler.config.get("variance_type") == "learned_range"):
         settings = {"variance_type": "learned_range"}
@@ -136,12 +149,14 @@ def check_scheduler_sampling(name: str, scheduler: SchedulerMixin) -> None:
     """
     kind = type(scheduler).__name__
     if reason := find_sampling_fault(scheduler):
-        works = ", ".join(list_sampling_schedulers(scheduler.config.get("prediction_type")))
+        works = ", ".join(list_sampling_schedulers(get_prediction_type(scheduler)))
         raise InputError(f"the {name}, a {kind}, {reason}; these schedulers of diffusers work: {works}")
 
 
 def list_sampling_schedulers(prediction_type: str | None) -> list[str]:
     """Return the names, without "Scheduler", of those of diffusers that sample from such predictions."""
+    if prediction_type == FLOW_PREDICTION:
+        return list(FLOW_SAMPLING_SCHEDULERS)
     return [name for name in SAMPLING_SCHEDULERS if name not in BLIND_SCHEDULERS.get(prediction_type or "", ())]
 
 
@@ -163,11 +178,18 @@ def warn_of_other_levels(name: str, scheduler: Any, before: Any) -> None:
 
 def find_sampling_fault(scheduler: SchedulerMixin) -> str | None:
     """Return why a scheduler cannot sample; None if it can."""
-    if isinstance(scheduler, LCMScheduler):
+    # They draw the noise of each step anew, which samples from the data's distribution only if the model maps it there
+    if isinstance(scheduler, LCMScheduler | FlowMatchLCMScheduler) or scheduler.config.get("stochastic_sampling"):
         return "is for consistency models, which this is not"
     for key, allowed in CONFIG_CHOICES.items():
         if (value := scheduler.config.get(key, allowed[0])) not in allowed:
             return f"has {key} {value!r:.80}; it may be {', '.join(map(str, allowed))}"
+    flow = is_flow(scheduler)
+    if scheduler.config.get("use_flow_sigmas", flow) != flow:
+        kind = get_prediction_type(scheduler)
+        return (
+            f"has use_flow_sigmas {not flow} with prediction_type {kind}; {FLOW_PREDICTION} needs it, others exclude it"
+        )
     generators = [torch.Generator().manual_seed(0)]
     try:
         # A copy, for sampling sets the scheduler's timesteps
@@ -175,14 +197,18 @@ def find_sampling_fault(scheduler: SchedulerMixin) -> str | None:
         sampling = Sampling(min(TRIAL_STEPS, trial.config.num_train_timesteps), generators)
         drawn = sample_from_noise(build_trial_predict(trial), trial, torch.ones(1, 1, 2, 2), sampling)
         # A schedule that rises would add noise instead of removing it
-        falls = trial.timesteps[0] >= trial.timesteps[-1] and trial.alphas_cumprod.isfinite().all()
-        left = 3 * (1 - trial.alphas_cumprod[0]).sqrt()
+        falls = trial.timesteps[0] >= trial.timesteps[-1] and (flow or trial.alphas_cumprod.isfinite().all())
+        left = 0 if flow else 3 * (1 - trial.alphas_cumprod[0]).sqrt()
+        # The sigmas of a flow are in [0, 1]; those of other processes have no bound
+        strays = flow and getattr(trial, "sigmas", drawn).max() > 1
     except Exception as error:  # a library raises anything for a configuration that it did not check
         return f"cannot sample ({format_error(error)})"
     if not drawn.isfinite().all():
         return "cannot sample: its samples are not finite"
     if not falls:
         return "cannot sample: its timesteps do not fall"
+    if strays:
+        return "cannot sample: its sigmas are not those of a flow"
     if (miss := drawn.abs().max()) > 0.1 + left:
         return f"cannot sample: from an exact model it is {miss:.2g} away"
     return None

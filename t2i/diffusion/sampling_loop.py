@@ -6,13 +6,20 @@ from inspect import signature
 from typing import Any
 
 import torch
-from diffusers import DDPMParallelScheduler, DDPMScheduler, PNDMScheduler, SchedulerMixin, UnCLIPScheduler
+from diffusers import (
+    DDPMParallelScheduler,
+    DDPMScheduler,
+    PNDMScheduler,
+    SchedulerMixin,
+    UnCLIPScheduler,
+)
 from torch import Generator, Tensor
 
 from t2i.checks import check_range
 from t2i.diffusion.denoiser import Predict, PredictTransform, StepCallback
+from t2i.diffusion.flow import choose_flow_levels, is_flow
 from t2i.diffusion.guidance import Guidance
-from t2i.diffusion.process import split_variance
+from t2i.diffusion.process import own_alpha_sigma, predict_x0, scale_input, split_variance
 from t2i.errors import InputError
 
 MAX_STEPS = 1000
@@ -79,12 +86,16 @@ def sample_from_noise(predict: Predict, scheduler: SchedulerMixin, noise: Tensor
     if sampling.transform is not None:
         predict = sampling.transform(predict)
     x, timesteps = initialize_sampling(scheduler, noise, sampling)
+    last = len(timesteps) - 1 if stands_still(scheduler) else None
     for i, t in enumerate(sampling.progress(timesteps)):
-        prediction = predict(scheduler.scale_model_input(x, t), t)
+        prediction = predict(scale_input(scheduler, x, t), t)
         # These schedulers take no variance, which a model may have learned all the same
         if not learned:
             prediction, _ = split_variance(prediction, x)
-        x = scheduler.step(prediction, t, x, **extra).prev_sample
+        if i == last:
+            x = predict_x0(scheduler, prediction, x, t)
+        else:
+            x = scheduler.step(prediction, t, x, **extra).prev_sample
         if sampling.on_step is not None:
             x = sampling.on_step(i, t, x)
     return x
@@ -106,18 +117,20 @@ def build_step_arguments(scheduler: SchedulerMixin, sampling: Sampling) -> dict[
 def set_timesteps(scheduler: SchedulerMixin, sampling: Sampling, device: torch.device | None = None) -> None:
     """Set a scheduler's timesteps: the given ones, or as many as there are steps. Raises InputError if it refuses."""
     given = {name: value for name in TAKING_SCHEDULERS if (value := getattr(sampling, name)) is not None}
-    if not given:
-        scheduler.set_timesteps(sampling.steps, device=device)
-        return
-    kind = type(scheduler).__name__
+    kind, flow = type(scheduler).__name__, is_flow(scheduler)
     for name in given.keys() - signature(scheduler.set_timesteps).parameters.keys():
         raise InputError(f"{kind} does not take {name}; {TAKING_SCHEDULERS[name]}")
     if sampling.timesteps is not None:
-        last = scheduler.config.num_train_timesteps - 1
+        last = scheduler.config.num_train_timesteps - (not flow)
         check_range("timesteps", max(sampling.timesteps), 0, last)
+    if flow:
+        given = choose_flow_levels(scheduler, sampling.steps, given)
+    if not given:
+        scheduler.set_timesteps(sampling.steps, device=device)
+        return
     try:
         scheduler.set_timesteps(device=device, **{name: list(values) for name, values in given.items()})
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise InputError(f"{' and '.join(given)} cannot be given to this {kind}: {error}") from error
 
 
@@ -135,7 +148,7 @@ def initialize_sampling(scheduler: SchedulerMixin, noise: Tensor, sampling: Samp
     if hasattr(scheduler, "set_begin_index"):  # by itself it starts at the second of two equal timesteps
         scheduler.set_begin_index(first)
     if sampling.original is None:
-        return noise * scheduler.init_noise_sigma, timesteps
+        return noise * get_initial_scale(scheduler), timesteps
     check_range("strength", sampling.strength, 0, 1)
     timesteps = timesteps[first:]
     if isinstance(scheduler, PNDMScheduler):
@@ -145,7 +158,23 @@ def initialize_sampling(scheduler: SchedulerMixin, noise: Tensor, sampling: Samp
         elif scheduler.config.skip_prk_steps:
             left = scheduler.timesteps.unique_consecutive()[first:]
             scheduler.timesteps = timesteps = torch.cat([left[:2], left[1:]])
-    return scheduler.add_noise(sampling.original.to(noise), noise, timesteps[:1].expand(len(noise))), timesteps
+    original = sampling.original.to(noise)
+    if is_flow(scheduler):  # diffusers' FlowMatch schedulers have no `add_noise`
+        alpha, sigma = own_alpha_sigma(scheduler, timesteps[0], original)
+        return alpha * original + sigma * noise, timesteps
+    return scheduler.add_noise(original, noise, timesteps[:1].expand(len(noise))), timesteps
+
+
+def stands_still(scheduler: SchedulerMixin) -> bool:
+    """Return True if the last step of a flow leads nowhere: diffusers' DEIS and SASolver leave the last noise."""
+    if not is_flow(scheduler) or not hasattr(scheduler, "sigmas"):
+        return False
+    return bool(scheduler.sigmas[-1] == scheduler.sigmas[-2])
+
+
+def get_initial_scale(scheduler: SchedulerMixin) -> Tensor | float:
+    """Return the deviation of the noise that a scheduler starts from; diffusers' FlowMatch schedulers store no 1."""
+    return getattr(scheduler, "init_noise_sigma", 1.0)
 
 
 def count_steps_left(steps: int, strength: float) -> int:

@@ -17,6 +17,7 @@ from t2i.checks import check_range, check_texts
 from t2i.data.pictures import open_image, to_tensor
 from t2i.diffusion.denoiser import PredictTransform
 from t2i.diffusion.guidance import ScoreFunction, build_steered_predict
+from t2i.diffusion.process import preserve_variance
 from t2i.errors import InputError
 from t2i.files.fingerprints import EXACT_DTYPES, compute_weights_fingerprint
 from t2i.files.model_folder import load_model
@@ -169,7 +170,8 @@ def build_class_score(classifier: Any, scheduler: SchedulerMixin, names: list[st
     numbers = torch.tensor([classifier.find_class_index(name) for name in names])
 
     def score(x: Tensor, t: Tensor) -> Tensor:
-        logs = classifier.predict_log_probs(x, compute_noise_level(scheduler, t, x))
+        noisy = preserve_variance(scheduler, x, t)
+        logs = classifier.predict_log_probs(noisy, compute_noise_level(scheduler, t, x))
         return logs.gather(1, numbers.to(logs.device)[:, None])[:, 0]
 
     return score
@@ -185,7 +187,8 @@ def build_clip_score(
 
     def score(x: Tensor, t: Tensor) -> Tensor:
         if classifier is not None:
-            z_i = classifier.predict_image_embeds(x, compute_noise_level(scheduler, t, x))
+            noisy = preserve_variance(scheduler, x, t)
+            z_i = classifier.predict_image_embeds(noisy, compute_noise_level(scheduler, t, x))
         else:
             image = autoencoder.decode(x.to(autoencoder.dtype)).clamp(-1, 1)
             z_i = F.normalize(clip.encode_image(image.to(clip.dtype)).float(), dim=-1)

@@ -11,7 +11,14 @@ from torch import Generator, Tensor
 from t2i.checks import check_integer, check_multiple_of, check_range
 from t2i.data.pictures import MAX_PIXELS
 from t2i.diffusion.process import own_alpha_sigma
-from t2i.diffusion.sampling_loop import MAX_STEPS, Sampling, generate_noise, sample_from_noise
+from t2i.diffusion.sampling_loop import (
+    MAX_STEPS,
+    Sampling,
+    generate_noise,
+    get_initial_scale,
+    sample_from_noise,
+    set_timesteps,
+)
 from t2i.diffusion.windows import Window, build_windowed_predict
 from t2i.errors import InputError
 from t2i.networks.upsampler import LowResolution, Upsampler, augment_low_resolution, enlarge_low_resolution
@@ -71,11 +78,11 @@ def sample_upsampler(
         return upsampler.step(x.to(dtype), t.expand(len(x)), part).to(x.dtype)
 
     # Start from the resized low resolution, noised to the first timestep
-    scheduler.set_timesteps(sampling.steps, device=device)
+    set_timesteps(scheduler, sampling, device)
     start = enlarge_low_resolution(low, factor)
     alpha, sigma = own_alpha_sigma(scheduler, scheduler.timesteps[0], start)
     x = alpha * start + sigma * generate_noise(start.shape[1:], generators, device)
-    x = x / scheduler.init_noise_sigma  # by which sampling multiplies what it takes for noise
+    x = x / get_initial_scale(scheduler)  # by which sampling multiplies what it takes for noise
     windows = build_tile_windows(x.shape[-2], x.shape[-1], tile, overlap)
     predict = build_windowed_predict([partial(predict_window, window) for window in windows], windows)
     x = sample_from_noise(predict, scheduler, x, sampling)

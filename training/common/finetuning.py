@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from diffusers import DDIMScheduler, ModelMixin, SchedulerMixin
 
+from t2i.diffusion.flow import FLOW_PREDICTION, get_flow_shift, get_prediction_type, is_flow
 from t2i.diffusion.process import build_noise_scheduler
 from t2i.diffusion.stored_schedulers import PROJECT_SCHEDULERS, check_scheduler_folder
 from t2i.errors import InputError
@@ -44,7 +45,7 @@ def check_same_setting(name: str, value: Any, stored: Any, init: str) -> None:
         raise InputError(f"init={init!r} was trained with {name} {stored!r}, this run has {value!r}; they must agree")
 
 
-def resolve_init_scheduler(init: str | None, settings: dict[str, Any], public: Path | None = None) -> DDIMScheduler:
+def resolve_init_scheduler(init: str | None, settings: dict[str, Any], public: Path | None = None) -> SchedulerMixin:
     """Return the noise schedule: the configuration's `settings` on top of that of `init`, where it has one.
 
     public: the folder of a public model's scheduler, whose noise levels the settings must not change.
@@ -54,9 +55,12 @@ def resolve_init_scheduler(init: str | None, settings: dict[str, Any], public: P
     if folder is None:
         return build_noise_scheduler(settings)
     stored = read_schedule(folder)
-    scheduler, before = build_noise_scheduler({**stored, **settings}), build_noise_scheduler(stored)
-    kind = "scheduler.prediction_type"
-    check_same_setting(kind, scheduler.config.prediction_type, before.config.prediction_type, str(init))
+    before = build_noise_scheduler(stored)
+    kind = get_prediction_type(before)
+    check_same_setting("scheduler.prediction_type", settings.get("prediction_type", kind), kind, str(init))
+    scheduler = build_noise_scheduler({**stored, **settings})
+    if is_flow(before):  # all flows have the same noise levels
+        return scheduler
     levels, stored_levels = scheduler.alphas_cumprod, before.alphas_cumprod
     same = levels.shape == stored_levels.shape and torch.allclose(levels, stored_levels, rtol=1e-3, atol=1e-8)
     if public is not None and not same:
@@ -66,7 +70,7 @@ def resolve_init_scheduler(init: str | None, settings: dict[str, Any], public: P
 
 
 def read_schedule(folder: Path) -> dict[str, Any]:
-    """Return the arguments of a DDIMScheduler with the noise levels of the scheduler in a folder.
+    """Return the arguments of `build_noise_scheduler` for the noise levels of the scheduler in a folder.
 
     Its prediction type and bounds of x0 are taken too. Timesteps start at the last one, which is pure noise.
     """
@@ -75,6 +79,9 @@ def read_schedule(folder: Path) -> dict[str, Any]:
     module = next((module for module, names in PROJECT_SCHEDULERS.items() if name in names), "diffusers")
     check_scheduler_folder(folder, name, module=module)
     scheduler = load_or_explain(getattr(import_module(module), name).from_pretrained, folder)
+    if is_flow(scheduler):
+        steps, shift = scheduler.config.num_train_timesteps, get_flow_shift(scheduler)
+        return {"prediction_type": FLOW_PREDICTION, "num_train_timesteps": steps, "shift": shift}
     if not hasattr(scheduler, "alphas_cumprod"):
         raise InputError(f"{str(folder)!r} holds a {name}, which has no noise schedule as DDPM has")
     names = signature(DDIMScheduler.__init__).parameters
@@ -109,7 +116,7 @@ def check_prediction_type(init: str | None, scheduler: SchedulerMixin) -> None:
     folder = find_init_scheduler(init)
     if folder is not None:
         stored = read_schedule(folder).get("prediction_type", "epsilon")
-        check_same_setting("scheduler.prediction_type", scheduler.config.prediction_type, stored, str(init))
+        check_same_setting("scheduler.prediction_type", get_prediction_type(scheduler), stored, str(init))
 
 
 def convert_tuple(value: Any) -> Any:

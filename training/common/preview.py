@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, DiffusionPipeline, SchedulerMixin
+from diffusers import DiffusionPipeline, SchedulerMixin
 from PIL.Image import Image
 from t2i.pipelines.base import UnCLIPPipeline
 from t2i.pipelines.options import DECODER_OPTION_NAMES, PRIOR_OPTION_NAMES
@@ -27,9 +27,10 @@ from t2i.data.dataset import SampleIndex
 from t2i.diffusion.condition import TextEncoding, TokenStates
 from t2i.diffusion.guidance import MAX_GUIDANCE_SCALE
 from t2i.diffusion.sampling_loop import MAX_STEPS
+from t2i.diffusion.stored_schedulers import load_scheduler
 from t2i.errors import InputError
 from t2i.evaluation.contact_sheet import build_labelled_rows, build_similarity_matrix, to_pil_images
-from t2i.files.model_folder import load_model, load_or_explain
+from t2i.files.model_folder import load_model
 from t2i.interop.by_name import load_autoencoder, load_text_encoder
 from t2i.interop.trainable import PUBLIC_DECODERS
 from t2i.networks.autoencoder import Autoencoder
@@ -335,7 +336,7 @@ class TrainingPreviews:
         folder = str(getattr(self.config, stage))
         model, scheduler = load_model(classes, folder).eval(), None
         if model.needs_scheduler:
-            scheduler = load_or_explain(DDIMScheduler.from_pretrained, Path(folder) / "scheduler")
+            scheduler = load_scheduler(Path(folder) / "scheduler")
         stored = model.config.clip_fingerprint
         if stored is not None and stored != self.fingerprint:
             raise InputError(
