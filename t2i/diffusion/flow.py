@@ -9,7 +9,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, SchedulerMixin
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    SchedulerMixin,
+)
 from torch import Tensor
 
 from t2i.checks import check_integer, check_range
@@ -19,7 +24,7 @@ from t2i.errors import InputError
 FLOW_PREDICTION = "flow_prediction"  # the `prediction_type`, as diffusers' schedulers call it
 FLOW_ARGUMENTS = ("num_train_timesteps", "shift", "prediction_type")
 # Those that know no other process, and store neither a prediction type nor flow sigmas
-FLOW_SCHEDULERS = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler)
+FLOW_SCHEDULERS = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler)
 
 
 def build_flow_scheduler(arguments: dict[str, Any]) -> FlowMatchEulerDiscreteScheduler:

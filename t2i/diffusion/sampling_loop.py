@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import (
     DDPMParallelScheduler,
@@ -129,7 +130,9 @@ def set_timesteps(scheduler: SchedulerMixin, sampling: Sampling, device: torch.d
         scheduler.set_timesteps(sampling.steps, device=device)
         return
     try:
-        scheduler.set_timesteps(device=device, **{name: list(values) for name, values in given.items()})
+        # UniPC takes arrays alone, others lists alone
+        levels = {name: np.array(values) if flow else list(values) for name, values in given.items()}
+        scheduler.set_timesteps(device=device, **levels)
     except (TypeError, ValueError) as error:
         raise InputError(f"{' and '.join(given)} cannot be given to this {kind}: {error}") from error
 

@@ -13,6 +13,7 @@ from t2i.diffusion.guidance import build_steered_predict
 from t2i.diffusion.inpainting import build_blend_callback
 from t2i.diffusion.process import alpha_sigma, own_alpha_sigma, predict_x0
 from t2i.diffusion.samplers import (
+    FLOW_SAMPLING_SCHEDULERS,
     SAMPLING_SCHEDULERS,
     check_scheduler_sampling,
     count_model_evaluations,
@@ -68,10 +69,11 @@ def test_the_list_of_schedulers_that_sample_is_true(name):
     except TypeError:  # of proteins, whose arguments are no noise schedule
         assert name not in SAMPLING_SCHEDULERS
         return
-    if name in SAMPLING_SCHEDULERS:
+    if name in (*SAMPLING_SCHEDULERS, *FLOW_SAMPLING_SCHEDULERS):
         check_scheduler_sampling("decoder_scheduler", scheduler)
         return
-    with pytest.raises(InputError, match="these schedulers of diffusers work: DDIM, DDIMParallel, .*UniPC") as caught:
+    works = "DEISMultistep" if name.startswith("FlowMatch") else "DDIM, DDIMParallel"
+    with pytest.raises(InputError, match=f"these schedulers of diffusers work: {works}, .*UniPC") as caught:
         check_scheduler_sampling("decoder_scheduler", scheduler)
     assert "\n" not in str(caught.value)
 
@@ -316,7 +318,7 @@ def test_pndm_of_runge_kutta_starts_from_noise_alone():
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("DPMSolverMultistep", {"use_flow_sigmas": True}, "has use_flow_sigmas True; it may be False"),
+        ("DPMSolverMultistep", {"use_flow_sigmas": True}, "has use_flow_sigmas True with prediction_type epsilon"),
         ("EulerDiscrete", {"timestep_type": "continuous"}, "has timestep_type 'continuous'; it may be discrete"),
         ("EulerAncestralDiscrete", {"prediction_type": "sample"}, "cannot sample .*prediction_type not implemented"),
         ("LCM", {}, "is for consistency models"),

@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from t2i.diffusion.condition import Condition, ImageCondition, TextEncoding
 from t2i.diffusion.denoiser import build_conditional_predict
 from t2i.diffusion.loss import (
-    check_loss_weighting,
+    check_loss_settings,
     compute_loss_weight,
     compute_weighted_mse,
     drop_condition,
@@ -195,7 +195,7 @@ def test_a_schedule_that_ends_in_pure_noise_trains_and_samples(prediction_type, 
 def test_noise_cannot_be_predicted_from_pure_noise_and_the_schedule_says_so():
     with pytest.raises(InputError, match="rescale_betas_zero_snr, needs .* sample or v_prediction, got epsilon"):
         build_noise_scheduler({**ZERO_SNR, "prediction_type": "epsilon"})
-    with pytest.raises(InputError, match="prediction_type must be one of sample, v_prediction, epsilon; got 'score'"):
+    with pytest.raises(InputError, match="one of sample, v_prediction, epsilon, flow_prediction; got 'score'"):
         build_noise_scheduler({"prediction_type": "score"})
 
 
@@ -264,6 +264,6 @@ def test_a_schedule_that_is_none_is_refused(arguments, message):
 
 def test_a_weighting_that_leaves_pure_noise_untrained_is_refused():
     scheduler = build_noise_scheduler({"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"})
-    check_loss_weighting(scheduler, "none")
+    check_loss_settings(scheduler, "none")
     with pytest.raises(InputError, match="leave out one of the two"):
-        check_loss_weighting(scheduler, "min_snr")
+        check_loss_settings(scheduler, "min_snr")

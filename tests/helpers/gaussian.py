@@ -1,9 +1,11 @@
 """Gaussian data, whose exact denoiser, likelihood and reverse steps are known."""
 
+from typing import Any
+
 import torch
 from diffusers import DDIMScheduler
 
-from t2i.diffusion.process import alpha_sigma, x0_to_prediction
+from t2i.diffusion.process import alpha_sigma, build_noise_scheduler, x0_to_prediction
 
 SCHEDULES = {
     "linear": {"beta_schedule": "linear"},
@@ -13,7 +15,9 @@ SCHEDULES = {
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
 
-def schedule(name: str = "cosine", prediction_type: str = "v_prediction", **settings: object) -> DDIMScheduler:
+def schedule(name: str = "cosine", prediction_type: str = "v_prediction", **settings: object) -> Any:
+    if prediction_type == "flow_prediction":
+        return build_noise_scheduler({"prediction_type": prediction_type, **settings})
     settings = {**SCHEDULES[name], "timestep_spacing": "trailing", "clip_sample": False, **settings}
     return DDIMScheduler(prediction_type=prediction_type, **settings)
 

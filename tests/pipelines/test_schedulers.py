@@ -29,7 +29,7 @@ from tests.networks.test_upsampler import UNET
 # Of what diffusers calls of NumPy, and of torchsde's rounding
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Should have t:UserWarning")
 REFUSED = ("DDIMInverse", "DPMSolverMultistepInverse", "EDMEuler", "IPNDM", "CMStochasticIterative", "LCM")
-REFUSED += ("FlowMatchEulerDiscrete", "RePaint")
+REFUSED += ("RePaint",)
 DRAWING = {"num_inference_steps": 3, "prior_num_inference_steps": 2, "prior_candidates": 1, "output_type": "latent"}
 
 

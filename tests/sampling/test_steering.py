@@ -43,10 +43,12 @@ class ExactClassifier:
         return torch.stack([torch.zeros_like(log), log], dim=1)
 
 
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "flow_prediction"])
 @pytest.mark.parametrize(("name", "steps"), [("ddpm", 250), ("ddim", 150), ("ode", 30)])
-def test_an_exact_classifier_samples_the_posterior_in_closed_form(name, steps):
+def test_an_exact_classifier_samples_the_posterior_in_closed_form(name, steps, prediction_type):
+    """A classifier knows noise levels, not processes."""
     torch.manual_seed(0)
-    gaussian, scheduler, error = Gaussian(), schedule(), 0.5
+    gaussian, scheduler, error = Gaussian(), schedule(prediction_type=prediction_type), 0.5
     seen, eye = torch.tensor([1.0, -0.5, 0.2]).double(), torch.eye(3).double()
     covariance = torch.linalg.inv(torch.linalg.inv(gaussian.covariance) + eye / error)
     mean = covariance @ (torch.linalg.solve(gaussian.covariance, gaussian.mean) + seen / error)
