@@ -112,10 +112,9 @@ def format_table(rows: list[Row]) -> str:
 def format_section(result: dict[str, Any]) -> str:
     """Return the heading, the machine and the table of a stored result."""
     machine = result["machine"]
-    rates = ", ".join(f"{name} {rate}" for name, rate in machine["matrix_gflops"].items())
     about = f"{machine['device']}, {machine['threads']} threads, {machine['date']}"
     rows = [Row(**row | {"ratio": Ratio(**row["ratio"])}) for row in result["rows"]]
-    return f"### `{result['command']}`\n\n{about}; matrix products in GFLOP/s: {rates}.\n\n{format_table(rows)}"
+    return f"### `{result['command']}`\n\n{about}.\n\n{format_table(rows)}"
 
 
 def format_versions(results: list[dict[str, Any]]) -> str:
