@@ -4,6 +4,7 @@
 """
 
 import copy
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,8 @@ from t2i.sampling.embeddings import check_scale_only
 from t2i.sampling.steering import check_steering
 from t2i.sampling.upsampling import check_upsampled_size
 from t2i.texts import wrap_text
+
+logger = logging.getLogger(__name__)
 
 MAX_PIXEL_VALUE = 2.0  # images span [-1, 1]; what an autoencoder or a resizing made leaves that a little
 
@@ -79,6 +82,17 @@ def repeat_image_embeds(pipeline: Any, image_embeds: Tensor, inputs: int, images
     return pipeline.normalize_embeds(rows.to(pipeline._execution_device).float())
 
 
+def warn_of_missing_caption(pipeline: Any, texts: Any, image_embeds: Tensor | None) -> None:
+    """Log that a decoder that reads captions has none beside z_i, without which the pictures are others.
+
+    Kandinsky 2.1 of diffusers refuses that; its users give "" for no caption. A z_i of zeros is no image's.
+    """
+    if image_embeds is None or len(texts) or pipeline.decoder.config.text_width is None:
+        return
+    if image_embeds.any():
+        logger.warning('prompt is missing: this decoder reads captions beside image_embeds; give it, or "" for none')
+
+
 def check_stage_inputs(
     pipeline: Any,
     prior: PriorOptions | None,
@@ -96,7 +110,7 @@ def check_stage_inputs(
     if canvas is not None and pipeline.decoder.control_factor is not None:
         raise InputError("this decoder is a ControlNet, which does not inpaint; use another decoder")
     check_stage_options(pipeline, prior, decoder)
-    check_image_sides(pipeline, decoder, any_size)
+    check_image_sides(pipeline, decoder, any_size, canvas)
     if decoder.steering is not None:
         check_steering(decoder.steering, pipeline.clip, pipeline.autoencoder, count)
     # The options' sides are checked before, against the trained size; noise has the canvas' size
@@ -172,11 +186,13 @@ def check_step_count(name: str, steps: int, scheduler: SchedulerMixin) -> None:
         raise InputError(f"{name} is {steps}, which {type(scheduler).__name__} refuses: {error}") from error
 
 
-def check_image_sides(pipeline: Any, options: DecoderOptions, any_size: bool) -> None:
-    """Refuse a height or width that cannot be drawn."""
+def check_image_sides(
+    pipeline: Any, options: DecoderOptions, any_size: bool, canvas: tuple[int, int] | None = None
+) -> None:
+    """Refuse a height or width that cannot be drawn, or that is not the canvas'."""
     trained_side = pipeline.image_size
-    for name, side in {"height": options.height, "width": options.width}.items():
-        if side in (None, trained_side):
+    for name, side, own in zip(("height", "width"), (options.height, options.width), canvas or [trained_side] * 2):
+        if side in (None, own):
             continue
         if not any_size:
             raise InputError(f"{name} is {side}, but the images have the size of the given ones; leave it out")

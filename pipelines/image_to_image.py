@@ -1,11 +1,11 @@
 """An image in, images like it out: the decoder starts from its latents instead of noise."""
 
-import logging
 from dataclasses import dataclass
 from typing import Any
 
-from t2i.pipelines.argument_checks import check_stage_inputs, check_tensor, repeat_image_embeds
+from t2i.pipelines.argument_checks import check_stage_inputs, check_tensor, repeat_image_embeds, warn_of_missing_caption
 from t2i.pipelines.base import MAX_IMAGES, UnCLIPPipeline, UnCLIPPipelineOutput
+from t2i.pipelines.calls.effects import UNGUIDED_PRIOR, UNREAD_PROMPT
 from t2i.pipelines.calls.signature import declare_pipeline_call
 from t2i.pipelines.calls.texts import PromptEmbeds, Texts, choose_text_pair
 from t2i.pipelines.inputs import ImageInputs, read_given_images, read_images
@@ -18,7 +18,12 @@ from t2i.checks import check_integer, check_range
 from t2i.diffusion.condition import TextEncoding
 from t2i.sampling.sample import split_generators
 
-logger = logging.getLogger(__name__)
+IDLE_TEXTS = {  # texts of calls that draw from images
+    "prompt": (UNREAD_PROMPT,),
+    "prompt_embeds": (UNREAD_PROMPT,),
+    "negative_prompt": (UNGUIDED_PRIOR,),
+    "negative_prompt_embeds": (UNGUIDED_PRIOR,),
+}
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Redrawing:
 class ImageToImagePipeline(UnCLIPPipeline):
     """Image -> latents -> noised to `strength` -> (decoder) -> latents -> (autoencoder) -> image."""
 
-    @declare_pipeline_call()
+    @declare_pipeline_call(idle=IDLE_TEXTS)
     def __call__(
         self,
         image: ImageInputs,
@@ -76,7 +81,9 @@ class ImageToImagePipeline(UnCLIPPipeline):
         latents = read_latents(self, image)
         given = read_images(image, self.image_size) if latents is None else latents
         count = len(given)
-        texts = choose_text_pair(self, count, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        texts = choose_text_pair(
+            self, count, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, image_embeds is not None
+        )
         redrawing = plan_redrawing(self, count, texts, num_images_per_prompt, generator, resolved, image_embeds)
         count = len(redrawing.generators)
         prior, decoder, images_per_prompt = redrawing.prior, redrawing.decoder, redrawing.images_per_prompt
@@ -114,9 +121,8 @@ def plan_redrawing(
     prior_generators, generators = split_generators(generator, count * images_per_prompt)
     if image_embeds is not None:
         image_embeds = repeat_image_embeds(pipeline, image_embeds, count, images_per_prompt)
+    warn_of_missing_caption(pipeline, texts[0], image_embeds)
     uses_prior = image_embeds is None and len(texts[0]) > 0
-    if len(texts[1]) and not (uses_prior and pipeline.prior and not prior.prior_guidance_scale.is_off):
-        logger.warning("negative_prompt has no effect: it guides the prior, which is not guided or not used here")
     prompts, negatives = texts
     used = prior if uses_prior else None
     return Redrawing(prompts, negatives, images_per_prompt, used, decoder, prior_generators, generators, image_embeds)

@@ -6,6 +6,7 @@ from typing import Any
 
 from t2i.pipelines.argument_checks import check_stage_inputs, list_prompts
 from t2i.pipelines.base import MAX_IMAGES, UnCLIPPipeline, UnCLIPPipelineOutput
+from t2i.pipelines.calls.effects import NO_CAPTIONS, UNGUIDED_DECODER
 from t2i.pipelines.calls.signature import declare_pipeline_call
 from t2i.pipelines.inputs import ImageInputs
 from t2i.pipelines.inversion import (
@@ -31,7 +32,9 @@ logger = logging.getLogger(__name__)
 class ImageVariationPipeline(InvertingPipeline):
     """Image -> z_i -> (decoder) -> latents -> (autoencoder) -> image. The prior is not used."""
 
-    @declare_pipeline_call(DECODER_REDRAWING_OPTIONS)
+    @declare_pipeline_call(
+        DECODER_REDRAWING_OPTIONS, {"prompt": (NO_CAPTIONS,), "negative_prompt": (UNGUIDED_DECODER,)}
+    )
     def __call__(
         self,
         image: ImageInputs | BipartiteLatent,
@@ -69,7 +72,7 @@ class ImageVariationPipeline(InvertingPipeline):
         negatives = list_prompts("negative_prompt", negative_prompt, count)
         if negatives and eta is not None:
             raise InputError("negative_prompt is for images from new noise; leave out one of both")
-        imagines = bool(negatives) and check_negative_prompt(self, decoder)
+        imagines = bool(negatives) and check_negative_prompt(self)
         count, used_prior = len(generators), prior if imagines else None
         check_stage_inputs(self, used_prior, decoder, count, eta is None, images_per_prompt=num_images_per_prompt)
         check_batch_fits(self, None, decoder, count)
@@ -106,13 +109,11 @@ class ImageVariationPipeline(InvertingPipeline):
         return ResolvedOptions(PriorOptions(), build_inversion_options(options, eta))
 
 
-def check_negative_prompt(pipeline: UnCLIPPipeline, decoder: DecoderOptions) -> bool:
+def check_negative_prompt(pipeline: UnCLIPPipeline) -> bool:
     """Return whether the prior imagines a negative prompt: for decoders that read no captions. Raises InputError."""
     imagines = pipeline.decoder.null(1).text is None
     if imagines and pipeline.prior is None:
         raise InputError("negative_prompt needs a prior here, for this decoder reads no captions; load one")
-    if decoder.guidance_scale.is_off:
-        logger.warning("negative_prompt has no effect: the decoder is not guided")
     return imagines
 
 

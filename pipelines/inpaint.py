@@ -13,7 +13,14 @@ from t2i.pipelines.argument_checks import check_stage_inputs
 from t2i.pipelines.base import UnCLIPPipeline, UnCLIPPipelineOutput
 from t2i.pipelines.calls.signature import declare_pipeline_call
 from t2i.pipelines.calls.texts import PromptEmbeds, choose_text_pair
-from t2i.pipelines.image_to_image import Redrawing, check_strength, compute_image_embeds, plan_redrawing, read_latents
+from t2i.pipelines.image_to_image import (
+    IDLE_TEXTS,
+    Redrawing,
+    check_strength,
+    compute_image_embeds,
+    plan_redrawing,
+    read_latents,
+)
 from t2i.pipelines.inputs import ImageInputs, check_pixel_count, read_images, read_masks
 from t2i.pipelines.memory_needed import check_batch_fits
 from t2i.pipelines.stages import Canvas, run_decoder_stage
@@ -42,7 +49,7 @@ class PaintedImages(NamedTuple):
 class InpaintPipeline(UnCLIPPipeline):
     """Image and mask -> image, of any size from the decoder's own on; larger ones in overlapping windows."""
 
-    @declare_pipeline_call()
+    @declare_pipeline_call(idle=IDLE_TEXTS)
     def __call__(
         self,
         image: ImageInputs,
@@ -77,7 +84,9 @@ class InpaintPipeline(UnCLIPPipeline):
         self.check_canvas_size(images)
         masks = read_masks(mask_image, len(images), images.shape[-2:], channel=mask_channel)
         given = PaintedImages(images, images, masks)
-        texts = choose_text_pair(self, len(images), prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        texts = choose_text_pair(
+            self, len(images), prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, image_embeds is not None
+        )
         resolved = self.resolve_options(**options)
         redrawing = plan_redrawing(self, len(images), texts, num_images_per_prompt, generator, resolved, image_embeds)
         if padding_mask_crop is None:
@@ -182,7 +191,7 @@ class InpaintPipeline(UnCLIPPipeline):
 class OutpaintPipeline(InpaintPipeline):
     """Image -> a larger image around it."""
 
-    @declare_pipeline_call()
+    @declare_pipeline_call(idle=IDLE_TEXTS)
     def __call__(  # type: ignore[override]
         self,
         image: ImageInputs,
@@ -207,7 +216,9 @@ class OutpaintPipeline(InpaintPipeline):
         enlarged = F.pad(images, margins, mode="replicate")
         self.check_canvas_size(enlarged)
         mask = F.pad(torch.zeros_like(images[:, :1]), margins, value=1.0)
-        texts = choose_text_pair(self, len(images), prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        texts = choose_text_pair(
+            self, len(images), prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, image_embeds is not None
+        )
         resolved = self.resolve_options(**options)
         redrawing = plan_redrawing(self, len(images), texts, num_images_per_prompt, generator, resolved, image_embeds)
         # A margin has nothing to keep: always all of the steps are taken

@@ -4,12 +4,26 @@
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from t2i.pipelines.calls.callbacks import CALLBACK_TENSORS, PRIOR_CALLBACK_TENSORS, UserCallback, check_callback
+from t2i.pipelines.calls.effects import (
+    NO_CLIPPING,
+    NO_PRIOR,
+    ONE_ANSWER,
+    ONE_PASS,
+    PRIOR_SCALE_OFF,
+    SCALE_OFF,
+    UNFINISHED,
+    UNGUIDED_DECODER,
+    Idle,
+    beside,
+    list_named_tensors,
+    without,
+)
 from t2i.pipelines.calls.progress import Preview
 from t2i.pipelines.inputs import ImageInputs
 from torch import Tensor
@@ -26,6 +40,11 @@ from t2i.sampling.upsampling import MAX_ENLARGEMENTS
 
 MAX_IMAGE_SIDE = 4096  # pixels
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def declare_option(default: Any, *idle: Idle) -> Any:
+    """Return the field of an option that has no effect in some cases, of which a call tells."""
+    return field(default=default, metadata={"idle": idle})
 
 
 # Both are frozen: the check of a batch's memory, the record in a PNG file and the call share one object.
@@ -51,14 +70,17 @@ class PriorOptions:
         InputError: for a value out of range.
     """
 
-    prior_num_inference_steps: int = 25
-    prior_guidance_scale: Guidance = Guidance(2.0)
-    prior_latents: Tensor | None = None
-    prior_candidates: int = 2
-    prior_temperature: float | None = None
-    prior_sampler: str | None = None
-    prior_callback_on_step_end: UserCallback | None = None
-    prior_callback_on_step_end_tensor_inputs: list[str] | None = None
+    prior_num_inference_steps: int = declare_option(25, *NO_PRIOR, ONE_PASS)
+    prior_guidance_scale: Guidance = declare_option(Guidance(2.0), *NO_PRIOR, PRIOR_SCALE_OFF)
+    prior_latents: Tensor | None = declare_option(None, *NO_PRIOR)
+    prior_candidates: int = declare_option(2, *NO_PRIOR, beside("prior_latents"), ONE_ANSWER)
+    prior_temperature: float | None = declare_option(None, *NO_PRIOR)
+    prior_sampler: str | None = declare_option(None, *NO_PRIOR)
+    # Not called for what an image is guided away from
+    prior_callback_on_step_end: UserCallback | None = declare_option(None, beside("image_embeds"), *NO_PRIOR)
+    prior_callback_on_step_end_tensor_inputs: list[str] | None = declare_option(
+        None, *NO_PRIOR, *list_named_tensors("prior_callback_on_step_end")
+    )
 
     def __post_init__(self) -> None:
         check_integer("prior_num_inference_steps", self.prior_num_inference_steps, 1, MAX_STEPS)
@@ -116,32 +138,34 @@ class DecoderOptions:
         InputError: for a value out of range, and for two values that exclude each other.
     """
 
-    num_inference_steps: int = 25
-    guidance_scale: Guidance = Guidance(1.5)
-    guidance_rescale: float | None = None
+    num_inference_steps: int = declare_option(25, beside("timesteps"), beside("sigmas"))
+    guidance_scale: Guidance = declare_option(Guidance(1.5), SCALE_OFF)
+    guidance_rescale: float | None = declare_option(None, UNGUIDED_DECODER)
     latents: Tensor | None = None
     steering: Steering | None = None
     output_type: str = "pil"
     sampler: str | None = None
     eta: float | None = None
-    use_clipped_model_output: bool = False
+    use_clipped_model_output: bool = declare_option(False, NO_CLIPPING)
     timesteps: Sequence[float] | None = None
     sigmas: Sequence[float] | None = None
     upsample: int = 0
-    upsample_steps: int = 4
-    upsample_level: float = 0.0
+    upsample_steps: int = declare_option(4, without("upsample"))
+    upsample_level: float = declare_option(0.0, without("upsample"))
     height: int | None = None
     width: int | None = None
     noise_level: int = 0
     image_embeds_noise: Tensor | None = None
-    negative_image_embeds: Tensor | None = None
+    negative_image_embeds: Tensor | None = declare_option(None, UNGUIDED_DECODER)
     control_image: ImageInputs | None = None
-    super_res_num_inference_steps: int = 7
-    super_res_latents: Tensor | None = None
+    super_res_num_inference_steps: int = declare_option(7, UNFINISHED)
+    super_res_latents: Tensor | None = declare_option(None, UNFINISHED)
     callback_on_step_end: UserCallback | None = None
-    callback_on_step_end_tensor_inputs: list[str] | None = None
+    callback_on_step_end_tensor_inputs: list[str] | None = declare_option(
+        None, *list_named_tensors("callback_on_step_end")
+    )
     on_preview: Callable[[Preview], None] | None = None
-    preview_every: int = 1
+    preview_every: int = declare_option(1, without("on_preview"))
 
     def __post_init__(self) -> None:
         # Denoising

@@ -17,7 +17,7 @@ from t2i.pipelines.calls.signature import declare_pipeline_call
 from t2i.pipelines.calls.texts import PromptEmbeds, choose_texts
 from t2i.pipelines.folder import AnyCLIP, PipelineFolder, check_clip_fingerprint, check_embed_widths
 from t2i.pipelines.loading import load_own_parts, pop_loading_arguments
-from t2i.pipelines.options import PRIOR_OPTION_NAMES, DecoderOptions, build_options
+from t2i.pipelines.options import PRIOR_OPTION_NAMES, DecoderOptions, ResolvedOptions, build_options
 from t2i.pipelines.stages import run_prior_stage
 from t2i.pipelines.text2image import Text2ImagePipeline
 from torch import Generator, Tensor
@@ -90,6 +90,11 @@ class PriorPipeline(PromptEncoding, Interruptible, DiskOffloading):
         other.adopt_settings(pipeline)
         return other
 
+    def resolve_options(self, resolved: ResolvedOptions | None = None, **options: Any) -> ResolvedOptions:
+        """Return the checked options, as `UnCLIPPipeline.resolve_options` does."""
+        defaults = {"prior_guidance_scale": get_default_guidance_scale(self.prior)}
+        return resolved or build_options(options, defaults, PRIOR_OPTION_NAMES)
+
     @declare_pipeline_call(PRIOR_OPTION_NAMES)
     def __call__(
         self,
@@ -118,8 +123,7 @@ class PriorPipeline(PromptEncoding, Interruptible, DiskOffloading):
         """
         # Check the arguments
         check_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES)
-        defaults = {"prior_guidance_scale": get_default_guidance_scale(self.prior)}
-        prior, _ = options.pop("resolved", None) or build_options(options, defaults, PRIOR_OPTION_NAMES)
+        prior, _ = self.resolve_options(**options)
         texts = choose_texts(self, "prompt", prompt, prompt_embeds, empty=False)
         if not len(texts):
             raise InputError("prompt is missing; give a text, a list of texts, or prompt_embeds")

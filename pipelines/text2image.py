@@ -1,11 +1,11 @@
 """A caption in, images out."""
 
-import logging
 from dataclasses import replace
 from typing import Any
 
-from t2i.pipelines.argument_checks import check_stage_inputs, list_prompts, repeat_image_embeds
+from t2i.pipelines.argument_checks import check_stage_inputs, list_prompts, repeat_image_embeds, warn_of_missing_caption
 from t2i.pipelines.base import MAX_IMAGES, UnCLIPPipeline, UnCLIPPipelineOutput
+from t2i.pipelines.calls.effects import UNGUIDED_DECODER, UNGUIDED_PRIOR, UNREAD_NEGATIVE, UNREAD_PROMPT
 from t2i.pipelines.calls.signature import declare_pipeline_call
 from t2i.pipelines.calls.texts import PromptEmbeds, choose_texts
 from t2i.pipelines.memory_needed import check_batch_fits
@@ -18,13 +18,19 @@ from t2i.diffusion.condition import ImageCondition
 from t2i.errors import InputError
 from t2i.sampling.sample import split_generators
 
-logger = logging.getLogger(__name__)
-
 
 class Text2ImagePipeline(UnCLIPPipeline):
     """Caption -> z_t -> (prior) -> z_i -> (decoder) -> latents -> (autoencoder) -> image."""
 
-    @declare_pipeline_call()
+    @declare_pipeline_call(
+        idle={
+            "prompt": (UNREAD_PROMPT,),
+            "prompt_embeds": (UNREAD_PROMPT,),
+            "negative_prompt": (UNGUIDED_PRIOR,),
+            "negative_prompt_embeds": (UNGUIDED_PRIOR,),
+            "decoder_negative_prompt": (UNGUIDED_DECODER, UNREAD_NEGATIVE),
+        }
+    )
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -41,7 +47,8 @@ class Text2ImagePipeline(UnCLIPPipeline):
         """Draw `num_images_per_prompt` images for each prompt: N in all. See `UnCLIPPipeline` for other arguments.
 
         Args:
-            prompt: a text or a list; may be left out if `image_embeds` is given.
+            prompt: a text or a list; may be left out if `image_embeds` is given. Decoders that read captions read it
+                beside them.
             image_embeds: z_i to draw instead of the prior's; normalized if the CLIP's `unit_length`. (N, D), or (P, D)
                 for P prompts; without prompts `num_images_per_prompt` images are drawn for each.
             decoder_negative_prompt: what the decoder is guided away from, as the prior imagines it from the same noise;
@@ -52,7 +59,7 @@ class Text2ImagePipeline(UnCLIPPipeline):
         prior, decoder = self.resolve_options(**options)
         if image_embeds is None and prompt_embeds is None and (prompt is None or prompt == []):
             raise InputError("prompt is missing; give a text, a list of texts, or image_embeds")
-        prompts = choose_texts(self, "prompt", prompt, prompt_embeds, empty=False)
+        prompts = choose_texts(self, "prompt", prompt, prompt_embeds, empty=image_embeds is not None)
         count = len(prompts) * num_images_per_prompt
         if image_embeds is not None:
             image_embeds = repeat_image_embeds(self, image_embeds, len(prompts), num_images_per_prompt)
@@ -65,10 +72,8 @@ class Text2ImagePipeline(UnCLIPPipeline):
         used_prior = prior if uses_prior else None
         check_stage_inputs(self, used_prior, decoder, count, any_size=True, images_per_prompt=num_images_per_prompt)
         check_batch_fits(self, prior if image_embeds is None else None, decoder, count)
-        if negatives and (prior.prior_guidance_scale.is_off or image_embeds is not None):
-            logger.warning("negative_prompt has no effect: it guides the prior, which is not guided or not used here")
-        if decoder_negatives and decoder.guidance_scale.is_off:
-            logger.warning("decoder_negative_prompt has no effect: the decoder is not guided")
+        warn_of_missing_caption(self, prompts, image_embeds)
+        if decoder.guidance_scale.is_off:
             decoder_negatives = []
 
         # Draw. The prior starts from the same noise for the prompt and for the decoder's negative prompt.

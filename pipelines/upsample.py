@@ -13,6 +13,7 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from t2i.pipelines.argument_checks import check_step_count
 from t2i.pipelines.base import UnCLIPPipeline
+from t2i.pipelines.calls.effects import without
 from t2i.pipelines.calls.offload import DiskOffloading
 from t2i.pipelines.calls.progress import Interruptible, Preview
 from t2i.pipelines.calls.signature import declare_pipeline_call
@@ -103,7 +104,7 @@ class UpsamplePipeline(Interruptible, DiskOffloading):
         other.adopt_settings(pipeline)
         return other
 
-    @declare_pipeline_call(())
+    @declare_pipeline_call((), {"preview_every": (without("on_preview"),)})
     def __call__(
         self,
         image: ImageInputs,

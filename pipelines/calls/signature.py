@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, fields
 from difflib import get_close_matches
 from functools import wraps
@@ -10,7 +10,8 @@ from inspect import Parameter, Signature
 from typing import Any, TypeVar, cast
 
 import torch
-from t2i.pipelines.calls.arguments import check_call_arguments, warn_of_unused_arguments
+from t2i.pipelines.calls.arguments import check_call_arguments
+from t2i.pipelines.calls.effects import CallEffects, Idle, warn_of_idle_arguments
 from t2i.pipelines.calls.unknown_words import collect_texts, report_unknown_words
 from t2i.pipelines.options import GUIDANCE_OPTIONS, OPTION_NAMES, DecoderOptions, PriorOptions, ResolvedOptions
 
@@ -24,11 +25,14 @@ MODEL_DEFAULTS = frozenset({"num_inference_steps", *GUIDANCE_OPTIONS})
 RESOLVED = Parameter("resolved", Parameter.KEYWORD_ONLY, default=None, annotation=ResolvedOptions | None)
 
 
-def declare_pipeline_call(options: Iterable[str] = OPTION_NAMES) -> Callable[[Call], Call]:
+def declare_pipeline_call(
+    options: Iterable[str] = OPTION_NAMES, idle: Mapping[str, tuple[Idle, ...]] | None = None
+) -> Callable[[Call], Call]:
     """Return a decorator for the `__call__` of a pipeline whose `**options` are these fields of the option dataclasses.
 
     `inspect.signature`, the annotations and `help` of the call show each option by itself. The call computes no
-    gradients. What all calls have in common is done here: checks of names, texts and image files.
+    gradients. What all calls have in common is done here: checks of names, texts and image files, and warnings of
+    arguments that have no effect. idle: the cases of the call's own arguments; those of options are in their fields.
 
     Raises:
         InputError: for what is no text, and for a name of no image file.
@@ -51,7 +55,8 @@ def declare_pipeline_call(options: Iterable[str] = OPTION_NAMES) -> Callable[[Ca
                 raise InputError(f"{beside[0]} has no effect beside resolved, which has all options; leave one out")
             bound = signature.bind_partial(pipeline, *arguments, **keywords).arguments
             check_call_arguments(bound)
-            warn_of_unused_arguments(bound, defaults)
+            if "resolved" not in bound:
+                warn_of_idle_arguments(pipeline, bound)
             pipeline.interrupted = pipeline._interrupt = False
             unknown = report_unknown_words(pipeline, collect_texts(bound))
             output = call(pipeline, *arguments, **keywords)
@@ -62,6 +67,7 @@ def declare_pipeline_call(options: Iterable[str] = OPTION_NAMES) -> Callable[[Ca
         # inspect, help() and diffusers' own tools read these three attributes
         shown: Any = checked_call
         shown.__signature__ = signature
+        shown.effects = CallEffects(defaults, allowed, collect_idle_cases(allowed) | dict(idle or {}))
         shown.__annotations__ = {
             name: parameter.annotation for name, parameter in signature.parameters.items() if name != "self"
         } | {"return": signature.return_annotation}
@@ -97,6 +103,12 @@ def build_option_parameter(field: Field) -> Parameter:
     if field.name in MODEL_DEFAULTS:
         annotation, default = annotation | None, None
     return Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def collect_idle_cases(options: frozenset[str]) -> dict[str, tuple[Idle, ...]]:
+    """Return the cases in which these options have no effect, by name."""
+    shown = [field for options_class in (PriorOptions, DecoderOptions) for field in fields(options_class)]
+    return {field.name: field.metadata.get("idle", ()) for field in shown if field.name in options}
 
 
 def collect_option_texts(options: frozenset[str]) -> dict[str, str]:

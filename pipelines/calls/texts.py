@@ -47,9 +47,13 @@ def choose_text_pair(
     negative_prompt: str | list[str] | None,
     prompt_embeds: PromptEmbeds | None,
     negative_prompt_embeds: PromptEmbeds | None,
+    empty: bool = False,
 ) -> tuple[Texts, Texts]:
-    """Return what `count` images are to show, and what the prior is guided away from, `count` each or none."""
-    prompts = choose_texts(pipeline, "prompt", prompt, prompt_embeds, count, empty=False)
+    """Return what `count` images are to show, and what the prior is guided away from, `count` each or none.
+
+    empty: what they are to show may be a text without words.
+    """
+    prompts = choose_texts(pipeline, "prompt", prompt, prompt_embeds, count, empty)
     return prompts, choose_texts(pipeline, "negative_prompt", negative_prompt, negative_prompt_embeds, count)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from t2i.pipelines.calls.effects import warn_of_idle_arguments
 from t2i.pipelines.interpolation import InterpolationPipeline, build_mixing_weights, list_anchors
 from t2i.pipelines.jobs.batches import write_new_image
 from t2i.pipelines.jobs.planning import ModelSource, Output, load_pipeline
@@ -60,6 +61,8 @@ def interpolate_files(
     # Draw
     pipeline = load_pipeline(source, InterpolationPipeline)
     resolved = pipeline.resolve_options(**options)
+    given = settings | {"anchors": anchors, "inverted": frames.inverted}
+    warn_of_idle_arguments(pipeline, given, resolved)
     generator = Generator().manual_seed(seed)
     with Progress("drawing", total, "frames"):
         result: Any = pipeline(images, frames.weights, frames.frames, frames.inverted, generator, resolved=resolved)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 from t2i.pipelines.base import UnCLIPPipeline
+from t2i.pipelines.calls.effects import warn_of_idle_arguments
 from t2i.pipelines.calls.unknown_words import collect_texts, report_unknown_words
 from t2i.pipelines.inversion import InvertingPipeline
 from t2i.pipelines.jobs.batches import BatchPlan, parse_batch_size, write_images, write_new_image
@@ -77,6 +78,7 @@ def generate_files(
     # Load the model
     pipeline = load_pipeline(replace(source, device=plan.rank.choose_device(source.device)), Text2ImagePipeline)
     resolved = pipeline.resolve_options(**options)
+    warn_of_idle_arguments(pipeline, settings | {"prompt": prompts}, resolved)
     report_unknown_words(pipeline, collect_texts({"prompt": prompts} | arguments))  # of all batches, before the first
 
     # Record how the images are drawn
@@ -157,6 +159,7 @@ def redraw_files(
     # Load the model
     pipeline = load_pipeline(source, kind)
     resolved = pipeline.resolve_options(**options)
+    warn_of_idle_arguments(pipeline, settings, resolved)
     report_unknown_words(pipeline, collect_texts(arguments))  # before an image is read
 
     # Record how the images are drawn. Pipelines that invert images pass a prompt to the decoder alone.

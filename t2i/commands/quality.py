@@ -131,6 +131,7 @@ def measure_and_report(
     from t2i.evaluation.quality import measure_quality, measure_reference_statistics, read_reference_statistics
     from t2i.evaluation.results import write_result_file
     from t2i.interop.by_name import load_clip
+    from t2i.pipelines.calls.effects import warn_of_idle_arguments
     from t2i.progress import show_loading
     from t2i.runtime.devices import resolve_device_name
     from t2i.runtime.launch import check_environment, end_process_group
@@ -158,6 +159,8 @@ def measure_and_report(
     else:
         images = open_reference_set(reference, size, comparison.split)
         if pipeline is not None:
+            if state.is_main_process:
+                warn_of_idle_arguments(pipeline, drawing | {"prompt": ["each caption"]})
             drawn = DrawnPictures(pipeline, images.captions, comparison.count, comparison.seed, **drawing)
         settings.check_image_counts({"drawn": len(drawn), "reference": len(images)}, extractor.dim)
         real = measure_reference_statistics(images, extractor, size, comparison.statistics, state)

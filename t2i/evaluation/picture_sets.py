@@ -120,6 +120,7 @@ class DrawnPictures:
         order = random.Random(seed).sample(usable, len(usable))
         self.captions: list[str | None] = [order[i % len(order)] for i in range(count or len(order))]
         self.pipeline, self.seed, self.settings = pipeline, seed, settings
+        self.resolved = pipeline.resolve_options(**settings, output_type="pt")
         pipeline.set_progress_bar_config(disable=True)
 
     def __len__(self) -> int:
@@ -128,7 +129,7 @@ class DrawnPictures:
     def get_images(self, indices: list[int]) -> Tensor:
         prompts = [self.captions[index] for index in indices]
         seeds = [Generator().manual_seed(self.seed + index) for index in indices]
-        images = self.pipeline(prompts, generator=seeds, output_type="pt", **self.settings).images.float().cpu()
+        images = self.pipeline(prompts, generator=seeds, resolved=self.resolved).images.float().cpu()
         # To the levels of a file, as all other images have them
         return (images.clamp(0, 1) * 255).round() / 127.5 - 1
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from t2i.pipelines.jobs.planning import Output
+from t2i.pipelines.jobs.generation import generate_files
+from t2i.pipelines.jobs.planning import ModelSource, Output
 from t2i.training.all_stages import Run
 
 from t2i.checks import check_folder_name
@@ -43,6 +44,15 @@ def test_what_would_do_nothing_is_refused(monkeypatch, capsys, tmp_path, argumen
     status, out, err = run(monkeypatch, capsys, *arguments)
     assert status == 2 and not out and message in err and len(err.splitlines()) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.png"]
+
+
+def test_a_setting_without_effect_is_named_once_for_all_batches(pipeline_folder, tmp_path, caplog):
+    settings = {"guidance_scale": {"scale": 1.0, "rescale": 0.5}, "num_inference_steps": 1, "negative_prompt": "dog"}
+    settings |= {"prior_num_inference_steps": 1, "prior_guidance_scale": 1.0}
+    output = Output(tmp_path, count=2, seed=0)
+    assert len(list(generate_files(["a cat"], ModelSource(str(pipeline_folder)), output, settings, batch_size=1))) == 2
+    named = [message for message in caplog.messages if "has no effect" in message]
+    assert sorted(message.split()[0] for message in named) == ["guidance_scale", "negative_prompt"]
 
 
 def test_a_folder_may_have_a_dot_and_an_existing_one_any_name(tmp_path):

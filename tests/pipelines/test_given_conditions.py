@@ -134,3 +134,19 @@ def test_the_prior_alone_is_saved_and_loaded(pipeline, tmp_path):
     without = Text2ImagePipeline.from_pipe(pipeline, prior=None, prior_scheduler=None)
     with pytest.raises(InputError, match="this pipeline has no prior"):
         PriorPipeline.from_pipe(without)
+
+
+def test_a_caption_that_a_decoder_lacks_is_named(pipeline, caplog):
+    """diffusers' Kandinsky 2.1 refuses it; its users give an empty text for no caption."""
+    z_i, picture = torch.randn(1, 32, generator=seeds(0)[0]), torch.rand(1, 3, 32, 32, generator=seeds(1)[0])
+    other = ImageToImagePipeline.from_pipe(pipeline)
+    for draw in (pipeline, lambda **given: other(picture, **given)):
+        draw(image_embeds=z_i, **QUICK)
+        assert 'prompt is missing: this decoder reads captions beside image_embeds; give it, or ""' in caplog.text
+        caplog.clear()
+        draw(image_embeds=z_i, prompt="", **QUICK)
+        draw(image_embeds=z_i, prompt="red circle", **QUICK)
+        draw(image_embeds=torch.zeros(1, 32), **QUICK)  # no image, and so no caption
+        assert "prompt" not in caplog.text
+    with pytest.raises(InputError, match="prompt must not be empty"):
+        pipeline("", **QUICK)
