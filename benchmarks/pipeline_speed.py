@@ -98,7 +98,7 @@ def time_stages(pipeline: Text2ImagePipeline, work: Work) -> dict[str, float]:
         "autoencoder": (pipeline, "decode"),
     }
     with ExitStack() as stack:
-        calls = {stage: stack.enter_context(timed_method(*function)) for stage, function in stages.items()}
+        calls = {stage: stack.enter_context(timed_method(part, name)) for stage, (part, name) in stages.items()}
         start = time.perf_counter()
         work()
         total = time.perf_counter() - start

@@ -51,7 +51,8 @@ def main(quick: bool) -> list[Row]:
         note = f"{times:.2f} times as long as the imports; goal: at most {AT_MOST}"
         started = build_row("t2i generate, cold, to the file", seconds, at_least=1 / AT_MOST, note=note)
         larger = Path(folder) / "larger"
-        save_with_larger_prior(larger, *(TINY if quick else LARGE))
+        width, depth = TINY if quick else LARGE
+        save_with_larger_prior(larger, width, depth)
         folders = {} if quick else {"the shipped model": SHIPPED_MODEL}
         folders["the shipped model with a larger prior"] = larger
         loading = (measure_loading(name, path, 1 if quick else 3) for name, path in folders.items())

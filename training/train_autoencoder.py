@@ -107,7 +107,8 @@ class ReconstructionLoss:
         """Return the discriminator's loss, the autoencoder's adversarial loss, and the weight of the latter."""
         assert self.critic is not None and self.discriminator is not None
         logits = self.critic.model(torch.cat([image, reconstruction.detach()]))
-        metrics = {"critic_loss": compute_hinge_loss(*logits.chunk(2))}
+        real, drawn = logits.chunk(2)
+        metrics = {"critic_loss": compute_hinge_loss(real, drawn)}
         weight = likeness.new_tensor(self.config.adversarial_weight)
         if self.critic.step < self.config.adversarial_start:
             return metrics | {"adversarial": torch.zeros_like(likeness), "adversarial_weight": 0 * weight}

@@ -62,8 +62,8 @@ class Config:
             return
         check_required_keys("model", self.model, ("embed_dim", "vision_cfg", "text_cfg"))
         check_required_keys("model.text_cfg", self.model["text_cfg"], ("vocab_size", "context_length"))
-        for name in ("vocab_size", "context_length"):
-            check_integer(f"model.text_cfg.{name}", self.model["text_cfg"][name], *TEXT_CFG_LIMITS[name])
+        for name, (low, high) in TEXT_CFG_LIMITS.items():
+            check_integer(f"model.text_cfg.{name}", self.model["text_cfg"][name], low, high)
         check_required_keys("preprocess", self.preprocess, ("size", "mean", "std"))
 
 

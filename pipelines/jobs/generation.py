@@ -220,7 +220,7 @@ def upsample_files(
     with Progress("upsampling", len(images)):
         for i, image in images.items():
             with job.skip_bad_input(path := paths[i]):
-                check_upsampled_size(pipeline.upsampler, *image.size, times)
+                check_upsampled_size(pipeline.upsampler, image.width, image.height, times)
                 generator = Generator().manual_seed(first_seed + i)
                 with follow_batch(1):
                     result: Any = pipeline(image, times, generator=generator, **settings)

@@ -139,7 +139,7 @@ class CachedPairs(Dataset):
         rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
         # Make the batch, and bring it from the order of the shards to that of the keys
-        captions = [] if self.captions is None else [self.captions.get_caption(*key) for key in keys]
+        captions = [] if self.captions is None else [self.captions.get_caption(sample, draw) for sample, draw in keys]
         index = torch.tensor([index for index, _ in keys])
         batch = Batch(index, captions, image_embeds=rows.get("image_embeds"), latents=rows.get("latents"))
         if self.text or self.tokens:

@@ -119,9 +119,10 @@ class CaptionedPictures(Dataset):
         InputError if a hundred in a row, or all, cannot be read.
         """
         if not self.reads_images:
-            phrases = [self.get_phrases(*key) for key in keys]
+            phrases = [self.get_phrases(index, draw) for index, draw in keys]
             index = torch.tensor([index for index, _ in keys])
-            return Batch(index, [self.get_caption(*key) for key in keys], phrases=phrases)
+            captions = [self.get_caption(sample, draw) for sample, draw in keys]
+            return Batch(index, captions, phrases=phrases)
         rejected: list[tuple[str, str]] = []
         samples = [self.read_next_image(index, rejected) for index, _ in keys]
         captions = [self.get_caption(index, draw) for (index, _), (_, draw) in zip(samples, keys)]

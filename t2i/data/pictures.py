@@ -141,7 +141,7 @@ def prepare_formats(data: bytes, max_pixels: int | None = None) -> list[str]:
     if extra is not None:
         register_extra_format(extra)
     if extra == "JXL" and (size := read_jxl_size(data)):
-        check_image_pixels(*size, max_pixels)
+        check_image_pixels(width=size[0], height=size[1], max_pixels=max_pixels)
     return [name for name in (*PILLOW_FORMATS, *MODULES) if name in Image.OPEN]
 
 

@@ -22,10 +22,10 @@ def slerp(start: Tensor, end: Tensor, fraction: float | Tensor) -> Tensor:
     same one is always taken.
     """
     fraction = torch.as_tensor(fraction, dtype=torch.float64, device=start.device)[..., None]
-    lengths = [vector.double().norm(dim=-1, keepdim=True) for vector in (start, end)]
+    start_length, end_length = (vector.double().norm(dim=-1, keepdim=True) for vector in (start, end))
     point = F.normalize(start.double(), dim=-1)
     moved = exp_map(point, fraction * log_map(point, F.normalize(end.double(), dim=-1)))
-    return (moved * torch.lerp(*lengths, fraction)).to(start.dtype)
+    return (moved * torch.lerp(start_length, end_length, fraction)).to(start.dtype)
 
 
 def compute_spherical_mean(points: Tensor, weights: Tensor) -> Tensor:

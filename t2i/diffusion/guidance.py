@@ -142,8 +142,9 @@ def build_guided_predict(
             prediction = negative_prediction.lerp(positive_prediction, guidance.scale)
         else:
             # Projections and norms are those of clean samples
-            ends = (predict_x0(scheduler, end, x, t) for end in (negative_prediction, positive_prediction))
-            prediction = x0_to_prediction(scheduler, combine(*ends), x, t)
+            ends = (negative_prediction, positive_prediction)
+            negative_x0, positive_x0 = (predict_x0(scheduler, end, x, t) for end in ends)
+            prediction = x0_to_prediction(scheduler, combine(negative_x0, positive_x0), x, t)
         if guidance.rescale:
             prediction = rescale_std(prediction, positive_prediction, guidance.rescale)
         if guidance.threshold < 1:

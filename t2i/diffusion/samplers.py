@@ -167,11 +167,13 @@ def warn_of_other_levels(name: str, scheduler: Any, before: Any) -> None:
         return
     # Schedules that end in pure noise are rescaled a little
     if len(new) != len(old) or (new.sqrt() - old.sqrt()).abs().max() > MAX_LEVEL_CHANGE:
+        kind = type(scheduler).__name__
         logger.warning(
             "the new %s, a %s, has other noise levels than the one before, by which the model was trained; "
             "%s.from_config(pipeline.%s.config) takes them over",
             name,
-            *[type(scheduler).__name__] * 2,
+            kind,
+            kind,
             name,
         )
 

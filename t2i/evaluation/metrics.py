@@ -73,8 +73,8 @@ def compute_feature_moments(features: Tensor) -> Moments:
 def compute_frechet_distance(drawn: Moments, real: Moments) -> float:
     """Return |mean - mean'|^2 + trace(C + C' - 2 (C C')^(1/2))."""
     # torch-fidelity's statistics are dicts of numpy arrays
-    both = [{"mu": mean.numpy(), "sigma": covariance.numpy()} for mean, covariance in (drawn, real)]
-    result = import_torch_fidelity().metric_fid.fid_statistics_to_metric(*both, verbose=False)
+    first, second = ({"mu": mean.numpy(), "sigma": covariance.numpy()} for mean, covariance in (drawn, real))
+    result = import_torch_fidelity().metric_fid.fid_statistics_to_metric(first, second, verbose=False)
     return result["frechet_inception_distance"]
 
 

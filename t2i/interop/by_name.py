@@ -88,8 +88,8 @@ def load_clip(name: str | Path) -> CLIP:
     name = str(name)
     if ":" not in name or is_folder(name):
         return load_public_clip(name) or load_model((CLIP, TransformersCLIP), name)
-    pair = (name,) if name.startswith(("hf-hub:", "local-dir:")) else name.split(":", 1)
-    return load_or_explain(lambda _: CLIP.from_open_clip(*pair), Path(name))
+    model, tag = (name, None) if name.startswith(("hf-hub:", "local-dir:")) else name.split(":", 1)
+    return load_or_explain(lambda _: CLIP.from_open_clip(model, tag), Path(name))
 
 
 def load_pipeline_clip(name: str | Path) -> Any:

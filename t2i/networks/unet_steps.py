@@ -11,7 +11,7 @@ compiler uses the same two to convolve. They have no gradient, so they run witho
 
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -82,6 +82,13 @@ class UNetStepContext:
     hint: Tensor | None = None  # (B, 4, H, W), of a control image, concatenated to x
 
 
+class StepEmbedding(NamedTuple):
+    """Embedding of the timestep and the condition, (B, E), and its activation, which nearly all blocks read."""
+
+    plain: Tensor
+    activated: Tensor
+
+
 # The condition, once per image
 
 
@@ -144,6 +151,7 @@ def run_unet_step(unet: UNet2DConditionModel | UNet2DModel, x: Tensor, t: Tensor
         embedding = embedding + context.added_embedding
     if getattr(unet, "time_embed_act", None) is not None:
         embedding = unet.time_embed_act(embedding)
+    step_embedding = StepEmbedding(embedding, find_block_activation(unet)(embedding))
 
     # Down, with a skip connection from every layer
     if context.hint is not None:
@@ -154,44 +162,45 @@ def run_unet_step(unet: UNet2DConditionModel | UNet2DModel, x: Tensor, t: Tensor
     skips = [x]
     for block in unet.down_blocks:
         for i in range(len(block.resnets)):
-            x = run_layer(block, i, x, embedding, context)
+            x = run_layer(block, i, x, step_embedding, context)
             skips.append(x)
         for sampler in block.downsamplers or ():
-            x = sampler(x) if isinstance(sampler, Downsample2D) else run_resnet_block(sampler, x, embedding, context)
+            x = (
+                sampler(x)
+                if isinstance(sampler, Downsample2D)
+                else run_resnet_block(sampler, x, step_embedding, context)
+            )
             skips.append(x)
 
     # The middle, which begins and ends with a resnet block
     if unet.mid_block is not None:
-        x = run_resnet_block(unet.mid_block.resnets[0], x, embedding, context)
+        x = run_resnet_block(unet.mid_block.resnets[0], x, step_embedding, context)
         for i, attention in enumerate(unet.mid_block.attentions):
             if attention is not None:
                 x = run_attention(attention, x, context)
-            x = run_resnet_block(unet.mid_block.resnets[i + 1], x, embedding, context)
+            x = run_resnet_block(unet.mid_block.resnets[i + 1], x, step_embedding, context)
 
     # Up, to the sizes of the skip connections: odd sides were rounded on the way down
     for block in unet.up_blocks:
         for i in range(len(block.resnets)):
-            x = run_layer(block, i, torch.cat([x, skips.pop()], dim=1), embedding, context)
+            x = run_layer(block, i, torch.cat([x, skips.pop()], dim=1), step_embedding, context)
         for sampler in block.upsamplers or ():
             if isinstance(sampler, Upsample2D):
                 x = sampler(x, skips[-1].shape[-2:])
             else:
-                x = run_resnet_block(sampler, x, embedding, context)
+                x = run_resnet_block(sampler, x, step_embedding, context)
     if unet.conv_norm_out is not None:
         x = activate(unet.conv_act, unet.conv_norm_out(x))
     return convolve(unet.conv_out, x, context)
 
 
-def run_layer(block: nn.Module, i: int, x: Tensor, embedding: Tensor, context: UNetStepContext) -> Tensor:
+def run_layer(block: nn.Module, i: int, x: Tensor, embedding: StepEmbedding, context: UNetStepContext) -> Tensor:
     x = run_resnet_block(block.resnets[i], x, embedding, context)
     return run_attention(block.attentions[i], x, context) if hasattr(block, "attentions") else x
 
 
-def run_resnet_block(block: ResnetBlock2D, x: Tensor, embedding: Tensor, context: UNetStepContext) -> Tensor:
-    """(B, C, H, W) -> (B, C', H, W), or half or twice the sides if the block resamples.
-
-    embedding: (B, E), of the timestep and the condition.
-    """
+def run_resnet_block(block: ResnetBlock2D, x: Tensor, embedding: StepEmbedding, context: UNetStepContext) -> Tensor:
+    """Return the block's output, (B, C', H, W), for x, (B, C, H, W); half or twice the sides if it resamples."""
     # Norm, activation, resampling of both ways, convolution
     hidden = activate(block.nonlinearity, block.norm1(x))
     for resample in (block.upsample, block.downsample):
@@ -199,13 +208,12 @@ def run_resnet_block(block: ResnetBlock2D, x: Tensor, embedding: Tensor, context
             x, hidden = resample(x), resample(hidden)
     hidden = convolve(block.conv1, hidden, context)
     # The embedding scales and shifts the features, or is added to them
-    embedding = embedding if block.skip_time_act else block.nonlinearity(embedding)
-    embedding = block.time_emb_proj(embedding)[:, :, None, None]
+    change = block.time_emb_proj(embedding.plain if block.skip_time_act else embedding.activated)[:, :, None, None]
     if block.time_embedding_norm == "scale_shift":
-        scale, shift = embedding.chunk(2, dim=1)
+        scale, shift = change.chunk(2, dim=1)
         hidden = torch.addcmul(shift, block.norm2(hidden), 1 + scale)
     else:
-        hidden = block.norm2(hidden + embedding)
+        hidden = block.norm2(hidden + change)
     # Activation, convolution, and the shortcut
     hidden = activate(block.nonlinearity, hidden)
     if block.dropout.training:
@@ -218,7 +226,7 @@ def run_resnet_block(block: ResnetBlock2D, x: Tensor, embedding: Tensor, context
 
 
 def run_attention(layer: nn.Module, x: Tensor, context: UNetStepContext) -> Tensor:
-    """(B, C, H, W) -> (B, C, H, W): pixels attend to each other and to the tokens."""
+    """Return the output, (B, C, H, W), of attention of the pixels of x, (B, C, H, W), to each other and to tokens."""
     run = run_joint_attention if isinstance(layer, Attention) else run_transformer
     return run(layer, x, context)
 
@@ -258,7 +266,7 @@ def run_transformer(transformer: Transformer2DModel, x: Tensor, context: UNetSte
 
 
 def compute_attention(attention: Attention, x: Tensor, key_value: KeyValue, mask: Tensor | None) -> Tensor:
-    """(B, L, C) -> (B, L, C), the output of attention to the keys and values."""
+    """Return the output, (B, L, C), of attention of x, (B, L, C), to the keys and values."""
     query = split_attention_heads(attention.to_q(x), attention.heads)
     out = F.scaled_dot_product_attention(query, *key_value, attn_mask=mask)
     return attention.to_out[1](attention.to_out[0](out.transpose(1, 2).flatten(2)))
@@ -271,6 +279,11 @@ def compute_key_value(attention: Attention, x: Tensor, of_pixels: bool = False) 
     else:
         key, value = attention.to_k(x), attention.to_v(x)
     return split_attention_heads(key, attention.heads), split_attention_heads(value, attention.heads)
+
+
+def find_block_activation(unet: UNet2DConditionModel | UNet2DModel) -> nn.Module:
+    """Return the activation of the resnet blocks, which diffusers builds from one setting, `act_fn`."""
+    return unet.down_blocks[0].resnets[0].nonlinearity
 
 
 def activate(function: nn.Module, x: Tensor) -> Tensor:
@@ -345,14 +358,15 @@ def is_supported_unet(unet: UNet2DConditionModel | UNet2DModel) -> bool:
     for part, (name, types) in product(parts, SUPPORTED_LAYERS.items()):
         if any(layer is not None and type(layer) not in types for layer in getattr(part, name, None) or ()):
             return False
-    return all(is_supported_layer(layer) for part in parts for layer in part.modules())
+    activation = type(find_block_activation(unet))
+    return all(is_supported_layer(layer, activation) for part in parts for layer in part.modules())
 
 
-def is_supported_layer(layer: nn.Module) -> bool:
-    """Return False for a layer with an option that is not written out here."""
+def is_supported_layer(layer: nn.Module, activation: type[nn.Module]) -> bool:
+    """Return False for a layer with an option that is not written out here. activation: of all resnet blocks."""
     match layer:
         case ResnetBlock2D():
-            return layer.time_emb_proj is not None
+            return layer.time_emb_proj is not None and type(layer.nonlinearity) is activation
         case Upsample2D():
             return layer.norm is None and not layer.use_conv_transpose and layer.interpolate
         case Downsample2D():

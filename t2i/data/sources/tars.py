@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, BinaryIO
+from typing import IO, Any, BinaryIO, NamedTuple
 
 from t2i.data.reasons import Reason, RejectedSample
 from t2i.data.sources.samples import (
@@ -138,12 +138,19 @@ class GuardedFile:
         return self.file.read(size)
 
 
+class ByteRange(NamedTuple):
+    """A part of a file. All text members of a shard are in memory: a `TarInfo` takes far more."""
+
+    offset: int
+    size: int
+
+
 @dataclass
 class MemberGroup:
     """The members of one key in a shard."""
 
     picture: tarfile.TarInfo | None = None
-    texts: dict[str, tuple[int, int]] = field(default_factory=dict)  # offset and size, by suffix
+    texts: dict[str, ByteRange] = field(default_factory=dict)  # by suffix
     problem: RejectedSample | None = None
 
 
@@ -216,7 +223,7 @@ class TarShard:
         elif suffix in group.texts:
             group.problem = RejectedSample(Reason.repeated_key, f"two files {escape_name(member.name)}")
         else:
-            group.texts[suffix] = member.offset_data, member.size
+            group.texts[suffix] = ByteRange(member.offset_data, member.size)
 
     def iterate_samples(self, column: str | None, split: str | None) -> Iterator[Sample]:
         """Yield a sample for each key; `column` is the key of the captions in .json files."""
@@ -242,11 +249,11 @@ class TarShard:
         """Return the captions in the text file of a sample, else in its JSON. Raises RejectedSample."""
         for suffix in CAPTION_SUFFIXES:
             if suffix in group.texts and column is None:
-                return parse_caption_bytes(self.read_text(*group.texts[suffix], MAX_TEXT_SIZE + 1))
+                return parse_caption_bytes(self.read_text(group.texts[suffix], MAX_TEXT_SIZE + 1))
         if ".json" not in group.texts:
             raise RejectedSample(Reason.no_caption, "no .txt and no .json in the shard")
         try:
-            row: Any = json.loads(self.read_text(*group.texts[".json"], MAX_JSON_SIZE))
+            row: Any = json.loads(self.read_text(group.texts[".json"], MAX_JSON_SIZE))
         except (ValueError, RecursionError) as error:
             raise RejectedSample(Reason.bad_row, f"its .json does not parse: {error}"[:200]) from error
         # The first usual name that has a value
@@ -255,11 +262,11 @@ class TarShard:
         values = [row.get(name) for name in names]
         return parse_captions(next((value for value in values if value is not None), None))
 
-    def read_text(self, offset: int, size: int, limit: int) -> bytes:
-        if offset + size > self.size:
+    def read_text(self, place: ByteRange, limit: int) -> bytes:
+        if place.offset + place.size > self.size:
             raise RejectedSample(Reason.truncated, "the shard ends within the caption")
         try:
-            self.file.seek(offset)
-            return self.file.read(min(size, limit))
+            self.file.seek(place.offset)
+            return self.file.read(min(place.size, limit))
         except OSError as error:
             raise RejectedSample(Reason.unreadable, str(error)) from error
