@@ -1,5 +1,6 @@
 """Texts as people and other programs write them: where lines end, and characters that nobody sees."""
 
+import codecs
 import re
 from collections.abc import Iterable
 from typing import TypeVar
@@ -26,6 +27,16 @@ def normalize_text(text: str) -> str:
 def wrap_text(texts: str | Texts) -> list[str] | Texts:
     """Return one text as a list of it, for a string is also a sequence of its letters; several texts as they are."""
     return [texts] if isinstance(texts, str) else texts
+
+
+def find_encoding(start: bytes) -> str:
+    """Return the encoding of a text file by its first bytes: UTF-16, as Excel and PowerShell write it, or UTF-8."""
+    return "utf-16" if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+
+
+def decode_text(data: bytes) -> str:
+    """Return the text of a file, without its byte-order mark. Raises UnicodeDecodeError."""
+    return data.decode(find_encoding(data))
 
 
 def split_lines(text: str) -> list[str]:

@@ -24,7 +24,7 @@ def collect_texts(arguments: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(text for text in texts if isinstance(text, str)))
 
 
-def report_unknown_words(pipeline: Any, texts: Iterable[str]) -> list[UnknownWord]:
+def report_unknown_words(pipeline: Any, texts: str | Iterable[str]) -> list[UnknownWord]:
     """Return the words of the texts that are in no caption; log those of each text, once for each pipeline.
 
     A CLIP without the list of its captions' words, such as a public one, knows all. Raises InputError for a word that
@@ -35,7 +35,7 @@ def report_unknown_words(pipeline: Any, texts: Iterable[str]) -> list[UnknownWor
         return []
     said: set[str] = pipeline.__dict__.setdefault("_said_texts", set())
     found: dict[UnknownWord, None] = {}
-    for text in texts:
+    for text in wrap_text(texts):
         words = known.find_unknown_words(text)
         found |= dict.fromkeys(words)
         unknown = [word for word in words if not word.is_keyword]

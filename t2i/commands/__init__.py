@@ -9,7 +9,7 @@ from pathlib import Path
 
 from t2i.errors import InputError
 from t2i.shipped import find_shipped_folder
-from t2i.texts import normalize_text, split_lines
+from t2i.texts import decode_text, normalize_text, split_lines
 
 SHIPPED_MODEL = find_shipped_folder("models") / "emoji"
 UNUSED_IN_DRAWING = ("peft", "timm")  # diffusers imports the one and open_clip the other, if they are installed
@@ -43,7 +43,7 @@ def read_lines(file: Path, content: str) -> list[str]:
     """Return the lines of a text file without the empty ones; "-" is standard input. `content` names them in errors."""
     try:
         text = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
-        lines = split_lines(text.decode("utf-8-sig"))
+        lines = split_lines(decode_text(text))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the {content} in {str(file)!r} ({error}); give a UTF-8 text file") from error
     return [line.strip() for line in lines if normalize_text(line)]

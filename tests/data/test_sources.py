@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from t2i.commands import read_lines
 from t2i.config import DataConfig
 from t2i.data import CaptionedPictures
 from t2i.data.manifest import write_manifest
@@ -55,7 +56,9 @@ def test_pictures_with_text_files(tmp_path):
     assert rows["blue.png"]["captions"] == ["only blue"]
     assert (report.ok, report.indexed, report.captions) == (len(COLORS) + 1, len(COLORS) + 2, 2 * len(COLORS) + 1)
     assert reasons(rows) == {"lone.txt": "no_picture"}
-    assert report.notes.ignored == {".xlsx": 1, "hidden files": 1}
+    unread = "text files of images that have another"
+    assert report.notes.ignored == {".xlsx": 1, "hidden files": 1, unread: 1}
+    assert f"1 {unread}" in "\n".join(report.format_lines())
     assert assert_paired(tmp_path) == report.ok
 
 
@@ -135,6 +138,34 @@ def test_a_caption_cut_by_a_comma_and_a_repeated_column_are_not_read(tmp_path):
     assert rows["b.png"]["captions"] == ["red, not blue"] and report.ok == 1
     (tmp_path / "metadata.csv").write_text("file_name,text,text\na.png,red,blue\n")
     with pytest.raises(InputError, match="several columns 'text'"):
+        check(tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_tables_of_spreadsheets_are_read(tmp_path, delimiter, encoding):
+    (tmp_path / "a.png").write_bytes(picture("red"))
+    rows = [["path", "caption", "note"], ["a.png", "ein rötlicher Hund; sitzend, braun", "1,5"]]
+    table = io.StringIO()
+    csv.writer(table, delimiter=delimiter).writerows(rows)
+    mark = "\ufeff" if encoding == "utf-16-be" else ""  # Python writes the mark of utf-16 and utf-8-sig alone
+    (tmp_path / "metadata.csv").write_bytes((mark + table.getvalue()).encode(encoding))
+    assert check(tmp_path)[0]["a.png"]["captions"] == [rows[1][1]]
+
+
+def test_text_of_two_bytes_a_character_is_read_where_a_mark_says_so(tmp_path):
+    (tmp_path / "a.png").write_bytes(picture("red"))
+    (tmp_path / "a.txt").write_text("röter\r\nHund", encoding="utf-16")
+    assert check(tmp_path)[0]["a.png"]["captions"] == ["röter", "Hund"]
+    assert read_lines(tmp_path / "a.txt", "prompts") == ["röter", "Hund"]
+    (tmp_path / "a.txt").write_bytes("rot".encode("utf-16-le"))
+    assert reasons(check(tmp_path)[0]) == {"a.png": "caption_not_text"}
+    row = json.dumps({"file_name": "a.png", "text": "röter Hund"}, ensure_ascii=False)
+    (tmp_path / "metadata.jsonl").write_text(f"{row}\n", encoding="utf-16")
+    assert check(tmp_path)[0]["a.png"]["captions"] == ["röter Hund"]
+    (tmp_path / "metadata.jsonl").rename(tmp_path / "metadata.csv")
+    (tmp_path / "metadata.csv").write_bytes("file_name,text\na.png,röt".encode("cp1252"))
+    with pytest.raises(InputError, match="metadata.csv' is not CSV in UTF-8 or UTF-16.*CSV UTF-8"):
         check(tmp_path)
 
 

@@ -1,6 +1,7 @@
 """Folders of images that a metadata.jsonl, .csv or .parquet lists."""
 
 import csv
+import io
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from t2i.data.sources.samples import (
     iterate_batch_rows,
 )
 from t2i.errors import InputError
+from t2i.texts import find_encoding
 
 FILE_COLUMN = "file_name"  # as `datasets` calls it
 OTHER_FILE_COLUMNS = (
@@ -35,6 +37,7 @@ OTHER_FILE_COLUMNS = (
 )  # fmt: skip
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 MAX_LINE_BYTES = 2**20  # of metadata.jsonl
+DELIMITERS = (",", ";", "\t")  # spreadsheets write that of the language
 INSPECTED_ROWS = 100  # rows of a metadata file from which its columns are found
 
 
@@ -107,16 +110,19 @@ def iterate_metadata_rows(table: Path) -> Iterator[tuple[int, dict[str, Any] | R
 def iterate_stored_rows(table: Path) -> Iterator[tuple[int, dict[str, Any] | RejectedSample]]:
     if not table.is_file():
         raise InputError(f"{str(table)!r} is not an ordinary file")
+    with open(table, "rb") as file:
+        encoding = find_encoding(file.read(2))
     if table.suffix == ".jsonl":
         # Latin-1 has a character for each byte: lines end as in `t2i.texts`, and one that is not UTF-8 ends no other.
-        with open(table, encoding="latin-1", newline=None) as lines:
+        with open_json_lines(table, encoding) as lines:
             yield from iterate_json_rows(lines)
     elif table.suffix == ".csv":
         try:
-            with open(table, encoding="utf-8-sig", newline="") as text:
+            with open(table, encoding=encoding, newline="") as text:
                 yield from iterate_csv_rows(text, table)
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise InputError(f"{str(table)!r} is not CSV in UTF-8: {error}") from error
+        except (csv.Error, UnicodeError) as error:
+            advice = "spreadsheets write it as CSV UTF-8"
+            raise InputError(f"{str(table)!r} is not CSV in UTF-8 or UTF-16: {error}; {advice}") from error
     else:
         try:
             batches = pq.ParquetFile(table).iter_batches(1_000)
@@ -126,17 +132,39 @@ def iterate_stored_rows(table: Path) -> Iterator[tuple[int, dict[str, Any] | Rej
 
 
 def iterate_csv_rows(text: TextIO, table: Path) -> Iterator[tuple[int, dict[str, Any] | RejectedSample]]:
-    reader = csv.DictReader(text)
+    delimiter = find_delimiter(text.readline())
+    text.seek(0)
+    reader = csv.DictReader(text, delimiter=delimiter)
     names = reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
     if repeated := [name for name, count in Counter(names).items() if count > 1]:
         raise InputError(f"{str(table)!r} has several columns {repeated[0]!r}; names of columns must differ")
     # Line 1 has the names
     for number, row in enumerate(reader, start=2):
-        if None in row:  # a comma outside quotes cut a text in two
-            detail = f"more than {len(names)} values; a text with commas needs quotes"
+        if None in row:  # a delimiter outside quotes cut a text in two
+            detail = f"more than {len(names)} values; a text with {delimiter!r} needs quotes"
             yield number, RejectedSample(Reason.bad_row, detail)
         else:
             yield number, dict(row)
+
+
+def find_delimiter(header: str) -> str:
+    """Return the character between the columns of a CSV file: that which finds a file's name and most columns."""
+
+    def count_names(delimiter: str) -> tuple[bool, int]:
+        names = [name.strip().lower() for name in next(csv.reader([header], delimiter=delimiter), [])]
+        return not {FILE_COLUMN, *OTHER_FILE_COLUMNS}.isdisjoint(names), len(names)
+
+    return max(DELIMITERS, key=count_names)
+
+
+def open_json_lines(table: Path, encoding: str) -> TextIO:
+    """Open lines of JSON as their bytes in UTF-8, each read as a character of Latin-1."""
+    if encoding != "utf-16":
+        return open(table, encoding="latin-1", newline=None)
+    try:
+        return io.StringIO(table.read_text(encoding).encode().decode("latin-1"))
+    except UnicodeError as error:
+        raise InputError(f"{str(table)!r} is not UTF-16, as its byte-order mark says: {error}") from error
 
 
 def iterate_json_rows(lines: TextIO) -> Iterator[tuple[int, dict[str, Any] | RejectedSample]]:

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from t2i.data.reasons import Reason, RejectedSample
 from t2i.errors import InputError
-from t2i.texts import normalize_text, split_lines
+from t2i.texts import decode_text, normalize_text, split_lines
 
 SUPPORTED_SUFFIXES = {
     ".avif", ".bmp", ".gif", ".heic", ".heif", ".hif", ".jfif", ".jpe", ".jpeg", ".jpg", ".jxl", ".pgm", ".png", ".ppm",
@@ -148,7 +148,7 @@ def parse_caption_bytes(data: bytes) -> list[str]:
     if len(data) > MAX_TEXT_SIZE:
         raise RejectedSample(Reason.caption_too_long, f"more than {MAX_TEXT_SIZE:,} bytes of text")
     try:
-        return parse_captions(split_lines(data.decode("utf-8-sig")))
+        return parse_captions(split_lines(decode_text(data)))
     except UnicodeDecodeError as error:
         raise RejectedSample(Reason.caption_not_text, str(error)) from error
 

@@ -33,6 +33,7 @@ def open_sidecars(root: Path, files: list[Path], notes: SourceNotes, columns: Co
         kinds = "name.png with name.txt, images with metadata.jsonl or .csv, .tar files, or .parquet files"
         raise InputError(f"no images in {str(root)!r}; it can contain {kinds}")
     pairs = pair_names(names, [file.relative_to(root).as_posix() for file in files if is_text_file(file)])
+    notes.ignored.update({"text files of images that have another": pairs.unread} if pairs.unread else {})
     notes.count_ignored(file for file in files if file.suffix.lower() not in (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES))
 
     def iterate_samples(scratch_folder: Path) -> Iterator[Sample]:
@@ -70,6 +71,7 @@ class NamePairs:
     uses: Counter[str]  # the number of images of a text file
     alike: dict[str, str]  # for an image without a text file: one whose name looks like that of its text file
     lone: list[str]  # text files without an image
+    unread: int  # text files of images that have another one
 
     def find_text(self, name: str) -> str:
         """Return the name of an image's text file. Raises RejectedSample if there is none, or others share it."""
@@ -114,7 +116,9 @@ def pair_names(names: Iterable[str], texts: list[str]) -> NamePairs:
     by_look = {fold_look(remove_suffix(text)): text for text in lone}
     looks = {name: by_look.get(fold_look(remove_suffix(name))) for name in without}
     alike = {name: text for name, text in looks.items() if text is not None}
-    return NamePairs(found, Counter(found.values()), alike, [text for text in lone if text not in alike.values()])
+    lone = [text for text in lone if text not in alike.values()]
+    uses = Counter(found.values())
+    return NamePairs(found, uses, alike, lone, unread=len(used) - len(uses))
 
 
 def remove_suffix(name: str) -> str:
