@@ -15,7 +15,7 @@ from t2i.pipelines.options import DecoderOptions, PriorOptions
 from torch import Tensor
 
 from t2i.checks import check_integer, check_multiple_of, check_range, check_texts
-from t2i.diffusion.samplers import resolve_sampler
+from t2i.diffusion.samplers import check_prediction_type, find_training_scheduler, resolve_sampler
 from t2i.diffusion.sampling_loop import Sampling, build_step_arguments, set_timesteps
 from t2i.errors import InputError
 from t2i.networks.autoregressive_prior import AutoregressivePrior
@@ -152,6 +152,7 @@ def check_stage_options(pipeline: Any, prior: PriorOptions | None, decoder: Deco
         raise InputError(
             "control_image needs a ControlNet decoder (Kandinsky 2.2's), which this one is not; leave it out"
         )
+    check_scheduler_of("decoder", pipeline)
     scheduler = resolve_sampler(decoder.sampler, pipeline.decoder_scheduler, pipeline.decoder)
     sampling = Sampling(decoder.num_inference_steps, **decoder.scheduler_settings)
     build_step_arguments(scheduler, sampling)
@@ -166,6 +167,7 @@ def check_prior_options(pipeline: Any, prior: PriorOptions) -> None:
     if pipeline.prior is None and pipeline.clip.reads_captions and not pipeline.clip.unit_length:
         raise InputError("this model has no prior; give prior=..., the folder of one, or image_embeds")
     check_prior_scheduler(pipeline.prior, pipeline.prior_scheduler)  # two parts can be assigned one by one
+    check_scheduler_of("prior", pipeline)
     if pipeline.prior_scheduler is not None:
         scheduler = resolve_sampler(prior.prior_sampler, pipeline.prior_scheduler, pipeline.prior)
         check_step_count("prior_num_inference_steps", prior.prior_num_inference_steps, scheduler)
@@ -175,6 +177,13 @@ def check_prior_options(pipeline: Any, prior: PriorOptions) -> None:
         raise InputError("prior_callback_on_step_end needs a diffusion prior, whose steps it sees; this is not one")
     if isinstance(pipeline.prior, AutoregressivePrior):
         check_scale_only(prior.prior_guidance_scale)
+
+
+def check_scheduler_of(model: str, pipeline: Any) -> None:
+    """Refuse a scheduler that reads other predictions than its model makes: two parts can be assigned one by one."""
+    scheduler, trained = (getattr(pipeline, f"{model}_scheduler"), find_training_scheduler(getattr(pipeline, model)))
+    if scheduler is not None and trained is not None:
+        check_prediction_type(f"{model}_scheduler", scheduler, trained)
 
 
 def check_step_count(name: str, steps: int, scheduler: SchedulerMixin) -> None:
@@ -221,4 +230,5 @@ def check_upsampling(pipeline: Any, options: DecoderOptions, height: int, width:
         raise InputError(f"upsample is {options.upsample}, but this pipeline has no upsampler; load one")
     check_range("upsample_level", options.upsample_level, 0, pipeline.upsampler.config.max_level)
     check_upsampled_size(pipeline.upsampler, width, height, options.upsample)
+    check_scheduler_of("upsampler", pipeline)
     check_step_count("upsample_steps", options.upsample_steps, pipeline.upsampler_scheduler)

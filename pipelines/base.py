@@ -6,7 +6,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 from PIL import Image
@@ -14,8 +14,8 @@ from t2i.pipelines.argument_checks import check_images, check_tensor
 from t2i.pipelines.calls.adapters import Adapters
 from t2i.pipelines.calls.aliases import DiffusersNames, resolve_aliases
 from t2i.pipelines.calls.callbacks import CALLBACK_TENSORS
+from t2i.pipelines.calls.components import CheckedPipeline
 from t2i.pipelines.calls.encoding import PromptEncoding
-from t2i.pipelines.calls.offload import DiskOffloading
 from t2i.pipelines.calls.progress import Interruptible
 from t2i.pipelines.folder import (
     COMPONENT_CLASSES,
@@ -26,8 +26,6 @@ from t2i.pipelines.folder import (
     AnyTextEncoder,
     PipelineFolder,
     check_component_types,
-    check_components,
-    check_parts,
 )
 from t2i.pipelines.loading import FETCH_ARGUMENTS, build_own_arguments, load_public_components
 from t2i.pipelines.options import OUTPUT_TYPES, DecoderOptions, ResolvedOptions, build_options
@@ -35,8 +33,6 @@ from t2i.pipelines.stages import check_finite_values, sample_super_resolution
 from torch import Generator, Tensor
 
 from t2i.checks import check_choice, check_multiple_of
-from t2i.diffusion.samplers import warn_of_other_levels
-from t2i.errors import InputError
 from t2i.files.known_words import UnknownWord
 from t2i.files.model_folder import load_or_explain
 from t2i.files.untrusted import is_folder
@@ -65,7 +61,7 @@ class UnCLIPPipelineOutput(BaseOutput):
     unknown_words: list[UnknownWord] | None = None
 
 
-class UnCLIPPipeline(Adapters, DiffusersNames, PromptEncoding, Interruptible, DiskOffloading):
+class UnCLIPPipeline(Adapters, DiffusersNames, PromptEncoding, Interruptible, CheckedPipeline):
     """CLIP, prior, decoder, autoencoder, upsampler and text encoder. All pipelines load from the same folders.
 
     A subclass adds a `__call__`; `from_pipe` shares the components without copies. Arguments that the calls share:
@@ -88,6 +84,7 @@ class UnCLIPPipeline(Adapters, DiffusersNames, PromptEncoding, Interruptible, Di
     model_cpu_offload_seq = "clip->text_encoder->prior->decoder->autoencoder->upsampler"
     _callback_tensor_inputs = list(CALLBACK_TENSORS)
     _optional_components = list(OPTIONAL_COMPONENTS)
+    component_aliases = {"scheduler": "decoder_scheduler", "unet": "decoder", "vae": "autoencoder"}
 
     # Components: construction, loading and saving
 
@@ -104,38 +101,18 @@ class UnCLIPPipeline(Adapters, DiffusersNames, PromptEncoding, Interruptible, Di
         text_encoder: AnyTextEncoder | None = None,
     ):
         super().__init__()
-        components = {
-            "clip": clip,
-            "decoder": decoder,
-            "decoder_scheduler": decoder_scheduler,
-            "autoencoder": autoencoder,
-            "prior": prior,
-            "prior_scheduler": prior_scheduler,
-            "upsampler": upsampler,
-            "upsampler_scheduler": upsampler_scheduler,
-            "text_encoder": text_encoder,
-        }
-        check_components(components)
-        self.register_modules(**components)
+        self.register_modules(
+            clip=clip,
+            decoder=decoder,
+            decoder_scheduler=decoder_scheduler,
+            autoencoder=autoencoder,
+            prior=prior,
+            prior_scheduler=prior_scheduler,
+            upsampler=upsampler,
+            upsampler_scheduler=upsampler_scheduler,
+            text_encoder=text_encoder,
+        )
         self.image_processor = VaeImageProcessor(vae_scale_factor=autoencoder.factor)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute. A component that replaces another is checked as in the constructor."""
-        self.check_replaced_part(name, value)
-        if name in COMPONENT_CLASSES:
-            warn_of_other_levels(name, value, self.__dict__.get(name))
-        super().__setattr__(name, value)
-
-    def register_modules(self, **components: Any) -> None:
-        """Register components; those that replace others are checked before anything changes."""
-        for name, component in components.items():
-            self.check_replaced_part(name, component)
-        super().register_modules(**components)
-
-    def check_replaced_part(self, name: str, value: Any) -> None:
-        """Raise InputError for a component that does not fit the others. The constructor checks all at once."""
-        if name in COMPONENT_CLASSES and name in self.__dict__:
-            check_parts({**{part: self.__dict__[part] for part in COMPONENT_CLASSES}, name: value}, (name,))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
@@ -161,7 +138,7 @@ class UnCLIPPipeline(Adapters, DiffusersNames, PromptEncoding, Interruptible, Di
         CLIPs, and for a variant that no component has.
         """
         # Check the arguments
-        kwargs = resolve_aliases(kwargs)
+        kwargs = resolve_aliases(kwargs, cls.component_aliases)
         older = kwargs.pop("torch_dtype", None)  # the older name of `dtype`
         kwargs["dtype"] = check_dtype(older if kwargs.get("dtype") is None else kwargs["dtype"])
         if has_bf16(kwargs["dtype"]):
@@ -179,6 +156,7 @@ class UnCLIPPipeline(Adapters, DiffusersNames, PromptEncoding, Interruptible, Di
         if not is_folder(path):
             path = Path(cls.download(str(path), **kwargs))
         folder = PipelineFolder(path, kwargs.get("variant"))
+        schedulers = folder.pop_replaced_schedulers(kwargs)
         if folder.is_own:
             settings = {**build_own_arguments(folder, cls.download, **kwargs), "use_safetensors": True}
             # diffusers looks for the class that the folder names in the class of the caller, so super() must be bound.
@@ -189,6 +167,8 @@ class UnCLIPPipeline(Adapters, DiffusersNames, PromptEncoding, Interruptible, Di
             name = str(pretrained_model_name_or_path)
             pipeline = cls(**load_public_components(name, folder, cls.download, **kwargs))
             pipeline.register_to_config(_name_or_path=name)
+        pipeline.remember_training(given=kwargs.keys() - named)
+        pipeline.register_modules(**schedulers)
         warn_of_slow_bf16(pipeline.components)
         return pipeline
 
@@ -203,30 +183,6 @@ class UnCLIPPipeline(Adapters, DiffusersNames, PromptEncoding, Interruptible, Di
         if not self.clip.unit_length:
             self.register_to_config(_clip_fingerprint=self.clip.identity)
         super().save_config(save_directory, *args, **kwargs)
-
-    @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **components: Any) -> Self:
-        """Build this pipeline from the components of another one, which stay as they are; `components` replace some.
-
-        dtype, or `torch_dtype`, converts the weights, which both pipelines then share; None keeps them. Raises
-        InputError for components that the other pipeline does not have or that do not belong together.
-        """
-        components = resolve_aliases(components)
-        older = components.pop("torch_dtype", None)
-        dtype = components.pop("dtype", None) or older
-        if dtype is not None and not isinstance(dtype, torch.dtype):
-            raise InputError(f"dtype must be a torch.dtype, got {dtype!r:.80}")
-        found = {**pipeline.components, **components}
-        if unknown := sorted(found.keys() - COMPONENT_CLASSES.keys()):
-            raise InputError(f"{unknown[0]!r} is no component; they are {', '.join(COMPONENT_CLASSES)}")
-        if lacking := [name for name in ("clip", "decoder", "decoder_scheduler", "autoencoder") if name not in found]:
-            raise InputError(f"a {type(pipeline).__name__} has no {lacking[0]}, which a {cls.__name__} needs")
-        other = cls(**found)
-        if dtype is not None:
-            other.to(dtype=dtype)
-        other.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
-        other.adopt_settings(pipeline)
-        return other
 
     @classmethod
     def download(cls, pretrained_model_name: str | Path, **kwargs: Any) -> str:

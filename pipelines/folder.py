@@ -1,13 +1,19 @@
 """A pipeline's components: their classes, which of them go together, and their folder in this project's own layout."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from typing import Any, TypeAlias, get_args
 
 import torch
 from diffusers import SchedulerMixin
 
-from t2i.diffusion.samplers import check_scheduler_sampling
-from t2i.diffusion.stored_schedulers import PROJECT_SCHEDULERS, check_scheduler_folder
+from t2i.diffusion.samplers import (
+    check_prediction_type,
+    check_scheduler_sampling,
+    find_training_scheduler,
+    warn_of_other_levels,
+)
+from t2i.diffusion.stored_schedulers import PROJECT_SCHEDULERS, check_scheduler_folder, load_scheduler
 from t2i.errors import InputError
 from t2i.files.model_folder import load_component_model, load_or_explain
 from t2i.files.untrusted import is_folder
@@ -45,6 +51,7 @@ COMPONENT_CLASSES: dict[str, tuple[type, ...]] = {
     "upsampler_scheduler": (SchedulerMixin,),
     "text_encoder": get_args(AnyTextEncoder),
 }
+SCHEDULED_MODELS = ("prior", "decoder", "upsampler")  # each with a component of its name and `_scheduler`
 OPTIONAL_COMPONENTS = ("prior", "prior_scheduler", "upsampler", "upsampler_scheduler", "text_encoder")
 # Each of these loads the folders of all
 TASKS = ("Text2Image", "ImageToImage", "Inpaint", "Outpaint", "ImageVariation", "Interpolation", "TextDiff")
@@ -60,14 +67,10 @@ def check_component_types(components: Mapping[str, Any]) -> None:
             raise InputError(f"{name} must be a {allowed}, got {value!r:.80}, a {type(value).__name__}")
 
 
-def check_components(components: Mapping[str, Any]) -> None:
-    """Raise InputError for components of other classes, and for those that were not trained together.
-
-    components: the arguments of `UnCLIPPipeline`, by name.
-    """
-    check_parts(components, tuple(components))
-    check_prior_scheduler(components["prior"], components["prior_scheduler"])
-    if (components["upsampler"] is None) != (components["upsampler_scheduler"] is None):
+def check_pairs(components: Mapping[str, Any]) -> None:
+    """Raise InputError for a model without its scheduler, and for a scheduler without its model."""
+    check_prior_scheduler(components.get("prior"), components.get("prior_scheduler"))
+    if (components.get("upsampler") is None) != (components.get("upsampler_scheduler") is None):
         raise InputError("upsampler and upsampler_scheduler go together; one of them is missing")
 
 
@@ -79,36 +82,53 @@ def check_prior_scheduler(prior: Any, scheduler: SchedulerMixin | None) -> None:
         raise InputError(f"this pipeline has {what} and {has}; only the diffusion prior goes with a scheduler")
 
 
-def check_parts(components: Mapping[str, Any], new: tuple[str, ...]) -> None:
-    """Raise InputError for components that do not fit the others, but for a model without its scheduler.
+def check_parts(before: Mapping[str, Any], new: Mapping[str, Any], optional: Collection[str]) -> None:
+    """Raise InputError for new components that cannot be what their names say, or do not fit the others.
 
-    That is left out because two parts are assigned one after the other. new: names of those that are not checked yet.
+    before: components that are there, of which `new` may replace some. optional: names of those that may be None.
     """
-    check_component_types({name: components[name] for name in new})
-    for name in new:
-        check_component(name, components[name], name in OPTIONAL_COMPONENTS)
+    check_component_types(new)
+    parts = {**before, **new}
+    for name, component in new.items():
+        if component is None and name not in optional:
+            raise InputError(f"{name} is None, but this pipeline needs one")
+        if component is not None and COMPONENT_CLASSES[name] == (SchedulerMixin,):
+            trained = find_training_scheduler(parts.get(name.removesuffix("_scheduler")))
+            check_scheduler_sampling(name, component, trained or before.get(name))
 
     # All belong to one CLIP, and the decoder to its autoencoder and text encoder
-    clip, decoder, autoencoder = (components[name] for name in ("clip", "decoder", "autoencoder"))
-    prior, upsampler = components["prior"], components["upsampler"]
-    for name, model in {"prior": prior, "decoder": decoder, "upsampler": upsampler}.items():
-        check_clip_fingerprint(name, model, clip)
-    for name, model in {"prior": prior, "decoder": decoder}.items():
-        if model is not None:
-            check_embed_widths(name, model, clip)
-    check_text_encoder(decoder, components["text_encoder"])
+    clip, decoder = parts.get("clip"), parts.get("decoder")
+    for name in SCHEDULED_MODELS:
+        check_clip_fingerprint(name, parts.get(name), clip)
+    for name in ("prior", "decoder"):
+        if parts.get(name) is not None:
+            check_embed_widths(name, parts[name], clip)
+    if decoder is None:
+        return
+    check_text_encoder(decoder, parts["text_encoder"])
+    autoencoder = parts["autoencoder"]
     if decoder.config.latent_channels != autoencoder.channels:
         channels = f"{decoder.config.latent_channels} channels, the autoencoder's have {autoencoder.channels}"
         raise InputError(f"the decoder's latents have {channels}; they were not trained together")
 
 
-def check_component(name: str, component: Any, optional: bool) -> None:
-    """Raise InputError for a component that cannot be what `name` says, whatever the others are."""
-    check_component_types({name: component})
-    if component is None and not optional:
-        raise InputError(f"{name} is None, but this pipeline needs one")
-    if component is not None and COMPONENT_CLASSES[name] == (SchedulerMixin,):
-        check_scheduler_sampling(name, component)
+def check_schedules(before: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Raise InputError for a new scheduler of other predictions than its model's, and log other noise levels.
+
+    Those of a model are known from the scheduler that it was stored with, or else from the one that is there before. A
+    new model may be followed by its scheduler: of its predictions nothing is said yet.
+    """
+    for model in SCHEDULED_MODELS:
+        name = f"{model}_scheduler"
+        scheduler = new.get(name, before.get(name))
+        trained = find_training_scheduler(new.get(model, before.get(model)))
+        if trained is None and model not in new:
+            trained = before.get(name)
+        if scheduler is None or trained is None or not {model, name} & new.keys():
+            continue
+        if name in new:
+            check_prediction_type(name, scheduler, trained)
+        warn_of_other_levels(name, scheduler, trained)
 
 
 def check_clip_fingerprint(name: str, model: Any, clip: Any) -> None:
@@ -174,6 +194,22 @@ class PipelineFolder(SourceFolder):
         for name in names:
             if name in needed:
                 self.check_component(name)
+
+    def pop_replaced_schedulers(self, components: dict[str, Any]) -> dict[str, Any]:
+        """Take the schedulers in whose place others are stored here, beside their models, out of the caller's parts."""
+        models = {f"{model}_scheduler": model for model in SCHEDULED_MODELS if model not in components}
+        given = [name for name in models if components.get(name) is not None]
+        return {name: components.pop(name) for name in given if self.has_sound_scheduler(name)}
+
+    def has_sound_scheduler(self, name: str) -> bool:
+        """Return whether a scheduler of this name is stored here that can be loaded, and sample."""
+        with suppress(InputError):
+            if not self.is_own:
+                return name in self and self.load_scheduler(name) is not None
+            self.check_component(name)
+            check_scheduler_sampling(name, load_scheduler(self.path / name))
+            return True
+        return False
 
     def check_component(self, name: str) -> None:
         """Raise InputError for a component of a class that is not one of ours, or whose files are not sound."""

@@ -1,6 +1,6 @@
 """Turn the arguments of `from_pretrained` into the components of a pipeline."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -120,17 +120,20 @@ def load_own_parts(folder: PipelineFolder, names: tuple[str, ...], dtype: Any = 
     return loaded
 
 
-def pop_loading_arguments(kwargs: dict[str, Any]) -> tuple[Any, str | None, dict[str, Any]]:
-    """Return the dtype, the variant and the arguments of fetching among those of a `from_pretrained`.
+def split_loading_arguments(
+    kwargs: dict[str, Any], components: Collection[str]
+) -> tuple[Any, str | None, dict[str, Any], dict[str, Any]]:
+    """Return the dtype, the variant, the arguments of fetching and the components among those of a `from_pretrained`.
 
-    Raises InputError for an argument that has no effect on a pipeline of few parts.
+    components: names of those of a pipeline of few parts. Raises InputError for an argument without an effect on it.
     """
     known = {"dtype", "torch_dtype", "variant", *FETCH_ARGUMENTS, *IGNORED_ARGUMENTS}
-    if unknown := sorted(kwargs.keys() - known):
-        raise InputError(f"{unknown[0]!r} is no argument here; they are {', '.join(sorted(known))}")
+    given = {name: kwargs[name] for name in components if name in kwargs}
+    if unknown := sorted(kwargs.keys() - known - given.keys()):
+        raise InputError(f"{unknown[0]!r} is no argument here; they are {', '.join([*components, *sorted(known)])}")
     dtype = kwargs.get("torch_dtype") if kwargs.get("dtype") is None else kwargs["dtype"]
     fetching = {name: kwargs[name] for name in FETCH_ARGUMENTS if name in kwargs}
-    return check_dtype(dtype), kwargs.get("variant"), fetching
+    return check_dtype(dtype), kwargs.get("variant"), fetching, given
 
 
 def resolve_stored_dtypes(folder: PipelineFolder, dtype: Any) -> Dtypes:

@@ -4,19 +4,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import SchedulerMixin
 from diffusers.utils import BaseOutput
 from t2i.pipelines.argument_checks import check_prior_options, check_tensor
 from t2i.pipelines.base import MAX_IMAGES
-from t2i.pipelines.calls.aliases import alias_component
+from t2i.pipelines.calls.adapters import Adapters
+from t2i.pipelines.calls.aliases import resolve_aliases
 from t2i.pipelines.calls.callbacks import PRIOR_CALLBACK_TENSORS
+from t2i.pipelines.calls.components import CheckedPipeline
 from t2i.pipelines.calls.encoding import PromptEncoding
-from t2i.pipelines.calls.offload import DiskOffloading
 from t2i.pipelines.calls.progress import Interruptible
 from t2i.pipelines.calls.signature import declare_pipeline_call
 from t2i.pipelines.calls.texts import PromptEmbeds, choose_texts
-from t2i.pipelines.folder import AnyCLIP, PipelineFolder, check_clip_fingerprint, check_embed_widths
-from t2i.pipelines.loading import load_own_parts, pop_loading_arguments
+from t2i.pipelines.folder import AnyCLIP, PipelineFolder
+from t2i.pipelines.loading import load_own_parts, split_loading_arguments
 from t2i.pipelines.options import PRIOR_OPTION_NAMES, DecoderOptions, ResolvedOptions, build_options
 from t2i.pipelines.stages import run_prior_stage
 from t2i.pipelines.text2image import Text2ImagePipeline
@@ -44,23 +45,16 @@ class PriorPipelineOutput(BaseOutput):
     unknown_words: list[UnknownWord] | None = None
 
 
-class PriorPipeline(PromptEncoding, Interruptible, DiskOffloading):
+class PriorPipeline(Adapters, PromptEncoding, Interruptible, CheckedPipeline):
     """Caption -> z_t -> (prior) -> z_i. The decoder and the autoencoder need not be in memory."""
 
     model_cpu_offload_seq = "clip->prior"
     _optional_components = ["prior_scheduler"]
     _callback_tensor_inputs = list(PRIOR_CALLBACK_TENSORS)
-    scheduler = alias_component("scheduler", "prior_scheduler")
+    component_aliases = {"scheduler": "prior_scheduler"}
 
     def __init__(self, clip: AnyCLIP, prior: AnyPrior, prior_scheduler: SchedulerMixin | None = None):
         super().__init__()
-        if clip is None or prior is None:
-            raise InputError(f"{'clip' if clip is None else 'prior'} is None; this pipeline needs a CLIP and a prior")
-        check_clip_fingerprint("prior", prior, clip)
-        check_embed_widths("prior", prior, clip)
-        if prior.needs_scheduler == (prior_scheduler is None):
-            has = "no prior_scheduler" if prior_scheduler is None else "a prior_scheduler"
-            raise InputError(f"the prior is a {type(prior).__name__} and has {has}; only a diffusion prior has one")
         self.register_modules(clip=clip, prior=prior, prior_scheduler=prior_scheduler)
 
     @classmethod
@@ -71,24 +65,17 @@ class PriorPipeline(PromptEncoding, Interruptible, DiskOffloading):
         """
         path = Path(pretrained_model_name_or_path)
         folder = PipelineFolder(path, kwargs.get("variant")) if is_folder(path) else None
+        kwargs = resolve_aliases(kwargs, cls.component_aliases)
         if folder is None or not (folder.is_own or folder.class_name == cls.__name__):
             return cls.from_pipe(Text2ImagePipeline.from_pretrained(pretrained_model_name_or_path, **kwargs))
-        dtype, _, _ = pop_loading_arguments(kwargs)
+        dtype, _, _, components = split_loading_arguments(kwargs, cls.list_component_names())
         if folder.lacks("prior"):
             raise InputError(f"the pipeline {str(path)!r} has no prior")
         has_scheduler = not folder.lacks("prior_scheduler")
-        return cls(**load_own_parts(folder, ("clip", "prior", "prior_scheduler")[: 2 + has_scheduler], dtype))
-
-    @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **components: Any) -> Self:
-        """Build this pipeline from the CLIP and the prior of another one."""
-        names = ("clip", "prior", "prior_scheduler")
-        found = {name: pipeline.components.get(name) for name in names} | components
-        if found["prior"] is None:
-            raise InputError("this pipeline has no prior; load one with prior=... and prior_scheduler=...")
-        other = cls(**found)
-        other.adopt_settings(pipeline)
-        return other
+        pipeline = cls(**load_own_parts(folder, ("clip", "prior", "prior_scheduler")[: 2 + has_scheduler], dtype))
+        pipeline.remember_training()
+        pipeline.register_modules(**components)
+        return pipeline
 
     def resolve_options(self, resolved: ResolvedOptions | None = None, **options: Any) -> ResolvedOptions:
         """Return the checked options, as `UnCLIPPipeline.resolve_options` does."""

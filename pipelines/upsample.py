@@ -7,19 +7,20 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 from PIL import Image
-from t2i.pipelines.argument_checks import check_step_count
+from t2i.pipelines.argument_checks import check_scheduler_of, check_step_count
 from t2i.pipelines.base import UnCLIPPipeline
+from t2i.pipelines.calls.aliases import resolve_aliases
+from t2i.pipelines.calls.components import CheckedPipeline
 from t2i.pipelines.calls.effects import without
-from t2i.pipelines.calls.offload import DiskOffloading
 from t2i.pipelines.calls.progress import Interruptible, Preview
 from t2i.pipelines.calls.signature import declare_pipeline_call
-from t2i.pipelines.folder import COMPONENT_CLASSES, PipelineFolder, check_clip_fingerprint, check_component
+from t2i.pipelines.folder import PipelineFolder
 from t2i.pipelines.inputs import ImageInputs, read_image, split_images
-from t2i.pipelines.loading import load_own_parts, pop_loading_arguments
+from t2i.pipelines.loading import load_own_parts, split_loading_arguments
 from t2i.pipelines.options import build_options
 from t2i.pipelines.stages import upsample_images
 from torch import Generator, Tensor
@@ -46,7 +47,7 @@ class UpsamplePipelineOutput(BaseOutput):
     images: list[Image.Image] | list[Tensor]
 
 
-class UpsamplePipeline(Interruptible, DiskOffloading):
+class UpsamplePipeline(Interruptible, CheckedPipeline):
     """Images of any size, through the upsampler any number of times.
 
     clip: only for upsamplers that take z_i, which is then that of the image.
@@ -54,55 +55,45 @@ class UpsamplePipeline(Interruptible, DiskOffloading):
 
     model_cpu_offload_seq = "clip->upsampler"
     _optional_components = ["clip"]
+    component_aliases = {"scheduler": "upsampler_scheduler", "unet": "upsampler"}
 
     def __init__(self, upsampler: Upsampler, upsampler_scheduler: SchedulerMixin, clip: CLIP | None = None):
         super().__init__()
-        check_clip_fingerprint("upsampler", upsampler, clip)
         self.register_modules(upsampler=upsampler, upsampler_scheduler=upsampler_scheduler, clip=clip)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute, after a check of a component."""
-        if name in COMPONENT_CLASSES:
-            check_component(name, value, name in self._optional_components)
-        super().__setattr__(name, value)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
         """Load what `training/train_upsampler.py` wrote, or the upsampler of a pipeline in a folder or on the hub.
 
-        kwargs: dtype, variant, and the arguments of fetching, as of `UnCLIPPipeline`. Raises InputError, in one line,
-        also for a pipeline without an upsampler.
+        kwargs: dtype, variant, the arguments of fetching, and components, as of `UnCLIPPipeline`. Raises InputError, in
+        one line, also for a pipeline without an upsampler.
         """
-        dtype, variant, fetching = pop_loading_arguments(kwargs)
+        kwargs = resolve_aliases(kwargs, cls.component_aliases)
+        dtype, variant, fetching, components = split_loading_arguments(kwargs, cls.list_component_names())
         path = Path(pretrained_model_name_or_path)
         if not is_folder(path):
             path = Path(UnCLIPPipeline.download(str(path), variant=variant, **fetching))
         # The folder of a run: the upsampler alone
         if not (path / "model_index.json").is_file():
-            upsampler = load_model(Upsampler, path)
+            parts = {
+                "upsampler": load_model(Upsampler, path),
+                "upsampler_scheduler": load_scheduler(path / "scheduler"),
+            }
             part_dtype = resolve_part_dtype(dtype, "upsampler")
             if isinstance(part_dtype, torch.dtype):
-                upsampler.to(part_dtype)
-            return cls(upsampler, load_scheduler(path / "scheduler"))
-        folder = PipelineFolder(path, variant)
-        if not is_folder(path / "upsampler") or not is_folder(path / "upsampler_scheduler"):
+                parts["upsampler"].to(part_dtype)
+        elif not is_folder(path / "upsampler") or not is_folder(path / "upsampler_scheduler"):
             raise InputError(f"the pipeline {str(path)!r} has no upsampler; name one that `t2i train upsampler` wrote")
-        parts = load_own_parts(folder, ("upsampler", "upsampler_scheduler"), dtype)
-        if parts["upsampler"].config.embed_dim is not None and is_folder(path / "clip"):
-            parts |= load_own_parts(folder, ("clip",), dtype)
-        return cls(**parts)
-
-    @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **components: Any) -> Self:
-        """Build this pipeline from the upsampler of another pipeline, and its CLIP."""
-        names = ("upsampler", "upsampler_scheduler", "clip")
-        found = {name: pipeline.components.get(name) for name in names} | components
-        if found["upsampler"] is None:
-            raise InputError("this pipeline has no upsampler; load one with upsampler=... and upsampler_scheduler=...")
-        other = cls(**found)
-        other.adopt_settings(pipeline)
-        return other
+        else:
+            folder = PipelineFolder(path, variant)
+            parts = load_own_parts(folder, ("upsampler", "upsampler_scheduler"), dtype)
+            if parts["upsampler"].config.embed_dim is not None and is_folder(path / "clip"):
+                parts |= load_own_parts(folder, ("clip",), dtype)
+        pipeline = cls(**parts)
+        pipeline.remember_training()
+        pipeline.register_modules(**components)
+        return pipeline
 
     @declare_pipeline_call((), {"preview_every": (without("on_preview"),)})
     def __call__(
@@ -137,6 +128,7 @@ class UpsamplePipeline(Interruptible, DiskOffloading):
         # Check the arguments
         check_integer("times", times, 1, MAX_ENLARGEMENTS)
         check_integer("num_inference_steps", num_inference_steps, 1, MAX_STEPS)
+        check_scheduler_of("upsampler", self)
         check_step_count("num_inference_steps", num_inference_steps, self.upsampler_scheduler)
         check_range("level", level, 0, self.upsampler.config.max_level)
         resolve_tile_overlap(tile, None, self.upsampler.image_size_multiple)

@@ -19,9 +19,6 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # peft's n
 class Adapters:
     """Base of pipelines that take adapters, at most one for each of prior and decoder."""
 
-    prior: Any
-    decoder: Any
-
     def load_lora_weights(self, folder: str | Path, scale: float = 1.0) -> None:
         """Put the adapters of a folder beside the weights of the prior or the decoder, whichever they were trained on.
 
@@ -80,13 +77,13 @@ class Adapters:
 
     def list_adapted_models(self) -> list[Any]:
         """Return the models that have adapters now."""
-        models = [getattr(self, name) for name in ADAPTED_COMPONENTS]
+        models = [getattr(self, name, None) for name in ADAPTED_COMPONENTS]
         return [model for model in models if model is not None and hasattr(model, "peft_config")]
 
     def find_adapted_model(self, targets: list[str], state: dict[str, torch.Tensor], folder: str) -> Any:
         """Return the prior or the decoder, whose layers the adapters fit. Raises InputError for neither."""
         for name in ADAPTED_COMPONENTS:
-            model = getattr(self, name)
+            model = getattr(self, name, None)
             if model is not None and fits_layers(model, targets, state):
                 if hasattr(model, "peft_config"):
                     raise InputError(f"the {name} has adapters already; call unload_lora_weights or fuse_lora first")

@@ -1,5 +1,6 @@
 """diffusers' names of components, and its methods on their networks, on the components that a pipeline really has."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D, UpBlock2D
@@ -7,7 +8,6 @@ from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D, UpBlock2D
 from t2i.errors import InputError
 
 FREE_U_BLOCKS = (UpBlock2D, CrossAttnUpBlock2D)  # in which diffusers applies it
-COMPONENT_ALIASES = {"scheduler": "decoder_scheduler", "unet": "decoder", "vae": "autoencoder"}
 
 
 def alias_component(alias: str, name: str) -> Any:
@@ -22,21 +22,20 @@ def alias_component(alias: str, name: str) -> Any:
     return property(read, write, doc=f"The component `{name}`, by diffusers' name `{alias}`.")
 
 
-def resolve_aliases(components: dict[str, Any]) -> dict[str, Any]:
+def resolve_aliases(components: dict[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
     """Return keyword arguments with the real names of components. Raises InputError for one under both names."""
-    for alias, name in COMPONENT_ALIASES.items():
+    for alias, name in aliases.items():
         if alias in components and name in components:
             raise InputError(f"{alias} is {name}, which is given too; leave one out")
-    return {COMPONENT_ALIASES.get(key, key): value for key, value in components.items()}
+    return {aliases.get(key, key): value for key, value in components.items()}
 
 
 class DiffusersNames:
-    """Base of pipelines: `scheduler`, `unet` and `vae`, and the methods by which diffusers changes their networks.
+    """Base of pipelines: the methods by which diffusers changes their networks.
 
     Each method raises InputError where a network has no such thing.
     """
 
-    scheduler, unet, vae = (alias_component(*names) for names in COMPONENT_ALIASES.items())
     decoder: Any
     autoencoder: Any
 

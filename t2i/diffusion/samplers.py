@@ -2,9 +2,12 @@
 
 import copy
 import logging
+import warnings
+from contextlib import suppress
 from inspect import signature
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import (
     DDIMParallelScheduler,
@@ -18,13 +21,14 @@ from diffusers import (
     UnCLIPScheduler,
     UniPCMultistepScheduler,
 )
+from diffusers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
 from torch import Tensor
 
 from t2i.checks import check_choice
 from t2i.diffusion.continuous import AncestralScheduler, ProbabilityFlowScheduler, ReverseSDEScheduler
 from t2i.diffusion.ddim import ExactDDIMScheduler, build_scheduler_like
 from t2i.diffusion.denoiser import Predict
-from t2i.diffusion.flow import FLOW_PREDICTION, get_prediction_type, is_flow
+from t2i.diffusion.flow import FLOW_PREDICTION, FLOW_SCHEDULERS, get_prediction_type, is_flow
 from t2i.diffusion.process import x0_to_prediction
 from t2i.diffusion.respaced import UnCLIPRespacedScheduler
 from t2i.diffusion.sampling_loop import (
@@ -40,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 TRIAL_STEPS = 10
 MAX_LEVEL_CHANGE = 0.1  # of the factor of the sample, between two schedules that count as the same
-# Schedulers of diffusers that sample here, for the message of those that do not. A test runs all of diffusers'
+# Schedulers of diffusers that sample here, with the noise levels and predictions that they can have. A test runs all
 SAMPLING_SCHEDULERS = (
     "DDIM",
     "DDIMParallel",
@@ -72,11 +76,6 @@ FLOW_SAMPLING_SCHEDULERS = (
     "SASolver",
     "UniPCMultistep",
 )
-# Those of them that read no such prediction
-BLIND_SCHEDULERS = {
-    "sample": ("DPMSolverSDE", "EulerAncestralDiscrete", "KDPM2AncestralDiscrete", "KDPM2Discrete", "PNDM"),
-    "v_prediction": ("UnCLIP",),
-}
 FIXED_VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
 # Allowed settings, which not all schedulers check. The first is assumed where a scheduler has no such setting.
 CONFIG_CHOICES = {
@@ -85,6 +84,7 @@ CONFIG_CHOICES = {
     "timestep_spacing": ("leading", "linspace", "trailing"),
     "timestep_type": ("discrete",),
     "snr_shift_scale": (1.0,),
+    "noise_sampler_seed": (None,),  # each sample's own generator is its seed
 }
 
 SAMPLERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
@@ -142,40 +142,97 @@ def build_sampler(name: str, scheduler: SchedulerMixin, learned_variance: bool =
     return build_scheduler_like(kind, scheduler, **settings)
 
 
-def check_scheduler_sampling(name: str, scheduler: SchedulerMixin) -> None:
+def check_scheduler_sampling(name: str, scheduler: SchedulerMixin, trained: SchedulerMixin | None = None) -> None:
     """Refuse a scheduler that `sample_from_noise` cannot sample with, by sampling from an exact model in a few steps.
 
-    name: of the scheduler in the message, which names the schedulers that work.
+    name: of the scheduler in the message, which names the schedulers that work for the noise levels and predictions of
+    the model. trained: the scheduler that has those; None is this one.
     """
-    kind = type(scheduler).__name__
     if reason := find_sampling_fault(scheduler):
-        works = ", ".join(list_sampling_schedulers(get_prediction_type(scheduler)))
-        raise InputError(f"the {name}, a {kind}, {reason}; these schedulers of diffusers work: {works}")
+        works = ", ".join(list_sampling_schedulers(trained or scheduler))
+        advice = f"; these schedulers of diffusers work: {works}" if works else ""
+        raise InputError(f"the {name}, a {type(scheduler).__name__}, {reason}{advice}")
 
 
-def list_sampling_schedulers(prediction_type: str | None) -> list[str]:
-    """Return the names, without "Scheduler", of those of diffusers that sample from such predictions."""
-    if prediction_type == FLOW_PREDICTION:
-        return list(FLOW_SAMPLING_SCHEDULERS)
-    return [name for name in SAMPLING_SCHEDULERS if name not in BLIND_SCHEDULERS.get(prediction_type or "", ())]
+def list_sampling_schedulers(like: SchedulerMixin) -> list[str]:
+    """Return the names, without "Scheduler", of those of diffusers that sample with the configuration of one.
+
+    Without noise levels in that one, as for EDM, with those that are diffusers' default.
+    """
+    flow = is_flow(like)
+    if not flow and not hasattr(like, "alphas_cumprod"):
+        like = DDIMScheduler()
+    names, level = FLOW_SAMPLING_SCHEDULERS if flow else SAMPLING_SCHEDULERS, get_verbosity()
+    try:
+        set_verbosity_error()  # some say how they read their settings
+        return [name for name in names if samples_like(name, like)]
+    finally:
+        set_verbosity(level)
 
 
-def warn_of_other_levels(name: str, scheduler: Any, before: Any) -> None:
-    """Log that a scheduler has other noise levels than the one that it replaces, which are those of the model."""
-    new, old = (getattr(one, "alphas_cumprod", None) for one in (scheduler, before))
-    if new is None or old is None:
-        return
-    # Schedules that end in pure noise are rescaled a little
-    if len(new) != len(old) or (new.sqrt() - old.sqrt()).abs().max() > MAX_LEVEL_CHANGE:
-        kind = type(scheduler).__name__
-        logger.warning(
-            "the new %s, a %s, has other noise levels than the one before, by which the model was trained; "
-            "%s.from_config(pipeline.%s.config) takes them over",
-            name,
-            kind,
-            kind,
-            name,
+def samples_like(name: str, like: SchedulerMixin) -> bool:
+    """Return whether diffusers' scheduler of this name can have the noise levels of another one, and sample."""
+    with warnings.catch_warnings(), suppress(Exception):  # a library raises and warns of anything
+        warnings.simplefilter("ignore")
+        scheduler = build_scheduler_like(getattr(diffusers, f"{name}Scheduler"), like)
+        return find_sampling_fault(scheduler) is None and not has_other_levels(scheduler, like)
+    return False
+
+
+# The scheduler that a model was trained with
+
+
+def remember_training(model: Any, scheduler: SchedulerMixin | None) -> None:
+    """Note the scheduler that a model was trained with, which has its noise levels and its kind of prediction."""
+    if model is not None and scheduler is not None:
+        getattr(model, "_orig_mod", model).training_scheduler = scheduler  # torch.compile wraps the model
+
+
+def find_training_scheduler(model: Any) -> SchedulerMixin | None:
+    """Return the scheduler that a model was trained with; None if that is not known."""
+    return getattr(getattr(model, "_orig_mod", model), "training_scheduler", None)
+
+
+def check_prediction_type(name: str, scheduler: SchedulerMixin, trained: SchedulerMixin) -> None:
+    """Refuse a scheduler that reads other predictions than the model makes. trained: see `find_training_scheduler`."""
+    read, made = (get_prediction_type(one) or "epsilon" for one in (scheduler, trained))
+    if read != made:
+        kind, model = type(scheduler).__name__, name.removesuffix("_scheduler")
+        advice = f"{kind}.from_config(pipeline.{name}.config) takes it over"
+        if isinstance(scheduler, FLOW_SCHEDULERS) or made == FLOW_PREDICTION:  # some have no such setting
+            advice = f"these schedulers of diffusers work: {', '.join(list_sampling_schedulers(trained))}"
+        raise InputError(
+            f"the {name}, a {kind}, has the prediction_type {read}, but the {model} was trained with {made}; {advice}"
         )
+
+
+def warn_of_other_levels(name: str, scheduler: SchedulerMixin, trained: SchedulerMixin) -> None:
+    """Log that a scheduler has other noise levels than its model was trained with."""
+    if has_other_levels(scheduler, trained):
+        kind, model = type(scheduler).__name__, name.removesuffix("_scheduler")
+        # UnCLIPScheduler has one shape of levels, and no settings of it
+        betas = "" if "beta_schedule" in trained.config else f", trained_betas=pipeline.{name}.betas.tolist()"
+        logger.warning(
+            "the %s, a %s, has other noise levels than the %s was trained with; "
+            "%s.from_config(pipeline.%s.config%s) takes them over",
+            name,
+            kind,
+            model,
+            kind,
+            name,
+            betas,
+        )
+
+
+def has_other_levels(scheduler: Any, trained: Any) -> bool:
+    """Return whether the noise levels of two schedulers differ; False for those without any."""
+    if is_flow(scheduler) or is_flow(trained):  # whose levels are the timesteps themselves
+        return scheduler.config.num_train_timesteps != trained.config.num_train_timesteps
+    new, old = (getattr(one, "alphas_cumprod", None) for one in (scheduler, trained))
+    if new is None or old is None:
+        return False
+    # Schedules that end in pure noise are rescaled a little
+    return len(new) != len(old) or bool((new.sqrt() - old.sqrt()).abs().max() > MAX_LEVEL_CHANGE)
 
 
 def find_sampling_fault(scheduler: SchedulerMixin) -> str | None:

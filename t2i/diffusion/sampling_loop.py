@@ -83,6 +83,7 @@ def sample_from_noise(predict: Predict, scheduler: SchedulerMixin, noise: Tensor
     """Denoise from `noise`, (N, ...) of unit variance, to samples, step by step, in the noise's dtype."""
     extra = build_step_arguments(scheduler, sampling)
     set_timesteps(scheduler, sampling, noise.device)
+    seed_noise_sampler(scheduler, sampling.generators)
     learned = reads_variance(scheduler)
     if sampling.transform is not None:
         predict = sampling.transform(predict)
@@ -135,6 +136,14 @@ def set_timesteps(scheduler: SchedulerMixin, sampling: Sampling, device: torch.d
         scheduler.set_timesteps(device=device, **levels)
     except (TypeError, ValueError) as error:
         raise InputError(f"{' and '.join(given)} cannot be given to this {kind}: {error}") from error
+
+
+def seed_noise_sampler(scheduler: Any, generators: list[Generator]) -> None:
+    """Give a scheduler that draws noise without generators, DPMSolverSDE, the seed of each sample."""
+    if generators and hasattr(scheduler, "noise_sampler_seed"):
+        scheduler.noise_sampler_seed = [
+            int(torch.randint(2**62, (1,), generator=item, device=item.device)) for item in generators
+        ]
 
 
 def reads_variance(scheduler: SchedulerMixin) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, SchedulerMixin
 
+from t2i.diffusion.samplers import remember_training
 from t2i.diffusion.stored_schedulers import load_scheduler
 from t2i.errors import InputError
 from t2i.files.component import Component
@@ -170,6 +171,7 @@ def load_any_prior(
     if isinstance(prior, EclipsePrior):
         return {"prior": prior, "prior_scheduler": None}
     scheduler = load_prior_scheduler(part)
+    remember_training(prior, scheduler)
     return {"prior": prior} | ({} if scheduler is None else {"prior_scheduler": scheduler})
 
 

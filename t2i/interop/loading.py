@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from t2i.diffusion.samplers import remember_training
 from t2i.errors import InputError
 from t2i.files.component import Component
 from t2i.files.fingerprints import compute_tensors_fingerprint
@@ -63,9 +64,9 @@ def load_components(
     if "prior" not in components:
         prior_dtype = resolve_part_dtype(dtype, "prior")
         if own_prior is not None:
-            components |= load_own_prior(own_prior.path, prior_dtype)
+            components = load_own_prior(own_prior.path, prior_dtype) | components
         else:
-            components |= load_model_prior(sources, components["clip"], prior_dtype)
+            components = load_model_prior(sources, components["clip"], prior_dtype) | components
     loaded = load_decoder_components(sources.decoder, dtype, components)
     components |= loaded
     if "decoder" in loaded:
@@ -134,6 +135,7 @@ def load_model_prior(sources: "ModelFolders", clip: Any, dtype: torch.dtype | No
             f"{str(sources.prior.path)!r} is a diffusion prior without a scheduler; name its pipeline, or give "
             "prior_scheduler=..."
         )
+    remember_training(prior, scheduler)
     return {"prior": prior, "prior_scheduler": scheduler}
 
 

@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 
 from t2i.diffusion.condition import TextEncoding
 from t2i.diffusion.guidance import Guidance
+from t2i.diffusion.samplers import remember_training
 from t2i.diffusion.sampling_loop import Sampling
 from t2i.diffusion.stored_schedulers import load_scheduler
 from t2i.errors import InputError
@@ -41,7 +42,9 @@ def load_prior(folder: str | Path) -> tuple[AnyPrior | None, SchedulerMixin | No
     prior = load_model(PRIOR_CLASSES, path / "prior" if in_pipeline else path).eval()
     if not prior.needs_scheduler:
         return prior, None
-    return prior, load_scheduler(path / ("prior_scheduler" if in_pipeline else "scheduler"))
+    scheduler = load_scheduler(path / ("prior_scheduler" if in_pipeline else "scheduler"))
+    remember_training(prior, scheduler)
+    return prior, scheduler
 
 
 def get_default_guidance_scale(prior: AnyPrior | None) -> float:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
 
+from t2i.diffusion import samplers
 from t2i.diffusion.ddim import ExactDDIMScheduler
 from t2i.diffusion.guidance import build_steered_predict
 from t2i.diffusion.inpainting import build_blend_callback
@@ -15,11 +16,14 @@ from t2i.diffusion.process import alpha_sigma, own_alpha_sigma, predict_x0
 from t2i.diffusion.samplers import (
     FLOW_SAMPLING_SCHEDULERS,
     SAMPLING_SCHEDULERS,
+    check_prediction_type,
     check_scheduler_sampling,
     count_model_evaluations,
     find_sampling_fault,
+    has_other_levels,
     list_sampling_schedulers,
     resolve_sampler,
+    samples_like,
 )
 from t2i.diffusion.sampling_loop import Sampling, count_steps_left, generate_noise, sample_from_noise
 from t2i.errors import InputError
@@ -41,7 +45,16 @@ KINDS = {
 ARGUMENTS = {"Amused": {"mask_token_id": 0}, "VQDiffusion": {"num_vec_classes": 4}}
 # diffusers puts classes that raise ImportError in the place of those whose package is missing
 MISSING = {name for name, kind in KINDS.items() if kind.__module__.startswith("diffusers.utils.dummy")}
-ACCEPTED = [name for name in SAMPLING_SCHEDULERS if name not in MISSING]
+SAMPLERS_HERE = [name for name in SAMPLING_SCHEDULERS if name not in MISSING]
+
+
+def accepted(*left_out: str) -> list:
+    """Cases of a test, those whose package is missing skipped."""
+    missing = pytest.mark.skip(reason="needs scipy or torchsde, which are not installed")
+    names = [name for name in SAMPLING_SCHEDULERS if name not in left_out]
+    return [pytest.param(name, marks=[missing] * (name in MISSING)) for name in names]
+
+
 # In between the two halves of a step diffusers' `add_noise` has another level than the step itself
 HALVING = ("KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverSDE")
 
@@ -63,7 +76,8 @@ def quiet():
 
 
 @pytest.mark.parametrize("name", sorted(KINDS.keys() - MISSING))
-def test_the_list_of_schedulers_that_sample_is_true(name):
+def test_the_list_of_schedulers_that_sample_is_true(name, monkeypatch):
+    monkeypatch.setattr(samplers, "list_sampling_schedulers", lambda like: ["DDIM"])  # it takes a second
     try:
         scheduler = KINDS[name].from_config({**trained(name).config, **ARGUMENTS.get(name, {})})
     except TypeError:  # of proteins, whose arguments are no noise schedule
@@ -72,26 +86,77 @@ def test_the_list_of_schedulers_that_sample_is_true(name):
     if name in (*SAMPLING_SCHEDULERS, *FLOW_SAMPLING_SCHEDULERS):
         check_scheduler_sampling("decoder_scheduler", scheduler)
         return
-    works = "DEISMultistep" if name.startswith("FlowMatch") else "DDIM, DDIMParallel"
-    with pytest.raises(InputError, match=f"these schedulers of diffusers work: {works}, .*UniPC") as caught:
+    with pytest.raises(InputError, match="; these schedulers of diffusers work: DDIM$") as caught:
         check_scheduler_sampling("decoder_scheduler", scheduler)
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("shape", "spacing"), [("scaled_linear", "leading"), ("cosine", "trailing")])
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
-@pytest.mark.parametrize("name", ACCEPTED)
-def test_a_message_names_a_scheduler_only_if_it_reads_what_the_model_predicts(name, prediction_type):
+@pytest.mark.parametrize("name", SAMPLERS_HERE)
+def test_a_message_names_a_scheduler_only_if_it_reads_what_the_model_predicts(name, prediction_type, shape, spacing):
+    like = schedule(shape, prediction_type, timestep_spacing=spacing)
     try:
-        fault = find_sampling_fault(
-            KINDS[name].from_config({**trained(name).config, "prediction_type": prediction_type})
-        )
+        fault = find_sampling_fault(KINDS[name].from_config(like.config))
     except ValueError:  # not even built
         fault = "none of these predictions"
-    assert (name in list_sampling_schedulers(prediction_type)) == (fault is None)
+    has_levels = name != "UnCLIP" or shape == "cosine"
+    assert samples_like(name, like) == (fault is None and has_levels)
+
+
+def test_a_list_is_of_the_levels_at_hand_and_of_diffusers_defaults_where_there_are_none(monkeypatch):
+    asked = []
+    monkeypatch.setattr(samplers, "samples_like", lambda name, like: asked.append(like) or name == "DDIM")
+    for given in (schedule("cosine", "sample"), KINDS["EDMEuler"]()):
+        assert list_sampling_schedulers(given) == ["DDIM"]
+    cosine, default = asked[0], asked[-1]
+    assert cosine.config.prediction_type == "sample" and default.config == DDIMScheduler().config
+    monkeypatch.setattr(samplers, "samples_like", lambda name, like: True)
+    assert list_sampling_schedulers(KINDS["FlowMatchEulerDiscrete"]()) == list(FLOW_SAMPLING_SCHEDULERS)
+
+
+def test_a_flow_and_another_process_are_not_taken_for_each_other():
+    flow, shifted = KINDS["FlowMatchEulerDiscrete"](), KINDS["FlowMatchHeunDiscrete"](shift=3.0)
+    solver = KINDS["UniPCMultistep"](prediction_type="flow_prediction", use_flow_sigmas=True)
+    for one in (shifted, solver):
+        check_prediction_type("decoder_scheduler", one, flow)
+        assert not has_other_levels(one, flow)
+    assert has_other_levels(KINDS["FlowMatchEulerDiscrete"](100), flow)
+    for scheduler, model, works in ((trained(), flow, ".*FlowMatchEuler"), (flow, trained(), "DDIM, DDIMParallel")):
+        with pytest.raises(InputError, match=f"but the decoder was trained with .*; these schedulers.* work: {works}"):
+            check_prediction_type("decoder_scheduler", scheduler, model)
+
+
+@pytest.mark.parametrize("missing", sorted(MISSING & set(SAMPLING_SCHEDULERS)) or [None])
+def test_a_scheduler_whose_package_is_missing_is_not_named(missing):
+    assert missing is None or not samples_like(missing, trained())
+
+
+@pytest.mark.parametrize("name", accepted())
+def test_a_sample_has_the_noise_of_its_own_seed_alone(name):
+    """Also where the scheduler draws it without generators."""
+    built = build(name)
+
+    def draw(*numbers):
+        scheduler, generators = copy.deepcopy(built), seeds(*numbers)
+        noise = generate_noise((3,), generators, torch.device("cpu"))
+        torch.manual_seed(sum(numbers))  # the global generator decides nothing
+        return sample_from_noise(lambda x, t: 0.1 * x, scheduler, noise, Sampling(4, generators))
+
+    both = draw(1, 2)
+    torch.testing.assert_close(both, torch.cat([draw(1), draw(2)]), atol=1e-5, rtol=1e-5)
+    assert (draw(1) - draw(2)).abs().max() > 1e-3
+
+
+def test_a_seed_of_the_scheduler_itself_is_refused():
+    """It would be the same for all pictures, and each depend on its batch."""
+    scheduler = build("DDIM")
+    scheduler.register_to_config(noise_sampler_seed=3)
+    assert find_sampling_fault(scheduler) == "has noise_sampler_seed 3; it may be None"
 
 
 @pytest.mark.parametrize("strength", [None, 0.5])
-@pytest.mark.parametrize("name", ACCEPTED)
+@pytest.mark.parametrize("name", accepted())
 def test_samples_have_the_distribution_of_the_data_from_noise_and_from_noised_data(name, strength):
     torch.manual_seed(0)
     gaussian, scheduler = Gaussian(), build(name)
@@ -110,7 +175,7 @@ def test_samples_have_the_distribution_of_the_data_from_noise_and_from_noised_da
     assert len(asked) == count_model_evaluations(scheduler, sampling.steps_left)
 
 
-@pytest.mark.parametrize("name", [name for name in ACCEPTED if name not in HALVING])
+@pytest.mark.parametrize("name", accepted(*HALVING))
 def test_painting_is_the_plain_loop_with_the_schedulers_own_add_noise(name):
     """On data with one offset an image, which reaches the painted part from the known one."""
     gaussian, scheduler = Gaussian((3.0, 0.1, 0.05)), build(name)
@@ -132,7 +197,7 @@ def test_painting_is_the_plain_loop_with_the_schedulers_own_add_noise(name):
     torch.testing.assert_close(painted, x, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", ACCEPTED)
+@pytest.mark.parametrize("name", accepted())
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 def test_what_is_kept_is_at_the_level_that_the_model_is_told(name, strength):
     scheduler, model = build(name), trained(name)
@@ -186,7 +251,7 @@ def test_the_clean_sample_of_a_preview_or_a_guidance_is_that_of_the_schedulers_s
         torch.testing.assert_close(mine, theirs.float(), atol=2e-4, rtol=2e-4)
 
 
-@pytest.mark.parametrize("name", ACCEPTED)
+@pytest.mark.parametrize("name", accepted())
 def test_steering_by_an_exact_classifier_samples_the_posterior(name):
     """y is the first number of x with noise of deviation 0.5."""
     torch.manual_seed(0)
@@ -231,7 +296,7 @@ def test_a_scheduler_that_scales_x_keeps_the_clean_sample_as_it_is():
         scheduler.step(like, t, like)
 
 
-@pytest.mark.parametrize("name", ACCEPTED)
+@pytest.mark.parametrize("name", accepted())
 def test_a_learned_variance_that_a_scheduler_does_not_read_changes_nothing(name):
     scheduler = build(name, variance_type="learned_range")
     noise = torch.randn(2, 4, 3, 3, generator=seeds(1)[0])
@@ -339,7 +404,7 @@ class Recorder(Upsampler):
         return torch.zeros_like(x)
 
 
-@pytest.mark.parametrize("name", [name for name in ACCEPTED if name != "UnCLIP"])
+@pytest.mark.parametrize("name", accepted("UnCLIP"))
 def test_upsampling_starts_from_the_picture_at_the_level_that_the_model_is_told(name):
     """The schedule ends far from noise, where the factors of a scheduler's own x and of the model's differ most."""
     scheduler, level = build(name, beta_start=1e-5, beta_end=7.6e-3, timestep_spacing="leading"), trained(name)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
@@ -17,9 +18,18 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from PIL import Image
 from t2i.pipelines.options import DecoderOptions, build_options
 
-from t2i import ImageToImagePipeline, ImageVariationPipeline, InpaintPipeline, Text2ImagePipeline, UpsamplePipeline
+from t2i import (
+    ImageToImagePipeline,
+    ImageVariationPipeline,
+    InpaintPipeline,
+    PriorPipeline,
+    Text2ImagePipeline,
+    UpsamplePipeline,
+)
+from t2i.diffusion import samplers
 from t2i.diffusion.guidance import Guidance
 from t2i.diffusion.respaced import UnCLIPRespacedScheduler
+from t2i.diffusion.samplers import find_training_scheduler, remember_training
 from t2i.errors import InputError
 from t2i.networks.upsampler import Upsampler
 from tests.helpers.kandinsky_folders import kandinsky_22_combined
@@ -41,35 +51,175 @@ def kind_of(name):
     return getattr(diffusers, f"{name}Scheduler")
 
 
-def open_doors(pipeline, name, value):
-    """Each way to put a component into a pipeline."""
+def open_doors(pipeline, name, value, folder=None):
+    """Each way to put a component into a pipeline. folder: with a sound one in its place."""
     kind, parts = type(pipeline), dict(pipeline.components)
+    alias = {real: other for other, real in pipeline.component_aliases.items()}.get(name, name)
     return {
         "constructor": lambda: kind(**{**parts, name: value}),
         "from_pipe": lambda: kind.from_pipe(pipeline, **{name: value}),
+        "from_pipe by alias": lambda: kind.from_pipe(pipeline, **{alias: value}),
+        "from_pretrained": lambda: kind.from_pretrained(folder, **{name: value}),
+        "from_pretrained by alias": lambda: kind.from_pretrained(folder, **{alias: value}),
         "assignment": lambda: setattr(pipeline, name, value),
         "register_modules": lambda: pipeline.register_modules(**{name: value}),
-        "alias": lambda: setattr(
-            pipeline, {"decoder_scheduler": "scheduler", "decoder": "unet"}.get(name, name), value
-        ),
+        "register_modules by alias": lambda: pipeline.register_modules(**{alias: value}),
+        "alias": lambda: setattr(pipeline, alias, value),
     }
 
 
-@pytest.mark.parametrize("door", ["constructor", "from_pipe", "assignment", "register_modules", "alias"])
-def test_a_scheduler_that_cannot_draw_is_refused_at_every_door_with_those_that_can(pipeline, door):
+@pytest.fixture(scope="module")
+def whole_folder(loaded_pipeline, make_once):
+    """A pipeline with an upsampler, as every kind of pipeline loads it."""
+    scheduler = DDIMScheduler(prediction_type="v_prediction", clip_sample=False)
+    parts = {"upsampler": Upsampler(2, 8, UNET, patch_size=2), "upsampler_scheduler": scheduler}
+    return make_once("whole", Text2ImagePipeline.from_pipe(loaded_pipeline, **parts).save_pretrained)
+
+
+SCHEDULED = [
+    (Text2ImagePipeline, "decoder"),
+    (PriorPipeline, "prior"),
+    (UpsamplePipeline, "upsampler"),
+]
+
+
+@pytest.mark.parametrize(("kind", "model"), SCHEDULED)
+def test_a_scheduler_of_other_predictions_is_refused_at_every_door(kind, model, whole_folder):
+    pipe, name = kind.from_pretrained(whole_folder), f"{model}_scheduler"
+    before = getattr(pipe, name)
+    made = before.config.prediction_type
+    read = "epsilon" if made == "sample" else "sample"
+    scheduler = DDPMScheduler.from_config(before.config, prediction_type=read)
+    message = f"^the {name}, a DDPMScheduler, has the prediction_type {read}, but the {model} was trained with {made}; "
+    message += rf"DDPMScheduler.from_config\(pipeline.{name}.config\) takes it over$"
+    for open_door in open_doors(pipe, name, scheduler, whole_folder).values():
+        with pytest.raises(InputError, match=message):
+            open_door()
+    assert getattr(pipe, name) is before and pipe.config[name][1] == type(before).__name__
+    good = DDPMScheduler.from_config(before.config)
+    doors = open_doors(pipe, name, good, whole_folder)
+    for door in ("from_pipe by alias", "from_pretrained by alias", "alias"):
+        built = doors[door]() or pipe
+        assert getattr(built, name) is good and set(built.components) == set(pipe.components)
+
+
+@pytest.mark.parametrize(("kind", "model"), SCHEDULED)
+def test_other_noise_levels_are_said_once_at_every_door(kind, model, whole_folder, caplog):
+    pipe, name = kind.from_pretrained(whole_folder), f"{model}_scheduler"
+    before = getattr(pipe, name)
+    other = DDPMScheduler.from_config(before.config, beta_schedule="linear", trained_betas=None, beta_end=0.002)
+    assert not caplog.records
+    for door, open_door in open_doors(pipe, name, other, whole_folder).items():
+        pipe.register_modules(**{name: before})
+        caplog.clear()
+        open_door()
+        (record,) = caplog.records
+        assert (
+            f"the {name}, a DDPMScheduler, has other noise levels than the {model} was trained with" in record.message
+        )
+        assert f"DDPMScheduler.from_config(pipeline.{name}.config) takes them over" in record.message, door
+
+
+def test_a_model_and_its_scheduler_are_replaced_one_after_the_other_and_together(pipeline, whole_folder):
+    """A call refuses the one without the other; and of a model from nowhere nothing is known."""
+    other = Text2ImagePipeline.from_pretrained(whole_folder)
+    kept = other.decoder_scheduler.config
+    assert find_training_scheduler(other.decoder) is other.decoder_scheduler
+    foreign = DDIMScheduler.from_config(kept, prediction_type="epsilon")
+    remember_training(other.decoder, foreign)
+    pipeline.decoder = other.decoder
+    with pytest.raises(
+        InputError, match="the decoder_scheduler, a .*, has the prediction_type .* trained with epsilon"
+    ):
+        pipeline("red circle", **DRAWING)
+    pipeline.scheduler = foreign
+    assert pipeline("red circle", **DRAWING).images.isfinite().all()
+    unknown = type(other.decoder).from_config(other.decoder.config)
+    with pytest.raises(InputError, match="epsilon"):
+        pipeline.register_modules(decoder_scheduler=DDIMScheduler.from_config(kept))
+    pipeline.register_modules(decoder=unknown, scheduler=DDIMScheduler.from_config(kept))
+    assert pipeline.decoder is unknown
+    with pytest.raises(InputError, match="scheduler is decoder_scheduler, which is given too"):
+        pipeline.register_modules(scheduler=foreign, decoder_scheduler=foreign)
+
+
+def test_all_parts_of_another_clip_are_taken_together_or_not_at_all(pipeline, pipeline_folder):
+    other = Text2ImagePipeline.from_pretrained(pipeline_folder)
+    other.clip.register_to_config(fingerprint="0" * 16)
+    for part in (other.prior, other.decoder):
+        part.register_to_config(clip_fingerprint=other.clip.identity)
+    assert other.clip.identity != pipeline.clip.identity
+    before = dict(pipeline.components)
+    with pytest.raises(InputError, match="the prior was trained with the CLIP"):
+        pipeline.register_modules(clip=other.clip, decoder=other.decoder)
+    assert all(pipeline.components[name] is part for name, part in before.items())
+    pipeline.register_modules(clip=other.clip, decoder=other.decoder, prior=other.prior)
+    assert pipeline.prior is other.prior
+
+
+def test_a_public_prior_keeps_the_callers_scheduler():
+    scheduler = DDPMScheduler(prediction_type="sample", beta_schedule="squaredcos_cap_v2")
+    loaded = Text2ImagePipeline.from_pretrained(kandinsky_22_combined(), prior_scheduler=scheduler)
+    assert loaded.prior_scheduler is scheduler
+    wrong = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+    for kind, name in ((Text2ImagePipeline, "prior_scheduler"), (PriorPipeline, "scheduler")):
+        with pytest.raises(InputError, match="has the prediction_type epsilon, but the prior was trained with sample"):
+            kind.from_pretrained(
+                kandinsky_22_combined(), **{name if kind is Text2ImagePipeline else "prior_scheduler": wrong}
+            )
+
+
+def test_what_a_pipeline_of_few_parts_does_not_have_is_refused(pipeline, whole_folder):
+    with pytest.raises(InputError, match="^this pipeline has no upsampler, which UpsamplePipeline needs; give ups"):
+        UpsamplePipeline.from_pipe(pipeline)
+    pipeline.prior = pipeline.prior_scheduler = None
+    with pytest.raises(InputError, match="^this pipeline has no prior, which PriorPipeline needs; give prior=...$"):
+        PriorPipeline.from_pipe(pipeline)
+    with pytest.raises(InputError, match="^'decoder' is no component; they are clip, prior, prior_scheduler$"):
+        PriorPipeline.from_pipe(Text2ImagePipeline.from_pretrained(whole_folder), decoder=pipeline.decoder)
+    half = PriorPipeline.from_pipe(Text2ImagePipeline.from_pretrained(whole_folder), torch_dtype=torch.bfloat16)
+    assert half.prior.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "door", ["constructor", "from_pipe", "from_pretrained", "assignment", "register_modules", "alias"]
+)
+def test_a_scheduler_that_cannot_draw_is_refused_at_every_door_with_those_that_can(
+    pipeline, pipeline_folder, monkeypatch, door
+):
+    monkeypatch.setattr(samplers, "list_sampling_schedulers", lambda like: ["DDIM"])  # it takes a second
     before = dict(pipeline.components)
     for name in REFUSED:
         scheduler = kind_of(name).from_config(pipeline.decoder_scheduler.config)
         with pytest.raises(InputError, match=f"the decoder_scheduler, a {name}.*schedulers.*work: DDIM") as caught:
-            open_doors(pipeline, "decoder_scheduler", scheduler)[door]()
+            open_doors(pipeline, "decoder_scheduler", scheduler, pipeline_folder)[door]()
         assert "\n" not in str(caught.value)
-    for name in ("clip", "decoder", "decoder_scheduler", "autoencoder"):
+    for name in ("clip", "decoder", "decoder_scheduler", "autoencoder") if door != "from_pretrained" else ():
         with pytest.raises(InputError, match=f"^{name} is None, but this pipeline needs one$"):
             open_doors(pipeline, name, None)[door]()
     with pytest.raises(InputError, match="^decoder_scheduler must be a SchedulerMixin, got 'ddim', a str"):
-        open_doors(pipeline, "decoder_scheduler", "ddim")[door]()
+        open_doors(pipeline, "decoder_scheduler", "ddim", pipeline_folder)[door]()
     assert pipeline.config.decoder_scheduler[1] == type(pipeline.decoder_scheduler).__name__
     assert all(pipeline.components[name] is part for name, part in before.items())
+
+
+def test_the_schedulers_that_are_named_instead_can_be_assigned(pipeline):
+    """For the levels of this model, at which KDPM2AncestralDiscrete is not finite."""
+    config = {**pipeline.decoder_scheduler.config, "beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "trailing"}
+    pipeline.register_modules(scheduler=DDIMScheduler.from_config(config), decoder=copy_unknown(pipeline.decoder))
+    with pytest.raises(InputError, match="KDPM2AncestralDiscreteScheduler, cannot sample: .* not finite; ") as caught:
+        pipeline.scheduler = kind_of("KDPM2AncestralDiscrete").from_config(config)
+    named = str(caught.value).partition(" work: ")[2].split(", ")
+    assert "KDPM2AncestralDiscrete" not in named and {"DDIM", "EulerDiscrete", "PNDM"} <= set(named)
+    for name in named:
+        pipeline.scheduler = kind_of(name).from_config(config)
+
+
+def copy_unknown(model):
+    """A model with the same weights, of which no schedule is known."""
+    same = type(model).from_config(model.config)
+    same.load_state_dict(model.state_dict())
+    return same.eval()
 
 
 def test_a_model_of_another_clip_cannot_be_assigned(pipeline):
@@ -80,14 +230,11 @@ def test_a_model_of_another_clip_cannot_be_assigned(pipeline):
         pipeline.prior = prior
 
 
-def test_a_schedule_that_the_model_was_not_trained_with_is_said(pipeline, caplog):
+def test_levels_that_end_in_pure_noise_are_the_trained_ones(pipeline, caplog):
     config = pipeline.decoder_scheduler.config
     pipeline.decoder_scheduler = EulerDiscreteScheduler.from_config(config)
     pipeline.decoder_scheduler = EulerDiscreteScheduler.from_config(config, rescale_betas_zero_snr=True)
     assert not caplog.records
-    pipeline.decoder_scheduler = EulerDiscreteScheduler(prediction_type=config.prediction_type)
-    (record,) = caplog.records
-    assert "EulerDiscreteScheduler.from_config(pipeline.decoder_scheduler.config) takes them over" in record.message
 
 
 def test_a_prior_and_its_scheduler_can_be_taken_out_one_after_the_other(pipeline):

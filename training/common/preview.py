@@ -105,7 +105,8 @@ class PreviewPipeline(UnCLIPPipeline):
         DiffusionPipeline.__init__(self)  # UnCLIPPipeline's requires all stages
         # Copies, because setting the steps of a scheduler would change that of the training
         schedulers = {"prior_scheduler": prior_scheduler, "decoder_scheduler": decoder_scheduler}
-        self.register_modules(prior=prior, decoder=decoder, autoencoder=autoencoder, **copy.deepcopy(schedulers))
+        parts = {"prior": prior, "decoder": decoder, "autoencoder": autoencoder, **copy.deepcopy(schedulers)}
+        DiffusionPipeline.register_modules(self, **parts)  # nor are they checked: they are those of the training
         self.set_progress_bar_config(disable=True)
 
 

@@ -115,6 +115,15 @@ def draw_embeds(pipe: Any) -> Tensor:
     return PriorPipeline.from_pipe(pipe)("red circle", generator=seeds(1), prior_num_inference_steps=6).image_embeds
 
 
+@differs("a scheduler of another `prediction_type`")
+def choose_what_is_predicted(pipe: Any) -> None:
+    config, made = pipe.scheduler.config, pipe.scheduler.config.prediction_type
+    for read in {"epsilon", "sample", "v_prediction"} - {made}:
+        with pytest.raises(InputError, match=f"prediction_type {read}, but the decoder was trained with {made}"):
+            pipe.scheduler = diffusers.DDPMScheduler.from_config(config, prediction_type=read)
+    pipe.scheduler = diffusers.DDPMScheduler.from_config(config)
+
+
 @differs("LCM, inverse, EDM, flow matching")
 def use_schedulers_of_other_models(pipe: Any) -> None:
     for name in ("LCM", "DDIMInverse", "EDMEuler", "FlowMatchEulerDiscrete"):
