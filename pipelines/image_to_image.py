@@ -1,11 +1,12 @@
 """An image in, images like it out: the decoder starts from its latents instead of noise."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 from t2i.pipelines.argument_checks import check_stage_inputs, check_tensor, repeat_image_embeds, warn_of_missing_caption
 from t2i.pipelines.base import MAX_IMAGES, UnCLIPPipeline, UnCLIPPipelineOutput
 from t2i.pipelines.calls.effects import UNGUIDED_PRIOR, UNREAD_PROMPT
+from t2i.pipelines.calls.keywords import DrawingKeywords
 from t2i.pipelines.calls.signature import declare_pipeline_call
 from t2i.pipelines.calls.texts import PromptEmbeds, Texts, choose_text_pair
 from t2i.pipelines.inputs import ImageInputs, read_given_images, read_images
@@ -65,7 +66,7 @@ class ImageToImagePipeline(UnCLIPPipeline):
         image_embeds: Tensor | None = None,
         prompt_embeds: PromptEmbeds | None = None,
         negative_prompt_embeds: PromptEmbeds | None = None,
-        **options: Any,
+        **options: Unpack[DrawingKeywords],
     ) -> UnCLIPPipelineOutput | tuple:
         """Draw `num_images_per_prompt` images for each image. See `UnCLIPPipeline` for other arguments.
 

@@ -2,11 +2,12 @@
 
 import logging
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
 from t2i.pipelines.argument_checks import check_stage_inputs, list_prompts
 from t2i.pipelines.base import MAX_IMAGES, UnCLIPPipeline, UnCLIPPipelineOutput
 from t2i.pipelines.calls.effects import NO_CAPTIONS, UNGUIDED_DECODER
+from t2i.pipelines.calls.keywords import VariationKeywords
 from t2i.pipelines.calls.signature import declare_pipeline_call
 from t2i.pipelines.inputs import ImageInputs
 from t2i.pipelines.inversion import (
@@ -32,9 +33,7 @@ logger = logging.getLogger(__name__)
 class ImageVariationPipeline(InvertingPipeline):
     """Image -> z_i -> (decoder) -> latents -> (autoencoder) -> image. The prior is not used."""
 
-    @declare_pipeline_call(
-        DECODER_REDRAWING_OPTIONS, {"prompt": (NO_CAPTIONS,), "negative_prompt": (UNGUIDED_DECODER,)}
-    )
+    @declare_pipeline_call({"prompt": (NO_CAPTIONS,), "negative_prompt": (UNGUIDED_DECODER,)})
     def __call__(
         self,
         image: ImageInputs | BipartiteLatent,
@@ -44,7 +43,7 @@ class ImageVariationPipeline(InvertingPipeline):
         generator: Generator | list[Generator] | None = None,
         return_dict: bool = True,
         negative_prompt: str | list[str] | None = None,
-        **options: Any,
+        **options: Unpack[VariationKeywords],
     ) -> UnCLIPPipelineOutput | tuple:
         """Draw `num_images_per_prompt` images for each image. See `UnCLIPPipeline` for other arguments.
 

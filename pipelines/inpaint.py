@@ -4,13 +4,14 @@ A mask is 1 (white) where there is to be painted. Whatever it leaves comes back 
 """
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from t2i.pipelines.argument_checks import check_stage_inputs
 from t2i.pipelines.base import UnCLIPPipeline, UnCLIPPipelineOutput
+from t2i.pipelines.calls.keywords import DrawingKeywords
 from t2i.pipelines.calls.signature import declare_pipeline_call
 from t2i.pipelines.calls.texts import PromptEmbeds, choose_text_pair
 from t2i.pipelines.image_to_image import (
@@ -65,7 +66,7 @@ class InpaintPipeline(UnCLIPPipeline):
         image_embeds: Tensor | None = None,
         prompt_embeds: PromptEmbeds | None = None,
         negative_prompt_embeds: PromptEmbeds | None = None,
-        **options: Any,
+        **options: Unpack[DrawingKeywords],
     ) -> UnCLIPPipelineOutput | tuple:
         """Paint where the mask is white, `num_images_per_prompt` times. See `UnCLIPPipeline` for other arguments.
 
@@ -207,7 +208,7 @@ class OutpaintPipeline(InpaintPipeline):
         image_embeds: Tensor | None = None,
         prompt_embeds: PromptEmbeds | None = None,
         negative_prompt_embeds: PromptEmbeds | None = None,
-        **options: Any,
+        **options: Unpack[DrawingKeywords],
     ) -> UnCLIPPipelineOutput | tuple:
         """Paint `left`, `right`, `top` and `bottom` pixels around each image. See `UnCLIPPipeline` for the rest."""
         margins = collect_margins(left=left, right=right, top=top, bottom=bottom)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, Unpack
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from PIL import Image
 from t2i.pipelines.argument_checks import check_stage_inputs, check_stage_options, check_tensor
 from t2i.pipelines.base import MAX_IMAGES, UnCLIPPipelineOutput
 from t2i.pipelines.calls.effects import NO_IMAGES, beside
+from t2i.pipelines.calls.keywords import InterpolationKeywords
 from t2i.pipelines.calls.signature import declare_pipeline_call
 from t2i.pipelines.inputs import GivenImages, ImageInput, read_given_images, split_images
 from t2i.pipelines.inversion import (
@@ -54,7 +55,7 @@ class AnchorLatents:
 class InterpolationPipeline(InvertingPipeline):
     """Images and texts -> their (z_i, x_T) -> those in between, on great circles -> images."""
 
-    @declare_pipeline_call(REDRAWING_OPTIONS, {"frames": (beside("weights"),), "inverted": (NO_IMAGES,)})
+    @declare_pipeline_call({"frames": (beside("weights"),), "inverted": (NO_IMAGES,)})
     def __call__(
         self,
         anchors: Sequence[Anchor],
@@ -63,7 +64,7 @@ class InterpolationPipeline(InvertingPipeline):
         inverted: bool = True,
         generator: Generator | None = None,
         return_dict: bool = True,
-        **options: Any,
+        **options: Unpack[InterpolationKeywords],
     ) -> UnCLIPPipelineOutput | tuple:
         """Draw frames from each anchor to the next, or the mixes that `weights` ask for.
 

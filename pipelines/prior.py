@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 from diffusers import SchedulerMixin
 from diffusers.utils import BaseOutput
@@ -13,6 +13,7 @@ from t2i.pipelines.calls.aliases import resolve_aliases
 from t2i.pipelines.calls.callbacks import PRIOR_CALLBACK_TENSORS
 from t2i.pipelines.calls.components import CheckedPipeline
 from t2i.pipelines.calls.encoding import PromptEncoding
+from t2i.pipelines.calls.keywords import PriorKeywords
 from t2i.pipelines.calls.progress import Interruptible
 from t2i.pipelines.calls.signature import declare_pipeline_call
 from t2i.pipelines.calls.texts import PromptEmbeds, choose_texts
@@ -82,7 +83,7 @@ class PriorPipeline(Adapters, PromptEncoding, Interruptible, CheckedPipeline):
         defaults = {"prior_guidance_scale": get_default_guidance_scale(self.prior)}
         return resolved or build_options(options, defaults, PRIOR_OPTION_NAMES)
 
-    @declare_pipeline_call(PRIOR_OPTION_NAMES)
+    @declare_pipeline_call()
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -92,7 +93,7 @@ class PriorPipeline(Adapters, PromptEncoding, Interruptible, CheckedPipeline):
         return_dict: bool = True,
         prompt_embeds: PromptEmbeds | None = None,
         negative_prompt_embeds: PromptEmbeds | None = None,
-        **options: Any,
+        **options: Unpack[PriorKeywords],
     ) -> PriorPipelineOutput | tuple:
         """Sample `num_images_per_prompt` z_i for each prompt: those of `Text2ImagePipeline` for the same seeds.
 

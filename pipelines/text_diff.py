@@ -1,14 +1,14 @@
 """An image, changed by the direction from one caption to another (DALL-E 2, section 3.3)."""
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch.nn.functional as F
 from t2i.pipelines.argument_checks import check_stage_inputs, list_prompts
 from t2i.pipelines.base import UnCLIPPipelineOutput
+from t2i.pipelines.calls.keywords import RedrawingKeywords
 from t2i.pipelines.calls.signature import declare_pipeline_call
 from t2i.pipelines.inputs import ImageInputs
 from t2i.pipelines.inversion import (
-    DECODER_REDRAWING_OPTIONS,
     BipartiteLatent,
     InvertingPipeline,
     build_inversion_options,
@@ -31,7 +31,7 @@ MIN_CAPTION_DISTANCE = 1e-3  # captions whose embeddings are no further apart ar
 class TextDiffPipeline(InvertingPipeline):
     """Image -> (z_i, x_T); z_i turned towards z_t(target) - z_t(source); both -> image. The prior is not used."""
 
-    @declare_pipeline_call(DECODER_REDRAWING_OPTIONS)
+    @declare_pipeline_call()
     def __call__(
         self,
         image: ImageInputs | BipartiteLatent,
@@ -40,7 +40,7 @@ class TextDiffPipeline(InvertingPipeline):
         theta: float = DEFAULT_THETA,
         generator: Generator | list[Generator] | None = None,
         return_dict: bool = True,
-        **options: Any,
+        **options: Unpack[RedrawingKeywords],
     ) -> UnCLIPPipelineOutput | tuple:
         """Change each image by the direction from caption `source` to caption `target`: N images for N.
 

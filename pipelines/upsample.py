@@ -95,7 +95,7 @@ class UpsamplePipeline(Interruptible, CheckedPipeline):
         pipeline.register_modules(**components)
         return pipeline
 
-    @declare_pipeline_call((), {"preview_every": (without("on_preview"),)})
+    @declare_pipeline_call({"preview_every": (without("on_preview"),)})
     def __call__(
         self,
         image: ImageInputs,

@@ -4,7 +4,7 @@ Public names are imported at their first use, so that `import t2i` and `t2i --he
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
@@ -31,7 +31,48 @@ _MODULES = {
     "UpsamplePipeline": "t2i.pipelines",
     "Upsampler": "t2i.networks.upsampler",
 }
-__all__ = sorted(_MODULES)
+__all__ = [
+    "Autoencoder",
+    "CLIP",
+    "Decoder",
+    "ImageToImagePipeline",
+    "ImageVariationPipeline",
+    "InpaintPipeline",
+    "InputError",
+    "InterpolationPipeline",
+    "LatentClassifier",
+    "OutpaintPipeline",
+    "Prior",
+    "PriorPipeline",
+    "Steering",
+    "Text2ImagePipeline",
+    "TextDiffPipeline",
+    "UNetDecoder",
+    "UpsamplePipeline",
+    "Upsampler",
+]
+
+if TYPE_CHECKING:  # editors and type checkers see no lazy import
+    from t2i.errors import InputError
+    from t2i.networks.autoencoder import Autoencoder
+    from t2i.networks.classifier import LatentClassifier
+    from t2i.networks.clip import CLIP
+    from t2i.networks.decoder import Decoder
+    from t2i.networks.prior import Prior
+    from t2i.networks.unet_decoder import UNetDecoder
+    from t2i.networks.upsampler import Upsampler
+    from t2i.pipelines import (
+        ImageToImagePipeline,
+        ImageVariationPipeline,
+        InpaintPipeline,
+        InterpolationPipeline,
+        OutpaintPipeline,
+        PriorPipeline,
+        Text2ImagePipeline,
+        TextDiffPipeline,
+        UpsamplePipeline,
+    )
+    from t2i.sampling.steering import Steering
 
 
 def __getattr__(name: str) -> Any:

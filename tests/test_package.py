@@ -79,7 +79,10 @@ def expected_data() -> set[str]:
     for model in ("emoji", "emoji-upsampler"):
         data += [path for path in (ROOT / "models" / model).rglob("*") if path.is_file()]
     data += [path for path in (ROOT / "training").rglob("*.yaml")]
-    return {f"t2i/{path.relative_to(ROOT).as_posix()}" for path in data}
+    own = [path for path in (ROOT / "t2i").rglob("*") if path.suffix in (".json", ".typed")]
+    return {f"t2i/{path.relative_to(ROOT).as_posix()}" for path in data} | {
+        path.relative_to(ROOT).as_posix() for path in own
+    }
 
 
 def test_the_wheel_holds_modules_configurations_and_default_models_alone(wheel: Path) -> None:

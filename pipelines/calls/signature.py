@@ -3,32 +3,28 @@
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from functools import wraps
 from inspect import Parameter, Signature
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_args
 
 import torch
 from t2i.pipelines.calls.arguments import check_call_arguments
 from t2i.pipelines.calls.effects import CallEffects, Idle, warn_of_idle_arguments
 from t2i.pipelines.calls.unknown_words import collect_texts, report_unknown_words
-from t2i.pipelines.options import GUIDANCE_OPTIONS, OPTION_NAMES, DecoderOptions, PriorOptions, ResolvedOptions
+from t2i.pipelines.options import GUIDANCE_OPTIONS, OPTION_NAMES, DecoderOptions, PriorOptions
 
-from t2i.diffusion.guidance import Guidance
 from t2i.errors import InputError
 
 Call = TypeVar("Call", bound=Callable[..., Any])
 
 # Their defaults are the model's or the pipeline's, not the dataclasses': a signature shows None
 MODEL_DEFAULTS = frozenset({"num_inference_steps", *GUIDANCE_OPTIONS})
-RESOLVED = Parameter("resolved", Parameter.KEYWORD_ONLY, default=None, annotation=ResolvedOptions | None)
 
 
-def declare_pipeline_call(
-    options: Iterable[str] = OPTION_NAMES, idle: Mapping[str, tuple[Idle, ...]] | None = None
-) -> Callable[[Call], Call]:
-    """Return a decorator for the `__call__` of a pipeline whose `**options` are these fields of the option dataclasses.
+def declare_pipeline_call(idle: Mapping[str, tuple[Idle, ...]] | None = None) -> Callable[[Call], Call]:
+    """Return a decorator for the `__call__` of a pipeline, whose `**options` are typed by `calls/keywords.py`.
 
     `inspect.signature`, the annotations and `help` of the call show each option by itself. The call computes no
     gradients. What all calls have in common is done here: checks of names, texts and image files, and warnings of
@@ -38,28 +34,29 @@ def declare_pipeline_call(
         InputError: for what is no text, and for a name of no image file.
         TypeError: for an unknown keyword, with the nearest name.
     """
-    allowed = frozenset(options)
 
     def decorate(call: Call) -> Call:
         # What the call takes: its own arguments and the options, each with its default
-        signature = build_call_signature(call, allowed)
+        keywords = find_keywords(call)
+        signature = build_call_signature(call, keywords)
         own = inspect.signature(call).parameters
+        taken = OPTION_NAMES & signature.parameters.keys() if keywords else frozenset()
         defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
 
         @wraps(call)
         @torch.no_grad()
-        def checked_call(pipeline: Any, *arguments: Any, **keywords: Any) -> Any:
+        def checked_call(pipeline: Any, *arguments: Any, **named: Any) -> Any:
             # Refuse what a call would ignore, before anything is computed
-            check_keywords(keywords, list(signature.parameters)[1:])
-            if keywords.get("resolved") is not None and (beside := sorted(keywords.keys() - own.keys() - {"resolved"})):
+            check_keywords(named, list(signature.parameters)[1:])
+            if named.get("resolved") is not None and (beside := sorted(named.keys() - own.keys() - {"resolved"})):
                 raise InputError(f"{beside[0]} has no effect beside resolved, which has all options; leave one out")
-            bound = signature.bind_partial(pipeline, *arguments, **keywords).arguments
+            bound = signature.bind_partial(pipeline, *arguments, **named).arguments
             check_call_arguments(bound)
             if "resolved" not in bound:
                 warn_of_idle_arguments(pipeline, bound)
             pipeline.interrupted = pipeline._interrupt = False
             unknown = report_unknown_words(pipeline, collect_texts(bound))
-            output = call(pipeline, *arguments, **keywords)
+            output = call(pipeline, *arguments, **named)
             if unknown and not isinstance(output, tuple):
                 output.unknown_words = unknown
             return output
@@ -67,42 +64,45 @@ def declare_pipeline_call(
         # inspect, help() and diffusers' own tools read these three attributes
         shown: Any = checked_call
         shown.__signature__ = signature
-        shown.effects = CallEffects(defaults, allowed, collect_idle_cases(allowed) | dict(idle or {}))
+        shown.effects = CallEffects(defaults, taken, collect_idle_cases(taken) | dict(idle or {}))
         shown.__annotations__ = {
             name: parameter.annotation for name, parameter in signature.parameters.items() if name != "self"
         } | {"return": signature.return_annotation}
         shown.__doc__ = inspect.getdoc(call) or ""
-        if texts := collect_option_texts(allowed - own.keys()):
+        if texts := collect_option_texts(taken - own.keys()):
             shown.__doc__ += "\n\nOptions:\n" + "\n".join(texts.values())
         return cast(Call, shown)
 
     return decorate
 
 
-def build_call_signature(call: Callable[..., Any], options: frozenset[str]) -> Signature:
-    """Return the signature of a call with these options, by keyword, in the place of its `**options`."""
+def find_keywords(call: Callable[..., Any]) -> dict[str, Any]:
+    """Return the types of a call's options by name: of `Keywords`, if it takes `**options: Unpack[Keywords]`."""
+    for parameter in inspect.signature(call).parameters.values():
+        if parameter.kind is Parameter.VAR_KEYWORD:
+            [keywords] = get_args(parameter.annotation)
+            return keywords.__annotations__
+    return {}
+
+
+def build_call_signature(call: Callable[..., Any], keywords: Mapping[str, Any]) -> Signature:
+    """Return the signature of a call with its options, one by one, in the place of its `**options`."""
     signature = inspect.signature(call)
     own = [parameter for parameter in signature.parameters.values() if parameter.kind is not Parameter.VAR_KEYWORD]
-    names = {parameter.name for parameter in own}
     shown = [
-        build_option_parameter(field)
-        for options_class in (PriorOptions, DecoderOptions)
-        for field in fields(options_class)
-        if field.name in options and field.name not in names
+        Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=keywords[name])
+        for name, default in list_option_defaults().items()
+        if name in keywords
     ]
-    return signature.replace(parameters=[*own, *shown, *([RESOLVED] if shown else [])])
+    return signature.replace(parameters=[*own, *shown])
 
 
-def build_option_parameter(field: Field) -> Parameter:
-    """Return the parameter of an option."""
-    annotation: Any = field.type
-    if field.name in GUIDANCE_OPTIONS:
-        annotation = float | Guidance | dict[str, Any]
-    assert field.default is not MISSING, "all options have defaults"
-    default = field.default
-    if field.name in MODEL_DEFAULTS:
-        annotation, default = annotation | None, None
-    return Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+def list_option_defaults() -> dict[str, Any]:
+    """Return the defaults of all options as a signature shows them, in its order."""
+    all_fields = [*fields(PriorOptions), *fields(DecoderOptions)]
+    assert all(field.default is not MISSING for field in all_fields), "all options have defaults"
+    defaults = {field.name: None if field.name in MODEL_DEFAULTS else field.default for field in all_fields}
+    return {**defaults, "resolved": None}
 
 
 def collect_idle_cases(options: frozenset[str]) -> dict[str, tuple[Idle, ...]]:

@@ -1,7 +1,11 @@
 """Signatures of the pipelines' calls: what is taken is shown, what is not is refused with the nearest name."""
 
+import ast
 import inspect
+import subprocess
+import sys
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +17,12 @@ from t2i.pipelines.calls.signature import MODEL_DEFAULTS
 from t2i.pipelines.inversion import DECODER_REDRAWING_OPTIONS, REDRAWING_OPTIONS
 from t2i.pipelines.options import GUIDANCE_OPTIONS, OPTION_NAMES, PRIOR_OPTION_NAMES, DecoderOptions, PriorOptions
 
+import t2i
 from t2i import InputError, Text2ImagePipeline
 from t2i.diffusion.guidance import Guidance
 from tests.helpers.stages import seeds
 
+ROOT = Path(__file__).resolve().parents[2]
 ALL = [getattr(pipelines, name) for name in pipelines.__all__ if name.endswith("Pipeline")]
 OPTIONS = {field.name: field for options in (PriorOptions, DecoderOptions) for field in fields(options)}
 TAKEN = {
@@ -72,6 +78,43 @@ def test_options_beside_resolved_ones_are_refused(pipeline):
     resolved = pipeline.resolve_options(num_inference_steps=2)
     with pytest.raises(InputError, match="^guidance_scale has no effect beside resolved"):
         pipeline("a cat", resolved=resolved, guidance_scale=3.0)
+
+
+SNIPPET = """
+from t2i import ImageVariationPipeline, PriorPipeline, Text2ImagePipeline, UpsamplePipeline
+
+pipeline = Text2ImagePipeline.from_pretrained("folder")
+pipeline("a cat", num_inference_steps=3, guidance_scale={"scale": 2.0}, height=None, prior_candidates=1)
+pipeline("a cat", num_inference_stepz=3)  # no such argument
+pipeline("a cat", num_inference_steps="many")  # another type
+PriorPipeline.from_pretrained("folder")("a cat", prior_sampler="ddim", height=32)  # of the decoder
+ImageVariationPipeline.from_pretrained("folder")("a.png", eta=0.5, sigmas=[3.0])  # not for inverted images
+UpsamplePipeline.from_pretrained("folder")("a.png", timez=2)  # no such argument
+"""
+
+
+def test_a_type_checker_sees_every_argument(tmp_path):
+    """The package is laid out as it is installed."""
+    package = tmp_path / "t2i"
+    package.mkdir()
+    for path in (*(ROOT / "t2i").iterdir(), ROOT / "pipelines", ROOT / "training"):
+        (package / path.name).symlink_to(path)
+    (tmp_path / "snippet.py").write_text(SNIPPET)
+    words = [sys.executable, "-m", "mypy", "--config-file", ROOT / "pyproject.toml", "snippet.py"]
+    found = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    errors = [line for line in found.stdout.splitlines() if ": error: " in line]
+    wrong = [number for number, line in enumerate(SNIPPET.splitlines(), 1) if "  # " in line]
+    assert [int(line.split(":")[1]) for line in errors] == wrong, found.stdout + found.stderr
+    assert 'Unexpected keyword argument "num_inference_stepz"' in errors[0]
+    assert 'did you mean "num_inference_steps"' in errors[0]
+
+
+def test_public_names_are_shown_to_type_checkers_as_they_are_imported():
+    assert t2i.__all__ == sorted(t2i._MODULES)
+    tree = ast.parse(Path(t2i.__file__).read_text())
+    [block] = [node for node in tree.body if isinstance(node, ast.If)]
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    assert {alias.name: node.module for node in imports for alias in node.names} == t2i._MODULES
 
 
 def test_all_pipelines_are_compared():
