@@ -9,7 +9,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from t2i.checks import check_choice, check_folder_name, check_integer, check_range
+from t2i.checks import check_choice, check_folder_name, check_integer, check_multiple_of, check_range
 from t2i.errors import InputError
 from t2i.shipped import find_shipped_folder
 
@@ -31,6 +31,12 @@ class DataConfig:
     balance_by: str | None = None
     neighbours: int = 0  # with balance_by: further images of a value that follow each, such as look-alikes for CLIP
     keyword_alone: float = 0.0  # fraction of captions that are a single keyword, where an image has any
+    buckets: bool = False  # crop each image to the nearest of several shapes with about as many pixels as the square
+    bucket_step: int = 64  # pixels; sides of buckets are multiples of it
+    max_ratio: float = 2.0  # of a bucket's longer side to its shorter side
+    max_crop: float = 1.0  # leave out images of which a crop would take more than this fraction
+    crop: str = "center"  # or random: another part of the image each time; CLIP sees the whole image
+    flip: bool = False  # mirror half of the images, chosen anew each time
 
     def __post_init__(self) -> None:
         check_integer("data.image_size", self.image_size, 8, 4096)
@@ -39,6 +45,26 @@ class DataConfig:
         check_range("data.keyword_alone", self.keyword_alone, 0, 1)
         if self.neighbours and self.balance_by is None:
             raise InputError(f"data.neighbours={self.neighbours} needs data.balance_by, the column of the groups")
+        check_integer("data.bucket_step", self.bucket_step, 1, 4096)
+        check_fields(self, "data.", max_ratio=(1, 16), max_crop=(0, 1))
+        check_choice("data.crop", self.crop, ("center", "random"))
+        if self.buckets:
+            check_multiple_of("data.image_size", self.image_size, self.bucket_step)
+
+    @property
+    def bucket_limits(self) -> str | None:
+        """What the shapes of the buckets follow from, beside the image size; None without buckets."""
+        return f"multiples of {self.bucket_step}, ratios up to {self.max_ratio:g}" if self.buckets else None
+
+    def check_center_crops(self) -> None:
+        """Refuse random crops, for images that are encoded once."""
+        if self.crop != "center":
+            raise InputError(f"data.crop={self.crop} needs images in every step: a cache has one crop of each")
+
+    def check_sides(self, multiple: int) -> None:
+        """Refuse sides of training images that are no multiples of `multiple`."""
+        name = "bucket_step" if self.buckets else "image_size"
+        check_multiple_of(f"data.{name}", getattr(self, name), multiple)
 
 
 @dataclass

@@ -8,10 +8,10 @@ It can be stopped: the same command keeps the whole shards and makes the others.
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
@@ -29,10 +29,11 @@ from t2i.training.common.state import lock_folder
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from t2i.checks import check_choice, check_multiple_of
+from t2i.checks import check_choice
 from t2i.config import DataConfig, TrainConfig, check_fields
 from t2i.data import CaptionedPictures, open_datasets
 from t2i.data.cache import (
+    MIRRORED,
     build_shard_path,
     check_cache_key,
     compute_offsets,
@@ -43,7 +44,10 @@ from t2i.data.cache import (
     strip_padding,
     write_shard,
 )
-from t2i.data.dataset import shorten_worker_errors
+from t2i.data.dataset import iterate_equal_parts, stack_views
+from t2i.data.framing import View, flip_view
+from t2i.data.latent_shapes import name_latents
+from t2i.data.loading import shorten_worker_errors
 from t2i.diffusion.condition import TextEncoding, TokenStates
 from t2i.errors import InputError
 from t2i.files.atomic import check_writable_folder, create_file_atomically, write_json_file
@@ -87,6 +91,7 @@ class Config:
         if self.clip is None and self.autoencoder is None:
             raise InputError("clip and autoencoder are both null; give at least one of them")
         self.text = self.text and self.clip is not None
+        self.data.check_center_crops()
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,7 @@ def main(config: Config) -> None:
     check_writable_folder(folder)
     datasets = open_datasets(config.data)
     encoder = CacheEncoder(config)
-    key = build_cache_key(config, encoder.facts, datasets)
+    key = build_cache_key(config, encoder.facts, datasets) | encoder.frame_pictures(datasets)
     check_cache_key(folder, key)
     # What is cached is written down first, so that an unfinished cache can be continued
     accelerator = build_accelerator(TrainConfig(output=config.output, mixed_precision=config.mixed_precision))
@@ -118,6 +123,8 @@ def main(config: Config) -> None:
             with create_file_atomically(folder / "config.yaml") as unfinished:
                 unfinished.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
             write_json_file(folder / "key.json", key)
+            for line in datasets["train"].format_shape_lines():
+                print_line(line)
             most = max(count_max_captions(dataset) for dataset in datasets.values())
             if (config.text or config.text_encoder) and most > config.variations:
                 count = config.variations
@@ -134,7 +141,7 @@ def main(config: Config) -> None:
             counts = {split: sum(shard.split == split for shard in shards) for split in datasets}
             models = {name: None if facts is None else asdict(facts) for name, facts in encoder.facts.items()}
             training = [shard.build_path(folder) for shard in shards if shard.split == "train"]
-            finish_cache(folder, key, models, encoder.compute_shared_tensors(training), counts)
+            finish_cache(folder, key, models, encoder.compute_shared_tensors(datasets, training), counts)
             pictures = ", ".join(f"{len(dataset)} images of {split}" for split, dataset in datasets.items())
             print_line(f"{folder}: {pictures}; {sum(path.stat().st_size for path in folder.iterdir()) / 1e6:.1f} MB")
 
@@ -143,14 +150,20 @@ def build_cache_key(config: Config, facts: dict[str, Any], datasets: dict[str, C
     """Return everything that the content of the shards depends on."""
     models = {name: None if fact is None else fact.identity for name, fact in facts.items()}
     settings = ("text", "variations", "shard_size", "dtype", "mixed_precision")
+    data = config.data
+    # Absent where they are off, as in the keys of caches that are older than the options
+    options = {
+        "keyword_alone": data.keyword_alone,
+        "flip": data.flip,
+        "buckets": config.autoencoder and data.bucket_limits,
+    }
     return {
         **models,
         "data": {split: dataset.compute_digest() for split, dataset in datasets.items()},
         "stored": digest_stored_files(config.clip, config.autoencoder),
-        "image_size": config.data.image_size,
+        "image_size": data.image_size,
         **{name: getattr(config, name) for name in settings},
-        # Absent where it is off, as in the keys of caches that are older than the option
-        **({"keyword_alone": config.data.keyword_alone} if config.data.keyword_alone else {}),
+        **{name: value for name, value in options.items() if value},
     }
 
 
@@ -182,8 +195,7 @@ def write_missing_shards(
     total = sum(shard.end - shard.first for shard in assigned)
     with Progress("encoding", total):
         for shard in assigned:
-            dataset, pictures = datasets[shard.split], range(shard.first, shard.end)
-            tensors = encoder.encode(dataset, pictures, images)
+            tensors = encoder.encode(datasets[shard.split], shard, images)
             write_shard(shard.build_path(folder), tensors)
     accelerator.wait_for_everyone()
 
@@ -199,24 +211,31 @@ def is_shard_intact(path: Path) -> bool:
 
 
 class ImageBatches(Dataset):
-    """Images, (B, 3, H, W), by (split, indices)."""
+    """Images, (B, 3, H, W), and what CLIP sees of them where that differs, by (split, indices)."""
 
     def __init__(self, datasets: dict[str, CaptionedPictures]):
         self.datasets = datasets
 
-    def __getitem__(self, batch: tuple[str, range]) -> Tensor:
+    def __getitem__(self, batch: tuple[str, list[int]]) -> tuple[Tensor, Tensor | None]:
         split, indices = batch
-        return torch.stack([self.datasets[split].load_image(index) for index in indices])
+        return stack_views([self.datasets[split].load_view(index) for index in indices])
+
+
+def plan_batches(dataset: CaptionedPictures, shard: CacheShard, size: int) -> list[list[int]]:
+    """Return the images of a shard in batches of one shape."""
+    numbers = np.zeros(len(dataset)) if dataset.buckets is None else dataset.buckets
+    parts = iterate_equal_parts(numbers[shard.first : shard.end], size)
+    return [(shard.first + part).tolist() for part in parts]
 
 
 def iterate_image_batches(
     datasets: dict[str, CaptionedPictures], shards: list[CacheShard], config: Config
-) -> Iterator[Tensor]:
-    """Yield the images of these shards, (B, 3, H, W) at a time; no batch extends over two shards."""
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Yield the images of these shards as `plan_batches` divides them."""
     order = [
-        (shard.split, range(start, min(start + config.batch_size, shard.end)))
+        (shard.split, batch)
         for shard in shards
-        for start in range(shard.first, shard.end, config.batch_size)
+        for batch in plan_batches(datasets[shard.split], shard, config.batch_size)
     ]
     workers = config.data.num_workers
     with shorten_worker_errors():
@@ -238,7 +257,7 @@ class CacheEncoder:
         if config.autoencoder is not None:
             self.autoencoder = load_autoencoder(config.autoencoder).eval()
             self.facts["autoencoder"] = build_autoencoder_facts(config.autoencoder, self.autoencoder)
-            check_multiple_of("data.image_size", config.data.image_size, self.autoencoder.factor)
+            config.data.check_sides(self.autoencoder.factor)
         if config.text_encoder is not None:
             dtype = TEXT_DTYPES[config.text_encoder_dtype]
             self.text_encoder = load_text_encoder(config.text_encoder, config.text_encoder_tokens, dtype)
@@ -249,6 +268,12 @@ class CacheEncoder:
                 )
             self.facts["text_encoder"] = build_text_encoder_facts(self.text_encoder)
 
+    def frame_pictures(self, datasets: dict[str, CaptionedPictures]) -> dict[str, str]:
+        """Frame images for the models. Returns what a key contains about what CLIP sees."""
+        if self.clip is None:
+            return {}
+        return [dataset.show_clip(self.clip, alone=self.autoencoder is None) for dataset in datasets.values()][0]
+
     def prepare(self, accelerator: Accelerator) -> None:
         """Move the models to the accelerator's device."""
         self.accelerator = accelerator
@@ -256,17 +281,26 @@ class CacheEncoder:
             if model is not None:
                 model.to(accelerator.device)
 
-    def encode(self, dataset: CaptionedPictures, pictures: range, images: Iterator[Tensor]) -> dict[str, Tensor]:
+    def encode(
+        self, dataset: CaptionedPictures, shard: CacheShard, images: Iterator[tuple[Tensor, Tensor | None]]
+    ) -> dict[str, Tensor]:
         """Return the tensors of a shard. The next items of `images` are the shard's images."""
-        parts: dict[str, list[Tensor]] = {}
-        for batch in islice(images, -(-len(pictures) // self.config.batch_size)):
+        pictures = range(shard.first, shard.end)
+        plan, parts = plan_batches(dataset, shard, self.config.batch_size), dict[str, list[Tensor]]()
+        for batch, (image, seen) in zip(plan, images):
+            views = {"": View(image, seen)}
+            if dataset.framing.flip:
+                views[MIRRORED] = flip_view(views[""])
             with follow_batch(len(batch)), self.accelerator.autocast():
-                batch = batch.to(self.accelerator.device)
-                if self.clip is not None:
-                    parts.setdefault("image_embeds", []).append(self.clip.encode_image(batch).float().cpu())
-                if self.autoencoder is not None:
-                    parts.setdefault("latents", []).append(self.autoencoder.encode(batch).to("cpu", self.dtype))
+                for prefix, view in views.items():
+                    for name, encoded in self.encode_view(view, has_buckets=dataset.buckets is not None).items():
+                        parts.setdefault(prefix + name, []).append(encoded)
         tensors = {name: torch.cat(part).contiguous() for name, part in parts.items()}
+        if dataset.buckets is not None:
+            # Those of one shape are in order, and z_i of all images are brought into theirs
+            inverse = torch.tensor([index for batch in plan for index in batch]).argsort()
+            tensors |= {name: part[inverse] for name, part in tensors.items() if name.endswith("image_embeds")}
+            tensors["latent_shapes"] = self.compute_latent_shapes(dataset)[shard.first : shard.end]
         # Names of any length, end to end, with the offset of each
         names = [dataset.get_sample_key(index).encode() for index in pictures]
         tensors["keys"] = torch.frombuffer(bytearray(b"".join(names)), dtype=torch.uint8)
@@ -274,6 +308,18 @@ class CacheEncoder:
         if self.config.text or self.text_encoder is not None:
             tensors |= self.encode_captions(dataset, pictures)
         return tensors
+
+    def encode_view(self, view: View, has_buckets: bool) -> dict[str, Tensor]:
+        """Return the encodings of images, on the CPU, by their names in a shard."""
+        encoded = {}
+        device = self.accelerator.device
+        if self.clip is not None:
+            seen = view.image if view.seen is None else view.seen
+            encoded["image_embeds"] = self.clip.encode_image(seen.to(device)).float().cpu()
+        if self.autoencoder is not None:
+            latents = self.autoencoder.encode(view.image.to(device)).to("cpu", self.dtype)
+            encoded[name_latents(*latents.shape[-2:]) if has_buckets else "latents"] = latents
+        return encoded
 
     def encode_captions(self, dataset: CaptionedPictures, pictures: range) -> dict[str, Tensor]:
         """Encode the captions of a shard's images, equal captions once; see `t2i.data.cache` for the format."""
@@ -307,14 +353,26 @@ class CacheEncoder:
         tensors = {f"{name}_states": torch.cat(states), f"{name}_offsets": compute_offsets(lengths)}
         return tensors | ({f"{name}_embeds": torch.cat(embeds)} if embeds else {})
 
-    def compute_shared_tensors(self, shards: list[Path]) -> dict[str, Tensor]:
-        """Return the statistics of z_i in the training split, and the encoding of the empty caption."""
+    def compute_latent_shapes(self, dataset: CaptionedPictures) -> Tensor:
+        """Return the height and width of each image's latents, (N, 2)."""
+        return torch.tensor(dataset.shapes)[torch.from_numpy(dataset.shape_numbers)] // self.facts["autoencoder"].factor
+
+    def compute_shared_tensors(self, datasets: dict[str, CaptionedPictures], shards: list[Path]) -> dict[str, Tensor]:
+        """Return the statistics of z_i, the empty caption, and the shapes of all latents.
+
+        shards: of the training split. Shapes are left out where all are the same.
+        """
+        shapes = {
+            f"latent_shapes_{split}": self.compute_latent_shapes(dataset)
+            for split, dataset in datasets.items()
+            if dataset.buckets is not None
+        }
         if self.clip is None:
-            return {}
+            return shapes
         mean, std = compute_statistics(open_tensors(path)["image_embeds"] for path in shards)
         empty = self.clip.encode_text([""])
         null = {"null_embedding": empty.embedding.float().cpu(), "null_states": empty.states.float().cpu()}
-        return {"mean": mean, "std": std, **null}
+        return {"mean": mean, "std": std, **null, **shapes}
 
 
 if __name__ == "__main__":

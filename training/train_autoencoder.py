@@ -19,9 +19,9 @@ from t2i.training.common.loop import Critic, Stage, build_accelerator, fit
 from t2i.training.common.preview import SampleConfig, draw_autoencoder_preview, read_fixed_records
 from torch import Tensor
 
-from t2i.checks import check_multiple_of
 from t2i.config import DataConfig, TrainConfig, build_or_explain, check_fields
 from t2i.data import Batch, open_datasets
+from t2i.data.buckets import list_image_shapes
 from t2i.data.groups import open_groups
 from t2i.errors import InputError
 from t2i.files.fingerprints import compute_weights_fingerprint
@@ -131,7 +131,7 @@ def main(config: Config) -> None:
         autoencoder = prepare_init_model(load_autoencoder(config.init), config.init, config.model)
         made_from["init"] = compute_weights_fingerprint(autoencoder)
     autoencoder.to(memory_format=torch.channels_last)
-    check_multiple_of("data.image_size", config.data.image_size, autoencoder.factor)
+    config.data.check_sides(autoencoder.factor)
     if config.freeze_encoder:
         autoencoder.freeze_encoder()
     # The loss
@@ -173,11 +173,12 @@ def main(config: Config) -> None:
 def build_discriminator(config: Config) -> Discriminator:
     """Build the discriminator. Raises InputError for bad arguments, and for images smaller than a patch."""
     discriminator = build_or_explain(Discriminator, "discriminator", config.discriminator)
-    smallest = discriminator.min_image_size
-    if config.data.image_size < smallest:
+    smallest, side = discriminator.min_image_size, min(min(shape) for shape in list_image_shapes(config.data))
+    if side < smallest:
+        name = "the shortest side of data.buckets, " if config.data.buckets else "data.image_size="
         raise InputError(
-            f"data.image_size={config.data.image_size} is smaller than a patch of this discriminator; use at least "
-            f"{smallest}, or a smaller discriminator.depth"
+            f"{name}{side} is smaller than a patch of this discriminator; use at least {smallest}, or a smaller "
+            "discriminator.depth"
         )
     return discriminator.to(memory_format=torch.channels_last)
 

@@ -18,7 +18,6 @@ from t2i.training.common.loop import Stage, build_accelerator, fit
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from t2i.checks import check_multiple_of
 from t2i.config import DataConfig, TrainConfig, build_or_explain, check_fields
 from t2i.data import Batch
 from t2i.data.dataset import SampleIndex
@@ -58,6 +57,13 @@ class LabelledDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
+    @property
+    def buckets(self) -> Any:
+        return self.dataset.buckets
+
+    def format_shape_lines(self) -> list[str]:
+        return self.dataset.format_shape_lines()
+
     def __getitems__(self, keys: list[SampleIndex]) -> Batch:
         batch = self.dataset.__getitems__(keys)
         # By `batch.index`: the samples that were read may replace bad ones among `keys`.
@@ -78,7 +84,7 @@ def build_stage(config: Config, source: EncodingSource, labels: Labels, device: 
     """Build the stage: a classifier of noisy latents by these labels."""
     source.to(device)
     assert source.autoencoder_facts is not None
-    check_multiple_of("data.image_size", config.data.image_size, source.autoencoder_facts.factor)
+    config.data.check_sides(source.autoencoder_facts.factor)
     scheduler = build_noise_scheduler(config.scheduler)
     dataset = LabelledDataset(source.dataset, labels)
     validation = None if source.validation is None else LabelledDataset(source.validation, labels)

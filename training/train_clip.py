@@ -78,6 +78,7 @@ def main(config: Config) -> None:
     if config.train.batch_size * accelerator.num_processes == 1:
         raise InputError("train.batch_size must be at least 2 on one process, got 1: CLIP learns to tell images apart")
     clip, tokenizer, made_from = build_clip(config, dataset)
+    made_from |= [pictures.show_clip(clip, alone=True) for pictures in datasets.values()][0]
     if cut := format_cut_captions(measure_caption_lengths(dataset, tokenizer), tokenizer.context_length):
         print_note(f"warning: {cut}", is_shown=accelerator.is_local_main_process)
     bank = None

@@ -22,7 +22,7 @@ from t2i.training.common.lora import LoraConfig, add_adapters, check_lora_init, 
 from t2i.training.common.preview import SampleConfig, TrainingPreviews, encode_preview_input
 from torch import Tensor
 
-from t2i.checks import check_choice, check_multiple_of
+from t2i.checks import check_choice
 from t2i.config import DataConfig, TrainConfig, build_or_explain, check_fields
 from t2i.data import Batch
 from t2i.data.groups import open_groups
@@ -118,7 +118,7 @@ def build_stage(
     """Build the stage. public: the part of a public model that `init` names."""
     source.to(device)
     assert source.autoencoder_facts is not None
-    check_multiple_of("data.image_size", config.data.image_size, source.autoencoder_facts.factor)
+    config.data.check_sides(source.autoencoder_facts.factor)
     output = Path(config.train.output)
     # The noise schedule
     public_scheduler = None if public is None else public.source.find_folder("decoder_scheduler")
@@ -132,6 +132,8 @@ def build_stage(
     else:
         decoder = load_init_decoder(config, source, public)
         made_from["init"] = compute_weights_fingerprint(decoder)
+    if config.data.buckets:
+        config.data.check_sides(source.autoencoder_facts.factor * decoder.latent_multiple)
     if config.lora is not None:
         add_adapters(decoder, config.lora)
     decoder.to(device)

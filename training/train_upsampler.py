@@ -23,8 +23,10 @@ from torch import Generator, Tensor
 from t2i.checks import check_multiple_of
 from t2i.config import DataConfig, TrainConfig, build_or_explain, check_fields
 from t2i.data import Batch, CaptionedPictures, open_datasets
+from t2i.data.buckets import Shape
 from t2i.data.cache import CachedPairs
 from t2i.data.dataset import SampleIndex
+from t2i.data.framing import View
 from t2i.data.groups import open_groups
 from t2i.data.manifest import Manifest
 from t2i.diffusion.flow import get_prediction_type
@@ -83,6 +85,10 @@ class RandomCrops(CaptionedPictures):
     def __init__(self, config: Config, split: str = "train", manifest: Manifest | None = None):
         super().__init__(config.data, split, manifest)
         self.crop_size, self.embeddings = config.crop_size, None
+        if self.crop_size > (side := min(min(shape) for shape in self.shapes)):
+            raise InputError(
+                f"crop_size must be at most {side}, the shortest side of data.buckets, got {self.crop_size}"
+            )
         if config.cache is not None:
             self.embeddings = CachedPairs(config.cache, split, latents=False, text=False)
             if (
@@ -93,19 +99,25 @@ class RandomCrops(CaptionedPictures):
                     f"the cache {config.cache!r} has no image embeddings of the split {split} of {config.data.path!r}"
                 )
 
+    @property
+    def buckets(self) -> None:  # type: ignore[override]
+        """None: the squares have one shape, whatever images they are of."""
+        return None
+
+    def read_view(self, index: int, draw: int = 0, shape: Shape | None = None) -> View:
+        return View(self.crop_image(super().read_view(index, draw, shape).image, draw), None)
+
     def __getitems__(self, keys: list[SampleIndex]) -> Batch:
         batch = super().__getitems__(keys)
-        assert batch.image is not None
-        crops = [self.crop_image(image, draw) for image, (_, draw) in zip(batch.image, keys)]
         z_i = None
         if self.embeddings is not None:
             z_i = self.embeddings.__getitems__([(index, 0) for index in batch.index.tolist()]).image_embeds
-        return replace(batch, image=torch.stack(crops), image_embeds=z_i)
+        return replace(batch, image_embeds=z_i)
 
     def crop_image(self, image: Tensor, draw: int) -> Tensor:
         # A function of the draw alone, so that a resumed run sees the same squares
-        rng, largest = random.Random(draw), image.shape[-1] - self.crop_size
-        top, left = rng.randint(0, largest), rng.randint(0, largest)
+        rng = random.Random(draw)
+        top, left = (rng.randint(0, side - self.crop_size) for side in image.shape[-2:])
         return image[:, top : top + self.crop_size, left : left + self.crop_size]
 
 

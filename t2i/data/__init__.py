@@ -4,7 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from t2i.data.dataset import Batch, CaptionedPictures, SampleText, iterate_batches, open_datasets
+    from t2i.data.dataset import Batch, CaptionedPictures, SampleText, open_datasets
+    from t2i.data.loading import iterate_batches
     from t2i.data.pictures import open_image, to_tensor
 
 __all__ = ["Batch", "CaptionedPictures", "SampleText", "iterate_batches", "open_datasets", "open_image", "to_tensor"]
@@ -13,5 +14,5 @@ __all__ = ["Batch", "CaptionedPictures", "SampleText", "iterate_batches", "open_
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 't2i.data' has no attribute {name!r}")
-    module = "t2i.data.pictures" if name in ("open_image", "to_tensor") else "t2i.data.dataset"
-    return getattr(import_module(module), name)
+    modules = {"open_image": "pictures", "to_tensor": "pictures", "iterate_batches": "loading"}
+    return getattr(import_module(f"t2i.data.{modules.get(name, 'dataset')}"), name)

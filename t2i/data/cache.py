@@ -18,6 +18,10 @@ A shard contains n images with m different captions of T tokens in all:
                    image for draw 0, ..., V - 1         text_encoder_states, text_encoder_offsets: likewise, of a
                                                           decoder's own text encoder
 
+With buckets the latents of each shape are a tensor of their own, `latents_HxW`, in the order of their images, and
+`latent_shapes` is (n, 2); shared.safetensors has `latent_shapes_SPLIT` of all. Encodings of mirrored images have the
+same names after `mirrored_`.
+
 Embeddings and latents are stored as the models return them: embeddings of our own CLIPs have unit length and latents of
 our own autoencoders unit variance, those of public models do not.
 """
@@ -31,12 +35,15 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from t2i.data.dataset import Batch, CaptionedPictures, SampleIndex
+from t2i.data.framing import is_flipped
+from t2i.data.latent_shapes import LatentShapes
 from t2i.diffusion.condition import TextEncoding, TokenStates
 from t2i.errors import InputError
 from t2i.files.atomic import compute_file_sha256, create_file_atomically, write_json_file
@@ -44,6 +51,7 @@ from t2i.files.model_folder import load_or_explain
 from t2i.files.untrusted import read_json
 
 CACHE_FORMAT = 1
+MIRRORED = "mirrored_"  # before the names of tensors of mirrored images
 MAX_CACHE_JSON_BYTES = 1_000_000_000  # of cache.json, which has some 200 bytes for each shard
 
 
@@ -105,6 +113,7 @@ class CachedPairs(Dataset):
         self.latents = self.latents and self.autoencoder_facts is not None
         self.tokens = self.tokens and self.text_encoder_facts is not None
         self.text = self.text and self.made_from["text"] and not self.tokens
+        self.is_mirrored = bool(self.made_from.get("flip")) and split == "train"
 
         # The shards of the split
         self.splits = splits = finished["splits"]
@@ -122,6 +131,19 @@ class CachedPairs(Dataset):
         if compute_file_sha256(shared) != finished["shared"]["sha256"]:
             raise InputError(f"{str(shared)!r} does not match its SHA-256; {format_remedy(self.folder)}")
         self.shared = open_tensors(shared)
+        shapes = self.shared.get(f"latent_shapes_{split}") if self.latents else None
+        self.latent_shapes = None if shapes is None else LatentShapes(shapes, self.shard_size)
+
+    @property
+    def buckets(self) -> np.ndarray | None:
+        """The number of the shape of each sample's latents, (N,), of which a batch has one; None without buckets."""
+        return None if self.latent_shapes is None else self.latent_shapes.numbers
+
+    def format_shape_lines(self) -> list[str]:
+        """Return a line about the shapes of the images; none without buckets."""
+        if self.latent_shapes is None or self.autoencoder_facts is None:
+            return []
+        return [self.latent_shapes.format_line(self.autoencoder_facts.factor)]
 
     def __len__(self) -> int:
         return self.size
@@ -135,7 +157,7 @@ class CachedPairs(Dataset):
             chosen = [keys[position] for position in positions]
             row = torch.tensor([index % self.shard_size for index, _ in chosen])
             draw = torch.tensor([draw % self.variations for _, draw in chosen])
-            parts.append(gather_rows(self.open_shard(number), row, draw))
+            parts.append(gather_captions(self.open_shard(number), row, draw) | self.gather_images(number, chosen))
         rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
         # Make the batch, and bring it from the order of the shards to that of the keys
@@ -149,14 +171,33 @@ class CachedPairs(Dataset):
         inverse = torch.tensor(order).argsort()
         return batch if len(parts) == 1 else batch.map_tensors(lambda tensor: tensor[inverse])
 
+    def gather_images(self, number: int, keys: list[SampleIndex]) -> dict[str, Tensor]:
+        """Return the encodings of images in a shard, (B, ...), those of mirrored ones where a draw mirrors them."""
+        shard, indices = self.open_shard(number), [index for index, _ in keys]
+        row = torch.tensor(indices) % self.shard_size
+        stored = {"image_embeds": ("image_embeds", row)} if self.clip_facts else {}
+        if self.latents:
+            stored["latents"] = (
+                ("latents", row) if self.latent_shapes is None else self.latent_shapes.find_rows(indices)
+            )
+        rows = {key: shard[name][row].float() for key, (name, row) in stored.items()}
+        if self.is_mirrored and (flipped := [place for place, (_, draw) in enumerate(keys) if is_flipped(draw)]):
+            for key, (name, row) in stored.items():
+                rows[key][flipped] = shard[MIRRORED + name][row[flipped]].float()
+        return rows
+
     def open_shard(self, number: int) -> dict[str, Tensor]:
         """Return the tensors of a shard that batches need, mapped into memory. Raises InputError if one is missing."""
         if number not in self.shard_tensors:
             tensors, row = open_tensors(self.paths[number]), self.rows[number]
             images, texts = row["pictures"], row["captions"]
             needed = {"keys": None, "key_offsets": images + 1}  # rows of each tensor; None: any number
-            needed |= {"image_embeds": images} if self.clip_facts else {}
-            needed |= {"latents": images} if self.latents else {}
+            encodings = {"image_embeds": images} if self.clip_facts else {}
+            if self.latents:
+                shapes = self.latent_shapes
+                encodings |= {"latents": images} if shapes is None else shapes.count_rows(number)
+            needed |= encodings
+            needed |= {MIRRORED + name: count for name, count in encodings.items()} if self.is_mirrored else {}
             if self.text:
                 needed |= {"text_embeds": texts, "text_offsets": texts + 1, "text_states": None, "choice": images}
             if self.tokens:
@@ -190,9 +231,9 @@ def decode_sample_key(shard: dict[str, Tensor], row: int) -> str:
     return bytes(shard["keys"][start:end].tolist()).decode()
 
 
-def gather_rows(shard: dict[str, Tensor], row: Tensor, draw: Tensor) -> dict[str, Tensor]:
-    """Return rows of a shard: encodings of the images (B, ...), states of all tokens (T, W), and lengths (B,)."""
-    rows: dict[str, Tensor] = {name: shard[name][row].float() for name in ("image_embeds", "latents") if name in shard}
+def gather_captions(shard: dict[str, Tensor], row: Tensor, draw: Tensor) -> dict[str, Tensor]:
+    """Return rows of a shard for its captions: z_t (B, D), states of all tokens (T, W), and lengths (B,)."""
+    rows: dict[str, Tensor] = {}
     if "choice" in shard:
         caption = shard["choice"][row, draw]
         if "text_embeds" in shard:
@@ -249,6 +290,9 @@ def check_shard_values(path: Path, tensors: dict[str, Tensor]) -> None:
         if not tensor.is_floating_point() or (finite := tensor.isfinite().flatten(1).all(dim=1)).all():
             continue
         row = (~finite).nonzero()[:, 0]
+        if "latents_" in name:  # a row is an image of this shape
+            shape = torch.tensor([int(side) for side in name.rpartition("_")[2].split("x")])
+            row = (tensors["latent_shapes"] == shape).all(dim=1).nonzero()[row, 0]
         if name.endswith("_states"):  # a row is a token
             row = torch.searchsorted(tensors[name.replace("states", "offsets")], row, right=True) - 1
         if name.startswith("text_"):  # a row is a caption
@@ -342,7 +386,7 @@ def check_cache_key(folder: Path, key: dict[str, Any]) -> None:
         return
     # The folder has a cache: continue it if it was begun with the same key
     before = read_json(folder / "key.json")
-    for name, value in key.items():
+    for name, value in {**dict.fromkeys(before), **key}.items():
         if before.get(name) != value:
             values = f"{before.get(name)}, now {value}; give another output or delete it"
             raise InputError(f"the cache {str(folder)!r} was made with another {name}: {values}")

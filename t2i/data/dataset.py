@@ -1,30 +1,30 @@
-"""Data sets of captioned images, and batches of them in an order that is a function of the seed."""
+"""Data sets of captioned images."""
 
 import hashlib
 import json
-import multiprocessing
-import os
 import random
-import signal
-import threading
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
 from t2i.config import DataConfig
-from t2i.data.groups import SampleGroups
+from t2i.data.buckets import Shape, assign_buckets, compute_lost_fractions, format_bucket_lines, list_image_shapes
+from t2i.data.framing import Framing, View, describe_clip_input
 from t2i.data.manifest import Manifest, open_manifest, open_manifests
-from t2i.data.pictures import decode_image, silence_pillow, to_tensor
+from t2i.data.pictures import decode_image, silence_pillow
 from t2i.data.reasons import RejectedSample
 from t2i.diffusion.condition import Condition, TextEncoding, TokenStates
 from t2i.errors import InputError
 from t2i.texts import normalize_text
+
+if TYPE_CHECKING:
+    from t2i.networks.clip import CLIP
 
 MAX_READ_ATTEMPTS = 100  # so many unreadable images in a row mean that the disk or the folder is at fault
 
@@ -78,6 +78,7 @@ class Batch:
     index: Tensor  # (B,), int64: which samples
     captions: list[str] = field(default_factory=list)
     image: Tensor | None = None  # (B, 3, H, W), float32 in [-1, 1]
+    seen: Tensor | None = None  # (B, 3, s, s), likewise: what CLIP sees, where it is not `image`
     image_embeds: Tensor | None = None  # (B, D), unit length: z_i
     latents: Tensor | None = None  # (B, C, h, w), unit variance
     text: TextEncoding | None = None
@@ -104,16 +105,49 @@ class CaptionedPictures(Dataset):
     """The samples of a split of a manifest. Indexed by (index, draw): `draw` chooses the caption's variation."""
 
     def __init__(self, config: DataConfig, split: str | None = "train", manifest: Manifest | None = None):
-        """`split` None: all samples. `manifest`: that of the split, where it is open already."""
+        """`split` None: all samples. `manifest`: that of the split, where it is open already.
+
+        Only the training split is cropped at random and mirrored. Raises InputError if `max_crop` leaves no sample.
+        """
         self.manifest = open_manifest(config.path, split) if manifest is None else manifest
-        self.size, self.keyword_alone = config.image_size, config.keyword_alone
+        self.config, self.keyword_alone = config, config.keyword_alone
         self.reads_images = True  # False: batches have captions alone, for images that a cache encoded before
+        self.framing = Framing(config.crop, config.flip) if split == "train" else Framing()
+        self.shapes = list_image_shapes(config)
+        self.shape_numbers, self.lost = self.measure_crops()
+        if (self.lost > config.max_crop).any():
+            if (self.lost > config.max_crop).all():
+                raise InputError(f"data.max_crop={config.max_crop:g} leaves out all images of {config.path!r}")
+            self.manifest = self.manifest.select_rows(self.lost <= config.max_crop)
+            self.shape_numbers, self.lost = self.measure_crops()
+
+    def measure_crops(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the number of each image's shape, and the fraction of it that is cropped away, (N,)."""
+        heights, widths = (self.manifest.table[name].to_numpy() for name in ("height", "width"))
+        numbers = assign_buckets(heights, widths, self.shapes)
+        return numbers, compute_lost_fractions(heights, widths, self.shapes, numbers)
+
+    def show_clip(self, clip: "CLIP", alone: bool = False) -> dict[str, str]:
+        """Frame images for this CLIP too, or for it alone. Returns `describe_clip_input`."""
+        self.framing = self.framing.set_clip(clip, self.config, alone)
+        return describe_clip_input(clip, self.config.image_size)
+
+    @property
+    def buckets(self) -> np.ndarray | None:
+        """The number of each sample's shape, (N,), of which a batch has one; None if all have the same."""
+        return None if len(self.shapes) == 1 or self.framing.for_clip else self.shape_numbers
+
+    def format_shape_lines(self) -> list[str]:
+        """Return lines about the shapes of the images and what crops take from them."""
+        if self.framing.for_clip:
+            return []
+        return format_bucket_lines(self.shapes, self.shape_numbers, self.lost)
 
     def __len__(self) -> int:
         return len(self.manifest)
 
     def __getitems__(self, keys: list[SampleIndex]) -> Batch:
-        """Return the batch of these samples; a DataLoader calls this.
+        """Return the batch of these samples, which are of one bucket; a DataLoader calls this.
 
         An image that is gone or has changed is replaced by the next readable sample, and `rejected` lists it. Raises
         InputError if a hundred in a row, or all, cannot be read.
@@ -123,39 +157,56 @@ class CaptionedPictures(Dataset):
             index = torch.tensor([index for index, _ in keys])
             captions = [self.get_caption(sample, draw) for sample, draw in keys]
             return Batch(index, captions, phrases=phrases)
-        rejected: list[tuple[str, str]] = []
-        samples = [self.read_next_image(index, rejected) for index, _ in keys]
-        captions = [self.get_caption(index, draw) for (index, _), (_, draw) in zip(samples, keys)]
-        image = torch.stack([picture for _, picture in samples])
-        return Batch(torch.tensor([index for index, _ in samples]), captions, image, rejected=rejected)
+        batch, views = self.read_views(keys)
+        batch.image, batch.seen = stack_views(views)
+        return batch
 
-    def read_next_image(self, index: int, rejected: list[tuple[str, str]]) -> tuple[int, Tensor]:
+    def read_views(self, keys: list[SampleIndex], shape: Shape | None = None) -> tuple[Batch, list[View]]:
+        """Return the batch of these samples without its images, and these. shape: None is that of each image."""
+        rejected: list[tuple[str, str]] = []
+        samples = [self.read_next_view(index, draw, rejected, shape) for index, draw in keys]
+        captions = [self.get_caption(index, draw) for (index, _), (_, draw) in zip(samples, keys)]
+        index = torch.tensor([index for index, _ in samples])
+        return Batch(index, captions, rejected=rejected), [view for _, view in samples]
+
+    def read_next_view(
+        self, index: int, draw: int, rejected: list[tuple[str, str]], shape: Shape | None = None
+    ) -> tuple[int, View]:
         """Return the first readable sample from `index` on and its image; add those before it to `rejected`."""
-        tries = min(MAX_READ_ATTEMPTS, len(self))
+        tries, shape = min(MAX_READ_ATTEMPTS, len(self)), shape or self.get_shape(index)
         # From the end of the data on to its beginning
         for i in (number % len(self) for number in range(index, index + tries)):
             try:
-                return i, self.read_image(i)
+                return i, self.read_view(i, draw, shape)
             except RejectedSample as error:
                 rejected.append((self.get_sample_key(i), error.reason.name))
         counts = Counter(reason for _, reason in rejected[-tries:])
         reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
         raise InputError(f"{tries} images in a row cannot be read ({reasons}), the first is {rejected[-tries][0]!r}")
 
-    def read_image(self, index: int) -> Tensor:
-        """Return an image, (3, H, W), float32 in [-1, 1]. Raises RejectedSample."""
+    def get_shape(self, index: int) -> Shape:
+        """Return the height and width in which an image is trained on."""
+        return self.shapes[self.shape_numbers[index]]
+
+    def read_view(self, index: int, draw: int = 0, shape: Shape | None = None) -> View:
+        """Return an image as a draw frames it. shape: None is its own. Raises RejectedSample."""
         data = self.manifest.read_image(index)
         with silence_pillow():
-            return to_tensor(decode_image(data, self.manifest.reading), self.size)
+            picture = decode_image(data, self.manifest.reading)
+            return self.framing.frame(picture, shape or self.get_shape(index), draw)
 
-    def load_image(self, index: int) -> Tensor:
-        """Return an image, (3, H, W), float32 in [-1, 1]. Raises InputError with the sample's key."""
+    def load_view(self, index: int) -> View:
+        """Return an image as the draw 0 frames it. Raises InputError with the sample's key."""
         try:
-            return self.read_image(index)
+            return self.read_view(index)
         except RejectedSample as error:
             raise InputError(
                 f"{self.get_sample_key(index)!r}: {error}; another `t2i data check` leaves it out"
             ) from error
+
+    def load_image(self, index: int) -> Tensor:
+        """Return an image, (3, H, W), float32 in [-1, 1]. Raises InputError with the sample's key."""
+        return self.load_view(index).image
 
     def get_caption(self, index: int, draw: int) -> str:
         captions, keywords = self.manifest.get_values(index, "captions", "keywords")
@@ -192,9 +243,28 @@ class CaptionedPictures(Dataset):
 
     def iterate_images(self, count: int, batch_size: int) -> Iterator[Tensor]:
         """Yield at most `count` images, evenly spread over the data, (B, 3, H, W) at a time."""
-        chosen = range(0, len(self), -(-len(self) // count))
-        for start in range(0, len(chosen), batch_size):
-            yield torch.stack([self.read_next_image(i, [])[1] for i in chosen[start : start + batch_size]])
+        for image, _ in self.iterate_views(count, batch_size):
+            yield image
+
+    def iterate_views(self, count: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield the images of `iterate_images`, and what CLIP sees where that differs."""
+        chosen = np.arange(len(self))[:: -(-len(self) // count)]
+        numbers = np.zeros(len(chosen)) if self.buckets is None else self.buckets[chosen]
+        for part in iterate_equal_parts(numbers, batch_size):
+            yield stack_views([self.read_next_view(int(i), 0, [])[1] for i in chosen[part]])
+
+
+def iterate_equal_parts(numbers: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """Yield the places of equal numbers, (at most size,) at a time, in order where all are equal."""
+    for number in np.unique(numbers):
+        places = np.flatnonzero(numbers == number)
+        yield from (places[start : start + size] for start in range(0, len(places), size))
+
+
+def stack_views(views: list[View]) -> tuple[Tensor, Tensor | None]:
+    """Return images of one shape, (B, 3, H, W), and what CLIP sees of them, (B, 3, s, s), where that differs."""
+    seen = [view.seen for view in views if view.seen is not None]
+    return torch.stack([view.image for view in views]), torch.stack(seen) if seen else None
 
 
 def open_datasets(config: DataConfig) -> dict[str, CaptionedPictures]:
@@ -204,108 +274,3 @@ def open_datasets(config: DataConfig) -> dict[str, CaptionedPictures]:
     """
     manifests = open_manifests(config.path)
     return {str(split): CaptionedPictures(config, split, manifest) for split, manifest in manifests.items()}
-
-
-class EndlessBatchSampler(Sampler[list[SampleIndex]]):
-    """Endless batches in an order that is a function of the seed: pass after pass, each shuffled anew.
-
-    The position in the data is one integer, the number of images that all processes have used. Every process takes
-    its part of each global batch. A pass may end in the middle of a batch, so no image is ever left out.
-    With groups, a pass has as many samples of each.
-    """
-
-    def __init__(
-        self,
-        size: int,
-        batch_size: int,
-        seed: int,
-        position: int = 0,
-        rank: int = 0,
-        world: int = 1,
-        groups: SampleGroups | None = None,
-    ):
-        self.size = size if groups is None else len(groups)  # of a pass
-        self.batch_size, self.seed, self.position = batch_size, seed, position
-        self.rank, self.world_size, self.groups = rank, world, groups
-
-    def __iter__(self) -> Iterator[list[SampleIndex]]:
-        start, epoch, order = self.position, -1, []
-        while True:
-            batch = []
-            for position in range(start + self.rank, start + self.batch_size * self.world_size, self.world_size):
-                # Each pass has a permutation of its own, also where it begins within a batch
-                if position // self.size != epoch:
-                    epoch = position // self.size
-                    order = self.arrange_pass(epoch)
-                # The draw differs between passes and, in its upper bits, between runs of other seeds.
-                batch.append((order[position % self.size], position + (self.seed << 48)))
-            yield batch
-            start += self.batch_size * self.world_size
-
-    def arrange_pass(self, epoch: int) -> list[int]:
-        """Return the samples of a pass in order."""
-        if self.groups is not None:
-            return self.groups.arrange_pass(self.seed, epoch)
-        return torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed + epoch)).tolist()
-
-
-def iterate_batches(dataset: Dataset, num_workers: int, **order: Any) -> Generator[Batch, None, None]:
-    """Yield endless batches of a data set; `order` holds the keyword arguments of `EndlessBatchSampler`.
-
-    Closing the generator ends its workers. After an error they end when the generator is released.
-    """
-    sampler = EndlessBatchSampler(len(dataset), **order)  # type: ignore[arg-type]
-    # The sampler yields batches, and the data set returns each as a whole
-    settings = {"num_workers": num_workers, "collate_fn": return_batch, "worker_init_fn": set_worker_signals}
-    with shorten_worker_errors():
-        with block_signals():
-            loader = iter(DataLoader(dataset, batch_sampler=sampler, **settings))
-        yield from loader
-
-
-@contextmanager
-def block_signals() -> Iterator[None]:
-    """Block SIGTERM and SIGINT while workers start, for the workers inherit the mask.
-
-    A signal to the whole process group is meant for the parent, which has to save before its workers end.
-    """
-    if not hasattr(signal, "sigwaitinfo"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def set_worker_signals(worker: int) -> None:
-    """Let a worker end only by SIGTERM from its parent: multiprocessing ends its children with one."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # without it the sender of a signal is unknown, and torch's handler stays
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # for start methods that lose the mask
-        threading.Thread(target=wait_for_parent_signal, daemon=True).start()
-
-
-def wait_for_parent_signal() -> None:
-    """Exit at the SIGTERM of the parent, or at any once the parent is gone."""
-    # A fork server starts the worker but does not end it, so getppid() need not be the parent's id.
-    parent, starter = multiprocessing.parent_process(), os.getppid()
-    assert parent is not None
-    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent.pid and os.getppid() == starter:
-        pass
-    os._exit(0)
-
-
-@contextmanager
-def shorten_worker_errors() -> Iterator[None]:
-    """Reduce an InputError to its message: that of a worker contains the traceback as text."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(str(error).rsplit("InputError: ", 1)[-1]) from error
-
-
-def return_batch(batch: Batch) -> Batch:
-    """Return the batch as it is: the data set collates by itself."""
-    return batch

@@ -59,6 +59,10 @@ def open_groups(data: DataConfig, dataset: Any) -> SampleGroups | None:
     """
     if data.balance_by is None:
         return None
+    if getattr(dataset, "buckets", None) is not None:
+        raise InputError(
+            "data.balance_by does not go with data.buckets, which decide what is in a batch; leave one out"
+        )
     labels = read_labels(find_manifest(Path(data.path)), data.balance_by)
     members: dict[str, list[int]] = {}
     for index in range(len(dataset)):

@@ -60,6 +60,7 @@ MANIFEST_SCHEMA = pa.schema(
     }
 )
 TRAINING_COLUMNS = ["key", "file", "offset", "size", "sha256", "captions", "keywords", "split", "detail"]
+TRAINING_COLUMNS += ["width", "height"]
 METADATA_KEY = b"t2i"  # of our JSON in the Parquet metadata
 MANIFEST_VERSION = 1
 ROW_GROUP_SIZE = 4_096
@@ -291,6 +292,10 @@ class Manifest:
     def get_values(self, index: int, *columns: str) -> list[Any]:
         """Return the values of one row."""
         return [self.columns[name][index].as_py() for name in columns]
+
+    def select_rows(self, mask: np.ndarray) -> "Manifest":
+        """Return the manifest of some rows. mask: (N,), bool."""
+        return Manifest(self.table.filter(pa.array(mask)), self.root, self.reading)
 
     def iterate_rows(self, *columns: str) -> Iterator[dict[str, Any]]:
         """Yield all rows in order, with few of them in memory."""

@@ -27,11 +27,12 @@ def build_contact_sheet(images: list[Image.Image], captions: list[str], columns:
 
 
 def build_labelled_rows(rows: Mapping[str, Sequence[Image.Image | None]], captions: list[str]) -> Image.Image:
-    """Draw rows of square images of one size, with the label of each row on the left and captions under the columns.
+    """Draw rows of images with the label of each row on the left and captions under the columns.
 
-    None, or a row that ends early, leaves blank cells. More than ten columns are divided into bands below each other.
+    Images are fitted into squares of one size. None, or a row that ends early, leaves blank cells. More than ten
+    columns are divided into bands below each other.
     """
-    side = next(image.width for row in rows.values() for image in row if image is not None)
+    side = next(max(image.size) for row in rows.values() for image in row if image is not None)
     shown = min(max(side, MIN_CELL_SIZE), MAX_CELL_SIZE)
     gutter, cell = 120, shown + GAP
     # Bands of equal length, rather than a last one of a single column
@@ -104,18 +105,26 @@ def build_similarity_matrix(
     return sheet
 
 
-def to_pil_images(pictures: Tensor) -> list[Image.Image]:
-    """Convert (N, 3, H, W) in [-1, 1], clamped; values that are not finite become black."""
-    pixels = (pictures.detach().float() / 2 + 0.5).nan_to_num(0.0, 0.0, 0.0).clamp(0, 1)
-    rows = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(row) for row in rows]
+def to_pil_images(pictures: Sequence[Tensor]) -> list[Image.Image]:
+    """Convert (3, H, W) each in [-1, 1], clamped; values that are not finite become black."""
+    images = []
+    for picture in pictures:
+        pixels = (picture.detach().float() / 2 + 0.5).nan_to_num(0.0, 0.0, 0.0).clamp(0, 1)
+        images.append(Image.fromarray((pixels * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()))
+    return images
 
 
 def resize_to_square(image: Image.Image, side: int) -> Image.Image:
-    """Resize to a square of this side; enlarged pixels stay sharp squares."""
-    if image.size == (side, side):
+    """Resize to fit a square of this side, with margins where it is no square; enlarged pixels stay sharp squares."""
+    longest = max(image.size)
+    size = (max(1, round(image.width * side / longest)), max(1, round(image.height * side / longest)))
+    if image.size != size:
+        image = image.resize(size, Image.Resampling.NEAREST if longest < side else Image.Resampling.LANCZOS)
+    if size == (side, side):
         return image
-    return image.resize((side, side), Image.Resampling.NEAREST if image.width < side else Image.Resampling.LANCZOS)
+    square = Image.new("RGB", (side, side), BLANK_COLOR)
+    square.paste(image, ((side - size[0]) // 2, (side - size[1]) // 2))
+    return square
 
 
 def paint_text_lines(

@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 from t2i.checks import check_choice, check_integer
 from t2i.config import DataConfig
 from t2i.data import CaptionedPictures, open_datasets
+from t2i.data.dataset import stack_views
 from t2i.data.manifest import SPLITS
 from t2i.diffusion.denoiser import Predict, build_conditional_predict
 from t2i.diffusion.likelihood import compute_ode_bits, compute_variational_bound
@@ -111,8 +112,9 @@ def prepare_stage_data(
     pipeline: Any, dataset: CaptionedPictures, indices: list[int], stage: str
 ) -> tuple[Tensor, SchedulerMixin, Predict]:
     """Return the data of a stage, (B, ...), its scheduler, and its predictions without guidance."""
-    pictures = torch.stack([dataset.load_image(index) for index in indices])
-    z_i = pipeline.encode_image(pictures)
+    dataset.show_clip(pipeline.clip)
+    pictures, seen = stack_views([dataset.load_view(index) for index in indices])
+    z_i = pipeline.encode_image(pictures if seen is None else seen)
     text = pipeline.encode_prompt([dataset.get_record(index).text for index in indices])
     if stage == "decoder":
         condition = build_decoder_condition(pipeline.decoder, z_i, text)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,12 +11,14 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 from torch import Generator, Tensor
+from torchvision.transforms.functional import to_pil_image
 
 from t2i.config import DataConfig
 from t2i.data import CaptionedPictures
+from t2i.data.dataset import stack_views
 from t2i.data.manifest import find_manifest
 from t2i.data.picture_files import compute_picture_digest, find_images
-from t2i.data.pictures import open_image, to_tensor
+from t2i.data.pictures import Resizing, open_image, to_tensor
 from t2i.errors import InputError
 
 
@@ -27,6 +30,9 @@ class PictureSet(Protocol):
     def __len__(self) -> int: ...
     def get_images(self, indices: list[int]) -> Tensor:
         """Return images, (B, 3, H, W), float32 in [-1, 1], of 256 levels a channel like those of files."""
+
+    def get_views(self, indices: list[int], resizing: Resizing) -> tuple[Tensor, Tensor]:
+        """Return the images of `get_images`, and the same resized for a CLIP from what they were: (B, 3, s, s)."""
 
     def describe_source(self) -> dict[str, Any]:
         """Return the facts about this set that a result records, as JSON."""
@@ -46,6 +52,11 @@ class SourcePictures:
 
     def get_images(self, indices: list[int]) -> Tensor:
         return torch.stack([self.dataset.load_image(index) for index in indices])
+
+    def get_views(self, indices: list[int], resizing: Resizing) -> tuple[Tensor, Tensor]:
+        self.dataset.framing = replace(self.dataset.framing, seen=resizing)
+        images, seen = stack_views([self.dataset.load_view(index) for index in indices])
+        return images, images if seen is None else seen
 
     @cached_property
     def digest(self) -> str:
@@ -74,14 +85,19 @@ class FolderPictures:
         return len(self.paths)
 
     def get_images(self, indices: list[int]) -> Tensor:
-        return torch.stack([self.load_image(self.paths[index]) for index in indices])
+        return torch.stack([to_tensor(self.open_image(self.paths[index]), self.size) for index in indices])
 
-    def load_image(self, path: Path) -> Tensor:
+    def get_views(self, indices: list[int], resizing: Resizing) -> tuple[Tensor, Tensor]:
+        images = [self.open_image(self.paths[index]) for index in indices]
+        pixels, seen = (torch.stack([to_tensor(image, way) for image in images]) for way in (self.size, resizing))
+        return pixels, seen
+
+    def open_image(self, path: Path) -> Image.Image:
         image = open_image(path)
         if self.requested_size is None and image.size != (self.size, self.size):
             sizes = f"is {image.width} x {image.height}, others are {self.size} x {self.size}"
             raise InputError(f"{str(path)!r} {sizes}; give --image-size")
-        return to_tensor(image, self.size)
+        return image
 
     @cached_property
     def digest(self) -> str:
@@ -132,6 +148,11 @@ class DrawnPictures:
         images = self.pipeline(prompts, generator=seeds, resolved=self.resolved).images.float().cpu()
         # To the levels of a file, as all other images have them
         return (images.clamp(0, 1) * 255).round() / 127.5 - 1
+
+    def get_views(self, indices: list[int], resizing: Resizing) -> tuple[Tensor, Tensor]:
+        images = self.get_images(indices)
+        # As files, which have the same levels, are resized
+        return images, torch.stack([to_tensor(to_pil_image(image / 2 + 0.5), resizing) for image in images])
 
     def describe_source(self) -> dict[str, Any]:
         model = self.pipeline.config.get("_name_or_path")

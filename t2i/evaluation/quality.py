@@ -16,6 +16,7 @@ from accelerate.utils import gather
 from torch import Tensor
 
 from t2i import __version__
+from t2i.data.pictures import Resizing
 from t2i.errors import InputError
 from t2i.evaluation.features import FeatureExtractor
 from t2i.evaluation.metrics import MetricSettings, Moments, compare_feature_sets, compute_feature_moments
@@ -116,11 +117,13 @@ def extract_set_features(
         for start in range(0, len(mine), BATCH_SIZE):
             part = mine[start : start + BATCH_SIZE]
             with follow_batch(len(part)):
-                batch = pictures.get_images(part)
+                if scorer is None:
+                    rows.append(extractor(pictures.get_images(part)))
+                    continue
+                batch, seen = pictures.get_views(part, Resizing.for_clip(scorer))
                 rows.append(extractor(batch))
-                if scorer is not None:
-                    captions = [str(pictures.captions[index]) for index in part]
-                    cosines.append(compute_clip_scores(scorer, batch, captions))
+                captions = [str(pictures.captions[index]) for index in part]
+                cosines.append(compute_clip_scores(scorer, seen, captions))
     features = gather_process_rows(torch.cat(rows), len(pictures), state)
     if not features.isfinite().all():
         raise InputError(f"features of the {kind} images are not finite; the extractor or its precision fails")

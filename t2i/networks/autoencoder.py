@@ -88,13 +88,18 @@ class Autoencoder(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def set_latent_statistics(self, images: Iterable[Tensor]) -> None:
-        """Set the mean and standard deviation of each latent channel from batches of images, (B, 3, H, W)."""
+        """Set the mean and standard deviation of each latent channel from batches of images, (B, 3, H, W).
+
+        Batches may have different shapes; every position of the latents counts the same.
+        """
         # `encode` then returns latents as the coder has them.
         self.mean.zero_()
         self.std.fill_(1)
-        latents = torch.cat([self.encode(image.to(self.device)).cpu().double() for image in images])
-        self.mean.copy_(latents.mean(dim=(0, 2, 3)))
-        self.std.copy_(latents.std(dim=(0, 2, 3), correction=0).clamp(min=1e-6))
+        # (B, C, h, w) -> (C, B h w), of all batches side by side
+        parts = [self.encode(image.to(self.device)).cpu().double().transpose(0, 1).flatten(1) for image in images]
+        latents = torch.cat(parts, dim=1)
+        self.mean.copy_(latents.mean(dim=1))
+        self.std.copy_(latents.std(dim=1, correction=0).clamp(min=1e-6))
 
 
 def remove_group_norms(model: torch.nn.Module) -> None:

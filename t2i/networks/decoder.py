@@ -137,6 +137,10 @@ class Decoder(ImageTokensMixin, ModelMixin, ConfigMixin):
         self.modulation = zero_layer_weights(Linear(condition_width, 2 * width))
         self.to_latents = zero_layer_weights(Linear(width, outputs))
 
+    @property
+    def latent_multiple(self) -> int:
+        return self.config.patch_size
+
     @run_like_forward
     def forward(self, x: Tensor, t: Tensor, condition: ImageCondition) -> Tensor:
         """x: (B, C, H, W) noisy latents; t: (B,) timesteps -> (B, C, H, W); (B, 2C, H, W) with a learned variance."""
@@ -162,7 +166,7 @@ class Decoder(ImageTokensMixin, ModelMixin, ConfigMixin):
         patch = self.config.patch_size
         height, width = x.shape[-2] // patch, x.shape[-1] // patch
         if context.masked_latents is not None:
-            x = torch.cat([x, context.masked_latents], dim=1)
+            x = concat_masks(x, context.masked_latents)
         tokens = F.pixel_unshuffle(x, patch).flatten(2).transpose(1, 2)
         tokens = self.from_latents(tokens) + self.resize_position_grid(height, width)
 
@@ -200,15 +204,23 @@ def count_input_channels(latent_channels: int, reads_masks: bool) -> int:
 
 
 def resolve_masked_latents(decoder: Any, condition: ImageCondition) -> Tensor | None:
-    """Return the latents to keep and the mask, (B, C + 1, h, w), for decoders that read them, else None."""
+    """Return the latents to keep and the mask, (B, C + 1, h, w), for decoders that read them, else None.
+
+    Without any, nothing is kept: (B, C + 1, 1, 1), for latents of every shape.
+    """
     if not decoder.config.reads_masks:
         return None
     if condition.masked_latents is not None:
         return condition.masked_latents
-    size, channels = decoder.config.latent_size, decoder.config.latent_channels
-    nothing = condition.embedding.new_zeros(len(condition), channels + 1, size, size)
+    # Of one position, which `concat_masks` repeats: here the shape of the latents is not known
+    nothing = condition.embedding.new_zeros(len(condition), decoder.config.latent_channels + 1, 1, 1)
     nothing[:, -1] = 1
     return nothing
+
+
+def concat_masks(x: Tensor, masked_latents: Tensor) -> Tensor:
+    """Return noisy latents, (B, C, h, w), with the latents to keep and the mask as further channels."""
+    return torch.cat([x, masked_latents.expand(-1, -1, *x.shape[-2:])], dim=1)
 
 
 class DecoderBlock(nn.Module):

@@ -37,8 +37,22 @@ class PerceptualDistance(nn.Module):
         return output["image_intermediates"]
 
     def forward(self, image: Tensor, other: Tensor) -> Tensor:
-        """Return the distances of two batches, (B, 3, H, W) in [-1, 1]: (B,), from 0 for the same image to 4."""
-        return compare_layers(self.extract_layer_features(image), self.extract_layer_features(other))
+        """Return the distances of two batches, (B, 3, H, W) in [-1, 1]: (B,), from 0 for the same image to 4.
+
+        Images that are no squares are compared in squares that cover them, for a CLIP sees squares alone.
+        """
+        layers = (self.extract_layer_features(cut_into_squares(part)) for part in (image, other))
+        return compare_layers(*layers).unflatten(0, (-1, len(image))).mean(dim=0)
+
+
+def cut_into_squares(image: Tensor) -> Tensor:
+    """Return the fewest squares that cover images, (B, C, H, W), evenly spaced: (K B, C, S, S), S the short side."""
+    height, width = image.shape[-2:]
+    short, long = min(height, width), max(height, width)
+    count = -(-long // short)
+    starts = [number * (long - short) // max(1, count - 1) for number in range(count)]
+    dim = -1 if width > height else -2
+    return image if count == 1 else torch.cat([image.narrow(dim, start, short) for start in starts])
 
 
 def compare_layers(layers: list[Tensor], others: list[Tensor]) -> Tensor:

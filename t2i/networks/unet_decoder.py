@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch import Tensor
 from t2i.checks import check_integer
 from t2i.diffusion.condition import ImageCondition
 from t2i.diffusion.denoiser import DecoderMixin
-from t2i.networks.decoder import ImageTokensMixin, count_input_channels, resolve_masked_latents
+from t2i.networks.decoder import ImageTokensMixin, concat_masks, count_input_channels, resolve_masked_latents
 from t2i.networks.linear import Linear, use_onednn_linear
 from t2i.networks.unet_steps import UNetStepContext, prepare_unet_context, run_unet_step
 from t2i.runtime.hooks import run_like_forward
@@ -62,7 +61,7 @@ class UNetDenoiser(DecoderMixin, ModelMixin, ConfigMixin, ABC):
     @run_like_forward
     def step(self, x: Tensor, t: Tensor, context: UNetDenoiserContext) -> Tensor:
         if context.masked_latents is not None:
-            x = torch.cat([x, context.masked_latents], dim=1)
+            x = concat_masks(x, context.masked_latents)
         if context.step_context is not None:
             return run_unet_step(self.unet, x, t, context.step_context)
         return self.unet(x, t, **context.arguments).sample

@@ -16,9 +16,10 @@ from PIL import Image, features
 
 from t2i.config import DataConfig
 from t2i.data import CaptionedPictures, iterate_batches, open_image, to_tensor
-from t2i.data.dataset import EndlessBatchSampler, vary_caption
+from t2i.data.dataset import vary_caption
 from t2i.data.emoji import noto as emoji_module
 from t2i.data.emoji.noto import Emoji, mark_held_out, read_emoji_names, render_emoji
+from t2i.data.loading import EndlessBatchSampler
 from t2i.data.manifest import write_manifest
 from t2i.data.pictures import decode_image
 from t2i.data.reasons import Reason, RejectedSample

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from t2i.config import DataConfig
-from t2i.data.dataset import CaptionedPictures, EndlessBatchSampler
+from t2i.data.dataset import CaptionedPictures
 from t2i.data.groups import SampleGroups, open_groups
+from t2i.data.loading import EndlessBatchSampler
 from t2i.errors import InputError
 
 MEMBERS = [[0, 1, 2, 3], [4], [5, 6]]

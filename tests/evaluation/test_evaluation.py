@@ -35,6 +35,7 @@ class Copier:
     clip = autoencoder = SimpleNamespace(
         dtype=torch.float32, encode_image=lambda images: images, encode=lambda images: images, decode=lambda x: x
     )
+    clip.size, clip.resize_settings = 128, {"side": (128,), "interpolation": "bicubic"}
 
     def __init__(self, drawn, fallback):
         self.drawn, self.fallback, self.asked = drawn, fallback, []

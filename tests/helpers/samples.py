@@ -1,6 +1,8 @@
 """Images of one colour, which know their caption, and what a check says of them."""
 
 import io
+import json
+import random
 import tarfile
 from functools import cache
 from pathlib import Path
@@ -40,3 +42,17 @@ def checked(manifest: Path) -> dict[str, dict[str, Any]]:
 def reasons(rows: dict[str, dict[str, Any]]) -> dict[str, str]:
     """Why samples were left out, by key."""
     return {key: row["status"] for key, row in rows.items() if row["status"] != "ok"}
+
+
+def write_mixed_pictures(folder: Path, sizes: list[tuple[int, int]], held_out: int = 0) -> None:
+    """Write captioned images of noise, (width, height) each, of which the last ones are held out, and check them."""
+    from t2i.data.manifest import write_manifest
+
+    rows = []
+    for number, (width, height) in enumerate(sizes):
+        image = Image.frombytes("RGB", (width, height), random.Random(number).randbytes(3 * width * height))
+        image.save(folder / f"{number:02}.png")
+        split = "held_out" if number >= len(sizes) - held_out else "train"
+        rows.append(json.dumps({"file_name": f"{number:02}.png", "text": f"noise {number}", "split": split}))
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    write_manifest(folder, quiet=True)

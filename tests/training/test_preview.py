@@ -142,7 +142,8 @@ def test_columns_are_records_of_the_held_out_split_and_prompts_in_single_precisi
     columns = encode_preview_input(source, SampleConfig(count=3, prompts=prompts))
     expected = encode_columns(source.validation, pipeline.clip, 3, prompts)
     assert columns.captions == expected.captions and columns.captions[3:] == prompts
-    assert torch.equal(columns.pictures, expected.pictures) and torch.equal(columns.text.mask, expected.text.mask)
+    assert all(map(torch.equal, columns.pictures, expected.pictures)) and len(columns.pictures) == 3
+    assert torch.equal(columns.text.mask, expected.text.mask)
     assert isinstance(columns.text, TextEncoding) and columns.text.states.dtype == columns.z_i.dtype == torch.float32
     kept, close = expected.text.mask[..., None], {"atol": 1e-2, "rtol": 1e-2}
     torch.testing.assert_close(columns.z_i, expected.z_i, **close)
@@ -165,14 +166,14 @@ def test_a_column_is_what_the_pipeline_draws_with_its_seed(columns, pipeline):
     stages = decoding(pipeline)
     expected = pipeline(columns.captions, generator=seeds(5, 6, 7, 8), output_type="pt", **FAST)
     torch.testing.assert_close(z_i, expected.image_embeds)
-    pictures = draw_column_images(columns, z_i, config, stages)
+    pictures = torch.stack(draw_column_images(columns, z_i, config, stages))
     torch.testing.assert_close((pictures / 2 + 0.5).clamp(0, 1), expected.images)
-    true = draw_column_images(columns, columns.z_i, config, stages)
+    true = torch.stack(draw_column_images(columns, columns.z_i, config, stages))
     expected = pipeline(
         columns.captions[:3], image_embeds=columns.z_i, generator=seeds(5, 6, 7), output_type="pt", **FAST
     )
     torch.testing.assert_close((true / 2 + 0.5).clamp(0, 1), expected.images)
-    other = draw_column_images(columns, columns.z_i, SampleConfig(seed=6, **FAST), stages)
+    other = torch.stack(draw_column_images(columns, columns.z_i, SampleConfig(seed=6, **FAST), stages))
     assert not torch.allclose(true, other, atol=1e-2)
 
 

@@ -7,16 +7,19 @@ import os
 from pathlib import Path
 from typing import Any
 
+import open_clip
+
 from t2i.config import DataConfig
 from t2i.data.cache import AutoencoderFacts, CachedPairs, ClipFacts, TextEncoderFacts
 from t2i.data.dataset import CaptionedPictures, open_datasets
+from t2i.data.framing import CLIP_INPUT, SQUARES
 from t2i.data.manifest import SPLITS, find_manifest
 from t2i.errors import InputError
 from t2i.files.fingerprints import compute_files_fingerprint, compute_stored_fingerprint, compute_weights_fingerprint
 from t2i.files.model_folder import read_model_class
 from t2i.files.untrusted import is_folder, read_json
 from t2i.networks.autoencoder import Autoencoder
-from t2i.networks.clip import CLIP
+from t2i.networks.clip import CLIP, DEFAULT_RESIZING
 from t2i.networks.public.transformers_clip import TransformersCLIP
 from t2i.networks.text_encoder import TextEncoder
 from t2i.terminal import print_note
@@ -46,8 +49,14 @@ def check_cache_freshness(
     pairs: dict[str, tuple[Any, Any]] = {"data.image_size": (cache.made_from["image_size"], data.image_size)}
     if cache.text or cache.tokens:  # older caches have captions without this option
         pairs["data.keyword_alone"] = (cache.made_from.get("keyword_alone", 0.0), data.keyword_alone)
+    pairs["data.flip"] = (cache.made_from.get("flip", False), data.flip)
+    if autoencoder is not None:
+        pairs["data.buckets"] = (cache.made_from.get("buckets"), data.bucket_limits)
     stored = cache.made_from.get("stored", {})
     pairs["clip"] = compare_model("CLIP", clip, cache.clip_facts, stored.get("clip"))
+    seen = find_clip_input(clip, data.image_size)
+    if seen is not None:
+        pairs["input of CLIP"] = (cache.made_from.get("clip_input", SQUARES), seen)
     if find_local_folder(clip) is not None:
         pairs["tokenizer"] = (stored.get("tokenizer"), digest_tokenizer_files(clip))
     if autoencoder is not None:
@@ -66,6 +75,30 @@ def check_cache_freshness(
                 f"the cache {str(cache.folder)!r} is stale: it was made with another {name}, {before}, now {now}; "
                 "make a new cache, or use what it was made with"
             )
+
+
+def find_clip_input(name: str, image_size: int) -> str | None:
+    """Return what a CLIP's encodings are made from, as `t2i.data.framing.describe_clip_input` has it.
+
+    None for a CLIP whose preprocessing is not known before it is loaded.
+    """
+    folder = find_local_folder(name)
+    if folder is None:
+        model, _, tag = name.partition(":")
+        settings = dict(open_clip.get_pretrained_cfg(model, tag))
+        size = (open_clip.get_model_config(model) or {}).get("vision_cfg", {}).get("image_size")
+    else:
+        path = folder / "config.json"
+        config = read_json(path) if path.is_file() else {}
+        if config.get("_class_name") == "TransformersCLIP":  # rounds as transformers does
+            return CLIP_INPUT
+        settings = config.get("preprocess") or {}
+        size = settings.get("size")
+    if size is None:
+        return None
+    modes = {key: settings.get(key) or default for key, default in DEFAULT_RESIZING.items()}
+    sides = {size} if isinstance(size, int) else set(size)
+    return SQUARES if sides == {image_size} and modes == DEFAULT_RESIZING else CLIP_INPUT
 
 
 def open_data_if_present(data: DataConfig) -> dict[str, CaptionedPictures]:

@@ -67,6 +67,8 @@ class FrozenModels:
         # A resumed run must see the same data and models.
         digest = self.dataset.compute_digest()
         self.made_from = collect_identities(digest, self.clip_facts, self.autoencoder_facts, self.text_encoder_facts)
+        seen = [dataset.show_clip(self.clip_model, alone=autoencoder is None) for dataset in datasets.values()]
+        self.made_from |= seen[0]
 
     def to(self, device: torch.device) -> None:
         for model in (self.clip_model, self.autoencoder_model, self.text_model):
@@ -80,7 +82,8 @@ class FrozenModels:
         device = batch.image.device
         # Without autocast, so that the encodings are as exact as those of a cache
         with torch.autocast(device.type, enabled=False):
-            encoded = replace(batch, image_embeds=self.clip_model.encode_image(batch.image).float())
+            seen = batch.image if batch.seen is None else batch.seen
+            encoded = replace(batch, image_embeds=self.clip_model.encode_image(seen).float())
             if self.autoencoder_model is not None:
                 # Contiguous, because random noise depends on the memory layout
                 encoded.latents = self.autoencoder_model.encode(batch.image).float().contiguous()
@@ -105,18 +108,22 @@ class FrozenModels:
 
     @torch.no_grad()
     def iterate_embeds(self) -> Iterator[Tensor]:
-        for image in self.dataset.iterate_images(MAX_MEASURED_IMAGES, batch_size=64):
-            yield self.clip_model.encode_image(image.to(self.clip_model.device)).float().cpu()
+        for image, seen in self.dataset.iterate_views(MAX_MEASURED_IMAGES, batch_size=64):
+            shown = image if seen is None else seen
+            yield self.clip_model.encode_image(shown.to(self.clip_model.device)).float().cpu()
 
     @torch.no_grad()
-    def encode_records(self, keys: list[SampleIndex]) -> Batch:
-        """Encode samples for previews: image_embeds and text, with captions, and with images if they are there.
+    def encode_records(self, keys: list[SampleIndex]) -> tuple[Batch, list[Tensor] | None]:
+        """Encode samples for previews: image_embeds and text, with captions; return the images too, (3, H, W) each.
 
         The samples are of the held-out split, or of the training split if there is none.
         """
-        batch = (self.validation or self.dataset).__getitems__(keys).to(self.clip_model.device)
+        batch, views = (self.validation or self.dataset).read_views(keys)
+        seen = torch.stack([view.image if view.seen is None else view.seen for view in views])
+        z_i = self.clip_model.encode_image(seen.to(self.clip_model.device)).float()
         # A stage may read no captions; previews need them for the prior.
-        return replace(self.encode(batch), text=encode_captions(self.clip_model, self.text_model, batch.captions))
+        text = encode_captions(self.clip_model, self.text_model, batch.captions)
+        return replace(batch, image_embeds=z_i, text=text), [view.image for view in views]
 
     def load_clip(self) -> CLIP:
         return self.clip_model
@@ -156,6 +163,7 @@ class CachedEncodings:
         if missing := [name for name in needed if needed[name] and not present[name]]:
             raise InputError(f"the cache {cache!r} was made without {' and '.join(missing)}; make a new one with it")
         assert facts is not None
+        data.check_center_crops()
         pictures = open_data_if_present(data)
         check_cache_freshness(self.dataset, data, pictures, clip, autoencoder)
         self.validation = None
@@ -210,11 +218,11 @@ class CachedEncodings:
         return torch.stack([self.dataset.open_shard(i // size)["image_embeds"][i % size] for i in indices]).float()
 
     @torch.no_grad()
-    def encode_records(self, keys: list[SampleIndex]) -> Batch:
+    def encode_records(self, keys: list[SampleIndex]) -> tuple[Batch, list[Tensor] | None]:
         """Read the encodings of samples for previews, as `FrozenModels.encode_records` computes them."""
         # A data set of its own, because that of the training may lack CLIP's encoding of the captions
         cached = CachedPairs(self.dataset.folder, self.preview_split, latents=False)
-        batch = cached.__getitems__(keys)
+        batch, pictures = cached.__getitems__(keys), None
         # Captions and images, from the data if they are there
         names = [cached.get_sample_key(index) for index, _ in keys]
         if self.preview_pictures is None:
@@ -226,8 +234,8 @@ class CachedEncodings:
                         f"the cache {str(cached.folder)!r} is stale: its image {index} of {self.preview_split} is "
                         f"{name!r}, in the data {current!r}; make a new one"
                     )
-            records = self.preview_pictures.__getitems__(keys)
-            batch.captions, batch.image = records.captions, records.image
+            records, views = self.preview_pictures.read_views(keys)
+            batch.captions, pictures = records.captions, [view.image for view in views]
         # What the cache lacks of the captions' encodings
         if batch.text is None:
             batch.text = self.load_clip().encode_text(batch.captions)
@@ -236,7 +244,7 @@ class CachedEncodings:
         elif self.text_encoder_facts is not None:
             stored = CachedPairs(cached.folder, self.preview_split, latents=False, tokens=True).__getitems__(keys)
             batch.text = replace(batch.text, decoder_tokens=stored.tokens)
-        return batch
+        return batch, pictures
 
     def load_clip(self) -> CLIP:
         return load_clip(self.clip_name).eval()

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from t2i.config import TrainConfig
-from t2i.data import Batch, iterate_batches
+from t2i.data import Batch
 from t2i.data.groups import SampleGroups
+from t2i.data.loading import iterate_batches, iterate_fixed_batches
 from t2i.errors import RESUMABLE_STATUS, InputError, RunError, RunStopped
 from t2i.runtime.devices import choose_training_precision
 from t2i.runtime.launch import check_environment
@@ -114,10 +115,12 @@ def fit(accelerator: Accelerator, stage: Stage, config: TrainConfig) -> None:
 def check_stage(accelerator: Accelerator, stage: Stage, config: TrainConfig) -> None:
     """Refuse, before any work, processes that were started with different things, or too many of them."""
     size, processes = len(stage.dataset), accelerator.num_processes  # type: ignore[arg-type]
-    settings = flatten_config(stage.config) | flatten_config({"train": asdict(config)})
-    check_processes_agree(accelerator, {**settings, **stage.made_from, "samples": size})
+    settings = flatten_config(stage.config) | flatten_config({"train": asdict(config)}) | stage.made_from
+    check_processes_agree(accelerator, {**settings, "samples": size})
     if size < processes:
         raise InputError(f"there are {processes} processes for {size} samples; start at most {size}")
+    for line in getattr(stage.dataset, "format_shape_lines", list)():
+        accelerator.print(line)
 
 
 def prepare_state(accelerator: Accelerator, stage: Stage, config: TrainConfig) -> TrainState:
@@ -199,6 +202,7 @@ def iterate_training_batches(stage: Stage, state: TrainState) -> Generator[Batch
         batch_size=state.config.batch_size,
         seed=state.config.seed,
         position=state.step * state.samples_per_step,
+        step_size=state.samples_per_step,
         rank=state.accelerator.process_index,
         world=state.accelerator.num_processes,
         groups=stage.groups,
@@ -322,14 +326,10 @@ def validate_ema(
     accelerator: Accelerator, stage: Stage, state: TrainState, health: HealthMonitor
 ) -> dict[str, float] | None:
     """Return the averaged model's metrics on held-out samples and noise, the same each time; None if it is not due."""
-    config, world = state.config, accelerator.num_processes
-    if stage.validation is None or not is_step_due(state, config.validate_every):
+    if stage.validation is None or not is_step_due(state, state.config.validate_every):
         return None
-    # As many whole batches as the samples fill on all processes, at least one
-    count = min(len(stage.validation), config.validation_samples)  # type: ignore[arg-type]
-    batch_size = max(1, min(config.batch_size, count // world))
-    order = {"batch_size": batch_size, "seed": 0, "rank": accelerator.process_index, "world": world}
-    loader, batches = iterate_batches(stage.validation, num_workers=0, **order), max(1, count // (batch_size * world))
+    place = accelerator.process_index, accelerator.num_processes
+    loader, batches = iterate_fixed_batches(stage.validation, state.config, *place)
     # Their means, over batches here and over processes at the end
     sums: dict[str, Tensor] = {}
     with state.average.ema_weights() as model:

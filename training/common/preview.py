@@ -5,7 +5,7 @@ Previews do not change the global random state, so a run with previews equals th
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
@@ -113,7 +113,12 @@ class PreviewPipeline(UnCLIPPipeline):
 def read_fixed_records(dataset: CaptionedPictures, count: int) -> Batch | None:
     """Read at most `count` samples, evenly spread over a data set; None for no samples."""
     keys = choose_fixed_keys(len(dataset), count)
-    return dataset.__getitems__(keys) if keys else None
+    if not keys:
+        return None
+    # Squares, whatever shapes are trained on, so that the images are one tensor
+    side = dataset.config.image_size
+    batch, views = dataset.read_views(keys, (side, side))
+    return replace(batch, image=torch.stack([view.image for view in views]))
 
 
 def choose_fixed_keys(size: int, count: int) -> list[SampleIndex]:
@@ -128,7 +133,17 @@ class PreviewInput:
     captions: list[str]
     text: TextEncoding  # of the N captions
     z_i: Tensor  # (K, D), unit length
-    pictures: Tensor | None  # (K, 3, H, W) in [-1, 1]; None where only their embeddings are known
+    pictures: Sequence[Tensor] | None  # (3, H, W) each, in [-1, 1]; None where only their embeddings are known
+
+    def get_size(self, column: int) -> dict[str, Any]:
+        """Return the options of a pipeline that draw a column in the shape of its image.
+
+        There are none without an image, and for a square, which every decoder draws in its own size.
+        """
+        if self.pictures is None or column >= len(self.pictures):
+            return {}
+        height, width = self.pictures[column].shape[-2:]
+        return {} if height == width else {"height": height, "width": width}
 
 
 @torch.no_grad()
@@ -138,12 +153,12 @@ def encode_preview_input(source: EncodingSource, config: SampleConfig) -> Previe
     Samples come from the held-out split, or from the training split if there is none.
     """
     texts: list[TextEncoding] = []
-    captions, z_i, pictures = list(config.prompts), torch.zeros(0, source.clip_facts.embed_dim), None
+    captions, z_i = list(config.prompts), torch.zeros(0, source.clip_facts.embed_dim)
+    pictures: list[Tensor] | None = None
     if keys := choose_fixed_keys(len(source.validation or source.dataset), config.count):
-        records = source.encode_records(keys)
+        records, pictures = source.encode_records(keys)
         assert records.text is not None and records.image_embeds is not None, "that is what previews draw from"
         captions, z_i = [*records.captions, *captions], records.image_embeds.float().cpu()
-        pictures = None if records.image is None else records.image.cpu()
         texts.append(records.text)
     # Prompts, which no cache contains
     if config.prompts:
@@ -185,24 +200,28 @@ def sample_column_embeds(columns: PreviewInput, config: SampleConfig, pipeline: 
 
 
 @torch.no_grad()
-def draw_column_images(columns: PreviewInput, z_i: Tensor, config: SampleConfig, pipeline: UnCLIPPipeline) -> Tensor:
-    """Draw the decoder's images of z_i, (M, D), for the first M columns: (M, 3, H, W), fp32, on the CPU.
+def draw_column_images(
+    columns: PreviewInput, z_i: Tensor, config: SampleConfig, pipeline: UnCLIPPipeline
+) -> list[Tensor]:
+    """Draw the decoder's images of z_i, (M, D), for the first M columns: (3, H, W) each, fp32, on the CPU.
 
-    A column's noise is the same for any z_i.
+    An image has the size of its column's image. A column's noise is the same for any z_i.
     """
-    _, decoder = pipeline.resolve_options(**config.pipeline_options)
-    batches = [
-        pipeline.decode_images(run_decoder_stage(pipeline, z_i[part], text, decoder, generators)).cpu()
-        for part, text, _, generators in iterate_columns(columns, config, len(z_i))
-    ]
-    return torch.cat(batches)
+    images: list[Tensor] = []
+    for part, text, _, generators in iterate_columns(columns, config, len(z_i)):
+        _, decoder = pipeline.resolve_options(**config.pipeline_options, **columns.get_size(part.start))
+        images += pipeline.decode_images(run_decoder_stage(pipeline, z_i[part], text, decoder, generators)).cpu()
+    return images
 
 
 def iterate_columns(
     columns: PreviewInput, config: SampleConfig, count: int
 ) -> Iterator[tuple[slice, TextEncoding, list[Generator], list[Generator]]]:
-    """Yield the first `count` columns in batches: their positions, captions, and generators of prior and decoder."""
-    for part in slice_columns(count):
+    """Yield the first `count` columns in batches of one size: their positions, captions, and generators of both stages.
+
+    The generators are those of the prior, then those of the decoder.
+    """
+    for part in slice_columns(count, columns.get_size):
         numbers = range(count)[part]
         # As in a pipeline that is called with the column's seed
         seeded = [Generator().manual_seed(config.seed + number) for number in numbers]
@@ -355,8 +374,15 @@ def skip_failure(function: Callable[[], Result]) -> Result | None:
         return None
 
 
-def slice_columns(count: int) -> list[slice]:
-    return [slice(start, start + COLUMNS_PER_BATCH) for start in range(0, count, COLUMNS_PER_BATCH)]
+def slice_columns(count: int, get_key: Callable[[int], object] = lambda column: None) -> list[slice]:
+    """Divide columns into batches of neighbours with the same key."""
+    parts: list[slice] = []
+    for column in range(count):
+        if parts and column - parts[-1].start < COLUMNS_PER_BATCH and get_key(column) == get_key(parts[-1].start):
+            parts[-1] = slice(parts[-1].start, column + 1)
+        else:
+            parts.append(slice(column, column + 1))
+    return parts
 
 
 def apply_in_batches(function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from t2i.config import TrainConfig
+from t2i.config import DataConfig, TrainConfig
 from t2i.errors import InputError, RunError
 from t2i.files.file_systems import lock_file, measure_free_bytes
 from t2i.runtime.processes import run_on_main_process
@@ -33,6 +33,7 @@ from t2i.terminal import print_note
 # Settings that may change between a run and its resumption. Paths are among them, because `made_from` identifies what
 # lies there.
 PATH_KEYS = ("clip", "autoencoder", "text_encoder", "cache", "init", "perceptual_clip", "data.path")
+DATA_DEFAULTS = {f"data.{name}": value for name, value in asdict(DataConfig()).items()}
 MUTABLE_KEYS = ("train.", "sample.", "data.num_workers", *PATH_KEYS)
 FIXED_TRAIN_KEYS = ("seed", "optimizer")  # of TrainConfig, whose other settings may differ
 WEIGHT_COPIES = 4  # copies of the trained weights in a checkpoint: they, their average, and AdamW's two moments
@@ -146,7 +147,7 @@ class TrainState:
         now = select_fixed_settings(self.stage_config, asdict(self.config))
         for name in sorted({**before, **now}):
             # An option that is newer than the checkpoint, and off
-            if name not in before and name.removeprefix("data.").isidentifier() and not now[name]:
+            if name not in before and is_off(name, now[name]):
                 continue
             if before.get(name) != now.get(name):
                 raise InputError(
@@ -294,6 +295,11 @@ def flatten_config(config: dict[str, Any], name: str = "") -> dict[str, Any]:
         nested = isinstance(value, dict) and value
         result |= flatten_config(value, f"{name}{key}.") if nested else {f"{name}{key}": value}
     return result
+
+
+def is_off(name: str, value: Any) -> bool:
+    """Return whether an option is as if it did not exist."""
+    return value == DATA_DEFAULTS[name] if name in DATA_DEFAULTS else "." not in name and not value
 
 
 def select_fixed_settings(stage: dict[str, Any], train: dict[str, Any]) -> dict[str, Any]:

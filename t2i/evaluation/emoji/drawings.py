@@ -33,7 +33,10 @@ class Artist:
         pipeline.set_progress_bar_config(disable=True)
 
     def draw(self, prompts: list[str], real: Tensor | None = None) -> Tensor:
-        """Return drawings, (N, 3, H, W) in [-1, 1]. real: images whose z_i are drawn, instead of the prior's."""
+        """Return drawings, (N, 3, H, W) in [-1, 1].
+
+        real: images whose z_i are drawn, instead of the prior's, as CLIP sees them, (N, 3, s, s).
+        """
         seeds = [Generator().manual_seed(i) for i in range(len(prompts))]
 
         def draw_batch(part: slice) -> Tensor:
@@ -130,10 +133,10 @@ def evaluate_emoji_drawings(
 
 def draw_stages(artist: Artist, real: RealEmoji, records: list[SampleText]) -> dict[str, Tensor]:
     """Return the images of each stage, (N, 3, 128, 128) in [-1, 1]."""
-    targets, captions = real.load_images(records), [record.text for record in records]
+    captions = [record.text for record in records]
     return {
-        "autoencoder": artist.reconstruct(targets),
-        "decoder": artist.draw(captions, targets),
+        "autoencoder": artist.reconstruct(real.load_images(records)),
+        "decoder": artist.draw(captions, real.load_seen_images(records, artist.pipeline.clip)),
         "pipeline": artist.draw(captions),
     }
 

@@ -5,12 +5,14 @@ import random
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from t2i.config import DataConfig
 from t2i.data import CaptionedPictures, SampleText
+from t2i.data.dataset import stack_views
 from t2i.data.emoji.keywords import SKIN_TONES, get_code
 from t2i.data.emoji.noto import Emoji
 from t2i.data.labels import read_labels
@@ -94,6 +96,12 @@ class RealEmoji:
     def load_images(self, records: list[SampleText]) -> Tensor:
         """Return the real images, (N, 3, 128, 128) in [-1, 1]."""
         return torch.stack([self.dataset.load_image(record.index) for record in records])
+
+    def load_seen_images(self, records: list[SampleText], clip: Any) -> Tensor:
+        """Return the real images as a CLIP sees them, (N, 3, s, s) in [-1, 1]."""
+        self.dataset.show_clip(clip)
+        images, seen = stack_views([self.dataset.load_view(record.index) for record in records])
+        return images if seen is None else seen
 
     @cached_property
     def features(self) -> Tensor:

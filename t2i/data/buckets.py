@@ -1,0 +1,85 @@
+"""Buckets: shapes with about as many pixels as the square, to the nearest of which images are cropped."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from t2i.config import DataConfig
+from t2i.errors import InputError
+
+Shape = tuple[int, int]  # height and width, in pixels
+
+MIN_AREA = 0.75  # of the square's pixels
+RATIO_SPACING = 1.1  # between the ratios of two buckets, at least; more buckets would be less full
+MUCH_LOST = 0.2  # fraction of an image that a crop may take without being counted
+
+
+def list_bucket_shapes(image_size: int, step: int, max_ratio: float) -> list[Shape]:
+    """Return the shapes whose sides are multiples of `step`, from the tallest to the widest.
+
+    Each has at most the pixels of the square of `image_size`, and at least three quarters of them; neither side is more
+    than `max_ratio` times the other. Of shapes with nearly the same ratio the largest is taken.
+    """
+    budget = (image_size // step) ** 2
+    pairs = [(short, long) for short in range(1, image_size // step + 1) for long in range(short, budget // short + 1)]
+    pairs = [(short, long) for short, long in pairs if long <= max_ratio * short and short * long >= MIN_AREA * budget]
+    chosen: list[tuple[int, int]] = []
+    for short, long in sorted(pairs, key=lambda sides: (-sides[0] * sides[1], sides[1])):
+        ratios = (math.log(long / short / (other / less)) for less, other in chosen)
+        if all(abs(ratio) >= math.log(RATIO_SPACING) for ratio in ratios):
+            chosen.append((short, long))
+    both = {sides for short, long in chosen for sides in ((long * step, short * step), (short * step, long * step))}
+    return sorted(both, key=lambda shape: shape[1] / shape[0])
+
+
+def list_image_shapes(config: DataConfig) -> list[Shape]:
+    """Return the shapes that training images get: the buckets, or the square alone.
+
+    Raises InputError for settings that allow no other shape than the square.
+    """
+    if not config.buckets:
+        return [(config.image_size, config.image_size)]
+    shapes = list_bucket_shapes(config.image_size, config.bucket_step, config.max_ratio)
+    if len(shapes) == 1:
+        limits = f"data.bucket_step={config.bucket_step} and data.max_ratio={config.max_ratio:g}"
+        raise InputError(f"{limits} leave no shape but the square of data.image_size={config.image_size}")
+    return shapes
+
+
+def assign_buckets(heights: np.ndarray, widths: np.ndarray, shapes: Sequence[Shape]) -> np.ndarray:
+    """Return the number of the shape whose ratio is nearest to that of each image, (N,), int64.
+
+    So the fraction of each image that is cropped away is as small as it can be. shapes: by rising width / height.
+    """
+    ratios = np.log([width / height for height, width in shapes])
+    return np.searchsorted((ratios[1:] + ratios[:-1]) / 2, np.log(widths / heights))
+
+
+def compute_lost_fractions(
+    heights: np.ndarray, widths: np.ndarray, shapes: Sequence[Shape], numbers: np.ndarray
+) -> np.ndarray:
+    """Return the fraction of each image that is cropped away when it gets the shape of its number, (N,)."""
+    ratios = np.array([width / height for height, width in shapes])[numbers] / (widths / heights)
+    return 1 - np.minimum(ratios, 1 / ratios)
+
+
+def format_bucket_lines(shapes: Sequence[Shape], numbers: np.ndarray, lost: np.ndarray | None = None) -> list[str]:
+    """Return lines about how many images have which shape, and how much of them is cropped away, if that is known."""
+    lines = []
+    if len(shapes) > 1:
+        counts = np.bincount(numbers, minlength=len(shapes))
+        parts = [f"{count:,} of {width} x {height}" for (height, width), count in zip(shapes, counts) if count]
+        lines.append(f"shapes: {', '.join(parts)}")
+    if lost is not None and (line := format_lost_line(lost, len(shapes) > 1)):
+        lines.append(line)
+    return lines
+
+
+def format_lost_line(lost: np.ndarray, with_buckets: bool) -> str:
+    """Return a line about what crops take from images; empty if that is less than a hundredth."""
+    mean, much = float(lost.mean()), int((lost > MUCH_LOST).sum())
+    if mean < 0.005 and not much:
+        return ""
+    line = f"crops take {mean:.0%} of the images, and more than {MUCH_LOST:.0%} of {much:,} of {len(lost):,}"
+    return line + ("" if with_buckets else "; data.buckets=true keeps shapes")

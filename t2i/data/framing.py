@@ -1,0 +1,100 @@
+"""Framing: which part of an image is trained on, in which shape, and how CLIP sees the image.
+
+Both come from one decoding of the file, and each is resized once.
+"""
+
+import random
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import InterpolationMode, center_crop, crop, pil_to_tensor, resize
+
+from t2i.config import DataConfig
+from t2i.data.buckets import Shape
+from t2i.data.pictures import Resizing, to_tensor
+
+if TYPE_CHECKING:
+    from t2i.networks.clip import CLIP
+
+CLIP_INPUT, SQUARES = "images resized once", "the squares that are trained on"  # what CLIP sees
+
+
+def describe_clip_input(clip: "CLIP", image_size: int) -> dict[str, str]:
+    """Return a key and a value for what the encodings of a CLIP are made from, beside its identity.
+
+    It is empty where CLIP sees the squares, as it did in earlier versions.
+    """
+    is_square = Resizing.for_clip(clip) == Resizing((image_size,), image_size)
+    return {} if is_square else {"clip_input": CLIP_INPUT}
+
+
+class View(NamedTuple):
+    """An image in its two forms: float32 in [-1, 1]."""
+
+    image: Tensor  # (3, H, W): what is trained on
+    seen: Tensor | None  # (3, s, s): what CLIP sees; None where it is `image`
+
+
+@dataclass(frozen=True)
+class Framing:
+    """Settings of framing. A draw of 0 is plain: the centre, not mirrored.
+
+    crop, flip: as in DataConfig. seen: how CLIP's image is resized; None where it is the image that is trained on.
+    for_clip: images are for CLIP alone, and `seen` makes the only form of them.
+    """
+
+    crop: str = "center"
+    flip: bool = False
+    seen: Resizing | None = None
+    for_clip: bool = False
+
+    def set_clip(self, clip: "CLIP", config: DataConfig, alone: bool) -> "Framing":
+        """Return the framing for this CLIP. alone: the images are for CLIP alone."""
+        seen = Resizing.for_clip(clip)
+        is_trained_on = seen == Resizing((config.image_size,), config.image_size) and self.crop == "center"
+        if is_trained_on and not (alone or config.buckets):
+            return self
+        return replace(self, seen=seen, for_clip=alone)
+
+    def frame(self, picture: Image.Image, shape: Shape, draw: int = 0) -> View:
+        """Return the forms of an image for one use in training."""
+        seen = None if self.seen is None else to_tensor(picture, self.seen)
+        if self.for_clip and seen is not None:
+            view = View(seen, None)
+        else:
+            view = View(cut_image(picture, shape, draw if self.crop == "random" else 0), seen)
+        return flip_view(view) if self.flip and is_flipped(draw) else view
+
+
+def cut_image(picture: Image.Image, shape: Shape, draw: int = 0) -> Tensor:
+    """Return an image resized to cover a shape, and the part of it that a draw chooses; of draw 0, the middle."""
+    height, width = shape
+    # Of a square torchvision chooses the long side, with a rounding of its own
+    size = [height] if height == width else compute_covering_size(picture.height, picture.width, shape)
+    covering = resize(picture, size, InterpolationMode.BICUBIC, antialias=True)
+    if draw:
+        rng = random.Random(f"{draw} crop")
+        top, left = rng.randint(0, covering.height - height), rng.randint(0, covering.width - width)
+        part = crop(covering, top, left, height, width)
+    else:
+        part = center_crop(covering, [height, width])
+    return pil_to_tensor(part).float() / 127.5 - 1
+
+
+def compute_covering_size(height: int, width: int, shape: Shape) -> list[int]:
+    """Return the height and width of an image that just covers a shape."""
+    if shape[0] * width >= shape[1] * height:
+        return [shape[0], shape[0] * width // height]
+    return [shape[1] * height // width, shape[1]]
+
+
+def is_flipped(draw: int) -> bool:
+    """Return whether a draw mirrors its image: half of them do, and 0 does not."""
+    return draw != 0 and random.Random(f"{draw} flip").random() < 0.5
+
+
+def flip_view(view: View) -> View:
+    """Mirror an image, left to right."""
+    return View(view.image.flip(-1), None if view.seen is None else view.seen.flip(-1))
