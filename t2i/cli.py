@@ -16,6 +16,8 @@ from t2i.errors import InputError, report_errors
 from t2i.progress import Progress
 from t2i.terminal import be_quiet, print_line, print_note
 
+TRAINED_STAGES = (*STAGES, *EXTRA_STAGES)
+
 
 class QuietGroup(TyperGroup):
     """A group of commands that take its option `--quiet` too, before or after their names."""
@@ -37,7 +39,6 @@ def list_commands_below(group: Any) -> Iterator[Any]:
 app = typer.Typer(
     cls=QuietGroup,
     help="Text-to-image models in the way of DALL-E 2 (unCLIP): draw with them, train them, evaluate them.",
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -80,7 +81,7 @@ def main() -> None:
     with report_errors():
         try:
             # Outside of its standalone mode typer raises errors, instead of printing them over several lines
-            status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+            status = app(sys.argv[1:] or ["--help"], prog_name="t2i", standalone_mode=False)
         except typer.TyperException as error:
             raise InputError(error.format_message() + format_option_value(error)) from error
         except typer.Abort:
@@ -144,7 +145,9 @@ def ensure_fresh_manifest(source: str, held_out: float | None) -> None:
 
 @app.command(context_settings={"ignore_unknown_options": True})
 def train(
-    stage: Annotated[str, argument(f"Stage to train: {', '.join((*STAGES, *EXTRA_STAGES))}, or all.")],
+    stage: Annotated[
+        str, argument(f"Stage to train: {', '.join(TRAINED_STAGES)}, or all.", choices=(*TRAINED_STAGES, "all"))
+    ],
     arguments: Annotated[
         list[str] | None,
         argument("FILE.yaml and overrides key=value; for `all`, the folder that `t2i init` wrote."),
@@ -160,7 +163,7 @@ def train(
     from t2i.checks import check_choice, check_range
 
     # Check the arguments before torch is imported
-    check_choice("stage", stage, (*STAGES, *EXTRA_STAGES, "all"))
+    check_choice("stage", stage, (*TRAINED_STAGES, "all"))
     check_range("num-processes", num_processes, 1, 1024)
     check_range("max-restarts", max_restarts, 0, 1000)
     check_needed("--max-restarts", max_restarts or None, "--num-processes of 2 or more", num_processes > 1)

@@ -43,7 +43,11 @@ def generate(
     ] = None,
     dtype: Annotated[
         list[str] | None,
-        option("Dtype of the weights, fp32, bf16 or fp16, or of a part: decoder=bf16. Repeatable.", metavar="DTYPE"),
+        option(
+            "Dtype of the weights, fp32, bf16 or fp16, or of a part: decoder=bf16. Repeatable.",
+            metavar="DTYPE",
+            choices=("fp32", "bf16", "fp16"),
+        ),
     ] = None,
     compile: Annotated[
         bool, option("Compile the decoder first, for many images of one size.", None, "--compile")
@@ -139,7 +143,9 @@ def inpaint(
     source: flags.ModelFlags,
     decoder: flags.DecoderFlags,
     strength: Annotated[float, option("Fraction of the steps to take. Below 1, some of the masked part stays.")] = 1.0,
-    mask_channel: Annotated[str, option("luminance, or alpha: transparent parts are painted.")] = "luminance",
+    mask_channel: Annotated[
+        str, option("luminance, or alpha: transparent parts are painted.", choices=("luminance", "alpha"))
+    ] = "luminance",
 ) -> Iterator[Path]:
     """Paint the masked part of an image anew, and print the paths of the results.
 

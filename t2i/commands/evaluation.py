@@ -119,7 +119,10 @@ def evaluate_likelihood(
     steps: Annotated[int, option("Steps of the ODE solver.")] = 25,
     seed: Annotated[int, option("Seed of the first image. Each further image adds 1.")] = 0,
     stage: Annotated[
-        list[str] | None, option("Stage to evaluate: prior or decoder. Repeatable.", "both", metavar="STAGE")
+        list[str] | None,
+        option(
+            "Stage to evaluate: prior or decoder. Repeatable.", "both", metavar="STAGE", choices=("prior", "decoder")
+        ),
     ] = None,
     device: flags.Device = "auto",
 ) -> None:

@@ -3,7 +3,7 @@
 Nothing here imports torch, so that `t2i --help` is quick.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from functools import wraps
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-SAMPLER_NAMES = "ddpm, ddim, dpmsolver++, sde-dpmsolver++, unipc, ode or sde"
+SAMPLERS = ("ddpm", "ddim", "dpmsolver++", "sde-dpmsolver++", "unipc", "ode", "sde")
+SAMPLER_NAMES = f"{', '.join(SAMPLERS[:-1])} or {SAMPLERS[-1]}"
 GUIDANCE_KEYS = "interval=LOW:HIGH, rescale, threshold, parallel, norm or momentum"
 # Names of the pipelines' arguments, for options with shorter names
 SETTING_NAMES = {
@@ -32,20 +33,37 @@ SETTING_NAMES = {
 }
 
 
-def option(help: str, default: str | None = None, *names: str, metavar: str | None = None) -> Any:
+def option(
+    help: str,
+    default: str | None = None,
+    *names: str,
+    metavar: str | None = None,
+    choices: Sequence[str] | None = None,
+) -> Any:
     """Return an option.
 
     default: describes its default in the help, where that is None or a path. metavar: stands for its value there; None
-    names the type.
+    names the type. choices: values that a shell completes.
     """
+    shown: str | bool = default or True
     # typer puts parentheses around a description, but a value that can be given has none
     if default is not None and (default == "auto" or default.replace(".", "", 1).isdigit()):
-        return Option(*names, help=f"{help} [default: {default}]", show_default=False, metavar=metavar)
-    return Option(*names, help=help, show_default=default or True, metavar=metavar)
+        help, shown = f"{help} [default: {default}]", False
+    complete = build_completion(choices)
+    return Option(*names, help=help, show_default=shown, metavar=metavar, autocompletion=complete)
 
 
-def argument(help: str, default: str | bool = False) -> Any:
-    return Argument(help=help, show_default=default)
+def argument(help: str, default: str | bool = False, choices: Sequence[str] | None = None) -> Any:
+    return Argument(help=help, show_default=default, autocompletion=build_completion(choices))
+
+
+def build_completion(choices: Sequence[str] | None) -> Callable[[str], list[str]] | None:
+    """Return what a shell asks for the values that begin with what was typed; without choices, it completes files."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [choice for choice in choices or () if choice.startswith(incomplete)]
+
+    return None if choices is None else complete
 
 
 ImageFile = Annotated[Path, argument("Image file.")]
@@ -54,7 +72,7 @@ Out = Annotated[Path, option("Folder to write to, or a .png file for a single im
 Model = Annotated[str, option("Model folder, or repository on the hub.", "models/emoji")]
 Prior = Annotated[str | None, option("Folder or repository of a public model's prior, if the model lacks it.")]
 Clip = Annotated[str | None, option("Folder or repository of a public model's CLIP, if the model lacks it.")]
-Device = Annotated[str, option("Device to run on: auto, cpu, cuda or mps.")]
+Device = Annotated[str, option("Device to run on: auto, cpu, cuda or mps.", choices=("auto", "cpu", "cuda", "mps"))]
 Seed = Annotated[int | None, option("Seed of the first image. Each further image adds 1.", "random")]
 Steps = Annotated[int | None, option("Denoising steps of the decoder.", "the model's")]
 GuidanceScale = Annotated[float | None, option("Guidance scale of the decoder. 1 turns guidance off.", "the model's")]
@@ -63,7 +81,7 @@ PriorGuidanceScale = Annotated[float | None, option("Guidance scale of the prior
 Candidates = Annotated[
     int | None, option("Image embeddings to sample per image; the nearest to the prompt is used.", "2")
 ]
-Sampler = Annotated[str | None, option(f"Sampler of the decoder: {SAMPLER_NAMES}.", "the model's")]
+Sampler = Annotated[str | None, option(f"Sampler of the decoder: {SAMPLER_NAMES}.", "the model's", choices=SAMPLERS)]
 Eta = Annotated[float | None, option("Noise that the sampler ddim adds in each step, 0 to 1.", "0")]
 NoiseLevel = Annotated[int | None, option("Noise that Stable unCLIP adds to the image embedding, 0 to 999.")]
 NegativePrompt = Annotated[str | None, option("What not to show: a text that the prior is guided away from.")]
@@ -204,7 +222,9 @@ class PriorFlags(Settings):
 class SamplerFlags(Settings):
     panel: ClassVar[str] = "Samplers"
     sampler: Sampler = None
-    prior_sampler: Annotated[str | None, option("Like --sampler, for the prior.", "the model's")] = None
+    prior_sampler: Annotated[str | None, option("Like --sampler, for the prior.", "the model's", choices=SAMPLERS)] = (
+        None
+    )
     eta: Eta = None
     prior_temperature: Annotated[
         float | None, option("Temperature of an autoregressive prior. 0 takes the likeliest code.", "the model's")

@@ -33,7 +33,9 @@ class Comparison:
     clip_score: Annotated[
         str | None, option("CLIP that scores images with their captions; not the one that drew them.")
     ] = None
-    split: Annotated[str | None, option("Split of a checked source: train or held_out.", "all")] = None
+    split: Annotated[
+        str | None, option("Split of a checked source: train or held_out.", "all", choices=("train", "held_out"))
+    ] = None
     count: Annotated[int | None, option("Images to draw.", "one for each caption")] = None
     seed: Annotated[int, option("Seed of the first image, of the captions' order and of the subsets.")] = 0
     image_size: Annotated[int | None, option("Side in pixels to resize all images to.", "that of drawn ones")] = None
