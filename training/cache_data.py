@@ -22,6 +22,7 @@ from t2i.training.common.cache_freshness import (
     build_text_encoder_facts,
     digest_stored_files,
 )
+from t2i.training.common.captions import find_cut_captions, print_cut_captions
 from t2i.training.common.encodings import encode_tokens
 from t2i.training.common.entry import run
 from t2i.training.common.loop import build_accelerator
@@ -129,6 +130,9 @@ def main(config: Config) -> None:
             if (config.text or config.text_encoder) and most > config.variations:
                 count = config.variations
                 print_note(f"caching {count} of up to {most} captions of an image; `variations` sets how many")
+            cut = {name: find_cut_captions(datasets["train"], one) for name, one in encoder.list_tokenizers().items()}
+            for cut_line in cut.values():
+                print_cut_captions(cut_line)
         encoder.prepare(accelerator)
         # Each process makes a part of the shards
         shards = []
@@ -141,7 +145,8 @@ def main(config: Config) -> None:
             counts = {split: sum(shard.split == split for shard in shards) for split in datasets}
             models = {name: None if facts is None else asdict(facts) for name, facts in encoder.facts.items()}
             training = [shard.build_path(folder) for shard in shards if shard.split == "train"]
-            finish_cache(folder, key, models, encoder.compute_shared_tensors(datasets, training), counts)
+            found = {**models, "cut_captions": cut}
+            finish_cache(folder, key, found, encoder.compute_shared_tensors(datasets, training), counts)
             pictures = ", ".join(f"{len(dataset)} images of {split}" for split, dataset in datasets.items())
             print_line(f"{folder}: {pictures}; {sum(path.stat().st_size for path in folder.iterdir()) / 1e6:.1f} MB")
 
@@ -273,6 +278,11 @@ class CacheEncoder:
         if self.clip is None:
             return {}
         return [dataset.show_clip(self.clip, alone=self.autoencoder is None) for dataset in datasets.values()][0]
+
+    def list_tokenizers(self) -> dict[str, Any]:
+        """Return the tokenizers of what encodes captions, by the name of its encodings."""
+        readers = {"text": self.clip if self.config.text else None, "text_encoder": self.text_encoder}
+        return {name: model.tokenizer for name, model in readers.items() if model is not None}
 
     def prepare(self, accelerator: Accelerator) -> None:
         """Move the models to the accelerator's device."""

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from open_clip import ClipLoss
 from PIL.Image import Image
-from t2i.training.common.captions import format_cut_captions, measure_caption_lengths
+from t2i.training.common.captions import find_cut_captions, print_cut_captions
 from t2i.training.common.entry import run
 from t2i.training.common.finetuning import prepare_init_model
 from t2i.training.common.loop import Stage, build_accelerator, fit
@@ -31,7 +31,6 @@ from t2i.files.model_folder import save_model_folder
 from t2i.interop.by_name import load_clip
 from t2i.networks.clip import CLIP, DEFAULT_RESIZING
 from t2i.networks.tokenizer import CaptionTokenizer
-from t2i.terminal import print_note
 
 # A vocabulary has 256 bytes and special tokens before it has a word.
 TEXT_CFG_LIMITS = {"vocab_size": (300, 1_000_000), "context_length": (3, 1024)}
@@ -79,8 +78,8 @@ def main(config: Config) -> None:
         raise InputError("train.batch_size must be at least 2 on one process, got 1: CLIP learns to tell images apart")
     clip, tokenizer, made_from = build_clip(config, dataset)
     made_from |= [pictures.show_clip(clip, alone=True) for pictures in datasets.values()][0]
-    if cut := format_cut_captions(measure_caption_lengths(dataset, tokenizer), tokenizer.context_length):
-        print_note(f"warning: {cut}", is_shown=accelerator.is_local_main_process)
+    if accelerator.is_local_main_process:
+        print_cut_captions(find_cut_captions(dataset, tokenizer))
     bank = None
     if config.text_only:
         clip.to(accelerator.device).net.visual.requires_grad_(False)

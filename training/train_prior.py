@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import SchedulerMixin
+from t2i.training.common.captions import print_cut_captions
 from t2i.training.common.encodings import EncodingSource, open_encodings
 from t2i.training.common.entry import run
 from t2i.training.common.finetuning import prepare_init_model, resolve_init_scheduler
@@ -131,6 +132,8 @@ def main(config: Config) -> None:
     public = find_public_prior(config)
     source = open_encodings(config.cache, config.data, config.clip)
     accelerator = build_accelerator(config.train)
+    if accelerator.is_local_main_process:
+        print_cut_captions(source.find_cut_captions())
     fit(accelerator, build_stage(config, source, accelerator.device, public), config.train)
 
 

@@ -109,6 +109,7 @@ class CachedPairs(Dataset):
         self.clip_facts = finished["clip"] and ClipFacts(**finished["clip"])
         self.autoencoder_facts = finished["autoencoder"] and AutoencoderFacts(**finished["autoencoder"])
         self.shard_size, self.variations = int(self.made_from["shard_size"]), int(self.made_from["variations"])
+        self.cut_captions: dict[str, str | None] = dict(finished.get("cut_captions") or {})  # lines by encodings
         self.text_encoder_facts = finished.get("text_encoder") and TextEncoderFacts(**finished["text_encoder"])
         self.latents = self.latents and self.autoencoder_facts is not None
         self.tokens = self.tokens and self.text_encoder_facts is not None

@@ -143,6 +143,16 @@ class TextTokenizer:
         tokens[mask] = torch.tensor([number for row in ids for number in row], dtype=torch.int64)
         return tokens, mask
 
+    def count_tokens(self, texts: str | list[str]) -> list[int]:
+        """Return the number of tokens of each text, special ones included, before anything is cut."""
+        cleaned = [normalize_text(text) for text in wrap_text(texts)]
+        counts = []
+        for kept in self.tokenizer.encode_batch(cleaned):
+            # Each further part has the special tokens once more
+            rest = sum(len(part.ids) - sum(part.special_tokens_mask) for part in kept.overflowing)
+            counts.append(len(kept.ids) + rest)
+        return counts
+
     def find_truncated_text(self, text: str) -> str:
         text = normalize_text(text)
         for rest in self.tokenizer.encode(text).overflowing:

@@ -1,16 +1,22 @@
 """Captions that the context cuts are counted, with by how much; a batch of one trains no CLIP."""
 
+from pathlib import Path
+
 import pytest
 from open_clip import SimpleTokenizer
-from t2i.training import train_clip
+from t2i.training import cache_data, train_clip
 from t2i.training.common.captions import format_cut_captions, measure_caption_lengths
 from t2i.training.recipe.recipe import compose_recipe, find_clip_tokenizer, read_data_facts
 
 from t2i.config import load_config
 from t2i.data import open_datasets
+from t2i.data.manifest import write_manifest
 from t2i.errors import InputError
-from t2i.networks.tokenizer import CaptionTokenizer, PublicTokenizer
-from tests.helpers.stages import CONFIGS
+from t2i.interop.by_name import load_clip
+from t2i.networks.tokenizer import CaptionTokenizer, PublicTokenizer, TextTokenizer
+from tests.helpers.samples import COLORS, picture
+from tests.helpers.stages import CONFIGS, train
+from tests.helpers.text_encoders import make_tokenizer
 from tests.networks.test_clip import make
 from tests.training.test_init import CPU, EMOJI
 
@@ -65,3 +71,38 @@ def test_a_clip_refuses_a_batch_of_one(shapes, tmp_path):
     with pytest.raises(InputError, match="train.batch_size must be at least 2 on one process, got 1"):
         train_clip.main(load_config(train_clip.Config, "clip", [str(CONFIGS / "tiny/clip.yaml"), *settings]))
     assert not (tmp_path / "clip").exists()
+
+
+def write_long_captions(folder: Path) -> Path:
+    """Write twelve drawings, a third of which have captions of many words."""
+    folder.mkdir()
+    for i in range(12):
+        (folder / f"{i}.png").write_bytes(picture(COLORS[i % len(COLORS)], size=(32, 32)))
+        (folder / f"{i}.txt").write_text("a red square " * (60 if i % 3 == 0 else 1))
+    write_manifest(folder, held_out=0, quiet=True)
+    return folder
+
+
+def test_cut_captions_are_said_by_all_that_read_them(runs, tmp_path, capsys):
+    data = write_long_captions(tmp_path / "data")
+    clip = load_clip(str(runs / "clip"))
+    lengths = clip.tokenizer.count_tokens(["a red square " * (60 if i % 3 == 0 else 1) for i in range(12)])
+    line = f"warning: {format_cut_captions(lengths, clip.context_length)}"
+    assert line.startswith("warning: 4 of 12 measured captions are longer")
+    cache = tmp_path / "cache"
+    settings = [f"data.path={data}", f"output={cache}", f"clip={runs / 'clip'}", "autoencoder=null"]
+    cache_data.main(load_config(cache_data.Config, "cache", [str(CONFIGS / "tiny/cache.yaml"), *settings]))
+    assert capsys.readouterr().out.count(line) == 1
+    for number, more in enumerate(({}, {"cache": cache})):
+        train("prior", data, tmp_path / str(number), 1, clip=runs / "clip", **more)
+        assert capsys.readouterr().out.count(line) == 1
+    train("decoder", data, tmp_path, 1, clip=runs / "clip", autoencoder=runs / "autoencoder", reads_captions=False)
+    assert "captions are longer" not in capsys.readouterr().out
+
+
+def test_tokens_of_a_text_encoder_are_counted_before_they_are_cut():
+    for length in (5, 8, 64):
+        tokenizer = TextTokenizer(make_tokenizer(), length, 0)
+        assert tokenizer.count_tokens(["a cat", "a red cat " * 9, ""]) == [
+            len(one.ids) for one in make_tokenizer().encode_batch(["a cat", ("a red cat " * 9).strip(), ""])
+        ]

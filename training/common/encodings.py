@@ -16,6 +16,7 @@ from t2i.training.common.cache_freshness import (
     collect_identities,
     open_data_if_present,
 )
+from t2i.training.common.captions import find_cut_captions
 from torch import Tensor
 
 from t2i.config import DataConfig
@@ -69,6 +70,12 @@ class FrozenModels:
         self.made_from = collect_identities(digest, self.clip_facts, self.autoencoder_facts, self.text_encoder_facts)
         seen = [dataset.show_clip(self.clip_model, alone=autoencoder is None) for dataset in datasets.values()]
         self.made_from |= seen[0]
+
+    def find_cut_captions(self) -> str | None:
+        """Return a line about the captions that the model which encodes them cuts; see `common.captions`."""
+        if self.text_model is not None:
+            return find_cut_captions(self.dataset, self.text_model.tokenizer)
+        return find_cut_captions(self.dataset, self.clip_model.tokenizer) if self.reads_captions else None
 
     def to(self, device: torch.device) -> None:
         for model in (self.clip_model, self.autoencoder_model, self.text_model):
@@ -193,6 +200,13 @@ class CachedEncodings:
         digest = made_from["data"]["train"]
         self.made_from = collect_identities(digest, self.clip_facts, self.autoencoder_facts, self.text_encoder_facts)
         self.made_from["cache"] = self.dataset.compute_digest()
+
+    def find_cut_captions(self) -> str | None:
+        """Return that line; for captions that are encoded in the cache, what was found when it was made."""
+        if self.text_model is not None and self.dataset.captions is not None:
+            return find_cut_captions(self.dataset.captions, self.text_model.tokenizer)
+        name = "text_encoder" if self.dataset.tokens else "text"
+        return self.dataset.cut_captions.get(name) if self.dataset.tokens or self.dataset.text else None
 
     def to(self, device: torch.device) -> None:
         if self.text_model is not None:
