@@ -30,7 +30,7 @@ MAX_PIXEL_VALUE = 2.0  # images span [-1, 1]; what an autoencoder or a resizing 
 
 
 def list_prompts(name: str, prompt: str | list[str] | None, count: int | None = None, empty: bool = True) -> list[str]:
-    """Return texts as a list, one text repeated `count` times. empty: also allow texts without words."""
+    """Return texts as a list, one text repeated `count` times. empty: True to allow texts without words."""
     prompts = [] if prompt is None else wrap_text(prompt)
     check_texts(name, prompts, empty=empty)
     if count is None or not prompts:
@@ -105,7 +105,7 @@ def check_stage_inputs(
     """Refuse options that these stages do not take, to draw `count` images.
 
     prior: None if the prior is not used. any_size: allow other sizes than the decoder was trained on. canvas: height
-    and width of given images that are painted in. images_per_prompt: or for each given image.
+    and width of given images that are painted in. images_per_prompt: number for each prompt or given image.
     """
     if canvas is not None and pipeline.decoder.control_factor is not None:
         raise InputError("this decoder is a ControlNet, which does not inpaint; use another decoder")

@@ -67,8 +67,8 @@ class UnCLIPPipeline(Adapters, DiffusersNames, PromptEncoding, Interruptible, Ch
     A subclass adds a `__call__`; `from_pipe` shares the components without copies. Arguments that the calls share:
 
         image: images to start from; see `t2i.pipelines.inputs.read_images`.
-        prompt: what the images are to show: one text for all, or one for each given image.
-        negative_prompt: what the prior is guided away from; one for all or one for each, as `prompt`.
+        prompt: content of the images: one text for all, or one for each given image.
+        negative_prompt: text that the prior is guided away from; one for all or one for each, as `prompt`.
         num_images_per_prompt: images for each prompt or given image. Those of one are in a row.
         generator: one for all, or one for each image. An image depends on its own seed alone, not on its batch.
         image_embeds: z_i of what is drawn, in place of the prior's and of that of given images: (P, D), a row for each
@@ -125,11 +125,12 @@ class UnCLIPPipeline(Adapters, DiffusersNames, PromptEncoding, Interruptible, Ch
                 left out for a decoder's repository whose prior is known. May also name a prior alone: a run's folder,
                 or a PriorTransformer.
             clip: a component; or the folder or repository of a public model's CLIP, if neither part has it.
-            dtype: of the weights; or a dict of dtypes by component (`t2i.interop.stored.DTYPE_PARTS`), in which
-                "default" is the rest. "auto" is the stored dtype. None is the stored dtype for public models, also
-                after they were saved here, and float32 for models that were trained here, which may be stored in half
-                precision. torch.bfloat16 is refused where the machine cannot compute in it.
-            variant: of the file names, such as "fp16". A component without files of it is read from its plain ones.
+            dtype: data type of the weights; or a dict of dtypes by component (`t2i.interop.stored.DTYPE_PARTS`), in
+                which "default" is the rest. "auto" is the stored dtype. None is the stored dtype for public models,
+                also after they were saved here, and float32 for models that were trained here, which may be stored in
+                half precision. torch.bfloat16 is refused where the machine cannot compute in it.
+            variant: suffix of the file names, such as "fp16". A component without files of it is read from its plain
+                ones.
             compile: compile the decoder's steps, once for each size and number of images and each length of captions
                 that it reads, at the first step of each.
             kwargs: other components, which replace those of the folder, and diffusers' arguments.

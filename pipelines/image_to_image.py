@@ -31,8 +31,9 @@ IDLE_TEXTS = {  # texts of calls that draw from images
 class Redrawing:
     """Checked arguments of a call that draws from P given images.
 
-    prompts, negatives: P texts each, or none. images_per_prompt: or for each given image. prior: None where it is not
-    used. generators: one for each drawn image, as prior_generators. image_embeds: (N, D), given z_i of all of them.
+    prompts, negatives: P texts each, or none. images_per_prompt: number for each prompt or given image. prior: None
+    where it is not used. generators: one for each drawn image, as prior_generators. image_embeds: (N, D), given z_i of
+    all of them.
     """
 
     prompts: Texts
@@ -115,7 +116,7 @@ def plan_redrawing(
 ) -> Redrawing:
     """Check the arguments of a call that draws from `count` images, `images_per_prompt` from each. Raises InputError.
 
-    texts: of `choose_text_pair`.
+    texts: result of `choose_text_pair`.
     """
     check_integer("num_images_per_prompt", images_per_prompt, 1, MAX_IMAGES)
     prior, decoder = resolved

@@ -52,11 +52,11 @@ class ImageVariationPipeline(InvertingPipeline):
 
         Args:
             image: resized and cropped to the size that the decoder draws. Or what `invert` returned for images.
-            prompt: what caption-reading decoders read; None is nothing.
+            prompt: caption that caption-reading decoders read; None is nothing.
             eta: None starts from new noise. From 0 to 1, starts from the image's own, and this is how much of the
                 noise of ancestral sampling is added in each step. Then the default options are 50 steps and no
                 guidance, for the image to come back; the inversion uses the same.
-            negative_prompt: what the decoder is guided away from; one for all or one an image. Decoders that read
+            negative_prompt: text that the decoder is guided away from; one for all or one an image. Decoders that read
                 captions read it; for others the prior imagines it. Not with `eta`.
             options: those of the decoder alone, without `negative_image_embeds`.
         """

@@ -74,7 +74,7 @@ class InpaintPipeline(UnCLIPPipeline):
             image: images of one size, which are not resized; others are resized to the size of the first.
                 Or latents, (P, C, h, w), which are decoded first.
             mask_image: one for all or one an image, resized to theirs: white, from half the range on, is painted.
-            prompt: what the whole images are to show. None is what they show now.
+            prompt: content of the whole images. None is what they show now.
             strength: fraction of the steps that are taken, in (0, 1]; below 1, something of what is painted over stays.
             mask_channel: "alpha" paints where images that are given as masks are transparent.
             padding_mask_crop: paint the part around the mask alone, with so many pixels on each side, at the size that

@@ -62,8 +62,8 @@ def read_images(images: ImageInputs, size: int | Resizing | None = None, name: s
     Args:
         images: one or a list: PIL images; paths; arrays (H, W, 3), of uint8, or of floats in [0, 1]; tensors (3, H, W),
             likewise. Arrays and tensors may have a first dimension more: several images.
-        size: in pixels. An image that has it already keeps its values. Or how images are resized.
-        name: of the argument, for the message.
+        size: side in pixels. An image that has it already keeps its values. Or how images are resized.
+        name: word for the argument, for the message.
 
     Raises:
         InputError: for what is no image, does not decode, is too large, or has values out of range; for none at all.
@@ -112,7 +112,7 @@ def read_masks(
     Args:
         masks: one for all or one an image: as images, or with one channel, or without: (H, W). Three dimensions are
             one mask with channels; several masks without them are a list.
-        count: of images.
+        count: number of images.
         size: (H, W) of the images; masks of another are resized.
         channel: "luminance", white is painted, or "alpha", what is transparent in images.
 
@@ -203,7 +203,7 @@ def format_size(image: Tensor) -> str:
 
 
 def split_images(images: Any, name: str = "image", least_dimensions: int = 3) -> list[Any]:
-    """Return images one by one, as they were given. least_dimensions: of one array or tensor."""
+    """Return images one by one, as they were given. least_dimensions: number in one array or tensor."""
     if isinstance(images, Image.Image | str | Path):
         return [images]
     if isinstance(images, np.ndarray | Tensor):

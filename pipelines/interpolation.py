@@ -78,7 +78,7 @@ class InterpolationPipeline(InvertingPipeline):
             frames: images from each anchor to the next, both included: (K - 1) (frames - 1) + 1 in all.
             inverted: start from the images' own noise, so that the way begins and ends with them; else all start from
                 one new noise, as texts do in any case.
-            generator: of the noise of texts, of the prior, and of what a sampler or the upsampler adds.
+            generator: source of the noise of texts, of the prior, and of what a sampler or the upsampler adds.
             options: if images are inverted, 50 steps and no guidance of the decoder are the default, the inversion uses
                 the same, and the sampler is ddim; else that is the default. A goal of steering may be one for each
                 image. `negative_image_embeds` is not allowed.

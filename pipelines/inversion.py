@@ -48,7 +48,7 @@ class InvertingPipeline(UnCLIPPipeline):
 
         Args:
             image: resized and cropped to the size that the decoder draws.
-            prompt: what caption-reading decoders read meanwhile, one for all or one an image; None is nothing.
+            prompt: caption that caption-reading decoders read meanwhile, one for all or one an image; None is nothing.
             num_inference_steps, guidance_scale, control_image: the same as for drawing them again. Guidance makes it
                 less exact.
 

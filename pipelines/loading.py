@@ -25,7 +25,8 @@ def load_public_components(
 ) -> dict[str, Any]:
     """Load the components of a public model, by the arguments of `from_pretrained`.
 
-    name: as the user gave it. folder: of that name. download: of the pipeline's class. Raises InputError.
+    name: text that the user gave. folder: path of that name. download: method of the pipeline's class. Raises
+    InputError.
     """
     # Sort the arguments
     fetching = {key: kwargs.pop(key) for key in FETCH_ARGUMENTS if key in kwargs} | {"variant": folder.variant}
@@ -54,8 +55,8 @@ def locate_other_folders(
 ) -> tuple[PipelineFolder | None, PipelineFolder | None]:
     """Return the folders of a public model's prior and CLIP, None for those that are not named.
 
-    name: of the model. For a decoder on the hub whose prior's repository is known, `prior` may be None. prior, clip:
-    names, or components of the caller's. find_folder: returns the folder of a name.
+    name: text that names the model. For a decoder on the hub whose prior's repository is known, `prior` may be None.
+    prior, clip: names, or components of the caller's. find_folder: returns the folder of a name.
     """
     # Decoders on the hub are published without their prior, which is in another repository
     default = DEFAULT_PRIORS.get(name)
@@ -81,9 +82,9 @@ def build_own_arguments(
     """Check a folder in this project's own layout, and return arguments of diffusers' `from_pretrained` for it.
 
     Models are loaded here: diffusers keeps a file in memory beside its model, and takes no variant where a component's
-    folder has folders in it. dtype: of all components, or by their names. None is float32 for models that were trained
-    here, and the stored dtype for folders with public models. `prior` may name another prior, public or of this
-    project, of the folder's CLIP. Raises InputError.
+    folder has folders in it. dtype: data type of all components, or by their names. None is float32 for models that
+    were trained here, and the stored dtype for folders with public models. `prior` may name another prior, public or of
+    this project, of the folder's CLIP. Raises InputError.
     """
     # Check the arguments and the folder
     if isinstance(kwargs.get("clip"), str | Path):

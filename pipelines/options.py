@@ -121,8 +121,9 @@ class DecoderOptions:
         image_embeds_noise: (N, D), that noise.
         negative_image_embeds: (N, D), z_i that the decoder is guided away from, such as those drawn for what is not
             wanted; None is the decoder's null. Not for pipelines that invert images.
-        control_image: what a ControlNet decoder (Kandinsky 2.2's) draws by, such as a depth map: one image for all, or
-            one for each prompt or given image; see `t2i.pipelines.inputs.read_control_images`. Not for inpainting.
+        control_image: image that a ControlNet decoder (Kandinsky 2.2's) draws by, such as a depth map: one image for
+            all, or one for each prompt or given image; see `t2i.pipelines.inputs.read_control_images`. Not for
+            inpainting.
         super_res_num_inference_steps: steps of the super-resolution that a cascade (Karlo) always ends with. Other
             models refuse a value other than the default.
         super_res_latents: (N, 3, H, W), the noise that the super-resolution starts from.

@@ -99,8 +99,8 @@ class PriorPipeline(Adapters, PromptEncoding, Interruptible, CheckedPipeline):
 
         Args:
             prompt: a text or a list.
-            negative_prompt: what the prior is guided away from; one for all or one a prompt. Its own z_i, from the same
-                noise, are returned too.
+            negative_prompt: text that the prior is guided away from; one for all or one a prompt. Its own z_i, from the
+                same noise, are returned too.
             num_images_per_prompt: z_i for each prompt, in a row.
             generator: one for all, or one for each z_i.
             return_dict: False returns the tuple (image_embeds, negative_image_embeds).

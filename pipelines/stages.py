@@ -301,7 +301,7 @@ def upsample_images(
     generators: list[Generator],
     tile: int = DEFAULT_TILE_SIZE,
 ) -> Tensor:
-    """Enlarge images, (N, 3, H, W) in [-1, 1], `options.upsample` times; fp32. generators: of the decoder."""
+    """Enlarge images, (N, 3, H, W) in [-1, 1], `options.upsample` times; fp32. generators: the decoder's."""
     upsampler, scheduler = pipeline.upsampler, pipeline.upsampler_scheduler
     steps, level = options.upsample_steps, options.upsample_level
     for stage in range(1, options.upsample + 1):
@@ -333,7 +333,7 @@ def build_preview_hooks(
 ) -> tuple[PredictTransform, StepCallback]:
     """Return the transform and the callback of a stage's sampling that make previews and `interrupt` work.
 
-    to_estimate: from x to the estimate of a `Preview`. to_images: from the estimate to images.
+    to_estimate: function from x to the estimate of a `Preview`. to_images: function from the estimate to images.
     """
     last_x0: dict[str, Tensor] = {}
     steps = count_model_evaluations(scheduler, steps)

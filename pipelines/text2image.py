@@ -52,8 +52,8 @@ class Text2ImagePipeline(UnCLIPPipeline):
                 beside them.
             image_embeds: z_i to draw instead of the prior's; normalized if the CLIP's `unit_length`. (N, D), or (P, D)
                 for P prompts; without prompts `num_images_per_prompt` images are drawn for each.
-            decoder_negative_prompt: what the decoder is guided away from, as the prior imagines it from the same noise;
-                one for all or one a prompt. With `negative_image_embeds`, their captions.
+            decoder_negative_prompt: text that the decoder is guided away from, as the prior imagines it from the same
+                noise; one for all or one a prompt. With `negative_image_embeds`, their captions.
         """
         # Check the arguments
         check_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES)

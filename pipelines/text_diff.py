@@ -49,9 +49,9 @@ class TextDiffPipeline(InvertingPipeline):
 
         Args:
             image: resized and cropped to the size that the decoder draws. Or what `invert` returned for images.
-            source: what the image shows, one for all or one an image.
-            target: what it is to show.
-            theta: how far to turn: a fraction of the angle between z_i and the direction, 0 to 1. 0 gives the image
+            source: caption of the image, one for all or one an image.
+            target: caption of the result.
+            theta: fraction to turn of the angle between z_i and the direction, 0 to 1. 0 gives the image
                 back; the paper goes up to 0.25 to 0.5, the default did best with the emoji.
             generator: has no effect, for nothing is drawn by chance here; taken as other pipelines take it.
             options: those of the decoder alone, without `negative_image_embeds`; 50 steps and no guidance if left out.

@@ -115,8 +115,8 @@ class UpsamplePipeline(Interruptible, CheckedPipeline):
             image: one or several, of any sizes; see `t2i.pipelines.inputs.read_images`.
             times: 1 to 8.
             num_inference_steps: each time, 1 to 1000.
-            level: of the noise that is put on the image first (`Upsampler.config.max_level` at most): 0 trusts every
-                pixel; more lets flaws be redrawn.
+            level: strength of the noise that is put on the image first (`Upsampler.config.max_level` at most): 0 trusts
+                every pixel; more lets flaws be redrawn.
             generator: one for all, or one an image. An image depends on its own alone.
             tile: larger images are denoised in windows of so many pixels, which bounds the memory.
             output_type: "pil" or "pt".

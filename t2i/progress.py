@@ -44,7 +44,7 @@ class Progress:
     elsewhere in a line every 10 to 60 s. Shows nothing with `--quiet`, and in all but the first of several processes.
 
     Args:
-        what: what is done, such as "drawing".
+        what: name of the job, such as "drawing".
         total: number of items; None if it is not known.
         unit: name of the items in the plural.
         done: number of items that were done before.

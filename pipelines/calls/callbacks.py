@@ -51,10 +51,10 @@ class ConditionCallback:
     """The user's callback after each step of a stage, and the prediction by what it changed.
 
     Args:
-        pipeline: that the callback gets, with its `CallbackState`.
-        callback: of the user.
-        names: of the tensors that it gets; None is "latents" alone. A callback of diffusers names them itself.
-        guidance: of the stage.
+        pipeline: argument of the callback, with its `CallbackState`.
+        callback: the user's function.
+        names: list of the tensors that it gets; None is "latents" alone. A callback of diffusers names them itself.
+        guidance: settings of the stage.
         conditions: the condition, and the negative one.
         build_predict: builds the prediction from the two conditions and a guidance.
         allowed: names of the tensors that the callback may change.

@@ -89,7 +89,7 @@ class GivenCall:
 
 @dataclass(frozen=True)
 class Idle:
-    """A case in which an argument has no effect. reason: what follows "NAME has no effect"."""
+    """A case in which an argument has no effect. reason: text after "NAME has no effect"."""
 
     reason: str
     holds: Callable[[GivenCall], bool]

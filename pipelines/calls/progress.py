@@ -30,7 +30,7 @@ class Preview:
     """Estimate of a stage's result after a step.
 
     stage: "inversion", "prior", "decoder", "super_resolution" or "upsampler".
-    step: from 1 to steps.
+    step: number from 1 to steps.
     estimate: the clean sample: z_i of unit length, (N, D); latents, (N, C, h, w), which are still noisy in an
         inversion; or images, (N, 3, H, W) in [-1, 1].
     images: `images()` makes N PIL images of the estimate: latents are decoded, z_i is drawn by the decoder in a few

@@ -41,7 +41,7 @@ class VariationalBound:
     prior: L_T, (B,): the cost of starting from N(0, 1).
     steps: L_{t-1}, (B, K), for K of the timesteps t = 1, ..., T - 1; each stands for its part of the T - 1 steps. Of a
         flow t counts from 0, for the timestep 1, the lowest with noise.
-    spaced_timesteps: those K timesteps.
+    spaced_timesteps: the K timesteps.
     data: L_0, (B,): -log p(x0 | x_1), of the density, or of the levels of an image.
     """
 
@@ -71,12 +71,12 @@ def compute_variational_bound(
 
     Args:
         generators: one a sample, of its noise.
-        variance: of the reverse steps, "small" or "large"; a model that has learned its own uses that.
+        variance: kind of the reverse steps, "small" or "large"; a model that has learned its own uses that.
         terms: number of the T - 1 steps that are evaluated, one at random in each stretch of them, for which it stands:
             an unbiased estimate. None evaluates all.
         images: the data are images in [-1, 1] in 256 levels; L_0 is then their probability (eq. 13), not a density.
-        seed: of the choice of the timesteps. All samples have the same, so that the bound of a sample does not depend
-            on the batch.
+        seed: number for the choice of the timesteps. All samples have the same, so that the bound of a sample does not
+            depend on the batch.
     """
     check_choice("variance", variance, tuple(REVERSE_VARIANCES))
     last = scheduler.config.num_train_timesteps - 1

@@ -232,7 +232,7 @@ def posterior_coefficients(
 def reverse_log_variance(scheduler: SchedulerMixin, fraction: Tensor, t: Tensor, previous: Tensor) -> Tensor:
     """Return log Sigma of a learned reverse step (Nichol and Dhariwal 2021, eq. 15), like `fraction`.
 
-    fraction: what the model predicts, from -1, the posterior's variance, to 1, that of the forward step; in between the
+    fraction: output of the model, from -1, the posterior's variance, to 1, that of the forward step; in between the
     logarithm is interpolated.
     """
     _, _, small, large = posterior_coefficients(scheduler, t, previous, fraction)
@@ -250,7 +250,8 @@ def variational_term(
     """Return a term of the variational bound for each dimension, in nats, like `error`.
 
     KL(q(x_s | x_t, x0) || p(x_s | x_t)) (Ho et al. 2020, eq. 5); where s = `previous` is the clean sample,
-    -log of the density p(x0 | x_t). error: x0 minus the model's estimate of it. log_variance: of p, broadcast.
+    -log of the density p(x0 | x_t). error: x0 minus the model's estimate of it. log_variance: logarithm of p's
+    variance, broadcast.
     """
     _, of_x0, variance, _ = posterior_coefficients(scheduler, t, previous, error)
     scaled = (of_x0.to(error.dtype) * error).square() * (-log_variance).exp()

@@ -45,7 +45,7 @@ class Sampling:
     progress: wraps the timesteps, such as tqdm.
     on_step: `on_step(i, t, x)` runs after step i, at timestep t, and returns x, which it may change.
     transform: a further function of the guided `Predict`, such as steering.
-    eta: how much of the noise of ancestral sampling DDIM adds, 0 to 1; None: the scheduler's default.
+    eta: fraction of the noise of ancestral sampling DDIM adds, 0 to 1; None: the scheduler's default.
     use_clipped_model_output: DDIM takes the noise that belongs to a clipped clean sample, not the predicted one.
     timesteps, sigmas: noise levels of the steps, falling, in place of the scheduler's own; for schedulers that take
         them. `steps` is then their number of steps.

@@ -22,7 +22,8 @@ PROJECT_SCHEDULERS = {
 def load_scheduler(folder: Path, root: Path | None = None) -> SchedulerMixin:
     """Load a scheduler of the class that its file names, of diffusers or of this project.
 
-    root: of the pipeline, which links may lead into. Raises InputError for any other class or an incomplete folder.
+    root: folder of the pipeline, which links may lead into. Raises InputError for any other class or an incomplete
+    folder.
     """
     # A file without a class is of DDIM, by which models are trained here
     name = read_scheduler_config(folder, root).get("_class_name", DDIMScheduler.__name__)

@@ -67,7 +67,7 @@ def build_similarity_matrix(
     """Draw cosines, (M, N), of M captions (rows) and N images (columns) as shades of blue.
 
     paired: caption i belongs to image i, and M = N; their cosine gets a frame, green if it is the largest of its row,
-    else red. Not paired: the largest of each row gets a frame. label: what is compared. images: may be empty.
+    else red. Not paired: the largest of each row gets a frame. label: name of the comparison. images: may be empty.
     """
     # Layout
     values = cosines.detach().float().cpu().nan_to_num(0.0, 0.0, 0.0)

@@ -33,8 +33,8 @@ RESULT_NOTE = (
 class LikelihoodSettings:
     """Settings of a measurement of each split.
 
-    count: images, spread over the split. terms: of the variational bound. steps: of the ODE. seed: of the first
-    image, each further one adds 1, and of the bound's timesteps.
+    count: images, spread over the split. terms: number in the variational bound. steps: number for the ODE. seed: of
+    the first image, each further one adds 1, and of the bound's timesteps.
 
     Raises InputError for a value out of range.
     """

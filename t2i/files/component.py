@@ -44,8 +44,8 @@ CHUNK_BYTES = 2**22  # of a file, that are converted before it is mapped again
 class Component:
     """A model's folder with its configuration and the headers of its weights, each read once.
 
-    folder: with config.json and safetensors. root: the pipeline's folder, which links may lead into. variant, stem: of
-    the file names, see `find_weight_files`.
+    folder: place of config.json and safetensors. root: the pipeline's folder, which links may lead into. variant, stem:
+    of the file names, see `find_weight_files`.
 
     `config` is the content of config.json; `variant` is that of the files which are read, None for the plain ones;
     `tensor_specs` and `files` are the specification and the file of each tensor by name.
@@ -95,7 +95,7 @@ class Component:
 
 
 class TensorComponent(Component):
-    """Tensors in memory in the place of a model's folder. folder: where they come from, for messages."""
+    """Tensors in memory in the place of a model's folder. folder: place that they come from, for messages."""
 
     def __init__(self, tensors: dict[str, Tensor], folder: Path):
         self.tensors, self.folder = tensors, folder
@@ -141,10 +141,10 @@ def load_from_components(
 ) -> Model:
     """Build a model with `make` and fill it with the tensors of its components, frozen and in eval mode.
 
-    parts: components by the prefix of their tensors in the model, such as "unet.". dtype: of floating-point tensors;
-    None is as they are stored. rename: maps a prefixed name to the model's; the default keeps it. extra: buffers of the
-    model that no file holds, which stay as they are made. unused: prefixed names of tensors in older files, which no
-    model needs.
+    parts: components by the prefix of their tensors in the model, such as "unet.". dtype: data type of floating-point
+    tensors; None is as they are stored. rename: maps a prefixed name to the model's; the default keeps it. extra:
+    buffers of the model that no file holds, which stay as they are made. unused: prefixed names of tensors in older
+    files, which no model needs.
 
     Raises InputError, in one line, for tensors that are missing, unknown, misshapen or not finite. Nothing of the
     model's size is allocated before its tensors are known to fit.

@@ -143,7 +143,7 @@ def read_config(path: Path, largest: int = MAX_CONFIG_NUMBER) -> dict[str, Any]:
 
 
 def check_config_values(value: Any, path: Path, largest: int, key: str = "", depth: int = 0) -> None:
-    """Raise InputError for large numbers, negative integers, and deep nesting. key: of the value."""
+    """Raise InputError for large numbers, negative integers, and deep nesting. key: name of the value."""
     if depth > MAX_CONFIG_DEPTH:
         raise InputError(f"{str(path)!r} is nested more than {MAX_CONFIG_DEPTH} deep")
     least = -largest if isinstance(value, float) or key in SIGNED_KEYS else 0
@@ -204,8 +204,8 @@ def find_weight_files(
 ) -> list[Path]:
     """Return the safetensors files of a model's folder: the shards that its index lists, or the single file.
 
-    variant: such as "fp16"; see `choose_stored_variant`. stem: of the file names: "diffusion_pytorch_model" in
-    diffusers, "model" in transformers. names: of the folder's files, where they are yet to be downloaded.
+    variant: such as "fp16"; see `choose_stored_variant`. stem: start of the file names: "diffusion_pytorch_model" in
+    diffusers, "model" in transformers. names: list of the folder's files, where they are yet to be downloaded.
     """
     names = [path.name for path in folder.iterdir()] if names is None else names
     variant = choose_stored_variant(folder, variant, stem, names)

@@ -131,7 +131,7 @@ def load_text_encoder(name: str | Path, context_length: int = 128, dtype: torch.
 
     name: the folder of a decoder's run that has one, with its context length; a model of transformers, by its folder or
     name on the hub; or Kandinsky 2.1's pipeline, whose encoder becomes a MultilingualCLIP, or Stable unCLIP's.
-    context_length: in tokens, for models of transformers.
+    context_length: number of tokens, for models of transformers.
     """
     part = find_public_part(str(name), ("multilingual_clip", "text_encoder"))
     if part is not None and part.part == "text_encoder":

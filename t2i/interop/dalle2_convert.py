@@ -74,7 +74,7 @@ def convert_dalle2(
     Args:
         source: a .pth file of its trainers, or a plain state dict.
         config: the JSON of its training; not needed if the file holds it.
-        release: of DALLE2-pytorch that trained it, if the file does not have it and it matters.
+        release: version of DALLE2-pytorch that trained it, if the file does not have it and it matters.
         fp16: store the weights in half precision.
     """
     # Read the file and its configuration
@@ -283,7 +283,7 @@ def read_cascade_stages(file: DALLE2File, settings: dict[str, Any]) -> list[Casc
 
 
 def convert_unet_arguments(file: DALLE2File, settings: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Return our arguments for a U-Net, with the layers of the release that trained it. tensors: by its own names."""
+    """Return our arguments for a U-Net, with the layers of the release that trained it. tensors: by its names."""
     arguments = {}
     for key, value in settings.items():
         if key in UNET_ARGUMENTS and value is not None:

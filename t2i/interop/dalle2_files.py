@@ -50,7 +50,8 @@ class DALLE2File:
     """The content of the file at `path`.
 
     state: tensors by DALLE2-pytorch's names. weights_name: the file's name for them, such as "ema_model". release: the
-    one that wrote the file, such as (1, 1, 0), None if it is not stored. config: of the training, None without one.
+    one that wrote the file, such as (1, 1, 0), None if it is not stored. config: configuration of the training, None
+    without one.
     """
 
     path: Path

@@ -31,9 +31,9 @@ def fetch_model_folder(
 ) -> Path:
     """Return the folder of this name; without one, download the hub's repository of this name and return its folder.
 
-    parts: of a public layout, such as "unet", whose weights are downloaded; None for those of the whole model. variant:
-    of the weights, such as "fp16"; a part without files of it comes with its plain ones. otherwise: patterns of the
-    files to download if the hub does not list them, as when offline. options: of `snapshot_download`.
+    parts: names in a public layout, such as "unet", whose weights are downloaded; None for those of the whole model.
+    variant: of the weights, such as "fp16"; a part without files of it comes with its plain ones. otherwise: patterns
+    of the files to download if the hub does not list them, as when offline. options: arguments of `snapshot_download`.
 
     Raises InputError if there is neither; and, before any weights are downloaded, for a part whose weights are only
     pickles or of another variant.

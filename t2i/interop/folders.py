@@ -56,8 +56,8 @@ class SourceFolder:
     """A folder that a model is loaded from: a whole pipeline's, or that of one component alone. Each file is read once.
 
     Args:
-        path: of the folder.
-        variant: of the weight files, such as "fp16"; a component without files of it has the plain ones.
+        path: place of the folder.
+        variant: suffix of the weight files, such as "fp16"; a component without files of it has the plain ones.
     """
 
     def __init__(self, path: Path, variant: str | None = None):

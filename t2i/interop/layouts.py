@@ -35,8 +35,9 @@ KNOWN_LIBRARIES = ("diffusers", "transformers", *PIPELINE_LIBRARIES)
 class PublicLayout:
     """A public layout.
 
-    name: as in `t2i convert --to`. title: the model family, for messages. classes: of diffusers' pipelines in this
-    layout. family: of the decoder; "" without a decoder. part_folders: the folder of each part, by the part's name.
+    name: value of `t2i convert --to`. title: the model family, for messages. classes: names of diffusers' pipelines in
+    this layout. family: kind of the decoder; "" without a decoder. part_folders: the folder of each part, by the part's
+    name.
     """
 
     name: str
@@ -86,7 +87,7 @@ CONTROLNET_CLASSES = ("KandinskyV22ControlnetPipeline", "KandinskyV22ControlnetI
 
 
 def build_kandinsky_layouts(version: str, stem: str, folders: dict[str, str], priors: tuple[str, ...]) -> list:
-    """Return the layouts of one version: decoder, prior, and both combined. stem: of the pipelines' names."""
+    """Return the layouts of one version: decoder, prior, and both combined. stem: part of the pipelines' names."""
     title, name = f"Kandinsky {version}", f"kandinsky-{version.replace('.', '-')}"
     tasks = ("", "Img2Img", "Inpaint")
     decoder_classes = tuple(f"{stem}{task}Pipeline" for task in tasks)

@@ -40,10 +40,10 @@ def load_components(
 ) -> dict[str, Any]:
     """Load the components of a model in a public layout, by the argument names of `t2i.pipelines.base.UnCLIPPipeline`.
 
-    folder: of the decoder, or of the whole model. prior: the folder with the prior, where it is another; either of the
-    two may hold the decoder. A prior alone, public or of this project, is sampled with the CLIP of `folder` or `clip`.
-    clip: the folder with the CLIP, if it is in neither. dtype: of the weights, for all components or by their names;
-    None is as stored. overrides: components to take their place.
+    folder: path of the decoder, or of the whole model. prior: the folder with the prior, where it is another; either of
+    the two may hold the decoder. A prior alone, public or of this project, is sampled with the CLIP of `folder` or
+    `clip`. clip: the folder with the CLIP, if it is in neither. dtype: data type of the weights, for all components or
+    by their names; None is as stored. overrides: components to take their place.
 
     At most one tensor is held beyond the components. Raises InputError for folders that are no whole model together.
     """
@@ -182,7 +182,7 @@ def load_autoencoder(source: SourceFolder, dtype: torch.dtype | None) -> Any:
 class ModelFolders:
     """The folders that a model comes in, and which of them holds which part.
 
-    folders: of the model, of its prior, and of its CLIP. overrides: names of components that the caller has.
+    folders: paths of the model, of its prior, and of its CLIP. overrides: names of components that the caller has.
     `decoder`: first folder with a decoder. `prior`: the second folder if it has a prior, else the first that has one.
     """
 
@@ -204,7 +204,7 @@ class ModelFolders:
         return next((folder for folder in order if part in folder), None)
 
     def check_compatible_parts(self, own_prior: SourceFolder | None = None) -> None:
-        """Raise InputError for parts that are no whole model, or do not belong together. own_prior: of this project."""
+        """Raise InputError for parts that are no whole model, or do not belong together. own_prior: one of ours."""
         if "clip" in self.overrides:
             return
         self.check_clip_found(own_prior)

@@ -49,11 +49,11 @@ class ParityCheck:
     """A comparison of one public model with its reference.
 
     Args:
-        pipeline: of this project, loaded from the folders, in fp32.
+        pipeline: that of this project, loaded from the folders, in fp32.
         sources: the folders.
         prompts: B captions, of any lengths.
-        steps: of every stage.
-        seed: of the first image; each has its own.
+        steps: number in every stage.
+        seed: number for the noise of the first image; each has its own.
         scale: guidance scale of every stage that has one; 1 is off.
     """
 

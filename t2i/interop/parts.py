@@ -15,8 +15,8 @@ from t2i.interop.layouts import LAYOUTS, PART_CLASSES, TRANSFORMERS_PARTS, WEIGH
 
 @dataclass(frozen=True)
 class PublicPart:
-    """A part of a public model. part: its name in `t2i.interop.layouts`. folder: of the part. source: the folder of its
-    pipeline; for a part alone, that of the part."""
+    """A part of a public model. part: its name in `t2i.interop.layouts`. folder: path of the part. source: the folder
+    of its pipeline; for a part alone, that of the part."""
 
     part: str
     folder: Path
@@ -39,8 +39,8 @@ def find_public_part(
     """Return the first of `parts` that the public model of this name has; None if the name is not a public model's.
 
     name: the folder of a pipeline, the folder of one of its parts, such as FOLDER/unet, or a repository on the hub.
-    others: parts that are downloaded too, with all configurations. variant: of the weight files. Raises InputError for
-    a public pipeline without any of the parts, and for a name that is neither a folder nor on the hub.
+    others: parts that are downloaded too, with all configurations. variant: suffix of the weight files. Raises
+    InputError for a public pipeline without any of the parts, and for a name that is neither a folder nor on the hub.
     """
     if not is_folder(name) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is None:
         return None

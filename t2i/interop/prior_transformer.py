@@ -69,7 +69,7 @@ def load_prior_transformer(part: Component, clip: Any = None, dtype: torch.dtype
 
 
 def load_diffusion_prior(part: Component, dtype: torch.dtype | None, unit_length: bool) -> Prior:
-    """Load a Prior. unit_length: of the CLIP's embeddings, which is true for exported priors of this project alone."""
+    """Load a Prior. unit_length: True if the CLIP's embeddings have length 1, as for this project's priors."""
     settings = read_prior_config(part, 4)
     arguments = {**convert_prior_config(settings), "unit_length": unit_length}
     if not unit_length:

@@ -21,7 +21,7 @@ class Autoencoder(ModelMixin, ConfigMixin):
         vae: arguments of `AutoencoderKL`; its input and output have 3 * patch_size**2 channels.
         patch_size: side of the squares of pixels that become channels (space to depth). 1 leaves images as they are;
             4 saves the convolutions at full resolution, which cost most.
-        group_norm: whether blocks normalise their input. Without it a step takes little more than half the time, the
+        group_norm: True if blocks normalise their input. Without it a step takes little more than half the time, the
             activation is ReLU, and each residual block begins as the identity, so that deep ones train.
     """
 
@@ -63,20 +63,20 @@ class Autoencoder(ModelMixin, ConfigMixin):
 
     @run_like_forward
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, H, W) -> reconstructions from sampled latents, (B, 3, H, W), and KL divergence per value, (B,)."""
+        """Reconstruct images, (B, 3, H, W), from sampled latents; also return the KL divergence per value, (B,)."""
         posterior = self.coder.encode(split_into_patches(image, self.config.patch_size)).latent_dist
         reconstruction = F.pixel_shuffle(self.coder.decode(posterior.sample()).sample, self.config.patch_size)
         return reconstruction, posterior.kl() / image[0].numel()
 
     @run_like_forward
     def encode(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, C, H / factor, W / factor) of unit variance: the mean of the posterior."""
+        """Return latents, (B, C, H / factor, W / factor), of unit variance, of images (B, 3, H, W) in [-1, 1]."""
         latents = self.coder.encode(split_into_patches(image, self.config.patch_size)).latent_dist.mode()
         return (latents - self.mean[:, None, None]) / self.std[:, None, None]
 
     @run_like_forward
     def decode(self, latents: Tensor) -> Tensor:
-        """(B, C, h, w) of unit variance -> (B, 3, h * factor, w * factor), which may leave [-1, 1] a little."""
+        """Return images, (B, 3, h * factor, w * factor), a little beyond [-1, 1], of latents (B, C, h, w)."""
         latents = latents * self.std[:, None, None] + self.mean[:, None, None]
         return F.pixel_shuffle(self.coder.decode(latents).sample, self.config.patch_size)
 

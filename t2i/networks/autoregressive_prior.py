@@ -43,9 +43,9 @@ class AutoregressivePrior(PriorMixin, ModelMixin, ConfigMixin):
     Args:
         components: K, the principal components of z_i that are sampled; the others keep their mean.
         buckets: number of values of a code, between the least and the largest of the training data.
-        dropout: of the output of each attention and feed-forward layer.
+        dropout: rate for the output of each attention and feed-forward layer.
         regression: arguments of the `RegressionPrior` that it starts from, if any.
-        temperature: of sampling; below 1, likely codes become likelier.
+        temperature: spread of sampling; below 1, likely codes become likelier.
 
     The other arguments are those of `Prior`.
     """
@@ -104,7 +104,7 @@ class AutoregressivePrior(PriorMixin, ModelMixin, ConfigMixin):
 
     @property
     def default_guidance_scale(self) -> float:
-        """2; or 1, off, if it starts from a regression."""
+        """Default of guidance: 2; or 1, off, if the prior starts from a regression."""
         # Guidance takes z_i too far from a regression's prediction (docs/explanation/priors.md).
         return 2.0 if self.config.regression is None else 1.0
 
@@ -233,8 +233,8 @@ class AutoregressivePrior(PriorMixin, ModelMixin, ConfigMixin):
         """Sample z_i of unit length, (N, D), fp32, on the device of `text`.
 
         negative: the captions to guide away from; None is the null. sampling: each code is a step, whatever number of
-        steps it has; `on_step` gets z_i from the codes so far, and cannot change it. temperature: of all codes but the
-        dot product; 0 takes the likeliest, None is the model's own.
+        steps it has; `on_step` gets z_i from the codes so far, and cannot change it. temperature: spread of all codes
+        but the dot product; 0 takes the likeliest, None is the model's own.
         """
         guidance = self.default_guidance_scale if sampling.guidance is None else sampling.guidance
         scale = Guidance.from_value(guidance).scale
@@ -272,7 +272,7 @@ class AutoregressivePrior(PriorMixin, ModelMixin, ConfigMixin):
 
 
 def select_code_buckets(logits: Tensor, quantiles: Tensor, temperature: float) -> Tensor:
-    """(B, buckets), (B,) in [0, 1) -> (B,): the bucket with each quantile, or the likeliest at temperature 0."""
+    """Return buckets, (B,): those with quantiles (B,) of logits (B, buckets), or the likeliest at temperature 0."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     cumulated = (logits / temperature).softmax(dim=-1).cumsum(dim=-1)

@@ -31,10 +31,10 @@ class LatentClassifier(ModelMixin, ConfigMixin):
         embed_dim: dimensions of z_i.
         widths: channels at each resolution; each is half the one before.
         depth: convolutional blocks at each resolution.
-        heads: of the self-attention at the lowest resolution.
-        dropout: of the features that both heads read.
-        autoencoder_fingerprint: of the autoencoder of these latents.
-        clip_fingerprint: of the CLIP that computes z_i.
+        heads: number in the self-attention at the lowest resolution.
+        dropout: rate for the features that both heads read.
+        autoencoder_fingerprint: digest of the autoencoder of these latents.
+        clip_fingerprint: digest of the CLIP that computes z_i.
     """
 
     _supports_gradient_checkpointing = True
@@ -81,7 +81,7 @@ class LatentClassifier(ModelMixin, ConfigMixin):
         self.to_embedding = nn.Linear(2 * widths[-1], embed_dim)
 
     def forward(self, x: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
-        """x: (B, C, S, S) noisy latents -> logits, (B, classes), and z_i of unit length, (B, D).
+        """Return logits, (B, classes), and z_i of unit length, (B, D), of noisy latents x, (B, C, S, S).
 
         level: (B,) in [0, 1], see `compute_noise_level`.
         """

@@ -68,7 +68,7 @@ class CLIP(Encoder, ModelMixin):
         preprocess: `size`, `mean` and `std` of the vision tower's input, and how images are resized, if not as CLIP
             does it: `interpolation` "bicubic" or "bilinear", `resize_mode` "shortest" (then cropped) or "squash".
         tokenizer_kind: "captions" (a vocabulary trained on them), "clip" (open_clip's) or "transformers".
-        fingerprint, rounded: of weights and preprocessing; see `t2i.networks.encoder.Encoder`.
+        fingerprint, rounded: digest of weights and preprocessing; see `t2i.networks.encoder.Encoder`.
     """
 
     _supports_gradient_checkpointing = True
@@ -193,13 +193,13 @@ class CLIP(Encoder, ModelMixin):
 
     @run_like_forward
     def encode_image(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, D), unit length: z_i. Raises InputError for another shape or dtype."""
+        """Return z_i, (B, D), unit length, of images (B, 3, H, W) in [-1, 1]. Raises InputError for other tensors."""
         check_image_batch(image)
         return self.net.encode_image(self.preprocess(image), normalize=True)
 
     @run_like_forward
     def preprocess(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, 3, size, size), in the values of the vision tower's training."""
+        """Bring images, (B, 3, H, W) in [-1, 1], to the size and the values of the vision tower's training."""
         if image.shape[-2:] != (self.size, self.size):
             side, mode = self.resize_settings["side"], InterpolationMode(self.resize_settings["interpolation"])
             image = center_crop(resize(image, list(side), interpolation=mode, antialias=True), [self.size])
@@ -211,7 +211,7 @@ class CLIP(Encoder, ModelMixin):
 
     @run_like_forward
     def encode_tokens(self, tokens: Tensor) -> TextEncoding:
-        """(B, context_length), int64 -> z_t, (B, D), of unit length, and token states, (B, L, width)."""
+        """Return z_t, (B, D), of unit length, and states, (B, L, width), of tokens (B, context_length), int64."""
         tower = self.text_tower
         if getattr(tower, "attn_mask", None) is None or getattr(tower, "cls_emb", None) is not None:
             return self.encode_padded_tokens(tokens)

@@ -81,15 +81,15 @@ class Decoder(ImageTokensMixin, ModelMixin, ConfigMixin):
     Args:
         embed_dim: dimensions D of z_i.
         latent_channels, latent_size: shape (C, S, S) of the latents in training.
-        width, depth, heads: of the transformer.
+        width, depth, heads: sizes of the transformer.
         patch_size: latents per token along a side.
         condition_width: dimensions of the vector that modulates the blocks.
         image_tokens: extra tokens made from z_i.
         text_width: dimensions of a caption's token states; None if it reads no captions.
-        clip_fingerprint: of the CLIP in training.
+        clip_fingerprint: digest of the CLIP in training.
         learned_variance: the output has further C channels for the variance of the reverse steps.
         reads_masks: the input has the latents to keep and their mask; see `t2i.diffusion.inpainting`.
-        text_encoder_fingerprint: of the text encoder of the captions; None if they come from CLIP.
+        text_encoder_fingerprint: digest of the text encoder of the captions; None if they come from CLIP.
     """
 
     _supports_gradient_checkpointing = True
@@ -143,7 +143,7 @@ class Decoder(ImageTokensMixin, ModelMixin, ConfigMixin):
 
     @run_like_forward
     def forward(self, x: Tensor, t: Tensor, condition: ImageCondition) -> Tensor:
-        """x: (B, C, H, W) noisy latents; t: (B,) timesteps -> (B, C, H, W); (B, 2C, H, W) with a learned variance."""
+        """Return the prediction, (B, C, H, W), or (B, 2C, H, W) with a learned variance. x: noisy latents; t: (B,)."""
         # Here each block computes its keys and values as it runs: under FSDP it has its weights only then.
         return self.step(x, t, self.build_context(condition))
 
@@ -242,7 +242,7 @@ class DecoderBlock(nn.Module):
 
     @run_like_forward
     def forward(self, x: Tensor, condition: Tensor, extra: ExtraTokens, mask: Tensor | None) -> Tensor:
-        """x: (B, L, width); condition: (B, condition_width); mask: for extra tokens and x -> (B, L, width)"""
+        """Return (B, L, width), like x. condition: (B, condition_width). mask: True for tokens that count."""
         past = self.compute_key_value(extra) if isinstance(extra, Tensor) else extra
         scale_1, shift_1, gate_1, scale_2, shift_2, gate_2 = self.modulation(condition)[:, None].chunk(6, dim=-1)
         attended, _ = self.attention(torch.addcmul(shift_1, self.norm(x), 1 + scale_1), mask, [past])

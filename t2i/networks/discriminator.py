@@ -39,7 +39,7 @@ class Discriminator(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Conv2d(channels[-1], 1, 4, 1, 1))
 
     def forward(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> logits (B, 1, h, w), about 2**depth pixels apart."""
+        """Return logits, (B, 1, h, w), about 2**depth pixels apart, of images (B, 3, H, W) in [-1, 1]."""
         return self.layers(image)
 
     @property
@@ -67,7 +67,7 @@ def compute_adaptive_weight(likeness: Tensor, adversarial: Tensor, weight: Tenso
     Args:
         likeness: the loss of the reconstruction, ().
         adversarial: the loss by the discriminator, ().
-        weight: of the last layer.
+        weight: matrix of the last layer.
     """
     # The graph is retained, because the training step's own backward pass follows.
     norms = [

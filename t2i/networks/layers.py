@@ -18,7 +18,7 @@ SIZES_PER_DOUBLING = 32  # sizes of packed matrices between a number of rows and
 
 
 def embed_timesteps(t: Tensor, width: int) -> Tensor:
-    """(B,) -> (B, width), fp32: cosines and sines of geometrically spaced frequencies, from 1 to nearly 1/10,000."""
+    """Return cosines and sines, (B, width), fp32, of timesteps (B,) at frequencies spaced from 1 to nearly 1/10,000."""
     frequencies = torch.exp(-math.log(10_000) * torch.arange(width // 2, device=t.device) / (width // 2))
     angles = t[:, None].float() * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
@@ -79,13 +79,13 @@ class PackedSequences:
         return cls(packed_mask, last_rows, torch.cat([positions, extra])), tokens
 
     def pad_to_batch(self, x: Tensor) -> Tensor:
-        """(T, width) -> (B, L, width)"""
+        """Pad packed rows, (T, width), to (B, L, width)."""
         if self.padded_positions is not None:
             x = x.new_zeros(self.mask.numel(), x.shape[1]).index_copy_(0, self.padded_positions, x)
         return x.view(*self.mask.shape, -1)
 
     def unpad_to_rows(self, x: Tensor) -> Tensor:
-        """(B, L, width) -> (T, width)"""
+        """Pack (B, L, width) into rows without padding, (T, width)."""
         x = x.flatten(0, 1)
         return x if self.padded_positions is None else x.index_select(0, self.padded_positions)
 
@@ -122,14 +122,14 @@ class Attention(nn.Module):
         return self.to_out(out.transpose(1, 2).flatten(2)), (key, value)
 
     def attend_all_tokens(self, x: Tensor, packed: PackedSequences) -> Tensor:
-        """(T, width) -> (T, width): every token attends to itself and to those of its sequence before it."""
+        """Let every token attend to itself and to those of its sequence before it: (T, width), like the input."""
         # torch allows no mask beside `is_causal`, and packed sequences need none.
         query, key, value = split_projections(packed.pad_to_batch(self.to_qkv(x)), 3, self.heads)
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         return self.to_out(packed.unpad_to_rows(out.transpose(1, 2).flatten(2)))
 
     def attend_last_tokens(self, x: Tensor, packed: PackedSequences) -> Tensor:
-        """(T, width) -> (B, width): the last token of each sequence attends to all of its sequence."""
+        """Let the last token of each sequence attend to all of its sequence: (B, width), of tokens (T, width)."""
         width = x.shape[1]
         qkv = self.to_qkv(x)  # (T, 3 * width)
         query = split_attention_heads(qkv[packed.last_rows, None, :width], self.heads)
@@ -165,17 +165,17 @@ def run_checkpointed_block(model: Any, block: nn.Module, *inputs: Any) -> Any:
 
 
 def split_attention_heads(x: Tensor, heads: int) -> Tensor:
-    """(B, L, width) -> (B, heads, L, width / heads)"""
+    """Split (B, L, width) into heads, (B, heads, L, width / heads)."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def split_projections(x: Tensor, kinds: int, heads: int) -> list[Tensor]:
-    """(B, L, kinds * width) -> for each kind (B, heads, L, width / heads); backward, this takes one copy, not two."""
+    """Split (B, L, kinds * width) into (B, heads, L, width / heads) for each kind; backward with one copy, not two."""
     return [part.transpose(1, 2) for part in x.unflatten(-1, (kinds, heads, -1)).unbind(2)]
 
 
 def split_into_patches(image: Tensor, patch_size: int) -> Tensor:
-    """(B, C, H, W) -> (B, C p^2, H / p, W / p), channels last"""
+    """Move patches of (B, C, H, W) into channels: (B, C p^2, H / p, W / p), channels last."""
     return F.pixel_unshuffle(image, patch_size).contiguous(memory_format=torch.channels_last)
 
 

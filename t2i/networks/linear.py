@@ -28,7 +28,7 @@ class Linear(nn.Linear):
     """`torch.nn.Linear`, computed by the faster of two libraries."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)"""
+        """Return the product of x, (..., in), with the weights: (..., out)."""
         if not is_onednn_faster(x, self.weight):
             return F.linear(x, self.weight, self.bias)
         tensors = (x, self.weight, self.bias)

@@ -31,7 +31,7 @@ class PerceptualDistance(nn.Module):
         return super().train(False)
 
     def extract_layer_features(self, image: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) in [-1, 1] -> for each layer (B, C, h, w)."""
+        """Return the features of each layer, (B, C, h, w), of images (B, 3, H, W) in [-1, 1]."""
         tower = self.clip.net.visual
         output = tower.forward_intermediates(self.clip.preprocess(image), intermediates_only=True, output_fmt="NCHW")
         return output["image_intermediates"]

@@ -48,9 +48,9 @@ class Prior(PriorMixin, ModelMixin, ConfigMixin):
         embed_dim: dimensions D of z_t and z_i.
         text_width: dimensions of a caption's token states.
         context_length: longest caption, in tokens.
-        width, depth, heads: of the transformer.
+        width, depth, heads: sizes of the transformer.
         null_length: tokens of the empty caption; a start and an end for most CLIPs.
-        clip_fingerprint: of the CLIP in training.
+        clip_fingerprint: digest of the CLIP in training.
         learned_variance: the output has further D dimensions for the variance of the reverse steps.
         unit_length: the CLIP's embeddings have length 1; the network's input z_t is then scaled to unit variance, and
             z_i is normalised. False for the public priors, which were trained on embeddings as they are.
@@ -101,7 +101,7 @@ class Prior(PriorMixin, ModelMixin, ConfigMixin):
         return self.config.get("usual_guidance", 2.0)
 
     def forward(self, x: Tensor, t: Tensor, text: TextEncoding) -> Tensor:
-        """x: (B, D) noisy scaled z_i; t: (B,) timesteps -> the clean z_i, (B, D); (B, 2D) with a learned variance."""
+        """Return the prediction, (B, D), or (B, 2D) with a learned variance. x: noisy scaled z_i, (B, D); t: (B,)."""
         text = text.expand()
         tokens = torch.cat([embed_caption_tokens(self, text), self.embed_image_tokens(x, t)], dim=1)
         token_mask = torch.cat([text.mask, text.mask.new_ones(len(x), 4)], dim=1)  # (B, L + 4)
@@ -217,7 +217,7 @@ def build_causal_mask(token_mask: Tensor, count: int) -> Tensor:
 
 
 def separate_timesteps(x: Tensor) -> Tensor:
-    """(U, heads, S, width / heads) -> (U, S, heads, 1, width / heads), so that a pair of indices takes a timestep."""
+    """Bring (U, heads, S, width / heads) to (U, S, heads, 1, width / heads): a pair of indices takes a timestep."""
     return x.transpose(1, 2).unsqueeze(3).contiguous()
 
 

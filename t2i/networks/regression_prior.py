@@ -22,9 +22,9 @@ class RegressionPrior(PriorMixin, ModelMixin, ConfigMixin):
         embed_dim: dimensions D of z_t and z_i.
         text_width: dimensions of a caption's token states.
         kind: "linear", of z_t alone; or "mlp", of z_t and the mean of the token states.
-        width, depth: of the hidden layers of an mlp.
-        dropout: of the hidden values.
-        clip_fingerprint: of the CLIP in training.
+        width, depth: sizes of the hidden layers of an mlp.
+        dropout: rate for the hidden values.
+        clip_fingerprint: digest of the CLIP in training.
     """
 
     _no_split_modules = ["Linear"]

@@ -85,7 +85,7 @@ class TextEncoder(Encoder, ModelMixin):
         architecture: transformers' model type, one of `ARCHITECTURES`.
         model: its configuration, limited to `ENCODER_SETTINGS`.
         context_length: tokens of a caption at most, special ones included; what is longer is cut.
-        fingerprint, rounded: of weights, vocabulary and context length; see `t2i.networks.encoder.Encoder`.
+        fingerprint, rounded: digest of weights, vocabulary and context length; see `t2i.networks.encoder.Encoder`.
         padded: captions are padded to the context length, and the encoder and the decoder read the padding as well, as
             in Stable Diffusion.
     """
@@ -173,7 +173,7 @@ class TextEncoder(Encoder, ModelMixin):
 
     @run_like_forward
     def encode_tokens(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """(B, L) int64, (B, L) bool -> (B, L, width): the last layer's states, zero where the mask is False."""
+        """Return the last layer's states, (B, L, width), zero where the mask is False, of tokens and mask, (B, L)."""
         attended = mask.clone()
         attended[:, 0] = True  # a caption of no tokens attends to padding, for attention to nothing is NaN
         states = self.net(input_ids=tokens, attention_mask=attended.long()).last_hidden_state

@@ -47,7 +47,7 @@ class UNetDenoiser(DecoderMixin, ModelMixin, ConfigMixin, ABC):
 
     @run_like_forward
     def forward(self, x: Tensor, t: Tensor, condition: ImageCondition) -> Tensor:
-        """x: (B, C, H, W) noisy latents; t: (B,) timesteps -> (B, C, H, W); (B, 2C, H, W) with a learned variance."""
+        """Return the prediction, (B, C, H, W), or (B, 2C, H, W) with a learned variance. x: noisy latents; t: (B,)."""
         # Here each layer computes its keys and values as it runs: under FSDP it has its weights only then.
         return self.step(x, t, self.build_unet_context(condition.expand()))
 

@@ -363,7 +363,7 @@ def is_supported_unet(unet: UNet2DConditionModel | UNet2DModel) -> bool:
 
 
 def is_supported_layer(layer: nn.Module, activation: type[nn.Module]) -> bool:
-    """Return False for a layer with an option that is not written out here. activation: of all resnet blocks."""
+    """Return False for a layer with an option that is not written out here. activation: class in all resnet blocks."""
     match layer:
         case ResnetBlock2D():
             return layer.time_emb_proj is not None and type(layer.nonlinearity) is activation

@@ -57,7 +57,7 @@ class Upsampler(ModelMixin, ConfigMixin):
         adds_detail: the network predicts the difference to the resized low resolution. For schedulers whose
             prediction_type is `sample`; false for the others.
         embed_dim: dimensions of z_i; None if the upsampler takes none.
-        clip_fingerprint: of the CLIP that computes z_i.
+        clip_fingerprint: digest of the CLIP that computes z_i.
     """
 
     _supports_gradient_checkpointing = True  # in diffusers' blocks
@@ -99,7 +99,7 @@ class Upsampler(ModelMixin, ConfigMixin):
 
     @run_like_forward
     def forward(self, x: Tensor, t: Tensor, condition: LowResolution) -> Tensor:
-        """x: (B, 3, H, W) noisy images; t: (B,) timesteps -> the prediction, (B, 3, H, W)."""
+        """Return the prediction, (B, 3, H, W), for noisy images x, (B, 3, H, W), at timesteps t, (B,)."""
         return self.step(x, t, self.prepare(condition))
 
     @run_like_forward
@@ -140,12 +140,12 @@ def augment_low_resolution(low: Tensor, level: Tensor, noise: Tensor) -> Tensor:
 
 
 def enlarge_low_resolution(low: Tensor, factor: int) -> Tensor:
-    """(B, 3, h, w) -> (B, 3, factor h, factor w), bicubic: the enlarged image without a model."""
+    """Enlarge images, (B, 3, h, w), without a model: bicubic, to (B, 3, factor h, factor w)."""
     return F.interpolate(low.float(), scale_factor=factor, mode="bicubic").to(low.dtype)
 
 
 def reduce_to_low_resolution(image: Tensor, factor: int) -> Tensor:
-    """(B, 3, H, W) -> (B, 3, H / factor, W / factor), bicubic with antialiasing, within [-1, 1]."""
+    """Reduce images, (B, 3, H, W), to (B, 3, H / factor, W / factor), bicubic with antialiasing, within [-1, 1]."""
     height, width = image.shape[-2:]
     if height % factor or width % factor:
         raise InputError(f"the image's sides must be multiples of the factor {factor}, got {width} x {height}")

@@ -89,7 +89,7 @@ def exec_torchrun(script: list[str], processes: int, restarts: int = 0) -> NoRet
 def build_torchrun_command(script: list[str], processes: int, restarts: int = 0) -> list[str]:
     """Return the command that runs a script with its arguments in several processes on this machine.
 
-    restarts: how often the group is started again after one of its processes died.
+    restarts: number of times that the group is started again after one of its processes died.
     """
     # Without it a restarted group may read old addresses from the store of the group before.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")

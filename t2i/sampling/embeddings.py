@@ -68,8 +68,9 @@ def sample_image_embeds(
     z_t is taken (DALL-E 2, section 2.2). The first candidate is the one that is drawn alone; a regression, and a given
     noise, have one only. Options that have no effect on a prior are logged.
 
-    scheduler: of a diffusion prior. sampling: see `sample_prior`; `on_step` gets a row for each candidate, those of a
-    caption together: z_i as far as it is known for an autoregressive prior. temperature: of an autoregressive prior.
+    scheduler: that of a diffusion prior. sampling: see `sample_prior`; `on_step` gets a row for each candidate, those
+    of a caption together: z_i as far as it is known for an autoregressive prior. temperature: spread of an
+    autoregressive prior.
     """
     if prior is None:
         return text.expand().embedding.float()

@@ -69,8 +69,8 @@ def build_decoder_condition(
     """Return the decoder's condition for z_i, (N, D), with the parts that this decoder reads, and no others.
 
     text: None is the null's caption. masked_latents: (N, C + 1, h, w), see
-    `t2i.diffusion.inpainting.concat_masked_latents`. noise, level: for decoders that noise z_i first; noise is (N, D).
-    control: (N, 3, H, W) in [0, 1], with sides `decoder.control_factor` times the latents'.
+    `t2i.diffusion.inpainting.concat_masked_latents`. noise, level: arguments for decoders that noise z_i first; noise
+    is (N, D). control: (N, 3, H, W) in [0, 1], with sides `decoder.control_factor` times the latents'.
     """
     # The null has a caption only if the decoder reads captions
     null = decoder.null(len(z_i))
@@ -89,9 +89,9 @@ def build_decoder_predict(
 ) -> Predict:
     """Return the guided decoder's prediction, of latents on the device of `condition`.
 
-    condition, negative: of `build_decoder_condition`; a negative of None is the decoder's null. It gets the masked
-    latents and the control images of `condition`. windows: that cover the latents, for the decoder to see one after
-    the other.
+    condition, negative: results of `build_decoder_condition`; a negative of None is the decoder's null. It gets the
+    masked latents and the control images of `condition`. windows: parts that cover the latents, for the decoder to see
+    one after the other.
     """
     device, dtype = condition.device, decoder.dtype
     condition = condition.to(device, dtype)

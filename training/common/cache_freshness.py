@@ -115,7 +115,7 @@ def compare_model(
 ) -> tuple[str | None, str | None]:
     """Return the identities of the cache's model, and of the model that the configuration names.
 
-    kind: a key of OWN_CLASSES. stored_digest: of `digest_stored_files` in the cache's key.
+    kind: a key of OWN_CLASSES. stored_digest: result of `digest_stored_files` in the cache's key.
     """
     assert facts is not None
     folder = find_local_folder(name)

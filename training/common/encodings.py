@@ -40,7 +40,8 @@ MAX_COMPONENT_EMBEDS = 16_384  # z_i of a cache from which principal components 
 class FrozenModels:
     """The data of a prior or a decoder, encoded by frozen models in the step.
 
-    clip_facts, autoencoder_facts, text_encoder_facts: of the models; the text encoder is a decoder's own.
+    clip_facts, autoencoder_facts, text_encoder_facts: identities and sizes of the models; the text encoder is a
+    decoder's own.
     """
 
     def __init__(

@@ -88,7 +88,7 @@ def evaluate_emoji_drawings(
 ) -> dict[str, Any]:
     """Draw emoji for their captions, for single keywords and for words that people type, and score the images.
 
-    Writes `out/emoji.json` and contact sheets. samples: how many of each; None: see `RealEmoji`. judge: measures the
+    Writes `out/emoji.json` and contact sheets. samples: number of each; None: see `RealEmoji`. judge: measures the
     perceptual distance; without it the scores lack it. `settings` go to the pipeline, which has the defaults.
     """
     # Open the data, and refuse what cannot work, before anything is drawn

@@ -49,7 +49,7 @@ class RealEmoji:
     def choose_captions(self, samples: int | None = None) -> dict[str, list[SampleText]]:
         """Return the captions to draw: "train", which are random ones, "held_out", and those of each kind.
 
-        samples: how many of each; by default 200, all, and at least 50. They are the same at every call, and those of
+        samples: number of each; by default 200, all, and at least 50. They are the same at every call, and those of
         a kind include the random ones of it.
         """
         training = [record for record in self.records if record.split == "train"]

@@ -119,7 +119,7 @@ class CrossAttention(nn.Module):
 
 
 class LinearAttention(nn.Module):
-    """Attention that costs linear time in the number of pixels. old: as before release 1.4.0."""
+    """Attention that costs linear time in the number of pixels. old: arithmetic of before release 1.4.0."""
 
     def __init__(self, width: int, heads: int, head_width: int, old: bool):
         super().__init__()

@@ -77,7 +77,7 @@ class DALLE2Decoder(DecoderMixin, ModelMixin, ConfigMixin):
 
     @run_like_forward
     def forward(self, x: Tensor, t: Tensor, condition: ImageCondition) -> Tensor:
-        """x: (B, C, H, W) noisy images; t: (B,) timesteps -> (B, C, H, W); (B, 2C, H, W) with a learned variance."""
+        """Return the prediction, (B, C, H, W), or (B, 2C, H, W) with a learned variance. x: noisy images; t: (B,)."""
         return self.step(x, t, self.prepare(condition))
 
     @run_like_forward
@@ -138,7 +138,7 @@ class DALLE2Cascade(ModelMixin, ConfigMixin):
         schedulers: arguments of `DDIMScheduler` for each.
         noise_levels: for each, the timestep of a linear schedule of 1,000 that its small image is noised to; None for
             a U-Net that was trained with blurred images.
-        channels: of the images.
+        channels: number in the images.
     """
 
     is_cascade = True  # `draw_images` is a diffusion of its own
@@ -211,7 +211,7 @@ class DALLE2Cascade(ModelMixin, ConfigMixin):
         return x.clamp(-1, 1)
 
     def build_unet_predict(self, net: nn.Module, low: Tensor, level: int | None, generators: list[Generator]) -> Any:
-        """Return the `Predict` of a U-Net. low: (N, 3, H, W), the small images, enlarged. level: to noise them to."""
+        """Return the `Predict` of a U-Net. low: (N, 3, H, W), enlarged images. level: timestep to noise them to."""
         levels = None
         if level is not None:
             levels = torch.full((len(low),), level, device=low.device)

@@ -38,7 +38,7 @@ class Attention(nn.Module):
 
     Args:
         cosine: queries and keys have unit length, and their products are multiplied by 16.
-        old: as before release 1.4.3, which divides products by sqrt(head_width) instead of head_width.
+        old: arithmetic of before release 1.4.3, which divides products by sqrt(head_width) instead of head_width.
         rotary: queries and keys are turned by their positions (Su et al. 2021).
     """
 

@@ -41,13 +41,13 @@ class DALLE2Prior(PriorMixin, ModelMixin, ConfigMixin):
 
     Args:
         embed_dim: dimensions D of z_t and z_i, of a caption's token states, and of the transformer.
-        depth, heads, head_width, mlp_ratio: of the transformer.
+        depth, heads, head_width, mlp_ratio: sizes of the transformer.
         context_length: tokens that captions are padded or cut to.
         num_timesteps: rows of a table of timesteps; None for a network of their sines and cosines.
         time_tokens, image_tokens, text_tokens: number of tokens made from the timestep, the noisy z_i and z_t.
         norm_in, norm_out, project_out, inner_norm, rotary: layers that the transformer has.
         reads_captions: False if it reads z_t alone.
-        old_attention: as before release 1.4.3.
+        old_attention: arithmetic of before release 1.4.3.
         learned_null: True from release 1.9.0 on. Older models have no learned null: guidance is off by default, and its
             null is the zero z_t with padding alone, which they never saw in training.
         embed_scale: None is sqrt(embed_dim).

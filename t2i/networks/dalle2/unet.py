@@ -180,7 +180,7 @@ class Unet(nn.Module):
         self.final_resnet_block = resnet(2 * config.dim, config.dim, groups[0])
 
     def build_resnet_block(self, width: int, out: int, groups: int, reads: bool = False) -> nn.Module:
-        """reads: the block attends to the tokens of the condition."""
+        """Build a block at a width. reads: the block attends to the tokens of the condition."""
         token_dim = self.config.token_dim if reads else None
         return ResnetBlock(width, out, self.config.time_dim, token_dim, groups, self.config.cosine_sim_cross_attn)
 
@@ -264,7 +264,7 @@ class Unet(nn.Module):
         return self.to_out(x if low is None else torch.cat([x, low], dim=1))
 
     def run_unet_levels(self, x: Tensor, vector: Tensor, tokens: Tensor, middle: Tensor) -> Tensor:
-        """Run the way down, the middle, and the way up. tokens: for the levels. middle: for the middle."""
+        """Run the way down, the middle, and the way up. tokens, middle: conditions for the levels and the middle."""
         if self.init_resnet_block is not None:
             x = self.init_resnet_block(x, vector)
         skips: list[Tensor] = []

@@ -33,7 +33,7 @@ class CLIPTokenizer(BaseTokenizer):
     """Captions to tokens: start, byte pairs, end, padding.
 
     Args:
-        vocab, merges: of the byte pairs.
+        vocab, merges: tables of the byte pairs.
         context_length: tokens of a caption, start and end included; what is longer is cut.
         pad: the token after the end: "!", which is 0, in Karlo and open_clip; the end token itself elsewhere.
     """

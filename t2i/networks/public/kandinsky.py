@@ -39,7 +39,7 @@ class KandinskyDecoder(UNetDenoiser, ModelMixin):
         model: arguments of `UNet2DConditionModel`.
         text_width: dimensions of a caption's token states; None for 2.2, which reads no captions.
         clip_fingerprint: None, because the public files do not contain it.
-        text_encoder_fingerprint: of the text encoder that encoded the null's empty caption; None for 2.2.
+        text_encoder_fingerprint: digest of the text encoder that encoded the null's empty caption; None for 2.2.
 
     The other arguments are those of `t2i.networks.decoder.Decoder`, and follow from `model`: see
     `derive_kandinsky_config`.

@@ -32,7 +32,7 @@ class MultilingualCLIP(Encoder, ModelMixin):
         model: transformers' configuration of the XLM-RoBERTa, limited to `t2i.networks.text_encoder.ENCODER_SETTINGS`.
         pooled_width: dimensions of the projection.
         context_length: tokens of a caption, special ones and padding included; longer captions are cut.
-        fingerprint, rounded: of weights, vocabulary and context length; see `t2i.networks.encoder.Encoder`.
+        fingerprint, rounded: digest of weights, vocabulary and context length; see `t2i.networks.encoder.Encoder`.
     """
 
     tokenizer: TextTokenizer
@@ -89,7 +89,8 @@ class MultilingualCLIP(Encoder, ModelMixin):
     def encode(self, texts: str | list[str], device: torch.device | None = None) -> TokenStates:
         """Encode captions to a state per token, (B, 77, width), and a pooled vector, (B, D).
 
-        The mask is True everywhere. device: where the encoder computes, if its weights are elsewhere now (offloading).
+        The mask is True everywhere. device: place where the encoder computes, if its weights are elsewhere now
+        (offloading).
         """
         tokens, mask = (tensor.to(device or find_compute_device(self)) for tensor in self.tokenizer(texts))
         missing = (0, self.config.context_length - tokens.shape[1])
@@ -100,7 +101,7 @@ class MultilingualCLIP(Encoder, ModelMixin):
 
     @run_like_forward
     def encode_tokens(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, L) int64, (B, L) bool -> states, (B, L, width), and the projected mean of unpadded states, (B, D)."""
+        """Return states, (B, L, width), and the projected mean of unpadded ones, (B, D), of tokens and mask, (B, L)."""
         states = self.transformer(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
         weights = mask.to(states.dtype)[..., None]
         mean = (states * weights).sum(dim=1) / weights.sum(dim=1)

@@ -131,8 +131,8 @@ class StableUnCLIPDecoder(UNetDenoiser, ModelMixin):
     def noise_image_embeds(self, z_i: Tensor, noise: Tensor | None = None, level: int | Tensor = 0) -> Tensor:
         """Return the input of the U-Net for z_i, (B, D) -> (B, 2D): z_i noised to a level, and the level.
 
-        noise: (B, D), of unit variance; None is none. level: for all, or (B,), int64. Zero, the null, is returned as
-        zero.
+        noise: (B, D), of unit variance; None is none. level: one timestep for all, or (B,), int64. Zero, the null, is
+        returned as zero.
         """
         levels = torch.as_tensor(level, device=z_i.device).expand(len(z_i))
         mean, std = self.normalizer.get_statistics(z_i)

@@ -57,7 +57,7 @@ class TransformersCLIP(Encoder, ModelMixin):
         text, vision: `TEXT_KEYS` and `VISION_KEYS` of the towers' configurations; None without that tower.
         preprocess: steps from an image to the vision tower, as `read_preprocess_config` returns them.
         context_length: tokens of a caption.
-        fingerprint, rounded: of weights and preprocessing; see `t2i.networks.encoder.Encoder`.
+        fingerprint, rounded: digest of weights and preprocessing; see `t2i.networks.encoder.Encoder`.
 
     Whatever needs a tower that is missing raises InputError.
     """
@@ -310,8 +310,9 @@ def read_preprocess_config(folder: Path, side: int, root: Path | None = None) ->
     """Return the preprocessing in a CLIPImageProcessor's folder, for a vision tower of `side` x `side` pixels.
 
     Keys of the result: resize: [the shorter side], [height, width] or None. crop: the side of the square that is cut
-    out of the middle, or None. resample: "bicubic" or "bilinear". mean, std: for images in [0, 1]. root: the pipeline's
-    folder, which links may lead into. Raises InputError for steps that CLIP's image processors do not have.
+    out of the middle, or None. resample: "bicubic" or "bilinear". mean, std: normalization for images in [0, 1]. root:
+    the pipeline's folder, which links may lead into. Raises InputError for steps that CLIP's image processors do not
+    have.
     """
     check_folder_files(folder, root)
     path = folder / "preprocessor_config.json"
