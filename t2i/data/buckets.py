@@ -71,15 +71,16 @@ def format_bucket_lines(shapes: Sequence[Shape], numbers: np.ndarray, lost: np.n
         counts = np.bincount(numbers, minlength=len(shapes))
         parts = [f"{count:,} of {width} x {height}" for (height, width), count in zip(shapes, counts) if count]
         lines.append(f"shapes: {', '.join(parts)}")
-    if lost is not None and (line := format_lost_line(lost, len(shapes) > 1)):
-        lines.append(line)
+    if lost is not None and (line := format_lost_line(lost.mean(), (lost > MUCH_LOST).sum(), len(lost))):
+        lines.append(line + ("" if len(shapes) > 1 else "; data.buckets=true keeps shapes"))
     return lines
 
 
-def format_lost_line(lost: np.ndarray, with_buckets: bool) -> str:
-    """Return a line about what crops take from images; empty if that is less than a hundredth."""
-    mean, much = float(lost.mean()), int((lost > MUCH_LOST).sum())
+def format_lost_line(mean: float, much: int, count: int, what: str = "crops") -> str:
+    """Return a line about what crops take from images; empty if that is less than a hundredth.
+
+    mean: fraction of an image. much: images that lose more than `MUCH_LOST`, of `count`.
+    """
     if mean < 0.005 and not much:
         return ""
-    line = f"crops take {mean:.0%} of the images, and more than {MUCH_LOST:.0%} of {much:,} of {len(lost):,}"
-    return line + ("" if with_buckets else "; data.buckets=true keeps shapes")
+    return f"{what} take {mean:.0%} of the images, and more than {MUCH_LOST:.0%} of {much:,} of {count:,}"

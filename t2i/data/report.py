@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from PIL import Image, ImageDraw, ImageFont
 
+from t2i.data.buckets import MUCH_LOST, format_lost_line
 from t2i.data.reasons import Reason
 from t2i.data.sources.samples import SourceNotes
 
@@ -43,6 +44,8 @@ class Report:
     examples: dict[str, list[dict[str, str]]] = field(default_factory=dict)
     sides: Counter[int] = field(default_factory=Counter)  # images by short side, in bins
     shapes: Counter[str] = field(default_factory=Counter)
+    lost: float = 0.0  # fractions that a crop to a square takes, summed over all images
+    much_lost: int = 0  # images that lose more than `MUCH_LOST`
     duplicates: Duplicates = field(default_factory=Duplicates)
     notes: SourceNotes = field(default_factory=SourceNotes)
 
@@ -63,6 +66,9 @@ class Report:
         self.captions += len(row["captions"])
         self.converted += bool(row["detail"])
         self.sides[max(edge for edge in SIDE_BINS if edge <= min(width, height))] += 1
+        lost = 1 - min(width, height) / max(width, height)
+        self.lost += lost
+        self.much_lost += lost > MUCH_LOST
         self.shapes[next(name for name, limit in SHAPE_LIMITS.items() if width / height < limit)] += 1
 
     def write_files(self, folder: Path) -> None:
@@ -90,6 +96,7 @@ class Report:
             "shards": self.notes.shards,
             "short_sides": {str(edge): self.sides[edge] for edge in sorted(self.sides)},
             "shapes": dict(self.shapes),
+            "square_crops": {"mean_lost": round(self.lost / max(1, self.ok), 4), "much_lost": self.much_lost},
         }
 
     def format_lines(self) -> list[str]:
@@ -101,6 +108,9 @@ class Report:
         # Rejected samples, with examples
         if self.converted:
             lines.insert(2, f"  {self.converted:,} are converted to sRGB of 8 bits")
+        mean = self.lost / max(1, self.ok)
+        if crops := format_lost_line(mean, self.much_lost, self.ok, "crops to squares"):
+            lines.insert(2, f"  {crops}")
         for name, count in self.reasons.most_common():
             lines.append(f"  {name}: {count:,} x {Reason[name].value}")
             for example in self.examples[name]:

@@ -1,5 +1,6 @@
 """`t2i init`: configurations of every stage, chosen from the data and the device, that load, build and train."""
 
+import json
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -22,6 +23,7 @@ from t2i.training.recipe.sizes import (
 )
 
 from t2i.config import load_config
+from t2i.data.buckets import list_image_shapes
 from t2i.data.freshness import find_changes
 from t2i.data.manifest import write_manifest
 from t2i.errors import InputError
@@ -30,6 +32,7 @@ from t2i.networks.clip import CLIP
 from t2i.networks.prior import Prior
 from t2i.networks.unet_decoder import UNetDecoder
 from tests.commands.test_cli import run
+from tests.helpers.samples import write_mixed_pictures
 
 STAGES = ("clip", "autoencoder", "cache", "prior", "decoder")
 CPU = Device("cpu", cores=2, memory=24)
@@ -261,3 +264,34 @@ def test_metadata_that_has_changed_is_noticed_by_its_pictures(shapes, tmp_path):
 def test_this_machine_is_a_device():
     device = find_device("auto")
     assert device.kind == "cpu" and device.cores >= 1 and device.memory > 0.5  # tests hide the GPU
+
+
+@pytest.mark.parametrize("side", [64, 128, 256, 512])
+def test_images_of_various_shapes_get_buckets_that_the_models_draw(side, tmp_path):
+    facts = replace(MANY, cropped=0.23)
+    recipe = compose_recipe(tmp_path / "run", facts, GPU, image_size=side)
+    assert any("buckets: squares take 23% of the images" in line for line in recipe.lines)
+    recipe.write_folder(tmp_path / "run")
+    configs = load(tmp_path / "run")
+    coder = Autoencoder(**configs["autoencoder"].model)
+    decoder = UNetDecoder(8, coder.channels, side // coder.factor, **configs["decoder"].model)
+    assert configs["autoencoder"].data == configs["cache"].data == configs["decoder"].data
+    shapes = list_image_shapes(configs["decoder"].data)
+    assert len(shapes) > 2
+    for sides in shapes:
+        assert all(length % (coder.factor * decoder.latent_multiple) == 0 for length in sides)
+
+
+def test_squares_stay_squares():
+    recipe = compose_recipe(Path("run"), replace(EMOJI, cropped=0.01), CPU)
+    assert yaml.safe_load(recipe.files["decoder"])["data"]["buckets"] is False
+    assert any("squares: squares take 1% of the images" in line for line in recipe.lines)
+
+
+def test_what_squares_take_is_read_from_the_manifest(tmp_path):
+    write_mixed_pictures(tmp_path, [(32, 32)] * 6 + [(60, 40)] * 6)
+    assert read_data_facts(str(tmp_path)).cropped == pytest.approx(1 / 6)
+    report = json.loads((tmp_path / "t2i/report.json").read_text())
+    assert report["square_crops"] == {"mean_lost": 0.1667, "much_lost": 6}
+    lines = write_manifest(tmp_path, quiet=True).format_lines()
+    assert "  crops to squares take 17% of the images, and more than 20% of 6 of 12" in lines

@@ -29,6 +29,7 @@ from t2i.training.recipe.sizes import (
     ExplainedValue,
     RecipeSize,
     choose_batch_size,
+    choose_buckets,
     choose_context_length,
     choose_recipe_size,
     choose_steps,
@@ -98,6 +99,8 @@ def read_data_facts(path: str, clip: str | None = None) -> DataFacts:
     accepted = [("status", "=", STATUS_OK)]
     table = pq.read_table(find_manifest(Path(path)), columns=columns, filters=accepted, partitioning=None)
     captions, keywords = (pc.list_value_length(table[name]) for name in ("captions", "keywords"))
+    sides = [table[name].to_numpy() for name in ("width", "height")]
+    short, long = np.minimum(*sides), np.maximum(*sides)
     # The lengths of captions in tokens, by a vocabulary of the size that training will use
     tokenizer = CaptionTokenizer.train(dataset.iterate_texts(), choose_vocabulary_size(pc.sum(captions).as_py()), 3)
     lengths = measure_caption_lengths(dataset, tokenizer)
@@ -106,7 +109,8 @@ def read_data_facts(path: str, clip: str | None = None) -> DataFacts:
         path=path,
         pictures=len(dataset),
         held_out=len(table) - len(dataset),
-        side=int(np.median(np.minimum(table["width"].to_numpy(), table["height"].to_numpy()))),
+        side=int(np.median(short)),
+        cropped=float((1 - short / long).mean()),
         caption_tokens=math.ceil(np.percentile(lengths, 95)),
         captions=pc.sum(captions).as_py(),
         variations=16 if pc.max(keywords).as_py() else min(16, pc.max(captions).as_py()),
@@ -161,7 +165,8 @@ def compose_recipe(
     counts = count_parameters(models, channels, side // factor, stages)
 
     # The values of the templates that all stages share
-    workers, why_workers = choose_workers(facts, device)
+    data, reasons = choose_data_settings(facts, device, side, multiple)
+    reasons |= {"image_size": why_side, "variations": "each has one caption"}
     shared = {
         "clip": clip or f"{run}/clip",
         "autoencoder": autoencoder or f"{run}/autoencoder",
@@ -172,9 +177,8 @@ def compose_recipe(
         "captions": f"{facts.captions:,}",
         "caption_tokens": facts.caption_tokens,
         "variations": facts.variations,
-        "data": {"path": facts.path, "image_size": side, "num_workers": workers},
+        "data": data,
     }
-    reasons = {"image_size": why_side, "num_workers": why_workers, "variations": "each has one caption"}
     if facts.variations > 1:
         reasons["variations"] = "draws of an image's captions and keywords stand for the endless ones"
 
@@ -182,6 +186,7 @@ def compose_recipe(
     lines = [
         f"{run}: for {facts.pictures:,} images to train on and {facts.held_out:,} held out, on {device}",
         f"  images     {side} x {side}: {why_side}",
+        f"  shapes     {'buckets' if data['buckets'] else 'squares'}: {reasons['buckets']}",
     ]
     files: dict[str, str] = {}
     for stage in stages:
@@ -208,6 +213,16 @@ def choose_models(size: RecipeSize, facts: DataFacts, clip: str | None) -> dict[
     if size is not LARGE and models["clip"]["embed_dim"] > MEDIUM.models["clip"]["embed_dim"]:
         models["prior"] = PUBLIC_PRIOR
     return models
+
+
+def choose_data_settings(
+    facts: DataFacts, device: Device, side: int, step: int
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Choose the values of `data`, and give reasons. step: of the sides of buckets, which the models need."""
+    workers, why_workers = choose_workers(facts, device)
+    buckets, why_buckets = choose_buckets(facts, side, step)
+    data = {"path": facts.path, "image_size": side, "num_workers": workers, "buckets": buckets, "bucket_step": step}
+    return data, {"num_workers": why_workers, "buckets": why_buckets}
 
 
 def choose_workers(facts: DataFacts, device: Device) -> ExplainedValue:

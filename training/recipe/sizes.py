@@ -8,8 +8,11 @@ from typing import Any, Self
 import yaml
 
 from t2i.checks import check_choice
+from t2i.config import DataConfig
+from t2i.data.buckets import list_bucket_shapes
 
 IMAGE_SIZES = (32, 64, 96, 128, 192, 256, 384, 512)
+MIN_CROPPED = 0.05  # fraction of the images that squares take, from which shapes are kept
 CONTEXT_LENGTHS = (32, 64, 128, 256)  # tokens
 VOCABULARY_SIZES = {10_000: 2_048, 100_000: 8_192, math.inf: 16_384}  # largest number of captions: largest vocabulary
 
@@ -27,6 +30,7 @@ class DataFacts:
     caption_tokens: int  # 95 of 100 captions have at most this many
     captions: int  # in all
     variations: int  # captions that training can draw for an image
+    cropped: float = 0.0  # mean fraction of an image that a crop to a square takes
     caption_lengths: tuple[int, ...] = ()  # tokens of measured captions, by the tokenizer of CLIP if that is known
 
 
@@ -112,6 +116,16 @@ def find_obstacle(size: RecipeSize, facts: DataFacts, device: Device) -> str:
         needed = "two cores and" if on_cpu else "a GPU with"
         return f"{pixels} takes {needed} {size.memory:g} GB, this is {device}"
     return ""
+
+
+def choose_buckets(facts: DataFacts, side: int, step: int) -> ExplainedValue:
+    """Choose whether images keep their shapes, in buckets with sides of multiples of `step`."""
+    taken = f"squares take {facts.cropped:.0%} of the images"
+    if facts.cropped < MIN_CROPPED:
+        return False, taken
+    if len(list_bucket_shapes(side, step, DataConfig.max_ratio)) == 1:
+        return False, f"{taken}; there is no other shape at this size"
+    return True, f"{taken}, shapes like theirs less"
 
 
 def choose_context_length(facts: DataFacts) -> int:
