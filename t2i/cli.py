@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from t2i import EXTRA_STAGES, STAGES, __version__
-from t2i.commands import conversion, drawing, editing, evaluation, seeing, speed_up_imports
+from t2i.commands import conversion, drawing, editing, evaluation, records, seeing, speed_up_imports
 from t2i.commands.flags import argument, check_needed, option
 from t2i.errors import InputError, report_errors
 from t2i.progress import Progress
@@ -45,6 +45,7 @@ app = typer.Typer(
 data = typer.Typer(help="Prepare and check training data.")
 app.add_typer(drawing.app)
 app.add_typer(editing.app)
+app.add_typer(records.app)
 app.add_typer(seeing.app)
 app.add_typer(conversion.app)
 app.add_typer(data, name="data")

@@ -15,7 +15,7 @@ from t2i.pipelines.calls.unknown_words import collect_texts, report_unknown_word
 from t2i.pipelines.inversion import InvertingPipeline
 from t2i.pipelines.jobs.batches import BatchPlan, parse_batch_size, write_images, write_new_image
 from t2i.pipelines.jobs.planning import ModelSource, Output, load_pipeline, split_settings
-from t2i.pipelines.jobs.records import Record, build_settings_record, format_model_name
+from t2i.pipelines.jobs.records import Record, build_settings_record, format_model_name, warn_of_other_weights
 from t2i.pipelines.memory_needed import check_batch_fits, find_fitting_count
 from t2i.pipelines.options import ResolvedOptions
 from t2i.pipelines.text2image import Text2ImagePipeline
@@ -44,6 +44,7 @@ def generate_files(
     settings: dict[str, Any],
     batch_size: str | int | None = None,
     resume: bool = False,
+    like: Record | None = None,
 ) -> Iterator[Path]:
     """Draw `output.count` images for each prompt, write each batch as soon as it is drawn, and yield the paths.
 
@@ -54,6 +55,7 @@ def generate_files(
         settings: arguments and options of `Text2ImagePipeline`.
         batch_size: images drawn at once; "auto" and None are 16, or fewer if they do not fit into memory.
         resume: skip images that the folder contains already.
+        like: record of the image whose settings these are; other weights than its own are logged.
 
     Raises:
         InputError: for a value that is not allowed, before the model loads where that is possible.
@@ -88,6 +90,7 @@ def generate_files(
     used["weights"] = compute_brief_fingerprint(weights, format_scheduler_configs(pipeline.components))
     texts = [prompt for prompt in inputs for _ in range(output.count)]
     records = build_records("prompt", texts, first_seed, source.model, used)
+    warn_of_other_weights(like or {}, records[0])
 
     # Draw
     drawer = PromptDrawer(pipeline, records, arguments, resolved, bool(prompts), plan.rank.local_world_size)

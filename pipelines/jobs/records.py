@@ -1,7 +1,7 @@
 """Records: how an image was drawn, as JSON in its PNG file. Reading them back finds images that are drawn already."""
 
 import json
-import warnings
+import logging
 from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
@@ -14,7 +14,10 @@ from t2i.pipelines.options import PRIOR_OPTION_NAMES, ResolvedOptions
 
 from t2i import __version__
 from t2i.diffusion.guidance import Guidance
+from t2i.files.picture_records import DAMAGED_FILE_ERRORS, open_png, read_record
 from t2i.sampling.steering import Steering
+
+logger = logging.getLogger(__name__)
 
 Record: TypeAlias = dict[str, Any]  # the input first, then its seed, the model and all options that matter
 
@@ -51,6 +54,16 @@ def build_settings_record(
     if source.dtype is not None:
         record["dtype"] = source.dtype
     return {name: convert_to_json_value(value) for name, value in record.items()}
+
+
+def warn_of_other_weights(like: Record, record: Record) -> None:
+    """Log a warning if a record names the same model as the one that it is to be like, but has other weights."""
+    sources = ("model", "prior", "clip", "upsampler", "dtype")
+    if "weights" not in like or any(like.get(name) != record.get(name) for name in sources):
+        return
+    if like["weights"] != record["weights"]:
+        changed = "the model %r has changed since the image was drawn: its weights were %r and are %r; this one differs"
+        logger.warning(changed, record["model"], like["weights"], record["weights"])
 
 
 def format_model_name(model: str) -> str:
@@ -110,7 +123,7 @@ def find_drawn_files(folder: Path, records: list[Record]) -> dict[int, Path]:
         # A damaged file, such as one that a crash left, counts as not drawn
         try:
             index = find_record_index(path, indices)
-        except (OSError, ValueError, SyntaxError, IndexError, RecursionError, Image.DecompressionBombError):
+        except DAMAGED_FILE_ERRORS:
             continue
         if index is not None:
             drawn.setdefault(index, path)
@@ -121,15 +134,13 @@ def find_record_index(path: Path, indices: dict[str, int]) -> int | None:
     """Return the index of a PNG file's record; None for another record. Raises Pillow's errors for damaged files."""
     if not path.is_file():  # opening a pipe would block
         return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # no pixel is decoded
-        with Image.open(path, formats=["PNG"]) as image:
-            record = json.loads(image.info.get("t2i", "null"))
-            index = indices.get(format_record_key(record)) if isinstance(record, dict) else None
-            if index is not None:
-                # The text stands before the pixels, which a crash may have cut off.
-                image.verify()
-            return index
+    with open_png(path) as image:
+        record = read_record(image)
+        index = None if record is None else indices.get(format_record_key(record))
+        if index is not None:
+            # The text stands before the pixels, which a crash may have cut off.
+            image.verify()
+        return index
 
 
 def format_record_key(record: Record) -> str:

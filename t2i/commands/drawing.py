@@ -10,6 +10,7 @@ import typer
 
 from t2i.commands import SHIPPED_MODEL, flags, read_lines
 from t2i.commands.flags import argument, drop_missing, option
+from t2i.commands.records import Likeness
 from t2i.errors import InputError
 
 if TYPE_CHECKING:
@@ -33,6 +34,9 @@ def generate(
     upsampling: flags.UpsamplerFlags,
     prompts: Annotated[list[str] | None, argument("Prompts to draw.")] = None,
     file: PromptFile = None,
+    like: Annotated[
+        Path | None, option("PNG file that this command drew: draw with its settings, where no option is given.")
+    ] = None,
     negative_prompt: flags.NegativePrompt = None,
     decoder_negative_prompt: Annotated[str | None, option("A text that the decoder is guided away from.")] = None,
     height: Annotated[int | None, option("Image height in pixels.", "the model's")] = None,
@@ -57,6 +61,8 @@ def generate(
 
     Without prompts, steering alone decides what is drawn.
 
+    With --like, a model other than the shipped one must be given too: a picture has its name, not its place.
+
     With --prompts the default seed is 0, so that the same command, run again, finishes the list.
 
     Several processes share the images: start them with torchrun or accelerate launch, as `-m t2i generate ...`.
@@ -65,23 +71,29 @@ def generate(
 
     processes = count_forgotten_processes()
     check_standard_input(file, processes)
+    likeness = Likeness() if like is None else Likeness.read_file(like)
+    named = {"model": source.model, "prior": source.prior, "clip": source.clip, "upsampler": upsampling.upsampler}
+    likeness.check_named_files(**named, control_image=decoder.control_image)
     if processes > 1:
         exec_torchrun(["-m", "t2i", *sys.argv[1:]], processes)
     from t2i.pipelines.jobs.dtypes import parse_dtypes
     from t2i.pipelines.jobs.generation import generate_files
 
     # Collect the settings
-    settings = steering.build_settings()
-    texts = read_prompts(prompts, file, required=not settings)
+    settings = likeness.fill_steering(steering).build_settings()
+    texts = read_prompts(prompts, file, required=not (settings or likeness.prompts)) or likeness.prompts
     settings |= drop_missing(negative_prompt=negative_prompt, decoder_negative_prompt=decoder_negative_prompt)
     settings |= decoder.build_settings() | prior_flags.build_settings() | drop_missing(height=height, width=width)
     settings |= samplers.build_settings() | drop_missing(noise_level=noise_level, upsample=upsampling.upsample)
-    if file is not None and output.seed is None:
-        output.seed = 0
+    settings = likeness.merge_settings(settings)
+    if output.seed is None:
+        output.seed = likeness.record.get("seed", None if file is None else 0)
 
     # Draw
-    model = source.build(upsampler=upsampling.upsampler, dtype=parse_dtypes(dtype), compile=compile)
-    return generate_files(texts, model, output.build(), settings, batch_size, resume=file is not None)
+    dtypes = parse_dtypes(dtype or likeness.list_dtypes())
+    model = source.build(upsampler=upsampling.upsampler, dtype=dtypes, compile=compile)
+    resume = file is not None
+    return generate_files(texts, model, output.build(), settings, batch_size, resume, likeness.record)
 
 
 @app.command()

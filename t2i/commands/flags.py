@@ -172,7 +172,7 @@ class OutputFlags:
 @dataclass
 class ModelFlags:
     panel: ClassVar[str] = "Model"
-    model: Model = str(SHIPPED_MODEL)
+    model: Annotated[str | None, option("Model folder, or repository on the hub.", "models/emoji")] = None
     prior: Prior = None
     clip: Clip = None
     variant: Annotated[str | None, option("Variant of a public model's files, such as fp16.", "plain files")] = None
@@ -184,7 +184,7 @@ class ModelFlags:
     def build(self, **more: Any) -> "ModelSource":
         from t2i.pipelines.jobs.planning import ModelSource
 
-        return ModelSource(**vars(self), **more)
+        return ModelSource(**{**vars(self), "model": self.model or str(SHIPPED_MODEL)}, **more)
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """Sets of images to compare: of a checked source, of a folder, or drawn on demand."""
 
 import hashlib
-import json
 import random
 from dataclasses import replace
 from functools import cached_property
@@ -20,6 +19,7 @@ from t2i.data.manifest import find_manifest
 from t2i.data.picture_files import compute_picture_digest, find_images
 from t2i.data.pictures import Resizing, open_image, to_tensor
 from t2i.errors import InputError
+from t2i.files.picture_records import DAMAGED_FILE_ERRORS, open_png, read_record
 
 
 class PictureSet(Protocol):
@@ -114,11 +114,11 @@ def read_image_settings(path: Path) -> dict[str, Any]:
     """Return the settings that `t2i generate` wrote into an image; an empty dict for other images."""
     # A folder may hold images of any origin, also damaged ones: these have no settings
     try:
-        with Image.open(path, formats=["PNG"]) as file:
-            settings = json.loads(file.info.get("t2i", "{}"))
-    except (OSError, ValueError):
+        with open_png(path) as file:
+            record = read_record(file)
+    except DAMAGED_FILE_ERRORS:
         return {}
-    return settings if isinstance(settings, dict) and isinstance(settings.get("prompt"), str) else {}
+    return record if record is not None and isinstance(record.get("prompt"), str) else {}
 
 
 class DrawnPictures:
