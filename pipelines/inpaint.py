@@ -82,7 +82,8 @@ class InpaintPipeline(UnCLIPPipeline):
             options: `latents` have the images' size.
         """
         images = self.read_canvas(image)
-        self.check_canvas_size(images)
+        if padding_mask_crop is None:  # a part of any size is enlarged to the trained one
+            self.check_canvas_size(images)
         masks = read_masks(mask_image, len(images), images.shape[-2:], channel=mask_channel)
         given = PaintedImages(images, images, masks)
         texts = choose_text_pair(

@@ -177,6 +177,9 @@ def measure_and_report(
         if conditioning is not None and scorer is not None and scorer.identity == conditioning:
             print_note("warning: the CLIP score is by the CLIP that the model draws with; this flatters it", sys.stderr)
     end_process_group()
+    if left_out := {kind: n for kind in ("drawn", "reference") if (n := result[kind].get("left_out"))}:
+        counts = " and ".join(f"{n} {kind}" for kind, n in left_out.items())
+        raise InputError(f"{counts} images cannot be read and were left out, all others measured")
 
 
 def load_drawing_pipeline(comparison: Comparison, device: str) -> Any:

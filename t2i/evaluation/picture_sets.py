@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Generator, Tensor
 from torchvision.transforms.functional import to_pil_image
 
+from t2i.bulk import BulkJob
 from t2i.config import DataConfig
 from t2i.data import CaptionedPictures
 from t2i.data.dataset import stack_views
@@ -26,6 +27,7 @@ class PictureSet(Protocol):
     """Images with their captions, if known."""
 
     captions: list[str | None]
+    left_out: set[int]  # indices of images that could not be read so far; they are blank
 
     def __len__(self) -> int: ...
     def get_images(self, indices: list[int]) -> Tensor:
@@ -43,6 +45,7 @@ class SourcePictures:
 
     def __init__(self, path: str | Path, size: int, split: str | None):
         self.path, self.split = path, split
+        self.left_out = set[int]()
         self.folder = find_manifest(Path(path)).parent.parent  # statistics can be stored here
         self.dataset = CaptionedPictures(DataConfig(str(path), size, 0), split)
         self.captions: list[str | None] = [row["captions"][0] for row in self.dataset.manifest.iterate_rows("captions")]
@@ -73,10 +76,14 @@ class FolderPictures:
     def __init__(self, folder: str | Path, size: int | None = None):
         """`size`: resize and crop to a square of this side; None: all must be squares of the first image's size."""
         self.folder, self.paths, self.requested_size = Path(folder), find_images(folder), size
-        first = open_image(self.paths[0])
+        self.job, self.left_out = BulkJob(len(self.paths)), set[int]()
+        first = next((image for image in map(self.open_usable_image, range(len(self))) if image is not None), None)
+        self.job.check_any_left()
+        assert first is not None, "not all are left out"
         self.size = size or first.width
         if size is None and first.width != first.height:
-            raise InputError(f"{str(self.paths[0])!r} is {first.width} x {first.height}; give --image-size")
+            name = str(self.paths[len(self.left_out)])
+            raise InputError(f"{name!r} is {first.width} x {first.height}; give --image-size")
         settings = [read_image_settings(path) for path in self.paths]
         self.captions: list[str | None] = [values.get("prompt") for values in settings]
         self.seeds = [values.get("seed") for values in settings]
@@ -85,19 +92,33 @@ class FolderPictures:
         return len(self.paths)
 
     def get_images(self, indices: list[int]) -> Tensor:
-        return torch.stack([to_tensor(self.open_image(self.paths[index]), self.size) for index in indices])
+        return torch.stack([to_tensor(self.open_image(index), self.size) for index in indices])
 
     def get_views(self, indices: list[int], resizing: Resizing) -> tuple[Tensor, Tensor]:
-        images = [self.open_image(self.paths[index]) for index in indices]
+        images = [self.open_image(index) for index in indices]
         pixels, seen = (torch.stack([to_tensor(image, way) for image in images]) for way in (self.size, resizing))
         return pixels, seen
 
-    def open_image(self, path: Path) -> Image.Image:
-        image = open_image(path)
+    def open_image(self, index: int) -> Image.Image:
+        """Open an image; one of `left_out` is blank. Raises InputError for another size than the first one's."""
+        image = self.open_usable_image(index)
+        if image is None:
+            return Image.new("RGB", (self.size, self.size))
         if self.requested_size is None and image.size != (self.size, self.size):
             sizes = f"is {image.width} x {image.height}, others are {self.size} x {self.size}"
-            raise InputError(f"{str(path)!r} {sizes}; give --image-size")
+            raise InputError(f"{str(self.paths[index])!r} {sizes}; give --image-size")
         return image
+
+    def open_usable_image(self, index: int) -> Image.Image | None:
+        """Open an image; name one that cannot be read, once, and add it to `left_out`."""
+        if index in self.left_out:
+            return None
+        self.left_out.add(index)
+        with self.job.skip_bad_input(self.paths[index], OSError):
+            image = open_image(self.paths[index])
+            self.left_out.remove(index)
+            return image
+        return None
 
     @cached_property
     def digest(self) -> str:
@@ -135,7 +156,7 @@ class DrawnPictures:
         # Shuffled, so that the first `count` are a fair sample of the reference
         order = random.Random(seed).sample(usable, len(usable))
         self.captions: list[str | None] = [order[i % len(order)] for i in range(count or len(order))]
-        self.pipeline, self.seed, self.settings = pipeline, seed, settings
+        self.pipeline, self.seed, self.settings, self.left_out = pipeline, seed, settings, set[int]()
         self.resolved = pipeline.resolve_options(**settings, output_type="pt")
         pipeline.set_progress_bar_config(disable=True)
 

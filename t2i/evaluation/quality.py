@@ -96,7 +96,13 @@ def measure_reference_statistics(
     # Compute and write them
     features = extract_set_features(pictures, extractor, state, "reference")[0]
     mean, covariance = compute_feature_moments(features)
-    about = {"kind": STATISTICS_KIND, "format": 1, "version": __version__, **pictures.describe_source(), **expected}
+    about = {
+        "kind": STATISTICS_KIND,
+        "format": 1,
+        "version": __version__,
+        **describe_used_images(pictures, len(features)),
+        **expected,
+    }
     tensors = dict(zip(STATISTICS_TENSORS, (features, mean, covariance)))
     run_on_main_process(state, lambda: write_tensor_file(target, tensors, about))
     return ReferenceStatistics(features, (mean, covariance), about)
@@ -108,7 +114,8 @@ def extract_set_features(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the features of all images, (N, D), and, with a `scorer`, the cosines with their captions, (N,).
 
-    All processes return the same; image i is the work of process i modulo the number of processes.
+    All processes return the same; image i is the work of process i modulo the number of processes. Images that cannot
+    be read have no row.
     """
     # Round robin: processes differ by one image at most
     mine = list(range(state.process_index, len(pictures), state.num_processes))
@@ -124,10 +131,12 @@ def extract_set_features(
                 rows.append(extractor(batch))
                 captions = [str(pictures.captions[index]) for index in part]
                 cosines.append(compute_clip_scores(scorer, seen, captions))
-    features = gather_process_rows(torch.cat(rows), len(pictures), state)
+    usable = torch.tensor([index not in pictures.left_out for index in mine], dtype=torch.float32)
+    kept = gather_process_rows(usable, len(pictures), state).bool()
+    features = gather_process_rows(torch.cat(rows), len(pictures), state)[kept]
     if not features.isfinite().all():
         raise InputError(f"features of the {kind} images are not finite; the extractor or its precision fails")
-    return features, None if scorer is None else gather_process_rows(torch.cat(cosines), len(pictures), state)
+    return features, None if scorer is None else gather_process_rows(torch.cat(cosines), len(pictures), state)[kept]
 
 
 def compute_clip_scores(clip: CLIP, pictures: Tensor, captions: str | list[str]) -> Tensor:
@@ -135,6 +144,12 @@ def compute_clip_scores(clip: CLIP, pictures: Tensor, captions: str | list[str])
     z_i = clip.encode_image(pictures.to(clip.device, clip.dtype)).float()
     z_t = clip.encode_text(captions).embedding.float()
     return (F.normalize(z_i, dim=-1) * F.normalize(z_t, dim=-1)).sum(dim=-1).cpu()
+
+
+def describe_used_images(pictures: PictureSet, used: int) -> dict[str, Any]:
+    """Return the facts about a set, with the number of images that could be read if not all could."""
+    left_out = len(pictures) - used
+    return pictures.describe_source() | ({"count": used, "left_out": left_out} if left_out else {})
 
 
 def gather_process_rows(mine: Tensor, count: int, state: PartialState) -> Tensor:
@@ -169,6 +184,7 @@ def measure_quality(
     settings.check_image_counts({"drawn": len(drawn), "reference": len(reference.features)}, extractor.dim)
     # All processes draw and extract; the first one compares
     features, cosines = extract_set_features(drawn, extractor, state, "drawn", scorer)
+    settings.check_image_counts({"drawn": len(features), "reference": len(reference.features)}, extractor.dim)
     result: dict[str, Any] = run_on_main_process(
         state, lambda: compare_feature_sets(features, reference.features, reference.moments, settings)
     )
@@ -182,7 +198,7 @@ def measure_quality(
         "metrics": result,
         "extractor": extractor.identity,
         "settings": asdict(settings),
-        "drawn": drawn.describe_source(),
+        "drawn": describe_used_images(drawn, len(features)),
         "reference": reference.source_facts,
         "processes": state.num_processes,
         "versions": {"t2i": __version__, **{name: version(name) for name in VERSIONED_PACKAGES}},

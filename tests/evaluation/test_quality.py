@@ -86,7 +86,7 @@ class Tensors(torch.utils.data.Dataset):
         generator = torch.Generator().manual_seed(seed)
         coarse = torch.randn(count, 3, 4, 4, generator=generator) * 50 + 128 + shift
         self.bytes = F.interpolate(coarse, 16).round().clamp(0, 255).to(torch.uint8)
-        self.captions = [None] * count
+        self.captions, self.left_out = [None] * count, set()
 
     def __len__(self):
         return len(self.bytes)
@@ -284,6 +284,29 @@ def test_without_a_file_statistics_are_kept_in_the_folder_by_what_they_are_of(sh
     kept = sorted(path.name for path in tmp_path.glob(".t2i-*"))
     assert kept == sorted(f".t2i-statistics-pooled-16-{one.digest}.safetensors" for one in (before, after))
     assert len(after) == 20 and before.digest != after.digest
+
+
+def test_a_damaged_picture_is_named_once_and_left_out(tmp_path, state, capsys):
+    for i in range(23):
+        Image.new("RGB", (16, 16), (i * 10, 255 - i * 10, i)).save(tmp_path / f"{i:02}.png")
+    whole = measure_reference_statistics(FolderPictures(tmp_path), Ours(), 16, tmp_path / "a.safetensors", state)
+    for name in ("00.png", "07.png"):
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-30])
+    (tmp_path / "09.png").write_text("<!DOCTYPE html>")
+    damaged = FolderPictures(tmp_path)
+    rest = measure_reference_statistics(damaged, Ours(), 16, tmp_path / "b.safetensors", state)
+    named = [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out:")]
+    assert len(named) == 3 and all(name in line for name, line in zip(("00.png", "07.png", "09.png"), named))
+    assert (rest.source_facts["count"], rest.source_facts["left_out"]) == (20, 3)
+    good = [i for i in range(23) if i not in (0, 7, 9)]
+    torch.testing.assert_close(rest.features, whole.features[good], rtol=0, atol=0)
+    small = MetricSettings(("fd",), seed=0)
+    result = measure_quality(damaged, whole, Ours(), small, state)
+    assert (result["drawn"]["count"], result["drawn"]["left_out"], "left_out" in result["reference"]) == (20, 3, False)
+    for path in tmp_path.glob("*.png"):
+        path.write_text("no picture")
+    with pytest.raises(InputError, match="none of 23 images can be used"):
+        FolderPictures(tmp_path)
 
 
 def test_pictures_of_several_sizes_need_a_size(tmp_path):

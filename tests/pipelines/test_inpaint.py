@@ -313,9 +313,13 @@ def test_what_has_another_size_is_resized_as_in_diffusers(inpaint, caplog):
     assert inpaint([picture(64, 33), second], mask, generator=seeds(1, 2), **QUICK).images[1].size == (64, 33)
 
 
-@pytest.mark.parametrize("padding", (3, 6))
-def test_the_part_around_the_mask_is_painted_at_the_trained_size(inpaint, padding):
-    whole, mask = picture(80, 60), mask_of((50, 20, 60, 26), 80, 60)
+@pytest.mark.parametrize(
+    ("padding", "size", "box"),
+    ((3, (80, 60), (50, 20, 60, 26)), (6, (80, 60), (50, 20, 60, 26)), (3, (24, 20), (8, 6, 18, 12))),
+)
+def test_the_part_around_the_mask_is_painted_at_the_trained_size(inpaint, padding, size, box):
+    """Also of an image that is smaller, as diffusers resizes it."""
+    whole, mask = picture(*size), mask_of(box, *size)
     settings = {"prompt": "red circle", "num_images_per_prompt": 2, **QUICK}
     drawn = inpaint(whole, mask, generator=seeds(1, 2), padding_mask_crop=padding, **settings).images
     region = VaeImageProcessor.get_crop_region(mask, 32, 32, pad=padding)
@@ -329,7 +333,7 @@ def test_the_part_around_the_mask_is_painted_at_the_trained_size(inpaint, paddin
         expected.paste(patch, region[:2], mask.crop(region))
         assert np.array_equal(np.asarray(image), np.asarray(expected))
     array = inpaint(whole, mask, generator=seeds(1, 2), padding_mask_crop=padding, output_type="pt", **settings).images
-    assert array.shape == (2, 3, 60, 80)
+    assert array.shape == (2, 3, size[1], size[0])
 
 
 @pytest.mark.parametrize(
