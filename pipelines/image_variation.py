@@ -88,11 +88,7 @@ class ImageVariationPipeline(InvertingPipeline):
         else:
             z_i = given.image_embeds if isinstance(given, BipartiteLatent) else self.encode_image(given.seen)
             z_i = z_i.repeat_interleave(num_images_per_prompt, dim=0)
-            negative = None
-            if negatives:
-                negative = encode_negative_texts(
-                    self, negatives, num_images_per_prompt, prior, prior_generators, decoder
-                )
+            negative = encode_negative_texts(self, negatives, num_images_per_prompt, prior, prior_generators, decoder)
             latents = run_decoder_stage(self, z_i, repeated_text, decoder, generators, negative)
             images = finish_images(self, latents, z_i, decoder, generators)
         return self.build_output(images, z_i, return_dict)
@@ -123,8 +119,10 @@ def encode_negative_texts(
     prior: PriorOptions,
     generators: list[Generator],
     decoder: DecoderOptions,
-) -> ImageCondition:
-    """Encode texts to guide the decoder away from: captions without an image, or the prior's z_i."""
+) -> ImageCondition | None:
+    """Encode texts to guide the decoder away from: captions without an image, or the prior's z_i; None for no texts."""
+    if not texts:
+        return None
     null = pipeline.decoder.null(len(texts) * images_per_prompt).expand()
     if null.text is None:
         text = pipeline.encode_prompt(texts).repeat(images_per_prompt)

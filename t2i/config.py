@@ -53,7 +53,7 @@ class DataConfig:
 
     @property
     def bucket_limits(self) -> str | None:
-        """What the shapes of the buckets follow from, beside the image size; None without buckets."""
+        """Limits of the buckets' shapes, beside the image size; None without buckets."""
         return f"multiples of {self.bucket_step}, ratios up to {self.max_ratio:g}" if self.buckets else None
 
     def check_center_crops(self) -> None:

@@ -158,11 +158,7 @@ def build_stage(
 ) -> Stage:
     """Build the stage. public: the part of a public model that `init` names."""
     source.to(device)
-    if config.architecture not in PUBLIC_ARCHITECTURES and not source.clip_facts.unit_length:
-        raise InputError(
-            f"architecture={config.architecture} needs embeddings of unit length, which clip={config.clip!r} does not "
-            "make; use diffusion"
-        )
+    check_unit_length(config, source)
     scheduler = resolve_noise_schedule(config, public) if config.architecture == "diffusion" else None
     made_from = dict(source.made_from)
     if config.init is None:
@@ -199,9 +195,8 @@ def build_stage(
 
     preview = None
     if config.train.sample_every:
-        previews = TrainingPreviews(
-            config.sample, encode_preview_input(source, config.sample), source.clip_facts.identity
-        )
+        preview_input = encode_preview_input(source, config.sample)
+        previews = TrainingPreviews(config.sample, preview_input, source.clip_facts.identity)
         preview = partial(previews.preview_prior, scheduler=scheduler)
     return Stage(
         model=prior,
@@ -215,6 +210,15 @@ def build_stage(
         validation=source.validation,
         preview=preview,
     )
+
+
+def check_unit_length(config: Config, source: EncodingSource) -> None:
+    """Refuse a CLIP whose embeddings have any length, for priors that need length 1."""
+    if config.architecture not in PUBLIC_ARCHITECTURES and not source.clip_facts.unit_length:
+        raise InputError(
+            f"architecture={config.architecture} needs embeddings of unit length, which clip={config.clip!r} does not "
+            "make; use diffusion"
+        )
 
 
 def resolve_noise_schedule(config: Config, public: PublicPart | None) -> SchedulerMixin:

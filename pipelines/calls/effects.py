@@ -147,7 +147,7 @@ def list_named_tensors(callback: str) -> tuple[Idle, Idle]:
 
 @dataclass(frozen=True)
 class CallEffects:
-    """What is known of the arguments of a pipeline's call: their defaults, the options among them, their conditions."""
+    """Facts about the arguments of a pipeline's call: their defaults, the options among them, their conditions."""
 
     defaults: Mapping[str, Any]
     options: frozenset[str]

@@ -20,7 +20,7 @@ GuidanceScale: TypeAlias = float | Guidance | dict[str, Any]
 
 
 class ResolvedKeyword(TypedDict, total=False):
-    """What `resolve_options` returned, in place of all options."""
+    """Result of `resolve_options`, in place of all options."""
 
     resolved: ResolvedOptions | None
 

@@ -66,7 +66,7 @@ class Emoji:
 
     @property
     def kind(self) -> str:
-        """What is drawn: flags, symbols, skin tones, people without one, or things, which are all others."""
+        """Kind of the drawing: flags, symbols, skin tones, people without one, or things, which are all others."""
         if self.group in ("Flags", "Symbols"):
             return self.group.lower()
         if self.concept != self.text:
