@@ -30,18 +30,17 @@ FLOW_SCHEDULERS = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteSchedul
 def build_flow_scheduler(arguments: dict[str, Any]) -> FlowMatchEulerDiscreteScheduler:
     """Build the scheduler of a flow from its configuration: `num_train_timesteps` and `shift`.
 
-    Raises InputError for the arguments of other processes, such as `beta_schedule`; None stands for an absent one.
+    Raises InputError for the arguments of other processes, such as `beta_schedule`.
     """
-    given = {name: value for name, value in arguments.items() if value is not None}
-    if foreign := sorted(given.keys() - set(FLOW_ARGUMENTS)):
+    if foreign := sorted(arguments.keys() - set(FLOW_ARGUMENTS)):
         raise InputError(
             f"scheduler.{foreign[0]} does not go with scheduler.prediction_type={FLOW_PREDICTION}, which takes "
             f"{' and '.join(FLOW_ARGUMENTS[:2])}; leave it out"
         )
-    check_integer("scheduler.num_train_timesteps", given.get("num_train_timesteps", 1000), 1, 100_000)
-    check_range("scheduler.shift", given.get("shift", 1.0), 0.01, 100)
-    given.pop("prediction_type", None)
-    return build_or_explain(FlowMatchEulerDiscreteScheduler, "scheduler", given)
+    check_integer("scheduler.num_train_timesteps", arguments.get("num_train_timesteps", 1000), 1, 100_000)
+    check_range("scheduler.shift", arguments.get("shift", 1.0), 0.01, 100)
+    own = {name: value for name, value in arguments.items() if name != "prediction_type"}
+    return build_or_explain(FlowMatchEulerDiscreteScheduler, "scheduler", own)
 
 
 def get_prediction_type(scheduler: SchedulerMixin) -> str | None:

@@ -21,8 +21,11 @@ MIN_ALPHA = 0.02  # nearer to pure noise, quotients by alpha mean nothing and ma
 
 def build_noise_scheduler(arguments: dict[str, Any]) -> SchedulerMixin:
     """Build a noise schedule from its configuration: a DDIMScheduler, or for `prediction_type` flow_prediction a
-    FlowMatchEulerDiscreteScheduler. Raises InputError for one that cannot be trained with.
+    FlowMatchEulerDiscreteScheduler. An argument that is None counts as left out.
+
+    Raises InputError for a schedule that cannot be trained with.
     """
+    arguments = {name: value for name, value in arguments.items() if value is not None}
     if arguments.get("prediction_type") == FLOW_PREDICTION:
         return build_flow_scheduler(arguments)
     check_integer("scheduler.num_train_timesteps", arguments.get("num_train_timesteps", 1000), 1, 100_000)

@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, SchedulerMixin
 
 from t2i.errors import InputError
 from t2i.files.model_folder import load_or_explain
-from t2i.files.untrusted import MAX_TIMESTEPS, check_folder_files, read_config
+from t2i.files.untrusted import MAX_TIMESTEPS, check_folder_files, is_folder, read_config
 
 # By module, as strings: a check does not import them.
 PROJECT_SCHEDULERS = {
@@ -25,6 +25,8 @@ def load_scheduler(folder: Path, root: Path | None = None) -> SchedulerMixin:
     root: folder of the pipeline, which links may lead into. Raises InputError for any other class or an incomplete
     folder.
     """
+    if not is_folder(folder):
+        raise InputError(f"there is no folder {str(folder)!r}, with the scheduler that the model was trained with")
     # A file without a class is of DDIM, by which models are trained here
     name = read_scheduler_config(folder, root).get("_class_name", DDIMScheduler.__name__)
     module = next((module for module, names in PROJECT_SCHEDULERS.items() if name in names), "diffusers")
