@@ -270,7 +270,7 @@ def test_this_machine_is_a_device():
 def test_images_of_various_shapes_get_buckets_that_the_models_draw(side, tmp_path):
     facts = replace(MANY, cropped=0.23)
     recipe = compose_recipe(tmp_path / "run", facts, GPU, image_size=side)
-    assert any("buckets: squares take 23% of the images" in line for line in recipe.lines)
+    assert any("shapes     several: squares would take 23% of the images" in line for line in recipe.lines)
     recipe.write_folder(tmp_path / "run")
     configs = load(tmp_path / "run")
     coder = Autoencoder(**configs["autoencoder"].model)
@@ -285,7 +285,7 @@ def test_images_of_various_shapes_get_buckets_that_the_models_draw(side, tmp_pat
 def test_squares_stay_squares():
     recipe = compose_recipe(Path("run"), replace(EMOJI, cropped=0.01), CPU)
     assert yaml.safe_load(recipe.files["decoder"])["data"]["buckets"] is False
-    assert any("squares: squares take 1% of the images" in line for line in recipe.lines)
+    assert any("shapes     squares take 1% of the images" in line for line in recipe.lines)
 
 
 def test_what_squares_take_is_read_from_the_manifest(tmp_path):

@@ -186,7 +186,7 @@ def compose_recipe(
     lines = [
         f"{run}: for {facts.pictures:,} images to train on and {facts.held_out:,} held out, on {device}",
         f"  images     {side} x {side}: {why_side}",
-        f"  shapes     {'buckets' if data['buckets'] else 'squares'}: {reasons['buckets']}",
+        f"  shapes     {'several: ' if data['buckets'] else ''}{reasons['buckets']}",
     ]
     files: dict[str, str] = {}
     for stage in stages:

@@ -120,12 +120,12 @@ def find_obstacle(size: RecipeSize, facts: DataFacts, device: Device) -> str:
 
 def choose_buckets(facts: DataFacts, side: int, step: int) -> ExplainedValue:
     """Choose whether images keep their shapes, in buckets with sides of multiples of `step`."""
-    taken = f"squares take {facts.cropped:.0%} of the images"
+    taken = f"{facts.cropped:.0%} of the images"
     if facts.cropped < MIN_CROPPED:
-        return False, taken
+        return False, f"squares take {taken}"
     if len(list_bucket_shapes(side, step, DataConfig.max_ratio)) == 1:
-        return False, f"{taken}; there is no other shape at this size"
-    return True, f"{taken}, shapes like theirs less"
+        return False, f"squares take {taken}; there is no other shape at this size"
+    return True, f"squares would take {taken}"
 
 
 def choose_context_length(facts: DataFacts) -> int:
