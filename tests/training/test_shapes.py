@@ -1,7 +1,10 @@
 """Training on images of several shapes: buckets, mirrored images, and what CLIP sees, live and from a cache."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from t2i.training.common.cache_freshness import find_clip_input
 from t2i.training.common.checkpoint import find_newest_checkpoint, load_checkpoint
 from t2i.training.common.encodings import FrozenModels, open_encodings
 from t2i.training.common.preview import PreviewPipeline
+from t2i.training.common.state import is_off
 
 from t2i.config import DataConfig, TrainConfig, load_config
 from t2i.data import CaptionedPictures, open_image
@@ -101,19 +105,23 @@ def test_a_decoder_trains_on_several_shapes_and_draws_another(more, mixed, runs,
 
 
 def test_a_run_stopped_within_a_pass_goes_on_bit_for_bit(mixed, runs, tmp_path):
-    settings = {"train.save_every": 2, "train.keep": 9, "train.gradient_accumulation": 2, "data.flip": True}
-    settings |= {"data.crop": "random", "train.validate_every": 5}
-    train_decoder(mixed, runs, tmp_path / "unbroken", 5, **settings)
+    settings = {"train.save_every": 1, "train.keep": 9, "train.gradient_accumulation": 2, "data.flip": True}
+    settings |= {"data.crop": "random", "train.validate_every": 3}
+    train_decoder(mixed, runs, tmp_path / "unbroken", 3, **settings)
     shutil.copytree(tmp_path / "unbroken", tmp_path / "broken")
-    for later in ("step-00000004", "step-00000005"):
+    for later in ("step-00000002", "step-00000003"):
         shutil.rmtree(tmp_path / "broken/decoder/checkpoints" / later)
     shutil.rmtree(tmp_path / "broken/decoder/model")
-    train_decoder(mixed, runs, tmp_path / "broken", 5, **settings)
+    train_decoder(mixed, runs, tmp_path / "broken", 3, **settings)
     assert read_weights(tmp_path / "broken") == read_weights(tmp_path / "unbroken")
     with pytest.raises(InputError, match="was trained with data.flip=True, now False"):
-        train_decoder(mixed, runs, tmp_path / "broken", 6, **settings | {"data.flip": False})
-    train_decoder(mixed, runs, tmp_path / "plain", 5, **settings | {"data.flip": False})
-    assert read_weights(tmp_path / "plain") != read_weights(tmp_path / "unbroken")
+        train_decoder(mixed, runs, tmp_path / "broken", 4, **settings | {"data.flip": False})
+
+
+@pytest.mark.parametrize("name", ["crop", "bucket_step", "max_ratio", "max_crop", "flip", "buckets"])
+def test_a_checkpoint_from_before_the_options_is_one_without_them(name):
+    assert is_off(f"data.{name}", getattr(DataConfig(), name)) and not is_off(f"data.{name}", "another")
+    assert is_off("lora", None) and not is_off("model.width", 32) and not is_off("loss_weighting", "min_snr")
 
 
 def iterate_keys(buckets: object, count: int) -> list[list[tuple[int, int]]]:
@@ -262,3 +270,47 @@ def test_a_cache_from_when_clip_saw_the_squares_is_stale_where_its_size_is_anoth
     assert find_clip_input("ViT-B-32:laion2b_s34b_b79k", 256) == "images resized once"
     assert find_clip_input("ViT-B-16-SigLIP:webli", 224) == "images resized once"
     assert find_clip_input("hf-hub:org/name", 224) is None
+
+
+def test_two_processes_train_on_one_shape_a_step_and_end_with_equal_weights(mixed, runs, tmp_path):
+    """Each keeps the weights and the samples of its steps; together they are those of one process."""
+    script = tmp_path / "both.py"
+    script.write_text(
+        "import json, sys, torch\n"
+        "from accelerate import PartialState\n"
+        "import t2i.training.train_decoder as stage\n"
+        "from t2i.training.common.entry import run\n"
+        "seen = []\n"
+        "def fit(accelerator, task, *rest, original=stage.fit):\n"
+        "    loss = task.loss\n"
+        "    def record(model, batch):\n"
+        "        seen.append([*batch.image.shape, *batch.index.tolist()])\n"
+        "        return loss(model, batch)\n"
+        "    task.loss = record\n"
+        "    original(accelerator, task, *rest)\n"
+        "    weights = sum(float(one.double().sum()) for one in task.model.parameters())\n"
+        "    with open(f'{sys.argv[1]}/{PartialState().process_index}.json', 'w') as file:\n"
+        "        json.dump([weights, seen], file)\n"
+        "stage.fit = fit\n"
+        "run(stage.main, stage.Config, 'decoder', sys.argv[2:])\n"
+    )
+    parts = {part: runs / part for part in ("clip", "autoencoder")}
+    settings = {**parts, **BUCKETS, "train.batch_size": 2, "train.gradient_accumulation": 2}
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
+    command += [str(script), str(tmp_path), *arguments("decoder", mixed, tmp_path, 6, **settings)]
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    (weights, first), (others, second) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert weights == others and len(first) == len(second) == 12
+    data = CaptionedPictures(DataConfig(str(mixed), **DATA))
+    sampler = iter(EndlessBatchSampler(16, 8, seed=0, buckets=data.buckets))
+    shapes = set()
+    for step in range(6):
+        rows = [rows[2 * step + micro] for micro in (0, 1) for rows in (first, second)]
+        assert len({tuple(row[:4]) for row in rows}) == 1, "one shape on both processes and in both micro-batches"
+        shapes.add(tuple(rows[0][:4]))
+        ours = [index for start in (0, 2) for pair in zip(rows[start][4:], rows[start + 1][4:]) for index in pair]
+        assert ours == [index for index, _ in next(sampler)]
+    assert len(shapes) == 3
