@@ -16,7 +16,6 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from t2i.checks import check_choice, check_integer
 from t2i.data.pictures import (
-    MAX_PIXELS,
     READING,
     Reading,
     Resizing,
@@ -26,6 +25,7 @@ from t2i.data.pictures import (
     to_tensor,
 )
 from t2i.errors import InputError
+from t2i.limits import find_max_pixels
 from t2i.networks.clip import CLIP
 
 logger = logging.getLogger(__name__)
@@ -262,5 +262,5 @@ def check_pixel_count(name: str, width: int, height: int) -> None:
     """Refuse images without pixels, and those with too many."""
     if not width or not height:
         raise InputError(f"{name} is {width} x {height}: it has no pixels")
-    if width * height > MAX_PIXELS:
-        raise InputError(f"{name} is {width} x {height}; at most {MAX_PIXELS // 10**6} million pixels are taken")
+    if width * height > (most := find_max_pixels()):
+        raise InputError(f"{name} is {width} x {height}; at most {most / 10**6:g} million pixels are taken")

@@ -13,20 +13,28 @@ from t2i import EXTRA_STAGES, STAGES, __version__
 from t2i.commands import conversion, drawing, editing, evaluation, records, seeing, speed_up_imports
 from t2i.commands.flags import argument, check_needed, option
 from t2i.errors import InputError, report_errors
+from t2i.limits import find_max_pixels, set_max_megapixels
 from t2i.progress import Progress
 from t2i.terminal import be_quiet, print_line, print_note
 
+READING_COMMANDS = {"check", "init", "generate", "upsample", "image-to-image", "inpaint", "outpaint", "variations"}
+READING_COMMANDS |= {"interpolate", "edit", "classify", "search", "similarity", "quality"}
 TRAINED_STAGES = (*STAGES, *EXTRA_STAGES)
 
 
-class QuietGroup(TyperGroup):
-    """A group of commands that take its option `--quiet` too, before or after their names."""
+class SharingGroup(TyperGroup):
+    """A group of commands that take options of its own too, before or after their names.
+
+    All take `--quiet`, and those that read images `--max-megapixels`.
+    """
 
     def __init__(self, **settings: Any):
         super().__init__(**settings)
-        (quiet,) = [parameter for parameter in self.params if parameter.name == "quiet"]
+        shared = {parameter.name: parameter for parameter in self.params}
         for command in list_commands_below(self):
-            command.params.append(quiet)
+            command.params.append(shared["quiet"])
+            if command.name in READING_COMMANDS:
+                command.params.append(shared["max_megapixels"])
 
 
 def list_commands_below(group: Any) -> Iterator[Any]:
@@ -37,7 +45,7 @@ def list_commands_below(group: Any) -> Iterator[Any]:
 
 
 app = typer.Typer(
-    cls=QuietGroup,
+    cls=SharingGroup,
     help="Text-to-image models in the way of DALL-E 2 (unCLIP): draw with them, train them, evaluate them.",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -69,6 +77,15 @@ def take_common_options(
         bool,
         typer.Option("--quiet", "-q", callback=take_quiet, expose_value=False, help="Print results and errors only."),
     ] = False,
+    max_megapixels: Annotated[
+        float | None,
+        typer.Option(
+            callback=set_max_megapixels,
+            expose_value=False,
+            show_default=False,
+            help="Largest image to read, in millions of pixels. [default: 40]",
+        ),
+    ] = None,
     version: Annotated[
         bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")
     ] = False,
@@ -211,19 +228,17 @@ def check(
     held_out: Annotated[float, option("Fraction of images to hold out, if the source has no splits.")] = 0.01,
     min_size: Annotated[int, option("Smallest short side in pixels. Smaller images are rejected.")] = 8,
     drop_duplicates: Annotated[bool, option("Reject further copies of an image.", None, "--drop-duplicates")] = False,
-    max_megapixels: Annotated[float, option("Largest image to accept, in millions of pixels.")] = 40.0,
 ) -> None:
     """Read every image and caption once, write the manifest that training needs, and print what was rejected."""
     from t2i.checks import check_range
     from t2i.data.manifest import write_manifest
-    from t2i.data.pictures import HIGHEST_MAX_PIXELS, Reading
+    from t2i.data.pictures import Reading
     from t2i.data.sources.samples import Columns
 
     check_range("held-out", held_out, 0, 0.5)
     check_range("min-size", min_size, 1, 4096)
-    check_range("max-megapixels", max_megapixels, 0.001, HIGHEST_MAX_PIXELS / 10**6)
     columns = Columns(image_column, caption_column, tuple(label_column or ()))
-    reading = Reading(max_pixels=int(max_megapixels * 10**6))
+    reading = Reading(max_pixels=find_max_pixels())
     report = write_manifest(source, out, columns, held_out, min_size, drop_duplicates, reading=reading)
     for line in report.format_lines():
         print_line(line)

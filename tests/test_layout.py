@@ -21,6 +21,7 @@ LAYERS = (
         "t2i.aliases",
         "t2i.shipped",
         "t2i.texts",
+        "t2i.limits",
     ),
     ("t2i.files",),
     ("t2i.runtime",),

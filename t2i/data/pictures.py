@@ -32,12 +32,11 @@ from t2i.data.colors import (
 from t2i.data.extra_formats import ADVICE, MODULES, find_extra_format, format_name, read_jxl_size, register_extra_format
 from t2i.data.reasons import Reason, RejectedSample
 from t2i.errors import InputError
+from t2i.limits import find_max_pixels
 
 if TYPE_CHECKING:
     from t2i.networks.clip import CLIP
 
-MAX_PIXELS = 40_000_000  # compared with the header, before anything is decoded
-HIGHEST_MAX_PIXELS = 178_000_000  # Pillow refuses more
 PILLOW_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")  # of eight bits a channel
 # The formats that Pillow may try, beside those of `MODULES`. Of its some forty others, EPS runs another program and
 # many are hardly maintained.
@@ -68,7 +67,7 @@ class Reading:
 
     profiles: convert colours by an embedded profile to sRGB.
     sample_ranges: take the range of deep grey values from the file; else it is that of 16 bits.
-    max_pixels: largest width times height; None is `MAX_PIXELS`.
+    max_pixels: largest width times height; None is that of `t2i.limits`.
     """
 
     profiles: bool = True
@@ -147,7 +146,7 @@ def prepare_formats(data: bytes, max_pixels: int | None = None) -> list[str]:
 
 def check_image_pixels(width: int, height: int, max_pixels: int | None) -> None:
     """Refuse an image of too many pixels. Raises RejectedSample."""
-    most = max_pixels or MAX_PIXELS
+    most = max_pixels or find_max_pixels()
     if width * height > most:
         raise RejectedSample(Reason.too_many_pixels, f"{width} x {height}, at most {most / 1e6:g} million")
 

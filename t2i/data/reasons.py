@@ -30,7 +30,7 @@ class Reason(Enum):
     animated = "an image of several frames or pages"
     truncated = "an image that ends early"
     damaged = "an image that does not decode"
-    too_many_pixels = "an image of more pixels than are allowed, according to its header"
+    too_many_pixels = "an image of more pixels than --max-megapixels allows, according to its header"
     too_small = "an image whose short side is below --min-size"
     duplicate = "a copy of an earlier image, rejected by --drop-duplicates"
     changed = "an image whose bytes have changed since it was checked"

@@ -9,7 +9,6 @@ from diffusers import SchedulerMixin
 from torch import Generator, Tensor
 
 from t2i.checks import check_integer, check_multiple_of, check_range
-from t2i.data.pictures import MAX_PIXELS
 from t2i.diffusion.process import own_alpha_sigma
 from t2i.diffusion.sampling_loop import (
     MAX_STEPS,
@@ -21,6 +20,7 @@ from t2i.diffusion.sampling_loop import (
 )
 from t2i.diffusion.windows import Window, build_windowed_predict
 from t2i.errors import InputError
+from t2i.limits import MAX_PIXELS
 from t2i.networks.upsampler import LowResolution, Upsampler, augment_low_resolution, enlarge_low_resolution
 from t2i.runtime.hooks import find_compute_device
 

@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import typer
 from PIL import Image
 from safetensors import safe_open
 
+from t2i import cli
 from t2i.bulk import BulkJob
 from t2i.errors import InputError
 from t2i.evaluation import retrieval
@@ -76,6 +78,31 @@ def test_a_search_leaves_out_bad_pictures_every_time_and_keeps_the_others(monkey
         (folder / f"{name}.png").unlink()
     with pytest.raises(InputError, match="none of 3 images can be used"):
         open_image_index(make(), folder, job=BulkJob(0))
+
+
+def test_the_largest_picture_is_set_for_all_commands_that_read_some(monkeypatch, capsys, folder, clip):
+    monkeypatch.setenv("T2I_MAX_PIXELS", "1599")  # one pixel less than the three have
+    for name in ("b.jpg", "c.png", "e.png"):
+        (folder / name).unlink()
+    command = ["classify", *sorted(folder.glob("*.png")), "--labels", "cat,dog", "--clip", clip]
+    status, _, err = run(monkeypatch, capsys, *command)
+    assert status == 2 and "an image of more pixels than --max-megapixels allows" in err
+    assert run(monkeypatch, capsys, *command, "--max-megapixels", "0.0016")[0] == 0
+    assert run(monkeypatch, capsys, "--max-megapixels", "0.0015", *command)[0] == 2
+    status, _, err = run(monkeypatch, capsys, *command, "--max-megapixels", "500")
+    assert status == 2 and "max-megapixels must be from 0.001 to 178, got 500" in err
+    for path in folder.glob("*.png"):
+        path.with_suffix(".txt").write_text("a cat")
+    report = run(monkeypatch, capsys, "data", "check", folder, "--max-megapixels", "0.0015")
+    assert "3 x an image of more pixels than --max-megapixels allows" in report[1]
+
+
+def test_commands_that_take_images_take_the_largest_size():
+    taking = {"pictures", "picture", "image", "anchors", "steer_image", "control_image"}
+    group = typer.main.get_command(cli.app)
+    commands = [one for one in cli.list_commands_below(group) if taking & {parameter.name for parameter in one.params}]
+    assert {one.name for one in commands} - {"show"} <= cli.READING_COMMANDS  # `show` reads what is written beside them
+    assert {one.name for one in cli.list_commands_below(group)} >= cli.READING_COMMANDS
 
 
 def test_an_interrupted_search_keeps_what_it_has_embedded(monkeypatch, folder):

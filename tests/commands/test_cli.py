@@ -249,7 +249,7 @@ def test_what_cannot_be_painted_is_refused_before_the_model_loads(monkeypatch, c
     for color in ("white", "black"):
         Image.new("L", (40, 32), color).save(tmp_path / f"{color}.png")
     Image.new("L", (4, 3), "white").save(tmp_path / "small.png")
-    monkeypatch.setattr("t2i.pipelines.inputs.MAX_PIXELS", 41 * 32)
+    monkeypatch.setattr("t2i.limits.MAX_PIXELS", 41 * 32)
     expected = {
         ("inpaint", a, tmp_path / "none.png"): "none.png",
         ("inpaint", a, tmp_path / "small.png"): "mask_image is all white",

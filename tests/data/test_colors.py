@@ -167,7 +167,7 @@ def test_what_is_stored_by_the_digest_of_a_file_stays_valid_where_nothing_is_con
 
 
 def test_larger_pictures_are_read_where_the_check_allowed_them(tmp_path, monkeypatch):
-    monkeypatch.setattr("t2i.data.pictures.MAX_PIXELS", 100)
+    monkeypatch.setattr("t2i.limits.MAX_PIXELS", 100)
     write_pictures(tmp_path / "data", None)
     report = write_manifest(tmp_path / "data", held_out=0, quiet=True)
     assert report.reasons == {"too_many_pixels": 2}

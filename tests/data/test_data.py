@@ -145,7 +145,7 @@ def test_a_picture_that_does_not_decode_or_is_too_large_is_refused(tmp_path, mon
     with pytest.raises(InputError, match=r"bad\.png.*a file that is not an image"):
         open_image(tmp_path / "bad.png")
     Image.new("RGB", (30, 30)).save(tmp_path / "large.png")
-    monkeypatch.setattr("t2i.data.pictures.MAX_PIXELS", 100)
+    monkeypatch.setattr("t2i.limits.MAX_PIXELS", 100)
     with pytest.raises(InputError, match="30 x 30"):
         open_image(tmp_path / "large.png")
 

@@ -375,6 +375,6 @@ def test_margins_that_make_no_sense_are_refused(outpaint, monkeypatch):
     ):
         with pytest.raises(InputError, match=message):
             outpaint(picture(), **margins)
-    monkeypatch.setattr("t2i.pipelines.inputs.MAX_PIXELS", 40 * 32)
+    monkeypatch.setattr("t2i.limits.MAX_PIXELS", 40 * 32)
     with pytest.raises(InputError, match="image with its margins is 41 x 32"):
         outpaint(picture(), left=4, right=5)
