@@ -5,10 +5,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from t2i.checks import check_choice, check_folder_name, check_integer, check_multiple_of, check_range
 from t2i.errors import InputError
 from t2i.shipped import find_shipped_folder
@@ -137,6 +133,11 @@ def load_config(config_class: type[Config], stage: str, arguments: list[str]) ->
     Raises InputError for a key that does not exist, a value of the wrong type or out of range, or a required value that
     is missing.
     """
+    # Only here, for drawing imports this module and reads no YAML
+    import yaml
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     # Split the arguments into a file and overrides
     arguments = list(arguments)
     has_file = bool(arguments) and "=" not in arguments[0]

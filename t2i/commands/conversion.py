@@ -83,10 +83,10 @@ def parity(
     seed: Annotated[int, option("Seed of the noise.")] = 0,
     tolerance: Annotated[float, option("Largest difference that passes.")] = 1e-4,
 ) -> None:
-    """Draw with this project and with diffusers from the same noise, and print the largest difference of each stage.
+    """Draw here and with the networks of diffusers from the same noise, and print the largest difference per stage.
 
-    A decoder that inpaints gets half of an image. This project's own code stands on both sides for Karlo's projection
-    of the condition, and for the sampling loops of the prior, of Karlo and of Kandinsky's inpainting.
+    A decoder that inpaints gets half of an image. Where diffusers has no fitting pipeline, the reference's loop is this
+    project's: for priors, Karlo and Kandinsky's inpainting. Karlo's projection of the condition is not compared.
 
     The exit status is 1 if a difference is beyond the tolerance. The model is held twice, in fp32, on the CPU.
     """

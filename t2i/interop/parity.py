@@ -1,9 +1,10 @@
-"""Run the same noise and captions through this project and through diffusers, and compare the stages' results.
+"""Comparison of each stage of a public model with a reference, from the same noise and captions.
 
-The reference is made of diffusers' and transformers' own classes: their public pipelines for Kandinsky and Stable
-unCLIP. The loops of Karlo, of the prior and of Kandinsky's inpainting are written out here: Karlo's pipeline is no
-longer public, the others take images alone and change the masks. No library has Karlo's projection of the condition any
-more, so both sides use this project's.
+The reference computes with the networks and schedulers of diffusers and transformers, and with diffusers' pipelines for
+Kandinsky and Stable unCLIP. Where no pipeline fits, its sampling loop is written out here, apart from that of
+`t2i.diffusion`: for priors and for Kandinsky's inpainting, whose pipelines take images alone and change the masks, and
+for Karlo, whose pipeline is gone. One part is not compared: Karlo's projection of the condition, which no library has
+any more, is this project's on both sides.
 
 Each stage of ours starts from the reference's result of the stage before, so that a difference is of one stage alone.
 """

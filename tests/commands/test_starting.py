@@ -11,6 +11,7 @@ NEEDLESS = (
     "t2i.data.dataset",
     "transformers.models.t5.modeling_t5",
     "datasets",
+    "omegaconf",
     "pandas",
     "peft",
     "sklearn",
