@@ -10,7 +10,7 @@ from typing import Any
 
 from diffusers import SchedulerMixin
 from t2i.pipelines.folder import check_prior_scheduler
-from t2i.pipelines.inputs import read_images
+from t2i.pipelines.inputs import read_control_images
 from t2i.pipelines.options import DecoderOptions, PriorOptions
 from torch import Tensor
 
@@ -123,13 +123,20 @@ def check_stage_inputs(
         check_tensor("prior_latents", prior.prior_latents, embeds_shape)
     check_tensor("latents", decoder.latents, (count, channels, *latent_sides))
     check_tensor("image_embeds_noise", decoder.image_embeds_noise, embeds_shape)
-    check_tensor("negative_image_embeds", decoder.negative_image_embeds, embeds_shape)
+    check_negative_embeds(decoder.negative_image_embeds, count, images_per_prompt, pipeline.clip.embed_dim)
     if decoder.control_image is not None:
-        given, needed = len(read_images(decoder.control_image, name="control_image")), count // images_per_prompt
+        given, needed = len(read_control_images(decoder.control_image).pixels), count // images_per_prompt
         if given not in (1, needed):
             raise InputError(f"control_image has {given} images for {needed} prompts or images; give 1 or {needed}")
     check_super_resolution(pipeline, decoder, (count, 3, height, width))
     check_upsampling(pipeline, decoder, height, width)
+
+
+def check_negative_embeds(given: Tensor | None, count: int, images_per_prompt: int, width: int) -> None:
+    """Refuse z_i to guide away from, unless there is a row for each of `count` images, or for each prompt."""
+    check_tensor("negative_image_embeds", given, ("N", width))
+    if given is not None and len(given) not in (count, count // images_per_prompt):
+        raise InputError(f"negative_image_embeds has {len(given)} rows for {count} images")
 
 
 def check_stage_options(pipeline: Any, prior: PriorOptions | None, decoder: DecoderOptions) -> None:

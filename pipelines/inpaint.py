@@ -147,7 +147,8 @@ class InpaintPipeline(UnCLIPPipeline):
         count = len(generators)
         padded, mask = (self.pad_to_latent_cells(x).to(self._execution_device) for x in (given.images, given.masks))
         height, width = padded.shape[-2:]
-        check_stage_inputs(self, redrawing.prior, decoder, count, canvas=(height, width))
+        sides, repeats = (height, width), redrawing.images_per_prompt
+        check_stage_inputs(self, redrawing.prior, decoder, count, canvas=sides, images_per_prompt=repeats)
         sized = replace(decoder, height=height, width=width)
         check_batch_fits(self, redrawing.prior, sized, count, window=self.latent_shape[-1])
 

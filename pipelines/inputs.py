@@ -85,13 +85,23 @@ def read_images(images: ImageInputs, size: int | Resizing | None = None, name: s
     return torch.stack(pixels)
 
 
-def read_control_images(images: ImageInputs, count: int, size: tuple[int, int]) -> Tensor:
-    """Read control images, (count, 3, H, W), fp32, in [0, 1]: resized to cover `size`, (H, W), the middle cut out.
+class ControlImages(NamedTuple):
+    """Control images, read: (P, 3, H, W), fp32, in [-1, 1], of one size."""
 
-    images: as for `read_images`, of one size; those that have `size` keep their values. One is for all, several for
-    equal numbers in a row.
+    pixels: Tensor
+
+
+def read_control_images(images: "ImageInputs | ControlImages") -> ControlImages:
+    """Read control images; see `read_images`. Those that are read already are returned as they are."""
+    return images if isinstance(images, ControlImages) else ControlImages(read_images(images, name="control_image"))
+
+
+def fit_control_images(images: ControlImages, count: int, size: tuple[int, int]) -> Tensor:
+    """Return control images, (count, 3, H, W), fp32, in [0, 1]: resized to cover `size`, (H, W), the middle cut out.
+
+    Those that have `size` keep their values. One is for all, several for equal numbers in a row.
     """
-    pixels = read_images(images, name="control_image")
+    pixels = images.pixels
     (height, width), (given_height, given_width) = size, pixels.shape[-2:]
     # As given images are resized, so that a control image of such an image's size still fits it
     if height * given_width >= width * given_height:
@@ -139,6 +149,7 @@ def read_mask(mask: ImageInput, name: str, channel: str = "luminance") -> Tensor
     """Read one mask, (1, H, W), fp32, of 0 and 1."""
     extract_values = extract_transparency if channel == "alpha" else extract_luminance
     if isinstance(mask, str | Path):
+        check_image_file(name, mask)
         values = np.asarray(open_image(mask, extract_values))
     elif isinstance(mask, Image.Image):
         check_pixel_count(name, mask.width, mask.height)
@@ -219,6 +230,7 @@ def split_images(images: Any, name: str = "image", least_dimensions: int = 3) ->
 def read_image(image: ImageInput, size: Resizing | None, name: str = "image") -> Tensor:
     """Read one image, (3, S, S), or (3, H, W) without a size; fp32, in [-1, 1]. Raises InputError."""
     if isinstance(image, str | Path):
+        check_image_file(name, image)
         return convert_to_tensor(open_image(image), size)
     if isinstance(image, Image.Image):
         check_pixel_count(name, image.width, image.height)
@@ -256,6 +268,16 @@ def resize_and_crop(values: Tensor, size: Resizing | None) -> Tensor:
     if size is None or values.shape[1:] == (size.square, size.square):
         return values
     return size.apply(values).clamp(-1, 1)
+
+
+def check_image_file(name: str, path: str | Path) -> None:
+    """Refuse a name of no file, such as a text in the place of an image."""
+    try:
+        is_file = Path(path).is_file()
+    except (OSError, ValueError):  # too long for a name, or with a null character
+        is_file = False
+    if not is_file:
+        raise InputError(f"{name} {str(path)!r:.200} is no file; give an image or the path of one")
 
 
 def check_pixel_count(name: str, width: int, height: int) -> None:

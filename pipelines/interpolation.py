@@ -13,7 +13,7 @@ from t2i.pipelines.base import MAX_IMAGES, UnCLIPPipelineOutput
 from t2i.pipelines.calls.effects import NO_IMAGES, beside
 from t2i.pipelines.calls.keywords import InterpolationKeywords
 from t2i.pipelines.calls.signature import declare_pipeline_call
-from t2i.pipelines.inputs import GivenImages, ImageInput, read_given_images, split_images
+from t2i.pipelines.inputs import GivenImages, ImageInput, read_control_images, read_given_images, split_images
 from t2i.pipelines.inversion import (
     INVERSION_DEFAULTS,
     REDRAWING_OPTIONS,
@@ -128,7 +128,7 @@ class InterpolationPipeline(InvertingPipeline):
         if decoder.image_embeds_noise is not None:
             raise InputError("image_embeds_noise is not allowed in an interpolation; give a generator")
         control = decoder.control_image
-        if control is not None and len(split_images(control, "control_image")) != 1:
+        if control is not None and len(read_control_images(control).pixels) != 1:
             raise InputError("control_image must be one image in an interpolation, for all frames")
         if inverted:
             return ResolvedOptions(prior, resolve_ddim_options(decoder))

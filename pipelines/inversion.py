@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from t2i.pipelines.argument_checks import check_stage_inputs, check_tensor, list_prompts
 from t2i.pipelines.base import UnCLIPPipeline
+from t2i.pipelines.calls.arguments import check_argument_order
 from t2i.pipelines.calls.progress import show_steps
 from t2i.pipelines.inputs import GivenImages, ImageInputs, read_given_images
 from t2i.pipelines.options import DECODER_OPTION_NAMES, OPTION_NAMES, DecoderOptions, build_options
@@ -54,6 +55,7 @@ class InvertingPipeline(UnCLIPPipeline):
 
         Raises InputError for a value that is not allowed, before any work starts.
         """
+        check_argument_order({"prompt": prompt})
         self.interrupted = False
         options = DecoderOptions(
             num_inference_steps, Guidance.from_value(guidance_scale), sampler="ddim", control_image=control_image

@@ -25,7 +25,7 @@ from t2i.pipelines.calls.effects import (
     without,
 )
 from t2i.pipelines.calls.progress import Preview
-from t2i.pipelines.inputs import ImageInputs
+from t2i.pipelines.inputs import ImageInputs, read_control_images
 from torch import Tensor
 
 from t2i.checks import check_choice, check_integer, check_range
@@ -119,11 +119,12 @@ class DecoderOptions:
         height, width: size of the images in pixels; None is the size that the decoder was trained on.
         noise_level: noise added to z_i by decoders that do so (Stable unCLIP), 0 to 999. More noise gives more variety.
         image_embeds_noise: (N, D), that noise.
-        negative_image_embeds: (N, D), z_i that the decoder is guided away from, such as those drawn for what is not
-            wanted; None is the decoder's null. Not for pipelines that invert images.
+        negative_image_embeds: (N, D), or a row for each prompt or given image, z_i that the decoder is guided away
+            from, such as those drawn for what is not wanted; None is the decoder's null. Not for pipelines that invert
+            images.
         control_image: image that a ControlNet decoder (Kandinsky 2.2's) draws by, such as a depth map: one image for
-            all, or one for each prompt or given image; see `t2i.pipelines.inputs.read_control_images`. Not for
-            inpainting.
+            all, or one for each prompt or given image; see `t2i.pipelines.inputs.fit_control_images`. Not for
+            inpainting. Stored as `ControlImages`.
         super_res_num_inference_steps: steps of the super-resolution that a cascade (Karlo) always ends with. Other
             models refuse a value other than the default.
         super_res_latents: (N, 3, H, W), the noise that the super-resolution starts from.
@@ -186,6 +187,8 @@ class DecoderOptions:
         check_integer("noise_level", self.noise_level, 0, MAX_TIMESTEPS)
 
         # Images
+        if self.control_image is not None:  # read once, here
+            object.__setattr__(self, "control_image", read_control_images(self.control_image))
         check_choice("output_type", self.output_type, OUTPUT_TYPES)
         for name in ("height", "width"):
             if getattr(self, name) is not None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self, Unpack
 
+import numpy as np
 from diffusers import SchedulerMixin
 from diffusers.utils import BaseOutput
 from t2i.pipelines.argument_checks import check_prior_options, check_tensor
@@ -13,7 +14,7 @@ from t2i.pipelines.calls.aliases import resolve_aliases
 from t2i.pipelines.calls.callbacks import PRIOR_CALLBACK_TENSORS
 from t2i.pipelines.calls.components import CheckedPipeline
 from t2i.pipelines.calls.encoding import PromptEncoding
-from t2i.pipelines.calls.keywords import PriorKeywords
+from t2i.pipelines.calls.keywords import PriorAliases, PriorPipelineKeywords
 from t2i.pipelines.calls.progress import Interruptible
 from t2i.pipelines.calls.signature import declare_pipeline_call
 from t2i.pipelines.calls.texts import PromptEmbeds, choose_texts
@@ -24,12 +25,15 @@ from t2i.pipelines.stages import run_prior_stage
 from t2i.pipelines.text2image import Text2ImagePipeline
 from torch import Generator, Tensor
 
-from t2i.checks import check_integer
+from t2i.checks import check_choice, check_integer
 from t2i.errors import InputError
 from t2i.files.known_words import UnknownWord
 from t2i.files.untrusted import is_folder
 from t2i.sampling.embeddings import AnyPrior, get_default_guidance_scale
 from t2i.sampling.sample import split_generators
+
+OUTPUT_TYPES = ("pt", "np")
+OPTION_ALIASES = {name: f"prior_{name}" for name in PriorAliases.__annotations__}
 
 
 @dataclass
@@ -37,13 +41,18 @@ class PriorPipelineOutput(BaseOutput):
     """Result of `PriorPipeline`.
 
     image_embeds: (N, D), z_i, fp32, for `image_embeds` of another pipeline.
-    negative_image_embeds: (N, D), z_i of the negative prompts, for `negative_image_embeds`; None without any.
+    negative_image_embeds: (N, D), z_i of the negative prompts, for `negative_image_embeds`; None without any, which is
+        the decoder's own null there.
     unknown_words: as in `UnCLIPPipelineOutput`.
     """
 
-    image_embeds: Tensor
-    negative_image_embeds: Tensor | None
+    image_embeds: Tensor | np.ndarray
+    negative_image_embeds: Tensor | np.ndarray | None
     unknown_words: list[UnknownWord] | None = None
+
+    def to_tuple(self) -> tuple[Any, Any]:
+        """Return (image_embeds, negative_image_embeds), both also where the second is None."""
+        return self.image_embeds, self.negative_image_embeds
 
 
 class PriorPipeline(Adapters, PromptEncoding, Interruptible, CheckedPipeline):
@@ -78,12 +87,15 @@ class PriorPipeline(Adapters, PromptEncoding, Interruptible, CheckedPipeline):
         pipeline.register_modules(**components)
         return pipeline
 
-    def resolve_options(self, resolved: ResolvedOptions | None = None, **options: Any) -> ResolvedOptions:
+    def resolve_options(
+        self, resolved: ResolvedOptions | None = None, output_type: str = "pt", **options: Any
+    ) -> ResolvedOptions:
         """Return the checked options, as `UnCLIPPipeline.resolve_options` does."""
+        check_choice("output_type", output_type, OUTPUT_TYPES)
         defaults = {"prior_guidance_scale": get_default_guidance_scale(self.prior)}
         return resolved or build_options(options, defaults, PRIOR_OPTION_NAMES)
 
-    @declare_pipeline_call()
+    @declare_pipeline_call(aliases=OPTION_ALIASES)
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -91,9 +103,10 @@ class PriorPipeline(Adapters, PromptEncoding, Interruptible, CheckedPipeline):
         num_images_per_prompt: int = 1,
         generator: Generator | list[Generator] | None = None,
         return_dict: bool = True,
+        output_type: str = "pt",
         prompt_embeds: PromptEmbeds | None = None,
         negative_prompt_embeds: PromptEmbeds | None = None,
-        **options: Unpack[PriorKeywords],
+        **options: Unpack[PriorPipelineKeywords],
     ) -> PriorPipelineOutput | tuple:
         """Sample `num_images_per_prompt` z_i for each prompt: those of `Text2ImagePipeline` for the same seeds.
 
@@ -104,14 +117,18 @@ class PriorPipeline(Adapters, PromptEncoding, Interruptible, CheckedPipeline):
             num_images_per_prompt: z_i for each prompt, in a row.
             generator: one for all, or one for each z_i.
             return_dict: False returns the tuple (image_embeds, negative_image_embeds).
+            output_type: "pt" or "np".
             prompt_embeds, negative_prompt_embeds: encodings in place of the texts; see
                 `t2i.pipelines.calls.texts.read_prompt_embeds`.
+
+        Options may also have diffusers' names, without `prior_`: num_inference_steps, guidance_scale, latents,
+        callback_on_step_end and callback_on_step_end_tensor_inputs.
 
         Raises InputError for a value that is not allowed, before any work starts.
         """
         # Check the arguments
         check_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES)
-        prior, _ = self.resolve_options(**options)
+        prior, _ = self.resolve_options(output_type=output_type, **options)
         texts = choose_texts(self, "prompt", prompt, prompt_embeds, empty=False)
         if not len(texts):
             raise InputError("prompt is missing; give a text, a list of texts, or prompt_embeds")
@@ -131,4 +148,6 @@ class PriorPipeline(Adapters, PromptEncoding, Interruptible, CheckedPipeline):
             uncalled = replace(prior, prior_callback_on_step_end=None)
             z_not = run_prior_stage(self, negative, None, uncalled, same_noise, no_preview)
         self.maybe_free_model_hooks()
+        if output_type == "np":
+            z_i, z_not = (None if z is None else z.cpu().numpy() for z in (z_i, z_not))
         return PriorPipelineOutput(z_i, z_not) if return_dict else (z_i, z_not)

@@ -14,7 +14,7 @@ from diffusers import SchedulerMixin
 from PIL import Image
 from t2i.pipelines.calls.callbacks import PRIOR_CALLBACK_TENSORS, ConditionCallback, watch_interruption
 from t2i.pipelines.calls.progress import Interrupted, Preview, show_steps
-from t2i.pipelines.inputs import read_control_images
+from t2i.pipelines.inputs import fit_control_images, read_control_images
 from t2i.pipelines.options import DecoderOptions, PriorOptions
 from torch import Generator, Tensor
 
@@ -170,7 +170,7 @@ def run_decoder_stage(
         return sample.build_decoder_condition(decoder, embeds, read, masked_latents, embeds_noise, level, control)
 
     if negative is None and options.negative_image_embeds is not None:
-        negative = ImageCondition(pipeline.normalize_embeds(options.negative_image_embeds.to(device).float()))
+        negative = ImageCondition(repeat_negative_embeds(pipeline, options.negative_image_embeds, len(z_i)))
     if negative is not None:
         negative = build_condition(negative.embedding.to(z_i), negative.text)
 
@@ -197,6 +197,12 @@ def run_decoder_stage(
     )
 
 
+def repeat_negative_embeds(pipeline: Any, given: Tensor, count: int) -> Tensor:
+    """Return given z_i to guide away from, (count, D), as the decoder reads them. given: a row for each, or fewer."""
+    rows = given.repeat_interleave(count // len(given), dim=0)
+    return pipeline.normalize_embeds(rows.to(pipeline._execution_device).float())
+
+
 def get_embeds_noise(decoder: Any, options: DecoderOptions, z_i: Tensor, generators: list[Generator]) -> Tensor | None:
     """Return the noise of z_i, (N, D), given or drawn; None for decoders that do not noise it."""
     if options.image_embeds_noise is not None or decoder.noise_levels is None:
@@ -209,7 +215,7 @@ def build_control(decoder: Any, options: DecoderOptions, count: int, sides: tupl
     if options.control_image is None:
         return None
     height, width = (decoder.control_factor * side for side in sides)
-    return read_control_images(options.control_image, count, (height, width))
+    return fit_control_images(read_control_images(options.control_image), count, (height, width))
 
 
 def build_decoder_callback(

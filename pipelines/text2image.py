@@ -11,7 +11,7 @@ from t2i.pipelines.calls.signature import declare_pipeline_call
 from t2i.pipelines.calls.texts import PromptEmbeds, choose_texts
 from t2i.pipelines.memory_needed import check_batch_fits
 from t2i.pipelines.options import DecoderOptions, PriorOptions
-from t2i.pipelines.stages import finish_images, run_decoder_stage, run_prior_stage
+from t2i.pipelines.stages import finish_images, repeat_negative_embeds, run_decoder_stage, run_prior_stage
 from torch import Generator, Tensor
 
 from t2i.checks import check_integer
@@ -108,7 +108,7 @@ class Text2ImagePipeline(UnCLIPPipeline):
         encode = self.encode_prompt if given is None else self.encode_decoder_prompt
         text = encode(negatives).repeat(images_per_prompt)
         if given is not None:
-            return ImageCondition(self.normalize_embeds(given.to(self._execution_device).float()), text)
+            return ImageCondition(repeat_negative_embeds(self, given, len(text)), text)
         # Previews and callbacks are of the prompt alone
         unseen, uncalled = replace(decoder, on_preview=None), replace(prior, prior_callback_on_step_end=None)
         return ImageCondition(run_prior_stage(self, text, None, uncalled, generators, unseen), text)

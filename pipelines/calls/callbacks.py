@@ -1,5 +1,6 @@
 """The user's callbacks after each step, as diffusers' pipelines call them, and what they may change."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from diffusers.callbacks import IPAdapterScaleCutoffCallback, MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
+from t2i.checks import check_range
 from t2i.diffusion.denoiser import Predict
 from t2i.diffusion.guidance import Guidance
 from t2i.errors import InputError
@@ -23,8 +25,8 @@ UserCallback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]
 class CallbackState:
     """Base of all pipelines: what callbacks read, and set, on the pipeline, under diffusers' names.
 
-    `_guidance_scale` may be set: from the next step on it is the scale; 1 or less is no guidance. `_interrupt = True`
-    ends the stage after this step, and what is there is decoded.
+    `_guidance_scale` may be set: from the next step on it is the scale; None, and 1 or less, is no guidance.
+    `_interrupt = True` ends the stage after this step, and what is there is decoded.
     """
 
     _guidance_scale: float | None = None
@@ -90,11 +92,14 @@ class ConditionCallback:
         return predict_by_state
 
     def read_guidance(self) -> Guidance:
-        """Return the guidance with the scale that the pipeline has now; 1 or less, if it was changed, is off."""
+        """Return the guidance with the scale that the pipeline has now; None, and 1 or less if changed, are off."""
         scale = self.pipeline._guidance_scale
+        if scale is None:
+            scale = 1.0
+        check_range("_guidance_scale", scale, -math.inf, math.inf)
         if scale == self.guidance.scale:
             return self.guidance
-        return replace(self.guidance, scale=scale if scale > 1 else 1.0)
+        return replace(self.guidance, scale=float(scale) if scale > 1 else 1.0)
 
     def on_step(self, step: int, t: Tensor, x: Tensor) -> Tensor:
         """Call the callback, take what it returns, and return the latents. None changes nothing."""

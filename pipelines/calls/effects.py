@@ -154,8 +154,8 @@ class CallEffects:
     idle: Mapping[str, tuple[Idle, ...]]
 
 
-def warn_of_idle_arguments(pipeline: Any, arguments: Mapping[str, Any], resolved: Any = None) -> None:
-    """Log each argument that has no effect, in one line with the reason.
+def warn_of_idle_arguments(pipeline: Any, arguments: Mapping[str, Any], resolved: Any = None) -> Any:
+    """Log each argument that has no effect, in one line with the reason; return the options, None if none was needed.
 
     arguments: of the pipeline's call, those that were given; one with its default value is not named. resolved: the
     options, if they are resolved already. A job that calls the pipeline many times with them calls this once.
@@ -176,6 +176,7 @@ def warn_of_idle_arguments(pipeline: Any, arguments: Mapping[str, Any], resolved
             continue
         if reason := next((idle.reason for idle in effects.idle.get(name, ()) if idle.holds(call)), None):
             logger.warning("%s has no effect%s", name, reason)
+    return call.__dict__.get("options", resolved)
 
 
 def is_nothing(value: Any) -> bool:

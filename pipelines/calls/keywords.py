@@ -38,6 +38,20 @@ class PriorKeywords(ResolvedKeyword, total=False):
     prior_callback_on_step_end_tensor_inputs: list[str] | None
 
 
+class PriorAliases(TypedDict, total=False):
+    """Options of the prior by diffusers' names, which are those of `PriorKeywords` without `prior_`."""
+
+    num_inference_steps: int | None
+    guidance_scale: GuidanceScale | None
+    latents: Tensor | None
+    callback_on_step_end: UserCallback | None
+    callback_on_step_end_tensor_inputs: list[str] | None
+
+
+class PriorPipelineKeywords(PriorKeywords, PriorAliases, total=False):
+    """Options of the prior alone."""
+
+
 class VariationKeywords(ResolvedKeyword, total=False):
     """Options of the decoder for pipelines that invert images; `eta` is an argument of the variations themselves."""
 

@@ -7,10 +7,12 @@ from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from functools import wraps
 from inspect import Parameter, Signature
+from types import MappingProxyType
 from typing import Any, TypeVar, cast, get_args
 
 import torch
-from t2i.pipelines.calls.arguments import check_call_arguments
+from t2i.pipelines.calls.aliases import resolve_aliases
+from t2i.pipelines.calls.arguments import check_argument_order
 from t2i.pipelines.calls.effects import CallEffects, Idle, warn_of_idle_arguments
 from t2i.pipelines.calls.unknown_words import collect_texts, report_unknown_words
 from t2i.pipelines.options import GUIDANCE_OPTIONS, OPTION_NAMES, DecoderOptions, PriorOptions
@@ -23,15 +25,18 @@ Call = TypeVar("Call", bound=Callable[..., Any])
 MODEL_DEFAULTS = frozenset({"num_inference_steps", *GUIDANCE_OPTIONS})
 
 
-def declare_pipeline_call(idle: Mapping[str, tuple[Idle, ...]] | None = None) -> Callable[[Call], Call]:
+def declare_pipeline_call(
+    idle: Mapping[str, tuple[Idle, ...]] | None = None, aliases: Mapping[str, str] = MappingProxyType({})
+) -> Callable[[Call], Call]:
     """Return a decorator for the `__call__` of a pipeline, whose `**options` are typed by `calls/keywords.py`.
 
     `inspect.signature`, the annotations and `help` of the call show each option by itself. The call computes no
-    gradients. What all calls have in common is done here: checks of names, texts and image files, and warnings of
-    arguments that have no effect. idle: the cases of the call's own arguments; those of options are in their fields.
+    gradients. What all calls have in common is done here: checks of names and of the order of texts and images, and
+    warnings of arguments that have no effect. idle: the cases of the call's own arguments; those of options are in
+    their fields. aliases: other names of options, which are among the keywords.
 
     Raises:
-        InputError: for what is no text, and for a name of no image file.
+        InputError: for an image in the place of a text.
         TypeError: for an unknown keyword, with the nearest name.
     """
 
@@ -40,7 +45,7 @@ def declare_pipeline_call(idle: Mapping[str, tuple[Idle, ...]] | None = None) ->
         keywords = find_keywords(call)
         signature = build_call_signature(call, keywords)
         own = inspect.signature(call).parameters
-        taken = OPTION_NAMES & signature.parameters.keys() if keywords else frozenset()
+        taken = (OPTION_NAMES & signature.parameters.keys()) - aliases.keys() if keywords else frozenset()
         defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
 
         @wraps(call)
@@ -48,12 +53,13 @@ def declare_pipeline_call(idle: Mapping[str, tuple[Idle, ...]] | None = None) ->
         def checked_call(pipeline: Any, *arguments: Any, **named: Any) -> Any:
             # Refuse what a call would ignore, before anything is computed
             check_keywords(named, list(signature.parameters)[1:])
+            named = resolve_aliases(named, aliases)
             if named.get("resolved") is not None and (beside := sorted(named.keys() - own.keys() - {"resolved"})):
                 raise InputError(f"{beside[0]} has no effect beside resolved, which has all options; leave one out")
             bound = signature.bind_partial(pipeline, *arguments, **named).arguments
-            check_call_arguments(bound)
-            if "resolved" not in bound:
-                warn_of_idle_arguments(pipeline, bound)
+            check_argument_order(bound)
+            if "resolved" not in bound and (resolved := warn_of_idle_arguments(pipeline, bound)) is not None:
+                named = {name: value for name, value in named.items() if name in own} | {"resolved": resolved}
             pipeline.interrupted = pipeline._interrupt = False
             unknown = report_unknown_words(pipeline, collect_texts(bound))
             output = call(pipeline, *arguments, **named)

@@ -1,11 +1,13 @@
 """Adapters of a run on a loaded pipeline: the same images as of the merged model, and off again."""
 
+import copy
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from t2i.training.common.lora import LoraConfig, add_adapters, export_adapted_model
 
-from t2i import InputError, Text2ImagePipeline
+from t2i import InputError, PriorPipeline, Text2ImagePipeline
 from tests.helpers.stages import seeds
 
 QUICK = {"prior_num_inference_steps": 2, "num_inference_steps": 2, "output_type": "latent"}
@@ -49,6 +51,22 @@ def test_adapters_draw_what_the_merged_model_draws(pipeline, loaded_pipeline, tm
     fresh.fuse_lora()
     torch.testing.assert_close(draw(fresh), merged, atol=1e-4, rtol=0)
     assert not any("lora_" in name for name in getattr(fresh, part).state_dict())
+
+
+def test_the_prior_alone_takes_its_adapters(pipeline, tmp_path):
+    alone = PriorPipeline.from_pipe(pipeline)
+    settings = {"num_inference_steps": 2}
+    plain = alone("red circle", generator=seeds(1), **settings).image_embeds
+    folders = [train_adapters(copy.deepcopy(getattr(pipeline, part)), tmp_path / part) for part in ("prior", "decoder")]
+    alone.load_lora_weights(folders[0])
+    adapted = alone("red circle", generator=seeds(1), **settings).image_embeds
+    assert (adapted - plain).abs().max() > 1e-4
+    drawn = pipeline("red circle", generator=seeds(1), **QUICK).image_embeds  # of the same prior
+    torch.testing.assert_close(adapted, drawn, atol=1e-6, rtol=0)
+    alone.unload_lora_weights()
+    torch.testing.assert_close(alone("red circle", generator=seeds(1), **settings).image_embeds, plain)
+    with pytest.raises(InputError, match="fit no layers of this prior"):
+        alone.load_lora_weights(folders[1])
 
 
 def test_adapters_of_another_model_are_refused(pipeline, tmp_path):

@@ -1,5 +1,6 @@
 """Arguments of public methods: what is no text, image or tensor is refused in one line, before any work."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,13 +12,17 @@ from t2i.pipelines.calls.aliases import call_networks
 
 from t2i import (
     ImageToImagePipeline,
+    ImageVariationPipeline,
     InpaintPipeline,
     InputError,
     InterpolationPipeline,
     Text2ImagePipeline,
     TextDiffPipeline,
+    UpsamplePipeline,
 )
+from t2i.networks.upsampler import Upsampler
 from tests.helpers.stages import seeds
+from tests.networks.test_upsampler import UNET
 
 PICTURE = Image.new("RGB", (32, 32), "red")
 
@@ -61,6 +66,25 @@ def test_prompt_and_picture_in_the_wrong_order(pipeline, picture):
             kind.from_pipe(pipeline)("a cat", *more, picture)
     with pytest.raises(InputError, match="source must be a text, got an image"):
         TextDiffPipeline.from_pipe(pipeline)("a cat", picture, "a dog")
+
+
+@pytest.mark.parametrize("text", ("a cat", Path("a cat")))
+def test_a_text_in_the_place_of_an_image_is_no_file_anywhere(pipeline, text):
+    kinds = ImageVariationPipeline, InpaintPipeline, InterpolationPipeline
+    vary, paint, mix = (kind.from_pipe(pipeline) for kind in kinds)
+    for call in (
+        lambda: vary(text),
+        lambda: vary.invert(text),
+        lambda: paint(PICTURE, text, "a dog"),
+        lambda: mix([Path("a cat"), "a dog"]),
+        lambda: pipeline("a dog", control_image=text),
+        lambda: UpsamplePipeline(Upsampler(2, 8, UNET, patch_size=2), DDIMScheduler())(text),
+    ):
+        with pytest.raises(InputError, match="'a cat' is no file; give an image or the path of one$"):
+            call()
+    for call in (lambda: vary.invert("a cat", PICTURE), lambda: vary("a cat", [PICTURE])):
+        with pytest.raises(InputError, match="^prompt must be a text, got an image .*; give both by name, image=..."):
+            call()
 
 
 @pytest.mark.parametrize("name", ("a cat", "x" * 5000, "nowhere.png", "a\0b"))

@@ -1,5 +1,6 @@
 """Callbacks after each step, as diffusers documents them: what they get, what they may change, and when they end."""
 
+import numpy as np
 import pytest
 import torch
 from diffusers.callbacks import (
@@ -54,6 +55,18 @@ def test_a_scale_that_a_callback_sets_is_the_scale_from_the_next_step_on(pipelin
     changed = draw(pipeline, change)
     assert (changed - draw(pipeline)).abs().max() > 1e-5
     torch.testing.assert_close(draw(pipeline), draw(pipeline))  # the next call has its own scale again
+
+
+@pytest.mark.parametrize("scale", [None, 0, np.float32(0.5)])
+def test_no_scale_is_no_guidance(pipeline, scale):
+    def drop(value):
+        return draw(pipeline, lambda pipe, step, t, given: setattr(pipe, "_guidance_scale", value))
+
+    torch.testing.assert_close(drop(scale), drop(1.0), rtol=0, atol=0)
+    assert not pipeline.do_classifier_free_guidance
+    for value in ("3", float("nan")):
+        with pytest.raises(InputError, match="^_guidance_scale must be a number from -inf to inf, got"):
+            drop(value)
 
 
 def test_conditions_can_be_replaced(pipeline):

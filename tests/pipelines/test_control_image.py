@@ -9,10 +9,11 @@ import pytest
 import torch
 from diffusers import KandinskyV22ControlnetImg2ImgPipeline, KandinskyV22ControlnetPipeline
 from PIL import Image
+from t2i.pipelines import inputs
 from t2i.pipelines.image_to_image import ImageToImagePipeline
 from t2i.pipelines.image_variation import ImageVariationPipeline
 from t2i.pipelines.inpaint import InpaintPipeline, OutpaintPipeline
-from t2i.pipelines.inputs import read_control_images
+from t2i.pipelines.inputs import fit_control_images, read_control_images
 from t2i.pipelines.interpolation import InterpolationPipeline
 from t2i.pipelines.memory_needed import count_bytes_needed
 from t2i.pipelines.text2image import Text2ImagePipeline
@@ -121,12 +122,12 @@ def test_a_control_image_is_resized_as_given_images_are() -> None:
     rows, columns = np.mgrid[:32, :80]
     wide = Image.fromarray(np.stack([rows * 7, columns * 3, rows + columns], axis=-1).astype(np.uint8))
     exact = make_hint(wide)
-    torch.testing.assert_close(read_control_images(wide, 2, (32, 80)), exact.repeat(2, 1, 1, 1))
-    torch.testing.assert_close(read_control_images(exact, 1, (32, 80)), exact)
-    square = read_control_images(wide, 1, (64, 64))  # the short side doubled, the middle of the long one
+    torch.testing.assert_close(fit_control_images(read_control_images(wide), 2, (32, 80)), exact.repeat(2, 1, 1, 1))
+    torch.testing.assert_close(fit_control_images(read_control_images(exact), 1, (32, 80)), exact)
+    square = fit_control_images(read_control_images(wide), 1, (64, 64))  # twice as large, the middle of the long side
     doubled = wide.resize((160, 64), Image.Resampling.BICUBIC).crop((48, 0, 112, 64))
     assert (square - make_hint(doubled)).abs().max() < 1.01 / 255  # PIL rounds to bytes after each pass
-    assert read_control_images(wide, 1, (64, 32)).shape == (1, 3, 64, 32)
+    assert fit_control_images(read_control_images(wide), 1, (64, 32)).shape == (1, 3, 64, 32)
 
 
 def test_variations_and_interpolations_are_drawn_by_it_and_its_own_noise_gives_a_picture_back(
@@ -167,6 +168,20 @@ def test_memory_of_other_sizes_is_counted(pipeline: Text2ImagePipeline) -> None:
 def test_what_cannot_be_drawn_by_is_refused(pipeline: Text2ImagePipeline, given: dict[str, Any], said: str) -> None:
     with pytest.raises((InputError, OSError), match=said):
         pipeline(["a cat", "a dog"], **given)
+
+
+def test_a_control_image_is_read_once(
+    pipeline: Text2ImagePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For its number, for a preview of the prior, and for the drawing."""
+    read: list[Path] = []
+    open_image = inputs.open_image
+    monkeypatch.setattr(inputs, "open_image", lambda path: (read.append(path), open_image(path))[1])
+    DEPTH.save(tmp_path / "depth.png")
+    settings: dict[str, Any] = {"num_inference_steps": 1, "prior_num_inference_steps": 1, "output_type": "latent"}
+    previews: dict[str, Any] = {"on_preview": lambda preview: preview.images(), "guidance_rescale": 0.5}
+    pipeline("a cat", control_image=tmp_path / "depth.png", **settings, **previews)
+    assert read == [tmp_path / "depth.png"]
 
 
 def test_what_does_not_go_with_a_control_image_is_refused(pipeline: Text2ImagePipeline) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from t2i.pipelines import OutpaintPipeline
@@ -122,6 +123,53 @@ def test_the_prior_alone_samples_what_the_whole_pipeline_draws(pipeline, pipelin
     assert same_weights.keys() == prior.prior.state_dict().keys()
     with pytest.raises(InputError, match="prompt is missing"):
         prior()
+
+
+def test_the_prior_alone_takes_and_returns_what_diffusers_does(pipeline):
+    prior, steps = PriorPipeline.from_pipe(pipeline), []
+
+    def watch(pipe, step, t, given):
+        steps.append((pipe is prior, step, sorted(given)))
+
+    noise = torch.randn(2, 32, generator=seeds(5)[0])
+    theirs = {"num_inference_steps": 3, "guidance_scale": 4.0, "latents": noise, "callback_on_step_end": watch}
+    theirs["callback_on_step_end_tensor_inputs"] = ["latents"]
+    ours = {f"prior_{name}": value for name, value in theirs.items()}
+    texts = {"prompt": ["red circle", "blue"], "negative_prompt": "green"}
+    first, second = (prior(**texts, **options, return_dict=False) for options in (theirs, ours))
+    for a, b in zip(first, second):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert steps == 2 * [(True, step, ["latents"]) for step in range(3)]
+    arrays = prior(**texts, **theirs, output_type="np").to_tuple()
+    assert all(np.array_equal(array, tensor.numpy()) for array, tensor in zip(arrays, first))
+    z_i, nothing = prior("red circle", num_inference_steps=2).to_tuple()
+    assert z_i.shape == (1, 32) and nothing is None
+    for options, message in (
+        ({"latents": noise[:1], "prior_latents": noise[:1]}, "latents is prior_latents, which is given too"),
+        ({"output_type": "pil"}, "output_type must be one of pt, np; got 'pil'"),
+        ({"guidance_scale": -1}, "prior_guidance_scale"),
+    ):
+        with pytest.raises(InputError, match=message):
+            prior("red circle", **options)
+
+
+@pytest.mark.parametrize("kind", (Text2ImagePipeline, ImageToImagePipeline, InpaintPipeline))
+def test_z_i_to_guide_away_from_is_repeated_for_the_images_of_a_prompt(pipeline, kind):
+    """As diffusers' decoders repeat what their prior's pipeline returns."""
+    picture, mask = torch.rand(2, 3, 32, 32, generator=seeds(0)[0]), torch.zeros(32, 32)
+    mask[8:] = 1
+    given = {"prompt": ["red", "blue"]} if kind is Text2ImagePipeline else {"image": picture}
+    given |= {"mask_image": mask} if kind is InpaintPipeline else {}
+    sampled = PriorPipeline.from_pipe(pipeline)(["red", "blue"], "green", generator=seeds(1, 2), num_inference_steps=2)
+    settings = given | {"num_images_per_prompt": 2, "guidance_scale": 3.0, "num_inference_steps": 2}
+    settings |= {"output_type": "latent"}
+    rows = {name: z.repeat_interleave(2, dim=0) for name, z in sampled.items()}
+    pipe = kind.from_pipe(pipeline)
+    drawn, repeated = (pipe(**z, generator=seeds(1, 2, 3, 4), **settings) for z in (sampled, rows))
+    same(drawn, repeated)
+    three = rows | {"negative_image_embeds": rows["negative_image_embeds"][:3]}
+    with pytest.raises(InputError, match="negative_image_embeds has 3 rows for 4 images"):
+        pipe(**three, **settings)
 
 
 def test_the_prior_alone_is_saved_and_loaded(pipeline, tmp_path):

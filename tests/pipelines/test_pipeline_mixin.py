@@ -364,4 +364,5 @@ def test_a_test_is_left_out_with_a_reason_only():
 def test_all_pipelines_are_here():
     names = {name for name in pipelines.__all__ if name.endswith("Pipeline")}
     assert names == CASES.keys()
-    assert all(issubclass(case.kind, UnCLIPPipeline) for case in CASES.values() if case.takes("guidance_scale"))
+    guided = UnCLIPPipeline | pipelines.PriorPipeline
+    assert all(issubclass(case.kind, guided) for case in CASES.values() if case.takes("guidance_scale"))

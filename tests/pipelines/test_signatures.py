@@ -16,6 +16,7 @@ from t2i.pipelines.base import UnCLIPPipeline
 from t2i.pipelines.calls.signature import MODEL_DEFAULTS
 from t2i.pipelines.inversion import DECODER_REDRAWING_OPTIONS, REDRAWING_OPTIONS
 from t2i.pipelines.options import GUIDANCE_OPTIONS, OPTION_NAMES, PRIOR_OPTION_NAMES, DecoderOptions, PriorOptions
+from t2i.pipelines.prior import OPTION_ALIASES
 
 import t2i
 from t2i import InputError, Text2ImagePipeline
@@ -33,7 +34,7 @@ TAKEN = {
     "InterpolationPipeline": REDRAWING_OPTIONS,
     "ImageVariationPipeline": DECODER_REDRAWING_OPTIONS,
     "TextDiffPipeline": DECODER_REDRAWING_OPTIONS,
-    "PriorPipeline": PRIOR_OPTION_NAMES,
+    "PriorPipeline": PRIOR_OPTION_NAMES | OPTION_ALIASES.keys(),
 }
 
 

@@ -86,6 +86,17 @@ def sample_the_prior_apart(pipe: Any) -> None:
     same(draw_result(reader, **sampled).images, draw_result(reader).images)
 
 
+@differs("`image_embeds, negative_image_embeds = prior_pipe(prompt).to_tuple()`")
+def unpack_what_the_prior_returns(pipe: Any) -> None:
+    prior = PriorPipeline.from_pipe(pipe)
+    settings = {"num_inference_steps": 2, "guidance_scale": 2.0}
+    for negative in (None, "green"):
+        embeds, unwanted = prior("red circle", negative, generator=seeds(1)[0], **settings).to_tuple()
+        assert (unwanted is None) == (negative is None)
+        drawn = pipe(image_embeds=embeds, negative_image_embeds=unwanted, num_images_per_prompt=2, **QUICK).images
+        assert drawn.shape == (2, 3, 32, 32)
+
+
 def draw_result(pipe: Any, **settings: Any) -> Any:
     return pipe("red circle", generator=seeds(1)[0], **QUICK, **settings)
 
