@@ -33,7 +33,8 @@ from t2i.terminal import print_note
 # Settings that may change between a run and its resumption. Paths are among them, because `made_from` identifies what
 # lies there.
 PATH_KEYS = ("clip", "autoencoder", "text_encoder", "cache", "init", "perceptual_clip", "data.path")
-DATA_DEFAULTS = {f"data.{name}": value for name, value in asdict(DataConfig()).items()}
+# Values of options that checkpoints may be older than, with which a run is as it was without them
+NEW_OPTIONS = {f"data.{name}": value for name, value in asdict(DataConfig()).items()} | {"logit_std": 1.0}
 MUTABLE_KEYS = ("train.", "sample.", "data.num_workers", *PATH_KEYS)
 FIXED_TRAIN_KEYS = ("seed", "optimizer")  # of TrainConfig, whose other settings may differ
 WEIGHT_COPIES = 4  # copies of the trained weights in a checkpoint: they, their average, and AdamW's two moments
@@ -299,7 +300,7 @@ def flatten_config(config: dict[str, Any], name: str = "") -> dict[str, Any]:
 
 def is_off(name: str, value: Any) -> bool:
     """Return whether an option is as if it did not exist."""
-    return value == DATA_DEFAULTS[name] if name in DATA_DEFAULTS else "." not in name and not value
+    return value == NEW_OPTIONS[name] if name in NEW_OPTIONS else "." not in name and not value
 
 
 def select_fixed_settings(stage: dict[str, Any], train: dict[str, Any]) -> dict[str, Any]:
