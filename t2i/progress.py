@@ -150,7 +150,8 @@ class Progress:
         return parts
 
     def format_count(self, of: str) -> str:
-        return f"{self.done:,}{'' if self.total is None else f'{of}{self.total:,}'} {self.unit}".rstrip()
+        is_known = self.total is not None and self.done <= self.total  # a total may be about right
+        return f"{self.done:,}{f'{of}{self.total:,}' if is_known else ''} {self.unit}".rstrip()
 
     def estimate_batch_seconds_left(self, now: float) -> float | None:
         """Return how long the present batch takes still, by the batches before it, or by its present stage."""

@@ -188,6 +188,10 @@ def test_a_job_of_unknown_length_counts(clock, use_screen):
         for _ in checking.iterate(range(1500)):
             clock.now += 0.001
     assert (screen.shown[0], screen.shown[-1]) == ("checking", "checking: 1,500 images")
+    with Progress("checking", 1) as checking:  # a total that was about right
+        for _ in checking.iterate(range(2)):
+            pass
+    assert screen.shown[-1].endswith("] 2 images")
 
 
 def test_the_bars_of_a_pipeline_work_in_python_and_its_steps_are_followed_in_a_job(
@@ -257,3 +261,39 @@ def test_every_command_takes_quiet():
 def test_the_progress_costs_no_import_of_torch():
     code = "import sys, t2i.progress; assert not {'torch', 'tqdm', 'diffusers'} & sys.modules.keys()"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_commands_of_minutes_count_what_they_do(monkeypatch, capsys, pipeline_folder, shapes, tmp_path):
+    closed = []
+    monkeypatch.setattr(Progress, "close", lambda self: closed.append((self.what, self.done, self.total, self.unit)))
+    pictures = sorted(shapes.glob("*.png"))[:2]
+    model = ["--model", pipeline_folder, "--out", tmp_path / "out", "--steps", 2]
+    clip = ["--clip", pipeline_folder / "clip"]
+    drawing = ("drawing", 2, 2, "images")
+    commands = {
+        ("generate", "red circle", "blue square", *model): [drawing],
+        ("variations", *pictures, *model): [drawing],
+        ("image-to-image", pictures[0], "--count", 2, *model): [drawing],
+        ("interpolate", *pictures, "--frames", 3, "--video", tmp_path / "a.gif", *model): [
+            ("drawing", 3, 3, "frames"),
+            ("writing the video", 3, 3, "frames"),
+        ],
+        ("classify", *pictures, "--labels", "red,blue", *clip): [("embedding", 2, 2, "images")],
+        ("data", "check", shapes, "--out", tmp_path / "checked"): [("checking", 36, 36, "images")],
+    }
+    for words, expected in commands.items():
+        closed.clear()
+        status, _, err = run(monkeypatch, capsys, *words)
+        assert status == 0, err
+        assert [one for one in closed if not one[0].startswith("loading")] == expected, words
+
+
+def test_a_command_writes_its_results_alone_to_standard_output(
+    monkeypatch, capsys, use_screen, pipeline_folder, tmp_path
+):
+    screen = use_screen()
+    words = ["generate", "red circle", "blue square", "--batch-size", 1, "--seed", 0, "--steps", 2]
+    status, out, _ = run(monkeypatch, capsys, *words, "--model", pipeline_folder, "--out", tmp_path)
+    assert status == 0 and out.splitlines() == [str(tmp_path / f"{n}.png") for n in ("red-circle-0", "blue-square-1")]
+    assert screen.shown[0] == f"loading {pipeline_folder.name}" and any("1/2 images" in text for text in screen.shown)
+    assert any("decoder step 2/2" in text for text in screen.shown) and screen.written.endswith("\r")

@@ -14,7 +14,7 @@ from t2i.pipelines.options import PRIOR_OPTION_NAMES, ResolvedOptions
 
 from t2i import __version__
 from t2i.diffusion.guidance import Guidance
-from t2i.files.picture_records import DAMAGED_FILE_ERRORS, open_png, read_record
+from t2i.files.image_records import DAMAGED_FILE_ERRORS, open_png, read_record
 from t2i.sampling.steering import Steering
 
 logger = logging.getLogger(__name__)

@@ -45,7 +45,8 @@ def write_video(frames: list[Image.Image], path: str | Path, fps: float = 12.0) 
         else:
             options = {"append_images": frames[1:], "loop": 0, "duration": 1000 / fps, **ANIMATION_OPTIONS[suffix]}
             # The format is given by name, for the name of an unfinished file has another suffix.
-            frames[0].save(unfinished, suffix[1:].upper(), save_all=True, **options)
+            with progress.follow_batch(len(frames)):
+                frames[0].save(unfinished, suffix[1:].upper(), save_all=True, **options)
     return path
 
 

@@ -61,7 +61,7 @@ def generate(
 
     Without prompts, steering alone decides what is drawn.
 
-    With --like, a model other than the shipped one must be given too: a picture has its name, not its place.
+    With --like, a model other than the shipped one must be given too: an image has its name, not its place.
 
     With --prompts the default seed is 0, so that the same command, run again, finishes the list.
 

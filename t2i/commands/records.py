@@ -1,4 +1,4 @@
-"""The command `t2i show`, and what `t2i generate --like` takes from a picture."""
+"""The command `t2i show`, and what `t2i generate --like` takes from an image."""
 
 import json
 from dataclasses import dataclass, field, replace
@@ -10,7 +10,7 @@ import typer
 from t2i.commands import SHIPPED_MODEL, flags
 from t2i.commands.flags import argument, option
 from t2i.errors import InputError
-from t2i.files.picture_records import read_picture_settings
+from t2i.files.image_records import read_stored_settings
 from t2i.terminal import print_line
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ LIKE_SETTINGS = (
     *("prior_num_inference_steps", "prior_guidance_scale", "prior_candidates", "prior_sampler", "prior_temperature"),
     *("negative_prompt", "decoder_negative_prompt"),
 )
-# A record has the names of these, not their places, and whoever made the picture wrote them
+# A record has the names of these, not their places, and whoever made the image wrote them
 NAMED_FILES = ("model", "prior", "clip", "upsampler", "control_image")
 OTHER_KEYS = ("version", "size", "prompt", "seed", "weights", "dtype", "steering", *NAMED_FILES)
 # Keys by which the records of other commands are known
@@ -45,7 +45,7 @@ def show(
     as_json: Annotated[bool, option("Print a JSON object.", None, "--json")] = False,
 ) -> None:
     """Print the settings that an image was drawn with, from its PNG file, one a line."""
-    settings, _ = read_picture_settings(picture)
+    settings, _ = read_stored_settings(picture)
     if as_json:
         print(json.dumps(settings, indent=1))
         return
@@ -55,7 +55,7 @@ def show(
 
 @dataclass(frozen=True)
 class Likeness:
-    """What a picture of `t2i generate` was drawn with; nothing without a picture.
+    """What an image of `t2i generate` was drawn with; nothing without an image.
 
     A record is as little to be trusted as any file of a stranger: its values are checked as options are, and files that
     it names must be given as options, but for the model that comes with this package.
@@ -66,8 +66,8 @@ class Likeness:
 
     @classmethod
     def read_file(cls, path: Path) -> "Likeness":
-        """Read the record of a PNG file. Raises InputError for a picture that `t2i generate` did not draw."""
-        record, is_own = read_picture_settings(path)
+        """Read the record of a PNG file. Raises InputError for an image that `t2i generate` did not draw."""
+        record, is_own = read_stored_settings(path)
         if not is_own:
             raise InputError(f"{str(path)!r} has no record of `t2i generate`; `t2i show` prints what it has")
         if command := next((command for key, command in COMMAND_KEYS.items() if key in record), None):
@@ -83,7 +83,7 @@ class Likeness:
 
     @property
     def prompts(self) -> list[str]:
-        """The picture's prompt; none for a picture that steering alone decided."""
+        """The image's prompt; none for an image that steering alone decided."""
         return [self.record["prompt"]] if self.record.get("prompt") else []
 
     def check_named_files(self, **given: Any) -> None:

@@ -20,7 +20,7 @@ from t2i.data.manifest import find_manifest
 from t2i.data.picture_files import compute_picture_digest, find_images
 from t2i.data.pictures import Resizing, open_image, to_tensor
 from t2i.errors import InputError
-from t2i.files.picture_records import DAMAGED_FILE_ERRORS, open_png, read_record
+from t2i.files.image_records import DAMAGED_FILE_ERRORS, open_png, read_record
 
 
 class PictureSet(Protocol):

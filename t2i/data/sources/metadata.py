@@ -82,7 +82,8 @@ def open_metadata(root: Path, files: list[Path], notes: SourceNotes, columns: Co
             sample.problem = sample.problem or RejectedSample(Reason.no_caption, "the metadata does not list it")
             yield sample
 
-    return Source(root, iterate_samples, notes)
+    # About as many as there are images: a row more for each that lists a missing one
+    return Source(root, iterate_samples, notes, sum(map(is_image_file, files)))
 
 
 def choose_table_columns(table: Path, columns: Columns) -> Columns:

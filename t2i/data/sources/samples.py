@@ -80,7 +80,7 @@ class Source:
     root: Path | None  # folder that file names are relative to; None: the folder of the manifest
     iterate_samples: Callable[[Path], Iterator[Sample]]  # takes a folder for the files that the source must write
     notes: SourceNotes
-    total: int | None = None  # number of samples, if known before they are read
+    total: int | None = None  # number of samples, or about that, if known before they are read
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def read_record(image: Image.Image) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def read_picture_settings(path: Path) -> tuple[dict[str, Any], bool]:
+def read_stored_settings(path: Path) -> tuple[dict[str, Any], bool]:
     """Return the settings in a PNG file by name, with its size, and whether they are a record of this project.
 
     Without a record they are those of the text "parameters", as texts. Raises InputError for a file that is missing,
