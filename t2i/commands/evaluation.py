@@ -1,6 +1,7 @@
 """Commands that measure models: `t2i eval`."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -91,6 +92,7 @@ def evaluate_prior(
     with show_loading(prior):
         model, scheduler = load_prior(prior)
     model = None if model is None else model.float()
+    warn_of_idle_settings(model, steps=steps, candidates=candidates, guidance=guidance_scale, temperature=temperature)
     settings: dict[str, Any] = {
         "steps": steps,
         "guidance": get_default_guidance_scale(model) if guidance_scale is None else guidance_scale,
@@ -107,6 +109,26 @@ def evaluate_prior(
     print(json.dumps(result, indent=1))
     if out is not None:
         write_result_file(result, out)
+
+
+def warn_of_idle_settings(
+    prior: Any, steps: int, candidates: int, guidance: float | None, temperature: float | None
+) -> None:
+    """Print which settings have no effect: all without a prior, and some on priors that do not denoise in steps.
+
+    Guidance and temperature are named where such a prior samples.
+    """
+    from t2i.networks.regression_prior import RegressionPrior
+
+    idle = {
+        "steps": steps != 25 and (prior is None or not prior.needs_scheduler),
+        "candidates": candidates != 2 and (prior is None or isinstance(prior, RegressionPrior)),
+        "guidance-scale": guidance is not None and prior is None,
+        "temperature": temperature is not None and prior is None,
+    }
+    kind = "without a prior" if prior is None else f"on a {type(prior).__name__}"
+    for name in (name for name, is_idle in idle.items() if is_idle):
+        print_note(f"warning: --{name} has no effect {kind}", sys.stderr)
 
 
 @app.command(name="likelihood")

@@ -142,6 +142,9 @@ def measure_and_report(
     is_statistics_file = reference.suffix == ".safetensors" and reference.is_file()
     if is_statistics_file and folder is None:
         raise InputError(f"{str(reference)!r} contains statistics, but no captions to draw; give --images")
+    if is_statistics_file:
+        for name, value in {"--split": comparison.split, "--statistics": comparison.statistics}.items():
+            flags.check_needed(name, value, "images as the reference, not their statistics", False)
 
     # Load the models onto the device of this process
     check_environment()

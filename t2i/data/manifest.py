@@ -148,6 +148,7 @@ def count_samples(samples: Iterable[Sample], report: Report, labels: dict[str, d
     """Pass samples on; count them in `report` and add their labels to the columns of `labels`."""
     for sample in samples:
         report.indexed += 1
+        report.split_by_source += sample.split is not None
         if sample.problem is None:
             for column, known in labels.items():
                 known[sample.key] = get_single_label(sample, column)

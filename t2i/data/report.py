@@ -38,6 +38,7 @@ class Report:
     indexed: int = 0
     ok: int = 0
     held_out: int = 0
+    split_by_source: int = 0  # samples that are in a split of the source
     captions: int = 0
     converted: int = 0  # images with a colour profile or unusual grey values
     reasons: Counter[str] = field(default_factory=Counter)
@@ -102,7 +103,7 @@ class Report:
     def format_lines(self) -> list[str]:
         lines = [
             f"{self.source}: {self.ok:,} images with {self.captions:,} captions",
-            f"  {self.ok - self.held_out:,} to train on, {self.held_out:,} held out",
+            f"  {self.ok - self.held_out:,} to train on, {self.held_out:,} held out{self.describe_splits()}",
             f"rejected: {self.rejected_count:,} of {self.indexed:,}",
         ]
         # Rejected samples, with examples
@@ -130,6 +131,11 @@ class Report:
             if len(shards) > MAX_LISTED:
                 lines.append("  ...")
         return [*lines, f"manifest: {self.manifest}"]
+
+    def describe_splits(self) -> str:
+        """Return what made the splits, if it was the source: then a fraction to hold out has no effect."""
+        whole = self.split_by_source == self.indexed
+        return f", by the source's splits{'' if whole else ' where it has them'}" if self.split_by_source else ""
 
     def format_ignored(self) -> str:
         most = self.notes.ignored.most_common(MAX_LISTED)

@@ -10,10 +10,12 @@ from t2i.pipelines.jobs.planning import ModelSource, Output
 from t2i.training.all_stages import Run
 
 from t2i.checks import check_folder_name
+from t2i.commands.evaluation import warn_of_idle_settings
 from t2i.data.cache import read_finished_cache
 from t2i.data.manifest import find_manifest
 from t2i.errors import InputError
 from t2i.files.untrusted import refuse_missing_weights
+from t2i.networks.regression_prior import RegressionPrior
 from tests.commands.test_cli import run
 
 
@@ -44,6 +46,26 @@ def test_what_would_do_nothing_is_refused(monkeypatch, capsys, tmp_path, argumen
     status, out, err = run(monkeypatch, capsys, *arguments)
     assert status == 2 and not out and message in err and len(err.splitlines()) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.png"]
+
+
+def test_settings_that_a_prior_does_not_have_are_named(capsys):
+    warn_of_idle_settings(None, steps=9, candidates=8, guidance=3.0, temperature=0.5)
+    named = ["--steps", "--candidates", "--guidance-scale", "--temperature"]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"warning: {name} has no effect without a prior" for name in named]
+    warn_of_idle_settings(RegressionPrior(8, 8, "mlp", 8), steps=9, candidates=8, guidance=3.0, temperature=0.5)
+    assert [line.split()[1] for line in capsys.readouterr().err.splitlines()] == named[:2]
+    warn_of_idle_settings(None, steps=25, candidates=2, guidance=None, temperature=None)
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--split", "--statistics"])
+def test_statistics_as_the_reference_have_no_splits_and_are_not_computed(monkeypatch, capsys, tmp_path, option):
+    reference = tmp_path / "a.safetensors"
+    reference.touch()
+    command = ["eval", "quality", reference, "--images", tmp_path, option, "train"]
+    status, _, err = run(monkeypatch, capsys, *command, "--out", tmp_path / "out.json")
+    assert status == 2 and f"{option} needs images as the reference, not their statistics" in err
 
 
 def test_a_setting_without_effect_is_named_once_for_all_batches(pipeline_folder, tmp_path, caplog):

@@ -125,8 +125,9 @@ def test_metadata_in_folders_of_splits(tmp_path):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "x.png").write_bytes(picture(color))
         (tmp_path / folder / "metadata.csv").write_text(f"file_name,caption\nx.png,{color}\n")
-    rows, _ = check(tmp_path)
+    rows, report = check(tmp_path)
     assert {key: row["split"] for key, row in rows.items()} == {"train/x.png": "train", "validation/x.png": "held_out"}
+    assert report.format_lines()[1] == "  1 to train on, 1 held out, by the source's splits"
 
 
 def test_a_caption_cut_by_a_comma_and_a_repeated_column_are_not_read(tmp_path):
