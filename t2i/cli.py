@@ -255,17 +255,24 @@ def emoji(
         str | None,
         option("Further keyword lists: emojilib, gemoji, emoji-mart, emojibase, with commas; or all.", "CLDR's only"),
     ] = None,
+    styles: Annotated[
+        str | None,
+        option("Further styles: 3D, flat, outline, blob, twemoji, with commas; or all. Captions name them.", "none"),
+    ] = None,
     packages: Annotated[
-        Path | None, option("Folder of the lists' packages, as `npm pack` writes them.", "npm downloads them")
+        Path | None, option("Folder of the packages of both, as `npm pack` writes them.", "npm downloads them")
     ] = None,
 ) -> None:
     """Draw every emoji of the Noto Color Emoji font, with its name and keywords as captions."""
-    check_needed("--packages", packages, "--keywords", keywords is not None)
+    is_given = keywords is not None or styles is not None
+    check_needed("--packages", packages, "--keywords or --styles", is_given)
     from t2i.data.emoji.keywords import choose_keyword_lists
-    from t2i.data.emoji.noto import render_emoji
+    from t2i.data.emoji.rendering import render_emoji
+    from t2i.data.emoji.styles import choose_styles
 
     lists = choose_keyword_lists(keywords) if keywords is not None else []
-    drawn = render_emoji(folder, size, lists=lists, packages=packages)
+    chosen = choose_styles(styles) if styles is not None else []
+    drawn = render_emoji(folder, size, lists=lists, styles=chosen, packages=packages)
     held_out = sum(image.split == "held_out" for image in drawn)
     print_line(
         f"{folder}: {len(drawn)} images of {size} x {size}: {len(drawn) - held_out} to train on, {held_out} held out"

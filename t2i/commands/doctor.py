@@ -39,7 +39,8 @@ def find_missing_emoji_packages() -> list[str]:
     from PIL import features
 
     from t2i.data.emoji.keywords import CLDR_FOLDER
-    from t2i.data.emoji.noto import EMOJI_TEST_FILE, FONT_FILE
+    from t2i.data.emoji.names import EMOJI_TEST_FILE
+    from t2i.data.emoji.noto import FONT_FILE
 
     installed = {"fonts-noto-color-emoji": FONT_FILE.exists(), "unicode-data": EMOJI_TEST_FILE.exists()}
     installed |= {"unicode-cldr-core": CLDR_FOLDER.exists(), "libfribidi0": bool(features.check("raqm"))}

@@ -18,7 +18,9 @@ from t2i.config import DataConfig
 from t2i.data import CaptionedPictures, iterate_batches, open_image, to_tensor
 from t2i.data.dataset import vary_caption
 from t2i.data.emoji import noto as emoji_module
-from t2i.data.emoji.noto import Emoji, mark_held_out, read_emoji_names, render_emoji
+from t2i.data.emoji.keywords import CLDR_FOLDER
+from t2i.data.emoji.names import Emoji, mark_held_out, read_emoji_names
+from t2i.data.emoji.rendering import render_emoji
 from t2i.data.loading import EndlessBatchSampler
 from t2i.data.manifest import write_manifest
 from t2i.data.pictures import decode_image
@@ -231,7 +233,7 @@ def test_an_existing_folder_is_not_drawn_over(tmp_path):
 
 @pytest.mark.skipif(not emoji_module.FONT_FILE.exists(), reason="needs the package fonts-noto-color-emoji")
 @pytest.mark.skipif(not features.check("raqm"), reason="needs the package libfribidi0")
-@pytest.mark.skipif(not emoji_module.CLDR_FOLDER.exists(), reason="needs the package unicode-cldr-core")
+@pytest.mark.skipif(not CLDR_FOLDER.exists(), reason="needs the package unicode-cldr-core")
 def test_emoji_are_drawn_in_colour_with_keywords(tmp_path):
     (tmp_path / "names.txt").write_text(NAMES)
     drawn = render_emoji(tmp_path / "emoji", 64, names=tmp_path / "names.txt")

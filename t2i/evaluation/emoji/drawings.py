@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from t2i.data import SampleText
 from t2i.evaluation.contact_sheet import build_contact_sheet, build_labelled_rows, to_pil_images
 from t2i.evaluation.emoji.measures import PerceptualJudge, compute_psnr, compute_ssim
-from t2i.evaluation.emoji.real_emoji import EMOJI_SIZE, Question, RealEmoji, strip_name_modifier
+from t2i.evaluation.emoji.real_emoji import EMOJI_SIZE, Question, RealEmoji
 from t2i.evaluation.results import check_result_folder, collect_package_versions, write_result_file
 from t2i.progress import Progress, follow_batch
 
@@ -101,11 +101,11 @@ def evaluate_emoji_drawings(
 
     # Captions, by stage and kind. Those of each split have seeds of their own.
     held_out = chosen.pop("held_out")
-    training = list({record.index: record for records in chosen.values() for record in records}.values())
-    training = [record for record in training if record.split == "train"]
+    needed = {record.index: record for records in chosen.values() for record in records}.values()
+    drawn = [[record for record in needed if record.split == split] for split in ("train", "held_out")]
     pictures: dict[int, dict[str, Tensor]] = {}
     measures: dict[int, dict[str, dict[str, float]]] = {}
-    for records in (training, held_out):
+    for records in drawn:
         drawings = draw_stages(artist, real, records)
         measures |= measure_stages(real, records, drawings, judge)
         for i, record in enumerate(records):
@@ -147,7 +147,7 @@ def measure_stages(
     """Return the measures of each image, by the emoji's index and by stage.
 
     exact: 1 if the nearest real emoji is the right one, else 0. same_name: 1 if it has the same name up to the
-    modifier, such as "waving hand".
+    modifier, such as "waving hand", in any style.
     """
     targets = real.load_images(records)
     measures: dict[int, dict[str, dict[str, float]]] = {record.index: {} for record in records}
@@ -158,8 +158,8 @@ def measure_stages(
             columns["perceptual"] = torch.cat([judge(image, target) for image, target in parts])
         values = {name: column.tolist() for name, column in columns.items()}
         for i, (record, nearest) in enumerate(zip(records, real.find_nearest(images))):
-            names = [strip_name_modifier(one.text) for one in (record, nearest)]
-            hits = {"exact": float(record.index == nearest.index), "same_name": float(names[0] == names[1])}
+            same_name = real.find_name(record) == real.find_name(nearest)
+            hits = {"exact": float(record.index == nearest.index), "same_name": float(same_name)}
             measures[record.index][stage] = hits | {name: column[i] for name, column in values.items()}
     return measures
 

@@ -2,10 +2,11 @@
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from t2i.config import DataConfig
 from t2i.data import CaptionedPictures, SampleText
 from t2i.data.dataset import stack_views
 from t2i.data.emoji.keywords import SKIN_TONES, get_code
-from t2i.data.emoji.noto import Emoji
+from t2i.data.emoji.names import Emoji
 from t2i.data.labels import read_labels
 from t2i.data.manifest import find_manifest
 from t2i.errors import InputError
@@ -23,8 +24,13 @@ from t2i.evaluation.emoji.measures import compute_pixel_features
 EMOJI_SIZE = 128
 TRAINING_CAPTIONS, KIND_CAPTIONS, KEYWORDS = 200, 50, 200  # drawn by default, of all kinds, of each kind, and alone
 KINDS = ("things", "symbols", "flags", "people", "skin tones")
-HELD_OUT, ALL = "held out", "all"  # what is held out counts as a kind of its own; all: where kinds are not known
+FIRST_STYLE = "noto"  # of emoji whose captions name no style
+ALL = "all"  # where kinds are not known
+PLAIN_KINDS = (*KINDS, ALL)  # those of the first style
+HELD_OUT, HELD_OUT_STYLES = "held out", "held-out styles"  # count as kinds of their own
 WORDS_FILE = Path(__file__).with_name("words.json")
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -41,40 +47,63 @@ class RealEmoji:
     def __init__(self, folder: str | Path):
         self.dataset = CaptionedPictures(DataConfig(str(folder), EMOJI_SIZE, 0), split=None)
         self.records = [self.dataset.get_record(index) for index in range(len(self.dataset))]
-        self.kinds = read_kinds(find_manifest(Path(folder)), self.records)
-        counts = [sum(record.split == split for record in self.records) for split in ("train", "held_out")]
+        manifest = find_manifest(Path(folder))
+        self.groups, self.styles = (read_column(manifest, column) for column in ("group", "style"))
+        self.kinds = [self.find_kind(record) for record in self.records]
+        plain = [record.split for record, kind in zip(self.records, self.kinds) if kind in PLAIN_KINDS]
+        counts = [plain.count(split) for split in ("train", "held_out")]
         if not all(counts):
             raise InputError(f"{counts[0]} training and {counts[1]} held-out images; both kinds are needed")
 
+    def find_kind(self, record: SampleText) -> str:
+        """Return the kind of an emoji, from its group and name, or its style; "all" where the data has no groups."""
+        if self.groups is None:
+            return ALL
+        style = self.find_style(record)
+        if style != FIRST_STYLE:
+            return style if record.split == "train" else HELD_OUT_STYLES
+        return Emoji("", record.text, self.groups.get(record.key, ""), "").kind
+
+    def find_style(self, record: SampleText) -> str:
+        return FIRST_STYLE if self.styles is None else self.styles.get(record.key, FIRST_STYLE)
+
+    def find_name(self, record: SampleText) -> str:
+        """Return the name up to the modifier, without the style."""
+        return strip_name_modifier(record.text.removesuffix(f", {self.find_style(record)}"))
+
     def choose_captions(self, samples: int | None = None) -> dict[str, list[SampleText]]:
-        """Return the captions to draw: "train", which are random ones, "held_out", and those of each kind.
+        """Return the captions to draw: "train", which are random ones, "held_out", and those of each kind and style.
 
         samples: number of each; by default 200, all, and at least 50. They are the same at every call, and those of
-        a kind include the random ones of it.
+        a kind include the random ones of it. "train", "held_out" and the kinds are of the first style alone.
         """
-        training = [record for record in self.records if record.split == "train"]
-        held_out = [record for record in self.records if record.split == "held_out"]
-        shuffled = random.Random(0).sample(training, len(training))
-        train = random.Random(0).sample(training, min(samples or TRAINING_CAPTIONS, len(training)))
-        if samples is not None:
-            held_out = random.Random(0).sample(held_out, min(samples, len(held_out)))
+        kinds = {record.index: self.kinds[record.index] for record in self.records}
+        plain = [record for record in self.records if kinds[record.index] in PLAIN_KINDS]
+        training = [record for record in plain if record.split == "train"]
+        held_out = [record for record in plain if record.split == "held_out"]
+        train = draw_sample(training, samples or TRAINING_CAPTIONS)
+        held_out = held_out if samples is None else draw_sample(held_out, samples)
         chosen = {"train": train, "held_out": held_out}
-        known = {record.index for record in train}
-        for kind in dict.fromkeys(name for name in (*KINDS, ALL) if name in self.kinds):
-            drawn = [record for record in train if self.kinds[record.index] == kind]
-            others = [one for one in shuffled if self.kinds[one.index] == kind and one.index not in known]
-            chosen[kind] = drawn + others[: max(0, (samples or KIND_CAPTIONS) - len(drawn))]
-        return chosen | {HELD_OUT: held_out}
+        for kind in dict.fromkeys(name for name in PLAIN_KINDS if name in self.kinds):
+            drawn = [record for record in train if kinds[record.index] == kind]
+            others = [one for one in draw_sample(training, len(training)) if kinds[one.index] == kind]
+            more = [record for record in others if record not in drawn]
+            chosen[kind] = drawn + more[: max(0, (samples or KIND_CAPTIONS) - len(drawn))]
+        chosen[HELD_OUT] = held_out
+        for style in sorted(set(self.kinds).difference(PLAIN_KINDS)):  # what is held out of the styles is one of them
+            count = samples or (TRAINING_CAPTIONS if style == HELD_OUT_STYLES else KIND_CAPTIONS)
+            chosen[style] = draw_sample([record for record in self.records if kinds[record.index] == style], count)
+        return chosen
 
     def choose_keywords(self, samples: int | None = None) -> list[Question]:
         """Return keywords that are no captions, the same at every call. All emoji with a keyword are right."""
         answers: dict[str, set[int]] = {}
         for record in self.records:
-            for keyword in record.keywords:
+            for keyword in record.keywords if self.kinds[record.index] in PLAIN_KINDS else []:
                 answers.setdefault(keyword.lower(), set()).add(record.index)
         names = {record.text.lower() for record in self.records}
         keywords = sorted(answers.keys() - names)
-        chosen = random.Random(0).sample(keywords, min(samples or KEYWORDS, len(keywords)))
+        chosen = draw_sample(keywords, samples or KEYWORDS)
         return [Question(keyword, frozenset(answers[keyword])) for keyword in chosen]
 
     def read_words(self, samples: int | None = None) -> dict[str, list[Question]]:
@@ -114,13 +143,17 @@ class RealEmoji:
         return [self.records[index] for index in distances.argmin(dim=1).tolist()]
 
 
-def read_kinds(manifest: Path, records: list[SampleText]) -> list[str]:
-    """Return the kind of each emoji, from its group and name; "all" where the data has no groups."""
+def read_column(manifest: Path, column: str) -> dict[str, str] | None:
+    """Return a column of labels by key; None if the data has none."""
     try:
-        groups = read_labels(manifest, "group")
+        return read_labels(manifest, column)
     except InputError:
-        return [ALL] * len(records)
-    return [Emoji("", record.text, groups.get(record.key, ""), "").kind for record in records]
+        return None
+
+
+def draw_sample(items: Sequence[Item], count: int) -> list[Item]:
+    """Return so many different items, or all, in random order, the same at every call."""
+    return random.Random(0).sample(items, min(count, len(items)))
 
 
 def get_key_code(key: str) -> str:
