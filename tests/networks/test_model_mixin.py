@@ -1,6 +1,6 @@
 """What diffusers' test suite checks of every model class, for every model class of this project.
 
-`CHECKS` has each check of its mixins for models, with the test here or the reason why it does not apply.
+tests/diffusers_checks.txt has each check of its mixins, with the test here or the reason why it does not apply.
 """
 
 import importlib
@@ -20,13 +20,9 @@ import t2i.networks
 from t2i.files.component import to_json_types
 from t2i.files.model_folder import load_model
 from tests.helpers.models import MODELS, TRAINED, compute_loss, list_float_tensors
-from tests.networks import test_model_offload
 
 NAMES = list(MODELS)
 CHECKPOINTED = [name for name in TRAINED if MODELS[name].model_class._supports_gradient_checkpointing]
-PLAIN_OUTPUT = "models return tensors, which are the same with and without return_dict"
-INNER = "attention processors belong to the diffusers model inside, such as `decoder.unet`, which has this check itself"
-NO_GPU = "needs two devices; parts of a model on CPU and disk are checked instead"
 
 
 def close(found: list[torch.Tensor], expected: list[torch.Tensor], tolerance: float = 1e-5) -> None:
@@ -223,54 +219,3 @@ def test_a_model_larger_than_memory_is_loaded_with_a_part_on_the_disk(name: str,
     loaded = case.model_class.from_pretrained(tmp_path / "model", **settings)
     assert "disk" in loaded.hf_device_map.values()
     close(case.run(loaded), case.run(model))
-
-
-CHECKS: dict[str, Any] = {
-    "from_save_pretrained": test_saving_and_loading_keeps_outputs_weights_and_configuration,
-    "from_save_pretrained_variant": test_a_variant_is_loaded_by_its_name_alone,
-    "from_save_pretrained_dtype": test_every_tensor_is_loaded_in_the_dtype_that_is_asked_for,
-    "from_pretrained_dtype_alias": test_every_tensor_is_loaded_in_the_dtype_that_is_asked_for,
-    "from_save_pretrained_dtype_inference": test_a_model_in_half_precision_is_saved_and_loaded_as_it_is,
-    "determinism": test_outputs_are_finite_and_the_same_each_time,
-    "output": test_outputs_are_finite_and_the_same_each_time,
-    "outputs_equivalence": PLAIN_OUTPUT,
-    "getattr_is_correct": test_attributes_are_found_and_those_of_the_configuration_warn,
-    "keep_in_fp32_modules": test_no_module_is_kept_in_fp32,
-    "keep_in_fp32_modules_as_str": test_no_module_is_kept_in_fp32,
-    "keep_in_fp32_modules_layerwise_casting": test_no_module_is_kept_in_fp32,
-    "to_keep_in_fp32_modules_warns": test_no_module_is_kept_in_fp32,
-    "sharded_checkpoints": test_weights_in_several_files_are_those_in_one,
-    "sharded_checkpoints_with_variant": test_weights_in_several_files_are_those_in_one,
-    "sharded_checkpoints_with_parallel_loading": test_several_files_are_read_at_once,
-    "model_parallelism": NO_GPU,
-    "training": test_weights_are_trained_and_averaged,
-    "training_with_ema": test_weights_are_trained_and_averaged,
-    "mixed_precision_training": test_mixed_precision_has_finite_gradients,
-    "gradient_checkpointing": test_checkpointing_of_activations_changes_no_gradient,
-    "gradient_checkpointing_is_applied": test_checkpointing_of_activations_changes_no_gradient,
-    "gradient_checkpointing_equivalence": test_checkpointing_of_activations_changes_no_gradient,
-    "cpu_offload": test_model_offload.test_weights_that_wait_elsewhere_give_the_same_outputs,
-    "disk_offload_without_safetensors": "this project reads no pickles",
-    "disk_offload_with_safetensors": test_a_model_larger_than_memory_is_loaded_with_a_part_on_the_disk,
-    "group_offloading": test_model_offload.test_weights_that_wait_elsewhere_give_the_same_outputs,
-    "group_offloading_with_layerwise_casting": test_model_offload.test_casting_and_group_offloading_work_together,
-    "group_offloading_with_disk": test_model_offload.test_weights_that_wait_elsewhere_give_the_same_outputs,
-    "layerwise_casting_memory": test_model_offload.test_layers_that_store_fewer_bits_compute_as_rounded_weights_do,
-    "layerwise_casting_training": test_model_offload.test_a_model_that_stores_fewer_bits_is_trained,
-    "fuse_unfuse_qkv_projections": INNER,
-    "get_set_processor": INNER,
-    "attention_processor_dict": INNER,
-    "attention_processor_count_mismatch_raises_error": INNER,
-    "attention backends": INNER,
-    "caches of attention and blocks (PAB, FBC, FasterCache, MagCache, TaylorSeer)": "no model is a CacheMixin",
-    "adapters of PEFT": "LoRA is trained and merged by `training.common.lora`, which has tests of its own",
-    "IP adapters": "z_i is what these models are conditioned on",
-    "quantization": "needs a GPU and packages that are no dependency",
-    "compilation": "tests/runtime/test_compiling.py",
-    "single files": "public models are read from folders, see tests/interop",
-    "push_to_hub": "needs the network",
-}
-
-
-def test_a_reason_or_a_test_stands_beside_every_check() -> None:
-    assert all(callable(answer) or (isinstance(answer, str) and answer) for answer in CHECKS.values())

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, VQModel
+from diffusers import AsymmetricAutoencoderKL, AutoencoderKL, AutoencoderTiny, DDIMScheduler, VQModel
 from PIL import Image
 from t2i.pipelines.calls.aliases import call_networks
 
@@ -148,6 +148,12 @@ def test_the_autoencoder_decodes_in_slices_and_tiles(pipeline):
     assert (pipeline.decode(latents, "pt") - whole).abs().max() > 1e-4
     pipeline.disable_vae_tiling()
     torch.testing.assert_close(pipeline.decode(latents, "pt"), whole, rtol=0, atol=0)
+
+
+def test_an_autoencoder_of_another_class_is_refused(pipeline):
+    for kind in (AutoencoderKL, AsymmetricAutoencoderKL, AutoencoderTiny):
+        with pytest.raises(InputError, match=f"^autoencoder must be a .*, a {kind.__name__}$"):
+            pipeline.vae = kind()
 
 
 def test_the_unet_is_changed_by_the_methods_of_diffusers(pipeline):

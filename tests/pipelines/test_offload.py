@@ -27,12 +27,16 @@ from tests.helpers.offloading import (
     CPU,
     WAYS,
     measure_waiting_parts,
+    offload_in_sequence,
+    offload_leaves,
     offload_leaves_to_disk,
+    offload_models,
     waiting_weights_are_nan,
 )
+from tests.helpers.pipelines import for_all, list_models, pipe, tiny_upsampler
 from tests.helpers.stable_unclip_folders import stable_unclip
 
-__all__ = ["waiting_weights_are_nan"]  # a fixture
+__all__ = ["pipe", "tiny_upsampler", "waiting_weights_are_nan"]  # fixtures
 pytestmark = pytest.mark.usefixtures("waiting_weights_are_nan")
 FOLDERS: dict[str, Callable[[], Path]] = {
     "karlo": karlo,
@@ -166,3 +170,35 @@ def test_a_pipeline_from_an_offloaded_one_is_offloaded_too(families: Any) -> Non
         assert min(measure_waiting_parts(pipeline).values()) == 1
     for found, expected_part in zip(draw(pipeline), expected, strict=True):  # the first one still works
         torch.testing.assert_close(found, expected_part, atol=1e-4, rtol=1e-4)
+
+
+# Every pipeline
+
+
+@pytest.mark.parametrize("way", [offload_in_sequence, offload_models, offload_leaves], ids=lambda way: way.__name__)
+@for_all()
+def test_what_is_offloaded_draws_the_same_twice(case, pipe, way, tmp_path):
+    drawn = case.run(pipe)
+    way(pipe, tmp_path)
+    for _ in range(2):
+        torch.testing.assert_close(case.run(pipe), drawn, atol=1e-4, rtol=1e-4)
+        assert min(measure_waiting_parts(pipe).values()) > 0.99
+
+
+@for_all()
+def test_a_part_may_be_left_out_of_group_offloading(case, pipe):
+    drawn, name = case.run(pipe), next(iter(list_models(pipe)))
+    pipe.enable_group_offload(CPU, offload_type="leaf_level", exclude_modules=name)
+    torch.testing.assert_close(case.run(pipe), drawn, atol=1e-4, rtol=1e-4)
+    waiting = measure_waiting_parts(pipe)
+    assert waiting.pop(name) == 0 and all(part > 0.99 for part in waiting.values())
+
+
+@for_all()
+def test_weights_in_eight_bits_draw(case, pipe):
+    name = next(name for name in ("decoder", "upsampler", "prior") if getattr(pipe, name, None) is not None)
+    drawn, model = case.run(pipe), getattr(pipe, name)
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert torch.float8_e4m3fn in {parameter.dtype for parameter in model.parameters()}
+    cast = case.run(pipe)
+    assert cast.isfinite().all() and (cast - drawn).abs().max() > 0

@@ -1,100 +1,35 @@
-"""What diffusers' own tests ask of every pipeline, asked of all of ours, in our words.
+"""What diffusers' own tests check of every pipeline, checked of all of ours, in our words.
 
-A test that does not apply to a pipeline names it with the reason. Offloading and layerwise casting have tests of their
-own, and so has the parity with diffusers' pipelines.
+A test that does not apply to a pipeline names it with the reason. tests/diffusers_checks.txt has each check of
+diffusers with the test here or elsewhere, or the reason why there is none.
 """
 
-import copy
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.schedulers import KarrasDiffusionSchedulers
 from t2i.pipelines.base import UnCLIPPipeline
 
 from t2i import InputError, Text2ImagePipeline, pipelines
-from t2i.networks.upsampler import Upsampler
-from tests.helpers.stages import seeds
+from tests.helpers.offloading import record_inputs
+from tests.helpers.pipelines import (
+    CASES,
+    LEFT_OUT,
+    PROMPTS,
+    STEPS,
+    for_all,
+    list_models,
+    pictures,
+    pipe,
+    tiny_upsampler,
+)
 
-STEPS = 2
-PROMPTS = ["red circle", "a long caption of a blue square", "green"]
-DRAWING = {"num_inference_steps": STEPS, "output_type": "pt"}
-PRIOR = {"prior_num_inference_steps": STEPS}
-
-
-def pictures(count: int) -> torch.Tensor:
-    return torch.rand(count, 3, 32, 32, generator=seeds(9)[0])
-
-
-def half_mask() -> torch.Tensor:
-    mask = torch.zeros(32, 32)
-    mask[16:] = 1
-    return mask
-
-
-@dataclass(frozen=True)
-class Case:
-    """A pipeline with arguments that draw `count` results; one generator draws a whole way instead of a batch."""
-
-    name: str
-    inputs: Callable[[int], dict[str, Any]]
-    settings: dict[str, Any] = field(default_factory=lambda: DRAWING)
-    result: str = "images"
-    one_generator: bool = False
-
-    @property
-    def kind(self) -> Any:
-        return getattr(pipelines, self.name)
-
-    def takes(self, name: str) -> bool:
-        return name in inspect.signature(self.kind.__call__).parameters
-
-    def run(self, pipe: Any, count: int = 1, first_seed: int = 0, **more: Any) -> Any:
-        """Return what is drawn, one below the other as a tensor if it is a list of tensors."""
-        images = count * more.get("num_images_per_prompt", 1)
-        generator = seeds(first_seed)[0] if self.one_generator else seeds(*range(first_seed, first_seed + images))
-        drawn = pipe(**{**self.inputs(count), **self.settings, "generator": generator} | more)
-        result = getattr(drawn, self.result) if not isinstance(drawn, tuple) else drawn[0]
-        return torch.stack(result) if isinstance(result, list) and isinstance(result[0], torch.Tensor) else result
-
-
-CASES = {
-    case.name: case
-    for case in (
-        Case("Text2ImagePipeline", lambda count: {"prompt": PROMPTS[:count]}, DRAWING | PRIOR),
-        Case(
-            "ImageToImagePipeline",
-            lambda count: {"image": pictures(count), "prompt": PROMPTS[:count], "strength": 1.0},
-            DRAWING | PRIOR,
-        ),
-        Case(
-            "InpaintPipeline",
-            lambda count: {"image": pictures(count), "mask_image": half_mask(), "prompt": PROMPTS[:count]},
-            DRAWING | PRIOR,
-        ),
-        Case(
-            "OutpaintPipeline",
-            lambda count: {"image": pictures(count), "left": 8, "prompt": PROMPTS[:count]},
-            DRAWING | PRIOR,
-        ),
-        Case("ImageVariationPipeline", lambda count: {"image": pictures(count)}),
-        Case("TextDiffPipeline", lambda count: {"image": pictures(count), "source": "red", "target": "blue"}),
-        Case(
-            "InterpolationPipeline",
-            lambda count: {"anchors": PROMPTS[:2], "frames": count + 1},
-            DRAWING | PRIOR,
-            one_generator=True,
-        ),
-        Case("UpsamplePipeline", lambda count: {"image": pictures(count)}),
-        Case("PriorPipeline", lambda count: {"prompt": PROMPTS[:count]}, PRIOR, "image_embeds"),
-    )
-}
-LEFT_OUT: dict[str, dict[str, str]] = {}  # reasons, by test and pipeline
+__all__ = ["pipe", "tiny_upsampler"]  # fixtures
 
 NO_BATCH = "its results are one way between the anchors, which depends on all of them"
 ONE_EACH = "it draws one image for each"
@@ -103,45 +38,46 @@ ONLY_LISTS = "its images differ in size, so that they are a list in any form"
 NO_CALLBACK = "it has no guidance and no latents; it is watched by on_preview"
 NO_GUIDANCE = "the upsampler is not guided"
 NO_TEXTS = "it reads no prompts"
-NO_PROMPTS = ("ImageVariationPipeline", "TextDiffPipeline", "InterpolationPipeline")
 NO_LATENTS = "it makes no latents of an autoencoder"
 TEXTS_IN = "it takes texts"
 OWN_PARTS = "its parts are those of one stage; from_pipe leads into it and not back"
-
-
-def for_all(**reasons: str) -> Callable[[Callable], Callable]:
-    """Run a test for every pipeline but those that are named with a reason."""
-
-    def decorate(test: Callable) -> Callable:
-        LEFT_OUT[test.__name__] = reasons
-        names = [name for name in CASES if name not in reasons]
-        return pytest.mark.parametrize("case", [CASES[name] for name in names], ids=names)(test)
-
-    return decorate
-
-
-@pytest.fixture(scope="session")
-def tiny_upsampler() -> tuple[Upsampler, DDIMScheduler]:
-    torch.manual_seed(0)
-    blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
-    unet = {"block_out_channels": [16, 32], "layers_per_block": 1, "norm_num_groups": 8} | blocks
-    upsampler = Upsampler(2, 16, unet, patch_size=2).eval()
-    for parameter in upsampler.parameters():
-        parameter.data += 0.02 * torch.randn(parameter.shape)
-    return upsampler, DDIMScheduler(prediction_type="sample")
-
-
-@pytest.fixture
-def pipe(case: Case, pipeline: Text2ImagePipeline, tiny_upsampler: Any) -> Any:
-    if case.name == "UpsamplePipeline":
-        made = case.kind(*copy.deepcopy(tiny_upsampler))
-        made.set_progress_bar_config(disable=True)
-        return made
-    return case.kind.from_pipe(pipeline)
+NO_MAP = "device_map is refused, in one line: `to` moves the few parts"
+NO_UNET = "it has no decoder, whose U-Net this changes"
+NO_COUNTERPART = "diffusers has no pipeline for this task"
+REFUSED = {"v_prediction": {"EDMEulerScheduler", "KDPM2AncestralDiscreteScheduler"}}  # schedulers that cannot draw
+REFUSED["sample"] = REFUSED["v_prediction"] | {"KDPM2DiscreteScheduler", "EulerAncestralDiscreteScheduler"}
+REFUSED["sample"] |= {"PNDMScheduler"}
+ONE_STAGE = {"UpsamplePipeline": NO_UNET, "PriorPipeline": NO_UNET}
 
 
 def close(first: Any, second: Any, atol: float = 1e-5) -> None:
     torch.testing.assert_close(first, second, atol=atol, rtol=0)
+
+
+# Arguments and results
+
+
+@for_all(**{name: NO_COUNTERPART for name, case in CASES.items() if case.in_diffusers is None})
+def test_arguments_have_the_names_of_diffusers(case):
+    there = inspect.signature(getattr(diffusers, case.in_diffusers).__call__).parameters
+    here = inspect.signature(case.kind.__call__).parameters
+    assert there.keys() - here.keys() == case.not_taken
+    optional = {"generator", "return_dict", *here.keys() & {"num_inference_steps", "latents", "output_type"}}
+    assert all(here[name].default is not inspect.Parameter.empty for name in optional)
+
+
+@for_all()
+def test_a_result_has_the_shape_and_the_range_that_are_documented(case, pipe):
+    drawn = case.run(pipe)
+    count, size = 1 + case.one_generator, {"OutpaintPipeline": (32, 40), "UpsamplePipeline": (64, 64)}
+    expected = (1, pipe.clip.embed_dim) if case.result == "image_embeds" else (count, 3, *size.get(case.name, (32, 32)))
+    assert drawn.shape == expected and drawn.isfinite().all()
+    assert case.result == "image_embeds" or 0 <= drawn.min() < drawn.max() <= 1
+
+
+@for_all(**ONE_STAGE)
+def test_names_of_diffusers_are_the_real_parts(case, pipe):
+    assert (pipe.unet, pipe.vae, pipe.scheduler) == (pipe.decoder, pipe.autoencoder, pipe.decoder_scheduler)
 
 
 # Saving and loading
@@ -161,8 +97,11 @@ def test_a_model_in_half_precision_comes_back_in_it(case, pipe, tmp_path):
     pipe.to(dtype=torch.float16)
     pipe.save_pretrained(tmp_path / "saved", variant="fp16")
     loaded = case.kind.from_pretrained(tmp_path / "saved", dtype=torch.float16, variant="fp16")
-    models = {name: part for name, part in loaded.components.items() if isinstance(part, torch.nn.Module)}
+    models = list_models(loaded)
     assert {name: part.dtype for name, part in models.items()} == dict.fromkeys(models, torch.float16)
+    for name in models:
+        files = [path.name for path in (tmp_path / "saved" / name).glob("*.safetensors")]
+        assert files and all(".fp16." in file for file in files)
     for name, part in models.items():
         stored = getattr(pipe, name).state_dict()
         assert all(torch.equal(tensor, stored[key]) for key, tensor in part.state_dict().items())
@@ -211,6 +150,52 @@ def test_all_parts_go_to_a_device_and_a_dtype(case, pipe):
     pipe.to("meta")
     assert pipe.device.type == "meta"
     assert all(tensor.device.type == "meta" for part in models for tensor in part.state_dict().values())
+
+
+@for_all()
+def test_half_precision_draws_nearly_the_same(case, pipe):
+    drawn = case.run(pipe).double()
+    for dtype in (torch.float16, torch.bfloat16):
+        half = torch.as_tensor(case.run(pipe.to(dtype=dtype))).double()
+        assert half.isfinite().all()
+        assert torch.cosine_similarity(half.flatten(), drawn.flatten(), dim=0) > 0.95
+
+
+@for_all()
+def test_a_part_is_loaded_in_a_dtype_of_its_own(case, pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    own = next(name for name in ("decoder", "upsampler", "prior") if getattr(pipe, name, None) is not None)
+    loaded = case.kind.from_pretrained(tmp_path, dtype={own: torch.bfloat16, "default": torch.float16})
+    dtypes = {name: part.dtype for name, part in list_models(loaded).items()}
+    assert dtypes == dict.fromkeys(dtypes, torch.float16) | {own: torch.bfloat16}
+
+
+@for_all(UpsamplePipeline=NO_MAP, PriorPipeline=NO_MAP)
+def test_a_device_map_places_all_parts(case, pipe, tmp_path):
+    drawn = case.run(pipe)
+    pipe.save_pretrained(tmp_path)
+    loaded = case.kind.from_pretrained(tmp_path, device_map="cpu")
+    loaded.set_progress_bar_config(disable=True)
+    close(case.run(loaded), drawn, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:__array_wrap__")
+@for_all()
+def test_every_karras_scheduler_draws_or_is_refused(case, pipe):
+    shape, config = case.run(pipe).shape, pipe.scheduler.config
+    steps = {name: 5 for name in case.settings if name.endswith("num_inference_steps")}
+    refused = set()
+    for name in (scheduler.name for scheduler in KarrasDiffusionSchedulers):
+        try:
+            pipe.scheduler = getattr(diffusers, name).from_config(config, skip_prk_steps=True)
+        except InputError:
+            refused.add(name)
+            continue
+        except ImportError:  # it needs a library that is no dependency
+            continue
+        drawn = case.run(pipe, **steps)
+        assert drawn.shape == shape and drawn.isfinite().all(), name
+    assert refused == REFUSED[config.prediction_type]
 
 
 # Batches and forms of the result
@@ -328,8 +313,9 @@ def test_prompts_are_encoded_apart_from_the_drawing(case, pipe, monkeypatch):
 @for_all()
 def test_attention_in_slices_is_the_same(case, pipe):
     drawn = case.run(pipe)
-    pipe.enable_attention_slicing()
-    close(case.run(pipe), drawn, atol=1e-4)
+    for size in (1, 2, "auto", "max"):
+        pipe.enable_attention_slicing(size)
+        close(case.run(pipe), drawn, atol=1e-4)
     pipe.disable_attention_slicing()
     close(case.run(pipe), drawn, atol=1e-5)
 
@@ -350,13 +336,50 @@ def test_the_autoencoder_in_slices_draws_the_same(case, pipe):
     close(case.run(pipe, 2), drawn)
 
 
+@for_all(UpsamplePipeline=NO_LATENTS, PriorPipeline=NO_LATENTS)
+def test_the_autoencoder_in_tiles_draws_nearly_the_same(case, pipe):
+    latents = torch.randn(1, 4, 24, 20, generator=torch.Generator().manual_seed(0))
+    whole = pipe.decode(latents, "pt")
+    pipe.enable_vae_tiling()
+    with record_inputs(pipe.vae.coder.decoder) as seen:
+        tiled = pipe.decode(latents, "pt")
+        assert len(seen) == 4 and max(seen) == (1, 4, 16, 16)
+        seen.clear()
+        case.run(pipe)
+        assert len(seen) == 1 or case.name == "OutpaintPipeline"  # one tile holds what the decoder draws
+    assert tiled.shape == whole.shape and 0 < (tiled - whole).abs().max() < 0.5
+
+
+@for_all(**ONE_STAGE)
+def test_freeu_changes_the_images_and_is_undone(case, pipe):
+    drawn = case.run(pipe)
+    pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    assert (case.run(pipe) - drawn).abs().max() > 1e-4
+    pipe.disable_freeu()
+    assert all(getattr(block, name) is None for block in pipe.unet.unet.up_blocks for name in ("s1", "s2", "b1", "b2"))
+    close(case.run(pipe), drawn, atol=0)
+
+
+@for_all(**ONE_STAGE)
+def test_fused_projections_draw_the_same_and_are_undone(case, pipe):
+    drawn, networks = case.run(pipe), (pipe.unet.unet, pipe.vae.coder)
+    before = [network.attn_processors for network in networks]
+    pipe.fuse_qkv_projections()
+    processors = [one for network in networks for one in network.attn_processors.values()]
+    assert {type(one).__name__ for one in processors} == {"FusedAttnProcessor2_0"}
+    close(case.run(pipe), drawn, atol=1e-4)
+    pipe.unfuse_qkv_projections()
+    assert [network.attn_processors for network in networks] == before
+    close(case.run(pipe), drawn, atol=0)
+
+
 # This list
 
 
 def test_a_test_is_left_out_with_a_reason_only():
     functions = {name: value for name, value in globals().items() if name.startswith("test_")}
     tests = {name for name, value in functions.items() if "case" in inspect.signature(value).parameters}
-    assert LEFT_OUT.keys() == tests
+    assert tests and tests <= LEFT_OUT.keys()
     for reasons in LEFT_OUT.values():
         assert reasons.keys() <= CASES.keys() and all(reasons.values()) and len(reasons) < len(CASES)
 
