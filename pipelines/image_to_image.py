@@ -9,13 +9,14 @@ from t2i.pipelines.calls.effects import UNGUIDED_PRIOR, UNREAD_PROMPT
 from t2i.pipelines.calls.keywords import DrawingKeywords
 from t2i.pipelines.calls.signature import declare_pipeline_call
 from t2i.pipelines.calls.texts import PromptEmbeds, Texts, choose_text_pair
-from t2i.pipelines.inputs import ImageInputs, read_given_images, read_images
+from t2i.pipelines.inputs import ImageInputs, read_images
 from t2i.pipelines.memory_needed import check_batch_fits
 from t2i.pipelines.options import DecoderOptions, PriorOptions, ResolvedOptions
 from t2i.pipelines.stages import Canvas, finish_images, run_decoder_stage, run_prior_stage
 from torch import Generator, Tensor
 
 from t2i.checks import check_integer, check_range
+from t2i.data.pictures import Resizing
 from t2i.diffusion.condition import TextEncoding
 from t2i.sampling.sample import split_generators
 
@@ -97,7 +98,7 @@ class ImageToImagePipeline(UnCLIPPipeline):
         seen = None
         if redrawing.reads_images:
             shown = image if latents is None else self.decode(latents, "pt")
-            seen = read_given_images(shown, self.image_size, self.clip).seen
+            seen = read_images(shown, Resizing.for_clip(self.clip))
         z_i, text = compute_image_embeds(self, seen, redrawing)
         latents = self.encode_latents(given) if latents is None else latents
         canvas = Canvas(latents.repeat_interleave(images_per_prompt, dim=0), strength=strength)

@@ -153,7 +153,6 @@ class InpaintPipeline(UnCLIPPipeline):
         check_batch_fits(self, redrawing.prior, sized, count, window=self.latent_shape[-1])
 
         # Decoded images are cropped to the given ones' size, and show the given pixels where nothing is painted
-        repeats = redrawing.images_per_prompt
         whole, inside = (x.repeat_interleave(repeats, dim=0).to(padded.device) for x in (given.images, given.masks))
 
         def to_images(latents: Tensor, output_type: str = "pil", is_preview: bool = True) -> Any:
