@@ -52,7 +52,7 @@ class RandomEncodings(Dataset):
     before, as real ones have. Each process draws its own.
     """
 
-    validation, text_encoder, made_from = None, None, {"data": "random"}
+    validation, text_encoder_facts, made_from = None, None, {"data": "random"}
 
     def __init__(self, lengths: list[int], latents: tuple[int, int, int] = (4, 1, 1), width: int = 768):
         self.clip_facts = ClipFacts("random", "0" * 16, embed_dim=width, text_width=width, context_length=77)

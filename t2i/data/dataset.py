@@ -117,7 +117,8 @@ class CaptionedPictures(Dataset):
         self.shape_numbers, self.lost = self.measure_crops()
         if (self.lost > config.max_crop).any():
             if (self.lost > config.max_crop).all():
-                raise InputError(f"data.max_crop={config.max_crop:g} leaves out all images of {config.path!r}")
+                images = f"all images of {config.path!r}" + (f", split {split!r}" if split else "")
+                raise InputError(f"data.max_crop={config.max_crop:g} leaves out {images}")
             self.manifest = self.manifest.select_rows(self.lost <= config.max_crop)
             self.shape_numbers, self.lost = self.measure_crops()
 
