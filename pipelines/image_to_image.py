@@ -5,8 +5,8 @@ from typing import Any, Unpack
 
 from t2i.pipelines.argument_checks import check_stage_inputs, check_tensor, repeat_image_embeds, warn_of_missing_caption
 from t2i.pipelines.base import MAX_IMAGES, UnCLIPPipeline, UnCLIPPipelineOutput
+from t2i.pipelines.calls.call_keywords import DrawingKeywords
 from t2i.pipelines.calls.effects import UNGUIDED_PRIOR, UNREAD_PROMPT
-from t2i.pipelines.calls.keywords import DrawingKeywords
 from t2i.pipelines.calls.signature import declare_pipeline_call
 from t2i.pipelines.calls.texts import PromptEmbeds, Texts, choose_text_pair
 from t2i.pipelines.inputs import ImageInputs, read_images

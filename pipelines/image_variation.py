@@ -6,8 +6,8 @@ from typing import Any, Unpack
 
 from t2i.pipelines.argument_checks import check_stage_inputs, list_prompts
 from t2i.pipelines.base import MAX_IMAGES, UnCLIPPipeline, UnCLIPPipelineOutput
+from t2i.pipelines.calls.call_keywords import VariationKeywords
 from t2i.pipelines.calls.effects import NO_CAPTIONS, UNGUIDED_DECODER
-from t2i.pipelines.calls.keywords import VariationKeywords
 from t2i.pipelines.calls.signature import declare_pipeline_call
 from t2i.pipelines.inputs import ImageInputs
 from t2i.pipelines.inversion import (

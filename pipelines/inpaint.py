@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from t2i.pipelines.argument_checks import check_stage_inputs
 from t2i.pipelines.base import UnCLIPPipeline, UnCLIPPipelineOutput
-from t2i.pipelines.calls.keywords import DrawingKeywords
+from t2i.pipelines.calls.call_keywords import DrawingKeywords
 from t2i.pipelines.calls.signature import declare_pipeline_call
 from t2i.pipelines.calls.texts import PromptEmbeds, choose_text_pair
 from t2i.pipelines.image_to_image import (

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from t2i.pipelines.argument_checks import check_stage_inputs, check_stage_options, check_tensor
 from t2i.pipelines.base import MAX_IMAGES, UnCLIPPipelineOutput
+from t2i.pipelines.calls.call_keywords import InterpolationKeywords
 from t2i.pipelines.calls.effects import NO_IMAGES, beside
-from t2i.pipelines.calls.keywords import InterpolationKeywords
 from t2i.pipelines.calls.signature import declare_pipeline_call
 from t2i.pipelines.inputs import GivenImages, ImageInput, read_control_images, read_given_images, split_images
 from t2i.pipelines.inversion import (

@@ -11,10 +11,10 @@ from t2i.pipelines.argument_checks import check_prior_options, check_tensor
 from t2i.pipelines.base import MAX_IMAGES
 from t2i.pipelines.calls.adapters import Adapters
 from t2i.pipelines.calls.aliases import resolve_aliases
+from t2i.pipelines.calls.call_keywords import PriorAliases, PriorPipelineKeywords
 from t2i.pipelines.calls.callbacks import PRIOR_CALLBACK_TENSORS
 from t2i.pipelines.calls.components import CheckedPipeline
 from t2i.pipelines.calls.encoding import PromptEncoding
-from t2i.pipelines.calls.keywords import PriorAliases, PriorPipelineKeywords
 from t2i.pipelines.calls.progress import Interruptible
 from t2i.pipelines.calls.signature import declare_pipeline_call
 from t2i.pipelines.calls.texts import PromptEmbeds, choose_texts

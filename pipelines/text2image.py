@@ -5,8 +5,8 @@ from typing import Unpack
 
 from t2i.pipelines.argument_checks import check_stage_inputs, list_prompts, repeat_image_embeds, warn_of_missing_caption
 from t2i.pipelines.base import MAX_IMAGES, UnCLIPPipeline, UnCLIPPipelineOutput
+from t2i.pipelines.calls.call_keywords import DrawingKeywords
 from t2i.pipelines.calls.effects import UNGUIDED_DECODER, UNGUIDED_PRIOR, UNREAD_NEGATIVE, UNREAD_PROMPT
-from t2i.pipelines.calls.keywords import DrawingKeywords
 from t2i.pipelines.calls.signature import declare_pipeline_call
 from t2i.pipelines.calls.texts import PromptEmbeds, choose_texts
 from t2i.pipelines.memory_needed import check_batch_fits

@@ -5,7 +5,7 @@ from typing import Any, Unpack
 import torch.nn.functional as F
 from t2i.pipelines.argument_checks import check_stage_inputs, list_prompts
 from t2i.pipelines.base import UnCLIPPipelineOutput
-from t2i.pipelines.calls.keywords import RedrawingKeywords
+from t2i.pipelines.calls.call_keywords import RedrawingKeywords
 from t2i.pipelines.calls.signature import declare_pipeline_call
 from t2i.pipelines.inputs import ImageInputs
 from t2i.pipelines.inversion import (

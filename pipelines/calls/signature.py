@@ -28,7 +28,7 @@ MODEL_DEFAULTS = frozenset({"num_inference_steps", *GUIDANCE_OPTIONS})
 def declare_pipeline_call(
     idle: Mapping[str, tuple[Idle, ...]] | None = None, aliases: Mapping[str, str] = MappingProxyType({})
 ) -> Callable[[Call], Call]:
-    """Return a decorator for the `__call__` of a pipeline, whose `**options` are typed by `calls/keywords.py`.
+    """Return a decorator for the `__call__` of a pipeline, whose `**options` are typed by `calls/call_keywords.py`.
 
     `inspect.signature`, the annotations and `help` of the call show each option by itself. The call computes no
     gradients. What all calls have in common is done here: checks of names and of the order of texts and images, and
