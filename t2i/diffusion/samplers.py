@@ -28,7 +28,7 @@ from t2i.checks import check_choice
 from t2i.diffusion.continuous import AncestralScheduler, ProbabilityFlowScheduler, ReverseSDEScheduler
 from t2i.diffusion.ddim import ExactDDIMScheduler, build_scheduler_like
 from t2i.diffusion.denoiser import Predict
-from t2i.diffusion.flow import FLOW_PREDICTION, FLOW_SCHEDULERS, get_prediction_type, is_flow
+from t2i.diffusion.flow import FLOW_PREDICTION, FLOW_SCHEDULERS, build_flow_settings, get_prediction_type, is_flow
 from t2i.diffusion.process import x0_to_prediction
 from t2i.diffusion.respaced import UnCLIPRespacedScheduler
 from t2i.diffusion.sampling_loop import (
@@ -199,7 +199,11 @@ def check_prediction_type(name: str, scheduler: SchedulerMixin, trained: Schedul
     if read != made:
         kind, model = type(scheduler).__name__, name.removesuffix("_scheduler")
         advice = f"{kind}.from_config(pipeline.{name}.config) takes it over"
-        if isinstance(scheduler, FLOW_SCHEDULERS) or made == FLOW_PREDICTION:  # some have no such setting
+        if made == FLOW_PREDICTION and "use_flow_sigmas" in signature(type(scheduler).__init__).parameters:
+            keys = ("prediction_type", "use_flow_sigmas", "flow_shift")
+            flow = ", ".join(f"{key}={build_flow_settings(trained)[key]!r}" for key in keys)
+            advice = f"{kind}.from_config(pipeline.{name}.config, {flow}) reads it"
+        elif isinstance(scheduler, FLOW_SCHEDULERS) or made == FLOW_PREDICTION:  # some have no such setting
             advice = f"these schedulers of diffusers work: {', '.join(list_sampling_schedulers(trained))}"
         raise InputError(
             f"the {name}, a {kind}, has the prediction_type {read}, but the {model} was trained with {made}; {advice}"

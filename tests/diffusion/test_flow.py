@@ -403,7 +403,7 @@ def test_the_list_of_schedulers_that_sample_from_a_flow_is_true():
             scheduler = build(name)
         except TypeError:  # of other arguments
             continue
-        assert (find_sampling_fault(scheduler) is None) == (name in list_sampling_schedulers("flow_prediction")), name
+        assert (find_sampling_fault(scheduler) is None) == (name in list_sampling_schedulers(trained())), name
 
 
 @pytest.mark.parametrize(

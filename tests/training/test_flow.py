@@ -149,6 +149,8 @@ def test_schedulers_are_exchanged_as_in_diffusers(pipeline):
         )
         drawn[kind] = draw(pipeline, image_embeds=z_i, num_inference_steps=16, guidance_scale=1.0)
     euler, heun, solver = drawn.values()
+    with pytest.raises(InputError, match="trained with flow_prediction; UniPC.*config, .*use_flow_sigmas=True, flow_s"):
+        pipeline.decoder_scheduler = UniPCMultistepScheduler.from_config(first.config)
     assert (heun - solver).abs().mean() < (euler - solver).abs().mean() < 0.2 * heun.std()
 
 
