@@ -1,0 +1,361 @@
+"""The engine: steps of denoisers that run in several threads become one call of the network.
+
+Every request runs an unchanged pipeline in a thread of its own. Where its prior or decoder would take a step, it waits
+for the engine, which joins the steps of all requests that wait and calls each network once. Requests may differ in
+task, sampler, number of steps and guidance, for all of these act on one request's own rows.
+"""
+
+import copy
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial, reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from t2i.diffusion.condition import Condition
+from t2i.runtime.memory import is_out_of_memory
+
+logger = logging.getLogger(__name__)
+
+DENOISERS = ("prior", "decoder", "upsampler")
+# Row counts of a call. Others are rounded up by repeating a row, for oneDNN and compilers build code for each count.
+ROW_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+MAX_CONTEXTS = 8  # merged ones that are kept, while the same requests take steps together
+HEARTBEAT_SECONDS = 1.0
+CLOSING_SECONDS = 30.0
+
+
+class Cancelled(RuntimeError):
+    """End of a request between two steps, because it was cancelled or the engine was closed."""
+
+
+@dataclass(eq=False)
+class PreparedCondition:
+    """A condition of one request, and the timesteps that are prepared with it; the context of its steps."""
+
+    condition: Condition
+    timesteps: Tensor | None = None
+    context: Any = None  # of this condition alone, for steps that bypass the engine
+
+
+@dataclass(eq=False)
+class StepCall:
+    """A step that a request waits for."""
+
+    denoiser: str
+    x: Tensor
+    t: Tensor
+    prepared: PreparedCondition
+    result: Tensor | None = None
+    error: BaseException | None = None
+    done: bool = False
+
+
+@dataclass(eq=False)
+class Drawing:
+    """A request inside the engine. `pipeline` draws through the engine, in the thread that joined."""
+
+    pipeline: Any
+    cancelled: bool = False
+    is_stepping: bool = False  # it takes steps: the others wait for its next one
+    waiting: StepCall | None = None
+
+
+@dataclass
+class EngineCounts:
+    """What the engine has done since it started."""
+
+    calls: int = 0  # of networks
+    rows: int = 0  # that requests waited for
+    added_rows: int = 0  # by rounding up
+    wasted_rows: int = 0  # of requests that were cancelled while a step ran
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(DENOISERS, 0.0))
+
+
+class StepEngine:
+    """Batches the steps of pipeline calls that run in several threads. Close it, or use it as a context manager.
+
+    Args:
+        pipeline: whose prior, decoder and upsampler the requests share. Calls from threads that did not join work as
+            before.
+        max_rows: of a call of a network; guidance takes two rows for a picture.
+    """
+
+    def __init__(self, pipeline: Any, max_rows: int = 32):
+        self.pipeline, self.max_rows = pipeline, max_rows
+        self.counts, self.last_heartbeat = EngineCounts(), time.monotonic()
+        self.drawings: set[Drawing] = set()
+        self.changed = threading.Condition()  # guards all of the above, and is notified of every change
+        self.own = threading.local()  # .drawing: of a thread that joined
+        self.closed = False
+        self.contexts: OrderedDict[tuple, tuple[list[PreparedCondition], Any]] = OrderedDict()
+        # The networks' own methods, which may be compiled ones, and in their place those that wait for the engine
+        self.networks = {name: network for name in DENOISERS if (network := getattr(pipeline, name, None)) is not None}
+        self.methods = {name: (network.prepare, network.step) for name, network in self.networks.items()}
+        for name, network in self.networks.items():
+            network.prepare, network.step = partial(self.prepare, name), partial(self.step, name)
+        self.thread = threading.Thread(target=self.run, name="t2i-engine", daemon=True)
+        self.thread.start()
+
+    def __enter__(self) -> "StepEngine":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Cancel all requests, end the engine's thread, and give the networks their own methods back."""
+        with self.changed:
+            self.closed = True
+            self.changed.notify_all()
+            # Their next step ends them; until then it must be the engine's
+            self.changed.wait_for(lambda: not self.drawings, CLOSING_SECONDS)
+        self.thread.join()
+        for network in self.networks.values():
+            for method in ("prepare", "step"):
+                network.__dict__.pop(method, None)
+
+    # What a request's thread does
+
+    @contextmanager
+    def join(self) -> Iterator[Drawing]:
+        """Enter a request of this thread. Its pipeline shares the networks, and nothing that calls change."""
+        drawing = Drawing(self.copy_pipeline())
+        self.own.drawing = drawing
+        # Threads share the cores; products inside one thread take one of them
+        torch.set_num_threads(1)
+        with self.changed:
+            self.drawings.add(drawing)
+        try:
+            yield drawing
+        finally:
+            self.own.drawing = None
+            with self.changed:
+                self.drawings.discard(drawing)
+                self.changed.notify_all()
+
+    def cancel(self, drawing: Drawing) -> None:
+        """End a request before its next step, from any thread."""
+        with self.changed:
+            drawing.cancelled = True
+            self.changed.notify_all()
+
+    @contextmanager
+    def step_aside(self) -> Iterator[None]:
+        """Let the others take their steps while this thread does something else, such as decoding a preview."""
+        with self.set_stepping(False):
+            yield
+
+    def copy_pipeline(self) -> Any:
+        """Return the pipeline for one request: the same networks, and its own schedulers, flags and progress."""
+        pipeline = copy.copy(self.pipeline)
+        for name in vars(pipeline):
+            if name.endswith("scheduler"):
+                pipeline.__dict__[name] = copy.deepcopy(pipeline.__dict__[name])
+        pipeline.__dict__["progress_bar"] = self.iterate_steps
+        return pipeline
+
+    def iterate_steps(self, timesteps: Iterable) -> Iterator[Any]:
+        """Yield timesteps, in the place of a progress bar. Between the first and the last, others wait for this one."""
+        with self.set_stepping(True):
+            yield from timesteps
+
+    @contextmanager
+    def set_stepping(self, stepping: bool) -> Iterator[None]:
+        """Say whether the others have to wait for the next step of this thread's request."""
+        drawing: Drawing = self.own.drawing
+        with self.changed:
+            before, drawing.is_stepping = drawing.is_stepping, stepping
+            self.changed.notify_all()
+        try:
+            yield
+        finally:
+            with self.changed:
+                drawing.is_stepping = before
+                self.changed.notify_all()
+
+    def prepare(self, name: str, condition: Condition, *timesteps: Tensor) -> Any:
+        """Stand for the network's `prepare`: the engine prepares the conditions of all requests at once."""
+        if getattr(self.own, "drawing", None) is None:  # a thread that did not join
+            return self.methods[name][0](condition, *timesteps)
+        return PreparedCondition(condition, *timesteps)
+
+    def step(self, name: str, x: Tensor, t: Tensor, context: Any) -> Tensor:
+        """Stand for the network's `step`. Raises Cancelled, and whatever the network raises for these rows alone."""
+        if not isinstance(context, PreparedCondition):
+            return self.methods[name][1](x, t, context)
+        # Steering takes gradients through a step, which another thread cannot record
+        if torch.is_grad_enabled():
+            return self.step_alone(name, x, t, context)
+        call, drawing = StepCall(name, x, t, context), self.own.drawing
+        with self.changed:
+            if drawing.cancelled or self.closed:
+                raise Cancelled("cancelled before a step")
+            drawing.waiting = call
+            self.changed.notify_all()
+            self.changed.wait_for(lambda: call.done or (drawing.waiting is call and (drawing.cancelled or self.closed)))
+            drawing.waiting = None
+            if drawing.cancelled or self.closed:
+                self.counts.wasted_rows += len(x) if call.done else 0
+                raise Cancelled("cancelled during a step")
+        if call.error is not None:
+            raise call.error
+        assert call.result is not None
+        return call.result
+
+    def step_alone(self, name: str, x: Tensor, t: Tensor, prepared: PreparedCondition) -> Tensor:
+        """Take a step in this thread."""
+        prepare, step = self.methods[name]
+        if prepared.context is None:
+            timesteps = [] if prepared.timesteps is None else [prepared.timesteps]
+            with torch.no_grad():
+                prepared.context = prepare(prepared.condition, *timesteps)
+        return step(x, t, prepared.context)
+
+    # What the engine's thread does
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Run the steps that requests wait for, until the engine is closed."""
+        while True:
+            with self.changed:
+                while not self.closed and not self.is_ready():
+                    self.last_heartbeat = time.monotonic()
+                    self.changed.wait(HEARTBEAT_SECONDS)
+                if self.closed:
+                    return
+                calls = [drawing.waiting for drawing in self.drawings if drawing.waiting is not None]
+                for drawing in self.drawings:
+                    drawing.waiting = None
+            for group in self.build_groups(calls):
+                self.run_group(group)
+            self.last_heartbeat = time.monotonic()
+
+    def is_ready(self) -> bool:
+        """Return True if a request waits, and no request that takes steps is between two of them."""
+        waiting = [drawing for drawing in self.drawings if drawing.waiting is not None]
+        return bool(waiting) and all(drawing.waiting for drawing in self.drawings if drawing.is_stepping)
+
+    def build_groups(self, calls: list[StepCall]) -> list[list[StepCall]]:
+        """Divide steps into calls of a network: of one network, of one form, of at most `max_rows` rows."""
+        groups: dict[tuple, list[list[StepCall]]] = {}
+        for call in sorted(calls, key=lambda call: id(call.prepared)):  # in the same order while they are the same
+            form = (call.denoiser, call.x.shape[1:], call.x.dtype, describe_form(call.prepared))
+            batches = groups.setdefault(form, [[]])
+            if batches[-1] and count_rows(batches[-1]) + len(call.x) > self.max_rows:
+                batches.append([])
+            batches[-1].append(call)
+        return [batch for batches in groups.values() for batch in batches]
+
+    def run_group(self, calls: list[StepCall]) -> None:
+        """Run steps in one call, and hand each its rows. If that fails they run alone, or halved if memory is short."""
+        start = time.perf_counter()
+        try:
+            results: Iterable[Tensor] = self.call_network(calls)
+        except BaseException as error:
+            self.contexts.clear()
+            if len(calls) == 1:
+                self.finish_calls(calls, [None], error)
+            elif is_out_of_memory(error):
+                logger.warning("%d rows do not fit into memory at once: %s", count_rows(calls), error)
+                self.run_group(calls[: len(calls) // 2])
+                self.run_group(calls[len(calls) // 2 :])
+            else:
+                for call in calls:
+                    self.run_group([call])
+            return
+        self.counts.seconds[calls[0].denoiser] += time.perf_counter() - start
+        self.finish_calls(calls, results)
+
+    def finish_calls(
+        self, calls: list[StepCall], results: Iterable[Tensor | None], error: BaseException | None = None
+    ) -> None:
+        """Wake the threads that wait for these steps."""
+        with self.changed:
+            for call, result in zip(calls, results):
+                call.result, call.error, call.done = result, error, True
+            self.changed.notify_all()
+
+    def call_network(self, calls: list[StepCall]) -> Iterator[Tensor]:
+        """Return the rows of each step from one call of the network."""
+        rows = count_rows(calls)
+        added = round_up_rows(rows) - rows
+        context = self.get_context(calls, added)
+        x, t = (torch.cat(parts) for parts in zip(*((call.x, call.t.expand(len(call.x))) for call in calls)))
+        if added:
+            x, t = (torch.cat([part, part[-1:].expand(added, *part.shape[1:])]) for part in (x, t))
+        result = self.methods[calls[0].denoiser][1](x, t, context)
+        self.counts.calls += 1
+        self.counts.rows += rows
+        self.counts.added_rows += added
+        return iter(result[:rows].split([len(call.x) for call in calls]))
+
+    def get_context(self, calls: list[StepCall], added: int) -> Any:
+        """Return the context of the joined conditions. It is computed anew when other requests take part."""
+        members = [call.prepared for call in calls]
+        key = (added, *map(id, members))
+        if key in self.contexts:
+            self.contexts.move_to_end(key)
+            return self.contexts[key][1]
+        condition = reduce(Condition.cat, (member.condition for member in members))
+        if added:
+            last = len(condition) - 1
+            condition = condition.take_rows(torch.tensor([*range(last + 1), *[last] * added]))
+        prepare = self.methods[calls[0].denoiser][0]
+        timesteps = [member.timesteps for member in members if member.timesteps is not None]
+        context = prepare(condition, torch.cat(timesteps).unique()) if timesteps else prepare(condition)
+        # The members are kept with it, so that their ids stay theirs
+        self.contexts[key] = (members, context)
+        while len(self.contexts) > MAX_CONTEXTS:
+            self.contexts.popitem(last=False)
+        return context
+
+    def warm_up(self, counts: Iterable[int] = ROW_COUNTS) -> None:
+        """Take a step of prior and decoder with each number of rows up to `max_rows`, from the calling thread."""
+        shapes: dict[str, Callable[[], tuple[int, ...]]] = {
+            "prior": lambda: (self.pipeline.clip.embed_dim,),
+            "decoder": lambda: tuple(self.pipeline.latent_shape),
+        }
+        for name in shapes.keys() & self.networks.keys():
+            network = self.networks[name]
+            if not network.needs_scheduler:
+                continue
+            for count in (count for count in counts if count <= self.max_rows):
+                x = torch.zeros(count, *shapes[name](), dtype=network.dtype, device=self.pipeline._execution_device)
+                with self.join() as drawing, torch.no_grad(), self.set_stepping(True):
+                    assert drawing is self.own.drawing
+                    context = network.prepare(network.null(count))
+                    network.step(x, torch.zeros(count, dtype=torch.long, device=x.device), context)
+
+
+def count_rows(calls: list[StepCall]) -> int:
+    return sum(len(call.x) for call in calls)
+
+
+def round_up_rows(rows: int) -> int:
+    """Return the next number of `ROW_COUNTS`; beyond them the number itself."""
+    return next((count for count in ROW_COUNTS if count >= rows), rows)
+
+
+def describe_form(prepared: PreparedCondition) -> tuple:
+    """Return what conditions must have in common to be joined: their parts, and whether timesteps are prepared."""
+    return (prepared.timesteps is not None, *list_parts(prepared.condition))
+
+
+def list_parts(condition: Condition) -> list[Any]:
+    """Return the names of a condition's parts, those of nested ones after theirs, and the shapes of unindexed ones."""
+    parts: list[Any] = [type(condition)]
+    for name, part in sorted(condition.parts.items()):
+        parts.append(name)
+        if isinstance(part, Condition):
+            parts += list_parts(part)
+        elif name in condition.unindexed:
+            parts.append(tuple(part.shape[1:]))
+    return parts

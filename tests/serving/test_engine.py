@@ -1,0 +1,209 @@
+"""The engine: requests in threads share calls of the networks, and each draws what it draws alone."""
+
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from t2i.pipelines import ImageToImagePipeline, ImageVariationPipeline, InpaintPipeline, Text2ImagePipeline
+from t2i.pipelines.serving.engine import Cancelled, StepEngine, round_up_rows
+from torch import Generator, Tensor
+
+from t2i.diffusion.guidance import Guidance
+from t2i.sampling.steering import Steering
+
+Draw = Callable[[Text2ImagePipeline], Tensor]
+
+
+def draw_text(prompt: str, seed: int, **options) -> Draw:
+    return lambda pipeline: (
+        pipeline(
+            prompt, generator=Generator().manual_seed(seed), output_type="pt", **{"num_inference_steps": 4} | options
+        ).images
+    )
+
+
+def draw_image(kind: type, image: Tensor, **options) -> Draw:
+    return lambda pipeline: (
+        kind.from_pipe(pipeline)(
+            image=image, generator=Generator().manual_seed(5), output_type="pt", num_inference_steps=4, **options
+        ).images
+    )
+
+
+def draw_together(engine: StepEngine, draws: list[Draw]) -> list[Tensor | BaseException]:
+    """Draw each in a thread of its own; an error stands in the place of a picture."""
+    results: list = [None] * len(draws)
+
+    def work(number: int) -> None:
+        try:
+            with engine.join() as drawing:
+                results[number] = draws[number](drawing.pipeline)
+        except BaseException as error:
+            results[number] = error
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(len(draws))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive(), "a request hangs"
+    return results
+
+
+@pytest.fixture
+def engine(pipeline):
+    with StepEngine(pipeline) as engine:
+        yield engine
+
+
+def test_requests_of_any_kind_draw_together_what_they_draw_alone(pipeline):
+    image = torch.rand(1, 3, 32, 32, generator=Generator().manual_seed(1))
+    mask = torch.zeros(1, 1, 32, 32)
+    mask[..., :16] = 1
+    draws = [
+        draw_text("a red circle", 0),
+        draw_text("a blue square", 1, num_inference_steps=6, guidance_scale=3.0),
+        draw_text("a green circle", 2, guidance_scale=1.0, prior_num_inference_steps=3),
+        draw_text("two", 3, sampler="unipc", num_images_per_prompt=3),
+        draw_text("three", 4, sampler="dpmsolver++", guidance_scale=Guidance(2.0, interval=(0.2, 0.8))),
+        draw_text("four", 5, sampler="ddpm", negative_prompt="a circle"),
+        draw_image(ImageVariationPipeline, image),
+        draw_image(InpaintPipeline, image, mask_image=mask, prompt="a red circle"),
+        draw_image(ImageToImagePipeline, image, prompt="a blue square", strength=0.5),
+    ]
+    alone = [draw(pipeline) for draw in draws]
+    with StepEngine(pipeline) as engine:
+        together = draw_together(engine, draws)
+        counts = engine.counts
+    for expected, found in zip(alone, together):
+        assert isinstance(found, Tensor), found
+        assert (found - expected).abs().max() < 1e-4
+    assert counts.calls < counts.rows / 3, "calls are shared"
+    # The networks have their own methods again
+    assert torch.equal(draws[0](pipeline), alone[0]) and "step" not in vars(pipeline.decoder)
+
+
+def test_threads_that_did_not_join_draw_as_before(pipeline, engine):
+    expected = draw_text("a red circle", 0)(pipeline)
+    assert engine.counts.calls == 0
+    assert (draw_together(engine, [draw_text("a red circle", 0)])[0] - expected).abs().max() < 1e-4
+
+
+def test_steps_with_gradients_do_not_wait_for_the_engine(pipeline, engine):
+    image = torch.rand(1, 3, 32, 32, generator=Generator().manual_seed(1))
+    steering = Steering(image=image, scale=2.0)
+    draws = [draw_text("a red circle", 0, steering=steering), draw_text("a blue square", 1)]
+    for draw, found in zip(draws, draw_together(engine, draws)):
+        assert (found - draw(pipeline)).abs().max() < 1e-4
+
+
+def test_a_cancelled_request_ends_between_two_steps_and_harms_nobody(pipeline, engine):
+    reached, results = threading.Event(), {}
+
+    def stop_at_third(pipe, step, t, tensors):
+        if step == 2:
+            reached.set()
+        return {}
+
+    def work() -> None:
+        with engine.join() as drawing:
+            results["drawing"] = drawing
+            try:
+                draw_text("long", 0, num_inference_steps=500, callback_on_step_end=stop_at_third)(drawing.pipeline)
+            except Cancelled as error:
+                results["error"] = error
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert reached.wait(30)
+    other = threading.Thread(
+        target=lambda: results.update(other=draw_together(engine, [draw_text("a blue square", 1)])[0])
+    )
+    other.start()
+    engine.cancel(results["drawing"])
+    thread.join(10)
+    other.join(30)
+    assert isinstance(results["error"], Cancelled) and not engine.drawings
+    assert (results["other"] - draw_text("a blue square", 1)(pipeline)).abs().max() < 1e-4
+
+
+def test_a_request_that_fails_fails_alone(pipeline, engine):
+    step = engine.methods["decoder"][1]
+
+    def fail_for_marked_rows(x: Tensor, t: Tensor, context) -> Tensor:
+        if (x > 1e6).any():
+            raise ValueError("bad rows")
+        return step(x, t, context)
+
+    engine.methods["decoder"] = (engine.methods["decoder"][0], fail_for_marked_rows)
+    bad = torch.full((1, *pipeline.latent_shape), 1e9)
+    draws = [draw_text("a red circle", 0), draw_text("bad", 1, latents=bad), draw_text("a blue square", 2)]
+    good, failed, also_good = draw_together(engine, draws)
+    assert isinstance(failed, ValueError) and "bad rows" in str(failed)
+    for draw, found in ((draws[0], good), (draws[2], also_good)):
+        assert (found - draw(pipeline)).abs().max() < 1e-4
+
+
+def test_calls_that_run_out_of_memory_are_halved(pipeline, engine):
+    step, sizes = engine.methods["decoder"][1], []
+
+    def take_two_rows(x: Tensor, t: Tensor, context) -> Tensor:
+        sizes.append(len(x))
+        if len(x) > 2:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+        return step(x, t, context)
+
+    engine.methods["decoder"] = (engine.methods["decoder"][0], take_two_rows)
+    draws = [draw_text(f"number {seed}", seed, guidance_scale=1.0) for seed in range(4)]
+    for draw, found in zip(draws, draw_together(engine, draws)):
+        assert isinstance(found, Tensor), found
+        assert (found - draw(pipeline)).abs().max() < 1e-4
+    assert max(sizes) > 2
+
+
+def test_a_request_that_does_something_else_holds_nobody_up(engine):
+    released, finished = threading.Event(), threading.Event()
+
+    def preview(seen) -> None:
+        if seen.stage == "decoder" and seen.step == 1:
+            with engine.step_aside():
+                released.wait(30)
+
+    def slow() -> None:
+        draw_together(engine, [draw_text("slow", 0, on_preview=preview, preview_every=1)])
+        finished.set()
+
+    thread = threading.Thread(target=slow)
+    thread.start()
+    while not any(not drawing.is_stepping for drawing in engine.drawings):
+        time.sleep(0.01)
+    assert isinstance(draw_together(engine, [draw_text("a red circle", 0)])[0], Tensor)
+    assert not finished.is_set()
+    released.set()
+    thread.join(30)
+    assert finished.is_set()
+
+
+def test_closing_the_engine_ends_requests(pipeline):
+    engine, started = StepEngine(pipeline), threading.Event()
+
+    def begin(pipe, step, t, tensors):
+        started.set()
+        return {}
+
+    results: list = []
+    long = draw_text("long", 0, num_inference_steps=500, callback_on_step_end=begin)
+    thread = threading.Thread(target=lambda: results.extend(draw_together(engine, [long])))
+    thread.start()
+    assert started.wait(30)
+    engine.close()
+    thread.join(10)
+    assert isinstance(results[0], Cancelled) and not engine.thread.is_alive()
+
+
+def test_rows_are_rounded_up_to_counts_that_were_warmed_up(pipeline, engine):
+    assert [round_up_rows(rows) for rows in (1, 5, 7, 13, 64, 65)] == [1, 6, 8, 16, 64, 65]
+    engine.warm_up(counts=(1, 3))
+    assert engine.counts.rows == 8 and not engine.drawings
