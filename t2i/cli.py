@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from t2i import EXTRA_STAGES, STAGES, __version__
-from t2i.commands import conversion, drawing, editing, evaluation, records, seeing, speed_up_imports
+from t2i.commands import conversion, drawing, editing, evaluation, records, seeing, serving, speed_up_imports
 from t2i.commands.flags import argument, check_needed, option
 from t2i.errors import InputError, report_errors
 from t2i.limits import find_max_pixels, set_max_megapixels
@@ -56,6 +56,7 @@ app.add_typer(editing.app)
 app.add_typer(records.app)
 app.add_typer(seeing.app)
 app.add_typer(conversion.app)
+app.add_typer(serving.app)
 app.add_typer(data, name="data")
 app.add_typer(evaluation.app, name="eval")
 

@@ -137,7 +137,7 @@ class Admission:
         return images * self.seconds_per_image
 
     def find_position(self, ticket: Ticket) -> tuple[int, float]:
-        """Return the number of images before a request that waits, and the seconds until its turn; zeros if it draws."""
+        """Return the number of images before a request that waits, and the seconds until its turn; else zeros."""
         with self.lock:
             if ticket.admitted.is_set() or ticket not in self.queues.get(ticket.key, ()):
                 return 0, 0.0

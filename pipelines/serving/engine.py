@@ -63,7 +63,7 @@ class Drawing:
     """A request inside the engine. `pipeline` draws through the engine, in the thread that joined."""
 
     pipeline: Any
-    cancelled: bool = False
+    cancelled: threading.Event  # its next step ends it; see `StepEngine.cancel`
     is_stepping: bool = False  # it takes steps: the others wait for its next one
     waiting: StepCall | None = None
 
@@ -90,6 +90,7 @@ class StepEngine:
 
     def __init__(self, pipeline: Any, max_rows: int = 32):
         self.pipeline, self.max_rows = pipeline, max_rows
+        self.pipelines: dict[type, Any] = {type(pipeline): pipeline}  # by class, with the same components
         self.counts, self.last_heartbeat = EngineCounts(), time.monotonic()
         self.drawings: set[Drawing] = set()
         self.changed = threading.Condition()  # guards all of the above, and is notified of every change
@@ -125,9 +126,12 @@ class StepEngine:
     # What a request's thread does
 
     @contextmanager
-    def join(self) -> Iterator[Drawing]:
-        """Enter a request of this thread. Its pipeline shares the networks, and nothing that calls change."""
-        drawing = Drawing(self.copy_pipeline())
+    def join(self, kind: type | None = None, cancelled: threading.Event | None = None) -> Iterator[Drawing]:
+        """Enter a request of this thread. Its pipeline shares the networks, and nothing that calls change.
+
+        kind: class of the pipeline; None is that of the engine's. cancelled: for `cancel`.
+        """
+        drawing = Drawing(self.copy_pipeline(kind or type(self.pipeline)), cancelled or threading.Event())
         self.own.drawing = drawing
         # Threads share the cores; products inside one thread take one of them
         torch.set_num_threads(1)
@@ -141,10 +145,10 @@ class StepEngine:
                 self.drawings.discard(drawing)
                 self.changed.notify_all()
 
-    def cancel(self, drawing: Drawing) -> None:
-        """End a request before its next step, from any thread."""
+    def cancel(self, cancelled: threading.Event) -> None:
+        """End the request that joined, or will join, with this event, before its next step; from any thread."""
         with self.changed:
-            drawing.cancelled = True
+            cancelled.set()
             self.changed.notify_all()
 
     @contextmanager
@@ -153,9 +157,11 @@ class StepEngine:
         with self.set_stepping(False):
             yield
 
-    def copy_pipeline(self) -> Any:
-        """Return the pipeline for one request: the same networks, and its own schedulers, flags and progress."""
-        pipeline = copy.copy(self.pipeline)
+    def copy_pipeline(self, kind: type) -> Any:
+        """Return a pipeline for one request: the same networks, and its own schedulers, flags and progress."""
+        if kind not in self.pipelines:
+            self.pipelines[kind] = kind.from_pipe(self.pipeline)  # type: ignore[attr-defined]
+        pipeline = copy.copy(self.pipelines[kind])
         for name in vars(pipeline):
             if name.endswith("scheduler"):
                 pipeline.__dict__[name] = copy.deepcopy(pipeline.__dict__[name])
@@ -196,19 +202,24 @@ class StepEngine:
             return self.step_alone(name, x, t, context)
         call, drawing = StepCall(name, x, t, context), self.own.drawing
         with self.changed:
-            if drawing.cancelled or self.closed:
+            if self.must_end(drawing):
                 raise Cancelled("cancelled before a step")
             drawing.waiting = call
             self.changed.notify_all()
-            self.changed.wait_for(lambda: call.done or (drawing.waiting is call and (drawing.cancelled or self.closed)))
+            # A step that runs is waited for, for its rows are in use
+            self.changed.wait_for(lambda: call.done or (drawing.waiting is call and self.must_end(drawing)))
             drawing.waiting = None
-            if drawing.cancelled or self.closed:
+            if self.must_end(drawing):
                 self.counts.wasted_rows += len(x) if call.done else 0
                 raise Cancelled("cancelled during a step")
         if call.error is not None:
             raise call.error
         assert call.result is not None
         return call.result
+
+    def must_end(self, drawing: Drawing) -> bool:
+        """Return True for a request that was cancelled, and for all when the engine is closed."""
+        return self.closed or drawing.cancelled.is_set()
 
     def step_alone(self, name: str, x: Tensor, t: Tensor, prepared: PreparedCondition) -> Tensor:
         """Take a step in this thread."""

@@ -122,7 +122,7 @@ def test_a_cancelled_request_ends_between_two_steps_and_harms_nobody(pipeline, e
         target=lambda: results.update(other=draw_together(engine, [draw_text("a blue square", 1)])[0])
     )
     other.start()
-    engine.cancel(results["drawing"])
+    engine.cancel(results["drawing"].cancelled)
     thread.join(10)
     other.join(30)
     assert isinstance(results["error"], Cancelled) and not engine.drawings

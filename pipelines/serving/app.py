@@ -1,0 +1,314 @@
+"""The routes of the images API, on Starlette."""
+
+import asyncio
+import json
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator
+from functools import partial
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from t2i.pipelines.serving.admission import Draining, QueueFull
+from t2i.pipelines.serving.drawing import DrawnImage
+from t2i.pipelines.serving.engine import Cancelled
+from t2i.pipelines.serving.errors import ApiError
+from t2i.pipelines.serving.events import Event
+from t2i.pipelines.serving.fields import ROUTES, find_field, read_fields
+from t2i.pipelines.serving.images import MEDIA_TYPES, encode_base64, encode_image
+from t2i.pipelines.serving.requests import Upload, build_draw_request, check_known_model
+from t2i.pipelines.serving.service import Job, Service
+from t2i.pipelines.serving.store import ImageStore
+
+from t2i.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+MAX_FILES, MAX_FIELDS, MAX_FIELD_BYTES = 17, 64, 65_536
+MAX_RETRY_SECONDS = 60
+KEEPALIVE_SECONDS = 10.0
+FRAMEWORK_CODES = {404: "not_found", 405: "method_not_allowed", 413: "payload_too_large"}
+
+
+class ImagesApi:
+    """The routes for some services, by name; the first one is the default.
+
+    aliases: other names of models, such as "dall-e-2". store: of images that responses return by `url`.
+    """
+
+    def __init__(self, services: dict[str, Service], store: ImageStore, aliases: dict[str, str] | None = None):
+        self.services, self.store, self.aliases = services, store, aliases or {}
+        self.ready = True
+
+    def build_app(self) -> Starlette:
+        """Return the application."""
+        routes = [
+            *(Route(f"/v1/images/{name}", partial(self.draw, route=name), methods=["POST"]) for name in ROUTES),
+            Route("/v1/images/{name}", self.send_image),
+            Route("/v1/models", self.list_models),
+            Route("/v1/models/{name:path}", self.show_model),
+            Route("/health", self.report_health),
+            Route("/ready", self.report_readiness),
+        ]
+        handlers: dict[Any, Any] = {
+            ApiError: send_error,
+            HTTPException: send_framework_error,
+            Exception: send_internal_error,
+        }
+        return Starlette(routes=routes, exception_handlers=handlers)
+
+    # Models and health
+
+    async def list_models(self, request: Request) -> Response:
+        models = [describe_model(service) for service in self.services.values()]
+        return JSONResponse({"object": "list", "data": models})
+
+    async def show_model(self, request: Request) -> Response:
+        name = check_known_model({"model": request.path_params["name"]}, list(self.services), self.aliases)
+        return JSONResponse(describe_model(self.services[name]))
+
+    async def report_health(self, request: Request) -> Response:
+        """Answer 200 while every engine is alive."""
+        alive = all(service.is_alive for service in self.services.values())
+        return JSONResponse({"status": "ok" if alive else "an engine does not answer"}, 200 if alive else 503)
+
+    async def report_readiness(self, request: Request) -> Response:
+        """Answer 200 while new requests are taken."""
+        return JSONResponse({"ready": self.ready}, 200 if self.ready else 503)
+
+    async def send_image(self, request: Request) -> Response:
+        """Send an image that a response named by its url."""
+        name = request.path_params["name"]
+        if name in ROUTES:  # for other methods
+            raise HTTPException(405, headers={"allow": "POST"})
+        found = self.store.find(name)
+        if found is None:
+            raise ApiError(404, "not_found", "no such image; links to images end after a while")
+        data, media_type = found
+        return Response(data, media_type=media_type, headers={"cache-control": "private, max-age=3600"})
+
+    # Drawing
+
+    async def draw(self, request: Request, route: str) -> Response:
+        """Draw what a request asks for, and answer with the images, or with events."""
+        given, images, mask = await read_body(request, route)
+        values = read_fields(route, given)
+        service = self.services[check_known_model(values, list(self.services), self.aliases)]
+        drawn = await asyncio.to_thread(build_draw_request, route, values, images, mask)
+        job = start_job(service, drawn)
+        if values.get("stream"):
+            events = self.stream_events(request, route, service, job, values)
+            return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-store"})
+        finished = await self.wait_for_end(request, service, job)
+        return await asyncio.to_thread(self.build_response, request, values, finished, service)
+
+    async def wait_for_end(self, request: Request, service: Service, job: Job) -> list[DrawnImage]:
+        """Return a job's images; cancel it if the client goes away. Raises ApiError for what went wrong."""
+        gone = asyncio.create_task(wait_for_disconnect(request))
+        try:
+            while True:
+                event = asyncio.create_task(job.events.get())
+                await asyncio.wait({event, gone}, return_when=asyncio.FIRST_COMPLETED)
+                if gone.done():
+                    service.cancel(job)
+                found = await event
+                if found.kind == "failed":
+                    raise explain_failure(found.data["error"], job)
+                if found.kind == "done":
+                    return found.data["images"]
+        finally:
+            gone.cancel()
+
+    def build_response(
+        self, request: Request, values: dict[str, Any], images: list[DrawnImage], service: Service
+    ) -> Response:
+        """Return the answer with all images."""
+        data = [self.describe_image(request, values, drawn) for drawn in images]
+        body = {"created": int(time.time()), "data": data, "model": service.name, **describe_output(values, images)}
+        return JSONResponse(body)
+
+    def describe_image(self, request: Request, values: dict[str, Any], drawn: DrawnImage) -> dict[str, Any]:
+        """Return an image as `data` lists it: its bytes, or a link to them, and its seed."""
+        output_format = values.get("output_format", "png")
+        content = encode_image(drawn, output_format, values.get("output_compression"))
+        if values.get("response_format") != "url":
+            return {"b64_json": encode_base64(content), "seed": drawn.seed}
+        name = self.store.add(content, MEDIA_TYPES[output_format])
+        return {"url": str(request.base_url.replace(path=f"/v1/images/{name}")), "seed": drawn.seed}
+
+    async def stream_events(
+        self, request: Request, route: str, service: Service, job: Job, values: dict[str, Any]
+    ) -> AsyncIterator[str]:
+        """Yield the events of a job, as server-sent events; a client that goes away cancels it."""
+        kind = "image_generation" if route == "generations" else "image_edit"
+        ended = False
+        try:
+            while not ended:
+                try:
+                    event = await asyncio.wait_for(job.events.get(), KEEPALIVE_SECONDS)
+                except TimeoutError:
+                    yield ": keepalive\n\n"
+                    continue
+                ended = event.kind in ("done", "failed")
+                for name, data in await asyncio.to_thread(build_stream_events, kind, event, job, values):
+                    yield f"event: {name}\ndata: {json.dumps({'type': name, **data})}\n\n"
+        finally:
+            if not ended:
+                service.cancel(job)
+
+
+def build_stream_events(kind: str, event: Event, job: Job, values: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Return the names and the data of the events that clients get for an event of a job."""
+    if event.kind == "step":
+        return [("t2i.progress", event.data)] if job.request.progress else []
+    if event.kind == "failed":
+        return [("error", explain_failure(event.data["error"], job).body)]
+    output_format, compression = values.get("output_format", "png"), values.get("output_compression")
+    if event.kind == "preview":
+        previews = [DrawnImage(image, {}, 0) for image in event.data["images"]]
+        numbered = {"partial_image_index": event.data["number"]}
+        name, images, usage = f"{kind}.partial_image", previews, {}
+    else:
+        name, images, numbered = f"{kind}.completed", event.data["images"], {}
+        usage = {"usage": count_usage()}
+    events = []
+    for index, drawn in enumerate(images):
+        data = {"b64_json": encode_base64(encode_image(drawn, output_format, compression))}
+        data |= {"created_at": int(time.time()), "image_index": index, **describe_output(values, images)}
+        seed = {"seed": drawn.seed} if event.kind == "done" else {}
+        events.append((name, data | numbered | usage | seed))
+    return events
+
+
+def describe_output(values: dict[str, Any], images: list[DrawnImage]) -> dict[str, Any]:
+    """Return what responses say of all of their images."""
+    width, height = images[0].image.size
+    return {
+        "size": f"{width}x{height}",
+        "quality": values.get("quality", "auto"),
+        "background": "opaque",
+        "output_format": values.get("output_format", "png"),
+    }
+
+
+def count_usage() -> dict[str, Any]:
+    """Return the tokens of a request, which are not counted here."""
+    return {
+        "input_tokens": 0,
+        "output_tokens": 0,
+        "total_tokens": 0,
+        "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
+    }
+
+
+def start_job(service: Service, drawn: Any) -> Job:
+    """Start drawing. Raises ApiError if the queue is full, and while the server shuts down."""
+    try:
+        return service.submit(drawn)
+    except QueueFull as error:
+        seconds = min(MAX_RETRY_SECONDS, max(1, round(error.retry_after)))
+        raise ApiError(429, "queue_full", str(error), headers={"retry-after": str(seconds)}) from error
+    except Draining as error:
+        raise ApiError(503, "shutting_down", str(error), headers={"x-should-retry": "true"}) from error
+
+
+def explain_failure(error: BaseException, job: Job) -> ApiError:
+    """Return the error of the API for one that ended a job."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, Cancelled):
+        return ApiError(503, "cancelled", "the request was cancelled", headers={"x-should-retry": "true"})
+    if isinstance(error, TimeoutError):
+        return ApiError(503, "queue_timeout", str(error), headers={"retry-after": "10"})
+    if isinstance(error, InputError):
+        # Messages of pipelines begin with the name of what is at fault
+        return ApiError(400, "invalid_value", str(error), find_field(str(error).split(" ", 1)[0]))
+    number = secrets.token_hex(4)
+    logger.error("error %s while drawing", number, exc_info=error)
+    # Drawing the same again would fail again
+    headers = {"x-should-retry": "false"}
+    return ApiError(500, "internal", f"drawing failed; the server's log has it as error {number}", headers=headers)
+
+
+async def read_body(request: Request, route: str) -> tuple[dict[str, Any], list[Upload], Upload | None]:
+    """Return the fields, the images and the mask of a request. Raises ApiError for a body in another form."""
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if route == "generations":
+        if content_type != "application/json":
+            what = f"the content type must be application/json, got {content_type or 'none'}"
+            raise ApiError(415, "unsupported_media_type", what)
+        return await read_json_body(request), [], None
+    if content_type != "multipart/form-data":
+        what = f"the content type must be multipart/form-data, got {content_type or 'none'}"
+        raise ApiError(415, "unsupported_media_type", what)
+    given: dict[str, Any] = {}
+    images, mask = [], None
+    async with request.form(max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES) as form:
+        for name, value in form.multi_items():
+            if not isinstance(value, UploadFile):
+                # A list comes as several fields with the name and brackets
+                if name.endswith("[]"):
+                    given.setdefault(name.removesuffix("[]"), []).append(value)
+                else:
+                    given[name] = value
+            elif name in ("image", "image[]"):
+                images.append(Upload(value.filename or "image", await value.read()))
+            elif name == "mask":
+                mask = Upload(value.filename or "mask", await value.read())
+            else:
+                raise ApiError(400, "unknown_parameter", f"{name[:60]} is no file that /v1/images/{route} takes", name)
+    return given, images, mask
+
+
+async def read_json_body(request: Request) -> dict[str, Any]:
+    """Return the JSON object of a body. Raises ApiError for anything else."""
+    try:
+        given = json.loads(await request.body(), parse_constant=refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, "invalid_json", f"the body is not valid JSON: {error}"[:200]) from error
+    if not isinstance(given, dict):
+        raise ApiError(400, "invalid_json", "the body must be a JSON object")
+    return given
+
+
+def refuse_constant(name: str) -> None:
+    """Raise ValueError for NaN and Infinity, which JSON does not have."""
+    raise ValueError(f"{name} is no JSON")
+
+
+async def wait_for_disconnect(request: Request) -> None:
+    """Return when the client has gone away."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def describe_model(service: Service) -> dict[str, Any]:
+    """Return a model as /v1/models lists it."""
+    return {"id": service.name, "object": "model", "created": service.created, "owned_by": "t2i"}
+
+
+async def send_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return JSONResponse(error.body, error.status, headers=error.headers)
+
+
+async def send_framework_error(request: Request, error: Exception) -> Response:
+    """Send an error that Starlette raises, in the API's shape."""
+    assert isinstance(error, HTTPException)
+    code = FRAMEWORK_CODES.get(error.status_code, "invalid_request")
+    where = f"{request.method} {request.url.path}"
+    messages = {404: f"there is no {where}", 405: f"{where} is not allowed"}
+    shown = ApiError(error.status_code, code, messages.get(error.status_code, str(error.detail)))
+    return JSONResponse(shown.body, shown.status, headers=error.headers)
+
+
+async def send_internal_error(request: Request, error: Exception) -> Response:
+    """Send what clients see of an error that nobody expected; Starlette logs it."""
+    shown = ApiError(500, "internal", "the server failed; its log has the reason", headers={"x-should-retry": "false"})
+    return JSONResponse(shown.body, shown.status, headers=shown.headers)

@@ -1,0 +1,120 @@
+"""The process of `t2i serve`: the model, the application, and uvicorn around it."""
+
+import logging
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from t2i.pipelines.jobs.planning import ModelSource, load_pipeline
+from t2i.pipelines.serving.admission import Admission
+from t2i.pipelines.serving.app import ImagesApi
+from t2i.pipelines.serving.drawing import Drawer
+from t2i.pipelines.serving.engine import StepEngine
+from t2i.pipelines.serving.service import Service
+from t2i.pipelines.serving.store import ImageStore
+
+from t2i.checks import check_integer, check_range
+from t2i.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """Settings of the server.
+
+    Args:
+        host, port: where it listens; port 0 takes a free one.
+        max_batch: images that are drawn at the same time.
+        max_queue: images that wait for their turn, beyond which requests are refused.
+        queue_timeout: seconds that a request waits for its turn at most.
+        drain: seconds that requests have to end when the server shuts down.
+        name: of the model in the API; None is that of its folder.
+        aliases: other names of the model.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    max_batch: int = 8
+    max_queue: int = 64
+    queue_timeout: float = 300.0
+    drain: float = 30.0
+    name: str | None = None
+    aliases: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_integer("port", self.port, 0, 65_535)
+        check_integer("max-batch", self.max_batch, 1, 1024)
+        check_integer("max-queue", self.max_queue, 0, 100_000)
+        check_range("queue-timeout", self.queue_timeout, 0.1, 86_400)
+        check_range("drain", self.drain, 0, 3600)
+        if self.host not in LOOPBACK_HOSTS:
+            raise InputError(f"host must be one of {', '.join(LOOPBACK_HOSTS)}, got {self.host!r}")
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn's server, which lets requests end when it is told to stop, and cancels them when it is told again."""
+
+    def __init__(self, config: uvicorn.Config, api: ImagesApi, drain: float):
+        super().__init__(config)
+        self.api, self.drain = api, drain
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """Refuse new requests at once, then let uvicorn wait for the others."""
+        self.api.ready = False
+        for service in self.api.services.values():
+            service.admission.drain()
+        if self.should_exit:  # told before
+            for service in self.api.services.values():
+                service.cancel_all()
+        super().handle_exit(sig, frame)
+
+
+def open_socket(host: str, port: int) -> socket.socket:
+    """Return a socket that listens. Raises InputError for an address that is in use, or not this machine's."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise InputError(
+            f"{host}:{port} cannot be listened on: {error.strerror or error}; choose another --port"
+        ) from error
+    return listener
+
+
+def build_service(source: ModelSource, settings: ServerSettings) -> Service:
+    """Load a model and return its service, warmed up."""
+    pipeline = load_pipeline(source)
+    engine = StepEngine(pipeline, max_rows=4 * settings.max_batch)
+    engine.warm_up(counts=(1, 2, 2 * settings.max_batch))
+    admission = Admission(settings.max_batch, settings.max_queue)
+    name = settings.name or Path(source.model).resolve().name
+    return Service(name, Drawer(engine, source), admission, settings.queue_timeout)
+
+
+def serve(source: ModelSource, settings: ServerSettings) -> None:
+    """Load a model, listen, and answer requests until the process is told to stop."""
+    # Refuse an address that cannot be listened on before the model loads
+    listener = open_socket(settings.host, settings.port)
+    service = build_service(source, settings)
+    api = ImagesApi({service.name: service}, ImageStore(), {alias: service.name for alias in settings.aliases})
+    config = uvicorn.Config(
+        api.build_app(),
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=round(settings.drain),
+        server_header=False,
+    )
+    host, port = listener.getsockname()[:2]
+    print(f"{service.name} is served on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+    try:
+        DrainingServer(config, api, settings.drain).run(sockets=[listener])
+    finally:
+        service.close()

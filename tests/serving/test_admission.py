@@ -1,0 +1,101 @@
+"""Admission counts images: a bounded queue, turns of keys, and nothing lost when requests leave."""
+
+import pytest
+from t2i.pipelines.serving.admission import Admission, Draining, QueueFull, Ticket
+from t2i.pipelines.serving.store import ImageStore
+
+
+def list_admitted(*tickets: Ticket) -> list[bool]:
+    return [ticket.admitted.is_set() for ticket in tickets]
+
+
+def test_requests_draw_while_there_is_room_and_wait_in_order():
+    admission = Admission(max_running=4, max_queued=8)
+    first, second, third, fourth = (admission.enter(images) for images in (2, 2, 3, 1))
+    # The fourth would fit beside the first two's rest, but the third has its turn before
+    assert list_admitted(first, second, third, fourth) == [True, True, False, False]
+    assert (admission.running_images, admission.queued_images) == (4, 4)
+    admission.leave(first)
+    assert list_admitted(third, fourth) == [False, False]
+    admission.leave(second)
+    assert list_admitted(third, fourth) == [True, True] and admission.queued_images == 0
+
+
+def test_a_full_queue_refuses_with_the_time_to_wait():
+    admission = Admission(max_running=2, max_queued=3)
+    admission.enter(2)
+    admission.enter(3)
+    admission.seconds_per_image = 2.0
+    with pytest.raises(QueueFull, match="3 images wait, and the queue takes 3") as caught:
+        admission.enter(1)
+    assert caught.value.retry_after == 6.0
+
+
+def test_a_request_larger_than_a_batch_draws_alone():
+    admission = Admission(max_running=4, max_queued=16)
+    small, large = admission.enter(1), admission.enter(9)
+    assert list_admitted(small, large) == [True, False]
+    admission.leave(small)
+    assert list_admitted(large) == [True]
+    assert list_admitted(admission.enter(1)) == [False]
+
+
+def test_keys_take_turns():
+    admission = Admission(max_running=1, max_queued=16, max_queued_per_key=3)
+    running = admission.enter(1, "a")
+    waiting = {name: admission.enter(1, name[0]) for name in ("a1", "a2", "a3", "b1", "c1")}
+    with pytest.raises(QueueFull, match="of this key"):
+        admission.enter(1, "a")
+    order = []
+    while waiting:
+        admission.leave(running)
+        (name,) = [name for name, ticket in waiting.items() if ticket.admitted.is_set()]
+        running = waiting.pop(name)
+        order.append(name)
+    # Whoever asks for much waits behind one request of everybody else
+    assert order == ["a1", "b1", "c1", "a2", "a3"]
+
+
+def test_positions_count_the_images_before():
+    admission = Admission(max_running=1, max_queued=16)
+    running = admission.enter(1, "a")
+    first, second, other = admission.enter(2, "a"), admission.enter(1, "a"), admission.enter(4, "b")
+    assert [admission.find_position(ticket)[0] for ticket in (running, first, other, second)] == [0, 0, 2, 6]
+
+
+def test_those_who_leave_the_queue_make_room():
+    admission = Admission(max_running=1, max_queued=2)
+    admission.enter(1)
+    gone, next_one = admission.enter(1), admission.enter(1)
+    admission.leave(gone)
+    assert admission.queued_images == 1
+    admission.leave(gone)  # leaving twice changes nothing
+    assert admission.queued_images == 1 and not next_one.admitted.is_set()
+
+
+def test_memory_admits_no_more_than_fits():
+    admission = Admission(max_running=8, max_queued=8, fits=lambda images: images <= 3)
+    first, second = admission.enter(2), admission.enter(2)
+    assert list_admitted(first, second) == [True, False]
+
+
+def test_a_server_that_shuts_down_takes_no_request_and_ends_those_it_has():
+    admission = Admission(max_running=1, max_queued=2)
+    running, waiting = admission.enter(1), admission.enter(1)
+    admission.drain()
+    with pytest.raises(Draining):
+        admission.enter(1)
+    admission.leave(running)
+    assert list_admitted(waiting) == [True]
+
+
+def test_stored_images_end_by_time_and_by_room(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("t2i.pipelines.serving.store.time.monotonic", lambda: now[0])
+    store = ImageStore(lifetime=10, max_bytes=10)
+    first, second = store.add(b"12345", "image/png"), store.add(b"67890", "image/png")
+    assert first != second and store.find(first) == (b"12345", "image/png")
+    third = store.add(b"x", "image/webp")
+    assert store.find(first) is None and store.find(second) and store.find(third)
+    now[0] = 11.0
+    assert store.find(third) is None and store.bytes == 0

@@ -1,0 +1,52 @@
+"""The command `t2i serve`: what it refuses before the model loads, and one run from start to end."""
+
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx2
+import pytest
+from t2i.pipelines.serving.server import ServerSettings, open_socket
+
+from t2i.errors import InputError
+
+
+def test_an_address_in_use_is_refused_in_one_line():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(InputError, match=f"127.0.0.1:{port} cannot be listened on: .*choose another --port"):
+            open_socket("127.0.0.1", port)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"host": "0.0.0.0"}, "host must be one of 127.0.0.1"),
+        ({"port": 70_000}, "port must be an integer from 0 to 65535"),
+        ({"max_batch": 0}, "max-batch must be"),
+        ({"drain": -1}, "drain must be"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, message):
+    with pytest.raises(InputError, match=message):
+        ServerSettings(**settings)
+
+
+@pytest.mark.slow
+def test_the_server_draws_and_ends_by_a_signal(pipeline_folder: Path):
+    command = [sys.executable, "-m", "t2i", "serve", "--model", str(pipeline_folder), "--port", "0", "--name", "tiny"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        address = line.split()[-1]
+        assert line.startswith("tiny is served on http://127.0.0.1:")
+        body = {"prompt": "a red circle", "steps": 2, "prior_steps": 2}
+        answer = httpx2.post(f"{address}/v1/images/generations", json=body, timeout=60)
+        assert answer.status_code == 200 and answer.json()["model"] == "tiny"
+        assert httpx2.get(f"{address}/ready").json() == {"ready": True}
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
