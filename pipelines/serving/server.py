@@ -71,7 +71,8 @@ class DrainingServer(uvicorn.Server):
         if self.should_exit:  # told before
             for service in self.api.services.values():
                 service.cancel_all()
-        super().handle_exit(sig, frame)
+        # uvicorn's own method would also end the process by the signal afterwards, as if it had failed
+        self.should_exit = True
 
 
 def open_socket(host: str, port: int) -> socket.socket:
