@@ -179,7 +179,7 @@ def build_stream_events(kind: str, event: Event, job: Job, values: dict[str, Any
         usage = {"usage": count_usage()}
     events = []
     for index, drawn in enumerate(images):
-        data = {"b64_json": encode_base64(encode_image(drawn, output_format, compression))}
+        data: dict[str, Any] = {"b64_json": encode_base64(encode_image(drawn, output_format, compression))}
         data |= {"created_at": int(time.time()), "image_index": index, **describe_output(values, images)}
         seed = {"seed": drawn.seed} if event.kind == "done" else {}
         events.append((name, data | numbered | usage | seed))

@@ -25,7 +25,7 @@ OUTPUT_FORMATS = ("png", "jpeg", "webp")
 # Steps of the decoder and the prior for the API's `quality`; others are the model's own
 QUALITY_STEPS = {"low": 10, "medium": 25, "high": 50, "hd": 50}
 QUALITIES = ("auto", "standard", *QUALITY_STEPS)
-ABSENT = (None, "", {}, [])  # values by which clients say that they give none
+ABSENT: tuple[Any, ...] = (None, "", {}, [])  # values by which clients say that they give none
 
 Reader = Callable[[str, Any], Any]  # of a field's name and value; raises ApiError
 

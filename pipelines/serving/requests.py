@@ -90,22 +90,20 @@ def check_text_diff(values: dict[str, Any], mask: Upload | None) -> None:
         raise build_field_error("mask", "mask does not go with source and target; leave it out")
 
 
-def read_mask(values: dict[str, Any], mask: Upload, image: Image.Image) -> Image.Image | None:
-    """Return the mask, white where there is to be painted; None without transparency.
+def read_mask(values: dict[str, Any], mask: Upload, image: Image.Image) -> Image.Image:
+    """Return the mask, white where there is to be painted.
 
     By `mask_mode`, what is transparent is painted, as OpenAI's masks have it, or what is white. Raises ApiError.
     """
     if values.get("mask_mode") == "white":
-        painted: Image.Image | None = (
-            read_upload("mask", mask.data).convert("L").point(lambda value: 255 * (value > 127))
-        )
+        gray = read_upload("mask", mask.data).convert("L")
+        painted = gray.point([255 if value > 127 else 0 for value in range(256)])
     else:
-        painted = read_alpha("mask", mask.data)
-        if painted is None:
-            hint = (
-                "mask has no transparency, which marks what to paint; or send mask_mode=white for a black and white one"
-            )
-            raise build_field_error("mask", hint)
+        alpha = read_alpha("mask", mask.data)
+        if alpha is None:
+            hint = "send mask_mode=white for a black and white one"
+            raise build_field_error("mask", f"mask has no transparency, which marks what to paint; {hint}")
+        painted = alpha
     if painted.size != image.size:
         sizes = f"mask has {painted.width} x {painted.height} pixels, image {image.width} x {image.height}"
         raise build_field_error("mask", f"{sizes}; both must be of one size")

@@ -14,6 +14,7 @@ from t2i.pipelines.serving.drawing import Drawer
 from t2i.pipelines.serving.engine import StepEngine
 from t2i.pipelines.serving.service import Service
 from t2i.pipelines.serving.store import ImageStore
+from t2i.pipelines.text2image import Text2ImagePipeline
 
 from t2i.checks import check_integer, check_range
 from t2i.errors import InputError
@@ -92,7 +93,7 @@ def open_socket(host: str, port: int) -> socket.socket:
 
 def build_service(source: ModelSource, settings: ServerSettings) -> Service:
     """Load a model and return its service, warmed up."""
-    pipeline = load_pipeline(source)
+    pipeline = load_pipeline(source, Text2ImagePipeline)
     engine = StepEngine(pipeline, max_rows=4 * settings.max_batch)
     engine.warm_up(counts=(1, 2, 2 * settings.max_batch))
     admission = Admission(settings.max_batch, settings.max_queue)
