@@ -116,6 +116,7 @@ def check_stage_inputs(
     # The options' sides are checked before, against the trained size; noise has the canvas' size
     if canvas is not None:
         decoder = replace(decoder, height=canvas[0], width=canvas[1])
+    # Tensors of the caller have the shapes of what is drawn
     channels, *latent_sides = pipeline.compute_latent_shape(decoder)
     height, width = (side * pipeline.autoencoder.factor for side in latent_sides)
     embeds_shape = (count, pipeline.clip.embed_dim)
@@ -159,6 +160,7 @@ def check_stage_options(pipeline: Any, prior: PriorOptions | None, decoder: Deco
         raise InputError(
             "control_image needs a ControlNet decoder (Kandinsky 2.2's), which this one is not; leave it out"
         )
+    # Its scheduler, which must take the timesteps or the number of steps
     check_scheduler_of("decoder", pipeline)
     scheduler = resolve_sampler(decoder.sampler, pipeline.decoder_scheduler, pipeline.decoder)
     sampling = Sampling(decoder.num_inference_steps, **decoder.scheduler_settings)

@@ -168,6 +168,7 @@ class UnCLIPPipeline(Adapters, DiffusersNames, PromptEncoding, Interruptible, Ch
             name = str(pretrained_model_name_or_path)
             pipeline = cls(**load_public_components(name, folder, cls.download, **kwargs))
             pipeline.register_to_config(_name_or_path=name)
+        # In this order, because the caller's schedulers are compared with those of the training
         pipeline.remember_training(given=kwargs.keys() - named)
         pipeline.register_modules(**schedulers)
         warn_of_slow_bf16(pipeline.components)

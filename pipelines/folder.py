@@ -196,7 +196,10 @@ class PipelineFolder(SourceFolder):
                 self.check_component(name)
 
     def pop_replaced_schedulers(self, components: dict[str, Any]) -> dict[str, Any]:
-        """Take the schedulers in whose place others are stored here, beside their models, out of the caller's parts."""
+        """Remove from the caller's parts, and return, the schedulers that take the place of stored ones.
+
+        The stored ones are loaded first, because they tell what their models were trained with.
+        """
         models = {f"{model}_scheduler": model for model in SCHEDULED_MODELS if model not in components}
         given = [name for name in models if components.get(name) is not None]
         return {name: components.pop(name) for name in given if self.has_sound_scheduler(name)}

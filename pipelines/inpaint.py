@@ -81,6 +81,7 @@ class InpaintPipeline(UnCLIPPipeline):
                 the decoder was trained on. That shows more detail in a small part. None paints the whole.
             options: `latents` have the images' size.
         """
+        # Read images and masks, and check all that needs no drawing
         images = self.read_canvas(image)
         if padding_mask_crop is None:  # a part of any size is enlarged to the trained one
             self.check_canvas_size(images)
@@ -91,6 +92,7 @@ class InpaintPipeline(UnCLIPPipeline):
         )
         resolved = self.resolve_options(**options)
         redrawing = plan_redrawing(self, len(images), texts, num_images_per_prompt, generator, resolved, image_embeds)
+        # Paint the whole images, or the parts around the masks
         if padding_mask_crop is None:
             return self.paint_images(given, redrawing, strength, return_dict)
         check_integer("padding_mask_crop", padding_mask_crop, 0, MAX_MARGIN)
@@ -215,6 +217,7 @@ class OutpaintPipeline(InpaintPipeline):
         margins = collect_margins(left=left, right=right, top=top, bottom=bottom)
         images = self.read_canvas(image)
         check_enlarged_size(images.shape[-1], images.shape[-2], margins)
+        # The border is repeated, because the latents of kept pixels depend on their neighbours too
         enlarged = F.pad(images, margins, mode="replicate")
         self.check_canvas_size(enlarged)
         mask = F.pad(torch.zeros_like(images[:, :1]), margins, value=1.0)

@@ -50,6 +50,7 @@ class GivenImages(NamedTuple):
 def read_given_images(images: ImageInputs, size: int, clip: CLIP, name: str = "image") -> GivenImages:
     """Read images for a decoder of this size and for a CLIP; see `read_images`."""
     pixels, resizing = read_images(images, size, name), Resizing.for_clip(clip)
+    # Where CLIP takes the same squares, the images are read once
     is_same = resizing == Resizing((size,), size)
     return GivenImages(pixels, pixels if is_same else read_images(images, resizing, name))
 
@@ -78,6 +79,7 @@ def read_images(images: ImageInputs, size: int | Resizing | None = None, name: s
         raise InputError(f"{name} has {len(items)} images; at most {MAX_INPUT_IMAGES} are taken")
     numbered = len(items) > 1
     pixels = [read_image(item, size, f"{name} {i + 1}" if numbered else name) for i, item in enumerate(items)]
+    # One tensor has one size: that of the first image
     for i, image in enumerate(pixels):
         if image.shape != pixels[0].shape:
             log_resizing(f"{name} {i + 1}", image, pixels[0].shape[-2:], "the first image")
@@ -137,6 +139,7 @@ def read_masks(
     for i, mask in enumerate(pixels):
         if mask.shape[-2:] != size:
             log_resizing(name, mask, size, "the image")
+            # As an image from -1 to 1, in which 0 is half of the range
             pixels[i] = mask = (resize_like_diffusers(2 * mask - 1, size) >= 0).float()
         if mask.all():
             raise InputError(f"{name} is all white: nothing stays; draw a new image")

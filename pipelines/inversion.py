@@ -55,6 +55,7 @@ class InvertingPipeline(UnCLIPPipeline):
 
         Raises InputError for a value that is not allowed, before any work starts.
         """
+        # Check the arguments
         check_argument_order({"prompt": prompt})
         self.interrupted = False
         options = DecoderOptions(
@@ -64,6 +65,7 @@ class InvertingPipeline(UnCLIPPipeline):
         images = read_given_images(image, self.image_size, self.clip)
         check_stage_inputs(self, None, options, len(images.pixels))
         prompts = list_prompts("prompt", prompt, len(images.pixels))
+        # Encode and invert
         text = self.encode_decoder_prompt(prompts) if prompts else None
         return self.invert_images(images, text, options)
 

@@ -126,6 +126,7 @@ def collect_stage_workloads(
 
     Captions are the null condition, which is as short as any.
     """
+    # Each function takes a step as the stage does, of tensors without values
     channels, height, width = pipeline.compute_latent_shape(decoder)
     sides = [height * pipeline.autoencoder.factor, width * pipeline.autoencoder.factor]
 

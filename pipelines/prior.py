@@ -76,6 +76,7 @@ class PriorPipeline(Adapters, PromptEncoding, Interruptible, CheckedPipeline):
         path = Path(pretrained_model_name_or_path)
         folder = PipelineFolder(path, kwargs.get("variant")) if is_folder(path) else None
         kwargs = resolve_aliases(kwargs, cls.component_aliases)
+        # Any other model is loaded whole, and its parts are taken over
         if folder is None or not (folder.is_own or folder.class_name == cls.__name__):
             return cls.from_pipe(Text2ImagePipeline.from_pretrained(pretrained_model_name_or_path, **kwargs))
         dtype, _, _, components = split_loading_arguments(kwargs, cls.list_component_names())
@@ -145,6 +146,7 @@ class PriorPipeline(Adapters, PromptEncoding, Interruptible, CheckedPipeline):
         no_preview = DecoderOptions()
         z_i, z_not = run_prior_stage(self, text, negative, prior, generators, no_preview), None
         if negative is not None:
+            # Callbacks are of the prompt alone
             uncalled = replace(prior, prior_callback_on_step_end=None)
             z_not = run_prior_stage(self, negative, None, uncalled, same_noise, no_preview)
         self.maybe_free_model_hooks()

@@ -86,6 +86,7 @@ class UpsamplePipeline(Interruptible, CheckedPipeline):
         elif not is_folder(path / "upsampler") or not is_folder(path / "upsampler_scheduler"):
             raise InputError(f"the pipeline {str(path)!r} has no upsampler; name one that `t2i train upsampler` wrote")
         else:
+            # A whole pipeline: its CLIP is loaded only for upsamplers that take z_i
             folder = PipelineFolder(path, variant)
             parts = load_own_parts(folder, ("upsampler", "upsampler_scheduler"), dtype)
             if parts["upsampler"].config.embed_dim is not None and is_folder(path / "clip"):

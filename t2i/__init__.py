@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 STAGES = ("clip", "autoencoder", "prior", "decoder")  # in the order of training
 EXTRA_STAGES = ("upsampler", "classifier")  # optional in a pipeline
 
+# The module in which each public name is found
 _MODULES = {
     "Autoencoder": "t2i.networks.autoencoder",
     "CLIP": "t2i.networks.clip",
@@ -31,6 +32,7 @@ _MODULES = {
     "UpsamplePipeline": "t2i.pipelines",
     "Upsampler": "t2i.networks.upsampler",
 }
+# Written out, because type checkers do not evaluate code
 __all__ = [
     "Autoencoder",
     "CLIP",

@@ -17,6 +17,7 @@ from t2i.limits import find_max_pixels, set_max_megapixels
 from t2i.progress import Progress
 from t2i.terminal import be_quiet, print_line, print_note
 
+# Commands that read images, and so take --max-megapixels
 READING_COMMANDS = {"check", "init", "generate", "upsample", "image-to-image", "inpaint", "outpaint", "variations"}
 READING_COMMANDS |= {"interpolate", "edit", "classify", "search", "similarity", "quality"}
 TRAINED_STAGES = (*STAGES, *EXTRA_STAGES)
@@ -30,6 +31,7 @@ class SharingGroup(TyperGroup):
 
     def __init__(self, **settings: Any):
         super().__init__(**settings)
+        # Typer lets commands inherit no options: each gets the group's own parameter
         shared = {parameter.name: parameter for parameter in self.params}
         for command in list_commands_below(self):
             command.params.append(shared["quiet"])
@@ -104,6 +106,7 @@ def main() -> None:
         except typer.TyperException as error:
             raise InputError(error.format_message() + format_option_value(error)) from error
         except typer.Abort:
+            # Ctrl-C, which shells report as 128 + SIGINT
             status = 130
     sys.exit(status)
 

@@ -179,5 +179,6 @@ def build_or_explain(factory: Callable[..., Built], name: str, arguments: dict[s
     except InputError:
         raise
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, ZeroDivisionError, AssertionError) as error:
+        # The text of a KeyError is the bare key
         message = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
         raise InputError(f"{name} is not valid for {factory.__name__}: {message}") from error

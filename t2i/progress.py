@@ -59,11 +59,13 @@ class Progress:
         self.is_shown = is_shown and not is_quiet() and os.environ.get("RANK", "0") == "0"
         self.is_on_terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self.started = self.batch_started = monotonic()
+        # A log gets no line about what is over in a moment
         self.next_time = self.started + (0 if self.is_on_terminal else LINE_INTERVALS[0])
         self.outer: Progress | None = None
 
     def __enter__(self) -> Self:
         global current
+        # A job within another shows its own progress, then the other's again
         self.outer, current = current, self
         self.refresh()
         return self
@@ -160,8 +162,10 @@ class Progress:
         stage = None if self.stage is None else self.stage.estimate_seconds_left(now)
         finished = self.done - self.first
         if finished:
+            # By the batches before, but no less than the present stage still takes
             usual = (self.batch_started - self.started) / finished * self.batch_size
             return max(usual - (now - self.batch_started), stage or 0.0)
+        # In the first batch only a stage that ends with the batch tells its time
         return None if self.stage is None or self.stage.name in FIRST_STAGES else stage
 
     def estimate_seconds_left(self, now: float) -> float | None:
@@ -175,6 +179,7 @@ class Progress:
         each = (elapsed + batch) / self.batch_size
         if finished:
             each = (self.batch_started - self.started) / finished
+        # And the batches after the present one
         return batch + each * max(0, self.total - self.done - self.batch_size)
 
     def estimate_fraction(self, now: float) -> float | None:
@@ -229,6 +234,7 @@ def format_status(what: str, fraction: float | None, parts: list[str], columns: 
     while count_columns(text := ", ".join(parts)) + count_columns(what) + 2 > room and len(parts) > 2:
         del parts[-2]
     low, high = BAR_COLUMNS
+    # Beside the bar there are two brackets and two spaces
     side = min(high, room - count_columns(what) - count_columns(text) - 4)
     if fraction is None or side < low:
         return (f"{what}: {text}" if parts else what)[:room]

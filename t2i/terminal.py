@@ -74,6 +74,7 @@ def count_columns(text: str) -> int:
 
 def format_duration(seconds: float) -> str:
     """Return a duration in at most two units, such as "3 d 4 h", "2 h 5 min", "12 min" or "45 s"."""
+    # Rounded before the comparison: 59.9 s are 1 min, not 60 s
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"

@@ -277,6 +277,7 @@ class CacheEncoder:
         """Frame images for the models. Returns what a key contains about what CLIP sees."""
         if self.clip is None:
             return {}
+        # The same for every split, because all have one CLIP
         return [dataset.show_clip(self.clip, alone=self.autoencoder is None) for dataset in datasets.values()][0]
 
     def list_tokenizers(self) -> dict[str, Any]:

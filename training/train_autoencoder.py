@@ -106,10 +106,12 @@ class ReconstructionLoss:
     def compute_adversarial_terms(self, likeness: Tensor, reconstruction: Tensor, image: Tensor) -> dict[str, Tensor]:
         """Return the discriminator's loss, the autoencoder's adversarial loss, and the weight of the latter."""
         assert self.critic is not None and self.discriminator is not None
+        # Both in one pass, and detached: this loss trains the discriminator alone
         logits = self.critic.model(torch.cat([image, reconstruction.detach()]))
         real, drawn = logits.chunk(2)
         metrics = {"critic_loss": compute_hinge_loss(real, drawn)}
         weight = likeness.new_tensor(self.config.adversarial_weight)
+        # The same metrics before the start, so that every row of the log has them
         if self.critic.step < self.config.adversarial_start:
             return metrics | {"adversarial": torch.zeros_like(likeness), "adversarial_weight": 0 * weight}
         metrics["adversarial"] = -compute_frozen_logits(self.discriminator, reconstruction).float().mean()

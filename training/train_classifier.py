@@ -88,6 +88,7 @@ def build_stage(config: Config, source: EncodingSource, labels: Labels, device: 
     scheduler = build_noise_scheduler(config.scheduler)
     dataset = LabelledDataset(source.dataset, labels)
     validation = None if source.validation is None else LabelledDataset(source.validation, labels)
+    # A resumed run must have the same labels
     content = json.dumps([labels.classes, dataset.numbers.tolist()])
     made_from = {**source.made_from, "labels": hashlib.sha256(content.encode()).hexdigest()[:16]}
     needed = {
@@ -108,6 +109,7 @@ def build_stage(config: Config, source: EncodingSource, labels: Labels, device: 
         fraction = (torch.arange(count, device=x.device) + torch.rand(count, device=x.device)) / count
         steps = scheduler.config.num_train_timesteps
         t = fraction * steps if is_flow(scheduler) else (fraction * steps).long().clamp(max=steps - 1)
+        # The classifier sees samples of unit variance, whatever the process is
         noisy = preserve_variance(scheduler, add_noise(scheduler, x, torch.randn_like(x), t), t)
         logits, embedding = model(noisy, compute_noise_level(scheduler, t, x))
         entropy = F.cross_entropy(logits.float(), batch.labels)

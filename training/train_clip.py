@@ -80,6 +80,7 @@ def main(config: Config) -> None:
     made_from |= [pictures.show_clip(clip, alone=True) for pictures in datasets.values()][0]
     if accelerator.is_local_main_process:
         print_cut_captions(find_cut_captions(dataset, tokenizer))
+    # A frozen image tower sees each image once, before the first step
     bank = None
     if config.text_only:
         clip.to(accelerator.device).net.visual.requires_grad_(False)

@@ -50,6 +50,7 @@ ARCHITECTURES: dict[str, Any] = {
     "linear": RegressionPrior,
     "mlp": RegressionPrior,
 }
+# The architectures on which each option has an effect
 OPTION_ARCHITECTURES = {
     "caption_dropout": ("diffusion", "autoregressive"),
     "scheduler": ("diffusion",),
@@ -160,6 +161,7 @@ def build_stage(
     source.to(device)
     check_unit_length(config, source)
     scheduler = resolve_noise_schedule(config, public) if config.architecture == "diffusion" else None
+    # The model
     made_from = dict(source.made_from)
     if config.init is None:
         prior = build_prior(config, source)

@@ -111,6 +111,7 @@ class RandomCrops(CaptionedPictures):
         batch = super().__getitems__(keys)
         z_i = None
         if self.embeddings is not None:
+            # By `batch.index`, because a sample that cannot be read is replaced by another
             z_i = self.embeddings.__getitems__([(index, 0) for index in batch.index.tolist()]).image_embeds
         return replace(batch, image_embeds=z_i)
 
@@ -196,8 +197,10 @@ def degrade_images(config: Config, upsampler: Upsampler, picture: Tensor, z_i: T
 def blur_images(pictures: Tensor, sigma: Tensor) -> Tensor:
     """Blur images, (B, C, h, w), by Gaussians with a standard deviation for each, (B,), in pixels; 0 is no blur."""
     count, channels, height, width = pictures.shape
+    # Three deviations hold nearly all of a Gaussian
     radius = max(1, round(3 * float(sigma.max())))
     offset = torch.arange(-radius, radius + 1, device=pictures.device)
+    # A deviation of 0 becomes one so small that the middle has all weight
     kernel = torch.exp(-offset.square() / (2 * sigma.clamp(min=1e-3)[:, None].square()))
     kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(channels, dim=0)[:, None]
     # One group a channel of an image, so that each image has its own kernel; first along rows, then along columns

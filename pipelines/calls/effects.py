@@ -32,6 +32,7 @@ class GivenCall:
 
     @cached_property
     def options(self) -> Any:
+        # Resolved when a case first asks: most calls need no options here
         return self.resolve()
 
     @property
@@ -111,6 +112,7 @@ def names_its_tensors(callback: Any) -> bool:
     return isinstance(callback, PipelineCallback | MultiPipelineCallbacks)
 
 
+# Cases that several arguments share
 NO_PRIOR = (
     Idle(": this model has no prior", lambda call: call.prior is None),
     beside("image_embeds", ", in place of which the prior would run", lambda call: not call.imagines_negatives),
@@ -176,6 +178,7 @@ def warn_of_idle_arguments(pipeline: Any, arguments: Mapping[str, Any], resolved
             continue
         if reason := next((idle.reason for idle in effects.idle.get(name, ()) if idle.holds(call)), None):
             logger.warning("%s has no effect%s", name, reason)
+    # The options are in `__dict__` once a case has asked for them
     return call.__dict__.get("options", resolved)
 
 
@@ -187,4 +190,5 @@ def is_same(value: Any, default: Any) -> bool:
     """Return whether a value is the default."""
     if value is default:
         return True
+    # Of one type, because True == 1; tensors have no plain comparison
     return type(value) is type(default) and isinstance(value, int | float | str) and value == default

@@ -41,6 +41,7 @@ class PromptEncoding:
             lacks = "no text encoder of its CLIP" if self.prior else "no prior and no text encoder of its CLIP"
             raise InputError(f"this model has {lacks}: it draws from images or image_embeds, not from texts")
         different, rows = find_unique_prompts(prompts)
+        # Say what the encoders cut off
         for text in different:
             if cut := self.clip.tokenizer.find_truncated_text(text):
                 # The tokens of start and end take two places
@@ -49,6 +50,7 @@ class PromptEncoding:
             if self.text_encoder is not None and (cut := self.text_encoder.find_truncated_text(text)):
                 longest = self.text_encoder.config.context_length
                 logger.warning("a prompt has more than the text encoder's %d tokens; this was cut: %r", longest, cut)
+        # Encode
         self.offload_all_but("clip")
         encoding = self.clip.encode_tokens(self.clip.tokenizer(different).to(self._execution_device))
         if self.text_encoder is not None:

@@ -45,6 +45,7 @@ def report_unknown_words(pipeline: Any, texts: str | Iterable[str]) -> list[Unkn
             if len(said) >= MAX_SAID_TEXTS:
                 said.clear()
             said.add(text)
+            # A keyword is known a little, which calls for no warning
             for level, part in ((logging.WARNING, unknown), (logging.INFO, [one for one in words if one.is_keyword])):
                 if part:
                     logger.log(level, "prompt %.200r: %s", text, ". ".join(map(str, part)))

@@ -217,6 +217,7 @@ def upsample_files(
     job = BulkJob(len(paths))
     images = open_usable_images(paths, job)
     pipeline = load_pipeline(source, UpsamplePipeline)
+    # The record has the defaults too, which another version may change
     parameters = signature(UpsamplePipeline.__call__).parameters
     used = {name: settings.get(name, parameters[name].default) for name in ("num_inference_steps", "level")}
     model = format_model_name(source.model)

@@ -83,6 +83,7 @@ class Admission:
             if self.draining:
                 raise Draining("the server is shutting down")
             queued, own = self.queued_images, sum(other.images for other in self.queues.get(key, ()))
+            # With others in the queue a request waits too, even if there is room for it
             starts_at_once = not queued and self.running_images + images <= self.max_running
             if not starts_at_once and queued + images > self.max_queued:
                 what = f"{queued} images wait, and the queue takes {self.max_queued}"
@@ -102,6 +103,7 @@ class Admission:
                 self.learn_rate(ticket)
             elif ticket in (queue := self.queues.get(ticket.key, deque())):
                 queue.remove(ticket)
+            # Also after one that waited: it may have been too large for the room, and held up the others
             self.admit_next()
 
     def admit_next(self) -> None:
@@ -113,6 +115,7 @@ class Admission:
             self.running.add(ticket)
             ticket.started = time.monotonic()
             ticket.admitted.set()
+        # Else a key would stay for every client that ever asked
         for key in [key for key, queue in self.queues.items() if not queue]:
             del self.queues[key]
 
@@ -128,6 +131,7 @@ class Admission:
     def learn_rate(self, ticket: Ticket) -> None:
         """Learn from a request that ended how long an image takes, all that draw at once counted."""
         assert ticket.started is not None
+        # The request itself is not among `running` any more
         shared = max(1, len(self.running) + 1)
         seconds = (time.monotonic() - ticket.started) / (ticket.images * shared)
         self.seconds_per_image = RATE_SMOOTHING * self.seconds_per_image + (1 - RATE_SMOOTHING) * seconds
@@ -142,10 +146,12 @@ class Admission:
             if ticket.admitted.is_set() or ticket not in self.queues.get(ticket.key, ()):
                 return 0, 0.0
             before = 0
+            # In the order of turns: the first request of each key, then the second of each
             for number in range(max(len(queue) for queue in self.queues.values())):
                 for queue in self.queues.values():
                     if number < len(queue):
                         if queue[number] is ticket:
+                            # Those that draw are half done on average
                             return before, self.estimate_wait(before + ceil(self.running_images / 2))
                         before += queue[number].images
             raise AssertionError("a waiting request is in a queue")

@@ -30,6 +30,7 @@ from t2i.errors import InputError
 
 logger = logging.getLogger(__name__)
 
+# Bounds of a form: 16 images, as OpenAI's API takes, and a mask; 64 texts of at most 64 KiB
 MAX_FILES, MAX_FIELDS, MAX_FIELD_BYTES = 17, 64, 65_536
 MAX_RETRY_SECONDS = 60
 KEEPALIVE_SECONDS = 10.0
@@ -50,6 +51,7 @@ class ImagesApi:
         """Return the application."""
         routes = [
             *(Route(f"/v1/images/{name}", partial(self.draw, route=name), methods=["POST"]) for name in ROUTES),
+            # After the routes above, which have the same form: Starlette takes the first that fits
             Route("/v1/images/{name}", self.send_image),
             Route("/v1/models", self.list_models),
             Route("/v1/models/{name:path}", self.show_model),
@@ -100,6 +102,7 @@ class ImagesApi:
         given, images, mask = await read_body(request, route)
         values = read_fields(route, given)
         service = self.services[check_known_model(values, list(self.services), self.aliases)]
+        # Images are decoded and encoded in threads, while the event loop answers others
         drawn = await asyncio.to_thread(build_draw_request, route, values, images, mask)
         job = start_job(service, drawn)
         if values.get("stream"):
@@ -117,6 +120,7 @@ class ImagesApi:
                 await asyncio.wait({event, gone}, return_when=asyncio.FIRST_COMPLETED)
                 if gone.done():
                     service.cancel(job)
+                # A cancelled job ends with an event too, "failed"
                 found = await event
                 if found.kind == "failed":
                     raise explain_failure(found.data["error"], job)
@@ -153,12 +157,14 @@ class ImagesApi:
                 try:
                     event = await asyncio.wait_for(job.events.get(), KEEPALIVE_SECONDS)
                 except TimeoutError:
+                    # A comment of the protocol, so that no proxy takes silence for the end
                     yield ": keepalive\n\n"
                     continue
                 ended = event.kind in ("done", "failed")
                 for name, data in await asyncio.to_thread(build_stream_events, kind, event, job, values):
                     yield f"event: {name}\ndata: {json.dumps({'type': name, **data})}\n\n"
         finally:
+            # Starlette closes this generator when the client has gone away
             if not ended:
                 service.cancel(job)
 
@@ -169,6 +175,7 @@ def build_stream_events(kind: str, event: Event, job: Job, values: dict[str, Any
         return [("t2i.progress", event.data)] if job.request.progress else []
     if event.kind == "failed":
         return [("error", explain_failure(event.data["error"], job).body)]
+    # The images, whole or as previews
     output_format, compression = values.get("output_format", "png"), values.get("output_compression")
     if event.kind == "preview":
         previews = [DrawnImage(image, {}, 0) for image in event.data["images"]]
@@ -247,6 +254,7 @@ async def read_body(request: Request, route: str) -> tuple[dict[str, Any], list[
     if content_type != "multipart/form-data":
         what = f"the content type must be multipart/form-data, got {content_type or 'none'}"
         raise ApiError(415, "unsupported_media_type", what)
+    # A form: texts, images, and perhaps a mask
     given: dict[str, Any] = {}
     images, mask = [], None
     async with request.form(max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES) as form:

@@ -33,7 +33,7 @@ TASKS: dict[str, type] = {
 
 @dataclass
 class DrawRequest:
-    """What to draw: `count` images of one input, with the seeds `seed`, `seed` + 1, ...
+    """A request to draw `count` images of one input, with the seeds `seed`, `seed` + 1, ...
 
     Args:
         task: a name of `TASKS`.
@@ -66,7 +66,7 @@ class DrawnImage:
 
 
 class Watch(Protocol):
-    """What hears of a request that is drawn, in the thread that draws it."""
+    """Listener to a request while it is drawn, called in the thread that draws it."""
 
     def report_step(self, stage: str, step: int, steps: int) -> None: ...
     def show_preview(self, number: int, images: list[Image.Image]) -> None: ...
@@ -84,11 +84,13 @@ class Drawer:
         """Return the images of a request. Raises InputError for settings that are not allowed, and Cancelled."""
         kind = TASKS[request.task]
         with self.engine.join(kind, request.cancelled) as drawing:
+            # Without an image, the prompt is the input and no setting
             settings = {name: value for name, value in request.settings.items() if name != "prompt" or request.image}
             arguments, options = split_settings(kind, settings)
             resolved = drawing.pipeline.resolve_options(**options)
             records = self.build_request_records(request, settings, resolved)
             if watch is not None and (request.previews or request.progress):
+                # A second time, with the callback, which is no part of a record
                 resolved = drawing.pipeline.resolve_options(
                     **options, on_preview=self.build_preview_callback(request, watch), preview_every=1
                 )
@@ -116,6 +118,7 @@ class Drawer:
             used["weights"] = self.weights
             inputs = [request.settings["prompt"]] * request.count
             return build_records("prompt", inputs, request.seed, self.source.model, used)
+        # Inverted images have their own z_i, so that the prior takes no part
         inverts = request.task in ("variation", "text_diff")
         uses_prior = settings.get("prompt") is not None and not inverts and pipeline.prior is not None
         used = build_settings_record(self.source, settings, resolved, uses_prior)

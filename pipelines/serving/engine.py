@@ -70,7 +70,7 @@ class Drawing:
 
 @dataclass
 class EngineCounts:
-    """What the engine has done since it started."""
+    """Counts of the engine's work since it started."""
 
     calls: int = 0  # of networks
     rows: int = 0  # that requests waited for
@@ -161,9 +161,11 @@ class StepEngine:
         """Return a pipeline for one request: the same networks, and its own schedulers, flags and progress."""
         if kind not in self.pipelines:
             self.pipelines[kind] = kind.from_pipe(self.pipeline)  # type: ignore[attr-defined]
+        # A shallow copy shares the networks; what calls change is replaced in it
         pipeline = copy.copy(self.pipelines[kind])
         for name in vars(pipeline):
             if name.endswith("scheduler"):
+                # Past `__setattr__`, which would check all components again
                 pipeline.__dict__[name] = copy.deepcopy(pipeline.__dict__[name])
         pipeline.__dict__["progress_bar"] = self.iterate_steps
         return pipeline
@@ -243,8 +245,10 @@ class StepEngine:
                 if self.closed:
                     return
                 calls = [drawing.waiting for drawing in self.drawings if drawing.waiting is not None]
+                # From here on a cancelled request waits for its step to end
                 for drawing in self.drawings:
                     drawing.waiting = None
+            # Without the lock, so that requests come and go while the networks run
             for group in self.build_groups(calls):
                 self.run_group(group)
             self.last_heartbeat = time.monotonic()
@@ -271,6 +275,7 @@ class StepEngine:
         try:
             results: Iterable[Tensor] = self.call_network(calls)
         except BaseException as error:
+            # Contexts take memory, which may be what is short
             self.contexts.clear()
             if len(calls) == 1:
                 self.finish_calls(calls, [None], error)
@@ -279,6 +284,7 @@ class StepEngine:
                 self.run_group(calls[: len(calls) // 2])
                 self.run_group(calls[len(calls) // 2 :])
             else:
+                # Each alone, so that only the request at fault fails
                 for call in calls:
                     self.run_group([call])
             return
@@ -301,6 +307,7 @@ class StepEngine:
         context = self.get_context(calls, added)
         x, t = (torch.cat(parts) for parts in zip(*((call.x, call.t.expand(len(call.x))) for call in calls)))
         if added:
+            # Any row will do: its result is cut off
             x, t = (torch.cat([part, part[-1:].expand(added, *part.shape[1:])]) for part in (x, t))
         result = self.methods[calls[0].denoiser][1](x, t, context)
         self.counts.calls += 1

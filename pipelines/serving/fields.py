@@ -194,6 +194,7 @@ def read_fields(route: str, given: dict[str, Any]) -> dict[str, Any]:
             known = ", ".join(key for key, other in FIELDS.items() if letter in other.routes)
             raise ApiError(400, "unknown_parameter", f"/v1/images/{route} takes no {name[:60]}; it takes {known}", name)
         read = field.read(name, value)
+        # Readers return None for what says nothing, such as "auto"
         if read is not None:
             values[name] = read
     return values
@@ -203,6 +204,7 @@ def collect_settings(values: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of the pipeline among a request's values."""
     settings = {field.setting: values[name] for name, field in FIELDS.items() if field.setting and name in values}
     if steps := QUALITY_STEPS.get(values.get("quality", "")):
+        # `steps` says it more exactly, and wins
         settings = {"num_inference_steps": steps, **settings}
     if size := values.get("size"):
         settings["width"], settings["height"] = size
@@ -216,5 +218,6 @@ def choose_seed(values: dict[str, Any]) -> int:
 
 def find_field(setting: str) -> str | None:
     """Return the field of a setting's name, as messages of the pipeline begin with it; None if there is none."""
+    # Width and height are settings without a field of their own: both come from `size`
     names = {field.setting or name: name for name, field in FIELDS.items()}
     return names.get(setting, {"height": "size", "width": "size"}.get(setting))

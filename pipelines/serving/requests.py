@@ -22,6 +22,7 @@ class Upload:
     @property
     def base_name(self) -> str:
         """The name without folders, as records have it."""
+        # Some clients send a whole path, also one of Windows
         return self.name.replace("\\", "/").rsplit("/", 1)[-1][:200] or "image"
 
 
@@ -38,10 +39,12 @@ def build_draw_request(
         if "prompt" not in values:
             raise build_field_error("prompt", "prompt is missing; give a text", "missing_required_parameter")
         return DrawRequest("text", {"prompt": values["prompt"], **settings}, seed, count, **watched)
+    # All else draws from an image
     if len(images) != 1:
         what = "image is missing; give one" if not images else f"{len(images)} images; one is taken"
         raise build_field_error("image", what, "missing_required_parameter" if not images else "invalid_value")
     image = read_upload("image", images[0].data)
+    # Without a mask, the transparency of the image itself marks what to paint
     names = {"image": images[0].base_name, "mask": (mask or images[0]).base_name}
     task, painted = "variation", None
     if route == "edits":
@@ -70,8 +73,10 @@ def choose_edit(
     if margins:
         return "outpaint", None
     painted = read_alpha("image", upload.data) if mask is None else read_mask(values, mask, image)
+    # Both values: something is painted, and something stays
     if painted is not None and painted.getextrema() == (0, 255):
         return "inpaint", painted
+    # A mask of one value is a mistake; an image without transparency is redrawn as a whole
     if mask is not None:
         what = "nothing is transparent" if painted is None or painted.getextrema()[1] == 0 else "all is transparent"
         raise build_field_error("mask", f"mask paints where it is transparent, and {what}")

@@ -21,6 +21,7 @@ from t2i.errors import InputError
 
 logger = logging.getLogger(__name__)
 
+# Requests carry no key, so that only this machine may send them
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
@@ -80,6 +81,7 @@ def open_socket(host: str, port: int) -> socket.socket:
     """Return a socket that listens. Raises InputError for an address that is in use, or not this machine's."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
+    # Else a port would be taken for a while after a server on it has ended
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
@@ -95,6 +97,7 @@ def build_service(source: ModelSource, settings: ServerSettings) -> Service:
     """Load a model and return its service, warmed up."""
     pipeline = load_pipeline(source, Text2ImagePipeline)
     engine = StepEngine(pipeline, max_rows=4 * settings.max_batch)
+    # Rows of one image without and with guidance, and of a full batch with guidance
     engine.warm_up(counts=(1, 2, 2 * settings.max_batch))
     admission = Admission(settings.max_batch, settings.max_queue)
     name = settings.name or Path(source.model).resolve().name

@@ -39,6 +39,7 @@ class Service:
     def __init__(self, name: str, drawer: Drawer, admission: Admission, queue_timeout: float = 300.0):
         self.name, self.drawer, self.admission, self.queue_timeout = name, drawer, admission, queue_timeout
         self.created = int(time.time())
+        # A thread for each request that draws or waits: each has one image at least
         limit = admission.max_running + admission.max_queued
         self.threads = ThreadPoolExecutor(limit, thread_name_prefix="t2i-request")
         self.jobs: set[Job] = set()
@@ -66,6 +67,7 @@ class Service:
             images: list[DrawnImage] = self.drawer.draw(job.request, job)
             job.events.put(Event("done", {"images": images}))
         except BaseException as error:
+            # Whatever went wrong, the client waits for an end
             job.events.put(Event("failed", {"error": error}))
         finally:
             self.admission.leave(job.ticket)

@@ -24,6 +24,7 @@ def collect_doctor_report() -> tuple[list[str], list[str]]:
             lines.append(f"  {package} {version(package)}")
         except PackageNotFoundError:
             problems.append(f"{package} is not installed; pip install {package}")
+    # A package may be installed and not work
     for module in ("torch", "torchvision", "open_clip", "diffusers", "transformers"):
         try:
             importlib.import_module(module)

@@ -89,6 +89,7 @@ def evaluate_prior(
     if out is not None:
         check_result_file(out)
 
+    # Measure
     with show_loading(prior):
         model, scheduler = load_prior(prior)
     model = None if model is None else model.float()
@@ -103,6 +104,7 @@ def evaluate_prior(
     splits = open_cache_splits(cache, model)
     scores = evaluate_prior_splits(model, scheduler, splits, sampling, count, candidates, temperature, seed)
 
+    # Report
     kind = "none" if model is None else type(model).__name__
     result = {"prior": prior, "kind": kind, **settings, "seed": seed, "scores": scores}
     result["versions"] = collect_package_versions()
@@ -120,6 +122,7 @@ def warn_of_idle_settings(
     """
     from t2i.networks.regression_prior import RegressionPrior
 
+    # 25 and 2 are the command's defaults: another number was given
     idle = {
         "steps": steps != 25 and (prior is None or not prior.needs_scheduler),
         "candidates": candidates != 2 and (prior is None or isinstance(prior, RegressionPrior)),
@@ -153,6 +156,7 @@ def evaluate_likelihood(
     from t2i.evaluation.results import check_result_file
     from t2i.pipelines.jobs.planning import ModelSource, load_pipeline
 
+    # Check settings and file before the model loads
     settings = LikelihoodSettings(count, terms, steps, seed, tuple(stage or MEASURED_STAGES))
     check_result_file(out)
     pipeline: Any = load_pipeline(ModelSource(model, device=device))

@@ -27,7 +27,7 @@ LIKE_SETTINGS = (
 # A record has the names of these, not their places, and whoever made the image wrote them
 NAMED_FILES = ("model", "prior", "clip", "upsampler", "control_image")
 OTHER_KEYS = ("version", "size", "prompt", "seed", "weights", "dtype", "steering", *NAMED_FILES)
-# Keys by which the records of other commands are known
+# Keys by which the records of other commands are known: the first counts, because most have an `image` too
 COMMAND_KEYS = {
     "anchors": "interpolate",
     "picture": "upsample",
@@ -55,7 +55,7 @@ def show(
 
 @dataclass(frozen=True)
 class Likeness:
-    """What an image of `t2i generate` was drawn with; nothing without an image.
+    """Settings that an image of `t2i generate` was drawn with; none without an image.
 
     A record is as little to be trusted as any file of a stranger: its values are checked as options are, and files that
     it names must be given as options, but for the model that comes with this package.
@@ -77,6 +77,7 @@ class Likeness:
             )
         if unknown := sorted(record.keys() - {*LIKE_SETTINGS, *OTHER_KEYS}):
             raise InputError(f"{str(path)!r} has the setting {unknown[0]!r:.80}, which this version cannot draw with")
+        # By `type`, because True is an int too
         if not isinstance(record.get("prompt"), str) or type(record.get("seed")) is not int:
             raise InputError(f"{str(path)!r} has no prompt or no seed in its record")
         return cls(path, record)
@@ -137,10 +138,12 @@ def merge_guidance(name: str, recorded: Any, given: Any) -> Any:
         known = vars(Guidance(1.0)).keys()
         if unknown := sorted(recorded.keys() - known):
             raise InputError(f"{name} has no setting {unknown[0]!r:.80}; it has {', '.join(known)}")
+        # JSON has lists where Guidance has tuples
         recorded = {key: tuple(value) if isinstance(value, list) else value for key, value in recorded.items()}
     if given is None:
         return recorded
     if isinstance(given, dict):
+        # Settings that come without a scale keep the recorded one
         scale = recorded.get("scale") if isinstance(recorded, dict) else recorded
         return given if "scale" in given or scale is None else {"scale": scale, **given}
     return {**recorded, "scale": given} if isinstance(recorded, dict) else given

@@ -37,6 +37,7 @@ def serve(
     from t2i.pipelines.serving.server import ServerSettings
     from t2i.pipelines.serving.server import serve as run_server
 
+    # The flags are shared with commands that draw, where --upsample holds for all images
     if upsampling.upsample is not None:
         raise InputError(f"--upsample {upsampling.upsample} is chosen by each request; leave it out")
     settings = ServerSettings(host, port, max_batch, max_queue, queue_timeout, drain, name, tuple(alias or ()))

@@ -21,14 +21,17 @@ def list_bucket_shapes(image_size: int, step: int, max_ratio: float) -> list[Sha
     Each has at most the pixels of the square of `image_size`, and at least three quarters of them; neither side is more
     than `max_ratio` times the other. Of shapes with nearly the same ratio the largest is taken.
     """
+    # Count sides in steps, the shorter one first
     budget = (image_size // step) ** 2
     pairs = [(short, long) for short in range(1, image_size // step + 1) for long in range(short, budget // short + 1)]
     pairs = [(short, long) for short, long in pairs if long <= max_ratio * short and short * long >= MIN_AREA * budget]
     chosen: list[tuple[int, int]] = []
+    # The largest come first, and of equal ones the nearest to the square
     for short, long in sorted(pairs, key=lambda sides: (-sides[0] * sides[1], sides[1])):
         ratios = (math.log(long / short / (other / less)) for less, other in chosen)
         if all(abs(ratio) >= math.log(RATIO_SPACING) for ratio in ratios):
             chosen.append((short, long))
+    # Each shape, tall and wide
     both = {sides for short, long in chosen for sides in ((long * step, short * step), (short * step, long * step))}
     return sorted(both, key=lambda shape: shape[1] / shape[0])
 
@@ -52,6 +55,7 @@ def assign_buckets(heights: np.ndarray, widths: np.ndarray, shapes: Sequence[Sha
 
     So the fraction of each image that is cropped away is as small as it can be. shapes: by rising width / height.
     """
+    # The border between two shapes lies where both take the same fraction of an image
     ratios = np.log([width / height for height, width in shapes])
     return np.searchsorted((ratios[1:] + ratios[:-1]) / 2, np.log(widths / heights))
 

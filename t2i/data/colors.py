@@ -124,6 +124,7 @@ def scale_to_eight_bits(image: Image.Image, samples: SampleRange) -> Image.Image
     Pillow's own conversion would clip them to 255. Raises RejectedSample.
     """
     values = np.asarray(image)
+    # Pillow has no mode of signed bytes, and reads them as unsigned ones
     values = values.view(np.int8) if samples.black == -128 else values
     low, high = min(samples), max(samples)
     if not (values.min() >= low and values.max() <= high):  # NaN is neither
@@ -133,6 +134,7 @@ def scale_to_eight_bits(image: Image.Image, samples: SampleRange) -> Image.Image
     scaled = np.round((values.astype(np.float64) - samples.black) * (255 / span)).astype(np.uint8)
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
+        # What is transparent becomes white, as everywhere
         scaled[values == transparent] = 255
     small = Image.fromarray(scaled)
     small.info = {key: value for key, value in image.info.items() if key == "icc_profile"}

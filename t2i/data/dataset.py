@@ -115,6 +115,7 @@ class CaptionedPictures(Dataset):
         self.framing = Framing(config.crop, config.flip) if split == "train" else Framing()
         self.shapes = list_image_shapes(config)
         self.shape_numbers, self.lost = self.measure_crops()
+        # Leave out images that a crop would cut too much
         if (self.lost > config.max_crop).any():
             if (self.lost > config.max_crop).all():
                 images = f"all images of {config.path!r}" + (f", split {split!r}" if split else "")
@@ -249,6 +250,7 @@ class CaptionedPictures(Dataset):
 
     def iterate_views(self, count: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Yield the images of `iterate_images`, and what CLIP sees where that differs."""
+        # Every k-th, with the least k that gives at most `count`
         chosen = np.arange(len(self))[:: -(-len(self) // count)]
         numbers = np.zeros(len(chosen)) if self.buckets is None else self.buckets[chosen]
         for part in iterate_equal_parts(numbers, batch_size):

@@ -13,6 +13,7 @@ MODULES = {"HEIF": "pillow_heif.HeifImagePlugin", "JXL": "pillow_jxl"}  # each r
 
 def find_extra_format(data: bytes) -> str | None:
     """Return Pillow's name of a format in `MODULES` by the first bytes of a file; None for any other."""
+    # A bare codestream, or one in boxes
     if data[:2] == b"\xff\x0a" or data[:12] == JXL_BOX:
         return "JXL"
     return "HEIF" if data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS else None
@@ -36,6 +37,7 @@ def read_jxl_size(data: bytes) -> tuple[int, int] | None:
     start = find_jxl_codestream(data)
     if start is None:
         return None
+    # Fields follow each other from the lowest bit on; 16 bytes hold all of them
     bits, place = int.from_bytes(data[start + 2 : start + 18], "little"), 0
 
     def read(count: int) -> int:
@@ -49,6 +51,7 @@ def read_jxl_size(data: bytes) -> tuple[int, int] | None:
         return 8 * (read(5) + 1) if is_small else read(JXL_SIZE_BITS[read(2)]) + 1
 
     height = read_side()
+    # It gives the width, unless it is 0: then the width follows
     ratio = read(3)
     return (int(height * JXL_RATIOS[ratio - 1]) if ratio else read_side()), height
 
@@ -59,11 +62,13 @@ def find_jxl_codestream(data: bytes) -> int | None:
     while data[start : start + 2] != b"\xff\x0a":
         size, kind = int.from_bytes(data[start : start + 4]), data[start + 4 : start + 8]
         header = 8
+        # 1 says that a size of eight bytes comes after the kind
         if size == 1:
             size, header = int.from_bytes(data[start + 8 : start + 16]), 16
         if kind in (b"jxlc", b"jxlp"):
             return start + header + (4 if kind == b"jxlp" else 0)  # a part begins with its number
         start += size
+        # A box of size 0 is the last one, and a smaller one than its header is damaged
         if size < header or start >= len(data):
             return None
     return start

@@ -53,6 +53,7 @@ class Framing:
     def set_clip(self, clip: "CLIP", config: DataConfig, alone: bool) -> "Framing":
         """Return the framing for this CLIP. alone: the images are for CLIP alone."""
         seen = Resizing.for_clip(clip)
+        # Where CLIP sees the very image that is trained on, it is not made twice
         is_trained_on = seen == Resizing((config.image_size,), config.image_size) and self.crop == "center"
         if is_trained_on and not (alone or config.buckets):
             return self
@@ -75,6 +76,7 @@ def cut_image(picture: Image.Image, shape: Shape, draw: int = 0) -> Tensor:
     size = [height] if height == width else compute_covering_size(picture.height, picture.width, shape)
     covering = resize(picture, size, InterpolationMode.BICUBIC, antialias=True)
     if draw:
+        # The word makes crop and mirroring independent of each other
         rng = random.Random(f"{draw} crop")
         top, left = rng.randint(0, covering.height - height), rng.randint(0, covering.width - width)
         part = crop(covering, top, left, height, width)

@@ -23,6 +23,7 @@ class LatentShapes:
         for number in range(len(self.shapes)):
             places = np.flatnonzero(self.numbers == number)
             shards = places // shard_size
+            # Rows count from the first image of this shape in each shard
             self.rows[places] = np.arange(len(places)) - np.searchsorted(shards, shards)
 
     def name(self, number: int) -> str:

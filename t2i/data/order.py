@@ -54,6 +54,7 @@ class SampleOrder:
         epoch = bisect_right(range(most + 1), first, key=lambda passes: sum(self.count_chunks(passes))) - 1
         skipped = first - sum(self.count_chunks(epoch))
         while True:
+            # A pass: what each stream fills in it, with the streams shuffled
             numbers, counts = self.count_chunks(epoch), self.count_chunks(epoch + 1)
             streams = np.repeat(np.arange(len(counts)), np.subtract(counts, numbers))
             order = torch.randperm(len(streams), generator=torch.Generator().manual_seed(self.seed + epoch))
@@ -66,6 +67,7 @@ class SampleOrder:
     def get_sample(self, stream: int, position: int) -> int:
         """Return the index of the sample at a position of a stream."""
         size, members = self.sizes[stream], self.members[stream]
+        # Samples are asked for nearly in order: one pass of each stream is kept
         if position // size != self.arranged[stream][0]:
             self.arranged[stream] = position // size, self.arrange_pass(size, position // size)
         index = self.arranged[stream][1][position % size]

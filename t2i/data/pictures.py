@@ -117,6 +117,7 @@ def decode_image(data: bytes, reading: Reading = READING, convert: Convert | Non
             file.load()
             return (convert or to_rgb)(file, reading)
     except InputError:
+        # Also RejectedSample, by the checks of the header
         raise
     except UnidentifiedImageError as error:
         raise explain_unidentified(data) from error
@@ -184,6 +185,7 @@ def to_eight_bits(image: Image.Image, reading: Reading = READING) -> tuple[Image
     if is_turned(image):
         format_name = image.format
         image = ImageOps.exif_transpose(image)
+        # The turned copy has lost it, and messages name it
         image.format = format_name
     return (image, False) if samples is None else (scale_to_eight_bits(image, samples), samples != old)
 
@@ -258,6 +260,7 @@ class Resizing:
             picture = resize(picture, list(self.side), InterpolationMode(self.interpolation), antialias=True)
         if self.rounds_down:
             width, height = get_image_size(picture)
+            # Drop a pixel at the end where the border would be uneven
             odd_height, odd_width = ((side - self.square) % 2 * (side > self.square) for side in (height, width))
             picture = crop(picture, 0, 0, height - odd_height, width - odd_width)
         return center_crop(picture, [self.square])

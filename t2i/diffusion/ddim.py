@@ -64,6 +64,7 @@ class ExactDDIMScheduler(DDIMScheduler):
             super().set_timesteps(num_inference_steps, device)
             return
         check_integer("the number of steps", num_inference_steps, 1, self.config.num_train_timesteps)
+        # Trailing timesteps: the first is the last trained one, where there is most noise
         left = torch.arange(num_inference_steps, 0, -1, dtype=torch.float64) / num_inference_steps
         self.num_inference_steps = num_inference_steps
         self.timesteps = (self.config.num_train_timesteps * left).round().long().sub(1).to(device)

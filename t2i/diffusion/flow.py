@@ -84,6 +84,7 @@ def choose_flow_levels(
         check_range("sigmas of a flow", sigmas[0], 0, 1)
         if last != 0:
             raise InputError(f"sigmas of a flow must end with 0, the clean sample, got {last:g} as the last")
+        # diffusers appends the 0 by itself
         return {"sigmas": sigmas}
     if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         return given

@@ -20,9 +20,9 @@ MIN_ALPHA = 0.02  # nearer to pure noise, quotients by alpha mean nothing and ma
 
 
 def build_noise_scheduler(arguments: dict[str, Any]) -> SchedulerMixin:
-    """Build a noise schedule from its configuration: a DDIMScheduler, or for `prediction_type` flow_prediction a
-    FlowMatchEulerDiscreteScheduler. An argument that is None counts as left out.
+    """Build a noise schedule from its configuration. An argument that is None counts as left out.
 
+    It is a FlowMatchEulerDiscreteScheduler for the `prediction_type` flow_prediction, and a DDIMScheduler for others.
     Raises InputError for a schedule that cannot be trained with.
     """
     arguments = {name: value for name, value in arguments.items() if value is not None}
@@ -30,6 +30,7 @@ def build_noise_scheduler(arguments: dict[str, Any]) -> SchedulerMixin:
         return build_flow_scheduler(arguments)
     check_integer("scheduler.num_train_timesteps", arguments.get("num_train_timesteps", 1000), 1, 100_000)
     scheduler = build_or_explain(DDIMScheduler, "scheduler", arguments)
+    # diffusers takes any betas, also such as add no noise
     abar = scheduler.alphas_cumprod
     falls = (abar.diff() <= 0).all()
     if not (abar.isfinite().all() and abar.min() >= 0 and abar.max() <= 1 and falls):

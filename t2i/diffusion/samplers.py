@@ -244,6 +244,7 @@ def find_sampling_fault(scheduler: SchedulerMixin) -> str | None:
     # They draw the noise of each step anew, which samples from the data's distribution only if the model maps it there
     if isinstance(scheduler, LCMScheduler | FlowMatchLCMScheduler) or scheduler.config.get("stochastic_sampling"):
         return "is for consistency models, which this is not"
+    # Its settings, which explain a fault better than a failed trial does
     for key, allowed in CONFIG_CHOICES.items():
         if (value := scheduler.config.get(key, allowed[0])) not in allowed:
             return f"has {key} {value!r:.80}; it may be {', '.join(map(str, allowed))}"
@@ -253,6 +254,7 @@ def find_sampling_fault(scheduler: SchedulerMixin) -> str | None:
         return (
             f"has use_flow_sigmas {not flow} with prediction_type {kind}; {FLOW_PREDICTION} needs it, others exclude it"
         )
+    # A trial with a model that knows the answer
     generators = [torch.Generator().manual_seed(0)]
     try:
         # A copy, for sampling sets the scheduler's timesteps

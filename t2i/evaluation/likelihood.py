@@ -63,6 +63,7 @@ def evaluate_model_likelihood(
     without guidance. Raises InputError for too few images.
     """
     check_result_file(Path(out))
+    # Refuse too few images before anything is measured
     splits = open_datasets(DataConfig(str(folder), pipeline.image_size, 0))
     for split in SPLITS:
         size = len(splits[split]) if split in splits else 0
@@ -77,6 +78,7 @@ def evaluate_model_likelihood(
         "settings": {name: value for name, value in asdict(settings).items() if name != "stages"},
         "versions": collect_package_versions(),
     }
+    # Measure, and write the result
     for split, dataset in splits.items():
         with Progress(f"measuring {split}", settings.count):
             result[split] = measure_split_likelihood(pipeline, dataset, settings)
@@ -118,6 +120,7 @@ def prepare_stage_data(
     text = pipeline.encode_prompt([dataset.get_record(index).text for index in indices])
     if stage == "decoder":
         condition = build_decoder_condition(pipeline.decoder, z_i, text)
+        # Scale 1, because guidance changes the density
         predict = build_decoder_predict(pipeline.decoder, pipeline.decoder_scheduler, condition, 1.0)
         return pipeline.encode_latents(pictures), pipeline.decoder_scheduler, predict
     if pipeline.prior is None or pipeline.prior_scheduler is None:

@@ -113,6 +113,7 @@ class FolderPictures:
         """Open an image; name one that cannot be read, once, and add it to `left_out`."""
         if index in self.left_out:
             return None
+        # Until it has been read: an error ends the block below
         self.left_out.add(index)
         with self.job.skip_bad_input(self.paths[index], OSError):
             image = open_image(self.paths[index])

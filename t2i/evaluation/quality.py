@@ -184,6 +184,7 @@ def measure_quality(
     settings.check_image_counts({"drawn": len(drawn), "reference": len(reference.features)}, extractor.dim)
     # All processes draw and extract; the first one compares
     features, cosines = extract_set_features(drawn, extractor, state, "drawn", scorer)
+    # Again, without the images that could not be read
     settings.check_image_counts({"drawn": len(features), "reference": len(reference.features)}, extractor.dim)
     result: dict[str, Any] = run_on_main_process(
         state, lambda: compare_feature_sets(features, reference.features, reference.moments, settings)

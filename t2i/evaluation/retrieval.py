@@ -66,6 +66,7 @@ def embed_labels(clip: CLIP, labels: str | list[str], templates: str | Sequence[
         for template in templates:
             sentences = [template.replace("{}", label) for label in part]
             rows.append(F.normalize(clip.encode_text(sentences).embedding.float(), dim=-1))
+        # A mean of unit vectors is shorter than one
         embeds.append(F.normalize(torch.stack(rows).mean(dim=0), dim=-1))
     return torch.cat(embeds)
 
@@ -202,6 +203,7 @@ def index_image_folder(clip: CLIP, folder: Path, file: Path | None, job: BulkJob
 
 def write_index_file(clip: CLIP, target: Path, index: ImageIndex, digests: list[bytes]) -> None:
     """Write an index, with the SHA-256 of each image in its order."""
+    # File names need not be UTF-8
     encoded = [name.encode(errors="surrogateescape") for name in index.names]
     tensors = {
         "image_embeds": index.image_embeds,
@@ -219,6 +221,7 @@ def read_index_file(clip: CLIP, path: Path, own: bool) -> dict[bytes, Tensor]:
     except InputError as error:
         raise InputError(f"{error}; delete it, and the next search makes the index anew") from error
     if about.get("clip") != clip.identity:
+        # Our own file is made anew; one that the user named is not overwritten
         if own:
             return {}
         raise InputError(f"{str(path)!r} is an index of the CLIP {about.get('clip')}, this is {clip.identity}")

@@ -52,6 +52,7 @@ def read_stored_settings(path: Path) -> tuple[dict[str, Any], bool]:
         with open_png(path) as image:
             record, parameters = read_record(image), image.info.get("parameters")
             size = f"{image.width}x{image.height}"
+            # Compares the checksums of the file, and still decodes no pixel
             image.verify()
     except DAMAGED_FILE_ERRORS as error:
         raise InputError(f"{str(path)!r} is damaged ({error})") from error
@@ -65,6 +66,7 @@ def read_stored_settings(path: Path) -> tuple[dict[str, Any], bool]:
 def parse_parameters(text: str) -> dict[str, str]:
     """Return the settings of the text "parameters": prompt, "Negative prompt: ...", and a line that has the others."""
     head, _, last = text.rpartition("\n")
+    # Without the steps, the last line belongs to the prompt
     if "Steps: " not in last:
         head, last = text, ""
     prompt, mark, negative = f"\n{head}".partition("\nNegative prompt: ")

@@ -93,6 +93,7 @@ class KnownWords:
             if word in FUNCTION_WORDS or not self.captions.isdisjoint(forms):
                 continue
             captions = [self.keywords[form] for form in forms if form in self.keywords]
+            # A keyword is spelled well; only other words may be misspelled
             nearest = captions or get_close_matches(word, [*self.captions, *self.keywords], 1, LIKENESS)
             found.append(UnknownWord(word, nearest[0] if nearest else None, bool(captions)))
         return found
@@ -105,6 +106,7 @@ class KnownWords:
 
     def save(self, folder: Path) -> None:
         """Write `words.json`, unless it would be larger than the limit."""
+        # Each caption once, because it is longer than its words
         by_caption: dict[str, list[str]] = {}
         for word, caption in sorted(self.keywords.items()):
             by_caption.setdefault(caption, []).append(word)

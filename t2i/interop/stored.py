@@ -45,8 +45,10 @@ def check_variant(variant: Any, *folders: Path) -> None:
 
 
 def check_dtype(dtype: Any) -> Any:
-    """Return `dtype`: a torch.dtype, a dict of them by components, "auto" for those of the files, or None. Raises
-    InputError for anything else."""
+    """Return a dtype as it is. Raises InputError for what is none.
+
+    Allowed are a torch.dtype, a dict of them by component, "auto" for those of the files, and None.
+    """
     dtypes = dtype if isinstance(dtype, dict) else {"default": dtype}
     if unknown := [name for name in dtypes if name not in DTYPE_PARTS]:
         raise InputError(f"dtype names the part {unknown[0]!r:.80}; the parts are {', '.join(DTYPE_PARTS)}")

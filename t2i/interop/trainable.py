@@ -66,6 +66,7 @@ def load_trainable_decoder(part: PublicPart, load_clip: Callable[[], Any], text_
     """Load a public decoder, in fp32; its null is made by the CLIP of `load_clip()` and the text encoder."""
     unet = part.open_component()
     decoder: PublicDecoder
+    # The public U-Nets are told apart by how they take z_i
     match unet.config.get("class_embed_type"):
         case "identity":
             decoder = KarloDecoder.from_components(unet, part.open_component("projection"), torch.float32)

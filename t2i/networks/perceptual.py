@@ -42,6 +42,7 @@ class PerceptualDistance(nn.Module):
         Images that are no squares are compared in squares that cover them, for a CLIP sees squares alone.
         """
         layers = (self.extract_layer_features(cut_into_squares(part)) for part in (image, other))
+        # The squares of an image are B rows apart
         return compare_layers(*layers).unflatten(0, (-1, len(image))).mean(dim=0)
 
 
@@ -50,6 +51,7 @@ def cut_into_squares(image: Tensor) -> Tensor:
     height, width = image.shape[-2:]
     short, long = min(height, width), max(height, width)
     count = -(-long // short)
+    # From one end to the other, with equal overlaps
     starts = [number * (long - short) // max(1, count - 1) for number in range(count)]
     dim = -1 if width > height else -2
     return image if count == 1 else torch.cat([image.narrow(dim, start, short) for start in starts])

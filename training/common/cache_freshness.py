@@ -43,7 +43,7 @@ def check_cache_freshness(
 ) -> None:
     """Refuse a cache that was made from other models or data than those named in this configuration.
 
-    images: the data sets of `data`, by split; empty if they are not there.
+    pictures: the data sets of `data`, by split; empty if they are not there.
     """
     # Pairs of what the cache was made with, and what is there now
     pairs: dict[str, tuple[Any, Any]] = {"data.image_size": (cache.made_from["image_size"], data.image_size)}
@@ -84,6 +84,7 @@ def find_clip_input(name: str, image_size: int) -> str | None:
     """
     folder = find_local_folder(name)
     if folder is None:
+        # A public CLIP: open_clip's tables have its settings, without a download
         model, _, tag = name.partition(":")
         settings = dict(open_clip.get_pretrained_cfg(model, tag))
         size = (open_clip.get_model_config(model) or {}).get("vision_cfg", {}).get("image_size")

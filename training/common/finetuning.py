@@ -61,6 +61,7 @@ def resolve_init_scheduler(init: str | None, settings: dict[str, Any], public: P
     scheduler = build_noise_scheduler({**stored, **settings})
     if is_flow(before):  # all flows have the same noise levels
         return scheduler
+    # Settings may repeat a public model's noise levels, but not change them
     levels, stored_levels = scheduler.alphas_cumprod, before.alphas_cumprod
     same = levels.shape == stored_levels.shape and torch.allclose(levels, stored_levels, rtol=1e-3, atol=1e-8)
     if public is not None and not same:
@@ -88,6 +89,7 @@ def read_schedule(folder: Path) -> dict[str, Any]:
     arguments = {key: scheduler.config[key] for key in names if key in scheduler.config}
     if "beta_schedule" not in arguments:  # UnCLIPScheduler has only one schedule, and no name for it
         arguments["beta_schedule"] = "squaredcos_cap_v2"
+    # Other schedulers clip only where they say so; DDIM's default would clip
     if not isinstance(scheduler, DDIMScheduler):
         arguments = {"clip_sample": False} | arguments | {"timestep_spacing": "trailing"}
     return arguments

@@ -98,6 +98,7 @@ class MetricsLog:
         append_rows(self.folder / "metrics.jsonl", [{"step": step} | rounded])
         for tracker in self.trackers:
             tracker.log(row, step=step)
+        # These are shown with their units, as the time that is left, or not at all
         apart = ("learning_rate", "samples_per_second", "memory_gb", "seconds_left")
         shown = [f"{name}={value:.4g}" for name, value in row.items() if name not in apart]
         shown += [f"{row['samples_per_second']:.4g} samples/s", f"{row['memory_gb']:.1f} GB"]

@@ -46,6 +46,7 @@ def add_adapters(model: Any, config: LoraConfig) -> None:
 
     Raises InputError for a target that matches no layer.
     """
+    # Imported only here, because peft is optional
     from peft import LoraConfig as PeftConfig
     from peft import inject_adapter_in_model
 
@@ -59,6 +60,7 @@ def find_target_layers(model: Any, targets: list[str]) -> list[str]:
     layers = [name for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
     matches: set[str] = set()
     for target in targets:
+        # Whole parts of a name: `to_q` is no end of `into_q`
         names = [name for name in layers if f".{name}".endswith(f".{target}")]
         if not names:
             default = ", ".join(model.lora_targets)
@@ -73,11 +75,13 @@ def merge_adapters(model: Any) -> Any:
     """Return a copy of a model with its adapters merged into plain weights."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    # The run itself goes on with its adapters
     model = copy.deepcopy(model)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, BaseTunerLayer):
             layer.merge()
             model.set_submodule(name, layer.get_base_layer())
+    # `export_adapted_model` takes it as the sign of adapters
     del model.peft_config
     return model
 

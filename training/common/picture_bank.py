@@ -44,5 +44,6 @@ class PictureBank:
         z_t: (B, D), float32, unit length. scale: (), of the logits.
         """
         logits, right = scale * z_t @ self.z_i.T, self.find_right_pictures(phrases)
+        # Any of the right images counts as found
         found = right.gather(1, logits.argmax(dim=1, keepdim=True)) > 0
         return {"loss": F.cross_entropy(logits, right), "found": found.float().mean()}

@@ -239,6 +239,7 @@ def choose_training(stage: str, size: RecipeSize, facts: DataFacts) -> tuple[dic
     schedule = size.schedules[stage]
     batch, why_batch = choose_batch_size(schedule, facts, contrastive=stage == "clip")
     steps, why_steps = choose_steps(schedule, facts, batch)
+    # Checkpoints, previews and validation come every tenth of a run
     tenth = max(1, steps // 10)
     values = {
         "steps": steps,

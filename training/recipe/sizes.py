@@ -92,6 +92,7 @@ def choose_recipe_size(facts: DataFacts, device: Device, image_size: int | None)
         fitting = [size for size in SIZES if size.image_size <= max(image_size, SMALL.image_size)]
         return fitting[-1], image_size, "as you asked"
     size, why = SMALL, ""
+    # The largest row before the first that does not fit
     for larger in SIZES[1:]:
         why = find_obstacle(larger, facts, device)
         if why:
@@ -105,6 +106,7 @@ def find_obstacle(size: RecipeSize, facts: DataFacts, device: Device) -> str:
     on_cpu = device.kind == "cpu"
     least_pictures = size.cpu_pictures if on_cpu else size.gpu_pictures
     pixels = f"{size.image_size} x {size.image_size}"
+    # Infinity marks a row that no CPU trains
     if least_pictures == math.inf:
         return f"{pixels} takes a GPU"
     if facts.pictures < least_pictures:

@@ -44,6 +44,7 @@ def fetch_package(package: Package, folder: Path) -> Path:
         command = f"`npm pack {source} --pack-destination {folder}`"
         raise InputError(f"no {str(file)!r}, and npm is not installed to download it; {command} writes it elsewhere")
     folder.mkdir(parents=True, exist_ok=True)
+    # Whatever scripts a package has, npm runs none of them
     arguments = [npm, "pack", source, "--pack-destination", str(folder), "--ignore-scripts"]
     try:
         result = subprocess.run(
@@ -65,11 +66,13 @@ def read_package_files(file: Path, is_wanted: Callable[[str], bool]) -> Iterator
     check_no_stand_in(file)
     total = 0
     try:
+        # As a stream, so that sizes are counted before more is unpacked
         with tarfile.open(file, "r|gz") as archive:
             for member in archive:
                 total += member.size
                 if total > MAX_PACKAGE_BYTES:
                     raise InputError(f"{str(file)!r} holds more than {MAX_PACKAGE_BYTES:,} bytes")
+                # No links and no devices
                 if not member.isreg() or not is_wanted(member.name):
                     continue
                 if member.size > MAX_MEMBER_BYTES:

@@ -53,6 +53,7 @@ class StyledDrawings:
             self.files = dict(style.read(self.file, wanted))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{str(self.file)!r} holds no drawings as expected ({error!r})") from error
+        # Say now that resvg is missing, not after the other emoji are drawn
         if any(map(is_svg, self.files.values())):
             import_resvg()
         self.emoji = {
@@ -105,6 +106,7 @@ def build_icon_svg(icons: dict[str, Any], name: str) -> bytes | None:
     icon = icons["icons"].get(alias.get("parent", name))
     if icon is None:
         return None
+    # Those of the icon, or of the set, or else Iconify's default
     width, height = (int(icon.get(side, icons.get(side, 16))) for side in ("width", "height"))
     body = icon["body"]
     if alias.get("hFlip"):

@@ -183,6 +183,7 @@ def open_arrow_parts(
     """Return the source of Arrow files, each with the name of its split; "" is none."""
     splits: dict[str, str] = {}  # of the manifest, by the data set's
     if len({part for part, _ in parts}) > 1 and "train" in dict(parts):
+        # Beside a part of the name train, all others are held out
         splits = dict.fromkeys(dict(parts), "held_out") | {"train": "train"}
     chosen = {path: choose_columns(open_arrow(path).schema, columns, f"{name}, {part}") for part, path in parts}
     notes = SourceNotes()

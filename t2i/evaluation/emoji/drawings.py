@@ -110,6 +110,7 @@ def evaluate_emoji_drawings(
         measures |= measure_stages(real, records, drawings, judge)
         for i, record in enumerate(records):
             pictures[record.index] = {stage: images[i] for stage, images in drawings.items()}
+    # Scores by split, and by kind and stage
     splits = {"train": chosen.pop("train"), "held_out": held_out}
     whole = {index: stages["pipeline"] for index, stages in measures.items()}
     scores: dict[str, Any] = {
@@ -154,6 +155,7 @@ def measure_stages(
     for stage, images in drawings.items():
         columns = {"psnr": compute_psnr(images, targets), "ssim": compute_ssim(images, targets)}
         if judge is not None:
+            # A few at a time, because features take more memory than images
             parts = zip(images.split(32), targets.split(32))
             columns["perceptual"] = torch.cat([judge(image, target) for image, target in parts])
         values = {name: column.tolist() for name, column in columns.items()}

@@ -50,6 +50,7 @@ class RealEmoji:
         manifest = find_manifest(Path(folder))
         self.groups, self.styles = (read_column(manifest, column) for column in ("group", "style"))
         self.kinds = [self.find_kind(record) for record in self.records]
+        # Both splits need emoji of the first style, which the main scores are of
         plain = [record.split for record, kind in zip(self.records, self.kinds) if kind in PLAIN_KINDS]
         counts = [plain.count(split) for split in ("train", "held_out")]
         if not all(counts):
@@ -85,6 +86,7 @@ class RealEmoji:
         held_out = held_out if samples is None else draw_sample(held_out, samples)
         chosen = {"train": train, "held_out": held_out}
         for kind in dict.fromkeys(name for name in PLAIN_KINDS if name in self.kinds):
+            # The random ones of this kind come first, then as many as are lacking
             drawn = [record for record in train if kinds[record.index] == kind]
             others = [one for one in draw_sample(training, len(training)) if kinds[one.index] == kind]
             more = [record for record in others if record not in drawn]
@@ -101,6 +103,7 @@ class RealEmoji:
         for record in self.records:
             for keyword in record.keywords if self.kinds[record.index] in PLAIN_KINDS else []:
                 answers.setdefault(keyword.lower(), set()).add(record.index)
+        # A keyword that is a caption too would be asked twice
         names = {record.text.lower() for record in self.records}
         keywords = sorted(answers.keys() - names)
         chosen = draw_sample(keywords, samples or KEYWORDS)
@@ -111,6 +114,7 @@ class RealEmoji:
 
         Skin tones are right whatever they are.
         """
+        # By the code without skin tone, which several emoji share
         indexes: dict[str, set[int]] = {}
         for record in self.records:
             indexes.setdefault(get_key_code(record.key), set()).add(record.index)
@@ -134,6 +138,7 @@ class RealEmoji:
 
     @cached_property
     def features(self) -> Tensor:
+        # In parts, so that never all images are in memory
         starts = range(0, len(self.records), 256)
         return torch.cat([compute_pixel_features(self.load_images(self.records[i : i + 256])) for i in starts])
 

@@ -54,12 +54,14 @@ class EclipsePrior(PriorMixin, ModelMixin, ConfigMixin):
     def forward(self, noise: Tensor, text: TextEncoding) -> Tensor:
         """Return z_i of any length, (B, D), from noise of unit variance, (B, D)."""
         text = text.expand()
+        # The last two positions are those of noise and query
         image = torch.stack([self.from_image(noise), self.query.expand(len(noise), -1)], dim=1) + self.positions[-2:]
         tokens = torch.cat([embed_caption_tokens(self, text), image], dim=1)
         token_mask = torch.cat([text.mask, text.mask.new_ones(len(noise), 3)], dim=1)
         mask = build_causal_mask(token_mask, tokens.shape[1])
         for block in self.blocks:
             tokens = run_checkpointed_block(self, block, tokens, mask)
+        # The query is last, and so sees all other tokens
         return self.to_image(self.norm(tokens[:, -1]))
 
     @torch.no_grad()
