@@ -29,13 +29,12 @@ from t2i.training.common.loop import (
     update_weights,
 )
 from torch import Generator, Tensor
-from torch.utils.data import Dataset
 
 from benchmarks.side_by_side import count_operations, measure_matrix_rate, time_in_turns
 from t2i.config import TrainConfig, load_config
 from t2i.data import Batch
 from t2i.data.cache import AutoencoderFacts, ClipFacts
-from t2i.data.dataset import SampleIndex
+from t2i.data.dataset import SampleDataset, SampleIndex
 from t2i.diffusion.condition import TextEncoding
 from t2i.runtime.processes import ProcessWatch
 
@@ -44,7 +43,7 @@ BATCHES = 64  # made ahead, used one after the other
 QUIET = ["train.output=unused", "train.trackers=[]", "train.sample_every=0", "train.dry_run=true"]  # writes nothing
 
 
-class RandomEncodings(Dataset):
+class RandomEncodings(SampleDataset):
     """Random encodings in the shapes of a CLIP (ViT-L/14 by default) and of an autoencoder.
 
     lengths: tokens of each caption of the first batch; every batch has as many samples. If they differ, the captions of

@@ -196,7 +196,7 @@ class UnCLIPPipeline(Adapters, DiffusersNames, PromptEncoding, Interruptible, Ch
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of the images that the decoder was trained on."""
+        """The shape of the latents, (C, h, w), that the decoder was trained on."""
         config = self.decoder.config
         return config.latent_channels, config.latent_size, config.latent_size
 

@@ -32,6 +32,7 @@ from t2i.networks.public.transformers_clip import TransformersCLIP
 from t2i.networks.text_encoder import TextEncoder
 from t2i.networks.unet_decoder import UNetDecoder
 from t2i.networks.upsampler import Upsampler
+from t2i.runtime.wrappers import unwrap_compiled
 from t2i.sampling.embeddings import PRIOR_CLASSES
 
 AnyCLIP: TypeAlias = CLIP | TransformersCLIP
@@ -61,7 +62,7 @@ PIPELINE_NAMES = tuple(f"{task}Pipeline" for task in TASKS)
 def check_component_types(components: Mapping[str, Any]) -> None:
     """Raise InputError for objects of other classes than their components have; None is allowed."""
     for name, value in components.items():
-        model = getattr(value, "_orig_mod", value)  # torch.compile wraps the model
+        model = unwrap_compiled(value)
         if value is not None and not isinstance(model, COMPONENT_CLASSES[name]):
             allowed = " or ".join(component_class.__name__ for component_class in COMPONENT_CLASSES[name])
             raise InputError(f"{name} must be a {allowed}, got {value!r:.80}, a {type(value).__name__}")
@@ -171,7 +172,7 @@ class PipelineFolder(SourceFolder):
             return self.class_name in PIPELINE_NAMES
         return self.layout is None
 
-    def lacks(self, name: str) -> bool:
+    def lacks_component(self, name: str) -> bool:
         """Return True if the index has no component of this name."""
         return self.index.get(name, [None, None]) == [None, None]
 
@@ -188,7 +189,9 @@ class PipelineFolder(SourceFolder):
         if self.class_name not in PIPELINE_NAMES:
             allowed = " or ".join(PIPELINE_NAMES)
             raise InputError(f"{str(index)!r} is of {self.class_name!r:.80}; it must be a {allowed}")
-        needed = [name for name in COMPONENT_CLASSES if not (name in OPTIONAL_COMPONENTS and self.lacks(name))]
+        needed = [
+            name for name in COMPONENT_CLASSES if not (name in OPTIONAL_COMPONENTS and self.lacks_component(name))
+        ]
         if missing := [name for name in needed if name not in self.index or not is_folder(self.path / name)]:
             raise InputError(f"{str(self.path)!r} is incomplete: it lacks the folders {', '.join(missing)}")
         for name in names:

@@ -11,7 +11,7 @@ from PIL import Image
 from t2i.pipelines.argument_checks import check_stage_inputs, check_stage_options, check_tensor
 from t2i.pipelines.base import MAX_IMAGES, UnCLIPPipelineOutput
 from t2i.pipelines.calls.call_keywords import InterpolationKeywords
-from t2i.pipelines.calls.effects import NO_IMAGES, beside
+from t2i.pipelines.calls.effects import NO_IMAGES, exclude_argument
 from t2i.pipelines.calls.signature import declare_pipeline_call
 from t2i.pipelines.inputs import GivenImages, ImageInput, read_control_images, read_given_images, split_images
 from t2i.pipelines.inversion import (
@@ -55,7 +55,7 @@ class AnchorLatents:
 class InterpolationPipeline(InvertingPipeline):
     """Images and texts -> their (z_i, x_T) -> those in between, on great circles -> images."""
 
-    @declare_pipeline_call({"frames": (beside("weights"),), "inverted": (NO_IMAGES,)})
+    @declare_pipeline_call({"frames": (exclude_argument("weights"),), "inverted": (NO_IMAGES,)})
     def __call__(
         self,
         anchors: Sequence[Anchor],

@@ -155,7 +155,7 @@ def load_other_prior(folder: PipelineFolder, download: Download, dtype: Dtypes, 
         name = download(str(name), variant=folder.variant, **fetching)
     clip = kwargs["clip"] if "clip" in kwargs else folder.load_component("clip", resolve_part_dtype(dtype, "clip"))
     loaded = load_any_prior(name, lambda: clip, resolve_part_dtype(dtype, "prior"), folder.variant)
-    if "prior_scheduler" not in {**loaded, **kwargs} and folder.lacks("prior_scheduler"):
+    if "prior_scheduler" not in {**loaded, **kwargs} and folder.lacks_component("prior_scheduler"):
         raise InputError(
             f"{str(name)!r} is a diffusion prior without a scheduler, and {str(folder.path)!r} has none for a prior; "
             "give prior_scheduler=..."

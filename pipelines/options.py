@@ -20,9 +20,9 @@ from t2i.pipelines.calls.effects import (
     UNFINISHED,
     UNGUIDED_DECODER,
     Idle,
-    beside,
+    exclude_argument,
     list_named_tensors,
-    without,
+    require_argument,
 )
 from t2i.pipelines.calls.progress import Preview
 from t2i.pipelines.inputs import ImageInputs, read_control_images
@@ -73,11 +73,11 @@ class PriorOptions:
     prior_num_inference_steps: int = declare_option(25, *NO_PRIOR, ONE_PASS)
     prior_guidance_scale: Guidance = declare_option(Guidance(2.0), *NO_PRIOR, PRIOR_SCALE_OFF)
     prior_latents: Tensor | None = declare_option(None, *NO_PRIOR)
-    prior_candidates: int = declare_option(2, *NO_PRIOR, beside("prior_latents"), ONE_ANSWER)
+    prior_candidates: int = declare_option(2, *NO_PRIOR, exclude_argument("prior_latents"), ONE_ANSWER)
     prior_temperature: float | None = declare_option(None, *NO_PRIOR)
     prior_sampler: str | None = declare_option(None, *NO_PRIOR)
     # Not called for what an image is guided away from
-    prior_callback_on_step_end: UserCallback | None = declare_option(None, beside("image_embeds"), *NO_PRIOR)
+    prior_callback_on_step_end: UserCallback | None = declare_option(None, exclude_argument("image_embeds"), *NO_PRIOR)
     prior_callback_on_step_end_tensor_inputs: list[str] | None = declare_option(
         None, *NO_PRIOR, *list_named_tensors("prior_callback_on_step_end")
     )
@@ -140,7 +140,7 @@ class DecoderOptions:
         InputError: for a value out of range, and for two values that exclude each other.
     """
 
-    num_inference_steps: int = declare_option(25, beside("timesteps"), beside("sigmas"))
+    num_inference_steps: int = declare_option(25, exclude_argument("timesteps"), exclude_argument("sigmas"))
     guidance_scale: Guidance = declare_option(Guidance(1.5), SCALE_OFF)
     guidance_rescale: float | None = declare_option(None, UNGUIDED_DECODER)
     latents: Tensor | None = None
@@ -152,8 +152,8 @@ class DecoderOptions:
     timesteps: Sequence[float] | None = None
     sigmas: Sequence[float] | None = None
     upsample: int = 0
-    upsample_steps: int = declare_option(4, without("upsample"))
-    upsample_level: float = declare_option(0.0, without("upsample"))
+    upsample_steps: int = declare_option(4, require_argument("upsample"))
+    upsample_level: float = declare_option(0.0, require_argument("upsample"))
     height: int | None = None
     width: int | None = None
     noise_level: int = 0
@@ -167,7 +167,7 @@ class DecoderOptions:
         None, *list_named_tensors("callback_on_step_end")
     )
     on_preview: Callable[[Preview], None] | None = None
-    preview_every: int = declare_option(1, without("on_preview"))
+    preview_every: int = declare_option(1, require_argument("on_preview"))
 
     def __post_init__(self) -> None:
         # Denoising

@@ -80,9 +80,9 @@ class PriorPipeline(Adapters, PromptEncoding, Interruptible, CheckedPipeline):
         if folder is None or not (folder.is_own or folder.class_name == cls.__name__):
             return cls.from_pipe(Text2ImagePipeline.from_pretrained(pretrained_model_name_or_path, **kwargs))
         dtype, _, _, components = split_loading_arguments(kwargs, cls.list_component_names())
-        if folder.lacks("prior"):
+        if folder.lacks_component("prior"):
             raise InputError(f"the pipeline {str(path)!r} has no prior")
-        has_scheduler = not folder.lacks("prior_scheduler")
+        has_scheduler = not folder.lacks_component("prior_scheduler")
         pipeline = cls(**load_own_parts(folder, ("clip", "prior", "prior_scheduler")[: 2 + has_scheduler], dtype))
         pipeline.remember_training()
         pipeline.register_modules(**components)

@@ -15,7 +15,7 @@ from t2i.pipelines.argument_checks import check_scheduler_of, check_step_count
 from t2i.pipelines.base import UnCLIPPipeline
 from t2i.pipelines.calls.aliases import resolve_aliases
 from t2i.pipelines.calls.components import CheckedPipeline
-from t2i.pipelines.calls.effects import without
+from t2i.pipelines.calls.effects import require_argument
 from t2i.pipelines.calls.progress import Interruptible, Preview
 from t2i.pipelines.calls.signature import declare_pipeline_call
 from t2i.pipelines.folder import PipelineFolder
@@ -96,7 +96,7 @@ class UpsamplePipeline(Interruptible, CheckedPipeline):
         pipeline.register_modules(**components)
         return pipeline
 
-    @declare_pipeline_call({"preview_every": (without("on_preview"),)})
+    @declare_pipeline_call({"preview_every": (require_argument("on_preview"),)})
     def __call__(
         self,
         image: ImageInputs,

@@ -278,7 +278,7 @@ class CacheEncoder:
         if self.clip is None:
             return {}
         # The same for every split, because all have one CLIP
-        return [dataset.show_clip(self.clip, alone=self.autoencoder is None) for dataset in datasets.values()][0]
+        return [dataset.add_clip_view(self.clip, alone=self.autoencoder is None) for dataset in datasets.values()][0]
 
     def list_tokenizers(self) -> dict[str, Any]:
         """Return the tokenizers of what encodes captions, by the name of its encodings."""

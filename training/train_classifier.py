@@ -10,17 +10,17 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from t2i.training.common.encodings import EncodingSource, open_encodings
 from t2i.training.common.entry import run
 from t2i.training.common.loop import Stage, build_accelerator, fit
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from t2i.config import DataConfig, TrainConfig, build_or_explain, check_fields
 from t2i.data import Batch
-from t2i.data.dataset import SampleIndex
+from t2i.data.dataset import SampleDataset, SampleIndex
 from t2i.data.groups import open_groups
 from t2i.data.labels import Labels
 from t2i.data.manifest import find_manifest
@@ -48,17 +48,17 @@ class Config:
         build_noise_scheduler(self.scheduler)
 
 
-class LabelledDataset(Dataset):
+class LabelledDataset(SampleDataset):
     """Images or cached encodings, in whole batches, with a class for each sample."""
 
-    def __init__(self, dataset: Any, labels: Labels):
+    def __init__(self, dataset: SampleDataset, labels: Labels):
         self.dataset, self.numbers = dataset, labels.find_classes(dataset)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     @property
-    def buckets(self) -> Any:
+    def buckets(self) -> np.ndarray | None:
         return self.dataset.buckets
 
     def format_shape_lines(self) -> list[str]:

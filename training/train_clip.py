@@ -77,7 +77,7 @@ def main(config: Config) -> None:
     if config.train.batch_size * accelerator.num_processes == 1:
         raise InputError("train.batch_size must be at least 2 on one process, got 1: CLIP learns to tell images apart")
     clip, tokenizer, made_from = build_clip(config, dataset)
-    made_from |= [pictures.show_clip(clip, alone=True) for pictures in datasets.values()][0]
+    made_from |= [pictures.add_clip_view(clip, alone=True) for pictures in datasets.values()][0]
     if accelerator.is_local_main_process:
         print_cut_captions(find_cut_captions(dataset, tokenizer))
     # A frozen image tower sees each image once, before the first step
@@ -159,7 +159,7 @@ def build_clip(config: Config, dataset: CaptionedPictures) -> tuple[CLIP, Captio
             raise InputError(f"init={config.init!r} is the CLIP of a public pipeline, which cannot be trained here")
         tokenizer, made_from["init"] = clip.tokenizer, compute_weights_fingerprint(clip)
         # Where the words of its own captions are not known, those of the new ones alone would be too few
-        if (known := getattr(tokenizer, "known_words", None)) is not None:
+        if (known := tokenizer.known_words) is not None:
             words = KnownWords.collect(dataset.manifest.iterate_rows("captions", "keywords"))
             tokenizer.known_words = known.merge(words)
         # Training changes the weights, and so the identity.

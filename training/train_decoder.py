@@ -215,11 +215,13 @@ def load_decoder(folder: str, reads_masks: bool) -> Any:
     # The same model with more input channels
     arguments = {key: value for key, value in decoder.config.items() if not key.startswith("_")}
     wider = type(decoder)(**{**arguments, "reads_masks": True})
-    weights, patch = decoder.state_dict(), getattr(decoder.config, "patch_size", 1)
+    weights = decoder.state_dict()
     # Zero weights for them, so that it starts with the predictions of before
-    name = "net.conv_in.weight" if isinstance(decoder, UNetDecoder) else "from_latents.weight"
+    is_unet = isinstance(decoder, UNetDecoder)
+    name = "net.conv_in.weight" if is_unet else "from_latents.weight"
+    positions = 1 if is_unet else decoder.latent_multiple**2  # a transformer's tokens are squares of latents
     extra = wider.state_dict()[name].shape[1] - weights[name].shape[1]
-    assert extra == (decoder.config.latent_channels + 1) * patch**2, "further channels come after the latents'"
+    assert extra == (decoder.config.latent_channels + 1) * positions, "further channels come after the latents'"
     zeros = weights[name].new_zeros(len(weights[name]), extra, *weights[name].shape[2:])
     weights[name] = torch.cat([weights[name], zeros], dim=1)
     wider.load_state_dict(weights)

@@ -11,6 +11,7 @@ from torch.nn import Module
 from t2i.checks import check_integer, check_range
 from t2i.errors import InputError
 from t2i.files.untrusted import check_folder_files, is_folder, read_config, read_safetensors_header
+from t2i.runtime.wrappers import has_adapters
 
 ADAPTED_COMPONENTS = ("prior", "decoder")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # peft's names
@@ -78,14 +79,14 @@ class Adapters:
     def list_adapted_models(self) -> list[Any]:
         """Return the models that have adapters now."""
         models = [getattr(self, name, None) for name in ADAPTED_COMPONENTS]
-        return [model for model in models if model is not None and hasattr(model, "peft_config")]
+        return [model for model in models if model is not None and has_adapters(model)]
 
     def find_adapted_model(self, targets: list[str], state: dict[str, torch.Tensor], folder: str) -> Any:
         """Return the prior or the decoder, whose layers the adapters fit. Raises InputError for neither."""
         for name in ADAPTED_COMPONENTS:
             model = getattr(self, name, None)
             if model is not None and fits_layers(model, targets, state):
-                if hasattr(model, "peft_config"):
+                if has_adapters(model):
                     raise InputError(f"the {name} has adapters already; call unload_lora_weights or fuse_lora first")
                 return model
         raise InputError(

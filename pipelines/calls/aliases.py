@@ -6,6 +6,7 @@ from typing import Any
 from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D, UpBlock2D
 
 from t2i.errors import InputError
+from t2i.runtime.wrappers import unwrap_compiled
 
 FREE_U_BLOCKS = (UpBlock2D, CrossAttnUpBlock2D)  # in which diffusers applies it
 
@@ -101,7 +102,7 @@ def call_networks(method: str, networks: list[tuple[Any, str]], **settings: Any)
     """
     calls: list[Any] = []
     for component, name in networks:
-        model = getattr(component, "_orig_mod", component)  # torch.compile wraps the model
+        model = unwrap_compiled(component)
         calls.append(getattr(getattr(model, name, None), method, None))
         if calls[-1] is None:
             raise InputError(f"{method} is not for a {type(model).__name__}: no network in it has that")

@@ -51,18 +51,18 @@ class GivenCall:
         return list(anchors) if isinstance(anchors, list | tuple) else [anchors]
 
     @property
-    def texts(self) -> bool:
+    def has_texts(self) -> bool:
         """True if there is a text from which the prior makes z_i."""
         anchors = any(isinstance(anchor, str) for anchor in self.anchors)
         return anchors or self.has("prompt") or self.has("prompt_embeds")
 
     @property
-    def inverts(self) -> bool:
+    def inverts_images(self) -> bool:
         """True if an interpolation has images among its anchors."""
         return not all(isinstance(anchor, str) for anchor in self.anchors)
 
     @property
-    def imagines_negatives(self) -> bool:
+    def derives_negatives(self) -> bool:
         """True if the prior makes the z_i that the decoder is guided away from."""
         return self.has("decoder_negative_prompt") and not self.has("negative_image_embeds")
 
@@ -78,10 +78,10 @@ class GivenCall:
     @property
     def is_prior_guided(self) -> bool:
         guided = not self.options.prior.prior_guidance_scale.is_off or self.has("prior_callback_on_step_end")
-        return self.prior is not None and guided and self.texts and not self.has("image_embeds")
+        return self.prior is not None and guided and self.has_texts and not self.has("image_embeds")
 
     @property
-    def clips(self) -> bool:
+    def clips_samples(self) -> bool:
         """True if the decoder's scheduler bounds its clean samples."""
         name, pipeline = self.options.decoder.sampler, self.pipeline
         config = resolve_sampler(name, pipeline.decoder_scheduler, pipeline.decoder).config
@@ -96,11 +96,13 @@ class Idle:
     holds: Callable[[GivenCall], bool]
 
 
-def without(name: str) -> Idle:
+def require_argument(name: str) -> Idle:
+    """Return the case of an argument that has an effect only with another one, `name`."""
     return Idle(f" without {name}", lambda call: not call.has(name))
 
 
-def beside(name: str, reason: str = "", holds: Callable[[GivenCall], bool] = lambda call: True) -> Idle:
+def exclude_argument(name: str, reason: str = "", holds: Callable[[GivenCall], bool] = lambda call: True) -> Idle:
+    """Return the case of an argument that another one, `name`, replaces. holds: further condition of it."""
     return Idle(f" beside {name}{reason}", lambda call: call.has(name) and holds(call))
 
 
@@ -109,14 +111,17 @@ def is_scale_alone(guidance: Guidance) -> bool:
 
 
 def names_its_tensors(callback: Any) -> bool:
+    """Return True for callbacks of diffusers, which list the tensors that they take."""
     return isinstance(callback, PipelineCallback | MultiPipelineCallbacks)
 
 
 # Cases that several arguments share
 NO_PRIOR = (
     Idle(": this model has no prior", lambda call: call.prior is None),
-    beside("image_embeds", ", in place of which the prior would run", lambda call: not call.imagines_negatives),
-    Idle(" without a text, for which the prior would run", lambda call: not (call.texts or call.imagines_negatives)),
+    exclude_argument(
+        "image_embeds", ", in place of which the prior would run", lambda call: not call.derives_negatives
+    ),
+    Idle(" without a text, for which the prior would run", lambda call: not (call.has_texts or call.derives_negatives)),
 )
 ONE_PASS = Idle(": this prior does not denoise in steps", lambda call: not call.prior.needs_scheduler)
 ONE_ANSWER = Idle(": this prior has one answer to a text", lambda call: isinstance(call.prior, RegressionPrior))
@@ -132,19 +137,21 @@ UNGUIDED_PRIOR = Idle(
 )
 UNGUIDED_DECODER = Idle(": the decoder is not guided", lambda call: not call.is_decoder_guided)
 NO_CAPTIONS = Idle(": this decoder reads no captions", lambda call: not call.reads_captions)
-UNREAD_PROMPT = beside("image_embeds", ", for this decoder reads no captions", lambda call: not call.reads_captions)
-UNREAD_NEGATIVE = beside(
+UNREAD_PROMPT = exclude_argument(
+    "image_embeds", ", for this decoder reads no captions", lambda call: not call.reads_captions
+)
+UNREAD_NEGATIVE = exclude_argument(
     "negative_image_embeds", ", for this decoder reads no captions", lambda call: not call.reads_captions
 )
-NO_CLIPPING = Idle(": this scheduler clips nothing", lambda call: not call.clips)
-NO_IMAGES = Idle(" without images among the anchors", lambda call: not call.inverts)
+NO_CLIPPING = Idle(": this scheduler clips nothing", lambda call: not call.clips_samples)
+NO_IMAGES = Idle(" without images among the anchors", lambda call: not call.inverts_images)
 UNFINISHED = Idle(" on latents, which are not decoded", lambda call: call.given.get("output_type") == "latent")
 
 
 def list_named_tensors(callback: str) -> tuple[Idle, Idle]:
     """Return when the names of a callback's tensors have no effect."""
     reason = f" beside this {callback}, which names its tensors itself"
-    return without(callback), Idle(reason, lambda call: names_its_tensors(call.given.get(callback)))
+    return require_argument(callback), Idle(reason, lambda call: names_its_tensors(call.given.get(callback)))
 
 
 @dataclass(frozen=True)
@@ -168,7 +175,7 @@ def warn_of_idle_arguments(pipeline: Any, arguments: Mapping[str, Any], resolved
     def resolve() -> Any:
         options = {name: value for name, value in call.given.items() if name in effects.options}
         if "inverted" in effects.defaults:  # images are inverted unless that is switched off
-            options["inverted"] = call.inverts and call.given.get("inverted", True)
+            options["inverted"] = call.inverts_images and call.given.get("inverted", True)
         return pipeline.resolve_options(**options)
 
     given = {name: value for name, value in arguments.items() if not is_nothing(value)}

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,6 +24,11 @@ class PromptEncoding:
     text_encoder: Any = None
     refuses_unknown_words = False  # of texts; if not, they are logged. See `t2i.pipelines.calls.unknown_words`
     _execution_device: torch.device
+
+    @cached_property
+    def logged_texts(self) -> set[str]:
+        """The texts whose unknown words were logged already."""
+        return set()
 
     @torch.no_grad()
     def encode_prompt(self, prompt: str | list[str] | TextEncoding) -> TextEncoding:

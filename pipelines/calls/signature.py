@@ -41,6 +41,7 @@ def declare_pipeline_call(
     """
 
     def decorate(call: Call) -> Call:
+        """Return the call with checks before it, and with the signature of all its options."""
         # What the call takes: its own arguments and the options, each with its default
         keywords = find_keywords(call)
         signature = build_call_signature(call, keywords)
@@ -51,6 +52,7 @@ def declare_pipeline_call(
         @wraps(call)
         @torch.no_grad()
         def checked_call(pipeline: Any, *arguments: Any, **named: Any) -> Any:
+            """Check the arguments, warn of idle ones, and return the output with the unknown words of its texts."""
             # Refuse what a call would ignore, before anything is computed
             check_keywords(named, list(signature.parameters)[1:])
             named = resolve_aliases(named, aliases)

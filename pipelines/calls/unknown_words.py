@@ -1,7 +1,7 @@
-"""Words of prompts that a CLIP never saw in training, said once and not drawn as something else in silence."""
+"""Words of prompts that a CLIP never saw in training: each text with one is logged once, or refused."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from t2i.pipelines.calls.arguments import TEXT_ARGUMENTS
@@ -10,7 +10,7 @@ from t2i.errors import InputError
 from t2i.files.known_words import UnknownWord
 from t2i.texts import wrap_text
 
-MAX_SAID_TEXTS = 1_000  # that a pipeline remembers, so that each is said once
+MAX_LOGGED_TEXTS = 1_000  # that a pipeline remembers, so that each is logged once
 
 logger = logging.getLogger(__name__)
 
@@ -24,27 +24,27 @@ def collect_texts(arguments: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(text for text in texts if isinstance(text, str)))
 
 
-def report_unknown_words(pipeline: Any, texts: str | Iterable[str]) -> list[UnknownWord]:
+def report_unknown_words(pipeline: Any, texts: list[str]) -> list[UnknownWord]:
     """Return the words of the texts that are in no caption; log those of each text, once for each pipeline.
 
-    A CLIP without the list of its captions' words, such as a public one, knows all. Raises InputError for a word that
-    is no keyword either, if the pipeline's `refuses_unknown_words` is set.
+    pipeline: a `PromptEncoding`, unless there are no texts. For a CLIP without the list of its captions' words, such
+    as a public one, no word is unknown. Raises InputError for a word that is no keyword either, if the pipeline's
+    `refuses_unknown_words` is set.
     """
-    known = getattr(getattr(getattr(pipeline, "clip", None), "tokenizer", None), "known_words", None)
-    if known is None:
+    if not texts or not pipeline.clip.reads_captions or pipeline.clip.tokenizer.known_words is None:
         return []
-    said: set[str] = pipeline.__dict__.setdefault("_said_texts", set())
+    known, logged = pipeline.clip.tokenizer.known_words, pipeline.logged_texts
     found: dict[UnknownWord, None] = {}
-    for text in wrap_text(texts):
+    for text in texts:
         words = known.find_unknown_words(text)
         found |= dict.fromkeys(words)
         unknown = [word for word in words if not word.is_keyword]
-        if unknown and getattr(pipeline, "refuses_unknown_words", False):
+        if unknown and pipeline.refuses_unknown_words:
             raise InputError(f"prompt {text!r:.200}: {'. '.join(map(str, unknown))}")
-        if words and text not in said:
-            if len(said) >= MAX_SAID_TEXTS:
-                said.clear()
-            said.add(text)
+        if words and text not in logged:
+            if len(logged) >= MAX_LOGGED_TEXTS:
+                logged.clear()
+            logged.add(text)
             # A keyword is known a little, which calls for no warning
             for level, part in ((logging.WARNING, unknown), (logging.INFO, [one for one in words if one.is_keyword])):
                 if part:

@@ -87,13 +87,10 @@ class Drawer:
             # Without an image, the prompt is the input and no setting
             settings = {name: value for name, value in request.settings.items() if name != "prompt" or request.image}
             arguments, options = split_settings(kind, settings)
+            if watch is not None and (request.previews or request.progress):
+                options |= {"on_preview": self.build_preview_callback(request, watch), "preview_every": 1}
             resolved = drawing.pipeline.resolve_options(**options)
             records = self.build_request_records(request, settings, resolved)
-            if watch is not None and (request.previews or request.progress):
-                # A second time, with the callback, which is no part of a record
-                resolved = drawing.pipeline.resolve_options(
-                    **options, on_preview=self.build_preview_callback(request, watch), preview_every=1
-                )
             images = self.call_pipeline(drawing.pipeline, request, arguments, resolved)
         return [DrawnImage(image, record, record["seed"]) for image, record in zip(images, records)]
 

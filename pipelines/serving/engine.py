@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial, reduce
@@ -337,18 +337,14 @@ class StepEngine:
 
     def warm_up(self, counts: Iterable[int] = ROW_COUNTS) -> None:
         """Take a step of prior and decoder with each number of rows up to `max_rows`, from the calling thread."""
-        shapes: dict[str, Callable[[], tuple[int, ...]]] = {
-            "prior": lambda: (self.pipeline.clip.embed_dim,),
-            "decoder": lambda: tuple(self.pipeline.latent_shape),
-        }
+        shapes = {"prior": (self.pipeline.clip.embed_dim,), "decoder": self.pipeline.latent_shape}
         for name in shapes.keys() & self.networks.keys():
             network = self.networks[name]
             if not network.needs_scheduler:
                 continue
             for count in (count for count in counts if count <= self.max_rows):
-                x = torch.zeros(count, *shapes[name](), dtype=network.dtype, device=self.pipeline._execution_device)
-                with self.join() as drawing, torch.no_grad(), self.set_stepping(True):
-                    assert drawing is self.own.drawing
+                x = torch.zeros(count, *shapes[name], dtype=network.dtype, device=self.pipeline._execution_device)
+                with self.join(), torch.no_grad(), self.set_stepping(True):
                     context = network.prepare(network.null(count))
                     network.step(x, torch.zeros(count, dtype=torch.long, device=x.device), context)
 

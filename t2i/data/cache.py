@@ -39,9 +39,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from t2i.data.dataset import Batch, CaptionedPictures, SampleIndex
+from t2i.data.dataset import Batch, CaptionedPictures, SampleDataset, SampleIndex
 from t2i.data.framing import is_flipped
 from t2i.data.latent_shapes import LatentShapes
 from t2i.diffusion.condition import TextEncoding, TokenStates
@@ -85,7 +84,7 @@ class TextEncoderFacts:
     width: int
 
 
-class CachedPairs(Dataset):
+class CachedPairs(SampleDataset):
     """The encoded images and captions of one split of a cache. Indexed by (index, draw) like CaptionedPictures.
 
     Shards are mapped into memory when they are first read. Raises InputError if the cache does not exist, is not
@@ -137,11 +136,9 @@ class CachedPairs(Dataset):
 
     @property
     def buckets(self) -> np.ndarray | None:
-        """The number of the shape of each sample's latents, (N,), of which a batch has one; None without buckets."""
         return None if self.latent_shapes is None else self.latent_shapes.numbers
 
     def format_shape_lines(self) -> list[str]:
-        """Return a line about the shapes of the images; none without buckets."""
         if self.latent_shapes is None or self.autoencoder_facts is None:
             return []
         return [self.latent_shapes.format_line(self.autoencoder_facts.factor)]
@@ -211,7 +208,6 @@ class CachedPairs(Dataset):
         return self.shard_tensors[number]
 
     def get_sample_key(self, index: int) -> str:
-        """Return the name of a sample."""
         shard, row = self.open_shard(index // self.shard_size), index % self.shard_size
         return decode_sample_key(shard, row)
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -101,7 +102,31 @@ class Batch:
         return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
 
-class CaptionedPictures(Dataset):
+class SampleDataset(Dataset[Batch], ABC):
+    """Base of the data sets that are trained on. A DataLoader reads them by `__getitems__`, in whole batches."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitems__(self, keys: list[SampleIndex]) -> Batch:
+        """Return the batch of these samples."""
+
+    @abstractmethod
+    def get_sample_key(self, index: int) -> str:
+        """Return the name of a sample, which labels and reports of rejected samples refer to."""
+
+    @property
+    def buckets(self) -> np.ndarray | None:
+        """The number of each sample's shape, (N,), of which a batch has one; None if all have the same."""
+        return None
+
+    def format_shape_lines(self) -> list[str]:
+        """Return lines about the shapes of the images; none without buckets."""
+        return []
+
+
+class CaptionedPictures(SampleDataset):
     """The samples of a split of a manifest. Indexed by (index, draw): `draw` chooses the caption's variation."""
 
     def __init__(self, config: DataConfig, split: str | None = "train", manifest: Manifest | None = None):
@@ -129,14 +154,16 @@ class CaptionedPictures(Dataset):
         numbers = assign_buckets(heights, widths, self.shapes)
         return numbers, compute_lost_fractions(heights, widths, self.shapes, numbers)
 
-    def show_clip(self, clip: "CLIP", alone: bool = False) -> dict[str, str]:
-        """Frame images for this CLIP too, or for it alone. Returns `describe_clip_input`."""
+    def add_clip_view(self, clip: "CLIP", alone: bool = False) -> dict[str, str]:
+        """Add the form of images that this CLIP takes to what is read, or read it alone.
+
+        Returns identities of the CLIP's input for runs that resume; see `describe_clip_input`.
+        """
         self.framing = self.framing.set_clip(clip, self.config, alone)
         return describe_clip_input(clip, self.config.image_size)
 
     @property
     def buckets(self) -> np.ndarray | None:
-        """The number of each sample's shape, (N,), of which a batch has one; None if all have the same."""
         return None if len(self.shapes) == 1 or self.framing.for_clip else self.shape_numbers
 
     def format_shape_lines(self) -> list[str]:
@@ -220,7 +247,6 @@ class CaptionedPictures(Dataset):
         return draw_phrases(captions, keywords, random.Random(draw), self.keyword_alone)
 
     def get_sample_key(self, index: int) -> str:
-        """Return the name of a sample."""
         return self.manifest.get_values(index, "key")[0]
 
     def get_record(self, index: int) -> SampleText:

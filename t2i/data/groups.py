@@ -5,11 +5,11 @@ import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from t2i.config import DataConfig
+from t2i.data.dataset import SampleDataset
 from t2i.data.labels import read_labels
 from t2i.data.manifest import find_manifest
 from t2i.errors import InputError
@@ -52,14 +52,14 @@ class SampleGroups:
         return hashlib.sha256(json.dumps([self.members, self.group_size]).encode()).hexdigest()[:16]
 
 
-def open_groups(data: DataConfig, dataset: Any) -> SampleGroups | None:
+def open_groups(data: DataConfig, dataset: SampleDataset) -> SampleGroups | None:
     """Return the groups of a data set by the column `data.balance_by`; None if it is not set.
 
-    dataset: has `get_sample_key(index)`. Raises InputError for a column that was not kept, or a sample without a value.
+    Raises InputError for a column that was not kept, or a sample without a value.
     """
     if data.balance_by is None:
         return None
-    if getattr(dataset, "buckets", None) is not None:
+    if dataset.buckets is not None:
         raise InputError(
             "data.balance_by does not go with data.buckets, which decide what is in a batch; leave one out"
         )

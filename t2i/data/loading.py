@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from t2i.config import TrainConfig
-from t2i.data.dataset import Batch, SampleIndex
+from t2i.data.dataset import Batch, SampleDataset, SampleIndex
 from t2i.data.groups import SampleGroups
 from t2i.data.order import SampleOrder
 from t2i.errors import InputError
@@ -60,13 +60,12 @@ class EndlessBatchSampler(Sampler[list[SampleIndex]]):
             step, first = step + 1, 0
 
 
-def iterate_batches(dataset: Dataset, num_workers: int, **order: Any) -> Generator[Batch, None, None]:
+def iterate_batches(dataset: SampleDataset, num_workers: int, **order: Any) -> Generator[Batch, None, None]:
     """Yield endless batches of a data set; `order` holds the keyword arguments of `EndlessBatchSampler`.
 
     Closing the generator ends its workers. After an error they end when the generator is released.
     """
-    buckets = getattr(dataset, "buckets", None)
-    sampler = EndlessBatchSampler(len(dataset), buckets=buckets, **order)  # type: ignore[arg-type]
+    sampler = EndlessBatchSampler(len(dataset), buckets=dataset.buckets, **order)
     # The sampler yields batches, and the data set returns each as a whole
     settings = {"num_workers": num_workers, "collate_fn": return_batch, "worker_init_fn": set_worker_signals}
     with shorten_worker_errors():
@@ -76,13 +75,13 @@ def iterate_batches(dataset: Dataset, num_workers: int, **order: Any) -> Generat
 
 
 def iterate_fixed_batches(
-    dataset: Any, config: TrainConfig, rank: int, world: int
+    dataset: SampleDataset, config: TrainConfig, rank: int, world: int
 ) -> tuple[Generator[Batch, None, None], int]:
     """Return batches that are the same each time, and how many whole ones `validation_samples` fill on all processes.
 
     That is at least one. With buckets, a batch is no larger than the smallest, so that all take part.
     """
-    count, buckets = min(len(dataset), config.validation_samples), getattr(dataset, "buckets", None)
+    count, buckets = min(len(dataset), config.validation_samples), dataset.buckets
     smallest = count if buckets is None else min(count, *np.unique(buckets, return_counts=True)[1].tolist())
     batch_size = max(1, min(config.batch_size, smallest // world))
     loader = iterate_batches(dataset, 0, batch_size=batch_size, seed=0, rank=rank, world=world)

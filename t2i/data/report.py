@@ -55,6 +55,7 @@ class Report:
         return sum(self.reasons.values())
 
     def count_row(self, row: dict[str, Any]) -> None:
+        """Add a row of the manifest to the counts."""
         if row["status"] != "ok":
             self.reasons[row["status"]] += 1
             examples = self.examples.setdefault(row["status"], [])
@@ -78,6 +79,7 @@ class Report:
         plot_sizes(self).save(folder / "sizes.png")
 
     def as_json(self) -> dict[str, Any]:
+        """Return the content of report.json."""
         rejected = {
             name: {"count": count, "meaning": Reason[name].value, "examples": self.examples[name]}
             for name, count in self.reasons.most_common()
@@ -101,22 +103,23 @@ class Report:
         }
 
     def format_lines(self) -> list[str]:
+        """Return the report for the terminal: counts, rejected samples with examples, and faults of the source."""
         lines = [
             f"{self.source}: {self.ok:,} images with {self.captions:,} captions",
             f"  {self.ok - self.held_out:,} to train on, {self.held_out:,} held out{self.describe_splits()}",
-            f"rejected: {self.rejected_count:,} of {self.indexed:,}",
         ]
-        # Rejected samples, with examples
-        if self.converted:
-            lines.insert(2, f"  {self.converted:,} are converted to sRGB of 8 bits")
         mean = self.lost / max(1, self.ok)
         if crops := format_lost_line(mean, self.much_lost, self.ok, "crops to squares"):
-            lines.insert(2, f"  {crops}")
+            lines.append(f"  {crops}")
+        if self.converted:
+            lines.append(f"  {self.converted:,} are converted to sRGB of 8 bits")
+        # Rejected samples, with examples
+        lines.append(f"rejected: {self.rejected_count:,} of {self.indexed:,}")
         for name, count in self.reasons.most_common():
             lines.append(f"  {name}: {count:,} x {Reason[name].value}")
             for example in self.examples[name]:
                 lines.append(f"    {sanitize_text(example['key'])}  {sanitize_text(example['detail'])}".rstrip())
-        # Faults of the whole
+        # Faults of the source as a whole
         if self.duplicates.groups:
             copies, groups, both = self.duplicates.copies, self.duplicates.groups, self.duplicates.in_both_splits
             examples = "; ".join(" = ".join(map(sanitize_text, keys)) for keys in self.duplicates.examples)
@@ -178,6 +181,7 @@ def plot_sizes(report: Report) -> Image.Image:
 
 
 def plot_bars(sheet: Image.Image, box: tuple[int, int, int, int], title: str, bars: dict[str, int]) -> None:
+    """Draw a bar chart into a box (left, top, right, bottom) of an image. bars: heights by label."""
     left, top, right, bottom = box
     pen = ImageDraw.Draw(sheet)
     pen.text((left, top), title, fill="#222222", font=ImageFont.load_default(size=18))

@@ -41,7 +41,7 @@ class Condition:
 
     @property
     def index(self) -> Tensor:
-        """(B,), int64, on the CPU: the stored row of each condition."""
+        """The stored row of each condition, (B,), int64, on the CPU."""
         return count_up(len(self.first_tensor)) if self.rows is None else self.rows
 
     def __len__(self) -> int:

@@ -32,11 +32,12 @@ def downsample_mask(mask: Tensor, factor: int) -> Tensor:
 def generate_random_masks(count: int, height: int, width: int, device: torch.device) -> Tensor:
     """Draw masks of 0 and 1, (count, 1, height, width): rectangles of any size, their outsides, or everything."""
 
-    def span(size: int) -> tuple[Tensor, Tensor]:
+    def draw_span(size: int) -> tuple[Tensor, Tensor]:
+        """Return first and last + 1 of an interval of each mask, (count, 1) each, in 0 to `size`."""
         ends = (torch.rand(count, 2, device=device) * (size + 1)).long().clamp(max=size).sort(dim=1).values
         return ends[:, :1], ends[:, 1:]
 
-    (top, bottom), (left, right) = span(height), span(width)
+    (top, bottom), (left, right) = draw_span(height), draw_span(width)
     rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
     inside = ((rows >= top) & (rows < bottom))[:, :, None] & ((columns >= left) & (columns < right))[:, None, :]
     # A quarter covers everything; the rest is inside or outside of a rectangle, with equal chances

@@ -52,7 +52,7 @@ class VariationalBound:
 
     @property
     def total_bits(self) -> Tensor:
-        """(B,)"""
+        """The sum of all terms, (B,)."""
         return self.prior + self.steps.sum(dim=1) + self.data
 
 
@@ -156,7 +156,7 @@ def compute_ode_bits(
     timesteps = torch.cat([timesteps, lowest]).flip(0).to(x0.device)
     signs = torch.stack([generate_noise(x0.shape[1:], generators, x0.device).sign() for _ in range(probes)])
 
-    def derivatives(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def compute_derivatives(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return v, like x, and the trace of its Jacobian, (B,)."""
         with torch.enable_grad(), keep_used_weights():
             x = x.detach().requires_grad_()
@@ -172,9 +172,9 @@ def compute_ode_bits(
     x, change = alpha * x0, torch.zeros(len(x0), device=x0.device, dtype=x0.dtype)
     for t, after in follow_steps("ODE", list(zip(timesteps[:-1], timesteps[1:]))):
         length = (path_position(scheduler, after, x) - path_position(scheduler, t, x)).to(x.dtype)
-        velocity, trace = derivatives(x, t)
+        velocity, trace = compute_derivatives(x, t)
         # Heun's method: the mean of the derivatives at both ends
-        next_velocity, next_trace = derivatives(x + length * velocity, after)
+        next_velocity, next_trace = compute_derivatives(x + length * velocity, after)
         x = x + length * (velocity + next_velocity) / 2
         change = change + length * (trace + next_trace) / 2
     # x0 was scaled by alpha at the start, which changes its density by log alpha a dimension

@@ -39,6 +39,7 @@ from t2i.diffusion.sampling_loop import (
 )
 from t2i.errors import InputError
 from t2i.files.untrusted import format_error
+from t2i.runtime.wrappers import unwrap_compiled
 
 logger = logging.getLogger(__name__)
 
@@ -185,12 +186,12 @@ def samples_like(name: str, like: SchedulerMixin) -> bool:
 def remember_training(model: Any, scheduler: SchedulerMixin | None) -> None:
     """Note the scheduler that a model was trained with, which has its noise levels and its kind of prediction."""
     if model is not None and scheduler is not None:
-        getattr(model, "_orig_mod", model).training_scheduler = scheduler  # torch.compile wraps the model
+        unwrap_compiled(model).training_scheduler = scheduler
 
 
 def find_training_scheduler(model: Any) -> SchedulerMixin | None:
     """Return the scheduler that a model was trained with; None if that is not known."""
-    return getattr(getattr(model, "_orig_mod", model), "training_scheduler", None)
+    return getattr(unwrap_compiled(model), "training_scheduler", None)
 
 
 def check_prediction_type(name: str, scheduler: SchedulerMixin, trained: SchedulerMixin) -> None:

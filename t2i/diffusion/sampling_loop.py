@@ -88,7 +88,7 @@ def sample_from_noise(predict: Predict, scheduler: SchedulerMixin, noise: Tensor
     if sampling.transform is not None:
         predict = sampling.transform(predict)
     x, timesteps = initialize_sampling(scheduler, noise, sampling)
-    last = len(timesteps) - 1 if stands_still(scheduler) else None
+    last = len(timesteps) - 1 if has_idle_last_step(scheduler) else None
     for i, t in enumerate(sampling.progress(timesteps)):
         prediction = predict(scale_input(scheduler, x, t), t)
         # These schedulers take no variance, which a model may have learned all the same
@@ -177,7 +177,7 @@ def initialize_sampling(scheduler: SchedulerMixin, noise: Tensor, sampling: Samp
     return scheduler.add_noise(original, noise, timesteps[:1].expand(len(noise))), timesteps
 
 
-def stands_still(scheduler: SchedulerMixin) -> bool:
+def has_idle_last_step(scheduler: SchedulerMixin) -> bool:
     """Return True if the last step of a flow leads nowhere: diffusers' DEIS and SASolver leave the last noise."""
     if not is_flow(scheduler) or not hasattr(scheduler, "sigmas"):
         return False

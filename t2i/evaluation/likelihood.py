@@ -114,7 +114,7 @@ def prepare_stage_data(
     pipeline: Any, dataset: CaptionedPictures, indices: list[int], stage: str
 ) -> tuple[Tensor, SchedulerMixin, Predict]:
     """Return the data of a stage, (B, ...), its scheduler, and its predictions without guidance."""
-    dataset.show_clip(pipeline.clip)
+    dataset.add_clip_view(pipeline.clip)
     pictures, seen = stack_views([dataset.load_view(index) for index in indices])
     z_i = pipeline.encode_image(pictures if seen is None else seen)
     text = pipeline.encode_prompt([dataset.get_record(index).text for index in indices])

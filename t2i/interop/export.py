@@ -204,6 +204,7 @@ def save_image_processor(components: Mapping[str, Any], target: Path) -> str:
 
 
 def save_text_projection(components: Mapping[str, Any], target: Path) -> str:
+    """Write Karlo's text projection, and return the name of its class."""
     decoder = components["decoder"]
     config = {
         "_class_name": "UnCLIPTextProjModel",
@@ -216,12 +217,14 @@ def save_text_projection(components: Mapping[str, Any], target: Path) -> str:
 
 
 def save_embed_normalizer(components: Mapping[str, Any], target: Path) -> str:
+    """Write the mean and deviation that noised z_i are normalized by, and return the name of the class."""
     decoder = components["decoder"]
     config = {"_class_name": "StableUnCLIPImageNormalizer", "embedding_dim": decoder.config.embed_dim}
     return save_plain_model("StableUnCLIPImageNormalizer", config, decoder.normalizer.state_dict(), target)
 
 
 def save_multilingual_clip(components: Mapping[str, Any], target: Path) -> str:
+    """Write Kandinsky's text encoder, and return the name of its class."""
     encoder = components["text_encoder"]
     config = encoder.transformer.config.to_dict() | {
         "model_type": "M-CLIP",

@@ -41,6 +41,8 @@ class BaseTokenizer:
         pad, start, end: numbers of the special tokens.
     """
 
+    known_words: KnownWords | None = None  # the words of the captions that CLIP was trained on, if they are listed
+
     def __init__(self, tokenizer: Tokenizer, context_length: int, pad: int, start: int, end: int):
         tokenizer.encode_special_tokens = True
         self.tokenizer, self.context_length = tokenizer, context_length
@@ -170,6 +172,8 @@ class TextTokenizer:
 
 class PublicTokenizer:
     """The tokenizer of an open_clip model, with the methods of a BaseTokenizer."""
+
+    known_words: KnownWords | None = None  # open_clip lists none
 
     def __init__(self, tokenizer: SimpleTokenizer | HFTokenizer):
         self.tokenizer, self.context_length = tokenizer, tokenizer.context_length

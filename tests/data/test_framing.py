@@ -90,7 +90,7 @@ def test_half_of_the_draws_mirror_a_picture_for_both_models():
 )
 def test_clip_sees_what_its_own_preprocessing_makes_of_the_file(mixed, preprocess):
     clip, dataset = build_clip(16, **preprocess), CaptionedPictures(DataConfig(str(mixed), **CONFIG))
-    assert dataset.show_clip(clip) == {"clip_input": "images resized once"}
+    assert dataset.add_clip_view(clip) == {"clip_input": "images resized once"}
     modes = {"bilinear": Image.Resampling.BILINEAR}
     for index in range(len(dataset)):
         image = Image.open(mixed / dataset.get_sample_key(index))
@@ -110,16 +110,16 @@ def test_clip_sees_what_its_own_preprocessing_makes_of_the_file(mixed, preproces
 def test_where_clip_has_the_size_of_the_squares_nothing_changes(mixed):
     config = DataConfig(str(mixed), 32, 0)
     dataset = CaptionedPictures(config)
-    assert dataset.show_clip(build_clip(32)) == {} and dataset.framing == Framing()
+    assert dataset.add_clip_view(build_clip(32)) == {} and dataset.framing == Framing()
     assert dataset.__getitems__([(7, 5)]).seen is None
     alone = CaptionedPictures(config)
-    assert alone.show_clip(build_clip(32), alone=True) == {}
+    assert alone.add_clip_view(build_clip(32), alone=True) == {}
     assert alone.__getitems__([(7, 5)]).image.equal(dataset.__getitems__([(7, 5)]).image)
 
 
 def test_both_forms_come_from_one_decoding(mixed, monkeypatch):
     dataset = CaptionedPictures(DataConfig(str(mixed), **CONFIG))
-    dataset.show_clip(build_clip(16))
+    dataset.add_clip_view(build_clip(16))
     opened, original = [], Image.open
     monkeypatch.setattr(Image, "open", lambda *given, **more: opened.append(1) or original(*given, **more))
     batch = dataset.__getitems__([(5, 0), (6, 1)])
@@ -135,7 +135,7 @@ def test_batches_have_the_shape_of_their_pictures(mixed):
     assert set(seen) == set(range(20)) and len(set(dataset.buckets.tolist())) == 3
     parts = list(dataset.iterate_images(20, 4))
     assert sum(map(len, parts)) == 20 and len({part.shape[-2:] for part in parts}) == 3
-    dataset.show_clip(build_clip(16), alone=True)  # for a prior
+    dataset.add_clip_view(build_clip(16), alone=True)  # for a prior
     assert dataset.buckets is None and dataset.__getitems__([(0, 1), (19, 2)]).image.shape == (2, 3, 16, 16)
 
 

@@ -24,6 +24,7 @@ from t2i.training.common.loop import Stage, build_accelerator, fit
 
 from t2i.config import TrainConfig  # noqa: E402
 from t2i.data import Batch  # noqa: E402
+from t2i.data.dataset import SampleDataset  # noqa: E402
 from t2i.errors import InputError, report_errors  # noqa: E402
 from t2i.runtime.launch import end_process_group
 
@@ -43,7 +44,7 @@ SETTINGS = {
 }
 
 
-class Numbers(torch.utils.data.Dataset):
+class Numbers(SampleDataset):
     """Sample i is a vector that i determines."""
 
     def __init__(self, size: int = SIZE, rejected: float = 0.0):

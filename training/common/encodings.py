@@ -69,7 +69,7 @@ class FrozenModels:
         # A resumed run must see the same data and models.
         digest = self.dataset.compute_digest()
         self.made_from = collect_identities(digest, self.clip_facts, self.autoencoder_facts, self.text_encoder_facts)
-        seen = [dataset.show_clip(self.clip_model, alone=autoencoder is None) for dataset in datasets.values()]
+        seen = [dataset.add_clip_view(self.clip_model, alone=autoencoder is None) for dataset in datasets.values()]
         self.made_from |= seen[0]
 
     def find_cut_captions(self) -> str | None:

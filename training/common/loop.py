@@ -19,10 +19,10 @@ from t2i.training.common.log import MetricsLog, check_trackers, measure_peak_mem
 from t2i.training.common.optimizer import Critic, build_optimizer, compute_learning_rate
 from t2i.training.common.state import TrainState, flatten_config, lock_folder
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from t2i.config import TrainConfig
 from t2i.data import Batch
+from t2i.data.dataset import SampleDataset
 from t2i.data.groups import SampleGroups
 from t2i.data.loading import iterate_batches, iterate_fixed_batches
 from t2i.errors import RESUMABLE_STATUS, InputError, RunError, RunStopped
@@ -30,6 +30,7 @@ from t2i.runtime.devices import choose_training_precision
 from t2i.runtime.launch import check_environment
 from t2i.runtime.memory import format_needed_memory, is_out_of_memory, measure_available_memory
 from t2i.runtime.processes import ProcessWatch, StopRequest, check_processes_agree, run_on_main_process
+from t2i.runtime.wrappers import has_adapters
 from t2i.terminal import format_duration, print_note
 
 MAX_FAILED_SAVES = 3  # in a row
@@ -42,12 +43,12 @@ class Stage:
 
     model: nn.Module
     loss: Callable[[nn.Module, Batch], dict[str, Tensor]]  # "loss" is minimised, all else is logged beside it
-    dataset: Dataset  # returns whole batches, and `get_sample_key(index)`, the name of a sample
+    dataset: SampleDataset
     export: Callable[[nn.Module], None]  # saves the averaged model; on the main process, beside every checkpoint
     made_from: dict[str, str]  # identities of what the run depends on beside its configuration: data, frozen models
     config: dict[str, Any]  # the stage's whole configuration
     num_workers: int = 0
-    validation: Dataset | None = None  # the held-out split
+    validation: SampleDataset | None = None  # the held-out split
     preview: Callable[[nn.Module], dict[str, Image.Image]] | None = None  # draws with the averaged model
     critic: Critic | None = None
     groups: SampleGroups | None = None  # of the data set, that are drawn equally often
@@ -114,12 +115,12 @@ def fit(accelerator: Accelerator, stage: Stage, config: TrainConfig) -> None:
 
 def check_stage(accelerator: Accelerator, stage: Stage, config: TrainConfig) -> None:
     """Refuse, before any work, processes that were started with different things, or too many of them."""
-    size, processes = len(stage.dataset), accelerator.num_processes  # type: ignore[arg-type]
+    size, processes = len(stage.dataset), accelerator.num_processes
     settings = flatten_config(stage.config) | flatten_config({"train": asdict(config)}) | stage.made_from
     check_processes_agree(accelerator, {**settings, "samples": size})
     if size < processes:
         raise InputError(f"there are {processes} processes for {size} samples; start at most {size}")
-    for line in getattr(stage.dataset, "format_shape_lines", list)():
+    for line in stage.dataset.format_shape_lines():
         accelerator.print(line)
 
 
@@ -128,7 +129,7 @@ def prepare_state(accelerator: Accelerator, stage: Stage, config: TrainConfig) -
     # What cannot be sharded
     if accelerator.distributed_type == DistributedType.FSDP:
         remedy = "use configs/accelerate/gpus.yaml (DDP)"
-        if hasattr(stage.model, "peft_config"):
+        if has_adapters(stage.model):
             raise InputError(f"lora cannot be trained under FSDP; adapters are small, {remedy}")
         if stage.critic is not None:
             raise InputError(f"a discriminator cannot be trained under FSDP; {remedy}")
@@ -366,7 +367,7 @@ def estimate_run(accelerator: Accelerator, stage: Stage, state: TrainState) -> N
     seconds = min(times[1:])  # the first step also warms up
     trained, total = count_elements(state.average.parameters.values()), count_elements(state.model.parameters())
     critic = "" if state.critic is None else f", and {count_elements(state.critic.parameters()):,} of its critic"
-    size, per_step = len(stage.dataset), state.samples_per_step  # type: ignore[arg-type]
+    size, per_step = len(stage.dataset), state.samples_per_step
     passes, device = config.steps * per_step / size, accelerator.device.type
     accelerator.print(
         f"parameters: {trained:,} trained of {total:,}{critic}\n"

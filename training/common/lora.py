@@ -17,6 +17,7 @@ from t2i.checks import check_integer, check_range
 from t2i.errors import InputError
 from t2i.files.atomic import create_folder_atomically
 from t2i.files.model_folder import save_model_folder
+from t2i.runtime.wrappers import has_adapters
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"  # peft's name; adapter_config.json lies beside it
 
@@ -88,7 +89,7 @@ def merge_adapters(model: Any) -> Any:
 
 def export_adapted_model(model: Any, folder: Path) -> None:
     """Save a model as `folder/model`; one with adapters merged, and the adapters alone as `folder/adapters`."""
-    if not hasattr(model, "peft_config"):
+    if not has_adapters(model):
         save_model_folder(model, folder)
         return
     from peft import get_peft_model_state_dict

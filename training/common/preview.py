@@ -135,7 +135,7 @@ class PreviewInput:
     z_i: Tensor  # (K, D), unit length
     pictures: Sequence[Tensor] | None  # (3, H, W) each, in [-1, 1]; None where only their embeddings are known
 
-    def get_size(self, column: int) -> dict[str, Any]:
+    def build_size_options(self, column: int) -> dict[str, Any]:
         """Return the options of a pipeline that draw a column in the shape of its image.
 
         There are none without an image, and for a square, which every decoder draws in its own size.
@@ -209,7 +209,7 @@ def draw_column_images(
     """
     images: list[Tensor] = []
     for part, text, _, generators in iterate_columns(columns, config, len(z_i)):
-        _, decoder = pipeline.resolve_options(**config.pipeline_options, **columns.get_size(part.start))
+        _, decoder = pipeline.resolve_options(**config.pipeline_options, **columns.build_size_options(part.start))
         images += pipeline.decode_images(run_decoder_stage(pipeline, z_i[part], text, decoder, generators)).cpu()
     return images
 
@@ -221,7 +221,7 @@ def iterate_columns(
 
     The generators are those of the prior, then those of the decoder.
     """
-    for part in slice_columns(count, columns.get_size):
+    for part in slice_columns(count, columns.build_size_options):
         numbers = range(count)[part]
         # As in a pipeline that is called with the column's seed
         seeded = [Generator().manual_seed(config.seed + number) for number in numbers]

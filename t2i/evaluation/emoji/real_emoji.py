@@ -132,7 +132,7 @@ class RealEmoji:
 
     def load_seen_images(self, records: list[SampleText], clip: Any) -> Tensor:
         """Return the real images as a CLIP sees them, (N, 3, s, s) in [-1, 1]."""
-        self.dataset.show_clip(clip)
+        self.dataset.add_clip_view(clip)
         images, seen = stack_views([self.dataset.load_view(record.index) for record in records])
         return images if seen is None else seen
 
