@@ -21,8 +21,7 @@ from t2i.training.common.state import TrainState, flatten_config, lock_folder
 from torch import Tensor, nn
 
 from t2i.config import TrainConfig
-from t2i.data import Batch
-from t2i.data.dataset import SampleDataset
+from t2i.data.dataset import Batch, SampleDataset
 from t2i.data.groups import SampleGroups
 from t2i.data.loading import iterate_batches, iterate_fixed_batches
 from t2i.errors import RESUMABLE_STATUS, InputError, RunError, RunStopped
