@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from diffusers import (
+    DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     FlowMatchLCMScheduler,
     SchedulerMixin,
+    UniPCMultistepScheduler,
 )
 from torch import Tensor
 
@@ -25,6 +27,15 @@ FLOW_PREDICTION = "flow_prediction"  # the `prediction_type`, as diffusers' sche
 FLOW_ARGUMENTS = ("num_train_timesteps", "shift", "prediction_type")
 # Those that know no other process, and store neither a prediction type nor flow sigmas
 FLOW_SCHEDULERS = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler)
+# Those that follow given noise levels of a flow. Others of diffusers have the argument, but ignore it or fail.
+LEVEL_SCHEDULERS = {
+    "timesteps": (FlowMatchEulerDiscreteScheduler, DDIMScheduler),
+    "sigmas": (FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler),
+}
+TAKING_FLOW_SCHEDULERS = {
+    "timesteps": "for a flow, the sampler ddim and FlowMatchEulerDiscreteScheduler take them",
+    "sigmas": "for a flow, the sampler unipc and FlowMatchEulerDiscreteScheduler take them",
+}
 
 
 def build_flow_scheduler(arguments: dict[str, Any]) -> FlowMatchEulerDiscreteScheduler:
@@ -33,9 +44,10 @@ def build_flow_scheduler(arguments: dict[str, Any]) -> FlowMatchEulerDiscreteSch
     Raises InputError for the arguments of other processes, such as `beta_schedule`.
     """
     if foreign := sorted(arguments.keys() - set(FLOW_ARGUMENTS)):
+        nulls = " ".join(f"scheduler.{name}=null" for name in foreign)
         raise InputError(
             f"scheduler.{foreign[0]} does not go with scheduler.prediction_type={FLOW_PREDICTION}, which takes "
-            f"{' and '.join(FLOW_ARGUMENTS[:2])}; leave it out"
+            f"{' and '.join(FLOW_ARGUMENTS[:2])}; leave out with {nulls}"
         )
     check_integer("scheduler.num_train_timesteps", arguments.get("num_train_timesteps", 1000), 1, 100_000)
     check_range("scheduler.shift", arguments.get("shift", 1.0), 0.01, 100)

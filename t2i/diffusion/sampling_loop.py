@@ -18,7 +18,7 @@ from torch import Generator, Tensor
 
 from t2i.checks import check_range
 from t2i.diffusion.denoiser import Predict, PredictTransform, StepCallback
-from t2i.diffusion.flow import choose_flow_levels, is_flow
+from t2i.diffusion.flow import LEVEL_SCHEDULERS, TAKING_FLOW_SCHEDULERS, choose_flow_levels, is_flow
 from t2i.diffusion.guidance import Guidance
 from t2i.diffusion.process import own_alpha_sigma, predict_x0, scale_input, split_variance
 from t2i.errors import InputError
@@ -120,8 +120,11 @@ def set_timesteps(scheduler: SchedulerMixin, sampling: Sampling, device: torch.d
     """Set a scheduler's timesteps: the given ones, or as many as there are steps. Raises InputError if it refuses."""
     given = {name: value for name in TAKING_SCHEDULERS if (value := getattr(sampling, name)) is not None}
     kind, flow = type(scheduler).__name__, is_flow(scheduler)
-    for name in given.keys() - signature(scheduler.set_timesteps).parameters.keys():
-        raise InputError(f"{kind} does not take {name}; {TAKING_SCHEDULERS[name]}")
+    advice = TAKING_FLOW_SCHEDULERS if flow else TAKING_SCHEDULERS
+    for name in given:
+        ignores = flow and not isinstance(scheduler, LEVEL_SCHEDULERS[name])
+        if ignores or name not in signature(scheduler.set_timesteps).parameters:
+            raise InputError(f"{kind} does not take {name}; {advice[name]}")
     if sampling.timesteps is not None:
         last = scheduler.config.num_train_timesteps - (not flow)
         check_range("timesteps", max(sampling.timesteps), 0, last)

@@ -241,28 +241,33 @@ def test_the_noise_of_a_sample_does_not_depend_on_its_batch(name):
 
 
 @pytest.mark.parametrize("shift", SHIFTS)
-@pytest.mark.parametrize("name", ["FlowMatchEulerDiscrete", "UniPCMultistep", "ddim"])
-def test_given_noise_levels_are_those_of_the_steps(name, shift):
+@pytest.mark.parametrize("name", NAMES)
+def test_given_noise_levels_are_those_of_the_steps_or_are_refused(name, shift):
     def follow(**settings):
         seen = []
         scheduler = build(name, shift)
         sample_from_noise(lambda x, t: (seen.append(t.item()), x)[1], scheduler, make_noise(2), Sampling(**settings))
         return seen
 
-    if name == "UniPCMultistep":
-        with pytest.raises(InputError, match="UniPCMultistepScheduler does not take timesteps"):
-            follow(steps=3, timesteps=(900, 500.5, 20))
-    else:
+    if name in ("FlowMatchEulerDiscrete", "ddim"):
         assert follow(steps=3, timesteps=(900, 500.5, 20)) == pytest.approx([900, 500.5, 20], rel=1e-5)
         with pytest.raises(InputError, match="timesteps must be from 0 to 1000, got 1001"):
             follow(steps=2, timesteps=(1001, 20))
-    if name != "ddim":
+    else:
+        with pytest.raises(
+            InputError, match="Scheduler does not take timesteps; for a flow, the sampler ddim and Flow"
+        ):
+            follow(steps=3, timesteps=(900, 500.5, 20))
+    if name in ("FlowMatchEulerDiscrete", "UniPCMultistep", "unipc"):
         shifted = [1000 * shift * u / (1 + (shift - 1) * u) for u in (0.9, 0.5, 0.1)]
         assert follow(steps=3, sigmas=(0.9, 0.5, 0.1, 0)) == pytest.approx(shifted, abs=1)
         with pytest.raises(InputError, match="sigmas of a flow must end with 0, the clean sample, got 0.1 as the last"):
             follow(steps=2, sigmas=(0.9, 0.5, 0.1))
         with pytest.raises(InputError, match="sigmas of a flow must be from 0 to 1, got 14"):
             follow(steps=2, sigmas=(14, 0.5, 0))
+    else:
+        with pytest.raises(InputError, match="Scheduler does not take sigmas; for a flow, the sampler unipc and Flow"):
+            follow(steps=3, sigmas=(0.9, 0.5, 0.1, 0))
 
 
 # Guidance

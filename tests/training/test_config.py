@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
 from t2i.training.train_decoder import ARCHITECTURES
 from t2i.training.train_prior import ARCHITECTURES as PRIORS
 from t2i.training.train_prior import collect_clip_arguments, collect_model_arguments
 
 from t2i.config import CONFIG_FOLDER, load_config
 from t2i.data.cache import ClipFacts
+from t2i.diffusion.flow import get_prediction_type
+from t2i.diffusion.process import build_noise_scheduler
 from t2i.errors import InputError
 from t2i.networks.autoencoder import Autoencoder
 from t2i.networks.classifier import LatentClassifier
@@ -92,7 +93,8 @@ def make_prior(config, embed_dim: int, text: dict):
 
 def make_scheduler(config) -> None:
     with torch.device("cpu"):
-        assert DDIMScheduler(**config.scheduler).config.prediction_type in ("sample", "v_prediction")
+        kind = get_prediction_type(build_noise_scheduler(config.scheduler))
+        assert kind in ("sample", "v_prediction", "flow_prediction")
 
 
 def test_configurations_exist_for_every_stage_and_size():

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,6 +31,7 @@ from t2i.errors import InputError
 from t2i.evaluation.likelihood import LikelihoodSettings, evaluate_model_likelihood
 from tests.helpers.stages import arguments, seeds, train
 
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "explanation" / "decoder.md"
 STAGES = ("prior", "decoder", "upsampler")
 # The tiny configurations are of other processes, whose arguments are left out by null
 FLOW = {f"scheduler.{name}": "null" for name in ("beta_schedule", "clip_sample", "timestep_spacing")}
@@ -99,6 +102,10 @@ def test_a_stage_stores_diffusers_flow_scheduler_with_its_shift(stage, flow_runs
             {"scheduler.beta_schedule": "linear"},
             "scheduler.beta_schedule does not go with scheduler.prediction_type=fl",
         ),
+        (
+            {"scheduler.clip_sample": False, "scheduler.beta_start": 0.1},
+            "; leave out with scheduler.beta_start=null scheduler.clip_sample=null$",
+        ),
         ({"loss_weighting": "min_snr"}, "loss_weighting=min_snr does not go with scheduler.prediction_type=flow"),
         ({"model.learned_variance": True}, "model.learned_variance does not go with scheduler.prediction_type=flow"),
         ({"logit_std": 0}, "logit_std must be from 0.01 to 10, got 0"),
@@ -119,6 +126,25 @@ def test_settings_that_do_not_go_with_a_flow_are_refused_at_the_start(stage, ove
     with pytest.raises(InputError, match=message) as caught:
         load_config(config, stage, arguments(stage, tmp_path, tmp_path, **settings))
     assert "\n" not in str(caught.value)
+
+
+def test_the_command_of_the_page_trains_a_decoder(shapes, runs, tmp_path):
+    from t2i.training.train_decoder import Config, main
+
+    [command] = re.findall(r"^t2i train decoder (.*)$", PAGE.read_text(), re.MULTILINE)
+    given = load_config(Config, "decoder", command.split())
+    tiny = [f"{part}={runs / part}" for part in ("clip", "autoencoder")]
+    tiny += ["cache=null", f"data.path={shapes}", "data.image_size=32", f"train.output={tmp_path / 'decoder'}"]
+    tiny += [
+        "train.steps=1",
+        "train.batch_size=2",
+        "train.mixed_precision=no",
+        "train.trackers=[]",
+        "train.validate_every=0",
+    ]
+    main(load_config(Config, "decoder", [*command.split(), *tiny, "train.sample_every=0"]))
+    stored = FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / "decoder" / "scheduler")
+    assert stored.shift == given.scheduler["shift"] == 2.0
 
 
 def test_a_stage_is_trained_further_by_adapters_and_by_no_other_objective(shapes, runs, flow_runs, tmp_path):
