@@ -1,8 +1,8 @@
 # make demo   install, then draw "a cat" with the model in models/emoji
 # make test   install, then run the tests: five minutes on two cores
-# make test-all every test but the full sweep of faults: half an hour
+# make test-all every test but the full sweep of faults: 12 to 18 minutes on two cores
 # make lint   ruff and mypy
-# make gallery draw every picture of docs/gallery.md (five minutes; needs data/emoji)
+# make gallery draw every image of docs/gallery.md (five minutes; needs data/emoji)
 # make bench every benchmark of speed, side by side with its peers: a table each, and benchmarks/results
 # make faults every fault test, half an hour, and a table of what was injected and survived
 PYTHON ?= python3

@@ -83,7 +83,7 @@ def repeat_image_embeds(pipeline: Any, image_embeds: Tensor, inputs: int, images
 
 
 def warn_of_missing_caption(pipeline: Any, texts: Any, image_embeds: Tensor | None) -> None:
-    """Log that a decoder that reads captions has none beside z_i, without which the pictures are others.
+    """Log that a decoder that reads captions has none beside z_i, without which it draws other images.
 
     Kandinsky 2.1 of diffusers refuses that; its users give "" for no caption. A z_i of zeros is no image's.
     """

@@ -264,7 +264,8 @@ def emoji(
         option("Further styles: 3D, flat, outline, blob, twemoji, with commas; or all. Captions name them.", "none"),
     ] = None,
     packages: Annotated[
-        Path | None, option("Folder of the packages of both, as `npm pack` writes them.", "npm downloads them")
+        Path | None,
+        option("Folder with the packages of keywords and styles, .tgz files of `npm pack`.", "npm downloads them"),
     ] = None,
 ) -> None:
     """Draw every emoji of the Noto Color Emoji font, with its name and keywords as captions."""

@@ -226,7 +226,7 @@ def draw_upsampler_preview(
     psnr = {name: 10 * torch.log10(4 / (row - pictures).square().mean(dim=(1, 2, 3))) for name, row in rows.items()}
     pairs = zip(psnr["bicubic"].tolist(), psnr["upsampled"].tolist())
     labels = [f"{resized:.1f} dB, {upsampled:.1f} dB" for resized, upsampled in pairs]
-    images = {name: to_pil_images(row) for name, row in (rows | {"picture": pictures}).items()}
+    images = {name: to_pil_images(row) for name, row in (rows | {"image": pictures}).items()}
     return {"upsampled": build_labelled_rows(images, labels)}
 
 

@@ -1,4 +1,4 @@
-"""Components of a pipeline, with one check at every door: construction, loading, `from_pipe`, assignment."""
+"""Components of a pipeline, with one check wherever they enter: construction, loading, `from_pipe`, assignment."""
 
 from collections.abc import Collection, Mapping
 from inspect import signature

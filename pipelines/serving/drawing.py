@@ -1,4 +1,4 @@
-"""Drawing what a request asks for, as the commands draw it: the same pictures, with the same records."""
+"""Drawing for requests: the images and the records are those of the commands."""
 
 import threading
 from collections.abc import Callable

@@ -85,7 +85,7 @@ class StepEngine:
     Args:
         pipeline: whose prior, decoder and upsampler the requests share. Calls from threads that did not join work as
             before.
-        max_rows: of a call of a network; guidance takes two rows for a picture.
+        max_rows: of a call of a network; guidance takes two rows for an image.
     """
 
     def __init__(self, pipeline: Any, max_rows: int = 32):

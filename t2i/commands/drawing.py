@@ -20,6 +20,17 @@ app = typer.Typer()
 
 PROMPT_FILE_HELP = "Text file, one prompt per line; - is standard input. Images already in --out are skipped."
 PromptFile = Annotated[Path | None, option(PROMPT_FILE_HELP, None, "--prompts", "--file", "-f")]
+Like = Annotated[
+    Path | None, option("PNG file that this command drew: draw with its settings, where no option is given.")
+]
+Dtypes = Annotated[
+    list[str] | None,
+    option(
+        "Dtype of the weights, fp32, bf16 or fp16, or of a part: decoder=bf16. Repeatable.",
+        metavar="DTYPE",
+        choices=("fp32", "bf16", "fp16"),
+    ),
+]
 
 
 @app.command()
@@ -34,9 +45,7 @@ def generate(
     upsampling: flags.UpsamplerFlags,
     prompts: Annotated[list[str] | None, argument("Prompts to draw.")] = None,
     file: PromptFile = None,
-    like: Annotated[
-        Path | None, option("PNG file that this command drew: draw with its settings, where no option is given.")
-    ] = None,
+    like: Like = None,
     negative_prompt: flags.NegativePrompt = None,
     decoder_negative_prompt: Annotated[str | None, option("A text that the decoder is guided away from.")] = None,
     height: Annotated[int | None, option("Image height in pixels.", "the model's")] = None,
@@ -45,14 +54,7 @@ def generate(
     batch_size: Annotated[
         str | None, option("Images at once; auto is 16, or fewer if memory is short.", "auto")
     ] = None,
-    dtype: Annotated[
-        list[str] | None,
-        option(
-            "Dtype of the weights, fp32, bf16 or fp16, or of a part: decoder=bf16. Repeatable.",
-            metavar="DTYPE",
-            choices=("fp32", "bf16", "fp16"),
-        ),
-    ] = None,
+    dtype: Dtypes = None,
     compile: Annotated[
         bool, option("Compile the decoder first, for many images of one size.", None, "--compile")
     ] = False,
@@ -61,21 +63,17 @@ def generate(
 
     Without prompts, steering alone decides what is drawn.
 
-    With --like, a model other than the shipped one must be given too: an image has its name, not its place.
+    With --like, give the model too unless it is the shipped one: the PNG file has the model's name, but not its folder.
 
-    With --prompts the default seed is 0, so that the same command, run again, finishes the list.
+    With --prompts the default seed is 0. The same command, run again, draws what is missing.
 
     Several processes share the images: start them with torchrun or accelerate launch, as `-m t2i generate ...`.
     """
-    from t2i.runtime.launch import count_forgotten_processes, exec_torchrun
-
-    processes = count_forgotten_processes()
-    check_standard_input(file, processes)
+    # Complain before there are several processes, so that a message is printed once
     likeness = Likeness() if like is None else Likeness.read_file(like)
     named = {"model": source.model, "prior": source.prior, "clip": source.clip, "upsampler": upsampling.upsampler}
     likeness.check_named_files(**named, control_image=decoder.control_image)
-    if processes > 1:
-        exec_torchrun(["-m", "t2i", *sys.argv[1:]], processes)
+    start_forgotten_processes(file)
     from t2i.pipelines.jobs.dtypes import parse_dtypes
     from t2i.pipelines.jobs.generation import generate_files
 
@@ -99,7 +97,7 @@ def generate(
 @app.command()
 @flags.print_paths
 def upsample(
-    pictures: flags.ImageFiles,
+    images: flags.ImageFiles,
     out: flags.Out = Path("out"),
     model: Annotated[str | None, option("Model that has an upsampler.", "models/emoji-upsampler")] = None,
     upsampler: Annotated[str | None, option("Folder that `t2i train upsampler` wrote, instead of --model.")] = None,
@@ -123,13 +121,13 @@ def upsample(
     check_range("level", level or 0, 0, 1)
     settings = drop_missing(num_inference_steps=steps, level=level, tile=tile)
     source = ModelSource(upsampler or model or str(SHIPPED_MODEL.with_name("emoji-upsampler")), device=device)
-    return upsample_files(pictures, source, Output(out, seed=seed), times, settings)
+    return upsample_files(images, source, Output(out, seed=seed), times, settings)
 
 
 @app.command()
 @flags.print_paths
 def image_to_image(
-    pictures: flags.ImageFiles,
+    images: flags.ImageFiles,
     prompts: flags.PromptFlags,
     output: flags.OutputFlags,
     source: flags.ModelFlags,
@@ -142,13 +140,13 @@ def image_to_image(
 
     check_strength(strength)
     settings = prompts.build_settings() | decoder.build_settings() | {"strength": strength}
-    return redraw_files(ImageToImagePipeline, pictures, source.build(), output.build(), settings)
+    return redraw_files(ImageToImagePipeline, images, source.build(), output.build(), settings)
 
 
 @app.command()
 @flags.print_paths
 def inpaint(
-    picture: flags.ImageFile,
+    image: flags.ImageFile,
     mask: Annotated[Path, argument("Image file of the same size. White parts are painted anew.")],
     prompts: flags.PromptFlags,
     output: flags.OutputFlags,
@@ -175,13 +173,13 @@ def inpaint(
     check_strength(strength)
     settings = prompts.build_settings() | decoder.build_settings() | {"strength": strength}
     settings |= {"mask_image": str(mask)} | ({} if mask_channel == "luminance" else {"mask_channel": mask_channel})
-    return redraw_files(InpaintPipeline, [picture], source.build(), output.build(), settings, check_mask)
+    return redraw_files(InpaintPipeline, [image], source.build(), output.build(), settings, check_mask)
 
 
 @app.command()
 @flags.print_paths
 def outpaint(
-    picture: flags.ImageFile,
+    image: flags.ImageFile,
     prompts: flags.PromptFlags,
     output: flags.OutputFlags,
     source: flags.ModelFlags,
@@ -206,13 +204,21 @@ def outpaint(
 
     settings = prompts.build_settings() | decoder.build_settings()
     settings |= {"left": left, "right": right, "top": top, "bottom": bottom}
-    return redraw_files(OutpaintPipeline, [picture], source.build(), output.build(), settings, check_size)
+    return redraw_files(OutpaintPipeline, [image], source.build(), output.build(), settings, check_size)
 
 
-def check_standard_input(file: Path | None, processes: int) -> None:
-    """Raise InputError if several processes would share standard input, which only one of them could read."""
+def start_forgotten_processes(file: Path | None) -> None:
+    """Run this command in several processes instead, where `accelerate launch --cpu` was to start them and did not.
+
+    Raises InputError if several processes would share standard input, which only one of them could read.
+    """
+    from t2i.runtime.launch import count_forgotten_processes, exec_torchrun
+
+    processes = count_forgotten_processes()
     if str(file) == "-" and (processes > 1 or os.environ.get("WORLD_SIZE", "1") != "1"):
         raise InputError("--prompts - cannot be read by several processes; give a file")
+    if processes > 1:
+        exec_torchrun(["-m", "t2i", *sys.argv[1:]], processes)
 
 
 def read_prompts(prompts: list[str] | None, file: Path | None, required: bool = True) -> list[str]:

@@ -16,7 +16,7 @@ app = typer.Typer()
 @app.command()
 @flags.print_paths
 def variations(
-    pictures: flags.ImageFiles,
+    images: flags.ImageFiles,
     output: flags.OutputFlags,
     source: flags.ModelFlags,
     decoder: flags.DecoderFlags,
@@ -42,7 +42,7 @@ def variations(
     settings |= drop_missing(sampler=sampler, noise_level=noise_level, upsample=upsampling.upsample)
     settings |= steering.build_settings() | drop_missing(eta=eta, prompt=prompt)
     model = source.build(upsampler=upsampling.upsampler)
-    return redraw_files(ImageVariationPipeline, pictures, model, output.build(), settings)
+    return redraw_files(ImageVariationPipeline, images, model, output.build(), settings)
 
 
 @app.command()
@@ -87,7 +87,7 @@ def interpolate(
 @app.command()
 @flags.print_paths
 def edit(
-    picture: flags.ImageFile,
+    image: flags.ImageFile,
     source: flags.ModelFlags,
     decoder: flags.DecoderFlags,
     steering: flags.SteeringFlags,
@@ -110,7 +110,7 @@ def edit(
     settings = decoder.build_settings() | drop_missing(upsample=upsampling.upsample)
     settings |= steering.build_settings() | {"source": before, "target": after, "theta": theta}
     model = source.build(upsampler=upsampling.upsampler)
-    return redraw_files(TextDiffPipeline, [picture], model, Output(out, seed=0), settings)
+    return redraw_files(TextDiffPipeline, [image], model, Output(out, seed=0), settings)
 
 
 def parse_anchor_weights(text: str) -> list[float]:

@@ -27,10 +27,10 @@ def evaluate_emoji(
     ] = None,
     device: flags.Device = "auto",
 ) -> None:
-    """Draw emoji for their captions, and print how good each stage is for each kind, and how many words are right.
+    """Draw emoji for captions and words, and print scores: each stage by kind of emoji, and how many words are right.
 
-    An image is right if the real emoji nearest to it, by colours and edges, is. The perceptual distance needs the
-    extra `judge`. Words that people type are in `t2i/evaluation/emoji/words.json`.
+    Each image is compared with all real emoji by colours and edges: it is right if the nearest is its caption's.
+    The perceptual distance needs the extra `judge`. The words are in `t2i/evaluation/emoji/words.json`.
     """
     from t2i.checks import check_integer
     from t2i.evaluation.emoji.drawings import evaluate_emoji_drawings, format_emoji_scores

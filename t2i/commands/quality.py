@@ -25,7 +25,7 @@ class Comparison:
 
     reference: Annotated[Path, argument("Real images: a folder, a checked source, or a file of their statistics.")]
     model: Annotated[str | None, option("Model that draws the captions of the reference.", "models/emoji")] = None
-    pictures: Annotated[
+    images: Annotated[
         Path | None, option("Folder of drawn images, instead of --model.", None, "--images", "--pictures")
     ] = None
     features: Annotated[str, option("Feature extractor: inception, or clip:FOLDER_OR_NAME.")] = "inception"
@@ -106,12 +106,12 @@ def check_comparison(comparison: Comparison, drawing: dict[str, Any]) -> None:
     from t2i.pipelines.options import build_options
 
     # Options of a model do not go with images that are drawn already
-    pictures, count = comparison.pictures, comparison.count
-    if comparison.model is not None and pictures is not None:
-        raise InputError(f"give --model or --images, not both: {comparison.model!r}, {str(pictures)!r}")
-    if pictures is not None and (drawing or count is not None):
+    images, count = comparison.images, comparison.count
+    if comparison.model is not None and images is not None:
+        raise InputError(f"give --model or --images, not both: {comparison.model!r}, {str(images)!r}")
+    if images is not None and (drawing or count is not None):
         name = next(iter(drawing), "count")
-        raise InputError(f"{name} needs a model that draws; --images {str(pictures)!r} are drawn already")
+        raise InputError(f"{name} needs a model that draws; --images {str(images)!r} are drawn already")
     # Ranges and names
     if count is not None:
         check_integer("count", count, 1, 10_000_000)
@@ -120,6 +120,14 @@ def check_comparison(comparison: Comparison, drawing: dict[str, Any]) -> None:
         check_choice("split", comparison.split, ("train", "held_out"))
     if comparison.image_size is not None:
         check_range("image-size", comparison.image_size, 8, 4096)
+
+
+def check_statistics_suffice(comparison: Comparison) -> None:
+    """Raise InputError for options that need a reference of images, where it is a file of their statistics."""
+    if comparison.images is None:
+        raise InputError(f"{str(comparison.reference)!r} contains statistics, but no captions to draw; give --images")
+    for name, value in {"--split": comparison.split, "--statistics": comparison.statistics}.items():
+        flags.check_needed(name, value, "images as the reference, not their statistics", False)
 
 
 def measure_and_report(
@@ -138,13 +146,10 @@ def measure_and_report(
     from t2i.runtime.devices import resolve_device_name
     from t2i.runtime.launch import check_environment, end_process_group
 
-    reference, folder, clip_score = comparison.reference, comparison.pictures, comparison.clip_score
+    reference, folder, clip_score = comparison.reference, comparison.images, comparison.clip_score
     is_statistics_file = reference.suffix == ".safetensors" and reference.is_file()
-    if is_statistics_file and folder is None:
-        raise InputError(f"{str(reference)!r} contains statistics, but no captions to draw; give --images")
     if is_statistics_file:
-        for name, value in {"--split": comparison.split, "--statistics": comparison.statistics}.items():
-            flags.check_needed(name, value, "images as the reference, not their statistics", False)
+        check_statistics_suffice(comparison)
 
     # Load the models onto the device of this process
     check_environment()

@@ -41,11 +41,11 @@ COMMAND_KEYS = {
 
 @app.command()
 def show(
-    picture: Annotated[Path, argument("PNG file.")],
+    image: Annotated[Path, argument("PNG file.")],
     as_json: Annotated[bool, option("Print a JSON object.", None, "--json")] = False,
 ) -> None:
     """Print the settings that an image was drawn with, from its PNG file, one a line."""
-    settings, _ = read_stored_settings(picture)
+    settings, _ = read_stored_settings(image)
     if as_json:
         print(json.dumps(settings, indent=1))
         return

@@ -32,7 +32,7 @@ def load_clip_model(clip: str, device: str) -> "CLIP":
 
 @app.command()
 def classify(
-    pictures: flags.ImageFiles,
+    images: flags.ImageFiles,
     labels: Annotated[str | None, option("Comma-separated labels.")] = None,
     labels_file: Annotated[Path | None, option("Text file with one label per line.")] = None,
     template: Annotated[
@@ -62,8 +62,8 @@ def classify(
 
     # Classify and print
     model = load_clip_model(clip, device)
-    job = BulkJob(len(pictures))
-    usable, z_i = embed_usable_files(model, pictures, job)
+    job = BulkJob(len(images))
+    usable, z_i = embed_usable_files(model, images, job)
     for path, row in zip(usable, classify_image_embeds(model, z_i, names, templates).tolist()):
         ranked = sorted(zip(row, names), reverse=True)
         if as_json:
@@ -118,7 +118,7 @@ def search(
 
 @app.command()
 def similarity(
-    pictures: flags.ImageFiles,
+    images: flags.ImageFiles,
     text: Annotated[
         list[str] | None, option("Text to compare with, repeatable; without it, each other.", metavar="TEXT")
     ] = None,
@@ -139,19 +139,19 @@ def similarity(
         reason = "exists and is not overwritten" if out.exists() else "does not end in .png"
         raise InputError(f"out is {str(out)!r}, which {reason}; give another name")
     check_texts("text", text or [], empty=False)
-    job, thumbnails = BulkJob(len(pictures)), []
-    for path in pictures:
+    job, thumbnails = BulkJob(len(images)), []
+    for path in images:
         with job.skip_bad_input(path, OSError):
             thumbnails.append((path, to_tensor(open_image(path), 64)))
     job.check_any_left()
-    pictures = [path for path, _ in thumbnails]
+    images = [path for path, _ in thumbnails]
 
     # Compare
     model = load_clip_model(clip, device)
-    z_i = embed_image_files(model, pictures)
+    z_i = embed_image_files(model, images)
     rows = embed_labels(model, text).cpu() if text else z_i
-    names = text or [path.stem for path in pictures]
-    title = f"cosine of {'text and picture' if text else 'two pictures'}"
+    names = text or [path.stem for path in images]
+    title = f"cosine of {'text and image' if text else 'two images'}"
     out.parent.mkdir(parents=True, exist_ok=True)
     shown = to_pil_images(torch.stack([thumbnail for _, thumbnail in thumbnails]))
     build_similarity_matrix(rows @ z_i.T, shown, names, title, paired=False).save(out)

@@ -27,7 +27,8 @@ def serve(
 ) -> None:
     """Serve a model to clients of the OpenAI images API, until the process is told to stop.
 
-    Requests that come at the same time are drawn together. Each image is the one that `t2i generate` draws of its seed.
+    Requests that come at the same time are drawn together. An image is the one that `t2i generate` draws with the same
+    seed and settings.
     """
     try:
         import starlette  # noqa: F401

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -55,6 +56,25 @@ def test_the_help_shows_the_defaults_that_the_pipelines_have():
     assert shown("upsample", "level") == f"{upsampling['level'].default:g}"
     assert shown("upsample", "tile") == str(upsampling["tile"].default)
     assert shown("edit", "theta") == str(DEFAULT_THETA)
+
+
+def list_commands(command: Any, path: str = "t2i") -> dict[str, Any]:
+    """All commands by their words, without groups."""
+    if not hasattr(command, "commands"):
+        return {path: command}
+    return {
+        name: found
+        for word, part in command.commands.items()
+        for name, found in list_commands(part, f"{path} {word}").items()
+    }
+
+
+@pytest.mark.parametrize(("path", "command"), list_commands(get_command(cli.app)).items())
+def test_usage_and_help_call_an_image_by_that_word(path, command):
+    usage = command.collect_usage_pieces(command.make_context(path, [], resilient_parsing=True))
+    helps = [command.help or "", *(getattr(parameter, "help", None) or "" for parameter in command.params)]
+    names = [parameter.opts[0] for parameter in command.params]  # old names that still work come after the first
+    assert not [text for text in (*usage, *helps, *names) if re.search("picture", text, re.IGNORECASE)]
 
 
 def test_generate_writes_pictures_that_know_how_they_were_made(monkeypatch, capsys, pipeline_folder, tmp_path):

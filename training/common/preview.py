@@ -176,7 +176,7 @@ def draw_autoencoder_preview(autoencoder: Autoencoder, pictures: Tensor) -> Imag
     pictures = pictures.to(autoencoder.device)
     decoded = apply_in_batches(lambda part: autoencoder.decode(autoencoder.encode(part)).float(), pictures)
     psnr = 10 * torch.log10(4 / (decoded.clamp(-1, 1) - pictures).square().mean(dim=(1, 2, 3)))  # images span 2
-    rows = {"picture": to_pil_images(pictures), "reconstruction": to_pil_images(decoded)}
+    rows = {"image": to_pil_images(pictures), "reconstruction": to_pil_images(decoded)}
     return build_labelled_rows(rows, [f"{value:.1f} dB" for value in psnr.tolist()])
 
 
@@ -240,7 +240,7 @@ def draw_decoder_preview(
     # A row for each input at hand; rows of samples are shorter than those that prompts have too
     rows: dict[str, list] = {}
     if columns.pictures is not None:
-        rows["picture"] = to_pil_images(columns.pictures)
+        rows["image"] = to_pil_images(columns.pictures)
     embeddings = {"decoder from the true image embedding": columns.z_i, "decoder from the prior": prior_z_i}
     for label, z_i in embeddings.items():
         if z_i is not None and len(z_i):
