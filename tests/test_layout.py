@@ -127,6 +127,12 @@ def test_docstrings_begin_with_a_verb_or_a_noun():
     assert found == []
 
 
+def test_three_lines_in_a_hundred_are_comments():
+    texts = [path.read_text() for path in MODULES.values()]
+    comments = sum(len(re.findall(r"^\s*#", text, re.MULTILINE)) for text in texts)
+    assert comments / sum(text.count("\n") for text in texts) >= 0.03
+
+
 def test_files_functions_and_their_parameters_keep_to_the_limits():
     beyond = []
     for name, path in MODULES.items():
