@@ -44,6 +44,8 @@ class DataConfig:
         check_integer("data.bucket_step", self.bucket_step, 1, 4096)
         check_fields(self, "data.", max_ratio=(1, 16), max_crop=(0, 1))
         check_choice("data.crop", self.crop, ("center", "random"))
+        if self.max_ratio != DataConfig.max_ratio and not self.buckets:
+            raise InputError(f"data.max_ratio={self.max_ratio:g} needs data.buckets=true, whose shapes it limits")
         if self.buckets:
             check_multiple_of("data.image_size", self.image_size, self.bucket_step)
 

@@ -61,8 +61,8 @@ class LabelledDataset(SampleDataset):
     def buckets(self) -> np.ndarray | None:
         return self.dataset.buckets
 
-    def format_shape_lines(self) -> list[str]:
-        return self.dataset.format_shape_lines()
+    def format_shape_lines(self, step_size: int = 0) -> list[str]:
+        return self.dataset.format_shape_lines(step_size)
 
     def __getitems__(self, keys: list[SampleIndex]) -> Batch:
         batch = self.dataset.__getitems__(keys)

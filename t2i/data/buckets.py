@@ -1,7 +1,7 @@
 """Buckets: shapes with about as many pixels as the square, to the nearest of which images are cropped."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -68,16 +68,22 @@ def compute_lost_fractions(
     return 1 - np.minimum(ratios, 1 / ratios)
 
 
-def format_bucket_lines(shapes: Sequence[Shape], numbers: np.ndarray, lost: np.ndarray | None = None) -> list[str]:
-    """Return lines about how many images have which shape, and how much of them is cropped away, if that is known."""
-    lines = []
-    if len(shapes) > 1:
-        counts = np.bincount(numbers, minlength=len(shapes))
-        parts = [f"{count:,} of {width} x {height}" for (height, width), count in zip(shapes, counts) if count]
-        lines.append(f"shapes: {', '.join(parts)}")
-    if lost is not None and (line := format_lost_line(lost.mean(), (lost > MUCH_LOST).sum(), len(lost))):
-        lines.append(line + ("" if len(shapes) > 1 else "; data.buckets=true keeps shapes"))
-    return lines
+def format_shapes_line(shapes: Iterable[Shape], numbers: np.ndarray, step_size: int = 0) -> str:
+    """Return a line about how many images have which shape, and which shapes have fewer images than a step."""
+    counts = np.bincount(numbers).tolist()
+    sides = {f"{width} x {height}": count for (height, width), count in zip(shapes, counts) if count}
+    line = "shapes: " + ", ".join(f"{count:,} of {name}" for name, count in sides.items())
+    small = [name for name, count in sides.items() if count < step_size]
+    return line + (f"; a step of {step_size:,} images repeats some of {', '.join(small)}" if small else "")
+
+
+def format_losses(lost: np.ndarray, remedy: str = "", what: str = "crops") -> list[str]:
+    """Return a line about the fractions of images that crops take, (N,), or none if that is little.
+
+    remedy: what keeps more.
+    """
+    line = format_lost_line(lost.mean(), (lost > MUCH_LOST).sum(), len(lost), what)
+    return [line + remedy] if line else []
 
 
 def format_lost_line(mean: float, much: int, count: int, what: str = "crops") -> str:

@@ -138,10 +138,10 @@ class CachedPairs(SampleDataset):
     def buckets(self) -> np.ndarray | None:
         return None if self.latent_shapes is None else self.latent_shapes.numbers
 
-    def format_shape_lines(self) -> list[str]:
+    def format_shape_lines(self, step_size: int = 0) -> list[str]:
         if self.latent_shapes is None or self.autoencoder_facts is None:
             return []
-        return [self.latent_shapes.format_line(self.autoencoder_facts.factor)]
+        return [self.latent_shapes.format_line(self.autoencoder_facts.factor, step_size)]
 
     def __len__(self) -> int:
         return self.size

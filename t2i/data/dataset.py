@@ -15,7 +15,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from t2i.config import DataConfig
-from t2i.data.buckets import Shape, assign_buckets, compute_lost_fractions, format_bucket_lines, list_image_shapes
+from t2i.data.buckets import (
+    Shape,
+    assign_buckets,
+    compute_lost_fractions,
+    format_losses,
+    format_shapes_line,
+    list_image_shapes,
+)
 from t2i.data.framing import Framing, View, describe_clip_input
 from t2i.data.manifest import Manifest, open_manifest, open_manifests
 from t2i.data.pictures import decode_image, silence_pillow
@@ -121,8 +128,8 @@ class SampleDataset(Dataset[Batch], ABC):
         """The number of each sample's shape, (N,), of which a batch has one; None if all have the same."""
         return None
 
-    def format_shape_lines(self) -> list[str]:
-        """Return lines about the shapes of the images; none without buckets."""
+    def format_shape_lines(self, step_size: int = 0) -> list[str]:
+        """Return lines about the shapes of the images. step_size: images of a step, which have one shape."""
         return []
 
 
@@ -141,18 +148,23 @@ class CaptionedPictures(SampleDataset):
         self.shapes = list_image_shapes(config)
         self.shape_numbers, self.lost = self.measure_crops()
         # Leave out images that a crop would cut too much
-        if (self.lost > config.max_crop).any():
-            if (self.lost > config.max_crop).all():
+        self.left_out = int((self.lost > config.max_crop).sum())  # images, by `max_crop`
+        if self.left_out:
+            if self.left_out == len(self.lost):
                 images = f"all images of {config.path!r}" + (f", split {split!r}" if split else "")
                 raise InputError(f"data.max_crop={config.max_crop:g} leaves out {images}")
             self.manifest = self.manifest.select_rows(self.lost <= config.max_crop)
             self.shape_numbers, self.lost = self.measure_crops()
 
-    def measure_crops(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the number of each image's shape, and the fraction of it that is cropped away, (N,)."""
+    def measure_crops(self, shapes: list[Shape] | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Return the number of each image's shape, and the fraction of it that is cropped away, (N,).
+
+        shapes: to crop to; None is those that are trained on.
+        """
+        shapes = self.shapes if shapes is None else shapes
         heights, widths = (self.manifest.table[name].to_numpy() for name in ("height", "width"))
-        numbers = assign_buckets(heights, widths, self.shapes)
-        return numbers, compute_lost_fractions(heights, widths, self.shapes, numbers)
+        numbers = assign_buckets(heights, widths, shapes)
+        return numbers, compute_lost_fractions(heights, widths, shapes, numbers)
 
     def add_clip_view(self, clip: "CLIP", alone: bool = False) -> dict[str, str]:
         """Add the form of images that this CLIP takes to what is read, or read it alone.
@@ -166,11 +178,23 @@ class CaptionedPictures(SampleDataset):
     def buckets(self) -> np.ndarray | None:
         return None if len(self.shapes) == 1 or self.framing.for_clip else self.shape_numbers
 
-    def format_shape_lines(self) -> list[str]:
-        """Return lines about the shapes of the images and what crops take from them."""
-        if self.framing.for_clip:
-            return []
-        return format_bucket_lines(self.shapes, self.shape_numbers, self.lost)
+    def format_shape_lines(self, step_size: int = 0) -> list[str]:
+        """Return lines about the shapes of the images, what crops take from them, and how many are left out."""
+        lines, for_clip, seen = [], self.framing.for_clip, self.framing.seen
+        if self.left_out:
+            count = len(self) + self.left_out
+            lines.append(f"data.max_crop={self.config.max_crop:g} leaves out {self.left_out:,} of {count:,} images")
+        if self.config.buckets and not for_clip:
+            steps = 0 if self.buckets is None else step_size
+            lines.append(format_shapes_line(self.shapes, self.shape_numbers, steps))
+        if not for_clip:
+            lines += format_losses(self.lost, "" if self.config.buckets else "; data.buckets=true keeps shapes")
+        # Without buckets both models see the same square
+        if seen is not None and (for_clip or self.config.buckets) and seen.crops:
+            lines += format_losses(self.measure_crops([(1, 1)])[1], what="CLIP sees squares: crops")
+        if for_clip and self.config.buckets:
+            lines.append("data.buckets=true makes no shapes here, for CLIP alone sees the images")
+        return lines
 
     def __len__(self) -> int:
         return len(self.manifest)

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from t2i.data.buckets import format_shapes_line
+
 
 class LatentShapes:
     """The shape of each image's latents, and their row among those of this shape in its shard.
@@ -41,11 +43,9 @@ class LatentShapes:
         assert len(numbers) == 1, "a batch is of one bucket"
         return self.name(int(numbers[0])), torch.from_numpy(self.rows[indices])
 
-    def format_line(self, factor: int) -> str:
-        """Return a line about how many images have which shape. factor: pixels of a side per latent."""
-        counts = np.bincount(self.numbers)
-        shown = [f"{count:,} of {w * factor} x {h * factor}" for count, (h, w) in zip(counts, self.shapes.tolist())]
-        return f"shapes: {', '.join(shown)}"
+    def format_line(self, factor: int, step_size: int = 0) -> str:
+        """Return `format_shapes_line` of the images. factor: pixels of a side per latent."""
+        return format_shapes_line((self.shapes * factor).tolist(), self.numbers, step_size)
 
 
 def name_latents(height: int, width: int) -> str:

@@ -254,6 +254,11 @@ class Resizing:
         square = steps["side"][-1] if steps["side"] else clip.size
         return cls(steps["side"], square, steps["interpolation"], steps.get("rounds_down", False))
 
+    @property
+    def crops(self) -> bool:
+        """Whether the square is a part of an image, not the whole image squeezed."""
+        return len(self.side) < 2
+
     def apply(self, picture: Picture) -> Picture:
         """Resize and crop a PIL image, or a tensor, (3, H, W)."""
         if self.side:

@@ -7,7 +7,8 @@ from t2i.config import DataConfig
 from t2i.data.buckets import (
     assign_buckets,
     compute_lost_fractions,
-    format_bucket_lines,
+    format_losses,
+    format_shapes_line,
     list_bucket_shapes,
     list_image_shapes,
 )
@@ -59,18 +60,18 @@ def test_the_square_alone_loses_what_a_square_loses():
     assert numbers.tolist() == [0, 0, 0]
     lost = compute_lost_fractions(heights, widths, [(64, 64)], numbers)
     np.testing.assert_allclose(lost, [0, 1 / 3, 0.9])
-    (line,) = format_bucket_lines([(64, 64)], numbers, lost)
+    (line,) = format_losses(lost, "; data.buckets=true keeps shapes")
     assert line == "crops take 41% of the images, and more than 20% of 2 of 3; data.buckets=true keeps shapes"
-    assert format_bucket_lines([(64, 64)], numbers[:1], lost[:1]) == []
+    assert format_losses(lost[:1]) == []
 
 
 def test_the_lines_count_pictures_by_shape():
     shapes = list_bucket_shapes(64, 16, 1.4)
-    lines = format_bucket_lines(shapes, np.array([2, 1, 2]), np.array([0.0, 0.3, 0.0]))
-    assert lines == [
-        "shapes: 1 of 64 x 64, 2 of 64 x 48",
-        "crops take 10% of the images, and more than 20% of 1 of 3",
-    ]
+    line = "shapes: 1 of 64 x 64, 2 of 64 x 48"
+    assert format_shapes_line(shapes, np.array([2, 1, 2])) == line
+    assert format_shapes_line(shapes, np.array([2, 1, 2]), 2) == line + "; a step of 2 images repeats some of 64 x 64"
+    crops = format_losses(np.array([0.0, 0.3, 0.0]))
+    assert crops == ["crops take 10% of the images, and more than 20% of 1 of 3"]
 
 
 @pytest.mark.parametrize(
@@ -87,3 +88,9 @@ def test_the_lines_count_pictures_by_shape():
 def test_settings_that_make_no_buckets_are_refused(settings, message):
     with pytest.raises(InputError, match=message):
         list_image_shapes(DataConfig("x", buckets=True, **settings))
+
+
+def test_a_ratio_of_buckets_needs_buckets():
+    with pytest.raises(InputError, match="data.max_ratio=3 needs data.buckets=true"):
+        DataConfig("x", max_ratio=3)
+    DataConfig("x", max_ratio=3, buckets=True)

@@ -163,10 +163,35 @@ def test_pictures_that_would_lose_too_much_can_be_left_out(mixed):
     assert (len(whole), len(some)) == (20, 18) and some.get_sample_key(17) == "17.png"
     assert whole.compute_digest() != some.compute_digest()
     assert "more than 20% of 2 of 20" in whole.format_shape_lines()[1]
-    assert len(CaptionedPictures(DataConfig(str(mixed), 32, 0, max_crop=0.3))) == 5
+    squares = CaptionedPictures(DataConfig(str(mixed), 32, 0, max_crop=0.3))
+    assert len(squares) == 5 and "data.max_crop=0.3 leaves out 15 of 20 images" in squares.format_shape_lines()
     wide = whole.manifest.select_rows(whole.lost > 0.5)
     with pytest.raises(InputError, match="data.max_crop=0.5 leaves out all images"):
         CaptionedPictures(replace(config, max_crop=0.5), manifest=wide)
+
+
+def test_what_crops_take_of_the_image_that_clip_sees_is_said(mixed):
+    """Of a square 0, of 60 x 40 a third, of 40 x 61 21/61, of 90 x 50 4/9, of 200 x 20 nine tenths: a third of all."""
+    line = "crops take 33% of the images, and more than 20% of 15 of 20"
+    mean = (6 / 3 + 4 * 21 / 61 + 3 * 4 / 9 + 2 * 0.9) / 20
+    assert f"{mean:.0%}" == "33%"
+    squares, buckets = DataConfig(str(mixed), 32, 0), DataConfig(str(mixed), **CONFIG)
+    unused = "data.buckets=true makes no shapes here, for CLIP alone sees the images"
+    for config, alone, expected in (
+        (squares, True, [f"CLIP sees squares: {line}"]),
+        (squares, False, [f"{line}; data.buckets=true keeps shapes"]),
+        (buckets, True, [f"CLIP sees squares: {line}", unused]),
+    ):
+        dataset = CaptionedPictures(config)
+        dataset.add_clip_view(build_clip(16), alone)
+        assert dataset.format_shape_lines() == expected
+    dataset = CaptionedPictures(buckets)
+    dataset.add_clip_view(build_clip(16))
+    shapes, crops, seen = dataset.format_shape_lines(step_size=6)
+    assert shapes.startswith("shapes: ") and shapes.endswith("; a step of 6 images repeats some of 24 x 40, 32 x 32")
+    assert crops.startswith("crops take ") and seen == f"CLIP sees squares: {line}"
+    dataset.add_clip_view(build_clip(16, resize_mode="squash"), alone=True)  # the whole image
+    assert dataset.format_shape_lines() == [unused]
 
 
 def test_only_the_training_split_is_cropped_at_random_and_mirrored(shapes):

@@ -119,7 +119,8 @@ def check_stage(accelerator: Accelerator, stage: Stage, config: TrainConfig) -> 
     check_processes_agree(accelerator, {**settings, "samples": size})
     if size < processes:
         raise InputError(f"there are {processes} processes for {size} samples; start at most {size}")
-    for line in stage.dataset.format_shape_lines():
+    step_size = config.batch_size * config.gradient_accumulation * processes
+    for line in stage.dataset.format_shape_lines(step_size):
         accelerator.print(line)
 
 
