@@ -93,6 +93,7 @@ def draw_samplers(gallery: Gallery) -> Image.Image:
 
 
 def draw_guidance(gallery: Gallery) -> Image.Image:
+    """Draw one prompt with several scales and intervals of guidance."""
     scales = {
         "1 (off)": 1.0,
         "1.5": 1.5,

@@ -43,7 +43,7 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 def declare_option(default: Any, *idle: Idle) -> Any:
-    """Return the field of an option that has no effect in some cases, of which a call tells."""
+    """Return the field of an option. idle: the cases in which it has no effect, which a call warns of."""
     return field(default=default, metadata={"idle": idle})
 
 

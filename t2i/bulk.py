@@ -1,4 +1,4 @@
-"""Jobs over many inputs: a bad one is named and left out, the others are done, and the exit status says so."""
+"""Jobs over many inputs: a bad one is named and left out, the others are done, and the exit status reports that."""
 
 import sys
 from collections.abc import Iterator

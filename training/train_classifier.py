@@ -102,6 +102,7 @@ def build_stage(config: Config, source: EncodingSource, labels: Labels, device: 
     classifier = build_or_explain(LatentClassifier, "model", config.model, **needed).to(device)
 
     def loss(model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Return the losses of classes and embeddings at random noise levels, and the share of right classes."""
         batch = source.encode(batch)
         assert batch.latents is not None and batch.image_embeds is not None and batch.labels is not None
         x, count = batch.latents.float(), len(batch.index)

@@ -100,6 +100,7 @@ class Config:
 
 
 def main(config: Config) -> None:
+    """Train a decoder, from new weights or from those of `init`."""
     public = find_trainable_part(config.init, "unet", DECODER_PARTS)
     source = open_encodings(
         cache=config.cache,

@@ -130,6 +130,7 @@ class Config:
 
 
 def main(config: Config) -> None:
+    """Train a prior, from new weights or from those of `init`."""
     public = find_public_prior(config)
     source = open_encodings(config.cache, config.data, config.clip)
     accelerator = build_accelerator(config.train)
@@ -176,6 +177,7 @@ def build_stage(
 
     # Called with the wrapped model; `prior` is the bare one, for its null and its scales
     def loss(model: Module, batch: Batch) -> dict[str, Tensor]:
+        """Return the loss of the architecture, and the cosine of z_t and z_i beside it."""
         batch = source.encode(batch)
         text, z_i = batch.text, batch.image_embeds
         assert text is not None and z_i is not None, "a prior is trained on pairs"

@@ -73,6 +73,7 @@ def check_video_format(path: Path) -> None:
 
 
 def write_mp4(frames: Iterable[Image.Image], size: tuple[int, int], path: Path, fps: float) -> None:
+    """Write frames of one size, (width, height), as H.264; odd sides get one more pixel."""
     import av
 
     width, height = size

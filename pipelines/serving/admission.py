@@ -1,4 +1,4 @@
-"""Admission: which requests draw, which wait, and which are refused. It counts images, and knows no HTTP."""
+"""Admission: which requests draw, which wait, and which are refused. It counts images, and is independent of HTTP."""
 
 import threading
 import time

@@ -194,7 +194,7 @@ def build_stream_events(kind: str, event: Event, job: Job, values: dict[str, Any
 
 
 def describe_output(values: dict[str, Any], images: list[DrawnImage]) -> dict[str, Any]:
-    """Return what responses say of all of their images."""
+    """Return the fields of a response that apply to all of its images."""
     width, height = images[0].image.size
     return {
         "size": f"{width}x{height}",

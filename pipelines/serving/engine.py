@@ -177,7 +177,7 @@ class StepEngine:
 
     @contextmanager
     def set_stepping(self, stepping: bool) -> Iterator[None]:
-        """Say whether the others have to wait for the next step of this thread's request."""
+        """Set whether the others have to wait for the next step of this thread's request."""
         drawing: Drawing = self.own.drawing
         with self.changed:
             before, drawing.is_stepping = drawing.is_stepping, stepping

@@ -1,4 +1,4 @@
-"""The service behind the routes: requests wait for their turn, draw in threads, and tell what happens to them."""
+"""The service behind the routes: requests wait for their turn, draw in threads, and report events."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor

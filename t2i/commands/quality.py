@@ -201,6 +201,7 @@ def load_drawing_pipeline(comparison: Comparison, device: str) -> Any:
 
 
 def format_quality_lines(result: dict[str, Any], clip_score: str | None) -> list[str]:
+    """Return lines for the terminal: the counts, then each metric that was computed."""
     metrics, drawn, real = result["metrics"], result["drawn"]["count"], result["reference"]["count"]
     lines = [f"{drawn:,} drawn and {real:,} real images, features of {result['extractor']}"]
     is_inception = result["extractor"].startswith("inception")

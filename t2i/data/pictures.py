@@ -191,7 +191,7 @@ def to_eight_bits(image: Image.Image, reading: Reading = READING) -> tuple[Image
 
 
 def is_turned(image: Image.Image) -> bool:
-    """Return True if an image's EXIF tells to turn it. Broken EXIF tells nothing."""
+    """Return True if an image's EXIF has another orientation than upright. Broken EXIF has none."""
     if image.format == "JXL" and not getattr(image, "jpeg", False):  # its decoder turns it, unless it is a packed JPEG
         return False
     try:

@@ -131,6 +131,7 @@ def build_guided_predict(
     combine = ProjectedGuidance(guidance) if guidance.is_projected else None
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
+        """Return the guided prediction, like x, with the variance of the positive condition if one is learned."""
         if outside is not None and not low <= t <= high:
             return outside(x, t)
         # Negative first: `context` has the rows in this order
@@ -208,6 +209,7 @@ def build_steered_predict(
         return predict
 
     def predict_steered(x: Tensor, t: Tensor) -> Tensor:
+        """Return the prediction whose clean samples are moved along the gradient of the score."""
         with torch.enable_grad(), keep_used_weights():
             leaf = x.detach().requires_grad_()
             if of_x0:

@@ -20,7 +20,7 @@ except ImportError:  # Windows, where two runs in one folder are not noticed
 
 logger = logging.getLogger(__name__)
 
-# With these a file system says that it lacks an operation. A full or broken disk has other numbers.
+# A file system that lacks an operation raises these. A full or broken disk has other numbers.
 UNSUPPORTED_ERRORS = frozenset(
     getattr(errno, name) for name in ("EINVAL", "ENOSYS", "ENOTSUP", "EOPNOTSUPP", "ENOLCK") if hasattr(errno, name)
 )
@@ -29,7 +29,7 @@ REFUSED_ERRORS = UNSUPPORTED_ERRORS | {errno.EPERM, errno.EACCES}  # where permi
 
 @contextmanager
 def tolerate_missing(loss: str, errors: frozenset[int] = UNSUPPORTED_ERRORS) -> Iterator[None]:
-    """Suppress an OSError by which a file system says that it lacks an operation, and report `loss` once."""
+    """Suppress the OSError of a file system that lacks an operation, and report `loss` once."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What a PNG file tells of its making: the record of this project, or the text that other programs read and write."""
+"""Metadata of PNG files: the record of this project, and the text that other programs read and write."""
 
 import json
 import re

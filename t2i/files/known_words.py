@@ -1,4 +1,4 @@
-"""The words of the captions that a CLIP was trained on, to say which words of a prompt it never saw."""
+"""The words of the captions that a CLIP was trained on, to find the words of a prompt that it never saw."""
 
 import json
 import re

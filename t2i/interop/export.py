@@ -134,6 +134,7 @@ def write_config(path: Path, config: dict[str, Any]) -> None:
 
 
 def save_prior(components: Mapping[str, Any], target: Path) -> str:
+    """Write a prior as a PriorTransformer, and return the name of its class."""
     prior = components["prior"]
     if not isinstance(prior, EclipsePrior):
         return save_library_model(to_prior_transformer(prior), target)

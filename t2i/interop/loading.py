@@ -140,6 +140,7 @@ def load_model_prior(sources: "ModelFolders", clip: Any, dtype: torch.dtype | No
 
 
 def load_decoder(source: SourceFolder, dtype: torch.dtype | None) -> Any:
+    """Load the decoder of a public folder, as the class of its family."""
     match source.family:
         case "karlo":
             return KarloDecoder.from_components(
@@ -219,6 +220,7 @@ class ModelFolders:
                 )
 
     def check_clip_found(self, own_prior: SourceFolder | None) -> None:
+        """Raise InputError if no folder has a CLIP, or none the text encoder that the prior reads."""
         # No tower at all, or none for the captions that a prior reads
         first, prior = self.folders[0], own_prior or self.prior
         if not any(self.find_clip_tower(part) for part in CLIP_TOWERS):

@@ -121,6 +121,7 @@ class ParityCheck:
         return sample_image_embeds(pipeline.prior, pipeline.prior_scheduler, text, None, sampling)
 
     def sample_our_decoder(self, z_i: Tensor) -> Tensor:
+        """Return the latents, (B, C, h, w), that our decoder samples for z_i, (B, D)."""
         pipeline, generators = self.pipeline, self.build_generators()
         text: TextEncoding | Any = None
         if pipeline.text_encoder is not None:
@@ -189,6 +190,7 @@ class ParityCheck:
         )
 
     def sample_reference_prior(self) -> Tensor:
+        """Return the z_i, (B, D), that diffusers' prior samples for the prompts."""
         source = self.sources.prior
         assert source is not None, "there is a prior"
         z_t, states, mask = self.encode_captions()
@@ -273,6 +275,7 @@ class ParityCheck:
         return load_library_part(MultilingualCLIP, self.decoder, "multilingual_clip"), tokenizer
 
     def sample_kandinsky_latents(self, z_i: Tensor) -> Tensor:
+        """Return the latents, (B, C, h, w), that diffusers' Kandinsky pipeline samples for z_i, (B, D)."""
         side = self.pipeline.latent_shape[1] * self.pipeline.autoencoder.factor
         arguments: dict[str, Any] = {"image_embeds": z_i, "height": side, "width": side}
         arguments["negative_image_embeds"] = self.encode_zero_image().expand(len(z_i), -1)
@@ -317,6 +320,7 @@ class ParityCheck:
     # The reference: Stable unCLIP
 
     def sample_stable_unclip_latents(self, z_i: Tensor) -> Tensor:
+        """Return the latents, (B, C, h, w), that diffusers' Stable unCLIP pipeline samples for z_i, (B, D)."""
         source, vae = self.decoder, load_library_part(diffusers.AutoencoderKL, self.decoder, "vae")
         pipeline = diffusers.StableUnCLIPImg2ImgPipeline(
             feature_extractor=None,

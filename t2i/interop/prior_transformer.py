@@ -100,6 +100,7 @@ class RenamedComponent(Component):
             self.tensor_specs[name] = TensorSpec(first.dtype, compute_stacked_shape(first.shape, len(sources)))
 
     def iterate_tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Yield the names and tensors of a Prior, each joined from its public parts."""
         # Queries, keys and values may lie in any order; they wait for each other.
         waiting: dict[str, dict[str, Tensor]] = {}
         for public, tensor in self.part.iterate_tensors(dtype):

@@ -162,6 +162,7 @@ class Decoder(ImageTokensMixin, ModelMixin, ConfigMixin):
 
     @run_like_forward
     def step(self, x: Tensor, t: Tensor, context: DecoderContext) -> Tensor:
+        """Return the prediction, (B, C, H, W), or (B, 2C, H, W) with a learned variance. t: (B,)."""
         # Patches become tokens: (B, C, H, W) -> (B, C p^2, H / p, W / p) -> (B, h w, C p^2) -> (B, h w, width)
         patch = self.config.patch_size
         height, width = x.shape[-2] // patch, x.shape[-1] // patch

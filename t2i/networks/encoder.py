@@ -78,6 +78,7 @@ class Encoder(CompanionFiles, ModelMixin, ConfigMixin, ABC):
 
     # diffusers' pipelines look for the parameter `variant` in this signature before they pass it.
     def save_pretrained(self, save_directory: str | Path, variant: str | None = None, **kwargs: Any) -> None:
+        """Save the model with its tokenizer, and with the fingerprint that priors and decoders refer to."""
         if not self.has_tokenizer:
             # Without a tokenizer an encoder has no fingerprint: no prior or decoder refers to it.
             self.register_to_config(_without_tokenizer=True, fingerprint=None, rounded=False)

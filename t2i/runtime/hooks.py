@@ -28,6 +28,7 @@ def run_like_forward(method: Method) -> Method:
 
     @wraps(method)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call the method between the hooks' first and last parts, unless an outer call has run these already."""
         state = self.__dict__
         if "forward" not in state or IN_PLACE in state:  # hooks hide the class's `forward`; without any, this is all
             return method(self, *args, **kwargs)

@@ -315,6 +315,7 @@ def lock_folder(accelerator: Accelerator, folder: Path, setting: str = "train.ou
     files: list[Any] = []
 
     def lock() -> None:
+        """Create the folder and lock it. Raises InputError if that fails, or another process has locked it."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
             file = open(folder / "run.lock", "a+", encoding="utf-8")  # noqa: SIM115  open until the run ends

@@ -65,6 +65,7 @@ def open_metadata(root: Path, files: list[Path], notes: SourceNotes, columns: Co
                 yield build_metadata_sample(paths, name.parent, f"{name}:{number}", row, chosen[table], split)
 
     def iterate_samples(scratch_folder: Path) -> Iterator[Sample]:
+        """Yield the samples of the metadata, then the image files that it does not name."""
         left = {file.relative_to(root).as_posix() for file in files if is_image_file(file)}
         # Read the metadata twice rather than keep it in memory
         rows = Counter(sample.file for sample in iterate_listed_samples() if sample.file)
@@ -109,6 +110,7 @@ def iterate_metadata_rows(table: Path) -> Iterator[tuple[int, dict[str, Any] | R
 
 
 def iterate_stored_rows(table: Path) -> Iterator[tuple[int, dict[str, Any] | RejectedSample]]:
+    """Yield the line or row number and the values of each row of a JSON Lines, CSV or Parquet table."""
     if not table.is_file():
         raise InputError(f"{str(table)!r} is not an ordinary file")
     with open(table, "rb") as file:
@@ -133,6 +135,7 @@ def iterate_stored_rows(table: Path) -> Iterator[tuple[int, dict[str, Any] | Rej
 
 
 def iterate_csv_rows(text: TextIO, table: Path) -> Iterator[tuple[int, dict[str, Any] | RejectedSample]]:
+    """Yield the row number and the values of each row of a CSV file, whose delimiter its first line decides."""
     delimiter = find_delimiter(text.readline())
     text.seek(0)
     reader = csv.DictReader(text, delimiter=delimiter)

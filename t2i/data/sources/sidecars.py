@@ -37,6 +37,7 @@ def open_sidecars(root: Path, files: list[Path], notes: SourceNotes, columns: Co
     notes.count_ignored(file for file in files if file.suffix.lower() not in (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES))
 
     def iterate_samples(scratch_folder: Path) -> Iterator[Sample]:
+        """Yield a sample for each image file, then the text files without an image."""
         for name in names:
             sample = build_file_sample(name)
             if sample.problem is None:

@@ -104,6 +104,7 @@ class KandinskyDecoder(UNetDenoiser, ModelMixin):
         return CONTROL_FACTOR if self.unet.config.addition_embed_type == "image_hint" else None
 
     def build_unet_context(self, condition: ImageCondition) -> UNetDenoiserContext:
+        """Return z_i, the caption and the control image as the U-Net takes them. Raises for a part that is missing."""
         states, added = None, {"image_embeds": condition.embedding}
         if self.config.text_width is not None:
             if not isinstance(condition.text, TokenStates) or condition.text.pooled is None:
