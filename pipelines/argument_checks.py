@@ -98,19 +98,18 @@ def check_stage_inputs(
     prior: PriorOptions | None,
     decoder: DecoderOptions,
     count: int,
-    any_size: bool = False,
     canvas: tuple[int, int] | None = None,
     images_per_prompt: int = 1,
 ) -> None:
     """Refuse options that these stages do not take, to draw `count` images.
 
-    prior: None if the prior is not used. any_size: allow other sizes than the decoder was trained on. canvas: height
-    and width of given images that are painted in. images_per_prompt: number for each prompt or given image.
+    prior: None if the prior is not used. canvas: height and width of given images that are painted in.
+    images_per_prompt: number for each prompt or given image.
     """
     if canvas is not None and pipeline.decoder.control_factor is not None:
         raise InputError("this decoder is a ControlNet, which does not inpaint; use another decoder")
     check_stage_options(pipeline, prior, decoder)
-    check_image_sides(pipeline, decoder, any_size, canvas)
+    check_image_sides(pipeline, decoder, canvas)
     if decoder.steering is not None:
         check_steering(decoder.steering, pipeline.clip, pipeline.autoencoder, count)
     # The options' sides are checked before, against the trained size; noise has the canvas' size
@@ -204,16 +203,23 @@ def check_step_count(name: str, steps: int, scheduler: SchedulerMixin) -> None:
         raise InputError(f"{name} is {steps}, which {type(scheduler).__name__} refuses: {error}") from error
 
 
-def check_image_sides(
-    pipeline: Any, options: DecoderOptions, any_size: bool, canvas: tuple[int, int] | None = None
-) -> None:
+def adopt_latent_sides(pipeline: Any, options: DecoderOptions, latents: Tensor) -> DecoderOptions:
+    """Return options that draw the size of given latents, (N, C, h, w). Raises InputError if they ask for another."""
+    height, width = (side * pipeline.autoencoder.factor for side in latents.shape[-2:])
+    for name, asked, side in (("height", options.height, height), ("width", options.width, width)):
+        if asked not in (None, side):
+            raise InputError(f"{name} is {asked}, but the given latents are those of {side} pixels; leave it out")
+    return replace(options, height=height, width=width)
+
+
+def check_image_sides(pipeline: Any, options: DecoderOptions, canvas: tuple[int, int] | None = None) -> None:
     """Refuse a height or width that cannot be drawn, or that is not the canvas'."""
     trained_side = pipeline.image_size
     for name, side, own in zip(("height", "width"), (options.height, options.width), canvas or [trained_side] * 2):
         if side in (None, own):
             continue
-        if not any_size:
-            raise InputError(f"{name} is {side}, but the images have the size of the given ones; leave it out")
+        if canvas is not None:
+            raise InputError(f"{name} is {side}, but images that are painted in keep their size; leave it out")
         if options.steering is not None:
             raise InputError(f"{name} must be {trained_side} for images that are steered, got {side}")
         check_multiple_of(name, side, pipeline.autoencoder.factor * pipeline.decoder.latent_multiple)

@@ -210,9 +210,13 @@ class UnCLIPPipeline(Adapters, DiffusersNames, PromptEncoding, Interruptible, Ch
         """True if decoding is a diffusion of its own."""
         return self.autoencoder.is_cascade
 
+    def compute_image_shape(self, options: DecoderOptions) -> tuple[int, int]:
+        """Return the height and width, in pixels, that the options ask for."""
+        return options.height or self.image_size, options.width or self.image_size
+
     def compute_latent_shape(self, options: DecoderOptions) -> tuple[int, int, int]:
         """Return (C, h, w) of the images that the options ask for."""
-        height, width = (side or self.image_size for side in (options.height, options.width))
+        height, width = self.compute_image_shape(options)
         return self.latent_shape[0], height // self.autoencoder.factor, width // self.autoencoder.factor
 
     @property

@@ -3,7 +3,13 @@
 from dataclasses import dataclass
 from typing import Any, Unpack
 
-from t2i.pipelines.argument_checks import check_stage_inputs, check_tensor, repeat_image_embeds, warn_of_missing_caption
+from t2i.pipelines.argument_checks import (
+    adopt_latent_sides,
+    check_stage_inputs,
+    check_tensor,
+    repeat_image_embeds,
+    warn_of_missing_caption,
+)
 from t2i.pipelines.base import MAX_IMAGES, UnCLIPPipeline, UnCLIPPipelineOutput
 from t2i.pipelines.calls.call_keywords import DrawingKeywords
 from t2i.pipelines.calls.effects import UNGUIDED_PRIOR, UNREAD_PROMPT
@@ -73,25 +79,28 @@ class ImageToImagePipeline(UnCLIPPipeline):
         """Draw `num_images_per_prompt` images for each image. See `UnCLIPPipeline` for other arguments.
 
         Args:
-            image: resized and cropped to the size that the decoder draws. Or latents, (P, C, h, w), as
-                `output_type="latent"` gives them.
+            image: resized and cropped to `height` and `width`. Or latents, (P, C, h, w), as `output_type="latent"`
+                gives them, whose size is kept.
             prompt: None is what the images show.
             strength: fraction of the steps that are taken, in (0, 1]: 1 leaves nothing of an image but what it shows.
         """
         # Check the arguments
         check_strength(strength)
-        resolved = self.resolve_options(**options)
+        prior, decoder = self.resolve_options(**options)
         latents = read_latents(self, image)
-        given = read_images(image, self.image_size) if latents is None else latents
+        if latents is not None:
+            decoder = adopt_latent_sides(self, decoder, latents)
+        given = read_images(image, self.compute_image_shape(decoder)) if latents is None else latents
         count = len(given)
         texts = choose_text_pair(
             self, count, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, image_embeds is not None
         )
+        resolved = ResolvedOptions(prior, decoder)
         redrawing = plan_redrawing(self, count, texts, num_images_per_prompt, generator, resolved, image_embeds)
         count = len(redrawing.generators)
-        prior, decoder, images_per_prompt = redrawing.prior, redrawing.decoder, redrawing.images_per_prompt
-        check_stage_inputs(self, prior, decoder, count, images_per_prompt=images_per_prompt)
-        check_batch_fits(self, prior, decoder, count)
+        images_per_prompt = redrawing.images_per_prompt
+        check_stage_inputs(self, redrawing.prior, decoder, count, images_per_prompt=images_per_prompt)
+        check_batch_fits(self, redrawing.prior, decoder, count)
 
         # Draw
         # A CLIP without an image encoder will do where prompts say what to draw
@@ -152,15 +161,15 @@ def compute_image_embeds(
     return z_i, text
 
 
-def read_latents(pipeline: UnCLIPPipeline, image: Any, any_size: bool = False) -> Tensor | None:
+def read_latents(pipeline: UnCLIPPipeline, image: Any) -> Tensor | None:
     """Return given images that are latents, (P, C, h, w), fp32, on the device; None for pixels.
 
-    Latents have the decoder's number of channels, unless that is 3, as of pixels. Raises InputError for other sides.
+    Latents have the decoder's number of channels, unless that is 3, as of pixels. Raises InputError for bad values.
     """
     channels = pipeline.latent_shape[0]
     if channels == 3 or not isinstance(image, Tensor) or image.ndim != 4 or image.shape[1] != channels:
         return None
-    check_tensor("image (latents)", image, ("N", channels, "h", "w") if any_size else ("N", *pipeline.latent_shape))
+    check_tensor("image (latents)", image, ("N", channels, "h", "w"))
     return image.to(pipeline._execution_device).float()
 
 

@@ -51,7 +51,7 @@ class ImageVariationPipeline(InvertingPipeline):
         the image itself for eta 0, and differ more the larger eta is.
 
         Args:
-            image: resized and cropped to the size that the decoder draws. Or what `invert` returned for images.
+            image: resized and cropped to `height` and `width`. Or what `invert` returned for images.
             prompt: caption that caption-reading decoders read; None is nothing.
             eta: None starts from new noise. From 0 to 1, starts from the image's own, and this is how much of the
                 noise of ancestral sampling is added in each step. Then the default options are 50 steps and no
@@ -63,7 +63,7 @@ class ImageVariationPipeline(InvertingPipeline):
         # Check the arguments
         check_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES)
         prior, decoder = self.resolve_options(**options, eta=eta)
-        given, count = self.read_image_or_latent(image)
+        given, count, decoder = self.read_image_or_latent(image, decoder, eta is not None)
         if eta is not None and not isinstance(given, BipartiteLatent):
             check_inversion_guidance(decoder)
         prompts = list_prompts("prompt", prompt, count)
@@ -73,7 +73,7 @@ class ImageVariationPipeline(InvertingPipeline):
             raise InputError("negative_prompt is for images from new noise; leave out one of both")
         imagines = bool(negatives) and check_negative_prompt(self)
         count, used_prior = len(generators), prior if imagines else None
-        check_stage_inputs(self, used_prior, decoder, count, eta is None, images_per_prompt=num_images_per_prompt)
+        check_stage_inputs(self, used_prior, decoder, count, images_per_prompt=num_images_per_prompt)
         check_batch_fits(self, None, decoder, count)
         if eta == 0 and num_images_per_prompt > 1:
             logger.warning("num_images_per_prompt is %d, but with eta 0 they are all the same", num_images_per_prompt)

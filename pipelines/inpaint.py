@@ -174,7 +174,7 @@ class InpaintPipeline(UnCLIPPipeline):
 
     def read_canvas(self, image: Any) -> Tensor:
         """Return images to paint in, (P, 3, H, W), in [-1, 1]. Latents, (P, C, h, w), are decoded."""
-        latents = read_latents(self, image, any_size=True)
+        latents = read_latents(self, image)
         return read_images(image) if latents is None else self.decode_images(latents).clamp(-1, 1).cpu()
 
     def pad_to_latent_cells(self, x: Tensor) -> Tensor:

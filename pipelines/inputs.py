@@ -15,6 +15,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from t2i.checks import check_choice, check_integer
+from t2i.data.buckets import Shape
+from t2i.data.framing import Covering, compute_covering_size
 from t2i.data.pictures import (
     READING,
     Reading,
@@ -22,7 +24,6 @@ from t2i.data.pictures import (
     open_image,
     to_eight_bits,
     to_rgb,
-    to_tensor,
 )
 from t2i.errors import InputError
 from t2i.limits import find_max_pixels
@@ -43,48 +44,57 @@ ImageInputs: TypeAlias = ImageInput | Sequence[ImageInput]
 class GivenImages(NamedTuple):
     """Images as the decoder and as CLIP get them: each resized once, from the image as it was given."""
 
-    pixels: Tensor  # (N, 3, S, S), in [-1, 1]
+    pixels: Tensor  # (N, 3, H, W), in [-1, 1]
     seen: Tensor  # (N, 3, s, s), in [-1, 1]: what CLIP sees
 
 
-def read_given_images(images: ImageInputs, size: int, clip: CLIP, name: str = "image") -> GivenImages:
-    """Read images for a decoder of this size and for a CLIP; see `read_images`."""
+def read_given_images(images: ImageInputs, size: int | Shape, clip: CLIP, name: str = "image") -> GivenImages:
+    """Read images for a decoder that draws this size, and for a CLIP; see `read_images`."""
     pixels, resizing = read_images(images, size, name), Resizing.for_clip(clip)
     # Where CLIP takes the same squares, the images are read once
-    is_same = resizing == Resizing((size,), size)
+    is_same = resizing == find_resizing(size)
     return GivenImages(pixels, pixels if is_same else read_images(images, resizing, name))
 
 
-def read_images(images: ImageInputs, size: int | Resizing | None = None, name: str = "image") -> Tensor:
-    """Read images, (N, 3, size, size), fp32, in [-1, 1]: the short side resized to `size`, the middle cut out.
+def read_images(
+    images: ImageInputs, size: int | Shape | Resizing | Covering | None = None, name: str = "image"
+) -> Tensor:
+    """Read images, (N, 3, H, W), fp32, in [-1, 1]: resized to cover `size`, the middle cut out.
 
-    Without a size: (N, 3, H, W), images as they are; those of another size than the first are resized to its.
+    Without a size images stay as they are; those of another size than the first are resized to its.
 
     Args:
         images: one or a list: PIL images; paths; arrays (H, W, 3), of uint8, or of floats in [0, 1]; tensors (3, H, W),
             likewise. Arrays and tensors may have a first dimension more: several images.
-        size: side in pixels. An image that has it already keeps its values. Or how images are resized.
+        size: (H, W), or the side of a square, in pixels. An image that has it already keeps its values. Or how images
+            are resized.
         name: word for the argument, for the message.
 
     Raises:
         InputError: for what is no image, does not decode, is too large, or has values out of range; for none at all.
     """
-    if isinstance(size, int):
-        check_integer("size", size, 1, MAX_IMAGE_SIZE)
-        size = Resizing((size,), size)
+    resizing = find_resizing(size) if isinstance(size, int | tuple) else size
     items = split_images(images, name)
     if not items:
         raise InputError(f"{name} has no images; give one or more")
     if len(items) > MAX_INPUT_IMAGES:
         raise InputError(f"{name} has {len(items)} images; at most {MAX_INPUT_IMAGES} are taken")
     numbered = len(items) > 1
-    pixels = [read_image(item, size, f"{name} {i + 1}" if numbered else name) for i, item in enumerate(items)]
+    pixels = [read_image(item, resizing, f"{name} {i + 1}" if numbered else name) for i, item in enumerate(items)]
     # One tensor has one size: that of the first image
     for i, image in enumerate(pixels):
         if image.shape != pixels[0].shape:
             log_resizing(f"{name} {i + 1}", image, pixels[0].shape[-2:], "the first image")
             pixels[i] = resize_like_diffusers(image, pixels[0].shape[-2:])
     return torch.stack(pixels)
+
+
+def find_resizing(size: int | Shape) -> Resizing | Covering:
+    """Return how images are resized to cover a size, (H, W), or the side of a square. Raises InputError."""
+    shape = (size, size) if isinstance(size, int) else size
+    for side in shape:
+        check_integer("size", side, 1, MAX_IMAGE_SIZE)
+    return Resizing(shape[:1], shape[0]) if shape[0] == shape[1] else Covering(shape)
 
 
 class ControlImages(NamedTuple):
@@ -104,15 +114,11 @@ def fit_control_images(images: ControlImages, count: int, size: tuple[int, int])
     Those that have `size` keep their values. One is for all, several for equal numbers in a row.
     """
     pixels = images.pixels
-    (height, width), (given_height, given_width) = size, pixels.shape[-2:]
     # As given images are resized, so that a control image of such an image's size still fits it
-    if height * given_width >= width * given_height:
-        covering = [height, height * given_width // given_height]
-    else:
-        covering = [width * given_height // given_width, width]
+    covering = compute_covering_size(pixels.shape[-2], pixels.shape[-1], size)
     if list(pixels.shape[-2:]) != covering:
         pixels = v2.functional.resize(pixels, covering, v2.InterpolationMode.BICUBIC, antialias=True).clamp(-1, 1)
-    pixels = v2.functional.center_crop(pixels, [height, width])
+    pixels = v2.functional.center_crop(pixels, list(size))
     return (pixels / 2 + 0.5).repeat_interleave(count // len(pixels), dim=0)
 
 
@@ -230,8 +236,8 @@ def split_images(images: Any, name: str = "image", least_dimensions: int = 3) ->
     raise InputError(f"{name} must be an image or a list of images, got {type(images).__name__}")
 
 
-def read_image(image: ImageInput, size: Resizing | None, name: str = "image") -> Tensor:
-    """Read one image, (3, S, S), or (3, H, W) without a size; fp32, in [-1, 1]. Raises InputError."""
+def read_image(image: ImageInput, size: Resizing | Covering | None, name: str = "image") -> Tensor:
+    """Read one image, (3, H, W), fp32, in [-1, 1]. Raises InputError."""
     if isinstance(image, str | Path):
         check_image_file(name, image)
         return convert_to_tensor(open_image(image), size)
@@ -250,8 +256,8 @@ def read_image(image: ImageInput, size: Resizing | None, name: str = "image") ->
     return resize_and_crop(scale_pixel_values(values, name), size)
 
 
-def convert_to_tensor(image: Image.Image, size: Resizing | None) -> Tensor:
-    return to_tensor(image, size) if size is not None else pil_to_tensor(image).float() / 127.5 - 1
+def convert_to_tensor(image: Image.Image, size: Resizing | Covering | None) -> Tensor:
+    return pil_to_tensor(image if size is None else size.apply(image)).float() / 127.5 - 1
 
 
 def scale_pixel_values(values: Tensor, name: str) -> Tensor:
@@ -266,9 +272,9 @@ def scale_pixel_values(values: Tensor, name: str) -> Tensor:
     return values.float() * 2 - 1
 
 
-def resize_and_crop(values: Tensor, size: Resizing | None) -> Tensor:
-    """Return (3, S, S) of (3, H, W), as `to_tensor` does with PIL images, but without rounding to bytes."""
-    if size is None or values.shape[1:] == (size.square, size.square):
+def resize_and_crop(values: Tensor, size: Resizing | Covering | None) -> Tensor:
+    """Resize (3, H, W), as `convert_to_tensor` does with PIL images, but without rounding to bytes."""
+    if size is None or values.shape[1:] == size.shape:
         return values
     return size.apply(values).clamp(-1, 1)
 

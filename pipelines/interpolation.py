@@ -98,13 +98,14 @@ class InterpolationPipeline(InvertingPipeline):
         check_stage_options(self, prior if texts else None, decoder)
         check_stage_inputs(self, None, decoder, len(rows))
         check_batch_fits(self, None, decoder, min(len(rows), FRAMES_PER_BATCH))
-        images = read_given_images(image_anchors, self.image_size, self.clip, "anchors") if image_anchors else None
+        size = self.compute_image_shape(decoder)
+        images = read_given_images(image_anchors, size, self.clip, "anchors") if image_anchors else None
         ends = self.encode_anchors(checked, images, inverted, prior, decoder, generator)
 
         # Mix, and draw in batches
         z_i = torch.stack([compute_spherical_mean(ends.image_embeds, row) for row in rows])
-        flat_noise = ends.latents.flatten(1)
-        x_T = torch.stack([compute_spherical_mean(flat_noise, row).view(self.latent_shape) for row in rows])
+        x_T = torch.stack([compute_spherical_mean(ends.latents.flatten(1), row) for row in rows])
+        x_T = x_T.unflatten(1, ends.latents.shape[1:])
         drawn = []
         for start in range(0, len(rows), FRAMES_PER_BATCH):
             part = slice(start, start + FRAMES_PER_BATCH)
@@ -146,7 +147,7 @@ class InterpolationPipeline(InvertingPipeline):
         """Compute z_i and x_T of each anchor; texts, and images that are not inverted, have one noise in common."""
         is_text = torch.tensor([isinstance(anchor, str) for anchor in anchors])
         (prior_generator,), (noise_generator,) = split_generators(generator, 1)
-        noise = generate_noise(self.latent_shape, [noise_generator], self._execution_device)
+        noise = generate_noise(self.compute_latent_shape(decoder), [noise_generator], self._execution_device)
         # Drawn after the noise, so that the noise is that of the generator's first numbers
         seed = int(torch.randint(2**62, (1,), generator=noise_generator))
         latents = noise.repeat(len(anchors), 1, 1, 1)

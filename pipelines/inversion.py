@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from t2i.pipelines.argument_checks import check_stage_inputs, check_tensor, list_prompts
+from t2i.pipelines.argument_checks import adopt_latent_sides, check_stage_inputs, check_tensor, list_prompts
 from t2i.pipelines.base import UnCLIPPipeline
 from t2i.pipelines.calls.arguments import check_argument_order
 from t2i.pipelines.calls.progress import show_steps
@@ -44,14 +44,17 @@ class InvertingPipeline(UnCLIPPipeline):
         num_inference_steps: int = INVERSION_DEFAULTS["num_inference_steps"],  # type: ignore[assignment]
         guidance_scale: float | Guidance = INVERSION_DEFAULTS["guidance_scale"],
         control_image: ImageInputs | None = None,
+        height: int | None = None,
+        width: int | None = None,
     ) -> BipartiteLatent:
         """Invert N images: (z_i, x_T), from which DDIM draws them again, up to what the autoencoder loses.
 
         Args:
-            image: resized and cropped to the size that the decoder draws.
+            image: resized and cropped to `height` and `width`.
             prompt: caption that caption-reading decoders read meanwhile, one for all or one an image; None is nothing.
             num_inference_steps, guidance_scale, control_image: the same as for drawing them again. Guidance makes it
                 less exact.
+            height, width: in pixels; None is the decoder's size.
 
         Raises InputError for a value that is not allowed, before any work starts.
         """
@@ -59,25 +62,37 @@ class InvertingPipeline(UnCLIPPipeline):
         check_argument_order({"prompt": prompt})
         self.interrupted = False
         options = DecoderOptions(
-            num_inference_steps, Guidance.from_value(guidance_scale), sampler="ddim", control_image=control_image
+            num_inference_steps,
+            Guidance.from_value(guidance_scale),
+            sampler="ddim",
+            height=height,
+            width=width,
+            control_image=control_image,
         )
         check_inversion_guidance(options)
-        images = read_given_images(image, self.image_size, self.clip)
+        images = read_given_images(image, self.compute_image_shape(options), self.clip)
         check_stage_inputs(self, None, options, len(images.pixels))
         prompts = list_prompts("prompt", prompt, len(images.pixels))
         # Encode and invert
         text = self.encode_decoder_prompt(prompts) if prompts else None
         return self.invert_images(images, text, options)
 
-    def read_image_or_latent(self, image: ImageInputs | BipartiteLatent) -> tuple[GivenImages | BipartiteLatent, int]:
-        """Return N images, or checked latents of images, on the device; and N."""
+    def read_image_or_latent(
+        self, image: ImageInputs | BipartiteLatent, options: DecoderOptions, is_redrawn: bool = True
+    ) -> tuple[GivenImages | BipartiteLatent, int, DecoderOptions]:
+        """Return N images, or checked latents of images, on the device; N; and the options for images of their size.
+
+        is_redrawn: False if the latents are not drawn again, so that the options alone say the size.
+        """
         if not isinstance(image, BipartiteLatent):
-            images = read_given_images(image, self.image_size, self.clip)
-            return images, len(images.pixels)
+            images = read_given_images(image, self.compute_image_shape(options), self.clip)
+            return images, len(images.pixels), options
         count = len(image.image_embeds)
         check_tensor("image_embeds", image.image_embeds, (count, self.clip.embed_dim))
-        check_tensor("latents", image.latents, (count, *self.latent_shape))
-        return BipartiteLatent(*(tensor.to(self._execution_device).float() for tensor in image)), count
+        check_tensor("latents", image.latents, (count, self.latent_shape[0], "h", "w"))
+        if is_redrawn:
+            options = adopt_latent_sides(self, options, image.latents)
+        return BipartiteLatent(*(tensor.to(self._execution_device).float() for tensor in image)), count, options
 
     @torch.no_grad()
     def invert_images(
@@ -90,7 +105,7 @@ class InvertingPipeline(UnCLIPPipeline):
         latents = self.encode_latents(given.pixels)
         self.offload_all_but("decoder")
         # Without noise on z_i, and by DDIM, whose steps can be undone
-        control = build_control(self.decoder, options, len(z_i), self.latent_shape[1:])
+        control = build_control(self.decoder, options, len(z_i), (latents.shape[2], latents.shape[3]))
         condition = build_decoder_condition(self.decoder, z_i, text, control=control)
         predict = build_decoder_predict(self.decoder, scheduler, condition, options.guidance_scale)
         steps = options.num_inference_steps

@@ -71,7 +71,7 @@ class Text2ImagePipeline(UnCLIPPipeline):
         prior_generators, generators = split_generators(generator, count)
         uses_prior = image_embeds is None or decoder_negatives
         used_prior = prior if uses_prior else None
-        check_stage_inputs(self, used_prior, decoder, count, any_size=True, images_per_prompt=num_images_per_prompt)
+        check_stage_inputs(self, used_prior, decoder, count, images_per_prompt=num_images_per_prompt)
         check_batch_fits(self, prior if image_embeds is None else None, decoder, count)
         warn_of_missing_caption(self, prompts, image_embeds)
         if decoder.guidance_scale.is_off:

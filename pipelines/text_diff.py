@@ -48,7 +48,7 @@ class TextDiffPipeline(InvertingPipeline):
         `UnCLIPPipeline` for other arguments.
 
         Args:
-            image: resized and cropped to the size that the decoder draws. Or what `invert` returned for images.
+            image: resized and cropped to `height` and `width`. Or what `invert` returned for images.
             source: caption of the image, one for all or one an image.
             target: caption of the result.
             theta: fraction to turn of the angle between z_i and the direction, 0 to 1. 0 gives the image
@@ -61,7 +61,7 @@ class TextDiffPipeline(InvertingPipeline):
         # Check the arguments
         check_range("theta", theta, 0, 1)
         _, decoder = self.resolve_options(**options)
-        given, count = self.read_image_or_latent(image)
+        given, count, decoder = self.read_image_or_latent(image, decoder)
         if not isinstance(given, BipartiteLatent):
             check_inversion_guidance(decoder)
         sources, targets = list_captions("source", source, count), list_captions("target", target, count)

@@ -39,6 +39,7 @@ def generate(
     output: flags.OutputFlags,
     source: flags.ModelFlags,
     decoder: flags.DecoderFlags,
+    size: flags.SizeFlags,
     prior_flags: flags.PriorFlags,
     samplers: flags.SamplerFlags,
     steering: flags.SteeringFlags,
@@ -48,8 +49,6 @@ def generate(
     like: Like = None,
     negative_prompt: flags.NegativePrompt = None,
     decoder_negative_prompt: Annotated[str | None, option("A text that the decoder is guided away from.")] = None,
-    height: Annotated[int | None, option("Image height in pixels.", "the model's")] = None,
-    width: Annotated[int | None, option("Image width in pixels.", "the model's")] = None,
     noise_level: flags.NoiseLevel = None,
     batch_size: Annotated[
         str | None, option("Images at once; auto is 16, or fewer if memory is short.", "auto")
@@ -81,7 +80,7 @@ def generate(
     settings = likeness.fill_steering(steering).build_settings()
     texts = read_prompts(prompts, file, required=not (settings or likeness.prompts)) or likeness.prompts
     settings |= drop_missing(negative_prompt=negative_prompt, decoder_negative_prompt=decoder_negative_prompt)
-    settings |= decoder.build_settings() | prior_flags.build_settings() | drop_missing(height=height, width=width)
+    settings |= decoder.build_settings() | prior_flags.build_settings() | size.build_settings()
     settings |= samplers.build_settings() | drop_missing(noise_level=noise_level, upsample=upsampling.upsample)
     settings = likeness.merge_settings(settings)
     if output.seed is None:
@@ -132,6 +131,7 @@ def image_to_image(
     output: flags.OutputFlags,
     source: flags.ModelFlags,
     decoder: flags.DecoderFlags,
+    size: flags.SizeFlags,
     strength: Annotated[float, option("Fraction of the steps to take. 1 keeps nothing of the image.")] = 0.6,
 ) -> Iterator[Path]:
     """Redraw images from their noised latents, and print their paths."""
@@ -139,7 +139,7 @@ def image_to_image(
     from t2i.pipelines.jobs.generation import redraw_files
 
     check_strength(strength)
-    settings = prompts.build_settings() | decoder.build_settings() | {"strength": strength}
+    settings = prompts.build_settings() | decoder.build_settings() | size.build_settings() | {"strength": strength}
     return redraw_files(ImageToImagePipeline, images, source.build(), output.build(), settings)
 
 

@@ -20,6 +20,7 @@ def variations(
     output: flags.OutputFlags,
     source: flags.ModelFlags,
     decoder: flags.DecoderFlags,
+    size: flags.SizeFlags,
     steering: flags.SteeringFlags,
     upsampling: flags.UpsamplerFlags,
     eta: Annotated[
@@ -38,7 +39,7 @@ def variations(
     from t2i.pipelines.image_variation import ImageVariationPipeline
     from t2i.pipelines.jobs.generation import redraw_files
 
-    settings = decoder.build_settings()
+    settings = decoder.build_settings() | size.build_settings()
     settings |= drop_missing(sampler=sampler, noise_level=noise_level, upsample=upsampling.upsample)
     settings |= steering.build_settings() | drop_missing(eta=eta, prompt=prompt)
     model = source.build(upsampler=upsampling.upsampler)
@@ -51,6 +52,7 @@ def interpolate(
     anchors: Annotated[list[str], argument("Image files and texts.")],
     source: flags.ModelFlags,
     decoder: flags.DecoderFlags,
+    size: flags.SizeFlags,
     prior_flags: flags.PriorFlags,
     samplers: flags.SamplerFlags,
     steering: flags.SteeringFlags,
@@ -75,7 +77,7 @@ def interpolate(
     if weights is not None and frames is not None:
         raise InputError(f"--frames {frames} does not apply to --weights, which draw one mix")
     settings = decoder.build_settings() | prior_flags.build_settings() | samplers.build_settings()
-    settings |= drop_missing(upsample=upsampling.upsample) | steering.build_settings()
+    settings |= size.build_settings() | drop_missing(upsample=upsampling.upsample) | steering.build_settings()
     numbers = None if weights is None else parse_anchor_weights(weights)
     shape = FrameSettings(numbers, inverted=inverted, strip=strip, video=video, **drop_missing(frames=frames, fps=fps))
 
@@ -90,6 +92,7 @@ def edit(
     image: flags.ImageFile,
     source: flags.ModelFlags,
     decoder: flags.DecoderFlags,
+    size: flags.SizeFlags,
     steering: flags.SteeringFlags,
     upsampling: flags.UpsamplerFlags,
     before: Annotated[str, option("Caption of what the image shows.", None, "--from")],
@@ -107,7 +110,7 @@ def edit(
     # The pipeline checks these too, but only after the model has loaded
     check_range("theta", theta, 0, 1)
     check_caption_pair(before, after)
-    settings = decoder.build_settings() | drop_missing(upsample=upsampling.upsample)
+    settings = decoder.build_settings() | size.build_settings() | drop_missing(upsample=upsampling.upsample)
     settings |= steering.build_settings() | {"source": before, "target": after, "theta": theta}
     model = source.build(upsampler=upsampling.upsampler)
     return redraw_files(TextDiffPipeline, [image], model, Output(out, seed=0), settings)

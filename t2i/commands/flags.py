@@ -208,6 +208,13 @@ class DecoderFlags(Settings):
 
 
 @dataclass
+class SizeFlags(Settings):
+    panel: ClassVar[str] = "Size"
+    height: Annotated[int | None, option("Image height in pixels.", "the model's")] = None
+    width: Annotated[int | None, option("Image width in pixels.", "the model's")] = None
+
+
+@dataclass
 class PriorFlags(Settings):
     panel: ClassVar[str] = "Prior"
     prior_steps: PriorSteps = None

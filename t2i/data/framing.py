@@ -9,11 +9,18 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.functional import InterpolationMode, center_crop, crop, pil_to_tensor, resize
+from torchvision.transforms.functional import (
+    InterpolationMode,
+    center_crop,
+    crop,
+    get_image_size,
+    pil_to_tensor,
+    resize,
+)
 
 from t2i.config import DataConfig
 from t2i.data.buckets import Shape
-from t2i.data.pictures import Resizing, to_tensor
+from t2i.data.pictures import Picture, Resizing, to_tensor
 
 if TYPE_CHECKING:
     from t2i.networks.clip import CLIP
@@ -71,18 +78,34 @@ class Framing:
 
 def cut_image(picture: Image.Image, shape: Shape, draw: int = 0) -> Tensor:
     """Return an image resized to cover a shape, and the part of it that a draw chooses; of draw 0, the middle."""
-    height, width = shape
-    # Of a square torchvision chooses the long side, with a rounding of its own
-    size = [height] if height == width else compute_covering_size(picture.height, picture.width, shape)
-    covering = resize(picture, size, InterpolationMode.BICUBIC, antialias=True)
     if draw:
+        (height, width), covering = shape, cover_shape(picture, shape)
         # The word makes crop and mirroring independent of each other
         rng = random.Random(f"{draw} crop")
         top, left = rng.randint(0, covering.height - height), rng.randint(0, covering.width - width)
         part = crop(covering, top, left, height, width)
     else:
-        part = center_crop(covering, [height, width])
+        part = Covering(shape).apply(picture)
     return pil_to_tensor(part).float() / 127.5 - 1
+
+
+@dataclass(frozen=True)
+class Covering:
+    """Resizing of images to cover a shape, of which the middle is cut out."""
+
+    shape: Shape
+
+    def apply(self, picture: Picture) -> Picture:
+        """Resize and crop a PIL image, or a tensor, (..., H, W)."""
+        return center_crop(cover_shape(picture, self.shape), list(self.shape))
+
+
+def cover_shape(picture: Picture, shape: Shape) -> Picture:
+    """Return an image, PIL or a tensor, resized to just cover a shape."""
+    width, height = get_image_size(picture)
+    # Of a square torchvision chooses the long side, with a rounding of its own
+    size = [shape[0]] if shape[0] == shape[1] else compute_covering_size(height, width, shape)
+    return resize(picture, size, InterpolationMode.BICUBIC, antialias=True)
 
 
 def compute_covering_size(height: int, width: int, shape: Shape) -> list[int]:

@@ -259,6 +259,11 @@ class Resizing:
         """Whether the square is a part of an image, not the whole image squeezed."""
         return len(self.side) < 2
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width of the results."""
+        return self.square, self.square
+
     def apply(self, picture: Picture) -> Picture:
         """Resize and crop a PIL image, or a tensor, (3, H, W)."""
         if self.side:

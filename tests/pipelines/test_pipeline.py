@@ -480,12 +480,12 @@ def test_pictures_may_have_other_sides_than_those_of_training(pipeline) -> None:
         pipeline("red circle", width=0)
 
 
-def test_where_pictures_are_given_they_decide_the_size(pipeline) -> None:
-    from t2i import ImageToImagePipeline
+def test_where_pictures_are_painted_in_they_decide_the_size(pipeline) -> None:
+    from t2i import InpaintPipeline
 
-    redraw = ImageToImagePipeline.from_pipe(pipeline)
-    with pytest.raises(InputError, match="height is 64, but the images have the size of the given ones"):
-        redraw(np.zeros((32, 32, 3), dtype=np.uint8), "red circle", height=64)
+    painter, mask = InpaintPipeline.from_pipe(pipeline), np.eye(32, dtype=np.uint8) * 255
+    with pytest.raises(InputError, match="height is 64, but images that are painted in keep their size"):
+        painter(np.zeros((32, 32, 3), dtype=np.uint8), mask, "red circle", height=64)
 
 
 def test_where_the_mask_s_canvas_decides_the_size_nothing_is_asked_of_a_cascade_that_is_none(pipeline) -> None:
