@@ -1,16 +1,12 @@
 """The package: what sdist and wheel contain, and that the installed wheel draws and trains without the checkout."""
 
-import ast
 import os
-import re
 import shutil
 import subprocess
 import sys
 import tarfile
-import tomllib
 import venv
 import zipfile
-from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -67,53 +63,6 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Python searches a folder that a .pth file names, but does not read its .pth files, such as an editable t2i's.
     (packages / "dependencies.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
     return folder
-
-
-def list_imports(path: Path) -> tuple[set[str], set[str]]:
-    """Return the modules that are imported with a file, and those that its functions import."""
-    tree = ast.parse(path.read_text())
-    inside = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    # Imports for type checkers alone never run
-    inside += [node for node in tree.body if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)]
-    lazy = {child for node in inside for child in ast.walk(node)}
-    found: tuple[set[str], set[str]] = set(), set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
-            found[node in lazy].add(str(node.module))
-        elif isinstance(node, ast.Import):
-            found[node in lazy].update(alias.name for alias in node.names)
-    return found
-
-
-def test_modules_import_declared_packages_alone_and_those_of_extras_in_functions() -> None:
-    """pipelines/serving, which needs the extra `serve`, is itself imported in functions alone."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = {name: rows for name, rows in project["optional-dependencies"].items() if name not in ("dev", "reference")}
-
-    def normalize(name: str) -> str:
-        return re.sub(r"[-_.]+", "-", re.split(r"[<>=!\[; ]", name)[0]).lower()
-
-    required = {normalize(row) for row in project["dependencies"]}
-    optional = {normalize(row) for rows in extras.values() for row in rows}
-    owners = packages_distributions()
-
-    def find_undeclared(modules: set[str], allowed: set[str]) -> set[str]:
-        tops = {name.split(".")[0] for name in modules} - sys.stdlib_module_names - {"t2i", "pipelines", "training"}
-        return {top for top in tops if not allowed & {normalize(owner) for owner in owners.get(top, [top])}}
-
-    found = {}
-    for path in (path for top in ("t2i", "pipelines", "training") for path in (ROOT / top).rglob("*.py")):
-        name, (eager, lazy) = path.relative_to(ROOT).as_posix(), list_imports(path)
-        serves = name.startswith("pipelines/serving/")
-        undeclared = find_undeclared(
-            eager, required | ({normalize(row) for row in extras["serve"]} if serves else set())
-        )
-        undeclared |= find_undeclared(lazy, required | optional)
-        if not serves:
-            undeclared |= {module for module in eager if "pipelines.serving" in module}
-        if undeclared:
-            found[name] = undeclared
-    assert found == {}
 
 
 def expected_modules() -> set[str]:
